@@ -1,0 +1,177 @@
+"""The one entry point: `orogen TASK --gin_file F [--gin_bindings 'X.y=1'] …`."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from orogen.config.checks import ConfigError
+from orogen.config.load import load
+from orogen.config.run import RunConfig
+
+EXIT_FAILURE, EXIT_BAD_INPUT = 1, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one task. Returns 0 when done, 2 on bad input (one line on stderr), 1 if the task found a fault."""
+    options = _parser().parse_args(arguments)
+    try:
+        _simulate_devices(options)
+        return options.task(options)
+    except (ConfigError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        return _fail(error, EXIT_BAD_INPUT)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILURE
+
+
+def _fail(error: BaseException, status: int) -> int:
+    print(f"orogen: {' '.join(str(error).split())}", file=sys.stderr)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="orogen", description=__doc__)
+    tasks = parser.add_subparsers(required=True, metavar="TASK")
+    task = _task(tasks, "train", train, "train a model in a run folder")
+    task.add_argument("--run", type=Path, required=True, metavar="DIR", help="the run folder")
+    task.add_argument("--resume", action="store_true", help="go on with the run in DIR, if there is one")
+    _task(tasks, "params", params, "count parameters")
+    _task(tasks, "plan", plan, "show the mesh and where each parameter lives; needs no devices")
+    _task(tasks, "verify", verify, "check a plan against one device: loss, every gradient, one optimizer step")
+    task = tasks.add_parser("generate", help="sample text from a trained model")
+    task.set_defaults(task=generate, gin_file=None)
+    task.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a run folder")
+    task.add_argument("--prompt", default="", metavar="TEXT")
+    task.add_argument("--tokens", type=_positive, default=128)
+    task.add_argument("--temperature", type=float, default=0.8)
+    task.add_argument("--top_p", type=float, default=0.95)
+    task.add_argument("--seed", type=int, default=0)
+    _common(task)
+    return parser
+
+
+def _task(tasks: Any, name: str, run: Callable[[argparse.Namespace], int], help_text: str) -> argparse.ArgumentParser:
+    task = tasks.add_parser(name, help=help_text)
+    task.set_defaults(task=run)
+    task.add_argument("--gin_file", action="append", required=True, metavar="F", help="may be given more than once")
+    task.add_argument("--gin_bindings", action="append", default=[], metavar="X.y=1", help="on top of the files")
+    _common(task)
+    return task
+
+
+def _common(task: argparse.ArgumentParser) -> None:
+    task.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    task.add_argument("--fake_devices", type=_positive, metavar="N", help="simulate N devices on this CPU")
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number above 0")
+    return int(text)
+
+
+def _simulate_devices(options: argparse.Namespace) -> None:
+    """Sets up jax before anything asks for devices: simulated ones if wanted, and a compile cache kept between runs."""
+    import jax
+
+    if options.fake_devices:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", options.fake_devices)
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "orogen" / "jax"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _load(options: argparse.Namespace, *parts: str) -> tuple[RunConfig, str]:
+    config, text = load(options.gin_file, options.gin_bindings)
+    return config.need(*parts), text
+
+
+def _answer(options: argparse.Namespace, facts: dict[str, Any], lines: Sequence[str]) -> None:
+    print(json.dumps(facts) if options.json else "\n".join(lines))
+
+
+def _log(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def train(options: argparse.Namespace) -> int:
+    """`orogen train`."""
+    config, text = _load(options, "model", "data", "train", "optimizer")
+    from orogen.evaluate.summary import summarise
+    from orogen.train.loop import NonFiniteError
+    from orogen.train.loop import train as run
+
+    try:
+        trained = run(config, text, options.run, resume=options.resume, log=_log)
+    except NonFiniteError as error:
+        return _fail(error, EXIT_FAILURE)
+    if not trained.finished:
+        _log(f"stopped after step {int(trained.state.step)}; --resume continues")
+        return 0
+    facts = summarise(trained, config, text, options.run)
+    _answer(options, facts, [f"{key}: {value}" for key, value in facts.items()])
+    return 0
+
+
+def params(options: argparse.Namespace) -> int:
+    """`orogen params`."""
+    config, _ = _load(options, "model")
+    from orogen.model.count import count
+
+    facts = count(config.model)
+    _answer(options, facts, [f"{key:>26}  {value:>18,}" for key, value in facts.items()])
+    return 0
+
+
+def plan(options: argparse.Namespace) -> int:
+    """`orogen plan`."""
+    config, _ = _load(options, "model")
+    from orogen.model.lm import build
+    from orogen.parallel.describe import describe_plan, plan_lines
+    from orogen.parallel.plan import make_plan
+
+    facts = describe_plan(make_plan(config.plan, config.model, abstract=True), build(config.model).params)
+    _answer(options, facts, plan_lines(facts))
+    return 0
+
+
+def verify(options: argparse.Namespace) -> int:
+    """`orogen verify`: simulates the devices of the plan if none are asked for."""
+    config, _ = _load(options, "model")
+    if not options.fake_devices:
+        options.fake_devices = config.plan.devices
+        _simulate_devices(options)
+    from orogen.train.verify import verify as check
+
+    verdict = check(config)
+    facts = {**verdict._asdict(), "passed": verdict.passed}
+    _answer(options, facts, [f"{key:>20}  {value}" for key, value in facts.items()])
+    return 0 if verdict.passed else EXIT_FAILURE
+
+
+def generate(options: argparse.Namespace) -> int:
+    """`orogen generate`."""
+    if options.temperature < 0 or not 0 < options.top_p <= 1:
+        raise ConfigError(
+            f"--temperature {options.temperature} --top_p {options.top_p}; expected 0 or more, and above 0 up to 1"
+        )
+    from orogen.infer.generate import generate as run
+    from orogen.infer.generate import load_checkpoint
+
+    (text,) = run(
+        load_checkpoint(options.checkpoint), [options.prompt], tokens=options.tokens,
+        temperature=options.temperature, top_p=options.top_p, seed=options.seed,
+    )
+    _answer(options, {"prompt": options.prompt, "text": text}, [options.prompt + text])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

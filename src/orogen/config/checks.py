@@ -1,0 +1,56 @@
+"""Checks that every config makes of itself: types, ranges and names, each with a message of one line."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used. The message names the field, its value and what was expected."""
+
+
+def require(holds: bool, config: Any, field: str, expected: str) -> None:
+    """Raises ConfigError about `config.field` unless `holds`."""
+    if not holds:
+        raise ConfigError(f"{type(config).__name__}.{field} is {getattr(config, field)!r}; expected {expected}")
+
+
+def require_choice(config: Any, field: str, choices: Iterable[str]) -> None:
+    """Raises ConfigError unless `config.field` is one of `choices`."""
+    choices = tuple(choices)
+    require(getattr(config, field) in choices, config, field, "one of " + ", ".join(choices))
+
+
+def require_positive(config: Any, *fields: str) -> None:
+    """Raises ConfigError unless each of `fields` is None or above zero."""
+    for field in fields:
+        value = getattr(config, field)
+        require(value is None or value > 0, config, field, "a number above 0")
+
+
+def check_types(config: Any) -> None:
+    """Raises ConfigError unless every field of the dataclass `config` has the type it declares.
+
+    An int passes for a float, a bool never passes for a number: gin itself takes '1e-3' for a float silently.
+    """
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, hint = getattr(config, field.name), hints[field.name]
+        require(_matches(value, hint), config, field.name, f"a value of type {_name(hint)}")
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin in (types.UnionType, typing.Union):
+        return any(_matches(value, option) for option in typing.get_args(hint))
+    if origin is tuple:
+        return isinstance(value, tuple | list) and all(_matches(v, typing.get_args(hint)[0]) for v in value)
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _name(hint: Any) -> str:
+    return str(hint) if typing.get_origin(hint) else getattr(hint, "__name__", str(hint))

@@ -1,0 +1,53 @@
+"""What a run reads: the corpus, its tokenizer, its splits and its order."""
+
+import dataclasses
+
+from orogen.config.checks import check_types, require, require_positive
+
+BYTE_VOCAB_SIZE = 256 + 3  # every byte, and <pad>, <bos>, <eos>
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """A corpus and how it becomes tokens. Raises ConfigError for what cannot be.
+
+    corpus            "stdlib" (the running interpreter's own library, no download), or the path of a file or folder
+                      of .txt (a file is a document), .jsonl, .jsonl.gz, .jsonl.zst or .parquet (a line or row is one)
+    tokenizer         "byte", "bpe" (byte-level BPE trained on the train split), or the path of a tokenizer.json
+    vocab_size        entries of the tokenizer, specials included: required for "bpe"; for the others a check
+    text_field        the key (jsonl) or column (Parquet) that holds the text
+    heldout_fraction  expected share of the documents kept for evaluation; 0 makes no such split
+    tuning_fraction   the same, for choosing hyperparameters
+    seed              decides which document falls in which split, and the order of training, 0 to 2**32 - 1
+    shuffle           False trains in the order of the document keys
+    """
+
+    corpus: str
+    tokenizer: str
+    vocab_size: int | None = None
+    text_field: str = "text"
+    heldout_fraction: float = 0.05
+    tuning_fraction: float = 0.02
+    seed: int = 0
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for field in ("corpus", "tokenizer", "text_field"):
+            require(getattr(self, field) != "", self, field, "a non-empty string")
+        for field in ("heldout_fraction", "tuning_fraction"):
+            require(0 <= getattr(self, field) < 1, self, field, "a number from 0 to below 1")
+        left = 1 - self.heldout_fraction
+        require(self.tuning_fraction < left, self, "tuning_fraction", f"less than the {left:g} not held out")
+        require(0 <= self.seed < 2**32, self, "seed", "an integer from 0 to 2**32 - 1")
+        self._check_vocab_size()
+
+    def _check_vocab_size(self) -> None:
+        size = self.vocab_size
+        if self.tokenizer == "bpe":
+            expected = f"at least {BYTE_VOCAB_SIZE} (256 bytes and 3 specials) with tokenizer 'bpe'"
+            require(size is not None and size >= BYTE_VOCAB_SIZE, self, "vocab_size", expected)
+        elif self.tokenizer == "byte":
+            require(size in (None, BYTE_VOCAB_SIZE), self, "vocab_size", f"{BYTE_VOCAB_SIZE} with tokenizer 'byte'")
+        else:
+            require_positive(self, "vocab_size")

@@ -1,0 +1,115 @@
+"""How a run trains: length, batch, optimizer, schedule and bookkeeping; and `RunConfig`, which holds all parts."""
+
+import dataclasses
+from typing import Any
+
+from orogen.config.checks import ConfigError, check_types, require, require_choice, require_positive
+from orogen.config.data import DataConfig
+from orogen.config.model import ModelConfig
+from orogen.config.plan import PlanConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length and bookkeeping of a training run. Intervals are in steps.
+
+    batch_size: rows of the global batch; sequence_length: tokens in a row. compute_dtype: of activations and of the
+    weights' working copies; master weights, optimizer state and gradients' sums are float32 always.
+    evaluate_rows: held-out rows read at each evaluation (the last one reads the whole split).
+    max_skipped_steps: non-finite steps in a row after which the run stops. ngram_order: order of the Witten-Bell byte
+    model fitted on the very text trained on, for comparison; 0 fits none.
+    """
+
+    steps: int
+    batch_size: int
+    sequence_length: int
+    seed: int
+    compute_dtype: str = "float32"
+    router_bias_update_rate: float = 1e-3
+    evaluate_every: int = 200
+    evaluate_rows: int = 64
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    max_skipped_steps: int = 10
+    sample_prompts: tuple[str, ...] = ("",)
+    sample_tokens: int = 128
+    ngram_order: int = 0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require_positive(self, "steps", "batch_size", "sequence_length", "evaluate_every", "evaluate_rows",
+                         "checkpoint_every", "keep_checkpoints", "max_skipped_steps", "sample_tokens")
+        require(self.seed >= 0, self, "seed", "0 or more")
+        require(0 <= self.ngram_order <= 7, self, "ngram_order", "a number from 0 to 7")
+        require(self.router_bias_update_rate >= 0, self, "router_bias_update_rate", "0 or more")
+        require_choice(self, "compute_dtype", ("float32", "bfloat16"))
+        object.__setattr__(self, "sample_prompts", tuple(self.sample_prompts))  # gin may give a list
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The optimizer and its learning-rate schedule.
+
+    schedule: `cosine` from the peak to min_ratio x peak; `wsd` holds the peak and falls over the last decay_steps as
+    1 - sqrt(progress) (Megatron's minus_sqrt); `constant`. All rise linearly over warmup_steps.
+    muon takes the weight matrices, scaled to AdamW's step size so that one learning rate serves both, and AdamW
+    everything else: vectors, embedding, head, convolutions.
+    """
+
+    name: str = "adamw"
+    learning_rate: float
+    schedule: str = "cosine"
+    warmup_steps: int = 0
+    decay_steps: int = 0
+    min_ratio: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require_choice(self, "name", ("adamw", "muon"))
+        require_choice(self, "schedule", ("cosine", "wsd", "constant"))
+        require_positive(self, "learning_rate", "epsilon", "clip_norm")
+        for field in ("warmup_steps", "decay_steps", "weight_decay"):
+            require(getattr(self, field) >= 0, self, field, "0 or more")
+        for field in ("min_ratio", "beta1", "beta2"):
+            require(0 <= getattr(self, field) <= 1, self, field, "a number from 0 to 1")
+        if self.schedule == "wsd":
+            require_positive(self, "decay_steps")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """All parts of a run. A part that the gin files do not mention, and that has required fields, is None."""
+
+    model: ModelConfig | None
+    plan: PlanConfig
+    data: DataConfig | None
+    train: TrainConfig | None
+    optimizer: OptimizerConfig | None
+
+    def need(self, *parts: str) -> "RunConfig":
+        """Itself, if every one of `parts` is there. Raises ConfigError naming the class that has no bindings."""
+        for part in parts:
+            if getattr(self, part) is None:
+                raise ConfigError(f"the gin files have no bindings of {PARTS[part].__name__}; expected some, with its fields")
+        return self
+
+    def check(self) -> "RunConfig":
+        """Itself, if its parts fit together. Raises ConfigError."""
+        if self.train is not None:
+            rows = self.plan.data * self.plan.microbatches
+            require(self.train.batch_size % rows == 0, self.train, "batch_size",
+                    f"a multiple of data x microbatches = {self.plan.data} x {self.plan.microbatches}")
+            shards = self.plan.context * self.plan.tensor
+            require(self.train.sequence_length % shards == 0, self.train, "sequence_length",
+                    f"a multiple of context x tensor = {self.plan.context} x {self.plan.tensor}")
+        return self
+
+
+PARTS: dict[str, Any] = {
+    "model": ModelConfig, "plan": PlanConfig, "data": DataConfig, "train": TrainConfig, "optimizer": OptimizerConfig
+}

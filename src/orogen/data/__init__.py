@@ -1,0 +1,1 @@
+"""Text in, packed batches out: sources, corpora, tokenizer, packing, loader. Imports only `orogen.config`."""

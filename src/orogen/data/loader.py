@@ -1,0 +1,335 @@
+"""An open corpus, and the batches that come out of it: shuffled, packed, sharded over processes, resumable.
+
+Legend: b batch (rows), t time.
+"""
+
+import copy
+import dataclasses
+import hashlib
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, SupportsIndex
+
+import grain
+import numpy as np
+
+from orogen.config.data import DataConfig
+from orogen.data import corpora, sources
+from orogen.data.packing import Batch, Stream, cut, document_stream, empty_batch, pack
+from orogen.data.sources import Document
+from orogen.data.tokenizer import Tokenizer, check_vocab_size, make_tokenizer
+
+# Rows are packed, and shuffled, within a window of documents of at least this many tokens and rows: wide enough
+# that a batch mixes about a hundred source files and that the one unfilled row of a window does not matter.
+_WINDOW_TOKENS = 2**19
+_WINDOW_ROWS = 64
+
+
+class TokenizedSplit(Sequence[Stream]):
+    """A split as token streams [bos, document, eos]; each document is tokenised when first asked for, then kept."""
+
+    def __init__(self, documents: Sequence[Document], tokenizer: Tokenizer) -> None:
+        self.documents = documents
+        self._tokenizer = tokenizer
+        self._ids: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __getitem__(self, index: SupportsIndex) -> Stream:  # type: ignore[override]  # grain asks by number only
+        index = int(index)
+        if index not in self._ids:
+            self._ids[index] = self._tokenizer.encode(self.documents[index].text)
+        return document_stream(self._ids[index], bos_id=self._tokenizer.bos_id, eos_id=self._tokenizer.eos_id)
+
+    @property
+    def byte_count(self) -> int:
+        """UTF-8 bytes of the documents."""
+        return sum(len(document.text.encode()) for document in self.documents)
+
+
+class Corpus:
+    """Documents by split, their tokenizer and their hash. Text and tokens stay in memory."""
+
+    def __init__(
+        self, *, config: DataConfig, documents: dict[str, list[Document]], tokenizer: Tokenizer, content_hash: str
+    ) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.content_hash = content_hash
+        self.splits = {name: TokenizedSplit(documents[name], tokenizer) for name in corpora.SPLITS}
+
+    def describe(self) -> dict[str, Any]:
+        """What a run should record of its data: hash, vocabulary, documents and bytes by split, files passed over."""
+        embedded = self.config.corpus == "stdlib"
+        return {
+            "corpus": self.config.corpus,
+            "content_hash": self.content_hash,
+            "tokenizer_hash": self.tokenizer.fingerprint,
+            "vocab_size": self.tokenizer.vocab_size,
+            "documents": {name: len(split) for name, split in self.splits.items()},
+            "bytes": {name: split.byte_count for name, split in self.splits.items()},
+            "unread_files": 0 if embedded else sources.unread_files(self.config.corpus),
+        }
+
+    def train_loader(
+        self,
+        *,
+        batch_size: int,
+        sequence_length: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        shuffle_seed: int | None = None,
+    ) -> "Loader":
+        """Endless batches of the train split, (batch_size / process_count, sequence_length) for this process.
+
+        `shuffle_seed` orders the documents and rows, `DataConfig.seed` if None. Raises ValueError as `make_loader`.
+        """
+        return make_loader(
+            self.splits["train"],
+            batch_size=batch_size,
+            sequence_length=sequence_length,
+            pad_id=self.tokenizer.pad_id,
+            shuffle_seed=(self.config.seed if shuffle_seed is None else shuffle_seed) if self.config.shuffle else None,
+            process_index=process_index,
+            process_count=process_count,
+            identity={"corpus": self.content_hash, "tokenizer": self.tokenizer.fingerprint, "seed": self.config.seed},
+        )
+
+    def heldout_batches(
+        self, split: str, *, batch_size: int, sequence_length: int, process_index: int = 0, process_count: int = 1
+    ) -> "HeldoutPass":
+        """One pass over a split ("heldout", "tuning" or "train"), in order. Raises ValueError if it is empty."""
+        if split not in self.splits or not len(self.splits[split]):
+            present = [name for name, documents in self.splits.items() if len(documents)]
+            raise ValueError(f"split {split!r} has no document: expected one of {present}")
+        return HeldoutPass(
+            streams=self.splits[split],
+            batch_size=batch_size,
+            sequence_length=sequence_length,
+            pad_id=self.tokenizer.pad_id,
+            process_rows=_process_rows(batch_size, sequence_length, process_index, process_count),
+        )
+
+
+def open_corpus(config: DataConfig, *, tokenizer: Tokenizer | None = None) -> Corpus:
+    """Reads the corpus, splits it, and trains or loads its tokenizer; a resumed run passes the one it saved.
+
+    Raises FileNotFoundError or ValueError for what cannot be read, an empty split, or a vocabulary out of reach.
+    """
+    documents = corpora.corpus_documents(config)
+    by_split = corpora.split_documents(documents, config=config)
+    if tokenizer is None:
+        tokenizer = make_tokenizer(config, (document.text for document in by_split["train"]))
+    elif config.vocab_size is not None:
+        check_vocab_size(tokenizer, config.vocab_size, name="DataConfig.vocab_size")
+    return Corpus(config=config, documents=by_split, tokenizer=tokenizer, content_hash=corpora.content_hash(documents))
+
+
+class Loader:
+    """An iterator over batches whose position can be saved and restored to the bit."""
+
+    def __init__(self, batches: grain.IterDataset, *, identity: dict[str, Any]) -> None:
+        self._identity = identity
+        # Held so that the finalizer can drop it, at exit too: a prefetching iterator of grain 0.2.18 that outlives the
+        # interpreter's modules prints a traceback.
+        self._held = [iter(batches)]
+        weakref.finalize(self, self._held.clear)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._held[0])
+
+    def state(self) -> dict[str, Any]:
+        """The position after the last batch taken, as plain JSON; the same on every process."""
+        return {"position": copy.deepcopy(self._held[0].get_state()), "identity": dict(self._identity)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continues after the batch at which `state` was taken. Raises ValueError if it is from other data."""
+        for name, value in self._identity.items():
+            if state["identity"].get(name) != value:
+                raise ValueError(
+                    f"the saved data position has {name} = {state['identity'].get(name)!r}: expected {value!r}, "
+                    "or the batches after it would not be those of the saved run"
+                )
+        self._held[0].set_state(copy.deepcopy(state["position"]))
+
+
+def make_loader(
+    streams: Sequence[Stream],
+    *,
+    batch_size: int,
+    sequence_length: int,
+    pad_id: int,
+    shuffle_seed: int | None,
+    process_index: int = 0,
+    process_count: int = 1,
+    identity: dict[str, Any] | None = None,
+    window_tokens: int = _WINDOW_TOKENS,
+) -> Loader:
+    """Endless packed batches of the streams, each epoch in a new order; `shuffle_seed` None keeps their order.
+
+    Every process packs the same global batches and keeps its own rows, so that neither the data nor a saved
+    position depends on the number of processes. `identity` is what a saved position must agree on.
+    Raises ValueError if there is no stream, a row has no room for a target, or the processes do not share a batch.
+    """
+    if not len(streams):
+        raise ValueError("streams is empty: expected at least one document")
+    process_rows = _process_rows(batch_size, sequence_length, process_index, process_count)
+    documents = grain.MapDataset.source(streams)
+    if shuffle_seed is not None:
+        documents = documents.shuffle(_spread(shuffle_seed))
+    rows = _PackedRows(
+        documents.repeat(),
+        sequence_length=sequence_length,
+        pad_id=pad_id,
+        shuffle_seed=shuffle_seed,
+        window_tokens=window_tokens,
+        window_documents=len(streams),
+    )
+    batches = rows.batch(batch_size, drop_remainder=True, batch_fn=_stack).map(_rows_taker(process_rows))
+    settings = {"batch_size": batch_size, "sequence_length": sequence_length, "shuffle_seed": shuffle_seed}
+    return Loader(
+        grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2),
+        identity={**(identity or {}), **settings},
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeldoutPass:
+    """One unshuffled pass over documents; each `iter` starts it again. The last batch is filled up with empty rows.
+
+    bits per byte = sum of nats / ln 2 / `byte_count`. Predicting eos costs nats and adds no byte, so a model pays
+    for knowing where a document ends; `byte_count` is of the whole pass, over all processes.
+    """
+
+    streams: TokenizedSplit
+    batch_size: int
+    sequence_length: int
+    pad_id: int
+    process_rows: slice
+
+    @property
+    def byte_count(self) -> int:
+        """UTF-8 bytes of all documents of the pass."""
+        return self.streams.byte_count
+
+    def __iter__(self) -> Iterator[Batch]:
+        rows = _PackedRows(
+            grain.MapDataset.source(self.streams),
+            sequence_length=self.sequence_length,
+            pad_id=self.pad_id,
+            shuffle_seed=None,
+            window_tokens=_WINDOW_TOKENS,
+            window_documents=len(self.streams),
+        )
+        take = _rows_taker(self.process_rows)
+        for batch in rows.batch(self.batch_size, drop_remainder=False, batch_fn=_stack):
+            missing = self.batch_size - len(batch.tokens_bt)
+            padding = empty_batch(missing, sequence_length=self.sequence_length, pad_id=self.pad_id)
+            yield take(Batch(*(np.concatenate(pair) for pair in zip(batch, padding, strict=True))))
+
+
+class _PackedRows(grain.IterDataset):
+    """Streams cut and packed window by window; an element is one row, a Batch without its b axis."""
+
+    def __init__(self, documents: grain.MapDataset, **settings: Any) -> None:
+        # No reading threads: the documents are in memory, and `make_loader` prefetches whole batches.
+        super().__init__(documents.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+        self._settings = settings
+
+    def __iter__(self) -> "_PackedRowsIterator":
+        return _PackedRowsIterator(iter(self._parent), **self._settings)
+
+
+class _PackedRowsIterator(grain.DatasetIterator):
+    """Its state is where the window began upstream, the window's number and the next row: the rest is replayed."""
+
+    def __init__(
+        self,
+        parent: grain.DatasetIterator,
+        *,
+        sequence_length: int,
+        pad_id: int,
+        shuffle_seed: int | None,
+        window_tokens: int,
+        window_documents: int,
+    ) -> None:
+        super().__init__(parent)
+        self._sequence_length = sequence_length
+        self._pad_id = pad_id
+        self._shuffle_seed = shuffle_seed
+        self._window_tokens = max(window_tokens, _WINDOW_ROWS * sequence_length)
+        self._window_documents = window_documents
+        self._start_window(number=0, row=0)
+
+    def _start_window(self, *, number: int, row: int) -> None:
+        self._parent_state = self._parent.get_state()
+        self._number = number
+        self._row = row
+        self._window: Batch | None = None
+
+    def get_state(self) -> dict[str, Any]:
+        return {"parent": self._parent_state, "window": self._number, "row": self._row}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._parent.set_state(state["parent"])
+        self._start_window(number=state["window"], row=state["row"])
+
+    def __next__(self) -> Batch:
+        if self._window is None:
+            self._window = self._next_window()
+        row = Batch(*(x_bt[self._row] for x_bt in self._window))
+        self._row += 1
+        if self._row == len(self._window.tokens_bt):
+            self._start_window(number=self._number + 1, row=0)
+        return row
+
+    def _next_window(self) -> Batch:
+        """The next documents, packed. A window holds an epoch at most, or a tiny corpus would be read many times."""
+        pieces: list[Stream] = []
+        tokens = documents = 0
+        while tokens < self._window_tokens and documents < self._window_documents:
+            try:
+                stream = next(self._parent)
+            except StopIteration:
+                break
+            documents += 1
+            tokens += len(stream.tokens_t)
+            pieces += cut(stream, sequence_length=self._sequence_length)
+        if not pieces:
+            raise StopIteration
+        window = pack(pieces, sequence_length=self._sequence_length, pad_id=self._pad_id)
+        if self._shuffle_seed is None:
+            return window
+        order_b = np.random.default_rng([self._shuffle_seed, self._number]).permutation(len(window.tokens_bt))
+        return Batch(*(x_bt[order_b] for x_bt in window))
+
+
+def _stack(rows: Sequence[Batch]) -> Batch:
+    return Batch(*(np.stack(x_b) for x_b in zip(*rows, strict=True)))
+
+
+def _rows_taker(rows: slice) -> Callable[[Batch], Batch]:
+    return lambda batch: Batch(*(x_bt[rows] for x_bt in batch))
+
+
+def _process_rows(batch_size: int, sequence_length: int, process_index: int, process_count: int) -> slice:
+    """The rows of a global batch that belong to one process. Raises ValueError for a shape that cannot be."""
+    if sequence_length < 2:
+        raise ValueError(f"sequence_length = {sequence_length}: expected at least 2, a token and its target")
+    if batch_size < 1:
+        raise ValueError(f"batch_size = {batch_size}: expected at least 1")
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index = {process_index}: expected 0 to process_count - 1 = {process_count - 1}")
+    if batch_size % process_count:
+        raise ValueError(f"batch_size = {batch_size}: expected a multiple of process_count = {process_count}")
+    rows = batch_size // process_count
+    return slice(process_index * rows, (process_index + 1) * rows)
+
+
+def _spread(seed: int) -> int:
+    """A seed far from its neighbours: grain's epoch e uses seed + e, so seed 0's epoch 1 would be seed 1's epoch 0."""
+    return int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "little")

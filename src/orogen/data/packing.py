@@ -1,0 +1,151 @@
+"""Token streams cut into pieces, pieces packed into rows of equal length. Pure numpy.
+
+Legend: b batch (rows), t time, n pieces. A *stream* is one document's tokens; a *piece* is at most one row of it.
+"""
+
+import bisect
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+
+class Stream(NamedTuple):
+    """Tokens in order, int32, and the loss weight of each token as a target, float32."""
+
+    tokens_t: np.ndarray
+    weights_t: np.ndarray
+
+
+class Batch(NamedTuple):
+    """Packed rows. Position i predicts token i + 1, with weight weights[i + 1], if both have one non-zero segment.
+
+    tokens_bt int32; segments_bt int32, 1, 2, … along the row and 0 on padding; positions_bt int32, from 0 in each
+    segment; weights_bt float32, the loss weight of the token as a target, 0 on a segment's first token and on padding.
+    """
+
+    tokens_bt: np.ndarray
+    segments_bt: np.ndarray
+    positions_bt: np.ndarray
+    weights_bt: np.ndarray
+
+
+class _Decoder(Protocol):
+    def decode_bytes(self, ids: Iterable[int]) -> bytes: ...
+
+
+def document_stream(ids_t: np.ndarray, *, bos_id: int, eos_id: int) -> Stream:
+    """[bos, ids, eos], all of weight 1: `cut` takes it from bos."""
+    tokens_t = np.concatenate([[bos_id], ids_t, [eos_id]]).astype(np.int32)
+    return Stream(tokens_t, np.ones(len(tokens_t), np.float32))
+
+
+def cut(stream: Stream, *, sequence_length: int) -> list[Stream]:
+    """Pieces of at most `sequence_length` tokens, each beginning with the token that ends the one before.
+
+    That token is context only, weight 0, so over the pieces every token but the stream's first is a target once.
+    """
+    step = sequence_length - 1
+    pieces = []
+    for start in range(0, max(len(stream.tokens_t) - 1, 1), step):
+        window = slice(start, start + sequence_length)
+        weights_t = stream.weights_t[window].copy()
+        weights_t[0] = 0
+        pieces.append(Stream(stream.tokens_t[window], weights_t))
+    return pieces
+
+
+def best_fit(lengths_n: Sequence[int], *, capacity: int) -> np.ndarray:
+    """The row (n,) of each piece by best-fit decreasing: longest first, into the fullest row with room.
+
+    Rows are numbered in the order of their first pieces. Every length must lie between 1 and `capacity`.
+    Source: arXiv:2404.10830, section 3 and algorithm 1.
+    """
+    row_n = np.zeros(len(lengths_n), np.int64)
+    rows_by_room: dict[int, list[int]] = {}
+    rooms: list[int] = []  # the keys of rows_by_room, ascending
+    row_count = 0
+    for piece in np.argsort(-np.asarray(lengths_n, np.int64), kind="stable"):
+        length = int(lengths_n[piece])
+        slot = bisect.bisect_left(rooms, length)
+        if slot == len(rooms):
+            row, room = row_count, capacity
+            row_count += 1
+        else:
+            room = rooms[slot]
+            row = rows_by_room[room].pop()
+            if not rows_by_room[room]:
+                del rows_by_room[room], rooms[slot]
+        row_n[piece] = row
+        if room - length not in rows_by_room:
+            rows_by_room[room - length] = []
+            bisect.insort(rooms, room - length)
+        rows_by_room[room - length].append(row)
+    return _renumbered(row_n)
+
+
+def pack(pieces: Sequence[Stream], *, sequence_length: int, pad_id: int) -> Batch:
+    """The pieces in as few rows as best-fit finds, in their order within a row. Raises ValueError if one is too long.
+
+    A piece's first token gets weight 0: nothing in the row predicts it.
+    """
+    lengths_n = [len(piece.tokens_t) for piece in pieces]
+    if lengths_n and not 1 <= min(lengths_n) <= max(lengths_n) <= sequence_length:
+        raise ValueError(
+            f"pieces of {min(lengths_n)} to {max(lengths_n)} tokens: expected 1 to sequence_length = {sequence_length}"
+        )
+    row_n = best_fit(lengths_n, capacity=sequence_length)
+    batch = empty_batch(int(row_n.max(initial=-1)) + 1, sequence_length=sequence_length, pad_id=pad_id)
+    used_b = np.zeros(len(batch.tokens_bt), np.int64)
+    segment_b = np.zeros(len(batch.tokens_bt), np.int64)
+    for row, piece, length in zip(row_n, pieces, lengths_n, strict=True):
+        place = (row, slice(used_b[row], used_b[row] + length))
+        segment_b[row] += 1
+        used_b[row] += length
+        batch.tokens_bt[place] = piece.tokens_t
+        batch.segments_bt[place] = segment_b[row]
+        batch.positions_bt[place] = np.arange(length)
+        batch.weights_bt[place] = piece.weights_t
+    batch.weights_bt[batch.positions_bt == 0] = 0
+    return batch
+
+
+def empty_batch(rows: int, *, sequence_length: int, pad_id: int) -> Batch:
+    """Rows of padding only."""
+    shape = (rows, sequence_length)
+    return Batch(
+        tokens_bt=np.full(shape, pad_id, np.int32),
+        segments_bt=np.zeros(shape, np.int32),
+        positions_bt=np.zeros(shape, np.int32),
+        weights_bt=np.zeros(shape, np.float32),
+    )
+
+
+def piece_texts(batches: Iterable[Batch], tokenizer: _Decoder) -> Iterator[bytes]:
+    """The text bytes of each segment that are targets in it, in row order: its first token is context, and left out."""
+    for batch in batches:
+        for tokens_t, segments_t in zip(np.asarray(batch.tokens_bt), np.asarray(batch.segments_bt), strict=True):
+            for segment in range(1, int(segments_t.max()) + 1):
+                yield tokenizer.decode_bytes(tokens_t[segments_t == segment][1:])
+
+
+def trained_text(batches: Iterable[Batch], tokenizer: _Decoder) -> bytes:
+    """The exact bytes that a model predicts in these batches, each once and without specials.
+
+    Pieces follow one another as they lie in the rows; `piece_texts` keeps them apart. Over whole epochs the length
+    is that of the documents.
+    """
+    return b"".join(piece_texts(batches, tokenizer))
+
+
+def target_byte_count(batch: Batch, byte_length_v: np.ndarray) -> int:
+    """Text bytes of the batch's targets, by `Tokenizer.byte_length_v`: for bits per byte on part of a pass."""
+    return int(byte_length_v[batch.tokens_bt][batch.weights_bt > 0].sum())
+
+
+def _renumbered(row_n: np.ndarray) -> np.ndarray:
+    """The same partition, rows numbered by first appearance."""
+    _, first_of_row, inverse_n = np.unique(row_n, return_index=True, return_inverse=True)
+    rank_of_row = np.empty(len(first_of_row), np.int64)
+    rank_of_row[np.argsort(first_of_row)] = np.arange(len(first_of_row))
+    return rank_of_row[inverse_n]

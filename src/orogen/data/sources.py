@@ -1,0 +1,140 @@
+"""Documents out of files: .txt, .jsonl, .jsonl.gz, .jsonl.zst and .parquet, alone or in a folder."""
+
+import contextlib
+import gzip
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Document(NamedTuple):
+    """One text and the name it keeps for ever: its path in the corpus, with `:line` or `:row` inside a file."""
+
+    key: str
+    text: str
+
+
+def read_documents(path: str | Path, *, text_field: str) -> Iterator[Document]:
+    """The documents of a file, or of every supported file below a folder, in the order of their paths.
+
+    Files of other kinds in a folder are passed over; `unread_files` counts them.
+    Raises FileNotFoundError if `path` does not exist; ValueError, naming file and line, for a folder without a
+    supported file, bytes that are not UTF-8, a malformed line, and a missing or non-string text field.
+    """
+    root = Path(path)
+    for file in _supported_files(root):
+        key = file.name if root.is_file() else file.relative_to(root).as_posix()
+        yield from _reader(file)(file, key, text_field)
+
+
+def unread_files(path: str | Path) -> int:
+    """How many files below a folder have a suffix that `read_documents` does not read."""
+    root = Path(path)
+    return sum(_suffix(file) is None for file in _files(root))
+
+
+def read_text(file: Path) -> str:
+    """A file's text exactly, line endings included. Raises ValueError if it is not UTF-8."""
+    return _decode(file.read_bytes(), where=str(file))
+
+
+def _supported_files(root: Path) -> list[Path]:
+    if not root.exists():
+        raise FileNotFoundError(f"corpus {str(root)!r} does not exist: expected 'stdlib', a file or a folder")
+    files = [file for file in _files(root) if _suffix(file) is not None]
+    if not files:
+        raise ValueError(f"corpus {str(root)!r} has no file to read: expected {', '.join(_READERS)}")
+    return files
+
+
+def _files(root: Path) -> list[Path]:
+    if root.is_file():
+        return [root]
+    return sorted((f for f in root.rglob("*") if f.is_file()), key=lambda f: f.relative_to(root).as_posix())
+
+
+def _suffix(file: Path) -> str | None:
+    return next((suffix for suffix in _READERS if file.name.endswith(suffix)), None)
+
+
+def _reader(file: Path) -> Callable[[Path, str, str], Iterator[Document]]:
+    suffix = _suffix(file)
+    assert suffix is not None
+    return _READERS[suffix]
+
+
+def _read_txt(file: Path, key: str, text_field: str) -> Iterator[Document]:
+    del text_field  # the whole file is the text
+    yield Document(key, read_text(file))
+
+
+def _read_jsonl(file: Path, key: str, text_field: str) -> Iterator[Document]:
+    """A document a line; blank lines are not documents, but count in the line numbers of keys and messages."""
+    with _open_lines(file) as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield Document(f"{key}:{number}", _text_of_line(line, text_field, where=f"{file}:{number}"))
+
+
+def _text_of_line(line: bytes, text_field: str, *, where: str) -> str:
+    try:
+        record = json.loads(_decode(line, where=where))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: {error.msg}: expected one JSON object on the line") from error
+    if not isinstance(record, dict) or text_field not in record:
+        found = sorted(record) if isinstance(record, dict) else type(record).__name__
+        raise ValueError(f"{where}: found {found}: expected a JSON object with the field {text_field!r}")
+    return _checked_text(record[text_field], text_field, where=where)
+
+
+def _checked_text(text: object, text_field: str, *, where: str) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: {text_field!r} is {text!r}: expected a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell a lone surrogate, which no UTF-8 text holds
+        raise ValueError(f"{where}: {text_field!r} holds a lone surrogate: expected valid Unicode") from error
+    return text
+
+
+def _open_lines(file: Path) -> contextlib.AbstractContextManager[Iterable[bytes]]:
+    if file.name.endswith(".gz"):
+        return gzip.open(file, "rb")
+    if file.name.endswith(".zst"):
+        import zstandard  # here, so that only those who read .zst need it
+
+        # zstandard's own file object has no line iteration in binary mode
+        return io.BufferedReader(zstandard.open(file, "rb"))
+    return file.open("rb")
+
+
+def _read_parquet(file: Path, key: str, text_field: str) -> Iterator[Document]:
+    from pyarrow import parquet  # here, because importing it takes longer than reading most corpora
+
+    with parquet.ParquetFile(file) as table:
+        names = table.schema_arrow.names
+        if text_field not in names:
+            raise ValueError(f"{file}: found the columns {names}: expected a column {text_field!r}")
+        number = 0
+        for chunk in table.iter_batches(columns=[text_field]):
+            for value in chunk.column(0).to_pylist():
+                number += 1
+                yield Document(f"{key}:{number}", _checked_text(value, text_field, where=f"{file}:{number}"))
+
+
+def _decode(data: bytes, *, where: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: byte {error.start} is not UTF-8: expected UTF-8 text") from error
+
+
+_READERS: dict[str, Callable[[Path, str, str], Iterator[Document]]] = {
+    ".txt": _read_txt,
+    ".jsonl": _read_jsonl,
+    ".jsonl.gz": _read_jsonl,
+    ".jsonl.zst": _read_jsonl,
+    ".parquet": _read_parquet,
+}

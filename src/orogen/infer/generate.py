@@ -1,0 +1,95 @@
+"""Samples text, recomputing the whole sequence for every token: slow and plainly right.
+
+Letters: b batch, t time, v vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array, lax
+
+from orogen.config.checks import ConfigError
+from orogen.config.load import load
+from orogen.config.model import ModelConfig
+from orogen.data.tokenizer import Tokenizer
+from orogen.infer.sampling import sample
+from orogen.model.lm import Built, build
+from orogen.parallel.plan import Plan, single_device_plan
+from orogen.train.checkpoint import Checkpoints, with_shardings
+
+# Sequences are padded to a multiple of this, so that prompts of many lengths share a compiled program.
+BUCKET = 64
+
+
+class Loaded(NamedTuple):
+    """A trained model on one device, with its tokenizer."""
+
+    config: ModelConfig
+    built: Built
+    params: nnx.State
+    buffers: nnx.State
+    tokenizer: Tokenizer
+    plan: Plan
+
+
+def load_checkpoint(folder: Path) -> Loaded:
+    """The latest model of a run folder, on one device. Raises ConfigError if it holds none."""
+    saved = folder / "config.gin"
+    if not saved.is_file() or not (folder / "checkpoints").is_dir():
+        raise ConfigError(f"checkpoint {str(folder)!r} is no run folder; expected one with config.gin and checkpoints/")
+    config, _ = load([saved])
+    # Room for every token: inference drops none, whatever capacity the run trained with.
+    roomy = dataclasses.replace(config.plan, capacity_factor=None, dispatch="allgather")
+    plan = single_device_plan(roomy, config.need("model").model)
+    built = build(config.model)
+    targets = (with_shardings(t, plan.shardings(t)) for t in (built.params, built.buffers))
+    with Checkpoints(folder) as checkpoints:
+        params, buffers = checkpoints.restore_model(*targets)
+    return Loaded(config.model, built, params, buffers, Tokenizer.load(folder / "tokenizer"), plan)
+
+
+def generate(
+    loaded: Loaded, prompts: Sequence[str], *, tokens: int, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0
+) -> list[str]:
+    """Continuations of `prompts`, each up to `tokens` tokens or its end-of-document token."""
+    tokenizer = loaded.tokenizer
+    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    lengths_b = np.array([len(i) for i in ids])
+    length = -(-(int(lengths_b.max()) + tokens) // BUCKET) * BUCKET
+    tokens_bt = np.full((len(ids), length), tokenizer.pad_id, np.int32)
+    for row, i in zip(tokens_bt, ids, strict=True):
+        row[: len(i)] = i
+    continued_bt = np.asarray(
+        _continue(
+            loaded.params, loaded.buffers, tokens_bt, lengths_b, jax.random.key(seed), steps=tokens,
+            graph=loaded.built.graph, plan=loaded.plan, temperature=temperature, top_p=top_p,
+        )
+    )
+    texts = []
+    for row, start in zip(continued_bt, lengths_b, strict=True):
+        new = row[start : start + tokens].tolist()
+        texts.append(tokenizer.decode(new[: new.index(tokenizer.eos_id)] if tokenizer.eos_id in new else new))
+    return texts
+
+
+@partial(jax.jit, static_argnames=("steps", "graph", "plan", "temperature", "top_p"))
+def _continue(params, buffers, tokens_bt, lengths_b, key, *, steps, graph, plan, temperature, top_p) -> Array:
+    model = nnx.merge(graph, params, buffers)
+    rows = jnp.arange(tokens_bt.shape[0])
+
+    def extend(step: Array, tokens_bt: Array) -> Array:
+        last_b = lengths_b + step - 1
+        segments_bt = (jnp.arange(tokens_bt.shape[1]) <= last_b[:, None]).astype(jnp.int32)
+        h_btd, _ = model.hidden(tokens_bt, segments_bt, plan)
+        logits_bv = model.head(h_btd[rows, last_b][:, None], plan)[:, 0]
+        chosen_b = sample(logits_bv, jax.random.fold_in(key, step), temperature=temperature, top_p=top_p)
+        return tokens_bt.at[rows, last_b + 1].set(chosen_b)
+
+    return lax.fori_loop(0, steps, extend, tokens_bt)

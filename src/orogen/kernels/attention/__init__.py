@@ -1,0 +1,75 @@
+"""Causal grouped-query attention inside documents, by implementation name.
+
+Axes: b batch, t queries, s keys, h query heads, g key heads, k head size.
+"""
+
+from jax import Array
+from jax import numpy as jnp
+
+from orogen.kernels.attention.blocked import attention_blocked
+from orogen.kernels.attention.reference import attention_full
+from orogen.parallel.varying import vary_like
+
+IMPLEMENTATIONS = {"full": attention_full, "blocked": attention_blocked}
+
+
+def attention(
+    q_bthk: Array,
+    k_bsgk: Array,
+    v_bsgk: Array,
+    *,
+    segments_bt: Array | None = None,
+    kv_segments_bs: Array | None = None,
+    q_index_t: Array | None = None,
+    k_index_s: Array | None = None,
+    scale: float,
+    implementation: str,
+) -> Array:
+    """Outputs (b, t, h, k) in q's dtype: softmax(scale q kᵀ) v over the keys that a query sees.
+
+    A query sees the keys of its segment whose index is not after its own. `segments_bt` (int; None: one segment) are
+    the queries', `kv_segments_bs` the keys' (None: the queries'). Padding (0) is a segment like another. Indices are
+    places in the sequence, int32, by default 0, 1, ...: a rank that holds a part of the sequence names its part.
+    A query that sees no key gives zeros. Query head i reads key head i // (h / g); values may have another head size.
+    Scores and softmax are float32 whatever the inputs are.
+
+    Raises ValueError if the shapes disagree, heads are not a multiple of key heads, or the name is unknown.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r}: expected one of {sorted(IMPLEMENTATIONS)}")
+    if kv_segments_bs is None:
+        kv_segments_bs = segments_bt
+    _check_shapes(q_bthk, k_bsgk, v_bsgk, segments_bt, kv_segments_bs, q_index_t, k_index_s)
+    (batch, queries), keys = q_bthk.shape[:2], k_bsgk.shape[1]
+    if segments_bt is None:
+        segments_bt = jnp.zeros((batch, queries), jnp.int32)
+    if kv_segments_bs is None:
+        kv_segments_bs = jnp.zeros((batch, keys), jnp.int32)
+    if q_index_t is None:
+        q_index_t = jnp.arange(queries)
+    if k_index_s is None:
+        k_index_s = jnp.arange(keys)
+    operands = (q_bthk, k_bsgk, v_bsgk, segments_bt, kv_segments_bs, q_index_t, k_index_s)
+    return IMPLEMENTATIONS[implementation](*vary_like(operands, operands), scale=scale)
+
+
+def _check_shapes(q_bthk, k_bsgk, v_bsgk, segments_bt, kv_segments_bs, q_index_t, k_index_s) -> None:
+    """Raises ValueError that names the first operand whose shape does not fit q and k."""
+    if q_bthk.ndim != 4 or k_bsgk.ndim != 4:
+        raise ValueError(f"q {q_bthk.shape}, k {k_bsgk.shape}: expected (b, t, h, k) and (b, s, g, k)")
+    (batch, queries, heads, size), (_, keys, groups, _) = q_bthk.shape, k_bsgk.shape
+    if heads % groups:
+        raise ValueError(f"{heads} query heads over {groups} key heads: expected a multiple")
+    if (segments_bt is None) != (kv_segments_bs is None):
+        raise ValueError("kv_segments_bs without segments_bt: expected both or neither")
+    expected = {
+        "k": (k_bsgk, (batch, keys, groups, size)),
+        "v": (v_bsgk, (batch, keys, groups, v_bsgk.shape[-1])),
+        "segments": (segments_bt, (batch, queries)),
+        "kv_segments": (kv_segments_bs, (batch, keys)),
+        "q_index": (q_index_t, (queries,)),
+        "k_index": (k_index_s, (keys,)),
+    }
+    for name, (operand, shape) in expected.items():
+        if operand is not None and operand.shape != shape:
+            raise ValueError(f"{name} has shape {operand.shape}: expected {shape} beside q {q_bthk.shape}")

@@ -1,0 +1,42 @@
+"""Attention by blocks of queries; scores are computed again for the gradient.
+
+Axes: b batch, t queries, s keys, h query heads, g key heads, k head size, i blocks.
+"""
+
+import jax
+from jax import Array, lax
+from jax import numpy as jnp
+
+from orogen.kernels.attention.reference import attention_full
+
+BLOCK = 128
+
+
+def attention_blocked(
+    q_bthk: Array,
+    k_bsgk: Array,
+    v_bsgk: Array,
+    segments_bt: Array,
+    kv_segments_bs: Array,
+    q_index_t: Array,
+    k_index_s: Array,
+    *,
+    scale: float,
+    block: int = BLOCK,
+) -> Array:
+    """See `attention`: never holds more than (b, h, block, s) scores."""
+    batch, queries, heads, _ = q_bthk.shape
+    block = min(block, queries)
+
+    def split(a: Array, axis: int) -> Array:
+        pad = [(0, -queries % block if i == axis else 0) for i in range(a.ndim)]
+        a = jnp.pad(a, pad).reshape(*a.shape[:axis], -1, block, *a.shape[axis + 1 :])
+        return jnp.moveaxis(a, axis, 0)
+
+    @jax.checkpoint
+    def step(q_bthk, segments_bt, q_index_t):
+        return attention_full(q_bthk, k_bsgk, v_bsgk, segments_bt, kv_segments_bs, q_index_t, k_index_s, scale=scale)
+
+    blocks = (split(q_bthk, 1), split(segments_bt, 1), split(q_index_t, 0))
+    _, y_ibthk = lax.scan(lambda _, block: (None, step(*block)), None, blocks)
+    return jnp.moveaxis(y_ibthk, 0, 1).reshape(batch, -1, heads, v_bsgk.shape[-1])[:, :queries]

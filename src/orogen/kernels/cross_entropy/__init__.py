@@ -1,0 +1,63 @@
+"""Cross-entropy of a linear head over a vocabulary that may be split over ranks, by implementation name.
+
+Axes: n tokens, d model, v vocabulary of this rank.
+"""
+
+from collections.abc import Callable
+
+import jax
+from jax import Array
+from jax import numpy as jnp
+
+from orogen.kernels.cross_entropy.chunked import cross_entropy_chunked
+from orogen.kernels.cross_entropy.reference import cross_entropy_full
+from orogen.parallel.varying import vary_like
+
+IMPLEMENTATIONS = {"full": cross_entropy_full, "chunked": cross_entropy_chunked}
+
+
+def _alone(x: Array) -> Array:
+    """The whole vocabulary is here: nothing to combine."""
+    return x
+
+
+def cross_entropy(
+    x_nd: Array,
+    head_dv: Array,
+    targets_n: Array,
+    weights_n: Array,
+    *,
+    chunk: int,
+    vocab_start: Array | int = 0,
+    reduce_max: Callable[[Array], Array] = _alone,
+    reduce_sum: Callable[[Array], Array] = _alone,
+    implementation: str,
+) -> Array:
+    """Sum over tokens of weight times negative log-likelihood, in nats: a float32 scalar.
+
+        sum_n w_n (log sum_v exp(x_n . head_v) - x_n . head_target(n))
+
+    Logits accumulate and the softmax runs in float32 whatever the inputs are. `head_dv` may be one rank's columns of
+    the vocabulary, the first being number `vocab_start`: then `reduce_max` and `reduce_sum` combine float32 (n,) over
+    the ranks, and every rank returns the same loss. A token of weight 0 has a gradient of exactly zero and may have
+    any target; other targets must exist. No gradient flows into `weights_n`.
+    `chunk` is how many tokens' logits exist at a time: memory and speed only, and "full" ignores it.
+
+    Raises ValueError if the shapes disagree or a name or size is unknown.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r}: expected one of {sorted(IMPLEMENTATIONS)}")
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk}: expected at least 1")
+    if x_nd.ndim != 2 or head_dv.ndim != 2 or x_nd.shape[1] != head_dv.shape[0]:
+        raise ValueError(f"x {x_nd.shape}, head {head_dv.shape}: expected (n, d) and (d, v)")
+    for name, operand in (("targets", targets_n), ("weights", weights_n)):
+        if operand.shape != x_nd.shape[:1]:
+            raise ValueError(f"{name} has shape {operand.shape}: expected {x_nd.shape[:1]} beside x {x_nd.shape}")
+    weights_n = jax.lax.stop_gradient(weights_n.astype(jnp.float32))
+    # One type inside shard_map: x is the same on all ranks of the vocabulary, its gradient there is a part of a sum,
+    # and the transpose of this line sums it; likewise the head's over the shards of the tokens.
+    x_nd, head_dv = vary_like((x_nd, head_dv), (x_nd, head_dv, targets_n, weights_n, vocab_start))
+    columns_n = targets_n - vocab_start
+    run = IMPLEMENTATIONS[implementation]
+    return run(x_nd, head_dv, columns_n, weights_n, chunk=chunk, reduce_max=reduce_max, reduce_sum=reduce_sum)

@@ -1,0 +1,53 @@
+"""Each group of rows times its own weight, as experts need it, by implementation name.
+
+Axes: n rows, d width in, f width out, e groups.
+"""
+
+from jax import Array
+from jax import numpy as jnp
+
+from orogen.kernels.grouped_matmul.blocks import grouped_matmul_blocks
+from orogen.kernels.grouped_matmul.ragged_dot import grouped_matmul_ragged_dot
+from orogen.kernels.grouped_matmul.reference import grouped_matmul_masked
+from orogen.parallel.varying import vary_like
+
+IMPLEMENTATIONS = {
+    "reference": grouped_matmul_masked,
+    "blocks": grouped_matmul_blocks,
+    "ragged_dot": grouped_matmul_ragged_dot,
+}
+
+
+def grouped_matmul(rows_nd: Array, weights_edf: Array, group_sizes: Array | int, *, implementation: str) -> Array:
+    """Rows (n, f) in the rows' dtype: row i times the weight of its group, accumulated in float32.
+
+    The rows are sorted by group. `group_sizes` is int32 (e,), each at least 0, with a sum of at most n: rows beyond
+    the sum give zeros and get zero gradients, whatever they hold. A Python int says that every group has that many
+    rows, which is one batched product, the same for every implementation.
+
+    Raises ValueError if shapes or sizes disagree, the name is unknown, or the implementation cannot run here.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r}: expected one of {sorted(IMPLEMENTATIONS)}")
+    if rows_nd.ndim != 2 or weights_edf.ndim != 3 or rows_nd.shape[1] != weights_edf.shape[1]:
+        raise ValueError(f"rows {rows_nd.shape}, weights {weights_edf.shape}: expected (n, d) and (e, d, f)")
+    groups, rows = len(weights_edf), len(rows_nd)
+    if isinstance(group_sizes, int):
+        if rows != groups * group_sizes:
+            raise ValueError(f"group_sizes={group_sizes}: expected {groups} groups to make up the {rows} rows")
+        return _multiply_equal(rows_nd, weights_edf)
+    if group_sizes.shape != (groups,):
+        raise ValueError(f"group_sizes has shape {group_sizes.shape}: expected {(groups,)}, one a weight")
+    if not rows:
+        return jnp.zeros((0, weights_edf.shape[2]), rows_nd.dtype)
+    operands = (rows_nd, weights_edf, group_sizes)
+    # One type for all inside shard_map: the transpose then sums the weights' gradient over the shards of the rows.
+    return IMPLEMENTATIONS[implementation](*vary_like(operands, operands))
+
+
+def _multiply_equal(rows_nd: Array, weights_edf: Array) -> Array:
+    """One batched product: every group has n / e rows."""
+    groups, width, out = weights_edf.shape
+    rows_ecd = rows_nd.reshape(groups, -1, width)
+    out_ecf = jnp.einsum("ecd,edf->ecf", rows_ecd, weights_edf, preferred_element_type=jnp.float32)
+    return out_ecf.reshape(-1, out).astype(rows_nd.dtype)

@@ -1,0 +1,39 @@
+"""The Mamba-2 recurrence one token after another: slow, obvious, and what the fast versions must equal.
+
+Axes: b batch, t time, h heads, p head size, g groups, n state.
+"""
+
+from jax import Array, lax
+from jax import numpy as jnp
+
+
+def ssd_recurrence(
+    x_bthp: Array,
+    dt_bth: Array,
+    a_h: Array,
+    b_btgn: Array,
+    c_btgn: Array,
+    segments_bt: Array,
+    initial_state_bhpn: Array,
+    *,
+    chunk_size: int,
+) -> tuple[Array, Array]:
+    """`ssd` by `lax.scan` over time; float32 throughout, and `chunk_size` has no meaning here."""
+    del chunk_size
+    heads_per_group = x_bthp.shape[2] // b_btgn.shape[2]
+    # A row's first token continues the initial state, so it never counts as a change.
+    previous_bt = jnp.concatenate([segments_bt[:, :1], segments_bt[:, :-1]], axis=1)
+    keep_bt = (segments_bt == previous_bt).astype(jnp.float32)
+
+    def step(state_bhpn: Array, token: tuple[Array, ...]) -> tuple[Array, Array]:
+        x_bhp, dt_bh, b_bgn, c_bgn, keep_b = token
+        b_bhn = jnp.repeat(b_bgn, heads_per_group, axis=1)
+        c_bhn = jnp.repeat(c_bgn, heads_per_group, axis=1)
+        decay_bh = jnp.exp(dt_bh * a_h.astype(jnp.float32)) * keep_b[:, None]
+        state_bhpn = decay_bh[..., None, None] * state_bhpn + jnp.einsum("bh,bhp,bhn->bhpn", dt_bh, x_bhp, b_bhn)
+        return state_bhpn, jnp.einsum("bhpn,bhn->bhp", state_bhpn, c_bhn)
+
+    tokens = (x_bthp, dt_bth, b_btgn, c_btgn, keep_bt)
+    time_first = tuple(jnp.moveaxis(array, 1, 0).astype(jnp.float32) for array in tokens)
+    final_bhpn, y_tbhp = lax.scan(step, initial_state_bhpn, time_first)
+    return jnp.moveaxis(y_tbhp, 0, 1).astype(x_bthp.dtype), final_bhpn

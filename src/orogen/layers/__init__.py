@@ -1,0 +1,1 @@
+"""The only place a parameter is made: each is born with its logical axis names."""

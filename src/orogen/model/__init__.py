@@ -1,0 +1,1 @@
+"""The models: Flax NNX modules that know logical axis names and never a mesh."""

@@ -1,0 +1,75 @@
+"""The language model: embedding, backbone, final norm, head, and the multi-token-prediction block.
+
+Letters: b batch, t time, d model, v vocabulary.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+from jax import Array
+
+from orogen.config.model import ModelConfig
+from orogen.layers.embedding import Embedding, Head
+from orogen.layers.norm import RMSNorm
+from orogen.model.block import Stack, repeats
+from orogen.model.mtp import MTPBlock, shift_left, shifted_segments
+from orogen.parallel.plan import Plan
+
+
+class LanguageModel(nnx.Module):
+    """A pattern of residual layers between an embedding and a head, untied."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        size, std = config.hidden_size, config.init_std
+        self.embedding = Embedding(config.vocab_size, size, std=std, rngs=rngs)
+        self.backbone = Stack(repeats(config.layers.main), config, rngs)
+        self.norm = RMSNorm(size, config.layer_norm_epsilon)
+        self.head = Head(size, config.vocab_size, std=std, rngs=rngs)
+        self.mtp = MTPBlock(config, rngs) if config.layers.mtp else None
+        self.mtp_depths = config.mtp_depths
+
+    def hidden(self, tokens_bt: Array, segments_bt: Array, plan: Plan, replay: Any = None) -> tuple[Array, Any]:
+        """The final-normed hidden state (b, t of this rank's sequence piece, d) and the layers' statistics."""
+        x_btd = self.embedding(tokens_bt, plan)
+        x_btd, stats = self.backbone(x_btd, segments_bt, plan, replay)
+        return self.norm(x_btd), stats
+
+    def deeper(
+        self, h_btd: Array, tokens_bt: Array, segments_bt: Array, plan: Plan, replay: Any = None
+    ) -> list[tuple[Array, Any]]:
+        """(hidden state, statistics) of each multi-token-prediction depth 1, 2, …; none without a block."""
+        depths = []
+        for depth in range(1, self.mtp_depths + 1):
+            with jax.named_scope(f"mtp_{depth}"):
+                embedded_btd = self.embedding(shift_left(tokens_bt, depth), plan)
+                h_btd, stats = self.mtp(
+                    h_btd, embedded_btd, shifted_segments(segments_bt, depth), plan, replay and replay[depth - 1]
+                )
+            depths.append((h_btd, stats))
+        return depths
+
+    def logits(self, tokens_bt: Array, segments_bt: Array, plan: Plan) -> Array:
+        """Logits (b, t, v) float32 of the next token, whole on every rank."""
+        h_btd, _ = self.hidden(tokens_bt, segments_bt, plan)
+        return self.head(plan.gather(h_btd, "sequence"), plan)
+
+
+class Built(NamedTuple):
+    """A model taken apart: its static graph, and its parameters and buffers as abstract arrays with axis names."""
+
+    graph: nnx.GraphDef
+    params: nnx.State
+    buffers: nnx.State
+
+
+def build(config: ModelConfig) -> Built:
+    """The model of `config`, without allocating anything."""
+    model = jax.eval_shape(lambda: LanguageModel(config, nnx.Rngs(0)))
+    return Built(*nnx.split(model, nnx.Param, ...))
+
+
+def initial_state(config: ModelConfig, seed: int | Array) -> tuple[nnx.State, nnx.State]:
+    """Parameters and buffers; to be jitted with the plan's shardings. The same numbers on every mesh."""
+    _, params, buffers = nnx.split(LanguageModel(config, nnx.Rngs(jax.random.key(seed))), nnx.Param, ...)
+    return params, buffers

@@ -1,0 +1,84 @@
+"""The Mamba-2 mixer (arXiv:2405.21060), as Megatron and Nemotron-H compute it.
+
+Letters: b batch, t time, d model, i inner channels (heads x head size), c conv channels, h heads, p head size,
+g groups, n state.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from orogen.config.model import ModelConfig
+from orogen.kernels.causal_conv1d import causal_conv1d
+from orogen.kernels.ssd import ssd
+from orogen.layers.norm import GroupRMSNorm
+from orogen.layers.parameter import normal, parameter, uniform
+from orogen.parallel.plan import Plan
+
+# The range of the initial time steps and their floor, the same in every Mamba-2 release.
+TIME_STEP_MIN, TIME_STEP_MAX, TIME_STEP_FLOOR = 1e-3, 1e-1, 1e-4
+
+
+class CausalConv(nnx.Module):
+    """silu(depthwise causal convolution + bias); weight and bias from U(±1/√K) as PyTorch initialises them."""
+
+    def __init__(self, channels: int, taps: int, axis: str, rngs: nnx.Rngs):
+        self.weight = uniform(rngs, (channels, taps), (axis, "taps"), bound=taps**-0.5)
+        self.bias = uniform(rngs, (channels,), (axis,), bound=taps**-0.5)
+
+    def __call__(self, x_btc: Array, segments_bt: Array) -> Array:
+        y_btc = causal_conv1d(x_btc, self.weight[...], self.bias[...].astype(x_btc.dtype), segments_bt=segments_bt)
+        return jax.nn.silu(y_btc)
+
+
+class Mamba2(nnx.Module):
+    """z, x, B, C, dt = projections; y = SSD(silu(conv(x, B, C)), softplus(dt + bias)) + D x; out(norm(y · silu(z)))."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        size, heads, taps = config.hidden_size, config.mamba_num_heads, config.conv_kernel
+        inner, states = heads * config.mamba_head_dim, config.n_groups * config.ssm_state_size
+        self.head_dim, self.state_size, self.chunk_size = config.mamba_head_dim, config.ssm_state_size, config.chunk_size
+        project = lambda width, axis: normal(rngs, (size, width), ("embed", axis), std=config.init_std)  # noqa: E731
+        self.z, self.x = project(inner, "mamba_heads"), project(inner, "mamba_heads")
+        self.B, self.C = project(states, "groups"), project(states, "groups")
+        self.dt = project(heads, "mamba_heads")
+        self.conv_x = CausalConv(inner, taps, "mamba_heads", rngs)
+        self.conv_B, self.conv_C = (CausalConv(states, taps, "groups", rngs) for _ in range(2))
+        self.dt_bias = parameter(_initial_dt_bias(rngs, heads), ("mamba_heads",))
+        self.A_log = parameter(jnp.log(jax.random.uniform(rngs.params(), (heads,), minval=1, maxval=16)), ("mamba_heads",))
+        self.D = parameter(jnp.ones(heads), ("mamba_heads",))
+        self.norm = GroupRMSNorm(inner, config.n_groups, config.layer_norm_epsilon)
+        self.out = normal(rngs, (inner, size), ("mamba_heads", "embed"), std=config.output_init_std)
+
+    def __call__(self, x_btd: Array, segments_bt: Array, plan: Plan) -> Array:
+        h_btd = plan.gather(x_btd, "sequence")
+        z_bti, x_bti, B_btc, C_btc, dt_bth = (
+            h_btd @ plan.weight(w) for w in (self.z, self.x, self.B, self.C, self.dt)
+        )
+        with jax.named_scope("conv"):
+            x_bti = self.conv_x(x_bti, segments_bt)
+            B_btc, C_btc = self.conv_B(B_btc, segments_bt), self.conv_C(C_btc, segments_bt)
+        with jax.named_scope("ssd"):
+            y_bti = self._scan(x_bti, B_btc, C_btc, dt_bth, segments_bt, plan)
+        with jax.named_scope("gated_norm"):
+            gated_bti = y_bti.astype(jnp.float32) * jax.nn.silu(z_bti.astype(jnp.float32))
+            y_bti = self.norm(gated_bti, plan).astype(x_btd.dtype)
+        return plan.scatter(y_bti @ plan.weight(self.out), "sequence")
+
+    def _scan(self, x_bti, B_btc, C_btc, dt_bth, segments_bt, plan) -> Array:
+        split = lambda a, size: a.reshape(*a.shape[:2], -1, size)  # noqa: E731
+        x_bthp = split(x_bti, self.head_dim)
+        dt_bth = jax.nn.softplus(dt_bth.astype(jnp.float32) + self.dt_bias[...])
+        y_bthp, _ = ssd(
+            x_bthp, dt_bth, -jnp.exp(self.A_log[...]), split(B_btc, self.state_size), split(C_btc, self.state_size),
+            segments_bt=segments_bt, chunk_size=self.chunk_size, implementation=plan.config.ssd,
+        )
+        return (y_bthp + self.D[...][:, None].astype(x_bthp.dtype) * x_bthp).reshape(x_bti.shape)
+
+
+def _initial_dt_bias(rngs: nnx.Rngs, heads: int) -> Array:
+    """softplus⁻¹ of time steps drawn log-uniformly: v + log(-expm1(-v))."""
+    low, high = jnp.log(TIME_STEP_MIN), jnp.log(TIME_STEP_MAX)
+    step_h = jnp.maximum(jnp.exp(jax.random.uniform(rngs.params(), (heads,), minval=low, maxval=high)), TIME_STEP_FLOOR)
+    return step_h + jnp.log(-jnp.expm1(-step_h))

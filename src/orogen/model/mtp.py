@@ -1,0 +1,48 @@
+"""Multi-token prediction: one block, applied once a depth, that predicts the token after the next (and so on).
+
+Letters: b batch, t time, d model. Sources: arXiv:2412.19437, section 2.2; Megatron's repeated MTP layer.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from orogen.config.model import ModelConfig
+from orogen.layers.norm import RMSNorm
+from orogen.layers.parameter import normal
+from orogen.model.block import Stack, repeats
+from orogen.parallel.plan import Plan
+
+
+def shift_left(x_bt: Array, steps: int) -> Array:
+    """x[:, i + steps] at position i, and zero where that is past the end."""
+    return jnp.pad(x_bt[:, steps:], ((0, 0), (0, steps))) if steps else x_bt
+
+
+def shifted_segments(segments_bt: Array, steps: int) -> Array:
+    """The segment ids of tokens whose successor `steps` further on lies in the same document; 0 elsewhere."""
+    return jnp.where(segments_bt == shift_left(segments_bt, steps), segments_bt, 0)
+
+
+class MTPBlock(nnx.Module):
+    """h' = norm(layers(project([enorm(embedding of a later token); hnorm(h)]))), the embedding first."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        size, epsilon = config.hidden_size, config.layer_norm_epsilon
+        self.embedding_norm, self.hidden_norm = RMSNorm(size, epsilon), RMSNorm(size, epsilon)
+        self.project = normal(rngs, (2 * size, size), (None, "embed"), std=config.init_std)
+        self.layers = Stack(repeats(config.layers.mtp), config, rngs)
+        self.final_norm = RMSNorm(size, epsilon)
+
+    def __call__(
+        self, h_btd: Array, embedded_btd: Array, segments_bt: Array, plan: Plan, replay: Any = None
+    ) -> tuple[Array, Any]:
+        """The next depth's hidden state and the layers' statistics, from the last one's and embeddings one further on.
+
+        segments_bt: from `shifted_segments`, so that tokens without a later token in their document take no part.
+        """
+        joined_btd = jnp.concatenate([self.embedding_norm(embedded_btd), self.hidden_norm(h_btd)], axis=-1)
+        x_btd, stats = self.layers(joined_btd @ plan.weight(self.project), segments_bt, plan, replay)
+        return self.final_norm(x_btd), stats

@@ -1,0 +1,1 @@
+"""Routed experts: router, dispatch, experts, and the layer that joins them."""

@@ -1,0 +1,110 @@
+"""The mixture-of-experts mixer: router, dispatch, experts, latent projections and shared expert.
+
+Letters: b batch, t time of this rank's sequence piece, n tokens (b · t), d model, w expert width, k experts a token.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from orogen.config.model import ModelConfig
+from orogen.layers.mlp import MLP
+from orogen.layers.parameter import normal
+from orogen.moe.dispatch import DISPATCHES, expert_capacity, within_capacity
+from orogen.moe.experts import Experts
+from orogen.moe.router import Router, RouterLosses, Routing, expert_counts, router_losses
+from orogen.parallel.plan import Plan
+
+
+class Choice(NamedTuple):
+    """The experts (b, t, k) of each token, which replay needs, and of its own top k the margin (b, t) and whether the
+    experts replayed were others (b, t); see Routing."""
+
+    experts: Array
+    margin: Array
+    flipped: Array
+
+
+class MoEStats(NamedTuple):
+    """What one layer reports, as this rank's sums: assignments by expert (before any drop), assignments dropped,
+    the router's losses, and each token's choice."""
+
+    load: Array
+    dropped: Array
+    losses: RouterLosses
+    choice: Choice
+
+
+class MoE(nnx.Module):
+    """Σ_j w_j · expert_j(x) + shared(x); with a latent size, experts work between two projections (LatentMoE).
+
+    Gate and shared expert read the full width. Source: arXiv:2512.20856, section 2.2.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        size, std, out_std = config.hidden_size, config.init_std, config.output_init_std
+        self.n_experts = config.n_routed_experts
+        self.router = Router(config, rngs)
+        self.experts = Experts(config, rngs)
+        latent, hidden = config.moe_latent_size, config.moe_shared_expert_intermediate_size
+        self.latent_down = normal(rngs, (size, latent), ("embed", None), std=std) if latent else None
+        self.latent_up = normal(rngs, (latent, size), (None, "embed"), std=out_std) if latent else None
+        self.shared = MLP(size, hidden, std=std, out_std=out_std, rngs=rngs) if hidden else None
+
+    def __call__(self, x_btd: Array, segments_bt: Array, plan: Plan, replay: Array | None) -> tuple[Array, MoEStats]:
+        """y (b, t, d) and statistics. segments_bt: of the whole context rank; replay: experts (b, t, k) to use."""
+        valid_bt = plan.piece(segments_bt, "sequence") != 0
+        with jax.named_scope("router"):
+            logits_bte, routing = self.router(x_btd, plan, replay)
+            stats, keep_btk, capacity = self._account(logits_bte, routing, valid_bt, plan)
+        with jax.named_scope("experts"):
+            flat = lambda a: a.reshape(-1, a.shape[-1])  # noqa: E731
+            u_btw = x_btd if self.latent_down is None else x_btd @ plan.weight(self.latent_down)
+            dispatcher = DISPATCHES[plan.config.dispatch]
+            rows, group_sizes, ticket = dispatcher.dispatch(
+                flat(u_btw), flat(routing.experts), flat(keep_btk), self.n_experts, capacity, plan
+            )
+            y_nw = dispatcher.combine(self.experts(rows, group_sizes, plan), flat(routing.weights), ticket, plan)
+            y_btd = y_nw.reshape(u_btw.shape)
+            y_btd = y_btd if self.latent_up is None else y_btd @ plan.weight(self.latent_up)
+        if self.shared is not None:
+            with jax.named_scope("shared_expert"):
+                y_btd = y_btd + self.shared(x_btd, plan)
+        return y_btd, stats
+
+    def _account(
+        self, logits_bte: Array, routing: Routing, valid_bt: Array, plan: Plan
+    ) -> tuple[MoEStats, Array, int]:
+        """Statistics, which assignments have room, and an expert's capacity from each source rank."""
+        k = routing.experts.shape[-1]
+        rows, columns = plan.sources
+        by_source = lambda a: _split(a, rows, columns)  # noqa: E731
+        tokens = valid_bt.size // (rows * columns)
+        capacity = expert_capacity(tokens, k, self.n_experts, plan.config.capacity_factor)
+        keep = jax.vmap(lambda idx, valid: within_capacity(idx, valid, n_experts=self.n_experts, capacity=capacity))(
+            by_source(routing.experts), by_source(valid_bt[..., None])[..., 0]
+        )
+        keep_btk = _join(keep, routing.experts.shape, rows, columns)
+        valid_btk = jnp.broadcast_to(valid_bt[..., None], keep_btk.shape)
+        stats = MoEStats(
+            load=expert_counts(routing.experts, valid_btk, self.n_experts, axes=(0, 1, 2)),
+            dropped=jnp.sum(valid_btk & ~keep_btk, dtype=jnp.float32),
+            losses=router_losses(logits_bte, routing.scores, valid_bt, plan, k=k),
+            choice=Choice(routing.experts, routing.margin, routing.flipped),
+        )
+        return stats, keep_btk, capacity * rows * columns
+
+
+def _split(x_btk: Array, rows: int, columns: int) -> Array:
+    """(sources, n, k): the tokens of each of rows x columns source ranks."""
+    b, t, k = x_btk.shape
+    return x_btk.reshape(rows, b // rows, columns, t // columns, k).swapaxes(1, 2).reshape(rows * columns, -1, k)
+
+
+def _join(x_snk: Array, shape: tuple[int, ...], rows: int, columns: int) -> Array:
+    """The inverse of `_split`."""
+    b, t, k = shape
+    return x_snk.reshape(rows, columns, b // rows, t // columns, k).swapaxes(1, 2).reshape(shape)

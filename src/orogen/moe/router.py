@@ -1,0 +1,119 @@
+"""Which experts a token goes to, with what weight, and how even that is.
+
+Letters: b batch, t time of this rank, n tokens, d model, e experts, k experts per token.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+
+from orogen.config.model import ModelConfig
+from orogen.layers.parameter import buffer, normal
+from orogen.parallel.plan import Plan
+
+# Keeps a token whose scores all underflow from dividing by zero; the value is Hugging Face's and Megatron's.
+EPSILON = 1e-20
+
+
+class Routing(NamedTuple):
+    """Experts (…, k) int32, their weights (…, k) float32, all scores (…, e); the margin (…) by which the last expert of
+    the top k beat the best one left out (infinite if none was), and whether (…) a replayed choice is not that top k."""
+
+    experts: Array
+    weights: Array
+    scores: Array
+    margin: Array
+    flipped: Array
+
+
+def route(
+    logits_ne: Array, bias_e: Array, *, k: int, n_group: int = 1, topk_group: int = 1,
+    normalise: bool, scaling: float, experts_nk: Array | None = None,
+) -> Routing:
+    """Top-k experts by sigmoid(logits) + bias; weights are the sigmoids themselves.
+
+    The correction bias decides the choice and nothing else. With n_group > 1 only the topk_group groups with the
+    largest sum of their best two biased scores take part. Weights are divided by their sum if `normalise`, then
+    multiplied by `scaling`. Ties go to the lower index. `experts_nk` replays a choice instead of making one.
+    Float32 throughout. Source: arXiv:2408.15664 (bias), arXiv:2412.19437, eq. 12-16.
+    """
+    scores_ne = jax.nn.sigmoid(logits_ne.astype(jnp.float32))
+    choice_ne = lax.stop_gradient(scores_ne) + bias_e
+    if n_group > 1:
+        choice_ne = _keep_groups(choice_ne, n_group, topk_group)
+    best, chosen_nk = lax.top_k(choice_ne, min(k + 1, choice_ne.shape[-1]))
+    margin_n = best[..., k - 1] - best[..., k] if best.shape[-1] > k else jnp.full(best.shape[:-1], jnp.inf)
+    own_nk = chosen_nk[..., :k]
+    experts_nk = own_nk if experts_nk is None else experts_nk
+    flipped_n = jnp.any(jnp.sort(own_nk) != jnp.sort(experts_nk), -1)
+    weights_nk = jnp.take_along_axis(scores_ne, experts_nk, axis=-1)
+    if normalise:
+        weights_nk = weights_nk / (weights_nk.sum(-1, keepdims=True) + EPSILON)
+    return Routing(experts_nk, weights_nk * scaling, scores_ne, margin_n, flipped_n)
+
+
+def _keep_groups(choice_ne: Array, n_group: int, topk_group: int) -> Array:
+    """`choice_ne` with -inf outside each token's best groups (0 instead would win over a negative bias)."""
+    grouped = choice_ne.reshape(*choice_ne.shape[:-1], n_group, -1)
+    best_two = lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(-1)
+    _, groups = lax.top_k(best_two, topk_group)
+    kept = jax.nn.one_hot(groups, n_group, dtype=jnp.bool_).any(-2)
+    return jnp.where(kept[..., None], grouped, -jnp.inf).reshape(choice_ne.shape)
+
+
+class RouterLosses(NamedTuple):
+    """Sums over the batch, each to be divided by a count: `balance` by sequences, `z` by tokens."""
+
+    balance: Array
+    z: Array
+
+
+def router_losses(logits_bte: Array, scores_bte: Array, valid_bt: Array, plan: Plan, *, k: int) -> RouterLosses:
+    """The sequence balance loss and the z-loss, summed over this rank's rows, over whole sequences.
+
+    balance = Σ over rows of e · Σ_i f_i P_i, f_i the share of the row's assignments that expert i gets by plain
+    top-k of the scores (no bias), P_i the mean of its score normalised over all experts. A sequence is a row of the
+    batch, as in Megatron. z = Σ over tokens of logsumexp(logits)². Padding takes no part.
+    Sources: arXiv:2412.19437, eq. 17-20; arXiv:2202.08906, eq. 5.
+    """
+    valid_bt1 = valid_bt[..., None].astype(jnp.float32)
+    n_experts = scores_bte.shape[-1]
+    share_bte = scores_bte / (scores_bte.sum(-1, keepdims=True) + EPSILON)
+    _, chosen_btk = lax.top_k(lax.stop_gradient(scores_bte), k)
+    counts_be = expert_counts(chosen_btk, valid_bt[..., None] & (chosen_btk >= 0), n_experts, axes=(1, 2))
+    counts_be, mass_be, tokens_b1 = plan.sum(
+        (counts_be, (share_bte * valid_bt1).sum(1), valid_bt1.sum(1)), "tokens"
+    )
+    tokens_b1 = jnp.maximum(tokens_b1, 1)
+    balance = n_experts * jnp.sum(counts_be * mass_be / (k * tokens_b1**2))
+    z = jnp.sum(jnp.square(jax.nn.logsumexp(logits_bte, -1)) * valid_bt)
+    return RouterLosses(balance, z)
+
+
+def expert_counts(experts: Array, counted: Array, n_experts: int, *, axes: tuple[int, ...]) -> Array:
+    """How many of `experts` (int) are each expert where `counted`, summed over `axes`; float32, exact below 2^24."""
+    hits = (experts[..., None] == jnp.arange(n_experts)) & counted[..., None]
+    return hits.sum(axes, dtype=jnp.float32)
+
+
+class Router(nnx.Module):
+    """The gate, in float32 whatever the model computes in, and the correction bias."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        size, experts = config.hidden_size, config.n_routed_experts
+        self.gate = normal(rngs, (size, experts), ("embed", None), std=config.init_std, float32=True)
+        self.bias = buffer(jnp.zeros(experts), (None,))
+        self.k, self.n_group, self.topk_group = config.num_experts_per_tok, config.n_group, config.topk_group
+        self.normalise, self.scaling = config.norm_topk_prob, config.routed_scaling_factor
+
+    def __call__(self, x_btd: Array, plan: Plan, experts_btk: Array | None) -> tuple[Array, Routing]:
+        """Logits (b, t, e) and their routing; a choice given as `experts_btk` is replayed."""
+        logits_bte = x_btd.astype(jnp.float32) @ plan.weight(self.gate)
+        routing = route(
+            logits_bte, self.bias[...], k=self.k, n_group=self.n_group, topk_group=self.topk_group,
+            normalise=self.normalise, scaling=self.scaling, experts_nk=experts_btk,
+        )
+        return logits_bte, routing

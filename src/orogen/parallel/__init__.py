@@ -1,0 +1,1 @@
+"""Every decision about where arrays live: meshes, logical axes, and the collectives between devices."""

@@ -1,0 +1,196 @@
+"""The plan: which mesh axes each logical axis is split over, and the verbs by which model code communicates.
+
+Model code names logical axes only. Inside `Plan.run` it sees one device's arrays; a verb over an axis of size one is
+the identity, so one device runs the same code on a mesh of ones.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+from jax import Array, lax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from orogen.config.model import ModelConfig
+from orogen.config.plan import PlanConfig
+from orogen.parallel.fold import Folding
+from orogen.parallel.mesh import fold_plan, make_mesh
+from orogen.parallel.varying import vary, varying_axes
+
+MeshAxes = tuple[str, ...]
+# Parameter axes over which fully sharded data parallelism splits; vectors ("norm") stay whole: they are tiny.
+SHARDED = ("embed", "expert_embed")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """A device mesh and the mesh axes that each logical axis is split over.
+
+    rules: of arrays inside the step; storage: of master weights and optimizer state between steps.
+    sources: (rows, columns) of the ranks that a single device stands for when it decides which tokens exceed an
+    expert's capacity; capacity counts per source rank, so `verify` needs it to reproduce a plan on one device.
+    """
+
+    mesh: Mesh | AbstractMesh
+    rules: Mapping[str, MeshAxes]
+    storage: Mapping[str, MeshAxes]
+    config: PlanConfig
+    sources: tuple[int, int] = (1, 1)
+
+    def spec(self, *axes: str | None) -> PartitionSpec:
+        """The PartitionSpec of an array with these logical axes. Raises KeyError on an unknown axis, ValueError if
+        one mesh axis would split two of them."""
+        return _spec(self.rules, axes)
+
+    def size(self, axis: str) -> int:
+        """How many ways `axis` is split."""
+        return math.prod(self.mesh.shape[name] for name in self.rules[axis])
+
+    def specs(self, tree: Any) -> Any:
+        """`tree` of variables with `axes`, each holding its PartitionSpec inside the step."""
+        return _map_variables(lambda v: _spec(self.rules, _full_axes(v)), tree)
+
+    def shardings(self, tree: Any) -> Any:
+        """`tree` with the sharding in which each array is stored between steps; what has no axes is replicated."""
+        return _map_variables(lambda v: self._stored(_full_axes(v)), tree, lambda _: self._stored(()))
+
+    def working(self, tree: Any) -> Any:
+        """`tree`, its arrays constrained to their layout inside the step (ZeRO-1 gathers its masters here)."""
+        return lax.with_sharding_constraint(
+            tree, _map_variables(lambda v: NamedSharding(self.mesh, _spec(self.rules, _full_axes(v))), tree)
+        )
+
+    def sharding(self, *axes: str | None) -> NamedSharding:
+        """The NamedSharding of an array with these logical axes."""
+        return NamedSharding(self.mesh, self.spec(*axes))
+
+    def run(self, function: Callable[..., Any], *, inputs: Any, outputs: Any) -> Callable[..., Any]:
+        """`function` on every device at once, each seeing its own pieces: the one shard_map, manual over all axes.
+
+        inputs, outputs: prefix trees of PartitionSpecs (from `spec` and `specs`). Replication is type-checked.
+        """
+        return jax.shard_map(function, mesh=self.mesh, in_specs=inputs, out_specs=outputs, check_vma=True)
+
+    # Verbs, for use inside `run`.
+
+    def weight(self, parameter: nnx.Variable) -> Array:
+        """The parameter, whole along the axes that FSDP shards; its gradient is scattered back."""
+        value = parameter[...]
+        for dim, axis in enumerate(_full_axes(parameter)):
+            if axis in SHARDED and self.rules[axis]:
+                value = lax.all_gather(value, self.rules[axis], axis=dim, tiled=True)
+        return value
+
+    def gather(self, x: Array, axis: str, *, dim: int = 1) -> Array:
+        """All pieces of `x` along `axis`, concatenated along `dim`; the gradient is summed and scattered."""
+        return lax.all_gather(x, self.rules[axis], axis=dim, tiled=True) if self.rules[axis] else x
+
+    def scatter(self, x: Array, axis: str, *, dim: int = 1) -> Array:
+        """The sum of `x` over `axis`, of which each rank keeps its piece along `dim`."""
+        if not self.rules[axis]:
+            return x
+        return lax.psum_scatter(vary(x, self.rules[axis]), self.rules[axis], scatter_dimension=dim, tiled=True)
+
+    def sum(self, x: Any, axis: str) -> Any:
+        """The sum of `x` over `axis`, on every rank."""
+        return lax.psum(vary(x, self.rules[axis]), self.rules[axis]) if self.rules[axis] else x
+
+    def max(self, x: Array, axis: str) -> Array:
+        """The maximum of `x` over `axis`, on every rank. Has no gradient."""
+        return lax.pmax(vary(x, self.rules[axis]), self.rules[axis]) if self.rules[axis] else x
+
+    def total(self, tree: Any) -> Any:
+        """Each leaf summed over every axis it varies over. Only for true partial sums: pieces, never copies."""
+        return jax.tree.map(lambda x: lax.psum(x, tuple(axes)) if (axes := varying_axes(x)) else x, tree)
+
+    def exchange(self, x: Array, axis: str) -> Array:
+        """All-to-all: piece r of dimension 0 goes to rank r; the result is stacked by sender along dimension 0."""
+        return lax.all_to_all(x, self.rules[axis], 0, 0, tiled=True) if self.rules[axis] else x
+
+    def index(self, axis: str) -> Array | int:
+        """This device's rank along `axis`."""
+        return lax.axis_index(self.rules[axis]) if self.rules[axis] else 0
+
+    def piece(self, x: Array, axis: str, *, dim: int = 1) -> Array:
+        """This rank's piece of `x`, which every rank of `axis` holds whole."""
+        length = x.shape[dim] // self.size(axis)
+        return lax.dynamic_slice_in_dim(x, self.index(axis) * length, length, dim) if self.rules[axis] else x
+
+    def vary(self, tree: Any) -> Any:
+        """`tree` marked as differing on every device, so that a loop over it sums its gradient once, at the end."""
+        return vary(tree, self.mesh.axis_names if self.config.devices > 1 else ())
+
+    def _stored(self, axes: tuple[str | None, ...]) -> NamedSharding:
+        return NamedSharding(self.mesh, _spec(self.storage, axes))
+
+
+def make_plan(config: PlanConfig, model: ModelConfig, *, abstract: bool = False) -> Plan:
+    """The plan of `config` for `model`, over this process group's devices or, `abstract`, over none.
+
+    Raises ConfigError if the sizes do not divide, do not fold, or exceed the devices that exist.
+    """
+    folding = fold_plan(config, model)
+    mesh = make_mesh(folding, config, abstract=abstract)
+    rules = _rules(folding, fully_sharded=config.fsdp == "parameters")
+    return Plan(mesh, rules, _rules(folding, fully_sharded=config.fsdp != "none"), config)
+
+
+def single_device_plan(config: PlanConfig, model: ModelConfig, *, sources: tuple[int, int] = (1, 1)) -> Plan:
+    """The same choices on one device, which stands for `sources` ranks when it counts capacity."""
+    ones = {axis: 1 for axis in ("data", "context", "tensor", "stage", "expert", "expert_tensor")}
+    plan = make_plan(dataclasses.replace(config, **ones, fsdp="none"), model)
+    return dataclasses.replace(plan, sources=sources)
+
+
+def _rules(folding: Folding, *, fully_sharded: bool) -> dict[str, MeshAxes]:
+    """Every logical axis name in the code base, and where it lives."""
+    axes = folding.logical
+    tensor, dense = axes["tensor"], axes["data"] + axes["context"]
+    return {
+        # activations: rows of the batch, the sequence outside and inside a context rank
+        "batch": axes["data"],
+        "context": axes["context"],
+        "sequence": tensor,
+        "tokens": axes["context"] + tensor,
+        # parameters of dense layers
+        "embed": dense if fully_sharded else (),
+        "norm": (),
+        "taps": (),
+        "vocab": tensor,
+        "heads": tensor,
+        "kv_heads": axes.get("kv_heads", tensor),
+        "mlp": tensor,
+        "mamba_heads": tensor,
+        "groups": axes.get("groups", tensor),
+        "group_peers": axes.get("groups_copies", ()),
+        # parameters of routed experts
+        "expert": axes["expert"],
+        "expert_mlp": axes["expert_tensor"],
+        "expert_embed": axes["expert_data"] if fully_sharded else (),
+    }
+
+
+def _spec(rules: Mapping[str, MeshAxes], axes: tuple[str | None, ...]) -> PartitionSpec:
+    parts = [() if axis is None else rules[axis] for axis in axes]
+    used = [name for part in parts for name in part]
+    if len(set(used)) != len(used):
+        raise ValueError(f"{axes} -> {parts}: one mesh axis splits two array axes")
+    return PartitionSpec(*(part or None for part in parts))
+
+
+def _full_axes(variable: nnx.Variable) -> tuple[str | None, ...]:
+    """The variable's axes, with None for each dimension that stacking repeated layers put in front."""
+    axes = variable.get_metadata()["axes"]
+    return (None,) * (variable.get_value().ndim - len(axes)) + tuple(axes)
+
+
+def _map_variables(on_variable: Callable, tree: Any, otherwise: Callable | None = None) -> Any:
+    def visit(leaf: Any) -> Any:
+        if isinstance(leaf, nnx.Variable):  # optax leaves Variables around nothing for parameters it masks
+            return leaf.replace(on_variable(leaf)) if jax.tree.leaves(leaf) else leaf
+        return otherwise(leaf) if otherwise else leaf
+
+    return jax.tree.map(visit, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))

@@ -1,0 +1,1 @@
+"""Which numbers are kept in which format."""

@@ -1,0 +1,19 @@
+"""The dtype a model computes in: float32 masters, working copies cast by name."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def working_copy(params: nnx.State, dtype: str) -> nnx.State:
+    """`params` cast to `dtype`, but for those marked float32: vectors (norms, A_log, D, biases) and the router's gate,
+    whose bfloat16 rounding would change decays and routing."""
+
+    def cast(leaf: Any) -> Any:
+        return leaf if leaf.get_metadata()["float32"] else leaf.replace(leaf.get_value().astype(DTYPES[dtype]))
+
+    return jax.tree.map(cast, params, is_leaf=lambda x: isinstance(x, nnx.Variable))

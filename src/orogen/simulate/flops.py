@@ -1,0 +1,56 @@
+"""Floating-point operations of a model, and peaks of devices, for MFU.
+
+Convention: a multiply-add is two operations; causal attention and the SSD's causal part inside a chunk count half;
+experts by the active width; convolutions exactly; norms and activations not at all; training is three times the
+forward pass, without recomputation.
+"""
+
+from orogen.config.model import ModelConfig
+
+# Dense bfloat16 peak of one device, FLOP/s, by a part of the name that JAX gives it. Source: NVIDIA data sheets.
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """The device's dense bfloat16 peak, FLOP/s; None if it is not in the table."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
+
+
+def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
+    """Forward and backward operations for one token of a row of `sequence_length` tokens, one document."""
+    return 3 * forward_flops_per_token(config, sequence_length)
+
+
+def forward_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
+    """Operations of the forward pass for one token: layers, MTP block and heads."""
+    size = config.hidden_size
+    layer = {letter: _layer_flops(letter, config, sequence_length) for letter in set(config.layers.main + config.layers.mtp)}
+    head = 2 * size * config.vocab_size
+    deeper = head + 2 * 2 * size * size + sum(layer[letter] for letter in config.layers.mtp)
+    return sum(layer[letter] for letter in config.layers.main) + head + config.mtp_depths * deeper
+
+
+def _layer_flops(letter: str, config: ModelConfig, length: int) -> float:
+    size = config.hidden_size
+    if letter == "-":
+        return 4 * size * config.intermediate_size
+    if letter == "*":
+        queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        return 2 * size * (2 * queries + 2 * keys) + 4 * queries * length / 2
+    if letter == "E":
+        width, latent = config.expert_width, config.moe_latent_size or 0
+        routed = 4 * width * config.moe_intermediate_size * config.num_experts_per_tok
+        shared = 4 * size * (config.moe_shared_expert_intermediate_size or 0)
+        return 2 * size * config.n_routed_experts + routed + shared + 4 * size * latent
+    return _mamba_flops(config, length)
+
+
+def _mamba_flops(config: ModelConfig, length: int) -> float:
+    size, heads, state = config.hidden_size, config.mamba_num_heads, config.ssm_state_size
+    inner, states = heads * config.mamba_head_dim, config.n_groups * state
+    projections = 2 * size * (2 * inner + 2 * states + heads) + 2 * inner * size
+    convolution = 2 * config.conv_kernel * (inner + 2 * states)
+    chunk = min(config.chunk_size, length)
+    inside = 2 * (states + inner) * chunk / 2  # C·B, then its product with x: a causal triangle of the chunk
+    across = 2 * 2 * inner * state  # into the chunk's state, and out of the one before
+    return projections + convolution + inside + across

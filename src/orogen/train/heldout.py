@@ -1,0 +1,76 @@
+"""Held-out loss during and after training. Letters: b batch, t time."""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from orogen.config.run import RunConfig
+from orogen.data.loader import Corpus
+from orogen.data.packing import Batch, trained_text
+from orogen.model.lm import Built
+from orogen.parallel.plan import make_plan
+from orogen.precision.policy import working_copy
+from orogen.train.loss import batch_counts, next_token_nats
+from orogen.train.state import TrainState
+from orogen.train.step import BATCH_AXES, batch_to_devices
+
+
+class Score(NamedTuple):
+    """Loss in nats a token, and bits a byte of the text behind the tokens."""
+
+    loss: float
+    bits_per_byte: float
+
+
+class Heldout:
+    """Scores the held-out split: a fixed, evenly spread sample of its rows, or all of it.
+
+    Experts never drop a token here, whatever capacity the run trains with.
+    """
+
+    def __init__(self, config: RunConfig, built: Built, corpus: Corpus):
+        self.plan = make_plan(
+            dataclasses.replace(config.plan, capacity_factor=None, dispatch="allgather", microbatches=1), config.model
+        )
+        self.train, self.built, self.corpus = config.train, built, corpus
+        self.whole = corpus.heldout_batches(
+            "heldout", batch_size=config.train.batch_size, sequence_length=config.train.sequence_length
+        )
+        self._sample: list[Batch] = []
+        self._nats = jax.jit(self._make())
+
+    def sample(self, state: TrainState) -> Score:
+        """On about `evaluate_rows` rows."""
+        if not self._sample:
+            rows = Batch(*(np.concatenate(parts) for parts in zip(*self.whole, strict=True)))
+            kept = int((rows.segments_bt != 0).any(1).sum())
+            size = self.train.batch_size
+            wanted = math.ceil(min(self.train.evaluate_rows, kept) / size) * size
+            chosen = np.arange(wanted) * kept // wanted if wanted <= kept else np.arange(wanted) % len(rows.tokens_bt)
+            self._sample = [Batch(*(x[chosen[i : i + size]] for x in rows)) for i in range(0, wanted, size)]
+            self._sample_bytes = len(trained_text(self._sample, self.corpus.tokenizer))
+        return self._score(state, self._sample, self._sample_bytes)
+
+    def full(self, state: TrainState) -> Score:
+        """On the whole split."""
+        return self._score(state, self.whole, self.whole.byte_count)
+
+    def _score(self, state: TrainState, batches: Iterable[Batch], n_bytes: int) -> Score:
+        params = jax.jit(self.plan.working)(state.params)
+        sums = [self._nats(params, state.buffers, batch_to_devices(b, self.plan)) for b in batches]
+        nats, count = (sum(float(pair[i]) for pair in jax.device_get(sums)) for i in (0, 1))
+        return Score(nats / max(count, 1), nats / math.log(2) / max(n_bytes, 1))
+
+    def _make(self):
+        def nats(params, buffers, batch):
+            model = nnx.merge(self.built.graph, working_copy(params, self.train.compute_dtype), buffers)
+            return next_token_nats(model, batch, self.plan), batch_counts(batch, 0, self.plan).targets[0]
+
+        plan = self.plan
+        inputs = (plan.specs(self.built.params), plan.specs(self.built.buffers), plan.spec(*BATCH_AXES))
+        return plan.run(nats, inputs=inputs, outputs=plan.spec())

@@ -1,0 +1,212 @@
+"""The training loop: batches in, metrics out, checkpoints on the way, and a clean stop when asked.
+
+Letters: b batch, t time.
+"""
+
+import itertools
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from orogen.config.checks import ConfigError
+from orogen.config.run import RunConfig
+from orogen.data.loader import Corpus, Loader, open_corpus
+from orogen.data.packing import Batch
+from orogen.data.tokenizer import Tokenizer
+from orogen.model.lm import Built, build
+from orogen.parallel.plan import Plan, make_plan
+from orogen.simulate.flops import peak_flops, training_flops_per_token
+from orogen.train.checkpoint import Checkpoints, with_shardings
+from orogen.train.heldout import Heldout
+from orogen.train.metrics import MetricsWriter, Progress
+from orogen.train.optimizer import learning_rate, make_optimizer
+from orogen.train.run_folder import claim, environment, write_environment
+from orogen.train.state import TrainState, abstract_state, create_state
+from orogen.train.step import StepMetrics, batch_to_devices, make_step
+
+
+class NonFiniteError(RuntimeError):
+    """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+class Trained(NamedTuple):
+    """What a finished (or stopped) run leaves in memory for whoever reports on it."""
+
+    state: TrainState
+    corpus: Corpus
+    plan: Plan
+    built: Built
+    finished: bool
+
+
+def train(
+    config: RunConfig, text: str, run_dir: Path, *, resume: bool = False, log: Callable[[str], None] = print
+) -> Trained:
+    """Trains `config` in `run_dir` until `TrainConfig.steps`, or until SIGTERM, and saves.
+
+    Everything that can be refused is refused before the folder is touched. Raises ConfigError, NonFiniteError.
+    """
+    config.need("model", "data", "train", "optimizer")
+    plan = make_plan(config.plan, config.model)
+    saved = run_dir / "tokenizer"
+    corpus = open_corpus(config.data, tokenizer=Tokenizer.load(saved) if resume and saved.is_dir() else None)
+    check_vocabulary(config, corpus.tokenizer)
+    built = build(config.model)
+    claim(run_dir, config, text, resume=resume)
+    corpus.tokenizer.save(saved)
+    facts = environment(
+        seed=config.train.seed, data=corpus.describe(), parameters=parameter_count(built.params),
+        mesh={name: int(size) for name, size in plan.mesh.shape.items()},
+    )
+    write_environment(run_dir, facts)
+    with Checkpoints(run_dir, keep=config.train.keep_checkpoints) as checkpoints, _Sigterm() as stop:
+        run = _Run(config, plan, built, corpus, checkpoints)
+        state = run.start()
+        if run.first_step:
+            log(f"continuing {run_dir} after step {run.first_step}")
+        with MetricsWriter(run_dir, resume_step=run.first_step if run.first_step else None) as writer:
+            state = run.steps(state, writer, stop)
+        checkpoints.save(state, run.position)
+    return Trained(state, corpus, plan, built, int(state.step) >= config.train.steps)
+
+
+def check_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Raises ConfigError if the model has no row for some token."""
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"ModelConfig.vocab_size is {config.model.vocab_size}; expected at least {tokenizer.vocab_size}, "
+            "the tokenizer's"
+        )
+
+
+def parameter_count(params: nnx.State) -> int:
+    """Number of trained values."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+class _Sigterm:
+    """A flag that SIGTERM raises, so that the run can save and leave with status 0."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> "_Sigterm":
+        self._before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+    def _ask(self, *_: Any) -> None:
+        self.asked = True
+
+
+class _Run:
+    """One run's moving parts."""
+
+    def __init__(self, config: RunConfig, plan: Plan, built: Built, corpus: Corpus, checkpoints: Checkpoints):
+        self.config, self.plan, self.built, self.corpus, self.checkpoints = config, plan, built, corpus, checkpoints
+        train = config.train
+        self.optimizer = make_optimizer(config.optimizer, train.steps, built.params)
+        self.schedule = learning_rate(config.optimizer, train.steps)
+        self.step = make_step(built, config, plan, self.optimizer)
+        self.heldout = Heldout(config, built, corpus)
+        self.loader = train_loader(config, corpus)
+        self.position: dict[str, Any] = self.loader.state()
+        self.first_step = checkpoints.latest or 0
+        self.flops = training_flops_per_token(config.model, train.sequence_length)
+        self.peak = peak_flops(jax.devices()[0].device_kind)
+
+    def start(self) -> TrainState:
+        """A new state, or the last one saved, with the data where it was."""
+        if not self.first_step:
+            return create_state(self.config.model, self.built, self.optimizer, self.plan, self.config.train.seed)
+        target = abstract_state(self.built, self.optimizer)
+        state, self.position = self.checkpoints.restore(with_shardings(target, self.plan.shardings(target)))
+        self.loader.restore(self.position)
+        return state
+
+    def steps(self, state: TrainState, writer: MetricsWriter, stop: _Sigterm) -> TrainState:
+        """Runs to the end or to a stop. A step's metrics are fetched after the next is on its way."""
+        train, pending = self.config.train, None
+        self.clock = time.perf_counter()
+        with Progress(train.steps, first_step=self.first_step) as progress:
+            for number in range(self.first_step + 1, train.steps + 1):
+                batch = next(self.loader)
+                self.position = self.loader.state()
+                state, metrics = self.step(state, batch_to_devices(batch, self.plan))
+                if pending is not None:
+                    self._report(*pending, writer, progress)
+                pending = number, metrics
+                last, due = number == train.steps or stop.asked, lambda every, n=number: n % every == 0
+                if last or due(train.evaluate_every) or due(train.checkpoint_every):
+                    scored = not stop.asked and (number == train.steps or due(train.evaluate_every))
+                    self._report(*pending, writer, progress, state if scored else None)
+                    pending = None
+                if due(train.checkpoint_every) and not last:
+                    self.checkpoints.save(state, self.position)
+                if last:
+                    break
+        return state
+
+    def _report(
+        self, number: int, metrics: StepMetrics, writer: MetricsWriter, progress: Progress,
+        scored: TrainState | None = None,
+    ) -> None:
+        """Writes step `number` down, with the held-out loss of the state `scored` if there is one."""
+        fetched = jax.device_get(metrics)
+        record = self._record(number, fetched, time.perf_counter() - self.clock)
+        if scored is not None:
+            score = self.heldout.full(scored) if number == self.config.train.steps else self.heldout.sample(scored)
+            record |= {"heldout_loss": score.loss, "heldout_bits_per_byte": score.bits_per_byte}
+        writer.write(record)
+        progress.update(number, record)
+        if fetched.skipped_in_row >= self.config.train.max_skipped_steps:
+            raise NonFiniteError(
+                f"step {number}: {fetched.skipped_in_row} steps in a row were not finite; the first bad gradient is "
+                f"{leaf_name(self.built.params, int(fetched.worst_leaf))}; expected fewer than "
+                f"TrainConfig.max_skipped_steps = {self.config.train.max_skipped_steps}"
+            )
+        self.clock = time.perf_counter()
+
+    def _record(self, number: int, metrics: StepMetrics, seconds: float) -> dict[str, Any]:
+        losses = metrics.nats / np.maximum(metrics.targets, 1)
+        tokens = int(metrics.tokens)
+        record = {
+            "step": number, "loss": float(losses[0]), "objective": float(metrics.loss), "tokens": tokens,
+            "tokens_per_second": tokens / seconds, "step_ms": 1e3 * seconds, "grad_norm": float(metrics.grad_norm),
+            "learning_rate": float(self.schedule(number - 1 - int(metrics.skipped))),
+            "skipped_steps": int(metrics.skipped),
+        }
+        if len(losses) > 1:
+            record["mtp_loss"] = losses[1:].tolist()
+        if metrics.load_le.size:
+            record |= {"expert_load": metrics.load_le.tolist(), "dropped_tokens": int(metrics.dropped)}
+        if self.peak:
+            record["mfu"] = self.flops * tokens / seconds / self.plan.config.devices / self.peak
+        return record
+
+
+def train_loader(config: RunConfig, corpus: Corpus) -> Loader:
+    """The run's stream of batches, from the beginning."""
+    train = config.train
+    return corpus.train_loader(batch_size=train.batch_size, sequence_length=train.sequence_length)
+
+
+def batches_until(config: RunConfig, corpus: Corpus, step: int) -> Iterator[Batch]:
+    """The batches that the first `step` steps of the run took."""
+    return itertools.islice(train_loader(config, corpus), step)
+
+
+def leaf_name(params: nnx.State, index: int) -> str:
+    """The path of the parameter that is leaf `index`; of the loss for -1."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    name = jax.tree_util.keystr(paths[index], simple=True, separator=".") if index >= 0 else "the loss"
+    return name.removesuffix(".value")

@@ -1,0 +1,264 @@
+"""The numbers of a run as they are made: `metrics.jsonl`, TensorBoard events, and a progress line for people.
+
+One line of `metrics.jsonl` is one JSON object, one a step, steps strictly increasing. Its keys:
+
+    step                  optimizer steps done, from 1
+    loss                  nats per predicted token of this step's batch; `mtp_loss` likewise, a list over depths
+    tokens                tokens of this step's batch; their sum over the lines is what the run has trained on
+    tokens_per_second, step_ms, mfu (0 to 1), grad_norm, learning_rate
+    expert_load           [MoE layer][expert]: (token, expert) assignments the router made in this step, drops included
+    dropped_tokens        how many of those assignments no expert computed; a number, or a list over MoE layers
+    heldout_loss          nats per token of the held-out text, in the steps that evaluate
+    heldout_bits_per_byte the same in bits per byte of that text
+    skipped_steps         updates refused since the run began
+
+Only `step` is required and any other key may be added. JSON has no NaN or infinity: such a number is written as null
+and named in the key `nonfinite`, a list of [key, index, …, "nan" | "inf" | "-inf"].
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, Self
+
+import rich.console
+import rich.progress
+
+FILE_NAME = "metrics.jsonl"
+NONFINITE = "nonfinite"
+
+
+class MetricsWriter:
+    """Appends to `metrics.jsonl` and to TensorBoard events under `run_dir/tensorboard`; for one process of a run.
+
+    With `resume_step` s, lines of later steps and a last line torn by a kill are removed first, so that the file ends
+    up equal to that of an uninterrupted run; every line of a step ≤ s stays as it is, byte for byte.
+    Raises FileExistsError if there are lines already and `resume_step` is None, and ValueError if a line other than
+    the last cannot be read.
+    """
+
+    def __init__(self, run_dir: str | Path, *, resume_step: int | None = None):
+        from tensorboardX import SummaryWriter  # protobuf is slow to import, and reading metrics does not need it
+
+        path = Path(run_dir) / FILE_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if resume_step is not None:
+            self._last_step = _truncate(path, resume_step)
+        elif path.exists() and path.stat().st_size:
+            raise FileExistsError(f"{path} has metrics already, expected none or a resume_step")
+        else:
+            self._last_step = -1
+        self._file = path.open("a", encoding="utf-8")
+        # tensorboardX names a file by the second it was made in: without a suffix, a quick resume would overwrite it.
+        self._events = SummaryWriter(
+            str(path.parent / "tensorboard"),
+            purge_step=None if resume_step is None else resume_step + 1,
+            filename_suffix=f".{time.time_ns()}",
+        )
+
+    def write(self, metrics: Mapping[str, Any]) -> None:
+        """Writes one step and flushes it. Numbers may be Python's, NumPy's or arrays that have `tolist`.
+
+        Raises ValueError unless `step` is greater than the last one written.
+        """
+        record = {key: _plain(value) for key, value in metrics.items()}
+        step = record.get("step")
+        if not isinstance(step, int) or step <= self._last_step:
+            raise ValueError(f"step is {step!r}, expected an integer above {self._last_step}")
+        self._file.write(_encode(record) + "\n")
+        self._file.flush()
+        self._last_step = step
+        for tag, value in _scalars(record):
+            self._events.add_scalar(tag, value, step)
+
+    def close(self) -> None:
+        """Flushes and closes both files."""
+        self._file.close()
+        self._events.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The records as they were written, NaN and infinities included. A torn last line is left out.
+
+    Raises FileNotFoundError if there is no file, ValueError if a line other than the last cannot be read.
+    """
+    return [_restore(record) for _, record in _lines(Path(run_dir) / FILE_NAME)]
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file so that a reader, or a crash, meets the whole of the old one or the whole of the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+class Progress:
+    """How far a run is: a bar on a terminal, elsewhere a line every `every_seconds`; always on stderr.
+
+    with Progress(steps) as progress: … progress.update(step, metrics). `first_step` is the last step done before,
+    when a run resumes. `stream` and `clock` (seconds) are there for tests.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        first_step: int = 0,
+        every_seconds: float = 10.0,
+        stream: IO[str] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._total, self._first_step, self._every_seconds, self._clock = total_steps, first_step, every_seconds, clock
+        self._stream = sys.stderr if stream is None else stream
+        self._origin: tuple[int, float] | None = None  # the first step seen, and when: compilation lies before it
+        self._printed_at = -math.inf
+        console = rich.console.Console(file=self._stream)
+        self._bar = _bar(console) if console.is_terminal and not console.is_dumb_terminal else None
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task(
+                "train", total=self._total, completed=self._first_step, numbers="", left="-:--:--"
+            )
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Shows this step. A line also comes when held-out text was scored, even above a bar, and for the last step."""
+        now = self._clock()
+        self._origin = self._origin or (step, now)
+        left = _clock_face(self._seconds_left(step, now))
+        scored = _summary(metrics, _HELDOUT)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, numbers=_summary(metrics, _LIVE), left=left)
+            if scored:
+                self._bar.console.print(f"step {step}  {scored}", markup=False, highlight=False)
+        elif scored or step >= self._total or now - self._printed_at >= self._every_seconds:
+            self._printed_at = now
+            numbers = _summary(metrics, _LIVE | _HELDOUT)
+            print(f"step {step}/{self._total}  {numbers}  {left} left", file=self._stream, flush=True)
+
+    def _seconds_left(self, step: int, now: float) -> float | None:
+        assert self._origin is not None
+        first, since = self._origin
+        return (now - since) / (step - first) * (self._total - step) if step > first else None
+
+
+_LIVE = {"loss": "loss {:.4f}", "tokens_per_second": "{:,.0f} tokens/s", "mfu": "MFU {:.1%}"}
+_HELDOUT = {"heldout_loss": "held-out loss {:.4f}", "heldout_bits_per_byte": "held-out {:.4f} bits/byte"}
+
+
+def _summary(metrics: Mapping[str, Any], formats: Mapping[str, str]) -> str:
+    """Those of the numbers that are there."""
+    return "  ".join(text.format(float(metrics[key])) for key, text in formats.items() if metrics.get(key) is not None)
+
+
+def _bar(console: rich.console.Console) -> rich.progress.Progress:
+    numbers, left = map(rich.progress.TextColumn, ("{task.fields[numbers]}", "{task.fields[left]} left"))
+    count = rich.progress.MofNCompleteColumn()
+    # stdout may carry a JSON answer: the bar must not move it to stderr.
+    return rich.progress.Progress(
+        rich.progress.BarColumn(), count, numbers, left, console=console, redirect_stdout=False
+    )
+
+
+def _clock_face(seconds: float | None) -> str:
+    if seconds is None:
+        return "-:--:--"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def _plain(value: Any) -> Any:
+    """Python numbers and lists of NumPy's or JAX's."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+def _encode(record: Mapping[str, Any]) -> str:
+    """One line of JSON, non-finite numbers moved to `nonfinite`."""
+    if NONFINITE in record:
+        raise ValueError(f"metrics have the key {NONFINITE!r}, which is reserved, expected another name")
+    found: list[list[Any]] = []
+    clean = {key: _without_nonfinite(value, [key], found) for key, value in record.items()}
+    if found:
+        clean[NONFINITE] = found
+    return json.dumps(clean, allow_nan=False)
+
+
+def _without_nonfinite(value: Any, path: list[Any], found: list[list[Any]]) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        found.append([*path, str(value)])
+        return None
+    if isinstance(value, list):
+        return [_without_nonfinite(item, [*path, i], found) for i, item in enumerate(value)]
+    if isinstance(value, dict):
+        return {key: _without_nonfinite(item, [*path, key], found) for key, item in value.items()}
+    return value
+
+
+def _restore(record: dict[str, Any]) -> dict[str, Any]:
+    """Puts the numbers named in `nonfinite` back in their places."""
+    for *parents, last, text in record.pop(NONFINITE, []):
+        place = record
+        for key in parents:
+            place = place[key]
+        place[last] = float(text)
+    return record
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Each line without its end, and what it says; stops before a torn last line."""
+    lines = path.read_bytes().split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                return
+            raise ValueError(f"{path}, line {number} is {line[:80]!r}, expected a JSON object") from error
+        yield line, record
+
+
+def _truncate(path: Path, step: int) -> int:
+    """Removes a torn last line and the lines after `step`; returns the last step kept, or -1."""
+    if not path.exists():
+        return -1
+    kept = [(line, record["step"]) for line, record in _lines(path) if record["step"] <= step]
+    write_atomically(path, b"".join(line + b"\n" for line, _ in kept))
+    return kept[-1][1] if kept else -1
+
+
+def _scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """What TensorBoard gets: numbers, lists of numbers, and how far each MoE layer's fullest expert is over even."""
+    for key, value in record.items():
+        if key == "expert_load":
+            for layer, load in enumerate(value or []):
+                yield f"expert_load_max_over_even/{layer:03d}", max(load) * len(load) / max(sum(load), 1)
+        elif key != "step":
+            parts = {f"{key}/{i}": part for i, part in enumerate(value)} if isinstance(value, list) else {key: value}
+            yield from ((tag, part) for tag, part in parts.items() if isinstance(part, int | float))

@@ -1,0 +1,67 @@
+"""The optimizer and its schedule, from optax; which parameters it decays, and which Muon takes, by their own axes."""
+
+import jax
+import optax
+from flax import nnx
+from optax import contrib
+
+from orogen.config.run import OptimizerConfig
+
+# Update RMS that Muon is scaled to, AdamW's typical one, so that one learning rate serves both (arXiv:2502.16982).
+MUON_RMS = 0.2
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """The rate of update i of `steps`. Warm-up reaches the peak at update `warmup_steps`.
+
+    wsd: peak until steps - decay_steps, then min + (peak - min)(1 - sqrt(progress)).
+    """
+    peak, low = config.learning_rate, config.learning_rate * config.min_ratio
+    body = max(steps - config.warmup_steps, 1)
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, body, config.min_ratio)
+    elif config.schedule == "wsd":
+        start = body - config.decay_steps
+
+        def after(count):
+            progress = jax.numpy.clip((count - start) / config.decay_steps, 0, 1)
+            return low + (peak - low) * (1 - jax.numpy.sqrt(progress))
+    else:
+        after = optax.constant_schedule(peak)
+    if not config.warmup_steps:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0, peak, config.warmup_steps), after], [config.warmup_steps])
+
+
+def make_optimizer(config: OptimizerConfig, steps: int, params: nnx.State) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW, or Muon for matrices and AdamW for the rest.
+
+    params: abstract or real, with axis names: stacking gives a norm two dimensions, its axes still say it is a vector.
+    """
+    rate = learning_rate(config, steps)
+    decayed = _by_axes(params, lambda axes: len(axes) > 1)
+    adamw = lambda mask: optax.adamw(  # noqa: E731
+        rate, config.beta1, config.beta2, config.epsilon, weight_decay=config.weight_decay, mask=mask
+    )
+    if config.name == "adamw":
+        return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw(decayed))
+    labels = _by_axes(params, lambda axes: "muon" if is_matrix(axes) else "adamw")
+    muon = contrib.muon(
+        rate, weight_decay=config.weight_decay, consistent_rms=MUON_RMS,
+        muon_weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: contrib.MuonDimensionNumbers(-2, -1), tree),
+    )
+    keep = lambda tree: jax.tree.map(lambda label, d: d and label == "adamw", labels, decayed)  # noqa: E731, ARG005
+    parts = {"muon": muon, "adamw": adamw(keep)}
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.partition(parts, labels))
+
+
+def is_matrix(axes: tuple[str | None, ...]) -> bool:
+    """Whether the last two axes are the input and output of a matrix product inside the network."""
+    return len(axes) > 1 and "vocab" not in axes and "taps" not in axes
+
+
+def _by_axes(params: nnx.State, choose) -> nnx.State:
+    """`params` with `choose(own axes)` for each array."""
+    return jax.tree.map(
+        lambda v: v.replace(choose(v.get_metadata()["axes"])), params, is_leaf=lambda x: isinstance(x, nnx.Variable)
+    )

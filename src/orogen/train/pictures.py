@@ -1,0 +1,358 @@
+"""The pictures of a run's report, drawn from its metrics: loss, throughput, expert load, dropped assignments.
+
+Every picture is drawn in a theme, so that a page can carry a light and a dark one. matplotlib's objects are used
+directly: nothing here touches pyplot or its global figures.
+Letters: n records, e experts, c columns of a heat map.
+"""
+
+import functools
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Records = Sequence[Mapping[str, Any]]
+Floats = NDArray[np.float64]
+
+WIDTH = 10.0  # inches
+DOTS_PER_INCH = 130
+MAX_COLUMNS = 320  # of the heat maps side by side: more could not be told apart on a page
+OCTAVES = 2.0  # a heat map's colours reach from 1/4 to 4 times an even share
+
+
+class Theme(NamedTuple):
+    """Colours of a picture; `loads` run from few to many tokens, the middle one, an even share, near the ground."""
+
+    ground: str
+    ink: str
+    grid: str
+    faint: str
+    strong: str
+    accent: str
+    loads: tuple[str, ...]
+
+
+LIGHT = Theme(
+    ground="#ffffff",
+    ink="#24292f",
+    grid="#e4e7eb",
+    faint="#b5cdea",
+    strong="#1f5fae",
+    accent="#c2410c",
+    loads=("#08264f", "#3a7fcd", "#f2f3f5", "#e2773c", "#6b1d02"),
+)
+DARK = Theme(
+    ground="#161b22",
+    ink="#d5dae1",
+    grid="#30363d",
+    faint="#2f4a6d",
+    strong="#6cb0ff",
+    accent="#ff9d5c",
+    loads=("#b9dcff", "#3f86d6", "#232a33", "#cf6a2a", "#ffd0ab"),
+)
+
+
+class Picture(NamedTuple):
+    """One figure; `caption` says how to read it."""
+
+    name: str
+    heading: str
+    caption: str
+    draw: Callable[[Theme], "Figure"]
+
+
+def pictures(records: Records, baselines: Mapping[str, float]) -> list[Picture]:
+    """The pictures this run has the numbers for, in reading order. `baselines` are held-out bits per byte, by name."""
+    makers = (functools.partial(_loss, baselines=baselines), _throughput, _expert_load, _dropped)
+    return [picture for picture in (make(records) for make in makers) if picture is not None]
+
+
+def png(figure: "Figure") -> bytes:
+    """The figure as a PNG file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    file = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(file)
+    return file.getvalue()
+
+
+# Series
+
+
+def column(records: Records, key: str) -> Floats:
+    """One value a record, NaN where it is missing."""
+    return np.array([np.nan if r.get(key) is None else r[key] for r in records], np.float64)
+
+
+def tokens_seen(records: Records) -> Floats:
+    """Tokens trained on up to and with each record, from those of each step."""
+    return np.cumsum(column(records, "tokens"))
+
+
+def running_mean(values_n: Floats) -> Floats:
+    """Centred mean over a fiftieth of the records, of those that are finite; the span is cut off at both ends."""
+    if not len(values_n):
+        return values_n
+    finite_n = np.isfinite(values_n)
+    ones = np.ones(max(1, len(values_n) // 50))
+    sums_n = np.convolve(np.where(finite_n, values_n, 0.0), ones, "same")
+    counts_n = np.convolve(finite_n, ones, "same").round()
+    return np.divide(sums_n, counts_n, out=np.full(len(values_n), np.nan), where=counts_n > 0)
+
+
+def bits_per_nat(records: Records) -> float | None:
+    """Held-out bits per byte over held-out nats per token: turns a loss per token into bits per byte."""
+    scored = [r for r in records if r.get("heldout_loss") and r.get("heldout_bits_per_byte") is not None]
+    ratio_n = column(scored, "heldout_bits_per_byte") / column(scored, "heldout_loss")
+    return float(np.nanmedian(ratio_n)) if np.isfinite(ratio_n).any() else None
+
+
+def dropped_share(records: Records) -> tuple[Floats, Floats]:
+    """Steps, and dropped over routed assignments, where both were recorded."""
+    counted = [r for r in records if r.get("expert_load") and r.get("dropped_tokens") is not None]
+    routed_n = np.array([sum(map(sum, r["expert_load"])) for r in counted], np.float64)
+    dropped_n = np.array([np.sum(r["dropped_tokens"]) for r in counted], np.float64)
+    return column(counted, "step"), dropped_n / np.maximum(routed_n, 1)
+
+
+def load_over_even(records: Records, layer: int, edges_c: Floats) -> Floats:
+    """(e, c): experts' loads in each span of steps over an even share; NaN where there is no record.
+
+    Span c holds the steps edges_c[c] ≤ step < edges_c[c+1]; every record has to lie in one.
+    """
+    load_ne = np.array([r["expert_load"][layer] for r in records], np.float64)
+    column_n = np.searchsorted(edges_c, column(records, "step"), side="right") - 1
+    load_ce = np.zeros((len(edges_c) - 1, load_ne.shape[1]))
+    np.add.at(load_ce, column_n, load_ne)
+    even_c = load_ce.mean(axis=1)[:, None]
+    return np.divide(load_ce, even_c, out=np.full_like(load_ce, np.nan), where=even_c > 0).T
+
+
+def short_number(value: float, _: object = None) -> str:
+    """1234567 as 1.23M; the second argument is a tick's position, which matplotlib passes."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+# Loss
+
+
+def _loss(records: Records, *, baselines: Mapping[str, float]) -> Picture | None:
+    known = np.isfinite(tokens_seen(records)) & np.isfinite(column(records, "loss"))
+    if not known.any():
+        return None
+    caption = (
+        "The faint line is each step's training loss, the strong line its running mean over a fiftieth of the run. The "
+        "first steps may lie above the picture."
+    )
+    if np.isfinite(column(records, "heldout_loss")).any():
+        caption += " The dots are the held-out text: dots that rise while the line falls mean overfitting."
+    factor = bits_per_nat(records)
+    if factor is not None:
+        caption += (
+            f" Training loss is put on the axis with the held-out text's {factor:.4f} bits per byte for each nat per "
+            "token."
+        )
+        if baselines:
+            caption += " A dashed line is a baseline on the held-out text: dots below it beat it."
+    return Picture("loss", "Loss", caption, functools.partial(_draw_loss, records, baselines))
+
+
+def _draw_loss(records: Records, baselines: Mapping[str, float], theme: Theme) -> "Figure":
+    factor = bits_per_nat(records)
+    unit, key = ("nats per token", "heldout_loss") if factor is None else ("bits per byte", "heldout_bits_per_byte")
+    lines = {} if factor is None else {name: float(value) for name, value in baselines.items()}
+    tokens_n, loss_n, heldout_n = tokens_seen(records), column(records, "loss"), column(records, key)
+    figure, axes = _figure(theme, height=4.4)
+    mean_n = _draw_series(axes, tokens_n, loss_n * (factor or 1.0), theme, label="training, running mean")
+    scored = np.isfinite(heldout_n)
+    if scored.any():
+        label = f"held-out, last {heldout_n[scored][-1]:.3f}"
+        axes.plot(
+            tokens_n[scored], heldout_n[scored], "o-", color=theme.accent, markersize=4, linewidth=1.4, label=label
+        )
+    settled_n = mean_n[len(mean_n) // 33 :]  # without the fall from a random start, which would flatten the rest
+    shown = np.concatenate([settled_n, heldout_n[len(heldout_n) // 33 :], list(lines.values())])
+    if len(shown := shown[np.isfinite(shown)]):
+        margin = 0.05 * np.ptp(shown) or 0.1
+        axes.set_ylim(shown.min() - margin, shown.max() + margin)
+    _draw_baselines(axes, lines, theme)
+    axes.set(xlabel="tokens", ylabel=unit)
+    axes.xaxis.set_major_formatter(short_number)
+    _legend(axes, theme)
+    return figure
+
+
+def _draw_baselines(axes: "Axes", lines: Mapping[str, float], theme: Theme) -> None:
+    """Dashed lines, named in the right margin; names too close together are moved up, each by what it needs."""
+    low, high = axes.get_ylim()
+    floor = -math.inf
+    for name, value in sorted(lines.items(), key=lambda line: line[1]):
+        axes.axhline(value, color=theme.ink, linewidth=1, linestyle=(0, (4, 3)), alpha=0.65)
+        floor = max(value, floor + 0.055 * (high - low))
+        place = (1.01, (floor - low) / (high - low))
+        axes.text(*place, f"{name} {value:.2f}", transform=axes.transAxes, va="center", color=theme.ink, fontsize=9)
+
+
+# Throughput and dropped assignments
+
+
+def _throughput(records: Records) -> Picture | None:
+    if not np.isfinite(column(records, "tokens_per_second")).any():
+        return None
+    caption = (
+        "Tokens trained on per second of each step; the dashed line is the median. The first step carries compilation, "
+        "and regular dips are pauses such as checkpoints; a slope means that something leaks or throttles."
+    )
+    return Picture("throughput", "Throughput", caption, functools.partial(_draw_throughput, records))
+
+
+def _draw_throughput(records: Records, theme: Theme) -> "Figure":
+    steps_n, rate_n = column(records, "step"), column(records, "tokens_per_second")
+    finite_n = rate_n[np.isfinite(rate_n)]
+    median = float(np.median(finite_n))
+    figure, axes = _figure(theme, height=3.2)
+    _draw_series(axes, steps_n, rate_n, theme, label="running mean")
+    axes.axhline(median, color=theme.accent, linewidth=1.2, linestyle=(0, (4, 3)), label=f"median {median:,.0f}")
+    axes.set(xlabel="step", ylabel="tokens per second", ylim=(0, 1.15 * np.quantile(finite_n, 0.99)))
+    axes.yaxis.set_major_formatter(short_number)
+    _legend(axes, theme, loc="lower right")
+    return figure
+
+
+def _dropped(records: Records) -> Picture | None:
+    steps_n, share_n = dropped_share(records)
+    if not len(steps_n):
+        return None
+    caption = (
+        "Share of the router's (token, expert) assignments that no expert computed, because its capacity was full. It "
+        "should fall as the router balances its load; a dispatch without capacity keeps it at zero."
+    )
+    return Picture("dropped_tokens", "Dropped tokens", caption, functools.partial(_draw_dropped, steps_n, share_n))
+
+
+def _draw_dropped(steps_n: Floats, share_n: Floats, theme: Theme) -> "Figure":
+    from matplotlib.ticker import PercentFormatter
+
+    figure, axes = _figure(theme, height=2.8)
+    _draw_series(axes, steps_n, share_n, theme, label=f"running mean; whole run {share_n.mean():.2%}")
+    axes.set(xlabel="step", ylabel="dropped", ylim=(0, max(0.01, 1.05 * share_n.max())))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    _legend(axes, theme)
+    return figure
+
+
+# Expert load
+
+
+def _expert_load(records: Records) -> Picture | None:
+    routed = [r for r in records if r.get("expert_load")]
+    if not routed:
+        return None
+    recent = routed[-max(1, len(routed) // 10) :]
+    span = np.array([recent[0]["step"], recent[-1]["step"] + 1], np.float64)
+    loads = [load_over_even(recent, layer, span)[:, 0] for layer in range(len(recent[0]["expert_load"]))]
+    layer = int(np.argmax([load.max() for load in loads]))
+    idle = sum(int((load == 0).sum()) for load in loads)
+    caption = (
+        "One panel an MoE layer, counted from the input side; one row an expert. The background's colour is an even "
+        "share, orange more, blue less; a row that stays strongly coloured is an expert the router does not balance. "
+        f"In the last tenth of the run the fullest expert got {loads[layer].max():.2f} times an even share (layer "
+        f"{layer}, expert {int(loads[layer].argmax())}), and {idle} of {sum(map(len, loads))} experts got nothing."
+    )
+    return Picture("expert_load", "Expert load", caption, functools.partial(_draw_load, routed))
+
+
+def _draw_load(routed: Records, theme: Theme) -> "Figure":
+    layers = len(routed[0]["expert_load"])
+    across = 1 if layers == 1 else 2 if layers <= 8 else 4 if layers <= 24 else 5
+    rows = math.ceil(layers / across)
+    experts = len(routed[0]["expert_load"][0])
+    panel = min(2.5, max(1.5 if layers <= 8 else 0.95, 0.25 + experts / 110))  # inches; a dot an expert, up to 250
+    figure = _bare_figure(theme, height=0.8 + rows * panel)
+    grid = figure.subplots(rows, across, sharex=True, sharey=True, squeeze=False)
+    columns = min(MAX_COLUMNS // across, len(routed))
+    edges_c = np.linspace(routed[0]["step"], routed[-1]["step"] + 1, columns + 1)
+    image = None
+    for layer, axes in enumerate(grid.flat):
+        if layer < layers:
+            image = _draw_layer(axes, load_over_even(routed, layer, edges_c), edges_c, theme)
+            axes.set_title(f"layer {layer}", fontsize=8, color=theme.ink, loc="left", pad=2)
+        else:
+            axes.set_visible(False)
+    figure.supxlabel("step", fontsize=10, color=theme.ink)
+    figure.supylabel("expert", fontsize=10, color=theme.ink)
+    _draw_scale(figure, image, grid, theme)
+    return figure
+
+
+def _draw_layer(axes: "Axes", load_ec: Floats, edges_c: Floats, theme: Theme) -> Any:
+    """Load on a logarithmic colour scale, so that half and twice an even share are equally far from even."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    octaves_ec = np.log2(np.maximum(load_ec, 2.0**-OCTAVES / 2))
+    extent = (edges_c[0], edges_c[-1], -0.5, len(load_ec) - 0.5)
+    colours = LinearSegmentedColormap.from_list("loads", theme.loads)
+    image = axes.imshow(octaves_ec, cmap=colours, extent=extent, origin="lower", aspect="auto")
+    image.set_clim(-OCTAVES, OCTAVES)
+    _style(axes, theme, grid=False)
+    axes.tick_params(labelsize=7)
+    axes.locator_params(axis="both", nbins=4, integer=True)
+    return image
+
+
+def _draw_scale(figure: "Figure", image: Any, grid: NDArray[Any], theme: Theme) -> None:
+    shrink = min(1.0, 3.0 / figure.get_figheight())
+    bar = figure.colorbar(image, ax=grid, extend="both", shrink=shrink, pad=0.015, aspect=30)
+    bar.set_ticks([-2, -1, 0, 1, 2], labels=["¼", "½", "even", "2×", "4×"])
+    bar.ax.tick_params(labelsize=8, colors=theme.ink)
+    bar.outline.set_visible(False)
+
+
+# What the pictures share
+
+
+def _bare_figure(theme: Theme, *, height: float) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(WIDTH, height), dpi=DOTS_PER_INCH, layout="constrained", facecolor=theme.ground)
+
+
+def _figure(theme: Theme, *, height: float) -> tuple["Figure", "Axes"]:
+    figure = _bare_figure(theme, height=height)
+    axes = figure.subplots()
+    _style(axes, theme, grid=True)
+    return figure, axes
+
+
+def _style(axes: "Axes", theme: Theme, *, grid: bool) -> None:
+    axes.set_facecolor(theme.ground if grid else theme.grid)
+    axes.tick_params(colors=theme.ink, labelsize=9, length=0 if grid else 2)
+    axes.xaxis.label.set_color(theme.ink)
+    axes.yaxis.label.set_color(theme.ink)
+    axes.spines[:].set_visible(False)
+    if grid:
+        axes.grid(color=theme.grid, linewidth=0.8)
+        axes.set_axisbelow(True)
+
+
+def _draw_series(axes: "Axes", x_n: Floats, y_n: Floats, theme: Theme, *, label: str) -> Floats:
+    """Each record faint, their running mean strong; returns the mean."""
+    mean_n = running_mean(y_n)
+    marker = "o" if len(y_n) == 1 else None  # a line through one point is invisible
+    axes.plot(x_n, y_n, color=theme.faint, linewidth=0.8)
+    axes.plot(x_n, mean_n, color=theme.strong, linewidth=1.8, marker=marker, label=label)
+    return mean_n
+
+
+def _legend(axes: "Axes", theme: Theme, *, loc: Literal["upper right", "lower right"] = "upper right") -> None:
+    axes.legend(loc=loc, fontsize=9, labelcolor=theme.ink, facecolor=theme.ground, edgecolor=theme.grid, framealpha=0.9)

@@ -1,0 +1,82 @@
+"""The run folder: whose it is, and what describes it (`config.gin`, `env.json`)."""
+
+import dataclasses
+import json
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from orogen.config.checks import ConfigError
+from orogen.config.load import load
+from orogen.config.run import RunConfig
+from orogen.train.metrics import write_atomically
+
+# What a run may change when it goes on: where it runs, for how long, and what it writes down.
+FREE_TRAIN_FIELDS = ("steps", "evaluate_every", "evaluate_rows", "checkpoint_every", "keep_checkpoints",
+                     "sample_prompts", "sample_tokens", "ngram_order")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def claim(run_dir: Path, config: RunConfig, text: str, *, resume: bool) -> None:
+    """Makes `run_dir` this run's, or raises ConfigError and changes nothing.
+
+    A folder with a run in it is taken only with `resume`, and only if its config differs in nothing but the plan,
+    the number of steps and what is written down.
+    """
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"run folder {str(run_dir)!r} is a file; expected a folder or a new name")
+    saved = run_dir / "config.gin"
+    if saved.exists():
+        differing = _differences(load([saved])[0], config)
+        if differing:
+            raise ConfigError(f"run folder {str(run_dir)!r} has another config: {differing[0]}; expected an equal one")
+        if not resume:
+            raise ConfigError(f"run folder {str(run_dir)!r} holds a run; expected --resume or another folder")
+    elif run_dir.exists() and any(run_dir.iterdir()):
+        raise ConfigError(f"run folder {str(run_dir)!r} is not empty and has no config.gin; expected a new folder")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(saved, text.encode())
+
+
+def _differences(saved: RunConfig, wanted: RunConfig) -> list[str]:
+    found = []
+    for part in ("model", "data", "train", "optimizer"):
+        before, now = getattr(saved, part), getattr(wanted, part)
+        if (before is None) != (now is None):
+            found.append(f"{part} is {'missing' if before is None else 'there'}")
+            continue
+        for field in dataclasses.fields(now) if now is not None else ():
+            old, new = getattr(before, field.name), getattr(now, field.name)
+            if old != new and not (part == "train" and field.name in FREE_TRAIN_FIELDS):
+                found.append(f"{type(now).__name__}.{field.name} is {old!r} there and {new!r} here")
+    return found
+
+
+def environment(**facts: Any) -> dict[str, Any]:
+    """Commit, versions and devices, with `facts` added: what `env.json` holds."""
+    device = jax.devices()[0]
+    return {
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "devices": {"kind": device.device_kind, "platform": device.platform, "count": jax.device_count()},
+        **facts,
+    }
+
+
+def write_environment(run_dir: Path, facts: dict[str, Any]) -> None:
+    """Writes `env.json`."""
+    write_atomically(run_dir / "env.json", (json.dumps(facts, indent=2) + "\n").encode())
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except OSError:  # no git on this machine
+        return None
+    return answer.stdout.strip() or None

@@ -1,0 +1,49 @@
+"""What training carries from step to step, born on the plan's mesh."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+
+from orogen.config.model import ModelConfig
+from orogen.model.lm import Built, initial_state
+from orogen.parallel.plan import Plan
+
+
+class TrainState(NamedTuple):
+    """Float32 master parameters, the routers' correction biases, optimizer state and counters (int32).
+
+    step: batches taken; skipped: how many of them were not finite and changed nothing; skipped_in_row: just now.
+    """
+
+    step: Array
+    skipped: Array
+    skipped_in_row: Array
+    params: nnx.State
+    buffers: nnx.State
+    optimizer: optax.OptState
+
+
+def abstract_state(built: Built, optimizer: optax.GradientTransformation) -> TrainState:
+    """Shapes and dtypes of the state; nothing is allocated."""
+    counter = jax.ShapeDtypeStruct((), jnp.int32)
+    opt_state = jax.eval_shape(optimizer.init, built.params)
+    return TrainState(counter, counter, counter, built.params, built.buffers, opt_state)
+
+
+def create_state(
+    config: ModelConfig, built: Built, optimizer: optax.GradientTransformation, plan: Plan, seed: int
+) -> TrainState:
+    """The initial state, each array made where it will live: optimizer state too, which jit would else put on one
+    device."""
+    shardings = plan.shardings(abstract_state(built, optimizer))
+
+    def create(seed: Array) -> TrainState:
+        params, buffers = initial_state(config, seed)
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, zero, zero, params, buffers, optimizer.init(params))
+
+    return jax.jit(create, out_shardings=shardings)(seed)

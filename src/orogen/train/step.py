@@ -1,0 +1,200 @@
+"""One training step: loss and gradient inside the plan's shard_map, clipping and optimizer outside, under one jit.
+
+Letters: m microbatches, b batch, t time, l layers, e experts.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array, lax
+
+from orogen.config.model import ModelConfig
+from orogen.config.run import RunConfig
+from orogen.data.packing import Batch
+from orogen.model.block import Repeat, letters, places, repeats
+from orogen.model.lm import Built
+from orogen.moe.layer import Choice
+from orogen.parallel.plan import Plan
+from orogen.precision.policy import working_copy
+from orogen.train.loss import Sums, batch_counts, objective
+from orogen.train.state import TrainState, abstract_state
+
+Items = tuple[str | Repeat, ...]
+BATCH_AXES = ("batch", "context")
+
+
+class StepMetrics(NamedTuple):
+    """What a step reports. nats and targets have one entry a prediction depth; load has a row an MoE layer, in the
+    order of the pattern, then the MTP block's. worst_leaf: index of the first gradient leaf that is not finite, or -1."""
+
+    loss: Array
+    nats: Array
+    targets: Array
+    tokens: Array
+    load_le: Array
+    dropped: Array
+    grad_norm: Array
+    worst_leaf: Array
+    skipped: Array
+    skipped_in_row: Array
+
+
+def gradients(
+    built: Built, config: ModelConfig, plan: Plan, dtype: str, *, record: bool = False, replaying: bool = False
+) -> Callable[..., Any]:
+    """A function (params, buffers, batch[, replay]) -> loss, gradients, Counts, Sums of a global batch.
+
+    The batch's rows are taken in `plan.config.microbatches` parts, whose gradients add up to those of the whole.
+    record: Sums.choices holds every token's experts; replaying: those of an earlier call are used again.
+    """
+    parts = plan.config.microbatches
+    depths = config.mtp_depths
+
+    def device_step(params, buffers, batch, replay):
+        batch = jax.tree.map(lambda x: _microbatches(x, parts, plan.sources[0]), batch)
+        counts = _sum_over(lambda part: batch_counts(part, depths, plan), batch)
+
+        def share(params, part, replayed):
+            model = nnx.merge(built.graph, working_copy(params, dtype), buffers)
+            loss, sums = objective(model, part, counts, config=config, plan=plan, replay=replayed)
+            return loss, sums if record else sums._replace(choices=())
+
+        # Marked varying once, out here: the sum over devices then happens once a step and not once a microbatch.
+        varied, reduce = jax.vjp(plan.vary, params)
+        gradient = jax.value_and_grad(share, has_aux=True)
+        if parts == 1:
+            first = jax.tree.map(lambda x: x[0], (batch, replay))
+            (loss, sums), grads = gradient(varied, *first)
+            choices = jax.tree.map(lambda x: x[None], sums.choices)
+        else:
+            (loss, sums, grads), choices = _accumulate(gradient, varied, batch, replay, plan)
+        (grads,) = reduce(grads)
+        return loss, grads, counts, sums._replace(choices=choices)
+
+    return _shard(device_step, built, config, plan, record=record, replaying=replaying)
+
+
+def _shard(
+    device_step: Callable, built: Built, config: ModelConfig, plan: Plan, *, record: bool, replaying: bool
+) -> Callable[..., Any]:
+    batch_spec, whole = plan.spec(*BATCH_AXES), plan.spec()
+    params, buffers = plan.specs(built.params), plan.specs(built.buffers)
+    choices = tuple(_choice_specs(items, plan, 1) for items in _applied(config))
+    sums = Sums(nats=whole, load=whole, dropped=whole, choices=choices if record else ())
+    replay = experts_of(choices) if replaying else None
+    step = plan.run(device_step, inputs=(params, buffers, batch_spec, replay), outputs=(whole, params, whole, sums))
+    return step if replaying else lambda params, buffers, batch: step(params, buffers, batch, None)
+
+
+def experts_of(choices: Any) -> Any:
+    """The experts of each Choice in the tree: what replays it."""
+    return jax.tree.map(lambda c: c.experts, choices, is_leaf=lambda x: isinstance(x, Choice))
+
+
+def _applied(config: ModelConfig) -> list[Items]:
+    """The stacks in the order they run: the backbone, then the MTP block once a depth."""
+    return [repeats(config.layers.main)] + [repeats(config.layers.mtp)] * config.mtp_depths
+
+
+def _choice_specs(items: Items, plan: Plan, stacked: int) -> Any:
+    """The layout of a stack's choices, whose arrays have `stacked` axes in front of batch and time."""
+    specs = []
+    for item in items:
+        if isinstance(item, Repeat):
+            specs.append(_choice_specs(item.items, plan, stacked + 1))
+        else:
+            axes = (None,) * stacked + ("batch", "tokens")
+            specs.append(Choice(plan.spec(*axes, None), plan.spec(*axes), plan.spec(*axes)) if item == "E" else None)
+    return tuple(specs)
+
+
+def _microbatches(x_bt: Array, parts: int, sources: int) -> Array:
+    """(m, b / m, t): each of `sources` source ranks gives every microbatch an equal run of its rows."""
+    rows, length = x_bt.shape
+    split = x_bt.reshape(sources, parts, rows // (sources * parts), length)
+    return split.swapaxes(0, 1).reshape(parts, rows // parts, length)
+
+
+def _sum_over(function: Callable, batch: Batch) -> Any:
+    return jax.tree.map(lambda x: x.sum(0), lax.map(function, batch))
+
+
+def _accumulate(gradient: Callable, varied: Any, batch: Batch, replay: Any, plan: Plan) -> Any:
+    """Sums of loss, Sums and gradients over microbatches, and each microbatch's choices."""
+
+    def body(total, part):
+        (loss, sums), grads = gradient(varied, *part)
+        return jax.tree.map(jnp.add, total, (loss, sums._replace(choices=()), grads)), sums.choices
+
+    first, rest = (jax.tree.map(lambda x, i=i: x[i], (batch, replay)) for i in (slice(0, 1), slice(1, None)))
+    (loss, sums), grads = gradient(varied, *jax.tree.map(lambda x: x[0], first))
+    total, choices = lax.scan(body, (loss, sums._replace(choices=()), grads), rest)
+    return total, jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), sums.choices, choices)
+
+
+def load_by_layer(load: list[Array], config: ModelConfig) -> Array:
+    """Loads (l, e) in the order of the pattern, the MTP block's last, from those in the order of the buffers."""
+    rows, offset = [], 0
+    for items in dict.fromkeys(_applied(config)):
+        experts = [p for p, letter in zip(places(items), letters(items), strict=True) if letter == "E"]
+        paths = sorted({place.path for place in experts})
+        rows += [load[offset + paths.index(place.path)][place.index] for place in experts]
+        offset += len(paths)
+    return jnp.stack(rows) if rows else jnp.zeros((0, 0))
+
+
+def update_bias(bias: Array, load: Array, rate: float) -> Array:
+    """b + rate · sign(mean load - load): an expert with less than its share is chosen more often (arXiv:2408.15664)."""
+    return bias + rate * jnp.sign(load.mean(-1, keepdims=True) - load)
+
+
+def apply_gradients(
+    state: TrainState, grads: nnx.State, load: list[Array], optimizer: optax.GradientTransformation, plan: Plan,
+    *, bias_rate: float, finite: Array,
+) -> TrainState:
+    """The state after one update, or, unless `finite`, the same state with the step counted as skipped."""
+    grads = lax.with_sharding_constraint(grads, plan.shardings(grads))
+    updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
+    leaves, structure = jax.tree.flatten(state.buffers)
+    biases = [update_bias(bias, part, bias_rate) for bias, part in zip(leaves, load, strict=True)]
+    new = (optax.apply_updates(state.params, updates), jax.tree.unflatten(structure, biases), opt_state)
+    kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (state.params, state.buffers, state.optimizer))
+    missed = 1 - finite.astype(jnp.int32)
+    return TrainState(
+        state.step + 1, state.skipped + missed, (state.skipped_in_row + 1) * missed, *kept
+    )
+
+
+def make_step(
+    built: Built, config: RunConfig, plan: Plan, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """The jitted training step. It donates the state and returns it in the same layout."""
+    gradient = gradients(built, config.model, plan, config.train.compute_dtype)
+    bias_rate = config.train.router_bias_update_rate
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        loss, grads, counts, sums = gradient(plan.working(state.params), state.buffers, batch)
+        finite_leaves = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads)])
+        finite = finite_leaves.all() & jnp.isfinite(loss)
+        new = apply_gradients(state, grads, sums.load, optimizer, plan, bias_rate=bias_rate, finite=finite)
+        metrics = StepMetrics(
+            loss=loss, nats=sums.nats, targets=counts.targets, tokens=counts.tokens[0],
+            load_le=load_by_layer(sums.load, config.model), dropped=sums.dropped, grad_norm=optax.global_norm(grads),
+            worst_leaf=jnp.where(finite_leaves.all(), -1, jnp.argmin(finite_leaves)),
+            skipped=new.skipped, skipped_in_row=new.skipped_in_row,
+        )
+        return new, metrics
+
+    layout = plan.shardings(abstract_state(built, optimizer))
+    return jax.jit(step, donate_argnums=0, out_shardings=(layout, plan.sharding()))
+
+
+def batch_to_devices(batch: Batch, plan: Plan) -> Batch:
+    """The global batch on the plan's devices."""
+    sharding = plan.sharding(*BATCH_AXES)
+    return jax.tree.map(lambda x: jax.device_put(np.asarray(x), sharding), batch)

@@ -1,0 +1,167 @@
+"""Checks a plan against one device: loss, every gradient, and the parameters after one optimizer step.
+
+Letters: b batch, t time.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from orogen.config.run import OptimizerConfig, RunConfig, TrainConfig
+from orogen.data.packing import Batch
+from orogen.model.lm import Built, build, initial_state
+from orogen.moe.layer import Choice
+from orogen.parallel.plan import Plan, make_plan, single_device_plan
+from orogen.train.loop import leaf_name
+from orogen.train.optimizer import make_optimizer
+from orogen.train.state import create_state
+from orogen.train.step import apply_gradients, batch_to_devices, experts_of, gradients
+
+# Relative tolerances in float32. A gradient leaf sums up to a few thousand products in another order.
+LOSS, GRADIENT, PARAMETER = 1e-5, 1e-4, 1e-6
+# A token's own top-k may differ from the replayed one only where the choice hung on less than this.
+MARGIN = 1e-5
+# A leaf this small beside the whole gradient is zero but for rounding, and is held against the whole.
+NEGLIGIBLE = 1e-7
+
+
+class Verdict(NamedTuple):
+    """Relative errors of a plan against one device; `flips` counts tokens whose own top-k differed from the one
+    replayed, and flip_margin is the largest margin of such a choice; `zero_leaves` had no gradient to compare."""
+
+    loss_error: float
+    max_gradient_error: float
+    worst_leaf: str
+    max_parameter_error: float
+    flips: int
+    flip_margin: float
+    zero_leaves: list[str]
+    dropped_tokens: int
+
+    @property
+    def passed(self) -> bool:
+        """Whether every error is inside its tolerance."""
+        return (
+            self.loss_error <= LOSS and self.max_gradient_error <= GRADIENT
+            and self.max_parameter_error <= PARAMETER and self.flip_margin <= MARGIN
+        )
+
+
+def verify(config: RunConfig) -> Verdict:
+    """One step of `config.plan` and of one device from equal states and a packed batch, in float32.
+
+    The plan replays the experts that the one-device run chose, since rounding flips ties; the single device counts
+    capacity as if it were the plan's source ranks. Needs as many devices as the plan.
+    """
+    plan = make_plan(config.plan, config.need("model").model)
+    sources = (config.plan.data, config.plan.context * config.plan.tensor)
+    single = single_device_plan(config.plan, config.model, sources=sources)
+    train = config.train or _default_train(config)
+    optimizer = config.optimizer or OptimizerConfig(learning_rate=1e-3)
+    batch = packed_batch(config, train)
+    built = build(config.model)
+    alone = _gradients(built, config, single, train.seed, batch, None)
+    folded = _gradients(built, config, plan, train.seed, batch, experts_of(alone.sums.choices))
+    errors, zero = _leaf_errors(alone.grads, folded.grads)
+    worst = int(np.argmax(errors))
+    flips, margin = _flips(folded.sums.choices)
+    return Verdict(
+        loss_error=abs(folded.loss - alone.loss) / abs(alone.loss),
+        max_gradient_error=float(errors[worst]),
+        worst_leaf=leaf_name(built.params, worst),
+        max_parameter_error=_parameter_error(built, config, optimizer, train, (single, plan), alone),
+        flips=flips,
+        flip_margin=margin,
+        zero_leaves=[leaf_name(built.params, i) for i in zero],
+        dropped_tokens=int(folded.sums.dropped),
+    )
+
+
+def packed_batch(config: RunConfig, train: TrainConfig) -> Batch:
+    """Random tokens in documents of uneven lengths, several a row, with padding at the end of some rows."""
+    rng = np.random.default_rng(train.seed)
+    shape = (train.batch_size, train.sequence_length)
+    segments_bt = np.zeros(shape, np.int32)
+    positions_bt = np.zeros(shape, np.int32)
+    for segments_t, positions_t in zip(segments_bt, positions_bt, strict=True):
+        inside = rng.permutation(np.arange(1, shape[1]))[: rng.integers(1, min(5, shape[1]))]
+        edges = [0, *np.sort(inside).tolist(), shape[1]]
+        for number, (start, end) in enumerate(zip(edges, edges[1:], strict=False), 1):
+            last = number == len(edges) - 1
+            segments_t[start:end] = 0 if last and rng.random() < 0.5 else number
+            positions_t[start:end] = np.arange(end - start)
+    first_bt = np.diff(segments_bt, axis=1, prepend=-1) != 0
+    weights_bt = ((segments_bt != 0) & ~first_bt).astype(np.float32)
+    tokens_bt = rng.integers(0, config.model.vocab_size, shape, dtype=np.int32)
+    return Batch(tokens_bt, segments_bt, positions_bt, weights_bt)
+
+
+class _Step(NamedTuple):
+    loss: float
+    grads: nnx.State
+    sums: Any
+
+
+def _gradients(built: Built, config: RunConfig, plan: Plan, seed: int, batch: Batch, replay: Any) -> _Step:
+    """One loss and gradient on `plan`, fetched to the host."""
+    initial = jax.jit(
+        lambda seed: initial_state(config.model, seed),
+        out_shardings=(plan.shardings(built.params), plan.shardings(built.buffers)),
+    )
+    params, buffers = initial(seed)
+    function = gradients(built, config.model, plan, "float32", record=True, replaying=replay is not None)
+
+    def step(params, buffers, batch, *replay):
+        loss, grads, _, sums = function(plan.working(params), buffers, batch, *replay)
+        return _Step(loss, grads, sums)
+
+    replayed = () if replay is None else (replay,)
+    with jax.default_matmul_precision("highest"):
+        result = jax.device_get(jax.jit(step)(params, buffers, batch_to_devices(batch, plan), *replayed))
+    return result._replace(loss=float(result.loss))
+
+
+def _leaf_errors(reference: nnx.State, other: nnx.State) -> tuple[np.ndarray, list[int]]:
+    """Relative error of each leaf, and which leaves are zero in the reference."""
+    pairs = list(zip(jax.tree.leaves(reference), jax.tree.leaves(other), strict=True))
+    norms = np.array([np.linalg.norm(np.asarray(a, np.float64)) for a, _ in pairs])
+    whole = np.linalg.norm(norms)
+    zero = norms <= NEGLIGIBLE * whole
+    differences = np.array([np.linalg.norm(np.asarray(a, np.float64) - b) for a, b in pairs])
+    return differences / np.maximum(np.where(zero, whole, norms), np.finfo(float).tiny), np.flatnonzero(zero).tolist()
+
+
+def _flips(choices: Any) -> tuple[int, float]:
+    """How many tokens were replayed against their own top k, and the largest margin of one."""
+    found = jax.tree.leaves(choices, is_leaf=lambda x: isinstance(x, Choice))
+    count = sum(int(c.flipped.sum()) for c in found)
+    return count, max((float(c.margin[c.flipped].max()) for c in found if c.flipped.any()), default=0.0)
+
+
+def _parameter_error(
+    built: Built, config: RunConfig, optimizer: OptimizerConfig, train: TrainConfig, plans: tuple[Plan, Plan], step: _Step
+) -> float:
+    """The largest relative difference of a parameter after one update, on both plans, from the gradients of `step`."""
+    rule = make_optimizer(optimizer, train.steps, built.params)
+    updated = []
+    for plan in plans:
+        state = create_state(config.model, built, rule, plan, train.seed)
+        apply = jax.jit(
+            lambda state, grads, load, plan=plan: apply_gradients(
+                state, grads, load, rule, plan, bias_rate=train.router_bias_update_rate, finite=jnp.asarray(True)
+            ).params,
+            out_shardings=plan.shardings(built.params),
+        )
+        with jax.default_matmul_precision("highest"):
+            updated.append(jax.device_get(apply(state, step.grads, step.sums.load)))
+    return float(_leaf_errors(*updated)[0].max())
+
+
+def _default_train(config: RunConfig) -> TrainConfig:
+    """A batch that every axis of the plan divides, with rows of an odd number of tokens for each rank."""
+    plan = config.plan
+    length = 12 * plan.context * plan.tensor
+    return TrainConfig(steps=10, batch_size=2 * plan.data * plan.microbatches, sequence_length=max(length, 48), seed=0)

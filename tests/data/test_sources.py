@@ -1,0 +1,116 @@
+"""All file kinds read alike, exactly, and refuse by file and line."""
+
+import gzip
+import json
+import re
+
+import pyarrow
+import pytest
+import zstandard
+from pyarrow import parquet
+
+from orogen.data.sources import Document, read_documents, unread_files
+
+TEXTS = ["first\r\nline  ", "", "zwei é 🙂", "<bos>\ttab\x00"]
+
+
+def _lines(field="text"):
+    return "".join(json.dumps({"id": i, field: text}) + "\n" for i, text in enumerate(TEXTS)).encode()
+
+
+def _write(folder, kind, field="text"):
+    file = folder / f"corpus{kind}"
+    if kind == ".jsonl":
+        file.write_bytes(_lines(field))
+    elif kind == ".jsonl.gz":
+        file.write_bytes(gzip.compress(_lines(field)))
+    elif kind == ".jsonl.zst":
+        file.write_bytes(zstandard.compress(_lines(field)))
+    elif kind == ".parquet":
+        parquet.write_table(pyarrow.table({"id": range(len(TEXTS)), field: TEXTS}), file, row_group_size=3)
+    return file
+
+
+def _read(path, text_field="text"):
+    return list(read_documents(path, text_field=text_field))
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"])
+@pytest.mark.parametrize("field", ["text", "content"])
+def test_files_of_records_read_alike(tmp_path, kind, field):
+    file = _write(tmp_path, kind, field)
+    expected = [Document(f"{file.name}:{i}", text) for i, text in enumerate(TEXTS, start=1)]
+    assert _read(file, field) == expected
+    assert _read(tmp_path, field) == expected
+
+
+def test_a_txt_file_is_a_document_to_the_byte(tmp_path):
+    (tmp_path / "b").mkdir()
+    for name, text in zip(("b/z.txt", "a.txt", "b.txt", "b/a.txt"), TEXTS, strict=True):
+        (tmp_path / name).write_bytes(text.encode())
+    assert _read(tmp_path) == [
+        Document("a.txt", TEXTS[1]),
+        Document("b.txt", TEXTS[2]),
+        Document("b/a.txt", TEXTS[3]),
+        Document("b/z.txt", TEXTS[0]),
+    ]
+
+
+def test_other_files_are_passed_over_and_counted(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "README.md").write_text("no")
+    (tmp_path / "b.json").write_text("no")
+    assert [document.key for document in _read(tmp_path)] == ["a.txt"]
+    assert unread_files(tmp_path) == 2
+
+
+def test_blank_lines_are_no_documents_but_count_as_lines(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "one"}\n\n  \n{"text": "four"}')
+    assert _read(file) == [Document("a.jsonl:1", "one"), Document("a.jsonl:4", "four")]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "cut', "expected one JSON object on the line"),
+        (b'{"body": "x"}', "found ['body']: expected a JSON object with the field 'text'"),
+        (b'["text"]', "found list: expected a JSON object with the field 'text'"),
+        (b'{"text": 5}', "'text' is 5: expected a string"),
+        (b'{"text": null}', "'text' is None: expected a string"),
+        (b'{"text": "\\ud800"}', "lone surrogate"),
+        (b'{"text": "\xff"}', "byte 10 is not UTF-8"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, message):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'{"text": "good"}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=re.escape(f"{file}:2: ") + ".*" + re.escape(message)) as caught:
+        _read(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_parquet_file_without_the_column_is_refused(tmp_path):
+    file = _write(tmp_path, ".parquet")
+    with pytest.raises(ValueError, match=re.escape(f"{file}: found the columns ['id', 'text']: expected a column 'b'")):
+        _read(file, "b")
+    parquet.write_table(pyarrow.table({"text": ["a", None]}), file)
+    with pytest.raises(ValueError, match=re.escape(f"{file}:2: 'text' is None: expected a string")):
+        _read(file)
+
+
+def test_paths_with_nothing_to_read_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"corpus '.*absent' does not exist: expected 'stdlib', a file or"):
+        _read(tmp_path / "absent")
+    for _ in range(2):  # an empty folder, then one with an unsupported suffix only
+        with pytest.raises(ValueError, match=r"has no file to read: expected \.txt, \.jsonl, .*\.parquet"):
+            _read(tmp_path)
+        (tmp_path / "a.csv").write_text("a,b")
+    with pytest.raises(ValueError, match=r"a\.csv' has no file to read"):
+        _read(tmp_path / "a.csv")
+
+
+def test_bytes_that_are_not_utf8_are_refused(tmp_path):
+    (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.txt: byte 2 is not UTF-8"):
+        _read(tmp_path)

@@ -1,0 +1,261 @@
+"""Structure of the code: who may import whom, and what may appear only in one place.
+
+A check takes a file's path under src/orogen and its syntax tree, and yields one line a breach.
+"""
+
+import ast
+import pathlib
+import re
+from collections.abc import Callable, Iterator
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+SOURCE = ROOT / "src" / "orogen"
+RECIPES = ROOT / "gin_configs" / "recipes"
+
+# A package imports those of its own rank or below. Packages with a rule of their own stand in ONLY.
+LAYERS = (
+    "config compat",
+    "parallel",
+    "kernels",
+    "precision",
+    "layers",
+    "moe",
+    "model",
+    "train infer",
+    "posttrain compress vision evaluate convert bench launch",
+    "cli __main__",
+)
+RANK = {package: rank for rank, packages in enumerate(LAYERS) for package in packages.split()}
+ONLY = {
+    "__init__": (),
+    "config": ("config",),
+    "data": ("data", "config", "compat"),
+    "simulate": ("simulate", "config", "compat", "parallel.fold", "parallel.schedule"),
+}
+MAY_IMPORT_DATA = RANK["train"]
+MAY_IMPORT_SIMULATE = {"train": ("simulate.flops",), "bench": ("simulate.flops",), "cli": ("simulate",)}
+FREE_OF_JAX = ("config/", "parallel/fold.py", "parallel/schedule.py")
+
+PLACEMENT = {"PartitionSpec", "shard_map"}
+COLLECTIVES = set(
+    "psum pmean pmax pmin psum_scatter all_gather all_gather_invariant all_gather_reduced all_to_all ragged_all_to_all "
+    "ppermute pshuffle pswapaxes pbroadcast psend precv pcast pvary axis_index axis_size".split()
+)
+ASKS_FOR_DEVICES = re.compile(
+    r"jax\.(local_)?devices?(_count)?|jax\.process_(index|count)|jax\.default_backend|jax\.make_mesh|"
+    r"(mesh_utils\.)?create_device_mesh|(jax\.)?random\.\w+|"
+    r"(jnp|jax\.numpy)\.(array|asarray|zeros|ones|full|arange|linspace|eye)"
+)
+
+
+def package_of(path: str) -> str:
+    """`config` for `config/load.py`, `cli` for `cli.py`."""
+    return path.split("/")[0].removesuffix(".py")
+
+
+def imports(path: str, tree: ast.AST) -> Iterator[str]:
+    """Every imported name, dotted and absolute; `from a import b` gives `a.b`."""
+    folder = ["orogen", *path.split("/")[:-1]]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = folder[: len(folder) - node.level + 1] if node.level else []
+            module = ".".join([*base, *filter(None, [node.module])])
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def dotted(node: ast.AST) -> str:
+    """`a.b.c` for that expression; empty for one that is not a chain of names."""
+    if isinstance(node, ast.Attribute):
+        base = dotted(node.value)
+        return f"{base}.{node.attr}" if base else ""
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def within(name: str, prefixes: tuple[str, ...]) -> bool:
+    """Whether a dotted name is one of the prefixes, or below one."""
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def import_order(path: str, tree: ast.AST) -> Iterator[str]:
+    source = package_of(path)
+    if source not in RANK and source not in ONLY:
+        yield f"package {source} has no rank in tests/test_style.py"
+        return
+    if path == "simulate/aot.py":
+        return
+    for name in imports(path, tree):
+        if not name.startswith("orogen."):
+            continue
+        name = name.removeprefix("orogen.")
+        target = name.split(".")[0]
+        if target == source:
+            continue
+        if source in ONLY:
+            allowed = within(name, ONLY[source])
+        elif target == "simulate":
+            allowed = within(name, MAY_IMPORT_SIMULATE.get(source, ()))
+        elif target == "data":
+            allowed = RANK[source] >= MAY_IMPORT_DATA
+        else:
+            allowed = target in RANK and RANK[target] <= RANK[source]
+        if not allowed:
+            yield f"imports {name}"
+
+
+def jax_free(path: str, tree: ast.AST) -> Iterator[str]:
+    if path.startswith(FREE_OF_JAX):
+        yield from (f"imports {n}" for n in imports(path, tree) if within(n, ("jax", "jaxlib", "flax", "optax")))
+
+
+def gin_only_in_load(path: str, tree: ast.AST) -> Iterator[str]:
+    if path != "config/load.py":
+        yield from (f"imports {name}" for name in imports(path, tree) if within(name, ("gin",)))
+
+
+def source_stands_alone(path: str, tree: ast.AST) -> Iterator[str]:
+    yield from (f"imports {name}" for name in imports(path, tree) if within(name, ("tests", "experiments")))
+
+
+def placement_only_in_parallel(path: str, tree: ast.AST) -> Iterator[str]:
+    if path.startswith("parallel/"):
+        return
+    for name in imports(path, tree):
+        if name.split(".")[-1] in PLACEMENT or name.startswith("jax.lax.") and name.split(".")[-1] in COLLECTIVES:
+            yield f"imports {name}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            of_lax = dotted(node.value).split(".")[-1] == "lax"
+            if node.attr in PLACEMENT or of_lax and node.attr in COLLECTIVES:
+                yield f"line {node.lineno}: {dotted(node) or node.attr}"
+
+
+def no_swallowed_exceptions(path: str, tree: ast.AST) -> Iterator[str]:
+    """Bare handlers, empty handlers, `suppress`, and broad handlers that neither raise nor use the exception."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ExceptHandler):
+            inside = [inner for statement in node.body for inner in ast.walk(statement)]
+            types = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+            broad = any(isinstance(t, ast.Name) and t.id in ("Exception", "BaseException") for t in types)
+            used = any(isinstance(n, ast.Raise) or isinstance(n, ast.Name) and n.id == node.name for n in inside)
+            empty = all(
+                isinstance(s, ast.Pass) or isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant)
+                for s in node.body
+            )
+            if node.type is None or empty or (broad and not used):
+                yield f"line {node.lineno}: swallows an exception"
+        elif isinstance(node, ast.Call) and dotted(node.func).split(".")[-1] == "suppress":
+            yield f"line {node.lineno}: swallows an exception"
+
+
+def run_at_import(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes below this one that run when the module is imported: all but the bodies of functions."""
+    for field, value in ast.iter_fields(node):
+        if field == "body" and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, ast.AST):
+                yield child
+                yield from run_at_import(child)
+
+
+def no_devices_at_import(path: str, tree: ast.AST) -> Iterator[str]:
+    for node in run_at_import(tree):
+        if isinstance(node, ast.Call) and ASKS_FOR_DEVICES.fullmatch(dotted(node.func)):
+            yield f"line {node.lineno}: {dotted(node.func)} starts a backend at import"
+
+
+def unexplained(recipe: str, text: str) -> bool:
+    """Whether a recipe lacks, in its opening comment, the command that runs it."""
+    lines = text.splitlines()
+    opening = lines[: next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))]
+    return not re.search(rf"orogen .*--gin_file gin_configs/recipes/{re.escape(recipe)}\b", "\n".join(opening))
+
+
+# Beside each check, files that it must refuse.
+CHECKS: dict[Callable[[str, ast.AST], Iterator[str]], list[tuple[str, str]]] = {
+    import_order: [
+        ("layers/norm.py", "from orogen.model import lm"),
+        ("layers/norm.py", "from ..model.lm import LM"),
+        ("layers/norm.py", "def f():\n    import orogen.train.loop"),
+        ("config/model.py", "import orogen.parallel.fold"),
+        ("data/loader.py", "from orogen import parallel"),
+        ("model/lm.py", "from orogen.data import loader"),
+        ("simulate/memory.py", "from orogen.parallel import plan"),
+        ("infer/engine.py", "from orogen.simulate import flops"),
+        ("train/loop.py", "from orogen.simulate import memory"),
+        ("__init__.py", "from orogen import cli"),
+        ("utils/misc.py", ""),
+    ],
+    jax_free: [("config/plan.py", "import jax.numpy as jnp"), ("parallel/fold.py", "from jax import lax")],
+    gin_only_in_load: [("cli.py", "import gin"), ("config/model.py", "from gin import register")],
+    source_stands_alone: [("cli.py", "from tests import helpers"), ("bench/a.py", "import experiments.a.run")],
+    placement_only_in_parallel: [
+        ("moe/layer.py", "from jax.sharding import PartitionSpec as P"),
+        ("moe/layer.py", "spec = jax.sharding.PartitionSpec('data')"),
+        ("moe/layer.py", "y = jax.shard_map(f)"),
+        ("moe/layer.py", "from jax.lax import psum"),
+        ("moe/layer.py", "y = lax.all_to_all(x, 'expert', 0, 0)"),
+    ],
+    no_swallowed_exceptions: [
+        ("cli.py", "try:\n    f()\nexcept:\n    raise"),
+        ("cli.py", "try:\n    f()\nexcept Exception:\n    pass"),
+        ("cli.py", "try:\n    f()\nexcept (KeyError, Exception) as error:\n    x = 1"),
+        ("cli.py", "try:\n    import torch\nexcept ImportError:\n    pass"),
+        ("cli.py", "with contextlib.suppress(KeyError):\n    f()"),
+    ],
+    no_devices_at_import: [
+        ("train/a.py", "N = len(jax.devices())"),
+        ("train/a.py", "def f(n=jax.device_count()):\n    return n"),
+        ("train/a.py", "class A:\n    key = jax.random.key(0)"),
+        ("train/a.py", "MASK = jnp.zeros((2, 3))"),
+    ],
+}
+
+# What every check must let pass.
+ACCEPTED = [
+    ("config/load.py", "import gin\nfrom orogen.config import model"),
+    ("cli.py", "from orogen.simulate import memory\nfrom orogen.data import loader\nimport orogen.train.loop"),
+    ("simulate/flops.py", "from orogen.parallel.fold import fold\nfrom . import hardware"),
+    ("simulate/aot.py", "from orogen.train import step"),
+    ("train/loop.py", "from orogen.simulate.flops import flops_per_token"),
+    ("parallel/plan.py", "from jax.sharding import PartitionSpec\nfrom jax import lax\ny = lax.psum(1, 'data')"),
+    ("moe/layer.py", "y = plan.sum(x) + lax.scan(f, x, None)\nimport jax.numpy as jnp\nBIG = jnp.finfo(jnp.float32)"),
+    ("cli.py", "try:\n    f()\nexcept Exception as error:\n    report(error)"),
+    ("cli.py", "try:\n    f()\nexcept KeyError:\n    y = None"),
+    ("train/loop.py", "def f():\n    return jax.devices()"),
+]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_source_keeps_to(check):
+    files = sorted(SOURCE.rglob("*.py"))
+    assert files, f"no code under {SOURCE}"
+    named = [(file.relative_to(SOURCE).as_posix(), ast.parse(file.read_text())) for file in files]
+    assert [f"{path}: {breach}" for path, tree in named for breach in check(path, tree)] == []
+
+
+@pytest.mark.parametrize(("check", "path", "text"), [(c, *bad) for c, cases in CHECKS.items() for bad in cases])
+def test_check_refuses(check, path, text):
+    assert list(check(path, ast.parse(text)))
+
+
+@pytest.mark.parametrize(("path", "text"), ACCEPTED)
+def test_checks_let_pass(path, text):
+    assert [breach for check in CHECKS for breach in check(path, ast.parse(text))] == []
+
+
+def test_recipes_begin_with_their_command():
+    files = sorted(RECIPES.rglob("*.gin"))
+    assert [f.name for f in files if unexplained(f.relative_to(RECIPES).as_posix(), f.read_text())] == []
+
+
+def test_recipe_without_its_command_is_noticed():
+    command = "orogen train --gin_file gin_configs/recipes/a.gin --run runs/a"
+    assert not unexplained("a.gin", f"# Tiny.\n# {command}\nX.y = 1\n")
+    assert unexplained("a.gin", "X.y = 1\n")
+    assert unexplained("a.gin", f"X.y = 1\n# {command}\n")
+    assert unexplained("b.gin", f"# {command}\n")
