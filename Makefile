@@ -26,7 +26,7 @@ help:
 	@echo 'Everywhere: PYTHON=python3.12 chooses the interpreter of a new environment, VENV=DIR its folder.'
 
 quickstart: $(READY)
-	$(BIN)/orogen train --gin_file gin_configs/recipes/quickstart.gin --run runs/quickstart
+	$(BIN)/orogen train --fake_devices 8 --gin_file gin_configs/recipes/quickstart.gin --run runs/quickstart --resume
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)

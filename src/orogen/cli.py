@@ -11,6 +11,7 @@ from typing import Any
 from orogen.config.checks import ConfigError
 from orogen.config.load import load
 from orogen.config.run import RunConfig
+from orogen.parallel.runtime import configure
 
 EXIT_FAILURE, EXIT_BAD_INPUT = 1, 2
 
@@ -19,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one task. Returns 0 when done, 2 on bad input (one line on stderr), 1 if the task found a fault."""
     options = _parser().parse_args(arguments)
     try:
-        _simulate_devices(options)
+        configure(options.fake_devices)
         return options.task(options)
     except (ConfigError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         return _fail(error, EXIT_BAD_INPUT)
@@ -72,20 +73,6 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number above 0")
     return int(text)
-
-
-def _simulate_devices(options: argparse.Namespace) -> None:
-    """Sets up jax before anything asks for devices: simulated ones if wanted, and a compile cache kept between runs."""
-    import jax
-
-    if options.fake_devices:
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", options.fake_devices)
-    if jax.config.jax_compilation_cache_dir is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "orogen" / "jax"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def _load(options: argparse.Namespace, *parts: str) -> tuple[RunConfig, str]:
@@ -146,8 +133,7 @@ def verify(options: argparse.Namespace) -> int:
     """`orogen verify`: simulates the devices of the plan if none are asked for."""
     config, _ = _load(options, "model")
     if not options.fake_devices:
-        options.fake_devices = config.plan.devices
-        _simulate_devices(options)
+        configure(config.plan.devices)
     from orogen.train.verify import verify as check
 
     verdict = check(config)
@@ -166,8 +152,12 @@ def generate(options: argparse.Namespace) -> int:
     from orogen.infer.generate import load_checkpoint
 
     (text,) = run(
-        load_checkpoint(options.checkpoint), [options.prompt], tokens=options.tokens,
-        temperature=options.temperature, top_p=options.top_p, seed=options.seed,
+        load_checkpoint(options.checkpoint),
+        [options.prompt],
+        tokens=options.tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
     )
     _answer(options, {"prompt": options.prompt, "text": text}, [options.prompt + text])
     return 0

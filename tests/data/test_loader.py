@@ -225,6 +225,11 @@ def test_a_seeds_second_epoch_is_not_the_next_seeds_first():
     assert halves[0][1] != halves[1][0]
 
 
+def test_a_window_is_wide_enough_to_fill_rows():
+    loader = make_loader(_streams(200), batch_size=4, sequence_length=30, pad_id=0, shuffle_seed=0, window_tokens=1)
+    assert next(loader).segments_bt.min() == 1  # ten documents of three tokens fill a row
+
+
 def test_windows_with_the_same_rows_order_them_anew():
     one = document_stream(np.arange(10, 649), bos_id=1, eos_id=2)
     loader = make_loader([one], batch_size=64, sequence_length=11, pad_id=0, shuffle_seed=0, window_tokens=1)

@@ -1,6 +1,7 @@
 """Reads gin files into a RunConfig and refuses what nothing read; the only file that imports gin."""
 
 import dataclasses
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ def load(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[Run
         _refuse_duplicates(file)
         for folder in (file.resolve().parent, file.resolve().parent.parent):
             gin.add_config_file_search_path(str(folder))
+    logging.disable(logging.ERROR)  # gin logs each folder in which an include is not
     try:
         gin.parse_config_files_and_bindings([str(f) for f in files], list(bindings), skip_unknown=False)
         bound = _keys(gin.config_str())
@@ -38,6 +40,8 @@ def load(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[Run
         raise ConfigError(_first_line(error)) from None
     except (ValueError, TypeError, SyntaxError, OSError, RuntimeError, KeyError) as error:
         raise ConfigError(f"gin: {_first_line(error)}") from None
+    finally:
+        logging.disable(logging.NOTSET)
     text = gin.operative_config_str()
     read = _keys(text)
     dead = sorted(key for key in bound if key not in read and not any(r.endswith("/" + key) for r in read))

@@ -36,7 +36,9 @@ def parse_pattern(text: str) -> Pattern:
     if not layers:
         raise ConfigError(f"ModelConfig.pattern is {text!r}; expected at least one layer before any /")
     if len(set(parts)) > 1 or any(not part or "|" in part for part in parts):
-        raise ConfigError(f"ModelConfig.pattern is {text!r}; expected the parts after / to be equal, not empty, without |")
+        raise ConfigError(
+            f"ModelConfig.pattern is {text!r}; expected the parts after / to be equal, not empty, without |"
+        )
     return Pattern(layers, tuple(main.split("|")), parts[0] if parts else "", len(parts))
 
 
@@ -79,8 +81,14 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        require_positive(self, *(f.name for f in dataclasses.fields(self) if f.type in ("int", "int | None", int)
-                                 and f.name != "mtp_depths"))
+        require_positive(
+            self,
+            *(
+                f.name
+                for f in dataclasses.fields(self)
+                if f.type in ("int", "int | None", int) and f.name != "mtp_depths"
+            ),
+        )
         pattern = parse_pattern(self.pattern)
         self._check_mtp(pattern)
         letters = set(pattern.main + pattern.mtp)
@@ -143,5 +151,9 @@ class ModelConfig:
         self._divides("n_group", "n_routed_experts")
         require(self.topk_group <= self.n_group, self, "topk_group", f"at most n_group = {self.n_group}")
         reachable = self.n_routed_experts // self.n_group * self.topk_group
-        require(self.num_experts_per_tok <= reachable, self, "num_experts_per_tok",
-                f"at most {reachable}, the experts in topk_group groups")
+        require(
+            self.num_experts_per_tok <= reachable,
+            self,
+            "num_experts_per_tok",
+            f"at most {reachable}, the experts in topk_group groups",
+        )

@@ -36,8 +36,9 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        require_positive(self, "data", "context", "tensor", "stage", "expert", "expert_tensor", "microbatches",
-                         "capacity_factor")
+        require_positive(
+            self, "data", "context", "tensor", "stage", "expert", "expert_tensor", "microbatches", "capacity_factor"
+        )
         for field in ("context", "stage", "expert_tensor"):
             require(getattr(self, field) == 1, self, field, "1: parallelism over this axis is not available yet")
         require_choice(self, "fsdp", ("none", "optimizer", "parameters"))

@@ -37,8 +37,18 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        require_positive(self, "steps", "batch_size", "sequence_length", "evaluate_every", "evaluate_rows",
-                         "checkpoint_every", "keep_checkpoints", "max_skipped_steps", "sample_tokens")
+        require_positive(
+            self,
+            "steps",
+            "batch_size",
+            "sequence_length",
+            "evaluate_every",
+            "evaluate_rows",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "max_skipped_steps",
+            "sample_tokens",
+        )
         require(self.seed >= 0, self, "seed", "0 or more")
         require(0 <= self.ngram_order <= 7, self, "ngram_order", "a number from 0 to 7")
         require(self.router_bias_update_rate >= 0, self, "router_bias_update_rate", "0 or more")
@@ -95,21 +105,35 @@ class RunConfig:
         """Itself, if every one of `parts` is there. Raises ConfigError naming the class that has no bindings."""
         for part in parts:
             if getattr(self, part) is None:
-                raise ConfigError(f"the gin files have no bindings of {PARTS[part].__name__}; expected some, with its fields")
+                raise ConfigError(
+                    f"the gin files have no bindings of {PARTS[part].__name__}; expected some, with its fields"
+                )
         return self
 
     def check(self) -> "RunConfig":
         """Itself, if its parts fit together. Raises ConfigError."""
         if self.train is not None:
             rows = self.plan.data * self.plan.microbatches
-            require(self.train.batch_size % rows == 0, self.train, "batch_size",
-                    f"a multiple of data x microbatches = {self.plan.data} x {self.plan.microbatches}")
+            require(
+                self.train.batch_size % rows == 0,
+                self.train,
+                "batch_size",
+                f"a multiple of data x microbatches = {self.plan.data} x {self.plan.microbatches}",
+            )
             shards = self.plan.context * self.plan.tensor
-            require(self.train.sequence_length % shards == 0, self.train, "sequence_length",
-                    f"a multiple of context x tensor = {self.plan.context} x {self.plan.tensor}")
+            require(
+                self.train.sequence_length % shards == 0,
+                self.train,
+                "sequence_length",
+                f"a multiple of context x tensor = {self.plan.context} x {self.plan.tensor}",
+            )
         return self
 
 
 PARTS: dict[str, Any] = {
-    "model": ModelConfig, "plan": PlanConfig, "data": DataConfig, "train": TrainConfig, "optimizer": OptimizerConfig
+    "model": ModelConfig,
+    "plan": PlanConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+    "optimizer": OptimizerConfig,
 }

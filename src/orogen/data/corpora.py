@@ -5,6 +5,7 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from orogen.config.checks import ConfigError
 from orogen.config.data import DataConfig
 from orogen.data.sources import Document, read_documents, read_text
 
@@ -19,13 +20,13 @@ _STDLIB_LOCAL = ("_sysconfigdata", "config-", "sitecustomize", "usercustomize")
 
 
 def corpus_documents(config: DataConfig) -> list[Document]:
-    """Every document of the corpus, in the order of its keys' files. Raises ValueError if there is no text."""
+    """Every document of the corpus, in the order of its keys' files. Raises ConfigError if there is no text."""
     if config.corpus == "stdlib":
         documents = list(stdlib_documents())
     else:
         documents = list(read_documents(config.corpus, text_field=config.text_field))
     if not any(document.text for document in documents):
-        raise ValueError(
+        raise ConfigError(
             f"corpus {config.corpus!r} has {len(documents)} documents and no text: expected at least one with text"
         )
     return documents
@@ -69,7 +70,7 @@ def split_documents(documents: Sequence[Document], *, config: DataConfig) -> dic
     """The documents by split, each in the given order.
 
     A fraction is the probability of one document, so the share in bytes is near it, not equal to it.
-    Raises ValueError if a split with a fraction above 0, or the train split, gets no text.
+    Raises ConfigError if a split with a fraction above 0, or the train split, gets no text.
     """
     by_split: dict[str, list[Document]] = {name: [] for name in SPLITS}
     for document in documents:
@@ -78,7 +79,7 @@ def split_documents(documents: Sequence[Document], *, config: DataConfig) -> dic
     for name, fraction in fractions.items():
         if fraction > 0 and not any(document.text for document in by_split[name]):
             advice = "more documents" if name == "train" else f"more documents, or {name}_fraction larger or 0"
-            raise ValueError(
+            raise ConfigError(
                 f"the {name} split of corpus {config.corpus!r} has no text ({len(documents)} documents, "
                 f"heldout_fraction={config.heldout_fraction}, tuning_fraction={config.tuning_fraction}, "
                 f"seed={config.seed}): expected {advice}"

@@ -13,6 +13,7 @@ from typing import Any, SupportsIndex
 import grain
 import numpy as np
 
+from orogen.config.checks import ConfigError
 from orogen.config.data import DataConfig
 from orogen.data import corpora, sources
 from orogen.data.packing import Batch, Stream, cut, document_stream, empty_batch, pack
@@ -83,7 +84,7 @@ class Corpus:
     ) -> "Loader":
         """Endless batches of the train split, (batch_size / process_count, sequence_length) for this process.
 
-        `shuffle_seed` orders the documents and rows, `DataConfig.seed` if None. Raises ValueError as `make_loader`.
+        `shuffle_seed` orders the documents and rows, `DataConfig.seed` if None. Raises ConfigError as `make_loader`.
         """
         return make_loader(
             self.splits["train"],
@@ -99,10 +100,10 @@ class Corpus:
     def heldout_batches(
         self, split: str, *, batch_size: int, sequence_length: int, process_index: int = 0, process_count: int = 1
     ) -> "HeldoutPass":
-        """One pass over a split ("heldout", "tuning" or "train"), in order. Raises ValueError if it is empty."""
+        """One pass over a split ("heldout", "tuning" or "train"), in order. Raises ConfigError if it is empty."""
         if split not in self.splits or not len(self.splits[split]):
             present = [name for name, documents in self.splits.items() if len(documents)]
-            raise ValueError(f"split {split!r} has no document: expected one of {present}")
+            raise ConfigError(f"split {split!r} has no document: expected one of {present}")
         return HeldoutPass(
             streams=self.splits[split],
             batch_size=batch_size,
@@ -147,10 +148,10 @@ class Loader:
         return {"position": copy.deepcopy(self._held[0].get_state()), "identity": dict(self._identity)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continues after the batch at which `state` was taken. Raises ValueError if it is from other data."""
+        """Continues after the batch at which `state` was taken. Raises ConfigError if it is from other data."""
         for name, value in self._identity.items():
             if state["identity"].get(name) != value:
-                raise ValueError(
+                raise ConfigError(
                     f"the saved data position has {name} = {state['identity'].get(name)!r}: expected {value!r}, "
                     "or the batches after it would not be those of the saved run"
                 )
@@ -173,10 +174,10 @@ def make_loader(
 
     Every process packs the same global batches and keeps its own rows, so that neither the data nor a saved
     position depends on the number of processes. `identity` is what a saved position must agree on.
-    Raises ValueError if there is no stream, a row has no room for a target, or the processes do not share a batch.
+    Raises ConfigError if there is no stream, a row has no room for a target, or the processes do not share a batch.
     """
     if not len(streams):
-        raise ValueError("streams is empty: expected at least one document")
+        raise ConfigError("streams is empty: expected at least one document")
     process_rows = _process_rows(batch_size, sequence_length, process_index, process_count)
     documents = grain.MapDataset.source(streams)
     if shuffle_seed is not None:
@@ -317,15 +318,15 @@ def _rows_taker(rows: slice) -> Callable[[Batch], Batch]:
 
 
 def _process_rows(batch_size: int, sequence_length: int, process_index: int, process_count: int) -> slice:
-    """The rows of a global batch that belong to one process. Raises ValueError for a shape that cannot be."""
+    """The rows of a global batch that belong to one process. Raises ConfigError for a shape that cannot be."""
     if sequence_length < 2:
-        raise ValueError(f"sequence_length = {sequence_length}: expected at least 2, a token and its target")
+        raise ConfigError(f"sequence_length = {sequence_length}: expected at least 2, a token and its target")
     if batch_size < 1:
-        raise ValueError(f"batch_size = {batch_size}: expected at least 1")
+        raise ConfigError(f"batch_size = {batch_size}: expected at least 1")
     if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index = {process_index}: expected 0 to process_count - 1 = {process_count - 1}")
+        raise ConfigError(f"process_index = {process_index}: expected 0 to process_count - 1 = {process_count - 1}")
     if batch_size % process_count:
-        raise ValueError(f"batch_size = {batch_size}: expected a multiple of process_count = {process_count}")
+        raise ConfigError(f"batch_size = {batch_size}: expected a multiple of process_count = {process_count}")
     rows = batch_size // process_count
     return slice(process_index * rows, (process_index + 1) * rows)
 

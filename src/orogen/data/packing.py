@@ -9,6 +9,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from orogen.config.checks import ConfigError
+
 
 class Stream(NamedTuple):
     """Tokens in order, int32, and the loss weight of each token as a target, float32."""
@@ -85,13 +87,13 @@ def best_fit(lengths_n: Sequence[int], *, capacity: int) -> np.ndarray:
 
 
 def pack(pieces: Sequence[Stream], *, sequence_length: int, pad_id: int) -> Batch:
-    """The pieces in as few rows as best-fit finds, in their order within a row. Raises ValueError if one is too long.
+    """The pieces in as few rows as best-fit finds, in their order within a row. Raises ConfigError if one is too long.
 
     A piece's first token gets weight 0: nothing in the row predicts it.
     """
     lengths_n = [len(piece.tokens_t) for piece in pieces]
     if lengths_n and not 1 <= min(lengths_n) <= max(lengths_n) <= sequence_length:
-        raise ValueError(
+        raise ConfigError(
             f"pieces of {min(lengths_n)} to {max(lengths_n)} tokens: expected 1 to sequence_length = {sequence_length}"
         )
     row_n = best_fit(lengths_n, capacity=sequence_length)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from orogen.config.checks import ConfigError
+
 
 class Document(NamedTuple):
     """One text and the name it keeps for ever: its path in the corpus, with `:line` or `:row` inside a file."""
@@ -36,7 +38,7 @@ def unread_files(path: str | Path) -> int:
 
 
 def read_text(file: Path) -> str:
-    """A file's text exactly, line endings included. Raises ValueError if it is not UTF-8."""
+    """A file's text exactly, line endings included. Raises ConfigError if it is not UTF-8."""
     return _decode(file.read_bytes(), where=str(file))
 
 
@@ -45,7 +47,7 @@ def _supported_files(root: Path) -> list[Path]:
         raise FileNotFoundError(f"corpus {str(root)!r} does not exist: expected 'stdlib', a file or a folder")
     files = [file for file in _files(root) if _suffix(file) is not None]
     if not files:
-        raise ValueError(f"corpus {str(root)!r} has no file to read: expected {', '.join(_READERS)}")
+        raise ConfigError(f"corpus {str(root)!r} has no file to read: expected {', '.join(_READERS)}")
     return files
 
 
@@ -82,20 +84,20 @@ def _text_of_line(line: bytes, text_field: str, *, where: str) -> str:
     try:
         record = json.loads(_decode(line, where=where))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: {error.msg}: expected one JSON object on the line") from error
+        raise ConfigError(f"{where}: {error.msg}: expected one JSON object on the line") from error
     if not isinstance(record, dict) or text_field not in record:
         found = sorted(record) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"{where}: found {found}: expected a JSON object with the field {text_field!r}")
+        raise ConfigError(f"{where}: found {found}: expected a JSON object with the field {text_field!r}")
     return _checked_text(record[text_field], text_field, where=where)
 
 
 def _checked_text(text: object, text_field: str, *, where: str) -> str:
     if not isinstance(text, str):
-        raise ValueError(f"{where}: {text_field!r} is {text!r}: expected a string")
+        raise ConfigError(f"{where}: {text_field!r} is {text!r}: expected a string")
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can spell a lone surrogate, which no UTF-8 text holds
-        raise ValueError(f"{where}: {text_field!r} holds a lone surrogate: expected valid Unicode") from error
+        raise ConfigError(f"{where}: {text_field!r} holds a lone surrogate: expected valid Unicode") from error
     return text
 
 
@@ -116,7 +118,7 @@ def _read_parquet(file: Path, key: str, text_field: str) -> Iterator[Document]:
     with parquet.ParquetFile(file) as table:
         names = table.schema_arrow.names
         if text_field not in names:
-            raise ValueError(f"{file}: found the columns {names}: expected a column {text_field!r}")
+            raise ConfigError(f"{file}: found the columns {names}: expected a column {text_field!r}")
         number = 0
         for chunk in table.iter_batches(columns=[text_field]):
             for value in chunk.column(0).to_pylist():
@@ -128,7 +130,7 @@ def _decode(data: bytes, *, where: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: byte {error.start} is not UTF-8: expected UTF-8 text") from error
+        raise ConfigError(f"{where}: byte {error.start} is not UTF-8: expected UTF-8 text") from error
 
 
 _READERS: dict[str, Callable[[Path, str, str], Iterator[Document]]] = {

@@ -14,6 +14,7 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from orogen.config.checks import ConfigError
 from orogen.config.data import DataConfig
 
 PAD, BOS, EOS = SPECIALS = ("<pad>", "<bos>", "<eos>")  # ids 0, 1, 2
@@ -44,7 +45,7 @@ class Tokenizer:
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, *, pad: str, bos: str, eos: str) -> None:
-        """Wraps a `tokenizers` tokenizer. Raises ValueError if it is not byte-level or lacks a special."""
+        """Wraps a `tokenizers` tokenizer. Raises ConfigError if it is not byte-level or lacks a special."""
         backend.encode_special_tokens = True  # text that spells a special is encoded as text
         self._backend = backend
         self._special_names = {"pad_token": pad, "bos_token": bos, "eos_token": eos}
@@ -77,10 +78,10 @@ class Tokenizer:
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of the tokens; specials have none. Raises ValueError for an id outside the vocabulary."""
+        """The bytes of the tokens; specials have none. Raises ConfigError for an id outside the vocabulary."""
         ids = [int(i) for i in ids]
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            raise ValueError(f"token ids from {min(ids)} to {max(ids)}: expected 0 to {self.vocab_size - 1}")
+            raise ConfigError(f"token ids from {min(ids)} to {max(ids)}: expected 0 to {self.vocab_size - 1}")
         return b"".join(self._bytes_of_token[i] for i in ids)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -111,7 +112,7 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # tokenizers raises bare Exception for every malformed file
-            raise ValueError(f"{file}: {error}: expected a Hugging Face tokenizer.json") from error
+            raise ConfigError(f"{file}: {error}: expected a Hugging Face tokenizer.json") from error
         return cls(backend, **_special_names(file.with_name("tokenizer_config.json")))
 
     def _byte_table(self) -> np.ndarray | None:
@@ -138,7 +139,7 @@ def byte_tokenizer() -> Tokenizer:
 def train_bpe(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     """Byte-level BPE learnt from the texts: specials, 256 bytes, then merges. The same texts give the same file.
 
-    Raises ValueError if the texts have too few repeated pairs for `vocab_size`. Source: arXiv:1508.07909.
+    Raises ConfigError if the texts have too few repeated pairs for `vocab_size`. Source: arXiv:1508.07909.
     """
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -157,7 +158,7 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     )
     backend.train_from_iterator(texts, trainer)
     if backend.get_vocab_size() != vocab_size:
-        raise ValueError(
+        raise ConfigError(
             f"DataConfig.vocab_size = {vocab_size}: expected at most {backend.get_vocab_size()}, "
             "which is all that the train split's repeated pairs give"
         )
@@ -165,7 +166,7 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
 
 
 def make_tokenizer(config: DataConfig, train_texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer that the config names; `train_texts` are read only to train one. Raises ValueError."""
+    """The tokenizer that the config names; `train_texts` are read only to train one. Raises ConfigError."""
     if config.tokenizer == "byte":
         return byte_tokenizer()
     if config.tokenizer == "bpe":
@@ -178,20 +179,20 @@ def make_tokenizer(config: DataConfig, train_texts: Iterable[str]) -> Tokenizer:
 
 
 def check_vocab_size(tokenizer: Tokenizer, vocab_size: int, *, name: str = "ModelConfig.vocab_size") -> None:
-    """Raises ValueError, naming the field, if `vocab_size` is not the tokenizer's."""
+    """Raises ConfigError, naming the field, if `vocab_size` is not the tokenizer's."""
     if vocab_size != tokenizer.vocab_size:
-        raise ValueError(f"{name} = {vocab_size}: expected {tokenizer.vocab_size}, the tokenizer's")
+        raise ConfigError(f"{name} = {vocab_size}: expected {tokenizer.vocab_size}, the tokenizer's")
 
 
 def _special_id(backend: tokenizers.Tokenizer, name: str) -> int:
     token_id = backend.token_to_id(name)
     if token_id is None:
-        raise ValueError(f"the tokenizer has no token {name!r}: expected it, or other names in tokenizer_config.json")
+        raise ConfigError(f"the tokenizer has no token {name!r}: expected it, or other names in tokenizer_config.json")
     return token_id
 
 
 def _bytes_of_tokens(backend: tokenizers.Tokenizer) -> list[bytes]:
-    """The text bytes of every id, specials and ids between entries empty. Raises ValueError if not byte-level."""
+    """The text bytes of every id, specials and ids between entries empty. Raises ConfigError if not byte-level."""
     added = backend.get_added_tokens_decoder()
     vocabulary = backend.get_vocab(with_added_tokens=True)
     bytes_of_token = [b""] * (max(vocabulary.values()) + 1)
@@ -202,7 +203,7 @@ def _bytes_of_tokens(backend: tokenizers.Tokenizer) -> list[bytes]:
         try:
             bytes_of_token[token_id] = bytes(_BYTE_OF_CHARACTER[character] for character in token)
         except KeyError as error:
-            raise ValueError(f"token {token_id} is {token!r}: expected a byte-level vocabulary") from error
+            raise ConfigError(f"token {token_id} is {token!r}: expected a byte-level vocabulary") from error
     return bytes_of_token
 
 
@@ -214,7 +215,7 @@ def _special_names(file: Path) -> dict[str, str]:
     # Hugging Face writes a special either as its text or as {"content": text, ...}.
     names = {role: name["content"] if isinstance(name, dict) else name for role, name in names.items()}
     if not isinstance(names["eos"], str):
-        raise ValueError(f"{file}: eos_token is {names['eos']!r}: expected the name of a token")
+        raise ConfigError(f"{file}: eos_token is {names['eos']!r}: expected the name of a token")
     return {role: name if name is not None else names["eos"] for role, name in names.items()}
 
 

@@ -68,8 +68,16 @@ def generate(
         row[: len(i)] = i
     continued_bt = np.asarray(
         _continue(
-            loaded.params, loaded.buffers, tokens_bt, lengths_b, jax.random.key(seed), steps=tokens,
-            graph=loaded.built.graph, plan=loaded.plan, temperature=temperature, top_p=top_p,
+            loaded.params,
+            loaded.buffers,
+            tokens_bt,
+            lengths_b,
+            jax.random.key(seed),
+            steps=tokens,
+            graph=loaded.built.graph,
+            plan=loaded.plan,
+            temperature=temperature,
+            top_p=top_p,
         )
     )
     texts = []

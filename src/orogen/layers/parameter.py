@@ -5,7 +5,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 
-def normal(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], *, std: float, **metadata) -> nnx.Param:
+def normal(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], *, std: float, **metadata
+) -> nnx.Param:
     """A float32 parameter drawn from N(0, std²). metadata: see `parameter`."""
     return parameter(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes, **metadata)
 

@@ -31,7 +31,11 @@ class Attention(nnx.Module):
             for w in (self.query, self.key, self.value)
         )
         y_bthk = attention(
-            q_bthk, k_btgk, v_btgk, segments_bt=segments_bt,
-            scale=self.head_dim**-0.5, implementation=plan.config.attention,
+            q_bthk,
+            k_btgk,
+            v_btgk,
+            segments_bt=segments_bt,
+            scale=self.head_dim**-0.5,
+            implementation=plan.config.attention,
         )
         return plan.scatter(y_bthk.reshape(*y_bthk.shape[:2], -1) @ plan.weight(self.out), "sequence")

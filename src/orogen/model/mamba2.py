@@ -38,7 +38,11 @@ class Mamba2(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         size, heads, taps = config.hidden_size, config.mamba_num_heads, config.conv_kernel
         inner, states = heads * config.mamba_head_dim, config.n_groups * config.ssm_state_size
-        self.head_dim, self.state_size, self.chunk_size = config.mamba_head_dim, config.ssm_state_size, config.chunk_size
+        self.head_dim, self.state_size, self.chunk_size = (
+            config.mamba_head_dim,
+            config.ssm_state_size,
+            config.chunk_size,
+        )
         project = lambda width, axis: normal(rngs, (size, width), ("embed", axis), std=config.init_std)  # noqa: E731
         self.z, self.x = project(inner, "mamba_heads"), project(inner, "mamba_heads")
         self.B, self.C = project(states, "groups"), project(states, "groups")
@@ -46,16 +50,16 @@ class Mamba2(nnx.Module):
         self.conv_x = CausalConv(inner, taps, "mamba_heads", rngs)
         self.conv_B, self.conv_C = (CausalConv(states, taps, "groups", rngs) for _ in range(2))
         self.dt_bias = parameter(_initial_dt_bias(rngs, heads), ("mamba_heads",))
-        self.A_log = parameter(jnp.log(jax.random.uniform(rngs.params(), (heads,), minval=1, maxval=16)), ("mamba_heads",))
+        self.A_log = parameter(
+            jnp.log(jax.random.uniform(rngs.params(), (heads,), minval=1, maxval=16)), ("mamba_heads",)
+        )
         self.D = parameter(jnp.ones(heads), ("mamba_heads",))
         self.norm = GroupRMSNorm(inner, config.n_groups, config.layer_norm_epsilon)
         self.out = normal(rngs, (inner, size), ("mamba_heads", "embed"), std=config.output_init_std)
 
     def __call__(self, x_btd: Array, segments_bt: Array, plan: Plan) -> Array:
         h_btd = plan.gather(x_btd, "sequence")
-        z_bti, x_bti, B_btc, C_btc, dt_bth = (
-            h_btd @ plan.weight(w) for w in (self.z, self.x, self.B, self.C, self.dt)
-        )
+        z_bti, x_bti, B_btc, C_btc, dt_bth = (h_btd @ plan.weight(w) for w in (self.z, self.x, self.B, self.C, self.dt))
         with jax.named_scope("conv"):
             x_bti = self.conv_x(x_bti, segments_bt)
             B_btc, C_btc = self.conv_B(B_btc, segments_bt), self.conv_C(C_btc, segments_bt)
@@ -71,8 +75,14 @@ class Mamba2(nnx.Module):
         x_bthp = split(x_bti, self.head_dim)
         dt_bth = jax.nn.softplus(dt_bth.astype(jnp.float32) + self.dt_bias[...])
         y_bthp, _ = ssd(
-            x_bthp, dt_bth, -jnp.exp(self.A_log[...]), split(B_btc, self.state_size), split(C_btc, self.state_size),
-            segments_bt=segments_bt, chunk_size=self.chunk_size, implementation=plan.config.ssd,
+            x_bthp,
+            dt_bth,
+            -jnp.exp(self.A_log[...]),
+            split(B_btc, self.state_size),
+            split(C_btc, self.state_size),
+            segments_bt=segments_bt,
+            chunk_size=self.chunk_size,
+            implementation=plan.config.ssd,
         )
         return (y_bthp + self.D[...][:, None].astype(x_bthp.dtype) * x_bthp).reshape(x_bti.shape)
 

@@ -75,9 +75,7 @@ class MoE(nnx.Module):
                 y_btd = y_btd + self.shared(x_btd, plan)
         return y_btd, stats
 
-    def _account(
-        self, logits_bte: Array, routing: Routing, valid_bt: Array, plan: Plan
-    ) -> tuple[MoEStats, Array, int]:
+    def _account(self, logits_bte: Array, routing: Routing, valid_bt: Array, plan: Plan) -> tuple[MoEStats, Array, int]:
         """Statistics, which assignments have room, and an expert's capacity from each source rank."""
         k = routing.experts.shape[-1]
         rows, columns = plan.sources

@@ -30,8 +30,15 @@ class Routing(NamedTuple):
 
 
 def route(
-    logits_ne: Array, bias_e: Array, *, k: int, n_group: int = 1, topk_group: int = 1,
-    normalise: bool, scaling: float, experts_nk: Array | None = None,
+    logits_ne: Array,
+    bias_e: Array,
+    *,
+    k: int,
+    n_group: int = 1,
+    topk_group: int = 1,
+    normalise: bool,
+    scaling: float,
+    experts_nk: Array | None = None,
 ) -> Routing:
     """Top-k experts by sigmoid(logits) + bias; weights are the sigmoids themselves.
 
@@ -84,9 +91,7 @@ def router_losses(logits_bte: Array, scores_bte: Array, valid_bt: Array, plan: P
     share_bte = scores_bte / (scores_bte.sum(-1, keepdims=True) + EPSILON)
     _, chosen_btk = lax.top_k(lax.stop_gradient(scores_bte), k)
     counts_be = expert_counts(chosen_btk, valid_bt[..., None] & (chosen_btk >= 0), n_experts, axes=(1, 2))
-    counts_be, mass_be, tokens_b1 = plan.sum(
-        (counts_be, (share_bte * valid_bt1).sum(1), valid_bt1.sum(1)), "tokens"
-    )
+    counts_be, mass_be, tokens_b1 = plan.sum((counts_be, (share_bte * valid_bt1).sum(1), valid_bt1.sum(1)), "tokens")
     tokens_b1 = jnp.maximum(tokens_b1, 1)
     balance = n_experts * jnp.sum(counts_be * mass_be / (k * tokens_b1**2))
     z = jnp.sum(jnp.square(jax.nn.logsumexp(logits_bte, -1)) * valid_bt)
@@ -113,7 +118,13 @@ class Router(nnx.Module):
         """Logits (b, t, e) and their routing; a choice given as `experts_btk` is replayed."""
         logits_bte = x_btd.astype(jnp.float32) @ plan.weight(self.gate)
         routing = route(
-            logits_bte, self.bias[...], k=self.k, n_group=self.n_group, topk_group=self.topk_group,
-            normalise=self.normalise, scaling=self.scaling, experts_nk=experts_btk,
+            logits_bte,
+            self.bias[...],
+            k=self.k,
+            n_group=self.n_group,
+            topk_group=self.topk_group,
+            normalise=self.normalise,
+            scaling=self.scaling,
+            experts_nk=experts_btk,
         )
         return logits_bte, routing

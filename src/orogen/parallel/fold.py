@@ -53,7 +53,13 @@ def refine(*factorizations: Factorization) -> Folding:
 
 
 def fold(
-    *, stage: int, data: int, context: int, tensor: int, expert: int, expert_tensor: int,
+    *,
+    stage: int,
+    data: int,
+    context: int,
+    tensor: int,
+    expert: int,
+    expert_tensor: int,
     cuts: Mapping[str, tuple[str, int]] | None = None,
 ) -> Folding:
     """The mesh of a plan: dense layers on stage x data x context x tensor, experts on the same devices otherwise.

@@ -21,8 +21,13 @@ def fold_plan(config: PlanConfig, model: ModelConfig) -> Folding:
             cuts[name] = ("tensor", pieces)
     try:
         return fold(
-            stage=config.stage, data=config.data, context=config.context, tensor=config.tensor,
-            expert=config.expert, expert_tensor=config.expert_tensor, cuts=cuts,
+            stage=config.stage,
+            data=config.data,
+            context=config.context,
+            tensor=config.tensor,
+            expert=config.expert,
+            expert_tensor=config.expert_tensor,
+            cuts=cuts,
         )
     except FoldError as error:
         raise ConfigError(f"PlanConfig: {error}") from None

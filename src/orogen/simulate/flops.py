@@ -24,7 +24,9 @@ def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float
 def forward_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     """Operations of the forward pass for one token: layers, MTP block and heads."""
     size = config.hidden_size
-    layer = {letter: _layer_flops(letter, config, sequence_length) for letter in set(config.layers.main + config.layers.mtp)}
+    layer = {
+        letter: _layer_flops(letter, config, sequence_length) for letter in set(config.layers.main + config.layers.mtp)
+    }
     head = 2 * size * config.vocab_size
     deeper = head + 2 * 2 * size * size + sum(layer[letter] for letter in config.layers.mtp)
     return sum(layer[letter] for letter in config.layers.main) + head + config.mtp_depths * deeper

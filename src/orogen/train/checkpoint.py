@@ -20,7 +20,12 @@ class Checkpoints:
     def __init__(self, run_dir: str | Path, *, keep: int | None = None):
         self.folder = Path(run_dir).resolve() / "checkpoints"
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        handlers = {
+            "model": ocp.StandardCheckpointHandler(),
+            "trainer": ocp.StandardCheckpointHandler(),
+            "data": ocp.JsonCheckpointHandler(),
+        }
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def __enter__(self) -> "Checkpoints":
         return self

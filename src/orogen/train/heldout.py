@@ -11,7 +11,7 @@ from flax import nnx
 
 from orogen.config.run import RunConfig
 from orogen.data.loader import Corpus
-from orogen.data.packing import Batch, trained_text
+from orogen.data.packing import Batch, target_byte_count
 from orogen.model.lm import Built
 from orogen.parallel.plan import make_plan
 from orogen.precision.policy import working_copy
@@ -53,7 +53,8 @@ class Heldout:
             wanted = math.ceil(min(self.train.evaluate_rows, kept) / size) * size
             chosen = np.arange(wanted) * kept // wanted if wanted <= kept else np.arange(wanted) % len(rows.tokens_bt)
             self._sample = [Batch(*(x[chosen[i : i + size]] for x in rows)) for i in range(0, wanted, size)]
-            self._sample_bytes = len(trained_text(self._sample, self.corpus.tokenizer))
+            lengths = self.corpus.tokenizer.byte_length_v
+            self._sample_bytes = sum(target_byte_count(b, lengths) for b in self._sample)
         return self._score(state, self._sample, self._sample_bytes)
 
     def full(self, state: TrainState) -> Score:

@@ -15,11 +15,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from orogen.config.checks import ConfigError
 from orogen.config.run import RunConfig
 from orogen.data.loader import Corpus, Loader, open_corpus
 from orogen.data.packing import Batch
-from orogen.data.tokenizer import Tokenizer
+from orogen.data.tokenizer import Tokenizer, check_vocab_size
 from orogen.model.lm import Built, build
 from orogen.parallel.plan import Plan, make_plan
 from orogen.simulate.flops import peak_flops, training_flops_per_token
@@ -57,12 +56,14 @@ def train(
     plan = make_plan(config.plan, config.model)
     saved = run_dir / "tokenizer"
     corpus = open_corpus(config.data, tokenizer=Tokenizer.load(saved) if resume and saved.is_dir() else None)
-    check_vocabulary(config, corpus.tokenizer)
+    check_vocab_size(corpus.tokenizer, config.model.vocab_size)
     built = build(config.model)
     claim(run_dir, config, text, resume=resume)
     corpus.tokenizer.save(saved)
     facts = environment(
-        seed=config.train.seed, data=corpus.describe(), parameters=parameter_count(built.params),
+        seed=config.train.seed,
+        data=corpus.describe(),
+        parameters=parameter_count(built.params),
         mesh={name: int(size) for name, size in plan.mesh.shape.items()},
     )
     write_environment(run_dir, facts)
@@ -71,19 +72,10 @@ def train(
         state = run.start()
         if run.first_step:
             log(f"continuing {run_dir} after step {run.first_step}")
-        with MetricsWriter(run_dir, resume_step=run.first_step if run.first_step else None) as writer:
+        with MetricsWriter(run_dir, resume_step=run.first_step if resume else None) as writer:
             state = run.steps(state, writer, stop)
         checkpoints.save(state, run.position)
     return Trained(state, corpus, plan, built, int(state.step) >= config.train.steps)
-
-
-def check_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> None:
-    """Raises ConfigError if the model has no row for some token."""
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"ModelConfig.vocab_size is {config.model.vocab_size}; expected at least {tokenizer.vocab_size}, "
-            "the tokenizer's"
-        )
 
 
 def parameter_count(params: nnx.State) -> int:
@@ -157,7 +149,11 @@ class _Run:
         return state
 
     def _report(
-        self, number: int, metrics: StepMetrics, writer: MetricsWriter, progress: Progress,
+        self,
+        number: int,
+        metrics: StepMetrics,
+        writer: MetricsWriter,
+        progress: Progress,
         scored: TrainState | None = None,
     ) -> None:
         """Writes step `number` down, with the held-out loss of the state `scored` if there is one."""
@@ -180,8 +176,13 @@ class _Run:
         losses = metrics.nats / np.maximum(metrics.targets, 1)
         tokens = int(metrics.tokens)
         record = {
-            "step": number, "loss": float(losses[0]), "objective": float(metrics.loss), "tokens": tokens,
-            "tokens_per_second": tokens / seconds, "step_ms": 1e3 * seconds, "grad_norm": float(metrics.grad_norm),
+            "step": number,
+            "loss": float(losses[0]),
+            "objective": float(metrics.loss),
+            "tokens": tokens,
+            "tokens_per_second": tokens / seconds,
+            "step_ms": 1e3 * seconds,
+            "grad_norm": float(metrics.grad_norm),
             "learning_rate": float(self.schedule(number - 1 - int(metrics.skipped))),
             "skipped_steps": int(metrics.skipped),
         }
@@ -197,7 +198,9 @@ class _Run:
 def train_loader(config: RunConfig, corpus: Corpus) -> Loader:
     """The run's stream of batches, from the beginning."""
     train = config.train
-    return corpus.train_loader(batch_size=train.batch_size, sequence_length=train.sequence_length)
+    return corpus.train_loader(
+        batch_size=train.batch_size, sequence_length=train.sequence_length, shuffle_seed=train.seed
+    )
 
 
 def batches_until(config: RunConfig, corpus: Corpus, step: int) -> Iterator[Batch]:

@@ -76,7 +76,9 @@ def objective(
     counts = jax.tree.map(lambda c: jnp.maximum(c, 1), counts)
     share = jnp.asarray([1.0] + [config.mtp_loss_scale / len(deeper)] * len(deeper))
     loss = jnp.sum(share * nats / counts.targets) + _router_loss(moe, counts, config, plan)
-    load = [s.load for s in moe[0]] + [sum(parts) for parts in zip(*([s.load for s in m] for m in moe[1:]), strict=True)]
+    load = [s.load for s in moe[0]] + [
+        sum(parts) for parts in zip(*([s.load for s in m] for m in moe[1:]), strict=True)
+    ]
     dropped = sum((s.dropped.sum() for m in moe for s in m), start=jnp.zeros(()))
     choices = tuple(_map_moe(lambda s: s.choice, tree) for tree in [stats, *(s for _, s in deeper)])
     return loss, Sums(jax.lax.stop_gradient(nats), plan.total(load), plan.total(dropped), choices)
@@ -93,10 +95,14 @@ def _nats(model: LanguageModel, h_btd: Array, batch: Batch, depth: int, plan: Pl
     head_dv = plan.weight(model.head.weight)
     with jax.named_scope("cross_entropy"):
         return cross_entropy(
-            x_btd.reshape(-1, x_btd.shape[-1]), head_dv,
-            shift_left(batch.tokens_bt, depth + 1).reshape(-1), target_weights(batch, depth).reshape(-1),
-            chunk=LOGIT_ROWS, vocab_start=plan.index("vocab") * head_dv.shape[1],
-            reduce_max=lambda x: plan.max(x, "vocab"), reduce_sum=lambda x: plan.sum(x, "vocab"),
+            x_btd.reshape(-1, x_btd.shape[-1]),
+            head_dv,
+            shift_left(batch.tokens_bt, depth + 1).reshape(-1),
+            target_weights(batch, depth).reshape(-1),
+            chunk=LOGIT_ROWS,
+            vocab_start=plan.index("vocab") * head_dv.shape[1],
+            reduce_max=lambda x: plan.max(x, "vocab"),
+            reduce_sum=lambda x: plan.sum(x, "vocab"),
             implementation=plan.config.cross_entropy,
         )
 

@@ -47,7 +47,9 @@ def make_optimizer(config: OptimizerConfig, steps: int, params: nnx.State) -> op
         return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw(decayed))
     labels = _by_axes(params, lambda axes: "muon" if is_matrix(axes) else "adamw")
     muon = contrib.muon(
-        rate, weight_decay=config.weight_decay, consistent_rms=MUON_RMS,
+        rate,
+        weight_decay=config.weight_decay,
+        consistent_rms=MUON_RMS,
         muon_weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: contrib.MuonDimensionNumbers(-2, -1), tree),
     )
     keep = lambda tree: jax.tree.map(lambda label, d: d and label == "adamw", labels, decayed)  # noqa: E731, ARG005

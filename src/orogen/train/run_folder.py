@@ -16,8 +16,16 @@ from orogen.config.run import RunConfig
 from orogen.train.metrics import write_atomically
 
 # What a run may change when it goes on: where it runs, for how long, and what it writes down.
-FREE_TRAIN_FIELDS = ("steps", "evaluate_every", "evaluate_rows", "checkpoint_every", "keep_checkpoints",
-                     "sample_prompts", "sample_tokens", "ngram_order")
+FREE_TRAIN_FIELDS = (
+    "steps",
+    "evaluate_every",
+    "evaluate_rows",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "sample_prompts",
+    "sample_tokens",
+    "ngram_order",
+)
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 

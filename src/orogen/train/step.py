@@ -154,8 +154,14 @@ def update_bias(bias: Array, load: Array, rate: float) -> Array:
 
 
 def apply_gradients(
-    state: TrainState, grads: nnx.State, load: list[Array], optimizer: optax.GradientTransformation, plan: Plan,
-    *, bias_rate: float, finite: Array,
+    state: TrainState,
+    grads: nnx.State,
+    load: list[Array],
+    optimizer: optax.GradientTransformation,
+    plan: Plan,
+    *,
+    bias_rate: float,
+    finite: Array,
 ) -> TrainState:
     """The state after one update, or, unless `finite`, the same state with the step counted as skipped."""
     grads = lax.with_sharding_constraint(grads, plan.shardings(grads))
@@ -165,9 +171,7 @@ def apply_gradients(
     new = (optax.apply_updates(state.params, updates), jax.tree.unflatten(structure, biases), opt_state)
     kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (state.params, state.buffers, state.optimizer))
     missed = 1 - finite.astype(jnp.int32)
-    return TrainState(
-        state.step + 1, state.skipped + missed, (state.skipped_in_row + 1) * missed, *kept
-    )
+    return TrainState(state.step + 1, state.skipped + missed, (state.skipped_in_row + 1) * missed, *kept)
 
 
 def make_step(
@@ -183,10 +187,16 @@ def make_step(
         finite = finite_leaves.all() & jnp.isfinite(loss)
         new = apply_gradients(state, grads, sums.load, optimizer, plan, bias_rate=bias_rate, finite=finite)
         metrics = StepMetrics(
-            loss=loss, nats=sums.nats, targets=counts.targets, tokens=counts.tokens[0],
-            load_le=load_by_layer(sums.load, config.model), dropped=sums.dropped, grad_norm=optax.global_norm(grads),
+            loss=loss,
+            nats=sums.nats,
+            targets=counts.targets,
+            tokens=counts.tokens[0],
+            load_le=load_by_layer(sums.load, config.model),
+            dropped=sums.dropped,
+            grad_norm=optax.global_norm(grads),
             worst_leaf=jnp.where(finite_leaves.all(), -1, jnp.argmin(finite_leaves)),
-            skipped=new.skipped, skipped_in_row=new.skipped_in_row,
+            skipped=new.skipped,
+            skipped_in_row=new.skipped_in_row,
         )
         return new, metrics
 

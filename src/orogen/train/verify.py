@@ -45,8 +45,10 @@ class Verdict(NamedTuple):
     def passed(self) -> bool:
         """Whether every error is inside its tolerance."""
         return (
-            self.loss_error <= LOSS and self.max_gradient_error <= GRADIENT
-            and self.max_parameter_error <= PARAMETER and self.flip_margin <= MARGIN
+            self.loss_error <= LOSS
+            and self.max_gradient_error <= GRADIENT
+            and self.max_parameter_error <= PARAMETER
+            and self.flip_margin <= MARGIN
         )
 
 
@@ -142,7 +144,12 @@ def _flips(choices: Any) -> tuple[int, float]:
 
 
 def _parameter_error(
-    built: Built, config: RunConfig, optimizer: OptimizerConfig, train: TrainConfig, plans: tuple[Plan, Plan], step: _Step
+    built: Built,
+    config: RunConfig,
+    optimizer: OptimizerConfig,
+    train: TrainConfig,
+    plans: tuple[Plan, Plan],
+    step: _Step,
 ) -> float:
     """The largest relative difference of a parameter after one update, on both plans, from the gradients of `step`."""
     rule = make_optimizer(optimizer, train.steps, built.params)
@@ -150,9 +157,11 @@ def _parameter_error(
     for plan in plans:
         state = create_state(config.model, built, rule, plan, train.seed)
         apply = jax.jit(
-            lambda state, grads, load, plan=plan: apply_gradients(
-                state, grads, load, rule, plan, bias_rate=train.router_bias_update_rate, finite=jnp.asarray(True)
-            ).params,
+            lambda state, grads, load, plan=plan: (
+                apply_gradients(
+                    state, grads, load, rule, plan, bias_rate=train.router_bias_update_rate, finite=jnp.asarray(True)
+                ).params
+            ),
             out_shardings=plan.shardings(built.params),
         )
         with jax.default_matmul_precision("highest"):

@@ -9,7 +9,7 @@ from jax import numpy as jnp
 
 from orogen.kernels.attention.reference import attention_full
 
-BLOCK = 128
+BLOCK = 64
 
 
 def attention_blocked(

@@ -27,17 +27,20 @@ def attention_full(
     scores_bgrts = jnp.einsum("btgrk,bsgk->bgrts", q_btgrk, k_bsgk, preferred_element_type=jnp.float32) * scale
     visible_bts = segments_bt[:, :, None] == kv_segments_bs[:, None, :]
     visible_bts &= k_index_s <= q_index_t[:, None]
-    weights_bgrts = masked_softmax(scores_bgrts, visible_bts[:, None, None])
+    exp_bgrts = masked_exp(scores_bgrts, visible_bts[:, None, None])
     y_btgrk = jnp.einsum(
-        "bgrts,bsgk->btgrk", weights_bgrts.astype(v_bsgk.dtype), v_bsgk, preferred_element_type=jnp.float32
+        "bgrts,bsgk->btgrk", exp_bgrts.astype(v_bsgk.dtype), v_bsgk, preferred_element_type=jnp.float32
     )
+    # Divided last: k numbers a query instead of s.
+    total_btgr = jnp.einsum("bgrts->btgr", exp_bgrts)
+    y_btgrk /= jnp.where(total_btgr == 0.0, 1.0, total_btgr)[..., None]
     return y_btgrk.reshape(batch, queries, heads, -1).astype(q_bthk.dtype)
 
 
-def masked_softmax(scores: Array, visible: Array) -> Array:
-    """Softmax over the last axis where visible, 0 elsewhere; all zeros where nothing is, and no NaN in its gradient."""
-    lowest = jnp.finfo(scores.dtype).min  # not -inf: a row of those has no maximum to subtract
+def masked_exp(scores: Array, visible: Array) -> Array:
+    """exp(scores - their maximum over the last axis) where visible, else 0; all 0 where nothing is."""
+    lowest = jnp.finfo(scores.dtype).min  # not -inf: the gradient of -inf minus -inf is NaN
     scores = jnp.where(visible, scores, lowest)
-    exponentials = jnp.where(visible, jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True))), 0.0)
-    # A row that sees a key sums to at least 1.
-    return exponentials / jnp.maximum(exponentials.sum(-1, keepdims=True), 1.0)
+    # Half the lowest as a floor: it leaves maxima of real scores alone, and exp(lowest - lowest / 2) is 0.
+    maximum = jnp.maximum(jax.lax.stop_gradient(scores).max(-1, keepdims=True), lowest / 2)
+    return jnp.exp(scores - maximum)

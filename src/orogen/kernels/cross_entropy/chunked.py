@@ -1,13 +1,19 @@
-"""Cross-entropy by chunks of tokens; logits are computed again for the gradient.
+"""Cross-entropy by chunks of tokens, whose gradient is made beside the loss: logits are computed once.
 
-Axes: n tokens, d model, v vocabulary of this rank, c chunks.
+The gradient of a scalar needs only scaling later, so each chunk adds its part while its logits exist: three
+products, against four where the backward pass computes logits again, and nothing of a chunk is kept.
+
+Axes: n tokens (inside a step, of one chunk), d model, v vocabulary of this rank, c chunks.
 """
+
+from functools import partial
 
 import jax
 from jax import Array, lax
 from jax import numpy as jnp
 
-from orogen.kernels.cross_entropy.reference import Reduce, token_losses
+from orogen.kernels.cross_entropy.reference import Reduce, softmax_parts
+from orogen.parallel.varying import vary_like
 
 
 def cross_entropy_chunked(
@@ -20,17 +26,58 @@ def cross_entropy_chunked(
     reduce_max: Reduce,
     reduce_sum: Reduce,
 ) -> Array:
-    """See `cross_entropy`: never holds more than (chunk, v) logits."""
-    chunk = min(chunk, len(x_nd))
+    """See `cross_entropy`: never holds more than (chunk, v) logits, nor takes them twice.
+
+    The head's gradient is summed over chunks in float32, so a differentiated call holds one float32 (d, v) besides.
+    """
+    return _loss(x_nd, head_dv, columns_n, weights_n, min(chunk, len(x_nd)), reduce_max, reduce_sum)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _loss(x_nd, head_dv, columns_n, weights_n, chunk: int, reduce_max: Reduce, reduce_sum: Reduce) -> Array:
+    """The loss alone, for a call that is not differentiated."""
+
+    def step(_, operands):
+        x_nd, columns_n, weights_n = operands
+        parts = softmax_parts(x_nd, head_dv, columns_n, reduce_max, reduce_sum)
+        return None, jnp.sum(weights_n * parts.loss_n)
+
+    return jnp.sum(lax.scan(step, None, _split((x_nd, columns_n, weights_n), chunk))[1])
+
+
+def _forward(x_nd, head_dv, columns_n, weights_n, chunk, reduce_max, reduce_sum):
+    """The loss, and its gradients for a cotangent of one."""
+
+    def step(grad_head_dv, operands):
+        x_nd, columns_n, weights_n = operands
+        parts = softmax_parts(x_nd, head_dv, columns_n, reduce_max, reduce_sum)
+        likelihood_nv = parts.exp_nv / parts.total_n[:, None]
+        grad_nv = weights_n[:, None] * (likelihood_nv - parts.hit_nv)
+        # Products take the inputs' dtype, as those of the model do, and sum in float32.
+        grad_x_nd = jnp.matmul(grad_nv.astype(head_dv.dtype), head_dv.T, preferred_element_type=jnp.float32)
+        grad_head_dv += jnp.matmul(x_nd.T, grad_nv.astype(x_nd.dtype), preferred_element_type=jnp.float32)
+        return grad_head_dv, (jnp.sum(weights_n * parts.loss_n), grad_x_nd.astype(x_nd.dtype))
+
+    grad_head_dv = vary_like(jnp.zeros(head_dv.shape, jnp.float32), head_dv)
+    operands = _split((x_nd, columns_n, weights_n), chunk)
+    grad_head_dv, (losses_c, grad_x_cnd) = lax.scan(step, grad_head_dv, operands)
+    grad_x_nd = grad_x_cnd.reshape(-1, x_nd.shape[1])[: len(x_nd)]
+    return jnp.sum(losses_c), (grad_x_nd, grad_head_dv.astype(head_dv.dtype))
+
+
+def _backward(chunk, reduce_max, reduce_sum, gradients, cotangent):
+    grad_x_nd, grad_head_dv = jax.tree.map(lambda g: (cotangent * g).astype(g.dtype), gradients)
+    return grad_x_nd, grad_head_dv, None, None
+
+
+_loss.defvjp(_forward, _backward)
+
+
+def _split(operands: tuple[Array, ...], chunk: int) -> tuple[Array, ...]:
+    """Cuts axis n into (c, n); the last chunk is filled with zeros, which are tokens of weight zero."""
 
     def split(a_n: Array) -> Array:
-        pad = -len(a_n) % chunk
-        return jnp.pad(a_n, ((0, pad), *[(0, 0)] * (a_n.ndim - 1))).reshape(-1, chunk, *a_n.shape[1:])
+        padding = [(0, -len(a_n) % chunk), *[(0, 0)] * (a_n.ndim - 1)]
+        return jnp.pad(a_n, padding).reshape(-1, chunk, *a_n.shape[1:])
 
-    @jax.checkpoint
-    def step(x_nd, columns_n, weights_n):
-        return jnp.sum(weights_n * token_losses(x_nd, head_dv, columns_n, reduce_max, reduce_sum))
-
-    chunks = jax.tree.map(split, (x_nd, columns_n, weights_n))
-    _, losses_c = lax.scan(lambda _, c: (None, step(*c)), None, chunks)
-    return jnp.sum(losses_c)
+    return jax.tree.map(split, operands)

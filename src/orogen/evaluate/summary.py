@@ -1,0 +1,58 @@
+"""What a finished run leaves for its reader: baselines, samples and the report."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from orogen.config.run import RunConfig
+from orogen.data.packing import trained_text
+from orogen.evaluate import ngram
+from orogen.infer.generate import Loaded, generate, load_checkpoint
+from orogen.model.count import count
+from orogen.train.loop import Trained, batches_until
+from orogen.train.metrics import read_metrics, write_atomically
+from orogen.train.report import write_report
+
+SAMPLE_TEMPERATURE, SAMPLE_TOP_P = 0.7, 0.9
+
+
+def summarise(trained: Trained, config: RunConfig, text: str, run_dir: Path) -> dict[str, Any]:
+    """Writes samples.txt and report.html; returns the headline numbers."""
+    samples = sample_text(load_checkpoint(run_dir), config)
+    write_atomically(run_dir / "samples.txt", samples.encode())
+    compared = baselines(trained, config)
+    environment = json.loads((run_dir / "env.json").read_text())
+    environment["parameters"] = count(config.model)
+    report = write_report(
+        run_dir, title=run_dir.name, config_text=text, baselines=compared, samples=samples, environment=environment
+    )
+    last = read_metrics(run_dir)[-1]
+    keys = ("step", "loss", "heldout_loss", "heldout_bits_per_byte")
+    facts = {key: last[key] for key in keys if key in last}
+    return {**facts, **{f"{name} bits per byte": value for name, value in compared.items()}, "report": str(report)}
+
+
+def baselines(trained: Trained, config: RunConfig) -> dict[str, float]:
+    """Bits per byte of the held-out documents under an n-gram fitted on the text trained on, and under zlib and xz."""
+    order = config.train.ngram_order
+    if not order:
+        return {}
+    heldout = [document.text.encode() for document in trained.corpus.splits["heldout"].documents]
+    seen = trained_text(batches_until(config, trained.corpus, int(trained.state.step)), trained.corpus.tokenizer)
+    score = ngram.bits_per_byte(ngram.fit(seen, order), heldout)
+    return {f"Witten-Bell {order}-gram": score, **ngram.compressed_bits_per_byte(heldout)}
+
+
+def sample_text(loaded: Loaded, config: RunConfig) -> str:
+    """Continuations of the run's prompts, each under a line that shows the prompt."""
+    prompts = config.train.sample_prompts
+    texts = generate(
+        loaded,
+        prompts,
+        tokens=config.train.sample_tokens,
+        temperature=SAMPLE_TEMPERATURE,
+        top_p=SAMPLE_TOP_P,
+        seed=config.train.seed,
+    )
+    blocks = [f"=== prompt {prompt!r}\n{prompt}{text}\n" for prompt, text in zip(prompts, texts, strict=True)]
+    return "\n".join(blocks)

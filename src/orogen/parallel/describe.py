@@ -1,0 +1,77 @@
+"""A plan as a table: the mesh, the logical axes, and where each parameter lives."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from orogen.parallel.plan import Plan
+
+
+def describe_plan(plan: Plan, params: nnx.State) -> dict[str, Any]:
+    """Mesh axes, logical axes, and each parameter's shape, axes and shape on one device inside the step and between
+    steps. `params` may be abstract."""
+    found = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    sizes = dict(plan.mesh.shape)
+    return {
+        "devices": plan.config.devices,
+        "mesh": sizes,
+        "logical_axes": {axis: list(names) for axis, names in plan.rules.items()},
+        "parameters": {_name(path): _describe(leaf, plan, sizes) for path, leaf in found},
+    }
+
+
+def plan_lines(facts: dict[str, Any]) -> list[str]:
+    """The facts of `describe_plan` for a person: a line an axis, a line a parameter."""
+    mesh = " x ".join(f"{name} {size}" for name, size in facts["mesh"].items())
+    axes = [f"  {axis:<14} {' x '.join(names)}" for axis, names in facts["logical_axes"].items() if names]
+    rows = [
+        (
+            name,
+            _times(p["shape"]),
+            " ".join(a or "·" for a in p["axes"]),
+            _times(p["device_shape"]),
+            _times(p["stored_shape"]),
+        )
+        for name, p in facts["parameters"].items()
+    ]
+    header = ("parameter", "shape", "axes", "on a device", "stored on a device")
+    return [
+        f"mesh: {mesh} ({facts['devices']} devices)",
+        "logical axes that are split:",
+        *axes,
+        "",
+        *_table([header, *rows]),
+    ]
+
+
+def _describe(leaf: nnx.Variable, plan: Plan, sizes: dict[str, int]) -> dict[str, Any]:
+    shape, own = leaf.get_value().shape, leaf.get_metadata()["axes"]
+    axes = (None,) * (len(shape) - len(own)) + tuple(own)
+
+    def local(rules) -> list[int]:
+        ways = [math.prod(sizes[name] for name in rules[axis]) if axis else 1 for axis in axes]
+        return [size // way for size, way in zip(shape, ways, strict=True)]
+
+    plan.spec(*axes)  # refuses a mesh axis used twice
+    return {
+        "shape": list(shape),
+        "axes": list(axes),
+        "device_shape": local(plan.rules),
+        "stored_shape": local(plan.storage),
+    }
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+
+
+def _times(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,0 +1,38 @@
+"""Settings of jax that must be made before anything asks for devices. Importing this does not import jax."""
+
+import hashlib
+import logging
+import os
+import pathlib
+import platform
+
+
+def compile_cache_folder() -> pathlib.Path:
+    """Where compiled programs are kept: a folder of this user, for this kind of processor, since code compiled for
+    another may hold instructions that this one lacks."""
+    try:
+        described = pathlib.Path("/proc/cpuinfo").read_text()
+        flags = next((line for line in described.splitlines() if line.startswith(("flags", "Features"))), "")
+    except FileNotFoundError:  # not Linux
+        flags = platform.processor()
+    kind = f"{platform.machine()}-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "orogen" / "jax" / kind
+
+
+def configure(fake_devices: int | None = None) -> None:
+    """Simulates `fake_devices` CPU devices if asked for, keeps compiled programs between runs, quietens libraries.
+
+    What the environment already says about jax's compile cache stays.
+    """
+    # XLA:CPU warns of its own pseudo-features on every program it takes from the cache.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import jax
+
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every file it writes
+    if fake_devices:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", fake_devices)
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(compile_cache_folder()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
