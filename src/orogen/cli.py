@@ -1,7 +1,9 @@
 """The one entry point: `orogen TASK --gin_file F [--gin_bindings 'X.y=1'] …`."""
 
 import argparse
+import errno
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +16,8 @@ from orogen.config.run import RunConfig
 from orogen.parallel.runtime import configure
 
 EXIT_FAILURE, EXIT_BAD_INPUT = 1, 2
+# None: raised by our own code, with the name of a file that is missing.
+PATH_ERRORS = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,11 +26,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         configure(options.fake_devices)
         return options.task(options)
-    except (ConfigError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        return _fail(error, EXIT_BAD_INPUT)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILURE
+    except ConfigError as error:
+        return _fail(error, EXIT_BAD_INPUT)
+    except OSError as error:  # a path that cannot be is bad input; a full disk is not
+        return _fail(error, EXIT_BAD_INPUT if error.errno in PATH_ERRORS else EXIT_FAILURE)
 
 
 def _fail(error: BaseException, status: int) -> int:
@@ -144,10 +150,12 @@ def verify(options: argparse.Namespace) -> int:
 
 def generate(options: argparse.Namespace) -> int:
     """`orogen generate`."""
-    if options.temperature < 0 or not 0 < options.top_p <= 1:
+    if not 0 <= options.temperature < math.inf or not 0 < options.top_p <= 1:
         raise ConfigError(
             f"--temperature {options.temperature} --top_p {options.top_p}; expected 0 or more, and above 0 up to 1"
         )
+    if not 0 <= options.seed < 2**63:
+        raise ConfigError(f"--seed {options.seed}; expected a whole number from 0 to 2**63 - 1")
     from orogen.infer.generate import generate as run
     from orogen.infer.generate import load_checkpoint
 

@@ -1,6 +1,7 @@
 """Checks that every config makes of itself: types, ranges and names, each with a message of one line."""
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Iterable
@@ -24,10 +25,10 @@ def require_choice(config: Any, field: str, choices: Iterable[str]) -> None:
 
 
 def require_positive(config: Any, *fields: str) -> None:
-    """Raises ConfigError unless each of `fields` is None or above zero."""
+    """Raises ConfigError unless each of `fields` is None or finite and above zero."""
     for field in fields:
         value = getattr(config, field)
-        require(value is None or value > 0, config, field, "a number above 0")
+        require(value is None or 0 < value < math.inf, config, field, "a number above 0")
 
 
 def check_types(config: Any) -> None:

@@ -1,13 +1,17 @@
 """Reads gin files into a RunConfig and refuses what nothing read; the only file that imports gin."""
 
 import dataclasses
+import importlib.util  # noqa: F401  gin 0.5.0 uses it without importing it
 import logging
 import re
+import tokenize
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import gin
-from gin.config_parser import ConfigParser, BindingStatement  # isort: skip
+from gin.config import _LOCATION_PREFIXES
+from gin.config_parser import BindingStatement, ConfigParser, ImportStatement, IncludeStatement
 
 from orogen.config.checks import ConfigError
 from orogen.config.run import PARTS, RunConfig
@@ -20,25 +24,33 @@ def load(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[Run
     """The RunConfig of `files` with `bindings` on top, and its operative text, which loads to an equal config.
 
     A part is built if any binding names it, or if none of its fields is required. Includes are looked up beside the
-    file and in its parent folder. Raises ConfigError in one line on anything gin refuses (unknown class, field or
-    file), on a field's own refusal, on a key bound twice in one file, and on bindings that nothing read: gin itself
-    is silent on misspelt macros, unused scopes and duplicate keys.
+    file of `files` that they come from, and in its parent folder. Raises ConfigError in one line on anything gin
+    refuses (unknown class, field or file), on a field's own refusal, on a key bound twice in one file, on an import,
+    and on bindings that nothing read: gin itself is silent on misspelt macros, unused scopes and duplicate keys.
     """
     gin.clear_config()
-    for file in map(Path, files):
-        if not file.is_file():
-            raise ConfigError(f"gin file {str(file)!r} does not exist")
-        _refuse_duplicates(file)
-        for folder in (file.resolve().parent, file.resolve().parent.parent):
-            gin.add_config_file_search_path(str(folder))
     logging.disable(logging.ERROR)  # gin logs each folder in which an include is not
     try:
-        gin.parse_config_files_and_bindings([str(f) for f in files], list(bindings), skip_unknown=False)
+        for file in map(Path, files):
+            _parse(file)
+        gin.parse_config(list(bindings), skip_unknown=False)
+        gin.finalize()
         bound = _keys(gin.config_str())
-        parts = {name: gin.get_configurable(kind)() for name, kind in PARTS.items() if _wanted(kind, bound)}
+        parts: dict[str, Any] = {
+            name: gin.get_configurable(kind)() if _wanted(kind, bound) else None for name, kind in PARTS.items()
+        }
     except ConfigError as error:
         raise ConfigError(_first_line(error)) from None
-    except (ValueError, TypeError, SyntaxError, OSError, RuntimeError, KeyError) as error:
+    except (
+        ValueError,
+        TypeError,
+        SyntaxError,
+        tokenize.TokenError,
+        OSError,
+        ImportError,
+        LookupError,
+        RuntimeError,
+    ) as error:
         raise ConfigError(f"gin: {_first_line(error)}") from None
     finally:
         logging.disable(logging.NOTSET)
@@ -47,7 +59,7 @@ def load(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[Run
     dead = sorted(key for key in bound if key not in read and not any(r.endswith("/" + key) for r in read))
     if dead:
         raise ConfigError(f"bindings that nothing read: {', '.join(dead)}; expected fields of {', '.join(_classes())}")
-    return RunConfig(**{name: parts.get(name) for name in PARTS}).check(), text
+    return RunConfig(**parts).check(), text
 
 
 def _classes() -> list[str]:
@@ -56,7 +68,7 @@ def _classes() -> list[str]:
 
 def _wanted(kind: type, bound: Iterable[str]) -> bool:
     required = any(f.default is dataclasses.MISSING for f in dataclasses.fields(kind))
-    return not required or any(key.split("/")[-1].split(".")[-2:-1] == [kind.__name__] for key in bound)
+    return not required or any(key.split(".")[-2:-1] == [kind.__name__] for key in bound)
 
 
 def _keys(text: str) -> set[str]:
@@ -64,19 +76,45 @@ def _keys(text: str) -> set[str]:
     return set(re.findall(r"^([^\s#=]+)\s*=", text, flags=re.MULTILINE))
 
 
-def _refuse_duplicates(file: Path) -> None:
-    with file.open() as stream:
-        try:
-            statements = list(ConfigParser(stream, _Delegate()))
-        except SyntaxError as error:
-            raise ConfigError(f"gin: {_first_line(error)}") from None
+def _parse(file: Path) -> None:
+    if not file.is_file():
+        raise ConfigError(f"gin file {str(file)!r} does not exist")
+    file = file.resolve()
+    folders = file.parents[:2]
+    _check_statements(file, folders, ())
+    _LOCATION_PREFIXES[:] = map(str, folders)  # gin cannot forget a folder, and prefers the current one
+    gin.parse_config_file(str(file), skip_unknown=False)
+
+
+def _check_statements(file: Path, folders: Sequence[Path], above: tuple[Path, ...]) -> None:
+    """Refuses what gin lets pass in `file` and in what it includes: a key bound twice, an import, a loop."""
     seen: set[str] = set()
-    for statement in statements:
+    for statement in _statements(file):
+        where = f"{file}, line {statement.location.line_num}"
+        if isinstance(statement, ImportStatement):
+            raise ConfigError(f"{where}: {statement.format()}; expected bindings and includes only")
+        if isinstance(statement, IncludeStatement):
+            found = next((f / statement.filename for f in folders if (f / statement.filename).is_file()), None)
+            if found is None:
+                places = " or ".join(map(str, folders))
+                raise ConfigError(f"{where}: include {statement.filename!r} does not exist; expected it in {places}")
+            if found in (*above, file):
+                raise ConfigError(f"{where}: include {statement.filename!r} leads back to itself")
+            _check_statements(found, folders, (*above, file))
         if isinstance(statement, BindingStatement):
-            key = f"{statement.scope}/{statement.selector}.{statement.arg_name}".strip("/")
+            key = ".".join(filter(None, (statement.selector.split(".")[-1], statement.arg_name)))
+            key = f"{statement.scope}/{key}" if statement.scope else key
             if key in seen:
-                raise ConfigError(f"{file}, line {statement.location.line_num}: {key} is bound twice; expected once")
+                raise ConfigError(f"{where}: {key} is bound twice; expected once")
             seen.add(key)
+
+
+def _statements(file: Path) -> list[Any]:
+    try:
+        with file.open(encoding="utf-8") as stream:
+            return list(ConfigParser(stream, _Delegate()))
+    except (SyntaxError, tokenize.TokenError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: {_first_line(error)}; expected gin bindings") from None
 
 
 class _Delegate:
@@ -90,5 +128,8 @@ class _Delegate:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    """What `error` says, in one line: gin appends where it was. A value gin cannot read is on its second line."""
+    text = str(error.args[0]) if isinstance(error, tokenize.TokenError) else str(error).split(" in config string:")[0]
+    if token := re.search(r"Failed to parse token '(.*)'", text):
+        return f"cannot read the value {token[1]}; expected a number, a quoted string, True, False, None or a list"
     return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)

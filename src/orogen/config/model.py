@@ -81,14 +81,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        require_positive(
-            self,
-            *(
-                f.name
-                for f in dataclasses.fields(self)
-                if f.type in ("int", "int | None", int) and f.name != "mtp_depths"
-            ),
-        )
+        sizes = (f.name for f in dataclasses.fields(self) if f.type in (int, int | None) and f.name != "mtp_depths")
+        require_positive(self, *sizes, "layer_norm_epsilon", "routed_scaling_factor")
+        for field in ("router_aux_loss_coef", "router_z_loss_coef", "mtp_loss_scale"):
+            require(getattr(self, field) >= 0, self, field, "0 or more")
         pattern = parse_pattern(self.pattern)
         self._check_mtp(pattern)
         letters = set(pattern.main + pattern.mtp)

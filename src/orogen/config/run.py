@@ -49,7 +49,8 @@ class TrainConfig:
             "max_skipped_steps",
             "sample_tokens",
         )
-        require(self.seed >= 0, self, "seed", "0 or more")
+        require(self.sequence_length > 1, self, "sequence_length", "at least 2: a token and its target")
+        require(0 <= self.seed < 2**31, self, "seed", "an integer from 0 to 2**31 - 1")
         require(0 <= self.ngram_order <= 7, self, "ngram_order", "a number from 0 to 7")
         require(self.router_bias_update_rate >= 0, self, "router_bias_update_rate", "0 or more")
         require_choice(self, "compute_dtype", ("float32", "bfloat16"))
@@ -85,8 +86,9 @@ class OptimizerConfig:
         require_positive(self, "learning_rate", "epsilon", "clip_norm")
         for field in ("warmup_steps", "decay_steps", "weight_decay"):
             require(getattr(self, field) >= 0, self, field, "0 or more")
-        for field in ("min_ratio", "beta1", "beta2"):
-            require(0 <= getattr(self, field) <= 1, self, field, "a number from 0 to 1")
+        require(0 <= self.min_ratio <= 1, self, "min_ratio", "a number from 0 to 1")
+        for field in ("beta1", "beta2"):
+            require(0 <= getattr(self, field) < 1, self, field, "a number from 0 to below 1")
         if self.schedule == "wsd":
             require_positive(self, "decay_steps")
 
@@ -127,6 +129,10 @@ class RunConfig:
                 "sequence_length",
                 f"a multiple of context x tensor = {self.plan.context} x {self.plan.tensor}",
             )
+        if self.train is not None and self.optimizer is not None and self.optimizer.schedule == "wsd":
+            rising, steps = self.optimizer.warmup_steps, self.train.steps
+            expected = f"at most steps - warmup_steps = {steps} - {rising}"
+            require(rising + self.optimizer.decay_steps <= steps, self.optimizer, "decay_steps", expected)
         return self
 
 

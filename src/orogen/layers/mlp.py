@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from orogen.layers.linear import linear
 from orogen.layers.parameter import normal
 from orogen.parallel.plan import Plan
 
@@ -22,5 +23,5 @@ class MLP(nnx.Module):
         self.down = normal(rngs, (hidden, size), ("mlp", "embed"), std=out_std)
 
     def __call__(self, x_btd: Array, plan: Plan) -> Array:
-        hidden_btf = squared_relu(plan.gather(x_btd, "sequence") @ plan.weight(self.up))
-        return plan.scatter(hidden_btf @ plan.weight(self.down), "sequence")
+        hidden_btf = squared_relu(linear(plan.gather(x_btd, "sequence"), plan.weight(self.up)))
+        return plan.scatter(linear(hidden_btf, plan.weight(self.down)), "sequence")

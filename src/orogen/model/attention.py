@@ -8,6 +8,7 @@ from jax import Array
 
 from orogen.config.model import ModelConfig
 from orogen.kernels.attention import attention
+from orogen.layers.linear import linear
 from orogen.layers.parameter import normal
 from orogen.parallel.plan import Plan
 
@@ -27,7 +28,7 @@ class Attention(nnx.Module):
     def __call__(self, x_btd: Array, segments_bt: Array, plan: Plan) -> Array:
         h_btd = plan.gather(x_btd, "sequence")
         q_bthk, k_btgk, v_btgk = (
-            (h_btd @ plan.weight(w)).reshape(*h_btd.shape[:2], -1, self.head_dim)
+            linear(h_btd, plan.weight(w)).reshape(*h_btd.shape[:2], -1, self.head_dim)
             for w in (self.query, self.key, self.value)
         )
         y_bthk = attention(
@@ -38,4 +39,4 @@ class Attention(nnx.Module):
             scale=self.head_dim**-0.5,
             implementation=plan.config.attention,
         )
-        return plan.scatter(y_bthk.reshape(*y_bthk.shape[:2], -1) @ plan.weight(self.out), "sequence")
+        return plan.scatter(linear(y_bthk.reshape(*y_bthk.shape[:2], -1), plan.weight(self.out)), "sequence")

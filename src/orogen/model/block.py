@@ -35,13 +35,13 @@ def repeats(pattern: str) -> tuple[str | Repeat, ...]:
     @functools.cache
     def best(start: int, end: int) -> tuple[int, tuple[str | Repeat, ...]]:
         """(distinct layers, items) of pattern[start:end]."""
-        if end - start == 1:
-            return 1, (pattern[start],)
+        if start == end:
+            return 0, ()
         cost, items = 1 + best(start + 1, end)[0], (pattern[start], *best(start + 1, end)[1])
         for middle in range(start + 1, end):
             folded = _fold(start, middle)
             if folded is not None:
-                rest = best(middle, end) if middle < end else (0, ())
+                rest = best(middle, end)
                 if folded[0] + rest[0] < cost:
                     cost, items = folded[0] + rest[0], (folded[1], *rest[1])
         whole = _fold(start, end)

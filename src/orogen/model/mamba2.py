@@ -12,6 +12,7 @@ from jax import Array
 from orogen.config.model import ModelConfig
 from orogen.kernels.causal_conv1d import causal_conv1d
 from orogen.kernels.ssd import ssd
+from orogen.layers.linear import linear
 from orogen.layers.norm import GroupRMSNorm
 from orogen.layers.parameter import normal, parameter, uniform
 from orogen.parallel.plan import Plan
@@ -59,7 +60,8 @@ class Mamba2(nnx.Module):
 
     def __call__(self, x_btd: Array, segments_bt: Array, plan: Plan) -> Array:
         h_btd = plan.gather(x_btd, "sequence")
-        z_bti, x_bti, B_btc, C_btc, dt_bth = (h_btd @ plan.weight(w) for w in (self.z, self.x, self.B, self.C, self.dt))
+        projections = (self.z, self.x, self.B, self.C, self.dt)
+        z_bti, x_bti, B_btc, C_btc, dt_bth = (linear(h_btd, plan.weight(w)) for w in projections)
         with jax.named_scope("conv"):
             x_bti = self.conv_x(x_bti, segments_bt)
             B_btc, C_btc = self.conv_B(B_btc, segments_bt), self.conv_C(C_btc, segments_bt)
@@ -68,7 +70,7 @@ class Mamba2(nnx.Module):
         with jax.named_scope("gated_norm"):
             gated_bti = y_bti.astype(jnp.float32) * jax.nn.silu(z_bti.astype(jnp.float32))
             y_bti = self.norm(gated_bti, plan).astype(x_btd.dtype)
-        return plan.scatter(y_bti @ plan.weight(self.out), "sequence")
+        return plan.scatter(linear(y_bti, plan.weight(self.out)), "sequence")
 
     def _scan(self, x_bti, B_btc, C_btc, dt_bth, segments_bt, plan) -> Array:
         split = lambda a, size: a.reshape(*a.shape[:2], -1, size)  # noqa: E731

@@ -10,6 +10,7 @@ from flax import nnx
 from jax import Array
 
 from orogen.config.model import ModelConfig
+from orogen.layers.linear import linear
 from orogen.layers.norm import RMSNorm
 from orogen.layers.parameter import normal
 from orogen.model.block import Stack, repeats
@@ -44,5 +45,5 @@ class MTPBlock(nnx.Module):
         segments_bt: from `shifted_segments`, so that tokens without a later token in their document take no part.
         """
         joined_btd = jnp.concatenate([self.embedding_norm(embedded_btd), self.hidden_norm(h_btd)], axis=-1)
-        x_btd, stats = self.layers(joined_btd @ plan.weight(self.project), segments_bt, plan, replay)
+        x_btd, stats = self.layers(linear(joined_btd, plan.weight(self.project)), segments_bt, plan, replay)
         return self.final_norm(x_btd), stats

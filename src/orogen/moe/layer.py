@@ -11,6 +11,7 @@ from flax import nnx
 from jax import Array
 
 from orogen.config.model import ModelConfig
+from orogen.layers.linear import linear
 from orogen.layers.mlp import MLP
 from orogen.layers.parameter import normal
 from orogen.moe.dispatch import DISPATCHES, expert_capacity, within_capacity
@@ -62,14 +63,14 @@ class MoE(nnx.Module):
             stats, keep_btk, capacity = self._account(logits_bte, routing, valid_bt, plan)
         with jax.named_scope("experts"):
             flat = lambda a: a.reshape(-1, a.shape[-1])  # noqa: E731
-            u_btw = x_btd if self.latent_down is None else x_btd @ plan.weight(self.latent_down)
+            u_btw = x_btd if self.latent_down is None else linear(x_btd, plan.weight(self.latent_down))
             dispatcher = DISPATCHES[plan.config.dispatch]
             rows, group_sizes, ticket = dispatcher.dispatch(
                 flat(u_btw), flat(routing.experts), flat(keep_btk), self.n_experts, capacity, plan
             )
             y_nw = dispatcher.combine(self.experts(rows, group_sizes, plan), flat(routing.weights), ticket, plan)
             y_btd = y_nw.reshape(u_btw.shape)
-            y_btd = y_btd if self.latent_up is None else y_btd @ plan.weight(self.latent_up)
+            y_btd = y_btd if self.latent_up is None else linear(y_btd, plan.weight(self.latent_up))
         if self.shared is not None:
             with jax.named_scope("shared_expert"):
                 y_btd = y_btd + self.shared(x_btd, plan)

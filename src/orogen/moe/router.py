@@ -11,6 +11,7 @@ from flax import nnx
 from jax import Array, lax
 
 from orogen.config.model import ModelConfig
+from orogen.layers.linear import linear
 from orogen.layers.parameter import buffer, normal
 from orogen.parallel.plan import Plan
 
@@ -116,7 +117,7 @@ class Router(nnx.Module):
 
     def __call__(self, x_btd: Array, plan: Plan, experts_btk: Array | None) -> tuple[Array, Routing]:
         """Logits (b, t, e) and their routing; a choice given as `experts_btk` is replayed."""
-        logits_bte = x_btd.astype(jnp.float32) @ plan.weight(self.gate)
+        logits_bte = linear(x_btd.astype(jnp.float32), plan.weight(self.gate))
         routing = route(
             logits_bte,
             self.bias[...],

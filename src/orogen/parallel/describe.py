@@ -65,7 +65,7 @@ def _describe(leaf: nnx.Variable, plan: Plan, sizes: dict[str, int]) -> dict[str
 
 
 def _name(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def _times(shape: Sequence[int]) -> str:

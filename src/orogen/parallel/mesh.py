@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from orogen.config.checks import ConfigError
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
-from orogen.parallel.fold import Folding, FoldError, describe, fold
+from orogen.parallel.fold import FoldError, Folding, describe, fold
 
 
 def fold_plan(config: PlanConfig, model: ModelConfig) -> Folding:
@@ -78,9 +78,10 @@ def _check_divisible(config: PlanConfig, model: ModelConfig) -> None:
             )
     for field in ("num_key_value_heads", "n_groups"):
         value = getattr(model, field)
-        if value is not None and value % config.tensor and config.tensor % value:
+        tensor = config.tensor
+        if value is not None and value % tensor and tensor % value:
             raise ConfigError(
-                f"ModelConfig.{field} is {value}; expected a multiple or a divisor of PlanConfig.tensor = {config.tensor}"
+                f"ModelConfig.{field} is {value}; expected a multiple or a divisor of PlanConfig.tensor = {tensor}"
             )
 
 

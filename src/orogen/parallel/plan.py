@@ -140,7 +140,7 @@ def make_plan(config: PlanConfig, model: ModelConfig, *, abstract: bool = False)
 
 def single_device_plan(config: PlanConfig, model: ModelConfig, *, sources: tuple[int, int] = (1, 1)) -> Plan:
     """The same choices on one device, which stands for `sources` ranks when it counts capacity."""
-    ones = {axis: 1 for axis in ("data", "context", "tensor", "stage", "expert", "expert_tensor")}
+    ones = dict.fromkeys(("data", "context", "tensor", "stage", "expert", "expert_tensor"), 1)
     plan = make_plan(dataclasses.replace(config, **ones, fsdp="none"), model)
     return dataclasses.replace(plan, sources=sources)
 

@@ -109,7 +109,7 @@ class _Run:
         self.optimizer = make_optimizer(config.optimizer, train.steps, built.params)
         self.schedule = learning_rate(config.optimizer, train.steps)
         self.step = make_step(built, config, plan, self.optimizer)
-        self.heldout = Heldout(config, built, corpus)
+        self.heldout = Heldout(config, built, corpus) if len(corpus.splits["heldout"]) else None
         self.loader = train_loader(config, corpus)
         self.position: dict[str, Any] = self.loader.state()
         self.first_step = checkpoints.latest or 0
@@ -159,7 +159,7 @@ class _Run:
         """Writes step `number` down, with the held-out loss of the state `scored` if there is one."""
         fetched = jax.device_get(metrics)
         record = self._record(number, fetched, time.perf_counter() - self.clock)
-        if scored is not None:
+        if scored is not None and self.heldout is not None:
             score = self.heldout.full(scored) if number == self.config.train.steps else self.heldout.sample(scored)
             record |= {"heldout_loss": score.loss, "heldout_bits_per_byte": score.bits_per_byte}
         writer.write(record)

@@ -74,7 +74,7 @@ def objective(
     nats = plan.total(jnp.stack([_nats(model, h, batch, depth, plan) for depth, h in enumerate(hidden)]))
     moe = [_moe_stats(stats)] + [_moe_stats(s) for _, s in deeper]
     counts = jax.tree.map(lambda c: jnp.maximum(c, 1), counts)
-    share = jnp.asarray([1.0] + [config.mtp_loss_scale / len(deeper)] * len(deeper))
+    share = jnp.asarray([1.0] + [config.mtp_loss_scale / len(deeper) for _ in deeper])
     loss = jnp.sum(share * nats / counts.targets) + _router_loss(moe, counts, config, plan)
     load = [s.load for s in moe[0]] + [
         sum(parts) for parts in zip(*([s.load for s in m] for m in moe[1:]), strict=True)

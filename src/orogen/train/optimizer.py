@@ -52,7 +52,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, params: nnx.State) -> op
         consistent_rms=MUON_RMS,
         muon_weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: contrib.MuonDimensionNumbers(-2, -1), tree),
     )
-    keep = lambda tree: jax.tree.map(lambda label, d: d and label == "adamw", labels, decayed)  # noqa: E731, ARG005
+    keep = lambda tree: jax.tree.map(lambda label, d: d and label == "adamw", labels, decayed)  # noqa: E731
     parts = {"muon": muon, "adamw": adamw(keep)}
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.partition(parts, labels))
 

@@ -39,7 +39,7 @@ def claim(run_dir: Path, config: RunConfig, text: str, *, resume: bool) -> None:
         raise ConfigError(f"run folder {str(run_dir)!r} is a file; expected a folder or a new name")
     saved = run_dir / "config.gin"
     if saved.exists():
-        differing = _differences(load([saved])[0], config)
+        differing = _differences(_saved_config(saved), config)
         if differing:
             raise ConfigError(f"run folder {str(run_dir)!r} has another config: {differing[0]}; expected an equal one")
         if not resume:
@@ -48,6 +48,13 @@ def claim(run_dir: Path, config: RunConfig, text: str, *, resume: bool) -> None:
         raise ConfigError(f"run folder {str(run_dir)!r} is not empty and has no config.gin; expected a new folder")
     run_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(saved, text.encode())
+
+
+def _saved_config(file: Path) -> RunConfig:
+    try:
+        return load([file])[0]
+    except ConfigError as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from None
 
 
 def _differences(saved: RunConfig, wanted: RunConfig) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
 from orogen.config.run import OptimizerConfig, RunConfig, TrainConfig
@@ -17,7 +18,7 @@ from orogen.moe.layer import Choice
 from orogen.parallel.plan import Plan, make_plan, single_device_plan
 from orogen.train.loop import leaf_name
 from orogen.train.optimizer import make_optimizer
-from orogen.train.state import create_state
+from orogen.train.state import TrainState
 from orogen.train.step import apply_gradients, batch_to_devices, experts_of, gradients
 
 # Relative tolerances in float32. A gradient leaf sums up to a few thousand products in another order.
@@ -65,8 +66,9 @@ def verify(config: RunConfig) -> Verdict:
     optimizer = config.optimizer or OptimizerConfig(learning_rate=1e-3)
     batch = packed_batch(config, train)
     built = build(config.model)
-    alone = _gradients(built, config, single, train.seed, batch, None)
-    folded = _gradients(built, config, plan, train.seed, batch, experts_of(alone.sums.choices))
+    start = _initial(config, built, single, train.seed)
+    alone = _gradients(built, config, single, start, batch, None)
+    folded = _gradients(built, config, plan, start, batch, experts_of(alone.sums.choices))
     errors, zero = _leaf_errors(alone.grads, folded.grads)
     worst = int(np.argmax(errors))
     flips, margin = _flips(folded.sums.choices)
@@ -74,7 +76,7 @@ def verify(config: RunConfig) -> Verdict:
         loss_error=abs(folded.loss - alone.loss) / abs(alone.loss),
         max_gradient_error=float(errors[worst]),
         worst_leaf=leaf_name(built.params, worst),
-        max_parameter_error=_parameter_error(built, config, optimizer, train, (single, plan), alone),
+        max_parameter_error=_parameter_error(built, optimizer, train, (single, plan), start, alone),
         flips=flips,
         flip_margin=margin,
         zero_leaves=[leaf_name(built.params, i) for i in zero],
@@ -107,13 +109,17 @@ class _Step(NamedTuple):
     sums: Any
 
 
-def _gradients(built: Built, config: RunConfig, plan: Plan, seed: int, batch: Batch, replay: Any) -> _Step:
+def _initial(config: RunConfig, built: Built, plan: Plan, seed: int) -> tuple[nnx.State, nnx.State]:
+    """Initial parameters and buffers, on the host."""
+    layout = (plan.shardings(built.params), plan.shardings(built.buffers))
+    return jax.device_get(jax.jit(lambda seed: initial_state(config.model, seed), out_shardings=layout)(seed))
+
+
+def _gradients(
+    built: Built, config: RunConfig, plan: Plan, start: tuple[nnx.State, nnx.State], batch: Batch, replay: Any
+) -> _Step:
     """One loss and gradient on `plan`, fetched to the host."""
-    initial = jax.jit(
-        lambda seed: initial_state(config.model, seed),
-        out_shardings=(plan.shardings(built.params), plan.shardings(built.buffers)),
-    )
-    params, buffers = initial(seed)
+    params, buffers = jax.device_put(start, (plan.shardings(built.params), plan.shardings(built.buffers)))
     function = gradients(built, config.model, plan, "float32", record=True, replaying=replay is not None)
 
     def step(params, buffers, batch, *replay):
@@ -145,28 +151,35 @@ def _flips(choices: Any) -> tuple[int, float]:
 
 def _parameter_error(
     built: Built,
-    config: RunConfig,
     optimizer: OptimizerConfig,
     train: TrainConfig,
     plans: tuple[Plan, Plan],
+    start: tuple[nnx.State, nnx.State],
     step: _Step,
 ) -> float:
     """The largest relative difference of a parameter after one update, on both plans, from the gradients of `step`."""
     rule = make_optimizer(optimizer, train.steps, built.params)
-    updated = []
-    for plan in plans:
-        state = create_state(config.model, built, rule, plan, train.seed)
-        apply = jax.jit(
-            lambda state, grads, load, plan=plan: (
-                apply_gradients(
-                    state, grads, load, rule, plan, bias_rate=train.router_bias_update_rate, finite=jnp.asarray(True)
-                ).params
-            ),
-            out_shardings=plan.shardings(built.params),
-        )
-        with jax.default_matmul_precision("highest"):
-            updated.append(jax.device_get(apply(state, step.grads, step.sums.load)))
-    return float(_leaf_errors(*updated)[0].max())
+    first, _ = _leaf_errors(*(_updated(built, train, rule, plan, start, step) for plan in plans))
+    return float(first.max())
+
+
+def _updated(
+    built: Built, train: TrainConfig, rule: optax.GradientTransformation, plan: Plan, start: Any, step: _Step
+) -> nnx.State:
+    """The parameters after one update on `plan`, on the host."""
+
+    def update(params, buffers, grads, load):
+        zero = jnp.zeros((), jnp.int32)
+        state = TrainState(zero, zero, zero, params, buffers, rule.init(params))
+        finite = jnp.asarray(True)
+        return apply_gradients(
+            state, grads, load, rule, plan, bias_rate=train.router_bias_update_rate, finite=finite
+        ).params
+
+    layout = (plan.shardings(built.params), plan.shardings(built.buffers))
+    placed = jax.device_put(start, layout)
+    with jax.default_matmul_precision("highest"):
+        return jax.device_get(jax.jit(update, out_shardings=layout[0])(*placed, step.grads, step.sums.load))
 
 
 def _default_train(config: RunConfig) -> TrainConfig:

@@ -50,6 +50,7 @@ def attention(
     if k_index_s is None:
         k_index_s = jnp.arange(keys)
     operands = (q_bthk, k_bsgk, v_bsgk, segments_bt, kv_segments_bs, q_index_t, k_index_s)
+    # One type for all inside shard_map: gradients of shared keys are then summed over the ranks once, not once a block.
     return IMPLEMENTATIONS[implementation](*vary_like(operands, operands), scale=scale)
 
 

@@ -29,12 +29,13 @@ def causal_conv1d(
     time, before = x_btc.shape[1], w_ck.shape[1] - 1
     w_ck = w_ck.astype(jnp.float32)
     inputs_btc = _prepend(x_btc, halo_bkc, before)
-    runs_bt = None if segments_bt is None else _runs(segments_bt, halo_segments_bk, before)
+    follows_bt = None if segments_bt is None or before == 0 else _follows(segments_bt, halo_segments_bk, before)
     y_btc = x_btc.astype(jnp.float32) * w_ck[:, before]
-    for tap in range(before):
+    same_bt = True
+    for tap in reversed(range(before)):
         shifted_btc = inputs_btc[:, tap : tap + time].astype(jnp.float32)
-        if runs_bt is not None:
-            same_bt = runs_bt[:, tap : tap + time] == runs_bt[:, before:]
+        if follows_bt is not None:
+            same_bt &= follows_bt[:, tap : tap + time]
             shifted_btc = jnp.where(same_bt[..., None], shifted_btc, 0.0)
         y_btc += shifted_btc * w_ck[:, tap]
     if bias_c is not None:
@@ -51,14 +52,12 @@ def _prepend(x_btc: Array, halo_bkc: Array | None, before: int) -> Array:
     return jnp.concatenate([halo_bkc.astype(x_btc.dtype), x_btc], axis=1)
 
 
-def _runs(segments_bt: Array, halo_segments_bk: Array | None, before: int) -> Array:
-    """Number of the contiguous run of each halo and row token: ids may come back, runs do not."""
-    if before and halo_segments_bk is None:
+def _follows(segments_bt: Array, halo_segments_bk: Array | None, before: int) -> Array:
+    """Whether each token but the first of halo and row is of the same segment as the one before it."""
+    if halo_segments_bk is None:
         halo_segments_bk = jnp.repeat(segments_bt[:, :1], before, axis=1)
-    if before:
-        segments_bt = jnp.concatenate([halo_segments_bk, segments_bt], axis=1)
-    changes_bt = (segments_bt[:, 1:] != segments_bt[:, :-1]).astype(jnp.int32)
-    return jnp.pad(jnp.cumsum(changes_bt, axis=1), ((0, 0), (1, 0)))
+    segments_bt = jnp.concatenate([halo_segments_bk, segments_bt], axis=1)
+    return segments_bt[:, 1:] == segments_bt[:, :-1]
 
 
 def _check_shapes(x_btc, w_ck, bias_c, segments_bt, halo_bkc, halo_segments_bk) -> None:

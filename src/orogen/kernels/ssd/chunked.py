@@ -3,9 +3,11 @@
 Axes: b batch, t time, h heads, p head size, g groups, r heads of a group, n state, c chunks,
 q position in a chunk, s position in the chunk that q reads from.
 
-With l the sum of dt a from the chunk's start, and S the state that enters the chunk,
+With l the sum of dt a since the chunk's start or the segment's, and S the state that enters the chunk,
 
     y_q = sum_{s<=q} (C_q . B_s) exp(l_q - l_s) dt_s x_s  +  exp(l_q) S C_q
+
+over the s of q's segment, the second term in the chunk's first segment only.
 
 The products with S, B and C run once a group, all its heads side by side; C . B is computed once a group.
 The gradient is written out, so that the (q, s) matrices, the largest arrays by far, are made anew and not kept.
@@ -49,7 +51,6 @@ class Kept(NamedTuple):
 
     others_cbgqrp: Array
     states_cbgnrp: Array
-    final_bgnrp: Array
 
 
 def ssd_chunked(
@@ -87,7 +88,7 @@ def ssd_chunked(
             log_decay_cbgrq=jnp.transpose(log_decay_bcqgr, (1, 0, 3, 4, 2)),
             b_cbgsn=jnp.transpose(_cut(b_btgn.astype(jnp.float32), width), (1, 0, 3, 2, 4)),
             c_cbgqn=jnp.transpose(_cut(c_btgn.astype(jnp.float32), width), (1, 0, 3, 2, 4)),
-            runs_cbq=_running_sum(jnp.moveaxis(_cut(changes_bt, width), 1, 0)),
+            runs_cbq=_counts(jnp.moveaxis(_cut(changes_bt, width), 1, 0)),
             initial_bgnrp=jnp.moveaxis(initial_bgrpn, 4, 2),
         )
     )
@@ -103,7 +104,7 @@ def _ssd(chunks: Chunks) -> tuple[Array, Array]:
 
 def _forward(chunks: Chunks) -> tuple[tuple[Array, Array], tuple[Chunks, Kept]]:
     """The outputs, and what `_backward` needs."""
-    decays = _decays(chunks.log_decay_cbgrq, chunks.runs_cbq)
+    decays = _decays(chunks)
     leaving_cbgsrp = chunks.dtx_cbgqrp * decays.out_of_cbgsr[..., None]
     added_cbgnrp = jnp.einsum("cbgsn,cbgsrp->cbgnrp", chunks.b_cbgsn, leaving_cbgsrp)
 
@@ -119,7 +120,7 @@ def _forward(chunks: Chunks) -> tuple[tuple[Array, Array], tuple[Chunks, Kept]]:
     entering_cbgqrp = jnp.einsum("cbgqn,cbgnrp->cbgqrp", chunks.c_cbgqn, states_cbgnrp)
     others_cbgqrp = jnp.moveaxis(within_cbgrqp, 3, 4) + decays.into_cbgqr[..., None] * entering_cbgqrp
     y_cbgqrp = others_cbgqrp + _own_scores(chunks) * chunks.dtx_cbgqrp
-    return (y_cbgqrp, final_bgnrp), (chunks, Kept(others_cbgqrp, states_cbgnrp, final_bgnrp))
+    return (y_cbgqrp, final_bgnrp), (chunks, Kept(others_cbgqrp, states_cbgnrp))
 
 
 def _backward(saved: tuple[Chunks, Kept], gradients: tuple[Array, Array]) -> tuple[Chunks]:
@@ -127,33 +128,35 @@ def _backward(saved: tuple[Chunks, Kept], gradients: tuple[Array, Array]) -> tup
 
     l_q stands in the exponent of all that y_q receives from other tokens, and -l_s in that of all that token s gives
     to others, so their gradients are the dot products y_q . dy_q and -dtx_s . ddtx_s of those parts; no (q, s) sum.
-    A token's share of its own output has no decay. It stays out of both, and does not drown a small difference.
+    What does not decay, a token's share of its own output or the last token's of the state, stays out of both: it
+    would cancel but for its rounding error, and drown a small difference.
     """
     (chunks, kept), (dy_cbgqrp, dfinal_bgnrp) = saved, gradients
     dtx_cbgsrp, b_cbgsn, c_cbgqn = chunks.dtx_cbgqrp, chunks.b_cbgsn, chunks.c_cbgqn
-    decays = _decays(chunks.log_decay_cbgrq, chunks.runs_cbq)
+    decays = _decays(chunks)
 
     decayed_dy_cbgqrp = dy_cbgqrp * decays.into_cbgqr[..., None]
     dc_cbgqn = jnp.einsum("cbgqrp,cbgnrp->cbgqn", decayed_dy_cbgqrp, kept.states_cbgnrp)
     read_cbgnrp = jnp.einsum("cbgqn,cbgqrp->cbgnrp", c_cbgqn, decayed_dy_cbgqrp)
-    dinitial_bgnrp, dadded_cbgnrp, dwhole_cbgr = _backward_states(decays.whole_cbgr, read_cbgnrp, kept, dfinal_bgnrp)
+    dinitial_bgnrp, dadded_cbgnrp, dwhole_cbgr = _backward_states(decays, read_cbgnrp, kept, dfinal_bgnrp)
     out_of_cbgsr1 = decays.out_of_cbgsr[..., None]
     db_cbgsn = jnp.einsum("cbgsrp,cbgnrp->cbgsn", dtx_cbgsrp * out_of_cbgsr1, dadded_cbgnrp)
-    ddtx_cbgsrp = jnp.einsum("cbgsn,cbgnrp->cbgsrp", b_cbgsn, dadded_cbgnrp) * out_of_cbgsr1
+    leaving_cbgsrp = jnp.einsum("cbgsn,cbgnrp->cbgsrp", b_cbgsn, dadded_cbgnrp) * out_of_cbgsr1
 
     dy_cbgrqp, dtx_cbgrsp = jnp.moveaxis(dy_cbgqrp, 4, 3), jnp.moveaxis(dtx_cbgsrp, 4, 3)
     dweights_cbgrqs = jnp.einsum("cbgrqp,cbgrsp->cbgrqs", dy_cbgrqp, dtx_cbgrsp)
     weights_cbgrqs = _scores(chunks)[:, :, :, None] * decays.pair_cbgrqs
-    ddtx_cbgsrp += jnp.moveaxis(jnp.einsum("cbgrqs,cbgrqp->cbgrsp", weights_cbgrqs, dy_cbgrqp), 3, 4)
+    within_cbgsrp = jnp.moveaxis(jnp.einsum("cbgrqs,cbgrqp->cbgrsp", weights_cbgrqs, dy_cbgrqp), 3, 4)
     dscores_cbgqs = jnp.sum(dweights_cbgrqs * decays.pair_cbgrqs, axis=3)
     dc_cbgqn += jnp.einsum("cbgqs,cbgsn->cbgqn", dscores_cbgqs, b_cbgsn)
     db_cbgsn += jnp.einsum("cbgqs,cbgqn->cbgsn", dscores_cbgqs, c_cbgqn)
 
-    dsums_cbgqr = jnp.sum(dy_cbgqrp * kept.others_cbgqrp - dtx_cbgsrp * ddtx_cbgsrp, axis=-1)
-    dsums_cbgqr = dsums_cbgqr.at[:, :, :, -1].add(dwhole_cbgr)
+    left_cbgsr = jnp.sum(dtx_cbgsrp * leaving_cbgsrp, axis=-1).at[:, :, :, -1].set(0.0)
+    dsums_cbgqr = jnp.sum(dy_cbgqrp * kept.others_cbgqrp - dtx_cbgsrp * within_cbgsrp, axis=-1) - left_cbgsr
+    dsums_cbgqr = dsums_cbgqr.at[:, :, :, -1].add(jnp.sum(left_cbgsr, axis=3) + dwhole_cbgr)
     gradient = Chunks(
-        dtx_cbgqrp=ddtx_cbgsrp + _own_scores(chunks) * dy_cbgqrp,
-        log_decay_cbgrq=_running_sum(jnp.swapaxes(dsums_cbgqr, 3, 4), from_end=True),
+        dtx_cbgqrp=within_cbgsrp + leaving_cbgsrp + _own_scores(chunks) * dy_cbgqrp,
+        log_decay_cbgrq=_sum(_readable(chunks.runs_cbq), "cbqs,cbgqr->cbgrs", dsums_cbgqr),
         b_cbgsn=db_cbgsn,
         c_cbgqn=dc_cbgqn,
         runs_cbq=jnp.zeros_like(chunks.runs_cbq),
@@ -162,43 +165,44 @@ def _backward(saved: tuple[Chunks, Kept], gradients: tuple[Array, Array]) -> tup
     return (gradient,)
 
 
-def _backward_states(
-    whole_cbgr: Array, read_cbgnrp: Array, kept: Kept, dfinal_bgnrp: Array
-) -> tuple[Array, Array, Array]:
-    """Gradients of the initial state, of what each chunk adds to it, and of l at each chunk's end by way of it.
+def _backward_states(decays: Decays, read_cbgnrp: Array, kept: Kept, dfinal_bgnrp: Array) -> tuple[Array, Array, Array]:
+    """Gradients of the initial state, of what each chunk adds to it, and of the log of each chunk's whole decay.
 
     `read_cbgnrp` is the gradient that each entering state gets from the outputs of its chunk.
     """
 
-    def pass_back(carry: tuple[Array, Array], chunk: tuple[Array, ...]) -> tuple[tuple[Array, Array], tuple]:
-        dleft_bgnrp, left_bgnrp = carry
+    def pass_back(dleft_bgnrp: Array, chunk: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
         whole_bgr, read_bgnrp, entered_bgnrp = chunk
-        dentered_bgnrp = whole_bgr[:, :, None, :, None] * dleft_bgnrp + read_bgnrp
-        return (dentered_bgnrp, entered_bgnrp), (dleft_bgnrp, jnp.sum(dleft_bgnrp * left_bgnrp, axis=(2, 4)))
+        through_bgnrp = whole_bgr[:, :, None, :, None] * dleft_bgnrp
+        return through_bgnrp + read_bgnrp, (dleft_bgnrp, jnp.sum(through_bgnrp * entered_bgnrp, axis=(2, 4)))
 
-    carry = vary_like((dfinal_bgnrp, kept.final_bgnrp), read_cbgnrp)
-    chunks = (whole_cbgr, read_cbgnrp, kept.states_cbgnrp)
-    (dinitial_bgnrp, _), (dadded_cbgnrp, dwhole_cbgr) = lax.scan(pass_back, carry, chunks, reverse=True)
+    chunks = (decays.whole_cbgr, read_cbgnrp, kept.states_cbgnrp)
+    carry_bgnrp = vary_like(dfinal_bgnrp, read_cbgnrp)
+    dinitial_bgnrp, (dadded_cbgnrp, dwhole_cbgr) = lax.scan(pass_back, carry_bgnrp, chunks, reverse=True)
     return dinitial_bgnrp, dadded_cbgnrp, dwhole_cbgr
 
 
 _ssd.defvjp(_forward, _backward)
 
 
-def _decays(log_decay_cbgrq: Array, runs_cbq: Array) -> Decays:
-    """Every decay of a chunk, masked before exp, so that nothing overflows into a NaN gradient."""
-    sums_cbgrq = _running_sum(log_decay_cbgrq)
-    last_cbgr1 = sums_cbgrq[..., -1:]
-    unchanged_cbq = runs_cbq == 0
+def _decays(chunks: Chunks) -> Decays:
+    """Every decay of a chunk."""
+    runs_cbq, readable_cbqs = chunks.runs_cbq, _readable(chunks.runs_cbq)
+    sums_cbgrq = _sum(readable_cbqs, "cbqs,cbgrs->cbgrq", chunks.log_decay_cbgrq)
     lasting_cbs = runs_cbq == runs_cbq[..., -1:]
-    readable_cbqs = (runs_cbq[..., :, None] == runs_cbq[..., None, :]) & jnp.tri(runs_cbq.shape[-1], dtype=bool)
-    into_cbgrq = _exp_where(unchanged_cbq[:, :, None, None], sums_cbgrq)
+    into_cbgrq = _exp_where((runs_cbq == 0)[:, :, None, None], sums_cbgrq)
+    out_of_cbgrs = _exp_where(lasting_cbs[:, :, None, None], sums_cbgrq[..., -1:] - sums_cbgrq)
     return Decays(
         into_cbgqr=jnp.swapaxes(into_cbgrq, 3, 4),
-        out_of_cbgsr=jnp.swapaxes(_exp_where(lasting_cbs[:, :, None, None], last_cbgr1 - sums_cbgrq), 3, 4),
+        out_of_cbgsr=jnp.swapaxes(out_of_cbgrs, 3, 4),
         whole_cbgr=into_cbgrq[..., -1],
         pair_cbgrqs=_exp_where(readable_cbqs[:, :, None, None], sums_cbgrq[..., None] - sums_cbgrq[..., None, :]),
     )
+
+
+def _readable(runs_cbq: Array) -> Array:
+    """Whether q's sums reach back to s: no later than q, and no change of segment between. (c, b, q, s) bool"""
+    return (runs_cbq[..., :, None] == runs_cbq[..., None, :]) & jnp.tri(runs_cbq.shape[-1], dtype=bool)
 
 
 def _scores(chunks: Chunks) -> Array:
@@ -213,18 +217,23 @@ def _own_scores(chunks: Chunks) -> Array:
 
 
 def _exp_where(mask: Array, exponent: Array) -> Array:
-    """exp(exponent), and 0 with gradient 0 where masked out."""
+    """exp(exponent), 0 where masked out; masked before exp, which overflows on the pairs that must not be read."""
     return jnp.exp(jnp.where(mask, exponent, -jnp.inf))
 
 
-def _running_sum(array_q: Array, *, from_end: bool = False) -> Array:
-    """Sum up to and including each position of the last axis, or from it to the end.
+def _sum(mask: Array, axes: str, array: Array) -> Array:
+    """The sums of `array` that `mask` picks, as a float32 product.
 
-    A product with a triangle, because XLA:CPU repeats the arithmetic of `jnp.cumsum` inside each of the (q, s)
-    elements that use it: 18 ms against 3 ms for the forward pass at b 4, t 256, h 8, p 32, n 32, chunk 128.
+    Not `jnp.cumsum`: XLA:CPU repeats its arithmetic in each of the (q, s) elements that use it, 18 ms against 3 ms for
+    the forward pass at b 4, t 256, h 8, p 32, n 32, chunk 128. And a sum that starts at the segment is the same,
+    to the bit, whatever the segments before it hold.
     """
-    triangle = jnp.tri(array_q.shape[-1], dtype=array_q.dtype)
-    return jnp.matmul(array_q, triangle if from_end else triangle.T, precision=lax.Precision.HIGHEST)
+    return jnp.einsum(axes, mask.astype(jnp.float32), array, precision=lax.Precision.HIGHEST)
+
+
+def _counts(changes_cbq: Array) -> Array:
+    """How many changes up to and including each position of its chunk; ids may come back, counts do not."""
+    return _sum(jnp.tri(changes_cbq.shape[-1]), "qs,cbs->cbq", changes_cbq)
 
 
 def _cut(array_bt: Array, width: int) -> Array:

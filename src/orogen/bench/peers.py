@@ -1,0 +1,126 @@
+"""transformers' Nemotron-H in PyTorch, as a process of its own that runs one training step each time it is asked.
+
+`python -m orogen.bench.peers` is that process: one JSON line in with the sizes, one out with the facts, then one out,
+of seconds, for every line in.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from typing import Any, NamedTuple
+
+from orogen.config.checks import ConfigError
+from orogen.config.model import ModelConfig
+
+PEERS = ("torch",)
+# Fields of ModelConfig that transformers' config has under the same name.
+SHARED_FIELDS = (
+    "vocab_size", "hidden_size", "layer_norm_epsilon", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "intermediate_size", "mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel", "chunk_size",
+    "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "moe_shared_expert_intermediate_size",
+    "moe_latent_size", "norm_topk_prob", "routed_scaling_factor", "n_group", "topk_group",
+)  # fmt: skip
+
+
+class Seconds(NamedTuple):
+    """What one step took, by the clock and of all its threads' processor time."""
+
+    wall: float
+    cpu: float
+
+
+def require_peer(name: str) -> None:
+    """Raises ConfigError unless the peer is known and installed."""
+    if name not in PEERS:
+        raise ConfigError(f"--peer is {name!r}; expected one of {', '.join(PEERS)}")
+    missing = [package for package in ("torch", "transformers") if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ConfigError(
+            f"--peer {name}: {' and '.join(missing)} not installed; expected the extra `peer` (orogen[peer])"
+        )
+
+
+class Peer:
+    """The peer's process, with a model of `config` and AdamW on a fixed random batch. Use it as a context manager.
+
+    facts: its versions, threads and number of parameters.
+    """
+
+    def __init__(self, config: ModelConfig, *, batch_size: int, sequence_length: int, threads: int):
+        fields = {name: getattr(config, name) for name in SHARED_FIELDS if getattr(config, name) is not None}
+        sizes = {
+            "model": {**fields, "hybrid_override_pattern": config.layers.main},
+            "batch_size": batch_size, "sequence_length": sequence_length, "threads": threads,
+        }  # fmt: skip
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "orogen.bench.peers"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads), "TRANSFORMERS_VERBOSITY": "error"},
+        )  # fmt: skip
+        try:
+            self.facts: dict[str, Any] = self._ask(json.dumps(sizes))
+        except BaseException:
+            self._process.kill()
+            raise
+
+    def step(self) -> Seconds:
+        """Runs one training step."""
+        return Seconds(**self._ask("step"))
+
+    def _ask(self, line: str) -> Any:
+        print(line, file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the peer's process ended with status {self._process.wait()}; its own words are above")
+        return json.loads(answer)
+
+    def __enter__(self) -> "Peer":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+
+
+def _serve() -> None:
+    """The peer's process: answers until its input ends."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # nothing but answers may reach the pipe
+    import torch
+    import transformers
+
+    sizes = json.loads(sys.stdin.readline())
+    torch.set_num_threads(sizes["threads"])
+    torch.manual_seed(0)
+    config = transformers.NemotronHConfig(**sizes["model"])
+    model = transformers.NemotronHForCausalLM._from_config(config, attn_implementation="sdpa").float().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=True)
+    tokens_bt = torch.randint(config.vocab_size, (sizes["batch_size"], sizes["sequence_length"]))
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        logits_btv = model(input_ids=tokens_bt, use_cache=False).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits_btv.flatten(0, 1), tokens_bt[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+
+    answer = {
+        "torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }  # fmt: skip
+    print(json.dumps(answer), file=answers, flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(timed(step)._asdict()), file=answers, flush=True)
+
+
+def timed(step: Any) -> Seconds:
+    """Seconds that calling `step` takes."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    step()
+    return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,297 @@
+"""The gin loader: what it builds, and that everything gin passes over in silence is refused in one line."""
+
+import dataclasses
+import logging
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orogen.config.checks import ConfigError
+from orogen.config.load import load
+from orogen.config.plan import PlanConfig
+
+MAMBA = """
+ModelConfig.pattern = 'M'
+ModelConfig.vocab_size = 11
+ModelConfig.hidden_size = 12
+ModelConfig.mamba_num_heads = 4
+ModelConfig.mamba_head_dim = 5
+ModelConfig.n_groups = 2
+ModelConfig.ssm_state_size = 3
+"""
+TRAIN = """
+TrainConfig.steps = 7
+TrainConfig.batch_size = 6
+TrainConfig.sequence_length = 8
+TrainConfig.seed = 1
+"""
+CLASSES = "ModelConfig, PlanConfig, DataConfig, TrainConfig, OptimizerConfig"
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a file below a folder of the test's own, two levels deep so that no parent is shared."""
+
+    def write_file(text: str, name: str = "home/run.gin") -> Path:
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        return file
+
+    return write_file
+
+
+def refusal(*files: Path, bindings: tuple[str, ...] = ()) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(files, bindings)
+    message = str(caught.value)
+    assert "\n" not in message and re.search(" object at 0x", message) is None, message
+    return message
+
+
+def test_a_model_alone_leaves_the_other_parts_none(write):
+    config, _ = load([write(MAMBA)])
+    assert config.model.hidden_size == 12
+    assert config.plan == PlanConfig()  # every field of it has a default
+    assert config.data is config.train is config.optimizer is None
+
+
+def test_need_names_the_class_without_bindings(write):
+    config, _ = load([write(MAMBA)])
+    assert config.need("model", "plan") is config
+    with pytest.raises(ConfigError) as caught:
+        config.need("model", "train")
+    assert str(caught.value) == "the gin files have no bindings of TrainConfig; expected some, with its fields"
+
+
+def test_bindings_come_after_files_and_files_in_order(write):
+    first, second = write(MAMBA), write("ModelConfig.hidden_size = 24\n", "home/second.gin")
+    assert load([first, second])[0].model.hidden_size == 24
+    assert load([second, first])[0].model.hidden_size == 12
+    assert load([first], ["ModelConfig.hidden_size = 36", "ModelConfig.hidden_size = 48"])[0].model.hidden_size == 48
+
+
+def test_a_file_overrides_what_it_includes(write):
+    write(MAMBA, "home/base.gin")
+    config, _ = load([write("include 'base.gin'\nModelConfig.hidden_size = 24\n")])
+    assert config.model.hidden_size == 24
+
+
+def test_includes_are_found_beside_the_file_and_in_its_parent_folder(write):
+    write(MAMBA, "models/tiny.gin")
+    write(TRAIN, "recipes/train.gin")
+    config, _ = load([write("include 'models/tiny.gin'\ninclude 'train.gin'\n", "recipes/run.gin")])
+    assert (config.model.hidden_size, config.train.steps) == (12, 7)
+
+
+def test_includes_nest(write):
+    write(MAMBA, "models/base.gin")
+    write("include 'models/base.gin'\nModelConfig.chunk_size = 3\n", "models/wide.gin")
+    config, _ = load([write("include 'models/wide.gin'\n", "recipes/run.gin")])
+    assert (config.model.hidden_size, config.model.chunk_size) == (12, 3)
+
+
+def test_includes_do_not_depend_on_the_current_folder(write, monkeypatch):
+    write(MAMBA, "home/base.gin")
+    decoy = write(MAMBA.replace("12", "36"), "elsewhere/base.gin")
+    monkeypatch.chdir(decoy.parent)
+    assert load([write("include 'base.gin'\n")])[0].model.hidden_size == 12
+
+
+def test_a_relative_path_is_enough(write, monkeypatch):
+    write(MAMBA, "home/base.gin")
+    monkeypatch.chdir(write("include 'base.gin'\n").parent)
+    assert load(["run.gin"])[0].model.hidden_size == 12
+
+
+def test_an_include_is_not_looked_for_where_another_load_looked(write):
+    write(MAMBA, "one/base.gin")
+    write(MAMBA.replace("12", "36"), "two/x/base.gin")
+    assert load([write("include 'base.gin'\n", "one/run.gin")])[0].model.hidden_size == 12
+    assert load([write("include 'base.gin'\n", "two/x/run.gin")])[0].model.hidden_size == 36
+    assert "does not exist" in refusal(write("include 'base.gin'\n", "three/x/run.gin"))
+
+
+def test_no_binding_survives_into_the_next_load(write):
+    train = write(TRAIN, "home/train.gin")
+    load([write(MAMBA), train], ["TrainConfig.sample_tokens = 3", "PlanConfig.data = 2"])
+    config, text = load([train])
+    assert config.model is None and config.train.sample_tokens == 128 and config.plan == PlanConfig()
+    assert "ModelConfig" not in text
+
+
+def test_a_refused_load_leaves_nothing_behind(write):
+    refusal(write(MAMBA + "WIDTH = 3\nTrainConfig.steps = 3\n"))
+    config, _ = load([write(MAMBA)])
+    assert config.train is None
+    assert not logging.root.manager.disable
+
+
+def test_a_config_built_in_python_ignores_what_was_loaded(write):
+    load([write(MAMBA)], ["PlanConfig.data = 5"])
+    assert PlanConfig().data == 1
+
+
+def test_a_macro_is_one_number_for_many_fields(write):
+    text = "WIDTH = 24\n" + MAMBA.replace("= 12", "= %WIDTH") + "ModelConfig.chunk_size = %WIDTH\n"
+    config, _ = load([write(text)], ["WIDTH = 36"])
+    assert config.model.hidden_size == config.model.chunk_size == 36
+
+
+def test_operative_text_reloads_to_an_equal_config(write):
+    prompts = ("", "a\nb = 3\n", "'quoted' = \"x\"", "x" * 100, "%MACRO", "# no comment", "é\t\\n")
+    text = "WIDTH = 24\n" + MAMBA.replace("= 12", "= %WIDTH") + TRAIN + f"TrainConfig.sample_prompts = {prompts!r}\n"
+    text += "OptimizerConfig.learning_rate = 8e-3\nPlanConfig.data = 3\nDataConfig.corpus = 'stdlib'\n"
+    text += "DataConfig.tokenizer = 'byte'\n"
+    config, operative = load([write(text)])
+    again, text_again = load([write(operative, "home/operative.gin")])
+    assert config.train.sample_prompts == prompts
+    assert (again, text_again) == (config, operative)
+
+
+def test_operative_text_lists_defaults_too(write):
+    _, operative = load([write(TRAIN)])
+    fields = {f.name for f in dataclasses.fields(load([write(TRAIN)])[0].train)}
+    assert fields == set(re.findall(r"^TrainConfig\.(\w+) =", operative, flags=re.MULTILINE))
+
+
+REFUSED = {
+    "misspelt field": (
+        "ModelConfig.hiden_size = 3",
+        "gin: Configurable 'ModelConfig' doesn't have a parameter named 'hiden_size'.",
+    ),
+    "misspelt class": ("ModelKonfig.hidden_size = 3", "gin: No configurable matching 'ModelKonfig'."),
+    "class that no file may bind": ("RunConfig.model = None", "gin: No configurable matching 'RunConfig'."),
+    "macro nobody uses": ("WIDHT = 3", f"bindings that nothing read: WIDHT; expected fields of {CLASSES}"),
+    "macro nobody defines": (
+        "ModelConfig.chunk_size = %WIDTH",
+        "gin: No bindings specified for 'WIDTH/gin.macro'",
+    ),
+    "field without its class": (
+        "hidden_size = 3",
+        f"bindings that nothing read: hidden_size; expected fields of {CLASSES}",
+    ),
+    "scope": (
+        "train/ModelConfig.chunk_size = 3",
+        f"bindings that nothing read: train/ModelConfig.chunk_size; expected fields of {CLASSES}",
+    ),
+    "class in a scope only": (
+        "valid/DataConfig.corpus = 'stdlib'",
+        f"bindings that nothing read: valid/DataConfig.corpus; expected fields of {CLASSES}",
+    ),
+    "unknown reference": (
+        "ModelConfig.chunk_size = @Nothing()",
+        "gin: No configurable matching reference '@Nothing()'.",
+    ),
+    "string for a number": (
+        "ModelConfig.chunk_size = '3'",
+        "ModelConfig.chunk_size is '3'; expected a value of type int",
+    ),
+    "bool for a number": (
+        "ModelConfig.chunk_size = True",
+        "ModelConfig.chunk_size is True; expected a value of type int",
+    ),
+    "bad value": ("ModelConfig.chunk_size = -3", "ModelConfig.chunk_size is -3; expected a number above 0"),
+    "missing fields": (
+        "TrainConfig.steps = 3",
+        "gin: TrainConfig.__init__() missing 3 required keyword-only arguments: "
+        "'batch_size', 'sequence_length', and 'seed'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("line", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused_in_a_file_and_on_the_command_line(write, line, message):
+    assert refusal(write(MAMBA + line + "\n")) == message
+    assert refusal(write(MAMBA), bindings=(line,)) == message
+
+
+UNREADABLE = {
+    "no quotes": (
+        "PlanConfig.fsdp = parameters",
+        "cannot read the value parameters; expected a number, a quoted string, True, False, None or a list",
+    ),
+    "open bracket": ("TrainConfig.sample_prompts = ('a',", "EOF in multi-line statement"),
+    "open quote": ("ModelConfig.pattern = 'M", "Unable to parse value."),
+    "no value": ("ModelConfig.hidden_size", "Couldn't parse statement, expected ':' or '='."),
+    "two values": ("ModelConfig.hidden_size = 3 4", "Expected newline."),
+}
+
+
+@pytest.mark.parametrize(("line", "message"), UNREADABLE.values(), ids=UNREADABLE)
+def test_bad_syntax_is_refused_in_one_line_with_its_file(write, line, message):
+    file = write(line + "\n")
+    assert refusal(file).startswith(f"{file}: {message}")
+    assert refusal(write("include 'bad.gin'\n"), write(line + "\n", "home/bad.gin")).startswith(
+        f"{file.with_name('bad.gin')}: {message}"
+    )
+    assert refusal(write(MAMBA), bindings=(line,)).startswith(f"gin: {message}")
+
+
+def test_bytes_that_are_no_text_are_refused(write):
+    file = write("")
+    file.write_bytes(b"\xff\xfe")
+    assert refusal(file).startswith(f"{file}: 'utf-8' codec can't decode byte 0xff")
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        ("ModelConfig.hidden_size = 12", "ModelConfig.hidden_size"),
+        ("orogen.config.model.ModelConfig.hidden_size = 12", "ModelConfig.hidden_size"),
+        ("ModelConfig:\n  hidden_size = 12", "ModelConfig.hidden_size"),
+        ("A = 1\nA = 2", "A"),
+        ("b/PlanConfig.data = 1\nb/PlanConfig.data = 2", "b/PlanConfig.data"),
+    ],
+)
+def test_a_key_twice_in_one_file_is_refused_with_its_line(write, line, key):
+    file = write(MAMBA + line + "\n")
+    where = len(MAMBA.splitlines()) + len(line.splitlines())
+    assert refusal(file) == f"{file}, line {where}: {key} is bound twice; expected once"
+    assert refusal(write("include 'twice.gin'\n", "home/x.gin"), write(MAMBA + line, "home/twice.gin")).endswith(
+        f"twice.gin, line {where}: {key} is bound twice; expected once"
+    )
+
+
+def test_an_import_is_refused(write):
+    file = write("import json\n" + MAMBA)
+    assert refusal(file) == f"{file}, line 1: import json; expected bindings and includes only"
+
+
+def test_missing_file_is_named(tmp_path):
+    assert refusal(tmp_path / "none.gin") == f"gin file {str(tmp_path / 'none.gin')!r} does not exist"
+
+
+def test_missing_include_is_named_with_where_it_was_expected(write):
+    file = write(MAMBA + "include 'none.gin'\n")
+    places = f"{file.parent} or {file.parent.parent}"
+    assert refusal(file) == f"{file}, line 9: include 'none.gin' does not exist; expected it in {places}"
+
+
+def test_an_include_from_the_parent_folder_logs_nothing(write, caplog):
+    write(MAMBA, "models/tiny.gin")
+    load([write("include 'models/tiny.gin'\n", "recipes/run.gin")])
+    assert caplog.records == []
+
+
+def test_a_loop_of_includes_is_refused(write):
+    file = write("include 'back.gin'\n")
+    back = write("include 'run.gin'\n", "home/back.gin")
+    assert refusal(file) == f"{back}, line 1: include 'run.gin' leads back to itself"
+
+
+def test_parts_that_do_not_fit_together_are_refused(write):
+    assert refusal(write(TRAIN), bindings=("PlanConfig.data = 4",)) == (
+        "TrainConfig.batch_size is 6; expected a multiple of data x microbatches = 4 x 1"
+    )
+
+
+def test_loading_imports_no_jax(write):
+    file = write("include 'models/tiny.gin'\n", "recipes/run.gin")
+    write(MAMBA, "models/tiny.gin")
+    program = "import sys; from orogen.config.load import load; load(sys.argv[1:]); print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program, file], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -1,0 +1,209 @@
+"""Every setting that cannot be is refused by a ConfigError that names field, value and what was expected."""
+
+import dataclasses
+
+import pytest
+from tests.helpers import HYBRID
+
+from orogen.config.checks import ConfigError, check_types
+from orogen.config.data import DataConfig
+from orogen.config.model import ModelConfig
+from orogen.config.plan import PlanConfig
+from orogen.config.run import OptimizerConfig, RunConfig, TrainConfig
+
+GOOD = {
+    ModelConfig: HYBRID,
+    PlanConfig: {},
+    TrainConfig: {"steps": 5, "batch_size": 12, "sequence_length": 20, "seed": 0},
+    OptimizerConfig: {"learning_rate": 1e-3},
+    DataConfig: {"corpus": "stdlib", "tokenizer": "byte"},
+}
+
+# (class, field, bad value, words of what was expected)
+POSITIVE = {
+    ModelConfig: "vocab_size hidden_size layer_norm_epsilon num_attention_heads num_key_value_heads head_dim "
+    "intermediate_size mamba_num_heads mamba_head_dim n_groups ssm_state_size conv_kernel chunk_size n_routed_experts "
+    "num_experts_per_tok moe_intermediate_size moe_shared_expert_intermediate_size moe_latent_size n_group topk_group "
+    "routed_scaling_factor",
+    PlanConfig: "data context tensor stage expert expert_tensor microbatches capacity_factor",
+    TrainConfig: "steps batch_size sequence_length evaluate_every evaluate_rows checkpoint_every keep_checkpoints "
+    "max_skipped_steps sample_tokens",
+    OptimizerConfig: "learning_rate epsilon clip_norm",
+}
+NOT_NEGATIVE = {
+    ModelConfig: "router_aux_loss_coef router_z_loss_coef mtp_loss_scale",
+    TrainConfig: "router_bias_update_rate",
+    OptimizerConfig: "warmup_steps decay_steps weight_decay",
+}
+REFUSED = [
+    *((c, field, bad, "a number above 0") for c, f in POSITIVE.items() for field in f.split() for bad in (0, -3)),
+    *((c, field, -1, "0 or more") for c, fields in NOT_NEGATIVE.items() for field in fields.split()),
+    (ModelConfig, "num_key_value_heads", 5, "a divisor of num_attention_heads = 24"),
+    (ModelConfig, "n_groups", 7, "a divisor of mamba_num_heads = 24"),
+    (ModelConfig, "n_group", 5, "a divisor of n_routed_experts = 24"),
+    (ModelConfig, "topk_group", 2, "at most n_group = 1"),
+    (ModelConfig, "num_experts_per_tok", 25, "at most 24, the experts in topk_group groups"),
+    (PlanConfig, "context", 2, "1: parallelism over this axis is not available yet"),
+    (PlanConfig, "stage", 2, "1: parallelism over this axis is not available yet"),
+    (PlanConfig, "expert_tensor", 2, "1: parallelism over this axis is not available yet"),
+    (PlanConfig, "fsdp", "full", "one of none, optimizer, parameters"),
+    (PlanConfig, "dispatch", "ring", "one of allgather, alltoall"),
+    (PlanConfig, "remat", "some", "one of none, full"),
+    (PlanConfig, "attention", "flash", "one of full, blocked"),
+    (PlanConfig, "ssd", "scan", "one of recurrence, chunked"),
+    (PlanConfig, "grouped_matmul", "triton", "one of reference, blocks, ragged_dot"),
+    (PlanConfig, "cross_entropy", "fused", "one of full, chunked"),
+    (TrainConfig, "sequence_length", 1, "at least 2: a token and its target"),
+    (TrainConfig, "seed", -1, "an integer from 0 to 2**31 - 1"),
+    (TrainConfig, "seed", 2**31, "an integer from 0 to 2**31 - 1"),
+    (TrainConfig, "ngram_order", 8, "a number from 0 to 7"),
+    (TrainConfig, "ngram_order", -1, "a number from 0 to 7"),
+    (TrainConfig, "compute_dtype", "float16", "one of float32, bfloat16"),
+    (OptimizerConfig, "name", "sgd", "one of adamw, muon"),
+    (OptimizerConfig, "schedule", "linear", "one of cosine, wsd, constant"),
+    (OptimizerConfig, "min_ratio", 1.5, "a number from 0 to 1"),
+    (OptimizerConfig, "beta1", -0.1, "a number from 0 to below 1"),
+    (OptimizerConfig, "beta1", 1.0, "a number from 0 to below 1"),
+    (OptimizerConfig, "beta2", 1.0, "a number from 0 to below 1"),
+]
+
+WRONG_TYPE = [
+    (ModelConfig, "hidden_size", "48", "int"),
+    (ModelConfig, "hidden_size", 48.0, "int"),
+    (ModelConfig, "hidden_size", True, "int"),
+    (ModelConfig, "hidden_size", None, "int"),
+    (ModelConfig, "head_dim", "4", "int | None"),
+    (ModelConfig, "head_dim", True, "int | None"),
+    (ModelConfig, "pattern", 7, "str"),
+    (ModelConfig, "norm_topk_prob", 1, "bool"),
+    (ModelConfig, "layer_norm_epsilon", "1e-5", "float"),
+    (PlanConfig, "capacity_factor", False, "float | None"),
+    (PlanConfig, "capacity_factor", "1.5", "float | None"),
+    (TrainConfig, "sample_prompts", "one", "tuple[str, ...]"),
+    (TrainConfig, "sample_prompts", ("one", 2), "tuple[str, ...]"),
+    (OptimizerConfig, "learning_rate", "1e-3", "float"),
+    (OptimizerConfig, "learning_rate", True, "float"),
+    (DataConfig, "vocab_size", 259.0, "int | None"),
+    (DataConfig, "shuffle", "False", "bool"),
+]
+
+
+def refusal(kind: type, **changes) -> str:
+    with pytest.raises(ConfigError) as caught:
+        kind(**{**GOOD[kind], **changes})
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_the_settings_that_the_bad_ones_differ_from_are_accepted(kind):
+    kind(**GOOD[kind])
+
+
+@pytest.mark.parametrize(("kind", "field", "value", "expected"), REFUSED)
+def test_refusal_names_field_value_and_expectation(kind, field, value, expected):
+    assert refusal(kind, **{field: value}) == f"{kind.__name__}.{field} is {value!r}; expected {expected}"
+
+
+@pytest.mark.parametrize(("kind", "field", "value", "expected"), WRONG_TYPE)
+def test_wrong_type_is_refused_by_name(kind, field, value, expected):
+    message = f"{kind.__name__}.{field} is {value!r}; expected a value of type {expected}"
+    assert refusal(kind, **{field: value}) == message
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_rate_that_is_not_finite_is_refused(value):
+    message = f"OptimizerConfig.learning_rate is {value!r}; expected a number above 0"
+    assert refusal(OptimizerConfig, learning_rate=value) == message
+
+
+@pytest.mark.parametrize("field", ["weight_decay", "min_ratio", "beta1"])
+def test_nan_lies_in_no_range(field):
+    assert refusal(OptimizerConfig, **{field: float("nan")}).startswith(f"OptimizerConfig.{field} is nan; expected ")
+
+
+def test_int_passes_for_float():
+    assert OptimizerConfig(learning_rate=1).learning_rate == 1
+
+
+def test_a_list_becomes_a_tuple():
+    assert TrainConfig(**GOOD[TrainConfig], sample_prompts=["a", "b"]).sample_prompts == ("a", "b")
+
+
+def test_configs_are_frozen_and_keyword_only():
+    for kind, good in GOOD.items():
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(kind(**good), next(iter(dataclasses.fields(kind))).name, 1)
+        with pytest.raises(TypeError):
+            kind(*good.values(), 1)
+
+
+def test_the_type_check_reaches_every_field():
+    """An object of no config's type is refused in whichever field it stands."""
+    for kind, good in GOOD.items():
+        for field in dataclasses.fields(kind):
+            config = kind(**good)
+            object.__setattr__(config, field.name, object())
+            with pytest.raises(ConfigError, match=rf"{kind.__name__}\.{field.name} is <object"):
+                check_types(config)
+
+
+LETTERS = {
+    "*": ("attention", ("num_attention_heads", "num_key_value_heads", "head_dim")),
+    "-": ("dense MLP", ("intermediate_size",)),
+    "M": ("Mamba-2", ("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size")),
+    "E": ("mixture of experts", ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")),
+}
+NEEDED = [(letter, layer, field) for letter, (layer, fields) in LETTERS.items() for field in fields]
+
+
+@pytest.mark.parametrize(("letter", "layer", "field"), NEEDED)
+def test_a_layer_needs_its_sizes_and_no_other(letter, layer, field):
+    sizes = {name: HYBRID[name] for name in ("vocab_size", "hidden_size", *LETTERS[letter][1])}
+    ModelConfig(pattern=letter, **sizes)
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig(pattern=letter, **{**sizes, field: None})
+    assert str(caught.value) == f"ModelConfig.{field} is None; expected a number: the pattern has {layer} layers"
+
+
+def test_a_layer_after_the_slash_needs_its_sizes_too():
+    with pytest.raises(ConfigError, match=r"head_dim is None; expected a number: the pattern has attention layers"):
+        ModelConfig(**{**HYBRID, "pattern": "M/*", "head_dim": None, "mtp_depths": 1})
+
+
+def test_experts_within_reach_shrink_with_the_routers_groups():
+    ModelConfig(**{**HYBRID, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 12})
+    with pytest.raises(ConfigError, match="num_experts_per_tok is 13; expected at most 12"):
+        ModelConfig(**{**HYBRID, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 13})
+
+
+def test_wsd_needs_decay_steps():
+    message = "OptimizerConfig.decay_steps is 0; expected a number above 0"
+    assert refusal(OptimizerConfig, schedule="wsd") == message
+
+
+def run(plan: dict, **train) -> RunConfig:
+    return RunConfig(
+        model=None,
+        plan=PlanConfig(**plan),
+        data=None,
+        train=TrainConfig(**{**GOOD[TrainConfig], **train}),
+        optimizer=None,
+    )
+
+
+def test_batch_must_fill_ranks_and_microbatches():
+    run({"data": 3, "microbatches": 2}, batch_size=12).check()
+    with pytest.raises(ConfigError) as caught:
+        run({"data": 3, "microbatches": 2}, batch_size=9).check()
+    assert str(caught.value) == "TrainConfig.batch_size is 9; expected a multiple of data x microbatches = 3 x 2"
+
+
+def test_sequence_must_divide_over_tensor():
+    run({"tensor": 5}, sequence_length=20).check()
+    with pytest.raises(ConfigError) as caught:
+        run({"tensor": 5}, sequence_length=21).check()
+    assert str(caught.value) == "TrainConfig.sequence_length is 21; expected a multiple of context x tensor = 1 x 5"
+
+
+def test_devices_are_counted():
+    assert PlanConfig(data=3, tensor=5, expert=15).devices == 15

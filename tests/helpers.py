@@ -1,0 +1,48 @@
+"""Small models and runs that several tests share."""
+
+from orogen.config.model import ModelConfig
+from orogen.config.plan import PlanConfig
+from orogen.config.run import OptimizerConfig, RunConfig, TrainConfig
+
+# Every layer type, repetitions, an MTP block at two depths; sizes unequal, and divisible by 2, 3, 4, 6 and 8 where a
+# plan splits them. Two key heads and two Mamba groups: fewer than the ranks of a wide tensor axis.
+HYBRID: dict = {
+    "pattern": "ME*-ME*-M/*E",
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "intermediate_size": 72,
+    "mamba_num_heads": 24,
+    "mamba_head_dim": 4,
+    "n_groups": 2,
+    "ssm_state_size": 5,
+    "chunk_size": 8,
+    "n_routed_experts": 24,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 20,
+    "moe_shared_expert_intermediate_size": 24,
+    "moe_latent_size": 24,
+    "routed_scaling_factor": 2.5,
+    "router_aux_loss_coef": 0.01,
+    "router_z_loss_coef": 0.001,
+    "mtp_depths": 2,
+}
+
+
+def hybrid(**changes) -> ModelConfig:
+    """The small hybrid, with `changes`."""
+    return ModelConfig(**{**HYBRID, **changes})
+
+
+def run_config(model: ModelConfig | None = None, *, plan: dict | None = None, data=None, **train) -> RunConfig:
+    """A run of `model` on `plan`, with a constant learning rate."""
+    settings = {"steps": 10, "batch_size": 4, "sequence_length": 24, "seed": 3, **train}
+    return RunConfig(
+        model=model or hybrid(),
+        plan=PlanConfig(**(plan or {})),
+        data=data,
+        train=TrainConfig(**settings),
+        optimizer=OptimizerConfig(learning_rate=3e-3, schedule="constant"),
+    )

@@ -1,0 +1,198 @@
+"""Attention: every implementation against loops in float64, by documents, by slices, and inside shard_map.
+
+Axes: b batch, t queries, s keys, h query heads, g key heads, k head size.
+"""
+
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from orogen.kernels.attention import IMPLEMENTATIONS, attention
+from orogen.kernels.attention.blocked import attention_blocked
+
+BATCH, TIME, HEADS, GROUPS, SIZE, VALUE_SIZE = 2, 11, 6, 2, 4, 3
+SCALE = 0.7
+# Row 0: documents of 3, 1 and 5 tokens and 2 of padding. Row 1: padding between documents, and no more at the end.
+SEGMENTS = ((1, 1, 1, 2, 3, 3, 3, 3, 3, 0, 0), (4, 4, 0, 0, 5, 5, 5, 5, 5, 5, 5))
+
+NAMES = (*sorted(IMPLEMENTATIONS), "blocks of 4")
+
+
+def attend(name, q_bthk, k_bsgk, v_bsgk, **settings):
+    """The implementation of that name; "blocks of 4" are several a row, where the default is more than TIME."""
+    if name != "blocks of 4":
+        return attention(q_bthk, k_bsgk, v_bsgk, scale=SCALE, implementation=name, **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(IMPLEMENTATIONS, "blocked", partial(attention_blocked, block=4))
+        return attention(q_bthk, k_bsgk, v_bsgk, scale=SCALE, implementation="blocked", **settings)
+
+
+def operands(dtype=jnp.float32, *, groups=GROUPS, time=TIME):
+    """q, k, v and a cotangent of the output."""
+    shapes = ((HEADS, SIZE), (groups, SIZE), (groups, VALUE_SIZE), (HEADS, VALUE_SIZE))
+    keys = jax.random.split(jax.random.key(2), 4)
+    return [jax.random.normal(key, (BATCH, time, *shape), dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def expected(q_bthk, k_bsgk, v_bsgk, grad_bthk, segments_bt):
+    """Output and gradients of q, k and v by loops over single queries, float64."""
+    q_bthk, k_bsgk, v_bsgk, grad_bthk = (np.asarray(a, np.float64) for a in (q_bthk, k_bsgk, v_bsgk, grad_bthk))
+    y_bthk, grad_q, grad_k, grad_v = (np.zeros(a.shape) for a in (grad_bthk, q_bthk, k_bsgk, v_bsgk))
+    for b, t, h in np.ndindex(q_bthk.shape[:3]):
+        g = h // (q_bthk.shape[2] // k_bsgk.shape[2])
+        seen = [s for s in range(t + 1) if segments_bt[b][s] == segments_bt[b][t]]
+        weight = np.exp(SCALE * k_bsgk[b, seen, g] @ q_bthk[b, t, h])
+        weight /= weight.sum()
+        y_bthk[b, t, h] = weight @ v_bsgk[b, seen, g]
+        grad_score = SCALE * weight * ((v_bsgk[b, seen, g] - y_bthk[b, t, h]) @ grad_bthk[b, t, h])
+        grad_q[b, t, h] = grad_score @ k_bsgk[b, seen, g]
+        grad_k[b, seen, g] += np.outer(grad_score, q_bthk[b, t, h])
+        grad_v[b, seen, g] += np.outer(weight, grad_bthk[b, t, h])
+    return y_bthk, grad_q, grad_k, grad_v
+
+
+def with_gradients(name, q_bthk, k_bsgk, v_bsgk, grad_bthk, **settings):
+    """Output and gradients of q, k and v."""
+
+    @jax.jit
+    def run(grad_bthk, settings, *inputs):
+        y_bthk, transpose = jax.vjp(partial(attend, name, **settings), *inputs)
+        return y_bthk, *transpose(grad_bthk)
+
+    return run(grad_bthk, settings, q_bthk, k_bsgk, v_bsgk)
+
+
+def assert_close(actual, wanted, *, length):
+    """Errors of a sum of `length` rounded terms: they add up like a random walk, four deviations wide."""
+    bound = 4 * float(jnp.finfo(actual.dtype).eps) * length**0.5 * np.abs(wanted).max()
+    np.testing.assert_allclose(np.asarray(actual, np.float64), wanted, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("name", NAMES)
+class TestAttention:
+    """What every implementation does."""
+
+    @pytest.mark.parametrize("groups", [1, 2, HEADS])
+    def test_equals_loops(self, name, groups):
+        inputs = operands(groups=groups)
+        actual = with_gradients(name, *inputs, segments_bt=jnp.array(SEGMENTS))
+        # Scores are sums of SIZE terms, outputs of TIME, gradients of keys of TIME for each head of a group.
+        length = SIZE + TIME * HEADS // groups
+        for a, wanted in zip(actual, expected(*inputs, SEGMENTS), strict=True):
+            assert_close(a, wanted, length=length)
+
+    def test_no_segments_is_one_document(self, name):
+        q_bthk, k_bsgk, v_bsgk, _ = operands()
+        one = attend(name, q_bthk, k_bsgk, v_bsgk, segments_bt=jnp.ones((BATCH, TIME), jnp.int32))
+        np.testing.assert_array_equal(attend(name, q_bthk, k_bsgk, v_bsgk), one)
+
+    def test_bfloat16_softmax_is_float32(self, name):
+        q_bthk, k_bsgk, v_bsgk, grad_bthk = operands(jnp.bfloat16, time=70)
+        # Scores of some 30, which bfloat16 would round by 0.1: weights would be wrong by a tenth.
+        inputs = (3 * q_bthk, 3 * k_bsgk, v_bsgk, grad_bthk)
+        segments = [[1] * 70] * BATCH
+        actual = with_gradients(name, *inputs, segments_bt=jnp.array(segments))
+        assert {a.dtype for a in actual} == {jnp.dtype(jnp.bfloat16)}
+        for a, wanted in zip(actual, expected(*inputs, segments), strict=True):
+            # Roundings of weights and output; those of the weights average out over the keys.
+            assert_close(a, wanted, length=2)
+
+    def test_packed_row_equals_documents_apart(self, name):
+        inputs = operands()
+        packed = with_gradients(name, *inputs, segments_bt=jnp.array(SEGMENTS))
+        for part in (slice(0, 3), slice(3, 4), slice(4, 9)):
+            alone = with_gradients(name, *(a[:1, part] for a in inputs))
+            for a, wanted in zip(packed, alone, strict=True):
+                assert_close(a[:1, part], np.asarray(wanted, np.float64), length=TIME)
+
+    def test_causality_by_gradient(self, name):
+        q_bthk, k_bsgk, v_bsgk, grad_bthk = operands()
+        index_t = jnp.arange(TIME)
+
+        def reach(t):  # the keys and values that feed query t
+            _, _, *gradients = with_gradients(name, q_bthk, k_bsgk, v_bsgk, grad_bthk * (index_t == t)[:, None, None])
+            return [(g != 0).any((0, 2, 3)).tolist() for g in gradients]
+
+        for t in (1, 5, TIME - 1):
+            assert reach(t) == [[s <= t for s in range(TIME)]] * 2
+
+    def test_slices_of_queries_and_shuffled_keys(self, name):
+        q_bthk, k_bsgk, v_bsgk, _ = operands()
+        segments_bt = jnp.array(SEGMENTS)
+        whole = attend(name, q_bthk, k_bsgk, v_bsgk, segments_bt=segments_bt)
+        q_index_t, k_index_s = jnp.array([9, 2, 3, 6, 0]), jax.random.permutation(jax.random.key(3), TIME)
+        part = attend(
+            name,
+            q_bthk[:, q_index_t],
+            k_bsgk[:, k_index_s],
+            v_bsgk[:, k_index_s],
+            segments_bt=segments_bt[:, q_index_t],
+            kv_segments_bs=segments_bt[:, k_index_s],
+            q_index_t=q_index_t,
+            k_index_s=k_index_s,
+        )
+        assert_close(part, np.asarray(whole[:, q_index_t], np.float64), length=TIME)
+
+    def test_query_that_sees_no_key_gives_zeros(self, name):
+        inputs = operands()
+        index_t = jnp.arange(TIME)
+        y_bthk, *gradients = with_gradients(name, *inputs, q_index_t=index_t, k_index_s=index_t + 3)
+        assert (y_bthk != 0).any((0, 2, 3)).tolist() == [t >= 3 for t in range(TIME)]
+        assert (gradients[0] != 0).any((0, 2, 3)).tolist() == [t > 3 for t in range(TIME)]  # one key: no choice
+        assert all(jnp.isfinite(g).all() for g in gradients)
+
+    def test_large_scores_do_not_overflow(self, name):
+        q_bthk, k_bsgk, v_bsgk, grad_bthk = operands()
+        for sign in (1, -1):
+            actual = with_gradients(name, sign * 1e4 * q_bthk, 1e4 * k_bsgk, v_bsgk, grad_bthk)
+            assert all(jnp.isfinite(a).all() for a in actual)
+
+    def test_ranks_hold_parts_of_the_queries(self, name):
+        q_bthk, k_bsgk, v_bsgk, grad_bthk = (a[:, :10] for a in operands())
+        segments_bt = jnp.array(SEGMENTS)[:, :10]
+
+        def run(q_bthk, k_bsgk, v_bsgk, grad_bthk, segments_bt, kv_segments_bs, q_index_t):
+            slices = {"segments_bt": segments_bt, "kv_segments_bs": kv_segments_bs, "q_index_t": q_index_t}
+            return with_gradients(name, q_bthk, k_bsgk, v_bsgk, grad_bthk, **slices)
+
+        split, whole = P(None, "context"), P()
+        sharded = jax.shard_map(
+            run,
+            mesh=Mesh(np.array(jax.devices()[:2]), ("context",)),
+            in_specs=(split, whole, whole, split, split, whole, P("context")),
+            out_specs=(split, split, whole, whole),
+            check_vma=True,
+        )
+        inputs = (q_bthk, k_bsgk, v_bsgk, grad_bthk)
+        actual = jax.jit(sharded)(*inputs, segments_bt, segments_bt, jnp.arange(10))
+        for a, wanted in zip(actual, expected(*inputs, segments_bt.tolist()), strict=True):
+            assert_close(a, wanted, length=SIZE + TIME * HEADS // GROUPS)
+
+
+def test_blocked_holds_one_block_of_scores():
+    q_bthk, k_bsgk, v_bsgk = (jnp.zeros((1, 1024, heads, 2)) for heads in (4, 2, 2))
+    step = jax.jit(jax.grad(lambda *a: attention(*a, scale=1.0, implementation="blocked").sum(), argnums=(0, 1, 2)))
+    scores = 4 * 1024 * 1024 * 4
+    assert step.lower(q_bthk, k_bsgk, v_bsgk).compile().memory_analysis().temp_size_in_bytes < scores / 2
+
+
+def test_refusals():
+    q_bthk, k_bsgk, v_bsgk, _ = operands()
+    run = partial(attention, scale=SCALE, implementation="full")
+    with pytest.raises(ValueError, match="implementation='fast': expected one of"):
+        attention(q_bthk, k_bsgk, v_bsgk, scale=SCALE, implementation="fast")
+    with pytest.raises(ValueError, match="5 query heads over 2 key heads: expected a multiple"):
+        run(q_bthk[:, :, :5], k_bsgk, v_bsgk)
+    with pytest.raises(ValueError, match=r"v has shape \(2, 10, 2, 3\): expected \(2, 11, 2, 3\)"):
+        run(q_bthk, k_bsgk, v_bsgk[:, 1:])
+    with pytest.raises(ValueError, match=r"kv_segments has shape \(2, 11\): expected \(2, 10\)"):
+        run(q_bthk, k_bsgk[:, 1:], v_bsgk[:, 1:], segments_bt=jnp.array(SEGMENTS))
+    with pytest.raises(ValueError, match="expected both or neither"):
+        run(q_bthk, k_bsgk, v_bsgk, kv_segments_bs=jnp.array(SEGMENTS))
+    with pytest.raises(ValueError, match=r"q_index has shape \(3,\): expected \(11,\)"):
+        run(q_bthk, k_bsgk, v_bsgk, q_index_t=jnp.arange(3))

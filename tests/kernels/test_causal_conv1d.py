@@ -1,0 +1,170 @@
+"""The depthwise causal convolution against fixtures, and packed rows against their documents apart.
+
+Axes: b batch, t time, c channels, k taps. The fixtures' axes are (b, c, t).
+"""
+
+import functools
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from jax import Array
+from jax import numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from orogen.kernels.causal_conv1d import causal_conv1d
+
+FIXTURE = pathlib.Path(__file__).parent.parent / "fixtures" / "selscan" / "causal_conv1d.npz"
+ACTIVATIONS = {"none": lambda x: x, "silu": jax.nn.silu}
+BATCH, TIME, CHANNELS, TAPS = 2, 19, 5, 4
+# Documents longer and shorter than the taps, with padding behind them.
+LENGTHS = (4, 1, 1, 2, 3, 6)
+
+
+def assert_close(got, want, *, products: int, dtype=jnp.float32) -> None:
+    """Within rounding of sums of so many products, relative to the largest element."""
+    limit = 4 * float(jnp.finfo(dtype).eps) * np.sqrt(products)
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert got.shape == want.shape
+    assert np.abs(got - want).max() <= limit * np.abs(want).max()
+
+
+def draw(*shape: int, seed: int = 0) -> Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def packed(*rows: tuple[int, ...]) -> Array:
+    """Segment ids of rows with documents of these lengths, padding after them."""
+    ids = [np.repeat(np.arange(1, len(lengths) + 1), lengths) for lengths in rows]
+    return jnp.asarray([np.pad(row, (0, TIME - len(row))) for row in ids])
+
+
+class TestFixtures:
+    """Outputs and gradients of another program."""
+
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    @pytest.mark.parametrize("biased", [0, 1])
+    @pytest.mark.parametrize("taps", [2, 3, 4])
+    def test_outputs_and_gradients(self, taps: int, biased: int, activation: str):
+        saved = np.load(FIXTURE)
+        case = {
+            name: jnp.asarray(saved[f"K{taps}_b{biased}_{activation}_{name}"]) for name in ("x", "w", "b", "gy", "y")
+        }
+        bias_c = case["b"] if biased else None
+        function = lambda x, w, b: ACTIVATIONS[activation](causal_conv1d(x, w, b))  # noqa: E731
+        y_btc, pullback = jax.vjp(function, jnp.swapaxes(case["x"], 1, 2), case["w"], bias_c)
+        dx_btc, dw_ck, dbias_c = pullback(jnp.swapaxes(case["gy"], 1, 2))
+        want = {name: saved[f"K{taps}_b{biased}_{activation}_{name}"] for name in ("gx", "gw", *["gb"] * biased)}
+        assert_close(jnp.swapaxes(y_btc, 1, 2), case["y"], products=taps + 1)
+        assert_close(jnp.swapaxes(dx_btc, 1, 2), want["gx"], products=taps)
+        assert_close(dw_ck, want["gw"], products=y_btc.shape[0] * y_btc.shape[1])
+        if biased:
+            assert_close(dbias_c, want["gb"], products=y_btc.shape[0] * y_btc.shape[1])
+
+
+class TestSegments:
+    """A tap never reaches into another document."""
+
+    def test_worked_by_hand(self):
+        # Weights 1, 10, 100 from the oldest token to the current one; the row is 1 2 | 3 4 5.
+        x_btc = jnp.arange(1.0, 6.0).reshape(1, 5, 1)
+        y_btc = causal_conv1d(x_btc, jnp.asarray([[1.0, 10.0, 100.0]]), segments_bt=jnp.asarray([[1, 1, 2, 2, 2]]))
+        assert y_btc.ravel().tolist() == [100, 210, 300, 430, 543]
+
+    @pytest.mark.parametrize("taps", [1, 2, TAPS])
+    def test_packed_row_equals_its_documents_apart(self, taps: int):
+        w_ck, bias_c = draw(CHANNELS, taps), draw(CHANNELS, seed=1)
+        borders = [0, *np.cumsum(LENGTHS).tolist(), TIME]
+
+        def apart(x_btc: Array) -> Array:
+            documents = [x_btc[:, start:stop] for start, stop in zip(borders, borders[1:], strict=False)]
+            return jnp.concatenate([causal_conv1d(d, w_ck, bias_c) for d in documents], axis=1)
+
+        x_btc, dy_btc = draw(1, TIME, CHANNELS), draw(1, TIME, CHANNELS, seed=2)
+        whole = functools.partial(causal_conv1d, w_ck=w_ck, bias_c=bias_c, segments_bt=packed(LENGTHS))
+        (got, got_pullback), (want, want_pullback) = jax.vjp(whole, x_btc), jax.vjp(apart, x_btc)
+        np.testing.assert_array_equal(got, want)
+        assert_close(got_pullback(dy_btc)[0], want_pullback(dy_btc)[0], products=taps)
+
+    def test_an_id_that_comes_back_is_a_new_document(self):
+        x_btc, w_ck = draw(1, 5, CHANNELS), draw(CHANNELS, TAPS)
+        again, new = (causal_conv1d(x_btc, w_ck, segments_bt=jnp.asarray([[1, 2, i, i, i]])) for i in (1, 3))
+        np.testing.assert_array_equal(again, new)
+
+    def test_a_halo_joins_two_halves(self):
+        x_btc, w_ck = draw(BATCH, TIME, CHANNELS), draw(CHANNELS, TAPS)
+        # The cut is inside a document of one row, and at a boundary of the other.
+        segments_bt, cut = packed((4, 9), (8, 7)), 8
+        halo = slice(cut - TAPS + 1, cut)
+        second = causal_conv1d(
+            x_btc[:, cut:],
+            w_ck,
+            segments_bt=segments_bt[:, cut:],
+            halo_bkc=x_btc[:, halo],
+            halo_segments_bk=segments_bt[:, halo],
+        )
+        np.testing.assert_array_equal(second, causal_conv1d(x_btc, w_ck, segments_bt=segments_bt)[:, cut:])
+
+    def test_a_halo_without_segments_goes_with_the_first_token(self):
+        x_btc, w_ck = draw(BATCH, TIME, CHANNELS), draw(CHANNELS, TAPS)
+        segments_bt = packed((10, 4), (9, 7))
+        want = causal_conv1d(x_btc, w_ck, segments_bt=segments_bt)[:, 5:]
+        halo_bkc = x_btc[:, 2:5]
+        got = causal_conv1d(x_btc[:, 5:], w_ck, segments_bt=segments_bt[:, 5:], halo_bkc=halo_bkc)
+        np.testing.assert_array_equal(got, want)
+        whole = causal_conv1d(x_btc, w_ck)[:, 5:]
+        np.testing.assert_array_equal(causal_conv1d(x_btc[:, 5:], w_ck, halo_bkc=halo_bkc), whole)
+
+
+class TestNumbers:
+    """Types, order of time, and sharded rows."""
+
+    def test_no_output_sees_a_later_token(self):
+        w_ck = draw(CHANNELS, TAPS)
+        gradient = jax.grad(lambda x: causal_conv1d(x, w_ck)[:, 7].sum())(draw(1, TIME, CHANNELS))
+        assert np.flatnonzero(np.abs(gradient[0]).max(1)).tolist() == [4, 5, 6, 7]
+
+    def test_bfloat16_is_summed_in_float32(self):
+        x_btc, w_ck = (draw(*s).astype(jnp.bfloat16) for s in ((BATCH, TIME, CHANNELS), (CHANNELS, TAPS)))
+        got = causal_conv1d(x_btc, w_ck)
+        assert got.dtype == jnp.bfloat16
+        want = causal_conv1d(x_btc.astype(jnp.float32), w_ck.astype(jnp.float32))
+        np.testing.assert_array_equal(got, want.astype(jnp.bfloat16))
+
+    def test_gradients_inside_shard_map(self):
+        def loss(x_btc: Array, w_ck: Array, bias_c: Array, segments_bt: Array, dy_btc: Array) -> Array:
+            return jnp.vdot(causal_conv1d(x_btc, w_ck, bias_c, segments_bt=segments_bt), dy_btc)
+
+        rows, everywhere = PartitionSpec("data"), PartitionSpec()
+        mapped = jax.shard_map(
+            jax.grad(loss, argnums=(0, 1, 2)),
+            mesh=Mesh(np.asarray(jax.devices("cpu")[:2]), ("data",)),
+            in_specs=(rows, everywhere, everywhere, rows, rows),
+            out_specs=(rows, everywhere, everywhere),
+            check_vma=True,
+        )
+        x_btc, dy_btc = draw(BATCH, TIME, CHANNELS), draw(BATCH, TIME, CHANNELS, seed=2)
+        arguments = (x_btc, draw(CHANNELS, TAPS), draw(CHANNELS), packed((4, 9), (8, 7)), dy_btc)
+        wanted = jax.grad(loss, argnums=(0, 1, 2))(*arguments)
+        for got, want in zip(jax.jit(mapped)(*arguments), wanted, strict=True):
+            assert_close(got, want, products=BATCH * TIME)
+
+
+class TestRefusals:
+    """Each error, by message."""
+
+    @pytest.mark.parametrize(
+        "changes, message",
+        [
+            ({"w_ck": jnp.zeros((4, TAPS))}, r"x \(2, 19, 5\), w \(4, 4\): expected \(b, t, c\) and \(c, k\)"),
+            ({"bias_c": jnp.zeros(4)}, r"bias has shape \(4,\): expected \(5,\)"),
+            ({"segments_bt": jnp.zeros((2, 18), int)}, r"segments has shape \(2, 18\): expected \(2, 19\)"),
+            ({"halo_bkc": jnp.zeros((2, 4, 5))}, r"halo has shape \(2, 4, 5\): expected \(2, 3, 5\)"),
+            ({"halo_segments_bk": jnp.zeros((2, 3), int)}, "halo_segments without segments and a halo"),
+        ],
+    )
+    def test_by_message(self, changes: dict, message: str):
+        arguments = {"x_btc": jnp.zeros((BATCH, TIME, CHANNELS)), "w_ck": jnp.zeros((CHANNELS, TAPS)), **changes}
+        with pytest.raises(ValueError, match=message):
+            causal_conv1d(**arguments)

@@ -1,0 +1,173 @@
+"""Grouped matrix product: every implementation against loops in float64, and inside shard_map.
+
+Axes: n rows, d width in, f width out, e groups, r ranks.
+"""
+
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from orogen.kernels.grouped_matmul import IMPLEMENTATIONS, grouped_matmul
+from orogen.kernels.grouped_matmul.blocks import grouped_matmul_blocks, split_groups
+
+ROWS, WIDTH, OUT, GROUPS = 29, 5, 7, 4
+
+NAMES = (*sorted(IMPLEMENTATIONS), "blocks of 4")
+
+SIZES = {
+    "uneven": (3, 14, 1, 11),
+    "around a block": (4, 8, 9, 7),
+    "empty first": (0, 13, 5, 11),
+    "empty amid and last": (12, 0, 17, 0),
+    "all in one": (0, 0, 29, 0),
+    "rows left over": (6, 0, 9, 2),
+    "none": (0, 0, 0, 0),
+}
+
+
+def multiply(name, rows_nd, weights_edf, sizes):
+    """The implementation of that name; "blocks of 4" are several a group, where the default is more than ROWS."""
+    if name != "blocks of 4":
+        return grouped_matmul(rows_nd, weights_edf, sizes, implementation=name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(IMPLEMENTATIONS, "blocks", partial(grouped_matmul_blocks, block=4))
+        return grouped_matmul(rows_nd, weights_edf, sizes, implementation="blocks")
+
+
+def operands(dtype=jnp.float32, rows=ROWS):
+    """Rows, weights and a cotangent of the output."""
+    shapes = ((rows, WIDTH), (GROUPS, WIDTH, OUT), (rows, OUT))
+    keys = jax.random.split(jax.random.key(0), 3)
+    return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def expected(rows_nd, weights_edf, grad_nf, sizes):
+    """Output and gradients of rows and weights by loops, float64."""
+    rows_nd, weights_edf, grad_nf = (np.asarray(a, np.float64) for a in (rows_nd, weights_edf, grad_nf))
+    out_nf, grad_rows_nd = np.zeros(grad_nf.shape), np.zeros(rows_nd.shape)
+    grad_weights_edf = np.zeros(weights_edf.shape)
+    row = 0
+    for group, size in enumerate(sizes):
+        for _ in range(size):
+            out_nf[row] = rows_nd[row] @ weights_edf[group]
+            grad_rows_nd[row] = weights_edf[group] @ grad_nf[row]
+            grad_weights_edf[group] += np.outer(rows_nd[row], grad_nf[row])
+            row += 1
+    return out_nf, grad_rows_nd, grad_weights_edf
+
+
+@partial(jax.jit, static_argnums=0)
+def with_gradients(name, rows_nd, weights_edf, grad_nf, sizes):
+    """Output and gradients of rows and weights."""
+    run = lambda rows_nd, weights_edf: multiply(name, rows_nd, weights_edf, sizes)  # noqa: E731
+    out_nf, transpose = jax.vjp(run, rows_nd, weights_edf)
+    return out_nf, *transpose(grad_nf)
+
+
+def assert_close(actual, wanted, *, length):
+    """Errors of a sum of `length` rounded terms: they add up like a random walk, four deviations wide."""
+    bound = 4 * float(jnp.finfo(actual.dtype).eps) * length**0.5 * np.abs(wanted).max()
+    np.testing.assert_allclose(np.asarray(actual, np.float64), wanted, rtol=0, atol=bound)
+
+
+LENGTHS = (WIDTH, OUT, ROWS)  # terms of the output, and of the gradients of rows and of weights
+
+
+@pytest.mark.parametrize("name", NAMES)
+class TestGroupedMatmul:
+    """What every implementation does."""
+
+    @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+    def test_equals_loops(self, name, sizes):
+        inputs = operands()
+        actual = with_gradients(name, *inputs, jnp.array(sizes))
+        for a, wanted, length in zip(actual, expected(*inputs, sizes), LENGTHS, strict=True):
+            assert_close(a, wanted, length=length)
+
+    def test_bfloat16_is_accumulated_in_float32(self, name):
+        rows_nd, weights_edf, grad_nf = operands(jnp.bfloat16, rows=600)
+        sizes = (20, 480, 0, 100)
+        actual = with_gradients(name, rows_nd, weights_edf, grad_nf, jnp.array(sizes))
+        assert {a.dtype for a in actual} == {jnp.dtype(jnp.bfloat16)}
+        for a, wanted in zip(actual, expected(rows_nd, weights_edf, grad_nf, sizes), strict=True):
+            # One rounding, at the end, and a float32 sum of 480 terms at most before it.
+            half_eps, noise = 2.0**-8, 4 * 2.0**-23 * 480**0.5 * np.abs(wanted).max()
+            np.testing.assert_allclose(np.asarray(a, np.float64), wanted, rtol=half_eps, atol=noise)
+
+    def test_rows_of_no_group_may_hold_anything(self, name):
+        rows_nd, weights_edf, grad_nf = operands()
+        sizes = SIZES["rows left over"]
+        wanted = expected(rows_nd, weights_edf, grad_nf, sizes)
+        rows_nd, grad_nf = (a.at[sum(sizes) :].set(jnp.nan) for a in (rows_nd, grad_nf))
+        out_nf, grad_rows_nd, grad_weights_edf = with_gradients(name, rows_nd, weights_edf, grad_nf, jnp.array(sizes))
+        assert not out_nf[sum(sizes) :].any() and not grad_rows_nd[sum(sizes) :].any()
+        assert_close(grad_weights_edf, wanted[2], length=ROWS)
+
+    def test_no_rows(self, name):
+        out_nf, grad_rows_nd, grad_weights_edf = with_gradients(name, *operands(rows=0), jnp.array(SIZES["none"]))
+        assert out_nf.shape == (0, OUT) and grad_rows_nd.shape == (0, WIDTH) and not grad_weights_edf.any()
+
+    def test_shards_of_rows_sum_the_weights_gradient(self, name):
+        rows_nd, weights_edf, grad_nf = operands(rows=2 * ROWS)
+        sizes_re = (SIZES["uneven"], SIZES["rows left over"])
+        run = jax.shard_map(
+            lambda rows_nd, weights_edf, grad_nf, sizes_re: with_gradients(
+                name, rows_nd, weights_edf, grad_nf, sizes_re[0]
+            ),
+            mesh=Mesh(np.array(jax.devices()[:2]), ("data",)),
+            in_specs=(P("data"), P(), P("data"), P("data")),
+            out_specs=(P("data"), P("data"), P()),
+            check_vma=True,
+        )
+        actual = jax.jit(run)(rows_nd, weights_edf, grad_nf, jnp.array(sizes_re, jnp.int32))
+        halves = [
+            with_gradients(name, rows_nd[part], weights_edf, grad_nf[part], jnp.array(sizes))
+            for part, sizes in zip((slice(ROWS), slice(ROWS, None)), sizes_re, strict=True)
+        ]
+        np.testing.assert_array_equal(actual[0], jnp.concatenate([half[0] for half in halves]))
+        np.testing.assert_array_equal(actual[1], jnp.concatenate([half[1] for half in halves]))
+        assert_close(actual[2], np.asarray(halves[0][2] + halves[1][2], np.float64), length=2)
+
+
+def test_equal_groups_by_one_number():
+    inputs = operands(rows=GROUPS * 6)
+    rows_nd, weights_edf, grad_nf = inputs
+    out_nf, transpose = jax.vjp(lambda *a: grouped_matmul(*a, 6, implementation="blocks"), rows_nd, weights_edf)
+    for a, wanted, length in zip((out_nf, *transpose(grad_nf)), expected(*inputs, (6,) * GROUPS), LENGTHS, strict=True):
+        assert_close(a, wanted, length=length)
+
+
+def test_blocks_by_hand():
+    blocks = split_groups(jnp.array([3, 0, 5], jnp.int32), rows=9, block=4)
+    count = int(blocks.count)
+    assert count == 3 and len(blocks.group_i) == 3 + 3
+    assert blocks.group_i[:count].tolist() == [0, 2, 2]
+    assert blocks.start_i[:count].tolist() == [0, 3, 7]
+    assert blocks.stop_i[:count].tolist() == [3, 7, 8]
+
+
+def test_as_many_blocks_as_there_can_be():
+    # 1 row a group: each is a block, and no group has more blocks than the table has room for.
+    blocks = split_groups(jnp.array([1, 1, 1, 6], jnp.int32), rows=9, block=4)
+    assert int(blocks.count) == 5 and blocks.stop_i[:5].tolist() == [1, 2, 3, 7, 9]
+
+
+def test_refusals(monkeypatch):
+    rows_nd, weights_edf, _ = operands()
+    sizes = jnp.array(SIZES["uneven"], jnp.int32)
+    with pytest.raises(ValueError, match="implementation='fast': expected one of"):
+        grouped_matmul(rows_nd, weights_edf, sizes, implementation="fast")
+    with pytest.raises(ValueError, match=r"expected \(n, d\) and \(e, d, f\)"):
+        grouped_matmul(rows_nd[:, 1:], weights_edf, sizes, implementation="blocks")
+    with pytest.raises(ValueError, match="group_sizes=7: expected 4 groups to make up the 29 rows"):
+        grouped_matmul(rows_nd, weights_edf, 7, implementation="blocks")
+    with pytest.raises(ValueError, match=r"group_sizes has shape \(3,\)"):
+        grouped_matmul(rows_nd, weights_edf, sizes[1:], implementation="blocks")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(ValueError, match="every row by every weight on a GPU: expected 'blocks'"):
+        grouped_matmul(rows_nd, weights_edf, sizes, implementation="ragged_dot")

@@ -1,0 +1,85 @@
+"""RMSNorm and GroupRMSNorm: by hand, and with groups that span several ranks. Letters: b batch, t time, c channels."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from orogen.config.model import ModelConfig
+from orogen.config.plan import PlanConfig
+from orogen.layers.norm import GroupRMSNorm, RMSNorm
+from orogen.parallel.plan import Plan, make_plan
+
+
+def plan_of(groups: int, **sizes: int) -> Plan:
+    """A plan for a model of Mamba layers with that many groups."""
+    model = ModelConfig(
+        pattern="M", vocab_size=8, hidden_size=8, mamba_num_heads=8, mamba_head_dim=3, n_groups=groups,
+        ssm_state_size=2,
+    )  # fmt: skip
+    return make_plan(PlanConfig(**sizes), model)
+
+
+def test_rms_norm_by_hand():
+    norm = RMSNorm(2, 0.0)
+    norm.weight[...] = jnp.array([2.0, 3.0])
+    # The mean square of (1, 7) is 25.
+    np.testing.assert_allclose(norm(jnp.array([[[1.0, 7.0]]])), [[[2 / 5, 21 / 5]]], rtol=1e-6)
+
+
+def test_epsilon_is_added_to_the_mean_square():
+    np.testing.assert_allclose(
+        RMSNorm(2, 1.5)(jnp.ones((1, 1, 2)) * 0.5), np.full((1, 1, 2), 0.5 / 1.75**0.5), rtol=1e-6
+    )
+
+
+def test_statistics_are_float32_and_the_result_has_the_input_dtype():
+    x_btd = jnp.full((1, 1, 4), 300.0, jnp.float16)  # its square overflows float16
+    y_btd = RMSNorm(4, 0.0)(x_btd)
+    assert y_btd.dtype == jnp.float16
+    np.testing.assert_array_equal(y_btd, 1)
+
+
+def test_weight_multiplies_before_the_result_is_rounded():
+    norm = RMSNorm(2, 0.0)
+    norm.weight[...] = jnp.full(2, 3.0)
+    x_btd = jnp.array([[[1.0, 1.0078125]]], jnp.bfloat16)
+    x32_btd = np.asarray(x_btd, np.float32)
+    exact = x32_btd / np.sqrt(np.mean(x32_btd**2)) * 3
+    np.testing.assert_array_equal(norm(x_btd), jnp.asarray(exact, jnp.bfloat16))
+
+
+def test_group_norm_by_hand():
+    norm = GroupRMSNorm(4, 2, 0.0)
+    norm.weight[...] = jnp.array([1.0, 2.0, 3.0, 4.0])
+    # Groups (3, 3) and (1, 7): root mean squares 3 and 5. Over all four channels it would be sqrt(17).
+    y_btc = norm(jnp.array([[[3.0, 3.0, 1.0, 7.0]]]), plan_of(2))
+    np.testing.assert_allclose(y_btc, [[[1, 2, 3 / 5, 28 / 5]]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4, 8])
+def test_groups_over_ranks_equal_one_device(groups):
+    """Tensor 4 has fewer ranks than, as many as, and more than there are groups; forward and gradients."""
+    channels = 24
+    key_x, key_g, key_w = jax.random.split(jax.random.key(0), 3)
+    x_btc, gy_btc = (jax.random.normal(key, (2, 5, channels)) for key in (key_x, key_g))
+    x_btc *= jnp.arange(1, channels + 1)  # so that channels, ranks and groups differ in size
+    graph, state = nnx.split(GroupRMSNorm(channels, groups, 1e-5))
+    state = jax.tree.map(lambda w: 1 + 0.3 * jax.random.normal(key_w, w.shape), state)
+
+    def on(plan: Plan):
+        def device(state, x_btc, gy_btc):
+            def total(state, x_btc):
+                y_btc = nnx.merge(graph, state)(x_btc, plan)
+                return plan.total(jnp.sum(y_btc * gy_btc)), y_btc
+
+            (_, y_btc), grads = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(state, x_btc)
+            return y_btc, *grads
+
+        split, specs = plan.spec("batch", None, "mamba_heads"), plan.specs(state)
+        run = plan.run(device, inputs=(specs, split, split), outputs=(split, specs, split))
+        return jax.tree.leaves(jax.jit(run)(state, x_btc, gy_btc))
+
+    for whole, split in zip(on(plan_of(groups)), on(plan_of(groups, data=2, tensor=4)), strict=True):
+        np.testing.assert_allclose(split, whole, rtol=2e-5, atol=1e-5)

@@ -1,0 +1,151 @@
+"""Every dispatch against `orogen.moe.reference`, on one device and on meshes that fold experts over other axes.
+
+Letters: b batch, t time, d model, n tokens, k experts a token, e experts.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tests.moe.meshes import Inputs, assert_equal, config, inputs, layer_result, reference_result, weights
+
+from orogen.config.plan import PlanConfig
+from orogen.moe.dispatch import expert_capacity, within_capacity
+from orogen.moe.reference import Options, Weights, choose, largest, mixture
+
+# The expert axis is over nothing; all of data; data and tensor together; part of data with tensor; part of tensor.
+MESHES = {
+    "1": {},
+    "2data": {"data": 2, "expert": 2},
+    "4both": {"data": 2, "tensor": 2, "expert": 4},
+    "8folded": {"data": 4, "tensor": 2, "expert": 4, "fsdp": "parameters"},
+    "8tensor": {"data": 2, "tensor": 4, "expert": 2, "fsdp": "parameters"},
+}
+ROWS, LENGTH = 4, 12
+DISPATCHES = ("allgather", "alltoall")
+# Correction biases: none to speak of; three experts that every token goes to, and five empty; two empty ones.
+BIASES = {
+    "spread": [0.1, 0, 0, -0.1, 0.2, 0, 0, 0],
+    "three full": [0, 3, 0, 0, 0, 3, 3, 0],
+    "two empty": [0.1, -3, 0, 0, 0.1, 0, -3, 0],
+}
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+def test_dispatch_with_drops_equals_reference(mesh, dispatch):
+    plan = PlanConfig(**MESHES[mesh], dispatch=dispatch, capacity_factor=0.75)
+    model = config()
+    given, data = weights(model, 0), inputs(model, 1, rows=ROWS, length=LENGTH)
+    tokens = ROWS * LENGTH // plan.devices
+    capacity = -(-tokens * 3 * 3 // (8 * 4))  # ceil(tokens · k / e · 3/4)
+    expected = reference_result(model, given, data, sources=(plan.data, plan.tensor), capacity=capacity)
+    assert 0 < expected.dropped < expected.load_e.sum() == 3 * (data.segments_bt != 0).sum()
+    assert_equal(layer_result(model, plan, given, data), expected)
+
+
+@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+def test_dispatch_without_capacity_equals_reference_and_drops_nothing(dispatch, bias):
+    model = config(moe_latent_size=None, moe_shared_expert_intermediate_size=None)
+    given, data = weights(model, 2, bias=BIASES[bias]), inputs(model, 3, rows=ROWS, length=LENGTH)
+    expected = reference_result(model, given, data, sources=(1, 1), capacity=None)
+    assert (expected.load_e == 0).sum() == {"spread": 0, "three full": 5, "two empty": 2}[bias]
+    found = layer_result(model, PlanConfig(**MESHES["4both"], dispatch=dispatch), given, data)
+    assert found.dropped == 0
+    assert_equal(found, expected)
+    np.testing.assert_array_equal(found.y_btd[data.segments_bt == 0], 0)
+    np.testing.assert_array_equal(found.grads.up_ewf[expected.load_e == 0], 0)
+
+
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+def test_every_token_may_go_to_every_expert(dispatch):
+    model = config(n_routed_experts=4, num_experts_per_tok=4, n_group=2, topk_group=2, moe_latent_size=None)
+    given, data = weights(model, 8), inputs(model, 9, rows=2, length=6)
+    expected = reference_result(model, given, data, sources=(1, 1), capacity=None)
+    np.testing.assert_array_equal(expected.load_e, [(data.segments_bt != 0).sum()] * 4)
+    assert_equal(layer_result(model, PlanConfig(**MESHES["2data"], dispatch=dispatch), given, data), expected)
+
+
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+def test_dropped_tokens_by_hand(dispatch):
+    # 6 tokens, 3 experts, k = 1: capacity ceil(6 / 3 · 1) = 2. Tokens 0 1 2 4 5 want expert 0, token 3 expert 2, and
+    # token 1 is padding: expert 0 takes tokens 0 and 2, and tokens 4 and 5 are dropped.
+    model = config(
+        n_routed_experts=3, num_experts_per_tok=1, moe_latent_size=None, moe_shared_expert_intermediate_size=None
+    )
+    plan = PlanConfig(dispatch=dispatch, capacity_factor=1.0)
+    gate_de = 4 * np.eye(20)[:, :3]
+    x_btd = np.eye(20)[[0, 0, 0, 2, 0, 0]][None]
+    given = weights(model, 10, bias=np.zeros(3))._replace(gate_de=jnp.asarray(gate_de, jnp.float32))
+    data = Inputs(jnp.asarray(x_btd, jnp.float32), jnp.array([[1, 0, 1, 1, 1, 1]]), jnp.ones((1, 6, 20)))
+    found = layer_result(model, plan, given, data)
+    assert found.dropped == 2
+    np.testing.assert_array_equal(found.load_e, [4, 0, 1])
+    np.testing.assert_array_equal(np.abs(found.y_btd[0]).sum(-1) > 0, [True, False, True, True, False, False])
+    up_df, down_fd = given.up_ewf[0], given.down_efw[0]
+    expected_d = 2.5 * np.maximum(np.asarray(up_df)[0], 0) ** 2 @ np.asarray(down_fd)  # x is a unit vector
+    np.testing.assert_allclose(found.y_btd[0, 0], expected_d, rtol=1e-5)
+    # And with all of them at expert 1, which keeps the first two that are not padding:
+    crowded = given._replace(bias_e=jnp.array([0.0, 3.0, 0.0]))
+    found = layer_result(model, plan, crowded, data)
+    assert found.dropped == 3
+    np.testing.assert_array_equal(found.load_e, [0, 5, 0])
+    assert_equal(found, reference_result(model, crowded, data, sources=(1, 1), capacity=2))
+
+
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+def test_values_at_padding_reach_no_token(dispatch):
+    model = config()
+    given, data = weights(model, 11), inputs(model, 12, rows=ROWS, length=LENGTH)
+    padding_bt1 = (data.segments_bt == 0)[..., None]
+    assert padding_bt1.any()
+    changed = data._replace(x_btd=jnp.where(padding_bt1, 100 * data.x_btd[::-1], data.x_btd))
+    plan = PlanConfig(dispatch=dispatch, capacity_factor=0.75)
+    before, after = (layer_result(model, plan, given, d) for d in (data, changed))
+    np.testing.assert_array_equal(*(np.where(padding_bt1, 0, r.y_btd) for r in (before, after)))
+    np.testing.assert_array_equal(before.load_e, after.load_e)
+    np.testing.assert_array_equal(before.losses, after.losses)
+    assert before.dropped == after.dropped > 0
+
+
+def test_capacity_by_hand():
+    # Expert 0's queue is tokens 0, 2, 3, as token 1 is padding; expert 1's the same; expert 2 has padding only.
+    idx_nk = jnp.array([[0, 1], [0, 2], [0, 1], [1, 0]])
+    valid_n = jnp.array([True, False, True, True])
+    kept = within_capacity(idx_nk, valid_n, n_experts=3, capacity=2)
+    np.testing.assert_array_equal(kept, [[True, True], [False, False], [True, True], [False, False]])
+    kept = within_capacity(idx_nk, valid_n, n_experts=3, capacity=1)
+    np.testing.assert_array_equal(kept, [[True, True], [False, False], [False, False], [False, False]])
+    kept = within_capacity(idx_nk, valid_n, n_experts=3, capacity=3)
+    np.testing.assert_array_equal(kept, [[True, True], [False, False], [True, True], [True, True]])
+
+
+@pytest.mark.parametrize("wanting", [2, 3, 4])
+def test_the_token_after_the_last_place_is_the_first_dropped(wanting):
+    idx_nk = jnp.array([[1]] * wanting + [[0]] * (5 - wanting))
+    kept = within_capacity(idx_nk, jnp.ones(5, bool), n_experts=2, capacity=3)
+    np.testing.assert_array_equal(kept[:wanting, 0], np.arange(wanting) < 3)
+    assert kept[wanting:].all()
+
+
+def test_capacity_is_rounded_up_and_never_above_the_tokens():
+    assert expert_capacity(7, 2, 3, 1.0) == 5  # 4.67
+    assert expert_capacity(7, 2, 3, 0.6) == 3  # 2.8
+    assert expert_capacity(6, 2, 3, 1.0) == 4
+    assert expert_capacity(7, 2, 3, 9.0) == 7
+    assert expert_capacity(7, 2, 3, None) == 7
+
+
+def test_reference_by_hand():
+    # Scores 3/4, 1/2, 1/4; k = 2: 3/5 of expert 0's answer (2x)² and 2/5 of expert 1's (3x)². Capacity 1 keeps token 0.
+    given = Weights(
+        gate_de=jnp.log(jnp.array([[3.0, 1.0, 1 / 3]])), bias_e=jnp.zeros(3),
+        up_ewf=jnp.array([[[2.0]], [[3.0]], [[5.0]]]), down_efw=jnp.ones((3, 1, 1)),
+    )  # fmt: skip
+    answer = mixture(jnp.ones((2, 1)), jnp.ones(2, bool), given, Options(k=2, capacity=1))
+    np.testing.assert_allclose(answer.y_nd, [[0.6 * 4 + 0.4 * 9], [0]], rtol=1e-6)
+    np.testing.assert_array_equal(answer.load_e, [2, 2, 0])
+    assert answer.dropped == 2
+    np.testing.assert_array_equal(largest(jnp.array([1.0, 2.0, 2.0, 0.0, 2.0]), 2), [False, True, True, False, False])
+    grouped = choose(jnp.array([-0.25, -0.5, -0.2, -0.75]), Options(k=2, n_group=2, topk_group=1))
+    np.testing.assert_array_equal(grouped, [True, True, False, False])

@@ -1,0 +1,224 @@
+"""The router: by hand, and against megatron-core 0.20 (fixtures/router: choices, weights, losses, all gradients)."""
+
+import json
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from orogen.config.model import ModelConfig
+from orogen.config.plan import PlanConfig
+from orogen.moe.router import Router, expert_counts, route, router_losses
+from orogen.parallel.plan import make_plan
+from orogen.precision.policy import working_copy
+from orogen.train.step import update_bias
+
+FIXTURES = pathlib.Path(__file__).parent.parent / "fixtures" / "router"
+CONFIG = ModelConfig(
+    pattern="E", vocab_size=7, hidden_size=6, n_routed_experts=5, num_experts_per_tok=2, moe_intermediate_size=3
+)
+# Scores 3/4, 1/2, 1/4, 4/5.
+LOGITS_E = jnp.log(jnp.array([3.0, 1.0, 1 / 3, 4.0]))
+
+
+def cases(name: str) -> list[dict]:
+    with np.load(FIXTURES / name) as arrays:
+        return json.loads(str(arrays["meta"]))
+
+
+def read(name: str, prefix: str) -> dict[str, np.ndarray]:
+    with np.load(FIXTURES / name) as arrays:
+        return {key.removeprefix(prefix): arrays[key] for key in arrays.files if key.startswith(prefix)}
+
+
+def comparable(case: dict) -> bool:
+    """Sigmoid scores; groups only where Megatron's score of a group, the sum of its best k / topk_group, is the sum of
+    two as in Hugging Face's code and ours, or where every group is kept."""
+    groups, kept = case["num_groups"], case["group_topk"]
+    return case["score_function"] == "sigmoid" and (not groups or groups == kept or case["topk"] == 2 * kept)
+
+
+SIGMOID = [case for case in cases("topk.npz") if comparable(case)]
+LOSSES = [case for case in cases("aux_losses.npz") if case["score_function"] == "sigmoid"]
+
+
+def identify(case: dict) -> str:
+    return f"case{case['case']}"
+
+
+def dense(routing, n_experts: int) -> jax.Array:
+    """(n, e) weights with zero where an expert was not chosen."""
+    hits_nke = jax.nn.one_hot(routing.experts, n_experts)
+    return jnp.einsum("nke,nk->ne", hits_nke, routing.weights)
+
+
+def test_enough_cases_are_comparable():
+    assert len(SIGMOID) == 28 and sum(bool(case["num_groups"]) for case in SIGMOID) == 12
+    assert len(LOSSES) == 6
+
+
+@pytest.mark.parametrize("case", SIGMOID, ids=identify)
+def test_route_equals_megatron(case):
+    arrays = read("topk.npz", f"c{case['case']}_")
+    logits_ne = jnp.asarray(arrays["logits"])
+    bias_e = jnp.asarray(arrays["bias"]) if case["expert_bias"] else jnp.zeros(16)
+
+    # Megatron leaves a single expert's weight as it is; Hugging Face and we divide it by itself if asked to.
+    def weights(logits_ne):
+        routing = route(
+            logits_ne, bias_e, k=case["topk"], n_group=case["num_groups"] or 1, topk_group=case["group_topk"] or 1,
+            normalise=case["topk"] > 1, scaling=case["scaling_factor"] or 1.0,
+        )  # fmt: skip
+        return jnp.sum(dense(routing, 16) * arrays["gy"]), (dense(routing, 16), routing)
+
+    grad_ne, (weights_ne, routing) = jax.grad(weights, has_aux=True)(logits_ne)
+    np.testing.assert_array_equal(jax.nn.one_hot(routing.experts, 16).sum(1) > 0, arrays["map"])
+    np.testing.assert_allclose(weights_ne, arrays["probs"], rtol=2e-6, atol=1e-7)
+    np.testing.assert_allclose(grad_ne, arrays["glogits"], rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", LOSSES, ids=identify)
+def test_balance_loss_and_z_loss_equal_megatron(case):
+    arrays = read("aux_losses.npz", f"b{case['case']}_")
+    logits_bte = jnp.asarray(arrays["logits"])[None]
+    valid_bt = ~arrays.get("padding_mask", np.zeros(24, bool))[None]
+    plan = make_plan(PlanConfig(), CONFIG)
+
+    def losses(logits_bte):
+        return router_losses(logits_bte, jax.nn.sigmoid(logits_bte), jnp.asarray(valid_bt), plan, k=case["topk"])
+
+    balance, z = losses(logits_bte)
+    assert valid_bt.sum() == case["total_num_tokens"]
+    np.testing.assert_allclose(case["coeff"] * balance, arrays["loss"], rtol=1e-6)
+    np.testing.assert_allclose(case["z_coeff"] * z / valid_bt.sum(), arrays["zloss"], rtol=1e-6)
+    grad_bte, grad_z_bte = (jax.grad(lambda x, i=i: losses(x)[i])(logits_bte) for i in range(2))
+    np.testing.assert_allclose(case["coeff"] * grad_bte[0], arrays["glogits"], rtol=1e-4, atol=1e-9)
+    np.testing.assert_allclose(case["z_coeff"] * grad_z_bte[0] / valid_bt.sum(), arrays["gz"], rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", cases("expert_bias.npz"), ids=identify)
+def test_bias_update_equals_megatron(case):
+    arrays = read("expert_bias.npz", f"e{case['case']}_")
+    np.testing.assert_array_equal(update_bias(arrays["bias"], arrays["tokens"], case["rate"]), arrays["new"])
+
+
+def test_route_by_hand():
+    # Biased 0.75, 0.9, 0.25, 0.6: experts 1 and 0; shares 0.5 / 1.25 and 0.75 / 1.25, times 2.5.
+    bias_e = jnp.array([0.0, 0.4, 0.0, -0.2])
+    routing = route(LOGITS_E[None], bias_e, k=2, normalise=True, scaling=2.5)
+    np.testing.assert_array_equal(routing.experts, [[1, 0]])
+    np.testing.assert_allclose(routing.weights, [[1.0, 1.5]], rtol=1e-6)
+    np.testing.assert_allclose(routing.scores, [[0.75, 0.5, 0.25, 0.8]], rtol=1e-6)
+    np.testing.assert_allclose(routing.margin, [0.75 - 0.6], rtol=1e-6)
+
+
+def test_weights_without_normalisation_are_scaled_scores():
+    routing = route(LOGITS_E[None], jnp.zeros(4), k=3, normalise=False, scaling=2.0)
+    np.testing.assert_array_equal(routing.experts, [[3, 0, 1]])
+    np.testing.assert_allclose(routing.weights, [[1.6, 1.5, 1.0]], rtol=1e-6)
+
+
+def test_bias_has_no_gradient_and_does_not_change_weights():
+    def total(bias_e):
+        return jnp.sum(route(LOGITS_E[None], bias_e, k=2, normalise=True, scaling=1.0).weights * jnp.array([1.0, 3.0]))
+
+    assert total(jnp.zeros(4)) == total(jnp.array([0.01, 0.0, 0.0, 0.02]))
+    np.testing.assert_array_equal(jax.grad(total)(jnp.zeros(4)), 0)
+
+
+def test_ties_go_to_the_lower_index():
+    routing = route(jnp.zeros((3, 6)), jnp.array([0.0, 0.5, 0.0, 0.5, 0.0, 0.0]), k=4, normalise=True, scaling=1.0)
+    np.testing.assert_array_equal(routing.experts, [[1, 3, 0, 2]] * 3)
+    np.testing.assert_array_equal(routing.margin, 0)
+
+
+def test_ties_between_groups_go_to_the_lower_group():
+    routing = route(jnp.zeros((1, 6)), jnp.zeros(6), k=2, n_group=3, topk_group=1, normalise=True, scaling=1.0)
+    np.testing.assert_array_equal(routing.experts, [[0, 1]])
+
+
+def test_masked_group_does_not_win_over_negative_biases():
+    # Biased -0.25, -0.5 | -0.75, -0.2: the groups score -0.75 and -0.95, and the second one is out.
+    routing = route(LOGITS_E[None], -jnp.ones(4), k=2, n_group=2, topk_group=1, normalise=True, scaling=1.0)
+    np.testing.assert_array_equal(routing.experts, [[0, 1]])
+
+
+def test_a_group_scores_by_its_best_two():
+    # One very good expert (0.8 + 0.25 = 1.05 + smaller) against two good ones (0.75 + 0.5 = 1.25).
+    routing = route(LOGITS_E[None], jnp.zeros(4), k=1, n_group=2, topk_group=1, normalise=False, scaling=1.0)
+    np.testing.assert_array_equal(routing.experts, [[0]])
+
+
+def test_groups_of_one_expert_score_by_it():
+    routing = route(LOGITS_E[None], jnp.zeros(4), k=2, n_group=4, topk_group=3, normalise=False, scaling=1.0)
+    np.testing.assert_array_equal(routing.experts, [[3, 0]])
+
+
+def test_all_experts_chosen_leave_an_infinite_margin():
+    routing = route(LOGITS_E[None], jnp.zeros(4), k=4, normalise=True, scaling=1.0)
+    np.testing.assert_array_equal(routing.experts, [[3, 0, 1, 2]])
+    np.testing.assert_allclose(routing.weights.sum(), 1, rtol=1e-6)
+    assert math.isinf(routing.margin[0])
+
+
+def test_replayed_choice_is_used_and_noticed():
+    logits_ne = jnp.stack([LOGITS_E, LOGITS_E])
+    replay_nk = jnp.array([[0, 3], [3, 2]])
+    routing = route(logits_ne, jnp.zeros(4), k=2, normalise=True, scaling=1.0, experts_nk=replay_nk)
+    np.testing.assert_array_equal(routing.experts, replay_nk)
+    np.testing.assert_array_equal(routing.flipped, [False, True])
+    np.testing.assert_allclose(routing.weights[1], np.array([0.8, 0.25]) / 1.05, rtol=1e-6)
+
+
+def test_scores_that_all_underflow_give_finite_weights():
+    routing = route(jnp.full((1, 4), -200.0), jnp.zeros(4), k=2, normalise=True, scaling=1.0)
+    np.testing.assert_array_equal(routing.weights, 0)
+
+
+def test_balance_loss_by_hand():
+    # One row of two tokens, two experts, k = 1. Token 0 (3/4, 1/4) -> expert 0, token 1 (3/4, 3/4) -> expert 0 (tie):
+    # f = (1, 0), P = ((3/4 + 1/2) / 2, ...), so 2 · 5/8. The third token is padding.
+    logits_bte = jnp.log(jnp.array([[[3.0, 1 / 3], [3.0, 3.0], [1 / 3, 9.0]]]))
+    valid_bt = jnp.array([[True, True, False]])
+    losses = router_losses(logits_bte, jax.nn.sigmoid(logits_bte), valid_bt, make_plan(PlanConfig(), CONFIG), k=1)
+    np.testing.assert_allclose(losses.balance, 1.25, rtol=1e-6)
+    np.testing.assert_allclose(losses.z, math.log(3 + 1 / 3) ** 2 + math.log(6) ** 2, rtol=1e-6)
+
+
+def test_balance_loss_sums_over_rows():
+    key = jax.random.key(0)
+    logits_bte = jax.random.normal(key, (3, 7, 5))
+    valid_bt = jnp.arange(7) < jnp.array([7, 4, 0])[:, None]
+    plan = make_plan(PlanConfig(), CONFIG)
+
+    def balance(rows: slice):
+        scores_bte = jax.nn.sigmoid(logits_bte[rows])
+        return router_losses(logits_bte[rows], scores_bte, valid_bt[rows], plan, k=2).balance
+
+    apart = [balance(slice(i, i + 1)) for i in range(3)]
+    np.testing.assert_allclose(balance(slice(None)), sum(apart), rtol=1e-6)
+    assert apart[2] == 0
+
+
+def test_expert_counts_by_hand():
+    counts_e = expert_counts(jnp.array([[0, 2], [2, 1]]), jnp.array([[True, True], [True, False]]), 4, axes=(0, 1))
+    np.testing.assert_array_equal(counts_e, [1, 0, 2, 0])
+
+
+def test_bias_update_by_hand():
+    # Mean load 2: below it up, above it down, at it unchanged; each layer by itself.
+    new = update_bias(jnp.zeros((2, 3)), jnp.array([[0.0, 2.0, 4.0], [6.0, 6.0, 6.0]]), 0.5)
+    np.testing.assert_array_equal(new, [[0.5, 0, -0.5], [0, 0, 0]])
+
+
+def test_router_computes_in_float32_from_bfloat16():
+    graph, params, buffers = nnx.split(Router(CONFIG, nnx.Rngs(0)), nnx.Param, ...)
+    router = nnx.merge(graph, working_copy(params, "bfloat16"), buffers)
+    x_btd = jax.random.normal(jax.random.key(1), (2, 3, 6)).astype(jnp.bfloat16)
+    logits_bte, routing = router(x_btd, make_plan(PlanConfig(), CONFIG), None)
+    assert router.gate[...].dtype == logits_bte.dtype == routing.weights.dtype == jnp.float32
+    np.testing.assert_allclose(logits_bte, x_btd.astype(jnp.float32) @ params["gate"][...], rtol=1e-6)

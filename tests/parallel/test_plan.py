@@ -1,0 +1,415 @@
+"""The plan: which mesh axes each logical axis is split over, what it refuses, and the verbs on eight devices."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from tests.helpers import hybrid
+
+from orogen.config.checks import ConfigError
+from orogen.config.plan import PlanConfig
+from orogen.parallel.plan import Plan, make_plan, single_device_plan
+
+# Eight devices, data 2 x tensor 4, all of them experts; two key heads and two groups cut tensor in two.
+FOLDED = {"data": 2, "tensor": 4, "expert": 8}
+
+
+def plan_of(sizes: dict | None = None, model: dict | None = None, *, abstract: bool = True, **choices) -> Plan:
+    return make_plan(
+        PlanConfig(**(FOLDED if sizes is None else sizes), **choices), hybrid(**(model or {})), abstract=abstract
+    )
+
+
+# Rules
+
+
+def test_spec_follows_the_rules():
+    plan = plan_of()
+    assert plan.mesh.axis_names == ("data", "tensor.0", "tensor.1")
+    assert plan.spec("batch", "sequence", None) == PartitionSpec("data", ("tensor.0", "tensor.1"), None)
+    assert plan.spec("expert", "expert_embed", "expert_mlp") == PartitionSpec(
+        ("data", "tensor.0", "tensor.1"), None, None
+    )
+    assert plan.spec() == PartitionSpec()
+
+
+def test_size_counts_the_ways_an_axis_is_split():
+    plan = plan_of()
+    assert {axis: plan.size(axis) for axis in ("batch", "heads", "kv_heads", "expert", "norm")} == {
+        "batch": 2,
+        "heads": 4,
+        "kv_heads": 2,
+        "expert": 8,
+        "norm": 1,
+    }
+
+
+def test_unknown_axis_is_an_error_and_no_silent_replica():
+    with pytest.raises(KeyError, match="haeds"):
+        plan_of().spec("haeds")
+    with pytest.raises(KeyError, match="haeds"):
+        plan_of().size("haeds")
+
+
+def test_a_mesh_axis_used_twice_is_refused():
+    with pytest.raises(ValueError, match=r"\('heads', 'mlp'\) -> .*: one mesh axis splits two array axes"):
+        plan_of().spec("heads", "mlp")
+    with pytest.raises(ValueError, match="one mesh axis splits two array axes"):
+        plan_of().spec("batch", "expert")
+
+
+@pytest.mark.parametrize(
+    ("fsdp", "inside", "stored"),
+    [("none", (), ()), ("optimizer", (), ("data.0", "data.1")), ("parameters", *[("data.0", "data.1")] * 2)],
+)
+def test_fsdp_decides_what_is_split_over_data(fsdp, inside, stored):
+    plan = plan_of({"data": 4, "tensor": 2, "expert": 4}, fsdp=fsdp)
+    assert plan.rules["embed"] == inside
+    assert plan.storage["embed"] == stored
+    assert plan.rules["expert_embed"] == inside[:1]  # over expert_data, the outer half of data
+    assert plan.storage["expert_embed"] == stored[:1]
+
+
+@pytest.mark.parametrize("fsdp", ["none", "optimizer", "parameters"])
+def test_fsdp_changes_no_other_axis(fsdp):
+    plan, plain = plan_of(fsdp=fsdp), plan_of()
+    for rules in (plan.rules, plan.storage):
+        assert {axis: names for axis, names in rules.items() if "embed" not in axis} == {
+            axis: names for axis, names in plain.rules.items() if "embed" not in axis
+        }
+
+
+def test_key_heads_are_split_as_far_as_there_are_any():
+    plan = plan_of()
+    assert plan.rules["heads"] == ("tensor.0", "tensor.1")
+    assert plan.rules["kv_heads"] == ("tensor.0",)
+    assert plan.rules["groups"] == ("tensor.0",)
+    assert plan.rules["group_peers"] == ("tensor.1",)
+
+
+def test_key_heads_enough_for_every_rank_are_split_like_heads():
+    plan = plan_of(model={"num_key_value_heads": 8, "n_groups": 4})
+    assert plan.mesh.axis_names == ("data", "tensor")
+    assert plan.rules["kv_heads"] == plan.rules["groups"] == plan.rules["heads"] == ("tensor",)
+    assert plan.rules["group_peers"] == ()
+
+
+def test_tokens_are_split_over_everything_that_splits_the_sequence():
+    assert plan_of().rules["tokens"] == plan_of().rules["sequence"] == ("tensor.0", "tensor.1")
+
+
+def test_one_device_splits_nothing():
+    plan = plan_of({})
+    assert dict(plan.mesh.shape) == {"data": 1}
+    assert set(plan.rules.values()) == set(plan.storage.values()) == {()}
+
+
+def test_single_device_plan_keeps_the_choices():
+    config = PlanConfig(**FOLDED, fsdp="parameters", dispatch="alltoall", capacity_factor=1.25, remat="full")
+    plan = single_device_plan(config, hybrid(), sources=(2, 4))
+    assert plan.config == PlanConfig(dispatch="alltoall", capacity_factor=1.25, remat="full")
+    assert plan.sources == (2, 4)
+    assert plan.mesh.size == 1
+
+
+# Meshes
+
+
+def test_an_abstract_plan_asks_for_no_device(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("asked for devices")
+
+    monkeypatch.setattr(jax, "devices", refuse)
+    plan = plan_of({"data": 512, "tensor": 8, "expert": 16}, {"n_routed_experts": 32})
+    assert isinstance(plan.mesh, AbstractMesh)
+    assert math.prod(plan.mesh.shape.values()) == 4096
+
+
+def test_devices_are_taken_in_order():
+    plan = plan_of(abstract=False)
+    assert plan.mesh.devices.ravel().tolist() == jax.devices()
+    assert plan.mesh.devices.shape == (2, 2, 2)
+
+
+def test_too_many_devices_are_refused_with_the_way_to_simulate_them():
+    with pytest.raises(ConfigError) as caught:
+        plan_of({"data": 4, "tensor": 4}, abstract=False)
+    assert str(caught.value) == (
+        "PlanConfig asks for 16 devices (data 4 x tensor 4); expected at most the 8 that exist "
+        "(--fake_devices 16 simulates them)"
+    )
+
+
+# Refusals. (plan, model, field, value, axis, size)
+INDIVISIBLE = [
+    ({"tensor": 4}, {"vocab_size": 94}, "vocab_size", 94, "tensor", 4),
+    ({"tensor": 4}, {"num_attention_heads": 22}, "num_attention_heads", 22, "tensor", 4),
+    ({"tensor": 4}, {"intermediate_size": 70}, "intermediate_size", 70, "tensor", 4),
+    ({"tensor": 4}, {"mamba_num_heads": 22}, "mamba_num_heads", 22, "tensor", 4),
+    (
+        {"tensor": 4},
+        {"moe_shared_expert_intermediate_size": 22},
+        "moe_shared_expert_intermediate_size",
+        22,
+        "tensor",
+        4,
+    ),
+    ({"data": 8, "expert": 8}, {"n_routed_experts": 20}, "n_routed_experts", 20, "expert", 8),
+    ({"data": 7, "fsdp": "optimizer"}, {}, "hidden_size", 48, "data x context", 7),
+    ({"data": 7, "fsdp": "parameters"}, {}, "hidden_size", 48, "data x context", 7),
+    ({"data": 8, "fsdp": "optimizer"}, {"moe_latent_size": 20}, "moe_latent_size", 20, "expert_data", 8),
+    ({"data": 2, "tensor": 4, "fsdp": "parameters"}, {"moe_latent_size": 20}, "moe_latent_size", 20, "expert_data", 8),
+    (
+        {"data": 4, "tensor": 8, "expert": 2, "fsdp": "optimizer"},
+        {"moe_latent_size": None, "hidden_size": 40},
+        "hidden_size",
+        40,
+        "expert_data",
+        16,
+    ),
+]
+
+
+@pytest.mark.parametrize(("plan", "model", "field", "value", "axis", "size"), INDIVISIBLE)
+def test_a_size_that_does_not_divide_is_refused_with_sizes_that_do(plan, model, field, value, axis, size):
+    with pytest.raises(ConfigError) as caught:
+        plan_of(plan, model)
+    start = f"ModelConfig.{field} is {value}; expected a multiple of PlanConfig.{axis} = {size} (nearest legal {axis}: "
+    assert str(caught.value).startswith(start)
+    nearest = [int(n) for n in str(caught.value).removeprefix(start).removesuffix(")").split(", ")]
+    assert nearest and all(value % n == 0 for n in nearest)
+
+
+def test_fsdp_sizes_matter_only_with_fsdp():
+    assert plan_of({"data": 7}).size("batch") == 7
+
+
+@pytest.mark.parametrize(
+    ("field", "model"), [("num_key_value_heads", {"num_key_value_heads": 6}), ("n_groups", {"n_groups": 6})]
+)
+def test_key_heads_and_groups_are_neither_multiple_nor_divisor(field, model):
+    with pytest.raises(ConfigError) as caught:
+        plan_of({"tensor": 4}, model)
+    assert str(caught.value) == f"ModelConfig.{field} is 6; expected a multiple or a divisor of PlanConfig.tensor = 4"
+
+
+def test_nearest_legal_tensor_by_hand():
+    with pytest.raises(ConfigError, match=r"num_attention_heads is 22; .* \(nearest legal tensor: 2, 11\)"):
+        plan_of({"tensor": 4}, {"num_attention_heads": 22})
+
+
+def test_sizes_that_do_not_fold_are_a_config_error():
+    with pytest.raises(ConfigError, match=r"PlanConfig: data 4 x tensor 3 and expert_data 3 x expert 4 share no mesh"):
+        plan_of({"data": 4, "tensor": 3, "expert": 4}, {"num_key_value_heads": 3, "n_groups": 3})
+    with pytest.raises(ConfigError, match=r"PlanConfig: expert 3 x expert_tensor 1 does not divide the 8 devices"):
+        plan_of({"data": 8, "expert": 3})
+
+
+# Trees of parameters
+
+
+def tree() -> dict[str, nnx.Variable]:
+    return {
+        "up": nnx.Param(jnp.arange(48.0 * 8).reshape(48, 8), axes=("embed", "mlp")),
+        "stacked": nnx.Param(jnp.zeros((3, 48, 8)), axes=("embed", "mlp")),
+        "experts": nnx.Param(jnp.zeros((24, 24, 20)), axes=("expert", "expert_embed", "expert_mlp")),
+        "norm": nnx.Param(jnp.zeros(48), axes=("norm",)),
+    }
+
+
+def test_specs_of_a_tree_leave_stacked_dimensions_whole():
+    specs = {name: v.get_value() for name, v in plan_of(fsdp="parameters").specs(tree()).items()}
+    tensor = ("tensor.0", "tensor.1")
+    assert specs == {
+        "up": PartitionSpec("data", tensor),
+        "stacked": PartitionSpec(None, "data", tensor),
+        "experts": PartitionSpec(("data", *tensor), None, None),
+        "norm": PartitionSpec(None),
+    }
+
+
+def test_shardings_are_those_between_steps():
+    plan = plan_of(fsdp="optimizer")
+    shardings = plan.shardings({**tree(), "count": jax.ShapeDtypeStruct((), jnp.int32)})
+    assert shardings["up"].get_value() == NamedSharding(plan.mesh, PartitionSpec("data", ("tensor.0", "tensor.1")))
+    assert shardings["count"] == NamedSharding(plan.mesh, PartitionSpec())
+    assert plan.specs(tree())["up"].get_value() == PartitionSpec(None, ("tensor.0", "tensor.1"))
+
+
+# Verbs. Devices are numbered data-major: device 4·i + j holds data rank i and tensor rank j.
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return plan_of(abstract=False, fsdp="parameters")
+
+
+def each(plan: Plan, function, *arrays, inputs) -> np.ndarray:
+    """What `function` returns on each device, stacked by device."""
+    outputs = PartitionSpec(plan.mesh.axis_names)
+    return np.asarray(jax.jit(plan.run(lambda *xs: function(*xs)[None], inputs=inputs, outputs=outputs))(*arrays))
+
+
+def numbers(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(-9, 10, shape).astype(np.float32)  # sums are exact
+
+
+def test_every_verb_is_the_identity_on_one_device():
+    plan = make_plan(PlanConfig(fsdp="parameters"), hybrid())
+    x = jnp.asarray(numbers(2, 3, 5))
+    for verb in (plan.gather, plan.scatter, plan.sum, plan.max, plan.exchange, plan.piece):
+        assert verb(x, "sequence") is x, verb
+    assert plan.total(x) is x
+    assert plan.vary(x) is x
+    assert plan.index("sequence") == 0
+    np.testing.assert_array_equal(plan.weight(nnx.Param(x[0], axes=("embed", "mlp"))), x[0])
+
+
+def test_index_is_the_rank_in_row_major_order(plan):
+    axes = ("batch", "sequence", "expert", "kv_heads", "group_peers")
+    ranks = each(plan, lambda: jnp.stack([jnp.asarray(plan.index(axis)) for axis in axes]), inputs=())
+    expected = [(i, j, 4 * i + j, j // 2, j % 2) for i in range(2) for j in range(4)]
+    assert ranks.tolist() == [list(row) for row in expected]
+
+
+def test_gather_concatenates_in_rank_order(plan):
+    x_btd = numbers(2, 12, 5)
+    spec = plan.spec("batch", "sequence", None)
+    y = each(plan, lambda x: plan.gather(x, "sequence"), x_btd, inputs=spec)
+    np.testing.assert_array_equal(y, np.repeat(x_btd, 4, axis=0)[:, None])
+
+
+def test_scatter_keeps_each_ranks_piece_of_the_sum(plan):
+    x = numbers(8, 12, 5)  # a whole sequence on each device
+    y = each(plan, lambda x: plan.scatter(x, "sequence"), x, inputs=plan.spec("expert", None, None))
+    expected = x.reshape(2, 4, 12, 5).sum(1).reshape(2, 4, 3, 5)
+    np.testing.assert_array_equal(y, expected.reshape(8, 1, 3, 5))
+
+
+def test_gather_of_a_scatter_is_the_sum_everywhere(plan):
+    x = numbers(8, 12, 5)
+    spec = plan.spec("expert", None, None)
+    y = each(plan, lambda x: plan.gather(plan.scatter(x, "sequence", dim=1), "sequence", dim=1), x, inputs=spec)
+    z = each(plan, lambda x: plan.sum(x, "sequence"), x, inputs=spec)
+    np.testing.assert_array_equal(y, z)
+    np.testing.assert_array_equal(z[:, 0], np.repeat(x.reshape(2, 4, 12, 5).sum(1), 4, axis=0))
+
+
+def test_scatter_of_a_gather_counts_each_rank(plan):
+    x_btd = numbers(2, 12, 5)
+    spec = plan.spec("batch", "sequence", None)
+    y = each(plan, lambda x: plan.scatter(plan.gather(x, "sequence"), "sequence"), x_btd, inputs=spec)
+    np.testing.assert_array_equal(y.reshape(2, 12, 5), 4 * x_btd)
+
+
+def test_sum_and_scatter_count_copies_too(plan):
+    """A value that every rank holds alike is still added once a rank."""
+    x = numbers(1, 8, 3)
+    assert np.array_equal(each(plan, lambda x: plan.sum(x, "sequence"), x, inputs=plan.spec())[0], 4 * x)
+    y = each(plan, lambda x: plan.scatter(x, "sequence"), x, inputs=plan.spec())
+    np.testing.assert_array_equal(y[:4].reshape(1, 8, 3), 4 * x)
+
+
+def test_max_is_over_the_axis_alone(plan):
+    x = numbers(8, 3)
+    y = each(plan, lambda x: plan.max(x, "sequence"), x, inputs=plan.spec("expert", None))
+    np.testing.assert_array_equal(y[:, 0], np.repeat(x.reshape(2, 4, 3).max(1), 4, axis=0))
+
+
+def test_total_adds_each_leaf_over_what_it_varies_over(plan):
+    x, y = numbers(8, 3), numbers(2, 5)
+    specs = (plan.spec("expert", None), plan.spec("batch", None))
+    totals = jax.jit(plan.run(lambda x, y: plan.total((x, y, jnp.ones(2))), inputs=specs, outputs=(plan.spec(),) * 3))(
+        x, y
+    )
+    for found, expected in zip(totals, (x.sum(0)[None], y.sum(0)[None], np.ones(2)), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_exchange_sends_piece_r_to_rank_r(plan):
+    x = numbers(8, 16, 3)  # [sender, two rows for each receiver]
+    y = each(plan, lambda x: plan.exchange(x[0], "expert"), x, inputs=plan.spec("expert", None, None))
+    np.testing.assert_array_equal(y, x.reshape(8, 8, 2, 3).transpose(1, 0, 2, 3).reshape(8, 16, 3))
+
+
+def test_exchange_twice_is_the_identity(plan):
+    x = numbers(8, 16, 3)
+    twice = lambda x: plan.exchange(plan.exchange(x[0], "expert"), "expert")  # noqa: E731
+    np.testing.assert_array_equal(each(plan, twice, x, inputs=plan.spec("expert", None, None)), x)
+
+
+def test_pieces_gather_to_the_whole(plan):
+    x = numbers(2, 12, 5)
+    piece = each(plan, lambda x: plan.piece(x, "sequence"), x, inputs=plan.spec("batch", None, None))
+    np.testing.assert_array_equal(piece.reshape(2, 4, 3, 5), x.reshape(2, 4, 3, 5))
+    back = lambda x: plan.gather(plan.piece(x, "sequence"), "sequence")  # noqa: E731
+    whole = each(plan, back, x, inputs=plan.spec("batch", None, None))
+    np.testing.assert_array_equal(whole[:, 0], np.repeat(x, 4, axis=0))
+
+
+def test_pieces_along_another_dimension(plan):
+    x = numbers(3, 8)
+    piece = each(plan, lambda x: plan.piece(x, "expert", dim=-1), x, inputs=plan.spec())
+    np.testing.assert_array_equal(piece, x.T[:, :, None])
+
+
+def gradient(plan: Plan, params: dict, scale: np.ndarray):
+    """Of sum(w · scale of this data rank), on every device; `scale` is (data, embed, mlp)."""
+
+    def loss(params, scale):
+        weight = plan.weight(params["up"])
+        assert weight.shape == (48, 2)  # whole along embed, this rank's quarter of mlp
+        return (weight * scale[0]).sum() + (params["norm"][...] * scale[0].sum(1)).sum()
+
+    specs = plan.specs(params)
+    return plan.run(jax.grad(loss), inputs=(specs, plan.spec("batch", None, "mlp")), outputs=specs)(params, scale)
+
+
+def collectives(function, *arguments) -> list[str]:
+    return re.findall(r"= (psum|reduce_scatter|all_gather)\w*\[", str(jax.make_jaxpr(function)(*arguments)))
+
+
+@pytest.mark.parametrize("fsdp", ["none", "parameters"])
+def test_gradient_of_a_weight_is_its_sum_over_the_batch(fsdp):
+    plan = plan_of(abstract=False, fsdp=fsdp)
+    params = {name: tree()[name] for name in ("up", "norm")}
+    scale = numbers(2, 48, 8)
+    grads = jax.jit(lambda params, scale: gradient(plan, params, scale))(params, scale)
+    np.testing.assert_array_equal(grads["up"][...], scale.sum(0))
+    np.testing.assert_array_equal(grads["norm"][...], scale.sum((0, 2)))
+
+
+def test_gradient_of_a_sharded_weight_is_scattered_not_replicated(plan):
+    params = {name: tree()[name] for name in ("up", "norm")}
+    found = collectives(lambda params, scale: gradient(plan, params, scale), params, numbers(2, 48, 8))
+    assert sorted(found) == ["all_gather", "psum", "reduce_scatter"]  # psum is of the norm's weight, which stays whole
+    replicated = plan_of(abstract=False, fsdp="none")
+    found = collectives(lambda params, scale: gradient(replicated, params, scale), params, numbers(2, 48, 8))
+    assert sorted(found) == ["psum", "psum"]
+
+
+def test_a_forgotten_sum_is_a_type_error(plan):
+    with pytest.raises(ValueError, match="replicated|varying"):
+        plan.run(lambda x: x.sum(), inputs=plan.spec("batch"), outputs=plan.spec())(numbers(2))
+
+
+def test_varied_parameters_sum_their_gradient_once_after_a_loop(plan):
+    def loss(params, scale):
+        params = plan.vary(params)
+        return jax.lax.scan(lambda total, s: (total + (params["norm"][...] * s).sum(), None), plan.vary(0.0), scale[0])[
+            0
+        ]
+
+    params, scale = {"norm": tree()["norm"]}, numbers(2, 7, 48)
+    specs = plan.specs(params)
+    step = plan.run(jax.grad(loss), inputs=(specs, plan.spec("batch", None, None)), outputs=specs)
+    np.testing.assert_array_equal(jax.jit(step)(params, scale)["norm"][...], 4 * scale.sum((0, 1)))  # on 4 tensor ranks
+    (inside,) = (e.params["jaxpr"] for e in jax.make_jaxpr(step)(params, scale).eqns if e.primitive.name == "shard_map")
+    loops = [str(equation) for equation in inside.eqns if equation.primitive.name == "scan"]
+    assert loops and not any("psum" in loop for loop in loops)
+    assert collectives(step, params, scale) == ["psum"]

@@ -1,0 +1,88 @@
+"""FLOPs of each layer, worked on paper with small unequal numbers."""
+
+import pytest
+
+from orogen.config.model import ModelConfig
+from orogen.simulate.flops import forward_flops_per_token, peak_flops, training_flops_per_token
+
+D, V, T = 5, 11, 12
+HEAD = 2 * D * V  # 110
+ATTENTION = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 3}
+MAMBA = {"mamba_num_heads": 4, "mamba_head_dim": 3, "n_groups": 2, "ssm_state_size": 7, "conv_kernel": 4}
+EXPERTS = {"n_routed_experts": 9, "num_experts_per_tok": 2, "moe_intermediate_size": 13}
+
+
+def layers(pattern: str, length: int = T, **sizes) -> float:
+    """Operations of one token, without the head."""
+    return forward_flops_per_token(ModelConfig(pattern=pattern, vocab_size=V, hidden_size=D, **sizes), length) - HEAD
+
+
+def test_mlp():
+    # up and down, no gate: 2 · (5·8 + 8·5)
+    assert layers("-", intermediate_size=8) == 160
+
+
+def test_attention():
+    # projections: query 5x18, key and value 5x6 each, out 18x5, twice their 240 entries: 480
+    # scores and values over half of 12 tokens: 2 · 18 · 6 each: 432
+    assert layers("*", **ATTENTION) == 480 + 432
+
+
+def test_attention_grows_with_the_row_and_projections_do_not():
+    assert layers("*", length=2 * T, **ATTENTION) == 480 + 2 * 432
+
+
+def test_experts_count_the_active_ones():
+    # router 5x9: 90; two experts of up 5x13 and down 13x5: 2 · 2 · 130 = 520
+    assert layers("E", **EXPERTS) == 90 + 520
+
+
+def test_shared_expert_and_latent():
+    # router 90; latent 5x3 down and 3x5 up: 60; two experts of 3x13 and 13x3: 312; shared 5x17 and 17x5: 340
+    assert layers("E", **EXPERTS, moe_latent_size=3, moe_shared_expert_intermediate_size=17) == 90 + 60 + 312 + 340
+
+
+def test_mamba():
+    # inner 4·3 = 12, states 2·7 = 14
+    # into z 12, x 12, B 14, C 14, dt 4 = 56 columns of 5, and out 12x5: 2 · (280 + 60) = 680
+    # convolution over x, B, C: 2 · 4 · (12 + 14 + 14) = 320
+    # in a chunk of 8, half of it: C·B 2 · 14 · 4 = 112, times x 2 · 12 · 4 = 96
+    # state, in and out: 2 · 2 · 12 · 7 = 336
+    assert layers("M", **MAMBA, chunk_size=8) == 680 + 320 + 112 + 96 + 336
+
+
+def test_a_chunk_is_no_longer_than_the_row():
+    assert layers("M", length=T, **MAMBA, chunk_size=128) == layers("M", length=T, **MAMBA, chunk_size=T)
+
+
+def test_layers_add_up_whatever_the_segments():
+    sizes = {**ATTENTION, "intermediate_size": 8}
+    assert layers("*-|-", **sizes) == layers("*", **ATTENTION) + 2 * layers("-", intermediate_size=8)
+
+
+@pytest.mark.parametrize("depths", [1, 3])
+def test_each_mtp_depth_costs_its_layers_a_projection_and_a_head(depths):
+    # the projection takes two vectors of 5 to one: 2 · 10 · 5 = 100
+    extra = layers("-/-", intermediate_size=8, mtp_depths=depths) - layers("-", intermediate_size=8)
+    assert extra == depths * (160 + 100 + HEAD)
+
+
+def test_training_is_three_forward_passes():
+    config = ModelConfig(pattern="-", vocab_size=V, hidden_size=D, intermediate_size=8)
+    assert forward_flops_per_token(config, T) == 160 + HEAD
+    assert training_flops_per_token(config, T) == 3 * (160 + HEAD)
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA B200", 2250e12),
+        ("cpu", None),
+        ("", None),
+    ],
+)
+def test_peak_is_found_by_the_devices_name(kind, peak):
+    assert peak_flops(kind) == peak

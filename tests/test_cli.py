@@ -1,0 +1,398 @@
+"""The command line: what it answers, and that bad input ends with status 2, one line, and nothing changed."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from orogen.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = """
+ModelConfig.pattern = '*-'
+ModelConfig.vocab_size = 259
+ModelConfig.hidden_size = 12
+ModelConfig.num_attention_heads = 6
+ModelConfig.num_key_value_heads = 2
+ModelConfig.head_dim = 5
+ModelConfig.intermediate_size = 14
+"""
+RUN = (
+    MODEL
+    + """
+DataConfig.corpus = {corpus!r}
+DataConfig.tokenizer = 'byte'
+DataConfig.heldout_fraction = 0.3
+DataConfig.tuning_fraction = 0.0
+TrainConfig.steps = 2
+TrainConfig.batch_size = 4
+TrainConfig.sequence_length = 24
+TrainConfig.seed = 0
+OptimizerConfig.learning_rate = 1e-3
+"""
+)
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for number in range(20):
+        (corpus / f"{number}.txt").write_text(f"document {number}\n")
+    file = tmp_path / "recipe.gin"
+    file.write_text(RUN.format(corpus=str(corpus)))
+    return file
+
+
+def listing(folder: Path) -> dict[str, str]:
+    """Every path below `folder`, with the hash of its bytes."""
+    digest = lambda p: hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "folder"  # noqa: E731
+    return {str(path.relative_to(folder)): digest(path) for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def refused(tmp_path, capsys) -> Callable[..., str]:
+    """Runs a command that must end with status 2, one line on stderr and every file as it was; gives the line."""
+
+    def run(*arguments: str | Path) -> str:
+        before = listing(tmp_path)
+        assert main([str(argument) for argument in arguments]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("orogen: ") and err.count("\n") == 1, err
+        assert listing(tmp_path) == before
+        return err.removeprefix("orogen: ").rstrip("\n")
+
+    return run
+
+
+def bound(*bindings: str) -> list[str]:
+    return [word for binding in bindings for word in ("--gin_bindings", binding)]
+
+
+# Answers
+
+
+def test_params_prints_one_json_object(recipe, capsys):
+    assert main(["params", "--gin_file", str(recipe), "--json"]) == 0
+    out, err = capsys.readouterr()
+    # embedding and head 259x12 each; query and out 12x30, key and value 12x10; mlp 12x14 twice; three norms of 12
+    total = 2 * 259 * 12 + 2 * 12 * 30 + 2 * 12 * 10 + 2 * 12 * 14 + 3 * 12
+    assert json.loads(out) == {"total": total, "active": total, "active_without_embedding": total - 259 * 12, "mtp": 0}
+    assert out.count("\n") == 1 and err == ""
+
+
+def test_params_for_a_person_has_a_line_a_count(recipe, capsys):
+    assert main(["params", "--gin_file", str(recipe)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["total", "active", "active_without_embedding", "mtp"]
+    assert lines[0].split()[1] == "7,548"
+
+
+def test_plan_needs_no_devices(recipe, capsys):
+    bindings = bound("PlanConfig.data = 24", "PlanConfig.tensor = 2", "ModelConfig.vocab_size = 260")
+    bindings += bound("TrainConfig.batch_size = 24", "PlanConfig.fsdp = 'none'")
+    assert main(["plan", "--gin_file", str(recipe), "--json", *bindings]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["devices"] == 48 and facts["mesh"] == {"data": 24, "tensor": 2}
+    assert facts["parameters"]["backbone.children.0.mixer.value"]["device_shape"] == [12, 5]
+
+
+def test_plan_for_a_person_is_a_table(recipe, capsys):
+    assert main(["plan", "--gin_file", str(recipe)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "mesh: data 1 (1 devices)"
+    assert any(line.split() == ["head.weight", "12x259", "embed", "vocab", "12x259", "12x259"] for line in lines)
+
+
+def test_several_gin_files_are_read_in_order(recipe, tmp_path, capsys):
+    wider = tmp_path / "wider.gin"
+    wider.write_text("ModelConfig.intermediate_size = 28\n")
+    assert main(["params", "--gin_file", str(recipe), "--gin_file", str(wider), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["total"] == 7548 + 2 * 12 * 14
+
+
+# Refusals of a config
+
+
+def test_missing_gin_file(refused, tmp_path):
+    file = tmp_path / "none.gin"
+    assert refused("params", "--gin_file", file) == f"gin file {str(file)!r} does not exist"
+
+
+REFUSED = {
+    "unknown letter": (
+        "ModelConfig.pattern = '*Q-'",
+        "ModelConfig.pattern is '*Q-': unknown letter 'Q'; expected M (Mamba-2), * (attention), - (dense MLP), "
+        "E (mixture of experts), | or /",
+    ),
+    "misspelt field": (
+        "ModelConfig.num_heads = 3",
+        "gin: Configurable 'ModelConfig' doesn't have a parameter named 'num_heads'.",
+    ),
+    "misspelt macro": (
+        "STPES = 3",
+        "bindings that nothing read: STPES; expected fields of ModelConfig, PlanConfig, DataConfig, TrainConfig, "
+        "OptimizerConfig",
+    ),
+    "misspelt scope": (
+        "vaild/DataConfig.seed = 3",
+        "bindings that nothing read: vaild/DataConfig.seed; expected fields of ModelConfig, PlanConfig, DataConfig, "
+        "TrainConfig, OptimizerConfig",
+    ),
+    "batch": (
+        "PlanConfig.data = 3",
+        "TrainConfig.batch_size is 4; expected a multiple of data x microbatches = 3 x 1",
+    ),
+    "pipeline": (
+        "PlanConfig.stage = 2",
+        "PlanConfig.stage is 2; expected 1: parallelism over this axis is not available yet",
+    ),
+    "no quotes": (
+        "PlanConfig.fsdp = parameters",
+        "gin: cannot read the value parameters; expected a number, a quoted string, True, False, None or a list",
+    ),
+}
+
+
+@pytest.mark.parametrize(("binding", "message"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize("task", ["train", "params", "plan", "verify"])
+def test_every_task_refuses_a_bad_config(refused, recipe, tmp_path, task, binding, message):
+    run = ["--run", tmp_path / "run"] if task == "train" else []
+    assert refused(task, "--gin_file", recipe, *run, *bound(binding)) == message
+
+
+def test_heads_that_tensor_does_not_divide(refused, recipe):
+    bindings = bound("PlanConfig.tensor = 4", "ModelConfig.vocab_size = 260")
+    expected = "expected a multiple of PlanConfig.tensor = 4 (nearest legal tensor: 3, 6)"
+    assert refused("plan", "--gin_file", recipe, *bindings) == f"ModelConfig.num_attention_heads is 6; {expected}"
+
+
+def test_experts_that_do_not_fold(refused, recipe):
+    bindings = bound("PlanConfig.data = 4", "PlanConfig.expert = 3")
+    message = refused("plan", "--gin_file", recipe, *bindings)
+    assert message.startswith(
+        "PlanConfig: expert 3 x expert_tensor 1 does not divide the 4 devices of a stage (data 4)"
+    )
+    assert "nearest legal: expert 4 x expert_tensor 1" in message
+
+
+def test_a_config_without_a_model(refused, tmp_path):
+    file = tmp_path / "plan.gin"
+    file.write_text("PlanConfig.data = 2\n")
+    assert (
+        refused("params", "--gin_file", file)
+        == "the gin files have no bindings of ModelConfig; expected some, with its fields"
+    )
+
+
+def test_training_without_data(refused, tmp_path):
+    file = tmp_path / "model.gin"
+    file.write_text(MODEL)
+    message = "the gin files have no bindings of DataConfig; expected some, with its fields"
+    assert refused("train", "--gin_file", file, "--run", tmp_path / "run") == message
+
+
+# Refusals of data, devices and run folders
+
+
+@pytest.fixture
+def train(refused, recipe, tmp_path) -> Callable[..., str]:
+    """Refuses `orogen train` of the recipe in `folder` with `bindings`."""
+
+    def run(*bindings: str, folder: str = "run", resume: bool = False) -> str:
+        more = ["--resume"] if resume else []
+        return refused("train", "--gin_file", recipe, "--run", tmp_path / folder, *more, *bound(*bindings))
+
+    return run
+
+
+def test_missing_corpus(train, tmp_path):
+    missing = str(tmp_path / "none")
+    assert train(f"DataConfig.corpus = {missing!r}") == (
+        f"corpus {missing!r} does not exist: expected 'stdlib', a file or a folder"
+    )
+
+
+def test_corpus_without_a_file(train, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    message = train(f"DataConfig.corpus = {str(empty)!r}")
+    assert message.startswith(f"corpus {str(empty)!r} has no file to read: expected .txt")
+
+
+def test_corpus_of_empty_files(train, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for number in range(3):
+        (empty / f"{number}.txt").touch()
+    message = train(f"DataConfig.corpus = {str(empty)!r}")
+    assert message == f"corpus {str(empty)!r} has 3 documents and no text: expected at least one with text"
+
+
+def test_corpus_that_is_no_text(train, tmp_path):
+    file = tmp_path / "binary.txt"
+    file.write_bytes(b"abc\xff")
+    assert train(f"DataConfig.corpus = {str(file)!r}") == f"{file}: byte 3 is not UTF-8: expected UTF-8 text"
+
+
+def test_missing_tokenizer(train, tmp_path):
+    missing = str(tmp_path / "tokenizer.json")
+    assert train(f"DataConfig.tokenizer = {missing!r}") == (
+        f"tokenizer {missing!r} not found: expected 'byte', 'bpe' or a tokenizer.json"
+    )
+
+
+def test_vocabulary_of_the_model_is_the_tokenizers(train):
+    assert train("ModelConfig.vocab_size = 200") == "ModelConfig.vocab_size = 200: expected 259, the tokenizer's"
+
+
+def test_vocabulary_too_small_for_bytes(train):
+    message = train("DataConfig.tokenizer = 'bpe'", "DataConfig.vocab_size = 100")
+    assert message.startswith("DataConfig.vocab_size is 100; expected at least 259")
+
+
+def test_vocabulary_that_the_corpus_cannot_fill(train):
+    bindings = ("DataConfig.tokenizer = 'bpe'", "DataConfig.vocab_size = 5000", "ModelConfig.vocab_size = 5000")
+    assert train(*bindings).startswith("DataConfig.vocab_size = 5000: expected at most ")
+
+
+def test_more_devices_than_exist(train):
+    assert train("PlanConfig.data = 16", "TrainConfig.batch_size = 16") == (
+        "PlanConfig asks for 16 devices (data 16); expected at most the 8 that exist (--fake_devices 16 simulates them)"
+    )
+
+
+def test_run_folder_that_is_a_file(train, tmp_path):
+    (tmp_path / "run").write_text("precious")
+    expected = f"run folder {str(tmp_path / 'run')!r} is a file; expected a folder or a new name"
+    assert train() == train(resume=True) == expected
+
+
+def test_run_folder_below_a_file(train, tmp_path):
+    (tmp_path / "run").write_text("precious")
+    assert "Not a directory" in train(folder="run/below")
+
+
+def test_folder_that_is_no_run_folder(train, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("precious")
+    expected = f"run folder {str(tmp_path / 'run')!r} is not empty and has no config.gin; expected a new folder"
+    assert train() == train(resume=True) == expected
+
+
+@pytest.fixture
+def saved(recipe, tmp_path) -> Path:
+    """A folder with this recipe's config, as a run that stopped early leaves it."""
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.gin").write_text(recipe.read_text())
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    return folder
+
+
+def test_run_folder_of_another_config(train, saved):
+    expected = (
+        f"run folder {str(saved)!r} has another config: ModelConfig.intermediate_size is 14 there and 28 here; "
+        "expected an equal one"
+    )
+    binding = "ModelConfig.intermediate_size = 28"
+    assert train(binding) == train(binding, resume=True) == expected
+
+
+@pytest.mark.parametrize(
+    "binding",
+    [
+        "DataConfig.seed = 7",
+        "TrainConfig.seed = 7",
+        "TrainConfig.batch_size = 8",
+        "TrainConfig.sequence_length = 48",
+        "OptimizerConfig.learning_rate = 2e-3",
+        "DataConfig.heldout_fraction = 0.4",
+    ],
+)
+def test_a_run_does_not_go_on_with_other_settings(train, saved, binding):
+    field = binding.split(" = ")[0]
+    assert train(binding, resume=True).startswith(f"run folder {str(saved)!r} has another config: {field} is ")
+
+
+def test_a_run_goes_on_only_with_resume(train, saved):
+    assert train() == f"run folder {str(saved)!r} holds a run; expected --resume or another folder"
+    assert train("TrainConfig.steps = 5").endswith("expected --resume or another folder")  # a run may be prolonged
+
+
+def test_run_folder_with_a_broken_config(train, saved):
+    (saved / "config.gin").write_text("neither binding nor include\n")
+    assert train(resume=True).startswith(f"{saved / 'config.gin'}: ")
+
+
+# Generate
+
+
+def test_generate_from_a_folder_that_is_no_run(refused, tmp_path, recipe):
+    for folder in (tmp_path / "none", tmp_path / "corpus", recipe):
+        message = f"checkpoint {str(folder)!r} is no run folder; expected one with config.gin and checkpoints/"
+        assert refused("generate", "--checkpoint", folder) == message
+
+
+def test_generate_from_a_run_that_saved_nothing(refused, saved):
+    message = f"{saved / 'checkpoints'} holds no complete checkpoint; expected at least one"
+    assert refused("generate", "--checkpoint", saved) == message
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--temperature", "-1"), ("--temperature", "nan"), ("--temperature", "inf"), ("--top_p", "0"), ("--top_p", "1.1")],
+)
+def test_generate_refuses_odds_that_are_none(refused, saved, option, value):
+    message = refused("generate", "--checkpoint", saved, option, value)
+    assert f"{option} {float(value)}" in message and message.endswith("expected 0 or more, and above 0 up to 1")
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**63)])
+def test_generate_refuses_a_seed_out_of_range(refused, saved, seed):
+    message = refused("generate", "--checkpoint", saved, "--seed", seed)
+    assert message == f"--seed {seed}; expected a whole number from 0 to 2**63 - 1"
+
+
+# What argparse refuses
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: TASK"),
+        (["trian"], "argument TASK: invalid choice: 'trian'"),
+        (["params"], "the following arguments are required: --gin_file"),
+        (["train", "--gin_file", "a.gin"], "the following arguments are required: --run"),
+        (["generate"], "the following arguments are required: --checkpoint"),
+        (["generate", "--checkpoint", "a", "--tokens", "0"], "--tokens: '0'; expected a whole number above 0"),
+        (["generate", "--checkpoint", "a", "--tokens", "1.5"], "--tokens: '1.5'; expected a whole number above 0"),
+        (["generate", "--checkpoint", "a", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
+        (["plan", "--gin_file", "a", "--fake_devices", "-2"], "--fake_devices: '-2'; expected a whole number above 0"),
+        (["plan", "--gin_file", "a", "--jsn"], "unrecognized arguments: --jsn"),
+    ],
+)
+def test_bad_options_end_with_status_2(capsys, arguments, message):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == "" and message in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_help_names_every_task(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert all(task in out for task in ("train", "params", "plan", "verify", "generate"))
+
+
+def test_the_quickstarts_parameters_are_counted(capsys):
+    recipe = ROOT / "gin_configs" / "recipes" / "quickstart.gin"
+    assert main(["params", "--gin_file", str(recipe), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert 0 < facts["active_without_embedding"] < facts["active"] < facts["total"] and facts["mtp"] > 0

@@ -1,0 +1,143 @@
+"""Every gin file of the repository loads, and each recipe gives the operative text and the plan that were recorded.
+
+After a change that is meant, `python tests/test_configs.py --write` records anew; read the difference first.
+"""
+
+import difflib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orogen.config.load import load
+from orogen.model.lm import build
+from orogen.parallel.describe import describe_plan
+from orogen.parallel.plan import make_plan
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "gin_configs"
+GOLDENS = ROOT / "tests" / "goldens"
+RECIPES = sorted((CONFIGS / "recipes").glob("*.gin"))
+COMMAND = "python tests/test_configs.py --write"
+
+stem = lambda file: file.stem  # noqa: E731
+recipes = pytest.mark.parametrize("recipe", RECIPES, ids=stem)
+
+
+def table(recipe: Path) -> dict[str, Any]:
+    """Mesh, logical axes and every parameter's shapes under the recipe's plan; needs no devices."""
+    config, _ = load([recipe])
+    plan = make_plan(config.plan, config.need("model").model, abstract=True)
+    return describe_plan(plan, build(config.model).params)
+
+
+def json_lines(facts: dict[str, Any]) -> str:
+    """JSON with a line a mesh axis, logical axis and parameter, so that a difference shows what moved."""
+
+    def block(value: Any) -> str:
+        if not isinstance(value, dict):
+            return json.dumps(value)
+        return "{\n" + ",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()) + "\n  }"
+
+    return "{\n" + ",\n".join(f"  {json.dumps(key)}: {block(value)}" for key, value in facts.items()) + "\n}\n"
+
+
+def records(recipe: Path) -> dict[Path, str]:
+    """What is recorded of a recipe, by file."""
+    return {
+        GOLDENS / f"{recipe.stem}.gin": load([recipe])[1],
+        GOLDENS / f"{recipe.stem}.json": json_lines(table(recipe)),
+    }
+
+
+def check(file: Path, text: str) -> None:
+    """Fails with the difference unless `file` holds `text`."""
+    before = file.read_text() if file.exists() else ""
+    changes = list(difflib.unified_diff(before.splitlines(), text.splitlines(), file.name, "now", lineterm="", n=0))
+    if changes:
+        pytest.fail("\n".join([f"if this is meant: {COMMAND}", *changes]), pytrace=False)
+
+
+@pytest.mark.parametrize("file", sorted((CONFIGS / "models").glob("*.gin")), ids=stem)
+def test_model_builds_abstractly(file):
+    config, _ = load([file])
+    assert config.model is not None and config.data is config.train is config.optimizer is None
+    assert build(config.model).params
+
+
+@pytest.mark.parametrize("file", sorted((CONFIGS / "plans").glob("*.gin")), ids=stem)
+def test_plan_file_holds_a_plan_alone(file):
+    config, text = load([file])
+    assert config.plan.devices >= 1
+    assert config.model is config.data is config.train is config.optimizer is None
+    assert "PlanConfig" in text
+
+
+@pytest.mark.parametrize("file", sorted((CONFIGS / "data").glob("*.gin")), ids=stem)
+def test_data_file_holds_data_alone(file):
+    config, _ = load([file])
+    assert config.data is not None and config.model is config.train is config.optimizer is None
+
+
+@recipes
+def test_recipe_is_whole(recipe):
+    config, _ = load([recipe])
+    config.need("model", "data", "train", "optimizer")
+    make_plan(config.plan, config.model, abstract=True)
+    if config.data.vocab_size is not None:
+        assert config.model.vocab_size == config.data.vocab_size
+
+
+@recipes
+def test_recipe_gives_what_was_recorded(recipe):
+    for file, text in records(recipe).items():
+        check(file, text)
+
+
+@recipes
+def test_recorded_text_loads_to_the_recipes_config(recipe):
+    assert load([GOLDENS / f"{recipe.stem}.gin"])[0] == load([recipe])[0]
+
+
+@recipes
+def test_recorded_table_has_a_row_a_parameter(recipe):
+    facts = json.loads((GOLDENS / f"{recipe.stem}.json").read_text())
+    assert {"devices", "mesh", "logical_axes", "parameters"} == set(facts)
+    assert all({"shape", "axes", "device_shape", "stored_shape"} == set(row) for row in facts["parameters"].values())
+
+
+def test_no_record_outlives_its_recipe():
+    expected = {f"{recipe.stem}{suffix}" for recipe in RECIPES for suffix in (".gin", ".json")}
+    assert {file.name for file in GOLDENS.iterdir() if file.suffix in (".gin", ".json")} == expected
+
+
+def test_every_gin_file_is_of_a_known_kind():
+    known = [file for kind in ("models", "plans", "data", "recipes") for file in (CONFIGS / kind).glob("*.gin")]
+    assert sorted(known) == sorted(CONFIGS.rglob("*.gin"))
+
+
+def test_a_difference_is_shown_with_the_command_that_records_it(tmp_path):
+    (tmp_path / "a.gin").write_text("X.y = 1\nX.z = 2\n")
+    with pytest.raises(pytest.fail.Exception) as caught:
+        check(tmp_path / "a.gin", "X.y = 1\nX.z = 3\n")
+    message = str(caught.value)
+    assert COMMAND in message and "-X.z = 2\n+X.z = 3" in message and "X.y" not in message
+
+
+def write() -> None:
+    """Records every recipe anew and removes records of recipes that are gone."""
+    GOLDENS.mkdir(exist_ok=True)
+    now = {file: text for recipe in RECIPES for file, text in records(recipe).items()}
+    for file in GOLDENS.iterdir():
+        if file.suffix in (".gin", ".json") and file not in now:
+            file.unlink()
+    for file, text in now.items():
+        file.write_text(text)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--write"]:
+        sys.exit(f"usage: {COMMAND}")
+    write()

@@ -1,0 +1,103 @@
+"""Schedules by hand; who is decayed and who is Muon's."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from tests.helpers import hybrid
+
+from orogen.config.run import OptimizerConfig
+from orogen.model.lm import build, initial_state
+from orogen.train.optimizer import is_matrix, learning_rate, make_optimizer
+
+
+def test_cosine_by_hand():
+    rate = learning_rate(OptimizerConfig(learning_rate=2.0, warmup_steps=4, min_ratio=0.1), steps=12)
+    np.testing.assert_allclose([rate(i) for i in (0, 1, 4, 8, 12)], [0, 0.5, 2.0, 0.2 + 1.8 / 2, 0.2], rtol=1e-6)
+
+
+def test_wsd_holds_the_peak_then_falls_by_one_minus_the_root_of_progress():
+    config = OptimizerConfig(learning_rate=2.0, schedule="wsd", warmup_steps=2, decay_steps=4, min_ratio=0.5)
+    rate = learning_rate(config, steps=10)
+    expected = [0, 1, 2, 2, 2, 1 + (1 - 0.25**0.5), 1 + (1 - 0.5**0.5), 1.0]
+    np.testing.assert_allclose([rate(i) for i in (0, 1, 2, 5, 6, 7, 8, 10)], expected, rtol=1e-6)
+
+
+def test_constant_stays():
+    rate = learning_rate(OptimizerConfig(learning_rate=2.0, schedule="constant"), steps=10)
+    assert rate(0) == rate(9) == 2.0
+
+
+@functools.cache
+def parameters() -> nnx.State:
+    return jax.jit(lambda: initial_state(hybrid(), 0)[0])()
+
+
+def update(config: OptimizerConfig, *, gradient: float):
+    """Each parameter's update by its path, from gradients that are all `gradient`."""
+    params = parameters()
+    tx = make_optimizer(config, 10, build(hybrid()).params)
+    grads = jax.tree.map(lambda p: jnp.full_like(p, gradient), params)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    flat = jax.tree_util.tree_leaves_with_path(updates, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    values = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return [
+        (leaf.get_metadata()["axes"], np.asarray(leaf[...]), np.asarray(v[...]))
+        for (_, leaf), v in zip(flat, values, strict=True)
+    ]
+
+
+def test_decay_spares_vectors_even_when_layers_are_stacked():
+    config = OptimizerConfig(learning_rate=1.0, schedule="constant", weight_decay=0.1)
+    for axes, change, value in update(config, gradient=0.0):
+        expected = np.zeros_like(value) if len(axes) == 1 else -0.1 * value
+        np.testing.assert_allclose(change, expected, rtol=1e-6, atol=1e-9, err_msg=str(axes))
+
+
+def test_convolution_weights_are_decayed():
+    assert any(
+        axes == ("mamba_heads", "taps") for axes, _, _ in update(OptimizerConfig(learning_rate=1.0), gradient=0.0)
+    )
+
+
+@pytest.mark.parametrize(
+    "axes, muon",
+    [
+        (("embed", "mlp"), True),
+        (("expert", "expert_embed", "expert_mlp"), True),
+        (("embed", None), True),
+        (("vocab", "embed"), False),
+        (("embed", "vocab"), False),
+        (("mamba_heads", "taps"), False),
+        (("norm",), False),
+    ],
+)
+def test_muon_takes_matrices_inside_the_network(axes, muon):
+    assert is_matrix(axes) is muon
+
+
+def test_muon_orthogonalises_each_expert_and_layer_on_its_own():
+    config = OptimizerConfig(name="muon", learning_rate=1.0, schedule="constant", weight_decay=0.0, clip_norm=1e9)
+    params = parameters()
+    tx = make_optimizer(config, 10, build(hybrid()).params)
+    keys = iter(jax.random.split(jax.random.key(1), 200))
+    grads = jax.tree.map(lambda p: jax.random.normal(next(keys), p.shape), params)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    up = np.asarray(updates["backbone"]["children"][1]["children"][0]["mixer"]["experts"]["up"][...])
+    assert up.shape == (2, 24, 24, 20)  # layers, experts, latent, hidden
+    singular = np.linalg.svd(up, compute_uv=False)
+    # Newton-Schulz brings singular values near one; the scale is 0.2 sqrt(max(in, out)) (arXiv:2502.16982).
+    np.testing.assert_allclose(singular, 0.2 * 24**0.5, rtol=0.4)
+
+
+def test_clipping_is_by_the_global_norm():
+    config = OptimizerConfig(learning_rate=1.0, clip_norm=0.5)
+    params = parameters()
+    grads = jax.tree.map(jnp.ones_like, params)
+    clip = optax.clip_by_global_norm(config.clip_norm)
+    clipped, _ = clip.update(grads, clip.init(params))
+    assert float(optax.global_norm(clipped)) == pytest.approx(0.5)

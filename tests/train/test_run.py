@@ -1,0 +1,229 @@
+"""A run folder: what it holds, kill and resume, SIGTERM, another mesh, who may enter."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from orogen.config.checks import ConfigError
+from orogen.config.load import load
+from orogen.infer.generate import generate, load_checkpoint
+from orogen.train.loop import NonFiniteError, train
+from orogen.train.metrics import read_metrics
+
+MODEL = {
+    "pattern": "'ME*-/*E'",
+    "vocab_size": 259,
+    "hidden_size": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "intermediate_size": 24,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 4,
+    "n_groups": 2,
+    "ssm_state_size": 4,
+    "chunk_size": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+    "moe_latent_size": 8,
+}
+STEPS = 24
+TIMED = ("step_ms", "tokens_per_second")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    """A recipe that trains a tiny hybrid on a folder of text."""
+    folder = tmp_path_factory.mktemp("recipe")
+    (folder / "text").mkdir()
+    for number in range(40):
+        line = f"document {number}: " + " ".join(str(number * k % 97) for k in range(1, 60)) + "\n"
+        (folder / "text" / f"{number:02}.txt").write_text(line)
+    lines = [f"ModelConfig.{name} = {value}" for name, value in MODEL.items()]
+    lines += [
+        f"DataConfig.corpus = '{folder / 'text'}'",
+        "DataConfig.tokenizer = 'byte'",
+        "DataConfig.heldout_fraction = 0.2",
+        "DataConfig.tuning_fraction = 0.0",
+        f"TrainConfig.steps = {STEPS}",
+        "TrainConfig.batch_size = 2",
+        "TrainConfig.sequence_length = 32",
+        "TrainConfig.seed = 1",
+        "TrainConfig.evaluate_every = 10",
+        "TrainConfig.evaluate_rows = 4",
+        "TrainConfig.checkpoint_every = 8",
+        "OptimizerConfig.learning_rate = 3e-3",
+    ]
+    file = folder / "tiny.gin"
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+def run(recipe: Path, run_dir: Path, *bindings: str, resume: bool = False):
+    return train(*load([recipe], bindings), run_dir, resume=resume, log=lambda line: None)
+
+
+def curve(run_dir: Path) -> list[dict]:
+    """The metrics of every step without what a clock put in."""
+    return [{k: v for k, v in record.items() if k not in TIMED} for record in read_metrics(run_dir)]
+
+
+@pytest.fixture(scope="module")
+def whole(recipe, tmp_path_factory) -> Path:
+    """The folder of a run that nobody interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run(recipe, folder)
+    return folder
+
+
+def test_the_folder_holds_what_it_should(whole):
+    names = {path.name for path in whole.iterdir()}
+    assert {"config.gin", "env.json", "metrics.jsonl", "tensorboard", "checkpoints", "tokenizer"} <= names
+    environment = json.loads((whole / "env.json").read_text())
+    assert {"commit", "packages", "devices", "seed", "data", "parameters"} <= set(environment)
+
+
+def test_every_step_has_its_metrics(whole):
+    records = read_metrics(whole)
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    keys = {
+        "loss",
+        "tokens",
+        "tokens_per_second",
+        "step_ms",
+        "grad_norm",
+        "learning_rate",
+        "expert_load",
+        "dropped_tokens",
+    }
+    assert all(keys <= set(record) for record in records)
+    assert [r["step"] for r in records if "heldout_loss" in r] == [10, 20, 24]
+    assert records[-1]["heldout_loss"] < records[9]["heldout_loss"]
+
+
+def test_expert_load_counts_every_assignment(whole):
+    for record in read_metrics(whole)[:3]:
+        backbone, mtp = record["expert_load"]
+        assert sum(backbone) == 2 * record["tokens"]  # two experts a token
+        assert 0 < sum(mtp) < sum(backbone)  # no document's last token has a later one
+
+
+def test_the_saved_config_reloads_to_an_equal_one(recipe, whole):
+    assert load([whole / "config.gin"])[0] == load([recipe])[0]
+
+
+def test_killed_and_resumed_equals_uninterrupted(recipe, whole, tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "orogen.cli", "train", "--gin_file", str(recipe), "--run", str(folder)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment())
+    wait_for(lambda: (folder / "checkpoints" / "8").is_dir(), process)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    run(recipe, folder, resume=True)
+    assert curve(folder) == curve(whole)
+
+
+def test_sigterm_saves_and_leaves_with_status_zero(recipe, whole, tmp_path):
+    folder = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "orogen.cli",
+        "train",
+        "--gin_file",
+        str(recipe),
+        "--run",
+        str(folder),
+        "--gin_bindings",
+        "TrainConfig.steps=100000",
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment())
+    wait_for(lambda: (folder / "metrics.jsonl").is_file() and len(complete_lines(folder)) >= 2, process)
+    process.terminate()
+    _, log = process.communicate(timeout=120)
+    assert process.returncode == 0, log
+    assert "--resume continues" in log
+    done = read_metrics(folder)[-1]["step"]
+    assert (folder / "checkpoints" / str(done)).is_dir()
+
+
+def test_a_run_goes_on_after_a_stop_on_another_mesh(recipe, whole, tmp_path):
+    folder = tmp_path / "run"
+    run(recipe, folder, "TrainConfig.steps=8")
+    run(recipe, folder, "PlanConfig.data=2", "PlanConfig.expert=2", resume=True)
+    # Sums in another order, through sixteen updates of Adam.
+    for ours, theirs in zip(curve(folder), curve(whole), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3)
+
+
+def test_another_config_is_refused_and_nothing_changes(recipe, whole):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    with pytest.raises(ConfigError, match=r"OptimizerConfig\.learning_rate is 0\.003 there and 0\.5 here"):
+        run(recipe, whole, "OptimizerConfig.learning_rate=0.5", resume=True)
+    with pytest.raises(ConfigError, match="holds a run; expected --resume"):
+        run(recipe, whole)
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+
+
+def test_a_checkpoint_of_another_model_is_refused(recipe, whole, tmp_path):
+    import shutil
+
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    text = (
+        (folder / "config.gin")
+        .read_text()
+        .replace("ModelConfig.intermediate_size = 24", "ModelConfig.intermediate_size = 32")
+    )
+    (folder / "config.gin").write_text(text)
+    with pytest.raises(ConfigError, match="is of another model"):
+        load_checkpoint(folder)
+
+
+def test_too_many_steps_that_are_not_finite_stop_the_run(recipe, tmp_path):
+    with pytest.raises(NonFiniteError, match=r"step 4: 3 steps in a row .* expected fewer than .* = 3"):
+        run(
+            recipe,
+            tmp_path / "run",
+            "OptimizerConfig.learning_rate=1e38",
+            "OptimizerConfig.clip_norm=1e38",
+            "TrainConfig.max_skipped_steps=3",
+        )
+    assert read_metrics(tmp_path / "run")[-1]["skipped_steps"] == 3
+
+
+def test_generation_is_greedy_at_zero_temperature_and_stays_inside_its_budget(whole):
+    loaded = load_checkpoint(whole)
+    first, again = (generate(loaded, ["document 1"], tokens=9, temperature=0.0, seed=s)[0] for s in (0, 1))
+    assert first == again
+    assert len(first.encode()) <= 9 * 4
+
+
+def test_prompts_of_unequal_lengths_do_not_disturb_each_other(whole):
+    loaded = load_checkpoint(whole)
+    both = generate(loaded, ["document 1", "d"], tokens=6, temperature=0.0)
+    assert both == [generate(loaded, [p], tokens=6, temperature=0.0)[0] for p in ("document 1", "d")]
+
+
+def environment() -> dict[str, str]:
+    """Of a child process: one device, as the tests of this process that it is compared with."""
+    return {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+
+
+def complete_lines(folder: Path) -> list[str]:
+    return (folder / "metrics.jsonl").read_text().split("\n")[:-1]
+
+
+def wait_for(condition, process, seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"ended early with status {process.returncode}"
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)

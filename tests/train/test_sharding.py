@@ -1,0 +1,101 @@
+"""Any plan computes what one device computes: loss, every gradient, one optimizer step."""
+
+import itertools
+import random
+
+import pytest
+from tests.helpers import hybrid, run_config
+
+from orogen.config.checks import ConfigError
+from orogen.parallel.plan import make_plan
+from orogen.train.verify import GRADIENT, LOSS, MARGIN, PARAMETER, verify
+
+COUNT = 12
+
+
+def legal_plans() -> list[dict]:
+    """Every plan of up to 8 devices that the small hybrid can run, over the axes and choices there are."""
+    plans = []
+    sizes = itertools.product((1, 2, 3, 4, 8), (1, 2, 4, 8), (1, 2, 3, 4, 6, 8))
+    for data, tensor, expert in sizes:
+        if not 1 < data * tensor <= 8:
+            continue
+        plan = {"data": data, "tensor": tensor, "expert": expert}
+        try:
+            make_plan(run_config(plan=plan).plan, hybrid(), abstract=True)
+        except ConfigError:
+            continue
+        plans.append(plan)
+    return plans
+
+
+def is_cut(plan: dict) -> bool:
+    """Whether the experts' factorization cuts an axis of the dense one in two."""
+    mesh = make_plan(run_config(plan=plan).plan, hybrid(num_key_value_heads=8, n_groups=8), abstract=True).mesh
+    return any("." in name for name in mesh.axis_names)
+
+
+def sampled_plans(count: int, seed: int) -> list[dict]:
+    """`count` plans in which each axis is above 1, and some axis is cut, at least four times."""
+    rng = random.Random(seed)
+    while True:
+        plans = rng.sample(legal_plans(), count)
+        often = [sum(plan[axis] > 1 for plan in plans) for axis in ("data", "tensor", "expert")]
+        if min(*often, sum(map(is_cut, plans))) >= 4:
+            return [{**plan, **_choices(number, rng)} for number, plan in enumerate(plans)]
+
+
+def _choices(number: int, rng: random.Random) -> dict:
+    return {
+        "fsdp": ("none", "optimizer", "parameters")[number % 3],
+        "dispatch": ("allgather", "alltoall")[number // 3 % 2],
+        "capacity_factor": rng.choice((None, 1.0, 1.5)),
+        "microbatches": rng.choice((1, 1, 2)),
+        "remat": rng.choice(("none", "full")),
+    }
+
+
+@pytest.mark.parametrize("plan", sampled_plans(COUNT, seed=0), ids=lambda p: "-".join(str(v) for v in p.values()))
+def test_a_plan_equals_one_device(plan):
+    rows = 2 * plan["data"] * plan["microbatches"]
+    verdict = verify(run_config(plan=plan, batch_size=rows, sequence_length=40))
+    assert verdict.loss_error <= LOSS
+    assert verdict.max_gradient_error <= GRADIENT, verdict.worst_leaf
+    assert verdict.max_parameter_error <= PARAMETER
+    assert verdict.flip_margin <= MARGIN
+    if plan["capacity_factor"] == 1.0:
+        assert verdict.dropped_tokens > 0
+
+
+def test_the_sample_covers_every_axis_and_choice():
+    plans = sampled_plans(COUNT, seed=0)
+    assert all(sum(plan[axis] > 1 for plan in plans) >= 4 for axis in ("data", "tensor", "expert"))
+    assert sum(map(is_cut, plans)) >= 4
+    assert {plan["fsdp"] for plan in plans} == {"none", "optimizer", "parameters"}
+    assert {plan["dispatch"] for plan in plans} == {"allgather", "alltoall"}
+    assert {plan["capacity_factor"] for plan in plans} == {None, 1.0, 1.5}
+    assert any(plan["tensor"] > 2 for plan in plans), "key heads and groups on fewer ranks than tensor has"
+
+
+def test_verify_notices_a_gradient_summed_over_the_wrong_ranks(monkeypatch):
+    from orogen.train import step
+
+    honest = step.gradients
+
+    def doubled(built, config, plan, dtype, **flags):
+        function = honest(built, config, plan, dtype, **flags)
+
+        def call(*arguments):
+            loss, grads, counts, sums = function(*arguments)
+            grads["norm"]["weight"] = grads["norm"]["weight"].replace(
+                grads["norm"]["weight"][...] * (2 if plan.config.tensor > 1 else 1)
+            )
+            return loss, grads, counts, sums
+
+        return call
+
+    monkeypatch.setattr("orogen.train.verify.gradients", doubled)
+    verdict = verify(run_config(plan={"tensor": 2}))
+    assert not verdict.passed
+    assert verdict.worst_leaf == "norm.weight"
+    assert verdict.max_gradient_error == pytest.approx(1)

@@ -1,0 +1,175 @@
+"""The training step: accumulation, the routers' biases, steps that are not finite, masters in float32."""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tests.helpers import hybrid, run_config
+
+from orogen.model.lm import build
+from orogen.parallel.plan import make_plan
+from orogen.train.optimizer import make_optimizer
+from orogen.train.state import create_state
+from orogen.train.step import batch_to_devices, gradients, load_by_layer, make_step, update_bias
+from orogen.train.verify import packed_batch
+
+GOLDEN = Path(__file__).parents[1] / "goldens" / "losses.json"
+
+
+class Run:
+    """A state, a step and a batch of the small hybrid."""
+
+    def __init__(self, config):
+        self.config, self.plan, self.built = config, make_plan(config.plan, config.model), build(config.model)
+        self.optimizer = make_optimizer(config.optimizer, config.train.steps, self.built.params)
+        self.state = create_state(config.model, self.built, self.optimizer, self.plan, config.train.seed)
+        self.step = make_step(self.built, config, self.plan, self.optimizer)
+        self.batch = batch_to_devices(packed_batch(config, config.train), self.plan)
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    return Run(run_config())
+
+
+def copy(tree):
+    return jax.tree.map(jnp.copy, tree)
+
+
+def test_ten_losses_are_those_on_record(fresh):
+    state, losses = copy(fresh.state), []
+    for _ in range(10):
+        state, metrics = fresh.step(state, fresh.batch)
+        losses.append(float(metrics.loss))
+    assert losses[-1] < losses[0]
+    if os.environ.get("OROGEN_WRITE_GOLDENS"):
+        GOLDEN.write_text(json.dumps(losses) + "\n")
+    np.testing.assert_allclose(losses, json.loads(GOLDEN.read_text()), rtol=1e-5)
+
+
+def test_microbatches_add_up_to_the_batch():
+    whole = run_config(batch_size=8)
+    parts = run_config(batch_size=8, plan={"microbatches": 4})
+    results = []
+    for config in (whole, parts):
+        run = Run(config)
+        function = jax.jit(gradients(run.built, config.model, run.plan, "float32"))
+        results.append(jax.device_get(function(run.state.params, run.state.buffers, run.batch)))
+    (loss, grads, counts, sums), (other_loss, other_grads, other_counts, other_sums) = results
+    assert other_loss == pytest.approx(loss, rel=1e-6)
+    np.testing.assert_array_equal(counts.targets, other_counts.targets)
+    for a, b in zip(sums.load, other_sums.load, strict=True):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(other_grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * np.abs(a).max())
+
+
+def test_a_bias_moves_once_a_global_batch_towards_experts_with_less_than_their_share():
+    before = jnp.asarray([0.0, 0.5, -0.5, 0.0])
+    after = update_bias(before, jnp.asarray([3.0, 9.0, 0.0, 4.0]), 1e-3)  # mean 4
+    np.testing.assert_allclose(after, [1e-3, 0.499, -0.499, 0.0], rtol=1e-6)
+
+
+def test_every_router_gets_its_own_load(fresh):
+    state, metrics = fresh.step(copy(fresh.state), fresh.batch)
+    moved = [np.asarray(b) for b in jax.tree.leaves(state.buffers)]
+    load_le = np.asarray(metrics.load_le)
+    expected_le = 1e-3 * np.sign(load_le.mean(-1, keepdims=True) - load_le)
+    # Buffers: the backbone's two repeated E layers stacked, then the MTP block's.
+    np.testing.assert_allclose(np.concatenate([moved[0].reshape(2, -1), moved[1][None]]), expected_le, atol=1e-9)
+    assert load_le.shape == (3, 24)
+
+
+def test_loads_come_in_the_order_of_the_pattern():
+    config = hybrid(pattern="EMEEMEE/*E", mtp_depths=1)  # folds to nested repetitions
+    built = build(config)
+    sizes = [leaf.shape for leaf in jax.tree.leaves(built.buffers)]
+    assert sum(int(np.prod(shape[:-1])) for shape in sizes) == 6
+    number, loads = 0, []
+    for shape in sizes:
+        loads.append(np.zeros(shape, np.float32))
+    names = {}
+    for leaf, load in zip(jax.tree_util.tree_leaves_with_path(built.buffers), loads, strict=True):
+        for index in np.ndindex(load.shape[:-1]):
+            names[number] = str(leaf[0])
+            load[index] = number
+            number += 1
+    order_l = np.asarray(load_by_layer([jnp.asarray(load) for load in loads], config))[:, 0]
+    assert sorted(order_l.tolist()) == list(range(6))
+    assert "mtp" in names[int(order_l[-1])]
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(fresh):
+    state = copy(fresh.state)
+    broken = state.params["backbone"]["children"][1]["children"][1]["mixer"]["query"]
+    value = broken[...].at[0, 0, 0].set(jnp.nan)
+    state.params["backbone"]["children"][1]["children"][1]["mixer"]["query"] = broken.replace(value)
+    before = jax.device_get(state)
+    after, metrics = fresh.step(state, fresh.batch)
+    assert (int(after.step), int(after.skipped), int(after.skipped_in_row)) == (1, 1, 1)
+    assert int(metrics.worst_leaf) >= 0
+    for name in ("params", "buffers", "optimizer"):
+        for a, b in zip(jax.tree.leaves(getattr(before, name)), jax.tree.leaves(getattr(after, name)), strict=True):
+            np.testing.assert_array_equal(a, b)
+    after, _ = fresh.step(after, fresh.batch)
+    assert int(after.skipped_in_row) == 2
+
+
+def test_a_finite_step_ends_the_row_of_skipped_ones(fresh):
+    state = copy(fresh.state)._replace(skipped=jnp.asarray(5, jnp.int32), skipped_in_row=jnp.asarray(3, jnp.int32))
+    after, metrics = fresh.step(state, fresh.batch)
+    assert (int(after.skipped), int(after.skipped_in_row), int(metrics.worst_leaf)) == (5, 0, -1)
+
+
+def test_bfloat16_computes_with_float32_masters():
+    config = run_config(compute_dtype="bfloat16")
+    run = Run(config)
+    reference = Run(run_config())
+    state, metrics = run.step(copy(run.state), run.batch)
+    _, exact = reference.step(copy(reference.state), reference.batch)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+    # Eight bits of mantissa through nine layers, averaged over some eighty tokens.
+    assert float(metrics.loss) == pytest.approx(float(exact.loss), rel=2e-2)
+    assert float(metrics.loss) != float(exact.loss)
+
+
+def test_the_state_keeps_its_layout_so_that_nothing_recompiles():
+    run = Run(run_config(plan={"data": 2, "tensor": 2, "expert": 4, "fsdp": "optimizer"}))
+    layout = [leaf.sharding for leaf in jax.tree.leaves(run.state)]
+    state, _ = run.step(run.state, run.batch)
+    for leaf, sharding in zip(jax.tree.leaves(state), layout, strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    state, _ = run.step(state, run.batch)
+    assert run.step._cache_size() == 1
+
+
+def test_initial_parameters_do_not_depend_on_the_mesh():
+    alone = Run(run_config())
+    folded = Run(run_config(plan={"data": 2, "tensor": 4, "expert": 2, "fsdp": "parameters"}))
+    for a, b in zip(jax.tree.leaves(alone.state.params), jax.tree.leaves(folded.state.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "fsdp, moments_split, weights_split",
+    [
+        ("none", False, False),
+        ("optimizer", True, True),
+        ("parameters", True, True),
+    ],
+)
+def test_what_fsdp_splits_between_steps(fsdp, moments_split, weights_split):
+    run = Run(run_config(plan={"data": 4, "fsdp": fsdp}))
+    matrices = lambda tree: [  # noqa: E731
+        leaf
+        for leaf in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+        if isinstance(leaf, nnx.Variable) and len(leaf.get_metadata()["axes"]) > 1 and "taps" not in leaf.axes
+    ]
+    split = lambda leaf: leaf[...].addressable_shards[0].data.size < leaf[...].size  # noqa: E731
+    assert {split(leaf) for leaf in matrices(run.state.params)} == {weights_split}
+    assert {split(leaf) for leaf in matrices(run.state.optimizer)} == {moments_split}
