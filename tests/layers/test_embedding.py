@@ -54,12 +54,11 @@ def test_head_gives_whole_float32_logits(name):
 
 
 def test_mlp_by_hand():
-    graph, state = nnx.split(jax.eval_shape(lambda: MLP(2, 3, std=1.0, out_std=1.0, rngs=nnx.Rngs(0))))
-    up_df, down_fd = np.array([[1.0, 0, -1], [0, 2, 1]]), np.array([[1.0, 0], [0, 1], [5, 5]])
-    state["up"][...], state["down"][...] = jnp.asarray(up_df), jnp.asarray(down_fd)
+    mlp = MLP(2, 3, std=1.0, out_std=1.0, rngs=nnx.Rngs(0))
+    mlp.up[...] = jnp.array([[1.0, 0, -1], [0, 2, 1]])
+    mlp.down[...] = jnp.array([[1.0, 0], [0, 1], [5, 5]])
     # (3, 1) -> (3, 2, -2) -> (9, 4, 0)
-    plan = make_plan(PlanConfig(), MODEL)
-    np.testing.assert_array_equal(nnx.merge(graph, state)(jnp.array([[[3.0, 1.0]]]), plan), [[[9, 4]]])
+    np.testing.assert_array_equal(mlp(jnp.array([[[3.0, 1.0]]]), make_plan(PlanConfig(), MODEL)), [[[9, 4]]])
 
 
 def test_squared_relu_by_hand():

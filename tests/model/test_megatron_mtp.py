@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from tests.model.huggingface_weights import fill, mtp_values, values
+from tests.model.small import Witness
 
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
@@ -36,26 +37,6 @@ class BlockADepth(nnx.Module):
     def __call__(self, *arguments):
         self.calls += 1
         return self.blocks[self.calls - 1](*arguments)
-
-
-class Witness:
-    """A model that keeps the hidden states it returned, those of every depth."""
-
-    def __init__(self, model: LanguageModel):
-        self.model, self.seen = model, []
-
-    def __getattr__(self, name: str):
-        return getattr(self.model, name)
-
-    def hidden(self, *arguments):
-        h_btd, stats = self.model.hidden(*arguments)
-        self.seen.append(h_btd)
-        return h_btd, stats
-
-    def deeper(self, *arguments):
-        found = self.model.deeper(*arguments)
-        self.seen += [h_btd for h_btd, _ in found]
-        return found
 
 
 @functools.cache

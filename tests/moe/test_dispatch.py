@@ -3,6 +3,7 @@
 Letters: b batch, t time, d model, n tokens, k experts a token, e experts.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -142,7 +143,7 @@ def test_reference_by_hand():
         gate_de=jnp.log(jnp.array([[3.0, 1.0, 1 / 3]])), bias_e=jnp.zeros(3),
         up_ewf=jnp.array([[[2.0]], [[3.0]], [[5.0]]]), down_efw=jnp.ones((3, 1, 1)),
     )  # fmt: skip
-    answer = mixture(jnp.ones((2, 1)), jnp.ones(2, bool), given, Options(k=2, capacity=1))
+    answer = jax.jit(mixture, static_argnums=3)(jnp.ones((2, 1)), jnp.ones(2, bool), given, Options(k=2, capacity=1))
     np.testing.assert_allclose(answer.y_nd, [[0.6 * 4 + 0.4 * 9], [0]], rtol=1e-6)
     np.testing.assert_array_equal(answer.load_e, [2, 2, 0])
     assert answer.dropped == 2

@@ -60,6 +60,7 @@ def recipe(tmp_path_factory) -> Path:
         "TrainConfig.evaluate_rows = 4",
         "TrainConfig.checkpoint_every = 8",
         "OptimizerConfig.learning_rate = 3e-3",
+        "OptimizerConfig.schedule = 'constant'",
     ]
     file = folder / "tiny.gin"
     file.write_text("\n".join(lines) + "\n")

@@ -19,7 +19,7 @@ from orogen.parallel.plan import Plan
 
 def shift_left(x_bt: Array, steps: int) -> Array:
     """x[:, i + steps] at position i, and zero where that is past the end."""
-    return jnp.pad(x_bt[:, steps:], ((0, 0), (0, steps))) if steps else x_bt
+    return jnp.pad(x_bt[:, steps:], ((0, 0), (0, min(steps, x_bt.shape[1]))))
 
 
 def shifted_segments(segments_bt: Array, steps: int) -> Array:

@@ -193,7 +193,7 @@ def make_step(
             tokens=counts.tokens[0],
             load_le=load_by_layer(sums.load, config.model),
             dropped=sums.dropped,
-            grad_norm=optax.global_norm(grads),
+            grad_norm=optax.tree.norm(grads),
             worst_leaf=jnp.where(finite_leaves.all(), -1, jnp.argmin(finite_leaves)),
             skipped=new.skipped,
             skipped_in_row=new.skipped_in_row,

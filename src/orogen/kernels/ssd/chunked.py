@@ -128,8 +128,8 @@ def _backward(saved: tuple[Chunks, Kept], gradients: tuple[Array, Array]) -> tup
 
     l_q stands in the exponent of all that y_q receives from other tokens, and -l_s in that of all that token s gives
     to others, so their gradients are the dot products y_q . dy_q and -dtx_s . ddtx_s of those parts; no (q, s) sum.
-    What does not decay, a token's share of its own output or the last token's of the state, stays out of both: it
-    would cancel but for its rounding error, and drown a small difference.
+    A token's share of its own output does not decay and stays out of both: it would cancel but for its rounding error,
+    and drown a small difference.
     """
     (chunks, kept), (dy_cbgqrp, dfinal_bgnrp) = saved, gradients
     dtx_cbgsrp, b_cbgsn, c_cbgqn = chunks.dtx_cbgqrp, chunks.b_cbgsn, chunks.c_cbgqn
@@ -151,7 +151,7 @@ def _backward(saved: tuple[Chunks, Kept], gradients: tuple[Array, Array]) -> tup
     dc_cbgqn += jnp.einsum("cbgqs,cbgsn->cbgqn", dscores_cbgqs, b_cbgsn)
     db_cbgsn += jnp.einsum("cbgqs,cbgqn->cbgsn", dscores_cbgqs, c_cbgqn)
 
-    left_cbgsr = jnp.sum(dtx_cbgsrp * leaving_cbgsrp, axis=-1).at[:, :, :, -1].set(0.0)
+    left_cbgsr = jnp.sum(dtx_cbgsrp * leaving_cbgsrp, axis=-1)
     dsums_cbgqr = jnp.sum(dy_cbgqrp * kept.others_cbgqrp - dtx_cbgsrp * within_cbgsrp, axis=-1) - left_cbgsr
     dsums_cbgqr = dsums_cbgqr.at[:, :, :, -1].add(jnp.sum(left_cbgsr, axis=3) + dwhole_cbgr)
     gradient = Chunks(

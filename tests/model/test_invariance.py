@@ -1,0 +1,152 @@
+"""What a token may depend on: its own document, up to itself. Letters: b batch, t time, s another time, d model."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tests.model.small import Witness, config, merged, one_device
+
+from orogen.data.packing import Batch
+from orogen.model.mtp import shift_left, shifted_segments
+from orogen.train.loss import Counts, Sums, batch_counts, objective
+
+# A row of documents of 7, 1, 5 and 2 tokens and 2 of padding; one of 3 and 9, padding between them and at the end.
+LENGTHS = ((7, 1, 5, 2, -2), (3, -1, 9, -4))
+DEPTHS = 2
+
+
+class Answers(NamedTuple):
+    """See `answers`."""
+
+    hidden: list[jax.Array]
+    nats_bt: jax.Array
+    loss: jax.Array
+    sums: Sums
+    counts: Counts
+
+
+def segments_of(lengths: tuple[int, ...]) -> np.ndarray:
+    """Segment ids of one row; a negative length is padding."""
+    return np.concatenate([np.full(abs(n), i if n > 0 else 0) for i, n in enumerate(lengths, 1)]).astype(np.int32)
+
+
+SEGMENTS_BT = np.stack([segments_of(row) for row in LENGTHS])
+
+
+def batch_of(tokens_bt: np.ndarray, segments_bt: np.ndarray) -> Batch:
+    """Weights from 0.5 to 1.5 by token id, zero on first tokens and padding, so that a wrong weight shows."""
+    first_bt = np.diff(segments_bt, axis=1, prepend=-1) != 0
+    weights_bt = np.where(first_bt | (segments_bt == 0), 0, 0.5 + tokens_bt / 22).astype(np.float32)
+    return Batch(tokens_bt, segments_bt, np.zeros_like(tokens_bt), weights_bt)
+
+
+def random_tokens(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 23, SEGMENTS_BT.shape).astype(np.int32)
+
+
+def apart(batch: Batch) -> tuple[Batch, list[tuple[int, np.ndarray]]]:
+    """Each document in a row of its own, padded, and its (row, positions) in `batch`."""
+    places = [(b, np.flatnonzero(s == i)) for b, s in enumerate(batch.segments_bt) for i in np.unique(s[s > 0])]
+    shape = (len(places), batch.tokens_bt.shape[1])
+    rows = Batch(*(np.zeros(shape, x.dtype) for x in batch))
+    for row, (b, where) in enumerate(places):
+        for new, old in zip(rows, batch, strict=True):
+            new[row, : len(where)] = old[b, where]
+        rows.segments_bt[row, : len(where)] = 1
+    return rows, places
+
+
+@jax.jit
+def answers(batch: Batch):
+    """Hidden states of every depth, nats of the next token by position, the objective, its sums and its counts."""
+    model, plan = Witness(merged(config())), one_device(config())
+    counts = batch_counts(batch, DEPTHS, plan)
+    loss, sums = objective(model, batch, counts, config=config(), plan=plan)
+    likelihood_btv = jax.nn.log_softmax(model.head(model.seen[0], plan))
+    nats_bt = -jnp.take_along_axis(likelihood_btv, shift_left(batch.tokens_bt, 1)[..., None], -1)[..., 0]
+    return Answers(model.seen, nats_bt, loss, sums, counts)
+
+
+def last_valid(segments_bt: np.ndarray, depth: int) -> np.ndarray:
+    """Where a token `depth` further on is in the same document."""
+    return np.asarray(shifted_segments(jnp.asarray(segments_bt), depth)) != 0
+
+
+PACKED = batch_of(random_tokens(0), SEGMENTS_BT)
+
+
+def test_a_packed_row_has_the_hidden_states_of_its_documents_apart():
+    rows, places = apart(PACKED)
+    packed, alone = answers(PACKED), answers(rows)
+    assert len(packed.hidden) == 1 + DEPTHS
+    for row, (b, where) in enumerate(places):
+        for depth in range(1 + DEPTHS):
+            valid = last_valid(SEGMENTS_BT, depth)[b, where]
+            found, expected = packed.hidden[depth][b, where], alone.hidden[depth][row, : len(where)]
+            np.testing.assert_allclose(found[valid], expected[valid], rtol=1e-5, atol=1e-5)
+        found, expected = packed.nats_bt[b, where[:-1]], alone.nats_bt[row, : len(where) - 1]
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_packed_row_has_the_losses_of_its_documents_apart():
+    packed, alone = answers(PACKED), answers(apart(PACKED)[0])
+    np.testing.assert_allclose(packed.sums.nats, alone.sums.nats, rtol=1e-6)
+    np.testing.assert_allclose(packed.counts.targets, alone.counts.targets, rtol=1e-6)
+    np.testing.assert_array_equal(packed.counts.tokens, alone.counts.tokens)
+    for load_e, load_alone_e in zip(packed.sums.load, alone.sums.load, strict=True):
+        np.testing.assert_array_equal(load_e, load_alone_e)
+
+
+def test_tokens_at_padding_change_nothing():
+    tokens_bt = np.where(SEGMENTS_BT == 0, random_tokens(1), PACKED.tokens_bt)
+    assert (tokens_bt != PACKED.tokens_bt).any()
+    before, after = answers(PACKED), answers(PACKED._replace(tokens_bt=tokens_bt))
+    for depth in range(1 + DEPTHS):
+        valid = last_valid(SEGMENTS_BT, depth)
+        np.testing.assert_array_equal(after.hidden[depth][valid], before.hidden[depth][valid])
+    assert after.loss == before.loss
+    np.testing.assert_array_equal(after.sums.nats, before.sums.nats)
+
+
+def test_batch_order_does_not_matter():
+    before, after = answers(PACKED), answers(Batch(*(x[::-1].copy() for x in PACKED)))
+    for a, b in zip(after.hidden, before.hidden, strict=True):
+        np.testing.assert_allclose(a[::-1], b, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(after.loss, before.loss, rtol=1e-6)
+    np.testing.assert_allclose(after.sums.nats, before.sums.nats, rtol=1e-6)
+
+
+@functools.cache
+def dependencies() -> np.ndarray:
+    """(depth, b · t, b · s): whether a hidden state has a gradient with respect to the embedding of another token.
+
+    Every token is another one, so row s of the embedding is the input of position s alone.
+    """
+    model_config = config(vocab_size=SEGMENTS_BT.size)
+    plan = one_device(model_config)
+    tokens_bt = np.arange(SEGMENTS_BT.size, dtype=np.int32).reshape(SEGMENTS_BT.shape)
+    direction_d = jax.random.normal(jax.random.key(0), (12,))
+
+    def projected(table_vd):
+        model = merged(model_config, embedding_vd=table_vd)
+        h_btd, _ = model.hidden(tokens_bt, SEGMENTS_BT, plan)
+        hidden = [h_btd] + [h for h, _ in model.deeper(h_btd, tokens_bt, SEGMENTS_BT, plan)]
+        return jnp.stack([h.reshape(-1, 12) @ direction_d for h in hidden])
+
+    table_vd = jax.random.normal(jax.random.key(1), (SEGMENTS_BT.size, 12))
+    jacobian = jax.jit(jax.jacrev(projected))(table_vd)
+    return np.asarray(jnp.any(jacobian != 0, -1))
+
+
+@pytest.mark.parametrize("depth", range(1 + DEPTHS))
+def test_a_hidden_state_depends_on_its_document_up_to_its_depth(depth):
+    segments_n = SEGMENTS_BT.reshape(-1)
+    row_n, time_n = np.divmod(np.arange(segments_n.size), SEGMENTS_BT.shape[1])
+    same = (row_n[:, None] == row_n) & (segments_n[:, None] == segments_n)
+    expected = same & (time_n[None, :] <= time_n[:, None] + depth)
+    valid = last_valid(SEGMENTS_BT, depth).reshape(-1)
+    assert 4 < valid.sum() < segments_n.size
+    np.testing.assert_array_equal(dependencies()[depth][valid], expected[valid])
