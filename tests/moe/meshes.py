@@ -3,6 +3,7 @@
 Letters: b batch, t time, d model, s source ranks, n tokens of one of them.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -78,9 +79,11 @@ PATHS = {
 }  # fmt: skip
 
 
-def layer_result(model: ModelConfig, plan: PlanConfig, given: Weights, data: Inputs) -> Result:
-    """The layer, inside the plan's shard_map."""
-    step, states = _layer_step(model, plan)
+def layer_result(
+    model: ModelConfig, plan: PlanConfig, given: Weights, data: Inputs, *, sources: tuple[int, int] = (1, 1)
+) -> Result:
+    """The layer, inside the plan's shard_map. sources: the ranks that one device stands for."""
+    step, states = _layer_step(model, plan, sources)
     filled = [
         nnx.from_flat_state([(p, v.replace(getattr(given, PATHS[p]))) for p, v in nnx.to_flat_state(state)])
         for state in states
@@ -92,9 +95,9 @@ def layer_result(model: ModelConfig, plan: PlanConfig, given: Weights, data: Inp
 
 
 @functools.cache
-def _layer_step(model: ModelConfig, plan_config: PlanConfig):
+def _layer_step(model: ModelConfig, plan_config: PlanConfig, sources: tuple[int, int]):
     """The jitted step, and the layer's parameters and buffers as abstract arrays."""
-    plan = make_plan(plan_config, model)
+    plan = dataclasses.replace(make_plan(plan_config, model), sources=sources)
     graph, params, buffers = nnx.split(jax.eval_shape(lambda: MoE(model, nnx.Rngs(0))), nnx.Param, ...)
     tokens, whole = plan.spec("batch", "tokens", None), plan.spec()
 

@@ -44,6 +44,16 @@ def test_dispatch_with_drops_equals_reference(mesh, dispatch):
     assert_equal(layer_result(model, plan, given, data), expected)
 
 
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+def test_one_device_drops_what_the_ranks_it_stands_for_would(dispatch):
+    model, sources = config(), (2, 2)
+    given, data = weights(model, 0), inputs(model, 1, rows=ROWS, length=LENGTH)
+    plan = PlanConfig(dispatch=dispatch, capacity_factor=0.75)
+    expected = reference_result(model, given, data, sources=sources, capacity=4)  # ceil(12 · 3 / 8 · 3/4)
+    assert expected.dropped > 0
+    assert_equal(layer_result(model, plan, given, data, sources=sources), expected)
+
+
 @pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize("dispatch", DISPATCHES)
 def test_dispatch_without_capacity_equals_reference_and_drops_nothing(dispatch, bias):

@@ -19,8 +19,6 @@ import jax
 from jax import Array, lax
 from jax import numpy as jnp
 
-from orogen.parallel.varying import vary_like
-
 # exp of anything lower is not a normal float32. Cutting here keeps the sums over a chunk small, so that one huge step
 # does not cost the digits of the small ones after it.
 LOWEST_LOG_DECAY = -88.0
@@ -177,8 +175,7 @@ def _backward_states(decays: Decays, read_cbgnrp: Array, kept: Kept, dfinal_bgnr
         return through_bgnrp + read_bgnrp, (dleft_bgnrp, jnp.sum(through_bgnrp * entered_bgnrp, axis=(2, 4)))
 
     chunks = (decays.whole_cbgr, read_cbgnrp, kept.states_cbgnrp)
-    carry_bgnrp = vary_like(dfinal_bgnrp, read_cbgnrp)
-    dinitial_bgnrp, (dadded_cbgnrp, dwhole_cbgr) = lax.scan(pass_back, carry_bgnrp, chunks, reverse=True)
+    dinitial_bgnrp, (dadded_cbgnrp, dwhole_cbgr) = lax.scan(pass_back, dfinal_bgnrp, chunks, reverse=True)
     return dinitial_bgnrp, dadded_cbgnrp, dwhole_cbgr
 
 
