@@ -79,7 +79,11 @@ def test_four_cases_are_ours():
 
 
 @pytest.mark.parametrize(
-    ("case", "dispatch"), list(zip(cases(), ["allgather", "alltoall", "alltoall", "allgather"], strict=True))
+    ("case", "dispatch"),
+    [
+        pytest.param(case, dispatch, id=f"case{case['case']}-{dispatch}")
+        for case, dispatch in zip(cases(), ["allgather", "alltoall", "alltoall", "allgather"], strict=True)
+    ],
 )
 def test_layer_and_its_gradients_equal_megatron(case, dispatch):
     arrays, config = read(case), config_of(case)

@@ -7,6 +7,10 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
+# The default of a field that only some configs need. It is typed as whatever the field is: who reads the field has
+# checked that it is there.
+ABSENT: Any = None
+
 
 class ConfigError(ValueError):
     """A setting that cannot be used. The message names the field, its value and what was expected."""
@@ -39,7 +43,8 @@ def check_types(config: Any) -> None:
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value, hint = getattr(config, field.name), hints[field.name]
-        require(_matches(value, hint), config, field.name, f"a value of type {_name(hint)}")
+        absent = value is None and field.default is None
+        require(absent or _matches(value, hint), config, field.name, f"a value of type {_name(hint)}")
 
 
 def _matches(value: Any, hint: Any) -> bool:

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from orogen.config.checks import ConfigError, check_types, require, require_positive
+from orogen.config.checks import ABSENT, ConfigError, check_types, require, require_positive
 
 LAYERS = {"M": "Mamba-2", "*": "attention", "-": "dense MLP", "E": "mixture of experts"}
 
@@ -51,24 +51,24 @@ class ModelConfig:
     hidden_size: int
     layer_norm_epsilon: float = 1e-5
     # attention (*)
-    num_attention_heads: int | None = None
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_attention_heads: int = ABSENT
+    num_key_value_heads: int = ABSENT
+    head_dim: int = ABSENT
     # dense MLP (-)
-    intermediate_size: int | None = None
+    intermediate_size: int = ABSENT
     # Mamba-2 (M)
-    mamba_num_heads: int | None = None
-    mamba_head_dim: int | None = None
-    n_groups: int | None = None
-    ssm_state_size: int | None = None
+    mamba_num_heads: int = ABSENT
+    mamba_head_dim: int = ABSENT
+    n_groups: int = ABSENT
+    ssm_state_size: int = ABSENT
     conv_kernel: int = 4
     chunk_size: int = 128
     # mixture of experts (E); n_group and topk_group are the router's groups, n_groups is Mamba's
-    n_routed_experts: int | None = None
-    num_experts_per_tok: int | None = None
-    moe_intermediate_size: int | None = None
-    moe_shared_expert_intermediate_size: int | None = None
-    moe_latent_size: int | None = None
+    n_routed_experts: int = ABSENT
+    num_experts_per_tok: int = ABSENT
+    moe_intermediate_size: int = ABSENT
+    moe_shared_expert_intermediate_size: int = ABSENT
+    moe_latent_size: int = ABSENT
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
     n_group: int = 1
@@ -81,7 +81,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        sizes = (f.name for f in dataclasses.fields(self) if f.type in (int, int | None) and f.name != "mtp_depths")
+        sizes = (f.name for f in dataclasses.fields(self) if f.type is int and f.name != "mtp_depths")
         require_positive(self, *sizes, "layer_norm_epsilon", "routed_scaling_factor")
         for field in ("router_aux_loss_coef", "router_z_loss_coef", "mtp_loss_scale"):
             require(getattr(self, field) >= 0, self, field, "0 or more")

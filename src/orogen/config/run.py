@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from orogen.config.checks import ConfigError, check_types, require, require_choice, require_positive
+from orogen.config.checks import ABSENT, ConfigError, check_types, require, require_choice, require_positive
 from orogen.config.data import DataConfig
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
@@ -97,11 +97,11 @@ class OptimizerConfig:
 class RunConfig:
     """All parts of a run. A part that the gin files do not mention, and that has required fields, is None."""
 
-    model: ModelConfig | None
+    model: ModelConfig = ABSENT
     plan: PlanConfig
-    data: DataConfig | None
-    train: TrainConfig | None
-    optimizer: OptimizerConfig | None
+    data: DataConfig = ABSENT
+    train: TrainConfig = ABSENT
+    optimizer: OptimizerConfig = ABSENT
 
     def need(self, *parts: str) -> "RunConfig":
         """Itself, if every one of `parts` is there. Raises ConfigError naming the class that has no bindings."""

@@ -5,7 +5,7 @@ Legend: b batch (rows), t time, n pieces. A *stream* is one document's tokens; a
 
 import bisect
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -26,10 +26,10 @@ class Batch(NamedTuple):
     segment; weights_bt float32, the loss weight of the token as a target, 0 on a segment's first token and on padding.
     """
 
-    tokens_bt: np.ndarray
-    segments_bt: np.ndarray
-    positions_bt: np.ndarray
-    weights_bt: np.ndarray
+    tokens_bt: Any  # arrays of numpy here, of jax inside a step
+    segments_bt: Any
+    positions_bt: Any
+    weights_bt: Any
 
 
 class _Decoder(Protocol):

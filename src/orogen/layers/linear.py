@@ -1,8 +1,13 @@
 """The product with a weight matrix. Letters: b batch, t time, n tokens (b · t), d width in, f width out."""
 
+from functools import partial
+
+import jax
 from jax import Array
 
 
+# Checkpointed, so that several products with one x keep x itself and not a flat copy each.
+@partial(jax.checkpoint, prevent_cse=False)
 def linear(x_btd: Array, w_df: Array) -> Array:
     """x w, with all axes of x but the last taken as one.
 

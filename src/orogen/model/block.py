@@ -19,6 +19,11 @@ from orogen.moe.layer import MoE
 from orogen.parallel.plan import Plan
 
 
+# Repetitions up to this many are written out, not looped over: as quick to compile, and a tenth faster on CPU, where
+# a loop copies what it keeps for the backward pass into stacks.
+WRITTEN_OUT = 2
+
+
 class Repeat(NamedTuple):
     """`items` (letters and Repeats) one after another, `count` times."""
 
@@ -126,7 +131,7 @@ class Stack(nnx.Module):
         stats = []
         for index, (item, child) in enumerate(zip(self.items, self.children, strict=True)):
             replayed = None if replay is None else replay[index]
-            apply = _scan if isinstance(item, Repeat) else _apply
+            apply: Any = _scan if isinstance(item, Repeat) else _apply
             x_btd, child_stats = apply(child, x_btd, segments_bt, plan, replayed)
             stats.append(child_stats)
         return x_btd, tuple(stats)
@@ -162,4 +167,5 @@ def _scan(stack: Stack, x_btd: Array, segments_bt: Array, plan: Plan, replay: An
         state, replay = inputs
         return nnx.merge(graph, state)(x_btd, segments_bt, plan, replay)
 
-    return lax.scan(body, x_btd, (states, replay))
+    count = len(jax.tree.leaves(states)[0])
+    return lax.scan(body, x_btd, (states, replay), unroll=count <= WRITTEN_OUT)

@@ -40,6 +40,8 @@ class LanguageModel(nnx.Module):
     ) -> list[tuple[Array, Any]]:
         """(hidden state, statistics) of each multi-token-prediction depth 1, 2, …; none without a block."""
         depths = []
+        if self.mtp is None:
+            return depths
         for depth in range(1, self.mtp_depths + 1):
             with jax.named_scope(f"mtp_{depth}"):
                 embedded_btd = self.embedding(shift_left(tokens_bt, depth), plan)

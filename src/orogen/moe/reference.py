@@ -58,7 +58,7 @@ def mixture(x_nd: Array, valid_n: Array, weights: Weights, options: Options) -> 
     answers_enw = jax.vmap(lambda up_wf, down_fw: perceptron(u_nw, up_wf, down_fw))(weights.up_ewf, weights.down_efw)
     y_nd = jnp.einsum("enw,ne->nw", answers_enw, jnp.where(kept_ne, share_ne * options.scaling, 0))
     y_nd = y_nd if weights.latent_up_wd is None else y_nd @ weights.latent_up_wd
-    if weights.shared_up_df is not None:
+    if weights.shared_up_df is not None and weights.shared_down_fd is not None:
         y_nd = y_nd + perceptron(x_nd, weights.shared_up_df, weights.shared_down_fd)
     return Answer(y_nd, wanted_ne.sum(0), (wanted_ne & ~kept_ne).sum())
 

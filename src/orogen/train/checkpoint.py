@@ -40,7 +40,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, data_position: dict[str, Any]) -> None:
-        """Starts writing the state after step `state.step` and the position of its data; no-op if that step is there."""
+        """Starts writing the state after step `state.step` and its data's position; no-op if that step is there."""
         step = int(state.step)
         if step == self.latest:
             return

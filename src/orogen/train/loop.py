@@ -183,7 +183,7 @@ class _Run:
             "tokens_per_second": tokens / seconds,
             "step_ms": 1e3 * seconds,
             "grad_norm": float(metrics.grad_norm),
-            "learning_rate": float(self.schedule(number - 1 - int(metrics.skipped))),
+            "learning_rate": float(np.asarray(self.schedule(number - 1 - int(metrics.skipped)))),
             "skipped_steps": int(metrics.skipped),
         }
         if len(losses) > 1:

@@ -64,8 +64,8 @@ def objective(
 ) -> tuple[Array, Sums]:
     """This batch's share of the loss of the global batch that `counts` describes, and its sums.
 
-    loss = nats_0 / targets_0 + scale / D · Σ_depth nats_d / targets_d + the routers' losses (balance averaged over rows,
-    z over tokens, both averaged over the depths of a repeated block). Shares of microbatches add up to the loss.
+    loss = nats_0 / targets_0 + scale / D · Σ_depth nats_d / targets_d + the routers' losses (balance averaged over
+    rows, z over tokens, both averaged over the depths of a repeated block). Shares of microbatches add up to the loss.
     Nats and loads are already summed over devices. Sources: arXiv:2412.19437, eq. 24-25; arXiv:2512.20856.
     """
     h_btd, stats = model.hidden(batch.tokens_bt, batch.segments_bt, plan, replay and replay[0])

@@ -1,6 +1,6 @@
 """What training carries from step to step, born on the plan's mesh."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ class TrainState(NamedTuple):
 
 def abstract_state(built: Built, optimizer: optax.GradientTransformation) -> TrainState:
     """Shapes and dtypes of the state; nothing is allocated."""
-    counter = jax.ShapeDtypeStruct((), jnp.int32)
+    counter: Any = jax.ShapeDtypeStruct((), jnp.int32)
     opt_state = jax.eval_shape(optimizer.init, built.params)
     return TrainState(counter, counter, counter, built.params, built.buffers, opt_state)
 

@@ -22,6 +22,7 @@ from orogen.moe.layer import Choice
 from orogen.parallel.plan import Plan
 from orogen.precision.policy import working_copy
 from orogen.train.loss import Sums, batch_counts, objective
+from orogen.train.optimizer import square_sums
 from orogen.train.state import TrainState, abstract_state
 
 Items = tuple[str | Repeat, ...]
@@ -30,7 +31,7 @@ BATCH_AXES = ("batch", "context")
 
 class StepMetrics(NamedTuple):
     """What a step reports. nats and targets have one entry a prediction depth; load has a row an MoE layer, in the
-    order of the pattern, then the MTP block's. worst_leaf: index of the first gradient leaf that is not finite, or -1."""
+    order of the pattern, then the MTP block's. worst_leaf: the first gradient leaf that is not finite, or -1."""
 
     loss: Array
     nats: Array
@@ -82,7 +83,8 @@ def gradients(
 def _shard(
     device_step: Callable, built: Built, config: ModelConfig, plan: Plan, *, record: bool, replaying: bool
 ) -> Callable[..., Any]:
-    batch_spec, whole = plan.spec(*BATCH_AXES), plan.spec()
+    batch_spec = plan.spec(*BATCH_AXES)
+    whole: Any = plan.spec()
     params, buffers = plan.specs(built.params), plan.specs(built.buffers)
     choices = tuple(_choice_specs(items, plan, 1) for items in _applied(config))
     sums = Sums(nats=whole, load=whole, dropped=whole, choices=choices if record else ())
@@ -109,7 +111,9 @@ def _choice_specs(items: Items, plan: Plan, stacked: int) -> Any:
             specs.append(_choice_specs(item.items, plan, stacked + 1))
         else:
             axes = (None,) * stacked + ("batch", "tokens")
-            specs.append(Choice(plan.spec(*axes, None), plan.spec(*axes), plan.spec(*axes)) if item == "E" else None)
+            experts: Any = plan.spec(*axes, None)
+            token: Any = plan.spec(*axes)
+            specs.append(Choice(experts, token, token) if item == "E" else None)
     return tuple(specs)
 
 
@@ -183,7 +187,8 @@ def make_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         loss, grads, counts, sums = gradient(plan.working(state.params), state.buffers, batch)
-        finite_leaves = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads)])
+        squares = square_sums(grads)
+        finite_leaves = jnp.isfinite(squares)
         finite = finite_leaves.all() & jnp.isfinite(loss)
         new = apply_gradients(state, grads, sums.load, optimizer, plan, bias_rate=bias_rate, finite=finite)
         metrics = StepMetrics(
@@ -193,7 +198,7 @@ def make_step(
             tokens=counts.tokens[0],
             load_le=load_by_layer(sums.load, config.model),
             dropped=sums.dropped,
-            grad_norm=optax.tree.norm(grads),
+            grad_norm=jnp.sqrt(squares.sum()),
             worst_leaf=jnp.where(finite_leaves.all(), -1, jnp.argmin(finite_leaves)),
             skipped=new.skipped,
             skipped_in_row=new.skipped_in_row,
