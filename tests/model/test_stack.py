@@ -90,8 +90,8 @@ def random_stack(items, model):
 
 
 def test_a_scanned_stack_equals_its_layers_one_after_another():
-    """Nested repetition; residual stream, statistics and all gradients."""
-    items = (Repeat((Repeat(("-",), 2), "E"), 2), "*")
+    """Nested, with a loop inside what is written out; residual stream, statistics and all gradients."""
+    items = (Repeat((Repeat(("-",), 3), "E"), 2), "*")
     model = config()
     plan = one_device(model)
     graph, params, buffers = random_stack(items, model)
@@ -123,9 +123,9 @@ def test_a_scanned_stack_equals_its_layers_one_after_another():
     assert relative_error(grads, expected_grads) < 1e-5
 
 
-def test_a_rematerialised_stack_has_the_same_gradients():
+def test_a_rematerialised_stack_multiplies_more_for_the_same_gradients():
     model = config()
-    graph, params, buffers = random_stack(repeats("--*"), model)
+    graph, params, buffers = random_stack(repeats("---*"), model)
     x_btd = jax.random.normal(jax.random.key(0), (2, 5, 12))
 
     def grads(remat):
@@ -135,9 +135,9 @@ def test_a_rematerialised_stack_has_the_same_gradients():
             stack = nnx.merge(graph, params, jax.tree.map(jnp.asarray, buffers))
             return jnp.sum(stack(x_btd, jnp.ones((2, 5), jnp.int32), plan)[0] ** 2)
 
-        text = str(jax.make_jaxpr(jax.grad(total))(params))
-        return jax.jit(jax.grad(total))(params), "checkpoint" in text or "remat" in text
+        products = str(jax.make_jaxpr(jax.grad(total))(params)).count("dot_general")
+        return jax.jit(jax.grad(total))(params), products
 
-    (plain, without), (remade, with_remat) = grads("none"), grads("full")
-    assert with_remat and not without
+    (plain, products), (remade, more_products) = grads("none"), grads("full")
+    assert more_products > products
     assert relative_error(remade, plain) < 1e-5

@@ -13,10 +13,9 @@ from orogen.config.plan import PlanConfig
 from orogen.moe.dispatch import expert_capacity, within_capacity
 from orogen.moe.reference import Options, Weights, choose, largest, mixture
 
-# The expert axis is over nothing; all of data; data and tensor together; part of data with tensor; part of tensor.
+# The expert axis is over nothing; data and tensor together; part of data with tensor; part of tensor.
 MESHES = {
     "1": {},
-    "2data": {"data": 2, "expert": 2},
     "4both": {"data": 2, "tensor": 2, "expert": 4},
     "8folded": {"data": 4, "tensor": 2, "expert": 4, "fsdp": "parameters"},
     "8tensor": {"data": 2, "tensor": 4, "expert": 2, "fsdp": "parameters"},
@@ -74,7 +73,7 @@ def test_every_token_may_go_to_every_expert(dispatch):
     given, data = weights(model, 8), inputs(model, 9, rows=2, length=6)
     expected = reference_result(model, given, data, sources=(1, 1), capacity=None)
     np.testing.assert_array_equal(expected.load_e, [(data.segments_bt != 0).sum()] * 4)
-    assert_equal(layer_result(model, PlanConfig(**MESHES["2data"], dispatch=dispatch), given, data), expected)
+    assert_equal(layer_result(model, PlanConfig(data=2, expert=2, dispatch=dispatch), given, data), expected)
 
 
 @pytest.mark.parametrize("dispatch", DISPATCHES)

@@ -86,7 +86,8 @@ class Mamba2(nnx.Module):
             chunk_size=self.chunk_size,
             implementation=plan.config.ssd,
         )
-        return (y_bthp + self.D[...][:, None].astype(x_bthp.dtype) * x_bthp).reshape(x_bti.shape)
+        skipped_bthp = self.D[...][:, None] * x_bthp  # in float32, as D is
+        return (y_bthp + skipped_bthp).astype(x_bti.dtype).reshape(x_bti.shape)
 
 
 def _initial_dt_bias(rngs: nnx.Rngs, heads: int) -> Array:

@@ -26,6 +26,11 @@ def configure(fake_devices: int | None = None) -> None:
     """
     # XLA:CPU warns of its own pseudo-features on every program it takes from the cache.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if fake_devices:
+        # Simulated devices share few cores: on a busy machine a thread may come to a collective later than the 40
+        # seconds after which XLA:CPU aborts the process.
+        patience = "--xla_cpu_collective_call_terminate_timeout_seconds=1800"
+        os.environ["XLA_FLAGS"] = f"{patience} {os.environ.get('XLA_FLAGS', '')}".strip()
     import jax
 
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every file it writes

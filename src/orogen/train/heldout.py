@@ -63,8 +63,12 @@ class Heldout:
 
     def _score(self, state: TrainState, batches: Iterable[Batch], n_bytes: int) -> Score:
         params = jax.jit(self.plan.working)(state.params)
-        sums = [self._nats(params, state.buffers, batch_to_devices(b, self.plan)) for b in batches]
-        nats, count = (sum(float(pair[i]) for pair in jax.device_get(sums)) for i in (0, 1))
+        nats = count = 0.0
+        for batch in batches:
+            # Fetched one by one: XLA:CPU runs out of threads, and its collectives wait for ever, when many programs
+            # over simulated devices are in flight (seen on jax 0.10.1).
+            more, counted = jax.device_get(self._nats(params, state.buffers, batch_to_devices(batch, self.plan)))
+            nats, count = nats + float(more), count + float(counted)
         return Score(nats / max(count, 1), nats / math.log(2) / max(n_bytes, 1))
 
     def _make(self):
