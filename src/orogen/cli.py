@@ -105,8 +105,12 @@ def train(options: argparse.Namespace) -> int:
         trained = run(config, text, options.run, resume=options.resume, log=_log)
     except NonFiniteError as error:
         return _fail(error, EXIT_FAILURE)
+    step, report = int(trained.state.step), options.run / "report.html"
     if not trained.finished:
-        _log(f"stopped after step {int(trained.state.step)}; --resume continues")
+        _answer(options, {"step": step, "finished": False}, [f"stopped after step {step}; --resume continues"])
+        return 0
+    if trained.steps == 0 and report.is_file():
+        _answer(options, {"step": step, "finished": True, "report": str(report)}, [f"done already: see {report}"])
         return 0
     facts = summarise(trained, config, text, options.run)
     _answer(options, facts, [f"{key}: {value}" for key, value in facts.items()])

@@ -114,3 +114,11 @@ def test_bytes_that_are_not_utf8_are_refused(tmp_path):
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
     with pytest.raises(ValueError, match=r"latin\.txt: byte 2 is not UTF-8"):
         _read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["cut.jsonl.gz", "damaged.jsonl.zst", "damaged.parquet"])
+def test_a_damaged_file_is_refused_by_name(tmp_path, name):
+    whole = gzip.compress(b'{"text": "hello"}\n' * 50)
+    (tmp_path / name).write_bytes(whole[: len(whole) // 2] if name.endswith("gz") else b"no such format")
+    with pytest.raises(ValueError, match=rf"{name}: .*expected a whole, undamaged file"):
+        list(read_documents(tmp_path, text_field="text"))

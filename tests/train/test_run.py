@@ -148,9 +148,9 @@ def test_sigterm_saves_and_leaves_with_status_zero(recipe, whole, tmp_path):
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment())
     wait_for(lambda: (folder / "metrics.jsonl").is_file() and len(complete_lines(folder)) >= 2, process)
     process.terminate()
-    _, log = process.communicate(timeout=120)
+    answer, log = process.communicate(timeout=120)
     assert process.returncode == 0, log
-    assert "--resume continues" in log
+    assert "--resume continues" in answer
     done = read_metrics(folder)[-1]["step"]
     assert (folder / "checkpoints" / str(done)).is_dir()
 

@@ -18,7 +18,7 @@ class DataConfig:
     text_field        the key (jsonl) or column (Parquet) that holds the text
     heldout_fraction  expected share of the documents kept for evaluation; 0 makes no such split
     tuning_fraction   the same, for choosing hyperparameters
-    seed              decides which document falls in which split, and the order of training, 0 to 2**32 - 1
+    seed              decides which document falls in which split, 0 to 2**32 - 1; TrainConfig.seed decides the order
     shuffle           False trains in the order of the document keys
     """
 

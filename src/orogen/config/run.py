@@ -129,6 +129,9 @@ class RunConfig:
                 "sequence_length",
                 f"a multiple of context x tensor = {self.plan.context} x {self.plan.tensor}",
             )
+        if self.train is not None and self.data is not None and self.data.heldout_fraction == 0:
+            expected = "0: DataConfig.heldout_fraction is 0, so there is nothing to compare on"
+            require(self.train.ngram_order == 0, self.train, "ngram_order", expected)
         if self.train is not None and self.optimizer is not None and self.optimizer.schedule == "wsd":
             rising, steps = self.optimizer.warmup_steps, self.train.steps
             expected = f"at most steps - warmup_steps = {steps} - {rising}"

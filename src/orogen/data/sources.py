@@ -4,11 +4,15 @@ import contextlib
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from orogen.config.checks import ConfigError
+
+# What gzip and pyarrow raise on a damaged file (pyarrow's errors are ValueErrors).
+DAMAGE = (EOFError, ValueError, zlib.error, gzip.BadGzipFile)
 
 
 class Document(NamedTuple):
@@ -28,7 +32,12 @@ def read_documents(path: str | Path, *, text_field: str) -> Iterator[Document]:
     root = Path(path)
     for file in _supported_files(root):
         key = file.name if root.is_file() else file.relative_to(root).as_posix()
-        yield from _reader(file)(file, key, text_field)
+        try:
+            yield from _reader(file)(file, key, text_field)
+        except ConfigError:
+            raise
+        except DAMAGE as error:
+            raise ConfigError(f"{file}: {error}: expected a whole, undamaged file") from error
 
 
 def unread_files(path: str | Path) -> int:
@@ -101,15 +110,20 @@ def _checked_text(text: object, text_field: str, *, where: str) -> str:
     return text
 
 
-def _open_lines(file: Path) -> contextlib.AbstractContextManager[Iterable[bytes]]:
-    if file.name.endswith(".gz"):
-        return gzip.open(file, "rb")
+@contextlib.contextmanager
+def _open_lines(file: Path) -> Iterator[Iterable[bytes]]:
     if file.name.endswith(".zst"):
         import zstandard  # here, so that only those who read .zst need it
 
-        # zstandard's own file object has no line iteration in binary mode
-        return io.BufferedReader(zstandard.open(file, "rb"))
-    return file.open("rb")
+        try:
+            # zstandard's own file object has no line iteration in binary mode
+            with io.BufferedReader(zstandard.open(file, "rb")) as lines:
+                yield lines
+        except zstandard.ZstdError as error:
+            raise ValueError(str(error)) from error
+    else:
+        with gzip.open(file, "rb") if file.name.endswith(".gz") else file.open("rb") as lines:
+            yield lines
 
 
 def _read_parquet(file: Path, key: str, text_field: str) -> Iterator[Document]:

@@ -210,10 +210,15 @@ def _bytes_of_tokens(backend: tokenizers.Tokenizer) -> list[bytes]:
 def _special_names(file: Path) -> dict[str, str]:
     if not file.is_file():
         return {"pad": PAD, "bos": BOS, "eos": EOS}
-    settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        settings: Any = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file}: {error}: expected JSON") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{file} holds {type(settings).__name__}: expected a JSON object")
     names = {role: settings.get(f"{role}_token") for role in ("pad", "bos", "eos")}
     # Hugging Face writes a special either as its text or as {"content": text, ...}.
-    names = {role: name["content"] if isinstance(name, dict) else name for role, name in names.items()}
+    names = {role: name.get("content") if isinstance(name, dict) else name for role, name in names.items()}
     if not isinstance(names["eos"], str):
         raise ConfigError(f"{file}: eos_token is {names['eos']!r}: expected the name of a token")
     return {role: name if name is not None else names["eos"] for role, name in names.items()}

@@ -18,7 +18,6 @@ from orogen.model.mamba2 import Mamba2
 from orogen.moe.layer import MoE
 from orogen.parallel.plan import Plan
 
-
 # Repetitions up to this many are written out, not looped over: as quick to compile, and a tenth faster on CPU, where
 # a loop copies what it keeps for the backward pass into stacks.
 WRITTEN_OUT = 2

@@ -76,7 +76,7 @@ _take_rows.defvjp(_take_rows_forward, _take_rows_backward)
 @jax.custom_vjp
 def _sum_rows(rows_rd: Array, w_nk: Array, slots_nk: Array, source_r: Array) -> Array:
     y_nkd = jnp.take(rows_rd, slots_nk, axis=0, mode="fill", fill_value=0)
-    return jnp.einsum("nkd,nk->nd", y_nkd, w_nk.astype(rows_rd.dtype))
+    return jnp.einsum("nkd,nk->nd", y_nkd, w_nk, preferred_element_type=jnp.float32).astype(rows_rd.dtype)
 
 
 def _sum_rows_forward(rows_rd, w_nk, slots_nk, source_r):

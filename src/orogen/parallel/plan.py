@@ -7,9 +7,11 @@ the identity, so one device runs the same code on a mesh of ones.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -77,11 +79,11 @@ class Plan:
     # Verbs, for use inside `run`.
 
     def weight(self, parameter: nnx.Variable) -> Array:
-        """The parameter, whole along the axes that FSDP shards; its gradient is scattered back."""
+        """The parameter, whole along the axes that FSDP shards; its gradient is scattered back, summed in float32."""
         value = parameter[...]
         for dim, axis in enumerate(_full_axes(parameter)):
             if axis in SHARDED and self.rules[axis]:
-                value = lax.all_gather(value, self.rules[axis], axis=dim, tiled=True)
+                value = _gather_weight(value, self.rules[axis], dim)
         return value
 
     def gather(self, x: Array, axis: str, *, dim: int = 1) -> Array:
@@ -104,7 +106,7 @@ class Plan:
 
     def total(self, tree: Any) -> Any:
         """Each leaf summed over every axis it varies over. Only for true partial sums: pieces, never copies."""
-        return jax.tree.map(lambda x: lax.psum(x, tuple(axes)) if (axes := varying_axes(x)) else x, tree)
+        return jax.tree.map(lambda x: lax.psum(x, tuple(sorted(axes))) if (axes := varying_axes(x)) else x, tree)
 
     def exchange(self, x: Array, axis: str) -> Array:
         """All-to-all: piece r of dimension 0 goes to rank r; the result is stacked by sender along dimension 0."""
@@ -125,6 +127,24 @@ class Plan:
 
     def _stored(self, axes: tuple[str | None, ...]) -> NamedSharding:
         return NamedSharding(self.mesh, _spec(self.storage, axes))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather_weight(x: Array, axes: MeshAxes, dim: int) -> Array:
+    """All pieces of `x`. What comes back is summed over ranks in float32, whatever x's dtype is."""
+    return lax.all_gather(x, axes, axis=dim, tiled=True)
+
+
+def _gather_weight_forward(x: Array, axes: MeshAxes, dim: int) -> tuple[Array, None]:
+    return _gather_weight(x, axes, dim), None
+
+
+def _gather_weight_backward(axes: MeshAxes, dim: int, _: None, g: Array) -> tuple[Array]:
+    summed = lax.psum_scatter(g.astype(jnp.float32), axes, scatter_dimension=dim, tiled=True)
+    return (summed.astype(g.dtype),)
+
+
+_gather_weight.defvjp(_gather_weight_forward, _gather_weight_backward)
 
 
 def make_plan(config: PlanConfig, model: ModelConfig, *, abstract: bool = False) -> Plan:

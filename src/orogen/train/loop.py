@@ -4,7 +4,6 @@ Letters: b batch, t time.
 """
 
 import itertools
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -15,18 +14,20 @@ import jax
 import numpy as np
 from flax import nnx
 
+from orogen.config.checks import require
 from orogen.config.run import RunConfig
 from orogen.data.loader import Corpus, Loader, open_corpus
 from orogen.data.packing import Batch
 from orogen.data.tokenizer import Tokenizer, check_vocab_size
+from orogen.model.count import count
 from orogen.model.lm import Built, build
 from orogen.parallel.plan import Plan, make_plan
 from orogen.simulate.flops import peak_flops, training_flops_per_token
 from orogen.train.checkpoint import Checkpoints, with_shardings
 from orogen.train.heldout import Heldout
 from orogen.train.metrics import MetricsWriter, Progress
-from orogen.train.optimizer import learning_rate, make_optimizer
-from orogen.train.run_folder import claim, environment, write_environment
+from orogen.train.optimizer import make_optimizer
+from orogen.train.run_folder import check_folder, describe_run, environment, keep_orphaned_metrics
 from orogen.train.state import TrainState, abstract_state, create_state
 from orogen.train.step import StepMetrics, batch_to_devices, make_step
 
@@ -36,13 +37,12 @@ class NonFiniteError(RuntimeError):
 
 
 class Trained(NamedTuple):
-    """What a finished (or stopped) run leaves in memory for whoever reports on it."""
+    """What a run leaves in memory for whoever reports on it: whether it is at its end, and the steps done just now."""
 
     state: TrainState
     corpus: Corpus
-    plan: Plan
-    built: Built
     finished: bool
+    steps: int
 
 
 def train(
@@ -54,33 +54,32 @@ def train(
     """
     config.need("model", "data", "train", "optimizer")
     plan = make_plan(config.plan, config.model)
+    check_folder(run_dir, config, resume=resume)
     saved = run_dir / "tokenizer"
-    corpus = open_corpus(config.data, tokenizer=Tokenizer.load(saved) if resume and saved.is_dir() else None)
+    known = Tokenizer.load(saved) if (saved / "tokenizer.json").is_file() else None
+    corpus = open_corpus(config.data, tokenizer=known)
     check_vocab_size(corpus.tokenizer, config.model.vocab_size)
     built = build(config.model)
-    claim(run_dir, config, text, resume=resume)
-    corpus.tokenizer.save(saved)
-    facts = environment(
-        seed=config.train.seed,
-        data=corpus.describe(),
-        parameters=parameter_count(built.params),
-        mesh={name: int(size) for name, size in plan.mesh.shape.items()},
-    )
-    write_environment(run_dir, facts)
     with Checkpoints(run_dir, keep=config.train.keep_checkpoints) as checkpoints, _Sigterm() as stop:
         run = _Run(config, plan, built, corpus, checkpoints)
         state = run.start()
+        corpus.tokenizer.save(saved)
+        describe_run(run_dir, text, _facts(config, plan, corpus))
         if run.first_step:
             log(f"continuing {run_dir} after step {run.first_step}")
-        with MetricsWriter(run_dir, resume_step=run.first_step if resume else None) as writer:
+        elif orphans := keep_orphaned_metrics(run_dir):
+            log(f"{run_dir} has no checkpoint: starting over; the metrics there are kept as {orphans.name}")
+        with MetricsWriter(run_dir, resume_step=run.first_step) as writer:
             state = run.steps(state, writer, stop)
         checkpoints.save(state, run.position)
-    return Trained(state, corpus, plan, built, int(state.step) >= config.train.steps)
+    step = int(state.step)
+    return Trained(state, corpus, step >= config.train.steps, step - run.first_step)
 
 
-def parameter_count(params: nnx.State) -> int:
-    """Number of trained values."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+def _facts(config: RunConfig, plan: Plan, corpus: Corpus) -> dict[str, Any]:
+    """What `env.json` says of this run."""
+    mesh = {name: int(size) for name, size in plan.mesh.shape.items()}
+    return environment(seed=config.train.seed, data=corpus.describe(), parameters=count(config.model), mesh=mesh)
 
 
 class _Sigterm:
@@ -107,12 +106,13 @@ class _Run:
         self.config, self.plan, self.built, self.corpus, self.checkpoints = config, plan, built, corpus, checkpoints
         train = config.train
         self.optimizer = make_optimizer(config.optimizer, train.steps, built.params)
-        self.schedule = learning_rate(config.optimizer, train.steps)
         self.step = make_step(built, config, plan, self.optimizer)
         self.heldout = Heldout(config, built, corpus) if len(corpus.splits["heldout"]) else None
         self.loader = train_loader(config, corpus)
         self.position: dict[str, Any] = self.loader.state()
         self.first_step = checkpoints.latest or 0
+        expected = f"at least {self.first_step}, the step that the run has reached"
+        require(train.steps >= self.first_step, train, "steps", expected)
         self.flops = training_flops_per_token(config.model, train.sequence_length)
         self.peak = peak_flops(jax.devices()[0].device_kind)
 
@@ -160,17 +160,26 @@ class _Run:
         fetched = jax.device_get(metrics)
         record = self._record(number, fetched, time.perf_counter() - self.clock)
         if scored is not None and self.heldout is not None:
-            score = self.heldout.full(scored) if number == self.config.train.steps else self.heldout.sample(scored)
+            score = self.heldout.sample(scored)
             record |= {"heldout_loss": score.loss, "heldout_bits_per_byte": score.bits_per_byte}
+            if number == self.config.train.steps:
+                score = self.heldout.full(scored)
+                record |= {"whole_heldout_loss": score.loss, "whole_heldout_bits_per_byte": score.bits_per_byte}
         writer.write(record)
         progress.update(number, record)
         if fetched.skipped_in_row >= self.config.train.max_skipped_steps:
             raise NonFiniteError(
-                f"step {number}: {fetched.skipped_in_row} steps in a row were not finite; the first bad gradient is "
-                f"{leaf_name(self.built.params, int(fetched.worst_leaf))}; expected fewer than "
+                f"step {number}: {fetched.skipped_in_row} steps in a row were not finite "
+                f"({self._culprit(fetched)}); expected fewer than "
                 f"TrainConfig.max_skipped_steps = {self.config.train.max_skipped_steps}"
             )
         self.clock = time.perf_counter()
+
+    def _culprit(self, metrics: StepMetrics) -> str:
+        """What was not finite. A loss that is not makes every gradient so, and then no leaf is to blame."""
+        if not np.isfinite(metrics.loss):
+            return f"the loss is {float(metrics.loss)}"
+        return f"first in the gradient of {leaf_name(self.built.params, int(metrics.worst_leaf))}"
 
     def _record(self, number: int, metrics: StepMetrics, seconds: float) -> dict[str, Any]:
         losses = metrics.nats / np.maximum(metrics.targets, 1)
@@ -183,7 +192,7 @@ class _Run:
             "tokens_per_second": tokens / seconds,
             "step_ms": 1e3 * seconds,
             "grad_norm": float(metrics.grad_norm),
-            "learning_rate": float(np.asarray(self.schedule(number - 1 - int(metrics.skipped)))),
+            "learning_rate": float(metrics.learning_rate),
             "skipped_steps": int(metrics.skipped),
         }
         if len(losses) > 1:
@@ -209,7 +218,6 @@ def batches_until(config: RunConfig, corpus: Corpus, step: int) -> Iterator[Batc
 
 
 def leaf_name(params: nnx.State, index: int) -> str:
-    """The path of the parameter that is leaf `index`; of the loss for -1."""
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    name = jax.tree_util.keystr(paths[index], simple=True, separator=".") if index >= 0 else "the loss"
-    return name.removesuffix(".value")
+    """The path of the parameter that is leaf `index`."""
+    path, _ = jax.tree_util.tree_leaves_with_path(params)[index]
+    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")

@@ -8,8 +8,9 @@ One line of `metrics.jsonl` is one JSON object, one a step, steps strictly incre
     tokens_per_second, step_ms, mfu (0 to 1), grad_norm, learning_rate
     expert_load           [MoE layer][expert]: (token, expert) assignments the router made in this step, drops included
     dropped_tokens        how many of those assignments no expert computed; a number, or a list over MoE layers
-    heldout_loss          nats per token of the held-out text, in the steps that evaluate
+    heldout_loss          nats per token of a fixed sample of the held-out text, in the steps that evaluate
     heldout_bits_per_byte the same in bits per byte of that text
+    whole_heldout_loss, whole_heldout_bits_per_byte: of all of it, in the run's last step
     skipped_steps         updates refused since the run began
 
 Only `step` is required and any other key may be added. JSON has no NaN or infinity: such a number is written as null

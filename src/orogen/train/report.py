@@ -55,7 +55,7 @@ def write_report(
         title=html.escape(title),
         style=_STYLE,
         headline=_headline_html(_headline(records, environment)),
-        baselines=_baselines_html(_last(column(records, "heldout_bits_per_byte")), baselines),
+        baselines=_baselines_html(_whole_heldout(records), baselines),
         figures="\n".join(figures),
         texts="\n".join(texts),
     )
@@ -68,7 +68,7 @@ def _headline(records: Records, environment: Mapping[str, Any]) -> dict[str, str
     """The numbers people ask for first, by label, without those the run did not record."""
     dropped_n = dropped_share(records)[1]
     facts = [
-        ("held-out bits per byte", _last(column(records, "heldout_bits_per_byte")), "{:.3f}".format),
+        ("held-out bits per byte", _whole_heldout(records), "{:.3f}".format),
         ("held-out loss, nats per token", _last(column(records, "heldout_loss")), "{:.3f}".format),
         ("training loss, nats per token", _last(running_mean(column(records, "loss"))), "{:.3f}".format),
         ("tokens", _last(tokens_seen(records)), short_number),
@@ -89,6 +89,12 @@ def _parameters(environment: Mapping[str, Any]) -> dict[str, float | None]:
     if isinstance(counts, Mapping):
         return {f"parameters, {name}": count for name, count in counts.items()}
     return {"parameters": counts}
+
+
+def _whole_heldout(records: Records) -> float | None:
+    """Bits per byte of the whole held-out text, scored at the end; of the last sample of it in a run without."""
+    whole = _last(column(records, "whole_heldout_bits_per_byte"))
+    return _last(column(records, "heldout_bits_per_byte")) if whole is None else whole
 
 
 def _last(values_n: Floats) -> float | None:

@@ -1,6 +1,7 @@
 """The run folder: whose it is, and what describes it (`config.gin`, `env.json`)."""
 
 import dataclasses
+import itertools
 import json
 import platform
 import subprocess
@@ -29,8 +30,8 @@ FREE_TRAIN_FIELDS = (
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-def claim(run_dir: Path, config: RunConfig, text: str, *, resume: bool) -> None:
-    """Makes `run_dir` this run's, or raises ConfigError and changes nothing.
+def check_folder(run_dir: Path, config: RunConfig, *, resume: bool) -> None:
+    """Raises ConfigError unless `run_dir` may become, or stay, the folder of this run. Changes nothing.
 
     A folder with a run in it is taken only with `resume`, and only if its config differs in nothing but the plan,
     the number of steps and what is written down.
@@ -44,17 +45,31 @@ def claim(run_dir: Path, config: RunConfig, text: str, *, resume: bool) -> None:
             raise ConfigError(f"run folder {str(run_dir)!r} has another config: {differing[0]}; expected an equal one")
         if not resume:
             raise ConfigError(f"run folder {str(run_dir)!r} holds a run; expected --resume or another folder")
-    elif run_dir.exists() and any(run_dir.iterdir()):
+    elif run_dir.exists() and any(path.suffix != ".tmp" for path in run_dir.iterdir()):
         raise ConfigError(f"run folder {str(run_dir)!r} is not empty and has no config.gin; expected a new folder")
+
+
+def describe_run(run_dir: Path, text: str, facts: dict[str, Any]) -> None:
+    """Writes `config.gin` and `env.json`."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(saved, text.encode())
+    write_atomically(run_dir / "config.gin", text.encode())
+    write_atomically(run_dir / "env.json", (json.dumps(facts, indent=2) + "\n").encode())
+
+
+def keep_orphaned_metrics(run_dir: Path) -> Path | None:
+    """Renames the metrics of a run that has no checkpoint to go on from; returns the new name, None without any."""
+    metrics = run_dir / "metrics.jsonl"
+    if not metrics.is_file():
+        return None
+    numbers = (run_dir / f"metrics.{number}.jsonl" for number in itertools.count(1))
+    return metrics.rename(next(name for name in numbers if not name.exists()))
 
 
 def _saved_config(file: Path) -> RunConfig:
     try:
         return load([file])[0]
     except ConfigError as error:
-        raise ConfigError(f"{file} cannot be read: {error}") from None
+        raise ConfigError(f"{file}: {error}") from None
 
 
 def _differences(saved: RunConfig, wanted: RunConfig) -> list[str]:
@@ -81,11 +96,6 @@ def environment(**facts: Any) -> dict[str, Any]:
         "devices": {"kind": device.device_kind, "platform": device.platform, "count": jax.device_count()},
         **facts,
     }
-
-
-def write_environment(run_dir: Path, facts: dict[str, Any]) -> None:
-    """Writes `env.json`."""
-    write_atomically(run_dir / "env.json", (json.dumps(facts, indent=2) + "\n").encode())
 
 
 def _commit() -> str | None:

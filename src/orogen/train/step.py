@@ -22,7 +22,7 @@ from orogen.moe.layer import Choice
 from orogen.parallel.plan import Plan
 from orogen.precision.policy import working_copy
 from orogen.train.loss import Sums, batch_counts, objective
-from orogen.train.optimizer import square_sums
+from orogen.train.optimizer import learning_rate, square_sums
 from orogen.train.state import TrainState, abstract_state
 
 Items = tuple[str | Repeat, ...]
@@ -40,6 +40,7 @@ class StepMetrics(NamedTuple):
     load_le: Array
     dropped: Array
     grad_norm: Array
+    learning_rate: Array
     worst_leaf: Array
     skipped: Array
     skipped_in_row: Array
@@ -144,7 +145,7 @@ def _accumulate(gradient: Callable, varied: Any, batch: Batch, replay: Any, plan
 def load_by_layer(load: list[Array], config: ModelConfig) -> Array:
     """Loads (l, e) in the order of the pattern, the MTP block's last, from those in the order of the buffers."""
     rows, offset = [], 0
-    for items in dict.fromkeys(_applied(config)):
+    for items in _applied(config)[:2]:  # the MTP block has one set of routers however often it is applied
         experts = [p for p, letter in zip(places(items), letters(items), strict=True) if letter == "E"]
         paths = sorted({place.path for place in experts})
         rows += [load[offset + paths.index(place.path)][place.index] for place in experts]
@@ -184,6 +185,7 @@ def make_step(
     """The jitted training step. It donates the state and returns it in the same layout."""
     gradient = gradients(built, config.model, plan, config.train.compute_dtype)
     bias_rate = config.train.router_bias_update_rate
+    rate = learning_rate(config.optimizer, config.train.steps)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         loss, grads, counts, sums = gradient(plan.working(state.params), state.buffers, batch)
@@ -199,6 +201,7 @@ def make_step(
             load_le=load_by_layer(sums.load, config.model),
             dropped=sums.dropped,
             grad_norm=jnp.sqrt(squares.sum()),
+            learning_rate=jnp.asarray(rate(state.step - state.skipped), jnp.float32),
             worst_leaf=jnp.where(finite_leaves.all(), -1, jnp.argmin(finite_leaves)),
             skipped=new.skipped,
             skipped_in_row=new.skipped_in_row,
