@@ -1,6 +1,6 @@
 # Every target sets itself up in $(VENV), from requirements.lock, and leaves the system's Python alone.
 VENV := .venv
-WORKERS := 0#     pytest processes; 0 runs the tests in one
+WORKERS := 2#     pytest processes; 0 runs the tests in one
 ARGS :=#          further arguments of pytest
 
 SUITABLE := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))

@@ -58,6 +58,13 @@ def _parser() -> argparse.ArgumentParser:
     task.add_argument("--top_p", type=float, default=0.95)
     task.add_argument("--seed", type=int, default=0)
     _common(task)
+    task = tasks.add_parser("bench", help="time Orogen, with a peer beside it in the same run")
+    task.set_defaults(task=bench)
+    task.add_argument("name", choices=("cpu_train",), help="cpu_train: whole training steps on this CPU")
+    task.add_argument("--peer", choices=("torch",), help="transformers on torch, from the extra `peer`")
+    task.add_argument("--models", default="dense,moe", metavar="A,B")
+    task.add_argument("--steps", type=_positive, default=15, help="counted steps of each program")
+    _common(task)
     return parser
 
 
@@ -150,6 +157,15 @@ def verify(options: argparse.Namespace) -> int:
     facts = {**verdict._asdict(), "passed": verdict.passed}
     _answer(options, facts, [f"{key:>20}  {value}" for key, value in facts.items()])
     return 0 if verdict.passed else EXIT_FAILURE
+
+
+def bench(options: argparse.Namespace) -> int:
+    """`orogen bench`."""
+    from orogen.bench.cpu_train import bench as run
+
+    facts = run(options.models.split(","), peer=options.peer, steps=options.steps)
+    _answer(options, facts, json.dumps(facts, indent=2).splitlines())
+    return 0
 
 
 def generate(options: argparse.Namespace) -> int:

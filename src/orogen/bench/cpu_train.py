@@ -73,7 +73,7 @@ def compare(
         "orogen": {"parameters": parameters, "threads": threads, "start_seconds": round(compiled, 2),
                    **_summary(ours, tokens)},
     }  # fmt: skip
-    if other:
+    if other and peer:
         theirs = [seconds for _, seconds in rounds if seconds]
         facts[peer] = {**other.facts, **_summary(theirs, tokens)}
         facts["ratio"] = _ratio(ours, theirs, "wall")
@@ -85,7 +85,7 @@ def _training_step(model: ModelConfig, *, batch_size: int, sequence_length: int)
     """One step on a fixed random batch, from which state goes on to the next, and the number of parameters."""
     train = TrainConfig(steps=1000, batch_size=batch_size, sequence_length=sequence_length, seed=0)
     optimizer_config = OptimizerConfig(learning_rate=1e-4, schedule="constant")
-    config = RunConfig(model=model, plan=PlanConfig(), data=None, train=train, optimizer=optimizer_config)
+    config = RunConfig(model=model, plan=PlanConfig(), train=train, optimizer=optimizer_config)
     plan, built = make_plan(config.plan, model), build(model)
     optimizer = make_optimizer(optimizer_config, train.steps, built.params)
     run = make_step(built, config, plan, optimizer)
@@ -112,9 +112,13 @@ def _summary(samples: Sequence[Seconds], tokens: int) -> dict[str, Any]:
     wall = [s.wall for s in samples]
     low, middle, high = _quartiles(wall)
     return {
-        "tokens_per_second": round(tokens / middle, 1), "median": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)],
-        "best": round(min(wall), 4), "cpu": round(statistics.median(s.cpu for s in samples), 4), "steps": len(samples),
-    }  # fmt: skip
+        "tokens_per_second": round(tokens / middle, 1),
+        "median": round(middle, 6),
+        "quartiles": [round(low, 6), round(high, 6)],
+        "best": round(min(wall), 6),
+        "cpu": round(statistics.median(s.cpu for s in samples), 6),
+        "steps": len(samples),
+    }
 
 
 def _ratio(ours: Sequence[Seconds], theirs: Sequence[Seconds], clock: str) -> dict[str, Any]:

@@ -170,11 +170,15 @@ def apply_gradients(
 ) -> TrainState:
     """The state after one update, or, unless `finite`, the same state with the step counted as skipped."""
     grads = lax.with_sharding_constraint(grads, plan.shardings(grads))
-    updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
-    leaves, structure = jax.tree.flatten(state.buffers)
-    biases = [update_bias(bias, part, bias_rate) for bias, part in zip(leaves, load, strict=True)]
-    new = (optax.apply_updates(state.params, updates), jax.tree.unflatten(structure, biases), opt_state)
-    kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (state.params, state.buffers, state.optimizer))
+
+    def update(params: nnx.State, buffers: nnx.State, opt_state: optax.OptState) -> tuple[Any, ...]:
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        leaves, structure = jax.tree.flatten(buffers)
+        biases = [update_bias(bias, part, bias_rate) for bias, part in zip(leaves, load, strict=True)]
+        return optax.apply_updates(params, updates), jax.tree.unflatten(structure, biases), opt_state
+
+    # A condition, since choosing between the old and new values of each element copies the old moments first.
+    kept = lax.cond(finite, update, lambda *old: old, state.params, state.buffers, state.optimizer)
     missed = 1 - finite.astype(jnp.int32)
     return TrainState(state.step + 1, state.skipped + missed, (state.skipped_in_row + 1) * missed, *kept)
 
