@@ -1,44 +1,82 @@
-"""The CPU training benchmark: what it reports, whom it refuses, and that the peer is the same model."""
+"""The CPU training benchmark on models small enough to compile in seconds; no test looks at how fast anything is."""
+
+import dataclasses
+import importlib.util
+import json
 
 import pytest
 
-from orogen.bench.cpu_train import CONFIGS, bench, compare
+from orogen.bench import cpu_train, peers
 from orogen.config.checks import ConfigError
 from orogen.config.load import load
-from orogen.config.model import ModelConfig
 
-TINY = {
-    "pattern": "M-*E", "vocab_size": 64, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1,
-    "head_dim": 8, "intermediate_size": 24, "mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 2,
-    "ssm_state_size": 8, "chunk_size": 8, "n_routed_experts": 4, "num_experts_per_tok": 2,
-    "moe_intermediate_size": 12, "moe_shared_expert_intermediate_size": 20,
-}  # fmt: skip
+SHAPE = {"batch_size": 2, "sequence_length": 24}
 
 
-def test_it_reports_throughput_and_spread():
-    facts = compare(ModelConfig(**TINY), peer=None, steps=2, threads=2, batch_size=1, sequence_length=16)
+def tiny(name):
+    """The benchmark's model, shrunk in every size."""
+    sizes = {
+        "pattern": "M-*" if name == "dense" else "ME*", "vocab_size": 48, "hidden_size": 32, "num_attention_heads": 4,
+        "head_dim": 8, "mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 16, "chunk_size": 8,
+    }  # fmt: skip
+    experts = {"moe_intermediate_size": 24, "moe_shared_expert_intermediate_size": 40}
+    sizes |= {"intermediate_size": 56} if name == "dense" else experts
+    return dataclasses.replace(load([cpu_train.CONFIGS / f"bench_{name}.gin"])[0].model, **sizes)
+
+
+@pytest.mark.parametrize("name", cpu_train.MODELS)
+def test_facts_without_a_peer(name):
+    model = tiny(name)
+    facts = json.loads(json.dumps(cpu_train.compare(model, peer=None, steps=3, threads=2, **SHAPE)))
     ours = facts["orogen"]
-    assert ours["steps"] == 2
-    assert ours["tokens_per_second"] == pytest.approx(16 / ours["median"], rel=1e-2)
-    assert ours["quartiles"][0] <= ours["median"] <= ours["quartiles"][1]
+    assert facts["pattern"] == model.pattern and set(facts) == {"pattern", "batch_size", "sequence_length", "orogen"}
+    assert ours["steps"] == 3 and ours["threads"] == 2 and ours["tokens_per_second"] > 0
+    assert ours["best"] <= ours["quartiles"][0] <= ours["median"] <= ours["quartiles"][1]
 
 
-def test_an_unknown_model_is_refused():
-    with pytest.raises(ConfigError, match="--models has 'large'; expected some of dense, moe"):
-        bench(["dense", "large"], peer=None, steps=1)
+def test_ratio_is_of_neighbouring_steps():
+    ours = [peers.Seconds(1.0, 2.0), peers.Seconds(2.0, 2.0), peers.Seconds(4.0, 2.0)]
+    theirs = [peers.Seconds(3.0, 1.0), peers.Seconds(2.0, 4.0), peers.Seconds(8.0, 5.0)]
+    assert cpu_train._ratio(ours, theirs, "wall") == {"median": 2.0, "quartiles": [1.5, 2.5]}
+    assert cpu_train._ratio(ours, theirs, "cpu") == {"median": 2.0, "quartiles": [1.25, 2.25]}
 
 
-def test_the_models_have_the_published_number_of_parameters():
+@pytest.mark.parametrize(("name", "parameters"), [("dense", 37_178_352), ("moe", 52_927_472)])
+def test_models_have_the_sizes_they_are_known_by(name, parameters):
     from orogen.model.count import count
 
-    sizes = {name: count(load([CONFIGS / f"bench_{name}.gin"])[0].model)["total"] for name in ("dense", "moe")}
-    assert {name: round(size / 1e6, 1) for name, size in sizes.items()} == {"dense": 37.2, "moe": 52.9}
+    model = load([cpu_train.CONFIGS / f"bench_{name}.gin"])[0].model
+    # The peer counts no correction bias: it is a buffer there too.
+    biases = model.layers.main.count("E") * (model.n_routed_experts or 0)
+    assert count(model)["total"] - biases == parameters
+
+
+def test_refuses_what_it_does_not_know():
+    with pytest.raises(ConfigError, match=r"--models has 'sparse'; expected some of dense, moe"):
+        cpu_train.bench(["sparse"], peer=None, steps=1)
+    with pytest.raises(ConfigError, match=r"--peer is 'numpy'; expected one of torch"):
+        cpu_train.bench(["dense"], peer="numpy", steps=1)
+    with pytest.raises(ConfigError, match=r"compares 100000 threads; expected as many processors"):
+        cpu_train.bench(["dense"], peer=None, steps=1, threads=100_000)
+
+
+def test_a_peer_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"torch and transformers not installed; expected the extra `peer`"):
+        cpu_train.bench(["dense"], peer="torch", steps=1)
 
 
 @pytest.mark.peer
-def test_the_peer_is_the_same_model_and_takes_its_turns():
-    facts = compare(ModelConfig(**TINY), peer="torch", steps=2, threads=2, batch_size=1, sequence_length=16)
-    # transformers counts the router's correction biases as a buffer, as we do.
+@pytest.mark.parametrize("name", cpu_train.MODELS)
+def test_peer_trains_the_same_model(name):
+    facts = json.loads(json.dumps(cpu_train.compare(tiny(name), peer="torch", steps=2, threads=2, **SHAPE)))
     assert facts["torch"]["parameters"] == facts["orogen"]["parameters"]
+    assert facts["torch"]["threads"] == facts["orogen"]["threads"] == 2
     assert facts["torch"]["steps"] == facts["orogen"]["steps"] == 2
-    assert facts["ratio"]["median"] > 0
+    assert facts["ratio"]["median"] > 0 and facts["cpu_ratio"]["median"] > 0
+
+
+@pytest.mark.peer
+def test_a_peer_that_fails_says_so():
+    with pytest.raises(RuntimeError, match="the peer's process ended with status 1"):
+        peers.Peer(tiny("dense"), batch_size=0, sequence_length=-1, threads=2)

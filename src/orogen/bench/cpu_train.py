@@ -44,7 +44,8 @@ def bench(models: Sequence[str], *, peer: str | None, steps: int, threads: int =
         raise ConfigError(f"--models has {unknown[0]!r}; expected some of {', '.join(MODELS)}")
     if peer is not None:
         require_peer(peer)
-    if (processors := len(os.sched_getaffinity(0))) < threads:
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if processors < threads:
         raise ConfigError(f"cpu_train compares {threads} threads; expected as many processors, found {processors}")
     os.environ["NPROC"] = str(threads)  # the size of XLA:CPU's pools
     jax.config.update("jax_platforms", "cpu")

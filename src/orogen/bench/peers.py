@@ -59,6 +59,8 @@ class Peer:
             [sys.executable, "-m", "orogen.bench.peers"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env={**os.environ, "OMP_NUM_THREADS": str(threads), "TRANSFORMERS_VERBOSITY": "error"},
         )  # fmt: skip
+        assert self._process.stdin is not None and self._process.stdout is not None  # both are pipes
+        self._questions, self._answers = self._process.stdin, self._process.stdout
         try:
             self.facts: dict[str, Any] = self._ask(json.dumps(sizes))
         except BaseException:
@@ -70,8 +72,8 @@ class Peer:
         return Seconds(**self._ask("step"))
 
     def _ask(self, line: str) -> Any:
-        print(line, file=self._process.stdin, flush=True)
-        answer = self._process.stdout.readline()
+        print(line, file=self._questions, flush=True)
+        answer = self._answers.readline()
         if not answer:
             raise RuntimeError(f"the peer's process ended with status {self._process.wait()}; its own words are above")
         return json.loads(answer)
@@ -80,16 +82,16 @@ class Peer:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._process.stdin.close()
-        self._process.stdout.close()
+        self._questions.close()
+        self._answers.close()
         self._process.wait()
 
 
 def _serve() -> None:
     """The peer's process: answers until its input ends."""
     answers, sys.stdout = sys.stdout, sys.stderr  # nothing but answers may reach the pipe
-    import torch
-    import transformers
+    import torch  # pyright: ignore[reportMissingImports]
+    import transformers  # pyright: ignore[reportMissingImports]
 
     sizes = json.loads(sys.stdin.readline())
     torch.set_num_threads(sizes["threads"])
