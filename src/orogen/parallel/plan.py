@@ -80,7 +80,7 @@ class Plan:
 
     def weight(self, parameter: nnx.Variable) -> Array:
         """The parameter, whole along the axes that FSDP shards; its gradient is scattered back, summed in float32."""
-        value = parameter[...]
+        value: Any = parameter[...]
         for dim, axis in enumerate(_full_axes(parameter)):
             if axis in SHARDED and self.rules[axis]:
                 value = _gather_weight(value, self.rules[axis], dim)
