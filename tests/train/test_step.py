@@ -18,7 +18,7 @@ from orogen.train.state import create_state
 from orogen.train.step import batch_to_devices, gradients, load_by_layer, make_step, update_bias
 from orogen.train.verify import packed_batch
 
-GOLDEN = Path(__file__).parents[1] / "goldens" / "losses.json"
+GOLDEN = Path(__file__).parents[1] / "fixtures" / "losses.json"
 
 
 class Run:
