@@ -5,13 +5,14 @@ Tests that need an accelerator run on one with JAX_PLATFORMS=cuda,cpu in front o
 
 import os
 
-from orogen.parallel.runtime import compile_cache_folder
+from orogen.parallel.runtime import compile_cache_folder, make_room_for
 
 # Through the environment, so that the commands which tests start share them; before jax is imported, which reads them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA:CPU warns of each program it takes from the cache
 # Tests compile a hundred small programs and run each once: less optimisation halves their time.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+make_room_for(8)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compile_cache_folder()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

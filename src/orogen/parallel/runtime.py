@@ -9,6 +9,7 @@ import platform
 
 # Of mallopt(3): block sizes from which glibc maps memory of its own, and free space it keeps at the top.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+THREADS_PER_FAKE_DEVICE = 4
 
 
 def compile_cache_folder() -> pathlib.Path:
@@ -31,12 +32,7 @@ def configure(fake_devices: int | None = None) -> None:
     # XLA:CPU warns of its own pseudo-features on every program it takes from the cache.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if fake_devices:
-        # Simulated devices share few cores: on a busy machine a thread may come to a collective later than the 40
-        # seconds after which XLA:CPU aborts the process.
-        patience = "--xla_cpu_collective_call_terminate_timeout_seconds=1800"
-        flags = os.environ.get("XLA_FLAGS", "")
-        if patience.split("=")[0] not in flags:
-            os.environ["XLA_FLAGS"] = f"{patience} {flags}".strip()
+        make_room_for(fake_devices)
     import jax
 
     _keep_freed_memory()
@@ -48,6 +44,24 @@ def configure(fake_devices: int | None = None) -> None:
         jax.config.update("jax_compilation_cache_dir", str(compile_cache_folder()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def make_room_for(devices: int) -> None:
+    """Keeps `devices` simulated ones from waiting for each other for ever. To be called before jax makes its devices.
+
+    On XLA:CPU a collective holds a thread of a pool until its last participant has come, and the pool has one thread a
+    device. A program whose devices can each wait in two collectives at once (one inside a loop, one beside it) may fill
+    the pool with waiting threads while a participant has none to run on; XLA aborts after 40 seconds (seen on jax
+    0.10.1: a step of 8 devices on a busy machine). More threads are the cure, and the name for their number is NPROC.
+    """
+    threads = THREADS_PER_FAKE_DEVICE * devices
+    if not os.environ.get("NPROC", "").isdecimal() or int(os.environ["NPROC"]) < threads:
+        os.environ["NPROC"] = str(threads)
+    # Devices that share few cores may also come late for no other reason than that.
+    patience = "--xla_cpu_collective_call_terminate_timeout_seconds=1800"
+    flags = os.environ.get("XLA_FLAGS", "")
+    if patience.split("=")[0] not in flags:
+        os.environ["XLA_FLAGS"] = f"{patience} {flags}".strip()
 
 
 def _keep_freed_memory() -> None:
