@@ -39,12 +39,16 @@ def parameters() -> nnx.State:
     return jax.jit(lambda: initial_state(hybrid(), 0)[0])()
 
 
+def apply(config: OptimizerConfig, grads: nnx.State):
+    """The first update from `grads`, and the optimizer's state after it."""
+    tx, params = make_optimizer(config, 10, build(hybrid()).params), parameters()
+    return jax.jit(tx.update)(grads, tx.init(params), params, grad_norm=optax.tree.norm(grads))
+
+
 def update(config: OptimizerConfig, *, gradient: float):
     """Each parameter's update by its path, from gradients that are all `gradient`."""
     params = parameters()
-    tx = make_optimizer(config, 10, build(hybrid()).params)
-    grads = jax.tree.map(lambda p: jnp.full_like(p, gradient), params)
-    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    updates, _ = apply(config, jax.tree.map(lambda p: jnp.full_like(p, gradient), params))
     flat = jax.tree_util.tree_leaves_with_path(updates, is_leaf=lambda x: isinstance(x, nnx.Variable))
     values = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nnx.Variable))
     return [
@@ -84,11 +88,8 @@ def test_muon_takes_matrices_inside_the_network(axes, muon):
 
 def test_muon_orthogonalises_each_expert_and_layer_on_its_own():
     config = OptimizerConfig(name="muon", learning_rate=1.0, schedule="constant", weight_decay=0.0, clip_norm=1e9)
-    params = parameters()
-    tx = make_optimizer(config, 10, build(hybrid()).params)
     keys = iter(jax.random.split(jax.random.key(1), 200))
-    grads = jax.tree.map(lambda p: jax.random.normal(next(keys), p.shape), params)
-    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    updates, _ = apply(config, jax.tree.map(lambda p: jax.random.normal(next(keys), p.shape), parameters()))
     up = np.asarray(updates["backbone"]["children"][1]["children"][0]["mixer"]["experts"]["up"][...])
     assert up.shape == (2, 24, 24, 20)  # layers, experts, latent, hidden
     singular = np.linalg.svd(up, compute_uv=False)
@@ -96,10 +97,10 @@ def test_muon_orthogonalises_each_expert_and_layer_on_its_own():
     np.testing.assert_allclose(singular, 0.2 * 24**0.5, rtol=0.4)
 
 
-def test_clipping_is_by_the_global_norm():
-    config = OptimizerConfig(learning_rate=1.0, clip_norm=0.5)
-    params = parameters()
-    tx = make_optimizer(config, 10, build(hybrid()).params)
-    _, state = jax.jit(tx.update)(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+@pytest.mark.parametrize("norm, clipped", [(20.0, 0.5), (0.5, 0.5), (0.25, 0.25), (0.0, 0.0)])
+def test_clipping_is_by_the_global_norm(norm, clipped):
+    ones = jax.tree.map(jnp.ones_like, parameters())
+    scale = norm / optax.tree.norm(ones)
+    _, state = apply(OptimizerConfig(learning_rate=1.0, clip_norm=0.5), jax.tree.map(lambda x: x * scale, ones))
     moment = optax.tree.norm(optax.tree.get(state, "mu"))  # (1 - beta1) of the clipped gradient
-    assert float(moment) == pytest.approx(0.1 * 0.5, rel=1e-4)
+    assert float(moment) == pytest.approx(0.1 * clipped, rel=1e-4)

@@ -41,8 +41,9 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([rising, after], [config.warmup_steps])
 
 
-def make_optimizer(config: OptimizerConfig, steps: int, params: nnx.State) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW, or Muon for matrices and AdamW for the rest.
+def make_optimizer(config: OptimizerConfig, steps: int, params: nnx.State) -> optax.GradientTransformationExtraArgs:
+    """Clipping by global norm, which `update` is given as `grad_norm`, then AdamW, or Muon for matrices and AdamW for
+    the rest.
 
     params: abstract or real, with axis names: stacking gives a norm two dimensions, its axes still say it is a vector.
     """
@@ -52,7 +53,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, params: nnx.State) -> op
         rate, config.beta1, config.beta2, config.epsilon, weight_decay=config.weight_decay, mask=mask
     )
     if config.name == "adamw":
-        return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw(decayed))
+        return optax.chain(_clip(config.clip_norm), adamw(decayed))
     labels = _by_axes(params, lambda axes: "muon" if is_matrix(axes) else "adamw")
     muon = contrib.muon(
         rate,
@@ -62,7 +63,17 @@ def make_optimizer(config: OptimizerConfig, steps: int, params: nnx.State) -> op
     )
     keep = lambda tree: jax.tree.map(lambda label, d: d and label == "adamw", labels, decayed)  # noqa: E731
     parts: Any = {"muon": muon, "adamw": adamw(keep)}
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.partition(parts, labels))
+    return optax.chain(_clip(config.clip_norm), optax.partition(parts, labels))
+
+
+def _clip(limit: float) -> optax.GradientTransformationExtraArgs:
+    """optax.clip_by_global_norm for a norm that is known: it would be computed again, a pass over every gradient."""
+
+    def update(grads, state, params=None, *, grad_norm, **_):
+        factor = limit / jnp.maximum(grad_norm, limit)
+        return jax.tree.map(lambda g: g * factor, grads), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def square_sums(tree: Any) -> Array:

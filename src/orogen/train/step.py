@@ -162,9 +162,10 @@ def apply_gradients(
     state: TrainState,
     grads: nnx.State,
     load: list[Array],
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     plan: Plan,
     *,
+    grad_norm: Array,
     bias_rate: float,
     finite: Array,
 ) -> TrainState:
@@ -172,7 +173,7 @@ def apply_gradients(
     grads = lax.with_sharding_constraint(grads, plan.shardings(grads))
 
     def update(params: nnx.State, buffers: nnx.State, opt_state: optax.OptState) -> tuple[Any, ...]:
-        updates, opt_state = optimizer.update(grads, opt_state, params)
+        updates, opt_state = optimizer.update(grads, opt_state, params, grad_norm=grad_norm)
         leaves, structure = jax.tree.flatten(buffers)
         biases = [update_bias(bias, part, bias_rate) for bias, part in zip(leaves, load, strict=True)]
         return optax.apply_updates(params, updates), jax.tree.unflatten(structure, biases), opt_state
@@ -184,7 +185,7 @@ def apply_gradients(
 
 
 def make_step(
-    built: Built, config: RunConfig, plan: Plan, optimizer: optax.GradientTransformation
+    built: Built, config: RunConfig, plan: Plan, optimizer: optax.GradientTransformationExtraArgs
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """The jitted training step. It donates the state and returns it in the same layout."""
     gradient = gradients(built, config.model, plan, config.train.compute_dtype)
@@ -196,7 +197,10 @@ def make_step(
         squares = square_sums(grads)
         finite_leaves = jnp.isfinite(squares)
         finite = finite_leaves.all() & jnp.isfinite(loss)
-        new = apply_gradients(state, grads, sums.load, optimizer, plan, bias_rate=bias_rate, finite=finite)
+        grad_norm = jnp.sqrt(squares.sum())
+        new = apply_gradients(
+            state, grads, sums.load, optimizer, plan, grad_norm=grad_norm, bias_rate=bias_rate, finite=finite
+        )
         metrics = StepMetrics(
             loss=loss,
             nats=sums.nats,
@@ -204,7 +208,7 @@ def make_step(
             tokens=counts.tokens[0],
             load_le=load_by_layer(sums.load, config.model),
             dropped=sums.dropped,
-            grad_norm=jnp.sqrt(squares.sum()),
+            grad_norm=grad_norm,
             learning_rate=jnp.asarray(rate(state.step - state.skipped), jnp.float32),
             worst_leaf=jnp.where(finite_leaves.all(), -1, jnp.argmin(finite_leaves)),
             skipped=new.skipped,

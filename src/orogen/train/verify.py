@@ -18,7 +18,7 @@ from orogen.model.lm import Built, build, initial_state
 from orogen.moe.layer import Choice
 from orogen.parallel.plan import Plan, make_plan, single_device_plan
 from orogen.train.loop import leaf_name
-from orogen.train.optimizer import make_optimizer
+from orogen.train.optimizer import make_optimizer, square_sums
 from orogen.train.state import TrainState
 from orogen.train.step import apply_gradients, batch_to_devices, experts_of, gradients
 
@@ -176,15 +176,23 @@ def _largest_difference(reference: Any, other: Any) -> float:
 
 
 def _updated(
-    built: Built, train: TrainConfig, rule: optax.GradientTransformation, plan: Plan, start: Any, step: _Step
+    built: Built, train: TrainConfig, rule: optax.GradientTransformationExtraArgs, plan: Plan, start: Any, step: _Step
 ) -> tuple[nnx.State, nnx.State]:
     """Parameters and router biases after one update on `plan`, on the host."""
 
     def update(params, buffers, grads, load):
         zero = jnp.zeros((), jnp.int32)
         state = TrainState(zero, zero, zero, params, buffers, rule.init(params))
-        finite = jnp.asarray(True)
-        new = apply_gradients(state, grads, load, rule, plan, bias_rate=train.router_bias_update_rate, finite=finite)
+        new = apply_gradients(
+            state,
+            grads,
+            load,
+            rule,
+            plan,
+            grad_norm=jnp.sqrt(square_sums(grads).sum()),
+            bias_rate=train.router_bias_update_rate,
+            finite=jnp.asarray(True),
+        )
         return new.params, new.buffers
 
     layout = (plan.shardings(built.params), plan.shardings(built.buffers))
