@@ -214,8 +214,12 @@ UNREADABLE = {
         "PlanConfig.fsdp = parameters",
         "cannot read the value parameters; expected a number, a quoted string, True, False, None or a list",
     ),
-    "open bracket": ("TrainConfig.sample_prompts = ('a',", "EOF in multi-line statement"),
-    "open quote": ("ModelConfig.pattern = 'M", "Unable to parse value."),
+    # Of an open bracket or quote Python's own tokenizer tells gin, in other words since Python 3.12.
+    "open bracket": (
+        "TrainConfig.sample_prompts = ('a',",
+        ("EOF in multi-line statement", "unexpected EOF in multi-line statement"),
+    ),
+    "open quote": ("ModelConfig.pattern = 'M", ("Unable to parse value.", "unterminated string literal")),
     "no value": ("ModelConfig.hidden_size", "Couldn't parse statement, expected ':' or '='."),
     "two values": ("ModelConfig.hidden_size = 3 4", "Expected newline."),
 }
@@ -224,11 +228,12 @@ UNREADABLE = {
 @pytest.mark.parametrize(("line", "message"), UNREADABLE.values(), ids=UNREADABLE)
 def test_bad_syntax_is_refused_in_one_line_with_its_file(write, line, message):
     file = write(line + "\n")
-    assert refusal(file).startswith(f"{file}: {message}")
-    assert refusal(write("include 'bad.gin'\n"), write(line + "\n", "home/bad.gin")).startswith(
-        f"{file.with_name('bad.gin')}: {message}"
-    )
-    assert refusal(write(MAMBA), bindings=(line,)).startswith(f"gin: {message}")
+    included = write(line + "\n", "home/bad.gin")
+    messages = (message,) if isinstance(message, str) else message
+    begins = lambda text, where: text.startswith(tuple(f"{where}: {m}" for m in messages))  # noqa: E731
+    assert begins(refusal(file), file)
+    assert begins(refusal(write("include 'bad.gin'\n"), included), included)
+    assert begins(refusal(write(MAMBA), bindings=(line,)), "gin")
 
 
 def test_bytes_that_are_no_text_are_refused(write):
