@@ -69,9 +69,9 @@ def make_optimizer(config: OptimizerConfig, steps: int, params: nnx.State) -> op
 def _clip(limit: float) -> optax.GradientTransformationExtraArgs:
     """optax.clip_by_global_norm for a norm that is known: it would be computed again, a pass over every gradient."""
 
-    def update(grads, state, params=None, *, grad_norm, **_):
-        factor = limit / jnp.maximum(grad_norm, limit)
-        return jax.tree.map(lambda g: g * factor, grads), state
+    def update(updates, state, params=None, **extra):
+        factor = limit / jnp.maximum(extra["grad_norm"], limit)
+        return jax.tree.map(lambda g: g * factor, updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
