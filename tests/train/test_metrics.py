@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 
+from orogen.config.checks import ConfigError
 from orogen.train.metrics import MetricsWriter, Progress, read_metrics, write_atomically
 
 
@@ -95,7 +96,7 @@ def test_a_broken_line_in_the_middle_is_an_error_and_changes_nothing(tmp_path):
     broken = b"".join([lines[0], lines[1][:9] + b"\n", *lines[2:]])
     (tmp_path / "metrics.jsonl").write_bytes(broken)
     for read in (lambda: read_metrics(tmp_path), lambda: MetricsWriter(tmp_path, resume_step=4)):
-        with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is .* expected a JSON object"):
+        with pytest.raises(ConfigError, match=r"metrics\.jsonl, line 2 is .* expected a JSON object"):
             read()
     assert (tmp_path / "metrics.jsonl").read_bytes() == broken
 
