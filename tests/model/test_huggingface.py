@@ -18,6 +18,7 @@ from tests.model.huggingface_weights import fill, layer_values, module, values
 
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
+from orogen.layers.documents import documents
 from orogen.model.block import Layer
 from orogen.model.lm import build
 from orogen.parallel.plan import make_plan
@@ -71,7 +72,7 @@ def answers(name: str) -> tuple[jax.Array, jax.Array, nnx.State]:
     rows = 2 * LENGTHS.index(37) + np.arange(2)[:, None]
 
     def loss(params):
-        logits_btv = nnx.merge(graph, params, buffers).logits(tokens_bt, segments_bt, plan)
+        logits_btv = nnx.merge(graph, params, buffers).logits(tokens_bt, documents(segments_bt), plan)
         likelihood_btv = jax.nn.log_softmax(logits_btv[rows, np.arange(36)])
         return -jnp.take_along_axis(likelihood_btv, tokens_bt[rows, np.arange(1, 37)][..., None], -1).mean(), logits_btv
 
@@ -102,7 +103,7 @@ def test_logits_of_a_single_token_equal_transformers():
     graph, params, buffers = built("nemotron_h_moe")
     config, _, arrays = read("nemotron_h_moe")
     plan = make_plan(PlanConfig(), config)
-    run = jax.jit(lambda tokens, segments: nnx.merge(graph, params, buffers).logits(tokens, segments, plan))
+    run = jax.jit(lambda tokens, segments: nnx.merge(graph, params, buffers).logits(tokens, documents(segments), plan))
     close(run(arrays["ids_1"].astype(np.int32), np.ones((2, 1), np.int32)), arrays["logits_1"], 1e-5)
 
 
@@ -110,7 +111,7 @@ def test_logits_of_a_single_token_equal_transformers():
 def layer_function(name: str, letter: str):
     config, plan = read(name)[0], make_plan(PlanConfig(), read(name)[0])
     graph, _ = nnx.split(jax.eval_shape(lambda: Layer(letter, config, nnx.Rngs(0))))
-    return jax.jit(lambda state, x_btd, segments_bt: nnx.merge(graph, state)(x_btd, segments_bt, plan, None))
+    return jax.jit(lambda state, x_btd, segments_bt: nnx.merge(graph, state)(x_btd, documents(segments_bt), plan, None))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -10,6 +10,7 @@ import pytest
 from tests.model.small import Witness, config, merged, one_device
 
 from orogen.data.packing import Batch
+from orogen.layers.documents import documents
 from orogen.model.mtp import shift_left, shifted_segments
 from orogen.train.loss import Counts, Sums, batch_counts, objective
 
@@ -40,7 +41,7 @@ def batch_of(tokens_bt: np.ndarray, segments_bt: np.ndarray) -> Batch:
     """Weights from 0.5 to 1.5 by token id, zero on first tokens and padding, so that a wrong weight shows."""
     first_bt = np.diff(segments_bt, axis=1, prepend=-1) != 0
     weights_bt = np.where(first_bt | (segments_bt == 0), 0, 0.5 + tokens_bt / 22).astype(np.float32)
-    return Batch(tokens_bt, segments_bt, np.zeros_like(tokens_bt), weights_bt)
+    return Batch(tokens_bt, segments_bt, np.asarray(documents(segments_bt).positions_bt), weights_bt)
 
 
 def random_tokens(seed: int) -> np.ndarray:
@@ -132,8 +133,8 @@ def dependencies() -> np.ndarray:
 
     def projected(table_vd):
         model = merged(model_config, embedding_vd=table_vd)
-        h_btd, _ = model.hidden(tokens_bt, SEGMENTS_BT, plan)
-        hidden = [h_btd] + [h for h, _ in model.deeper(h_btd, tokens_bt, SEGMENTS_BT, plan)]
+        h_btd, _ = model.hidden(tokens_bt, documents(SEGMENTS_BT), plan)
+        hidden = [h_btd] + [h for h, _ in model.deeper(h_btd, tokens_bt, documents(SEGMENTS_BT), plan)]
         return jnp.stack([h.reshape(-1, 12) @ direction_d for h in hidden])
 
     table_vd = jax.random.normal(jax.random.key(1), (SEGMENTS_BT.size, 12))

@@ -20,6 +20,7 @@ from orogen.config.load import load
 from orogen.config.model import ModelConfig
 from orogen.data.tokenizer import Tokenizer
 from orogen.infer.sampling import sample
+from orogen.layers.documents import documents
 from orogen.model.lm import Built, build
 from orogen.parallel.plan import Plan, single_device_plan
 from orogen.train.checkpoint import Checkpoints, with_shardings
@@ -95,7 +96,7 @@ def _continue(params, buffers, tokens_bt, lengths_b, key, *, steps, graph, plan,
     def extend(step: Array, tokens_bt: Array) -> Array:
         last_b = lengths_b + step - 1
         segments_bt = (jnp.arange(tokens_bt.shape[1]) <= last_b[:, None]).astype(jnp.int32)
-        h_btd, _ = model.hidden(tokens_bt, segments_bt, plan)
+        h_btd, _ = model.hidden(tokens_bt, documents(segments_bt), plan)
         logits_bv = model.head(h_btd[rows, last_b][:, None], plan)[:, 0]
         chosen_b = sample(logits_bv, jax.random.fold_in(key, step), temperature=temperature, top_p=top_p)
         return tokens_bt.at[rows, last_b + 1].set(chosen_b)

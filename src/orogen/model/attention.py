@@ -8,6 +8,7 @@ from jax import Array
 
 from orogen.config.model import ModelConfig
 from orogen.kernels.attention import attention
+from orogen.layers.documents import Documents
 from orogen.layers.linear import linear
 from orogen.layers.parameter import normal
 from orogen.parallel.plan import Plan
@@ -25,7 +26,7 @@ class Attention(nnx.Module):
         self.value = normal(rngs, (size, keys), ("embed", "kv_heads"), std=std)
         self.out = normal(rngs, (queries, size), ("heads", "embed"), std=config.output_init_std)
 
-    def __call__(self, x_btd: Array, segments_bt: Array, plan: Plan) -> Array:
+    def __call__(self, x_btd: Array, docs: Documents, plan: Plan) -> Array:
         h_btd = plan.gather(x_btd, "sequence")
         q_bthk, k_btgk, v_btgk = (
             linear(h_btd, plan.weight(w)).reshape(*h_btd.shape[:2], -1, self.head_dim)
@@ -35,7 +36,7 @@ class Attention(nnx.Module):
             q_bthk,
             k_btgk,
             v_btgk,
-            segments_bt=segments_bt,
+            segments_bt=docs.segments_bt,
             scale=self.head_dim**-0.5,
             implementation=plan.config.attention,
         )

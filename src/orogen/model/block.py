@@ -11,6 +11,7 @@ from flax import nnx
 from jax import Array, lax
 
 from orogen.config.model import ModelConfig
+from orogen.layers.documents import Documents
 from orogen.layers.mlp import MLP
 from orogen.layers.norm import RMSNorm
 from orogen.model.attention import Attention
@@ -96,15 +97,17 @@ class Layer(nnx.Module):
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.mixer = _mixer(letter, config, rngs)
 
-    def __call__(self, x_btd: Array, segments_bt: Array, plan: Plan, replay: Any) -> tuple[Array, Any]:
+    def __call__(self, x_btd: Array, docs: Documents, plan: Plan, replay: Any) -> tuple[Array, Any]:
         with jax.named_scope(type(self.mixer).__name__):
             h_btd, stats = self.norm(x_btd), None
             if self.letter == "E":
-                y_btd, stats = self.mixer(h_btd, segments_bt, plan, replay)
+                y_btd, stats = self.mixer(h_btd, docs.segments_bt, plan, replay)
             elif self.letter == "-":
                 y_btd = self.mixer(h_btd, plan)
+            elif self.letter in "Mm":
+                y_btd = self.mixer(h_btd, docs.segments_bt, plan)
             else:
-                y_btd = self.mixer(h_btd, segments_bt, plan)
+                y_btd = self.mixer(h_btd, docs, plan)
         return x_btd + y_btd, stats
 
 
@@ -126,12 +129,12 @@ class Stack(nnx.Module):
         self.items = items
         self.children = nnx.List([_child(item, config, rngs) for item in items])
 
-    def __call__(self, x_btd: Array, segments_bt: Array, plan: Plan, replay: Any = None) -> tuple[Array, Any]:
+    def __call__(self, x_btd: Array, docs: Documents, plan: Plan, replay: Any = None) -> tuple[Array, Any]:
         stats = []
         for index, (item, child) in enumerate(zip(self.items, self.children, strict=True)):
             replayed = None if replay is None else replay[index]
             apply: Any = _scan if isinstance(item, Repeat) else _apply
-            x_btd, child_stats = apply(child, x_btd, segments_bt, plan, replayed)
+            x_btd, child_stats = apply(child, x_btd, docs, plan, replayed)
             stats.append(child_stats)
         return x_btd, tuple(stats)
 
@@ -148,23 +151,23 @@ def _child(item: str | Repeat, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Modul
     return nnx.merge(graph, jax.vmap(lambda key: nnx.state(build(key)))(keys))
 
 
-def _apply(layer: nnx.Module, x_btd: Array, segments_bt: Array, plan: Plan, replay: Any) -> tuple[Array, Any]:
+def _apply(layer: nnx.Module, x_btd: Array, docs: Documents, plan: Plan, replay: Any) -> tuple[Array, Any]:
     graph, state = nnx.split(layer)
 
     def call(state, x_btd, replay):
-        return nnx.merge(graph, state)(x_btd, segments_bt, plan, replay)
+        return nnx.merge(graph, state)(x_btd, docs, plan, replay)
 
     if plan.config.remat == "full":
         call = jax.checkpoint(call)
     return call(state, x_btd, replay)
 
 
-def _scan(stack: Stack, x_btd: Array, segments_bt: Array, plan: Plan, replay: Any) -> tuple[Array, Any]:
+def _scan(stack: Stack, x_btd: Array, docs: Documents, plan: Plan, replay: Any) -> tuple[Array, Any]:
     graph, states = nnx.split(stack)
 
     def body(x_btd, inputs):
         state, replay = inputs
-        return nnx.merge(graph, state)(x_btd, segments_bt, plan, replay)
+        return nnx.merge(graph, state)(x_btd, docs, plan, replay)
 
     count = len(jax.tree.leaves(states)[0])
     return lax.scan(body, x_btd, (states, replay), unroll=count <= WRITTEN_OUT)

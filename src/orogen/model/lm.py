@@ -10,10 +10,11 @@ from flax import nnx
 from jax import Array
 
 from orogen.config.model import ModelConfig
+from orogen.layers.documents import Documents
 from orogen.layers.embedding import Embedding, Head
 from orogen.layers.norm import RMSNorm
 from orogen.model.block import Stack, repeats
-from orogen.model.mtp import MTPBlock, shift_left, shifted_segments
+from orogen.model.mtp import MTPBlock, shift_left, shifted
 from orogen.parallel.plan import Plan
 
 
@@ -29,14 +30,14 @@ class LanguageModel(nnx.Module):
         self.mtp = MTPBlock(config, rngs) if config.layers.mtp else None
         self.mtp_depths = config.mtp_depths
 
-    def hidden(self, tokens_bt: Array, segments_bt: Array, plan: Plan, replay: Any = None) -> tuple[Array, Any]:
+    def hidden(self, tokens_bt: Array, docs: Documents, plan: Plan, replay: Any = None) -> tuple[Array, Any]:
         """The final-normed hidden state (b, t of this rank's sequence piece, d) and the layers' statistics."""
         x_btd = self.embedding(tokens_bt, plan)
-        x_btd, stats = self.backbone(x_btd, segments_bt, plan, replay)
+        x_btd, stats = self.backbone(x_btd, docs, plan, replay)
         return self.norm(x_btd), stats
 
     def deeper(
-        self, h_btd: Array, tokens_bt: Array, segments_bt: Array, plan: Plan, replay: Any = None
+        self, h_btd: Array, tokens_bt: Array, docs: Documents, plan: Plan, replay: Any = None
     ) -> list[tuple[Array, Any]]:
         """(hidden state, statistics) of each multi-token-prediction depth 1, 2, …; none without a block."""
         depths = []
@@ -45,15 +46,13 @@ class LanguageModel(nnx.Module):
         for depth in range(1, self.mtp_depths + 1):
             with jax.named_scope(f"mtp_{depth}"):
                 embedded_btd = self.embedding(shift_left(tokens_bt, depth), plan)
-                h_btd, stats = self.mtp(
-                    h_btd, embedded_btd, shifted_segments(segments_bt, depth), plan, replay and replay[depth - 1]
-                )
+                h_btd, stats = self.mtp(h_btd, embedded_btd, shifted(docs, depth), plan, replay and replay[depth - 1])
             depths.append((h_btd, stats))
         return depths
 
-    def logits(self, tokens_bt: Array, segments_bt: Array, plan: Plan) -> Array:
+    def logits(self, tokens_bt: Array, docs: Documents, plan: Plan) -> Array:
         """Logits (b, t, v) float32 of the next token, whole on every rank."""
-        h_btd, _ = self.hidden(tokens_bt, segments_bt, plan)
+        h_btd, _ = self.hidden(tokens_bt, docs, plan)
         return self.head(plan.gather(h_btd, "sequence"), plan)
 
 
