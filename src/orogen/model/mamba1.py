@@ -15,8 +15,8 @@ from orogen.layers.parameter import normal, parameter, uniform
 from orogen.model.mamba2 import CausalConv, initial_dt_bias, projection_bias
 from orogen.parallel.plan import Plan
 
-# Tokens whose states the backward pass holds at once. Of 16, 32, 64 and 128 the fastest and the leanest on a CPU at b 2,
-# t 1024, i 512, n 16.
+# Tokens whose states the backward pass holds at once. Of 16, 32, 64 and 128 the fastest and the leanest on a CPU
+# (b 2, t 1024, i 512, n 16).
 CHUNK = 32
 
 
