@@ -12,11 +12,11 @@ from orogen.layers.norm import GroupRMSNorm, RMSNorm
 from orogen.parallel.plan import Plan, make_plan
 
 
-def plan_of(groups: int, **sizes: int) -> Plan:
-    """A plan for a model of Mamba layers with that many groups."""
+def plan_of(groups: int, norm_groups: int | None = None, **sizes: int) -> Plan:
+    """A plan for a model of Mamba layers with that many groups, of B and C and of the norm."""
     model = ModelConfig(
         pattern="M", vocab_size=8, hidden_size=8, mamba_num_heads=8, mamba_head_dim=3, n_groups=groups,
-        ssm_state_size=2,
+        ssm_state_size=2, mamba_norm_groups=norm_groups,
     )  # fmt: skip
     return make_plan(PlanConfig(**sizes), model)
 
@@ -58,9 +58,12 @@ def test_group_norm_by_hand():
     np.testing.assert_allclose(y_btc, [[[1, 2, 3 / 5, 28 / 5]]], rtol=1e-6)
 
 
-@pytest.mark.parametrize("groups", [1, 2, 4, 8])
-def test_groups_over_ranks_equal_one_device(groups):
-    """Tensor 4 has fewer ranks than, as many as, and more than there are groups; forward and gradients."""
+@pytest.mark.parametrize(
+    "mamba_groups, groups", [(1, 1), (2, 2), (4, 4), (8, 8), (4, 1), (8, 2), (1, 4), (2, 1), (1, 2)]
+)
+def test_groups_over_ranks_equal_one_device(mamba_groups, groups):
+    """Tensor 4 has fewer ranks than, as many as, and more than there are groups, which B and C need not share; forward
+    and gradients."""
     channels = 24
     key_x, key_g, key_w = jax.random.split(jax.random.key(0), 3)
     x_btc, gy_btc = (jax.random.normal(key, (2, 5, channels)) for key in (key_x, key_g))
@@ -81,5 +84,7 @@ def test_groups_over_ranks_equal_one_device(groups):
         run = plan.run(device, inputs=(specs, split, split), outputs=(split, specs, split))
         return jax.tree.leaves(jax.jit(run)(state, x_btc, gy_btc))
 
-    for whole, split in zip(on(plan_of(groups)), on(plan_of(groups, data=2, tensor=4)), strict=True):
+    for whole, split in zip(
+        on(plan_of(mamba_groups, groups)), on(plan_of(mamba_groups, groups, data=2, tensor=4)), strict=True
+    ):
         np.testing.assert_allclose(split, whole, rtol=2e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Where each tensor of a Hugging Face `nemotron_h` checkpoint lives in a LanguageModel, as tables.
+"""Where each tensor of a Hugging Face `nemotron_h`, `mamba` or `mamba2` checkpoint lives in a LanguageModel, as tables.
 
 PyTorch stores a linear map as (out, in), ours is (in, out). Fused tensors are cut by rows, experts and the layers of a
 Repeat are stacked. Every rule is linear, so it maps gradients as it maps weights.
@@ -31,25 +31,65 @@ def taps(tensor_c1k: np.ndarray) -> np.ndarray:
     return tensor_c1k[:, 0]
 
 
+def mamba2_sizes(config: ModelConfig) -> dict[str, int]:
+    inner, states = config.mamba_num_heads * config.mamba_head_dim, config.n_groups * config.ssm_state_size
+    return {"z": inner, "x": inner, "B": states, "C": states, "dt": config.mamba_num_heads}
+
+
+def mamba1_sizes(config: ModelConfig) -> dict[str, int]:
+    inner, state = config.mamba_intermediate_size, config.ssm_state_size
+    return {"x": inner, "z": inner, "dt_down": config.time_step_rank, "B": state, "C": state}
+
+
+class Rows(NamedTuple):
+    """Those of `part` in a tensor that holds the parts in `order`, of the sizes that a config gives."""
+
+    part: str
+    order: tuple[str, ...]
+    sizes: Callable[[ModelConfig], dict[str, int]]
+
+
 class Rule(NamedTuple):
     """A parameter is `change` of rows `rows` (None: all) of tensor `name`; `*` in the name stacks all experts."""
 
     name: str
     change: Callable[[np.ndarray], np.ndarray] = same
-    rows: str | None = None
+    rows: Rows | None = None
 
 
 # By letter of the pattern: the parameter's path in its layer, and the tensor's name after `backbone.layers.{i}.`
 NORM: dict[Path, Rule] = {("norm", "weight"): Rule("norm.weight")}
+OUT: dict[Path, Rule] = {
+    ("mixer", "out"): Rule("mixer.out_proj.weight", transposed),
+    ("mixer", "out_bias"): Rule("mixer.out_proj.bias"),
+}
+MAMBA2 = [Rows(part, ("z", "x", "B", "C", "dt"), mamba2_sizes) for part in ("z", "x", "B", "C", "dt")]
+MAMBA2_CONV = [Rows(part, ("x", "B", "C"), mamba2_sizes) for part in ("x", "B", "C")]
+MAMBA1 = [Rows(part, ("x", "z"), mamba1_sizes) for part in ("x", "z")]
+MAMBA1_STEP = [Rows(part, ("dt_down", "B", "C"), mamba1_sizes) for part in ("dt_down", "B", "C")]
 LAYERS: dict[str, dict[Path, Rule]] = {
     "M": NORM
-    | {("mixer", part): Rule("mixer.in_proj.weight", transposed, part) for part in ("z", "x", "B", "C", "dt")}
-    | {("mixer", f"conv_{part}", "weight"): Rule("mixer.conv1d.weight", taps, part) for part in ("x", "B", "C")}
-    | {("mixer", f"conv_{part}", "bias"): Rule("mixer.conv1d.bias", same, part) for part in ("x", "B", "C")}
-    | {("mixer", name): Rule(f"mixer.{name}") for name in ("A_log", "D", "dt_bias")}
+    | OUT
+    | {("mixer", rows.part): Rule("mixer.in_proj.weight", transposed, rows) for rows in MAMBA2}
     | {
-        ("mixer", "norm", "weight"): Rule("mixer.norm.weight"),
-        ("mixer", "out"): Rule("mixer.out_proj.weight", transposed),
+        ("mixer", {"dt": "dt_proj"}.get(rows.part, rows.part) + "_bias"): Rule("mixer.in_proj.bias", same, rows)
+        for rows in MAMBA2
+    }
+    | {("mixer", f"conv_{rows.part}", "weight"): Rule("mixer.conv1d.weight", taps, rows) for rows in MAMBA2_CONV}
+    | {("mixer", f"conv_{rows.part}", "bias"): Rule("mixer.conv1d.bias", same, rows) for rows in MAMBA2_CONV}
+    | {("mixer", name): Rule(f"mixer.{name}") for name in ("A_log", "D", "dt_bias")}
+    | {("mixer", "norm", "weight"): Rule("mixer.norm.weight")},
+    "m": NORM
+    | OUT
+    | {("mixer", rows.part): Rule("mixer.in_proj.weight", transposed, rows) for rows in MAMBA1}
+    | {("mixer", f"{rows.part}_bias"): Rule("mixer.in_proj.bias", same, rows) for rows in MAMBA1}
+    | {("mixer", rows.part): Rule("mixer.x_proj.weight", transposed, rows) for rows in MAMBA1_STEP}
+    | {("mixer", name): Rule(f"mixer.{name}") for name in ("A_log", "D")}
+    | {
+        ("mixer", "conv", "weight"): Rule("mixer.conv1d.weight", taps),
+        ("mixer", "conv", "bias"): Rule("mixer.conv1d.bias"),
+        ("mixer", "dt_up"): Rule("mixer.dt_proj.weight", transposed),
+        ("mixer", "dt_bias"): Rule("mixer.dt_proj.bias"),
     },
     "*": NORM
     | {
@@ -159,18 +199,10 @@ def _apply(rule: Rule, tensors: Tensors, config: ModelConfig) -> np.ndarray | No
     if rule.name not in tensors:
         return None
     tensor = tensors[rule.name]
-    return rule.change(tensor if rule.rows is None else tensor[_rows(rule, config)])
+    return rule.change(tensor if rule.rows is None else tensor[_rows(rule.rows, config)])
 
 
-def _rows(rule: Rule, config: ModelConfig) -> slice:
-    """in_proj is z | x | B | C | dt, conv1d is x | B | C."""
-    inner = config.mamba_num_heads * config.mamba_head_dim
-    states = config.n_groups * config.ssm_state_size
-    sizes = {"z": inner, "x": inner, "B": states, "C": states, "dt": config.mamba_num_heads}
-    parts = "xBC" if "conv1d" in rule.name else ("z", "x", "B", "C", "dt")
-    start = 0
-    for part in parts:
-        if part == rule.rows:
-            return slice(start, start + sizes[part])
-        start += sizes[part]
-    raise ValueError(f"{rule.name} has no rows {rule.rows!r}; expected one of {', '.join(parts)}")
+def _rows(rows: Rows, config: ModelConfig) -> slice:
+    sizes = rows.sizes(config)
+    start = sum(sizes[part] for part in rows.order[: rows.order.index(rows.part)])
+    return slice(start, start + sizes[rows.part])

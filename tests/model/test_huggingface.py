@@ -1,6 +1,6 @@
-"""Whole models and single layers against transformers 5.23 (fixtures/models: nemotron_h, float32, random weights).
+"""Whole models and single layers against transformers 5.23 (fixtures/models: float32, random weights).
 
-The fixtures set time_step_min to 1e-12, so that transformers' clamp of dt at that value does nothing.
+The nemotron_h fixtures set time_step_min to 1e-12, so that transformers' clamp of dt at that value does nothing.
 Letters: b batch, t time, d model, v vocabulary, l layers.
 """
 
@@ -24,7 +24,8 @@ from orogen.model.lm import build
 from orogen.parallel.plan import make_plan
 
 FIXTURES = pathlib.Path(__file__).parent.parent / "fixtures" / "models"
-NAMES = ("nemotron_h_dense", "nemotron_h_moe", "nemotron_h_moe_latent")
+MOE = ("nemotron_h_moe", "nemotron_h_moe_latent")
+NAMES = ("nemotron_h_dense", *MOE, "mamba", "mamba2")
 FIELDS = (
     "vocab_size", "hidden_size", "layer_norm_epsilon", "num_attention_heads", "num_key_value_heads", "head_dim",
     "intermediate_size", "mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel",
@@ -35,12 +36,42 @@ FIELDS = (
 LENGTHS = (1, 5, 16, 17, 37, 48)  # around a chunk of 16
 
 
+def nemotron_config(folder: pathlib.Path) -> ModelConfig:
+    stored = json.loads((folder / "config_hub_style.json").read_text())
+    fields = {field: stored[field] for field in FIELDS}
+    return ModelConfig(pattern=stored["hybrid_override_pattern"], **fields)
+
+
+def mamba_config(folder: pathlib.Path) -> ModelConfig:
+    stored = json.loads((folder / "config.json").read_text())
+    assert stored["use_bias"] and stored["use_conv_bias"]
+    same = ("vocab_size", "hidden_size", "layer_norm_epsilon", "time_step_rank", "conv_kernel")
+    return ModelConfig(
+        pattern="m" * stored["num_hidden_layers"],
+        mamba_intermediate_size=stored["intermediate_size"],
+        ssm_state_size=stored["state_size"],
+        mamba_proj_bias=True,
+        **{field: stored[field] for field in same},
+    )
+
+
+def mamba2_config(folder: pathlib.Path) -> ModelConfig:
+    stored = json.loads((folder / "config.json").read_text())
+    assert not stored["use_bias"] and stored["use_conv_bias"]
+    same = ("vocab_size", "hidden_size", "layer_norm_epsilon", "n_groups", "conv_kernel", "chunk_size")
+    return ModelConfig(
+        pattern="M" * stored["num_hidden_layers"],
+        mamba_num_heads=stored["num_heads"],
+        mamba_head_dim=stored["head_dim"],
+        ssm_state_size=stored["state_size"],
+        **{field: stored[field] for field in same},
+    )
+
+
 @functools.cache
 def read(name: str) -> tuple[ModelConfig, dict, dict]:
     """The configuration, the checkpoint's tensors and the reference's arrays."""
-    stored = json.loads((FIXTURES / name / "config_hub_style.json").read_text())
-    fields = {field: stored[field] for field in FIELDS}
-    config = ModelConfig(pattern=stored["hybrid_override_pattern"], **fields)
+    config = {"mamba": mamba_config, "mamba2": mamba2_config}.get(name, nemotron_config)(FIXTURES / name)
     return config, load_file(FIXTURES / name / "model.safetensors"), dict(np.load(FIXTURES / name / "ref.npz"))
 
 
@@ -134,7 +165,7 @@ def test_each_layer_equals_transformers(name):
     assert routers == config.layers.main.count("E")
 
 
-@pytest.mark.parametrize("name", NAMES[1:])
+@pytest.mark.parametrize("name", MOE)
 def test_router_weights_equal_transformers(name):
     config, tensors, arrays = read(name)
     stream_lbtd = np.concatenate([arrays["embed_37"][None], arrays["hidden_37"]])

@@ -190,7 +190,12 @@ def test_fsdp_sizes_matter_only_with_fsdp():
 
 
 @pytest.mark.parametrize(
-    ("field", "model"), [("num_key_value_heads", {"num_key_value_heads": 6}), ("n_groups", {"n_groups": 6})]
+    ("field", "model"),
+    [
+        ("num_key_value_heads", {"num_key_value_heads": 6}),
+        ("n_groups", {"n_groups": 6}),
+        ("mamba_norm_groups", {"mamba_norm_groups": 6}),
+    ],
 )
 def test_key_heads_and_groups_are_neither_multiple_nor_divisor(field, model):
     with pytest.raises(ConfigError) as caught:

@@ -51,6 +51,14 @@ def test_mamba():
     assert layers("M", **MAMBA, chunk_size=8) == 680 + 320 + 112 + 96 + 336
 
 
+def test_mamba1():
+    # inner 9, rank 2, state 7; into x and z 5x9 each, out 9x5: 2 · 135 = 270
+    # into dt, B, C 9x(2 + 7 + 7) = 144, dt's rank 2x9 = 18: 2 · 162 = 324; convolution 2 · 4 · 9 = 72
+    # each of 9 · 7 elements of the state: dt A, the decay, the input's product and its sum; a product and a sum out: 6
+    sizes = {"mamba_intermediate_size": 9, "time_step_rank": 2, "ssm_state_size": 7, "conv_kernel": 4}
+    assert layers("m", **sizes) == 270 + 324 + 72 + 378
+
+
 def test_a_chunk_is_no_longer_than_the_row():
     assert layers("M", length=T, **MAMBA, chunk_size=128) == layers("M", length=T, **MAMBA, chunk_size=T)
 

@@ -64,6 +64,25 @@ def test_decay_spares_vectors_even_when_layers_are_stacked():
         np.testing.assert_allclose(change, expected, rtol=1e-6, atol=1e-9, err_msg=str(axes))
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_decay_rates_of_mamba1_are_a_vector_to_decay_and_to_muon(name):
+    model = hybrid(pattern="mm", mtp_depths=0, mamba_intermediate_size=72, time_step_rank=3)
+    params = jax.jit(lambda: initial_state(model, 0)[0])()
+    config = OptimizerConfig(name=name, learning_rate=1.0, schedule="constant", weight_decay=0.1, clip_norm=1e9)
+    tx = make_optimizer(config, 10, build(model).params)
+
+    def updates(gradient: float) -> dict:
+        grads = jax.tree.map(lambda p: jnp.full_like(p, gradient), params)
+        found, _ = jax.jit(tx.update)(grads, tx.init(params), params, grad_norm=optax.tree.norm(grads))
+        return {path[-1]: np.asarray(v[...]) for path, v in nnx.to_flat_state(found)}
+
+    assert updates(0.0)["A_log"].shape == (2, 72, 5)
+    np.testing.assert_array_equal(updates(0.0)["A_log"], 0)
+    np.testing.assert_array_equal(updates(0.0)["D"], 0)
+    assert (updates(0.0)["B"] != 0).all()
+    np.testing.assert_allclose(updates(1.0)["A_log"], -1, rtol=1e-5)  # AdamW's first step; Muon's has not this size
+
+
 def test_convolution_weights_are_decayed():
     assert any(
         axes == ("mamba_heads", "taps") for axes, _, _ in update(OptimizerConfig(learning_rate=1.0), gradient=0.0)
@@ -79,6 +98,8 @@ def test_convolution_weights_are_decayed():
         (("vocab", "embed"), False),
         (("embed", "vocab"), False),
         (("mamba_heads", "taps"), False),
+        (("mamba_heads", "state"), False),
+        (("mamba_heads", None), True),
         (("norm",), False),
     ],
 )

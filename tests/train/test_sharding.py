@@ -69,6 +69,20 @@ def test_a_plan_equals_one_device(plan):
         assert verdict.dropped_tokens > 0
 
 
+@pytest.mark.parametrize(
+    "plan", [{"tensor": 2}, {"data": 2, "tensor": 4, "fsdp": "parameters", "remat": "full"}], ids=str
+)
+def test_mamba_layers_with_biases_equal_one_device(plan):
+    """Both Mambas, biased; the gated norm's one group spans ranks that B's and C's two groups do not."""
+    model = hybrid(
+        pattern="mM*m", mtp_depths=0, mamba_intermediate_size=40, time_step_rank=3, mamba_proj_bias=True,
+        mamba_norm_groups=1, time_step_min=0.002, time_step_max=0.09,
+    )  # fmt: skip
+    verdict = verify(run_config(model, plan=plan, batch_size=2 * plan.get("data", 1), sequence_length=40))
+    assert verdict.passed, verdict
+    assert not verdict.zero_leaves
+
+
 def test_the_sample_covers_every_axis_and_choice():
     plans = sampled_plans(COUNT, seed=0)
     assert all(sum(plan[axis] > 1 for plan in plans) >= 4 for axis in ("data", "tensor", "expert"))

@@ -44,10 +44,19 @@ def _layer_flops(letter: str, config: ModelConfig, length: int) -> float:
         routed = 4 * width * config.moe_intermediate_size * config.num_experts_per_tok
         shared = 4 * size * (config.moe_shared_expert_intermediate_size or 0)
         return 2 * size * config.n_routed_experts + routed + shared + 4 * size * latent
-    return _mamba_flops(config, length)
+    return _mamba1_flops(config) if letter == "m" else _mamba2_flops(config, length)
 
 
-def _mamba_flops(config: ModelConfig, length: int) -> float:
+def _mamba1_flops(config: ModelConfig) -> float:
+    size, inner, state = config.hidden_size, config.mamba_intermediate_size, config.ssm_state_size
+    rank = config.time_step_rank
+    projections = 2 * size * 2 * inner + 2 * inner * (rank + 2 * state) + 2 * rank * inner + 2 * inner * size
+    # an element of the state: dt · A; decay · S + (dt x) · B; and S · C summed
+    scan = (1 + 3 + 2) * inner * state
+    return projections + 2 * config.conv_kernel * inner + scan
+
+
+def _mamba2_flops(config: ModelConfig, length: int) -> float:
     size, heads, state = config.hidden_size, config.mamba_num_heads, config.ssm_state_size
     inner, states = heads * config.mamba_head_dim, config.n_groups * state
     projections = 2 * size * (2 * inner + 2 * states + heads) + 2 * inner * size
