@@ -45,6 +45,7 @@ REFUSED = [
     (ModelConfig, "n_group", 5, "a divisor of n_routed_experts = 24"),
     (ModelConfig, "topk_group", 2, "at most n_group = 1"),
     (ModelConfig, "num_experts_per_tok", 25, "at most 24, the experts in topk_group groups"),
+    (ModelConfig, "yarn_factor", 4.0, "None: rope_theta is None"),
     (PlanConfig, "context", 2, "1: parallelism over this axis is not available yet"),
     (PlanConfig, "stage", 2, "1: parallelism over this axis is not available yet"),
     (PlanConfig, "expert_tensor", 2, "1: parallelism over this axis is not available yet"),
@@ -152,16 +153,27 @@ def test_the_type_check_reaches_every_field():
 
 LETTERS = {
     "*": ("attention", ("num_attention_heads", "num_key_value_heads", "head_dim")),
+    "w": (
+        "sliding-window attention",
+        ("num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"),
+    ),
+    "+": (
+        "multi-head latent attention",
+        ("num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_theta"),
+    ),
     "-": ("dense MLP", ("intermediate_size",)),
     "M": ("Mamba-2", ("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size")),
     "E": ("mixture of experts", ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")),
 }
+# Of layers that the small hybrid does not have.
+LATENT = {"kv_lora_rank": 9, "qk_nope_head_dim": 5, "qk_rope_head_dim": 6, "v_head_dim": 3, "rope_theta": 1e4}
+SIZES = {**HYBRID, **LATENT, "sliding_window": 7}
 NEEDED = [(letter, layer, field) for letter, (layer, fields) in LETTERS.items() for field in fields]
 
 
 @pytest.mark.parametrize(("letter", "layer", "field"), NEEDED)
 def test_a_layer_needs_its_sizes_and_no_other(letter, layer, field):
-    sizes = {name: HYBRID[name] for name in ("vocab_size", "hidden_size", *LETTERS[letter][1])}
+    sizes = {name: SIZES[name] for name in ("vocab_size", "hidden_size", *LETTERS[letter][1])}
     ModelConfig(pattern=letter, **sizes)
     with pytest.raises(ConfigError) as caught:
         ModelConfig(pattern=letter, **{**sizes, field: None})
@@ -171,6 +183,35 @@ def test_a_layer_needs_its_sizes_and_no_other(letter, layer, field):
 def test_a_layer_after_the_slash_needs_its_sizes_too():
     with pytest.raises(ConfigError, match=r"head_dim is None; expected a number: the pattern has attention layers"):
         ModelConfig(**{**HYBRID, "pattern": "M/*", "head_dim": None, "mtp_depths": 1})
+
+
+@pytest.mark.parametrize(
+    ("letter", "field", "value", "expected"),
+    [
+        ("*", "partial_rotary_factor", 0.3, "above 0 and up to 1, so that it leaves an even number of head_dim = 4"),
+        ("*", "partial_rotary_factor", 1.5, "above 0 and up to 1, so that it leaves an even number of head_dim = 4"),
+        ("*", "yarn_factor", 0.5, "1 or more"),
+        ("*", "attention_bias", "keys", "one of none, qkv, all"),
+        ("+", "yarn_factor", 0.5, "1 or more"),
+        ("+", "qk_rope_head_dim", 5, "an even number"),
+        ("+", "attention_bias", "qkv", "none or all: the pattern has + layers"),
+        ("+", "partial_rotary_factor", 0.5, "1.0: the pattern has + layers, which turn the whole of qk_rope_head_dim"),
+        ("+", "qk_norm", True, "False: the pattern has + layers, which have none"),
+        ("+", "attention_sinks", True, "False: the pattern has + layers, which have none"),
+    ],
+)
+def test_attention_refuses_what_it_would_not_do(letter, field, value, expected):
+    sizes = {name: SIZES[name] for name in ("vocab_size", "hidden_size", *LETTERS[letter][1])}
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig(**{"pattern": letter, "rope_theta": 1e4, **sizes, field: value})
+    assert str(caught.value) == f"ModelConfig.{field} is {value!r}; expected {expected}"
+
+
+@pytest.mark.parametrize("letter", "*+")
+def test_yarn_needs_the_original_context(letter):
+    sizes = {name: SIZES[name] for name in ("vocab_size", "hidden_size", *LETTERS[letter][1])}
+    with pytest.raises(ConfigError, match="yarn_original_positions is None; expected a number: yarn_factor is set"):
+        ModelConfig(**{"pattern": letter, "rope_theta": 1e4, **sizes, "yarn_factor": 4.0})
 
 
 def test_experts_within_reach_shrink_with_the_routers_groups():

@@ -48,7 +48,7 @@ def randomised(state: nnx.State, rng: np.random.Generator) -> nnx.State:
             return np.log(rng.uniform(1, 4, shape))
         if name == "dt_bias":
             return np.log(np.expm1(np.exp(rng.uniform(np.log(0.05), 0, shape))))
-        if name.endswith("bias"):  # of convolutions, projections and routers
+        if str(name).endswith("bias"):  # of convolutions, projections and routers
             return 0.1 * noise
         axes = len(variable.get_metadata()["axes"])
         return 1 + 0.3 * noise if axes == 1 else noise / shape[-2] ** 0.5

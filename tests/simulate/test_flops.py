@@ -32,6 +32,21 @@ def test_attention_grows_with_the_row_and_projections_do_not():
     assert layers("*", length=2 * T, **ATTENTION) == 480 + 2 * 432
 
 
+def test_a_window_bounds_the_keys_seen():
+    # projections 480; queries of 4 tokens see 0.5, 1.5, 2.5 and 3.5 keys, the other 8 see 4 each: 40 of 12 tokens
+    assert layers("w", **ATTENTION, sliding_window=4) == pytest.approx(480 + 4 * 18 * 40 / 12)
+    assert layers("w", **ATTENTION, sliding_window=T) == layers("w", **ATTENTION, sliding_window=99) == 480 + 432
+
+
+def test_latent_attention():
+    sizes = {"num_attention_heads": 6, "kv_lora_rank": 7, "qk_nope_head_dim": 3, "qk_rope_head_dim": 2, "v_head_dim": 4}
+    # latent 5x7, rotary key 5x2, keys 7x18, values 7x24, out 24x5: 459 entries; queries 5x30: 150
+    # scores of 30 numbers and values of 24, over half of 12 tokens: 2 · 54 · 6
+    assert layers("+", **sizes, rope_theta=10.0) == 2 * (459 + 150) + 648
+    # queries through 5x8 and 8x30: 280
+    assert layers("+", **sizes, rope_theta=10.0, q_lora_rank=8) == 2 * (459 + 280) + 648
+
+
 def test_experts_count_the_active_ones():
     # router 5x9: 90; two experts of up 5x13 and down 13x5: 2 · 2 · 130 = 520
     assert layers("E", **EXPERTS) == 90 + 520

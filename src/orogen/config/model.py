@@ -226,6 +226,10 @@ class ModelConfig:
         if "+" in letters:
             self._need("+", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_theta")
             require(self.qk_rope_head_dim % 2 == 0, self, "qk_rope_head_dim", "an even number")
+            self._check_yarn()
+            require(self.attention_bias != "qkv", self, "attention_bias", "none or all: the pattern has + layers")
+            expected = "1.0: the pattern has + layers, which turn the whole of qk_rope_head_dim"
+            require(self.partial_rotary_factor == 1, self, "partial_rotary_factor", expected)
             for field in ("qk_norm", "attention_sinks"):
                 require(not getattr(self, field), self, field, "False: the pattern has + layers, which have none")
 
@@ -237,6 +241,9 @@ class ModelConfig:
         rotated = int(head * factor) if 0 < factor <= 1 else 0
         expected = f"above 0 and up to 1, so that it leaves an even number of {size} = {head}"
         require(rotated > 0 and rotated % 2 == 0, self, "partial_rotary_factor", expected)
+        self._check_yarn()
+
+    def _check_yarn(self) -> None:
         if self.yarn_factor is not None:
             require(self.yarn_factor >= 1, self, "yarn_factor", "1 or more")
             expected = "a number: yarn_factor is set"

@@ -14,7 +14,7 @@ from orogen.config.model import ModelConfig
 from orogen.layers.documents import Documents
 from orogen.layers.mlp import MLP
 from orogen.layers.norm import RMSNorm
-from orogen.model.attention import Attention
+from orogen.model.attention import Attention, LatentAttention
 from orogen.model.mamba1 import Mamba1
 from orogen.model.mamba2 import Mamba2
 from orogen.moe.layer import MoE
@@ -116,7 +116,9 @@ def _mixer(letter: str, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
     if letter == "-":
         std, out_std = config.init_std, config.output_init_std
         return MLP(config.hidden_size, config.intermediate_size, std=std, out_std=out_std, rngs=rngs)
-    return {"M": Mamba2, "m": Mamba1, "*": Attention, "E": MoE}[letter](config, rngs)
+    if letter == "w":
+        return Attention(config, rngs, window=config.sliding_window)
+    return {"M": Mamba2, "m": Mamba1, "*": Attention, "+": LatentAttention, "E": MoE}[letter](config, rngs)
 
 
 class Stack(nnx.Module):

@@ -68,7 +68,7 @@ def _check_divisible(config: PlanConfig, model: ModelConfig) -> None:
         ("moe_intermediate_size", "expert_tensor", config.expert_tensor),
     ]
     if config.fsdp != "none":
-        checks.append(("hidden_size", "data x context", ranks))
+        checks += [(field, "data x context", ranks) for field in ("hidden_size", "q_lora_rank", "kv_lora_rank")]
         if model.n_routed_experts is not None:
             field = "moe_latent_size" if model.moe_latent_size else "hidden_size"
             checks.append((field, "expert_data", replicas))
