@@ -146,12 +146,15 @@ def _child(item: str | Repeat, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Modul
     if isinstance(item, str):
         return Layer(item, config, rngs)
 
-    def build(key: Array) -> Stack:
-        return Stack(item.items, config, nnx.Rngs(key))
+    graphs = []
 
-    keys = jax.random.split(rngs.params(), item.count)
-    graph, _ = nnx.split(jax.eval_shape(build, keys[0]))
-    return nnx.merge(graph, jax.vmap(lambda key: nnx.state(build(key)))(keys))
+    def build(key: Array) -> nnx.State:
+        graph, state = nnx.split(Stack(item.items, config, nnx.Rngs(key)))
+        graphs.append(graph)  # static, so not a value that vmap could return; a second trace would double at each level
+        return state
+
+    states = jax.vmap(build)(jax.random.split(rngs.params(), item.count))
+    return nnx.merge(graphs[0], states)
 
 
 def _apply(layer: nnx.Module, x_btd: Array, docs: Documents, plan: Plan, replay: Any) -> tuple[Array, Any]:
