@@ -22,6 +22,7 @@ from orogen.model.lm import build
 from orogen.model.mamba1 import Mamba1
 from orogen.model.mamba2 import Mamba2
 from orogen.parallel.plan import make_plan
+from orogen.precision.policy import working_copy
 
 SIZES = {"vocab_size": 30, "hidden_size": 24, "conv_kernel": 3}
 LIMITS = (0.02, 0.3)
@@ -85,6 +86,19 @@ def test_steps_of_mamba2_are_clipped(limits: tuple[float, float | None], step: f
     flat["dt_bias",] = flat["dt_bias",].replace(np.full(6, np.log(np.expm1(step)), np.float32))
     expected = apply(state_of("M", small())[0], flat, x_btd, small())
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_mamba1_in_bfloat16_keeps_its_decay_rates_and_skip_in_float32():
+    graph, flat = state_of("m", small())
+    half = dict(nnx.to_flat_state(working_copy(nnx.from_flat_state(list(flat.items())), "bfloat16")))
+    kept = {path for path, variable in half.items() if variable[...].dtype == jnp.float32}
+    assert kept == {("A_log",), ("D",), ("dt_bias",), ("conv", "bias")}
+    x_btd = jax.random.normal(jax.random.key(0), (2, 7, 12))
+    found = apply(graph, half, x_btd.astype(jnp.bfloat16), small())
+    assert found.dtype == jnp.bfloat16
+    expected = np.asarray(apply(graph, flat, x_btd, small()))
+    # About ten roundings of 2**-8 on the way from x to y.
+    np.testing.assert_allclose(found, expected, rtol=0, atol=0.04 * np.abs(expected).max())
 
 
 def test_norm_groups_of_mamba2_are_those_of_the_config_or_its_groups():
