@@ -100,6 +100,23 @@ def test_yarn_truncates_to_whole_frequencies():
 
 
 @pytest.mark.parametrize(
+    ("ends", "shares"),
+    [
+        ((3, 7), [0, 0, 0, 0, 1 / 4]),  # past the last frequency, up to the number of them twice over
+        ((3, 20), [0, 0, 0, 0, 1 / 6]),  # but no further than 9
+        ((-2, 2), [0, 1 / 2, 1, 1, 1]),  # nor before the first
+        ((2, 2), [0, 0, 0, 1, 1]),  # a step
+    ],
+)
+def test_yarn_bounds_its_range(ends, shares):
+    fast, slow = (63 / (2 * math.pi * 10 ** (2 * f / 5)) for f in ends)
+    turns = {"yarn_beta_fast": fast, "yarn_beta_slow": slow, "yarn_truncate": False}
+    rotary = make_rotary(config(yarn_factor=4.0, yarn_original_positions=63, **turns), 10)
+    expected = [10 ** (-2 * f / 5) * (1 - 3 / 4 * s) for f, s in enumerate(shares)]
+    np.testing.assert_allclose(rotary.frequencies, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
     ("weights", "expected"),
     [
         ({}, 0.1 * math.log(40) + 1),

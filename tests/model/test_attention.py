@@ -177,6 +177,16 @@ def test_yarn_enlarges_the_scores_of_latent_attention():
     )
 
 
+def test_initial_values():
+    for letter, changes in (CHOICES["all"], CHOICES["latent queries"]):
+        model = config(letter, **changes, hidden_size=64, num_attention_heads=256, num_key_value_heads=256)
+        for path, variable in nnx.to_flat_state(nnx.state(Layer(letter, model, nnx.Rngs(0)).mixer)):
+            if path[-1].endswith("bias") or path[-1] == "weight":
+                assert (variable[...] == (path[-1] == "weight")).all()
+            else:
+                assert variable[...].std() == pytest.approx((0.8 / 64) ** 0.5, rel=0.15), path
+
+
 @pytest.mark.parametrize("letter", "w+")
 def test_half_precision_keeps_its_dtype(letter):
     model = config(letter, **({} if letter == "+" else CHOICES["all"][1]))
