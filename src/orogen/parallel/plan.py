@@ -179,6 +179,7 @@ def _rules(folding: Folding, *, fully_sharded: bool) -> dict[str, MeshAxes]:
         "embed": dense if fully_sharded else (),
         "norm": (),
         "taps": (),
+        "positions": (),
         "vocab": tensor,
         "heads": tensor,
         "kv_heads": axes.get("kv_heads", tensor),
