@@ -249,5 +249,17 @@ def test_sequence_must_divide_over_tensor():
     assert str(caught.value) == "TrainConfig.sequence_length is 21; expected a multiple of context x tensor = 1 x 5"
 
 
+@pytest.mark.parametrize("field", ["sequence_length", "sample_tokens"])
+def test_rows_longer_than_the_learned_positions(field):
+    def learned(positions: int) -> RunConfig:
+        config = run({}, **{"sequence_length": 20, "sample_tokens": 20, field: 24})
+        return dataclasses.replace(config, model=ModelConfig(**{**HYBRID, "learned_positions": positions}))
+
+    learned(24).check()
+    with pytest.raises(ConfigError) as caught:
+        learned(23).check()
+    assert str(caught.value) == f"TrainConfig.{field} is 24; expected at most ModelConfig.learned_positions = 23"
+
+
 def test_devices_are_counted():
     assert PlanConfig(data=3, tensor=5, expert=15).devices == 15

@@ -1,4 +1,4 @@
-"""RMSNorm and GroupRMSNorm: by hand, and with groups that span several ranks. Letters: b batch, t time, c channels."""
+"""Norms by hand, and groups that span several ranks. Letters: b batch, t time, d model, c channels."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,8 @@ from flax import nnx
 
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
-from orogen.layers.norm import GroupRMSNorm, RMSNorm
+from orogen.layers.norm import GroupRMSNorm, LayerNorm, LayerNorm1P, RMSNorm, RMSNormCastFirst, make_norm
+from orogen.model.lm import LanguageModel
 from orogen.parallel.plan import Plan, make_plan
 
 
@@ -48,6 +49,69 @@ def test_weight_multiplies_before_the_result_is_rounded():
     x32_btd = np.asarray(x_btd, np.float32)
     exact = x32_btd / np.sqrt(np.mean(x32_btd**2)) * 3
     np.testing.assert_array_equal(norm(x_btd), jnp.asarray(exact, jnp.bfloat16))
+
+
+def test_cast_first_rounds_before_the_weight_multiplies():
+    norm, later = RMSNormCastFirst(2, 0.0), RMSNorm(2, 0.0)
+    # 5 / 7 and 1 / 7 of the root mean square; 3.01 is no bfloat16.
+    norm.weight[...] = later.weight[...] = jnp.full(2, 3.01)
+    x_btd = jnp.array([[[1.0, 7.0]]], jnp.bfloat16)
+    rounded = jnp.array([0.2, 1.4], jnp.bfloat16)
+    y_btd = norm(x_btd)
+    assert y_btd.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y_btd[0, 0], rounded * jnp.bfloat16(3.01))
+    assert (y_btd != later(x_btd)).any()
+    np.testing.assert_array_equal(norm(x_btd.astype(jnp.float32)), later(x_btd.astype(jnp.float32)))
+
+
+def test_layer_norm_by_hand():
+    norm = LayerNorm(3, 0.0)
+    norm.weight[...], norm.bias[...] = jnp.array([1.0, 2.0, 3.0]), jnp.array([0.5, 0.0, -1.0])
+    # Mean 4, deviations -3, 0, 3, their mean square 6.
+    np.testing.assert_allclose(
+        norm(jnp.array([[[1.0, 4.0, 7.0]]])), [[[0.5 - 3 / 6**0.5, 0, 9 / 6**0.5 - 1]]], rtol=1e-6
+    )
+
+
+def test_layer_norm_adds_epsilon_to_the_variance():
+    np.testing.assert_allclose(LayerNorm(2, 3.0)(jnp.array([[[4.0, 6.0]]])), [[[-0.5, 0.5]]], rtol=1e-6)
+
+
+def test_layer_norm_1p_stores_its_weight_less_one():
+    norm, plain = LayerNorm1P(3, 1e-5), LayerNorm(3, 1e-5)
+    x_btd = jnp.array([[[1.0, -2.0, 5.0]]])
+    np.testing.assert_array_equal(norm.weight[...], 0)
+    np.testing.assert_array_equal(norm(x_btd), plain(x_btd))
+    norm.weight[...], plain.weight[...] = jnp.array([0.5, 0.0, -1.0]), jnp.array([1.5, 1.0, 0.0])
+    norm.bias[...] = plain.bias[...] = jnp.array([1.0, 2.0, 3.0])
+    np.testing.assert_array_equal(norm(x_btd), plain(x_btd))
+
+
+@pytest.mark.parametrize("norm", [LayerNorm, LayerNorm1P])
+def test_layer_norms_compute_in_float32(norm):
+    # A mean of 2048 leaves bfloat16 steps of 16 and squares that cancel; float32 statistics lose nothing.
+    x_btd = jnp.array([[[2048.0, 2064.0, 2032.0, 2048.0]]], jnp.bfloat16)
+    y_btd = norm(4, 0.0)(x_btd)
+    assert y_btd.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y_btd, jnp.array([[[0, 2**0.5, -(2**0.5), 0]]], jnp.bfloat16))
+
+
+NAMES = {"rms": RMSNorm, "rms_cast_first": RMSNormCastFirst, "layer": LayerNorm, "layer_1p": LayerNorm1P}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_names_the_norm_of_every_place(name):
+    model = ModelConfig(
+        pattern="-/-", vocab_size=8, hidden_size=6, intermediate_size=4, norm=name, layer_norm_epsilon=0.25
+    )
+    assert type(make_norm(model, 5)) is NAMES[name]
+    assert make_norm(model, 5).weight[...].shape == (5,) and make_norm(model).weight[...].shape == (6,)
+    built = LanguageModel(model, nnx.Rngs(0))
+    assert built.mtp is not None
+    block = built.mtp
+    norms = [built.norm, built.backbone.children[0].norm, block.layers.children[0].norm]
+    for norm in (*norms, block.embedding_norm, block.hidden_norm, block.final_norm):
+        assert type(norm) is NAMES[name] and norm.epsilon == 0.25 and norm.weight[...].shape == (6,)
 
 
 def test_group_norm_by_hand():

@@ -22,6 +22,10 @@ def test_mlp():
     assert layers("-", intermediate_size=8) == 160
 
 
+def test_a_gated_mlp_has_three_matrices():
+    assert layers("-", intermediate_size=8, mlp_gated=True, mlp_bias=True) == 240
+
+
 def test_attention():
     # projections: query 5x18, key and value 5x6 each, out 18x5, twice their 240 entries: 480
     # scores and values over half of 12 tokens: 2 · 18 · 6 each: 432
@@ -55,6 +59,12 @@ def test_experts_count_the_active_ones():
 def test_shared_expert_and_latent():
     # router 90; latent 5x3 down and 3x5 up: 60; two experts of 3x13 and 13x3: 312; shared 5x17 and 17x5: 340
     assert layers("E", **EXPERTS, moe_latent_size=3, moe_shared_expert_intermediate_size=17) == 90 + 60 + 312 + 340
+
+
+def test_gated_experts_and_a_gated_shared_expert():
+    # router 90; two experts of three 5x13: 2 · 2 · 195 = 780; shared three 5x17: 510, and its gate 5x1: 10
+    sizes = {"moe_shared_expert_intermediate_size": 17, "moe_shared_expert_gate": True, "mlp_gated": True}
+    assert layers("E", **EXPERTS, **sizes) == 90 + 780 + 510 + 10
 
 
 def test_mamba():

@@ -66,7 +66,7 @@ def test_objective_is_the_sum_of_its_terms():
         found = objective(model, batch, counts, config=model_config, plan=plan)
         h_btd, stats = model.hidden(batch.tokens_bt, documents(batch.segments_bt), plan)
         deeper = model.deeper(h_btd, batch.tokens_bt, documents(batch.segments_bt), plan)
-        likelihoods = [jax.nn.log_softmax(model.head(h, plan)) for h in [h_btd, *(h for h, _ in deeper)]]
+        likelihoods = [jax.nn.log_softmax(model.project(h, plan)) for h in [h_btd, *(h for h, _ in deeper)]]
         layers = jax.tree.leaves((stats, *(s for _, s in deeper)), is_leaf=lambda x: isinstance(x, MoEStats))
         return found, likelihoods, layers, next_token_nats(model, batch, plan)
 

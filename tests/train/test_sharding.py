@@ -83,6 +83,43 @@ def test_mamba_layers_with_biases_equal_one_device(plan):
     assert not verdict.zero_leaves
 
 
+# Experts, routers, norms and embeddings of other families, on plans that split all of them.
+FAMILIES = {
+    "gpt-oss": {
+        "pattern": "*E-", "norm": "rms_cast_first", "mlp_gated": True, "mlp_hidden_act": "silu", "mlp_bias": True,
+        "swiglu_limit": 0.5, "router_score": "softmax_topk", "router_bias": True, "router_correction_bias": False,
+        "moe_latent_size": None, "moe_shared_expert_intermediate_size": None, "mtp_depths": 0,
+    },
+    "qwen2": {
+        "pattern": "E-/E", "norm": "layer", "mlp_gated": True, "mlp_hidden_act": "silu", "router_score": "softmax",
+        "norm_topk_prob": False, "moe_shared_expert_gate": True, "router_correction_bias": False,
+        "tie_word_embeddings": True, "learned_positions": 40, "mtp_depths": 1,
+    },
+    "deepseek": {
+        "pattern": "E-", "norm": "layer_1p", "mlp_gated": True, "mlp_bias": True, "mlp_hidden_act": "gelu_tanh",
+        "n_group": 4, "topk_group": 2, "tie_word_embeddings": True, "mtp_depths": 0,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "plan"),
+    [
+        ("gpt-oss", {"data": 2, "tensor": 4, "expert": 4, "fsdp": "parameters", "dispatch": "alltoall"}),
+        ("gpt-oss", {"tensor": 2, "expert": 2, "dispatch": "allgather", "capacity_factor": 1.0}),
+        ("qwen2", {"data": 2, "tensor": 2, "expert": 4, "fsdp": "parameters", "dispatch": "allgather"}),
+        ("deepseek", {"tensor": 2, "expert": 2, "fsdp": "optimizer", "dispatch": "alltoall"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(str(v) for v in value.values()),
+)
+def test_a_plan_equals_one_device_for_every_family(family, plan):
+    rows = 2 * plan.get("data", 1)
+    verdict = verify(run_config(hybrid(**FAMILIES[family]), plan=plan, batch_size=rows, sequence_length=40))
+    assert verdict.passed, verdict
+    assert not verdict.zero_leaves
+    assert (verdict.dropped_tokens > 0) == ("capacity_factor" in plan)
+
+
 def test_the_sample_covers_every_axis_and_choice():
     plans = sampled_plans(COUNT, seed=0)
     assert all(sum(plan[axis] > 1 for plan in plans) >= 4 for axis in ("data", "tensor", "expert"))

@@ -59,10 +59,19 @@ def load_checkpoint(folder: Path) -> Loaded:
 def generate(
     loaded: Loaded, prompts: Sequence[str], *, tokens: int, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0
 ) -> list[str]:
-    """Continuations of `prompts`, each up to `tokens` tokens or its end-of-document token."""
+    """Continuations of `prompts`, each up to `tokens` tokens or its end-of-document token.
+
+    Raises ConfigError if that needs more positions than the model has learned.
+    """
     tokenizer = loaded.tokenizer
     ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
     lengths_b = np.array([len(i) for i in ids])
+    positions = loaded.config.learned_positions
+    if positions is not None and lengths_b.max() + tokens > positions:
+        raise ConfigError(
+            f"a prompt of {lengths_b.max()} tokens and {tokens} new ones; expected at most "
+            f"ModelConfig.learned_positions = {positions}"
+        )
     length = -(-(int(lengths_b.max()) + tokens) // BUCKET) * BUCKET
     tokens_bt = np.full((len(ids), length), tokenizer.pad_id, np.int32)
     for row, i in zip(tokens_bt, ids, strict=True):
@@ -97,7 +106,7 @@ def _continue(params, buffers, tokens_bt, lengths_b, key, *, steps, graph, plan,
         last_b = lengths_b + step - 1
         segments_bt = (jnp.arange(tokens_bt.shape[1]) <= last_b[:, None]).astype(jnp.int32)
         h_btd, _ = model.hidden(tokens_bt, documents(segments_bt), plan)
-        logits_bv = model.head(h_btd[rows, last_b][:, None], plan)[:, 0]
+        logits_bv = model.project(h_btd[rows, last_b][:, None], plan)[:, 0]
         chosen_b = sample(logits_bv, jax.random.fold_in(key, step), temperature=temperature, top_p=top_p)
         return tokens_bt.at[rows, last_b + 1].set(chosen_b)
 

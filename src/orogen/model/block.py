@@ -13,7 +13,7 @@ from jax import Array, lax
 from orogen.config.model import ModelConfig
 from orogen.layers.documents import Documents
 from orogen.layers.mlp import MLP
-from orogen.layers.norm import RMSNorm
+from orogen.layers.norm import make_norm
 from orogen.model.attention import Attention, LatentAttention
 from orogen.model.mamba1 import Mamba1
 from orogen.model.mamba2 import Mamba2
@@ -95,7 +95,7 @@ class Layer(nnx.Module):
 
     def __init__(self, letter: str, config: ModelConfig, rngs: nnx.Rngs):
         self.letter = letter
-        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.norm = make_norm(config)
         self.mixer = _mixer(letter, config, rngs)
 
     def __call__(self, x_btd: Array, docs: Documents, plan: Plan, replay: Any) -> tuple[Array, Any]:
@@ -114,8 +114,7 @@ class Layer(nnx.Module):
 
 def _mixer(letter: str, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
     if letter == "-":
-        std, out_std = config.init_std, config.output_init_std
-        return MLP(config.hidden_size, config.intermediate_size, std=std, out_std=out_std, rngs=rngs)
+        return MLP(config, config.intermediate_size, bias=config.mlp_bias, rngs=rngs)
     if letter == "w":
         return Attention(config, rngs, window=config.sliding_window)
     return {"M": Mamba2, "m": Mamba1, "*": Attention, "+": LatentAttention, "E": MoE}[letter](config, rngs)

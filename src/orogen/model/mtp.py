@@ -12,7 +12,7 @@ from jax import Array
 from orogen.config.model import ModelConfig
 from orogen.layers.documents import Documents
 from orogen.layers.linear import linear
-from orogen.layers.norm import RMSNorm
+from orogen.layers.norm import make_norm
 from orogen.layers.parameter import normal
 from orogen.model.block import Stack, repeats
 from orogen.parallel.plan import Plan
@@ -37,11 +37,11 @@ class MTPBlock(nnx.Module):
     """h' = norm(layers(project([enorm(embedding of a later token); hnorm(h)]))), the embedding first."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        size, epsilon = config.hidden_size, config.layer_norm_epsilon
-        self.embedding_norm, self.hidden_norm = RMSNorm(size, epsilon), RMSNorm(size, epsilon)
+        size = config.hidden_size
+        self.embedding_norm, self.hidden_norm = make_norm(config), make_norm(config)
         self.project = normal(rngs, (2 * size, size), (None, "embed"), std=config.init_std)
         self.layers = Stack(repeats(config.layers.mtp), config, rngs)
-        self.final_norm = RMSNorm(size, epsilon)
+        self.final_norm = make_norm(config)
 
     def __call__(
         self, h_btd: Array, embedded_btd: Array, docs: Documents, plan: Plan, replay: Any = None

@@ -180,6 +180,7 @@ def _rules(folding: Folding, *, fully_sharded: bool) -> dict[str, MeshAxes]:
         "norm": (),
         "taps": (),
         "state": (),
+        "positions": (),
         "vocab": tensor,
         "heads": tensor,
         "kv_heads": axes.get("kv_heads", tensor),

@@ -2,7 +2,7 @@
 
 Convention: a multiply-add is two operations; causal attention and the SSD's causal part inside a chunk count half; a
 window counts the tokens that the average query of a row sees, half its own as everywhere;
-experts by the active width; convolutions exactly; norms and activations not at all; training is three times the
+experts by the active width; convolutions exactly; norms, biases and activations not at all; training is three times the
 forward pass, without recomputation.
 """
 
@@ -34,9 +34,9 @@ def forward_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
 
 
 def _layer_flops(letter: str, config: ModelConfig, length: int) -> float:
-    size = config.hidden_size
+    size, matrices = config.hidden_size, 3 if config.mlp_gated else 2
     if letter == "-":
-        return 4 * size * config.intermediate_size
+        return 2 * matrices * size * config.intermediate_size
     if letter in "*w":
         queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
         seen = _seen(length, config.sliding_window if letter == "w" else length)
@@ -45,9 +45,10 @@ def _layer_flops(letter: str, config: ModelConfig, length: int) -> float:
         return _latent_attention_flops(config, length)
     if letter == "E":
         width, latent = config.expert_width, config.moe_latent_size or 0
-        routed = 4 * width * config.moe_intermediate_size * config.num_experts_per_tok
-        shared = 4 * size * (config.moe_shared_expert_intermediate_size or 0)
-        return 2 * size * config.n_routed_experts + routed + shared + 4 * size * latent
+        routed = 2 * matrices * width * config.moe_intermediate_size * config.num_experts_per_tok
+        shared = 2 * matrices * size * (config.moe_shared_expert_intermediate_size or 0)
+        gates = 2 * size * (config.n_routed_experts + config.moe_shared_expert_gate)
+        return gates + routed + shared + 4 * size * latent
     return _mamba1_flops(config) if letter == "m" else _mamba2_flops(config, length)
 
 

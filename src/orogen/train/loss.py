@@ -95,7 +95,7 @@ def next_token_nats(model: LanguageModel, batch: Batch, plan: Plan) -> Array:
 
 def _nats(model: LanguageModel, h_btd: Array, batch: Batch, depth: int, plan: Plan) -> Array:
     x_btd = plan.gather(h_btd, "sequence")
-    head_dv = plan.weight(model.head.weight)
+    head_dv = model.head_matrix(plan)
     with jax.named_scope("cross_entropy"):
         return cross_entropy(
             x_btd.reshape(-1, x_btd.shape[-1]),

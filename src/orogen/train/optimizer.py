@@ -87,13 +87,14 @@ def square_sums(tree: Any) -> Array:
 
 def is_matrix(axes: tuple[str | None, ...]) -> bool:
     """Whether the last two axes are the input and output of a matrix product inside the network."""
-    return _dimensions(axes) > 1 and "vocab" not in axes and "taps" not in axes
+    return _dimensions(axes) > 1 and not {"vocab", "positions", "taps"} & set(axes)
 
 
 def _dimensions(axes: tuple[str | None, ...]) -> int:
-    """How many the parameter has for its part in the mathematics: Mamba-1's A_log is one decay rate for each element
-    of the state, a vector like Mamba-2's, that neither decay nor Muon is to see as a matrix."""
-    return sum(axis != "state" for axis in axes)
+    """How many the parameter has for its part in the mathematics. The expert axis stacks, as repeated layers do, so
+    experts' biases are vectors; Mamba-1's A_log is one decay rate for each element of the state, a vector like
+    Mamba-2's."""
+    return sum(axis not in ("expert", "state") for axis in axes)
 
 
 def _by_axes(params: nnx.State, choose) -> nnx.State:
