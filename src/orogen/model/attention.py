@@ -11,7 +11,7 @@ from orogen.config.model import ModelConfig
 from orogen.kernels.attention import attention
 from orogen.layers.documents import Documents
 from orogen.layers.linear import linear
-from orogen.layers.norm import RMSNorm
+from orogen.layers.norm import make_norm
 from orogen.layers.parameter import normal, parameter
 from orogen.layers.rotary import make_rotary, mscale
 from orogen.parallel.plan import Plan
@@ -39,7 +39,7 @@ class Attention(nnx.Module):
         self.query_bias = _bias(queries, "heads", biased)
         self.key_bias, self.value_bias = (_bias(keys, "kv_heads", biased) for _ in range(2))
         self.out_bias = _bias(size, "norm", config.attention_bias == "all")
-        head_norm = lambda: RMSNorm(self.head_dim, config.layer_norm_epsilon) if config.qk_norm else None  # noqa: E731
+        head_norm = lambda: make_norm(config, self.head_dim) if config.qk_norm else None  # noqa: E731
         self.query_norm, self.key_norm = head_norm(), head_norm()
         heads = (config.num_attention_heads,)
         self.sinks = normal(rngs, heads, ("heads",), std=std) if config.attention_sinks else None
@@ -78,7 +78,7 @@ class LatentAttention(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         size, heads, rank = config.hidden_size, config.num_attention_heads, config.q_lora_rank
-        std, epsilon = config.init_std, config.layer_norm_epsilon
+        std = config.init_std
         self.nope, self.rope, self.value_size = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         self.rotary = make_rotary(config, self.rope)
         self.scale = (self.nope + self.rope) ** -0.5
@@ -92,12 +92,12 @@ class LatentAttention(nnx.Module):
             self.query = up(size, self.nope + self.rope)
         else:
             self.query_down, self.query_down_bias = down(rank), _bias(rank, "norm", biased)
-            self.query_norm = RMSNorm(rank, epsilon)
+            self.query_norm = make_norm(config, rank)
             self.query_up = up(rank, self.nope + self.rope)
         self.latent_down = down(config.kv_lora_rank)
         self.latent_down_bias = _bias(config.kv_lora_rank, "norm", biased)
         self.key_rope, self.key_rope_bias = down(self.rope), _bias(self.rope, "norm", biased)
-        self.latent_norm = RMSNorm(config.kv_lora_rank, epsilon)
+        self.latent_norm = make_norm(config, config.kv_lora_rank)
         self.key_up, self.value_up = up(config.kv_lora_rank, self.nope), up(config.kv_lora_rank, self.value_size)
         self.out = normal(rngs, (heads * self.value_size, size), ("heads", "embed"), std=config.output_init_std)
         self.out_bias = _bias(size, "norm", biased)
