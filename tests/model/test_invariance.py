@@ -82,7 +82,7 @@ def answers(batch: Batch, model_config: ModelConfig):
     model, plan = Witness(merged(model_config)), one_device(model_config)
     counts = batch_counts(batch, DEPTHS, plan)
     loss, sums = objective(model, batch, counts, config=model_config, plan=plan)
-    likelihood_btv = jax.nn.log_softmax(model.head(model.seen[0], plan))
+    likelihood_btv = jax.nn.log_softmax(model.project(model.seen[0], plan))
     nats_bt = -jnp.take_along_axis(likelihood_btv, shift_left(batch.tokens_bt, 1)[..., None], -1)[..., 0]
     return Answers(model.seen, nats_bt, loss, sums, counts)
 
