@@ -151,6 +151,7 @@ INDIVISIBLE = [
     ({"tensor": 4}, {"num_attention_heads": 22}, "num_attention_heads", 22, "tensor", 4),
     ({"tensor": 4}, {"intermediate_size": 70}, "intermediate_size", 70, "tensor", 4),
     ({"tensor": 4}, {"mamba_num_heads": 22}, "mamba_num_heads", 22, "tensor", 4),
+    ({"tensor": 4}, {"mamba_intermediate_size": 22}, "mamba_intermediate_size", 22, "tensor", 4),
     (
         {"tensor": 4},
         {"moe_shared_expert_intermediate_size": 22},
