@@ -5,7 +5,7 @@ cut in blocks, experts and the layers of a Repeat are stacked along leading axes
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -513,4 +513,11 @@ def _joined(config: ModelConfig, prefix: str) -> Table:
     }
 
 
-MTP: dict[str, Any] = {"nemotron_h": _nemotron_h_mtp, "deepseek_v3": _deepseek_mtp}
+MTP: dict[str, Callable[[ModelConfig, int], Table]] = {"nemotron_h": _nemotron_h_mtp, "deepseek_v3": _deepseek_mtp}
+
+
+def mtp_name(family: str, config: ModelConfig) -> Callable[[str], bool]:
+    """Whether a tensor's name is one of the multi-token-prediction block's."""
+    number = len(config.layers.main) // 2
+    start = "mtp." if family == "nemotron_h" else f"model.layers.{number}."
+    return lambda name: name.startswith(start)
