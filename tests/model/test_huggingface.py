@@ -14,43 +14,34 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file
-from tests.model.huggingface_weights import fill, layer_values, module, values
+from tests.model.tensors import layer_values, module, values
 
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
+from orogen.convert.checkpoint import load_checkpoint
+from orogen.convert.config import read_config
 from orogen.layers.documents import documents
 from orogen.model.block import Layer
-from orogen.model.lm import build
 from orogen.parallel.plan import make_plan
 
 FIXTURES = pathlib.Path(__file__).parent.parent / "fixtures" / "models"
 NAMES = ("nemotron_h_dense", "nemotron_h_moe", "nemotron_h_moe_latent")
-FIELDS = (
-    "vocab_size", "hidden_size", "layer_norm_epsilon", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "intermediate_size", "mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel",
-    "chunk_size", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size",
-    "moe_shared_expert_intermediate_size", "moe_latent_size", "norm_topk_prob", "routed_scaling_factor", "n_group",
-    "topk_group",
-)  # fmt: skip
 LENGTHS = (1, 5, 16, 17, 37, 48)  # around a chunk of 16
 
 
 @functools.cache
 def read(name: str) -> tuple[ModelConfig, dict, dict]:
     """The configuration, the checkpoint's tensors and the reference's arrays."""
-    stored = json.loads((FIXTURES / name / "config_hub_style.json").read_text())
-    fields = {field: stored[field] for field in FIELDS}
-    config = ModelConfig(pattern=stored["hybrid_override_pattern"], **fields)
+    stored = json.loads((FIXTURES / name / "config.json").read_text())
+    _, config = read_config(stored, mtp=False)
     return config, load_file(FIXTURES / name / "model.safetensors"), dict(np.load(FIXTURES / name / "ref.npz"))
 
 
 @functools.cache
 def built(name: str):
-    """The graph, parameters and buffers of the checkpoint."""
-    config, tensors, _ = read(name)
-    abstract = build(config)
-    found = values(tensors, config)
-    return abstract.graph, fill(abstract.params, found), fill(abstract.buffers, found)
+    """The graph, parameters and buffers of the folder, read as any checkpoint is."""
+    loaded = load_checkpoint(FIXTURES / name)
+    return loaded.built.graph, loaded.params, loaded.buffers
 
 
 def close(actual, expected, tolerance: float) -> None:

@@ -16,6 +16,7 @@ from orogen.convert.huggingface import (
     HuggingFaceFolder,
     OrogenFolder,
     check_shapes,
+    copy_kept,
     dotted,
     model_config,
     to_hf,
@@ -28,6 +29,7 @@ from orogen.infer.generate import load_checkpoint as load_run
 from orogen.model.lm import Built, build
 from orogen.parallel.plan import single_device_plan
 from orogen.train.checkpoint import Checkpoints, with_shardings
+from orogen.train.loop import Origin
 
 
 def kind(folder: Path) -> str:
@@ -65,12 +67,12 @@ def load_parameters(
     opened = HuggingFaceFolder(folder) if kind(folder) == "huggingface" else OrogenFolder(folder)
     with opened as source:
         have = source.parameters()
-        leaves = [dict(nnx.to_flat_state(tree)) for tree in (built.params, built.buffers)]
+        leaves = [_flat(tree) for tree in (built.params, built.buffers)]
         want = {dotted(path): leaf.get_value().shape for tree in leaves for path, leaf in tree.items()}
         check_shapes(folder, {dotted(path): spec.shape for path, spec in have.items()}, want)
         wide = {path for path, leaf in leaves[0].items() if leaf.get_metadata().get("float32")} | leaves[1].keys()
 
-        def place(path: Names, leaf: nnx.Variable, sharding: Any) -> nnx.Variable:
+        def place(path: Names, leaf: Any, sharding: Any) -> nnx.Variable:
             array = source.parameter(path, have[path])
             kept = jnp.dtype(jnp.float32 if path in wide else dtype)
             return leaf.replace(
@@ -79,7 +81,7 @@ def load_parameters(
                 )
             )
 
-        placed = [dict(nnx.to_flat_state(tree)) for tree in shardings]
+        placed = [_flat(tree) for tree in shardings]
         states = [
             nnx.from_flat_state([(path, place(path, leaf, _value(there[path]))) for path, leaf in tree.items()])
             for tree, there in zip(leaves, placed, strict=True)
@@ -106,6 +108,15 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
     return Tokenizer.load(place) if (place / "tokenizer.json").is_file() else None
 
 
+def origin(folder: Path) -> Origin:
+    """Any checkpoint folder as what a training run starts from."""
+
+    def keep(run_dir: Path) -> None:
+        copy_kept(folder, run_dir)
+
+    return Origin(lambda built, shardings: load_parameters(folder, built, shardings), read_tokenizer(folder), keep)
+
+
 def export(source: Path, target: Path, *, dtype: str | None = None) -> None:
     """`to_hf` of a run folder or an Orogen checkpoint folder.
 
@@ -119,12 +130,15 @@ def export(source: Path, target: Path, *, dtype: str | None = None) -> None:
             read = lambda path, index: opened.reader.read(dotted(path), index)  # noqa: E731
             return to_hf(opened.config, opened.parameters(), read, source, target, dtype=dtype)
     loaded = load_run(source)
-    leaves = {
-        path: leaf.get_value() for tree in (loaded.params, loaded.buffers) for path, leaf in nnx.to_flat_state(tree)
-    }
+    leaves = {path: leaf.get_value() for tree in (loaded.params, loaded.buffers) for path, leaf in _flat(tree).items()}
     specs = {path: Spec(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
     read = lambda path, index: np.asarray(leaves[path][index])  # noqa: E731
     return to_hf(loaded.config, specs, read, source, target, dtype=dtype or "bfloat16")
+
+
+def _flat(tree: Any) -> dict[Names, Any]:
+    leaves: Any = nnx.to_flat_state(tree)
+    return dict(leaves)
 
 
 def _value(variable: Any) -> Any:

@@ -206,6 +206,14 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     _copy(TOKENIZER_FILES, source, target)
 
 
+def copy_kept(source: Path, run_dir: Path) -> None:
+    """Gives a run what it takes to become a Hugging Face folder like the one that its weights came from."""
+    _copy([GENERATION, KEPT], source, run_dir)
+    if (source / "config.json").is_file():
+        kept = {"config": read_json(source / "config.json")}
+        write_atomically(run_dir / KEPT, (json.dumps(kept, indent=2) + "\n").encode())
+
+
 def dotted(path: Iterable[str | int]) -> str:
     """A parameter's name in files: `backbone.children.0.mixer.x`."""
     return ".".join(map(str, path))

@@ -98,7 +98,7 @@ class TensorReader:
     def _fill(self, place: _Place, offset: int, bytes_n: np.ndarray) -> None:
         if place.file not in self._open:
             self._open[place.file] = os.open(place.file, os.O_RDONLY)
-        descriptor, view, done = self._open[place.file], memoryview(bytes_n), 0
+        descriptor, view, done = self._open[place.file], _bytes(bytes_n), 0
         while done < len(view):
             count = os.preadv(descriptor, [view[done:]], place.start + offset + done)
             if not count:
@@ -152,7 +152,7 @@ class TensorWriter:
         strides = [int(np.prod(shape[axis + 1 :], dtype=np.int64)) for axis in range(len(shape))]
         offset = place.start + dtype.itemsize * sum(i * s for i, s in zip(index, strides, strict=False))
         for panel in _panels(array, dtype):
-            view = memoryview(panel.reshape(-1).view(np.uint8))
+            view = _bytes(panel.reshape(-1).view(np.uint8))
             _write_all(self._open[place.file], view, offset)
             offset += len(view)
 
@@ -185,6 +185,11 @@ def _panels(array: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:
     rows = max(1, PANEL_BYTES // max(1, array.nbytes // max(1, len(array))))
     for start in range(0, len(array), rows):
         yield np.ascontiguousarray(array[start : start + rows], dtype)
+
+
+def _bytes(array_n: Any) -> memoryview:
+    """The memory of an array of bytes; on Python 3.11 numpy's types do not say that an array has one."""
+    return memoryview(array_n)
 
 
 def _write_all(descriptor: int, view: memoryview, offset: int) -> None:

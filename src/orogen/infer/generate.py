@@ -30,13 +30,13 @@ BUCKET = 64
 
 
 class Loaded(NamedTuple):
-    """A trained model on one device, with its tokenizer."""
+    """A trained model on one device, with its tokenizer if it has one."""
 
     config: ModelConfig
     built: Built
     params: nnx.State
     buffers: nnx.State
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     plan: Plan
 
 
@@ -59,8 +59,13 @@ def load_checkpoint(folder: Path) -> Loaded:
 def generate(
     loaded: Loaded, prompts: Sequence[str], *, tokens: int, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0
 ) -> list[str]:
-    """Continuations of `prompts`, each up to `tokens` tokens or its end-of-document token."""
+    """Continuations of `prompts`, each up to `tokens` tokens or its end-of-document token.
+
+    Raises ConfigError for a model without a tokenizer.
+    """
     tokenizer = loaded.tokenizer
+    if tokenizer is None:
+        raise ConfigError("the checkpoint has no tokenizer.json; expected one, to read the prompt with")
     ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
     lengths_b = np.array([len(i) for i in ids])
     length = -(-(int(lengths_b.max()) + tokens) // BUCKET) * BUCKET
