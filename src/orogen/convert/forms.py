@@ -127,7 +127,7 @@ def _read_mamba2(f: Fields) -> dict[str, Any]:
 
 
 def _write_mamba2(c: ModelConfig) -> dict[str, Any]:
-    expand = _ratio(c.mamba_num_heads * c.mamba_head_dim if c.mamba_num_heads else 0, c.hidden_size)
+    expand = (c.mamba_num_heads or 0) * (c.mamba_head_dim or 0) // c.hidden_size
     return {"num_hidden_layers": len(c.layers.main), "expand": expand, "time_step_limit": _limits(c)}
 
 
@@ -144,13 +144,9 @@ def _read_mamba(f: Fields) -> dict[str, Any]:
 
 
 def _write_mamba(c: ModelConfig) -> dict[str, Any]:
-    expand = _ratio(c.mamba_intermediate_size or 0, c.hidden_size)
-    found = {"num_hidden_layers": len(c.layers.main), "expand": expand, "intermediate_size": c.mamba_intermediate_size}
+    expand = (c.mamba_intermediate_size or 0) // c.hidden_size
+    found = {"num_hidden_layers": len(c.layers.main), "expand": expand}
     return found | _attributes(c, "time_step_rank")
-
-
-def _ratio(part: int, whole: int) -> float | int:
-    return part / whole if part % whole else part // whole
 
 
 # The transformer families: attention and MLP or experts in turn

@@ -136,7 +136,7 @@ def from_hf(source: Path, target: Path) -> None:
     with HuggingFaceFolder(source) as folder:
         specs = folder.parameters()
         expected = _tensor_dtypes(folder.table, {path: spec.dtype for path, spec in specs.items()})
-        others = {n: folder.dtype(n).name for n, dtype in expected.items() if folder.dtype(n) != dtype}
+        others = {n: folder.dtype(n).name for n in folder.stored if folder.dtype(n) != expected[n]}
         kept = {"config": folder.values, "dtypes": others, "copies": folder.copies}
         with new_folder(target) as scratch:
             with TensorWriter(scratch, {dotted(path): spec for path, spec in specs.items()}) as writer:
