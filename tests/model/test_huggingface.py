@@ -1,6 +1,6 @@
 """Whole models and single layers against transformers 5.23 (fixtures/models: float32, random weights).
 
-The nemotron_h fixtures set time_step_min to 1e-12, so that transformers' clamp of dt at that value does nothing.
+Those of nemotron_h set time_step_min to 1e-12, so that transformers' clamp of dt at that value does nothing.
 Letters: b batch, t time, d model, v vocabulary, l layers.
 """
 
@@ -14,74 +14,36 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file
-from tests.model.huggingface_weights import fill, layer_values, module, values
+from tests.model.tensors import layer_values, module, values
 
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
+from orogen.convert.checkpoint import load_checkpoint
+from orogen.convert.config import read_config
 from orogen.layers.documents import documents
 from orogen.model.block import Layer
-from orogen.model.lm import build
 from orogen.parallel.plan import make_plan
 
 FIXTURES = pathlib.Path(__file__).parent.parent / "fixtures" / "models"
 MOE = ("nemotron_h_moe", "nemotron_h_moe_latent")
-NAMES = ("nemotron_h_dense", *MOE, "mamba", "mamba2")
-FIELDS = (
-    "vocab_size", "hidden_size", "layer_norm_epsilon", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "intermediate_size", "mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel",
-    "chunk_size", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size",
-    "moe_shared_expert_intermediate_size", "moe_latent_size", "norm_topk_prob", "routed_scaling_factor", "n_group",
-    "topk_group",
-)  # fmt: skip
+NEMOTRON = ("nemotron_h_dense", *MOE)
+NAMES = (*NEMOTRON, "mamba", "mamba2", "deepseek_v3", "mixtral", "qwen2_moe")
 LENGTHS = (1, 5, 16, 17, 37, 48)  # around a chunk of 16
-
-
-def nemotron_config(folder: pathlib.Path) -> ModelConfig:
-    stored = json.loads((folder / "config_hub_style.json").read_text())
-    fields = {field: stored[field] for field in FIELDS}
-    return ModelConfig(pattern=stored["hybrid_override_pattern"], **fields)
-
-
-def mamba_config(folder: pathlib.Path) -> ModelConfig:
-    stored = json.loads((folder / "config.json").read_text())
-    assert stored["use_bias"] and stored["use_conv_bias"]
-    same = ("vocab_size", "hidden_size", "layer_norm_epsilon", "time_step_rank", "conv_kernel")
-    return ModelConfig(
-        pattern="m" * stored["num_hidden_layers"],
-        mamba_intermediate_size=stored["intermediate_size"],
-        ssm_state_size=stored["state_size"],
-        mamba_proj_bias=True,
-        **{field: stored[field] for field in same},
-    )
-
-
-def mamba2_config(folder: pathlib.Path) -> ModelConfig:
-    stored = json.loads((folder / "config.json").read_text())
-    assert not stored["use_bias"] and stored["use_conv_bias"]
-    same = ("vocab_size", "hidden_size", "layer_norm_epsilon", "n_groups", "conv_kernel", "chunk_size")
-    return ModelConfig(
-        pattern="M" * stored["num_hidden_layers"],
-        mamba_num_heads=stored["num_heads"],
-        mamba_head_dim=stored["head_dim"],
-        ssm_state_size=stored["state_size"],
-        **{field: stored[field] for field in same},
-    )
 
 
 @functools.cache
 def read(name: str) -> tuple[ModelConfig, dict, dict]:
     """The configuration, the checkpoint's tensors and the reference's arrays."""
-    config = {"mamba": mamba_config, "mamba2": mamba2_config}.get(name, nemotron_config)(FIXTURES / name)
+    stored = json.loads((FIXTURES / name / "config.json").read_text())
+    _, config = read_config(stored, mtp=False)
     return config, load_file(FIXTURES / name / "model.safetensors"), dict(np.load(FIXTURES / name / "ref.npz"))
 
 
 @functools.cache
 def built(name: str):
-    """The graph, parameters and buffers of the checkpoint."""
-    config, tensors, _ = read(name)
-    abstract = build(config)
-    found = values(tensors, config)
-    return abstract.graph, fill(abstract.params, found), fill(abstract.buffers, found)
+    """The graph, parameters and buffers of the folder, read as any checkpoint is."""
+    loaded = load_checkpoint(FIXTURES / name)
+    return loaded.built.graph, loaded.params, loaded.buffers
 
 
 def close(actual, expected, tolerance: float) -> None:
@@ -145,7 +107,7 @@ def layer_function(name: str, letter: str):
     return jax.jit(lambda state, x_btd, segments_bt: nnx.merge(graph, state)(x_btd, documents(segments_bt), plan, None))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NEMOTRON)
 def test_each_layer_equals_transformers(name):
     config, tensors, arrays = read(name)
     stream_lbtd = np.concatenate([arrays["embed_37"][None], arrays["hidden_37"]])

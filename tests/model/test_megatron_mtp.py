@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from tests.model.huggingface_weights import fill, mtp_values, values
 from tests.model.small import Witness
+from tests.model.tensors import fill, mtp_values, values
 
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig

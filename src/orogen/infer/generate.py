@@ -30,13 +30,13 @@ BUCKET = 64
 
 
 class Loaded(NamedTuple):
-    """A trained model on one device, with its tokenizer."""
+    """A trained model on one device, with its tokenizer if it has one."""
 
     config: ModelConfig
     built: Built
     params: nnx.State
     buffers: nnx.State
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     plan: Plan
 
 
@@ -61,9 +61,11 @@ def generate(
 ) -> list[str]:
     """Continuations of `prompts`, each up to `tokens` tokens or its end-of-document token.
 
-    Raises ConfigError if that needs more positions than the model has learned.
+    Raises ConfigError for a model without a tokenizer, and if that needs more positions than it has learned.
     """
     tokenizer = loaded.tokenizer
+    if tokenizer is None:
+        raise ConfigError("the checkpoint has no tokenizer.json; expected one, to read the prompt with")
     ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
     lengths_b = np.array([len(i) for i in ids])
     positions = loaded.config.learned_positions
