@@ -53,7 +53,7 @@ def test_what_the_family_is_about():
     expected = {
         "nemotron_h": {"norm": "rms", "router_score": "sigmoid", "routed_scaling_factor": 2.5, "time_step_min": None},
         "nemotron_h_biased": {"time_step_min": 0.01, "time_step_max": 0.2, "mamba_proj_bias": True, "mlp_bias": True},
-        "mamba2": {"norm": "rms_cast_first", "mamba_norm_groups": 1, "n_groups": 2, "time_step_max": None},
+        "mamba2": {"norm": "rms_cast_first", "mamba_norm_groups": None, "n_groups": 2, "time_step_max": None},
         "mamba": {"norm": "rms_cast_first", "mamba_intermediate_size": 64, "tie_word_embeddings": True},
         "deepseek_v3": {
             "pattern": "+-+E+E+E", "norm": "rms_cast_first", "layer_norm_epsilon": 1e-6, "mlp_gated": True,

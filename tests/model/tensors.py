@@ -27,9 +27,9 @@ def gather(tensors: Table, values: Tensors) -> dict[Path, np.ndarray]:
     return found
 
 
-def values(tensors: Tensors, config: ModelConfig) -> dict[Path, np.ndarray]:
+def values(tensors: Tensors, config: ModelConfig, family: str = "nemotron_h") -> dict[Path, np.ndarray]:
     """Every parameter and buffer of a LanguageModel of `config` that `tensors` holds, by path."""
-    return gather(table("nemotron_h", config), tensors)
+    return gather(table(family, config), tensors)
 
 
 def mtp_values(tensors: Tensors, config: ModelConfig, depth: int) -> dict[Path, np.ndarray]:

@@ -34,9 +34,13 @@ LENGTHS = (1, 5, 16, 17, 37, 48)  # around a chunk of 16
 @functools.cache
 def read(name: str) -> tuple[ModelConfig, dict, dict]:
     """The configuration, the checkpoint's tensors and the reference's arrays."""
-    stored = json.loads((FIXTURES / name / "config.json").read_text())
-    _, config = read_config(stored, mtp=False)
+    _, config = stored(name)
     return config, load_file(FIXTURES / name / "model.safetensors"), dict(np.load(FIXTURES / name / "ref.npz"))
+
+
+def stored(name: str) -> tuple[str, ModelConfig]:
+    """The family and the configuration."""
+    return read_config(json.loads((FIXTURES / name / "config.json").read_text()), mtp=False)
 
 
 @functools.cache
@@ -84,7 +88,7 @@ def test_logits_equal_transformers_at_every_length(name):
 def test_loss_and_every_gradient_equal_transformers(name):
     value, _, grads = answers(name)
     np.testing.assert_allclose(value, read(name)[2]["loss_37"], rtol=1e-6)
-    expected = values(load_file(FIXTURES / name / "grads_37.safetensors"), read(name)[0])
+    expected = values(load_file(FIXTURES / name / "grads_37.safetensors"), read(name)[0], stored(name)[0])
     checked = dict(nnx.to_flat_state(grads))
     assert checked.keys() == {path for path in expected if path[-2:] != ("router", "bias")}
     for path, variable in checked.items():
@@ -146,5 +150,5 @@ def test_router_weights_equal_transformers(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_table_reads_every_tensor_whole(name):
     config, tensors, _ = read(name)
-    elements = sum(value.size for value in values(tensors, config).values())
+    elements = sum(value.size for value in values(tensors, config, stored(name)[0]).values())
     assert elements == sum(tensor.size for tensor in tensors.values())

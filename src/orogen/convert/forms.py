@@ -357,7 +357,7 @@ FORMS: dict[str, Form] = {
             "ssm_state_size": ("state_size", 128),
             "mamba_proj_bias": ("use_bias", False),
         },
-        {"norm": "rms_cast_first", "mamba_norm_groups": 1},
+        {"norm": "rms_cast_first"},
         _read_mamba2,
         _write_mamba2,
     ),
