@@ -162,10 +162,10 @@ def train(options: argparse.Namespace) -> int:
 def params(options: argparse.Namespace) -> int:
     """`orogen params`."""
     config, _ = _load(options, "model")
-    from orogen.model.count import count
+    from orogen.convert.count import count_exported
 
-    facts = count(config.model)
-    _answer(options, facts, [f"{key:>26}  {value:>18,}" for key, value in facts.items()])
+    facts = count_exported(config.model)
+    _answer(options, facts, [f"{key:>26}  {'-' if n is None else f'{n:,}':>21}" for key, n in facts.items()])
     return 0
 
 

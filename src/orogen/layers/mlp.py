@@ -8,7 +8,7 @@ from flax import nnx
 from jax import Array
 
 from orogen.config.model import ModelConfig
-from orogen.layers.linear import linear
+from orogen.layers.linear import add_bias, linear
 from orogen.layers.parameter import normal, parameter
 from orogen.parallel.plan import Plan
 
@@ -59,13 +59,8 @@ class MLP(nnx.Module):
 
     def __call__(self, x_btd: Array, plan: Plan) -> Array:
         h_btd = plan.gather(x_btd, "sequence")
-        up_btf = _add(linear(h_btd, plan.weight(self.up)), self.up_bias)
-        gate_btf = None if self.gate is None else _add(linear(h_btd, plan.weight(self.gate)), self.gate_bias)
+        up_btf = add_bias(linear(h_btd, plan.weight(self.up)), self.up_bias)
+        gate_btf = None if self.gate is None else add_bias(linear(h_btd, plan.weight(self.gate)), self.gate_bias)
         hidden_btf = activate(up_btf, gate_btf, name=self.activation, limit=self.limit)
         # The ranks' parts of the product are summed first: their bias counts once.
-        return _add(plan.scatter(linear(hidden_btf, plan.weight(self.down)), "sequence"), self.down_bias)
-
-
-def _add(x_btf: Array, bias: nnx.Param | None) -> Array:
-    """x + bias, if there is one, in x's dtype."""
-    return x_btf if bias is None else x_btf + bias[...].astype(x_btf.dtype)
+        return add_bias(plan.scatter(linear(hidden_btf, plan.weight(self.down)), "sequence"), self.down_bias)

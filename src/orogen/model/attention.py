@@ -10,7 +10,7 @@ from jax import Array
 from orogen.config.model import ModelConfig
 from orogen.kernels.attention import attention
 from orogen.layers.documents import Documents
-from orogen.layers.linear import linear
+from orogen.layers.linear import add_bias, linear
 from orogen.layers.norm import make_norm
 from orogen.layers.parameter import normal, parameter
 from orogen.layers.rotary import make_rotary, mscale
@@ -58,7 +58,7 @@ class Attention(nnx.Module):
             k_btgk,
             v_btgk,
             segments_bt=docs.segments_bt,
-            sinks_h=_value(self.sinks),
+            sinks_h=None if self.sinks is None else self.sinks[...],
             window=self.window,
             scale=self.head_dim**-0.5,
             implementation=plan.config.attention,
@@ -66,7 +66,7 @@ class Attention(nnx.Module):
         return _join(y_bthk, self.out, self.out_bias, plan)
 
     def _heads(self, h_btd: Array, weight: nnx.Param, bias: nnx.Param | None, plan: Plan) -> Array:
-        return _split(linear(h_btd, plan.weight(weight), _value(bias)), self.head_dim)
+        return _split(add_bias(linear(h_btd, plan.weight(weight)), bias), self.head_dim)
 
 
 class LatentAttention(nnx.Module):
@@ -105,9 +105,9 @@ class LatentAttention(nnx.Module):
     def __call__(self, x_btd: Array, docs: Documents, plan: Plan) -> Array:
         h_btd = plan.gather(x_btd, "sequence")
         q_bthk = self._queries(h_btd, docs, plan)
-        latent_btr = linear(h_btd, plan.weight(self.latent_down), _value(self.latent_down_bias))
+        latent_btr = add_bias(linear(h_btd, plan.weight(self.latent_down)), self.latent_down_bias)
         latent_btr = self.latent_norm(latent_btr)
-        shared_btk = linear(h_btd, plan.weight(self.key_rope), _value(self.key_rope_bias))
+        shared_btk = add_bias(linear(h_btd, plan.weight(self.key_rope)), self.key_rope_bias)
         shared_bt1k = self.rotary(shared_btk[:, :, None], docs.positions_bt)
         k_bthk = _split(linear(latent_btr, plan.weight(self.key_up)), self.nope)
         shared_bthk = jnp.broadcast_to(shared_bt1k, (*k_bthk.shape[:-1], self.rope))
@@ -125,7 +125,7 @@ class LatentAttention(nnx.Module):
         if self.direct:
             q_btf = linear(h_btd, plan.weight(self.query))
         else:
-            latent_btr = linear(h_btd, plan.weight(self.query_down), _value(self.query_down_bias))
+            latent_btr = add_bias(linear(h_btd, plan.weight(self.query_down)), self.query_down_bias)
             q_btf = linear(self.query_norm(latent_btr), plan.weight(self.query_up))
         q_bthk = _split(q_btf, self.nope + self.rope)
         plain_bthk, turned_bthk = q_bthk[..., : self.nope], q_bthk[..., self.nope :]
@@ -136,10 +136,6 @@ def _bias(size: int, axis: str, present: bool) -> nnx.Param | None:
     return parameter(jnp.zeros(size), (axis,)) if present else None
 
 
-def _value(vector: nnx.Param | None) -> Array | None:
-    return None if vector is None else vector[...]
-
-
 def _split(x_btf: Array, size: int) -> Array:
     """`x_btf` as heads of `size`."""
     return x_btf.reshape(*x_btf.shape[:2], -1, size)
@@ -148,4 +144,4 @@ def _split(x_btf: Array, size: int) -> Array:
 def _join(y_bthk: Array, out: nnx.Param, bias: nnx.Param | None, plan: Plan) -> Array:
     """The heads' outputs projected and summed over ranks; the bias is added once, to the sum."""
     y_btd = plan.scatter(linear(y_bthk.reshape(*y_bthk.shape[:2], -1), plan.weight(out)), "sequence")
-    return y_btd if bias is None else y_btd + bias[...].astype(y_btd.dtype)
+    return add_bias(y_btd, bias)
