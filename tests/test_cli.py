@@ -333,7 +333,8 @@ def test_run_folder_with_a_broken_config(train, saved):
 
 def test_generate_from_a_folder_that_is_no_run(refused, tmp_path, recipe):
     for folder in (tmp_path / "none", tmp_path / "corpus", recipe):
-        message = f"checkpoint {str(folder)!r} is no run folder; expected one with config.gin and checkpoints/"
+        message = f"checkpoint {str(folder)!r} has no config.gin and no config.json; expected a run folder, "
+        message += "an Orogen checkpoint folder or a Hugging Face folder"
         assert refused("generate", "--checkpoint", folder) == message
 
 
