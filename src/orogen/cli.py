@@ -165,7 +165,7 @@ def params(options: argparse.Namespace) -> int:
     from orogen.convert.count import count_exported
 
     facts = count_exported(config.model)
-    _answer(options, facts, [f"{key:>26}  {'-' if n is None else f'{n:,}':>21}" for key, n in facts.items()])
+    _answer(options, facts, [f"{key:>26}  {'-' if n is None else format(n, ','):>21}" for key, n in facts.items()])
     return 0
 
 
