@@ -91,7 +91,8 @@ def test_scores_and_greedy_decoding_are_the_same(drawn, tmp_path, case):
     again = without_clamp(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype="float32"))
     prompt = torch.tensor(tokens[:, :PROMPT])
     stops = {"eos_token_id": None, "pad_token_id": 0}
-    decoded = again.generate(prompt, do_sample=False, max_new_tokens=STEPS, **stops).numpy()
+    cached = case != "nemotron_h_biased"  # a step from transformers' cache does not clamp dt, whole sequences do
+    decoded = again.generate(prompt, do_sample=False, max_new_tokens=STEPS, use_cache=cached, **stops).numpy()
     np.testing.assert_array_equal(greedy(tmp_path / "ours", tokens[:, :PROMPT]), decoded)
 
 

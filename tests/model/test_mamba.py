@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tests.model.huggingface_weights import fill, values
 from tests.model.small import config as small
 from tests.model.small import one_device
 from tests.model.small import randomised as drawn
+from tests.model.tensors import fill, values
 
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
@@ -133,8 +133,9 @@ def compare(theirs: Any, config: ModelConfig) -> None:
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     loss.backward()
     arrays = lambda pick: {n: pick(p).detach().numpy() for n, p in theirs.named_parameters()}  # noqa: E731
+    family = theirs.config.model_type
     built, plan = build(config), make_plan(PlanConfig(), config)
-    params = fill(built.params, values(arrays(lambda p: p), config))
+    params = fill(built.params, values(arrays(lambda p: p), config, family))
 
     def nats(params):
         logits_btv = nnx.merge(built.graph, params, built.buffers).logits(
@@ -147,7 +148,7 @@ def compare(theirs: Any, config: ModelConfig) -> None:
     expected = logits.detach().numpy()
     assert np.abs(logits_btv - expected).max() < 1e-5 * np.ptp(expected)
     np.testing.assert_allclose(value, loss.item(), rtol=1e-6)
-    gradients = values(arrays(lambda p: p.grad), config)
+    gradients = values(arrays(lambda p: p.grad), config, family)
     found = dict(nnx.to_flat_state(grads))
     assert found.keys() == gradients.keys()
     for path, variable in found.items():

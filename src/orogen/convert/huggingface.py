@@ -7,6 +7,7 @@ huggingface.json: what the Hugging Face folder said that a ModelConfig does not.
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ TOKENIZER_FILES = (
     "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 TORCH_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+THREADS = 2  # and as many tensors in memory
 
 Read = Callable[[names.Path, tuple[int, ...]], np.ndarray]
 
@@ -130,8 +133,8 @@ class OrogenFolder:
 def from_hf(source: Path, target: Path) -> None:
     """Makes the Orogen checkpoint folder `target` of a Hugging Face folder, in the dtypes that its files have.
 
-    Holds one tensor in memory at a time. Raises ConfigError before anything is written; what is interrupted leaves no
-    `target`.
+    Holds THREADS tensors in memory at a time. Raises ConfigError before anything is written; what is interrupted
+    leaves no `target`.
     """
     with HuggingFaceFolder(source) as folder:
         specs = folder.parameters()
@@ -140,12 +143,13 @@ def from_hf(source: Path, target: Path) -> None:
         kept = {"config": folder.values, "dtypes": others, "copies": folder.copies}
         with new_folder(target) as scratch:
             with TensorWriter(scratch, {dotted(path): spec for path, spec in specs.items()}) as writer:
-                for name, tensor in folder.table.items():
-                    if tensor.pieces:
-                        array = folder.read(name)
-                        for piece in tensor.pieces:
-                            writer.write(dotted(piece.path), piece.take(array), piece.index)
-                        del array
+
+                def write(name: str) -> None:
+                    array = folder.read(name)
+                    for piece in folder.table[name].pieces:
+                        writer.write(dotted(piece.path), piece.take(array), piece.index)
+
+                _for_each(write, [name for name, tensor in folder.table.items() if tensor.pieces])
             copy_tokenizer(source, scratch / "tokenizer")
             _copy([GENERATION], source, scratch)
             write_atomically(scratch / KEPT, (json.dumps(kept, indent=2) + "\n").encode())
@@ -182,14 +186,30 @@ def to_hf(
         written = {**written, **_special_ids(source / "tokenizer")}
     with new_folder(target) as scratch:
         with TensorWriter(scratch, {name: Spec(t.shape, dtypes[name]) for name, t in table.items()}) as writer:
-            for name, tensor in table.items():
+
+            def write(name: str) -> None:
+                tensor = table[name]
                 array = np.empty(tensor.shape, dtypes[name])
                 for piece in table[tensor.copy_of].pieces if tensor.copy_of else tensor.pieces:
                     piece.put(array, read(piece.path, piece.index))
                 writer.write(name, array)
+
+            _for_each(write, list(table))
         copy_tokenizer(source / "tokenizer", scratch)
         _copy([GENERATION], source, scratch)
         write_atomically(scratch / "config.json", (json.dumps(written, indent=2) + "\n").encode())
+
+
+def _for_each(work: Callable[[str], None], tensors: list[str]) -> None:
+    """`work` on every tensor's name. While one thread turns a tensor round, which lets go of Python's lock, another
+    reads or writes."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        try:
+            for _ in pool.map(work, tensors):
+                pass
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def model_config(folder: Path) -> ModelConfig:

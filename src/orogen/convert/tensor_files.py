@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,7 +50,7 @@ class _Place(NamedTuple):
 
 
 class TensorReader:
-    """The tensors of a folder, read with pread. Use as a context manager.
+    """The tensors of a folder, read with pread, by several threads if need be. Use as a context manager.
 
     Raises ConfigError if the folder has no safetensors files, or one that is cut off, malformed or quantised.
     """
@@ -57,6 +58,7 @@ class TensorReader:
     def __init__(self, folder: Path):
         self._places: dict[str, _Place] = {}
         self._open: dict[Path, int] = {}
+        self._lock = threading.Lock()
         for file in _files(folder):
             for name, place in _header(file).items():
                 if name in self._places:
@@ -96,8 +98,9 @@ class TensorReader:
         return True
 
     def _fill(self, place: _Place, offset: int, bytes_n: np.ndarray) -> None:
-        if place.file not in self._open:
-            self._open[place.file] = os.open(place.file, os.O_RDONLY)
+        with self._lock:
+            if place.file not in self._open:
+                self._open[place.file] = os.open(place.file, os.O_RDONLY)
         descriptor, view, done = self._open[place.file], _bytes(bytes_n), 0
         while done < len(view):
             count = os.preadv(descriptor, [view[done:]], place.start + offset + done)
@@ -107,7 +110,8 @@ class TensorReader:
 
 
 class TensorWriter:
-    """Safetensors files of known tensors, whose contents come in any order. Use as a context manager.
+    """Safetensors files of known tensors, whose contents come in any order, from several threads if need be. Use as a
+    context manager.
 
     Headers are written first, so that every part of a tensor has its place. No more than `shard_bytes` go in a file
     with more than one tensor; several files have an index beside them.
