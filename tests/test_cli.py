@@ -289,6 +289,21 @@ def test_folder_that_is_no_run_folder(train, tmp_path):
     assert train() == train(resume=True) == expected
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_run_killed_in_its_first_compilation_starts_again(recipe, tmp_path, monkeypatch, resume):
+    from orogen.train import loop
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    command = ["train", "--gin_file", str(recipe), "--run", str(tmp_path / "run")]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop._Run, "start", killed)
+        main(command)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoints"]
+    assert main([*command, *(["--resume"] if resume else [])]) == 0
+
+
 @pytest.fixture
 def saved(recipe, tmp_path) -> Path:
     """A folder with this recipe's config, as a run that stopped early leaves it."""

@@ -65,6 +65,7 @@ def test_a_plan_equals_one_device(plan):
     assert verdict.max_gradient_error <= GRADIENT, verdict.worst_leaf
     assert verdict.max_parameter_error <= PARAMETER
     assert verdict.flip_margin <= MARGIN
+    assert verdict.passed, verdict
     if plan["capacity_factor"] == 1.0:
         assert verdict.dropped_tokens > 0
 
@@ -152,3 +153,25 @@ def test_verify_notices_a_gradient_summed_over_the_wrong_ranks(monkeypatch):
     assert not verdict.passed
     assert verdict.worst_leaf == "norm.weight"
     assert verdict.max_gradient_error == pytest.approx(1)
+
+
+def test_verify_notices_an_expert_counted_twice(monkeypatch):
+    from orogen.train import step
+
+    honest = step.gradients
+
+    def miscounting(built, config, plan, dtype, **flags):
+        function = honest(built, config, plan, dtype, **flags)
+
+        def call(*arguments):
+            loss, grads, counts, sums = function(*arguments)
+            first, *rest = sums.load
+            first = first.at[..., 0].multiply(2 if plan.config.tensor > 1 else 1)
+            return loss, grads, counts, sums._replace(load=[first, *rest])
+
+        return call
+
+    monkeypatch.setattr("orogen.train.verify.gradients", miscounting)
+    verdict = verify(run_config(plan={"tensor": 2}))
+    assert not verdict.passed and verdict.load_error > 0
+    assert verdict.loss_error <= LOSS and verdict.max_gradient_error <= GRADIENT

@@ -85,10 +85,10 @@ def train(
     with Checkpoints(run_dir, keep=config.train.keep_checkpoints) as checkpoints, _Sigterm() as stop:
         run = _Run(config, plan, built, corpus, checkpoints)
         state = run.start(origin)
+        describe_run(run_dir, text, _facts(config, plan, corpus))  # first: it makes the folder this run's
         corpus.tokenizer.save(saved)
         if origin is not None:
             origin.keep(run_dir)
-        describe_run(run_dir, text, _facts(config, plan, corpus))
         if run.first_step:
             log(f"continuing {run_dir} after step {run.first_step}")
         elif orphans := keep_orphaned_metrics(run_dir):
