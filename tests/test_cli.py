@@ -80,14 +80,20 @@ def test_params_prints_one_json_object(recipe, capsys):
     out, err = capsys.readouterr()
     # embedding and head 259x12 each; query and out 12x30, key and value 12x10; mlp 12x14 twice; three norms of 12
     total = 2 * 259 * 12 + 2 * 12 * 30 + 2 * 12 * 10 + 2 * 12 * 14 + 3 * 12
-    assert json.loads(out) == {"total": total, "active": total, "active_without_embedding": total - 259 * 12, "mtp": 0}
+    # embedding, final norm, head; a norm, query, key, value and out; a norm, up and down
+    assert json.loads(out) == {
+        "total": total, "active": total, "active_without_embedding": total - 259 * 12, "mtp": 0, "tensors": 3 + 5 + 3,
+        "bytes": 2 * total,
+    }  # fmt: skip
     assert out.count("\n") == 1 and err == ""
 
 
 def test_params_for_a_person_has_a_line_a_count(recipe, capsys):
     assert main(["params", "--gin_file", str(recipe)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["total", "active", "active_without_embedding", "mtp"]
+    assert [line.split()[0] for line in lines] == [
+        "total", "active", "active_without_embedding", "mtp", "tensors", "bytes",
+    ]  # fmt: skip
     assert lines[0].split()[1] == "7,548"
 
 
@@ -125,8 +131,8 @@ def test_missing_gin_file(refused, tmp_path):
 REFUSED = {
     "unknown letter": (
         "ModelConfig.pattern = '*Q-'",
-        "ModelConfig.pattern is '*Q-': unknown letter 'Q'; expected M (Mamba-2), * (attention), - (dense MLP), "
-        "E (mixture of experts), | or /",
+        "ModelConfig.pattern is '*Q-': unknown letter 'Q'; expected M (Mamba-2), m (Mamba-1), * (attention), "
+        "w (sliding-window attention), + (multi-head latent attention), - (dense MLP), E (mixture of experts), | or /",
     ),
     "misspelt field": (
         "ModelConfig.num_heads = 3",
@@ -283,6 +289,21 @@ def test_folder_that_is_no_run_folder(train, tmp_path):
     assert train() == train(resume=True) == expected
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_run_killed_in_its_first_compilation_starts_again(recipe, tmp_path, monkeypatch, resume):
+    from orogen.train import loop
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    command = ["train", "--gin_file", str(recipe), "--run", str(tmp_path / "run")]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop._Run, "start", killed)
+        main(command)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoints"]
+    assert main([*command, *(["--resume"] if resume else [])]) == 0
+
+
 @pytest.fixture
 def saved(recipe, tmp_path) -> Path:
     """A folder with this recipe's config, as a run that stopped early leaves it."""
@@ -333,7 +354,8 @@ def test_run_folder_with_a_broken_config(train, saved):
 
 def test_generate_from_a_folder_that_is_no_run(refused, tmp_path, recipe):
     for folder in (tmp_path / "none", tmp_path / "corpus", recipe):
-        message = f"checkpoint {str(folder)!r} is no run folder; expected one with config.gin and checkpoints/"
+        message = f"checkpoint {str(folder)!r} has no config.gin and no config.json; expected a run folder, "
+        message += "an Orogen checkpoint folder or a Hugging Face folder"
         assert refused("generate", "--checkpoint", folder) == message
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from orogen.config.checks import ConfigError
-from orogen.config.load import load
+from orogen.config.load import load, model_bindings
 from orogen.config.run import RunConfig
 from orogen.parallel.runtime import configure
 
+CHECKPOINT = "a run folder, an Orogen checkpoint folder or a Hugging Face folder"
 EXIT_FAILURE, EXIT_BAD_INPUT = 1, 2
 # None: raised by our own code, with the name of a file that is missing.
 PATH_ERRORS = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
@@ -46,17 +47,33 @@ def _parser() -> argparse.ArgumentParser:
     task = _task(tasks, "train", train, "train a model in a run folder")
     task.add_argument("--run", type=Path, required=True, metavar="DIR", help="the run folder")
     task.add_argument("--resume", action="store_true", help="go on with the run in DIR, if there is one")
+    task.add_argument("--checkpoint", type=Path, metavar="DIR", help=f"start from the weights of {CHECKPOINT}")
     _task(tasks, "params", params, "count parameters")
     _task(tasks, "plan", plan, "show the mesh and where each parameter lives; needs no devices")
     _task(tasks, "verify", verify, "check a plan against one device: loss, every gradient, one optimizer step")
     task = tasks.add_parser("generate", help="sample text from a trained model")
     task.set_defaults(task=generate, gin_file=None)
-    task.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a run folder")
+    task.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help=CHECKPOINT)
     task.add_argument("--prompt", default="", metavar="TEXT")
     task.add_argument("--tokens", type=_positive, default=128)
     task.add_argument("--temperature", type=float, default=0.8)
     task.add_argument("--top_p", type=float, default=0.95)
     task.add_argument("--seed", type=int, default=0)
+    _common(task)
+    task = tasks.add_parser("score", help="logits and log-probabilities of given tokens")
+    task.set_defaults(task=score, gin_file=None)
+    task.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help=CHECKPOINT)
+    task.add_argument("--tokens", type=Path, required=True, metavar="IN.npy", help="integers (batch, time)")
+    task.add_argument("--segments", type=Path, metavar="SEG.npy", help="documents of each row, 0 for padding")
+    task.add_argument("--out", type=Path, required=True, metavar="OUT.npz", help="gets `logits` and `logprobs`")
+    _common(task)
+    task = tasks.add_parser("convert", help="exchange checkpoints with Hugging Face")
+    task.set_defaults(task=convert, gin_file=None)
+    task.add_argument("direction", choices=("from-hf", "to-hf"), help="from-hf reads a Hugging Face folder")
+    task.add_argument("source", type=Path, metavar="SRC", help="to-hf: an Orogen checkpoint folder or a run folder")
+    task.add_argument("target", type=Path, metavar="DST", help="a new folder")
+    dtypes = ("float32", "bfloat16", "float16")
+    task.add_argument("--dtype", choices=dtypes, help="of to-hf; a run's weights become bfloat16 without it")
     _common(task)
     task = tasks.add_parser("bench", help="time Orogen, with a peer beside it in the same run")
     task.set_defaults(task=bench)
@@ -93,6 +110,23 @@ def _load(options: argparse.Namespace, *parts: str) -> tuple[RunConfig, str]:
     return config.need(*parts), text
 
 
+def _load_with_checkpoint(options: argparse.Namespace) -> tuple[RunConfig, str, Any]:
+    """The gin files' config, its model that of --checkpoint if they have none, and where the run starts from."""
+    config, text = _load(options)
+    if options.checkpoint is None:
+        return config, text, None
+    from orogen.convert.checkpoint import origin, read_model_config
+    from orogen.convert.config import difference
+
+    model = read_model_config(options.checkpoint)
+    if config.model is None:
+        config, text = load(options.gin_file, [*options.gin_bindings, *model_bindings(model)])
+    elif (field := difference(config.model, model)) is not None:
+        here, there = getattr(config.model, field), getattr(model, field)
+        raise ConfigError(f"ModelConfig.{field} is {here!r}; expected {there!r}, as {str(options.checkpoint)!r} has it")
+    return config, text, origin(options.checkpoint)
+
+
 def _answer(options: argparse.Namespace, facts: dict[str, Any], lines: Sequence[str]) -> None:
     print(json.dumps(facts) if options.json else "\n".join(lines))
 
@@ -103,13 +137,14 @@ def _log(line: str) -> None:
 
 def train(options: argparse.Namespace) -> int:
     """`orogen train`."""
-    config, text = _load(options, "model", "data", "train", "optimizer")
+    config, text, origin = _load_with_checkpoint(options)
+    config.need("model", "data", "train", "optimizer")
     from orogen.evaluate.summary import summarise
     from orogen.train.loop import NonFiniteError
     from orogen.train.loop import train as run
 
     try:
-        trained = run(config, text, options.run, resume=options.resume, log=_log)
+        trained = run(config, text, options.run, resume=options.resume, origin=origin, log=_log)
     except NonFiniteError as error:
         return _fail(error, EXIT_FAILURE)
     step, report = int(trained.state.step), options.run / "report.html"
@@ -127,10 +162,10 @@ def train(options: argparse.Namespace) -> int:
 def params(options: argparse.Namespace) -> int:
     """`orogen params`."""
     config, _ = _load(options, "model")
-    from orogen.model.count import count
+    from orogen.convert.count import count_exported
 
-    facts = count(config.model)
-    _answer(options, facts, [f"{key:>26}  {value:>18,}" for key, value in facts.items()])
+    facts = count_exported(config.model)
+    _answer(options, facts, [f"{key:>26}  {'-' if n is None else format(n, ','):>21}" for key, n in facts.items()])
     return 0
 
 
@@ -176,8 +211,8 @@ def generate(options: argparse.Namespace) -> int:
         )
     if not 0 <= options.seed < 2**63:
         raise ConfigError(f"--seed {options.seed}; expected a whole number from 0 to 2**63 - 1")
+    from orogen.convert.checkpoint import load_checkpoint
     from orogen.infer.generate import generate as run
-    from orogen.infer.generate import load_checkpoint
 
     (text,) = run(
         load_checkpoint(options.checkpoint),
@@ -188,6 +223,40 @@ def generate(options: argparse.Namespace) -> int:
         seed=options.seed,
     )
     _answer(options, {"prompt": options.prompt, "text": text}, [options.prompt + text])
+    return 0
+
+
+def score(options: argparse.Namespace) -> int:
+    """`orogen score`."""
+    from orogen.convert.checkpoint import load_checkpoint
+    from orogen.infer.score import read_array, write_arrays
+    from orogen.infer.score import score as run
+
+    if not options.out.parent.is_dir():
+        raise ConfigError(f"--out {str(options.out)!r}; expected a file in a folder that exists")
+    tokens_bt = read_array(options.tokens)
+    segments_bt = read_array(options.segments) if options.segments else None
+    scores = run(load_checkpoint(options.checkpoint), tokens_bt, segments_bt)
+    write_arrays(options.out, scores)
+    shape = list(scores["logits"].shape)
+    _answer(options, {"out": str(options.out), "logits": shape}, [f"logits {shape} in {options.out}"])
+    return 0
+
+
+def convert(options: argparse.Namespace) -> int:
+    """`orogen convert`."""
+    from orogen.convert.checkpoint import export
+    from orogen.convert.huggingface import from_hf
+
+    if options.direction == "from-hf":
+        if options.dtype:
+            raise ConfigError(
+                f"--dtype {options.dtype}; expected it with to-hf only: from-hf keeps what the files have"
+            )
+        from_hf(options.source, options.target)
+    else:
+        export(options.source, options.target, dtype=options.dtype)
+    _answer(options, {"target": str(options.target)}, [f"written: {options.target}"])
     return 0
 
 

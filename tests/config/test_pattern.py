@@ -24,13 +24,14 @@ def test_pattern_is_read(text, parsed):
     assert parse_pattern(text) == parsed
 
 
-@pytest.mark.parametrize("letter", ["Q", "m", "w", "+", " ", "e", "\n"])
+@pytest.mark.parametrize("letter", ["Q", "W", "#", " ", "e", "\n"])
 def test_unknown_letter_is_named_with_the_known_ones(letter):
     with pytest.raises(ConfigError) as caught:
         parse_pattern(f"M{letter}E")
     assert str(caught.value) == (
         f"ModelConfig.pattern is {f'M{letter}E'!r}: unknown letter {letter!r}; expected "
-        "M (Mamba-2), * (attention), - (dense MLP), E (mixture of experts), | or /"
+        "M (Mamba-2), m (Mamba-1), * (attention), w (sliding-window attention), + (multi-head latent attention), "
+        "- (dense MLP), E (mixture of experts), | or /"
     )
 
 

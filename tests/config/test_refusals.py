@@ -40,9 +40,12 @@ REFUSED = [
     *((c, field, -1, "0 or more") for c, fields in NOT_NEGATIVE.items() for field in fields.split()),
     (ModelConfig, "num_key_value_heads", 5, "a divisor of num_attention_heads = 24"),
     (ModelConfig, "n_groups", 7, "a divisor of mamba_num_heads = 24"),
+    (ModelConfig, "mamba_norm_groups", 7, "a divisor of mamba_num_heads = 24"),
+    (ModelConfig, "time_step_min", -0.1, "0 or more"),
     (ModelConfig, "n_group", 5, "a divisor of n_routed_experts = 24"),
     (ModelConfig, "topk_group", 2, "at most n_group = 1"),
     (ModelConfig, "num_experts_per_tok", 25, "at most 24, the experts in topk_group groups"),
+    (ModelConfig, "yarn_factor", 4.0, "None: rope_theta is None"),
     (PlanConfig, "context", 2, "1: parallelism over this axis is not available yet"),
     (PlanConfig, "stage", 2, "1: parallelism over this axis is not available yet"),
     (PlanConfig, "expert_tensor", 2, "1: parallelism over this axis is not available yet"),
@@ -51,6 +54,7 @@ REFUSED = [
     (PlanConfig, "remat", "some", "one of none, full"),
     (PlanConfig, "attention", "flash", "one of full, blocked"),
     (PlanConfig, "ssd", "scan", "one of recurrence, chunked"),
+    (PlanConfig, "selective_scan", "recurrence", "one of reference, chunked"),
     (PlanConfig, "grouped_matmul", "triton", "one of reference, blocks, ragged_dot"),
     (PlanConfig, "cross_entropy", "fused", "one of full, chunked"),
     (TrainConfig, "sequence_length", 1, "at least 2: a token and its target"),
@@ -149,16 +153,27 @@ def test_the_type_check_reaches_every_field():
 
 LETTERS = {
     "*": ("attention", ("num_attention_heads", "num_key_value_heads", "head_dim")),
+    "w": (
+        "sliding-window attention",
+        ("num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"),
+    ),
+    "+": (
+        "multi-head latent attention",
+        ("num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_theta"),
+    ),
     "-": ("dense MLP", ("intermediate_size",)),
     "M": ("Mamba-2", ("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size")),
     "E": ("mixture of experts", ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")),
 }
+# Of layers that the small hybrid does not have.
+LATENT = {"kv_lora_rank": 9, "qk_nope_head_dim": 5, "qk_rope_head_dim": 6, "v_head_dim": 3, "rope_theta": 1e4}
+SIZES = {**HYBRID, **LATENT, "sliding_window": 7}
 NEEDED = [(letter, layer, field) for letter, (layer, fields) in LETTERS.items() for field in fields]
 
 
 @pytest.mark.parametrize(("letter", "layer", "field"), NEEDED)
 def test_a_layer_needs_its_sizes_and_no_other(letter, layer, field):
-    sizes = {name: HYBRID[name] for name in ("vocab_size", "hidden_size", *LETTERS[letter][1])}
+    sizes = {name: SIZES[name] for name in ("vocab_size", "hidden_size", *LETTERS[letter][1])}
     ModelConfig(pattern=letter, **sizes)
     with pytest.raises(ConfigError) as caught:
         ModelConfig(pattern=letter, **{**sizes, field: None})
@@ -168,6 +183,35 @@ def test_a_layer_needs_its_sizes_and_no_other(letter, layer, field):
 def test_a_layer_after_the_slash_needs_its_sizes_too():
     with pytest.raises(ConfigError, match=r"head_dim is None; expected a number: the pattern has attention layers"):
         ModelConfig(**{**HYBRID, "pattern": "M/*", "head_dim": None, "mtp_depths": 1})
+
+
+@pytest.mark.parametrize(
+    ("letter", "field", "value", "expected"),
+    [
+        ("*", "partial_rotary_factor", 0.3, "above 0 and up to 1, so that it leaves an even number of head_dim = 4"),
+        ("*", "partial_rotary_factor", 1.5, "above 0 and up to 1, so that it leaves an even number of head_dim = 4"),
+        ("*", "yarn_factor", 0.5, "1 or more"),
+        ("*", "attention_bias", "keys", "one of none, qkv, all"),
+        ("+", "yarn_factor", 0.5, "1 or more"),
+        ("+", "qk_rope_head_dim", 5, "an even number"),
+        ("+", "attention_bias", "qkv", "none or all: the pattern has + layers"),
+        ("+", "partial_rotary_factor", 0.5, "1.0: the pattern has + layers, which turn the whole of qk_rope_head_dim"),
+        ("+", "qk_norm", True, "False: the pattern has + layers, which have none"),
+        ("+", "attention_sinks", True, "False: the pattern has + layers, which have none"),
+    ],
+)
+def test_attention_refuses_what_it_would_not_do(letter, field, value, expected):
+    sizes = {name: SIZES[name] for name in ("vocab_size", "hidden_size", *LETTERS[letter][1])}
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig(**{"pattern": letter, "rope_theta": 1e4, **sizes, field: value})
+    assert str(caught.value) == f"ModelConfig.{field} is {value!r}; expected {expected}"
+
+
+@pytest.mark.parametrize("letter", "*+")
+def test_yarn_needs_the_original_context(letter):
+    sizes = {name: SIZES[name] for name in ("vocab_size", "hidden_size", *LETTERS[letter][1])}
+    with pytest.raises(ConfigError, match="yarn_original_positions is None; expected a number: yarn_factor is set"):
+        ModelConfig(**{"pattern": letter, "rope_theta": 1e4, **sizes, "yarn_factor": 4.0})
 
 
 def test_experts_within_reach_shrink_with_the_routers_groups():
@@ -203,6 +247,18 @@ def test_sequence_must_divide_over_tensor():
     with pytest.raises(ConfigError) as caught:
         run({"tensor": 5}, sequence_length=21).check()
     assert str(caught.value) == "TrainConfig.sequence_length is 21; expected a multiple of context x tensor = 1 x 5"
+
+
+@pytest.mark.parametrize("field", ["sequence_length", "sample_tokens"])
+def test_rows_longer_than_the_learned_positions(field):
+    def learned(positions: int) -> RunConfig:
+        config = run({}, **{"sequence_length": 20, "sample_tokens": 20, field: 24})
+        return dataclasses.replace(config, model=ModelConfig(**{**HYBRID, "learned_positions": positions}))
+
+    learned(24).check()
+    with pytest.raises(ConfigError) as caught:
+        learned(23).check()
+    assert str(caught.value) == f"TrainConfig.{field} is 24; expected at most ModelConfig.learned_positions = 23"
 
 
 def test_devices_are_counted():

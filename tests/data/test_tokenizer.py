@@ -10,7 +10,9 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from orogen.config.checks import ConfigError
 from orogen.config.data import DataConfig
+from orogen.data.loader import open_corpus
 from orogen.data.tokenizer import SPECIALS, Tokenizer, byte_tokenizer, check_vocab_size, make_tokenizer, train_bpe
 
 TEXTS = [
@@ -169,6 +171,59 @@ def test_loading_refuses_what_is_no_byte_level_tokenizer(tmp_path):
     tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, [])).save(str(tmp_path / "bare.json"))
     with pytest.raises(ValueError, match=r"no token '<pad>'"):
         Tokenizer.load(tmp_path / "bare.json")
+
+
+def edited(folder, **changes) -> Tokenizer:
+    """The tests' BPE with `changes` to its tokenizer.json; a dict changes the keys inside."""
+    TOKENIZERS["bpe"].save(folder)
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    for key, value in changes.items():
+        content[key] = {**content[key], **value} if isinstance(content[key], dict) else value
+    file.write_text(json.dumps(content))
+    return Tokenizer.load(folder)
+
+
+PADDING = {"strategy": {"Fixed": 500}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0}
+CHANGING = {
+    "truncation": {"truncation": {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}},
+    "padding": {"padding": {**PADDING, "pad_type_id": 0, "pad_token": "<pad>"}},
+    "dropout": {"model": {"dropout": 0.9}},
+}
+
+
+@pytest.mark.parametrize("changes", CHANGING.values(), ids=CHANGING)
+def test_a_file_that_asks_to_cut_pad_or_drop_is_not_obeyed(tmp_path, changes):
+    tokenizer = edited(tmp_path, **changes)
+    for ids in (tokenizer.encode(TEXTS[0]), *tokenizer.encode_batch([TEXTS[0]])):
+        assert ids.tolist() == TOKENIZERS["bpe"].encode(TEXTS[0]).tolist()
+
+
+def without_the_byte_tab() -> dict:
+    model = json.loads(TOKENIZERS["bpe"]._backend.to_str())["model"]
+    return {**model, "vocab": {token.replace("ĉ", "ĉĉ"): i for token, i in model["vocab"].items()}}
+
+
+LOSSY = {
+    "normalizer": ({"normalizer": {"type": "NFC"}}, "has a normalizer"),
+    "a byte": ({"model": without_the_byte_tab()}, "no token for byte 9; expected all 256"),
+    "prefix space": (
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": False}},
+        "expected no change",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), LOSSY.values(), ids=LOSSY)
+def test_training_refuses_a_tokenizer_that_loses_text(tmp_path, changes, message):
+    lossy = edited(tmp_path / "tokenizer", **changes)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("text")
+    fractions = {"heldout_fraction": 0.0, "tuning_fraction": 0.0}
+    config = DataConfig(corpus=str(tmp_path / "text"), tokenizer=str(tmp_path / "tokenizer"), **fractions)
+    for tokenizer in (None, lossy):
+        with pytest.raises(ConfigError, match=message):
+            open_corpus(config, tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize("ids", [[-1], [259], [5, 4096]])

@@ -3,6 +3,7 @@
 Axes: b batch, t queries, s keys, h query heads, g key heads, k head size.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -39,36 +40,45 @@ def operands(dtype=jnp.float32, *, groups=GROUPS, time=TIME):
     return [jax.random.normal(key, (BATCH, time, *shape), dtype) for key, shape in zip(keys, shapes, strict=True)]
 
 
-def expected(q_bthk, k_bsgk, v_bsgk, grad_bthk, segments_bt):
-    """Output and gradients of q, k and v by loops over single queries, float64."""
+def expected(q_bthk, k_bsgk, v_bsgk, grad_bthk, segments_bt, *, window=math.inf, sinks_h=None):
+    """Output and gradients of q, k and v, and of sinks if there are any, by loops over single queries, float64."""
     q_bthk, k_bsgk, v_bsgk, grad_bthk = (np.asarray(a, np.float64) for a in (q_bthk, k_bsgk, v_bsgk, grad_bthk))
     y_bthk, grad_q, grad_k, grad_v = (np.zeros(a.shape) for a in (grad_bthk, q_bthk, k_bsgk, v_bsgk))
+    grad_sinks_h = np.zeros(q_bthk.shape[2])
     for b, t, h in np.ndindex(q_bthk.shape[:3]):
         g = h // (q_bthk.shape[2] // k_bsgk.shape[2])
-        seen = [s for s in range(t + 1) if segments_bt[b][s] == segments_bt[b][t]]
+        seen = [s for s in range(t + 1) if segments_bt[b][s] == segments_bt[b][t] and t - s < window]
         weight = np.exp(SCALE * k_bsgk[b, seen, g] @ q_bthk[b, t, h])
-        weight /= weight.sum()
+        sink = 0 if sinks_h is None else np.exp(float(sinks_h[h]))
+        total = weight.sum() + sink
+        weight /= total
         y_bthk[b, t, h] = weight @ v_bsgk[b, seen, g]
         grad_score = SCALE * weight * ((v_bsgk[b, seen, g] - y_bthk[b, t, h]) @ grad_bthk[b, t, h])
         grad_q[b, t, h] = grad_score @ k_bsgk[b, seen, g]
         grad_k[b, seen, g] += np.outer(grad_score, q_bthk[b, t, h])
         grad_v[b, seen, g] += np.outer(weight, grad_bthk[b, t, h])
-    return y_bthk, grad_q, grad_k, grad_v
+        grad_sinks_h[h] -= sink / total * (y_bthk[b, t, h] @ grad_bthk[b, t, h])
+    return y_bthk, grad_q, grad_k, grad_v, *(() if sinks_h is None else (grad_sinks_h,))
 
 
-def with_gradients(name, q_bthk, k_bsgk, v_bsgk, grad_bthk, **settings):
-    """Output and gradients of q, k and v."""
+def with_gradients(name, q_bthk, k_bsgk, v_bsgk, grad_bthk, *, window=None, sinks_h=None, **settings):
+    """Output and gradients of q, k and v, and of sinks if there are any."""
 
     # Fully optimised, whatever the tests' default: without fused multiply-adds a gradient that is zero on paper is a
     # rounding error, and a query with one key has no choice to make.
     def run(grad_bthk, settings, *inputs):
-        y_bthk, transpose = jax.vjp(partial(attend, name, **settings), *inputs)
+        def function(q_bthk, k_bsgk, v_bsgk, sinks_h=None):
+            return attend(name, q_bthk, k_bsgk, v_bsgk, window=window, sinks_h=sinks_h, **settings)
+
+        y_bthk, transpose = jax.vjp(function, *inputs)
         return y_bthk, *transpose(grad_bthk)
 
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((q_bthk, k_bsgk))):  # inside another program
-        return run(grad_bthk, settings, q_bthk, k_bsgk, v_bsgk)
+    inputs = (q_bthk, k_bsgk, v_bsgk, *(() if sinks_h is None else (sinks_h,)))
+
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(inputs)):  # inside another program
+        return run(grad_bthk, settings, *inputs)
     optimised = jax.jit(run, compiler_options={"xla_backend_optimization_level": 3})
-    return optimised(grad_bthk, settings, q_bthk, k_bsgk, v_bsgk)
+    return optimised(grad_bthk, settings, *inputs)
 
 
 def assert_close(actual, wanted, *, length):
@@ -89,6 +99,50 @@ class TestAttention:
         length = SIZE + TIME * HEADS // groups
         for a, wanted in zip(actual, expected(*inputs, SEGMENTS), strict=True):
             assert_close(a, wanted, length=length)
+
+    @pytest.mark.parametrize("window", [1, 3, TIME + 2])
+    @pytest.mark.parametrize("sinks", [False, True])
+    def test_windows_and_sinks_equal_loops(self, name, window, sinks):
+        inputs = operands()
+        changes = {"window": window, "sinks_h": jnp.linspace(-2, 3, HEADS) if sinks else None}
+        actual = with_gradients(name, *inputs, segments_bt=jnp.array(SEGMENTS), **changes)
+        wanted = expected(*inputs, SEGMENTS, **changes)
+        assert len(actual) == 4 + sinks
+        # Gradients of sinks are sums over queries and values of a row.
+        length = SIZE + BATCH * TIME * VALUE_SIZE
+        for a, w in zip(actual, wanted, strict=True):
+            assert_close(a, w, length=length)
+
+    def test_a_sink_weighs_as_much_as_a_key_of_its_score(self, name):
+        q_bthk, k_bsgk = jnp.ones((1, 1, 2, 1)), jnp.ones((1, 1, 1, 1))
+        value = jnp.full((1, 1, 1, 1), 6.0)
+        # Scores are 0.7; the sinks are as large, and larger by ln 5: one half and one sixth of the weight is left.
+        y_bthk = attend(name, q_bthk, k_bsgk, value, sinks_h=jnp.array([SCALE, SCALE + np.log(5)]))
+        np.testing.assert_allclose(y_bthk[0, 0, :, 0], [3, 1], rtol=1e-6)
+
+    def test_a_window_counts_places_and_not_positions_in_the_arrays(self, name):
+        q_bthk, k_bsgk, v_bsgk, _ = operands()
+        whole = attend(name, q_bthk, k_bsgk, v_bsgk, window=3)
+        order_s = jax.random.permutation(jax.random.key(3), TIME)
+        q_index_t = jnp.array([9, 2, 6])
+        part = attend(
+            name,
+            q_bthk[:, q_index_t],
+            k_bsgk[:, order_s],
+            v_bsgk[:, order_s],
+            window=3,
+            q_index_t=q_index_t,
+            k_index_s=order_s,
+        )
+        assert_close(part, np.asarray(whole[:, q_index_t], np.float64), length=TIME)
+
+    def test_the_edge_of_a_window_is_exact(self, name):
+        q_bthk, k_bsgk, v_bsgk, grad_bthk = operands()
+        for t in (1, 4, TIME - 1):
+            grad = grad_bthk * (jnp.arange(TIME) == t)[:, None, None]
+            _, _, *gradients = with_gradients(name, q_bthk, k_bsgk, v_bsgk, grad, window=4)
+            reached = [(g != 0).any((0, 2, 3)).tolist() for g in gradients]
+            assert reached == [[t - 4 < s <= t for s in range(TIME)]] * 2
 
     def test_no_segments_is_one_document(self, name):
         q_bthk, k_bsgk, v_bsgk, _ = operands()
@@ -142,39 +196,44 @@ class TestAttention:
         )
         assert_close(part, np.asarray(whole[:, q_index_t], np.float64), length=TIME)
 
-    def test_query_that_sees_no_key_gives_zeros(self, name):
-        inputs = operands()
+    @pytest.mark.parametrize("sink", [None, -1e4])
+    def test_query_that_sees_no_key_gives_zeros(self, name, sink):
+        inputs, sinks_h = operands(), None if sink is None else jnp.full(HEADS, sink)
         index_t = jnp.arange(TIME)
-        y_bthk, *gradients = with_gradients(name, *inputs, q_index_t=index_t, k_index_s=index_t + 3)
+        places = {"q_index_t": index_t, "k_index_s": index_t + 3}
+        y_bthk, *gradients = with_gradients(name, *inputs, sinks_h=sinks_h, **places)
         assert (y_bthk != 0).any((0, 2, 3)).tolist() == [t >= 3 for t in range(TIME)]
         assert (gradients[0] != 0).any((0, 2, 3)).tolist() == [t > 3 for t in range(TIME)]  # one key: no choice
         assert all(jnp.isfinite(g).all() for g in gradients)
 
     def test_large_scores_do_not_overflow(self, name):
         q_bthk, k_bsgk, v_bsgk, grad_bthk = operands()
-        for sign in (1, -1):
-            actual = with_gradients(name, sign * 1e4 * q_bthk, 1e4 * k_bsgk, v_bsgk, grad_bthk)
+        for sign, sinks_h in ((1, None), (-1, jnp.full(HEADS, 1e8)), (1, jnp.full(HEADS, -1e8))):
+            inputs = (sign * 1e4 * q_bthk, 1e4 * k_bsgk, v_bsgk, grad_bthk)
+            actual = with_gradients(name, *inputs, sinks_h=sinks_h)
             assert all(jnp.isfinite(a).all() for a in actual)
 
-    def test_ranks_hold_parts_of_the_queries(self, name):
+    @pytest.mark.parametrize("window", [None, 4])
+    def test_ranks_hold_parts_of_the_queries(self, name, window):
+        changes = {"window": window, "sinks_h": jnp.linspace(-2, 3, HEADS)} if window else {}
         q_bthk, k_bsgk, v_bsgk, grad_bthk = (a[:, :10] for a in operands())
         segments_bt = jnp.array(SEGMENTS)[:, :10]
 
         def run(q_bthk, k_bsgk, v_bsgk, grad_bthk, segments_bt, kv_segments_bs, q_index_t):
             slices = {"segments_bt": segments_bt, "kv_segments_bs": kv_segments_bs, "q_index_t": q_index_t}
-            return with_gradients(name, q_bthk, k_bsgk, v_bsgk, grad_bthk, **slices)
+            return with_gradients(name, q_bthk, k_bsgk, v_bsgk, grad_bthk, **slices, **changes)
 
         split, whole = P(None, "context"), P()
         sharded = jax.shard_map(
             run,
             mesh=Mesh(np.array(jax.devices()[:2]), ("context",)),
             in_specs=(split, whole, whole, split, split, whole, P("context")),
-            out_specs=(split, split, whole, whole),
+            out_specs=(split, split, whole, whole, whole)[: 5 if changes else 4],
             check_vma=True,
         )
         inputs = (q_bthk, k_bsgk, v_bsgk, grad_bthk)
         actual = jax.jit(sharded)(*inputs, segments_bt, segments_bt, jnp.arange(10))
-        for a, wanted in zip(actual, expected(*inputs, segments_bt.tolist()), strict=True):
+        for a, wanted in zip(actual, expected(*inputs, segments_bt.tolist(), **changes), strict=True):
             assert_close(a, wanted, length=SIZE + TIME * HEADS // GROUPS)
 
 
@@ -200,3 +259,7 @@ def test_refusals():
         run(q_bthk, k_bsgk, v_bsgk, kv_segments_bs=jnp.array(SEGMENTS))
     with pytest.raises(ValueError, match=r"q_index has shape \(3,\): expected \(11,\)"):
         run(q_bthk, k_bsgk, v_bsgk, q_index_t=jnp.arange(3))
+    with pytest.raises(ValueError, match=r"sinks has shape \(2,\): expected \(6,\)"):
+        run(q_bthk, k_bsgk, v_bsgk, sinks_h=jnp.zeros(GROUPS))
+    with pytest.raises(ValueError, match="window=0: expected 1 or more"):
+        run(q_bthk, k_bsgk, v_bsgk, window=0)

@@ -1,4 +1,4 @@
-"""RMSNorm and GroupRMSNorm: by hand, and with groups that span several ranks. Letters: b batch, t time, c channels."""
+"""Norms by hand, and groups that span several ranks. Letters: b batch, t time, d model, c channels."""
 
 import jax
 import jax.numpy as jnp
@@ -8,15 +8,16 @@ from flax import nnx
 
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
-from orogen.layers.norm import GroupRMSNorm, RMSNorm
+from orogen.layers.norm import GroupRMSNorm, LayerNorm, LayerNorm1P, RMSNorm, RMSNormCastFirst, make_norm
+from orogen.model.lm import LanguageModel
 from orogen.parallel.plan import Plan, make_plan
 
 
-def plan_of(groups: int, **sizes: int) -> Plan:
-    """A plan for a model of Mamba layers with that many groups."""
+def plan_of(groups: int, norm_groups: int | None = None, **sizes: int) -> Plan:
+    """A plan for a model of Mamba layers with that many groups, of B and C and of the norm."""
     model = ModelConfig(
         pattern="M", vocab_size=8, hidden_size=8, mamba_num_heads=8, mamba_head_dim=3, n_groups=groups,
-        ssm_state_size=2,
+        ssm_state_size=2, mamba_norm_groups=norm_groups,
     )  # fmt: skip
     return make_plan(PlanConfig(**sizes), model)
 
@@ -50,6 +51,69 @@ def test_weight_multiplies_before_the_result_is_rounded():
     np.testing.assert_array_equal(norm(x_btd), jnp.asarray(exact, jnp.bfloat16))
 
 
+def test_cast_first_rounds_before_the_weight_multiplies():
+    norm, later = RMSNormCastFirst(2, 0.0), RMSNorm(2, 0.0)
+    # 5 / 7 and 1 / 7 of the root mean square; 3.01 is no bfloat16.
+    norm.weight[...] = later.weight[...] = jnp.full(2, 3.01)
+    x_btd = jnp.array([[[1.0, 7.0]]], jnp.bfloat16)
+    rounded = jnp.array([0.2, 1.4], jnp.bfloat16)
+    y_btd = norm(x_btd)
+    assert y_btd.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y_btd[0, 0], rounded * jnp.bfloat16(3.01))
+    assert (y_btd != later(x_btd)).any()
+    np.testing.assert_array_equal(norm(x_btd.astype(jnp.float32)), later(x_btd.astype(jnp.float32)))
+
+
+def test_layer_norm_by_hand():
+    norm = LayerNorm(3, 0.0)
+    norm.weight[...], norm.bias[...] = jnp.array([1.0, 2.0, 3.0]), jnp.array([0.5, 0.0, -1.0])
+    # Mean 4, deviations -3, 0, 3, their mean square 6.
+    np.testing.assert_allclose(
+        norm(jnp.array([[[1.0, 4.0, 7.0]]])), [[[0.5 - 3 / 6**0.5, 0, 9 / 6**0.5 - 1]]], rtol=1e-6
+    )
+
+
+def test_layer_norm_adds_epsilon_to_the_variance():
+    np.testing.assert_allclose(LayerNorm(2, 3.0)(jnp.array([[[4.0, 6.0]]])), [[[-0.5, 0.5]]], rtol=1e-6)
+
+
+def test_layer_norm_1p_stores_its_weight_less_one():
+    norm, plain = LayerNorm1P(3, 1e-5), LayerNorm(3, 1e-5)
+    x_btd = jnp.array([[[1.0, -2.0, 5.0]]])
+    np.testing.assert_array_equal(norm.weight[...], 0)
+    np.testing.assert_array_equal(norm(x_btd), plain(x_btd))
+    norm.weight[...], plain.weight[...] = jnp.array([0.5, 0.0, -1.0]), jnp.array([1.5, 1.0, 0.0])
+    norm.bias[...] = plain.bias[...] = jnp.array([1.0, 2.0, 3.0])
+    np.testing.assert_array_equal(norm(x_btd), plain(x_btd))
+
+
+@pytest.mark.parametrize("norm", [LayerNorm, LayerNorm1P])
+def test_layer_norms_compute_in_float32(norm):
+    # A mean of 2048 leaves bfloat16 steps of 16 and squares that cancel; float32 statistics lose nothing.
+    x_btd = jnp.array([[[2048.0, 2064.0, 2032.0, 2048.0]]], jnp.bfloat16)
+    y_btd = norm(4, 0.0)(x_btd)
+    assert y_btd.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y_btd, jnp.array([[[0, 2**0.5, -(2**0.5), 0]]], jnp.bfloat16))
+
+
+NAMES = {"rms": RMSNorm, "rms_cast_first": RMSNormCastFirst, "layer": LayerNorm, "layer_1p": LayerNorm1P}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_names_the_norm_of_every_place(name):
+    model = ModelConfig(
+        pattern="-/-", vocab_size=8, hidden_size=6, intermediate_size=4, norm=name, layer_norm_epsilon=0.25
+    )
+    assert type(make_norm(model, 5)) is NAMES[name]
+    assert make_norm(model, 5).weight[...].shape == (5,) and make_norm(model).weight[...].shape == (6,)
+    built = LanguageModel(model, nnx.Rngs(0))
+    assert built.mtp is not None
+    block = built.mtp
+    norms = [built.norm, built.backbone.children[0].norm, block.layers.children[0].norm]
+    for norm in (*norms, block.embedding_norm, block.hidden_norm, block.final_norm):
+        assert type(norm) is NAMES[name] and norm.epsilon == 0.25 and norm.weight[...].shape == (6,)
+
+
 def test_group_norm_by_hand():
     norm = GroupRMSNorm(4, 2, 0.0)
     norm.weight[...] = jnp.array([1.0, 2.0, 3.0, 4.0])
@@ -58,9 +122,12 @@ def test_group_norm_by_hand():
     np.testing.assert_allclose(y_btc, [[[1, 2, 3 / 5, 28 / 5]]], rtol=1e-6)
 
 
-@pytest.mark.parametrize("groups", [1, 2, 4, 8])
-def test_groups_over_ranks_equal_one_device(groups):
-    """Tensor 4 has fewer ranks than, as many as, and more than there are groups; forward and gradients."""
+@pytest.mark.parametrize(
+    "mamba_groups, groups", [(1, 1), (2, 2), (4, 4), (8, 8), (4, 1), (8, 2), (1, 4), (2, 1), (1, 2)]
+)
+def test_groups_over_ranks_equal_one_device(mamba_groups, groups):
+    """Tensor 4 has fewer ranks than, as many as, and more than there are groups, which B and C need not share; forward
+    and gradients."""
     channels = 24
     key_x, key_g, key_w = jax.random.split(jax.random.key(0), 3)
     x_btc, gy_btc = (jax.random.normal(key, (2, 5, channels)) for key in (key_x, key_g))
@@ -81,5 +148,7 @@ def test_groups_over_ranks_equal_one_device(groups):
         run = plan.run(device, inputs=(specs, split, split), outputs=(split, specs, split))
         return jax.tree.leaves(jax.jit(run)(state, x_btc, gy_btc))
 
-    for whole, split in zip(on(plan_of(groups)), on(plan_of(groups, data=2, tensor=4)), strict=True):
+    for whole, split in zip(
+        on(plan_of(mamba_groups, groups)), on(plan_of(mamba_groups, groups, data=2, tensor=4)), strict=True
+    ):
         np.testing.assert_allclose(split, whole, rtol=2e-5, atol=1e-5)

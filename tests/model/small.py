@@ -16,10 +16,11 @@ from orogen.parallel.plan import Plan, make_plan
 
 def config(**changes: Any) -> ModelConfig:
     sizes = {
-        "pattern": "M*-E/*E", "mtp_depths": 2, "vocab_size": 23, "hidden_size": 12, "num_attention_heads": 4,
+        "pattern": "Mm*-E/*E", "mtp_depths": 2, "vocab_size": 23, "hidden_size": 12, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 5, "intermediate_size": 14, "mamba_num_heads": 6, "mamba_head_dim": 3,
-        "n_groups": 2, "ssm_state_size": 7, "conv_kernel": 4, "chunk_size": 4, "n_routed_experts": 6,
-        "num_experts_per_tok": 3, "moe_intermediate_size": 8, "moe_latent_size": 9, "mtp_loss_scale": 0.4,
+        "n_groups": 2, "mamba_intermediate_size": 10, "time_step_rank": 3, "ssm_state_size": 7, "conv_kernel": 4,
+        "chunk_size": 4, "n_routed_experts": 6, "num_experts_per_tok": 3,
+        "moe_intermediate_size": 8, "moe_latent_size": 9, "mtp_loss_scale": 0.4,
         "moe_shared_expert_intermediate_size": 10, "router_aux_loss_coef": 0.02, "router_z_loss_coef": 0.003,
     }  # fmt: skip
     return ModelConfig(**(sizes | changes))
@@ -47,7 +48,7 @@ def randomised(state: nnx.State, rng: np.random.Generator) -> nnx.State:
             return np.log(rng.uniform(1, 4, shape))
         if name == "dt_bias":
             return np.log(np.expm1(np.exp(rng.uniform(np.log(0.05), 0, shape))))
-        if name == "bias":  # of convolutions and routers
+        if str(name).endswith("bias"):  # of convolutions, projections and routers
             return 0.1 * noise
         axes = len(variable.get_metadata()["axes"])
         return 1 + 0.3 * noise if axes == 1 else noise / shape[-2] ** 0.5

@@ -15,11 +15,12 @@ from orogen.config.model import ModelConfig
 from orogen.model.lm import build, initial_state
 
 SIZE = 160
-PATTERN = "MMM*-E"
+PATTERN = "MMM*-Em"
 STD = (0.8 / SIZE) ** 0.5
 NORMAL, OUT = scipy.stats.norm(0, STD), scipy.stats.norm(0, STD / len(PATTERN) ** 0.5)
 TAPS = scipy.stats.uniform(-0.5, 1)  # U(±1 / sqrt 4)
-INPUTS = ("z", "x", "B", "C", "dt", "query", "key", "value", "up", "gate", "latent_down", "project")
+STEP = scipy.stats.uniform(-0.2, 0.4)  # U(±1 / sqrt 25)
+INPUTS = ("z", "x", "B", "C", "dt", "dt_down", "query", "key", "value", "up", "gate", "latent_down", "project")
 OUTPUTS = ("out", "down", "latent_up")
 
 
@@ -29,7 +30,7 @@ def parameters() -> dict:
         pattern=f"{PATTERN}/*", vocab_size=70, hidden_size=SIZE, num_attention_heads=6, num_key_value_heads=3,
         head_dim=20, intermediate_size=90, mamba_num_heads=200, mamba_head_dim=2, n_groups=4, ssm_state_size=30,
         n_routed_experts=6, num_experts_per_tok=2, moe_intermediate_size=50, moe_latent_size=44,
-        moe_shared_expert_intermediate_size=80,
+        moe_shared_expert_intermediate_size=80, mamba_intermediate_size=180, time_step_rank=25, mamba_proj_bias=True,
     )  # fmt: skip
     params, buffers = jax.device_get(jax.jit(initial_state, static_argnums=0)(config, 7))
     assert jax.tree.structure((params, buffers)) == jax.tree.structure(tuple(build(config)[1:]))
@@ -44,8 +45,12 @@ def fits(values: np.ndarray, distribution) -> bool:
 def expected(path):
     """The distribution of a tensor, or the constant."""
     name, parent = path[-1], path[-2] if len(path) > 1 else None
-    if str(parent).startswith("conv_"):
+    if str(parent).startswith("conv"):
         return TAPS
+    if name == "dt_up":
+        return STEP
+    if name.endswith("_bias"):
+        return 0
     if name in INPUTS or parent in ("embedding", "head"):
         return NORMAL
     if name in OUTPUTS:
@@ -65,20 +70,27 @@ def test_every_tensor_follows_the_table():
         else:
             normal += 1
             assert fits(values, wanted), path
-    assert normal == 5 + 6 + 1 + 4 + 2 + 7 + 2 + 1 + 4  # M's, attention's, ..., embedding and head, MTP's
+    assert normal == 5 + 6 + 1 + 9 + 4 + 2 + 7 + 2 + 1 + 4  # M's three, m's, attention's, ..., MTP's
 
 
 def test_decay_rates_are_uniform_from_1_to_16():
-    (a_log,) = (v for p, v in parameters().items() if p[-1] == "A_log")
-    assert a_log.shape == (3, 200)
-    assert fits(np.exp(a_log), scipy.stats.uniform(1, 15))
+    rates = [np.exp(v) for p, v in parameters().items() if p[-1] == "A_log" and v.shape == (3, 200)]
+    assert len(rates) == 1
+    assert fits(rates[0], scipy.stats.uniform(1, 15))
+
+
+def test_decay_rates_of_mamba1_count_from_1_in_every_channel():
+    (rates_in,) = (np.exp(v) for p, v in parameters().items() if p[-1] == "A_log" and v.shape == (180, 30))
+    np.testing.assert_allclose(rates_in, np.tile(np.arange(1, 31), (180, 1)), rtol=1e-6)
 
 
 def test_time_steps_are_log_uniform_from_a_thousandth_to_a_tenth():
-    (dt_bias,) = (v for p, v in parameters().items() if p[-1] == "dt_bias")
-    steps = np.logaddexp(0, dt_bias.astype(np.float64))
-    assert fits(np.log(steps), scipy.stats.uniform(np.log(1e-3), np.log(100)))
-    assert 1e-3 * 0.999 < steps.min() < steps.max() < 0.1 * 1.001
+    biases = [v for p, v in parameters().items() if p[-1] == "dt_bias"]
+    assert sorted(bias.shape for bias in biases) == [(3, 200), (180,)]
+    for bias in biases:
+        steps = np.logaddexp(0, bias.astype(np.float64))
+        assert fits(np.log(steps), scipy.stats.uniform(np.log(1e-3), np.log(100)))
+        assert 1e-3 * 0.999 < steps.min() < steps.max() < 0.1 * 1.001
 
 
 def test_repeated_layers_experts_and_projections_differ():

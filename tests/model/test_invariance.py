@@ -1,6 +1,8 @@
 """What a token may depend on: its own document, up to itself. Letters: b batch, t time, s another time, d model."""
 
+import dataclasses
 import functools
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -9,13 +11,28 @@ import numpy as np
 import pytest
 from tests.model.small import Witness, config, merged, one_device
 
+from orogen.config.model import ModelConfig
 from orogen.data.packing import Batch
+from orogen.layers.documents import documents
 from orogen.model.mtp import shift_left, shifted_segments
 from orogen.train.loss import Counts, Sums, batch_counts, objective
 
 # A row of documents of 7, 1, 5 and 2 tokens and 2 of padding; one of 3 and 9, padding between them and at the end.
 LENGTHS = ((7, 1, 5, 2, -2), (3, -1, 9, -4))
 DEPTHS = 2
+# Between them, every letter. Documents are longer than the window.
+MODELS = {
+    "hybrid": config(),
+    "attention": config(
+        pattern="w*E/wE", rope_theta=30.0, head_dim=8, partial_rotary_factor=0.5, qk_norm=True, attention_sinks=True,
+        attention_bias="all", sliding_window=3,
+    ),
+    "latent attention": config(
+        pattern="++E/+E", rope_theta=30.0, yarn_factor=4.0, yarn_original_positions=8, rope_interleave=True,
+        q_lora_rank=8, kv_lora_rank=7, qk_nope_head_dim=5, qk_rope_head_dim=4, v_head_dim=3, attention_bias="all",
+    ),
+}  # fmt: skip
+every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 
 
 class Answers(NamedTuple):
@@ -40,7 +57,7 @@ def batch_of(tokens_bt: np.ndarray, segments_bt: np.ndarray) -> Batch:
     """Weights from 0.5 to 1.5 by token id, zero on first tokens and padding, so that a wrong weight shows."""
     first_bt = np.diff(segments_bt, axis=1, prepend=-1) != 0
     weights_bt = np.where(first_bt | (segments_bt == 0), 0, 0.5 + tokens_bt / 22).astype(np.float32)
-    return Batch(tokens_bt, segments_bt, np.zeros_like(tokens_bt), weights_bt)
+    return Batch(tokens_bt, segments_bt, np.asarray(documents(segments_bt).positions_bt), weights_bt)
 
 
 def random_tokens(seed: int) -> np.ndarray:
@@ -59,13 +76,13 @@ def apart(batch: Batch) -> tuple[Batch, list[tuple[int, np.ndarray]]]:
     return rows, places
 
 
-@jax.jit
-def answers(batch: Batch):
+@partial(jax.jit, static_argnames="model_config")
+def answers(batch: Batch, model_config: ModelConfig):
     """Hidden states of every depth, nats of the next token by position, the objective, its sums and its counts."""
-    model, plan = Witness(merged(config())), one_device(config())
+    model, plan = Witness(merged(model_config)), one_device(model_config)
     counts = batch_counts(batch, DEPTHS, plan)
-    loss, sums = objective(model, batch, counts, config=config(), plan=plan)
-    likelihood_btv = jax.nn.log_softmax(model.head(model.seen[0], plan))
+    loss, sums = objective(model, batch, counts, config=model_config, plan=plan)
+    likelihood_btv = jax.nn.log_softmax(model.project(model.seen[0], plan))
     nats_bt = -jnp.take_along_axis(likelihood_btv, shift_left(batch.tokens_bt, 1)[..., None], -1)[..., 0]
     return Answers(model.seen, nats_bt, loss, sums, counts)
 
@@ -78,9 +95,10 @@ def last_valid(segments_bt: np.ndarray, depth: int) -> np.ndarray:
 PACKED = batch_of(random_tokens(0), SEGMENTS_BT)
 
 
-def test_a_packed_row_has_the_hidden_states_of_its_documents_apart():
+@every_model
+def test_a_packed_row_has_the_hidden_states_of_its_documents_apart(model):
     rows, places = apart(PACKED)
-    packed, alone = answers(PACKED), answers(rows)
+    packed, alone = answers(PACKED, model), answers(rows, model)
     assert len(packed.hidden) == 1 + DEPTHS
     for row, (b, where) in enumerate(places):
         for depth in range(1 + DEPTHS):
@@ -91,8 +109,9 @@ def test_a_packed_row_has_the_hidden_states_of_its_documents_apart():
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_packed_row_has_the_losses_of_its_documents_apart():
-    packed, alone = answers(PACKED), answers(apart(PACKED)[0])
+@every_model
+def test_a_packed_row_has_the_losses_of_its_documents_apart(model):
+    packed, alone = answers(PACKED, model), answers(apart(PACKED)[0], model)
     np.testing.assert_allclose(packed.sums.nats, alone.sums.nats, rtol=1e-6)
     np.testing.assert_allclose(packed.counts.targets, alone.counts.targets, rtol=1e-6)
     np.testing.assert_array_equal(packed.counts.tokens, alone.counts.tokens)
@@ -100,10 +119,11 @@ def test_a_packed_row_has_the_losses_of_its_documents_apart():
         np.testing.assert_array_equal(load_e, load_alone_e)
 
 
-def test_tokens_at_padding_change_nothing():
+@every_model
+def test_tokens_at_padding_change_nothing(model):
     tokens_bt = np.where(SEGMENTS_BT == 0, random_tokens(1), PACKED.tokens_bt)
     assert (tokens_bt != PACKED.tokens_bt).any()
-    before, after = answers(PACKED), answers(PACKED._replace(tokens_bt=tokens_bt))
+    before, after = answers(PACKED, model), answers(PACKED._replace(tokens_bt=tokens_bt), model)
     for depth in range(1 + DEPTHS):
         valid = last_valid(SEGMENTS_BT, depth)
         np.testing.assert_array_equal(after.hidden[depth][valid], before.hidden[depth][valid])
@@ -111,8 +131,9 @@ def test_tokens_at_padding_change_nothing():
     np.testing.assert_array_equal(after.sums.nats, before.sums.nats)
 
 
-def test_batch_order_does_not_matter():
-    before, after = answers(PACKED), answers(Batch(*(x[::-1].copy() for x in PACKED)))
+@every_model
+def test_batch_order_does_not_matter(model):
+    before, after = answers(PACKED, model), answers(Batch(*(x[::-1].copy() for x in PACKED)), model)
     for a, b in zip(after.hidden, before.hidden, strict=True):
         np.testing.assert_allclose(a[::-1], b, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(after.loss, before.loss, rtol=1e-6)
@@ -120,20 +141,20 @@ def test_batch_order_does_not_matter():
 
 
 @functools.cache
-def dependencies() -> np.ndarray:
+def dependencies(model_config: ModelConfig) -> np.ndarray:
     """(depth, b · t, b · s): whether a hidden state has a gradient with respect to the embedding of another token.
 
     Every token is another one, so row s of the embedding is the input of position s alone.
     """
-    model_config = config(vocab_size=SEGMENTS_BT.size)
+    model_config = dataclasses.replace(model_config, vocab_size=SEGMENTS_BT.size)
     plan = one_device(model_config)
     tokens_bt = np.arange(SEGMENTS_BT.size, dtype=np.int32).reshape(SEGMENTS_BT.shape)
     direction_d = jax.random.normal(jax.random.key(0), (12,))
 
     def projected(table_vd):
         model = merged(model_config, embedding_vd=table_vd)
-        h_btd, _ = model.hidden(tokens_bt, SEGMENTS_BT, plan)
-        hidden = [h_btd] + [h for h, _ in model.deeper(h_btd, tokens_bt, SEGMENTS_BT, plan)]
+        h_btd, _ = model.hidden(tokens_bt, documents(SEGMENTS_BT), plan)
+        hidden = [h_btd] + [h for h, _ in model.deeper(h_btd, tokens_bt, documents(SEGMENTS_BT), plan)]
         return jnp.stack([h.reshape(-1, 12) @ direction_d for h in hidden])
 
     table_vd = jax.random.normal(jax.random.key(1), (SEGMENTS_BT.size, 12))
@@ -141,12 +162,13 @@ def dependencies() -> np.ndarray:
     return np.asarray(jnp.any(jacobian != 0, -1))
 
 
+@every_model
 @pytest.mark.parametrize("depth", range(1 + DEPTHS))
-def test_a_hidden_state_depends_on_its_document_up_to_its_depth(depth):
+def test_a_hidden_state_depends_on_its_document_up_to_its_depth(model, depth):
     segments_n = SEGMENTS_BT.reshape(-1)
     row_n, time_n = np.divmod(np.arange(segments_n.size), SEGMENTS_BT.shape[1])
     same = (row_n[:, None] == row_n) & (segments_n[:, None] == segments_n)
     expected = same & (time_n[None, :] <= time_n[:, None] + depth)
     valid = last_valid(SEGMENTS_BT, depth).reshape(-1)
     assert 4 < valid.sum() < segments_n.size
-    np.testing.assert_array_equal(dependencies()[depth][valid], expected[valid])
+    np.testing.assert_array_equal(dependencies(model)[depth][valid], expected[valid])

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from tests.model.huggingface_weights import fill, mtp_values, values
 from tests.model.small import Witness
+from tests.model.tensors import fill, mtp_values, values
 
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
@@ -88,7 +88,7 @@ def answers(name: str):
     def loss(params):
         model = Witness(nnx.merge(graph, params))
         total, sums = objective(model, batch, counts, config=config, plan=plan)
-        return total, (sums, model.seen, [model.head(h_btd, plan) for h_btd in model.seen])
+        return total, (sums, model.seen, [model.project(h_btd, plan) for h_btd in model.seen])
 
     (total, (sums, hidden, logits)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     return total, sums, counts, hidden, logits, grads

@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tests.model.small import config, one_device, randomised, relative_error
 
+from orogen.layers.documents import documents
 from orogen.model.block import Repeat, Stack, letters, places, repeats
 from orogen.moe.layer import MoEStats
 
@@ -100,7 +101,7 @@ def test_a_scanned_stack_equals_its_layers_one_after_another():
 
     def scanned(params, x_btd):
         stack = nnx.merge(graph, params, jax.tree.map(jnp.asarray, buffers))
-        y_btd, stats = stack(x_btd, segments_bt, plan)
+        y_btd, stats = stack(x_btd, documents(segments_bt), plan)
         return jnp.sum(y_btd * gy_btd), (y_btd, stats[0][1].load)
 
     def unrolled(params, x_btd):
@@ -112,7 +113,7 @@ def test_a_scanned_stack_equals_its_layers_one_after_another():
                 layer = layer.children[child]
             layer_graph, layer_state = nnx.split(layer)
             one = jax.tree.map(lambda a, index=place.index: a[index], layer_state)
-            x_btd, stats = nnx.merge(layer_graph, one)(x_btd, segments_bt, plan, None)
+            x_btd, stats = nnx.merge(layer_graph, one)(x_btd, documents(segments_bt), plan, None)
             loads += [stats.load] if isinstance(stats, MoEStats) else []
         return jnp.sum(x_btd * gy_btd), (x_btd, jnp.stack(loads))
 
@@ -133,7 +134,7 @@ def test_a_rematerialised_stack_multiplies_more_for_the_same_gradients():
 
         def total(params):
             stack = nnx.merge(graph, params, jax.tree.map(jnp.asarray, buffers))
-            return jnp.sum(stack(x_btd, jnp.ones((2, 5), jnp.int32), plan)[0] ** 2)
+            return jnp.sum(stack(x_btd, documents(jnp.ones((2, 5), jnp.int32)), plan)[0] ** 2)
 
         products = str(jax.make_jaxpr(jax.grad(total))(params)).count("dot_general")
         return jax.jit(jax.grad(total))(params), products

@@ -56,12 +56,20 @@ def weights(model: ModelConfig, seed: int, *, bias: Any = None) -> Weights:
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape) / shape[-2] ** 0.5, jnp.float32)  # noqa: E731
     d, e, w, f = model.hidden_size, model.n_routed_experts, model.expert_width, model.moe_intermediate_size
     latent, shared = model.moe_latent_size, model.moe_shared_expert_intermediate_size
+    gated, biased = model.mlp_gated, model.mlp_bias
+    vector = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    gate_de = 1.5 * draw(d, e)
+    bias_e = jnp.asarray(0.1 * rng.normal(size=e) if bias is None else bias, jnp.float32)
     return Weights(
-        gate_de=1.5 * draw(d, e),
-        bias_e=jnp.asarray(0.1 * rng.normal(size=e) if bias is None else bias, jnp.float32),
+        gate_de=gate_de,
+        bias_e=bias_e if model.router_correction_bias else None,
         up_ewf=draw(e, w, f), down_efw=draw(e, f, w),
         latent_down_dw=draw(d, latent) if latent else None, latent_up_wd=draw(latent, d) if latent else None,
         shared_up_df=draw(d, shared) if shared else None, shared_down_fd=draw(shared, d) if shared else None,
+        gate_bias_e=vector(e) if model.router_bias else None, expert_gate_ewf=draw(e, w, f) if gated else None,
+        up_bias_ef=vector(e, f) if biased else None, expert_gate_bias_ef=vector(e, f) if gated and biased else None,
+        down_bias_ew=vector(e, w) if biased else None, shared_gate_df=draw(d, shared) if gated and shared else None,
+        shared_scale_d1=draw(d, 1) if model.moe_shared_expert_gate else None,
     )  # fmt: skip
 
 
@@ -76,6 +84,9 @@ PATHS = {
     ("router", "gate"): "gate_de", ("router", "bias"): "bias_e", ("experts", "up"): "up_ewf",
     ("experts", "down"): "down_efw", ("latent_down",): "latent_down_dw", ("latent_up",): "latent_up_wd",
     ("shared", "up"): "shared_up_df", ("shared", "down"): "shared_down_fd",
+    ("router", "gate_bias"): "gate_bias_e", ("experts", "gate"): "expert_gate_ewf",
+    ("experts", "up_bias"): "up_bias_ef", ("experts", "gate_bias"): "expert_gate_bias_ef",
+    ("experts", "down_bias"): "down_bias_ew", ("shared", "gate"): "shared_gate_df", ("shared_gate",): "shared_scale_d1",
 }  # fmt: skip
 
 
@@ -127,6 +138,7 @@ def reference_result(
     options = Options(
         k=model.num_experts_per_tok, n_group=model.n_group, topk_group=model.topk_group,
         normalise=model.norm_topk_prob, scaling=model.routed_scaling_factor, capacity=capacity,
+        score=model.router_score, clamp=model.swiglu_limit,
     )  # fmt: skip
     (_, (y, load, dropped, losses)), (grads, grad_x) = jax.device_get(_reference(given, data, options, sources))
     return Result(y, load, int(dropped), losses, grads, grad_x)
@@ -146,8 +158,8 @@ def _reference(given: Weights, data: Inputs, options: Options, sources: tuple[in
         x_snd, valid_sn = x_btd.reshape(b * t, -1)[tokens_sn], valid_bt.reshape(-1)[tokens_sn]
         answers = jax.vmap(lambda x_nd, valid_n: mixture(x_nd, valid_n, given, options))(x_snd, valid_sn)
         y_btd = answers.y_nd.reshape(b * t, -1)[np.argsort(tokens_sn.reshape(-1))].reshape(x_btd.shape)
-        balance = jax.vmap(lambda x_td, valid_t: balance_loss(x_td, valid_t, given.gate_de, options.k))
-        losses = balance(x_btd, valid_bt).sum(), z_loss(x_btd.reshape(b * t, -1), valid_bt.reshape(-1), given.gate_de)
+        balance = jax.vmap(lambda x_td, valid_t: balance_loss(x_td, valid_t, given, options))
+        losses = balance(x_btd, valid_bt).sum(), z_loss(x_btd.reshape(b * t, -1), valid_bt.reshape(-1), given)
         value = jnp.sum(y_btd * data.gy_btd) + BALANCE * losses[0] + Z * losses[1]
         return value, (y_btd, answers.load_e.sum(0), answers.dropped.sum(), losses)
 

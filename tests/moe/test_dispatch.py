@@ -67,6 +67,47 @@ def test_dispatch_without_capacity_equals_reference_and_drops_nothing(dispatch, 
     np.testing.assert_array_equal(found.grads.up_ewf[expected.load_e == 0], 0)
 
 
+# gpt-oss: clamped SwiGLU with biases, softmax over the chosen; Qwen2: SwiGLU, softmax over all, a gated shared expert;
+# Nemotron with biases, its experts in a latent space.
+FORMS = {
+    "clamped": {
+        "mlp_gated": True, "mlp_hidden_act": "silu", "mlp_bias": True, "swiglu_limit": 0.7, "moe_latent_size": None,
+        "router_score": "softmax_topk", "router_bias": True, "router_correction_bias": False,
+        "moe_shared_expert_intermediate_size": None,
+    },
+    "gated": {
+        "mlp_gated": True, "mlp_hidden_act": "silu", "router_score": "softmax", "norm_topk_prob": False,
+        "moe_shared_expert_gate": True, "router_correction_bias": False, "moe_latent_size": None,
+    },
+    "biased": {"mlp_bias": True, "n_group": 2, "topk_group": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mesh", ["1", "8folded"])
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_expert_and_router_equals_reference(form, dispatch, mesh):
+    plan = PlanConfig(**MESHES[mesh], dispatch=dispatch, capacity_factor=0.75)
+    model = config(**FORMS[form])
+    given, data = weights(model, 4), inputs(model, 5, rows=ROWS, length=LENGTH)
+    capacity = -(-ROWS * LENGTH // plan.devices * 3 * 3 // (8 * 4))  # ceil(tokens · k / e · 3/4)
+    expected = reference_result(model, given, data, sources=(plan.data, plan.tensor), capacity=capacity)
+    assert expected.dropped > 0
+    assert_equal(layer_result(model, plan, given, data), expected)
+
+
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+def test_biases_of_empty_experts_have_no_gradient(dispatch):
+    model = config(**FORMS["biased"] | {"n_group": 1})
+    given, data = weights(model, 2, bias=BIASES["three full"]), inputs(model, 3, rows=ROWS, length=LENGTH)
+    expected = reference_result(model, given, data, sources=(1, 1), capacity=None)
+    assert (expected.load_e == 0).sum() == 5
+    found = layer_result(model, PlanConfig(**MESHES["4both"], dispatch=dispatch), given, data)
+    assert_equal(found, expected)
+    for grad_ef in (found.grads.up_bias_ef, found.grads.down_bias_ew):
+        np.testing.assert_array_equal(np.abs(grad_ef).sum(1) == 0, expected.load_e == 0)
+
+
 @pytest.mark.parametrize("dispatch", DISPATCHES)
 def test_every_token_may_go_to_every_expert(dispatch):
     model = config(n_routed_experts=4, num_experts_per_tok=4, n_group=2, topk_group=2, moe_latent_size=None)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tests.model.huggingface_weights import fill
+from tests.model.tensors import fill
 
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig

@@ -1,5 +1,7 @@
 """The router: by hand, and against megatron-core 0.20 (fixtures/router: choices, weights, losses, all gradients)."""
 
+import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -36,14 +38,25 @@ def read(name: str, prefix: str) -> dict[str, np.ndarray]:
 
 
 def comparable(case: dict) -> bool:
-    """Sigmoid scores; groups only where Megatron's score of a group, the sum of its best k / topk_group, is the sum of
-    two as in Hugging Face's code and ours, or where every group is kept."""
+    """Scores that we have; groups only where Megatron's score of a group, the sum of its best k / topk_group, is the
+    sum of two as in Hugging Face's code and ours, or where every group is kept."""
     groups, kept = case["num_groups"], case["group_topk"]
-    return case["score_function"] == "sigmoid" and (not groups or groups == kept or case["topk"] == 2 * kept)
+    return score_of(case) is not None and (not groups or groups == kept or case["topk"] == 2 * kept)
 
 
-SIGMOID = [case for case in cases("topk.npz") if comparable(case)]
-LOSSES = [case for case in cases("aux_losses.npz") if case["score_function"] == "sigmoid"]
+def score_of(case: dict) -> str | None:
+    """Our name of a case's score; Megatron's softmax is over the chosen logits unless it comes before the choice."""
+    name = case["score_function"]
+    if name == "softmax":
+        return "softmax" if case.get("use_pre_softmax", True) else "softmax_topk"
+    return name if name == "sigmoid" else None
+
+
+ROUTES = [case for case in cases("topk.npz") if comparable(case)]
+LOSSES = [case for case in cases("aux_losses.npz") if score_of(case)]
+
+
+by_sigmoid = functools.partial(route, score="sigmoid")
 
 
 def identify(case: dict) -> str:
@@ -57,21 +70,25 @@ def dense(routing, n_experts: int) -> jax.Array:
 
 
 def test_enough_cases_are_comparable():
-    assert len(SIGMOID) == 28 and sum(bool(case["num_groups"]) for case in SIGMOID) == 12
-    assert len(LOSSES) == 6
+    for score, count, grouped in (("sigmoid", 28, 12), ("softmax", 14, 6), ("softmax_topk", 14, 6)):
+        found = [case for case in ROUTES if score_of(case) == score]
+        assert len(found) == count and sum(bool(case["num_groups"]) for case in found) == grouped
+    assert [score_of(case) for case in LOSSES] == ["softmax"] * 6 + ["sigmoid"] * 6
 
 
-@pytest.mark.parametrize("case", SIGMOID, ids=identify)
+@pytest.mark.parametrize("case", ROUTES, ids=identify)
 def test_route_equals_megatron(case):
     arrays = read("topk.npz", f"c{case['case']}_")
     logits_ne = jnp.asarray(arrays["logits"])
     bias_e = jnp.asarray(arrays["bias"]) if case["expert_bias"] else jnp.zeros(16)
 
-    # Megatron leaves a single expert's weight as it is; Hugging Face and we divide it by itself if asked to.
+    # Megatron divides sigmoids only, and leaves a single expert's as it is; Hugging Face and we do as we are asked to.
+    score, k = score_of(case), case["topk"]
+
     def weights(logits_ne):
         routing = route(
-            logits_ne, bias_e, k=case["topk"], n_group=case["num_groups"] or 1, topk_group=case["group_topk"] or 1,
-            normalise=case["topk"] > 1, scaling=case["scaling_factor"] or 1.0,
+            logits_ne, bias_e, score=score, k=k, n_group=case["num_groups"] or 1, topk_group=case["group_topk"] or 1,
+            normalise=score == "sigmoid" and k > 1, scaling=case["scaling_factor"] or 1.0,
         )  # fmt: skip
         return jnp.sum(dense(routing, 16) * arrays["gy"]), (dense(routing, 16), routing)
 
@@ -89,7 +106,8 @@ def test_balance_loss_and_z_loss_equal_megatron(case):
     plan = make_plan(PlanConfig(), CONFIG)
 
     def losses(logits_bte):
-        return router_losses(logits_bte, jax.nn.sigmoid(logits_bte), jnp.asarray(valid_bt), plan, k=case["topk"])
+        routing = route(logits_bte, None, score=score_of(case), k=case["topk"], normalise=False, scaling=1.0)
+        return router_losses(logits_bte, routing.scores, jnp.asarray(valid_bt), plan, k=case["topk"])
 
     balance, z = losses(logits_bte)
     assert valid_bt.sum() == case["total_num_tokens"]
@@ -109,7 +127,7 @@ def test_bias_update_equals_megatron(case):
 def test_route_by_hand():
     # Biased 0.75, 0.9, 0.25, 0.6: experts 1 and 0; shares 0.5 / 1.25 and 0.75 / 1.25, times 2.5.
     bias_e = jnp.array([0.0, 0.4, 0.0, -0.2])
-    routing = route(LOGITS_E[None], bias_e, k=2, normalise=True, scaling=2.5)
+    routing = by_sigmoid(LOGITS_E[None], bias_e, k=2, normalise=True, scaling=2.5)
     np.testing.assert_array_equal(routing.experts, [[1, 0]])
     np.testing.assert_allclose(routing.weights, [[1.0, 1.5]], rtol=1e-6)
     np.testing.assert_allclose(routing.scores, [[0.75, 0.5, 0.25, 0.8]], rtol=1e-6)
@@ -117,49 +135,135 @@ def test_route_by_hand():
 
 
 def test_weights_without_normalisation_are_scaled_scores():
-    routing = route(LOGITS_E[None], jnp.zeros(4), k=3, normalise=False, scaling=2.0)
+    routing = by_sigmoid(LOGITS_E[None], jnp.zeros(4), k=3, normalise=False, scaling=2.0)
     np.testing.assert_array_equal(routing.experts, [[3, 0, 1]])
     np.testing.assert_allclose(routing.weights, [[1.6, 1.5, 1.0]], rtol=1e-6)
 
 
+# Shares of 3, 1, 1/3 and 4 in their sum of 25/3: 0.36, 0.12, 0.04, 0.48.
+
+
+@pytest.mark.parametrize(("normalise", "expected"), [(False, [0.96, 0.72]), (True, [8 / 7, 6 / 7])])
+def test_softmax_over_all_experts_by_hand(normalise, expected):
+    routing = route(LOGITS_E[None], None, score="softmax", k=2, normalise=normalise, scaling=2.0)
+    np.testing.assert_array_equal(routing.experts, [[3, 0]])
+    np.testing.assert_allclose(routing.weights, [expected], rtol=1e-6)
+    np.testing.assert_allclose(routing.scores, [[0.36, 0.12, 0.04, 0.48]], rtol=1e-6)
+    np.testing.assert_allclose(routing.margin, [(0.36 - 0.12) / 0.36], rtol=1e-6)
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_softmax_over_the_chosen_by_hand(normalise):
+    # A bias of 1.2 takes expert 1's logit 0 above expert 0's log 3 = 1.1; its weight is by the logit: 1 / (4 + 1).
+    bias_e = jnp.array([0.0, 1.2, 0.0, 0.0])
+    routing = route(LOGITS_E[None], bias_e, score="softmax_topk", k=2, normalise=normalise, scaling=2.0)
+    np.testing.assert_array_equal(routing.experts, [[3, 1]])
+    np.testing.assert_allclose(routing.weights, [[1.6, 0.4]], rtol=1e-6)
+    np.testing.assert_allclose(routing.scores, [[0.36, 0.12, 0.04, 0.48]], rtol=1e-6)
+    np.testing.assert_allclose(routing.margin, [1.2 - math.log(3)], rtol=1e-5)
+
+
+def test_correction_bias_of_a_softmax_decides_the_choice_alone():
+    bias_e = jnp.array([0.0, 0.3, 0.0, 0.0])
+    routing = route(LOGITS_E[None], bias_e, score="softmax", k=2, normalise=False, scaling=1.0)
+    np.testing.assert_array_equal(routing.experts, [[3, 1]])
+    np.testing.assert_allclose(routing.weights, [[0.48, 0.12]], rtol=1e-6)
+
+
+def test_margin_of_groups_counts_too():
+    # Groups (0.75, 0.5) and (0.25, 0.8) score 1.25 and 1.05; inside the first nothing is left out.
+    routing = by_sigmoid(LOGITS_E[None], None, k=2, n_group=2, topk_group=1, normalise=True, scaling=1.0)
+    np.testing.assert_array_equal(routing.experts, [[0, 1]])
+    np.testing.assert_allclose(routing.margin, [0.2], rtol=1e-5)
+
+
+@pytest.mark.parametrize("score", ["softmax", "softmax_topk"])
+def test_replayed_choice_is_weighed_like_a_chosen_one(score):
+    shares = [0.04, 0.48] if score == "softmax" else [1 / 13, 12 / 13]
+    routing = route(
+        LOGITS_E[None], None, score=score, k=2, normalise=False, scaling=1.0, experts_nk=jnp.array([[2, 3]])
+    )
+    np.testing.assert_array_equal(routing.flipped, [True])
+    np.testing.assert_allclose(routing.weights, [shares], rtol=1e-6)
+
+
+@pytest.mark.parametrize("score", ["softmax", "softmax_topk"])
+def test_scores_that_underflow_leave_finite_numbers(score):
+    logits_ne = jnp.array([[300.0, 0.0, -1.0, -2.0]])
+    routing = route(logits_ne, None, score=score, k=2, normalise=True, scaling=1.0)
+    np.testing.assert_array_equal(routing.experts, [[0, 1]])
+    np.testing.assert_array_equal(routing.weights, [[1, 0]])
+    assert not np.isnan(routing.margin[0])
+
+
+def test_router_bias_is_part_of_the_logits_and_learned():
+    config = dataclasses.replace(CONFIG, router_bias=True, router_correction_bias=False, router_score="softmax_topk")
+    graph, params, buffers = nnx.split(Router(config, nnx.Rngs(0)), nnx.Param, ...)
+    assert not jax.tree.leaves(buffers)
+    params["gate_bias"] = params["gate_bias"].replace(jnp.array([0.0, 9.0, 0.0, 8.0, 0.0]))
+    plan = make_plan(PlanConfig(), config)
+    x_btd = 0.1 * jax.random.normal(jax.random.key(1), (2, 3, 6))
+
+    def first_weights(params):
+        logits_bte, routing = nnx.merge(graph, params, buffers)(x_btd, plan, None)
+        return routing.weights[..., 0].sum(), (logits_bte, routing)
+
+    grads, (logits_bte, routing) = jax.grad(first_weights, has_aux=True)(params)
+    np.testing.assert_allclose(logits_bte, x_btd @ params["gate"][...] + params["gate_bias"][...], rtol=1e-5)
+    np.testing.assert_array_equal(routing.experts, np.broadcast_to([1, 3], (2, 3, 2)))
+    assert grads["gate_bias"][...][1] > 0 > grads["gate_bias"][...][3] and grads["gate_bias"][...][0] == 0
+
+
 def test_bias_has_no_gradient_and_does_not_change_weights():
     def total(bias_e):
-        return jnp.sum(route(LOGITS_E[None], bias_e, k=2, normalise=True, scaling=1.0).weights * jnp.array([1.0, 3.0]))
+        return jnp.sum(
+            by_sigmoid(LOGITS_E[None], bias_e, k=2, normalise=True, scaling=1.0).weights * jnp.array([1.0, 3.0])
+        )
 
     assert total(jnp.zeros(4)) == total(jnp.array([0.01, 0.0, 0.0, 0.02]))
     np.testing.assert_array_equal(jax.grad(total)(jnp.zeros(4)), 0)
 
 
 def test_ties_go_to_the_lower_index():
-    routing = route(jnp.zeros((3, 6)), jnp.array([0.0, 0.5, 0.0, 0.5, 0.0, 0.0]), k=4, normalise=True, scaling=1.0)
+    routing = route(
+        jnp.zeros((3, 6)), jnp.array([0.0, 0.5, 0.0, 0.5, 0.0, 0.0]), score="sigmoid", k=4, normalise=True, scaling=1.0
+    )
     np.testing.assert_array_equal(routing.experts, [[1, 3, 0, 2]] * 3)
     np.testing.assert_array_equal(routing.margin, 0)
 
 
 def test_ties_between_groups_go_to_the_lower_group():
-    routing = route(jnp.zeros((1, 6)), jnp.zeros(6), k=2, n_group=3, topk_group=1, normalise=True, scaling=1.0)
+    routing = route(
+        jnp.zeros((1, 6)), jnp.zeros(6), score="sigmoid", k=2, n_group=3, topk_group=1, normalise=True, scaling=1.0
+    )
     np.testing.assert_array_equal(routing.experts, [[0, 1]])
 
 
 def test_masked_group_does_not_win_over_negative_biases():
     # Biased -0.25, -0.5 | -0.75, -0.2: the groups score -0.75 and -0.95, and the second one is out.
-    routing = route(LOGITS_E[None], -jnp.ones(4), k=2, n_group=2, topk_group=1, normalise=True, scaling=1.0)
+    routing = route(
+        LOGITS_E[None], -jnp.ones(4), score="sigmoid", k=2, n_group=2, topk_group=1, normalise=True, scaling=1.0
+    )
     np.testing.assert_array_equal(routing.experts, [[0, 1]])
 
 
 def test_a_group_scores_by_its_best_two():
     # One very good expert (0.8 + 0.25 = 1.05 + smaller) against two good ones (0.75 + 0.5 = 1.25).
-    routing = route(LOGITS_E[None], jnp.zeros(4), k=1, n_group=2, topk_group=1, normalise=False, scaling=1.0)
+    routing = route(
+        LOGITS_E[None], jnp.zeros(4), score="sigmoid", k=1, n_group=2, topk_group=1, normalise=False, scaling=1.0
+    )
     np.testing.assert_array_equal(routing.experts, [[0]])
 
 
 def test_groups_of_one_expert_score_by_it():
-    routing = route(LOGITS_E[None], jnp.zeros(4), k=2, n_group=4, topk_group=3, normalise=False, scaling=1.0)
+    routing = route(
+        LOGITS_E[None], jnp.zeros(4), score="sigmoid", k=2, n_group=4, topk_group=3, normalise=False, scaling=1.0
+    )
     np.testing.assert_array_equal(routing.experts, [[3, 0]])
 
 
 def test_all_experts_chosen_leave_an_infinite_margin():
-    routing = route(LOGITS_E[None], jnp.zeros(4), k=4, normalise=True, scaling=1.0)
+    routing = by_sigmoid(LOGITS_E[None], jnp.zeros(4), k=4, normalise=True, scaling=1.0)
     np.testing.assert_array_equal(routing.experts, [[3, 0, 1, 2]])
     np.testing.assert_allclose(routing.weights.sum(), 1, rtol=1e-6)
     assert math.isinf(routing.margin[0])
@@ -168,14 +272,14 @@ def test_all_experts_chosen_leave_an_infinite_margin():
 def test_replayed_choice_is_used_and_noticed():
     logits_ne = jnp.stack([LOGITS_E, LOGITS_E])
     replay_nk = jnp.array([[0, 3], [3, 2]])
-    routing = route(logits_ne, jnp.zeros(4), k=2, normalise=True, scaling=1.0, experts_nk=replay_nk)
+    routing = by_sigmoid(logits_ne, jnp.zeros(4), k=2, normalise=True, scaling=1.0, experts_nk=replay_nk)
     np.testing.assert_array_equal(routing.experts, replay_nk)
     np.testing.assert_array_equal(routing.flipped, [False, True])
     np.testing.assert_allclose(routing.weights[1], np.array([0.8, 0.25]) / 1.05, rtol=1e-6)
 
 
 def test_scores_that_all_underflow_give_finite_weights():
-    routing = route(jnp.full((1, 4), -200.0), jnp.zeros(4), k=2, normalise=True, scaling=1.0)
+    routing = by_sigmoid(jnp.full((1, 4), -200.0), jnp.zeros(4), k=2, normalise=True, scaling=1.0)
     np.testing.assert_array_equal(routing.weights, 0)
 
 

@@ -151,6 +151,7 @@ INDIVISIBLE = [
     ({"tensor": 4}, {"num_attention_heads": 22}, "num_attention_heads", 22, "tensor", 4),
     ({"tensor": 4}, {"intermediate_size": 70}, "intermediate_size", 70, "tensor", 4),
     ({"tensor": 4}, {"mamba_num_heads": 22}, "mamba_num_heads", 22, "tensor", 4),
+    ({"tensor": 4}, {"mamba_intermediate_size": 22}, "mamba_intermediate_size", 22, "tensor", 4),
     (
         {"tensor": 4},
         {"moe_shared_expert_intermediate_size": 22},
@@ -190,7 +191,12 @@ def test_fsdp_sizes_matter_only_with_fsdp():
 
 
 @pytest.mark.parametrize(
-    ("field", "model"), [("num_key_value_heads", {"num_key_value_heads": 6}), ("n_groups", {"n_groups": 6})]
+    ("field", "model"),
+    [
+        ("num_key_value_heads", {"num_key_value_heads": 6}),
+        ("n_groups", {"n_groups": 6}),
+        ("mamba_norm_groups", {"mamba_norm_groups": 6}),
+    ],
 )
 def test_key_heads_and_groups_are_neither_multiple_nor_divisor(field, model):
     with pytest.raises(ConfigError) as caught:

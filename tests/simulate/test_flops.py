@@ -22,6 +22,10 @@ def test_mlp():
     assert layers("-", intermediate_size=8) == 160
 
 
+def test_a_gated_mlp_has_three_matrices():
+    assert layers("-", intermediate_size=8, mlp_gated=True, mlp_bias=True) == 240
+
+
 def test_attention():
     # projections: query 5x18, key and value 5x6 each, out 18x5, twice their 240 entries: 480
     # scores and values over half of 12 tokens: 2 · 18 · 6 each: 432
@@ -30,6 +34,21 @@ def test_attention():
 
 def test_attention_grows_with_the_row_and_projections_do_not():
     assert layers("*", length=2 * T, **ATTENTION) == 480 + 2 * 432
+
+
+def test_a_window_bounds_the_keys_seen():
+    # projections 480; queries of 4 tokens see 0.5, 1.5, 2.5 and 3.5 keys, the other 8 see 4 each: 40 of 12 tokens
+    assert layers("w", **ATTENTION, sliding_window=4) == pytest.approx(480 + 4 * 18 * 40 / 12)
+    assert layers("w", **ATTENTION, sliding_window=T) == layers("w", **ATTENTION, sliding_window=99) == 480 + 432
+
+
+def test_latent_attention():
+    sizes = {"num_attention_heads": 6, "kv_lora_rank": 7, "qk_nope_head_dim": 3, "qk_rope_head_dim": 2, "v_head_dim": 4}
+    # latent 5x7, rotary key 5x2, keys 7x18, values 7x24, out 24x5: 459 entries; queries 5x30: 150
+    # scores of 30 numbers and values of 24, over half of 12 tokens: 2 · 54 · 6
+    assert layers("+", **sizes, rope_theta=10.0) == 2 * (459 + 150) + 648
+    # queries through 5x8 and 8x30: 280
+    assert layers("+", **sizes, rope_theta=10.0, q_lora_rank=8) == 2 * (459 + 280) + 648
 
 
 def test_experts_count_the_active_ones():
@@ -42,6 +61,12 @@ def test_shared_expert_and_latent():
     assert layers("E", **EXPERTS, moe_latent_size=3, moe_shared_expert_intermediate_size=17) == 90 + 60 + 312 + 340
 
 
+def test_gated_experts_and_a_gated_shared_expert():
+    # router 90; two experts of three 5x13: 2 · 2 · 195 = 780; shared three 5x17: 510, and its gate 5x1: 10
+    sizes = {"moe_shared_expert_intermediate_size": 17, "moe_shared_expert_gate": True, "mlp_gated": True}
+    assert layers("E", **EXPERTS, **sizes) == 90 + 780 + 510 + 10
+
+
 def test_mamba():
     # inner 4·3 = 12, states 2·7 = 14
     # into z 12, x 12, B 14, C 14, dt 4 = 56 columns of 5, and out 12x5: 2 · (280 + 60) = 680
@@ -49,6 +74,14 @@ def test_mamba():
     # in a chunk of 8, half of it: C·B 2 · 14 · 4 = 112, times x 2 · 12 · 4 = 96
     # state, in and out: 2 · 2 · 12 · 7 = 336
     assert layers("M", **MAMBA, chunk_size=8) == 680 + 320 + 112 + 96 + 336
+
+
+def test_mamba1():
+    # inner 9, rank 2, state 7; into x and z 5x9 each, out 9x5: 2 · 135 = 270
+    # into dt, B, C 9x(2 + 7 + 7) = 144, dt's rank 2x9 = 18: 2 · 162 = 324; convolution 2 · 4 · 9 = 72
+    # each of 9 · 7 elements of the state: dt A, the decay, the input's product and its sum; a product and a sum out: 6
+    sizes = {"mamba_intermediate_size": 9, "time_step_rank": 2, "ssm_state_size": 7, "conv_kernel": 4}
+    assert layers("m", **sizes) == 270 + 324 + 72 + 378
 
 
 def test_a_chunk_is_no_longer_than_the_row():

@@ -7,6 +7,7 @@ import pytest
 from tests.model.small import config, merged, one_device
 
 from orogen.data.packing import Batch
+from orogen.layers.documents import documents
 from orogen.model.mtp import shift_left, shifted_segments
 from orogen.moe.layer import MoEStats
 from orogen.train.loss import batch_counts, next_token_nats, objective, target_weights
@@ -63,9 +64,9 @@ def test_objective_is_the_sum_of_its_terms():
     def run(batch):
         model = merged(model_config)
         found = objective(model, batch, counts, config=model_config, plan=plan)
-        h_btd, stats = model.hidden(batch.tokens_bt, batch.segments_bt, plan)
-        deeper = model.deeper(h_btd, batch.tokens_bt, batch.segments_bt, plan)
-        likelihoods = [jax.nn.log_softmax(model.head(h, plan)) for h in [h_btd, *(h for h, _ in deeper)]]
+        h_btd, stats = model.hidden(batch.tokens_bt, documents(batch.segments_bt), plan)
+        deeper = model.deeper(h_btd, batch.tokens_bt, documents(batch.segments_bt), plan)
+        likelihoods = [jax.nn.log_softmax(model.project(h, plan)) for h in [h_btd, *(h for h, _ in deeper)]]
         layers = jax.tree.leaves((stats, *(s for _, s in deeper)), is_leaf=lambda x: isinstance(x, MoEStats))
         return found, likelihoods, layers, next_token_nats(model, batch, plan)
 

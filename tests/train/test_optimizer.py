@@ -64,6 +64,38 @@ def test_decay_spares_vectors_even_when_layers_are_stacked():
         np.testing.assert_allclose(change, expected, rtol=1e-6, atol=1e-9, err_msg=str(axes))
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_decay_rates_of_mamba1_are_a_vector_to_decay_and_to_muon(name):
+    model = hybrid(pattern="mm", mtp_depths=0, mamba_intermediate_size=72, time_step_rank=3)
+    params = jax.jit(lambda: initial_state(model, 0)[0])()
+    config = OptimizerConfig(name=name, learning_rate=1.0, schedule="constant", weight_decay=0.1, clip_norm=1e9)
+    tx = make_optimizer(config, 10, build(model).params)
+
+    def updates(gradient: float) -> dict:
+        grads = jax.tree.map(lambda p: jnp.full_like(p, gradient), params)
+        found, _ = jax.jit(tx.update)(grads, tx.init(params), params, grad_norm=optax.tree.norm(grads))
+        return {path[-1]: np.asarray(v[...]) for path, v in nnx.to_flat_state(found)}
+
+    assert updates(0.0)["A_log"].shape == (2, 72, 5)
+    np.testing.assert_array_equal(updates(0.0)["A_log"], 0)
+    np.testing.assert_array_equal(updates(0.0)["D"], 0)
+    assert (updates(0.0)["B"] != 0).all()
+    np.testing.assert_allclose(updates(1.0)["A_log"], -1, rtol=1e-5)  # AdamW's first step; Muon's has not this size
+
+
+def test_biases_of_experts_are_vectors_to_decay_and_positions_are_not():
+    model = hybrid(pattern="E", mtp_depths=0, mlp_bias=True, mlp_gated=True, learned_positions=7)
+    params = jax.tree.map(lambda p: jnp.ones(p.shape), build(model).params)
+    config = OptimizerConfig(learning_rate=1.0, schedule="constant", weight_decay=0.1)
+    tx = make_optimizer(config, 10, params)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = tx.update(zeros, tx.init(params), params, grad_norm=jnp.zeros(()))
+    spared = {"bias", "up_bias", "gate_bias", "down_bias"} | {"norm"}
+    for path, variable in nnx.to_flat_state(updates):
+        expected = 0 if spared & set(path) else -0.1
+        np.testing.assert_allclose(variable.get_value(), expected, rtol=1e-6, err_msg=str(path))
+
+
 def test_convolution_weights_are_decayed():
     assert any(
         axes == ("mamba_heads", "taps") for axes, _, _ in update(OptimizerConfig(learning_rate=1.0), gradient=0.0)
@@ -76,9 +108,13 @@ def test_convolution_weights_are_decayed():
         (("embed", "mlp"), True),
         (("expert", "expert_embed", "expert_mlp"), True),
         (("embed", None), True),
+        (("expert", "expert_mlp"), False),
         (("vocab", "embed"), False),
+        (("positions", "embed"), False),
         (("embed", "vocab"), False),
         (("mamba_heads", "taps"), False),
+        (("mamba_heads", "state"), False),
+        (("mamba_heads", None), True),
         (("norm",), False),
     ],
 )

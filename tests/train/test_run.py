@@ -1,5 +1,6 @@
 """A run folder: what it holds, kill and resume, SIGTERM, another mesh, who may enter."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -211,6 +212,13 @@ def test_prompts_of_unequal_lengths_do_not_disturb_each_other(whole):
     loaded = load_checkpoint(whole)
     both = generate(loaded, ["document 1", "d"], tokens=6, temperature=0.0)
     assert both == [generate(loaded, [p], tokens=6, temperature=0.0)[0] for p in ("document 1", "d")]
+
+
+def test_generation_past_the_learned_positions_is_refused(whole):
+    loaded = load_checkpoint(whole)
+    short = loaded._replace(config=dataclasses.replace(loaded.config, learned_positions=8))
+    with pytest.raises(ConfigError, match=r"a prompt of \d+ tokens and 6 new ones; expected at most .* = 8"):
+        generate(short, ["document 1"], tokens=6)
 
 
 def environment() -> dict[str, str]:

@@ -65,8 +65,60 @@ def test_a_plan_equals_one_device(plan):
     assert verdict.max_gradient_error <= GRADIENT, verdict.worst_leaf
     assert verdict.max_parameter_error <= PARAMETER
     assert verdict.flip_margin <= MARGIN
+    assert verdict.passed, verdict
     if plan["capacity_factor"] == 1.0:
         assert verdict.dropped_tokens > 0
+
+
+@pytest.mark.parametrize(
+    "plan", [{"tensor": 2}, {"data": 2, "tensor": 4, "fsdp": "parameters", "remat": "full"}], ids=str
+)
+def test_mamba_layers_with_biases_equal_one_device(plan):
+    """Both Mambas, biased; the gated norm's one group spans ranks that B's and C's two groups do not."""
+    model = hybrid(
+        pattern="mM*m", mtp_depths=0, mamba_intermediate_size=40, time_step_rank=3, mamba_proj_bias=True,
+        mamba_norm_groups=1, time_step_min=0.002, time_step_max=0.09,
+    )  # fmt: skip
+    verdict = verify(run_config(model, plan=plan, batch_size=2 * plan.get("data", 1), sequence_length=40))
+    assert verdict.passed, verdict
+    assert not verdict.zero_leaves
+
+
+# Experts, routers, norms and embeddings of other families, on plans that split all of them.
+FAMILIES = {
+    "gpt-oss": {
+        "pattern": "*E-", "norm": "rms_cast_first", "mlp_gated": True, "mlp_hidden_act": "silu", "mlp_bias": True,
+        "swiglu_limit": 0.5, "router_score": "softmax_topk", "router_bias": True, "router_correction_bias": False,
+        "moe_latent_size": None, "moe_shared_expert_intermediate_size": None, "mtp_depths": 0,
+    },
+    "qwen2": {
+        "pattern": "E-/E", "norm": "layer", "mlp_gated": True, "mlp_hidden_act": "silu", "router_score": "softmax",
+        "norm_topk_prob": False, "moe_shared_expert_gate": True, "router_correction_bias": False,
+        "tie_word_embeddings": True, "learned_positions": 40, "mtp_depths": 1,
+    },
+    "deepseek": {
+        "pattern": "E-", "norm": "layer_1p", "mlp_gated": True, "mlp_bias": True, "mlp_hidden_act": "gelu_tanh",
+        "n_group": 4, "topk_group": 2, "tie_word_embeddings": True, "mtp_depths": 0,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "plan"),
+    [
+        ("gpt-oss", {"data": 2, "tensor": 4, "expert": 4, "fsdp": "parameters", "dispatch": "alltoall"}),
+        ("gpt-oss", {"tensor": 2, "expert": 2, "dispatch": "allgather", "capacity_factor": 1.0}),
+        ("qwen2", {"data": 2, "tensor": 2, "expert": 4, "fsdp": "parameters", "dispatch": "allgather"}),
+        ("deepseek", {"tensor": 2, "expert": 2, "fsdp": "optimizer", "dispatch": "alltoall"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(str(v) for v in value.values()),
+)
+def test_a_plan_equals_one_device_for_every_family(family, plan):
+    rows = 2 * plan.get("data", 1)
+    verdict = verify(run_config(hybrid(**FAMILIES[family]), plan=plan, batch_size=rows, sequence_length=40))
+    assert verdict.passed, verdict
+    assert not verdict.zero_leaves
+    assert (verdict.dropped_tokens > 0) == ("capacity_factor" in plan)
 
 
 def test_the_sample_covers_every_axis_and_choice():
@@ -101,3 +153,25 @@ def test_verify_notices_a_gradient_summed_over_the_wrong_ranks(monkeypatch):
     assert not verdict.passed
     assert verdict.worst_leaf == "norm.weight"
     assert verdict.max_gradient_error == pytest.approx(1)
+
+
+def test_verify_notices_an_expert_counted_twice(monkeypatch):
+    from orogen.train import step
+
+    honest = step.gradients
+
+    def miscounting(built, config, plan, dtype, **flags):
+        function = honest(built, config, plan, dtype, **flags)
+
+        def call(*arguments):
+            loss, grads, counts, sums = function(*arguments)
+            first, *rest = sums.load
+            first = first.at[..., 0].multiply(2 if plan.config.tensor > 1 else 1)
+            return loss, grads, counts, sums._replace(load=[first, *rest])
+
+        return call
+
+    monkeypatch.setattr("orogen.train.verify.gradients", miscounting)
+    verdict = verify(run_config(plan={"tensor": 2}))
+    assert not verdict.passed and verdict.load_error > 0
+    assert verdict.loss_error <= LOSS and verdict.max_gradient_error <= GRADIENT

@@ -13,8 +13,9 @@ from tests.helpers import hybrid, run_config
 
 from orogen.model.lm import build
 from orogen.parallel.plan import make_plan
+from orogen.train.checkpoint import Checkpoints, with_shardings
 from orogen.train.optimizer import make_optimizer
-from orogen.train.state import create_state
+from orogen.train.state import abstract_state, create_state
 from orogen.train.step import batch_to_devices, gradients, load_by_layer, make_step, update_bias
 from orogen.train.verify import packed_batch
 
@@ -174,3 +175,26 @@ def test_what_fsdp_splits_between_steps(fsdp, moments_split, weights_split):
     split = lambda leaf: leaf[...].addressable_shards[0].data.size < leaf[...].size  # noqa: E731
     assert {split(leaf) for leaf in matrices(run.state.params)} == {weights_split}
     assert {split(leaf) for leaf in matrices(run.state.optimizer)} == {moments_split}
+
+
+def test_routers_without_correction_bias_train_count_loads_and_are_restored(tmp_path):
+    model = hybrid(
+        pattern="E-E-E", mtp_depths=0, mlp_gated=True, mlp_bias=True, router_correction_bias=False,
+        router_score="softmax", norm="rms_cast_first", tie_word_embeddings=True, learned_positions=24,
+    )  # fmt: skip
+    run = Run(run_config(model, compute_dtype="bfloat16"))
+    assert not jax.tree.leaves(run.built.buffers)
+    state, losses = run.state, []
+    for _ in range(3):
+        state, metrics = run.step(state, run.batch)
+        losses.append(float(metrics.loss))
+    assert losses[2] < losses[1] < losses[0]
+    tokens = int((np.asarray(run.batch.segments_bt) != 0).sum())
+    np.testing.assert_array_equal(metrics.load_le.sum(1), [3 * tokens] * 3)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, {})
+    target = abstract_state(run.built, run.optimizer)
+    with Checkpoints(tmp_path) as checkpoints:
+        restored, _ = checkpoints.restore(with_shardings(target, run.plan.shardings(target)))
+    for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(a, b)

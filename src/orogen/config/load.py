@@ -14,6 +14,7 @@ from gin.config import _LOCATION_PREFIXES
 from gin.config_parser import BindingStatement, ConfigParser, ImportStatement, IncludeStatement
 
 from orogen.config.checks import ConfigError
+from orogen.config.model import ModelConfig
 from orogen.config.run import PARTS, RunConfig
 
 for _part in PARTS.values():
@@ -60,6 +61,16 @@ def load(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[Run
     if dead:
         raise ConfigError(f"bindings that nothing read: {', '.join(dead)}; expected fields of {', '.join(_classes())}")
     return RunConfig(**parts).check(), text
+
+
+def model_bindings(config: ModelConfig) -> list[str]:
+    """`ModelConfig.field = value` for every field."""
+    return [f"ModelConfig.{f.name} = {getattr(config, f.name)!r}" for f in dataclasses.fields(config)]
+
+
+def model_text(config: ModelConfig) -> str:
+    """The text of a gin file that loads to an equal config."""
+    return "\n".join(model_bindings(config)) + "\n"
 
 
 def _classes() -> list[str]:

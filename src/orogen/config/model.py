@@ -1,10 +1,23 @@
 """What a model is: its layer pattern and its sizes, under the names of Hugging Face's `nemotron_h` config."""
 
 import dataclasses
+import math
 
-from orogen.config.checks import ABSENT, ConfigError, check_types, require, require_positive
+from orogen.config.checks import ABSENT, ConfigError, check_types, require, require_choice, require_positive
 
-LAYERS = {"M": "Mamba-2", "*": "attention", "-": "dense MLP", "E": "mixture of experts"}
+LAYERS = {
+    "M": "Mamba-2",
+    "m": "Mamba-1",
+    "*": "attention",
+    "w": "sliding-window attention",
+    "+": "multi-head latent attention",
+    "-": "dense MLP",
+    "E": "mixture of experts",
+}
+NORMS = ("rms", "rms_cast_first", "layer", "layer_1p")
+ACTIVATIONS = ("relu2", "relu", "silu", "gelu", "gelu_tanh")
+ATTENTION_BIASES = ("none", "qkv", "all")
+ROUTER_SCORES = ("sigmoid", "softmax", "softmax_topk")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,31 +57,85 @@ def parse_pattern(text: str) -> Pattern:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A hybrid model. Fields that only one layer type reads may stay None when the pattern has no such layer."""
+    """A hybrid model. Fields that only one layer type reads may stay None when the pattern has no such layer.
+
+    norm: of every residual layer, the final one and those inside attention; rms_cast_first casts to the compute dtype
+    before it multiplies by the weight (Llama, Qwen) and not after (Nemotron), layer_1p stores its weight minus one.
+    learned_positions: how many position vectors are added to the embeddings; None: none.
+    rope_theta: None leaves attention without rotary positions. yarn_factor: for YaRN (arXiv:2309.00071).
+    attention_bias: which projections have one. attention_sinks: a logit a head that takes part in the softmax only.
+    mlp_gated: down(act(gate x) · up x) in place of down(act(up x)), in experts too; with swiglu_limit c it is gpt-oss's
+    (clip(up x, ±c) + 1) · g · sigmoid(1.702 g) with g = min(gate x, c).
+    time_step_min, time_step_max: the range that Mamba-2's softplus(dt) is clipped to; None: not.
+    mamba_norm_groups: of the gated norm; None: n_groups.
+    router_score: softmax_topk is a softmax over the chosen logits alone. router_bias is learned and part of the logits;
+    router_correction_bias is updated from the load and takes part in the choice alone.
+    """
 
     pattern: str
     vocab_size: int
     hidden_size: int
+    norm: str = "rms"
     layer_norm_epsilon: float = 1e-5
-    # attention (*)
+    tie_word_embeddings: bool = False
+    learned_positions: int = ABSENT
+    # attention (*, w, +)
     num_attention_heads: int = ABSENT
     num_key_value_heads: int = ABSENT
     head_dim: int = ABSENT
-    # dense MLP (-)
+    attention_bias: str = "none"
+    qk_norm: bool = False
+    attention_sinks: bool = False
+    sliding_window: int = ABSENT
+    # rotary positions
+    rope_theta: float = ABSENT
+    partial_rotary_factor: float = 1.0
+    rope_interleave: bool = False
+    yarn_factor: float = ABSENT
+    yarn_original_positions: int = ABSENT
+    yarn_beta_fast: float = 32.0
+    yarn_beta_slow: float = 1.0
+    yarn_mscale: float = ABSENT
+    yarn_mscale_all_dim: float = ABSENT
+    yarn_truncate: bool = True
+    # multi-head latent attention (+)
+    q_lora_rank: int = ABSENT
+    kv_lora_rank: int = ABSENT
+    qk_nope_head_dim: int = ABSENT
+    qk_rope_head_dim: int = ABSENT
+    v_head_dim: int = ABSENT
+    # dense MLP (-), and the form of experts
     intermediate_size: int = ABSENT
+    mlp_hidden_act: str = "relu2"
+    mlp_gated: bool = False
+    mlp_bias: bool = False
+    swiglu_limit: float = ABSENT
     # Mamba-2 (M)
     mamba_num_heads: int = ABSENT
     mamba_head_dim: int = ABSENT
     n_groups: int = ABSENT
+    chunk_size: int = 128
+    mamba_norm_groups: int = ABSENT
+    time_step_min: float = ABSENT
+    time_step_max: float = ABSENT
+    # Mamba-1 (m)
+    mamba_intermediate_size: int = ABSENT
+    time_step_rank: int = ABSENT
+    # both Mambas
     ssm_state_size: int = ABSENT
     conv_kernel: int = 4
-    chunk_size: int = 128
+    use_conv_bias: bool = True
+    mamba_proj_bias: bool = False
     # mixture of experts (E); n_group and topk_group are the router's groups, n_groups is Mamba's
     n_routed_experts: int = ABSENT
     num_experts_per_tok: int = ABSENT
     moe_intermediate_size: int = ABSENT
     moe_shared_expert_intermediate_size: int = ABSENT
+    moe_shared_expert_gate: bool = False
     moe_latent_size: int = ABSENT
+    router_score: str = "sigmoid"
+    router_bias: bool = False
+    router_correction_bias: bool = True
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
     n_group: int = 1
@@ -82,20 +149,24 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_types(self)
         sizes = (f.name for f in dataclasses.fields(self) if f.type is int and f.name != "mtp_depths")
-        require_positive(self, *sizes, "layer_norm_epsilon", "routed_scaling_factor")
+        require_positive(self, *sizes, "layer_norm_epsilon", "routed_scaling_factor", "rope_theta", "yarn_factor")
+        require_positive(self, "yarn_beta_fast", "yarn_beta_slow", "yarn_mscale", "yarn_mscale_all_dim", "swiglu_limit")
         for field in ("router_aux_loss_coef", "router_z_loss_coef", "mtp_loss_scale"):
-            require(getattr(self, field) >= 0, self, field, "0 or more")
+            require(0 <= getattr(self, field) < math.inf, self, field, "0 or more")
+        require_choice(self, "norm", NORMS)
         pattern = parse_pattern(self.pattern)
         self._check_mtp(pattern)
         letters = set(pattern.main + pattern.mtp)
-        if "*" in letters:
-            self._need("*", "num_attention_heads", "num_key_value_heads", "head_dim")
-            self._divides("num_key_value_heads", "num_attention_heads")
+        if letters & set("*w+"):
+            self._check_attention(letters)
+        if letters & set("-E"):
+            self._check_activation()
         if "-" in letters:
             self._need("-", "intermediate_size")
         if "M" in letters:
-            self._need("M", "mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size")
-            self._divides("n_groups", "mamba_num_heads")
+            self._check_mamba2()
+        if "m" in letters:
+            self._need("m", "mamba_intermediate_size", "time_step_rank", "ssm_state_size")
         if "E" in letters:
             self._check_experts()
 
@@ -142,8 +213,63 @@ class ModelConfig:
             require(self.mtp_depths >= 0, self, "mtp_depths", "0 or more")
             object.__setattr__(self, "mtp_depths", self.mtp_depths or 1)
 
+    def _check_attention(self, letters: set[str]) -> None:
+        require_choice(self, "attention_bias", ATTENTION_BIASES)
+        letter = next(letter for letter in "*w+" if letter in letters)
+        self._need(letter, "num_attention_heads")
+        if letters & set("*w"):
+            self._need(letter, "num_key_value_heads", "head_dim")
+            self._divides("num_key_value_heads", "num_attention_heads")
+            self._check_rotary("head_dim")
+        if "w" in letters:
+            self._need("w", "sliding_window")
+        if "+" in letters:
+            self._need("+", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_theta")
+            require(self.qk_rope_head_dim % 2 == 0, self, "qk_rope_head_dim", "an even number")
+            self._check_yarn()
+            require(self.attention_bias != "qkv", self, "attention_bias", "none or all: the pattern has + layers")
+            expected = "1.0: the pattern has + layers, which turn the whole of qk_rope_head_dim"
+            require(self.partial_rotary_factor == 1, self, "partial_rotary_factor", expected)
+            for field in ("qk_norm", "attention_sinks"):
+                require(not getattr(self, field), self, field, "False: the pattern has + layers, which have none")
+
+    def _check_rotary(self, size: str) -> None:
+        if self.rope_theta is None:
+            require(self.yarn_factor is None, self, "yarn_factor", "None: rope_theta is None")
+            return
+        factor, head = self.partial_rotary_factor, getattr(self, size)
+        rotated = int(head * factor) if 0 < factor <= 1 else 0
+        expected = f"above 0 and up to 1, so that it leaves an even number of {size} = {head}"
+        require(rotated > 0 and rotated % 2 == 0, self, "partial_rotary_factor", expected)
+        self._check_yarn()
+
+    def _check_yarn(self) -> None:
+        if self.yarn_factor is not None:
+            require(self.yarn_factor >= 1, self, "yarn_factor", "1 or more")
+            expected = "a number: yarn_factor is set"
+            require(self.yarn_original_positions is not None, self, "yarn_original_positions", expected)
+
+    def _check_activation(self) -> None:
+        require_choice(self, "mlp_hidden_act", ACTIVATIONS)
+        if self.swiglu_limit is not None:
+            gated = self.mlp_gated and self.mlp_hidden_act == "silu"
+            require(gated, self, "swiglu_limit", "None: mlp_hidden_act is not 'silu', or mlp_gated is False")
+
+    def _check_mamba2(self) -> None:
+        self._need("M", "mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size")
+        self._divides("n_groups", "mamba_num_heads")
+        if self.mamba_norm_groups is not None:
+            self._divides("mamba_norm_groups", "mamba_num_heads")
+        low, high = self.time_step_min, self.time_step_max
+        require(low is None or 0 <= low < math.inf, self, "time_step_min", "0 or more")
+        require(high is None or high > (low or 0), self, "time_step_max", f"above time_step_min = {low}")
+
     def _check_experts(self) -> None:
         self._need("E", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
+        require_choice(self, "router_score", ROUTER_SCORES)
+        if self.moe_shared_expert_gate:
+            expected = "False: moe_shared_expert_intermediate_size is None"
+            require(self.moe_shared_expert_intermediate_size is not None, self, "moe_shared_expert_gate", expected)
         self._divides("n_group", "n_routed_experts")
         require(self.topk_group <= self.n_group, self, "topk_group", f"at most n_group = {self.n_group}")
         reachable = self.n_routed_experts // self.n_group * self.topk_group

@@ -31,6 +31,7 @@ class PlanConfig:
     remat: str = "none"
     attention: str = "full"
     ssd: str = "chunked"
+    selective_scan: str = "chunked"
     grouped_matmul: str = "blocks"
     cross_entropy: str = "chunked"
 
@@ -46,6 +47,7 @@ class PlanConfig:
         require_choice(self, "remat", ("none", "full"))
         require_choice(self, "attention", ("full", "blocked"))
         require_choice(self, "ssd", ("recurrence", "chunked"))
+        require_choice(self, "selective_scan", ("reference", "chunked"))
         require_choice(self, "grouped_matmul", ("reference", "blocks", "ragged_dot"))
         require_choice(self, "cross_entropy", ("full", "chunked"))
 

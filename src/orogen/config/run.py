@@ -129,6 +129,10 @@ class RunConfig:
                 "sequence_length",
                 f"a multiple of context x tensor = {self.plan.context} x {self.plan.tensor}",
             )
+        if self.train is not None and self.model is not None and self.model.learned_positions is not None:
+            for field in ("sequence_length", "sample_tokens"):
+                expected = f"at most ModelConfig.learned_positions = {self.model.learned_positions}"
+                require(getattr(self.train, field) <= self.model.learned_positions, self.train, field, expected)
         if self.train is not None and self.data is not None and self.data.heldout_fraction == 0:
             expected = "0: DataConfig.heldout_fraction is 0, so there is nothing to compare on"
             require(self.train.ngram_order == 0, self.train, "ngram_order", expected)

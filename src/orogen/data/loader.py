@@ -116,7 +116,8 @@ class Corpus:
 def open_corpus(config: DataConfig, *, tokenizer: Tokenizer | None = None) -> Corpus:
     """Reads the corpus, splits it, and trains or loads its tokenizer; a resumed run passes the one it saved.
 
-    Raises FileNotFoundError or ValueError for what cannot be read, an empty split, or a vocabulary out of reach.
+    Raises FileNotFoundError or ValueError for what cannot be read, an empty split, a vocabulary out of reach, or a
+    tokenizer that does not keep every byte.
     """
     documents = corpora.corpus_documents(config)
     by_split = corpora.split_documents(documents, config=config)
@@ -124,6 +125,7 @@ def open_corpus(config: DataConfig, *, tokenizer: Tokenizer | None = None) -> Co
         tokenizer = make_tokenizer(config, (document.text for document in by_split["train"]))
     elif config.vocab_size is not None:
         check_vocab_size(tokenizer, config.vocab_size, name="DataConfig.vocab_size")
+    tokenizer.check_lossless()
     return Corpus(config=config, documents=by_split, tokenizer=tokenizer, content_hash=corpora.content_hash(documents))
 
 

@@ -47,6 +47,11 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, *, pad: str, bos: str, eos: str) -> None:
         """Wraps a `tokenizers` tokenizer. Raises ConfigError if it is not byte-level or lacks a special."""
         backend.encode_special_tokens = True  # text that spells a special is encoded as text
+        # A file may ask for what would cut or pad documents, or draw their tokens at random.
+        backend.no_truncation()
+        backend.no_padding()
+        if isinstance(backend.model, models.BPE):
+            backend.model.dropout = None
         self._backend = backend
         self._special_names = {"pad_token": pad, "bos_token": bos, "eos_token": eos}
         self.pad_id, self.bos_id, self.eos_id = (_special_id(backend, name) for name in (pad, bos, eos))
@@ -87,6 +92,17 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the tokens; bytes that are not UTF-8, as where a cut parts a character, become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def check_lossless(self) -> None:
+        """Raises ConfigError if some text would not survive: bits per byte would leave its bytes out."""
+        if self._backend.normalizer is not None:
+            raise ConfigError("the tokenizer has a normalizer, which changes text; expected one without, to train with")
+        missing = set(range(256)) - {b[0] for b in self._bytes_of_token if len(b) == 1}
+        if missing:
+            raise ConfigError(f"the tokenizer has no token for byte {min(missing)}; expected all 256, to train with")
+        probe = "a  b\r\n\tc\n "
+        if (found := self.decode(self.encode(probe))) != probe:
+            raise ConfigError(f"the tokenizer turns {probe!r} into {found!r}; expected no change, to train with")
 
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer reads too."""

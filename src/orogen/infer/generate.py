@@ -20,6 +20,7 @@ from orogen.config.load import load
 from orogen.config.model import ModelConfig
 from orogen.data.tokenizer import Tokenizer
 from orogen.infer.sampling import sample
+from orogen.layers.documents import documents
 from orogen.model.lm import Built, build
 from orogen.parallel.plan import Plan, single_device_plan
 from orogen.train.checkpoint import Checkpoints, with_shardings
@@ -29,13 +30,13 @@ BUCKET = 64
 
 
 class Loaded(NamedTuple):
-    """A trained model on one device, with its tokenizer."""
+    """A trained model on one device, with its tokenizer if it has one."""
 
     config: ModelConfig
     built: Built
     params: nnx.State
     buffers: nnx.State
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     plan: Plan
 
 
@@ -58,10 +59,21 @@ def load_checkpoint(folder: Path) -> Loaded:
 def generate(
     loaded: Loaded, prompts: Sequence[str], *, tokens: int, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0
 ) -> list[str]:
-    """Continuations of `prompts`, each up to `tokens` tokens or its end-of-document token."""
+    """Continuations of `prompts`, each up to `tokens` tokens or its end-of-document token.
+
+    Raises ConfigError for a model without a tokenizer, and if that needs more positions than it has learned.
+    """
     tokenizer = loaded.tokenizer
+    if tokenizer is None:
+        raise ConfigError("the checkpoint has no tokenizer.json; expected one, to read the prompt with")
     ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
     lengths_b = np.array([len(i) for i in ids])
+    positions = loaded.config.learned_positions
+    if positions is not None and lengths_b.max() + tokens > positions:
+        raise ConfigError(
+            f"a prompt of {lengths_b.max()} tokens and {tokens} new ones; expected at most "
+            f"ModelConfig.learned_positions = {positions}"
+        )
     length = -(-(int(lengths_b.max()) + tokens) // BUCKET) * BUCKET
     tokens_bt = np.full((len(ids), length), tokenizer.pad_id, np.int32)
     for row, i in zip(tokens_bt, ids, strict=True):
@@ -95,8 +107,8 @@ def _continue(params, buffers, tokens_bt, lengths_b, key, *, steps, graph, plan,
     def extend(step: Array, tokens_bt: Array) -> Array:
         last_b = lengths_b + step - 1
         segments_bt = (jnp.arange(tokens_bt.shape[1]) <= last_b[:, None]).astype(jnp.int32)
-        h_btd, _ = model.hidden(tokens_bt, segments_bt, plan)
-        logits_bv = model.head(h_btd[rows, last_b][:, None], plan)[:, 0]
+        h_btd, _ = model.hidden(tokens_bt, documents(segments_bt), plan)
+        logits_bv = model.project(h_btd[rows, last_b][:, None], plan)[:, 0]
         chosen_b = sample(logits_bv, jax.random.fold_in(key, step), temperature=temperature, top_p=top_p)
         return tokens_bt.at[rows, last_b + 1].set(chosen_b)
 

@@ -1,35 +1,49 @@
-"""Token embedding and output head, split over the vocabulary. Letters: b batch, t time, d model, v vocabulary."""
+"""Token embedding and output head, split over the vocabulary.
+
+Letters: b batch, t time, d model, v vocabulary, p positions.
+"""
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from orogen.config.model import ModelConfig
+from orogen.layers.documents import Documents
 from orogen.layers.parameter import normal
 from orogen.parallel.plan import Plan
 
 
 class Embedding(nnx.Module):
-    """A row for each token of the vocabulary."""
+    """A row for each token of the vocabulary, plus one for its place in its document if positions are learned."""
 
-    def __init__(self, vocab_size: int, size: int, *, std: float, rngs: nnx.Rngs):
-        self.weight = normal(rngs, (vocab_size, size), ("vocab", "embed"), std=std)
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        size, positions, std = config.hidden_size, config.learned_positions, config.init_std
+        self.weight = normal(rngs, (config.vocab_size, size), ("vocab", "embed"), std=std)
+        self.positions = normal(rngs, (positions, size), ("positions", "embed"), std=std) if positions else None
 
-    def __call__(self, tokens_bt: Array, plan: Plan) -> Array:
-        """Rows of `tokens_bt`, (b, t of this rank's sequence piece, d). A token outside the vocabulary gives zeros."""
+    def __call__(self, tokens_bt: Array, docs: Documents, plan: Plan) -> Array:
+        """(b, t of this rank's sequence piece, d). A token outside the vocabulary gives zeros, a position outside the
+        table NaN; padding takes position 0."""
         rows_vd = plan.weight(self.weight)
         local_bt = tokens_bt - plan.index("vocab") * rows_vd.shape[0]
         held_bt = (local_bt >= 0) & (local_bt < rows_vd.shape[0])
         x_btd = jnp.where(held_bt[..., None], rows_vd[jnp.where(held_bt, local_bt, 0)], 0)
-        return plan.scatter(x_btd, "sequence")
+        x_btd = plan.scatter(x_btd, "sequence")
+        if self.positions is None:
+            return x_btd
+        positions_bt = plan.piece(jnp.where(docs.segments_bt == 0, 0, docs.positions_bt), "sequence")
+        return x_btd + jnp.take(plan.weight(self.positions), positions_bt, axis=0, mode="fill", fill_value=jnp.nan)
 
 
 class Head(nnx.Module):
-    """The projection onto the vocabulary."""
+    """The matrix of the projection onto the vocabulary."""
 
-    def __init__(self, size: int, vocab_size: int, *, std: float, rngs: nnx.Rngs):
-        self.weight = normal(rngs, (size, vocab_size), ("embed", "vocab"), std=std)
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        shape = (config.hidden_size, config.vocab_size)
+        self.weight = normal(rngs, shape, ("embed", "vocab"), std=config.init_std)
 
-    def __call__(self, x_btd: Array, plan: Plan) -> Array:
-        """Logits (b, t, v) in float32, whole on every rank."""
-        logits_btv = jnp.einsum("btd,dv->btv", x_btd, plan.weight(self.weight), preferred_element_type=jnp.float32)
-        return plan.gather(logits_btv, "vocab", dim=2)
+
+def logits(x_btd: Array, head_dv: Array, plan: Plan) -> Array:
+    """x head, (b, t, v) in float32, whole on every rank. head_dv: this rank's columns of the vocabulary."""
+    logits_btv = jnp.einsum("btd,dv->btv", x_btd, head_dv, preferred_element_type=jnp.float32)
+    return plan.gather(logits_btv, "vocab", dim=2)

@@ -3,6 +3,7 @@
 from functools import partial
 
 import jax
+from flax import nnx
 from jax import Array
 
 
@@ -16,3 +17,8 @@ def linear(x_btd: Array, w_df: Array) -> Array:
     """
     y_nf = x_btd.reshape(-1, x_btd.shape[-1]) @ w_df
     return y_nf.reshape(*x_btd.shape[:-1], -1)
+
+
+def add_bias(x_btf: Array, bias: nnx.Param | None) -> Array:
+    """x + bias in x's dtype; x itself without one."""
+    return x_btf if bias is None else x_btf + bias[...].astype(x_btf.dtype)

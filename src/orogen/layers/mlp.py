@@ -1,13 +1,19 @@
-"""The dense MLP. Letters: b batch, t time, d model, f hidden."""
+"""The dense MLP, and the activations that experts share. Letters: b batch, t time, d model, f hidden."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from orogen.layers.linear import linear
-from orogen.layers.parameter import normal
+from orogen.config.model import ModelConfig
+from orogen.layers.linear import add_bias, linear
+from orogen.layers.parameter import normal, parameter
 from orogen.parallel.plan import Plan
+
+# The slope of the sigmoid in gpt-oss's clamped SwiGLU.
+SWIGLU_ALPHA = 1.702
 
 
 def squared_relu(x: Array) -> Array:
@@ -15,13 +21,46 @@ def squared_relu(x: Array) -> Array:
     return jnp.square(jax.nn.relu(x))
 
 
-class MLP(nnx.Module):
-    """down(relu(up x)²), without gate or bias; hidden columns are split over `mlp`."""
+ACTIVATIONS = {
+    "relu2": squared_relu,
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
 
-    def __init__(self, size: int, hidden: int, *, std: float, out_std: float, rngs: nnx.Rngs):
+
+def activate(up: Array, gate: Array | None, *, name: str, limit: float | None = None) -> Array:
+    """act(up), or with a gate act(gate) · up (arXiv:2002.05202).
+
+    With a limit c it is (clip(up, ±c) + 1) · g · sigmoid(1.702 g) with g = min(gate, c), as in gpt-oss: the gate is
+    clamped from above only.
+    """
+    if gate is None:
+        return ACTIVATIONS[name](up)
+    if limit is None:
+        return ACTIVATIONS[name](gate) * up
+    gate = jnp.minimum(gate, limit)
+    return (jnp.clip(up, -limit, limit) + 1) * gate * jax.nn.sigmoid(SWIGLU_ALPHA * gate)
+
+
+class MLP(nnx.Module):
+    """down(activate(up x, gate x)); hidden columns are split over `mlp`, and their biases with them."""
+
+    def __init__(self, config: ModelConfig, hidden: int, *, bias: bool, rngs: nnx.Rngs):
+        size, std = config.hidden_size, config.init_std
+        self.activation, self.limit = config.mlp_hidden_act, config.swiglu_limit
         self.up = normal(rngs, (size, hidden), ("embed", "mlp"), std=std)
-        self.down = normal(rngs, (hidden, size), ("mlp", "embed"), std=out_std)
+        self.down = normal(rngs, (hidden, size), ("mlp", "embed"), std=config.output_init_std)
+        self.gate = normal(rngs, (size, hidden), ("embed", "mlp"), std=std) if config.mlp_gated else None
+        self.up_bias = parameter(jnp.zeros(hidden), ("mlp",)) if bias else None
+        self.gate_bias = parameter(jnp.zeros(hidden), ("mlp",)) if bias and config.mlp_gated else None
+        self.down_bias = parameter(jnp.zeros(size), ("norm",)) if bias else None
 
     def __call__(self, x_btd: Array, plan: Plan) -> Array:
-        hidden_btf = squared_relu(linear(plan.gather(x_btd, "sequence"), plan.weight(self.up)))
-        return plan.scatter(linear(hidden_btf, plan.weight(self.down)), "sequence")
+        h_btd = plan.gather(x_btd, "sequence")
+        up_btf = add_bias(linear(h_btd, plan.weight(self.up)), self.up_bias)
+        gate_btf = None if self.gate is None else add_bias(linear(h_btd, plan.weight(self.gate)), self.gate_bias)
+        hidden_btf = activate(up_btf, gate_btf, name=self.activation, limit=self.limit)
+        # The ranks' parts of the product are summed first: their bias counts once.
+        return add_bias(plan.scatter(linear(hidden_btf, plan.weight(self.down)), "sequence"), self.down_bias)

@@ -1,9 +1,10 @@
-"""Normalisation. Letters: b batch, t time, d model, g groups, c channels of a group."""
+"""Normalisation, by name. Letters: b batch, t time, d model, g groups, c channels of a group."""
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
+from orogen.config.model import ModelConfig
 from orogen.layers.parameter import parameter
 from orogen.parallel.plan import Plan
 
@@ -16,9 +17,65 @@ class RMSNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x_btd: Array) -> Array:
-        x32_btd = x_btd.astype(jnp.float32)
-        scale_bt1 = lax.rsqrt(jnp.mean(x32_btd * x32_btd, -1, keepdims=True) + self.epsilon)
-        return (x32_btd * scale_bt1 * self.weight[...]).astype(x_btd.dtype)
+        return (_unit_rms(x_btd, self.epsilon) * self.weight[...]).astype(x_btd.dtype)
+
+
+class RMSNormCastFirst(nnx.Module):
+    """RMSNorm whose normalised value and weight are rounded to x's dtype before they are multiplied.
+
+    In bfloat16 it differs from RMSNorm in the last bit. Source: LlamaRMSNorm of transformers.
+    """
+
+    def __init__(self, size: int, epsilon: float):
+        self.weight = parameter(jnp.ones(size), ("norm",))
+        self.epsilon = epsilon
+
+    def __call__(self, x_btd: Array) -> Array:
+        return _unit_rms(x_btd, self.epsilon).astype(x_btd.dtype) * self.weight[...].astype(x_btd.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / deviation · weight + bias; all in float32, the result in x's dtype (arXiv:1607.06450)."""
+
+    def __init__(self, size: int, epsilon: float):
+        self.weight, self.bias = parameter(jnp.ones(size), ("norm",)), parameter(jnp.zeros(size), ("norm",))
+        self.epsilon = epsilon
+
+    def __call__(self, x_btd: Array) -> Array:
+        return (_standardised(x_btd, self.epsilon) * self.weight[...] + self.bias[...]).astype(x_btd.dtype)
+
+
+class LayerNorm1P(nnx.Module):
+    """LayerNorm whose weight is stored less one, and starts at 0: Megatron's zero-centred gamma."""
+
+    def __init__(self, size: int, epsilon: float):
+        self.weight, self.bias = (parameter(jnp.zeros(size), ("norm",)) for _ in range(2))
+        self.epsilon = epsilon
+
+    def __call__(self, x_btd: Array) -> Array:
+        return (_standardised(x_btd, self.epsilon) * (1 + self.weight[...]) + self.bias[...]).astype(x_btd.dtype)
+
+
+NORMS = {"rms": RMSNorm, "rms_cast_first": RMSNormCastFirst, "layer": LayerNorm, "layer_1p": LayerNorm1P}
+Norm = RMSNorm | RMSNormCastFirst | LayerNorm | LayerNorm1P
+
+
+def make_norm(config: ModelConfig, size: int | None = None) -> Norm:
+    """The norm that `config.norm` names, over `size` channels; None: over the residual stream's."""
+    return NORMS[config.norm](size or config.hidden_size, config.layer_norm_epsilon)
+
+
+def _unit_rms(x_btd: Array, epsilon: float) -> Array:
+    """x / sqrt(mean(x²) + ε), float32."""
+    x32_btd = x_btd.astype(jnp.float32)
+    return x32_btd * lax.rsqrt(jnp.mean(x32_btd * x32_btd, -1, keepdims=True) + epsilon)
+
+
+def _standardised(x_btd: Array, epsilon: float) -> Array:
+    """(x - mean) / sqrt(variance + ε), float32. The variance is of the centred values: no cancellation."""
+    x32_btd = x_btd.astype(jnp.float32)
+    centred_btd = x32_btd - jnp.mean(x32_btd, -1, keepdims=True)
+    return centred_btd * lax.rsqrt(jnp.mean(centred_btd * centred_btd, -1, keepdims=True) + epsilon)
 
 
 class GroupRMSNorm(nnx.Module):

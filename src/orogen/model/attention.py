@@ -1,42 +1,147 @@
-"""Grouped-query attention without positions, as in Nemotron-H.
+"""Attention: grouped-query, with what each family of models adds to it, and DeepSeek's multi-head latent attention.
 
-Letters: b batch, t time, d model, h query heads, g key heads, k head size.
+Letters: b batch, t time, d model, h query heads, g key heads, k head size, r latent width.
 """
 
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from orogen.config.model import ModelConfig
 from orogen.kernels.attention import attention
-from orogen.layers.linear import linear
-from orogen.layers.parameter import normal
+from orogen.layers.documents import Documents
+from orogen.layers.linear import add_bias, linear
+from orogen.layers.norm import make_norm
+from orogen.layers.parameter import normal, parameter
+from orogen.layers.rotary import make_rotary, mscale
 from orogen.parallel.plan import Plan
 
 
 class Attention(nnx.Module):
-    """softmax(q kᵀ / √k) v, causal and inside documents; query head i reads key head i // (h/g)."""
+    """softmax(q kᵀ / √k) v, causal and inside documents; query head i reads key head i // (h/g).
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    A query sees `window` tokens, its own included, or all before it if None. By the config, heads are normalised
+    (Qwen3), then turned by their positions, projections have biases, and each head has a sink (gpt-oss). Without any
+    of these it is Nemotron-H's.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, window: int | None = None):
         size, std = config.hidden_size, config.init_std
-        self.head_dim = config.head_dim
+        self.head_dim, self.window = config.head_dim, window
+        turned = int(config.head_dim * config.partial_rotary_factor)
+        self.rotary = None if config.rope_theta is None else make_rotary(config, turned)
         queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.query = normal(rngs, (size, queries), ("embed", "heads"), std=std)
         self.key = normal(rngs, (size, keys), ("embed", "kv_heads"), std=std)
         self.value = normal(rngs, (size, keys), ("embed", "kv_heads"), std=std)
         self.out = normal(rngs, (queries, size), ("heads", "embed"), std=config.output_init_std)
+        biased = config.attention_bias != "none"
+        self.query_bias = _bias(queries, "heads", biased)
+        self.key_bias, self.value_bias = (_bias(keys, "kv_heads", biased) for _ in range(2))
+        self.out_bias = _bias(size, "norm", config.attention_bias == "all")
+        head_norm = lambda: make_norm(config, self.head_dim) if config.qk_norm else None  # noqa: E731
+        self.query_norm, self.key_norm = head_norm(), head_norm()
+        heads = (config.num_attention_heads,)
+        self.sinks = normal(rngs, heads, ("heads",), std=std) if config.attention_sinks else None
 
-    def __call__(self, x_btd: Array, segments_bt: Array, plan: Plan) -> Array:
+    def __call__(self, x_btd: Array, docs: Documents, plan: Plan) -> Array:
         h_btd = plan.gather(x_btd, "sequence")
-        q_bthk, k_btgk, v_btgk = (
-            linear(h_btd, plan.weight(w)).reshape(*h_btd.shape[:2], -1, self.head_dim)
-            for w in (self.query, self.key, self.value)
-        )
+        q_bthk = self._heads(h_btd, self.query, self.query_bias, plan)
+        k_btgk = self._heads(h_btd, self.key, self.key_bias, plan)
+        v_btgk = self._heads(h_btd, self.value, self.value_bias, plan)
+        if self.query_norm is not None and self.key_norm is not None:
+            q_bthk, k_btgk = self.query_norm(q_bthk), self.key_norm(k_btgk)
+        if self.rotary is not None:
+            q_bthk, k_btgk = (self.rotary(a, docs.positions_bt) for a in (q_bthk, k_btgk))
         y_bthk = attention(
             q_bthk,
             k_btgk,
             v_btgk,
-            segments_bt=segments_bt,
+            segments_bt=docs.segments_bt,
+            sinks_h=None if self.sinks is None else self.sinks[...],
+            window=self.window,
             scale=self.head_dim**-0.5,
             implementation=plan.config.attention,
         )
-        return plan.scatter(linear(y_bthk.reshape(*y_bthk.shape[:2], -1), plan.weight(self.out)), "sequence")
+        return _join(y_bthk, self.out, self.out_bias, plan)
+
+    def _heads(self, h_btd: Array, weight: nnx.Param, bias: nnx.Param | None, plan: Plan) -> Array:
+        return _split(add_bias(linear(h_btd, plan.weight(weight)), bias), self.head_dim)
+
+
+class LatentAttention(nnx.Module):
+    """Attention whose keys and values are read from a latent vector a token (DeepSeek's MLA, arXiv:2412.19437, 2.1.1).
+
+    c = norm(x W_c); keys are [c W_k, rotary(x W_kr)], the second part shared by all heads, values c W_v; queries are
+    [q, rotary(q_r)] of x W_q, or of norm(x W_qd) W_qu. The latent vectors are whole on every rank, heads are split.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        size, heads, rank = config.hidden_size, config.num_attention_heads, config.q_lora_rank
+        std = config.init_std
+        self.nope, self.rope, self.value_size = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.rotary = make_rotary(config, self.rope)
+        self.scale = (self.nope + self.rope) ** -0.5
+        if config.yarn_factor is not None and config.yarn_mscale_all_dim is not None:
+            self.scale *= mscale(config.yarn_factor, config.yarn_mscale_all_dim) ** 2
+        biased = config.attention_bias == "all"
+        up = lambda rank, width: normal(rngs, (rank, heads * width), ("embed", "heads"), std=std)  # noqa: E731
+        down = lambda width: normal(rngs, (size, width), ("embed", None), std=std)  # noqa: E731
+        self.direct = rank is None
+        if self.direct:
+            self.query = up(size, self.nope + self.rope)
+        else:
+            self.query_down, self.query_down_bias = down(rank), _bias(rank, "norm", biased)
+            self.query_norm = make_norm(config, rank)
+            self.query_up = up(rank, self.nope + self.rope)
+        self.latent_down = down(config.kv_lora_rank)
+        self.latent_down_bias = _bias(config.kv_lora_rank, "norm", biased)
+        self.key_rope, self.key_rope_bias = down(self.rope), _bias(self.rope, "norm", biased)
+        self.latent_norm = make_norm(config, config.kv_lora_rank)
+        self.key_up, self.value_up = up(config.kv_lora_rank, self.nope), up(config.kv_lora_rank, self.value_size)
+        self.out = normal(rngs, (heads * self.value_size, size), ("heads", "embed"), std=config.output_init_std)
+        self.out_bias = _bias(size, "norm", biased)
+
+    def __call__(self, x_btd: Array, docs: Documents, plan: Plan) -> Array:
+        h_btd = plan.gather(x_btd, "sequence")
+        q_bthk = self._queries(h_btd, docs, plan)
+        latent_btr = add_bias(linear(h_btd, plan.weight(self.latent_down)), self.latent_down_bias)
+        latent_btr = self.latent_norm(latent_btr)
+        shared_btk = add_bias(linear(h_btd, plan.weight(self.key_rope)), self.key_rope_bias)
+        shared_bt1k = self.rotary(shared_btk[:, :, None], docs.positions_bt)
+        k_bthk = _split(linear(latent_btr, plan.weight(self.key_up)), self.nope)
+        shared_bthk = jnp.broadcast_to(shared_bt1k, (*k_bthk.shape[:-1], self.rope))
+        y_bthk = attention(
+            q_bthk,
+            jnp.concatenate([k_bthk, shared_bthk], -1),
+            _split(linear(latent_btr, plan.weight(self.value_up)), self.value_size),
+            segments_bt=docs.segments_bt,
+            scale=self.scale,
+            implementation=plan.config.attention,
+        )
+        return _join(y_bthk, self.out, self.out_bias, plan)
+
+    def _queries(self, h_btd: Array, docs: Documents, plan: Plan) -> Array:
+        if self.direct:
+            q_btf = linear(h_btd, plan.weight(self.query))
+        else:
+            latent_btr = add_bias(linear(h_btd, plan.weight(self.query_down)), self.query_down_bias)
+            q_btf = linear(self.query_norm(latent_btr), plan.weight(self.query_up))
+        q_bthk = _split(q_btf, self.nope + self.rope)
+        plain_bthk, turned_bthk = q_bthk[..., : self.nope], q_bthk[..., self.nope :]
+        return jnp.concatenate([plain_bthk, self.rotary(turned_bthk, docs.positions_bt)], -1)
+
+
+def _bias(size: int, axis: str, present: bool) -> nnx.Param | None:
+    return parameter(jnp.zeros(size), (axis,)) if present else None
+
+
+def _split(x_btf: Array, size: int) -> Array:
+    """`x_btf` as heads of `size`."""
+    return x_btf.reshape(*x_btf.shape[:2], -1, size)
+
+
+def _join(y_bthk: Array, out: nnx.Param, bias: nnx.Param | None, plan: Plan) -> Array:
+    """The heads' outputs projected and summed over ranks; the bias is added once, to the sum."""
+    y_btd = plan.scatter(linear(y_bthk.reshape(*y_bthk.shape[:2], -1), plan.weight(out)), "sequence")
+    return add_bias(y_btd, bias)

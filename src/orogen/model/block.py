@@ -11,9 +11,11 @@ from flax import nnx
 from jax import Array, lax
 
 from orogen.config.model import ModelConfig
+from orogen.layers.documents import Documents
 from orogen.layers.mlp import MLP
-from orogen.layers.norm import RMSNorm
-from orogen.model.attention import Attention
+from orogen.layers.norm import make_norm
+from orogen.model.attention import Attention, LatentAttention
+from orogen.model.mamba1 import Mamba1
 from orogen.model.mamba2 import Mamba2
 from orogen.moe.layer import MoE
 from orogen.parallel.plan import Plan
@@ -93,26 +95,29 @@ class Layer(nnx.Module):
 
     def __init__(self, letter: str, config: ModelConfig, rngs: nnx.Rngs):
         self.letter = letter
-        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.norm = make_norm(config)
         self.mixer = _mixer(letter, config, rngs)
 
-    def __call__(self, x_btd: Array, segments_bt: Array, plan: Plan, replay: Any) -> tuple[Array, Any]:
+    def __call__(self, x_btd: Array, docs: Documents, plan: Plan, replay: Any) -> tuple[Array, Any]:
         with jax.named_scope(type(self.mixer).__name__):
             h_btd, stats = self.norm(x_btd), None
             if self.letter == "E":
-                y_btd, stats = self.mixer(h_btd, segments_bt, plan, replay)
+                y_btd, stats = self.mixer(h_btd, docs.segments_bt, plan, replay)
             elif self.letter == "-":
                 y_btd = self.mixer(h_btd, plan)
+            elif self.letter in "Mm":
+                y_btd = self.mixer(h_btd, docs.segments_bt, plan)
             else:
-                y_btd = self.mixer(h_btd, segments_bt, plan)
+                y_btd = self.mixer(h_btd, docs, plan)
         return x_btd + y_btd, stats
 
 
 def _mixer(letter: str, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
     if letter == "-":
-        std, out_std = config.init_std, config.output_init_std
-        return MLP(config.hidden_size, config.intermediate_size, std=std, out_std=out_std, rngs=rngs)
-    return {"M": Mamba2, "*": Attention, "E": MoE}[letter](config, rngs)
+        return MLP(config, config.intermediate_size, bias=config.mlp_bias, rngs=rngs)
+    if letter == "w":
+        return Attention(config, rngs, window=config.sliding_window)
+    return {"M": Mamba2, "m": Mamba1, "*": Attention, "+": LatentAttention, "E": MoE}[letter](config, rngs)
 
 
 class Stack(nnx.Module):
@@ -126,12 +131,12 @@ class Stack(nnx.Module):
         self.items = items
         self.children = nnx.List([_child(item, config, rngs) for item in items])
 
-    def __call__(self, x_btd: Array, segments_bt: Array, plan: Plan, replay: Any = None) -> tuple[Array, Any]:
+    def __call__(self, x_btd: Array, docs: Documents, plan: Plan, replay: Any = None) -> tuple[Array, Any]:
         stats = []
         for index, (item, child) in enumerate(zip(self.items, self.children, strict=True)):
             replayed = None if replay is None else replay[index]
             apply: Any = _scan if isinstance(item, Repeat) else _apply
-            x_btd, child_stats = apply(child, x_btd, segments_bt, plan, replayed)
+            x_btd, child_stats = apply(child, x_btd, docs, plan, replayed)
             stats.append(child_stats)
         return x_btd, tuple(stats)
 
@@ -140,31 +145,34 @@ def _child(item: str | Repeat, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Modul
     if isinstance(item, str):
         return Layer(item, config, rngs)
 
-    def build(key: Array) -> Stack:
-        return Stack(item.items, config, nnx.Rngs(key))
+    graphs = []
 
-    keys = jax.random.split(rngs.params(), item.count)
-    graph, _ = nnx.split(jax.eval_shape(build, keys[0]))
-    return nnx.merge(graph, jax.vmap(lambda key: nnx.state(build(key)))(keys))
+    def build(key: Array) -> nnx.State:
+        graph, state = nnx.split(Stack(item.items, config, nnx.Rngs(key)))
+        graphs.append(graph)  # static, so not a value that vmap could return; a second trace would double at each level
+        return state
+
+    states = jax.vmap(build)(jax.random.split(rngs.params(), item.count))
+    return nnx.merge(graphs[0], states)
 
 
-def _apply(layer: nnx.Module, x_btd: Array, segments_bt: Array, plan: Plan, replay: Any) -> tuple[Array, Any]:
+def _apply(layer: nnx.Module, x_btd: Array, docs: Documents, plan: Plan, replay: Any) -> tuple[Array, Any]:
     graph, state = nnx.split(layer)
 
     def call(state, x_btd, replay):
-        return nnx.merge(graph, state)(x_btd, segments_bt, plan, replay)
+        return nnx.merge(graph, state)(x_btd, docs, plan, replay)
 
     if plan.config.remat == "full":
         call = jax.checkpoint(call)
     return call(state, x_btd, replay)
 
 
-def _scan(stack: Stack, x_btd: Array, segments_bt: Array, plan: Plan, replay: Any) -> tuple[Array, Any]:
+def _scan(stack: Stack, x_btd: Array, docs: Documents, plan: Plan, replay: Any) -> tuple[Array, Any]:
     graph, states = nnx.split(stack)
 
     def body(x_btd, inputs):
         state, replay = inputs
-        return nnx.merge(graph, state)(x_btd, segments_bt, plan, replay)
+        return nnx.merge(graph, state)(x_btd, docs, plan, replay)
 
     count = len(jax.tree.leaves(states)[0])
     return lax.scan(body, x_btd, (states, replay), unroll=count <= WRITTEN_OUT)

@@ -12,13 +12,14 @@ from orogen.model.lm import build
 
 def count(config: ModelConfig) -> dict[str, int]:
     """Parameters in all (routers' correction biases and MTP block included); those that one token uses, without the
-    MTP block, with and without the input embedding; and the MTP block's. Allocates nothing."""
+    MTP block, with and without the input embedding, which is never left out where it is the head as well; and the MTP
+    block's. Allocates nothing."""
     built = build(config)
     sizes = [(path, leaf) for tree in (built.params, built.buffers) for path, leaf in _leaves(tree)]
     total = sum(math.prod(leaf.get_value().shape) for _, leaf in sizes)
     mtp = sum(math.prod(leaf.get_value().shape) for path, leaf in sizes if path[0] == "mtp")
     active = sum(_active(leaf, config) for path, leaf in sizes if path[0] != "mtp")
-    embedding = config.vocab_size * config.hidden_size
+    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     return {"total": total, "active": active, "active_without_embedding": active - embedding, "mtp": mtp}
 
 

@@ -10,33 +10,33 @@ from flax import nnx
 from jax import Array
 
 from orogen.config.model import ModelConfig
-from orogen.layers.embedding import Embedding, Head
-from orogen.layers.norm import RMSNorm
+from orogen.layers.documents import Documents
+from orogen.layers.embedding import Embedding, Head, logits
+from orogen.layers.norm import make_norm
 from orogen.model.block import Stack, repeats
-from orogen.model.mtp import MTPBlock, shift_left, shifted_segments
+from orogen.model.mtp import MTPBlock, shift_left, shifted
 from orogen.parallel.plan import Plan
 
 
 class LanguageModel(nnx.Module):
-    """A pattern of residual layers between an embedding and a head, untied."""
+    """A pattern of residual layers between an embedding and a head, which may be one matrix (`head` is then None)."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        size, std = config.hidden_size, config.init_std
-        self.embedding = Embedding(config.vocab_size, size, std=std, rngs=rngs)
+        self.embedding = Embedding(config, rngs)
         self.backbone = Stack(repeats(config.layers.main), config, rngs)
-        self.norm = RMSNorm(size, config.layer_norm_epsilon)
-        self.head = Head(size, config.vocab_size, std=std, rngs=rngs)
+        self.norm = make_norm(config)
+        self.head = None if config.tie_word_embeddings else Head(config, rngs)
         self.mtp = MTPBlock(config, rngs) if config.layers.mtp else None
         self.mtp_depths = config.mtp_depths
 
-    def hidden(self, tokens_bt: Array, segments_bt: Array, plan: Plan, replay: Any = None) -> tuple[Array, Any]:
+    def hidden(self, tokens_bt: Array, docs: Documents, plan: Plan, replay: Any = None) -> tuple[Array, Any]:
         """The final-normed hidden state (b, t of this rank's sequence piece, d) and the layers' statistics."""
-        x_btd = self.embedding(tokens_bt, plan)
-        x_btd, stats = self.backbone(x_btd, segments_bt, plan, replay)
+        x_btd = self.embedding(tokens_bt, docs, plan)
+        x_btd, stats = self.backbone(x_btd, docs, plan, replay)
         return self.norm(x_btd), stats
 
     def deeper(
-        self, h_btd: Array, tokens_bt: Array, segments_bt: Array, plan: Plan, replay: Any = None
+        self, h_btd: Array, tokens_bt: Array, docs: Documents, plan: Plan, replay: Any = None
     ) -> list[tuple[Array, Any]]:
         """(hidden state, statistics) of each multi-token-prediction depth 1, 2, …; none without a block."""
         depths = []
@@ -44,17 +44,25 @@ class LanguageModel(nnx.Module):
             return depths
         for depth in range(1, self.mtp_depths + 1):
             with jax.named_scope(f"mtp_{depth}"):
-                embedded_btd = self.embedding(shift_left(tokens_bt, depth), plan)
-                h_btd, stats = self.mtp(
-                    h_btd, embedded_btd, shifted_segments(segments_bt, depth), plan, replay and replay[depth - 1]
-                )
+                # A later token keeps its own position.
+                later = docs._replace(positions_bt=shift_left(docs.positions_bt, depth))
+                embedded_btd = self.embedding(shift_left(tokens_bt, depth), later, plan)
+                h_btd, stats = self.mtp(h_btd, embedded_btd, shifted(docs, depth), plan, replay and replay[depth - 1])
             depths.append((h_btd, stats))
         return depths
 
-    def logits(self, tokens_bt: Array, segments_bt: Array, plan: Plan) -> Array:
+    def logits(self, tokens_bt: Array, docs: Documents, plan: Plan) -> Array:
         """Logits (b, t, v) float32 of the next token, whole on every rank."""
-        h_btd, _ = self.hidden(tokens_bt, segments_bt, plan)
-        return self.head(plan.gather(h_btd, "sequence"), plan)
+        h_btd, _ = self.hidden(tokens_bt, docs, plan)
+        return self.project(plan.gather(h_btd, "sequence"), plan)
+
+    def project(self, h_btd: Array, plan: Plan) -> Array:
+        """Logits (b, t, v) float32 of final hidden states, whole on every rank."""
+        return logits(h_btd, self.head_matrix(plan), plan)
+
+    def head_matrix(self, plan: Plan) -> Array:
+        """The head (d, this rank's part of v), whole along d; the embedding's rows as columns if they are tied."""
+        return plan.weight(self.embedding.weight).T if self.head is None else plan.weight(self.head.weight)
 
 
 class Built(NamedTuple):

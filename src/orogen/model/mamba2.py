@@ -12,7 +12,7 @@ from jax import Array
 from orogen.config.model import ModelConfig
 from orogen.kernels.causal_conv1d import causal_conv1d
 from orogen.kernels.ssd import ssd
-from orogen.layers.linear import linear
+from orogen.layers.linear import add_bias, linear
 from orogen.layers.norm import GroupRMSNorm
 from orogen.layers.parameter import normal, parameter, uniform
 from orogen.parallel.plan import Plan
@@ -24,44 +24,53 @@ TIME_STEP_MIN, TIME_STEP_MAX, TIME_STEP_FLOOR = 1e-3, 1e-1, 1e-4
 class CausalConv(nnx.Module):
     """silu(depthwise causal convolution + bias); weight and bias from U(±1/√K) as PyTorch initialises them."""
 
-    def __init__(self, channels: int, taps: int, axis: str, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, channels: int, axis: str, rngs: nnx.Rngs):
+        taps = config.conv_kernel
         self.weight = uniform(rngs, (channels, taps), (axis, "taps"), bound=taps**-0.5)
-        self.bias = uniform(rngs, (channels,), (axis,), bound=taps**-0.5)
+        self.bias = uniform(rngs, (channels,), (axis,), bound=taps**-0.5) if config.use_conv_bias else None
 
     def __call__(self, x_btc: Array, segments_bt: Array) -> Array:
-        y_btc = causal_conv1d(x_btc, self.weight[...], self.bias[...].astype(x_btc.dtype), segments_bt=segments_bt)
-        return jax.nn.silu(y_btc)
+        bias_c = None if self.bias is None else self.bias[...].astype(x_btc.dtype)
+        return jax.nn.silu(causal_conv1d(x_btc, self.weight[...], bias_c, segments_bt=segments_bt))
 
 
 class Mamba2(nnx.Module):
     """z, x, B, C, dt = projections; y = SSD(silu(conv(x, B, C)), softplus(dt + bias)) + D x; out(norm(y · silu(z)))."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        size, heads, taps = config.hidden_size, config.mamba_num_heads, config.conv_kernel
+        size, heads = config.hidden_size, config.mamba_num_heads
         inner, states = heads * config.mamba_head_dim, config.n_groups * config.ssm_state_size
         self.head_dim, self.state_size, self.chunk_size = (
             config.mamba_head_dim,
             config.ssm_state_size,
             config.chunk_size,
         )
+        self.time_step_range = config.time_step_min, config.time_step_max
         project = lambda width, axis: normal(rngs, (size, width), ("embed", axis), std=config.init_std)  # noqa: E731
         self.z, self.x = project(inner, "mamba_heads"), project(inner, "mamba_heads")
         self.B, self.C = project(states, "groups"), project(states, "groups")
         self.dt = project(heads, "mamba_heads")
-        self.conv_x = CausalConv(inner, taps, "mamba_heads", rngs)
-        self.conv_B, self.conv_C = (CausalConv(states, taps, "groups", rngs) for _ in range(2))
-        self.dt_bias = parameter(_initial_dt_bias(rngs, heads), ("mamba_heads",))
+        self.z_bias, self.x_bias = (projection_bias(config, inner, "mamba_heads") for _ in range(2))
+        self.B_bias, self.C_bias = (projection_bias(config, states, "groups") for _ in range(2))
+        self.dt_proj_bias = projection_bias(config, heads, "mamba_heads")
+        self.conv_x = CausalConv(config, inner, "mamba_heads", rngs)
+        self.conv_B, self.conv_C = (CausalConv(config, states, "groups", rngs) for _ in range(2))
+        self.dt_bias = parameter(initial_dt_bias(rngs, heads), ("mamba_heads",))
         self.A_log = parameter(
             jnp.log(jax.random.uniform(rngs.params(), (heads,), minval=1, maxval=16)), ("mamba_heads",)
         )
         self.D = parameter(jnp.ones(heads), ("mamba_heads",))
-        self.norm = GroupRMSNorm(inner, config.n_groups, config.layer_norm_epsilon)
+        self.norm = GroupRMSNorm(inner, config.mamba_norm_groups or config.n_groups, config.layer_norm_epsilon)
         self.out = normal(rngs, (inner, size), ("mamba_heads", "embed"), std=config.output_init_std)
+        self.out_bias = projection_bias(config, size, "norm")
 
     def __call__(self, x_btd: Array, segments_bt: Array, plan: Plan) -> Array:
         h_btd = plan.gather(x_btd, "sequence")
-        projections = (self.z, self.x, self.B, self.C, self.dt)
-        z_bti, x_bti, B_btc, C_btc, dt_bth = (linear(h_btd, plan.weight(w)) for w in projections)
+        weights = (self.z, self.x, self.B, self.C, self.dt)
+        biases = (self.z_bias, self.x_bias, self.B_bias, self.C_bias, self.dt_proj_bias)
+        z_bti, x_bti, B_btc, C_btc, dt_bth = (
+            add_bias(linear(h_btd, plan.weight(w)), bias) for w, bias in zip(weights, biases, strict=True)
+        )
         with jax.named_scope("conv"):
             x_bti = self.conv_x(x_bti, segments_bt)
             B_btc, C_btc = self.conv_B(B_btc, segments_bt), self.conv_C(C_btc, segments_bt)
@@ -70,12 +79,13 @@ class Mamba2(nnx.Module):
         with jax.named_scope("gated_norm"):
             gated_bti = y_bti.astype(jnp.float32) * jax.nn.silu(z_bti.astype(jnp.float32))
             y_bti = self.norm(gated_bti, plan).astype(x_btd.dtype)
-        return plan.scatter(linear(y_bti, plan.weight(self.out)), "sequence")
+        # The ranks' parts of the product are summed before the bias is added, once.
+        return add_bias(plan.scatter(linear(y_bti, plan.weight(self.out)), "sequence"), self.out_bias)
 
     def _scan(self, x_bti, B_btc, C_btc, dt_bth, segments_bt, plan) -> Array:
         split = lambda a, size: a.reshape(*a.shape[:2], -1, size)  # noqa: E731
         x_bthp = split(x_bti, self.head_dim)
-        dt_bth = jax.nn.softplus(dt_bth.astype(jnp.float32) + self.dt_bias[...])
+        dt_bth = jnp.clip(jax.nn.softplus(dt_bth.astype(jnp.float32) + self.dt_bias[...]), *self.time_step_range)
         y_bthp, _ = ssd(
             x_bthp,
             dt_bth,
@@ -90,7 +100,12 @@ class Mamba2(nnx.Module):
         return (y_bthp + skipped_bthp).astype(x_bti.dtype).reshape(x_bti.shape)
 
 
-def _initial_dt_bias(rngs: nnx.Rngs, heads: int) -> Array:
+def projection_bias(config: ModelConfig, width: int, axis: str) -> nnx.Param | None:
+    """A bias of zeros for a projection into or out of a mixer, if the model has them."""
+    return parameter(jnp.zeros(width), (axis,)) if config.mamba_proj_bias else None
+
+
+def initial_dt_bias(rngs: nnx.Rngs, heads: int) -> Array:
     """softplus⁻¹ of time steps drawn log-uniformly: v + log(-expm1(-v))."""
     low, high = jnp.log(TIME_STEP_MIN), jnp.log(TIME_STEP_MAX)
     step_h = jnp.maximum(jnp.exp(jax.random.uniform(rngs.params(), (heads,), minval=low, maxval=high)), TIME_STEP_FLOOR)

@@ -10,8 +10,9 @@ from flax import nnx
 from jax import Array
 
 from orogen.config.model import ModelConfig
+from orogen.layers.documents import Documents
 from orogen.layers.linear import linear
-from orogen.layers.norm import RMSNorm
+from orogen.layers.norm import make_norm
 from orogen.layers.parameter import normal
 from orogen.model.block import Stack, repeats
 from orogen.parallel.plan import Plan
@@ -27,23 +28,28 @@ def shifted_segments(segments_bt: Array, steps: int) -> Array:
     return jnp.where(segments_bt == shift_left(segments_bt, steps), segments_bt, 0)
 
 
+def shifted(docs: Documents, steps: int) -> Documents:
+    """`docs` without the tokens that have no token `steps` further on in their document."""
+    return docs._replace(segments_bt=shifted_segments(docs.segments_bt, steps))
+
+
 class MTPBlock(nnx.Module):
     """h' = norm(layers(project([enorm(embedding of a later token); hnorm(h)]))), the embedding first."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        size, epsilon = config.hidden_size, config.layer_norm_epsilon
-        self.embedding_norm, self.hidden_norm = RMSNorm(size, epsilon), RMSNorm(size, epsilon)
+        size = config.hidden_size
+        self.embedding_norm, self.hidden_norm = make_norm(config), make_norm(config)
         self.project = normal(rngs, (2 * size, size), (None, "embed"), std=config.init_std)
         self.layers = Stack(repeats(config.layers.mtp), config, rngs)
-        self.final_norm = RMSNorm(size, epsilon)
+        self.final_norm = make_norm(config)
 
     def __call__(
-        self, h_btd: Array, embedded_btd: Array, segments_bt: Array, plan: Plan, replay: Any = None
+        self, h_btd: Array, embedded_btd: Array, docs: Documents, plan: Plan, replay: Any = None
     ) -> tuple[Array, Any]:
         """The next depth's hidden state and the layers' statistics, from the last one's and embeddings one further on.
 
-        segments_bt: from `shifted_segments`, so that tokens without a later token in their document take no part.
+        docs: from `shifted`, so that tokens without a later token in their document take no part.
         """
         joined_btd = jnp.concatenate([self.embedding_norm(embedded_btd), self.hidden_norm(h_btd)], axis=-1)
-        x_btd, stats = self.layers(linear(joined_btd, plan.weight(self.project)), segments_bt, plan, replay)
+        x_btd, stats = self.layers(linear(joined_btd, plan.weight(self.project)), docs, plan, replay)
         return self.final_norm(x_btd), stats

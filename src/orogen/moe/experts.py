@@ -6,23 +6,44 @@ from jax import Array
 
 from orogen.config.model import ModelConfig
 from orogen.kernels.grouped_matmul import grouped_matmul
-from orogen.layers.mlp import squared_relu
-from orogen.layers.parameter import normal
+from orogen.layers.mlp import activate
+from orogen.layers.parameter import normal, parameter
 from orogen.parallel.plan import Plan
 
 
 class Experts(nnx.Module):
-    """down_e(relu(up_e x)²) for the rows of each expert e."""
+    """down_e(activate(up_e x, gate_e x)) for the rows of each expert e, with biases if the config has them."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         experts, width, hidden = config.n_routed_experts, config.expert_width, config.moe_intermediate_size
-        self.up = normal(rngs, (experts, width, hidden), ("expert", "expert_embed", "expert_mlp"), std=config.init_std)
-        self.down = normal(
-            rngs, (experts, hidden, width), ("expert", "expert_mlp", "expert_embed"), std=config.output_init_std
-        )
+        inward, outward = ("expert", "expert_embed", "expert_mlp"), ("expert", "expert_mlp", "expert_embed")
+        matrix = lambda *shape, axes, std: normal(rngs, (experts, *shape), axes, std=std)  # noqa: E731
+        # Vectors, one an expert: they stay whole and in float32 as other vectors do.
+        vector = lambda size, axis: parameter(jnp.zeros((experts, size)), ("expert", axis), float32=True)  # noqa: E731
+        bias, gated = config.mlp_bias, config.mlp_gated
+        self.activation, self.limit = config.mlp_hidden_act, config.swiglu_limit
+        self.up = matrix(width, hidden, axes=inward, std=config.init_std)
+        self.down = matrix(hidden, width, axes=outward, std=config.output_init_std)
+        self.gate = matrix(width, hidden, axes=inward, std=config.init_std) if gated else None
+        self.up_bias = vector(hidden, "expert_mlp") if bias else None
+        self.gate_bias = vector(hidden, "expert_mlp") if bias and gated else None
+        self.down_bias = vector(width, "norm") if bias else None
 
     def __call__(self, rows_rw: Array, group_sizes: Array | int, plan: Plan) -> Array:
         """(r, w). group_sizes: rows of each expert of this rank, one int if all have as many."""
-        multiply = lambda x, w: grouped_matmul(x, w, group_sizes, implementation=plan.config.grouped_matmul)  # noqa: E731
-        hidden_rf = squared_relu(multiply(rows_rw, plan.weight(self.up)))
-        return multiply(hidden_rf, plan.weight(self.down)).astype(jnp.result_type(rows_rw))
+
+        def multiply(x_rw: Array, w_ewf: Array) -> Array:
+            return grouped_matmul(x_rw, w_ewf, group_sizes, implementation=plan.config.grouped_matmul)
+
+        def project(x_rw: Array, weight: nnx.Param, bias: nnx.Param | None) -> Array:
+            y_rf = multiply(x_rw, plan.weight(weight))
+            if bias is None:
+                return y_rf
+            # Each row's own bias, as a product with one: rows of no expert get none, and gradients add up in float32.
+            bias_e1f = bias[...][:, None].astype(x_rw.dtype)
+            return y_rf + multiply(jnp.ones((len(x_rw), 1), x_rw.dtype), bias_e1f)
+
+        up_rf = project(rows_rw, self.up, self.up_bias)
+        gate_rf = None if self.gate is None else project(rows_rw, self.gate, self.gate_bias)
+        hidden_rf = activate(up_rf, gate_rf, name=self.activation, limit=self.limit)
+        return project(hidden_rf, self.down, self.down_bias)

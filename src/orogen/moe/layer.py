@@ -42,7 +42,8 @@ class MoEStats(NamedTuple):
 class MoE(nnx.Module):
     """Σ_j w_j · expert_j(x) + shared(x); with a latent size, experts work between two projections (LatentMoE).
 
-    Gate and shared expert read the full width. Source: arXiv:2512.20856, section 2.2.
+    Gate and shared expert read the full width (arXiv:2512.20856, section 2.2). With a gate of its own, the shared
+    expert's answer is multiplied by sigmoid(x · shared_gate) (arXiv:2407.10671).
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
@@ -53,7 +54,9 @@ class MoE(nnx.Module):
         latent, hidden = config.moe_latent_size, config.moe_shared_expert_intermediate_size
         self.latent_down = normal(rngs, (size, latent), ("embed", None), std=std) if latent else None
         self.latent_up = normal(rngs, (latent, size), (None, "embed"), std=out_std) if latent else None
-        self.shared = MLP(size, hidden, std=std, out_std=out_std, rngs=rngs) if hidden else None
+        self.shared = MLP(config, hidden, bias=False, rngs=rngs) if hidden else None
+        gated = config.moe_shared_expert_gate
+        self.shared_gate = normal(rngs, (size, 1), ("embed", None), std=std) if gated else None
 
     def __call__(self, x_btd: Array, segments_bt: Array, plan: Plan, replay: Array | None) -> tuple[Array, MoEStats]:
         """y (b, t, d) and statistics. segments_bt: of the whole context rank; replay: experts (b, t, k) to use."""
@@ -73,8 +76,14 @@ class MoE(nnx.Module):
             y_btd = y_btd if self.latent_up is None else linear(y_btd, plan.weight(self.latent_up))
         if self.shared is not None:
             with jax.named_scope("shared_expert"):
-                y_btd = y_btd + self.shared(x_btd, plan)
+                y_btd = y_btd + self._shared(x_btd, self.shared, plan)
         return y_btd, stats
+
+    def _shared(self, x_btd: Array, expert: MLP, plan: Plan) -> Array:
+        y_btd = expert(x_btd, plan)
+        if self.shared_gate is None:
+            return y_btd
+        return y_btd * jax.nn.sigmoid(linear(x_btd, plan.weight(self.shared_gate)))
 
     def _account(self, logits_bte: Array, routing: Routing, valid_bt: Array, plan: Plan) -> tuple[MoEStats, Array, int]:
         """Statistics, which assignments have room, and an expert's capacity from each source rank."""

@@ -13,22 +13,33 @@ from jax import Array
 
 
 class Weights(NamedTuple):
-    """A layer's weights. Without a latent space or a shared expert, theirs are None."""
+    """A layer's weights; those that it does not have are None. bias_e is the correction bias, gate_bias_e a part of
+    the logits; expert_gate_ewf and shared_gate_df gate hidden units, shared_scale_d1 the shared expert's answer."""
 
     gate_de: Array
-    bias_e: Array
+    bias_e: Array | None
     up_ewf: Array
     down_efw: Array
     latent_down_dw: Array | None = None
     latent_up_wd: Array | None = None
     shared_up_df: Array | None = None
     shared_down_fd: Array | None = None
+    gate_bias_e: Array | None = None
+    expert_gate_ewf: Array | None = None
+    up_bias_ef: Array | None = None
+    expert_gate_bias_ef: Array | None = None
+    down_bias_ew: Array | None = None
+    shared_gate_df: Array | None = None
+    shared_scale_d1: Array | None = None
 
 
 class Options(NamedTuple):
-    """Experts a token, and how they are chosen and weighted. capacity: tokens that one expert takes; None is all."""
+    """Experts a token, and how they are chosen and weighted. capacity: tokens that one expert takes; None is all.
+    clamp: of gpt-oss's gated form; a gated expert without it is SwiGLU."""
 
     k: int
+    score: str = "sigmoid"
+    clamp: float | None = None
     n_group: int = 1
     topk_group: int = 1
     normalise: bool = True
@@ -46,20 +57,32 @@ class Answer(NamedTuple):
 
 def mixture(x_nd: Array, valid_n: Array, weights: Weights, options: Options) -> Answer:
     """The layer on the tokens of one source rank. Tokens that are not `valid_n` get the shared expert's answer only."""
-    scores_ne = jax.nn.sigmoid(x_nd @ weights.gate_de)
-    chosen_ne = jax.vmap(lambda scores_e: choose(scores_e + weights.bias_e, options))(scores_ne)
+    logits_ne = x_nd @ weights.gate_de + (0 if weights.gate_bias_e is None else weights.gate_bias_e)
+    scores_ne = {"sigmoid": jax.nn.sigmoid, "softmax": softmax, "softmax_topk": jnp.exp}[options.score](logits_ne)
+    ranked_ne = (logits_ne if options.score == "softmax_topk" else scores_ne) + (
+        0 if weights.bias_e is None else weights.bias_e
+    )
+    chosen_ne = jax.vmap(lambda ranked_e: choose(ranked_e, options))(ranked_ne)
     wanted_ne = chosen_ne & valid_n[:, None]
     place_ne = jnp.cumsum(wanted_ne, 0)  # of a token in the expert's queue, from 1
     kept_ne = wanted_ne & (place_ne <= (len(x_nd) if options.capacity is None else options.capacity))
     share_ne = jnp.where(chosen_ne, scores_ne, 0)
-    if options.normalise:
+    if options.normalise or options.score == "softmax_topk":
         share_ne = share_ne / share_ne.sum(1, keepdims=True)
     u_nw = x_nd if weights.latent_down_dw is None else x_nd @ weights.latent_down_dw
-    answers_enw = jax.vmap(lambda up_wf, down_fw: perceptron(u_nw, up_wf, down_fw))(weights.up_ewf, weights.down_efw)
+    experts = (
+        weights.up_ewf, weights.down_efw, weights.expert_gate_ewf,
+        weights.up_bias_ef, weights.expert_gate_bias_ef, weights.down_bias_ew,
+    )  # fmt: skip
+    answers_enw = jax.vmap(lambda expert: perceptron(u_nw, *expert, clamp=options.clamp))(experts)
     y_nd = jnp.einsum("enw,ne->nw", answers_enw, jnp.where(kept_ne, share_ne * options.scaling, 0))
     y_nd = y_nd if weights.latent_up_wd is None else y_nd @ weights.latent_up_wd
     if weights.shared_up_df is not None and weights.shared_down_fd is not None:
-        y_nd = y_nd + perceptron(x_nd, weights.shared_up_df, weights.shared_down_fd)
+        answer_nd = perceptron(
+            x_nd, weights.shared_up_df, weights.shared_down_fd, weights.shared_gate_df, clamp=options.clamp
+        )
+        scale_d1 = weights.shared_scale_d1
+        y_nd = y_nd + (answer_nd if scale_d1 is None else answer_nd * jax.nn.sigmoid(x_nd @ scale_d1))
     return Answer(y_nd, wanted_ne.sum(0), (wanted_ne & ~kept_ne).sum())
 
 
@@ -79,21 +102,41 @@ def largest(values_i: Array, count: int) -> Array:
     return beaten_ij.sum(1) < count
 
 
-def perceptron(x_nw: Array, up_wf: Array, down_fw: Array) -> Array:
-    """down(relu(up x)²)."""
-    return jnp.maximum(x_nw @ up_wf, 0) ** 2 @ down_fw
+def softmax(logits_ne: Array) -> Array:
+    """exp(logit), each row divided by its sum."""
+    return jnp.exp(logits_ne) / jnp.exp(logits_ne).sum(1, keepdims=True)
 
 
-def balance_loss(x_td: Array, valid_t: Array, gate_de: Array, k: int) -> Array:
+def perceptron(
+    x_nw: Array, up_wf: Array, down_fw: Array, gate_wf: Array | None = None, up_bias_f: Array | None = None,
+    gate_bias_f: Array | None = None, down_bias_w: Array | None = None, *, clamp: float | None = None,
+) -> Array:  # fmt: skip
+    """down(relu(up x)²), or with a gate down(silu(gate x) · up x), or clamped down(g · σ(1.702 g) · (u + 1))."""
+    plus = lambda y, bias: y if bias is None else y + bias  # noqa: E731
+    up_nf = plus(x_nw @ up_wf, up_bias_f)
+    if gate_wf is None:
+        return plus(jnp.maximum(up_nf, 0) ** 2 @ down_fw, down_bias_w)
+    gate_nf = plus(x_nw @ gate_wf, gate_bias_f)
+    if clamp is None:
+        return plus((up_nf * gate_nf / (1 + jnp.exp(-gate_nf))) @ down_fw, down_bias_w)
+    gate_nf = jnp.where(gate_nf > clamp, clamp, gate_nf)
+    up_nf = jnp.where(up_nf > clamp, clamp, jnp.where(up_nf < -clamp, -clamp, up_nf))
+    return plus((gate_nf / (1 + jnp.exp(-1.702 * gate_nf)) * (up_nf + 1)) @ down_fw, down_bias_w)
+
+
+def balance_loss(x_td: Array, valid_t: Array, weights: Weights, options: Options) -> Array:
     """The balance loss of one sequence, e Σ_i f_i P_i: f_i is expert i's share of the k · t assignments that scores
     without bias make, P_i its mean share of a token's scores. Source: arXiv:2412.19437, eq. 17-20."""
-    scores_te = jax.nn.sigmoid(x_td @ gate_de)
+    logits_te = x_td @ weights.gate_de + (0 if weights.gate_bias_e is None else weights.gate_bias_e)
+    scores_te = jax.nn.sigmoid(logits_te) if options.score == "sigmoid" else softmax(logits_te)
+    k = options.k
     chosen_te = jax.vmap(lambda scores_e: largest(scores_e, k))(scores_te) & valid_t[:, None]
     share_te = scores_te / scores_te.sum(1, keepdims=True) * valid_t[:, None]
     tokens = jnp.maximum(valid_t.sum(), 1)
     return scores_te.shape[1] * jnp.sum(chosen_te.sum(0) / (k * tokens) * share_te.sum(0) / tokens)
 
 
-def z_loss(x_td: Array, valid_t: Array, gate_de: Array) -> Array:
+def z_loss(x_td: Array, valid_t: Array, weights: Weights) -> Array:
     """Σ over tokens of (log Σ_e exp logit_e)². Source: arXiv:2202.08906, eq. 5."""
-    return jnp.sum(jnp.log(jnp.exp(x_td @ gate_de).sum(1)) ** 2 * valid_t)
+    logits_te = x_td @ weights.gate_de + (0 if weights.gate_bias_e is None else weights.gate_bias_e)
+    return jnp.sum(jnp.log(jnp.exp(logits_te).sum(1)) ** 2 * valid_t)

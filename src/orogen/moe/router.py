@@ -12,7 +12,7 @@ from jax import Array, lax
 
 from orogen.config.model import ModelConfig
 from orogen.layers.linear import linear
-from orogen.layers.parameter import buffer, normal
+from orogen.layers.parameter import buffer, normal, parameter
 from orogen.parallel.plan import Plan
 
 # Keeps a token whose scores all underflow from dividing by zero; the value is Hugging Face's and Megatron's.
@@ -20,8 +20,13 @@ EPSILON = 1e-20
 
 
 class Routing(NamedTuple):
-    """Experts (…, k) int32, their weights (…, k) float32, all scores (…, e); the margin (…) by which the last expert of
-    the top k beat the best one left out (infinite if none was), and whether (…) a replayed choice is not that top k."""
+    """Experts (…, k) int32, their weights (…, k) float32, and all scores (…, e) without bias: sigmoids, or the softmax
+    over all experts; the margin (…) by which the last of the top k, or the last group, beat the best one left out
+    (infinite if none was); and whether (…) a replayed choice is not that top k.
+
+    The margin is a difference of biased sigmoids, of biased logits for softmax_topk, and for softmax one of biased
+    probabilities relative to the last one chosen: nearly of logits, however many experts share the probability.
+    """
 
     experts: Array
     weights: Array
@@ -32,8 +37,9 @@ class Routing(NamedTuple):
 
 def route(
     logits_ne: Array,
-    bias_e: Array,
+    bias_e: Array | None,
     *,
+    score: str,
     k: int,
     n_group: int = 1,
     topk_group: int = 1,
@@ -41,35 +47,52 @@ def route(
     scaling: float,
     experts_nk: Array | None = None,
 ) -> Routing:
-    """Top-k experts by sigmoid(logits) + bias; weights are the sigmoids themselves.
+    """Top-k experts by score + bias; weights are the scores themselves.
 
-    The correction bias decides the choice and nothing else. With n_group > 1 only the topk_group groups with the
-    largest sum of their best two biased scores take part. Weights are divided by their sum if `normalise`, then
-    multiplied by `scaling`. Ties go to the lower index. `experts_nk` replays a choice instead of making one.
-    Float32 throughout. Source: arXiv:2408.15664 (bias), arXiv:2412.19437, eq. 12-16.
+    score: sigmoid of the logits, softmax over all experts, or softmax_topk, which chooses by the logits and weighs by
+    a softmax over the chosen ones. The correction bias, if any, decides the choice and nothing else. With n_group > 1
+    only the topk_group groups with the largest sum of their best two biased scores take part. Weights are divided by
+    their sum if `normalise` (those of softmax_topk add up to one anyway), then multiplied by `scaling`. Ties go to the
+    lower index. `experts_nk` replays a choice instead of making one. Float32 throughout.
+    Sources: arXiv:2408.15664 (bias), arXiv:2412.19437, eq. 12-16; arXiv:2401.04088, section 2.1 (softmax_topk).
     """
-    scores_ne = jax.nn.sigmoid(logits_ne.astype(jnp.float32))
-    choice_ne = lax.stop_gradient(scores_ne) + bias_e
-    if n_group > 1:
-        choice_ne = _keep_groups(choice_ne, n_group, topk_group)
-    best, chosen_nk = lax.top_k(choice_ne, min(k + 1, choice_ne.shape[-1]))
-    margin_n = best[..., k - 1] - best[..., k] if best.shape[-1] > k else jnp.full(best.shape[:-1], jnp.inf)
-    own_nk = chosen_nk[..., :k]
+    logits_ne = logits_ne.astype(jnp.float32)
+    scores_ne = jax.nn.sigmoid(logits_ne) if score == "sigmoid" else jax.nn.softmax(logits_ne, -1)
+    weighing_ne = logits_ne if score == "softmax_topk" else scores_ne
+    choice_ne = lax.stop_gradient(weighing_ne) + (0 if bias_e is None else bias_e)
+    own_nk, margin_n = _choose(choice_ne, k, n_group, topk_group)
     experts_nk = own_nk if experts_nk is None else experts_nk
     flipped_n = jnp.any(jnp.sort(own_nk) != jnp.sort(experts_nk), -1)
-    weights_nk = jnp.take_along_axis(scores_ne, experts_nk, axis=-1)
-    if normalise:
+    weights_nk = jnp.take_along_axis(weighing_ne, experts_nk, axis=-1)
+    if score == "softmax":
+        least_n = jnp.take_along_axis(lax.stop_gradient(scores_ne), own_nk, axis=-1).min(-1)
+        margin_n = margin_n / (least_n + EPSILON)
+    if score == "softmax_topk":
+        weights_nk = jax.nn.softmax(weights_nk, -1)
+    elif normalise:
         weights_nk = weights_nk / (weights_nk.sum(-1, keepdims=True) + EPSILON)
     return Routing(experts_nk, weights_nk * scaling, scores_ne, margin_n, flipped_n)
 
 
-def _keep_groups(choice_ne: Array, n_group: int, topk_group: int) -> Array:
-    """`choice_ne` with -inf outside each token's best groups (0 instead would win over a negative bias)."""
-    grouped = choice_ne.reshape(*choice_ne.shape[:-1], n_group, -1)
-    best_two = lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(-1)
-    _, groups = lax.top_k(best_two, topk_group)
-    kept = jax.nn.one_hot(groups, n_group, dtype=jnp.bool_).any(-2)
-    return jnp.where(kept[..., None], grouped, -jnp.inf).reshape(choice_ne.shape)
+def _choose(choice_ne: Array, k: int, n_group: int, topk_group: int) -> tuple[Array, Array]:
+    """The top k (n, k) inside each token's best groups, and the margin (n) of experts or groups, the smaller one."""
+    margin_n = jnp.full(choice_ne.shape[:-1], jnp.inf)
+    if n_group > 1:
+        grouped = choice_ne.reshape(*choice_ne.shape[:-1], n_group, -1)
+        best_two = lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(-1)
+        groups, margin_n = _top(best_two, topk_group)
+        kept = jax.nn.one_hot(groups, n_group, dtype=jnp.bool_).any(-2)
+        # Not 0, which would win over a negative bias.
+        choice_ne = jnp.where(kept[..., None], grouped, -jnp.inf).reshape(choice_ne.shape)
+    chosen_nk, margin_of_experts_n = _top(choice_ne, k)
+    return chosen_nk, jnp.minimum(margin_n, margin_of_experts_n)
+
+
+def _top(values_ni: Array, k: int) -> tuple[Array, Array]:
+    """Indices (n, k) of the k largest, and by how much (n) the last of them beat the next."""
+    best, index = lax.top_k(values_ni, min(k + 1, values_ni.shape[-1]))
+    margin_n = best[..., k - 1] - best[..., k] if best.shape[-1] > k else jnp.full(best.shape[:-1], jnp.inf)
+    return index[..., :k], margin_n
 
 
 class RouterLosses(NamedTuple):
@@ -83,9 +106,9 @@ def router_losses(logits_bte: Array, scores_bte: Array, valid_bt: Array, plan: P
     """The sequence balance loss and the z-loss, summed over this rank's rows, over whole sequences.
 
     balance = Σ over rows of e · Σ_i f_i P_i, f_i the share of the row's assignments that expert i gets by plain
-    top-k of the scores (no bias), P_i the mean of its score normalised over all experts. A sequence is a row of the
-    batch, as in Megatron. z = Σ over tokens of logsumexp(logits)². Padding takes no part.
-    Sources: arXiv:2412.19437, eq. 17-20; arXiv:2202.08906, eq. 5.
+    top-k of the scores (no bias), P_i the mean of its score normalised over all experts: of the softmax over all of
+    them for both softmax forms. A sequence is a row of the batch, as in Megatron. z = Σ over tokens of
+    logsumexp(logits)². Padding takes no part. Sources: arXiv:2412.19437, eq. 17-20; arXiv:2202.08906, eq. 5.
     """
     valid_bt1 = valid_bt[..., None].astype(jnp.float32)
     n_experts = scores_bte.shape[-1]
@@ -106,21 +129,26 @@ def expert_counts(experts: Array, counted: Array, n_experts: int, *, axes: tuple
 
 
 class Router(nnx.Module):
-    """The gate, in float32 whatever the model computes in, and the correction bias."""
+    """The gate and its bias, in float32 whatever the model computes in, and the correction bias."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         size, experts = config.hidden_size, config.n_routed_experts
         self.gate = normal(rngs, (size, experts), ("embed", None), std=config.init_std, float32=True)
-        self.bias = buffer(jnp.zeros(experts), (None,))
+        self.gate_bias = parameter(jnp.zeros(experts), (None,)) if config.router_bias else None
+        self.bias = buffer(jnp.zeros(experts), (None,)) if config.router_correction_bias else None
+        self.score = config.router_score
         self.k, self.n_group, self.topk_group = config.num_experts_per_tok, config.n_group, config.topk_group
         self.normalise, self.scaling = config.norm_topk_prob, config.routed_scaling_factor
 
     def __call__(self, x_btd: Array, plan: Plan, experts_btk: Array | None) -> tuple[Array, Routing]:
         """Logits (b, t, e) and their routing; a choice given as `experts_btk` is replayed."""
         logits_bte = linear(x_btd.astype(jnp.float32), plan.weight(self.gate))
+        if self.gate_bias is not None:
+            logits_bte = logits_bte + self.gate_bias[...]
         routing = route(
             logits_bte,
-            self.bias[...],
+            None if self.bias is None else self.bias[...],
+            score=self.score,
             k=self.k,
             n_group=self.n_group,
             topk_group=self.topk_group,

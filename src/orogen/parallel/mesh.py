@@ -16,7 +16,9 @@ def fold_plan(config: PlanConfig, model: ModelConfig) -> Folding:
     """The folding of `config` for `model`. Raises ConfigError if sizes do not fold or do not divide."""
     _check_divisible(config, model)
     cuts = {}
-    for name, pieces in (("kv_heads", model.num_key_value_heads), ("groups", model.n_groups)):
+    norm_groups = model.mamba_norm_groups or model.n_groups
+    split = (("kv_heads", model.num_key_value_heads), ("groups", model.n_groups), ("norm_groups", norm_groups))
+    for name, pieces in split:
         if pieces is not None and pieces < config.tensor:
             cuts[name] = ("tensor", pieces)
     try:
@@ -60,12 +62,13 @@ def _check_divisible(config: PlanConfig, model: ModelConfig) -> None:
         ("num_attention_heads", "tensor", config.tensor),
         ("intermediate_size", "tensor", config.tensor),
         ("mamba_num_heads", "tensor", config.tensor),
+        ("mamba_intermediate_size", "tensor", config.tensor),
         ("moe_shared_expert_intermediate_size", "tensor", config.tensor),
         ("n_routed_experts", "expert", config.expert),
         ("moe_intermediate_size", "expert_tensor", config.expert_tensor),
     ]
     if config.fsdp != "none":
-        checks.append(("hidden_size", "data x context", ranks))
+        checks += [(field, "data x context", ranks) for field in ("hidden_size", "q_lora_rank", "kv_lora_rank")]
         if model.n_routed_experts is not None:
             field = "moe_latent_size" if model.moe_latent_size else "hidden_size"
             checks.append((field, "expert_data", replicas))
@@ -76,7 +79,7 @@ def _check_divisible(config: PlanConfig, model: ModelConfig) -> None:
                 f"ModelConfig.{field} is {value}; expected a multiple of PlanConfig.{axis} = {size} "
                 f"(nearest legal {axis}: {_nearest_divisors(value, size)})"
             )
-    for field in ("num_key_value_heads", "n_groups"):
+    for field in ("num_key_value_heads", "n_groups", "mamba_norm_groups"):
         value = getattr(model, field)
         tensor = config.tensor
         if value is not None and value % tensor and tensor % value:

@@ -1,7 +1,8 @@
 """Floating-point operations of a model, and peaks of devices, for MFU.
 
-Convention: a multiply-add is two operations; causal attention and the SSD's causal part inside a chunk count half;
-experts by the active width; convolutions exactly; norms and activations not at all; training is three times the
+Convention: a multiply-add is two operations; causal attention and the SSD's causal part inside a chunk count half; a
+window counts the tokens that the average query of a row sees, half its own as everywhere;
+experts by the active width; convolutions exactly; norms, biases and activations not at all; training is three times the
 forward pass, without recomputation.
 """
 
@@ -33,21 +34,49 @@ def forward_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
 
 
 def _layer_flops(letter: str, config: ModelConfig, length: int) -> float:
-    size = config.hidden_size
+    size, matrices = config.hidden_size, 3 if config.mlp_gated else 2
     if letter == "-":
-        return 4 * size * config.intermediate_size
-    if letter == "*":
+        return 2 * matrices * size * config.intermediate_size
+    if letter in "*w":
         queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-        return 2 * size * (2 * queries + 2 * keys) + 4 * queries * length / 2
+        seen = _seen(length, config.sliding_window if letter == "w" else length)
+        return 2 * size * (2 * queries + 2 * keys) + 4 * queries * seen
+    if letter == "+":
+        return _latent_attention_flops(config, length)
     if letter == "E":
         width, latent = config.expert_width, config.moe_latent_size or 0
-        routed = 4 * width * config.moe_intermediate_size * config.num_experts_per_tok
-        shared = 4 * size * (config.moe_shared_expert_intermediate_size or 0)
-        return 2 * size * config.n_routed_experts + routed + shared + 4 * size * latent
-    return _mamba_flops(config, length)
+        routed = 2 * matrices * width * config.moe_intermediate_size * config.num_experts_per_tok
+        shared = 2 * matrices * size * (config.moe_shared_expert_intermediate_size or 0)
+        gates = 2 * size * (config.n_routed_experts + config.moe_shared_expert_gate)
+        return gates + routed + shared + 4 * size * latent
+    return _mamba1_flops(config) if letter == "m" else _mamba2_flops(config, length)
 
 
-def _mamba_flops(config: ModelConfig, length: int) -> float:
+def _mamba1_flops(config: ModelConfig) -> float:
+    size, inner, state = config.hidden_size, config.mamba_intermediate_size, config.ssm_state_size
+    rank = config.time_step_rank
+    projections = 2 * size * 2 * inner + 2 * inner * (rank + 2 * state) + 2 * rank * inner + 2 * inner * size
+    # an element of the state: dt · A; decay · S + (dt x) · B; and S · C summed
+    scan = (1 + 3 + 2) * inner * state
+    return projections + 2 * config.conv_kernel * inner + scan
+
+
+def _seen(length: int, window: int) -> float:
+    """Keys that the average query of `length` tokens sees: a triangle, then `window` each, less half its own."""
+    window = min(window, length)
+    return window * (length - window / 2) / length
+
+
+def _latent_attention_flops(config: ModelConfig, length: int) -> float:
+    size, heads, latent = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
+    key, value = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+    rank = config.q_lora_rank
+    queries = size * heads * key if rank is None else rank * (size + heads * key)
+    keys = size * (latent + config.qk_rope_head_dim) + latent * heads * (config.qk_nope_head_dim + value)
+    return 2 * (queries + keys + heads * value * size) + 2 * heads * (key + value) * _seen(length, length)
+
+
+def _mamba2_flops(config: ModelConfig, length: int) -> float:
     size, heads, state = config.hidden_size, config.mamba_num_heads, config.ssm_state_size
     inner, states = heads * config.mamba_head_dim, config.n_groups * state
     projections = 2 * size * (2 * inner + 2 * states + heads) + 2 * inner * size

@@ -28,12 +28,23 @@ from orogen.train.heldout import Heldout
 from orogen.train.metrics import MetricsWriter, Progress
 from orogen.train.optimizer import make_optimizer
 from orogen.train.run_folder import check_folder, describe_run, environment, keep_orphaned_metrics
-from orogen.train.state import TrainState, abstract_state, create_state
+from orogen.train.state import TrainState, abstract_state, create_state, start_state
 from orogen.train.step import StepMetrics, batch_to_devices, make_step
 
 
 class NonFiniteError(RuntimeError):
     """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+class Origin(NamedTuple):
+    """Where a run starts from instead of random numbers: parameters and buffers, and the tokenizer they know.
+
+    load: of the built model and the shardings of its parameters and buffers. keep: called with the run folder.
+    """
+
+    load: Callable[[Built, tuple[Any, Any]], tuple[nnx.State, nnx.State]]
+    tokenizer: Tokenizer | None
+    keep: Callable[[Path], None]
 
 
 class Trained(NamedTuple):
@@ -46,25 +57,38 @@ class Trained(NamedTuple):
 
 
 def train(
-    config: RunConfig, text: str, run_dir: Path, *, resume: bool = False, log: Callable[[str], None] = print
+    config: RunConfig,
+    text: str,
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    origin: Origin | None = None,
+    log: Callable[[str], None] = print,
 ) -> Trained:
     """Trains `config` in `run_dir` until `TrainConfig.steps`, or until SIGTERM, and saves.
 
-    Everything that can be refused is refused before the folder is touched. Raises ConfigError, NonFiniteError.
+    origin: where a run without a checkpoint of its own starts from, with a fresh optimizer. Everything that can be
+    refused is refused before the folder is touched. Raises ConfigError, NonFiniteError.
     """
     config.need("model", "data", "train", "optimizer")
     plan = make_plan(config.plan, config.model)
     check_folder(run_dir, config, resume=resume)
     saved = run_dir / "tokenizer"
-    known = Tokenizer.load(saved) if (saved / "tokenizer.json").is_file() else None
+    known = Tokenizer.load(saved) if (saved / "tokenizer.json").is_file() else origin and origin.tokenizer
     corpus = open_corpus(config.data, tokenizer=known)
-    check_vocab_size(corpus.tokenizer, config.model.vocab_size)
+    if known is None or origin is None:
+        check_vocab_size(corpus.tokenizer, config.model.vocab_size)
+    else:  # released models have more rows than their tokenizer has entries
+        expected = f"at least {known.vocab_size}, the size of the checkpoint's tokenizer"
+        require(config.model.vocab_size >= known.vocab_size, config.model, "vocab_size", expected)
     built = build(config.model)
     with Checkpoints(run_dir, keep=config.train.keep_checkpoints) as checkpoints, _Sigterm() as stop:
         run = _Run(config, plan, built, corpus, checkpoints)
-        state = run.start()
+        state = run.start(origin)
+        describe_run(run_dir, text, _facts(config, plan, corpus))  # first: it makes the folder this run's
         corpus.tokenizer.save(saved)
-        describe_run(run_dir, text, _facts(config, plan, corpus))
+        if origin is not None:
+            origin.keep(run_dir)
         if run.first_step:
             log(f"continuing {run_dir} after step {run.first_step}")
         elif orphans := keep_orphaned_metrics(run_dir):
@@ -116,8 +140,12 @@ class _Run:
         self.flops = training_flops_per_token(config.model, train.sequence_length)
         self.peak = peak_flops(jax.devices()[0].device_kind)
 
-    def start(self) -> TrainState:
-        """A new state, or the last one saved, with the data where it was."""
+    def start(self, origin: Origin | None) -> TrainState:
+        """A new state, from `origin` if there is one, or the last one saved, with the data where it was."""
+        if not self.first_step and origin is not None:
+            shardings = self.plan.shardings(self.built.params), self.plan.shardings(self.built.buffers)
+            params, buffers = origin.load(self.built, shardings)
+            return start_state(params, buffers, self.built, self.optimizer, self.plan)
         if not self.first_step:
             return create_state(self.config.model, self.built, self.optimizer, self.plan, self.config.train.seed)
         target = abstract_state(self.built, self.optimizer)

@@ -13,6 +13,7 @@ from jax import Array
 from orogen.config.model import ModelConfig
 from orogen.data.packing import Batch
 from orogen.kernels.cross_entropy import cross_entropy
+from orogen.layers.documents import Documents
 from orogen.model.lm import LanguageModel
 from orogen.model.mtp import shift_left, shifted_segments
 from orogen.moe.layer import MoEStats
@@ -68,8 +69,9 @@ def objective(
     rows, z over tokens, both averaged over the depths of a repeated block). Shares of microbatches add up to the loss.
     Nats and loads are already summed over devices. Sources: arXiv:2412.19437, eq. 24-25; arXiv:2512.20856.
     """
-    h_btd, stats = model.hidden(batch.tokens_bt, batch.segments_bt, plan, replay and replay[0])
-    deeper = model.deeper(h_btd, batch.tokens_bt, batch.segments_bt, plan, replay and replay[1:])
+    docs = Documents(batch.segments_bt, batch.positions_bt)
+    h_btd, stats = model.hidden(batch.tokens_bt, docs, plan, replay and replay[0])
+    deeper = model.deeper(h_btd, batch.tokens_bt, docs, plan, replay and replay[1:])
     hidden = [h_btd] + [h for h, _ in deeper]
     nats = plan.total(jnp.stack([_nats(model, h, batch, depth, plan) for depth, h in enumerate(hidden)]))
     moe = [_moe_stats(stats)] + [_moe_stats(s) for _, s in deeper]
@@ -86,13 +88,14 @@ def objective(
 
 def next_token_nats(model: LanguageModel, batch: Batch, plan: Plan) -> Array:
     """Nats of the next-token targets of the global batch."""
-    h_btd, _ = model.hidden(batch.tokens_bt, batch.segments_bt, plan)
+    docs = Documents(batch.segments_bt, batch.positions_bt)
+    h_btd, _ = model.hidden(batch.tokens_bt, docs, plan)
     return plan.total(_nats(model, h_btd, batch, 0, plan))
 
 
 def _nats(model: LanguageModel, h_btd: Array, batch: Batch, depth: int, plan: Plan) -> Array:
     x_btd = plan.gather(h_btd, "sequence")
-    head_dv = plan.weight(model.head.weight)
+    head_dv = model.head_matrix(plan)
     with jax.named_scope("cross_entropy"):
         return cross_entropy(
             x_btd.reshape(-1, x_btd.shape[-1]),

@@ -48,7 +48,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, params: nnx.State) -> op
     params: abstract or real, with axis names: stacking gives a norm two dimensions, its axes still say it is a vector.
     """
     rate = learning_rate(config, steps)
-    decayed = _by_axes(params, lambda axes: len(axes) > 1)
+    decayed = _by_axes(params, lambda axes: _dimensions(axes) > 1)
     adamw = lambda mask: optax.adamw(  # noqa: E731
         rate, config.beta1, config.beta2, config.epsilon, weight_decay=config.weight_decay, mask=mask
     )
@@ -87,7 +87,14 @@ def square_sums(tree: Any) -> Array:
 
 def is_matrix(axes: tuple[str | None, ...]) -> bool:
     """Whether the last two axes are the input and output of a matrix product inside the network."""
-    return len(axes) > 1 and "vocab" not in axes and "taps" not in axes
+    return _dimensions(axes) > 1 and not {"vocab", "positions", "taps"} & set(axes)
+
+
+def _dimensions(axes: tuple[str | None, ...]) -> int:
+    """How many the parameter has for its part in the mathematics. The expert axis stacks, as repeated layers do, so
+    experts' biases are vectors; Mamba-1's A_log is one decay rate for each element of the state, a vector like
+    Mamba-2's."""
+    return sum(axis not in ("expert", "state") for axis in axes)
 
 
 def _by_axes(params: nnx.State, choose) -> nnx.State:

@@ -45,8 +45,13 @@ def check_folder(run_dir: Path, config: RunConfig, *, resume: bool) -> None:
             raise ConfigError(f"run folder {str(run_dir)!r} has another config: {differing[0]}; expected an equal one")
         if not resume:
             raise ConfigError(f"run folder {str(run_dir)!r} holds a run; expected --resume or another folder")
-    elif run_dir.exists() and any(path.suffix != ".tmp" for path in run_dir.iterdir()):
+    elif run_dir.exists() and any(not _left_by_a_start(path) for path in run_dir.iterdir()):
         raise ConfigError(f"run folder {str(run_dir)!r} is not empty and has no config.gin; expected a new folder")
+
+
+def _left_by_a_start(path: Path) -> bool:
+    """Whether a run that ended before it wrote `config.gin` may have left this."""
+    return path.suffix == ".tmp" or (path.name == "checkpoints" and path.is_dir() and not any(path.iterdir()))
 
 
 def describe_run(run_dir: Path, text: str, facts: dict[str, Any]) -> None:

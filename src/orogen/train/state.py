@@ -42,8 +42,23 @@ def create_state(
     shardings = plan.shardings(abstract_state(built, optimizer))
 
     def create(seed: Array) -> TrainState:
-        params, buffers = initial_state(config, seed)
-        zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, zero, zero, params, buffers, optimizer.init(params))
+        return _fresh(*initial_state(config, seed), optimizer)
 
     return jax.jit(create, out_shardings=shardings)(seed)
+
+
+def start_state(
+    params: nnx.State, buffers: nnx.State, built: Built, optimizer: optax.GradientTransformation, plan: Plan
+) -> TrainState:
+    """The initial state of given parameters and buffers, which are consumed."""
+    shardings = plan.shardings(abstract_state(built, optimizer))
+
+    def create(params: nnx.State, buffers: nnx.State) -> TrainState:
+        return _fresh(params, buffers, optimizer)
+
+    return jax.jit(create, out_shardings=shardings, donate_argnums=(0, 1))(params, buffers)
+
+
+def _fresh(params: nnx.State, buffers: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, zero, zero, params, buffers, optimizer.init(params))

@@ -174,8 +174,9 @@ def apply_gradients(
 
     def update(params: nnx.State, buffers: nnx.State, opt_state: optax.OptState) -> tuple[Any, ...]:
         updates, opt_state = optimizer.update(grads, opt_state, params, grad_norm=grad_norm)
-        leaves, structure = jax.tree.flatten(buffers)
-        biases = [update_bias(bias, part, bias_rate) for bias, part in zip(leaves, load, strict=True)]
+        leaves, structure = jax.tree.flatten(buffers)  # none if routers have no correction bias
+        counted = load if leaves else []
+        biases = [update_bias(bias, part, bias_rate) for bias, part in zip(leaves, counted, strict=True)]
         return optax.apply_updates(params, updates), jax.tree.unflatten(structure, biases), opt_state
 
     # A condition, since choosing between the old and new values of each element copies the old moments first.

@@ -22,24 +22,31 @@ def attention(
     kv_segments_bs: Array | None = None,
     q_index_t: Array | None = None,
     k_index_s: Array | None = None,
+    sinks_h: Array | None = None,
+    window: int | None = None,
     scale: float,
     implementation: str,
 ) -> Array:
     """Outputs (b, t, h, k) in q's dtype: softmax(scale q kᵀ) v over the keys that a query sees.
 
-    A query sees the keys of its segment whose index is not after its own. `segments_bt` (int; None: one segment) are
+    A query sees the keys of its segment whose index is not after its own, and with a `window` only the last `window` of
+    these indices, its own included. `sinks_h` are logits that join each head's softmax, with nothing to add to the
+    output (gpt-oss, arXiv:2508.10925). `segments_bt` (int; None: one segment) are
     the queries', `kv_segments_bs` the keys' (None: the queries'). Padding (0) is a segment like another. Indices are
     places in the sequence, int32, by default 0, 1, ...: a rank that holds a part of the sequence names its part.
     A query that sees no key gives zeros. Query head i reads key head i // (h / g); values may have another head size.
     Scores and softmax are float32 whatever the inputs are.
 
-    Raises ValueError if the shapes disagree, heads are not a multiple of key heads, or the name is unknown.
+    Raises ValueError if the shapes disagree, heads are not a multiple of key heads, the window is below 1, or the name
+    is unknown.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r}: expected one of {sorted(IMPLEMENTATIONS)}")
     if kv_segments_bs is None:
         kv_segments_bs = segments_bt
-    _check_shapes(q_bthk, k_bsgk, v_bsgk, segments_bt, kv_segments_bs, q_index_t, k_index_s)
+    if window is not None and window < 1:
+        raise ValueError(f"window={window}: expected 1 or more")
+    _check_shapes(q_bthk, k_bsgk, v_bsgk, segments_bt, kv_segments_bs, q_index_t, k_index_s, sinks_h)
     (batch, queries), keys = q_bthk.shape[:2], k_bsgk.shape[1]
     if segments_bt is None:
         segments_bt = jnp.zeros((batch, queries), jnp.int32)
@@ -49,12 +56,12 @@ def attention(
         q_index_t = jnp.arange(queries)
     if k_index_s is None:
         k_index_s = jnp.arange(keys)
-    operands = (q_bthk, k_bsgk, v_bsgk, segments_bt, kv_segments_bs, q_index_t, k_index_s)
+    operands = (q_bthk, k_bsgk, v_bsgk, segments_bt, kv_segments_bs, q_index_t, k_index_s, sinks_h)
     # One type for all inside shard_map: gradients of shared keys are then summed over the ranks once, not once a block.
-    return IMPLEMENTATIONS[implementation](*vary_like(operands, operands), scale=scale)
+    return IMPLEMENTATIONS[implementation](*vary_like(operands, operands), scale=scale, window=window)
 
 
-def _check_shapes(q_bthk, k_bsgk, v_bsgk, segments_bt, kv_segments_bs, q_index_t, k_index_s) -> None:
+def _check_shapes(q_bthk, k_bsgk, v_bsgk, segments_bt, kv_segments_bs, q_index_t, k_index_s, sinks_h) -> None:
     """Raises ValueError that names the first operand whose shape does not fit q and k."""
     if q_bthk.ndim != 4 or k_bsgk.ndim != 4:
         raise ValueError(f"q {q_bthk.shape}, k {k_bsgk.shape}: expected (b, t, h, k) and (b, s, g, k)")
@@ -70,6 +77,7 @@ def _check_shapes(q_bthk, k_bsgk, v_bsgk, segments_bt, kv_segments_bs, q_index_t
         "kv_segments": (kv_segments_bs, (batch, keys)),
         "q_index": (q_index_t, (queries,)),
         "k_index": (k_index_s, (keys,)),
+        "sinks": (sinks_h, (heads,)),
     }
     for name, (operand, shape) in expected.items():
         if operand is not None and operand.shape != shape:

@@ -20,8 +20,10 @@ def attention_blocked(
     kv_segments_bs: Array,
     q_index_t: Array,
     k_index_s: Array,
+    sinks_h: Array | None,
     *,
     scale: float,
+    window: int | None,
     block: int = BLOCK,
 ) -> Array:
     """See `attention`: never holds more than (b, h, block, s) scores."""
@@ -35,7 +37,8 @@ def attention_blocked(
 
     @jax.checkpoint
     def step(q_bthk, segments_bt, q_index_t):
-        return attention_full(q_bthk, k_bsgk, v_bsgk, segments_bt, kv_segments_bs, q_index_t, k_index_s, scale=scale)
+        keys = (kv_segments_bs, q_index_t, k_index_s, sinks_h)
+        return attention_full(q_bthk, k_bsgk, v_bsgk, segments_bt, *keys, scale=scale, window=window)
 
     blocks = (split(q_bthk, 1), split(segments_bt, 1), split(q_index_t, 0))
     _, y_ibthk = lax.scan(lambda _, block: (None, step(*block)), None, blocks)

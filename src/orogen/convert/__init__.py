@@ -1,0 +1,1 @@
+"""Exchange of checkpoints with Hugging Face: names, configurations, safetensors files."""

@@ -1,0 +1,145 @@
+"""Any checkpoint as a model in memory: a run folder, an Orogen checkpoint folder or a Hugging Face folder."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from orogen.config.checks import ConfigError
+from orogen.config.model import ModelConfig
+from orogen.config.plan import PlanConfig
+from orogen.convert.huggingface import (
+    CONFIG,
+    HuggingFaceFolder,
+    OrogenFolder,
+    check_shapes,
+    copy_kept,
+    dotted,
+    model_config,
+    to_hf,
+)
+from orogen.convert.names import Path as Names
+from orogen.convert.tensor_files import Spec
+from orogen.data.tokenizer import Tokenizer
+from orogen.infer.generate import Loaded
+from orogen.infer.generate import load_checkpoint as load_run
+from orogen.model.lm import Built, build
+from orogen.parallel.plan import single_device_plan
+from orogen.train.checkpoint import Checkpoints, with_shardings
+from orogen.train.loop import Origin
+
+
+def kind(folder: Path) -> str:
+    """`run`, `orogen` or `huggingface`. Raises ConfigError for any other folder."""
+    if (folder / CONFIG).is_file():
+        return "run" if (folder / "checkpoints").is_dir() else "orogen"
+    if (folder / "config.json").is_file():
+        return "huggingface"
+    raise ConfigError(
+        f"checkpoint {str(folder)!r} has no config.gin and no config.json; expected a run folder, an Orogen checkpoint "
+        "folder or a Hugging Face folder"
+    )
+
+
+def read_model_config(folder: Path) -> ModelConfig:
+    """The model that any checkpoint folder holds. Raises ConfigError."""
+    if kind(folder) != "huggingface":
+        return model_config(folder)
+    with HuggingFaceFolder(folder) as opened:
+        return opened.config
+
+
+def load_parameters(
+    folder: Path, built: Built, shardings: tuple[Any, Any], *, dtype: str = "float32"
+) -> tuple[nnx.State, nnx.State]:
+    """Parameters and buffers of any checkpoint folder, leaf by leaf, each placed with its sharding.
+
+    shardings: those of `built.params` and `built.buffers`. dtype: of the parameters, except those that stay float32 in
+    computation. Raises ConfigError with every parameter that is missing, surplus or of another shape.
+    """
+    if kind(folder) == "run":
+        trees = zip((built.params, built.buffers), shardings, strict=True)
+        with Checkpoints(folder) as checkpoints:
+            return checkpoints.restore_model(*(with_shardings(tree, placed) for tree, placed in trees))
+    opened = HuggingFaceFolder(folder) if kind(folder) == "huggingface" else OrogenFolder(folder)
+    with opened as source:
+        have = source.parameters()
+        leaves = [_flat(tree) for tree in (built.params, built.buffers)]
+        want = {dotted(path): leaf.get_value().shape for tree in leaves for path, leaf in tree.items()}
+        check_shapes(folder, {dotted(path): spec.shape for path, spec in have.items()}, want)
+        wide = {path for path, leaf in leaves[0].items() if leaf.get_metadata().get("float32")} | leaves[1].keys()
+
+        def place(path: Names, leaf: Any, sharding: Any) -> nnx.Variable:
+            array = source.parameter(path, have[path])
+            kept = jnp.dtype(jnp.float32 if path in wide else dtype)
+            return leaf.replace(
+                jax.make_array_from_callback(
+                    array.shape, sharding, lambda part: np.ascontiguousarray(array[part], kept)
+                )
+            )
+
+        placed = [_flat(tree) for tree in shardings]
+        states = [
+            nnx.from_flat_state([(path, place(path, leaf, _value(there[path]))) for path, leaf in tree.items()])
+            for tree, there in zip(leaves, placed, strict=True)
+        ]
+    return states[0], states[1]
+
+
+def load_checkpoint(folder: Path) -> Loaded:
+    """The model of any checkpoint folder, on one device, with its tokenizer if it has one. Raises ConfigError."""
+    found = kind(folder)
+    if found == "run":
+        return load_run(folder)
+    config = read_model_config(folder)
+    plan = single_device_plan(PlanConfig(dispatch="allgather"), config)
+    built = build(config)
+    shardings = (plan.shardings(built.params), plan.shardings(built.buffers))
+    params, buffers = load_parameters(folder, built, shardings)
+    return Loaded(config, built, params, buffers, read_tokenizer(folder), plan)
+
+
+def read_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer of any checkpoint folder; None if it has none."""
+    place = folder if kind(folder) == "huggingface" else folder / "tokenizer"
+    return Tokenizer.load(place) if (place / "tokenizer.json").is_file() else None
+
+
+def origin(folder: Path) -> Origin:
+    """Any checkpoint folder as what a training run starts from."""
+
+    def keep(run_dir: Path) -> None:
+        copy_kept(folder, run_dir)
+
+    return Origin(lambda built, shardings: load_parameters(folder, built, shardings), read_tokenizer(folder), keep)
+
+
+def export(source: Path, target: Path, *, dtype: str | None = None) -> None:
+    """`to_hf` of a run folder or an Orogen checkpoint folder.
+
+    dtype: None keeps what an Orogen checkpoint folder has, and writes a run's float32 masters as bfloat16.
+    """
+    found = kind(source)
+    if found == "huggingface":
+        raise ConfigError(f"{str(source)!r} is a Hugging Face folder; expected a run or an Orogen checkpoint folder")
+    if found == "orogen":
+        with OrogenFolder(source) as opened:
+            read = lambda path, index: opened.reader.read(dotted(path), index)  # noqa: E731
+            return to_hf(opened.config, opened.parameters(), read, source, target, dtype=dtype)
+    loaded = load_run(source)
+    leaves = {path: leaf.get_value() for tree in (loaded.params, loaded.buffers) for path, leaf in _flat(tree).items()}
+    specs = {path: Spec(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
+    read = lambda path, index: np.asarray(leaves[path][index])  # noqa: E731
+    return to_hf(loaded.config, specs, read, source, target, dtype=dtype or "bfloat16")
+
+
+def _flat(tree: Any) -> dict[Names, Any]:
+    leaves: Any = nnx.to_flat_state(tree)
+    return dict(leaves)
+
+
+def _value(variable: Any) -> Any:
+    return variable.get_value() if isinstance(variable, nnx.Variable) else variable

@@ -1,0 +1,43 @@
+"""How large a model's Hugging Face checkpoint is, from the abstract parameter tree and the table of names."""
+
+import math
+
+from flax import nnx
+
+from orogen.config.checks import ConfigError
+from orogen.config.model import ModelConfig
+from orogen.convert.config import family_of
+from orogen.convert.names import leaf_shapes, mtp_name, table
+from orogen.model.count import count
+from orogen.model.lm import build
+
+BFLOAT16, FLOAT32 = 2, 4
+
+
+def count_exported(config: ModelConfig) -> dict[str, int | None]:
+    """`model.count.count` of what a Hugging Face checkpoint holds, its number of tensors, and their bytes: bfloat16,
+    but for the correction biases, which are float32.
+
+    An MTP block counts with the copies of embedding and head that DeepSeek's files give it. A model that no family of
+    Hugging Face's can hold has tensors and bytes None.
+    """
+    counts = count(config)
+    try:
+        family = family_of(config)
+    except ConfigError:
+        return {**counts, "tensors": None, "bytes": None}
+    built = build(config)
+    tensors = table(family, config)
+    tree = {path: v.get_value().shape for part in (built.params, built.buffers) for path, v in nnx.to_flat_state(part)}
+    if tree != leaf_shapes(tensors):
+        raise ValueError(f"the names of {family} are not those of the model's parameters")
+    written = {name: tensor for name, tensor in tensors.items() if tensor.written}
+    sizes = {name: math.prod(tensor.shape) for name, tensor in written.items()}
+    is_mtp = mtp_name(family, config)
+    return {
+        **counts,
+        "total": sum(sizes.values()),
+        "mtp": sum(size for name, size in sizes.items() if is_mtp(name)),
+        "tensors": len(written),
+        "bytes": sum(size * (FLOAT32 if written[name].float32 else BFLOAT16) for name, size in sizes.items()),
+    }

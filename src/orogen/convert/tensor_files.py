@@ -1,0 +1,281 @@
+"""Folders of safetensors files, read and written piece by piece: no mapping, no whole file in memory.
+
+The format: 8 bytes of header length, the header (JSON: dtype, shape and byte range of each tensor), the bytes.
+Source: https://github.com/huggingface/safetensors#format.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from orogen.config.checks import ConfigError
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(jnp.bfloat16),
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9
+MAX_HEADER_BYTES = 10**8  # the limit of safetensors itself
+PANEL_BYTES = 1 << 20  # of a strided array made contiguous at a time: it stays in a core's cache
+
+
+class Spec(NamedTuple):
+    """What a file says of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes it takes."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+class _Place(NamedTuple):
+    file: Path
+    start: int
+    spec: Spec
+
+
+class TensorReader:
+    """The tensors of a folder, read with pread, by several threads if need be. Use as a context manager.
+
+    Raises ConfigError if the folder has no safetensors files, or one that is cut off, malformed or quantised.
+    """
+
+    def __init__(self, folder: Path):
+        self._places: dict[str, _Place] = {}
+        self._open: dict[Path, int] = {}
+        self._lock = threading.Lock()
+        for file in _files(folder):
+            for name, place in _header(file).items():
+                if name in self._places:
+                    raise ConfigError(f"{file}: {name} is in {self._places[name].file.name} too; expected it once")
+                self._places[name] = place
+        self.specs: Mapping[str, Spec] = {name: place.spec for name, place in self._places.items()}
+
+    def __enter__(self) -> "TensorReader":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+    def read(self, name: str, index: tuple[int, ...] = ()) -> np.ndarray:
+        """A new array of the tensor, or of what it holds at `index` of its leading axes."""
+        place = self._places[name]
+        shape, dtype = place.spec
+        strides = [int(np.prod(shape[axis + 1 :], dtype=np.int64)) for axis in range(len(shape))]
+        offset = sum(i * stride for i, stride in zip(index, strides, strict=False))
+        array = np.empty(shape[len(index) :], dtype)
+        self._fill(place, offset * dtype.itemsize, array.reshape(-1).view(np.uint8))
+        return array
+
+    def equal(self, first: str, second: str) -> bool:
+        """Whether two tensors are the same bytes, compared a panel at a time."""
+        a, b = self._places[first], self._places[second]
+        if a.spec != b.spec:
+            return False
+        for start in range(0, a.spec.nbytes, PANEL_BYTES):
+            size = min(PANEL_BYTES, a.spec.nbytes - start)
+            left, right = np.empty(size, np.uint8), np.empty(size, np.uint8)
+            self._fill(a, start, left)
+            self._fill(b, start, right)
+            if not np.array_equal(left, right):
+                return False
+        return True
+
+    def _fill(self, place: _Place, offset: int, bytes_n: np.ndarray) -> None:
+        with self._lock:
+            if place.file not in self._open:
+                self._open[place.file] = os.open(place.file, os.O_RDONLY)
+        descriptor, view, done = self._open[place.file], _bytes(bytes_n), 0
+        while done < len(view):
+            count = os.preadv(descriptor, [view[done:]], place.start + offset + done)
+            if not count:
+                raise ConfigError(f"{place.file} ends early; expected {place.spec.nbytes} bytes of a tensor")
+            done += count
+
+
+class TensorWriter:
+    """Safetensors files of known tensors, whose contents come in any order, from several threads if need be. Use as a
+    context manager.
+
+    Headers are written first, so that every part of a tensor has its place. No more than `shard_bytes` go in a file
+    with more than one tensor; several files have an index beside them.
+    """
+
+    def __init__(self, folder: Path, specs: Mapping[str, Spec], *, shard_bytes: int = SHARD_BYTES):
+        shards = _shards(specs, shard_bytes)
+        names = [SINGLE] if len(shards) == 1 else _shard_names(len(shards))
+        self._places: dict[str, _Place] = {}
+        self._open: dict[Path, int] = {}
+        for name, shard in zip(names, shards, strict=True):
+            file = folder / name
+            header, ranges = _make_header(shard)
+            self._open[file] = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            os.ftruncate(self._open[file], len(header) + sum(spec.nbytes for spec in shard.values()))
+            _write_all(self._open[file], memoryview(header), 0)
+            self._places |= {key: _Place(file, len(header) + ranges[key], spec) for key, spec in shard.items()}
+        if len(shards) > 1:
+            total = sum(spec.nbytes for spec in specs.values())
+            where = {key: place.file.name for key, place in sorted(self._places.items())}
+            index = {"metadata": {"total_size": total}, "weight_map": where}
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+    def __enter__(self) -> "TensorWriter":
+        return self
+
+    def __exit__(self, kind: object, *exception: object) -> None:
+        try:
+            for descriptor in self._open.values() if kind is None else ():
+                os.fsync(descriptor)
+        finally:
+            for descriptor in self._open.values():
+                os.close(descriptor)
+
+    def write(self, name: str, array: np.ndarray, index: tuple[int, ...] = ()) -> None:
+        """Writes what the tensor holds at `index` of its leading axes, in the tensor's dtype."""
+        place = self._places[name]
+        shape, dtype = place.spec
+        rest = shape[len(index) :]
+        if array.shape != rest:
+            raise ValueError(f"{name}{list(index)} is {array.shape}; expected {rest}")
+        strides = [int(np.prod(shape[axis + 1 :], dtype=np.int64)) for axis in range(len(shape))]
+        offset = place.start + dtype.itemsize * sum(i * s for i, s in zip(index, strides, strict=False))
+        for panel in _panels(array, dtype):
+            view = _bytes(panel.reshape(-1).view(np.uint8))
+            _write_all(self._open[place.file], view, offset)
+            offset += len(view)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A scratch folder beside `folder`, which becomes `folder` if the body succeeds and is removed if it does not.
+
+    Raises ConfigError if `folder` exists and is not an empty folder.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ConfigError(f"{str(folder)!r} exists; expected a new folder")
+    scratch = folder.with_name(f".{folder.name}.partial")
+    if scratch.exists():  # what a conversion left that was killed
+        shutil.rmtree(scratch)
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+        os.replace(scratch, folder)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def _panels(array: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """`array` in order, contiguous and in `dtype`, a few rows at a time unless it is so already."""
+    if array.flags.c_contiguous and array.dtype == dtype:
+        yield array
+        return
+    rows = max(1, PANEL_BYTES // max(1, array.nbytes // max(1, len(array))))
+    for start in range(0, len(array), rows):
+        yield np.ascontiguousarray(array[start : start + rows], dtype)
+
+
+def _bytes(array_n: Any) -> memoryview:
+    """The memory of an array of bytes; on Python 3.11 numpy's types do not say that an array has one."""
+    return memoryview(array_n)
+
+
+def _write_all(descriptor: int, view: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(view):
+        done += os.pwrite(descriptor, view[done:], offset + done)
+
+
+def _files(folder: Path) -> list[Path]:
+    if (folder / INDEX).is_file():
+        names = set(read_json(folder / INDEX).get("weight_map", {}).values())
+        missing = sorted(name for name in names if not (folder / name).is_file())
+        if missing or not names:
+            raise ConfigError(f"{folder / INDEX} names files that are not there: {', '.join(missing) or 'none at all'}")
+        return [folder / name for name in sorted(names)]
+    found = [folder / SINGLE] if (folder / SINGLE).is_file() else sorted(folder.glob("*.safetensors"))
+    if not found:
+        raise ConfigError(f"{str(folder)!r} has no safetensors files; expected {SINGLE} or shards with {INDEX}")
+    return found
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object. Raises ConfigError if the file holds none, FileNotFoundError if there is no file."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file}: {error}; expected JSON") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{file} holds {type(value).__name__}; expected a JSON object")
+    return value
+
+
+def _header(file: Path) -> dict[str, _Place]:
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or not 0 < length <= min(size - 8, MAX_HEADER_BYTES):
+            raise ConfigError(f"{file} is no safetensors file, or was cut off")
+        try:
+            header = json.loads(stream.read(length))
+            entries = {
+                name: (tuple(e["shape"]), e["dtype"], *e["data_offsets"])
+                for name, e in header.items()
+                if name != "__metadata__"
+            }
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ConfigError(f"{file} has no safetensors header; expected one in JSON") from None
+    places = {}
+    for name, (shape, kind, start, stop) in entries.items():
+        if kind not in DTYPES:
+            raise ConfigError(f"{file}: {name} is {kind}; expected one of {', '.join(DTYPES)}, not quantised weights")
+        spec = Spec(shape, DTYPES[kind])
+        if stop - start != spec.nbytes or start < 0 or 8 + length + stop > size:
+            raise ConfigError(f"{file} was cut off: {name} lies at {start} to {stop} of {size - 8 - length} bytes")
+        places[name] = _Place(file, 8 + length + start, spec)
+    return places
+
+
+def _make_header(specs: Mapping[str, Spec]) -> tuple[bytes, dict[str, int]]:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    ranges, start = {}, 0
+    # Wider dtypes first, as safetensors writes them: every tensor is then aligned.
+    for name, spec in sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize):
+        stop = start + spec.nbytes
+        entries[name] = {"dtype": NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, stop]}
+        ranges[name], start = start, stop
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, ranges
+
+
+def _shards(specs: Mapping[str, Spec], limit: int) -> list[dict[str, Spec]]:
+    shards: list[dict[str, Spec]] = [{}]
+    size = 0
+    for name, spec in specs.items():
+        if shards[-1] and size + spec.nbytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = spec
+        size += spec.nbytes
+    return shards
+
+
+def _shard_names(count: int) -> list[str]:
+    return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]

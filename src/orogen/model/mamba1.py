@@ -1,0 +1,74 @@
+"""The Mamba-1 mixer (arXiv:2312.00752), as Hugging Face's `mamba` computes it.
+
+Letters: b batch, t time, d model, i inner channels, r rank of the time step, n state.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from orogen.config.model import ModelConfig
+from orogen.kernels.selective_scan import selective_scan
+from orogen.layers.linear import add_bias, linear
+from orogen.layers.parameter import normal, parameter, uniform
+from orogen.model.mamba2 import CausalConv, initial_dt_bias, projection_bias
+from orogen.parallel.plan import Plan
+
+# Tokens whose states the backward pass holds at once. Of 16, 32, 64 and 128 the fastest and the leanest on a CPU
+# (b 2, t 1024, i 512, n 16).
+CHUNK = 32
+
+
+class Mamba1(nnx.Module):
+    """x, z = projections; x = silu(conv(x)); dt, B, C = projections of x; out((scan(x, dt, B, C) + D x) · silu(z)).
+
+    Each channel is a head of its own, split as Mamba-2's heads are.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        size, inner = config.hidden_size, config.mamba_intermediate_size
+        rank, state, std = config.time_step_rank, config.ssm_state_size, config.init_std
+        self.x, self.z = (normal(rngs, (size, inner), ("embed", "mamba_heads"), std=std) for _ in range(2))
+        self.x_bias, self.z_bias = (projection_bias(config, inner, "mamba_heads") for _ in range(2))
+        self.conv = CausalConv(config, inner, "mamba_heads", rngs)
+        project = lambda width: normal(rngs, (inner, width), ("mamba_heads", None), std=std)  # noqa: E731
+        self.dt_down, self.B, self.C = project(rank), project(state), project(state)
+        self.dt_up = uniform(rngs, (rank, inner), (None, "mamba_heads"), bound=rank**-0.5)
+        self.dt_bias = parameter(initial_dt_bias(rngs, inner), ("mamba_heads",))
+        rates_in = jnp.broadcast_to(jnp.arange(1.0, state + 1), (inner, state))
+        self.A_log = parameter(jnp.log(rates_in), ("mamba_heads", "state"), float32=True)
+        self.D = parameter(jnp.ones(inner), ("mamba_heads",))
+        self.out = normal(rngs, (inner, size), ("mamba_heads", "embed"), std=config.output_init_std)
+        self.out_bias = projection_bias(config, size, "norm")
+
+    def __call__(self, x_btd: Array, segments_bt: Array, plan: Plan) -> Array:
+        h_btd = plan.gather(x_btd, "sequence")
+        x_bti = add_bias(linear(h_btd, plan.weight(self.x)), self.x_bias)
+        z_bti = add_bias(linear(h_btd, plan.weight(self.z)), self.z_bias)
+        with jax.named_scope("conv"):
+            x_bti = self.conv(x_bti, segments_bt)
+        with jax.named_scope("selective_scan"):
+            y_bti = self._scan(x_bti, segments_bt, plan)
+        with jax.named_scope("gate"):
+            y_bti = (y_bti * jax.nn.silu(z_bti.astype(jnp.float32))).astype(x_btd.dtype)
+        # The ranks' parts of the product are summed before the bias is added, once.
+        return add_bias(plan.scatter(linear(y_bti, plan.weight(self.out)), "sequence"), self.out_bias)
+
+    def _scan(self, x_bti: Array, segments_bt: Array, plan: Plan) -> Array:
+        """The scan's output and D x, float32."""
+        # The time step's low rank, B and C read all channels, of which a rank has its own.
+        parts = tuple(linear(x_bti, plan.weight(w)) for w in (self.dt_down, self.B, self.C))
+        dt_btr, B_btn, C_btn = plan.sum(parts, "mamba_heads")
+        dt_bti = linear(dt_btr, plan.weight(self.dt_up)).astype(jnp.float32)
+        y_bti, _ = selective_scan(
+            x_bti,
+            jax.nn.softplus(dt_bti + self.dt_bias[...]),
+            -jnp.exp(self.A_log[...]),
+            B_btn,
+            C_btn,
+            segments_bt=segments_bt,
+            chunk_size=CHUNK,
+            implementation=plan.config.selective_scan,
+        )
+        return y_bti + self.D[...] * x_bti

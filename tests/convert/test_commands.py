@@ -1,0 +1,261 @@
+"""`orogen convert`, `score`, `generate` and `train --checkpoint`: answers, and refusals that change nothing."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tests.convert.synthetic import read, same, shapes, write
+from tests.test_cli import bound, listing
+
+from orogen.cli import main
+from orogen.config.load import load
+from orogen.data.tokenizer import byte_tokenizer
+
+FIXTURES = Path(__file__).parent.parent / "fixtures" / "models"
+RUN = """
+DataConfig.corpus = {corpus!r}
+DataConfig.tokenizer = 'byte'
+DataConfig.heldout_fraction = 0.3
+DataConfig.tuning_fraction = 0.0
+TrainConfig.steps = {steps}
+TrainConfig.batch_size = 2
+TrainConfig.sequence_length = 24
+TrainConfig.seed = 0
+TrainConfig.sample_tokens = 4
+OptimizerConfig.learning_rate = {rate}
+"""
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory) -> Path:
+    """A Hugging Face folder of 259 tokens, with a tokenizer."""
+    folder = tmp_path_factory.mktemp("hub") / "hf"
+    config, tensors = shapes("nemotron_h")
+    vocabulary = {"backbone.embeddings.weight": [259, 32], "lm_head.weight": [259, 32]}
+    write(folder, config | {"vocab_size": 259, "bos_token_id": 17}, tensors | vocabulary, "float32")
+    byte_tokenizer().save(folder)
+    (folder / "generation_config.json").write_text('{"temperature": 0.5}')
+    return folder
+
+
+@pytest.fixture
+def refused(tmp_path, capsys) -> Callable[..., str]:
+    """Runs a command that must end with status 2, one line on stderr and every file as it was; gives the line."""
+
+    def run(*arguments: str | Path) -> str:
+        before = listing(tmp_path)
+        assert main([str(argument) for argument in arguments]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("orogen: ") and err.count("\n") == 1, err
+        assert listing(tmp_path) == before
+        return err.removeprefix("orogen: ").rstrip("\n")
+
+    return run
+
+
+def run(*arguments: str | Path) -> None:
+    assert main([str(argument) for argument in arguments]) == 0
+
+
+def recipe(tmp_path: Path, *lines: str, steps: int = 1, rate: float = 1e-12) -> Path:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir(exist_ok=True)
+    for number in range(20):
+        (corpus / f"{number}.txt").write_text(f"document {number}, which is short\n")
+    file = tmp_path / "recipe.gin"
+    file.write_text(RUN.format(corpus=str(corpus), steps=steps, rate=rate) + "\n".join(lines))
+    return file
+
+
+# convert
+
+
+def test_convert_carries_the_tokenizer_along(hub, tmp_path, capsys):
+    run("convert", "from-hf", hub, tmp_path / "ours", "--json")
+    assert json.loads(capsys.readouterr().out) == {"target": str(tmp_path / "ours")}
+    run("convert", "to-hf", tmp_path / "ours", tmp_path / "back")
+    assert listing(tmp_path / "back").keys() == listing(hub).keys()
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (hub / name).read_bytes()
+    assert same(read(hub), read(tmp_path / "back"))
+
+
+def test_convert_refusals(refused, hub, tmp_path):
+    target = tmp_path / "target"
+    assert "has no config.json; expected a Hugging Face folder" in refused("convert", "from-hf", tmp_path, target)
+    assert refused("convert", "from-hf", hub, target, "--dtype", "float32").startswith("--dtype float32; expected it")
+    assert "has no config.gin and no config.json" in refused("convert", "to-hf", tmp_path / "none", target)
+    assert "is a Hugging Face folder; expected a run" in refused("convert", "to-hf", hub, target)
+    target.mkdir()
+    (target / "file").touch()
+    assert refused("convert", "from-hf", hub, target) == f"{str(target)!r} exists; expected a new folder"
+
+
+# score
+
+
+@pytest.fixture
+def scored(tmp_path) -> Callable[..., dict]:
+    """Scores tokens and segments with a checkpoint folder."""
+
+    def score(folder: Path, tokens: np.ndarray, segments: np.ndarray | None = None) -> dict:
+        np.save(tmp_path / "in.npy", tokens)
+        more = []
+        if segments is not None:
+            np.save(tmp_path / "segments.npy", segments)
+            more = ["--segments", tmp_path / "segments.npy"]
+        run("score", "--checkpoint", folder, "--tokens", tmp_path / "in.npy", "--out", tmp_path / "out.npz", *more)
+        assert not (tmp_path / "out.npz.tmp").exists()
+        return dict(np.load(tmp_path / "out.npz"))
+
+    return score
+
+
+def test_score_equals_transformers(scored):
+    folder = FIXTURES / "nemotron_h_moe"
+    expected = np.load(folder / "ref.npz")
+    tokens = expected["ids_37"]
+    found = scored(folder, tokens)
+    assert found["logits"].dtype == found["logprobs"].dtype == np.float32
+    np.testing.assert_allclose(found["logits"], expected["logits_37"], atol=1e-5 * np.ptp(expected["logits_37"]))
+    likelihood = jax.nn.log_softmax(expected["logits_37"][:, :-1])
+    chosen = np.take_along_axis(np.asarray(likelihood), tokens[:, 1:, None], -1)[..., 0]
+    np.testing.assert_allclose(found["logprobs"], chosen, atol=2e-4)
+    assert found["logprobs"].mean() == pytest.approx(-expected["loss_37"], rel=1e-5)
+
+
+def test_left_padding_and_packing_do_not_change_scores(scored):
+    folder, rows = FIXTURES / "nemotron_h_moe", np.random.default_rng(0).integers(0, 96, (2, 11))
+    alone = scored(folder, rows)
+    padded, segments = np.zeros((2, 19), np.int64), np.zeros((2, 19), np.int64)
+    padded[:, 8:], segments[:, 8:] = rows, 1
+    found = scored(folder, padded, segments)
+    np.testing.assert_allclose(found["logits"][:, 8:], alone["logits"], atol=1e-4)
+    np.testing.assert_allclose(found["logprobs"][:, 8:], alone["logprobs"], atol=1e-4)
+    assert (found["logprobs"][:, :8] == 0).all()
+    packed = scored(folder, rows.reshape(1, 22), np.repeat([[3, 4]], 11, 1))
+    np.testing.assert_allclose(packed["logits"].reshape(alone["logits"].shape), alone["logits"], atol=1e-4)
+    assert packed["logprobs"][0, 10] == 0
+
+
+def test_scores_in_several_parts_are_the_same(scored, monkeypatch):
+    rows = np.random.default_rng(0).integers(0, 96, (3, 10))
+    whole = scored(FIXTURES / "nemotron_h_dense", rows)
+    monkeypatch.setattr("orogen.infer.score.TOKENS_AT_ONCE", 20)
+    parts = scored(FIXTURES / "nemotron_h_dense", rows)
+    np.testing.assert_allclose(parts["logits"], whole["logits"], atol=1e-4)
+
+
+BAD_TOKENS = {
+    "float": (np.ones((2, 3)), "tokens are float64 [2, 3]; expected integers (batch, time)"),
+    "flat": (np.ones(3, int), "tokens are int64 [3]; expected integers (batch, time)"),
+    "empty": (np.ones((0, 3), int), "tokens are int64 [0, 3]; expected integers (batch, time)"),
+    "large": (np.full((1, 3), 96), "tokens are from 96 to 96; expected 0 to 95"),
+    "negative": (np.full((1, 3), -1), "tokens are from -1 to -1; expected 0 to 95"),
+}
+
+
+@pytest.mark.parametrize(("tokens", "message"), BAD_TOKENS.values(), ids=BAD_TOKENS)
+def test_score_refuses_tokens(refused, tmp_path, tokens, message):
+    np.save(tmp_path / "in.npy", tokens)
+    command = ("score", "--checkpoint", FIXTURES / "nemotron_h_dense", "--tokens", tmp_path / "in.npy")
+    assert refused(*command, "--out", tmp_path / "out.npz") == message
+
+
+def test_score_refuses_files_and_segments(refused, tmp_path):
+    command = ("score", "--checkpoint", FIXTURES / "nemotron_h_dense", "--out", tmp_path / "out.npz", "--tokens")
+    (tmp_path / "text.npy").write_text("no array")
+    assert "expected a .npy file" in refused(*command, tmp_path / "text.npy")
+    np.savez(tmp_path / "several.npy", np.ones(2))
+    assert "No such file" in refused(*command, tmp_path / "none.npy")
+    assert "holds several arrays" in refused(*command, tmp_path / "several.npy.npz")
+    np.save(tmp_path / "in.npy", np.ones((2, 5), int))
+    message = refused(*command, tmp_path / "in.npy", "--segments", tmp_path / "none.npy")
+    assert "No such file" in message
+    np.save(tmp_path / "segments.npy", np.ones((2, 4), int))
+    message = refused(*command, tmp_path / "in.npy", "--segments", tmp_path / "segments.npy")
+    assert message == "segments are [2, 4]; expected [2, 5], as the tokens"
+    out = tmp_path / "nowhere" / "out.npz"
+    message = refused(*command, tmp_path / "in.npy", "--out", out)
+    assert message == f"--out {str(out)!r}; expected a file in a folder that exists"
+
+
+# generate
+
+
+def test_generate_reads_every_kind_of_folder_alike(hub, tmp_path, capsys):
+    run("convert", "from-hf", hub, tmp_path / "ours")
+    capsys.readouterr()
+    texts = []
+    for folder in (hub, tmp_path / "ours"):
+        run("generate", "--checkpoint", folder, "--prompt", "a word", "--tokens", "5", "--temperature", "0", "--json")
+        texts.append(json.loads(capsys.readouterr().out)["text"])
+    assert texts[0] == texts[1]
+
+
+def test_generate_without_a_tokenizer(refused):
+    message = refused("generate", "--checkpoint", FIXTURES / "nemotron_h_dense", "--prompt", "a")
+    assert message == "the checkpoint has no tokenizer.json; expected one, to read the prompt with"
+
+
+# train
+
+
+@pytest.mark.parametrize("kind", ["hf", "ours"])
+def test_training_starts_from_a_checkpoint_and_goes_back(hub, tmp_path, kind, scored):
+    source = hub
+    if kind == "ours":
+        run("convert", "from-hf", hub, tmp_path / "ours")
+        source = tmp_path / "ours"
+    file = recipe(tmp_path)
+    run("train", "--gin_file", file, "--run", tmp_path / "run", "--checkpoint", source)
+    assert load([tmp_path / "run" / "config.gin"])[0].model == load([file], MODEL_OF_HUB)[0].model
+    # A learning rate of next to nothing: the weights are still those of the checkpoint.
+    run("convert", "to-hf", tmp_path / "run", tmp_path / "back", "--dtype", "float32")
+    before, after = read(hub), read(tmp_path / "back")
+    assert before.keys() == after.keys()
+    for name in before:
+        tolerance = 2e-3 if name.endswith("e_score_correction_bias") else 1e-6  # the bias moves by 1e-3 a step
+        np.testing.assert_allclose(after[name], before[name], atol=tolerance)
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config["bos_token_id"] == 17  # kept through the run
+    tokens = np.random.default_rng(0).integers(0, 259, (1, 9))
+    scores = [scored(folder, tokens)["logits"] for folder in (hub, tmp_path / "run")]
+    np.testing.assert_allclose(*scores, atol=2e-3 * np.ptp(scores[0]))
+
+
+MODEL_OF_HUB = [f"ModelConfig.{k} = {v!r}" for k, v in {
+    "pattern": "MEM*-EME", "vocab_size": 259, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 12, "intermediate_size": 40, "mamba_num_heads": 4, "mamba_head_dim": 10, "n_groups": 2,
+    "ssm_state_size": 6, "conv_kernel": 3, "chunk_size": 16, "n_routed_experts": 6, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 14, "moe_shared_expert_intermediate_size": 22, "moe_latent_size": 18,
+    "routed_scaling_factor": 2.5,
+}.items()]  # fmt: skip
+
+
+def test_a_run_becomes_bfloat16_with_float32_biases(hub, tmp_path):
+    run("train", "--gin_file", recipe(tmp_path, *MODEL_OF_HUB), "--run", tmp_path / "run")
+    run("convert", "to-hf", tmp_path / "run", tmp_path / "hf")
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    assert {n: a.shape for n, a in tensors.items()} == {n: a.shape for n, a in read(hub).items()}
+    for name, array in tensors.items():
+        assert array.dtype.name == ("float32" if name.endswith("e_score_correction_bias") else "bfloat16")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (config["model_type"], config["dtype"]) == ("nemotron_h", "bfloat16")
+    assert [config[f"{role}_token_id"] for role in ("pad", "bos", "eos")] == [0, 1, 2]
+    assert (tmp_path / "hf" / "tokenizer.json").is_file()
+    run("convert", "from-hf", tmp_path / "hf", tmp_path / "ours")
+
+
+def test_a_model_that_differs_from_the_checkpoint_is_refused(refused, hub, tmp_path):
+    file = recipe(tmp_path, *MODEL_OF_HUB)
+    command = ("train", "--gin_file", file, "--run", tmp_path / "run", "--checkpoint")
+    message = refused(*command, hub, *bound("ModelConfig.routed_scaling_factor = 1.0"))
+    assert message == f"ModelConfig.routed_scaling_factor is 1.0; expected 2.5, as {str(hub)!r} has it"
+    assert "has no config.gin and no config.json" in refused(*command, tmp_path / "none")
+    small = FIXTURES / "nemotron_h_moe"
+    assert refused(*command, small).startswith("ModelConfig.pattern is 'MEM*-EME'; expected")
