@@ -85,12 +85,13 @@ def _launch(chunk_size: int, time: int, head_size: int, *, half: bool, interpret
     width = min(tile(min(chunk_size, time)), 128 if half else 64)
     return Launch(
         width=width,
+        step=min(width, 64 if half else 32),
         rows=min(width, 64 if half else 32),
         columns=min(tile(head_size), 64),
-        scan_warps=8 if half else 4,
-        scan_stages=2 if half else 1,
+        scan_warps=4,
+        scan_stages=3 if half else 1,
         pairs_warps=8,
-        pairs_stages=2 if half else 1,
+        pairs_stages=3 if half else 1,
         interpret=interpret,
     )
 
@@ -132,11 +133,11 @@ def _backward(
         o.b_btgn, o.c_btgn, dy_bthp, o.dt_bhcq, sums_bhcq, o.runs_bcq, dfinal_bhpn, states_bhcnp,
         reverse=True, save=True, launch=launch,
     )  # fmt: skip
-    dc_btgn, received_bhcq, _, read_bhcq = pairs(
+    dc_btgn, received_bhcq, read_bhcq, _ = pairs(
         dy_bthp, o.x_bthp, o.c_btgn, o.b_btgn, o.dt_bhcq, sums_bhcq, o.runs_bcq, states_bhcnp,
         reverse=False, launch=launch,
     )  # fmt: skip
-    db_btgn, given_bhcq, own_bhcq, left_bhcq = pairs(
+    db_btgn, given_bhcq, left_bhcq, own_bhcq = pairs(
         o.x_bthp, dy_bthp, o.b_btgn, o.c_btgn, o.dt_bhcq, sums_bhcq, o.runs_bcq, dstates_bhcnp,
         reverse=True, launch=launch,
     )  # fmt: skip

@@ -27,9 +27,11 @@ SMALLEST_TILE = 16  # of a matrix product in Triton
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """Sizes and how to run: `width` tokens a chunk; `rows` of a chunk, `columns` of a head a program."""
+    """How to cut and run: `width` tokens a chunk, of which `scan` takes `step` at once and `columns` of a head a
+    program, and `pairs` takes `rows` a program."""
 
     width: int
+    step: int
     rows: int
     columns: int
     scan_warps: int
@@ -68,13 +70,15 @@ def scan(
     """
     batch, time, heads, head_size = value_bthp.shape
     groups, state = key_btgn.shape[2:]
-    chunks, width, share = sums_bhcq.shape[2], launch.width, heads // groups
+    chunks, padded_time, share = sums_bhcq.shape[2], sums_bhcq.shape[2] * launch.width, heads // groups
     columns, padded_state, blocks = launch.columns, tile(state), pl.cdiv(head_size, launch.columns)
-    operands = [query_btgn, key_btgn, value_bthp, dt_bhcq, sums_bhcq, runs_bcq, start_bhpn]
-    group_spec = pl.BlockSpec((None, chunks * width, None, padded_state), lambda h, p, b: (b, 0, h // share, 0))
-    head_spec = pl.BlockSpec((None, chunks * width, None, columns), lambda h, p, b: (b, 0, h, p))
-    token_spec = pl.BlockSpec((None, None, chunks, width), lambda h, p, b: (b, h, 0, 0))
-    runs_spec = pl.BlockSpec((None, chunks, width), lambda h, p, b: (b, 0, 0))
+    dt_bht, sums_bht = (array.reshape(batch, heads, padded_time) for array in (dt_bhcq, sums_bhcq))
+    runs_bt = runs_bcq.reshape(batch, padded_time)
+    operands = [query_btgn, key_btgn, value_bthp, dt_bht, sums_bht, runs_bt, start_bhpn]
+    group_spec = pl.BlockSpec((None, padded_time, None, padded_state), lambda h, p, b: (b, 0, h // share, 0))
+    head_spec = pl.BlockSpec((None, padded_time, None, columns), lambda h, p, b: (b, 0, h, p))
+    token_spec = pl.BlockSpec((None, None, padded_time), lambda h, p, b: (b, h, 0))
+    runs_spec = pl.BlockSpec((None, padded_time), lambda h, p, b: (b, 0))
     state_spec = pl.BlockSpec((None, None, columns, padded_state), lambda h, p, b: (b, h, p, 0))
     states_spec = pl.BlockSpec((None, None, chunks, padded_state, columns), lambda h, p, b: (b, h, 0, 0, p))
     in_specs = [group_spec, group_spec, head_spec, token_spec, token_spec, runs_spec, state_spec]
@@ -90,8 +94,8 @@ def scan(
         products_spec = pl.BlockSpec((None, None, chunks, None), lambda h, p, b: (b, h, 0, p))
         outputs["products"] = ((batch, heads, chunks, blocks), jnp.float32, products_spec)
     kernel = functools.partial(
-        _scan_kernel, names=tuple(outputs), inputs=len(operands), time=time, head_size=head_size, state=state,
-        reverse=reverse,
+        _scan_kernel, names=tuple(outputs), inputs=len(operands), width=launch.width, step=launch.step, time=time,
+        head_size=head_size, state=state, reverse=reverse,
     )  # fmt: skip
     results = _call(
         kernel, operands, in_specs, outputs, grid=(heads, blocks, batch), warps=launch.scan_warps,
@@ -100,26 +104,38 @@ def scan(
     return results["out"], results["end"], results.get("saved"), results.get("products")
 
 
-def _scan_kernel(*refs, names, inputs, time, head_size, state, reverse):
+def _scan_kernel(*refs, names, inputs, width, step, time, head_size, state, reverse):
+    """Walks in steps of a part of a chunk: decays are differences of the chunk's sums."""
     query_ref, key_ref, value_ref, dt_ref, sums_ref, runs_ref, start_ref, *states_ref = refs[:inputs]
     to = dict(zip(names, refs[inputs:], strict=True))
-    chunks, width = sums_ref.shape
+    steps, parts = sums_ref.shape[0] // step, width // step
     columns, padded_state = start_ref.shape
-    positions = jnp.arange(width)
+    positions = jnp.arange(step)
     in_state = _inside(jnp.arange(padded_state), state, padded_state)
     in_head = _inside(pl.program_id(1) * columns + jnp.arange(columns), head_size, columns)
     causal_qs = _earlier(positions, positions, reverse)
     dtype = value_ref.dtype
 
-    def chunk(i, state_np):
-        c = chunks - 1 - i if reverse else i
-        tokens = pl.ds(c * width, width)
-        in_time = _inside(c * width + positions, time, width)
+    def advance(i, state_np):
+        i = steps - 1 - i if reverse else i
+        c, part = i // parts, i % parts
+        # The state at hand is the one that enters the chunk, or in reverse the one that leaves it.
+        at_edge = part == (parts - 1 if reverse else 0)
+        tokens = pl.ds(i * step, step)
+        in_time = _inside(i * step + positions, time, step)
         query_qn = _load(query_ref.at[tokens, :], in_time, in_state)
         key_sn = _load(key_ref.at[tokens, :], in_time, in_state)
         value_sp = _load(value_ref.at[tokens, :], in_time, in_head)
-        dt_q, sums_q, runs_q = dt_ref[c, :], sums_ref[c, :], runs_ref[c, :]
-        into_q, out_of_q, whole = _decays(sums_q, runs_q, sums_ref[c, width - 1], runs_ref[c, width - 1])
+        dt_q, sums_q, runs_q = dt_ref[tokens], sums_ref[tokens], runs_ref[tokens]
+        before = jnp.maximum(i * step - 1, 0)
+        base, base_run = (jnp.where(part == 0, 0.0, ref[before]) for ref in (sums_ref, runs_ref))
+        total, last_run = sums_ref[i * step + step - 1], runs_ref[i * step + step - 1]
+        if states_ref:
+            edge_n = jnp.broadcast_to(at_edge, (padded_state,))
+            other_np = _load(states_ref[0].at[c], edge_n if in_state is None else edge_n & in_state, in_head)
+        into_q = _exp2_where(runs_q == base_run, sums_q - base)
+        out_of_q = _exp2_where(runs_q == last_run, total - sums_q)
+        whole = jnp.where(last_run == base_run, jnp.exp2(total - base), 0.0)
         pair_qs = _pair(sums_q, runs_q, sums_q, runs_q, causal_qs, reverse)
         if reverse:
             weights_qs, read_q, write_s = pair_qs, out_of_q, into_q
@@ -132,15 +148,19 @@ def _scan_kernel(*refs, names, inputs, time, head_size, state, reverse):
             out_qp *= dt_q[:, None]
         _store(to["out"].at[tokens, :], out_qp.astype(dtype), in_time, in_head)
         if "saved" in to:
-            _store(to["saved"].at[c], state_np.astype(dtype), in_state, in_head)
+            edge_n = jnp.broadcast_to(at_edge, (padded_state,))
+            edge_n = edge_n if in_state is None else edge_n & in_state
+            _store(to["saved"].at[c], state_np.astype(dtype), edge_n, in_head)
         if states_ref:
-            other_np = _load(states_ref[0].at[c], in_state, in_head).astype(jnp.float32)
-            to["products"][c] = whole * jnp.sum(state_np * other_np)
+            chunk_total, chunk_run = (ref[c * width + width - 1] for ref in (sums_ref, runs_ref))
+            chunk_whole = jnp.where(chunk_run == 0, jnp.exp2(chunk_total), 0.0)
+            product = chunk_whole * jnp.sum(state_np * other_np.astype(jnp.float32))
+            plgpu.store(to["products"].at[c], product, mask=at_edge)
         written_sp = (value_sp.astype(jnp.float32) * write_s[:, None]).astype(dtype)
         return whole * state_np + _dot(key_sn, written_sp, 0, 0)
 
     start_pn = _load(start_ref, in_head, in_state)
-    end_np = lax.fori_loop(0, chunks, chunk, start_pn.T)
+    end_np = lax.fori_loop(0, steps, advance, start_pn.T)
     _store(to["end"], end_np.T, in_head, in_state)
 
 
@@ -156,13 +176,13 @@ def pairs(
     *,
     reverse: bool,
     launch: Launch,
-) -> tuple[Array, Array, Array, Array]:
-    """The gradient of `key_btgn`, and three shares of each token's gradient (b, h, c, q): near, own, far.
+) -> tuple[Array, Array, Array, Array | None]:
+    """The gradient of `key_btgn`, and shares of each token's gradient (b, h, c, q): near, far, and own in reverse.
 
     Forward: value dy, other x, key C, other key B, and the states that enter the chunks; the shares are y . dy of what
-    y receives from the chunk's other tokens, from the token itself and from the entering state.
+    y receives from the chunk's other tokens and from the entering state.
     In reverse: value x, other dy, key B, other key C, and the gradients of the states that leave; the shares are
-    x . dx / dt of what x gives to the chunk's other tokens, to itself and to the leaving state.
+    x . dx / dt of what x gives to the chunk's other tokens, to the leaving state and to its own output.
     """
     batch, time, heads, head_size = value_bthp.shape
     groups, state = key_btgn.shape[2:]
@@ -179,7 +199,7 @@ def pairs(
     in_specs = [head_spec, head_spec, group_spec, group_spec, token_spec, token_spec, runs_spec, states_spec]
     outputs = {
         "gradient": (key_btgn.shape, key_btgn.dtype, group_spec),
-        **{name: (sums_bhcq.shape, jnp.float32, token_spec) for name in ("near", "own", "far")},
+        **{name: (sums_bhcq.shape, jnp.float32, token_spec) for name in ("near", "far", "own")[: 2 + reverse]},
     }
     kernel = functools.partial(
         _pairs_kernel, time=time, head_size=head_size, state=state, rows=rows, reverse=reverse
@@ -188,12 +208,12 @@ def pairs(
         kernel, operands, in_specs, outputs, grid=(blocks * chunks, groups, batch), warps=launch.pairs_warps,
         stages=launch.pairs_stages, interpret=launch.interpret,
     )  # fmt: skip
-    return results["gradient"], results["near"], results["own"], results["far"]
+    return results["gradient"], results["near"], results["far"], results.get("own")
 
 
 def _pairs_kernel(
     value_ref, other_ref, key_ref, other_key_ref, dt_ref, sums_ref, runs_ref, states_ref,
-    gradient_ref, near_ref, own_ref, far_ref, *, time, head_size, state, rows, reverse,
+    gradient_ref, near_ref, far_ref, *own_ref, time, head_size, state, rows, reverse,
 ):  # fmt: skip
     share, _, width = sums_ref.shape
     padded_state, padded_head = states_ref.shape[2:]
@@ -217,33 +237,29 @@ def _pairs_kernel(
         value_ip = _load(value_ref.at[here, r, :], in_rows, in_head)
         other_sp = _load(other_ref.at[chunk, r, :], in_chunk, in_head)
         state_np = _load(states_ref.at[r, c], in_state, in_head)
-        sums_i, sums_s = sums_ref[r, c, pl.ds(first, rows)], sums_ref[r, c, :]
-        into_i, out_of_i, _ = _decays(sums_i, runs_i, sums_ref[r, c, width - 1], last_run)
-        pair_is = _pair(sums_i, runs_i, sums_s, runs_s, causal_is, reverse)
-        products_is = _dot(value_ip, other_sp, 1, 1) * pair_is
-        far_in = _dot(value_ip, state_np, 1, 1)
+        sums_i, sums_s, total = sums_ref[r, c, pl.ds(first, rows)], sums_ref[r, c, :], sums_ref[r, c, width - 1]
+        dt = dt_ref[r, c, pl.ds(first, rows)] if reverse else dt_ref[r, c, :]
         if reverse:
-            dt_i = dt_ref[r, c, pl.ds(first, rows)]
-            weighted_is, read_i, read_dt_i = products_is * dt_i[:, None], out_of_i, out_of_i * dt_i
+            read_i = _exp2_where(runs_i == last_run, total - sums_i)
         else:
-            products_is *= dt_ref[r, c, :][None, :]
-            weighted_is, read_i, read_dt_i = products_is, into_i, into_i
-        near_ref[r, c, pl.ds(first, rows)] = jnp.sum(products_is * scores_is, axis=1)
-        own_ref[r, c, pl.ds(first, rows)] = jnp.sum(products_is * own_scores_is, axis=1)
-        far_ref[r, c, pl.ds(first, rows)] = read_i * jnp.sum(far_in * key_in.astype(jnp.float32), axis=1)
-        return gradient_in + read_dt_i[:, None] * far_in, dscores_is + weighted_is
+            read_i = _exp2_where(runs_i == 0, sums_i)
+        products_is = _dot(value_ip, other_sp, 1, 1) * _pair(sums_i, runs_i, sums_s, runs_s, causal_is, reverse)
+        far_in = read_i[:, None] * _dot(value_ip, state_np, 1, 1)
+        here_i = pl.ds(first, rows)
+        if reverse:
+            own_ref[0][r, c, here_i] = jnp.sum(products_is * own_scores_is, axis=1)
+        else:
+            products_is *= dt[None, :]
+        near_ref[r, c, here_i] = jnp.sum(products_is * scores_is, axis=1)
+        far_ref[r, c, here_i] = jnp.sum(far_in * key_in.astype(jnp.float32), axis=1)
+        if reverse:
+            products_is, far_in = products_is * dt[:, None], far_in * dt[:, None]
+        return gradient_in + far_in, dscores_is + products_is
 
     zeros = jnp.zeros((rows, padded_state), jnp.float32), jnp.zeros((rows, width), jnp.float32)
     gradient_in, dscores_is = lax.fori_loop(0, share, head, zeros)
     gradient_in += _dot(dscores_is.astype(dtype), other_key_sn, 1, 0)
     _store(gradient_ref.at[here, :], gradient_in.astype(gradient_ref.dtype), in_rows, in_state)
-
-
-def _decays(sums_q: Array, runs_q: Array, total: Array, last_run: Array) -> tuple[Array, Array, Array]:
-    """What is left of the entering state at q, of token q at the chunk's end, of the entering state there."""
-    into_q = _exp2_where(runs_q == 0, sums_q)
-    out_of_q = _exp2_where(runs_q == last_run, total - sums_q)
-    return into_q, out_of_q, jnp.where(last_run == 0, jnp.exp2(total), 0.0)
 
 
 def _pair(sums_q, runs_q, sums_s, runs_s, causal_qs, reverse) -> Array:
