@@ -118,7 +118,8 @@ def _scan_kernel(*refs, names, inputs, width, step, time, head_size, state, reve
 
     def advance(i, state_np):
         i = steps - 1 - i if reverse else i
-        c, part = i // parts, i % parts
+        c = lax.div(i, parts)
+        part = i - c * parts
         # The state at hand is the one that enters the chunk, or in reverse the one that leaves it.
         at_edge = part == (parts - 1 if reverse else 0)
         tokens = pl.ds(i * step, step)
@@ -217,7 +218,8 @@ def _pairs_kernel(
 ):  # fmt: skip
     share, _, width = sums_ref.shape
     padded_state, padded_head = states_ref.shape[2:]
-    c, first = pl.program_id(0) // (width // rows), pl.program_id(0) % (width // rows) * rows
+    c = lax.div(pl.program_id(0), width // rows)
+    first = pl.program_id(0) * rows - c * width
     here, chunk = pl.ds(c * width + first, rows), pl.ds(c * width, width)
     rows_i, all_s = first + jnp.arange(rows), jnp.arange(width)
     in_rows, in_chunk = (_inside(c * width + positions, time, width) for positions in (rows_i, all_s))
