@@ -193,18 +193,14 @@ def pairs(
     group_spec = pl.BlockSpec((None, chunks * width, None, tile(state)), lambda i, g, b: (b, 0, g, 0))
     token_spec = pl.BlockSpec((None, share, chunks, width), lambda i, g, b: (b, g, 0, 0))
     runs_spec = pl.BlockSpec((None, chunks, width), lambda i, g, b: (b, 0, 0))
-    states_spec = pl.BlockSpec(
-        (None, share, chunks, tile(state), tile(head_size)), lambda i, g, b: (b, g, 0, 0, 0)
-    )
+    states_spec = pl.BlockSpec((None, share, chunks, tile(state), tile(head_size)), lambda i, g, b: (b, g, 0, 0, 0))
     operands = [value_bthp, other_bthp, key_btgn, other_key_btgn, dt_bhcq, sums_bhcq, runs_bcq, states_bhcnp]
     in_specs = [head_spec, head_spec, group_spec, group_spec, token_spec, token_spec, runs_spec, states_spec]
     outputs = {
         "gradient": (key_btgn.shape, key_btgn.dtype, group_spec),
         **{name: (sums_bhcq.shape, jnp.float32, token_spec) for name in ("near", "far", "own")[: 2 + reverse]},
     }
-    kernel = functools.partial(
-        _pairs_kernel, time=time, head_size=head_size, state=state, rows=rows, reverse=reverse
-    )
+    kernel = functools.partial(_pairs_kernel, time=time, head_size=head_size, state=state, rows=rows, reverse=reverse)
     results = _call(
         kernel, operands, in_specs, outputs, grid=(blocks * chunks, groups, batch), warps=launch.pairs_warps,
         stages=launch.pairs_stages, interpret=launch.interpret,
@@ -295,8 +291,10 @@ def _inside(indices: Array, size: int, tile_size: int) -> Array | None:
 
 def _mask(in_rows: Array | None, in_columns: Array | None) -> Array | None:
     if in_rows is None or in_columns is None:
-        return in_columns[None, :] if in_rows is None and in_columns is not None else (
-            None if in_rows is None else in_rows[:, None]
+        return (
+            in_columns[None, :]
+            if in_rows is None and in_columns is not None
+            else (None if in_rows is None else in_rows[:, None])
         )
     return in_rows[:, None] & in_columns[None, :]
 
