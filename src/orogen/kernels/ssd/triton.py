@@ -61,7 +61,6 @@ def ssd_triton(
             f"implementation='triton' needs a GPU and finds {jax.default_backend()!r}: expected another one "
             "('triton_interpreted' runs the same kernels there)"
         )
-    time = x_bthp.shape[1]
     half = all(array.dtype == jnp.bfloat16 for array in (x_bthp, b_btgn, c_btgn))
     dtype = jnp.bfloat16 if half else jnp.float32
     launch = _launch(chunk_size, x_bthp.shape, b_btgn.shape[3], half=half, interpret=interpret)
@@ -80,7 +79,7 @@ def ssd_triton(
         runs_bcq=runs_bcq,
         initial_bhpn=initial_state_bhpn,
     )
-    y_bthp, final_bhpn = _ssd(launch, operands)
+    y_bthp, final_bhpn = _ssd(launch, operands)  # pyright: ignore[reportGeneralTypeIssues]
     return y_bthp.astype(x_bthp.dtype), final_bhpn
 
 
@@ -148,6 +147,7 @@ def _backward(launch: Launch, saved: tuple[Operands, Array], gradients: tuple[Ar
         o.b_btgn, o.c_btgn, dy_bthp, o.dt_bhcq, sums_bhcq, o.runs_bcq, dfinal_bhpn, states_bhcnp,
         reverse=True, save=True, launch=launch,
     )  # fmt: skip
+    assert dstates_bhcnp is not None and whole_bhcp is not None  # for `save` and the states were given
     dc_btgn, received_bhcq, read_bhcq, _ = pairs(
         dy_bthp, o.x_bthp, o.c_btgn, o.b_btgn, o.dt_bhcq, sums_bhcq, o.runs_bcq, states_bhcnp,
         reverse=False, launch=launch,
@@ -156,6 +156,7 @@ def _backward(launch: Launch, saved: tuple[Operands, Array], gradients: tuple[Ar
         o.x_bthp, dy_bthp, o.b_btgn, o.c_btgn, o.dt_bhcq, sums_bhcq, o.runs_bcq, dstates_bhcnp,
         reverse=True, launch=launch,
     )  # fmt: skip
+    assert own_bhcq is not None  # for `reverse` was given
     dsums_bhcq = received_bhcq + read_bhcq - o.dt_bhcq * (given_bhcq + left_bhcq)
     last_bhc = jnp.sum(o.dt_bhcq * left_bhcq, axis=-1) + jnp.sum(whole_bhcp, axis=-1)
     gradient = Operands(

@@ -122,6 +122,8 @@ def _scan_kernel(*refs, names, inputs, width, step, time, head_size, state, reve
         part = i - c * parts
         # The state at hand is the one that enters the chunk, or in reverse the one that leaves it.
         at_edge = part == (parts - 1 if reverse else 0)
+        edge_n = jnp.broadcast_to(at_edge, (padded_state,))
+        edge_n = edge_n if in_state is None else edge_n & in_state
         tokens = pl.ds(i * step, step)
         in_time = _inside(i * step + positions, time, step)
         query_qn = _load(query_ref.at[tokens, :], in_time, in_state)
@@ -131,9 +133,8 @@ def _scan_kernel(*refs, names, inputs, width, step, time, head_size, state, reve
         before = jnp.maximum(i * step - 1, 0)
         base, base_run = (jnp.where(part == 0, 0.0, ref[before]) for ref in (sums_ref, runs_ref))
         total, last_run = sums_ref[i * step + step - 1], runs_ref[i * step + step - 1]
-        if states_ref:
-            edge_n = jnp.broadcast_to(at_edge, (padded_state,))
-            other_np = _load(states_ref[0].at[c], edge_n if in_state is None else edge_n & in_state, in_head)
+        # Before the products, for their time hides that of the load.
+        other_np = _load(states_ref[0].at[c], edge_n, in_head) if states_ref else state_np
         into_q = _exp2_where(runs_q == base_run, sums_q - base)
         out_of_q = _exp2_where(runs_q == last_run, total - sums_q)
         whole = jnp.where(last_run == base_run, jnp.exp2(total - base), 0.0)
@@ -149,8 +150,6 @@ def _scan_kernel(*refs, names, inputs, width, step, time, head_size, state, reve
             out_qp *= dt_q[:, None]
         _store(to["out"].at[tokens, :], out_qp.astype(dtype), in_time, in_head)
         if "saved" in to:
-            edge_n = jnp.broadcast_to(at_edge, (padded_state,))
-            edge_n = edge_n if in_state is None else edge_n & in_state
             _store(to["saved"].at[c], state_np.astype(dtype), edge_n, in_head)
         if states_ref:
             chunk_total, chunk_run = (ref[c * width + width - 1] for ref in (sums_ref, runs_ref))
@@ -198,7 +197,7 @@ def pairs(
     in_specs = [head_spec, head_spec, group_spec, group_spec, token_spec, token_spec, runs_spec, states_spec]
     outputs = {
         "gradient": (key_btgn.shape, key_btgn.dtype, group_spec),
-        **{name: (sums_bhcq.shape, jnp.float32, token_spec) for name in ("near", "far", "own")[: 2 + reverse]},
+        **dict.fromkeys(("near", "far", "own")[: 2 + reverse], (sums_bhcq.shape, jnp.float32, token_spec)),
     }
     kernel = functools.partial(_pairs_kernel, time=time, head_size=head_size, state=state, rows=rows, reverse=reverse)
     results = _call(
@@ -291,11 +290,7 @@ def _inside(indices: Array, size: int, tile_size: int) -> Array | None:
 
 def _mask(in_rows: Array | None, in_columns: Array | None) -> Array | None:
     if in_rows is None or in_columns is None:
-        return (
-            in_columns[None, :]
-            if in_rows is None and in_columns is not None
-            else (None if in_rows is None else in_rows[:, None])
-        )
+        return in_columns if in_rows is None else in_rows[:, None]
     return in_rows[:, None] & in_columns[None, :]
 
 
