@@ -77,10 +77,15 @@ def _parser() -> argparse.ArgumentParser:
     _common(task)
     task = tasks.add_parser("bench", help="time Orogen, with a peer beside it in the same run")
     task.set_defaults(task=bench)
-    task.add_argument("name", choices=("cpu_train",), help="cpu_train: whole training steps on this CPU")
+    task.add_argument(
+        "name",
+        choices=("cpu_train", "ssd"),
+        help="cpu_train: whole training steps on this CPU; ssd: the Mamba-2 recurrence at the sizes of large models",
+    )
     task.add_argument("--peer", choices=("torch",), help="transformers on torch, from the extra `peer`")
     task.add_argument("--models", default="dense,moe", metavar="A,B")
     task.add_argument("--steps", type=_positive, default=15, help="counted steps of each program")
+    task.add_argument("--implementations", default="chunked", metavar="A,B", help="of ssd")
     _common(task)
     return parser
 
@@ -196,6 +201,12 @@ def verify(options: argparse.Namespace) -> int:
 
 def bench(options: argparse.Namespace) -> int:
     """`orogen bench`."""
+    if options.name == "ssd":
+        from orogen.bench.ssd import bench as time_ssd
+
+        records = time_ssd(options.implementations.split(","), samples=options.steps)
+        _answer(options, {"bench": "ssd", "records": records}, [json.dumps(record) for record in records])
+        return 0
     from orogen.bench.cpu_train import bench as run
 
     facts = run(options.models.split(","), peer=options.peer, steps=options.steps)

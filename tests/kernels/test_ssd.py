@@ -31,7 +31,15 @@ LENGTHS = {"around_the_border": (7, 1, 1, 8, 6, 15), "at_the_border": (8, 17, 1,
 
 # Compiling takes far longer than running at these sizes; the test inside shard_map compiles in full.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-every_implementation = pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
+
+
+def parameters(names) -> list:
+    """The implementations, where those that need a GPU are skipped without one."""
+    needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+    return [pytest.param(name, marks=needs_gpu if name == "triton" else ()) for name in sorted(names)]
+
+
+every_implementation = pytest.mark.parametrize("implementation", parameters(IMPLEMENTATIONS))
 
 
 class Operands(NamedTuple):
@@ -272,6 +280,8 @@ class TestEveryImplementation:
         assert_close(got, want, float(jnp.finfo(jnp.float32).eps) * 88 * CHUNK)
 
     def test_bfloat16_is_rounded_at_the_ends_only(self, implementation: str):
+        if implementation.startswith("triton"):
+            pytest.skip("takes bfloat16 into matrix products: see TestTriton")
         ops = operands()
         half = Operands(*(o.astype(jnp.bfloat16) for o in ops[:5]), ops.initial_bhpn)
         (y_bthp, final_bhpn), gradient = outcome(half, segments((5, 12), t=29), implementation=implementation)
@@ -284,6 +294,11 @@ class TestEveryImplementation:
         assert_close((y_bthp, gradient), (want_y, want_gradient), tolerance(jnp.bfloat16, products=1))
 
     def test_gradients_inside_shard_map(self, implementation: str):
+        if implementation == "triton_interpreted":
+            pytest.skip("the interpreter of Pallas mixes varying and unvarying arrays, which check_vma refuses")
+        if len(jax.devices()) < 2:
+            pytest.skip("needs two devices")
+
         def loss(ops: Operands, segments_bt: Array, weights) -> Array:
             results = run(ops, segments_bt, implementation=implementation)
             # The state and segments made inside vary over no mesh axis, and nothing reads this final state.
@@ -299,7 +314,7 @@ class TestEveryImplementation:
         weights = tuple(jnp.asarray(rng.normal(size=s), jnp.float32) for s in (ops.x_bthp.shape, ops[5].shape))
         rows, everywhere = PartitionSpec("data"), PartitionSpec()
         specs = Operands(rows, rows, everywhere, rows, rows, rows)
-        mesh = Mesh(np.asarray(jax.devices("cpu")[:2]), ("data",))
+        mesh = Mesh(np.asarray(jax.devices()[:2]), ("data",))
         mapped = jax.shard_map(
             sharded, mesh=mesh, in_specs=(specs, rows, rows), out_specs=(everywhere, specs), check_vma=True
         )
@@ -312,10 +327,11 @@ class TestEveryImplementation:
 class TestAgainstTheRecurrence:
     """Fast versions at many sizes, with packed rows, an initial state and a random gradient of both results."""
 
-    @pytest.mark.parametrize("implementation", sorted(set(IMPLEMENTATIONS) - {"recurrence"}))
+    @pytest.mark.parametrize("implementation", parameters(set(IMPLEMENTATIONS) - {"recurrence"}))
     @pytest.mark.parametrize(
         "sizes, chunk_size",
         [
+            ({"t": 70, "h": 2, "g": 1, "p": 20, "n": 17}, 64),
             ({"t": 29, "h": 6, "g": 1}, 8),
             ({"t": 24, "h": 6, "g": 2, "p": 7, "n": 2}, 8),
             ({"t": 33, "h": 3, "g": 3, "p": 1, "n": 1}, 16),
@@ -335,13 +351,44 @@ class TestAgainstTheRecurrence:
         assert_close(got, want, tolerance(jnp.float32, products=products(ops)))
 
 
+@pytest.mark.parametrize("implementation", parameters({"triton", "triton_interpreted"}))
+class TestTriton:
+    """What only the Triton kernels do."""
+
+    def test_bfloat16_products_and_float32_sums(self, implementation: str):
+        ops, segments_bt = operands(t=150, h=4, g=2, p=20, n=17), segments((50, 50), t=150)
+        half = Operands(*(o.astype(jnp.bfloat16) for o in ops[:5]), ops.initial_bhpn)
+        single = jax.tree.map(lambda o: o.astype(jnp.float32), half)
+        got, want = (
+            outcome(o, segments_bt, implementation=i, chunk_size=64)
+            for o, i in ((half, implementation), (single, "recurrence"))
+        )
+        assert got[0][1].dtype == jnp.float32
+        # Every product has two rounded operands, and every result is rounded once more.
+        assert_close(got, want, tolerance(jnp.bfloat16, products=3))
+
+    def test_gradient_repeats_to_the_bit(self, implementation: str):
+        ops, segments_bt = operands(t=40), segments((5, 12), t=40)
+        first, second = (outcome(ops, segments_bt, implementation=implementation) for _ in range(2))
+        assert_close(first, second, 0)
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
+def test_triton_without_a_gpu_is_refused():
+    with pytest.raises(ValueError, match="implementation='triton' needs a GPU and finds 'cpu'"):
+        run(operands(), implementation="triton")
+
+
 class TestRefusals:
     """Each error, by message."""
 
     @pytest.mark.parametrize(
         "changes, message",
         [
-            ({"implementation": "fast"}, r"implementation='fast': expected one of \['chunked', 'recurrence'\]"),
+            (
+                {"implementation": "fast"},
+                r"implementation='fast': expected one of \['chunked', 'recurrence', 'triton', 'triton_interpreted'\]",
+            ),
             ({"chunk_size": 0}, "chunk_size=0: expected at least 1"),
             ({"b_btgn": jnp.zeros((2, 29, 4, 5))}, "6 heads over 4 groups: expected a multiple"),
             ({"c_btgn": jnp.zeros((2, 29, 2, 5))}, r"C has shape \(2, 29, 2, 5\): expected \(2, 29, 3, 5\)"),

@@ -46,7 +46,7 @@ class PlanConfig:
         require_choice(self, "dispatch", ("allgather", "alltoall"))
         require_choice(self, "remat", ("none", "full"))
         require_choice(self, "attention", ("full", "blocked"))
-        require_choice(self, "ssd", ("recurrence", "chunked"))
+        require_choice(self, "ssd", ("recurrence", "chunked", "triton"))
         require_choice(self, "selective_scan", ("reference", "chunked"))
         require_choice(self, "grouped_matmul", ("reference", "blocks", "ragged_dot"))
         require_choice(self, "cross_entropy", ("full", "chunked"))

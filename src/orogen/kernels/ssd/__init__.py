@@ -3,14 +3,22 @@
 Axes: b batch, t time, h heads, p head size, g groups, n state.
 """
 
+import functools
+
 from jax import Array
 from jax import numpy as jnp
 
 from orogen.kernels.ssd.chunked import ssd_chunked
 from orogen.kernels.ssd.reference import ssd_recurrence
+from orogen.kernels.ssd.triton import ssd_triton
 from orogen.parallel.varying import vary_like
 
-IMPLEMENTATIONS = {"recurrence": ssd_recurrence, "chunked": ssd_chunked}
+IMPLEMENTATIONS = {
+    "recurrence": ssd_recurrence,
+    "chunked": ssd_chunked,
+    "triton": ssd_triton,
+    "triton_interpreted": functools.partial(ssd_triton, interpret=True),
+}
 
 
 def ssd(

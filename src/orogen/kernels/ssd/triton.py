@@ -1,0 +1,174 @@
+"""The chunked Mamba-2 recurrence in fused Triton kernels, for NVIDIA GPUs.
+
+Axes: b batch, t time, h heads, p head size, g groups, n state, c chunks, q position in a chunk,
+s position in the chunk that q reads from.
+
+The formulas are those of `chunked`. Nothing of the size (q, s) leaves a kernel: the forward pass keeps its operands,
+and for the gradient the state that enters each chunk.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+from jax import Array
+from jax import numpy as jnp
+from jax.experimental import pallas as pl
+
+from orogen.kernels.ssd.chunked import LOWEST_LOG_DECAY, _counts, _cut, _readable, _sum
+from orogen.kernels.ssd.triton_kernels import Launch, pairs, scan, tile
+
+LOG2_E = 1.4426950408889634
+MULTIPROCESSORS = 132  # of an H100
+SHARED_MEMORY = 215_000  # bytes of a multiprocessor's 232,448 that operands may take; the rest is scratch
+
+
+class Operands(NamedTuple):
+    """`sums` are logs of the decay since the chunk's or the segment's start; `runs` counts the segments of a chunk."""
+
+    x_bthp: Array
+    dt_bhcq: Array
+    sums_bhcq: Array
+    b_btgn: Array
+    c_btgn: Array
+    runs_bcq: Array
+    initial_bhpn: Array
+
+
+def ssd_triton(
+    x_bthp: Array,
+    dt_bth: Array,
+    a_h: Array,
+    b_btgn: Array,
+    c_btgn: Array,
+    segments_bt: Array,
+    initial_state_bhpn: Array,
+    *,
+    chunk_size: int,
+    interpret: bool = False,
+) -> tuple[Array, Array]:
+    """`ssd` on an NVIDIA GPU; `interpret` runs the same kernels anywhere, slowly.
+
+    Matrix products take their operands as bfloat16 if x, B and C are, else as float32, and add up in float32. So do
+    states, which are rounded to the operands' type where a product reads them and where the gradient keeps them.
+    Chunks are the power of two from 16 to 128 (64 in float32) that is nearest above `chunk_size`.
+
+    Differentiable in reverse mode only, once; the gradient repeats to the bit.
+    Raises ValueError if there is no GPU and `interpret` is False.
+    """
+    if not interpret and jax.default_backend() != "gpu":
+        raise ValueError(
+            f"implementation='triton' needs a GPU and finds {jax.default_backend()!r}: expected another one "
+            "('triton_interpreted' runs the same kernels there)"
+        )
+    half = all(array.dtype == jnp.bfloat16 for array in (x_bthp, b_btgn, c_btgn))
+    dtype = jnp.bfloat16 if half else jnp.float32
+    launch = _launch(chunk_size, x_bthp.shape, b_btgn.shape[3], half=half, interpret=interpret)
+    dt_bth = dt_bth.astype(jnp.float32)
+    log_decay_bth = jnp.maximum(dt_bth * a_h.astype(jnp.float32), LOWEST_LOG_DECAY)
+    changes_bt = (segments_bt[:, 1:] != segments_bt[:, :-1]).astype(jnp.float32)
+    # A row's first token continues the initial state, so it never counts as a change.
+    changes_bt = jnp.pad(changes_bt, ((0, 0), (1, 0)))
+    runs_bcq = _counts(_cut(changes_bt, launch.width))
+    operands = Operands(
+        x_bthp=x_bthp.astype(dtype),
+        dt_bhcq=jnp.transpose(_cut(dt_bth, launch.width), (0, 3, 1, 2)),
+        sums_bhcq=_sum(_readable(runs_bcq), "bcqs,bcsh->bhcq", _cut(log_decay_bth, launch.width)),
+        b_btgn=b_btgn.astype(dtype),
+        c_btgn=c_btgn.astype(dtype),
+        runs_bcq=runs_bcq,
+        initial_bhpn=initial_state_bhpn,
+    )
+    y_bthp, final_bhpn = _ssd(launch, operands)  # pyright: ignore[reportGeneralTypeIssues]
+    return y_bthp.astype(x_bthp.dtype), final_bhpn
+
+
+def _launch(chunk_size: int, shape: tuple[int, ...], state: int, *, half: bool, interpret: bool) -> Launch:
+    """The fastest of those tried on an H100 at 64 and 128 heads of 64, state 128, 2 x 8192 tokens, if it fits."""
+    batch, time, heads, head_size = shape
+    head_size, state = tile(head_size), tile(state)
+    width = min(tile(min(chunk_size, time)), 128 if half else 64)
+    step = rows = min(width, 64 if half else 32)
+    columns = min(head_size, 64)
+    # One scan alone on a multiprocessor needs its loads further ahead; two share it only if each takes less memory.
+    alone = batch * heads * pl.cdiv(head_size, columns) <= MULTIPROCESSORS
+    scan_stages = _stages(3 if alone else 2, step * (2 * state + columns), columns * state)
+    pairs_stages = _stages(3, (rows + width + state) * head_size, width * state)
+    return Launch(
+        width=width,
+        step=step,
+        rows=rows,
+        columns=columns,
+        scan_warps=4,
+        scan_stages=scan_stages if half else 1,
+        pairs_warps=8,
+        pairs_stages=pairs_stages if half else 1,
+        interpret=interpret,
+    )
+
+
+def _stages(wanted: int, stage: int, kept: int) -> int:
+    """How many of `wanted` stages of so many bfloat16 elements fit beside what the kernel keeps and its scratch."""
+    return max(1, min(wanted, (SHARED_MEMORY - 2 * kept) // (2 * stage)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _ssd(launch: Launch, operands: Operands) -> tuple[Array, Array]:
+    """Outputs (b, t, h, p) in x's type and final state (b, h, p, n) float32."""
+    y_bthp, final_bhpn, _ = _scan_forward(launch, operands, save=False)
+    return y_bthp, final_bhpn
+
+
+def _scan_forward(launch: Launch, operands: Operands, *, save: bool) -> tuple[Array, Array, Array | None]:
+    o = operands
+    y_bthp, final_bhpn, states_bhcnp, _ = scan(
+        o.c_btgn, o.b_btgn, o.x_bthp, o.dt_bhcq, o.sums_bhcq * LOG2_E, o.runs_bcq, o.initial_bhpn, None,
+        reverse=False, save=save, launch=launch,
+    )  # fmt: skip
+    return y_bthp, final_bhpn, states_bhcnp
+
+
+def _forward(launch: Launch, operands: Operands) -> tuple[tuple[Array, Array], tuple[Operands, Array | None]]:
+    """The outputs, and what `_backward` needs."""
+    y_bthp, final_bhpn, states_bhcnp = _scan_forward(launch, operands, save=True)
+    return (y_bthp, final_bhpn), (operands, states_bhcnp)
+
+
+def _backward(launch: Launch, saved: tuple[Operands, Array], gradients: tuple[Array, Array]) -> tuple[Operands]:
+    """The gradient of every operand, from `dy` of the outputs and `dfinal` of the final state.
+
+    The log-decay sum of q stands in the exponent of all that y_q receives from other tokens, and with a minus sign in
+    that of all that token q gives to others. Both are sums of the same float32 products, so what a later sum over q
+    must cancel does cancel.
+    """
+    (o, states_bhcnp), (dy_bthp, dfinal_bhpn) = saved, gradients
+    sums_bhcq = o.sums_bhcq * LOG2_E
+    dx_bthp, dinitial_bhpn, dstates_bhcnp, whole_bhcp = scan(
+        o.b_btgn, o.c_btgn, dy_bthp, o.dt_bhcq, sums_bhcq, o.runs_bcq, dfinal_bhpn, states_bhcnp,
+        reverse=True, save=True, launch=launch,
+    )  # fmt: skip
+    assert dstates_bhcnp is not None and whole_bhcp is not None  # for `save` and the states were given
+    dc_btgn, received_bhcq, read_bhcq, _ = pairs(
+        dy_bthp, o.x_bthp, o.c_btgn, o.b_btgn, o.dt_bhcq, sums_bhcq, o.runs_bcq, states_bhcnp,
+        reverse=False, launch=launch,
+    )  # fmt: skip
+    db_btgn, given_bhcq, left_bhcq, own_bhcq = pairs(
+        o.x_bthp, dy_bthp, o.b_btgn, o.c_btgn, o.dt_bhcq, sums_bhcq, o.runs_bcq, dstates_bhcnp,
+        reverse=True, launch=launch,
+    )  # fmt: skip
+    assert own_bhcq is not None  # for `reverse` was given
+    dsums_bhcq = received_bhcq + read_bhcq - o.dt_bhcq * (given_bhcq + left_bhcq)
+    last_bhc = jnp.sum(o.dt_bhcq * left_bhcq, axis=-1) + jnp.sum(whole_bhcp, axis=-1)
+    gradient = Operands(
+        x_bthp=dx_bthp,
+        dt_bhcq=given_bhcq + own_bhcq + left_bhcq,
+        sums_bhcq=dsums_bhcq.at[..., -1].add(last_bhc),
+        b_btgn=db_btgn,
+        c_btgn=dc_btgn,
+        runs_bcq=jnp.zeros_like(o.runs_bcq),
+        initial_bhpn=dinitial_bhpn,
+    )
+    return (gradient,)
+
+
+_ssd.defvjp(_forward, _backward)
