@@ -186,15 +186,11 @@ def to_hf(
         written = {**written, **_special_ids(source / "tokenizer")}
     with new_folder(target) as scratch:
         with TensorWriter(scratch, {name: Spec(t.shape, dtypes[name]) for name, t in table.items()}) as writer:
-
-            def write(name: str) -> None:
-                tensor = table[name]
+            for name, tensor in table.items():  # not by threads: a tensor is in memory twice here
                 array = np.empty(tensor.shape, dtypes[name])
                 for piece in table[tensor.copy_of].pieces if tensor.copy_of else tensor.pieces:
                     piece.put(array, read(piece.path, piece.index))
                 writer.write(name, array)
-
-            _for_each(write, list(table))
         copy_tokenizer(source / "tokenizer", scratch)
         _copy([GENERATION], source, scratch)
         write_atomically(scratch / "config.json", (json.dumps(written, indent=2) + "\n").encode())
