@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -302,6 +304,36 @@ def test_a_run_killed_in_its_first_compilation_starts_again(recipe, tmp_path, mo
         main(command)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoints"]
     assert main([*command, *(["--resume"] if resume else [])]) == 0
+
+
+def test_sigterm_before_the_first_step_stops_without_taking_one(recipe, tmp_path, monkeypatch, capsys):
+    from orogen.train import loop
+
+    command = ["train", "--gin_file", str(recipe), "--run", str(tmp_path / "run"), "--json"]
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "batch_to_devices", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        assert main(command) == 0
+    assert json.loads(capsys.readouterr().out) == {"finished": False}
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+    assert main([*command, "--resume"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 2
+
+
+def test_a_report_of_an_earlier_step_does_not_stay(recipe, tmp_path, monkeypatch, capsys):
+    """Killed after a prolonged run's last step, and before its report."""
+    command = ["train", "--gin_file", str(recipe), "--run", str(tmp_path / "run"), "--json", "--resume"]
+    assert main(command) == 0
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    longer = [*command, *bound("TrainConfig.steps = 3")]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("orogen.evaluate.summary.summarise", killed)
+        main(longer)
+    capsys.readouterr()
+    assert main(longer) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] > 0  # the summary of a new report
 
 
 @pytest.fixture

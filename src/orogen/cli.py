@@ -145,13 +145,16 @@ def train(options: argparse.Namespace) -> int:
     config, text, origin = _load_with_checkpoint(options)
     config.need("model", "data", "train", "optimizer")
     from orogen.evaluate.summary import summarise
-    from orogen.train.loop import NonFiniteError
+    from orogen.train.loop import NonFiniteError, StoppedEarlyError
     from orogen.train.loop import train as run
 
     try:
         trained = run(config, text, options.run, resume=options.resume, origin=origin, log=_log)
     except NonFiniteError as error:
         return _fail(error, EXIT_FAILURE)
+    except StoppedEarlyError:
+        _answer(options, {"finished": False}, ["stopped before a step was taken; --resume continues"])
+        return 0
     step, report = int(trained.state.step), options.run / "report.html"
     if not trained.finished:
         _answer(options, {"step": step, "finished": False}, [f"stopped after step {step}; --resume continues"])

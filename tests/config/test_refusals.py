@@ -38,6 +38,8 @@ NOT_NEGATIVE = {
 REFUSED = [
     *((c, field, bad, "a number above 0") for c, f in POSITIVE.items() for field in f.split() for bad in (0, -3)),
     *((c, field, -1, "0 or more") for c, fields in NOT_NEGATIVE.items() for field in fields.split()),
+    (TrainConfig, "router_bias_update_rate", float("inf"), "0 or more"),
+    (OptimizerConfig, "weight_decay", float("inf"), "0 or more"),
     (ModelConfig, "num_key_value_heads", 5, "a divisor of num_attention_heads = 24"),
     (ModelConfig, "n_groups", 7, "a divisor of mamba_num_heads = 24"),
     (ModelConfig, "mamba_norm_groups", 7, "a divisor of mamba_num_heads = 24"),
@@ -62,6 +64,8 @@ REFUSED = [
     (TrainConfig, "seed", 2**31, "an integer from 0 to 2**31 - 1"),
     (TrainConfig, "ngram_order", 8, "a number from 0 to 7"),
     (TrainConfig, "ngram_order", -1, "a number from 0 to 7"),
+    (TrainConfig, "sample_prompts", (), "at least one, which may be empty"),
+    (TrainConfig, "sample_prompts", ("a", "b\ud800"), "valid Unicode, without lone surrogates"),
     (TrainConfig, "compute_dtype", "float16", "one of float32, bfloat16"),
     (OptimizerConfig, "name", "sgd", "one of adamw, muon"),
     (OptimizerConfig, "schedule", "linear", "one of cosine, wsd, constant"),

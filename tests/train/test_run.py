@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
 from orogen.config.checks import ConfigError
@@ -175,8 +177,6 @@ def test_another_config_is_refused_and_nothing_changes(recipe, whole):
 
 
 def test_a_checkpoint_of_another_model_is_refused(recipe, whole, tmp_path):
-    import shutil
-
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
     text = (
@@ -199,6 +199,57 @@ def test_too_many_steps_that_are_not_finite_stop_the_run(recipe, tmp_path):
             "TrainConfig.max_skipped_steps=3",
         )
     assert read_metrics(tmp_path / "run")[-1]["skipped_steps"] == 3
+
+
+def test_a_run_whose_last_step_is_not_finite_fails_and_saves_nothing_of_it(recipe, tmp_path):
+    """The second step is the first that is not finite."""
+    wild = ("OptimizerConfig.learning_rate=1e38", "OptimizerConfig.clip_norm=1e38", "TrainConfig.checkpoint_every=1")
+    with pytest.raises(NonFiniteError, match=r"step 3, the last, was not finite \(.*\)"):
+        run(recipe, tmp_path / "run", *wild, "TrainConfig.steps=3")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize("damage", ["_METADATA", "manifest.ocdbt", "d", "data", "model"])
+@pytest.mark.parametrize("read", ["resume", "load_checkpoint"])
+def test_a_damaged_checkpoint_is_refused_in_one_line(recipe, whole, tmp_path, damage, read):
+    """Truncated files, or an item that is gone."""
+    if (damage, read) == ("data", "load_checkpoint"):
+        return  # it reads the model alone
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    newest = folder / "checkpoints" / str(STEPS)
+    if damage in ("data", "model"):
+        shutil.rmtree(newest / damage)
+    else:
+        found = [p for p in (newest / "model").rglob("*") if p.is_file() and damage in (p.name, p.parent.name)]
+        assert found
+        for path in found:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ConfigError) as caught:
+        run(recipe, folder, "TrainConfig.steps=25", resume=True) if read == "resume" else load_checkpoint(folder)
+    assert str(newest) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_step_times_add_up_to_the_time_that_the_steps_took(recipe, tmp_path, monkeypatch):
+    """Also where a step's metrics are read long after it, and two steps' right after another."""
+    from orogen.train import loop
+
+    honest = loop.make_step
+
+    def slow(*arguments):
+        step = honest(*arguments)
+
+        def call(state, batch):
+            result = jax.block_until_ready(step(state, batch))
+            time.sleep(0.1)
+            return result
+
+        return call
+
+    monkeypatch.setattr(loop, "make_step", slow)
+    run(recipe, tmp_path / "run", "TrainConfig.steps=9", "TrainConfig.evaluate_every=4")
+    times = [record["step_ms"] for record in read_metrics(tmp_path / "run")]
+    assert all(50 < seconds < 2000 for seconds in times[1:]), times
 
 
 def test_generation_is_greedy_at_zero_temperature_and_stays_inside_its_budget(whole):

@@ -35,6 +35,18 @@ def require_positive(config: Any, *fields: str) -> None:
         require(value is None or 0 < value < math.inf, config, field, "a number above 0")
 
 
+def require_not_negative(config: Any, *fields: str) -> None:
+    """Raises ConfigError unless each of `fields` is None or finite and not below zero."""
+    for field in fields:
+        value = getattr(config, field)
+        require(value is None or 0 <= value < math.inf, config, field, "0 or more")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can hold `text`: a lone surrogate, as Python makes of undecodable bytes, it cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def check_types(config: Any) -> None:
     """Raises ConfigError unless every field of the dataclass `config` has the type it declares.
 

@@ -1,9 +1,16 @@
 """What a model is: its layer pattern and its sizes, under the names of Hugging Face's `nemotron_h` config."""
 
 import dataclasses
-import math
 
-from orogen.config.checks import ABSENT, ConfigError, check_types, require, require_choice, require_positive
+from orogen.config.checks import (
+    ABSENT,
+    ConfigError,
+    check_types,
+    require,
+    require_choice,
+    require_not_negative,
+    require_positive,
+)
 
 LAYERS = {
     "M": "Mamba-2",
@@ -48,6 +55,8 @@ def parse_pattern(text: str) -> Pattern:
     layers = main.replace("|", "")
     if not layers:
         raise ConfigError(f"ModelConfig.pattern is {text!r}; expected at least one layer before any /")
+    if "|" in main and not all(main.split("|")):
+        raise ConfigError(f"ModelConfig.pattern is {text!r}; expected a layer between, before and after every |")
     if len(set(parts)) > 1 or any(not part or "|" in part for part in parts):
         raise ConfigError(
             f"ModelConfig.pattern is {text!r}; expected the parts after / to be equal, not empty, without |"
@@ -151,8 +160,7 @@ class ModelConfig:
         sizes = (f.name for f in dataclasses.fields(self) if f.type is int and f.name != "mtp_depths")
         require_positive(self, *sizes, "layer_norm_epsilon", "routed_scaling_factor", "rope_theta", "yarn_factor")
         require_positive(self, "yarn_beta_fast", "yarn_beta_slow", "yarn_mscale", "yarn_mscale_all_dim", "swiglu_limit")
-        for field in ("router_aux_loss_coef", "router_z_loss_coef", "mtp_loss_scale"):
-            require(0 <= getattr(self, field) < math.inf, self, field, "0 or more")
+        require_not_negative(self, "router_aux_loss_coef", "router_z_loss_coef", "mtp_loss_scale")
         require_choice(self, "norm", NORMS)
         pattern = parse_pattern(self.pattern)
         self._check_mtp(pattern)
@@ -261,7 +269,7 @@ class ModelConfig:
         if self.mamba_norm_groups is not None:
             self._divides("mamba_norm_groups", "mamba_num_heads")
         low, high = self.time_step_min, self.time_step_max
-        require(low is None or 0 <= low < math.inf, self, "time_step_min", "0 or more")
+        require_not_negative(self, "time_step_min")
         require(high is None or high > (low or 0), self, "time_step_max", f"above time_step_min = {low}")
 
     def _check_experts(self) -> None:

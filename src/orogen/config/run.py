@@ -3,7 +3,16 @@
 import dataclasses
 from typing import Any
 
-from orogen.config.checks import ABSENT, ConfigError, check_types, require, require_choice, require_positive
+from orogen.config.checks import (
+    ABSENT,
+    ConfigError,
+    check_types,
+    is_unicode,
+    require,
+    require_choice,
+    require_not_negative,
+    require_positive,
+)
 from orogen.config.data import DataConfig
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
@@ -52,7 +61,10 @@ class TrainConfig:
         require(self.sequence_length > 1, self, "sequence_length", "at least 2: a token and its target")
         require(0 <= self.seed < 2**31, self, "seed", "an integer from 0 to 2**31 - 1")
         require(0 <= self.ngram_order <= 7, self, "ngram_order", "a number from 0 to 7")
-        require(self.router_bias_update_rate >= 0, self, "router_bias_update_rate", "0 or more")
+        require_not_negative(self, "router_bias_update_rate")
+        require(len(self.sample_prompts) > 0, self, "sample_prompts", "at least one, which may be empty")
+        for prompt in self.sample_prompts:
+            require(is_unicode(prompt), self, "sample_prompts", "valid Unicode, without lone surrogates")
         require_choice(self, "compute_dtype", ("float32", "bfloat16"))
         object.__setattr__(self, "sample_prompts", tuple(self.sample_prompts))  # gin may give a list
 
@@ -84,8 +96,7 @@ class OptimizerConfig:
         require_choice(self, "name", ("adamw", "muon"))
         require_choice(self, "schedule", ("cosine", "wsd", "constant"))
         require_positive(self, "learning_rate", "epsilon", "clip_norm")
-        for field in ("warmup_steps", "decay_steps", "weight_decay"):
-            require(getattr(self, field) >= 0, self, field, "0 or more")
+        require_not_negative(self, "warmup_steps", "decay_steps", "weight_decay")
         require(0 <= self.min_ratio <= 1, self, "min_ratio", "a number from 0 to 1")
         for field in ("beta1", "beta2"):
             require(0 <= getattr(self, field) < 1, self, field, "a number from 0 to below 1")

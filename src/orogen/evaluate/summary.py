@@ -39,6 +39,7 @@ def baselines(trained: Trained, config: RunConfig) -> dict[str, float]:
         return {}
     heldout = [document.text.encode() for document in trained.corpus.splits["heldout"].documents]
     seen = trained_text(batches_until(config, trained.corpus, int(trained.state.step)), trained.corpus.tokenizer)
+    order = min(order, len(seen))  # a run of a few bytes has no longer n-grams
     score = ngram.bits_per_byte(ngram.fit(seen, order), heldout)
     return {f"Witten-Bell {order}-gram": score, **ngram.compressed_bits_per_byte(heldout)}
 

@@ -57,31 +57,36 @@ class Checkpoints:
     def restore(self, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The latest state and data position. target: abstract arrays with the shardings to restore onto."""
         model, trainer = _split(target)
-        self._check("model", model)
-        restored = self._manager.restore(
-            self.latest,
-            args=ocp.args.Composite(
-                model=ocp.args.StandardRestore(model),
-                trainer=ocp.args.StandardRestore(trainer),
-                data=ocp.args.JsonRestore(),
-            ),
-        )
+        restored = self._read(model, trainer=ocp.args.StandardRestore(trainer), data=ocp.args.JsonRestore())
         return _join(target, {**restored["model"], **restored["trainer"]}), restored["data"]
 
     def restore_model(self, params: Any, buffers: Any) -> tuple[Any, Any]:
         """The latest parameters and buffers, onto abstract arrays with shardings."""
         target = {"params": params, "buffers": buffers}
         named = _named(target)
-        self._check("model", named)
-        restored = self._manager.restore(self.latest, args=ocp.args.Composite(model=ocp.args.StandardRestore(named)))
-        model = _join(target, restored["model"])
+        model = _join(target, self._read(named)["model"])
         return model["params"], model["buffers"]
 
-    def _check(self, item: str, wanted: dict[str, Any]) -> None:
-        """Raises ConfigError naming the first array that the checkpoint lacks, has too many, or in another shape."""
+    def _read(self, model: dict[str, Any], **others: Any) -> Any:
+        """The latest model, onto the abstract arrays `model`, and other items. Raises ConfigError if any is damaged."""
         if self.latest is None:
             raise ConfigError(f"{self.folder} holds no complete checkpoint; expected at least one")
-        saved = self._manager.item_metadata(self.latest)[item]
+        try:
+            self._check(self.latest, model)
+            arguments = ocp.args.Composite(model=ocp.args.StandardRestore(model), **others)
+            return self._manager.restore(self.latest, args=arguments)
+        except (ConfigError, jax.errors.JaxRuntimeError):  # the latter: no memory for it
+            raise
+        except Exception as error:  # orbax and tensorstore have no error of their own for a damaged file
+            reason = (str(error).splitlines() or [""])[0][:200]
+            raise ConfigError(
+                f"{self.folder / str(self.latest)} cannot be read ({type(error).__name__}: {reason}); "
+                "expected a whole checkpoint: without this folder, the one before it counts"
+            ) from error
+
+    def _check(self, step: int, wanted: dict[str, Any]) -> None:
+        """Raises ConfigError naming the first array that the checkpoint lacks, has too many, or in another shape."""
+        saved = self._manager.item_metadata(step)["model"]
         saved = getattr(saved, "tree", saved)
         for name in sorted(set(saved) | set(wanted)):
             have = tuple(saved[name].shape) if name in saved else "nothing"

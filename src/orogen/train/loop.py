@@ -7,6 +7,7 @@ import itertools
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +35,10 @@ from orogen.train.step import StepMetrics, batch_to_devices, make_step
 
 class NonFiniteError(RuntimeError):
     """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+class StoppedEarlyError(Exception):
+    """SIGTERM came before a step was taken, so that there is nothing to save."""
 
 
 class Origin(NamedTuple):
@@ -68,7 +73,7 @@ def train(
     """Trains `config` in `run_dir` until `TrainConfig.steps`, or until SIGTERM, and saves.
 
     origin: where a run without a checkpoint of its own starts from, with a fresh optimizer. Everything that can be
-    refused is refused before the folder is touched. Raises ConfigError, NonFiniteError.
+    refused is refused before the folder is touched. Raises ConfigError, NonFiniteError, StoppedEarlyError.
     """
     config.need("model", "data", "train", "optimizer")
     plan = make_plan(config.plan, config.model)
@@ -93,6 +98,8 @@ def train(
             log(f"continuing {run_dir} after step {run.first_step}")
         elif orphans := keep_orphaned_metrics(run_dir):
             log(f"{run_dir} has no checkpoint: starting over; the metrics there are kept as {orphans.name}")
+        if run.first_step < config.train.steps:
+            (run_dir / "report.html").unlink(missing_ok=True)  # it is of an earlier step
         with MetricsWriter(run_dir, resume_step=run.first_step) as writer:
             state = run.steps(state, writer, stop)
         checkpoints.save(state, run.position)
@@ -107,10 +114,14 @@ def _facts(config: RunConfig, plan: Plan, corpus: Corpus) -> dict[str, Any]:
 
 
 class _Sigterm:
-    """A flag that SIGTERM raises, so that the run can save and leave with status 0."""
+    """A flag that SIGTERM raises, so that the run can save and leave with status 0.
+
+    Until `working` is set there is nothing to save, and SIGTERM raises StoppedEarlyError. One program's compilation is
+    not interrupted.
+    """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = self.working = False
 
     def __enter__(self) -> "_Sigterm":
         self._before = signal.signal(signal.SIGTERM, self._ask)
@@ -121,6 +132,8 @@ class _Sigterm:
 
     def _ask(self, *_: Any) -> None:
         self.asked = True
+        if not self.working:
+            raise StoppedEarlyError
 
 
 class _Run:
@@ -154,39 +167,44 @@ class _Run:
         return state
 
     def steps(self, state: TrainState, writer: MetricsWriter, stop: _Sigterm) -> TrainState:
-        """Runs to the end or to a stop. A step's metrics are fetched after the next is on its way."""
+        """Runs to the end or to a stop, at a finite step. A step's metrics are read after the next is on its way."""
         train, pending = self.config.train, None
         self.clock = time.perf_counter()
-        with Progress(train.steps, first_step=self.first_step) as progress:
+        with Progress(train.steps, first_step=self.first_step) as progress, ThreadPoolExecutor(1) as fetcher:
             for number in range(self.first_step + 1, train.steps + 1):
                 batch = next(self.loader)
                 self.position = self.loader.state()
                 state, metrics = self.step(state, batch_to_devices(batch, self.plan))
+                stop.working = True
                 if pending is not None:
                     self._report(*pending, writer, progress)
-                pending = number, metrics
+                pending = number, fetcher.submit(_fetch, metrics)
                 last, due = number == train.steps or stop.asked, lambda every, n=number: n % every == 0
                 if last or due(train.evaluate_every) or due(train.checkpoint_every):
                     scored = not stop.asked and (number == train.steps or due(train.evaluate_every))
-                    self._report(*pending, writer, progress, state if scored else None)
+                    finite = self._report(*pending, writer, progress, state if scored else None)
                     pending = None
-                if due(train.checkpoint_every) and not last:
-                    self.checkpoints.save(state, self.position)
-                if last:
-                    break
+                    if last and finite:
+                        break
+                    if due(train.checkpoint_every) and finite:
+                        self.checkpoints.save(state, self.position)
         return state
 
     def _report(
         self,
         number: int,
-        metrics: StepMetrics,
+        fetching: Future[tuple[StepMetrics, float]],
         writer: MetricsWriter,
         progress: Progress,
         scored: TrainState | None = None,
-    ) -> None:
-        """Writes step `number` down, with the held-out loss of the state `scored` if there is one."""
-        fetched = jax.device_get(metrics)
-        record = self._record(number, fetched, time.perf_counter() - self.clock)
+    ) -> bool:
+        """Writes step `number` down, with the held-out loss of the state `scored` if there is one.
+
+        Returns whether the step was finite. Raises NonFiniteError if the last one is not, or too many in a row.
+        """
+        fetched, done = fetching.result()
+        record = self._record(number, fetched, done - self.clock)
+        self.clock = done
         if scored is not None and self.heldout is not None:
             score = self.heldout.sample(scored)
             record |= {"heldout_loss": score.loss, "heldout_bits_per_byte": score.bits_per_byte}
@@ -201,7 +219,12 @@ class _Run:
                 f"({self._culprit(fetched)}); expected fewer than "
                 f"TrainConfig.max_skipped_steps = {self.config.train.max_skipped_steps}"
             )
-        self.clock = time.perf_counter()
+        finite = not fetched.skipped_in_row
+        if number == self.config.train.steps and not finite:
+            raise NonFiniteError(f"step {number}, the last, was not finite ({self._culprit(fetched)})")
+        if scored is not None:
+            self.clock = time.perf_counter()
+        return finite
 
     def _culprit(self, metrics: StepMetrics) -> str:
         """What was not finite. A loss that is not makes every gradient so, and then no leaf is to blame."""
@@ -230,6 +253,11 @@ class _Run:
         if self.peak:
             record["mfu"] = self.flops * tokens / seconds / self.plan.config.devices / self.peak
         return record
+
+
+def _fetch(metrics: StepMetrics) -> tuple[StepMetrics, float]:
+    """The metrics on the host, and when they were there: the loop may come for them much later."""
+    return jax.device_get(metrics), time.perf_counter()
 
 
 def train_loader(config: RunConfig, corpus: Corpus) -> Loader:
