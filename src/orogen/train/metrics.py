@@ -29,6 +29,8 @@ from typing import IO, Any, Self
 import rich.console
 import rich.progress
 
+from orogen.config.checks import ConfigError
+
 FILE_NAME = "metrics.jsonl"
 NONFINITE = "nonfinite"
 
@@ -38,7 +40,7 @@ class MetricsWriter:
 
     With `resume_step` s, lines of later steps and a last line torn by a kill are removed first, so that the file ends
     up equal to that of an uninterrupted run; every line of a step ≤ s stays as it is, byte for byte.
-    Raises FileExistsError if there are lines already and `resume_step` is None, and ValueError if a line other than
+    Raises FileExistsError if there are lines already and `resume_step` is None, and ConfigError if a line other than
     the last cannot be read.
     """
 
@@ -241,7 +243,9 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
         except ValueError as error:
             if number == len(lines):
                 return
-            raise ValueError(f"{path}, line {number} is {line[:80]!r}, expected a JSON object") from error
+            raise ConfigError(f"{path}, line {number} is {line[:80]!r}; expected a JSON object") from error
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            raise ConfigError(f"{path}, line {number} is {line[:80]!r}; expected a JSON object with a whole `step`")
         yield line, record
 
 
