@@ -265,6 +265,23 @@ def test_prompts_of_unequal_lengths_do_not_disturb_each_other(whole):
     assert both == [generate(loaded, [p], tokens=6, temperature=0.0)[0] for p in ("document 1", "d")]
 
 
+@pytest.mark.parametrize("tokens", [2**20, 10**12, 10**30])
+def test_more_tokens_than_anyone_can_wait_for_are_refused(whole, tokens):
+    with pytest.raises(ConfigError, match=rf"a prompt of 2 tokens and {tokens} new ones; expected at most 1048576"):
+        generate(load_checkpoint(whole), ["d"], tokens=tokens)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    file = folder / "tokenizer" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["vocab"]["ab"] = 300
+    file.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="ModelConfig.vocab_size is 259; expected at least 301, the size of the"):
+        load_checkpoint(folder)
+
+
 def test_generation_past_the_learned_positions_is_refused(whole):
     loaded = load_checkpoint(whole)
     short = loaded._replace(config=dataclasses.replace(loaded.config, learned_positions=8))

@@ -19,7 +19,7 @@ from orogen.config.checks import require
 from orogen.config.run import RunConfig
 from orogen.data.loader import Corpus, Loader, open_corpus
 from orogen.data.packing import Batch
-from orogen.data.tokenizer import Tokenizer, check_vocab_size
+from orogen.data.tokenizer import Tokenizer, check_rows, check_vocab_size
 from orogen.model.count import count
 from orogen.model.lm import Built, build
 from orogen.parallel.plan import Plan, make_plan
@@ -83,9 +83,8 @@ def train(
     corpus = open_corpus(config.data, tokenizer=known)
     if known is None or origin is None:
         check_vocab_size(corpus.tokenizer, config.model.vocab_size)
-    else:  # released models have more rows than their tokenizer has entries
-        expected = f"at least {known.vocab_size}, the size of the checkpoint's tokenizer"
-        require(config.model.vocab_size >= known.vocab_size, config.model, "vocab_size", expected)
+    else:
+        check_rows(known, config.model.vocab_size)
     built = build(config.model)
     with Checkpoints(run_dir, keep=config.train.keep_checkpoints) as checkpoints, _Sigterm() as stop:
         run = _Run(config, plan, built, corpus, checkpoints)
