@@ -411,6 +411,11 @@ def test_generate_refuses_a_seed_out_of_range(refused, saved, seed):
     assert message == f"--seed {seed}; expected a whole number from 0 to 2**63 - 1"
 
 
+def test_generate_refuses_a_prompt_that_is_no_text(refused, saved):
+    message = refused("generate", "--checkpoint", saved, "--prompt", b"\xff".decode(errors="surrogateescape"))
+    assert message == "--prompt '\\udcff'; expected valid UTF-8"
+
+
 # What argparse refuses
 
 

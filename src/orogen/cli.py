@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from orogen.config.checks import ConfigError
+from orogen.config.checks import ConfigError, is_unicode
 from orogen.config.load import load, model_bindings
 from orogen.config.run import RunConfig
 from orogen.parallel.runtime import configure
@@ -225,6 +225,8 @@ def generate(options: argparse.Namespace) -> int:
         )
     if not 0 <= options.seed < 2**63:
         raise ConfigError(f"--seed {options.seed}; expected a whole number from 0 to 2**63 - 1")
+    if not is_unicode(options.prompt):
+        raise ConfigError(f"--prompt {options.prompt!r}; expected valid UTF-8")
     from orogen.convert.checkpoint import load_checkpoint
     from orogen.infer.generate import generate as run
 

@@ -71,7 +71,7 @@ def test_bindings_come_after_files_and_files_in_order(write):
     first, second = write(MAMBA), write("ModelConfig.hidden_size = 24\n", "home/second.gin")
     assert load([first, second])[0].model.hidden_size == 24
     assert load([second, first])[0].model.hidden_size == 12
-    assert load([first], ["ModelConfig.hidden_size = 36", "ModelConfig.hidden_size = 48"])[0].model.hidden_size == 48
+    assert load([first], ["ModelConfig.hidden_size = 36"])[0].model.hidden_size == 36
 
 
 def test_a_file_overrides_what_it_includes(write):
@@ -264,6 +264,24 @@ def test_a_key_twice_in_one_file_is_refused_with_its_line(write, line, key):
 def test_an_import_is_refused(write):
     file = write("import json\n" + MAMBA)
     assert refusal(file) == f"{file}, line 1: import json; expected bindings and includes only"
+
+
+@pytest.mark.parametrize(
+    ("bindings", "message"),
+    [
+        (("import json",), "import json; expected bindings only"),
+        (("from os import path",), "from os import path; expected bindings only"),
+        (("include 'other.gin'",), "include 'other.gin'; expected bindings only"),
+        (("PlanConfig.data = 2", "PlanConfig.data = 3"), "PlanConfig.data is bound twice; expected once"),
+        (("A = 2\nA = 3",), "A is bound twice; expected once"),
+    ],
+)
+def test_bindings_of_the_command_line_are_checked_as_files_are(write, bindings, message):
+    assert refusal(write(MAMBA), bindings=bindings) == f"gin bindings: {message}"
+
+
+def test_a_folder_is_no_gin_file(tmp_path):
+    assert refusal(tmp_path) == f"gin file {str(tmp_path)!r} is not a file"
 
 
 def test_missing_file_is_named(tmp_path):

@@ -55,7 +55,7 @@ REFUSED = [
     (PlanConfig, "dispatch", "ring", "one of allgather, alltoall"),
     (PlanConfig, "remat", "some", "one of none, full"),
     (PlanConfig, "attention", "flash", "one of full, blocked"),
-    (PlanConfig, "ssd", "scan", "one of recurrence, chunked"),
+    (PlanConfig, "ssd", "scan", "one of recurrence, chunked, triton"),
     (PlanConfig, "selective_scan", "recurrence", "one of reference, chunked"),
     (PlanConfig, "grouped_matmul", "triton", "one of reference, blocks, ragged_dot"),
     (PlanConfig, "cross_entropy", "fused", "one of full, chunked"),

@@ -80,6 +80,8 @@ def test_blank_lines_are_no_documents_but_count_as_lines(tmp_path):
         (b'{"text": null}', "'text' is None: expected a string"),
         (b'{"text": "\\ud800"}', "lone surrogate"),
         (b'{"text": "\xff"}', "byte 10 is not UTF-8"),
+        (b'{"text": ' + b"[" * 10**5, "expected one JSON object on the line"),
+        (b'{"text": "a", "number": ' + b"7" * 6000 + b"}", "expected one JSON object on the line"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, message):

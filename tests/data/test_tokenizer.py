@@ -125,6 +125,15 @@ def test_specials_are_named_by_the_config_beside_the_file(tmp_path):
     assert (loaded.pad_id, loaded.bos_id, loaded.eos_id) == (1, 1, 1)
 
 
+@pytest.mark.parametrize("role", ["pad_token", "bos_token", "eos_token"])
+@pytest.mark.parametrize("name", [["x"], 7, {"content": ["x"]}])
+def test_a_special_whose_name_is_no_text_is_refused(tmp_path, role, name):
+    byte_tokenizer().save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>", role: name}))
+    with pytest.raises(ConfigError, match=rf"tokenizer_config\.json: {role} is .*: expected the name of a token"):
+        Tokenizer.load(tmp_path)
+
+
 def test_training_twice_gives_one_file():
     """In two more processes: hash seeds, which order Python's and Rust's tables, differ there."""
     command = (

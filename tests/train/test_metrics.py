@@ -71,6 +71,17 @@ def test_a_last_line_that_lacks_only_its_end_is_kept(tmp_path):
     assert run(tmp_path / "cut", range(6, 8), resume_step=5) == whole
 
 
+@pytest.mark.parametrize("line", ["[1]", "7", "null", '{"loss": 1}', '{"step": "1"}', '{"step": true}'])
+def test_a_line_without_a_step_is_refused(tmp_path, line):
+    run(tmp_path, range(1, 3))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl, line 3 is .*; expected a JSON object with a whole `step`"):
+        MetricsWriter(tmp_path, resume_step=2)
+    with pytest.raises(ConfigError, match="line 3"):
+        read_metrics(tmp_path)
+
+
 def test_a_killed_process_loses_no_step_it_wrote(tmp_path):
     script = (
         "import os, signal, sys; from orogen.train.metrics import MetricsWriter\n"

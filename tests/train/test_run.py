@@ -201,11 +201,11 @@ def test_too_many_steps_that_are_not_finite_stop_the_run(recipe, tmp_path):
     assert read_metrics(tmp_path / "run")[-1]["skipped_steps"] == 3
 
 
-def test_a_run_whose_last_step_is_not_finite_fails_and_saves_nothing_of_it(recipe, tmp_path):
+def test_nothing_is_saved_while_steps_are_not_finite(recipe, tmp_path):
     """The second step is the first that is not finite."""
     wild = ("OptimizerConfig.learning_rate=1e38", "OptimizerConfig.clip_norm=1e38", "TrainConfig.checkpoint_every=1")
-    with pytest.raises(NonFiniteError, match=r"step 3, the last, was not finite \(.*\)"):
-        run(recipe, tmp_path / "run", *wild, "TrainConfig.steps=3")
+    with pytest.raises(NonFiniteError):
+        run(recipe, tmp_path / "run", *wild, "TrainConfig.max_skipped_steps=3")
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["1"]
 
 
@@ -263,6 +263,23 @@ def test_prompts_of_unequal_lengths_do_not_disturb_each_other(whole):
     loaded = load_checkpoint(whole)
     both = generate(loaded, ["document 1", "d"], tokens=6, temperature=0.0)
     assert both == [generate(loaded, [p], tokens=6, temperature=0.0)[0] for p in ("document 1", "d")]
+
+
+@pytest.mark.parametrize("tokens", [2**20, 10**12, 10**30])
+def test_more_tokens_than_anyone_can_wait_for_are_refused(whole, tokens):
+    with pytest.raises(ConfigError, match=rf"a prompt of 2 tokens and {tokens} new ones; expected at most 1048576"):
+        generate(load_checkpoint(whole), ["d"], tokens=tokens)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    file = folder / "tokenizer" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["vocab"]["ab"] = 300
+    file.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="ModelConfig.vocab_size is 259; expected at least 301, the size of the"):
+        load_checkpoint(folder)
 
 
 def test_generation_past_the_learned_positions_is_refused(whole):

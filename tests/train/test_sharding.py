@@ -175,3 +175,11 @@ def test_verify_notices_an_expert_counted_twice(monkeypatch):
     verdict = verify(run_config(plan={"tensor": 2}))
     assert not verdict.passed and verdict.load_error > 0
     assert verdict.loss_error <= LOSS and verdict.max_gradient_error <= GRADIENT
+
+
+def test_verify_needs_a_token_with_a_target():
+    with pytest.raises(ConfigError) as caught:
+        verify(run_config(sequence_length=2))
+    assert str(caught.value) == (
+        "TrainConfig.sequence_length is 2; expected a longer one: no token of the rows that are checked has a target"
+    )

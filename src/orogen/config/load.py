@@ -26,14 +26,16 @@ def load(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[Run
 
     A part is built if any binding names it, or if none of its fields is required. Includes are looked up beside the
     file of `files` that they come from, and in its parent folder. Raises ConfigError in one line on anything gin
-    refuses (unknown class, field or file), on a field's own refusal, on a key bound twice in one file, on an import,
-    and on bindings that nothing read: gin itself is silent on misspelt macros, unused scopes and duplicate keys.
+    refuses (unknown class, field or file), on a field's own refusal, on a key bound twice in one file or in `bindings`,
+    on an import, and on bindings that nothing read: gin itself is silent on misspelt macros, unused scopes and
+    duplicate keys.
     """
     gin.clear_config()
     logging.disable(logging.ERROR)  # gin logs each folder in which an include is not
     try:
         for file in map(Path, files):
             _parse(file)
+        _check_bindings(bindings)
         gin.parse_config(list(bindings), skip_unknown=False)
         gin.finalize()
         bound = _keys(gin.config_str())
@@ -89,12 +91,23 @@ def _keys(text: str) -> set[str]:
 
 def _parse(file: Path) -> None:
     if not file.is_file():
-        raise ConfigError(f"gin file {str(file)!r} does not exist")
+        raise ConfigError(f"gin file {str(file)!r} {'is not a file' if file.exists() else 'does not exist'}")
     file = file.resolve()
     folders = file.parents[:2]
     _check_statements(file, folders, ())
     _LOCATION_PREFIXES[:] = map(str, folders)  # gin cannot forget a folder, and prefers the current one
     gin.parse_config_file(str(file), skip_unknown=False)
+
+
+def _check_bindings(bindings: Sequence[str]) -> None:
+    """Refuses what gin lets pass in `bindings`: an import, an include, a key bound twice."""
+    seen: set[str] = set()
+    for statement in ConfigParser("\n".join(bindings), _Delegate()):
+        if isinstance(statement, ImportStatement | IncludeStatement):
+            name = statement.format() if isinstance(statement, ImportStatement) else f"include {statement.filename!r}"
+            raise ConfigError(f"gin bindings: {name}; expected bindings only")
+        if isinstance(statement, BindingStatement):
+            _check_once(statement, seen, "gin bindings")
 
 
 def _check_statements(file: Path, folders: Sequence[Path], above: tuple[Path, ...]) -> None:
@@ -113,11 +126,16 @@ def _check_statements(file: Path, folders: Sequence[Path], above: tuple[Path, ..
                 raise ConfigError(f"{where}: include {statement.filename!r} leads back to itself")
             _check_statements(found, folders, (*above, file))
         if isinstance(statement, BindingStatement):
-            key = ".".join(filter(None, (statement.selector.split(".")[-1], statement.arg_name)))
-            key = f"{statement.scope}/{key}" if statement.scope else key
-            if key in seen:
-                raise ConfigError(f"{where}: {key} is bound twice; expected once")
-            seen.add(key)
+            _check_once(statement, seen, where)
+
+
+def _check_once(statement: BindingStatement, seen: set[str], where: str) -> None:
+    """Adds the statement's key to `seen`. Raises ConfigError if it is there."""
+    key = ".".join(filter(None, (statement.selector.split(".")[-1], statement.arg_name)))
+    key = f"{statement.scope}/{key}" if statement.scope else key
+    if key in seen:
+        raise ConfigError(f"{where}: {key} is bound twice; expected once")
+    seen.add(key)
 
 
 def _statements(file: Path) -> list[Any]:

@@ -42,7 +42,7 @@ class Pattern:
 
 
 def parse_pattern(text: str) -> Pattern:
-    """Reads `main("|"main)*("/"mtp)*`, Megatron's hybrid layer pattern.
+    """Reads `main("|"main)*("/"mtp)*`, Megatron's hybrid layer pattern. A segment may be empty.
 
     `MEM*E/*E/*E` is five layers and one block `*E` applied at two depths. Raises ConfigError on an unknown letter,
     an empty main pattern, an empty or differing part after `/`, or a `|` after `/`.
@@ -55,8 +55,6 @@ def parse_pattern(text: str) -> Pattern:
     layers = main.replace("|", "")
     if not layers:
         raise ConfigError(f"ModelConfig.pattern is {text!r}; expected at least one layer before any /")
-    if "|" in main and not all(main.split("|")):
-        raise ConfigError(f"ModelConfig.pattern is {text!r}; expected a layer between, before and after every |")
     if len(set(parts)) > 1 or any(not part or "|" in part for part in parts):
         raise ConfigError(
             f"ModelConfig.pattern is {text!r}; expected the parts after / to be equal, not empty, without |"

@@ -23,7 +23,7 @@ from orogen.convert.huggingface import (
 )
 from orogen.convert.names import Path as Names
 from orogen.convert.tensor_files import Spec
-from orogen.data.tokenizer import Tokenizer
+from orogen.data.tokenizer import Tokenizer, check_rows
 from orogen.infer.generate import Loaded
 from orogen.infer.generate import load_checkpoint as load_run
 from orogen.model.lm import Built, build
@@ -99,7 +99,10 @@ def load_checkpoint(folder: Path) -> Loaded:
     built = build(config)
     shardings = (plan.shardings(built.params), plan.shardings(built.buffers))
     params, buffers = load_parameters(folder, built, shardings)
-    return Loaded(config, built, params, buffers, read_tokenizer(folder), plan)
+    tokenizer = read_tokenizer(folder)
+    if tokenizer is not None:
+        check_rows(tokenizer, config.vocab_size)
+    return Loaded(config, built, params, buffers, tokenizer, plan)
 
 
 def read_tokenizer(folder: Path) -> Tokenizer | None:

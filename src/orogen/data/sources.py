@@ -94,6 +94,10 @@ def _text_of_line(line: bytes, text_field: str, *, where: str) -> str:
         record = json.loads(_decode(line, where=where))
     except json.JSONDecodeError as error:
         raise ConfigError(f"{where}: {error.msg}: expected one JSON object on the line") from error
+    except ConfigError:
+        raise
+    except (RecursionError, ValueError) as error:  # too deep, or an integer of more digits than Python reads
+        raise ConfigError(f"{where}: {error}: expected one JSON object on the line") from error
     if not isinstance(record, dict) or text_field not in record:
         found = sorted(record) if isinstance(record, dict) else type(record).__name__
         raise ConfigError(f"{where}: found {found}: expected a JSON object with the field {text_field!r}")

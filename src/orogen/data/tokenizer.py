@@ -200,6 +200,13 @@ def check_vocab_size(tokenizer: Tokenizer, vocab_size: int, *, name: str = "Mode
         raise ConfigError(f"{name} = {vocab_size}: expected {tokenizer.vocab_size}, the tokenizer's")
 
 
+def check_rows(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raises ConfigError if a model of `vocab_size` rows has none for some token; released models have more rows."""
+    if vocab_size < tokenizer.vocab_size:
+        expected = f"at least {tokenizer.vocab_size}, the size of the checkpoint's tokenizer"
+        raise ConfigError(f"ModelConfig.vocab_size is {vocab_size}; expected {expected}")
+
+
 def _special_id(backend: tokenizers.Tokenizer, name: str) -> int:
     token_id = backend.token_to_id(name)
     if token_id is None:
@@ -237,7 +244,11 @@ def _special_names(file: Path) -> dict[str, str]:
     names = {role: name.get("content") if isinstance(name, dict) else name for role, name in names.items()}
     if not isinstance(names["eos"], str):
         raise ConfigError(f"{file}: eos_token is {names['eos']!r}: expected the name of a token")
-    return {role: name if name is not None else names["eos"] for role, name in names.items()}
+    names = {role: name if name is not None else names["eos"] for role, name in names.items()}
+    for role, name in names.items():
+        if not isinstance(name, str):
+            raise ConfigError(f"{file}: {role}_token is {name!r}: expected the name of a token")
+    return names
 
 
 def _write_atomically(file: Path, text: str) -> None:

@@ -18,7 +18,7 @@ from jax import Array, lax
 from orogen.config.checks import ConfigError
 from orogen.config.load import load
 from orogen.config.model import ModelConfig
-from orogen.data.tokenizer import Tokenizer
+from orogen.data.tokenizer import Tokenizer, check_rows
 from orogen.infer.sampling import sample
 from orogen.layers.documents import documents
 from orogen.model.lm import Built, build
@@ -27,6 +27,8 @@ from orogen.train.checkpoint import Checkpoints, with_shardings
 
 # Sequences are padded to a multiple of this, so that prompts of many lengths share a compiled program.
 BUCKET = 64
+# Every token costs a pass over the whole sequence: more would take weeks.
+MAX_LENGTH = 2**20
 
 
 class Loaded(NamedTuple):
@@ -53,7 +55,9 @@ def load_checkpoint(folder: Path) -> Loaded:
     targets = (with_shardings(t, plan.shardings(t)) for t in (built.params, built.buffers))
     with Checkpoints(folder) as checkpoints:
         params, buffers = checkpoints.restore_model(*targets)
-    return Loaded(config.model, built, params, buffers, Tokenizer.load(folder / "tokenizer"), plan)
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    check_rows(tokenizer, config.model.vocab_size)
+    return Loaded(config.model, built, params, buffers, tokenizer, plan)
 
 
 def generate(
@@ -61,13 +65,18 @@ def generate(
 ) -> list[str]:
     """Continuations of `prompts`, each up to `tokens` tokens or its end-of-document token.
 
-    Raises ConfigError for a model without a tokenizer, and if that needs more positions than it has learned.
+    Raises ConfigError for a model without a tokenizer, for more than MAX_LENGTH tokens with the prompt's, and if that
+    needs more positions than the model has learned.
     """
     tokenizer = loaded.tokenizer
     if tokenizer is None:
         raise ConfigError("the checkpoint has no tokenizer.json; expected one, to read the prompt with")
     ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
     lengths_b = np.array([len(i) for i in ids])
+    if tokens > MAX_LENGTH - int(lengths_b.max()):
+        raise ConfigError(
+            f"a prompt of {lengths_b.max()} tokens and {tokens} new ones; expected at most {MAX_LENGTH} in all"
+        )
     positions = loaded.config.learned_positions
     if positions is not None and lengths_b.max() + tokens > positions:
         raise ConfigError(

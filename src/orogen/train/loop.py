@@ -19,7 +19,7 @@ from orogen.config.checks import require
 from orogen.config.run import RunConfig
 from orogen.data.loader import Corpus, Loader, open_corpus
 from orogen.data.packing import Batch
-from orogen.data.tokenizer import Tokenizer, check_vocab_size
+from orogen.data.tokenizer import Tokenizer, check_rows, check_vocab_size
 from orogen.model.count import count
 from orogen.model.lm import Built, build
 from orogen.parallel.plan import Plan, make_plan
@@ -83,9 +83,8 @@ def train(
     corpus = open_corpus(config.data, tokenizer=known)
     if known is None or origin is None:
         check_vocab_size(corpus.tokenizer, config.model.vocab_size)
-    else:  # released models have more rows than their tokenizer has entries
-        expected = f"at least {known.vocab_size}, the size of the checkpoint's tokenizer"
-        require(config.model.vocab_size >= known.vocab_size, config.model, "vocab_size", expected)
+    else:
+        check_rows(known, config.model.vocab_size)
     built = build(config.model)
     with Checkpoints(run_dir, keep=config.train.keep_checkpoints) as checkpoints, _Sigterm() as stop:
         run = _Run(config, plan, built, corpus, checkpoints)
@@ -167,7 +166,7 @@ class _Run:
         return state
 
     def steps(self, state: TrainState, writer: MetricsWriter, stop: _Sigterm) -> TrainState:
-        """Runs to the end or to a stop, at a finite step. A step's metrics are read after the next is on its way."""
+        """Runs to the end or to a stop. A step's metrics are read after the next is on its way."""
         train, pending = self.config.train, None
         self.clock = time.perf_counter()
         with Progress(train.steps, first_step=self.first_step) as progress, ThreadPoolExecutor(1) as fetcher:
@@ -184,7 +183,7 @@ class _Run:
                     scored = not stop.asked and (number == train.steps or due(train.evaluate_every))
                     finite = self._report(*pending, writer, progress, state if scored else None)
                     pending = None
-                    if last and finite:
+                    if last:
                         break
                     if due(train.checkpoint_every) and finite:
                         self.checkpoints.save(state, self.position)
@@ -200,7 +199,7 @@ class _Run:
     ) -> bool:
         """Writes step `number` down, with the held-out loss of the state `scored` if there is one.
 
-        Returns whether the step was finite. Raises NonFiniteError if the last one is not, or too many in a row.
+        Returns whether the step was finite. Raises NonFiniteError if too many in a row were not.
         """
         fetched, done = fetching.result()
         record = self._record(number, fetched, done - self.clock)
@@ -220,8 +219,6 @@ class _Run:
                 f"TrainConfig.max_skipped_steps = {self.config.train.max_skipped_steps}"
             )
         finite = not fetched.skipped_in_row
-        if number == self.config.train.steps and not finite:
-            raise NonFiniteError(f"step {number}, the last, was not finite ({self._culprit(fetched)})")
         if scored is not None:
             self.clock = time.perf_counter()
         return finite

@@ -244,6 +244,8 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
             if number == len(lines):
                 return
             raise ConfigError(f"{path}, line {number} is {line[:80]!r}; expected a JSON object") from error
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            raise ConfigError(f"{path}, line {number} is {line[:80]!r}; expected a JSON object with a whole `step`")
         yield line, record
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from orogen.config.checks import require
 from orogen.config.run import OptimizerConfig, RunConfig, TrainConfig
 from orogen.data.packing import Batch
 from orogen.model.lm import Built, build, initial_state
@@ -74,6 +75,8 @@ def verify(config: RunConfig) -> Verdict:
         config.optimizer or OptimizerConfig(learning_rate=1e-3), schedule="constant", warmup_steps=0
     )
     batch = packed_batch(config, train)
+    expected = "a longer one: no token of the rows that are checked has a target"
+    require(bool(batch.weights_bt.any()), train, "sequence_length", expected)
     built = build(config.model)
     start = _initial(config, built, single, train.seed)
     alone = _gradients(built, config, single, start, batch, None)
