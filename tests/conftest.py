@@ -4,6 +4,8 @@ Tests that need an accelerator run on one with JAX_PLATFORMS=cuda,cpu in front o
 """
 
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 from orogen.parallel.runtime import compile_cache_folder, make_room_for
 
@@ -18,6 +20,26 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax  # noqa: E402 - the lines above speak to it
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture
+def refused(tmp_path, capsys) -> Callable[..., str]:
+    """Runs a command that must end with status 2, one line on stderr and every file as it was; gives the line."""
+    from tests.helpers import listing
+
+    from orogen.cli import main
+
+    def run(*arguments: str | Path) -> str:
+        before = listing(tmp_path)
+        assert main([str(argument) for argument in arguments]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("orogen: ") and err.count("\n") == 1, err
+        assert listing(tmp_path) == before
+        return err.removeprefix("orogen: ").rstrip("\n")
+
+    return run

@@ -1,5 +1,8 @@
 """Small models and runs that several tests share."""
 
+import hashlib
+from pathlib import Path
+
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.run import OptimizerConfig, RunConfig, TrainConfig
@@ -46,3 +49,9 @@ def run_config(model: ModelConfig | None = None, *, plan: dict | None = None, da
         train=TrainConfig(**settings),
         optimizer=OptimizerConfig(learning_rate=3e-3, schedule="constant"),
     )
+
+
+def listing(folder: Path) -> dict[str, str]:
+    """Every path below `folder`, with the hash of its bytes."""
+    digest = lambda p: hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "folder"  # noqa: E731
+    return {str(path.relative_to(folder)): digest(path) for path in folder.rglob("*")}

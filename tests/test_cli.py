@@ -1,6 +1,5 @@
 """The command line: what it answers, and that bad input ends with status 2, one line, and nothing changed."""
 
-import hashlib
 import json
 import os
 import signal
@@ -46,28 +45,6 @@ def recipe(tmp_path) -> Path:
     file = tmp_path / "recipe.gin"
     file.write_text(RUN.format(corpus=str(corpus)))
     return file
-
-
-def listing(folder: Path) -> dict[str, str]:
-    """Every path below `folder`, with the hash of its bytes."""
-    digest = lambda p: hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "folder"  # noqa: E731
-    return {str(path.relative_to(folder)): digest(path) for path in folder.rglob("*")}
-
-
-@pytest.fixture
-def refused(tmp_path, capsys) -> Callable[..., str]:
-    """Runs a command that must end with status 2, one line on stderr and every file as it was; gives the line."""
-
-    def run(*arguments: str | Path) -> str:
-        before = listing(tmp_path)
-        assert main([str(argument) for argument in arguments]) == 2
-        out, err = capsys.readouterr()
-        assert out == ""
-        assert err.startswith("orogen: ") and err.count("\n") == 1, err
-        assert listing(tmp_path) == before
-        return err.removeprefix("orogen: ").rstrip("\n")
-
-    return run
 
 
 def bound(*bindings: str) -> list[str]:

@@ -35,7 +35,8 @@ quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimizati
 
 def parameters(names) -> list:
     """The implementations, where those that need a GPU are skipped without one."""
-    needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+    reason = "needs a GPU, and JAX_PLATFORMS=cuda,cpu in front of the command"
+    needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason=reason)
     return [pytest.param(name, marks=needs_gpu if name == "triton" else ()) for name in sorted(names)]
 
 
@@ -279,9 +280,13 @@ class TestEveryImplementation:
         # An exponent is a difference of sums over a chunk, each term as low as -88 (exp is 0 below): eps of that much.
         assert_close(got, want, float(jnp.finfo(jnp.float32).eps) * 88 * CHUNK)
 
+
+class TestWhereNotAllCan:
+    """What some implementations are not made for."""
+
+    # The Triton kernels take bfloat16 into matrix products: see TestTriton.
+    @pytest.mark.parametrize("implementation", ["chunked", "recurrence"])
     def test_bfloat16_is_rounded_at_the_ends_only(self, implementation: str):
-        if implementation.startswith("triton"):
-            pytest.skip("takes bfloat16 into matrix products: see TestTriton")
         ops = operands()
         half = Operands(*(o.astype(jnp.bfloat16) for o in ops[:5]), ops.initial_bhpn)
         (y_bthp, final_bhpn), gradient = outcome(half, segments((5, 12), t=29), implementation=implementation)
@@ -293,12 +298,9 @@ class TestEveryImplementation:
         # One rounding of the output, one of its gradient, one of each operand's gradient.
         assert_close((y_bthp, gradient), (want_y, want_gradient), tolerance(jnp.bfloat16, products=1))
 
+    # The interpreter of Pallas mixes varying and unvarying arrays, which check_vma refuses.
+    @pytest.mark.parametrize("implementation", parameters(set(IMPLEMENTATIONS) - {"triton_interpreted"}))
     def test_gradients_inside_shard_map(self, implementation: str):
-        if implementation == "triton_interpreted":
-            pytest.skip("the interpreter of Pallas mixes varying and unvarying arrays, which check_vma refuses")
-        if len(jax.devices()) < 2:
-            pytest.skip("needs two devices")
-
         def loss(ops: Operands, segments_bt: Array, weights) -> Array:
             results = run(ops, segments_bt, implementation=implementation)
             # The state and segments made inside vary over no mesh axis, and nothing reads this final state.

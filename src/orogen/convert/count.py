@@ -21,12 +21,12 @@ def count_exported(config: ModelConfig) -> dict[str, int | None]:
     An MTP block counts with the copies of embedding and head that DeepSeek's files give it. A model that no family of
     Hugging Face's can hold has tensors and bytes None.
     """
-    counts = count(config)
+    built = build(config)
+    counts = count(config, built)
     try:
         family = family_of(config)
     except ConfigError:
         return {**counts, "tensors": None, "bytes": None}
-    built = build(config)
     tensors = table(family, config)
     tree = {path: v.get_value().shape for part in (built.params, built.buffers) for path, v in nnx.to_flat_state(part)}
     if tree != leaf_shapes(tensors):

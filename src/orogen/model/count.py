@@ -7,14 +7,14 @@ import jax
 from flax import nnx
 
 from orogen.config.model import ModelConfig
-from orogen.model.lm import build
+from orogen.model.lm import Built, build
 
 
-def count(config: ModelConfig) -> dict[str, int]:
+def count(config: ModelConfig, built: Built | None = None) -> dict[str, int]:
     """Parameters in all (routers' correction biases and MTP block included); those that one token uses, without the
     MTP block, with and without the input embedding, which is never left out where it is the head as well; and the MTP
-    block's. Allocates nothing."""
-    built = build(config)
+    block's. Allocates nothing. built: of the same config, if there is one."""
+    built = built or build(config)
     sizes = [(path, leaf) for tree in (built.params, built.buffers) for path, leaf in _leaves(tree)]
     total = sum(math.prod(leaf.get_value().shape) for _, leaf in sizes)
     mtp = sum(math.prod(leaf.get_value().shape) for path, leaf in sizes if path[0] == "mtp")

@@ -75,9 +75,9 @@ class Checkpoints:
             self._check(self.latest, model)
             arguments = ocp.args.Composite(model=ocp.args.StandardRestore(model), **others)
             return self._manager.restore(self.latest, args=arguments)
-        except (ConfigError, jax.errors.JaxRuntimeError):  # the latter: no memory for it
+        except ConfigError:
             raise
-        except Exception as error:  # orbax and tensorstore have no error of their own for a damaged file
+        except (ValueError, KeyError, OSError) as error:  # what orbax and tensorstore make of a damaged file
             reason = (str(error).splitlines() or [""])[0][:200]
             raise ConfigError(
                 f"{self.folder / str(self.latest)} cannot be read ({type(error).__name__}: {reason}); "
