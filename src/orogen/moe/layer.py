@@ -3,10 +3,12 @@
 Letters: b batch, t time of this rank's sequence piece, n tokens (b · t), d model, w expert width, k experts a token.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -17,6 +19,7 @@ from orogen.layers.parameter import normal
 from orogen.moe.dispatch import DISPATCHES, expert_capacity, within_capacity
 from orogen.moe.experts import Experts
 from orogen.moe.router import Router, RouterLosses, Routing, expert_counts, router_losses
+from orogen.parallel.context import zigzag
 from orogen.parallel.plan import Plan
 
 
@@ -88,14 +91,14 @@ class MoE(nnx.Module):
     def _account(self, logits_bte: Array, routing: Routing, valid_bt: Array, plan: Plan) -> tuple[MoEStats, Array, int]:
         """Statistics, which assignments have room, and an expert's capacity from each source rank."""
         k = routing.experts.shape[-1]
-        rows, columns = plan.sources
-        by_source = lambda a: _split(a, rows, columns)  # noqa: E731
-        tokens = valid_bt.size // (rows * columns)
+        sources = math.prod(plan.sources)
+        by_source = lambda a: _split(a, *plan.sources)  # noqa: E731
+        tokens = valid_bt.size // sources
         capacity = expert_capacity(tokens, k, self.n_experts, plan.config.capacity_factor)
         keep = jax.vmap(lambda idx, valid: within_capacity(idx, valid, n_experts=self.n_experts, capacity=capacity))(
             by_source(routing.experts), by_source(valid_bt[..., None])[..., 0]
         )
-        keep_btk = _join(keep, routing.experts.shape, rows, columns)
+        keep_btk = _join(keep, routing.experts.shape, *plan.sources)
         valid_btk = jnp.broadcast_to(valid_bt[..., None], keep_btk.shape)
         stats = MoEStats(
             load=expert_counts(routing.experts, valid_btk, self.n_experts, axes=(0, 1, 2)),
@@ -103,16 +106,20 @@ class MoE(nnx.Module):
             losses=router_losses(logits_bte, routing.scores, valid_bt, plan, k=k),
             choice=Choice(routing.experts, routing.margin, routing.flipped),
         )
-        return stats, keep_btk, capacity * rows * columns
+        return stats, keep_btk, capacity * sources
 
 
-def _split(x_btk: Array, rows: int, columns: int) -> Array:
-    """(sources, n, k): the tokens of each of rows x columns source ranks."""
+def _split(x_btk: Array, data: int, context: int, tensor: int) -> Array:
+    """(sources, n, k): the tokens of each of data x context x tensor source ranks."""
     b, t, k = x_btk.shape
-    return x_btk.reshape(rows, b // rows, columns, t // columns, k).swapaxes(1, 2).reshape(rows * columns, -1, k)
+    x_btk = x_btk[:, zigzag(t, context)]
+    columns = context * tensor
+    return x_btk.reshape(data, b // data, columns, t // columns, k).swapaxes(1, 2).reshape(data * columns, -1, k)
 
 
-def _join(x_snk: Array, shape: tuple[int, ...], rows: int, columns: int) -> Array:
+def _join(x_snk: Array, shape: tuple[int, ...], data: int, context: int, tensor: int) -> Array:
     """The inverse of `_split`."""
     b, t, k = shape
-    return x_snk.reshape(rows, columns, b // rows, t // columns, k).swapaxes(1, 2).reshape(shape)
+    columns = context * tensor
+    x_btk = x_snk.reshape(data, columns, b // data, t // columns, k).swapaxes(1, 2).reshape(shape)
+    return x_btk[:, np.argsort(zigzag(t, context))]

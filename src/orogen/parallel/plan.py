@@ -32,7 +32,7 @@ class Plan:
     """A device mesh and the mesh axes that each logical axis is split over.
 
     rules: of arrays inside the step; storage: of master weights and optimizer state between steps.
-    sources: (rows, columns) of the ranks that a single device stands for when it decides which tokens exceed an
+    sources: (data, context, tensor) of the ranks that a single device stands for when it decides which tokens exceed an
     expert's capacity; capacity counts per source rank, so `verify` needs it to reproduce a plan on one device.
     """
 
@@ -40,7 +40,7 @@ class Plan:
     rules: Mapping[str, MeshAxes]
     storage: Mapping[str, MeshAxes]
     config: PlanConfig
-    sources: tuple[int, int] = (1, 1)
+    sources: tuple[int, int, int] = (1, 1, 1)
 
     def spec(self, *axes: str | None) -> PartitionSpec:
         """The PartitionSpec of an array with these logical axes. Raises KeyError on an unknown axis, ValueError if
@@ -112,6 +112,18 @@ class Plan:
         """All-to-all: piece r of dimension 0 goes to rank r; the result is stacked by sender along dimension 0."""
         return lax.all_to_all(x, self.rules[axis], 0, 0, tiled=True) if self.rules[axis] else x
 
+    def shift(self, x: Array, axis: str, by: int) -> Array:
+        """The `x` of the rank `by` before this one, in a ring: each rank's goes `by` ranks on."""
+        ranks = self.size(axis)
+        if by % ranks == 0:
+            return x
+        if self.config.shift == "permute":
+            return lax.ppermute(x, self.rules[axis], [(rank, (rank + by) % ranks) for rank in range(ranks)])
+        # Every rank sends to each rank, zeros to all but one: more bytes, and no collective that only some ranks of a
+        # pipeline may reach.
+        sent = jnp.zeros((ranks, *x.shape), x.dtype).at[(self.index(axis) + by) % ranks].set(x)
+        return self.exchange(sent, axis)[(self.index(axis) - by) % ranks]
+
     def index(self, axis: str) -> Array | int:
         """This device's rank along `axis`."""
         return lax.axis_index(self.rules[axis]) if self.rules[axis] else 0
@@ -158,7 +170,7 @@ def make_plan(config: PlanConfig, model: ModelConfig, *, abstract: bool = False)
     return Plan(mesh, rules, _rules(folding, fully_sharded=config.fsdp != "none"), config)
 
 
-def single_device_plan(config: PlanConfig, model: ModelConfig, *, sources: tuple[int, int] = (1, 1)) -> Plan:
+def single_device_plan(config: PlanConfig, model: ModelConfig, *, sources: tuple[int, int, int] = (1, 1, 1)) -> Plan:
     """The same choices on one device, which stands for `sources` ranks when it counts capacity."""
     ones = dict.fromkeys(("data", "context", "tensor", "stage", "expert", "expert_tensor"), 1)
     plan = make_plan(dataclasses.replace(config, **ones, fsdp="none"), model)

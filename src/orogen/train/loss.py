@@ -15,8 +15,9 @@ from orogen.data.packing import Batch
 from orogen.kernels.cross_entropy import cross_entropy
 from orogen.layers.documents import Documents
 from orogen.model.lm import LanguageModel
-from orogen.model.mtp import shift_left, shifted_segments
+from orogen.model.mtp import shifted_segments
 from orogen.moe.layer import MoEStats
+from orogen.parallel.context import later
 from orogen.parallel.plan import Plan
 
 # Rows of logits that exist at once, of one device: enough to keep a matrix unit busy, far below a batch.
@@ -43,17 +44,17 @@ class Sums(NamedTuple):
     choices: tuple[Any, ...]
 
 
-def target_weights(batch: Batch, depth: int) -> Array:
+def target_weights(batch: Batch, depth: int, plan: Plan) -> Array:
     """Weight (b, t) of predicting token t + 1 + depth from position t: the token's own, inside one document only."""
-    inside_bt = shifted_segments(batch.segments_bt, depth + 1) != 0
-    return jnp.where(inside_bt, shift_left(batch.weights_bt, depth + 1), 0)
+    inside_bt = shifted_segments(batch.segments_bt, depth + 1, plan) != 0
+    return jnp.where(inside_bt, later(batch.weights_bt, depth + 1, plan), 0)
 
 
 def batch_counts(batch: Batch, depths: int, plan: Plan) -> Counts:
     """The counts of `batch`, this device's rows, summed over all devices."""
-    segments = [shifted_segments(batch.segments_bt, depth) for depth in range(depths + 1)]
+    segments = [shifted_segments(batch.segments_bt, depth, plan) for depth in range(depths + 1)]
     counts = Counts(
-        jnp.stack([target_weights(batch, depth).sum() for depth in range(depths + 1)]),
+        jnp.stack([target_weights(batch, depth, plan).sum() for depth in range(depths + 1)]),
         jnp.stack([jnp.sum(s != 0, dtype=jnp.float32) for s in segments]),
         jnp.stack([jnp.sum((s != 0).any(1), dtype=jnp.float32) for s in segments]),
     )
@@ -100,8 +101,8 @@ def _nats(model: LanguageModel, h_btd: Array, batch: Batch, depth: int, plan: Pl
         return cross_entropy(
             x_btd.reshape(-1, x_btd.shape[-1]),
             head_dv,
-            shift_left(batch.tokens_bt, depth + 1).reshape(-1),
-            target_weights(batch, depth).reshape(-1),
+            later(batch.tokens_bt, depth + 1, plan).reshape(-1),
+            target_weights(batch, depth, plan).reshape(-1),
             chunk=LOGIT_ROWS,
             vocab_start=plan.index("vocab") * head_dv.shape[1],
             reduce_max=lambda x: plan.max(x, "vocab"),

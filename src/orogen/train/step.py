@@ -19,6 +19,7 @@ from orogen.data.packing import Batch
 from orogen.model.block import Repeat, letters, places, repeats
 from orogen.model.lm import Built
 from orogen.moe.layer import Choice
+from orogen.parallel.context import zigzag
 from orogen.parallel.plan import Plan
 from orogen.precision.policy import working_copy
 from orogen.train.loss import Sums, batch_counts, objective
@@ -224,4 +225,9 @@ def make_step(
 def batch_to_devices(batch: Batch, plan: Plan) -> Batch:
     """The global batch on the plan's devices."""
     sharding = plan.sharding(*BATCH_AXES)
-    return jax.tree.map(lambda x: jax.device_put(np.asarray(x), sharding), batch)
+    return jax.tree.map(lambda x: jax.device_put(in_rank_order(x, plan, axis=1), sharding), batch)
+
+
+def in_rank_order(x: Any, plan: Plan, *, axis: int) -> np.ndarray:
+    """`x` with the tokens along `axis` in the order in which the ranks of `context` hold them."""
+    return np.take(x, zigzag(np.shape(x)[axis], plan.size("context")), axis)

@@ -21,7 +21,7 @@ from orogen.parallel.plan import Plan, make_plan, single_device_plan
 from orogen.train.loop import leaf_name
 from orogen.train.optimizer import make_optimizer, square_sums
 from orogen.train.state import TrainState
-from orogen.train.step import apply_gradients, batch_to_devices, experts_of, gradients
+from orogen.train.step import apply_gradients, batch_to_devices, experts_of, gradients, in_rank_order
 
 # Relative tolerances in float32. A gradient leaf sums up to a few thousand products in another order.
 LOSS, GRADIENT, PARAMETER = 1e-5, 1e-4, 1e-6
@@ -68,7 +68,7 @@ def verify(config: RunConfig) -> Verdict:
     capacity as if it were the plan's source ranks. Needs as many devices as the plan.
     """
     plan = make_plan(config.plan, config.need("model").model)
-    sources = (config.plan.data, config.plan.context * config.plan.tensor)
+    sources = (config.plan.data, config.plan.context, config.plan.tensor)
     single = single_device_plan(config.plan, config.model, sources=sources)
     train = config.train or _default_train(config)
     optimizer = dataclasses.replace(
@@ -80,7 +80,8 @@ def verify(config: RunConfig) -> Verdict:
     built = build(config.model)
     start = _initial(config, built, single, train.seed)
     alone = _gradients(built, config, single, start, batch, None)
-    folded = _gradients(built, config, plan, start, batch, experts_of(alone.sums.choices))
+    replay = jax.tree.map(lambda experts: in_rank_order(experts, plan, axis=-2), experts_of(alone.sums.choices))
+    folded = _gradients(built, config, plan, start, batch, replay)
     errors, zero = _leaf_errors(alone.grads, folded.grads)
     worst = int(np.argmax(errors))
     flips, margin = _flips(folded.sums.choices)
@@ -207,5 +208,5 @@ def _updated(
 def _default_train(config: RunConfig) -> TrainConfig:
     """A batch that every axis of the plan divides, with rows of an odd number of tokens for each rank."""
     plan = config.plan
-    length = 13 * plan.context * plan.tensor
+    length = 13 * plan.context * plan.sequence_pieces
     return TrainConfig(steps=10, batch_size=2 * plan.data * plan.microbatches, sequence_length=max(length, 52), seed=0)
