@@ -111,9 +111,9 @@ def test_one_device_splits_nothing():
 
 def test_single_device_plan_keeps_the_choices():
     config = PlanConfig(**FOLDED, fsdp="parameters", dispatch="alltoall", capacity_factor=1.25, remat="full")
-    plan = single_device_plan(config, hybrid(), sources=(2, 4))
+    plan = single_device_plan(config, hybrid(), sources=(2, 1, 4))
     assert plan.config == PlanConfig(dispatch="alltoall", capacity_factor=1.25, remat="full")
-    assert plan.sources == (2, 4)
+    assert plan.sources == (2, 1, 4)
     assert plan.mesh.size == 1
 
 

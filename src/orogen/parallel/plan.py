@@ -110,7 +110,11 @@ class Plan:
 
     def exchange(self, x: Array, axis: str) -> Array:
         """All-to-all: piece r of dimension 0 goes to rank r; the result is stacked by sender along dimension 0."""
-        return lax.all_to_all(x, self.rules[axis], 0, 0, tiled=True) if self.rules[axis] else x
+        if not self.rules[axis]:
+            return x
+        # As two dimensions: XLA:CPU may give the pieces of more layouts that differ, and then refuses them (jax 0.10.1).
+        flat = lax.all_to_all(x.reshape(x.shape[0], -1), self.rules[axis], 0, 0, tiled=True)
+        return flat.reshape(x.shape)
 
     def shift(self, x: Array, axis: str, by: int) -> Array:
         """The `x` of the rank `by` before this one, in a ring: each rank's goes `by` ranks on."""
