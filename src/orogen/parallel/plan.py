@@ -112,7 +112,7 @@ class Plan:
         """All-to-all: piece r of dimension 0 goes to rank r; the result is stacked by sender along dimension 0."""
         if not self.rules[axis]:
             return x
-        # As two dimensions: XLA:CPU may give the pieces of more layouts that differ, and then refuses them (jax 0.10.1).
+        # As two dimensions: XLA:CPU may lay out the pieces of more in several ways, and then refuses them (jax 0.10.1).
         flat = lax.all_to_all(x.reshape(x.shape[0], -1), self.rules[axis], 0, 0, tiled=True)
         return flat.reshape(x.shape)
 
