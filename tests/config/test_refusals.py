@@ -255,6 +255,32 @@ def test_sequence_must_divide_over_tensor():
     assert str(caught.value) == "TrainConfig.sequence_length is 21; expected a multiple of context x tensor = 1 x 5"
 
 
+@pytest.mark.parametrize(("tensor", "pieces"), [(1, 2), (2, 2), (5, 10)])
+def test_sequence_must_divide_into_two_parts_a_context_rank(tensor, pieces):
+    plan = {"context": 3, "tensor": tensor}
+    run(plan, sequence_length=3 * pieces).check()
+    with pytest.raises(ConfigError) as caught:
+        run(plan, sequence_length=3 * pieces + 1).check()
+    assert str(caught.value) == (
+        f"TrainConfig.sequence_length is {3 * pieces + 1}; expected a multiple of context x lcm(2, tensor) = 3 x {pieces}"
+    )
+
+
+@pytest.mark.parametrize(("changes", "reach"), [({}, 3), ({"mtp_depths": 4}, 5), ({"conv_kernel": 8}, 7)])
+def test_parts_must_be_as_long_as_tokens_reach(changes, reach):
+    def reaching(length: int) -> RunConfig:
+        config = run({"context": 2}, sequence_length=length)
+        return dataclasses.replace(config, model=ModelConfig(**{**HYBRID, **changes}))
+
+    reaching(4 * reach).check()
+    with pytest.raises(ConfigError) as caught:
+        reaching(4 * reach - 4).check()
+    assert str(caught.value) == (
+        f"TrainConfig.sequence_length is {4 * reach - 4}; expected at least 2 x context x {reach} = {4 * reach}: "
+        f"tokens read {reach} from another rank"
+    )
+
+
 @pytest.mark.parametrize("field", ["sequence_length", "sample_tokens"])
 def test_rows_longer_than_the_learned_positions(field):
     def learned(positions: int) -> RunConfig:
