@@ -64,6 +64,8 @@ def later(x_bt: Array, steps: int, plan: Plan) -> Array:
 
     Raises ValueError if a part of several has fewer tokens than that.
     """
+    if not steps:
+        return x_bt
     if plan.size("context") == 1:
         missing = min(steps, x_bt.shape[1])
         return jnp.pad(x_bt[:, steps:], ((0, 0), (0, missing)) + ((0, 0),) * (x_bt.ndim - 2))
@@ -72,6 +74,45 @@ def later(x_bt: Array, steps: int, plan: Plan) -> Array:
     after_first = jnp.where(rank == plan.size("context") - 1, second, plan.shift(first, "context", -1))
     after_second = jnp.where(rank == 0, 0, plan.shift(second, "context", 1))
     return joined(jnp.concatenate([parts(x_bt, plan)[:, steps:], _rows(after_first, after_second)], axis=1), plan)
+
+
+def entering(decay: Array, state: Array, plan: Plan) -> Array:
+    """The state that enters each of this rank's parts (b p, ...), if a part makes decay · S + state of what enters it.
+
+    Nothing enters the sequence. decay (b p, ...) broadcasts against state. An associative scan by doubling: up the
+    ranks over their first parts, then from the last rank's second part down again, 2 log2(c) + 2 states a rank.
+    """
+    ranks = plan.size("context")
+    if ranks == 1:
+        return jnp.zeros_like(state)
+    by_part = lambda a: a.reshape(-1, 2, *a.shape[1:])  # noqa: E731
+    decay, state = by_part(decay), by_part(state)
+    rank = plan.index("context")
+    first = _doubling((decay[:, 0], state[:, 0]), 1, plan)
+    second = decay[:, 1], state[:, 1]
+    turn = rank == ranks - 1
+    second = tuple(jnp.where(turn, a, b) for a, b in zip(_then(first, second), second, strict=True))
+    second = _doubling(second, -1, plan)
+    enters_first = jnp.where(rank == 0, 0, plan.shift(first[1], "context", 1))
+    enters_second = jnp.where(turn, first[1], plan.shift(second[1], "context", -1))
+    return _rows(enters_first, enters_second)
+
+
+def _doubling(element: tuple[Array, Array], by: int, plan: Plan) -> tuple[Array, Array]:
+    """The composition of the (decay, state) of all ranks up to this one, counted in the direction `by`."""
+    ranks, rank, distance = plan.size("context"), plan.index("context"), 1
+    place = rank if by > 0 else ranks - 1 - rank
+    while distance < ranks:
+        before = tuple(plan.shift(a, "context", by * distance) for a in element)
+        composed = _then(before, element)
+        element = tuple(jnp.where(place >= distance, a, b) for a, b in zip(composed, element, strict=True))
+        distance *= 2
+    return element
+
+
+def _then(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:
+    """`second` after `first`, as maps S -> decay · S + state."""
+    return second[0] * first[0], second[0] * first[1] + second[1]
 
 
 def whole(x_bt: Array, plan: Plan) -> Array:
