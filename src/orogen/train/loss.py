@@ -56,7 +56,8 @@ def batch_counts(batch: Batch, depths: int, plan: Plan) -> Counts:
     counts = Counts(
         jnp.stack([target_weights(batch, depth, plan).sum() for depth in range(depths + 1)]),
         jnp.stack([jnp.sum(s != 0, dtype=jnp.float32) for s in segments]),
-        jnp.stack([jnp.sum((s != 0).any(1), dtype=jnp.float32) for s in segments]),
+        # A row counts once, however many context ranks hold a token of it.
+        jnp.stack([jnp.sum(plan.max((s != 0).any(1).astype(jnp.float32), "context")) for s in segments]),
     )
     return plan.total(counts)
 
