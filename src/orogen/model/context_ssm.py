@@ -29,9 +29,7 @@ class Convolution(Protocol):
     ) -> Array: ...
 
 
-def convolve(
-    convs: Sequence[Convolution], arrays: Sequence[Array], segments_bt: Array, plan: Plan
-) -> list[Array]:
+def convolve(convs: Sequence[Convolution], arrays: Sequence[Array], segments_bt: Array, plan: Plan) -> list[Array]:
     """Each array (b, t, c) through its causal convolution, called with the array, segments, a halo and its segments.
 
     One exchange for all arrays, of the last tokens before each part.
@@ -119,9 +117,7 @@ def heads_for_sequence(arrays: Sequence[Array], plan: Plan) -> list[Array]:
     flat = [a.reshape(*a.shape[:2], ranks, -1) for a in arrays]
     together = to_heads(jnp.concatenate(flat, -1), plan)[:, :, 0]
     pieces = jnp.split(together, np.cumsum([f.shape[-1] for f in flat])[:-1], -1)
-    return [
-        p.reshape(*p.shape[:2], a.shape[2] // ranks, *a.shape[3:]) for p, a in zip(pieces, arrays, strict=True)
-    ]
+    return [p.reshape(*p.shape[:2], a.shape[2] // ranks, *a.shape[3:]) for p, a in zip(pieces, arrays, strict=True)]
 
 
 def _continues(segments_bt: Array, plan: Plan) -> Array:

@@ -37,7 +37,12 @@ class CausalConv(nnx.Module):
     ) -> Array:
         bias_c = None if self.bias is None else self.bias[...].astype(x_btc.dtype)
         y_btc = causal_conv1d(
-            x_btc, self.weight[...], bias_c, segments_bt=segments_bt, halo_bkc=halo_bkc, halo_segments_bk=halo_segments_bk
+            x_btc,
+            self.weight[...],
+            bias_c,
+            segments_bt=segments_bt,
+            halo_bkc=halo_bkc,
+            halo_segments_bk=halo_segments_bk,
         )
         return jax.nn.silu(y_btc)
 
@@ -92,7 +97,11 @@ class Mamba2(nnx.Module):
 
     def _scan(self, x_bti, B_btc, C_btc, dt_bth, segments_bt, plan) -> Array:
         split = lambda a, size: a.reshape(*a.shape[:2], -1, size)  # noqa: E731
-        x_bthp, B_btgn, C_btgn = split(x_bti, self.head_dim), split(B_btc, self.state_size), split(C_btc, self.state_size)
+        x_bthp, B_btgn, C_btgn = (
+            split(x_bti, self.head_dim),
+            split(B_btc, self.state_size),
+            split(C_btc, self.state_size),
+        )
         vectors = self.dt_bias[...], self.A_log[...], self.D[...]
         by_heads = plan.config.context_ssm == "heads" and plan.size("context") > 1
         if by_heads:

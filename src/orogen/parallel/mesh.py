@@ -67,6 +67,19 @@ def _check_divisible(config: PlanConfig, model: ModelConfig) -> None:
         ("n_routed_experts", "expert", config.expert),
         ("moe_intermediate_size", "expert_tensor", config.expert_tensor),
     ]
+    if config.context > 1:
+        letters = set(model.layers.main + model.layers.mtp)
+        ranks_of_heads = config.context * config.tensor
+        exchanged = [
+            ("num_attention_heads", "*w+", config.context_attention == "alltoall"),
+            ("mamba_num_heads", "M", config.context_ssm == "heads"),
+            ("mamba_intermediate_size", "m", config.context_ssm == "heads"),
+        ]
+        checks += [
+            (field, "context x tensor", ranks_of_heads)
+            for field, layers, asked in exchanged
+            if asked and letters & set(layers)
+        ]
     if config.fsdp != "none":
         checks += [(field, "data x context", ranks) for field in ("hidden_size", "q_lora_rank", "kv_lora_rank")]
         if model.n_routed_experts is not None:
