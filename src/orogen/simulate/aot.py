@@ -33,7 +33,7 @@ from orogen.moe.layer import MoEStats
 from orogen.parallel.mesh import fold_plan
 from orogen.parallel.plan import Plan, make_plan, single_device_plan
 from orogen.precision.policy import DTYPES, working_copy
-from orogen.simulate.communication import ENDS, Collective, Workload, sent_bytes
+from orogen.simulate.communication import ENDS, FLOAT32, Collective, Workload, sent_bytes, unit_collectives
 from orogen.train.loss import batch_counts, token_nats
 from orogen.train.step import BATCH_AXES, gradients
 
@@ -94,6 +94,36 @@ def compiled(unit: Unit, plan: Plan) -> Table:
     return hlo_collectives(text, dict(plan.mesh.shape))
 
 
+def compare(model: ModelConfig, config: PlanConfig, work: Workload, letters: Iterable[str]) -> dict[str, Any]:
+    """{unit: a row for each operation over the same mesh axes: count and bytes by paper and as compiled}, in float32."""
+    plan, work, facts = make_plan(config, model), work._replace(itemsize=FLOAT32), {}
+    for letter in (*letters, ENDS):
+        paper = table_of(unit_collectives(letter, model, config, work), config, model)
+        program = compiled(unit_of(letter, model, plan, work), plan)
+        none = Traffic(0, 0)
+        facts[letter] = [
+            {
+                "operation": operation,
+                "mesh_axes": list(axes),
+                "paper": paper.get((operation, axes), none)._asdict(),
+                "compiled": program.get((operation, axes), none)._asdict(),
+            }
+            for operation, axes in sorted(paper.keys() | program.keys())
+        ]
+    return facts
+
+
+def compared_lines(facts: dict[str, Any]) -> list[str]:
+    """The facts of `compare` for a person."""
+    lines = ["compiled in float32: collectives and bytes a layer, by paper and in the program"]
+    for unit, rows in facts.items():
+        for row in rows:
+            paper, program = (row[name] for name in ("paper", "compiled"))
+            sizes = f"{paper['count']:>4} {paper['bytes']:>14,.0f}  {program['count']:>4} {program['bytes']:>14,.0f}"
+            lines.append(f"{unit:5} {row['operation']:18} {' x '.join(row['mesh_axes']):28} {sizes}")
+    return lines
+
+
 def _add(table: Table, key: tuple[str, tuple[str, ...]], count: int, size: float) -> None:
     before = table.get(key, Traffic(0, 0))
     table[key] = Traffic(before.count + count, before.bytes + size)
@@ -103,7 +133,8 @@ def _add(table: Table, key: tuple[str, tuple[str, ...]], count: int, size: float
 
 
 def unit_of(letter: str, model: ModelConfig, plan: Plan, work: Workload, *, dtype: str = "float32") -> Unit:
-    """The unit of a letter of the pattern, or of ENDS."""
+    """The unit of a letter of the pattern, or of ENDS at the first depth: the model's deeper ones are left out."""
+    model = dataclasses.replace(model, pattern=model.pattern.split("/")[0], mtp_depths=0)
     return _ends(model, plan, work, dtype) if letter == ENDS else _layer(letter, model, plan, work, dtype)
 
 
@@ -117,11 +148,11 @@ def _layer(letter: str, model: ModelConfig, plan: Plan, work: Workload, dtype: s
             y_btd, stats = nnx.merge(graph, working_copy(params, dtype), buffers)(x_btd, docs, plan)
             found = jax.tree.leaves(stats, is_leaf=lambda s: isinstance(s, MoEStats))
             losses = [plan.total((s.losses.balance, s.losses.z)) for s in found]
-            return (y_btd, losses), [plan.total((s.load, s.dropped)) for s in found]
+            return y_btd, losses
 
-        (y_btd, losses), back, counts = jax.vjp(apply, varied, x_btd, has_aux=True)
+        (y_btd, losses), back = jax.vjp(apply, varied, x_btd)
         grads, grad_x_btd = back((cotangent_btd, jax.tree.map(jnp.ones_like, losses)))
-        return y_btd, grad_x_btd, reduce(grads)[0], (losses, counts)
+        return y_btd, grad_x_btd, reduce(grads)[0], losses
 
     x_btd = jax.ShapeDtypeStruct((plan.config.data * work.rows, _length(plan, work), model.hidden_size), DTYPES[dtype])
     docs, own, residual, whole = _documents(plan, work), *_specs(plan)
@@ -189,6 +220,19 @@ def _unit(device_step: Callable, plan: Plan, arguments: tuple[Any, ...], inputs:
     placed = jax.tree.map(lambda spec: jax.sharding.NamedSharding(plan.mesh, spec), (inputs[1:], outputs))
     first, second, _, last = placed[1]
     return Unit(function, arguments, (stored, *placed[0]), (first, second, stored, last))
+
+
+def step_collectives(model: ModelConfig, plan: Plan, batch_size: int, length: int, *, dtype: str = "float32") -> Table:
+    """The collectives of a whole step as written, but for those at the boundary of ZeRO-1."""
+    return jaxpr_collectives(_step_jaxpr(model, plan, batch_size, length, dtype), dict(plan.mesh.shape))
+
+
+def _step_jaxpr(model: ModelConfig, plan: Plan, batch_size: int, length: int, dtype: str) -> core.Jaxpr:
+    built = build(model)
+    tokens_bt = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
+    batch = Batch(tokens_bt, tokens_bt, tokens_bt, jax.ShapeDtypeStruct(tokens_bt.shape, jnp.float32))
+    step = gradients(built, model, plan, dtype)
+    return jax.make_jaxpr(step)(built.params, built.buffers, batch).jaxpr
 
 
 def _abstract(make: Callable[[], nnx.Module]) -> tuple[Any, Any, Any]:
@@ -304,11 +348,7 @@ def step_flops(model: ModelConfig, plan: Plan, batch_size: int, length: int) -> 
     Experts count every row that they have room for, as if routing filled them all.
     """
     plan = dataclasses.replace(plan, config=dataclasses.replace(plan.config, grouped_matmul="ragged_dot"))
-    built = build(model)
-    tokens_bt = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
-    batch = Batch(tokens_bt, tokens_bt, tokens_bt, jax.ShapeDtypeStruct(tokens_bt.shape, jnp.float32))
-    step = gradients(built, model, plan, "float32")
-    return product_flops(jax.make_jaxpr(step)(built.params, built.buffers, batch).jaxpr)
+    return product_flops(_step_jaxpr(model, plan, batch_size, length, "float32"))
 
 
 def flops_overhead(model: ModelConfig, config: PlanConfig, batch_size: int, length: int) -> float:
@@ -402,9 +442,27 @@ def _groups(line: str) -> list[tuple[int, ...]]:
         shape, dims, order = ([int(x) for x in part.split(",")] if part else None for part in match.groups())
         ids = np.arange(math.prod(dims or ())).reshape(dims or ())
         return [tuple(row.tolist()) for row in (ids.transpose(order) if order else ids).reshape(shape or ())]
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+        axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match[1])}
+        return _mesh_groups(axes, re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", match[2]))
     if "replica_groups={}" in line:
         return []
     raise ValueError(f"replica groups of an unknown form: {line.strip()[:200]}")
+
+
+def _mesh_groups(axes: dict[str, int], taken: Sequence[tuple[str, str, str]]) -> list[tuple[int, ...]]:
+    """Groups along whole axes of a mesh, or along parts of one: (axis, ranks outside the part, its size)."""
+    shape, moved = [], []
+    for name, size in axes.items():
+        own = [(int(before), int(part)) if part else (1, size) for axis, before, part in taken if axis == name]
+        cuts = sorted({1, size, *(edge for before, part in own for edge in (before, before * part))})
+        for low, high in itertools.pairwise(cuts):
+            if any(before <= low and high <= before * part for before, part in own):
+                moved.append(len(shape))
+            shape.append(high // low)
+    kept = [dim for dim in range(len(shape)) if dim not in moved]
+    ids = np.arange(math.prod(shape)).reshape(shape).transpose(kept + moved)
+    return [tuple(row.tolist()) for row in ids.reshape(-1, math.prod(shape[dim] for dim in moved))]
 
 
 def _cycles(pairs: list[tuple[int, ...]]) -> list[tuple[int, ...]]:

@@ -5,18 +5,20 @@ of S sends (n - 1) S / n, an all-reduce twice that (a ring of both), an all-to-a
 that add up on the way may move less; the order of plans stays. Activations travel in the compute dtype, parameters of
 FSDP too, sums of gradients in float32. No jax here.
 
-Phases: forward and backward happen once a microbatch and application of the layer, update once a step.
+Phases: forward, backward, and with remat what the backward pass repeats of the forward one (recompute) happen once a
+microbatch and application of the layer, update once a step.
 """
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 
-# The unit beside the letters of the pattern: embedding, final norm, head and loss.
-ENDS = "ends"
+# Units beside the letters of the pattern: embedding, final norm, head and loss, at every depth of prediction; and the
+# projection and norms of the multi-token-prediction block; and what every expert was given, counted for the whole batch.
+ENDS, MTP, LOAD = "ends", "mtp", "load"
 # Rows of logits that the chunked loss makes at once; train/loss.py has the same number, and a test compares them.
 LOGIT_ROWS = 1024
 FLOAT32 = 4
@@ -67,34 +69,83 @@ def sent_bytes(operation: str, held: float, ranks: int) -> float:
     return held * factors[operation]
 
 
-def layer_collectives(letter: str, model: ModelConfig, plan: PlanConfig, work: Workload) -> list[Collective]:
-    """Those of one layer of `letter`, or of ENDS: forward, backward and the sums of its gradients."""
-    ledger = _Ledger(plan, model, work)
-    moves: Callable[[_Ledger], None] = {"E": _experts, "M": _mamba2, "m": _mamba1, ENDS: _ends}.get(letter, _block)
-    moves(ledger)
-    weights = _end_weights(model) if letter == ENDS else _layer_weights(letter, model)
+def unit_collectives(unit: str, model: ModelConfig, plan: PlanConfig, work: Workload) -> list[Collective]:
+    """Those of one layer of a letter, or of the model's ENDS, MTP or LOAD."""
+    ledger, weights = _Ledger(unit, plan, model, work), []
+    if unit == LOAD:
+        _load(ledger)
+    elif unit == MTP:
+        weights = [_matrix(2 * model.hidden_size, model.hidden_size, None, "embed"), *_norm(model) * 3]
+    elif unit == ENDS:
+        _ends(ledger)
+        weights = _end_weights(model)
+        again = weights * model.mtp_depths + weights[:1] * (1 + model.mtp_depths) * model.tie_word_embeddings
+        for weight in again:  # a tied matrix is embedding and head
+            ledger.gathered(weight)
+    else:
+        {"E": _experts, "M": _mamba2, "m": _mamba1}.get(unit, _block)(ledger)
+        weights = _layer_weights(unit, model)
     for weight in weights:
         ledger.gathered(weight)
-    if letter == ENDS and model.tie_word_embeddings:
-        ledger.gathered(weights[0])  # once as the embedding, once as the head
     ledger.summed(weights)
     return ledger.records
 
 
 def step_collectives(model: ModelConfig, plan: PlanConfig, work: Workload) -> dict[str, list[Collective]]:
-    """{letter or ENDS: the collectives of all its layers in one step}, `work` being one of the plan's microbatches.
+    """{unit: the collectives of all its applications in one step}, `work` being one of the plan's microbatches.
 
-    The multi-token-prediction block applies its layers, embedding and head once a depth, and sums their gradients once.
+    The multi-token-prediction block is applied once a depth, and sums its gradients once. Layers that the model's stack
+    repeats in a loop share a collective for what they count: more in number here than in the program, not in bytes.
     """
     pattern, depths = model.layers, model.mtp_depths
+    units = [*dict.fromkeys(pattern.main + pattern.mtp), *([MTP] if depths else []), ENDS, LOAD]
     found = {}
-    for unit in (ENDS, *dict.fromkeys(pattern.main + pattern.mtp)):
-        own = 1 if unit == ENDS else pattern.main.count(unit) + pattern.mtp.count(unit)
-        applied = 1 + depths if unit == ENDS else pattern.main.count(unit) + depths * pattern.mtp.count(unit)
-        turns = {"update": own}
-        records = layer_collectives(unit, model, plan, work)
-        found[unit] = [_times(r, turns.get(r.phase, applied * plan.microbatches)) for r in records]
+    for unit in units:
+        main, deeper = pattern.main.count(unit), pattern.mtp.count(unit)
+        if unit in (ENDS, MTP, LOAD):
+            main, deeper = int(unit != MTP), int(unit == MTP)
+        turns = (main + depths * deeper) * plan.microbatches
+        records = unit_collectives(unit, model, plan, work)
+        found[unit] = [_times(r, main + deeper if r.phase == "update" else turns) for r in records]
     return found
+
+
+def describe_collectives(model: ModelConfig, plan: PlanConfig, work: Workload) -> dict[str, Any]:
+    """The records of one application of each unit, and bytes a step sends in all, by axes."""
+    step: dict[str, float] = {}
+    found = step_collectives(model, plan, work)
+    for record in (record for records in found.values() for record in records):
+        axes = " x ".join(record.axes)
+        step[axes] = step.get(axes, 0) + record.bytes
+    units = {unit: [r._asdict() for r in unit_collectives(unit, model, plan, work)] for unit in found}
+    return {**work._asdict(), "units": units, "step_bytes": step}
+
+
+def collective_lines(facts: dict[str, Any]) -> list[str]:
+    """The facts of `describe_collectives` for a person: a line for each part of a unit, operation and axes."""
+    rows: dict[tuple[str, ...], dict[str, float]] = {}
+    for unit, records in facts["units"].items():
+        for r in records:
+            key = unit, r["part"], r["operation"], " x ".join(r["axes"])
+            sent = rows.setdefault(key, dict.fromkeys(("forward", "recompute", "backward", "update"), 0))
+            sent[r["phase"]] += r["bytes"]
+    lines = [
+        f"bytes that one device sends for {facts['rows']} rows of {facts['tokens']} tokens a microbatch, a layer:",
+        f"{'':5} {'':18} {'':18} {'':28} {'forward':>9} {'again':>9} {'backward':>9} {'update':>9}",
+    ]
+    for (unit, part, operation, axes), sent in rows.items():
+        numbers = " ".join(f"{_short(n):>9}" for n in sent.values())
+        lines.append(f"{unit:5} {part:18} {operation:18} {axes:28} {numbers}")
+    total = ", ".join(f"{axes} {_short(size)}" for axes, size in facts["step_bytes"].items())
+    return [*lines, f"a step, over {total}" if total else "nothing is sent: one device"]
+
+
+def _short(size: float) -> str:
+    """Bytes to three digits, `-` for none."""
+    if not size:
+        return "-"
+    power = min(max(int(math.log(size, 1000)), 0), 4)
+    return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def _times(record: Collective, turns: int) -> Collective:
@@ -104,9 +155,10 @@ def _times(record: Collective, turns: int) -> Collective:
 class _Ledger:
     """Collects the records of one layer."""
 
-    def __init__(self, plan: PlanConfig, model: ModelConfig, work: Workload):
+    def __init__(self, unit: str, plan: PlanConfig, model: ModelConfig, work: Workload):
         self.plan, self.model, self.work = plan, model, work
         self.records: list[Collective] = []
+        self.recomputes = plan.remat == "full" and unit not in (ENDS, MTP, LOAD)
         norm_groups = model.mamba_norm_groups or model.n_groups
         pieces = {"kv_heads": model.num_key_value_heads, "groups": model.n_groups, "norm_groups": norm_groups}
         # Arrays with fewer pieces than tensor has ranks are held as copies by neighbours.
@@ -122,13 +174,27 @@ class _Ledger:
             **{name: plan.tensor // copies[f"{name}_copies"] for name in pieces},
         }
 
-    def add(self, part: str, phase: str, operation: str, axes: Sequence[str], held: float, count: int = 1) -> None:
-        """`count` collectives of operands of `held` bytes each; nothing over axes of size one."""
+    def add(
+        self,
+        part: str,
+        phase: str,
+        operation: str,
+        axes: Sequence[str],
+        held: float,
+        count: int = 1,
+        *,
+        needed: bool = True,
+    ) -> None:
+        """`count` collectives of operands of `held` bytes each; nothing over axes of size one.
+
+        needed: by the gradient of what follows, so that recomputation does it again.
+        """
         axes = tuple(axis for axis in axes if self.sizes[axis] > 1)
         if axes and held and count:
-            ranks = math.prod(self.sizes[axis] for axis in axes)
-            size = count * sent_bytes(operation, held, ranks)
+            size = count * sent_bytes(operation, held, self.ranks(axes))
             self.records.append(Collective(part, phase, operation, axes, count, size))
+            if phase == "forward" and needed and self.recomputes:
+                self.records.append(Collective(part, "recompute", operation, axes, count, size))
 
     def gather(self, part: str, axes: Sequence[str], held: float, *, gradient: bool = True) -> None:
         """An all-gather of pieces of `held` bytes, and its transpose."""
@@ -136,10 +202,17 @@ class _Ledger:
         if gradient:
             self.add(part, "backward", "reduce-scatter", axes, held * self.ranks(axes))
 
-    def scatter(self, part: str, axes: Sequence[str], held: float) -> None:
-        """A reduce-scatter of `held` bytes, and its transpose."""
-        self.add(part, "forward", "reduce-scatter", axes, held)
+    def scatter(self, part: str, axes: Sequence[str], held: float, *, needed: bool = False) -> None:
+        """A reduce-scatter of `held` bytes, and its transpose. It mostly ends a layer, so that no gradient needs it."""
+        self.add(part, "forward", "reduce-scatter", axes, held, needed=needed)
         self.add(part, "backward", "all-gather", axes, held / self.ranks(axes))
+
+    def shift(self, part: str, axes: Sequence[str], held: float, count: int, *, phase: str = "forward") -> None:
+        """`count` arrays from each rank to the next, as the plan sends them."""
+        if self.plan.shift == "permute":
+            self.add(part, phase, "collective-permute", axes, held, count)
+        else:
+            self.add(part, phase, "all-to-all", axes, held * self.ranks(axes), count)
 
     def both(self, part: str, operation: str, axes: Sequence[str], held: float, count: int = 1) -> None:
         """A collective that is its own transpose."""
@@ -170,7 +243,11 @@ class _Ledger:
             self.add("weights", "backward", "reduce-scatter", axes, piece * self.ranks(axes) * FLOAT32)
 
     def summed(self, weights: Iterable[Weight]) -> None:
-        """Each gradient over the devices that hold the same piece of the parameter."""
+        """Each gradient over the devices that hold the same piece of the parameter; with ZeRO-1 the masters' pieces are
+        gathered first."""
+        for weight in weights if self.plan.fsdp == "optimizer" else ():
+            axes = self._sharded(weight)
+            self.add("masters", "update", "all-gather", axes, self._held(weight) * FLOAT32 / self.ranks(axes))
         total: dict[tuple[str, ...], list[int]] = {}
         for weight in weights:
             total.setdefault(self._copies(weight), []).append(self._held(weight) * FLOAT32)
@@ -212,10 +289,10 @@ SPLIT = {
 # Activations
 
 
-def _block(ledger: _Ledger, part: str = "sequence") -> None:
+def _block(ledger: _Ledger, part: str = "sequence", *, needed: bool = False) -> None:
     """Sequence parallelism: the input is gathered, the ranks' parts of the output are summed and scattered."""
     ledger.gather(part, ("tensor",), ledger.stream / ledger.plan.tensor)
-    ledger.scatter(part, ("tensor",), ledger.stream)
+    ledger.scatter(part, ("tensor",), ledger.stream, needed=needed)
 
 
 def _mamba2(ledger: _Ledger) -> None:
@@ -237,16 +314,18 @@ def _experts(ledger: _Ledger) -> None:
     plan, model = ledger.plan, ledger.model
     {"allgather": _gathered_tokens, "alltoall": _exchanged_rows}[plan.dispatch](ledger)
     if model.moe_shared_expert_intermediate_size:
-        _block(ledger, "shared expert")
+        _block(ledger, "shared expert", needed=model.moe_shared_expert_gate)
     experts, rows = model.n_routed_experts, ledger.work.rows
     sequence, everywhere = ("context", "tensor"), ("data", "context", "tensor")
-    # Of the balance loss: counts and probabilities of each expert, tokens of each row. Sums have no gradient to send.
-    ledger.add("router statistics", "forward", "all-reduce", sequence, rows * experts * FLOAT32, 2)
-    ledger.add("router statistics", "forward", "all-reduce", sequence, rows * FLOAT32)
-    ledger.add("router statistics", "forward", "all-reduce", ("data",), FLOAT32)
-    # The z-loss, each expert's load, and assignments dropped.
-    ledger.add("router statistics", "forward", "all-reduce", everywhere, FLOAT32, 2)
-    ledger.add("router statistics", "forward", "all-reduce", everywhere, experts * FLOAT32)
+    statistic = lambda axes, numbers, count=1, needed=False: ledger.add(  # noqa: E731
+        "router statistics", "forward", "all-reduce", axes, numbers * FLOAT32, count, needed=needed
+    )
+    # Of the balance loss: probabilities and counts of each expert, tokens of each row. Sums have no gradient to send.
+    statistic(sequence, rows * experts)
+    statistic(sequence, rows * experts, needed=True)
+    statistic(sequence, rows, needed=True)
+    statistic(("data",), 1)
+    statistic(everywhere, 1)  # the z-loss
 
 
 def _gathered_tokens(ledger: _Ledger) -> None:
@@ -256,7 +335,8 @@ def _gathered_tokens(ledger: _Ledger) -> None:
     ledger.gather("dispatch", ("expert",), tokens * k * FLOAT32, gradient=False)  # each token's experts
     ledger.gather("dispatch", ("expert",), tokens * k, gradient=False)  # whether there is room, a byte each
     ledger.gather("combine", ("expert",), tokens * k * FLOAT32)  # the weights
-    ledger.scatter("combine", ("expert",), width * ledger.plan.expert)
+    projected = ledger.model.moe_latent_size is not None
+    ledger.scatter("combine", ("expert",), width * ledger.plan.expert, needed=projected)
 
 
 def _exchanged_rows(ledger: _Ledger) -> None:
@@ -269,14 +349,26 @@ def _exchanged_rows(ledger: _Ledger) -> None:
 
 
 def _ends(ledger: _Ledger) -> None:
-    plan, tokens = ledger.plan, ledger.work.rows * ledger.work.tokens
-    ledger.scatter("embedding", ("tensor",), ledger.stream)
-    ledger.gather("head", ("tensor",), ledger.stream / plan.tensor)
+    plan, model, tokens = ledger.plan, ledger.model, ledger.work.rows * ledger.work.tokens
+    depths = 1 + model.mtp_depths
     # The softmax over all ranks' columns: the maximum, the sum of exponentials, the target's logit.
     chunk = tokens if plan.cross_entropy == "full" else min(LOGIT_ROWS, tokens)
-    ledger.add("cross-entropy", "forward", "all-reduce", ("tensor",), chunk * FLOAT32, 3 * -(-tokens // chunk))
+    for depth in range(depths):
+        ledger.scatter("embedding", ("tensor",), ledger.stream)
+        ledger.gather("head", ("tensor",), ledger.stream / plan.tensor)
+        ledger.add("cross-entropy", "forward", "all-reduce", ("tensor",), chunk * FLOAT32, 3 * -(-tokens // chunk))
+        # Later tokens, their weights and documents for loss and counts; and what a deeper prediction reads.
+        ledger.shift("targets", ("context",), ledger.work.rows * (depth + 1) * FLOAT32, 5 * 2)
+        ledger.shift("targets", ("context",), ledger.work.rows * depth * FLOAT32, 4 * 2)
     # Nats, and the counts of targets, tokens and rows.
-    ledger.add("cross-entropy", "forward", "all-reduce", ("data", "context"), FLOAT32, 4)
+    ledger.add("cross-entropy", "forward", "all-reduce", ("data", "context"), depths * FLOAT32, 4)
+
+def _load(ledger: _Ledger) -> None:
+    pattern, everywhere = ledger.model.layers, ("data", "context", "tensor")
+    layers = (pattern.main + pattern.mtp).count("E")
+    if layers:
+        ledger.add("load", "forward", "all-reduce", everywhere, ledger.model.n_routed_experts * FLOAT32, layers)
+        ledger.add("dropped", "forward", "all-reduce", everywhere, FLOAT32)
 
 
 # Parameters
