@@ -96,7 +96,7 @@ def compiled(unit: Unit, plan: Plan) -> Table:
 
 def compare(model: ModelConfig, config: PlanConfig, work: Workload, letters: Iterable[str]) -> dict[str, Any]:
     """{unit: a row for each operation over the same mesh axes: count and bytes by paper and as compiled}, in float32."""
-    plan, work, facts = make_plan(config, model), work._replace(itemsize=FLOAT32), {}
+    model, plan, work, facts = without_mtp(model), make_plan(config, model), work._replace(itemsize=FLOAT32), {}
     for letter in (*letters, ENDS):
         paper = table_of(unit_collectives(letter, model, config, work), config, model)
         program = compiled(unit_of(letter, model, plan, work), plan)
@@ -134,8 +134,13 @@ def _add(table: Table, key: tuple[str, tuple[str, ...]], count: int, size: float
 
 def unit_of(letter: str, model: ModelConfig, plan: Plan, work: Workload, *, dtype: str = "float32") -> Unit:
     """The unit of a letter of the pattern, or of ENDS at the first depth: the model's deeper ones are left out."""
-    model = dataclasses.replace(model, pattern=model.pattern.split("/")[0], mtp_depths=0)
+    model = without_mtp(model)
     return _ends(model, plan, work, dtype) if letter == ENDS else _layer(letter, model, plan, work, dtype)
+
+
+def without_mtp(model: ModelConfig) -> ModelConfig:
+    """The model that predicts the next token alone."""
+    return dataclasses.replace(model, pattern=model.pattern.split("/")[0], mtp_depths=0)
 
 
 def _layer(letter: str, model: ModelConfig, plan: Plan, work: Workload, dtype: str) -> Unit:
@@ -365,7 +370,7 @@ BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "
          "s64": 8, "u64": 8, "f64": 8}  # fmt: skip
 INSTRUCTION = re.compile(
     r"^\s*(?:ROOT )?%?\S+ = (?P<result>.*?) (?P<operation>all-reduce|all-gather|reduce-scatter|all-to-all|"
-    r"ragged-all-to-all|collective-permute|collective-broadcast)(?:-start)?\("
+    r"ragged-all-to-all|collective-permute|collective-broadcast)\("
 )
 COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{\s*$")
 CALLED = re.compile(r"(?:to_apply|calls|true_computation|false_computation|body)=%?([\w.\-]+)")
@@ -386,13 +391,14 @@ def hlo_collectives(text: str, sizes: Mapping[str, int]) -> Table:
         if match is None or not turns.get(name):
             continue
         operation, groups = match["operation"], _groups(line)
-        # What a permutation's device sends is one array; of an asynchronous pair the result holds it twice.
         ranks = math.prod(sizes.values()) if not groups else len(groups[0])
         results = _sizes(match["result"])
         held = sum(results) * {"all-gather": 1 / ranks, "reduce-scatter": ranks}.get(operation, 1)
         if ranks > 1:
             key = operation, _axes(groups or [tuple(range(ranks))], sizes)
-            _add(table, key, turns[name] * len(results), turns[name] * sent_bytes(operation, held, ranks))
+            # XLA sums several arrays at once, and exchanges one as a piece for each rank.
+            arrays = max(len(results) // ranks, 1) if operation == "all-to-all" else len(results)
+            _add(table, key, turns[name] * arrays, turns[name] * sent_bytes(operation, held, ranks))
     return table
 
 
