@@ -50,7 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     task.add_argument("--checkpoint", type=Path, metavar="DIR", help=f"start from the weights of {CHECKPOINT}")
     _task(tasks, "params", params, "count parameters")
     task = _task(tasks, "plan", plan, "show the mesh, where each parameter lives and what is sent; needs no devices")
-    task.add_argument("--compile", action="store_true", help="what one layer of each type sends, as XLA compiles it, too")
+    task.add_argument(
+        "--compile", action="store_true", help="what one layer of each type sends, as XLA compiles it, too"
+    )
     _task(tasks, "verify", verify, "check a plan against one device: loss, every gradient, one optimizer step")
     task = tasks.add_parser("generate", help="sample text from a trained model")
     task.set_defaults(task=generate, gin_file=None)

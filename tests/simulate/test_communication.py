@@ -174,6 +174,22 @@ def test_facts_are_json_and_lines_name_every_unit():
     assert lines[2].split()[:4] == ["M", "sequence", "all-gather", "tensor"]
 
 
+def test_what_the_table_lacks_is_named():
+    plan = PlanConfig(data=2, context=2, tensor=2, expert_tensor=2, dispatch="ragged", fsdp="gradients", fsdp_size=2)
+    facts = describe_collectives(EVERY, plan, WORK)
+    names = "context_attention ring, context_ssm state, expert_tensor 2, dispatch ragged, fsdp gradients, fsdp_size 2"
+    assert collective_lines(facts)[-1] == f"not counted: {names}"
+    assert not describe_collectives(EVERY, PlanConfig(data=2, tensor=2, expert=2), WORK)["uncounted"]
+
+
+@pytest.mark.parametrize("shift", ["permute", "alltoall"])
+def test_targets_of_a_context_rank_are_its_neighbours(shift):
+    config = PlanConfig(context=2, tensor=2, shift=shift)
+    plan = make_plan(config, EVERY, abstract=True)
+    expected = table_of(unit_collectives(ENDS, EVERY, config, WORK), config, EVERY)
+    same(traced(unit_of(ENDS, EVERY, plan, WORK), plan), expected)
+
+
 PROGRAM = """
 %turn (p: f32[2]) -> f32[2] {
   %all-gather.1 = f32[4,6]{1,0} all-gather(%x), replica_groups=%GROUPS%, dimensions={0}

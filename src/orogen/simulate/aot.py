@@ -91,12 +91,13 @@ def compiled(unit: Unit, plan: Plan) -> Table:
     """The collectives of `unit` as XLA compiles it for the plan's devices."""
     function = jax.jit(unit.function, in_shardings=unit.shardings, out_shardings=unit.out_shardings)
     text = function.lower(*unit.arguments).compile().as_text()
-    return hlo_collectives(text, dict(plan.mesh.shape))
+    return hlo_collectives(text or "", dict(plan.mesh.shape))
 
 
 def compare(model: ModelConfig, config: PlanConfig, work: Workload, letters: Iterable[str]) -> dict[str, Any]:
-    """{unit: a row for each operation over the same mesh axes: count and bytes by paper and as compiled}, in float32."""
-    model, plan, work, facts = without_mtp(model), make_plan(config, model), work._replace(itemsize=FLOAT32), {}
+    """{unit: a row for each operation over the same mesh axes: count and bytes by paper and compiled}, in float32."""
+    model, work, facts = without_mtp(model), work._replace(itemsize=FLOAT32), {}
+    plan = make_plan(config, model)
     for letter in (*letters, ENDS):
         paper = table_of(unit_collectives(letter, model, config, work), config, model)
         program = compiled(unit_of(letter, model, plan, work), plan)
@@ -241,7 +242,8 @@ def _step_jaxpr(model: ModelConfig, plan: Plan, batch_size: int, length: int, dt
 
 
 def _abstract(make: Callable[[], nnx.Module]) -> tuple[Any, Any, Any]:
-    return nnx.split(jax.eval_shape(make), nnx.Param, ...)
+    graph, params, *others = nnx.split(jax.eval_shape(make), nnx.Param, ...)
+    return graph, params, others[0]
 
 
 def _length(plan: Plan, work: Workload) -> int:
@@ -285,7 +287,7 @@ def _sent(equation: core.JaxprEqn, sizes: Mapping[str, int]) -> float:
 
 
 def _named(equation: core.JaxprEqn) -> tuple[str, ...]:
-    named = equation.params.get("axes", equation.params.get("axis_name"))
+    named: Any = equation.params["axes" if "axes" in equation.params else "axis_name"]
     return (named,) if isinstance(named, str) else tuple(named)
 
 
@@ -300,18 +302,22 @@ def product_flops(jaxpr: core.Jaxpr) -> int:
 
 
 def _product(equation: core.JaxprEqn) -> int:
-    left = equation.invars[0].aval.shape if equation.invars else ()
+    if equation.primitive.name not in ("dot_general", "ragged_dot_general"):
+        return 0
+    left, right = (_shape(v) for v in equation.invars[:2])
     if equation.primitive.name == "dot_general":
         (contracted, _), _ = equation.params["dimension_numbers"]
-        return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
-    if equation.primitive.name == "ragged_dot_general":
-        # Each row meets one group's matrix, whether rows are kept (r, m) or summed over (g, k, m).
-        right = equation.invars[1].aval.shape
-        numbers = equation.params["ragged_dot_dimension_numbers"]
-        (contracted, other), _ = numbers.dot_dimension_numbers
-        shared = {*other, *numbers.rhs_group_dimensions}
-        return 2 * math.prod(left) * math.prod(size for i, size in enumerate(right) if i not in shared)
-    return 0
+        return 2 * math.prod(_shape(equation.outvars[0])) * math.prod(left[i] for i in contracted)
+    # Each row meets one group's matrix, whether rows are kept (r, m) or summed over (g, k, m).
+    numbers = equation.params["ragged_dot_dimension_numbers"]
+    (_, contracted), _ = numbers.dot_dimension_numbers
+    shared = {*contracted, *numbers.rhs_group_dimensions}
+    return 2 * math.prod(left) * math.prod(size for i, size in enumerate(right) if i not in shared)
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    """The shape of a jaxpr's variable; empty of none, and of what is no array."""
+    return getattr(getattr(variable, "aval", None), "shape", ())
 
 
 def _equations(
@@ -328,7 +334,9 @@ def _equations(
         if name == "cond":
             inner = [max(inner, key=weight)]
         if name == "while" and any(weight(j) for j in inner):
-            raise ValueError("a while loop that communicates or multiplies matrices; expected a scan: its turns are known")
+            raise ValueError(
+                "a while loop that communicates or multiplies matrices; expected a scan: its turns are known"
+            )
         for each in inner:
             yield from _equations(each, weigh, turns * (equation.params["length"] if name == "scan" else 1))
 

@@ -1,23 +1,22 @@
 """What a plan's collectives cost by paper: for each layer, the operations over each axis and the bytes sent by them.
 
 Convention: bytes are what one device sends. Over n ranks an all-gather of a piece s sends (n - 1) s; a reduce-scatter
-of S sends (n - 1) S / n, an all-reduce twice that (a ring of both), an all-to-all (n - 1) S / n, and a shift s. Switches
-that add up on the way may move less; the order of plans stays. Activations travel in the compute dtype, parameters of
-FSDP too, sums of gradients in float32. No jax here.
+of S sends (n - 1) S / n, an all-reduce twice that (a ring of both), an all-to-all (n - 1) S / n, and a shift s.
+Activations travel in the compute dtype, parameters of FSDP too, sums of gradients in float32. No jax here.
 
 Phases: forward, backward, and with remat what the backward pass repeats of the forward one (recompute) happen once a
 microbatch and application of the layer, update once a step.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 
-# Units beside the letters of the pattern: embedding, final norm, head and loss, at every depth of prediction; and the
-# projection and norms of the multi-token-prediction block; and what every expert was given, counted for the whole batch.
+# Units beside the letters of the pattern: embedding, final norm, head and loss, at every depth of prediction; the
+# projection and norms of the multi-token-prediction block; and each expert's load, counted for the whole batch.
 ENDS, MTP, LOAD = "ends", "mtp", "load"
 # Rows of logits that the chunked loss makes at once; train/loss.py has the same number, and a test compares them.
 LOGIT_ROWS = 1024
@@ -110,6 +109,20 @@ def step_collectives(model: ModelConfig, plan: PlanConfig, work: Workload) -> di
     return found
 
 
+def uncounted(model: ModelConfig, plan: PlanConfig) -> list[str]:
+    """What the plan asks for whose collectives inside layers are not in the table, in words."""
+    letters = set(model.layers.main + model.layers.mtp)
+    choices = [
+        (plan.context > 1 and letters & set("*w+"), f"context_attention {plan.context_attention}"),
+        (plan.context > 1 and letters & set("Mm"), f"context_ssm {plan.context_ssm}"),
+        ("E" in letters and plan.expert_tensor > 1, f"expert_tensor {plan.expert_tensor}"),
+        ("E" in letters and plan.dispatch == "ragged", "dispatch ragged"),
+        (plan.fsdp == "gradients", "fsdp gradients"),
+        (plan.fsdp_size is not None, f"fsdp_size {plan.fsdp_size}"),
+    ]
+    return [name for asked, name in choices if asked]
+
+
 def describe_collectives(model: ModelConfig, plan: PlanConfig, work: Workload) -> dict[str, Any]:
     """The records of one application of each unit, and bytes a step sends in all, by axes."""
     step: dict[str, float] = {}
@@ -118,7 +131,7 @@ def describe_collectives(model: ModelConfig, plan: PlanConfig, work: Workload) -
         axes = " x ".join(record.axes)
         step[axes] = step.get(axes, 0) + record.bytes
     units = {unit: [r._asdict() for r in unit_collectives(unit, model, plan, work)] for unit in found}
-    return {**work._asdict(), "units": units, "step_bytes": step}
+    return {**work._asdict(), "units": units, "step_bytes": step, "uncounted": uncounted(model, plan)}
 
 
 def collective_lines(facts: dict[str, Any]) -> list[str]:
@@ -137,7 +150,8 @@ def collective_lines(facts: dict[str, Any]) -> list[str]:
         numbers = " ".join(f"{_short(n):>9}" for n in sent.values())
         lines.append(f"{unit:5} {part:18} {operation:18} {axes:28} {numbers}")
     total = ", ".join(f"{axes} {_short(size)}" for axes, size in facts["step_bytes"].items())
-    return [*lines, f"a step, over {total}" if total else "nothing is sent: one device"]
+    missing = [f"not counted: {', '.join(facts['uncounted'])}"] if facts["uncounted"] else []
+    return [*lines, f"a step, over {total}" if total else "nothing is sent: one device", *missing]
 
 
 def _short(size: float) -> str:
@@ -170,7 +184,7 @@ class _Ledger:
             "expert_data": plan.devices // plan.stage // (plan.expert * plan.expert_tensor),
             "expert": plan.expert,
             "expert_tensor": plan.expert_tensor,
-            **{name: size for name, size in copies.items()},
+            **copies,
             **{name: plan.tensor // copies[f"{name}_copies"] for name in pieces},
         }
 
@@ -260,7 +274,7 @@ class _Ledger:
 
     def _held(self, weight: Weight) -> int:
         """Numbers of the parameter on one device, inside the step."""
-        ways = self.ranks(SPLIT.get(axis or "", ())[0] for axis in weight.axes if axis in SPLIT)
+        ways = self.ranks(name for axis in weight.axes for name in SPLIT.get(axis or "", ()))
         sharded = self.ranks(self._sharded(weight)) if self.plan.fsdp == "parameters" else 1
         return math.prod(weight.shape) // (ways * sharded)
 
@@ -280,7 +294,7 @@ class _Ledger:
 
 # Logical axes of parameters that every plan splits, and over what.
 SPLIT = {
-    **{axis: ("tensor",) for axis in ("vocab", "heads", "mlp", "mamba_heads")},
+    **dict.fromkeys(("vocab", "heads", "mlp", "mamba_heads"), ("tensor",)),
     **{axis: (axis,) for axis in ("kv_heads", "groups", "expert")},
     "expert_mlp": ("expert_tensor",),
 }
@@ -312,7 +326,9 @@ def _mamba1(ledger: _Ledger) -> None:
 
 def _experts(ledger: _Ledger) -> None:
     plan, model = ledger.plan, ledger.model
-    {"allgather": _gathered_tokens, "alltoall": _exchanged_rows}[plan.dispatch](ledger)
+    dispatches = {"allgather": _gathered_tokens, "alltoall": _exchanged_rows}
+    if plan.dispatch in dispatches:  # `uncounted` names the others
+        dispatches[plan.dispatch](ledger)
     if model.moe_shared_expert_intermediate_size:
         _block(ledger, "shared expert", needed=model.moe_shared_expert_gate)
     experts, rows = model.n_routed_experts, ledger.work.rows
@@ -363,6 +379,7 @@ def _ends(ledger: _Ledger) -> None:
     # Nats, and the counts of targets, tokens and rows.
     ledger.add("cross-entropy", "forward", "all-reduce", ("data", "context"), depths * FLOAT32, 4)
 
+
 def _load(ledger: _Ledger) -> None:
     pattern, everywhere = ledger.model.layers, ("data", "context", "tensor")
     layers = (pattern.main + pattern.mtp).count("E")
@@ -383,7 +400,13 @@ def _end_weights(model: ModelConfig) -> list[Weight]:
 
 
 def _layer_weights(letter: str, model: ModelConfig) -> list[Weight]:
-    mixer = {"M": _mamba2_weights, "m": _mamba1_weights, "+": _latent_weights, "E": _expert_weights, "-": _dense_weights}
+    mixer = {
+        "M": _mamba2_weights,
+        "m": _mamba1_weights,
+        "+": _latent_weights,
+        "E": _expert_weights,
+        "-": _dense_weights,
+    }
     return _norm(model) + mixer.get(letter, _attention_weights)(model)
 
 
@@ -475,7 +498,11 @@ def _mamba1_weights(model: ModelConfig) -> list[Weight]:
 
 def _expert_weights(model: ModelConfig) -> list[Weight]:
     size, experts, width = model.hidden_size, model.n_routed_experts, model.expert_width
-    hidden, latent, shared = model.moe_intermediate_size, model.moe_latent_size, model.moe_shared_expert_intermediate_size
+    hidden, latent, shared = (
+        model.moe_intermediate_size,
+        model.moe_latent_size,
+        model.moe_shared_expert_intermediate_size,
+    )
     inward = 2 if model.mlp_gated else 1
     up = Weight((experts, width, hidden), ("expert", "expert_embed", "expert_mlp"))
     down = Weight((experts, hidden, width), ("expert", "expert_mlp", "expert_embed"))
