@@ -456,9 +456,12 @@ def _groups(line: str) -> list[tuple[int, ...]]:
         shape, dims, order = ([int(x) for x in part.split(",")] if part else None for part in match.groups())
         ids = np.arange(math.prod(dims or ())).reshape(dims or ())
         return [tuple(row.tolist()) for row in (ids.transpose(order) if order else ids).reshape(shape or ())]
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\S+)\))? \{([^}]*)\}", line):
         axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match[1])}
-        return _mesh_groups(axes, re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", match[2]))
+        groups = _mesh_groups(axes, re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", match[3]))
+        # A mesh of devices in another order names it as groups do, with no size in front.
+        (ids,) = _groups(f"replica_groups=[1,{math.prod(axes.values())}]<={match[2]}") if match[2] else (None,)
+        return [tuple(ids[i] for i in group) for group in groups] if ids else groups
     if "replica_groups={}" in line:
         return []
     raise ValueError(f"replica groups of an unknown form: {line.strip()[:200]}")
