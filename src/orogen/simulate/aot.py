@@ -459,8 +459,9 @@ def _groups(line: str) -> list[tuple[int, ...]]:
     if match := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\S+)\))? \{([^}]*)\}", line):
         axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match[1])}
         groups = _mesh_groups(axes, re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", match[3]))
-        # A mesh of devices in another order names it as groups do, with no size in front.
-        (ids,) = _groups(f"replica_groups=[1,{math.prod(axes.values())}]<={match[2]}") if match[2] else (None,)
+        # Devices in another order are listed, or counted through as those of groups are.
+        whole = f"[1,{math.prod(axes.values())}]<={match[2]}" if "[" in (match[2] or "") else f"{{{{{match[2]}}}}}"
+        (ids,) = _groups(f"replica_groups={whole}") if match[2] else (None,)
         return [tuple(ids[i] for i in group) for group in groups] if ids else groups
     if "replica_groups={}" in line:
         return []
