@@ -92,6 +92,17 @@ def test_plan_for_a_person_is_a_table(recipe, capsys):
     assert any(line.split() == ["head.weight", "12x259", "embed", "vocab", "12x259", "12x259"] for line in lines)
 
 
+def test_plan_tells_what_is_sent(recipe, capsys):
+    bindings = bound("PlanConfig.data = 2", "TrainConfig.batch_size = 4", "PlanConfig.fsdp = 'none'")
+    assert main(["plan", "--gin_file", str(recipe), "--json", *bindings, "--compile", "--fake_devices", "8"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    (up_down,) = (r for r in facts["collectives"]["units"]["-"] if r["part"] == "gradients")
+    assert up_down["axes"] == ["data"] and up_down["bytes"] == (2 * 12 * 14 + 12) * 4
+    assert facts["flops_overhead"] == 0
+    for rows in facts["compiled"].values():
+        assert rows and all(row["paper"] == row["compiled"] for row in rows)
+
+
 def test_several_gin_files_are_read_in_order(recipe, tmp_path, capsys):
     wider = tmp_path / "wider.gin"
     wider.write_text("ModelConfig.intermediate_size = 28\n")
