@@ -51,7 +51,7 @@ REFUSED = [
     (PlanConfig, "context", 2, "1: parallelism over this axis is not available yet"),
     (PlanConfig, "stage", 2, "1: parallelism over this axis is not available yet"),
     (PlanConfig, "expert_tensor", 2, "1: parallelism over this axis is not available yet"),
-    (PlanConfig, "fsdp", "full", "one of none, optimizer, parameters"),
+    (PlanConfig, "fsdp", "full", "one of none, optimizer, gradients, parameters"),
     (PlanConfig, "dispatch", "ring", "one of allgather, alltoall"),
     (PlanConfig, "remat", "some", "one of none, full"),
     (PlanConfig, "attention", "flash", "one of full, blocked"),

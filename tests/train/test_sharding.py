@@ -47,7 +47,7 @@ def sampled_plans(count: int, seed: int) -> list[dict]:
 
 def _choices(number: int, rng: random.Random) -> dict:
     return {
-        "fsdp": ("none", "optimizer", "parameters")[number % 3],
+        "fsdp": ("none", "optimizer", "gradients", "parameters")[number % 4],
         "dispatch": ("allgather", "alltoall")[number // 3 % 2],
         "capacity_factor": rng.choice((None, 1.0, 1.5)),
         "microbatches": rng.choice((1, 1, 2)),
@@ -68,6 +68,21 @@ def test_a_plan_equals_one_device(plan):
     assert verdict.passed, verdict
     if plan["capacity_factor"] == 1.0:
         assert verdict.dropped_tokens > 0
+
+
+@pytest.mark.parametrize("fsdp_size", [None, 2], ids=lambda size: f"over {size or 'all'}")
+@pytest.mark.parametrize("microbatches", [1, 3])
+@pytest.mark.parametrize("fsdp", ["none", "optimizer", "gradients", "parameters"])
+def test_what_is_sharded_over_data_changes_no_gradient_and_no_update(fsdp, microbatches, fsdp_size):
+    if fsdp == "none" and fsdp_size:
+        pytest.skip("nothing is sharded, so it is refused")
+    # With three microbatches, each expert has two replicas within a run of two data ranks; else a run is narrower.
+    plan = {"data": 4, "tensor": 2, "expert": 4 if microbatches == 1 else 2, "microbatches": microbatches}
+    plan |= {"fsdp": fsdp, "fsdp_size": fsdp_size}
+    model = hybrid(pattern="ME*-/*E", mtp_depths=1)
+    verdict = verify(run_config(model, plan=plan, batch_size=4 * microbatches, sequence_length=40))
+    assert verdict.passed, verdict
+    assert not verdict.zero_leaves
 
 
 @pytest.mark.parametrize(
@@ -125,7 +140,7 @@ def test_the_sample_covers_every_axis_and_choice():
     plans = sampled_plans(COUNT, seed=0)
     assert all(sum(plan[axis] > 1 for plan in plans) >= 4 for axis in ("data", "tensor", "expert"))
     assert sum(map(is_cut, plans)) >= 4
-    assert {plan["fsdp"] for plan in plans} == {"none", "optimizer", "parameters"}
+    assert {plan["fsdp"] for plan in plans} == {"none", "optimizer", "gradients", "parameters"}
     assert {plan["dispatch"] for plan in plans} == {"allgather", "alltoall"}
     assert {plan["capacity_factor"] for plan in plans} == {None, 1.0, 1.5}
     assert any(plan["tensor"] > 2 for plan in plans), "key heads and groups on fewer ranks than tensor has"
