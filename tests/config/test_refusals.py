@@ -262,7 +262,8 @@ def test_sequence_must_divide_into_two_parts_a_context_rank(tensor, pieces):
     with pytest.raises(ConfigError) as caught:
         run(plan, sequence_length=3 * pieces + 1).check()
     assert str(caught.value) == (
-        f"TrainConfig.sequence_length is {3 * pieces + 1}; expected a multiple of context x lcm(2, tensor) = 3 x {pieces}"
+        f"TrainConfig.sequence_length is {3 * pieces + 1}; "
+        f"expected a multiple of context x lcm(2, tensor) = 3 x {pieces}"
     )
 
 

@@ -56,6 +56,7 @@ class PlanConfig:
         require_positive(self, "fsdp_size", "capacity_factor", "buffer_factor")
         require(self.stage == 1, self, "stage", "1: parallelism over this axis is not available yet")
         require_choice(self, "fsdp", ("none", "optimizer", "gradients", "parameters"))
+        require(self.fsdp_size is None or self.fsdp != "none", self, "fsdp_size", "None where fsdp is none")
         require_choice(self, "dispatch", ("allgather", "alltoall", "ragged"))
         require_choice(self, "drop_policy", ("position", "probs"))
         require_choice(self, "context_attention", ("ring", "allgather", "alltoall"))

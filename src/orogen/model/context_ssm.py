@@ -89,8 +89,8 @@ def scan_over_parts(
     *,
     chunk_size: int,
 ) -> Array:
-    """The outputs of `selective_scan` over the whole sequence. Each part is scanned twice, first for the state that it
-    leaves, then with the state that enters: elementwise work, where reading an entering state would be as much again."""
+    """The outputs of `selective_scan` over the whole sequence. Each part is scanned twice, first for the state that
+    it leaves, then with the state that enters: what that adds alone would be as much elementwise work."""
     continues_b = _continues(segments_bt, plan)
     operands = tuple(parts(a, plan) for a in (x_bti, dt_bti, B_btn, C_btn))
     x_bti, dt_bti, B_btn, C_btn = operands

@@ -55,6 +55,10 @@ class Plan:
         """`tree` of variables with `axes`, each holding its PartitionSpec inside the step."""
         return _map_variables(lambda v: _spec(self.rules, _full_axes(v)), tree)
 
+    def stored_specs(self, tree: Any) -> Any:
+        """`tree` of variables, each holding the PartitionSpec in which it is stored between steps."""
+        return _map_variables(lambda v: _spec(self.storage, _full_axes(v)), tree)
+
     def shardings(self, tree: Any) -> Any:
         """`tree` with the sharding in which each array is stored between steps; what has no axes is replicated."""
         return _map_variables(lambda v: self._stored(_full_axes(v)), tree, lambda _: self._stored(()))
@@ -141,6 +145,29 @@ class Plan:
         """`tree` marked as differing on every device, so that a loop over it sums its gradient once, at the end."""
         return vary(tree, self.mesh.axis_names if self.config.devices > 1 else ())
 
+    def scatter_gradients(self, grads: Any) -> Any:
+        """`grads` of varied parameters, of each the piece that this rank stores, summed in float32 over the ranks that
+        store another. What is stored as it is used stays as it is: `weight` has scattered it, or nothing does."""
+
+        def scattered(variable: nnx.Variable) -> Any:
+            value: Any = variable[...]
+            for dim, axis in enumerate(_full_axes(variable)):
+                if axis in SHARDED and self.storage[axis] != self.rules[axis]:
+                    value = _scatter_sum(value, self.storage[axis], dim)
+            return value
+
+        return _map_variables(scattered, grads)
+
+    def sum_gradients(self, grads: Any) -> Any:
+        """Scattered `grads`, summed over every mesh axis that does not split their parameter in storage."""
+
+        def summed(variable: nnx.Variable) -> Any:
+            split = {name for axis in _full_axes(variable) if axis is not None for name in self.storage[axis]}
+            copies = tuple(sorted(varying_axes(variable[...]) - split))
+            return lax.psum(variable[...], copies) if copies else variable[...]
+
+        return _map_variables(summed, grads)
+
     def _stored(self, axes: tuple[str | None, ...]) -> NamedSharding:
         return NamedSharding(self.mesh, _spec(self.storage, axes))
 
@@ -156,8 +183,11 @@ def _gather_weight_forward(x: Array, axes: MeshAxes, dim: int) -> tuple[Array, N
 
 
 def _gather_weight_backward(axes: MeshAxes, dim: int, _: None, g: Array) -> tuple[Array]:
-    summed = lax.psum_scatter(g.astype(jnp.float32), axes, scatter_dimension=dim, tiled=True)
-    return (summed.astype(g.dtype),)
+    return (_scatter_sum(g, axes, dim).astype(g.dtype),)
+
+
+def _scatter_sum(x: Array, axes: MeshAxes, dim: int) -> Array:
+    return lax.psum_scatter(x.astype(jnp.float32), axes, scatter_dimension=dim, tiled=True)
 
 
 _gather_weight.defvjp(_gather_weight_forward, _gather_weight_backward)
@@ -177,14 +207,14 @@ def make_plan(config: PlanConfig, model: ModelConfig, *, abstract: bool = False)
 def single_device_plan(config: PlanConfig, model: ModelConfig, *, sources: tuple[int, int, int] = (1, 1, 1)) -> Plan:
     """The same choices on one device, which stands for `sources` ranks when it counts capacity."""
     ones = dict.fromkeys(("data", "context", "tensor", "stage", "expert", "expert_tensor"), 1)
-    plan = make_plan(dataclasses.replace(config, **ones, fsdp="none"), model)
+    plan = make_plan(dataclasses.replace(config, **ones, fsdp="none", fsdp_size=None, buffer_factor=None), model)
     return dataclasses.replace(plan, sources=sources)
 
 
 def _rules(folding: Folding, *, fully_sharded: bool) -> dict[str, MeshAxes]:
     """Every logical axis name in the code base, and where it lives."""
     axes = folding.logical
-    tensor, dense = axes["tensor"], axes["data"] + axes["context"]
+    tensor = axes["tensor"]
     return {
         # activations: rows of the batch, the sequence outside and inside a context rank
         "batch": axes["data"],
@@ -192,7 +222,7 @@ def _rules(folding: Folding, *, fully_sharded: bool) -> dict[str, MeshAxes]:
         "sequence": tensor,
         "tokens": axes["context"] + tensor,
         # parameters of dense layers
-        "embed": dense if fully_sharded else (),
+        "embed": axes["fsdp"] if fully_sharded else (),
         "norm": (),
         "taps": (),
         "state": (),
@@ -207,7 +237,7 @@ def _rules(folding: Folding, *, fully_sharded: bool) -> dict[str, MeshAxes]:
         # parameters of routed experts
         "expert": axes["expert"],
         "expert_mlp": axes["expert_tensor"],
-        "expert_embed": axes["expert_data"] if fully_sharded else (),
+        "expert_embed": axes["expert_fsdp"] if fully_sharded else (),
     }
 
 

@@ -148,7 +148,7 @@ def _layer(letter: str, model: ModelConfig, plan: Plan, work: Workload, dtype: s
     graph, params, buffers = _abstract(lambda: Stack((letter,), model, nnx.Rngs(0)))
 
     def device_step(params, buffers, x_btd, cotangent_btd, docs):
-        varied, reduce = jax.vjp(plan.vary, params)
+        varied = plan.vary(params)
 
         def apply(params, x_btd):
             y_btd, stats = nnx.merge(graph, working_copy(params, dtype), buffers)(x_btd, docs, plan)
@@ -158,7 +158,7 @@ def _layer(letter: str, model: ModelConfig, plan: Plan, work: Workload, dtype: s
 
         (y_btd, losses), back = jax.vjp(apply, varied, x_btd)
         grads, grad_x_btd = back((cotangent_btd, jax.tree.map(jnp.ones_like, losses)))
-        return y_btd, grad_x_btd, reduce(grads)[0], losses
+        return y_btd, grad_x_btd, plan.sum_gradients(plan.scatter_gradients(grads)), losses
 
     x_btd = jax.ShapeDtypeStruct((plan.config.data * work.rows, _length(plan, work), model.hidden_size), DTYPES[dtype])
     docs, own, residual, whole = _documents(plan, work), *_specs(plan)
@@ -167,7 +167,7 @@ def _layer(letter: str, model: ModelConfig, plan: Plan, work: Workload, dtype: s
         plan,
         (params, buffers, x_btd, x_btd, docs),
         (plan.specs(params), plan.specs(buffers), residual, residual, own),
-        (residual, residual, plan.specs(params), whole),
+        (residual, residual, plan.stored_specs(params), whole),
     )
 
 
@@ -177,7 +177,7 @@ def _ends(model: ModelConfig, plan: Plan, work: Workload, dtype: str) -> Unit:
     def device_step(params, h_btd, cotangent_btd, batch):
         docs = Documents(batch.segments_bt, batch.positions_bt)
         counts = batch_counts(batch, 0, plan)
-        varied, reduce = jax.vjp(plan.vary, params)
+        varied = plan.vary(params)
 
         def apply(params, h_btd):
             ends = nnx.merge(graph, working_copy(params, dtype))
@@ -186,7 +186,7 @@ def _ends(model: ModelConfig, plan: Plan, work: Workload, dtype: str) -> Unit:
 
         (x_btd, nats), back = jax.vjp(apply, varied, h_btd)
         grads, grad_h_btd = back((cotangent_btd, jnp.ones_like(nats)))
-        return x_btd, grad_h_btd, reduce(grads)[0], (counts, nats)
+        return x_btd, grad_h_btd, plan.sum_gradients(plan.scatter_gradients(grads)), (counts, nats)
 
     h_btd = jax.ShapeDtypeStruct((plan.config.data * work.rows, _length(plan, work), model.hidden_size), DTYPES[dtype])
     docs, own, residual, whole = _documents(plan, work), *_specs(plan)
@@ -197,7 +197,7 @@ def _ends(model: ModelConfig, plan: Plan, work: Workload, dtype: str) -> Unit:
         plan,
         (params, h_btd, h_btd, batch),
         (plan.specs(params), residual, residual, own),
-        (residual, residual, plan.specs(params), whole),
+        (residual, residual, plan.stored_specs(params), whole),
     )
 
 
@@ -229,7 +229,7 @@ def _unit(device_step: Callable, plan: Plan, arguments: tuple[Any, ...], inputs:
 
 
 def step_collectives(model: ModelConfig, plan: Plan, batch_size: int, length: int, *, dtype: str = "float32") -> Table:
-    """The collectives of a whole step as written, but for those at the boundary of ZeRO-1."""
+    """The collectives of a whole step as written, but for the gathers of sharded masters."""
     return jaxpr_collectives(_step_jaxpr(model, plan, batch_size, length, dtype), dict(plan.mesh.shape))
 
 

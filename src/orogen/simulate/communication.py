@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
+from orogen.parallel.fold import expert_shards
 
 # Units beside the letters of the pattern: embedding, final norm, head and loss, at every depth of prediction; the
 # projection and norms of the multi-token-prediction block; and each expert's load, counted for the whole batch.
@@ -117,8 +118,6 @@ def uncounted(model: ModelConfig, plan: PlanConfig) -> list[str]:
         (plan.context > 1 and letters & set("Mm"), f"context_ssm {plan.context_ssm}"),
         ("E" in letters and plan.expert_tensor > 1, f"expert_tensor {plan.expert_tensor}"),
         ("E" in letters and plan.dispatch == "ragged", "dispatch ragged"),
-        (plan.fsdp == "gradients", "fsdp gradients"),
-        (plan.fsdp_size is not None, f"fsdp_size {plan.fsdp_size}"),
     ]
     return [name for asked, name in choices if asked]
 
@@ -177,11 +176,21 @@ class _Ledger:
         pieces = {"kv_heads": model.num_key_value_heads, "groups": model.n_groups, "norm_groups": norm_groups}
         # Arrays with fewer pieces than tensor has ranks are held as copies by neighbours.
         copies = {f"{name}_copies": plan.tensor // (n or plan.tensor) or 1 for name, n in pieces.items()}
+        ranks, replicas = plan.data * plan.context, plan.expert * plan.expert_tensor
+        fsdp = plan.fsdp_size or ranks
+        expert_data, shards = (
+            ranks * plan.tensor // replicas,
+            expert_shards(fsdp, tensor=plan.tensor, expert=plan.expert, expert_tensor=plan.expert_tensor),
+        )
         self.sizes = {
+            "fsdp": fsdp,
+            "fsdp_copies": ranks // fsdp,
+            "expert_fsdp": shards,
+            "expert_fsdp_copies": expert_data // shards,
             "data": plan.data,
             "context": plan.context,
             "tensor": plan.tensor,
-            "expert_data": plan.devices // plan.stage // (plan.expert * plan.expert_tensor),
+            "expert_data": expert_data,
             "expert": plan.expert,
             "expert_tensor": plan.expert_tensor,
             **copies,
@@ -257,38 +266,44 @@ class _Ledger:
             self.add("weights", "backward", "reduce-scatter", axes, piece * self.ranks(axes) * FLOAT32)
 
     def summed(self, weights: Iterable[Weight]) -> None:
-        """Each gradient over the devices that hold the same piece of the parameter; with ZeRO-1 the masters' pieces are
-        gathered first."""
-        for weight in weights if self.plan.fsdp == "optimizer" else ():
+        """Each gradient over the devices that store the same piece of the parameter.
+
+        Where masters are sharded and parameters are not (ZeRO-1, ZeRO-2), masters are gathered first, and gradients
+        scattered: once a step, or once a microbatch.
+        """
+        for weight in weights if self.plan.fsdp in ("optimizer", "gradients") else ():
             axes = self._sharded(weight)
-            self.add("masters", "update", "all-gather", axes, self._held(weight) * FLOAT32 / self.ranks(axes))
+            phase = "update" if self.plan.fsdp == "optimizer" else "backward"
+            piece = self._held(weight, stored=True) * FLOAT32
+            self.add("masters", "update", "all-gather", axes, piece)
+            self.add("gradients", phase, "reduce-scatter", axes, piece * self.ranks(axes))
         total: dict[tuple[str, ...], list[int]] = {}
         for weight in weights:
-            total.setdefault(self._copies(weight), []).append(self._held(weight) * FLOAT32)
+            total.setdefault(self._copies(weight), []).append(self._held(weight, stored=True) * FLOAT32)
         for axes, held in total.items():
             self.add("gradients", "update", "all-reduce", axes, sum(held) / len(held), len(held))
 
     def _sharded(self, weight: Weight) -> tuple[str, ...]:
-        dims = {"embed": ("data", "context"), "expert_embed": ("expert_data",)}
+        dims = {"embed": ("fsdp",), "expert_embed": ("expert_fsdp",)}
         return next((dims[axis] for axis in weight.axes if axis in dims), ())
 
-    def _held(self, weight: Weight) -> int:
-        """Numbers of the parameter on one device, inside the step."""
+    def _held(self, weight: Weight, *, stored: bool = False) -> int:
+        """Numbers of the parameter on one device, inside the step or between steps."""
         ways = self.ranks(name for axis in weight.axes for name in SPLIT.get(axis or "", ()))
-        sharded = self.ranks(self._sharded(weight)) if self.plan.fsdp == "parameters" else 1
+        splits = self.plan.fsdp != "none" if stored else self.plan.fsdp == "parameters"
+        sharded = self.ranks(self._sharded(weight)) if splits else 1
         return math.prod(weight.shape) // (ways * sharded)
 
     def _copies(self, weight: Weight) -> tuple[str, ...]:
         """The axes over which the parameter is the same."""
         split = {name for axis in weight.axes for name in SPLIT.get(axis or "", ())}
-        if self.plan.fsdp == "parameters":
-            split.update(self._sharded(weight))
+        sharded = self.plan.fsdp != "none" and self._sharded(weight)
         if "expert" in weight.axes:
-            everywhere = ["expert_data", "expert", "expert_tensor"]
-        elif few := next((axis for axis in weight.axes if axis in ("kv_heads", "groups")), None):
-            everywhere = ["data", "context", f"{few}_copies"]
+            everywhere = ["expert_fsdp_copies" if sharded else "expert_data", "expert", "expert_tensor"]
         else:
-            everywhere = ["data", "context", "tensor"]
+            few = next((axis for axis in weight.axes if axis in ("kv_heads", "groups")), None)
+            dense = ["fsdp_copies"] if sharded else ["data", "context"]
+            everywhere = [*dense, f"{few}_copies" if few else "tensor"]
         return tuple(axis for axis in everywhere if axis not in split and self.sizes[axis] > 1)
 
 

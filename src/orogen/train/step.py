@@ -52,6 +52,7 @@ def gradients(
 ) -> Callable[..., Any]:
     """A function (params, buffers, batch[, replay]) -> loss, gradients, Counts, Sums of a global batch.
 
+    Gradients come in the layout in which parameters are stored.
     The batch's rows are taken in `plan.config.microbatches` parts, whose gradients add up to those of the whole.
     record: Sums.choices holds every token's experts; replaying: those of an earlier call are used again.
     """
@@ -67,17 +68,22 @@ def gradients(
             loss, sums = objective(model, part, counts, config=config, plan=plan, replay=replayed)
             return loss, sums if record else sums._replace(choices=())
 
-        # Marked varying once, out here: the sum over devices then happens once a step and not once a microbatch.
-        varied, reduce = jax.vjp(plan.vary, params)
-        gradient = jax.value_and_grad(share, has_aux=True)
+        def gradient(*arguments):
+            result, grads = jax.value_and_grad(share, has_aux=True)(*arguments)
+            return result, plan.scatter_gradients(grads) if plan.config.fsdp == "gradients" else grads
+
+        # Marked varying out here, gradients are sums over this device's tokens alone; over devices they are added up
+        # once a step, or, where only the piece that this device stores is kept, once a microbatch.
+        varied = plan.vary(params)
         if parts == 1:
             first = jax.tree.map(lambda x: x[0], (batch, replay))
             (loss, sums), grads = gradient(varied, *first)
             choices = jax.tree.map(lambda x: x[None], sums.choices)
         else:
             (loss, sums, grads), choices = _accumulate(gradient, varied, batch, replay, plan)
-        (grads,) = reduce(grads)
-        return loss, grads, counts, sums._replace(choices=choices)
+        if plan.config.fsdp != "gradients":
+            grads = plan.scatter_gradients(grads)
+        return loss, plan.sum_gradients(grads), counts, sums._replace(choices=choices)
 
     return _shard(device_step, built, config, plan, record=record, replaying=replaying)
 
@@ -91,7 +97,8 @@ def _shard(
     choices = tuple(_choice_specs(items, plan, 1) for items in _applied(config))
     sums = Sums(nats=whole, load=whole, dropped=whole, choices=choices if record else ())
     replay = experts_of(choices) if replaying else None
-    step = plan.run(device_step, inputs=(params, buffers, batch_spec, replay), outputs=(whole, params, whole, sums))
+    outputs = (whole, plan.stored_specs(built.params), whole, sums)
+    step = plan.run(device_step, inputs=(params, buffers, batch_spec, replay), outputs=outputs)
     return step if replaying else lambda params, buffers, batch: step(params, buffers, batch, None)
 
 

@@ -1,4 +1,4 @@
-"""Checks a plan against one device: loss, every gradient, and the parameters after one optimizer step.
+"""Checks a plan against one device: loss, every gradient, and the parameters after one step of each optimizer.
 
 Letters: b batch, t time.
 """
@@ -29,13 +29,16 @@ LOSS, GRADIENT, PARAMETER = 1e-5, 1e-4, 1e-6
 MARGIN = 1e-5
 # A leaf this small beside the whole gradient is zero but for rounding, and is held against the whole.
 NEGLIGIBLE = 1e-7
+# Both are checked, whichever the run uses: Muon multiplies whole matrices, AdamW works element by element.
+OPTIMIZERS = ("adamw", "muon")
 
 
 class Verdict(NamedTuple):
     """Relative errors of a plan against one device.
 
     load_error: the largest difference of an expert's load, of the dropped tokens and of a router bias after the update;
-    these are counts and signs, so it is 0 or the plan is wrong. flips: tokens whose own top-k differed from the one
+    these are counts and signs, so it is 0 or the plan is wrong. max_parameter_error: the larger of both optimizers'.
+    flips: tokens whose own top-k differed from the one
     replayed, flip_margin the largest margin of such a choice. zero_leaves had no gradient to compare.
     """
 
@@ -85,20 +88,22 @@ def verify(config: RunConfig) -> Verdict:
     errors, zero = _leaf_errors(alone.grads, folded.grads)
     worst = int(np.argmax(errors))
     flips, margin = _flips(folded.sums.choices)
-    rule = make_optimizer(optimizer, train.steps, built.params)
+    rules = [
+        make_optimizer(dataclasses.replace(optimizer, name=name), train.steps, built.params) for name in OPTIMIZERS
+    ]
     # From one device's gradients on both, but each with the loads that its own run counted.
     updated = [
-        _updated(built, train, rule, where, start, alone._replace(sums=step.sums))
+        [_updated(built, train, rule, where, start, alone._replace(sums=step.sums)) for rule in rules]
         for where, step in ((single, alone), (plan, folded))
     ]
     return Verdict(
         loss_error=abs(folded.loss - alone.loss) / abs(alone.loss),
         max_gradient_error=float(errors[worst]),
         worst_leaf=leaf_name(built.params, worst),
-        max_parameter_error=float(_leaf_errors(*(after[0] for after in updated))[0].max()),
+        max_parameter_error=max(float(_leaf_errors(a[0], b[0])[0].max()) for a, b in zip(*updated, strict=True)),
         load_error=_largest_difference(
             *(
-                (step.sums.load, step.sums.dropped, after[1])
+                (step.sums.load, step.sums.dropped, [biases for _, biases in after])
                 for step, after in zip((alone, folded), updated, strict=True)
             )
         ),
