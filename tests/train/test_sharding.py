@@ -36,12 +36,12 @@ def test_the_sample_covers_every_axis_and_choice():
     assert any(plan.fsdp_size not in (None, 1, plan.data * plan.context) for plan in plans)
 
 
-@pytest.mark.parametrize("fsdp_size", [None, 2], ids=lambda size: f"over {size or 'all'}")
+SHARDED = [("none", None), *itertools.product(("optimizer", "gradients", "parameters"), (None, 2))]
+
+
 @pytest.mark.parametrize("microbatches", [1, 3])
-@pytest.mark.parametrize("fsdp", ["none", "optimizer", "gradients", "parameters"])
-def test_what_is_sharded_over_data_changes_no_gradient_and_no_update(fsdp, microbatches, fsdp_size):
-    if fsdp == "none" and fsdp_size:
-        pytest.skip("nothing is sharded, so it is refused")
+@pytest.mark.parametrize(("fsdp", "fsdp_size"), SHARDED, ids=str)
+def test_what_is_sharded_over_data_changes_no_gradient_and_no_update(fsdp, fsdp_size, microbatches):
     # With three microbatches, each expert has two replicas within a run of two data ranks; else a run is narrower.
     plan = {"data": 4, "tensor": 2, "expert": 4 if microbatches == 1 else 2, "microbatches": microbatches}
     plan |= {"fsdp": fsdp, "fsdp_size": fsdp_size}
