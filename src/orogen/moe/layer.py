@@ -4,6 +4,7 @@ Letters: b batch, t time of this rank's sequence piece, n tokens (b · t), d mod
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -33,11 +34,13 @@ class Choice(NamedTuple):
 
 
 class MoEStats(NamedTuple):
-    """What one layer reports, as this rank's sums: assignments by expert (before any drop), assignments dropped,
+    """What one layer reports, as this rank's sums: assignments by expert (before any drop), assignments dropped for lack
+    of capacity, assignments lost for lack of room in a buffer (with any, the step is not to be used),
     the router's losses, and each token's choice."""
 
     load: Array
     dropped: Array
+    overflow: Array
     losses: RouterLosses
     choice: Choice
 
@@ -75,6 +78,7 @@ class MoE(nnx.Module):
                 flat(u_btw), flat(routing.experts), flat(keep_btk), self.n_experts, capacity, plan
             )
             y_nw = dispatcher.combine(self.experts(rows, group_sizes, plan), flat(routing.weights), ticket, plan)
+            stats = stats._replace(overflow=stats.overflow + ticket.overflow)
             y_btd = y_nw.reshape(u_btw.shape)
             y_btd = y_btd if self.latent_up is None else linear(y_btd, plan.weight(self.latent_up))
         if self.shared is not None:
@@ -95,14 +99,16 @@ class MoE(nnx.Module):
         by_source = lambda a: _split(a, *plan.sources)  # noqa: E731
         tokens = valid_bt.size // sources
         capacity = expert_capacity(tokens, k, self.n_experts, plan.config.capacity_factor)
-        keep = jax.vmap(lambda idx, valid: within_capacity(idx, valid, n_experts=self.n_experts, capacity=capacity))(
-            by_source(routing.experts), by_source(valid_bt[..., None])[..., 0]
+        policy = plan.config.drop_policy
+        keep = jax.vmap(partial(within_capacity, n_experts=self.n_experts, capacity=capacity, policy=policy))(
+            by_source(routing.experts), by_source(routing.weights), by_source(valid_bt[..., None])[..., 0]
         )
         keep_btk = _join(keep, routing.experts.shape, *plan.sources)
         valid_btk = jnp.broadcast_to(valid_bt[..., None], keep_btk.shape)
         stats = MoEStats(
             load=expert_counts(routing.experts, valid_btk, self.n_experts, axes=(0, 1, 2)),
             dropped=jnp.sum(valid_btk & ~keep_btk, dtype=jnp.float32),
+            overflow=jnp.zeros(()),
             losses=router_losses(logits_bte, routing.scores, valid_bt, plan, k=k),
             choice=Choice(routing.experts, routing.margin, routing.flipped),
         )

@@ -20,6 +20,7 @@ from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.parallel.fold import Folding
 from orogen.parallel.mesh import fold_plan, make_mesh
+from orogen.parallel.ragged import Runs, ragged_exchange
 from orogen.parallel.varying import vary, varying_axes
 
 MeshAxes = tuple[str, ...]
@@ -119,6 +120,14 @@ class Plan:
         # As two dimensions: XLA:CPU may lay out the pieces of more in several ways, and then refuses them (jax 0.10.1).
         flat = lax.all_to_all(x.reshape(x.shape[0], -1), self.rules[axis], 0, 0, tiled=True)
         return flat.reshape(x.shape)
+
+    def ragged_exchange(self, x: Array, runs: Runs, axis: str, *, rows: int) -> Array:
+        """The rows (rows, d) that arrive here of those that the ranks of `axis` send each other; zero where none."""
+        if not self.rules[axis]:  # what leaves arrives: the runs of one rank begin and end here
+            row_m = jnp.arange(rows) - runs.arrives[0]
+            inside_m = (row_m >= 0) & (row_m < runs.received[0])
+            return jnp.take(x, jnp.where(inside_m, row_m + runs.starts[0], len(x)), axis=0, mode="fill", fill_value=0)
+        return ragged_exchange(x, runs, rows=rows, axes=self.rules[axis])
 
     def shift(self, x: Array, axis: str, by: int) -> Array:
         """The `x` of the rank `by` before this one, in a ring: each rank's goes `by` ranks on."""
@@ -236,6 +245,8 @@ def _rules(folding: Folding, *, fully_sharded: bool) -> dict[str, MeshAxes]:
         "group_peers": axes.get("norm_groups_copies", ()),
         # parameters of routed experts
         "expert": axes["expert"],
+        "expert_tensor": axes["expert_tensor"],
+        "expert_ranks": axes["expert"] + axes["expert_tensor"],
         "expert_mlp": axes["expert_tensor"],
         "expert_embed": axes["expert_fsdp"] if fully_sharded else (),
     }

@@ -35,12 +35,13 @@ class Counts(NamedTuple):
 
 class Sums(NamedTuple):
     """What a batch adds up to. nats: one entry as in Counts; load: assignments by expert, in the order of the buffers'
-    leaves; dropped: assignments without room; choices: for each depth a tree like the stack's statistics, with a Choice
+    leaves; dropped: assignments beyond an expert's capacity; overflow: beyond a buffer's room; choices: for each depth a tree like the stack's statistics, with a Choice
     where an MoE layer is."""
 
     nats: Array
     load: list[Array]
     dropped: Array
+    overflow: Array
     choices: tuple[Any, ...]
 
 
@@ -84,9 +85,12 @@ def objective(
     load = [s.load for s in moe[0]] + [
         sum(parts) for parts in zip(*([s.load for s in m] for m in moe[1:]), strict=True)
     ]
-    dropped = sum((s.dropped.sum() for m in moe for s in m), start=jnp.zeros(()))
+    dropped, overflow = (
+        plan.total(sum((getattr(s, field).sum() for m in moe for s in m), start=jnp.zeros(())))
+        for field in ("dropped", "overflow")
+    )
     choices = tuple(_map_moe(lambda s: s.choice, tree) for tree in [stats, *(s for _, s in deeper)])
-    return loss, Sums(jax.lax.stop_gradient(nats), plan.total(load), plan.total(dropped), choices)
+    return loss, Sums(jax.lax.stop_gradient(nats), plan.total(load), dropped, overflow, choices)
 
 
 def next_token_nats(model: LanguageModel, batch: Batch, plan: Plan) -> Array:

@@ -32,7 +32,8 @@ BATCH_AXES = ("batch", "context")
 
 class StepMetrics(NamedTuple):
     """What a step reports. nats and targets have one entry a prediction depth; load has a row an MoE layer, in the
-    order of the pattern, then the MTP block's. worst_leaf: the first gradient leaf that is not finite, or -1."""
+    order of the pattern, then the MTP block's. worst_leaf: the first gradient leaf that is not finite, or -1.
+    overflow: rows that found no room in a buffer; with any, the step is skipped."""
 
     loss: Array
     nats: Array
@@ -40,6 +41,7 @@ class StepMetrics(NamedTuple):
     tokens: Array
     load_le: Array
     dropped: Array
+    overflow: Array
     grad_norm: Array
     learning_rate: Array
     worst_leaf: Array
@@ -95,7 +97,7 @@ def _shard(
     whole: Any = plan.spec()
     params, buffers = plan.specs(built.params), plan.specs(built.buffers)
     choices = tuple(_choice_specs(items, plan, 1) for items in _applied(config))
-    sums = Sums(nats=whole, load=whole, dropped=whole, choices=choices if record else ())
+    sums = Sums(nats=whole, load=whole, dropped=whole, overflow=whole, choices=choices if record else ())
     replay = experts_of(choices) if replaying else None
     outputs = (whole, plan.stored_specs(built.params), whole, sums)
     step = plan.run(device_step, inputs=(params, buffers, batch_spec, replay), outputs=outputs)
@@ -205,7 +207,8 @@ def make_step(
         loss, grads, counts, sums = gradient(plan.working(state.params), state.buffers, batch)
         squares = square_sums(grads)
         finite_leaves = jnp.isfinite(squares)
-        finite = finite_leaves.all() & jnp.isfinite(loss)
+        # What overflows a buffer is missing from loss and gradient: the step is as bad as one that is not finite.
+        finite = finite_leaves.all() & jnp.isfinite(loss) & (sums.overflow == 0)
         grad_norm = jnp.sqrt(squares.sum())
         new = apply_gradients(
             state, grads, sums.load, optimizer, plan, grad_norm=grad_norm, bias_rate=bias_rate, finite=finite
@@ -217,6 +220,7 @@ def make_step(
             tokens=counts.tokens[0],
             load_le=load_by_layer(sums.load, config.model),
             dropped=sums.dropped,
+            overflow=sums.overflow,
             grad_norm=grad_norm,
             learning_rate=jnp.asarray(rate(state.step - state.skipped), jnp.float32),
             worst_leaf=jnp.where(finite_leaves.all(), -1, jnp.argmin(finite_leaves)),

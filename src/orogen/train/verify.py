@@ -40,6 +40,7 @@ class Verdict(NamedTuple):
     these are counts and signs, so it is 0 or the plan is wrong. max_parameter_error: the larger of both optimizers'.
     flips: tokens whose own top-k differed from the one
     replayed, flip_margin the largest margin of such a choice. zero_leaves had no gradient to compare.
+    overflow_rows found no room in a buffer: what they would have added is missing, so the plan does not pass.
     """
 
     loss_error: float
@@ -51,6 +52,7 @@ class Verdict(NamedTuple):
     flip_margin: float
     zero_leaves: list[str]
     dropped_tokens: int
+    overflow_rows: int
 
     @property
     def passed(self) -> bool:
@@ -61,6 +63,7 @@ class Verdict(NamedTuple):
             and self.max_parameter_error <= PARAMETER
             and self.load_error == 0
             and self.flip_margin <= MARGIN
+            and self.overflow_rows == 0
         )
 
 
@@ -111,6 +114,7 @@ def verify(config: RunConfig) -> Verdict:
         flip_margin=margin,
         zero_leaves=[leaf_name(built.params, i) for i in zero],
         dropped_tokens=int(folded.sums.dropped),
+        overflow_rows=int(folded.sums.overflow),
     )
 
 
