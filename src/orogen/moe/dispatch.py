@@ -5,7 +5,7 @@ One contract, chosen by name, all inside the plan's shard_map:
 `combine(rows, w_nk, ticket, plan) -> y_nd`. Assignments that `keep_nk` rules out reach no expert and add nothing; who
 rules them out counts them.
 
-With expert_tensor ranks, which share each expert's hidden units, the rows of all of them go through their shares, and the
+Ranks of expert_tensor share each expert's hidden units: the rows of all of them go through each one's share, and the
 partial outputs are summed and scattered back.
 
 Letters: n tokens of this rank, m tokens of all ranks that hold the experts, d width, k experts per token, e experts,
@@ -26,7 +26,7 @@ from orogen.parallel.varying import vary_like
 
 class Ticket(NamedTuple):
     """What combine needs: the row of each assignment, the assignment (token · k + choice) of each row, and what else
-    the dispatch keeps for it. An index past the end means none. overflow: assignments that found no room in a buffer."""
+    the dispatch keeps for it. An index past the end means none. overflow: assignments without room in a buffer."""
 
     slots_nk: Array
     source_r: Array
