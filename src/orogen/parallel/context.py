@@ -64,6 +64,8 @@ def later(x_bt: Array, steps: int, plan: Plan) -> Array:
 
     Raises ValueError if a part of several has fewer tokens than that.
     """
+    if not steps:
+        return x_bt
     if plan.size("context") == 1:
         missing = min(steps, x_bt.shape[1])
         return jnp.pad(x_bt[:, steps:], ((0, 0), (0, missing)) + ((0, 0),) * (x_bt.ndim - 2))

@@ -74,7 +74,8 @@ def objective(
     h_btd, stats = model.hidden(batch.tokens_bt, docs, plan, replay and replay[0])
     deeper = model.deeper(h_btd, batch.tokens_bt, docs, plan, replay and replay[1:])
     hidden = [h_btd] + [h for h, _ in deeper]
-    nats = plan.total(jnp.stack([_nats(model, h, batch, depth, plan) for depth, h in enumerate(hidden)]))
+    predicted = [token_nats(h, model.head_matrix(plan), batch, depth, plan) for depth, h in enumerate(hidden)]
+    nats = plan.total(jnp.stack(predicted))
     moe = [_moe_stats(stats)] + [_moe_stats(s) for _, s in deeper]
     counts = jax.tree.map(lambda c: jnp.maximum(c, 1), counts)
     share = jnp.asarray([1.0] + [config.mtp_loss_scale / len(deeper) for _ in deeper])
@@ -91,12 +92,12 @@ def next_token_nats(model: LanguageModel, batch: Batch, plan: Plan) -> Array:
     """Nats of the next-token targets of the global batch."""
     docs = Documents(batch.segments_bt, batch.positions_bt)
     h_btd, _ = model.hidden(batch.tokens_bt, docs, plan)
-    return plan.total(_nats(model, h_btd, batch, 0, plan))
+    return plan.total(token_nats(h_btd, model.head_matrix(plan), batch, 0, plan))
 
 
-def _nats(model: LanguageModel, h_btd: Array, batch: Batch, depth: int, plan: Plan) -> Array:
+def token_nats(h_btd: Array, head_dv: Array, batch: Batch, depth: int, plan: Plan) -> Array:
+    """Weighted nats of the tokens depth + 1 ahead, of this device's rows. head_dv: this rank's part of v."""
     x_btd = plan.gather(h_btd, "sequence")
-    head_dv = model.head_matrix(plan)
     with jax.named_scope("cross_entropy"):
         return cross_entropy(
             x_btd.reshape(-1, x_btd.shape[-1]),
