@@ -23,12 +23,12 @@ def toy(model: ModelConfig) -> ModelConfig:
         vocab_size=64,
         hidden_size=32,
         moe_intermediate_size=64,
-        moe_latent_size=16 if model.moe_latent_size else None,
         n_routed_experts=model.n_routed_experts,
         num_experts_per_tok=model.num_experts_per_tok,
         router_score=model.router_score,
         mlp_gated=model.mlp_gated,
         mlp_hidden_act=model.mlp_hidden_act,
+        **({"moe_latent_size": 16} if model.moe_latent_size else {}),
     )
 
 
@@ -54,7 +54,7 @@ def compare(model: ModelConfig, layout: Layout) -> dict[str, Any]:
     """
     narrow, config = toy(model), plan_of(layout)
     plan = make_plan(config, narrow)
-    # The layer alone: Workload counts tokens before the sequence is split over tensor.
+    # Workload counts tokens before the sequence is split over tensor.
     work = Workload(rows=1, tokens=TOKENS * layout.tensor)
     table = compiled(unit_of("E", narrow, plan, work), plan)
     folding = fold_plan(config, narrow)

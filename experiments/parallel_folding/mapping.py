@@ -59,7 +59,10 @@ def expert_groups(layout: Layout) -> dict[str, Groups]:
     """
     sizes = {"data": layout.data, "context": layout.context, "tensor": layout.tensor}
     if layout.folded:
-        folding = fold(stage=1, expert=layout.expert, expert_tensor=layout.expert_tensor, **sizes)
+        folding = fold(
+            stage=1, data=layout.data, context=layout.context, tensor=layout.tensor,
+            expert=layout.expert, expert_tensor=layout.expert_tensor,
+        )  # fmt: skip
         copies = folding.logical["expert_data"]
     else:
         experts: Factorization = [

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from compiled import compare
 from figure import draw
 from mapping import (
     Layout,
@@ -147,6 +146,8 @@ def _side(
 
 def compiled_layers(models: dict[str, ModelConfig]) -> Iterator[dict[str, Any]]:
     """The compiled program of one toy layer on fake devices, beside the count."""
+    from compiled import compare  # imports jax, which `configure` has to precede
+
     for name, devices, tensor, context, expert in COMPILED:
         layout = Layout(devices, context, tensor, True, expert, 1)
         yield {"kind": "compiled", "model": name, **layout._asdict(), **compare(models[name], layout)}
