@@ -18,6 +18,7 @@ EXCHANGES = ("all-to-all", "all-gather", "reduce-scatter")
 
 def toy(model: ModelConfig) -> ModelConfig:
     """One layer with the same experts and choice, narrow, without a shared expert."""
+    latent: dict[str, Any] = {"moe_latent_size": 16} if model.moe_latent_size else {}
     return ModelConfig(
         pattern="E",
         vocab_size=64,
@@ -28,7 +29,7 @@ def toy(model: ModelConfig) -> ModelConfig:
         router_score=model.router_score,
         mlp_gated=model.mlp_gated,
         mlp_hidden_act=model.mlp_hidden_act,
-        **({"moe_latent_size": 16} if model.moe_latent_size else {}),
+        **latent,
     )
 
 
