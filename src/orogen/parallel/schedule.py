@@ -109,12 +109,12 @@ def make_schedule(kind: str, *, stages: int, microbatches: int, virtual: int = 1
     gpipe: all forward, then all backward passes; every microbatch is in flight at once (arXiv:1811.06965).
     1f1b: a stage starts a backward pass as soon as it can, and holds at most stages - stage microbatches.
     interleaved: 1f1b over `virtual` chunks a stage in Megatron's order, which divides the bubble by `virtual`
-    (both: arXiv:2104.04473, section 2.2).
+    (both: arXiv:2104.04473, section 2.2). With two chunks or more, no tick mixes forward and backward passes.
     Raises ConfigError on an unknown kind, or on chunks or microbatches that it cannot schedule.
     """
     _check(kind, stages, microbatches, virtual)
     orders = [_order(kind, stage, stages, microbatches, virtual) for stage in range(stages)]
-    tick = {step: int(start) for step, start, _ in _play(orders, lambda _: 1, hop=0)}
+    tick = _place(orders, mixed=virtual == 1)
     slot, slots = {}, {}
     for buffer, spans in _spans(tick, last=stages * virtual - 1).items():
         slot[buffer], slots[buffer] = _allocate(spans, stages)
@@ -153,7 +153,7 @@ def timeline(
 
 
 def lockstep_time(schedule: Schedule, *, forward: ArrayLike = 1.0, backward: ArrayLike | None = None) -> float:
-    """Time of the step if no stage begins a tick before all have ended the one before, as when sends wait for all.
+    """Time of the step if no stage begins a tick before all have ended the one before, as in a loop whose sends wait.
 
     Arguments as in `timeline`. A tick in which some stages go forward and others backward takes the longer pass.
     """
@@ -239,11 +239,38 @@ def _source(step: _Pass, last: int) -> _Pass | None:
     return source if source.segment >= 0 else None
 
 
+def _place(orders: Sequence[Sequence[_Pass]], *, mixed: bool) -> dict[_Pass, int]:
+    """The tick of every pass, each stage keeping to its order and going on as soon as it can.
+
+    Unless mixed, a tick is either forward or backward for all stages, in turns where there is a choice: stages that
+    wait for each other at every tick then never wait for a longer pass. Megatron's interleaved order takes the same
+    ticks and slots either way; 1F1B would idle every other tick, since its few microbatches come back just in time.
+    """
+    stages, last = len(orders), _last_segment(orders)
+    waiting = [collections.deque(order) for order in orders]
+    tick, t, turn = {}, 0, BACKWARD
+    while any(waiting):
+        heads = [steps[0] for steps in waiting if steps]
+        ready = [step for step in heads if (source := _source(step, last)) is None or tick.get(source, t) < t]
+        if not mixed:
+            other = FORWARD if turn == BACKWARD else BACKWARD
+            turn = other if any(step.operation == other for step in ready) else turn
+            ready = [step for step in ready if step.operation == turn]
+        for step in ready:
+            tick[waiting[step.segment % stages].popleft()] = t
+        t += 1
+    return tick
+
+
+def _last_segment(orders: Sequence[Sequence[_Pass]]) -> int:
+    return max(step.segment for step in orders[-1])
+
+
 def _play(
     orders: Sequence[Sequence[_Pass]], cost: Callable[[_Pass], float], *, hop: float
 ) -> list[tuple[_Pass, float, float]]:
     """(pass, start, end) of every pass, each stage keeping to its order and starting each pass as soon as it can."""
-    stages, last = len(orders), max(step.segment for step in orders[-1])
+    stages, last = len(orders), _last_segment(orders)
     end, free, played = {}, [0.0] * stages, []
     waiting = [collections.deque(order) for order in orders]
     while any(waiting):
