@@ -244,14 +244,14 @@ def _place(orders: Sequence[Sequence[_Pass]], *, mixed: bool) -> dict[_Pass, int
 
     Unless mixed, a tick is either forward or backward for all stages, in turns where there is a choice: stages that
     wait for each other at every tick then never wait for a longer pass. Megatron's interleaved order takes the same
-    ticks and slots either way; 1F1B would idle every other tick, since its few microbatches come back just in time.
+    ticks and stash slots, and fewer inbox slots; 1F1B, whose data come just in time, would idle every other tick.
     """
     stages, last = len(orders), _last_segment(orders)
     waiting = [collections.deque(order) for order in orders]
     tick, t, turn = {}, 0, BACKWARD
     while any(waiting):
         heads = [steps[0] for steps in waiting if steps]
-        ready = [step for step in heads if (source := _source(step, last)) is None or tick.get(source, t) < t]
+        ready = [step for step in heads if (source := _source(step, last)) is None or source in tick]
         if not mixed:
             other = FORWARD if turn == BACKWARD else BACKWARD
             turn = other if any(step.operation == other for step in ready) else turn
