@@ -34,9 +34,9 @@ class Choice(NamedTuple):
 
 
 class MoEStats(NamedTuple):
-    """What one layer reports, as this rank's sums: assignments by expert (before any drop), assignments dropped for lack
-    of capacity, assignments lost for lack of room in a buffer (with any, the step is not to be used),
-    the router's losses, and each token's choice."""
+    """What one layer reports, as this rank's sums: assignments by expert (before any drop), assignments dropped beyond
+    capacity, assignments lost for lack of room in a buffer (with any, the step is not to be used), the router's losses,
+    and each token's choice."""
 
     load: Array
     dropped: Array
