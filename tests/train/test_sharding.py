@@ -1,5 +1,6 @@
 """Any plan computes what one device computes: loss, every gradient, one optimizer step."""
 
+import itertools
 import os
 
 import pytest

@@ -5,7 +5,7 @@ r query heads of a key head, k head size, q queries of a block.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +34,7 @@ def attend(
     scale: float,
 ) -> Array:
     """Outputs (b, t, h, k) of `kernels.attention` for this rank's queries against the whole sequence."""
-    options = {"window": window, "scale": scale}
-    kernel = partial(attention, implementation=plan.config.attention, **options)
+    kernel = partial(attention, implementation=plan.config.attention, window=window, scale=scale)
     if plan.size("context") == 1:
         return kernel(q_bthk, k_btgk, v_btgk, segments_bt=segments_bt, sinks_h=sinks_h)
     if plan.config.context_attention == "allgather":
@@ -180,10 +179,11 @@ def _operands(q_bthk, k_btgk, v_btgk, segments_bt, plan) -> tuple[_Queries, _Key
     return _Queries(q_btgrk, segments_bt, index_t), _Keys(k_btgk, v_btgk, segments_bt, index_t)
 
 
-def _halves(tree):
+def _halves(tree: Any) -> tuple[Any, Any]:
     """The first and the second part of each leaf, along time: the last axis of an index, else the second."""
     cut = lambda a, i: jnp.split(a, 2, axis=min(a.ndim - 1, 1))[i]  # noqa: E731
-    return tuple(jax.tree.map(lambda a, i=i: cut(a, i), tree) for i in range(2))
+    first, second = (jax.tree.map(lambda a, i=i: cut(a, i), tree) for i in range(2))
+    return first, second
 
 
 def _next(tree, plan):

@@ -8,6 +8,8 @@ With one rank there is one part, the row, and nothing here communicates.
 Letters: b batch, t time of this rank, s time of the whole sequence, p parts, h heads or channels.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -91,8 +93,7 @@ def entering(decay: Array, state: Array, plan: Plan) -> Array:
     first = _doubling((decay[:, 0], state[:, 0]), 1, plan)
     second = decay[:, 1], state[:, 1]
     turn = rank == ranks - 1
-    second = tuple(jnp.where(turn, a, b) for a, b in zip(_then(first, second), second, strict=True))
-    second = _doubling(second, -1, plan)
+    second = _doubling(_where(turn, _then(first, second), second), -1, plan)
     enters_first = jnp.where(rank == 0, 0, plan.shift(first[1], "context", 1))
     enters_second = jnp.where(turn, first[1], plan.shift(second[1], "context", -1))
     return _rows(enters_first, enters_second)
@@ -103,11 +104,14 @@ def _doubling(element: tuple[Array, Array], by: int, plan: Plan) -> tuple[Array,
     ranks, rank, distance = plan.size("context"), plan.index("context"), 1
     place = rank if by > 0 else ranks - 1 - rank
     while distance < ranks:
-        before = tuple(plan.shift(a, "context", by * distance) for a in element)
-        composed = _then(before, element)
-        element = tuple(jnp.where(place >= distance, a, b) for a, b in zip(composed, element, strict=True))
+        before = plan.shift(element[0], "context", by * distance), plan.shift(element[1], "context", by * distance)
+        element = _where(place >= distance, _then(before, element), element)
         distance *= 2
     return element
+
+
+def _where(condition: Any, one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
+    return jnp.where(condition, one[0], other[0]), jnp.where(condition, one[1], other[1])
 
 
 def _then(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:
