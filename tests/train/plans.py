@@ -19,8 +19,8 @@ MODELS: dict[str, dict] = {
     "each layer": {"pattern": "ME*-/*E", "mtp_depths": 1},
     "repeated": {},
     "both Mambas": {
-        "pattern": "mM*mE", "mtp_depths": 0, "mamba_intermediate_size": 48, "time_step_rank": 3, "mamba_proj_bias": True,
-        "mamba_norm_groups": 1, "moe_latent_size": None,
+        "pattern": "mM*mE", "mtp_depths": 0, "mamba_intermediate_size": 48, "time_step_rank": 3,
+        "mamba_proj_bias": True, "mamba_norm_groups": 1, "moe_latent_size": None,
     },
     "windows and sinks": {
         "pattern": "*wE/w", "mtp_depths": 1, "sliding_window": 7, "attention_sinks": True, "qk_norm": True,

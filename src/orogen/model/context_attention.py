@@ -48,7 +48,8 @@ def attend(
         sinks_h = None if sinks_h is None else plan.piece(sinks_h, "context", dim=0)
         return to_tokens(kernel(q_bshk, k_bsgk, v_bsgk, segments_bt=whole(segments_bt, plan), sinks_h=sinks_h), plan)
     operands = vary_like((q_bthk, k_btgk, v_btgk), (q_bthk, k_btgk, v_btgk, segments_bt))
-    y_bthk, lse_bth = _ring(*operands, segments_bt, plan, _Options(window, scale))
+    sums: Any = _ring(*operands, segments_bt, plan, _Options(window, scale))
+    y_bthk, lse_bth = sums
     if sinks_h is not None:  # they join the softmax last, with nothing to add to the output
         y_bthk *= jax.nn.sigmoid(lse_bth - sinks_h.astype(jnp.float32))[..., None]
     return y_bthk.astype(q_bthk.dtype)
@@ -134,7 +135,7 @@ def _ring_backward(plan, options, saved, cotangents):
     asked = (queries, given)
     pull = partial(_pull_block, options=options, blocked=plan.config.attention == "blocked")
     (first, second), (k_first, k_second) = _halves(asked), _halves(keys)
-    (dq_a, d_a), (dq_b, d_b), (dq_c, d_c) = pull(*first, k_first), pull(*second, k_first), pull(*second, k_second)
+    (dq_a, d_a), (dq_b, d_b), (dq_c, d_c) = pull(first, k_first), pull(second, k_first), pull(second, k_second)
     dq_first, dq_second = dq_a, dq_b + dq_c
     dkv = jax.tree.map(lambda a, b, c: jnp.concatenate([a + b, c], 1), d_a, d_b, d_c)
 
@@ -142,7 +143,7 @@ def _ring_backward(plan, options, saved, cotangents):
         keys, owner, dkv, dq_first, dq_second = carry
         keys, owner, dkv = _next((keys, owner, dkv), plan)
         (asked_a, k_a), (asked_b, k_b), ahead = _visible(asked, keys, owner, plan)
-        (dq_a, d_a), (dq_b, d_b) = pull(*asked_a, k_a), pull(*asked_b, k_b)
+        (dq_a, d_a), (dq_b, d_b) = pull(asked_a, k_a), pull(asked_b, k_b)
         dq_first += jnp.where(ahead, dq_a, 0)
         dq_second += jnp.where(ahead, dq_b, dq_a + dq_b)
 
@@ -236,7 +237,7 @@ def _attend_block(queries: _Queries, keys: _Keys, *, options: _Options, blocked:
     return _by_blocks(run, queries, blocked)
 
 
-def _pull_block(queries: _Queries, given: _Given, keys: _Keys, *, options: _Options, blocked: bool):
+def _pull_block(asked: tuple[_Queries, _Given], keys: _Keys, *, options: _Options, blocked: bool):
     """Gradients of the queries (b, q, g, r, k) and of (keys, values), float32."""
 
     def run(asked) -> tuple[Array, tuple[Array, Array]]:
@@ -252,8 +253,8 @@ def _pull_block(queries: _Queries, given: _Given, keys: _Keys, *, options: _Opti
         dk_bsgk = product("bgrqs,bqgrk->bsgk", ds_bgrqs, queries.q_bqgrk)
         return product("bgrqs,bsgk->bqgrk", ds_bgrqs, keys.k_bsgk), (dk_bsgk, dv_bsgk)
 
-    asked = (queries, given)
-    if not blocked or queries.q_bqgrk.shape[1] <= BLOCK:
+    length = asked[0].q_bqgrk.shape[1]
+    if not blocked or length <= BLOCK:
         return run(asked)
 
     def step(total, asked):
@@ -261,8 +262,8 @@ def _pull_block(queries: _Queries, given: _Given, keys: _Keys, *, options: _Opti
         return jax.tree.map(jnp.add, total, dkv), dq
 
     zeros = tuple(jnp.zeros(a.shape, jnp.float32) for a in (keys.k_bsgk, keys.v_bsgk))
-    total, dq = lax.scan(step, vary_like(zeros, (keys, queries, given)), _cut(asked))
-    return _uncut(dq, queries.q_bqgrk.shape[1]), total
+    total, dq = lax.scan(step, vary_like(zeros, (keys, asked)), _cut(asked))
+    return _uncut(dq, length), total
 
 
 def _by_blocks(run, queries: _Queries, blocked: bool) -> _Sums:

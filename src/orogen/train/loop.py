@@ -213,8 +213,9 @@ class _Run:
         writer.write(record)
         progress.update(number, record)
         if fetched.skipped_in_row >= self.config.train.max_skipped_steps:
+            kind = "whole" if fetched.overflow else "finite"
             raise NonFiniteError(
-                f"step {number}: {fetched.skipped_in_row} steps in a row were not {'whole' if fetched.overflow else 'finite'} "
+                f"step {number}: {fetched.skipped_in_row} steps in a row were not {kind} "
                 f"({self._culprit(fetched)}); expected fewer than "
                 f"TrainConfig.max_skipped_steps = {self.config.train.max_skipped_steps}"
             )
