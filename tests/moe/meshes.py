@@ -23,8 +23,8 @@ BALANCE, Z = 0.3, 0.02  # weights of the router's losses in the scalar that is d
 
 
 class Result(NamedTuple):
-    """Output, assignments by expert, assignments dropped and those without room in a buffer, sums of the router's losses,
-    and the gradients of Σ y · gy + BALANCE · balance + Z · z: of the weights, and of x."""
+    """Output, assignments by expert, assignments dropped and those without room in a buffer, sums of the router's
+    losses, and the gradients of Σ y · gy + BALANCE · balance + Z · z: of the weights, and of x."""
 
     y_btd: np.ndarray
     load_e: np.ndarray

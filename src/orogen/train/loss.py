@@ -35,8 +35,8 @@ class Counts(NamedTuple):
 
 class Sums(NamedTuple):
     """What a batch adds up to. nats: one entry as in Counts; load: assignments by expert, in the order of the buffers'
-    leaves; dropped: assignments beyond an expert's capacity; overflow: beyond a buffer's room; choices: for each depth a
-    tree like the stack's statistics, with a Choice where an MoE layer is."""
+    leaves; dropped: assignments beyond an expert's capacity; overflow: beyond a buffer's room; choices: for each depth
+    a tree like the stack's statistics, with a Choice where an MoE layer is."""
 
     nats: Array
     load: list[Array]
