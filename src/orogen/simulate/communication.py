@@ -391,8 +391,10 @@ def _ends(ledger: _Ledger) -> None:
         # Later tokens, their weights and documents for loss and counts; and what a deeper prediction reads.
         ledger.shift("targets", ("context",), ledger.work.rows * (depth + 1) * FLOAT32, 5 * 2)
         ledger.shift("targets", ("context",), ledger.work.rows * depth * FLOAT32, 4 * 2)
-    # Nats, and the counts of targets, tokens and rows.
-    ledger.add("cross-entropy", "forward", "all-reduce", ("data", "context"), depths * FLOAT32, 4)
+    # Nats, and the counts of targets and tokens; rows count where any context rank holds a token of them.
+    ledger.add("cross-entropy", "forward", "all-reduce", ("data", "context"), depths * FLOAT32, 3)
+    ledger.add("cross-entropy", "forward", "all-reduce", ("context",), ledger.work.rows * FLOAT32, depths)
+    ledger.add("cross-entropy", "forward", "all-reduce", ("data",), depths * FLOAT32)
 
 
 def _load(ledger: _Ledger) -> None:
