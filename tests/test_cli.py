@@ -162,7 +162,7 @@ def test_every_task_refuses_a_bad_config(refused, recipe, tmp_path, task, bindin
 
 def test_heads_that_tensor_does_not_divide(refused, recipe):
     bindings = bound("PlanConfig.tensor = 4", "ModelConfig.vocab_size = 260")
-    expected = "expected a multiple of PlanConfig.tensor = 4 (nearest legal tensor: 3, 6)"
+    expected = "expected a multiple of PlanConfig.tensor = 4 (nearest legal tensor: 2, 1)"
     assert refused("plan", "--gin_file", recipe, *bindings) == f"ModelConfig.num_attention_heads is 6; {expected}"
 
 
