@@ -201,6 +201,20 @@ def test_too_many_steps_that_are_not_finite_stop_the_run(recipe, tmp_path):
     assert read_metrics(tmp_path / "run")[-1]["skipped_steps"] == 3
 
 
+def test_steps_that_overflow_a_buffer_stop_the_run_and_say_what_to_do(recipe, tmp_path):
+    plan = ("PlanConfig.data=2", "PlanConfig.expert=2", "PlanConfig.dispatch='ragged'", "PlanConfig.buffer_factor=0.25")
+    with pytest.raises(NonFiniteError) as caught:
+        run(recipe, tmp_path / "run", *plan, "TrainConfig.max_skipped_steps=2")
+    records = read_metrics(tmp_path / "run")
+    assert [record["skipped_steps"] for record in records] == [1, 2]
+    rows = records[-1]["overflow_rows"]
+    assert rows > 0
+    assert str(caught.value) == (
+        f"step 2: 2 steps in a row were not whole ({rows} rows found no room with PlanConfig.buffer_factor = 0.25; "
+        "raise it); expected fewer than TrainConfig.max_skipped_steps = 2"
+    )
+
+
 def test_nothing_is_saved_while_steps_are_not_finite(recipe, tmp_path):
     """The second step is the first that is not finite."""
     wild = ("OptimizerConfig.learning_rate=1e38", "OptimizerConfig.clip_norm=1e38", "TrainConfig.checkpoint_every=1")

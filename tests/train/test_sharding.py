@@ -92,6 +92,25 @@ FAMILIES = {
         ("gpt-oss", {"tensor": 2, "expert": 2, "dispatch": "allgather", "capacity_factor": 1.0}),
         ("qwen2", {"data": 2, "tensor": 2, "expert": 4, "fsdp": "parameters", "dispatch": "allgather"}),
         ("deepseek", {"tensor": 2, "expert": 2, "fsdp": "optimizer", "dispatch": "alltoall"}),
+        (
+            "gpt-oss",
+            {"data": 2, "tensor": 4, "expert": 2, "expert_tensor": 2, "fsdp": "parameters", "dispatch": "ragged"},
+        ),
+        ("qwen2", {"data": 4, "tensor": 2, "expert": 2, "expert_tensor": 4, "dispatch": "allgather"}),
+        (
+            "deepseek",
+            {
+                "data": 2,
+                "tensor": 2,
+                "expert": 2,
+                "expert_tensor": 2,
+                "dispatch": "ragged",
+                "capacity_factor": 1.0,
+                "drop_policy": "probs",
+                "buffer_factor": 4.0,
+            },
+        ),
+        ("deepseek", {"data": 4, "expert": 2, "expert_tensor": 2, "fsdp": "gradients", "dispatch": "alltoall"}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(str(v) for v in value.values()),
 )
@@ -125,6 +144,15 @@ def test_verify_notices_a_gradient_summed_over_the_wrong_ranks(monkeypatch):
     assert not verdict.passed
     assert verdict.worst_leaf == "norm.weight"
     assert verdict.max_gradient_error == pytest.approx(1)
+
+
+def test_a_plan_that_overflows_a_buffer_does_not_pass():
+    plan = {"data": 2, "expert": 2, "dispatch": "ragged", "buffer_factor": 0.25}
+    verdict = verify(run_config(hybrid(pattern="E", mtp_depths=0), plan=plan))
+    assert verdict.overflow_rows > 0 and not verdict.passed
+    equal = dict.fromkeys(("loss_error", "max_gradient_error", "max_parameter_error", "load_error", "flip_margin"), 0)
+    assert not verdict._replace(**equal).passed
+    assert verdict._replace(**equal, overflow_rows=0).passed
 
 
 def test_verify_notices_an_expert_counted_twice(monkeypatch):

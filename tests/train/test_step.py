@@ -130,6 +130,19 @@ def test_a_finite_step_ends_the_row_of_skipped_ones(fresh):
     assert (int(after.skipped), int(after.skipped_in_row), int(metrics.worst_leaf)) == (5, 0, -1)
 
 
+def test_a_step_that_overflows_a_buffer_changes_nothing_and_is_counted():
+    run = Run(run_config(plan={"dispatch": "ragged", "buffer_factor": 0.5}))
+    before = jax.device_get(run.state)
+    after, metrics = run.step(run.state, run.batch)
+    # 4 x 24 tokens with 3 experts each: room for 144 rows in each of 2 layers and of the MTP block's 2 depths.
+    assert int(metrics.overflow) == int(metrics.load_le.sum()) - 4 * 144 > 0
+    assert (int(after.step), int(after.skipped), int(after.skipped_in_row)) == (1, 1, 1)
+    assert int(metrics.worst_leaf) == -1 and np.isfinite(metrics.loss)
+    for name in ("params", "buffers", "optimizer"):
+        for a, b in zip(jax.tree.leaves(getattr(before, name)), jax.tree.leaves(getattr(after, name)), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
 def test_bfloat16_computes_with_float32_masters():
     config = run_config(compute_dtype="bfloat16")
     run = Run(config)
