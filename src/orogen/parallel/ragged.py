@@ -30,7 +30,10 @@ class Runs(NamedTuple):
 
 
 def ragged_exchange(x_nd: Array, runs: Runs, *, rows: int, axes: tuple[str, ...]) -> Array:
-    """(m, d): the rows that arrive here, zero where none does. `rows` is m. The gradient is the exchange back."""
+    """(m, d): the rows that arrive here, zero where none does. `rows` is m.
+
+    The gradient is the exchange back, so no row may be in two runs, where it leaves or where it arrives.
+    """
     return _exchange(*vary_like((x_nd, runs), (x_nd, runs)), rows, axes)
 
 
