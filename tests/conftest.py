@@ -4,7 +4,7 @@ Tests that need an accelerator run on one with JAX_PLATFORMS=cuda,cpu in front o
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from orogen.parallel.runtime import compile_cache_folder, make_room_for
@@ -24,6 +24,20 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+# Each program that XLA:CPU compiles takes hundreds of memory mappings, of which Linux allows a process 65,530 (its
+# vm.max_map_count); XLA ends with a segmentation fault where none is left (seen on jax 0.10.1, late in this suite).
+MAPPINGS = Path("/proc/self/maps")
+MOST_MAPPINGS = 25_000
+
+
+@pytest.fixture(autouse=True)
+def _programs_are_forgotten() -> Iterator[None]:
+    """Lets go of what is compiled before it has too many mappings."""
+    yield
+    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
 
 
 @pytest.fixture
