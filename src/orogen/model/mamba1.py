@@ -16,6 +16,7 @@ from orogen.model.context_ssm import convolve, scan_over_parts
 from orogen.model.mamba2 import CausalConv, initial_dt_bias, projection_bias
 from orogen.parallel.context import to_heads, to_tokens, whole
 from orogen.parallel.plan import Plan
+from orogen.parallel.varying import vary_like
 
 # Tokens whose states the backward pass holds at once. Of 16, 32, 64 and 128 the fastest and the leanest on a CPU
 # (b 2, t 1024, i 512, n 16).
@@ -62,6 +63,8 @@ class Mamba1(nnx.Module):
         # The time step's low rank, B and C read all channels, of which a rank has its own.
         parts = tuple(linear(x_bti, plan.weight(w)) for w in (self.dt_down, self.B, self.C))
         dt_btr, B_btn, C_btn = plan.sum(parts, "mamba_heads")
+        # Here, where they are smallest, the ranks' gradients of B and C are summed, each once.
+        B_btn, C_btn = vary_like((B_btn, C_btn), x_bti)
         dt_bti = linear(dt_btr, plan.weight(self.dt_up)).astype(jnp.float32)
         vectors = self.dt_bias[...], self.A_log[...], self.D[...]
         by_heads = plan.config.context_ssm == "heads" and plan.size("context") > 1

@@ -82,7 +82,8 @@ def entering(decay: Array, state: Array, plan: Plan) -> Array:
     """The state that enters each of this rank's parts (b p, ...), if a part makes decay · S + state of what enters it.
 
     Nothing enters the sequence. decay (b p, ...) broadcasts against state. An associative scan by doubling: up the
-    ranks over their first parts, then from the last rank's second part down again, 2 log2(c) + 2 states a rank.
+    ranks over their first parts, then from the last rank's second part down again: 2 log2(c) + 2 states a rank, and
+    2 log2(c) - 1 decays.
     """
     ranks = plan.size("context")
     if ranks == 1:
@@ -93,21 +94,25 @@ def entering(decay: Array, state: Array, plan: Plan) -> Array:
     first = _doubling((decay[:, 0], state[:, 0]), 1, plan)
     second = decay[:, 1], state[:, 1]
     turn = rank == ranks - 1
-    second = _doubling(_where(turn, _then(first, second), second), -1, plan)
+    second = _doubling(_where(turn, _then(first, second), second), -1, plan, last=True)
     enters_first = jnp.where(rank == 0, 0, plan.shift(first[1], "context", 1))
     enters_second = jnp.where(turn, first[1], plan.shift(second[1], "context", -1))
     return _rows(enters_first, enters_second)
 
 
-def _doubling(element: tuple[Array, Array], by: int, plan: Plan) -> tuple[Array, Array]:
-    """The composition of the (decay, state) of all ranks up to this one, counted in the direction `by`."""
+def _doubling(element: tuple[Array, Array], by: int, plan: Plan, *, last: bool = False) -> tuple[Array, Array]:
+    """The composition of the (decay, state) of all ranks up to this one, counted in the direction `by`. If it is the
+    `last` that is asked for, its decay is not, and stays behind by a round."""
     ranks, rank, distance = plan.size("context"), plan.index("context"), 1
     place = rank if by > 0 else ranks - 1 - rank
+    decay, state = element
     while distance < ranks:
-        before = plan.shift(element[0], "context", by * distance), plan.shift(element[1], "context", by * distance)
-        element = _where(place >= distance, _then(before, element), element)
+        before = plan.shift(state, "context", by * distance)
+        state = jnp.where(place >= distance, decay * before + state, state)
+        if not last or 2 * distance < ranks:
+            decay = jnp.where(place >= distance, decay * plan.shift(decay, "context", by * distance), decay)
         distance *= 2
-    return element
+    return decay, state
 
 
 def _where(condition: Any, one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -61,6 +61,7 @@ PRIMITIVES = {
     "ppermute": "collective-permute",
     "ragged_all_to_all": "ragged-all-to-all",
 }
+RAGGED = PRIMITIVES["ragged_all_to_all"]
 
 
 class Unit(NamedTuple):
@@ -274,7 +275,8 @@ def jaxpr_collectives(jaxpr: core.Jaxpr, sizes: Mapping[str, int]) -> Table:
         operation = PRIMITIVES.get(equation.primitive.name)
         if operation is not None:
             key = operation, tuple(name for name in sizes if name in _named(equation))
-            _add(table, key, turns * len(_operands(equation)), turns * _sent(equation, sizes))
+            count = 1 if operation == RAGGED else len(equation.invars)
+            _add(table, key, turns * count, turns * _sent(equation, sizes))
     return table
 
 
@@ -282,7 +284,9 @@ def _sent(equation: core.JaxprEqn, sizes: Mapping[str, int]) -> float:
     operation = PRIMITIVES.get(equation.primitive.name)
     if operation is None:
         return 0
-    held = sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in _operands(equation))
+    sizes_of = [math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in _operands(equation)]
+    # A ragged exchange sends no more than its result has room for.
+    held = min(sizes_of) if operation == RAGGED else sum(sizes_of)
     return sent_bytes(operation, held, math.prod(sizes[name] for name in _named(equation)))
 
 
@@ -292,8 +296,8 @@ def _named(equation: core.JaxprEqn) -> tuple[str, ...]:
 
 
 def _operands(equation: core.JaxprEqn) -> Sequence[Any]:
-    """What is sent: of a ragged exchange the first operand, since the others say what goes where."""
-    return equation.invars[:1] if equation.primitive.name == "ragged_all_to_all" else equation.invars
+    """What is sent; of a ragged exchange also what it is written to, while the others say what goes where."""
+    return equation.invars[:2] if equation.primitive.name == "ragged_all_to_all" else equation.invars
 
 
 def product_flops(jaxpr: core.Jaxpr) -> int:
@@ -323,7 +327,8 @@ def _shape(variable: Any) -> tuple[int, ...]:
 def _equations(
     jaxpr: core.Jaxpr, weigh: Callable[[core.JaxprEqn], float], turns: int = 1
 ) -> Iterator[tuple[int, core.JaxprEqn]]:
-    """(times it runs, equation) of every equation, with those of inner jaxprs; of a choice, the heaviest branch.
+    """(times it runs, equation) of every equation, with those of inner jaxprs; of a choice, the heaviest branch,
+    and of one by platform that of accelerators if it weighs anything.
 
     Raises ValueError on a loop whose number of turns is not known, if anything in it weighs something.
     """
@@ -332,7 +337,9 @@ def _equations(
         name, inner = equation.primitive.name, [_open(j) for j in _inner(equation)]
         yield turns, equation
         if name == "cond":
-            inner = [max(inner, key=weight)]
+            # Of a choice by platform the last is that of all but those named, of accelerators.
+            by_platform = equation.params.get("branches_platforms") and weight(inner[-1])
+            inner = [inner[-1] if by_platform else max(inner, key=weight)]
         if name == "while" and any(weight(j) for j in inner):
             raise ValueError(
                 "a while loop that communicates or multiplies matrices; expected a scan: its turns are known"
@@ -403,7 +410,8 @@ def hlo_collectives(text: str, sizes: Mapping[str, int]) -> Table:
         results = _sizes(match["result"])
         held = sum(results) * {"all-gather": 1 / ranks, "reduce-scatter": ranks}.get(operation, 1)
         if ranks > 1:
-            key = operation, _axes(groups or [tuple(range(ranks))], sizes)
+            cycles = operation == "collective-permute"
+            key = operation, _axes(groups or [tuple(range(ranks))], sizes, cycles=cycles)
             # XLA sums several arrays at once, and exchanges one as a piece for each rank.
             arrays = max(len(results) // ranks, 1) if operation == "all-to-all" else len(results)
             _add(table, key, turns[name] * arrays, turns[name] * sent_bytes(operation, held, ranks))
@@ -493,12 +501,13 @@ def _cycles(pairs: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
     return sorted({tuple(sorted(group)) for group in joined.values()})
 
 
-def _axes(groups: list[tuple[int, ...]], sizes: Mapping[str, int]) -> tuple[str, ...]:
-    """The mesh axes along which the members of a group differ. Raises ValueError if they are not all of those."""
+def _axes(groups: list[tuple[int, ...]], sizes: Mapping[str, int], *, cycles: bool) -> tuple[str, ...]:
+    """The mesh axes along which the members of a group differ. Raises ValueError if they are not all of those; in
+    cycles, of shifts by more than one rank, they need not be."""
     shape = tuple(sizes.values())
     places = [np.stack(np.unravel_index(np.asarray(group), shape), 1) for group in groups]
     differ = np.any([(place != place[:1]).any(0) for place in places], axis=0)
     axes = tuple(itertools.compress(sizes, differ))
-    if any(len(group) != math.prod(sizes[name] for name in axes) for group in groups):
+    if not cycles and any(len(group) != math.prod(sizes[name] for name in axes) for group in groups):
         raise ValueError(f"groups {groups[:2]} are no mesh axes of {dict(sizes)}")
     return axes

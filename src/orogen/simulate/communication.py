@@ -1,7 +1,8 @@
 """What a plan's collectives cost by paper: for each layer, the operations over each axis and the bytes sent by them.
 
 Convention: bytes are what one device sends. Over n ranks an all-gather of a piece s sends (n - 1) s; a reduce-scatter
-of S sends (n - 1) S / n, an all-reduce twice that (a ring of both), an all-to-all (n - 1) S / n, and a shift s.
+of S sends (n - 1) S / n, an all-reduce twice that (a ring of both), an all-to-all (n - 1) S / n, and a shift s. A
+ragged all-to-all counts as one of as many rows as could leave and find room, spread evenly over the ranks.
 Activations travel in the compute dtype, parameters of FSDP too, sums of gradients in float32. No jax here.
 
 Phases: forward, backward, and with remat what the backward pass repeats of the forward one (recompute) happen once a
@@ -21,7 +22,8 @@ from orogen.parallel.fold import expert_shards
 ENDS, MTP, LOAD = "ends", "mtp", "load"
 # Rows of logits that the chunked loss makes at once; train/loss.py has the same number, and a test compares them.
 LOGIT_ROWS = 1024
-FLOAT32 = 4
+FLOAT32 = INT32 = 4
+CONTEXT = ("context",)
 
 
 class Workload(NamedTuple):
@@ -83,7 +85,8 @@ def unit_collectives(unit: str, model: ModelConfig, plan: PlanConfig, work: Work
         for weight in again:  # a tied matrix is embedding and head
             ledger.gathered(weight)
     else:
-        {"E": _experts, "M": _mamba2, "m": _mamba1}.get(unit, _block)(ledger)
+        mixers = {"E": _experts, "M": _mamba2, "m": _mamba1, "-": _block}
+        mixers.get(unit, _attention)(ledger)
         weights = _layer_weights(unit, model)
     for weight in weights:
         ledger.gathered(weight)
@@ -110,18 +113,6 @@ def step_collectives(model: ModelConfig, plan: PlanConfig, work: Workload) -> di
     return found
 
 
-def uncounted(model: ModelConfig, plan: PlanConfig) -> list[str]:
-    """What the plan asks for whose collectives inside layers are not in the table, in words."""
-    letters = set(model.layers.main + model.layers.mtp)
-    choices = [
-        (plan.context > 1 and letters & set("*w+"), f"context_attention {plan.context_attention}"),
-        (plan.context > 1 and letters & set("Mm"), f"context_ssm {plan.context_ssm}"),
-        ("E" in letters and plan.expert_tensor > 1, f"expert_tensor {plan.expert_tensor}"),
-        ("E" in letters and plan.dispatch == "ragged", "dispatch ragged"),
-    ]
-    return [name for asked, name in choices if asked]
-
-
 def describe_collectives(model: ModelConfig, plan: PlanConfig, work: Workload) -> dict[str, Any]:
     """The records of one application of each unit, and bytes a step sends in all, by axes."""
     step: dict[str, float] = {}
@@ -130,7 +121,7 @@ def describe_collectives(model: ModelConfig, plan: PlanConfig, work: Workload) -
         axes = " x ".join(record.axes)
         step[axes] = step.get(axes, 0) + record.bytes
     units = {unit: [r._asdict() for r in unit_collectives(unit, model, plan, work)] for unit in found}
-    return {**work._asdict(), "units": units, "step_bytes": step, "uncounted": uncounted(model, plan)}
+    return {**work._asdict(), "units": units, "step_bytes": step}
 
 
 def collective_lines(facts: dict[str, Any]) -> list[str]:
@@ -149,8 +140,7 @@ def collective_lines(facts: dict[str, Any]) -> list[str]:
         numbers = " ".join(f"{_short(n):>9}" for n in sent.values())
         lines.append(f"{unit:5} {part:18} {operation:18} {axes:28} {numbers}")
     total = ", ".join(f"{axes} {_short(size)}" for axes, size in facts["step_bytes"].items())
-    missing = [f"not counted: {', '.join(facts['uncounted'])}"] if facts["uncounted"] else []
-    return [*lines, f"a step, over {total}" if total else "nothing is sent: one device", *missing]
+    return [*lines, f"a step, over {total}" if total else "nothing is sent: one device"]
 
 
 def _short(size: float) -> str:
@@ -169,7 +159,7 @@ class _Ledger:
     """Collects the records of one layer."""
 
     def __init__(self, unit: str, plan: PlanConfig, model: ModelConfig, work: Workload):
-        self.plan, self.model, self.work = plan, model, work
+        self.unit, self.plan, self.model, self.work = unit, plan, model, work
         self.records: list[Collective] = []
         self.recomputes = plan.remat == "full" and unit not in (ENDS, MTP, LOAD)
         norm_groups = model.mamba_norm_groups or model.n_groups
@@ -230,12 +220,24 @@ class _Ledger:
         self.add(part, "forward", "reduce-scatter", axes, held, needed=needed)
         self.add(part, "backward", "all-gather", axes, held / self.ranks(axes))
 
-    def shift(self, part: str, axes: Sequence[str], held: float, count: int, *, phase: str = "forward") -> None:
-        """`count` arrays from each rank to the next, as the plan sends them."""
-        if self.plan.shift == "permute":
-            self.add(part, phase, "collective-permute", axes, held, count)
-        else:
-            self.add(part, phase, "all-to-all", axes, held * self.ranks(axes), count)
+    def shift(
+        self,
+        part: str,
+        axes: Sequence[str],
+        held: float,
+        count: int,
+        *,
+        phase: str = "forward",
+        gradient: bool = False,
+        needed: bool = True,
+    ) -> None:
+        """`count` arrays from each rank to another, as the plan sends them; and, with `gradient`, theirs back."""
+        operation, size = ("collective-permute", held)
+        if self.plan.shift == "alltoall":
+            operation, size = ("all-to-all", held * self.ranks(axes))
+        self.add(part, phase, operation, axes, size, count, needed=needed)
+        if gradient:
+            self.add(part, "backward", operation, axes, size, count)
 
     def both(self, part: str, operation: str, axes: Sequence[str], held: float, count: int = 1) -> None:
         """A collective that is its own transpose."""
@@ -245,6 +247,20 @@ class _Ledger:
     def ranks(self, axes: Iterable[str]) -> int:
         """Devices over which `axes` split."""
         return math.prod(self.sizes[axis] for axis in axes)
+
+    def own(self, pieces: int, axis: str = "tensor") -> int:
+        """Of heads, channels or groups those of this device; at least one."""
+        return pieces // self.ranks((axis,))
+
+    @property
+    def numbers(self) -> int:
+        """Bytes of one number of each token of a whole context rank, in the compute dtype."""
+        return self.work.rows * self.work.tokens * self.work.itemsize
+
+    @property
+    def segments(self) -> int:
+        """Bytes of the segment of each token of a whole context rank."""
+        return self.work.rows * self.work.tokens * INT32
 
     @property
     def stream(self) -> int:
@@ -324,8 +340,63 @@ def _block(ledger: _Ledger, part: str = "sequence", *, needed: bool = False) -> 
     ledger.scatter(part, ("tensor",), ledger.stream, needed=needed)
 
 
+def _attention(ledger: _Ledger) -> None:
+    _block(ledger)
+    model, plan, itemsize = ledger.model, ledger.plan, ledger.work.itemsize
+    heads = ledger.own(model.num_attention_heads)
+    if ledger.unit == "+":  # every query head has its own keys
+        key_heads, key, value = heads, model.qk_nope_head_dim + model.qk_rope_head_dim, model.v_head_dim
+    else:
+        key_heads, key, value = ledger.own(model.num_key_value_heads, "kv_heads"), model.head_dim, model.head_dim
+    keys, values = ledger.numbers * key_heads * key, ledger.numbers * key_heads * value
+    if plan.context_attention == "allgather":
+        ledger.gather("keys", CONTEXT, keys)
+        ledger.gather("keys", CONTEXT, values)
+        ledger.gather("keys", CONTEXT, ledger.segments, gradient=False)
+    elif plan.context_attention == "alltoall":
+        shared, alike = math.lcm(heads, plan.context), math.lcm(key_heads, plan.context)  # few heads are repeated
+        ledger.both("heads", "all-to-all", CONTEXT, ledger.numbers * (shared * key + alike * (key + value)))
+        ledger.gather("heads", CONTEXT, ledger.segments, gradient=False)
+        ledger.both("heads", "all-to-all", CONTEXT, ledger.numbers * heads * value)
+    else:
+        turns, places = plan.context - 1, ledger.work.tokens * INT32
+        # Round the ring, and once more for the gradients, which go with the keys in float32 and one rank further.
+        for phase in ("forward", "backward"):
+            for held in (keys, values, ledger.segments, places, INT32):  # the last says whose keys they are
+                ledger.shift("ring", CONTEXT, held, turns, phase=phase)
+        for held in (keys, values):
+            ledger.shift("ring", CONTEXT, held // itemsize * FLOAT32, turns + 1, phase="backward")
+
+
+def _halos(ledger: _Ledger, channels: int) -> None:
+    """The tokens before each of a rank's two parts of the sequence, for the causal convolution."""
+    before = ledger.model.conv_kernel - 1
+    ledger.shift("halo", CONTEXT, ledger.work.rows * before * channels * ledger.work.itemsize, 2, gradient=True)
+    ledger.shift("halo", CONTEXT, ledger.work.rows * before * INT32, 2)
+
+
+def _entering(ledger: _Ledger, decays: int, states: int) -> None:
+    """What `parallel.context.entering` sends of this many numbers a row: by doubling, over the ranks' first parts and
+    over their second ones, and last the state to the next rank."""
+    rounds, rows = (ledger.plan.context - 1).bit_length(), ledger.work.rows
+    ledger.shift("states", CONTEXT, rows * INT32, 2)  # does a part continue the segment before it?
+    ledger.shift("states", CONTEXT, rows * decays * FLOAT32, 2 * rounds - 1, gradient=True)
+    ledger.shift("states", CONTEXT, rows * states * FLOAT32, 2 * rounds + 2, gradient=True)
+
+
 def _mamba2(ledger: _Ledger) -> None:
     _block(ledger)
+    model, plan = ledger.model, ledger.plan
+    heads, groups = ledger.own(model.mamba_num_heads), ledger.own(model.n_groups, "groups")
+    head, state = model.mamba_head_dim, model.ssm_state_size
+    _halos(ledger, heads * head + 2 * groups * state)
+    if plan.context_ssm == "heads":
+        shared, alike = math.lcm(heads, plan.context), math.lcm(groups, plan.context)  # few groups are repeated
+        ledger.both("heads", "all-to-all", CONTEXT, ledger.numbers * (shared * (head + 1) + 2 * alike * state))
+        ledger.gather("heads", CONTEXT, ledger.segments, gradient=False)
+        ledger.both("heads", "all-to-all", CONTEXT, ledger.numbers * heads * head)
+    else:
+        _entering(ledger, heads, heads * head * state)
     # A group of the norm over several ranks: one sum of squares a token on each, and its gradient.
     squares = ledger.work.rows * ledger.work.tokens * FLOAT32
     ledger.both("norm peers", "all-reduce", ("norm_groups_copies",), squares)
@@ -333,17 +404,27 @@ def _mamba2(ledger: _Ledger) -> None:
 
 def _mamba1(ledger: _Ledger) -> None:
     _block(ledger)
+    model, channels = ledger.model, ledger.own(ledger.model.mamba_intermediate_size)
+    state = model.ssm_state_size
+    _halos(ledger, channels)
     # The time step's low rank, B and C read all channels: sums forward, and of their gradients.
-    numbers = ledger.work.rows * ledger.work.tokens * ledger.work.itemsize
-    ledger.both("low rank", "all-reduce", ("tensor",), numbers * ledger.model.time_step_rank)
-    ledger.both("low rank", "all-reduce", ("tensor",), numbers * ledger.model.ssm_state_size, 2)
+    ledger.both("low rank", "all-reduce", ("tensor",), ledger.numbers * model.time_step_rank)
+    ledger.both("low rank", "all-reduce", ("tensor",), ledger.numbers * state, 2)
+    if ledger.plan.context_ssm == "heads":  # each channel is a head, and all read the same B and C
+        in_float32 = ledger.numbers // ledger.work.itemsize * FLOAT32
+        ledger.both("heads", "all-to-all", CONTEXT, ledger.numbers * channels)
+        ledger.both("heads", "all-to-all", CONTEXT, in_float32 * channels)  # time steps
+        for _ in range(2):
+            ledger.gather("heads", CONTEXT, ledger.numbers * state)
+        ledger.gather("heads", CONTEXT, ledger.segments, gradient=False)
+        ledger.both("heads", "all-to-all", CONTEXT, in_float32 * channels)  # what the scan gives
+    else:
+        _entering(ledger, channels * state, channels * state)
 
 
 def _experts(ledger: _Ledger) -> None:
     plan, model = ledger.plan, ledger.model
-    dispatches = {"allgather": _gathered_tokens, "alltoall": _exchanged_rows}
-    if plan.dispatch in dispatches:  # `uncounted` names the others
-        dispatches[plan.dispatch](ledger)
+    {"allgather": _gathered_tokens, "alltoall": _exchanged_rows, "ragged": _ragged_rows}[plan.dispatch](ledger)
     if model.moe_shared_expert_intermediate_size:
         _block(ledger, "shared expert", needed=model.moe_shared_expert_gate)
     experts, rows = model.n_routed_experts, ledger.work.rows
@@ -360,14 +441,14 @@ def _experts(ledger: _Ledger) -> None:
 
 
 def _gathered_tokens(ledger: _Ledger) -> None:
-    tokens, k = ledger.own_tokens, ledger.model.num_experts_per_tok
+    tokens, k, axes = ledger.own_tokens, ledger.model.num_experts_per_tok, ("expert", "expert_tensor")
     width = tokens * ledger.model.expert_width * ledger.work.itemsize
-    ledger.gather("dispatch", ("expert",), width)
-    ledger.gather("dispatch", ("expert",), tokens * k * FLOAT32, gradient=False)  # each token's experts
-    ledger.gather("dispatch", ("expert",), tokens * k, gradient=False)  # whether there is room, a byte each
-    ledger.gather("combine", ("expert",), tokens * k * FLOAT32)  # the weights
+    ledger.gather("dispatch", axes, width)
+    ledger.gather("dispatch", axes, tokens * k * INT32, gradient=False)  # each token's experts
+    ledger.gather("dispatch", axes, tokens * k, gradient=False)  # whether there is room, a byte each
+    ledger.gather("combine", axes, tokens * k * FLOAT32)  # the weights
     projected = ledger.model.moe_latent_size is not None
-    ledger.scatter("combine", ("expert",), width * ledger.plan.expert, needed=projected)
+    ledger.scatter("combine", axes, width * ledger.ranks(axes), needed=projected)
 
 
 def _exchanged_rows(ledger: _Ledger) -> None:
@@ -376,7 +457,27 @@ def _exchanged_rows(ledger: _Ledger) -> None:
     capacity = tokens if factor is None else min(tokens, math.ceil(even * factor))
     rows = model.n_routed_experts * capacity * model.expert_width * ledger.work.itemsize
     ledger.both("dispatch", "all-to-all", ("expert",), rows)
+    _shared_rows(ledger, rows)
     ledger.both("combine", "all-to-all", ("expert",), rows)
+
+
+def _ragged_rows(ledger: _Ledger) -> None:
+    model, plan, sent = ledger.model, ledger.plan, ledger.own_tokens * ledger.model.num_experts_per_tok
+    room = ledger.own_tokens * plan.expert * min(model.num_experts_per_tok, model.n_routed_experts // plan.expert)
+    room = room if plan.buffer_factor is None else min(room, math.ceil(sent * plan.buffer_factor))
+    counts, row = model.n_routed_experts * INT32, model.expert_width * ledger.work.itemsize
+    ledger.gather("dispatch", ("expert",), counts, gradient=False)
+    ledger.both("dispatch", "ragged-all-to-all", ("expert",), min(sent, room) * row)
+    ledger.gather("dispatch", ("expert_tensor",), counts, gradient=False)
+    _shared_rows(ledger, room * row)
+    ledger.both("combine", "ragged-all-to-all", ("expert",), min(sent, room) * row)
+
+
+def _shared_rows(ledger: _Ledger, rows: int) -> None:
+    """Ranks that share an expert's hidden units each take the rows of all, and add up what they make of them."""
+    axes = ("expert_tensor",)
+    ledger.gather("dispatch", axes, rows)
+    ledger.scatter("combine", axes, rows * ledger.ranks(axes), needed=True)
 
 
 def _ends(ledger: _Ledger) -> None:
@@ -402,7 +503,8 @@ def _load(ledger: _Ledger) -> None:
     layers = (pattern.main + pattern.mtp).count("E")
     if layers:
         ledger.add("load", "forward", "all-reduce", everywhere, ledger.model.n_routed_experts * FLOAT32, layers)
-        ledger.add("dropped", "forward", "all-reduce", everywhere, FLOAT32)
+        # Without room at an expert, and in a ragged buffer.
+        ledger.add("dropped", "forward", "all-reduce", everywhere, FLOAT32, 1 + (ledger.plan.dispatch == "ragged"))
 
 
 # Parameters
