@@ -9,11 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from tests.moe.meshes import Inputs, assert_equal, config, inputs, layer_result, reference_result, weights
 
 from orogen.config.plan import PlanConfig
-from orogen.moe.dispatch import expert_capacity, within_capacity
+from orogen.moe.dispatch import drop_margin, expert_capacity, within_capacity
+from orogen.moe.layer import MoE, Replay
 from orogen.moe.reference import Options, Weights, choose, largest, mixture
+from orogen.parallel.plan import make_plan
 
 # The expert axis is over nothing; data and tensor together; part of data with tensor; part of tensor; the outer half of
 # tensor with expert_tensor inside; half of data with expert_tensor over tensor; expert_tensor over half of data; none,
@@ -62,6 +65,39 @@ def test_one_device_drops_what_the_ranks_it_stands_for_would(dispatch):
     expected = reference_result(model, given, data, sources=sources, capacity=4)  # ceil(12 · 3 / 8 · 3/4)
     assert expected.dropped > 0
     assert_equal(layer_result(model, plan, given, data, sources=(2, 1, 2)), expected)
+
+
+def test_the_margin_of_what_is_dropped_by_hand():
+    # Expert 0 keeps tokens 0 and 1 where the replay keeps 0 and 2; expert 1 keeps one token more than the replay.
+    idx_nk = jnp.array([[0], [0], [0], [1]])
+    w_nk = jnp.array([[0.9], [0.5], [0.25], [0.7]])
+    kept_nk, replayed_nk = jnp.array([[1], [1], [0], [1]]) > 0, jnp.array([[1], [0], [1], [0]]) > 0
+    margin = lambda policy: drop_margin(idx_nk, w_nk, kept_nk, replayed_nk, n_experts=3, policy=policy)  # noqa: E731
+    np.testing.assert_allclose(margin("probs"), [0, 0.25, 0.25, np.inf])
+    np.testing.assert_array_equal(margin("position"), [0, np.inf, np.inf, np.inf])
+
+
+@pytest.mark.parametrize("policy", ["position", "probs"])
+def test_what_was_dropped_is_replayed_and_noticed(policy):
+    model, plan_config = config(), PlanConfig(capacity_factor=0.75, drop_policy=policy)
+    plan, layer, data = make_plan(plan_config, model), MoE(model, nnx.Rngs(0)), inputs(model, 1, rows=2, length=LENGTH)
+
+    def changed(changed_btk):
+        own = layer(data.x_btd, data.segments_bt, plan, None)[1].choice.replay
+        y_btd, stats = layer(data.x_btd, data.segments_bt, plan, Replay(own.experts, own.kept ^ changed_btk))
+        return y_btd, stats.choice, stats.dropped
+
+    run = jax.jit(plan.run(changed, inputs=plan.spec(), outputs=plan.spec()))
+    nothing = jnp.zeros((2, LENGTH, 3), bool)
+    y_btd, choice, dropped = run(nothing)
+    assert dropped > 0 and not choice.flipped.any()
+    row, token, _ = np.argwhere(~choice.replay.kept & (data.segments_bt != 0)[..., None])[0]
+    k = int(np.argmin(choice.replay.kept[row, token]))
+    other_btd, noticed, still = run(nothing.at[row, token, k].set(True))
+    assert still == dropped
+    np.testing.assert_array_equal(np.argwhere(noticed.flipped), [[row, token]])
+    assert math.isinf(noticed.margin[row, token])  # kept, and nothing dropped for it
+    np.testing.assert_array_equal(np.argwhere(np.any(other_btd != y_btd, -1)), [[row, token]])
 
 
 @pytest.mark.parametrize("bias", BIASES)

@@ -48,6 +48,21 @@ def within_capacity(idx_nk: Array, w_nk: Array, valid_n: Array, *, n_experts: in
     return _rank_in_expert(idx_nk, valid_n[:, None], n_experts, first_nk) < capacity
 
 
+def drop_margin(
+    idx_nk: Array, w_nk: Array, keep_nk: Array, replayed_nk: Array, *, n_experts: int, policy: str
+) -> Array:
+    """(n,) on how little it hung that a token's assignments are kept that a replay drops, or the other way round: the
+    largest weight that an expert has of the first kind, less the smallest of the second. 0 where both agree; infinite
+    where only one kind exists, and under the policy position, which weighs nothing."""
+    lost_nk, gained_nk = keep_nk & ~replayed_nk, replayed_nk & ~keep_nk
+    expert_nke = idx_nk[..., None] == jnp.arange(n_experts)
+    of = lambda mask_nk, fill: jnp.where(mask_nk[..., None] & expert_nke, w_nk[..., None], fill)  # noqa: E731
+    heaviest_e, lightest_e = of(lost_nk, -jnp.inf).max((0, 1)), of(gained_nk, jnp.inf).min((0, 1))
+    paired_e = jnp.isfinite(heaviest_e) & jnp.isfinite(lightest_e) & (policy == "probs")
+    margin_e = jnp.where(paired_e, heaviest_e - lightest_e, jnp.inf)
+    return jnp.where(lost_nk | gained_nk, margin_e[idx_nk], 0).max(-1)
+
+
 def _rank_in_expert(idx_nk: Array, kept_nk: Array, n_experts: int, first_nk: Array | None = None) -> Array:
     """Place of each kept assignment in its expert's queue, in token order or by ascending `first_nk`; the number of
     assignments if not kept."""

@@ -17,18 +17,25 @@ from orogen.config.model import ModelConfig
 from orogen.layers.linear import linear
 from orogen.layers.mlp import MLP
 from orogen.layers.parameter import normal
-from orogen.moe.dispatch import DISPATCHES, expert_capacity, within_capacity
+from orogen.moe.dispatch import DISPATCHES, drop_margin, expert_capacity, within_capacity
 from orogen.moe.experts import Experts
 from orogen.moe.router import Router, RouterLosses, Routing, expert_counts, router_losses
 from orogen.parallel.context import zigzag
 from orogen.parallel.plan import Plan
 
 
-class Choice(NamedTuple):
-    """The experts (b, t, k) of each token, which replay needs, and of its own top k the margin (b, t) and whether the
-    experts replayed were others (b, t); see Routing."""
+class Replay(NamedTuple):
+    """The experts of each token, and which of them had room for it. (b, t, k)"""
 
     experts: Array
+    kept: Array
+
+
+class Choice(NamedTuple):
+    """What replays each token's choice; and the margin (b, t) of its own one and whether what was replayed differed
+    (b, t): in the experts (see Routing), or in what is dropped of them (see `drop_margin`)."""
+
+    replay: Replay
     margin: Array
     flipped: Array
 
@@ -64,12 +71,14 @@ class MoE(nnx.Module):
         gated = config.moe_shared_expert_gate
         self.shared_gate = normal(rngs, (size, 1), ("embed", None), std=std) if gated else None
 
-    def __call__(self, x_btd: Array, segments_bt: Array, plan: Plan, replay: Array | None) -> tuple[Array, MoEStats]:
-        """y (b, t, d) and statistics. segments_bt: of the whole context rank; replay: experts (b, t, k) to use."""
+    def __call__(self, x_btd: Array, segments_bt: Array, plan: Plan, replay: Replay | None) -> tuple[Array, MoEStats]:
+        """y (b, t, d) and statistics. segments_bt: of the whole context rank; replay: what to use in place of its own
+        choice."""
         valid_bt = plan.piece(segments_bt, "sequence") != 0
         with jax.named_scope("router"):
-            logits_bte, routing = self.router(x_btd, plan, replay)
-            stats, keep_btk, capacity = self._account(logits_bte, routing, valid_bt, plan)
+            logits_bte, routing = self.router(x_btd, plan, None if replay is None else replay.experts)
+            stats, capacity = self._account(logits_bte, routing, valid_bt, plan, replay)
+            keep_btk = stats.choice.replay.kept
         with jax.named_scope("experts"):
             flat = lambda a: a.reshape(-1, a.shape[-1])  # noqa: E731
             u_btw = x_btd if self.latent_down is None else linear(x_btd, plan.weight(self.latent_down))
@@ -92,27 +101,39 @@ class MoE(nnx.Module):
             return y_btd
         return y_btd * jax.nn.sigmoid(linear(x_btd, plan.weight(self.shared_gate)))
 
-    def _account(self, logits_bte: Array, routing: Routing, valid_bt: Array, plan: Plan) -> tuple[MoEStats, Array, int]:
-        """Statistics, which assignments have room, and an expert's capacity from each source rank."""
+    def _account(
+        self, logits_bte: Array, routing: Routing, valid_bt: Array, plan: Plan, replay: Replay | None
+    ) -> tuple[MoEStats, int]:
+        """Statistics, with which assignments have room, and an expert's capacity from each source rank."""
         k = routing.experts.shape[-1]
         sources = math.prod(plan.sources)
         by_source = lambda a: _split(a, *plan.sources)  # noqa: E731
         tokens = valid_bt.size // sources
         capacity = expert_capacity(tokens, k, self.n_experts, plan.config.capacity_factor)
         policy = plan.config.drop_policy
+        experts, weights = by_source(routing.experts), by_source(routing.weights)
         keep = jax.vmap(partial(within_capacity, n_experts=self.n_experts, capacity=capacity, policy=policy))(
-            by_source(routing.experts), by_source(routing.weights), by_source(valid_bt[..., None])[..., 0]
+            experts, weights, by_source(valid_bt[..., None])[..., 0]
         )
         keep_btk = _join(keep, routing.experts.shape, *plan.sources)
+        choice = Choice(Replay(routing.experts, keep_btk), routing.margin, routing.flipped)
+        if replay is not None:
+            margins = jax.vmap(partial(drop_margin, n_experts=self.n_experts, policy=policy))(
+                experts, weights, keep, by_source(replay.kept)
+            )
+            margin_bt = _join(margins[..., None], (*valid_bt.shape, 1), *plan.sources)[..., 0]
+            differs_bt = jnp.any(keep_btk != replay.kept, -1)
+            margin_bt = jnp.maximum(jnp.where(routing.flipped, routing.margin, 0), margin_bt)
+            choice = Choice(replay, margin_bt, routing.flipped | differs_bt)
         valid_btk = jnp.broadcast_to(valid_bt[..., None], keep_btk.shape)
         stats = MoEStats(
             load=expert_counts(routing.experts, valid_btk, self.n_experts, axes=(0, 1, 2)),
             dropped=jnp.sum(valid_btk & ~keep_btk, dtype=jnp.float32),
             overflow=jnp.zeros(()),
             losses=router_losses(logits_bte, routing.scores, valid_bt, plan, k=k),
-            choice=Choice(routing.experts, routing.margin, routing.flipped),
+            choice=choice,
         )
-        return stats, keep_btk, capacity * sources
+        return stats, capacity * sources
 
 
 def _split(x_btk: Array, data: int, context: int, tensor: int) -> Array:

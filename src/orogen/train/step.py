@@ -18,7 +18,7 @@ from orogen.config.run import RunConfig
 from orogen.data.packing import Batch
 from orogen.model.block import Repeat, letters, places, repeats
 from orogen.model.lm import Built
-from orogen.moe.layer import Choice
+from orogen.moe.layer import Choice, Replay
 from orogen.parallel.context import zigzag
 from orogen.parallel.plan import Plan
 from orogen.precision.policy import working_copy
@@ -56,7 +56,7 @@ def gradients(
 
     Gradients come in the layout in which parameters are stored.
     The batch's rows are taken in `plan.config.microbatches` parts, whose gradients add up to those of the whole.
-    record: Sums.choices holds every token's experts; replaying: those of an earlier call are used again.
+    record: Sums.choices holds every token's experts and drops; replaying: those of an earlier call are used again.
     """
     parts = plan.config.microbatches
     depths = config.mtp_depths
@@ -98,15 +98,15 @@ def _shard(
     params, buffers = plan.specs(built.params), plan.specs(built.buffers)
     choices = tuple(_choice_specs(items, plan, 1) for items in _applied(config))
     sums = Sums(nats=whole, load=whole, dropped=whole, overflow=whole, choices=choices if record else ())
-    replay = experts_of(choices) if replaying else None
+    replay = replay_of(choices) if replaying else None
     outputs = (whole, plan.stored_specs(built.params), whole, sums)
     step = plan.run(device_step, inputs=(params, buffers, batch_spec, replay), outputs=outputs)
     return step if replaying else lambda params, buffers, batch: step(params, buffers, batch, None)
 
 
-def experts_of(choices: Any) -> Any:
-    """The experts of each Choice in the tree: what replays it."""
-    return jax.tree.map(lambda c: c.experts, choices, is_leaf=lambda x: isinstance(x, Choice))
+def replay_of(choices: Any) -> Any:
+    """What replays each Choice in the tree."""
+    return jax.tree.map(lambda c: c.replay, choices, is_leaf=lambda x: isinstance(x, Choice))
 
 
 def _applied(config: ModelConfig) -> list[Items]:
@@ -122,9 +122,9 @@ def _choice_specs(items: Items, plan: Plan, stacked: int) -> Any:
             specs.append(_choice_specs(item.items, plan, stacked + 1))
         else:
             axes = (None,) * stacked + ("batch", "tokens")
-            experts: Any = plan.spec(*axes, None)
+            each: Any = plan.spec(*axes, None)
             token: Any = plan.spec(*axes)
-            specs.append(Choice(experts, token, token) if item == "E" else None)
+            specs.append(Choice(Replay(each, each), token, token) if item == "E" else None)
     return tuple(specs)
 
 
