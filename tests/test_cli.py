@@ -92,6 +92,17 @@ def test_plan_for_a_person_is_a_table(recipe, capsys):
     assert any(line.split() == ["head.weight", "12x259", "embed", "vocab", "12x259", "12x259"] for line in lines)
 
 
+def test_plan_tells_what_is_sent(recipe, capsys):
+    bindings = bound("PlanConfig.data = 2", "TrainConfig.batch_size = 4", "PlanConfig.fsdp = 'none'")
+    assert main(["plan", "--gin_file", str(recipe), "--json", *bindings, "--compile", "--fake_devices", "8"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    (up_down,) = (r for r in facts["collectives"]["units"]["-"] if r["part"] == "gradients")
+    assert up_down["axes"] == ["data"] and up_down["bytes"] == (2 * 12 * 14 + 12) * 4
+    assert facts["flops_overhead"] == 0
+    for rows in facts["compiled"].values():
+        assert rows and all(row["paper"] == row["compiled"] for row in rows)
+
+
 def test_several_gin_files_are_read_in_order(recipe, tmp_path, capsys):
     wider = tmp_path / "wider.gin"
     wider.write_text("ModelConfig.intermediate_size = 28\n")
@@ -151,7 +162,7 @@ def test_every_task_refuses_a_bad_config(refused, recipe, tmp_path, task, bindin
 
 def test_heads_that_tensor_does_not_divide(refused, recipe):
     bindings = bound("PlanConfig.tensor = 4", "ModelConfig.vocab_size = 260")
-    expected = "expected a multiple of PlanConfig.tensor = 4 (nearest legal tensor: 3, 6)"
+    expected = "expected a multiple of PlanConfig.tensor = 4 (nearest legal tensor: 2, 1)"
     assert refused("plan", "--gin_file", recipe, *bindings) == f"ModelConfig.num_attention_heads is 6; {expected}"
 
 

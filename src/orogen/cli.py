@@ -49,7 +49,10 @@ def _parser() -> argparse.ArgumentParser:
     task.add_argument("--resume", action="store_true", help="go on with the run in DIR, if there is one")
     task.add_argument("--checkpoint", type=Path, metavar="DIR", help=f"start from the weights of {CHECKPOINT}")
     _task(tasks, "params", params, "count parameters")
-    _task(tasks, "plan", plan, "show the mesh and where each parameter lives; needs no devices")
+    task = _task(tasks, "plan", plan, "show the mesh, where each parameter lives and what is sent; needs no devices")
+    task.add_argument(
+        "--compile", action="store_true", help="what one layer of each type sends, as XLA compiles it, too"
+    )
     _task(tasks, "verify", verify, "check a plan against one device: loss, every gradient, one optimizer step")
     task = tasks.add_parser("generate", help="sample text from a trained model")
     task.set_defaults(task=generate, gin_file=None)
@@ -185,8 +188,36 @@ def plan(options: argparse.Namespace) -> int:
     from orogen.parallel.plan import make_plan
 
     facts = describe_plan(make_plan(config.plan, config.model, abstract=True), build(config.model).params)
-    _answer(options, facts, plan_lines(facts))
+    lines = plan_lines(facts)
+    if options.compile:
+        config.need("train")
+    if config.train is not None:
+        more, more_lines = _collectives(options, config)
+        facts, lines = {**facts, **more}, [*lines, "", *more_lines]
+    _answer(options, facts, lines)
     return 0
+
+
+def _collectives(options: argparse.Namespace, config: RunConfig) -> tuple[dict[str, Any], list[str]]:
+    """What the plan's devices send by paper and, with --compile, in XLA's programs for simulated devices."""
+    from orogen.simulate.communication import Workload, collective_lines, describe_collectives
+
+    sizes, train, model = config.plan, config.train, config.model
+    rows, tokens = train.batch_size // (sizes.data * sizes.microbatches), train.sequence_length // sizes.context
+    work = Workload(rows, tokens, 2 if train.compute_dtype == "bfloat16" else 4)
+    facts: dict[str, Any] = {"collectives": describe_collectives(model, sizes, work)}
+    lines = collective_lines(facts["collectives"])
+    if options.compile:
+        from orogen.simulate.aot import compare, compared_lines, flops_overhead
+
+        if not options.fake_devices:
+            configure(sizes.devices)
+        letters = dict.fromkeys(model.layers.main + model.layers.mtp)
+        facts["compiled"] = compare(model, sizes, work, letters)
+        facts["flops_overhead"] = flops_overhead(model, sizes, train.batch_size, train.sequence_length)
+        overhead = f"matrix products of all devices against those of one: {100 * facts['flops_overhead']:+.2f} %"
+        lines += ["", *compared_lines(facts["compiled"]), "", overhead]
+    return facts, lines
 
 
 def verify(options: argparse.Namespace) -> int:

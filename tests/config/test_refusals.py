@@ -48,11 +48,13 @@ REFUSED = [
     (ModelConfig, "topk_group", 2, "at most n_group = 1"),
     (ModelConfig, "num_experts_per_tok", 25, "at most 24, the experts in topk_group groups"),
     (ModelConfig, "yarn_factor", 4.0, "None: rope_theta is None"),
-    (PlanConfig, "context", 2, "1: parallelism over this axis is not available yet"),
     (PlanConfig, "stage", 2, "1: parallelism over this axis is not available yet"),
-    (PlanConfig, "expert_tensor", 2, "1: parallelism over this axis is not available yet"),
-    (PlanConfig, "fsdp", "full", "one of none, optimizer, parameters"),
-    (PlanConfig, "dispatch", "ring", "one of allgather, alltoall"),
+    (PlanConfig, "fsdp", "full", "one of none, optimizer, gradients, parameters"),
+    (PlanConfig, "dispatch", "ring", "one of allgather, alltoall, ragged"),
+    (PlanConfig, "drop_policy", "random", "one of position, probs"),
+    (PlanConfig, "context_attention", "zigzag", "one of ring, allgather, alltoall"),
+    (PlanConfig, "context_ssm", "ring", "one of state, heads"),
+    (PlanConfig, "shift", "ring", "one of permute, alltoall"),
     (PlanConfig, "remat", "some", "one of none, full"),
     (PlanConfig, "attention", "flash", "one of full, blocked"),
     (PlanConfig, "ssd", "scan", "one of recurrence, chunked, triton"),
@@ -251,6 +253,33 @@ def test_sequence_must_divide_over_tensor():
     with pytest.raises(ConfigError) as caught:
         run({"tensor": 5}, sequence_length=21).check()
     assert str(caught.value) == "TrainConfig.sequence_length is 21; expected a multiple of context x tensor = 1 x 5"
+
+
+@pytest.mark.parametrize(("tensor", "pieces"), [(1, 2), (2, 2), (5, 10)])
+def test_sequence_must_divide_into_two_parts_a_context_rank(tensor, pieces):
+    plan = {"context": 3, "tensor": tensor}
+    run(plan, sequence_length=3 * pieces).check()
+    with pytest.raises(ConfigError) as caught:
+        run(plan, sequence_length=3 * pieces + 1).check()
+    assert str(caught.value) == (
+        f"TrainConfig.sequence_length is {3 * pieces + 1}; "
+        f"expected a multiple of context x lcm(2, tensor) = 3 x {pieces}"
+    )
+
+
+@pytest.mark.parametrize(("changes", "reach"), [({}, 3), ({"mtp_depths": 4}, 5), ({"conv_kernel": 8}, 7)])
+def test_parts_must_be_as_long_as_tokens_reach(changes, reach):
+    def reaching(length: int) -> RunConfig:
+        config = run({"context": 2}, sequence_length=length)
+        return dataclasses.replace(config, model=ModelConfig(**{**HYBRID, **changes}))
+
+    reaching(4 * reach).check()
+    with pytest.raises(ConfigError) as caught:
+        reaching(4 * reach - 4).check()
+    assert str(caught.value) == (
+        f"TrainConfig.sequence_length is {4 * reach - 4}; expected at least 2 x context x {reach} = {4 * reach}: "
+        f"tokens read {reach} from another rank"
+    )
 
 
 @pytest.mark.parametrize("field", ["sequence_length", "sample_tokens"])

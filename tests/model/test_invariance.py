@@ -14,7 +14,8 @@ from tests.model.small import Witness, config, merged, one_device
 from orogen.config.model import ModelConfig
 from orogen.data.packing import Batch
 from orogen.layers.documents import documents
-from orogen.model.mtp import shift_left, shifted_segments
+from orogen.model.mtp import shifted_segments
+from orogen.parallel.context import later
 from orogen.train.loss import Counts, Sums, batch_counts, objective
 
 # A row of documents of 7, 1, 5 and 2 tokens and 2 of padding; one of 3 and 9, padding between them and at the end.
@@ -83,13 +84,13 @@ def answers(batch: Batch, model_config: ModelConfig):
     counts = batch_counts(batch, DEPTHS, plan)
     loss, sums = objective(model, batch, counts, config=model_config, plan=plan)
     likelihood_btv = jax.nn.log_softmax(model.project(model.seen[0], plan))
-    nats_bt = -jnp.take_along_axis(likelihood_btv, shift_left(batch.tokens_bt, 1)[..., None], -1)[..., 0]
+    nats_bt = -jnp.take_along_axis(likelihood_btv, later(batch.tokens_bt, 1, plan)[..., None], -1)[..., 0]
     return Answers(model.seen, nats_bt, loss, sums, counts)
 
 
 def last_valid(segments_bt: np.ndarray, depth: int) -> np.ndarray:
     """Where a token `depth` further on is in the same document."""
-    return np.asarray(shifted_segments(jnp.asarray(segments_bt), depth)) != 0
+    return np.asarray(shifted_segments(jnp.asarray(segments_bt), depth, one_device(config()))) != 0
 
 
 PACKED = batch_of(random_tokens(0), SEGMENTS_BT)

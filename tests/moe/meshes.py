@@ -23,12 +23,13 @@ BALANCE, Z = 0.3, 0.02  # weights of the router's losses in the scalar that is d
 
 
 class Result(NamedTuple):
-    """Output, assignments by expert, assignments dropped, sums of the router's losses, and the gradients of
-    Σ y · gy + BALANCE · balance + Z · z: of the weights, and of x."""
+    """Output, assignments by expert, assignments dropped and those without room in a buffer, sums of the router's
+    losses, and the gradients of Σ y · gy + BALANCE · balance + Z · z: of the weights, and of x."""
 
     y_btd: np.ndarray
     load_e: np.ndarray
     dropped: int
+    overflow: int
     losses: tuple[float, float]
     grads: Weights
     grad_x_btd: np.ndarray
@@ -91,7 +92,7 @@ PATHS = {
 
 
 def layer_result(
-    model: ModelConfig, plan: PlanConfig, given: Weights, data: Inputs, *, sources: tuple[int, int] = (1, 1)
+    model: ModelConfig, plan: PlanConfig, given: Weights, data: Inputs, *, sources: tuple[int, int, int] = (1, 1, 1)
 ) -> Result:
     """The layer, inside the plan's shard_map. sources: the ranks that one device stands for."""
     step, states = _layer_step(model, plan, sources)
@@ -99,14 +100,14 @@ def layer_result(
         nnx.from_flat_state([(p, v.replace(getattr(given, PATHS[p]))) for p, v in nnx.to_flat_state(state)])
         for state in states
     ]
-    y_btd, load_e, dropped, losses, grads, grad_x_btd = jax.device_get(step(*filled, *data))
+    y_btd, load_e, dropped, overflow, losses, grads, grad_x_btd = jax.device_get(step(*filled, *data))
     by_name = {PATHS[path]: variable.get_value() for path, variable in nnx.to_flat_state(grads)}
     none = {name: None for name in Weights._fields if name not in by_name}
-    return Result(y_btd, load_e, int(dropped), losses, Weights(**by_name, **none), grad_x_btd)
+    return Result(y_btd, load_e, int(dropped), int(overflow), losses, Weights(**by_name, **none), grad_x_btd)
 
 
 @functools.cache
-def _layer_step(model: ModelConfig, plan_config: PlanConfig, sources: tuple[int, int]):
+def _layer_step(model: ModelConfig, plan_config: PlanConfig, sources: tuple[int, int, int]):
     """The jitted step, and the layer's parameters and buffers as abstract arrays."""
     plan = dataclasses.replace(make_plan(plan_config, model), sources=sources)
     graph, params, buffers = nnx.split(jax.eval_shape(lambda: MoE(model, nnx.Rngs(0))), nnx.Param, ...)
@@ -117,7 +118,7 @@ def _layer_step(model: ModelConfig, plan_config: PlanConfig, sources: tuple[int,
             y_btd, stats = nnx.merge(graph, params, buffers)(x_btd, segments_bt, plan, None)
             losses = plan.total((stats.losses.balance, stats.losses.z))
             value = plan.total(jnp.sum(y_btd * gy_btd)) + BALANCE * losses[0] + Z * losses[1]
-            return value, (y_btd, plan.total(stats.load), plan.total(stats.dropped), losses)
+            return value, (y_btd, plan.total(stats.load), plan.total(stats.dropped), plan.total(stats.overflow), losses)
 
         (_, outputs), grads = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(params, x_btd)
         return *outputs, *grads
@@ -126,22 +127,23 @@ def _layer_step(model: ModelConfig, plan_config: PlanConfig, sources: tuple[int,
     step = plan.run(
         device,
         inputs=(specs, plan.specs(buffers), tokens, plan.spec("batch", "context"), tokens),
-        outputs=(tokens, whole, whole, whole, specs, tokens),
+        outputs=(tokens, whole, whole, whole, whole, specs, tokens),
     )
     return jax.jit(step), (params, buffers)
 
 
 def reference_result(
-    model: ModelConfig, given: Weights, data: Inputs, *, sources: tuple[int, int], capacity: int | None
-) -> Result:
+    model: ModelConfig, given: Weights, data: Inputs, *, sources: tuple[int, int], capacity: int | None,
+    policy: str = "position",
+) -> Result:  # fmt: skip
     """The same by `orogen.moe.reference`, where each of `sources` (rows, columns) ranks counts its own capacity."""
     options = Options(
         k=model.num_experts_per_tok, n_group=model.n_group, topk_group=model.topk_group,
         normalise=model.norm_topk_prob, scaling=model.routed_scaling_factor, capacity=capacity,
-        score=model.router_score, clamp=model.swiglu_limit,
+        score=model.router_score, clamp=model.swiglu_limit, heaviest=policy == "probs",
     )  # fmt: skip
     (_, (y, load, dropped, losses)), (grads, grad_x) = jax.device_get(_reference(given, data, options, sources))
-    return Result(y, load, int(dropped), losses, grads, grad_x)
+    return Result(y, load, int(dropped), 0, losses, grads, grad_x)
 
 
 @functools.partial(jax.jit, static_argnames=("options", "sources"))

@@ -13,15 +13,18 @@ from orogen.config.plan import PlanConfig
 from orogen.moe.dispatch import expert_capacity, within_capacity
 from orogen.moe.reference import Options, Weights, choose, largest, mixture
 
-# The expert axis is over nothing; data and tensor together; part of data with tensor; part of tensor.
+# The expert axis is over nothing; data and tensor together; part of data with tensor; part of tensor; the outer half of
+# tensor with expert_tensor inside; half of data with expert_tensor over tensor.
 MESHES = {
     "1": {},
     "4both": {"data": 2, "tensor": 2, "expert": 4},
     "8folded": {"data": 4, "tensor": 2, "expert": 4, "fsdp": "parameters"},
     "8tensor": {"data": 2, "tensor": 4, "expert": 2, "fsdp": "parameters"},
+    "8shared": {"data": 2, "tensor": 4, "expert": 2, "expert_tensor": 2, "fsdp": "parameters"},
+    "8wide": {"data": 4, "tensor": 2, "expert": 2, "expert_tensor": 2},
 }
 ROWS, LENGTH = 4, 12
-DISPATCHES = ("allgather", "alltoall")
+DISPATCHES = ("allgather", "alltoall", "ragged")
 # Correction biases: none to speak of; three experts that every token goes to, and five empty; two empty ones.
 BIASES = {
     "spread": [0.1, 0, 0, -0.1, 0.2, 0, 0, 0],
@@ -32,13 +35,14 @@ BIASES = {
 
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("dispatch", DISPATCHES)
-def test_dispatch_with_drops_equals_reference(mesh, dispatch):
-    plan = PlanConfig(**MESHES[mesh], dispatch=dispatch, capacity_factor=0.75)
+@pytest.mark.parametrize("policy", ["position", "probs"])
+def test_dispatch_with_drops_equals_reference(mesh, dispatch, policy):
+    plan = PlanConfig(**MESHES[mesh], dispatch=dispatch, capacity_factor=0.75, drop_policy=policy)
     model = config()
     given, data = weights(model, 0), inputs(model, 1, rows=ROWS, length=LENGTH)
     tokens = ROWS * LENGTH // plan.devices
     capacity = -(-tokens * 3 * 3 // (8 * 4))  # ceil(tokens · k / e · 3/4)
-    expected = reference_result(model, given, data, sources=(plan.data, plan.tensor), capacity=capacity)
+    expected = reference_result(model, given, data, sources=(plan.data, plan.tensor), capacity=capacity, policy=policy)
     assert 0 < expected.dropped < expected.load_e.sum() == 3 * (data.segments_bt != 0).sum()
     assert_equal(layer_result(model, plan, given, data), expected)
 
@@ -50,7 +54,7 @@ def test_one_device_drops_what_the_ranks_it_stands_for_would(dispatch):
     plan = PlanConfig(dispatch=dispatch, capacity_factor=0.75)
     expected = reference_result(model, given, data, sources=sources, capacity=4)  # ceil(12 · 3 / 8 · 3/4)
     assert expected.dropped > 0
-    assert_equal(layer_result(model, plan, given, data, sources=sources), expected)
+    assert_equal(layer_result(model, plan, given, data, sources=(2, 1, 2)), expected)
 
 
 @pytest.mark.parametrize("bias", BIASES)
@@ -163,18 +167,32 @@ def test_capacity_by_hand():
     # Expert 0's queue is tokens 0, 2, 3, as token 1 is padding; expert 1's the same; expert 2 has padding only.
     idx_nk = jnp.array([[0, 1], [0, 2], [0, 1], [1, 0]])
     valid_n = jnp.array([True, False, True, True])
-    kept = within_capacity(idx_nk, valid_n, n_experts=3, capacity=2)
+    w_nk = jnp.array([[0.3, 0.2], [0.9, 0.9], [0.5, 0.2], [0.4, 0.5]])
+    kept = within_capacity(idx_nk, w_nk, valid_n, policy="position", n_experts=3, capacity=2)
     np.testing.assert_array_equal(kept, [[True, True], [False, False], [True, True], [False, False]])
-    kept = within_capacity(idx_nk, valid_n, n_experts=3, capacity=1)
+    kept = within_capacity(idx_nk, w_nk, valid_n, policy="position", n_experts=3, capacity=1)
     np.testing.assert_array_equal(kept, [[True, True], [False, False], [False, False], [False, False]])
-    kept = within_capacity(idx_nk, valid_n, n_experts=3, capacity=3)
+    kept = within_capacity(idx_nk, w_nk, valid_n, policy="position", n_experts=3, capacity=3)
     np.testing.assert_array_equal(kept, [[True, True], [False, False], [True, True], [True, True]])
+
+
+def test_the_largest_weights_by_hand():
+    # Expert 0 is wanted by tokens 0, 2 and 3 with 0.3, 0.5 and 0.5, expert 1 with 0.2, 0.2 and 0.4.
+    idx_nk = jnp.array([[0, 1], [0, 2], [0, 1], [1, 0]])
+    w_nk = jnp.array([[0.3, 0.2], [0.9, 0.9], [0.5, 0.2], [0.4, 0.5]])
+    valid_n = jnp.array([True, False, True, True])
+    kept = within_capacity(idx_nk, w_nk, valid_n, n_experts=3, capacity=2, policy="probs")
+    np.testing.assert_array_equal(kept, [[False, True], [False, False], [True, False], [True, True]])
+    kept = within_capacity(idx_nk, w_nk, valid_n, n_experts=3, capacity=1, policy="probs")
+    np.testing.assert_array_equal(kept, [[False, False], [False, False], [True, False], [True, False]])
 
 
 @pytest.mark.parametrize("wanting", [2, 3, 4])
 def test_the_token_after_the_last_place_is_the_first_dropped(wanting):
     idx_nk = jnp.array([[1]] * wanting + [[0]] * (5 - wanting))
-    kept = within_capacity(idx_nk, jnp.ones(5, bool), n_experts=2, capacity=3)
+    kept = within_capacity(
+        idx_nk, jnp.ones(idx_nk.shape), jnp.ones(5, bool), n_experts=2, capacity=3, policy="position"
+    )
     np.testing.assert_array_equal(kept[:wanting, 0], np.arange(wanting) < 3)
     assert kept[wanting:].all()
 
@@ -200,3 +218,43 @@ def test_reference_by_hand():
     np.testing.assert_array_equal(largest(jnp.array([1.0, 2.0, 2.0, 0.0, 2.0]), 2), [False, True, True, False, False])
     grouped = choose(jnp.array([-0.25, -0.5, -0.2, -0.75]), Options(k=2, n_group=2, topk_group=1))
     np.testing.assert_array_equal(grouped, [True, True, False, False])
+
+
+@pytest.mark.parametrize("mesh", ["8shared", "8wide"])
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+def test_ranks_that_share_an_expert_add_its_bias_once(mesh, dispatch):
+    model = config(mlp_bias=True)
+    given, data = weights(model, 13), inputs(model, 14, rows=ROWS, length=2 * LENGTH)
+    expected = reference_result(model, given, data, sources=(1, 1), capacity=None)
+    assert_equal(layer_result(model, PlanConfig(**MESHES[mesh], dispatch=dispatch), given, data), expected)
+
+
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+def test_twenty_two_of_512_experts(dispatch):
+    model = config(n_routed_experts=512, num_experts_per_tok=22, moe_intermediate_size=2)
+    given, data = weights(model, 15), inputs(model, 16, rows=ROWS, length=LENGTH)
+    expected = reference_result(model, given, data, sources=(1, 1), capacity=None)
+    assert (expected.load_e == 0).any()
+    assert_equal(layer_result(model, PlanConfig(data=2, tensor=2, expert=4, dispatch=dispatch), given, data), expected)
+
+
+@pytest.mark.parametrize("mesh", ["4both", "8shared"])
+def test_rows_without_room_are_counted_and_those_with_room_arrive(mesh):
+    """All tokens to experts 0, 5 and 6, so to the ranks that hold them; half the room that these rows take."""
+    model = config()
+    given, data = weights(model, 17, bias=BIASES["three full"]), inputs(model, 18, rows=ROWS, length=2 * LENGTH)
+    roomy, tight = (PlanConfig(**MESHES[mesh], dispatch="ragged", buffer_factor=f) for f in (8.0, 0.5))
+    expected = reference_result(model, given, data, sources=(1, 1), capacity=None)
+    assert_equal(layer_result(model, roomy, given, data), expected)
+    found = layer_result(model, tight, given, data)
+    # A rank takes half an even share from the ranks of its group: what more is wanted of it is lost.
+    ranks, experts = tight.expert, 8 // tight.expert
+    groups = ROWS * 2 * LENGTH // (tight.devices // tight.expert)  # tokens of a group
+    room = -(-3 * groups // (2 * ranks))
+    assert 0 < found.overflow <= expected.load_e.sum()
+    wanted_r = expected.load_e.reshape(ranks, experts).sum(1)  # over all groups
+    least = np.maximum(wanted_r - room * tight.devices / ranks, 0).sum()
+    assert found.overflow >= least > 0
+    assert found.dropped == 0
+    np.testing.assert_array_equal(found.load_e, expected.load_e)
+    assert not np.allclose(found.y_btd, expected.y_btd, atol=1e-3)

@@ -19,7 +19,8 @@ def folded(**sizes) -> Folding:
 
 
 def nonempty(folding: Folding) -> dict[str, tuple[str, ...]]:
-    return {axis: names for axis, names in folding.logical.items() if names}
+    """Logical axes that are split, but for the runs of data ranks, which have tests of their own."""
+    return {axis: names for axis, names in folding.logical.items() if names and "fsdp" not in axis}
 
 
 def test_experts_over_every_axis():
@@ -80,7 +81,60 @@ def test_one_device_has_no_axes():
 
 def test_every_logical_axis_is_listed():
     axes = {"stage", "data", "context", "tensor", "expert_data", "expert", "expert_tensor"}
-    assert set(folded(data=2).logical) == axes
+    runs = {"fsdp", "fsdp_copies", "expert_fsdp", "expert_fsdp_copies"}
+    assert set(folded(data=2).logical) == axes | runs
+
+
+def runs(folding: Folding) -> tuple[tuple[str, ...], ...]:
+    return tuple(folding.logical[axis] for axis in ("fsdp_copies", "fsdp", "expert_fsdp_copies", "expert_fsdp"))
+
+
+def test_one_copy_of_everything_is_split_over_all_data_and_context():
+    assert runs(folded(data=2, context=3, tensor=4, expert=4)) == ((), ("data", "context"), (), ("data", "context"))
+    assert runs(folded(data=4, tensor=2, expert=4)) == ((), ("data.0", "data.1"), (), ("data.0",))
+
+
+def test_runs_of_neighbours_cut_data_or_context():
+    """The innermost ranks of data x context, context inside data."""
+    assert runs(folded(data=4, tensor=3, fsdp_size=2))[:2] == (("data.0",), ("data.1",))
+    assert runs(folded(data=2, context=3, fsdp_size=3))[:2] == (("data",), ("context",))
+    assert runs(folded(data=4, context=3, fsdp_size=6))[:2] == (("data.0",), ("data.1", "context"))
+    assert runs(folded(data=2, context=4, fsdp_size=2))[:2] == (("data", "context.0"), ("context.1",))
+    assert runs(folded(data=4, fsdp_size=1))[:2] == (("data",), ())
+
+
+def test_replicas_of_experts_are_split_inside_a_run():
+    """data 8 x tensor 2, experts on 4 devices: 4 replicas, 2 of them inside a run of 4 data ranks."""
+    folding = folded(data=8, tensor=2, expert=4, fsdp_size=4)
+    assert folding.axes == (("data.0", 2), ("data.1", 2), ("data.2", 2), ("tensor", 2))
+    assert folding.logical["expert_data"] == ("data.0", "data.1")
+    assert runs(folding) == (("data.0",), ("data.1", "data.2"), ("data.0",), ("data.1",))
+
+
+def test_experts_wider_than_a_run_are_not_split_further():
+    assert runs(folded(data=8, tensor=2, expert=8, fsdp_size=2))[2:] == (("data.0",), ())
+
+
+def test_a_run_that_does_not_divide_is_refused_with_those_that_do():
+    with pytest.raises(FoldError) as caught:
+        folded(data=4, context=2, fsdp_size=3)
+    assert str(caught.value) == (
+        "fsdp_size 3 does not divide data x context = 8; nearest legal: fsdp_size 4, fsdp_size 2"
+    )
+
+
+def test_a_run_that_crosses_the_context_is_refused_with_those_that_fold():
+    with pytest.raises(
+        FoldError, match=r"fsdp_size 3: .* cuts at 2 and 3 devices cross; .*: fsdp_size 2, fsdp_size 6$"
+    ):
+        folded(data=3, context=2, fsdp_size=3)
+
+
+def test_a_run_that_crosses_the_experts_is_refused_with_those_that_fold():
+    with pytest.raises(
+        FoldError, match=r"fsdp_size 3: .* cuts at 2 and 3 devices cross; .*: fsdp_size 2, fsdp_size 6$"
+    ):
+        folded(data=6, expert=2, fsdp_size=3)
 
 
 def test_key_heads_fewer_than_tensor_ranks_are_an_axis_of_their_own():
@@ -110,13 +164,14 @@ def test_two_cuts_of_one_axis():
 def test_a_cut_that_does_not_divide_is_refused():
     with pytest.raises(FoldError) as caught:
         folded(tensor=4, cuts={"kv_heads": ("tensor", 3)})
-    assert str(caught.value) == "kv_heads has 3 pieces for tensor 4; expected a divisor or a multiple"
+    assert str(caught.value) == (
+        "kv_heads has 3 pieces for tensor 4; expected a divisor or a multiple; nearest legal: kv_heads 4, kv_heads 2"
+    )
 
 
 def test_two_cuts_that_cross_are_refused():
-    with pytest.raises(
-        FoldError, match=r"kv_heads 2 x kv_heads_copies 3 and .*groups 3 x groups_copies 2 share no mesh"
-    ):
+    crossing = r"kv_heads 2 x kv_heads_copies 3 and .*groups 3 x groups_copies 2 share no mesh: "
+    with pytest.raises(FoldError, match=crossing + r".*; nearest legal: groups 2, groups 6$"):
         folded(tensor=6, cuts={"kv_heads": ("tensor", 2), "groups": ("tensor", 3)})
 
 
@@ -173,6 +228,36 @@ def test_what_a_refusal_suggests_is_legal(plan):
             fold(**{**plan, "expert": expert, "expert_tensor": expert_tensor})
     else:
         assume(False)
+
+
+@given(plans, sizes)
+def test_a_run_is_refused_exactly_when_its_cut_crosses_for_those_that_are_legal(plan, fsdp_size):
+    try:
+        fold(**plan)
+    except FoldError:
+        assume(False)
+    ranks, experts = plan["data"] * plan["context"], plan["expert"] * plan["expert_tensor"]
+    others = [plan["tensor"] * plan["context"], plan["expert_tensor"], experts]
+    cut = plan["tensor"] * fsdp_size
+    legal = ranks % fsdp_size == 0 and all(cut % other == 0 or other % cut == 0 for other in others)
+    try:
+        folding = fold(**plan, fsdp_size=fsdp_size)
+    except FoldError as error:
+        assert not legal
+        found = re.findall(r"fsdp_size (\d+)", str(error).split("nearest legal: ")[1])
+        assert found and str(fsdp_size) not in found
+        for other in found:
+            fold(**plan, fsdp_size=int(other))
+        return
+    assert legal
+    lengths = dict(folding.axes)
+    length = lambda axis: math.prod(lengths[name] for name in folding.logical[axis])  # noqa: E731
+    assert length("fsdp") == fsdp_size and length("expert_fsdp") == max(1, cut // experts)
+    devices = ranks * plan["tensor"] * plan["stage"]
+    expected = np.arange(devices) // plan["tensor"] % fsdp_size
+    np.testing.assert_array_equal(folded_coordinates(folding, "fsdp", devices), expected)
+    inside = np.arange(devices) // experts % max(1, cut // experts)
+    np.testing.assert_array_equal(folded_coordinates(folding, "expert_fsdp", devices), inside)
 
 
 def test_the_first_suggestion_is_the_nearest():

@@ -65,7 +65,12 @@ def test_a_mesh_axis_used_twice_is_refused():
 
 @pytest.mark.parametrize(
     ("fsdp", "inside", "stored"),
-    [("none", (), ()), ("optimizer", (), ("data.0", "data.1")), ("parameters", *[("data.0", "data.1")] * 2)],
+    [
+        ("none", (), ()),
+        ("optimizer", (), ("data.0", "data.1")),
+        ("gradients", (), ("data.0", "data.1")),
+        ("parameters", *[("data.0", "data.1")] * 2),
+    ],
 )
 def test_fsdp_decides_what_is_split_over_data(fsdp, inside, stored):
     plan = plan_of({"data": 4, "tensor": 2, "expert": 4}, fsdp=fsdp)
@@ -75,7 +80,15 @@ def test_fsdp_decides_what_is_split_over_data(fsdp, inside, stored):
     assert plan.storage["expert_embed"] == stored[:1]
 
 
-@pytest.mark.parametrize("fsdp", ["none", "optimizer", "parameters"])
+def test_fsdp_size_splits_one_copy_over_neighbours():
+    plan = plan_of({"data": 4, "tensor": 2, "expert": 2}, fsdp="parameters", fsdp_size=2)
+    assert plan.rules["embed"] == plan.storage["embed"] == plan.rules["expert_embed"] == ("data.1",)
+    assert plan.rules["batch"] == ("data.0", "data.1")
+    plan = plan_of({"data": 4, "tensor": 2, "expert": 4}, fsdp="optimizer", fsdp_size=2)
+    assert (plan.storage["embed"], plan.storage["expert_embed"], plan.rules["embed"]) == (("data.1",), (), ())
+
+
+@pytest.mark.parametrize("fsdp", ["none", "optimizer", "gradients", "parameters"])
 def test_fsdp_changes_no_other_axis(fsdp):
     plan, plain = plan_of(fsdp=fsdp), plan_of()
     for rules in (plan.rules, plan.storage):
@@ -111,9 +124,9 @@ def test_one_device_splits_nothing():
 
 def test_single_device_plan_keeps_the_choices():
     config = PlanConfig(**FOLDED, fsdp="parameters", dispatch="alltoall", capacity_factor=1.25, remat="full")
-    plan = single_device_plan(config, hybrid(), sources=(2, 4))
+    plan = single_device_plan(config, hybrid(), sources=(2, 1, 4))
     assert plan.config == PlanConfig(dispatch="alltoall", capacity_factor=1.25, remat="full")
-    assert plan.sources == (2, 4)
+    assert plan.sources == (2, 1, 4)
     assert plan.mesh.size == 1
 
 
@@ -161,6 +174,7 @@ INDIVISIBLE = [
         4,
     ),
     ({"data": 8, "expert": 8}, {"n_routed_experts": 20}, "n_routed_experts", 20, "expert", 8),
+    ({"data": 8, "expert_tensor": 8}, {}, "moe_intermediate_size", 20, "expert_tensor", 8),
     ({"data": 7, "fsdp": "optimizer"}, {}, "hidden_size", 48, "data x context", 7),
     ({"data": 7, "fsdp": "parameters"}, {}, "hidden_size", 48, "data x context", 7),
     ({"data": 8, "fsdp": "optimizer"}, {"moe_latent_size": 20}, "moe_latent_size", 20, "expert_data", 8),
@@ -172,6 +186,15 @@ INDIVISIBLE = [
         40,
         "expert_data",
         16,
+    ),
+    ({"data": 10, "fsdp": "gradients", "fsdp_size": 5}, {}, "hidden_size", 48, "fsdp_size", 5),
+    (
+        {"data": 16, "fsdp": "gradients", "fsdp_size": 8},
+        {"moe_latent_size": 20},
+        "moe_latent_size",
+        20,
+        "expert_data inside fsdp_size",
+        8,
     ),
 ]
 
@@ -190,6 +213,24 @@ def test_fsdp_sizes_matter_only_with_fsdp():
     assert plan_of({"data": 7}).size("batch") == 7
 
 
+def test_what_one_copy_is_split_over_must_divide_and_not_all_of_data():
+    assert plan_of({"data": 14}, fsdp="optimizer", fsdp_size=2).size("batch") == 14
+
+
+def test_a_run_of_neighbours_that_does_not_fold_is_a_config_error():
+    with pytest.raises(ConfigError) as caught:
+        plan_of({"data": 4, "tensor": 2}, fsdp="optimizer", fsdp_size=3)
+    assert str(caught.value) == (
+        "PlanConfig: fsdp_size 3 does not divide data x context = 4; nearest legal: fsdp_size 4, fsdp_size 2"
+    )
+
+
+def test_the_size_of_a_copy_needs_something_that_is_split():
+    with pytest.raises(ConfigError) as caught:
+        PlanConfig(data=4, fsdp_size=2)
+    assert str(caught.value) == "PlanConfig.fsdp_size is 2; expected None where fsdp is none"
+
+
 @pytest.mark.parametrize(
     ("field", "model"),
     [
@@ -201,12 +242,27 @@ def test_fsdp_sizes_matter_only_with_fsdp():
 def test_key_heads_and_groups_are_neither_multiple_nor_divisor(field, model):
     with pytest.raises(ConfigError) as caught:
         plan_of({"tensor": 4}, model)
-    assert str(caught.value) == f"ModelConfig.{field} is 6; expected a multiple or a divisor of PlanConfig.tensor = 4"
+    assert str(caught.value) == (
+        f"ModelConfig.{field} is 6; expected a multiple or a divisor of PlanConfig.tensor = 4 "
+        "(nearest legal tensor: 6, 2)"
+    )
 
 
 def test_nearest_legal_tensor_by_hand():
-    with pytest.raises(ConfigError, match=r"num_attention_heads is 22; .* \(nearest legal tensor: 2, 11\)"):
+    """22 heads also divide over 11 ranks, but nothing else of the model does."""
+    with pytest.raises(ConfigError, match=r"num_attention_heads is 22; .* \(nearest legal tensor: 2, 1\)"):
         plan_of({"tensor": 4}, {"num_attention_heads": 22})
+
+
+def test_nearest_legal_sizes_fold():
+    """20 experts also divide over 5 and 10 ranks, which the 8 devices do not."""
+    with pytest.raises(ConfigError, match=r"n_routed_experts is 20; .* \(nearest legal expert: 4, 2\)"):
+        plan_of({"data": 8, "expert": 8}, {"n_routed_experts": 20})
+
+
+def test_groups_and_key_heads_that_cut_tensor_differently_are_refused():
+    with pytest.raises(ConfigError, match=r"groups 3 x groups_copies 2 share no mesh: .*: groups 2, groups 6$"):
+        plan_of({"tensor": 6}, {"num_key_value_heads": 2, "n_groups": 3})
 
 
 def test_sizes_that_do_not_fold_are_a_config_error():

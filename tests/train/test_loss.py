@@ -8,38 +8,40 @@ from tests.model.small import config, merged, one_device
 
 from orogen.data.packing import Batch
 from orogen.layers.documents import documents
-from orogen.model.mtp import shift_left, shifted_segments
+from orogen.model.mtp import shifted_segments
 from orogen.moe.layer import MoEStats
+from orogen.parallel.context import later
 from orogen.train.loss import batch_counts, next_token_nats, objective, target_weights
 
 # Documents of three and two tokens and one of padding. The weights of first tokens must play no part.
 SEGMENTS_BT = jnp.array([[1, 1, 1, 2, 2, 0]])
 WEIGHTS_BT = jnp.array([[9.0, 1.0, 0.5, 9.0, 2.0, 9.0]])
 BATCH = Batch(jnp.array([[3, 1, 4, 1, 5, 9]]), SEGMENTS_BT, jnp.array([[0, 1, 2, 0, 1, 0]]), WEIGHTS_BT)
+PLAN = one_device(config())
 
 
-def test_shift_left_by_hand():
+def test_later_by_hand():
     x_bt = jnp.array([[1, 2, 3], [4, 5, 6]])
-    np.testing.assert_array_equal(shift_left(x_bt, 0), x_bt)
-    np.testing.assert_array_equal(shift_left(x_bt, 1), [[2, 3, 0], [5, 6, 0]])
-    np.testing.assert_array_equal(shift_left(x_bt, 2), [[3, 0, 0], [6, 0, 0]])
+    np.testing.assert_array_equal(later(x_bt, 0, PLAN), x_bt)
+    np.testing.assert_array_equal(later(x_bt, 1, PLAN), [[2, 3, 0], [5, 6, 0]])
+    np.testing.assert_array_equal(later(x_bt, 2, PLAN), [[3, 0, 0], [6, 0, 0]])
 
 
 @pytest.mark.parametrize("steps", [3, 4])
 def test_shift_past_the_end_leaves_zeros(steps):
-    np.testing.assert_array_equal(shift_left(jnp.ones((2, 3)), steps), np.zeros((2, 3)))
+    np.testing.assert_array_equal(later(jnp.ones((2, 3)), steps, PLAN), np.zeros((2, 3)))
 
 
 def test_shifted_segments_by_hand():
-    np.testing.assert_array_equal(shifted_segments(SEGMENTS_BT, 0), SEGMENTS_BT)
-    np.testing.assert_array_equal(shifted_segments(SEGMENTS_BT, 1), [[1, 1, 0, 2, 0, 0]])
-    np.testing.assert_array_equal(shifted_segments(SEGMENTS_BT, 2), [[1, 0, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(shifted_segments(SEGMENTS_BT, 0, PLAN), SEGMENTS_BT)
+    np.testing.assert_array_equal(shifted_segments(SEGMENTS_BT, 1, PLAN), [[1, 1, 0, 2, 0, 0]])
+    np.testing.assert_array_equal(shifted_segments(SEGMENTS_BT, 2, PLAN), [[1, 0, 0, 0, 0, 0]])
 
 
 def test_target_weights_stop_at_document_boundaries():
-    np.testing.assert_array_equal(target_weights(BATCH, 0), [[1, 0.5, 0, 2, 0, 0]])
-    np.testing.assert_array_equal(target_weights(BATCH, 1), [[0.5, 0, 0, 0, 0, 0]])
-    np.testing.assert_array_equal(target_weights(BATCH, 2), [[0, 0, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(target_weights(BATCH, 0, PLAN), [[1, 0.5, 0, 2, 0, 0]])
+    np.testing.assert_array_equal(target_weights(BATCH, 1, PLAN), [[0.5, 0, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(target_weights(BATCH, 2, PLAN), [[0, 0, 0, 0, 0, 0]])
 
 
 def test_counts_by_hand():

@@ -1,73 +1,55 @@
 """Any plan computes what one device computes: loss, every gradient, one optimizer step."""
 
 import itertools
-import random
+import os
 
 import pytest
 from tests.helpers import hybrid, run_config
+from tests.train.plans import AXES, CHOICES, MODELS, describe, random_runs
 
 from orogen.config.checks import ConfigError
 from orogen.parallel.plan import make_plan
 from orogen.train.verify import GRADIENT, LOSS, MARGIN, PARAMETER, verify
 
-COUNT = 12
+DOZEN, SEED = 12, 0
+RUNS = random_runs(int(os.environ.get("OROGEN_PLANS", DOZEN)), seed=SEED, devices=8)
 
 
-def legal_plans() -> list[dict]:
-    """Every plan of up to 8 devices that the small hybrid can run, over the axes and choices there are."""
-    plans = []
-    sizes = itertools.product((1, 2, 3, 4, 8), (1, 2, 4, 8), (1, 2, 3, 4, 6, 8))
-    for data, tensor, expert in sizes:
-        if not 1 < data * tensor <= 8:
-            continue
-        plan = {"data": data, "tensor": tensor, "expert": expert}
-        try:
-            make_plan(run_config(plan=plan).plan, hybrid(), abstract=True)
-        except ConfigError:
-            continue
-        plans.append(plan)
-    return plans
-
-
-def is_cut(plan: dict) -> bool:
-    """Whether the experts' factorization cuts an axis of the dense one in two."""
-    mesh = make_plan(run_config(plan=plan).plan, hybrid(num_key_value_heads=8, n_groups=8), abstract=True).mesh
-    return any("." in name for name in mesh.axis_names)
-
-
-def sampled_plans(count: int, seed: int) -> list[dict]:
-    """`count` plans in which each axis is above 1, and some axis is cut, at least four times."""
-    rng = random.Random(seed)
-    while True:
-        plans = rng.sample(legal_plans(), count)
-        often = [sum(plan[axis] > 1 for plan in plans) for axis in ("data", "tensor", "expert")]
-        if min(*often, sum(map(is_cut, plans))) >= 4:
-            return [{**plan, **_choices(number, rng)} for number, plan in enumerate(plans)]
-
-
-def _choices(number: int, rng: random.Random) -> dict:
-    return {
-        "fsdp": ("none", "optimizer", "parameters")[number % 3],
-        "dispatch": ("allgather", "alltoall")[number // 3 % 2],
-        "capacity_factor": rng.choice((None, 1.0, 1.5)),
-        "microbatches": rng.choice((1, 1, 2)),
-        "remat": rng.choice(("none", "full")),
-    }
-
-
-@pytest.mark.parametrize("plan", sampled_plans(COUNT, seed=0), ids=lambda p: "-".join(str(v) for v in p.values()))
-def test_a_plan_equals_one_device(plan):
-    rows = 2 * plan["data"] * plan["microbatches"]
-    # Every third plan runs the whole hybrid, repetitions and two MTP depths; the others each layer once.
-    model = hybrid() if plan["fsdp"] == "none" else hybrid(pattern="ME*-/*E", mtp_depths=1)
-    verdict = verify(run_config(model, plan=plan, batch_size=rows, sequence_length=40))
-    assert verdict.loss_error <= LOSS
-    assert verdict.max_gradient_error <= GRADIENT, verdict.worst_leaf
+@pytest.mark.parametrize("run", [run for _, run in RUNS], ids=[f"{i}-{name}" for i, (name, _) in enumerate(RUNS)])
+def test_a_plan_equals_one_device(run):
+    verdict = verify(run)
+    assert verdict.loss_error <= LOSS, describe(run.plan)
+    assert verdict.max_gradient_error <= GRADIENT, (verdict.worst_leaf, describe(run.plan))
     assert verdict.max_parameter_error <= PARAMETER
     assert verdict.flip_margin <= MARGIN
+    assert verdict.passed, (verdict, describe(run.plan))
+
+
+def test_the_sample_covers_every_axis_and_choice():
+    plans = [run.plan for _, run in RUNS[:DOZEN]]
+    assert all(sum(getattr(plan, axis) > 1 for plan in plans) >= 4 for axis in AXES)
+    for field, values in CHOICES.items():
+        assert {getattr(plan, field) for plan in plans} == set(values), field
+    assert {name for name, _ in RUNS[:DOZEN]} == set(MODELS)
+    meshes = [make_plan(plan, hybrid(num_key_value_heads=8, n_groups=8), abstract=True).mesh for plan in plans]
+    assert sum(any("." in name for name in mesh.axis_names) for mesh in meshes) >= 3, "experts that cut an axis in two"
+    assert any(plan.tensor > 2 for plan in plans), "key heads and groups on fewer ranks than tensor has"
+    assert any(plan.fsdp_size not in (None, 1, plan.data * plan.context) for plan in plans)
+
+
+SHARDED = [("none", None), *itertools.product(("optimizer", "gradients", "parameters"), (None, 2))]
+
+
+@pytest.mark.parametrize("microbatches", [1, 3])
+@pytest.mark.parametrize(("fsdp", "fsdp_size"), SHARDED, ids=str)
+def test_what_is_sharded_over_data_changes_no_gradient_and_no_update(fsdp, fsdp_size, microbatches):
+    # With three microbatches, each expert has two replicas within a run of two data ranks; else a run is narrower.
+    plan = {"data": 4, "tensor": 2, "expert": 4 if microbatches == 1 else 2, "microbatches": microbatches}
+    plan |= {"fsdp": fsdp, "fsdp_size": fsdp_size}
+    model = hybrid(pattern="ME*-/*E", mtp_depths=1)
+    verdict = verify(run_config(model, plan=plan, batch_size=4 * microbatches, sequence_length=40))
     assert verdict.passed, verdict
-    if plan["capacity_factor"] == 1.0:
-        assert verdict.dropped_tokens > 0
+    assert not verdict.zero_leaves
 
 
 @pytest.mark.parametrize(
@@ -119,16 +101,6 @@ def test_a_plan_equals_one_device_for_every_family(family, plan):
     assert verdict.passed, verdict
     assert not verdict.zero_leaves
     assert (verdict.dropped_tokens > 0) == ("capacity_factor" in plan)
-
-
-def test_the_sample_covers_every_axis_and_choice():
-    plans = sampled_plans(COUNT, seed=0)
-    assert all(sum(plan[axis] > 1 for plan in plans) >= 4 for axis in ("data", "tensor", "expert"))
-    assert sum(map(is_cut, plans)) >= 4
-    assert {plan["fsdp"] for plan in plans} == {"none", "optimizer", "parameters"}
-    assert {plan["dispatch"] for plan in plans} == {"allgather", "alltoall"}
-    assert {plan["capacity_factor"] for plan in plans} == {None, 1.0, 1.5}
-    assert any(plan["tensor"] > 2 for plan in plans), "key heads and groups on fewer ranks than tensor has"
 
 
 def test_verify_notices_a_gradient_summed_over_the_wrong_ranks(monkeypatch):

@@ -1,7 +1,9 @@
 """The training step: accumulation, the routers' biases, steps that are not finite, masters in float32."""
 
 import json
+import math
 import os
+import re
 from pathlib import Path
 
 import jax
@@ -162,6 +164,7 @@ def test_initial_parameters_do_not_depend_on_the_mesh():
     [
         ("none", False, False),
         ("optimizer", True, True),
+        ("gradients", True, True),
         ("parameters", True, True),
     ],
 )
@@ -198,3 +201,43 @@ def test_routers_without_correction_bias_train_count_loads_and_are_restored(tmp_
         restored, _ = checkpoints.restore(with_shardings(target, run.plan.shardings(target)))
     for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def reductions(fsdp: str, microbatches: int) -> tuple[list[int], list[int], int]:
+    """Sizes of what each reduce-scatter gives and of what each all-reduce sums, and bytes of temporary memory, of the
+    compiled gradients of one MLP between an embedding and a head, over four data ranks."""
+    plan = {"data": 4, "tensor": 2, "fsdp": fsdp, "microbatches": microbatches}
+    config = run_config(hybrid(**MATRICES), plan=plan, batch_size=4 * microbatches)
+    layout, built = make_plan(config.plan, config.model), build(config.model)
+    function = gradients(built, config.model, layout, "float32")
+    stored = layout.shardings((built.params, built.buffers))
+    batch = batch_to_devices(packed_batch(config, config.train), layout)
+    compiled = (
+        jax.jit(lambda p, b, x: function(layout.working(p), b, x), in_shardings=(*stored, None))
+        .lower(built.params, built.buffers, batch)
+        .compile()
+    )
+    found = {name: [] for name in ("reduce-scatter", "all-reduce")}
+    for results, name in re.findall(r"= (.*?) (reduce-scatter|all-reduce)\(", compiled.as_text()):
+        found[name] += [math.prod(map(int, shape.split(","))) for shape in re.findall(r"\w\[([\d,]+)\]", results)]
+    return found["reduce-scatter"], found["all-reduce"], compiled.memory_analysis().temp_size_in_bytes
+
+
+# The MLP's two matrices, 56 x 344 on a tensor rank, are the only arrays of their size.
+MATRICES = {"pattern": "-", "mtp_depths": 0, "hidden_size": 56, "intermediate_size": 688, "vocab_size": 22}
+LARGE = 56 * 344
+
+
+@pytest.mark.parametrize(("fsdp", "microbatches", "each"), [
+    ("none", 2, 0), ("optimizer", 1, 1), ("optimizer", 2, 1), ("gradients", 1, 1), ("gradients", 2, 2),
+])  # fmt: skip
+def test_gradients_are_scattered_once_a_step_or_once_a_microbatch(fsdp, microbatches, each):
+    scattered, summed, _ = reductions(fsdp, microbatches)
+    assert scattered.count(LARGE // 4) == 2 * each
+    assert summed.count(LARGE) == (2 if fsdp == "none" else 0)
+
+
+def test_scattering_each_microbatch_keeps_a_piece_of_the_gradient_and_not_the_whole():
+    """Of both matrices' float32 sums a quarter stays, and a quarter is what the microbatch adds to it."""
+    whole, piece = (reductions(fsdp, 6)[2] for fsdp in ("optimizer", "gradients"))
+    assert whole - piece >= 2 * (1 - 2 / 4) * 4 * LARGE

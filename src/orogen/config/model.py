@@ -200,6 +200,13 @@ class ModelConfig:
         """Width of the vectors that the routed experts read and write."""
         return self.moe_latent_size or self.hidden_size
 
+    @property
+    def reach(self) -> int:
+        """How many tokens away from its own a position reads at most, other than through attention and states: the
+        targets of the deepest prediction ahead, the convolution's taps behind."""
+        taps = self.conv_kernel - 1 if set("Mm") & set(self.layers.main + self.layers.mtp) else 0
+        return max(self.mtp_depths + 1, taps)
+
     def _need(self, letter: str, *fields: str) -> None:
         for field in fields:
             require(getattr(self, field) is not None, self, field, f"a number: the pattern has {LAYERS[letter]} layers")

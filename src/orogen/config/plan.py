@@ -1,6 +1,7 @@
 """How a run is laid out over devices, and which implementation of each operation it uses."""
 
 import dataclasses
+import math
 
 from orogen.config.checks import check_types, require, require_choice, require_positive
 
@@ -9,12 +10,20 @@ from orogen.config.checks import check_types, require, require_choice, require_p
 class PlanConfig:
     """Sizes of the parallel axes and the named choices that change where work happens, never what is computed.
 
-    Dense layers run on stage x data x context x tensor devices; expert layers on the same devices seen as
+    Dense layers run on stage x data x context x tensor devices; expert layers run on the same devices seen as
     stage x expert_data x expert x expert_tensor (MoE Parallel Folding, arXiv:2504.14960).
 
-    fsdp: what is sharded over (data, context): nothing, master weights and optimizer state (ZeRO-1), or the
-    parameters as well, gathered layer by layer (ZeRO-3). microbatches: how many parts a batch is taken in.
-    capacity_factor: rows an expert takes from one rank, relative to an even share; None drops nothing.
+    fsdp: what is sharded over (data, context), experts over expert_data: nothing; master weights and optimizer state,
+    whose gradients are scattered once a step (ZeRO-1); gradients as well, scattered after each microbatch (ZeRO-2); or
+    the parameters too, gathered layer by layer (ZeRO-3). fsdp_size: over how many neighbours of (data, context), each
+    such group holding a whole copy; None is all of them.
+    dispatch: how tokens reach their experts. capacity_factor: rows an expert takes from one rank, relative to an even
+    share; None drops nothing. drop_policy: which assignments stay where there are more, those first in the sequence
+    (position) or with the largest weights (probs). buffer_factor: rows that a rank has room for in the ragged dispatch,
+    relative to an even share; None is enough for any routing. A step that needs more is reported and changes nothing.
+    context_attention: ring passes keys and values from rank to rank, allgather gathers them, alltoall exchanges the
+    sequence for heads. context_ssm: state passes states from rank to rank, heads exchanges the sequence for heads.
+    shift: how arrays go from one rank to the next. microbatches: how many parts a batch is taken in.
     remat: which activations are recomputed in the backward pass: none, or all of a layer's.
     """
 
@@ -25,8 +34,14 @@ class PlanConfig:
     expert: int = 1
     expert_tensor: int = 1
     fsdp: str = "none"
+    fsdp_size: int | None = None
     dispatch: str = "allgather"
     capacity_factor: float | None = None
+    drop_policy: str = "position"
+    buffer_factor: float | None = None
+    context_attention: str = "ring"
+    context_ssm: str = "state"
+    shift: str = "permute"
     microbatches: int = 1
     remat: str = "none"
     attention: str = "full"
@@ -37,13 +52,16 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        require_positive(
-            self, "data", "context", "tensor", "stage", "expert", "expert_tensor", "microbatches", "capacity_factor"
-        )
-        for field in ("context", "stage", "expert_tensor"):
-            require(getattr(self, field) == 1, self, field, "1: parallelism over this axis is not available yet")
-        require_choice(self, "fsdp", ("none", "optimizer", "parameters"))
-        require_choice(self, "dispatch", ("allgather", "alltoall"))
+        require_positive(self, "data", "context", "tensor", "stage", "expert", "expert_tensor", "microbatches")
+        require_positive(self, "fsdp_size", "capacity_factor", "buffer_factor")
+        require(self.stage == 1, self, "stage", "1: parallelism over this axis is not available yet")
+        require_choice(self, "fsdp", ("none", "optimizer", "gradients", "parameters"))
+        require(self.fsdp_size is None or self.fsdp != "none", self, "fsdp_size", "None where fsdp is none")
+        require_choice(self, "dispatch", ("allgather", "alltoall", "ragged"))
+        require_choice(self, "drop_policy", ("position", "probs"))
+        require_choice(self, "context_attention", ("ring", "allgather", "alltoall"))
+        require_choice(self, "context_ssm", ("state", "heads"))
+        require_choice(self, "shift", ("permute", "alltoall"))
         require_choice(self, "remat", ("none", "full"))
         require_choice(self, "attention", ("full", "blocked"))
         require_choice(self, "ssd", ("recurrence", "chunked", "triton"))
@@ -55,3 +73,9 @@ class PlanConfig:
     def devices(self) -> int:
         """How many devices the plan runs on."""
         return self.stage * self.data * self.context * self.tensor
+
+    @property
+    def sequence_pieces(self) -> int:
+        """What a context rank's share of the sequence must be a multiple of: one piece a tensor rank, and two equal
+        parts if there are several context ranks."""
+        return math.lcm(2, self.tensor) if self.context > 1 else self.tensor

@@ -133,13 +133,14 @@ class RunConfig:
                 "batch_size",
                 f"a multiple of data x microbatches = {self.plan.data} x {self.plan.microbatches}",
             )
-            shards = self.plan.context * self.plan.tensor
-            require(
-                self.train.sequence_length % shards == 0,
-                self.train,
-                "sequence_length",
-                f"a multiple of context x tensor = {self.plan.context} x {self.plan.tensor}",
-            )
+            context, pieces = self.plan.context, self.plan.sequence_pieces
+            name = "tensor" if context == 1 else "lcm(2, tensor)"
+            expected = f"a multiple of context x {name} = {context} x {pieces}"
+            require(self.train.sequence_length % (context * pieces) == 0, self.train, "sequence_length", expected)
+        if self.train is not None and self.model is not None and self.plan.context > 1:
+            context, reach = self.plan.context, self.model.reach
+            expected = f"at least 2 x context x {reach} = {2 * context * reach}: tokens read {reach} from another rank"
+            require(self.train.sequence_length >= 2 * context * reach, self.train, "sequence_length", expected)
         if self.train is not None and self.model is not None and self.model.learned_positions is not None:
             for field in ("sequence_length", "sample_tokens"):
                 expected = f"at most ModelConfig.learned_positions = {self.model.learned_positions}"

@@ -8,12 +8,12 @@ from flax import nnx
 from jax import Array
 
 from orogen.config.model import ModelConfig
-from orogen.kernels.attention import attention
 from orogen.layers.documents import Documents
 from orogen.layers.linear import add_bias, linear
 from orogen.layers.norm import make_norm
 from orogen.layers.parameter import normal, parameter
 from orogen.layers.rotary import make_rotary, mscale
+from orogen.model.context_attention import attend
 from orogen.parallel.plan import Plan
 
 
@@ -53,15 +53,15 @@ class Attention(nnx.Module):
             q_bthk, k_btgk = self.query_norm(q_bthk), self.key_norm(k_btgk)
         if self.rotary is not None:
             q_bthk, k_btgk = (self.rotary(a, docs.positions_bt) for a in (q_bthk, k_btgk))
-        y_bthk = attention(
+        y_bthk = attend(
             q_bthk,
             k_btgk,
             v_btgk,
-            segments_bt=docs.segments_bt,
+            docs.segments_bt,
+            plan,
             sinks_h=None if self.sinks is None else self.sinks[...],
             window=self.window,
             scale=self.head_dim**-0.5,
-            implementation=plan.config.attention,
         )
         return _join(y_bthk, self.out, self.out_bias, plan)
 
@@ -111,13 +111,13 @@ class LatentAttention(nnx.Module):
         shared_bt1k = self.rotary(shared_btk[:, :, None], docs.positions_bt)
         k_bthk = _split(linear(latent_btr, plan.weight(self.key_up)), self.nope)
         shared_bthk = jnp.broadcast_to(shared_bt1k, (*k_bthk.shape[:-1], self.rope))
-        y_bthk = attention(
+        y_bthk = attend(
             q_bthk,
             jnp.concatenate([k_bthk, shared_bthk], -1),
             _split(linear(latent_btr, plan.weight(self.value_up)), self.value_size),
-            segments_bt=docs.segments_bt,
+            docs.segments_bt,
+            plan,
             scale=self.scale,
-            implementation=plan.config.attention,
         )
         return _join(y_bthk, self.out, self.out_bias, plan)
 

@@ -14,7 +14,8 @@ from orogen.layers.documents import Documents
 from orogen.layers.embedding import Embedding, Head, logits
 from orogen.layers.norm import make_norm
 from orogen.model.block import Stack, repeats
-from orogen.model.mtp import MTPBlock, shift_left, shifted
+from orogen.model.mtp import MTPBlock, shifted
+from orogen.parallel.context import later
 from orogen.parallel.plan import Plan
 
 
@@ -45,9 +46,10 @@ class LanguageModel(nnx.Module):
         for depth in range(1, self.mtp_depths + 1):
             with jax.named_scope(f"mtp_{depth}"):
                 # A later token keeps its own position.
-                later = docs._replace(positions_bt=shift_left(docs.positions_bt, depth))
-                embedded_btd = self.embedding(shift_left(tokens_bt, depth), later, plan)
-                h_btd, stats = self.mtp(h_btd, embedded_btd, shifted(docs, depth), plan, replay and replay[depth - 1])
+                moved = docs._replace(positions_bt=later(docs.positions_bt, depth, plan))
+                embedded_btd = self.embedding(later(tokens_bt, depth, plan), moved, plan)
+                inside = shifted(docs, depth, plan)
+                h_btd, stats = self.mtp(h_btd, embedded_btd, inside, plan, replay and replay[depth - 1])
             depths.append((h_btd, stats))
         return depths
 

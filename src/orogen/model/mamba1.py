@@ -12,7 +12,9 @@ from orogen.config.model import ModelConfig
 from orogen.kernels.selective_scan import selective_scan
 from orogen.layers.linear import add_bias, linear
 from orogen.layers.parameter import normal, parameter, uniform
+from orogen.model.context_ssm import convolve, scan_over_parts
 from orogen.model.mamba2 import CausalConv, initial_dt_bias, projection_bias
+from orogen.parallel.context import to_heads, to_tokens, whole
 from orogen.parallel.plan import Plan
 
 # Tokens whose states the backward pass holds at once. Of 16, 32, 64 and 128 the fastest and the leanest on a CPU
@@ -47,7 +49,7 @@ class Mamba1(nnx.Module):
         x_bti = add_bias(linear(h_btd, plan.weight(self.x)), self.x_bias)
         z_bti = add_bias(linear(h_btd, plan.weight(self.z)), self.z_bias)
         with jax.named_scope("conv"):
-            x_bti = self.conv(x_bti, segments_bt)
+            (x_bti,) = convolve((self.conv,), (x_bti,), segments_bt, plan)
         with jax.named_scope("selective_scan"):
             y_bti = self._scan(x_bti, segments_bt, plan)
         with jax.named_scope("gate"):
@@ -61,14 +63,20 @@ class Mamba1(nnx.Module):
         parts = tuple(linear(x_bti, plan.weight(w)) for w in (self.dt_down, self.B, self.C))
         dt_btr, B_btn, C_btn = plan.sum(parts, "mamba_heads")
         dt_bti = linear(dt_btr, plan.weight(self.dt_up)).astype(jnp.float32)
-        y_bti, _ = selective_scan(
-            x_bti,
-            jax.nn.softplus(dt_bti + self.dt_bias[...]),
-            -jnp.exp(self.A_log[...]),
-            B_btn,
-            C_btn,
-            segments_bt=segments_bt,
-            chunk_size=CHUNK,
-            implementation=plan.config.selective_scan,
-        )
-        return y_bti + self.D[...] * x_bti
+        vectors = self.dt_bias[...], self.A_log[...], self.D[...]
+        by_heads = plan.config.context_ssm == "heads" and plan.size("context") > 1
+        if by_heads:  # each channel is a head
+            x_bti, dt_bti = (to_heads(a, plan) for a in (x_bti, dt_bti))
+            B_btn, C_btn, segments_bt = (whole(a, plan) for a in (B_btn, C_btn, segments_bt))
+            vectors = tuple(plan.piece(v, "context", dim=0) for v in vectors)
+        dt_bias_i, A_log_in, D_i = vectors
+        operands = (x_bti, jax.nn.softplus(dt_bti + dt_bias_i), -jnp.exp(A_log_in), B_btn, C_btn)
+        if by_heads or plan.size("context") == 1:
+            implementation = plan.config.selective_scan
+            y_bti, _ = selective_scan(
+                *operands, segments_bt=segments_bt, chunk_size=CHUNK, implementation=implementation
+            )
+        else:
+            y_bti = scan_over_parts(*operands, segments_bt, plan, chunk_size=CHUNK)
+        y_bti = y_bti + D_i * x_bti
+        return to_tokens(y_bti, plan) if by_heads else y_bti

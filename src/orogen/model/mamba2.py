@@ -15,6 +15,8 @@ from orogen.kernels.ssd import ssd
 from orogen.layers.linear import add_bias, linear
 from orogen.layers.norm import GroupRMSNorm
 from orogen.layers.parameter import normal, parameter, uniform
+from orogen.model.context_ssm import convolve, heads_for_sequence, ssd_over_parts
+from orogen.parallel.context import to_tokens, whole
 from orogen.parallel.plan import Plan
 
 # The range of the initial time steps and their floor, the same in every Mamba-2 release.
@@ -25,13 +27,24 @@ class CausalConv(nnx.Module):
     """silu(depthwise causal convolution + bias); weight and bias from U(±1/√K) as PyTorch initialises them."""
 
     def __init__(self, config: ModelConfig, channels: int, axis: str, rngs: nnx.Rngs):
-        taps = config.conv_kernel
-        self.weight = uniform(rngs, (channels, taps), (axis, "taps"), bound=taps**-0.5)
-        self.bias = uniform(rngs, (channels,), (axis,), bound=taps**-0.5) if config.use_conv_bias else None
+        self.taps = config.conv_kernel
+        bound = self.taps**-0.5
+        self.weight = uniform(rngs, (channels, self.taps), (axis, "taps"), bound=bound)
+        self.bias = uniform(rngs, (channels,), (axis,), bound=bound) if config.use_conv_bias else None
 
-    def __call__(self, x_btc: Array, segments_bt: Array) -> Array:
+    def __call__(
+        self, x_btc: Array, segments_bt: Array, halo_bkc: Array | None = None, halo_segments_bk: Array | None = None
+    ) -> Array:
         bias_c = None if self.bias is None else self.bias[...].astype(x_btc.dtype)
-        return jax.nn.silu(causal_conv1d(x_btc, self.weight[...], bias_c, segments_bt=segments_bt))
+        y_btc = causal_conv1d(
+            x_btc,
+            self.weight[...],
+            bias_c,
+            segments_bt=segments_bt,
+            halo_bkc=halo_bkc,
+            halo_segments_bk=halo_segments_bk,
+        )
+        return jax.nn.silu(y_btc)
 
 
 class Mamba2(nnx.Module):
@@ -72,8 +85,8 @@ class Mamba2(nnx.Module):
             add_bias(linear(h_btd, plan.weight(w)), bias) for w, bias in zip(weights, biases, strict=True)
         )
         with jax.named_scope("conv"):
-            x_bti = self.conv_x(x_bti, segments_bt)
-            B_btc, C_btc = self.conv_B(B_btc, segments_bt), self.conv_C(C_btc, segments_bt)
+            convs = (self.conv_x, self.conv_B, self.conv_C)
+            x_bti, B_btc, C_btc = convolve(convs, (x_bti, B_btc, C_btc), segments_bt, plan)
         with jax.named_scope("ssd"):
             y_bti = self._scan(x_bti, B_btc, C_btc, dt_bth, segments_bt, plan)
         with jax.named_scope("gated_norm"):
@@ -84,20 +97,29 @@ class Mamba2(nnx.Module):
 
     def _scan(self, x_bti, B_btc, C_btc, dt_bth, segments_bt, plan) -> Array:
         split = lambda a, size: a.reshape(*a.shape[:2], -1, size)  # noqa: E731
-        x_bthp = split(x_bti, self.head_dim)
-        dt_bth = jnp.clip(jax.nn.softplus(dt_bth.astype(jnp.float32) + self.dt_bias[...]), *self.time_step_range)
-        y_bthp, _ = ssd(
-            x_bthp,
-            dt_bth,
-            -jnp.exp(self.A_log[...]),
+        x_bthp, B_btgn, C_btgn = (
+            split(x_bti, self.head_dim),
             split(B_btc, self.state_size),
             split(C_btc, self.state_size),
-            segments_bt=segments_bt,
-            chunk_size=self.chunk_size,
-            implementation=plan.config.ssd,
         )
-        skipped_bthp = self.D[...][:, None] * x_bthp  # in float32, as D is
-        return (y_bthp + skipped_bthp).astype(x_bti.dtype).reshape(x_bti.shape)
+        vectors = self.dt_bias[...], self.A_log[...], self.D[...]
+        by_heads = plan.config.context_ssm == "heads" and plan.size("context") > 1
+        if by_heads:
+            x_bthp, B_btgn, C_btgn, dt_bth = heads_for_sequence((x_bthp, B_btgn, C_btgn, dt_bth), plan)
+            segments_bt = whole(segments_bt, plan)
+            vectors = tuple(plan.piece(v, "context", dim=0) for v in vectors)
+        dt_bias_h, A_log_h, D_h = vectors
+        dt_bth = jnp.clip(jax.nn.softplus(dt_bth.astype(jnp.float32) + dt_bias_h), *self.time_step_range)
+        operands = (x_bthp, dt_bth, -jnp.exp(A_log_h), B_btgn, C_btgn)
+        if by_heads or plan.size("context") == 1:
+            implementation = plan.config.ssd
+            y_bthp, _ = ssd(
+                *operands, segments_bt=segments_bt, chunk_size=self.chunk_size, implementation=implementation
+            )
+        else:
+            y_bthp = ssd_over_parts(*operands, segments_bt, plan, chunk_size=self.chunk_size)
+        y_bthp = (y_bthp + D_h[:, None] * x_bthp).astype(x_bti.dtype)  # added in float32, as D is
+        return (to_tokens(y_bthp, plan) if by_heads else y_bthp).reshape(x_bti.shape)
 
 
 def projection_bias(config: ModelConfig, width: int, axis: str) -> nnx.Param | None:

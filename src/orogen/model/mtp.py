@@ -15,22 +15,18 @@ from orogen.layers.linear import linear
 from orogen.layers.norm import make_norm
 from orogen.layers.parameter import normal
 from orogen.model.block import Stack, repeats
+from orogen.parallel.context import later
 from orogen.parallel.plan import Plan
 
 
-def shift_left(x_bt: Array, steps: int) -> Array:
-    """x[:, i + steps] at position i, and zero where that is past the end."""
-    return jnp.pad(x_bt[:, steps:], ((0, 0), (0, min(steps, x_bt.shape[1]))))
-
-
-def shifted_segments(segments_bt: Array, steps: int) -> Array:
+def shifted_segments(segments_bt: Array, steps: int, plan: Plan) -> Array:
     """The segment ids of tokens whose successor `steps` further on lies in the same document; 0 elsewhere."""
-    return jnp.where(segments_bt == shift_left(segments_bt, steps), segments_bt, 0)
+    return jnp.where(segments_bt == later(segments_bt, steps, plan), segments_bt, 0)
 
 
-def shifted(docs: Documents, steps: int) -> Documents:
+def shifted(docs: Documents, steps: int, plan: Plan) -> Documents:
     """`docs` without the tokens that have no token `steps` further on in their document."""
-    return docs._replace(segments_bt=shifted_segments(docs.segments_bt, steps))
+    return docs._replace(segments_bt=shifted_segments(docs.segments_bt, steps, plan))
 
 
 class MTPBlock(nnx.Module):

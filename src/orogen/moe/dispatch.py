@@ -5,28 +5,33 @@ One contract, chosen by name, all inside the plan's shard_map:
 `combine(rows, w_nk, ticket, plan) -> y_nd`. Assignments that `keep_nk` rules out reach no expert and add nothing; who
 rules them out counts them.
 
-Letters: n tokens of this rank, m tokens of all ranks of the expert axis, d width, k experts per token, e experts,
+Ranks of expert_tensor share each expert's hidden units: the rows of all of them go through each one's share, and the
+partial outputs are summed and scattered back.
+
+Letters: n tokens of this rank, m tokens of all ranks that hold the experts, d width, k experts per token, e experts,
 r rows, c capacity.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from orogen.parallel.plan import Plan
+from orogen.parallel.ragged import Runs
 from orogen.parallel.varying import vary_like
 
 
 class Ticket(NamedTuple):
-    """What combine needs: the row of each assignment, the assignment (token · k + choice) of each row, and the rows
-    that one expert takes from one rank. An index past the end means none."""
+    """What combine needs: the row of each assignment, the assignment (token · k + choice) of each row, and what else
+    the dispatch keeps for it. An index past the end means none. overflow: assignments without room in a buffer."""
 
     slots_nk: Array
     source_r: Array
-    capacity: int
+    kept: Any = None
+    overflow: Array | float = 0.0
 
 
 def expert_capacity(tokens: int, k: int, n_experts: int, factor: float | None) -> int:
@@ -34,17 +39,21 @@ def expert_capacity(tokens: int, k: int, n_experts: int, factor: float | None) -
     return tokens if factor is None else min(tokens, math.ceil(tokens * k / n_experts * factor))
 
 
-def within_capacity(idx_nk: Array, valid_n: Array, *, n_experts: int, capacity: int) -> Array:
-    """Which assignments (n, k) an expert has room for: the first `capacity` of its valid ones in token order."""
+def within_capacity(idx_nk: Array, w_nk: Array, valid_n: Array, *, n_experts: int, capacity: int, policy: str) -> Array:
+    """Which assignments (n, k) an expert has room for: of its valid ones the first `capacity` in token order (policy
+    position), or those with the largest weights, of equal ones the first (probs)."""
     if capacity >= idx_nk.shape[0]:
         return jnp.broadcast_to(valid_n[:, None], idx_nk.shape)
-    return _rank_in_expert(idx_nk, valid_n[:, None], n_experts) < capacity
+    first_nk = -lax.stop_gradient(w_nk) if policy == "probs" else None
+    return _rank_in_expert(idx_nk, valid_n[:, None], n_experts, first_nk) < capacity
 
 
-def _rank_in_expert(idx_nk: Array, kept_nk: Array, n_experts: int) -> Array:
-    """Place of each kept assignment in its expert's queue, in token order; the number of assignments if not kept."""
+def _rank_in_expert(idx_nk: Array, kept_nk: Array, n_experts: int, first_nk: Array | None = None) -> Array:
+    """Place of each kept assignment in its expert's queue, in token order or by ascending `first_nk`; the number of
+    assignments if not kept."""
     flat = jnp.where(kept_nk, idx_nk, n_experts).reshape(-1)
-    order = jnp.argsort(flat, stable=True)
+    queue = jnp.arange(flat.size) if first_nk is None else jnp.argsort(first_nk.reshape(-1), stable=True)
+    order = queue[jnp.argsort(flat[queue], stable=True)]
     starts = jnp.searchsorted(flat[order], jnp.arange(n_experts + 1), side="left")
     ranks = jnp.arange(flat.size) - starts[flat[order]]
     ranks = jnp.zeros_like(flat).at[order].set(ranks, unique_indices=True)
@@ -109,7 +118,7 @@ class AllGather:
     @staticmethod
     def dispatch(x_nd: Array, idx_nk: Array, keep_nk: Array, n_experts: int, capacity: int, plan: Plan):
         """Rows (m · min(k, local experts), d) sorted by expert, group sizes (local experts,), ticket."""
-        x_md, idx_mk, keep_mk = (plan.gather(a, "expert", dim=0) for a in (x_nd, idx_nk, keep_nk))
+        x_md, idx_mk, keep_mk = (plan.gather(a, "expert_ranks", dim=0) for a in (x_nd, idx_nk, keep_nk))
         local = n_experts // plan.size("expert")
         idx_mk = idx_mk - plan.index("expert") * local
         here_mk = keep_mk & (idx_mk >= 0) & (idx_mk < local)
@@ -120,37 +129,118 @@ class AllGather:
         slots_mk = jnp.where(here_mk, places.reshape(here_mk.shape), n_rows)
         group_sizes = jnp.sum(flat[:, None] == jnp.arange(local), 0, dtype=jnp.int32)
         source_r = _invert(slots_mk, n_rows)
-        return _take_rows(x_md, slots_mk, source_r), group_sizes, Ticket(slots_mk, source_r, capacity)
+        return _take_rows(x_md, slots_mk, source_r), group_sizes, Ticket(slots_mk, source_r)
 
     @staticmethod
     def combine(rows_rd: Array, w_nk: Array, ticket: Ticket, plan: Plan) -> Array:
         """y (n, d): each rank adds up its experts' rows for all tokens, and the ranks' sums are scattered back."""
-        w_mk = plan.gather(w_nk, "expert", dim=0)
+        w_mk = plan.gather(w_nk, "expert_ranks", dim=0)
         y_md = _sum_rows(rows_rd, w_mk, ticket.slots_nk, ticket.source_r)
-        return plan.scatter(y_md, "expert", dim=0)
+        return plan.scatter(y_md, "expert_ranks", dim=0)
 
 
 class AllToAll:
-    """Each rank sends `capacity` rows to every expert, filled or not, and gets as many back."""
+    """Each rank sends `capacity` rows to every expert, filled or not (padded to capacity), and gets as many back."""
 
     @staticmethod
     def dispatch(x_nd: Array, idx_nk: Array, keep_nk: Array, n_experts: int, capacity: int, plan: Plan):
-        """Rows (local experts · ranks · capacity, d) sorted by expert, rows per expert as an int, ticket."""
+        """Rows (local experts · all ranks · capacity, d) sorted by expert, rows per expert as an int, ticket."""
         ranks, local = plan.size("expert"), n_experts // plan.size("expert")
         rank_nk = _rank_in_expert(idx_nk, keep_nk, n_experts)
         n_rows = n_experts * capacity
         slots_nk = jnp.where(keep_nk, idx_nk * capacity + rank_nk, n_rows)
         source_r = _invert(slots_nk, n_rows)
         rows_rd = plan.exchange(_take_rows(x_nd, slots_nk, source_r), "expert")
-        rows = rows_rd.reshape(ranks, local, capacity, -1).swapaxes(0, 1)
-        return rows.reshape(n_rows, -1), ranks * capacity, Ticket(slots_nk, source_r, capacity)
+        rows = rows_rd.reshape(ranks, local, capacity, -1).swapaxes(0, 1).reshape(local, ranks * capacity, -1)
+        rows = plan.gather(rows, "expert_tensor", dim=1)
+        return rows.reshape(-1, rows.shape[2]), rows.shape[1], Ticket(slots_nk, source_r, capacity)
 
     @staticmethod
     def combine(rows_rd: Array, w_nk: Array, ticket: Ticket, plan: Plan) -> Array:
         """y (n, d): rows go back to the ranks they came from, and each token sums its own."""
-        ranks, width = plan.size("expert"), rows_rd.shape[-1]
-        back = rows_rd.reshape(-1, ranks, ticket.capacity, width).swapaxes(0, 1).reshape(-1, width)
+        ranks, capacity, width = plan.size("expert"), ticket.kept, rows_rd.shape[-1]
+        rows = rows_rd.reshape(-1, plan.size("expert_tensor") * ranks * capacity, width)
+        rows = plan.scatter(rows, "expert_tensor", dim=1).reshape(-1, ranks, capacity, width)
+        back = rows.swapaxes(0, 1).reshape(-1, width)
         return _sum_rows(plan.exchange(back, "expert"), w_nk, ticket.slots_nk, ticket.source_r)
 
 
-DISPATCHES = {"allgather": AllGather, "alltoall": AllToAll}
+class Ragged:
+    """Each rank sends every rank the rows of that one's experts, as many as there are.
+
+    A receiver has room for `rows_of_rank` rows. What comes after, by sender, is not sent, and counted as overflow.
+    """
+
+    @staticmethod
+    def dispatch(x_nd: Array, idx_nk: Array, keep_nk: Array, n_experts: int, capacity: int, plan: Plan):
+        """Rows (expert_tensor ranks · room, d) sorted by expert, group sizes (local experts,), ticket."""
+        ranks, local = plan.size("expert"), n_experts // plan.size("expert")
+        room = rows_of_rank(*idx_nk.shape, ranks=ranks, local=local, factor=plan.config.buffer_factor)
+        # Sorted by expert, so by rank: a rank's rows are one run.
+        flat = jnp.where(keep_nk, idx_nk, n_experts).reshape(-1)
+        order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+        places = jnp.zeros_like(order).at[order].set(jnp.arange(flat.size, dtype=jnp.int32), unique_indices=True)
+        slots_nk = jnp.where(keep_nk, places.reshape(keep_nk.shape), flat.size)
+        source_r = _invert(slots_nk, flat.size)
+        counts_e = jnp.sum(flat[:, None] == jnp.arange(n_experts), 0, dtype=jnp.int32)
+        runs, received_re, overflow = _runs(plan.gather(counts_e[None], "expert", dim=0), local, room, plan)
+        buffer_rd = plan.ragged_exchange(_take_rows(x_nd, slots_nk, source_r), runs, "expert", rows=room)
+        # Rows lie by expert_tensor rank, sender and expert; they are to lie by expert.
+        buffer_rd = plan.gather(buffer_rd, "expert_tensor", dim=0)
+        counts_tre = plan.gather(received_re[None], "expert_tensor", dim=0)
+        sorted_r = _by_expert(counts_tre, room)
+        back_r = _invert(sorted_r[:, None], len(buffer_rd))
+        rows_rd = _take_rows(buffer_rd, back_r[:, None], sorted_r)
+        return rows_rd, counts_tre.sum((0, 1)), Ticket(slots_nk, source_r, (runs, sorted_r, back_r), overflow)
+
+    @staticmethod
+    def combine(rows_rd: Array, w_nk: Array, ticket: Ticket, plan: Plan) -> Array:
+        """y (n, d): rows go back to the ranks they came from, and each token sums its own."""
+        runs, sorted_r, back_r = ticket.kept
+        buffer_rd = plan.scatter(_take_rows(rows_rd, sorted_r[:, None], back_r), "expert_tensor", dim=0)
+        rows = plan.ragged_exchange(buffer_rd, runs.reversed(), "expert", rows=ticket.slots_nk.size)
+        return _sum_rows(rows, w_nk, ticket.slots_nk, ticket.source_r)
+
+
+def rows_of_rank(tokens: int, k: int, *, ranks: int, local: int, factor: float | None) -> int:
+    """Rows that a rank has room for: every assignment that could come, or ceil(tokens · k · factor) if that is less."""
+    most = tokens * ranks * min(k, local)
+    return most if factor is None else min(most, math.ceil(tokens * k * factor))
+
+
+def _runs(counts_re: Array, local: int, room: int, plan: Plan) -> tuple[Runs, Array, Array]:
+    """What travels, given all ranks' counts by expert; of what arrives here the rows by sender and expert; and how many
+    of this rank's rows find no room."""
+    ranks = len(counts_re)
+    counts_rse = counts_re.reshape(ranks, ranks, local)  # by sender, receiver and the receiver's experts
+    wanted_rs = counts_rse.sum(2)
+    starts_rs = jnp.cumsum(wanted_rs, 1) - wanted_rs
+    lands_rs = jnp.cumsum(wanted_rs, 0) - wanted_rs
+    sizes_rs = jnp.clip(room - lands_rs, 0, wanted_rs)
+    lands_rs = jnp.minimum(lands_rs, room)
+    me = plan.index("expert")
+    of = lambda a, axis: jnp.take(a, me, axis)  # noqa: E731 - as a sender (0), as a receiver (1)
+    runs = Runs(of(starts_rs, 0), of(sizes_rs, 0), of(lands_rs, 0), of(starts_rs, 1), of(sizes_rs, 1), of(lands_rs, 1))
+    mine_re = of(counts_rse, 1)
+    before_re = jnp.cumsum(mine_re, 1) - mine_re
+    received_re = jnp.clip(runs.received[:, None] - before_re, 0, mine_re)
+    return runs, received_re, jnp.sum(of(wanted_rs - sizes_rs, 0)).astype(jnp.float32)
+
+
+def _by_expert(counts_tre: Array, room: int) -> Array:
+    """For each row in the order of experts, which row of the buffers it is; past the end if there is none.
+
+    Each of t buffers of `room` rows holds runs by sender and, inside, by expert.
+    """
+    buffers = len(counts_tre)
+    counts_tx = counts_tre.reshape(buffers, -1)
+    starts_tre = (jnp.cumsum(counts_tx, 1) - counts_tx + room * jnp.arange(buffers)[:, None]).reshape(counts_tre.shape)
+    counts_x, starts_x = (jnp.moveaxis(a, 2, 0).reshape(-1) for a in (counts_tre, starts_tre))
+    ends_x = jnp.cumsum(counts_x)
+    row_r = jnp.arange(buffers * room, dtype=jnp.int32)
+    run_r = jnp.minimum(jnp.searchsorted(ends_x, row_r, side="right"), len(ends_x) - 1)
+    found_r = starts_x[run_r] + row_r - (ends_x - counts_x)[run_r]
+    return jnp.where(row_r < ends_x[-1], found_r, buffers * room).astype(jnp.int32)
+
+
+DISPATCHES = {"allgather": AllGather, "alltoall": AllToAll, "ragged": Ragged}

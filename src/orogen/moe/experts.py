@@ -35,15 +35,16 @@ class Experts(nnx.Module):
         def multiply(x_rw: Array, w_ewf: Array) -> Array:
             return grouped_matmul(x_rw, w_ewf, group_sizes, implementation=plan.config.grouped_matmul)
 
-        def project(x_rw: Array, weight: nnx.Param, bias: nnx.Param | None) -> Array:
+        def project(x_rw: Array, weight: nnx.Param, bias: nnx.Param | None, *, counts: Array | bool = True) -> Array:
             y_rf = multiply(x_rw, plan.weight(weight))
             if bias is None:
                 return y_rf
             # Each row's own bias, as a product with one: rows of no expert get none, and gradients add up in float32.
-            bias_e1f = bias[...][:, None].astype(x_rw.dtype)
+            bias_e1f = (bias[...] * counts)[:, None].astype(x_rw.dtype)
             return y_rf + multiply(jnp.ones((len(x_rw), 1), x_rw.dtype), bias_e1f)
 
         up_rf = project(rows_rw, self.up, self.up_bias)
         gate_rf = None if self.gate is None else project(rows_rw, self.gate, self.gate_bias)
         hidden_rf = activate(up_rf, gate_rf, name=self.activation, limit=self.limit)
-        return project(hidden_rf, self.down, self.down_bias)
+        # The ranks that share an expert's hidden units each give a part of the sum, and one of them the bias.
+        return project(hidden_rf, self.down, self.down_bias, counts=plan.index("expert_tensor") == 0)

@@ -3,10 +3,13 @@
 Letters: b batch, t time of this rank's sequence piece, n tokens (b · t), d model, w expert width, k experts a token.
 """
 
+import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -17,6 +20,7 @@ from orogen.layers.parameter import normal
 from orogen.moe.dispatch import DISPATCHES, expert_capacity, within_capacity
 from orogen.moe.experts import Experts
 from orogen.moe.router import Router, RouterLosses, Routing, expert_counts, router_losses
+from orogen.parallel.context import zigzag
 from orogen.parallel.plan import Plan
 
 
@@ -30,11 +34,13 @@ class Choice(NamedTuple):
 
 
 class MoEStats(NamedTuple):
-    """What one layer reports, as this rank's sums: assignments by expert (before any drop), assignments dropped,
-    the router's losses, and each token's choice."""
+    """What one layer reports, as this rank's sums: assignments by expert (before any drop), assignments dropped beyond
+    capacity, assignments lost for lack of room in a buffer (with any, the step is not to be used), the router's losses,
+    and each token's choice."""
 
     load: Array
     dropped: Array
+    overflow: Array
     losses: RouterLosses
     choice: Choice
 
@@ -72,6 +78,7 @@ class MoE(nnx.Module):
                 flat(u_btw), flat(routing.experts), flat(keep_btk), self.n_experts, capacity, plan
             )
             y_nw = dispatcher.combine(self.experts(rows, group_sizes, plan), flat(routing.weights), ticket, plan)
+            stats = stats._replace(overflow=stats.overflow + ticket.overflow)
             y_btd = y_nw.reshape(u_btw.shape)
             y_btd = y_btd if self.latent_up is None else linear(y_btd, plan.weight(self.latent_up))
         if self.shared is not None:
@@ -88,31 +95,37 @@ class MoE(nnx.Module):
     def _account(self, logits_bte: Array, routing: Routing, valid_bt: Array, plan: Plan) -> tuple[MoEStats, Array, int]:
         """Statistics, which assignments have room, and an expert's capacity from each source rank."""
         k = routing.experts.shape[-1]
-        rows, columns = plan.sources
-        by_source = lambda a: _split(a, rows, columns)  # noqa: E731
-        tokens = valid_bt.size // (rows * columns)
+        sources = math.prod(plan.sources)
+        by_source = lambda a: _split(a, *plan.sources)  # noqa: E731
+        tokens = valid_bt.size // sources
         capacity = expert_capacity(tokens, k, self.n_experts, plan.config.capacity_factor)
-        keep = jax.vmap(lambda idx, valid: within_capacity(idx, valid, n_experts=self.n_experts, capacity=capacity))(
-            by_source(routing.experts), by_source(valid_bt[..., None])[..., 0]
+        policy = plan.config.drop_policy
+        keep = jax.vmap(partial(within_capacity, n_experts=self.n_experts, capacity=capacity, policy=policy))(
+            by_source(routing.experts), by_source(routing.weights), by_source(valid_bt[..., None])[..., 0]
         )
-        keep_btk = _join(keep, routing.experts.shape, rows, columns)
+        keep_btk = _join(keep, routing.experts.shape, *plan.sources)
         valid_btk = jnp.broadcast_to(valid_bt[..., None], keep_btk.shape)
         stats = MoEStats(
             load=expert_counts(routing.experts, valid_btk, self.n_experts, axes=(0, 1, 2)),
             dropped=jnp.sum(valid_btk & ~keep_btk, dtype=jnp.float32),
+            overflow=jnp.zeros(()),
             losses=router_losses(logits_bte, routing.scores, valid_bt, plan, k=k),
             choice=Choice(routing.experts, routing.margin, routing.flipped),
         )
-        return stats, keep_btk, capacity * rows * columns
+        return stats, keep_btk, capacity * sources
 
 
-def _split(x_btk: Array, rows: int, columns: int) -> Array:
-    """(sources, n, k): the tokens of each of rows x columns source ranks."""
+def _split(x_btk: Array, data: int, context: int, tensor: int) -> Array:
+    """(sources, n, k): the tokens of each of data x context x tensor source ranks."""
     b, t, k = x_btk.shape
-    return x_btk.reshape(rows, b // rows, columns, t // columns, k).swapaxes(1, 2).reshape(rows * columns, -1, k)
+    x_btk = x_btk[:, zigzag(t, context)]
+    columns = context * tensor
+    return x_btk.reshape(data, b // data, columns, t // columns, k).swapaxes(1, 2).reshape(data * columns, -1, k)
 
 
-def _join(x_snk: Array, shape: tuple[int, ...], rows: int, columns: int) -> Array:
+def _join(x_snk: Array, shape: tuple[int, ...], data: int, context: int, tensor: int) -> Array:
     """The inverse of `_split`."""
     b, t, k = shape
-    return x_snk.reshape(rows, columns, b // rows, t // columns, k).swapaxes(1, 2).reshape(shape)
+    columns = context * tensor
+    x_btk = x_snk.reshape(data, columns, b // data, t // columns, k).swapaxes(1, 2).reshape(shape)
+    return x_btk[:, np.argsort(zigzag(t, context))]

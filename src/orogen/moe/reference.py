@@ -34,7 +34,8 @@ class Weights(NamedTuple):
 
 
 class Options(NamedTuple):
-    """Experts a token, and how they are chosen and weighted. capacity: tokens that one expert takes; None is all.
+    """Experts a token, and how they are chosen and weighted. capacity: tokens that one expert takes, the first or, with
+    heaviest, those with the largest weights; None is all.
     clamp: of gpt-oss's gated form; a gated expert without it is SwiGLU."""
 
     k: int
@@ -45,6 +46,7 @@ class Options(NamedTuple):
     normalise: bool = True
     scaling: float = 1.0
     capacity: int | None = None
+    heaviest: bool = False
 
 
 class Answer(NamedTuple):
@@ -64,11 +66,16 @@ def mixture(x_nd: Array, valid_n: Array, weights: Weights, options: Options) -> 
     )
     chosen_ne = jax.vmap(lambda ranked_e: choose(ranked_e, options))(ranked_ne)
     wanted_ne = chosen_ne & valid_n[:, None]
-    place_ne = jnp.cumsum(wanted_ne, 0)  # of a token in the expert's queue, from 1
-    kept_ne = wanted_ne & (place_ne <= (len(x_nd) if options.capacity is None else options.capacity))
     share_ne = jnp.where(chosen_ne, scores_ne, 0)
     if options.normalise or options.score == "softmax_topk":
         share_ne = share_ne / share_ne.sum(1, keepdims=True)
+    room = len(x_nd) if options.capacity is None else options.capacity
+    if options.heaviest:
+        queued_ne = jnp.where(wanted_ne, jax.lax.stop_gradient(share_ne), -1)
+        kept_ne = wanted_ne & jax.vmap(lambda queued_n: largest(queued_n, room), 1, 1)(queued_ne)
+    else:
+        place_ne = jnp.cumsum(wanted_ne, 0)  # of a token in the expert's queue, from 1
+        kept_ne = wanted_ne & (place_ne <= room)
     u_nw = x_nd if weights.latent_down_dw is None else x_nd @ weights.latent_down_dw
     experts = (
         weights.up_ewf, weights.down_efw, weights.expert_gate_ewf,

@@ -7,7 +7,7 @@ No jax here: the simulator folds clusters that do not exist. Source: MoE Paralle
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 Factorization = Sequence[tuple[str, int]]
@@ -36,11 +36,12 @@ def refine(*factorizations: Factorization) -> Folding:
         product = math.prod(size for _, size in factorization)
         if product != total:
             raise FoldError(f"{describe(factorization)} is {product} devices; {describe(factorizations[0])} is {total}")
-        cuts.update(end for _, _, end in _spans(factorization))
+        cuts.update(_ends(factorization))
     chain = sorted(cuts)
     for low, high in zip(chain, chain[1:], strict=False):
         if high % low:
-            both = " and ".join(describe(f) for f in factorizations)
+            cutting = [next(f for f in factorizations if cut in _ends(f)) for cut in (low, high)]
+            both = " and ".join(describe(f) for f in sorted(cutting, key=factorizations.index))
             raise FoldError(f"{both} share no mesh: cuts at {low} and {high} devices cross")
     atoms = list(zip(chain, chain[1:], strict=False))
     names = _atom_names(factorizations[0], atoms)
@@ -60,28 +61,44 @@ def fold(
     tensor: int,
     expert: int,
     expert_tensor: int,
+    fsdp_size: int | None = None,
     cuts: Mapping[str, tuple[str, int]] | None = None,
 ) -> Folding:
     """The mesh of a plan: dense layers on stage x data x context x tensor, experts on the same devices otherwise.
 
+    fsdp_size: runs of so many neighbours of data x context (None: all of them) are the axis `fsdp`, over which a copy
+    of the dense layers may be split; `expert_fsdp` is the part of expert_data inside one such run.
     cuts: {name: (axis, size)} also makes `name` a logical axis of its own, the outer `size` ranks of `axis`, for
     arrays with fewer pieces than the axis has ranks (2 key heads over tensor 4); `axis` must be data, context or
-    tensor. Raises FoldError, with both factorizations and the nearest legal expert sizes in the message.
+    tensor. Raises FoldError, with the factorizations that do not fold and the nearest legal sizes in the message.
     """
     dense = [("stage", stage), ("data", data), ("context", context), ("tensor", tensor)]
     ranks = data * context * tensor
-    nearest = lambda: _nearest(dense, expert, expert_tensor)  # noqa: E731
+    experts = _experts(stage, ranks, expert, expert_tensor)
+    legal = lambda: _nearest_experts(dense, expert, expert_tensor)  # noqa: E731
     if ranks % (expert * expert_tensor):
         raise FoldError(
             f"expert {expert} x expert_tensor {expert_tensor} does not divide the {ranks} devices of a stage "
-            f"({describe(dense)}); nearest legal: {nearest()}"
+            f"({describe(dense)}); nearest legal: {legal()}"
         )
-    experts = _experts(stage, ranks, expert, expert_tensor)
     try:
         refine(dense, experts)
     except FoldError as error:
-        raise FoldError(f"{error}; nearest legal: {nearest()}") from None
-    return refine(dense, experts, *(_cut(dense, name, axis, size) for name, (axis, size) in (cuts or {}).items()))
+        raise FoldError(f"{error}; nearest legal: {legal()}") from None
+    parts = _with_fsdp(dense, experts, data * context if fsdp_size is None else fsdp_size)
+    for name, (axis, size) in (cuts or {}).items():
+        parts = _with_cut(parts, name, axis, size)
+    return refine(*parts)
+
+
+def expert_shards(neighbours: int, *, tensor: int, expert: int, expert_tensor: int) -> int:
+    """How many replicas of each expert lie inside a run of `neighbours` ranks of data x context."""
+    return max(1, neighbours * tensor // (expert * expert_tensor))
+
+
+def nearest(size: int, legal: Iterable[int]) -> list[int]:
+    """The two of `legal` that are closest to `size`, by ratio; the larger of two equally close."""
+    return sorted(legal, key=lambda other: (abs(math.log(other / size)), -other))[:2]
 
 
 def describe(factorization: Factorization) -> str:
@@ -94,15 +111,66 @@ def _experts(stage: int, ranks: int, expert: int, expert_tensor: int) -> Factori
     return [("stage", stage), ("expert_data", replicas), ("expert", expert), ("expert_tensor", expert_tensor)]
 
 
-def _cut(dense: Factorization, name: str, axis: str, size: int) -> Factorization:
-    whole = dict(dense)[axis]
+def _with_fsdp(dense: Factorization, experts: Factorization, size: int) -> list[Factorization]:
+    """Dense and expert layers, and both again with their data axes cut at runs of `size` neighbours."""
+    sizes = dict(dense) | dict(experts)
+    ranks, tensor = sizes["data"] * sizes["context"], sizes["tensor"]
+
+    def cut(size: int) -> list[Factorization]:
+        shards = expert_shards(size, tensor=tensor, expert=sizes["expert"], expert_tensor=sizes["expert_tensor"])
+        runs = [experts[0], ("fsdp_copies", ranks // size), ("fsdp", size), ("tensor", tensor)]
+        if sizes["expert_data"] % shards:  # then a run of neighbours and one set of experts overlap in part
+            return [runs]
+        expert_runs = [("expert_fsdp_copies", sizes["expert_data"] // shards), ("expert_fsdp", shards), *experts[2:]]
+        return [runs, [experts[0], *expert_runs]]
+
+    def found() -> str:
+        legal = (n for n in _divisors(ranks) if _folds(dense, experts, *cut(n)))
+        return ", ".join(f"fsdp_size {n}" for n in nearest(size, legal))
+
+    if ranks % size:
+        raise FoldError(f"fsdp_size {size} does not divide data x context = {ranks}; nearest legal: {found()}")
+    parts = [dense, experts, *cut(size)]
+    try:
+        refine(*parts)
+    except FoldError as error:
+        raise FoldError(f"fsdp_size {size}: {error}; nearest legal: {found()}") from None
+    return parts
+
+
+def _with_cut(parts: Sequence[Factorization], name: str, axis: str, size: int) -> list[Factorization]:
+    """`parts` and the dense layers, the first of them, with `axis` cut into `size` pieces and the copies of each."""
+    whole = dict(parts[0])[axis]
+
+    def cut(size: int) -> Factorization:
+        inner = [(name, size), (f"{name}_copies", whole // size)]
+        return [part for key, length in parts[0] for part in (inner if key == axis else [(key, length)])]
+
+    def found() -> str:
+        legal = (n for n in _divisors(whole) if _folds(*parts, cut(n)))
+        return ", ".join(f"{name} {n}" for n in nearest(size, legal))
+
     if whole % size:
-        raise FoldError(f"{name} has {size} pieces for {axis} {whole}; expected a divisor or a multiple")
-    return [
-        part
-        for key, length in dense
-        for part in ([(name, size), (f"{name}_copies", whole // size)] if key == axis else [(key, length)])
-    ]
+        raise FoldError(
+            f"{name} has {size} pieces for {axis} {whole}; expected a divisor or a multiple; nearest legal: {found()}"
+        )
+    try:
+        refine(*parts, cut(size))
+    except FoldError as error:
+        raise FoldError(f"{error}; nearest legal: {found()}") from None
+    return [*parts, cut(size)]
+
+
+def _folds(*factorizations: Factorization) -> bool:
+    try:
+        refine(*factorizations)
+    except FoldError:
+        return False
+    return True
+
+
+def _divisors(size: int) -> list[int]:
+    return [d for d in range(1, size + 1) if size % d == 0]
 
 
 def _spans(factorization: Factorization) -> list[tuple[str, int, int]]:
@@ -114,6 +182,10 @@ def _spans(factorization: Factorization) -> list[tuple[str, int, int]]:
     return spans
 
 
+def _ends(factorization: Factorization) -> set[int]:
+    return {end for _, _, end in _spans(factorization)}
+
+
 def _atom_names(named: Factorization, atoms: Sequence[tuple[int, int]]) -> dict[tuple[int, int], str]:
     names = {}
     for axis, start, end in _spans(named):
@@ -123,16 +195,13 @@ def _atom_names(named: Factorization, atoms: Sequence[tuple[int, int]]) -> dict[
     return names
 
 
-def _nearest(dense: Factorization, expert: int, expert_tensor: int) -> str:
+def _nearest_experts(dense: Factorization, expert: int, expert_tensor: int) -> str:
     """The three legal (expert, expert_tensor) closest to those asked for, by ratio."""
     stage, ranks = dict(dense)["stage"], math.prod(size for axis, size in dense if axis != "stage")
-    divisors = [d for d in range(1, ranks + 1) if ranks % d == 0]
-    legal = []
-    for e in divisors:
-        for t in (d for d in divisors if ranks % (e * d) == 0):
-            try:
-                refine(dense, _experts(stage, ranks, e, t))
-            except FoldError:
-                continue
-            legal.append((abs(math.log(e / expert)) + abs(math.log(t / expert_tensor)), -e, e, t))
+    legal = [
+        (abs(math.log(e / expert)) + abs(math.log(t / expert_tensor)), -e, e, t)
+        for e in _divisors(ranks)
+        for t in _divisors(ranks // e)
+        if _folds(dense, _experts(stage, ranks, e, t))
+    ]
     return ", ".join(f"expert {e} x expert_tensor {t}" for _, _, e, t in sorted(legal)[:3])

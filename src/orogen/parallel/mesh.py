@@ -1,6 +1,7 @@
 """The device mesh of a folding, and the check that a model's sizes divide over it."""
 
-import math
+import dataclasses
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -9,30 +10,50 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from orogen.config.checks import ConfigError
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
-from orogen.parallel.fold import FoldError, Folding, describe, fold
+from orogen.parallel.fold import FoldError, Folding, describe, expert_shards, fold, nearest
+
+
+class _Check(NamedTuple):
+    """A size of the model, and in how many pieces an axis cuts it. copied: fewer, equal pieces on more ranks will do.
+
+    axis: a field of PlanConfig, or the product or share of some that it is in words.
+    """
+
+    field: str
+    value: int
+    axis: str
+    size: int
+    copied: bool = False
+
+    @property
+    def passes(self) -> bool:
+        return self.value % self.size == 0 or (self.copied and self.size % self.value == 0)
 
 
 def fold_plan(config: PlanConfig, model: ModelConfig) -> Folding:
     """The folding of `config` for `model`. Raises ConfigError if sizes do not fold or do not divide."""
-    _check_divisible(config, model)
-    cuts = {}
-    norm_groups = model.mamba_norm_groups or model.n_groups
-    split = (("kv_heads", model.num_key_value_heads), ("groups", model.n_groups), ("norm_groups", norm_groups))
-    for name, pieces in split:
-        if pieces is not None and pieces < config.tensor:
-            cuts[name] = ("tensor", pieces)
+    for check in _checks(config, model):
+        if not check.passes:
+            expected = "a multiple or a divisor" if check.copied else "a multiple"
+            legal = ", ".join(map(str, _nearest(check, config, model)))
+            raise ConfigError(
+                f"ModelConfig.{check.field} is {check.value}; expected {expected} of PlanConfig.{check.axis} = "
+                f"{check.size} (nearest legal {check.axis}: {legal})"
+            )
     try:
-        return fold(
-            stage=config.stage,
-            data=config.data,
-            context=config.context,
-            tensor=config.tensor,
-            expert=config.expert,
-            expert_tensor=config.expert_tensor,
-            cuts=cuts,
-        )
+        return _fold(config, model)
     except FoldError as error:
         raise ConfigError(f"PlanConfig: {error}") from None
+
+
+def _fold(config: PlanConfig, model: ModelConfig) -> Folding:
+    norm_groups = model.mamba_norm_groups or model.n_groups
+    split = (("kv_heads", model.num_key_value_heads), ("groups", model.n_groups), ("norm_groups", norm_groups))
+    sizes = ("stage", "data", "context", "tensor", "expert", "expert_tensor", "fsdp_size")
+    return fold(
+        **{axis: getattr(config, axis) for axis in sizes},
+        cuts={name: ("tensor", pieces) for name, pieces in split if pieces is not None and pieces < config.tensor},
+    )
 
 
 def make_mesh(folding: Folding, config: PlanConfig, *, abstract: bool) -> Mesh | AbstractMesh:
@@ -54,40 +75,67 @@ def make_mesh(folding: Folding, config: PlanConfig, *, abstract: bool) -> Mesh |
     return Mesh(np.asarray(devices[:needed]).reshape(sizes), names, axis_types=types)
 
 
-def _check_divisible(config: PlanConfig, model: ModelConfig) -> None:
-    ranks = config.data * config.context
-    replicas = ranks * config.tensor // math.gcd(ranks * config.tensor, config.expert * config.expert_tensor)
-    checks = [
-        ("vocab_size", "tensor", config.tensor),
-        ("num_attention_heads", "tensor", config.tensor),
-        ("intermediate_size", "tensor", config.tensor),
-        ("mamba_num_heads", "tensor", config.tensor),
-        ("mamba_intermediate_size", "tensor", config.tensor),
-        ("moe_shared_expert_intermediate_size", "tensor", config.tensor),
-        ("n_routed_experts", "expert", config.expert),
-        ("moe_intermediate_size", "expert_tensor", config.expert_tensor),
-    ]
+def _checks(config: PlanConfig, model: ModelConfig) -> list[_Check]:
+    tensor = ("vocab_size", "num_attention_heads", "intermediate_size", "mamba_num_heads", "mamba_intermediate_size")
+    copied = ("num_key_value_heads", "n_groups", "mamba_norm_groups")
+    cut = [(field, "tensor", config.tensor) for field in (*tensor, "moe_shared_expert_intermediate_size")]
+    cut += [("n_routed_experts", "expert", config.expert)]
+    cut += [("moe_intermediate_size", "expert_tensor", config.expert_tensor)]
+    if config.context > 1:
+        cut += _context_cuts(config, model)
     if config.fsdp != "none":
-        checks += [(field, "data x context", ranks) for field in ("hidden_size", "q_lora_rank", "kv_lora_rank")]
-        if model.n_routed_experts is not None:
-            field = "moe_latent_size" if model.moe_latent_size else "hidden_size"
-            checks.append((field, "expert_data", replicas))
-    for field, axis, size in checks:
-        value = getattr(model, field)
-        if value is not None and value % size:
-            raise ConfigError(
-                f"ModelConfig.{field} is {value}; expected a multiple of PlanConfig.{axis} = {size} "
-                f"(nearest legal {axis}: {_nearest_divisors(value, size)})"
-            )
-    for field in ("num_key_value_heads", "n_groups", "mamba_norm_groups"):
-        value = getattr(model, field)
-        tensor = config.tensor
-        if value is not None and value % tensor and tensor % value:
-            raise ConfigError(
-                f"ModelConfig.{field} is {value}; expected a multiple or a divisor of PlanConfig.tensor = {tensor}"
-            )
+        cut += _fsdp_cuts(config, model)
+    cut += [(field, "tensor", config.tensor) for field in copied]
+    return [
+        _Check(field, value, axis, size, copied=field in copied)
+        for field, axis, size in cut
+        if (value := getattr(model, field)) is not None
+    ]
 
 
-def _nearest_divisors(value: int, size: int) -> str:
-    divisors = [d for d in range(1, value + 1) if value % d == 0]
-    return ", ".join(str(d) for d in sorted(sorted(divisors, key=lambda d: abs(math.log(d / size)))[:2]))
+def _context_cuts(config: PlanConfig, model: ModelConfig) -> list[tuple[str, str, int]]:
+    """(field, axis, pieces) of the heads that layers exchange for the sequence."""
+    letters, by_heads = set(model.layers.main + model.layers.mtp), config.context_ssm == "heads"
+    exchanged = [
+        ("num_attention_heads", "*w+", config.context_attention == "alltoall"),
+        ("mamba_num_heads", "M", by_heads),
+        ("mamba_intermediate_size", "m", by_heads),
+    ]
+    ranks = config.context * config.tensor
+    return [(field, "context x tensor", ranks) for field, layers, asked in exchanged if asked and letters & set(layers)]
+
+
+def _fsdp_cuts(config: PlanConfig, model: ModelConfig) -> list[tuple[str, str, int]]:
+    """(field, axis, pieces) of what is sharded over data, by dense layers and by experts."""
+    ranks = config.data * config.context
+    size, dense, within = config.fsdp_size, "fsdp_size", "expert_data inside fsdp_size"
+    if size is None:
+        size, dense, within = ranks, "data x context", "expert_data"
+    cuts = [(field, dense, size) for field in ("hidden_size", "q_lora_rank", "kv_lora_rank")]
+    if model.n_routed_experts is not None:
+        field = "moe_latent_size" if model.moe_latent_size else "hidden_size"
+        shards = expert_shards(size, tensor=config.tensor, expert=config.expert, expert_tensor=config.expert_tensor)
+        cuts.append((field, within, shards))
+    return cuts
+
+
+def _nearest(failed: _Check, config: PlanConfig, model: ModelConfig) -> list[int]:
+    """The sizes of the axis closest to the one that failed, at which all that it cuts divides and the plan folds."""
+    pieces = [n for n in range(1, 2 * max(failed.value, failed.size) + 1) if failed._replace(size=n).passes]
+    if hasattr(config, failed.axis):
+        plans = {n: dataclasses.replace(config, **{failed.axis: n}) for n in pieces}
+        divide = [
+            n for n, plan in plans.items() if all(c.passes for c in _checks(plan, model) if c.axis == failed.axis)
+        ]
+        # A plan may not fold for another reason, which is refused after this one.
+        return nearest(failed.size, [n for n in divide if _folds(plans[n], model)] or divide)
+    alike = [check for check in _checks(config, model) if check.axis == failed.axis]
+    return nearest(failed.size, [n for n in pieces if all(check._replace(size=n).passes for check in alike)])
+
+
+def _folds(config: PlanConfig, model: ModelConfig) -> bool:
+    try:
+        _fold(config, model)
+    except FoldError:
+        return False
+    return True

@@ -20,6 +20,7 @@ from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.parallel.fold import Folding
 from orogen.parallel.mesh import fold_plan, make_mesh
+from orogen.parallel.ragged import Runs, ragged_exchange
 from orogen.parallel.varying import vary, varying_axes
 
 MeshAxes = tuple[str, ...]
@@ -32,7 +33,7 @@ class Plan:
     """A device mesh and the mesh axes that each logical axis is split over.
 
     rules: of arrays inside the step; storage: of master weights and optimizer state between steps.
-    sources: (rows, columns) of the ranks that a single device stands for when it decides which tokens exceed an
+    sources: (data, context, tensor) of the ranks that a single device stands for when it decides which tokens exceed an
     expert's capacity; capacity counts per source rank, so `verify` needs it to reproduce a plan on one device.
     """
 
@@ -40,7 +41,7 @@ class Plan:
     rules: Mapping[str, MeshAxes]
     storage: Mapping[str, MeshAxes]
     config: PlanConfig
-    sources: tuple[int, int] = (1, 1)
+    sources: tuple[int, int, int] = (1, 1, 1)
 
     def spec(self, *axes: str | None) -> PartitionSpec:
         """The PartitionSpec of an array with these logical axes. Raises KeyError on an unknown axis, ValueError if
@@ -54,6 +55,10 @@ class Plan:
     def specs(self, tree: Any) -> Any:
         """`tree` of variables with `axes`, each holding its PartitionSpec inside the step."""
         return _map_variables(lambda v: _spec(self.rules, _full_axes(v)), tree)
+
+    def stored_specs(self, tree: Any) -> Any:
+        """`tree` of variables, each holding the PartitionSpec in which it is stored between steps."""
+        return _map_variables(lambda v: _spec(self.storage, _full_axes(v)), tree)
 
     def shardings(self, tree: Any) -> Any:
         """`tree` with the sharding in which each array is stored between steps; what has no axes is replicated."""
@@ -110,7 +115,31 @@ class Plan:
 
     def exchange(self, x: Array, axis: str) -> Array:
         """All-to-all: piece r of dimension 0 goes to rank r; the result is stacked by sender along dimension 0."""
-        return lax.all_to_all(x, self.rules[axis], 0, 0, tiled=True) if self.rules[axis] else x
+        if not self.rules[axis]:
+            return x
+        # As two dimensions: XLA:CPU may lay out the pieces of more in several ways, and then refuses them (jax 0.10.1).
+        flat = lax.all_to_all(x.reshape(x.shape[0], -1), self.rules[axis], 0, 0, tiled=True)
+        return flat.reshape(x.shape)
+
+    def ragged_exchange(self, x: Array, runs: Runs, axis: str, *, rows: int) -> Array:
+        """The rows (rows, d) that arrive here of those that the ranks of `axis` send each other; zero where none."""
+        if not self.rules[axis]:  # what leaves arrives: the runs of one rank begin and end here
+            row_m = jnp.arange(rows) - runs.arrives[0]
+            inside_m = (row_m >= 0) & (row_m < runs.received[0])
+            return jnp.take(x, jnp.where(inside_m, row_m + runs.starts[0], len(x)), axis=0, mode="fill", fill_value=0)
+        return ragged_exchange(x, runs, rows=rows, axes=self.rules[axis])
+
+    def shift(self, x: Array, axis: str, by: int) -> Array:
+        """The `x` of the rank `by` before this one, in a ring: each rank's goes `by` ranks on."""
+        ranks = self.size(axis)
+        if by % ranks == 0:
+            return x
+        if self.config.shift == "permute":
+            return lax.ppermute(x, self.rules[axis], [(rank, (rank + by) % ranks) for rank in range(ranks)])
+        # Every rank sends to each rank, zeros to all but one: more bytes, and no collective that only some ranks of a
+        # pipeline may reach.
+        sent = jnp.zeros((ranks, *x.shape), x.dtype).at[(self.index(axis) + by) % ranks].set(x)
+        return self.exchange(sent, axis)[(self.index(axis) - by) % ranks]
 
     def index(self, axis: str) -> Array | int:
         """This device's rank along `axis`."""
@@ -124,6 +153,29 @@ class Plan:
     def vary(self, tree: Any) -> Any:
         """`tree` marked as differing on every device, so that a loop over it sums its gradient once, at the end."""
         return vary(tree, self.mesh.axis_names if self.config.devices > 1 else ())
+
+    def scatter_gradients(self, grads: Any) -> Any:
+        """`grads` of varied parameters, of each the piece that this rank stores, summed in float32 over the ranks that
+        store another. What is stored as it is used stays as it is: `weight` has scattered it, or nothing does."""
+
+        def scattered(variable: nnx.Variable) -> Any:
+            value: Any = variable[...]
+            for dim, axis in enumerate(_full_axes(variable)):
+                if axis in SHARDED and self.storage[axis] != self.rules[axis]:
+                    value = _scatter_sum(value, self.storage[axis], dim)
+            return value
+
+        return _map_variables(scattered, grads)
+
+    def sum_gradients(self, grads: Any) -> Any:
+        """Scattered `grads`, summed over every mesh axis that does not split their parameter in storage."""
+
+        def summed(variable: nnx.Variable) -> Any:
+            split = {name for axis in _full_axes(variable) if axis is not None for name in self.storage[axis]}
+            copies = tuple(sorted(varying_axes(variable[...]) - split))
+            return lax.psum(variable[...], copies) if copies else variable[...]
+
+        return _map_variables(summed, grads)
 
     def _stored(self, axes: tuple[str | None, ...]) -> NamedSharding:
         return NamedSharding(self.mesh, _spec(self.storage, axes))
@@ -140,8 +192,11 @@ def _gather_weight_forward(x: Array, axes: MeshAxes, dim: int) -> tuple[Array, N
 
 
 def _gather_weight_backward(axes: MeshAxes, dim: int, _: None, g: Array) -> tuple[Array]:
-    summed = lax.psum_scatter(g.astype(jnp.float32), axes, scatter_dimension=dim, tiled=True)
-    return (summed.astype(g.dtype),)
+    return (_scatter_sum(g, axes, dim).astype(g.dtype),)
+
+
+def _scatter_sum(x: Array, axes: MeshAxes, dim: int) -> Array:
+    return lax.psum_scatter(x.astype(jnp.float32), axes, scatter_dimension=dim, tiled=True)
 
 
 _gather_weight.defvjp(_gather_weight_forward, _gather_weight_backward)
@@ -158,17 +213,17 @@ def make_plan(config: PlanConfig, model: ModelConfig, *, abstract: bool = False)
     return Plan(mesh, rules, _rules(folding, fully_sharded=config.fsdp != "none"), config)
 
 
-def single_device_plan(config: PlanConfig, model: ModelConfig, *, sources: tuple[int, int] = (1, 1)) -> Plan:
+def single_device_plan(config: PlanConfig, model: ModelConfig, *, sources: tuple[int, int, int] = (1, 1, 1)) -> Plan:
     """The same choices on one device, which stands for `sources` ranks when it counts capacity."""
     ones = dict.fromkeys(("data", "context", "tensor", "stage", "expert", "expert_tensor"), 1)
-    plan = make_plan(dataclasses.replace(config, **ones, fsdp="none"), model)
+    plan = make_plan(dataclasses.replace(config, **ones, fsdp="none", fsdp_size=None, buffer_factor=None), model)
     return dataclasses.replace(plan, sources=sources)
 
 
 def _rules(folding: Folding, *, fully_sharded: bool) -> dict[str, MeshAxes]:
     """Every logical axis name in the code base, and where it lives."""
     axes = folding.logical
-    tensor, dense = axes["tensor"], axes["data"] + axes["context"]
+    tensor = axes["tensor"]
     return {
         # activations: rows of the batch, the sequence outside and inside a context rank
         "batch": axes["data"],
@@ -176,7 +231,7 @@ def _rules(folding: Folding, *, fully_sharded: bool) -> dict[str, MeshAxes]:
         "sequence": tensor,
         "tokens": axes["context"] + tensor,
         # parameters of dense layers
-        "embed": dense if fully_sharded else (),
+        "embed": axes["fsdp"] if fully_sharded else (),
         "norm": (),
         "taps": (),
         "state": (),
@@ -190,8 +245,10 @@ def _rules(folding: Folding, *, fully_sharded: bool) -> dict[str, MeshAxes]:
         "group_peers": axes.get("norm_groups_copies", ()),
         # parameters of routed experts
         "expert": axes["expert"],
+        "expert_tensor": axes["expert_tensor"],
+        "expert_ranks": axes["expert"] + axes["expert_tensor"],
         "expert_mlp": axes["expert_tensor"],
-        "expert_embed": axes["expert_data"] if fully_sharded else (),
+        "expert_embed": axes["expert_fsdp"] if fully_sharded else (),
     }
 
 

@@ -24,16 +24,20 @@ def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float
 
 def forward_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     """Operations of the forward pass for one token: layers, MTP block and heads."""
+    layer = {letter: layer_flops_per_token(letter, config, sequence_length) for letter in set(config.layers.main)}
+    return sum(layer[letter] for letter in config.layers.main) + head_flops_per_token(config, sequence_length)
+
+
+def head_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
+    """Operations behind the last layer for one token: the head, and at each MTP depth the block and another head."""
     size = config.hidden_size
-    layer = {
-        letter: _layer_flops(letter, config, sequence_length) for letter in set(config.layers.main + config.layers.mtp)
-    }
     head = 2 * size * config.vocab_size
-    deeper = head + 2 * 2 * size * size + sum(layer[letter] for letter in config.layers.mtp)
-    return sum(layer[letter] for letter in config.layers.main) + head + config.mtp_depths * deeper
+    block = sum(layer_flops_per_token(letter, config, sequence_length) for letter in config.layers.mtp)
+    return head + config.mtp_depths * (head + 2 * 2 * size * size + block)
 
 
-def _layer_flops(letter: str, config: ModelConfig, length: int) -> float:
+def layer_flops_per_token(letter: str, config: ModelConfig, length: int) -> float:
+    """Operations of one layer of the kind `letter` for one token of a row of `length` tokens."""
     size, matrices = config.hidden_size, 3 if config.mlp_gated else 2
     if letter == "-":
         return 2 * matrices * size * config.intermediate_size

@@ -213,8 +213,9 @@ class _Run:
         writer.write(record)
         progress.update(number, record)
         if fetched.skipped_in_row >= self.config.train.max_skipped_steps:
+            kind = "whole" if fetched.overflow else "finite"
             raise NonFiniteError(
-                f"step {number}: {fetched.skipped_in_row} steps in a row were not finite "
+                f"step {number}: {fetched.skipped_in_row} steps in a row were not {kind} "
                 f"({self._culprit(fetched)}); expected fewer than "
                 f"TrainConfig.max_skipped_steps = {self.config.train.max_skipped_steps}"
             )
@@ -224,7 +225,10 @@ class _Run:
         return finite
 
     def _culprit(self, metrics: StepMetrics) -> str:
-        """What was not finite. A loss that is not makes every gradient so, and then no leaf is to blame."""
+        """Why a step was skipped. A loss that is not finite makes every gradient so, and then no leaf is to blame."""
+        if metrics.overflow:
+            factor = self.config.plan.buffer_factor
+            return f"{int(metrics.overflow)} rows found no room with PlanConfig.buffer_factor = {factor}; raise it"
         if not np.isfinite(metrics.loss):
             return f"the loss is {float(metrics.loss)}"
         return f"first in the gradient of {leaf_name(self.built.params, int(metrics.worst_leaf))}"
@@ -247,6 +251,8 @@ class _Run:
             record["mtp_loss"] = losses[1:].tolist()
         if metrics.load_le.size:
             record |= {"expert_load": metrics.load_le.tolist(), "dropped_tokens": int(metrics.dropped)}
+            if self.config.plan.buffer_factor is not None:
+                record["overflow_rows"] = int(metrics.overflow)
         if self.peak:
             record["mfu"] = self.flops * tokens / seconds / self.plan.config.devices / self.peak
         return record

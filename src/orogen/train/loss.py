@@ -15,8 +15,9 @@ from orogen.data.packing import Batch
 from orogen.kernels.cross_entropy import cross_entropy
 from orogen.layers.documents import Documents
 from orogen.model.lm import LanguageModel
-from orogen.model.mtp import shift_left, shifted_segments
+from orogen.model.mtp import shifted_segments
 from orogen.moe.layer import MoEStats
+from orogen.parallel.context import later
 from orogen.parallel.plan import Plan
 
 # Rows of logits that exist at once, of one device: enough to keep a matrix unit busy, far below a batch.
@@ -34,28 +35,30 @@ class Counts(NamedTuple):
 
 class Sums(NamedTuple):
     """What a batch adds up to. nats: one entry as in Counts; load: assignments by expert, in the order of the buffers'
-    leaves; dropped: assignments without room; choices: for each depth a tree like the stack's statistics, with a Choice
-    where an MoE layer is."""
+    leaves; dropped: assignments beyond an expert's capacity; overflow: beyond a buffer's room; choices: for each depth
+    a tree like the stack's statistics, with a Choice where an MoE layer is."""
 
     nats: Array
     load: list[Array]
     dropped: Array
+    overflow: Array
     choices: tuple[Any, ...]
 
 
-def target_weights(batch: Batch, depth: int) -> Array:
+def target_weights(batch: Batch, depth: int, plan: Plan) -> Array:
     """Weight (b, t) of predicting token t + 1 + depth from position t: the token's own, inside one document only."""
-    inside_bt = shifted_segments(batch.segments_bt, depth + 1) != 0
-    return jnp.where(inside_bt, shift_left(batch.weights_bt, depth + 1), 0)
+    inside_bt = shifted_segments(batch.segments_bt, depth + 1, plan) != 0
+    return jnp.where(inside_bt, later(batch.weights_bt, depth + 1, plan), 0)
 
 
 def batch_counts(batch: Batch, depths: int, plan: Plan) -> Counts:
     """The counts of `batch`, this device's rows, summed over all devices."""
-    segments = [shifted_segments(batch.segments_bt, depth) for depth in range(depths + 1)]
+    segments = [shifted_segments(batch.segments_bt, depth, plan) for depth in range(depths + 1)]
     counts = Counts(
-        jnp.stack([target_weights(batch, depth).sum() for depth in range(depths + 1)]),
+        jnp.stack([target_weights(batch, depth, plan).sum() for depth in range(depths + 1)]),
         jnp.stack([jnp.sum(s != 0, dtype=jnp.float32) for s in segments]),
-        jnp.stack([jnp.sum((s != 0).any(1), dtype=jnp.float32) for s in segments]),
+        # A row counts once, however many context ranks hold a token of it.
+        jnp.stack([jnp.sum(plan.max((s != 0).any(1).astype(jnp.float32), "context")) for s in segments]),
     )
     return plan.total(counts)
 
@@ -73,7 +76,8 @@ def objective(
     h_btd, stats = model.hidden(batch.tokens_bt, docs, plan, replay and replay[0])
     deeper = model.deeper(h_btd, batch.tokens_bt, docs, plan, replay and replay[1:])
     hidden = [h_btd] + [h for h, _ in deeper]
-    nats = plan.total(jnp.stack([_nats(model, h, batch, depth, plan) for depth, h in enumerate(hidden)]))
+    predicted = [token_nats(h, model.head_matrix(plan), batch, depth, plan) for depth, h in enumerate(hidden)]
+    nats = plan.total(jnp.stack(predicted))
     moe = [_moe_stats(stats)] + [_moe_stats(s) for _, s in deeper]
     counts = jax.tree.map(lambda c: jnp.maximum(c, 1), counts)
     share = jnp.asarray([1.0] + [config.mtp_loss_scale / len(deeper) for _ in deeper])
@@ -81,27 +85,30 @@ def objective(
     load = [s.load for s in moe[0]] + [
         sum(parts) for parts in zip(*([s.load for s in m] for m in moe[1:]), strict=True)
     ]
-    dropped = sum((s.dropped.sum() for m in moe for s in m), start=jnp.zeros(()))
+    dropped, overflow = (
+        plan.total(sum((getattr(s, field).sum() for m in moe for s in m), start=jnp.zeros(())))
+        for field in ("dropped", "overflow")
+    )
     choices = tuple(_map_moe(lambda s: s.choice, tree) for tree in [stats, *(s for _, s in deeper)])
-    return loss, Sums(jax.lax.stop_gradient(nats), plan.total(load), plan.total(dropped), choices)
+    return loss, Sums(jax.lax.stop_gradient(nats), plan.total(load), dropped, overflow, choices)
 
 
 def next_token_nats(model: LanguageModel, batch: Batch, plan: Plan) -> Array:
     """Nats of the next-token targets of the global batch."""
     docs = Documents(batch.segments_bt, batch.positions_bt)
     h_btd, _ = model.hidden(batch.tokens_bt, docs, plan)
-    return plan.total(_nats(model, h_btd, batch, 0, plan))
+    return plan.total(token_nats(h_btd, model.head_matrix(plan), batch, 0, plan))
 
 
-def _nats(model: LanguageModel, h_btd: Array, batch: Batch, depth: int, plan: Plan) -> Array:
+def token_nats(h_btd: Array, head_dv: Array, batch: Batch, depth: int, plan: Plan) -> Array:
+    """Weighted nats of the tokens depth + 1 ahead, of this device's rows. head_dv: this rank's part of v."""
     x_btd = plan.gather(h_btd, "sequence")
-    head_dv = model.head_matrix(plan)
     with jax.named_scope("cross_entropy"):
         return cross_entropy(
             x_btd.reshape(-1, x_btd.shape[-1]),
             head_dv,
-            shift_left(batch.tokens_bt, depth + 1).reshape(-1),
-            target_weights(batch, depth).reshape(-1),
+            later(batch.tokens_bt, depth + 1, plan).reshape(-1),
+            target_weights(batch, depth, plan).reshape(-1),
             chunk=LOGIT_ROWS,
             vocab_start=plan.index("vocab") * head_dv.shape[1],
             reduce_max=lambda x: plan.max(x, "vocab"),

@@ -11,6 +11,7 @@ One line of `metrics.jsonl` is one JSON object, one a step, steps strictly incre
     heldout_loss          nats per token of a fixed sample of the held-out text, in the steps that evaluate
     heldout_bits_per_byte the same in bits per byte of that text
     whole_heldout_loss, whole_heldout_bits_per_byte: of all of it, in the run's last step
+    overflow_rows         assignments that found no room in a ragged buffer; a step with any is skipped
     skipped_steps         updates refused since the run began
 
 Only `step` is required and any other key may be added. JSON has no NaN or infinity: such a number is written as null

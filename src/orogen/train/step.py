@@ -19,6 +19,7 @@ from orogen.data.packing import Batch
 from orogen.model.block import Repeat, letters, places, repeats
 from orogen.model.lm import Built
 from orogen.moe.layer import Choice
+from orogen.parallel.context import zigzag
 from orogen.parallel.plan import Plan
 from orogen.precision.policy import working_copy
 from orogen.train.loss import Sums, batch_counts, objective
@@ -31,7 +32,8 @@ BATCH_AXES = ("batch", "context")
 
 class StepMetrics(NamedTuple):
     """What a step reports. nats and targets have one entry a prediction depth; load has a row an MoE layer, in the
-    order of the pattern, then the MTP block's. worst_leaf: the first gradient leaf that is not finite, or -1."""
+    order of the pattern, then the MTP block's. worst_leaf: the first gradient leaf that is not finite, or -1.
+    overflow: rows that found no room in a buffer; with any, the step is skipped."""
 
     loss: Array
     nats: Array
@@ -39,6 +41,7 @@ class StepMetrics(NamedTuple):
     tokens: Array
     load_le: Array
     dropped: Array
+    overflow: Array
     grad_norm: Array
     learning_rate: Array
     worst_leaf: Array
@@ -51,6 +54,7 @@ def gradients(
 ) -> Callable[..., Any]:
     """A function (params, buffers, batch[, replay]) -> loss, gradients, Counts, Sums of a global batch.
 
+    Gradients come in the layout in which parameters are stored.
     The batch's rows are taken in `plan.config.microbatches` parts, whose gradients add up to those of the whole.
     record: Sums.choices holds every token's experts; replaying: those of an earlier call are used again.
     """
@@ -66,17 +70,22 @@ def gradients(
             loss, sums = objective(model, part, counts, config=config, plan=plan, replay=replayed)
             return loss, sums if record else sums._replace(choices=())
 
-        # Marked varying once, out here: the sum over devices then happens once a step and not once a microbatch.
-        varied, reduce = jax.vjp(plan.vary, params)
-        gradient = jax.value_and_grad(share, has_aux=True)
+        def gradient(*arguments):
+            result, grads = jax.value_and_grad(share, has_aux=True)(*arguments)
+            return result, plan.scatter_gradients(grads) if plan.config.fsdp == "gradients" else grads
+
+        # Marked varying out here, gradients are sums over this device's tokens alone; over devices they are added up
+        # once a step, or, where only the piece that this device stores is kept, once a microbatch.
+        varied = plan.vary(params)
         if parts == 1:
             first = jax.tree.map(lambda x: x[0], (batch, replay))
             (loss, sums), grads = gradient(varied, *first)
             choices = jax.tree.map(lambda x: x[None], sums.choices)
         else:
             (loss, sums, grads), choices = _accumulate(gradient, varied, batch, replay, plan)
-        (grads,) = reduce(grads)
-        return loss, grads, counts, sums._replace(choices=choices)
+        if plan.config.fsdp != "gradients":
+            grads = plan.scatter_gradients(grads)
+        return loss, plan.sum_gradients(grads), counts, sums._replace(choices=choices)
 
     return _shard(device_step, built, config, plan, record=record, replaying=replaying)
 
@@ -88,9 +97,10 @@ def _shard(
     whole: Any = plan.spec()
     params, buffers = plan.specs(built.params), plan.specs(built.buffers)
     choices = tuple(_choice_specs(items, plan, 1) for items in _applied(config))
-    sums = Sums(nats=whole, load=whole, dropped=whole, choices=choices if record else ())
+    sums = Sums(nats=whole, load=whole, dropped=whole, overflow=whole, choices=choices if record else ())
     replay = experts_of(choices) if replaying else None
-    step = plan.run(device_step, inputs=(params, buffers, batch_spec, replay), outputs=(whole, params, whole, sums))
+    outputs = (whole, plan.stored_specs(built.params), whole, sums)
+    step = plan.run(device_step, inputs=(params, buffers, batch_spec, replay), outputs=outputs)
     return step if replaying else lambda params, buffers, batch: step(params, buffers, batch, None)
 
 
@@ -197,7 +207,8 @@ def make_step(
         loss, grads, counts, sums = gradient(plan.working(state.params), state.buffers, batch)
         squares = square_sums(grads)
         finite_leaves = jnp.isfinite(squares)
-        finite = finite_leaves.all() & jnp.isfinite(loss)
+        # What overflows a buffer is missing from loss and gradient: the step is as bad as one that is not finite.
+        finite = finite_leaves.all() & jnp.isfinite(loss) & (sums.overflow == 0)
         grad_norm = jnp.sqrt(squares.sum())
         new = apply_gradients(
             state, grads, sums.load, optimizer, plan, grad_norm=grad_norm, bias_rate=bias_rate, finite=finite
@@ -209,6 +220,7 @@ def make_step(
             tokens=counts.tokens[0],
             load_le=load_by_layer(sums.load, config.model),
             dropped=sums.dropped,
+            overflow=sums.overflow,
             grad_norm=grad_norm,
             learning_rate=jnp.asarray(rate(state.step - state.skipped), jnp.float32),
             worst_leaf=jnp.where(finite_leaves.all(), -1, jnp.argmin(finite_leaves)),
@@ -224,4 +236,9 @@ def make_step(
 def batch_to_devices(batch: Batch, plan: Plan) -> Batch:
     """The global batch on the plan's devices."""
     sharding = plan.sharding(*BATCH_AXES)
-    return jax.tree.map(lambda x: jax.device_put(np.asarray(x), sharding), batch)
+    return jax.tree.map(lambda x: jax.device_put(in_rank_order(x, plan, axis=1), sharding), batch)
+
+
+def in_rank_order(x: Any, plan: Plan, *, axis: int) -> np.ndarray:
+    """`x` with the tokens along `axis` in the order in which the ranks of `context` hold them."""
+    return np.take(x, zigzag(np.shape(x)[axis], plan.size("context")), axis)

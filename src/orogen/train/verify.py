@@ -1,4 +1,4 @@
-"""Checks a plan against one device: loss, every gradient, and the parameters after one optimizer step.
+"""Checks a plan against one device: loss, every gradient, and the parameters after one step of each optimizer.
 
 Letters: b batch, t time.
 """
@@ -21,7 +21,7 @@ from orogen.parallel.plan import Plan, make_plan, single_device_plan
 from orogen.train.loop import leaf_name
 from orogen.train.optimizer import make_optimizer, square_sums
 from orogen.train.state import TrainState
-from orogen.train.step import apply_gradients, batch_to_devices, experts_of, gradients
+from orogen.train.step import apply_gradients, batch_to_devices, experts_of, gradients, in_rank_order
 
 # Relative tolerances in float32. A gradient leaf sums up to a few thousand products in another order.
 LOSS, GRADIENT, PARAMETER = 1e-5, 1e-4, 1e-6
@@ -29,14 +29,18 @@ LOSS, GRADIENT, PARAMETER = 1e-5, 1e-4, 1e-6
 MARGIN = 1e-5
 # A leaf this small beside the whole gradient is zero but for rounding, and is held against the whole.
 NEGLIGIBLE = 1e-7
+# Both are checked, whichever the run uses: Muon multiplies whole matrices, AdamW works element by element.
+OPTIMIZERS = ("adamw", "muon")
 
 
 class Verdict(NamedTuple):
     """Relative errors of a plan against one device.
 
     load_error: the largest difference of an expert's load, of the dropped tokens and of a router bias after the update;
-    these are counts and signs, so it is 0 or the plan is wrong. flips: tokens whose own top-k differed from the one
+    these are counts and signs, so it is 0 or the plan is wrong. max_parameter_error: the larger of both optimizers'.
+    flips: tokens whose own top-k differed from the one
     replayed, flip_margin the largest margin of such a choice. zero_leaves had no gradient to compare.
+    overflow_rows found no room in a buffer: what they would have added is missing, so the plan does not pass.
     """
 
     loss_error: float
@@ -48,6 +52,7 @@ class Verdict(NamedTuple):
     flip_margin: float
     zero_leaves: list[str]
     dropped_tokens: int
+    overflow_rows: int
 
     @property
     def passed(self) -> bool:
@@ -58,6 +63,7 @@ class Verdict(NamedTuple):
             and self.max_parameter_error <= PARAMETER
             and self.load_error == 0
             and self.flip_margin <= MARGIN
+            and self.overflow_rows == 0
         )
 
 
@@ -68,7 +74,7 @@ def verify(config: RunConfig) -> Verdict:
     capacity as if it were the plan's source ranks. Needs as many devices as the plan.
     """
     plan = make_plan(config.plan, config.need("model").model)
-    sources = (config.plan.data, config.plan.context * config.plan.tensor)
+    sources = (config.plan.data, config.plan.context, config.plan.tensor)
     single = single_device_plan(config.plan, config.model, sources=sources)
     train = config.train or _default_train(config)
     optimizer = dataclasses.replace(
@@ -80,24 +86,27 @@ def verify(config: RunConfig) -> Verdict:
     built = build(config.model)
     start = _initial(config, built, single, train.seed)
     alone = _gradients(built, config, single, start, batch, None)
-    folded = _gradients(built, config, plan, start, batch, experts_of(alone.sums.choices))
+    replay = jax.tree.map(lambda experts: in_rank_order(experts, plan, axis=-2), experts_of(alone.sums.choices))
+    folded = _gradients(built, config, plan, start, batch, replay)
     errors, zero = _leaf_errors(alone.grads, folded.grads)
     worst = int(np.argmax(errors))
     flips, margin = _flips(folded.sums.choices)
-    rule = make_optimizer(optimizer, train.steps, built.params)
+    rules = [
+        make_optimizer(dataclasses.replace(optimizer, name=name), train.steps, built.params) for name in OPTIMIZERS
+    ]
     # From one device's gradients on both, but each with the loads that its own run counted.
     updated = [
-        _updated(built, train, rule, where, start, alone._replace(sums=step.sums))
+        [_updated(built, train, rule, where, start, alone._replace(sums=step.sums)) for rule in rules]
         for where, step in ((single, alone), (plan, folded))
     ]
     return Verdict(
         loss_error=abs(folded.loss - alone.loss) / abs(alone.loss),
         max_gradient_error=float(errors[worst]),
         worst_leaf=leaf_name(built.params, worst),
-        max_parameter_error=float(_leaf_errors(*(after[0] for after in updated))[0].max()),
+        max_parameter_error=max(float(_leaf_errors(a[0], b[0])[0].max()) for a, b in zip(*updated, strict=True)),
         load_error=_largest_difference(
             *(
-                (step.sums.load, step.sums.dropped, after[1])
+                (step.sums.load, step.sums.dropped, [biases for _, biases in after])
                 for step, after in zip((alone, folded), updated, strict=True)
             )
         ),
@@ -105,6 +114,7 @@ def verify(config: RunConfig) -> Verdict:
         flip_margin=margin,
         zero_leaves=[leaf_name(built.params, i) for i in zero],
         dropped_tokens=int(folded.sums.dropped),
+        overflow_rows=int(folded.sums.overflow),
     )
 
 
@@ -207,5 +217,5 @@ def _updated(
 def _default_train(config: RunConfig) -> TrainConfig:
     """A batch that every axis of the plan divides, with rows of an odd number of tokens for each rank."""
     plan = config.plan
-    length = 13 * plan.context * plan.tensor
+    length = 13 * plan.context * plan.sequence_pieces
     return TrainConfig(steps=10, batch_size=2 * plan.data * plan.microbatches, sequence_length=max(length, 52), seed=0)

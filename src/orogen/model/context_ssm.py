@@ -1,0 +1,125 @@
+"""State-space mixers whose sequence lies on several context ranks: halos, states passed on, or heads for sequence.
+
+Letters: b batch, t time of this rank, s time of the whole sequence, p parts or head size, c channels, h heads,
+g groups, n state, i inner channels of Mamba-1.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from orogen.kernels.selective_scan import selective_scan
+from orogen.kernels.ssd import ssd
+from orogen.kernels.ssd.passing import passed_on
+from orogen.parallel.context import earlier, entering, joined, parts, to_heads
+from orogen.parallel.plan import Plan
+
+
+class Convolution(Protocol):
+    """A causal convolution of `taps` tokens."""
+
+    taps: int
+
+    def __call__(
+        self, x_btc: Array, segments_bt: Array, halo_bkc: Array | None = None, halo_segments_bk: Array | None = None
+    ) -> Array: ...
+
+
+def convolve(convs: Sequence[Convolution], arrays: Sequence[Array], segments_bt: Array, plan: Plan) -> list[Array]:
+    """Each array (b, t, c) through its causal convolution, called with the array, segments, a halo and its segments.
+
+    One exchange for all arrays, of the last tokens before each part.
+    """
+    before = convs[0].taps - 1
+    if plan.size("context") == 1 or not before:
+        return [conv(x_btc, segments_bt) for conv, x_btc in zip(convs, arrays, strict=True)]
+    # Only the parts' last tokens are brought together and sent.
+    tails = [joined(parts(x_btc, plan)[:, -before:], plan) for x_btc in arrays]
+    halo_bkc = earlier(jnp.concatenate(tails, -1), before, plan)
+    halos = jnp.split(halo_bkc, np.cumsum([x_btc.shape[-1] for x_btc in arrays])[:-1], -1)
+    behind_bk, rows_bt = earlier(segments_bt, before, plan), parts(segments_bt, plan)
+    return [
+        joined(conv(parts(x_btc, plan), rows_bt, halo, behind_bk), plan)
+        for conv, x_btc, halo in zip(convs, arrays, halos, strict=True)
+    ]
+
+
+def ssd_over_parts(
+    x_bthp: Array,
+    dt_bth: Array,
+    a_h: Array,
+    b_btgn: Array,
+    c_btgn: Array,
+    segments_bt: Array,
+    plan: Plan,
+    *,
+    chunk_size: int,
+) -> Array:
+    """The outputs of `ssd` over the whole sequence, float32: each part by itself, then what the states that enter the
+    parts add. Between ranks only states move, so the bytes do not grow with the sequence."""
+    continues_b = _continues(segments_bt, plan)
+    x_bthp, dt_bth, b_btgn, c_btgn, segments_bt = (
+        parts(a, plan) for a in (x_bthp, dt_bth, b_btgn, c_btgn, segments_bt)
+    )
+    y_bthp, final_bhpn = ssd(
+        x_bthp, dt_bth, a_h, b_btgn, c_btgn, segments_bt=segments_bt, chunk_size=chunk_size,
+        implementation=plan.config.ssd,
+    )  # fmt: skip
+    passed_bth = passed_on(dt_bth, a_h, segments_bt) * continues_b[:, None, None]
+    state_bhpn = entering(passed_bth[:, -1, :, None, None], final_bhpn, plan)
+    batch, time, heads, size = x_bthp.shape
+    state_bgrpn = state_bhpn.reshape(batch, b_btgn.shape[2], -1, size, b_btgn.shape[3])
+    read_btgrp = jnp.einsum("btgn,bgrpn->btgrp", c_btgn.astype(jnp.float32), state_bgrpn)
+    y_bthp = y_bthp + passed_bth[..., None] * read_btgrp.reshape(batch, time, heads, size)
+    return joined(y_bthp, plan)
+
+
+def scan_over_parts(
+    x_bti: Array,
+    dt_bti: Array,
+    A_in: Array,
+    B_btn: Array,
+    C_btn: Array,
+    segments_bt: Array,
+    plan: Plan,
+    *,
+    chunk_size: int,
+) -> Array:
+    """The outputs of `selective_scan` over the whole sequence. Each part is scanned twice, first for the state that
+    it leaves, then with the state that enters: what that adds alone would be as much elementwise work."""
+    continues_b = _continues(segments_bt, plan)
+    operands = tuple(parts(a, plan) for a in (x_bti, dt_bti, B_btn, C_btn))
+    x_bti, dt_bti, B_btn, C_btn = operands
+    segments_bt = parts(segments_bt, plan)
+    settings = {"chunk_size": chunk_size, "implementation": plan.config.selective_scan}
+    _, final_bin = selective_scan(x_bti, dt_bti, A_in, B_btn, C_btn, segments_bt=segments_bt, **settings)
+    one_document_b = continues_b & jnp.all(segments_bt == segments_bt[:, :1], axis=1)
+    decay_bin = jnp.exp(dt_bti.sum(1)[..., None] * A_in) * one_document_b[:, None, None]
+    state_bin = entering(decay_bin, final_bin, plan) * continues_b[:, None, None]
+    y_bti, _ = selective_scan(
+        x_bti, dt_bti, A_in, B_btn, C_btn, segments_bt=segments_bt, initial_state_bin=state_bin, **settings
+    )
+    return joined(y_bti, plan)
+
+
+def heads_for_sequence(arrays: Sequence[Array], plan: Plan) -> list[Array]:
+    """Each array (b, t, heads, ...) as this rank's share of its heads over the whole sequence (b, s, heads / c, ...).
+
+    One all-to-all for all of them. What has fewer heads than ranks, or no multiple, is repeated, each head next to
+    itself, as often as it takes: head i of 2h still reads group i // (2h / g).
+    """
+    ranks = plan.size("context")
+    arrays = [jnp.repeat(a, math.lcm(a.shape[2], ranks) // a.shape[2], axis=2) for a in arrays]
+    flat = [a.reshape(*a.shape[:2], ranks, -1) for a in arrays]
+    together = to_heads(jnp.concatenate(flat, -1), plan)[:, :, 0]
+    pieces = jnp.split(together, np.cumsum([f.shape[-1] for f in flat])[:-1], -1)
+    return [p.reshape(*p.shape[:2], a.shape[2] // ranks, *a.shape[3:]) for p, a in zip(pieces, arrays, strict=True)]
+
+
+def _continues(segments_bt: Array, plan: Plan) -> Array:
+    """(b p,) whether the token before each part is of the same segment as its first."""
+    return earlier(segments_bt, 1, plan)[:, 0] == parts(segments_bt, plan)[:, 0]

@@ -1,0 +1,361 @@
+"""Pipeline schedules as tables: what each stage does at each tick, and in which buffer slot every tensor lives.
+
+The model is cut into `stages * virtual` segments; segment g belongs to stage g % stages, as its chunk g // stages. At a
+tick a stage takes one microbatch forward or backward through one chunk, or idles; what it sends at the end of a tick
+can be used from the next tick on. No jax here: the runtime, the simulator and the pictures share these tables.
+
+Legend: t tick, s stage, c chunk, g segment, n layers.
+"""
+
+import collections
+import dataclasses
+import heapq
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from orogen.config.checks import ConfigError
+from orogen.config.model import Pattern
+
+SCHEDULES = ("gpipe", "1f1b", "interleaved")
+IDLE, FORWARD, BACKWARD = 0, 1, 2
+# A forward pass sends its output to the next segment, a backward pass its gradient to the one before.
+STEP = {FORWARD: 1, BACKWARD: -1}
+INBOX = {FORWARD: "forward_inbox", BACKWARD: "backward_inbox"}
+LANDS = {FORWARD: "forward_lands", BACKWARD: "backward_lands"}
+
+
+class Tables(NamedTuple):
+    """Nine int32 arrays of shape (ticks, stages). A slot equal to the length of its buffer means none.
+
+    operation: IDLE, FORWARD or BACKWARD, of `microbatch` through `chunk` (both 0 when idle).
+    stash: the slot that holds this microbatch's activations of this chunk: FORWARD fills it, BACKWARD empties it.
+    forward_inbox: from which FORWARD reads its input; none on the first segment, which embeds tokens.
+    backward_inbox: from which BACKWARD reads the gradient of its output; none on the last segment, which has the loss.
+    send: +1, the output goes to the next stage; -1, the gradient goes to the previous one; 0, nothing. Stages are a
+    ring: the next of the last is the first, which has the chunk after.
+    forward_lands, backward_lands: where what the previous, the next stage sends at the end of this tick is written,
+    after this tick's reads.
+    """
+
+    operation: NDArray[np.int32]
+    microbatch: NDArray[np.int32]
+    chunk: NDArray[np.int32]
+    stash: NDArray[np.int32]
+    forward_inbox: NDArray[np.int32]
+    backward_inbox: NDArray[np.int32]
+    send: NDArray[np.int32]
+    forward_lands: NDArray[np.int32]
+    backward_lands: NDArray[np.int32]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Schedule:
+    """The tables of one training step, and for each stage how many slots its three buffers need.
+
+    Every stage runs the same program, so that a buffer has as many slots as the stage that needs most.
+    """
+
+    kind: str
+    stages: int
+    microbatches: int
+    virtual: int
+    tables: Tables
+    stash_slots: tuple[int, ...]
+    forward_slots: tuple[int, ...]
+    backward_slots: tuple[int, ...]
+
+    @property
+    def ticks(self) -> int:
+        """Length of the step, where a forward and a backward pass of a chunk take one tick each."""
+        return len(self.tables.operation)
+
+    @property
+    def bubble(self) -> Fraction:
+        """Idle ticks of a stage over its busy ones."""
+        return Fraction(self.ticks, 2 * self.microbatches * self.virtual) - 1
+
+    @property
+    def in_flight(self) -> tuple[int, ...]:
+        """For each stage, the most (microbatch, chunk) pairs taken forward and not yet, or just being, taken back."""
+        operation_ts = self.tables.operation
+        held_ts = np.cumsum(operation_ts == FORWARD, axis=0) - np.cumsum(operation_ts == BACKWARD, axis=0)
+        return tuple(int(held) for held in held_ts.max(axis=0))
+
+
+class Work(NamedTuple):
+    """One microbatch's pass through one chunk, from `start` to `end`."""
+
+    stage: int
+    operation: int
+    microbatch: int
+    chunk: int
+    start: float
+    end: float
+
+
+class _Pass(NamedTuple):
+    operation: int
+    microbatch: int
+    segment: int
+
+
+def make_schedule(kind: str, *, stages: int, microbatches: int, virtual: int = 1) -> Schedule:
+    """The schedule `kind` of `microbatches` over `stages` of `virtual` chunks each.
+
+    gpipe: all forward, then all backward passes; every microbatch is in flight at once (arXiv:1811.06965).
+    1f1b: a stage starts a backward pass as soon as it can, and holds at most stages - stage microbatches.
+    interleaved: 1f1b over `virtual` chunks a stage in Megatron's order, which divides the bubble by `virtual`
+    (both: arXiv:2104.04473, section 2.2). With two chunks or more, no tick mixes forward and backward passes.
+    Raises ConfigError on an unknown kind, or on chunks or microbatches that it cannot schedule.
+    """
+    _check(kind, stages, microbatches, virtual)
+    orders = [_order(kind, stage, stages, microbatches, virtual) for stage in range(stages)]
+    tick = _place(orders, mixed=virtual == 1)
+    slot, slots = {}, {}
+    for buffer, spans in _spans(tick, last=stages * virtual - 1).items():
+        slot[buffer], slots[buffer] = _allocate(spans, stages)
+    return Schedule(
+        kind=kind,
+        stages=stages,
+        microbatches=microbatches,
+        virtual=virtual,
+        tables=_fill(tick, slot, {buffer: max(counts) for buffer, counts in slots.items()}, stages),
+        stash_slots=slots["stash"],
+        forward_slots=slots["forward_inbox"],
+        backward_slots=slots["backward_inbox"],
+    )
+
+
+def timeline(
+    schedule: Schedule, *, forward: ArrayLike = 1.0, backward: ArrayLike | None = None, hop: float = 0.0
+) -> list[Work]:
+    """Every pass in order of its start, if each begins as soon as its stage is free and its input has arrived.
+
+    forward, backward: time of a pass, one number or (virtual, stages); None: backward takes twice as long as forward.
+    hop: time from the end of a pass until another stage has what it sends, during which the sender goes on.
+    """
+    cost = _costs(schedule, forward, backward)
+    orders = []
+    for stage in range(schedule.stages):
+        columns = (table[:, stage] for table in schedule.tables[:3])
+        rows = (row for row in zip(*columns, strict=True) if row[0] != IDLE)
+        orders.append([_Pass(int(o), int(m), int(c) * schedule.stages + stage) for o, m, c in rows])
+    played = _play(orders, lambda step: cost[step.operation].flat[step.segment], hop=hop)
+    work = [
+        Work(step.segment % schedule.stages, step.operation, step.microbatch, step.segment // schedule.stages, *span)
+        for step, *span in played
+    ]
+    return sorted(work, key=lambda w: (w.start, w.stage))
+
+
+def lockstep_time(schedule: Schedule, *, forward: ArrayLike = 1.0, backward: ArrayLike | None = None) -> float:
+    """Time of the step if no stage begins a tick before all have ended the one before, as in a loop whose sends wait.
+
+    Arguments as in `timeline`. A tick in which some stages go forward and others backward takes the longer pass.
+    """
+    cost = _costs(schedule, forward, backward)
+    operation_ts, _, chunk_ts = schedule.tables[:3]
+    stage_s = np.arange(schedule.stages)
+    taken_ts = np.zeros(operation_ts.shape)
+    for operation in STEP:
+        taken_ts = np.where(operation_ts == operation, cost[operation][chunk_ts, stage_s], taken_ts)
+    return float(taken_ts.max(axis=1).sum())
+
+
+def segments(
+    pattern: Pattern, count: int, cost: Callable[[str], float], *, first: float = 0.0, last: float = 0.0
+) -> tuple[str, ...]:
+    """The layers of each of `count` segments: as the pattern cuts them at `|`, or balanced if it does not.
+
+    Balanced: the costliest segment is as cheap as contiguous segments allow, and under that bound costs are as even as
+    they can be (least sum of squares); of equals, later segments get more, since early stages hold more activations.
+    Segments may be empty. cost: of a layer, by its letter; first, last: what the embedding adds to the first segment,
+    the heads and the MTP block to the last. Raises ConfigError if the pattern is cut into another number of segments.
+    """
+    if len(pattern.segments) > 1:
+        if len(pattern.segments) != count:
+            raise ConfigError(
+                f"ModelConfig.pattern is {'|'.join(pattern.segments)!r}, of {len(pattern.segments)} segments; expected "
+                f"{count}, the stages times the chunks of each, or no |"
+            )
+        return pattern.segments
+    total_n = np.cumsum([0.0, *(cost(letter) for letter in pattern.main)])
+    span_nn = np.where(np.tri(len(total_n), k=-1, dtype=bool), np.inf, total_n[None, :] - total_n[:, None])
+    cost_gnn = np.repeat(span_nn[None], count, axis=0)
+    cost_gnn[0] += first
+    cost_gnn[-1] += last
+    least, _ = _cut(cost_gnn, np.maximum)
+    # Sums that are equal on paper differ in their last bits.
+    within_gnn = np.where(cost_gnn <= least * (1 + 1e-9), cost_gnn, np.inf)
+    _, ends = _cut(within_gnn**2, np.add)
+    return tuple(pattern.main[start:end] for start, end in zip([0, *ends], ends, strict=False))
+
+
+def _check(kind: str, stages: int, microbatches: int, virtual: int) -> None:
+    if kind not in SCHEDULES:
+        raise ConfigError(f"PlanConfig.schedule is {kind!r}; expected one of {', '.join(SCHEDULES)}")
+    if virtual > 1 and kind != "interleaved":
+        raise ConfigError(
+            f"PlanConfig.schedule is {kind!r}; expected interleaved for {virtual} chunks a stage, or one chunk a stage"
+        )
+    if kind == "interleaved" and microbatches % stages:
+        below = microbatches // stages * stages
+        nearest = f"{below} or {below + stages}" if below else f"{stages}"
+        raise ConfigError(
+            f"PlanConfig.microbatches is {microbatches}; expected a multiple of stage = {stages} for the schedule "
+            f"interleaved, the nearest being {nearest}"
+        )
+
+
+def _order(kind: str, stage: int, stages: int, microbatches: int, virtual: int) -> list[_Pass]:
+    """What `stage` does, in order: forward passes to warm up, then one forward, one backward, then the rest.
+
+    Chunks take turns of `stages` microbatches each. Source: Megatron-Core, pipeline_parallel/schedules.py.
+    """
+    total, after = microbatches * virtual, stages - stage - 1
+    # Of several chunks, the first backward pass waits until the last chunk's first microbatch has come around.
+    warm_up = total if kind == "gpipe" else after if virtual == 1 else 2 * after + (virtual - 1) * stages
+    warm_up = min(warm_up, total)
+
+    forward, backward = [], []
+    for turn in range(total):
+        cycle, place = divmod(turn, stages * virtual)
+        chunk, microbatch = place // stages, cycle * stages + place % stages
+        forward.append(_Pass(FORWARD, microbatch, chunk * stages + stage))
+        backward.append(_Pass(BACKWARD, microbatch, (virtual - 1 - chunk) * stages + stage))
+    steady = [step for pair in zip(forward[warm_up:], backward, strict=False) for step in pair]
+    return forward[:warm_up] + steady + backward[total - warm_up :]
+
+
+def _source(step: _Pass, last: int) -> _Pass | None:
+    """The pass whose output this one reads; None for the first segment's forward pass, which reads tokens."""
+    if step.operation == BACKWARD and step.segment == last:
+        return step._replace(operation=FORWARD)
+    source = step._replace(segment=step.segment - STEP[step.operation])
+    return source if source.segment >= 0 else None
+
+
+def _place(orders: Sequence[Sequence[_Pass]], *, mixed: bool) -> dict[_Pass, int]:
+    """The tick of every pass, each stage keeping to its order and going on as soon as it can.
+
+    Unless mixed, a tick is either forward or backward for all stages, in turns where there is a choice: stages that
+    wait for each other at every tick then never wait for a longer pass. Megatron's interleaved order takes the same
+    ticks and stash slots, and fewer inbox slots; 1F1B, whose data come just in time, would idle every other tick.
+    """
+    stages, last = len(orders), _last_segment(orders)
+    waiting = [collections.deque(order) for order in orders]
+    tick, t, turn = {}, 0, BACKWARD
+    while any(waiting):
+        heads = [steps[0] for steps in waiting if steps]
+        ready = [step for step in heads if (source := _source(step, last)) is None or source in tick]
+        if not mixed:
+            other = FORWARD if turn == BACKWARD else BACKWARD
+            turn = other if any(step.operation == other for step in ready) else turn
+            ready = [step for step in ready if step.operation == turn]
+        for step in ready:
+            tick[waiting[step.segment % stages].popleft()] = t
+        t += 1
+    return tick
+
+
+def _last_segment(orders: Sequence[Sequence[_Pass]]) -> int:
+    return max(step.segment for step in orders[-1])
+
+
+def _play(
+    orders: Sequence[Sequence[_Pass]], cost: Callable[[_Pass], float], *, hop: float
+) -> list[tuple[_Pass, float, float]]:
+    """(pass, start, end) of every pass, each stage keeping to its order and starting each pass as soon as it can."""
+    stages, last = len(orders), _last_segment(orders)
+    end, free, played = {}, [0.0] * stages, []
+    waiting = [collections.deque(order) for order in orders]
+    while any(waiting):
+        for stage, steps in enumerate(waiting):
+            while steps and ((source := _source(steps[0], last)) is None or source in end):
+                step = steps.popleft()
+                travel = hop if source and source.segment % stages != stage else 0
+                start = max(free[stage], end[source] + travel if source else 0)
+                end[step] = free[stage] = start + cost(step)
+                played.append((step, start, end[step]))
+    return played
+
+
+def _spans(tick: Mapping[_Pass, int], last: int) -> dict[str, dict[_Pass, tuple[int, int]]]:
+    """For each buffer, the first and the last tick at which it holds something for a pass.
+
+    A stash is held for the forward pass that fills it, an inbox for the pass that reads it.
+    """
+    spans = {"stash": {}, "forward_inbox": {}, "backward_inbox": {}}
+    for step, start in tick.items():
+        if step.operation == FORWARD:
+            spans["stash"][step] = start, tick[step._replace(operation=BACKWARD)]
+        source = _source(step, last)
+        if source and source.operation == step.operation:
+            spans[INBOX[step.operation]][step] = tick[source] + 1, start
+    return spans
+
+
+def _allocate(spans: Mapping[_Pass, tuple[int, int]], stages: int) -> tuple[dict[_Pass, int], tuple[int, ...]]:
+    """A slot for each span on its stage, and each stage's number of slots: its most spans at one tick, no more."""
+    slot, counts = {}, [0] * stages
+    free, held = [[] for _ in range(stages)], [[] for _ in range(stages)]
+    for step, (start, end) in sorted(spans.items(), key=lambda item: item[1]):
+        stage = step.segment % stages
+        while held[stage] and held[stage][0][0] < start:
+            heapq.heappush(free[stage], heapq.heappop(held[stage])[1])
+        if free[stage]:
+            slot[step] = heapq.heappop(free[stage])
+        else:
+            slot[step], counts[stage] = counts[stage], counts[stage] + 1
+        heapq.heappush(held[stage], (end, slot[step]))
+    return slot, tuple(counts)
+
+
+def _fill(
+    tick: Mapping[_Pass, int], slot: Mapping[str, Mapping[_Pass, int]], length: Mapping[str, int], stages: int
+) -> Tables:
+    """The tables of passes at their ticks, with the slots given them in buffers of these lengths."""
+    empty = dict.fromkeys(("operation", "microbatch", "chunk", "send"), 0) | dict(length)
+    empty |= {LANDS[operation]: length[INBOX[operation]] for operation in STEP}
+    shape = max(tick.values()) + 1, stages
+    tables = Tables(**{field: np.full(shape, empty[field], np.int32) for field in Tables._fields})
+    for step, t in tick.items():
+        stage, toward = step.segment % stages, STEP[step.operation]
+        inbox, receiver = INBOX[step.operation], step._replace(segment=step.segment + toward)
+        tables.operation[t, stage] = step.operation
+        tables.microbatch[t, stage] = step.microbatch
+        tables.chunk[t, stage] = step.segment // stages
+        tables.stash[t, stage] = slot["stash"][step._replace(operation=FORWARD)]
+        getattr(tables, inbox)[t, stage] = slot[inbox].get(step, length[inbox])
+        if receiver in slot[inbox]:
+            tables.send[t, stage] = toward
+            getattr(tables, LANDS[step.operation])[t, (stage + toward) % stages] = slot[inbox][receiver]
+    return tables
+
+
+def _costs(schedule: Schedule, forward: ArrayLike, backward: ArrayLike | None) -> dict[int, NDArray[np.float64]]:
+    """Time of a pass by operation, each (virtual, stages)."""
+    backward = 2 * np.asarray(forward) if backward is None else backward
+    shape = schedule.virtual, schedule.stages
+    return {FORWARD: np.broadcast_to(forward, shape), BACKWARD: np.broadcast_to(backward, shape)}
+
+
+def _cut(cost_gnn: NDArray[np.float64], combine: np.ufunc) -> tuple[float, list[int]]:
+    """The least combined cost of consecutive segments that take all layers, and where each ends.
+
+    cost_gnn: of segment g, if it takes the layers from the first index up to the second.
+    """
+    best_n = cost_gnn[0, 0]
+    starts_gn = []
+    for cost_nn in cost_gnn[1:]:
+        combined_nn = combine(best_n[:, None], cost_nn)
+        starts_gn.append(combined_nn.argmin(axis=0))
+        best_n = combined_nn.min(axis=0)
+    ends = [len(best_n) - 1]
+    for start_n in reversed(starts_gn):
+        ends.insert(0, int(start_n[ends[0]]))
+    return float(best_n[-1]), ends

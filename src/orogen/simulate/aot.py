@@ -1,0 +1,504 @@
+"""Traces and compiles parts of a training step on a plan, to read what they cost: collectives and matrix products.
+
+A *unit* is one layer of a letter of the pattern, or the ends of the model (embedding, final norm, head and loss),
+forward and backward with its parameters' gradients summed. Nothing is allocated and nothing runs; compiling needs as
+many devices as the plan, which may be simulated. Compile in float32: XLA:CPU carries bfloat16 collectives as float32.
+
+Letters: b batch, t time, d model.
+"""
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.extend import core
+
+from orogen.config.model import ModelConfig
+from orogen.config.plan import PlanConfig
+from orogen.data.packing import Batch
+from orogen.layers.documents import Documents
+from orogen.layers.embedding import Embedding, Head
+from orogen.layers.norm import make_norm
+from orogen.model.block import Stack
+from orogen.model.lm import build
+from orogen.moe.layer import MoEStats
+from orogen.parallel.mesh import fold_plan
+from orogen.parallel.plan import Plan, make_plan, single_device_plan
+from orogen.precision.policy import DTYPES, working_copy
+from orogen.simulate.communication import ENDS, FLOAT32, Collective, Workload, sent_bytes, unit_collectives
+from orogen.train.loss import batch_counts, token_nats
+from orogen.train.step import BATCH_AXES, gradients
+
+
+class Traffic(NamedTuple):
+    """Collectives of one operation over the same mesh axes: how many, and the bytes that one device sends in all."""
+
+    count: int
+    bytes: float
+
+
+# (operation, mesh axes in the mesh's order): what one device sends by it.
+Table = dict[tuple[str, tuple[str, ...]], Traffic]
+
+# JAX primitives that communicate, by the HLO operation that each becomes.
+PRIMITIVES = {
+    "psum": "all-reduce",
+    "psum_invariant": "all-reduce",
+    "pmax": "all-reduce",
+    "pmin": "all-reduce",
+    "all_gather": "all-gather",
+    "all_gather_invariant": "all-gather",
+    "reduce_scatter": "reduce-scatter",
+    "all_to_all": "all-to-all",
+    "ppermute": "collective-permute",
+    "ragged_all_to_all": "ragged-all-to-all",
+}
+
+
+class Unit(NamedTuple):
+    """A part of the step: a function of abstract arguments, and where these and its results live."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    shardings: Any
+    out_shardings: Any
+
+
+def table_of(collectives: Iterable[Collective], config: PlanConfig, model: ModelConfig) -> Table:
+    """The analytic records as a table over mesh axes, to compare with what a trace or a program has."""
+    folding, table = fold_plan(config, model), {}
+    for record in collectives:
+        axes = {name for axis in record.axes for name in folding.logical[axis]}
+        key = record.operation, tuple(name for name, _ in folding.axes if name in axes)
+        _add(table, key, record.count, record.bytes)
+    return table
+
+
+def traced(unit: Unit, plan: Plan) -> Table:
+    """The collectives of `unit` as written, by its jaxpr: those inside `Plan.run`."""
+    return jaxpr_collectives(_jaxpr(unit), dict(plan.mesh.shape))
+
+
+def compiled(unit: Unit, plan: Plan) -> Table:
+    """The collectives of `unit` as XLA compiles it for the plan's devices."""
+    function = jax.jit(unit.function, in_shardings=unit.shardings, out_shardings=unit.out_shardings)
+    text = function.lower(*unit.arguments).compile().as_text()
+    return hlo_collectives(text or "", dict(plan.mesh.shape))
+
+
+def compare(model: ModelConfig, config: PlanConfig, work: Workload, letters: Iterable[str]) -> dict[str, Any]:
+    """{unit: a row for each operation over the same mesh axes: count and bytes by paper and compiled}, in float32."""
+    model, work, facts = without_mtp(model), work._replace(itemsize=FLOAT32), {}
+    plan = make_plan(config, model)
+    for letter in (*letters, ENDS):
+        paper = table_of(unit_collectives(letter, model, config, work), config, model)
+        program = compiled(unit_of(letter, model, plan, work), plan)
+        none = Traffic(0, 0)
+        facts[letter] = [
+            {
+                "operation": operation,
+                "mesh_axes": list(axes),
+                "paper": paper.get((operation, axes), none)._asdict(),
+                "compiled": program.get((operation, axes), none)._asdict(),
+            }
+            for operation, axes in sorted(paper.keys() | program.keys())
+        ]
+    return facts
+
+
+def compared_lines(facts: dict[str, Any]) -> list[str]:
+    """The facts of `compare` for a person."""
+    lines = ["compiled in float32: collectives and bytes a layer, by paper and in the program"]
+    for unit, rows in facts.items():
+        for row in rows:
+            paper, program = (row[name] for name in ("paper", "compiled"))
+            sizes = f"{paper['count']:>4} {paper['bytes']:>14,.0f}  {program['count']:>4} {program['bytes']:>14,.0f}"
+            lines.append(f"{unit:5} {row['operation']:18} {' x '.join(row['mesh_axes']):28} {sizes}")
+    return lines
+
+
+def _add(table: Table, key: tuple[str, tuple[str, ...]], count: int, size: float) -> None:
+    before = table.get(key, Traffic(0, 0))
+    table[key] = Traffic(before.count + count, before.bytes + size)
+
+
+# Units
+
+
+def unit_of(letter: str, model: ModelConfig, plan: Plan, work: Workload, *, dtype: str = "float32") -> Unit:
+    """The unit of a letter of the pattern, or of ENDS at the first depth: the model's deeper ones are left out."""
+    model = without_mtp(model)
+    return _ends(model, plan, work, dtype) if letter == ENDS else _layer(letter, model, plan, work, dtype)
+
+
+def without_mtp(model: ModelConfig) -> ModelConfig:
+    """The model that predicts the next token alone."""
+    return dataclasses.replace(model, pattern=model.pattern.split("/")[0], mtp_depths=0)
+
+
+def _layer(letter: str, model: ModelConfig, plan: Plan, work: Workload, dtype: str) -> Unit:
+    graph, params, buffers = _abstract(lambda: Stack((letter,), model, nnx.Rngs(0)))
+
+    def device_step(params, buffers, x_btd, cotangent_btd, docs):
+        varied = plan.vary(params)
+
+        def apply(params, x_btd):
+            y_btd, stats = nnx.merge(graph, working_copy(params, dtype), buffers)(x_btd, docs, plan)
+            found = jax.tree.leaves(stats, is_leaf=lambda s: isinstance(s, MoEStats))
+            losses = [plan.total((s.losses.balance, s.losses.z)) for s in found]
+            return y_btd, losses
+
+        (y_btd, losses), back = jax.vjp(apply, varied, x_btd)
+        grads, grad_x_btd = back((cotangent_btd, jax.tree.map(jnp.ones_like, losses)))
+        return y_btd, grad_x_btd, plan.sum_gradients(plan.scatter_gradients(grads)), losses
+
+    x_btd = jax.ShapeDtypeStruct((plan.config.data * work.rows, _length(plan, work), model.hidden_size), DTYPES[dtype])
+    docs, own, residual, whole = _documents(plan, work), *_specs(plan)
+    return _unit(
+        device_step,
+        plan,
+        (params, buffers, x_btd, x_btd, docs),
+        (plan.specs(params), plan.specs(buffers), residual, residual, own),
+        (residual, residual, plan.stored_specs(params), whole),
+    )
+
+
+def _ends(model: ModelConfig, plan: Plan, work: Workload, dtype: str) -> Unit:
+    graph, params, _ = _abstract(lambda: _Ends(model, nnx.Rngs(0)))
+
+    def device_step(params, h_btd, cotangent_btd, batch):
+        docs = Documents(batch.segments_bt, batch.positions_bt)
+        counts = batch_counts(batch, 0, plan)
+        varied = plan.vary(params)
+
+        def apply(params, h_btd):
+            ends = nnx.merge(graph, working_copy(params, dtype))
+            nats = token_nats(ends.norm(h_btd), ends.head_matrix(plan), batch, 0, plan)
+            return ends.embedding(batch.tokens_bt, docs, plan), plan.total(nats)
+
+        (x_btd, nats), back = jax.vjp(apply, varied, h_btd)
+        grads, grad_h_btd = back((cotangent_btd, jnp.ones_like(nats)))
+        return x_btd, grad_h_btd, plan.sum_gradients(plan.scatter_gradients(grads)), (counts, nats)
+
+    h_btd = jax.ShapeDtypeStruct((plan.config.data * work.rows, _length(plan, work), model.hidden_size), DTYPES[dtype])
+    docs, own, residual, whole = _documents(plan, work), *_specs(plan)
+    weights_bt = jax.ShapeDtypeStruct(docs.segments_bt.shape, jnp.float32)
+    batch = Batch(docs.segments_bt, docs.segments_bt, docs.positions_bt, weights_bt)
+    return _unit(
+        device_step,
+        plan,
+        (params, h_btd, h_btd, batch),
+        (plan.specs(params), residual, residual, own),
+        (residual, residual, plan.stored_specs(params), whole),
+    )
+
+
+class _Ends(nnx.Module):
+    """What a language model has beside its layers."""
+
+    def __init__(self, model: ModelConfig, rngs: nnx.Rngs):
+        self.embedding = Embedding(model, rngs)
+        self.norm = make_norm(model)
+        self.head = None if model.tie_word_embeddings else Head(model, rngs)
+
+    def head_matrix(self, plan: Plan) -> Array:
+        """As LanguageModel's."""
+        return plan.weight(self.embedding.weight).T if self.head is None else plan.weight(self.head.weight)
+
+
+def _unit(device_step: Callable, plan: Plan, arguments: tuple[Any, ...], inputs: Any, outputs: Any) -> Unit:
+    """`device_step(params, ...) -> (_, _, grads, _)` with parameters and gradients in the layout between steps."""
+    run = plan.run(device_step, inputs=inputs, outputs=outputs)
+    params = arguments[0]
+    stored = plan.shardings(params)
+
+    def function(params, *others):
+        return run(plan.working(params), *others)
+
+    placed = jax.tree.map(lambda spec: jax.sharding.NamedSharding(plan.mesh, spec), (inputs[1:], outputs))
+    first, second, _, last = placed[1]
+    return Unit(function, arguments, (stored, *placed[0]), (first, second, stored, last))
+
+
+def step_collectives(model: ModelConfig, plan: Plan, batch_size: int, length: int, *, dtype: str = "float32") -> Table:
+    """The collectives of a whole step as written, but for the gathers of sharded masters."""
+    return jaxpr_collectives(_step_jaxpr(model, plan, batch_size, length, dtype), dict(plan.mesh.shape))
+
+
+def _step_jaxpr(model: ModelConfig, plan: Plan, batch_size: int, length: int, dtype: str) -> core.Jaxpr:
+    built = build(model)
+    tokens_bt = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
+    batch = Batch(tokens_bt, tokens_bt, tokens_bt, jax.ShapeDtypeStruct(tokens_bt.shape, jnp.float32))
+    step = gradients(built, model, plan, dtype)
+    return jax.make_jaxpr(step)(built.params, built.buffers, batch).jaxpr
+
+
+def _abstract(make: Callable[[], nnx.Module]) -> tuple[Any, Any, Any]:
+    graph, params, *others = nnx.split(jax.eval_shape(make), nnx.Param, ...)
+    return graph, params, others[0]
+
+
+def _length(plan: Plan, work: Workload) -> int:
+    return plan.config.context * work.tokens
+
+
+def _documents(plan: Plan, work: Workload) -> Documents:
+    tokens_bt: Any = jax.ShapeDtypeStruct((plan.config.data * work.rows, _length(plan, work)), jnp.int32)
+    return Documents(tokens_bt, tokens_bt)
+
+
+def _specs(plan: Plan) -> tuple[Any, Any, Any]:
+    """Of a batch's integers, of the residual stream, and of what every device holds whole."""
+    return plan.spec(*BATCH_AXES), plan.spec("batch", "tokens", None), plan.spec()
+
+
+# Jaxprs
+
+
+def _jaxpr(unit: Unit) -> core.Jaxpr:
+    return jax.make_jaxpr(unit.function)(*unit.arguments).jaxpr
+
+
+def jaxpr_collectives(jaxpr: core.Jaxpr, sizes: Mapping[str, int]) -> Table:
+    """The collectives in `jaxpr`, each as often as the loops around it turn. sizes: of the mesh axes."""
+    table: Table = {}
+    for turns, equation in _equations(jaxpr, lambda e: _sent(e, sizes)):
+        operation = PRIMITIVES.get(equation.primitive.name)
+        if operation is not None:
+            key = operation, tuple(name for name in sizes if name in _named(equation))
+            _add(table, key, turns * len(_operands(equation)), turns * _sent(equation, sizes))
+    return table
+
+
+def _sent(equation: core.JaxprEqn, sizes: Mapping[str, int]) -> float:
+    operation = PRIMITIVES.get(equation.primitive.name)
+    if operation is None:
+        return 0
+    held = sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in _operands(equation))
+    return sent_bytes(operation, held, math.prod(sizes[name] for name in _named(equation)))
+
+
+def _named(equation: core.JaxprEqn) -> tuple[str, ...]:
+    named: Any = equation.params["axes" if "axes" in equation.params else "axis_name"]
+    return (named,) if isinstance(named, str) else tuple(named)
+
+
+def _operands(equation: core.JaxprEqn) -> Sequence[Any]:
+    """What is sent: of a ragged exchange the first operand, since the others say what goes where."""
+    return equation.invars[:1] if equation.primitive.name == "ragged_all_to_all" else equation.invars
+
+
+def product_flops(jaxpr: core.Jaxpr) -> int:
+    """Operations of the matrix products in `jaxpr`, a multiply-add two, each as often as the loops around it turn."""
+    return sum(turns * _product(equation) for turns, equation in _equations(jaxpr, _product))
+
+
+def _product(equation: core.JaxprEqn) -> int:
+    if equation.primitive.name not in ("dot_general", "ragged_dot_general"):
+        return 0
+    left, right = (_shape(v) for v in equation.invars[:2])
+    if equation.primitive.name == "dot_general":
+        (contracted, _), _ = equation.params["dimension_numbers"]
+        return 2 * math.prod(_shape(equation.outvars[0])) * math.prod(left[i] for i in contracted)
+    # Each row meets one group's matrix, whether rows are kept (r, m) or summed over (g, k, m).
+    numbers = equation.params["ragged_dot_dimension_numbers"]
+    (_, contracted), _ = numbers.dot_dimension_numbers
+    shared = {*contracted, *numbers.rhs_group_dimensions}
+    return 2 * math.prod(left) * math.prod(size for i, size in enumerate(right) if i not in shared)
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    """The shape of a jaxpr's variable; empty of none, and of what is no array."""
+    return getattr(getattr(variable, "aval", None), "shape", ())
+
+
+def _equations(
+    jaxpr: core.Jaxpr, weigh: Callable[[core.JaxprEqn], float], turns: int = 1
+) -> Iterator[tuple[int, core.JaxprEqn]]:
+    """(times it runs, equation) of every equation, with those of inner jaxprs; of a choice, the heaviest branch.
+
+    Raises ValueError on a loop whose number of turns is not known, if anything in it weighs something.
+    """
+    weight = lambda inner: sum(times * weigh(e) for times, e in _equations(inner, weigh))  # noqa: E731
+    for equation in jaxpr.eqns:
+        name, inner = equation.primitive.name, [_open(j) for j in _inner(equation)]
+        yield turns, equation
+        if name == "cond":
+            inner = [max(inner, key=weight)]
+        if name == "while" and any(weight(j) for j in inner):
+            raise ValueError(
+                "a while loop that communicates or multiplies matrices; expected a scan: its turns are known"
+            )
+        for each in inner:
+            yield from _equations(each, weigh, turns * (equation.params["length"] if name == "scan" else 1))
+
+
+def _inner(equation: core.JaxprEqn) -> Iterator[Any]:
+    if equation.primitive.name == "custom_vjp_call":
+        yield equation.params["call_jaxpr"]
+        return
+    for value in equation.params.values():
+        for each in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(each, core.Jaxpr | core.ClosedJaxpr):
+                yield each
+
+
+def _open(jaxpr: Any) -> core.Jaxpr:
+    return jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
+
+
+def step_flops(model: ModelConfig, plan: Plan, batch_size: int, length: int) -> int:
+    """Matrix-product operations of one device in one step of `plan`, its recomputation and padding included.
+
+    Experts count every row that they have room for, as if routing filled them all.
+    """
+    plan = dataclasses.replace(plan, config=dataclasses.replace(plan.config, grouped_matmul="ragged_dot"))
+    return product_flops(_step_jaxpr(model, plan, batch_size, length, "float32"))
+
+
+def flops_overhead(model: ModelConfig, config: PlanConfig, batch_size: int, length: int) -> float:
+    """Devices x one device's operations / those of a single device without the plan, less one: what the plan computes
+    twice or for padding. Both take the same microbatches and implementations."""
+    plan = make_plan(config, model, abstract=True)
+    alone = step_flops(model, single_device_plan(config, model), batch_size, length)
+    return config.devices * step_flops(model, plan, batch_size, length) / alone - 1
+
+
+# Compiled programs
+
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4,
+         "s64": 8, "u64": 8, "f64": 8}  # fmt: skip
+INSTRUCTION = re.compile(
+    r"^\s*(?:ROOT )?%?\S+ = (?P<result>.*?) (?P<operation>all-reduce|all-gather|reduce-scatter|all-to-all|"
+    r"ragged-all-to-all|collective-permute|collective-broadcast)\("
+)
+COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{\s*$")
+CALLED = re.compile(r"(?:to_apply|calls|true_computation|false_computation|body)=%?([\w.\-]+)")
+BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
+
+
+def hlo_collectives(text: str, sizes: Mapping[str, int]) -> Table:
+    """The collectives of a compiled program, each as often as the loops around it turn.
+
+    sizes: of the mesh axes, outermost first; partition ids count through them. Raises ValueError on an operation,
+    group or loop that it cannot read: a collective that is overlooked would look like one that is free.
+    """
+    table: Table = {}
+    lines = list(_lines(text))
+    turns = _turns(lines)
+    for name, line in lines:
+        match = INSTRUCTION.match(line)
+        if match is None or not turns.get(name):
+            continue
+        operation, groups = match["operation"], _groups(line)
+        ranks = math.prod(sizes.values()) if not groups else len(groups[0])
+        results = _sizes(match["result"])
+        held = sum(results) * {"all-gather": 1 / ranks, "reduce-scatter": ranks}.get(operation, 1)
+        if ranks > 1:
+            key = operation, _axes(groups or [tuple(range(ranks))], sizes)
+            # XLA sums several arrays at once, and exchanges one as a piece for each rank.
+            arrays = max(len(results) // ranks, 1) if operation == "all-to-all" else len(results)
+            _add(table, key, turns[name] * arrays, turns[name] * sent_bytes(operation, held, ranks))
+    return table
+
+
+def _lines(text: str) -> Iterator[tuple[str, str]]:
+    """(computation, line) of every instruction; the entry computation is called ENTRY."""
+    name = ""
+    for line in text.splitlines():
+        if match := COMPUTATION.match(line):
+            name = "ENTRY" if match["entry"] else match["name"]
+        yield name, line
+
+
+def _turns(lines: list[tuple[str, str]]) -> dict[str, int]:
+    """How often each computation runs; that of a branch once."""
+    calls: dict[str, list[tuple[str, int]]] = {}
+    collective = {name for name, line in lines if INSTRUCTION.match(line)}
+    for name, line in lines:
+        count = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+        if " while(" in line and count is None and set(CALLED.findall(line)) & collective:
+            raise ValueError(f"a loop with collectives, of unknown length: {line.strip()[:200]}")
+        called = [*CALLED.findall(line), *(b.strip(" %") for m in BRANCHES.findall(line) for b in m.split(","))]
+        calls.setdefault(name, []).extend((each, int(count[1]) if count else 1) for each in called)
+    turns: dict[str, int] = {}
+
+    def visit(name: str, times: int) -> None:
+        turns[name] = turns.get(name, 0) + times
+        for each, count in calls.get(name, []):
+            visit(each, times * count)
+
+    visit("ENTRY", 1)
+    return turns
+
+
+def _sizes(result: str) -> list[int]:
+    """Bytes of each array in an instruction's result."""
+    return [BYTES[dtype] * math.prod(map(int, filter(None, dims.split(",")))) for dtype, dims in
+            re.findall(r"(\w+)\[([\d,]*)\]", result)]  # fmt: skip
+
+
+def _groups(line: str) -> list[tuple[int, ...]]:
+    """The partitions that take part together: groups, or the cycles of a permutation; empty for all."""
+    if match := re.search(r"source_target_pairs=\{(.*?)\}\}", line):
+        return _cycles([tuple(map(int, pair.split(","))) for pair in re.findall(r"\{([\d,]+)", "{" + match[1])])
+    if match := re.search(r"replica_groups=\{(\{.*?\})\}", line):
+        return [tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", match[1])]
+    if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        shape, dims, order = ([int(x) for x in part.split(",")] if part else None for part in match.groups())
+        ids = np.arange(math.prod(dims or ())).reshape(dims or ())
+        return [tuple(row.tolist()) for row in (ids.transpose(order) if order else ids).reshape(shape or ())]
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\S+)\))? \{([^}]*)\}", line):
+        axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match[1])}
+        groups = _mesh_groups(axes, re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", match[3]))
+        # Devices in another order are listed, or counted through as those of groups are.
+        whole = f"[1,{math.prod(axes.values())}]<={match[2]}" if "[" in (match[2] or "") else f"{{{{{match[2]}}}}}"
+        (ids,) = _groups(f"replica_groups={whole}") if match[2] else (None,)
+        return [tuple(ids[i] for i in group) for group in groups] if ids else groups
+    if "replica_groups={}" in line:
+        return []
+    raise ValueError(f"replica groups of an unknown form: {line.strip()[:200]}")
+
+
+def _mesh_groups(axes: dict[str, int], taken: Sequence[tuple[str, str, str]]) -> list[tuple[int, ...]]:
+    """Groups along whole axes of a mesh, or along parts of one: (axis, ranks outside the part, its size)."""
+    shape, moved = [], []
+    for name, size in axes.items():
+        own = [(int(before), int(part)) if part else (1, size) for axis, before, part in taken if axis == name]
+        cuts = sorted({1, size, *(edge for before, part in own for edge in (before, before * part))})
+        for low, high in itertools.pairwise(cuts):
+            if any(before <= low and high <= before * part for before, part in own):
+                moved.append(len(shape))
+            shape.append(high // low)
+    kept = [dim for dim in range(len(shape)) if dim not in moved]
+    ids = np.arange(math.prod(shape)).reshape(shape).transpose(kept + moved)
+    return [tuple(row.tolist()) for row in ids.reshape(-1, math.prod(shape[dim] for dim in moved))]
+
+
+def _cycles(pairs: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """The devices that a permutation connects, as sets of equal reach."""
+    joined = {device: {device} for pair in pairs for device in pair}
+    for source, target in pairs:
+        union = joined[source] | joined[target]
+        for device in union:
+            joined[device] = union
+    return sorted({tuple(sorted(group)) for group in joined.values()})
+
+
+def _axes(groups: list[tuple[int, ...]], sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """The mesh axes along which the members of a group differ. Raises ValueError if they are not all of those."""
+    shape = tuple(sizes.values())
+    places = [np.stack(np.unravel_index(np.asarray(group), shape), 1) for group in groups]
+    differ = np.any([(place != place[:1]).any(0) for place in places], axis=0)
+    axes = tuple(itertools.compress(sizes, differ))
+    if any(len(group) != math.prod(sizes[name] for name in axes) for group in groups):
+        raise ValueError(f"groups {groups[:2]} are no mesh axes of {dict(sizes)}")
+    return axes

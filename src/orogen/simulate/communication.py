@@ -1,0 +1,537 @@
+"""What a plan's collectives cost by paper: for each layer, the operations over each axis and the bytes sent by them.
+
+Convention: bytes are what one device sends. Over n ranks an all-gather of a piece s sends (n - 1) s; a reduce-scatter
+of S sends (n - 1) S / n, an all-reduce twice that (a ring of both), an all-to-all (n - 1) S / n, and a shift s.
+Activations travel in the compute dtype, parameters of FSDP too, sums of gradients in float32. No jax here.
+
+Phases: forward, backward, and with remat what the backward pass repeats of the forward one (recompute) happen once a
+microbatch and application of the layer, update once a step.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from orogen.config.model import ModelConfig
+from orogen.config.plan import PlanConfig
+from orogen.parallel.fold import expert_shards
+
+# Units beside the letters of the pattern: embedding, final norm, head and loss, at every depth of prediction; the
+# projection and norms of the multi-token-prediction block; and each expert's load, counted for the whole batch.
+ENDS, MTP, LOAD = "ends", "mtp", "load"
+# Rows of logits that the chunked loss makes at once; train/loss.py has the same number, and a test compares them.
+LOGIT_ROWS = 1024
+FLOAT32 = 4
+
+
+class Workload(NamedTuple):
+    """One microbatch on one device before the sequence is split over `tensor`: rows, tokens of a row, and the bytes of
+    a number in the compute dtype."""
+
+    rows: int
+    tokens: int
+    itemsize: int = FLOAT32
+
+
+class Collective(NamedTuple):
+    """`count` collectives over the ranks of all of `axes` together, by which one device sends `bytes` in all.
+
+    part: what is moved; axes: names of parallel/fold.py, only those above size one.
+    """
+
+    part: str
+    phase: str
+    operation: str
+    axes: tuple[str, ...]
+    count: int
+    bytes: float
+
+
+class Weight(NamedTuple):
+    """A parameter: shape, the logical axis of each dimension, and whether it is float32 in any compute dtype."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    float32: bool = False
+
+
+def sent_bytes(operation: str, held: float, ranks: int) -> float:
+    """Bytes that one of `ranks` devices sends, of an operand of `held` bytes a device."""
+    share = (ranks - 1) / ranks
+    factors = {
+        "all-gather": ranks - 1,
+        "reduce-scatter": share,
+        "all-reduce": 2 * share,
+        "all-to-all": share,
+        "ragged-all-to-all": share,
+        "collective-permute": 1,
+    }
+    return held * factors[operation]
+
+
+def unit_collectives(unit: str, model: ModelConfig, plan: PlanConfig, work: Workload) -> list[Collective]:
+    """Those of one layer of a letter, or of the model's ENDS, MTP or LOAD."""
+    ledger, weights = _Ledger(unit, plan, model, work), []
+    if unit == LOAD:
+        _load(ledger)
+    elif unit == MTP:
+        weights = [_matrix(2 * model.hidden_size, model.hidden_size, None, "embed"), *_norm(model) * 3]
+    elif unit == ENDS:
+        _ends(ledger)
+        weights = _end_weights(model)
+        again = weights * model.mtp_depths + weights[:1] * (1 + model.mtp_depths) * model.tie_word_embeddings
+        for weight in again:  # a tied matrix is embedding and head
+            ledger.gathered(weight)
+    else:
+        {"E": _experts, "M": _mamba2, "m": _mamba1}.get(unit, _block)(ledger)
+        weights = _layer_weights(unit, model)
+    for weight in weights:
+        ledger.gathered(weight)
+    ledger.summed(weights)
+    return ledger.records
+
+
+def step_collectives(model: ModelConfig, plan: PlanConfig, work: Workload) -> dict[str, list[Collective]]:
+    """{unit: the collectives of all its applications in one step}, `work` being one of the plan's microbatches.
+
+    The multi-token-prediction block is applied once a depth, and sums its gradients once. Layers that the model's stack
+    repeats in a loop share a collective for what they count: more in number here than in the program, not in bytes.
+    """
+    pattern, depths = model.layers, model.mtp_depths
+    units = [*dict.fromkeys(pattern.main + pattern.mtp), *([MTP] if depths else []), ENDS, LOAD]
+    found = {}
+    for unit in units:
+        main, deeper = pattern.main.count(unit), pattern.mtp.count(unit)
+        if unit in (ENDS, MTP, LOAD):
+            main, deeper = int(unit != MTP), int(unit == MTP)
+        turns = (main + depths * deeper) * plan.microbatches
+        records = unit_collectives(unit, model, plan, work)
+        found[unit] = [_times(r, main + deeper if r.phase == "update" else turns) for r in records]
+    return found
+
+
+def uncounted(model: ModelConfig, plan: PlanConfig) -> list[str]:
+    """What the plan asks for whose collectives inside layers are not in the table, in words."""
+    letters = set(model.layers.main + model.layers.mtp)
+    choices = [
+        (plan.context > 1 and letters & set("*w+"), f"context_attention {plan.context_attention}"),
+        (plan.context > 1 and letters & set("Mm"), f"context_ssm {plan.context_ssm}"),
+        ("E" in letters and plan.expert_tensor > 1, f"expert_tensor {plan.expert_tensor}"),
+        ("E" in letters and plan.dispatch == "ragged", "dispatch ragged"),
+    ]
+    return [name for asked, name in choices if asked]
+
+
+def describe_collectives(model: ModelConfig, plan: PlanConfig, work: Workload) -> dict[str, Any]:
+    """The records of one application of each unit, and bytes a step sends in all, by axes."""
+    step: dict[str, float] = {}
+    found = step_collectives(model, plan, work)
+    for record in (record for records in found.values() for record in records):
+        axes = " x ".join(record.axes)
+        step[axes] = step.get(axes, 0) + record.bytes
+    units = {unit: [r._asdict() for r in unit_collectives(unit, model, plan, work)] for unit in found}
+    return {**work._asdict(), "units": units, "step_bytes": step, "uncounted": uncounted(model, plan)}
+
+
+def collective_lines(facts: dict[str, Any]) -> list[str]:
+    """The facts of `describe_collectives` for a person: a line for each part of a unit, operation and axes."""
+    rows: dict[tuple[str, ...], dict[str, float]] = {}
+    for unit, records in facts["units"].items():
+        for r in records:
+            key = unit, r["part"], r["operation"], " x ".join(r["axes"])
+            sent = rows.setdefault(key, dict.fromkeys(("forward", "recompute", "backward", "update"), 0))
+            sent[r["phase"]] += r["bytes"]
+    lines = [
+        f"bytes that one device sends for {facts['rows']} rows of {facts['tokens']} tokens a microbatch, a layer:",
+        f"{'':5} {'':18} {'':18} {'':28} {'forward':>9} {'again':>9} {'backward':>9} {'update':>9}",
+    ]
+    for (unit, part, operation, axes), sent in rows.items():
+        numbers = " ".join(f"{_short(n):>9}" for n in sent.values())
+        lines.append(f"{unit:5} {part:18} {operation:18} {axes:28} {numbers}")
+    total = ", ".join(f"{axes} {_short(size)}" for axes, size in facts["step_bytes"].items())
+    missing = [f"not counted: {', '.join(facts['uncounted'])}"] if facts["uncounted"] else []
+    return [*lines, f"a step, over {total}" if total else "nothing is sent: one device", *missing]
+
+
+def _short(size: float) -> str:
+    """Bytes to three digits, `-` for none."""
+    if not size:
+        return "-"
+    power = min(max(int(math.log(size, 1000)), 0), 4)
+    return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def _times(record: Collective, turns: int) -> Collective:
+    return record._replace(count=record.count * turns, bytes=record.bytes * turns)
+
+
+class _Ledger:
+    """Collects the records of one layer."""
+
+    def __init__(self, unit: str, plan: PlanConfig, model: ModelConfig, work: Workload):
+        self.plan, self.model, self.work = plan, model, work
+        self.records: list[Collective] = []
+        self.recomputes = plan.remat == "full" and unit not in (ENDS, MTP, LOAD)
+        norm_groups = model.mamba_norm_groups or model.n_groups
+        pieces = {"kv_heads": model.num_key_value_heads, "groups": model.n_groups, "norm_groups": norm_groups}
+        # Arrays with fewer pieces than tensor has ranks are held as copies by neighbours.
+        copies = {f"{name}_copies": plan.tensor // (n or plan.tensor) or 1 for name, n in pieces.items()}
+        ranks, replicas = plan.data * plan.context, plan.expert * plan.expert_tensor
+        fsdp = plan.fsdp_size or ranks
+        expert_data, shards = (
+            ranks * plan.tensor // replicas,
+            expert_shards(fsdp, tensor=plan.tensor, expert=plan.expert, expert_tensor=plan.expert_tensor),
+        )
+        self.sizes = {
+            "fsdp": fsdp,
+            "fsdp_copies": ranks // fsdp,
+            "expert_fsdp": shards,
+            "expert_fsdp_copies": expert_data // shards,
+            "data": plan.data,
+            "context": plan.context,
+            "tensor": plan.tensor,
+            "expert_data": expert_data,
+            "expert": plan.expert,
+            "expert_tensor": plan.expert_tensor,
+            **copies,
+            **{name: plan.tensor // copies[f"{name}_copies"] for name in pieces},
+        }
+
+    def add(
+        self,
+        part: str,
+        phase: str,
+        operation: str,
+        axes: Sequence[str],
+        held: float,
+        count: int = 1,
+        *,
+        needed: bool = True,
+    ) -> None:
+        """`count` collectives of operands of `held` bytes each; nothing over axes of size one.
+
+        needed: by the gradient of what follows, so that recomputation does it again.
+        """
+        axes = tuple(axis for axis in axes if self.sizes[axis] > 1)
+        if axes and held and count:
+            size = count * sent_bytes(operation, held, self.ranks(axes))
+            self.records.append(Collective(part, phase, operation, axes, count, size))
+            if phase == "forward" and needed and self.recomputes:
+                self.records.append(Collective(part, "recompute", operation, axes, count, size))
+
+    def gather(self, part: str, axes: Sequence[str], held: float, *, gradient: bool = True) -> None:
+        """An all-gather of pieces of `held` bytes, and its transpose."""
+        self.add(part, "forward", "all-gather", axes, held)
+        if gradient:
+            self.add(part, "backward", "reduce-scatter", axes, held * self.ranks(axes))
+
+    def scatter(self, part: str, axes: Sequence[str], held: float, *, needed: bool = False) -> None:
+        """A reduce-scatter of `held` bytes, and its transpose. It mostly ends a layer, so that no gradient needs it."""
+        self.add(part, "forward", "reduce-scatter", axes, held, needed=needed)
+        self.add(part, "backward", "all-gather", axes, held / self.ranks(axes))
+
+    def shift(self, part: str, axes: Sequence[str], held: float, count: int, *, phase: str = "forward") -> None:
+        """`count` arrays from each rank to the next, as the plan sends them."""
+        if self.plan.shift == "permute":
+            self.add(part, phase, "collective-permute", axes, held, count)
+        else:
+            self.add(part, phase, "all-to-all", axes, held * self.ranks(axes), count)
+
+    def both(self, part: str, operation: str, axes: Sequence[str], held: float, count: int = 1) -> None:
+        """A collective that is its own transpose."""
+        self.add(part, "forward", operation, axes, held, count)
+        self.add(part, "backward", operation, axes, held, count)
+
+    def ranks(self, axes: Iterable[str]) -> int:
+        """Devices over which `axes` split."""
+        return math.prod(self.sizes[axis] for axis in axes)
+
+    @property
+    def stream(self) -> int:
+        """Bytes of the residual stream of a whole context rank."""
+        return self.work.rows * self.work.tokens * self.model.hidden_size * self.work.itemsize
+
+    @property
+    def own_tokens(self) -> int:
+        """Tokens of this device's piece of the sequence."""
+        return self.work.rows * self.work.tokens // self.plan.tensor
+
+    def gathered(self, weight: Weight) -> None:
+        """FSDP: the weight's pieces before its product, and its gradient's, in float32, after."""
+        axes = self._sharded(weight)
+        if self.plan.fsdp == "parameters" and axes:
+            piece = self._held(weight)
+            itemsize = FLOAT32 if weight.float32 else self.work.itemsize
+            self.add("weights", "forward", "all-gather", axes, piece * itemsize)
+            self.add("weights", "backward", "reduce-scatter", axes, piece * self.ranks(axes) * FLOAT32)
+
+    def summed(self, weights: Iterable[Weight]) -> None:
+        """Each gradient over the devices that store the same piece of the parameter.
+
+        Where masters are sharded and parameters are not (ZeRO-1, ZeRO-2), masters are gathered first, and gradients
+        scattered: once a step, or once a microbatch.
+        """
+        for weight in weights if self.plan.fsdp in ("optimizer", "gradients") else ():
+            axes = self._sharded(weight)
+            phase = "update" if self.plan.fsdp == "optimizer" else "backward"
+            piece = self._held(weight, stored=True) * FLOAT32
+            self.add("masters", "update", "all-gather", axes, piece)
+            self.add("gradients", phase, "reduce-scatter", axes, piece * self.ranks(axes))
+        total: dict[tuple[str, ...], list[int]] = {}
+        for weight in weights:
+            total.setdefault(self._copies(weight), []).append(self._held(weight, stored=True) * FLOAT32)
+        for axes, held in total.items():
+            self.add("gradients", "update", "all-reduce", axes, sum(held) / len(held), len(held))
+
+    def _sharded(self, weight: Weight) -> tuple[str, ...]:
+        dims = {"embed": ("fsdp",), "expert_embed": ("expert_fsdp",)}
+        return next((dims[axis] for axis in weight.axes if axis in dims), ())
+
+    def _held(self, weight: Weight, *, stored: bool = False) -> int:
+        """Numbers of the parameter on one device, inside the step or between steps."""
+        ways = self.ranks(name for axis in weight.axes for name in SPLIT.get(axis or "", ()))
+        splits = self.plan.fsdp != "none" if stored else self.plan.fsdp == "parameters"
+        sharded = self.ranks(self._sharded(weight)) if splits else 1
+        return math.prod(weight.shape) // (ways * sharded)
+
+    def _copies(self, weight: Weight) -> tuple[str, ...]:
+        """The axes over which the parameter is the same."""
+        split = {name for axis in weight.axes for name in SPLIT.get(axis or "", ())}
+        sharded = self.plan.fsdp != "none" and self._sharded(weight)
+        if "expert" in weight.axes:
+            everywhere = ["expert_fsdp_copies" if sharded else "expert_data", "expert", "expert_tensor"]
+        else:
+            few = next((axis for axis in weight.axes if axis in ("kv_heads", "groups")), None)
+            dense = ["fsdp_copies"] if sharded else ["data", "context"]
+            everywhere = [*dense, f"{few}_copies" if few else "tensor"]
+        return tuple(axis for axis in everywhere if axis not in split and self.sizes[axis] > 1)
+
+
+# Logical axes of parameters that every plan splits, and over what.
+SPLIT = {
+    **dict.fromkeys(("vocab", "heads", "mlp", "mamba_heads"), ("tensor",)),
+    **{axis: (axis,) for axis in ("kv_heads", "groups", "expert")},
+    "expert_mlp": ("expert_tensor",),
+}
+
+
+# Activations
+
+
+def _block(ledger: _Ledger, part: str = "sequence", *, needed: bool = False) -> None:
+    """Sequence parallelism: the input is gathered, the ranks' parts of the output are summed and scattered."""
+    ledger.gather(part, ("tensor",), ledger.stream / ledger.plan.tensor)
+    ledger.scatter(part, ("tensor",), ledger.stream, needed=needed)
+
+
+def _mamba2(ledger: _Ledger) -> None:
+    _block(ledger)
+    # A group of the norm over several ranks: one sum of squares a token on each, and its gradient.
+    squares = ledger.work.rows * ledger.work.tokens * FLOAT32
+    ledger.both("norm peers", "all-reduce", ("norm_groups_copies",), squares)
+
+
+def _mamba1(ledger: _Ledger) -> None:
+    _block(ledger)
+    # The time step's low rank, B and C read all channels: sums forward, and of their gradients.
+    numbers = ledger.work.rows * ledger.work.tokens * ledger.work.itemsize
+    ledger.both("low rank", "all-reduce", ("tensor",), numbers * ledger.model.time_step_rank)
+    ledger.both("low rank", "all-reduce", ("tensor",), numbers * ledger.model.ssm_state_size, 2)
+
+
+def _experts(ledger: _Ledger) -> None:
+    plan, model = ledger.plan, ledger.model
+    dispatches = {"allgather": _gathered_tokens, "alltoall": _exchanged_rows}
+    if plan.dispatch in dispatches:  # `uncounted` names the others
+        dispatches[plan.dispatch](ledger)
+    if model.moe_shared_expert_intermediate_size:
+        _block(ledger, "shared expert", needed=model.moe_shared_expert_gate)
+    experts, rows = model.n_routed_experts, ledger.work.rows
+    sequence, everywhere = ("context", "tensor"), ("data", "context", "tensor")
+    statistic = lambda axes, numbers, count=1, needed=False: ledger.add(  # noqa: E731
+        "router statistics", "forward", "all-reduce", axes, numbers * FLOAT32, count, needed=needed
+    )
+    # Of the balance loss: probabilities and counts of each expert, tokens of each row. Sums have no gradient to send.
+    statistic(sequence, rows * experts)
+    statistic(sequence, rows * experts, needed=True)
+    statistic(sequence, rows, needed=True)
+    statistic(("data",), 1)
+    statistic(everywhere, 1)  # the z-loss
+
+
+def _gathered_tokens(ledger: _Ledger) -> None:
+    tokens, k = ledger.own_tokens, ledger.model.num_experts_per_tok
+    width = tokens * ledger.model.expert_width * ledger.work.itemsize
+    ledger.gather("dispatch", ("expert",), width)
+    ledger.gather("dispatch", ("expert",), tokens * k * FLOAT32, gradient=False)  # each token's experts
+    ledger.gather("dispatch", ("expert",), tokens * k, gradient=False)  # whether there is room, a byte each
+    ledger.gather("combine", ("expert",), tokens * k * FLOAT32)  # the weights
+    projected = ledger.model.moe_latent_size is not None
+    ledger.scatter("combine", ("expert",), width * ledger.plan.expert, needed=projected)
+
+
+def _exchanged_rows(ledger: _Ledger) -> None:
+    model, tokens, factor = ledger.model, ledger.own_tokens, ledger.plan.capacity_factor
+    even = tokens * model.num_experts_per_tok / model.n_routed_experts
+    capacity = tokens if factor is None else min(tokens, math.ceil(even * factor))
+    rows = model.n_routed_experts * capacity * model.expert_width * ledger.work.itemsize
+    ledger.both("dispatch", "all-to-all", ("expert",), rows)
+    ledger.both("combine", "all-to-all", ("expert",), rows)
+
+
+def _ends(ledger: _Ledger) -> None:
+    plan, model, tokens = ledger.plan, ledger.model, ledger.work.rows * ledger.work.tokens
+    depths = 1 + model.mtp_depths
+    # The softmax over all ranks' columns: the maximum, the sum of exponentials, the target's logit.
+    chunk = tokens if plan.cross_entropy == "full" else min(LOGIT_ROWS, tokens)
+    for depth in range(depths):
+        ledger.scatter("embedding", ("tensor",), ledger.stream)
+        ledger.gather("head", ("tensor",), ledger.stream / plan.tensor)
+        ledger.add("cross-entropy", "forward", "all-reduce", ("tensor",), chunk * FLOAT32, 3 * -(-tokens // chunk))
+        # Later tokens, their weights and documents for loss and counts; and what a deeper prediction reads.
+        ledger.shift("targets", ("context",), ledger.work.rows * (depth + 1) * FLOAT32, 5 * 2)
+        ledger.shift("targets", ("context",), ledger.work.rows * depth * FLOAT32, 4 * 2)
+    # Nats, and the counts of targets and tokens; rows count where any context rank holds a token of them.
+    ledger.add("cross-entropy", "forward", "all-reduce", ("data", "context"), depths * FLOAT32, 3)
+    ledger.add("cross-entropy", "forward", "all-reduce", ("context",), ledger.work.rows * FLOAT32, depths)
+    ledger.add("cross-entropy", "forward", "all-reduce", ("data",), depths * FLOAT32)
+
+
+def _load(ledger: _Ledger) -> None:
+    pattern, everywhere = ledger.model.layers, ("data", "context", "tensor")
+    layers = (pattern.main + pattern.mtp).count("E")
+    if layers:
+        ledger.add("load", "forward", "all-reduce", everywhere, ledger.model.n_routed_experts * FLOAT32, layers)
+        ledger.add("dropped", "forward", "all-reduce", everywhere, FLOAT32)
+
+
+# Parameters
+
+
+def _end_weights(model: ModelConfig) -> list[Weight]:
+    size, vocabulary, positions = model.hidden_size, model.vocab_size, model.learned_positions
+    weights = [Weight((vocabulary, size), ("vocab", "embed")), *_norm(model)]
+    if positions:
+        weights.append(Weight((positions, size), ("positions", "embed")))
+    return weights if model.tie_word_embeddings else [*weights, Weight((size, vocabulary), ("embed", "vocab"))]
+
+
+def _layer_weights(letter: str, model: ModelConfig) -> list[Weight]:
+    mixer = {
+        "M": _mamba2_weights,
+        "m": _mamba1_weights,
+        "+": _latent_weights,
+        "E": _expert_weights,
+        "-": _dense_weights,
+    }
+    return _norm(model) + mixer.get(letter, _attention_weights)(model)
+
+
+def _vector(size: int, axis: str | None, present: bool = True) -> list[Weight]:
+    return [Weight((size,), (axis,), float32=True)] if present else []
+
+
+def _matrix(rows: int, columns: int, *axes: str | None) -> Weight:
+    return Weight((rows, columns), axes)
+
+
+def _norm(model: ModelConfig, size: int | None = None) -> list[Weight]:
+    """The weight, and for the layer norms a bias."""
+    return _vector(size or model.hidden_size, "norm") * (2 if model.norm.startswith("layer") else 1)
+
+
+def _mlp(model: ModelConfig, hidden: int, *, bias: bool) -> list[Weight]:
+    size, inward = model.hidden_size, 2 if model.mlp_gated else 1
+    matrices = [_matrix(size, hidden, "embed", "mlp")] * inward + [_matrix(hidden, size, "mlp", "embed")]
+    return matrices + _vector(hidden, "mlp", bias) * inward + _vector(size, "norm", bias)
+
+
+def _dense_weights(model: ModelConfig) -> list[Weight]:
+    return _mlp(model, model.intermediate_size, bias=model.mlp_bias)
+
+
+def _attention_weights(model: ModelConfig) -> list[Weight]:
+    size, heads = model.hidden_size, model.num_attention_heads
+    queries, keys = heads * model.head_dim, model.num_key_value_heads * model.head_dim
+    biased = model.attention_bias != "none"
+    return [
+        _matrix(size, queries, "embed", "heads"),
+        *[_matrix(size, keys, "embed", "kv_heads")] * 2,
+        _matrix(queries, size, "heads", "embed"),
+        *_vector(queries, "heads", biased),
+        *_vector(keys, "kv_heads", biased) * 2,
+        *_vector(size, "norm", model.attention_bias == "all"),
+        *(_norm(model, model.head_dim) * 2 if model.qk_norm else []),
+        *_vector(heads, "heads", model.attention_sinks),
+    ]
+
+
+def _latent_weights(model: ModelConfig) -> list[Weight]:
+    size, heads, rank, latent = model.hidden_size, model.num_attention_heads, model.q_lora_rank, model.kv_lora_rank
+    nope, rope, value = model.qk_nope_head_dim, model.qk_rope_head_dim, model.v_head_dim
+    biased = model.attention_bias == "all"
+    up = lambda rank, width: _matrix(rank, heads * width, "embed", "heads")  # noqa: E731
+    down = lambda width: [_matrix(size, width, "embed", None), *_vector(width, "norm", biased)]  # noqa: E731
+    queries = [up(size, nope + rope)] if rank is None else [*down(rank), *_norm(model, rank), up(rank, nope + rope)]
+    keys = [*down(latent), *_norm(model, latent), *down(rope), up(latent, nope), up(latent, value)]
+    return [*queries, *keys, _matrix(heads * value, size, "heads", "embed"), *_vector(size, "norm", biased)]
+
+
+def _convolution(model: ModelConfig, channels: int, axis: str) -> list[Weight]:
+    return [_matrix(channels, model.conv_kernel, axis, "taps"), *_vector(channels, axis, model.use_conv_bias)]
+
+
+def _mamba2_weights(model: ModelConfig) -> list[Weight]:
+    size, heads, biased = model.hidden_size, model.mamba_num_heads, model.mamba_proj_bias
+    inner, states = heads * model.mamba_head_dim, model.n_groups * model.ssm_state_size
+    project = lambda width, axis: [_matrix(size, width, "embed", axis), *_vector(width, axis, biased)]  # noqa: E731
+    return [
+        *project(inner, "mamba_heads") * 2,
+        *project(states, "groups") * 2,
+        *project(heads, "mamba_heads"),
+        *_convolution(model, inner, "mamba_heads"),
+        *_convolution(model, states, "groups") * 2,
+        *_vector(heads, "mamba_heads") * 3,  # of dt, A and D
+        *_vector(inner, "mamba_heads"),
+        _matrix(inner, size, "mamba_heads", "embed"),
+        *_vector(size, "norm", biased),
+    ]
+
+
+def _mamba1_weights(model: ModelConfig) -> list[Weight]:
+    size, inner, biased = model.hidden_size, model.mamba_intermediate_size, model.mamba_proj_bias
+    rank, state = model.time_step_rank, model.ssm_state_size
+    return [
+        *[_matrix(size, inner, "embed", "mamba_heads"), *_vector(inner, "mamba_heads", biased)] * 2,
+        *_convolution(model, inner, "mamba_heads"),
+        *(_matrix(inner, width, "mamba_heads", None) for width in (rank, state, state)),
+        _matrix(rank, inner, None, "mamba_heads"),
+        *_vector(inner, "mamba_heads") * 2,  # of dt, and D
+        _matrix(inner, state, "mamba_heads", "state"),
+        _matrix(inner, size, "mamba_heads", "embed"),
+        *_vector(size, "norm", biased),
+    ]
+
+
+def _expert_weights(model: ModelConfig) -> list[Weight]:
+    size, experts, width = model.hidden_size, model.n_routed_experts, model.expert_width
+    hidden, latent, shared = (
+        model.moe_intermediate_size,
+        model.moe_latent_size,
+        model.moe_shared_expert_intermediate_size,
+    )
+    inward = 2 if model.mlp_gated else 1
+    up = Weight((experts, width, hidden), ("expert", "expert_embed", "expert_mlp"))
+    down = Weight((experts, hidden, width), ("expert", "expert_mlp", "expert_embed"))
+    biases = [Weight((experts, hidden), ("expert", "expert_mlp"), True)] * inward
+    biases.append(Weight((experts, width), ("expert", "norm"), True))
+    return [
+        Weight((size, experts), ("embed", None), float32=True),
+        *_vector(experts, None, model.router_bias),
+        *[up] * inward,
+        down,
+        *(biases if model.mlp_bias else []),
+        *([_matrix(size, latent, "embed", None), _matrix(latent, size, None, "embed")] if latent else []),
+        *(_mlp(model, shared, bias=False) if shared else []),
+        *([_matrix(size, 1, "embed", None)] if model.moe_shared_expert_gate else []),
+    ]

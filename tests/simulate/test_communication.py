@@ -1,0 +1,232 @@
+"""What a plan's collectives cost: the table by paper is what the step is written to send, and what XLA compiles.
+
+A collective that the table lacks fails, and so does one that only the table has.
+"""
+
+import dataclasses
+import json
+
+import pytest
+from tests.helpers import hybrid
+
+from orogen.config.plan import PlanConfig
+from orogen.parallel.plan import make_plan
+from orogen.simulate.aot import compiled, hlo_collectives, step_collectives, table_of, traced, unit_of
+from orogen.simulate.communication import (
+    ENDS,
+    LOGIT_ROWS,
+    Collective,
+    Workload,
+    collective_lines,
+    describe_collectives,
+    sent_bytes,
+    unit_collectives,
+)
+from orogen.simulate.communication import step_collectives as by_paper
+from orogen.train.loss import LOGIT_ROWS as ROWS_OF_THE_LOSS
+
+WORK = Workload(rows=2, tokens=20)
+# Every letter; and the same letters with all that adds parameters or communicates otherwise.
+EVERY = hybrid(
+    pattern="ME*-mw+", mtp_depths=0, mamba_intermediate_size=40, time_step_rank=3, sliding_window=5, kv_lora_rank=16,
+    q_lora_rank=24, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=6, rope_theta=1e4,
+)  # fmt: skip
+FULLER = hybrid(
+    pattern="E-*Mm", mtp_depths=0, norm="layer", mlp_gated=True, mlp_bias=True, moe_shared_expert_gate=True,
+    learned_positions=40, attention_bias="all", qk_norm=True, attention_sinks=True, router_bias=True,
+    mamba_norm_groups=1, mamba_intermediate_size=40, time_step_rank=3, moe_latent_size=None,
+)  # fmt: skip
+
+PLANS = {
+    "tensor": {"tensor": 2},
+    "data-tensor": {"data": 2, "tensor": 2, "expert": 2, "fsdp": "optimizer"},
+    "folded-alltoall": {"data": 2, "tensor": 2, "expert": 4, "dispatch": "alltoall"},
+    "copies": {"data": 2, "tensor": 4, "expert": 2, "fsdp": "parameters", "cross_entropy": "full"},
+    "zero-2": {"data": 4, "tensor": 2, "expert": 2, "fsdp": "gradients", "fsdp_size": 2},
+    "zero-3-copies": {"data": 4, "tensor": 2, "expert": 2, "fsdp": "parameters", "fsdp_size": 2},
+    "capacity": {"data": 4, "tensor": 2, "expert": 4, "dispatch": "alltoall", "capacity_factor": 1.5,
+                 "fsdp": "parameters"},
+}  # fmt: skip
+
+
+def same(found, expected):
+    assert found.keys() == expected.keys()
+    for key, traffic in expected.items():
+        assert found[key].count == traffic.count, key
+        assert found[key].bytes == pytest.approx(traffic.bytes, rel=1e-12), key
+
+
+def inside(records: list[Collective]) -> list[Collective]:
+    """Those that the step itself writes: the partitioner gathers ZeRO-1's masters."""
+    return [record for record in records if record.part != "masters"]
+
+
+CASES = [(name, EVERY) for name in PLANS] + [(name, FULLER) for name in ("data-tensor", "copies")]
+
+
+@pytest.mark.parametrize(("name", "model"), CASES)
+def test_each_unit_sends_what_the_table_says(name, model):
+    config = PlanConfig(**PLANS[name])
+    plan = make_plan(config, model)
+    for unit in (*model.layers.main, ENDS):
+        records = unit_collectives(unit, model, config, WORK)
+        built = unit_of(unit, model, plan, WORK)
+        same(traced(built, plan), table_of(inside(records), config, model))
+        same(compiled(built, plan), table_of(records, config, model))
+
+
+# The whole model, which recomputes, accumulates and predicts deeper. XLA:CPU takes equal gathers of one parameter as
+# one, and so undoes recomputation: the program is not compared.
+STEPS = [
+    (hybrid(pattern="ME*-/*E", mtp_depths=2, tie_word_embeddings=True), "float32",
+     {"data": 2, "tensor": 4, "expert": 4, "fsdp": "parameters", "microbatches": 3}),
+    (hybrid(pattern="ME*-/*E"), "bfloat16",
+     {"data": 2, "tensor": 2, "expert": 2, "dispatch": "alltoall", "remat": "full", "fsdp": "parameters"}),
+    (EVERY, "bfloat16", {"data": 4, "tensor": 2, "expert": 8, "remat": "full"}),
+    (FULLER, "bfloat16", {"data": 4, "tensor": 2, "expert": 2, "fsdp": "gradients", "fsdp_size": 2, "microbatches": 2}),
+    # With biases of projections Mamba-2's time step has two, whose equal gradients XLA sums as one: not in FULLER.
+    (dataclasses.replace(FULLER, mamba_proj_bias=True), "bfloat16",
+     {"data": 2, "tensor": 2, "expert": 4, "fsdp": "parameters", "remat": "full"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "dtype", "sizes"), STEPS)
+def test_a_step_sends_what_its_layers_do(model, dtype, sizes):
+    config = PlanConfig(**sizes)
+    plan = make_plan(config, model, abstract=True)
+    batch = WORK.rows * config.data * config.microbatches
+    found = step_collectives(model, plan, batch, WORK.tokens, dtype=dtype)
+    work = WORK._replace(itemsize=2 if dtype == "bfloat16" else 4)
+    records = [record for records in by_paper(model, config, work).values() for record in inside(records)]
+    same(found, table_of(records, config, model))
+
+
+def test_sequence_parallel_blocks_are_scattered_not_all_reduced():
+    """An MLP of 2 x 20 tokens of 48 numbers on two ranks: 7,680 bytes whole, a half of it sent four times."""
+    config = PlanConfig(tensor=2)
+    records = [r for r in unit_collectives("-", EVERY, config, WORK) if r.phase != "update"]
+    assert {(r.phase, r.operation, r.axes, r.count, r.bytes) for r in records} == {
+        ("forward", "all-gather", ("tensor",), 1, 3840),
+        ("forward", "reduce-scatter", ("tensor",), 1, 3840),
+        ("backward", "all-gather", ("tensor",), 1, 3840),
+        ("backward", "reduce-scatter", ("tensor",), 1, 3840),
+    }
+    plan = make_plan(config, EVERY)
+    program = compiled(unit_of("-", EVERY, plan, WORK), plan)
+    # What is all-reduced is the norm's gradient: 48 numbers, each half twice.
+    assert program["all-reduce", ("tensor",)] == (1, 48 * 4)
+
+
+def test_parameters_are_gathered_by_fsdp_alone():
+    operations = {r.operation for r in unit_collectives("-", EVERY, PlanConfig(data=2), WORK)}
+    assert operations == {"all-reduce"}
+    config = PlanConfig(data=2, fsdp="parameters")
+    gathers = [r for r in unit_collectives("-", EVERY, config, WORK) if r.operation == "all-gather"]
+    # Two matrices of 48 x 72, of which a device has half and sends it.
+    assert [(r.axes, r.bytes) for r in gathers] == [(("fsdp",), 24 * 72 * 4)] * 2
+
+
+def test_crossing_from_dense_layers_to_experts_gathers_nothing():
+    """Data 2 x tensor 2 seen as expert 4 is a regrouping of devices: tokens stay where they are."""
+    model = hybrid(pattern="E", mtp_depths=0, moe_shared_expert_intermediate_size=None)
+    config = PlanConfig(data=2, tensor=2, expert=4, dispatch="alltoall")
+    plan = make_plan(config, model)
+    program = compiled(unit_of("E", model, plan, WORK), plan)
+    assert {operation for operation, _ in program} == {"all-to-all", "all-reduce"}
+    # 20 tokens of a device to each of 24 experts, 24 numbers wide; three quarters leave, forward and back, twice.
+    assert program["all-to-all", ("data", "tensor")] == (4, 4 * 3 / 4 * 20 * 24 * 24 * 4)
+
+
+def test_a_collective_that_the_table_lacks_is_found(monkeypatch):
+    """An MLP that sums its output over all ranks, and then takes its piece, has an all-reduce too many."""
+    from orogen.parallel.plan import Plan
+
+    monkeypatch.setattr(Plan, "scatter", lambda self, x, axis, dim=1: self.piece(self.sum(x, axis), axis, dim=dim))
+    config = PlanConfig(tensor=2)
+    plan = make_plan(config, EVERY)
+    expected = table_of(unit_collectives("-", EVERY, config, WORK), config, EVERY)
+    with pytest.raises(AssertionError):
+        same(traced(unit_of("-", EVERY, plan, WORK), plan), expected)
+    with pytest.raises(AssertionError):
+        same(compiled(unit_of("-", EVERY, plan, WORK), plan), expected)
+
+
+@pytest.mark.parametrize(
+    ("operation", "sent"),
+    [("all-gather", 300), ("reduce-scatter", 75), ("all-reduce", 150), ("all-to-all", 75), ("collective-permute", 100)],
+)
+def test_bytes_sent_of_an_operand_of_a_hundred_over_four_ranks(operation, sent):
+    assert sent_bytes(operation, 100, 4) == sent
+
+
+def test_rows_of_logits_are_those_of_the_loss():
+    assert LOGIT_ROWS == ROWS_OF_THE_LOSS
+
+
+def test_one_device_sends_nothing():
+    facts = describe_collectives(EVERY, PlanConfig(), WORK)
+    assert not any(facts["units"].values()) and not facts["step_bytes"]
+    assert collective_lines(facts)[-1] == "nothing is sent: one device"
+
+
+def test_facts_are_json_and_lines_name_every_unit():
+    facts = describe_collectives(EVERY, PlanConfig(data=2, tensor=2), WORK)
+    assert json.loads(json.dumps(facts))["units"]["-"][0]["axes"] == ["tensor"]
+    lines = collective_lines(facts)
+    assert {line.split()[0] for line in lines[2:-1]} == {*EVERY.layers.main, "ends", "load"}
+    assert lines[2].split()[:4] == ["M", "sequence", "all-gather", "tensor"]
+
+
+def test_what_the_table_lacks_is_named():
+    plan = PlanConfig(data=2, context=2, tensor=2, expert_tensor=2, dispatch="ragged")
+    facts = describe_collectives(EVERY, plan, WORK)
+    names = "context_attention ring, context_ssm state, expert_tensor 2, dispatch ragged"
+    assert collective_lines(facts)[-1] == f"not counted: {names}"
+    assert not describe_collectives(EVERY, PlanConfig(data=2, tensor=2, expert=2), WORK)["uncounted"]
+
+
+@pytest.mark.parametrize("shift", ["permute", "alltoall"])
+def test_targets_of_a_context_rank_are_its_neighbours(shift):
+    config = PlanConfig(context=2, tensor=2, shift=shift)
+    plan = make_plan(config, EVERY, abstract=True)
+    expected = table_of(unit_collectives(ENDS, EVERY, config, WORK), config, EVERY)
+    same(traced(unit_of(ENDS, EVERY, plan, WORK), plan), expected)
+
+
+PROGRAM = """
+%turn (p: f32[2]) -> f32[2] {
+  %all-gather.1 = f32[4,6]{1,0} all-gather(%x), replica_groups=%GROUPS%, dimensions={0}
+}
+ENTRY %main (p: f32[2]) -> f32[2] {
+  %w = f32[2] while(%p), condition=%cond, body=%turn, backend_config={"known_trip_count":{"n":"3"}}
+  %collective-permute.2 = f32[5]{0} collective-permute(%y), source_target_pairs={{0,2},{2,4},{4,0},{1,3},{3,5},{5,1}}
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("groups", "axes", "bytes_sent"),
+    [
+        ("{{0,1},{2,3},{4,5}}", ("b",), 3 * 48),
+        ("[2,3]<=[3,2]T(1,0)", ("a",), 3 * 64),
+        ("mesh['axis_0'=3,'axis_1'=2] {'axis_0'}", ("a",), 3 * 64),
+        ("mesh['axis_0'=6] {'axis_0':(3)2}", ("b",), 3 * 48),
+        ("mesh['axis_0'=2,'axis_1'=3], device_ids=([3,2]T(1,0)) {'axis_1'}", ("a",), 3 * 64),
+        ("mesh['axis_0'=2,'axis_1'=3], device_ids=(0,2,4,1,3,5) {'axis_0'}", ("b",), 3 * 48),
+        ("{}", ("a", "b"), 3 * 80),
+    ],
+)
+def test_programs_are_read_by_hand(groups, axes, bytes_sent):
+    """96 bytes gathered in a loop of three, over a mesh of 3 x 2; and a ring of three with 20 bytes."""
+    table = hlo_collectives(PROGRAM.replace("%GROUPS%", groups), {"a": 3, "b": 2})
+    assert table == {("all-gather", axes): (3, bytes_sent), ("collective-permute", ("a",)): (1, 20)}
+
+
+def test_programs_that_cannot_be_read_are_refused():
+    with pytest.raises(ValueError, match="unknown form"):
+        hlo_collectives(PROGRAM.replace("%GROUPS%", "?"), {"a": 3, "b": 2})
+    with pytest.raises(ValueError, match="no mesh axes"):
+        hlo_collectives(PROGRAM.replace("%GROUPS%", "{{0,3},{1,2},{4,5}}"), {"a": 3, "b": 2})
+    with pytest.raises(ValueError, match="unknown length"):
+        text = PROGRAM.replace("%GROUPS%", "{}").replace("known_trip_count", "known")
+        hlo_collectives(text, {"a": 3, "b": 2})

@@ -1,0 +1,120 @@
+"""Random legal plans, each held against one device.
+
+`python -m tests.train.plans --count 200 --devices 16 --seed 1 --out plans.jsonl` checks that many and says what it saw;
+`make test` runs a dozen of them on 8 devices.
+"""
+
+import argparse
+import json
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from orogen.parallel.runtime import configure
+
+# Every layer type, in patterns that repeat and that do not; each with what its letters need.
+MODELS: dict[str, dict] = {
+    "each layer": {"pattern": "ME*-/*E", "mtp_depths": 1},
+    "repeated": {},
+    "both Mambas": {
+        "pattern": "mM*mE", "mtp_depths": 0, "mamba_intermediate_size": 48, "time_step_rank": 3,
+        "mamba_proj_bias": True, "mamba_norm_groups": 1, "moe_latent_size": None,
+    },
+    "windows and sinks": {
+        "pattern": "*wE/w", "mtp_depths": 1, "sliding_window": 7, "attention_sinks": True, "qk_norm": True,
+        "rope_theta": 100.0, "mlp_bias": True, "tie_word_embeddings": True,
+    },
+    "latent attention": {
+        "pattern": "+EM+", "mtp_depths": 0, "kv_lora_rank": 24, "q_lora_rank": 48, "qk_nope_head_dim": 4,
+        "qk_rope_head_dim": 2, "v_head_dim": 3, "rope_theta": 100.0, "n_group": 4, "topk_group": 2,
+    },
+}  # fmt: skip
+AXES = ("data", "context", "tensor", "expert", "expert_tensor")
+CHOICES: dict[str, tuple] = {
+    "fsdp": ("none", "optimizer", "gradients", "parameters"),
+    "dispatch": ("allgather", "alltoall", "ragged"),
+    "capacity_factor": (None, 1.0, 1.5),
+    "drop_policy": ("position", "probs"),
+    "context_attention": ("ring", "allgather", "alltoall"),
+    "context_ssm": ("state", "heads"),
+    "shift": ("permute", "alltoall"),
+    "microbatches": (1, 1, 2, 3),
+    "remat": ("none", "full"),
+    "attention": ("full", "blocked"),
+}
+
+
+def random_run(rng: random.Random, devices: int) -> tuple[str, Any]:
+    """The name of a model of MODELS and a run of it on a legal plan of 2 to `devices` devices."""
+    from tests.helpers import hybrid, run_config
+
+    from orogen.config.checks import ConfigError
+    from orogen.parallel.plan import make_plan
+
+    while True:
+        name = rng.choice(list(MODELS))
+        plan: dict[str, Any] = {axis: rng.choice((1, 2, 2, 3, 4, 8)) for axis in AXES}
+        plan |= {field: rng.choice(values) for field, values in CHOICES.items()}
+        ranks = plan["data"] * plan["context"]
+        if plan["fsdp"] != "none" and rng.random() < 0.4:
+            plan["fsdp_size"] = rng.choice([f for f in range(1, ranks + 1) if ranks % f == 0])
+        if not 2 <= ranks * plan["tensor"] <= devices:
+            continue
+        rows = plan["data"] * plan["microbatches"] * rng.choice((1, 2))
+        pieces = plan["context"] * (plan["tensor"] if plan["context"] == 1 else max(2, plan["tensor"]))
+        length = pieces * rng.choice((3, 5, 6)) if pieces > 8 else pieces * rng.choice((9, 10, 13))
+        try:
+            run = run_config(
+                hybrid(**MODELS[name]), plan=plan, batch_size=rows, sequence_length=length, seed=rng.randrange(1000)
+            ).check()
+            make_plan(run.plan, run.model, abstract=True)
+        except ConfigError:
+            continue
+        return name, run
+
+
+def random_runs(count: int, *, seed: int, devices: int) -> list[tuple[str, Any]]:
+    """`count` of them."""
+    rng = random.Random(seed)
+    return [random_run(rng, devices) for _ in range(count)]
+
+
+def describe(plan: Any) -> dict[str, Any]:
+    """The fields of a plan that differ from a plan of one device."""
+    default = type(plan)()
+    return {field: value for field, value in vars(plan).items() if value != getattr(default, field)}
+
+
+def main() -> int:
+    """Verifies random plans one after another; a line of JSON each. Exit status 1 if one fails."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--devices", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    configure(options.devices)
+    from orogen.train.verify import verify
+
+    failed = 0
+    with options.out.open("a") as out:
+        for number, (name, run) in enumerate(random_runs(options.count, seed=options.seed, devices=options.devices)):
+            start = time.monotonic()
+            facts = {"number": number, "model": name, "plan": describe(run.plan)}
+            facts |= {"rows": run.train.batch_size, "length": run.train.sequence_length}
+            try:
+                verdict = verify(run)
+                facts |= {"passed": verdict.passed, **verdict._asdict()}
+            except Exception as error:  # a plan that does not run is a finding like one that is wrong
+                facts |= {"passed": False, "error": f"{type(error).__name__}: {str(error)[:500]}"}
+            failed += not facts["passed"]
+            facts["seconds"] = round(time.monotonic() - start, 1)
+            print(json.dumps(facts), file=out, flush=True)
+    print(f"{options.count - failed} of {options.count} plans equal one device")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
