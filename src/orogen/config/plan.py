@@ -63,10 +63,10 @@ class PlanConfig:
         require_choice(self, "context_ssm", ("state", "heads"))
         require_choice(self, "shift", ("permute", "alltoall"))
         require_choice(self, "remat", ("none", "full"))
-        require_choice(self, "attention", ("full", "blocked"))
+        require_choice(self, "attention", ("full", "blocked", "cudnn"))
         require_choice(self, "ssd", ("recurrence", "chunked", "triton"))
         require_choice(self, "selective_scan", ("reference", "chunked"))
-        require_choice(self, "grouped_matmul", ("reference", "blocks", "ragged_dot"))
+        require_choice(self, "grouped_matmul", ("reference", "blocks", "ragged_dot", "mosaic"))
         require_choice(self, "cross_entropy", ("full", "chunked"))
 
     @property

@@ -157,10 +157,14 @@ def multiply_weights(left_nd: Array, right_nf: Array, start_e: Array, stop_e: Ar
 
             @pl.when((start > 0) | (stop < STEP))
             def _():
-                # Both sides: the other rows are another group's, or anything at all, and zero times NaN is NaN.
                 # A side that both warpgroups read is written by both, with the same numbers.
                 _keep_rows(left_ref, tile.half[0], start, stop)
-                _keep_rows(right_ref, tile.half[1], start, stop)
+
+                # Rows of no group may hold anything, and zero times NaN is NaN: those are cleared on both sides.
+                @pl.when(here + STEP > stop_ref[len(start_e) - 1])
+                def _():
+                    _keep_rows(right_ref, tile.half[1], start, stop)
+
                 plgpu.commit_smem()
 
             return left_ref.transpose((1, 0)), right_ref
@@ -227,8 +231,11 @@ def _run(
             index = program + number * tile.programs
             count = steps(index)
 
+            # A half without anything to store is not multiplied: what lies past a group's end or the array's.
+            used = jnp.where(_is_used(tile, warpgroup, target(index)), count, 0)
+
             def accumulate(sum_ref) -> Array:
-                @pl.loop(0, count)
+                @pl.loop(0, used)
                 def _(step):
                     slot = lax.rem(done + step, tile.stages)
                     plgpu.barrier_wait(produced.at[slot])
@@ -245,9 +252,15 @@ def _run(
 
             total_rc = pl.run_scoped(accumulate, plgpu.ACC(tile.half, jnp.float32))
 
-            @pl.when(count > 0)
+            @pl.when(used > 0)
             def _():
-                plgpu.barrier_arrive(consumed.at[lax.rem(done + count - 1, tile.stages)])
+                plgpu.barrier_arrive(consumed.at[lax.rem(done + used - 1, tile.stages)])
+
+            @pl.loop(used, count)
+            def _(step):
+                slot = lax.rem(done + step, tile.stages)
+                plgpu.barrier_wait(produced.at[slot])
+                plgpu.barrier_arrive(consumed.at[slot])
 
             _store(tile, total_rc, warpgroup, scratch, target(index))
             return done + count
@@ -256,6 +269,17 @@ def _run(
         plgpu.wait_smem_to_gmem(0)
 
     lax.cond(warpgroup == COPIER, copy_tiles, multiply_tiles)
+
+
+def _is_used(tile: Tile, warpgroup: Array, target: Target) -> Array:
+    """Whether any row and column of the warpgroup's half is one to store."""
+    rows, columns = tile.half
+    row = target.row + (warpgroup * rows if tile.split == 0 else 0)
+    column = target.column + (warpgroup * columns if tile.split == 1 else 0)
+    inside = (row < target.ref.shape[0]) & (column < target.ref.shape[1])
+    if target.start is None or target.stop is None:
+        return inside
+    return inside & (row < target.stop) & (row + rows > target.start)
 
 
 def _store(tile: Tile, total_rc: Array, warpgroup: Array, scratch: dict, target: Target) -> None:

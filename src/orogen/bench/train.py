@@ -1,0 +1,125 @@
+"""Model R1 on one GPU: the loss beside transformers', then forward and backward passes, and whole training steps.
+
+Letters: b batch, t time.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from orogen.bench.cpu_train import CONFIGS, random_batch
+from orogen.config.load import load
+from orogen.config.model import ModelConfig
+from orogen.config.plan import PlanConfig
+from orogen.config.run import OptimizerConfig, RunConfig, TrainConfig
+from orogen.model.lm import build, initial_state
+from orogen.parallel.plan import Plan, make_plan
+from orogen.precision.policy import working_copy
+from orogen.simulate.flops import peak_flops, training_flops_per_token
+from orogen.train.optimizer import make_optimizer
+from orogen.train.state import create_state
+from orogen.train.step import batch_to_devices, gradients, make_step
+
+MODEL = CONFIGS / "r1.gin"
+ROWS, LENGTH, MICROBATCHES = 2, 8192, 4
+PLAN = PlanConfig(attention="cudnn", ssd="triton", grouped_matmul="mosaic")
+WARM_UP = 2
+
+
+def bench(*, steps: int, plan: PlanConfig = PLAN, profile: Path | None = None, whole: bool = True) -> dict[str, Any]:
+    """Times of forward + backward passes of R1 on 2 x 8192 tokens, and of whole AdamW steps on four such microbatches.
+
+    The first has bfloat16 weights and gradients, the peer's work; the second float32 masters. Weights are random.
+    With `profile`, a trace of the first is written there. MFU by the convention of `simulate/flops.py`.
+    """
+    model = load([MODEL])[0].model
+    facts: dict[str, Any] = {
+        "bench": "train", "model": MODEL.stem, "device": jax.devices()[0].device_kind, "jax": jax.__version__,
+        "rows": ROWS, "sequence_length": LENGTH, "plan": _changes(plan),
+        "forward_backward": _forward_backward(model, plan, steps, profile),
+    }  # fmt: skip
+    if whole:
+        facts["step"] = _whole_step(model, dataclasses.replace(plan, microbatches=MICROBATCHES), steps)
+    return facts
+
+
+def _changes(plan: PlanConfig) -> dict[str, Any]:
+    default = PlanConfig()
+    fields = (field.name for field in dataclasses.fields(plan))
+    return {name: getattr(plan, name) for name in fields if getattr(plan, name) != getattr(default, name)}
+
+
+def _forward_backward(model: ModelConfig, config: PlanConfig, steps: int, profile: Path | None) -> dict[str, Any]:
+    plan, built = make_plan(config, model), build(model)
+    params, buffers = _working_state(model, plan)
+    batch = batch_to_devices(random_batch(model.vocab_size, ROWS, LENGTH), plan)
+    run = jax.jit(gradients(built, model, plan, "bfloat16")).lower(params, buffers, batch).compile()
+    loss = float(run(params, buffers, batch)[0])
+    if profile is not None:
+        with jax.profiler.trace(str(profile)):
+            jax.block_until_ready(run(params, buffers, batch))
+    seconds = _timed(lambda: run(params, buffers, batch), steps)
+    return {"loss": loss, **_summary(seconds, ROWS * LENGTH, model), **_memory(run)}
+
+
+def _working_state(model: ModelConfig, plan: Plan) -> tuple[Any, Any]:
+    """Random parameters in bfloat16, and buffers."""
+
+    def create() -> tuple[Any, Any]:
+        params, buffers = initial_state(model, 0)
+        return working_copy(params, "bfloat16"), buffers
+
+    built = build(model)
+    return jax.jit(create, out_shardings=(plan.shardings(built.params), plan.shardings(built.buffers)))()
+
+
+def _whole_step(model: ModelConfig, config: PlanConfig, steps: int) -> dict[str, Any]:
+    rows = ROWS * config.microbatches
+    train = TrainConfig(steps=1000, batch_size=rows, sequence_length=LENGTH, seed=0, compute_dtype="bfloat16")
+    optimizer_config = OptimizerConfig(learning_rate=1e-4, schedule="constant")
+    plan, built = make_plan(config, model), build(model)
+    optimizer = make_optimizer(optimizer_config, train.steps, built.params)
+    whole = RunConfig(model=model, plan=config, train=train, optimizer=optimizer_config)
+    state = create_state(model, built, optimizer, plan, train.seed)
+    batch = batch_to_devices(random_batch(model.vocab_size, rows, LENGTH), plan)
+    run: Any = make_step(built, whole, plan, optimizer).lower(state, batch).compile()
+
+    def step() -> Any:
+        nonlocal state
+        state, metrics = run(state, batch)
+        return metrics
+
+    return {**_summary(_timed(step, steps), rows * LENGTH, model), **_memory(run)}
+
+
+def _timed(function: Callable[[], Any], steps: int) -> list[float]:
+    """Seconds of each call after the first few."""
+    seconds = []
+    for _ in range(WARM_UP + steps):
+        started = time.perf_counter()
+        jax.block_until_ready(function())
+        seconds.append(time.perf_counter() - started)
+    return seconds[WARM_UP:]
+
+
+def _summary(seconds: list[float], tokens: int, model: ModelConfig) -> dict[str, Any]:
+    median = statistics.median(seconds)
+    achieved = tokens * training_flops_per_token(model, LENGTH) / median
+    peak = peak_flops(jax.devices()[0].device_kind)
+    return {
+        "ms": round(median * 1e3, 2), "best_ms": round(min(seconds) * 1e3, 2), "worst_ms": round(max(seconds) * 1e3, 2),
+        "tokens_per_second": round(tokens / median), "tflops": round(achieved / 1e12, 1),
+        "mfu": None if peak is None else round(achieved / peak, 4),
+    }  # fmt: skip
+
+
+def _memory(compiled: Any) -> dict[str, float]:
+    """GB that the program holds at most: arguments, results that take no argument's place, and temporaries."""
+    plan = compiled.memory_analysis()
+    held = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes + plan.temp_size_in_bytes
+    return {"gb": round(held / 1e9, 2), "temporary_gb": round(plan.temp_size_in_bytes / 1e9, 2)}
