@@ -27,7 +27,7 @@ from orogen.train.step import batch_to_devices, gradients, make_step
 
 MODEL = CONFIGS / "r1.gin"
 ROWS, LENGTH, MICROBATCHES = 2, 8192, 4
-PLAN = PlanConfig(attention="cudnn", ssd="triton", grouped_matmul="mosaic")
+PLAN = PlanConfig(attention="cudnn", ssd="triton", grouped_matmul="mosaic", remat="elementwise")
 WARM_UP = 2
 
 

@@ -24,7 +24,8 @@ class PlanConfig:
     context_attention: ring passes keys and values from rank to rank, allgather gathers them, alltoall exchanges the
     sequence for heads. context_ssm: state passes states from rank to rank, heads exchanges the sequence for heads.
     shift: how arrays go from one rank to the next. microbatches: how many parts a batch is taken in.
-    remat: which activations are recomputed in the backward pass: none, or all of a layer's.
+    remat: which activations are recomputed in the backward pass: none, all of a layer's, or those that no matrix product
+    or fused kernel makes.
     """
 
     data: int = 1
@@ -62,7 +63,7 @@ class PlanConfig:
         require_choice(self, "context_attention", ("ring", "allgather", "alltoall"))
         require_choice(self, "context_ssm", ("state", "heads"))
         require_choice(self, "shift", ("permute", "alltoall"))
-        require_choice(self, "remat", ("none", "full"))
+        require_choice(self, "remat", ("none", "elementwise", "full"))
         require_choice(self, "attention", ("full", "blocked", "cudnn"))
         require_choice(self, "ssd", ("recurrence", "chunked", "triton"))
         require_choice(self, "selective_scan", ("reference", "chunked"))

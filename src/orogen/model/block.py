@@ -24,6 +24,10 @@ from orogen.parallel.plan import Plan
 # a loop copies what it keeps for the backward pass into stacks.
 WRITTEN_OUT = 2
 
+# Operations too dear to repeat: products, attention by cuDNN, which stands in a condition, and our own kernels, those of
+# Mosaic GPU within a function that says how to batch them.
+PRODUCTS = ("dot_general", "dot_product_attention_fwd_wrapper", "cond", "pallas_call", "custom_vmap_call")
+
 
 class Repeat(NamedTuple):
     """`items` (letters and Repeats) one after another, `count` times."""
@@ -156,14 +160,19 @@ def _child(item: str | Repeat, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Modul
     return nnx.merge(graphs[0], states)
 
 
+def _is_product(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Whether a layer's backward pass keeps what this operation gives: matrix products, and kernels of our own."""
+    return primitive.name in PRODUCTS
+
+
 def _apply(layer: nnx.Module, x_btd: Array, docs: Documents, plan: Plan, replay: Any) -> tuple[Array, Any]:
     graph, state = nnx.split(layer)
 
     def call(state, x_btd, replay):
         return nnx.merge(graph, state)(x_btd, docs, plan, replay)
 
-    if plan.config.remat == "full":
-        call = jax.checkpoint(call)
+    if plan.config.remat != "none":
+        call = jax.checkpoint(call, policy=_is_product if plan.config.remat == "elementwise" else None)
     return call(state, x_btd, replay)
 
 

@@ -231,11 +231,8 @@ def _run(
             index = program + number * tile.programs
             count = steps(index)
 
-            # A half without anything to store is not multiplied: what lies past a group's end or the array's.
-            used = jnp.where(_is_used(tile, warpgroup, target(index)), count, 0)
-
             def accumulate(sum_ref) -> Array:
-                @pl.loop(0, used)
+                @pl.loop(0, count)
                 def _(step):
                     slot = lax.rem(done + step, tile.stages)
                     plgpu.barrier_wait(produced.at[slot])
@@ -252,15 +249,9 @@ def _run(
 
             total_rc = pl.run_scoped(accumulate, plgpu.ACC(tile.half, jnp.float32))
 
-            @pl.when(used > 0)
+            @pl.when(count > 0)
             def _():
-                plgpu.barrier_arrive(consumed.at[lax.rem(done + used - 1, tile.stages)])
-
-            @pl.loop(used, count)
-            def _(step):
-                slot = lax.rem(done + step, tile.stages)
-                plgpu.barrier_wait(produced.at[slot])
-                plgpu.barrier_arrive(consumed.at[slot])
+                plgpu.barrier_arrive(consumed.at[lax.rem(done + count - 1, tile.stages)])
 
             _store(tile, total_rc, warpgroup, scratch, target(index))
             return done + count
@@ -271,17 +262,6 @@ def _run(
     lax.cond(warpgroup == COPIER, copy_tiles, multiply_tiles)
 
 
-def _is_used(tile: Tile, warpgroup: Array, target: Target) -> Array:
-    """Whether any row and column of the warpgroup's half is one to store."""
-    rows, columns = tile.half
-    row = target.row + (warpgroup * rows if tile.split == 0 else 0)
-    column = target.column + (warpgroup * columns if tile.split == 1 else 0)
-    inside = (row < target.ref.shape[0]) & (column < target.ref.shape[1])
-    if target.start is None or target.stop is None:
-        return inside
-    return inside & (row < target.stop) & (row + rows > target.start)
-
-
 def _store(tile: Tile, total_rc: Array, warpgroup: Array, scratch: dict, target: Target) -> None:
     """Stores the warpgroup's half, by chunks."""
     rows, columns = tile.half
@@ -289,6 +269,8 @@ def _store(tile: Tile, total_rc: Array, warpgroup: Array, scratch: dict, target:
     first_column = target.column + (warpgroup * columns if tile.split == 1 else 0)
     slots, out_ref = scratch["whole"].at[warpgroup], target.ref
     across = range(0, columns, CHUNK)
+    # The last tile's stores began a tile's products ago; any number of them may have ended on any slot.
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def chunk(slot, row: int, column: int) -> None:
         slot[...] = total_rc[row : row + CHUNK, column : column + CHUNK].astype(out_ref.dtype)
