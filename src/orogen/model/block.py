@@ -24,9 +24,9 @@ from orogen.parallel.plan import Plan
 # a loop copies what it keeps for the backward pass into stacks.
 WRITTEN_OUT = 2
 
-# Operations too dear to repeat: products, attention by cuDNN, which stands in a condition, and our own kernels, those of
-# Mosaic GPU within a function that says how to batch them.
-PRODUCTS = ("dot_general", "dot_product_attention_fwd_wrapper", "cond", "pallas_call", "custom_vmap_call")
+# Operations too dear to repeat beside products of two matrices: our own kernels, those of Mosaic GPU within a function
+# that says how to batch them, and what an operation names.
+KEPT = ("name", "pallas_call", "custom_vmap_call")
 
 
 class Repeat(NamedTuple):
@@ -160,9 +160,11 @@ def _child(item: str | Repeat, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Modul
     return nnx.merge(graphs[0], states)
 
 
-def _is_product(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Whether a layer's backward pass keeps what this operation gives: matrix products, and kernels of our own."""
-    return primitive.name in PRODUCTS
+def _is_product(primitive: Any, *operands: Any, **_: Any) -> bool:
+    """Whether a layer's backward pass keeps what this operation gives. Products with batch axes are of attention."""
+    if primitive.name == "dot_general":
+        return all(len(operand.shape) == 2 for operand in operands)
+    return primitive.name in KEPT
 
 
 def _apply(layer: nnx.Module, x_btd: Array, docs: Documents, plan: Plan, replay: Any) -> tuple[Array, Any]:

@@ -10,6 +10,7 @@ from jax import Array, lax
 from jax import numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as cudnn  # jax.nn has no argument for documents
 from jax._src.cudnn.fused_attention_stablehlo import AttentionLayout, MaskType
+from jax.ad_checkpoint import checkpoint_name
 
 from orogen.kernels.attention.blocked import attention_blocked
 from orogen.parallel.varying import vary_like
@@ -73,6 +74,8 @@ def _forward(q_bthk, k_btgk, v_btgk, segments_bt, scale):
         return run
 
     y_bthk, statistics_bht = lax.switch(_form(segments_bt), (plain, other(_packed), other(_blocked)), *operands)
+    # Named, so that a policy of rematerialisation can keep them: it would else look into the branches.
+    y_bthk, statistics_bht = (checkpoint_name(a, "attention") for a in (y_bthk, statistics_bht))
     return y_bthk, (*operands, y_bthk, statistics_bht)
 
 

@@ -15,6 +15,7 @@ from orogen.kernels.grouped_matmul.mosaic_kernels import ALIGNMENT, CHUNK, Tile,
 from orogen.parallel.varying import vary_like
 
 MULTIPROCESSORS = 132  # of an H100
+SMALLEST = 128  # rows, widths and rows of a tile: a tile must not be larger than an array
 DTYPES = (jnp.bfloat16, jnp.float16)
 
 
@@ -33,7 +34,7 @@ def grouped_matmul_mosaic(
 ) -> Array:
     """`grouped_matmul` on an NVIDIA Hopper GPU. `interpret` (of Pallas) runs the same kernels anywhere, very slowly.
 
-    Widths that are not multiples of 64 are padded, which copies both operands.
+    Widths that are not multiples of 64, or below 128, are padded, which copies both operands.
     Raises ValueError without such a GPU, and unless both operands are bfloat16 or both float16.
     """
     if interpret is None:
@@ -44,8 +45,8 @@ def grouped_matmul_mosaic(
             "bfloat16 or both float16"
         )
     rows, out = len(rows_nd), weights_edf.shape[2]
-    rows_nd = _pad(rows_nd, ALIGNMENT, CHUNK)
-    weights_edf = _pad(weights_edf, 1, CHUNK, CHUNK)
+    rows_nd = _pad(rows_nd, (SMALLEST, ALIGNMENT), (SMALLEST, CHUNK))
+    weights_edf = _pad(weights_edf, (0, 1), (SMALLEST, CHUNK), (SMALLEST, CHUNK))
     settings = (interpret, programs)
     return _multiply(rows_nd, weights_edf, group_sizes.astype(jnp.int32), settings)[:rows, :out]
 
@@ -63,8 +64,10 @@ def _require_hopper() -> None:
         )
 
 
-def _pad(array: Array, *multiples: int) -> Array:
-    widths = [(0, -size % multiple) for size, multiple in zip(array.shape, multiples, strict=True)]
+def _pad(array: Array, *sizes: tuple[int, int]) -> Array:
+    """Each axis to a least size, and to a multiple."""
+    pairs = zip(array.shape, sizes, strict=True)
+    widths = [(0, max(size, least) + -max(size, least) % multiple - size) for size, (least, multiple) in pairs]
     return jnp.pad(array, widths) if any(after for _, after in widths) else array
 
 
@@ -90,18 +93,26 @@ def split_groups(group_sizes: Array, *, rows: int, block: int) -> Blocks:
     return Blocks(group_i, first_i, start_i, stop_i, last_e[-1:])
 
 
+def _columns(out: int, *wanted: int) -> int:
+    """The first of `wanted` that divides `out`, else the last; no wider than `out`: copies of more than there is of an
+    array give nothing."""
+    return next((size for size in wanted if out % size == 0), min(wanted[-1], out // CHUNK * CHUNK))
+
+
 def _tile_of_rows(out: int) -> Tile:
     """For the outputs, and the rows' gradient: the fastest of those tried on an H100 at 98,304 rows, 128 groups,
     2688 -> 1856, and 64 groups, 2048 -> 1024 and back. Columns past the end are work too."""
-    columns, stages = (256, 3) if out % 256 == 0 else (192, 4)
+    columns = _columns(out, 256, 192)
+    stages = 3 if columns == 256 else 4
     return Tile(rows=128, columns=columns, split=0, stages=stages, slots=2, programs=MULTIPROCESSORS)
 
 
-def _tile_of_weights(out: int) -> Tile:
+def _tile_of_weights(width: int, out: int) -> Tile:
     """For the weights' gradient, as above."""
-    if out % 256 == 0:
-        return Tile(rows=128, columns=256, split=0, stages=3, slots=4, programs=MULTIPROCESSORS)
-    return Tile(rows=256, columns=192, split=0, stages=3, slots=2, programs=MULTIPROCESSORS)
+    columns = _columns(out, 256, 192)
+    rows = 256 if width >= 256 and columns <= 192 else 128
+    slots = 4 if columns == 256 else 3
+    return Tile(rows=rows, columns=columns, split=0, stages=3, slots=slots, programs=MULTIPROCESSORS)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -125,7 +136,7 @@ def _backward(settings, residuals, grad_nf):
     rows_nd, weights_edf, group_sizes = residuals
     grad_rows_nd = _rows(grad_nf, weights_edf, group_sizes, settings, transpose=True)
     stop_e = jnp.cumsum(group_sizes, dtype=jnp.int32)
-    tile = _tile_of_weights(grad_nf.shape[1]).under(*settings)
+    tile = _tile_of_weights(rows_nd.shape[1], grad_nf.shape[1]).under(*settings)
     grad_edf = multiply_weights(rows_nd, grad_nf, stop_e - group_sizes, stop_e, tile=tile)
     return grad_rows_nd, vary_like(grad_edf, rows_nd), None
 
