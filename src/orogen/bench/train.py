@@ -1,4 +1,4 @@
-"""Model R1 on one GPU: the loss beside transformers', then forward and backward passes, and whole training steps.
+"""Model R1 on one GPU: time and memory of its forward and backward pass.
 
 Letters: b batch, t time.
 """
@@ -16,36 +16,29 @@ from orogen.bench.cpu_train import CONFIGS, random_batch
 from orogen.config.load import load
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
-from orogen.config.run import OptimizerConfig, RunConfig, TrainConfig
 from orogen.model.lm import build, initial_state
 from orogen.parallel.plan import Plan, make_plan
 from orogen.precision.policy import working_copy
 from orogen.simulate.flops import peak_flops, training_flops_per_token
-from orogen.train.optimizer import make_optimizer
-from orogen.train.state import create_state
-from orogen.train.step import batch_to_devices, gradients, make_step
+from orogen.train.step import batch_to_devices, gradients
 
 MODEL = CONFIGS / "r1.gin"
-ROWS, LENGTH, MICROBATCHES = 2, 8192, 4
+ROWS, LENGTH = 2, 8192
 PLAN = PlanConfig(attention="cudnn", ssd="triton", grouped_matmul="mosaic", remat="elementwise")
 WARM_UP = 2
 
 
-def bench(*, steps: int, plan: PlanConfig = PLAN, profile: Path | None = None, whole: bool = True) -> dict[str, Any]:
-    """Times of forward + backward passes of R1 on 2 x 8192 tokens, and of whole AdamW steps on four such microbatches.
+def bench(*, steps: int, plan: PlanConfig = PLAN, profile: Path | None = None) -> dict[str, Any]:
+    """Times of forward and backward passes of R1 on 2 x 8192 tokens, with bfloat16 weights and gradients.
 
-    The first has bfloat16 weights and gradients, the peer's work; the second float32 masters. Weights are random.
-    With `profile`, a trace of the first is written there. MFU by the convention of `simulate/flops.py`.
+    Weights are random. With `profile`, a trace is written there. MFU by the convention of `simulate/flops.py`.
     """
     model = load([MODEL])[0].model
-    facts: dict[str, Any] = {
+    return {
         "bench": "train", "model": MODEL.stem, "device": jax.devices()[0].device_kind, "jax": jax.__version__,
         "rows": ROWS, "sequence_length": LENGTH, "plan": _changes(plan),
         "forward_backward": _forward_backward(model, plan, steps, profile),
     }  # fmt: skip
-    if whole:
-        facts["step"] = _whole_step(model, dataclasses.replace(plan, microbatches=MICROBATCHES), steps)
-    return facts
 
 
 def _changes(plan: PlanConfig) -> dict[str, Any]:
@@ -76,25 +69,6 @@ def _working_state(model: ModelConfig, plan: Plan) -> tuple[Any, Any]:
 
     built = build(model)
     return jax.jit(create, out_shardings=(plan.shardings(built.params), plan.shardings(built.buffers)))()
-
-
-def _whole_step(model: ModelConfig, config: PlanConfig, steps: int) -> dict[str, Any]:
-    rows = ROWS * config.microbatches
-    train = TrainConfig(steps=1000, batch_size=rows, sequence_length=LENGTH, seed=0, compute_dtype="bfloat16")
-    optimizer_config = OptimizerConfig(learning_rate=1e-4, schedule="constant")
-    plan, built = make_plan(config, model), build(model)
-    optimizer = make_optimizer(optimizer_config, train.steps, built.params)
-    whole = RunConfig(model=model, plan=config, train=train, optimizer=optimizer_config)
-    state = create_state(model, built, optimizer, plan, train.seed)
-    batch = batch_to_devices(random_batch(model.vocab_size, rows, LENGTH), plan)
-    run: Any = make_step(built, whole, plan, optimizer).lower(state, batch).compile()
-
-    def step() -> Any:
-        nonlocal state
-        state, metrics = run(state, batch)
-        return metrics
-
-    return {**_summary(_timed(step, steps), rows * LENGTH, model), **_memory(run)}
 
 
 def _timed(function: Callable[[], Any], steps: int) -> list[float]:

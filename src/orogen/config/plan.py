@@ -24,8 +24,8 @@ class PlanConfig:
     context_attention: ring passes keys and values from rank to rank, allgather gathers them, alltoall exchanges the
     sequence for heads. context_ssm: state passes states from rank to rank, heads exchanges the sequence for heads.
     shift: how arrays go from one rank to the next. microbatches: how many parts a batch is taken in.
-    remat: which activations are recomputed in the backward pass: none, all of a layer's, or those that no matrix product
-    or fused kernel makes.
+    remat: which activations are recomputed in the backward pass: none, all of a layer's (full), or those that no matrix
+    product or fused kernel makes (elementwise).
     """
 
     data: int = 1

@@ -156,6 +156,4 @@ def _packed(q_bthk: Array, k_btgk: Array, v_btgk: Array, segments_bt: Array, *, 
 def _blocked(q_bthk: Array, k_btgk: Array, v_btgk: Array, segments_bt: Array, *, scale: float) -> Array:
     run_bt = jnp.cumsum(_starts(segments_bt), axis=1, dtype=jnp.int32)
     index_t = jnp.arange(q_bthk.shape[1])
-    return attention_blocked(
-        q_bthk, k_btgk, v_btgk, run_bt, run_bt, index_t, index_t, None, scale=scale, window=None
-    )
+    return attention_blocked(q_bthk, k_btgk, v_btgk, run_bt, run_bt, index_t, index_t, None, scale=scale, window=None)

@@ -124,7 +124,7 @@ def multiply_rows(
 
 
 def multiply_weights(left_nd: Array, right_nf: Array, start_e: Array, stop_e: Array, *, tile: Tile) -> Array:
-    """The product (e, d, f) of each group's rows on both sides, from its start up to its stop; zeros for an empty one."""
+    """The product (e, d, f) of each group's rows on both sides, from its start up to its stop; zeros if it is empty."""
     width, out = left_nd.shape[1], right_nf.shape[1]
     row_tiles, column_tiles = pl.cdiv(width, tile.rows), pl.cdiv(out, tile.columns)
 
