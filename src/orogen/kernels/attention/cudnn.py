@@ -4,6 +4,7 @@ Axes: b batch, t time, h query heads, g key heads, k head size, r runs of equal 
 """
 
 import functools
+from typing import Any
 
 import jax
 from jax import Array, lax
@@ -121,7 +122,8 @@ def _form(segments_bt: Array) -> Array:
 
 def _plain_forward(q_bthk, k_btgk, v_btgk, scale):
     none = jnp.zeros(0, q_bthk.dtype)
-    return cudnn._dot_product_attention_fwd_rule(
+    rule: Any = cudnn._dot_product_attention_fwd_rule  # its arguments are those of jax 0.11
+    return rule(
         q_bthk, k_btgk, v_btgk, *(none,) * 7, scale, SEED, DROPOUT, NO_BIAS, MaskType.CAUSAL,
         AttentionLayout.BTNH.value, None, cudnn.check_cudnn_version(), False,
     )  # fmt: skip

@@ -48,7 +48,7 @@ def grouped_matmul_mosaic(
     rows_nd = _pad(rows_nd, (SMALLEST, ALIGNMENT), (SMALLEST, CHUNK))
     weights_edf = _pad(weights_edf, (0, 1), (SMALLEST, CHUNK), (SMALLEST, CHUNK))
     settings = (interpret, programs)
-    return _multiply(rows_nd, weights_edf, group_sizes.astype(jnp.int32), settings)[:rows, :out]
+    return _multiply(rows_nd, weights_edf, group_sizes.astype(jnp.int32), settings)[:rows, :out]  # pyright: ignore[reportIndexIssue]
 
 
 def _require_hopper() -> None:

@@ -21,6 +21,8 @@ from jax import numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from orogen.parallel.varying import kernel_index
+
 STEP = 64  # numbers of the contracted axis that one buffer holds: a row of 128 bytes, the widest swizzle
 CHUNK = 64  # rows and columns that a warpgroup stores at once
 ALIGNMENT = 8  # of rows in swizzled buffers, and so of the rows that copies into and out of them begin with
@@ -195,7 +197,7 @@ def _run(
     """This program's tiles of `total`. By the tile's index: steps() counts its products, copy() starts one's copies,
     operands() are the refs that this warpgroup multiplies, target() says where the result goes."""
     left_ref, right_ref, produced, consumed = (scratch[k] for k in ("left", "right", "produced", "consumed"))
-    program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
+    program, warpgroup = kernel_index("program"), kernel_index("warpgroup")
     tiles = lax.div(total - program + tile.programs - 1, tile.programs)
 
     def copy_tiles() -> None:
@@ -247,7 +249,7 @@ def _run(
 
                 return sum_ref[...]
 
-            total_rc = pl.run_scoped(accumulate, plgpu.ACC(tile.half, jnp.float32))
+            total_rc = pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef(tile.half, jnp.float32))
 
             @pl.when(count > 0)
             def _():
@@ -307,7 +309,7 @@ def _store(tile: Tile, total_rc: Array, warpgroup: Array, scratch: dict, target:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     for number, row in enumerate(range(0, rows, CHUNK)):
-        if target.start is None:
+        if target.start is None or target.stop is None:
             store_whole(number, row)
             continue
         start, stop = (jnp.clip(bound - first_row - row, 0, CHUNK) for bound in (target.start, target.stop))
@@ -335,7 +337,7 @@ def _call(
     def body(*refs) -> None:
         pl.run_scoped(lambda **buffers: kernel(*refs, buffers), collective_axes="warpgroup", **scratch)
 
-    return plgpu.kernel(
+    return plgpu.kernel(  # pyright: ignore[reportCallIssue] - as of jax 0.11
         body,
         out_type=jax.ShapeDtypeStruct(shape, dtype),
         grid=(tile.programs,),
