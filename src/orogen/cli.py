@@ -82,8 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     task.set_defaults(task=bench)
     task.add_argument(
         "name",
-        choices=("cpu_train", "ssd"),
-        help="cpu_train: whole training steps on this CPU; ssd: the Mamba-2 recurrence at the sizes of large models",
+        choices=("cpu_train", "ssd", "train"),
+        help="cpu_train: whole training steps on this CPU; ssd: the Mamba-2 recurrence at the sizes of large models; "
+        "train: passes of model R1 on one GPU",
     )
     task.add_argument("--peer", choices=("torch",), help="transformers on torch, from the extra `peer`")
     task.add_argument("--models", default="dense,moe", metavar="A,B")
@@ -240,6 +241,12 @@ def bench(options: argparse.Namespace) -> int:
 
         records = time_ssd(options.implementations.split(","), samples=options.steps)
         _answer(options, {"bench": "ssd", "records": records}, [json.dumps(record) for record in records])
+        return 0
+    if options.name == "train":
+        from orogen.bench.train import bench as time_train
+
+        facts = time_train(steps=options.steps)
+        _answer(options, facts, json.dumps(facts, indent=2).splitlines())
         return 0
     from orogen.bench.cpu_train import bench as run
 

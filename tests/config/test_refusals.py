@@ -55,11 +55,11 @@ REFUSED = [
     (PlanConfig, "context_attention", "zigzag", "one of ring, allgather, alltoall"),
     (PlanConfig, "context_ssm", "ring", "one of state, heads"),
     (PlanConfig, "shift", "ring", "one of permute, alltoall"),
-    (PlanConfig, "remat", "some", "one of none, full"),
-    (PlanConfig, "attention", "flash", "one of full, blocked"),
+    (PlanConfig, "remat", "some", "one of none, elementwise, full"),
+    (PlanConfig, "attention", "flash", "one of full, blocked, cudnn"),
     (PlanConfig, "ssd", "scan", "one of recurrence, chunked, triton"),
     (PlanConfig, "selective_scan", "recurrence", "one of reference, chunked"),
-    (PlanConfig, "grouped_matmul", "triton", "one of reference, blocks, ragged_dot"),
+    (PlanConfig, "grouped_matmul", "triton", "one of reference, blocks, ragged_dot, mosaic"),
     (PlanConfig, "cross_entropy", "fused", "one of full, chunked"),
     (TrainConfig, "sequence_length", 1, "at least 2: a token and its target"),
     (TrainConfig, "seed", -1, "an integer from 0 to 2**31 - 1"),
@@ -129,6 +129,14 @@ def test_a_rate_that_is_not_finite_is_refused(value):
 @pytest.mark.parametrize("field", ["weight_decay", "min_ratio", "beta1"])
 def test_nan_lies_in_no_range(field):
     assert refusal(OptimizerConfig, **{field: float("nan")}).startswith(f"OptimizerConfig.{field} is nan; expected ")
+
+
+@pytest.mark.parametrize("method", ["ring", "allgather"])
+def test_attention_by_cudnn_needs_whole_sequences(method):
+    expected = f"full or blocked where context is 2 and context_attention {method}"
+    message = refusal(PlanConfig, attention="cudnn", context=2, context_attention=method)
+    assert message == f"PlanConfig.attention is 'cudnn'; expected {expected}"
+    PlanConfig(attention="cudnn", context=2, context_attention="alltoall")
 
 
 def test_int_passes_for_float():

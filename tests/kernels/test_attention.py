@@ -21,7 +21,8 @@ SCALE = 0.7
 # Row 0: documents of 3, 1 and 5 tokens and 2 of padding. Row 1: padding between documents, and no more at the end.
 SEGMENTS = ((1, 1, 1, 2, 3, 3, 3, 3, 3, 0, 0), (4, 4, 0, 0, 5, 5, 5, 5, 5, 5, 5))
 
-NAMES = (*sorted(IMPLEMENTATIONS), "blocks of 4")
+# "cudnn" has a class of its own: it takes half precision only, and a GPU.
+NAMES = (*sorted(set(IMPLEMENTATIONS) - {"cudnn"}), "blocks of 4")
 
 
 def attend(name, q_bthk, k_bsgk, v_bsgk, **settings):
@@ -263,3 +264,56 @@ def test_refusals():
         run(q_bthk, k_bsgk, v_bsgk, sinks_h=jnp.zeros(GROUPS))
     with pytest.raises(ValueError, match="window=0: expected 1 or more"):
         run(q_bthk, k_bsgk, v_bsgk, window=0)
+
+
+@pytest.mark.skipif(
+    jax.default_backend() != "gpu", reason="needs a GPU, and JAX_PLATFORMS=cuda,cpu in front of the command"
+)
+class TestCudnn:
+    """Against the reference in float32, for rows of one run, of several and of more than the packed form takes."""
+
+    LENGTHS = (((160,), (160,)), ((3, 100, 57), (160,)), ((1, 128, 31), (64, 64, 32)), ((4,) * 40, (160,)))
+
+    @staticmethod
+    def draw(lengths):
+        shapes = ((4, 16), (2, 16), (2, 16), (4, 16))
+        keys = jax.random.split(jax.random.key(2), 4)
+        arrays = [jax.random.normal(k, (2, 160, *s), jnp.bfloat16) for k, s in zip(keys, shapes, strict=True)]
+        return arrays, jnp.array([np.repeat(np.arange(len(row)), row) for row in lengths])
+
+    @pytest.mark.parametrize("lengths", LENGTHS)
+    def test_equals_the_reference(self, lengths):
+        inputs, segments_bt = self.draw(lengths)
+        actual = with_gradients("cudnn", *inputs, segments_bt=segments_bt)
+        wanted = with_gradients("full", *(a.astype(jnp.float32) for a in inputs), segments_bt=segments_bt)
+        for a, w in zip(actual, wanted, strict=True):
+            assert jnp.linalg.norm(a.astype(jnp.float32) - w) < 1e-2 * jnp.linalg.norm(w)
+
+    @pytest.mark.parametrize("lengths", LENGTHS[1:])
+    def test_a_document_does_not_see_another(self, lengths):
+        (q_bthk, k_bsgk, v_bsgk, _), segments_bt = self.draw(lengths)
+        first = lengths[0][0]
+        changed = [a.at[0, :first].add(1) for a in (q_bthk, k_bsgk, v_bsgk)]
+        one = attend("cudnn", q_bthk, k_bsgk, v_bsgk, segments_bt=segments_bt)
+        two = attend("cudnn", *changed, segments_bt=segments_bt)
+        np.testing.assert_array_equal(one[0, first:], two[0, first:])
+        assert (one[0, :first] != two[0, :first]).any()
+
+
+def test_cudnn_refuses_what_it_lacks(monkeypatch):
+    q_bthk, k_bsgk, v_bsgk, _ = operands()
+    attend_to = partial(attention, q_bthk, k_bsgk, scale=SCALE, implementation="cudnn")
+    with pytest.raises(ValueError, match="with indices or segments of keys: expected whole rows"):
+        attend_to(v_bsgk, q_index_t=jnp.arange(TIME))
+    if jax.default_backend() != "gpu":
+        with pytest.raises(ValueError, match="needs a GPU and finds 'cpu'"):
+            attend_to(v_bsgk)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(ValueError, match="with window=3 or sinks: expected neither"):
+        attend_to(k_bsgk, window=3)
+    with pytest.raises(ValueError, match="with window=None or sinks: expected neither"):
+        attend_to(k_bsgk, sinks_h=jnp.zeros(HEADS))
+    with pytest.raises(ValueError, match="expected equal t and k"):
+        attend_to(v_bsgk)
+    with pytest.raises(ValueError, match="with q of float32: expected all bfloat16 or all float16"):
+        attend_to(k_bsgk)

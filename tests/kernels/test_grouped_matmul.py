@@ -12,12 +12,13 @@ from jax import numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from orogen.kernels.grouped_matmul import IMPLEMENTATIONS, grouped_matmul
+from orogen.kernels.grouped_matmul import IMPLEMENTATIONS, grouped_matmul, mosaic
 from orogen.kernels.grouped_matmul.blocks import grouped_matmul_blocks, split_groups
 
 ROWS, WIDTH, OUT, GROUPS = 29, 5, 7, 4
 
-NAMES = (*sorted(IMPLEMENTATIONS), "blocks of 4")
+# "mosaic" has a class of its own: it takes half precision only, and a GPU.
+NAMES = (*sorted(set(IMPLEMENTATIONS) - {"mosaic"}), "blocks of 4")
 
 SIZES = {
     "uneven": (3, 14, 1, 11),
@@ -134,6 +135,68 @@ class TestGroupedMatmul:
         assert_close(actual[2], np.asarray(halves[0][2] + halves[1][2], np.float64), length=2)
 
 
+HOPPER = pytest.mark.skipif(
+    jax.default_backend() != "gpu", reason="needs a Hopper GPU, and JAX_PLATFORMS=cuda,cpu in front of the command"
+)
+
+
+@HOPPER
+class TestMosaic:
+    """Against loops in float64, in bfloat16, at sizes around tiles (128 rows) and the alignment of copies (8)."""
+
+    @pytest.mark.parametrize("widths", [(5, 7), (64, 64), (128, 320), (192, 512), (640, 192)])
+    @pytest.mark.parametrize(
+        "sizes", [(13, 0, 140, 101), (0, 0, 7, 290), (128, 128, 1, 0), (300, 0, 0, 0), (0, 0, 0, 0)]
+    )
+    def test_equals_loops_and_repeats(self, widths, sizes):
+        rows, (width, out) = 300, widths
+        shapes = ((rows, width), (len(sizes), width, out), (rows, out))
+        keys = jax.random.split(jax.random.key(0), 3)
+        rows_nd, weights_edf, grad_nf = (
+            jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys, shapes, strict=True)
+        )
+        wanted = expected(rows_nd, weights_edf, grad_nf, sizes)
+        used = sum(sizes)
+        rows_nd, grad_nf = rows_nd.at[used:].set(jnp.nan), grad_nf.at[used:].set(jnp.nan)
+        inputs = (rows_nd, weights_edf, grad_nf, jnp.array(sizes, jnp.int32))
+        actual = with_gradients("mosaic", *inputs)
+        for a, w in zip(actual, wanted, strict=True):
+            noise = 4 * 2.0**-23 * max(width, out, rows) ** 0.5 * np.abs(w).max()
+            np.testing.assert_allclose(np.asarray(a, np.float64), w, rtol=2.0**-8, atol=noise)
+        for a, again in zip(actual, with_gradients("mosaic", *inputs), strict=True):
+            np.testing.assert_array_equal(a, again)
+
+
+class TestBlocksOfMosaic:
+    """How the groups are cut for the Mosaic GPU kernels."""
+
+    def test_by_hand(self):
+        # Group 0 has 13 rows; group 2 begins amid rows 8 to 15; 4 rows are left over and form group 3.
+        blocks = mosaic.split_groups(jnp.array([13, 0, 20], jnp.int32), rows=37, block=16)
+        count = int(blocks.count[0])
+        assert count == 4
+        assert blocks.group_i[:count].tolist() == [0, 2, 2, 3]
+        assert blocks.first_i[:count].tolist() == [0, 8, 24, 32]
+        assert blocks.start_i[:count].tolist() == [0, 13, 24, 33]
+        assert blocks.stop_i[:count].tolist() == [13, 24, 33, 37]
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_every_row_is_in_one_block(self, seed):
+        rng = np.random.default_rng(seed)
+        sizes = rng.multinomial(rng.integers(1, 900), rng.dirichlet(np.full(9, 0.4)))
+        rows = int(sizes.sum() + rng.integers(0, 50))
+        blocks = mosaic.split_groups(jnp.array(sizes, jnp.int32), rows=rows, block=16)
+        count = int(blocks.count[0])
+        assert count <= len(blocks.group_i)
+        group_n = np.repeat(np.arange(10), [*sizes, rows - sizes.sum()])
+        seen = []
+        for group, first, start, stop in zip(*(np.asarray(a[:count]) for a in blocks[:4]), strict=True):
+            assert first % 8 == 0 and first <= start < stop <= first + 16
+            assert (group_n[start:stop] == group).all()
+            seen += range(start, stop)
+        assert seen == list(range(rows))
+
+
 def test_equal_groups_by_one_number():
     inputs = operands(rows=GROUPS * 6)
     rows_nd, weights_edf, grad_nf = inputs
@@ -168,6 +231,12 @@ def test_refusals(monkeypatch):
         grouped_matmul(rows_nd, weights_edf, 7, implementation="blocks")
     with pytest.raises(ValueError, match=r"group_sizes has shape \(3,\)"):
         grouped_matmul(rows_nd, weights_edf, sizes[1:], implementation="blocks")
+    if jax.default_backend() != "gpu":
+        with pytest.raises(ValueError, match="implementation='mosaic' needs a Hopper GPU and finds 'cpu'"):
+            grouped_matmul(rows_nd, weights_edf, sizes, implementation="mosaic")
+    monkeypatch.setattr(mosaic, "_require_hopper", lambda: None)
+    with pytest.raises(ValueError, match="rows of float32 and weights of float32: expected both bfloat16"):
+        grouped_matmul(rows_nd, weights_edf, sizes, implementation="mosaic")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with pytest.raises(ValueError, match="every row by every weight on a GPU: expected 'blocks'"):
         grouped_matmul(rows_nd, weights_edf, sizes, implementation="ragged_dot")

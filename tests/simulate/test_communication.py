@@ -56,7 +56,8 @@ MERGED = {
     "ring": {"context": 4, "tensor": 2, "expert": 2, "remat": "full"},
     "ring-by-alltoall": {"context": 3, "tensor": 2, "shift": "alltoall"},
     "gathered-keys": {"context": 2, "tensor": 2, "data": 2, "context_attention": "allgather", "remat": "full"},
-    "heads": {"context": 2, "tensor": 4, "context_attention": "alltoall", "context_ssm": "heads", "remat": "full"},
+    "heads": {"context": 2, "tensor": 4, "context_attention": "alltoall", "context_ssm": "heads",
+              "remat": "elementwise"},
 }  # fmt: skip
 # The ragged exchange, which XLA:CPU lacks, and so gathers.
 RAGGED = {
@@ -135,7 +136,7 @@ STEPS = [
      {"data": 2, "tensor": 4, "expert": 4, "fsdp": "parameters", "microbatches": 3}),
     (hybrid(pattern="ME*-/*E"), "bfloat16",
      {"data": 2, "tensor": 2, "expert": 2, "dispatch": "alltoall", "remat": "full", "fsdp": "parameters"}),
-    (EVERY, "bfloat16", {"data": 4, "tensor": 2, "expert": 8, "remat": "full"}),
+    (EVERY, "bfloat16", {"data": 4, "tensor": 2, "expert": 8, "remat": "elementwise"}),
     (FULLER, "bfloat16", {"data": 4, "tensor": 2, "expert": 2, "fsdp": "gradients", "fsdp_size": 2, "microbatches": 2}),
     # With biases of projections Mamba-2's time step has two, whose equal gradients XLA sums as one: not in FULLER.
     (dataclasses.replace(FULLER, mamba_proj_bias=True), "bfloat16",

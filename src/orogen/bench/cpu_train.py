@@ -91,7 +91,7 @@ def _training_step(model: ModelConfig, *, batch_size: int, sequence_length: int)
     optimizer = make_optimizer(optimizer_config, train.steps, built.params)
     run = make_step(built, config, plan, optimizer)
     state = create_state(model, built, optimizer, plan, train.seed)
-    batch = batch_to_devices(_random_batch(model.vocab_size, batch_size, sequence_length), plan)
+    batch = batch_to_devices(random_batch(model.vocab_size, batch_size, sequence_length), plan)
 
     def step() -> None:
         nonlocal state
@@ -101,7 +101,7 @@ def _training_step(model: ModelConfig, *, batch_size: int, sequence_length: int)
     return step, sum(leaf.size for leaf in jax.tree.leaves(state.params))
 
 
-def _random_batch(vocab_size: int, batch_size: int, sequence_length: int) -> Batch:
+def random_batch(vocab_size: int, batch_size: int, sequence_length: int) -> Batch:
     """One document a row."""
     shape = (batch_size, sequence_length)
     tokens_bt = np.random.default_rng(0).integers(vocab_size, size=shape, dtype=np.int32)

@@ -24,7 +24,8 @@ class PlanConfig:
     context_attention: ring passes keys and values from rank to rank, allgather gathers them, alltoall exchanges the
     sequence for heads. context_ssm: state passes states from rank to rank, heads exchanges the sequence for heads.
     shift: how arrays go from one rank to the next. microbatches: how many parts a batch is taken in.
-    remat: which activations are recomputed in the backward pass: none, or all of a layer's.
+    remat: which activations are recomputed in the backward pass: none, all of a layer's (full), or those that no matrix
+    product or fused kernel makes (elementwise).
     """
 
     data: int = 1
@@ -62,11 +63,14 @@ class PlanConfig:
         require_choice(self, "context_attention", ("ring", "allgather", "alltoall"))
         require_choice(self, "context_ssm", ("state", "heads"))
         require_choice(self, "shift", ("permute", "alltoall"))
-        require_choice(self, "remat", ("none", "full"))
-        require_choice(self, "attention", ("full", "blocked"))
+        require_choice(self, "remat", ("none", "elementwise", "full"))
+        require_choice(self, "attention", ("full", "blocked", "cudnn"))
+        whole = self.context == 1 or self.context_attention == "alltoall"
+        expected = f"full or blocked where context is {self.context} and context_attention {self.context_attention}"
+        require(whole or self.attention != "cudnn", self, "attention", expected)
         require_choice(self, "ssd", ("recurrence", "chunked", "triton"))
         require_choice(self, "selective_scan", ("reference", "chunked"))
-        require_choice(self, "grouped_matmul", ("reference", "blocks", "ragged_dot"))
+        require_choice(self, "grouped_matmul", ("reference", "blocks", "ragged_dot", "mosaic"))
         require_choice(self, "cross_entropy", ("full", "chunked"))
 
     @property

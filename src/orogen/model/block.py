@@ -24,6 +24,10 @@ from orogen.parallel.plan import Plan
 # a loop copies what it keeps for the backward pass into stacks.
 WRITTEN_OUT = 2
 
+# Operations too dear to repeat beside products of two matrices: our own kernels, those of Mosaic GPU within a function
+# that says how to batch them, and what an operation names.
+KEPT = ("name", "pallas_call", "custom_vmap_call")
+
 
 class Repeat(NamedTuple):
     """`items` (letters and Repeats) one after another, `count` times."""
@@ -156,14 +160,21 @@ def _child(item: str | Repeat, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Modul
     return nnx.merge(graphs[0], states)
 
 
+def _is_product(primitive: Any, *operands: Any, **_: Any) -> bool:
+    """Whether a layer's backward pass keeps what this operation gives. Products with batch axes are of attention."""
+    if primitive.name == "dot_general":
+        return all(len(operand.shape) == 2 for operand in operands)
+    return primitive.name in KEPT
+
+
 def _apply(layer: nnx.Module, x_btd: Array, docs: Documents, plan: Plan, replay: Any) -> tuple[Array, Any]:
     graph, state = nnx.split(layer)
 
     def call(state, x_btd, replay):
         return nnx.merge(graph, state)(x_btd, docs, plan, replay)
 
-    if plan.config.remat == "full":
-        call = jax.checkpoint(call)
+    if plan.config.remat != "none":
+        call = jax.checkpoint(call, policy=_is_product if plan.config.remat == "elementwise" else None)
     return call(state, x_btd, replay)
 
 

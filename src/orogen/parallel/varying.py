@@ -28,3 +28,8 @@ def vary(tree: Any, axes: Any) -> Any:
 def vary_like(tree: Any, reference: Any) -> Any:
     """`vary` over whatever `reference` varies over: the initial carry of a scan must match its output's type."""
     return vary(tree, varying_axes(reference))
+
+
+def kernel_index(axis: str) -> jax.Array:
+    """This program's place along an axis of a Pallas kernel's own grid or threads, which is no axis of the mesh."""
+    return lax.axis_index(axis)

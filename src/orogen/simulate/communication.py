@@ -161,7 +161,7 @@ class _Ledger:
     def __init__(self, unit: str, plan: PlanConfig, model: ModelConfig, work: Workload):
         self.unit, self.plan, self.model, self.work = unit, plan, model, work
         self.records: list[Collective] = []
-        self.recomputes = plan.remat == "full" and unit not in (ENDS, MTP, LOAD)
+        self.recomputes = plan.remat != "none" and unit not in (ENDS, MTP, LOAD)
         norm_groups = model.mamba_norm_groups or model.n_groups
         pieces = {"kv_heads": model.num_key_value_heads, "groups": model.n_groups, "norm_groups": norm_groups}
         # Arrays with fewer pieces than tensor has ranks are held as copies by neighbours.

@@ -7,10 +7,11 @@ from jax import Array
 from jax import numpy as jnp
 
 from orogen.kernels.attention.blocked import attention_blocked
+from orogen.kernels.attention.cudnn import attention_cudnn
 from orogen.kernels.attention.reference import attention_full
 from orogen.parallel.varying import vary_like
 
-IMPLEMENTATIONS = {"full": attention_full, "blocked": attention_blocked}
+IMPLEMENTATIONS = {"full": attention_full, "blocked": attention_blocked, "cudnn": attention_cudnn}
 
 
 def attention(
@@ -42,6 +43,8 @@ def attention(
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r}: expected one of {sorted(IMPLEMENTATIONS)}")
+    if implementation == "cudnn" and (q_index_t is not None or k_index_s is not None or kv_segments_bs is not None):
+        raise ValueError("implementation='cudnn' with indices or segments of keys: expected whole rows, or 'blocked'")
     if kv_segments_bs is None:
         kv_segments_bs = segments_bt
     if window is not None and window < 1:

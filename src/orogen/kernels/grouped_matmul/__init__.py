@@ -7,6 +7,7 @@ from jax import Array
 from jax import numpy as jnp
 
 from orogen.kernels.grouped_matmul.blocks import grouped_matmul_blocks
+from orogen.kernels.grouped_matmul.mosaic import grouped_matmul_mosaic
 from orogen.kernels.grouped_matmul.ragged_dot import grouped_matmul_ragged_dot
 from orogen.kernels.grouped_matmul.reference import grouped_matmul_masked
 from orogen.parallel.varying import vary_like
@@ -15,6 +16,7 @@ IMPLEMENTATIONS = {
     "reference": grouped_matmul_masked,
     "blocks": grouped_matmul_blocks,
     "ragged_dot": grouped_matmul_ragged_dot,
+    "mosaic": grouped_matmul_mosaic,
 }
 
 

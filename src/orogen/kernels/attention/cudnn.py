@@ -1,0 +1,161 @@
+"""Attention by cuDNN's fused kernels, whose packed form keeps documents apart.
+
+Axes: b batch, t time, h query heads, g key heads, k head size, r runs of equal segments.
+"""
+
+import functools
+from typing import Any
+
+import jax
+from jax import Array, lax
+from jax import numpy as jnp
+from jax._src.cudnn import fused_attention_stablehlo as cudnn  # jax.nn has no argument for documents
+from jax._src.cudnn.fused_attention_stablehlo import AttentionLayout, MaskType
+from jax.ad_checkpoint import checkpoint_name
+
+from orogen.kernels.attention.blocked import attention_blocked
+from orogen.parallel.varying import vary_like
+
+# Runs of a row that the packed form has room for. Its gradient works in 8 t h k bytes a run, of one key head's h.
+RUNS = 32
+SEED, DROPOUT, NO_BIAS = 42, 0.0, (False, False)
+
+
+def attention_cudnn(
+    q_bthk: Array,
+    k_bsgk: Array,
+    v_bsgk: Array,
+    segments_bt: Array,
+    kv_segments_bs: Array,
+    q_index_t: Array,
+    k_index_s: Array,
+    sinks_h: Array | None,
+    *,
+    scale: float,
+    window: int | None,
+) -> Array:
+    """See `attention`, on an NVIDIA GPU, in bfloat16 or float16. A segment is a run of equal ids here: two runs of one
+    id do not see each other. The indices are taken to be 0, 1, ... and the keys' segments the queries'.
+
+    Rows of one run take cuDNN's plain form and rows of up to RUNS its packed one, decided as the program runs; a batch
+    with a row of more runs is computed by blocks, which is right and slow.
+    Raises ValueError for what cuDNN's form lacks: a window, sinks, other lengths of keys, other dtypes, no GPU.
+    """
+    del kv_segments_bs, q_index_t, k_index_s  # checked by the caller to be the queries' own
+    if jax.default_backend() != "gpu":
+        raise ValueError(f"implementation='cudnn' needs a GPU and finds {jax.default_backend()!r}: expected 'blocked'")
+    if window is not None or sinks_h is not None:
+        raise ValueError(f"implementation='cudnn' with window={window} or sinks: expected neither, or 'blocked'")
+    if q_bthk.shape[1] != k_bsgk.shape[1] or q_bthk.shape[-1] != v_bsgk.shape[-1]:
+        raise ValueError(f"implementation='cudnn' with q {q_bthk.shape}, v {v_bsgk.shape}: expected equal t and k")
+    if q_bthk.dtype not in (jnp.bfloat16, jnp.float16) or not q_bthk.dtype == k_bsgk.dtype == v_bsgk.dtype:
+        raise ValueError(f"implementation='cudnn' with q of {q_bthk.dtype}: expected all bfloat16 or all float16")
+    return _attend(q_bthk, k_bsgk, v_bsgk, segments_bt, scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q_bthk: Array, k_btgk: Array, v_btgk: Array, segments_bt: Array, scale: float) -> Array:
+    return _forward(q_bthk, k_btgk, v_btgk, segments_bt, scale)[0]
+
+
+def _forward(q_bthk, k_btgk, v_btgk, segments_bt, scale):
+    """The outputs and, for a batch of rows of one run, cuDNN's statistics of the softmax (b, h, t), else zeros."""
+    batch, time, heads, _ = q_bthk.shape
+    operands = (q_bthk, k_btgk, v_btgk, segments_bt)
+
+    def plain(q_bthk, k_btgk, v_btgk, _):
+        y_bthk, residuals = _plain_forward(q_bthk, k_btgk, v_btgk, scale)
+        return vary_like((y_bthk, residuals[-2]), operands)
+
+    def other(function):
+        def run(*operands):
+            statistics_bht = jnp.zeros((batch, heads, time), jnp.float32)
+            return vary_like((function(*operands, scale=scale), statistics_bht), operands)
+
+        return run
+
+    y_bthk, statistics_bht = lax.switch(_form(segments_bt), (plain, other(_packed), other(_blocked)), *operands)
+    # Named, so that a policy of rematerialisation can keep them: it would else look into the branches.
+    y_bthk, statistics_bht = (checkpoint_name(a, "attention") for a in (y_bthk, statistics_bht))
+    return y_bthk, (*operands, y_bthk, statistics_bht)
+
+
+def _backward(scale, saved, dy_bthk):
+    *operands, y_bthk, statistics_bht = saved
+
+    def plain(q_bthk, k_btgk, v_btgk, _, y_bthk, statistics_bht, dy_bthk):
+        none = jnp.zeros(0, q_bthk.dtype)
+        residuals = (q_bthk, k_btgk, v_btgk, *(none,) * 7, statistics_bht, y_bthk)
+        layout = AttentionLayout.BTNH.value
+        gradients = cudnn._dot_product_attention_bwd_rule(
+            scale, SEED, DROPOUT, NO_BIAS, MaskType.CAUSAL, layout, None, True, False, residuals, dy_bthk
+        )
+        return vary_like(tuple(gradients[:3]), operands)
+
+    def other(function):
+        # Computed again: what these forms keep is many times what they compute.
+        def run(q_bthk, k_btgk, v_btgk, segments_bt, _y, _statistics, dy_bthk):
+            run_forward = lambda q, k, v: function(q, k, v, segments_bt, scale=scale)  # noqa: E731
+            return vary_like(jax.vjp(run_forward, q_bthk, k_btgk, v_btgk)[1](dy_bthk), operands)
+
+        return run
+
+    branches = (plain, other(_packed), other(_blocked))
+    inputs = (*operands, y_bthk, statistics_bht, dy_bthk)
+    return *lax.switch(_form(operands[3]), branches, *inputs), None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _starts(segments_bt: Array) -> Array:
+    """Where a run begins, bool (b, t)."""
+    changes_bt = segments_bt[:, 1:] != segments_bt[:, :-1]
+    return jnp.pad(changes_bt, ((0, 0), (1, 0)), constant_values=True)
+
+
+def _form(segments_bt: Array) -> Array:
+    """0: every row is one run; 1: no row has more than RUNS; 2: one has."""
+    runs = jnp.max(jnp.sum(_starts(segments_bt), axis=1))
+    return (runs > 1).astype(jnp.int32) + (runs > RUNS).astype(jnp.int32)
+
+
+def _plain_forward(q_bthk, k_btgk, v_btgk, scale):
+    none = jnp.zeros(0, q_bthk.dtype)
+    rule: Any = cudnn._dot_product_attention_fwd_rule  # its arguments are those of jax 0.11
+    return rule(
+        q_bthk, k_btgk, v_btgk, *(none,) * 7, scale, SEED, DROPOUT, NO_BIAS, MaskType.CAUSAL,
+        AttentionLayout.BTNH.value, None, cudnn.check_cudnn_version(), False,
+    )  # fmt: skip
+
+
+def _packed(q_bthk: Array, k_btgk: Array, v_btgk: Array, segments_bt: Array, *, scale: float) -> Array:
+    """One row and key head after the other, for cuDNN's working memory grows with both."""
+    batch, time, heads, size = q_bthk.shape
+    groups = k_btgk.shape[2]
+    split = lambda a, n: jnp.moveaxis(a.reshape(batch, time, groups, n, size), 2, 1).reshape(-1, 1, time, n, size)  # noqa: E731
+    starts_bt = _starts(segments_bt)
+    runs_b1 = jnp.sum(starts_bt, axis=1, keepdims=True, dtype=jnp.int32)
+    first_br = jax.vmap(lambda s: jnp.nonzero(s, size=RUNS, fill_value=time)[0])(starts_bt).astype(jnp.int32)
+    length_br = jnp.diff(first_br, axis=1, append=jnp.full((batch, 1), time, jnp.int32))
+    used_br = jnp.arange(RUNS) < runs_b1
+    length_br = jnp.where(used_br, length_br, -1)
+    first_br = jnp.pad(jnp.where(used_br, first_br, -1), ((0, 0), (0, 1)), constant_values=-1)
+    each = lambda a_br: jnp.repeat(a_br, groups, axis=0)[:, None]  # noqa: E731
+
+    def one(inputs):
+        q_1thk, k_1t1k, v_1t1k, length_1r, first_1r = inputs
+        return cudnn.dot_product_attention(
+            q_1thk, k_1t1k, v_1t1k, q_seqlen=length_1r, kv_seqlen=length_1r, q_offsets=first_1r, kv_offsets=first_1r,
+            scale=scale, mask_type=MaskType.PADDING_CAUSAL,
+        )  # fmt: skip
+
+    parts = (split(q_bthk, heads // groups), split(k_btgk, 1), split(v_btgk, 1), each(length_br), each(first_br))
+    y = vary_like(lax.map(one, parts), parts).reshape(batch, groups, time, heads // groups, size)
+    return jnp.moveaxis(y, 1, 2).reshape(q_bthk.shape)
+
+
+def _blocked(q_bthk: Array, k_btgk: Array, v_btgk: Array, segments_bt: Array, *, scale: float) -> Array:
+    run_bt = jnp.cumsum(_starts(segments_bt), axis=1, dtype=jnp.int32)
+    index_t = jnp.arange(q_bthk.shape[1])
+    return attention_blocked(q_bthk, k_btgk, v_btgk, run_bt, run_bt, index_t, index_t, None, scale=scale, window=None)

@@ -1,0 +1,144 @@
+"""Grouped matrix product in Mosaic GPU kernels of our own, for NVIDIA Hopper GPUs.
+
+Axes: n rows, d width in, f width out, e groups, i blocks of rows.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+from jax import Array
+from jax import numpy as jnp
+from jax.experimental import pallas as pl
+
+from orogen.kernels.grouped_matmul.mosaic_kernels import ALIGNMENT, CHUNK, Tile, multiply_rows, multiply_weights
+from orogen.parallel.varying import vary_like
+
+MULTIPROCESSORS = 132  # of an H100
+SMALLEST = 128  # rows, widths and rows of a tile: a tile must not be larger than an array
+DTYPES = (jnp.bfloat16, jnp.float16)
+
+
+class Blocks(NamedTuple):
+    """int32, by block: its group, its first row, and the rows of it that are the group's; `count` (1,) are in use."""
+
+    group_i: Array
+    first_i: Array
+    start_i: Array
+    stop_i: Array
+    count: Array
+
+
+def grouped_matmul_mosaic(
+    rows_nd: Array, weights_edf: Array, group_sizes: Array, *, interpret: Any = None, programs: int = MULTIPROCESSORS
+) -> Array:
+    """`grouped_matmul` on an NVIDIA Hopper GPU. `interpret` (of Pallas) runs the same kernels anywhere, very slowly.
+
+    Widths that are not multiples of 64, or below 128, are padded, which copies both operands.
+    Raises ValueError without such a GPU, and unless both operands are bfloat16 or both float16.
+    """
+    if interpret is None:
+        _require_hopper()
+    if rows_nd.dtype != weights_edf.dtype or rows_nd.dtype not in DTYPES:
+        raise ValueError(
+            f"implementation='mosaic' with rows of {rows_nd.dtype} and weights of {weights_edf.dtype}: expected both "
+            "bfloat16 or both float16"
+        )
+    rows, out = len(rows_nd), weights_edf.shape[2]
+    rows_nd = _pad(rows_nd, (SMALLEST, ALIGNMENT), (SMALLEST, CHUNK))
+    weights_edf = _pad(weights_edf, (0, 1), (SMALLEST, CHUNK), (SMALLEST, CHUNK))
+    settings = (interpret, programs)
+    return _multiply(rows_nd, weights_edf, group_sizes.astype(jnp.int32), settings)[:rows, :out]  # pyright: ignore[reportIndexIssue]
+
+
+def _require_hopper() -> None:
+    if jax.default_backend() != "gpu":
+        raise ValueError(
+            f"implementation='mosaic' needs a Hopper GPU and finds {jax.default_backend()!r}: expected 'blocks' there"
+        )
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    if capability != "9.0":
+        raise ValueError(
+            f"implementation='mosaic' needs a GPU of compute capability 9.0 (Hopper), and this one has {capability}: "
+            "expected 'blocks'"
+        )
+
+
+def _pad(array: Array, *sizes: tuple[int, int]) -> Array:
+    """Each axis to a least size, and to a multiple."""
+    pairs = zip(array.shape, sizes, strict=True)
+    widths = [(0, max(size, least) + -max(size, least) % multiple - size) for size, (least, multiple) in pairs]
+    return jnp.pad(array, widths) if any(after for _, after in widths) else array
+
+
+def split_groups(group_sizes: Array, *, rows: int, block: int) -> Blocks:
+    """Cuts the groups, and the rows left over as a group of their own, into blocks that begin at aligned rows.
+
+    A group that begins amid 8 rows has its first block begin with them, and only its own rows count there.
+    """
+    sizes_e = jnp.concatenate([group_sizes, rows - jnp.sum(group_sizes, keepdims=True)])
+    groups = len(sizes_e)
+    # Sums and searches by comparing all with all: one fused kernel each, where scans and sorts are several.
+    earlier_ee = jnp.arange(groups)[:, None] >= jnp.arange(groups)
+    ends_e = jnp.sum(jnp.where(earlier_ee, sizes_e, 0), axis=1, dtype=jnp.int32)
+    starts_e = ends_e - sizes_e
+    aligned_e = starts_e // ALIGNMENT * ALIGNMENT
+    blocks_e = jnp.where(sizes_e > 0, (ends_e - aligned_e + block - 1) // block, 0)
+    last_e = jnp.sum(jnp.where(earlier_ee, blocks_e, 0), axis=1, dtype=jnp.int32)
+    index_i = jnp.arange(pl.cdiv(rows + groups * (block + ALIGNMENT), block), dtype=jnp.int32)
+    group_i = jnp.sum(index_i[:, None] >= last_e, axis=1, dtype=jnp.int32)
+    group_i = jnp.minimum(group_i, groups - 1)
+    first_i = aligned_e[group_i] + (index_i - (last_e - blocks_e)[group_i]) * block
+    start_i, stop_i = jnp.maximum(starts_e[group_i], first_i), jnp.minimum(ends_e[group_i], first_i + block)
+    return Blocks(group_i, first_i, start_i, stop_i, last_e[-1:])
+
+
+def _columns(out: int, *wanted: int) -> int:
+    """The first of `wanted` that divides `out`, else the last; no wider than `out`: copies of more than there is of an
+    array give nothing."""
+    return next((size for size in wanted if out % size == 0), min(wanted[-1], out // CHUNK * CHUNK))
+
+
+def _tile_of_rows(out: int) -> Tile:
+    """For the outputs, and the rows' gradient: the fastest of those tried on an H100 at 98,304 rows, 128 groups,
+    2688 -> 1856, and 64 groups, 2048 -> 1024 and back. Columns past the end are work too."""
+    columns = _columns(out, 256, 192)
+    stages = 3 if columns == 256 else 4
+    return Tile(rows=128, columns=columns, split=0, stages=stages, slots=2, programs=MULTIPROCESSORS)
+
+
+def _tile_of_weights(width: int, out: int) -> Tile:
+    """For the weights' gradient, as above."""
+    columns = _columns(out, 256, 192)
+    rows = 256 if width >= 256 and columns <= 192 else 128
+    slots = 4 if columns == 256 else 3
+    return Tile(rows=rows, columns=columns, split=0, stages=3, slots=slots, programs=MULTIPROCESSORS)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _multiply(rows_nd: Array, weights_edf: Array, group_sizes: Array, settings: tuple[Any, int]) -> Array:
+    """Rows (n, f), each times its group's weight."""
+    return _rows(rows_nd, weights_edf, group_sizes, settings, transpose=False)
+
+
+def _rows(rows_nd, weights_edf, group_sizes, settings, *, transpose) -> Array:
+    tile = _tile_of_rows(weights_edf.shape[1 if transpose else 2])
+    blocks = split_groups(group_sizes, rows=len(rows_nd), block=tile.rows)
+    tile = tile.under(*settings)
+    return vary_like(multiply_rows(rows_nd, weights_edf, *blocks, transpose=transpose, tile=tile), rows_nd)
+
+
+def _forward(rows_nd, weights_edf, group_sizes, settings):
+    return _multiply(rows_nd, weights_edf, group_sizes, settings), (rows_nd, weights_edf, group_sizes)
+
+
+def _backward(settings, residuals, grad_nf):
+    rows_nd, weights_edf, group_sizes = residuals
+    grad_rows_nd = _rows(grad_nf, weights_edf, group_sizes, settings, transpose=True)
+    stop_e = jnp.cumsum(group_sizes, dtype=jnp.int32)
+    tile = _tile_of_weights(rows_nd.shape[1], grad_nf.shape[1]).under(*settings)
+    grad_edf = multiply_weights(rows_nd, grad_nf, stop_e - group_sizes, stop_e, tile=tile)
+    return grad_rows_nd, vary_like(grad_edf, rows_nd), None
+
+
+_multiply.defvjp(_forward, _backward)
