@@ -34,14 +34,16 @@ def toy(model: ModelConfig) -> ModelConfig:
 
 
 def plan_of(layout: Layout) -> PlanConfig:
-    """Orogen's plan of a folded layout."""
-    if not layout.folded or layout.expert_tensor > 1:
-        raise ValueError(f"{layout}; expected a folded one with expert_tensor 1")
+    """Orogen's plan of a layout. With one context rank the unfolded one, of experts inside data that are split over
+    tensor as dense layers are, is a folded one with expert_tensor."""
+    if not layout.folded and (layout.context, layout.expert_tensor) != (1, layout.tensor):
+        raise ValueError(f"{layout}; expected a folded one, or context 1 and expert_tensor as many as tensor")
     return PlanConfig(
         data=layout.data,
         context=layout.context,
         tensor=layout.tensor,
         expert=layout.expert,
+        expert_tensor=layout.expert_tensor,
         dispatch="alltoall",
         capacity_factor=1.0,
     )

@@ -46,7 +46,7 @@ PUBLISHED = (
 )
 MIXTRAL_ACTIVE = 39_161_468_928  # parameters a token meets, of the model's gin file
 
-# Compiled: model, devices, tensor, context, expert.
+# Compiled folded: model, devices, tensor, context, expert. Then unfolded, with expert_tensor as many as tensor.
 COMPILED = (
     *(("Mixtral-8x22B", devices, 2, 2, 8) for devices in (8, 16, 32, 64)),
     ("Mixtral-8x22B", 64, 4, 4, 8),
@@ -54,6 +54,13 @@ COMPILED = (
     ("Qwen2-57B-A14B", 64, 8, 1, 64),
     *(("Nemotron-3 Super", devices, 2, 4, 8) for devices in (8, 64)),
     ("Nemotron-3 Super", 64, 4, 4, 64),
+)
+UNFOLDED = (
+    *(("Mixtral-8x22B", devices, tensor, expert) for devices, tensor, expert in ((16, 2, 8), (32, 4, 8), (64, 8, 8))),
+    ("Mixtral-8x22B", 64, 2, 4),
+    ("Qwen2-57B-A14B", 64, 2, 16),
+    ("Qwen2-57B-A14B", 64, 4, 16),
+    ("Nemotron-3 Super", 64, 2, 8),
 )
 
 
@@ -148,8 +155,14 @@ def compiled_layers(models: dict[str, ModelConfig]) -> Iterator[dict[str, Any]]:
     """The compiled program of one toy layer on fake devices, beside the count."""
     from compiled import compare  # imports jax, which `configure` has to precede
 
-    for name, devices, tensor, context, expert in COMPILED:
-        layout = Layout(devices, context, tensor, True, expert, 1)
+    cases = [
+        *(
+            (name, Layout(devices, context, tensor, True, expert, 1))
+            for name, devices, tensor, context, expert in COMPILED
+        ),
+        *((name, Layout(devices, 1, tensor, False, expert, tensor)) for name, devices, tensor, expert in UNFOLDED),
+    ]
+    for name, layout in cases:
         yield {"kind": "compiled", "model": name, **layout._asdict(), **compare(models[name], layout)}
 
 
