@@ -302,5 +302,27 @@ def test_rows_longer_than_the_learned_positions(field):
     assert str(caught.value) == f"TrainConfig.{field} is 24; expected at most ModelConfig.learned_positions = 23"
 
 
+@pytest.mark.parametrize(("field", "kernel"), [("attention", "cudnn"), ("grouped_matmul", "mosaic")])
+def test_kernels_of_half_precision(field, kernel):
+    run({field: kernel}, compute_dtype="bfloat16").check()
+    with pytest.raises(ConfigError) as caught:
+        run({field: kernel}, compute_dtype="float32").check()
+    expected = "another kernel for computation in float32"
+    assert str(caught.value) == f"PlanConfig.{field} is {kernel!r}; expected {expected}"
+
+
+@pytest.mark.parametrize("changes", [{"pattern": "Mw/*", "sliding_window": 4}, {"attention_sinks": True}])
+def test_attention_by_cudnn_has_no_windows_and_no_sinks(changes):
+    def model(**changes) -> RunConfig:
+        config = run({"attention": "cudnn"}, compute_dtype="bfloat16")
+        return dataclasses.replace(config, model=ModelConfig(**{**HYBRID, **changes}))
+
+    model().check()
+    with pytest.raises(ConfigError) as caught:
+        model(**changes).check()
+    expected = "full or blocked: the model has windows, sinks or latent attention"
+    assert str(caught.value) == f"PlanConfig.attention is 'cudnn'; expected {expected}"
+
+
 def test_devices_are_counted():
     assert PlanConfig(data=3, tensor=5, expert=15).devices == 15

@@ -158,6 +158,16 @@ def test_too_many_devices_are_refused_with_the_way_to_simulate_them():
     )
 
 
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="needs to find no GPU")
+@pytest.mark.parametrize(("field", "kernel"), [("attention", "cudnn"), ("ssd", "triton"), ("grouped_matmul", "mosaic")])
+def test_kernels_for_a_gpu_are_refused_without_one(field, kernel):
+    plan_of({field: kernel}, abstract=True)
+    with pytest.raises(ConfigError) as caught:
+        plan_of({field: kernel}, abstract=False)
+    expected = f"another on cpu: {kernel} needs an NVIDIA GPU"
+    assert str(caught.value) == f"PlanConfig.{field} is {kernel!r}; expected {expected}"
+
+
 # Refusals. (plan, model, field, value, axis, size)
 INDIVISIBLE = [
     ({"tensor": 4}, {"vocab_size": 94}, "vocab_size", 94, "tensor", 4),

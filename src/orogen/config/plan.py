@@ -5,6 +5,10 @@ import math
 
 from orogen.config.checks import check_types, require, require_choice, require_positive
 
+# Of each operation the implementation that needs an NVIDIA GPU; and the operations of which it takes no float32.
+FOR_GPU = {"attention": "cudnn", "ssd": "triton", "grouped_matmul": "mosaic"}
+IN_HALF_PRECISION = ("attention", "grouped_matmul")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanConfig:
@@ -72,6 +76,12 @@ class PlanConfig:
         require_choice(self, "selective_scan", ("reference", "chunked"))
         require_choice(self, "grouped_matmul", ("reference", "blocks", "ragged_dot", "mosaic"))
         require_choice(self, "cross_entropy", ("full", "chunked"))
+
+    def require_half_precision(self, dtype: str) -> None:
+        """Raises ConfigError if `dtype` is float32 and a kernel was chosen that lacks it."""
+        for field in IN_HALF_PRECISION:
+            fits = dtype != "float32" or getattr(self, field) != FOR_GPU[field]
+            require(fits, self, field, "another kernel for computation in float32")
 
     @property
     def devices(self) -> int:

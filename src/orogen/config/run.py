@@ -137,6 +137,11 @@ class RunConfig:
             name = "tensor" if context == 1 else "lcm(2, tensor)"
             expected = f"a multiple of context x {name} = {context} x {pieces}"
             require(self.train.sequence_length % (context * pieces) == 0, self.train, "sequence_length", expected)
+            self.plan.require_half_precision(self.train.compute_dtype)
+        if self.model is not None:
+            windows = self.model.attention_sinks or set(self.model.layers.main + self.model.layers.mtp) & set("w+")
+            expected = "full or blocked: the model has windows, sinks or latent attention"
+            require(not windows or self.plan.attention != "cudnn", self.plan, "attention", expected)
         if self.train is not None and self.model is not None and self.plan.context > 1:
             context, reach = self.plan.context, self.model.reach
             expected = f"at least 2 x context x {reach} = {2 * context * reach}: tokens read {reach} from another rank"

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from orogen.config.checks import ConfigError
+from orogen.config.checks import ConfigError, require
 from orogen.config.model import ModelConfig
-from orogen.config.plan import PlanConfig
+from orogen.config.plan import FOR_GPU, PlanConfig
 from orogen.parallel.fold import FoldError, Folding, describe, expert_shards, fold, nearest
 
 
@@ -59,12 +59,15 @@ def _fold(config: PlanConfig, model: ModelConfig) -> Folding:
 def make_mesh(folding: Folding, config: PlanConfig, *, abstract: bool) -> Mesh | AbstractMesh:
     """A mesh over the first devices of this process group, or an abstract one, which needs none.
 
-    Raises ConfigError if there are too few devices.
+    Raises ConfigError if there are too few devices, or if they are no GPUs and a kernel of `config` needs one.
     """
     names, sizes = zip(*(folding.axes or (("data", 1),)), strict=True)
     types = (AxisType.Auto,) * len(names)  # Explicit axes fail six of the nine patterns probed on jax 0.10 and 0.11
     if abstract:
         return AbstractMesh(sizes, names, axis_types=types)
+    for field, kernel in FOR_GPU.items():
+        fits = getattr(config, field) != kernel or jax.default_backend() == "gpu"
+        require(fits, config, field, f"another on {jax.default_backend()}: {kernel} needs an NVIDIA GPU")
     devices, needed = jax.devices(), config.devices
     if len(devices) < needed:
         axes = describe([(axis, getattr(config, axis)) for axis in ("stage", "data", "context", "tensor")])

@@ -73,6 +73,7 @@ def verify(config: RunConfig) -> Verdict:
     The plan replays the experts that the one-device run chose and what it dropped, since rounding flips ties; the
     single device counts capacity as if it were the plan's source ranks. Needs as many devices as the plan.
     """
+    config.plan.require_half_precision("float32")
     plan = make_plan(config.plan, config.need("model").model)
     sources = (config.plan.data, config.plan.context, config.plan.tensor)
     single = single_device_plan(config.plan, config.model, sources=sources)
