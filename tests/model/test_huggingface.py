@@ -139,7 +139,7 @@ def test_each_layer_equals_transformers(name):
         close(x_btd - stream_lbtd[number], stream_lbtd[number + 1] - stream_lbtd[number], 1e-5)
         if letter == "E":
             ids_nk = arrays[f"router{routers}_out2"]
-            np.testing.assert_array_equal(np.sort(stats.choice.experts.reshape(ids_nk.shape)), np.sort(ids_nk))
+            np.testing.assert_array_equal(np.sort(stats.choice.replay.experts.reshape(ids_nk.shape)), np.sort(ids_nk))
             routers += 1
     assert routers == config.layers.main.count("E")
 

@@ -18,6 +18,7 @@ from jax import Array, lax
 from orogen.config.checks import ConfigError
 from orogen.config.load import load
 from orogen.config.model import ModelConfig
+from orogen.config.plan import FOR_GPU, PlanConfig
 from orogen.data.tokenizer import Tokenizer, check_rows
 from orogen.infer.sampling import sample
 from orogen.layers.documents import documents
@@ -48,8 +49,11 @@ def load_checkpoint(folder: Path) -> Loaded:
     if not saved.is_file() or not (folder / "checkpoints").is_dir():
         raise ConfigError(f"checkpoint {str(folder)!r} is no run folder; expected one with config.gin and checkpoints/")
     config, _ = load([saved])
-    # Room for every token: inference drops none, whatever capacity the run trained with.
-    roomy = dataclasses.replace(config.plan, capacity_factor=None, dispatch="allgather")
+    # Kernels that run everywhere and in float32, and room for every token: inference drops none, whatever capacity the
+    # run trained with.
+    kernels = {field: getattr(PlanConfig(), field) for field in FOR_GPU}
+    kernels = {field: kernel for field, kernel in kernels.items() if getattr(config.plan, field) == FOR_GPU[field]}
+    roomy = dataclasses.replace(config.plan, capacity_factor=None, dispatch="allgather", **kernels)
     plan = single_device_plan(roomy, config.need("model").model)
     built = build(config.model)
     targets = (with_shardings(t, plan.shardings(t)) for t in (built.params, built.buffers))

@@ -36,7 +36,7 @@ class Ticket(NamedTuple):
 
 def expert_capacity(tokens: int, k: int, n_experts: int, factor: float | None) -> int:
     """Rows that one expert takes from one rank: ceil(tokens · k / e · factor), never above `tokens`."""
-    return tokens if factor is None else min(tokens, math.ceil(tokens * k / n_experts * factor))
+    return tokens if factor is None else math.ceil(min(tokens, tokens * k / n_experts * factor))
 
 
 def within_capacity(idx_nk: Array, w_nk: Array, valid_n: Array, *, n_experts: int, capacity: int, policy: str) -> Array:
@@ -220,7 +220,7 @@ class Ragged:
 def rows_of_rank(tokens: int, k: int, *, ranks: int, local: int, factor: float | None) -> int:
     """Rows that a rank has room for: every assignment that could come, or ceil(tokens · k · factor) if that is less."""
     most = tokens * ranks * min(k, local)
-    return most if factor is None else min(most, math.ceil(tokens * k * factor))
+    return most if factor is None else math.ceil(min(most, tokens * k * factor))
 
 
 def _runs(counts_re: Array, local: int, room: int, plan: Plan) -> tuple[Runs, Array, Array]:

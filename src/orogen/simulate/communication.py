@@ -454,7 +454,7 @@ def _gathered_tokens(ledger: _Ledger) -> None:
 def _exchanged_rows(ledger: _Ledger) -> None:
     model, tokens, factor = ledger.model, ledger.own_tokens, ledger.plan.capacity_factor
     even = tokens * model.num_experts_per_tok / model.n_routed_experts
-    capacity = tokens if factor is None else min(tokens, math.ceil(even * factor))
+    capacity = tokens if factor is None else math.ceil(min(tokens, even * factor))
     rows = model.n_routed_experts * capacity * model.expert_width * ledger.work.itemsize
     ledger.both("dispatch", "all-to-all", ("expert",), rows)
     _shared_rows(ledger, rows)
@@ -464,7 +464,7 @@ def _exchanged_rows(ledger: _Ledger) -> None:
 def _ragged_rows(ledger: _Ledger) -> None:
     model, plan, sent = ledger.model, ledger.plan, ledger.own_tokens * ledger.model.num_experts_per_tok
     room = ledger.own_tokens * plan.expert * min(model.num_experts_per_tok, model.n_routed_experts // plan.expert)
-    room = room if plan.buffer_factor is None else min(room, math.ceil(sent * plan.buffer_factor))
+    room = room if plan.buffer_factor is None else math.ceil(min(room, sent * plan.buffer_factor))
     counts, row = model.n_routed_experts * INT32, model.expert_width * ledger.work.itemsize
     ledger.gather("dispatch", ("expert",), counts, gradient=False)
     ledger.both("dispatch", "ragged-all-to-all", ("expert",), min(sent, room) * row)

@@ -4,6 +4,7 @@ Letters: b batch, t time.
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -78,6 +79,7 @@ def verify(config: RunConfig) -> Verdict:
     sources = (config.plan.data, config.plan.context, config.plan.tensor)
     single = single_device_plan(config.plan, config.model, sources=sources)
     train = config.train or _default_train(config)
+    dataclasses.replace(config, train=train).check()
     optimizer = dataclasses.replace(
         config.optimizer or OptimizerConfig(learning_rate=1e-3), schedule="constant", warmup_steps=0
     )
@@ -104,7 +106,7 @@ def verify(config: RunConfig) -> Verdict:
         loss_error=abs(folded.loss - alone.loss) / abs(alone.loss),
         max_gradient_error=float(errors[worst]),
         worst_leaf=leaf_name(built.params, worst),
-        max_parameter_error=max(float(_leaf_errors(a[0], b[0])[0].max()) for a, b in zip(*updated, strict=True)),
+        max_parameter_error=_largest(_leaf_errors(a[0], b[0])[0].max() for a, b in zip(*updated, strict=True)),
         load_error=_largest_difference(
             *(
                 (step.sums.load, step.sums.dropped, [biases for _, biases in after])
@@ -183,12 +185,17 @@ def _flips(choices: Any) -> tuple[int, float]:
     """How many tokens were replayed against their own top k, and the largest margin of one."""
     found = jax.tree.leaves(choices, is_leaf=lambda x: isinstance(x, Choice))
     count = sum(int(c.flipped.sum()) for c in found)
-    return count, max((float(c.margin[c.flipped].max()) for c in found if c.flipped.any()), default=0.0)
+    return count, _largest(c.margin[c.flipped].max() for c in found if c.flipped.any())
 
 
 def _largest_difference(reference: Any, other: Any) -> float:
     pairs = zip(jax.tree.leaves(reference), jax.tree.leaves(other), strict=True)
-    return max((float(np.abs(np.asarray(a) - b).max()) for a, b in pairs), default=0.0)
+    return _largest(np.abs(np.asarray(a) - b).max() for a, b in pairs)
+
+
+def _largest(values: Iterable[Any]) -> float:
+    """0 if there are none; NaN if one is, which Python's max may pass over."""
+    return float(np.max([0.0, *values]))
 
 
 def _updated(
@@ -220,5 +227,9 @@ def _updated(
 def _default_train(config: RunConfig) -> TrainConfig:
     """A batch that every axis of the plan divides, with rows of an odd number of tokens for each rank."""
     plan = config.plan
-    length = 13 * plan.context * plan.sequence_pieces
-    return TrainConfig(steps=10, batch_size=2 * plan.data * plan.microbatches, sequence_length=max(length, 52), seed=0)
+    unit = plan.context * plan.sequence_pieces
+    tokens = max(13 * unit, 52, 2 * plan.context * config.model.reach)
+    return TrainConfig(
+        steps=10, batch_size=2 * plan.data * plan.microbatches, sequence_length=-(-tokens // unit) * unit, seed=0,
+        sample_tokens=1,
+    )  # fmt: skip
