@@ -13,7 +13,7 @@ from flax import nnx
 from tests.moe.meshes import Inputs, assert_equal, config, inputs, layer_result, reference_result, weights
 
 from orogen.config.plan import PlanConfig
-from orogen.moe.dispatch import drop_margin, expert_capacity, within_capacity
+from orogen.moe.dispatch import drop_margin, expert_capacity, rows_of_rank, within_capacity
 from orogen.moe.layer import MoE, Replay
 from orogen.moe.reference import Options, Weights, choose, largest, mixture
 from orogen.parallel.plan import make_plan
@@ -65,6 +65,11 @@ def test_one_device_drops_what_the_ranks_it_stands_for_would(dispatch):
     expected = reference_result(model, given, data, sources=sources, capacity=4)  # ceil(12 · 3 / 8 · 3/4)
     assert expected.dropped > 0
     assert_equal(layer_result(model, plan, given, data, sources=(2, 1, 2)), expected)
+
+
+def test_a_factor_beyond_all_numbers_is_room_for_every_token():
+    assert expert_capacity(10, 3, 8, 1e308) == 10
+    assert rows_of_rank(10, 3, ranks=2, local=4, factor=1e308) == 60
 
 
 def test_the_margin_of_what_is_dropped_by_hand():

@@ -1,15 +1,17 @@
 """Any plan computes what one device computes: loss, every gradient, one optimizer step."""
 
+import dataclasses
 import itertools
 import os
 
+import numpy as np
 import pytest
 from tests.helpers import hybrid, run_config
 from tests.train.plans import AXES, CHOICES, MODELS, describe, random_runs
 
 from orogen.config.checks import ConfigError
 from orogen.parallel.plan import make_plan
-from orogen.train.verify import GRADIENT, LOSS, MARGIN, PARAMETER, verify
+from orogen.train.verify import GRADIENT, LOSS, MARGIN, PARAMETER, default_train, largest, verify
 
 DOZEN, SEED = 12, 0
 RUNS = random_runs(int(os.environ.get("OROGEN_PLANS", DOZEN)), seed=SEED, devices=8)
@@ -153,6 +155,17 @@ def test_a_plan_that_overflows_a_buffer_does_not_pass():
     equal = dict.fromkeys(("loss_error", "max_gradient_error", "max_parameter_error", "load_error", "flip_margin"), 0)
     assert not verdict._replace(**equal).passed
     assert verdict._replace(**equal, overflow_rows=0).passed
+
+
+@pytest.mark.parametrize("plan", [{"tensor": 3}, {"context": 2}, {"context": 5, "tensor": 3}, {"data": 7}], ids=str)
+@pytest.mark.parametrize("taps", [4, 20])
+def test_the_batch_that_verify_makes_up_fits_plan_and_model(plan, taps):
+    config = dataclasses.replace(run_config(hybrid(conv_kernel=taps), plan=plan), train=None)
+    dataclasses.replace(config, train=default_train(config)).check()
+
+
+def test_a_difference_that_is_no_number_is_the_largest():
+    assert np.isnan(largest([0.0, np.nan, 1.0])) and largest([]) == 0
 
 
 def test_verify_notices_an_expert_counted_twice(monkeypatch):

@@ -78,7 +78,7 @@ def verify(config: RunConfig) -> Verdict:
     plan = make_plan(config.plan, config.need("model").model)
     sources = (config.plan.data, config.plan.context, config.plan.tensor)
     single = single_device_plan(config.plan, config.model, sources=sources)
-    train = config.train or _default_train(config)
+    train = config.train or default_train(config)
     dataclasses.replace(config, train=train).check()
     optimizer = dataclasses.replace(
         config.optimizer or OptimizerConfig(learning_rate=1e-3), schedule="constant", warmup_steps=0
@@ -106,7 +106,7 @@ def verify(config: RunConfig) -> Verdict:
         loss_error=abs(folded.loss - alone.loss) / abs(alone.loss),
         max_gradient_error=float(errors[worst]),
         worst_leaf=leaf_name(built.params, worst),
-        max_parameter_error=_largest(_leaf_errors(a[0], b[0])[0].max() for a, b in zip(*updated, strict=True)),
+        max_parameter_error=largest(_leaf_errors(a[0], b[0])[0].max() for a, b in zip(*updated, strict=True)),
         load_error=_largest_difference(
             *(
                 (step.sums.load, step.sums.dropped, [biases for _, biases in after])
@@ -185,15 +185,15 @@ def _flips(choices: Any) -> tuple[int, float]:
     """How many tokens were replayed against their own top k, and the largest margin of one."""
     found = jax.tree.leaves(choices, is_leaf=lambda x: isinstance(x, Choice))
     count = sum(int(c.flipped.sum()) for c in found)
-    return count, _largest(c.margin[c.flipped].max() for c in found if c.flipped.any())
+    return count, largest(c.margin[c.flipped].max() for c in found if c.flipped.any())
 
 
 def _largest_difference(reference: Any, other: Any) -> float:
     pairs = zip(jax.tree.leaves(reference), jax.tree.leaves(other), strict=True)
-    return _largest(np.abs(np.asarray(a) - b).max() for a, b in pairs)
+    return largest(np.abs(np.asarray(a) - b).max() for a, b in pairs)
 
 
-def _largest(values: Iterable[Any]) -> float:
+def largest(values: Iterable[Any]) -> float:
     """0 if there are none; NaN if one is, which Python's max may pass over."""
     return float(np.max([0.0, *values]))
 
@@ -224,7 +224,7 @@ def _updated(
         return jax.device_get(jax.jit(update, out_shardings=layout)(*placed, step.grads, step.sums.load))
 
 
-def _default_train(config: RunConfig) -> TrainConfig:
+def default_train(config: RunConfig) -> TrainConfig:
     """A batch that every axis of the plan divides, with rows of an odd number of tokens for each rank."""
     plan = config.plan
     unit = plan.context * plan.sequence_pieces
