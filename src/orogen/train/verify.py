@@ -78,8 +78,10 @@ def verify(config: RunConfig) -> Verdict:
     plan = make_plan(config.plan, config.need("model").model)
     sources = (config.plan.data, config.plan.context, config.plan.tensor)
     single = single_device_plan(config.plan, config.model, sources=sources)
-    train = config.train or default_train(config)
-    dataclasses.replace(config, train=train).check()
+    train = config.train
+    if train is None:  # a given one was checked when it was loaded
+        train = default_train(config)
+        dataclasses.replace(config, train=train).check()
     optimizer = dataclasses.replace(
         config.optimizer or OptimizerConfig(learning_rate=1e-3), schedule="constant", warmup_steps=0
     )
