@@ -51,6 +51,7 @@ REFUSED = [
     (PlanConfig, "stage", 2, "1: parallelism over this axis is not available yet"),
     (PlanConfig, "fsdp", "full", "one of none, optimizer, gradients, parameters"),
     (PlanConfig, "dispatch", "ring", "one of allgather, alltoall, ragged"),
+    (PlanConfig, "buffer_factor", 1.5, "None where dispatch is not ragged"),
     (PlanConfig, "drop_policy", "random", "one of position, probs"),
     (PlanConfig, "context_attention", "zigzag", "one of ring, allgather, alltoall"),
     (PlanConfig, "context_ssm", "ring", "one of state, heads"),

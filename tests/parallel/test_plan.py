@@ -1,5 +1,6 @@
 """The plan: which mesh axes each logical axis is split over, what it refuses, and the verbs on eight devices."""
 
+import dataclasses
 import math
 import re
 
@@ -158,14 +159,30 @@ def test_too_many_devices_are_refused_with_the_way_to_simulate_them():
     )
 
 
-@pytest.mark.skipif(jax.default_backend() == "gpu", reason="needs to find no GPU")
 @pytest.mark.parametrize(("field", "kernel"), [("attention", "cudnn"), ("ssd", "triton"), ("grouped_matmul", "mosaic")])
-def test_kernels_for_a_gpu_are_refused_without_one(field, kernel):
+def test_kernels_for_a_gpu_are_refused_without_one(field, kernel, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     plan_of({field: kernel}, abstract=True)
     with pytest.raises(ConfigError) as caught:
         plan_of({field: kernel}, abstract=False)
     expected = f"another on cpu: {kernel} needs an NVIDIA GPU"
     assert str(caught.value) == f"PlanConfig.{field} is {kernel!r}; expected {expected}"
+
+
+def test_sizes_that_no_layer_reads_are_not_cut():
+    unread = {"mamba_num_heads": 6, "n_groups": 3, "num_attention_heads": 9, "num_key_value_heads": 3}
+    model = hybrid(pattern="-E", mtp_depths=0, **unread)
+    config = PlanConfig(tensor=4, context=2, context_attention="alltoall", context_ssm="heads")
+    assert make_plan(config, model, abstract=True).size("kv_heads") == 4
+    with pytest.raises(ConfigError, match=r"mamba_num_heads is 6"):
+        make_plan(config, dataclasses.replace(model, pattern="-M"), abstract=True)
+
+
+def test_the_nearest_legal_sizes_of_an_absurd_one_are_found_at_once():
+    with pytest.raises(ConfigError, match=r"vocab_size is 96; expected a multiple of PlanConfig.tensor = 1000000007"):
+        make_plan(PlanConfig(tensor=1_000_000_007), hybrid(), abstract=True)
+    with pytest.raises(ConfigError, match="nearest legal"):
+        make_plan(PlanConfig(data=10**9, expert=3), hybrid(), abstract=True)
 
 
 # Refusals. (plan, model, field, value, axis, size)
@@ -174,7 +191,14 @@ INDIVISIBLE = [
     ({"tensor": 4}, {"num_attention_heads": 22}, "num_attention_heads", 22, "tensor", 4),
     ({"tensor": 4}, {"intermediate_size": 70}, "intermediate_size", 70, "tensor", 4),
     ({"tensor": 4}, {"mamba_num_heads": 22}, "mamba_num_heads", 22, "tensor", 4),
-    ({"tensor": 4}, {"mamba_intermediate_size": 22}, "mamba_intermediate_size", 22, "tensor", 4),
+    (
+        {"tensor": 4},
+        {"pattern": "m", "mtp_depths": 0, "mamba_intermediate_size": 22, "time_step_rank": 3},
+        "mamba_intermediate_size",
+        22,
+        "tensor",
+        4,
+    ),
     (
         {"tensor": 4},
         {"moe_shared_expert_intermediate_size": 22},

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -187,6 +188,22 @@ def test_a_checkpoint_of_another_model_is_refused(recipe, whole, tmp_path):
     (folder / "config.gin").write_text(text)
     with pytest.raises(ConfigError, match="is of another model"):
         load_checkpoint(folder)
+
+
+def test_inference_leaves_the_kernels_and_buffers_of_training(whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    changes = {
+        "PlanConfig.attention": "cudnn", "PlanConfig.ssd": "triton", "PlanConfig.grouped_matmul": "mosaic",
+        "PlanConfig.dispatch": "ragged", "PlanConfig.buffer_factor": 0.5, "PlanConfig.capacity_factor": 0.5,
+        "TrainConfig.compute_dtype": "bfloat16",
+    }  # fmt: skip
+    text = (folder / "config.gin").read_text()
+    for name, value in changes.items():
+        text, found = re.subn(rf"^{name} = .*$", f"{name} = {value!r}", text, flags=re.MULTILINE)
+        assert found == 1, name
+    (folder / "config.gin").write_text(text)
+    assert generate(load_checkpoint(folder), ["d"], tokens=5) == generate(load_checkpoint(whole), ["d"], tokens=5)
 
 
 def test_too_many_steps_that_are_not_finite_stop_the_run(recipe, tmp_path):

@@ -63,6 +63,8 @@ class PlanConfig:
         require_choice(self, "fsdp", ("none", "optimizer", "gradients", "parameters"))
         require(self.fsdp_size is None or self.fsdp != "none", self, "fsdp_size", "None where fsdp is none")
         require_choice(self, "dispatch", ("allgather", "alltoall", "ragged"))
+        ragged = self.buffer_factor is None or self.dispatch == "ragged"
+        require(ragged, self, "buffer_factor", "None where dispatch is not ragged")
         require_choice(self, "drop_policy", ("position", "probs"))
         require_choice(self, "context_attention", ("ring", "allgather", "alltoall"))
         require_choice(self, "context_ssm", ("state", "heads"))

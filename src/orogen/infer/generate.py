@@ -51,9 +51,8 @@ def load_checkpoint(folder: Path) -> Loaded:
     config, _ = load([saved])
     # Kernels that run everywhere and in float32, and room for every token: inference drops none, whatever capacity the
     # run trained with.
-    kernels = {field: getattr(PlanConfig(), field) for field in FOR_GPU}
-    kernels = {field: kernel for field, kernel in kernels.items() if getattr(config.plan, field) == FOR_GPU[field]}
-    roomy = dataclasses.replace(config.plan, capacity_factor=None, dispatch="allgather", **kernels)
+    kernels = {field: getattr(PlanConfig, field) for field in FOR_GPU if getattr(config.plan, field) == FOR_GPU[field]}
+    roomy = dataclasses.replace(config.plan, capacity_factor=None, buffer_factor=None, dispatch="allgather", **kernels)
     plan = single_device_plan(roomy, config.need("model").model)
     built = build(config.model)
     targets = (with_shardings(t, plan.shardings(t)) for t in (built.params, built.buffers))

@@ -170,7 +170,8 @@ def _folds(*factorizations: Factorization) -> bool:
 
 
 def _divisors(size: int) -> list[int]:
-    return [d for d in range(1, size + 1) if size % d == 0]
+    small = [d for d in range(1, math.isqrt(size) + 1) if size % d == 0]
+    return sorted({*small, *(size // d for d in small)})
 
 
 def _spans(factorization: Factorization) -> list[tuple[str, int, int]]:

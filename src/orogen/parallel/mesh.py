@@ -12,6 +12,16 @@ from orogen.config.model import ModelConfig
 from orogen.config.plan import FOR_GPU, PlanConfig
 from orogen.parallel.fold import FoldError, Folding, describe, expert_shards, fold, nearest
 
+# The layers that read a size; the others are of every model. A size that no layer reads is not cut.
+READ_BY = {
+    "num_attention_heads": "*w+", "num_key_value_heads": "*w", "q_lora_rank": "+", "kv_lora_rank": "+",
+    "intermediate_size": "-", "mamba_num_heads": "M", "n_groups": "M", "mamba_norm_groups": "M",
+    "mamba_intermediate_size": "m", "n_routed_experts": "E", "moe_intermediate_size": "E",
+    "moe_shared_expert_intermediate_size": "E",
+}  # fmt: skip
+# Legal sizes are looked for up to twice this, or twice the model's size: no plan has more ranks.
+MOST_RANKS = 2**16
+
 
 class _Check(NamedTuple):
     """A size of the model, and in how many pieces an axis cuts it. copied: fewer, equal pieces on more ranks will do.
@@ -47,8 +57,9 @@ def fold_plan(config: PlanConfig, model: ModelConfig) -> Folding:
 
 
 def _fold(config: PlanConfig, model: ModelConfig) -> Folding:
-    norm_groups = model.mamba_norm_groups or model.n_groups
-    split = (("kv_heads", model.num_key_value_heads), ("groups", model.n_groups), ("norm_groups", norm_groups))
+    key_heads, groups = (_read(model, field) for field in ("num_key_value_heads", "n_groups"))
+    norm_groups = _read(model, "mamba_norm_groups") or groups
+    split = (("kv_heads", key_heads), ("groups", groups), ("norm_groups", norm_groups))
     sizes = ("stage", "data", "context", "tensor", "expert", "expert_tensor", "fsdp_size")
     return fold(
         **{axis: getattr(config, axis) for axis in sizes},
@@ -85,27 +96,32 @@ def _checks(config: PlanConfig, model: ModelConfig) -> list[_Check]:
     cut += [("n_routed_experts", "expert", config.expert)]
     cut += [("moe_intermediate_size", "expert_tensor", config.expert_tensor)]
     if config.context > 1:
-        cut += _context_cuts(config, model)
+        cut += _context_cuts(config)
     if config.fsdp != "none":
         cut += _fsdp_cuts(config, model)
     cut += [(field, "tensor", config.tensor) for field in copied]
     return [
         _Check(field, value, axis, size, copied=field in copied)
         for field, axis, size in cut
-        if (value := getattr(model, field)) is not None
+        if (value := _read(model, field)) is not None
     ]
 
 
-def _context_cuts(config: PlanConfig, model: ModelConfig) -> list[tuple[str, str, int]]:
+def _read(model: ModelConfig, field: str) -> int | None:
+    """The size, if a layer of the model reads it."""
+    letters = set(model.layers.main + model.layers.mtp)
+    return getattr(model, field) if field not in READ_BY or letters & set(READ_BY[field]) else None
+
+
+def _context_cuts(config: PlanConfig) -> list[tuple[str, str, int]]:
     """(field, axis, pieces) of the heads that layers exchange for the sequence."""
-    letters, by_heads = set(model.layers.main + model.layers.mtp), config.context_ssm == "heads"
-    exchanged = [
-        ("num_attention_heads", "*w+", config.context_attention == "alltoall"),
-        ("mamba_num_heads", "M", by_heads),
-        ("mamba_intermediate_size", "m", by_heads),
-    ]
-    ranks = config.context * config.tensor
-    return [(field, "context x tensor", ranks) for field, layers, asked in exchanged if asked and letters & set(layers)]
+    by_heads = config.context_ssm == "heads"
+    exchanged = {
+        "num_attention_heads": config.context_attention == "alltoall",
+        "mamba_num_heads": by_heads,
+        "mamba_intermediate_size": by_heads,
+    }
+    return [(field, "context x tensor", config.context * config.tensor) for field, asked in exchanged.items() if asked]
 
 
 def _fsdp_cuts(config: PlanConfig, model: ModelConfig) -> list[tuple[str, str, int]]:
@@ -115,7 +131,7 @@ def _fsdp_cuts(config: PlanConfig, model: ModelConfig) -> list[tuple[str, str, i
     if size is None:
         size, dense, within = ranks, "data x context", "expert_data"
     cuts = [(field, dense, size) for field in ("hidden_size", "q_lora_rank", "kv_lora_rank")]
-    if model.n_routed_experts is not None:
+    if _read(model, "n_routed_experts") is not None:
         field = "moe_latent_size" if model.moe_latent_size else "hidden_size"
         shards = expert_shards(size, tensor=config.tensor, expert=config.expert, expert_tensor=config.expert_tensor)
         cuts.append((field, within, shards))
@@ -124,7 +140,8 @@ def _fsdp_cuts(config: PlanConfig, model: ModelConfig) -> list[tuple[str, str, i
 
 def _nearest(failed: _Check, config: PlanConfig, model: ModelConfig) -> list[int]:
     """The sizes of the axis closest to the one that failed, at which all that it cuts divides and the plan folds."""
-    pieces = [n for n in range(1, 2 * max(failed.value, failed.size) + 1) if failed._replace(size=n).passes]
+    most = max(failed.value, min(failed.size, MOST_RANKS))
+    pieces = [n for n in range(1, 2 * most + 1) if failed._replace(size=n).passes]
     if hasattr(config, failed.axis):
         plans = {n: dataclasses.replace(config, **{failed.axis: n}) for n in pieces}
         divide = [

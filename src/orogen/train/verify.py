@@ -184,7 +184,7 @@ def _leaf_errors(reference: nnx.State, other: nnx.State) -> tuple[np.ndarray, li
 
 
 def _flips(choices: Any) -> tuple[int, float]:
-    """How many tokens were replayed against their own top k, and the largest margin of one."""
+    """How many tokens were replayed against their own choice, and the largest margin of one."""
     found = jax.tree.leaves(choices, is_leaf=lambda x: isinstance(x, Choice))
     count = sum(int(c.flipped.sum()) for c in found)
     return count, largest(c.margin[c.flipped].max() for c in found if c.flipped.any())
