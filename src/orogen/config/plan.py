@@ -85,6 +85,10 @@ class PlanConfig:
             fits = dtype != "float32" or getattr(self, field) != FOR_GPU[field]
             require(fits, self, field, "another kernel for computation in float32")
 
+    def dropping_none(self) -> "PlanConfig":
+        """The plan with room for every token, as evaluation and inference have it."""
+        return dataclasses.replace(self, capacity_factor=None, buffer_factor=None, dispatch="allgather")
+
     @property
     def devices(self) -> int:
         """How many devices the plan runs on."""

@@ -49,11 +49,10 @@ def load_checkpoint(folder: Path) -> Loaded:
     if not saved.is_file() or not (folder / "checkpoints").is_dir():
         raise ConfigError(f"checkpoint {str(folder)!r} is no run folder; expected one with config.gin and checkpoints/")
     config, _ = load([saved])
-    # Kernels that run everywhere and in float32, and room for every token: inference drops none, whatever capacity the
-    # run trained with.
+    # Kernels that run everywhere and in float32.
     kernels = {field: getattr(PlanConfig, field) for field in FOR_GPU if getattr(config.plan, field) == FOR_GPU[field]}
-    roomy = dataclasses.replace(config.plan, capacity_factor=None, buffer_factor=None, dispatch="allgather", **kernels)
-    plan = single_device_plan(roomy, config.need("model").model)
+    chosen = dataclasses.replace(config.plan.dropping_none(), **kernels)
+    plan = single_device_plan(chosen, config.need("model").model)
     built = build(config.model)
     targets = (with_shardings(t, plan.shardings(t)) for t in (built.params, built.buffers))
     with Checkpoints(folder) as checkpoints:

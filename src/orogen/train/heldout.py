@@ -34,9 +34,7 @@ class Heldout:
     """
 
     def __init__(self, config: RunConfig, built: Built, corpus: Corpus):
-        self.plan = make_plan(
-            dataclasses.replace(config.plan, capacity_factor=None, dispatch="allgather", microbatches=1), config.model
-        )
+        self.plan = make_plan(dataclasses.replace(config.plan.dropping_none(), microbatches=1), config.model)
         self.train, self.built, self.corpus = config.train, built, corpus
         self.whole = corpus.heldout_batches(
             "heldout", batch_size=config.train.batch_size, sequence_length=config.train.sequence_length
