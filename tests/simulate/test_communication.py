@@ -11,7 +11,7 @@ from tests.helpers import hybrid
 
 from orogen.config.plan import PlanConfig
 from orogen.parallel.plan import make_plan
-from orogen.simulate.aot import compiled, hlo_collectives, step_collectives, table_of, traced, unit_of
+from orogen.simulate.aot import compiled, step_collectives, table_of, traced, unit_of
 from orogen.simulate.communication import (
     ENDS,
     LOGIT_ROWS,
@@ -23,6 +23,7 @@ from orogen.simulate.communication import (
     unit_collectives,
 )
 from orogen.simulate.communication import step_collectives as by_paper
+from orogen.simulate.hlo import hlo_collectives
 from orogen.train.loss import LOGIT_ROWS as ROWS_OF_THE_LOSS
 
 WORK = Workload(rows=2, tokens=20)

@@ -113,6 +113,11 @@ FAMILIES = {
             },
         ),
         ("deepseek", {"data": 4, "expert": 2, "expert_tensor": 2, "fsdp": "gradients", "dispatch": "alltoall"}),
+        # What random plans do not draw.
+        (
+            "deepseek",
+            {"data": 2, "context": 2, "tensor": 2, "remat": "elementwise", "cross_entropy": "full", "microbatches": 2},
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(str(v) for v in value.values()),
 )

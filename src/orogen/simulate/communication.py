@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.parallel.fold import expert_shards
+from orogen.simulate.weights import Weight, end_weights, layer_weights, mtp_weights
 
 # Units beside the letters of the pattern: embedding, final norm, head and loss, at every depth of prediction; the
 # projection and norms of the multi-token-prediction block; and each expert's load, counted for the whole batch.
@@ -49,14 +50,6 @@ class Collective(NamedTuple):
     bytes: float
 
 
-class Weight(NamedTuple):
-    """A parameter: shape, the logical axis of each dimension, and whether it is float32 in any compute dtype."""
-
-    shape: tuple[int, ...]
-    axes: tuple[str | None, ...]
-    float32: bool = False
-
-
 def sent_bytes(operation: str, held: float, ranks: int) -> float:
     """Bytes that one of `ranks` devices sends, of an operand of `held` bytes a device."""
     share = (ranks - 1) / ranks
@@ -77,17 +70,17 @@ def unit_collectives(unit: str, model: ModelConfig, plan: PlanConfig, work: Work
     if unit == LOAD:
         _load(ledger)
     elif unit == MTP:
-        weights = [_matrix(2 * model.hidden_size, model.hidden_size, None, "embed"), *_norm(model) * 3]
+        weights = mtp_weights(model)
     elif unit == ENDS:
         _ends(ledger)
-        weights = _end_weights(model)
+        weights = end_weights(model)
         again = weights * model.mtp_depths + weights[:1] * (1 + model.mtp_depths) * model.tie_word_embeddings
         for weight in again:  # a tied matrix is embedding and head
             ledger.gathered(weight)
     else:
         mixers = {"E": _experts, "M": _mamba2, "m": _mamba1, "-": _block}
         mixers.get(unit, _attention)(ledger)
-        weights = _layer_weights(unit, model)
+        weights = layer_weights(unit, model)
     for weight in weights:
         ledger.gathered(weight)
     ledger.summed(weights)
@@ -505,135 +498,3 @@ def _load(ledger: _Ledger) -> None:
         ledger.add("load", "forward", "all-reduce", everywhere, ledger.model.n_routed_experts * FLOAT32, layers)
         # Without room at an expert, and in a ragged buffer.
         ledger.add("dropped", "forward", "all-reduce", everywhere, FLOAT32, 1 + (ledger.plan.dispatch == "ragged"))
-
-
-# Parameters
-
-
-def _end_weights(model: ModelConfig) -> list[Weight]:
-    size, vocabulary, positions = model.hidden_size, model.vocab_size, model.learned_positions
-    weights = [Weight((vocabulary, size), ("vocab", "embed")), *_norm(model)]
-    if positions:
-        weights.append(Weight((positions, size), ("positions", "embed")))
-    return weights if model.tie_word_embeddings else [*weights, Weight((size, vocabulary), ("embed", "vocab"))]
-
-
-def _layer_weights(letter: str, model: ModelConfig) -> list[Weight]:
-    mixer = {
-        "M": _mamba2_weights,
-        "m": _mamba1_weights,
-        "+": _latent_weights,
-        "E": _expert_weights,
-        "-": _dense_weights,
-    }
-    return _norm(model) + mixer.get(letter, _attention_weights)(model)
-
-
-def _vector(size: int, axis: str | None, present: bool = True) -> list[Weight]:
-    return [Weight((size,), (axis,), float32=True)] if present else []
-
-
-def _matrix(rows: int, columns: int, *axes: str | None) -> Weight:
-    return Weight((rows, columns), axes)
-
-
-def _norm(model: ModelConfig, size: int | None = None) -> list[Weight]:
-    """The weight, and for the layer norms a bias."""
-    return _vector(size or model.hidden_size, "norm") * (2 if model.norm.startswith("layer") else 1)
-
-
-def _mlp(model: ModelConfig, hidden: int, *, bias: bool) -> list[Weight]:
-    size, inward = model.hidden_size, 2 if model.mlp_gated else 1
-    matrices = [_matrix(size, hidden, "embed", "mlp")] * inward + [_matrix(hidden, size, "mlp", "embed")]
-    return matrices + _vector(hidden, "mlp", bias) * inward + _vector(size, "norm", bias)
-
-
-def _dense_weights(model: ModelConfig) -> list[Weight]:
-    return _mlp(model, model.intermediate_size, bias=model.mlp_bias)
-
-
-def _attention_weights(model: ModelConfig) -> list[Weight]:
-    size, heads = model.hidden_size, model.num_attention_heads
-    queries, keys = heads * model.head_dim, model.num_key_value_heads * model.head_dim
-    biased = model.attention_bias != "none"
-    return [
-        _matrix(size, queries, "embed", "heads"),
-        *[_matrix(size, keys, "embed", "kv_heads")] * 2,
-        _matrix(queries, size, "heads", "embed"),
-        *_vector(queries, "heads", biased),
-        *_vector(keys, "kv_heads", biased) * 2,
-        *_vector(size, "norm", model.attention_bias == "all"),
-        *(_norm(model, model.head_dim) * 2 if model.qk_norm else []),
-        *_vector(heads, "heads", model.attention_sinks),
-    ]
-
-
-def _latent_weights(model: ModelConfig) -> list[Weight]:
-    size, heads, rank, latent = model.hidden_size, model.num_attention_heads, model.q_lora_rank, model.kv_lora_rank
-    nope, rope, value = model.qk_nope_head_dim, model.qk_rope_head_dim, model.v_head_dim
-    biased = model.attention_bias == "all"
-    up = lambda rank, width: _matrix(rank, heads * width, "embed", "heads")  # noqa: E731
-    down = lambda width: [_matrix(size, width, "embed", None), *_vector(width, "norm", biased)]  # noqa: E731
-    queries = [up(size, nope + rope)] if rank is None else [*down(rank), *_norm(model, rank), up(rank, nope + rope)]
-    keys = [*down(latent), *_norm(model, latent), *down(rope), up(latent, nope), up(latent, value)]
-    return [*queries, *keys, _matrix(heads * value, size, "heads", "embed"), *_vector(size, "norm", biased)]
-
-
-def _convolution(model: ModelConfig, channels: int, axis: str) -> list[Weight]:
-    return [_matrix(channels, model.conv_kernel, axis, "taps"), *_vector(channels, axis, model.use_conv_bias)]
-
-
-def _mamba2_weights(model: ModelConfig) -> list[Weight]:
-    size, heads, biased = model.hidden_size, model.mamba_num_heads, model.mamba_proj_bias
-    inner, states = heads * model.mamba_head_dim, model.n_groups * model.ssm_state_size
-    project = lambda width, axis: [_matrix(size, width, "embed", axis), *_vector(width, axis, biased)]  # noqa: E731
-    return [
-        *project(inner, "mamba_heads") * 2,
-        *project(states, "groups") * 2,
-        *project(heads, "mamba_heads"),
-        *_convolution(model, inner, "mamba_heads"),
-        *_convolution(model, states, "groups") * 2,
-        *_vector(heads, "mamba_heads") * 3,  # of dt, A and D
-        *_vector(inner, "mamba_heads"),
-        _matrix(inner, size, "mamba_heads", "embed"),
-        *_vector(size, "norm", biased),
-    ]
-
-
-def _mamba1_weights(model: ModelConfig) -> list[Weight]:
-    size, inner, biased = model.hidden_size, model.mamba_intermediate_size, model.mamba_proj_bias
-    rank, state = model.time_step_rank, model.ssm_state_size
-    return [
-        *[_matrix(size, inner, "embed", "mamba_heads"), *_vector(inner, "mamba_heads", biased)] * 2,
-        *_convolution(model, inner, "mamba_heads"),
-        *(_matrix(inner, width, "mamba_heads", None) for width in (rank, state, state)),
-        _matrix(rank, inner, None, "mamba_heads"),
-        *_vector(inner, "mamba_heads") * 2,  # of dt, and D
-        _matrix(inner, state, "mamba_heads", "state"),
-        _matrix(inner, size, "mamba_heads", "embed"),
-        *_vector(size, "norm", biased),
-    ]
-
-
-def _expert_weights(model: ModelConfig) -> list[Weight]:
-    size, experts, width = model.hidden_size, model.n_routed_experts, model.expert_width
-    hidden, latent, shared = (
-        model.moe_intermediate_size,
-        model.moe_latent_size,
-        model.moe_shared_expert_intermediate_size,
-    )
-    inward = 2 if model.mlp_gated else 1
-    up = Weight((experts, width, hidden), ("expert", "expert_embed", "expert_mlp"))
-    down = Weight((experts, hidden, width), ("expert", "expert_mlp", "expert_embed"))
-    biases = [Weight((experts, hidden), ("expert", "expert_mlp"), True)] * inward
-    biases.append(Weight((experts, width), ("expert", "norm"), True))
-    return [
-        Weight((size, experts), ("embed", None), float32=True),
-        *_vector(experts, None, model.router_bias),
-        *[up] * inward,
-        down,
-        *(biases if model.mlp_bias else []),
-        *([_matrix(size, latent, "embed", None), _matrix(latent, size, None, "embed")] if latent else []),
-        *(_mlp(model, shared, bias=False) if shared else []),
-        *([_matrix(size, 1, "embed", None)] if model.moe_shared_expert_gate else []),
-    ]
