@@ -30,6 +30,9 @@ class PlanConfig:
     shift: how arrays go from one rank to the next. microbatches: how many parts a batch is taken in.
     remat: which activations are recomputed in the backward pass: none, all of a layer's (full), or those that no matrix
     product or fused kernel makes (elementwise).
+    linear: dense layers' products in the dtype of computation (plain), or of operands rounded to 8 bits (fp8; not in
+    the model's first and last layer, nor where the result is too narrow to gain). It alone changes results by more than
+    rounding in the dtype of computation.
     """
 
     data: int = 1
@@ -49,6 +52,7 @@ class PlanConfig:
     shift: str = "permute"
     microbatches: int = 1
     remat: str = "none"
+    linear: str = "plain"
     attention: str = "full"
     ssd: str = "chunked"
     selective_scan: str = "chunked"
@@ -70,6 +74,7 @@ class PlanConfig:
         require_choice(self, "context_ssm", ("state", "heads"))
         require_choice(self, "shift", ("permute", "alltoall"))
         require_choice(self, "remat", ("none", "elementwise", "full"))
+        require_choice(self, "linear", ("plain", "fp8"))
         require_choice(self, "attention", ("full", "blocked", "cudnn"))
         whole = self.context == 1 or self.context_attention == "alltoall"
         expected = f"full or blocked where context is {self.context} and context_attention {self.context_attention}"

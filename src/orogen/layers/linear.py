@@ -3,19 +3,29 @@
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from orogen.precision.fp8 import fp8_matmul
+
+PRODUCTS = {"plain": jnp.matmul, "fp8": fp8_matmul}
+
+
+def linear(x_btd: Array, w_df: Array, implementation: str = "plain") -> Array:
+    """x w, by one of PRODUCTS, which PlanConfig.linear names."""
+    return _flat_product(x_btd, w_df, implementation)
+
 
 # Checkpointed, so that several products with one x keep x itself and not a flat copy each.
-@partial(jax.checkpoint, prevent_cse=False)
-def linear(x_btd: Array, w_df: Array) -> Array:
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=(2,))
+def _flat_product(x_btd: Array, w_df: Array, implementation: str) -> Array:
     """x w, with all axes of x but the last taken as one.
 
     Otherwise the weight's gradient sums over two axes, for which XLA:CPU first transposes the whole cotangent, an
     element at a time: a layer's backward pass then takes three times as long (jax 0.10.1).
     """
-    y_nf = x_btd.reshape(-1, x_btd.shape[-1]) @ w_df
+    y_nf = PRODUCTS[implementation](x_btd.reshape(-1, x_btd.shape[-1]), w_df)
     return y_nf.reshape(*x_btd.shape[:-1], -1)
 
 

@@ -59,8 +59,9 @@ class MLP(nnx.Module):
 
     def __call__(self, x_btd: Array, plan: Plan) -> Array:
         h_btd = plan.gather(x_btd, "sequence")
-        up_btf = add_bias(linear(h_btd, plan.weight(self.up)), self.up_bias)
-        gate_btf = None if self.gate is None else add_bias(linear(h_btd, plan.weight(self.gate)), self.gate_bias)
+        multiply = lambda x, weight: linear(x, plan.weight(weight), plan.config.linear)  # noqa: E731
+        up_btf = add_bias(multiply(h_btd, self.up), self.up_bias)
+        gate_btf = None if self.gate is None else add_bias(multiply(h_btd, self.gate), self.gate_bias)
         hidden_btf = activate(up_btf, gate_btf, name=self.activation, limit=self.limit)
         # The ranks' parts of the product are summed first: their bias counts once.
-        return add_bias(plan.scatter(linear(hidden_btf, plan.weight(self.down)), "sequence"), self.down_bias)
+        return add_bias(plan.scatter(multiply(hidden_btf, self.down), "sequence"), self.down_bias)

@@ -66,7 +66,7 @@ class Attention(nnx.Module):
         return _join(y_bthk, self.out, self.out_bias, plan)
 
     def _heads(self, h_btd: Array, weight: nnx.Param, bias: nnx.Param | None, plan: Plan) -> Array:
-        return _split(add_bias(linear(h_btd, plan.weight(weight)), bias), self.head_dim)
+        return _split(add_bias(linear(h_btd, plan.weight(weight), plan.config.linear), bias), self.head_dim)
 
 
 class LatentAttention(nnx.Module):
@@ -105,16 +105,16 @@ class LatentAttention(nnx.Module):
     def __call__(self, x_btd: Array, docs: Documents, plan: Plan) -> Array:
         h_btd = plan.gather(x_btd, "sequence")
         q_bthk = self._queries(h_btd, docs, plan)
-        latent_btr = add_bias(linear(h_btd, plan.weight(self.latent_down)), self.latent_down_bias)
+        latent_btr = add_bias(linear(h_btd, plan.weight(self.latent_down), plan.config.linear), self.latent_down_bias)
         latent_btr = self.latent_norm(latent_btr)
-        shared_btk = add_bias(linear(h_btd, plan.weight(self.key_rope)), self.key_rope_bias)
+        shared_btk = add_bias(linear(h_btd, plan.weight(self.key_rope), plan.config.linear), self.key_rope_bias)
         shared_bt1k = self.rotary(shared_btk[:, :, None], docs.positions_bt)
-        k_bthk = _split(linear(latent_btr, plan.weight(self.key_up)), self.nope)
+        k_bthk = _split(linear(latent_btr, plan.weight(self.key_up), plan.config.linear), self.nope)
         shared_bthk = jnp.broadcast_to(shared_bt1k, (*k_bthk.shape[:-1], self.rope))
         y_bthk = attend(
             q_bthk,
             jnp.concatenate([k_bthk, shared_bthk], -1),
-            _split(linear(latent_btr, plan.weight(self.value_up)), self.value_size),
+            _split(linear(latent_btr, plan.weight(self.value_up), plan.config.linear), self.value_size),
             docs.segments_bt,
             plan,
             scale=self.scale,
@@ -123,10 +123,10 @@ class LatentAttention(nnx.Module):
 
     def _queries(self, h_btd: Array, docs: Documents, plan: Plan) -> Array:
         if self.direct:
-            q_btf = linear(h_btd, plan.weight(self.query))
+            q_btf = linear(h_btd, plan.weight(self.query), plan.config.linear)
         else:
-            latent_btr = add_bias(linear(h_btd, plan.weight(self.query_down)), self.query_down_bias)
-            q_btf = linear(self.query_norm(latent_btr), plan.weight(self.query_up))
+            latent_btr = add_bias(linear(h_btd, plan.weight(self.query_down), plan.config.linear), self.query_down_bias)
+            q_btf = linear(self.query_norm(latent_btr), plan.weight(self.query_up), plan.config.linear)
         q_bthk = _split(q_btf, self.nope + self.rope)
         plain_bthk, turned_bthk = q_bthk[..., : self.nope], q_bthk[..., self.nope :]
         return jnp.concatenate([plain_bthk, self.rotary(turned_bthk, docs.positions_bt)], -1)
@@ -143,5 +143,7 @@ def _split(x_btf: Array, size: int) -> Array:
 
 def _join(y_bthk: Array, out: nnx.Param, bias: nnx.Param | None, plan: Plan) -> Array:
     """The heads' outputs projected and summed over ranks; the bias is added once, to the sum."""
-    y_btd = plan.scatter(linear(y_bthk.reshape(*y_bthk.shape[:2], -1), plan.weight(out)), "sequence")
+    y_btd = plan.scatter(
+        linear(y_bthk.reshape(*y_bthk.shape[:2], -1), plan.weight(out), plan.config.linear), "sequence"
+    )
     return add_bias(y_btd, bias)

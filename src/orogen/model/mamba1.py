@@ -47,8 +47,8 @@ class Mamba1(nnx.Module):
 
     def __call__(self, x_btd: Array, segments_bt: Array, plan: Plan) -> Array:
         h_btd = plan.gather(x_btd, "sequence")
-        x_bti = add_bias(linear(h_btd, plan.weight(self.x)), self.x_bias)
-        z_bti = add_bias(linear(h_btd, plan.weight(self.z)), self.z_bias)
+        x_bti = add_bias(linear(h_btd, plan.weight(self.x), plan.config.linear), self.x_bias)
+        z_bti = add_bias(linear(h_btd, plan.weight(self.z), plan.config.linear), self.z_bias)
         with jax.named_scope("conv"):
             (x_bti,) = convolve((self.conv,), (x_bti,), segments_bt, plan)
         with jax.named_scope("selective_scan"):
@@ -56,7 +56,9 @@ class Mamba1(nnx.Module):
         with jax.named_scope("gate"):
             y_bti = (y_bti * jax.nn.silu(z_bti.astype(jnp.float32))).astype(x_btd.dtype)
         # The ranks' parts of the product are summed before the bias is added, once.
-        return add_bias(plan.scatter(linear(y_bti, plan.weight(self.out)), "sequence"), self.out_bias)
+        return add_bias(
+            plan.scatter(linear(y_bti, plan.weight(self.out), plan.config.linear), "sequence"), self.out_bias
+        )
 
     def _scan(self, x_bti: Array, segments_bt: Array, plan: Plan) -> Array:
         """The scan's output and D x, float32."""

@@ -81,8 +81,10 @@ class Mamba2(nnx.Module):
         h_btd = plan.gather(x_btd, "sequence")
         weights = (self.z, self.x, self.B, self.C, self.dt)
         biases = (self.z_bias, self.x_bias, self.B_bias, self.C_bias, self.dt_proj_bias)
+        # dt has a column a head, too few for FP8 to gain anything, and decays are exponentials of it.
         z_bti, x_bti, B_btc, C_btc, dt_bth = (
-            add_bias(linear(h_btd, plan.weight(w)), bias) for w, bias in zip(weights, biases, strict=True)
+            add_bias(linear(h_btd, plan.weight(w), "plain" if w is self.dt else plan.config.linear), bias)
+            for w, bias in zip(weights, biases, strict=True)
         )
         with jax.named_scope("conv"):
             convs = (self.conv_x, self.conv_B, self.conv_C)
@@ -93,7 +95,9 @@ class Mamba2(nnx.Module):
             gated_bti = y_bti.astype(jnp.float32) * jax.nn.silu(z_bti.astype(jnp.float32))
             y_bti = self.norm(gated_bti, plan).astype(x_btd.dtype)
         # The ranks' parts of the product are summed before the bias is added, once.
-        return add_bias(plan.scatter(linear(y_bti, plan.weight(self.out)), "sequence"), self.out_bias)
+        return add_bias(
+            plan.scatter(linear(y_bti, plan.weight(self.out), plan.config.linear), "sequence"), self.out_bias
+        )
 
     def _scan(self, x_bti, B_btc, C_btc, dt_bth, segments_bt, plan) -> Array:
         split = lambda a, size: a.reshape(*a.shape[:2], -1, size)  # noqa: E731

@@ -81,7 +81,9 @@ class MoE(nnx.Module):
             keep_btk = stats.choice.replay.kept
         with jax.named_scope("experts"):
             flat = lambda a: a.reshape(-1, a.shape[-1])  # noqa: E731
-            u_btw = x_btd if self.latent_down is None else linear(x_btd, plan.weight(self.latent_down))
+            u_btw = (
+                x_btd if self.latent_down is None else linear(x_btd, plan.weight(self.latent_down), plan.config.linear)
+            )
             dispatcher = DISPATCHES[plan.config.dispatch]
             rows, group_sizes, ticket = dispatcher.dispatch(
                 flat(u_btw), flat(routing.experts), flat(keep_btk), self.n_experts, capacity, plan
@@ -89,7 +91,7 @@ class MoE(nnx.Module):
             y_nw = dispatcher.combine(self.experts(rows, group_sizes, plan), flat(routing.weights), ticket, plan)
             stats = stats._replace(overflow=stats.overflow + ticket.overflow)
             y_btd = y_nw.reshape(u_btw.shape)
-            y_btd = y_btd if self.latent_up is None else linear(y_btd, plan.weight(self.latent_up))
+            y_btd = y_btd if self.latent_up is None else linear(y_btd, plan.weight(self.latent_up), plan.config.linear)
         if self.shared is not None:
             with jax.named_scope("shared_expert"):
                 y_btd = y_btd + self._shared(x_btd, self.shared, plan)
