@@ -25,6 +25,7 @@ from orogen.config.plan import FOR_GPU, PlanConfig
 from orogen.config.run import RunConfig
 from orogen.model.lm import build, initial_state
 from orogen.parallel.plan import Plan, make_plan
+from orogen.parallel.runtime import configure
 from orogen.precision.policy import working_copy
 from orogen.simulate.flops import peak_flops, training_flops_per_token
 from orogen.train.optimizer import make_optimizer
@@ -241,4 +242,5 @@ def _serve(settings: dict[str, Any]) -> tuple[dict[str, Any], Callable[[Any], An
 
 
 if __name__ == "__main__":
+    configure()
     serve(_serve)

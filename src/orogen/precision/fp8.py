@@ -56,9 +56,9 @@ def fp8_matmul(x_nd: Array, w_df: Array) -> Array:
 
 def _product(left: Array, right: Array, kinds: tuple[Any, Any], axes: tuple[int, int], dtype: Any) -> Array:
     """The product over one axis of each, both quantized; summed in float32, given in `dtype`."""
-    wide = [dequantize(*quantize(operand, kind), dtype) for operand, kind in zip((left, right), kinds, strict=True)]
+    left, right = (dequantize(*quantize(a, kind), dtype) for a, kind in zip((left, right), kinds, strict=True))
     dimensions = (((axes[0],), (axes[1],)), ((), ()))
-    return lax.dot_general(*wide, dimensions, preferred_element_type=dtype)
+    return lax.dot_general(left, right, dimensions, preferred_element_type=dtype)
 
 
 def _forward(x_nd, w_df):
