@@ -28,6 +28,9 @@ class PlanConfig:
     context_attention: ring passes keys and values from rank to rank, allgather gathers them, alltoall exchanges the
     sequence for heads. context_ssm: state passes states from rank to rank, heads exchanges the sequence for heads.
     shift: how arrays go from one rank to the next. microbatches: how many parts a batch is taken in.
+    schedule: the order in which stages take microbatches forward and backward: all forward first (gpipe), each backward
+    as soon as it can be (1f1b), or that with several chunks of the model on each stage (interleaved). virtual: how many
+    chunks; None is as many as the | of the pattern make, or without any two if interleaved, else one.
     remat: which activations are recomputed in the backward pass: none, all of a layer's (full), or those that no matrix
     product or fused kernel makes (elementwise).
     """
@@ -47,6 +50,8 @@ class PlanConfig:
     context_attention: str = "ring"
     context_ssm: str = "state"
     shift: str = "permute"
+    schedule: str = "1f1b"
+    virtual: int | None = None
     microbatches: int = 1
     remat: str = "none"
     attention: str = "full"
@@ -59,7 +64,10 @@ class PlanConfig:
         check_types(self)
         require_positive(self, "data", "context", "tensor", "stage", "expert", "expert_tensor", "microbatches")
         require_positive(self, "fsdp_size", "capacity_factor", "buffer_factor")
-        require(self.stage == 1, self, "stage", "1: parallelism over this axis is not available yet")
+        require_choice(self, "schedule", ("gpipe", "1f1b", "interleaved"))
+        require_positive(self, "virtual")
+        waits = self.stage > 1 and self.context > 1 and self.shift == "permute"
+        require(not waits, self, "shift", "alltoall where stage and context are above 1: stages do not shift together")
         require_choice(self, "fsdp", ("none", "optimizer", "gradients", "parameters"))
         require(self.fsdp_size is None or self.fsdp != "none", self, "fsdp_size", "None where fsdp is none")
         require_choice(self, "dispatch", ("allgather", "alltoall", "ragged"))

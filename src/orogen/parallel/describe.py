@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from orogen.parallel.plan import Plan
+from orogen.parallel.plan import Plan, full_axes
 
 
 def describe_plan(plan: Plan, params: nnx.State) -> dict[str, Any]:
@@ -48,8 +48,7 @@ def plan_lines(facts: dict[str, Any]) -> list[str]:
 
 
 def _describe(leaf: nnx.Variable, plan: Plan, sizes: dict[str, int]) -> dict[str, Any]:
-    shape, own = leaf.get_value().shape, leaf.get_metadata()["axes"]
-    axes = (None,) * (len(shape) - len(own)) + tuple(own)
+    shape, axes = leaf.get_value().shape, full_axes(leaf)
 
     def local(rules) -> list[int]:
         ways = [math.prod(sizes[name] for name in rules[axis]) if axis else 1 for axis in axes]

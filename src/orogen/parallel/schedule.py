@@ -78,6 +78,18 @@ class Schedule:
         """Idle ticks of a stage over its busy ones."""
         return Fraction(self.ticks, 2 * self.microbatches * self.virtual) - 1
 
+    def forward_only(self) -> "Schedule":
+        """The forward passes alone, each as soon as it can be, for evaluation; nothing is stashed."""
+        orders = [
+            [
+                step
+                for step in _order("gpipe", stage, self.stages, self.microbatches, self.virtual)
+                if step.operation == FORWARD
+            ]
+            for stage in range(self.stages)
+        ]
+        return _assemble(self.kind, orders, self.stages, self.microbatches, self.virtual)
+
     @property
     def in_flight(self) -> tuple[int, ...]:
         """For each stage, the most (microbatch, chunk) pairs taken forward and not yet, or just being, taken back."""
@@ -114,6 +126,10 @@ def make_schedule(kind: str, *, stages: int, microbatches: int, virtual: int = 1
     """
     _check(kind, stages, microbatches, virtual)
     orders = [_order(kind, stage, stages, microbatches, virtual) for stage in range(stages)]
+    return _assemble(kind, orders, stages, microbatches, virtual)
+
+
+def _assemble(kind: str, orders: Sequence[Sequence[_Pass]], stages: int, microbatches: int, virtual: int) -> Schedule:
     tick = _place(orders, mixed=virtual == 1)
     slot, slots = {}, {}
     for buffer, spans in _spans(tick, last=stages * virtual - 1).items():
@@ -291,8 +307,8 @@ def _spans(tick: Mapping[_Pass, int], last: int) -> dict[str, dict[_Pass, tuple[
     """
     spans = {"stash": {}, "forward_inbox": {}, "backward_inbox": {}}
     for step, start in tick.items():
-        if step.operation == FORWARD:
-            spans["stash"][step] = start, tick[step._replace(operation=BACKWARD)]
+        if step.operation == FORWARD and (back := step._replace(operation=BACKWARD)) in tick:
+            spans["stash"][step] = start, tick[back]
         source = _source(step, last)
         if source and source.operation == step.operation:
             spans[INBOX[step.operation]][step] = tick[source] + 1, start
@@ -329,7 +345,7 @@ def _fill(
         tables.operation[t, stage] = step.operation
         tables.microbatch[t, stage] = step.microbatch
         tables.chunk[t, stage] = step.segment // stages
-        tables.stash[t, stage] = slot["stash"][step._replace(operation=FORWARD)]
+        tables.stash[t, stage] = slot["stash"].get(step._replace(operation=FORWARD), length["stash"])
         getattr(tables, inbox)[t, stage] = slot[inbox].get(step, length[inbox])
         if receiver in slot[inbox]:
             tables.send[t, stage] = toward
