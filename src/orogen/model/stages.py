@@ -67,6 +67,16 @@ class Stages:
             Segment(pattern, self.mtp if g == end else "", g == 0, g == end) for g, pattern in enumerate(self.patterns)
         )
 
+    @functools.cached_property
+    def kinds(self) -> tuple[Segment, ...]:
+        """The segments that differ: chunks of equal layers run one program."""
+        return tuple(dict.fromkeys(self.segments))
+
+    @property
+    def kind_vp(self) -> np.ndarray:
+        """(v, p) int: which of `kinds` chunk v of stage p is."""
+        return np.reshape([self.kinds.index(segment) for segment in self.segments], (self.virtual, self.stages))
+
     def split(self, state: nnx.State) -> nnx.State:
         """Parameters or buffers of a whole model as the stages keep them."""
         shared, stacks = _apart(state, self._items)

@@ -21,21 +21,27 @@ def dependence(jaxpr: jex.Jaxpr, inputs: Sequence[int], consts: int = 0) -> list
 def _outputs(equation: Any, inputs: list[int]) -> list[int]:
     name, params = equation.primitive.name, equation.params
     if name == "scan":
-        return _scan(params, inputs)
+        return _scan(equation, inputs)
     if name in ("jit", "pjit", "closed_call", "remat2", "checkpoint"):
-        inner = params["jaxpr"]
-        inner = inner.jaxpr if isinstance(inner, jex.ClosedJaxpr) else inner
-        return dependence(inner, inputs)
+        return dependence(_open(params.get("jaxpr", params.get("call_jaxpr"))), inputs)
     every = 0
     for flags in inputs:
         every |= flags
     return [every] * len(equation.outvars)
 
 
-def _scan(params: dict[str, Any], inputs: list[int]) -> list[int]:
+def _open(jaxpr: jex.ClosedJaxpr | jex.Jaxpr) -> jex.Jaxpr:
+    return jaxpr.jaxpr if isinstance(jaxpr, jex.ClosedJaxpr) else jaxpr
+
+
+def _scan(equation: Any, inputs: list[int]) -> list[int]:
     """Of a loop: what the carry depends on grows until it no longer does."""
-    consts, carried = params["num_consts"], params["num_carry"]
-    body = params["jaxpr"].jaxpr
+    body = _open(equation.params["jaxpr"])
+    # A loop gives its body the constants and the carry as they are, and slices of the rest; jax names their numbers
+    # differently from version to version.
+    alike = lambda outer, inner: sum(a.aval.ndim == b.aval.ndim for a, b in zip(outer, inner, strict=True))  # noqa: E731
+    carried = alike(equation.outvars, body.outvars)
+    consts = alike(equation.invars, body.invars) - carried
     carry = inputs[consts : consts + carried]
     while True:
         outputs = dependence(body, [*inputs[:consts], *carry, *inputs[consts + carried :]])

@@ -146,13 +146,18 @@ def run(
     return Result(lax.psum(state.loss, stage), state.grads, state.reports)
 
 
+def branches_ts(tables: Tables, program_vp: np.ndarray, count: int) -> np.ndarray:
+    """(ticks, stages) int: which branch of the loop a stage takes: 0 idles, 1 to `count` are the forward passes of the
+    programs, those after the backward ones."""
+    program_ts = program_vp[tables.chunk, np.arange(tables.chunk.shape[1])]
+    first = {FORWARD: 1, BACKWARD: 1 + count}
+    return np.select([tables.operation == o for o in first], [program_ts + start for start in first.values()], 0)
+
+
 def _stage_rows(tables: Tables, program_vp: np.ndarray, count: int, plan: Plan) -> _Now:
     """(ticks,) arrays: this stage's columns of the tables."""
-    stage_s = np.arange(tables.chunk.shape[1])
-    program_ts = program_vp[tables.chunk, stage_s]
-    first = {FORWARD: 1, BACKWARD: 1 + count}
-    branch_ts = np.select([tables.operation == o for o in first], [program_ts + start for start in first.values()], 0)
-    fields = {name: getattr(tables, name) for name in _Now._fields if name != "branch"} | {"branch": branch_ts}
+    fields = {name: getattr(tables, name) for name in _Now._fields if name != "branch"}
+    fields["branch"] = branches_ts(tables, program_vp, count)
     index = plan.index("stage")
     return _Now(**{name: jnp.take(jnp.asarray(table, jnp.int32), index, axis=1) for name, table in fields.items()})
 

@@ -87,7 +87,7 @@ def train(
         check_vocab_size(corpus.tokenizer, config.model.vocab_size)
     else:
         check_rows(known, config.model.vocab_size)
-    built = build(config.model, cut(config, plan))
+    built = build(config.model, cut(config.model, plan, config.train.sequence_length))
     with Checkpoints(run_dir, keep=config.train.keep_checkpoints) as checkpoints, _Sigterm() as stop:
         run = _Run(config, plan, built, corpus, checkpoints)
         state = run.start(origin)

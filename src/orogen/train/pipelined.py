@@ -8,12 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array, lax
 
 from orogen.config.model import ModelConfig
-from orogen.config.run import RunConfig
 from orogen.data.packing import Batch
 from orogen.model.block import Stack, repeats
 from orogen.model.lm import LanguageModel
@@ -27,6 +25,7 @@ from orogen.simulate.flops import head_flops_per_token, layer_flops_per_token
 from orogen.train.loss import Counts, Passed, Sums, embed, enter, leave, lost, map_moe
 
 MOE = "E"
+# Of a row for which stages are balanced where no batch says it, tokens.
 TYPICAL_LENGTH = 4096
 
 
@@ -43,7 +42,6 @@ class Pipeline:
     ):  # fmt: skip
         self.stages, self.config, self.plan, self.dtype = stages, config, plan, dtype
         self.batch, self.counts, self.buffers, self.replay, self.record = batch, counts, buffers, replay, record
-        self.kinds = tuple(dict.fromkeys(stages.segments))
 
     def gradients(self, params: Any) -> tuple[Array, Any, Sums]:
         """The loss, and of this device's own stage gradients and loads; scattered if the plan keeps them so."""
@@ -58,15 +56,14 @@ class Pipeline:
         return self._sums(self._run(self.plan.vary(params), None).reports)
 
     def _run(self, varied: Any, zeros: Any) -> Any:
-        kinds = [self.kinds.index(segment) for segment in self.stages.segments]
         size, length = self.batch.tokens_bt.shape[1:]
         shape = size, length // self.plan.size("sequence"), self.config.hidden_size
         schedule = self.plan.schedule
         assert schedule is not None, "a cut model's plan has a schedule"
         return run(
             schedule if zeros is not None else schedule.forward_only(),
-            [self._program(segment, varied) for segment in self.kinds],
-            np.reshape(kinds, (self.stages.virtual, self.stages.stages)),
+            [self._program(segment, varied) for segment in self.stages.kinds],
+            self.stages.kind_vp,
             params=varied,
             x=jnp.zeros(shape, DTYPES[self.dtype]),
             grads=zeros,
@@ -174,12 +171,11 @@ class Pipeline:
         return tuple(trees)
 
 
-def cut(config: RunConfig, plan: Plan) -> Stages | None:
+def cut(model: ModelConfig, plan: Plan, length: int = TYPICAL_LENGTH) -> Stages | None:
     """Which layers each stage of the plan has; None without stages. Where the pattern has no |, segments take about
-    equally many operations on rows of TrainConfig.sequence_length tokens, or of TYPICAL_LENGTH without one."""
+    equally many operations on rows of `length` tokens."""
     if plan.schedule is None:
         return None
-    model, length = config.model, config.train.sequence_length if config.train else TYPICAL_LENGTH
     patterns = segments(
         model.layers,
         plan.schedule.stages * plan.schedule.virtual,

@@ -89,7 +89,7 @@ def verify(config: RunConfig) -> Verdict:
     expected = "a longer one: no token of the rows that are checked has a target"
     require(bool(batch.weights_bt.any()), train, "sequence_length", expected)
     built = build(config.model)
-    laid = build(config.model, cut(dataclasses.replace(config, train=train), plan))
+    laid = build(config.model, cut(config.model, plan, train.sequence_length))
     start = _initial(config, built, single, train.seed)
     alone = _gradients(built, config, single, start, batch, None)
     replay = jax.tree.map(lambda a: in_rank_order(a, plan, axis=-2), replay_of(alone.sums.choices))
