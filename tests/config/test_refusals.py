@@ -57,7 +57,6 @@ REFUSED = [
     (PlanConfig, "context_attention", "zigzag", "one of ring, allgather, alltoall"),
     (PlanConfig, "context_ssm", "ring", "one of state, heads"),
     (PlanConfig, "shift", "ring", "one of permute, alltoall"),
-    (PlanConfig, "remat", "some", "one of none, elementwise, full"),
     (PlanConfig, "attention", "flash", "one of full, blocked, cudnn"),
     (PlanConfig, "ssd", "scan", "one of recurrence, chunked, triton"),
     (PlanConfig, "selective_scan", "recurrence", "one of reference, chunked"),

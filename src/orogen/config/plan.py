@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from orogen.config.checks import check_types, require, require_choice, require_positive
+from orogen.config.remat import Remat, check_remat, layer_remat
 
 # Of each operation the implementation that needs an NVIDIA GPU; and the operations of which it takes no float32.
 FOR_GPU = {"attention": "cudnn", "ssd": "triton", "grouped_matmul": "mosaic"}
@@ -31,8 +32,11 @@ class PlanConfig:
     schedule: the order in which stages take microbatches forward and backward: all forward first (gpipe), each backward
     as soon as it can be (1f1b), or that with several chunks of the model on each stage (interleaved). virtual: how many
     chunks; None is as many as the | of the pattern make, or without any two if interleaved, else one.
-    remat: which activations are recomputed in the backward pass: none, all of a layer's (full), or those that no matrix
-    product or fused kernel makes (elementwise).
+    remat: which activations are recomputed in the backward pass: none, all of a layer's (full), those that no matrix
+    product or fused kernel makes (elementwise), those large and cheap (selective), those that the formulas of
+    arXiv:2205.05198 do not count (paper); or entries that choose by name, 'name,name' or 'LETTERS:name,name', in which
+    one of these words may stand as well: ('M:conv,gated_norm', '*:core', 'E:full'). Layers that no entry mentions
+    recompute nothing. config/remat.py has the names, and which layers have them.
     """
 
     data: int = 1
@@ -53,7 +57,7 @@ class PlanConfig:
     schedule: str = "1f1b"
     virtual: int | None = None
     microbatches: int = 1
-    remat: str = "none"
+    remat: str | tuple[str, ...] = "none"
     attention: str = "full"
     ssd: str = "chunked"
     selective_scan: str = "chunked"
@@ -77,7 +81,7 @@ class PlanConfig:
         require_choice(self, "context_attention", ("ring", "allgather", "alltoall"))
         require_choice(self, "context_ssm", ("state", "heads"))
         require_choice(self, "shift", ("permute", "alltoall"))
-        require_choice(self, "remat", ("none", "elementwise", "full"))
+        check_remat(self.remat)
         require_choice(self, "attention", ("full", "blocked", "cudnn"))
         whole = self.context == 1 or self.context_attention == "alltoall"
         expected = f"full or blocked where context is {self.context} and context_attention {self.context_attention}"
@@ -86,12 +90,18 @@ class PlanConfig:
         require_choice(self, "selective_scan", ("reference", "chunked"))
         require_choice(self, "grouped_matmul", ("reference", "blocks", "ragged_dot", "mosaic"))
         require_choice(self, "cross_entropy", ("full", "chunked"))
+        if not isinstance(self.remat, str):
+            object.__setattr__(self, "remat", tuple(self.remat))  # gin may give a list
 
     def require_half_precision(self, dtype: str) -> None:
         """Raises ConfigError if `dtype` is float32 and a kernel was chosen that lacks it."""
         for field in IN_HALF_PRECISION:
             fits = dtype != "float32" or getattr(self, field) != FOR_GPU[field]
             require(fits, self, field, "another kernel for computation in float32")
+
+    def layer_remat(self, letter: str) -> Remat:
+        """What layers of `letter` recompute."""
+        return layer_remat(self.remat, letter)
 
     def dropping_none(self) -> "PlanConfig":
         """The plan with room for every token, as evaluation and inference have it."""

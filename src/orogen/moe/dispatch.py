@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
 from orogen.parallel.plan import Plan
 from orogen.parallel.ragged import Runs
@@ -85,11 +86,10 @@ def _take_rows(x_nd: Array, slots_nk: Array, source_r: Array) -> Array:
 
 
 def _take_rows_forward(x_nd, slots_nk, source_r):
-    return _take_rows(x_nd, slots_nk, source_r), (slots_nk, source_r)
+    return _take_rows(x_nd, slots_nk, source_r), checkpoint_name(slots_nk, "routing")
 
 
-def _take_rows_backward(residuals, g_rd):
-    slots_nk, source_r = residuals
+def _take_rows_backward(slots_nk, g_rd):
     g_nkd = jnp.take(g_rd, slots_nk, axis=0, mode="fill", fill_value=0)
     return g_nkd.sum(1), None, None
 
@@ -104,7 +104,8 @@ def _sum_rows(rows_rd: Array, w_nk: Array, slots_nk: Array, source_r: Array) -> 
 
 
 def _sum_rows_forward(rows_rd, w_nk, slots_nk, source_r):
-    return _sum_rows(rows_rd, w_nk, slots_nk, source_r), (rows_rd, w_nk, slots_nk, source_r)
+    kept = checkpoint_name(rows_rd, "expert_out"), w_nk, slots_nk, checkpoint_name(source_r, "routing")
+    return _sum_rows(rows_rd, w_nk, slots_nk, source_r), kept
 
 
 def _sum_rows_backward(residuals, g_nd):
@@ -199,6 +200,7 @@ class Ragged:
         source_r = _invert(slots_nk, flat.size)
         counts_e = jnp.sum(flat[:, None] == jnp.arange(n_experts), 0, dtype=jnp.int32)
         runs, received_re, overflow = _runs(plan.gather(counts_e[None], "expert", dim=0), local, room, plan)
+        runs, received_re = jax.tree.map(lambda a: checkpoint_name(a, "routing"), (runs, received_re))
         buffer_rd = plan.ragged_exchange(_take_rows(x_nd, slots_nk, source_r), runs, "expert", rows=room)
         # Rows lie by expert_tensor rank, sender and expert; they are to lie by expert.
         buffer_rd = plan.gather(buffer_rd, "expert_tensor", dim=0)
