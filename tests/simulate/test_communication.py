@@ -15,6 +15,7 @@ from orogen.simulate.aot import compiled, step_collectives, table_of, traced, un
 from orogen.simulate.communication import (
     ENDS,
     LOGIT_ROWS,
+    PIPELINE,
     Collective,
     Workload,
     collective_lines,
@@ -162,6 +163,23 @@ def test_a_step_sends_what_its_layers_do(model, dtype, sizes):
     work = WORK._replace(itemsize=2 if dtype == "bfloat16" else 4)
     records = [record for records in by_paper(model, config, work).values() for record in inside(records)]
     same(found, table_of(records, config, model))
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "interleaved"])
+def test_stages_pass_on_what_the_table_says(schedule):
+    """Each tick passes a microbatch's residual stream both ways; what is on every stage is summed over them."""
+    config = PlanConfig(stage=2, tensor=2, data=2, microbatches=4, schedule=schedule)
+    model = dataclasses.replace(EVERY, pattern="ME*-")
+    found = step_collectives(model, make_plan(config, model), config.data * 4 * WORK.rows, WORK.tokens)
+    paper = by_paper(model, config, WORK)
+    passed = table_of(paper[PIPELINE], config, model)
+    (key,) = passed
+    assert key == ("collective-permute", ("stage",))
+    assert found[key] == passed[key]
+    summed = table_of([r for r in paper[ENDS] if r.phase == "update"], config, model)
+    assert {axes for _, axes in summed} == {("stage", "data"), ("stage", "data", "tensor")}
+    for key, traffic in summed.items():
+        assert found[key].bytes == pytest.approx(traffic.bytes, rel=1e-12), key
 
 
 def test_sequence_parallel_blocks_are_scattered_not_all_reduced():

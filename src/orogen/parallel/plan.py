@@ -16,13 +16,12 @@ from flax import nnx
 from jax import Array, lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from orogen.config.checks import ConfigError
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.parallel.fold import Folding
 from orogen.parallel.mesh import fold_plan, make_mesh
 from orogen.parallel.ragged import Runs, ragged_exchange
-from orogen.parallel.schedule import Schedule, make_schedule
+from orogen.parallel.schedule import Schedule, plan_schedule
 from orogen.parallel.varying import vary, varying_axes
 
 MeshAxes = tuple[str, ...]
@@ -225,7 +224,7 @@ def make_plan(config: PlanConfig, model: ModelConfig, *, abstract: bool = False)
     Raises ConfigError if the sizes do not divide, do not fold, or exceed the devices that exist, or if the microbatches
     do not suit the schedule.
     """
-    schedule = _schedule(config, model) if config.stage > 1 else None
+    schedule = plan_schedule(config, model) if config.stage > 1 else None
     folding = fold_plan(config, model)
     mesh = make_mesh(folding, config, abstract=abstract)
     rules = _rules(folding, fully_sharded=config.fsdp == "parameters")
@@ -237,15 +236,6 @@ def single_device_plan(config: PlanConfig, model: ModelConfig, *, sources: tuple
     ones = dict.fromkeys(("data", "context", "tensor", "stage", "expert", "expert_tensor"), 1)
     plan = make_plan(dataclasses.replace(config, **ones, fsdp="none", fsdp_size=None, buffer_factor=None), model)
     return dataclasses.replace(plan, sources=sources)
-
-
-def _schedule(config: PlanConfig, model: ModelConfig) -> Schedule:
-    cuts = len(model.layers.segments)
-    virtual = config.virtual or (cuts // config.stage if cuts > 1 else 2 if config.schedule == "interleaved" else 1)
-    expected = f"{config.stage * virtual}, the stages times the chunks of each, or no |"
-    if cuts > 1 and cuts != config.stage * virtual:
-        raise ConfigError(f"ModelConfig.pattern is {model.pattern!r}, of {cuts} segments; expected {expected}")
-    return make_schedule(config.schedule, stages=config.stage, microbatches=config.microbatches, virtual=virtual)
 
 
 def _rules(folding: Folding, *, fully_sharded: bool) -> dict[str, MeshAxes]:

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from orogen.config.checks import ConfigError
-from orogen.config.model import Pattern
+from orogen.config.model import ModelConfig, Pattern
+from orogen.config.plan import PlanConfig
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved")
 IDLE, FORWARD, BACKWARD = 0, 1, 2
@@ -127,6 +128,16 @@ def make_schedule(kind: str, *, stages: int, microbatches: int, virtual: int = 1
     _check(kind, stages, microbatches, virtual)
     orders = [_order(kind, stage, stages, microbatches, virtual) for stage in range(stages)]
     return _assemble(kind, orders, stages, microbatches, virtual)
+
+
+def plan_schedule(config: PlanConfig, model: ModelConfig) -> Schedule:
+    """The schedule of a plan for a model. Raises ConfigError if the pattern is cut into another number of segments."""
+    cuts = len(model.layers.segments)
+    virtual = config.virtual or (cuts // config.stage if cuts > 1 else 2 if config.schedule == "interleaved" else 1)
+    expected = f"{config.stage * virtual}, the stages times the chunks of each, or no |"
+    if cuts > 1 and cuts != config.stage * virtual:
+        raise ConfigError(f"ModelConfig.pattern is {model.pattern!r}, of {cuts} segments; expected {expected}")
+    return make_schedule(config.schedule, stages=config.stage, microbatches=config.microbatches, virtual=virtual)
 
 
 def _assemble(kind: str, orders: Sequence[Sequence[_Pass]], stages: int, microbatches: int, virtual: int) -> Schedule:

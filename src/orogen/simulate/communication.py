@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.parallel.fold import expert_shards
+from orogen.parallel.schedule import plan_schedule
 from orogen.simulate.weights import Weight, end_weights, layer_weights, mtp_weights
 
 # Units beside the letters of the pattern: embedding, final norm, head and loss, at every depth of prediction; the
 # projection and norms of the multi-token-prediction block; and each expert's load, counted for the whole batch.
-ENDS, MTP, LOAD = "ends", "mtp", "load"
+# PIPELINE is what stages pass on at every tick, in both directions, whether or not it is used.
+ENDS, MTP, LOAD, PIPELINE = "ends", "mtp", "load", "pipeline"
 # Rows of logits that the chunked loss makes at once; train/loss.py has the same number, and a test compares them.
 LOGIT_ROWS = 1024
 FLOAT32 = INT32 = 4
@@ -46,7 +48,7 @@ class Collective(NamedTuple):
     phase: str
     operation: str
     axes: tuple[str, ...]
-    count: int
+    count: float
     bytes: float
 
 
@@ -69,6 +71,9 @@ def unit_collectives(unit: str, model: ModelConfig, plan: PlanConfig, work: Work
     ledger, weights = _Ledger(unit, plan, model, work), []
     if unit == LOAD:
         _load(ledger)
+    elif unit == PIPELINE:
+        held = ledger.own_tokens * model.hidden_size * work.itemsize
+        ledger.add("stream", "forward", "collective-permute", ("stage",), held, 2 * plan_schedule(plan, model).ticks)
     elif unit == MTP:
         weights = mtp_weights(model)
     elif unit == ENDS:
@@ -90,6 +95,7 @@ def unit_collectives(unit: str, model: ModelConfig, plan: PlanConfig, work: Work
 def step_collectives(model: ModelConfig, plan: PlanConfig, work: Workload) -> dict[str, list[Collective]]:
     """{unit: the collectives of all its applications in one step}, `work` being one of the plan's microbatches.
 
+    Of a pipeline these are the average stage's, so that counts may be fractions.
     The multi-token-prediction block is applied once a depth, and sums its gradients once. Layers that the model's stack
     repeats in a loop share a collective for what they count: more in number here than in the program, not in bytes.
     """
@@ -100,9 +106,13 @@ def step_collectives(model: ModelConfig, plan: PlanConfig, work: Workload) -> di
         main, deeper = pattern.main.count(unit), pattern.mtp.count(unit)
         if unit in (ENDS, MTP, LOAD):
             main, deeper = int(unit != MTP), int(unit == MTP)
-        turns = (main + depths * deeper) * plan.microbatches
+        turns = (main + depths * deeper) * plan.microbatches / plan.stage
         records = unit_collectives(unit, model, plan, work)
-        found[unit] = [_times(r, main + deeper if r.phase == "update" else turns) for r in records]
+        # What is no layer is on every stage, and summed over them.
+        updates = (main + deeper) / (1 if unit in (ENDS, MTP) else plan.stage)
+        found[unit] = [_times(r, updates if r.phase == "update" else turns) for r in records]
+    if plan.stage > 1:
+        found[PIPELINE] = unit_collectives(PIPELINE, model, plan, work)
     return found
 
 
@@ -144,7 +154,7 @@ def _short(size: float) -> str:
     return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
-def _times(record: Collective, turns: int) -> Collective:
+def _times(record: Collective, turns: float) -> Collective:
     return record._replace(count=record.count * turns, bytes=record.bytes * turns)
 
 
@@ -154,7 +164,7 @@ class _Ledger:
     def __init__(self, unit: str, plan: PlanConfig, model: ModelConfig, work: Workload):
         self.unit, self.plan, self.model, self.work = unit, plan, model, work
         self.records: list[Collective] = []
-        self.recomputes = plan.remat != "none" and unit not in (ENDS, MTP, LOAD)
+        self.recomputes = plan.remat != "none" and unit not in (ENDS, MTP, LOAD, PIPELINE)
         norm_groups = model.mamba_norm_groups or model.n_groups
         pieces = {"kv_heads": model.num_key_value_heads, "groups": model.n_groups, "norm_groups": norm_groups}
         # Arrays with fewer pieces than tensor has ranks are held as copies by neighbours.
@@ -170,6 +180,7 @@ class _Ledger:
             "fsdp_copies": ranks // fsdp,
             "expert_fsdp": shards,
             "expert_fsdp_copies": expert_data // shards,
+            "stage": plan.stage,
             "data": plan.data,
             "context": plan.context,
             "tensor": plan.tensor,
@@ -313,6 +324,8 @@ class _Ledger:
             few = next((axis for axis in weight.axes if axis in ("kv_heads", "groups")), None)
             dense = ["fsdp_copies"] if sharded else ["data", "context"]
             everywhere = [*dense, f"{few}_copies" if few else "tensor"]
+        if self.unit in (ENDS, MTP):
+            everywhere.insert(0, "stage")
         return tuple(axis for axis in everywhere if axis not in split and self.sizes[axis] > 1)
 
 
