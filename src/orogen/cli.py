@@ -10,10 +10,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from orogen.bench.command import add_arguments as add_bench_arguments
+from orogen.bench.command import run as run_bench
 from orogen.config.checks import ConfigError, is_unicode
 from orogen.config.load import load, model_bindings
 from orogen.config.run import RunConfig
-from orogen.parallel.runtime import configure
+from orogen.parallel.runtime import XLA_FLAGS, configure
 
 CHECKPOINT = "a run folder, an Orogen checkpoint folder or a Hugging Face folder"
 EXIT_FAILURE, EXIT_BAD_INPUT = 1, 2
@@ -25,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one task. Returns 0 when done, 2 on bad input (one line on stderr), 1 if the task found a fault."""
     options = _parser().parse_args(arguments)
     try:
-        configure(options.fake_devices)
+        configure(options.fake_devices, options.xla)
         return options.task(options)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -80,16 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     _common(task)
     task = tasks.add_parser("bench", help="time Orogen, with a peer beside it in the same run")
     task.set_defaults(task=bench)
-    task.add_argument(
-        "name",
-        choices=("cpu_train", "ssd", "train"),
-        help="cpu_train: whole training steps on this CPU; ssd: the Mamba-2 recurrence at the sizes of large models; "
-        "train: passes of model R1 on one GPU",
-    )
-    task.add_argument("--peer", choices=("torch",), help="transformers on torch, from the extra `peer`")
-    task.add_argument("--models", default="dense,moe", metavar="A,B")
-    task.add_argument("--steps", type=_positive, default=15, help="counted steps of each program")
-    task.add_argument("--implementations", default="chunked", metavar="A,B", help="of ssd")
+    add_bench_arguments(task, _positive)
     _common(task)
     return parser
 
@@ -106,6 +99,8 @@ def _task(tasks: Any, name: str, run: Callable[[argparse.Namespace], int], help_
 def _common(task: argparse.ArgumentParser) -> None:
     task.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     task.add_argument("--fake_devices", type=_positive, metavar="N", help="simulate N devices on this CPU")
+    task.add_argument("--xla", type=lambda text: text.split(","), default=[], metavar="A,B",
+                      help=f"sets of XLA's flags: {', '.join(XLA_FLAGS)}")  # fmt: skip
 
 
 def _positive(text: str) -> int:
@@ -239,23 +234,9 @@ def verify(options: argparse.Namespace) -> int:
 
 def bench(options: argparse.Namespace) -> int:
     """`orogen bench`."""
-    if options.name == "ssd":
-        from orogen.bench.ssd import bench as time_ssd
-
-        records = time_ssd(options.implementations.split(","), samples=options.steps)
-        _answer(options, {"bench": "ssd", "records": records}, [json.dumps(record) for record in records])
-        return 0
-    if options.name == "train":
-        from orogen.bench.train import bench as time_train
-
-        facts = time_train(steps=options.steps)
-        _answer(options, facts, json.dumps(facts, indent=2).splitlines())
-        return 0
-    from orogen.bench.cpu_train import bench as run
-
-    facts = run(options.models.split(","), peer=options.peer, steps=options.steps)
-    _answer(options, facts, json.dumps(facts, indent=2).splitlines())
-    return 0
+    facts, lines, right = run_bench(options)
+    _answer(options, facts, lines)
+    return 0 if right else EXIT_FAILURE
 
 
 def generate(options: argparse.Namespace) -> int:

@@ -1,10 +1,14 @@
 """FLOPs of each layer, worked on paper with small unequal numbers."""
 
+from pathlib import Path
+
 import pytest
 
+from orogen.config.load import load
 from orogen.config.model import ModelConfig
 from orogen.simulate.flops import forward_flops_per_token, peak_flops, training_flops_per_token
 
+MODELS = Path(__file__).parents[2] / "gin_configs" / "models"
 D, V, T = 5, 11, 12
 HEAD = 2 * D * V  # 110
 ATTENTION = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 3}
@@ -104,6 +108,26 @@ def test_training_is_three_forward_passes():
     config = ModelConfig(pattern="-", vocab_size=V, hidden_size=D, intermediate_size=8)
     assert forward_flops_per_token(config, T) == 160 + HEAD
     assert training_flops_per_token(config, T) == 3 * (160 + HEAD)
+
+
+def test_r1_as_counted_by_hand():
+    # d 2048, rows of 8192. Mamba-2, inner 64·64 = 4096, states 8·128 = 1024:
+    #   into z 4096, x 4096, B 1024, C 1024, dt 64 = 10,304 columns: 2 · 2048 · 10,304 = 42,205,184
+    #   out 2 · 4096 · 2048 = 16,777,216; convolution 2 · 4 · (4096 + 2 · 1024) = 49,152
+    #   in a chunk of 128, half of it: 2 · (1024 + 4096) · 64 = 655,360; state in and out 4 · 4096 · 128 = 2,097,152
+    mamba = 42_205_184 + 16_777_216 + 49_152 + 655_360 + 2_097_152
+    # attention: query and out 2048x4096, key and value 2048x256: 2 · 2 · 2048 · 4352 = 35,651,584
+    #   scores and values over half of 8192 tokens: 2 · 2 · 4096 · 4096 = 67,108,864
+    attention = 35_651_584 + 67_108_864
+    # experts: gate 2 · 2048 · 64 = 262,144; six of 2048x1024 twice: 6 · 4 · 2048 · 1024 = 50,331,648
+    #   the shared one of 2048x2048 twice: 4 · 2048 · 2048 = 16,777,216
+    experts = 262_144 + 50_331_648 + 16_777_216
+    # the pattern has 11 M, 3 * and 10 E; the head is 2 · 2048 · 32,768 = 134,217,728
+    by_hand = 11 * mamba + 3 * attention + 10 * experts + 134_217_728
+    assert by_hand == 1_795_833_856
+    r1 = load([MODELS / "r1.gin"])[0].model
+    assert forward_flops_per_token(r1, 8192) == by_hand
+    assert training_flops_per_token(r1, 8192) == 3 * by_hand
 
 
 @pytest.mark.parametrize(

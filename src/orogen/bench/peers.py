@@ -1,17 +1,14 @@
-"""transformers' Nemotron-H in PyTorch, as a process of its own that runs one training step each time it is asked.
+"""transformers' Nemotron-H in PyTorch, a process of its own that takes one training step when asked.
 
-`python -m orogen.bench.peers` is that process: one JSON line in with the sizes, one out with the facts, then one out,
-of seconds, for every line in.
+`python -m orogen.bench.peers` is that process: told the sizes, it gives the facts, and seconds each time it is asked.
 """
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from orogen.bench.worker import Worker, serve
 from orogen.config.checks import ConfigError
 from orogen.config.model import ModelConfig
 
@@ -55,45 +52,26 @@ class Peer:
             "model": {**fields, "hybrid_override_pattern": config.layers.main},
             "batch_size": batch_size, "sequence_length": sequence_length, "threads": threads,
         }  # fmt: skip
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "orogen.bench.peers"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads), "TRANSFORMERS_VERBOSITY": "error"},
-        )  # fmt: skip
-        assert self._process.stdin is not None and self._process.stdout is not None  # both are pipes
-        self._questions, self._answers = self._process.stdin, self._process.stdout
-        try:
-            self.facts: dict[str, Any] = self._ask(json.dumps(sizes))
-        except BaseException:
-            self._process.kill()
-            raise
+        environment = {"OMP_NUM_THREADS": str(threads), "TRANSFORMERS_VERBOSITY": "error"}
+        self._worker = Worker("orogen.bench.peers", sizes, environment)
+        self.facts = self._worker.facts
 
     def step(self) -> Seconds:
         """Runs one training step."""
-        return Seconds(**self._ask("step"))
-
-    def _ask(self, line: str) -> Any:
-        print(line, file=self._questions, flush=True)
-        answer = self._answers.readline()
-        if not answer:
-            raise RuntimeError(f"the peer's process ended with status {self._process.wait()}; its own words are above")
-        return json.loads(answer)
+        return Seconds(**self._worker.ask("step"))
 
     def __enter__(self) -> "Peer":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._questions.close()
-        self._answers.close()
-        self._process.wait()
+        self._worker.close()
 
 
-def _serve() -> None:
-    """The peer's process: answers until its input ends."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # nothing but answers may reach the pipe
+def _prepare(sizes: dict[str, Any]) -> tuple[dict[str, Any], Callable[[Any], Any]]:
+    """The peer's process."""
     import torch  # pyright: ignore[reportMissingImports]
     import transformers  # pyright: ignore[reportMissingImports]
 
-    sizes = json.loads(sys.stdin.readline())
     torch.set_num_threads(sizes["threads"])
     torch.manual_seed(0)
     config = transformers.NemotronHConfig(**sizes["model"])
@@ -108,13 +86,11 @@ def _serve() -> None:
         loss.backward()
         optimizer.step()
 
-    answer = {
+    facts = {
         "torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads(),
         "parameters": sum(p.numel() for p in model.parameters()),
     }  # fmt: skip
-    print(json.dumps(answer), file=answers, flush=True)
-    for _ in sys.stdin:
-        print(json.dumps(timed(step)._asdict()), file=answers, flush=True)
+    return facts, lambda _: timed(step)._asdict()
 
 
 def timed(step: Any) -> Seconds:
@@ -125,4 +101,4 @@ def timed(step: Any) -> Seconds:
 
 
 if __name__ == "__main__":
-    _serve()
+    serve(_prepare)

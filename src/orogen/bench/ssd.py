@@ -1,87 +1,138 @@
-"""The Mamba-2 recurrence at the sizes of Nemotron-3 Nano and Super: time and memory of our implementations.
+"""The Mamba-2 recurrence and its gradients, at the sizes of Nemotron-3 Nano and Super and others.
 
-Letters: b batch, t time, h heads, p head size, g groups, n state.
+Letters: b batch, t time, h heads, p head size, g groups, n state, c tokens of a chunk.
 """
 
-import statistics
-import time
-from collections.abc import Callable, Sequence
+import functools
+import importlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax import Array
-from jax import numpy as jnp
+from jax import Array, lax
 
-from orogen.config.checks import ConfigError
+from orogen.bench.operation import MissingError, Operation, Shape, Work, relative_error
+from orogen.bench.timing import Program, compiled
 from orogen.kernels.ssd import IMPLEMENTATIONS, ssd
 
-SHAPES = {
-    "nano": {"b": 2, "t": 8192, "h": 64, "p": 64, "g": 8, "n": 128},
-    "super": {"b": 2, "t": 8192, "h": 128, "p": 64, "g": 8, "n": 128},
+NANO = {"b": 2, "t": 8192, "h": 64, "p": 64, "g": 8, "n": 128, "c": 128}
+SHAPES: dict[str, Shape] = {
+    "nano": NANO,
+    "super": {**NANO, "h": 128},
+    "h96_p80_g1": {**NANO, "h": 96, "p": 80, "g": 1},
+    "h96_p80_g8_c256": {**NANO, "h": 96, "p": 80, "c": 256},
 }
-CHUNK_SIZE = 128
-CALLS = 10  # a sample; only the last is waited for, so that the host's own time hides behind the device's
+PIECE = 256  # tokens whose states the reference keeps at once
+OPERANDS = ("x", "dt", "a", "B", "C")
+PEER_MODULE, PEER_FUNCTION = "mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined"
+
+Operands = tuple[Array, Array, Array, Array, Array, Array]  # x, dt, a, B, C, and the outputs' gradient
 
 
-def bench(implementations: Sequence[str], *, samples: int) -> list[dict[str, Any]]:
-    """One record a shape and implementation: milliseconds and MB of the forward pass and of it with its gradient.
-
-    bfloat16 operands, no segments, the gradient of x, dt, a, B and C. Temporary memory is what the compiler plans
-    beside arguments and results. Raises ConfigError on an unknown implementation.
-    """
-    unknown = [name for name in implementations if name not in IMPLEMENTATIONS]
-    if unknown:
-        raise ConfigError(f"implementation {unknown[0]!r}; expected some of {', '.join(sorted(IMPLEMENTATIONS))}")
-    device = jax.devices()[0].device_kind
-    return [
-        {
-            "bench": "ssd", "device": f"one {device}", "jax": jax.__version__, "dtype": "bfloat16",
-            "shape": name, **shape, "chunk_size": CHUNK_SIZE, "implementation": implementation,
-            **_measure(shape, implementation, samples),
-        }
-        for name, shape in SHAPES.items()
-        for implementation in implementations
-    ]  # fmt: skip
-
-
-def _measure(shape: dict[str, int], implementation: str, samples: int) -> dict[str, Any]:
-    operands, dy_bthp = _draw(**shape)
-
-    def forward(operands: tuple[Array, ...]) -> Array:
-        return ssd(*operands, chunk_size=CHUNK_SIZE, implementation=implementation)[0]  # pyright: ignore
-
-    def both(operands: tuple[Array, ...], dy_bthp: Array) -> Any:
-        return jax.vjp(forward, operands)[1](dy_bthp)
-
-    return {
-        "forward": _timed(jax.jit(forward), (operands,), samples),
-        "forward_backward": _timed(jax.jit(both), (operands, dy_bthp), samples),
-    }
-
-
-def _timed(function: Callable[..., Any], arguments: tuple[Any, ...], samples: int) -> dict[str, Any]:
-    compiled = function.lower(*arguments).compile()
-    jax.block_until_ready(compiled(*arguments))
-    milliseconds = []
-    for _ in range(samples):
-        started = time.perf_counter()
-        for _ in range(CALLS - 1):
-            compiled(*arguments)
-        jax.block_until_ready(compiled(*arguments))
-        milliseconds.append((time.perf_counter() - started) / CALLS * 1e3)
-    return {
-        "ms": round(statistics.median(milliseconds), 4),
-        "best_ms": round(min(milliseconds), 4),
-        "worst_ms": round(max(milliseconds), 4),
-        "temporary_mb": round(compiled.memory_analysis().temp_size_in_bytes / 2**20),
-    }
-
-
-def _draw(*, b: int, t: int, h: int, p: int, g: int, n: int) -> tuple[tuple[Array, ...], Array]:
-    """x, dt, a, B, C, and the gradient of the outputs."""
-    rng = np.random.default_rng(0)
-    normal = lambda *size: jnp.asarray(rng.normal(size=size), jnp.bfloat16)  # noqa: E731
+def draw(shape: Shape, seed: int) -> Operands:
+    """x, B, C and the outputs' gradient in bfloat16, steps and decay rates in float32, as after initialisation."""
+    b, t, h, p, g, n = (shape[key] for key in "bthpgn")
+    rng = np.random.default_rng(seed)
+    keys = jax.random.split(jax.random.key(seed), 4)
+    normal = lambda key, *size: jax.random.normal(key, (b, t, *size), jnp.bfloat16)  # noqa: E731
     dt_bth = jnp.asarray(np.log1p(np.exp(rng.normal(size=(b, t, h)) * 1.5 - 3)), jnp.float32)
     a_h = jnp.asarray(-rng.uniform(1, 16, h), jnp.float32)
-    return (normal(b, t, h, p), dt_bth, a_h, normal(b, t, g, n), normal(b, t, g, n)), normal(b, t, h, p)
+    x_bthp, grad_bthp = normal(keys[0], h, p), normal(keys[1], h, p)
+    return x_bthp, dt_bth, a_h, normal(keys[2], g, n), normal(keys[3], g, n), grad_bthp
+
+
+def works(shape: Shape) -> dict[str, Work]:
+    """A chunk's causal half of C·B and of its product with x, and its state in and out; gradients twice as many."""
+    b, t, h, p, g, n, c = (shape[key] for key in "bthpgnc")
+    chunk = min(c, t)
+    flops = 2.0 * b * t * ((g * n + h * p) * chunk / 2 + 2 * h * p * n)
+    inputs, outputs = b * t * (2 * h * p + 4 * h + 2 * 2 * g * n), b * t * 2 * h * p
+    return {"forward": Work(flops, inputs + outputs), "forward_backward": Work(3 * flops, 2 * (inputs + outputs))}
+
+
+def ours(shape: Shape, operands: Operands, implementation: str) -> dict[str, Program]:
+    """Our programs: outputs, and outputs with the gradients of x, dt, a, B and C."""
+
+    def forward(*inputs: Array) -> Array:
+        return ssd(*inputs, chunk_size=shape["c"], implementation=implementation)[0]  # pyright: ignore
+
+    def both(*operands: Array) -> tuple[Array, ...]:
+        *inputs, grad_bthp = operands
+        y_bthp, back = jax.vjp(forward, *inputs)
+        return y_bthp, *back(grad_bthp)
+
+    return {"forward": compiled(forward, *operands[:-1]), "forward_backward": compiled(both, *operands)}
+
+
+def peer(shape: Shape, operands: Operands, implementation: str) -> dict[str, Program]:
+    """mamba_ssm's Triton kernels on the same arrays, without softplus, bias and skip. Raises MissingError."""
+    del implementation
+    try:
+        function = getattr(importlib.import_module(PEER_MODULE), PEER_FUNCTION)
+    except ImportError as error:
+        raise MissingError(f"{PEER_MODULE} cannot be imported: {error}; expected mamba_ssm on PYTHONPATH") from None
+    import torch  # pyright: ignore[reportMissingImports]
+
+    from orogen.bench.torch_programs import to_torch, torch_program
+
+    *inputs, grad = (to_torch(array) for array in operands)
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+
+    def forward() -> Any:
+        return function(*inputs, shape["c"])
+
+    def both() -> Any:
+        y = forward()
+        return y, *torch.autograd.grad(y, inputs, grad)
+
+    return {"forward": torch_program(forward), "forward_backward": torch_program(both, gradient=True)}
+
+
+def check(shape: Shape, operands: Operands, results: dict[str, Any]) -> dict[str, float]:
+    """Errors against the float32 recurrence, of the last group's heads in every row."""
+    ratio = shape["h"] // shape["g"]
+    x, dt, a, B, C, grad = operands
+    exact = jax.jit(_exact)(
+        x[:, :, -ratio:], dt[:, :, -ratio:], a[-ratio:], B[:, :, -1:], C[:, :, -1:], grad[:, :, -ratio:]
+    )
+    y, dx, ddt, da, dB, dC = results["forward_backward"]
+    cut = y[:, :, -ratio:], dx[:, :, -ratio:], ddt[:, :, -ratio:], da[-ratio:], dB[:, :, -1:], dC[:, :, -1:]
+    names = ("forward_again", *(f"gradient_{name}" for name in OPERANDS))
+    errors = {name: relative_error(mine, other) for name, mine, other in zip(names, cut, exact, strict=True)}
+    errors["forward"] = relative_error(results["forward"][:, :, -ratio:], exact[0])
+    every = jax.tree.leaves(results)
+    return {**errors, "not_finite": float(sum(jnp.sum(~jnp.isfinite(result)) for result in every))}
+
+
+def _exact(*operands: Array) -> tuple[Array, ...]:
+    """y and the gradients of x, dt, a, B, C by the recurrence in float32, whose states are computed again by pieces."""
+    *inputs, grad_bthp = (operand.astype(jnp.float32) for operand in operands)
+    time = inputs[0].shape[1]
+    piece = next(size for size in range(min(PIECE, time), 0, -1) if time % size == 0)
+    split = lambda a: jnp.moveaxis(a.reshape(a.shape[0], -1, piece, *a.shape[2:]), 1, 0)  # noqa: E731
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def step(state, tokens, a_h):
+        x_bthp, dt_bth, b_btgn, c_btgn = tokens
+        y_bthp, state = ssd(
+            x_bthp, dt_bth, a_h, b_btgn, c_btgn, initial_state_bhpn=state, chunk_size=1, implementation="recurrence"
+        )
+        return state, y_bthp
+
+    def run(x_bthp, dt_bth, a_h, b_btgn, c_btgn):
+        b, _, h, p = x_bthp.shape
+        state_bhpn = jnp.zeros((b, h, p, b_btgn.shape[-1]), jnp.float32)
+        pieces = tuple(map(split, (x_bthp, dt_bth, b_btgn, c_btgn)))
+        y = lax.scan(lambda state, tokens: step(state, tokens, a_h), state_bhpn, pieces)[1]
+        return jnp.moveaxis(y, 0, 1).reshape(x_bthp.shape)
+
+    with jax.default_matmul_precision("highest"):
+        y_bthp, back = jax.vjp(run, *inputs)
+        return y_bthp, *back(grad_bthp)
+
+
+OPERATION = Operation(
+    name="ssd", shapes=SHAPES, implementations=tuple(IMPLEMENTATIONS), draw=draw, works=works, ours=ours,
+    peers=("mamba_ssm",), peer=peer, check=check,
+)  # fmt: skip

@@ -1,92 +1,216 @@
-"""Model R1 on one GPU: time and memory of its forward and backward pass.
+"""A model on one GPU: time and memory of its forward and backward pass, or of whole steps with the optimizer.
 
+`python -m orogen.bench.train` is the same as a process that is asked for its loss and times (see orogen.bench.worker).
 Letters: b batch, t time.
 """
 
+import contextlib
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from orogen.bench.cpu_train import CONFIGS, random_batch
+from orogen.bench.weights import export_weights
+from orogen.bench.worker import serve
 from orogen.config.checks import ConfigError
 from orogen.config.load import load
 from orogen.config.model import ModelConfig
-from orogen.config.plan import PlanConfig
+from orogen.config.plan import FOR_GPU, PlanConfig
+from orogen.config.run import RunConfig
 from orogen.model.lm import build, initial_state
 from orogen.parallel.plan import Plan, make_plan
+from orogen.parallel.runtime import configure
 from orogen.precision.policy import working_copy
 from orogen.simulate.flops import peak_flops, training_flops_per_token
-from orogen.train.step import batch_to_devices, gradients
+from orogen.train.optimizer import make_optimizer
+from orogen.train.state import create_state
+from orogen.train.step import batch_to_devices, gradients, make_step
 
-MODEL = CONFIGS / "r1.gin"
-ROWS, LENGTH = 2, 8192
-PLAN = PlanConfig(attention="cudnn", ssd="triton", grouped_matmul="mosaic", remat="elementwise")
 WARM_UP = 2
+# What the benchmark binds where the command does not.
+PASS = {
+    "PlanConfig.attention": "'cudnn'", "PlanConfig.ssd": "'triton'", "PlanConfig.grouped_matmul": "'mosaic'",
+    "PlanConfig.remat": "'elementwise'", "TrainConfig.compute_dtype": "'bfloat16'",
+}  # fmt: skip
+STEP = {
+    "PlanConfig.microbatches": "4", "OptimizerConfig.learning_rate": "1e-4", "OptimizerConfig.schedule": "'constant'",
+    "OptimizerConfig.moment_dtype": "'bfloat16'",
+}  # fmt: skip
 
 
-def bench(*, steps: int, plan: PlanConfig = PLAN, profile: Path | None = None) -> dict[str, Any]:
-    """Times of forward and backward passes of R1 on 2 x 8192 tokens, with bfloat16 weights and gradients.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What is timed: a file's stem in gin_configs/models, rows of a microbatch, tokens of a row, gin bindings on top.
 
-    Weights are random. With `profile`, a trace is written there. MFU by the convention of `simulate/flops.py`.
+    part: `forward_backward`, of one microbatch with working copies for weights, or `whole_step`.
     """
-    if jax.default_backend() != "gpu":
-        raise ConfigError(f"train runs on a GPU of compute capability 9.0 (Hopper), found {jax.default_backend()}")
-    model = load([MODEL])[0].model
-    return {
-        "bench": "train", "model": MODEL.stem, "device": jax.devices()[0].device_kind, "jax": jax.__version__,
-        "rows": ROWS, "sequence_length": LENGTH, "plan": _changes(plan),
-        "forward_backward": _forward_backward(model, plan, steps, profile),
+
+    model: str = "r1"
+    rows: int = 2
+    sequence_length: int = 8192
+    part: str = "forward_backward"
+    bindings: tuple[str, ...] = ()
+
+    def config(self) -> RunConfig:
+        """The run that the workload is a step of. Raises ConfigError."""
+        file = CONFIGS / f"{self.model}.gin"
+        if not file.is_file():
+            raise ConfigError(f"--model {self.model!r}; expected the name of a file in {CONFIGS}")
+        asked = {binding.partition("=")[0].strip() for binding in self.bindings}
+        fixed = {
+            "TrainConfig.steps": 1000, "TrainConfig.seed": 0, "TrainConfig.sequence_length": self.sequence_length,
+        }  # fmt: skip
+        usual = {**PASS, **(STEP if self.part == "whole_step" else {}), **fixed}
+        bindings = [f"{name}={value}" for name, value in usual.items() if name not in asked] + list(self.bindings)
+        # The batch depends on the number of microbatches, which the bindings say.
+        plan = load([file], [*bindings, f"TrainConfig.batch_size={2**20}"])[0].plan
+        parts = plan.microbatches if self.part == "whole_step" else 1
+        config, _ = load([file], [*bindings, f"TrainConfig.batch_size={self.rows * parts * plan.data}"])
+        return config
+
+
+class Prepared(NamedTuple):
+    """A compiled workload. run: does it once and returns when it is done; loss: mean nats a next token, of the first;
+    tokens: of one run; memory: see `_memory`; same_bits: whether another run repeats the first, None if not looked at.
+    """
+
+    run: Callable[[], None]
+    loss: float
+    tokens: int
+    memory: dict[str, float]
+    same_bits: bool | None
+
+
+def bench(work: Workload, *, steps: int, deterministic: bool = False, profile: Path | None = None) -> dict[str, Any]:
+    """Times of `steps` runs of the workload, with random weights. With `profile`, a trace of one more is written there.
+
+    MFU by the convention of `simulate/flops.py`. deterministic: two runs are compared to the bit.
+    """
+    config = work.config()
+    prepared = prepare(work, config, deterministic=deterministic)
+    seconds = timed(prepared.run, steps)
+    with jax.profiler.trace(str(profile)) if profile else contextlib.nullcontext():
+        prepared.run() if profile else None
+    return {**describe(work, config), work.part: summarise(prepared, seconds, config.model, work.sequence_length)}
+
+
+def describe(work: Workload, config: RunConfig) -> dict[str, Any]:
+    """What was run, on what."""
+    facts: dict[str, Any] = {
+        "bench": "train", "model": work.model, "device": jax.devices()[0].device_kind, "jax": jax.__version__,
+        "rows": work.rows, "sequence_length": work.sequence_length, "plan": _changes(config.plan, PlanConfig()),
     }  # fmt: skip
+    if work.part == "whole_step":
+        facts["moment_dtype"] = config.optimizer.moment_dtype
+    return facts
 
 
-def _changes(plan: PlanConfig) -> dict[str, Any]:
-    default = PlanConfig()
+def _changes(plan: PlanConfig, default: PlanConfig) -> dict[str, Any]:
     fields = (field.name for field in dataclasses.fields(plan))
     return {name: getattr(plan, name) for name in fields if getattr(plan, name) != getattr(default, name)}
 
 
-def _forward_backward(model: ModelConfig, config: PlanConfig, steps: int, profile: Path | None) -> dict[str, Any]:
-    plan, built = make_plan(config, model), build(model)
-    params, buffers = _working_state(model, plan)
-    batch = batch_to_devices(random_batch(model.vocab_size, ROWS, LENGTH), plan)
-    run = jax.jit(gradients(built, model, plan, "bfloat16")).lower(params, buffers, batch).compile()
-    loss = float(run(params, buffers, batch)[0])
-    if profile is not None:
-        with jax.profiler.trace(str(profile)):
-            jax.block_until_ready(run(params, buffers, batch))
-    seconds = _timed(lambda: run(params, buffers, batch), steps)
-    return {"loss": loss, **_summary(seconds, ROWS * LENGTH, model), **_memory(run)}
+def require_gpu(plan: PlanConfig) -> None:
+    """Raises ConfigError if the plan names kernels that need a GPU and there is none."""
+    names = [f"PlanConfig.{field}" for field, name in FOR_GPU.items() if getattr(plan, field) == name]
+    if names and jax.default_backend() != "gpu":
+        raise ConfigError(
+            f"train runs on a GPU of compute capability 9.0 (Hopper), found {jax.default_backend()}; expected other "
+            f"choices of {', '.join(names)} there"
+        )
 
 
-def _working_state(model: ModelConfig, plan: Plan) -> tuple[Any, Any]:
-    """Random parameters in bfloat16, and buffers."""
+def prepare(work: Workload, config: RunConfig, *, deterministic: bool = False, export: Path | None = None) -> Prepared:
+    """Compiles the workload and runs it once. export: a folder to write the weights to, in Hugging Face's form."""
+    require_gpu(config.plan)
+    plan, built = make_plan(config.plan, config.model), build(config.model)
+    batch = batch_to_devices(_batch(work, config), plan)
+    if work.part == "whole_step":
+        return _whole_step(built, config, plan, batch)
+    params, buffers = _working_state(config.model, plan, config.train.compute_dtype)
+    if export is not None:
+        export_weights(config.model, params, buffers, export)
+    one = make_plan(dataclasses.replace(config.plan, microbatches=1), config.model)
+    function = jax.jit(gradients(built, config.model, one, config.train.compute_dtype))
+    program = function.lower(params, buffers, batch).compile()
+    first = program(params, buffers, batch)
+    loss = _mean_nats(first[3].nats, first[2].targets)
+    same = _same_bits(first, program(params, buffers, batch)) if deterministic else None
+    del first
+
+    def run() -> None:
+        jax.block_until_ready(program(params, buffers, batch))
+
+    return Prepared(run, loss, work.rows * work.sequence_length, _memory(program), same)
+
+
+def _whole_step(built: Any, config: RunConfig, plan: Plan, batch: Any) -> Prepared:
+    optimizer = make_optimizer(config.optimizer, config.train.steps, built.params)
+    state = create_state(config.model, built, optimizer, plan, config.train.seed)
+    program = make_step(built, config, plan, optimizer).lower(state, batch).compile()
+    state, metrics = program(state, batch)
+    loss = _mean_nats(metrics.nats, metrics.targets)
+
+    def run() -> None:
+        nonlocal state
+        state, metrics = program(state, batch)
+        jax.block_until_ready(metrics)
+
+    tokens = config.train.batch_size * config.train.sequence_length
+    return Prepared(run, loss, tokens, _memory(program), None)
+
+
+def _batch(work: Workload, config: RunConfig) -> Any:
+    """One document a row, the first microbatch's rows first."""
+    return random_batch(config.model.vocab_size, config.train.batch_size, work.sequence_length)
+
+
+def _working_state(model: ModelConfig, plan: Plan, dtype: str) -> tuple[Any, Any]:
+    """Random parameters in the dtype of computation, and buffers."""
 
     def create() -> tuple[Any, Any]:
         params, buffers = initial_state(model, 0)
-        return working_copy(params, "bfloat16"), buffers
+        return working_copy(params, dtype), buffers
 
     built = build(model)
     return jax.jit(create, out_shardings=(plan.shardings(built.params), plan.shardings(built.buffers)))()
 
 
-def _timed(function: Callable[[], Any], steps: int) -> list[float]:
-    """Seconds of each call after the first few."""
+def _mean_nats(nats: Any, targets: Any) -> float:
+    return float(nats[0] / targets[0])
+
+
+def _same_bits(first: Any, second: Any) -> bool:
+    same = jax.jit(lambda a, b: jax.tree.reduce(lambda x, y: x & y, jax.tree.map(lambda x, y: (x == y).all(), a, b)))
+    return bool(same(first[:2], second[:2]))
+
+
+def timed(run: Callable[[], None], steps: int) -> list[float]:
+    """Seconds of each run after the first few."""
     seconds = []
     for _ in range(WARM_UP + steps):
         started = time.perf_counter()
-        jax.block_until_ready(function())
+        run()
         seconds.append(time.perf_counter() - started)
     return seconds[WARM_UP:]
 
 
-def _summary(seconds: list[float], tokens: int, model: ModelConfig) -> dict[str, Any]:
+def summarise(prepared: Prepared, seconds: Sequence[float], model: ModelConfig, length: int) -> dict[str, Any]:
+    """The loss, then times, rates and memory."""
+    same = {} if prepared.same_bits is None else {"same_bits": prepared.same_bits}
+    return {"loss": prepared.loss, **same, **rates(seconds, prepared.tokens, model, length), **prepared.memory}
+
+
+def rates(seconds: Sequence[float], tokens: int, model: ModelConfig, length: int) -> dict[str, Any]:
+    """Milliseconds, tokens a second, and the model's TFLOP/s and MFU at the median."""
     median = statistics.median(seconds)
-    achieved = tokens * training_flops_per_token(model, LENGTH) / median
+    achieved = tokens * training_flops_per_token(model, length) / median
     peak = peak_flops(jax.devices()[0].device_kind)
     return {
         "ms": round(median * 1e3, 2), "best_ms": round(min(seconds) * 1e3, 2), "worst_ms": round(max(seconds) * 1e3, 2),
@@ -100,3 +224,23 @@ def _memory(compiled: Any) -> dict[str, float]:
     plan = compiled.memory_analysis()
     held = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes + plan.temp_size_in_bytes
     return {"gb": round(held / 1e9, 2), "temporary_gb": round(plan.temp_size_in_bytes / 1e9, 2)}
+
+
+def _serve(settings: dict[str, Any]) -> tuple[dict[str, Any], Callable[[Any], Any]]:
+    """The process: its settings are a Workload's, where to write weights and tokens (or None), and what to compare."""
+    work = Workload(**{**settings["work"], "bindings": tuple(settings["work"]["bindings"])})
+    config = work.config()
+    if settings["tokens"] is not None:
+        np.save(settings["tokens"], _batch(work, config).tokens_bt)
+    export = None if settings["weights"] is None else Path(settings["weights"])
+    prepared = prepare(work, config, deterministic=settings["deterministic"], export=export)
+
+    def answer(question: Any) -> Any:
+        return summarise(prepared, timed(prepared.run, question["time"]), config.model, work.sequence_length)
+
+    return {**describe(work, config), "loss": prepared.loss}, answer
+
+
+if __name__ == "__main__":
+    configure()
+    serve(_serve)

@@ -37,6 +37,9 @@ class PlanConfig:
     arXiv:2205.05198 do not count (paper); or entries that choose by name, 'name,name' or 'LETTERS:name,name', in which
     one of these words may stand as well: ('M:conv,gated_norm', '*:core', 'E:full'). Layers that no entry mentions
     recompute nothing. config/remat.py has the names, and which layers have them.
+    linear: dense layers' products in the dtype of computation (plain), or of operands rounded to 8 bits (fp8; not in
+    the model's first and last layer, nor where the result is too narrow to gain). It alone changes results by more than
+    rounding in the dtype of computation.
     """
 
     data: int = 1
@@ -58,6 +61,7 @@ class PlanConfig:
     virtual: int | None = None
     microbatches: int = 1
     remat: str | tuple[str, ...] = "none"
+    linear: str = "plain"
     attention: str = "full"
     ssd: str = "chunked"
     selective_scan: str = "chunked"
@@ -82,6 +86,7 @@ class PlanConfig:
         require_choice(self, "context_ssm", ("state", "heads"))
         require_choice(self, "shift", ("permute", "alltoall"))
         check_remat(self.remat)
+        require_choice(self, "linear", ("plain", "fp8"))
         require_choice(self, "attention", ("full", "blocked", "cudnn"))
         whole = self.context == 1 or self.context_attention == "alltoall"
         expected = f"full or blocked where context is {self.context} and context_attention {self.context_attention}"

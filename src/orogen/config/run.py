@@ -24,7 +24,7 @@ class TrainConfig:
     """Length and bookkeeping of a training run. Intervals are in steps.
 
     batch_size: rows of the global batch; sequence_length: tokens in a row. compute_dtype: of activations and of the
-    weights' working copies; master weights, optimizer state and gradients' sums are float32 always.
+    weights' working copies; master weights and gradients' sums are float32 always.
     evaluate_rows: held-out rows read at each evaluation (the last one reads the whole split).
     max_skipped_steps: non-finite steps in a row after which the run stops. ngram_order: order of the Witten-Bell byte
     model fitted on the very text trained on, for comparison; 0 fits none.
@@ -77,7 +77,8 @@ class OptimizerConfig:
     schedule: `cosine` from the peak to min_ratio x peak; `wsd` holds the peak and falls over the last decay_steps as
     1 - sqrt(progress) (Megatron's minus_sqrt); `constant`. All rise linearly over warmup_steps.
     muon takes the weight matrices, scaled to AdamW's step size so that one learning rate serves both, and AdamW
-    everything else: vectors, embedding, head, convolutions.
+    everything else: vectors, embedding, head, convolutions. moment_dtype: in which moments are kept between steps; they
+    are computed with in float32.
     """
 
     name: str = "adamw"
@@ -91,11 +92,13 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    moment_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         check_types(self)
         require_choice(self, "name", ("adamw", "muon"))
         require_choice(self, "schedule", ("cosine", "wsd", "constant"))
+        require_choice(self, "moment_dtype", ("float32", "bfloat16"))
         require_positive(self, "learning_rate", "epsilon", "clip_norm")
         require_not_negative(self, "warmup_steps", "decay_steps", "weight_decay")
         require(0 <= self.min_ratio <= 1, self, "min_ratio", "a number from 0 to 1")

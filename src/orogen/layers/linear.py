@@ -4,11 +4,18 @@ import jax
 from flax import nnx
 from jax import Array
 
+from orogen.parallel.plan import Plan
 from orogen.parallel.varying import vary_like
+from orogen.precision.fp8 import fp8_matmul
 
 
-def linear(x_btd: Array, w_df: Array) -> Array:
-    """x w, with all axes of x but the last taken as one.
+def linear(x_btd: Array, weight: nnx.Param, plan: Plan) -> Array:
+    """x w, by the product that PlanConfig.linear names."""
+    return PRODUCTS[plan.config.linear](x_btd, plan.weight(weight))
+
+
+def multiply(x_btd: Array, w_df: Array) -> Array:
+    """x w in the dtype of computation, with all axes of x but the last taken as one.
 
     Otherwise the weight's gradient sums over two axes, for which XLA:CPU first transposes the whole cotangent, an
     element at a time: a layer's backward pass then takes three times as long (jax 0.10.1).
@@ -36,6 +43,13 @@ def _backward(kept, dy_btf):
 
 
 _multiply.defvjp(_forward, _backward)
+
+
+def _multiply_fp8(x_btd: Array, w_df: Array) -> Array:
+    return fp8_matmul(_flat(x_btd), w_df).reshape(*x_btd.shape[:-1], -1)
+
+
+PRODUCTS = {"plain": multiply, "fp8": _multiply_fp8}
 
 
 def _flat(x_btd: Array) -> Array:

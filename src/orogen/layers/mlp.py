@@ -73,7 +73,7 @@ class MLP(nnx.Module):
         hidden_btf = activate(up_btf, gate_btf, name=self.activation, limit=self.limit)
         hidden_btf = checkpoint_name(hidden_btf, f"{self.prefix}activation")
         # The ranks' parts of the product are summed first: their bias counts once.
-        return add_bias(plan.scatter(linear(hidden_btf, plan.weight(self.down)), "sequence"), self.down_bias)
+        return add_bias(plan.scatter(linear(hidden_btf, self.down, plan), "sequence"), self.down_bias)
 
     def _hidden(self, h_btd: Array, weight: nnx.Param, bias: nnx.Param | None, plan: Plan) -> Array:
-        return checkpoint_name(add_bias(linear(h_btd, plan.weight(weight)), bias), f"{self.prefix}up")
+        return checkpoint_name(add_bias(linear(h_btd, weight, plan), bias), f"{self.prefix}up")

@@ -67,7 +67,7 @@ class Attention(nnx.Module):
         return _join(y_bthk, self.out, self.out_bias, plan)
 
     def _heads(self, name: str, h_btd: Array, weight: nnx.Param, bias: nnx.Param | None, plan: Plan) -> Array:
-        y_btf = add_bias(linear(h_btd, plan.weight(weight)), bias)
+        y_btf = add_bias(linear(h_btd, weight, plan), bias)
         return _split(checkpoint_name(y_btf, name), self.head_dim)
 
 
@@ -107,13 +107,13 @@ class LatentAttention(nnx.Module):
     def __call__(self, x_btd: Array, docs: Documents, plan: Plan) -> Array:
         h_btd = plan.gather(x_btd, "sequence")
         q_bthk = self._queries(h_btd, docs, plan)
-        latent_btr = add_bias(linear(h_btd, plan.weight(self.latent_down)), self.latent_down_bias)
+        latent_btr = add_bias(linear(h_btd, self.latent_down, plan), self.latent_down_bias)
         latent_btr = self.latent_norm(checkpoint_name(latent_btr, "latent"))
-        shared_btk = add_bias(linear(h_btd, plan.weight(self.key_rope)), self.key_rope_bias)
+        shared_btk = add_bias(linear(h_btd, self.key_rope, plan), self.key_rope_bias)
         shared_btk = checkpoint_name(shared_btk, "latent")
         shared_bt1k = self.rotary(shared_btk[:, :, None], docs.positions_bt)
-        k_btf = checkpoint_name(linear(latent_btr, plan.weight(self.key_up)), "key")
-        v_btf = checkpoint_name(linear(latent_btr, plan.weight(self.value_up)), "value")
+        k_btf = checkpoint_name(linear(latent_btr, self.key_up, plan), "key")
+        v_btf = checkpoint_name(linear(latent_btr, self.value_up, plan), "value")
         k_bthk = _split(k_btf, self.nope)
         shared_bthk = jnp.broadcast_to(shared_bt1k, (*k_bthk.shape[:-1], self.rope))
         y_bthk = attend(
@@ -128,11 +128,11 @@ class LatentAttention(nnx.Module):
 
     def _queries(self, h_btd: Array, docs: Documents, plan: Plan) -> Array:
         if self.direct:
-            q_btf = linear(h_btd, plan.weight(self.query))
+            q_btf = linear(h_btd, self.query, plan)
         else:
-            latent_btr = add_bias(linear(h_btd, plan.weight(self.query_down)), self.query_down_bias)
+            latent_btr = add_bias(linear(h_btd, self.query_down, plan), self.query_down_bias)
             latent_btr = self.query_norm(checkpoint_name(latent_btr, "latent"))
-            q_btf = linear(latent_btr, plan.weight(self.query_up))
+            q_btf = linear(latent_btr, self.query_up, plan)
         q_bthk = _split(checkpoint_name(q_btf, "query"), self.nope + self.rope)
         plain_bthk, turned_bthk = q_bthk[..., : self.nope], q_bthk[..., self.nope :]
         return jnp.concatenate([plain_bthk, self.rotary(turned_bthk, docs.positions_bt)], -1)
@@ -149,5 +149,5 @@ def _split(x_btf: Array, size: int) -> Array:
 
 def _join(y_bthk: Array, out: nnx.Param, bias: nnx.Param | None, plan: Plan) -> Array:
     """The heads' outputs projected and summed over ranks; the bias is added once, to the sum."""
-    y_btd = plan.scatter(linear(y_bthk.reshape(*y_bthk.shape[:2], -1), plan.weight(out)), "sequence")
+    y_btd = plan.scatter(linear(y_bthk.reshape(*y_bthk.shape[:2], -1), out, plan), "sequence")
     return add_bias(y_btd, bias)

@@ -7,6 +7,7 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
@@ -25,6 +26,9 @@ from orogen.parallel.plan import Plan
 # Repetitions up to this many are written out, not looped over: as quick to compile, and a tenth faster on CPU, where
 # a loop copies what it keeps for the backward pass into stacks.
 WRITTEN_OUT = 2
+
+
+Ends = tuple[bool, bool]
 
 
 class Repeat(NamedTuple):
@@ -127,18 +131,22 @@ class Stack(nnx.Module):
 
     A call returns the residual stream and a tuple with an entry a child: None, a layer's statistics, or a nested
     tuple, stacked along the leading axis for a repetition. `replay` has the same form with each layer's experts.
+    `ends`: whether the first and the last layer here are the model's, which compute nothing in FP8.
     """
 
     def __init__(self, items: tuple[str | Repeat, ...], config: ModelConfig, rngs: nnx.Rngs):
         self.items = items
         self.children = nnx.List([_child(item, config, rngs) for item in items])
 
-    def __call__(self, x_btd: Array, docs: Documents, plan: Plan, replay: Any = None) -> tuple[Array, Any]:
-        stats = []
+    def __call__(
+        self, x_btd: Array, docs: Documents, plan: Plan, replay: Any = None, *, ends: Ends = (False, False)
+    ) -> tuple[Array, Any]:
+        stats, last = [], len(self.items) - 1
         for index, (item, child) in enumerate(zip(self.items, self.children, strict=True)):
             replayed = None if replay is None else replay[index]
             apply: Any = _scan if isinstance(item, Repeat) else _apply
-            x_btd, child_stats = apply(child, x_btd, docs, plan, replayed)
+            outer = (ends[0] and index == 0, ends[1] and index == last)
+            x_btd, child_stats = apply(child, x_btd, docs, plan, replayed, outer)
             stats.append(child_stats)
         return x_btd, tuple(stats)
 
@@ -158,8 +166,9 @@ def _child(item: str | Repeat, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Modul
     return nnx.merge(graphs[0], states)
 
 
-def _apply(layer: Layer, x_btd: Array, docs: Documents, plan: Plan, replay: Any) -> tuple[Array, Any]:
+def _apply(layer: Layer, x_btd: Array, docs: Documents, plan: Plan, replay: Any, ends: Ends) -> tuple[Array, Any]:
     graph, state = nnx.split(layer)
+    plan = plan.without_fp8() if any(ends) else plan
 
     def call(state, x_btd, replay):
         return nnx.merge(graph, state)(x_btd, docs, plan, replay)
@@ -167,12 +176,21 @@ def _apply(layer: Layer, x_btd: Array, docs: Documents, plan: Plan, replay: Any)
     return checkpointed(call, plan.config.layer_remat(layer.letter))(state, x_btd, replay)
 
 
-def _scan(stack: Stack, x_btd: Array, docs: Documents, plan: Plan, replay: Any) -> tuple[Array, Any]:
+def _scan(stack: Stack, x_btd: Array, docs: Documents, plan: Plan, replay: Any, ends: Ends) -> tuple[Array, Any]:
     graph, states = nnx.split(stack)
 
-    def body(x_btd, inputs):
+    def body(x_btd, inputs, ends=(False, False)):
         state, replay = inputs
-        return nnx.merge(graph, state)(x_btd, docs, plan, replay)
+        return nnx.merge(graph, state)(x_btd, docs, plan, replay, ends=ends)
 
     count = len(jax.tree.leaves(states)[0])
+    if plan.config.linear == "fp8" and any(ends):
+        # Written out, for the first or last turn differs: a loop over the others would copy their weights out first.
+        stats = []
+        for turn in range(count):
+            inputs = jax.tree.map(lambda a, turn=turn: a[turn], (states, replay))
+            outer = (ends[0] and turn == 0, ends[1] and turn == count - 1)
+            x_btd, turn_stats = body(x_btd, inputs, outer)
+            stats.append(turn_stats)
+        return x_btd, jax.tree.map(lambda *parts: jnp.stack(parts), *stats)
     return lax.scan(body, x_btd, (states, replay), unroll=count <= WRITTEN_OUT)

@@ -34,7 +34,7 @@ class LanguageModel(nnx.Module):
     def hidden(self, tokens_bt: Array, docs: Documents, plan: Plan, replay: Any = None) -> tuple[Array, Any]:
         """The final-normed hidden state (b, t of this rank's sequence piece, d) and the layers' statistics."""
         x_btd = self.embedding(tokens_bt, docs, plan)
-        x_btd, stats = self.backbone(x_btd, docs, plan, replay)
+        x_btd, stats = self.backbone(x_btd, docs, plan, replay, ends=(True, True))
         return self.norm(x_btd), stats
 
     def deeper(

@@ -26,12 +26,14 @@ BACKBONE, MTP, LAYERS = "backbone", "mtp", "layers"
 
 
 class Segment(NamedTuple):
-    """A stretch of the pattern. The first embeds tokens; the last has the heads, and the MTP block's layers `mtp`."""
+    """A stretch of the pattern. The first embeds tokens; the last has the heads, and the MTP block's layers `mtp`.
+    ends: whether it begins with the model's first layer, and ends with its last."""
 
     pattern: str
     mtp: str
     first: bool
     last: bool
+    ends: tuple[bool, bool]
 
     def uses(self, name: str, *, tied: bool) -> bool:
         """Whether it computes with the model's part `name`; tied: the embedding is also the head."""
@@ -62,9 +64,11 @@ class Stages:
     @functools.cached_property
     def segments(self) -> tuple[Segment, ...]:
         """Every segment, in the order of the pattern."""
-        end = len(self.patterns) - 1
+        last = len(self.patterns) - 1
+        filled = [g for g, pattern in enumerate(self.patterns) if pattern]
         return tuple(
-            Segment(pattern, self.mtp if g == end else "", g == 0, g == end) for g, pattern in enumerate(self.patterns)
+            Segment(pattern, self.mtp if g == last else "", g == 0, g == last, (filled[:1] == [g], filled[-1:] == [g]))
+            for g, pattern in enumerate(self.patterns)
         )
 
     @functools.cached_property

@@ -15,7 +15,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from orogen.config.model import ModelConfig
-from orogen.layers.linear import linear
+from orogen.layers.linear import linear, multiply
 from orogen.layers.mlp import MLP
 from orogen.layers.parameter import normal
 from orogen.moe.dispatch import DISPATCHES, drop_margin, expert_capacity, within_capacity
@@ -84,7 +84,7 @@ class MoE(nnx.Module):
             flat = lambda a: a.reshape(-1, a.shape[-1])  # noqa: E731
             u_btw = x_btd
             if self.latent_down is not None:
-                u_btw = checkpoint_name(linear(x_btd, plan.weight(self.latent_down)), "latent")
+                u_btw = checkpoint_name(linear(x_btd, self.latent_down, plan), "latent")
             dispatcher = DISPATCHES[plan.config.dispatch]
             rows, group_sizes, ticket = dispatcher.dispatch(
                 flat(u_btw), flat(routing.experts), flat(keep_btk), self.n_experts, capacity, plan
@@ -96,7 +96,7 @@ class MoE(nnx.Module):
             y_nw = checkpoint_name(y_nw, "combined")
             stats = stats._replace(overflow=stats.overflow + ticket.overflow)
             y_btd = y_nw.reshape(u_btw.shape)
-            y_btd = y_btd if self.latent_up is None else linear(y_btd, plan.weight(self.latent_up))
+            y_btd = y_btd if self.latent_up is None else linear(y_btd, self.latent_up, plan)
         if self.shared is not None:
             with jax.named_scope("shared_expert"):
                 y_btd = y_btd + self._shared(x_btd, self.shared, plan)
@@ -106,7 +106,7 @@ class MoE(nnx.Module):
         y_btd = expert(x_btd, plan)
         if self.shared_gate is None:
             return y_btd
-        gate_bt1 = linear(x_btd, plan.weight(self.shared_gate))
+        gate_bt1 = multiply(x_btd, plan.weight(self.shared_gate))
         y_btd, gate_bt1 = (checkpoint_name(a, "shared_out") for a in (y_btd, gate_bt1))
         return y_btd * jax.nn.sigmoid(gate_bt1)
 

@@ -78,6 +78,10 @@ class Plan:
             tree, _map_variables(lambda v: NamedSharding(self.mesh, _spec(self.rules, full_axes(v))), tree)
         )
 
+    def without_fp8(self) -> "Plan":
+        """The plan of a layer that computes all its products in the dtype of computation."""
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, linear="plain"))
+
     def sharding(self, *axes: str | None) -> NamedSharding:
         """The NamedSharding of an array with these logical axes."""
         return NamedSharding(self.mesh, self.spec(*axes))

@@ -6,10 +6,25 @@ import logging
 import os
 import pathlib
 import platform
+from collections.abc import Sequence
+
+from orogen.config.checks import ConfigError
 
 # Of mallopt(3): block sizes from which glibc maps memory of its own, and free space it keeps at the top.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 THREADS_PER_FAKE_DEVICE = 4
+# Sets of XLA's flags by what they are for. latency_hiding: exchanges between GPUs run beside computation, those of one
+# turn of a loop beside another's; deterministic: the same program on the same numbers gives the same bits.
+XLA_FLAGS = {
+    "latency_hiding": (
+        "--xla_gpu_enable_latency_hiding_scheduler=true",
+        "--xla_gpu_enable_pipelined_all_gather=true",
+        "--xla_gpu_enable_pipelined_reduce_scatter=true",
+        "--xla_gpu_enable_pipelined_all_reduce=true",
+        "--xla_gpu_enable_while_loop_double_buffering=true",
+    ),
+    "deterministic": ("--xla_gpu_deterministic_ops=true",),
+}
 
 
 def compile_cache_folder() -> pathlib.Path:
@@ -24,11 +39,13 @@ def compile_cache_folder() -> pathlib.Path:
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "orogen" / "jax" / kind
 
 
-def configure(fake_devices: int | None = None) -> None:
+def configure(fake_devices: int | None = None, xla: Sequence[str] = ()) -> None:
     """Simulates `fake_devices` CPU devices if asked for, keeps compiled programs between runs, quietens libraries.
 
-    What the environment already says about jax's compile cache stays.
+    xla: names of XLA_FLAGS. What the environment already says about jax's compile cache stays, and about those flags.
+    Raises ConfigError on an unknown name.
     """
+    add_xla_flags(xla)
     # XLA:CPU warns of its own pseudo-features on every program it takes from the cache.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if fake_devices:
@@ -44,6 +61,17 @@ def configure(fake_devices: int | None = None) -> None:
         jax.config.update("jax_compilation_cache_dir", str(compile_cache_folder()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def add_xla_flags(names: Sequence[str]) -> None:
+    """Adds the named sets to the environment's XLA_FLAGS, behind which its own stand and count. To be called before jax
+    makes its devices. Raises ConfigError on an unknown name."""
+    unknown = [name for name in names if name not in XLA_FLAGS]
+    if unknown:
+        raise ConfigError(f"--xla has {unknown[0]!r}; expected some of {', '.join(XLA_FLAGS)}")
+    flags = [flag for name in names for flag in XLA_FLAGS[name]]
+    if flags:
+        os.environ["XLA_FLAGS"] = f"{' '.join(flags)} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 
 def make_room_for(devices: int) -> None:

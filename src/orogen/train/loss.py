@@ -99,11 +99,19 @@ def embed(model: LanguageModel, batch: Batch, plan: Plan) -> Array:
 
 
 def enter(
-    model: LanguageModel, x_btd: Array, batch: Batch, counts: Counts, *, config: ModelConfig, plan: Plan, replay: Any
+    model: LanguageModel,
+    x_btd: Array,
+    batch: Batch,
+    counts: Counts,
+    *,
+    config: ModelConfig,
+    plan: Plan,
+    replay: Any,
+    ends: tuple[bool, bool] = (True, True),
 ) -> Passed:
-    """The backbone's layers, with their routers' losses."""
+    """The backbone's layers, with their routers' losses. ends: whether these have the model's first layer and last."""
     docs = Documents(batch.segments_bt, batch.positions_bt)
-    x_btd, stats = model.backbone(x_btd, docs, plan, replay and replay[0])
+    x_btd, stats = model.backbone(x_btd, docs, plan, replay and replay[0], ends=ends)
     loss = _router_loss(moe_stats(stats), counts, 0, 1, config, plan)
     return Passed(x_btd, loss, jnp.zeros(len(counts.targets)), (stats,))
 

@@ -10,6 +10,7 @@ from jax import Array
 from optax import contrib
 
 from orogen.config.run import OptimizerConfig
+from orogen.precision.policy import DTYPES
 
 # Update RMS that Muon is scaled to, AdamW's typical one, so that one learning rate serves both (arXiv:2502.16982).
 MUON_RMS = 0.2
@@ -49,8 +50,9 @@ def make_optimizer(config: OptimizerConfig, steps: int, params: nnx.State) -> op
     """
     rate = learning_rate(config, steps)
     decayed = _by_axes(params, lambda axes: _dimensions(axes) > 1)
-    adamw = lambda mask: optax.adamw(  # noqa: E731
-        rate, config.beta1, config.beta2, config.epsilon, weight_decay=config.weight_decay, mask=mask
+    adamw = lambda mask: keep_in(  # noqa: E731
+        config.moment_dtype,
+        optax.adamw(rate, config.beta1, config.beta2, config.epsilon, weight_decay=config.weight_decay, mask=mask),
     )
     if config.name == "adamw":
         return optax.chain(_clip(config.clip_norm), adamw(decayed))
@@ -62,8 +64,28 @@ def make_optimizer(config: OptimizerConfig, steps: int, params: nnx.State) -> op
         muon_weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: contrib.MuonDimensionNumbers(-2, -1), tree),
     )
     keep = lambda tree: jax.tree.map(lambda label, d: d and label == "adamw", labels, decayed)  # noqa: E731
-    parts: Any = {"muon": muon, "adamw": adamw(keep)}
+    parts: Any = {"muon": keep_in(config.moment_dtype, muon), "adamw": adamw(keep)}
     return optax.chain(_clip(config.clip_norm), optax.partition(parts, labels))
+
+
+def keep_in(dtype: str, optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """The optimizer with its state's floating-point arrays kept in `dtype`, and computed with in float32.
+
+    Rounded to nearest: a moment that would move by less than half a unit in its last place stays where it is, so a
+    bfloat16 moment with a decay above 1 - 2⁻⁸ = 0.996 hardly follows its gradients.
+    """
+    wide = optax.with_extra_args_support(optimizer)
+    if dtype == "float32":
+        return wide
+
+    def cast(state, kind):
+        return jax.tree.map(lambda x: x.astype(kind) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+
+    def update(updates, state, params=None, **extra):
+        updates, state = wide.update(updates, cast(state, jnp.float32), params, **extra)
+        return updates, cast(state, DTYPES[dtype])
+
+    return optax.GradientTransformationExtraArgs(lambda params: cast(wide.init(params), DTYPES[dtype]), update)
 
 
 def _clip(limit: float) -> optax.GradientTransformationExtraArgs:

@@ -101,7 +101,7 @@ class Pipeline:
         common: Any = {"config": self.config, "plan": self.plan}
         if segment.first:
             x_btd = embed(model, batch, self.plan)
-        passed = enter(model, x_btd, batch, self.counts, replay=replay and replay[:1], **common)
+        passed = enter(model, x_btd, batch, self.counts, replay=replay and replay[:1], ends=segment.ends, **common)
         if not segment.last:
             return passed
         return leave(model, passed, batch, self.counts, replay=replay and replay[1:], **common)

@@ -1,0 +1,162 @@
+"""Causal attention inside packed documents, and its gradients.
+
+Letters: b batch, t time, h query heads, g key heads, k head size, r query heads of a key head.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from orogen.bench.operation import MissingError, Operation, Shape, Work, relative_error
+from orogen.bench.timing import Program, compiled
+from orogen.config.checks import ConfigError
+from orogen.kernels.attention import IMPLEMENTATIONS, attention
+
+# documents: how many of equal length a row holds, or their lengths, joined by +.
+NANO = {"b": 2, "t": 8192, "h": 32, "g": 2, "k": 128}
+SHAPES: dict[str, Shape] = {
+    "nano": {**NANO, "documents": "1"},
+    "nano_8": {**NANO, "documents": "8"},
+    "nano_32": {**NANO, "documents": "32"},
+    "nano_8191_1": {**NANO, "documents": "8191+1"},
+}
+
+
+class Operands(NamedTuple):
+    """Bfloat16 queries, keys, values and the outputs' gradient; int32 segments from 1."""
+
+    q_bthk: Array
+    k_btgk: Array
+    v_btgk: Array
+    segments_bt: Array
+    grad_bthk: Array
+
+
+def lengths(shape: Shape) -> list[int]:
+    """Lengths of a row's documents. Raises ConfigError if they do not fill the row."""
+    time, text = shape["t"], shape["documents"]
+    parts = text.split("+")
+    if all(part.isdecimal() for part in parts):
+        found = [int(part) for part in parts]
+        if len(found) == 1 and found[0] and time % found[0] == 0:
+            return [time // found[0]] * found[0]
+        if sum(found) == time and all(found):
+            return found
+    raise ConfigError(
+        f"documents={text}; expected a divisor of t={time}, or lengths such as {time - 1}+1 with sum {time}"
+    )
+
+
+def draw(shape: Shape, seed: int) -> Operands:
+    """Random operands; every row has the same documents."""
+    b, t, h, g, k = (shape[key] for key in "bthgk")
+    keys = jax.random.split(jax.random.key(seed), 4)
+    normal = lambda key, heads: jax.random.normal(key, (b, t, heads, k), jnp.bfloat16)  # noqa: E731
+    segments_t = np.repeat(np.arange(1, len(lengths(shape)) + 1, dtype=np.int32), lengths(shape))
+    segments_bt = jnp.asarray(np.broadcast_to(segments_t, (b, t)))
+    return Operands(normal(keys[0], h), normal(keys[1], g), normal(keys[2], g), segments_bt, normal(keys[3], h))
+
+
+def works(shape: Shape) -> dict[str, Work]:
+    """Four operations a visible pair, head and unit of its size, and 2.5 times as many for the gradients, which compute
+    the scores again. A causal document of n tokens counts n² / 2 pairs."""
+    b, t, h, g, k = (shape[key] for key in "bthgk")
+    flops = 4.0 * b * h * k * sum(n * n / 2 for n in lengths(shape))
+    heads = 2.0 * b * t * k * np.array([2 * h + 2 * g, 5 * h + 4 * g])  # q, k, v, y; then also dy, dq, dk, dv
+    return {"forward": Work(flops, heads[0]), "forward_backward": Work(3.5 * flops, heads[1])}
+
+
+def ours(shape: Shape, operands: Operands, implementation: str) -> dict[str, Program]:
+    """Our programs: outputs, and outputs with the gradients of q, k and v."""
+    scale = shape["k"] ** -0.5
+
+    def forward(q_bthk: Array, k_btgk: Array, v_btgk: Array, segments_bt: Array) -> Array:
+        return attention(
+            q_bthk, k_btgk, v_btgk, segments_bt=segments_bt, scale=scale, implementation=implementation
+        )  # fmt: skip
+
+    def both(q_bthk: Array, k_btgk: Array, v_btgk: Array, segments_bt: Array, grad_bthk: Array) -> Any:
+        y_bthk, back = jax.vjp(lambda q, k, v: forward(q, k, v, segments_bt), q_bthk, k_btgk, v_btgk)
+        return y_bthk, *back(grad_bthk)
+
+    return {"forward": compiled(forward, *operands[:4]), "forward_backward": compiled(both, *operands)}
+
+
+def peer(shape: Shape, operands: Operands, implementation: str) -> dict[str, Program]:
+    """torch's scaled_dot_product_attention on the same numbers, heads before time, which is its own layout.
+
+    Raises MissingError for packed documents, which it has no argument for, and where torch lacks the kernel.
+    """
+    if len(lengths(shape)) > 1:
+        raise MissingError("torch's scaled_dot_product_attention has no argument for documents")
+    import torch  # pyright: ignore[reportMissingImports]
+    from torch.nn.attention import SDPBackend, sdpa_kernel  # pyright: ignore[reportMissingImports]
+
+    from orogen.bench.torch_programs import to_torch, torch_program
+
+    backend = getattr(SDPBackend, implementation.upper())
+    inputs = (operands.q_bthk, operands.k_btgk, operands.v_btgk)
+    q, k, v = (to_torch(a).transpose(1, 2).contiguous().requires_grad_() for a in inputs)
+    grad = to_torch(operands.grad_bthk).transpose(1, 2).contiguous()
+
+    def forward() -> Any:
+        with sdpa_kernel([backend]):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    def both() -> Any:
+        y = forward()
+        return y, *torch.autograd.grad(y, (q, k, v), grad)
+
+    try:
+        forward()
+    except RuntimeError as error:
+        raise MissingError(f"torch's {implementation} cannot run here: {error}") from None
+    made = {"forward": torch_program(forward), "forward_backward": torch_program(both, gradient=True)}
+    turn = lambda result: jax.tree.map(lambda a: jnp.swapaxes(a, 1, 2), result)  # noqa: E731
+    return {name: p._replace(read=lambda result, p=p: turn(p.read(result))) for name, p in made.items()}
+
+
+def check(shape: Shape, operands: Operands, results: dict[str, Any]) -> dict[str, float]:
+    """Errors against float32 attention with all scores, of the last row and its last key head's query heads."""
+    exact = jax.jit(_exact, static_argnums=(5, 6))(*operands, shape["h"] // shape["g"], shape["k"] ** -0.5)
+    ratio = shape["h"] // shape["g"]
+    got = results["forward"][-1, :, -ratio:], *_last(results["forward_backward"], ratio)
+    names = ("forward", "forward_again", "gradient_q", "gradient_k", "gradient_v")
+    errors = {n: relative_error(a, b) for n, a, b in zip(names, got, (exact[0], *exact), strict=True)}
+    every = jax.tree.leaves(results)
+    return {**errors, "not_finite": float(sum(jnp.sum(~jnp.isfinite(result)) for result in every))}
+
+
+def _last(results: tuple[Array, ...], ratio: int) -> tuple[Array, ...]:
+    """y, dq, dk, dv of the last row, key head and its query heads."""
+    y_bthk, dq_bthk, dk_btgk, dv_btgk = results
+    return y_bthk[-1, :, -ratio:], dq_bthk[-1, :, -ratio:], dk_btgk[-1, :, -1], dv_btgk[-1, :, -1]
+
+
+def _exact(q_bthk, k_btgk, v_btgk, segments_bt, grad_bthk, ratio: int, scale: float) -> tuple[Array, ...]:
+    """y, dq (t, r, k), dk, dv (t, k) in float32, one query head at a time: its scores are t² numbers."""
+    wide = lambda a: a[-1:].astype(jnp.float32)  # noqa: E731
+    keys, values = wide(k_btgk)[:, :, -1:], wide(v_btgk)[:, :, -1:]
+    by_head = lambda a: jnp.moveaxis(wide(a)[:, :, -ratio:], 2, 0)[:, :, :, None]  # noqa: E731
+
+    def one(sums, inputs):
+        q_1t1k, grad_1t1k = inputs
+        run = partial(attention, segments_bt=segments_bt[-1:], scale=scale, implementation="full")
+        y_1t1k, back = jax.vjp(run, q_1t1k, keys, values)
+        dq_1t1k, *shared = back(grad_1t1k)
+        return jax.tree.map(jnp.add, sums, tuple(shared)), (y_1t1k[0, :, 0], dq_1t1k[0, :, 0])
+
+    with jax.default_matmul_precision("highest"):
+        zeros = (jnp.zeros_like(keys), jnp.zeros_like(values))
+        (dk, dv), (y_rtk, dq_rtk) = lax.scan(one, zeros, (by_head(q_bthk), by_head(grad_bthk)))
+    return jnp.swapaxes(y_rtk, 0, 1), jnp.swapaxes(dq_rtk, 0, 1), dk[0, :, 0], dv[0, :, 0]
+
+
+OPERATION = Operation(
+    name="attention", shapes=SHAPES, implementations=tuple(IMPLEMENTATIONS), draw=draw, works=works, ours=ours,
+    peers=("cudnn_attention", "flash_attention"), peer=peer, check=check,
+)  # fmt: skip

@@ -1,0 +1,106 @@
+"""`orogen bench`: its options, and which benchmark they ask for. Importing this does not import jax."""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from orogen.config.checks import ConfigError
+
+# Benchmarks of one operation: the implementations that are timed by default run everywhere.
+OPERATIONS = {"ssd": "chunked", "grouped_matmul": "blocks", "attention": "blocked"}
+NAMES = ("cpu_train", *OPERATIONS, "train")
+LARGEST_SEED = 2**31 - 1
+
+
+def add_arguments(task: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
+    """The options of `orogen bench`; `positive` reads a whole number above 0."""
+    task.add_argument(
+        "name",
+        choices=NAMES,
+        help="cpu_train: whole training steps on this CPU; ssd, grouped_matmul, attention: one operation at "
+        "sizes of large models; train: passes or steps of a model on one GPU",
+    )
+    task.add_argument("--peer", choices=("torch",), help="torch, or transformers on it, in turn; from the extra `peer`")
+    task.add_argument("--steps", type=positive, default=15, help="counted steps, or samples, of each program")
+    task.add_argument("--profile", type=Path, metavar="DIR", help="write a trace of the device there")
+    cpu = task.add_argument_group("cpu_train")
+    cpu.add_argument("--models", default="dense,moe", metavar="A,B")
+    one = task.add_argument_group("one operation")
+    one.add_argument("--implementations", metavar="A,B", help="those of the operation's folder in orogen/kernels")
+    one.add_argument("--shape", action="append", default=[], metavar="S", help="a name, or sizes as b=2,t=8192")
+    one.add_argument("--seed", type=int, help="of the operands; drawn anew without it")
+    one.add_argument("--roofline", type=Path, metavar="FILE.png", help="draw achieved against measured ceilings there")
+    whole = task.add_argument_group("train")
+    whole.add_argument("--model", default="r1", metavar="NAME", help="of gin_configs/models")
+    whole.add_argument("--rows", type=positive, default=2, help="of a microbatch")
+    whole.add_argument("--sequence_length", type=positive, default=8192, metavar="T")
+    whole.add_argument("--whole_step", action="store_true", help="with the optimizer, and microbatches")
+    whole.add_argument("--turns", type=positive, default=2, help="blocks of steps of each program, with --peer")
+    whole.add_argument("--gin_bindings", action="append", default=[], metavar="X.y=1", help="on top of the benchmark's")
+
+
+def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[str], bool]:
+    """What was measured, as one object and as lines, and whether everything was right. Raises ConfigError."""
+    if options.name in OPERATIONS:
+        facts = _operation(options)
+        records = facts["records"]
+        right = all(record.get("correct", True) for record in records)
+        return facts, [json.dumps(facts["ceilings"]), *(json.dumps(record) for record in records)], right
+    if options.name == "train":
+        facts, right = _train(options)
+        return facts, json.dumps(facts, indent=2).splitlines(), right
+    from orogen.bench.cpu_train import bench
+
+    facts = bench(options.models.split(","), peer=options.peer, steps=options.steps)
+    return facts, json.dumps(facts, indent=2).splitlines(), True
+
+
+def _operation(options: argparse.Namespace) -> dict[str, Any]:
+    if options.peer is not None:  # torch allocates on the same GPU
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    seed = int.from_bytes(os.urandom(3)) if options.seed is None else options.seed
+    if not 0 <= seed <= LARGEST_SEED:
+        raise ConfigError(f"--seed {seed}; expected a whole number from 0 to 2**31 - 1")
+    if options.roofline is not None and not options.roofline.parent.is_dir():
+        raise ConfigError(f"--roofline {str(options.roofline)!r}; expected a file in a folder that exists")
+    from orogen.bench.operation import bench
+    from orogen.bench.roofline import draw_roofline
+
+    operation = importlib.import_module(f"orogen.bench.{options.name}").OPERATION
+    names = options.implementations or OPERATIONS[options.name]
+    facts = bench(
+        operation, shapes=options.shape, implementations=names.split(","), peer=options.peer, samples=options.steps,
+        seed=seed, profile=options.profile,
+    )  # fmt: skip
+    for missing in dict.fromkeys(record["missing"] for record in facts["records"] if "missing" in record):
+        print(f"not timed: {missing}", file=sys.stderr)
+    if options.roofline is not None:
+        draw_roofline(facts, options.roofline)
+    return facts
+
+
+def _train(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
+    from orogen.bench.train import Workload, bench
+    from orogen.bench.train_peer import UnequalError, compare
+
+    work = Workload(
+        model=options.model, rows=options.rows, sequence_length=options.sequence_length,
+        part="whole_step" if options.whole_step else "forward_backward", bindings=tuple(options.gin_bindings),
+    )  # fmt: skip
+    deterministic = "deterministic" in options.xla
+    if options.peer is None:
+        return bench(work, steps=options.steps, deterministic=deterministic, profile=options.profile), True
+    if options.profile is not None:
+        raise ConfigError("--profile with --peer; expected one of them: a trace slows both programs")
+    try:
+        return compare(
+            work, peer=options.peer, steps=options.steps, turns=options.turns, deterministic=deterministic
+        ), True
+    except UnequalError as error:
+        print(f"orogen: {error}", file=sys.stderr)
+        return {"bench": "train", "equal": False, "losses": str(error)}, False

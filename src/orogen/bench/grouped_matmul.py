@@ -1,0 +1,138 @@
+"""The experts' matrix products: rows of many uneven groups, each times its group's weight, and both gradients.
+
+Letters: n rows, d width in, f width out, e groups.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from orogen.bench.operation import Operation, Shape, Work, relative_error
+from orogen.bench.timing import Program, compiled
+from orogen.kernels.grouped_matmul import IMPLEMENTATIONS, grouped_matmul
+
+# empty: how many of the groups have no row. nano: Nemotron-3 Nano's experts for 16,384 tokens; r1_up and r1_down: R1's.
+SHAPES: dict[str, Shape] = {
+    "nano": {"n": 98304, "d": 2688, "f": 1856, "e": 128, "empty": 0},
+    "r1_up": {"n": 98304, "d": 2048, "f": 1024, "e": 64, "empty": 0},
+    "r1_down": {"n": 98304, "d": 1024, "f": 2048, "e": 64, "empty": 0},
+    "ragged": {"n": 98304, "d": 2688, "f": 1856, "e": 128, "empty": 32},
+}
+CHECKED_ROWS = 256  # beside those at the ends of groups
+
+
+class Operands(NamedTuple):
+    """Bfloat16 rows, weights and the outputs' gradient; int32 sizes, on the device and on the host."""
+
+    rows_nd: Array
+    weights_edf: Array
+    grad_nf: Array
+    sizes_e: Array
+    host_sizes_e: np.ndarray
+
+
+def draw(shape: Shape, seed: int) -> Operands:
+    """Random operands, and groups as uneven as those of tokens that choose at random; `empty` of them have no row."""
+    n, d, f, e = (shape[key] for key in "ndfe")
+    rng = np.random.default_rng(seed)
+    chosen = rng.permutation(e)[: max(1, e - shape["empty"])]
+    sizes_e = np.bincount(rng.choice(chosen, n), minlength=e).astype(np.int32)
+    keys = jax.random.split(jax.random.key(seed), 3)
+    normal = lambda key, *size: jax.random.normal(key, size, jnp.bfloat16)  # noqa: E731
+    weights_edf = normal(keys[1], e, d, f) * jnp.asarray(d**-0.5, jnp.bfloat16)
+    return Operands(normal(keys[0], n, d), weights_edf, normal(keys[2], n, f), jnp.asarray(sizes_e), sizes_e)
+
+
+def works(shape: Shape) -> dict[str, Work]:
+    """2 n d f operations each; empty groups' weights are read by nobody, but their gradient is written."""
+    n, d, f, e = (shape[key] for key in "ndfe")
+    outside, used = n * d + n * f, (e - shape["empty"]) * d * f
+    each = [("forward", used), ("gradient_rows", used), ("gradient_weights", e * d * f)]
+    return {name: Work(2.0 * n * d * f, 2.0 * (outside + weights)) for name, weights in each}
+
+
+def ours(shape: Shape, operands: Operands, implementation: str) -> dict[str, Program]:
+    """Our programs: the forward product and each gradient alone."""
+    del shape
+    rows_nd, weights_edf, grad_nf, sizes_e, _ = operands
+
+    def forward(rows_nd: Array, weights_edf: Array, sizes_e: Array) -> Array:
+        return grouped_matmul(rows_nd, weights_edf, sizes_e, implementation=implementation)
+
+    def gradient_rows(rows_nd: Array, weights_edf: Array, sizes_e: Array, grad_nf: Array) -> Array:
+        return jax.vjp(lambda rows: forward(rows, weights_edf, sizes_e), rows_nd)[1](grad_nf)[0]
+
+    def gradient_weights(rows_nd: Array, weights_edf: Array, sizes_e: Array, grad_nf: Array) -> Array:
+        return jax.vjp(lambda weights: forward(rows_nd, weights, sizes_e), weights_edf)[1](grad_nf)[0]
+
+    inputs = (rows_nd, weights_edf, sizes_e)
+    return {
+        "forward": compiled(forward, *inputs),
+        "gradient_rows": compiled(gradient_rows, *inputs, grad_nf),
+        "gradient_weights": compiled(gradient_weights, *inputs, grad_nf),
+    }
+
+
+def peer(shape: Shape, operands: Operands, implementation: str) -> dict[str, Program]:
+    """torch's `_grouped_mm` on the same arrays."""
+    del shape, implementation
+    import torch  # pyright: ignore[reportMissingImports]
+
+    from orogen.bench.torch_programs import to_torch, torch_program
+
+    rows, weights, grad = (to_torch(array) for array in operands[:3])
+    ends = torch.cumsum(to_torch(operands.sizes_e), 0).to(torch.int32)
+    multiply = torch._grouped_mm
+    return {
+        "forward": torch_program(lambda: multiply(rows, weights, offs=ends)),
+        "gradient_rows": torch_program(lambda: multiply(grad, weights.transpose(-2, -1), offs=ends)),
+        "gradient_weights": torch_program(lambda: multiply(rows.t(), grad, offs=ends)),
+    }
+
+
+def check(shape: Shape, operands: Operands, results: dict[str, Any]) -> dict[str, float]:
+    """Errors against float64 products of NumPy: of rows at every group's ends and some between, and of the weights'
+    gradient of the smallest group, an empty one if there is one, the largest, and one between."""
+    sizes_e = operands.host_sizes_e
+    ends_e = np.cumsum(sizes_e)
+    between = np.random.default_rng(shape["n"]).integers(shape["n"], size=CHECKED_ROWS)
+    filled = sizes_e > 0
+    rows_r = np.unique(np.concatenate([between, ends_e[filled] - 1, (ends_e - sizes_e)[filled]]))
+    group_r = np.searchsorted(ends_e, rows_r, side="right")
+    x_rd, dy_rf = (_float64(array[rows_r]) for array in (operands.rows_nd, operands.grad_nf))
+    out_rf, dx_rd = np.empty((len(rows_r), shape["f"])), np.empty((len(rows_r), shape["d"]))
+    for group in np.unique(group_r):
+        mine, weight_df = group_r == group, _float64(operands.weights_edf[group])
+        out_rf[mine], dx_rd[mine] = x_rd[mine] @ weight_df, dy_rf[mine] @ weight_df.T
+    return {
+        "forward": relative_error(results["forward"][rows_r], out_rf),
+        "gradient_rows": relative_error(results["gradient_rows"][rows_r], dx_rd),
+        "gradient_weights": _weights_error(operands, results["gradient_weights"]),
+        "not_finite": float(sum(jnp.sum(~jnp.isfinite(result)) for result in results.values())),
+    }
+
+
+def _weights_error(operands: Operands, grad_edf: Array) -> float:
+    """The largest relative error of a few groups' gradients."""
+    sizes_e = operands.host_sizes_e
+    order = np.argsort(sizes_e)
+    errors = []
+    for group in (order[0], order[len(order) // 2], order[-1]):
+        stop = int(np.cumsum(sizes_e)[group])
+        rows = slice(stop - int(sizes_e[group]), stop)
+        exact_df = _float64(operands.rows_nd[rows]).T @ _float64(operands.grad_nf[rows])
+        errors.append(relative_error(grad_edf[group], exact_df))
+    return max(errors)
+
+
+def _float64(array: Array) -> np.ndarray:
+    return np.asarray(array).astype(np.float64)
+
+
+OPERATION = Operation(
+    name="grouped_matmul", shapes=SHAPES, implementations=tuple(IMPLEMENTATIONS), draw=draw, works=works, ours=ours,
+    peers=("_grouped_mm",), peer=peer, check=check,
+)  # fmt: skip

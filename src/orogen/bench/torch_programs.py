@@ -1,0 +1,58 @@
+"""torch's side of the benchmarks of operations: its arrays over our operands, and its functions as Programs.
+
+Importing this does not import torch.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from orogen.bench.timing import Program
+
+
+def to_torch(array: jax.Array) -> Any:
+    """A torch tensor over the same memory."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    return torch.from_dlpack(array)
+
+
+def from_torch(result: Any) -> Any:
+    """A torch tensor, or a tuple of them, as jax arrays, once they are computed."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    if isinstance(result, tuple):
+        return tuple(from_torch(part) for part in result)
+    return jnp.from_dlpack(result.detach().contiguous())
+
+
+def torch_program(function: Callable[[], Any], *, gradient: bool = False) -> Program:
+    """`function` as a Program whose result is of jax arrays.
+
+    gradient: whether it asks for gradients itself; otherwise none are recorded. temporary_mb: the most that torch
+    allocated in its second call beside what it held before, results included; None on a CPU.
+    """
+    import torch  # pyright: ignore[reportMissingImports]
+
+    on_gpu = torch.cuda.is_available()
+
+    def run() -> Any:
+        with torch.set_grad_enabled(gradient):
+            return function()
+
+    def wait(_: Any) -> None:
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    wait(run())
+    temporary = None
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        wait(run())
+        temporary = round((torch.cuda.max_memory_allocated() - held) / 2**20)
+    return Program(run, wait, from_torch, temporary)

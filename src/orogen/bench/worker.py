@@ -1,0 +1,64 @@
+"""A program in a process of its own, asked by lines: JSON in, JSON out."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+class Worker:
+    """A process that runs `python -m MODULE`, is told `settings` first and then answers what it is asked.
+
+    facts: its first answer. Use it as a context manager, or `close` it, which waits for its end.
+    Raises RuntimeError if it ends before it answers.
+    """
+
+    def __init__(self, module: str, settings: Any, environment: Mapping[str, str] | None = None):
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, **(environment or {})},
+        )  # fmt: skip
+        assert self._process.stdin is not None and self._process.stdout is not None  # both are pipes
+        self._questions, self._answers = self._process.stdin, self._process.stdout
+        try:
+            self.facts: dict[str, Any] = self.ask(settings)
+        except BaseException:
+            self._process.kill()
+            raise
+
+    def ask(self, question: Any) -> Any:
+        """The process's answer."""
+        try:
+            print(json.dumps(question), file=self._questions, flush=True)
+            answer = self._answers.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            raise RuntimeError(
+                f"the process of {self._process.args[-1]} ended with status {self._process.wait()}; "  # pyright: ignore
+                "its own words are above"
+            )
+        return json.loads(answer)
+
+    def close(self) -> None:
+        """Lets the process end."""
+        self._questions.close()
+        self._answers.close()
+        self._process.wait()
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def serve(prepare: Callable[[Any], tuple[dict[str, Any], Callable[[Any], Any]]]) -> None:
+    """The process's side: `prepare` takes the settings and gives the facts and what answers each question."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # nothing but answers may reach the pipe
+    facts, answer = prepare(json.loads(sys.stdin.readline()))
+    print(json.dumps(facts), file=answers, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(answer(json.loads(line))), file=answers, flush=True)

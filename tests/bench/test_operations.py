@@ -1,0 +1,184 @@
+"""Benchmarks of single operations, tiny: what they check before they time, count and draw. None looks at speed."""
+
+import importlib.util
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from orogen.bench import attention, grouped_matmul, operation, ssd
+from orogen.bench.operation import bench, read_shape, relative_error
+from orogen.bench.roofline import draw_roofline
+from orogen.config.checks import ConfigError
+
+CEILINGS = {"matrix": 16, "copied": 64}
+TINY = {
+    "grouped_matmul": ("n=200,d=24,f=16,e=5,empty=2", "blocks", ["forward", "gradient_rows", "gradient_weights"]),
+    "attention": ("b=2,t=24,h=4,g=2,k=8,documents=23+1", "blocked", ["forward", "forward_backward"]),
+    "ssd": ("b=2,t=24,h=6,p=5,g=2,n=7,c=8", "chunked", ["forward", "forward_backward"]),
+}  # fmt: skip
+operations = pytest.mark.parametrize("name", TINY)
+
+
+def module(name):
+    return importlib.import_module(f"orogen.bench.{name}")
+
+
+def run(name, **changes):
+    shape, implementation, _ = TINY[name]
+    chosen = changes.pop("operation", module(name).OPERATION)
+    settings = {
+        "shapes": [shape],
+        "implementations": [implementation],
+        "peer": None,
+        "samples": 2,
+        "seed": 3,
+        **changes,
+    }
+    return bench(chosen, **settings, ceiling_sizes=CEILINGS)
+
+
+@operations
+def test_every_work_is_right_and_timed(name):
+    facts = json.loads(json.dumps(run(name)))
+    records = facts["records"]
+    assert [record["work"] for record in records] == TINY[name][2]
+    for record in records:
+        assert record["correct"] and record["best_ms"] <= record["ms"] <= record["worst_ms"]
+        assert record["errors"]["not_finite"] == 0
+        assert all(0 < error < operation.TOLERANCE for key, error in record["errors"].items() if key != "not_finite")
+    assert set(facts["ceilings"]) == {"matmul_tflops", "copy_tb_per_second"}
+
+
+@operations
+@pytest.mark.parametrize("work", [0, -1])
+def test_a_wrong_result_is_not_timed(name, work):
+    """Every array of every result in turn, one element of what is compared moved."""
+    right = module(name).OPERATION
+    chosen = TINY[name][2][work]
+    arrays = {"forward_backward": 4 if name == "attention" else 6}.get(chosen, 1)
+    for index in range(arrays):
+
+        def spoiled(shape, operands, implementation, index=index):
+            made = right.ours(shape, operands, implementation)
+
+            def read(result):
+                parts = list(result) if isinstance(result, tuple) else [result]
+                parts[index] = parts[index].at[...].multiply(1.05)
+                return tuple(parts) if isinstance(result, tuple) else parts[0]
+
+            return {**made, chosen: made[chosen]._replace(read=read)}
+
+        (record,) = run(name, operation=right._replace(ours=spoiled))["records"]
+        assert record["correct"] is False and "ms" not in record
+
+
+@operations
+def test_what_is_not_finite_anywhere_is_not_timed(name):
+    right = module(name).OPERATION
+
+    def spoiled(shape, operands, implementation):
+        made = right.ours(shape, operands, implementation)
+        first = TINY[name][2][0]
+        return {**made, first: made[first]._replace(read=lambda y: y.at[(0,) * y.ndim].set(jnp.nan))}
+
+    (record,) = run(name, operation=right._replace(ours=spoiled))["records"]
+    assert record["correct"] is False and record["errors"]["not_finite"] == 1
+
+
+@operations
+def test_operands_differ_from_seed_to_seed(name):
+    op = module(name).OPERATION
+    shape = read_shape(op, TINY[name][0])
+    first, again, other = (op.draw(shape, seed)[0] for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert (np.asarray(first) != np.asarray(other)).mean() > 0.9
+
+
+def test_groups_are_uneven_and_as_many_empty_as_asked():
+    shape = read_shape(grouped_matmul.OPERATION, "n=200,d=4,f=4,e=5,empty=2")
+    sizes_e = grouped_matmul.draw(shape, 0).host_sizes_e
+    assert sizes_e.sum() == 200 and (sizes_e == 0).sum() == 2 and len(set(sizes_e.tolist())) > 2
+
+
+def test_works_by_hand():
+    # 2 · 6 · 5 · 3 operations; rows 6x5 and outputs 6x3 in two bytes, weights of one group of two 5x3
+    product = grouped_matmul.works({"n": 6, "d": 5, "f": 3, "e": 2, "empty": 1})
+    assert product["forward"] == product["gradient_rows"] == (180, 2 * (30 + 18 + 15))
+    assert product["gradient_weights"] == (180, 2 * (30 + 18 + 30))
+    # documents of 3 and 1 see 9/2 + 1/2 pairs: 4 · 2 · 5 · 7 · 5; q, y of 2 heads and k, v of one, 4 tokens of 7
+    shape = {"b": 5, "t": 4, "h": 2, "g": 1, "k": 7, "documents": "3+1"}
+    assert attention.works(shape)["forward"] == (4 * 5 * 2 * 7 * 5, 2 * 5 * 4 * 7 * 6)
+    assert attention.works(shape)["forward_backward"] == (3.5 * 1400, 2 * 5 * 4 * 7 * 14)
+    # a token: C·B 2 · 2 · 3 · 4 and x 2 · 6 · 5 · 4 in half a chunk of 8, states 4 · 6 · 5 · 3
+    shape = {"b": 1, "t": 16, "h": 6, "p": 5, "g": 2, "n": 3, "c": 8}
+    assert ssd.works(shape)["forward"].flops == 16 * (48 + 240 + 360)
+    # x and y 30, dt 6 (four bytes), B and C 6 each
+    assert ssd.works(shape)["forward"].bytes == 16 * (2 * 30 + 4 * 6 + 2 * 12 + 2 * 30)
+
+
+def test_documents_fill_the_row():
+    length = lambda text: attention.lengths({"t": 12, "documents": text})  # noqa: E731
+    assert length("1") == [12] and length("3") == [4, 4, 4] and length("11+1") == [11, 1]
+    for wrong in ("5", "0", "7+4", "12+0", "x", "3+", ""):
+        with pytest.raises(ConfigError, match=r"expected a divisor of t=12, or lengths such as 11\+1 with sum 12"):
+            length(wrong)
+
+
+def test_shapes_are_read_or_refused():
+    op = grouped_matmul.OPERATION
+    assert read_shape(op, "r1_up") == grouped_matmul.SHAPES["r1_up"]
+    assert read_shape(op, "n=7,e=3") == {**grouped_matmul.SHAPES["nano"], "n": 7, "e": 3}
+    assert read_shape(op, "empty=0")["empty"] == 0
+    for wrong in ("nan", "n=0", "n=-1", "n=1.5", "q=3", "n", "n=", "n=7,"):
+        with pytest.raises(ConfigError, match=r"--shape '.*'; expected one of nano, r1_up"):
+            read_shape(op, wrong)
+
+
+def test_refusals_of_the_command(refused, monkeypatch, tmp_path):
+    line = refused("bench", "ssd", "--implementations", "magic")
+    assert line == "implementation 'magic'; expected some of chunked, recurrence, triton, triton_interpreted"
+    assert "expected a whole number from 0" in refused("bench", "ssd", "--seed", "-1")
+    missing = tmp_path / "nowhere" / "picture.png"
+    assert "expected a file in a folder that exists" in refused("bench", "ssd", "--roofline", missing)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert refused("bench", "ssd", "--peer", "torch") == (
+        "--peer torch: torch not installed; expected the extra `peer` (orogen[peer])"
+    )
+
+
+def test_a_missing_peer_is_one_record_with_the_reason(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+
+    def peer(shape, operands, implementation):
+        raise operation.MissingError("no\nkernel")
+
+    facts = run("ssd", peer="torch", operation=ssd.OPERATION._replace(peer=peer))
+    (record,) = [record for record in facts["records"] if "missing" in record]
+    assert record["implementation"] == "torch mamba_ssm" and record["missing"] == "no kernel"
+    assert [r["work"] for r in facts["records"] if "work" in r] == TINY["ssd"][2]
+
+
+def test_relative_error_by_hand():
+    assert relative_error([3.0, 4.0], [3.0, 0.0]) == pytest.approx(4 / 3)
+    assert relative_error([0.0], [0.0]) == 0 and relative_error([1.0], [0.0]) == float("inf")
+    assert not relative_error([float("nan")], [1.0]) <= operation.TOLERANCE
+
+
+def test_the_roofline_has_a_point_a_work(tmp_path):
+    facts = run("grouped_matmul", implementations=["blocks", "reference"])
+    facts["ceilings"] = {"matmul_tflops": 0.5, "copy_tb_per_second": 0.01}
+    draw_roofline(facts, tmp_path / "roof.png")
+    assert (tmp_path / "roof.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize(
+    ("name", "peer"), [("grouped_matmul", "torch _grouped_mm"), ("attention", "torch flash_attention")]
+)
+def test_the_peer_computes_the_same(name, peer):
+    shape = {"grouped_matmul": "n=64,d=16,f=16,e=4,empty=1", "attention": "b=2,t=24,h=4,g=2,k=8,documents=1"}[name]
+    records = run(name, shapes=[shape], peer="torch")["records"]
+    found = [record for record in records if record["implementation"] == peer]
+    assert [record["work"] for record in found] == TINY[name][2]

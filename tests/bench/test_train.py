@@ -1,0 +1,92 @@
+"""The benchmark of whole models at sizes that compile in seconds, on CPU, in the kernels that run there."""
+
+import json
+
+import pytest
+
+from orogen.bench import train, train_peer
+from orogen.bench.train import Workload
+from orogen.bench.worker import Worker
+from orogen.cli import main
+from orogen.config.checks import ConfigError
+
+SIZES = {
+    "ModelConfig.pattern": "'MEM*E'", "ModelConfig.vocab_size": 64, "ModelConfig.hidden_size": 32,
+    "ModelConfig.num_attention_heads": 4, "ModelConfig.head_dim": 8, "ModelConfig.mamba_num_heads": 8,
+    "ModelConfig.mamba_head_dim": 8, "ModelConfig.ssm_state_size": 16, "ModelConfig.chunk_size": 8,
+    "ModelConfig.n_routed_experts": 8, "ModelConfig.num_experts_per_tok": 2, "ModelConfig.moe_intermediate_size": 24,
+    "ModelConfig.moe_shared_expert_intermediate_size": 40, "PlanConfig.attention": "'full'",
+    "PlanConfig.ssd": "'chunked'", "PlanConfig.grouped_matmul": "'blocks'",
+}  # fmt: skip
+
+
+def tiny(part: str = "forward_backward", /, **changes: object) -> Workload:
+    bindings = tuple(f"{name}={value}" for name, value in {**SIZES, **changes}.items())
+    return Workload(rows=2, sequence_length=24, part=part, bindings=bindings)
+
+
+@pytest.mark.parametrize("part", ["forward_backward", "whole_step"])
+def test_facts(part):
+    facts = json.loads(json.dumps(train.bench(tiny(part), steps=2, deterministic=part == "forward_backward")))
+    found = facts[part]
+    assert 3 < found["loss"] < 6 and found["best_ms"] <= found["ms"] <= found["worst_ms"]
+    assert facts["plan"] == {"remat": "elementwise"} | ({"microbatches": 4} if part == "whole_step" else {})
+    assert found.get("same_bits") is (True if part == "forward_backward" else None)
+    assert facts.get("moment_dtype") == ("bfloat16" if part == "whole_step" else None)
+
+
+def test_a_whole_step_starts_from_the_loss_of_the_passes():
+    one = {"PlanConfig.microbatches": 1, "TrainConfig.compute_dtype": "'float32'"}
+    works = [tiny(part, **one) for part in ("forward_backward", "whole_step")]
+    first, second = (train.prepare(work, work.config()) for work in works)
+    assert first.loss == pytest.approx(second.loss, rel=1e-6)
+    assert first.tokens == second.tokens == 48
+
+
+def test_tokens_of_a_step_are_those_of_all_microbatches():
+    work = tiny("whole_step")
+    assert train.prepare(work, work.config()).tokens == 4 * 48
+
+
+def test_bindings_take_the_place_of_the_usual_ones():
+    assert tiny(**{"PlanConfig.remat": "'full'"}).config().plan.remat == "full"
+    assert tiny(**{"PlanConfig.linear": "'fp8'"}).config().plan.linear == "fp8"
+
+
+def test_kernels_of_a_gpu_are_refused_elsewhere(refused):
+    assert refused("bench", "train").startswith(
+        "train runs on a GPU of compute capability 9.0 (Hopper), found cpu; expected other choices of "
+        "PlanConfig.attention, PlanConfig.ssd, PlanConfig.grouped_matmul there"
+    )
+    assert refused("bench", "train", "--model", "r2").startswith("--model 'r2'; expected the name of a file in ")
+
+
+def test_options_that_do_not_go_together(monkeypatch):
+    monkeypatch.setattr(train_peer, "require_peer", lambda name: None)
+    with pytest.raises(ConfigError, match="--peer torch with --whole_step; expected one of them"):
+        train_peer.compare(tiny("whole_step"), peer="torch", steps=1, turns=1)
+
+
+def test_a_process_that_fails_is_an_error():
+    with pytest.raises(RuntimeError, match="the process of orogen.bench.train ended with status 1"):
+        Worker("orogen.bench.train", {"work": {"model": "r2", "bindings": []}, "tokens": None})
+
+
+@pytest.mark.peer
+def test_transformers_has_the_same_loss_on_the_same_weights(capsys):
+    facts = train_peer.compare(tiny(**{"ModelConfig.vocab_size": 128}), peer="torch", steps=2, turns=2)
+    json.dumps(facts)
+    assert facts["loss"] == pytest.approx(facts["torch"]["loss"], abs=1e-2)
+    assert len(facts["forward_backward"]) == len(facts["torch"]["blocks"]) == 2
+    assert [block["loss"] for block in facts["forward_backward"]] == [facts["loss"]] * 2
+    assert facts["ratio"] > 0 and set(facts["torch"]["kernels"]) == {"causal_conv1d_fn", "mamba_chunk_scan_combined"}
+
+
+@pytest.mark.peer
+def test_unequal_losses_are_not_timed(monkeypatch, capsys):
+    monkeypatch.setattr(train_peer, "MOST_APART", -1.0)
+    bindings = [part for name, value in SIZES.items() for part in ("--gin_bindings", f"{name}={value}")]
+    command = ["bench", "train", "--peer", "torch", "--rows", "2", "--sequence_length", "24", *bindings]
+    assert main([*command, "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out)["equal"] is False and "expected them within" in err

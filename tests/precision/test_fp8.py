@@ -1,0 +1,175 @@
+"""FP8 products against plain ones: tolerances from the formats' fractions, and what zeros, huge and lost numbers do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tests.model.small import config, model_parts, one_device
+
+from orogen.layers.documents import Documents
+from orogen.layers.linear import PRODUCTS, multiply
+from orogen.precision.fp8 import E4M3, E5M2, SMALLEST_SCALE, dequantize, fp8_matmul, quantize, scale_of
+
+N, D, F = 24, 48, 40
+# Half a unit in the last place, of 3 and 2 bits of fraction; of normal numbers.
+ROUNDING = {E4M3: 2.0**-4, E5M2: 2.0**-3}
+SMALLEST_NORMAL = {E4M3: 2.0**-6, E5M2: 2.0**-14}
+kinds = pytest.mark.parametrize("kind", [E4M3, E5M2])
+
+
+def drawn(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def error(result, exact):
+    result, exact = np.asarray(result, np.float64), np.asarray(exact, np.float64)
+    return np.linalg.norm(result - exact) / np.linalg.norm(exact)
+
+
+@kinds
+def test_the_scale_is_the_least_power_of_two_that_fits(kind):
+    limit = float(jnp.finfo(kind).max)
+    for largest, expected in [(limit, 1.0), (limit * 1.001, 2.0), (limit / 2, 0.5), (3 * limit, 4.0), (1e38, None)]:
+        scale = float(scale_of(jnp.asarray([0.0, -largest, largest / 3], jnp.float32), kind))
+        assert np.frexp(scale)[0] == 0.5 and largest <= scale * limit < 2 * largest * (1 + 1e-6)
+        assert expected is None or scale == expected
+
+
+@kinds
+@pytest.mark.parametrize("size", [1e-20, 1.0, 1e30])
+def test_numbers_come_back_within_rounding(kind, size):
+    x = drawn(N, D) * size
+    values, scale = quantize(x, kind)
+    back = dequantize(values, scale, jnp.float32)
+    normal = np.abs(x) >= SMALLEST_NORMAL[kind] * float(scale)
+    off = np.abs(np.asarray(back, np.float64) - np.asarray(x, np.float64))
+    assert (off <= ROUNDING[kind] * np.abs(x))[normal].all()
+    assert (off <= SMALLEST_NORMAL[kind] * ROUNDING[kind] * float(scale))[~normal].all()
+    assert normal.mean() > 0.9
+
+
+@kinds
+def test_what_the_format_holds_comes_back_to_the_bit(kind):
+    every = np.arange(256, dtype=np.uint8).view(jnp.dtype(kind)).astype(np.float32)
+    x = jnp.asarray(every[np.isfinite(every)])
+    for power in (1.0, 2.0**-30, 2.0**30):
+        values, scale = quantize(x * power, kind)
+        np.testing.assert_array_equal(dequantize(values, scale, jnp.float32), x * power)
+        np.testing.assert_array_equal(dequantize(values, scale, jnp.bfloat16).astype(jnp.float32), x * power)
+
+
+def test_products_and_gradients_are_those_of_the_rounded_operands():
+    x_nd, w_df, grad_nf = drawn(N, D), drawn(D, F, seed=1), drawn(N, F, seed=2)
+    y_nf, back = jax.vjp(fp8_matmul, x_nd, w_df)
+    dx_nd, dw_df = back(grad_nf)
+    rounded = lambda a, kind: np.asarray(dequantize(*quantize(a, kind), jnp.float32), np.float64)  # noqa: E731
+    x, w, grad = rounded(x_nd, E4M3), rounded(w_df, E4M3), rounded(grad_nf, E5M2)
+    for result, exact in [(y_nf, x @ w), (dx_nd, grad @ w.T), (dw_df, x.T @ grad)]:
+        assert error(result, exact) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_products_and_gradients_are_near_the_plain_ones(dtype):
+    x_nd, w_df, grad_nf = (a.astype(dtype) for a in (drawn(N, D), drawn(D, F, seed=1), drawn(N, F, seed=2)))
+    results = [jax.vjp(function, x_nd, w_df) for function in (fp8_matmul, jnp.matmul)]
+    (y_nf, back), (exact_nf, plain) = results
+    assert y_nf.dtype == dtype
+    # Errors of a product's terms are independent: relative to its norm, each operand's rounding adds √(1/3) of half a
+    # unit at most, as a uniform error.
+    both = (ROUNDING[E4M3] ** 2 + ROUNDING[E4M3] ** 2) ** 0.5 / 3**0.5
+    mixed = (ROUNDING[E4M3] ** 2 + ROUNDING[E5M2] ** 2) ** 0.5 / 3**0.5
+    assert 0.2 * both < error(y_nf, exact_nf) < both
+    for mine, other in zip(back(grad_nf), plain(grad_nf), strict=True):
+        assert mine.dtype == dtype
+        assert 0.2 * mixed < error(mine, other) < mixed
+
+
+def test_zeros_give_zeros():
+    zero, w_df = jnp.zeros((N, D)), drawn(D, F)
+    assert float(scale_of(zero, E4M3)) == SMALLEST_SCALE
+    y_nf, back = jax.vjp(fp8_matmul, zero, w_df)
+    dx_nd, dw_df = back(jnp.zeros((N, F)))
+    assert not any(np.any(np.asarray(a)) for a in (y_nf, dx_nd, dw_df))
+
+
+@pytest.mark.parametrize("value", [jnp.inf, -jnp.inf, jnp.nan])
+@pytest.mark.parametrize("where", ["x", "w", "grad"])
+def test_what_is_not_finite_is_not_clipped_away(value, where):
+    operands = {"x": drawn(N, D), "w": drawn(D, F, seed=1), "grad": drawn(N, F, seed=2)}
+    operands[where] = operands[where].at[3, 5].set(value)
+    y_nf, back = jax.vjp(fp8_matmul, operands["x"], operands["w"])
+    dx_nd, dw_df = back(operands["grad"])
+    reads = {"y": (y_nf, "x w"), "dx": (dx_nd, "grad w"), "dw": (dw_df, "x grad")}
+    for name, (result, operand) in reads.items():
+        assert bool(jnp.isnan(result).all()) == (where in operand.split()), name
+        assert bool(jnp.isfinite(result).all()) == (where not in operand.split()), name
+
+
+def test_one_huge_number_flushes_the_small_ones_and_nothing_else():
+    x_nd = drawn(N, D).at[3, 5].set(1e30)
+    y_nf = fp8_matmul(x_nd, drawn(D, F, seed=1))
+    rows = np.delete(np.arange(N), 3)
+    assert bool(jnp.isfinite(y_nf).all()) and not np.any(np.asarray(y_nf)[rows])
+
+
+def test_the_product_of_layers_takes_leading_axes_as_one():
+    x_btd, w_df = drawn(2, 12, D), drawn(D, F, seed=1)
+    flat = fp8_matmul(x_btd.reshape(-1, D), w_df).reshape(2, 12, F)
+    np.testing.assert_array_equal(PRODUCTS["fp8"](x_btd, w_df), flat)
+    assert error(PRODUCTS["fp8"](x_btd, w_df), multiply(x_btd, w_df)) > 1e-3
+
+
+def fp8_layers(pattern):
+    """How many of the model's products round operands to E4M3 in the forward pass, from the traced program."""
+    model = config(pattern=pattern, mtp_depths=0)
+    graph, params, buffers = model_parts(model)
+    plan = one_device(model, linear="fp8")
+
+    def run(params, buffers, tokens_bt):
+        return nnx.merge(graph, params, buffers).hidden(tokens_bt, Documents(tokens_bt, tokens_bt), plan)[0]
+
+    traced = jax.make_jaxpr(run)(params, buffers, jnp.zeros((2, 8), jnp.int32))
+    return roundings(traced.jaxpr) / 2  # a product has two operands
+
+
+def roundings(jaxpr):
+    """Conversions to E4M3, each as often as a scan repeats it."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        turns = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        total += eqn.params.get("new_dtype") == E4M3
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            total += turns * roundings(inner) if hasattr(inner, "eqns") else 0
+    return total
+
+
+@pytest.mark.parametrize(
+    ("pattern", "products"), [("-", 0), ("--", 0), ("---", 2), ("-----", 3 * 2), ("-*-E-*-E-", 2 * 4 + 3 * 2 + 2 * 4)]
+)
+def test_first_and_last_layer_have_none(pattern, products):
+    # An MLP has two products, attention four, an MoE two of its shared expert and two about its latent experts.
+    assert fp8_layers(pattern) == products
+
+
+def test_layers_written_out_compute_what_the_loop_does(monkeypatch, request):
+    """With products that round nothing, a model whose ends differ from its middle gives the looped one's numbers."""
+    jax.clear_caches()  # traces by name would be found again, before and after
+    request.addfinalizer(jax.clear_caches)
+    monkeypatch.setitem(PRODUCTS, "fp8", jnp.matmul)
+    model = config(pattern="MEMEMEME", mtp_depths=0)
+    graph, params, buffers = model_parts(model)
+    tokens_bt = jnp.asarray(np.random.default_rng(0).integers(model.vocab_size, size=(2, 8)))
+    docs = Documents(jnp.ones((2, 8), jnp.int32), jnp.broadcast_to(jnp.arange(8), (2, 8)))
+
+    def run(params, name):
+        x_btd, stats = nnx.merge(graph, params, buffers).hidden(tokens_bt, docs, one_device(model, linear=name))
+        return jnp.sum(jnp.sin(x_btd)), jax.tree.map(lambda s: s, stats)
+
+    (loss, stats), grads = jax.value_and_grad(run, has_aux=True)(params, "fp8")
+    (expected, expected_stats), expected_grads = jax.value_and_grad(run, has_aux=True)(params, "plain")
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    for mine, other in zip(*map(jax.tree.leaves, ((stats, grads), (expected_stats, expected_grads))), strict=True):
+        assert mine.shape == other.shape
+        np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-4)
