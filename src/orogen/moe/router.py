@@ -63,10 +63,9 @@ def route(
     weighing_ne = logits_ne if score == "softmax_topk" else scores_ne
     choice_ne = lax.stop_gradient(weighing_ne) + (0 if bias_e is None else bias_e)
     own_nk, margin_n = _choose(choice_ne, k, n_group, topk_group)
-    named_nk: Any = checkpoint_name(own_nk, "routing")
-    experts_nk = named_nk if experts_nk is None else experts_nk
-    flipped_n = jnp.any(jnp.sort(own_nk) != jnp.sort(experts_nk), -1)
-    weights_nk = jnp.take_along_axis(weighing_ne, experts_nk, axis=-1)
+    chosen_nk: Any = checkpoint_name(own_nk, "routing") if experts_nk is None else experts_nk
+    flipped_n = jnp.any(jnp.sort(own_nk) != jnp.sort(chosen_nk), -1)
+    weights_nk = jnp.take_along_axis(weighing_ne, chosen_nk, axis=-1)
     if score == "softmax":
         least_n = jnp.take_along_axis(lax.stop_gradient(scores_ne), own_nk, axis=-1).min(-1)
         margin_n = margin_n / (least_n + EPSILON)
@@ -74,7 +73,7 @@ def route(
         weights_nk = jax.nn.softmax(weights_nk, -1)
     elif normalise:
         weights_nk = weights_nk / (weights_nk.sum(-1, keepdims=True) + EPSILON)
-    return Routing(experts_nk, weights_nk * scaling, scores_ne, margin_n, flipped_n)
+    return Routing(chosen_nk, weights_nk * scaling, scores_ne, margin_n, flipped_n)
 
 
 def _choose(choice_ne: Array, k: int, n_group: int, topk_group: int) -> tuple[Array, Array]:
