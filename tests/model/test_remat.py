@@ -1,4 +1,4 @@
-"""What each policy of recomputation keeps, byte for byte; what it multiplies again; and that gradients do not change."""
+"""What each policy of recomputation keeps, byte for byte; what it multiplies again; that gradients do not change."""
 
 import dataclasses
 import functools

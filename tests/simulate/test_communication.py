@@ -131,6 +131,29 @@ def test_ragged_exchanges_send_what_the_table_says(name):
     same(program, expected)
 
 
+# Layers that find what a collective gave kept by name do not send it again.
+NAMED = [
+    ("ring", "*wMm+", "paper"),
+    ("ring", "*M", "attention"),
+    ("heads", "*Mm", "selective"),
+    ("gathered-keys", "*m", "core"),
+    ("state", "Mm", ("ssd_states", "scan_states")),
+    ("data-tensor", "*-ME", "selective"),
+    ("copies", "E", ("rows", "combined")),
+    ("ragged-shared", "E", "routing"),
+    ("ragged", "E", ("E:rows,expert_out", "*:core")),
+]
+
+
+@pytest.mark.parametrize(("name", "units", "remat"), NAMED)
+def test_what_is_kept_by_name_is_not_sent_again(name, units, remat):
+    config = PlanConfig(**{**(PLANS | MERGED | RAGGED)[name], "remat": remat})
+    plan = make_plan(config, EVERY, abstract=True)
+    for unit in units:
+        expected = table_of(inside(unit_collectives(unit, EVERY, config, WORK)), config, EVERY)
+        same(traced(unit_of(unit, EVERY, plan, WORK), plan), expected)
+
+
 # The whole model, which recomputes, accumulates and predicts deeper. XLA:CPU takes equal gathers of one parameter as
 # one, and so undoes recomputation: the program is not compared.
 STEPS = [
