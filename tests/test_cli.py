@@ -143,8 +143,8 @@ REFUSED = {
         "TrainConfig.batch_size is 4; expected a multiple of data x microbatches = 3 x 1",
     ),
     "pipeline": (
-        "PlanConfig.stage = 2",
-        "PlanConfig.stage is 2; expected 1: parallelism over this axis is not available yet",
+        "PlanConfig.schedule = '2f2b'",
+        "PlanConfig.schedule is '2f2b'; expected one of gpipe, 1f1b, interleaved",
     ),
     "no quotes": (
         "PlanConfig.fsdp = parameters",

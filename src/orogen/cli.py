@@ -182,8 +182,11 @@ def plan(options: argparse.Namespace) -> int:
     from orogen.model.lm import build
     from orogen.parallel.describe import describe_plan, plan_lines
     from orogen.parallel.plan import make_plan
+    from orogen.train.pipelined import cut
 
-    facts = describe_plan(make_plan(config.plan, config.model, abstract=True), build(config.model).params)
+    laid = make_plan(config.plan, config.model, abstract=True)
+    stages = cut(config.model, laid, *([config.train.sequence_length] if config.train else []))
+    facts = describe_plan(laid, build(config.model, stages).params, stages.patterns if stages else ())
     lines = plan_lines(facts)
     if options.compile:
         config.need("train")

@@ -7,9 +7,8 @@ import pytest
 from flax import nnx
 from tests.model.small import config, model_parts, one_device
 
-from orogen.layers import linear as linear_module
 from orogen.layers.documents import Documents
-from orogen.layers.linear import linear
+from orogen.layers.linear import PRODUCTS, multiply
 from orogen.precision.fp8 import E4M3, E5M2, SMALLEST_SCALE, dequantize, fp8_matmul, quantize, scale_of
 
 N, D, F = 24, 48, 40
@@ -114,12 +113,11 @@ def test_one_huge_number_flushes_the_small_ones_and_nothing_else():
     assert bool(jnp.isfinite(y_nf).all()) and not np.any(np.asarray(y_nf)[rows])
 
 
-def test_linear_takes_the_product_by_name():
+def test_the_product_of_layers_takes_leading_axes_as_one():
     x_btd, w_df = drawn(2, 12, D), drawn(D, F, seed=1)
     flat = fp8_matmul(x_btd.reshape(-1, D), w_df).reshape(2, 12, F)
-    np.testing.assert_array_equal(linear(x_btd, w_df, "fp8"), flat)
-    np.testing.assert_array_equal(linear(x_btd, w_df), linear(x_btd, w_df, "plain"))
-    assert error(linear(x_btd, w_df, "fp8"), linear(x_btd, w_df)) > 1e-3
+    np.testing.assert_array_equal(PRODUCTS["fp8"](x_btd, w_df), flat)
+    assert error(PRODUCTS["fp8"](x_btd, w_df), multiply(x_btd, w_df)) > 1e-3
 
 
 def fp8_layers(pattern):
@@ -159,7 +157,7 @@ def test_layers_written_out_compute_what_the_loop_does(monkeypatch, request):
     """With products that round nothing, a model whose ends differ from its middle gives the looped one's numbers."""
     jax.clear_caches()  # traces by name would be found again, before and after
     request.addfinalizer(jax.clear_caches)
-    monkeypatch.setitem(linear_module.PRODUCTS, "fp8", jnp.matmul)
+    monkeypatch.setitem(PRODUCTS, "fp8", jnp.matmul)
     model = config(pattern="MEMEMEME", mtp_depths=0)
     graph, params, buffers = model_parts(model)
     tokens_bt = jnp.asarray(np.random.default_rng(0).integers(model.vocab_size, size=(2, 8)))

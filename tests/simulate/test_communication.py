@@ -15,6 +15,7 @@ from orogen.simulate.aot import compiled, step_collectives, table_of, traced, un
 from orogen.simulate.communication import (
     ENDS,
     LOGIT_ROWS,
+    PIPELINE,
     Collective,
     Workload,
     collective_lines,
@@ -130,6 +131,29 @@ def test_ragged_exchanges_send_what_the_table_says(name):
     same(program, expected)
 
 
+# Layers that find what a collective gave kept by name do not send it again.
+NAMED = [
+    ("ring", "*wMm+", "paper"),
+    ("ring", "*M", "attention"),
+    ("heads", "*Mm", "selective"),
+    ("gathered-keys", "*m", "core"),
+    ("state", "Mm", ("ssd_states", "scan_states")),
+    ("data-tensor", "*-ME", "selective"),
+    ("copies", "E", ("rows", "combined")),
+    ("ragged-shared", "E", "routing"),
+    ("ragged", "E", ("E:rows,expert_out", "*:core")),
+]
+
+
+@pytest.mark.parametrize(("name", "units", "remat"), NAMED)
+def test_what_is_kept_by_name_is_not_sent_again(name, units, remat):
+    config = PlanConfig(**{**(PLANS | MERGED | RAGGED)[name], "remat": remat})
+    plan = make_plan(config, EVERY, abstract=True)
+    for unit in units:
+        expected = table_of(inside(unit_collectives(unit, EVERY, config, WORK)), config, EVERY)
+        same(traced(unit_of(unit, EVERY, plan, WORK), plan), expected)
+
+
 # The whole model, which recomputes, accumulates and predicts deeper. XLA:CPU takes equal gathers of one parameter as
 # one, and so undoes recomputation: the program is not compared.
 STEPS = [
@@ -162,6 +186,23 @@ def test_a_step_sends_what_its_layers_do(model, dtype, sizes):
     work = WORK._replace(itemsize=2 if dtype == "bfloat16" else 4)
     records = [record for records in by_paper(model, config, work).values() for record in inside(records)]
     same(found, table_of(records, config, model))
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "interleaved"])
+def test_stages_pass_on_what_the_table_says(schedule):
+    """Each tick passes a microbatch's residual stream both ways; what is on every stage is summed over them."""
+    config = PlanConfig(stage=2, tensor=2, data=2, microbatches=4, schedule=schedule)
+    model = dataclasses.replace(EVERY, pattern="ME*-")
+    found = step_collectives(model, make_plan(config, model), config.data * 4 * WORK.rows, WORK.tokens)
+    paper = by_paper(model, config, WORK)
+    passed = table_of(paper[PIPELINE], config, model)
+    (key,) = passed
+    assert key == ("collective-permute", ("stage",))
+    assert found[key] == passed[key]
+    summed = table_of([r for r in paper[ENDS] if r.phase == "update"], config, model)
+    assert {axes for _, axes in summed} == {("stage", "data"), ("stage", "data", "tensor")}
+    for key, traffic in summed.items():
+        assert found[key].bytes == pytest.approx(traffic.bytes, rel=1e-12), key
 
 
 def test_sequence_parallel_blocks_are_scattered_not_all_reduced():

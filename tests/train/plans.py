@@ -44,10 +44,17 @@ CHOICES: dict[str, tuple] = {
     "remat": ("none", "full"),
     "attention": ("full", "blocked"),
 }
+PIPELINE: dict[str, tuple] = {
+    "stage": (2, 2, 4),
+    "schedule": ("gpipe", "1f1b", "interleaved"),
+    "virtual": (None, 1, 2),
+    "microbatches": (1, 2, 3, 4, 8),
+}
 
 
-def random_run(rng: random.Random, devices: int) -> tuple[str, Any]:
-    """The name of a model of MODELS and a run of it on a legal plan of 2 to `devices` devices."""
+def random_run(rng: random.Random, devices: int, *, stages: bool = False) -> tuple[str, Any]:
+    """The name of a model of MODELS and a run of it on a legal plan of 2 to `devices` devices, or, with `stages`, of a
+    pipeline of two or more."""
     from tests.helpers import hybrid, run_config
 
     from orogen.config.checks import ConfigError
@@ -57,10 +64,12 @@ def random_run(rng: random.Random, devices: int) -> tuple[str, Any]:
         name = rng.choice(list(MODELS))
         plan: dict[str, Any] = {axis: rng.choice((1, 2, 2, 3, 4, 8)) for axis in AXES}
         plan |= {field: rng.choice(values) for field, values in CHOICES.items()}
+        if stages:
+            plan |= {field: rng.choice(values) for field, values in PIPELINE.items()}
         ranks = plan["data"] * plan["context"]
         if plan["fsdp"] != "none" and rng.random() < 0.4:
             plan["fsdp_size"] = rng.choice([f for f in range(1, ranks + 1) if ranks % f == 0])
-        if not 2 <= ranks * plan["tensor"] <= devices:
+        if not 2 <= ranks * plan["tensor"] * plan.get("stage", 1) <= devices:
             continue
         rows = plan["data"] * plan["microbatches"] * rng.choice((1, 2))
         pieces = plan["context"] * (plan["tensor"] if plan["context"] == 1 else max(2, plan["tensor"]))
@@ -75,10 +84,10 @@ def random_run(rng: random.Random, devices: int) -> tuple[str, Any]:
         return name, run
 
 
-def random_runs(count: int, *, seed: int, devices: int) -> list[tuple[str, Any]]:
+def random_runs(count: int, *, seed: int, devices: int, stages: bool = False) -> list[tuple[str, Any]]:
     """`count` of them."""
     rng = random.Random(seed)
-    return [random_run(rng, devices) for _ in range(count)]
+    return [random_run(rng, devices, stages=stages) for _ in range(count)]
 
 
 def describe(plan: Any) -> dict[str, Any]:
@@ -93,6 +102,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--devices", type=int, default=16)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--stages", action="store_true", help="plans of pipelines")
     parser.add_argument("--only", type=int, nargs="+", metavar="NUMBER", help="these of the count; all by default")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -100,7 +110,8 @@ def main() -> int:
     from orogen.train.verify import verify
 
     failed = 0
-    numbered = enumerate(random_runs(options.count, seed=options.seed, devices=options.devices))
+    drawn = {"seed": options.seed, "devices": options.devices, "stages": options.stages}
+    numbered = enumerate(random_runs(options.count, **drawn))
     chosen = [(n, named) for n, named in numbered if options.only is None or n in options.only]
     with options.out.open("a") as out:
         for number, (name, run) in chosen:

@@ -168,6 +168,31 @@ def test_a_run_goes_on_after_a_stop_on_another_mesh(recipe, whole, tmp_path):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_goes_on_on_stages_and_off_them(recipe, tmp_path, optimizer):
+    """Parameters and moments are laid out anew; a pipeline's checkpoint is also read whole, by `generate`."""
+    name = f"OptimizerConfig.name='{optimizer}'"
+    alone, folder = tmp_path / "alone", tmp_path / "run"
+    run(recipe, alone, "TrainConfig.steps=16", name)
+    stages = ("PlanConfig.stage=2", "PlanConfig.microbatches=2", name)
+    run(recipe, folder, "TrainConfig.steps=4", *stages)
+    piped = load_checkpoint(folder)
+    run(recipe, folder, "TrainConfig.steps=8", "PlanConfig.data=2", name, resume=True)
+    more = ("PlanConfig.schedule='interleaved'", "TrainConfig.steps=12")
+    run(recipe, folder, *stages, *more, resume=True)
+    run(recipe, folder, "TrainConfig.steps=16", name, resume=True)
+    for ours, theirs in zip(curve(folder), curve(alone), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3)
+        assert (
+            ours.get("heldout_loss") is None
+            or theirs.get("heldout_loss") is None
+            or ours["heldout_loss"] == pytest.approx(theirs["heldout_loss"], rel=2e-3)
+        )
+    assert ours["expert_load"] == pytest.approx(theirs["expert_load"], abs=3)
+    whole = load_checkpoint(alone)
+    assert jax.tree.structure(piped.params) == jax.tree.structure(whole.params)
+
+
 def test_another_config_is_refused_and_nothing_changes(recipe, whole):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
     with pytest.raises(ConfigError, match=r"OptimizerConfig\.learning_rate is 0\.003 there and 0\.5 here"):

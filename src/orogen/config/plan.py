@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from orogen.config.checks import check_types, require, require_choice, require_positive
+from orogen.config.remat import Remat, check_remat, layer_remat
 
 # Of each operation the implementation that needs an NVIDIA GPU; and the operations of which it takes no float32.
 FOR_GPU = {"attention": "cudnn", "ssd": "triton", "grouped_matmul": "mosaic"}
@@ -28,8 +29,14 @@ class PlanConfig:
     context_attention: ring passes keys and values from rank to rank, allgather gathers them, alltoall exchanges the
     sequence for heads. context_ssm: state passes states from rank to rank, heads exchanges the sequence for heads.
     shift: how arrays go from one rank to the next. microbatches: how many parts a batch is taken in.
-    remat: which activations are recomputed in the backward pass: none, all of a layer's (full), or those that no matrix
-    product or fused kernel makes (elementwise).
+    schedule: the order in which stages take microbatches forward and backward: all forward first (gpipe), each backward
+    as soon as it can be (1f1b), or that with several chunks of the model on each stage (interleaved). virtual: how many
+    chunks; None is as many as the | of the pattern make, or without any two if interleaved, else one.
+    remat: which activations are recomputed in the backward pass: none, all of a layer's (full), those that no matrix
+    product or fused kernel makes (elementwise), those large and cheap (selective), those that the formulas of
+    arXiv:2205.05198 do not count (paper); or entries that choose by name, 'name,name' or 'LETTERS:name,name', in which
+    one of these words may stand as well: ('M:conv,gated_norm', '*:core', 'E:full'). Layers that no entry mentions
+    recompute nothing. config/remat.py has the names, and which layers have them.
     linear: dense layers' products in the dtype of computation (plain), or of operands rounded to 8 bits (fp8; not in
     the model's first and last layer, nor where the result is too narrow to gain). It alone changes results by more than
     rounding in the dtype of computation.
@@ -50,8 +57,10 @@ class PlanConfig:
     context_attention: str = "ring"
     context_ssm: str = "state"
     shift: str = "permute"
+    schedule: str = "1f1b"
+    virtual: int | None = None
     microbatches: int = 1
-    remat: str = "none"
+    remat: str | tuple[str, ...] = "none"
     linear: str = "plain"
     attention: str = "full"
     ssd: str = "chunked"
@@ -63,7 +72,10 @@ class PlanConfig:
         check_types(self)
         require_positive(self, "data", "context", "tensor", "stage", "expert", "expert_tensor", "microbatches")
         require_positive(self, "fsdp_size", "capacity_factor", "buffer_factor")
-        require(self.stage == 1, self, "stage", "1: parallelism over this axis is not available yet")
+        require_choice(self, "schedule", ("gpipe", "1f1b", "interleaved"))
+        require_positive(self, "virtual")
+        waits = self.stage > 1 and self.context > 1 and self.shift == "permute"
+        require(not waits, self, "shift", "alltoall where stage and context are above 1: stages do not shift together")
         require_choice(self, "fsdp", ("none", "optimizer", "gradients", "parameters"))
         require(self.fsdp_size is None or self.fsdp != "none", self, "fsdp_size", "None where fsdp is none")
         require_choice(self, "dispatch", ("allgather", "alltoall", "ragged"))
@@ -73,7 +85,7 @@ class PlanConfig:
         require_choice(self, "context_attention", ("ring", "allgather", "alltoall"))
         require_choice(self, "context_ssm", ("state", "heads"))
         require_choice(self, "shift", ("permute", "alltoall"))
-        require_choice(self, "remat", ("none", "elementwise", "full"))
+        check_remat(self.remat)
         require_choice(self, "linear", ("plain", "fp8"))
         require_choice(self, "attention", ("full", "blocked", "cudnn"))
         whole = self.context == 1 or self.context_attention == "alltoall"
@@ -83,12 +95,18 @@ class PlanConfig:
         require_choice(self, "selective_scan", ("reference", "chunked"))
         require_choice(self, "grouped_matmul", ("reference", "blocks", "ragged_dot", "mosaic"))
         require_choice(self, "cross_entropy", ("full", "chunked"))
+        if not isinstance(self.remat, str):
+            object.__setattr__(self, "remat", tuple(self.remat))  # gin may give a list
 
     def require_half_precision(self, dtype: str) -> None:
         """Raises ConfigError if `dtype` is float32 and a kernel was chosen that lacks it."""
         for field in IN_HALF_PRECISION:
             fits = dtype != "float32" or getattr(self, field) != FOR_GPU[field]
             require(fits, self, field, "another kernel for computation in float32")
+
+    def layer_remat(self, letter: str) -> Remat:
+        """What layers of `letter` recompute."""
+        return layer_remat(self.remat, letter)
 
     def dropping_none(self) -> "PlanConfig":
         """The plan with room for every token, as evaluation and inference have it."""

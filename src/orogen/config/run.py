@@ -16,6 +16,7 @@ from orogen.config.checks import (
 from orogen.config.data import DataConfig
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
+from orogen.config.remat import check_layers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,6 +143,7 @@ class RunConfig:
             require(self.train.sequence_length % (context * pieces) == 0, self.train, "sequence_length", expected)
             self.plan.require_half_precision(self.train.compute_dtype)
         if self.model is not None:
+            check_layers("remat", self.plan.remat, self.model.layers.main + self.model.layers.mtp)
             windows = self.model.attention_sinks or set(self.model.layers.main + self.model.layers.mtp) & set("w+")
             expected = "full or blocked: the model has windows, sinks or latent attention"
             require(not windows or self.plan.attention != "cudnn", self.plan, "attention", expected)

@@ -1,5 +1,6 @@
 """Any checkpoint as a model in memory: a run folder, an Orogen checkpoint folder or a Hugging Face folder."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from orogen.infer.generate import Loaded
 from orogen.infer.generate import load_checkpoint as load_run
 from orogen.model.lm import Built, build
 from orogen.parallel.plan import single_device_plan
-from orogen.train.checkpoint import Checkpoints, with_shardings
+from orogen.train.checkpoint import Checkpoints
 from orogen.train.loop import Origin
 
 
@@ -53,17 +54,17 @@ def read_model_config(folder: Path) -> ModelConfig:
 
 
 def load_parameters(
-    folder: Path, built: Built, shardings: tuple[Any, Any], *, dtype: str = "float32"
+    folder: Path, built: Built, place: Callable[[Any], Any], *, dtype: str = "float32"
 ) -> tuple[nnx.State, nnx.State]:
     """Parameters and buffers of any checkpoint folder, leaf by leaf, each placed with its sharding.
 
-    shardings: those of `built.params` and `built.buffers`. dtype: of the parameters, except those that stay float32 in
+    place: gives the shardings of a tree like `built.params` or `built.buffers`. dtype: of the parameters, except those
+    that stay float32 in
     computation. Raises ConfigError with every parameter that is missing, surplus or of another shape.
     """
     if kind(folder) == "run":
-        trees = zip((built.params, built.buffers), shardings, strict=True)
         with Checkpoints(folder) as checkpoints:
-            return checkpoints.restore_model(*(with_shardings(tree, placed) for tree, placed in trees))
+            return checkpoints.restore_model(built.params, built.buffers, place)
     opened = HuggingFaceFolder(folder) if kind(folder) == "huggingface" else OrogenFolder(folder)
     with opened as source:
         have = source.parameters()
@@ -72,7 +73,7 @@ def load_parameters(
         check_shapes(folder, {dotted(path): spec.shape for path, spec in have.items()}, want)
         wide = {path for path, leaf in leaves[0].items() if leaf.get_metadata().get("float32")} | leaves[1].keys()
 
-        def place(path: Names, leaf: Any, sharding: Any) -> nnx.Variable:
+        def put(path: Names, leaf: Any, sharding: Any) -> nnx.Variable:
             array = source.parameter(path, have[path])
             kept = jnp.dtype(jnp.float32 if path in wide else dtype)
             return leaf.replace(
@@ -81,9 +82,9 @@ def load_parameters(
                 )
             )
 
-        placed = [_flat(tree) for tree in shardings]
+        placed = [_flat(place(tree)) for tree in (built.params, built.buffers)]
         states = [
-            nnx.from_flat_state([(path, place(path, leaf, _value(there[path]))) for path, leaf in tree.items()])
+            nnx.from_flat_state([(path, put(path, leaf, _value(there[path]))) for path, leaf in tree.items()])
             for tree, there in zip(leaves, placed, strict=True)
         ]
     return states[0], states[1]
@@ -97,8 +98,7 @@ def load_checkpoint(folder: Path) -> Loaded:
     config = read_model_config(folder)
     plan = single_device_plan(PlanConfig(dispatch="allgather"), config)
     built = build(config)
-    shardings = (plan.shardings(built.params), plan.shardings(built.buffers))
-    params, buffers = load_parameters(folder, built, shardings)
+    params, buffers = load_parameters(folder, built, plan.shardings)
     tokenizer = read_tokenizer(folder)
     if tokenizer is not None:
         check_rows(tokenizer, config.vocab_size)
@@ -117,7 +117,7 @@ def origin(folder: Path) -> Origin:
     def keep(run_dir: Path) -> None:
         copy_kept(folder, run_dir)
 
-    return Origin(lambda built, shardings: load_parameters(folder, built, shardings), read_tokenizer(folder), keep)
+    return Origin(lambda built, place: load_parameters(folder, built, place), read_tokenizer(folder), keep)
 
 
 def export(source: Path, target: Path, *, dtype: str | None = None) -> None:

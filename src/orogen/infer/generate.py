@@ -24,7 +24,7 @@ from orogen.infer.sampling import sample
 from orogen.layers.documents import documents
 from orogen.model.lm import Built, build
 from orogen.parallel.plan import Plan, single_device_plan
-from orogen.train.checkpoint import Checkpoints, with_shardings
+from orogen.train.checkpoint import Checkpoints
 
 # Sequences are padded to a multiple of this, so that prompts of many lengths share a compiled program.
 BUCKET = 64
@@ -54,9 +54,8 @@ def load_checkpoint(folder: Path) -> Loaded:
     chosen = dataclasses.replace(config.plan.dropping_none(), **kernels)
     plan = single_device_plan(chosen, config.need("model").model)
     built = build(config.model)
-    targets = (with_shardings(t, plan.shardings(t)) for t in (built.params, built.buffers))
     with Checkpoints(folder) as checkpoints:
-        params, buffers = checkpoints.restore_model(*targets)
+        params, buffers = checkpoints.restore_model(built.params, built.buffers, plan.shardings)
     tokenizer = Tokenizer.load(folder / "tokenizer")
     check_rows(tokenizer, config.model.vocab_size)
     return Loaded(config.model, built, params, buffers, tokenizer, plan)

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from orogen.config.model import ModelConfig
 from orogen.layers.linear import add_bias, linear
 from orogen.layers.parameter import normal, parameter
+from orogen.layers.remade import from_inputs
 from orogen.parallel.plan import Plan
 
 # The slope of the sigmoid in gpt-oss's clamped SwiGLU.
@@ -36,20 +38,27 @@ def activate(up: Array, gate: Array | None, *, name: str, limit: float | None = 
     With a limit c it is (clip(up, ±c) + 1) · g · sigmoid(1.702 g) with g = min(gate, c), as in gpt-oss: the gate is
     clamped from above only.
     """
-    if gate is None:
-        return ACTIVATIONS[name](up)
-    if limit is None:
-        return ACTIVATIONS[name](gate) * up
-    gate = jnp.minimum(gate, limit)
-    return (jnp.clip(up, -limit, limit) + 1) * gate * jax.nn.sigmoid(SWIGLU_ALPHA * gate)
+
+    def act(up: Array, gate: Array | None) -> Array:
+        if gate is None:
+            return ACTIVATIONS[name](up)
+        if limit is None:
+            return ACTIVATIONS[name](gate) * up
+        gate = jnp.minimum(gate, limit)
+        return (jnp.clip(up, -limit, limit) + 1) * gate * jax.nn.sigmoid(SWIGLU_ALPHA * gate)
+
+    return from_inputs(act)(up, gate)
 
 
 class MLP(nnx.Module):
-    """down(activate(up x, gate x)); hidden columns are split over `mlp`, and their biases with them."""
+    """down(activate(up x, gate x)); hidden columns are split over `mlp`, and their biases with them.
 
-    def __init__(self, config: ModelConfig, hidden: int, *, bias: bool, rngs: nnx.Rngs):
+    prefix: of the names by which a policy of recomputation knows its intermediates.
+    """
+
+    def __init__(self, config: ModelConfig, hidden: int, *, bias: bool, rngs: nnx.Rngs, prefix: str = ""):
         size, std = config.hidden_size, config.init_std
-        self.activation, self.limit = config.mlp_hidden_act, config.swiglu_limit
+        self.activation, self.limit, self.prefix = config.mlp_hidden_act, config.swiglu_limit, prefix
         self.up = normal(rngs, (size, hidden), ("embed", "mlp"), std=std)
         self.down = normal(rngs, (hidden, size), ("mlp", "embed"), std=config.output_init_std)
         self.gate = normal(rngs, (size, hidden), ("embed", "mlp"), std=std) if config.mlp_gated else None
@@ -59,9 +68,12 @@ class MLP(nnx.Module):
 
     def __call__(self, x_btd: Array, plan: Plan) -> Array:
         h_btd = plan.gather(x_btd, "sequence")
-        multiply = lambda x, weight: linear(x, plan.weight(weight), plan.config.linear)  # noqa: E731
-        up_btf = add_bias(multiply(h_btd, self.up), self.up_bias)
-        gate_btf = None if self.gate is None else add_bias(multiply(h_btd, self.gate), self.gate_bias)
+        up_btf = self._hidden(h_btd, self.up, self.up_bias, plan)
+        gate_btf = None if self.gate is None else self._hidden(h_btd, self.gate, self.gate_bias, plan)
         hidden_btf = activate(up_btf, gate_btf, name=self.activation, limit=self.limit)
+        hidden_btf = checkpoint_name(hidden_btf, f"{self.prefix}activation")
         # The ranks' parts of the product are summed first: their bias counts once.
-        return add_bias(plan.scatter(multiply(hidden_btf, self.down), "sequence"), self.down_bias)
+        return add_bias(plan.scatter(linear(hidden_btf, self.down, plan), "sequence"), self.down_bias)
+
+    def _hidden(self, h_btd: Array, weight: nnx.Param, bias: nnx.Param | None, plan: Plan) -> Array:
+        return checkpoint_name(add_bias(linear(h_btd, weight, plan), bias), f"{self.prefix}up")

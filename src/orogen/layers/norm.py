@@ -1,11 +1,13 @@
 """Normalisation, by name. Letters: b batch, t time, d model, g groups, c channels of a group."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
 from orogen.config.model import ModelConfig
 from orogen.layers.parameter import parameter
+from orogen.layers.remade import from_inputs
 from orogen.parallel.plan import Plan
 
 
@@ -17,7 +19,8 @@ class RMSNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x_btd: Array) -> Array:
-        return (_unit_rms(x_btd, self.epsilon) * self.weight[...]).astype(x_btd.dtype)
+        scaled = lambda x_btd, weight: (_unit_rms(x_btd, self.epsilon) * weight).astype(x_btd.dtype)  # noqa: E731
+        return from_inputs(scaled)(x_btd, self.weight[...])
 
 
 class RMSNormCastFirst(nnx.Module):
@@ -31,7 +34,8 @@ class RMSNormCastFirst(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x_btd: Array) -> Array:
-        return _unit_rms(x_btd, self.epsilon).astype(x_btd.dtype) * self.weight[...].astype(x_btd.dtype)
+        unit = lambda x_btd: _unit_rms(x_btd, self.epsilon).astype(x_btd.dtype)  # noqa: E731
+        return from_inputs(lambda x_btd, weight: unit(x_btd) * weight.astype(x_btd.dtype))(x_btd, self.weight[...])
 
 
 class LayerNorm(nnx.Module):
@@ -42,7 +46,7 @@ class LayerNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x_btd: Array) -> Array:
-        return (_standardised(x_btd, self.epsilon) * self.weight[...] + self.bias[...]).astype(x_btd.dtype)
+        return _layer_norm(x_btd, self.weight[...], self.bias[...], self.epsilon)
 
 
 class LayerNorm1P(nnx.Module):
@@ -53,7 +57,7 @@ class LayerNorm1P(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x_btd: Array) -> Array:
-        return (_standardised(x_btd, self.epsilon) * (1 + self.weight[...]) + self.bias[...]).astype(x_btd.dtype)
+        return _layer_norm(x_btd, 1 + self.weight[...], self.bias[...], self.epsilon)
 
 
 NORMS = {"rms": RMSNorm, "rms_cast_first": RMSNormCastFirst, "layer": LayerNorm, "layer_1p": LayerNorm1P}
@@ -63,6 +67,11 @@ Norm = RMSNorm | RMSNormCastFirst | LayerNorm | LayerNorm1P
 def make_norm(config: ModelConfig, size: int | None = None) -> Norm:
     """The norm that `config.norm` names, over `size` channels; None: over the residual stream's."""
     return NORMS[config.norm](size or config.hidden_size, config.layer_norm_epsilon)
+
+
+def _layer_norm(x_btd: Array, weight: Array, bias: Array, epsilon: float) -> Array:
+    scaled = lambda x_btd, weight, bias: _standardised(x_btd, epsilon) * weight + bias  # noqa: E731
+    return from_inputs(lambda x_btd, *affine: scaled(x_btd, *affine).astype(x_btd.dtype))(x_btd, weight, bias)
 
 
 def _unit_rms(x_btd: Array, epsilon: float) -> Array:
@@ -79,7 +88,7 @@ def _standardised(x_btd: Array, epsilon: float) -> Array:
 
 
 class GroupRMSNorm(nnx.Module):
-    """RMSNorm over each of `n_groups` equal slices of the channels, which are split like Mamba heads.
+    """RMSNorm of x, or of x · silu(gate), over each of `n_groups` equal slices of the channels, split like Mamba heads.
 
     A group whose channels lie on several ranks (fewer groups than ranks) sums its squares over those ranks.
     """
@@ -88,9 +97,21 @@ class GroupRMSNorm(nnx.Module):
         self.weight = parameter(jnp.ones(size), ("mamba_heads",))
         self.group_size, self.epsilon = size // n_groups, epsilon
 
-    def __call__(self, x_btc: Array, plan: Plan) -> Array:
+    def __call__(self, x_btc: Array, plan: Plan, *, gate_btc: Array | None = None) -> Array:
         local = min(self.group_size, x_btc.shape[-1])
-        x_btgc = x_btc.astype(jnp.float32).reshape(*x_btc.shape[:-1], -1, local)
-        squares = plan.sum(jnp.sum(x_btgc * x_btgc, -1, keepdims=True), "group_peers")
-        normed = x_btgc * lax.rsqrt(squares / self.group_size + self.epsilon)
-        return (normed.reshape(x_btc.shape) * self.weight[...]).astype(x_btc.dtype)
+
+        def gated(x_btc: Array, gate_btc: Array | None) -> Array:
+            x_btc = x_btc.astype(jnp.float32)
+            if gate_btc is not None:
+                x_btc *= jax.nn.silu(gate_btc.astype(jnp.float32))
+            return x_btc.reshape(*x_btc.shape[:-1], -1, local)
+
+        def squares(x_btc: Array, gate_btc: Array | None) -> Array:
+            return jnp.sum(jnp.square(gated(x_btc, gate_btc)), -1, keepdims=True)
+
+        def normed(x_btc: Array, gate_btc: Array | None, squares_btg1: Array, weight_c: Array) -> Array:
+            scale_btg1 = lax.rsqrt(squares_btg1 / self.group_size + self.epsilon)
+            return ((gated(x_btc, gate_btc) * scale_btg1).reshape(x_btc.shape) * weight_c).astype(x_btc.dtype)
+
+        squares_btg1 = plan.sum(from_inputs(squares)(x_btc, gate_btc), "group_peers")
+        return from_inputs(normed)(x_btc, gate_btc, squares_btg1, self.weight[...])

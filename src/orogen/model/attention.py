@@ -6,6 +6,7 @@ Letters: b batch, t time, d model, h query heads, g key heads, k head size, r la
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from orogen.config.model import ModelConfig
 from orogen.layers.documents import Documents
@@ -46,9 +47,9 @@ class Attention(nnx.Module):
 
     def __call__(self, x_btd: Array, docs: Documents, plan: Plan) -> Array:
         h_btd = plan.gather(x_btd, "sequence")
-        q_bthk = self._heads(h_btd, self.query, self.query_bias, plan)
-        k_btgk = self._heads(h_btd, self.key, self.key_bias, plan)
-        v_btgk = self._heads(h_btd, self.value, self.value_bias, plan)
+        q_bthk = self._heads("query", h_btd, self.query, self.query_bias, plan)
+        k_btgk = self._heads("key", h_btd, self.key, self.key_bias, plan)
+        v_btgk = self._heads("value", h_btd, self.value, self.value_bias, plan)
         if self.query_norm is not None and self.key_norm is not None:
             q_bthk, k_btgk = self.query_norm(q_bthk), self.key_norm(k_btgk)
         if self.rotary is not None:
@@ -65,8 +66,9 @@ class Attention(nnx.Module):
         )
         return _join(y_bthk, self.out, self.out_bias, plan)
 
-    def _heads(self, h_btd: Array, weight: nnx.Param, bias: nnx.Param | None, plan: Plan) -> Array:
-        return _split(add_bias(linear(h_btd, plan.weight(weight), plan.config.linear), bias), self.head_dim)
+    def _heads(self, name: str, h_btd: Array, weight: nnx.Param, bias: nnx.Param | None, plan: Plan) -> Array:
+        y_btf = add_bias(linear(h_btd, weight, plan), bias)
+        return _split(checkpoint_name(y_btf, name), self.head_dim)
 
 
 class LatentAttention(nnx.Module):
@@ -105,16 +107,19 @@ class LatentAttention(nnx.Module):
     def __call__(self, x_btd: Array, docs: Documents, plan: Plan) -> Array:
         h_btd = plan.gather(x_btd, "sequence")
         q_bthk = self._queries(h_btd, docs, plan)
-        latent_btr = add_bias(linear(h_btd, plan.weight(self.latent_down), plan.config.linear), self.latent_down_bias)
-        latent_btr = self.latent_norm(latent_btr)
-        shared_btk = add_bias(linear(h_btd, plan.weight(self.key_rope), plan.config.linear), self.key_rope_bias)
+        latent_btr = add_bias(linear(h_btd, self.latent_down, plan), self.latent_down_bias)
+        latent_btr = self.latent_norm(checkpoint_name(latent_btr, "latent"))
+        shared_btk = add_bias(linear(h_btd, self.key_rope, plan), self.key_rope_bias)
+        shared_btk = checkpoint_name(shared_btk, "latent")
         shared_bt1k = self.rotary(shared_btk[:, :, None], docs.positions_bt)
-        k_bthk = _split(linear(latent_btr, plan.weight(self.key_up), plan.config.linear), self.nope)
+        k_btf = checkpoint_name(linear(latent_btr, self.key_up, plan), "key")
+        v_btf = checkpoint_name(linear(latent_btr, self.value_up, plan), "value")
+        k_bthk = _split(k_btf, self.nope)
         shared_bthk = jnp.broadcast_to(shared_bt1k, (*k_bthk.shape[:-1], self.rope))
         y_bthk = attend(
             q_bthk,
             jnp.concatenate([k_bthk, shared_bthk], -1),
-            _split(linear(latent_btr, plan.weight(self.value_up), plan.config.linear), self.value_size),
+            _split(v_btf, self.value_size),
             docs.segments_bt,
             plan,
             scale=self.scale,
@@ -123,11 +128,12 @@ class LatentAttention(nnx.Module):
 
     def _queries(self, h_btd: Array, docs: Documents, plan: Plan) -> Array:
         if self.direct:
-            q_btf = linear(h_btd, plan.weight(self.query), plan.config.linear)
+            q_btf = linear(h_btd, self.query, plan)
         else:
-            latent_btr = add_bias(linear(h_btd, plan.weight(self.query_down), plan.config.linear), self.query_down_bias)
-            q_btf = linear(self.query_norm(latent_btr), plan.weight(self.query_up), plan.config.linear)
-        q_bthk = _split(q_btf, self.nope + self.rope)
+            latent_btr = add_bias(linear(h_btd, self.query_down, plan), self.query_down_bias)
+            latent_btr = self.query_norm(checkpoint_name(latent_btr, "latent"))
+            q_btf = linear(latent_btr, self.query_up, plan)
+        q_bthk = _split(checkpoint_name(q_btf, "query"), self.nope + self.rope)
         plain_bthk, turned_bthk = q_bthk[..., : self.nope], q_bthk[..., self.nope :]
         return jnp.concatenate([plain_bthk, self.rotary(turned_bthk, docs.positions_bt)], -1)
 
@@ -143,7 +149,5 @@ def _split(x_btf: Array, size: int) -> Array:
 
 def _join(y_bthk: Array, out: nnx.Param, bias: nnx.Param | None, plan: Plan) -> Array:
     """The heads' outputs projected and summed over ranks; the bias is added once, to the sum."""
-    y_btd = plan.scatter(
-        linear(y_bthk.reshape(*y_bthk.shape[:2], -1), plan.weight(out), plan.config.linear), "sequence"
-    )
+    y_btd = plan.scatter(linear(y_bthk.reshape(*y_bthk.shape[:2], -1), out, plan), "sequence")
     return add_bias(y_btd, bias)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
 from orogen.config.model import ModelConfig
 from orogen.layers.documents import Documents
@@ -18,16 +19,13 @@ from orogen.layers.norm import make_norm
 from orogen.model.attention import Attention, LatentAttention
 from orogen.model.mamba1 import Mamba1
 from orogen.model.mamba2 import Mamba2
+from orogen.model.remat import checkpointed
 from orogen.moe.layer import MoE
 from orogen.parallel.plan import Plan
 
 # Repetitions up to this many are written out, not looped over: as quick to compile, and a tenth faster on CPU, where
 # a loop copies what it keeps for the backward pass into stacks.
 WRITTEN_OUT = 2
-
-# Operations too dear to repeat beside products of two matrices: our own kernels, those of Mosaic GPU within a function
-# that says how to batch them, and what an operation names.
-KEPT = ("name", "pallas_call", "custom_vmap_call")
 
 
 Ends = tuple[bool, bool]
@@ -108,7 +106,7 @@ class Layer(nnx.Module):
 
     def __call__(self, x_btd: Array, docs: Documents, plan: Plan, replay: Any) -> tuple[Array, Any]:
         with jax.named_scope(type(self.mixer).__name__):
-            h_btd, stats = self.norm(x_btd), None
+            h_btd, stats = checkpoint_name(self.norm(checkpoint_name(x_btd, "input")), "norm"), None
             if self.letter == "E":
                 y_btd, stats = self.mixer(h_btd, docs.segments_bt, plan, replay)
             elif self.letter == "-":
@@ -168,23 +166,14 @@ def _child(item: str | Repeat, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Modul
     return nnx.merge(graphs[0], states)
 
 
-def _is_product(primitive: Any, *operands: Any, **_: Any) -> bool:
-    """Whether a layer's backward pass keeps what this operation gives. Products with batch axes are of attention."""
-    if primitive.name == "dot_general":
-        return all(len(operand.shape) == 2 for operand in operands)
-    return primitive.name in KEPT
-
-
-def _apply(layer: nnx.Module, x_btd: Array, docs: Documents, plan: Plan, replay: Any, ends: Ends) -> tuple[Array, Any]:
+def _apply(layer: Layer, x_btd: Array, docs: Documents, plan: Plan, replay: Any, ends: Ends) -> tuple[Array, Any]:
     graph, state = nnx.split(layer)
     plan = plan.without_fp8() if any(ends) else plan
 
     def call(state, x_btd, replay):
         return nnx.merge(graph, state)(x_btd, docs, plan, replay)
 
-    if plan.config.remat != "none":
-        call = jax.checkpoint(call, policy=_is_product if plan.config.remat == "elementwise" else None)
-    return call(state, x_btd, replay)
+    return checkpointed(call, plan.config.layer_remat(layer.letter))(state, x_btd, replay)
 
 
 def _scan(stack: Stack, x_btd: Array, docs: Documents, plan: Plan, replay: Any, ends: Ends) -> tuple[Array, Any]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
 from orogen.kernels.attention import attention
 from orogen.kernels.attention.reference import masked_exp
@@ -35,18 +36,21 @@ def attend(
 ) -> Array:
     """Outputs (b, t, h, k) of `kernels.attention` for this rank's queries against the whole sequence."""
     kernel = partial(attention, implementation=plan.config.attention, window=window, scale=scale)
+    kept = partial(checkpoint_name, name="attention")
     if plan.size("context") == 1:
-        return kernel(q_bthk, k_btgk, v_btgk, segments_bt=segments_bt, sinks_h=sinks_h)
+        y_bthk = kernel(q_bthk, k_btgk, v_btgk, segments_bt=segments_bt, sinks_h=sinks_h)
+        return y_bthk if plan.config.attention == "cudnn" else kept(y_bthk)  # cuDNN's has the name already
     if plan.config.context_attention == "allgather":
         k_bsgk, v_bsgk, kv_segments_bs = (whole(a, plan) for a in (k_btgk, v_btgk, segments_bt))
-        return kernel(
+        return kept(kernel(
             q_bthk, k_bsgk, v_bsgk, segments_bt=segments_bt, kv_segments_bs=kv_segments_bs,
             q_index_t=places(q_bthk.shape[1], plan), sinks_h=sinks_h,
-        )  # fmt: skip
+        ))  # fmt: skip
     if plan.config.context_attention == "alltoall":
         q_bshk, k_bsgk, v_bsgk = heads_for_sequence((q_bthk, k_btgk, v_btgk), plan)
         sinks_h = None if sinks_h is None else plan.piece(sinks_h, "context", dim=0)
-        return to_tokens(kernel(q_bshk, k_bsgk, v_bsgk, segments_bt=whole(segments_bt, plan), sinks_h=sinks_h), plan)
+        y_bshk = kernel(q_bshk, k_bsgk, v_bsgk, segments_bt=whole(segments_bt, plan), sinks_h=sinks_h)
+        return kept(to_tokens(y_bshk, plan))
     operands = vary_like((q_bthk, k_btgk, v_btgk), (q_bthk, k_btgk, v_btgk, segments_bt))
     sums: Any = _ring(*operands, segments_bt, plan, _Options(window, scale))
     y_bthk, lse_bth = sums
@@ -119,7 +123,9 @@ def _ring_forward(q_bthk, k_btgk, v_btgk, segments_bt, plan, options):
     carry = vary_like((keys, owner, first, second), (keys, first, owner))
     (_, _, first, second), _ = lax.scan(step, carry, None, length=plan.size("context") - 1)
     sums = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), first, second)
-    y_bthk, lse_bth = sums.y_btgrk.reshape(*q_bthk.shape[:3], -1), sums.lse_btgr.reshape(q_bthk.shape[:3])
+    shape = q_bthk.shape[:3]
+    y_bthk, lse_bth = sums.y_btgrk.reshape(*shape, -1), sums.lse_btgr.reshape(shape)
+    y_bthk, lse_bth = (checkpoint_name(a, "attention") for a in (y_bthk, lse_bth))
     return (y_bthk, lse_bth), (q_bthk, k_btgk, v_btgk, segments_bt, y_bthk, lse_bth)
 
 
@@ -224,7 +230,7 @@ def _scores(queries: _Queries, keys: _Keys, options: _Options) -> tuple[Array, A
 def _attend_block(queries: _Queries, keys: _Keys, *, options: _Options, blocked: bool) -> _Sums:
     def run(queries: _Queries) -> _Sums:
         scores_bgrqs, visible = _scores(queries, keys, options)
-        exp_bgrqs, total_bgrq = masked_exp(scores_bgrqs, visible)
+        exp_bgrqs, total_bgrq, _ = masked_exp(scores_bgrqs, visible)
         highest_bgrq = jnp.max(jnp.where(visible, scores_bgrqs, LOWEST / 2), -1)
         y_bqgrk = jnp.einsum(
             "bgrqs,bsgk->bqgrk", exp_bgrqs.astype(keys.v_bsgk.dtype), keys.v_bsgk, preferred_element_type=jnp.float32

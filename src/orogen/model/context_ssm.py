@@ -6,11 +6,12 @@ g groups, n state, i inner channels of Mamba-1.
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from orogen.kernels.selective_scan import selective_scan
 from orogen.kernels.ssd import ssd
@@ -70,10 +71,12 @@ def ssd_over_parts(
         implementation=plan.config.ssd,
     )  # fmt: skip
     passed_bth = passed_on(dt_bth, a_h, segments_bt) * continues_b[:, None, None]
-    state_bhpn = entering(passed_bth[:, -1, :, None, None], final_bhpn, plan)
+    final_bhpn: Any = checkpoint_name(final_bhpn, "ssd_states")
+    state_bhpn: Any = checkpoint_name(entering(passed_bth[:, -1, :, None, None], final_bhpn, plan), "ssd_states")
     batch, time, heads, size = x_bthp.shape
     state_bgrpn = state_bhpn.reshape(batch, b_btgn.shape[2], -1, size, b_btgn.shape[3])
     read_btgrp = jnp.einsum("btgn,bgrpn->btgrp", c_btgn.astype(jnp.float32), state_bgrpn)
+    read_btgrp: Any = checkpoint_name(read_btgrp, "ssd")
     y_bthp = y_bthp + passed_bth[..., None] * read_btgrp.reshape(batch, time, heads, size)
     return joined(y_bthp, plan)
 

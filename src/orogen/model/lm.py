@@ -15,6 +15,7 @@ from orogen.layers.embedding import Embedding, Head, logits
 from orogen.layers.norm import make_norm
 from orogen.model.block import Stack, repeats
 from orogen.model.mtp import MTPBlock, shifted
+from orogen.model.stages import Stages
 from orogen.parallel.context import later
 from orogen.parallel.plan import Plan
 
@@ -68,20 +69,25 @@ class LanguageModel(nnx.Module):
 
 
 class Built(NamedTuple):
-    """A model taken apart: its static graph, and its parameters and buffers as abstract arrays with axis names."""
+    """A model taken apart: its static graph, and its parameters and buffers as abstract arrays with axis names. If it
+    is cut into `stages`, parameters and buffers are as those keep them."""
 
     graph: nnx.GraphDef
     params: nnx.State
     buffers: nnx.State
+    stages: Stages | None = None
 
 
-def build(config: ModelConfig) -> Built:
-    """The model of `config`, without allocating anything."""
+def build(config: ModelConfig, stages: Stages | None = None) -> Built:
+    """The model of `config`, whole or cut into `stages`, without allocating anything."""
     model = jax.eval_shape(lambda: LanguageModel(config, nnx.Rngs(0)))
-    return Built(*nnx.split(model, nnx.Param, ...))
+    graph, *states = nnx.split(model, nnx.Param, ...)
+    if stages is not None:
+        states = [jax.eval_shape(stages.split, state) for state in states]
+    return Built(graph, *states, stages)
 
 
-def initial_state(config: ModelConfig, seed: int | Array) -> tuple[nnx.State, nnx.State]:
+def initial_state(config: ModelConfig, seed: int | Array, stages: Stages | None = None) -> tuple[nnx.State, nnx.State]:
     """Parameters and buffers; to be jitted with the plan's shardings. The same numbers on every mesh."""
     _, params, buffers = nnx.split(LanguageModel(config, nnx.Rngs(jax.random.key(seed))), nnx.Param, ...)
-    return params, buffers
+    return (params, buffers) if stages is None else (stages.split(params), stages.split(buffers))

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from orogen.config.model import ModelConfig
 from orogen.kernels.selective_scan import selective_scan
-from orogen.layers.linear import add_bias, linear
+from orogen.layers.linear import add_bias, linear, multiply
 from orogen.layers.parameter import normal, parameter, uniform
+from orogen.layers.remade import from_inputs
 from orogen.model.context_ssm import convolve, scan_over_parts
 from orogen.model.mamba2 import CausalConv, initial_dt_bias, projection_bias
 from orogen.parallel.context import to_heads, to_tokens, whole
@@ -47,27 +49,26 @@ class Mamba1(nnx.Module):
 
     def __call__(self, x_btd: Array, segments_bt: Array, plan: Plan) -> Array:
         h_btd = plan.gather(x_btd, "sequence")
-        x_bti = add_bias(linear(h_btd, plan.weight(self.x), plan.config.linear), self.x_bias)
-        z_bti = add_bias(linear(h_btd, plan.weight(self.z), plan.config.linear), self.z_bias)
+        x_bti = checkpoint_name(add_bias(linear(h_btd, self.x, plan), self.x_bias), "in_proj")
+        z_bti = checkpoint_name(add_bias(linear(h_btd, self.z, plan), self.z_bias), "in_proj")
         with jax.named_scope("conv"):
             (x_bti,) = convolve((self.conv,), (x_bti,), segments_bt, plan)
         with jax.named_scope("selective_scan"):
             y_bti = self._scan(x_bti, segments_bt, plan)
         with jax.named_scope("gate"):
-            y_bti = (y_bti * jax.nn.silu(z_bti.astype(jnp.float32))).astype(x_btd.dtype)
+            gated = lambda y_bti, z_bti: (y_bti * jax.nn.silu(z_bti.astype(jnp.float32))).astype(x_btd.dtype)  # noqa: E731
+            y_bti = checkpoint_name(from_inputs(gated)(y_bti, z_bti), "gated")
         # The ranks' parts of the product are summed before the bias is added, once.
-        return add_bias(
-            plan.scatter(linear(y_bti, plan.weight(self.out), plan.config.linear), "sequence"), self.out_bias
-        )
+        return add_bias(plan.scatter(linear(y_bti, self.out, plan), "sequence"), self.out_bias)
 
     def _scan(self, x_bti: Array, segments_bt: Array, plan: Plan) -> Array:
         """The scan's output and D x, float32."""
         # The time step's low rank, B and C read all channels, of which a rank has its own.
-        parts = tuple(linear(x_bti, plan.weight(w)) for w in (self.dt_down, self.B, self.C))
-        dt_btr, B_btn, C_btn = plan.sum(parts, "mamba_heads")
+        parts = tuple(multiply(x_bti, plan.weight(w)) for w in (self.dt_down, self.B, self.C))
+        dt_btr, B_btn, C_btn = (checkpoint_name(a, "x_proj") for a in plan.sum(parts, "mamba_heads"))
         # Here, where they are smallest, the ranks' gradients of B and C are summed, each once.
         B_btn, C_btn = vary_like((B_btn, C_btn), x_bti)
-        dt_bti = linear(dt_btr, plan.weight(self.dt_up)).astype(jnp.float32)
+        dt_bti = checkpoint_name(multiply(dt_btr, plan.weight(self.dt_up)), "x_proj")
         vectors = self.dt_bias[...], self.A_log[...], self.D[...]
         by_heads = plan.config.context_ssm == "heads" and plan.size("context") > 1
         if by_heads:  # each channel is a head
@@ -75,7 +76,8 @@ class Mamba1(nnx.Module):
             B_btn, C_btn, segments_bt = (whole(a, plan) for a in (B_btn, C_btn, segments_bt))
             vectors = tuple(plan.piece(v, "context", dim=0) for v in vectors)
         dt_bias_i, A_log_in, D_i = vectors
-        operands = (x_bti, jax.nn.softplus(dt_bti + dt_bias_i), -jnp.exp(A_log_in), B_btn, C_btn)
+        step = from_inputs(lambda dt_bti, bias_i: jax.nn.softplus(dt_bti.astype(jnp.float32) + bias_i))
+        operands = (x_bti, step(dt_bti, dt_bias_i), -jnp.exp(A_log_in), B_btn, C_btn)
         if by_heads or plan.size("context") == 1:
             implementation = plan.config.selective_scan
             y_bti, _ = selective_scan(
@@ -83,5 +85,5 @@ class Mamba1(nnx.Module):
             )
         else:
             y_bti = scan_over_parts(*operands, segments_bt, plan, chunk_size=CHUNK)
-        y_bti = y_bti + D_i * x_bti
+        y_bti = from_inputs(lambda y_bti, x_bti, D_i: y_bti + D_i * x_bti)(y_bti, x_bti, D_i)
         return to_tokens(y_bti, plan) if by_heads else y_bti

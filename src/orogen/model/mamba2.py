@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from orogen.config.model import ModelConfig
 from orogen.kernels.causal_conv1d import causal_conv1d
@@ -15,6 +16,7 @@ from orogen.kernels.ssd import ssd
 from orogen.layers.linear import add_bias, linear
 from orogen.layers.norm import GroupRMSNorm
 from orogen.layers.parameter import normal, parameter, uniform
+from orogen.layers.remade import from_inputs
 from orogen.model.context_ssm import convolve, heads_for_sequence, ssd_over_parts
 from orogen.parallel.context import to_tokens, whole
 from orogen.parallel.plan import Plan
@@ -36,15 +38,13 @@ class CausalConv(nnx.Module):
         self, x_btc: Array, segments_bt: Array, halo_bkc: Array | None = None, halo_segments_bk: Array | None = None
     ) -> Array:
         bias_c = None if self.bias is None else self.bias[...].astype(x_btc.dtype)
-        y_btc = causal_conv1d(
-            x_btc,
-            self.weight[...],
-            bias_c,
-            segments_bt=segments_bt,
-            halo_bkc=halo_bkc,
-            halo_segments_bk=halo_segments_bk,
-        )
-        return jax.nn.silu(y_btc)
+        inputs = {"segments_bt": segments_bt, "halo_bkc": halo_bkc, "halo_segments_bk": halo_segments_bk}
+
+        @from_inputs
+        def convolved(x_btc: Array, weight_ck: Array, bias_c: Array | None, inputs: dict) -> Array:
+            return jax.nn.silu(checkpoint_name(causal_conv1d(x_btc, weight_ck, bias_c, **inputs), "conv"))
+
+        return convolved(x_btc, self.weight[...], bias_c, inputs)
 
 
 class Mamba2(nnx.Module):
@@ -82,8 +82,9 @@ class Mamba2(nnx.Module):
         weights = (self.z, self.x, self.B, self.C, self.dt)
         biases = (self.z_bias, self.x_bias, self.B_bias, self.C_bias, self.dt_proj_bias)
         # dt has a column a head, too few for FP8 to gain anything, and decays are exponentials of it.
+        plain = plan.without_fp8()
         z_bti, x_bti, B_btc, C_btc, dt_bth = (
-            add_bias(linear(h_btd, plan.weight(w), "plain" if w is self.dt else plan.config.linear), bias)
+            checkpoint_name(add_bias(linear(h_btd, w, plain if w is self.dt else plan), bias), "in_proj")
             for w, bias in zip(weights, biases, strict=True)
         )
         with jax.named_scope("conv"):
@@ -92,12 +93,9 @@ class Mamba2(nnx.Module):
         with jax.named_scope("ssd"):
             y_bti = self._scan(x_bti, B_btc, C_btc, dt_bth, segments_bt, plan)
         with jax.named_scope("gated_norm"):
-            gated_bti = y_bti.astype(jnp.float32) * jax.nn.silu(z_bti.astype(jnp.float32))
-            y_bti = self.norm(gated_bti, plan).astype(x_btd.dtype)
+            y_bti = checkpoint_name(self.norm(y_bti, plan, gate_btc=z_bti), "gated_norm")
         # The ranks' parts of the product are summed before the bias is added, once.
-        return add_bias(
-            plan.scatter(linear(y_bti, plan.weight(self.out), plan.config.linear), "sequence"), self.out_bias
-        )
+        return add_bias(plan.scatter(linear(y_bti, self.out, plan), "sequence"), self.out_bias)
 
     def _scan(self, x_bti, B_btc, C_btc, dt_bth, segments_bt, plan) -> Array:
         split = lambda a, size: a.reshape(*a.shape[:2], -1, size)  # noqa: E731
@@ -113,7 +111,8 @@ class Mamba2(nnx.Module):
             segments_bt = whole(segments_bt, plan)
             vectors = tuple(plan.piece(v, "context", dim=0) for v in vectors)
         dt_bias_h, A_log_h, D_h = vectors
-        dt_bth = jnp.clip(jax.nn.softplus(dt_bth.astype(jnp.float32) + dt_bias_h), *self.time_step_range)
+        step = lambda dt, bias: jnp.clip(jax.nn.softplus(dt.astype(jnp.float32) + bias), *self.time_step_range)  # noqa: E731
+        dt_bth = from_inputs(step)(dt_bth, dt_bias_h)
         operands = (x_bthp, dt_bth, -jnp.exp(A_log_h), B_btgn, C_btgn)
         if by_heads or plan.size("context") == 1:
             implementation = plan.config.ssd
@@ -122,7 +121,8 @@ class Mamba2(nnx.Module):
             )
         else:
             y_bthp = ssd_over_parts(*operands, segments_bt, plan, chunk_size=self.chunk_size)
-        y_bthp = (y_bthp + D_h[:, None] * x_bthp).astype(x_bti.dtype)  # added in float32, as D is
+        skip = lambda y, x, D_h: (y + D_h[:, None] * x).astype(x.dtype)  # noqa: E731 - added in float32, as D is
+        y_bthp = from_inputs(skip)(y_bthp, x_bthp, D_h)
         return (to_tokens(y_bthp, plan) if by_heads else y_bthp).reshape(x_bti.shape)
 
 

@@ -48,5 +48,6 @@ class MTPBlock(nnx.Module):
         """
         joined_btd = jnp.concatenate([self.embedding_norm(embedded_btd), self.hidden_norm(h_btd)], axis=-1)
         # As the model's last layer it computes nothing in FP8.
-        x_btd, stats = self.layers(linear(joined_btd, plan.weight(self.project)), docs, plan.without_fp8(), replay)
+        plan = plan.without_fp8()
+        x_btd, stats = self.layers(linear(joined_btd, self.project, plan), docs, plan, replay)
         return self.final_norm(x_btd), stats

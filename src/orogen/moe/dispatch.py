@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
 from orogen.parallel.plan import Plan
 from orogen.parallel.ragged import Runs
@@ -85,11 +86,10 @@ def _take_rows(x_nd: Array, slots_nk: Array, source_r: Array) -> Array:
 
 
 def _take_rows_forward(x_nd, slots_nk, source_r):
-    return _take_rows(x_nd, slots_nk, source_r), (slots_nk, source_r)
+    return _take_rows(x_nd, slots_nk, source_r), slots_nk
 
 
-def _take_rows_backward(residuals, g_rd):
-    slots_nk, source_r = residuals
+def _take_rows_backward(slots_nk, g_rd):
     g_nkd = jnp.take(g_rd, slots_nk, axis=0, mode="fill", fill_value=0)
     return g_nkd.sum(1), None, None
 
@@ -104,7 +104,8 @@ def _sum_rows(rows_rd: Array, w_nk: Array, slots_nk: Array, source_r: Array) -> 
 
 
 def _sum_rows_forward(rows_rd, w_nk, slots_nk, source_r):
-    return _sum_rows(rows_rd, w_nk, slots_nk, source_r), (rows_rd, w_nk, slots_nk, source_r)
+    kept = checkpoint_name(rows_rd, "expert_out"), w_nk, slots_nk, source_r
+    return _sum_rows(rows_rd, w_nk, slots_nk, source_r), kept
 
 
 def _sum_rows_backward(residuals, g_nd):
@@ -120,11 +121,18 @@ def _sum_rows_backward(residuals, g_nd):
 _sum_rows.defvjp(_sum_rows_forward, _sum_rows_backward)
 
 
-def _invert(slots_nk: Array, n_rows: int) -> Array:
-    """For each row, which flat assignment (token · k + choice) fills it; the number of assignments if none does."""
+def _with_inverse(slots_nk: Array, n_rows: int) -> tuple[Array, Array]:
+    """The slots, and for each row which flat assignment (token · k + choice) fills it; the number of assignments if
+    none does."""
     flat = slots_nk.reshape(-1)
     empty = vary_like(jnp.full(n_rows, flat.size, jnp.int32), slots_nk)
-    return empty.at[flat].set(jnp.arange(flat.size, dtype=jnp.int32), mode="drop", unique_indices=True)
+    source_r = empty.at[flat].set(jnp.arange(flat.size, dtype=jnp.int32), mode="drop", unique_indices=True)
+    return _routing((slots_nk, source_r))
+
+
+def _routing(tree: Any) -> Any:
+    """`tree`, which policies of recomputation know by the name of routing."""
+    return jax.tree.map(lambda a: checkpoint_name(a, "routing"), tree)
 
 
 class AllGather:
@@ -143,7 +151,7 @@ class AllGather:
         places = jnp.zeros_like(order).at[order].set(jnp.arange(flat.size, dtype=jnp.int32), unique_indices=True)
         slots_mk = jnp.where(here_mk, places.reshape(here_mk.shape), n_rows)
         group_sizes = jnp.sum(flat[:, None] == jnp.arange(local), 0, dtype=jnp.int32)
-        source_r = _invert(slots_mk, n_rows)
+        slots_mk, source_r = _with_inverse(slots_mk, n_rows)
         return _take_rows(x_md, slots_mk, source_r), group_sizes, Ticket(slots_mk, source_r)
 
     @staticmethod
@@ -164,7 +172,7 @@ class AllToAll:
         rank_nk = _rank_in_expert(idx_nk, keep_nk, n_experts)
         n_rows = n_experts * capacity
         slots_nk = jnp.where(keep_nk, idx_nk * capacity + rank_nk, n_rows)
-        source_r = _invert(slots_nk, n_rows)
+        slots_nk, source_r = _with_inverse(slots_nk, n_rows)
         rows_rd = plan.exchange(_take_rows(x_nd, slots_nk, source_r), "expert")
         rows = rows_rd.reshape(ranks, local, capacity, -1).swapaxes(0, 1).reshape(local, ranks * capacity, -1)
         rows = plan.gather(rows, "expert_tensor", dim=1)
@@ -196,23 +204,24 @@ class Ragged:
         order = jnp.argsort(flat, stable=True).astype(jnp.int32)
         places = jnp.zeros_like(order).at[order].set(jnp.arange(flat.size, dtype=jnp.int32), unique_indices=True)
         slots_nk = jnp.where(keep_nk, places.reshape(keep_nk.shape), flat.size)
-        source_r = _invert(slots_nk, flat.size)
+        slots_nk, source_r = _with_inverse(slots_nk, flat.size)
         counts_e = jnp.sum(flat[:, None] == jnp.arange(n_experts), 0, dtype=jnp.int32)
         runs, received_re, overflow = _runs(plan.gather(counts_e[None], "expert", dim=0), local, room, plan)
+        runs, received_re = _routing((runs, received_re))
         buffer_rd = plan.ragged_exchange(_take_rows(x_nd, slots_nk, source_r), runs, "expert", rows=room)
         # Rows lie by expert_tensor rank, sender and expert; they are to lie by expert.
         buffer_rd = plan.gather(buffer_rd, "expert_tensor", dim=0)
         counts_tre = plan.gather(received_re[None], "expert_tensor", dim=0)
         sorted_r = _by_expert(counts_tre, room)
-        back_r = _invert(sorted_r[:, None], len(buffer_rd))
-        rows_rd = _take_rows(buffer_rd, back_r[:, None], sorted_r)
-        return rows_rd, counts_tre.sum((0, 1)), Ticket(slots_nk, source_r, (runs, sorted_r, back_r), overflow)
+        sorted_r1, back_r = _with_inverse(sorted_r[:, None], len(buffer_rd))
+        rows_rd = _take_rows(buffer_rd, back_r[:, None], sorted_r1[:, 0])
+        return rows_rd, counts_tre.sum((0, 1)), Ticket(slots_nk, source_r, (runs, sorted_r1, back_r), overflow)
 
     @staticmethod
     def combine(rows_rd: Array, w_nk: Array, ticket: Ticket, plan: Plan) -> Array:
         """y (n, d): rows go back to the ranks they came from, and each token sums its own."""
-        runs, sorted_r, back_r = ticket.kept
-        buffer_rd = plan.scatter(_take_rows(rows_rd, sorted_r[:, None], back_r), "expert_tensor", dim=0)
+        runs, sorted_r1, back_r = ticket.kept
+        buffer_rd = plan.scatter(_take_rows(rows_rd, sorted_r1, back_r), "expert_tensor", dim=0)
         rows = plan.ragged_exchange(buffer_rd, runs.reversed(), "expert", rows=ticket.slots_nk.size)
         return _sum_rows(rows, w_nk, ticket.slots_nk, ticket.source_r)
 

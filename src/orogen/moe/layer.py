@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from orogen.config.model import ModelConfig
-from orogen.layers.linear import linear
+from orogen.layers.linear import linear, multiply
 from orogen.layers.mlp import MLP
 from orogen.layers.parameter import normal
 from orogen.moe.dispatch import DISPATCHES, drop_margin, expert_capacity, within_capacity
@@ -67,7 +68,7 @@ class MoE(nnx.Module):
         latent, hidden = config.moe_latent_size, config.moe_shared_expert_intermediate_size
         self.latent_down = normal(rngs, (size, latent), ("embed", None), std=std) if latent else None
         self.latent_up = normal(rngs, (latent, size), (None, "embed"), std=out_std) if latent else None
-        self.shared = MLP(config, hidden, bias=False, rngs=rngs) if hidden else None
+        self.shared = MLP(config, hidden, bias=False, rngs=rngs, prefix="shared_") if hidden else None
         gated = config.moe_shared_expert_gate
         self.shared_gate = normal(rngs, (size, 1), ("embed", None), std=std) if gated else None
 
@@ -81,17 +82,21 @@ class MoE(nnx.Module):
             keep_btk = stats.choice.replay.kept
         with jax.named_scope("experts"):
             flat = lambda a: a.reshape(-1, a.shape[-1])  # noqa: E731
-            u_btw = (
-                x_btd if self.latent_down is None else linear(x_btd, plan.weight(self.latent_down), plan.config.linear)
-            )
+            u_btw = x_btd
+            if self.latent_down is not None:
+                u_btw = checkpoint_name(linear(x_btd, self.latent_down, plan), "latent")
             dispatcher = DISPATCHES[plan.config.dispatch]
             rows, group_sizes, ticket = dispatcher.dispatch(
                 flat(u_btw), flat(routing.experts), flat(keep_btk), self.n_experts, capacity, plan
             )
+            rows = checkpoint_name(rows, "rows")
+            if not isinstance(group_sizes, int):
+                group_sizes = checkpoint_name(group_sizes, "routing")
             y_nw = dispatcher.combine(self.experts(rows, group_sizes, plan), flat(routing.weights), ticket, plan)
+            y_nw = checkpoint_name(y_nw, "combined")
             stats = stats._replace(overflow=stats.overflow + ticket.overflow)
             y_btd = y_nw.reshape(u_btw.shape)
-            y_btd = y_btd if self.latent_up is None else linear(y_btd, plan.weight(self.latent_up), plan.config.linear)
+            y_btd = y_btd if self.latent_up is None else linear(y_btd, self.latent_up, plan)
         if self.shared is not None:
             with jax.named_scope("shared_expert"):
                 y_btd = y_btd + self._shared(x_btd, self.shared, plan)
@@ -101,7 +106,9 @@ class MoE(nnx.Module):
         y_btd = expert(x_btd, plan)
         if self.shared_gate is None:
             return y_btd
-        return y_btd * jax.nn.sigmoid(linear(x_btd, plan.weight(self.shared_gate)))
+        gate_bt1 = multiply(x_btd, plan.weight(self.shared_gate))
+        y_btd, gate_bt1 = (checkpoint_name(a, "shared_out") for a in (y_btd, gate_bt1))
+        return y_btd * jax.nn.sigmoid(gate_bt1)
 
     def _account(
         self, logits_bte: Array, routing: Routing, valid_bt: Array, plan: Plan, replay: Replay | None

@@ -3,16 +3,18 @@
 Letters: b batch, t time of this rank, n tokens, d model, e experts, k experts per token.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
 from orogen.config.model import ModelConfig
-from orogen.layers.linear import linear
+from orogen.layers.linear import multiply
 from orogen.layers.parameter import buffer, normal, parameter
+from orogen.layers.remade import from_inputs
 from orogen.parallel.plan import Plan
 
 # Keeps a token whose scores all underflow from dividing by zero; the value is Hugging Face's and Megatron's.
@@ -61,9 +63,9 @@ def route(
     weighing_ne = logits_ne if score == "softmax_topk" else scores_ne
     choice_ne = lax.stop_gradient(weighing_ne) + (0 if bias_e is None else bias_e)
     own_nk, margin_n = _choose(choice_ne, k, n_group, topk_group)
-    experts_nk = own_nk if experts_nk is None else experts_nk
-    flipped_n = jnp.any(jnp.sort(own_nk) != jnp.sort(experts_nk), -1)
-    weights_nk = jnp.take_along_axis(weighing_ne, experts_nk, axis=-1)
+    chosen_nk: Any = checkpoint_name(own_nk, "routing") if experts_nk is None else experts_nk
+    flipped_n = jnp.any(jnp.sort(own_nk) != jnp.sort(chosen_nk), -1)
+    weights_nk = jnp.take_along_axis(weighing_ne, chosen_nk, axis=-1)
     if score == "softmax":
         least_n = jnp.take_along_axis(lax.stop_gradient(scores_ne), own_nk, axis=-1).min(-1)
         margin_n = margin_n / (least_n + EPSILON)
@@ -71,7 +73,7 @@ def route(
         weights_nk = jax.nn.softmax(weights_nk, -1)
     elif normalise:
         weights_nk = weights_nk / (weights_nk.sum(-1, keepdims=True) + EPSILON)
-    return Routing(experts_nk, weights_nk * scaling, scores_ne, margin_n, flipped_n)
+    return Routing(chosen_nk, weights_nk * scaling, scores_ne, margin_n, flipped_n)
 
 
 def _choose(choice_ne: Array, k: int, n_group: int, topk_group: int) -> tuple[Array, Array]:
@@ -116,7 +118,7 @@ def router_losses(logits_bte: Array, scores_bte: Array, valid_bt: Array, plan: P
     _, chosen_btk = lax.top_k(lax.stop_gradient(scores_bte), k)
     counts_be = expert_counts(chosen_btk, valid_bt[..., None] & (chosen_btk >= 0), n_experts, axes=(1, 2))
     counts_be, mass_be, tokens_b1 = plan.sum((counts_be, (share_bte * valid_bt1).sum(1), valid_bt1.sum(1)), "tokens")
-    tokens_b1 = jnp.maximum(tokens_b1, 1)
+    counts_be, tokens_b1 = checkpoint_name(counts_be, "routing"), jnp.maximum(tokens_b1, 1)
     balance = n_experts * jnp.sum(counts_be * mass_be / (k * tokens_b1**2))
     z = jnp.sum(jnp.square(jax.nn.logsumexp(logits_bte, -1)) * valid_bt)
     return RouterLosses(balance, z)
@@ -142,9 +144,11 @@ class Router(nnx.Module):
 
     def __call__(self, x_btd: Array, plan: Plan, experts_btk: Array | None) -> tuple[Array, Routing]:
         """Logits (b, t, e) and their routing; a choice given as `experts_btk` is replayed."""
-        logits_bte = linear(x_btd.astype(jnp.float32), plan.weight(self.gate))
+        project = from_inputs(lambda x_btd, gate_de: multiply(x_btd.astype(jnp.float32), gate_de))
+        logits_bte = project(x_btd, plan.weight(self.gate))
         if self.gate_bias is not None:
             logits_bte = logits_bte + self.gate_bias[...]
+        logits_bte = checkpoint_name(logits_bte, "router")
         routing = route(
             logits_bte,
             None if self.bias is None else self.bias[...],

@@ -7,19 +7,33 @@ from typing import Any
 import jax
 from flax import nnx
 
-from orogen.parallel.plan import Plan
+from orogen.parallel.plan import Plan, full_axes
+from orogen.parallel.schedule import Schedule
 
 
-def describe_plan(plan: Plan, params: nnx.State) -> dict[str, Any]:
+def describe_plan(plan: Plan, params: nnx.State, segments: Sequence[str] = ()) -> dict[str, Any]:
     """Mesh axes, logical axes, and each parameter's shape, axes and shape on one device inside the step and between
-    steps. `params` may be abstract."""
+    steps; of a pipeline, whose `segments` have these layers, also what its schedule costs. `params` may be abstract."""
     found = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: isinstance(x, nnx.Variable))
     sizes = dict(plan.mesh.shape)
     return {
         "devices": plan.config.devices,
         "mesh": sizes,
         "logical_axes": {axis: list(names) for axis, names in plan.rules.items()},
+        **({"pipeline": _pipeline(plan.schedule, segments)} if plan.schedule else {}),
         "parameters": {_name(path): _describe(leaf, plan, sizes) for path, leaf in found},
+    }
+
+
+def _pipeline(schedule: Schedule, segments: Sequence[str]) -> dict[str, Any]:
+    return {
+        "schedule": schedule.kind,
+        "segments": list(segments),
+        "virtual": schedule.virtual,
+        "ticks": schedule.ticks,
+        "bubble": float(schedule.bubble),
+        "in_flight": list(schedule.in_flight),
+        "stash_slots": max(schedule.stash_slots),
     }
 
 
@@ -42,14 +56,25 @@ def plan_lines(facts: dict[str, Any]) -> list[str]:
         f"mesh: {mesh} ({facts['devices']} devices)",
         "logical axes that are split:",
         *axes,
+        *_pipeline_lines(facts),
         "",
         *_table([header, *rows]),
     ]
 
 
+def _pipeline_lines(facts: dict[str, Any]) -> list[str]:
+    if "pipeline" not in facts:
+        return []
+    pipeline = facts["pipeline"]
+    return [
+        f"pipeline {pipeline['schedule']}: {pipeline['ticks']} ticks, bubble {pipeline['bubble']:.4g} of the busy "
+        f"ones, at most {pipeline['in_flight']} passes in flight by stage",
+        *(f"  segment {number}: {segment or '-none-'}" for number, segment in enumerate(pipeline["segments"])),
+    ]
+
+
 def _describe(leaf: nnx.Variable, plan: Plan, sizes: dict[str, int]) -> dict[str, Any]:
-    shape, own = leaf.get_value().shape, leaf.get_metadata()["axes"]
-    axes = (None,) * (len(shape) - len(own)) + tuple(own)
+    shape, axes = leaf.get_value().shape, full_axes(leaf)
 
     def local(rules) -> list[int]:
         ways = [math.prod(sizes[name] for name in rules[axis]) if axis else 1 for axis in axes]

@@ -21,6 +21,7 @@ from orogen.config.plan import PlanConfig
 from orogen.parallel.fold import Folding
 from orogen.parallel.mesh import fold_plan, make_mesh
 from orogen.parallel.ragged import Runs, ragged_exchange
+from orogen.parallel.schedule import Schedule, plan_schedule
 from orogen.parallel.varying import vary, varying_axes
 
 MeshAxes = tuple[str, ...]
@@ -35,6 +36,7 @@ class Plan:
     rules: of arrays inside the step; storage: of master weights and optimizer state between steps.
     sources: (data, context, tensor) of the ranks that a single device stands for when it decides which tokens exceed an
     expert's capacity; capacity counts per source rank, so `verify` needs it to reproduce a plan on one device.
+    schedule: what the stages of a pipeline do at each tick; None without stages.
     """
 
     mesh: Mesh | AbstractMesh
@@ -42,11 +44,17 @@ class Plan:
     storage: Mapping[str, MeshAxes]
     config: PlanConfig
     sources: tuple[int, int, int] = (1, 1, 1)
+    schedule: Schedule | None = None
 
     def spec(self, *axes: str | None) -> PartitionSpec:
         """The PartitionSpec of an array with these logical axes. Raises KeyError on an unknown axis, ValueError if
         one mesh axis would split two of them."""
         return _spec(self.rules, axes)
+
+    def unstaged(self) -> "Plan":
+        """This plan with every stage's arrays on every stage, whatever the number of stages that laid them out."""
+        without = lambda rules: {**rules, "stage": ()}  # noqa: E731
+        return dataclasses.replace(self, rules=without(self.rules), storage=without(self.storage))
 
     def size(self, axis: str) -> int:
         """How many ways `axis` is split."""
@@ -54,20 +62,20 @@ class Plan:
 
     def specs(self, tree: Any) -> Any:
         """`tree` of variables with `axes`, each holding its PartitionSpec inside the step."""
-        return _map_variables(lambda v: _spec(self.rules, _full_axes(v)), tree)
+        return _map_variables(lambda v: _spec(self.rules, full_axes(v)), tree)
 
     def stored_specs(self, tree: Any) -> Any:
         """`tree` of variables, each holding the PartitionSpec in which it is stored between steps."""
-        return _map_variables(lambda v: _spec(self.storage, _full_axes(v)), tree)
+        return _map_variables(lambda v: _spec(self.storage, full_axes(v)), tree)
 
     def shardings(self, tree: Any) -> Any:
         """`tree` with the sharding in which each array is stored between steps; what has no axes is replicated."""
-        return _map_variables(lambda v: self._stored(_full_axes(v)), tree, lambda _: self._stored(()))
+        return _map_variables(lambda v: self._stored(full_axes(v)), tree, lambda _: self._stored(()))
 
     def working(self, tree: Any) -> Any:
         """`tree`, its arrays constrained to their layout inside the step (ZeRO-1 gathers its masters here)."""
         return lax.with_sharding_constraint(
-            tree, _map_variables(lambda v: NamedSharding(self.mesh, _spec(self.rules, _full_axes(v))), tree)
+            tree, _map_variables(lambda v: NamedSharding(self.mesh, _spec(self.rules, full_axes(v))), tree)
         )
 
     def without_fp8(self) -> "Plan":
@@ -90,7 +98,7 @@ class Plan:
     def weight(self, parameter: nnx.Variable) -> Array:
         """The parameter, whole along the axes that FSDP shards; its gradient is scattered back, summed in float32."""
         value: Any = parameter[...]
-        for dim, axis in enumerate(_full_axes(parameter)):
+        for dim, axis in enumerate(full_axes(parameter)):
             if axis in SHARDED and self.rules[axis]:
                 value = _gather_weight(value, self.rules[axis], dim)
         return value
@@ -114,8 +122,11 @@ class Plan:
         return lax.pmax(vary(x, self.rules[axis]), self.rules[axis]) if self.rules[axis] else x
 
     def total(self, tree: Any) -> Any:
-        """Each leaf summed over every axis it varies over. Only for true partial sums: pieces, never copies."""
-        return jax.tree.map(lambda x: lax.psum(x, tuple(sorted(axes))) if (axes := varying_axes(x)) else x, tree)
+        """Each leaf summed over every axis it varies over but the pipeline's, whose stages do not come here together.
+        Only for true partial sums: pieces, never copies."""
+        stages = self.rules["stage"]
+        inside = lambda x: tuple(sorted(varying_axes(x) - set(stages)))  # noqa: E731
+        return jax.tree.map(lambda x: lax.psum(x, axes) if (axes := inside(x)) else x, tree)
 
     def exchange(self, x: Array, axis: str) -> Array:
         """All-to-all: piece r of dimension 0 goes to rank r; the result is stacked by sender along dimension 0."""
@@ -139,11 +150,16 @@ class Plan:
         if by % ranks == 0:
             return x
         if self.config.shift == "permute":
-            return lax.ppermute(x, self.rules[axis], [(rank, (rank + by) % ranks) for rank in range(ranks)])
+            return self.pass_on(x, axis, by)
         # Every rank sends to each rank, zeros to all but one: more bytes, and no collective that only some ranks of a
         # pipeline may reach.
         sent = jnp.zeros((ranks, *x.shape), x.dtype).at[(self.index(axis) + by) % ranks].set(x)
         return self.exchange(sent, axis)[(self.index(axis) - by) % ranks]
+
+    def pass_on(self, x: Array, axis: str, by: int) -> Array:
+        """`shift` by a permutation, which every device of the mesh must reach at once."""
+        ranks = self.size(axis)
+        return lax.ppermute(x, self.rules[axis], [(rank, (rank + by) % ranks) for rank in range(ranks)])
 
     def index(self, axis: str) -> Array | int:
         """This device's rank along `axis`."""
@@ -164,7 +180,7 @@ class Plan:
 
         def scattered(variable: nnx.Variable) -> Any:
             value: Any = variable[...]
-            for dim, axis in enumerate(_full_axes(variable)):
+            for dim, axis in enumerate(full_axes(variable)):
                 if axis in SHARDED and self.storage[axis] != self.rules[axis]:
                     value = _scatter_sum(value, self.storage[axis], dim)
             return value
@@ -175,7 +191,7 @@ class Plan:
         """Scattered `grads`, summed over every mesh axis that does not split their parameter in storage."""
 
         def summed(variable: nnx.Variable) -> Any:
-            split = {name for axis in _full_axes(variable) if axis is not None for name in self.storage[axis]}
+            split = {name for axis in full_axes(variable) if axis is not None for name in self.storage[axis]}
             copies = tuple(sorted(varying_axes(variable[...]) - split))
             return lax.psum(variable[...], copies) if copies else variable[...]
 
@@ -209,12 +225,14 @@ _gather_weight.defvjp(_gather_weight_forward, _gather_weight_backward)
 def make_plan(config: PlanConfig, model: ModelConfig, *, abstract: bool = False) -> Plan:
     """The plan of `config` for `model`, over this process group's devices or, `abstract`, over none.
 
-    Raises ConfigError if the sizes do not divide, do not fold, or exceed the devices that exist.
+    Raises ConfigError if the sizes do not divide, do not fold, or exceed the devices that exist, or if the microbatches
+    do not suit the schedule.
     """
+    schedule = plan_schedule(config, model) if config.stage > 1 else None
     folding = fold_plan(config, model)
     mesh = make_mesh(folding, config, abstract=abstract)
     rules = _rules(folding, fully_sharded=config.fsdp == "parameters")
-    return Plan(mesh, rules, _rules(folding, fully_sharded=config.fsdp != "none"), config)
+    return Plan(mesh, rules, _rules(folding, fully_sharded=config.fsdp != "none"), config, schedule=schedule)
 
 
 def single_device_plan(config: PlanConfig, model: ModelConfig, *, sources: tuple[int, int, int] = (1, 1, 1)) -> Plan:
@@ -229,6 +247,7 @@ def _rules(folding: Folding, *, fully_sharded: bool) -> dict[str, MeshAxes]:
     axes = folding.logical
     tensor = axes["tensor"]
     return {
+        "stage": axes["stage"],
         # activations: rows of the batch, the sequence outside and inside a context rank
         "batch": axes["data"],
         "context": axes["context"],
@@ -264,10 +283,14 @@ def _spec(rules: Mapping[str, MeshAxes], axes: tuple[str | None, ...]) -> Partit
     return PartitionSpec(*(part or None for part in parts))
 
 
-def _full_axes(variable: nnx.Variable) -> tuple[str | None, ...]:
-    """The variable's axes, with None for each dimension that stacking repeated layers put in front."""
-    axes = variable.get_metadata()["axes"]
-    return (None,) * (variable.get_value().ndim - len(axes)) + tuple(axes)
+def full_axes(variable: nnx.Variable) -> tuple[str | None, ...]:
+    """The variable's axes, behind one for each dimension that stacking layers put in front: the first of them is the
+    pipeline's if the variable is marked as `staged`, else they have no name."""
+    metadata, ndim = variable.get_metadata(), variable.get_value().ndim
+    stacked = (None,) * (ndim - len(metadata["axes"]))
+    if metadata.get("staged"):
+        stacked = ("stage", *stacked[1:])
+    return stacked + tuple(metadata["axes"])
 
 
 def _map_variables(on_variable: Callable, tree: Any, otherwise: Callable | None = None) -> Any:

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from orogen.config.checks import ConfigError
-from orogen.config.model import Pattern
+from orogen.config.model import ModelConfig, Pattern
+from orogen.config.plan import PlanConfig
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved")
 IDLE, FORWARD, BACKWARD = 0, 1, 2
@@ -78,6 +79,18 @@ class Schedule:
         """Idle ticks of a stage over its busy ones."""
         return Fraction(self.ticks, 2 * self.microbatches * self.virtual) - 1
 
+    def forward_only(self) -> "Schedule":
+        """The forward passes alone, each as soon as it can be, for evaluation; nothing is stashed."""
+        orders = [
+            [
+                step
+                for step in _order("gpipe", stage, self.stages, self.microbatches, self.virtual)
+                if step.operation == FORWARD
+            ]
+            for stage in range(self.stages)
+        ]
+        return _assemble(self.kind, orders, self.stages, self.microbatches, self.virtual)
+
     @property
     def in_flight(self) -> tuple[int, ...]:
         """For each stage, the most (microbatch, chunk) pairs taken forward and not yet, or just being, taken back."""
@@ -114,6 +127,20 @@ def make_schedule(kind: str, *, stages: int, microbatches: int, virtual: int = 1
     """
     _check(kind, stages, microbatches, virtual)
     orders = [_order(kind, stage, stages, microbatches, virtual) for stage in range(stages)]
+    return _assemble(kind, orders, stages, microbatches, virtual)
+
+
+def plan_schedule(config: PlanConfig, model: ModelConfig) -> Schedule:
+    """The schedule of a plan for a model. Raises ConfigError if the pattern is cut into another number of segments."""
+    cuts = len(model.layers.segments)
+    virtual = config.virtual or (cuts // config.stage if cuts > 1 else 2 if config.schedule == "interleaved" else 1)
+    expected = f"{config.stage * virtual}, the stages times the chunks of each, or no |"
+    if cuts > 1 and cuts != config.stage * virtual:
+        raise ConfigError(f"ModelConfig.pattern is {model.pattern!r}, of {cuts} segments; expected {expected}")
+    return make_schedule(config.schedule, stages=config.stage, microbatches=config.microbatches, virtual=virtual)
+
+
+def _assemble(kind: str, orders: Sequence[Sequence[_Pass]], stages: int, microbatches: int, virtual: int) -> Schedule:
     tick = _place(orders, mixed=virtual == 1)
     slot, slots = {}, {}
     for buffer, spans in _spans(tick, last=stages * virtual - 1).items():
@@ -291,8 +318,8 @@ def _spans(tick: Mapping[_Pass, int], last: int) -> dict[str, dict[_Pass, tuple[
     """
     spans = {"stash": {}, "forward_inbox": {}, "backward_inbox": {}}
     for step, start in tick.items():
-        if step.operation == FORWARD:
-            spans["stash"][step] = start, tick[step._replace(operation=BACKWARD)]
+        if step.operation == FORWARD and (back := step._replace(operation=BACKWARD)) in tick:
+            spans["stash"][step] = start, tick[back]
         source = _source(step, last)
         if source and source.operation == step.operation:
             spans[INBOX[step.operation]][step] = tick[source] + 1, start
@@ -329,7 +356,7 @@ def _fill(
         tables.operation[t, stage] = step.operation
         tables.microbatch[t, stage] = step.microbatch
         tables.chunk[t, stage] = step.segment // stages
-        tables.stash[t, stage] = slot["stash"][step._replace(operation=FORWARD)]
+        tables.stash[t, stage] = slot["stash"].get(step._replace(operation=FORWARD), length["stash"])
         getattr(tables, inbox)[t, stage] = slot[inbox].get(step, length[inbox])
         if receiver in slot[inbox]:
             tables.send[t, stage] = toward

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jax.extend import core
@@ -26,13 +27,16 @@ from orogen.layers.embedding import Embedding, Head
 from orogen.layers.norm import make_norm
 from orogen.model.block import Stack
 from orogen.model.lm import build
+from orogen.model.stages import Stages
 from orogen.moe.layer import MoEStats
 from orogen.parallel.mesh import fold_plan
+from orogen.parallel.pipeline import branches_ts
 from orogen.parallel.plan import Plan, make_plan, single_device_plan
 from orogen.precision.policy import DTYPES, working_copy
 from orogen.simulate.communication import ENDS, FLOAT32, Collective, Workload, sent_bytes, unit_collectives
 from orogen.simulate.hlo import Table, Traffic, add, hlo_collectives
 from orogen.train.loss import batch_counts, token_nats
+from orogen.train.pipelined import cut
 from orogen.train.step import BATCH_AXES, gradients
 
 # JAX primitives that communicate, by the HLO operation that each becomes.
@@ -217,7 +221,7 @@ def step_collectives(model: ModelConfig, plan: Plan, batch_size: int, length: in
 
 
 def _step_jaxpr(model: ModelConfig, plan: Plan, batch_size: int, length: int, dtype: str) -> core.Jaxpr:
-    built = build(model)
+    built = build(model, cut(model, plan, length))
     tokens_bt = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
     batch = Batch(tokens_bt, tokens_bt, tokens_bt, jax.ShapeDtypeStruct(tokens_bt.shape, jnp.float32))
     step = gradients(built, model, plan, dtype)
@@ -350,7 +354,20 @@ def step_flops(model: ModelConfig, plan: Plan, batch_size: int, length: int) -> 
     Experts count every row that they have room for, as if routing filled them all.
     """
     plan = dataclasses.replace(plan, config=dataclasses.replace(plan.config, grouped_matmul="ragged_dot"))
-    return product_flops(_step_jaxpr(model, plan, batch_size, length, "float32"))
+    jaxpr = _step_jaxpr(model, plan, batch_size, length, "float32")
+    stages = cut(model, plan, length)
+    return product_flops(jaxpr) if stages is None else _stage_flops(jaxpr, plan, stages)
+
+
+def _stage_flops(jaxpr: core.Jaxpr, plan: Plan, stages: Stages) -> int:
+    """The same of the average stage of a pipeline, each of whose ticks takes the branch that the schedule says."""
+    schedule: Any = plan.schedule
+    branch_ts = branches_ts(schedule.tables, stages.kind_vp, len(stages.kinds))
+    choices = [e for turns, e in _equations(jaxpr, _product) if e.primitive.name == "cond" and turns == schedule.ticks]
+    (choice,) = [e for e in choices if len(e.params["branches"]) == 1 + 2 * len(stages.kinds)]
+    flops = np.array([product_flops(_open(branch)) for branch in choice.params["branches"]])
+    others = product_flops(jaxpr) - schedule.ticks * int(flops.max())
+    return others + int(flops[branch_ts].sum()) // schedule.stages
 
 
 def flops_overhead(model: ModelConfig, config: PlanConfig, batch_size: int, length: int) -> float:

@@ -15,12 +15,15 @@ from typing import Any, NamedTuple
 
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
+from orogen.config.remat import Remat
 from orogen.parallel.fold import expert_shards
+from orogen.parallel.schedule import plan_schedule
 from orogen.simulate.weights import Weight, end_weights, layer_weights, mtp_weights
 
 # Units beside the letters of the pattern: embedding, final norm, head and loss, at every depth of prediction; the
 # projection and norms of the multi-token-prediction block; and each expert's load, counted for the whole batch.
-ENDS, MTP, LOAD = "ends", "mtp", "load"
+# PIPELINE is what stages pass on at every tick, in both directions, whether or not it is used.
+ENDS, MTP, LOAD, PIPELINE = "ends", "mtp", "load", "pipeline"
 # Rows of logits that the chunked loss makes at once; train/loss.py has the same number, and a test compares them.
 LOGIT_ROWS = 1024
 FLOAT32 = INT32 = 4
@@ -46,7 +49,7 @@ class Collective(NamedTuple):
     phase: str
     operation: str
     axes: tuple[str, ...]
-    count: int
+    count: float
     bytes: float
 
 
@@ -69,6 +72,9 @@ def unit_collectives(unit: str, model: ModelConfig, plan: PlanConfig, work: Work
     ledger, weights = _Ledger(unit, plan, model, work), []
     if unit == LOAD:
         _load(ledger)
+    elif unit == PIPELINE:
+        held = ledger.own_tokens * model.hidden_size * work.itemsize
+        ledger.add("stream", "forward", "collective-permute", ("stage",), held, 2 * plan_schedule(plan, model).ticks)
     elif unit == MTP:
         weights = mtp_weights(model)
     elif unit == ENDS:
@@ -90,6 +96,7 @@ def unit_collectives(unit: str, model: ModelConfig, plan: PlanConfig, work: Work
 def step_collectives(model: ModelConfig, plan: PlanConfig, work: Workload) -> dict[str, list[Collective]]:
     """{unit: the collectives of all its applications in one step}, `work` being one of the plan's microbatches.
 
+    Of a pipeline these are the average stage's, so that counts may be fractions.
     The multi-token-prediction block is applied once a depth, and sums its gradients once. Layers that the model's stack
     repeats in a loop share a collective for what they count: more in number here than in the program, not in bytes.
     """
@@ -100,9 +107,13 @@ def step_collectives(model: ModelConfig, plan: PlanConfig, work: Workload) -> di
         main, deeper = pattern.main.count(unit), pattern.mtp.count(unit)
         if unit in (ENDS, MTP, LOAD):
             main, deeper = int(unit != MTP), int(unit == MTP)
-        turns = (main + depths * deeper) * plan.microbatches
+        turns = (main + depths * deeper) * plan.microbatches / plan.stage
         records = unit_collectives(unit, model, plan, work)
-        found[unit] = [_times(r, main + deeper if r.phase == "update" else turns) for r in records]
+        # What is no layer is on every stage, and summed over them.
+        updates = (main + deeper) / (1 if unit in (ENDS, MTP) else plan.stage)
+        found[unit] = [_times(r, updates if r.phase == "update" else turns) for r in records]
+    if plan.stage > 1:
+        found[PIPELINE] = unit_collectives(PIPELINE, model, plan, work)
     return found
 
 
@@ -144,7 +155,7 @@ def _short(size: float) -> str:
     return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
-def _times(record: Collective, turns: int) -> Collective:
+def _times(record: Collective, turns: float) -> Collective:
     return record._replace(count=record.count * turns, bytes=record.bytes * turns)
 
 
@@ -154,7 +165,7 @@ class _Ledger:
     def __init__(self, unit: str, plan: PlanConfig, model: ModelConfig, work: Workload):
         self.unit, self.plan, self.model, self.work = unit, plan, model, work
         self.records: list[Collective] = []
-        self.recomputes = plan.remat != "none" and unit not in (ENDS, MTP, LOAD)
+        self.remat = plan.layer_remat(unit) if unit not in (ENDS, MTP, LOAD, PIPELINE) else Remat("none")
         norm_groups = model.mamba_norm_groups or model.n_groups
         pieces = {"kv_heads": model.num_key_value_heads, "groups": model.n_groups, "norm_groups": norm_groups}
         # Arrays with fewer pieces than tensor has ranks are held as copies by neighbours.
@@ -170,6 +181,7 @@ class _Ledger:
             "fsdp_copies": ranks // fsdp,
             "expert_fsdp": shards,
             "expert_fsdp_copies": expert_data // shards,
+            "stage": plan.stage,
             "data": plan.data,
             "context": plan.context,
             "tensor": plan.tensor,
@@ -190,27 +202,29 @@ class _Ledger:
         count: int = 1,
         *,
         needed: bool = True,
+        name: str = "",
     ) -> None:
         """`count` collectives of operands of `held` bytes each; nothing over axes of size one.
 
-        needed: by the gradient of what follows, so that recomputation does it again.
+        needed: by the gradient of what follows, so that recomputation does it again; unless the layer keeps `name`.
         """
         axes = tuple(axis for axis in axes if self.sizes[axis] > 1)
         if axes and held and count:
             size = count * sent_bytes(operation, held, self.ranks(axes))
             self.records.append(Collective(part, phase, operation, axes, count, size))
-            if phase == "forward" and needed and self.recomputes:
+            again = self.remat.kind != "none" and not (name and self.remat.keeps(name))
+            if phase == "forward" and needed and again:
                 self.records.append(Collective(part, "recompute", operation, axes, count, size))
 
-    def gather(self, part: str, axes: Sequence[str], held: float, *, gradient: bool = True) -> None:
-        """An all-gather of pieces of `held` bytes, and its transpose."""
-        self.add(part, "forward", "all-gather", axes, held)
+    def gather(self, part: str, axes: Sequence[str], held: float, *, gradient: bool = True, name: str = "") -> None:
+        """An all-gather of pieces of `held` bytes, and its transpose. name: see `add`, as everywhere below."""
+        self.add(part, "forward", "all-gather", axes, held, name=name)
         if gradient:
             self.add(part, "backward", "reduce-scatter", axes, held * self.ranks(axes))
 
-    def scatter(self, part: str, axes: Sequence[str], held: float, *, needed: bool = False) -> None:
+    def scatter(self, part: str, axes: Sequence[str], held: float, *, needed: bool = False, name: str = "") -> None:
         """A reduce-scatter of `held` bytes, and its transpose. It mostly ends a layer, so that no gradient needs it."""
-        self.add(part, "forward", "reduce-scatter", axes, held, needed=needed)
+        self.add(part, "forward", "reduce-scatter", axes, held, needed=needed, name=name)
         self.add(part, "backward", "all-gather", axes, held / self.ranks(axes))
 
     def shift(
@@ -222,19 +236,21 @@ class _Ledger:
         *,
         phase: str = "forward",
         gradient: bool = False,
-        needed: bool = True,
+        name: str = "",
     ) -> None:
         """`count` arrays from each rank to another, as the plan sends them; and, with `gradient`, theirs back."""
         operation, size = ("collective-permute", held)
         if self.plan.shift == "alltoall":
             operation, size = ("all-to-all", held * self.ranks(axes))
-        self.add(part, phase, operation, axes, size, count, needed=needed)
+        self.add(part, phase, operation, axes, size, count, name=name)
         if gradient:
             self.add(part, "backward", operation, axes, size, count)
 
-    def both(self, part: str, operation: str, axes: Sequence[str], held: float, count: int = 1) -> None:
+    def both(
+        self, part: str, operation: str, axes: Sequence[str], held: float, count: int = 1, *, name: str = ""
+    ) -> None:
         """A collective that is its own transpose."""
-        self.add(part, "forward", operation, axes, held, count)
+        self.add(part, "forward", operation, axes, held, count, name=name)
         self.add(part, "backward", operation, axes, held, count)
 
     def ranks(self, axes: Iterable[str]) -> int:
@@ -313,6 +329,8 @@ class _Ledger:
             few = next((axis for axis in weight.axes if axis in ("kv_heads", "groups")), None)
             dense = ["fsdp_copies"] if sharded else ["data", "context"]
             everywhere = [*dense, f"{few}_copies" if few else "tensor"]
+        if self.unit in (ENDS, MTP):
+            everywhere.insert(0, "stage")
         return tuple(axis for axis in everywhere if axis not in split and self.sizes[axis] > 1)
 
 
@@ -327,10 +345,10 @@ SPLIT = {
 # Activations
 
 
-def _block(ledger: _Ledger, part: str = "sequence", *, needed: bool = False) -> None:
+def _block(ledger: _Ledger, part: str = "sequence", *, needed: bool = False, name: str = "") -> None:
     """Sequence parallelism: the input is gathered, the ranks' parts of the output are summed and scattered."""
     ledger.gather(part, ("tensor",), ledger.stream / ledger.plan.tensor)
-    ledger.scatter(part, ("tensor",), ledger.stream, needed=needed)
+    ledger.scatter(part, ("tensor",), ledger.stream, needed=needed, name=name)
 
 
 def _attention(ledger: _Ledger) -> None:
@@ -342,21 +360,22 @@ def _attention(ledger: _Ledger) -> None:
     else:
         key_heads, key, value = ledger.own(model.num_key_value_heads, "kv_heads"), model.head_dim, model.head_dim
     keys, values = ledger.numbers * key_heads * key, ledger.numbers * key_heads * value
+    masks = "core" if plan.attention == "full" else ""  # kept probabilities are zero where nothing is seen
     if plan.context_attention == "allgather":
         ledger.gather("keys", CONTEXT, keys)
         ledger.gather("keys", CONTEXT, values)
-        ledger.gather("keys", CONTEXT, ledger.segments, gradient=False)
+        ledger.gather("keys", CONTEXT, ledger.segments, gradient=False, name=masks)
     elif plan.context_attention == "alltoall":
         shared, alike = math.lcm(heads, plan.context), math.lcm(key_heads, plan.context)  # few heads are repeated
         ledger.both("heads", "all-to-all", CONTEXT, ledger.numbers * (shared * key + alike * (key + value)))
-        ledger.gather("heads", CONTEXT, ledger.segments, gradient=False)
-        ledger.both("heads", "all-to-all", CONTEXT, ledger.numbers * heads * value)
+        ledger.gather("heads", CONTEXT, ledger.segments, gradient=False, name=masks)
+        ledger.both("heads", "all-to-all", CONTEXT, ledger.numbers * heads * value, name="attention")
     else:
         turns, places = plan.context - 1, ledger.work.tokens * INT32
         # Round the ring, and once more for the gradients, which go with the keys in float32 and one rank further.
         for phase in ("forward", "backward"):
             for held in (keys, values, ledger.segments, places, INT32):  # the last says whose keys they are
-                ledger.shift("ring", CONTEXT, held, turns, phase=phase)
+                ledger.shift("ring", CONTEXT, held, turns, phase=phase, name="attention")
         for held in (keys, values):
             ledger.shift("ring", CONTEXT, held // itemsize * FLOAT32, turns + 1, phase="backward")
 
@@ -368,13 +387,14 @@ def _halos(ledger: _Ledger, channels: int) -> None:
     ledger.shift("halo", CONTEXT, ledger.work.rows * before * INT32, 2)
 
 
-def _entering(ledger: _Ledger, decays: int, states: int) -> None:
+def _entering(ledger: _Ledger, decays: int, states: int, *, name: str) -> None:
     """What `parallel.context.entering` sends of this many numbers a row: by doubling, over the ranks' first parts and
     over their second ones, and last the state to the next rank."""
     rounds, rows = (ledger.plan.context - 1).bit_length(), ledger.work.rows
     ledger.shift("states", CONTEXT, rows * INT32, 2)  # does a part continue the segment before it?
     ledger.shift("states", CONTEXT, rows * decays * FLOAT32, 2 * rounds - 1, gradient=True)
-    ledger.shift("states", CONTEXT, rows * states * FLOAT32, 2 * rounds + 2, gradient=True)
+    ledger.shift("states", CONTEXT, rows * states * FLOAT32, 2 * rounds, gradient=True)
+    ledger.shift("states", CONTEXT, rows * states * FLOAT32, 2, gradient=True, name=name)
 
 
 def _mamba2(ledger: _Ledger) -> None:
@@ -389,7 +409,7 @@ def _mamba2(ledger: _Ledger) -> None:
         ledger.gather("heads", CONTEXT, ledger.segments, gradient=False)
         ledger.both("heads", "all-to-all", CONTEXT, ledger.numbers * heads * head)
     else:
-        _entering(ledger, heads, heads * head * state)
+        _entering(ledger, heads, heads * head * state, name="ssd_states")
     # A group of the norm over several ranks: one sum of squares a token on each, and its gradient.
     squares = ledger.work.rows * ledger.work.tokens * FLOAT32
     ledger.both("norm peers", "all-reduce", ("norm_groups_copies",), squares)
@@ -401,8 +421,8 @@ def _mamba1(ledger: _Ledger) -> None:
     state = model.ssm_state_size
     _halos(ledger, channels)
     # The time step's low rank, B and C read all channels: sums forward, and of their gradients.
-    ledger.both("low rank", "all-reduce", ("tensor",), ledger.numbers * model.time_step_rank)
-    ledger.both("low rank", "all-reduce", ("tensor",), ledger.numbers * state, 2)
+    ledger.both("low rank", "all-reduce", ("tensor",), ledger.numbers * model.time_step_rank, name="x_proj")
+    ledger.both("low rank", "all-reduce", ("tensor",), ledger.numbers * state, 2, name="x_proj")
     if ledger.plan.context_ssm == "heads":  # each channel is a head, and all read the same B and C
         in_float32 = ledger.numbers // ledger.work.itemsize * FLOAT32
         ledger.both("heads", "all-to-all", CONTEXT, ledger.numbers * channels)
@@ -412,22 +432,22 @@ def _mamba1(ledger: _Ledger) -> None:
         ledger.gather("heads", CONTEXT, ledger.segments, gradient=False)
         ledger.both("heads", "all-to-all", CONTEXT, in_float32 * channels)  # what the scan gives
     else:
-        _entering(ledger, channels * state, channels * state)
+        _entering(ledger, channels * state, channels * state, name="scan_states")
 
 
 def _experts(ledger: _Ledger) -> None:
     plan, model = ledger.plan, ledger.model
     {"allgather": _gathered_tokens, "alltoall": _exchanged_rows, "ragged": _ragged_rows}[plan.dispatch](ledger)
     if model.moe_shared_expert_intermediate_size:
-        _block(ledger, "shared expert", needed=model.moe_shared_expert_gate)
+        _block(ledger, "shared expert", needed=model.moe_shared_expert_gate, name="shared_out")
     experts, rows = model.n_routed_experts, ledger.work.rows
     sequence, everywhere = ("context", "tensor"), ("data", "context", "tensor")
-    statistic = lambda axes, numbers, count=1, needed=False: ledger.add(  # noqa: E731
-        "router statistics", "forward", "all-reduce", axes, numbers * FLOAT32, count, needed=needed
+    statistic = lambda axes, numbers, needed=False, name="": ledger.add(  # noqa: E731
+        "router statistics", "forward", "all-reduce", axes, numbers * FLOAT32, needed=needed, name=name
     )
     # Of the balance loss: probabilities and counts of each expert, tokens of each row. Sums have no gradient to send.
     statistic(sequence, rows * experts)
-    statistic(sequence, rows * experts, needed=True)
+    statistic(sequence, rows * experts, needed=True, name="routing")
     statistic(sequence, rows, needed=True)
     statistic(("data",), 1)
     statistic(everywhere, 1)  # the z-loss
@@ -436,12 +456,12 @@ def _experts(ledger: _Ledger) -> None:
 def _gathered_tokens(ledger: _Ledger) -> None:
     tokens, k, axes = ledger.own_tokens, ledger.model.num_experts_per_tok, ("expert", "expert_tensor")
     width = tokens * ledger.model.expert_width * ledger.work.itemsize
-    ledger.gather("dispatch", axes, width)
-    ledger.gather("dispatch", axes, tokens * k * INT32, gradient=False)  # each token's experts
-    ledger.gather("dispatch", axes, tokens * k, gradient=False)  # whether there is room, a byte each
+    ledger.gather("dispatch", axes, width, name="rows")
+    ledger.gather("dispatch", axes, tokens * k * INT32, gradient=False, name="routing")  # each token's experts
+    ledger.gather("dispatch", axes, tokens * k, gradient=False, name="routing")  # whether there is room, a byte each
     ledger.gather("combine", axes, tokens * k * FLOAT32)  # the weights
     projected = ledger.model.moe_latent_size is not None
-    ledger.scatter("combine", axes, width * ledger.ranks(axes), needed=projected)
+    ledger.scatter("combine", axes, width * ledger.ranks(axes), needed=projected, name="combined")
 
 
 def _exchanged_rows(ledger: _Ledger) -> None:
@@ -449,9 +469,9 @@ def _exchanged_rows(ledger: _Ledger) -> None:
     even = tokens * model.num_experts_per_tok / model.n_routed_experts
     capacity = tokens if factor is None else math.ceil(min(tokens, even * factor))
     rows = model.n_routed_experts * capacity * model.expert_width * ledger.work.itemsize
-    ledger.both("dispatch", "all-to-all", ("expert",), rows)
+    ledger.both("dispatch", "all-to-all", ("expert",), rows, name="rows")
     _shared_rows(ledger, rows)
-    ledger.both("combine", "all-to-all", ("expert",), rows)
+    ledger.both("combine", "all-to-all", ("expert",), rows, name="expert_out")
 
 
 def _ragged_rows(ledger: _Ledger) -> None:
@@ -459,18 +479,18 @@ def _ragged_rows(ledger: _Ledger) -> None:
     room = ledger.own_tokens * plan.expert * min(model.num_experts_per_tok, model.n_routed_experts // plan.expert)
     room = room if plan.buffer_factor is None else math.ceil(min(room, sent * plan.buffer_factor))
     counts, row = model.n_routed_experts * INT32, model.expert_width * ledger.work.itemsize
-    ledger.gather("dispatch", ("expert",), counts, gradient=False)
-    ledger.both("dispatch", "ragged-all-to-all", ("expert",), min(sent, room) * row)
-    ledger.gather("dispatch", ("expert_tensor",), counts, gradient=False)
+    ledger.gather("dispatch", ("expert",), counts, gradient=False, name="routing")
+    ledger.both("dispatch", "ragged-all-to-all", ("expert",), min(sent, room) * row, name="rows")
+    ledger.gather("dispatch", ("expert_tensor",), counts, gradient=False, name="routing")
     _shared_rows(ledger, room * row)
-    ledger.both("combine", "ragged-all-to-all", ("expert",), min(sent, room) * row)
+    ledger.both("combine", "ragged-all-to-all", ("expert",), min(sent, room) * row, name="expert_out")
 
 
 def _shared_rows(ledger: _Ledger, rows: int) -> None:
     """Ranks that share an expert's hidden units each take the rows of all, and add up what they make of them."""
     axes = ("expert_tensor",)
-    ledger.gather("dispatch", axes, rows)
-    ledger.scatter("combine", axes, rows * ledger.ranks(axes), needed=True)
+    ledger.gather("dispatch", axes, rows, name="rows")
+    ledger.scatter("combine", axes, rows * ledger.ranks(axes), needed=True, name="expert_out")
 
 
 def _ends(ledger: _Ledger) -> None:

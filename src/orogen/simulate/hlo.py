@@ -14,7 +14,7 @@ from orogen.simulate.communication import sent_bytes
 class Traffic(NamedTuple):
     """Collectives of one operation over the same mesh axes: how many, and the bytes that one device sends in all."""
 
-    count: int
+    count: float
     bytes: float
 
 
@@ -32,7 +32,7 @@ CALLED = re.compile(r"(?:to_apply|calls|true_computation|false_computation|body)
 BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
 
 
-def add(table: Table, key: tuple[str, tuple[str, ...]], count: int, size: float) -> None:
+def add(table: Table, key: tuple[str, tuple[str, ...]], count: float, size: float) -> None:
     """Adds collectives of one operation to those over the same axes."""
     before = table.get(key, Traffic(0, 0))
     table[key] = Traffic(before.count + count, before.bytes + size)

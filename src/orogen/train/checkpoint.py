@@ -1,7 +1,9 @@
 """Checkpoints by orbax: asynchronous, atomic, a few kept. The model is an item of its own, so that a reader can take
-it without the optimizer.
+it without the optimizer. What stages of a pipeline save is laid out as they keep it; the data's position says how.
 """
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,10 @@ import jax
 import orbax.checkpoint as ocp
 
 from orogen.config.checks import ConfigError
+from orogen.model.stages import Stages
 from orogen.train.state import TrainState
 
+STAGES = "stages"
 MODEL_FIELDS = ("params", "buffers")
 
 
@@ -39,8 +43,16 @@ class Checkpoints:
         """The last complete step, None without one."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, data_position: dict[str, Any]) -> None:
+    @property
+    def stages(self) -> Stages | None:
+        """How the model of the latest checkpoint is cut; None if it is whole. Raises ConfigError without one."""
+        saved = self._read({"data": ocp.args.JsonRestore()})["data"].get(STAGES)
+        return None if saved is None else Stages(tuple(saved["patterns"]), saved["mtp"], saved["stages"])
+
+    def save(self, state: TrainState, data_position: dict[str, Any], stages: Stages | None = None) -> None:
         """Starts writing the state after step `state.step` and its data's position; no-op if that step is there."""
+        if stages is not None:
+            data_position = data_position | {STAGES: dataclasses.asdict(stages)}
         step = int(state.step)
         if step == self.latest:
             return
@@ -57,24 +69,34 @@ class Checkpoints:
     def restore(self, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The latest state and data position. target: abstract arrays with the shardings to restore onto."""
         model, trainer = _split(target)
-        restored = self._read(model, trainer=ocp.args.StandardRestore(trainer), data=ocp.args.JsonRestore())
-        return _join(target, {**restored["model"], **restored["trainer"]}), restored["data"]
+        items = {"trainer": ocp.args.StandardRestore(trainer), "data": ocp.args.JsonRestore()}
+        restored = self._read(items, model)
+        position = {name: value for name, value in restored["data"].items() if name != STAGES}
+        return _join(target, {**restored["model"], **restored["trainer"]}), position
 
-    def restore_model(self, params: Any, buffers: Any) -> tuple[Any, Any]:
-        """The latest parameters and buffers, onto abstract arrays with shardings."""
-        target = {"params": params, "buffers": buffers}
-        named = _named(target)
-        model = _join(target, self._read(named)["model"])
+    def restore_model(self, params: Any, buffers: Any, place: Callable[[Any], Any]) -> tuple[Any, Any]:
+        """The latest parameters and buffers of the whole model, as the abstract `params` and `buffers`. place: gives
+        the shardings of such trees, or of the same trees cut into stages."""
+        stages, whole = self.stages, {"params": params, "buffers": buffers}
+        saved = whole if stages is None else {name: jax.eval_shape(stages.split, t) for name, t in whole.items()}
+        target = {name: with_shardings(tree, place(tree)) for name, tree in saved.items()}
+        model = _join(target, self._read({}, _named(target))["model"])
+        if stages is not None:
+            placed = {name: place(tree) for name, tree in whole.items()}
+            join = lambda model: {name: stages.join(tree) for name, tree in model.items()}  # noqa: E731
+            model = jax.jit(join, out_shardings=placed, donate_argnums=0)(model)
         return model["params"], model["buffers"]
 
-    def _read(self, model: dict[str, Any], **others: Any) -> Any:
-        """The latest model, onto the abstract arrays `model`, and other items. Raises ConfigError if any is damaged."""
+    def _read(self, items: dict[str, Any], model: dict[str, Any] | None = None) -> Any:
+        """Items of the latest checkpoint, and its model onto the abstract arrays `model`. Raises ConfigError if any is
+        damaged."""
         if self.latest is None:
             raise ConfigError(f"{self.folder} holds no complete checkpoint; expected at least one")
         try:
-            self._check(self.latest, model)
-            arguments = ocp.args.Composite(model=ocp.args.StandardRestore(model), **others)
-            return self._manager.restore(self.latest, args=arguments)
+            if model is not None:
+                self._check(self.latest, model)
+                items = items | {"model": ocp.args.StandardRestore(model)}
+            return self._manager.restore(self.latest, args=ocp.args.Composite(**items))
         except ConfigError:
             raise
         except (ValueError, KeyError, OSError) as error:  # what orbax and tensorstore make of a damaged file

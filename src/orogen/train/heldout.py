@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -16,8 +17,9 @@ from orogen.model.lm import Built
 from orogen.parallel.plan import make_plan
 from orogen.precision.policy import working_copy
 from orogen.train.loss import batch_counts, next_token_nats
+from orogen.train.pipelined import Pipeline
 from orogen.train.state import TrainState
-from orogen.train.step import BATCH_AXES, batch_to_devices
+from orogen.train.step import BATCH_AXES, batch_to_devices, microbatches
 
 
 class Score(NamedTuple):
@@ -34,7 +36,9 @@ class Heldout:
     """
 
     def __init__(self, config: RunConfig, built: Built, corpus: Corpus):
-        self.plan = make_plan(dataclasses.replace(config.plan.dropping_none(), microbatches=1), config.model)
+        parts = config.plan.microbatches if built.stages else 1
+        self.plan = make_plan(dataclasses.replace(config.plan.dropping_none(), microbatches=parts), config.model)
+        self.model = config.model
         self.train, self.built, self.corpus = config.train, built, corpus
         self.whole = corpus.heldout_batches(
             "heldout", batch_size=config.train.batch_size, sequence_length=config.train.sequence_length
@@ -71,9 +75,15 @@ class Heldout:
 
     def _make(self):
         def nats(params, buffers, batch):
-            model = nnx.merge(self.built.graph, working_copy(params, self.train.compute_dtype), buffers)
-            return next_token_nats(model, batch, self.plan), batch_counts(batch, 0, self.plan).targets[0]
+            counts = batch_counts(batch, 0, self.plan)
+            if self.built.stages is None:
+                model = nnx.merge(self.built.graph, working_copy(params, dtype), buffers)
+                return next_token_nats(model, batch, self.plan), counts.targets[0]
+            parts = jax.tree.map(lambda x: microbatches(x, self.plan.config.microbatches, 1), batch)
+            depths = jax.tree.map(lambda c: jnp.repeat(c, self.model.mtp_depths + 1), counts)
+            pipeline = Pipeline(self.built.stages, self.model, self.plan, dtype, parts, depths, buffers)
+            return pipeline.sums(params).nats[0], counts.targets[0]
 
-        plan = self.plan
+        plan, dtype = self.plan, self.train.compute_dtype
         inputs = (plan.specs(self.built.params), plan.specs(self.built.buffers), plan.spec(*BATCH_AXES))
         return plan.run(nats, inputs=inputs, outputs=plan.spec())

@@ -28,8 +28,9 @@ from orogen.train.checkpoint import Checkpoints, with_shardings
 from orogen.train.heldout import Heldout
 from orogen.train.metrics import MetricsWriter, Progress
 from orogen.train.optimizer import make_optimizer
+from orogen.train.pipelined import cut
 from orogen.train.run_folder import check_folder, describe_run, environment, keep_orphaned_metrics
-from orogen.train.state import TrainState, abstract_state, create_state, start_state
+from orogen.train.state import TrainState, abstract_state, create_state, relaid, start_state
 from orogen.train.step import StepMetrics, batch_to_devices, make_step
 
 
@@ -44,10 +45,11 @@ class StoppedEarlyError(Exception):
 class Origin(NamedTuple):
     """Where a run starts from instead of random numbers: parameters and buffers, and the tokenizer they know.
 
-    load: of the built model and the shardings of its parameters and buffers. keep: called with the run folder.
+    load: of the whole model, and of what gives shardings to its parameters and buffers. keep: called with the run
+    folder.
     """
 
-    load: Callable[[Built, tuple[Any, Any]], tuple[nnx.State, nnx.State]]
+    load: Callable[[Built, Callable[[Any], Any]], tuple[nnx.State, nnx.State]]
     tokenizer: Tokenizer | None
     keep: Callable[[Path], None]
 
@@ -85,7 +87,7 @@ def train(
         check_vocab_size(corpus.tokenizer, config.model.vocab_size)
     else:
         check_rows(known, config.model.vocab_size)
-    built = build(config.model)
+    built = build(config.model, cut(config.model, plan, config.train.sequence_length))
     with Checkpoints(run_dir, keep=config.train.keep_checkpoints) as checkpoints, _Sigterm() as stop:
         run = _Run(config, plan, built, corpus, checkpoints)
         state = run.start(origin)
@@ -101,7 +103,7 @@ def train(
             (run_dir / "report.html").unlink(missing_ok=True)  # it is of an earlier step
         with MetricsWriter(run_dir, resume_step=run.first_step) as writer:
             state = run.steps(state, writer, stop)
-        checkpoints.save(state, run.position)
+        checkpoints.save(state, run.position, built.stages)
     step = int(state.step)
     return Trained(state, corpus, step >= config.train.steps, step - run.first_step)
 
@@ -155,15 +157,27 @@ class _Run:
     def start(self, origin: Origin | None) -> TrainState:
         """A new state, from `origin` if there is one, or the last one saved, with the data where it was."""
         if not self.first_step and origin is not None:
-            shardings = self.plan.shardings(self.built.params), self.plan.shardings(self.built.buffers)
-            params, buffers = origin.load(self.built, shardings)
-            return start_state(params, buffers, self.built, self.optimizer, self.plan)
+            whole = origin.load(build(self.config.model), self.plan.unstaged().shardings)
+            return start_state(*whole, self.built, self.optimizer, self.plan)
         if not self.first_step:
             return create_state(self.config.model, self.built, self.optimizer, self.plan, self.config.train.seed)
-        target = abstract_state(self.built, self.optimizer)
-        state, self.position = self.checkpoints.restore(with_shardings(target, self.plan.shardings(target)))
+        state, self.position = self._restored()
         self.loader.restore(self.position)
         return state
+
+    def _restored(self) -> tuple[TrainState, dict[str, Any]]:
+        """The last state saved, laid out as this plan's stages keep it, and the data's position."""
+        before, after = self.checkpoints.stages, self.built.stages
+        if before == after:
+            target = abstract_state(self.built, self.optimizer)
+            return self.checkpoints.restore(with_shardings(target, self.plan.shardings(target)))
+        saved = build(self.config.model, before)
+        target = abstract_state(saved, make_optimizer(self.config.optimizer, self.config.train.steps, saved.params))
+        placed = self.plan.unstaged().shardings(target)
+        state, position = self.checkpoints.restore(with_shardings(target, placed))
+        layout = self.plan.shardings(abstract_state(self.built, self.optimizer))
+        again = jax.jit(lambda state: relaid(state, before, after), out_shardings=layout, donate_argnums=0)
+        return again(state), position
 
     def steps(self, state: TrainState, writer: MetricsWriter, stop: _Sigterm) -> TrainState:
         """Runs to the end or to a stop. A step's metrics are read after the next is on its way."""
@@ -186,7 +200,7 @@ class _Run:
                     if last:
                         break
                     if due(train.checkpoint_every) and finite:
-                        self.checkpoints.save(state, self.position)
+                        self.checkpoints.save(state, self.position, self.built.stages)
         return state
 
     def _report(

@@ -63,34 +63,88 @@ def batch_counts(batch: Batch, depths: int, plan: Plan) -> Counts:
     return plan.total(counts)
 
 
+class Passed(NamedTuple):
+    """What layers make of a batch. x_btd: the residual stream behind them, or, behind the head, the normed hidden
+    state; loss: this batch's share of the global batch's, over all devices of a stage, as is nats, of which there is an
+    entry as in Counts, 0 before the head; stats: those of each stack of layers, in the order in which they ran."""
+
+    x_btd: Array
+    loss: Array
+    nats: Array
+    stats: tuple[Any, ...]
+
+
 def objective(
     model: LanguageModel, batch: Batch, counts: Counts, *, config: ModelConfig, plan: Plan, replay: Any = None
 ) -> tuple[Array, Sums]:
     """This batch's share of the loss of the global batch that `counts` describes, and its sums.
 
-    loss = nats_0 / targets_0 + scale / D · Σ_depth nats_d / targets_d + the routers' losses (balance averaged over
-    rows, z over tokens, both averaged over the depths of a repeated block). Shares of microbatches add up to the loss.
-    Nats and loads are already summed over devices. Sources: arXiv:2412.19437, eq. 24-25; arXiv:2512.20856.
+    Shares of microbatches add up to the loss. Nats and loads are already summed over devices.
     """
-    docs = Documents(batch.segments_bt, batch.positions_bt)
-    h_btd, stats = model.hidden(batch.tokens_bt, docs, plan, replay and replay[0])
-    deeper = model.deeper(h_btd, batch.tokens_bt, docs, plan, replay and replay[1:])
-    hidden = [h_btd] + [h for h, _ in deeper]
-    predicted = [token_nats(h, model.head_matrix(plan), batch, depth, plan) for depth, h in enumerate(hidden)]
-    nats = plan.total(jnp.stack(predicted))
-    moe = [_moe_stats(stats)] + [_moe_stats(s) for _, s in deeper]
-    counts = jax.tree.map(lambda c: jnp.maximum(c, 1), counts)
-    share = jnp.asarray([1.0] + [config.mtp_loss_scale / len(deeper) for _ in deeper])
-    loss = jnp.sum(share * nats / counts.targets) + _router_loss(moe, counts, config, plan)
+    x_btd = embed(model, batch, plan)
+    passed = leave(model, enter(model, x_btd, batch, counts, config=config, plan=plan, replay=replay and replay[:1]),
+                   batch, counts, config=config, plan=plan, replay=replay and replay[1:])  # fmt: skip
+    moe = [moe_stats(stats) for stats in passed.stats]
     load = [s.load for s in moe[0]] + [
         sum(parts) for parts in zip(*([s.load for s in m] for m in moe[1:]), strict=True)
     ]
+    choices = tuple(map_moe(lambda s: s.choice, tree) for tree in passed.stats)
+    nats = jax.lax.stop_gradient(passed.nats)
+    return passed.loss, Sums(nats, plan.total(load), *lost(passed.stats, plan), choices)
+
+
+def embed(model: LanguageModel, batch: Batch, plan: Plan) -> Array:
+    """The embedded tokens, (b, t of this rank's sequence piece, d)."""
+    return model.embedding(batch.tokens_bt, Documents(batch.segments_bt, batch.positions_bt), plan)
+
+
+def enter(
+    model: LanguageModel,
+    x_btd: Array,
+    batch: Batch,
+    counts: Counts,
+    *,
+    config: ModelConfig,
+    plan: Plan,
+    replay: Any,
+    ends: tuple[bool, bool] = (True, True),
+) -> Passed:
+    """The backbone's layers, with their routers' losses. ends: whether these have the model's first layer and last."""
+    docs = Documents(batch.segments_bt, batch.positions_bt)
+    x_btd, stats = model.backbone(x_btd, docs, plan, replay and replay[0], ends=ends)
+    loss = _router_loss(moe_stats(stats), counts, 0, 1, config, plan)
+    return Passed(x_btd, loss, jnp.zeros(len(counts.targets)), (stats,))
+
+
+def leave(
+    model: LanguageModel, passed: Passed, batch: Batch, counts: Counts, *, config: ModelConfig, plan: Plan, replay: Any
+) -> Passed:
+    """`passed` with what comes behind the last layer: the final norm, the MTP block's depths, and the losses.
+
+    loss = nats_0 / targets_0 + scale / D · Σ_depth nats_d / targets_d + the routers' losses (balance averaged over
+    rows, z over tokens, both averaged over the depths of a repeated block). Sources: arXiv:2412.19437, eq. 24-25;
+    arXiv:2512.20856.
+    """
+    docs = Documents(batch.segments_bt, batch.positions_bt)
+    h_btd = model.norm(passed.x_btd)
+    deeper = model.deeper(h_btd, batch.tokens_bt, docs, plan, replay)
+    hidden = [h_btd] + [h for h, _ in deeper]
+    predicted = [token_nats(h, model.head_matrix(plan), batch, depth, plan) for depth, h in enumerate(hidden)]
+    nats = plan.total(jnp.stack(predicted))
+    share = jnp.asarray([1.0] + [config.mtp_loss_scale / len(deeper) for _ in deeper])
+    loss = passed.loss + jnp.sum(share * nats / jnp.maximum(counts.targets, 1))
+    for depth, (_, stats) in enumerate(deeper, 1):
+        loss += _router_loss(moe_stats(stats), counts, depth, len(deeper), config, plan)
+    return Passed(h_btd, loss, nats, (*passed.stats, *(stats for _, stats in deeper)))
+
+
+def lost(stats: tuple[Any, ...], plan: Plan) -> tuple[Array, Array]:
+    """Assignments beyond an expert's capacity, and beyond a buffer's room, over all devices of a stage."""
     dropped, overflow = (
-        plan.total(sum((getattr(s, field).sum() for m in moe for s in m), start=jnp.zeros(())))
+        plan.total(sum((getattr(s, field).sum() for s in moe_stats(stats)), start=jnp.zeros(())))
         for field in ("dropped", "overflow")
     )
-    choices = tuple(_map_moe(lambda s: s.choice, tree) for tree in [stats, *(s for _, s in deeper)])
-    return loss, Sums(jax.lax.stop_gradient(nats), plan.total(load), dropped, overflow, choices)
+    return dropped, overflow
 
 
 def next_token_nats(model: LanguageModel, batch: Batch, plan: Plan) -> Array:
@@ -117,20 +171,24 @@ def token_nats(h_btd: Array, head_dv: Array, batch: Batch, depth: int, plan: Pla
         )
 
 
-def _router_loss(moe: list[list[MoEStats]], counts: Counts, config: ModelConfig, plan: Plan) -> Array:
+def _router_loss(
+    layers: list[MoEStats], counts: Counts, depth: int, applications: int, config: ModelConfig, plan: Plan
+) -> Array:
+    """The routers' losses of a stack that is applied so many times, of which this is one, to the tokens of `depth`."""
+    rows, tokens = (jnp.maximum(count[depth], 1) for count in (counts.rows, counts.tokens))
     loss = jnp.zeros(())
-    for depth, layers in enumerate(moe):
-        applications = max(len(moe) - 1, 1) if depth else 1
-        for stats in layers:
-            balance, z = plan.total((stats.losses.balance.sum(), stats.losses.z.sum()))
-            loss += config.router_aux_loss_coef * balance / counts.rows[depth] / applications
-            loss += config.router_z_loss_coef * z / counts.tokens[depth] / applications
+    for stats in layers:
+        balance, z = plan.total((stats.losses.balance.sum(), stats.losses.z.sum()))
+        loss += config.router_aux_loss_coef * balance / rows / applications
+        loss += config.router_z_loss_coef * z / tokens / applications
     return loss
 
 
-def _moe_stats(stats: Any) -> list[MoEStats]:
+def moe_stats(stats: Any) -> list[MoEStats]:
+    """Those in the tree, in its order."""
     return jax.tree.leaves(stats, is_leaf=lambda x: isinstance(x, MoEStats))
 
 
-def _map_moe(function: Callable[[MoEStats], Any], stats: Any) -> Any:
+def map_moe(function: Callable[[MoEStats], Any], stats: Any) -> Any:
+    """`stats` with the function of each MoE layer's."""
     return jax.tree.map(function, stats, is_leaf=lambda x: isinstance(x, MoEStats))

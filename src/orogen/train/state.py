@@ -10,6 +10,7 @@ from jax import Array
 
 from orogen.config.model import ModelConfig
 from orogen.model.lm import Built, initial_state
+from orogen.model.stages import Stages
 from orogen.parallel.plan import Plan
 
 
@@ -42,19 +43,31 @@ def create_state(
     shardings = plan.shardings(abstract_state(built, optimizer))
 
     def create(seed: Array) -> TrainState:
-        return _fresh(*initial_state(config, seed), optimizer)
+        return _fresh(*initial_state(config, seed, built.stages), optimizer)
 
     return jax.jit(create, out_shardings=shardings)(seed)
+
+
+def relaid(state: Any, before: Stages | None, after: Stages | None) -> Any:
+    """`state`, or a part of it, of a model that `before` cut, as `after` cuts it; optimizer state too."""
+
+    def again(tree: Any) -> Any:
+        if not isinstance(tree, nnx.State):
+            return tree
+        whole = tree if before is None else before.join(tree)
+        return whole if after is None else after.split(whole)
+
+    return jax.tree.map(again, state, is_leaf=lambda x: isinstance(x, nnx.State))
 
 
 def start_state(
     params: nnx.State, buffers: nnx.State, built: Built, optimizer: optax.GradientTransformation, plan: Plan
 ) -> TrainState:
-    """The initial state of given parameters and buffers, which are consumed."""
+    """The initial state of a whole model's given parameters and buffers, which are consumed."""
     shardings = plan.shardings(abstract_state(built, optimizer))
 
     def create(params: nnx.State, buffers: nnx.State) -> TrainState:
-        return _fresh(params, buffers, optimizer)
+        return _fresh(relaid(params, None, built.stages), relaid(buffers, None, built.stages), optimizer)
 
     return jax.jit(create, out_shardings=shardings, donate_argnums=(0, 1))(params, buffers)
 

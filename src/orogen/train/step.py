@@ -18,12 +18,14 @@ from orogen.config.run import RunConfig
 from orogen.data.packing import Batch
 from orogen.model.block import Repeat, letters, places, repeats
 from orogen.model.lm import Built
+from orogen.model.stages import Stages
 from orogen.moe.layer import Choice, Replay
 from orogen.parallel.context import zigzag
 from orogen.parallel.plan import Plan
 from orogen.precision.policy import working_copy
 from orogen.train.loss import Sums, batch_counts, objective
 from orogen.train.optimizer import learning_rate, square_sums
+from orogen.train.pipelined import MOE, Pipeline, choice_specs
 from orogen.train.state import TrainState, abstract_state
 
 Items = tuple[str | Repeat, ...]
@@ -62,32 +64,42 @@ def gradients(
     depths = config.mtp_depths
 
     def device_step(params, buffers, batch, replay):
-        batch = jax.tree.map(lambda x: _microbatches(x, parts, plan.sources[0]), batch)
+        batch = jax.tree.map(lambda x: microbatches(x, parts, plan.sources[0]), batch)
         counts = _sum_over(lambda part: batch_counts(part, depths, plan), batch)
-
-        def share(params, part, replayed):
-            model = nnx.merge(built.graph, working_copy(params, dtype), buffers)
-            loss, sums = objective(model, part, counts, config=config, plan=plan, replay=replayed)
-            return loss, sums if record else sums._replace(choices=())
-
-        def gradient(*arguments):
-            result, grads = jax.value_and_grad(share, has_aux=True)(*arguments)
-            return result, plan.scatter_gradients(grads) if plan.config.fsdp == "gradients" else grads
-
-        # Marked varying out here, gradients are sums over this device's tokens alone; over devices they are added up
-        # once a step, or, where only the piece that this device stores is kept, once a microbatch.
-        varied = plan.vary(params)
-        if parts == 1:
-            first = jax.tree.map(lambda x: x[0], (batch, replay))
-            (loss, sums), grads = gradient(varied, *first)
-            choices = jax.tree.map(lambda x: x[None], sums.choices)
-        else:
-            (loss, sums, grads), choices = _accumulate(gradient, varied, batch, replay, plan)
+        total = _pipelined if built.stages else _accumulated
+        loss, grads, sums = total(built, config, plan, dtype, params, buffers, batch, counts, replay, record)
         if plan.config.fsdp != "gradients":
             grads = plan.scatter_gradients(grads)
-        return loss, plan.sum_gradients(grads), counts, sums._replace(choices=choices)
+        return loss, plan.sum_gradients(grads), counts, sums
 
     return _shard(device_step, built, config, plan, record=record, replaying=replaying)
+
+
+def _pipelined(built, config, plan, dtype, params, buffers, batch, counts, replay, record) -> tuple[Array, Any, Sums]:
+    pipeline = Pipeline(built.stages, config, plan, dtype, batch, counts, buffers, replay=replay, record=record)
+    return pipeline.gradients(params)
+
+
+def _accumulated(built, config, plan, dtype, params, buffers, batch, counts, replay, record) -> tuple[Array, Any, Sums]:
+    """Loss, gradients and Sums of this device, added up over microbatches."""
+
+    def share(params, part, replayed):
+        model = nnx.merge(built.graph, working_copy(params, dtype), buffers)
+        loss, sums = objective(model, part, counts, config=config, plan=plan, replay=replayed)
+        return loss, sums if record else sums._replace(choices=())
+
+    def gradient(*arguments):
+        result, grads = jax.value_and_grad(share, has_aux=True)(*arguments)
+        return result, plan.scatter_gradients(grads) if plan.config.fsdp == "gradients" else grads
+
+    # Marked varying out here, gradients are sums over this device's tokens alone; over devices they are added up once a
+    # step, or, where only the piece that this device stores is kept, once a microbatch.
+    varied = plan.vary(params)
+    if len(batch.tokens_bt) == 1:
+        (loss, sums), grads = gradient(varied, *jax.tree.map(lambda x: x[0], (batch, replay)))
+        return loss, grads, sums._replace(choices=jax.tree.map(lambda x: x[None], sums.choices))
+    (loss, sums, grads), choices = _accumulate(gradient, varied, batch, replay, plan)
+    return loss, grads, sums._replace(choices=choices)
 
 
 def _shard(
@@ -96,8 +108,9 @@ def _shard(
     batch_spec = plan.spec(*BATCH_AXES)
     whole: Any = plan.spec()
     params, buffers = plan.specs(built.params), plan.specs(built.buffers)
-    choices = tuple(_choice_specs(items, plan, 1) for items in _applied(config))
-    sums = Sums(nats=whole, load=whole, dropped=whole, overflow=whole, choices=choices if record else ())
+    choices = choice_specs(plan) if built.stages else tuple(_choice_specs(i, plan, 1) for i in _applied(config))
+    load: Any = plan.spec("stage") if built.stages else whole
+    sums = Sums(nats=whole, load=load, dropped=whole, overflow=whole, choices=choices if record else ())
     replay = replay_of(choices) if replaying else None
     outputs = (whole, plan.stored_specs(built.params), whole, sums)
     step = plan.run(device_step, inputs=(params, buffers, batch_spec, replay), outputs=outputs)
@@ -128,7 +141,7 @@ def _choice_specs(items: Items, plan: Plan, stacked: int) -> Any:
     return tuple(specs)
 
 
-def _microbatches(x_bt: Array, parts: int, sources: int) -> Array:
+def microbatches(x_bt: Array, parts: int, sources: int) -> Array:
     """(m, b / m, t): each of `sources` source ranks gives every microbatch an equal run of its rows."""
     rows, length = x_bt.shape
     split = x_bt.reshape(sources, parts, rows // (sources * parts), length)
@@ -152,8 +165,11 @@ def _accumulate(gradient: Callable, varied: Any, batch: Batch, replay: Any, plan
     return total, jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), sums.choices, choices)
 
 
-def load_by_layer(load: list[Array], config: ModelConfig) -> Array:
+def load_by_layer(load: list[Array], config: ModelConfig, stages: Stages | None) -> Array:
     """Loads (l, e) in the order of the pattern, the MTP block's last, from those in the order of the buffers."""
+    if stages is not None:
+        rows = [stack[MOE] for stack in stages.join_rows(dict.fromkeys((MOE,), *load) if load else {}) if stack]
+        return jnp.concatenate(rows) if rows else jnp.zeros((0, 0))
     rows, offset = [], 0
     for items in _applied(config)[:2]:  # the MTP block has one set of routers however often it is applied
         experts = [p for p, letter in zip(places(items), letters(items), strict=True) if letter == "E"]
@@ -218,7 +234,7 @@ def make_step(
             nats=sums.nats,
             targets=counts.targets,
             tokens=counts.tokens[0],
-            load_le=load_by_layer(sums.load, config.model),
+            load_le=load_by_layer(sums.load, config.model, built.stages),
             dropped=sums.dropped,
             overflow=sums.overflow,
             grad_norm=grad_norm,

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
 from orogen.config.checks import require
@@ -21,8 +20,9 @@ from orogen.moe.layer import Choice
 from orogen.parallel.plan import Plan, make_plan, single_device_plan
 from orogen.train.loop import leaf_name
 from orogen.train.optimizer import make_optimizer, square_sums
+from orogen.train.pipelined import cut, split_replay
 from orogen.train.state import TrainState
-from orogen.train.step import apply_gradients, batch_to_devices, gradients, in_rank_order, replay_of
+from orogen.train.step import apply_gradients, batch_to_devices, gradients, in_rank_order, load_by_layer, replay_of
 
 # Relative tolerances in float32. A gradient leaf sums up to a few thousand products in another order.
 LOSS, GRADIENT, PARAMETER = 1e-5, 1e-4, 1e-6
@@ -89,20 +89,21 @@ def verify(config: RunConfig) -> Verdict:
     expected = "a longer one: no token of the rows that are checked has a target"
     require(bool(batch.weights_bt.any()), train, "sequence_length", expected)
     built = build(config.model)
+    laid = build(config.model, cut(config.model, plan, train.sequence_length))
     start = _initial(config, built, single, train.seed)
     alone = _gradients(built, config, single, start, batch, None)
     replay = jax.tree.map(lambda a: in_rank_order(a, plan, axis=-2), replay_of(alone.sums.choices))
-    folded = _gradients(built, config, plan, start, batch, replay)
+    folded = _gradients(laid, config, plan, start, batch, replay)
     errors, zero = _leaf_errors(alone.grads, folded.grads)
     worst = int(np.argmax(errors))
     flips, margin = _flips(folded.sums.choices)
-    rules = [
-        make_optimizer(dataclasses.replace(optimizer, name=name), train.steps, built.params) for name in OPTIMIZERS
-    ]
     # From one device's gradients on both, but each with the loads that its own run counted.
     updated = [
-        [_updated(built, train, rule, where, start, alone._replace(sums=step.sums)) for rule in rules]
-        for where, step in ((single, alone), (plan, folded))
+        [
+            _updated(form, train, dataclasses.replace(optimizer, name=name), where, start, alone.grads, step.sums.load)
+            for name in OPTIMIZERS
+        ]
+        for form, where, step in ((built, single, alone), (laid, plan, folded))
     ]
     return Verdict(
         loss_error=abs(folded.loss - alone.loss) / abs(alone.loss),
@@ -111,7 +112,7 @@ def verify(config: RunConfig) -> Verdict:
         max_parameter_error=largest(_leaf_errors(a[0], b[0])[0].max() for a, b in zip(*updated, strict=True)),
         load_error=_largest_difference(
             *(
-                (step.sums.load, step.sums.dropped, [biases for _, biases in after])
+                (step.load_le, step.sums.dropped, [biases for _, biases in after])
                 for step, after in zip((alone, folded), updated, strict=True)
             )
         ),
@@ -145,8 +146,11 @@ def packed_batch(config: RunConfig, train: TrainConfig) -> Batch:
 
 
 class _Step(NamedTuple):
+    """Loss, gradients and loads (l, e) of the whole model, however it is laid out; sums as the step gives them."""
+
     loss: float
     grads: nnx.State
+    load_le: Any
     sums: Any
 
 
@@ -160,17 +164,24 @@ def _gradients(
     built: Built, config: RunConfig, plan: Plan, start: tuple[nnx.State, nnx.State], batch: Batch, replay: Any
 ) -> _Step:
     """One loss and gradient on `plan`, fetched to the host."""
-    params, buffers = jax.device_put(start, (plan.shardings(built.params), plan.shardings(built.buffers)))
+    params, buffers = _placed(start, built, plan)
     function = gradients(built, config.model, plan, "float32", record=True, replaying=replay is not None)
 
     def step(params, buffers, batch, *replay):
         loss, grads, _, sums = function(plan.working(params), buffers, batch, *replay)
-        return _Step(loss, grads, sums)
+        load_le = load_by_layer(sums.load, config.model, built.stages)
+        return _Step(loss, built.stages.join(grads) if built.stages else grads, load_le, sums)
 
-    replayed = () if replay is None else (replay,)
+    replayed = () if replay is None else (split_replay(replay, built.stages) if built.stages else replay,)
     with jax.default_matmul_precision("highest"):
         result = jax.device_get(jax.jit(step)(params, buffers, batch_to_devices(batch, plan), *replayed))
     return result._replace(loss=float(result.loss))
+
+
+def _placed(state: tuple[Any, ...], built: Built, plan: Plan) -> tuple[Any, ...]:
+    """(parameters, buffers) of the whole model on the plan's devices, cut as `built` is."""
+    laid = tuple(jax.jit(built.stages.split)(part) for part in state) if built.stages else state
+    return jax.device_put(laid, (plan.shardings(built.params), plan.shardings(built.buffers)))
 
 
 def _leaf_errors(reference: nnx.State, other: nnx.State) -> tuple[np.ndarray, list[int]]:
@@ -201,16 +212,19 @@ def largest(values: Iterable[Any]) -> float:
 
 
 def _updated(
-    built: Built, train: TrainConfig, rule: optax.GradientTransformationExtraArgs, plan: Plan, start: Any, step: _Step
+    built: Built, train: TrainConfig, optimizer: OptimizerConfig, plan: Plan, start: Any, grads: nnx.State, load: Any
 ) -> tuple[nnx.State, nnx.State]:
-    """Parameters and router biases after one update on `plan`, on the host."""
+    """Parameters and router biases of the whole model after one update on `plan`, on the host. grads: of the whole
+    model; load: as the plan's step gives it."""
+    rule = make_optimizer(optimizer, train.steps, built.params)
+    stages = built.stages
 
     def update(params, buffers, grads, load):
         zero = jnp.zeros((), jnp.int32)
         state = TrainState(zero, zero, zero, params, buffers, rule.init(params))
         new = apply_gradients(
             state,
-            grads,
+            stages.split(grads) if stages else grads,
             load,
             rule,
             plan,
@@ -218,12 +232,10 @@ def _updated(
             bias_rate=train.router_bias_update_rate,
             finite=jnp.asarray(True),
         )
-        return new.params, new.buffers
+        return (stages.join(new.params), stages.join(new.buffers)) if stages else (new.params, new.buffers)
 
-    layout = (plan.shardings(built.params), plan.shardings(built.buffers))
-    placed = jax.device_put(start, layout)
     with jax.default_matmul_precision("highest"):
-        return jax.device_get(jax.jit(update, out_shardings=layout)(*placed, step.grads, step.sums.load))
+        return jax.device_get(jax.jit(update)(*_placed(start, built, plan), grads, load))
 
 
 def default_train(config: RunConfig) -> TrainConfig:

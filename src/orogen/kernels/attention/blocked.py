@@ -38,7 +38,7 @@ def attention_blocked(
     @jax.checkpoint
     def step(q_bthk, segments_bt, q_index_t):
         keys = (kv_segments_bs, q_index_t, k_index_s, sinks_h)
-        return attention_full(q_bthk, k_bsgk, v_bsgk, segments_bt, *keys, scale=scale, window=window)
+        return attention_full(q_bthk, k_bsgk, v_bsgk, segments_bt, *keys, scale=scale, window=window, name=None)
 
     blocks = (split(q_bthk, 1), split(segments_bt, 1), split(q_index_t, 0))
     _, y_ibthk = lax.scan(lambda _, block: (None, step(*block)), None, blocks)

@@ -3,9 +3,13 @@
 Axes: b batch, t queries, s keys, h query heads, g key heads, r query heads of a key head, k head size.
 """
 
+from functools import partial
+from typing import Any
+
 import jax
 from jax import Array
 from jax import numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 
 def attention_full(
@@ -20,32 +24,73 @@ def attention_full(
     *,
     scale: float,
     window: int | None,
+    name: str | None = "core",
 ) -> Array:
-    """See `attention`: holds (b, h, t, s) scores."""
+    """See `attention`: holds (b, h, t, s) scores, and for the gradient the softmax's output in v's dtype.
+
+    name: by which a policy of recomputation knows that output; None hides it.
+    """
     batch, queries, heads, size = q_bthk.shape
     groups = k_bsgk.shape[2]
     # Queries in groups, so that keys and values are read where they are instead of repeated.
     q_btgrk = q_bthk.reshape(batch, queries, groups, heads // groups, size)
-    scores_bgrts = jnp.einsum("btgrk,bsgk->bgrts", q_btgrk, k_bsgk, preferred_element_type=jnp.float32) * scale
     visible_bts = segments_bt[:, :, None] == kv_segments_bs[:, None, :]
     visible_bts &= k_index_s <= q_index_t[:, None]
     if window is not None:
         visible_bts &= k_index_s > q_index_t[:, None] - window
-    sinks_gr11 = None if sinks_h is None else sinks_h.astype(jnp.float32).reshape(groups, -1, 1, 1)
-    exp_bgrts, total_bgrt = masked_exp(scores_bgrts, visible_bts[:, None, None], sinks_gr11)
-    y_btgrk = jnp.einsum(
-        "bgrts,bsgk->btgrk", exp_bgrts.astype(v_bsgk.dtype), v_bsgk, preferred_element_type=jnp.float32
-    )
-    # Divided last: k numbers a query instead of s.
-    total_btgr = total_bgrt.transpose(0, 3, 1, 2)
-    y_btgrk /= jnp.where(total_btgr == 0.0, 1.0, total_btgr)[..., None]
-    return y_btgrk.reshape(batch, queries, heads, -1).astype(q_bthk.dtype)
+    sinks_gr = None if sinks_h is None else sinks_h.astype(jnp.float32).reshape(groups, -1)
+    y_btgrk: Any = _attend(q_btgrk, k_bsgk, v_bsgk, visible_bts, sinks_gr, scale, name)
+    return y_btgrk.reshape(batch, queries, heads, -1)
 
 
-def masked_exp(scores: Array, visible: Array, sinks: Array | None = None) -> tuple[Array, Array]:
-    """exp(scores - m) where visible, else 0, and its sum over the last axis; all 0 where nothing is visible.
+# The gradient is written out, so that of the arrays (t, s) it finds one and not seven.
 
-    m is the maximum over the last axis. `sinks` broadcasts against it, and takes part in maximum and sum alone.
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attend(q_btgrk, k_bsgk, v_bsgk, visible_bts, sinks_gr, scale: float, name: str | None) -> Array:
+    return _forward(q_btgrk, k_bsgk, v_bsgk, visible_bts, sinks_gr, scale, name)[0]
+
+
+def _forward(q_btgrk, k_bsgk, v_bsgk, visible_bts, sinks_gr, scale, name):
+    """The outputs and, with the operands, the probabilities of keys and, with sinks, that of each query's sink."""
+    scores_bgrts = scale * jnp.einsum("btgrk,bsgk->bgrts", q_btgrk, k_bsgk, preferred_element_type=jnp.float32)
+    sinks_gr11 = None if sinks_gr is None else sinks_gr[..., None, None]
+    exp_bgrts, total_bgrt, maximum_bgrt1 = masked_exp(scores_bgrts, visible_bts[:, None, None], sinks_gr11)
+    sink_bgrt = None if sinks_gr11 is None else jnp.exp(sinks_gr11 - maximum_bgrt1)[..., 0]
+    total_bgrt = total_bgrt if sink_bgrt is None else total_bgrt + sink_bgrt
+    inverse_bgrt = 1 / jnp.where(total_bgrt == 0.0, 1.0, total_bgrt)
+    p_bgrts = (exp_bgrts * inverse_bgrt[..., None]).astype(v_bsgk.dtype)
+    sink_bgrt = None if sink_bgrt is None else sink_bgrt * inverse_bgrt
+    if name is not None:
+        p_bgrts = checkpoint_name(p_bgrts, name)
+    y_btgrk = jnp.einsum("bgrts,bsgk->btgrk", p_bgrts, v_bsgk, preferred_element_type=jnp.float32)
+    return y_btgrk.astype(q_btgrk.dtype), (q_btgrk, k_bsgk, v_bsgk, p_bgrts, sink_bgrt)
+
+
+def _backward(scale, name, saved, dy_btgrk):
+    del name
+    q_btgrk, k_bsgk, v_bsgk, p_bgrts, sink_bgrt = saved
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    dv_bsgk = product("bgrts,btgrk->bsgk", p_bgrts, dy_btgrk.astype(p_bgrts.dtype))
+    dp_bgrts = product("btgrk,bsgk->bgrts", dy_btgrk, v_bsgk)
+    # What the normalisation takes back, of all that a query reads.
+    delta_bgrt = product("bgrts,bgrts->bgrt", p_bgrts, dp_bgrts)
+    ds_bgrts = (scale * p_bgrts * (dp_bgrts - delta_bgrt[..., None])).astype(k_bsgk.dtype)
+    dq_btgrk = product("bgrts,bsgk->btgrk", ds_bgrts, k_bsgk)
+    dk_bsgk = product("bgrts,btgrk->bsgk", ds_bgrts, q_btgrk)
+    dsinks_gr = None if sink_bgrt is None else -jnp.einsum("bgrt,bgrt->gr", sink_bgrt, delta_bgrt)
+    operands = q_btgrk, k_bsgk, v_bsgk
+    dq, dk, dv = (d.astype(a.dtype) for d, a in zip((dq_btgrk, dk_bsgk, dv_bsgk), operands, strict=True))
+    return dq, dk, dv, None, dsinks_gr
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def masked_exp(scores: Array, visible: Array, sinks: Array | None = None) -> tuple[Array, Array, Array]:
+    """exp(scores - m) where visible, else 0, its sum over the last axis, and m; all 0 where nothing is visible.
+
+    m is the maximum over the last axis, which is kept, and of `sinks`, which broadcast against it.
     """
     lowest = jnp.finfo(scores.dtype).min  # not -inf: the gradient of -inf minus -inf is NaN
     scores = jnp.where(visible, scores, lowest)
@@ -53,5 +98,4 @@ def masked_exp(scores: Array, visible: Array, sinks: Array | None = None) -> tup
     floor = lowest / 2 if sinks is None else jnp.maximum(sinks, lowest / 2)
     maximum = jax.lax.stop_gradient(jnp.maximum(scores.max(-1, keepdims=True), floor))
     exp = jnp.exp(scores - maximum)
-    total = jnp.einsum("...s->...", exp)
-    return exp, total if sinks is None else total + jnp.exp(sinks - maximum)[..., 0]
+    return exp, jnp.einsum("...s->...", exp), maximum

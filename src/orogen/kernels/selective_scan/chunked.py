@@ -13,6 +13,7 @@ from functools import partial
 import jax
 from jax import Array, lax
 from jax import numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 
 def selective_scan_chunked(
@@ -47,17 +48,20 @@ def selective_scan_chunked(
 
     @partial(jax.checkpoint, prevent_cse=False)
     def chunk(state_bni: Array, tokens: tuple[Array, ...]) -> tuple[Array, Array]:
-        return lax.scan(step, state_bni, tokens)
+        return lax.scan(step, state_bni, tuple(token.astype(jnp.float32) for token in tokens))
+
+    def named_chunk(state_bni: Array, tokens: tuple[Array, ...]) -> tuple[Array, Array]:
+        return chunk(checkpoint_name(state_bni, "scan_states"), tokens)
 
     cut = tuple(_cut(array, width) for array in (x_bti, dt_bti, B_btn, C_btn, restarts_bt))
-    final_bni, y_cqbi = lax.scan(chunk, jnp.swapaxes(initial_state_bin, 1, 2), cut)
+    final_bni, y_cqbi = lax.scan(named_chunk, jnp.swapaxes(initial_state_bin, 1, 2), cut)
     y_bti = jnp.moveaxis(y_cqbi.reshape(-1, *y_cqbi.shape[2:]), 0, 1)[:, :time]
-    return y_bti.astype(x_bti.dtype), jnp.swapaxes(final_bni, 1, 2)
+    return checkpoint_name(y_bti.astype(x_bti.dtype), "scan"), jnp.swapaxes(final_bni, 1, 2)
 
 
 def _cut(array_bt: Array, width: int) -> Array:
-    """(b, t, ...) to (c, q, b, ...) float32, the last chunk filled up with zeros."""
-    array_tb = jnp.moveaxis(array_bt.astype(jnp.float32), 1, 0)
+    """(b, t, ...) to (c, q, b, ...), the last chunk filled up with zeros."""
+    array_tb = jnp.moveaxis(array_bt, 1, 0)
     missing = -len(array_tb) % width
     if missing:
         array_tb = jnp.pad(array_tb, ((0, missing),) + ((0, 0),) * (array_tb.ndim - 1))

@@ -13,11 +13,13 @@ The products with S, B and C run once a group, all its heads side by side; C . B
 The gradient is written out, so that the (q, s) matrices, the largest arrays by far, are made anew and not kept.
 """
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 from jax import Array, lax
 from jax import numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 # exp of anything lower is not a normal float32. Cutting here keeps the sums over a chunk small, so that one huge step
 # does not cost the digits of the small ones after it.
@@ -67,41 +69,64 @@ def ssd_chunked(
     Differentiable in reverse mode only, once.
     """
     batch, time, heads, head_size = x_bthp.shape
-    groups, state = b_btgn.shape[2:]
+    operands = x_bthp, dt_bth.astype(jnp.float32), a_h, b_btgn, c_btgn, segments_bt, initial_state_bhpn
+    outputs: Any = _ssd(min(chunk_size, time), operands)
+    y_cbgqrp, final_bgnrp = outputs
+    y_bthp = jnp.transpose(y_cbgqrp, (1, 0, 3, 2, 4, 5)).reshape(batch, -1, heads, head_size)[:, :time]
+    return y_bthp.astype(x_bthp.dtype), jnp.moveaxis(final_bgnrp, 2, 4).reshape(initial_state_bhpn.shape)
+
+
+def _chunks(width: int, operands: tuple[Array, ...]) -> Chunks:
+    """The operands of `ssd` in chunks of `width` tokens."""
+    x_bthp, dt_bth, a_h, b_btgn, c_btgn, segments_bt, initial_state_bhpn = operands
+    (batch, _, heads, head_size), (groups, state) = x_bthp.shape, b_btgn.shape[2:]
     share = heads // groups
-    width = min(chunk_size, time)
-    dt_bth = dt_bth.astype(jnp.float32)
     log_decay_bth = jnp.maximum(dt_bth * a_h.astype(jnp.float32), LOWEST_LOG_DECAY)
     dtx_bthp = dt_bth[..., None] * x_bthp.astype(jnp.float32)
     changes_bt = (segments_bt[:, 1:] != segments_bt[:, :-1]).astype(jnp.float32)
     # A row's first token continues the initial state, so it never counts as a change.
     changes_bt = jnp.pad(changes_bt, ((0, 0), (1, 0)))
-
     dtx_bcqgrp = _cut(dtx_bthp, width).reshape(batch, -1, width, groups, share, head_size)
     log_decay_bcqgr = _cut(log_decay_bth, width).reshape(batch, -1, width, groups, share)
     initial_bgrpn = initial_state_bhpn.reshape(batch, groups, share, head_size, state)
-    y_cbgqrp, final_bgnrp = _ssd(
-        Chunks(
-            dtx_cbgqrp=jnp.transpose(dtx_bcqgrp, (1, 0, 3, 2, 4, 5)),
-            log_decay_cbgrq=jnp.transpose(log_decay_bcqgr, (1, 0, 3, 4, 2)),
-            b_cbgsn=jnp.transpose(_cut(b_btgn.astype(jnp.float32), width), (1, 0, 3, 2, 4)),
-            c_cbgqn=jnp.transpose(_cut(c_btgn.astype(jnp.float32), width), (1, 0, 3, 2, 4)),
-            runs_cbq=_counts(jnp.moveaxis(_cut(changes_bt, width), 1, 0)),
-            initial_bgnrp=jnp.moveaxis(initial_bgrpn, 4, 2),
-        )
+    return Chunks(
+        dtx_cbgqrp=jnp.transpose(dtx_bcqgrp, (1, 0, 3, 2, 4, 5)),
+        log_decay_cbgrq=jnp.transpose(log_decay_bcqgr, (1, 0, 3, 4, 2)),
+        b_cbgsn=jnp.transpose(_cut(b_btgn.astype(jnp.float32), width), (1, 0, 3, 2, 4)),
+        c_cbgqn=jnp.transpose(_cut(c_btgn.astype(jnp.float32), width), (1, 0, 3, 2, 4)),
+        runs_cbq=_counts(jnp.moveaxis(_cut(changes_bt, width), 1, 0)),
+        initial_bgnrp=jnp.moveaxis(initial_bgrpn, 4, 2),
     )
-    y_bthp = jnp.transpose(y_cbgqrp, (1, 0, 3, 2, 4, 5)).reshape(batch, -1, heads, head_size)[:, :time]
-    return y_bthp.astype(x_bthp.dtype), jnp.moveaxis(final_bgnrp, 2, 4).reshape(initial_state_bhpn.shape)
 
 
-@jax.custom_vjp
-def _ssd(chunks: Chunks) -> tuple[Array, Array]:
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _ssd(width: int, operands: tuple[Array, ...]) -> tuple[Array, Array]:
     """Outputs (c, b, g, q, r, p) and final state (b, g, n, r, p)."""
-    return _forward(chunks)[0]
+    return _forward(_chunks(width, operands))[0]
 
 
-def _forward(chunks: Chunks) -> tuple[tuple[Array, Array], tuple[Chunks, Kept]]:
-    """The outputs, and what `_backward` needs."""
+def _ssd_forward(width: int, operands: tuple[Array, ...]) -> tuple[tuple[Array, Array], tuple[Any, Kept]]:
+    """The outputs, and what `_ssd_backward` needs: the operands in their own dtype, and not in chunks."""
+    outputs, kept = _forward(_chunks(width, operands))
+    return outputs, (operands, kept)
+
+
+def _ssd_backward(width: int, saved: tuple[Any, Kept], gradients: tuple[Array, Array]) -> tuple[Any]:
+    (*inputs, segments_bt, initial_bhpn), kept = saved
+
+    def cut(*differentiated: Array) -> Chunks:
+        return _chunks(width, (*differentiated[:-1], segments_bt, differentiated[-1]))
+
+    chunks, back = jax.vjp(cut, *inputs, initial_bhpn)
+    *grads, grad_initial_bhpn = back(_backward(chunks, kept, gradients))
+    return ((*grads, None, grad_initial_bhpn),)
+
+
+_ssd.defvjp(_ssd_forward, _ssd_backward)
+
+
+def _forward(chunks: Chunks) -> tuple[tuple[Array, Array], Kept]:
+    """The outputs, and what `_backward` needs beside the chunks."""
     decays = _decays(chunks)
     leaving_cbgsrp = chunks.dtx_cbgqrp * decays.out_of_cbgsr[..., None]
     added_cbgnrp = jnp.einsum("cbgsn,cbgsrp->cbgnrp", chunks.b_cbgsn, leaving_cbgsrp)
@@ -111,17 +136,19 @@ def _forward(chunks: Chunks) -> tuple[tuple[Array, Array], tuple[Chunks, Kept]]:
         return whole_bgr[:, :, None, :, None] * state_bgnrp + added_bgnrp, state_bgnrp
 
     final_bgnrp, states_cbgnrp = lax.scan(pass_on, chunks.initial_bgnrp, (decays.whole_cbgr, added_cbgnrp))
+    states_cbgnrp = checkpoint_name(states_cbgnrp, "ssd_states")
 
     weights_cbgrqs = _scores(chunks)[:, :, :, None] * decays.pair_cbgrqs
     dtx_cbgrsp = jnp.moveaxis(chunks.dtx_cbgqrp, 4, 3)
     within_cbgrqp = jnp.einsum("cbgrqs,cbgrsp->cbgrqp", weights_cbgrqs, dtx_cbgrsp)
     entering_cbgqrp = jnp.einsum("cbgqn,cbgnrp->cbgqrp", chunks.c_cbgqn, states_cbgnrp)
     others_cbgqrp = jnp.moveaxis(within_cbgrqp, 3, 4) + decays.into_cbgqr[..., None] * entering_cbgqrp
+    others_cbgqrp = checkpoint_name(others_cbgqrp, "ssd")
     y_cbgqrp = others_cbgqrp + _own_scores(chunks) * chunks.dtx_cbgqrp
-    return (y_cbgqrp, final_bgnrp), (chunks, Kept(others_cbgqrp, states_cbgnrp))
+    return (y_cbgqrp, final_bgnrp), Kept(others_cbgqrp, states_cbgnrp)
 
 
-def _backward(saved: tuple[Chunks, Kept], gradients: tuple[Array, Array]) -> tuple[Chunks]:
+def _backward(chunks: Chunks, kept: Kept, gradients: tuple[Array, Array]) -> Chunks:
     """The gradient of every operand, from the gradients `dy` of the outputs and `dfinal` of the final state.
 
     l_q stands in the exponent of all that y_q receives from other tokens, and -l_s in that of all that token s gives
@@ -129,7 +156,7 @@ def _backward(saved: tuple[Chunks, Kept], gradients: tuple[Array, Array]) -> tup
     A token's share of its own output does not decay and stays out of both: it would cancel but for its rounding error,
     and drown a small difference.
     """
-    (chunks, kept), (dy_cbgqrp, dfinal_bgnrp) = saved, gradients
+    dy_cbgqrp, dfinal_bgnrp = gradients
     dtx_cbgsrp, b_cbgsn, c_cbgqn = chunks.dtx_cbgqrp, chunks.b_cbgsn, chunks.c_cbgqn
     decays = _decays(chunks)
 
@@ -152,7 +179,7 @@ def _backward(saved: tuple[Chunks, Kept], gradients: tuple[Array, Array]) -> tup
     left_cbgsr = jnp.sum(dtx_cbgsrp * leaving_cbgsrp, axis=-1)
     dsums_cbgqr = jnp.sum(dy_cbgqrp * kept.others_cbgqrp - dtx_cbgsrp * within_cbgsrp, axis=-1) - left_cbgsr
     dsums_cbgqr = dsums_cbgqr.at[:, :, :, -1].add(jnp.sum(left_cbgsr, axis=3) + dwhole_cbgr)
-    gradient = Chunks(
+    return Chunks(
         dtx_cbgqrp=within_cbgsrp + leaving_cbgsrp + _own_scores(chunks) * dy_cbgqrp,
         log_decay_cbgrq=_sum(_readable(chunks.runs_cbq), "cbqs,cbgqr->cbgrs", dsums_cbgqr),
         b_cbgsn=db_cbgsn,
@@ -160,7 +187,6 @@ def _backward(saved: tuple[Chunks, Kept], gradients: tuple[Array, Array]) -> tup
         runs_cbq=jnp.zeros_like(chunks.runs_cbq),
         initial_bgnrp=dinitial_bgnrp,
     )
-    return (gradient,)
 
 
 def _backward_states(decays: Decays, read_cbgnrp: Array, kept: Kept, dfinal_bgnrp: Array) -> tuple[Array, Array, Array]:
@@ -177,9 +203,6 @@ def _backward_states(decays: Decays, read_cbgnrp: Array, kept: Kept, dfinal_bgnr
     chunks = (decays.whole_cbgr, read_cbgnrp, kept.states_cbgnrp)
     dinitial_bgnrp, (dadded_cbgnrp, dwhole_cbgr) = lax.scan(pass_back, dfinal_bgnrp, chunks, reverse=True)
     return dinitial_bgnrp, dadded_cbgnrp, dwhole_cbgr
-
-
-_ssd.defvjp(_forward, _backward)
 
 
 def _decays(chunks: Chunks) -> Decays:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 from jax import Array
 from jax import numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
 from orogen.kernels.ssd.chunked import LOWEST_LOG_DECAY, _counts, _cut, _readable, _sum
@@ -131,6 +132,7 @@ def _scan_forward(launch: Launch, operands: Operands, *, save: bool) -> tuple[Ar
 def _forward(launch: Launch, operands: Operands) -> tuple[tuple[Array, Array], tuple[Operands, Array | None]]:
     """The outputs, and what `_backward` needs."""
     y_bthp, final_bhpn, states_bhcnp = _scan_forward(launch, operands, save=True)
+    y_bthp, states_bhcnp = checkpoint_name(y_bthp, "ssd"), checkpoint_name(states_bhcnp, "ssd_states")
     return (y_bthp, final_bhpn), (operands, states_bhcnp)
 
 

@@ -1,0 +1,37 @@
+"""Recomputation in the backward pass: which policy of `jax.checkpoint` a layer runs under."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from orogen.config.remat import Remat
+
+# Operations too dear to repeat beside products of two matrices: our own kernels, and those of Mosaic GPU within a
+# function that says how to batch them.
+FUSED = ("pallas_call", "custom_vmap_call")
+
+
+def checkpointed(call: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+    """`call`, whose gradient finds of its intermediates those that `remat` keeps and makes the others again."""
+    return call if remat.kind == "none" else jax.checkpoint(call, policy=_policy(remat))
+
+
+@functools.cache
+def _policy(remat: Remat) -> Callable[..., Any]:
+    """Whether what an operation gives is kept, as `jax.checkpoint` asks of each."""
+
+    def keeps(primitive: Any, *operands: Any, **parameters: Any) -> bool:
+        if primitive.name == "name":
+            return remat.keeps(parameters["name"])
+        return remat.kind == "elementwise" and _is_product(primitive, operands)
+
+    return keeps
+
+
+def _is_product(primitive: Any, operands: tuple[Any, ...]) -> bool:
+    """Products with batch axes are of attention, whose core is kept by name or made again."""
+    if primitive.name == "dot_general":
+        return all(len(operand.shape) == 2 for operand in operands)
+    return primitive.name in FUSED

@@ -1,0 +1,275 @@
+"""A model cut into the segments of a pipeline: how its layers lie on the stages, there and back.
+
+A stage keeps its layers by their letter, one array a parameter, with three axes in front: (stage, chunk, row). A chunk
+with fewer layers of a letter than the fullest has rows of zeros, which nothing reads. What is not a layer of the
+pattern (embedding, final norm, head, the MTP block's own parameters) is on every stage.
+
+Letters: p stages, v chunks a stage, r rows.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array, lax
+
+from orogen.model.block import Repeat, letters, repeats
+
+Items = tuple[str | Repeat, ...]
+Rows = dict[str, Any]
+BACKBONE, MTP, LAYERS = "backbone", "mtp", "layers"
+
+
+class Segment(NamedTuple):
+    """A stretch of the pattern. The first embeds tokens; the last has the heads, and the MTP block's layers `mtp`.
+    ends: whether it begins with the model's first layer, and ends with its last."""
+
+    pattern: str
+    mtp: str
+    first: bool
+    last: bool
+    ends: tuple[bool, bool]
+
+    def uses(self, name: str, *, tied: bool) -> bool:
+        """Whether it computes with the model's part `name`; tied: the embedding is also the head."""
+        if name == "embedding":
+            return self.first or (self.last and (tied or bool(self.mtp)))
+        return self.last or name == BACKBONE
+
+    @property
+    def items(self) -> tuple[Items, Items]:
+        """Its two stacks, of the backbone's layers and of the MTP block's."""
+        return repeats(self.pattern), repeats(self.mtp)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """The layers of each segment of a pipeline; segment g is chunk g // stages of stage g % stages. The last also has
+    those of the MTP block, behind its own."""
+
+    patterns: tuple[str, ...]
+    mtp: str
+    stages: int
+
+    @property
+    def virtual(self) -> int:
+        """Chunks a stage."""
+        return len(self.patterns) // self.stages
+
+    @functools.cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """Every segment, in the order of the pattern."""
+        last = len(self.patterns) - 1
+        filled = [g for g, pattern in enumerate(self.patterns) if pattern]
+        return tuple(
+            Segment(pattern, self.mtp if g == last else "", g == 0, g == last, (filled[:1] == [g], filled[-1:] == [g]))
+            for g, pattern in enumerate(self.patterns)
+        )
+
+    @functools.cached_property
+    def kinds(self) -> tuple[Segment, ...]:
+        """The segments that differ: chunks of equal layers run one program."""
+        return tuple(dict.fromkeys(self.segments))
+
+    @property
+    def kind_vp(self) -> np.ndarray:
+        """(v, p) int: which of `kinds` chunk v of stage p is."""
+        return np.reshape([self.kinds.index(segment) for segment in self.segments], (self.virtual, self.stages))
+
+    def split(self, state: nnx.State) -> nnx.State:
+        """Parameters or buffers of a whole model as the stages keep them."""
+        shared, stacks = _apart(state, self._items)
+        layers = {letter: _marked(tree, staged=True) for letter, tree in self.split_rows(stacks).items()}
+        return nnx.State({**shared, **({LAYERS: layers} if layers else {})})
+
+    def join(self, state: nnx.State) -> nnx.State:
+        """The inverse of `split`."""
+        state = _plain(state)
+        shared = {name: part for name, part in state.items() if name != LAYERS}
+        layers = {letter: _marked(tree, staged=False) for letter, tree in state.get(LAYERS, {}).items()}
+        return _together(shared, self.join_rows(layers), self._items)
+
+    def split_rows(self, stacks: Sequence[Rows], *, lead: int = 0) -> Rows:
+        """(p, v, r, ...) by letter, from the rows, along axis `lead`, of the backbone's stack and of the MTP block's,
+        which may come more than once: then a chunk has its layers as often."""
+        depths, found = len(stacks) - 1, {}
+        for letter in sorted(frozenset().union(*stacks)):
+            trees = [stack[letter] for stack in stacks if letter in stack]
+            index_pvr = self._index(letter, depths)
+            found[letter] = jax.tree.map(functools.partial(_lay_out, index_pvr, lead), *trees)
+        return found
+
+    def join_rows(self, by_letter: Rows, *, depths: int = 1, lead: int = 0) -> list[Rows]:
+        """The inverse of `split_rows`."""
+        stacks: list[Rows] = [{} for _ in range(1 + depths)]
+        for letter, tree in by_letter.items():
+            place_n = np.argsort(self._index(letter, depths).ravel(), kind="stable")
+            start = 0
+            for stack, pattern in zip(stacks, ["".join(self.patterns)] + [self.mtp] * depths, strict=True):
+                if count := pattern.count(letter):
+                    take = functools.partial(_pick, place_n[start : start + count], lead)
+                    stack[letter], start = jax.tree.map(take, tree), start + count
+        return stacks
+
+    @property
+    def _items(self) -> tuple[Items, Items]:
+        return repeats("".join(self.patterns)), repeats(self.mtp)
+
+    def _index(self, letter: str, depths: int) -> np.ndarray:
+        """(p, v, r) int: which of all layers of this letter lies where; their number where none does."""
+        counts = [s.pattern.count(letter) + depths * s.mtp.count(letter) for s in self.segments]
+        starts = np.cumsum([0, *counts])
+        index_gr = np.full((len(counts), max(counts)), starts[-1])
+        for row_r, start, count in zip(index_gr, starts, counts, strict=False):
+            row_r[:count] = start + np.arange(count)
+        return index_gr.reshape(self.virtual, self.stages, -1).swapaxes(0, 1)
+
+
+def take(state: nnx.State, segment: Segment, chunk: Array) -> nnx.State:
+    """A segment's parameters or buffers as those of a model with its layers alone, from what this device's stage keeps
+    of `chunk`."""
+    state, stacks = _plain(state), [{}, {}]
+    for letter, tree in state.get(LAYERS, {}).items():
+        of_chunk = lambda a: lax.dynamic_index_in_dim(a[0], chunk, keepdims=False)  # noqa: E731
+        rows_r, start = jax.tree.map(of_chunk, _marked(tree, staged=False)), 0
+        for stack, pattern in zip(stacks, (segment.pattern, segment.mtp), strict=True):
+            if count := pattern.count(letter):
+                cut = functools.partial(lax.slice_in_dim, start_index=start, limit_index=start + count)
+                stack[letter], start = jax.tree.map(cut, rows_r), start + count
+    shared = {name: part for name, part in state.items() if name not in (LAYERS, MTP) or (name == MTP and segment.mtp)}
+    return _together(shared, stacks, segment.items)
+
+
+def add(total: nnx.State, grads: nnx.State, segment: Segment, chunk: Array) -> nnx.State:
+    """`total`, in the form in which a stage keeps arrays, with the gradients of what `take` gave added in place."""
+    total, (shared, stacks) = _plain(total), _apart(grads, segment.items)
+    layers = dict(total.get(LAYERS, {}))
+    for letter, tree in chunk_rows(stacks).items():
+        layers[letter] = jax.tree.map(lambda a, b: add_rows(a, b, chunk), layers[letter], _marked(tree, staged=True))
+    plus = lambda part, more: part if more is None else jax.tree.map(jnp.add, part, more)  # noqa: E731
+    kept = {name: plus(part, shared.get(name)) for name, part in total.items() if name != LAYERS}
+    return nnx.State({**kept, **({LAYERS: layers} if layers else {})})
+
+
+def add_rows(total: Array, rows_r: Array, chunk: Array) -> Array:
+    """`total` (1, v, r, ...) with `rows_r` added to the first rows of a chunk, in place."""
+    zero = jnp.zeros_like(chunk)
+    start = (zero, chunk) + (zero,) * (total.ndim - 2)
+    old = lax.dynamic_slice(total, start, (1, 1, *rows_r.shape))
+    return lax.dynamic_update_slice(total, old + rows_r[None, None], start)
+
+
+def chunk_rows(stacks: Sequence[Rows], *, lead: int = 0) -> Rows:
+    """Rows of several stacks, one behind the other, as a chunk holds them."""
+    together = functools.partial(_concatenate, lead)
+    found: dict[str, list[Any]] = {}
+    for stack in stacks:
+        for letter, tree in stack.items():
+            found.setdefault(letter, []).append(tree)
+    return {letter: jax.tree.map(together, *trees) for letter, trees in found.items()}
+
+
+def rows(stack: Any, items: Items, *, lead: int = 0) -> Rows:
+    """The arrays of a Stack's layers by letter, layers of one letter along axis `lead` in the order of the pattern.
+
+    stack: its state, or a tuple like its statistics; axes in front of `lead` are those of all its arrays.
+    """
+    stacks = []
+    for item, child in zip(items, _children(stack, len(items)), strict=True):
+        if child is None:
+            continue
+        if isinstance(item, Repeat):
+            merge = lambda a: a.reshape(*a.shape[:lead], -1, *a.shape[lead + 2 :])  # noqa: E731
+            inner = rows(child, item.items, lead=lead + 1)
+            stacks.append({letter: jax.tree.map(merge, tree) for letter, tree in inner.items()})
+        else:
+            stacks.append({item: jax.tree.map(lambda a: jnp.expand_dims(a, lead), child)})
+    return chunk_rows(stacks, lead=lead)
+
+
+def stacked(by_letter: Mapping[str, Any], items: Items, *, lead: int = 0) -> tuple[Any, ...]:
+    """The inverse of `rows`: an entry an item, None where a letter has no arrays."""
+    children, start = [], dict.fromkeys(by_letter, 0)
+    for item in items:
+        pattern = letters((item,))
+        parts = {}
+        for letter in [letter for letter in by_letter if letter in pattern]:
+            end = start[letter] + pattern.count(letter)
+            cut = functools.partial(lax.slice_in_dim, start_index=start[letter], limit_index=end, axis=lead)
+            parts[letter], start[letter] = jax.tree.map(cut, by_letter[letter]), end
+        if isinstance(item, Repeat):
+            split = lambda a, n=item.count: a.reshape(*a.shape[:lead], n, -1, *a.shape[lead + 1 :])  # noqa: E731
+            children.append(stacked(jax.tree.map(split, parts), item.items, lead=lead + 1))
+        else:
+            children.append(jax.tree.map(lambda a: a.squeeze(lead), parts[item]) if item in parts else None)
+    return tuple(children)
+
+
+def _apart(state: Any, items: tuple[Items, Items]) -> tuple[dict[str, Any], list[Rows]]:
+    """What is not a layer of a stack, and the rows of the backbone's stack and of the MTP block's."""
+    state = _plain(state)
+    shared = {name: part for name, part in state.items() if name != BACKBONE}
+    stacks = [rows(state.get(BACKBONE, {}), items[0]), {}]
+    if MTP in shared:
+        stacks[1] = rows(shared[MTP].get(LAYERS, {}), items[1])
+        shared[MTP] = {name: part for name, part in shared[MTP].items() if name != LAYERS}
+    return {name: part for name, part in shared.items() if part}, stacks
+
+
+def _together(shared: Mapping[str, Any], stacks: Sequence[Rows], items: tuple[Items, Items]) -> nnx.State:
+    """The inverse of `_apart`."""
+    whole = dict(shared)
+    main, deeper = [_state(stacked(stack, part)) for stack, part in zip(stacks, items, strict=True)]
+    if main:
+        whole[BACKBONE] = main
+    if deeper:
+        whole[MTP] = {**whole.get(MTP, {}), LAYERS: deeper}
+    return nnx.State(whole)
+
+
+def _children(stack: Any, count: int) -> Sequence[Any]:
+    """An entry an item of a Stack, from a tuple, or from its state, which lacks items without arrays."""
+    if isinstance(stack, tuple):
+        return stack
+    children = stack.get("children", {})
+    return [children.get(index) for index in range(count)]
+
+
+def _state(children: tuple[Any, ...]) -> dict[str, Any]:
+    """The state of a Stack whose items have these arrays; empty if none has any."""
+    nested = [_state(child) if isinstance(child, tuple) else child for child in children]
+    found = {index: child for index, child in enumerate(nested) if child}
+    return {"children": found} if found else {}
+
+
+def _lay_out(index_pvr: np.ndarray, lead: int, *arrays: Array) -> Array:
+    every = _concatenate(0, *(jnp.moveaxis(a, lead, 0) for a in arrays))
+    return jnp.take(every, index_pvr, axis=0, mode="fill", fill_value=0)
+
+
+def _pick(place_n: np.ndarray, lead: int, array: Array) -> Array:
+    return jnp.moveaxis(array.reshape(-1, *array.shape[3:])[place_n], 0, lead)
+
+
+def _concatenate(axis: int, *arrays: Array) -> Array:
+    return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis)
+
+
+def _marked(tree: Any, *, staged: bool) -> Any:
+    """`tree` with its variables marked as those that the plan splits over stages, or not."""
+
+    def mark(variable: nnx.Variable) -> nnx.Variable:
+        metadata = {name: value for name, value in variable.get_metadata().items() if name != "staged"}
+        return variable.from_metadata(variable.get_value(), metadata | ({"staged": True} if staged else {}))
+
+    return jax.tree.map(mark, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def _plain(tree: Any) -> Any:
+    """Nested dicts of variables, from a State or part of one."""
+    return {name: _plain(part) for name, part in tree.items()} if isinstance(tree, Mapping) else tree

@@ -1,0 +1,295 @@
+"""Runs a pipeline's schedule inside the plan's `shard_map`: one loop over ticks, each stage doing what its table says.
+
+Forward and backward passes are explicit. A forward pass keeps what its gradient will need (its residuals) in a slot of
+the stash, and the backward pass of that microbatch takes them from there: no more microbatches are held than the
+schedule has in flight, and nothing is computed twice that the model's own rematerialisation does not recompute. What
+depends on the parameters alone (slices, casts, gathered weights) or on the batch alone (masks) is made again instead.
+
+Letters: b batch, t time, d model, k slots, n elements.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.interpreters import partial_eval
+
+from orogen.parallel.dependence import BATCH, BOTH, PARAMETERS, dependence
+from orogen.parallel.plan import Plan
+from orogen.parallel.schedule import BACKWARD, FORWARD, Schedule, Tables
+from orogen.parallel.varying import vary, vary_like, varying_axes
+
+
+class Program(NamedTuple):
+    """What one kind of segment computes, in one device's arrays. chunk, microbatch: int32, this device's at a tick.
+
+    take: (params, chunk) -> the segment's own parameters. forward: (those, x, chunk, microbatch) -> y, its share of the
+    loss, and a report. give: (gradients so far, those of `take`'s, chunk) -> their sum. note: (reports so far, report,
+    chunk, microbatch) -> all of them.
+    """
+
+    take: Callable[[Any, Array], Any]
+    forward: Callable[[Any, Array, Array, Array], tuple[Array, Array, Any]]
+    give: Callable[[Any, Any, Array], Any]
+    note: Callable[[Any, Any, Array, Array], Any]
+
+
+class Result(NamedTuple):
+    """loss, summed over stages; gradients in the form that `give` adds up; reports, those of this stage's chunks."""
+
+    loss: Array
+    grads: Any
+    reports: Any
+
+
+class _Now(NamedTuple):
+    """A stage's row of the tables at a tick: what it does (an index of branches), with what, and what comes in."""
+
+    branch: Array
+    microbatch: Array
+    chunk: Array
+    stash: Array
+    forward_inbox: Array
+    backward_inbox: Array
+    forward_lands: Array
+    backward_lands: Array
+
+
+class _State(NamedTuple):
+    """What a stage carries from tick to tick: its buffers (k, …), and what it has added up."""
+
+    forward_inbox: Array
+    backward_inbox: Array
+    stash: tuple[Array, ...]
+    loss: Array
+    grads: Any
+    reports: Any
+
+
+class _Kept(NamedTuple):
+    """A residual in the stash: which buffer, from which element, in which shape."""
+
+    buffer: int
+    start: int
+    shape: tuple[int, ...]
+
+
+class _Traced(NamedTuple):
+    """A program's forward pass and its gradient, as jaxprs of (params, x, chunk, microbatch).
+
+    forward gives y, loss, the report and the residuals to be stashed, which lie as `kept` says; remake gives the other
+    residuals; `order` picks residual i of the gradient from the stashed and then the remade ones.
+    """
+
+    forward: jex.ClosedJaxpr
+    report: Any
+    remake: jex.ClosedJaxpr
+    kept: tuple[_Kept, ...]
+    order: tuple[int, ...]
+    gradient: Any
+
+
+def run(
+    schedule: Schedule,
+    programs: Sequence[Program],
+    program_vp: np.ndarray,
+    *,
+    params: Any,
+    x: Array,
+    grads: Any,
+    reports: Any,
+    plan: Plan,
+) -> Result:
+    """One training step's passes: of every microbatch through every chunk of every stage.
+
+    program_vp: which of `programs` chunk v of stage p follows. x: zeros in the form of what stages send each other.
+    grads, reports: zeros to add to; with grads None the schedule has forward passes only, and nothing is stashed.
+    params and grads are marked as varying over the whole mesh.
+    """
+    stage = plan.rules["stage"]
+    nothing = vary(jnp.zeros((), jnp.int32), stage)
+    x = plan.vary(x)
+    layout = _Layout()
+    traced = [_trace(p, params, x, nothing, layout, plan, gradient=grads is not None) for p in programs]
+    for program, passed in zip(programs, traced, strict=True):
+        reports = _as_noted(program, passed, reports, nothing)
+    state = _State(
+        forward_inbox=_slots(x, max(schedule.forward_slots)),
+        backward_inbox=_slots(x, max(schedule.backward_slots)),
+        stash=layout.buffers(max(schedule.stash_slots)),
+        loss=vary(jnp.zeros(()), stage),
+        grads=grads,
+        reports=reports,
+    )
+    branches = [lambda now, state: (x, state)]
+    branches += [functools.partial(_forward, *pair, params) for pair in zip(programs, traced, strict=True)]
+    if grads is not None:
+        branches += [functools.partial(_backward, *pair, params, x) for pair in zip(programs, traced, strict=True)]
+
+    def tick(state: _State, now: _Now) -> tuple[_State, None]:
+        sent, state = lax.switch(now.branch, branches, now, state)
+        inboxes = {}
+        for name, lands, toward in (
+            ("forward_inbox", now.forward_lands, 1),
+            ("backward_inbox", now.backward_lands, -1),
+        ):
+            inboxes[name] = _put(getattr(state, name), plan.pass_on(sent, "stage", toward), lands)
+        return state._replace(**inboxes), None
+
+    rows = _stage_rows(schedule.tables, program_vp, len(programs), plan)
+    state, _ = lax.scan(tick, state, rows)
+    return Result(lax.psum(state.loss, stage), state.grads, state.reports)
+
+
+def branches_ts(tables: Tables, program_vp: np.ndarray, count: int) -> np.ndarray:
+    """(ticks, stages) int: which branch of the loop a stage takes: 0 idles, 1 to `count` are the forward passes of the
+    programs, those after the backward ones."""
+    program_ts = program_vp[tables.chunk, np.arange(tables.chunk.shape[1])]
+    first = {FORWARD: 1, BACKWARD: 1 + count}
+    return np.select([tables.operation == o for o in first], [program_ts + start for start in first.values()], 0)
+
+
+def _stage_rows(tables: Tables, program_vp: np.ndarray, count: int, plan: Plan) -> _Now:
+    """(ticks,) arrays: this stage's columns of the tables."""
+    fields = {name: getattr(tables, name) for name in _Now._fields if name != "branch"}
+    fields["branch"] = branches_ts(tables, program_vp, count)
+    index = plan.index("stage")
+    return _Now(**{name: jnp.take(jnp.asarray(table, jnp.int32), index, axis=1) for name, table in fields.items()})
+
+
+def _forward(program: Program, traced: _Traced, params: Any, now: _Now, state: _State) -> tuple[Array, _State]:
+    x = _get(state.forward_inbox, now.forward_inbox)
+    values = jex.jaxpr_as_fun(traced.forward)(*jax.tree.leaves((params, x, now.chunk, now.microbatch)))
+    y, loss, *rest = values
+    count = traced.report.num_leaves
+    report = jax.tree.unflatten(traced.report, rest[:count])
+    stash = list(state.stash)
+    for kept, value in zip(traced.kept, rest[count:], strict=True):
+        place = now.stash, jnp.full_like(now.stash, kept.start)
+        stash[kept.buffer] = lax.dynamic_update_slice(stash[kept.buffer], _flat(value, stash[kept.buffer]), place)
+    reports = program.note(state.reports, report, now.chunk, now.microbatch)
+    return y, state._replace(stash=tuple(stash), loss=state.loss + loss, reports=reports)
+
+
+def _backward(
+    program: Program, traced: _Traced, params: Any, x: Array, now: _Now, state: _State
+) -> tuple[Array, _State]:
+    residuals = []
+    for kept in traced.kept:
+        place = now.stash, jnp.full_like(now.stash, kept.start)
+        size = int(np.prod(kept.shape))
+        residuals.append(lax.dynamic_slice(state.stash[kept.buffer], place, (1, size)).reshape(kept.shape))
+    residuals += jex.jaxpr_as_fun(traced.remake)(*jax.tree.leaves((params, x, now.chunk, now.microbatch)))
+    gradient = jax.tree.unflatten(traced.gradient, [residuals[i] for i in traced.order])
+    dy = _get(state.backward_inbox, now.backward_inbox)
+    grads, dx = gradient((dy, vary_like(jnp.ones(()), state.loss)))
+    return dx, state._replace(grads=program.give(state.grads, grads, now.chunk))
+
+
+class _Layout:
+    """Where residuals lie in the stash: one flat buffer a dtype and set of mesh axes that they differ over, as long as
+    the program that keeps most needs."""
+
+    def __init__(self) -> None:
+        self._kinds: list[tuple[Any, tuple[str, ...]]] = []
+        self._lengths: list[int] = []
+
+    def place(self, avals: Sequence[Any]) -> tuple[_Kept, ...]:
+        """A place for each residual of one program."""
+        used: dict[int, int] = {}
+        kept = []
+        for aval in avals:
+            kind = aval.dtype, tuple(sorted(aval.mat.varying))
+            if kind not in self._kinds:
+                self._kinds.append(kind)
+                self._lengths.append(0)
+            buffer = self._kinds.index(kind)
+            kept.append(_Kept(buffer, used.get(buffer, 0), aval.shape))
+            used[buffer] = used.get(buffer, 0) + int(np.prod(aval.shape))
+        for buffer, length in used.items():
+            self._lengths[buffer] = max(self._lengths[buffer], length)
+        return tuple(kept)
+
+    def buffers(self, slots: int) -> tuple[Array, ...]:
+        """The stash, empty."""
+        pairs = zip(self._kinds, self._lengths, strict=True)
+        return tuple(vary(jnp.zeros((slots, length), dtype), axes) for (dtype, axes), length in pairs)
+
+
+def _trace(
+    program: Program, params: Any, x: Array, nothing: Array, layout: _Layout, plan: Plan, *, gradient: bool
+) -> _Traced:
+    seen: dict[str, Any] = {}
+
+    def forward(params: Any, x: Array, chunk: Array, microbatch: Array) -> Any:
+        def split(pieces: Any, x: Array) -> Any:
+            y, loss, report = program.forward(pieces, x, chunk, microbatch)
+            return (plan.vary(y), vary(loss, plan.rules["stage"])), report
+
+        pieces = program.take(params, chunk)
+        if not gradient:
+            (y, loss), report = split(pieces, x)
+            return y, loss, report, []
+        (y, loss), pull, report = jax.vjp(split, pieces, x, has_aux=True)
+        residuals, seen["gradient"] = jax.tree.flatten(pull)
+        return y, loss, report, residuals
+
+    closed, shapes = jax.make_jaxpr(forward, return_shape=True)(params, x, nothing, nothing)
+    report = jax.tree.structure(shapes[2])
+    results, residuals = closed.jaxpr.outvars[: 2 + report.num_leaves], closed.jaxpr.outvars[2 + report.num_leaves :]
+    inputs = [PARAMETERS] * len(jax.tree.leaves(params)) + [BOTH, 0, BATCH]
+    flags = dependence(closed.jaxpr, inputs, consts=BATCH)[len(results) :]
+    # One value may be many operations' residual.
+    stashed = list(dict.fromkeys(v for v, f in zip(residuals, flags, strict=True) if f == BOTH))
+    place = {variable: index for index, variable in enumerate(stashed)}
+    remade = [variable for variable, f in zip(residuals, flags, strict=True) if f != BOTH]
+    remade_at = iter(range(len(stashed), len(stashed) + len(remade)))
+    return _Traced(
+        forward=_with_outputs(closed, [*results, *stashed]),
+        report=report,
+        remake=_with_outputs(closed, remade),
+        kept=layout.place([variable.aval for variable in stashed]),
+        order=tuple(place[v] if f == BOTH else next(remade_at) for v, f in zip(residuals, flags, strict=True)),
+        gradient=seen.get("gradient"),
+    )
+
+
+def _with_outputs(closed: jex.ClosedJaxpr, outputs: list[Any]) -> jex.ClosedJaxpr:
+    """`closed` with other outputs, and without what does not serve them."""
+    jaxpr = closed.jaxpr.replace(outvars=outputs, debug_info=closed.jaxpr.debug_info.with_unknown_names())
+    jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(outputs), instantiate=True)
+    return jex.ClosedJaxpr(jaxpr, closed.consts)
+
+
+def _as_noted(program: Program, traced: _Traced, reports: Any, nothing: Array) -> Any:
+    """`reports` marked as varying over the mesh axes that they will once `program`'s are noted there."""
+    avals = [v.aval for v in traced.forward.jaxpr.outvars[2 : 2 + traced.report.num_leaves]]
+    report = jax.tree.unflatten(traced.report, [vary(jnp.zeros(a.shape, a.dtype), a.mat.varying) for a in avals])
+    noted = jax.make_jaxpr(program.note)(reports, report, nothing, nothing).jaxpr.outvars
+    leaves, tree = jax.tree.flatten(reports)
+    return jax.tree.unflatten(tree, [vary(x, v.aval.mat.varying) for x, v in zip(leaves, noted, strict=True)])
+
+
+def _slots(x: Array, count: int) -> Array:
+    """A buffer of `count` slots, at least one."""
+    return jnp.zeros((max(count, 1), *x.shape), x.dtype) + jnp.zeros_like(x)
+
+
+def _get(buffer: Array, slot: Array) -> Array:
+    return lax.dynamic_index_in_dim(buffer, jnp.minimum(slot, len(buffer) - 1), keepdims=False)
+
+
+def _put(buffer: Array, value: Array, slot: Array) -> Array:
+    """`buffer` with `value` in the slot, if there is such a slot."""
+    place = jnp.minimum(slot, len(buffer) - 1)
+    kept = jnp.where(slot < len(buffer), value, _get(buffer, slot))
+    return lax.dynamic_update_index_in_dim(buffer, kept, place, 0)
+
+
+def _flat(value: Array, buffer: Array) -> Array:
+    return vary(value.reshape(1, -1), varying_axes(buffer))

@@ -1,0 +1,230 @@
+"""Loss and gradient of a model cut into pipeline stages.
+
+Letters: m microbatches, b batch, t time, k experts a token, r rows, e experts, p stages, v chunks a stage.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+
+from orogen.config.model import ModelConfig
+from orogen.data.packing import Batch
+from orogen.model.block import Stack, repeats
+from orogen.model.lm import LanguageModel
+from orogen.model.stages import Rows, Segment, Stages, add, add_rows, chunk_rows, rows, stacked, take
+from orogen.moe.layer import Choice, Replay
+from orogen.parallel.pipeline import Program, run
+from orogen.parallel.plan import Plan
+from orogen.parallel.schedule import segments
+from orogen.precision.policy import DTYPES, working_copy
+from orogen.simulate.flops import head_flops_per_token, layer_flops_per_token
+from orogen.train.loss import Counts, Passed, Sums, embed, enter, leave, lost, map_moe
+
+MOE = "E"
+# Of a row for which stages are balanced where no batch says it, tokens.
+TYPICAL_LENGTH = 4096
+
+
+class Pipeline:
+    """A cut model on one device of a plan, inside `Plan.run`: the programs of its segments over a batch (m, b, t).
+
+    buffers: as this device's stage keeps them. replay: what to use in place of the routers' own choices, likewise.
+    record: whether every token's choice is reported.
+    """
+
+    def __init__(
+        self, stages: Stages, config: ModelConfig, plan: Plan, dtype: str, batch: Batch, counts: Counts, buffers: Any,
+        *, replay: Replay | None = None, record: bool = False,
+    ):  # fmt: skip
+        self.stages, self.config, self.plan, self.dtype = stages, config, plan, dtype
+        self.batch, self.counts, self.buffers, self.replay, self.record = batch, counts, buffers, replay, record
+
+    def gradients(self, params: Any) -> tuple[Array, Any, Sums]:
+        """The loss, and of this device's own stage gradients and loads; scattered if the plan keeps them so."""
+        varied = self.plan.vary(params)
+        stored = jax.eval_shape(self._kept, varied)
+        zeros = self.plan.vary(jax.tree.map(lambda g: jnp.zeros(g.shape, g.dtype), stored))
+        found = self._run(varied, zeros)
+        return found.loss, found.grads, self._sums(found.reports)
+
+    def sums(self, params: Any) -> Sums:
+        """The sums alone, by forward passes alone."""
+        return self._sums(self._run(self.plan.vary(params), None).reports)
+
+    def _run(self, varied: Any, zeros: Any) -> Any:
+        size, length = self.batch.tokens_bt.shape[1:]
+        shape = size, length // self.plan.size("sequence"), self.config.hidden_size
+        schedule = self.plan.schedule
+        assert schedule is not None, "a cut model's plan has a schedule"
+        return run(
+            schedule if zeros is not None else schedule.forward_only(),
+            [self._program(segment, varied) for segment in self.stages.kinds],
+            self.stages.kind_vp,
+            params=varied,
+            x=jnp.zeros(shape, DTYPES[self.dtype]),
+            grads=zeros,
+            reports=self._nothing(*shape[:2]),
+            plan=self.plan,
+        )
+
+    def _program(self, segment: Segment, params: Any) -> Program:
+        tied = self.config.tie_word_embeddings
+        used = lambda name: segment.uses(name, tied=tied)  # noqa: E731
+        graph = _graph(segment, self.config)
+
+        def taken(chunk: Array) -> nnx.State:
+            return take(params, segment, chunk)
+
+        def forward(pieces: nnx.State, x_btd: Array, chunk: Array, microbatch: Array) -> tuple[Array, Array, Any]:
+            others = nnx.State({name: part for name, part in taken(chunk).items() if not used(name)})
+            whole = nnx.State({**others, **pieces})
+            model = nnx.merge(graph, working_copy(whole, self.dtype), take(self.buffers, segment, chunk))
+            passed = self._pass(model, segment, x_btd, chunk, microbatch)
+            y_btd = jnp.zeros_like(x_btd) if segment.last else passed.x_btd
+            return y_btd, passed.loss, self._report(passed, segment)
+
+        def give(total: Any, grads: Any, chunk: Array) -> Any:
+            return add(total, self._kept(grads), segment, chunk)
+
+        def pieces(params: Any, chunk: Array) -> nnx.State:
+            return nnx.State({name: part for name, part in take(params, segment, chunk).items() if used(name)})
+
+        return Program(take=pieces, forward=forward, give=give, note=self._note)
+
+    def _pass(self, model: LanguageModel, segment: Segment, x_btd: Array, chunk: Array, microbatch: Array) -> Passed:
+        batch = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, microbatch, keepdims=False), self.batch)
+        replay = None if self.replay is None else self._replayed(segment, chunk, microbatch)
+        common: Any = {"config": self.config, "plan": self.plan}
+        if segment.first:
+            x_btd = embed(model, batch, self.plan)
+        passed = enter(model, x_btd, batch, self.counts, replay=replay and replay[:1], ends=segment.ends, **common)
+        if not segment.last:
+            return passed
+        return leave(model, passed, batch, self.counts, replay=replay and replay[1:], **common)
+
+    def _kept(self, grads: Any) -> Any:
+        """The gradients of one microbatch as they are kept until the others are added."""
+        return self.plan.scatter_gradients(grads) if self.plan.config.fsdp == "gradients" else grads
+
+    def _items(self, segment: Segment) -> list[Any]:
+        """The stacks that the segment runs, in order: the MTP block's once a depth."""
+        main, deeper = segment.items
+        return [main] + [deeper] * (self.config.mtp_depths if segment.last else 0)
+
+    def _report(self, passed: Passed, segment: Segment) -> dict[str, Any]:
+        """What this segment's pass adds to the sums: loads (r, e) of its layers, choices (r, b, t, …) of every use."""
+        report = {"nats": passed.nats, "lost": lost(passed.stats, self.plan)}
+        of = lambda field, stats, items: rows(map_moe(lambda s: getattr(s, field), stats), items)  # noqa: E731
+        loads = [of("load", *pair) for pair in zip(passed.stats, self._items(segment), strict=True)]
+        if MOE in segment.pattern + segment.mtp:
+            deeper = [jax.tree.map(lambda *parts: sum(parts), *loads[1:])] if loads[1:] else []
+            report["load"] = self.plan.total(chunk_rows([loads[0], *deeper])[MOE])
+            if self.record:
+                choices = [of("choice", *pair) for pair in zip(passed.stats, self._items(segment), strict=True)]
+                report["choices"] = chunk_rows(choices)[MOE]
+        return jax.lax.stop_gradient(report)
+
+    def _note(self, total: dict[str, Any], report: dict[str, Any], chunk: Array, microbatch: Array) -> dict[str, Any]:
+        summed = {name: jax.tree.map(jnp.add, total[name], report[name]) for name in ("nats", "lost")}
+        if "load" in report:
+            summed["load"] = add_rows(total["load"], report["load"], chunk)
+        if "choices" in report:
+            summed["choices"] = jax.tree.map(partial(_set, chunk, microbatch), total["choices"], report["choices"])
+        return total | summed
+
+    def _nothing(self, size: int, time: int) -> dict[str, Any]:
+        """Reports before anything is noted. Loads are (1, v, r, e), choices (1, v, r, m, b, t, …)."""
+        zero = jnp.zeros(())
+        reports = {"nats": jnp.zeros(len(self.counts.targets)), "lost": (zero, zero)}
+        depths = self.config.mtp_depths
+        counted, used = (
+            max(s.pattern.count(MOE) + times * s.mtp.count(MOE) for s in self.stages.segments) for times in (1, depths)
+        )
+        if counted:
+            reports["load"] = jnp.zeros((1, self.stages.virtual, counted, self.config.n_routed_experts))
+        if counted and self.record:
+            token = (1, self.stages.virtual, used, len(self.batch.tokens_bt), size, time)
+            each = (*token, self.config.num_experts_per_tok)
+            replay = Replay(jnp.zeros(each, jnp.int32), jnp.zeros(each, bool))
+            reports["choices"] = Choice(replay, jnp.zeros(token), jnp.zeros(token, bool))
+        return reports
+
+    def _sums(self, reports: dict[str, Any]) -> Sums:
+        nats, (dropped, overflow) = (
+            jax.tree.map(lambda x: self.plan.sum(x, "stage"), reports[name]) for name in ("nats", "lost")
+        )
+        load = [reports["load"]] if "load" in reports else []
+        return Sums(nats, load, dropped, overflow, reports.get("choices", ()))
+
+    def _replayed(self, segment: Segment, chunk: Array, microbatch: Array) -> tuple[Any, ...]:
+        """The replay (b, t, k) of each layer, a tree like the statistics of each stack that the segment runs."""
+        trees, start = [], 0
+        for items in self._items(segment):
+            count = _count(items)
+            read = partial(_read, chunk, microbatch, start, count)
+            trees.append(stacked({MOE: jax.tree.map(read, self.replay)} if count else {}, items))
+            start += count
+        return tuple(trees)
+
+
+def cut(model: ModelConfig, plan: Plan, length: int = TYPICAL_LENGTH) -> Stages | None:
+    """Which layers each stage of the plan has; None without stages. Where the pattern has no |, segments take about
+    equally many operations on rows of `length` tokens."""
+    if plan.schedule is None:
+        return None
+    patterns = segments(
+        model.layers,
+        plan.schedule.stages * plan.schedule.virtual,
+        lambda letter: layer_flops_per_token(letter, model, length),
+        last=head_flops_per_token(model, length),
+    )
+    return Stages(patterns, model.layers.mtp, plan.schedule.stages)
+
+
+def choice_specs(plan: Plan) -> Choice:
+    """The layout of a pipeline's choices (p, v, r, m, b, t, …)."""
+    token: Any = plan.spec("stage", None, None, None, "batch", "tokens")
+    each: Any = plan.spec("stage", None, None, None, "batch", "tokens", None)
+    return Choice(Replay(each, each), token, token)
+
+
+def split_replay(replay: tuple[Any, ...], stages: Stages) -> Any:
+    """Replays (m, …, b, t, k) of the whole model's stacks, as the stages use them: (p, v, r, m, b, t, k)."""
+    main, deeper = repeats("".join(stages.patterns)), repeats(stages.mtp)
+    items = [main] + [deeper] * (len(replay) - 1)
+    stacks: list[Rows] = [rows(tree, part, lead=1) for tree, part in zip(replay, items, strict=True)]
+    return stages.split_rows(stacks, lead=1).get(MOE)
+
+
+def _graph(segment: Segment, config: ModelConfig) -> nnx.GraphDef:
+    """The static part of a model with the segment's layers alone."""
+
+    def make() -> LanguageModel:
+        model = LanguageModel(config, nnx.Rngs(0))
+        model.backbone = Stack(segment.items[0], config, nnx.Rngs(0))
+        if not segment.last:
+            model.mtp = None
+        return model
+
+    return nnx.split(jax.eval_shape(make))[0]
+
+
+def _count(items: Any) -> int:
+    return sum(item.count * _count(item.items) if not isinstance(item, str) else item == MOE for item in items)
+
+
+def _set(chunk: Array, microbatch: Array, total: Array, rows_r: Array) -> Array:
+    zero = jnp.zeros_like(chunk)
+    start = (zero, chunk, zero, microbatch) + (zero,) * (rows_r.ndim - 1)
+    return lax.dynamic_update_slice(total, rows_r[None, None, :, None], start)
+
+
+def _read(chunk: Array, microbatch: Array, start: int, count: int, replay: Array) -> Array:
+    zero = jnp.zeros_like(chunk)
+    begin = (zero, chunk, zero + start, microbatch) + (zero,) * (replay.ndim - 4)
+    size = (1, 1, count, 1, *replay.shape[4:])
+    return lax.dynamic_slice(replay, begin, size)[0, 0, :, 0]

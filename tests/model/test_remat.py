@@ -1,0 +1,229 @@
+"""What each policy of recomputation keeps, byte for byte; what it multiplies again; that gradients do not change."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.extend import core
+from tests.model.small import config, one_device, randomised, relative_error
+
+from orogen.config.model import ModelConfig
+from orogen.config.plan import PlanConfig
+from orogen.config.remat import EVERY, NAMES, SELECTIVE
+from orogen.layers.documents import documents
+from orogen.model.block import Stack
+from orogen.parallel.plan import make_plan
+from orogen.simulate.activations import WEIGHTS, activation_bytes, bytes_by_name, kept_by_layer
+from orogen.simulate.aot import product_flops, unit_of
+from orogen.simulate.communication import Workload
+
+ROWS, TOKENS = 3, 20
+HALF, SINGLE, WHOLE = 2, 4, 4  # bytes of bfloat16, float32 and int32
+EXTRA: dict[str, Any] = {
+    "sliding_window": 3, "head_dim": 6, "rope_theta": 30.0, "kv_lora_rank": 7, "q_lora_rank": 9, "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4, "v_head_dim": 3,
+}  # fmt: skip
+
+
+def every(letter: str, **changes: Any) -> ModelConfig:
+    """A model whose one layer is of `letter`, with all that its type can have."""
+    gate = {"moe_shared_expert_gate": True} if letter == "E" else {}
+    return config(**{"pattern": letter, "mtp_depths": 0, **(EXTRA if letter in "w+" else {}), **gate, **changes})
+
+
+def paper_layer(**changes: Any) -> ModelConfig:
+    """The Transformer layer of arXiv:2205.05198: keys as many as queries, hidden units four times the width."""
+    sizes = {
+        "pattern": "*-", "hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 6,
+        "intermediate_size": 96, "norm": "layer", "attention_bias": "all", "mlp_hidden_act": "gelu_tanh",
+        "mlp_bias": True, "mtp_depths": 0, "vocab_size": 32,
+    }  # fmt: skip
+    return ModelConfig(**(sizes | changes))
+
+
+@functools.cache
+def kept(letter: str, model: ModelConfig, remat: Any, *, dtype: str = "bfloat16", **plan: Any):
+    sizes = PlanConfig(remat=remat, **plan)
+    work = Workload(ROWS, TOKENS, HALF)
+    return kept_by_layer(letter, model, make_plan(sizes, model, abstract=True), work, dtype=dtype)
+
+
+def transformer_bytes(model: ModelConfig, remat: Any, **plan: Any) -> int:
+    return sum(activation_bytes(kept(letter, model, remat, **plan)) for letter in "*-")
+
+
+@pytest.mark.parametrize("ranks", (1, 2, 4))
+def test_a_transformer_layer_keeps_the_bytes_of_the_papers_formulas(ranks):
+    """Table 2 of arXiv:2205.05198 without dropout's masks: sbh (32 + 2as/h) / t, its selective and full rows."""
+    model = paper_layer()
+    s, b, h, a = TOKENS, ROWS, model.hidden_size, model.num_attention_heads
+    expected = {"paper": s * b * h * 32 + 2 * a * s * s * b, "selective": 32 * s * b * h, "full": 2 * 2 * s * b * h}
+    found = {remat: transformer_bytes(model, remat, tensor=ranks) for remat in expected}
+    assert found == {remat: size / ranks for remat, size in expected.items()}
+
+
+def test_plain_autodiff_keeps_no_more_than_the_formula_on_one_rank():
+    model = paper_layer()
+    assert transformer_bytes(model, "none") == transformer_bytes(model, "paper")
+
+
+def test_attention_by_name_with_fewer_keys():
+    model, tokens = every("*"), ROWS * TOKENS
+    queries, keys = 4 * 5, 2 * 5
+    assert bytes_by_name(kept("*", model, "paper")) == {
+        "core": HALF * 4 * TOKENS * tokens,
+        "query": HALF * queries * tokens,
+        "attention": HALF * queries * tokens,
+        "input": HALF * 12 * tokens,
+        "norm": HALF * 12 * tokens,
+        "key": HALF * keys * tokens,
+        "value": HALF * keys * tokens,
+    }
+
+
+def test_mamba2_by_name():
+    model, tokens = every("M"), ROWS * TOKENS
+    inner, states, heads, chunks = 6 * 3, 2 * 7, 6, ROWS * TOKENS // 4
+    assert bytes_by_name(kept("M", model, "paper")) == {
+        "in_proj": HALF * (2 * inner + 2 * states + heads) * tokens,
+        "ssd_states": SINGLE * inner * 7 * chunks,
+        "conv": HALF * (inner + 2 * states) * tokens,
+        "ssd": SINGLE * inner * tokens,
+        "gated_norm": HALF * inner * tokens,
+        "input": HALF * 12 * tokens,
+        "norm": HALF * 12 * tokens,
+    }
+
+
+def test_a_latent_moe_by_name():
+    model, tokens = every("E"), ROWS * TOKENS
+    rows = 3 * tokens
+    assert bytes_by_name(kept("E", model, "paper")) == {
+        "rows": HALF * 9 * rows,
+        "expert_out": HALF * 9 * rows,
+        "expert_up": HALF * 8 * rows,
+        "expert_activation": HALF * 8 * rows,
+        "routing": WHOLE * (3 * tokens + 3 * tokens + rows + 6 + ROWS * 6),
+        "input": HALF * 12 * tokens,
+        "norm": HALF * 12 * tokens,
+        "router": SINGLE * 6 * tokens,
+        "shared_out": HALF * (12 + 1) * tokens,
+        "shared_up": HALF * 10 * tokens,
+        "shared_activation": HALF * 10 * tokens,
+        "combined": HALF * 9 * tokens,
+    }
+
+
+@pytest.mark.parametrize("letter", EVERY)
+def test_all_that_a_layer_keeps_has_a_name_and_every_name_is_kept(letter):
+    """But for a router's smaller names, which its gradient may not need, as long as larger ones are there."""
+    found = {name for name in bytes_by_name(kept(letter, every(letter), "paper")) if name != WEIGHTS}
+    assert found <= set(NAMES)
+    expected = {name for name, (letters, _) in NAMES.items() if letter in letters}
+    assert expected - found <= {"latent"}, expected - found  # a latent MoE's, of which the rows are a copy
+    assert found <= expected
+
+
+@pytest.mark.parametrize("letter", EVERY)
+def test_names_are_in_the_layers_that_they_are_said_to_be_in(letter):
+    expected = {name for name, (letters, _) in NAMES.items() if letter in letters}
+    unit = layer_jaxpr(letter, every(letter), "none")
+    assert set(names_in(unit)) == expected
+
+
+@pytest.mark.parametrize(
+    ("letter", "name"),
+    [(letter, name) for letter in EVERY for name, (letters, _) in NAMES.items() if letter in letters],
+)
+def test_a_name_that_is_made_again_is_not_kept_and_the_others_are(letter, name):
+    if name == "input":
+        return
+    every_name = bytes_by_name(kept(letter, every(letter), "paper"))
+    found = bytes_by_name(kept(letter, every(letter), f"{letter}:{name}"))
+    every_name.pop(name, None)
+    assert {n: size for n, size in found.items() if n != "latent"} == {
+        n: size for n, size in every_name.items() if n != "latent"
+    }
+
+
+def layer_jaxpr(letter: str, model: ModelConfig, remat: Any, **plan: Any) -> core.Jaxpr:
+    """Forward and backward of one layer; experts by an operation whose turns are known."""
+    sizes = PlanConfig(remat=remat, **{"grouped_matmul": "ragged_dot", **plan})
+    unit = unit_of(letter, model, make_plan(sizes, model, abstract=True), Workload(ROWS, TOKENS), dtype="bfloat16")
+    return jax.make_jaxpr(unit.function)(*unit.arguments).jaxpr
+
+
+def names_in(jaxpr: Any):
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "name":
+            yield equation.params["name"]
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                if isinstance(inner, core.Jaxpr | core.ClosedJaxpr):
+                    yield from names_in(inner.jaxpr if isinstance(inner, core.ClosedJaxpr) else inner)
+
+
+@pytest.mark.parametrize("letter", EVERY)
+def test_nothing_is_multiplied_again_while_every_name_is_kept(letter):
+    flops = lambda remat: product_flops(layer_jaxpr(letter, every(letter), remat))  # noqa: E731
+    assert flops("paper") == flops("none")
+
+
+def test_selective_recomputation_multiplies_queries_and_keys_again():
+    model = every("*")
+    flops = lambda remat: product_flops(layer_jaxpr("*", model, remat))  # noqa: E731
+    scores = 2 * ROWS * 4 * TOKENS * TOKENS * 5
+    assert flops("selective") - flops("none") == scores
+    assert flops("*:core,attention") - flops("none") == 2 * scores  # and probabilities with values
+
+
+def test_selective_recomputation_of_mamba2_multiplies_its_ssd_again():
+    model = every("M")
+    flops = lambda remat: product_flops(layer_jaxpr("M", model, remat))  # noqa: E731
+    chunk, chunks, states, inner = 4, ROWS * TOKENS // 4, 7, 6 * 3
+    into_and_out_of_states = 2 * 2 * chunks * chunk * states * inner
+    inside = 2 * chunks * chunk * chunk * (2 * states + inner)
+    sums_of_decays = 2 * chunks * chunk * chunk * (6 + 1)
+    assert flops("selective") - flops("none") == into_and_out_of_states + inside + sums_of_decays
+
+
+@pytest.mark.parametrize("letter", "*M-E")
+def test_what_is_selected_is_large(letter):
+    model = every(letter)
+    assert (activation_bytes(kept(letter, model, "selective")) < activation_bytes(kept(letter, model, "paper"))) == (
+        letter in SELECTIVE
+    )
+
+
+REMATS = (
+    "full", "elementwise", "selective", "paper", "norm", ("core", "M:conv,ssd_states", "-:activation"),
+    ("moe", "mla_up_proj"), ("-:layernorm", "E:full"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", ("*M", "mE", "w+-"))
+def test_gradients_are_the_same_whatever_is_made_again(pattern):
+    model = dataclasses.replace(config(**(EXTRA if "w" in pattern else {})), pattern=pattern, mtp_depths=0)
+    _, params, buffers = nnx.split(Stack(tuple(pattern), model, nnx.Rngs(0)), nnx.Param, ...)
+    graph = nnx.split(Stack(tuple(pattern), model, nnx.Rngs(0)), nnx.Param, ...)[0]
+    rng = jax.random.key(1)
+    params, buffers = (jax.tree.map(jnp.asarray, randomised(s, np.random.default_rng(0))) for s in (params, buffers))
+    x_btd = jax.random.normal(rng, (2, 9, 12))
+    docs = documents(jnp.asarray([[1, 1, 1, 2, 2, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 2, 2, 2]]))
+
+    def grads(remat):
+        plan = one_device(model, remat=remat)
+
+        def total(params, x_btd):
+            return jnp.sum(nnx.merge(graph, params, buffers)(x_btd, docs, plan)[0] ** 2)
+
+        return jax.jit(jax.grad(total, argnums=(0, 1)))(params, x_btd)
+
+    plain = grads("none")
+    for remat in REMATS:
+        assert relative_error(grads(remat), plain) < 2e-6, remat

@@ -1,0 +1,120 @@
+"""A model cut into stages holds every layer once, where its segment is, and is put together again to the bit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tests.helpers import hybrid
+
+from orogen.model.block import repeats
+from orogen.model.lm import build, initial_state
+from orogen.model.stages import Stages, add, rows, stacked, take
+
+MODEL = hybrid(pattern="MEMEM*EE-M*-/*E", mtp_depths=2)
+# Uneven, with empty segments, one segment of everything, and a repetition that a cut goes through.
+CUTS = [("MEM", "EM*EE", "-M", "*-"), ("", "MEMEM*EE-M*-", "", ""), ("MEMEM*", "EE-M*-")]
+
+
+@pytest.fixture(scope="module")
+def state() -> tuple[nnx.State, nnx.State]:
+    return jax.jit(lambda: initial_state(MODEL, 0))()
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+@pytest.mark.parametrize("patterns", CUTS, ids=str)
+def test_what_is_split_joins_to_the_bit(state, patterns, stages):
+    if len(patterns) % stages:
+        stages = len(patterns)
+    cut = Stages(patterns, "*E", stages)
+    for tree in state:
+        joined = cut.join(cut.split(tree))
+        assert jax.tree.structure(joined) == jax.tree.structure(tree)
+        assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(joined), jax.tree.leaves(tree), strict=True))
+
+
+def test_a_layer_lies_where_its_segment_is(state):
+    """Segment g is chunk g // p of stage g % p, the MTP block's layers behind those of the last."""
+    cut = Stages(CUTS[0], "*E", 2)
+    split, keys = cut.split(state[0]), state[0]
+    heads_pvrd = split["layers"]["*"]["mixer"]["query"][...]
+    assert heads_pvrd.shape[:3] == (2, 2, 2)
+    places = _leaves(keys, "query")
+    assert np.array_equal(heads_pvrd[1, 0, 0], places[0]), "segment 1 has the first attention layer"
+    assert np.array_equal(heads_pvrd[1, 1, 0], places[1]), "segment 3, chunk 1 of stage 1, has the second"
+    assert np.array_equal(heads_pvrd[1, 1, 1], keys["mtp"]["layers"]["children"][0]["mixer"]["query"][...])
+    assert not np.any(heads_pvrd[0])
+    assert split["layers"]["E"]["mixer"]["router"]["gate"].get_metadata()["staged"]
+
+
+def _leaves(params: nnx.State, name: str) -> list[np.ndarray]:
+    """The attention layers' arrays of this name, in the order of the pattern."""
+    stack = rows(params["backbone"], repeats(MODEL.layers.main))
+    return list(stack["*"]["mixer"][name][...])
+
+
+@pytest.mark.parametrize("patterns", CUTS, ids=str)
+def test_taking_every_segment_and_adding_it_up_gives_the_split_model(state, patterns):
+    cut = Stages(patterns, "*E", len(patterns) // 2)
+    split = cut.split(state[0])
+    total = jax.tree.map(jnp.zeros_like, split)
+    for number, segment in enumerate(cut.segments):
+        chunk, stage = jnp.int32(number // cut.stages), number % cut.stages
+        of_stage = lambda tree, s=stage: _of_stage(tree, s)  # noqa: E731
+        taken = take(of_stage(split), segment, chunk)
+        used = nnx.State({n: p for n, p in taken.items() if segment.uses(n, tied=False)})
+        added = add(of_stage(total), used, segment, chunk)
+        total = _put_back(total, added, stage)
+    for name, part in split.items():
+        # A deeper prediction embeds on the last stage what the first does for the next token.
+        times = 2 if name == "embedding" else 1
+        for a, b in zip(jax.tree.leaves(total[name]), jax.tree.leaves(part), strict=True):
+            assert np.array_equal(a, times * b), name
+
+
+def _of_stage(tree: nnx.State, stage: int) -> nnx.State:
+    cut = lambda name, part: jax.tree.map(lambda a: a[stage : stage + 1], part) if name == "layers" else part  # noqa: E731
+    return nnx.State({name: cut(name, part) for name, part in tree.items()})
+
+
+def _put_back(tree: nnx.State, part: nnx.State, stage: int) -> nnx.State:
+    def put(name, old, new):
+        return jax.tree.map(lambda a, b: a.at[stage].set(b[0]), old, new) if name == "layers" else new
+
+    return nnx.State({name: put(name, tree[name], part[name]) for name in tree})
+
+
+def test_a_taken_segment_is_a_model_of_its_layers(state):
+    cut = Stages(CUTS[0], "*E", 4)
+    taken = take(_of_stage(cut.split(state[0]), 1), cut.segments[1], jnp.int32(0))
+    expected = build(hybrid(pattern="EM*EE", mtp_depths=0)).params
+    found = {name: jax.tree.map(jnp.shape, part) for name, part in taken.items()}
+    assert jax.tree.leaves(found["backbone"]) == jax.tree.leaves(jax.tree.map(jnp.shape, expected["backbone"]))
+    assert "mtp" not in taken
+    assert not any(
+        leaf.get_metadata().get("staged")
+        for leaf in jax.tree.leaves(taken, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    )
+
+
+def test_rows_of_nested_repetitions_are_in_the_order_of_the_pattern():
+    pattern = "MEME*MEME*-"
+    items = repeats(pattern)
+
+    def labelled(items, lead):
+        """A tree of arrays (lead…, 2) that say which layer of the pattern they are."""
+        return tuple(labels(item, lead) for item in items)
+
+    def labels(item, lead):
+        if isinstance(item, str):
+            return np.zeros((*lead, 2))
+        return labelled(item.items, (*lead, item.count))
+
+    tree = labelled(items, (3,))
+    found = rows(tree, items, lead=1)
+    assert {letter: array.shape for letter, array in found.items()} == {
+        letter: (3, pattern.count(letter), 2) for letter in set(pattern)
+    }
+    numbered = {letter: jnp.arange(a.shape[1])[None, :, None] + jnp.zeros(a.shape) for letter, a in found.items()}
+    again = rows(stacked(numbered, items, lead=1), items, lead=1)
+    assert all(np.array_equal(again[letter], numbered[letter]) for letter in numbered)

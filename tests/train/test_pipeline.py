@@ -1,0 +1,124 @@
+"""A model cut into pipeline stages computes what one device computes, and holds no more than its schedule says."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tests.helpers import hybrid, run_config
+from tests.train.plans import describe, random_runs
+
+from orogen.config.checks import ConfigError
+from orogen.config.run import RunConfig
+from orogen.data.packing import Batch
+from orogen.model.lm import build
+from orogen.parallel.plan import make_plan
+from orogen.simulate.aot import flops_overhead
+from orogen.train.pipelined import cut
+from orogen.train.step import BATCH_AXES, gradients
+from orogen.train.verify import verify
+
+RUNS = random_runs(6, seed=0, devices=8, stages=True)
+
+
+def verified(model: dict, **plan) -> None:
+    rows = plan.get("data", 1) * plan.get("microbatches", 1)
+    verdict = verify(run_config(hybrid(**model), plan=plan, batch_size=2 * rows, sequence_length=24))
+    assert verdict.passed, verdict
+    assert not verdict.zero_leaves
+
+
+@pytest.mark.parametrize("run", [run for _, run in RUNS], ids=[f"{i}-{name}" for i, (name, _) in enumerate(RUNS)])
+def test_a_random_plan_with_stages_equals_one_device(run):
+    verdict = verify(run)
+    assert verdict.passed, (verdict, describe(run.plan))
+
+
+def test_the_sample_covers_every_schedule():
+    plans = [run.plan for _, run in RUNS]
+    assert {plan.schedule for plan in plans} == {"gpipe", "1f1b", "interleaved"}
+    assert {plan.stage for plan in plans} >= {2, 4}
+    assert any(plan.context > 1 for plan in plans) and any(plan.tensor > 1 for plan in plans)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "stage", "pattern", "tied"),
+    [
+        ("1f1b", 8, "M|E|*|-|M|E||*/*E", True),
+        ("gpipe", 4, "ME|*-M||E/*E", False),
+        ("interleaved", 2, "M|E*|-|M|E|*||-/*E", True),
+    ],
+    ids=["eight", "four", "four-chunks"],
+)
+def test_stages_equal_one_device(schedule, stage, pattern, tied):
+    """One to four chunks a stage, uneven and empty segments, two depths of prediction on the last stage."""
+    model = {"pattern": pattern, "mtp_depths": 2, "tie_word_embeddings": tied}
+    verified(model, stage=stage, schedule=schedule, microbatches=4)
+
+
+@pytest.mark.parametrize(("fsdp", "remat"), [("optimizer", "none"), ("gradients", "full"), ("parameters", "none")])
+def test_stages_that_shard_over_data_equal_one_device(fsdp, remat):
+    verified({"pattern": "ME*-/*E"}, stage=2, data=2, tensor=2, expert=4, fsdp=fsdp, microbatches=3, remat=remat)
+
+
+def test_fewer_microbatches_than_stages():
+    verified({"pattern": "M*|-|E|*", "mtp_depths": 0}, stage=4, microbatches=1)
+
+
+def stashed(run: RunConfig) -> int:
+    """Bytes of temporaries that one device needs at most in a step."""
+    plan = make_plan(run.plan, run.model)
+    built = build(run.model, cut(run.model, plan, run.train.sequence_length))
+    sharding = plan.sharding(*BATCH_AXES)
+    shape = run.train.batch_size, run.train.sequence_length
+    tokens_bt, weights_bt = (jax.ShapeDtypeStruct(shape, d, sharding=sharding) for d in (jnp.int32, jnp.float32))
+    step = jax.jit(gradients(built, run.model, plan, "float32"))
+    lowered = step.lower(built.params, built.buffers, Batch(tokens_bt, tokens_bt, tokens_bt, weights_bt))
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+
+def layers(schedule: str, microbatches: int, remat: str) -> RunConfig:
+    model = hybrid(pattern="*-*-|*-*-|*-*-|*-*-", hidden_size=96, mtp_depths=0, vocab_size=24)
+    plan = {"stage": 4, "schedule": schedule, "microbatches": microbatches, "remat": remat}
+    return run_config(model, plan=plan, batch_size=2 * microbatches, sequence_length=128)
+
+
+@pytest.mark.parametrize(("remat", "most"), [("none", 0.55), ("full", 0.45)])
+def test_1f1b_holds_as_many_microbatches_as_stages_and_gpipe_all(remat, most):
+    few, many = (stashed(layers("1f1b", microbatches, remat)) for microbatches in (8, 32))
+    assert many <= 1.05 * few
+    assert stashed(layers("1f1b", 16, remat)) <= most * stashed(layers("gpipe", 16, remat))
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize(("schedule", "virtual"), [("1f1b", 1), ("interleaved", 2)])
+def test_passes_compute_nothing_twice(schedule, virtual, remat):
+    """Matrix products of all stages are those of one device with the same rematerialisation."""
+    model = hybrid(pattern="ME*-M*-E/*E", mtp_depths=2)
+    plan = run_config(
+        plan={"stage": 2, "schedule": schedule, "virtual": virtual, "microbatches": 4, "remat": remat}
+    ).plan
+    assert abs(flops_overhead(model, plan, 8, 24)) <= 1e-3
+
+
+def test_stages_balance_what_layers_cost():
+    model = hybrid(pattern="MEM*MEM*MEM*MEM*", mtp_depths=0)
+    plan = make_plan(run_config(plan={"stage": 4, "microbatches": 4}).plan, model, abstract=True)
+    stages = cut(model, plan, 64)
+    assert "".join(stages.patterns) == model.layers.main
+    assert len(stages.patterns) == 4
+    assert all(patterns for patterns in stages.patterns)
+
+
+REFUSED = [
+    (
+        {"stage": 2, "schedule": "interleaved", "microbatches": 3},
+        "PlanConfig.microbatches is 3; expected a multiple of",
+    ),
+    ({"stage": 2, "schedule": "1f1b", "virtual": 2}, "PlanConfig.schedule is '1f1b'; expected interleaved"),
+    ({"stage": 3, "microbatches": 3}, "ModelConfig.pattern is 'M|E|*|-/*E', of 4 segments; expected 3"),
+]
+
+
+@pytest.mark.parametrize(("plan", "message"), REFUSED, ids=str)
+def test_schedules_that_cannot_be_are_refused(plan, message):
+    with pytest.raises(ConfigError, match="^" + "".join("." if c in "|*()[]?+." else c for c in message)):
+        make_plan(run_config(plan=plan).plan, hybrid(pattern="M|E|*|-/*E"), abstract=True)
