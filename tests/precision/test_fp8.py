@@ -173,3 +173,25 @@ def test_layers_written_out_compute_what_the_loop_does(monkeypatch, request):
     for mine, other in zip(*map(jax.tree.leaves, ((stats, grads), (expected_stats, expected_grads))), strict=True):
         assert mine.shape == other.shape
         np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU: JAX_PLATFORMS=cuda,cpu, as in README")
+def test_a_gpu_multiplies_in_fp8():
+    """Each of the three products is one call of cuBLASLt with operands of 8 bits, and none of another kind."""
+    shapes = [(1024, 512), (512, 256), (1024, 256)]
+    x_nd, w_df, dy_nf = (drawn(*shape, seed=seed).astype(jnp.bfloat16) for seed, shape in enumerate(shapes))
+
+    def run(x_nd, w_df, dy_nf):
+        y_nf, back = jax.vjp(fp8_matmul, x_nd, w_df)
+        return y_nf, *back(dy_nf)
+
+    text = jax.jit(run).lower(x_nd, w_df, dy_nf).compile().as_text()
+    assert text.count('custom_call_target="__cublas$lt$matmul$f8"') == 3
+    assert '"__cublas$lt$matmul"' not in text and '"__cublas$gemm"' not in text
+
+
+def test_rounding_stays_where_xla_may_keep_excess_precision():
+    """The compiled program has numbers of 8 bits, written and read again."""
+    x_nd, w_df = drawn(N, D).astype(jnp.bfloat16), drawn(D, F, seed=1).astype(jnp.bfloat16)
+    text = jax.jit(fp8_matmul).lower(x_nd, w_df).as_text()
+    assert text.count("optimization_barrier") == 2

@@ -140,3 +140,36 @@ def test_clipping_is_by_the_global_norm(norm, clipped):
     _, state = apply(OptimizerConfig(learning_rate=1.0, clip_norm=0.5), jax.tree.map(lambda x: x * scale, ones))
     moment = optax.tree.norm(optax.tree.get(state, "mu"))  # (1 - beta1) of the clipped gradient
     assert float(moment) == pytest.approx(0.1 * clipped, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_moments_are_kept_in_their_dtype_and_computed_with_in_float32(name):
+    grads = jax.tree.map(lambda p: jnp.full_like(p, 0.3) + p, parameters())
+    results = [
+        apply(OptimizerConfig(name=name, learning_rate=1e-2, schedule="constant", moment_dtype=dtype), grads)
+        for dtype in ("float32", "bfloat16")
+    ]
+    (wide_updates, wide), (updates, narrow) = results
+    # The first update is computed before anything is rounded.
+    for mine, other in zip(*map(jax.tree.leaves, (updates, wide_updates)), strict=True):
+        np.testing.assert_array_equal(mine, other)
+    pairs = list(zip(*map(jax.tree.leaves, (narrow, wide)), strict=True))
+    elements = sum(kept.size for kept, _ in pairs if kept.dtype == jnp.bfloat16)
+    every = sum(p.size for p in jax.tree.leaves(parameters()))
+    assert elements == 2 * every if name == "adamw" else every < elements < 2 * every
+    for kept, other in pairs:
+        assert kept.size < 4 or kept.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(kept, other.astype(kept.dtype))
+
+
+def test_moments_follow_in_bfloat16_too():
+    """Of ten equal gradients the second moment is (1 - 0.95^10) g², to the rounding of ten additions."""
+    config = OptimizerConfig(learning_rate=1e-2, schedule="constant", moment_dtype="bfloat16", clip_norm=1e9)
+    tx, params = make_optimizer(config, 10, build(hybrid()).params), parameters()
+    grads = jax.tree.map(lambda p: jnp.full_like(p, 0.5), params)
+    state, step = tx.init(params), jax.jit(tx.update)
+    for _ in range(10):
+        _, state = step(grads, state, params, grad_norm=optax.tree.norm(grads))
+    (adam,) = [s for s in jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, "nu")) if hasattr(s, "nu")]
+    for moment in jax.tree.leaves(adam.nu):
+        np.testing.assert_allclose(moment.astype(jnp.float32), 0.25 * (1 - 0.95**10), rtol=10 * 2.0**-9)

@@ -14,6 +14,7 @@ from orogen.precision.policy import DTYPES
 
 # Update RMS that Muon is scaled to, AdamW's typical one, so that one learning rate serves both (arXiv:2502.16982).
 MUON_RMS = 0.2
+MOMENTS = ("mu", "nu")  # the fields of optax's states that hold them
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -69,7 +70,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, params: nnx.State) -> op
 
 
 def keep_in(dtype: str, optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """The optimizer with its state's floating-point arrays kept in `dtype`, and computed with in float32.
+    """The optimizer with its moments kept in `dtype`, and computed with in float32.
 
     Rounded to nearest: a moment that would move by less than half a unit in its last place stays where it is, so a
     bfloat16 moment with a decay above 1 - 2⁻⁸ = 0.996 hardly follows its gradients.
@@ -79,7 +80,8 @@ def keep_in(dtype: str, optimizer: optax.GradientTransformation) -> optax.Gradie
         return wide
 
     def cast(state, kind):
-        return jax.tree.map(lambda x: x.astype(kind) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+        moment = lambda path: any(getattr(key, "name", None) in MOMENTS for key in path)  # noqa: E731
+        return jax.tree_util.tree_map_with_path(lambda path, x: x.astype(kind) if moment(path) else x, state)
 
     def update(updates, state, params=None, **extra):
         updates, state = wide.update(updates, cast(state, jnp.float32), params, **extra)
