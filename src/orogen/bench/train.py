@@ -25,7 +25,17 @@ from orogen.train.step import batch_to_devices, gradients
 
 MODEL = CONFIGS / "r1.gin"
 ROWS, LENGTH = 2, 8192
-PLAN = PlanConfig(attention="cudnn", ssd="triton", grouped_matmul="mosaic", remat="elementwise")
+PLAN = PlanConfig(
+    attention="cudnn",
+    ssd="triton",
+    causal_conv1d="triton",
+    rms_norm="triton",
+    grouped_matmul="mosaic",
+    permutation="triton",
+    unroll=3,
+    logit_rows=4096,
+    remat="elementwise",
+)
 WARM_UP = 2
 
 

@@ -6,7 +6,14 @@ import math
 from orogen.config.checks import check_types, require, require_choice, require_positive
 
 # Of each operation the implementation that needs an NVIDIA GPU; and the operations of which it takes no float32.
-FOR_GPU = {"attention": "cudnn", "ssd": "triton", "grouped_matmul": "mosaic"}
+FOR_GPU = {
+    "attention": "cudnn",
+    "ssd": "triton",
+    "causal_conv1d": "triton",
+    "rms_norm": "triton",
+    "grouped_matmul": "mosaic",
+    "permutation": "triton",
+}
 IN_HALF_PRECISION = ("attention", "grouped_matmul")
 
 
@@ -28,6 +35,10 @@ class PlanConfig:
     context_attention: ring passes keys and values from rank to rank, allgather gathers them, alltoall exchanges the
     sequence for heads. context_ssm: state passes states from rank to rank, heads exchanges the sequence for heads.
     shift: how arrays go from one rank to the next. microbatches: how many parts a batch is taken in.
+    unroll: repetitions of layers up to this many are written out, not looped over, which takes longer to compile and
+    runs faster: a loop copies what it keeps for the backward pass, and gradients, into stacks. Two are a tenth faster
+    on CPU and as quick to compile. logit_rows: how many tokens' logits the chunked loss makes at once on one device;
+    each time it adds to the head's whole gradient.
     remat: which activations are recomputed in the backward pass: none, all of a layer's (full), or those that no matrix
     product or fused kernel makes (elementwise).
     """
@@ -48,16 +59,22 @@ class PlanConfig:
     context_ssm: str = "state"
     shift: str = "permute"
     microbatches: int = 1
+    unroll: int = 2
+    logit_rows: int = 1024
     remat: str = "none"
     attention: str = "full"
     ssd: str = "chunked"
     selective_scan: str = "chunked"
+    causal_conv1d: str = "taps"
+    rms_norm: str = "plain"
     grouped_matmul: str = "blocks"
+    permutation: str = "gather"
     cross_entropy: str = "chunked"
 
     def __post_init__(self) -> None:
         check_types(self)
         require_positive(self, "data", "context", "tensor", "stage", "expert", "expert_tensor", "microbatches")
+        require_positive(self, "unroll", "logit_rows")
         require_positive(self, "fsdp_size", "capacity_factor", "buffer_factor")
         require(self.stage == 1, self, "stage", "1: parallelism over this axis is not available yet")
         require_choice(self, "fsdp", ("none", "optimizer", "gradients", "parameters"))
@@ -75,6 +92,9 @@ class PlanConfig:
         expected = f"full or blocked where context is {self.context} and context_attention {self.context_attention}"
         require(whole or self.attention != "cudnn", self, "attention", expected)
         require_choice(self, "ssd", ("recurrence", "chunked", "triton"))
+        require_choice(self, "causal_conv1d", ("taps", "triton"))
+        require_choice(self, "rms_norm", ("plain", "triton"))
+        require_choice(self, "permutation", ("gather", "triton"))
         require_choice(self, "selective_scan", ("reference", "chunked"))
         require_choice(self, "grouped_matmul", ("reference", "blocks", "ragged_dot", "mosaic"))
         require_choice(self, "cross_entropy", ("full", "chunked"))

@@ -1,10 +1,13 @@
 """Normalisation, by name. Letters: b batch, t time, d model, g groups, c channels of a group."""
 
+from functools import partial
+
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
 from orogen.config.model import ModelConfig
+from orogen.kernels.rms_norm import rms_norm
 from orogen.layers.parameter import parameter
 from orogen.parallel.plan import Plan
 
@@ -16,8 +19,14 @@ class RMSNorm(nnx.Module):
         self.weight = parameter(jnp.ones(size), ("norm",))
         self.epsilon = epsilon
 
-    def __call__(self, x_btd: Array) -> Array:
-        return (_unit_rms(x_btd, self.epsilon) * self.weight[...]).astype(x_btd.dtype)
+    def __call__(self, x_btd: Array, plan: Plan) -> Array:
+        return rms_norm(
+            x_btd,
+            self.weight[...],
+            group_size=x_btd.shape[-1],
+            epsilon=self.epsilon,
+            implementation=plan.config.rms_norm,
+        )
 
 
 class RMSNormCastFirst(nnx.Module):
@@ -30,7 +39,7 @@ class RMSNormCastFirst(nnx.Module):
         self.weight = parameter(jnp.ones(size), ("norm",))
         self.epsilon = epsilon
 
-    def __call__(self, x_btd: Array) -> Array:
+    def __call__(self, x_btd: Array, plan: Plan) -> Array:
         return _unit_rms(x_btd, self.epsilon).astype(x_btd.dtype) * self.weight[...].astype(x_btd.dtype)
 
 
@@ -41,7 +50,7 @@ class LayerNorm(nnx.Module):
         self.weight, self.bias = parameter(jnp.ones(size), ("norm",)), parameter(jnp.zeros(size), ("norm",))
         self.epsilon = epsilon
 
-    def __call__(self, x_btd: Array) -> Array:
+    def __call__(self, x_btd: Array, plan: Plan) -> Array:
         return (_standardised(x_btd, self.epsilon) * self.weight[...] + self.bias[...]).astype(x_btd.dtype)
 
 
@@ -52,7 +61,7 @@ class LayerNorm1P(nnx.Module):
         self.weight, self.bias = (parameter(jnp.zeros(size), ("norm",)) for _ in range(2))
         self.epsilon = epsilon
 
-    def __call__(self, x_btd: Array) -> Array:
+    def __call__(self, x_btd: Array, plan: Plan) -> Array:
         return (_standardised(x_btd, self.epsilon) * (1 + self.weight[...]) + self.bias[...]).astype(x_btd.dtype)
 
 
@@ -79,7 +88,7 @@ def _standardised(x_btd: Array, epsilon: float) -> Array:
 
 
 class GroupRMSNorm(nnx.Module):
-    """RMSNorm over each of `n_groups` equal slices of the channels, which are split like Mamba heads.
+    """RMSNorm of x · silu(gate) over each of `n_groups` equal slices of the channels, which are split like Mamba heads.
 
     A group whose channels lie on several ranks (fewer groups than ranks) sums its squares over those ranks.
     """
@@ -88,9 +97,13 @@ class GroupRMSNorm(nnx.Module):
         self.weight = parameter(jnp.ones(size), ("mamba_heads",))
         self.group_size, self.epsilon = size // n_groups, epsilon
 
-    def __call__(self, x_btc: Array, plan: Plan) -> Array:
-        local = min(self.group_size, x_btc.shape[-1])
-        x_btgc = x_btc.astype(jnp.float32).reshape(*x_btc.shape[:-1], -1, local)
-        squares = plan.sum(jnp.sum(x_btgc * x_btgc, -1, keepdims=True), "group_peers")
-        normed = x_btgc * lax.rsqrt(squares / self.group_size + self.epsilon)
-        return (normed.reshape(x_btc.shape) * self.weight[...]).astype(x_btc.dtype)
+    def __call__(self, x_btc: Array, gate_btc: Array | None, plan: Plan) -> Array:
+        return rms_norm(
+            x_btc,
+            self.weight[...],
+            gate_btc,
+            group_size=self.group_size,
+            epsilon=self.epsilon,
+            reduce_sum=partial(plan.sum, axis="group_peers") if plan.size("group_peers") > 1 else None,
+            implementation=plan.config.rms_norm,
+        )

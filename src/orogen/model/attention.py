@@ -50,7 +50,7 @@ class Attention(nnx.Module):
         k_btgk = self._heads(h_btd, self.key, self.key_bias, plan)
         v_btgk = self._heads(h_btd, self.value, self.value_bias, plan)
         if self.query_norm is not None and self.key_norm is not None:
-            q_bthk, k_btgk = self.query_norm(q_bthk), self.key_norm(k_btgk)
+            q_bthk, k_btgk = self.query_norm(q_bthk, plan), self.key_norm(k_btgk, plan)
         if self.rotary is not None:
             q_bthk, k_btgk = (self.rotary(a, docs.positions_bt) for a in (q_bthk, k_btgk))
         y_bthk = attend(
@@ -106,7 +106,7 @@ class LatentAttention(nnx.Module):
         h_btd = plan.gather(x_btd, "sequence")
         q_bthk = self._queries(h_btd, docs, plan)
         latent_btr = add_bias(linear(h_btd, plan.weight(self.latent_down)), self.latent_down_bias)
-        latent_btr = self.latent_norm(latent_btr)
+        latent_btr = self.latent_norm(latent_btr, plan)
         shared_btk = add_bias(linear(h_btd, plan.weight(self.key_rope)), self.key_rope_bias)
         shared_bt1k = self.rotary(shared_btk[:, :, None], docs.positions_bt)
         k_bthk = _split(linear(latent_btr, plan.weight(self.key_up)), self.nope)
@@ -126,7 +126,7 @@ class LatentAttention(nnx.Module):
             q_btf = linear(h_btd, plan.weight(self.query))
         else:
             latent_btr = add_bias(linear(h_btd, plan.weight(self.query_down)), self.query_down_bias)
-            q_btf = linear(self.query_norm(latent_btr), plan.weight(self.query_up))
+            q_btf = linear(self.query_norm(latent_btr, plan), plan.weight(self.query_up))
         q_bthk = _split(q_btf, self.nope + self.rope)
         plain_bthk, turned_bthk = q_bthk[..., : self.nope], q_bthk[..., self.nope :]
         return jnp.concatenate([plain_bthk, self.rotary(turned_bthk, docs.positions_bt)], -1)

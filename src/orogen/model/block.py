@@ -20,13 +20,9 @@ from orogen.model.mamba2 import Mamba2
 from orogen.moe.layer import MoE
 from orogen.parallel.plan import Plan
 
-# Repetitions up to this many are written out, not looped over: as quick to compile, and a tenth faster on CPU, where
-# a loop copies what it keeps for the backward pass into stacks.
-WRITTEN_OUT = 2
-
 # Operations too dear to repeat beside products of two matrices: our own kernels, those of Mosaic GPU within a function
-# that says how to batch them, and what an operation names.
-KEPT = ("name", "pallas_call", "custom_vmap_call")
+# that says how to batch them, what an operation names, and the router's sorting, which gives little to keep.
+KEPT = ("name", "pallas_call", "custom_vmap_call", "sort", "top_k")
 
 
 class Repeat(NamedTuple):
@@ -104,7 +100,7 @@ class Layer(nnx.Module):
 
     def __call__(self, x_btd: Array, docs: Documents, plan: Plan, replay: Any) -> tuple[Array, Any]:
         with jax.named_scope(type(self.mixer).__name__):
-            h_btd, stats = self.norm(x_btd), None
+            h_btd, stats = self.norm(x_btd, plan), None
             if self.letter == "E":
                 y_btd, stats = self.mixer(h_btd, docs.segments_bt, plan, replay)
             elif self.letter == "-":
@@ -186,4 +182,4 @@ def _scan(stack: Stack, x_btd: Array, docs: Documents, plan: Plan, replay: Any) 
         return nnx.merge(graph, state)(x_btd, docs, plan, replay)
 
     count = len(jax.tree.leaves(states)[0])
-    return lax.scan(body, x_btd, (states, replay), unroll=count <= WRITTEN_OUT)
+    return lax.scan(body, x_btd, (states, replay), unroll=count <= plan.config.unroll)

@@ -33,18 +33,23 @@ class CausalConv(nnx.Module):
         self.bias = uniform(rngs, (channels,), (axis,), bound=bound) if config.use_conv_bias else None
 
     def __call__(
-        self, x_btc: Array, segments_bt: Array, halo_bkc: Array | None = None, halo_segments_bk: Array | None = None
+        self,
+        x_btc: Array,
+        segments_bt: Array,
+        plan: Plan,
+        halo_bkc: Array | None = None,
+        halo_segments_bk: Array | None = None,
     ) -> Array:
-        bias_c = None if self.bias is None else self.bias[...].astype(x_btc.dtype)
-        y_btc = causal_conv1d(
+        return causal_conv1d(
             x_btc,
             self.weight[...],
-            bias_c,
+            None if self.bias is None else self.bias[...],
             segments_bt=segments_bt,
             halo_bkc=halo_bkc,
             halo_segments_bk=halo_segments_bk,
+            activation="silu",
+            implementation=plan.config.causal_conv1d,
         )
-        return jax.nn.silu(y_btc)
 
 
 class Mamba2(nnx.Module):
@@ -90,8 +95,7 @@ class Mamba2(nnx.Module):
         with jax.named_scope("ssd"):
             y_bti = self._scan(x_bti, B_btc, C_btc, dt_bth, segments_bt, plan)
         with jax.named_scope("gated_norm"):
-            gated_bti = y_bti.astype(jnp.float32) * jax.nn.silu(z_bti.astype(jnp.float32))
-            y_bti = self.norm(gated_bti, plan).astype(x_btd.dtype)
+            y_bti = self.norm(y_bti, z_bti, plan)
         # The ranks' parts of the product are summed before the bias is added, once.
         return add_bias(plan.scatter(linear(y_bti, plan.weight(self.out)), "sequence"), self.out_bias)
 
@@ -114,11 +118,11 @@ class Mamba2(nnx.Module):
         if by_heads or plan.size("context") == 1:
             implementation = plan.config.ssd
             y_bthp, _ = ssd(
-                *operands, segments_bt=segments_bt, chunk_size=self.chunk_size, implementation=implementation
-            )
+                *operands, segments_bt=segments_bt, skip_h=D_h, chunk_size=self.chunk_size,
+                implementation=implementation,
+            )  # fmt: skip
         else:
-            y_bthp = ssd_over_parts(*operands, segments_bt, plan, chunk_size=self.chunk_size)
-        y_bthp = (y_bthp + D_h[:, None] * x_bthp).astype(x_bti.dtype)  # added in float32, as D is
+            y_bthp = ssd_over_parts(*operands, D_h, segments_bt, plan, chunk_size=self.chunk_size).astype(x_bti.dtype)
         return (to_tokens(y_bthp, plan) if by_heads else y_bthp).reshape(x_bti.shape)
 
 

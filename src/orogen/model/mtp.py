@@ -46,6 +46,6 @@ class MTPBlock(nnx.Module):
 
         docs: from `shifted`, so that tokens without a later token in their document take no part.
         """
-        joined_btd = jnp.concatenate([self.embedding_norm(embedded_btd), self.hidden_norm(h_btd)], axis=-1)
+        joined_btd = jnp.concatenate([self.embedding_norm(embedded_btd, plan), self.hidden_norm(h_btd, plan)], axis=-1)
         x_btd, stats = self.layers(linear(joined_btd, plan.weight(self.project)), docs, plan, replay)
-        return self.final_norm(x_btd), stats
+        return self.final_norm(x_btd, plan), stats

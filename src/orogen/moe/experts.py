@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from orogen.config.model import ModelConfig
 from orogen.kernels.grouped_matmul import grouped_matmul
@@ -46,5 +47,6 @@ class Experts(nnx.Module):
         up_rf = project(rows_rw, self.up, self.up_bias)
         gate_rf = None if self.gate is None else project(rows_rw, self.gate, self.gate_bias)
         hidden_rf = activate(up_rf, gate_rf, name=self.activation, limit=self.limit)
+        hidden_rf = checkpoint_name(hidden_rf, "expert_activation")
         # The ranks that share an expert's hidden units each give a part of the sum, and one of them the bias.
         return project(hidden_rf, self.down, self.down_bias, counts=plan.index("expert_tensor") == 0)

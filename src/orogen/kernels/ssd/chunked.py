@@ -59,6 +59,7 @@ def ssd_chunked(
     c_btgn: Array,
     segments_bt: Array,
     initial_state_bhpn: Array,
+    skip_h: Array,
     *,
     chunk_size: int,
 ) -> tuple[Array, Array]:
@@ -91,6 +92,7 @@ def ssd_chunked(
         )
     )
     y_bthp = jnp.transpose(y_cbgqrp, (1, 0, 3, 2, 4, 5)).reshape(batch, -1, heads, head_size)[:, :time]
+    y_bthp += skip_h[:, None] * x_bthp.astype(jnp.float32)
     return y_bthp.astype(x_bthp.dtype), jnp.moveaxis(final_bgnrp, 2, 4).reshape(initial_state_bhpn.shape)
 
 
