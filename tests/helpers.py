@@ -1,7 +1,11 @@
 """Small models and runs that several tests share."""
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
+
+import jax
+import pytest
 
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
@@ -49,6 +53,13 @@ def run_config(model: ModelConfig | None = None, *, plan: dict | None = None, da
         train=TrainConfig(**settings),
         optimizer=OptimizerConfig(learning_rate=3e-3, schedule="constant"),
     )
+
+
+def implementations(names: Iterable[str]) -> list:
+    """As parameters of a test, where those that need a GPU are skipped without one."""
+    reason = "needs a GPU, and JAX_PLATFORMS=cuda,cpu in front of the command"
+    needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason=reason)
+    return [pytest.param(name, marks=needs_gpu if name == "triton" else ()) for name in sorted(names)]
 
 
 def listing(folder: Path) -> dict[str, str]:

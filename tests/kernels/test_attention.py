@@ -270,9 +270,18 @@ def test_refusals():
     jax.default_backend() != "gpu", reason="needs a GPU, and JAX_PLATFORMS=cuda,cpu in front of the command"
 )
 class TestCudnn:
-    """Against the reference in float32, for rows of one run, of several and of more than the packed form takes."""
+    """Against the reference in float32, for rows of one run, of few, of several and of more than the packed form takes,
+    at each form's most."""
 
-    LENGTHS = (((160,), (160,)), ((3, 100, 57), (160,)), ((1, 128, 31), (64, 64, 32)), ((4,) * 40, (160,)))
+    LENGTHS = (
+        ((160,), (160,)),
+        ((3, 100, 57), (160,)),
+        ((1, 128, 31), (64, 64, 32)),
+        ((20,) * 8, (159, 1)),
+        ((16,) * 8 + (31, 1), (160,)),
+        ((5,) * 32, (160,)),
+        ((4,) * 40, (160,)),
+    )
 
     @staticmethod
     def draw(lengths):

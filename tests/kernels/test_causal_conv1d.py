@@ -12,14 +12,16 @@ import pytest
 from jax import Array
 from jax import numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
+from tests.helpers import implementations
 
-from orogen.kernels.causal_conv1d import causal_conv1d
+from orogen.kernels.causal_conv1d import ACTIVATIONS, IMPLEMENTATIONS, causal_conv1d
 
 FIXTURE = pathlib.Path(__file__).parent.parent / "fixtures" / "selscan" / "causal_conv1d.npz"
-ACTIVATIONS = {"none": lambda x: x, "silu": jax.nn.silu}
 BATCH, TIME, CHANNELS, TAPS = 2, 19, 5, 4
 # Documents longer and shorter than the taps, with padding behind them.
 LENGTHS = (4, 1, 1, 2, 3, 6)
+
+every_implementation = pytest.mark.parametrize("implementation", implementations(IMPLEMENTATIONS))
 
 
 def assert_close(got, want, *, products: int, dtype=jnp.float32) -> None:
@@ -40,19 +42,20 @@ def packed(*rows: tuple[int, ...]) -> Array:
     return jnp.asarray([np.pad(row, (0, TIME - len(row))) for row in ids])
 
 
+@every_implementation
 class TestFixtures:
     """Outputs and gradients of another program."""
 
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     @pytest.mark.parametrize("biased", [0, 1])
     @pytest.mark.parametrize("taps", [2, 3, 4])
-    def test_outputs_and_gradients(self, taps: int, biased: int, activation: str):
+    def test_outputs_and_gradients(self, taps: int, biased: int, activation: str, implementation: str):
         saved = np.load(FIXTURE)
         case = {
             name: jnp.asarray(saved[f"K{taps}_b{biased}_{activation}_{name}"]) for name in ("x", "w", "b", "gy", "y")
         }
         bias_c = case["b"] if biased else None
-        function = lambda x, w, b: ACTIVATIONS[activation](causal_conv1d(x, w, b))  # noqa: E731
+        function = functools.partial(causal_conv1d, activation=activation, implementation=implementation)
         y_btc, pullback = jax.vjp(function, jnp.swapaxes(case["x"], 1, 2), case["w"], bias_c)
         dx_btc, dw_ck, dbias_c = pullback(jnp.swapaxes(case["gy"], 1, 2))
         want = {name: saved[f"K{taps}_b{biased}_{activation}_{name}"] for name in ("gx", "gw", *["gb"] * biased)}
@@ -63,78 +66,109 @@ class TestFixtures:
             assert_close(dbias_c, want["gb"], products=y_btc.shape[0] * y_btc.shape[1])
 
 
+@every_implementation
 class TestSegments:
     """A tap never reaches into another document."""
 
-    def test_worked_by_hand(self):
+    def test_worked_by_hand(self, implementation: str):
         # Weights 1, 10, 100 from the oldest token to the current one; the row is 1 2 | 3 4 5.
         x_btc = jnp.arange(1.0, 6.0).reshape(1, 5, 1)
-        y_btc = causal_conv1d(x_btc, jnp.asarray([[1.0, 10.0, 100.0]]), segments_bt=jnp.asarray([[1, 1, 2, 2, 2]]))
+        w_ck, segments_bt = jnp.asarray([[1.0, 10.0, 100.0]]), jnp.asarray([[1, 1, 2, 2, 2]])
+        y_btc = causal_conv1d(x_btc, w_ck, segments_bt=segments_bt, implementation=implementation)
         assert y_btc.ravel().tolist() == [100, 210, 300, 430, 543]
 
     @pytest.mark.parametrize("taps", [1, 2, TAPS])
-    def test_packed_row_equals_its_documents_apart(self, taps: int):
-        w_ck, bias_c = draw(CHANNELS, taps), draw(CHANNELS, seed=1)
+    def test_packed_row_equals_its_documents_apart(self, taps: int, implementation: str):
+        run = functools.partial(
+            causal_conv1d, w_ck=draw(CHANNELS, taps), bias_c=draw(CHANNELS, seed=1), implementation=implementation
+        )
         borders = [0, *np.cumsum(LENGTHS).tolist(), TIME]
 
         def apart(x_btc: Array) -> Array:
             documents = [x_btc[:, start:stop] for start, stop in zip(borders, borders[1:], strict=False)]
-            return jnp.concatenate([causal_conv1d(d, w_ck, bias_c) for d in documents], axis=1)
+            return jnp.concatenate([run(d) for d in documents], axis=1)
 
         x_btc, dy_btc = draw(1, TIME, CHANNELS), draw(1, TIME, CHANNELS, seed=2)
-        whole = functools.partial(causal_conv1d, w_ck=w_ck, bias_c=bias_c, segments_bt=packed(LENGTHS))
+        whole = functools.partial(run, segments_bt=packed(LENGTHS))
         (got, got_pullback), (want, want_pullback) = jax.vjp(whole, x_btc), jax.vjp(apart, x_btc)
         np.testing.assert_array_equal(got, want)
         assert_close(got_pullback(dy_btc)[0], want_pullback(dy_btc)[0], products=taps)
 
-    def test_an_id_that_comes_back_is_a_new_document(self):
+    def test_an_id_that_comes_back_is_a_new_document(self, implementation: str):
         x_btc, w_ck = draw(1, 5, CHANNELS), draw(CHANNELS, TAPS)
-        again, new = (causal_conv1d(x_btc, w_ck, segments_bt=jnp.asarray([[1, 2, i, i, i]])) for i in (1, 3))
+        again, new = (
+            causal_conv1d(x_btc, w_ck, segments_bt=jnp.asarray([[1, 2, i, i, i]]), implementation=implementation)
+            for i in (1, 3)
+        )
         np.testing.assert_array_equal(again, new)
 
-    def test_a_halo_joins_two_halves(self):
+    def test_a_halo_joins_two_halves(self, implementation: str):
         x_btc, w_ck = draw(BATCH, TIME, CHANNELS), draw(CHANNELS, TAPS)
         # The cut is inside a document of one row, and at a boundary of the other.
         segments_bt, cut = packed((4, 9), (8, 7)), 8
         halo = slice(cut - TAPS + 1, cut)
-        second = causal_conv1d(
+        run = functools.partial(causal_conv1d, w_ck=w_ck, implementation=implementation)
+        second = run(
             x_btc[:, cut:],
-            w_ck,
             segments_bt=segments_bt[:, cut:],
             halo_bkc=x_btc[:, halo],
             halo_segments_bk=segments_bt[:, halo],
         )
-        np.testing.assert_array_equal(second, causal_conv1d(x_btc, w_ck, segments_bt=segments_bt)[:, cut:])
+        np.testing.assert_array_equal(second, run(x_btc, segments_bt=segments_bt)[:, cut:])
 
-    def test_a_halo_without_segments_goes_with_the_first_token(self):
+    def test_a_halo_without_segments_goes_with_the_first_token(self, implementation: str):
         x_btc, w_ck = draw(BATCH, TIME, CHANNELS), draw(CHANNELS, TAPS)
         segments_bt = packed((10, 4), (9, 7))
-        want = causal_conv1d(x_btc, w_ck, segments_bt=segments_bt)[:, 5:]
+        run = functools.partial(causal_conv1d, w_ck=w_ck, implementation=implementation)
+        want = run(x_btc, segments_bt=segments_bt)[:, 5:]
         halo_bkc = x_btc[:, 2:5]
-        got = causal_conv1d(x_btc[:, 5:], w_ck, segments_bt=segments_bt[:, 5:], halo_bkc=halo_bkc)
+        got = run(x_btc[:, 5:], segments_bt=segments_bt[:, 5:], halo_bkc=halo_bkc)
         np.testing.assert_array_equal(got, want)
-        whole = causal_conv1d(x_btc, w_ck)[:, 5:]
-        np.testing.assert_array_equal(causal_conv1d(x_btc[:, 5:], w_ck, halo_bkc=halo_bkc), whole)
+        whole = run(x_btc)[:, 5:]
+        np.testing.assert_array_equal(run(x_btc[:, 5:], halo_bkc=halo_bkc), whole)
 
 
 class TestNumbers:
-    """Types, order of time, and sharded rows."""
+    """Types, order of time, sizes, and sharded rows."""
 
-    def test_no_output_sees_a_later_token(self):
-        w_ck = draw(CHANNELS, TAPS)
-        gradient = jax.grad(lambda x: causal_conv1d(x, w_ck)[:, 7].sum())(draw(1, TIME, CHANNELS))
+    @every_implementation
+    def test_no_output_sees_a_later_token(self, implementation: str):
+        run = functools.partial(causal_conv1d, w_ck=draw(CHANNELS, TAPS), implementation=implementation)
+        gradient = jax.grad(lambda x: run(x)[:, 7].sum())(draw(1, TIME, CHANNELS))
         assert np.flatnonzero(np.abs(gradient[0]).max(1)).tolist() == [4, 5, 6, 7]
 
-    def test_bfloat16_is_summed_in_float32(self):
+    @every_implementation
+    def test_bfloat16_is_rounded_at_the_ends_only(self, implementation: str):
         x_btc, w_ck = (draw(*s).astype(jnp.bfloat16) for s in ((BATCH, TIME, CHANNELS), (CHANNELS, TAPS)))
-        got = causal_conv1d(x_btc, w_ck)
+        run = functools.partial(causal_conv1d, activation="silu", implementation=implementation)
+        got = run(x_btc, w_ck)
         assert got.dtype == jnp.bfloat16
-        want = causal_conv1d(x_btc.astype(jnp.float32), w_ck.astype(jnp.float32))
+        want = run(x_btc.astype(jnp.float32), w_ck.astype(jnp.float32))
         np.testing.assert_array_equal(got, want.astype(jnp.bfloat16))
 
-    def test_gradients_inside_shard_map(self):
+    # Blocks of 64 tokens and 512 channels: less than one, one and a token, two and a half; channels no power of two.
+    @pytest.mark.parametrize("implementation", implementations(set(IMPLEMENTATIONS) - {"taps"}))
+    @pytest.mark.parametrize("time, channels, taps", [(1, 3, 4), (65, 20, 3), (160, 520, 4), (64, 8, 1)])
+    def test_equals_the_plain_one_at_other_sizes(self, time: int, channels: int, taps: int, implementation: str):
+        lengths = np.random.default_rng(4).integers(1, 30, 2 * time)
+        segments_bt = jnp.asarray(np.repeat(np.arange(2 * time), lengths)[: 2 * time].reshape(2, time))
+        dy_btc = draw(2, time, channels, seed=3)
+
+        def both(name: str) -> tuple:
+            run = functools.partial(causal_conv1d, segments_bt=segments_bt, activation="silu", implementation=name)
+            operands = draw(2, time, channels), draw(channels, taps, seed=1), draw(channels, seed=2)
+            y_btc, pullback = jax.vjp(run, *operands)
+            return y_btc, *pullback(dy_btc)
+
+        for got, want in zip(both(implementation), both("taps"), strict=True):
+            assert_close(got, want, products=2 * time)
+
+    # The interpreter of Pallas mixes varying and unvarying arrays, which check_vma refuses.
+    @pytest.mark.parametrize("implementation", implementations(set(IMPLEMENTATIONS) - {"triton_interpreted"}))
+    def test_gradients_inside_shard_map(self, implementation: str):
         def loss(x_btc: Array, w_ck: Array, bias_c: Array, segments_bt: Array, dy_btc: Array) -> Array:
-            return jnp.vdot(causal_conv1d(x_btc, w_ck, bias_c, segments_bt=segments_bt), dy_btc)
+            y_btc = causal_conv1d(x_btc, w_ck, bias_c, segments_bt=segments_bt, implementation=implementation)
+            return jnp.vdot(y_btc, dy_btc)
 
         rows, everywhere = PartitionSpec("data"), PartitionSpec()
         mapped = jax.shard_map(
@@ -162,9 +196,17 @@ class TestRefusals:
             ({"segments_bt": jnp.zeros((2, 18), int)}, r"segments has shape \(2, 18\): expected \(2, 19\)"),
             ({"halo_bkc": jnp.zeros((2, 4, 5))}, r"halo has shape \(2, 4, 5\): expected \(2, 3, 5\)"),
             ({"halo_segments_bk": jnp.zeros((2, 3), int)}, "halo_segments without segments and a halo"),
+            ({"activation": "relu"}, r"activation='relu': expected one of \['none', 'silu'\]"),
+            ({"implementation": "fft"}, r"implementation='fft': expected one of \['taps', 'triton', 'triton_inter"),
         ],
     )
     def test_by_message(self, changes: dict, message: str):
-        arguments = {"x_btc": jnp.zeros((BATCH, TIME, CHANNELS)), "w_ck": jnp.zeros((CHANNELS, TAPS)), **changes}
+        arguments = {"x_btc": jnp.zeros((BATCH, TIME, CHANNELS)), "w_ck": jnp.zeros((CHANNELS, TAPS))}
+        arguments |= {"implementation": "taps", **changes}
         with pytest.raises(ValueError, match=message):
             causal_conv1d(**arguments)
+
+    @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
+    def test_triton_without_a_gpu(self):
+        with pytest.raises(ValueError, match="implementation='triton' needs a GPU and finds 'cpu'"):
+            causal_conv1d(jnp.zeros((1, 2, 3)), jnp.zeros((3, 2)), implementation="triton")

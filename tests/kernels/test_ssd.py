@@ -18,6 +18,7 @@ import pytest
 from jax import Array
 from jax import numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
+from tests.helpers import implementations
 
 from orogen.kernels.ssd import IMPLEMENTATIONS, ssd
 
@@ -33,14 +34,7 @@ LENGTHS = {"around_the_border": (7, 1, 1, 8, 6, 15), "at_the_border": (8, 17, 1,
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
-def parameters(names) -> list:
-    """The implementations, where those that need a GPU are skipped without one."""
-    reason = "needs a GPU, and JAX_PLATFORMS=cuda,cpu in front of the command"
-    needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason=reason)
-    return [pytest.param(name, marks=needs_gpu if name == "triton" else ()) for name in sorted(names)]
-
-
-every_implementation = pytest.mark.parametrize("implementation", parameters(IMPLEMENTATIONS))
+every_implementation = pytest.mark.parametrize("implementation", implementations(IMPLEMENTATIONS))
 
 
 class Operands(NamedTuple):
@@ -201,6 +195,28 @@ class TestEveryImplementation:
         plain = ssd(*ops[:5], chunk_size=CHUNK, implementation=implementation)
         assert_close(plain, run(ops, jnp.full((2, 29), 7), implementation=implementation), 0)
 
+    def test_the_skip_adds_to_each_output_and_to_two_gradients(self, implementation: str):
+        ops, segments_bt = operands(), segments((5, 12), t=29)
+        skip_h, dy_bthp = jnp.asarray(np.random.default_rng(3).normal(size=(2, 6)), jnp.float32)[0], ops.x_bthp + 1
+
+        def skipping(x_bthp: Array, skip_h: Array) -> Array:
+            y_bthp, _ = ssd(
+                x_bthp, *ops[1:5], segments_bt=segments_bt, skip_h=skip_h, chunk_size=CHUNK,
+                implementation=implementation,
+            )  # fmt: skip
+            return y_bthp
+
+        @quick_jit
+        def both(x_bthp: Array, skip_h: Array):
+            y_bthp, pullback = jax.vjp(skipping, x_bthp, skip_h)
+            return y_bthp, *pullback(dy_bthp)
+
+        (y, dx, dskip), (plain, dplain, _) = both(ops.x_bthp, skip_h), both(ops.x_bthp, jnp.zeros(6))
+        limit = tolerance(jnp.float32, products=products(ops))
+        assert_close(y, plain + skip_h[:, None] * ops.x_bthp, limit)
+        assert_close(dx, dplain + skip_h[:, None] * dy_bthp, limit)
+        assert_close(dskip, jnp.einsum("bthp,bthp->h", ops.x_bthp, dy_bthp), limit)
+
     @pytest.mark.parametrize("cut", [1, 8, 21])
     def test_two_halves_chain(self, implementation: str, cut: int):
         def chained(ops: Operands) -> tuple[Array, Array]:
@@ -299,7 +315,7 @@ class TestWhereNotAllCan:
         assert_close((y_bthp, gradient), (want_y, want_gradient), tolerance(jnp.bfloat16, products=1))
 
     # The interpreter of Pallas mixes varying and unvarying arrays, which check_vma refuses.
-    @pytest.mark.parametrize("implementation", parameters(set(IMPLEMENTATIONS) - {"triton_interpreted"}))
+    @pytest.mark.parametrize("implementation", implementations(set(IMPLEMENTATIONS) - {"triton_interpreted"}))
     def test_gradients_inside_shard_map(self, implementation: str):
         def loss(ops: Operands, segments_bt: Array, weights) -> Array:
             results = run(ops, segments_bt, implementation=implementation)
@@ -329,7 +345,7 @@ class TestWhereNotAllCan:
 class TestAgainstTheRecurrence:
     """Fast versions at many sizes, with packed rows, an initial state and a random gradient of both results."""
 
-    @pytest.mark.parametrize("implementation", parameters(set(IMPLEMENTATIONS) - {"recurrence"}))
+    @pytest.mark.parametrize("implementation", implementations(set(IMPLEMENTATIONS) - {"recurrence"}))
     @pytest.mark.parametrize(
         "sizes, chunk_size",
         [
@@ -353,7 +369,7 @@ class TestAgainstTheRecurrence:
         assert_close(got, want, tolerance(jnp.float32, products=products(ops)))
 
 
-@pytest.mark.parametrize("implementation", parameters({"triton", "triton_interpreted"}))
+@pytest.mark.parametrize("implementation", implementations({"triton", "triton_interpreted"}))
 class TestTriton:
     """What only the Triton kernels do."""
 
@@ -399,6 +415,7 @@ class TestRefusals:
             ({"x_bthp": jnp.zeros((2, 0, 6, 3))}, "t >= 1"),
             ({"segments_bt": jnp.zeros((2, 28), int)}, r"segments has shape \(2, 28\): expected \(2, 29\)"),
             ({"initial_state_bhpn": jnp.zeros((2, 6, 5, 3))}, r"initial_state has shape \(2, 6, 5, 3\)"),
+            ({"skip_h": jnp.zeros(5)}, r"skip has shape \(5,\): expected \(6,\)"),
         ],
     )
     def test_by_message(self, changes: dict, message: str):

@@ -22,22 +22,25 @@ def plan_of(groups: int, norm_groups: int | None = None, **sizes: int) -> Plan:
     return make_plan(PlanConfig(**sizes), model)
 
 
+ONE = plan_of(1)
+
+
 def test_rms_norm_by_hand():
     norm = RMSNorm(2, 0.0)
     norm.weight[...] = jnp.array([2.0, 3.0])
     # The mean square of (1, 7) is 25.
-    np.testing.assert_allclose(norm(jnp.array([[[1.0, 7.0]]])), [[[2 / 5, 21 / 5]]], rtol=1e-6)
+    np.testing.assert_allclose(norm(jnp.array([[[1.0, 7.0]]]), ONE), [[[2 / 5, 21 / 5]]], rtol=1e-6)
 
 
 def test_epsilon_is_added_to_the_mean_square():
     np.testing.assert_allclose(
-        RMSNorm(2, 1.5)(jnp.ones((1, 1, 2)) * 0.5), np.full((1, 1, 2), 0.5 / 1.75**0.5), rtol=1e-6
+        RMSNorm(2, 1.5)(jnp.ones((1, 1, 2)) * 0.5, ONE), np.full((1, 1, 2), 0.5 / 1.75**0.5), rtol=1e-6
     )
 
 
 def test_statistics_are_float32_and_the_result_has_the_input_dtype():
     x_btd = jnp.full((1, 1, 4), 300.0, jnp.float16)  # its square overflows float16
-    y_btd = RMSNorm(4, 0.0)(x_btd)
+    y_btd = RMSNorm(4, 0.0)(x_btd, ONE)
     assert y_btd.dtype == jnp.float16
     np.testing.assert_array_equal(y_btd, 1)
 
@@ -48,7 +51,7 @@ def test_weight_multiplies_before_the_result_is_rounded():
     x_btd = jnp.array([[[1.0, 1.0078125]]], jnp.bfloat16)
     x32_btd = np.asarray(x_btd, np.float32)
     exact = x32_btd / np.sqrt(np.mean(x32_btd**2)) * 3
-    np.testing.assert_array_equal(norm(x_btd), jnp.asarray(exact, jnp.bfloat16))
+    np.testing.assert_array_equal(norm(x_btd, ONE), jnp.asarray(exact, jnp.bfloat16))
 
 
 def test_cast_first_rounds_before_the_weight_multiplies():
@@ -57,11 +60,11 @@ def test_cast_first_rounds_before_the_weight_multiplies():
     norm.weight[...] = later.weight[...] = jnp.full(2, 3.01)
     x_btd = jnp.array([[[1.0, 7.0]]], jnp.bfloat16)
     rounded = jnp.array([0.2, 1.4], jnp.bfloat16)
-    y_btd = norm(x_btd)
+    y_btd = norm(x_btd, ONE)
     assert y_btd.dtype == jnp.bfloat16
     np.testing.assert_array_equal(y_btd[0, 0], rounded * jnp.bfloat16(3.01))
-    assert (y_btd != later(x_btd)).any()
-    np.testing.assert_array_equal(norm(x_btd.astype(jnp.float32)), later(x_btd.astype(jnp.float32)))
+    assert (y_btd != later(x_btd, ONE)).any()
+    np.testing.assert_array_equal(norm(x_btd.astype(jnp.float32), ONE), later(x_btd.astype(jnp.float32), ONE))
 
 
 def test_layer_norm_by_hand():
@@ -69,29 +72,29 @@ def test_layer_norm_by_hand():
     norm.weight[...], norm.bias[...] = jnp.array([1.0, 2.0, 3.0]), jnp.array([0.5, 0.0, -1.0])
     # Mean 4, deviations -3, 0, 3, their mean square 6.
     np.testing.assert_allclose(
-        norm(jnp.array([[[1.0, 4.0, 7.0]]])), [[[0.5 - 3 / 6**0.5, 0, 9 / 6**0.5 - 1]]], rtol=1e-6
+        norm(jnp.array([[[1.0, 4.0, 7.0]]]), ONE), [[[0.5 - 3 / 6**0.5, 0, 9 / 6**0.5 - 1]]], rtol=1e-6
     )
 
 
 def test_layer_norm_adds_epsilon_to_the_variance():
-    np.testing.assert_allclose(LayerNorm(2, 3.0)(jnp.array([[[4.0, 6.0]]])), [[[-0.5, 0.5]]], rtol=1e-6)
+    np.testing.assert_allclose(LayerNorm(2, 3.0)(jnp.array([[[4.0, 6.0]]]), ONE), [[[-0.5, 0.5]]], rtol=1e-6)
 
 
 def test_layer_norm_1p_stores_its_weight_less_one():
     norm, plain = LayerNorm1P(3, 1e-5), LayerNorm(3, 1e-5)
     x_btd = jnp.array([[[1.0, -2.0, 5.0]]])
     np.testing.assert_array_equal(norm.weight[...], 0)
-    np.testing.assert_array_equal(norm(x_btd), plain(x_btd))
+    np.testing.assert_array_equal(norm(x_btd, ONE), plain(x_btd, ONE))
     norm.weight[...], plain.weight[...] = jnp.array([0.5, 0.0, -1.0]), jnp.array([1.5, 1.0, 0.0])
     norm.bias[...] = plain.bias[...] = jnp.array([1.0, 2.0, 3.0])
-    np.testing.assert_array_equal(norm(x_btd), plain(x_btd))
+    np.testing.assert_array_equal(norm(x_btd, ONE), plain(x_btd, ONE))
 
 
 @pytest.mark.parametrize("norm", [LayerNorm, LayerNorm1P])
 def test_layer_norms_compute_in_float32(norm):
     # A mean of 2048 leaves bfloat16 steps of 16 and squares that cancel; float32 statistics lose nothing.
     x_btd = jnp.array([[[2048.0, 2064.0, 2032.0, 2048.0]]], jnp.bfloat16)
-    y_btd = norm(4, 0.0)(x_btd)
+    y_btd = norm(4, 0.0)(x_btd, ONE)
     assert y_btd.dtype == jnp.bfloat16
     np.testing.assert_array_equal(y_btd, jnp.array([[[0, 2**0.5, -(2**0.5), 0]]], jnp.bfloat16))
 
@@ -118,7 +121,7 @@ def test_group_norm_by_hand():
     norm = GroupRMSNorm(4, 2, 0.0)
     norm.weight[...] = jnp.array([1.0, 2.0, 3.0, 4.0])
     # Groups (3, 3) and (1, 7): root mean squares 3 and 5. Over all four channels it would be sqrt(17).
-    y_btc = norm(jnp.array([[[3.0, 3.0, 1.0, 7.0]]]), plan_of(2))
+    y_btc = norm(jnp.array([[[3.0, 3.0, 1.0, 7.0]]]), None, plan_of(2))
     np.testing.assert_allclose(y_btc, [[[1, 2, 3 / 5, 28 / 5]]], rtol=1e-6)
 
 
@@ -138,7 +141,7 @@ def test_groups_over_ranks_equal_one_device(mamba_groups, groups):
     def on(plan: Plan):
         def device(state, x_btc, gy_btc):
             def total(state, x_btc):
-                y_btc = nnx.merge(graph, state)(x_btc, plan)
+                y_btc = nnx.merge(graph, state)(x_btc, None, plan)
                 return plan.total(jnp.sum(y_btc * gy_btc)), y_btc
 
             (_, y_btc), grads = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(state, x_btc)

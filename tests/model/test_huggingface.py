@@ -153,7 +153,7 @@ def test_router_weights_equal_transformers(name):
     for index, number in enumerate(numbers):
         found = layer_values(tensors, config, "E", f"backbone.layers.{number}")
         layer = module(lambda: Layer("E", config, nnx.Rngs(0)), found)
-        _, routing = layer.mixer.router(layer.norm(jnp.asarray(stream_lbtd[number])), plan, None)
+        _, routing = layer.mixer.router(layer.norm(jnp.asarray(stream_lbtd[number]), plan), plan, None)
         weights, ids = (arrays[f"router{index}_out{i}"] for i in (1, 2))
         order, reference = np.argsort(routing.experts.reshape(ids.shape)), np.argsort(ids)
         ours = np.take_along_axis(np.asarray(routing.weights).reshape(ids.shape), order, 1)

@@ -91,11 +91,26 @@ def random_stack(items, model):
     return graph, *(randomised(state, np.random.default_rng(seed)) for seed, state in enumerate(states))
 
 
-def test_a_scanned_stack_equals_its_layers_one_after_another():
-    """Nested, with a loop inside what is written out; residual stream, statistics and all gradients."""
+@pytest.mark.parametrize(("unroll", "loops"), [(2, True), (3, False)])
+def test_repetitions_up_to_unroll_are_written_out(unroll, loops):
+    model = config()
+    graph, params, buffers = random_stack((Repeat(("-",), 3),), model)
+
+    def call(params, x_btd):
+        return nnx.merge(graph, params, buffers)(
+            x_btd, documents(jnp.ones((2, 5), int)), one_device(model, unroll=unroll)
+        )
+
+    program = jax.jit(call).lower(params, jnp.zeros((2, 5, 12))).as_text()
+    assert ("stablehlo.while" in program) == loops
+
+
+@pytest.mark.parametrize("unroll", [2, 3])
+def test_a_scanned_stack_equals_its_layers_one_after_another(unroll):
+    """Nested, with a loop inside what is written out, or none; residual stream, statistics and all gradients."""
     items = (Repeat((Repeat(("-",), 3), "E"), 2), "*")
     model = config()
-    plan = one_device(model)
+    plan = one_device(model, unroll=unroll)
     graph, params, buffers = random_stack(items, model)
     x_btd, gy_btd = (jax.random.normal(jax.random.key(i), (2, 7, 12)) for i in range(2))
     segments_bt = jnp.array([[1, 1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 1, 2, 2]])

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from tests.helpers import hybrid
 
 from orogen.config.checks import ConfigError
-from orogen.config.plan import PlanConfig
+from orogen.config.plan import FOR_GPU, PlanConfig
 from orogen.parallel.plan import Plan, make_plan, single_device_plan
 
 # Eight devices, data 2 x tensor 4, all of them experts; two key heads and two groups cut tensor in two.
@@ -159,7 +159,7 @@ def test_too_many_devices_are_refused_with_the_way_to_simulate_them():
     )
 
 
-@pytest.mark.parametrize(("field", "kernel"), [("attention", "cudnn"), ("ssd", "triton"), ("grouped_matmul", "mosaic")])
+@pytest.mark.parametrize(("field", "kernel"), FOR_GPU.items())
 def test_kernels_for_a_gpu_are_refused_without_one(field, kernel, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     plan_of({field: kernel}, abstract=True)
@@ -167,6 +167,14 @@ def test_kernels_for_a_gpu_are_refused_without_one(field, kernel, monkeypatch):
         plan_of({field: kernel}, abstract=False)
     expected = f"another on cpu: {kernel} needs an NVIDIA GPU"
     assert str(caught.value) == f"PlanConfig.{field} is {kernel!r}; expected {expected}"
+
+
+def test_a_norm_of_whole_groups_is_refused_where_ranks_share_one():
+    plan_of({"tensor": 2}, rms_norm="triton")
+    with pytest.raises(ConfigError) as caught:
+        plan_of({"tensor": 4}, rms_norm="triton")
+    expected = "plain where ranks of tensor share a group of Mamba's norm"
+    assert str(caught.value) == f"PlanConfig.rms_norm is 'triton'; expected {expected}"
 
 
 def test_sizes_that_no_layer_reads_are_not_cut():

@@ -14,7 +14,6 @@ from orogen.parallel.plan import make_plan
 from orogen.simulate.aot import compiled, step_collectives, table_of, traced, unit_of
 from orogen.simulate.communication import (
     ENDS,
-    LOGIT_ROWS,
     PIPELINE,
     Collective,
     Workload,
@@ -25,7 +24,6 @@ from orogen.simulate.communication import (
 )
 from orogen.simulate.communication import step_collectives as by_paper
 from orogen.simulate.hlo import hlo_collectives
-from orogen.train.loss import LOGIT_ROWS as ROWS_OF_THE_LOSS
 
 WORK = Workload(rows=2, tokens=20)
 # Every letter; and the same letters with all that adds parameters or communicates otherwise.
@@ -261,10 +259,6 @@ def test_a_collective_that_the_table_lacks_is_found(monkeypatch):
 )
 def test_bytes_sent_of_an_operand_of_a_hundred_over_four_ranks(operation, sent):
     assert sent_bytes(operation, 100, 4) == sent
-
-
-def test_rows_of_logits_are_those_of_the_loss():
-    assert LOGIT_ROWS == ROWS_OF_THE_LOSS
 
 
 def test_one_device_sends_nothing():

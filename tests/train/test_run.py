@@ -16,6 +16,7 @@ import pytest
 
 from orogen.config.checks import ConfigError
 from orogen.config.load import load
+from orogen.config.plan import FOR_GPU
 from orogen.infer.generate import generate, load_checkpoint
 from orogen.train.loop import NonFiniteError, train
 from orogen.train.metrics import read_metrics
@@ -219,7 +220,7 @@ def test_inference_leaves_the_kernels_and_buffers_of_training(whole, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
     changes = {
-        "PlanConfig.attention": "cudnn", "PlanConfig.ssd": "triton", "PlanConfig.grouped_matmul": "mosaic",
+        **{f"PlanConfig.{field}": kernel for field, kernel in FOR_GPU.items()},
         "PlanConfig.dispatch": "ragged", "PlanConfig.buffer_factor": 0.5, "PlanConfig.capacity_factor": 0.5,
         "TrainConfig.compute_dtype": "bfloat16",
     }  # fmt: skip

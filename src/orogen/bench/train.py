@@ -36,6 +36,8 @@ WARM_UP = 2
 # What the benchmark binds where the command does not.
 PASS = {
     "PlanConfig.attention": "'cudnn'", "PlanConfig.ssd": "'triton'", "PlanConfig.grouped_matmul": "'mosaic'",
+    "PlanConfig.causal_conv1d": "'triton'", "PlanConfig.rms_norm": "'triton'", "PlanConfig.permutation": "'triton'",
+    "PlanConfig.unroll": "3", "PlanConfig.logit_rows": "4096",
     "PlanConfig.remat": "'elementwise'", "TrainConfig.compute_dtype": "'bfloat16'",
 }  # fmt: skip
 STEP = {

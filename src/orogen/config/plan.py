@@ -7,7 +7,14 @@ from orogen.config.checks import check_types, require, require_choice, require_p
 from orogen.config.remat import Remat, check_remat, layer_remat
 
 # Of each operation the implementation that needs an NVIDIA GPU; and the operations of which it takes no float32.
-FOR_GPU = {"attention": "cudnn", "ssd": "triton", "grouped_matmul": "mosaic"}
+FOR_GPU = {
+    "attention": "cudnn",
+    "ssd": "triton",
+    "causal_conv1d": "triton",
+    "rms_norm": "triton",
+    "grouped_matmul": "mosaic",
+    "permutation": "triton",
+}
 IN_HALF_PRECISION = ("attention", "grouped_matmul")
 
 
@@ -40,6 +47,10 @@ class PlanConfig:
     linear: dense layers' products in the dtype of computation (plain), or of operands rounded to 8 bits (fp8; not in
     the model's first and last layer, nor where the result is too narrow to gain). It alone changes results by more than
     rounding in the dtype of computation.
+    unroll: repetitions of layers up to this many are written out, not looped over, which takes longer to compile and
+    runs faster: a loop copies what it keeps for the backward pass, and gradients, into stacks. Two are a tenth faster
+    on CPU and as quick to compile. logit_rows: how many tokens' logits the chunked loss makes at once on one device;
+    each time it adds to the head's whole gradient.
     """
 
     data: int = 1
@@ -60,17 +71,23 @@ class PlanConfig:
     schedule: str = "1f1b"
     virtual: int | None = None
     microbatches: int = 1
+    unroll: int = 2
+    logit_rows: int = 1024
     remat: str | tuple[str, ...] = "none"
     linear: str = "plain"
     attention: str = "full"
     ssd: str = "chunked"
     selective_scan: str = "chunked"
+    causal_conv1d: str = "taps"
+    rms_norm: str = "plain"
     grouped_matmul: str = "blocks"
+    permutation: str = "gather"
     cross_entropy: str = "chunked"
 
     def __post_init__(self) -> None:
         check_types(self)
         require_positive(self, "data", "context", "tensor", "stage", "expert", "expert_tensor", "microbatches")
+        require_positive(self, "unroll", "logit_rows")
         require_positive(self, "fsdp_size", "capacity_factor", "buffer_factor")
         require_choice(self, "schedule", ("gpipe", "1f1b", "interleaved"))
         require_positive(self, "virtual")
@@ -92,6 +109,9 @@ class PlanConfig:
         expected = f"full or blocked where context is {self.context} and context_attention {self.context_attention}"
         require(whole or self.attention != "cudnn", self, "attention", expected)
         require_choice(self, "ssd", ("recurrence", "chunked", "triton"))
+        require_choice(self, "causal_conv1d", ("taps", "triton"))
+        require_choice(self, "rms_norm", ("plain", "triton"))
+        require_choice(self, "permutation", ("gather", "triton"))
         require_choice(self, "selective_scan", ("reference", "chunked"))
         require_choice(self, "grouped_matmul", ("reference", "blocks", "ragged_dot", "mosaic"))
         require_choice(self, "cross_entropy", ("full", "chunked"))

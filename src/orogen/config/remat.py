@@ -32,7 +32,7 @@ NAMES = {
     "core": Intermediate(ATTENTION, "softmax's output in the compute dtype, by the implementation `full`"),
     "attention": Intermediate(ATTENTION, "the attention core's output, and log-sum-exps of a fused or ring core"),
     "in_proj": Intermediate("Mm", "the projections of the input: gate, x, and of Mamba-2 B, C and dt"),
-    "conv": Intermediate("Mm", "the convolutions' outputs, before the activation"),
+    "conv": Intermediate("Mm", "the convolutions' outputs, activated"),
     "ssd": Intermediate("M", "what the SSD's other tokens add to each output, or all of it by `triton`"),
     "ssd_states": Intermediate("M", "the states that enter the chunks"),
     "gated_norm": Intermediate("M", "the gated norm's output"),
@@ -57,6 +57,8 @@ NAMES = {
 # Choices for a whole layer, and what `selective` makes again: large and cheap. For attention that is section 5 of
 # arXiv:2205.05198.
 WHOLE = ("none", "full", "elementwise")
+# What `elementwise` keeps by name: fused kernels' outputs, and the largest array that a kernel reads again.
+FUSED = ("attention", "expert_activation")
 BY_NAME = ("selective", "paper")
 SELECTIVE = {
     **dict.fromkeys(ATTENTION, {"core"}),
@@ -89,7 +91,7 @@ class Remat(NamedTuple):
         """Whether the backward pass finds the intermediate, rather than make it again."""
         if self.kind == "names":
             return name not in self.again and name != "input"  # which is an argument, and so kept anyway
-        return self.kind == "none" or (self.kind == "elementwise" and name == "attention")
+        return self.kind == "none" or (self.kind == "elementwise" and name in FUSED)
 
 
 @dataclasses.dataclass(frozen=True)

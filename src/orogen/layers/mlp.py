@@ -9,9 +9,9 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from orogen.config.model import ModelConfig
+from orogen.kernels.remade import from_inputs
 from orogen.layers.linear import add_bias, linear
 from orogen.layers.parameter import normal, parameter
-from orogen.layers.remade import from_inputs
 from orogen.parallel.plan import Plan
 
 # The slope of the sigmoid in gpt-oss's clamped SwiGLU.

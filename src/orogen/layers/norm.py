@@ -1,13 +1,15 @@
 """Normalisation, by name. Letters: b batch, t time, d model, g groups, c channels of a group."""
 
-import jax
+from functools import partial
+
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
 from orogen.config.model import ModelConfig
+from orogen.kernels.remade import from_inputs
+from orogen.kernels.rms_norm import rms_norm
 from orogen.layers.parameter import parameter
-from orogen.layers.remade import from_inputs
 from orogen.parallel.plan import Plan
 
 
@@ -18,9 +20,14 @@ class RMSNorm(nnx.Module):
         self.weight = parameter(jnp.ones(size), ("norm",))
         self.epsilon = epsilon
 
-    def __call__(self, x_btd: Array) -> Array:
-        scaled = lambda x_btd, weight: (_unit_rms(x_btd, self.epsilon) * weight).astype(x_btd.dtype)  # noqa: E731
-        return from_inputs(scaled)(x_btd, self.weight[...])
+    def __call__(self, x_btd: Array, plan: Plan) -> Array:
+        return rms_norm(
+            x_btd,
+            self.weight[...],
+            group_size=x_btd.shape[-1],
+            epsilon=self.epsilon,
+            implementation=plan.config.rms_norm,
+        )
 
 
 class RMSNormCastFirst(nnx.Module):
@@ -33,7 +40,7 @@ class RMSNormCastFirst(nnx.Module):
         self.weight = parameter(jnp.ones(size), ("norm",))
         self.epsilon = epsilon
 
-    def __call__(self, x_btd: Array) -> Array:
+    def __call__(self, x_btd: Array, plan: Plan) -> Array:
         unit = lambda x_btd: _unit_rms(x_btd, self.epsilon).astype(x_btd.dtype)  # noqa: E731
         return from_inputs(lambda x_btd, weight: unit(x_btd) * weight.astype(x_btd.dtype))(x_btd, self.weight[...])
 
@@ -45,7 +52,7 @@ class LayerNorm(nnx.Module):
         self.weight, self.bias = parameter(jnp.ones(size), ("norm",)), parameter(jnp.zeros(size), ("norm",))
         self.epsilon = epsilon
 
-    def __call__(self, x_btd: Array) -> Array:
+    def __call__(self, x_btd: Array, plan: Plan) -> Array:
         return _layer_norm(x_btd, self.weight[...], self.bias[...], self.epsilon)
 
 
@@ -56,7 +63,7 @@ class LayerNorm1P(nnx.Module):
         self.weight, self.bias = (parameter(jnp.zeros(size), ("norm",)) for _ in range(2))
         self.epsilon = epsilon
 
-    def __call__(self, x_btd: Array) -> Array:
+    def __call__(self, x_btd: Array, plan: Plan) -> Array:
         return _layer_norm(x_btd, 1 + self.weight[...], self.bias[...], self.epsilon)
 
 
@@ -88,7 +95,7 @@ def _standardised(x_btd: Array, epsilon: float) -> Array:
 
 
 class GroupRMSNorm(nnx.Module):
-    """RMSNorm of x, or of x · silu(gate), over each of `n_groups` equal slices of the channels, split like Mamba heads.
+    """RMSNorm of x · silu(gate) over each of `n_groups` equal slices of the channels, which are split like Mamba heads.
 
     A group whose channels lie on several ranks (fewer groups than ranks) sums its squares over those ranks.
     """
@@ -97,21 +104,13 @@ class GroupRMSNorm(nnx.Module):
         self.weight = parameter(jnp.ones(size), ("mamba_heads",))
         self.group_size, self.epsilon = size // n_groups, epsilon
 
-    def __call__(self, x_btc: Array, plan: Plan, *, gate_btc: Array | None = None) -> Array:
-        local = min(self.group_size, x_btc.shape[-1])
-
-        def gated(x_btc: Array, gate_btc: Array | None) -> Array:
-            x_btc = x_btc.astype(jnp.float32)
-            if gate_btc is not None:
-                x_btc *= jax.nn.silu(gate_btc.astype(jnp.float32))
-            return x_btc.reshape(*x_btc.shape[:-1], -1, local)
-
-        def squares(x_btc: Array, gate_btc: Array | None) -> Array:
-            return jnp.sum(jnp.square(gated(x_btc, gate_btc)), -1, keepdims=True)
-
-        def normed(x_btc: Array, gate_btc: Array | None, squares_btg1: Array, weight_c: Array) -> Array:
-            scale_btg1 = lax.rsqrt(squares_btg1 / self.group_size + self.epsilon)
-            return ((gated(x_btc, gate_btc) * scale_btg1).reshape(x_btc.shape) * weight_c).astype(x_btc.dtype)
-
-        squares_btg1 = plan.sum(from_inputs(squares)(x_btc, gate_btc), "group_peers")
-        return from_inputs(normed)(x_btc, gate_btc, squares_btg1, self.weight[...])
+    def __call__(self, x_btc: Array, gate_btc: Array | None, plan: Plan) -> Array:
+        return rms_norm(
+            x_btc,
+            self.weight[...],
+            gate_btc,
+            group_size=self.group_size,
+            epsilon=self.epsilon,
+            reduce_sum=partial(plan.sum, axis="group_peers") if plan.size("group_peers") > 1 else None,
+            implementation=plan.config.rms_norm,
+        )

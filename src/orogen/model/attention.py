@@ -51,7 +51,7 @@ class Attention(nnx.Module):
         k_btgk = self._heads("key", h_btd, self.key, self.key_bias, plan)
         v_btgk = self._heads("value", h_btd, self.value, self.value_bias, plan)
         if self.query_norm is not None and self.key_norm is not None:
-            q_bthk, k_btgk = self.query_norm(q_bthk), self.key_norm(k_btgk)
+            q_bthk, k_btgk = self.query_norm(q_bthk, plan), self.key_norm(k_btgk, plan)
         if self.rotary is not None:
             q_bthk, k_btgk = (self.rotary(a, docs.positions_bt) for a in (q_bthk, k_btgk))
         y_bthk = attend(
@@ -108,7 +108,7 @@ class LatentAttention(nnx.Module):
         h_btd = plan.gather(x_btd, "sequence")
         q_bthk = self._queries(h_btd, docs, plan)
         latent_btr = add_bias(linear(h_btd, self.latent_down, plan), self.latent_down_bias)
-        latent_btr = self.latent_norm(checkpoint_name(latent_btr, "latent"))
+        latent_btr = self.latent_norm(checkpoint_name(latent_btr, "latent"), plan)
         shared_btk = add_bias(linear(h_btd, self.key_rope, plan), self.key_rope_bias)
         shared_btk = checkpoint_name(shared_btk, "latent")
         shared_bt1k = self.rotary(shared_btk[:, :, None], docs.positions_bt)
@@ -131,7 +131,7 @@ class LatentAttention(nnx.Module):
             q_btf = linear(h_btd, self.query, plan)
         else:
             latent_btr = add_bias(linear(h_btd, self.query_down, plan), self.query_down_bias)
-            latent_btr = self.query_norm(checkpoint_name(latent_btr, "latent"))
+            latent_btr = self.query_norm(checkpoint_name(latent_btr, "latent"), plan)
             q_btf = linear(latent_btr, self.query_up, plan)
         q_bthk = _split(checkpoint_name(q_btf, "query"), self.nope + self.rope)
         plain_bthk, turned_bthk = q_bthk[..., : self.nope], q_bthk[..., self.nope :]

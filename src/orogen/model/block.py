@@ -23,11 +23,6 @@ from orogen.model.remat import checkpointed
 from orogen.moe.layer import MoE
 from orogen.parallel.plan import Plan
 
-# Repetitions up to this many are written out, not looped over: as quick to compile, and a tenth faster on CPU, where
-# a loop copies what it keeps for the backward pass into stacks.
-WRITTEN_OUT = 2
-
-
 Ends = tuple[bool, bool]
 
 
@@ -106,7 +101,7 @@ class Layer(nnx.Module):
 
     def __call__(self, x_btd: Array, docs: Documents, plan: Plan, replay: Any) -> tuple[Array, Any]:
         with jax.named_scope(type(self.mixer).__name__):
-            h_btd, stats = checkpoint_name(self.norm(checkpoint_name(x_btd, "input")), "norm"), None
+            h_btd, stats = checkpoint_name(self.norm(checkpoint_name(x_btd, "input"), plan), "norm"), None
             if self.letter == "E":
                 y_btd, stats = self.mixer(h_btd, docs.segments_bt, plan, replay)
             elif self.letter == "-":
@@ -193,4 +188,4 @@ def _scan(stack: Stack, x_btd: Array, docs: Documents, plan: Plan, replay: Any, 
             x_btd, turn_stats = body(x_btd, inputs, outer)
             stats.append(turn_stats)
         return x_btd, jax.tree.map(lambda *parts: jnp.stack(parts), *stats)
-    return lax.scan(body, x_btd, (states, replay), unroll=count <= WRITTEN_OUT)
+    return lax.scan(body, x_btd, (states, replay), unroll=count <= plan.config.unroll)

@@ -26,25 +26,30 @@ class Convolution(Protocol):
     taps: int
 
     def __call__(
-        self, x_btc: Array, segments_bt: Array, halo_bkc: Array | None = None, halo_segments_bk: Array | None = None
+        self,
+        x_btc: Array,
+        segments_bt: Array,
+        plan: Plan,
+        halo_bkc: Array | None = None,
+        halo_segments_bk: Array | None = None,
     ) -> Array: ...
 
 
 def convolve(convs: Sequence[Convolution], arrays: Sequence[Array], segments_bt: Array, plan: Plan) -> list[Array]:
-    """Each array (b, t, c) through its causal convolution, called with the array, segments, a halo and its segments.
+    """Each array (b, t, c) through its causal convolution, called with array, segments, plan, halo and its segments.
 
     One exchange for all arrays, of the last tokens before each part.
     """
     before = convs[0].taps - 1
     if plan.size("context") == 1 or not before:
-        return [conv(x_btc, segments_bt) for conv, x_btc in zip(convs, arrays, strict=True)]
+        return [conv(x_btc, segments_bt, plan) for conv, x_btc in zip(convs, arrays, strict=True)]
     # Only the parts' last tokens are brought together and sent.
     tails = [joined(parts(x_btc, plan)[:, -before:], plan) for x_btc in arrays]
     halo_bkc = earlier(jnp.concatenate(tails, -1), before, plan)
     halos = jnp.split(halo_bkc, np.cumsum([x_btc.shape[-1] for x_btc in arrays])[:-1], -1)
     behind_bk, rows_bt = earlier(segments_bt, before, plan), parts(segments_bt, plan)
     return [
-        joined(conv(parts(x_btc, plan), rows_bt, halo, behind_bk), plan)
+        joined(conv(parts(x_btc, plan), rows_bt, plan, halo, behind_bk), plan)
         for conv, x_btc, halo in zip(convs, arrays, halos, strict=True)
     ]
 
@@ -55,6 +60,7 @@ def ssd_over_parts(
     a_h: Array,
     b_btgn: Array,
     c_btgn: Array,
+    skip_h: Array,
     segments_bt: Array,
     plan: Plan,
     *,
@@ -67,7 +73,7 @@ def ssd_over_parts(
         parts(a, plan) for a in (x_bthp, dt_bth, b_btgn, c_btgn, segments_bt)
     )
     y_bthp, final_bhpn = ssd(
-        x_bthp, dt_bth, a_h, b_btgn, c_btgn, segments_bt=segments_bt, chunk_size=chunk_size,
+        x_bthp, dt_bth, a_h, b_btgn, c_btgn, segments_bt=segments_bt, skip_h=skip_h, chunk_size=chunk_size,
         implementation=plan.config.ssd,
     )  # fmt: skip
     passed_bth = passed_on(dt_bth, a_h, segments_bt) * continues_b[:, None, None]

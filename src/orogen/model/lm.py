@@ -35,7 +35,7 @@ class LanguageModel(nnx.Module):
         """The final-normed hidden state (b, t of this rank's sequence piece, d) and the layers' statistics."""
         x_btd = self.embedding(tokens_bt, docs, plan)
         x_btd, stats = self.backbone(x_btd, docs, plan, replay, ends=(True, True))
-        return self.norm(x_btd), stats
+        return self.norm(x_btd, plan), stats
 
     def deeper(
         self, h_btd: Array, tokens_bt: Array, docs: Documents, plan: Plan, replay: Any = None

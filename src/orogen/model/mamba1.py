@@ -10,10 +10,10 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from orogen.config.model import ModelConfig
+from orogen.kernels.remade import from_inputs
 from orogen.kernels.selective_scan import selective_scan
 from orogen.layers.linear import add_bias, linear, multiply
 from orogen.layers.parameter import normal, parameter, uniform
-from orogen.layers.remade import from_inputs
 from orogen.model.context_ssm import convolve, scan_over_parts
 from orogen.model.mamba2 import CausalConv, initial_dt_bias, projection_bias
 from orogen.parallel.context import to_heads, to_tokens, whole

@@ -12,11 +12,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from orogen.config.model import ModelConfig
 from orogen.kernels.causal_conv1d import causal_conv1d
+from orogen.kernels.remade import from_inputs
 from orogen.kernels.ssd import ssd
 from orogen.layers.linear import add_bias, linear
 from orogen.layers.norm import GroupRMSNorm
 from orogen.layers.parameter import normal, parameter, uniform
-from orogen.layers.remade import from_inputs
 from orogen.model.context_ssm import convolve, heads_for_sequence, ssd_over_parts
 from orogen.parallel.context import to_tokens, whole
 from orogen.parallel.plan import Plan
@@ -35,16 +35,24 @@ class CausalConv(nnx.Module):
         self.bias = uniform(rngs, (channels,), (axis,), bound=bound) if config.use_conv_bias else None
 
     def __call__(
-        self, x_btc: Array, segments_bt: Array, halo_bkc: Array | None = None, halo_segments_bk: Array | None = None
+        self,
+        x_btc: Array,
+        segments_bt: Array,
+        plan: Plan,
+        halo_bkc: Array | None = None,
+        halo_segments_bk: Array | None = None,
     ) -> Array:
-        bias_c = None if self.bias is None else self.bias[...].astype(x_btc.dtype)
-        inputs = {"segments_bt": segments_bt, "halo_bkc": halo_bkc, "halo_segments_bk": halo_segments_bk}
-
-        @from_inputs
-        def convolved(x_btc: Array, weight_ck: Array, bias_c: Array | None, inputs: dict) -> Array:
-            return jax.nn.silu(checkpoint_name(causal_conv1d(x_btc, weight_ck, bias_c, **inputs), "conv"))
-
-        return convolved(x_btc, self.weight[...], bias_c, inputs)
+        y_btc = causal_conv1d(
+            x_btc,
+            self.weight[...],
+            None if self.bias is None else self.bias[...],
+            segments_bt=segments_bt,
+            halo_bkc=halo_bkc,
+            halo_segments_bk=halo_segments_bk,
+            activation="silu",
+            implementation=plan.config.causal_conv1d,
+        )
+        return checkpoint_name(y_btc, "conv")
 
 
 class Mamba2(nnx.Module):
@@ -93,7 +101,7 @@ class Mamba2(nnx.Module):
         with jax.named_scope("ssd"):
             y_bti = self._scan(x_bti, B_btc, C_btc, dt_bth, segments_bt, plan)
         with jax.named_scope("gated_norm"):
-            y_bti = checkpoint_name(self.norm(y_bti, plan, gate_btc=z_bti), "gated_norm")
+            y_bti = checkpoint_name(self.norm(y_bti, z_bti, plan), "gated_norm")
         # The ranks' parts of the product are summed before the bias is added, once.
         return add_bias(plan.scatter(linear(y_bti, self.out, plan), "sequence"), self.out_bias)
 
@@ -117,12 +125,11 @@ class Mamba2(nnx.Module):
         if by_heads or plan.size("context") == 1:
             implementation = plan.config.ssd
             y_bthp, _ = ssd(
-                *operands, segments_bt=segments_bt, chunk_size=self.chunk_size, implementation=implementation
-            )
+                *operands, segments_bt=segments_bt, skip_h=D_h, chunk_size=self.chunk_size,
+                implementation=implementation,
+            )  # fmt: skip
         else:
-            y_bthp = ssd_over_parts(*operands, segments_bt, plan, chunk_size=self.chunk_size)
-        skip = lambda y, x, D_h: (y + D_h[:, None] * x).astype(x.dtype)  # noqa: E731 - added in float32, as D is
-        y_bthp = from_inputs(skip)(y_bthp, x_bthp, D_h)
+            y_bthp = ssd_over_parts(*operands, D_h, segments_bt, plan, chunk_size=self.chunk_size).astype(x_bti.dtype)
         return (to_tokens(y_bthp, plan) if by_heads else y_bthp).reshape(x_bti.shape)
 
 

@@ -46,8 +46,8 @@ class MTPBlock(nnx.Module):
 
         docs: from `shifted`, so that tokens without a later token in their document take no part.
         """
-        joined_btd = jnp.concatenate([self.embedding_norm(embedded_btd), self.hidden_norm(h_btd)], axis=-1)
+        joined_btd = jnp.concatenate([self.embedding_norm(embedded_btd, plan), self.hidden_norm(h_btd, plan)], axis=-1)
         # As the model's last layer it computes nothing in FP8.
         plan = plan.without_fp8()
         x_btd, stats = self.layers(linear(joined_btd, self.project, plan), docs, plan, replay)
-        return self.final_norm(x_btd), stats
+        return self.final_norm(x_btd, plan), stats

@@ -8,9 +8,9 @@ import jax
 
 from orogen.config.remat import Remat
 
-# Operations too dear to repeat beside products of two matrices: our own kernels, and those of Mosaic GPU within a
-# function that says how to batch them.
-FUSED = ("pallas_call", "custom_vmap_call")
+# Operations too dear to repeat beside products of two matrices: our own kernels, those of Mosaic GPU within a function
+# that says how to batch them, and the router's sorting, which gives little to keep.
+FUSED = ("pallas_call", "custom_vmap_call", "sort", "top_k")
 
 
 def checkpointed(call: Callable[..., Any], remat: Remat) -> Callable[..., Any]:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
+from orogen.kernels.permutation import sum_rows, take_rows
 from orogen.parallel.plan import Plan
 from orogen.parallel.ragged import Runs
 from orogen.parallel.varying import vary_like
@@ -76,49 +77,12 @@ def _rank_in_expert(idx_nk: Array, kept_nk: Array, n_experts: int, first_nk: Arr
     return jnp.where(flat < n_experts, ranks, flat.size).reshape(idx_nk.shape)
 
 
-# The permutation, forward and backward, without a scatter-add: a token's gradient is gathered from its k rows.
+def _take(x_nd: Array, slots_nk: Array, source_r: Array, plan: Plan) -> Array:
+    return take_rows(x_nd, slots_nk, source_r, implementation=plan.config.permutation)
 
 
-@jax.custom_vjp
-def _take_rows(x_nd: Array, slots_nk: Array, source_r: Array) -> Array:
-    k = slots_nk.shape[1]
-    return jnp.take(x_nd, source_r // k, axis=0, mode="fill", fill_value=0)
-
-
-def _take_rows_forward(x_nd, slots_nk, source_r):
-    return _take_rows(x_nd, slots_nk, source_r), slots_nk
-
-
-def _take_rows_backward(slots_nk, g_rd):
-    g_nkd = jnp.take(g_rd, slots_nk, axis=0, mode="fill", fill_value=0)
-    return g_nkd.sum(1), None, None
-
-
-_take_rows.defvjp(_take_rows_forward, _take_rows_backward)
-
-
-@jax.custom_vjp
-def _sum_rows(rows_rd: Array, w_nk: Array, slots_nk: Array, source_r: Array) -> Array:
-    y_nkd = jnp.take(rows_rd, slots_nk, axis=0, mode="fill", fill_value=0)
-    return jnp.einsum("nkd,nk->nd", y_nkd, w_nk, preferred_element_type=jnp.float32).astype(rows_rd.dtype)
-
-
-def _sum_rows_forward(rows_rd, w_nk, slots_nk, source_r):
-    kept = checkpoint_name(rows_rd, "expert_out"), w_nk, slots_nk, source_r
-    return _sum_rows(rows_rd, w_nk, slots_nk, source_r), kept
-
-
-def _sum_rows_backward(residuals, g_nd):
-    rows_rd, w_nk, slots_nk, source_r = residuals
-    k = slots_nk.shape[1]
-    w_r = jnp.take(w_nk.reshape(-1), source_r, mode="fill", fill_value=0).astype(g_nd.dtype)
-    g_rd = jnp.take(g_nd, source_r // k, axis=0, mode="fill", fill_value=0) * w_r[:, None]
-    y_nkd = jnp.take(rows_rd, slots_nk, axis=0, mode="fill", fill_value=0)
-    g_nk = jnp.einsum("nkd,nd->nk", y_nkd, g_nd, preferred_element_type=jnp.float32).astype(w_nk.dtype)
-    return g_rd.astype(rows_rd.dtype), g_nk, None, None
-
-
-_sum_rows.defvjp(_sum_rows_forward, _sum_rows_backward)
+def _sum(rows_rd: Array, w_nk: Array, ticket: Ticket, plan: Plan) -> Array:
+    return sum_rows(rows_rd, w_nk, ticket.slots_nk, ticket.source_r, implementation=plan.config.permutation)
 
 
 def _with_inverse(slots_nk: Array, n_rows: int) -> tuple[Array, Array]:
@@ -152,13 +116,13 @@ class AllGather:
         slots_mk = jnp.where(here_mk, places.reshape(here_mk.shape), n_rows)
         group_sizes = jnp.sum(flat[:, None] == jnp.arange(local), 0, dtype=jnp.int32)
         slots_mk, source_r = _with_inverse(slots_mk, n_rows)
-        return _take_rows(x_md, slots_mk, source_r), group_sizes, Ticket(slots_mk, source_r)
+        return _take(x_md, slots_mk, source_r, plan), group_sizes, Ticket(slots_mk, source_r)
 
     @staticmethod
     def combine(rows_rd: Array, w_nk: Array, ticket: Ticket, plan: Plan) -> Array:
         """y (n, d): each rank adds up its experts' rows for all tokens, and the ranks' sums are scattered back."""
         w_mk = plan.gather(w_nk, "expert_ranks", dim=0)
-        y_md = _sum_rows(rows_rd, w_mk, ticket.slots_nk, ticket.source_r)
+        y_md = _sum(rows_rd, w_mk, ticket, plan)
         return plan.scatter(y_md, "expert_ranks", dim=0)
 
 
@@ -173,7 +137,7 @@ class AllToAll:
         n_rows = n_experts * capacity
         slots_nk = jnp.where(keep_nk, idx_nk * capacity + rank_nk, n_rows)
         slots_nk, source_r = _with_inverse(slots_nk, n_rows)
-        rows_rd = plan.exchange(_take_rows(x_nd, slots_nk, source_r), "expert")
+        rows_rd = plan.exchange(_take(x_nd, slots_nk, source_r, plan), "expert")
         rows = rows_rd.reshape(ranks, local, capacity, -1).swapaxes(0, 1).reshape(local, ranks * capacity, -1)
         rows = plan.gather(rows, "expert_tensor", dim=1)
         return rows.reshape(-1, rows.shape[2]), rows.shape[1], Ticket(slots_nk, source_r, capacity)
@@ -185,7 +149,7 @@ class AllToAll:
         rows = rows_rd.reshape(-1, plan.size("expert_tensor") * ranks * capacity, width)
         rows = plan.scatter(rows, "expert_tensor", dim=1).reshape(-1, ranks, capacity, width)
         back = rows.swapaxes(0, 1).reshape(-1, width)
-        return _sum_rows(plan.exchange(back, "expert"), w_nk, ticket.slots_nk, ticket.source_r)
+        return _sum(plan.exchange(back, "expert"), w_nk, ticket, plan)
 
 
 class Ragged:
@@ -208,22 +172,22 @@ class Ragged:
         counts_e = jnp.sum(flat[:, None] == jnp.arange(n_experts), 0, dtype=jnp.int32)
         runs, received_re, overflow = _runs(plan.gather(counts_e[None], "expert", dim=0), local, room, plan)
         runs, received_re = _routing((runs, received_re))
-        buffer_rd = plan.ragged_exchange(_take_rows(x_nd, slots_nk, source_r), runs, "expert", rows=room)
+        buffer_rd = plan.ragged_exchange(_take(x_nd, slots_nk, source_r, plan), runs, "expert", rows=room)
         # Rows lie by expert_tensor rank, sender and expert; they are to lie by expert.
         buffer_rd = plan.gather(buffer_rd, "expert_tensor", dim=0)
         counts_tre = plan.gather(received_re[None], "expert_tensor", dim=0)
         sorted_r = _by_expert(counts_tre, room)
         sorted_r1, back_r = _with_inverse(sorted_r[:, None], len(buffer_rd))
-        rows_rd = _take_rows(buffer_rd, back_r[:, None], sorted_r1[:, 0])
+        rows_rd = _take(buffer_rd, back_r[:, None], sorted_r1[:, 0], plan)
         return rows_rd, counts_tre.sum((0, 1)), Ticket(slots_nk, source_r, (runs, sorted_r1, back_r), overflow)
 
     @staticmethod
     def combine(rows_rd: Array, w_nk: Array, ticket: Ticket, plan: Plan) -> Array:
         """y (n, d): rows go back to the ranks they came from, and each token sums its own."""
         runs, sorted_r1, back_r = ticket.kept
-        buffer_rd = plan.scatter(_take_rows(rows_rd, sorted_r1, back_r), "expert_tensor", dim=0)
+        buffer_rd = plan.scatter(_take(rows_rd, sorted_r1, back_r, plan), "expert_tensor", dim=0)
         rows = plan.ragged_exchange(buffer_rd, runs.reversed(), "expert", rows=ticket.slots_nk.size)
-        return _sum_rows(rows, w_nk, ticket.slots_nk, ticket.source_r)
+        return _sum(rows, w_nk, ticket, plan)
 
 
 def rows_of_rank(tokens: int, k: int, *, ranks: int, local: int, factor: float | None) -> int:

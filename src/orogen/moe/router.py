@@ -12,9 +12,9 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 from orogen.config.model import ModelConfig
+from orogen.kernels.remade import from_inputs
 from orogen.layers.linear import multiply
 from orogen.layers.parameter import buffer, normal, parameter
-from orogen.layers.remade import from_inputs
 from orogen.parallel.plan import Plan
 
 # Keeps a token whose scores all underflow from dividing by zero; the value is Hugging Face's and Megatron's.

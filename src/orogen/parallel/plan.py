@@ -16,8 +16,9 @@ from flax import nnx
 from jax import Array, lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from orogen.config.checks import require
 from orogen.config.model import ModelConfig
-from orogen.config.plan import PlanConfig
+from orogen.config.plan import FOR_GPU, PlanConfig
 from orogen.parallel.fold import Folding
 from orogen.parallel.mesh import fold_plan, make_mesh
 from orogen.parallel.ragged import Runs, ragged_exchange
@@ -225,11 +226,14 @@ _gather_weight.defvjp(_gather_weight_forward, _gather_weight_backward)
 def make_plan(config: PlanConfig, model: ModelConfig, *, abstract: bool = False) -> Plan:
     """The plan of `config` for `model`, over this process group's devices or, `abstract`, over none.
 
-    Raises ConfigError if the sizes do not divide, do not fold, or exceed the devices that exist, or if the microbatches
-    do not suit the schedule.
+    Raises ConfigError if the sizes do not divide, do not fold, or exceed the devices that exist, if the microbatches do
+    not suit the schedule, or if a kernel was chosen that does not work on them.
     """
     schedule = plan_schedule(config, model) if config.stage > 1 else None
     folding = fold_plan(config, model)
+    shared = bool(folding.logical.get("norm_groups_copies"))
+    whole = config.rms_norm != FOR_GPU["rms_norm"] or not shared
+    require(whole, config, "rms_norm", "plain where ranks of tensor share a group of Mamba's norm")
     mesh = make_mesh(folding, config, abstract=abstract)
     rules = _rules(folding, fully_sharded=config.fsdp == "parameters")
     return Plan(mesh, rules, _rules(folding, fully_sharded=config.fsdp != "none"), config, schedule=schedule)

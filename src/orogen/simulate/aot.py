@@ -168,7 +168,7 @@ def _ends(model: ModelConfig, plan: Plan, work: Workload, dtype: str) -> Unit:
 
         def apply(params, h_btd):
             ends = nnx.merge(graph, working_copy(params, dtype))
-            nats = token_nats(ends.norm(h_btd), ends.head_matrix(plan), batch, 0, plan)
+            nats = token_nats(ends.norm(h_btd, plan), ends.head_matrix(plan), batch, 0, plan)
             return ends.embedding(batch.tokens_bt, docs, plan), plan.total(nats)
 
         (x_btd, nats), back = jax.vjp(apply, varied, h_btd)

@@ -24,8 +24,6 @@ from orogen.simulate.weights import Weight, end_weights, layer_weights, mtp_weig
 # projection and norms of the multi-token-prediction block; and each expert's load, counted for the whole batch.
 # PIPELINE is what stages pass on at every tick, in both directions, whether or not it is used.
 ENDS, MTP, LOAD, PIPELINE = "ends", "mtp", "load", "pipeline"
-# Rows of logits that the chunked loss makes at once; train/loss.py has the same number, and a test compares them.
-LOGIT_ROWS = 1024
 FLOAT32 = INT32 = 4
 CONTEXT = ("context",)
 
@@ -497,7 +495,7 @@ def _ends(ledger: _Ledger) -> None:
     plan, model, tokens = ledger.plan, ledger.model, ledger.work.rows * ledger.work.tokens
     depths = 1 + model.mtp_depths
     # The softmax over all ranks' columns: the maximum, the sum of exponentials, the target's logit.
-    chunk = tokens if plan.cross_entropy == "full" else min(LOGIT_ROWS, tokens)
+    chunk = tokens if plan.cross_entropy == "full" else min(plan.logit_rows, tokens)
     for depth in range(depths):
         ledger.scatter("embedding", ("tensor",), ledger.stream)
         ledger.gather("head", ("tensor",), ledger.stream / plan.tensor)

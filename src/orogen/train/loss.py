@@ -20,9 +20,6 @@ from orogen.moe.layer import MoEStats
 from orogen.parallel.context import later
 from orogen.parallel.plan import Plan
 
-# Rows of logits that exist at once, of one device: enough to keep a matrix unit busy, far below a batch.
-LOGIT_ROWS = 1024
-
 
 class Counts(NamedTuple):
     """Denominators over the whole global batch, one entry for the next token and one for each deeper prediction:
@@ -126,7 +123,7 @@ def leave(
     arXiv:2512.20856.
     """
     docs = Documents(batch.segments_bt, batch.positions_bt)
-    h_btd = model.norm(passed.x_btd)
+    h_btd = model.norm(passed.x_btd, plan)
     deeper = model.deeper(h_btd, batch.tokens_bt, docs, plan, replay)
     hidden = [h_btd] + [h for h, _ in deeper]
     predicted = [token_nats(h, model.head_matrix(plan), batch, depth, plan) for depth, h in enumerate(hidden)]
@@ -163,7 +160,7 @@ def token_nats(h_btd: Array, head_dv: Array, batch: Batch, depth: int, plan: Pla
             head_dv,
             later(batch.tokens_bt, depth + 1, plan).reshape(-1),
             target_weights(batch, depth, plan).reshape(-1),
-            chunk=LOGIT_ROWS,
+            chunk=plan.config.logit_rows,
             vocab_start=plan.index("vocab") * head_dv.shape[1],
             reduce_max=lambda x: plan.max(x, "vocab"),
             reduce_sum=lambda x: plan.sum(x, "vocab"),

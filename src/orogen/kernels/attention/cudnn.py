@@ -16,8 +16,9 @@ from jax.ad_checkpoint import checkpoint_name
 from orogen.kernels.attention.blocked import attention_blocked
 from orogen.parallel.varying import vary_like
 
-# Runs of a row that the packed form has room for. Its gradient works in 8 t h k bytes a run, of one key head's h.
-RUNS = 32
+# Runs of a row that the packed form has room for, a whole batch at once or one row and key head after the other. Its
+# gradient works in 8 t h k bytes a run, of all heads or of one key head's h.
+FEW, RUNS = 8, 32
 SEED, DROPOUT, NO_BIAS = 42, 0.0, (False, False)
 
 
@@ -37,8 +38,9 @@ def attention_cudnn(
     """See `attention`, on an NVIDIA GPU, in bfloat16 or float16. A segment is a run of equal ids here: two runs of one
     id do not see each other. The indices are taken to be 0, 1, ... and the keys' segments the queries'.
 
-    Rows of one run take cuDNN's plain form and rows of up to RUNS its packed one, decided as the program runs; a batch
-    with a row of more runs is computed by blocks, which is right and slow.
+    Rows of one run take cuDNN's plain form and rows of up to RUNS its packed one, decided as the program runs: of up to
+    FEW all at once, else one after the other. A batch with a row of more runs is computed by blocks, which is right and
+    slow.
     Raises ValueError for what cuDNN's form lacks: a window, sinks, other lengths of keys, other dtypes, no GPU.
     """
     del kv_segments_bs, q_index_t, k_index_s  # checked by the caller to be the queries' own
@@ -59,38 +61,44 @@ def _attend(q_bthk: Array, k_btgk: Array, v_btgk: Array, segments_bt: Array, sca
 
 
 def _forward(q_bthk, k_btgk, v_btgk, segments_bt, scale):
-    """The outputs and, for a batch of rows of one run, cuDNN's statistics of the softmax (b, h, t), else zeros."""
+    """The outputs and cuDNN's statistics of the softmax (FEW b, h, t): of the batch's rows if each is one run, of its
+    runs if they are few, else zeros."""
     batch, time, heads, _ = q_bthk.shape
     operands = (q_bthk, k_btgk, v_btgk, segments_bt)
+    none = jnp.zeros((FEW * batch, heads, time), jnp.float32)
 
-    def plain(q_bthk, k_btgk, v_btgk, _):
-        y_bthk, residuals = _plain_forward(q_bthk, k_btgk, v_btgk, scale)
-        return vary_like((y_bthk, residuals[-2]), operands)
-
-    def other(function):
-        def run(*operands):
-            statistics_bht = jnp.zeros((batch, heads, time), jnp.float32)
-            return vary_like((function(*operands, scale=scale), statistics_bht), operands)
+    def kept(packed: bool):
+        def run(q_bthk, k_btgk, v_btgk, segments_bt):
+            y_bthk, residuals = _kept_forward(q_bthk, k_btgk, v_btgk, segments_bt if packed else None, scale)
+            return vary_like((y_bthk, none.at[: len(residuals[-2])].set(residuals[-2])), operands)
 
         return run
 
-    y_bthk, statistics_bht = lax.switch(_form(segments_bt), (plain, other(_packed), other(_blocked)), *operands)
+    def other(function):
+        return lambda *operands: vary_like((function(*operands, scale=scale), none), operands)
+
+    branches = (kept(False), kept(True), other(_packed), other(_blocked))
+    y_bthk, statistics_mht = lax.switch(_form(segments_bt), branches, *operands)
     # Named, so that a policy of rematerialisation can keep them: it would else look into the branches.
-    y_bthk, statistics_bht = (checkpoint_name(a, "attention") for a in (y_bthk, statistics_bht))
-    return y_bthk, (*operands, y_bthk, statistics_bht)
+    y_bthk, statistics_mht = (checkpoint_name(a, "attention") for a in (y_bthk, statistics_mht))
+    return y_bthk, (*operands, y_bthk, statistics_mht)
 
 
 def _backward(scale, saved, dy_bthk):
-    *operands, y_bthk, statistics_bht = saved
+    *operands, y_bthk, statistics_mht = saved
 
-    def plain(q_bthk, k_btgk, v_btgk, _, y_bthk, statistics_bht, dy_bthk):
-        none = jnp.zeros(0, q_bthk.dtype)
-        residuals = (q_bthk, k_btgk, v_btgk, *(none,) * 7, statistics_bht, y_bthk)
-        layout = AttentionLayout.BTNH.value
-        gradients = cudnn._dot_product_attention_bwd_rule(
-            scale, SEED, DROPOUT, NO_BIAS, MaskType.CAUSAL, layout, None, True, False, residuals, dy_bthk
-        )
-        return vary_like(tuple(gradients[:3]), operands)
+    def kept(packed: bool):
+        def run(q_bthk, k_btgk, v_btgk, segments_bt, y_bthk, statistics_mht, dy_bthk):
+            mask, places = _places(q_bthk, segments_bt if packed else None)
+            statistics_mht = statistics_mht if packed else statistics_mht[: len(q_bthk)]
+            residuals = (q_bthk, k_btgk, v_btgk, *places, statistics_mht, y_bthk)
+            layout = AttentionLayout.BTNH.value
+            gradients = cudnn._dot_product_attention_bwd_rule(
+                scale, SEED, DROPOUT, NO_BIAS, mask, layout, None, True, False, residuals, dy_bthk
+            )
+            return vary_like(tuple(gradients[:3]), operands)
+
+        return run
 
     def other(function):
         # Computed again: what these forms keep is many times what they compute.
@@ -100,8 +108,8 @@ def _backward(scale, saved, dy_bthk):
 
         return run
 
-    branches = (plain, other(_packed), other(_blocked))
-    inputs = (*operands, y_bthk, statistics_bht, dy_bthk)
+    branches = (kept(False), kept(True), other(_packed), other(_blocked))
+    inputs = (*operands, y_bthk, statistics_mht, dy_bthk)
     return *lax.switch(_form(operands[3]), branches, *inputs), None
 
 
@@ -115,18 +123,40 @@ def _starts(segments_bt: Array) -> Array:
 
 
 def _form(segments_bt: Array) -> Array:
-    """0: every row is one run; 1: no row has more than RUNS; 2: one has."""
+    """0: every row is one run; 1: no row has more than FEW; 2: no row has more than RUNS; 3: one has."""
     runs = jnp.max(jnp.sum(_starts(segments_bt), axis=1))
-    return (runs > 1).astype(jnp.int32) + (runs > RUNS).astype(jnp.int32)
+    return sum((runs > most).astype(jnp.int32) for most in (1, FEW, RUNS))  # pyright: ignore[reportReturnType]
 
 
-def _plain_forward(q_bthk, k_btgk, v_btgk, scale):
-    none = jnp.zeros(0, q_bthk.dtype)
+def _kept_forward(q_bthk, k_btgk, v_btgk, segments_bt, scale):
+    """The outputs, and what the gradient needs; without segments every row is one run."""
+    mask, places = _places(q_bthk, segments_bt)
     rule: Any = cudnn._dot_product_attention_fwd_rule  # its arguments are those of jax 0.11
     return rule(
-        q_bthk, k_btgk, v_btgk, *(none,) * 7, scale, SEED, DROPOUT, NO_BIAS, MaskType.CAUSAL,
-        AttentionLayout.BTNH.value, None, cudnn.check_cudnn_version(), False,
+        q_bthk, k_btgk, v_btgk, *places, scale, SEED, DROPOUT, NO_BIAS, mask, AttentionLayout.BTNH.value, None,
+        cudnn.check_cudnn_version(), False,
     )  # fmt: skip
+
+
+def _places(q_bthk: Array, segments_bt: Array | None) -> tuple[MaskType, tuple[Array, ...]]:
+    """cuDNN's mask and its operands from the bias on: bias, lengths and starts of queries and keys, two page tables."""
+    none = jnp.zeros(0, q_bthk.dtype)
+    if segments_bt is None:
+        return MaskType.CAUSAL, (none,) * 7
+    length_br, first_br = _runs(segments_bt, FEW)
+    return MaskType.PADDING_CAUSAL, (none, length_br, length_br, first_br, first_br, none, none)
+
+
+def _runs(segments_bt: Array, most: int) -> tuple[Array, Array]:
+    """The lengths (b, most) and starts (b, most + 1) of each row's runs, -1 where there is none."""
+    batch, time = segments_bt.shape
+    starts_bt = _starts(segments_bt)
+    runs_b1 = jnp.sum(starts_bt, axis=1, keepdims=True, dtype=jnp.int32)
+    first_br = jax.vmap(lambda s: jnp.nonzero(s, size=most, fill_value=time)[0])(starts_bt).astype(jnp.int32)
+    length_br = jnp.diff(first_br, axis=1, append=jnp.full((batch, 1), time, jnp.int32))
+    used_br = jnp.arange(most) < runs_b1
+    first_br = jnp.pad(jnp.where(used_br, first_br, -1), ((0, 0), (0, 1)), constant_values=-1)
+    return jnp.where(used_br, length_br, -1), first_br
 
 
 def _packed(q_bthk: Array, k_btgk: Array, v_btgk: Array, segments_bt: Array, *, scale: float) -> Array:
@@ -134,13 +164,7 @@ def _packed(q_bthk: Array, k_btgk: Array, v_btgk: Array, segments_bt: Array, *, 
     batch, time, heads, size = q_bthk.shape
     groups = k_btgk.shape[2]
     split = lambda a, n: jnp.moveaxis(a.reshape(batch, time, groups, n, size), 2, 1).reshape(-1, 1, time, n, size)  # noqa: E731
-    starts_bt = _starts(segments_bt)
-    runs_b1 = jnp.sum(starts_bt, axis=1, keepdims=True, dtype=jnp.int32)
-    first_br = jax.vmap(lambda s: jnp.nonzero(s, size=RUNS, fill_value=time)[0])(starts_bt).astype(jnp.int32)
-    length_br = jnp.diff(first_br, axis=1, append=jnp.full((batch, 1), time, jnp.int32))
-    used_br = jnp.arange(RUNS) < runs_b1
-    length_br = jnp.where(used_br, length_br, -1)
-    first_br = jnp.pad(jnp.where(used_br, first_br, -1), ((0, 0), (0, 1)), constant_values=-1)
+    length_br, first_br = _runs(segments_bt, RUNS)
     each = lambda a_br: jnp.repeat(a_br, groups, axis=0)[:, None]  # noqa: E731
 
     def one(inputs):

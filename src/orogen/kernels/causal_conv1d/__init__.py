@@ -1,10 +1,23 @@
-"""The depthwise causal convolution in front of an SSM.
+"""The depthwise causal convolution in front of an SSM, with its activation, by implementation name.
 
 Axes: b batch, t time, c channels, k taps.
 """
 
+import functools
+
 from jax import Array
 from jax import numpy as jnp
+
+from orogen.kernels.causal_conv1d.reference import causal_conv1d_taps
+from orogen.kernels.causal_conv1d.triton import causal_conv1d_triton
+from orogen.parallel.varying import vary_like
+
+IMPLEMENTATIONS = {
+    "taps": causal_conv1d_taps,
+    "triton": causal_conv1d_triton,
+    "triton_interpreted": functools.partial(causal_conv1d_triton, interpret=True),
+}
+ACTIVATIONS = ("none", "silu")
 
 
 def causal_conv1d(
@@ -15,49 +28,55 @@ def causal_conv1d(
     segments_bt: Array | None = None,
     halo_bkc: Array | None = None,
     halo_segments_bk: Array | None = None,
+    activation: str = "none",
+    implementation: str,
 ) -> Array:
-    """y_t = bias + sum_k w[:, k] x_{t - (K-1) + k}, in x's dtype, summed in float32. (b, t, c)
+    """y_t = act(bias + sum_k w[:, k] x_{t - (K-1) + k}), in x's dtype, all in float32 before. (b, t, c)
 
     `w_ck[:, -1]` multiplies the current token. `halo_bkc` holds the K-1 inputs before the first token, oldest first
     (zero if None). With `segments_bt`, a tap that would read across a change of segment reads zero;
     `halo_segments_bk` are the halo's segments, and without them the halo belongs to the first token's segment.
+    `activation` is none or silu.
 
-    Raises ValueError if the shapes disagree or halo segments come without a halo and segments.
+    Raises ValueError if the shapes disagree, a name is unknown, halo segments come without a halo and segments, or the
+    implementation cannot run here.
     Source: arXiv:2312.00752, section 3.4; layout of the weight as in state-spaces/mamba.
     """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r}: expected one of {sorted(IMPLEMENTATIONS)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r}: expected one of {list(ACTIVATIONS)}")
     _check_shapes(x_btc, w_ck, bias_c, segments_bt, halo_bkc, halo_segments_bk)
-    time, before = x_btc.shape[1], w_ck.shape[1] - 1
-    w_ck = w_ck.astype(jnp.float32)
-    inputs_btc = _prepend(x_btc, halo_bkc, before)
-    follows_bt = None if segments_bt is None or before == 0 else _follows(segments_bt, halo_segments_bk, before)
-    y_btc = x_btc.astype(jnp.float32) * w_ck[:, before]
-    same_bt = True
-    for tap in reversed(range(before)):
-        shifted_btc = inputs_btc[:, tap : tap + time].astype(jnp.float32)
-        if follows_bt is not None:
-            same_bt &= follows_bt[:, tap : tap + time]
-            shifted_btc = jnp.where(same_bt[..., None], shifted_btc, 0.0)
-        y_btc += shifted_btc * w_ck[:, tap]
-    if bias_c is not None:
-        y_btc += bias_c.astype(jnp.float32)
-    return y_btc.astype(x_btc.dtype)
-
-
-def _prepend(x_btc: Array, halo_bkc: Array | None, before: int) -> Array:
-    """The row behind the `before` inputs that precede it, zero where there is no halo."""
-    if before == 0:
-        return x_btc
-    if halo_bkc is None:
-        return jnp.pad(x_btc, ((0, 0), (before, 0), (0, 0)))
-    return jnp.concatenate([halo_bkc.astype(x_btc.dtype), x_btc], axis=1)
-
-
-def _follows(segments_bt: Array, halo_segments_bk: Array | None, before: int) -> Array:
-    """Whether each token but the first of halo and row is of the same segment as the one before it."""
-    if halo_segments_bk is None:
+    batch, time, channels = x_btc.shape
+    before = w_ck.shape[1] - 1
+    if halo_bkc is not None:
+        halo_bkc = halo_bkc.astype(x_btc.dtype)
+    if segments_bt is None:
+        segments_bt = jnp.zeros((batch, time), jnp.int32)
+    if halo_bkc is not None and halo_segments_bk is None:
         halo_segments_bk = jnp.repeat(segments_bt[:, :1], before, axis=1)
-    segments_bt = jnp.concatenate([halo_segments_bk, segments_bt], axis=1)
-    return segments_bt[:, 1:] == segments_bt[:, :-1]
+    bias_c = jnp.zeros(channels, jnp.float32) if bias_c is None else bias_c.astype(jnp.float32)
+    reach_bt = _reach(segments_bt, halo_segments_bk, before)
+    operands = (x_btc, w_ck.astype(jnp.float32), bias_c, halo_bkc, reach_bt)
+    # One type for all inside shard_map: the transpose then sums the weights' gradient over the shards of the tokens.
+    return IMPLEMENTATIONS[implementation](*vary_like(operands, operands), activation=activation)
+
+
+def _reach(segments_bt: Array, halo_segments_bk: Array | None, before: int) -> Array:
+    """(b, t) int32: how many tokens before each one, at most `before`, a tap may read."""
+    if halo_segments_bk is None:
+        seen = jnp.pad(segments_bt[:, 1:] == segments_bt[:, :-1], ((0, 0), (before + 1, 0)))[:, 1:]
+    else:
+        segments_bt = jnp.concatenate([halo_segments_bk, segments_bt], axis=1)
+        seen = segments_bt[:, 1:] == segments_bt[:, :-1]
+    # seen[:, before - 1 + t] says whether token t follows its predecessor in one segment.
+    time = segments_bt.shape[1] - (0 if halo_segments_bk is None else before)
+    reach_bt = jnp.zeros((segments_bt.shape[0], time), jnp.int32)
+    unbroken_bt = jnp.ones(reach_bt.shape, bool)
+    for tap in reversed(range(before)):
+        unbroken_bt &= seen[:, tap : tap + time]
+        reach_bt += unbroken_bt
+    return reach_bt
 
 
 def _check_shapes(x_btc, w_ck, bias_c, segments_bt, halo_bkc, halo_segments_bk) -> None:

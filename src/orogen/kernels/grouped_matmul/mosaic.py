@@ -129,7 +129,9 @@ def _rows(rows_nd, weights_edf, group_sizes, settings, *, transpose) -> Array:
 
 
 def _forward(rows_nd, weights_edf, group_sizes, settings):
-    return _multiply(rows_nd, weights_edf, group_sizes, settings), (rows_nd, weights_edf, group_sizes)
+    # Not through the differentiable function: a policy of recomputation does not see into that, and would run it twice.
+    out_nf = _rows(rows_nd, weights_edf, group_sizes, settings, transpose=False)
+    return out_nf, (rows_nd, weights_edf, group_sizes)
 
 
 def _backward(settings, residuals, grad_nf):

@@ -30,15 +30,16 @@ def ssd(
     *,
     segments_bt: Array | None = None,
     initial_state_bhpn: Array | None = None,
+    skip_h: Array | None = None,
     chunk_size: int,
     implementation: str,
 ) -> tuple[Array, Array]:
     """Outputs (b, t, h, p) in x's dtype and the state after the last token (b, h, p, n) float32.
 
-        S_t = exp(dt_t a) S_{t-1} + dt_t x_t (outer) B_t        y_t = S_t C_t
+        S_t = exp(dt_t a) S_{t-1} + dt_t x_t (outer) B_t        y_t = S_t C_t + D x_t
 
-    Head i reads group i // (h / g). `dt_bth` is the step after softplus, `a_h` is negative; the skip D x_t is the
-    caller's. The state starts anew wherever `segments_bt` (int) differs from the token before; padding (0) is a
+    Head i reads group i // (h / g). `dt_bth` is the step after softplus, `a_h` is negative, `skip_h` is D (zero if
+    None). The state starts anew wherever `segments_bt` (int) differs from the token before; padding (0) is a
     segment like another, so it neither reads nor feeds a document, and the final state of a row that ends in
     padding is the padding's. `initial_state_bhpn` (zero if None) reaches the row's first segment only.
     Decays, state and sums are float32 whatever the inputs are. `chunk_size` changes rounding and speed only, and the
@@ -51,18 +52,19 @@ def ssd(
         raise ValueError(f"implementation={implementation!r}: expected one of {sorted(IMPLEMENTATIONS)}")
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size}: expected at least 1")
-    _check_shapes(x_bthp, dt_bth, a_h, b_btgn, c_btgn, segments_bt, initial_state_bhpn)
+    _check_shapes(x_bthp, dt_bth, a_h, b_btgn, c_btgn, segments_bt, initial_state_bhpn, skip_h)
     batch, time, heads, head_size = x_bthp.shape
     if segments_bt is None:
         segments_bt = jnp.zeros((batch, time), jnp.int32)
     if initial_state_bhpn is None:
         initial_state_bhpn = jnp.zeros((batch, heads, head_size, b_btgn.shape[-1]), jnp.float32)
-    operands = (x_bthp, dt_bth, a_h, b_btgn, c_btgn, segments_bt, initial_state_bhpn.astype(jnp.float32))
+    skip_h = jnp.zeros(heads, jnp.float32) if skip_h is None else skip_h.astype(jnp.float32)
+    operands = (x_bthp, dt_bth, a_h, b_btgn, c_btgn, segments_bt, initial_state_bhpn.astype(jnp.float32), skip_h)
     # One type for all inside shard_map: the transpose then sums the gradient of a_h over the batch shards.
     return IMPLEMENTATIONS[implementation](*vary_like(operands, operands), chunk_size=chunk_size)
 
 
-def _check_shapes(x_bthp, dt_bth, a_h, b_btgn, c_btgn, segments_bt, initial_state_bhpn) -> None:
+def _check_shapes(x_bthp, dt_bth, a_h, b_btgn, c_btgn, segments_bt, initial_state_bhpn, skip_h) -> None:
     """Raises ValueError that names the first operand whose shape does not fit x and B."""
     if x_bthp.ndim != 4 or b_btgn.ndim != 4 or x_bthp.shape[1] < 1:
         raise ValueError(f"x {x_bthp.shape}, B {b_btgn.shape}: expected (b, t, h, p) and (b, t, g, n) with t >= 1")
@@ -77,6 +79,7 @@ def _check_shapes(x_bthp, dt_bth, a_h, b_btgn, c_btgn, segments_bt, initial_stat
         "C": (c_btgn, (batch, time, groups, state)),
         "segments": (segments_bt, (batch, time)),
         "initial_state": (initial_state_bhpn, (batch, heads, head_size, state)),
+        "skip": (skip_h, (heads,)),
     }
     for name, (operand, shape) in expected.items():
         if operand is not None and operand.shape != shape:

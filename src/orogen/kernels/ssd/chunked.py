@@ -21,6 +21,8 @@ from jax import Array, lax
 from jax import numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from orogen.kernels.remade import from_inputs
+
 # exp of anything lower is not a normal float32. Cutting here keeps the sums over a chunk small, so that one huge step
 # does not cost the digits of the small ones after it.
 LOWEST_LOG_DECAY = -88.0
@@ -61,6 +63,7 @@ def ssd_chunked(
     c_btgn: Array,
     segments_bt: Array,
     initial_state_bhpn: Array,
+    skip_h: Array,
     *,
     chunk_size: int,
 ) -> tuple[Array, Array]:
@@ -73,7 +76,8 @@ def ssd_chunked(
     outputs: Any = _ssd(min(chunk_size, time), operands)
     y_cbgqrp, final_bgnrp = outputs
     y_bthp = jnp.transpose(y_cbgqrp, (1, 0, 3, 2, 4, 5)).reshape(batch, -1, heads, head_size)[:, :time]
-    return y_bthp.astype(x_bthp.dtype), jnp.moveaxis(final_bgnrp, 2, 4).reshape(initial_state_bhpn.shape)
+    skip = lambda y, x, skip_h: (y + skip_h[:, None] * x.astype(jnp.float32)).astype(x.dtype)  # noqa: E731
+    return from_inputs(skip)(y_bthp, x_bthp, skip_h), jnp.moveaxis(final_bgnrp, 2, 4).reshape(initial_state_bhpn.shape)
 
 
 def _chunks(width: int, operands: tuple[Array, ...]) -> Chunks:

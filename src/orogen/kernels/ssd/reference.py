@@ -15,6 +15,7 @@ def ssd_recurrence(
     c_btgn: Array,
     segments_bt: Array,
     initial_state_bhpn: Array,
+    skip_h: Array,
     *,
     chunk_size: int,
 ) -> tuple[Array, Array]:
@@ -36,4 +37,5 @@ def ssd_recurrence(
     tokens = (x_bthp, dt_bth, b_btgn, c_btgn, keep_bt)
     time_first = tuple(jnp.moveaxis(array, 1, 0).astype(jnp.float32) for array in tokens)
     final_bhpn, y_tbhp = lax.scan(step, initial_state_bhpn, time_first)
-    return jnp.moveaxis(y_tbhp, 0, 1).astype(x_bthp.dtype), final_bhpn
+    y_bthp = jnp.moveaxis(y_tbhp, 0, 1) + skip_h[:, None] * x_bthp.astype(jnp.float32)
+    return y_bthp.astype(x_bthp.dtype), final_bhpn

@@ -16,10 +16,10 @@ from jax import numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
+from orogen.kernels.pallas_triton import LOG2_E, require_gpu
 from orogen.kernels.ssd.chunked import LOWEST_LOG_DECAY, _counts, _cut, _readable, _sum
 from orogen.kernels.ssd.triton_kernels import Launch, pairs, scan, tile
 
-LOG2_E = 1.4426950408889634
 MULTIPROCESSORS = 132  # of an H100
 SHARED_MEMORY = 215_000  # bytes of a multiprocessor's 232,448 that operands may take; the rest is scratch
 
@@ -34,6 +34,7 @@ class Operands(NamedTuple):
     c_btgn: Array
     runs_bcq: Array
     initial_bhpn: Array
+    skip_h: Array
 
 
 def ssd_triton(
@@ -44,6 +45,7 @@ def ssd_triton(
     c_btgn: Array,
     segments_bt: Array,
     initial_state_bhpn: Array,
+    skip_h: Array,
     *,
     chunk_size: int,
     interpret: bool = False,
@@ -57,11 +59,7 @@ def ssd_triton(
     Differentiable in reverse mode only, once; the gradient repeats to the bit.
     Raises ValueError if there is no GPU and `interpret` is False.
     """
-    if not interpret and jax.default_backend() != "gpu":
-        raise ValueError(
-            f"implementation='triton' needs a GPU and finds {jax.default_backend()!r}: expected another one "
-            "('triton_interpreted' runs the same kernels there)"
-        )
+    require_gpu(interpret=interpret)
     half = all(array.dtype == jnp.bfloat16 for array in (x_bthp, b_btgn, c_btgn))
     dtype = jnp.bfloat16 if half else jnp.float32
     launch = _launch(chunk_size, x_bthp.shape, b_btgn.shape[3], half=half, interpret=interpret)
@@ -79,6 +77,7 @@ def ssd_triton(
         c_btgn=c_btgn.astype(dtype),
         runs_bcq=runs_bcq,
         initial_bhpn=initial_state_bhpn,
+        skip_h=skip_h,
     )
     y_bthp, final_bhpn = _ssd(launch, operands)  # pyright: ignore[reportGeneralTypeIssues]
     return y_bthp.astype(x_bthp.dtype), final_bhpn
@@ -123,7 +122,7 @@ def _ssd(launch: Launch, operands: Operands) -> tuple[Array, Array]:
 def _scan_forward(launch: Launch, operands: Operands, *, save: bool) -> tuple[Array, Array, Array | None]:
     o = operands
     y_bthp, final_bhpn, states_bhcnp, _ = scan(
-        o.c_btgn, o.b_btgn, o.x_bthp, o.dt_bhcq, o.sums_bhcq * LOG2_E, o.runs_bcq, o.initial_bhpn, None,
+        o.c_btgn, o.b_btgn, o.x_bthp, o.dt_bhcq, o.sums_bhcq * LOG2_E, o.runs_bcq, o.initial_bhpn, o.skip_h, None,
         reverse=False, save=save, launch=launch,
     )  # fmt: skip
     return y_bthp, final_bhpn, states_bhcnp
@@ -146,19 +145,19 @@ def _backward(launch: Launch, saved: tuple[Operands, Array], gradients: tuple[Ar
     (o, states_bhcnp), (dy_bthp, dfinal_bhpn) = saved, gradients
     sums_bhcq = o.sums_bhcq * LOG2_E
     dx_bthp, dinitial_bhpn, dstates_bhcnp, whole_bhcp = scan(
-        o.b_btgn, o.c_btgn, dy_bthp, o.dt_bhcq, sums_bhcq, o.runs_bcq, dfinal_bhpn, states_bhcnp,
+        o.b_btgn, o.c_btgn, dy_bthp, o.dt_bhcq, sums_bhcq, o.runs_bcq, dfinal_bhpn, o.skip_h, states_bhcnp,
         reverse=True, save=True, launch=launch,
     )  # fmt: skip
     assert dstates_bhcnp is not None and whole_bhcp is not None  # for `save` and the states were given
-    dc_btgn, received_bhcq, read_bhcq, _ = pairs(
+    dc_btgn, received_bhcq, read_bhcq, _, _ = pairs(
         dy_bthp, o.x_bthp, o.c_btgn, o.b_btgn, o.dt_bhcq, sums_bhcq, o.runs_bcq, states_bhcnp,
         reverse=False, launch=launch,
     )  # fmt: skip
-    db_btgn, given_bhcq, left_bhcq, own_bhcq = pairs(
+    db_btgn, given_bhcq, left_bhcq, own_bhcq, skipped_bhcq = pairs(
         o.x_bthp, dy_bthp, o.b_btgn, o.c_btgn, o.dt_bhcq, sums_bhcq, o.runs_bcq, dstates_bhcnp,
         reverse=True, launch=launch,
     )  # fmt: skip
-    assert own_bhcq is not None  # for `reverse` was given
+    assert own_bhcq is not None and skipped_bhcq is not None  # for `reverse` was given
     dsums_bhcq = received_bhcq + read_bhcq - o.dt_bhcq * (given_bhcq + left_bhcq)
     last_bhc = jnp.sum(o.dt_bhcq * left_bhcq, axis=-1) + jnp.sum(whole_bhcp, axis=-1)
     gradient = Operands(
@@ -169,6 +168,7 @@ def _backward(launch: Launch, saved: tuple[Operands, Array], gradients: tuple[Ar
         c_btgn=dc_btgn,
         runs_bcq=jnp.zeros_like(o.runs_bcq),
         initial_bhpn=dinitial_bhpn,
+        skip_h=jnp.sum(skipped_bhcq, axis=(0, 2, 3)),
     )
     return (gradient,)
 

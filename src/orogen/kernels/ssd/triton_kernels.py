@@ -16,11 +16,11 @@ Every sum runs in one program in one order, so results repeat to the bit.
 import dataclasses
 import functools
 
-import jax
 from jax import Array, lax
 from jax import numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
+
+from orogen.kernels.pallas_triton import both, call, inside, load, store
 
 SMALLEST_TILE = 16  # of a matrix product in Triton
 
@@ -54,6 +54,7 @@ def scan(
     sums_bhcq: Array,
     runs_bcq: Array,
     start_bhpn: Array,
+    skip_h: Array,
     states_bhcnp: Array | None,
     *,
     reverse: bool,
@@ -63,7 +64,7 @@ def scan(
     """Outputs (b, t, h, p), the last state (b, h, p, n), each chunk's first one, and its product with `states_bhcnp`.
 
     `sums_bhcq` are base-2 logs of the decay since the chunk's or the segment's start. Forward: query C, key B, value x.
-    In reverse: query B, key C, value dy, and the state is the gradient of the forward one.
+    In reverse: query B, key C, value dy, and the state is the gradient of the forward one. Both add the skip D value.
     States are float32 in registers, `save`d in the dtype of the values, which is how matrix products read them. The
     products (b, h, c, p blocks) are those with `states_bhcnp`, times the chunk's whole decay: in reverse, the gradient
     of that decay's log.
@@ -74,14 +75,15 @@ def scan(
     columns, padded_state, blocks = launch.columns, tile(state), pl.cdiv(head_size, launch.columns)
     dt_bht, sums_bht = (array.reshape(batch, heads, padded_time) for array in (dt_bhcq, sums_bhcq))
     runs_bt = runs_bcq.reshape(batch, padded_time)
-    operands = [query_btgn, key_btgn, value_bthp, dt_bht, sums_bht, runs_bt, start_bhpn]
+    operands = [query_btgn, key_btgn, value_bthp, dt_bht, sums_bht, runs_bt, start_bhpn, skip_h]
     group_spec = pl.BlockSpec((None, padded_time, None, padded_state), lambda h, p, b: (b, 0, h // share, 0))
     head_spec = pl.BlockSpec((None, padded_time, None, columns), lambda h, p, b: (b, 0, h, p))
     token_spec = pl.BlockSpec((None, None, padded_time), lambda h, p, b: (b, h, 0))
     runs_spec = pl.BlockSpec((None, padded_time), lambda h, p, b: (b, 0))
     state_spec = pl.BlockSpec((None, None, columns, padded_state), lambda h, p, b: (b, h, p, 0))
     states_spec = pl.BlockSpec((None, None, chunks, padded_state, columns), lambda h, p, b: (b, h, 0, 0, p))
-    in_specs = [group_spec, group_spec, head_spec, token_spec, token_spec, runs_spec, state_spec]
+    skip_spec = pl.BlockSpec((None,), lambda h, p, b: (h,))
+    in_specs = [group_spec, group_spec, head_spec, token_spec, token_spec, runs_spec, state_spec, skip_spec]
     outputs = {
         "out": (value_bthp.shape, value_bthp.dtype, head_spec),
         "end": (start_bhpn.shape, jnp.float32, state_spec),
@@ -97,7 +99,7 @@ def scan(
         _scan_kernel, names=tuple(outputs), inputs=len(operands), width=launch.width, step=launch.step, time=time,
         head_size=head_size, state=state, reverse=reverse,
     )  # fmt: skip
-    results = _call(
+    results = call(
         kernel, operands, in_specs, outputs, grid=(heads, blocks, batch), warps=launch.scan_warps,
         stages=launch.scan_stages, interpret=launch.interpret,
     )  # fmt: skip
@@ -106,15 +108,15 @@ def scan(
 
 def _scan_kernel(*refs, names, inputs, width, step, time, head_size, state, reverse):
     """Walks in steps of a part of a chunk: decays are differences of the chunk's sums."""
-    query_ref, key_ref, value_ref, dt_ref, sums_ref, runs_ref, start_ref, *states_ref = refs[:inputs]
+    query_ref, key_ref, value_ref, dt_ref, sums_ref, runs_ref, start_ref, skip_ref, *states_ref = refs[:inputs]
     to = dict(zip(names, refs[inputs:], strict=True))
     steps, parts = sums_ref.shape[0] // step, width // step
     columns, padded_state = start_ref.shape
     positions = jnp.arange(step)
-    in_state = _inside(jnp.arange(padded_state), state, padded_state)
-    in_head = _inside(pl.program_id(1) * columns + jnp.arange(columns), head_size, columns)
+    in_state = inside(jnp.arange(padded_state), state, padded_state)
+    in_head = inside(pl.program_id(1) * columns + jnp.arange(columns), head_size, columns)
     causal_qs = _earlier(positions, positions, reverse)
-    dtype = value_ref.dtype
+    dtype, skip = value_ref.dtype, skip_ref[...]
 
     def advance(i, state_np):
         i = steps - 1 - i if reverse else i
@@ -125,16 +127,16 @@ def _scan_kernel(*refs, names, inputs, width, step, time, head_size, state, reve
         edge_n = jnp.broadcast_to(at_edge, (padded_state,))
         edge_n = edge_n if in_state is None else edge_n & in_state
         tokens = pl.ds(i * step, step)
-        in_time = _inside(i * step + positions, time, step)
-        query_qn = _load(query_ref.at[tokens, :], in_time, in_state)
-        key_sn = _load(key_ref.at[tokens, :], in_time, in_state)
-        value_sp = _load(value_ref.at[tokens, :], in_time, in_head)
+        in_time = inside(i * step + positions, time, step)
+        query_qn = load(query_ref.at[tokens, :], both(in_time, in_state))
+        key_sn = load(key_ref.at[tokens, :], both(in_time, in_state))
+        value_sp = load(value_ref.at[tokens, :], both(in_time, in_head))
         dt_q, sums_q, runs_q = dt_ref[tokens], sums_ref[tokens], runs_ref[tokens]
         before = jnp.maximum(i * step - 1, 0)
         base, base_run = (jnp.where(part == 0, 0.0, ref[before]) for ref in (sums_ref, runs_ref))
         total, last_run = sums_ref[i * step + step - 1], runs_ref[i * step + step - 1]
         # Before the products, for their time hides that of the load.
-        other_np = _load(states_ref[0].at[c], edge_n, in_head) if states_ref else state_np
+        other_np = load(states_ref[0].at[c], both(edge_n, in_head)) if states_ref else state_np
         into_q = _exp2_where(runs_q == base_run, sums_q - base)
         out_of_q = _exp2_where(runs_q == last_run, total - sums_q)
         whole = jnp.where(last_run == base_run, jnp.exp2(total - base), 0.0)
@@ -148,20 +150,21 @@ def _scan_kernel(*refs, names, inputs, width, step, time, head_size, state, reve
         out_qp += _dot(weights_qs.astype(dtype), value_sp, 1, 0)
         if reverse:
             out_qp *= dt_q[:, None]
-        _store(to["out"].at[tokens, :], out_qp.astype(dtype), in_time, in_head)
+        out_qp += skip * value_sp.astype(jnp.float32)
+        store(to["out"].at[tokens, :], out_qp.astype(dtype), both(in_time, in_head))
         if "saved" in to:
-            _store(to["saved"].at[c], state_np.astype(dtype), edge_n, in_head)
+            store(to["saved"].at[c], state_np.astype(dtype), both(edge_n, in_head))
         if states_ref:
             chunk_total, chunk_run = (ref[c * width + width - 1] for ref in (sums_ref, runs_ref))
             chunk_whole = jnp.where(chunk_run == 0, jnp.exp2(chunk_total), 0.0)
             product = chunk_whole * jnp.sum(state_np * other_np.astype(jnp.float32))
-            plgpu.store(to["products"].at[c], product, mask=at_edge)
+            store(to["products"].at[c], product, at_edge)
         written_sp = (value_sp.astype(jnp.float32) * write_s[:, None]).astype(dtype)
         return whole * state_np + _dot(key_sn, written_sp, 0, 0)
 
-    start_pn = _load(start_ref, in_head, in_state)
+    start_pn = load(start_ref, both(in_head, in_state))
     end_np = lax.fori_loop(0, steps, advance, start_pn.T)
-    _store(to["end"], end_np.T, in_head, in_state)
+    store(to["end"], end_np.T, both(in_head, in_state))
 
 
 def pairs(
@@ -176,13 +179,13 @@ def pairs(
     *,
     reverse: bool,
     launch: Launch,
-) -> tuple[Array, Array, Array, Array | None]:
-    """The gradient of `key_btgn`, and shares of each token's gradient (b, h, c, q): near, far, and own in reverse.
+) -> tuple[Array, Array, Array, Array | None, Array | None]:
+    """The gradient of `key_btgn`, and shares of each token's gradient (b, h, c, q): near, far, in reverse own and skip.
 
     Forward: value dy, other x, key C, other key B, and the states that enter the chunks; the shares are y . dy of what
     y receives from the chunk's other tokens and from the entering state.
     In reverse: value x, other dy, key B, other key C, and the gradients of the states that leave; the shares are
-    x . dx / dt of what x gives to the chunk's other tokens, to the leaving state and to its own output.
+    x . dx / dt of what x gives to the chunk's other tokens, to the leaving state and to its own output, and x . dy.
     """
     batch, time, heads, head_size = value_bthp.shape
     groups, state = key_btgn.shape[2:]
@@ -197,19 +200,21 @@ def pairs(
     in_specs = [head_spec, head_spec, group_spec, group_spec, token_spec, token_spec, runs_spec, states_spec]
     outputs = {
         "gradient": (key_btgn.shape, key_btgn.dtype, group_spec),
-        **dict.fromkeys(("near", "far", "own")[: 2 + reverse], (sums_bhcq.shape, jnp.float32, token_spec)),
+        **dict.fromkeys(
+            ("near", "far", "own", "skip")[: 4 if reverse else 2], (sums_bhcq.shape, jnp.float32, token_spec)
+        ),
     }
     kernel = functools.partial(_pairs_kernel, time=time, head_size=head_size, state=state, rows=rows, reverse=reverse)
-    results = _call(
+    results = call(
         kernel, operands, in_specs, outputs, grid=(blocks * chunks, groups, batch), warps=launch.pairs_warps,
         stages=launch.pairs_stages, interpret=launch.interpret,
     )  # fmt: skip
-    return results["gradient"], results["near"], results["far"], results.get("own")
+    return results["gradient"], results["near"], results["far"], results.get("own"), results.get("skip")
 
 
 def _pairs_kernel(
     value_ref, other_ref, key_ref, other_key_ref, dt_ref, sums_ref, runs_ref, states_ref,
-    gradient_ref, near_ref, far_ref, *own_ref, time, head_size, state, rows, reverse,
+    gradient_ref, near_ref, far_ref, *own_refs, time, head_size, state, rows, reverse,
 ):  # fmt: skip
     share, _, width = sums_ref.shape
     padded_state, padded_head = states_ref.shape[2:]
@@ -217,23 +222,23 @@ def _pairs_kernel(
     first = pl.program_id(0) * rows - c * width
     here, chunk = pl.ds(c * width + first, rows), pl.ds(c * width, width)
     rows_i, all_s = first + jnp.arange(rows), jnp.arange(width)
-    in_rows, in_chunk = (_inside(c * width + positions, time, width) for positions in (rows_i, all_s))
-    in_state = _inside(jnp.arange(padded_state), state, padded_state)
-    in_head = _inside(jnp.arange(padded_head), head_size, padded_head)
+    in_rows, in_chunk = (inside(c * width + positions, time, width) for positions in (rows_i, all_s))
+    in_state = inside(jnp.arange(padded_state), state, padded_state)
+    in_head = inside(jnp.arange(padded_head), head_size, padded_head)
     causal_is, itself_is = _earlier(rows_i, all_s, reverse), rows_i[:, None] == all_s[None, :]
     dtype = value_ref.dtype
 
-    key_in = _load(key_ref.at[here, :], in_rows, in_state)
-    other_key_sn = _load(other_key_ref.at[chunk, :], in_chunk, in_state)
+    key_in = load(key_ref.at[here, :], both(in_rows, in_state))
+    other_key_sn = load(other_key_ref.at[chunk, :], both(in_chunk, in_state))
     scores_is = _dot(key_in, other_key_sn, 1, 1)
-    own_scores_is, scores_is = jnp.where(itself_is, scores_is, 0.0), jnp.where(itself_is, 0.0, scores_is)
+    own_score_i, scores_is = _diagonal(itself_is, scores_is), jnp.where(itself_is, 0.0, scores_is)
     runs_i, runs_s, last_run = runs_ref[c, pl.ds(first, rows)], runs_ref[c, :], runs_ref[c, width - 1]
 
     def head(r, carry):
         gradient_in, dscores_is = carry
-        value_ip = _load(value_ref.at[here, r, :], in_rows, in_head)
-        other_sp = _load(other_ref.at[chunk, r, :], in_chunk, in_head)
-        state_np = _load(states_ref.at[r, c], in_state, in_head)
+        value_ip = load(value_ref.at[here, r, :], both(in_rows, in_head))
+        other_sp = load(other_ref.at[chunk, r, :], both(in_chunk, in_head))
+        state_np = load(states_ref.at[r, c], both(in_state, in_head))
         sums_i, sums_s, total = sums_ref[r, c, pl.ds(first, rows)], sums_ref[r, c, :], sums_ref[r, c, width - 1]
         dt = dt_ref[r, c, pl.ds(first, rows)] if reverse else dt_ref[r, c, :]
         if reverse:
@@ -244,7 +249,9 @@ def _pairs_kernel(
         far_in = read_i[:, None] * _dot(value_ip, state_np, 1, 1)
         here_i = pl.ds(first, rows)
         if reverse:
-            own_ref[0][r, c, here_i] = jnp.sum(products_is * own_scores_is, axis=1)
+            # Of itself, nothing has decayed.
+            same_i = _diagonal(itself_is, products_is)
+            own_refs[0][r, c, here_i], own_refs[1][r, c, here_i] = same_i * own_score_i, same_i
         else:
             products_is *= dt[None, :]
         near_ref[r, c, here_i] = jnp.sum(products_is * scores_is, axis=1)
@@ -256,7 +263,11 @@ def _pairs_kernel(
     zeros = jnp.zeros((rows, padded_state), jnp.float32), jnp.zeros((rows, width), jnp.float32)
     gradient_in, dscores_is = lax.fori_loop(0, share, head, zeros)
     gradient_in += _dot(dscores_is.astype(dtype), other_key_sn, 1, 0)
-    _store(gradient_ref.at[here, :], gradient_in.astype(gradient_ref.dtype), in_rows, in_state)
+    store(gradient_ref.at[here, :], gradient_in.astype(gradient_ref.dtype), both(in_rows, in_state))
+
+
+def _diagonal(itself_is: Array, values_is: Array) -> Array:
+    return jnp.sum(jnp.where(itself_is, values_is, 0.0), axis=1)
 
 
 def _pair(sums_q, runs_q, sums_s, runs_s, causal_qs, reverse) -> Array:
@@ -281,42 +292,3 @@ def _dot(left: Array, right: Array, left_axis: int, right_axis: int) -> Array:
     precision = lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
     dimensions = (((left_axis,), (right_axis,)), ((), ()))
     return lax.dot_general(left, right, dimensions, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _inside(indices: Array, size: int, tile_size: int) -> Array | None:
-    """Which of a tile's indices the array has; None, which costs nothing, if tiles fill it."""
-    return indices < size if size % tile_size else None
-
-
-def _mask(in_rows: Array | None, in_columns: Array | None) -> Array | None:
-    if in_rows is None or in_columns is None:
-        return in_columns if in_rows is None else in_rows[:, None]
-    return in_rows[:, None] & in_columns[None, :]
-
-
-def _load(ref, in_rows: Array | None, in_columns: Array | None) -> Array:
-    mask = _mask(in_rows, in_columns)
-    if mask is None:
-        return plgpu.load(ref)
-    return plgpu.load(ref, mask=jnp.broadcast_to(mask, ref.shape), other=0.0)
-
-
-def _store(ref, value, in_rows: Array | None, in_columns: Array | None) -> None:
-    mask = _mask(in_rows, in_columns)
-    plgpu.store(ref, value, mask=None if mask is None else jnp.broadcast_to(mask, value.shape))
-
-
-def _call(kernel, operands, in_specs, outputs, *, grid, warps, stages, interpret) -> dict[str, Array]:
-    """The kernel's outputs by name, from their (shape, dtype, block)."""
-    varying = jax.typeof(operands[0]).mat
-    shapes = [jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varying) for shape, dtype, _ in outputs.values()]
-    call = pl.pallas_call(
-        kernel,
-        grid=grid,
-        in_specs=in_specs,
-        out_specs=[spec for _, _, spec in outputs.values()],
-        out_shape=shapes,
-        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
-        interpret=interpret,
-    )
-    return dict(zip(outputs, call(*operands), strict=True))

@@ -1,0 +1,240 @@
+"""The causal convolution and its activation as one Triton kernel each way, for NVIDIA GPUs.
+
+Axes: b batch, t time, c channels, k taps, i blocks of tokens.
+
+A program walks over a block of tokens with the last inputs in registers, so that every input is read once; backward, it
+walks in the same direction with the gradients of the last inputs, to which later tokens still add. What the activation
+needs is computed again: nothing but the operands is kept.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import Array, lax
+from jax import numpy as jnp
+from jax.experimental import pallas as pl
+
+from orogen.kernels.pallas_triton import call, inside, load, require_gpu, sigmoid, store
+
+# The fastest of those tried on an H100 at 2 x 8192 tokens of 4096 and 1024 channels.
+TOKENS = 64  # of a program
+STEP = 4  # tokens whose inputs are loaded before the first is used
+COLUMNS = 512
+WARPS = 4
+
+
+class Launch(NamedTuple):
+    """How to cut and run."""
+
+    activation: str
+    tokens: int
+    step: int
+    columns: int
+    warps: int
+    interpret: bool
+
+
+def causal_conv1d_triton(
+    x_btc: Array,
+    w_ck: Array,
+    bias_c: Array,
+    halo_bkc: Array | None,
+    reach_bt: Array,
+    *,
+    activation: str,
+    interpret: bool = False,
+) -> Array:
+    """`causal_conv1d` on an NVIDIA GPU; `interpret` runs the same kernels anywhere, slowly.
+
+    Differentiable in reverse mode only, once; the gradient repeats to the bit. A halo is copied in front of the row.
+    Raises ValueError if there is no GPU and `interpret` is False.
+    """
+    require_gpu(interpret=interpret)
+    before, channels = w_ck.shape[1] - 1, x_btc.shape[2]
+    if halo_bkc is not None:
+        x_btc = jnp.concatenate([halo_bkc, x_btc], axis=1)
+        # What the halo's own outputs would be is not read.
+        reach_bt = jnp.pad(reach_bt, ((0, 0), (before, 0)))
+    columns = min(COLUMNS, pl.next_power_of_2(channels))
+    launch = Launch(activation, TOKENS, STEP, columns, WARPS, interpret)
+    y_btc: Any = _convolve(launch, x_btc, w_ck.T, bias_c, reach_bt)  # pyright: ignore[reportGeneralTypeIssues]
+    return y_btc if halo_bkc is None else y_btc[:, before:]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _convolve(launch: Launch, x_btc: Array, w_kc: Array, bias_c: Array, reach_bt: Array) -> Array:
+    return _forward(launch, x_btc, w_kc, bias_c, reach_bt)[0]
+
+
+def _forward(launch, x_btc, w_kc, bias_c, reach_bt):
+    outputs = {"y": (x_btc.shape, x_btc.dtype, _specs(launch, x_btc, w_kc)[0])}
+    operands = (x_btc, w_kc, bias_c, reach_bt)
+    return _call(_forward_kernel, launch, operands, outputs)["y"], operands
+
+
+def _backward(launch, operands, dy_btc):
+    x_btc, w_kc, _, _ = operands
+    batch, time, channels = x_btc.shape
+    blocks, taps = pl.cdiv(time, launch.tokens), len(w_kc)
+    x_spec = _specs(launch, x_btc, w_kc)[0]
+    outputs = {
+        "dx": (x_btc.shape, x_btc.dtype, x_spec),
+        "dw": (
+            (batch, blocks, taps + 1, channels),
+            jnp.float32,
+            pl.BlockSpec((None, None, taps + 1, launch.columns), lambda c, i, b: (b, i, 0, c)),
+        ),
+    }
+    results = _call(_backward_kernel, launch, (*operands, dy_btc), outputs)
+    # Each program's share of the gradients of the weights and, in the last row, of the bias.
+    dw_kc = jnp.sum(results["dw"], axis=(0, 1))
+    return results["dx"], dw_kc[:taps], dw_kc[taps], None
+
+
+_convolve.defvjp(_forward, _backward)
+
+
+def _specs(launch: Launch, x_btc: Array, w_kc: Array) -> list[pl.BlockSpec]:
+    """Of x, weights, bias and reach."""
+    time, columns = x_btc.shape[1], launch.columns
+    return [
+        pl.BlockSpec((None, time, columns), lambda c, i, b: (b, 0, c)),
+        pl.BlockSpec((len(w_kc), columns), lambda c, i, b: (0, c)),
+        pl.BlockSpec((columns,), lambda c, i, b: (c,)),
+        pl.BlockSpec((None, time), lambda c, i, b: (b, 0)),
+    ]
+
+
+def _call(kernel, launch: Launch, operands: tuple[Array, ...], outputs: dict[str, Any]) -> dict[str, Array]:
+    x_btc, w_kc = operands[:2]
+    batch, time, channels = x_btc.shape
+    specs = _specs(launch, x_btc, w_kc)
+    kernel = functools.partial(kernel, launch=launch, time=time, channels=channels)
+    grid = (pl.cdiv(channels, launch.columns), pl.cdiv(time, launch.tokens), batch)
+    return call(
+        kernel, operands, [*specs, specs[0]][: len(operands)], outputs, grid=grid, warps=launch.warps,
+        interpret=launch.interpret,
+    )  # fmt: skip
+
+
+class _Taps(NamedTuple):
+    """A program's weights (k vectors of its channels, the last one the current token's), bias, and reaches."""
+
+    weights: list[Array]
+    bias: Array
+    reach_ref: Any
+    last: int
+
+    def inputs(self, t: Array, past: tuple[Array, ...]) -> list[Array]:
+        """What each tap of token t reads, of `past` inputs (k, oldest first): zero beyond the token's reach."""
+        reach = self.reach_ref[jnp.minimum(t, self.last)]
+        before = len(past) - 1
+        return [jnp.where(reach >= before - k, x_c, 0.0) for k, x_c in enumerate(past[:-1])] + [past[-1]]
+
+    def sum(self, inputs: list[Array]) -> Array:
+        """bias + Σ_k w_k x_k, the current token first."""
+        terms = [w_c * x_c for w_c, x_c in zip(self.weights, inputs, strict=True)]
+        return functools.reduce(jnp.add, reversed(terms)) + self.bias
+
+
+def _taps(w_ref, bias_ref, reach_ref, in_columns, time: int) -> _Taps:
+    weights = [load(w_ref.at[np.int32(k)], in_columns) for k in range(w_ref.shape[0])]
+    return _Taps(weights, load(bias_ref, in_columns), reach_ref, time - 1)
+
+
+def _block(launch: Launch, time: int, channels: int) -> tuple[Array, Array | None]:
+    """The program's first token, and which of its columns there are."""
+    columns = pl.program_id(0) * launch.columns + jnp.arange(launch.columns)
+    return pl.program_id(1) * launch.tokens, inside(columns, channels, launch.columns)
+
+
+def _read(ref, t: Array, in_columns: Array | None) -> Array:
+    """Token t's values in float32; another token's where there is none, which must not be used."""
+    t = jnp.clip(t, 0, ref.shape[0] - 1)
+    return load(ref.at[t], in_columns).astype(jnp.float32)
+
+
+def _stored(mask: Array | None, condition: Array, columns: int) -> Array:
+    condition_c = jnp.broadcast_to(condition, (columns,))
+    return condition_c if mask is None else condition_c & mask
+
+
+def _forward_kernel(x_ref, w_ref, bias_ref, reach_ref, y_ref, *, launch: Launch, time: int, channels: int):
+    first, in_columns = _block(launch, time, channels)
+    taps = _taps(w_ref, bias_ref, reach_ref, in_columns, time)
+    before = len(taps.weights) - 1
+
+    def step(number: Array, past: tuple[Array, ...]) -> tuple[Array, ...]:
+        start = first + number * launch.step
+        rows = [_read(x_ref, start + u, in_columns) for u in range(launch.step)]
+        for u, x_c in enumerate(rows):
+            past = (*past, x_c)
+            sum_c = taps.sum(taps.inputs(start + u, past))
+            y_c = sum_c * sigmoid(sum_c) if launch.activation == "silu" else sum_c
+            store(
+                y_ref.at[jnp.minimum(start + u, time - 1)], y_c, _stored(in_columns, start + u < time, launch.columns)
+            )
+            past = past[1:]
+        return past
+
+    past = tuple(_read(x_ref, first - before + k, in_columns) for k in range(before))
+    lax.fori_loop(0, launch.tokens // launch.step, step, past)
+
+
+def _backward_kernel(
+    x_ref, w_ref, bias_ref, reach_ref, dy_ref, dx_ref, dw_ref, *, launch: Launch, time: int, channels: int
+):
+    first, in_columns = _block(launch, time, channels)
+    taps = _taps(w_ref, bias_ref, reach_ref, in_columns, time)
+    before = len(taps.weights) - 1
+
+    def visit(t: Array, past: tuple[Array, ...], open_: tuple[Array, ...], dy_c: Array) -> tuple[list, Array, tuple]:
+        """What token t's taps read, its sum's gradient, and the gradients of the inputs up to t (k)."""
+        inputs = taps.inputs(t, past)
+        dsum_c = dy_c
+        if launch.activation == "silu":
+            sum_c = taps.sum(inputs)
+            gate_c = sigmoid(sum_c)
+            dsum_c = dy_c * gate_c * (1 + sum_c * (1 - gate_c))
+        dsum_c = jnp.where(t < time, dsum_c, 0.0)
+        reached = taps.inputs(t, (dsum_c,) * (before + 1))
+        dpast = (*open_, jnp.zeros_like(dsum_c))
+        return (
+            inputs,
+            dsum_c,
+            tuple(d_c + w_c * r_c for d_c, w_c, r_c in zip(dpast, taps.weights, reached, strict=True)),
+        )
+
+    def close(t: Array, dx_c: Array) -> None:
+        """Stores the gradient of input t, if it is one of this program's."""
+        mine = (t >= first) & (t < time)
+        store(dx_ref.at[jnp.clip(t, 0, time - 1)], dx_c, _stored(in_columns, mine, launch.columns))
+
+    def step(number: Array, carry: tuple) -> tuple:
+        past, open_, dw = carry
+        start = first + number * launch.step
+        rows = [(_read(x_ref, start + u, in_columns), _read(dy_ref, start + u, in_columns)) for u in range(launch.step)]
+        for u, (x_c, dy_c) in enumerate(rows):
+            past = (*past, x_c)
+            inputs, dsum_c, dpast = visit(start + u, past, open_, dy_c)
+            close(start + u - before, dpast[0])
+            dw = tuple(d_c + dsum_c * i_c for d_c, i_c in zip(dw, [*inputs, jnp.ones_like(dsum_c)], strict=True))
+            past, open_ = past[1:], dpast[1:]
+        return past, open_, dw
+
+    past = tuple(_read(x_ref, first - before + k, in_columns) for k in range(before))
+    zero_c = jnp.zeros(launch.columns, jnp.float32)
+    carry = past, (zero_c,) * before, (zero_c,) * (before + 2)
+    past, open_, dw = lax.fori_loop(0, launch.tokens // launch.step, step, carry)
+    # The next program's first tokens read this one's last inputs.
+    end = first + launch.tokens
+    for k in range(before):
+        t = end + k
+        past = (*past, _read(x_ref, t, in_columns))
+        _, _, dpast = visit(t, past, open_, _read(dy_ref, t, in_columns))
+        close(t - before, dpast[0])
+        past, open_ = past[1:], dpast[1:]
+    for k, dw_c in enumerate(dw):
+        store(dw_ref.at[np.int32(k)], dw_c, in_columns)

@@ -1,0 +1,69 @@
+"""What kernels written for Pallas' Triton backend share: starting them, and tiles that overhang an array.
+
+Triton's tiles have sizes that are powers of two; what of a tile lies outside the array is masked.
+"""
+
+import jax
+from jax import Array
+from jax import numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+LOG2_E = 1.4426950408889634
+
+
+def require_gpu(*, interpret: bool) -> None:
+    """Raises ValueError if there is no GPU to run a kernel on and it is not to be interpreted."""
+    if not interpret and jax.default_backend() != "gpu":
+        raise ValueError(
+            f"implementation='triton' needs a GPU and finds {jax.default_backend()!r}: expected another one "
+            "('triton_interpreted' runs the same kernels there)"
+        )
+
+
+def inside(indices: Array, size: int, tile_size: int) -> Array | None:
+    """Which of a tile's indices the array has; None, which costs nothing, if tiles fill it."""
+    return indices < size if size % tile_size else None
+
+
+def both(in_rows: Array | None, in_columns: Array | None) -> Array | None:
+    """The mask of a matrix from those of its rows and columns."""
+    if in_rows is None or in_columns is None:
+        return in_columns if in_rows is None else in_rows[:, None]
+    return in_rows[:, None] & in_columns[None, :]
+
+
+def load(ref, mask: Array | None = None) -> Array:
+    """What `ref` holds, 0 where masked out."""
+    if mask is None:
+        return plgpu.load(ref)
+    return plgpu.load(ref, mask=jnp.broadcast_to(mask, ref.shape), other=0.0)
+
+
+def store(ref, value: Array, mask: Array | None = None) -> None:
+    """Writes `value`, in the type of `ref`, where it is not masked out."""
+    value = jnp.asarray(value, ref.dtype)
+    plgpu.store(ref, value, mask=None if mask is None else jnp.broadcast_to(mask, value.shape))
+
+
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + e^-x) by the hardware's power of two."""
+    return 1.0 / (1.0 + jnp.exp2(x * -LOG2_E))
+
+
+def call(
+    kernel, operands, in_specs, outputs, *, grid, warps: int, stages: int = 1, interpret: bool
+) -> dict[str, Array]:
+    """The kernel's outputs by name, from their (shape, dtype, block)."""
+    varying = jax.typeof(operands[0]).mat
+    shapes = [jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varying) for shape, dtype, _ in outputs.values()]
+    launch = pl.pallas_call(
+        kernel,
+        grid=grid,
+        in_specs=in_specs,
+        out_specs=[spec for _, _, spec in outputs.values()],
+        out_shape=shapes,
+        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
+        interpret=interpret,
+    )
+    return dict(zip(outputs, launch(*operands), strict=True))

@@ -1,0 +1,52 @@
+"""Rows of tokens put in the order of their experts, and added up again, by implementation name.
+
+Axes: n tokens, k choices of a token, r rows, d width.
+
+`slots_nk` holds the row of each assignment, `source_r` the flat assignment (token · k + choice) of each row: they are
+each other's inverse, and an index past the end means none. So forward and backward, rows are gathered and no sum
+scatters.
+"""
+
+import functools
+
+from jax import Array
+
+from orogen.kernels.permutation.reference import sum_rows_gathered, take_rows_gathered
+from orogen.kernels.permutation.triton import sum_rows_triton, take_rows_triton
+from orogen.parallel.varying import vary_like
+
+TAKE = {
+    "gather": take_rows_gathered,
+    "triton": take_rows_triton,
+    "triton_interpreted": functools.partial(take_rows_triton, interpret=True),
+}
+SUM = {
+    "gather": sum_rows_gathered,
+    "triton": sum_rows_triton,
+    "triton_interpreted": functools.partial(sum_rows_triton, interpret=True),
+}
+
+
+def take_rows(x_nd: Array, slots_nk: Array, source_r: Array, *, implementation: str) -> Array:
+    """Row r (r, d) is that of the token of assignment source_r; zero if it is none's. Differentiable by x.
+
+    Raises ValueError if the name is unknown or the implementation cannot run here.
+    """
+    _check(implementation)
+    operands = (x_nd, slots_nk, source_r)
+    return TAKE[implementation](*vary_like(operands, operands))
+
+
+def sum_rows(rows_rd: Array, w_nk: Array, slots_nk: Array, source_r: Array, *, implementation: str) -> Array:
+    """y_n = Σ_k w_nk · rows[slots_nk], in float32, (n, d) in the rows' dtype. Differentiable by rows and weights.
+
+    Raises ValueError if the name is unknown or the implementation cannot run here.
+    """
+    _check(implementation)
+    operands = (rows_rd, w_nk, slots_nk, source_r)
+    return SUM[implementation](*vary_like(operands, operands))
+
+
+def _check(implementation: str) -> None:
+    if implementation not in TAKE:
+        raise ValueError(f"implementation={implementation!r}: expected one of {sorted(TAKE)}")

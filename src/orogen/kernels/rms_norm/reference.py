@@ -1,0 +1,46 @@
+"""RMS norm as its formula says.
+
+Axes: n tokens, g groups, c channels (of one group, beside g).
+"""
+
+from collections.abc import Callable
+
+import jax
+from jax import Array, lax
+from jax import numpy as jnp
+
+from orogen.kernels.remade import from_inputs
+
+Reduce = Callable[[Array], Array]
+
+
+def rms_norm_plain(
+    x_nc: Array, weight_c: Array, gate_nc: Array | None, *, group_size: int, epsilon: float, reduce_sum: Reduce | None
+) -> Array:
+    """See `rms_norm`. The backward pass starts from the operands and, where ranks share a group, its squares."""
+    sizes = {"group_size": group_size, "epsilon": epsilon}
+    if reduce_sum is None:
+        whole = lambda x, weight, gate: _normed(x, weight, gate, _squares(x, gate, group_size), **sizes)  # noqa: E731
+        return from_inputs(whole)(x_nc, weight_c, gate_nc)
+    squares_ng1 = reduce_sum(from_inputs(lambda x, gate: _squares(x, gate, group_size))(x_nc, gate_nc))
+    return from_inputs(lambda *arrays: _normed(*arrays, **sizes))(x_nc, weight_c, gate_nc, squares_ng1)
+
+
+def _gated(x_nc: Array, gate_nc: Array | None, group_size: int) -> Array:
+    """u (n, g, c), float32."""
+    u_nc = x_nc.astype(jnp.float32)
+    if gate_nc is not None:
+        u_nc = u_nc * jax.nn.silu(gate_nc.astype(jnp.float32))
+    return u_nc.reshape(len(u_nc), -1, min(group_size, u_nc.shape[1]))
+
+
+def _squares(x_nc: Array, gate_nc: Array | None, group_size: int) -> Array:
+    """The sums (n, g, 1) of a group's squares."""
+    return jnp.sum(jnp.square(_gated(x_nc, gate_nc, group_size)), -1, keepdims=True)
+
+
+def _normed(
+    x_nc: Array, weight_c: Array, gate_nc: Array | None, squares_ng1: Array, *, group_size: int, epsilon: float
+) -> Array:
+    normed_ngc = _gated(x_nc, gate_nc, group_size) * lax.rsqrt(squares_ng1 / group_size + epsilon)
+    return (normed_ngc.reshape(x_nc.shape) * weight_c).astype(x_nc.dtype)
