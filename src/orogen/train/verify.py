@@ -203,7 +203,7 @@ def _flips(choices: Any) -> tuple[int, float]:
 
 def _largest_difference(reference: Any, other: Any) -> float:
     pairs = zip(jax.tree.leaves(reference), jax.tree.leaves(other), strict=True)
-    return largest(np.abs(np.asarray(a) - b).max() for a, b in pairs)
+    return largest(np.abs(np.asarray(a) - b).max(initial=0) for a, b in pairs)
 
 
 def largest(values: Iterable[Any]) -> float:
