@@ -55,6 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     task.add_argument(
         "--compile", action="store_true", help="what one layer of each type sends, as XLA compiles it, too"
     )
+    task.add_argument(
+        "--memory", action="store_true", help="what a device holds: state, activations by name, the compiled step's"
+    )
     _task(tasks, "verify", verify, "check a plan against one device: loss, every gradient, one optimizer step")
     task = tasks.add_parser("generate", help="sample text from a trained model")
     task.set_defaults(task=generate, gin_file=None)
@@ -190,6 +193,8 @@ def plan(options: argparse.Namespace) -> int:
     lines = plan_lines(facts)
     if options.compile:
         config.need("train")
+    if options.memory:
+        config.need("train", "optimizer")
     if config.train is not None:
         more, more_lines = _collectives(options, config)
         facts, lines = {**facts, **more}, [*lines, "", *more_lines]
@@ -198,7 +203,8 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def _collectives(options: argparse.Namespace, config: RunConfig) -> tuple[dict[str, Any], list[str]]:
-    """What the plan's devices send by paper and, with --compile, in XLA's programs for simulated devices."""
+    """What the plan's devices send by paper and, with --compile, in XLA's programs for simulated devices; and, with
+    --memory, what they hold."""
     from orogen.simulate.communication import Workload, collective_lines, describe_collectives
 
     sizes, train, model = config.plan, config.train, config.model
@@ -206,11 +212,16 @@ def _collectives(options: argparse.Namespace, config: RunConfig) -> tuple[dict[s
     work = Workload(rows, tokens, 2 if train.compute_dtype == "bfloat16" else 4)
     facts: dict[str, Any] = {"collectives": describe_collectives(model, sizes, work)}
     lines = collective_lines(facts["collectives"])
+    if (options.compile or options.memory) and not options.fake_devices:
+        configure(sizes.devices)
+    if options.memory:
+        from orogen.simulate.memory import describe_memory, memory_lines
+
+        facts["memory"] = describe_memory(config, work)
+        lines += ["", *memory_lines(facts["memory"])]
     if options.compile:
         from orogen.simulate.aot import compare, compared_lines, flops_overhead
 
-        if not options.fake_devices:
-            configure(sizes.devices)
         letters = dict.fromkeys(model.layers.main + model.layers.mtp)
         facts["compiled"] = compare(model, sizes, work, letters)
         facts["flops_overhead"] = flops_overhead(model, sizes, train.batch_size, train.sequence_length)

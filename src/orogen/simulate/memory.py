@@ -1,0 +1,114 @@
+"""What one device holds during a training step: state by the plan's shardings, activations by name from the layers'
+traces, and what XLA allots in the compiled step."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from orogen.config.model import ModelConfig
+from orogen.config.plan import PlanConfig
+from orogen.config.run import RunConfig
+from orogen.data.packing import Batch
+from orogen.model.lm import Built, build
+from orogen.parallel.plan import Plan, make_plan
+from orogen.precision.policy import working_copy
+from orogen.simulate.activations import WEIGHTS, bytes_by_name, kept_by_layer
+from orogen.simulate.communication import Workload
+from orogen.train.optimizer import make_optimizer
+from orogen.train.state import TrainState, abstract_state
+from orogen.train.step import BATCH_AXES, make_step
+
+# What XLA says of a program, and what we call it.
+COMPILED = {
+    "arguments": "argument_size_in_bytes",
+    "outputs": "output_size_in_bytes",
+    "aliased": "alias_size_in_bytes",
+    "temporary": "temp_size_in_bytes",
+    "program": "generated_code_size_in_bytes",
+}
+
+
+def describe_memory(config: RunConfig, work: Workload) -> dict[str, Any]:
+    """Bytes on one device. Nothing is allocated; compiling needs as many devices as the plan, which may be simulated.
+
+    parameters: float32 masters as they are stored; working: the copies that the step computes with; gradients: float32
+    sums in the layout of the masters; optimizer: its state. activations: {letter: layers, bytes of one layer by name},
+    of one microbatch, whose layers are all kept at once. compiled: of the whole step, which donates the state.
+    """
+    config.need("model", "train", "optimizer")
+    plan, built = make_plan(config.plan, config.model), build(config.model)
+    optimizer = make_optimizer(config.optimizer, config.train.steps, built.params)
+    state = abstract_state(built, optimizer)
+    placed = jax.tree.map(_placed, state, plan.shardings(state))
+    held = {name: _held(getattr(placed, name)) for name in ("params", "buffers", "optimizer")}
+    layers = activations(config.model, config.plan, work, dtype=config.train.compute_dtype)
+    return {
+        "devices": config.plan.devices,
+        "state": {
+            "parameters": held["params"],
+            "working": _working(built, plan, config.train.compute_dtype),
+            "gradients": held["params"],
+            "optimizer": held["optimizer"],
+            "buffers": held["buffers"],
+        },
+        "activations": layers,
+        "activation_bytes": sum(each["layers"] * sum(each["bytes"].values()) for each in layers.values()),
+        "compiled": _compiled(config, plan, built, optimizer, placed),
+    }
+
+
+def activations(model: ModelConfig, sizes: PlanConfig, work: Workload, *, dtype: str) -> dict[str, dict[str, Any]]:
+    """{letter: how many layers a microbatch passes through, the MTP block's once a depth, and bytes of one by name}."""
+    pattern, found = model.layers, {}
+    plan = make_plan(sizes, model, abstract=True)
+    for letter in dict.fromkeys(pattern.main + pattern.mtp):
+        kept = bytes_by_name(kept_by_layer(letter, model, plan, work, dtype=dtype))
+        kept.pop(WEIGHTS, None)
+        layers = pattern.main.count(letter) + model.mtp_depths * pattern.mtp.count(letter)
+        found[letter] = {"layers": layers, "bytes": kept}
+    return found
+
+
+def _placed(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _held(tree: Any) -> int:
+    """Bytes of one device's pieces."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _working(built: Built, plan: Plan, dtype: str) -> int:
+    """Bytes of one device's working copies; 0 where the masters themselves are computed with."""
+    if dtype == "float32":
+        return 0
+    params = jax.eval_shape(lambda p: working_copy(p, dtype), built.params)
+    shardings = jax.tree.map(lambda spec: jax.sharding.NamedSharding(plan.mesh, spec), plan.specs(params))
+    cast = [leaf for leaf in jax.tree.leaves(jax.tree.map(_placed, params, shardings)) if leaf.dtype != "float32"]
+    return _held(cast)
+
+
+def _compiled(config: RunConfig, plan: Plan, built: Built, optimizer: Any, state: TrainState) -> dict[str, int]:
+    shape, sharding = (config.train.batch_size, config.train.sequence_length), plan.sharding(*BATCH_AXES)
+    integers: Any = jax.ShapeDtypeStruct(shape, "int32", sharding=sharding)
+    weights: Any = jax.ShapeDtypeStruct(shape, "float32", sharding=sharding)
+    step: Any = make_step(built, config, plan, optimizer)
+    analysis = step.lower(state, Batch(integers, integers, integers, weights)).compile().memory_analysis()
+    return {name: int(getattr(analysis, field)) for name, field in COMPILED.items()}
+
+
+def memory_lines(facts: Mapping[str, Any]) -> list[str]:
+    """The facts of `describe_memory` for a person."""
+    state, compiled = facts["state"], facts["compiled"]
+    lines = [f"bytes on each of {facts['devices']} devices"]
+    lines += [_row("state", name, size) for name, size in state.items()]
+    for letter, each in facts["activations"].items():
+        lines += [_row(f"{letter} x {each['layers']}", name, each["layers"] * n) for name, n in each["bytes"].items()]
+    lines.append(_row("layers", "activations in all", facts["activation_bytes"]))
+    return lines + [_row("step, compiled", name, size) for name, size in compiled.items()]
+
+
+def _row(group: str, name: str, size: int) -> str:
+    return f"  {group:<16} {name:<20} {size:>18,}  {size / 2**30:>10.3f} GiB"
