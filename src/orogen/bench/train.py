@@ -122,7 +122,8 @@ def describe(work: Workload, config: RunConfig) -> dict[str, Any]:
     """What was run, on what."""
     facts: dict[str, Any] = {
         "bench": "train", "model": work.model, "device": jax.devices()[0].device_kind, "jax": jax.__version__,
-        "rows": work.tokens // work.sequence_length, "sequence_length": work.sequence_length, "plan": _changes(config.plan, PlanConfig()),
+        "rows": work.tokens // work.sequence_length, "sequence_length": work.sequence_length,
+        "plan": _changes(config.plan, PlanConfig()),
     }  # fmt: skip
     if work.part == "whole_step":
         facts["moment_dtype"] = config.optimizer.moment_dtype
