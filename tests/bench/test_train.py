@@ -33,7 +33,9 @@ def test_facts(part):
     found = facts[part]
     assert 3 < found["loss"] < 6 and found["best_ms"] <= found["ms"] <= found["worst_ms"]
     usual = {"remat": "elementwise", "unroll": 3, "logit_rows": 4096}
-    assert facts["plan"] == usual | ({"microbatches": 4} if part == "whole_step" else {})
+    names = ["M:norm,conv,gated_norm", "E:norm,rows,expert_activation,shared_activation"]
+    whole = {"microbatches": 4, "remat": names}
+    assert facts["plan"] == usual | (whole if part == "whole_step" else {})
     assert found.get("same_bits") is (True if part == "forward_backward" else None)
     assert facts.get("moment_dtype") == ("bfloat16" if part == "whole_step" else None)
 
@@ -60,10 +62,10 @@ def test_rows_and_recomputation_follow_from_the_length():
     short, long = (Workload(model="hybrid_1b", sequence_length=length) for length in (8192, 65536))
     assert (short.config().train.batch_size, long.config().train.batch_size) == (2, 1)
     assert short.config().plan.remat == "elementwise"
-    assert long.config().plan.remat == ("M:norm,conv,gated_norm", "-:full")
+    assert long.config().plan.remat == ("M:norm,conv,gated_norm", "-:norm,activation")
     assert dataclasses.replace(long, bindings=("PlanConfig.remat='full'",)).config().plan.remat == "full"
     assert dataclasses.replace(short, rows=8).config().plan.remat == long.config().plan.remat
-    assert Workload(sequence_length=65536).config().plan.remat == ("M:norm,conv,gated_norm",)  # R1 has no MLP layers
+    assert "-" not in "".join(Workload(sequence_length=65536).config().plan.remat)  # R1 has no MLP layers
 
 
 def test_kernels_of_a_gpu_are_refused_elsewhere(refused):

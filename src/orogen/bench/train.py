@@ -40,10 +40,15 @@ PASS = {
     "PlanConfig.unroll": "3", "PlanConfig.logit_rows": "4096",
     "PlanConfig.remat": "'elementwise'", "TrainConfig.compute_dtype": "'bfloat16'",
 }  # fmt: skip
-# Rows of a microbatch hold so many tokens, if they are not given. With more than LONG of them what `elementwise` keeps
-# leaves no room on 80 GB for a model of a billion parameters.
-TOKENS, LONG = 16384, 32768
-LONG_REMAT = {"M": "M:norm,conv,gated_norm", "-": "-:full"}  # by letter
+# Rows of a microbatch hold so many tokens, if they are not given.
+TOKENS = 16384
+# Where memory is short, in whole steps and with more than LONG tokens a microbatch, products are kept and what is cheap
+# is made again, by letter: of R1 12 GB are kept, not 21, of hybrid_1b at 65,536 tokens 59, not 85 (orogen simulate's
+# traces), beside which a state of 26 GB and sums of gradients, or 80 GB, have room.
+LONG = 32768
+CHEAP = {
+    "M": "M:norm,conv,gated_norm", "-": "-:norm,activation", "E": "E:norm,rows,expert_activation,shared_activation",
+}  # fmt: skip
 STEP = {
     "PlanConfig.microbatches": "4", "OptimizerConfig.learning_rate": "1e-4", "OptimizerConfig.schedule": "'constant'",
     "OptimizerConfig.moment_dtype": "'bfloat16'",
@@ -79,8 +84,8 @@ class Workload:
         usual = {**PASS, **(STEP if self.part == "whole_step" else {}), **fixed}
         # The batch depends on the number of microbatches and recomputation on the pattern, which the bindings say.
         first, _ = load([file], [*_bindings(usual, self.bindings), f"TrainConfig.batch_size={2**20}"])
-        entries = tuple(entry for letter, entry in LONG_REMAT.items() if letter in first.model.layers.main)
-        if self.tokens > LONG and entries:
+        entries = tuple(entry for letter, entry in CHEAP.items() if letter in first.model.layers.main)
+        if entries and (self.part == "whole_step" or self.tokens > LONG):
             usual["PlanConfig.remat"] = repr(entries)
         parts = first.plan.microbatches if self.part == "whole_step" else 1
         usual["TrainConfig.batch_size"] = self.tokens // self.sequence_length * parts * first.plan.data
