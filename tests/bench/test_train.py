@@ -1,5 +1,6 @@
 """The benchmark of whole models at sizes that compile in seconds, on CPU, in the kernels that run there."""
 
+import dataclasses
 import json
 
 import pytest
@@ -16,7 +17,8 @@ SIZES = {
     "ModelConfig.mamba_head_dim": 8, "ModelConfig.ssm_state_size": 16, "ModelConfig.chunk_size": 8,
     "ModelConfig.n_routed_experts": 8, "ModelConfig.num_experts_per_tok": 2, "ModelConfig.moe_intermediate_size": 24,
     "ModelConfig.moe_shared_expert_intermediate_size": 40, "PlanConfig.attention": "'full'",
-    "PlanConfig.ssd": "'chunked'", "PlanConfig.grouped_matmul": "'blocks'",
+    "PlanConfig.ssd": "'chunked'", "PlanConfig.grouped_matmul": "'blocks'", "PlanConfig.causal_conv1d": "'taps'",
+    "PlanConfig.rms_norm": "'plain'", "PlanConfig.permutation": "'gather'",
 }  # fmt: skip
 
 
@@ -30,7 +32,10 @@ def test_facts(part):
     facts = json.loads(json.dumps(train.bench(tiny(part), steps=2, deterministic=part == "forward_backward")))
     found = facts[part]
     assert 3 < found["loss"] < 6 and found["best_ms"] <= found["ms"] <= found["worst_ms"]
-    assert facts["plan"] == {"remat": "elementwise"} | ({"microbatches": 4} if part == "whole_step" else {})
+    usual = {"remat": "elementwise", "unroll": 3, "logit_rows": 4096}
+    names = ["M:norm,conv,gated_norm", "E:norm,rows,expert_activation,shared_activation"]
+    whole = {"microbatches": 4, "remat": names}
+    assert facts["plan"] == usual | (whole if part == "whole_step" else {})
     assert found.get("same_bits") is (True if part == "forward_backward" else None)
     assert facts.get("moment_dtype") == ("bfloat16" if part == "whole_step" else None)
 
@@ -53,10 +58,20 @@ def test_bindings_take_the_place_of_the_usual_ones():
     assert tiny(**{"PlanConfig.linear": "'fp8'"}).config().plan.linear == "fp8"
 
 
+def test_rows_and_recomputation_follow_from_the_length():
+    short, long = (Workload(model="hybrid_1b", sequence_length=length) for length in (8192, 65536))
+    assert (short.config().train.batch_size, long.config().train.batch_size) == (2, 1)
+    assert short.config().plan.remat == "elementwise"
+    assert long.config().plan.remat == ("M:norm,conv,gated_norm", "-:norm,activation")
+    assert dataclasses.replace(long, bindings=("PlanConfig.remat='full'",)).config().plan.remat == "full"
+    assert dataclasses.replace(short, rows=8).config().plan.remat == long.config().plan.remat
+    assert "-" not in "".join(Workload(sequence_length=65536).config().plan.remat)  # R1 has no MLP layers
+
+
 def test_kernels_of_a_gpu_are_refused_elsewhere(refused):
     assert refused("bench", "train").startswith(
         "train runs on a GPU of compute capability 9.0 (Hopper), found cpu; expected other choices of "
-        "PlanConfig.attention, PlanConfig.ssd, PlanConfig.grouped_matmul there"
+        "PlanConfig.attention, PlanConfig.ssd, "
     )
     assert refused("bench", "train", "--model", "r2").startswith("--model 'r2'; expected the name of a file in ")
 

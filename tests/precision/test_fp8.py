@@ -185,7 +185,7 @@ def test_a_gpu_multiplies_in_fp8():
         y_nf, back = jax.vjp(fp8_matmul, x_nd, w_df)
         return y_nf, *back(dy_nf)
 
-    text = jax.jit(run).lower(x_nd, w_df, dy_nf).compile().as_text()
+    text = str(jax.jit(run).lower(x_nd, w_df, dy_nf).compile().as_text())
     assert text.count('custom_call_target="__cublas$lt$matmul$f8"') == 3
     assert '"__cublas$lt$matmul"' not in text and '"__cublas$gemm"' not in text
 

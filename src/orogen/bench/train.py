@@ -40,6 +40,15 @@ PASS = {
     "PlanConfig.unroll": "3", "PlanConfig.logit_rows": "4096",
     "PlanConfig.remat": "'elementwise'", "TrainConfig.compute_dtype": "'bfloat16'",
 }  # fmt: skip
+# Rows of a microbatch hold so many tokens, if they are not given.
+TOKENS = 16384
+# Where memory is short, in whole steps and with more than LONG tokens a microbatch, products are kept and what is cheap
+# is made again, by letter: of R1 12 GB are kept, not 21, of hybrid_1b at 65,536 tokens 59, not 85 (orogen simulate's
+# traces), beside which a state of 26 GB and sums of gradients, or 80 GB, have room.
+LONG = 32768
+CHEAP = {
+    "M": "M:norm,conv,gated_norm", "-": "-:norm,activation", "E": "E:norm,rows,expert_activation,shared_activation",
+}  # fmt: skip
 STEP = {
     "PlanConfig.microbatches": "4", "OptimizerConfig.learning_rate": "1e-4", "OptimizerConfig.schedule": "'constant'",
     "OptimizerConfig.moment_dtype": "'bfloat16'",
@@ -50,31 +59,43 @@ STEP = {
 class Workload:
     """What is timed: a file's stem in gin_configs/models, rows of a microbatch, tokens of a row, gin bindings on top.
 
-    part: `forward_backward`, of one microbatch with working copies for weights, or `whole_step`.
+    rows: None is as many as hold TOKENS, at least one. part: `forward_backward`, of one microbatch with working copies
+    for weights, or `whole_step`.
     """
 
     model: str = "r1"
-    rows: int = 2
+    rows: int | None = None
     sequence_length: int = 8192
     part: str = "forward_backward"
     bindings: tuple[str, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Of one microbatch."""
+        return self.sequence_length * (self.rows or max(1, TOKENS // self.sequence_length))
 
     def config(self) -> RunConfig:
         """The run that the workload is a step of. Raises ConfigError."""
         file = CONFIGS / f"{self.model}.gin"
         if not file.is_file():
             raise ConfigError(f"--model {self.model!r}; expected the name of a file in {CONFIGS}")
-        asked = {binding.partition("=")[0].strip() for binding in self.bindings}
-        fixed = {
-            "TrainConfig.steps": 1000, "TrainConfig.seed": 0, "TrainConfig.sequence_length": self.sequence_length,
-        }  # fmt: skip
+        length = self.sequence_length
+        fixed = {"TrainConfig.steps": 1000, "TrainConfig.seed": 0, "TrainConfig.sequence_length": length}
         usual = {**PASS, **(STEP if self.part == "whole_step" else {}), **fixed}
-        bindings = [f"{name}={value}" for name, value in usual.items() if name not in asked] + list(self.bindings)
-        # The batch depends on the number of microbatches, which the bindings say.
-        plan = load([file], [*bindings, f"TrainConfig.batch_size={2**20}"])[0].plan
-        parts = plan.microbatches if self.part == "whole_step" else 1
-        config, _ = load([file], [*bindings, f"TrainConfig.batch_size={self.rows * parts * plan.data}"])
-        return config
+        # The batch depends on the number of microbatches and recomputation on the pattern, which the bindings say.
+        first, _ = load([file], [*_bindings(usual, self.bindings), f"TrainConfig.batch_size={2**20}"])
+        entries = tuple(entry for letter, entry in CHEAP.items() if letter in first.model.layers.main)
+        if entries and (self.part == "whole_step" or self.tokens > LONG):
+            usual["PlanConfig.remat"] = repr(entries)
+        parts = first.plan.microbatches if self.part == "whole_step" else 1
+        usual["TrainConfig.batch_size"] = self.tokens // self.sequence_length * parts * first.plan.data
+        return load([file], _bindings(usual, self.bindings))[0]
+
+
+def _bindings(usual: dict[str, Any], asked: Sequence[str]) -> list[str]:
+    """`asked`, with what is usual of the fields that it does not bind."""
+    taken = {binding.partition("=")[0].strip() for binding in asked}
+    return [f"{name}={value}" for name, value in usual.items() if name not in taken] + list(asked)
 
 
 class Prepared(NamedTuple):
@@ -106,7 +127,8 @@ def describe(work: Workload, config: RunConfig) -> dict[str, Any]:
     """What was run, on what."""
     facts: dict[str, Any] = {
         "bench": "train", "model": work.model, "device": jax.devices()[0].device_kind, "jax": jax.__version__,
-        "rows": work.rows, "sequence_length": work.sequence_length, "plan": _changes(config.plan, PlanConfig()),
+        "rows": work.tokens // work.sequence_length, "sequence_length": work.sequence_length,
+        "plan": _changes(config.plan, PlanConfig()),
     }  # fmt: skip
     if work.part == "whole_step":
         facts["moment_dtype"] = config.optimizer.moment_dtype
@@ -149,7 +171,7 @@ def prepare(work: Workload, config: RunConfig, *, deterministic: bool = False, e
     def run() -> None:
         jax.block_until_ready(program(params, buffers, batch))
 
-    return Prepared(run, loss, work.rows * work.sequence_length, _memory(program), same)
+    return Prepared(run, loss, work.tokens, _memory(program), same)
 
 
 def _whole_step(built: Any, config: RunConfig, plan: Plan, batch: Any) -> Prepared:

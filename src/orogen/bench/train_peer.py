@@ -53,9 +53,8 @@ def compare(work: Workload, *, peer: str, steps: int, turns: int, deterministic:
                 blocks.append(ours.ask({"time": steps}))
                 ours.close()
                 others.append(theirs.ask({"time": steps}))
-    tokens_a_pass = work.rows * work.sequence_length
     medians = [statistics.median(block["seconds"]) for block in others]
-    rate = tokens_a_pass / statistics.median(second for block in others for second in block["seconds"])
+    rate = work.tokens / statistics.median(second for block in others for second in block["seconds"])
     return {
         **facts, "turns": turns, work.part: blocks,
         peer: {
