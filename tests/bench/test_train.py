@@ -10,15 +10,15 @@ from orogen.bench.train import Workload
 from orogen.bench.worker import Worker
 from orogen.cli import main
 from orogen.config.checks import ConfigError
+from orogen.config.plan import FOR_GPU, PlanConfig
 
 SIZES = {
     "ModelConfig.pattern": "'MEM*E'", "ModelConfig.vocab_size": 64, "ModelConfig.hidden_size": 32,
     "ModelConfig.num_attention_heads": 4, "ModelConfig.head_dim": 8, "ModelConfig.mamba_num_heads": 8,
     "ModelConfig.mamba_head_dim": 8, "ModelConfig.ssm_state_size": 16, "ModelConfig.chunk_size": 8,
     "ModelConfig.n_routed_experts": 8, "ModelConfig.num_experts_per_tok": 2, "ModelConfig.moe_intermediate_size": 24,
-    "ModelConfig.moe_shared_expert_intermediate_size": 40, "PlanConfig.attention": "'full'",
-    "PlanConfig.ssd": "'chunked'", "PlanConfig.grouped_matmul": "'blocks'", "PlanConfig.causal_conv1d": "'taps'",
-    "PlanConfig.rms_norm": "'plain'", "PlanConfig.permutation": "'gather'",
+    "ModelConfig.moe_shared_expert_intermediate_size": 40,
+    **{f"PlanConfig.{field}": repr(getattr(PlanConfig, field)) for field in FOR_GPU},
 }  # fmt: skip
 
 
@@ -71,7 +71,8 @@ def test_rows_and_recomputation_follow_from_the_length():
 def test_kernels_of_a_gpu_are_refused_elsewhere(refused):
     assert refused("bench", "train").startswith(
         "train runs on a GPU of compute capability 9.0 (Hopper), found cpu; expected other choices of "
-        "PlanConfig.attention, PlanConfig.ssd, "
+        + ", ".join(f"PlanConfig.{field}" for field in FOR_GPU)
+        + " there"
     )
     assert refused("bench", "train", "--model", "r2").startswith("--model 'r2'; expected the name of a file in ")
 

@@ -35,8 +35,7 @@ from orogen.train.step import batch_to_devices, gradients, make_step
 WARM_UP = 2
 # What the benchmark binds where the command does not.
 PASS = {
-    "PlanConfig.attention": "'cudnn'", "PlanConfig.ssd": "'triton'", "PlanConfig.grouped_matmul": "'mosaic'",
-    "PlanConfig.causal_conv1d": "'triton'", "PlanConfig.rms_norm": "'triton'", "PlanConfig.permutation": "'triton'",
+    **{f"PlanConfig.{field}": repr(kernel) for field, kernel in FOR_GPU.items()},
     "PlanConfig.unroll": "3", "PlanConfig.logit_rows": "4096",
     "PlanConfig.remat": "'elementwise'", "TrainConfig.compute_dtype": "'bfloat16'",
 }  # fmt: skip

@@ -9,7 +9,8 @@ import jax
 from orogen.config.remat import Remat
 
 # Operations too dear to repeat beside products of two matrices: our own kernels, those of Mosaic GPU within a function
-# that says how to batch them, and the router's sorting, which gives little to keep.
+# that says how to batch them, and the router's sorting, which gives little to keep. A policy sees the operations of a
+# function's own derivative rule, not into another function with such a rule: rules of ours call kernels themselves.
 FUSED = ("pallas_call", "custom_vmap_call", "sort", "top_k")
 
 

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax import Array
 from jax import numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
 from orogen.kernels.pallas_triton import call, inside, load, require_gpu, store
@@ -60,7 +61,8 @@ def _sum_rows(interpret: bool, rows_rd: Array, w_nk: Array, slots_nk: Array, sou
 
 
 def _sum_rows_forward(interpret, rows_rd, w_nk, slots_nk, source_r):
-    return _collect(rows_rd, w_nk, slots_nk, interpret=interpret), (rows_rd, w_nk, slots_nk, source_r)
+    kept = checkpoint_name(rows_rd, "expert_out"), w_nk, slots_nk, source_r
+    return _collect(rows_rd, w_nk, slots_nk, interpret=interpret), kept
 
 
 def _sum_rows_backward(interpret, residuals, g_nd):
