@@ -17,7 +17,7 @@ from orogen.precision.policy import working_copy
 from orogen.simulate.activations import WEIGHTS, bytes_by_name, kept_by_layer
 from orogen.simulate.communication import Workload
 from orogen.train.optimizer import make_optimizer
-from orogen.train.state import TrainState, abstract_state
+from orogen.train.state import TrainState, abstract_state, state_shardings
 from orogen.train.step import BATCH_AXES, make_step
 
 # What XLA says of a program, and what we call it.
@@ -41,7 +41,7 @@ def describe_memory(config: RunConfig, work: Workload) -> dict[str, Any]:
     plan, built = make_plan(config.plan, config.model), build(config.model)
     optimizer = make_optimizer(config.optimizer, config.train.steps, built.params)
     state = abstract_state(built, optimizer)
-    placed = jax.tree.map(_placed, state, plan.shardings(state))
+    placed = jax.tree.map(_placed, state, state_shardings(state, plan))
     held = {name: _held(getattr(placed, name)) for name in ("params", "buffers", "optimizer")}
     layers = activations(config.model, config.plan, work, dtype=config.train.compute_dtype)
     return {

@@ -29,7 +29,7 @@ from orogen.train.heldout import Heldout
 from orogen.train.metrics import MetricsWriter, Progress
 from orogen.train.optimizer import make_optimizer
 from orogen.train.run_folder import check_folder, describe_run, environment, keep_orphaned_metrics
-from orogen.train.state import TrainState, abstract_state, create_state, start_state
+from orogen.train.state import TrainState, abstract_state, create_state, start_state, state_shardings
 from orogen.train.step import StepMetrics, batch_to_devices, make_step
 
 
@@ -161,7 +161,7 @@ class _Run:
         if not self.first_step:
             return create_state(self.config.model, self.built, self.optimizer, self.plan, self.config.train.seed)
         target = abstract_state(self.built, self.optimizer)
-        state, self.position = self.checkpoints.restore(with_shardings(target, self.plan.shardings(target)))
+        state, self.position = self.checkpoints.restore(with_shardings(target, state_shardings(target, self.plan)))
         self.loader.restore(self.position)
         return state
 
