@@ -97,3 +97,14 @@ def test_gin_binds_a_word_a_name_or_entries(tmp_path):
         assert config.plan.remat == expected
         file.write_text(operative)
         assert load([file])[0] == config
+
+
+def test_offload_takes_names_of_the_models_layers():
+    assert PlanConfig(offload=["input", "conv"]).layer_remat("M").host == {"input", "conv"}  # pyright: ignore[reportArgumentType]
+    assert PlanConfig(offload=("conv",)).layer_remat("M") == Remat("names", frozenset(), frozenset({"conv"}))
+    assert PlanConfig(offload=("conv",)).layer_remat("*") == Remat("none")
+    assert PlanConfig(offload=("conv",), remat="full").layer_remat("M").kind == "full"
+    with pytest.raises(ConfigError, match=r"PlanConfig.offload is \('selective',\); expected names of input, norm, "):
+        PlanConfig(offload=("selective",))
+    with pytest.raises(ConfigError, match=r"PlanConfig.offload is \('scan',\); expected what .* not 'scan'"):
+        run_config(plan={"offload": ("scan",)}).check()

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.extend import core
 from tests.model.small import config, one_device, randomised, relative_error
 
+from orogen.config.checks import ConfigError
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.remat import EVERY, NAMES, SELECTIVE
@@ -216,8 +217,9 @@ def test_gradients_are_the_same_whatever_is_made_again(pattern):
     x_btd = jax.random.normal(rng, (2, 9, 12))
     docs = documents(jnp.asarray([[1, 1, 1, 2, 2, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 2, 2, 2]]))
 
-    def grads(remat):
-        plan = one_device(model, remat=remat)
+    def grads(remat, **changes):
+        # Not asked whether the backend has a memory of its own: on a CPU moving to the host's is no move.
+        plan = dataclasses.replace(one_device(model), config=PlanConfig(remat=remat, **changes))
 
         def total(params, x_btd):
             return jnp.sum(nnx.merge(graph, params, buffers)(x_btd, docs, plan)[0] ** 2)
@@ -227,3 +229,34 @@ def test_gradients_are_the_same_whatever_is_made_again(pattern):
     plain = grads("none")
     for remat in REMATS:
         assert relative_error(grads(remat), plain) < 2e-6, remat
+    assert relative_error(grads("none", offload=("norm", "input")), plain) < 2e-6
+
+
+# The host's memory. A CPU has no other, so what is moved there is read from traces; values are the same there too.
+
+
+def in_host(kept) -> set[str]:
+    return {array.name for array in kept if array.host}
+
+
+def test_offloaded_names_wait_in_the_hosts_memory_and_nothing_else_does():
+    model = every("M")
+    found = kept("M", model, "none", offload=("ssd_states", "input"))
+    assert in_host(found) == {"ssd_states", "input"}
+    assert bytes_by_name(found) == bytes_by_name(kept("M", model, "paper"))
+    assert in_host(kept("M", model, "paper")) == set()
+    only = kept("M", model, "full", offload=("input",))
+    assert in_host(only) == set(bytes_by_name(only)) == {"input"}
+    chosen = kept("M", model, "selective", offload=("conv",))
+    assert in_host(chosen) == {"conv"} and "ssd" not in bytes_by_name(chosen)
+
+
+def test_offloading_multiplies_nothing_again():
+    flops = lambda **plan: product_flops(layer_jaxpr("M", every("M"), "none", **plan))  # noqa: E731
+    assert flops(offload=("ssd_states", "in_proj")) == flops()
+
+
+def test_a_cpu_refuses_to_offload_in_one_line():
+    for change in ({"offload": ("input",)}, {"offload_optimizer": True}):
+        with pytest.raises(ConfigError, match="on cpu: it has no memory beside the host's"):
+            one_device(config(), **change)

@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from orogen.config.checks import check_types, require, require_choice, require_positive
-from orogen.config.remat import Remat, check_remat, layer_remat
+from orogen.config.remat import Remat, check_offload, check_remat, layer_remat
 
 # Of each operation the implementation that needs an NVIDIA GPU; and the operations of which it takes no float32.
 FOR_GPU = {
@@ -43,7 +43,9 @@ class PlanConfig:
     product or fused kernel makes (elementwise), those large and cheap (selective), those that the formulas of
     arXiv:2205.05198 do not count (paper); or entries that choose by name, 'name,name' or 'LETTERS:name,name', in which
     one of these words may stand as well: ('M:conv,gated_norm', '*:core', 'E:full'). Layers that no entry mentions
-    recompute nothing. config/remat.py has the names, and which layers have them.
+    recompute nothing. config/remat.py has the names, and which layers have them. offload: names of activations that
+    wait in the host's memory for the backward pass; of a layer that has one, what no name stands for is recomputed.
+    offload_optimizer: whether the optimizer's state lives there, and visits the device for each update.
     linear: dense layers' products in the dtype of computation (plain), or of operands rounded to 8 bits (fp8; not in
     the model's first and last layer, nor where the result is too narrow to gain). It alone changes results by more than
     rounding in the dtype of computation.
@@ -74,6 +76,8 @@ class PlanConfig:
     unroll: int = 2
     logit_rows: int = 1024
     remat: str | tuple[str, ...] = "none"
+    offload: tuple[str, ...] = ()
+    offload_optimizer: bool = False
     linear: str = "plain"
     attention: str = "full"
     ssd: str = "chunked"
@@ -103,6 +107,8 @@ class PlanConfig:
         require_choice(self, "context_ssm", ("state", "heads"))
         require_choice(self, "shift", ("permute", "alltoall"))
         check_remat(self.remat)
+        check_offload(self.offload)
+        object.__setattr__(self, "offload", tuple(self.offload))
         require_choice(self, "linear", ("plain", "fp8"))
         require_choice(self, "attention", ("full", "blocked", "cudnn"))
         whole = self.context == 1 or self.context_attention == "alltoall"
@@ -126,7 +132,7 @@ class PlanConfig:
 
     def layer_remat(self, letter: str) -> Remat:
         """What layers of `letter` recompute."""
-        return layer_remat(self.remat, letter)
+        return layer_remat(self.remat, self.offload, letter)
 
     def dropping_none(self) -> "PlanConfig":
         """The plan with room for every token, as evaluation and inference have it."""

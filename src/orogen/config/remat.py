@@ -82,10 +82,12 @@ MODULE_LETTERS = {"mla_up_proj": "+", "moe": "E"}
 
 class Remat(NamedTuple):
     """What one layer type does: `none` keeps what autodiff keeps, `full` nothing but the input, `elementwise` what
-    products and fused kernels make, `names` all names but `again`."""
+    products and fused kernels make, `names` all names but `again`. `host`: names that wait in the host's memory,
+    whether they would else be kept or made again."""
 
     kind: str
     again: frozenset[str] = frozenset()
+    host: frozenset[str] = frozenset()
 
     def keeps(self, name: str) -> bool:
         """Whether the backward pass finds the intermediate, rather than make it again."""
@@ -107,8 +109,15 @@ def names_of(letters: Iterable[str]) -> list[str]:
     return [name for name, known in NAMES.items() if set(known.letters) & set(letters)]
 
 
-def layer_remat(remat: str | Sequence[str], letter: str) -> Remat:
-    """What layers of `letter` do, by a checked value of PlanConfig.remat."""
+def layer_remat(remat: str | Sequence[str], offload: Sequence[str], letter: str) -> Remat:
+    """What layers of `letter` do, by checked values of PlanConfig.remat and .offload."""
+    host = frozenset(name for name in offload if letter in NAMES[name].letters)
+    found = _layer_remat(remat, letter)
+    # What is to wait elsewhere has to be told from the rest by name.
+    return found._replace(kind="names" if host and found.kind == "none" else found.kind, host=host)
+
+
+def _layer_remat(remat: str | Sequence[str], letter: str) -> Remat:
     chosen = [c for entry in _entries(remat) for c in entry.choices if letter in _applies(entry, c)]
     whole = [c for c in chosen if c in WHOLE]
     if whole:
@@ -134,6 +143,13 @@ def check_remat(remat: str | Sequence[str]) -> None:
         chosen = {c for entry in _entries(remat) for c in entry.choices if letter in _applies(entry, c)}
         if chosen & set(WHOLE) and len(chosen) > 1:
             raise _refusal(remat, f"one choice for layers {letter}, not {' and '.join(sorted(chosen))}")
+
+
+def check_offload(offload: Sequence[str]) -> None:
+    """Raises ConfigError if an entry is no name."""
+    for name in offload:
+        if name not in NAMES:
+            raise _refusal(offload, f"names of {', '.join(NAMES)}, not {name!r}", "offload")
 
 
 def check_layers(field: str, value: str | Sequence[str], letters: str) -> None:

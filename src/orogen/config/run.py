@@ -143,7 +143,8 @@ class RunConfig:
             require(self.train.sequence_length % (context * pieces) == 0, self.train, "sequence_length", expected)
             self.plan.require_half_precision(self.train.compute_dtype)
         if self.model is not None:
-            check_layers("remat", self.plan.remat, self.model.layers.main + self.model.layers.mtp)
+            for field in ("remat", "offload"):
+                check_layers(field, getattr(self.plan, field), self.model.layers.main + self.model.layers.mtp)
             windows = self.model.attention_sinks or set(self.model.layers.main + self.model.layers.mtp) & set("w+")
             expected = "full or blocked: the model has windows, sinks or latent attention"
             require(not windows or self.plan.attention != "cudnn", self.plan, "attention", expected)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from orogen.config.remat import Remat
+from orogen.parallel.plan import DEVICE, HOST
 
 # Operations too dear to repeat beside products of two matrices: our own kernels, those of Mosaic GPU within a function
 # that says how to batch them, and the router's sorting, which gives little to keep. A policy sees the operations of a
@@ -21,9 +22,15 @@ def checkpointed(call: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
 
 @functools.cache
 def _policy(remat: Remat) -> Callable[..., Any]:
-    """Whether what an operation gives is kept, as `jax.checkpoint` asks of each."""
+    """Whether, and where, what an operation gives is kept, as `jax.checkpoint` asks of each."""
+    offloads = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=list(remat.host),
+        offload_src=DEVICE, offload_dst=HOST,
+    )  # fmt: skip
 
-    def keeps(primitive: Any, *operands: Any, **parameters: Any) -> bool:
+    def keeps(primitive: Any, *operands: Any, **parameters: Any) -> Any:
+        if primitive.name == "name" and parameters["name"] in remat.host:
+            return offloads(primitive, *operands, **parameters)
         if primitive.name == "name":
             return remat.keeps(parameters["name"])
         return remat.kind == "elementwise" and _is_product(primitive, operands)

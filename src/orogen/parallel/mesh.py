@@ -19,6 +19,8 @@ READ_BY = {
     "mamba_intermediate_size": "m", "n_routed_experts": "E", "moe_intermediate_size": "E",
     "moe_shared_expert_intermediate_size": "E",
 }  # fmt: skip
+# Backends with a memory of their own, from which arrays can be moved to the host's.
+HAS_HOST_MEMORY = ("gpu", "tpu")
 # Legal sizes are looked for up to twice this, or twice the model's size: no plan has more ranks.
 MOST_RANKS = 2**16
 
@@ -79,6 +81,10 @@ def make_mesh(folding: Folding, config: PlanConfig, *, abstract: bool) -> Mesh |
     for field, kernel in FOR_GPU.items():
         fits = getattr(config, field) != kernel or jax.default_backend() == "gpu"
         require(fits, config, field, f"another on {jax.default_backend()}: {kernel} needs an NVIDIA GPU")
+    for field in ("offload", "offload_optimizer"):
+        fits = not getattr(config, field) or jax.default_backend() in HAS_HOST_MEMORY
+        expected = f"{type(getattr(config, field))()!r} on {jax.default_backend()}: it has no memory beside the host's"
+        require(fits, config, field, expected)
     devices, needed = jax.devices(), config.devices
     if len(devices) < needed:
         axes = describe([(axis, getattr(config, axis)) for axis in ("stage", "data", "context", "tensor")])

@@ -28,6 +28,8 @@ from orogen.parallel.varying import vary, varying_axes
 MeshAxes = tuple[str, ...]
 # Parameter axes over which fully sharded data parallelism splits; vectors ("norm") stay whole: they are tiny.
 SHARDED = ("embed", "expert_embed")
+# JAX's names of an accelerator's own memory, and of the part of the host's that it reads without a copy between.
+DEVICE, HOST = "device", "pinned_host"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,6 +74,15 @@ class Plan:
     def shardings(self, tree: Any) -> Any:
         """`tree` with the sharding in which each array is stored between steps; what has no axes is replicated."""
         return _map_variables(lambda v: self._stored(full_axes(v)), tree, lambda _: self._stored(()))
+
+    def offloaded(self, tree: Any, shardings: Any) -> Any:
+        """`shardings` of `tree`'s arrays, but in the host's memory; numbers stay where they are."""
+        return jax.tree.map(lambda x, s: s.with_memory_kind(HOST) if x.ndim else s, tree, shardings)
+
+    def fetched(self, tree: Any) -> Any:
+        """`tree` of state that lives in the host's memory, on the device."""
+        fetch = lambda x, s: jax.device_put(x, s.with_memory_kind(DEVICE)) if x.ndim else x  # noqa: E731
+        return jax.tree.map(fetch, tree, self.shardings(tree))
 
     def working(self, tree: Any) -> Any:
         """`tree`, its arrays constrained to their layout inside the step (ZeRO-1 gathers its masters here)."""

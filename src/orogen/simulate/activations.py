@@ -22,17 +22,19 @@ from orogen.simulate.communication import Workload
 # Of an array without a name: whether it is made of activations, of documents alone, or of weights alone.
 UNNAMED, DOCUMENTS, WEIGHTS = "unnamed", "documents", "weights"
 # Operations that give the bytes that they are given; XLA makes no second array of them.
-SAME = ("reshape", "reduce_precision", "pvary", "pcast", "squeeze", "expand_dims", "copy", "copy_p")
+SAME = ("reshape", "reduce_precision", "pvary", "pcast", "squeeze", "expand_dims", "copy", "copy_p", "device_put")
 
 
 class Kept(NamedTuple):
-    """An array that a layer keeps: by what name, or UNNAMED, DOCUMENTS or WEIGHTS; what made it; its bytes."""
+    """An array that a layer keeps: by what name, or UNNAMED, DOCUMENTS or WEIGHTS; what made it; its bytes; and whether
+    they are of the host's memory."""
 
     name: str
     operation: str
     shape: tuple[int, ...]
     dtype: str
     bytes: int
+    host: bool
 
 
 def kept_by_layer(letter: str, model: ModelConfig, plan: Plan, work: Workload, *, dtype: str) -> list[Kept]:
@@ -51,14 +53,14 @@ def kept_by_layer(letter: str, model: ModelConfig, plan: Plan, work: Workload, *
             return y_btd, [plan.total((s.losses.balance, s.losses.z)) for s in found]
 
         back = jax.vjp(apply, plan.vary(params), x_btd)[1]
-        return [leaf.reshape(1, -1) for leaf in jax.tree.leaves(back)]
+        return [leaf.reshape(1, 1, -1) for leaf in jax.tree.leaves(back)]
 
     rows, length = plan.config.data * work.rows, plan.config.context * work.tokens
     x_btd = jax.ShapeDtypeStruct((rows, length, model.hidden_size), DTYPES[dtype])
     docs_bt: Any = jax.ShapeDtypeStruct((rows, length), "int32")
     arguments = (params, buffers, x_btd, Documents(docs_bt, docs_bt))
     specs = plan.specs(params), plan.specs(buffers), plan.spec("batch", "tokens", None), plan.spec("batch", "context")
-    run = plan.run(residuals, inputs=specs, outputs=plan.spec("batch", "tokens"))
+    run = plan.run(residuals, inputs=specs, outputs=plan.spec("batch", "context", "sequence"))
     counts = [len(jax.tree.leaves(argument)) for argument in arguments]
     kinds = [kind for kind, n in zip((WEIGHTS, WEIGHTS, "input", DOCUMENTS), counts, strict=True) for _ in range(n)]
     return list(_kept(*_shard_body(jax.make_jaxpr(run)(*arguments).jaxpr, kinds)))
@@ -114,7 +116,8 @@ def _kept(jaxpr: core.Jaxpr, kinds: Sequence[str]) -> Iterator[Kept]:
         aval: Any = output.aval
         name = origin.name or {"input": "input" if argument else UNNAMED}.get(kind, kind)
         shape = getattr(origin.variable.aval, "shape", ())
-        yield Kept(name, origin.operation, shape, str(aval.dtype), math.prod(aval.shape) * aval.dtype.itemsize)
+        size = math.prod(aval.shape) * aval.dtype.itemsize
+        yield Kept(name, origin.operation, shape, str(aval.dtype), size, aval.memory_space.name == "Host")
 
 
 def _kinds(jaxpr: core.Jaxpr, kinds: Sequence[str]) -> dict[Any, str]:

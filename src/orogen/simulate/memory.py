@@ -12,12 +12,14 @@ from orogen.config.plan import PlanConfig
 from orogen.config.run import RunConfig
 from orogen.data.packing import Batch
 from orogen.model.lm import Built, build
+from orogen.model.stages import Stages
 from orogen.parallel.plan import Plan, make_plan
 from orogen.precision.policy import working_copy
 from orogen.simulate.activations import WEIGHTS, bytes_by_name, kept_by_layer
 from orogen.simulate.communication import Workload
 from orogen.train.optimizer import make_optimizer
-from orogen.train.state import TrainState, abstract_state
+from orogen.train.pipelined import cut
+from orogen.train.state import TrainState, abstract_state, state_shardings
 from orogen.train.step import BATCH_AXES, make_step
 
 # What XLA says of a program, and what we call it.
@@ -38,12 +40,13 @@ def describe_memory(config: RunConfig, work: Workload) -> dict[str, Any]:
     of one microbatch, whose layers are all kept at once. compiled: of the whole step, which donates the state.
     """
     config.need("model", "train", "optimizer")
-    plan, built = make_plan(config.plan, config.model), build(config.model)
+    plan = make_plan(config.plan, config.model)
+    built = build(config.model, cut(config.model, plan, config.train.sequence_length))
     optimizer = make_optimizer(config.optimizer, config.train.steps, built.params)
     state = abstract_state(built, optimizer)
-    placed = jax.tree.map(_placed, state, plan.shardings(state))
+    placed = jax.tree.map(_placed, state, state_shardings(state, plan))
     held = {name: _held(getattr(placed, name)) for name in ("params", "buffers", "optimizer")}
-    layers = activations(config.model, config.plan, work, dtype=config.train.compute_dtype)
+    layers = activations(config.model, config.plan, work, dtype=config.train.compute_dtype, stages=built.stages)
     return {
         "devices": config.plan.devices,
         "state": {
@@ -59,15 +62,21 @@ def describe_memory(config: RunConfig, work: Workload) -> dict[str, Any]:
     }
 
 
-def activations(model: ModelConfig, sizes: PlanConfig, work: Workload, *, dtype: str) -> dict[str, dict[str, Any]]:
-    """{letter: how many layers a microbatch passes through, the MTP block's once a depth, and bytes of one by name}."""
+def activations(
+    model: ModelConfig, sizes: PlanConfig, work: Workload, *, dtype: str, stages: Stages | None = None
+) -> dict[str, dict[str, Any]]:
+    """{letter: how many layers are kept at once, the MTP block's once a depth, and bytes of one by name}. Those of a
+    microbatch; of a pipeline those of the fullest chunk, once a slot of the stash."""
     pattern, found = model.layers, {}
     plan = make_plan(sizes, model, abstract=True)
     for letter in dict.fromkeys(pattern.main + pattern.mtp):
         kept = bytes_by_name(kept_by_layer(letter, model, plan, work, dtype=dtype))
         kept.pop(WEIGHTS, None)
-        layers = pattern.main.count(letter) + model.mtp_depths * pattern.mtp.count(letter)
-        found[letter] = {"layers": layers, "bytes": kept}
+        counts = [pattern.main.count(letter) + model.mtp_depths * pattern.mtp.count(letter)]
+        if stages is not None:
+            counts = [s.pattern.count(letter) + model.mtp_depths * s.mtp.count(letter) for s in stages.segments]
+        slots = max(plan.schedule.stash_slots) if plan.schedule else 1
+        found[letter] = {"layers": slots * max(counts), "bytes": kept}
     return found
 
 

@@ -30,7 +30,7 @@ from orogen.train.metrics import MetricsWriter, Progress
 from orogen.train.optimizer import make_optimizer
 from orogen.train.pipelined import cut
 from orogen.train.run_folder import check_folder, describe_run, environment, keep_orphaned_metrics
-from orogen.train.state import TrainState, abstract_state, create_state, relaid, start_state
+from orogen.train.state import TrainState, abstract_state, create_state, relaid, start_state, state_shardings
 from orogen.train.step import StepMetrics, batch_to_devices, make_step
 
 
@@ -170,12 +170,12 @@ class _Run:
         before, after = self.checkpoints.stages, self.built.stages
         if before == after:
             target = abstract_state(self.built, self.optimizer)
-            return self.checkpoints.restore(with_shardings(target, self.plan.shardings(target)))
+            return self.checkpoints.restore(with_shardings(target, state_shardings(target, self.plan)))
         saved = build(self.config.model, before)
         target = abstract_state(saved, make_optimizer(self.config.optimizer, self.config.train.steps, saved.params))
-        placed = self.plan.unstaged().shardings(target)
+        placed = state_shardings(target, self.plan.unstaged())
         state, position = self.checkpoints.restore(with_shardings(target, placed))
-        layout = self.plan.shardings(abstract_state(self.built, self.optimizer))
+        layout = state_shardings(abstract_state(self.built, self.optimizer), self.plan)
         again = jax.jit(lambda state: relaid(state, before, after), out_shardings=layout, donate_argnums=0)
         return again(state), position
 

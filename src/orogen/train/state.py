@@ -35,12 +35,20 @@ def abstract_state(built: Built, optimizer: optax.GradientTransformation) -> Tra
     return TrainState(counter, counter, counter, built.params, built.buffers, opt_state)
 
 
+def state_shardings(state: TrainState, plan: Plan) -> TrainState:
+    """Where the plan keeps the state between steps."""
+    shardings = plan.shardings(state)
+    if not plan.config.offload_optimizer:
+        return shardings
+    return shardings._replace(optimizer=plan.offloaded(state.optimizer, shardings.optimizer))
+
+
 def create_state(
     config: ModelConfig, built: Built, optimizer: optax.GradientTransformation, plan: Plan, seed: int
 ) -> TrainState:
     """The initial state, each array made where it will live: optimizer state too, which jit would else put on one
     device."""
-    shardings = plan.shardings(abstract_state(built, optimizer))
+    shardings = state_shardings(abstract_state(built, optimizer), plan)
 
     def create(seed: Array) -> TrainState:
         return _fresh(*initial_state(config, seed, built.stages), optimizer)
@@ -64,7 +72,7 @@ def start_state(
     params: nnx.State, buffers: nnx.State, built: Built, optimizer: optax.GradientTransformation, plan: Plan
 ) -> TrainState:
     """The initial state of a whole model's given parameters and buffers, which are consumed."""
-    shardings = plan.shardings(abstract_state(built, optimizer))
+    shardings = state_shardings(abstract_state(built, optimizer), plan)
 
     def create(params: nnx.State, buffers: nnx.State) -> TrainState:
         return _fresh(relaid(params, None, built.stages), relaid(buffers, None, built.stages), optimizer)

@@ -26,7 +26,7 @@ from orogen.precision.policy import working_copy
 from orogen.train.loss import Sums, batch_counts, objective
 from orogen.train.optimizer import learning_rate, square_sums
 from orogen.train.pipelined import MOE, Pipeline, choice_specs
-from orogen.train.state import TrainState, abstract_state
+from orogen.train.state import TrainState, abstract_state, state_shardings
 
 Items = tuple[str | Repeat, ...]
 BATCH_AXES = ("batch", "context")
@@ -206,7 +206,8 @@ def apply_gradients(
         return optax.apply_updates(params, updates), jax.tree.unflatten(structure, biases), opt_state
 
     # A condition, since choosing between the old and new values of each element copies the old moments first.
-    kept = lax.cond(finite, update, lambda *old: old, state.params, state.buffers, state.optimizer)
+    opt_state = plan.fetched(state.optimizer) if plan.config.offload_optimizer else state.optimizer
+    kept = lax.cond(finite, update, lambda *old: old, state.params, state.buffers, opt_state)
     missed = 1 - finite.astype(jnp.int32)
     return TrainState(state.step + 1, state.skipped + missed, (state.skipped_in_row + 1) * missed, *kept)
 
@@ -245,7 +246,7 @@ def make_step(
         )
         return new, metrics
 
-    layout = plan.shardings(abstract_state(built, optimizer))
+    layout = state_shardings(abstract_state(built, optimizer), plan)
     return jax.jit(step, donate_argnums=0, out_shardings=(layout, plan.sharding()))
 
 

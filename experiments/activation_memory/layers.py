@@ -1,0 +1,116 @@
+"""What layers keep and multiply under a policy, from their traces, and what XLA allots for stacks of them.
+
+Letters: b batch, t time, d model.
+"""
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from orogen.config.model import ModelConfig
+from orogen.config.plan import PlanConfig
+from orogen.layers.documents import Documents
+from orogen.model.block import Repeat, Stack
+from orogen.parallel.plan import Plan, make_plan
+from orogen.simulate.activations import WEIGHTS, bytes_by_name, kept_by_layer
+from orogen.simulate.aot import product_flops, unit_of
+from orogen.simulate.communication import Workload
+
+DEPTHS = (4, 8)  # of compiled stacks: both loops, and one layer's share is a quarter of the difference
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeStream(Plan):
+    """Tensor parallelism without sequence parallelism: the residual stream is whole on every rank, and the ranks' parts
+    of an output are summed and not scattered."""
+
+    def gather(self, x: Array, axis: str, *, dim: int = 1) -> Array:
+        """The stream is whole already."""
+        return x if axis == "sequence" else super().gather(x, axis, dim=dim)
+
+    def scatter(self, x: Array, axis: str, *, dim: int = 1) -> Array:
+        """The sum, whole."""
+        return self.sum(x, axis) if axis == "sequence" else super().scatter(x, axis, dim=dim)
+
+
+def plan_of(sizes: PlanConfig, model: ModelConfig, *, sequence: bool) -> Plan:
+    """The plan on no devices, with or without sequence parallelism."""
+    plan = make_plan(sizes, model, abstract=True)
+    if sequence:
+        return plan
+    rules = {**plan.rules, "tokens": plan.rules["context"]}
+    return WholeStream(plan.mesh, rules, plan.storage, plan.config, plan.sources)
+
+
+def kept_bytes(
+    letters: str, model: ModelConfig, work: Workload, *, remat: Any, tensor: int = 1, sequence: bool = True
+) -> dict[str, dict[str, int]]:
+    """{letter: bytes by name that one device keeps of a layer}, in bfloat16."""
+    found = {}
+    for letter in letters:
+        plan = plan_of(PlanConfig(tensor=tensor, remat=remat), model, sequence=sequence)
+        found[letter] = bytes_by_name(kept_by_layer(letter, model, plan, work, dtype="bfloat16"))
+        found[letter].pop(WEIGHTS, None)
+    return found
+
+
+def multiplied(letters: str, model: ModelConfig, work: Workload, *, remat: Any) -> int:
+    """Operations of the matrix products of one layer of each letter, forward and backward."""
+    plan = make_plan(PlanConfig(remat=remat, grouped_matmul="ragged_dot"), model, abstract=True)
+    total = 0
+    for letter in letters:
+        unit = unit_of(letter, model, plan, work, dtype="bfloat16")
+        total += product_flops(jax.make_jaxpr(unit.function)(*unit.arguments).jaxpr)
+    return total
+
+
+def compiled(letters: str, model: ModelConfig, work: Workload, *, remat: Any, run: bool) -> dict[str, float]:
+    """Of one repetition of `letters` in a scanned stack, in float32 on one device: the temporary bytes that it adds,
+    its operations as XLA counts them, and seconds of forward and backward if they are run.
+
+    In float32, since XLA:CPU carries bfloat16 arrays through loops as float32. A loop, since XLA:CPU of jax 0.10 undoes
+    recomputation in straight-line code; XLA counts a loop's body once.
+    """
+    programs = [_program(letters, model, work, remat, depth) for depth in DEPTHS]
+    (small, _), (large, arguments) = programs
+    temporary = [program.memory_analysis().temp_size_in_bytes for program in (small, large)]
+    facts = {
+        "temporary": (temporary[1] - temporary[0]) / (DEPTHS[1] - DEPTHS[0]),
+        "flops": small.cost_analysis()["flops"],
+    }
+    return facts | ({"seconds": _seconds(large, arguments) / DEPTHS[1]} if run else {})
+
+
+def _program(letters: str, model: ModelConfig, work: Workload, remat: Any, depth: int) -> tuple[Any, Any]:
+    plan = make_plan(PlanConfig(remat=remat), model)
+    make = lambda: Stack((Repeat(tuple(letters), depth),), model, nnx.Rngs(0))  # noqa: E731
+    graph, params, buffers = nnx.split(jax.eval_shape(make), nnx.Param, ...)
+
+    def step(params, buffers, x_btd, tokens_bt, cotangent_btd):
+        def forward(params, x_btd):
+            return nnx.merge(graph, params, buffers)(x_btd, Documents(tokens_bt, tokens_bt), plan)[0]
+
+        y_btd, back = jax.vjp(forward, params, x_btd)
+        return y_btd, back(cotangent_btd)
+
+    x_btd = jax.ShapeDtypeStruct((work.rows, work.tokens, model.hidden_size), jnp.float32)
+    tokens_bt = jax.ShapeDtypeStruct((work.rows, work.tokens), jnp.int32)
+    arguments = (params, buffers, x_btd, tokens_bt, x_btd)
+    whole = plan.spec()
+    return jax.jit(plan.run(step, inputs=whole, outputs=whole)).lower(*arguments).compile(), arguments
+
+
+def _seconds(program: Any, arguments: Any, *, times: int = 5) -> float:
+    """The median of `times` runs on arrays of ones, after one that is not counted."""
+    arguments = jax.tree.map(lambda a: jnp.full(a.shape, 0.01 if a.dtype == jnp.float32 else 1, a.dtype), arguments)
+    seconds = []
+    for _ in range(times + 1):
+        start = time.perf_counter()
+        jax.block_until_ready(program(*arguments))
+        seconds.append(time.perf_counter() - start)
+    return sorted(seconds[1:])[times // 2]
