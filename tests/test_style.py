@@ -185,7 +185,7 @@ CHECKS: dict[Callable[[str, ast.AST], Iterator[str]], list[tuple[str, str]]] = {
         ("config/model.py", "import orogen.parallel.fold"),
         ("data/loader.py", "from orogen import parallel"),
         ("model/lm.py", "from orogen.data import loader"),
-        ("simulate/memory.py", "from orogen.parallel import plan"),
+        ("simulate/flops.py", "from orogen.parallel import plan"),
         ("infer/engine.py", "from orogen.simulate import flops"),
         ("train/loop.py", "from orogen.simulate import memory"),
         ("__init__.py", "from orogen import cli"),

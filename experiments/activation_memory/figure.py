@@ -69,8 +69,8 @@ def _names(axes: Axes, records: Sequence[Record]) -> None:
     axes.set_yticks(range(len(bars)), labels=labels, fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("MiB a layer keeps of one row")
-    axes.set_title("by name, other layers at their true width (traced)", fontsize=10)
-    axes.legend(fontsize=6, ncols=2, loc="lower right")
+    axes.set_title("by name, other layers at their true width (traced)", fontsize=9)
+    axes.legend(fontsize=7, ncols=1, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _compiled(axes: Axes, records: Sequence[Record]) -> None:
@@ -84,9 +84,9 @@ def _compiled(axes: Axes, records: Sequence[Record]) -> None:
         axes.bar_label(boxes, fmt="%.1f", fontsize=7)
         label = "traced" if policy == policies[-1] else None
         axes.plot(places, [r["traced"] / r["sbh"] for r in rows], "_", color=LIGHT.ink, markersize=10, label=label)
-    axes.set_xticks(range(len(groups)), labels=[f"{model}, {width} width" for model, width in groups])
+    axes.set_xticks(range(len(groups)), labels=[f"{model},\n{width} width" for model, width in groups])
     axes.set_ylabel("bytes / sbh, halved for float32")
-    axes.set_title("temporary bytes that XLA allots for one more layer of a scanned stack", fontsize=10)
+    axes.set_title("temporary bytes that XLA allots for one more layer of a scanned stack", fontsize=9)
     axes.legend(fontsize=7, ncols=3)
 
 
@@ -105,6 +105,6 @@ def _cost(axes: Axes, records: Sequence[Record]) -> None:
     axes.set_xlabel("% of the bytes of `none` spared")
     axes.set_ylabel("% of matrix products added")
     axes.set_title(
-        "square paper, circle selective, cross a choice by names, triangle elementwise, diamond full", fontsize=10
+        "squares: paper, circles: selective, crosses: by names, triangles: elementwise, diamonds: full", fontsize=10
     )
     axes.legend(fontsize=7)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -71,19 +72,19 @@ def multiplied(letters: str, model: ModelConfig, work: Workload, *, remat: Any) 
 
 def compiled(letters: str, model: ModelConfig, work: Workload, *, remat: Any, run: bool) -> dict[str, float]:
     """Of one repetition of `letters` in a scanned stack, in float32 on one device: the temporary bytes that it adds,
-    its operations as XLA counts them, and seconds of forward and backward if they are run.
+    its operations as XLA counts them, and if they are run seconds of forward and backward of four and their gradients.
 
     In float32, since XLA:CPU carries bfloat16 arrays through loops as float32. A loop, since XLA:CPU of jax 0.10 undoes
     recomputation in straight-line code; XLA counts a loop's body once.
     """
     programs = [_program(letters, model, work, remat, depth) for depth in DEPTHS]
-    (small, _), (large, arguments) = programs
+    (small, arguments), (large, _) = programs
     temporary = [program.memory_analysis().temp_size_in_bytes for program in (small, large)]
     facts = {
         "temporary": (temporary[1] - temporary[0]) / (DEPTHS[1] - DEPTHS[0]),
         "flops": small.cost_analysis()["flops"],
     }
-    return facts | ({"seconds": _seconds(large, arguments) / DEPTHS[1]} if run else {})
+    return facts | (_run(small, arguments) if run else {})
 
 
 def _program(letters: str, model: ModelConfig, work: Workload, remat: Any, depth: int) -> tuple[Any, Any]:
@@ -105,12 +106,17 @@ def _program(letters: str, model: ModelConfig, work: Workload, remat: Any, depth
     return jax.jit(plan.run(step, inputs=whole, outputs=whole)).lower(*arguments).compile(), arguments
 
 
-def _seconds(program: Any, arguments: Any, *, times: int = 5) -> float:
-    """The median of `times` runs on arrays of ones, after one that is not counted."""
-    arguments = jax.tree.map(lambda a: jnp.full(a.shape, 0.01 if a.dtype == jnp.float32 else 1, a.dtype), arguments)
-    seconds = []
-    for _ in range(times + 1):
-        start = time.perf_counter()
-        jax.block_until_ready(program(*arguments))
-        seconds.append(time.perf_counter() - start)
-    return sorted(seconds[1:])[times // 2]
+def _run(program: Any, arguments: Any) -> dict[str, float]:
+    """Seconds of a second run, and the norm of all gradients, of weights drawn by numpy."""
+    rng = np.random.default_rng(0)
+
+    def draw(a: Any) -> np.ndarray:
+        return rng.normal(0, 0.02, a.shape).astype(a.dtype) if a.dtype == jnp.float32 else np.ones(a.shape, a.dtype)
+
+    arguments = jax.tree.map(draw, arguments)
+    jax.block_until_ready(program(*arguments))
+    start = time.perf_counter()
+    _, grads = jax.block_until_ready(program(*arguments))
+    seconds = time.perf_counter() - start
+    squares = [float(np.sum(np.square(np.asarray(g, np.float64)))) for g in jax.tree.leaves(grads)]
+    return {"seconds": seconds, "gradient_norm": sum(squares) ** 0.5}
