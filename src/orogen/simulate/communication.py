@@ -423,8 +423,7 @@ def _mamba1(ledger: _Ledger) -> None:
     ledger.both("low rank", "all-reduce", ("tensor",), ledger.numbers * state, 2, name="x_proj")
     if ledger.plan.context_ssm == "heads":  # each channel is a head, and all read the same B and C
         in_float32 = ledger.numbers // ledger.work.itemsize * FLOAT32
-        ledger.both("heads", "all-to-all", CONTEXT, ledger.numbers * channels)
-        ledger.both("heads", "all-to-all", CONTEXT, in_float32 * channels)  # time steps
+        ledger.both("heads", "all-to-all", CONTEXT, ledger.numbers * channels, 2)  # and the time steps
         for _ in range(2):
             ledger.gather("heads", CONTEXT, ledger.numbers * state)
         ledger.gather("heads", CONTEXT, ledger.segments, gradient=False)
