@@ -1,6 +1,7 @@
 """What one device holds during a training step: state by the plan's shardings, activations by name from the layers'
 traces, and what XLA allots in the compiled step."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -68,9 +69,9 @@ def activations(
     """{letter: how many layers are kept at once, the MTP block's once a depth, and bytes of one by name}. Those of a
     microbatch; of a pipeline those of the fullest chunk, once a slot of the stash."""
     pattern, found = model.layers, {}
-    plan = make_plan(sizes, model, abstract=True)
+    plan, one_stage = (make_plan(c, model, abstract=True) for c in (sizes, dataclasses.replace(sizes, stage=1)))
     for letter in dict.fromkeys(pattern.main + pattern.mtp):
-        kept = bytes_by_name(kept_by_layer(letter, model, plan, work, dtype=dtype))
+        kept = bytes_by_name(kept_by_layer(letter, model, one_stage, work, dtype=dtype))
         kept.pop(WEIGHTS, None)
         counts = [pattern.main.count(letter) + model.mtp_depths * pattern.mtp.count(letter)]
         if stages is not None:

@@ -84,7 +84,7 @@ class Checkpoints:
         if stages is not None:
             placed = {name: place(tree) for name, tree in whole.items()}
             join = lambda model: {name: stages.join(tree) for name, tree in model.items()}  # noqa: E731
-            model = jax.jit(join, out_shardings=placed, donate_argnums=0)(model)
+            model = jax.jit(join, out_shardings=placed)(model)
         return model["params"], model["buffers"]
 
     def _read(self, items: dict[str, Any], model: dict[str, Any] | None = None) -> Any:

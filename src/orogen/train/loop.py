@@ -176,8 +176,7 @@ class _Run:
         placed = state_shardings(target, self.plan.unstaged())
         state, position = self.checkpoints.restore(with_shardings(target, placed))
         layout = state_shardings(abstract_state(self.built, self.optimizer), self.plan)
-        again = jax.jit(lambda state: relaid(state, before, after), out_shardings=layout, donate_argnums=0)
-        return again(state), position
+        return jax.jit(lambda state: relaid(state, before, after), out_shardings=layout)(state), position
 
     def steps(self, state: TrainState, writer: MetricsWriter, stop: _Sigterm) -> TrainState:
         """Runs to the end or to a stop. A step's metrics are read after the next is on its way."""
