@@ -69,7 +69,7 @@ def merged(model: ModelConfig, *, embedding_vd: jax.Array | None = None) -> Lang
 
 
 class Witness:
-    """A model that keeps the hidden states it returned, those of every depth."""
+    """A model that keeps its final-normed hidden states, those of every depth."""
 
     def __init__(self, model: LanguageModel):
         self.model, self.seen = model, []
@@ -77,10 +77,10 @@ class Witness:
     def __getattr__(self, name: str):
         return getattr(self.model, name)
 
-    def hidden(self, *arguments):
-        h_btd, stats = self.model.hidden(*arguments)
+    def norm(self, *arguments):
+        h_btd = self.model.norm(*arguments)
         self.seen.append(h_btd)
-        return h_btd, stats
+        return h_btd
 
     def deeper(self, *arguments):
         found = self.model.deeper(*arguments)
