@@ -30,7 +30,7 @@ def test_state_is_the_stored_pieces(facts):
     assert facts["state"] == {
         "parameters": masters,
         "working": 2 * MATRICES,
-        "gradients": masters,
+        "gradients": 4 * (MATRICES + VECTORS),  # scattered once a step, at its end
         "optimizer": 2 * masters + 2 * 4,  # two moments and two counts
         "buffers": 0,
     }

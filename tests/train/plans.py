@@ -49,6 +49,7 @@ PIPELINE: dict[str, tuple] = {
     "schedule": ("gpipe", "1f1b", "interleaved"),
     "virtual": (None, 1, 2),
     "microbatches": (1, 2, 3, 4, 8),
+    "remat": ("none", "full", "elementwise", "selective", "paper"),
 }
 
 

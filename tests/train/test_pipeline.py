@@ -10,6 +10,7 @@ from orogen.config.checks import ConfigError
 from orogen.config.run import RunConfig
 from orogen.data.packing import Batch
 from orogen.model.lm import build
+from orogen.parallel.pipeline import _Layout
 from orogen.parallel.plan import make_plan
 from orogen.simulate.aot import flops_overhead
 from orogen.train.pipelined import cut
@@ -57,6 +58,26 @@ def test_stages_equal_one_device(schedule, stage, pattern, tied):
 @pytest.mark.parametrize(("fsdp", "remat"), [("optimizer", "none"), ("gradients", "full"), ("parameters", "none")])
 def test_stages_that_shard_over_data_equal_one_device(fsdp, remat):
     verified({"pattern": "ME*-/*E"}, stage=2, data=2, tensor=2, expert=4, fsdp=fsdp, microbatches=3, remat=remat)
+
+
+def test_stages_without_experts_equal_one_device():
+    verified({"pattern": "M*|-*/-", "mtp_depths": 1}, stage=2, microbatches=2)
+
+
+@pytest.mark.parametrize(
+    "remat", ["elementwise", ("M:conv,gated_norm", "*:core", "E:rows")], ids=["elementwise", "names"]
+)
+def test_stages_that_recompute_some_equal_one_device(remat):
+    verified({"pattern": "ME|*-", "mtp_depths": 0}, stage=2, microbatches=2, remat=remat)
+
+
+def test_a_slot_of_many_elements_is_cut_before_its_offsets_wrap():
+    """A slot of 5 · 2³⁰ elements takes three buffers, in which nothing overlaps; another program's lie in the same."""
+    layout = _Layout()
+    kept = layout.place([jax.core.ShapedArray((2**15, 2**15), jnp.bfloat16)] * 5)
+    assert [place.buffer for place in kept] == [0, 1, 2, 3, 4]
+    small = layout.place([jax.core.ShapedArray((2**15, 2**14), jnp.bfloat16)] * 4)
+    assert [(place.buffer, place.start) for place in small] == [(0, 0), (0, 2**29), (0, 2**30), (1, 0)]
 
 
 def test_fewer_microbatches_than_stages():
@@ -113,7 +134,12 @@ REFUSED = [
         {"stage": 2, "schedule": "interleaved", "microbatches": 3},
         "PlanConfig.microbatches is 3; expected a multiple of",
     ),
-    ({"stage": 2, "schedule": "1f1b", "virtual": 2}, "PlanConfig.schedule is '1f1b'; expected interleaved"),
+    (
+        {"stage": 2, "schedule": "1f1b", "virtual": 2},
+        "PlanConfig.virtual is 2; expected 1 or None where schedule is 1f1b",
+    ),
+    ({"stage": 8, "microbatches": 8}, "ModelConfig.pattern is 'M|E|*|-/*E', of 4 segments; expected 8"),
+    ({"stage": 4, "offload": ("input",)}, "PlanConfig.offload is ('input',); expected () where stage is above 1"),
     ({"stage": 3, "microbatches": 3}, "ModelConfig.pattern is 'M|E|*|-/*E', of 4 segments; expected 3"),
 ]
 

@@ -18,7 +18,7 @@ import numpy as np
 from orogen.bench.cpu_train import CONFIGS, random_batch
 from orogen.bench.weights import export_weights
 from orogen.bench.worker import serve
-from orogen.config.checks import ConfigError
+from orogen.config.checks import ConfigError, require
 from orogen.config.load import load
 from orogen.config.model import ModelConfig
 from orogen.config.plan import FOR_GPU, PlanConfig
@@ -152,6 +152,7 @@ def require_gpu(plan: PlanConfig) -> None:
 def prepare(work: Workload, config: RunConfig, *, deterministic: bool = False, export: Path | None = None) -> Prepared:
     """Compiles the workload and runs it once. export: a folder to write the weights to, in Hugging Face's form."""
     require_gpu(config.plan)
+    require(config.plan.stage == 1, config.plan, "stage", "1: the benchmark times whole models")
     plan, built = make_plan(config.plan, config.model), build(config.model)
     batch = batch_to_devices(_batch(work, config), plan)
     if work.part == "whole_step":

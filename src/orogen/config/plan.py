@@ -95,6 +95,11 @@ class PlanConfig:
         require_positive(self, "fsdp_size", "capacity_factor", "buffer_factor")
         require_choice(self, "schedule", ("gpipe", "1f1b", "interleaved"))
         require_positive(self, "virtual")
+        several = self.virtual is None or self.virtual == 1 or self.schedule == "interleaved"
+        require(several, self, "virtual", f"1 or None where schedule is {self.schedule}")
+        require(
+            self.stage == 1 or not self.offload, self, "offload", "() where stage is above 1: the stash stays there"
+        )
         waits = self.stage > 1 and self.context > 1 and self.shift == "permute"
         require(not waits, self, "shift", "alltoall where stage and context are above 1: stages do not shift together")
         require_choice(self, "fsdp", ("none", "optimizer", "gradients", "parameters"))

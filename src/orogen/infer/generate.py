@@ -49,9 +49,10 @@ def load_checkpoint(folder: Path) -> Loaded:
     if not saved.is_file() or not (folder / "checkpoints").is_dir():
         raise ConfigError(f"checkpoint {str(folder)!r} is no run folder; expected one with config.gin and checkpoints/")
     config, _ = load([saved])
-    # Kernels that run everywhere and in float32.
+    # Kernels and products that run everywhere and in float32, and nothing away from the device.
     kernels = {field: getattr(PlanConfig, field) for field in FOR_GPU if getattr(config.plan, field) == FOR_GPU[field]}
-    chosen = dataclasses.replace(config.plan.dropping_none(), **kernels)
+    plain = {"linear": "plain", "offload": (), "offload_optimizer": False}
+    chosen = dataclasses.replace(config.plan.dropping_none(), **kernels, **plain)
     plan = single_device_plan(chosen, config.need("model").model)
     built = build(config.model)
     with Checkpoints(folder) as checkpoints:

@@ -9,6 +9,7 @@ Letters: b batch, t time, d model, k slots, n elements.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +24,9 @@ from orogen.parallel.dependence import BATCH, BOTH, PARAMETERS, dependence
 from orogen.parallel.plan import Plan
 from orogen.parallel.schedule import BACKWARD, FORWARD, Schedule, Tables
 from orogen.parallel.varying import vary, vary_like, varying_axes
+
+# Of one slot of a buffer: offsets are int32.
+MOST_ELEMENTS = 2**31
 
 
 class Program(NamedTuple):
@@ -182,7 +186,7 @@ def _backward(
     residuals = []
     for kept in traced.kept:
         place = now.stash, jnp.full_like(now.stash, kept.start)
-        size = int(np.prod(kept.shape))
+        size = math.prod(kept.shape)
         residuals.append(lax.dynamic_slice(state.stash[kept.buffer], place, (1, size)).reshape(kept.shape))
     residuals += jex.jaxpr_as_fun(traced.remake)(*jax.tree.leaves((params, x, now.chunk, now.microbatch)))
     gradient = jax.tree.unflatten(traced.gradient, [residuals[i] for i in traced.order])
@@ -192,8 +196,8 @@ def _backward(
 
 
 class _Layout:
-    """Where residuals lie in the stash: one flat buffer a dtype and set of mesh axes that they differ over, as long as
-    the program that keeps most needs."""
+    """Where residuals lie in the stash: flat buffers, each of one dtype and set of mesh axes that they differ over, as
+    long as the program that keeps most there needs; another where an int32 would not count the elements of one."""
 
     def __init__(self) -> None:
         self._kinds: list[tuple[Any, tuple[str, ...]]] = []
@@ -204,13 +208,14 @@ class _Layout:
         used: dict[int, int] = {}
         kept = []
         for aval in avals:
-            kind = aval.dtype, tuple(sorted(aval.mat.varying))
-            if kind not in self._kinds:
+            kind, size = (aval.dtype, tuple(sorted(aval.mat.varying))), math.prod(aval.shape)
+            fits = lambda b, size=size: used.get(b, 0) + size < MOST_ELEMENTS  # noqa: E731
+            buffer = next((b for b, k in enumerate(self._kinds) if k == kind and fits(b)), len(self._kinds))
+            if buffer == len(self._kinds):
                 self._kinds.append(kind)
                 self._lengths.append(0)
-            buffer = self._kinds.index(kind)
             kept.append(_Kept(buffer, used.get(buffer, 0), aval.shape))
-            used[buffer] = used.get(buffer, 0) + int(np.prod(aval.shape))
+            used[buffer] = used.get(buffer, 0) + size
         for buffer, length in used.items():
             self._lengths[buffer] = max(self._lengths[buffer], length)
         return tuple(kept)
@@ -244,6 +249,8 @@ def _trace(
     results, residuals = closed.jaxpr.outvars[: 2 + report.num_leaves], closed.jaxpr.outvars[2 + report.num_leaves :]
     inputs = [PARAMETERS] * len(jax.tree.leaves(params)) + [BOTH, 0, BATCH]
     flags = dependence(closed.jaxpr, inputs, consts=BATCH)[len(results) :]
+    # What differs on no device is a constant, whatever operation gave it that is not seen through.
+    flags = [f if v.aval.mat.varying else 0 for f, v in zip(flags, residuals, strict=True)]
     # One value may be many operations' residual.
     stashed = list(dict.fromkeys(v for v, f in zip(residuals, flags, strict=True) if f == BOTH))
     place = {variable: index for index, variable in enumerate(stashed)}

@@ -133,7 +133,9 @@ def make_schedule(kind: str, *, stages: int, microbatches: int, virtual: int = 1
 def plan_schedule(config: PlanConfig, model: ModelConfig) -> Schedule:
     """The schedule of a plan for a model. Raises ConfigError if the pattern is cut into another number of segments."""
     cuts = len(model.layers.segments)
-    virtual = config.virtual or (cuts // config.stage if cuts > 1 else 2 if config.schedule == "interleaved" else 1)
+    virtual = config.virtual or (
+        max(cuts // config.stage, 1) if cuts > 1 else 2 if config.schedule == "interleaved" else 1
+    )
     expected = f"{config.stage * virtual}, the stages times the chunks of each, or no |"
     if cuts > 1 and cuts != config.stage * virtual:
         raise ConfigError(f"ModelConfig.pattern is {model.pattern!r}, of {cuts} segments; expected {expected}")

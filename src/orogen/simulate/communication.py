@@ -286,6 +286,9 @@ class _Ledger:
             piece = self._held(weight)
             itemsize = FLOAT32 if weight.float32 else self.work.itemsize
             self.add("weights", "forward", "all-gather", axes, piece * itemsize)
+            if self.plan.stage > 1 and self.remat.kind == "none" and self.unit not in (ENDS, MTP):
+                # A pipeline keeps no gathered weights from a microbatch's forward to its backward pass.
+                self.add("weights", "recompute", "all-gather", axes, piece * itemsize)
             self.add("weights", "backward", "reduce-scatter", axes, piece * self.ranks(axes) * FLOAT32)
 
     def summed(self, weights: Iterable[Weight]) -> None:

@@ -37,8 +37,9 @@ def describe_memory(config: RunConfig, work: Workload) -> dict[str, Any]:
     """Bytes on one device. Nothing is allocated; compiling needs as many devices as the plan, which may be simulated.
 
     parameters: float32 masters as they are stored; working: the copies that the step computes with; gradients: float32
-    sums in the layout of the masters; optimizer: its state. activations: {letter: layers, bytes of one layer by name},
-    of one microbatch, whose layers are all kept at once. compiled: of the whole step, which donates the state.
+    sums, in the layout of the masters unless they are scattered at the step's end (fsdp optimizer); optimizer: its state.
+    activations: {letter: layers, bytes of one layer by name}, of one microbatch, whose layers are all kept at once.
+    compiled: of the whole step, which donates the state.
     """
     config.need("model", "train", "optimizer")
     plan = make_plan(config.plan, config.model)
@@ -53,7 +54,7 @@ def describe_memory(config: RunConfig, work: Workload) -> dict[str, Any]:
         "state": {
             "parameters": held["params"],
             "working": _working(built, plan, config.train.compute_dtype),
-            "gradients": held["params"],
+            "gradients": _held(_in_step(built, plan)) if config.plan.fsdp == "optimizer" else held["params"],
             "optimizer": held["optimizer"],
             "buffers": held["buffers"],
         },
@@ -71,14 +72,14 @@ def activations(
     pattern, found = model.layers, {}
     plan, one_stage = (make_plan(c, model, abstract=True) for c in (sizes, dataclasses.replace(sizes, stage=1)))
     for letter in dict.fromkeys(pattern.main + pattern.mtp):
-        kept = bytes_by_name(kept_by_layer(letter, model, one_stage, work, dtype=dtype))
-        kept.pop(WEIGHTS, None)
-        counts = [pattern.main.count(letter) + model.mtp_depths * pattern.mtp.count(letter)]
-        if stages is not None:
-            counts = [s.pattern.count(letter) + model.mtp_depths * s.mtp.count(letter) for s in stages.segments]
-        slots = max(plan.schedule.stash_slots) if plan.schedule else 1
-        found[letter] = {"layers": slots * max(counts), "bytes": kept}
-    return found
+        found[letter] = bytes_by_name(kept_by_layer(letter, model, one_stage, work, dtype=dtype))
+        found[letter].pop(WEIGHTS, None)
+    chunks = [pattern.main + model.mtp_depths * pattern.mtp]
+    if stages is not None:
+        chunks = [segment.pattern + model.mtp_depths * segment.mtp for segment in stages.segments]
+    fullest = max(chunks, key=lambda chunk: sum(sum(found[letter].values()) for letter in chunk))
+    slots = max(plan.schedule.stash_slots) if plan.schedule else 1
+    return {letter: {"layers": slots * fullest.count(letter), "bytes": kept} for letter, kept in found.items()}
 
 
 def _placed(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
@@ -94,10 +95,15 @@ def _working(built: Built, plan: Plan, dtype: str) -> int:
     """Bytes of one device's working copies; 0 where the masters themselves are computed with."""
     if dtype == "float32":
         return 0
-    params = jax.eval_shape(lambda p: working_copy(p, dtype), built.params)
-    shardings = jax.tree.map(lambda spec: jax.sharding.NamedSharding(plan.mesh, spec), plan.specs(params))
-    cast = [leaf for leaf in jax.tree.leaves(jax.tree.map(_placed, params, shardings)) if leaf.dtype != "float32"]
-    return _held(cast)
+    cast = jax.eval_shape(lambda p: working_copy(p, dtype), _in_step(built, plan))
+    pairs = zip(jax.tree.leaves(_in_step(built, plan)), jax.tree.leaves(cast), strict=True)
+    return _held([_placed(copy, master.sharding) for master, copy in pairs if copy.dtype != master.dtype])
+
+
+def _in_step(built: Built, plan: Plan) -> Any:
+    """The parameters, float32, as they lie inside the step."""
+    shardings = jax.tree.map(lambda spec: jax.sharding.NamedSharding(plan.mesh, spec), plan.specs(built.params))
+    return jax.tree.map(_placed, built.params, shardings)
 
 
 def _compiled(config: RunConfig, plan: Plan, built: Built, optimizer: Any, state: TrainState) -> dict[str, int]:

@@ -173,7 +173,7 @@ class _Run:
             return self.checkpoints.restore(with_shardings(target, state_shardings(target, self.plan)))
         saved = build(self.config.model, before)
         target = abstract_state(saved, make_optimizer(self.config.optimizer, self.config.train.steps, saved.params))
-        placed = state_shardings(target, self.plan.unstaged())
+        placed = self.plan.unstaged().shardings(target)  # on the devices, where the state is laid out anew
         state, position = self.checkpoints.restore(with_shardings(target, placed))
         layout = state_shardings(abstract_state(self.built, self.optimizer), self.plan)
         return jax.jit(lambda state: relaid(state, before, after), out_shardings=layout)(state), position

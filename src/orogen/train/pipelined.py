@@ -25,7 +25,7 @@ from orogen.simulate.flops import head_flops_per_token, layer_flops_per_token
 from orogen.train.loss import Counts, Passed, Sums, embed, enter, leave, lost, map_moe
 
 MOE = "E"
-# Of a row for which stages are balanced where no batch says it, tokens.
+# Tokens of the row for which stages are balanced where no batch says it.
 TYPICAL_LENGTH = 4096
 
 
@@ -185,19 +185,22 @@ def cut(model: ModelConfig, plan: Plan, length: int = TYPICAL_LENGTH) -> Stages 
     return Stages(patterns, model.layers.mtp, plan.schedule.stages)
 
 
-def choice_specs(plan: Plan) -> Choice:
-    """The layout of a pipeline's choices (p, v, r, m, b, t, …)."""
+def choice_specs(plan: Plan, config: ModelConfig) -> Any:
+    """The layout of a pipeline's choices (p, v, r, m, b, t, …); () of a model without experts."""
+    if MOE not in config.layers.main + config.layers.mtp:
+        return ()
     token: Any = plan.spec("stage", None, None, None, "batch", "tokens")
     each: Any = plan.spec("stage", None, None, None, "batch", "tokens", None)
     return Choice(Replay(each, each), token, token)
 
 
 def split_replay(replay: tuple[Any, ...], stages: Stages) -> Any:
-    """Replays (m, …, b, t, k) of the whole model's stacks, as the stages use them: (p, v, r, m, b, t, k)."""
+    """Replays (m, …, b, t, k) of the whole model's stacks, as the stages use them: (p, v, r, m, b, t, k); () of a
+    model without experts."""
     main, deeper = repeats("".join(stages.patterns)), repeats(stages.mtp)
     items = [main] + [deeper] * (len(replay) - 1)
     stacks: list[Rows] = [rows(tree, part, lead=1) for tree, part in zip(replay, items, strict=True)]
-    return stages.split_rows(stacks, lead=1).get(MOE)
+    return stages.split_rows(stacks, lead=1).get(MOE, ())
 
 
 def _graph(segment: Segment, config: ModelConfig) -> nnx.GraphDef:

@@ -108,7 +108,9 @@ def _shard(
     batch_spec = plan.spec(*BATCH_AXES)
     whole: Any = plan.spec()
     params, buffers = plan.specs(built.params), plan.specs(built.buffers)
-    choices = choice_specs(plan) if built.stages else tuple(_choice_specs(i, plan, 1) for i in _applied(config))
+    choices: Any = (
+        choice_specs(plan, config) if built.stages else tuple(_choice_specs(i, plan, 1) for i in _applied(config))
+    )
     load: Any = plan.spec("stage") if built.stages else whole
     sums = Sums(nats=whole, load=load, dropped=whole, overflow=whole, choices=choices if record else ())
     replay = replay_of(choices) if replaying else None
