@@ -109,7 +109,7 @@ def test_load_parameters_places_every_leaf(tmp_path, kind):
     run, _ = load([tmp_path / "ours" / "config.gin"], ["PlanConfig.data = 2", "PlanConfig.fsdp = 'parameters'"])
     plan = make_plan(run.plan, config)
     shardings = plan.shardings(built.params), plan.shardings(built.buffers)
-    states = load_parameters(tmp_path / kind, built, shardings, dtype="bfloat16")
+    states = load_parameters(tmp_path / kind, built, plan.shardings, dtype="bfloat16")
     ours = read(tmp_path / "ours")
     for state, placed in zip(states, shardings, strict=True):
         expected = dict(nnx.to_flat_state(placed))
