@@ -33,7 +33,8 @@ def parameters() -> dict:
         moe_shared_expert_intermediate_size=80, mamba_intermediate_size=180, time_step_rank=25, mamba_proj_bias=True,
     )  # fmt: skip
     params, buffers = jax.device_get(jax.jit(initial_state, static_argnums=0)(config, 7))
-    assert jax.tree.structure((params, buffers)) == jax.tree.structure(tuple(build(config)[1:]))
+    built = build(config)
+    assert jax.tree.structure((params, buffers)) == jax.tree.structure((built.params, built.buffers))
     return {path: variable.get_value() for state in (params, buffers) for path, variable in nnx.to_flat_state(state)}
 
 
