@@ -68,6 +68,7 @@ def test_what_every_tensor_rank_computes_is_overhead():
     once = 3 * 2 * 2 * tokens * D * keys
     queries = 3 * 2 * 2 * tokens * D * 24 * 4
     scores = 3 * 2 * 2 * 4 * 40 * 40 * 24 * 4
+    softmax = 2 * 4 * 40 * 40 * 24  # its gradient's sum over keys, a product with each row's probabilities
     head = 3 * 2 * tokens * D * 96
-    expected = once / (once + queries + scores + head)
+    expected = once / (once + queries + scores + softmax + head)
     assert flops_overhead(model, PlanConfig(tensor=4), 4, 40) == pytest.approx(expected, rel=1e-12)
