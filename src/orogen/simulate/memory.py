@@ -37,7 +37,7 @@ def describe_memory(config: RunConfig, work: Workload) -> dict[str, Any]:
     """Bytes on one device. Nothing is allocated; compiling needs as many devices as the plan, which may be simulated.
 
     parameters: float32 masters as they are stored; working: the copies that the step computes with; gradients: float32
-    sums, in the layout of the masters unless they are scattered at the step's end (fsdp optimizer); optimizer: its state.
+    sums, laid out as the masters unless they are scattered at the step's end (fsdp optimizer); optimizer: its state.
     activations: {letter: layers, bytes of one layer by name}, of one microbatch, whose layers are all kept at once.
     compiled: of the whole step, which donates the state.
     """
