@@ -97,7 +97,7 @@ def stashed(run: RunConfig) -> int:
 
 
 def layers(schedule: str, microbatches: int, remat: str) -> RunConfig:
-    model = hybrid(pattern="*-*-|*-*-|*-*-|*-*-", hidden_size=96, mtp_depths=0, vocab_size=24)
+    model = hybrid(pattern="|".join(["-" * 8] * 4), hidden_size=96, mtp_depths=0, vocab_size=24)
     plan = {"stage": 4, "schedule": schedule, "microbatches": microbatches, "remat": remat}
     return run_config(model, plan=plan, batch_size=2 * microbatches, sequence_length=128)
 
