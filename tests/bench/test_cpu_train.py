@@ -78,5 +78,5 @@ def test_peer_trains_the_same_model(name):
 
 @pytest.mark.peer
 def test_a_peer_that_fails_says_so():
-    with pytest.raises(RuntimeError, match="the peer's process ended with status 1"):
+    with pytest.raises(RuntimeError, match="the process of orogen.bench.peers ended with status 1"):
         peers.Peer(tiny("dense"), batch_size=0, sequence_length=-1, threads=2)

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tests.model.small import config, one_device
 
 from orogen.layers.mlp import activate
 from orogen.layers.norm import LayerNorm, LayerNorm1P, RMSNorm, RMSNormCastFirst
@@ -30,7 +31,7 @@ def test_cast_first_equals_llama_to_the_bit_in_bfloat16_and_plain_rms_does_not()
         expected = peer(torch.from_numpy(x_btd).to(torch.bfloat16)).float().numpy()
     for norm, equal in ((RMSNormCastFirst(SIZE, EPSILON), True), (RMSNorm(SIZE, EPSILON), False)):
         norm.weight[...] = jnp.asarray(weight_d)
-        found = np.asarray(norm(jnp.asarray(x_btd, jnp.bfloat16)), np.float32)
+        found = np.asarray(norm(jnp.asarray(x_btd, jnp.bfloat16), one_device(config())), np.float32)
         assert (found == expected).all() == equal
         np.testing.assert_allclose(found, expected, rtol=2**-7)
 
@@ -46,7 +47,7 @@ def test_layer_norm_1p_equals_nemotron():
         peer.weight.copy_(torch.from_numpy(weight_d))
         peer.bias.copy_(torch.from_numpy(bias_d))
         expected = peer(torch.from_numpy(x_btd)).numpy()
-    close(norm(jnp.asarray(x_btd)), expected)
+    close(norm(jnp.asarray(x_btd), one_device(config())), expected)
 
 
 def test_layer_norm_equals_torch():
@@ -56,7 +57,8 @@ def test_layer_norm_equals_torch():
     norm = LayerNorm(SIZE, EPSILON)
     norm.weight[...], norm.bias[...] = jnp.asarray(weight_d), jnp.asarray(bias_d)
     weight, bias, x = (torch.from_numpy(a) for a in (weight_d, bias_d, x_btd))
-    close(norm(jnp.asarray(x_btd)), torch.nn.functional.layer_norm(x, (SIZE,), weight, bias, EPSILON).numpy())
+    expected = torch.nn.functional.layer_norm(x, (SIZE,), weight, bias, EPSILON).numpy()
+    close(norm(jnp.asarray(x_btd), one_device(config())), expected)
 
 
 @pytest.mark.parametrize(
