@@ -61,7 +61,7 @@ def _names(axes: Axes, records: Sequence[Record]) -> None:
     found = {(r["model"], r["letter"], r["remat"]): r["names"] for r in records}
     names = list(dict.fromkeys(n for bar in bars for n in found[bar]))
     start = [0.0] * len(bars)
-    for name, colour in zip(names, [colormaps["tab20"](i % 20) for i in range(len(names))], strict=True):
+    for name, colour in zip(names, _distinct(len(names)), strict=True):
         sizes = [found[bar].get(name, 0) / 2**20 for bar in bars]
         axes.barh(range(len(bars)), sizes, left=start, color=colour, label=name)
         start = [a + b for a, b in zip(start, sizes, strict=True)]
@@ -108,3 +108,8 @@ def _cost(axes: Axes, records: Sequence[Record]) -> None:
         "squares: paper, circles: selective, crosses: by names, triangles: elementwise, diamonds: full", fontsize=10
     )
     axes.legend(fontsize=7)
+
+
+def _distinct(count: int) -> list:
+    """Colours, no two alike: those of one map, then of another."""
+    return [colormaps["tab20"](i) if i < 20 else colormaps["Dark2"](i - 20) for i in range(count)]
