@@ -175,7 +175,7 @@ def test_the_roofline_has_a_point_a_work(tmp_path):
 
 @pytest.mark.peer
 @pytest.mark.parametrize(
-    ("name", "peer"), [("grouped_matmul", "torch _grouped_mm"), ("attention", "torch flash_attention")]
+    ("name", "peer"), [("grouped_matmul", "torch grouped_mm"), ("attention", "torch flash_attention")]
 )
 def test_the_peer_computes_the_same(name, peer):
     shape = {"grouped_matmul": "n=64,d=16,f=16,e=4,empty=1", "attention": "b=2,t=24,h=4,g=2,k=8,documents=1"}[name]

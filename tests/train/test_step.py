@@ -103,7 +103,7 @@ def test_loads_come_in_the_order_of_the_pattern():
             names[number] = str(leaf[0])
             load[index] = number
             number += 1
-    order_l = np.asarray(load_by_layer([jnp.asarray(load) for load in loads], config))[:, 0]
+    order_l = np.asarray(load_by_layer([jnp.asarray(load) for load in loads], config, None))[:, 0]
     assert sorted(order_l.tolist()) == list(range(6))
     assert "mtp" in names[int(order_l[-1])]
 

@@ -77,7 +77,7 @@ def ours(shape: Shape, operands: Operands, implementation: str) -> dict[str, Pro
 
 
 def peer(shape: Shape, operands: Operands, implementation: str) -> dict[str, Program]:
-    """torch's `_grouped_mm` on the same arrays."""
+    """torch's `grouped_mm` on the same arrays."""
     del shape, implementation
     import torch  # pyright: ignore[reportMissingImports]
 
@@ -85,7 +85,7 @@ def peer(shape: Shape, operands: Operands, implementation: str) -> dict[str, Pro
 
     rows, weights, grad = (to_torch(array) for array in operands[:3])
     ends = torch.cumsum(to_torch(operands.sizes_e), 0).to(torch.int32)
-    multiply = torch._grouped_mm
+    multiply = torch.nn.functional.grouped_mm
     return {
         "forward": torch_program(lambda: multiply(rows, weights, offs=ends)),
         "gradient_rows": torch_program(lambda: multiply(grad, weights.transpose(-2, -1), offs=ends)),
@@ -134,5 +134,5 @@ def _float64(array: Array) -> np.ndarray:
 
 OPERATION = Operation(
     name="grouped_matmul", shapes=SHAPES, implementations=tuple(IMPLEMENTATIONS), draw=draw, works=works, ours=ours,
-    peers=("_grouped_mm",), peer=peer, check=check,
+    peers=("grouped_mm",), peer=peer, check=check,
 )  # fmt: skip

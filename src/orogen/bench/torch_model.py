@@ -40,9 +40,10 @@ def prepare(settings: dict[str, Any]) -> tuple[dict[str, Any], Callable[[Any], A
     import transformers  # pyright: ignore[reportMissingImports]
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, loading = transformers.NemotronHForCausalLM.from_pretrained(
+    loaded: Any = transformers.NemotronHForCausalLM.from_pretrained(
         settings["folder"], dtype=torch.bfloat16, attn_implementation="sdpa", output_loading_info=True
     )
+    model, loading = loaded
     faults = {kind: sorted(map(str, names)) for kind, names in loading.items() if names}
     if faults:
         raise RuntimeError(f"transformers did not read the weights as they were written: {faults}")
