@@ -189,7 +189,8 @@ def plan(options: argparse.Namespace) -> int:
 
     laid = make_plan(config.plan, config.model, abstract=True)
     stages = cut(config.model, laid, *([config.train.sequence_length] if config.train else []))
-    facts = describe_plan(laid, build(config.model, stages).params, stages.patterns if stages else ())
+    cuts = (stages.patterns, stages.filled) if stages else ()
+    facts = describe_plan(laid, build(config.model, stages).params, *cuts)
     lines = plan_lines(facts)
     if options.compile:
         config.need("train")

@@ -10,6 +10,7 @@ from orogen.config.plan import PlanConfig
 from orogen.model.lm import build
 from orogen.parallel.describe import describe_plan, plan_lines
 from orogen.parallel.plan import make_plan
+from orogen.train.pipelined import cut
 
 
 def plan_of(**choices):
@@ -82,3 +83,25 @@ def test_lines_for_a_person():
         "parameter  shape   axes         on a device  stored on a device",
         "w          3x48x8  · embed mlp  3x48x4       3x48x4",
     ]
+
+
+def test_what_stages_hold_by_hand():
+    """The fullest of four chunks has two Mamba layers, so every chunk has two rows for them, and one for attention."""
+    model = hybrid(pattern="MM|M|*|", mtp_depths=0)
+    plan = make_plan(PlanConfig(stage=2, schedule="interleaved", microbatches=2), model, abstract=True)
+    stages = cut(model, plan)
+    built = build(model, stages)
+    whole = {letter: count_layer(letter) for letter in "M*"}
+    facts = describe_plan(plan, built.params, stages.patterns, stages.filled)["pipeline"]
+    assert stages.filled == {"M": 3 / 8, "*": 1 / 4}
+    assert facts["layer_parameters"] == 4 * whole["M"] + 2 * whole["*"]
+    assert facts["layer_parameters_if_even"] == round(1.5 * whole["M"] + 0.5 * whole["*"])
+
+
+def count_layer(letter: str) -> int:
+    """Parameters of a model of one more such layer, less those of one."""
+    sizes = [
+        sum(leaf.size for leaf in jax.tree.leaves(build(hybrid(pattern=letter * n, mtp_depths=0)).params))
+        for n in (1, 2)
+    ]
+    return sizes[1] - sizes[0]

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from tests.helpers import hybrid, run_config
 from tests.train.plans import describe, random_runs
@@ -9,13 +10,13 @@ from tests.train.plans import describe, random_runs
 from orogen.config.checks import ConfigError
 from orogen.config.run import RunConfig
 from orogen.data.packing import Batch
-from orogen.model.lm import build
+from orogen.model.lm import build, initial_state
 from orogen.parallel.pipeline import _Layout
 from orogen.parallel.plan import make_plan
 from orogen.simulate.aot import flops_overhead
 from orogen.train.pipelined import cut
-from orogen.train.step import BATCH_AXES, gradients
-from orogen.train.verify import verify
+from orogen.train.step import BATCH_AXES, batch_to_devices, gradients
+from orogen.train.verify import packed_batch, verify
 
 RUNS = random_runs(6, seed=7, devices=8, stages=True)
 
@@ -69,6 +70,39 @@ def test_stages_without_experts_equal_one_device():
 )
 def test_stages_that_recompute_some_equal_one_device(remat):
     verified({"pattern": "ME|*-", "mtp_depths": 0}, stage=2, microbatches=2, remat=remat)
+
+
+@pytest.mark.parametrize(("stage", "virtual"), [(2, 2), (4, 2), (4, 4), (8, 2), (8, 4)])
+def test_every_depth_of_interleaving_equals_one_device(stage, virtual):
+    """Of the shortest pattern that gives each chunk something; the others are above."""
+    chunks = ["M", "*"] * (stage * virtual // 2)
+    model = {"pattern": "|".join(chunks), "mtp_depths": 0, "tie_word_embeddings": virtual == 2}
+    verified(model, stage=stage, schedule="interleaved", virtual=virtual, microbatches=stage)
+
+
+def computed(pattern: str, plan: dict, dtype: str) -> tuple[float, list[np.ndarray]]:
+    """Loss and gradients of the whole model on a plan."""
+    run = run_config(hybrid(pattern=pattern, mtp_depths=0), plan=plan, batch_size=8, sequence_length=24)
+    laid = make_plan(run.plan, run.model)
+    built = build(run.model, cut(run.model, laid, 24))
+    state = initial_state(run.model, jnp.asarray(3), built.stages)
+    params, buffers = jax.device_put(state, (laid.shardings(built.params), laid.shardings(built.buffers)))
+    batch = batch_to_devices(packed_batch(run, run.train), laid)
+    loss, grads, *_ = jax.jit(gradients(built, run.model, laid, dtype))(params, buffers, batch)
+    return float(loss), jax.tree.leaves(jax.device_get(built.stages.join(grads) if built.stages else grads))
+
+
+@pytest.mark.parametrize("linear", ["plain", "fp8"])
+def test_stages_in_few_bits_are_as_near_to_float32_as_one_device(linear):
+    """XLA rounds elsewhere where it fuses otherwise, so that neither is the other's reference."""
+    plan = {"microbatches": 4, "linear": linear}
+    stages = {"stage": 2, "schedule": "interleaved", "virtual": 3}
+    exact, exact_grads = computed("M*-M-*", {"microbatches": 4}, "float32")
+    alone, alone_grads = computed("M*-M-*", plan, "bfloat16")
+    staged, staged_grads = computed("M|*|-|M|-|*", {**plan, **stages}, "bfloat16")
+    assert abs(staged - exact) <= 1.5 * abs(alone - exact)
+    for true, one, other in zip(exact_grads, alone_grads, staged_grads, strict=True):
+        assert np.linalg.norm(other - true) <= 1.5 * np.linalg.norm(one - true)
 
 
 def test_a_slot_of_many_elements_is_cut_before_its_offsets_wrap():

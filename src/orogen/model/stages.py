@@ -81,6 +81,12 @@ class Stages:
         """(v, p) int: which of `kinds` chunk v of stage p is."""
         return np.reshape([self.kinds.index(segment) for segment in self.segments], (self.virtual, self.stages))
 
+    @property
+    def filled(self) -> dict[str, float]:
+        """By letter, the share of the rows of all stages that hold a layer."""
+        layers = "".join(self.patterns) + self.mtp
+        return {letter: layers.count(letter) / self._index(letter, 1).size for letter in set(layers)}
+
     def split(self, state: nnx.State) -> nnx.State:
         """Parameters or buffers of a whole model as the stages keep them."""
         shared, stacks = _apart(state, self._items)

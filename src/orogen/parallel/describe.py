@@ -1,7 +1,7 @@
 """A plan as a table: the mesh, the logical axes, and where each parameter lives."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,16 +11,22 @@ from orogen.parallel.plan import Plan, full_axes
 from orogen.parallel.schedule import Schedule
 
 
-def describe_plan(plan: Plan, params: nnx.State, segments: Sequence[str] = ()) -> dict[str, Any]:
+def describe_plan(
+    plan: Plan, params: nnx.State, segments: Sequence[str] = (), filled: Mapping[str, float] | None = None
+) -> dict[str, Any]:
     """Mesh axes, logical axes, and each parameter's shape, axes and shape on one device inside the step and between
-    steps; of a pipeline, whose `segments` have these layers, also what its schedule costs. `params` may be abstract."""
+    steps; of a pipeline, whose `segments` have these layers, also what its schedule costs and what a stage holds.
+
+    filled: by letter, the share of the stages' rows that hold a layer. `params` may be abstract.
+    """
     found = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: isinstance(x, nnx.Variable))
     sizes = dict(plan.mesh.shape)
+    staged = [(path, leaf) for path, leaf in found if full_axes(leaf)[:1] == ("stage",)]
     return {
         "devices": plan.config.devices,
         "mesh": sizes,
         "logical_axes": {axis: list(names) for axis, names in plan.rules.items()},
-        **({"pipeline": _pipeline(plan.schedule, segments)} if plan.schedule else {}),
+        **({"pipeline": _pipeline(plan.schedule, segments) | _held(staged, filled or {})} if plan.schedule else {}),
         "parameters": {_name(path): _describe(leaf, plan, sizes) for path, leaf in found},
     }
 
@@ -34,6 +40,15 @@ def _pipeline(schedule: Schedule, segments: Sequence[str]) -> dict[str, Any]:
         "bubble": float(schedule.bubble),
         "in_flight": list(schedule.in_flight),
         "stash_slots": max(schedule.stash_slots),
+    }
+
+
+def _held(staged: Sequence[tuple[Any, nnx.Variable]], filled: Mapping[str, float]) -> dict[str, int]:
+    """Parameters of layers that every stage has room for, and how many it would need if all had equally many."""
+    sizes = [(filled[path[1].key], math.prod(leaf.get_value().shape[1:])) for path, leaf in staged]
+    return {
+        "layer_parameters": sum(size for _, size in sizes),
+        "layer_parameters_if_even": round(sum(share * size for share, size in sizes)),
     }
 
 
@@ -70,6 +85,8 @@ def _pipeline_lines(facts: dict[str, Any]) -> list[str]:
         f"pipeline {pipeline['schedule']}: {pipeline['ticks']} ticks, bubble {pipeline['bubble']:.4g} of the busy "
         f"ones, at most {pipeline['in_flight']} passes in flight by stage",
         *(f"  segment {number}: {segment or '-none-'}" for number, segment in enumerate(pipeline["segments"])),
+        f"  a stage has room for {pipeline['layer_parameters']:,} parameters of layers, as many of each letter as the "
+        f"fullest chunk has; {pipeline['layer_parameters_if_even']:,} if layers were spread evenly",
     ]
 
 
