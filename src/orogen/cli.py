@@ -189,8 +189,8 @@ def plan(options: argparse.Namespace) -> int:
 
     laid = make_plan(config.plan, config.model, abstract=True)
     stages = cut(config.model, laid, *([config.train.sequence_length] if config.train else []))
-    cuts = (stages.patterns, stages.filled) if stages else ()
-    facts = describe_plan(laid, build(config.model, stages).params, *cuts)
+    patterns, filled = (stages.patterns, stages.filled) if stages else ((), {})
+    facts = describe_plan(laid, build(config.model, stages).params, patterns, filled)
     lines = plan_lines(facts)
     if options.compile:
         config.need("train")

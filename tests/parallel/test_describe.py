@@ -99,9 +99,6 @@ def test_what_stages_hold_by_hand():
 
 
 def count_layer(letter: str) -> int:
-    """Parameters of a model of one more such layer, less those of one."""
-    sizes = [
-        sum(leaf.size for leaf in jax.tree.leaves(build(hybrid(pattern=letter * n, mtp_depths=0)).params))
-        for n in (1, 2)
-    ]
-    return sizes[1] - sizes[0]
+    """Parameters of a model of two such layers, less those of a model of one."""
+    one, two = (build(hybrid(pattern=letter * count, mtp_depths=0)).params for count in (1, 2))
+    return sum(leaf.size for leaf in jax.tree.leaves(two)) - sum(leaf.size for leaf in jax.tree.leaves(one))
