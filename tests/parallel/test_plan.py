@@ -14,6 +14,8 @@ from tests.helpers import hybrid
 
 from orogen.config.checks import ConfigError
 from orogen.config.plan import FOR_GPU, PlanConfig
+from orogen.model.lm import build
+from orogen.model.stages import Stages
 from orogen.parallel.plan import Plan, make_plan, single_device_plan
 
 # Eight devices, data 2 x tensor 4, all of them experts; two key heads and two groups cut tensor in two.
@@ -48,6 +50,29 @@ def test_size_counts_the_ways_an_axis_is_split():
         "expert": 8,
         "norm": 1,
     }
+
+
+@pytest.mark.parametrize("before", [None, ("M", "*", "E-", "")], ids=["whole", "other-stages"])
+def test_a_state_between_layouts_is_spread_over_the_stages(before):
+    """No device holds much more than its share, and an array that tensor or fsdp splits stays split by them."""
+    model = {"pattern": "M*E-", "mtp_depths": 0}
+    plan = plan_of({"stage": 2, "tensor": 2, "data": 2, "microbatches": 2}, model, fsdp="optimizer")
+    params = build(hybrid(**model), before and Stages(before, "", 4)).params
+    spread, stored = plan.spread(params), plan.shardings(build(hybrid(**model)).params)
+    sizes, shares = [], []
+    for leaf, sharding in zip(jax.tree.leaves(params), jax.tree.leaves(spread), strict=True):
+        sizes.append(leaf.size)
+        shares.append(math.prod(sharding.shard_shape(leaf.shape)))
+    assert sum(shares) <= 1.01 * sum(sizes) / 2
+    for sharding, whole in zip(jax.tree.leaves(spread), jax.tree.leaves(stored), strict=True) if not before else ():
+        axes = lambda s: {name for part in s.spec if part for name in np.atleast_1d(part)}  # noqa: E731
+        assert axes(sharding) >= axes(whole)
+
+
+def test_an_odd_array_is_not_spread():
+    plan = plan_of({"stage": 2, "microbatches": 2}, {"pattern": "M*", "mtp_depths": 0})
+    odd = nnx.Param(jax.ShapeDtypeStruct((3, 5), jnp.float32), axes=("norm", "norm"))
+    assert plan.spread({"odd": odd})["odd"].get_value().spec == PartitionSpec(None, None)
 
 
 def test_unknown_axis_is_an_error_and_no_silent_replica():

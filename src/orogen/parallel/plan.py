@@ -54,11 +54,6 @@ class Plan:
         one mesh axis would split two of them."""
         return _spec(self.rules, axes)
 
-    def unstaged(self) -> "Plan":
-        """This plan with every stage's arrays on every stage, whatever the number of stages that laid them out."""
-        without = lambda rules: {**rules, "stage": ()}  # noqa: E731
-        return dataclasses.replace(self, rules=without(self.rules), storage=without(self.storage))
-
     def size(self, axis: str) -> int:
         """How many ways `axis` is split."""
         return math.prod(self.mesh.shape[name] for name in self.rules[axis])
@@ -74,6 +69,23 @@ class Plan:
     def shardings(self, tree: Any) -> Any:
         """`tree` with the sharding in which each array is stored between steps; what has no axes is replicated."""
         return _map_variables(lambda v: self._stored(full_axes(v)), tree, lambda _: self._stored(()))
+
+    def spread(self, tree: Any) -> Any:
+        """Shardings of `tree`, a whole model's state or one that other stages have cut, until it is laid out anew: as
+        it would be stored without stages, but each array also split over the stages, along the longest axis that they
+        divide, so that no device needs room for all layers."""
+        rules, ways = {**self.storage, "stage": ()}, self.size("stage")
+
+        def over_stages(variable: nnx.Variable) -> NamedSharding:
+            parts = [() if axis is None else rules[axis] for axis in full_axes(variable)]
+            split = [math.prod(self.mesh.shape[name] for name in part) for part in parts]
+            local = [size // pieces for size, pieces in zip(variable.get_value().shape, split, strict=True)]
+            longest = max(range(len(local)), key=lambda dim: (local[dim] % ways == 0, local[dim]), default=None)
+            if longest is not None and local[longest] % ways == 0:
+                parts[longest] += self.rules["stage"]
+            return NamedSharding(self.mesh, PartitionSpec(*(part or None for part in parts)))
+
+        return _map_variables(over_stages, tree, lambda _: self._stored(()))
 
     def offloaded(self, tree: Any, shardings: Any) -> Any:
         """`shardings` of `tree`'s arrays, but in the host's memory; numbers stay where they are."""

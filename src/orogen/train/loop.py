@@ -157,7 +157,7 @@ class _Run:
     def start(self, origin: Origin | None) -> TrainState:
         """A new state, from `origin` if there is one, or the last one saved, with the data where it was."""
         if not self.first_step and origin is not None:
-            whole = origin.load(build(self.config.model), self.plan.unstaged().shardings)
+            whole = origin.load(build(self.config.model), self.plan.spread)
             return start_state(*whole, self.built, self.optimizer, self.plan)
         if not self.first_step:
             return create_state(self.config.model, self.built, self.optimizer, self.plan, self.config.train.seed)
@@ -173,8 +173,8 @@ class _Run:
             return self.checkpoints.restore(with_shardings(target, state_shardings(target, self.plan)))
         saved = build(self.config.model, before)
         target = abstract_state(saved, make_optimizer(self.config.optimizer, self.config.train.steps, saved.params))
-        placed = self.plan.unstaged().shardings(target)  # on the devices, where the state is laid out anew
-        state, position = self.checkpoints.restore(with_shardings(target, placed))
+        # Restored onto the devices, where it is laid out anew.
+        state, position = self.checkpoints.restore(with_shardings(target, self.plan.spread(target)))
         layout = state_shardings(abstract_state(self.built, self.optimizer), self.plan)
         return jax.jit(lambda state: relaid(state, before, after), out_shardings=layout)(state), position
 
