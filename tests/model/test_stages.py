@@ -11,6 +11,7 @@ from orogen.model.block import repeats
 from orogen.model.lm import build, initial_state
 from orogen.model.stages import Stages, add, rows, stacked, take
 
+STAGED = "layers", "vocabulary"
 MODEL = hybrid(pattern="MEMEM*EE-M*-/*E", mtp_depths=2)
 # Uneven, with empty segments, one segment of everything, and a repetition that a cut goes through.
 CUTS = [("MEM", "EM*EE", "-M", "*-"), ("", "MEMEM*EE-M*-", "", ""), ("MEMEM*", "EE-M*-")]
@@ -72,14 +73,47 @@ def test_taking_every_segment_and_adding_it_up_gives_the_split_model(state, patt
             assert np.array_equal(a, times * b), name
 
 
+def test_embedding_and_head_are_one_array_where_no_stage_needs_both():
+    """Of three stages the first has the embedding, the last the head as rows, and the one between them nothing; what
+    they add up from their own gradients joins to a whole model's."""
+    model = hybrid(pattern="M*-", mtp_depths=0, learned_positions=7)
+    cut, (params, _) = Stages(("M", "*", "-"), "", 3), jax.jit(lambda: initial_state(model, 0))()
+    split = cut.split(params)
+    assert "head" not in split and set(split["embedding"]) == {"positions"}
+    vocabulary = split["vocabulary"]
+    assert vocabulary.get_metadata()["staged"] and vocabulary.get_metadata()["axes"] == ("vocab", "embed")
+    assert np.array_equal(vocabulary[0], params["embedding"]["weight"][...])
+    assert np.array_equal(vocabulary[2], params["head"]["weight"][...].T)
+    assert not np.any(vocabulary[1])
+    joined = cut.join(split)
+    assert jax.tree.structure(joined) == jax.tree.structure(params)
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(joined), jax.tree.leaves(params), strict=True))
+    total = jax.tree.map(jnp.zeros_like, split)
+    for stage, segment in enumerate(cut.segments):
+        taken = take(_of_stage(split, stage), segment, jnp.int32(0))
+        assert taken["head"]["weight"].get_metadata()["axes"] == ("embed", "vocab")
+        used = nnx.State({n: p for n, p in taken.items() if segment.uses(n, tied=False)})
+        total = _put_back(total, add(_of_stage(total, stage), used, segment, jnp.int32(0)), stage)
+    for a, b in zip(jax.tree.leaves(cut.join(total)), jax.tree.leaves(params), strict=True):
+        assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("changes", [{"tie_word_embeddings": True}, {"pattern": "M*/*", "mtp_depths": 1}], ids=str)
+def test_an_embedding_that_the_last_stage_needs_too_is_on_every_stage(changes):
+    model = hybrid(**{"pattern": "M*", "mtp_depths": 0, **changes})
+    params = build(model, Stages(("M", "*"), model.layers.mtp, 2)).params
+    assert "vocabulary" not in params
+    assert not params["embedding"]["weight"].get_metadata().get("staged")
+
+
 def _of_stage(tree: nnx.State, stage: int) -> nnx.State:
-    cut = lambda name, part: jax.tree.map(lambda a: a[stage : stage + 1], part) if name == "layers" else part  # noqa: E731
+    cut = lambda name, part: jax.tree.map(lambda a: a[stage : stage + 1], part) if name in STAGED else part  # noqa: E731
     return nnx.State({name: cut(name, part) for name, part in tree.items()})
 
 
 def _put_back(tree: nnx.State, part: nnx.State, stage: int) -> nnx.State:
     def put(name, old, new):
-        return jax.tree.map(lambda a, b: a.at[stage].set(b[0]), old, new) if name == "layers" else new
+        return jax.tree.map(lambda a, b: a.at[stage].set(b[0]), old, new) if name in STAGED else new
 
     return nnx.State({name: put(name, tree[name], part[name]) for name in tree})
 

@@ -1,10 +1,11 @@
 """A model cut into the segments of a pipeline: how its layers lie on the stages, there and back.
 
 A stage keeps its layers by their letter, one array a parameter, with three axes in front: (stage, chunk, row). A chunk
-with fewer layers of a letter than the fullest has rows of zeros, which nothing reads. What is not a layer of the
-pattern (embedding, final norm, head, the MTP block's own parameters) is on every stage.
+with fewer layers of a letter than the fullest has rows of zeros, which nothing reads. Embedding and head are one array,
+of which the first stage has the one and the last the other, if no stage needs both; else each is on every stage, as are
+the final norm and the MTP block's own parameters.
 
-Letters: p stages, v chunks a stage, r rows.
+Letters: p stages, v chunks a stage, r rows, n words of the vocabulary, d model.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from orogen.model.block import Repeat, letters, repeats
 Items = tuple[str | Repeat, ...]
 Rows = dict[str, Any]
 BACKBONE, MTP, LAYERS = "backbone", "mtp", "layers"
+EMBEDDING, HEAD, VOCABULARY, WEIGHT = "embedding", "head", "vocabulary", "weight"
 
 
 class Segment(NamedTuple):
@@ -37,7 +39,7 @@ class Segment(NamedTuple):
 
     def uses(self, name: str, *, tied: bool) -> bool:
         """Whether it computes with the model's part `name`; tied: the embedding is also the head."""
-        if name == "embedding":
+        if name == EMBEDDING:
             return self.first or (self.last and (tied or bool(self.mtp)))
         return self.last or name == BACKBONE
 
@@ -90,14 +92,16 @@ class Stages:
     def split(self, state: nnx.State) -> nnx.State:
         """Parameters or buffers of a whole model as the stages keep them."""
         shared, stacks = _apart(state, self._items)
+        if HEAD in shared and self.stages > 1 and not self.mtp:
+            shared = _paired(shared, self.stages)
         layers = {letter: _marked(tree, staged=True) for letter, tree in self.split_rows(stacks).items()}
         return nnx.State({**shared, **({LAYERS: layers} if layers else {})})
 
     def join(self, state: nnx.State) -> nnx.State:
         """The inverse of `split`."""
-        state = _plain(state)
-        shared = {name: part for name, part in state.items() if name != LAYERS}
-        layers = {letter: _marked(tree, staged=False) for letter, tree in state.get(LAYERS, {}).items()}
+        parts = _unpaired(_plain(state), self.stages - 1)
+        shared = {name: part for name, part in parts.items() if name != LAYERS}
+        layers = {letter: _marked(tree, staged=False) for letter, tree in parts.get(LAYERS, {}).items()}
         return _together(shared, self.join_rows(layers), self._items)
 
     def split_rows(self, stacks: Sequence[Rows], *, lead: int = 0) -> Rows:
@@ -139,26 +143,32 @@ class Stages:
 def take(state: nnx.State, segment: Segment, chunk: Array) -> nnx.State:
     """A segment's parameters or buffers as those of a model with its layers alone, from what this device's stage keeps
     of `chunk`."""
-    state, stacks = _plain(state), [{}, {}]
-    for letter, tree in state.get(LAYERS, {}).items():
+    parts, stacks = _unpaired(_plain(state), 0), [{}, {}]
+    for letter, tree in parts.get(LAYERS, {}).items():
         of_chunk = lambda a: lax.dynamic_index_in_dim(a[0], chunk, keepdims=False)  # noqa: E731
         rows_r, start = jax.tree.map(of_chunk, _marked(tree, staged=False)), 0
         for stack, pattern in zip(stacks, (segment.pattern, segment.mtp), strict=True):
             if count := pattern.count(letter):
                 cut = functools.partial(lax.slice_in_dim, start_index=start, limit_index=start + count)
                 stack[letter], start = jax.tree.map(cut, rows_r), start + count
-    shared = {name: part for name, part in state.items() if name not in (LAYERS, MTP) or (name == MTP and segment.mtp)}
+    shared = {name: part for name, part in parts.items() if name not in (LAYERS, MTP) or (name == MTP and segment.mtp)}
     return _together(shared, stacks, segment.items)
 
 
 def add(total: nnx.State, grads: nnx.State, segment: Segment, chunk: Array) -> nnx.State:
     """`total`, in the form in which a stage keeps arrays, with the gradients of what `take` gave added in place."""
-    total, (shared, stacks) = _plain(total), _apart(grads, segment.items)
-    layers = dict(total.get(LAYERS, {}))
+    parts, (shared, stacks) = _plain(total), _apart(grads, segment.items)
+    if VOCABULARY in parts:
+        (embedding, head), shared = _ends(shared)
+        grads_nd = [] if embedding is None else [embedding[...]]
+        grads_nd += [] if head is None else [head[...].T]
+        if grads_nd:  # of one of the two: they are on different stages
+            parts[VOCABULARY] = parts[VOCABULARY].replace(parts[VOCABULARY][...] + grads_nd[0][None])
+    layers = dict(parts.get(LAYERS, {}))
     for letter, tree in chunk_rows(stacks).items():
         layers[letter] = jax.tree.map(lambda a, b: add_rows(a, b, chunk), layers[letter], _marked(tree, staged=True))
     plus = lambda part, more: part if more is None else jax.tree.map(jnp.add, part, more)  # noqa: E731
-    kept = {name: plus(part, shared.get(name)) for name, part in total.items() if name != LAYERS}
+    kept = {name: plus(part, shared.get(name)) for name, part in parts.items() if name != LAYERS}
     return nnx.State({**kept, **({LAYERS: layers} if layers else {})})
 
 
@@ -236,6 +246,35 @@ def _together(shared: Mapping[str, Any], stacks: Sequence[Rows], items: tuple[It
     if deeper:
         whole[MTP] = {**whole.get(MTP, {}), LAYERS: deeper}
     return nnx.State(whole)
+
+
+def _paired(shared: Mapping[str, Any], stages: int) -> dict[str, Any]:
+    """`shared` with embedding (n, d) and head (d, n) as one array (p, n, d): the first stage's and the last one's."""
+    (embedding, head), others = _ends(shared)
+    lay = lambda e_nd, h_dn: jnp.stack([e_nd, *[jnp.zeros_like(e_nd)] * (stages - 2), h_dn.T])  # noqa: E731
+    value = jax.tree.map(lay, embedding.get_value(), head.get_value())  # none where an optimizer has none
+    return {**others, VOCABULARY: _marked(embedding.from_metadata(value, embedding.get_metadata()), staged=True)}
+
+
+def _unpaired(state: Mapping[str, Any], last: int) -> Mapping[str, Any]:
+    """The inverse, from the first row and the row `last`, which on one stage are the same: it needs one of them."""
+    if VOCABULARY not in state:
+        return state
+    others = {name: part for name, part in state.items() if name != VOCABULARY}
+    both = _marked(state[VOCABULARY], staged=False)
+    metadata = both.get_metadata()
+    embedding = both.from_metadata(jax.tree.map(lambda both_pnd: both_pnd[0], both.get_value()), metadata)
+    head = both.from_metadata(
+        jax.tree.map(lambda both_pnd: both_pnd[last].T, both.get_value()), metadata | {"axes": metadata["axes"][::-1]}
+    )
+    return {**others, EMBEDDING: {**others.get(EMBEDDING, {}), WEIGHT: embedding}, HEAD: {WEIGHT: head}}
+
+
+def _ends(shared: Mapping[str, Any]) -> tuple[tuple[Any, Any], dict[str, Any]]:
+    """The matrices of embedding and head, None where there is none, and `shared` without them."""
+    parts = {name: dict(shared.get(name, {})) for name in (EMBEDDING, HEAD)}
+    matrices = parts[EMBEDDING].pop(WEIGHT, None), parts[HEAD].pop(WEIGHT, None)
+    return matrices, {name: part for name, part in {**shared, **parts}.items() if part}
 
 
 def _children(stack: Any, count: int) -> Sequence[Any]:

@@ -21,7 +21,7 @@ def describe_plan(
     """
     found = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: isinstance(x, nnx.Variable))
     sizes = dict(plan.mesh.shape)
-    staged = [(path, leaf) for path, leaf in found if full_axes(leaf)[:1] == ("stage",)]
+    staged = [(path[1].key, leaf) for path, leaf in found if path[0].key == "layers" and full_axes(leaf)[0] == "stage"]
     return {
         "devices": plan.config.devices,
         "mesh": sizes,
@@ -43,9 +43,9 @@ def _pipeline(schedule: Schedule, segments: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _held(staged: Sequence[tuple[Any, nnx.Variable]], filled: Mapping[str, float]) -> dict[str, int]:
+def _held(staged: Sequence[tuple[str, nnx.Variable]], filled: Mapping[str, float]) -> dict[str, int]:
     """Parameters of layers that every stage has room for, and how many it would need if all had equally many."""
-    sizes = [(filled[path[1].key], math.prod(leaf.get_value().shape[1:])) for path, leaf in staged]
+    sizes = [(filled[letter], math.prod(leaf.get_value().shape[1:])) for letter, leaf in staged]
     return {
         "layer_parameters": sum(size for _, size in sizes),
         "layer_parameters_if_even": round(sum(share * size for share, size in sizes)),

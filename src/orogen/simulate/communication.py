@@ -87,7 +87,7 @@ def unit_collectives(unit: str, model: ModelConfig, plan: PlanConfig, work: Work
         weights = layer_weights(unit, model)
     for weight in weights:
         ledger.gathered(weight)
-    ledger.summed(weights)
+    ledger.summed(weights[:-1] if unit == ENDS and ledger.paired else weights)
     return ledger.records
 
 
@@ -107,7 +107,7 @@ def step_collectives(model: ModelConfig, plan: PlanConfig, work: Workload) -> di
             main, deeper = int(unit != MTP), int(unit == MTP)
         turns = (main + depths * deeper) * plan.microbatches / plan.stage
         records = unit_collectives(unit, model, plan, work)
-        # What is no layer is on every stage, and summed over them.
+        # What is no layer is on every stage.
         updates = (main + deeper) / (1 if unit in (ENDS, MTP) else plan.stage)
         found[unit] = [_times(r, updates if r.phase == "update" else turns) for r in records]
     if plan.stage > 1:
@@ -279,6 +279,11 @@ class _Ledger:
         """Tokens of this device's piece of the sequence."""
         return self.work.rows * self.work.tokens // self.plan.tensor
 
+    @property
+    def paired(self) -> bool:
+        """Whether embedding and head are one array, on a stage the one or the other."""
+        return self.plan.stage > 1 and not self.model.tie_word_embeddings and not self.model.layers.mtp
+
     def gathered(self, weight: Weight) -> None:
         """FSDP: the weight's pieces before its product, and its gradient's, in float32, after."""
         axes = self._sharded(weight)
@@ -330,7 +335,7 @@ class _Ledger:
             few = next((axis for axis in weight.axes if axis in ("kv_heads", "groups")), None)
             dense = ["fsdp_copies"] if sharded else ["data", "context"]
             everywhere = [*dense, f"{few}_copies" if few else "tensor"]
-        if self.unit in (ENDS, MTP):
+        if self.unit in (ENDS, MTP) and not ("vocab" in weight.axes and self.paired):
             everywhere.insert(0, "stage")
         return tuple(axis for axis in everywhere if axis not in split and self.sizes[axis] > 1)
 
