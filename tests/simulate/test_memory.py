@@ -57,11 +57,11 @@ def test_the_compiled_step_takes_the_state_and_a_batch_and_gives_the_state_back(
 
 
 def test_a_stage_holds_its_own_layers_and_a_slot_for_each_microbatch_in_flight():
-    """Two stages of an MLP and an attention layer each: half the layers, embedding or head, the final norm, two slots."""
+    """Two stages of an MLP and an attention layer each: half the layers, embedding or head, the norm, two slots."""
     plan = {"stage": 2, "microbatches": 4}
     config = run_config(hybrid(pattern="-*|-*", mtp_depths=0), plan=plan, batch_size=4 * ROWS)
     facts = describe_memory(config, Workload(ROWS, TOKENS, 4))
-    assert facts["state"]["parameters"] == 4 * (MATRICES - config.model.vocab_size * D + VECTORS)
+    assert facts["state"]["parameters"] == 4 * (MATRICES - VOCABULARY * D + VECTORS)
     assert {letter: each["layers"] for letter, each in facts["activations"].items()} == {"-": 2, "*": 2}
     assert facts["activations"]["-"]["bytes"]["up"] == 4 * F * ROWS * TOKENS
     assert facts["compiled"]["aliased"] == facts["state"]["parameters"] * 3 + 2 * 4 + 3 * 4
