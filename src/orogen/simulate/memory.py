@@ -121,7 +121,8 @@ def memory_lines(facts: Mapping[str, Any]) -> list[str]:
     lines = [f"bytes on each of {facts['devices']} devices"]
     lines += [_row("state", name, size) for name, size in state.items()]
     for letter, each in facts["activations"].items():
-        lines += [_row(f"{letter} x {each['layers']}", name, each["layers"] * n) for name, n in each["bytes"].items()]
+        kept = each["bytes"].items() if each["layers"] else ()
+        lines += [_row(f"{letter} x {each['layers']}", name, each["layers"] * n) for name, n in kept]
     lines.append(_row("layers", "activations in all", facts["activation_bytes"]))
     return lines + [_row("step, compiled", name, size) for name, size in compiled.items()]
 

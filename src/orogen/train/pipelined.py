@@ -45,17 +45,17 @@ class Pipeline:
 
     def gradients(self, params: Any) -> tuple[Array, Any, Sums]:
         """The loss, and of this device's own stage gradients and loads; scattered if the plan keeps them so."""
-        varied = self.plan.vary(params)
-        stored = jax.eval_shape(self._kept, varied)
+        stored = jax.eval_shape(self._kept, params)
         zeros = self.plan.vary(jax.tree.map(lambda g: jnp.zeros(g.shape, g.dtype), stored))
-        found = self._run(varied, zeros)
+        found = self._run(params, zeros)
         return found.loss, found.grads, self._sums(found.reports)
 
     def sums(self, params: Any) -> Sums:
         """The sums alone, by forward passes alone."""
-        return self._sums(self._run(self.plan.vary(params), None).reports)
+        return self._sums(self._run(params, None).reports)
 
-    def _run(self, varied: Any, zeros: Any) -> Any:
+    def _run(self, params: Any, zeros: Any) -> Any:
+        varied = working_copy(self.plan.vary(params), self.dtype)  # once a step, not once a tick
         size, length = self.batch.tokens_bt.shape[1:]
         shape = size, length // self.plan.size("sequence"), self.config.hidden_size
         schedule = self.plan.schedule
@@ -82,7 +82,7 @@ class Pipeline:
         def forward(pieces: nnx.State, x_btd: Array, chunk: Array, microbatch: Array) -> tuple[Array, Array, Any]:
             others = nnx.State({name: part for name, part in taken(chunk).items() if not used(name)})
             whole = nnx.State({**others, **pieces})
-            model = nnx.merge(graph, working_copy(whole, self.dtype), take(self.buffers, segment, chunk))
+            model = nnx.merge(graph, whole, take(self.buffers, segment, chunk))
             passed = self._pass(model, segment, x_btd, chunk, microbatch)
             y_btd = jnp.zeros_like(x_btd) if segment.last else passed.x_btd
             return y_btd, passed.loss, self._report(passed, segment)
