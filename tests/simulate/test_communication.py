@@ -205,7 +205,7 @@ def test_stages_pass_on_what_the_table_says(schedule, changes, over):
     (key,) = passed
     assert key == ("collective-permute", ("stage",))
     assert found[key] == passed[key]
-    summed = table_of([r for r in paper[ENDS] if r.phase == "update"], config, model)
+    summed = table_of([r for r in paper[ENDS] if r.part == "gradients"], config, model)
     assert {axes for _, axes in summed} == over
     for key, traffic in summed.items():
         if "stage" in key[1]:  # of layers, too, the others are summed

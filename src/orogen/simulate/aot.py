@@ -87,9 +87,9 @@ def compiled(unit: Unit, plan: Plan) -> Table:
 
 
 def compare(model: ModelConfig, config: PlanConfig, work: Workload, letters: Iterable[str]) -> dict[str, Any]:
-    """{unit: a row for each operation over the same mesh axes: count and bytes by paper and compiled}, in float32. Of a
-    pipeline, on the devices of one stage."""
-    config = dataclasses.replace(config, stage=1)
+    """{unit: a row for each operation over the same mesh axes: count and bytes by paper and compiled}, in float32. Of
+    one microbatch; of a pipeline, on the devices of one stage."""
+    config = dataclasses.replace(config, stage=1, microbatches=1)
     model, work, facts = without_mtp(model), work._replace(itemsize=FLOAT32), {}
     plan = make_plan(config, model)
     for letter in (*letters, ENDS):

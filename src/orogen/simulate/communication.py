@@ -507,13 +507,21 @@ def _ends(ledger: _Ledger) -> None:
         ledger.scatter("embedding", ("tensor",), ledger.stream)
         ledger.gather("head", ("tensor",), ledger.stream / plan.tensor)
         ledger.add("cross-entropy", "forward", "all-reduce", ("tensor",), chunk * FLOAT32, 3 * -(-tokens // chunk))
-        # Later tokens, their weights and documents for loss and counts; and what a deeper prediction reads.
-        ledger.shift("targets", ("context",), ledger.work.rows * (depth + 1) * FLOAT32, 5 * 2)
-        ledger.shift("targets", ("context",), ledger.work.rows * depth * FLOAT32, 4 * 2)
-    # Nats, and the counts of targets and tokens; rows count where any context rank holds a token of them.
-    ledger.add("cross-entropy", "forward", "all-reduce", ("data", "context"), depths * FLOAT32, 3)
-    ledger.add("cross-entropy", "forward", "all-reduce", ("context",), ledger.work.rows * FLOAT32, depths)
-    ledger.add("cross-entropy", "forward", "all-reduce", ("data",), depths * FLOAT32)
+        # Later tokens, their weights and documents; and what a deeper prediction reads.
+        ledger.shift("targets", ("context",), ledger.work.rows * (depth + 1) * FLOAT32, 3 * 2)
+        ledger.shift("targets", ("context",), ledger.work.rows * depth * FLOAT32, 3 * 2)
+    ledger.add("cross-entropy", "forward", "all-reduce", ("data", "context"), depths * FLOAT32)
+    _counts(ledger, ledger.work.rows * plan.microbatches, depths)
+
+
+def _counts(ledger: _Ledger, rows: int, depths: int) -> None:
+    """Of targets, tokens and rows, over the whole batch: a row counts where any context rank holds a token of it."""
+    for depth in range(depths):
+        ledger.shift("counts", ("context",), rows * (depth + 1) * FLOAT32, 2 * 2, phase="update")
+        ledger.shift("counts", ("context",), rows * depth * FLOAT32, 2, phase="update")
+    ledger.add("counts", "update", "all-reduce", ("data", "context"), depths * FLOAT32, 2)
+    ledger.add("counts", "update", "all-reduce", ("context",), rows * FLOAT32, depths)
+    ledger.add("counts", "update", "all-reduce", ("data",), depths * FLOAT32)
 
 
 def _load(ledger: _Ledger) -> None:

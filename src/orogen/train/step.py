@@ -64,8 +64,10 @@ def gradients(
     depths = config.mtp_depths
 
     def device_step(params, buffers, batch, replay):
+        # Of all microbatches at once: their exchanges in a loop of their own, which the model does not wait for, were
+        # seen to lock with its first ones on XLA:CPU (jax 0.10.1), where devices take the two in different orders.
+        counts = batch_counts(batch, depths, plan)
         batch = jax.tree.map(lambda x: microbatches(x, parts, plan.sources[0]), batch)
-        counts = _sum_over(lambda part: batch_counts(part, depths, plan), batch)
         total = _pipelined if built.stages else _accumulated
         loss, grads, sums = total(built, config, plan, dtype, params, buffers, batch, counts, replay, record)
         if plan.config.fsdp != "gradients":
@@ -148,10 +150,6 @@ def microbatches(x_bt: Array, parts: int, sources: int) -> Array:
     rows, length = x_bt.shape
     split = x_bt.reshape(sources, parts, rows // (sources * parts), length)
     return split.swapaxes(0, 1).reshape(parts, rows // parts, length)
-
-
-def _sum_over(function: Callable, batch: Batch) -> Any:
-    return jax.tree.map(lambda x: x.sum(0), lax.map(function, batch))
 
 
 def _accumulate(gradient: Callable, varied: Any, batch: Batch, replay: Any, plan: Plan) -> Any:
