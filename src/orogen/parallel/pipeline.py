@@ -3,7 +3,7 @@
 Forward and backward passes are explicit. A forward pass keeps what its gradient will need (its residuals) in a slot of
 the stash, and the backward pass of that microbatch takes them from there: no more microbatches are held than the
 schedule has in flight, and nothing is computed twice that the model's own rematerialisation does not recompute. What
-depends on the parameters alone (slices, casts, gathered weights) or on the batch alone (masks) is made again instead.
+depends on the parameters alone (slices, gathered weights) or on the batch alone (masks) is made again instead.
 
 Letters: b batch, t time, d model, k slots, n elements.
 """
