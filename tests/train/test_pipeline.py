@@ -56,9 +56,14 @@ def test_stages_equal_one_device(schedule, stage, pattern, tied):
     verified(model, stage=stage, schedule=schedule, microbatches=4)
 
 
-@pytest.mark.parametrize(("fsdp", "remat"), [("optimizer", "none"), ("gradients", "full"), ("parameters", "none")])
-def test_stages_that_shard_over_data_equal_one_device(fsdp, remat):
-    verified({"pattern": "ME*-/*E"}, stage=2, data=2, tensor=2, expert=4, fsdp=fsdp, microbatches=3, remat=remat)
+@pytest.mark.parametrize(
+    ("fsdp", "remat", "pattern"),
+    [("optimizer", "none", "ME*-/*E"), ("gradients", "full", "ME*-"), ("parameters", "none", "ME*-/*E")],
+)
+def test_stages_that_shard_over_data_equal_one_device(fsdp, remat, pattern):
+    """The embedding is on both stages, or, without a deeper prediction, on the first alone."""
+    model = {"pattern": pattern, "mtp_depths": 2 * ("/" in pattern)}
+    verified(model, stage=2, data=2, tensor=2, expert=4, fsdp=fsdp, microbatches=3, remat=remat)
 
 
 def test_stages_without_experts_equal_one_device():
