@@ -207,9 +207,15 @@ def test_stages_pass_on_what_the_table_says(schedule, changes, over):
     assert found[key] == passed[key]
     summed = table_of([r for r in paper[ENDS] if r.part == "gradients"], config, model)
     assert {axes for _, axes in summed} == over
+    # Layers sum over data too, as do statistics of every tick: what is the vocabulary's grows with it.
+    wider = dataclasses.replace(model, vocab_size=2 * model.vocab_size)
+    more = step_collectives(wider, make_plan(config, wider), config.data * 4 * WORK.rows, WORK.tokens)
+    grown = table_of([r for r in by_paper(wider, config, WORK)[ENDS] if r.part == "gradients"], config, wider)
     for key, traffic in summed.items():
-        if "stage" in key[1]:  # of layers, too, the others are summed
+        if "stage" in key[1]:
             assert found[key].bytes == pytest.approx(traffic.bytes, rel=1e-12), key
+        difference = grown[key].bytes - traffic.bytes
+        assert more[key].bytes - found[key].bytes == pytest.approx(difference, rel=1e-12), key
 
 
 def test_sequence_parallel_blocks_are_scattered_not_all_reduced():

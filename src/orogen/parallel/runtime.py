@@ -80,7 +80,8 @@ def make_room_for(devices: int) -> None:
     On XLA:CPU a collective holds a thread of a pool until its last participant has come, and the pool has one thread a
     device. A program whose devices can each wait in two collectives at once (one inside a loop, one beside it) may fill
     the pool with waiting threads while a participant has none to run on; XLA aborts after 40 seconds (seen on jax
-    0.10.1: a step of 8 devices on a busy machine). More threads are the cure, and the name for their number is NPROC.
+    0.10.1: a step of 8 devices on a busy machine). More threads help, and the name for their number is NPROC; devices
+    that take a loop's collectives and others in different orders can still lock, so none may run beside a loop of them.
     """
     threads = THREADS_PER_FAKE_DEVICE * devices
     if not os.environ.get("NPROC", "").isdecimal() or int(os.environ["NPROC"]) < threads:
