@@ -62,6 +62,9 @@ def implementations(names: Iterable[str]) -> list:
     return [pytest.param(name, marks=needs_gpu if name == "triton" else ()) for name in sorted(names)]
 
 
+several_devices = pytest.mark.skipif(jax.device_count() < 4, reason="needs several devices, as a CPU simulates them")
+
+
 def listing(folder: Path) -> dict[str, str]:
     """Every path below `folder`, with the hash of its bytes."""
     digest = lambda p: hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "folder"  # noqa: E731

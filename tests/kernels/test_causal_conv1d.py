@@ -12,7 +12,7 @@ import pytest
 from jax import Array
 from jax import numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from tests.helpers import implementations
+from tests.helpers import implementations, several_devices
 
 from orogen.kernels.causal_conv1d import ACTIVATIONS, IMPLEMENTATIONS, causal_conv1d
 
@@ -164,6 +164,7 @@ class TestNumbers:
             assert_close(got, want, products=2 * time)
 
     # The interpreter of Pallas mixes varying and unvarying arrays, which check_vma refuses.
+    @several_devices
     @pytest.mark.parametrize("implementation", implementations(set(IMPLEMENTATIONS) - {"triton_interpreted"}))
     def test_gradients_inside_shard_map(self, implementation: str):
         def loss(x_btc: Array, w_ck: Array, bias_c: Array, segments_bt: Array, dy_btc: Array) -> Array:
@@ -173,7 +174,7 @@ class TestNumbers:
         rows, everywhere = PartitionSpec("data"), PartitionSpec()
         mapped = jax.shard_map(
             jax.grad(loss, argnums=(0, 1, 2)),
-            mesh=Mesh(np.asarray(jax.devices("cpu")[:2]), ("data",)),
+            mesh=Mesh(np.asarray(jax.devices()[:2]), ("data",)),
             in_specs=(rows, everywhere, everywhere, rows, rows),
             out_specs=(rows, everywhere, everywhere),
             check_vma=True,

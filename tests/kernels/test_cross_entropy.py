@@ -12,6 +12,7 @@ from jax import lax
 from jax import numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from tests.helpers import several_devices
 
 from orogen.kernels.cross_entropy import IMPLEMENTATIONS, cross_entropy
 
@@ -84,7 +85,9 @@ class TestCrossEntropy:
         settings = {"chunk": 8, "implementation": implementation}
         _, *gradients = loss_and_gradients(*operands(), **settings)
         scaled = jax.jit(jax.grad(lambda *a: 0.125 * cross_entropy(*a, **settings), argnums=(0, 1)))(*operands())
-        jax.tree.map(np.testing.assert_array_equal, scaled, tuple(g * 0.125 for g in gradients))
+        # The factor is a power of two, but one more operation may be fused, and so rounded, in another way.
+        for got, gradient in zip(scaled, gradients, strict=True):
+            assert_close(got, gradient * 0.125, length=1)
 
     def test_bfloat16_is_accumulated_in_float32(self, implementation):
         inputs = operands(jnp.bfloat16, tokens=600)
@@ -120,6 +123,7 @@ class TestCrossEntropy:
         grad_n = jax.grad(partial(cross_entropy, chunk=8, implementation=implementation), argnums=3)(*operands())
         assert not grad_n.any()
 
+    @several_devices
     @pytest.mark.parametrize(("data", "ranks"), [(1, 2), (1, 4), (2, 1), (2, 2)])
     def test_vocabulary_over_ranks_and_tokens_over_data(self, implementation, data, ranks):
         def run(x_nd, head_dv, targets_n, weights_n):

@@ -11,6 +11,7 @@ import pytest
 from jax import numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from tests.helpers import several_devices
 
 from orogen.kernels.grouped_matmul import IMPLEMENTATIONS, grouped_matmul, mosaic
 from orogen.kernels.grouped_matmul.blocks import grouped_matmul_blocks, split_groups
@@ -18,7 +19,10 @@ from orogen.kernels.grouped_matmul.blocks import grouped_matmul_blocks, split_gr
 ROWS, WIDTH, OUT, GROUPS = 29, 5, 7, 4
 
 # "mosaic" has a class of its own: it takes half precision only, and a GPU.
-NAMES = (*sorted(set(IMPLEMENTATIONS) - {"mosaic"}), "blocks of 4")
+NO_GPU = pytest.mark.skipif(jax.default_backend() == "gpu", reason="refused on a GPU")
+NAMES = (
+    *sorted(set(IMPLEMENTATIONS) - {"mosaic", "ragged_dot"}), "blocks of 4", pytest.param("ragged_dot", marks=NO_GPU),
+)  # fmt: skip
 
 SIZES = {
     "uneven": (3, 14, 1, 11),
@@ -113,6 +117,7 @@ class TestGroupedMatmul:
         out_nf, grad_rows_nd, grad_weights_edf = with_gradients(name, *operands(rows=0), jnp.array(SIZES["none"]))
         assert out_nf.shape == (0, OUT) and grad_rows_nd.shape == (0, WIDTH) and not grad_weights_edf.any()
 
+    @several_devices
     def test_shards_of_rows_sum_the_weights_gradient(self, name):
         rows_nd, weights_edf, grad_nf = operands(rows=2 * ROWS)
         sizes_re = (SIZES["uneven"], SIZES["rows left over"])

@@ -11,7 +11,7 @@ import pytest
 from jax import Array
 from jax import numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from tests.helpers import implementations
+from tests.helpers import implementations, several_devices
 
 from orogen.kernels.permutation import SUM, TAKE, sum_rows, take_rows
 
@@ -83,6 +83,7 @@ class TestEveryImplementation:
 
 
 # The interpreter of Pallas mixes varying and unvarying arrays, which check_vma refuses.
+@several_devices
 @pytest.mark.parametrize("implementation", implementations(set(TAKE) - {"triton_interpreted"}))
 def test_gradients_inside_shard_map(implementation: str):
     slots_nk, source_r = places(6, 2, 14, 0.8)

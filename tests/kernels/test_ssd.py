@@ -54,7 +54,8 @@ def tolerance(dtype, *, products: int) -> float:
 
 
 def assert_close(got, want, limit: float) -> None:
-    """Every leaf within `limit` of the reference's largest element; a leaf of zeros must be zero."""
+    """Every leaf within `limit` of the reference's largest element. A leaf of zeros must be zero, but for what a CPU
+    flushes to it: a decay is at least the smallest normal number, and sums have a few of them."""
     jax.tree.map(functools.partial(_assert_leaf_close, limit), got, want)
 
 
@@ -62,7 +63,7 @@ def _assert_leaf_close(limit: float, got, want) -> None:
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     assert got.shape == want.shape
     assert np.isfinite(got).all()
-    assert np.abs(got - want).max() <= limit * np.abs(want).max()
+    assert np.abs(got - want).max() <= limit * np.abs(want).max() + 8 * jnp.finfo(jnp.float32).tiny
 
 
 def operands(*, b=2, t=29, h=6, p=3, g=3, n=5, dt=(1e-3, 0.5), seed=0) -> Operands:

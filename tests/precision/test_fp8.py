@@ -9,7 +9,16 @@ from tests.model.small import config, model_parts, one_device
 
 from orogen.layers.documents import Documents
 from orogen.layers.linear import PRODUCTS, multiply
-from orogen.precision.fp8 import E4M3, E5M2, SMALLEST_SCALE, dequantize, fp8_matmul, quantize, scale_of
+from orogen.precision.fp8 import (
+    COMPILER_OPTIONS,
+    E4M3,
+    E5M2,
+    SMALLEST_SCALE,
+    dequantize,
+    fp8_matmul,
+    quantize,
+    scale_of,
+)
 
 N, D, F = 24, 48, 40
 # Half a unit in the last place, of 3 and 2 bits of fraction; of normal numbers.
@@ -185,7 +194,7 @@ def test_a_gpu_multiplies_in_fp8():
         y_nf, back = jax.vjp(fp8_matmul, x_nd, w_df)
         return y_nf, *back(dy_nf)
 
-    text = str(jax.jit(run).lower(x_nd, w_df, dy_nf).compile().as_text())
+    text = str(jax.jit(run, compiler_options=COMPILER_OPTIONS).lower(x_nd, w_df, dy_nf).compile().as_text())
     assert text.count('custom_call_target="__cublas$lt$matmul$f8"') == 3
     assert '"__cublas$lt$matmul"' not in text and '"__cublas$gemm"' not in text
 
