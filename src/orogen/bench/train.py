@@ -39,6 +39,7 @@ PASS = {
     "PlanConfig.unroll": "3", "PlanConfig.logit_rows": "4096",
     "PlanConfig.remat": "'elementwise'", "TrainConfig.compute_dtype": "'bfloat16'",
 }  # fmt: skip
+FP8_PRODUCT = "__cublas$lt$matmul$f8"  # what XLA calls for one
 # Rows of a microbatch hold so many tokens, if they are not given.
 TOKENS = 16384
 # Where memory is short, in whole steps and with more than LONG tokens a microbatch, products are kept and what is cheap
@@ -161,8 +162,9 @@ def prepare(work: Workload, config: RunConfig, *, deterministic: bool = False, e
     if export is not None:
         export_weights(config.model, params, buffers, export)
     one = make_plan(dataclasses.replace(config.plan, microbatches=1), config.model)
-    function = jax.jit(gradients(built, config.model, one, config.train.compute_dtype))
-    program = function.lower(params, buffers, batch).compile()
+    function = gradients(built, config.model, one, config.train.compute_dtype)
+    program = jax.jit(function, compiler_options=one.compiler_options).lower(params, buffers, batch).compile()
+    _require_fp8(program, one)
     first = program(params, buffers, batch)
     loss = _mean_nats(first[3].nats, first[2].targets)
     same = _same_bits(first, program(params, buffers, batch)) if deterministic else None
@@ -178,6 +180,7 @@ def _whole_step(built: Any, config: RunConfig, plan: Plan, batch: Any) -> Prepar
     optimizer = make_optimizer(config.optimizer, config.train.steps, built.params)
     state = create_state(config.model, built, optimizer, plan, config.train.seed)
     program = make_step(built, config, plan, optimizer).lower(state, batch).compile()
+    _require_fp8(program, plan)
     state, metrics = program(state, batch)
     loss = _mean_nats(metrics.nats, metrics.targets)
 
@@ -188,6 +191,13 @@ def _whole_step(built: Any, config: RunConfig, plan: Plan, batch: Any) -> Prepar
 
     tokens = config.train.batch_size * config.train.sequence_length
     return Prepared(run, loss, tokens, _memory(program), None)
+
+
+def _require_fp8(program: Any, plan: Plan) -> None:
+    """Raises ConfigError if products that were to be of 8 bits are none, which nothing but their speed would show."""
+    asked = plan.config.linear == "fp8" and jax.default_backend() == "gpu"
+    missing = asked and FP8_PRODUCT not in program.as_text()
+    require(not missing, plan.config, "linear", f"plain: {jax.devices()[0].device_kind} compiled no product in 8 bits")
 
 
 def _batch(work: Workload, config: RunConfig) -> Any:

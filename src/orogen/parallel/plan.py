@@ -24,6 +24,7 @@ from orogen.parallel.mesh import fold_plan, make_mesh
 from orogen.parallel.ragged import Runs, ragged_exchange
 from orogen.parallel.schedule import Schedule, plan_schedule
 from orogen.parallel.varying import vary, varying_axes
+from orogen.precision.fp8 import COMPILER_OPTIONS
 
 MeshAxes = tuple[str, ...]
 # Parameter axes over which fully sharded data parallelism splits; vectors ("norm") stay whole: they are tiny.
@@ -48,6 +49,11 @@ class Plan:
     config: PlanConfig
     sources: tuple[int, int, int] = (1, 1, 1)
     schedule: Schedule | None = None
+
+    @property
+    def compiler_options(self) -> dict[str, Any]:
+        """What XLA must be told of a program of this plan, so that it runs as planned."""
+        return dict(COMPILER_OPTIONS) if self.config.linear == "fp8" else {}
 
     def spec(self, *axes: str | None) -> PartitionSpec:
         """The PartitionSpec of an array with these logical axes. Raises KeyError on an unknown axis, ValueError if

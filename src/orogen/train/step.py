@@ -247,7 +247,9 @@ def make_step(
         return new, metrics
 
     layout = state_shardings(abstract_state(built, optimizer), plan)
-    return jax.jit(step, donate_argnums=0, out_shardings=(layout, plan.sharding()))
+    return jax.jit(
+        step, donate_argnums=0, out_shardings=(layout, plan.sharding()), compiler_options=plan.compiler_options
+    )
 
 
 def batch_to_devices(batch: Batch, plan: Plan) -> Batch:
