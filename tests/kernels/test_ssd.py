@@ -374,12 +374,14 @@ class TestAgainstTheRecurrence:
 class TestTriton:
     """What only the Triton kernels do."""
 
-    def test_bfloat16_products_and_float32_sums(self, implementation: str):
+    @pytest.mark.parametrize("chunk_size", [16, 64, 128])
+    def test_bfloat16_products_and_float32_sums(self, implementation: str, chunk_size: int):
+        """Chunks of one tile, and of several in each direction."""
         ops, segments_bt = operands(t=150, h=4, g=2, p=20, n=17), segments((50, 50), t=150)
         half = Operands(*(o.astype(jnp.bfloat16) for o in ops[:5]), ops.initial_bhpn)
         single = jax.tree.map(lambda o: o.astype(jnp.float32), half)
         got, want = (
-            outcome(o, segments_bt, implementation=i, chunk_size=64)
+            outcome(o, segments_bt, implementation=i, chunk_size=chunk_size)
             for o, i in ((half, implementation), (single, "recurrence"))
         )
         assert got[0][1].dtype == jnp.float32

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 
 from orogen.kernels.pallas_triton import LOG2_E, require_gpu
 from orogen.kernels.ssd.chunked import LOWEST_LOG_DECAY, _counts, _cut, _readable, _sum
-from orogen.kernels.ssd.triton_kernels import Launch, pairs, scan, tile
+from orogen.kernels.ssd.triton_kernels import Launch, far, near, scan, tile
 
 MULTIPROCESSORS = 132  # of an H100
 SHARED_MEMORY = 215_000  # bytes of a multiprocessor's 232,448 that operands may take; the rest is scratch
@@ -88,21 +88,26 @@ def _launch(chunk_size: int, shape: tuple[int, ...], state: int, *, half: bool, 
     batch, time, heads, head_size = shape
     head_size, state = tile(head_size), tile(state)
     width = min(tile(min(chunk_size, time)), 128 if half else 64)
-    step = rows = min(width, 64 if half else 32)
+    step = min(width, 64 if half else 32)
     columns = min(head_size, 64)
     # One scan alone on a multiprocessor needs its loads further ahead; two share it only if each takes less memory.
     alone = batch * heads * pl.cdiv(head_size, columns) <= MULTIPROCESSORS
     scan_stages = _stages(3 if alone else 2, step * (2 * state + columns), columns * state)
-    pairs_stages = _stages(3, (rows + width + state) * head_size, width * state)
+    near_rows, far_rows = min(width, 32), step
+    near_stages = _stages(3, 2 * near_rows * head_size, 2 * near_rows * state)
+    far_stages = _stages(3, (far_rows + state) * head_size, 2 * far_rows * state)
     return Launch(
         width=width,
         step=step,
-        rows=rows,
         columns=columns,
         scan_warps=4,
         scan_stages=scan_stages if half else 1,
-        pairs_warps=8,
-        pairs_stages=pairs_stages if half else 1,
+        near_rows=near_rows,
+        near_warps=1 if half else 4,
+        near_stages=near_stages if half else 1,
+        far_rows=far_rows,
+        far_warps=4,
+        far_stages=far_stages if half else 1,
         interpret=interpret,
     )
 
@@ -121,11 +126,11 @@ def _ssd(launch: Launch, operands: Operands) -> tuple[Array, Array]:
 
 def _scan_forward(launch: Launch, operands: Operands, *, save: bool) -> tuple[Array, Array, Array | None]:
     o = operands
-    y_bthp, final_bhpn, states_bhcnp, _ = scan(
-        o.c_btgn, o.b_btgn, o.x_bthp, o.dt_bhcq, o.sums_bhcq * LOG2_E, o.runs_bcq, o.initial_bhpn, o.skip_h, None,
+    sums_bhcq = o.sums_bhcq * LOG2_E
+    return scan(
+        o.c_btgn, o.b_btgn, o.x_bthp, sums_bhcq, sums_bhcq - jnp.log2(o.dt_bhcq), o.runs_bcq, o.initial_bhpn, o.skip_h,
         reverse=False, save=save, launch=launch,
     )  # fmt: skip
-    return y_bthp, final_bhpn, states_bhcnp
 
 
 def _forward(launch: Launch, operands: Operands) -> tuple[tuple[Array, Array], tuple[Operands, Array | None]]:
@@ -144,20 +149,23 @@ def _backward(launch: Launch, saved: tuple[Operands, Array], gradients: tuple[Ar
     """
     (o, states_bhcnp), (dy_bthp, dfinal_bhpn) = saved, gradients
     sums_bhcq = o.sums_bhcq * LOG2_E
-    dx_bthp, dinitial_bhpn, dstates_bhcnp, whole_bhcp = scan(
-        o.b_btgn, o.c_btgn, dy_bthp, o.dt_bhcq, sums_bhcq, o.runs_bcq, dfinal_bhpn, o.skip_h, states_bhcnp,
+    dx_bthp, dinitial_bhpn, dstates_bhcnp = scan(
+        o.b_btgn, o.c_btgn, dy_bthp, sums_bhcq, sums_bhcq - jnp.log2(o.dt_bhcq), o.runs_bcq, dfinal_bhpn, o.skip_h,
         reverse=True, save=True, launch=launch,
     )  # fmt: skip
-    assert dstates_bhcnp is not None and whole_bhcp is not None  # for `save` and the states were given
-    dc_btgn, received_bhcq, read_bhcq, _, _ = pairs(
-        dy_bthp, o.x_bthp, o.c_btgn, o.b_btgn, o.dt_bhcq, sums_bhcq, o.runs_bcq, states_bhcnp,
+    assert dstates_bhcnp is not None  # for they are to be saved
+    scores_bgcqs, received_bhcq, given_bhcq, own_bhcq, skipped_bhcq = near(
+        o.x_bthp, dy_bthp, o.b_btgn, o.c_btgn, o.dt_bhcq, sums_bhcq, o.runs_bcq, launch=launch
+    )
+    dc_btgn, read_bhcq, _ = far(
+        dy_bthp, o.c_btgn, o.b_btgn, scores_bgcqs, o.dt_bhcq, sums_bhcq, o.runs_bcq, states_bhcnp, None,
         reverse=False, launch=launch,
     )  # fmt: skip
-    db_btgn, given_bhcq, left_bhcq, own_bhcq, skipped_bhcq = pairs(
-        o.x_bthp, dy_bthp, o.b_btgn, o.c_btgn, o.dt_bhcq, sums_bhcq, o.runs_bcq, dstates_bhcnp,
+    db_btgn, left_bhcq, whole_bhcp = far(
+        o.x_bthp, o.b_btgn, o.c_btgn, scores_bgcqs, o.dt_bhcq, sums_bhcq, o.runs_bcq, dstates_bhcnp, states_bhcnp,
         reverse=True, launch=launch,
     )  # fmt: skip
-    assert own_bhcq is not None and skipped_bhcq is not None  # for `reverse` was given
+    assert whole_bhcp is not None  # for `reverse` was given
     dsums_bhcq = received_bhcq + read_bhcq - o.dt_bhcq * (given_bhcq + left_bhcq)
     last_bhc = jnp.sum(o.dt_bhcq * left_bhcq, axis=-1) + jnp.sum(whole_bhcp, axis=-1)
     gradient = Operands(

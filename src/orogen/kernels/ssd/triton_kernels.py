@@ -5,10 +5,12 @@ q position in a chunk, s position in the chunk that q reads from, i rows of a ch
 
 The gradient is the same computation read backwards: where the outputs add up what earlier tokens give, through a state
 that runs forward, the gradient of x adds up what later tokens take, through the gradient of the state, which runs
-backward. So there are two kernels, each with a direction:
+backward. So two kernels have a direction:
 
     scan    walks the chunks of one head with its state in registers: y from x, or dx from dy.
-    pairs   one chunk of one group, over its heads: dC and dB, and what the decays and steps need.
+    far     one chunk of one group, over its heads: dC and dB, and what decays and steps have to do with states.
+
+A third, `near`, is for both directions at once: what the tokens of a chunk have to do with each other.
 
 Every sum runs in one program in one order, so results repeat to the bit.
 """
@@ -28,16 +30,19 @@ SMALLEST_TILE = 16  # of a matrix product in Triton
 @dataclasses.dataclass(frozen=True)
 class Launch:
     """How to cut and run: `width` tokens a chunk, of which `scan` takes `step` at once and `columns` of a head a
-    program, and `pairs` takes `rows` a program."""
+    program, `near` takes pairs of `near_rows` tokens with as many, and `far` takes `far_rows`."""
 
     width: int
     step: int
-    rows: int
     columns: int
     scan_warps: int
     scan_stages: int
-    pairs_warps: int
-    pairs_stages: int
+    near_rows: int
+    near_warps: int
+    near_stages: int
+    far_rows: int
+    far_warps: int
+    far_stages: int
     interpret: bool
 
 
@@ -50,32 +55,30 @@ def scan(
     query_btgn: Array,
     key_btgn: Array,
     value_bthp: Array,
-    dt_bhcq: Array,
     sums_bhcq: Array,
+    stepped_bhcq: Array,
     runs_bcq: Array,
     start_bhpn: Array,
     skip_h: Array,
-    states_bhcnp: Array | None,
     *,
     reverse: bool,
     save: bool,
     launch: Launch,
-) -> tuple[Array, Array, Array | None, Array | None]:
-    """Outputs (b, t, h, p), the last state (b, h, p, n), each chunk's first one, and its product with `states_bhcnp`.
+) -> tuple[Array, Array, Array | None]:
+    """Outputs (b, t, h, p), the last state (b, h, p, n) and each chunk's first one (b, h, c, n, p).
 
-    `sums_bhcq` are base-2 logs of the decay since the chunk's or the segment's start. Forward: query C, key B, value x.
-    In reverse: query B, key C, value dy, and the state is the gradient of the forward one. Both add the skip D value.
-    States are float32 in registers, `save`d in the dtype of the values, which is how matrix products read them. The
-    products (b, h, c, p blocks) are those with `states_bhcnp`, times the chunk's whole decay: in reverse, the gradient
-    of that decay's log.
+    `sums_bhcq` are base-2 logs of the decay since the chunk's or the segment's start, `stepped_bhcq` those less the log
+    of dt: what decays from a token on does so times its dt. Forward: query C, key B, value x. In reverse: query B, key
+    C, value dy, and the state is the gradient of the forward one. Both add the skip D value.
+    States are float32 in registers, `save`d in the dtype of the values, which is how matrix products read them.
     """
     batch, time, heads, head_size = value_bthp.shape
     groups, state = key_btgn.shape[2:]
     chunks, padded_time, share = sums_bhcq.shape[2], sums_bhcq.shape[2] * launch.width, heads // groups
     columns, padded_state, blocks = launch.columns, tile(state), pl.cdiv(head_size, launch.columns)
-    dt_bht, sums_bht = (array.reshape(batch, heads, padded_time) for array in (dt_bhcq, sums_bhcq))
+    sums_bht, stepped_bht = (array.reshape(batch, heads, padded_time) for array in (sums_bhcq, stepped_bhcq))
     runs_bt = runs_bcq.reshape(batch, padded_time)
-    operands = [query_btgn, key_btgn, value_bthp, dt_bht, sums_bht, runs_bt, start_bhpn, skip_h]
+    operands = [query_btgn, key_btgn, value_bthp, sums_bht, stepped_bht, runs_bt, start_bhpn, skip_h]
     group_spec = pl.BlockSpec((None, padded_time, None, padded_state), lambda h, p, b: (b, 0, h // share, 0))
     head_spec = pl.BlockSpec((None, padded_time, None, columns), lambda h, p, b: (b, 0, h, p))
     token_spec = pl.BlockSpec((None, None, padded_time), lambda h, p, b: (b, h, 0))
@@ -90,26 +93,22 @@ def scan(
     }
     if save:
         outputs["saved"] = ((batch, heads, chunks, state, head_size), value_bthp.dtype, states_spec)
-    if states_bhcnp is not None:
-        operands.append(states_bhcnp)
-        in_specs.append(states_spec)
-        products_spec = pl.BlockSpec((None, None, chunks, None), lambda h, p, b: (b, h, 0, p))
-        outputs["products"] = ((batch, heads, chunks, blocks), jnp.float32, products_spec)
     kernel = functools.partial(
-        _scan_kernel, names=tuple(outputs), inputs=len(operands), width=launch.width, step=launch.step, time=time,
-        head_size=head_size, state=state, reverse=reverse,
+        _scan_kernel, width=launch.width, step=launch.step, time=time, head_size=head_size, state=state,
+        reverse=reverse,
     )  # fmt: skip
     results = call(
         kernel, operands, in_specs, outputs, grid=(heads, blocks, batch), warps=launch.scan_warps,
         stages=launch.scan_stages, interpret=launch.interpret,
     )  # fmt: skip
-    return results["out"], results["end"], results.get("saved"), results.get("products")
+    return results["out"], results["end"], results.get("saved")
 
 
-def _scan_kernel(*refs, names, inputs, width, step, time, head_size, state, reverse):
+def _scan_kernel(
+    query_ref, key_ref, value_ref, sums_ref, stepped_ref, runs_ref, start_ref, skip_ref, out_ref, end_ref, *saved_refs,
+    width, step, time, head_size, state, reverse,
+):  # fmt: skip
     """Walks in steps of a part of a chunk: decays are differences of the chunk's sums."""
-    query_ref, key_ref, value_ref, dt_ref, sums_ref, runs_ref, start_ref, skip_ref, *states_ref = refs[:inputs]
-    to = dict(zip(names, refs[inputs:], strict=True))
     steps, parts = sums_ref.shape[0] // step, width // step
     columns, padded_state = start_ref.shape
     positions = jnp.arange(step)
@@ -131,138 +130,243 @@ def _scan_kernel(*refs, names, inputs, width, step, time, head_size, state, reve
         query_qn = load(query_ref.at[tokens, :], both(in_time, in_state))
         key_sn = load(key_ref.at[tokens, :], both(in_time, in_state))
         value_sp = load(value_ref.at[tokens, :], both(in_time, in_head))
-        dt_q, sums_q, runs_q = dt_ref[tokens], sums_ref[tokens], runs_ref[tokens]
+        sums_q, stepped_q, runs_q = sums_ref[tokens], stepped_ref[tokens], runs_ref[tokens]
         before = jnp.maximum(i * step - 1, 0)
         base, base_run = (jnp.where(part == 0, 0.0, ref[before]) for ref in (sums_ref, runs_ref))
         total, last_run = sums_ref[i * step + step - 1], runs_ref[i * step + step - 1]
-        # Before the products, for their time hides that of the load.
-        other_np = load(states_ref[0].at[c], both(edge_n, in_head)) if states_ref else state_np
-        into_q = _exp2_where(runs_q == base_run, sums_q - base)
-        out_of_q = _exp2_where(runs_q == last_run, total - sums_q)
         whole = jnp.where(last_run == base_run, jnp.exp2(total - base), 0.0)
-        pair_qs = _pair(sums_q, runs_q, sums_q, runs_q, causal_qs, reverse)
+        # Each with dt: forward of what is written, in reverse of what is read, which is then the gradient of dt x.
         if reverse:
-            weights_qs, read_q, write_s = pair_qs, out_of_q, into_q
+            read_q = _exp2_where(runs_q == last_run, total - stepped_q)
+            write_s = _exp2_where(runs_q == base_run, sums_q - base)
+            weights_qs = _pair(stepped_q, runs_q, sums_q, runs_q, causal_qs, reverse)
         else:
-            weights_qs, read_q, write_s = pair_qs * dt_q[None, :], into_q, out_of_q * dt_q
+            read_q = _exp2_where(runs_q == base_run, sums_q - base)
+            write_s = _exp2_where(runs_q == last_run, total - stepped_q)
+            weights_qs = _pair(sums_q, runs_q, stepped_q, runs_q, causal_qs, reverse)
         weights_qs *= _dot(query_qn, key_sn, 1, 1)
         out_qp = read_q[:, None] * _dot(query_qn, state_np.astype(dtype), 1, 0)
         out_qp += _dot(weights_qs.astype(dtype), value_sp, 1, 0)
-        if reverse:
-            out_qp *= dt_q[:, None]
         out_qp += skip * value_sp.astype(jnp.float32)
-        store(to["out"].at[tokens, :], out_qp.astype(dtype), both(in_time, in_head))
-        if "saved" in to:
-            store(to["saved"].at[c], state_np.astype(dtype), both(edge_n, in_head))
-        if states_ref:
-            chunk_total, chunk_run = (ref[c * width + width - 1] for ref in (sums_ref, runs_ref))
-            chunk_whole = jnp.where(chunk_run == 0, jnp.exp2(chunk_total), 0.0)
-            product = chunk_whole * jnp.sum(state_np * other_np.astype(jnp.float32))
-            store(to["products"].at[c], product, at_edge)
+        store(out_ref.at[tokens, :], out_qp.astype(dtype), both(in_time, in_head))
+        for saved_ref in saved_refs:
+            store(saved_ref.at[c], state_np.astype(dtype), both(edge_n, in_head))
         written_sp = (value_sp.astype(jnp.float32) * write_s[:, None]).astype(dtype)
         return whole * state_np + _dot(key_sn, written_sp, 0, 0)
 
     start_pn = load(start_ref, both(in_head, in_state))
     end_np = lax.fori_loop(0, steps, advance, start_pn.T)
-    store(to["end"], end_np.T, both(in_head, in_state))
+    store(end_ref, end_np.T, both(in_head, in_state))
 
 
-def pairs(
+def near(
+    x_bthp: Array,
+    dy_bthp: Array,
+    b_btgn: Array,
+    c_btgn: Array,
+    dt_bhcq: Array,
+    sums_bhcq: Array,
+    runs_bcq: Array,
+    *,
+    launch: Launch,
+) -> tuple[Array, Array, Array, Array, Array]:
+    """What the tokens of one chunk are to each other: the gradient of their scores C . B, summed over a group's heads,
+    (b, g, c, q, s), and four shares of each token's gradient (b, h, c, q).
+
+    received: y . dy of what y_q gets from earlier tokens; given: x . dx / dt of what x_q gives to later ones; own: that
+    of what it gives to its own output; skip: x . dy. The chunk's pairs are cut into square tiles. Those with a later s
+    than q hold nothing: they are left out, and so not written.
+    """
+    batch, time, heads, head_size = x_bthp.shape
+    groups, state = b_btgn.shape[2:]
+    chunks, width, rows, share = sums_bhcq.shape[2], launch.width, launch.near_rows, heads // groups
+    tiles = tiles_of(width // rows)
+    head_spec = pl.BlockSpec((None, chunks * width, share, tile(head_size)), lambda i, g, b: (b, 0, g, 0))
+    group_spec = pl.BlockSpec((None, chunks * width, None, tile(state)), lambda i, g, b: (b, 0, g, 0))
+    token_spec = pl.BlockSpec((None, share, chunks, width), lambda i, g, b: (b, g, 0, 0))
+    runs_spec = pl.BlockSpec((None, chunks, width), lambda i, g, b: (b, 0, 0))
+    scores_spec = pl.BlockSpec((None, None, chunks, width, width), lambda i, g, b: (b, g, 0, 0, 0))
+    share_spec = pl.BlockSpec((None, share, chunks, len(tiles), rows), lambda i, g, b: (b, g, 0, 0, 0))
+    outputs = {
+        "scores": ((batch, groups, chunks, width, width), x_bthp.dtype, scores_spec),
+        **dict.fromkeys(("received", "given"), ((batch, heads, chunks, len(tiles), rows), jnp.float32, share_spec)),
+        **dict.fromkeys(("own", "skip"), (sums_bhcq.shape, jnp.float32, token_spec)),
+    }
+    results = call(
+        functools.partial(_near_kernel, time=time, head_size=head_size, state=state, rows=rows),
+        [x_bthp, dy_bthp, b_btgn, c_btgn, dt_bhcq, sums_bhcq, runs_bcq],
+        [head_spec, head_spec, group_spec, group_spec, token_spec, token_spec, runs_spec],
+        outputs, grid=(len(tiles) * chunks, groups, batch), warps=launch.near_warps, stages=launch.near_stages,
+        interpret=launch.interpret,
+    )  # fmt: skip
+
+    def joined(name: str, axis: int) -> Array:
+        """By block of a chunk's tokens, the sum of the tiles that have it as q (axis 0), or as s (axis 1)."""
+        of_block = ([t for t, blocks in enumerate(tiles) if blocks[axis] == i] for i in range(width // rows))
+        return jnp.concatenate([sum(results[name][..., t, :] for t in of) for of in of_block], axis=-1)
+
+    return results["scores"], joined("received", 0), joined("given", 1), results["own"], results["skip"]
+
+
+def tiles_of(blocks: int) -> list[tuple[int, int]]:
+    """The (q, s) blocks of a chunk's pairs that hold any, in order."""
+    return [(q, s) for q in range(blocks) for s in range(q + 1)]
+
+
+def _near_kernel(
+    x_ref, dy_ref, b_ref, c_ref, dt_ref, sums_ref, runs_ref,
+    scores_ref, received_ref, given_ref, own_ref, skip_ref, *, time, head_size, state, rows,
+):  # fmt: skip
+    share, _, width = sums_ref.shape
+    tiles = tiles_of(width // rows)
+    c = lax.div(pl.program_id(0), len(tiles))
+    t = pl.program_id(0) - c * len(tiles)
+    block_q = sum(lax.convert_element_type(t >= k * (k + 1) // 2, jnp.int32) for k in range(1, width // rows))
+    q, s = block_q * rows, (t - lax.div(block_q * (block_q + 1), 2)) * rows
+    rows_q, rows_s = q + jnp.arange(rows), s + jnp.arange(rows)
+    here_q, here_s = pl.ds(c * width + q, rows), pl.ds(c * width + s, rows)
+    in_q, in_s = (inside(c * width + positions, time, width) for positions in (rows_q, rows_s))
+    in_state = inside(jnp.arange(b_ref.shape[1]), state, b_ref.shape[1])
+    in_head = inside(jnp.arange(x_ref.shape[2]), head_size, x_ref.shape[2])
+    dtype = x_ref.dtype
+
+    scores_qs = _dot(
+        load(c_ref.at[here_q, :], both(in_q, in_state)), load(b_ref.at[here_s, :], both(in_s, in_state)), 1, 1
+    )
+    itself_qs = rows_q[:, None] == rows_s[None, :]
+    runs_q, runs_s = runs_ref[c, pl.ds(q, rows)], runs_ref[c, pl.ds(s, rows)]
+    seen_qs = (rows_q[:, None] >= rows_s[None, :]) & (runs_q[:, None] == runs_s[None, :])
+    own_q, scores_qs = _diagonal(itself_qs, scores_qs), jnp.where(seen_qs & ~itself_qs, scores_qs, 0.0)
+
+    on_diagonal = jnp.broadcast_to(q == s, (rows,))
+
+    def tokens(r):
+        """A head's numbers, loaded a turn ahead: the products' time hides that."""
+        return sums_ref[r, c, pl.ds(q, rows)], sums_ref[r, c, pl.ds(s, rows)], dt_ref[r, c, pl.ds(s, rows)]
+
+    def head(r, carry):
+        dscores_qs, (sums_q, sums_s, dt_s) = carry
+        ahead = tokens(jnp.minimum(r + 1, share - 1))
+        dy_qp = load(dy_ref.at[here_q, r, :], both(in_q, in_head))
+        x_sp = load(x_ref.at[here_s, r, :], both(in_s, in_head))
+        products_qs = _dot(dy_qp, x_sp, 1, 1)
+        same_q = _diagonal(itself_qs, products_qs)
+        store(own_ref.at[r, c, pl.ds(q, rows)], same_q * own_q, on_diagonal)
+        store(skip_ref.at[r, c, pl.ds(q, rows)], same_q, on_diagonal)
+        # Where q sees s no decay is above 1; what it does not see is masked out of the scores, not here for each head.
+        products_qs *= jnp.exp2(jnp.minimum(sums_q[:, None] - sums_s[None, :], 0.0))
+        shares_qs = products_qs * scores_qs
+        given_ref[r, c, t, :] = jnp.sum(shares_qs, axis=0)
+        received_ref[r, c, t, :] = jnp.sum(shares_qs * dt_s[None, :], axis=1)
+        return dscores_qs + products_qs * dt_s[None, :], ahead
+
+    dscores_qs, _ = lax.fori_loop(0, share, head, (jnp.zeros((rows, rows), jnp.float32), tokens(0)))
+    store(scores_ref.at[c, pl.ds(q, rows), pl.ds(s, rows)], jnp.where(seen_qs, dscores_qs, 0.0).astype(dtype))
+
+
+def far(
     value_bthp: Array,
-    other_bthp: Array,
     key_btgn: Array,
     other_key_btgn: Array,
+    scores_bgcqs: Array,
     dt_bhcq: Array,
     sums_bhcq: Array,
     runs_bcq: Array,
     states_bhcnp: Array,
+    entering_bhcnp: Array | None,
     *,
     reverse: bool,
     launch: Launch,
-) -> tuple[Array, Array, Array, Array | None, Array | None]:
-    """The gradient of `key_btgn`, and shares of each token's gradient (b, h, c, q): near, far, in reverse own and skip.
+) -> tuple[Array, Array, Array | None]:
+    """The gradient of `key_btgn`, and what each token has from the chunk's state or gives to it (b, h, c, q).
 
-    Forward: value dy, other x, key C, other key B, and the states that enter the chunks; the shares are y . dy of what
-    y receives from the chunk's other tokens and from the entering state.
-    In reverse: value x, other dy, key B, other key C, and the gradients of the states that leave; the shares are
-    x . dx / dt of what x gives to the chunk's other tokens, to the leaving state and to its own output, and x . dy.
+    Forward: value dy, key C, other key B, the states that enter the chunks, and y . dy of what y gets from them.
+    In reverse: value x, key B, other key C, the gradients of the states that leave, and x . dx / dt of what x gives;
+    with `entering_bhcnp`, the states that enter, also the gradient of the log of a chunk's decay (b, h, c, parts).
+    `scores_bgcqs` are `near`'s, through which the chunk's own tokens add to the gradient.
     """
     batch, time, heads, head_size = value_bthp.shape
     groups, state = key_btgn.shape[2:]
-    chunks, width, rows, share = sums_bhcq.shape[2], launch.width, launch.rows, heads // groups
+    chunks, width, rows, share = sums_bhcq.shape[2], launch.width, launch.far_rows, heads // groups
     blocks = width // rows
     head_spec = pl.BlockSpec((None, chunks * width, share, tile(head_size)), lambda i, g, b: (b, 0, g, 0))
     group_spec = pl.BlockSpec((None, chunks * width, None, tile(state)), lambda i, g, b: (b, 0, g, 0))
     token_spec = pl.BlockSpec((None, share, chunks, width), lambda i, g, b: (b, g, 0, 0))
     runs_spec = pl.BlockSpec((None, chunks, width), lambda i, g, b: (b, 0, 0))
+    scores_spec = pl.BlockSpec((None, None, chunks, width, width), lambda i, g, b: (b, g, 0, 0, 0))
     states_spec = pl.BlockSpec((None, share, chunks, tile(state), tile(head_size)), lambda i, g, b: (b, g, 0, 0, 0))
-    operands = [value_bthp, other_bthp, key_btgn, other_key_btgn, dt_bhcq, sums_bhcq, runs_bcq, states_bhcnp]
-    in_specs = [head_spec, head_spec, group_spec, group_spec, token_spec, token_spec, runs_spec, states_spec]
     outputs = {
-        "gradient": (key_btgn.shape, key_btgn.dtype, group_spec),
-        **dict.fromkeys(
-            ("near", "far", "own", "skip")[: 4 if reverse else 2], (sums_bhcq.shape, jnp.float32, token_spec)
-        ),
-    }
-    kernel = functools.partial(_pairs_kernel, time=time, head_size=head_size, state=state, rows=rows, reverse=reverse)
+        "gradient": (key_btgn.shape, key_btgn.dtype, group_spec), "far": (sums_bhcq.shape, jnp.float32, token_spec),
+    }  # fmt: skip
+    operands = [value_bthp, key_btgn, other_key_btgn, scores_bgcqs, dt_bhcq, sums_bhcq, runs_bcq, states_bhcnp]
+    in_specs = [head_spec, group_spec, group_spec, scores_spec, token_spec, token_spec, runs_spec, states_spec]
+    if reverse:
+        operands.append(entering_bhcnp)
+        in_specs.append(states_spec)
+        parts_spec = pl.BlockSpec((None, share, chunks, blocks), lambda i, g, b: (b, g, 0, 0))
+        outputs["whole"] = ((batch, heads, chunks, blocks), jnp.float32, parts_spec)
     results = call(
-        kernel, operands, in_specs, outputs, grid=(blocks * chunks, groups, batch), warps=launch.pairs_warps,
-        stages=launch.pairs_stages, interpret=launch.interpret,
+        functools.partial(_far_kernel, time=time, head_size=head_size, state=state, rows=rows, reverse=reverse),
+        operands, in_specs, outputs, grid=(blocks * chunks, groups, batch), warps=launch.far_warps,
+        stages=launch.far_stages, interpret=launch.interpret,
     )  # fmt: skip
-    return results["gradient"], results["near"], results["far"], results.get("own"), results.get("skip")
+    return results["gradient"], results["far"], results.get("whole")
 
 
-def _pairs_kernel(
-    value_ref, other_ref, key_ref, other_key_ref, dt_ref, sums_ref, runs_ref, states_ref,
-    gradient_ref, near_ref, far_ref, *own_refs, time, head_size, state, rows, reverse,
+def _far_kernel(
+    value_ref, key_ref, other_key_ref, scores_ref, dt_ref, sums_ref, runs_ref, states_ref, *rest,
+    time, head_size, state, rows, reverse,
 ):  # fmt: skip
+    entering_ref, gradient_ref, far_ref, whole_ref = rest if reverse else (None, *rest, None)
     share, _, width = sums_ref.shape
     padded_state, padded_head = states_ref.shape[2:]
-    c = lax.div(pl.program_id(0), width // rows)
-    first = pl.program_id(0) * rows - c * width
-    here, chunk = pl.ds(c * width + first, rows), pl.ds(c * width, width)
-    rows_i, all_s = first + jnp.arange(rows), jnp.arange(width)
-    in_rows, in_chunk = (inside(c * width + positions, time, width) for positions in (rows_i, all_s))
+    blocks = width // rows
+    c = lax.div(pl.program_id(0), blocks)
+    block = pl.program_id(0) - c * blocks
+    here, here_i = pl.ds(c * width + block * rows, rows), pl.ds(block * rows, rows)
+    in_rows = inside(c * width + block * rows + jnp.arange(rows), time, width)
     in_state = inside(jnp.arange(padded_state), state, padded_state)
     in_head = inside(jnp.arange(padded_head), head_size, padded_head)
-    causal_is, itself_is = _earlier(rows_i, all_s, reverse), rows_i[:, None] == all_s[None, :]
     dtype = value_ref.dtype
-
     key_in = load(key_ref.at[here, :], both(in_rows, in_state))
-    other_key_sn = load(other_key_ref.at[chunk, :], both(in_chunk, in_state))
-    scores_is = _dot(key_in, other_key_sn, 1, 1)
-    own_score_i, scores_is = _diagonal(itself_is, scores_is), jnp.where(itself_is, 0.0, scores_is)
-    runs_i, runs_s, last_run = runs_ref[c, pl.ds(first, rows)], runs_ref[c, :], runs_ref[c, width - 1]
+    runs_i, last_run = runs_ref[c, here_i], runs_ref[c, width - 1]
+    part = padded_state // blocks
+    mine_n = pl.ds(block * part, part)
+    in_mine = inside(block * part + jnp.arange(part), state, padded_state)
 
-    def head(r, carry):
-        gradient_in, dscores_is = carry
-        value_ip = load(value_ref.at[here, r, :], both(in_rows, in_head))
-        other_sp = load(other_ref.at[chunk, r, :], both(in_chunk, in_head))
+    def head(r, gradient_in):
+        value_ip = load(value_ref.at[here, r, :], both(in_rows, in_head)).astype(jnp.float32)
         state_np = load(states_ref.at[r, c], both(in_state, in_head))
-        sums_i, sums_s, total = sums_ref[r, c, pl.ds(first, rows)], sums_ref[r, c, :], sums_ref[r, c, width - 1]
-        dt = dt_ref[r, c, pl.ds(first, rows)] if reverse else dt_ref[r, c, :]
+        sums_i, total = sums_ref[r, c, here_i], sums_ref[r, c, width - 1]
         if reverse:
             read_i = _exp2_where(runs_i == last_run, total - sums_i)
         else:
             read_i = _exp2_where(runs_i == 0, sums_i)
-        products_is = _dot(value_ip, other_sp, 1, 1) * _pair(sums_i, runs_i, sums_s, runs_s, causal_is, reverse)
-        far_in = read_i[:, None] * _dot(value_ip, state_np, 1, 1)
-        here_i = pl.ds(first, rows)
+        far_ref[r, c, here_i] = read_i * jnp.sum(_dot(key_in, state_np, 1, 0) * value_ip, axis=1)
         if reverse:
-            # Of itself, nothing has decayed.
-            same_i = _diagonal(itself_is, products_is)
-            own_refs[0][r, c, here_i], own_refs[1][r, c, here_i] = same_i * own_score_i, same_i
-        else:
-            products_is *= dt[None, :]
-        near_ref[r, c, here_i] = jnp.sum(products_is * scores_is, axis=1)
-        far_ref[r, c, here_i] = jnp.sum(far_in * key_in.astype(jnp.float32), axis=1)
-        if reverse:
-            products_is, far_in = products_is * dt[:, None], far_in * dt[:, None]
-        return gradient_in + far_in, dscores_is + products_is
+            # Programs of one chunk share the sum over its states.
+            mine_np, entering_np = (
+                load(ref.at[r, c, mine_n, :], both(in_mine, in_head)) for ref in (states_ref, entering_ref)
+            )
+            product = jnp.sum(mine_np.astype(jnp.float32) * entering_np.astype(jnp.float32))
+            whole_ref[r, c, block] = jnp.where(last_run == 0, jnp.exp2(total), 0.0) * product
+            read_i *= dt_ref[r, c, here_i]
+        return gradient_in + _dot((read_i[:, None] * value_ip).astype(dtype), state_np, 1, 1)
 
-    zeros = jnp.zeros((rows, padded_state), jnp.float32), jnp.zeros((rows, width), jnp.float32)
-    gradient_in, dscores_is = lax.fori_loop(0, share, head, zeros)
-    gradient_in += _dot(dscores_is.astype(dtype), other_key_sn, 1, 0)
+    gradient_in = lax.fori_loop(0, share, head, jnp.zeros((rows, padded_state), jnp.float32))
+
+    def through_scores(other, gradient_in):
+        """Adds what these tokens have through their scores with `other` block of the chunk."""
+        q, s = (other, block) if reverse else (block, other)
+        causal_qs = _earlier(q * rows + jnp.arange(rows), s * rows + jnp.arange(rows), False)
+        scores_qs = load(scores_ref.at[c, pl.ds(q * rows, rows), pl.ds(s * rows, rows)], causal_qs)
+        there = c * width + other * rows
+        in_block = inside(there + jnp.arange(rows), time, width)
+        other_key_in = load(other_key_ref.at[pl.ds(there, rows), :], both(in_block, in_state))
+        return gradient_in + _dot(scores_qs, other_key_in, 0 if reverse else 1, 0)
+
+    first, stop = (block, blocks) if reverse else (0, block + 1)
+    gradient_in = lax.fori_loop(first, stop, through_scores, gradient_in)
     store(gradient_ref.at[here, :], gradient_in.astype(gradient_ref.dtype), both(in_rows, in_state))
 
 
