@@ -126,9 +126,8 @@ def _ssd(launch: Launch, operands: Operands) -> tuple[Array, Array]:
 
 def _scan_forward(launch: Launch, operands: Operands, *, save: bool) -> tuple[Array, Array, Array | None]:
     o = operands
-    sums_bhcq = o.sums_bhcq * LOG2_E
     return scan(
-        o.c_btgn, o.b_btgn, o.x_bthp, sums_bhcq, sums_bhcq - jnp.log2(o.dt_bhcq), o.runs_bcq, o.initial_bhpn, o.skip_h,
+        o.c_btgn, o.b_btgn, o.x_bthp, o.dt_bhcq, o.sums_bhcq * LOG2_E, o.runs_bcq, o.initial_bhpn, o.skip_h,
         reverse=False, save=save, launch=launch,
     )  # fmt: skip
 
@@ -150,7 +149,7 @@ def _backward(launch: Launch, saved: tuple[Operands, Array], gradients: tuple[Ar
     (o, states_bhcnp), (dy_bthp, dfinal_bhpn) = saved, gradients
     sums_bhcq = o.sums_bhcq * LOG2_E
     dx_bthp, dinitial_bhpn, dstates_bhcnp = scan(
-        o.b_btgn, o.c_btgn, dy_bthp, sums_bhcq, sums_bhcq - jnp.log2(o.dt_bhcq), o.runs_bcq, dfinal_bhpn, o.skip_h,
+        o.b_btgn, o.c_btgn, dy_bthp, o.dt_bhcq, sums_bhcq, o.runs_bcq, dfinal_bhpn, o.skip_h,
         reverse=True, save=True, launch=launch,
     )  # fmt: skip
     assert dstates_bhcnp is not None  # for they are to be saved

@@ -55,8 +55,8 @@ def scan(
     query_btgn: Array,
     key_btgn: Array,
     value_bthp: Array,
+    dt_bhcq: Array,
     sums_bhcq: Array,
-    stepped_bhcq: Array,
     runs_bcq: Array,
     start_bhpn: Array,
     skip_h: Array,
@@ -67,18 +67,17 @@ def scan(
 ) -> tuple[Array, Array, Array | None]:
     """Outputs (b, t, h, p), the last state (b, h, p, n) and each chunk's first one (b, h, c, n, p).
 
-    `sums_bhcq` are base-2 logs of the decay since the chunk's or the segment's start, `stepped_bhcq` those less the log
-    of dt: what decays from a token on does so times its dt. Forward: query C, key B, value x. In reverse: query B, key
-    C, value dy, and the state is the gradient of the forward one. Both add the skip D value.
+    `sums_bhcq` are base-2 logs of the decay since the chunk's or the segment's start. Forward: query C, key B, value x.
+    In reverse: query B, key C, value dy, and the state is the gradient of the forward one. Both add the skip D value.
     States are float32 in registers, `save`d in the dtype of the values, which is how matrix products read them.
     """
     batch, time, heads, head_size = value_bthp.shape
     groups, state = key_btgn.shape[2:]
     chunks, padded_time, share = sums_bhcq.shape[2], sums_bhcq.shape[2] * launch.width, heads // groups
     columns, padded_state, blocks = launch.columns, tile(state), pl.cdiv(head_size, launch.columns)
-    sums_bht, stepped_bht = (array.reshape(batch, heads, padded_time) for array in (sums_bhcq, stepped_bhcq))
+    dt_bht, sums_bht = (array.reshape(batch, heads, padded_time) for array in (dt_bhcq, sums_bhcq))
     runs_bt = runs_bcq.reshape(batch, padded_time)
-    operands = [query_btgn, key_btgn, value_bthp, sums_bht, stepped_bht, runs_bt, start_bhpn, skip_h]
+    operands = [query_btgn, key_btgn, value_bthp, dt_bht, sums_bht, runs_bt, start_bhpn, skip_h]
     group_spec = pl.BlockSpec((None, padded_time, None, padded_state), lambda h, p, b: (b, 0, h // share, 0))
     head_spec = pl.BlockSpec((None, padded_time, None, columns), lambda h, p, b: (b, 0, h, p))
     token_spec = pl.BlockSpec((None, None, padded_time), lambda h, p, b: (b, h, 0))
@@ -105,7 +104,7 @@ def scan(
 
 
 def _scan_kernel(
-    query_ref, key_ref, value_ref, sums_ref, stepped_ref, runs_ref, start_ref, skip_ref, out_ref, end_ref, *saved_refs,
+    query_ref, key_ref, value_ref, dt_ref, sums_ref, runs_ref, start_ref, skip_ref, out_ref, end_ref, *saved_refs,
     width, step, time, head_size, state, reverse,
 ):  # fmt: skip
     """Walks in steps of a part of a chunk: decays are differences of the chunk's sums."""
@@ -130,23 +129,23 @@ def _scan_kernel(
         query_qn = load(query_ref.at[tokens, :], both(in_time, in_state))
         key_sn = load(key_ref.at[tokens, :], both(in_time, in_state))
         value_sp = load(value_ref.at[tokens, :], both(in_time, in_head))
-        sums_q, stepped_q, runs_q = sums_ref[tokens], stepped_ref[tokens], runs_ref[tokens]
+        dt_q, sums_q, runs_q = dt_ref[tokens], sums_ref[tokens], runs_ref[tokens]
         before = jnp.maximum(i * step - 1, 0)
         base, base_run = (jnp.where(part == 0, 0.0, ref[before]) for ref in (sums_ref, runs_ref))
         total, last_run = sums_ref[i * step + step - 1], runs_ref[i * step + step - 1]
+        into_q = _exp2_where(runs_q == base_run, sums_q - base)
+        out_of_q = _exp2_where(runs_q == last_run, total - sums_q)
         whole = jnp.where(last_run == base_run, jnp.exp2(total - base), 0.0)
-        # Each with dt: forward of what is written, in reverse of what is read, which is then the gradient of dt x.
+        pair_qs = _pair(sums_q, runs_q, sums_q, runs_q, causal_qs, reverse)
         if reverse:
-            read_q = _exp2_where(runs_q == last_run, total - stepped_q)
-            write_s = _exp2_where(runs_q == base_run, sums_q - base)
-            weights_qs = _pair(stepped_q, runs_q, sums_q, runs_q, causal_qs, reverse)
+            weights_qs, read_q, write_s = pair_qs, out_of_q, into_q
         else:
-            read_q = _exp2_where(runs_q == base_run, sums_q - base)
-            write_s = _exp2_where(runs_q == last_run, total - stepped_q)
-            weights_qs = _pair(sums_q, runs_q, stepped_q, runs_q, causal_qs, reverse)
+            weights_qs, read_q, write_s = pair_qs * dt_q[None, :], into_q, out_of_q * dt_q
         weights_qs *= _dot(query_qn, key_sn, 1, 1)
         out_qp = read_q[:, None] * _dot(query_qn, state_np.astype(dtype), 1, 0)
         out_qp += _dot(weights_qs.astype(dtype), value_sp, 1, 0)
+        if reverse:
+            out_qp *= dt_q[:, None]
         out_qp += skip * value_sp.astype(jnp.float32)
         store(out_ref.at[tokens, :], out_qp.astype(dtype), both(in_time, in_head))
         for saved_ref in saved_refs:
