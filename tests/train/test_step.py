@@ -124,6 +124,23 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(fresh):
     assert int(after.skipped_in_row) == 2
 
 
+def test_an_offloaded_optimizer_updates_as_one_on_the_device_does(fresh, monkeypatch):
+    """A CPU has one memory, so both names are of it: what is tested is the update, and that a bad step makes none."""
+    monkeypatch.setattr("orogen.parallel.plan.HOST", "device")
+    monkeypatch.setattr("orogen.parallel.mesh.HAS_HOST_MEMORY", ("cpu",))
+    run = Run(run_config(plan={"offload_optimizer": True}))
+    after, _ = run.step(run.state, run.batch)
+    wanted, _ = fresh.step(copy(fresh.state), fresh.batch)
+    for got, want in zip(jax.tree.leaves(after), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7)
+    bad = after._replace(params=jax.tree.map(lambda x: x * jnp.nan, after.params))
+    before = jax.device_get(bad)
+    again, metrics = run.step(bad, run.batch)
+    assert not np.isfinite(metrics.loss) and int(again.skipped) == 1
+    for got, want in zip(jax.tree.leaves(again.optimizer), jax.tree.leaves(before.optimizer), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
 def test_a_finite_step_ends_the_row_of_skipped_ones(fresh):
     state = copy(fresh.state)._replace(skipped=jnp.asarray(5, jnp.int32), skipped_in_row=jnp.asarray(3, jnp.int32))
     after, metrics = fresh.step(state, fresh.batch)

@@ -205,9 +205,13 @@ def apply_gradients(
         biases = [update_bias(bias, part, bias_rate) for bias, part in zip(leaves, counted, strict=True)]
         return optax.apply_updates(params, updates), jax.tree.unflatten(structure, biases), opt_state
 
-    # A condition, since choosing between the old and new values of each element copies the old moments first.
-    opt_state = plan.fetched(state.optimizer) if plan.config.offload_optimizer else state.optimizer
-    kept = lax.cond(finite, update, lambda *old: old, state.params, state.buffers, opt_state)
+    if plan.config.offload_optimizer:
+        # What was fetched is a copy already, of which a condition makes another.
+        old = state.params, state.buffers, plan.fetched(state.optimizer)
+        kept = jax.tree.map(lambda new, kept: jnp.where(finite, new, kept), update(*old), old)
+    else:
+        # A condition, since choosing between the old and new values of each element copies the old moments first.
+        kept = lax.cond(finite, update, lambda *old: old, state.params, state.buffers, state.optimizer)
     missed = 1 - finite.astype(jnp.int32)
     return TrainState(state.step + 1, state.skipped + missed, (state.skipped_in_row + 1) * missed, *kept)
 
