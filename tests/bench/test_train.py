@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
+from tests.helpers import hybrid
 
 from orogen.bench import train, train_peer
 from orogen.bench.train import Workload
@@ -11,6 +13,7 @@ from orogen.bench.worker import Worker
 from orogen.cli import main
 from orogen.config.checks import ConfigError
 from orogen.config.plan import FOR_GPU, PlanConfig
+from orogen.parallel.plan import make_plan
 
 SIZES = {
     "ModelConfig.pattern": "'MEM*E'", "ModelConfig.vocab_size": 64, "ModelConfig.hidden_size": 32,
@@ -106,3 +109,13 @@ def test_unequal_losses_are_not_timed(monkeypatch, capsys):
     assert main([*command, "--json"]) == 1
     out, err = capsys.readouterr()
     assert json.loads(out)["equal"] is False and "expected them within" in err
+
+
+def test_a_program_without_a_product_in_8_bits_is_refused(monkeypatch):
+    plan = make_plan(PlanConfig(linear="fp8"), hybrid())
+    program = lambda text: SimpleNamespace(as_text=lambda: text)  # noqa: E731
+    train._require_fp8(program("a CPU has none"), plan)
+    monkeypatch.setattr(train.jax, "default_backend", lambda: "gpu")
+    train._require_fp8(program('custom_call_target="__cublas$lt$matmul$f8"'), plan)
+    with pytest.raises(ConfigError, match="PlanConfig.linear is 'fp8'; expected plain: .* no product in 8 bits"):
+        train._require_fp8(program('custom_call_target="__cublas$lt$matmul"'), plan)

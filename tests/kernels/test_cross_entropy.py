@@ -85,9 +85,11 @@ class TestCrossEntropy:
         settings = {"chunk": 8, "implementation": implementation}
         _, *gradients = loss_and_gradients(*operands(), **settings)
         scaled = jax.jit(jax.grad(lambda *a: 0.125 * cross_entropy(*a, **settings), argnums=(0, 1)))(*operands())
-        # The factor is a power of two, but one more operation may be fused, and so rounded, in another way.
         for got, gradient in zip(scaled, gradients, strict=True):
-            assert_close(got, gradient * 0.125, length=1)
+            if jax.default_backend() == "gpu":  # which fuses one operation more, and rounds, in another way
+                assert_close(got, gradient * 0.125, length=1)
+            else:
+                np.testing.assert_array_equal(got, gradient * 0.125)
 
     def test_bfloat16_is_accumulated_in_float32(self, implementation):
         inputs = operands(jnp.bfloat16, tokens=600)

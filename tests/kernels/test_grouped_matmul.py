@@ -207,8 +207,11 @@ class TestInterpretedMosaic:
 
     @pytest.mark.parametrize("widths", [IN_TURNS, HALVED], ids=["in turns", "halved"])
     def test_waits_for_what_it_reads_and_overwrites(self, widths, capsys):
-        rows_nd, weights_edf, _ = operands_of_mosaic(widths, 3)
-        multiply("mosaic interpreted", rows_nd, weights_edf, jnp.array([13, 0, 280], jnp.int32))
+        sizes = jnp.array([13, 0, 280], jnp.int32)
+        rows_nd, weights_edf, grad_nf = operands_of_mosaic(widths, len(sizes))
+        run = lambda rows_nd: multiply("mosaic interpreted", rows_nd, weights_edf, sizes)  # noqa: E731
+        out_nf, transpose = jax.vjp(run, rows_nd)
+        jax.block_until_ready((out_nf, *transpose(grad_nf)))  # the interpreter prints while it runs
         races = capsys.readouterr().out.split("RACE DETECTED")[1:]
         # Of memory with two layouts the interpreter tells apart no places, and so no warpgroups.
         assert not [race for race in races if "alias group" not in race]

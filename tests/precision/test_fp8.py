@@ -1,24 +1,23 @@
 """FP8 products against plain ones: tolerances from the formats' fractions, and what zeros, huge and lost numbers do."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tests.helpers import run_config
 from tests.model.small import config, model_parts, one_device
 
 from orogen.layers.documents import Documents
 from orogen.layers.linear import PRODUCTS, multiply
-from orogen.precision.fp8 import (
-    COMPILER_OPTIONS,
-    E4M3,
-    E5M2,
-    SMALLEST_SCALE,
-    dequantize,
-    fp8_matmul,
-    quantize,
-    scale_of,
-)
+from orogen.model.lm import build
+from orogen.parallel.plan import FP8_OPTIONS, make_plan
+from orogen.precision.fp8 import E4M3, E5M2, SMALLEST_SCALE, dequantize, fp8_matmul, quantize, scale_of
+from orogen.train.heldout import Heldout
+from orogen.train.optimizer import make_optimizer
+from orogen.train.step import make_step
 
 N, D, F = 24, 48, 40
 # Half a unit in the last place, of 3 and 2 bits of fraction; of normal numbers.
@@ -184,6 +183,19 @@ def test_layers_written_out_compute_what_the_loop_does(monkeypatch, request):
         np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("linear", "expected"), [("fp8", FP8_OPTIONS), ("plain", {})])
+def test_steps_and_evaluation_are_compiled_without_products_in_16_bits(linear, expected, monkeypatch):
+    run = run_config(plan={"linear": linear})
+    plan, built = make_plan(run.plan, run.model), build(run.model)
+    optimizer = make_optimizer(run.optimizer, run.train.steps, built.params)
+    asked = []
+    monkeypatch.setattr(jax, "jit", lambda function, **options: asked.append(options["compiler_options"]))
+    make_step(built, run, plan, optimizer)
+    corpus = SimpleNamespace(heldout_batches=lambda *_, **__: [])
+    Heldout(run, built, corpus)
+    assert asked == [expected, expected]
+
+
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU: JAX_PLATFORMS=cuda,cpu, as in README")
 def test_a_gpu_multiplies_in_fp8():
     """Each of the three products is one call of cuBLASLt with operands of 8 bits, and none of another kind."""
@@ -194,7 +206,7 @@ def test_a_gpu_multiplies_in_fp8():
         y_nf, back = jax.vjp(fp8_matmul, x_nd, w_df)
         return y_nf, *back(dy_nf)
 
-    text = str(jax.jit(run, compiler_options=COMPILER_OPTIONS).lower(x_nd, w_df, dy_nf).compile().as_text())
+    text = str(jax.jit(run, compiler_options=FP8_OPTIONS).lower(x_nd, w_df, dy_nf).compile().as_text())
     assert text.count('custom_call_target="__cublas$lt$matmul$f8"') == 3
     assert '"__cublas$lt$matmul"' not in text and '"__cublas$gemm"' not in text
 

@@ -194,7 +194,8 @@ def _whole_step(built: Any, config: RunConfig, plan: Plan, batch: Any) -> Prepar
 
 
 def _require_fp8(program: Any, plan: Plan) -> None:
-    """Raises ConfigError if products that were to be of 8 bits are none, which nothing but their speed would show."""
+    """Raises ConfigError if the plan asks a GPU for products of 8 bits and the program has not one, which nothing but
+    its speed would show."""
     asked = plan.config.linear == "fp8" and jax.default_backend() == "gpu"
     missing = asked and FP8_PRODUCT not in program.as_text()
     require(not missing, plan.config, "linear", f"plain: {jax.devices()[0].device_kind} compiled no product in 8 bits")

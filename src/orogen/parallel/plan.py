@@ -24,13 +24,15 @@ from orogen.parallel.mesh import fold_plan, make_mesh
 from orogen.parallel.ragged import Runs, ragged_exchange
 from orogen.parallel.schedule import Schedule, plan_schedule
 from orogen.parallel.varying import vary, varying_axes
-from orogen.precision.fp8 import COMPILER_OPTIONS
 
 MeshAxes = tuple[str, ...]
 # Parameter axes over which fully sharded data parallelism splits; vectors ("norm") stay whole: they are tiny.
 SHARDED = ("embed", "expert_embed")
 # JAX's names of an accelerator's own memory, and of the part of the host's that it reads without a copy between.
 DEVICE, HOST = "device", "pinned_host"
+# Of a program with products in FP8: XLA:GPU else gives a product and the conversions before it to its Triton compiler,
+# which multiplies in 16 bits and does not offer them to cuBLASLt (seen on jax 0.11.2).
+FP8_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,8 +54,9 @@ class Plan:
 
     @property
     def compiler_options(self) -> dict[str, Any]:
-        """What XLA must be told of a program of this plan, so that it runs as planned."""
-        return dict(COMPILER_OPTIONS) if self.config.linear == "fp8" else {}
+        """What XLA must be told of a program of this plan, so that it runs as planned. jax takes it for the outermost
+        jit alone."""
+        return dict(FP8_OPTIONS) if self.config.linear == "fp8" else {}
 
     def spec(self, *axes: str | None) -> PartitionSpec:
         """The PartitionSpec of an array with these logical axes. Raises KeyError on an unknown axis, ValueError if

@@ -19,9 +19,6 @@ from orogen.parallel.varying import vary_like
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 # A tensor of zeros, or of what a float32 can hardly divide by, has this scale.
 SMALLEST_SCALE = 2.0**-100
-# Of a program with such products: XLA:GPU else gives a product and the conversions before it to its Triton compiler,
-# which multiplies in 16 bits and does not offer them to cuBLASLt (seen on jax 0.11.2).
-COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 FRACTION, EXPONENT = 0x007FFFFF, 0x7F800000  # bits of a float32
 
 

@@ -44,7 +44,7 @@ class Heldout:
             "heldout", batch_size=config.train.batch_size, sequence_length=config.train.sequence_length
         )
         self._sample: list[Batch] = []
-        self._nats = jax.jit(self._make())
+        self._nats = jax.jit(self._make(), compiler_options=self.plan.compiler_options)
 
     def sample(self, state: TrainState) -> Score:
         """On about `evaluate_rows` rows."""

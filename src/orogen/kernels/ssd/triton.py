@@ -1,10 +1,10 @@
 """The chunked Mamba-2 recurrence in fused Triton kernels, for NVIDIA GPUs.
 
 Axes: b batch, t time, h heads, p head size, g groups, n state, c chunks, q position in a chunk,
-s position in the chunk that q reads from.
+s position in the chunk that q reads from, i parts of a chunk.
 
-The formulas are those of `chunked`. Nothing of the size (q, s) leaves a kernel: the forward pass keeps its operands,
-and for the gradient the state that enters each chunk.
+The formulas are those of `chunked`. Nothing of the size (q, s) leaves a kernel but the gradient of a group's scores,
+summed over its heads: the forward pass keeps its operands, and for the gradient the state that enters each chunk.
 """
 
 import functools
@@ -160,13 +160,13 @@ def _backward(launch: Launch, saved: tuple[Operands, Array], gradients: tuple[Ar
         dy_bthp, o.c_btgn, o.b_btgn, scores_bgcqs, o.dt_bhcq, sums_bhcq, o.runs_bcq, states_bhcnp, None,
         reverse=False, launch=launch,
     )  # fmt: skip
-    db_btgn, left_bhcq, whole_bhcp = far(
+    db_btgn, left_bhcq, whole_bhci = far(
         o.x_bthp, o.b_btgn, o.c_btgn, scores_bgcqs, o.dt_bhcq, sums_bhcq, o.runs_bcq, dstates_bhcnp, states_bhcnp,
         reverse=True, launch=launch,
     )  # fmt: skip
-    assert whole_bhcp is not None  # for `reverse` was given
+    assert whole_bhci is not None  # for `reverse` was given
     dsums_bhcq = received_bhcq + read_bhcq - o.dt_bhcq * (given_bhcq + left_bhcq)
-    last_bhc = jnp.sum(o.dt_bhcq * left_bhcq, axis=-1) + jnp.sum(whole_bhcp, axis=-1)
+    last_bhc = jnp.sum(o.dt_bhcq * left_bhcq, axis=-1) + jnp.sum(whole_bhci, axis=-1)
     gradient = Operands(
         x_bthp=dx_bthp,
         dt_bhcq=given_bhcq + own_bhcq + left_bhcq,

@@ -12,7 +12,7 @@ backward. So two kernels have a direction:
 
 A third, `near`, is for both directions at once: what the tokens of a chunk have to do with each other.
 
-Every sum runs in one program in one order, so results repeat to the bit.
+Every sum runs in one order, so results repeat to the bit.
 """
 
 import dataclasses
@@ -136,7 +136,7 @@ def _scan_kernel(
         into_q = _exp2_where(runs_q == base_run, sums_q - base)
         out_of_q = _exp2_where(runs_q == last_run, total - sums_q)
         whole = jnp.where(last_run == base_run, jnp.exp2(total - base), 0.0)
-        pair_qs = _pair(sums_q, runs_q, sums_q, runs_q, causal_qs, reverse)
+        pair_qs = _pair(sums_q, runs_q, causal_qs, reverse)
         if reverse:
             weights_qs, read_q, write_s = pair_qs, out_of_q, into_q
         else:
@@ -369,14 +369,14 @@ def _far_kernel(
     store(gradient_ref.at[here, :], gradient_in.astype(gradient_ref.dtype), both(in_rows, in_state))
 
 
-def _diagonal(itself_is: Array, values_is: Array) -> Array:
-    return jnp.sum(jnp.where(itself_is, values_is, 0.0), axis=1)
+def _diagonal(itself_qs: Array, values_qs: Array) -> Array:
+    return jnp.sum(jnp.where(itself_qs, values_qs, 0.0), axis=1)
 
 
-def _pair(sums_q, runs_q, sums_s, runs_s, causal_qs, reverse) -> Array:
-    """What is left of token s at q, or of q at s in reverse."""
-    difference_qs = sums_q[:, None] - sums_s[None, :]
-    seen_qs = causal_qs & (runs_q[:, None] == runs_s[None, :])
+def _pair(sums_q, runs_q, causal_qs, reverse) -> Array:
+    """What is left of token s at q, or of q at s in reverse, of the same tokens."""
+    difference_qs = sums_q[:, None] - sums_q[None, :]
+    seen_qs = causal_qs & (runs_q[:, None] == runs_q[None, :])
     return _exp2_where(seen_qs, -difference_qs if reverse else difference_qs)
 
 
