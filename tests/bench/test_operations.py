@@ -137,6 +137,10 @@ def test_shapes_are_read_or_refused():
 
 
 def test_refusals_of_the_command(refused, monkeypatch, tmp_path):
+    uneven = "b=1,t=16,h=6,p=4,g=4,n=4,c=8"
+    assert refused("bench", "ssd", "--shape", uneven) == (
+        f"chunked at {uneven}: 6 heads over 4 groups: expected a multiple"
+    )
     line = refused("bench", "ssd", "--implementations", "magic")
     assert line == "implementation 'magic'; expected some of chunked, recurrence, triton, triton_interpreted"
     assert "expected a whole number from 0" in refused("bench", "ssd", "--seed", "-1")

@@ -61,8 +61,8 @@ def bench(
     """One record a shape, implementation and work, with errors, times and achieved TFLOP/s, beside the ceilings.
 
     shapes: names, or sizes as `b=2,t=8192`, the others as in the first named shape; none: every named one. What is
-    wrong beyond TOLERANCE is recorded so, and not timed. Raises ConfigError on unknown names, and on a peer that is
-    not installed.
+    wrong beyond TOLERANCE is recorded so, and not timed. Raises ConfigError on unknown names, on sizes or a device that
+    an implementation refuses, and on a peer that is not installed.
     """
     unknown = [name for name in implementations if name not in operation.implementations]
     if unknown:
@@ -112,6 +112,10 @@ def _bench_shape(
         except MissingError as error:
             yield {"implementation": label, "missing": " ".join(str(error).split())}
             continue
+        except ConfigError:
+            raise
+        except ValueError as error:  # a kernel refuses the sizes, or the device
+            raise ConfigError(f"{label} at {_sizes(shape)}: {error}") from error
         results = {work: program.read(program.start()) for work, program in made.items()}
         errors[label] = {key: _digits(e) for key, e in operation.check(shape, operands, results).items()}
         if all(error <= TOLERANCE for error in errors[label].values()):  # which NaN is not
@@ -126,6 +130,10 @@ def _bench_shape(
             "tb_per_second": _digits(work.bytes / times["ms"] / 1e9),
             "flops_per_byte": _digits(work.flops / work.bytes), "temporary_mb": programs[label, name].temporary_mb,
         }  # fmt: skip
+
+
+def _sizes(shape: Shape) -> str:
+    return ",".join(f"{key}={value}" for key, value in shape.items())
 
 
 def _digits(value: float) -> float:
