@@ -300,6 +300,7 @@ def far(
     operands = [value_bthp, key_btgn, other_key_btgn, scores_bgcqs, dt_bhcq, sums_bhcq, runs_bcq, states_bhcnp]
     in_specs = [head_spec, group_spec, group_spec, scores_spec, token_spec, token_spec, runs_spec, states_spec]
     if reverse:
+        assert entering_bhcnp is not None
         operands.append(entering_bhcnp)
         in_specs.append(states_spec)
         parts_spec = pl.BlockSpec((None, share, chunks, blocks), lambda i, g, b: (b, g, 0, 0))
@@ -343,6 +344,7 @@ def _far_kernel(
             read_i = _exp2_where(runs_i == 0, sums_i)
         far_ref[r, c, here_i] = read_i * jnp.sum(_dot(key_in, state_np, 1, 0) * value_ip, axis=1)
         if reverse:
+            assert entering_ref is not None and whole_ref is not None
             # Programs of one chunk share the sum over its states.
             mine_np, entering_np = (
                 load(ref.at[r, c, mine_n, :], both(in_mine, in_head)) for ref in (states_ref, entering_ref)
