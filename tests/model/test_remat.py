@@ -160,13 +160,27 @@ def layer_jaxpr(letter: str, model: ModelConfig, remat: Any, **plan: Any) -> cor
 
 
 def names_in(jaxpr: Any):
+    return (equation.params["name"] for equation in equations(jaxpr) if equation.primitive.name == "name")
+
+
+def equations(jaxpr: Any):
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "name":
-            yield equation.params["name"]
+        yield equation
         for value in equation.params.values():
             for inner in value if isinstance(value, tuple | list) else (value,):
                 if isinstance(inner, core.Jaxpr | core.ClosedJaxpr):
-                    yield from names_in(inner.jaxpr if isinstance(inner, core.ClosedJaxpr) else inner)
+                    yield from equations(inner.jaxpr if isinstance(inner, core.ClosedJaxpr) else inner)
+
+
+@pytest.mark.parametrize(("fsdp", "behind"), [("none", False), ("optimizer", False), ("parameters", True)])
+def test_weights_stand_before_no_barrier_unless_they_are_gathered(fsdp, behind):
+    """Behind one XLA copies them out of their stack; without, it would keep what FSDP gathers for the whole step."""
+    jaxpr = layer_jaxpr("-", every("-"), "full", fsdp=fsdp)
+    (again,) = (e for e in equations(jaxpr) if isinstance(e.params.get("prevent_cse"), tuple))
+    model, barred = every("-"), list(zip(again.invars, again.params["prevent_cse"], strict=True))
+    shapes = {"weight": (model.hidden_size, model.intermediate_size), "input": (ROWS, TOKENS, model.hidden_size)}
+    found = {name: {bar for v, bar in barred if v.aval.shape == shape} for name, shape in shapes.items()}
+    assert found == {"weight": {behind}, "input": {True}}
 
 
 @pytest.mark.parametrize("letter", EVERY)

@@ -165,10 +165,11 @@ def _apply(layer: Layer, x_btd: Array, docs: Documents, plan: Plan, replay: Any,
     graph, state = nnx.split(layer)
     plan = plan.without_fp8() if any(ends) else plan
 
-    def call(state, x_btd, replay):
+    def call(state, x_btd, docs, replay):
         return nnx.merge(graph, state)(x_btd, docs, plan, replay)
 
-    return checkpointed(call, plan.config.layer_remat(layer.letter))(state, x_btd, replay)
+    gathers = plan.config.fsdp == "parameters"
+    return checkpointed(call, plan.config.layer_remat(layer.letter), gathers=gathers)(state, x_btd, docs, replay)
 
 
 def _scan(stack: Stack, x_btd: Array, docs: Documents, plan: Plan, replay: Any, ends: Ends) -> tuple[Array, Any]:

@@ -15,9 +15,13 @@ from orogen.parallel.plan import DEVICE, HOST
 FUSED = ("pallas_call", "custom_vmap_call", "sort", "top_k")
 
 
-def checkpointed(call: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
-    """`call`, whose gradient finds of its intermediates those that `remat` keeps and makes the others again."""
-    return call if remat.kind == "none" else jax.checkpoint(call, policy=_policy(remat))
+def checkpointed(call: Callable[..., Any], remat: Remat, *, gathers: bool) -> Callable[..., Any]:
+    """`call`, of weights and three other arguments, whose gradient finds of its intermediates those that `remat` keeps
+    and makes the others again. gathers: whether what is made of weights alone is large, as with FSDP."""
+    # What is made again reads its operands behind a barrier, so that XLA does not take both makings as one. Weights
+    # need none where nothing large is made of them alone; behind it each layer's would be copied out of their stack.
+    behind = (gathers, True, True, True)
+    return call if remat.kind == "none" else jax.checkpoint(call, policy=_policy(remat), prevent_cse=behind)
 
 
 @functools.cache
