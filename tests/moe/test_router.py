@@ -320,9 +320,17 @@ def test_bias_update_by_hand():
 
 
 def test_router_computes_in_float32_from_bfloat16():
+    """Logits of weights that bfloat16 cannot hold, and the gradients of both, as in float64 but for sums' rounding."""
     graph, params, buffers = nnx.split(Router(CONFIG, nnx.Rngs(0)), nnx.Param, ...)
-    router = nnx.merge(graph, working_copy(params, "bfloat16"), buffers)
+    params = working_copy(params, "bfloat16")
     x_btd = jax.random.normal(jax.random.key(1), (2, 3, 6)).astype(jnp.bfloat16)
-    logits_bte, routing = router(x_btd, make_plan(PlanConfig(), CONFIG), None)
-    assert router.gate[...].dtype == logits_bte.dtype == routing.weights.dtype == jnp.float32
-    np.testing.assert_allclose(logits_bte, x_btd.astype(jnp.float32) @ params["gate"][...], rtol=1e-6)
+    dlogits_bte = jax.random.normal(jax.random.key(2), (2, 3, CONFIG.n_routed_experts))
+    run = lambda params, x: nnx.merge(graph, params, buffers)(x, make_plan(PlanConfig(), CONFIG), None)  # noqa: E731
+    logits_bte, back, routing = jax.vjp(run, params, x_btd, has_aux=True)
+    dparams, dx_btd = back(dlogits_bte)
+    assert logits_bte.dtype == routing.weights.dtype == dparams["gate"][...].dtype == jnp.float32
+    assert dx_btd.dtype == jnp.bfloat16
+    x, w, dy = (np.asarray(a, np.float64) for a in (x_btd, params["gate"][...], dlogits_bte))
+    np.testing.assert_allclose(logits_bte, x @ w, rtol=1e-6, atol=1e-6 * np.abs(x @ w).max())
+    np.testing.assert_allclose(dparams["gate"][...], np.einsum("btd,bte->de", x, dy), rtol=1e-6, atol=2e-6)
+    np.testing.assert_allclose(dx_btd.astype(jnp.float32), dy @ w.T, rtol=2.0**-8, atol=2.0**-15)

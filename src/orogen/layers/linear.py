@@ -1,8 +1,9 @@
 """The product with a weight matrix. Letters: b batch, t time, n tokens (b · t), d width in, f width out."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
-from jax import Array
+from jax import Array, lax
 
 from orogen.parallel.plan import Plan
 from orogen.parallel.varying import vary_like
@@ -43,6 +44,56 @@ def _backward(kept, dy_btf):
 
 
 _multiply.defvjp(_forward, _backward)
+
+
+def multiply_float32(x_btd: Array, w_df: Array) -> Array:
+    """x w (b, t, f) in float32 of weights in float32, x in either type.
+
+    A bfloat16 x stays as it is, and each weight becomes the sum of three bfloat16 numbers, whose products tensor cores
+    take and add up in float32. Float32 operands they would round to TF32's 10 bits, after a copy of x in float32.
+    """
+    if x_btd.dtype != jnp.bfloat16:
+        return multiply(x_btd, w_df)
+    return _multiply_parts(*vary_like((x_btd, w_df), (x_btd, w_df)))
+
+
+@jax.custom_vjp
+def _multiply_parts(x_btd: Array, w_df: Array) -> Array:
+    return _parts_forward(x_btd, w_df)[0]
+
+
+def _parts_forward(x_btd, w_df):
+    y_nf = _sum_of_parts(_flat(x_btd), jnp.concatenate(_parts(w_df), axis=1))
+    return y_nf.reshape(*x_btd.shape[:-1], -1), (x_btd, w_df)
+
+
+def _parts_backward(kept, dy_btf):
+    x_btd, w_df = kept
+    w, dy = _parts(w_df), _parts(_flat(dy_btf))
+    # What is left out is below 2^-16 of the gradient, which is rounded to 2^-9.
+    dx_nd = jnp.concatenate((dy[0], dy[0], dy[1]), axis=1) @ jnp.concatenate((w[0], w[1], w[0]), axis=1).T
+    dw_df = _sum_of_parts(_flat(x_btd).T, jnp.concatenate(dy, axis=1))
+    return dx_nd.reshape(x_btd.shape), dw_df
+
+
+_multiply_parts.defvjp(_parts_forward, _parts_backward)
+
+
+def _parts(x: Array) -> list[Array]:
+    """Three bfloat16 arrays whose sum is `x`, float32, the largest first."""
+    parts = []
+    for _ in range(3):
+        # Not by conversion there and back, which XLA may take for none.
+        part = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+        parts.append(part.astype(jnp.bfloat16))
+        x = x - part
+    return parts
+
+
+def _sum_of_parts(left: Array, right: Array) -> Array:
+    """The product with three matrices side by side, summed over them, float32."""
+    y = jnp.matmul(left, right, preferred_element_type=jnp.float32)
+    return jnp.sum(y.reshape(len(y), 3, -1), axis=1)
 
 
 def _multiply_fp8(x_btd: Array, w_df: Array) -> Array:

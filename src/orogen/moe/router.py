@@ -12,8 +12,7 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 from orogen.config.model import ModelConfig
-from orogen.kernels.remade import from_inputs
-from orogen.layers.linear import multiply
+from orogen.layers.linear import multiply_float32
 from orogen.layers.parameter import buffer, normal, parameter
 from orogen.parallel.plan import Plan
 
@@ -144,8 +143,7 @@ class Router(nnx.Module):
 
     def __call__(self, x_btd: Array, plan: Plan, experts_btk: Array | None) -> tuple[Array, Routing]:
         """Logits (b, t, e) and their routing; a choice given as `experts_btk` is replayed."""
-        project = from_inputs(lambda x_btd, gate_de: multiply(x_btd.astype(jnp.float32), gate_de))
-        logits_bte = project(x_btd, plan.weight(self.gate))
+        logits_bte = multiply_float32(x_btd, plan.weight(self.gate))
         if self.gate_bias is not None:
             logits_bte = logits_bte + self.gate_bias[...]
         logits_bte = checkpoint_name(logits_bte, "router")
