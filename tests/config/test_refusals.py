@@ -65,6 +65,7 @@ REFUSED = [
     (PlanConfig, "causal_conv1d", "fft", "one of taps, triton"),
     (PlanConfig, "rms_norm", "fused", "one of plain, triton"),
     (PlanConfig, "permutation", "sort", "one of gather, triton"),
+    (PlanConfig, "quantize", "fused", "one of plain, triton"),
     (TrainConfig, "sequence_length", 1, "at least 2: a token and its target"),
     (TrainConfig, "seed", -1, "an integer from 0 to 2**31 - 1"),
     (TrainConfig, "seed", 2**31, "an integer from 0 to 2**31 - 1"),

@@ -14,6 +14,7 @@ FOR_GPU = {
     "rms_norm": "triton",
     "grouped_matmul": "mosaic",
     "permutation": "triton",
+    "quantize": "triton",
 }
 IN_HALF_PRECISION = ("attention", "grouped_matmul")
 
@@ -86,6 +87,7 @@ class PlanConfig:
     rms_norm: str = "plain"
     grouped_matmul: str = "blocks"
     permutation: str = "gather"
+    quantize: str = "plain"
     cross_entropy: str = "chunked"
 
     def __post_init__(self) -> None:
@@ -123,6 +125,7 @@ class PlanConfig:
         require_choice(self, "causal_conv1d", ("taps", "triton"))
         require_choice(self, "rms_norm", ("plain", "triton"))
         require_choice(self, "permutation", ("gather", "triton"))
+        require_choice(self, "quantize", ("plain", "triton"))
         require_choice(self, "selective_scan", ("reference", "chunked"))
         require_choice(self, "grouped_matmul", ("reference", "blocks", "ragged_dot", "mosaic"))
         require_choice(self, "cross_entropy", ("full", "chunked"))

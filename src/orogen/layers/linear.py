@@ -1,10 +1,13 @@
 """The product with a weight matrix. Letters: b batch, t time, n tokens (b · t), d width in, f width out."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
+from orogen.config.plan import PlanConfig
 from orogen.parallel.plan import Plan
 from orogen.parallel.varying import vary_like
 from orogen.precision.fp8 import fp8_matmul
@@ -12,7 +15,12 @@ from orogen.precision.fp8 import fp8_matmul
 
 def linear(x_btd: Array, weight: nnx.Param, plan: Plan) -> Array:
     """x w, by the product that PlanConfig.linear names."""
-    return PRODUCTS[plan.config.linear](x_btd, plan.weight(weight))
+    return linears(x_btd, (weight,), plan)[0]
+
+
+def linears(x_btd: Array, weights: Sequence[nnx.Param], plan: Plan) -> tuple[Array, ...]:
+    """x w for each of several weights that a model could as well hold as one: FP8 gives them one scale."""
+    return PRODUCTS[plan.config.linear](x_btd, [plan.weight(w) for w in weights], plan.config)
 
 
 def multiply(x_btd: Array, w_df: Array) -> Array:
@@ -96,11 +104,17 @@ def _sum_of_parts(left: Array, right: Array) -> Array:
     return jnp.sum(y.reshape(len(y), 3, -1), axis=1)
 
 
-def _multiply_fp8(x_btd: Array, w_df: Array) -> Array:
-    return fp8_matmul(_flat(x_btd), w_df).reshape(*x_btd.shape[:-1], -1)
+def _plain(x_btd: Array, weights_df: Sequence[Array], config: PlanConfig) -> tuple[Array, ...]:
+    del config
+    return tuple(multiply(x_btd, w_df) for w_df in weights_df)
 
 
-PRODUCTS = {"plain": multiply, "fp8": _multiply_fp8}
+def _fp8(x_btd: Array, weights_df: Sequence[Array], config: PlanConfig) -> tuple[Array, ...]:
+    parts_nf = fp8_matmul(_flat(x_btd), weights_df, quantize=config.quantize)
+    return tuple(y_nf.reshape(*x_btd.shape[:-1], -1) for y_nf in parts_nf)
+
+
+PRODUCTS = {"plain": _plain, "fp8": _fp8}
 
 
 def _flat(x_btd: Array) -> Array:

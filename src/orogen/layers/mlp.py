@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from orogen.config.model import ModelConfig
 from orogen.kernels.remade import from_inputs
-from orogen.layers.linear import add_bias, linear
+from orogen.layers.linear import add_bias, linear, linears
 from orogen.layers.parameter import normal, parameter
 from orogen.parallel.plan import Plan
 
@@ -68,12 +68,14 @@ class MLP(nnx.Module):
 
     def __call__(self, x_btd: Array, plan: Plan) -> Array:
         h_btd = plan.gather(x_btd, "sequence")
-        up_btf = self._hidden(h_btd, self.up, self.up_bias, plan)
-        gate_btf = None if self.gate is None else self._hidden(h_btd, self.gate, self.gate_bias, plan)
+        weights = [w for w in (self.up, self.gate) if w is not None]
+        biases = (self.up_bias, self.gate_bias)[: len(weights)]
+        named = (
+            checkpoint_name(add_bias(y_btf, bias), f"{self.prefix}up")
+            for y_btf, bias in zip(linears(h_btd, weights, plan), biases, strict=True)
+        )
+        up_btf, gate_btf = (*named, None)[:2]
         hidden_btf = activate(up_btf, gate_btf, name=self.activation, limit=self.limit)
         hidden_btf = checkpoint_name(hidden_btf, f"{self.prefix}activation")
         # The ranks' parts of the product are summed first: their bias counts once.
         return add_bias(plan.scatter(linear(hidden_btf, self.down, plan), "sequence"), self.down_bias)
-
-    def _hidden(self, h_btd: Array, weight: nnx.Param, bias: nnx.Param | None, plan: Plan) -> Array:
-        return checkpoint_name(add_bias(linear(h_btd, weight, plan), bias), f"{self.prefix}up")

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from orogen.config.model import ModelConfig
 from orogen.layers.documents import Documents
-from orogen.layers.linear import add_bias, linear
+from orogen.layers.linear import add_bias, linear, linears
 from orogen.layers.norm import make_norm
 from orogen.layers.parameter import normal, parameter
 from orogen.layers.rotary import make_rotary, mscale
@@ -47,9 +47,10 @@ class Attention(nnx.Module):
 
     def __call__(self, x_btd: Array, docs: Documents, plan: Plan) -> Array:
         h_btd = plan.gather(x_btd, "sequence")
-        q_bthk = self._heads("query", h_btd, self.query, self.query_bias, plan)
-        k_btgk = self._heads("key", h_btd, self.key, self.key_bias, plan)
-        v_btgk = self._heads("value", h_btd, self.value, self.value_bias, plan)
+        q_btf, k_btf, v_btf = linears(h_btd, (self.query, self.key, self.value), plan)
+        q_bthk = self._heads("query", q_btf, self.query_bias)
+        k_btgk = self._heads("key", k_btf, self.key_bias)
+        v_btgk = self._heads("value", v_btf, self.value_bias)
         if self.query_norm is not None and self.key_norm is not None:
             q_bthk, k_btgk = self.query_norm(q_bthk, plan), self.key_norm(k_btgk, plan)
         if self.rotary is not None:
@@ -66,9 +67,8 @@ class Attention(nnx.Module):
         )
         return _join(y_bthk, self.out, self.out_bias, plan)
 
-    def _heads(self, name: str, h_btd: Array, weight: nnx.Param, bias: nnx.Param | None, plan: Plan) -> Array:
-        y_btf = add_bias(linear(h_btd, weight, plan), bias)
-        return _split(checkpoint_name(y_btf, name), self.head_dim)
+    def _heads(self, name: str, projected_btf: Array, bias: nnx.Param | None) -> Array:
+        return _split(checkpoint_name(add_bias(projected_btf, bias), name), self.head_dim)
 
 
 class LatentAttention(nnx.Module):
@@ -107,13 +107,13 @@ class LatentAttention(nnx.Module):
     def __call__(self, x_btd: Array, docs: Documents, plan: Plan) -> Array:
         h_btd = plan.gather(x_btd, "sequence")
         q_bthk = self._queries(h_btd, docs, plan)
-        latent_btr = add_bias(linear(h_btd, self.latent_down, plan), self.latent_down_bias)
-        latent_btr = self.latent_norm(checkpoint_name(latent_btr, "latent"), plan)
-        shared_btk = add_bias(linear(h_btd, self.key_rope, plan), self.key_rope_bias)
-        shared_btk = checkpoint_name(shared_btk, "latent")
+        latent_btr, shared_btk = linears(h_btd, (self.latent_down, self.key_rope), plan)
+        latent_btr = checkpoint_name(add_bias(latent_btr, self.latent_down_bias), "latent")
+        latent_btr = self.latent_norm(latent_btr, plan)
+        shared_btk = checkpoint_name(add_bias(shared_btk, self.key_rope_bias), "latent")
         shared_bt1k = self.rotary(shared_btk[:, :, None], docs.positions_bt)
-        k_btf = checkpoint_name(linear(latent_btr, self.key_up, plan), "key")
-        v_btf = checkpoint_name(linear(latent_btr, self.value_up, plan), "value")
+        k_btf, v_btf = linears(latent_btr, (self.key_up, self.value_up), plan)
+        k_btf, v_btf = checkpoint_name(k_btf, "key"), checkpoint_name(v_btf, "value")
         k_bthk = _split(k_btf, self.nope)
         shared_bthk = jnp.broadcast_to(shared_bt1k, (*k_bthk.shape[:-1], self.rope))
         y_bthk = attend(

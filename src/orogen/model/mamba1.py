@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from orogen.config.model import ModelConfig
 from orogen.kernels.remade import from_inputs
 from orogen.kernels.selective_scan import selective_scan
-from orogen.layers.linear import add_bias, linear, multiply
+from orogen.layers.linear import add_bias, linear, linears, multiply
 from orogen.layers.parameter import normal, parameter, uniform
 from orogen.model.context_ssm import convolve, scan_over_parts
 from orogen.model.mamba2 import CausalConv, initial_dt_bias, projection_bias
@@ -49,8 +49,8 @@ class Mamba1(nnx.Module):
 
     def __call__(self, x_btd: Array, segments_bt: Array, plan: Plan) -> Array:
         h_btd = plan.gather(x_btd, "sequence")
-        x_bti = checkpoint_name(add_bias(linear(h_btd, self.x, plan), self.x_bias), "in_proj")
-        z_bti = checkpoint_name(add_bias(linear(h_btd, self.z, plan), self.z_bias), "in_proj")
+        projected = zip(linears(h_btd, (self.x, self.z), plan), (self.x_bias, self.z_bias), strict=True)
+        x_bti, z_bti = (checkpoint_name(add_bias(y_bti, bias), "in_proj") for y_bti, bias in projected)
         with jax.named_scope("conv"):
             (x_bti,) = convolve((self.conv,), (x_bti,), segments_bt, plan)
         with jax.named_scope("selective_scan"):

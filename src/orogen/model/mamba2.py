@@ -14,7 +14,7 @@ from orogen.config.model import ModelConfig
 from orogen.kernels.causal_conv1d import causal_conv1d
 from orogen.kernels.remade import from_inputs
 from orogen.kernels.ssd import ssd
-from orogen.layers.linear import add_bias, linear
+from orogen.layers.linear import add_bias, linear, linears
 from orogen.layers.norm import GroupRMSNorm
 from orogen.layers.parameter import normal, parameter, uniform
 from orogen.model.context_ssm import convolve, heads_for_sequence, ssd_over_parts
@@ -87,13 +87,14 @@ class Mamba2(nnx.Module):
 
     def __call__(self, x_btd: Array, segments_bt: Array, plan: Plan) -> Array:
         h_btd = plan.gather(x_btd, "sequence")
-        weights = (self.z, self.x, self.B, self.C, self.dt)
-        biases = (self.z_bias, self.x_bias, self.B_bias, self.C_bias, self.dt_proj_bias)
         # dt has a column a head, too few for FP8 to gain anything, and decays are exponentials of it.
-        plain = plan.without_fp8()
+        projected = (
+            *linears(h_btd, (self.z, self.x, self.B, self.C), plan),
+            linear(h_btd, self.dt, plan.without_fp8()),
+        )
+        biases = (self.z_bias, self.x_bias, self.B_bias, self.C_bias, self.dt_proj_bias)
         z_bti, x_bti, B_btc, C_btc, dt_bth = (
-            checkpoint_name(add_bias(linear(h_btd, w, plain if w is self.dt else plan), bias), "in_proj")
-            for w, bias in zip(weights, biases, strict=True)
+            checkpoint_name(add_bias(y, bias), "in_proj") for y, bias in zip(projected, biases, strict=True)
         )
         with jax.named_scope("conv"):
             convs = (self.conv_x, self.conv_B, self.conv_C)

@@ -5,15 +5,19 @@ of the two, written as converted back and multiplied by their scales, into one F
 other devices the same program computes the same numbers, up to the order of sums, and gains nothing.
 Forward operands are E4M3, gradients of outputs E5M2, each scaled by its current values (arXiv:2209.05433, section 3).
 
-Letters: n tokens, d width in, f width out.
+Letters: n tokens, d width in, f width out of all weights together.
 """
 
-from typing import Any
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
+from orogen.kernels.quantize import quantize
 from orogen.parallel.varying import vary_like
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
@@ -22,24 +26,31 @@ SMALLEST_SCALE = 2.0**-100
 FRACTION, EXPONENT = 0x007FFFFF, 0x7F800000  # bits of a float32
 
 
-def scale_of(x: Array, kind: Any) -> Array:
-    """The least power of two, float32, by which `x` may be divided to fit into `kind`; NaN unless all of x is finite.
+class Rounded(NamedTuple):
+    """A matrix over its scale in 8 bits, as it is and transposed, both in rows: FP8 products read each operand along
+    the axis that they sum over."""
+
+    rows: Array
+    columns: Array
+    scale: Array
+
+
+def scale_of(parts: Sequence[Array], kind: Any) -> Array:
+    """The least power of two, float32, by which `parts` may be divided to fit into `kind`; NaN unless all are finite.
 
     A power of two divides without rounding, and is the same number in bfloat16.
     """
-    largest = jnp.max(jnp.abs(x)).astype(jnp.float32)
+    largest = functools.reduce(jnp.maximum, (jnp.max(jnp.abs(part)) for part in parts)).astype(jnp.float32)
     ratio = jnp.maximum(largest / float(jnp.finfo(kind).max), SMALLEST_SCALE)
     bits = lax.bitcast_convert_type(ratio, jnp.int32)
     power = lax.bitcast_convert_type((bits + FRACTION) & EXPONENT, jnp.float32)  # the fraction rounded up, to none
     return jnp.where(jnp.isfinite(largest), power, jnp.nan)
 
 
-def quantize(x: Array, kind: Any) -> tuple[Array, Array]:
-    """x / scale in `kind`, rounded to nearest, and the scale."""
-    scale = scale_of(x, kind)
-    # Behind a barrier: where XLA may keep excess precision it takes a conversion there and back for none, so that
-    # nothing is rounded and the product is none of FP8 (seen on XLA:GPU, jax 0.11.2).
-    return lax.optimization_barrier((x.astype(jnp.float32) / scale).astype(kind)), scale
+def rounded(parts: Sequence[Array], kind: Any, *, implementation: str) -> Rounded:
+    """`parts`, side by side, in `kind`, by an implementation of kernels/quantize."""
+    scale = scale_of(parts, kind)
+    return Rounded(*quantize(parts, scale, kind, implementation=implementation), scale)
 
 
 def dequantize(x: Array, scale: Array, dtype: Any) -> Array:
@@ -47,33 +58,51 @@ def dequantize(x: Array, scale: Array, dtype: Any) -> Array:
     return x.astype(dtype) * scale.astype(dtype)
 
 
-@jax.custom_vjp
-def fp8_matmul(x_nd: Array, w_df: Array) -> Array:
-    """x w (n, f) in x's dtype, of operands rounded to E4M3; in gradients the output's is rounded to E5M2.
+def fp8_matmul(x_nd: Array, weights_df: Sequence[Array], *, quantize: str) -> tuple[Array, ...]:
+    """x w (n, f_i) in x's dtype for each weight (d, f_i), of operands rounded to E4M3; in gradients the outputs' are
+    rounded to E5M2. The weights count as columns of one matrix: they share a scale, and their outputs' gradients do.
 
-    An operand that is not finite everywhere makes the whole product NaN.
+    An operand that is not finite everywhere makes all products with it NaN. quantize: a name of kernels/quantize.
+    Raises ValueError if the operands' types differ.
     """
-    return _forward(x_nd, w_df)[0]
+    if any(w_df.dtype != x_nd.dtype for w_df in weights_df):
+        raise ValueError(f"weights of {[str(w.dtype) for w in weights_df]}: expected x's {x_nd.dtype}")
+    return _matmul(quantize, *vary_like((x_nd, tuple(weights_df)), (x_nd, weights_df)))  # pyright: ignore
 
 
-def _product(left: Array, right: Array, kinds: tuple[Any, Any], axes: tuple[int, int], dtype: Any) -> Array:
-    """The product over one axis of each, both quantized; summed in float32, given in `dtype`."""
-    left, right = (dequantize(*quantize(a, kind), dtype) for a, kind in zip((left, right), kinds, strict=True))
-    dimensions = (((axes[0],), (axes[1],)), ((), ()))
-    return lax.dot_general(left, right, dimensions, preferred_element_type=dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(quantize: str, x_nd: Array, weights_df: tuple[Array, ...]) -> tuple[Array, ...]:
+    return _forward(quantize, x_nd, weights_df)[0]
 
 
-def _forward(x_nd, w_df):
-    x_nd, w_df = vary_like((x_nd, w_df), (x_nd, w_df))
-    return _product(x_nd, w_df, (E4M3, E4M3), (1, 0), x_nd.dtype), (x_nd, w_df)
+def _forward(quantize, x_nd, weights_df):
+    x = rounded((x_nd,), E4M3, implementation=quantize)
+    w = rounded(weights_df, E4M3, implementation=quantize)
+    columns_fd = jnp.split(w.columns, _bounds(weights_df))
+    y_nf = tuple(_product((x.rows, x.scale), (part_fd, w.scale), x_nd.dtype) for part_fd in columns_fd)
+    # In 8 bits, and each in the one form that the backward pass reads.
+    return y_nf, ((x.columns, x.scale), (w.rows, w.scale))
 
 
-def _backward(residuals, grad_nf):
-    # Operands are quantized anew: within one program XLA computes equal quantizations once, and none is stored.
-    x_nd, w_df = residuals
-    dx_nd = _product(grad_nf, w_df, (E5M2, E4M3), (1, 1), x_nd.dtype)
-    dw_df = _product(x_nd, grad_nf, (E4M3, E5M2), (0, 0), w_df.dtype)
-    return dx_nd, dw_df
+def _backward(quantize, kept, grads_nf):
+    x_dn, w_df = kept
+    grad, dtype = rounded(grads_nf, E5M2, implementation=quantize), grads_nf[0].dtype
+    dx_nd = _product((grad.rows, grad.scale), w_df, dtype)
+    dw_df = _product(x_dn, (grad.columns, grad.scale), dtype)
+    return dx_nd, tuple(jnp.split(dw_df, _bounds(grads_nf), axis=1))
 
 
-fp8_matmul.defvjp(_forward, _backward)
+_matmul.defvjp(_forward, _backward)
+
+
+def _bounds(parts: Sequence[Array]) -> list[int]:
+    """Where each part but the first begins in their matrix."""
+    return np.cumsum([part.shape[1] for part in parts])[:-1].tolist()
+
+
+def _product(left: tuple[Array, Array], right: tuple[Array, Array], dtype: Any) -> Array:
+    """The product over the last axis of both, each with its scale; summed in float32, given in `dtype`."""
+    # Behind a barrier, or XLA:GPU finds no product of 8 bits (jax 0.11.2): it takes a conversion there and back for
+    # none where it may keep excess precision, cuts weights apart after theirs, and joins products that share x.
+    left_ns, right_fs = (dequantize(*operand, dtype) for operand in lax.optimization_barrier((left, right)))
+    return lax.dot_general(left_ns, right_fs, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
