@@ -4,6 +4,8 @@ import dataclasses
 import json
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import pytest
 from tests.helpers import hybrid
 
@@ -14,6 +16,7 @@ from orogen.cli import main
 from orogen.config.checks import ConfigError
 from orogen.config.plan import FOR_GPU, PlanConfig
 from orogen.parallel.plan import make_plan
+from orogen.precision.fp8 import fp8_matmul
 
 SIZES = {
     "ModelConfig.pattern": "'MEM*E'", "ModelConfig.vocab_size": 64, "ModelConfig.hidden_size": 32,
@@ -111,11 +114,17 @@ def test_unequal_losses_are_not_timed(monkeypatch, capsys):
     assert json.loads(out)["equal"] is False and "expected them within" in err
 
 
-def test_a_program_without_a_product_in_8_bits_is_refused(monkeypatch):
+def test_a_program_that_lacks_products_in_8_bits_is_refused(monkeypatch):
     plan = make_plan(PlanConfig(linear="fp8"), hybrid())
-    program = lambda text: SimpleNamespace(as_text=lambda: text)  # noqa: E731
-    train._require_fp8(program("a CPU has none"), plan)
+    operands = jnp.ones((8, 4)), (jnp.ones((4, 3)), jnp.ones((4, 2)))
+    text = jax.jit(lambda x, weights: fp8_matmul(x, weights, quantize="plain")).lower(*operands).as_text()
+
+    def lowered(found):
+        program = SimpleNamespace(as_text=lambda: 'custom_call_target="__cublas$lt$matmul$f8"\n' * found)
+        return SimpleNamespace(as_text=lambda: text, compile=lambda: program)
+
+    train._compiled(lowered(0), plan)  # a CPU has none
     monkeypatch.setattr(train.jax, "default_backend", lambda: "gpu")
-    train._require_fp8(program('custom_call_target="__cublas$lt$matmul$f8"'), plan)
-    with pytest.raises(ConfigError, match="PlanConfig.linear is 'fp8'; expected plain: .* no product in 8 bits"):
-        train._require_fp8(program('custom_call_target="__cublas$lt$matmul"'), plan)
+    train._compiled(lowered(2), plan)
+    with pytest.raises(ConfigError, match="PlanConfig.linear is 'fp8'; expected plain: .* 1 of 2 products in 8 bits"):
+        train._compiled(lowered(1), plan)
