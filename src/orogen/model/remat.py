@@ -20,6 +20,7 @@ def checkpointed(call: Callable[..., Any], remat: Remat, *, gathers: bool) -> Ca
     and makes the others again. gathers: whether what is made of weights alone is large, as with FSDP."""
     # What is made again reads its operands behind a barrier, so that XLA does not take both makings as one. Weights
     # need none where nothing large is made of them alone; behind it each layer's would be copied out of their stack.
+    # Chosen by argument, it is an AssertionError of jax 0.11.2 if a derivative's rule holds a constant array.
     behind = (gathers, True, True, True)
     return call if remat.kind == "none" else jax.checkpoint(call, policy=_policy(remat), prevent_cse=behind)
 

@@ -70,7 +70,8 @@ def _forward(q_bthk, k_btgk, v_btgk, segments_bt, scale):
     def kept(packed: bool):
         def run(q_bthk, k_btgk, v_btgk, segments_bt):
             y_bthk, residuals = _kept_forward(q_bthk, k_btgk, v_btgk, segments_bt if packed else None, scale)
-            return vary_like((y_bthk, none.at[: len(residuals[-2])].set(residuals[-2])), operands)
+            # Not `at[].set`, whose empty array of places would be a constant: see `checkpointed`.
+            return vary_like((y_bthk, lax.dynamic_update_slice(none, residuals[-2], (0, 0, 0))), operands)
 
         return run
 
