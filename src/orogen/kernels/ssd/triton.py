@@ -1,7 +1,7 @@
 """The chunked Mamba-2 recurrence in fused Triton kernels, for NVIDIA GPUs.
 
 Axes: b batch, t time, h heads, p head size, g groups, n state, c chunks, q position in a chunk,
-s position in the chunk that q reads from, i parts of a chunk.
+s position in the chunk that q reads from.
 
 The formulas are those of `chunked`. Nothing of the size (q, s) leaves a kernel but the gradient of a group's scores,
 summed over its heads: the forward pass keeps its operands, and for the gradient the state that enters each chunk.
@@ -93,9 +93,9 @@ def _launch(chunk_size: int, shape: tuple[int, ...], state: int, *, half: bool, 
     # One scan alone on a multiprocessor needs its loads further ahead; two share it only if each takes less memory.
     alone = batch * heads * pl.cdiv(head_size, columns) <= MULTIPROCESSORS
     scan_stages = _stages(3 if alone else 2, step * (2 * state + columns), columns * state)
-    near_rows, far_rows = min(width, 32), step
+    near_rows, far_states = min(width, 32), min(state, 64 if half else 32)
     near_stages = _stages(3, 2 * near_rows * head_size, 2 * near_rows * state)
-    far_stages = _stages(3, (far_rows + state) * head_size, 2 * far_rows * state)
+    far_stages = _stages(3, 2 * (width + far_states) * head_size, 2 * width * far_states)
     return Launch(
         width=width,
         step=step,
@@ -105,8 +105,8 @@ def _launch(chunk_size: int, shape: tuple[int, ...], state: int, *, half: bool, 
         near_rows=near_rows,
         near_warps=1 if half else 4,
         near_stages=near_stages if half else 1,
-        far_rows=far_rows,
-        far_warps=4,
+        far_states=far_states,
+        far_warps=8 if half else 4,
         far_stages=far_stages if half else 1,
         interpret=interpret,
     )
@@ -126,8 +126,9 @@ def _ssd(launch: Launch, operands: Operands) -> tuple[Array, Array]:
 
 def _scan_forward(launch: Launch, operands: Operands, *, save: bool) -> tuple[Array, Array, Array | None]:
     o = operands
+    sums_bhcq = o.sums_bhcq * LOG2_E
     return scan(
-        o.c_btgn, o.b_btgn, o.x_bthp, o.dt_bhcq, o.sums_bhcq * LOG2_E, o.runs_bcq, o.initial_bhpn, o.skip_h,
+        o.c_btgn, o.b_btgn, o.x_bthp, sums_bhcq, sums_bhcq - jnp.log2(o.dt_bhcq), o.runs_bcq, o.initial_bhpn, o.skip_h,
         reverse=False, save=save, launch=launch,
     )  # fmt: skip
 
@@ -149,30 +150,25 @@ def _backward(launch: Launch, saved: tuple[Operands, Array], gradients: tuple[Ar
     (o, states_bhcnp), (dy_bthp, dfinal_bhpn) = saved, gradients
     sums_bhcq = o.sums_bhcq * LOG2_E
     dx_bthp, dinitial_bhpn, dstates_bhcnp = scan(
-        o.b_btgn, o.c_btgn, dy_bthp, o.dt_bhcq, sums_bhcq, o.runs_bcq, dfinal_bhpn, o.skip_h,
+        o.b_btgn, o.c_btgn, dy_bthp, sums_bhcq, sums_bhcq - jnp.log2(o.dt_bhcq), o.runs_bcq, dfinal_bhpn, o.skip_h,
         reverse=True, save=True, launch=launch,
     )  # fmt: skip
     assert dstates_bhcnp is not None  # for they are to be saved
     scores_bgcqs, received_bhcq, given_bhcq, own_bhcq, skipped_bhcq = near(
         o.x_bthp, dy_bthp, o.b_btgn, o.c_btgn, o.dt_bhcq, sums_bhcq, o.runs_bcq, launch=launch
     )
-    dc_btgn, read_bhcq, _ = far(
-        dy_bthp, o.c_btgn, o.b_btgn, scores_bgcqs, o.dt_bhcq, sums_bhcq, o.runs_bcq, states_bhcnp, None,
-        reverse=False, launch=launch,
+    f = far(
+        o.x_bthp, dy_bthp, o.b_btgn, o.c_btgn, scores_bgcqs, o.dt_bhcq, sums_bhcq, o.runs_bcq, states_bhcnp,
+        dstates_bhcnp, launch=launch,
     )  # fmt: skip
-    db_btgn, left_bhcq, whole_bhci = far(
-        o.x_bthp, o.b_btgn, o.c_btgn, scores_bgcqs, o.dt_bhcq, sums_bhcq, o.runs_bcq, dstates_bhcnp, states_bhcnp,
-        reverse=True, launch=launch,
-    )  # fmt: skip
-    assert whole_bhci is not None  # for `reverse` was given
-    dsums_bhcq = received_bhcq + read_bhcq - o.dt_bhcq * (given_bhcq + left_bhcq)
-    last_bhc = jnp.sum(o.dt_bhcq * left_bhcq, axis=-1) + jnp.sum(whole_bhci, axis=-1)
+    dsums_bhcq = received_bhcq + f.read_bhcq - o.dt_bhcq * (given_bhcq + f.left_bhcq)
+    last_bhc = jnp.sum(o.dt_bhcq * f.left_bhcq, axis=-1) + f.whole_bhc
     gradient = Operands(
         x_bthp=dx_bthp,
-        dt_bhcq=given_bhcq + own_bhcq + left_bhcq,
+        dt_bhcq=given_bhcq + own_bhcq + f.left_bhcq,
         sums_bhcq=dsums_bhcq.at[..., -1].add(last_bhc),
-        b_btgn=db_btgn,
-        c_btgn=dc_btgn,
+        b_btgn=f.db_btgn,
+        c_btgn=f.dc_btgn,
         runs_bcq=jnp.zeros_like(o.runs_bcq),
         initial_bhpn=dinitial_bhpn,
         skip_h=jnp.sum(skipped_bhcq, axis=(0, 2, 3)),

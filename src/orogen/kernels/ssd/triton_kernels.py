@@ -1,22 +1,25 @@
 """Triton kernels of the chunked Mamba-2 recurrence and of its gradient.
 
 Axes: b batch, t time, h heads, p head size, g groups, r heads of a group, n state, c chunks,
-q position in a chunk, s position in the chunk that q reads from, i rows of a chunk that one program works on.
+q position in a chunk, s position in the chunk that q reads from.
 
 The gradient is the same computation read backwards: where the outputs add up what earlier tokens give, through a state
 that runs forward, the gradient of x adds up what later tokens take, through the gradient of the state, which runs
-backward. So two kernels have a direction:
+backward. So one kernel has a direction:
 
     scan    walks the chunks of one head with its state in registers: y from x, or dx from dy.
-    far     one chunk of one group, over its heads: dC and dB, and what decays and steps have to do with states.
 
-A third, `near`, is for both directions at once: what the tokens of a chunk have to do with each other.
+Two are for both at once, for one chunk of one group, over its heads:
+
+    near    what the tokens have to do with each other.
+    far     what they and their decays have to do with states, which with near's scores makes dC and dB.
 
 Every sum runs in one order, so results repeat to the bit.
 """
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 from jax import Array, lax
 from jax import numpy as jnp
@@ -30,7 +33,7 @@ SMALLEST_TILE = 16  # of a matrix product in Triton
 @dataclasses.dataclass(frozen=True)
 class Launch:
     """How to cut and run: `width` tokens a chunk, of which `scan` takes `step` at once and `columns` of a head a
-    program, `near` takes pairs of `near_rows` tokens with as many, and `far` takes `far_rows`."""
+    program, `near` takes pairs of `near_rows` tokens with as many, and `far` takes `far_states` rows of the states."""
 
     width: int
     step: int
@@ -40,10 +43,21 @@ class Launch:
     near_rows: int
     near_warps: int
     near_stages: int
-    far_rows: int
+    far_states: int
     far_warps: int
     far_stages: int
     interpret: bool
+
+
+class FarGradients(NamedTuple):
+    """read: y . dy of what y_q gets from the entering state; left: x . dx / dt of what x_q gives to the leaving one;
+    whole: the gradient of the log of a chunk's decay."""
+
+    db_btgn: Array
+    dc_btgn: Array
+    read_bhcq: Array
+    left_bhcq: Array
+    whole_bhc: Array
 
 
 def tile(size: int) -> int:
@@ -55,8 +69,8 @@ def scan(
     query_btgn: Array,
     key_btgn: Array,
     value_bthp: Array,
-    dt_bhcq: Array,
     sums_bhcq: Array,
+    stepped_bhcq: Array,
     runs_bcq: Array,
     start_bhpn: Array,
     skip_h: Array,
@@ -67,17 +81,18 @@ def scan(
 ) -> tuple[Array, Array, Array | None]:
     """Outputs (b, t, h, p), the last state (b, h, p, n) and each chunk's first one (b, h, c, n, p).
 
-    `sums_bhcq` are base-2 logs of the decay since the chunk's or the segment's start. Forward: query C, key B, value x.
-    In reverse: query B, key C, value dy, and the state is the gradient of the forward one. Both add the skip D value.
+    `sums_bhcq` are base-2 logs of the decay since the chunk's or the segment's start, `stepped_bhcq` those less the log
+    of dt: what decays from a token on does so times its dt. Forward: query C, key B, value x. In reverse: query B, key
+    C, value dy, and the state is the gradient of the forward one. Both add the skip D value.
     States are float32 in registers, `save`d in the dtype of the values, which is how matrix products read them.
     """
     batch, time, heads, head_size = value_bthp.shape
     groups, state = key_btgn.shape[2:]
     chunks, padded_time, share = sums_bhcq.shape[2], sums_bhcq.shape[2] * launch.width, heads // groups
     columns, padded_state, blocks = launch.columns, tile(state), pl.cdiv(head_size, launch.columns)
-    dt_bht, sums_bht = (array.reshape(batch, heads, padded_time) for array in (dt_bhcq, sums_bhcq))
+    sums_bht, stepped_bht = (array.reshape(batch, heads, padded_time) for array in (sums_bhcq, stepped_bhcq))
     runs_bt = runs_bcq.reshape(batch, padded_time)
-    operands = [query_btgn, key_btgn, value_bthp, dt_bht, sums_bht, runs_bt, start_bhpn, skip_h]
+    operands = [query_btgn, key_btgn, value_bthp, sums_bht, stepped_bht, runs_bt, start_bhpn, skip_h]
     group_spec = pl.BlockSpec((None, padded_time, None, padded_state), lambda h, p, b: (b, 0, h // share, 0))
     head_spec = pl.BlockSpec((None, padded_time, None, columns), lambda h, p, b: (b, 0, h, p))
     token_spec = pl.BlockSpec((None, None, padded_time), lambda h, p, b: (b, h, 0))
@@ -104,7 +119,7 @@ def scan(
 
 
 def _scan_kernel(
-    query_ref, key_ref, value_ref, dt_ref, sums_ref, runs_ref, start_ref, skip_ref, out_ref, end_ref, *saved_refs,
+    query_ref, key_ref, value_ref, sums_ref, stepped_ref, runs_ref, start_ref, skip_ref, out_ref, end_ref, *saved_refs,
     width, step, time, head_size, state, reverse,
 ):  # fmt: skip
     """Walks in steps of a part of a chunk: decays are differences of the chunk's sums."""
@@ -129,23 +144,23 @@ def _scan_kernel(
         query_qn = load(query_ref.at[tokens, :], both(in_time, in_state))
         key_sn = load(key_ref.at[tokens, :], both(in_time, in_state))
         value_sp = load(value_ref.at[tokens, :], both(in_time, in_head))
-        dt_q, sums_q, runs_q = dt_ref[tokens], sums_ref[tokens], runs_ref[tokens]
+        sums_q, stepped_q, runs_q = sums_ref[tokens], stepped_ref[tokens], runs_ref[tokens]
         before = jnp.maximum(i * step - 1, 0)
         base, base_run = (jnp.where(part == 0, 0.0, ref[before]) for ref in (sums_ref, runs_ref))
         total, last_run = sums_ref[i * step + step - 1], runs_ref[i * step + step - 1]
-        into_q = _exp2_where(runs_q == base_run, sums_q - base)
-        out_of_q = _exp2_where(runs_q == last_run, total - sums_q)
         whole = jnp.where(last_run == base_run, jnp.exp2(total - base), 0.0)
-        pair_qs = _pair(sums_q, runs_q, causal_qs, reverse)
+        # Each with dt: forward of what is written, in reverse of what is read, which is then the gradient of dt x.
         if reverse:
-            weights_qs, read_q, write_s = pair_qs, out_of_q, into_q
+            read_q = _exp2_where(runs_q == last_run, total - stepped_q)
+            write_s = _exp2_where(runs_q == base_run, sums_q - base)
+            weights_qs = _pair(stepped_q, sums_q, runs_q, causal_qs, reverse)
         else:
-            weights_qs, read_q, write_s = pair_qs * dt_q[None, :], into_q, out_of_q * dt_q
+            read_q = _exp2_where(runs_q == base_run, sums_q - base)
+            write_s = _exp2_where(runs_q == last_run, total - stepped_q)
+            weights_qs = _pair(sums_q, stepped_q, runs_q, causal_qs, reverse)
         weights_qs *= _dot(query_qn, key_sn, 1, 1)
         out_qp = read_q[:, None] * _dot(query_qn, state_np.astype(dtype), 1, 0)
         out_qp += _dot(weights_qs.astype(dtype), value_sp, 1, 0)
-        if reverse:
-            out_qp *= dt_q[:, None]
         out_qp += skip * value_sp.astype(jnp.float32)
         store(out_ref.at[tokens, :], out_qp.astype(dtype), both(in_time, in_head))
         for saved_ref in saved_refs:
@@ -264,120 +279,111 @@ def _near_kernel(
 
 
 def far(
-    value_bthp: Array,
-    key_btgn: Array,
-    other_key_btgn: Array,
+    x_bthp: Array,
+    dy_bthp: Array,
+    b_btgn: Array,
+    c_btgn: Array,
     scores_bgcqs: Array,
     dt_bhcq: Array,
     sums_bhcq: Array,
     runs_bcq: Array,
     states_bhcnp: Array,
-    entering_bhcnp: Array | None,
+    dstates_bhcnp: Array,
     *,
-    reverse: bool,
     launch: Launch,
-) -> tuple[Array, Array, Array | None]:
-    """The gradient of `key_btgn`, and what each token has from the chunk's state or gives to it (b, h, c, q).
+) -> FarGradients:
+    """The gradients of B and C, and what the tokens and the decay of a chunk have to do with its states.
 
-    Forward: value dy, key C, other key B, the states that enter the chunks, and y . dy of what y gets from them.
-    In reverse: value x, key B, other key C, the gradients of the states that leave, and x . dx / dt of what x gives;
-    with `entering_bhcnp`, the states that enter, also the gradient of the log of a chunk's decay (b, h, c, parts).
-    `scores_bgcqs` are `near`'s, through which the chunk's own tokens add to the gradient.
+    `states_bhcnp` are those that enter the chunks, `dstates_bhcnp` the gradients of those that leave. `scores_bgcqs`
+    are `near`'s, through which the chunk's own tokens add to the gradients.
     """
-    batch, time, heads, head_size = value_bthp.shape
-    groups, state = key_btgn.shape[2:]
-    chunks, width, rows, share = sums_bhcq.shape[2], launch.width, launch.far_rows, heads // groups
-    blocks = width // rows
+    batch, time, heads, head_size = x_bthp.shape
+    groups, state = b_btgn.shape[2:]
+    chunks, width, share = sums_bhcq.shape[2], launch.width, heads // groups
+    parts = tile(state) // launch.far_states
     head_spec = pl.BlockSpec((None, chunks * width, share, tile(head_size)), lambda i, g, b: (b, 0, g, 0))
     group_spec = pl.BlockSpec((None, chunks * width, None, tile(state)), lambda i, g, b: (b, 0, g, 0))
     token_spec = pl.BlockSpec((None, share, chunks, width), lambda i, g, b: (b, g, 0, 0))
     runs_spec = pl.BlockSpec((None, chunks, width), lambda i, g, b: (b, 0, 0))
     scores_spec = pl.BlockSpec((None, None, chunks, width, width), lambda i, g, b: (b, g, 0, 0, 0))
     states_spec = pl.BlockSpec((None, share, chunks, tile(state), tile(head_size)), lambda i, g, b: (b, g, 0, 0, 0))
+    token_parts_spec = pl.BlockSpec((None, share, chunks, parts, width), lambda i, g, b: (b, g, 0, 0, 0))
+    parts_spec = pl.BlockSpec((None, share, chunks, parts), lambda i, g, b: (b, g, 0, 0))
     outputs = {
-        "gradient": (key_btgn.shape, key_btgn.dtype, group_spec), "far": (sums_bhcq.shape, jnp.float32, token_spec),
-    }  # fmt: skip
-    operands = [value_bthp, key_btgn, other_key_btgn, scores_bgcqs, dt_bhcq, sums_bhcq, runs_bcq, states_bhcnp]
-    in_specs = [head_spec, group_spec, group_spec, scores_spec, token_spec, token_spec, runs_spec, states_spec]
-    if reverse:
-        assert entering_bhcnp is not None
-        operands.append(entering_bhcnp)
-        in_specs.append(states_spec)
-        parts_spec = pl.BlockSpec((None, share, chunks, blocks), lambda i, g, b: (b, g, 0, 0))
-        outputs["whole"] = ((batch, heads, chunks, blocks), jnp.float32, parts_spec)
+        **dict.fromkeys(("db", "dc"), (b_btgn.shape, b_btgn.dtype, group_spec)),
+        **dict.fromkeys(("read", "left"), ((batch, heads, chunks, parts, width), jnp.float32, token_parts_spec)),
+        "whole": ((batch, heads, chunks, parts), jnp.float32, parts_spec),
+    }
     results = call(
-        functools.partial(_far_kernel, time=time, head_size=head_size, state=state, rows=rows, reverse=reverse),
-        operands, in_specs, outputs, grid=(blocks * chunks, groups, batch), warps=launch.far_warps,
-        stages=launch.far_stages, interpret=launch.interpret,
+        functools.partial(_far_kernel, time=time, head_size=head_size, state=state, part=launch.far_states),
+        [x_bthp, dy_bthp, b_btgn, c_btgn, scores_bgcqs, dt_bhcq, sums_bhcq, runs_bcq, states_bhcnp, dstates_bhcnp],
+        [*[head_spec] * 2, *[group_spec] * 2, scores_spec, *[token_spec] * 2, runs_spec, *[states_spec] * 2],
+        outputs, grid=(parts * chunks, groups, batch), warps=launch.far_warps, stages=launch.far_stages,
+        interpret=launch.interpret,
     )  # fmt: skip
-    return results["gradient"], results["far"], results.get("whole")
+    read_bhcq, left_bhcq, whole_bhc = (jnp.sum(results[name], axis=3) for name in ("read", "left", "whole"))
+    return FarGradients(results["db"], results["dc"], read_bhcq, left_bhcq, whole_bhc)
 
 
 def _far_kernel(
-    value_ref, key_ref, other_key_ref, scores_ref, dt_ref, sums_ref, runs_ref, states_ref, *rest,
-    time, head_size, state, rows, reverse,
+    x_ref, dy_ref, b_ref, c_ref, scores_ref, dt_ref, sums_ref, runs_ref, states_ref, dstates_ref,
+    db_ref, dc_ref, read_ref, left_ref, whole_ref, *, time, head_size, state, part,
 ):  # fmt: skip
-    entering_ref, gradient_ref, far_ref, whole_ref = rest if reverse else (None, *rest, None)
+    """Takes part of the states' rows, which no other program reads, and all tokens of the chunk.
+
+    The states are most of what there is to read, and both products of one take the same part of it.
+    """
     share, _, width = sums_ref.shape
     padded_state, padded_head = states_ref.shape[2:]
-    blocks = width // rows
-    c = lax.div(pl.program_id(0), blocks)
-    block = pl.program_id(0) - c * blocks
-    here, here_i = pl.ds(c * width + block * rows, rows), pl.ds(block * rows, rows)
-    in_rows = inside(c * width + block * rows + jnp.arange(rows), time, width)
-    in_state = inside(jnp.arange(padded_state), state, padded_state)
+    parts = padded_state // part
+    c = lax.div(pl.program_id(0), parts)
+    i = pl.program_id(0) - c * parts
+    here, mine_n = pl.ds(c * width, width), pl.ds(i * part, part)
+    positions = jnp.arange(width)
+    in_time = inside(c * width + positions, time, width)
+    in_mine = inside(i * part + jnp.arange(part), state, padded_state)
     in_head = inside(jnp.arange(padded_head), head_size, padded_head)
-    dtype = value_ref.dtype
-    key_in = load(key_ref.at[here, :], both(in_rows, in_state))
-    runs_i, last_run = runs_ref[c, here_i], runs_ref[c, width - 1]
-    part = padded_state // blocks
-    mine_n = pl.ds(block * part, part)
-    in_mine = inside(block * part + jnp.arange(part), state, padded_state)
+    b_qn, c_qn = (load(ref.at[here, mine_n], both(in_time, in_mine)) for ref in (b_ref, c_ref))
+    runs_q, last_run = runs_ref[c, :], runs_ref[c, width - 1]
 
-    def head(r, gradient_in):
-        value_ip = load(value_ref.at[here, r, :], both(in_rows, in_head)).astype(jnp.float32)
-        state_np = load(states_ref.at[r, c], both(in_state, in_head))
-        sums_i, total = sums_ref[r, c, here_i], sums_ref[r, c, width - 1]
-        if reverse:
-            read_i = _exp2_where(runs_i == last_run, total - sums_i)
-        else:
-            read_i = _exp2_where(runs_i == 0, sums_i)
-        far_ref[r, c, here_i] = read_i * jnp.sum(_dot(key_in, state_np, 1, 0) * value_ip, axis=1)
-        if reverse:
-            assert entering_ref is not None and whole_ref is not None
-            # Programs of one chunk share the sum over its states.
-            mine_np, entering_np = (
-                load(ref.at[r, c, mine_n, :], both(in_mine, in_head)) for ref in (states_ref, entering_ref)
-            )
-            product = jnp.sum(mine_np.astype(jnp.float32) * entering_np.astype(jnp.float32))
-            whole_ref[r, c, block] = jnp.where(last_run == 0, jnp.exp2(total), 0.0) * product
-            read_i *= dt_ref[r, c, here_i]
-        return gradient_in + _dot((read_i[:, None] * value_ip).astype(dtype), state_np, 1, 1)
+    def tokens(r):
+        """A head's numbers, loaded a turn ahead: the products' time hides that."""
+        return sums_ref[r, c, :], dt_ref[r, c, :], sums_ref[r, c, width - 1]
 
-    gradient_in = lax.fori_loop(0, share, head, jnp.zeros((rows, padded_state), jnp.float32))
+    def head(r, carry):
+        dc_qn, db_qn, (sums_q, dt_q, total) = carry
+        ahead = tokens(jnp.minimum(r + 1, share - 1))
+        x_qp, dy_qp = (load(ref.at[here, r, :], both(in_time, in_head)) for ref in (x_ref, dy_ref))
+        state_np, dstate_np = (
+            load(ref.at[r, c, mine_n, :], both(in_mine, in_head)) for ref in (states_ref, dstates_ref)
+        )
+        # What each token has with the state is the product of its key and the key's gradient: no product of its own.
+        read_qn = _exp2_where(runs_q == 0, sums_q)[:, None] * _dot(dy_qp, state_np, 1, 1)
+        read_ref[r, c, i, :] = jnp.sum(read_qn * c_qn.astype(jnp.float32), axis=1)
+        left_qn = _exp2_where(runs_q == last_run, total - sums_q)[:, None] * _dot(x_qp, dstate_np, 1, 1)
+        left_ref[r, c, i, :] = jnp.sum(left_qn * b_qn.astype(jnp.float32), axis=1)
+        product = jnp.sum(state_np.astype(jnp.float32) * dstate_np.astype(jnp.float32))
+        whole_ref[r, c, i] = jnp.where(last_run == 0, jnp.exp2(total), 0.0) * product
+        return dc_qn + read_qn, db_qn + dt_q[:, None] * left_qn, ahead
 
-    def through_scores(other, gradient_in):
-        """Adds what these tokens have through their scores with `other` block of the chunk."""
-        q, s = (other, block) if reverse else (block, other)
-        causal_qs = _earlier(q * rows + jnp.arange(rows), s * rows + jnp.arange(rows), False)
-        scores_qs = load(scores_ref.at[c, pl.ds(q * rows, rows), pl.ds(s * rows, rows)], causal_qs)
-        there = c * width + other * rows
-        in_block = inside(there + jnp.arange(rows), time, width)
-        other_key_in = load(other_key_ref.at[pl.ds(there, rows), :], both(in_block, in_state))
-        return gradient_in + _dot(scores_qs, other_key_in, 0 if reverse else 1, 0)
-
-    first, stop = (block, blocks) if reverse else (0, block + 1)
-    gradient_in = lax.fori_loop(first, stop, through_scores, gradient_in)
-    store(gradient_ref.at[here, :], gradient_in.astype(gradient_ref.dtype), both(in_rows, in_state))
+    zeros_qn = jnp.zeros((width, part), jnp.float32)
+    dc_qn, db_qn, _ = lax.fori_loop(0, share, head, (zeros_qn, zeros_qn, tokens(0)))
+    # Read whole and then masked: a mask in the load would make it one by one.
+    scores_qs = load(scores_ref.at[c])
+    scores_qs = jnp.where(_earlier(positions, positions, False), scores_qs, jnp.zeros_like(scores_qs))
+    dc_qn += _dot(scores_qs, b_qn, 1, 0)
+    db_qn += _dot(scores_qs, c_qn, 0, 0)
+    for ref, gradient_qn in ((dc_ref, dc_qn), (db_ref, db_qn)):
+        store(ref.at[here, mine_n], gradient_qn.astype(ref.dtype), both(in_time, in_mine))
 
 
 def _diagonal(itself_qs: Array, values_qs: Array) -> Array:
     return jnp.sum(jnp.where(itself_qs, values_qs, 0.0), axis=1)
 
 
-def _pair(sums_q, runs_q, causal_qs, reverse) -> Array:
+def _pair(logs_q, logs_s, runs_q, causal_qs, reverse) -> Array:
     """What is left of token s at q, or of q at s in reverse, of the same tokens."""
-    difference_qs = sums_q[:, None] - sums_q[None, :]
+    difference_qs = logs_q[:, None] - logs_s[None, :]
     seen_qs = causal_qs & (runs_q[:, None] == runs_q[None, :])
     return _exp2_where(seen_qs, -difference_qs if reverse else difference_qs)
 
