@@ -172,12 +172,20 @@ def equations(jaxpr: Any):
                     yield from equations(inner.jaxpr if isinstance(inner, core.ClosedJaxpr) else inner)
 
 
-@pytest.mark.parametrize(("fsdp", "behind"), [("none", False), ("optimizer", False), ("parameters", True)])
-def test_weights_stand_before_no_barrier_unless_they_are_gathered(fsdp, behind):
-    """Behind one XLA copies them out of their stack; without, it would keep what FSDP gathers for the whole step."""
-    jaxpr = layer_jaxpr("-", every("-"), "full", fsdp=fsdp)
-    (again,) = (e for e in equations(jaxpr) if isinstance(e.params.get("prevent_cse"), tuple))
-    model, barred = every("-"), list(zip(again.invars, again.params["prevent_cse"], strict=True))
+@pytest.mark.parametrize(
+    ("remat", "plan", "behind"),
+    [
+        ("full", {}, False), ("full", {"fsdp": "optimizer"}, False), ("full", {"fsdp": "parameters"}, True),
+        ("full", {"linear": "fp8"}, True), ("elementwise", {"linear": "fp8"}, True), ("elementwise", {}, False),
+    ],
+)  # fmt: skip
+def test_weights_stand_before_no_barrier_unless_much_is_made_of_them(remat, plan, behind):
+    """Behind one XLA copies them out of their stack; without, it would keep what FSDP gathers, or FP8 rounds."""
+    model = every("-")
+    (again,) = (
+        e for e in equations(layer_jaxpr("-", model, remat, **plan)) if type(e.params.get("prevent_cse")) is tuple
+    )
+    barred = list(zip(again.invars, again.params["prevent_cse"], strict=True))
     shapes = {"weight": (model.hidden_size, model.intermediate_size), "input": (ROWS, TOKENS, model.hidden_size)}
     found = {name: {bar for v, bar in barred if v.aval.shape == shape} for name, shape in shapes.items()}
     assert found == {"weight": {behind}, "input": {True}}

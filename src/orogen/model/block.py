@@ -13,6 +13,7 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 from orogen.config.model import ModelConfig
+from orogen.config.plan import FOR_GPU
 from orogen.layers.documents import Documents
 from orogen.layers.mlp import MLP
 from orogen.layers.norm import make_norm
@@ -168,8 +169,11 @@ def _apply(layer: Layer, x_btd: Array, docs: Documents, plan: Plan, replay: Any,
     def call(state, x_btd, docs, replay):
         return nnx.merge(graph, state)(x_btd, docs, plan, replay)
 
-    gathers = plan.config.fsdp == "parameters"
-    return checkpointed(call, plan.config.layer_remat(layer.letter), gathers=gathers)(state, x_btd, docs, replay)
+    remat = plan.config.layer_remat(layer.letter)
+    # What FSDP gathers is made of weights, and what FP8 rounds, which `elementwise` keeps as the output of a kernel.
+    kept = remat.kind == "elementwise" and plan.config.quantize == FOR_GPU["quantize"]
+    large = plan.config.fsdp == "parameters" or (plan.config.linear == "fp8" and not kept)
+    return checkpointed(call, remat, weights_behind=large)(state, x_btd, docs, replay)
 
 
 def _scan(stack: Stack, x_btd: Array, docs: Documents, plan: Plan, replay: Any, ends: Ends) -> tuple[Array, Any]:

@@ -15,13 +15,16 @@ from orogen.parallel.plan import DEVICE, HOST
 FUSED = ("pallas_call", "custom_vmap_call", "sort", "top_k")
 
 
-def checkpointed(call: Callable[..., Any], remat: Remat, *, gathers: bool) -> Callable[..., Any]:
+def checkpointed(call: Callable[..., Any], remat: Remat, *, weights_behind: bool) -> Callable[..., Any]:
     """`call`, of weights and three other arguments, whose gradient finds of its intermediates those that `remat` keeps
-    and makes the others again. gathers: whether what is made of weights alone is large, as with FSDP."""
-    # What is made again reads its operands behind a barrier, so that XLA does not take both makings as one. Weights
-    # need none where nothing large is made of them alone; behind it each layer's would be copied out of their stack.
+    and makes the others again.
+
+    What is made again reads its operands behind a barrier, so that XLA does not take both makings as one. Weights stand
+    there if `weights_behind`, for where much is made of them alone; else not, for each layer's would be copied out of
+    their stack.
+    """
     # Chosen by argument, it is an AssertionError of jax 0.11.2 if a derivative's rule holds a constant array.
-    behind = (gathers, True, True, True)
+    behind = (weights_behind, True, True, True)
     return call if remat.kind == "none" else jax.checkpoint(call, policy=_policy(remat), prevent_cse=behind)
 
 
