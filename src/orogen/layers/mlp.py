@@ -70,11 +70,11 @@ class MLP(nnx.Module):
         h_btd = plan.gather(x_btd, "sequence")
         weights = [w for w in (self.up, self.gate) if w is not None]
         biases = (self.up_bias, self.gate_bias)[: len(weights)]
-        named = (
+        up_btf, *gates_btf = (
             checkpoint_name(add_bias(y_btf, bias), f"{self.prefix}up")
             for y_btf, bias in zip(linears(h_btd, weights, plan), biases, strict=True)
         )
-        up_btf, gate_btf = (*named, None)[:2]
+        gate_btf = gates_btf[0] if gates_btf else None
         hidden_btf = activate(up_btf, gate_btf, name=self.activation, limit=self.limit)
         hidden_btf = checkpoint_name(hidden_btf, f"{self.prefix}activation")
         # The ranks' parts of the product are summed first: their bias counts once.
