@@ -55,10 +55,11 @@ _multiply.defvjp(_forward, _backward)
 
 
 def multiply_float32(x_btd: Array, w_df: Array) -> Array:
-    """x w (b, t, f) in float32 of weights in float32, x in either type.
+    """x w (b, t, f) in float32 of weights in float32. A float32 x is multiplied as any is, on a GPU at TF32.
 
     A bfloat16 x stays as it is, and each weight becomes the sum of three bfloat16 numbers, whose products tensor cores
-    take and add up in float32. Float32 operands they would round to TF32's 10 bits, after a copy of x in float32.
+    take and add up in float32; what is not finite becomes NaN. Float32 operands they would round to TF32's 10 bits,
+    after a copy of x in float32.
     """
     if x_btd.dtype != jnp.bfloat16:
         return multiply(x_btd, w_df)
@@ -78,7 +79,7 @@ def _parts_forward(x_btd, w_df):
 def _parts_backward(kept, dy_btf):
     x_btd, w_df = kept
     w, dy = _parts(w_df), _parts(_flat(dy_btf))
-    # What is left out is below 2^-16 of the gradient, which is rounded to 2^-9.
+    # What is left out is below 2^-16 of its terms' magnitudes, of which the gradient's rounding takes 2^-9.
     dx_nd = jnp.concatenate((dy[0], dy[0], dy[1]), axis=1) @ jnp.concatenate((w[0], w[1], w[0]), axis=1).T
     dw_df = _sum_of_parts(_flat(x_btd).T, jnp.concatenate(dy, axis=1))
     return dx_nd.reshape(x_btd.shape), dw_df

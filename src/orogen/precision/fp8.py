@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
 from orogen.kernels.quantize import quantize
 from orogen.parallel.varying import vary_like
@@ -49,7 +50,7 @@ def scale_of(parts: Sequence[Array], kind: Any) -> Array:
 
 def rounded(parts: Sequence[Array], kind: Any, *, implementation: str) -> Rounded:
     """`parts`, side by side, in `kind`, by an implementation of kernels/quantize."""
-    scale = scale_of(parts, kind)
+    scale = checkpoint_name(scale_of(parts, kind), "fp8_scale")
     return Rounded(*quantize(parts, scale, kind, implementation=implementation), scale)
 
 

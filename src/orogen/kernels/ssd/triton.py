@@ -56,6 +56,9 @@ def ssd_triton(
     states, which are rounded to the operands' type where a product reads them and where the gradient keeps them.
     Chunks are the power of two from 16 to 128 (64 in float32) that is nearest above `chunk_size`.
 
+    dt is at least 0: it is taken into the decays' exponents, which in float32 costs x's own share of y and dx a
+    relative error of up to 6e-5 where decays are strong (half a unit of the exponent's last place).
+
     Differentiable in reverse mode only, once; the gradient repeats to the bit.
     Raises ValueError if there is no GPU and `interpret` is False.
     """
