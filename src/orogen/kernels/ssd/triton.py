@@ -127,11 +127,16 @@ def _ssd(launch: Launch, operands: Operands) -> tuple[Array, Array]:
     return y_bthp, final_bhpn
 
 
+def _logs(o: Operands) -> tuple[Array, Array]:
+    """The sums of log-decays to base 2, and those less the log of dt."""
+    sums_bhcq = o.sums_bhcq * LOG2_E
+    return sums_bhcq, sums_bhcq - jnp.log2(o.dt_bhcq)
+
+
 def _scan_forward(launch: Launch, operands: Operands, *, save: bool) -> tuple[Array, Array, Array | None]:
     o = operands
-    sums_bhcq = o.sums_bhcq * LOG2_E
     return scan(
-        o.c_btgn, o.b_btgn, o.x_bthp, sums_bhcq, sums_bhcq - jnp.log2(o.dt_bhcq), o.runs_bcq, o.initial_bhpn, o.skip_h,
+        o.c_btgn, o.b_btgn, o.x_bthp, *_logs(o), o.runs_bcq, o.initial_bhpn, o.skip_h,
         reverse=False, save=save, launch=launch,
     )  # fmt: skip
 
@@ -151,9 +156,9 @@ def _backward(launch: Launch, saved: tuple[Operands, Array], gradients: tuple[Ar
     must cancel does cancel.
     """
     (o, states_bhcnp), (dy_bthp, dfinal_bhpn) = saved, gradients
-    sums_bhcq = o.sums_bhcq * LOG2_E
+    sums_bhcq, stepped_bhcq = _logs(o)
     dx_bthp, dinitial_bhpn, dstates_bhcnp = scan(
-        o.b_btgn, o.c_btgn, dy_bthp, sums_bhcq, sums_bhcq - jnp.log2(o.dt_bhcq), o.runs_bcq, dfinal_bhpn, o.skip_h,
+        o.b_btgn, o.c_btgn, dy_bthp, sums_bhcq, stepped_bhcq, o.runs_bcq, dfinal_bhpn, o.skip_h,
         reverse=True, save=True, launch=launch,
     )  # fmt: skip
     assert dstates_bhcnp is not None  # for they are to be saved
