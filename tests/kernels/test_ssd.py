@@ -298,6 +298,15 @@ class TestEveryImplementation:
         # An exponent is a difference of sums over a chunk, each term as low as -88 (exp is 0 below): eps of that much.
         assert_close(got, want, float(jnp.finfo(jnp.float32).eps) * 88 * CHUNK)
 
+    def test_what_is_left_of_strong_decays_is_exact(self, implementation: str):
+        """A token's own part of y and of dx has no decay, so that of the others may not cost it any digit."""
+        ops = operands(dt=(4.0, 10.0))._replace(a_h=jnp.full(6, -8.0))  # e^-32 and less of any earlier token
+        segments_bt = segments((5, 12), t=29)
+        (y_bthp, _), gradient = outcome(ops, segments_bt, implementation=implementation)
+        (want_y, _), want_gradient = outcome(ops, segments_bt, implementation="recurrence")
+        got, want = (y_bthp, gradient.x_bthp), (want_y, want_gradient.x_bthp)
+        assert_close(got, want, tolerance(jnp.float32, products=ops.b_btgn.shape[3]))
+
 
 class TestWhereNotAllCan:
     """What some implementations are not made for."""

@@ -56,9 +56,6 @@ def ssd_triton(
     states, which are rounded to the operands' type where a product reads them and where the gradient keeps them.
     Chunks are the power of two from 16 to 128 (64 in float32) that is nearest above `chunk_size`.
 
-    dt is at least 0: it is taken into the decays' exponents, which in float32 costs x's own share of y and dx a
-    relative error of up to 6e-5 where decays are strong (half a unit of the exponent's last place).
-
     Differentiable in reverse mode only, once; the gradient repeats to the bit.
     Raises ValueError if there is no GPU and `interpret` is False.
     """
@@ -111,6 +108,7 @@ def _launch(chunk_size: int, shape: tuple[int, ...], state: int, *, half: bool, 
         far_states=far_states,
         far_warps=8 if half else 4,
         far_stages=far_stages if half else 1,
+        dt_in_decays=half,
         interpret=interpret,
     )
 
@@ -127,16 +125,10 @@ def _ssd(launch: Launch, operands: Operands) -> tuple[Array, Array]:
     return y_bthp, final_bhpn
 
 
-def _logs(o: Operands) -> tuple[Array, Array]:
-    """The sums of log-decays to base 2, and those less the log of dt."""
-    sums_bhcq = o.sums_bhcq * LOG2_E
-    return sums_bhcq, sums_bhcq - jnp.log2(o.dt_bhcq)
-
-
 def _scan_forward(launch: Launch, operands: Operands, *, save: bool) -> tuple[Array, Array, Array | None]:
     o = operands
     return scan(
-        o.c_btgn, o.b_btgn, o.x_bthp, *_logs(o), o.runs_bcq, o.initial_bhpn, o.skip_h,
+        o.c_btgn, o.b_btgn, o.x_bthp, o.dt_bhcq, o.sums_bhcq * LOG2_E, o.runs_bcq, o.initial_bhpn, o.skip_h,
         reverse=False, save=save, launch=launch,
     )  # fmt: skip
 
@@ -156,9 +148,9 @@ def _backward(launch: Launch, saved: tuple[Operands, Array], gradients: tuple[Ar
     must cancel does cancel.
     """
     (o, states_bhcnp), (dy_bthp, dfinal_bhpn) = saved, gradients
-    sums_bhcq, stepped_bhcq = _logs(o)
+    sums_bhcq = o.sums_bhcq * LOG2_E
     dx_bthp, dinitial_bhpn, dstates_bhcnp = scan(
-        o.b_btgn, o.c_btgn, dy_bthp, sums_bhcq, stepped_bhcq, o.runs_bcq, dfinal_bhpn, o.skip_h,
+        o.b_btgn, o.c_btgn, dy_bthp, o.dt_bhcq, sums_bhcq, o.runs_bcq, dfinal_bhpn, o.skip_h,
         reverse=True, save=True, launch=launch,
     )  # fmt: skip
     assert dstates_bhcnp is not None  # for they are to be saved

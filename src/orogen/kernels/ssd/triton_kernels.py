@@ -33,7 +33,11 @@ SMALLEST_TILE = 16  # of a matrix product in Triton
 @dataclasses.dataclass(frozen=True)
 class Launch:
     """How to cut and run: `width` tokens a chunk, of which `scan` takes `step` at once and `columns` of a head a
-    program, `near` takes pairs of `near_rows` tokens with as many, and `far` takes `far_states` rows of the states."""
+    program, `near` takes pairs of `near_rows` tokens with as many, and `far` takes `far_states` rows of the states.
+
+    dt_in_decays: `scan` takes dt into the decays' exponents: a product less for each pair of tokens, and an error of
+    half a unit of the exponent's last place, which is more than float32 has where decays are strong.
+    """
 
     width: int
     step: int
@@ -46,6 +50,7 @@ class Launch:
     far_states: int
     far_warps: int
     far_stages: int
+    dt_in_decays: bool
     interpret: bool
 
 
@@ -69,8 +74,8 @@ def scan(
     query_btgn: Array,
     key_btgn: Array,
     value_bthp: Array,
+    dt_bhcq: Array,
     sums_bhcq: Array,
-    stepped_bhcq: Array,
     runs_bcq: Array,
     start_bhpn: Array,
     skip_h: Array,
@@ -81,18 +86,19 @@ def scan(
 ) -> tuple[Array, Array, Array | None]:
     """Outputs (b, t, h, p), the last state (b, h, p, n) and each chunk's first one (b, h, c, n, p).
 
-    `sums_bhcq` are base-2 logs of the decay since the chunk's or the segment's start, `stepped_bhcq` those less the log
-    of dt: what decays from a token on does so times its dt. Forward: query C, key B, value x. In reverse: query B, key
-    C, value dy, and the state is the gradient of the forward one. Both add the skip D value.
+    `sums_bhcq` are base-2 logs of the decay since the chunk's or the segment's start; what decays from a token on does
+    so times its dt. Forward: query C, key B, value x. In reverse: query B, key C, value dy, and the state is the
+    gradient of the forward one. Both add the skip D value.
     States are float32 in registers, `save`d in the dtype of the values, which is how matrix products read them.
     """
     batch, time, heads, head_size = value_bthp.shape
     groups, state = key_btgn.shape[2:]
     chunks, padded_time, share = sums_bhcq.shape[2], sums_bhcq.shape[2] * launch.width, heads // groups
     columns, padded_state, blocks = launch.columns, tile(state), pl.cdiv(head_size, launch.columns)
-    sums_bht, stepped_bht = (array.reshape(batch, heads, padded_time) for array in (sums_bhcq, stepped_bhcq))
+    steps_bhcq = sums_bhcq - jnp.log2(dt_bhcq) if launch.dt_in_decays else dt_bhcq
+    sums_bht, steps_bht = (array.reshape(batch, heads, padded_time) for array in (sums_bhcq, steps_bhcq))
     runs_bt = runs_bcq.reshape(batch, padded_time)
-    operands = [query_btgn, key_btgn, value_bthp, sums_bht, stepped_bht, runs_bt, start_bhpn, skip_h]
+    operands = [query_btgn, key_btgn, value_bthp, sums_bht, steps_bht, runs_bt, start_bhpn, skip_h]
     group_spec = pl.BlockSpec((None, padded_time, None, padded_state), lambda h, p, b: (b, 0, h // share, 0))
     head_spec = pl.BlockSpec((None, padded_time, None, columns), lambda h, p, b: (b, 0, h, p))
     token_spec = pl.BlockSpec((None, None, padded_time), lambda h, p, b: (b, h, 0))
@@ -109,7 +115,7 @@ def scan(
         outputs["saved"] = ((batch, heads, chunks, state, head_size), value_bthp.dtype, states_spec)
     kernel = functools.partial(
         _scan_kernel, width=launch.width, step=launch.step, time=time, head_size=head_size, state=state,
-        reverse=reverse,
+        dt_in_decays=launch.dt_in_decays, reverse=reverse,
     )  # fmt: skip
     results = call(
         kernel, operands, in_specs, outputs, grid=(heads, blocks, batch), warps=launch.scan_warps,
@@ -119,8 +125,8 @@ def scan(
 
 
 def _scan_kernel(
-    query_ref, key_ref, value_ref, sums_ref, stepped_ref, runs_ref, start_ref, skip_ref, out_ref, end_ref, *saved_refs,
-    width, step, time, head_size, state, reverse,
+    query_ref, key_ref, value_ref, sums_ref, steps_ref, runs_ref, start_ref, skip_ref, out_ref, end_ref, *saved_refs,
+    width, step, time, head_size, state, dt_in_decays, reverse,
 ):  # fmt: skip
     """Walks in steps of a part of a chunk: decays are differences of the chunk's sums."""
     steps, parts = sums_ref.shape[0] // step, width // step
@@ -144,20 +150,21 @@ def _scan_kernel(
         query_qn = load(query_ref.at[tokens, :], both(in_time, in_state))
         key_sn = load(key_ref.at[tokens, :], both(in_time, in_state))
         value_sp = load(value_ref.at[tokens, :], both(in_time, in_head))
-        sums_q, stepped_q, runs_q = sums_ref[tokens], stepped_ref[tokens], runs_ref[tokens]
+        sums_q, steps_q, runs_q = sums_ref[tokens], steps_ref[tokens], runs_ref[tokens]
         before = jnp.maximum(i * step - 1, 0)
         base, base_run = (jnp.where(part == 0, 0.0, ref[before]) for ref in (sums_ref, runs_ref))
         total, last_run = sums_ref[i * step + step - 1], runs_ref[i * step + step - 1]
         whole = jnp.where(last_run == base_run, jnp.exp2(total - base), 0.0)
-        # Each with dt: forward of what is written, in reverse of what is read, which is then the gradient of dt x.
-        if reverse:
-            read_q = _exp2_where(runs_q == last_run, total - stepped_q)
-            write_s = _exp2_where(runs_q == base_run, sums_q - base)
-            weights_qs = _pair(stepped_q, sums_q, runs_q, causal_qs, reverse)
-        else:
-            read_q = _exp2_where(runs_q == base_run, sums_q - base)
-            write_s = _exp2_where(runs_q == last_run, total - stepped_q)
-            weights_qs = _pair(sums_q, stepped_q, runs_q, causal_qs, reverse)
+        # What decays from a token on does so times its dt: forward what it writes, in reverse what it reads.
+        given_q = steps_q if dt_in_decays else sums_q
+        to_q = _exp2_where(runs_q == base_run, sums_q - base)
+        from_q = _exp2_where(runs_q == last_run, total - given_q)
+        pairs_qs = sums_q[None, :] - given_q[:, None] if reverse else sums_q[:, None] - given_q[None, :]
+        weights_qs = _exp2_where(causal_qs & (runs_q[:, None] == runs_q[None, :]), pairs_qs)
+        if not dt_in_decays:
+            from_q *= steps_q
+            weights_qs *= steps_q[:, None] if reverse else steps_q[None, :]
+        read_q, write_s = (from_q, to_q) if reverse else (to_q, from_q)
         weights_qs *= _dot(query_qn, key_sn, 1, 1)
         out_qp = read_q[:, None] * _dot(query_qn, state_np.astype(dtype), 1, 0)
         out_qp += _dot(weights_qs.astype(dtype), value_sp, 1, 0)
@@ -379,13 +386,6 @@ def _far_kernel(
 
 def _diagonal(itself_qs: Array, values_qs: Array) -> Array:
     return jnp.sum(jnp.where(itself_qs, values_qs, 0.0), axis=1)
-
-
-def _pair(logs_q, logs_s, runs_q, causal_qs, reverse) -> Array:
-    """What is left of token s at q, or of q at s in reverse, of the same tokens."""
-    difference_qs = logs_q[:, None] - logs_s[None, :]
-    seen_qs = causal_qs & (runs_q[:, None] == runs_q[None, :])
-    return _exp2_where(seen_qs, -difference_qs if reverse else difference_qs)
 
 
 def _exp2_where(mask: Array, exponent: Array) -> Array:
