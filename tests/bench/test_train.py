@@ -116,8 +116,10 @@ def test_unequal_losses_are_not_timed(monkeypatch, capsys):
 
 def test_a_program_that_lacks_products_in_8_bits_is_refused(monkeypatch):
     plan = make_plan(PlanConfig(linear="fp8"), hybrid())
-    operands = jnp.ones((8, 4)), (jnp.ones((4, 3)), jnp.ones((4, 2)))
-    text = jax.jit(lambda x, weights: fp8_matmul(x, weights, quantize="plain")).lower(*operands).as_text()
+    multiply = jax.jit(lambda x, weights: fp8_matmul(x, weights, quantize="plain"))
+    weights = jnp.ones((4, 3)), jnp.ones((4, 2))
+    # One function with two products in the text, called at two places.
+    text = jax.jit(lambda x: (multiply(x, weights), multiply(2 * x, weights))).lower(jnp.ones((8, 4))).as_text()
 
     def lowered(found):
         program = SimpleNamespace(as_text=lambda: 'custom_call_target="__cublas$lt$matmul$f8"\n' * found)
@@ -125,6 +127,6 @@ def test_a_program_that_lacks_products_in_8_bits_is_refused(monkeypatch):
 
     train._compiled(lowered(0), plan)  # a CPU has none
     monkeypatch.setattr(train.jax, "default_backend", lambda: "gpu")
-    train._compiled(lowered(2), plan)
-    with pytest.raises(ConfigError, match="PlanConfig.linear is 'fp8'; expected plain: .* 1 of 2 products in 8 bits"):
-        train._compiled(lowered(1), plan)
+    train._compiled(lowered(4), plan)
+    with pytest.raises(ConfigError, match="PlanConfig.linear is 'fp8'; expected plain: .* 3 of 4 products in 8 bits"):
+        train._compiled(lowered(3), plan)
