@@ -1,5 +1,6 @@
 """What each policy of recomputation keeps, byte for byte; what it multiplies again; that gradients do not change."""
 
+import collections
 import dataclasses
 import functools
 from typing import Any
@@ -9,16 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.extend import core
 from tests.model.small import config, one_device, randomised, relative_error
 
 from orogen.config.checks import ConfigError
 from orogen.config.model import ModelConfig
-from orogen.config.plan import PlanConfig
+from orogen.config.plan import FOR_GPU, PlanConfig
 from orogen.config.remat import EVERY, NAMES, SELECTIVE
+from orogen.kernels.grouped_matmul import mosaic
 from orogen.layers.documents import documents
 from orogen.model.block import Stack
+from orogen.model.remat import FUSED
 from orogen.parallel.plan import make_plan
+from orogen.precision.fp8 import E4M3
 from orogen.simulate.activations import WEIGHTS, activation_bytes, bytes_by_name, kept_by_layer
 from orogen.simulate.aot import product_flops, unit_of
 from orogen.simulate.communication import Workload
@@ -120,6 +125,17 @@ def test_a_latent_moe_by_name():
     }
 
 
+def test_a_latent_moe_by_what_makes_it():
+    """Products, the router's sorting and what kernels read; of the router's product in three parts the sum alone."""
+    tokens = ROWS * TOKENS
+    assert bytes_by_name(kept("E", every("E"), "elementwise")) == {
+        "input": HALF * 12 * tokens,
+        "router": SINGLE * 6 * tokens,
+        "expert_activation": HALF * 8 * 3 * tokens,
+        "unnamed": HALF * (9 + 10 + 12 + 1) * tokens + WHOLE * (4 + 3 + 3) * tokens,
+    }
+
+
 @pytest.mark.parametrize("letter", EVERY)
 def test_all_that_a_layer_keeps_has_a_name_and_every_name_is_kept(letter):
     """But for a router's smaller names, which its gradient may not need, as long as larger ones are there."""
@@ -172,23 +188,62 @@ def equations(jaxpr: Any):
                     yield from equations(inner.jaxpr if isinstance(inner, core.ClosedJaxpr) else inner)
 
 
+@pytest.fixture
+def gpu_kernels(monkeypatch):
+    """Kernels for GPUs can be traced, though not run."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(mosaic, "_require_hopper", lambda: None)
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda *_: 91400)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda *_: True)
+    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda *_: False)
+
+
+@pytest.mark.usefixtures("gpu_kernels")
+@pytest.mark.parametrize("linear", ("plain", "fp8"))
+@pytest.mark.parametrize("letter", EVERY)
+def test_elementwise_runs_no_kernel_for_gpus_twice(letter, linear):
+    """And all are in derivative rules without constant arrays, which JAX does not take behind a part of the barriers."""
+    if letter == "E" and jax.__version_info__ < (0, 11):
+        pytest.skip("the Mosaic kernels of experts need jax 0.11")
+    heads = {"head_dim": 8, "v_head_dim": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4}
+    # cuDNN takes no window.
+    kernels = {**FOR_GPU, "linear": linear, **({"attention": "full"} if letter == "w" else {})}
+
+    def count(remat):
+        found = collections.Counter(e.primitive.name for e in equations(layer_jaxpr(letter, model, remat, **kernels)))
+        return {name: turns for name, turns in found.items() if name in FUSED or "attention" in name}
+
+    model = every(letter, **(heads if letter in "*+" else {}))
+    once, twice = count("none"), count("full")
+    assert count("elementwise") == once
+    assert all(twice[name] > once[name] for name in set(once) & {"pallas_call", "dot_product_attention_fwd_wrapper"})
+
+
+@pytest.mark.usefixtures("gpu_kernels")
 @pytest.mark.parametrize(
-    ("remat", "plan", "behind"),
+    ("remat", "plan", "experts", "shared"),
     [
-        ("full", {}, False), ("full", {"fsdp": "optimizer"}, False), ("full", {"fsdp": "parameters"}, True),
-        ("full", {"linear": "fp8"}, True), ("elementwise", {"linear": "fp8"}, True), ("elementwise", {}, False),
+        ("full", {}, {False}, {False}), ("full", {"fsdp": "optimizer"}, {False}, {False}),
+        ("full", {"fsdp": "parameters"}, {True}, {True}), ("full", {"linear": "fp8"}, {True}, {True}),
+        ("full", {"linear": "fp8", "quantize": "triton"}, {True}, {True}),
+        ("elementwise", {}, {False}, {False}), ("elementwise", {"linear": "fp8"}, {True}, {True}),
+        ("elementwise", {"linear": "fp8", "quantize": "triton"}, {False}, set()),
     ],
 )  # fmt: skip
-def test_weights_stand_before_no_barrier_unless_much_is_made_of_them(remat, plan, behind):
-    """Behind one XLA copies them out of their stack; without, it would keep what FSDP gathers, or FP8 rounds."""
-    model = every("-")
-    (again,) = (
-        e for e in equations(layer_jaxpr("-", model, remat, **plan)) if type(e.params.get("prevent_cse")) is tuple
-    )
-    barred = list(zip(again.invars, again.params["prevent_cse"], strict=True))
-    shapes = {"weight": (model.hidden_size, model.intermediate_size), "input": (ROWS, TOKENS, model.hidden_size)}
+def test_weights_stand_before_no_barrier_unless_much_is_made_of_them(remat, plan, experts, shared):
+    """Behind one XLA copies them out of their stack; without, it would keep what FSDP gathers, or FP8 rounds. What a
+    kernel rounded is kept, so that nothing is made of the shared expert's weights again."""
+    model = every("E")
+    jaxpr = layer_jaxpr("E", model, remat, **plan, grouped_matmul="blocks")
+    (again,) = (e for e in equations(jaxpr) if type(e.params.get("prevent_cse")) is tuple)
+    barred = [(v, bar) for v, bar in zip(again.invars, again.params["prevent_cse"], strict=True) if v.aval.dtype != E4M3]
+    shapes = {
+        "experts": (model.n_routed_experts, model.moe_latent_size, model.moe_intermediate_size),
+        "shared": (model.hidden_size, model.moe_shared_expert_intermediate_size),
+        "input": (ROWS, TOKENS, model.hidden_size),
+    }
     found = {name: {bar for v, bar in barred if v.aval.shape == shape} for name, shape in shapes.items()}
-    assert found == {"weight": {behind}, "input": {True}}
+    assert found == {"experts": experts, "shared": shared, "input": {True}}
 
 
 @pytest.mark.parametrize("letter", EVERY)

@@ -57,9 +57,9 @@ NAMES = {
 # Choices for a whole layer, and what `selective` makes again: large and cheap. For attention that is section 5 of
 # arXiv:2205.05198.
 WHOLE = ("none", "full", "elementwise")
-# What `elementwise` keeps by name: fused kernels' outputs, the largest array that a kernel reads again, and the scales
-# of FP8, for each of which a whole tensor was read.
-FUSED = ("attention", "expert_activation", "fp8_scale")
+# What `elementwise` keeps by name: fused kernels' outputs, the largest array that a kernel reads again, the router's
+# logits, for their product is three times as wide, and the scales of FP8, for each of which a whole tensor was read.
+FUSED = ("attention", "router", "expert_activation", "fp8_scale")
 BY_NAME = ("selective", "paper")
 SELECTIVE = {
     **dict.fromkeys(ATTENTION, {"core"}),
