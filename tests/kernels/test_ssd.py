@@ -367,6 +367,7 @@ class TestAgainstTheRecurrence:
             ({"t": 1}, 8),
             ({"t": 5}, 8),
             ({"t": 7, "b": 3}, 1),
+            ({"t": 70, "b": 1, "h": 1, "g": 1, "p": 300}, 64),
         ],
         ids=str,
     )

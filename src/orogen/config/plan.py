@@ -49,7 +49,7 @@ class PlanConfig:
     offload_optimizer: whether the optimizer's state lives there, and visits the device for each update.
     linear: dense layers' products in the dtype of computation (plain), or of operands rounded to 8 bits (fp8; not in
     the model's first and last layer, nor where the result is too narrow to gain). It alone changes results by more than
-    rounding in the dtype of computation.
+    rounding in the dtype of computation. quantize: what rounds the operands.
     unroll: repetitions of layers up to this many are written out, not looped over, which takes longer to compile and
     runs faster: a loop copies what it keeps for the backward pass, and gradients, into stacks. Two are a tenth faster
     on CPU and as quick to compile. logit_rows: how many tokens' logits the chunked loss makes at once on one device;

@@ -102,9 +102,9 @@ def _bounds(parts: Sequence[Array]) -> list[int]:
 
 
 def _product(left: tuple[Array, Array], right: tuple[Array, Array], dtype: Any) -> Array:
-    """The product over the last axis of both, each with its scale; summed in float32, given in `dtype`."""
+    """left (m, k) times right (n, k) over their last axes, each with its scale; summed in float32, in `dtype`."""
     # Behind a barrier, or XLA:GPU finds no product of 8 bits (jax 0.11.2): it takes a conversion there and back for
     # none where it may keep excess precision, cuts weights apart after theirs, and joins products that share x.
     operands = lax.optimization_barrier((left, right))
-    left_ns, right_fs = (dequantize(values, scale, dtype) for values, scale in operands)
-    return lax.dot_general(left_ns, right_fs, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
+    left_mk, right_nk = (dequantize(values, scale, dtype) for values, scale in operands)
+    return lax.dot_general(left_mk, right_nk, (((1,), (1,)), ((), ())), preferred_element_type=dtype)

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 
 from orogen.kernels.pallas_triton import LOG2_E, require_gpu
 from orogen.kernels.ssd.chunked import LOWEST_LOG_DECAY, _counts, _cut, _readable, _sum
-from orogen.kernels.ssd.triton_kernels import Launch, far, near, scan, tile
+from orogen.kernels.ssd.triton_kernels import SMALLEST_TILE, Launch, far, near, scan, tile
 
 MULTIPROCESSORS = 132  # of an H100
 SHARED_MEMORY = 215_000  # bytes of a multiprocessor's 232,448 that operands may take; the rest is scratch
@@ -54,7 +54,8 @@ def ssd_triton(
 
     Matrix products take their operands as bfloat16 if x, B and C are, else as float32, and add up in float32. So do
     states, which are rounded to the operands' type where a product reads them and where the gradient keeps them.
-    Chunks are the power of two from 16 to 128 (64 in float32) that is nearest above `chunk_size`.
+    Chunks are the power of two from 16 to 128 (64 in float32) that is nearest above `chunk_size`; less where a head is
+    wider than 256.
 
     Differentiable in reverse mode only, once; the gradient repeats to the bit.
     Raises ValueError if there is no GPU and `interpret` is False.
@@ -87,13 +88,15 @@ def _launch(chunk_size: int, shape: tuple[int, ...], state: int, *, half: bool, 
     """The fastest of those tried on an H100 at 64 and 128 heads of 64, state 128, 2 x 8192 tokens, if it fits."""
     batch, time, heads, head_size = shape
     head_size, state = tile(head_size), tile(state)
-    width = min(tile(min(chunk_size, time)), 128 if half else 64)
+    # `far` holds as many tokens of a head, and half as many rows of its states, twice in shared memory.
+    widest = max(SMALLEST_TILE, (2**15 if half else 2**14) // head_size)
+    width = min(tile(min(chunk_size, time)), 128 if half else 64, widest)
     step = min(width, 64 if half else 32)
     columns = min(head_size, 64)
     # One scan alone on a multiprocessor needs its loads further ahead; two share it only if each takes less memory.
     alone = batch * heads * pl.cdiv(head_size, columns) <= MULTIPROCESSORS
     scan_stages = _stages(3 if alone else 2, step * (2 * state + columns), columns * state)
-    near_rows, far_states = min(width, 32), min(state, 64 if half else 32)
+    near_rows, far_states = min(width, 32), min(state, 64 if half else 32, max(SMALLEST_TILE, widest // 2))
     near_stages = _stages(3, 2 * near_rows * head_size, 2 * near_rows * state)
     far_stages = _stages(3, 2 * (width + far_states) * head_size, 2 * width * far_states)
     return Launch(
