@@ -34,8 +34,8 @@ def grouped_matmul_mosaic(
 ) -> Array:
     """`grouped_matmul` on an NVIDIA Hopper GPU. `interpret` (of Pallas) runs the same kernels anywhere, very slowly.
 
-    Widths that are not multiples of 64, or below 128, are padded, which copies both operands; the weights' copies may be
-    held from the forward pass to the backward one, whatever is recomputed.
+    Widths that are not multiples of 64, or below 128, are padded, which copies both operands; what is made of the
+    weights may be held from the forward pass to the backward one, whatever is recomputed.
     Raises ValueError without such a GPU, and unless both operands are bfloat16 or both float16.
     """
     if interpret is None:
