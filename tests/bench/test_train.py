@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import pytest
 from tests.helpers import hybrid
 
-from orogen.bench import train, train_peer
+from orogen.bench import train, train_peer, worker
 from orogen.bench.train import Workload
-from orogen.bench.worker import Worker
+from orogen.bench.worker import Worker, seconds_a_run
 from orogen.cli import main
 from orogen.config.checks import ConfigError
 from orogen.config.plan import FOR_GPU, PlanConfig
@@ -102,6 +102,32 @@ def test_transformers_has_the_same_loss_on_the_same_weights(capsys):
     assert len(facts["forward_backward"]) == len(facts["torch"]["blocks"]) == 2
     assert [block["loss"] for block in facts["forward_backward"]] == [facts["loss"]] * 2
     assert facts["ratio"] > 0 and set(facts["torch"]["kernels"]) == {"causal_conv1d_fn", "mamba_chunk_scan_combined"}
+
+
+def test_each_run_is_started_before_the_one_before_is_waited_for(monkeypatch):
+    """The device takes 5, 6, ... in turn and the host 3 for each: seconds are the device's alone."""
+    calls, host, device = [], 0.0, 0.0
+    monkeypatch.setattr(worker.time, "perf_counter", lambda: host)
+
+    def start():
+        nonlocal host, device
+        number = sum(call == "start" for call, _ in calls)
+        calls.append(("start", number))
+        host += 3
+        device = max(host, device) + 5 + number
+        return number, device
+
+    def wait(run):
+        nonlocal host
+        number, end = run
+        calls.append(("wait", number))
+        host = max(host, end)
+
+    assert seconds_a_run(start, wait, 3) == [6, 7, 8]
+    started = [("start", 0)]
+    for number in range(4):
+        started += [("start", number + 1), ("wait", number)]
+    assert calls == [*started, ("wait", 4)]
 
 
 @pytest.mark.peer

@@ -4,14 +4,13 @@
 """
 
 import importlib
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from orogen.bench.worker import serve
+from orogen.bench.worker import seconds_a_run, serve
 
 WARM_UP = 2
 # Functions that transformers takes from other packages, by the name it has for them: without one it uses plain torch.
@@ -56,11 +55,12 @@ def prepare(settings: dict[str, Any]) -> tuple[dict[str, Any], Callable[[Any], A
         logits_btv = model(input_ids=tokens_bt, use_cache=False).logits[:, :-1]
         return torch.nn.functional.cross_entropy(logits_btv.flatten(0, 1).float(), tokens_bt[:, 1:].flatten())
 
-    def step() -> float:
+    def step() -> Any:
+        """Begins a pass and gives what says when it is done; a CPU is done."""
         loss().backward()
         for parameter in model.parameters():
             parameter.grad = None
-        return wait(device)
+        return torch.cuda.current_stream().record_event() if device == "cuda" else None
 
     facts = {
         "torch": torch.__version__, "transformers": transformers.__version__, "kernels": kernels(),
@@ -70,7 +70,7 @@ def prepare(settings: dict[str, Any]) -> tuple[dict[str, Any], Callable[[Any], A
     return facts, lambda question: _answer(question, loss, step, device)
 
 
-def _answer(question: Any, loss: Callable[[], Any], step: Callable[[], float], device: str) -> dict[str, Any]:
+def _answer(question: Any, loss: Callable[[], Any], step: Callable[[], Any], device: str) -> dict[str, Any]:
     import torch  # pyright: ignore[reportMissingImports]
 
     if question == "loss":
@@ -78,24 +78,21 @@ def _answer(question: Any, loss: Callable[[], Any], step: Callable[[], float], d
             answer: dict[str, Any] = {"loss": float(loss())}
     else:
         for _ in range(WARM_UP):
-            step()
+            wait(step())
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        ends = [wait(device), *(step() for _ in range(question["time"]))]
+        seconds = seconds_a_run(step, wait, question["time"])
         peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None
-        answer = {"seconds": np.diff(ends).tolist(), "gb": peak}
+        answer = {"seconds": seconds, "gb": peak}
     if device == "cuda":
         torch.cuda.empty_cache()  # another program has the GPU next
     return answer
 
 
-def wait(device: str) -> float:
-    """The clock, once the device has done what it was given."""
-    import torch  # pyright: ignore[reportMissingImports]
-
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def wait(event: Any) -> None:
+    """Returns once the device has done what it was given before the event."""
+    if event is not None:
+        event.synchronize()
 
 
 if __name__ == "__main__":

@@ -4,12 +4,10 @@
 Letters: b batch, t time.
 """
 
-import contextlib
 import dataclasses
 import functools
 import re
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +17,7 @@ import numpy as np
 
 from orogen.bench.cpu_train import CONFIGS, random_batch
 from orogen.bench.weights import export_weights
-from orogen.bench.worker import serve
+from orogen.bench.worker import seconds_a_run, serve
 from orogen.config.checks import ConfigError, require
 from orogen.config.load import load
 from orogen.config.model import ModelConfig
@@ -106,11 +104,12 @@ def _bindings(usual: dict[str, Any], asked: Sequence[str]) -> list[str]:
 
 
 class Prepared(NamedTuple):
-    """A compiled workload. run: does it once and returns when it is done; loss: mean nats a next token, of the first;
-    tokens: of one run; memory: see `_memory`; same_bits: whether another run repeats the first, None if not looked at.
+    """A compiled workload. start: begins it once and gives what is there when it is done; loss: mean nats a next token,
+    of the first; tokens: of one run; memory: see `_memory`; same_bits: whether another run repeats the first, None if
+    not looked at.
     """
 
-    run: Callable[[], None]
+    start: Callable[[], Any]
     loss: float
     tokens: int
     memory: dict[str, float]
@@ -124,9 +123,10 @@ def bench(work: Workload, *, steps: int, deterministic: bool = False, profile: P
     """
     config = work.config()
     prepared = prepare(work, config, deterministic=deterministic)
-    seconds = timed(prepared.run, steps)
-    with jax.profiler.trace(str(profile)) if profile else contextlib.nullcontext():
-        prepared.run() if profile else None
+    seconds = timed(prepared.start, steps)
+    if profile:
+        with jax.profiler.trace(str(profile)):
+            jax.block_until_ready(prepared.start())
     return {**describe(work, config), work.part: summarise(prepared, seconds, config.model, work.sequence_length)}
 
 
@@ -176,10 +176,10 @@ def prepare(work: Workload, config: RunConfig, *, deterministic: bool = False, e
     same = _same_bits(first, program(params, buffers, batch)) if deterministic else None
     del first
 
-    def run() -> None:
-        jax.block_until_ready(program(params, buffers, batch))
+    def start() -> Any:
+        return program(params, buffers, batch)[3].nats  # the gradients are let go
 
-    return Prepared(run, loss, work.tokens, _memory(program), same)
+    return Prepared(start, loss, work.tokens, _memory(program), same)
 
 
 def _whole_step(built: Any, config: RunConfig, plan: Plan, batch: Any) -> Prepared:
@@ -189,13 +189,13 @@ def _whole_step(built: Any, config: RunConfig, plan: Plan, batch: Any) -> Prepar
     state, metrics = program(state, batch)
     loss = _mean_nats(metrics.nats, metrics.targets)
 
-    def run() -> None:
+    def start() -> Any:
         nonlocal state
         state, metrics = program(state, batch)
-        jax.block_until_ready(metrics)
+        return metrics
 
     tokens = config.train.batch_size * config.train.sequence_length
-    return Prepared(run, loss, tokens, _memory(program), None)
+    return Prepared(start, loss, tokens, _memory(program), None)
 
 
 def _compiled(lowered: Any, plan: Plan) -> Any:
@@ -246,14 +246,11 @@ def _same_bits(first: Any, second: Any) -> bool:
     return bool(same(first[:2], second[:2]))
 
 
-def timed(run: Callable[[], None], steps: int) -> list[float]:
+def timed(start: Callable[[], Any], steps: int) -> list[float]:
     """Seconds of each run after the first few."""
-    seconds = []
-    for _ in range(WARM_UP + steps):
-        started = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - started)
-    return seconds[WARM_UP:]
+    for _ in range(WARM_UP):
+        jax.block_until_ready(start())
+    return seconds_a_run(start, jax.block_until_ready, steps)
 
 
 def summarise(prepared: Prepared, seconds: Sequence[float], model: ModelConfig, length: int) -> dict[str, Any]:
@@ -291,7 +288,7 @@ def _serve(settings: dict[str, Any]) -> tuple[dict[str, Any], Callable[[Any], An
     prepared = prepare(work, config, deterministic=settings["deterministic"], export=export)
 
     def answer(question: Any) -> Any:
-        return summarise(prepared, timed(prepared.run, question["time"]), config.model, work.sequence_length)
+        return summarise(prepared, timed(prepared.start, question["time"]), config.model, work.sequence_length)
 
     return {**describe(work, config), "loss": prepared.loss}, answer
 

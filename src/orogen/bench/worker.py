@@ -1,9 +1,11 @@
-"""A program in a process of its own, asked by lines: JSON in, JSON out."""
+"""A program in a process of its own, asked by lines, JSON in, JSON out; and how long its runs take."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -62,3 +64,19 @@ def serve(prepare: Callable[[Any], tuple[dict[str, Any], Callable[[Any], Any]]])
     print(json.dumps(facts), file=answers, flush=True)
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line))), file=answers, flush=True)
+
+
+def seconds_a_run(start: Callable[[], Any], wait: Callable[[Any], Any], runs: int) -> list[float]:
+    """Seconds from the end of one run to the end of the next, of `runs` in a row.
+
+    `start` begins one and `wait` returns when what it gave is done. Each run is started while the one before is at
+    work, as a training loop does: what the host does first hides behind the device's work.
+    """
+    ends, running = [], start()
+    for _ in range(runs + 1):
+        ahead = start()
+        wait(running)
+        ends.append(time.perf_counter())
+        running = ahead
+    wait(running)
+    return [end - before for before, end in itertools.pairwise(ends)]
