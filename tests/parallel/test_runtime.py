@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from orogen.config.checks import ConfigError
-from orogen.parallel.runtime import XLA_FLAGS, add_xla_flags
+from orogen.parallel.runtime import XLA_FLAGS, add_xla_flags, asks_for_same_bits
 
 
 def test_sets_stand_before_what_the_environment_says(monkeypatch):
@@ -36,3 +36,16 @@ def test_xla_knows_every_flag():
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", run], env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "2\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "asked"),
+    [
+        ("", False), ("--xla_gpu_deterministic_ops", True), ("--xla_gpu_deterministic_ops_of_mine=true", False),
+        ("--xla_gpu_deterministic_ops=true --other=1", True),
+        ("--xla_gpu_deterministic_ops=true --xla_gpu_deterministic_ops=False", False),
+    ],
+)  # fmt: skip
+def test_the_last_flag_says_whether_bits_are_to_be_the_same(monkeypatch, flags, asked):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    assert asks_for_same_bits() is asked

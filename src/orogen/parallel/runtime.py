@@ -74,6 +74,13 @@ def add_xla_flags(names: Sequence[str]) -> None:
         os.environ["XLA_FLAGS"] = f"{' '.join(flags)} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 
+def asks_for_same_bits() -> bool:
+    """Whether the environment's XLA_FLAGS tell XLA to give the same bits run after run on a GPU."""
+    name = XLA_FLAGS["deterministic"][0].partition("=")[0]
+    given = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag.partition("=")[0] == name]
+    return bool(given) and given[-1].partition("=")[2].lower() not in ("false", "0")
+
+
 def make_room_for(devices: int) -> None:
     """Keeps `devices` simulated ones from waiting for each other for ever. To be called before jax makes its devices.
 
