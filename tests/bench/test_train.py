@@ -83,6 +83,18 @@ def test_kernels_of_a_gpu_are_refused_elsewhere(refused):
     assert refused("bench", "train", "--model", "r2").startswith("--model 'r2'; expected the name of a file in ")
 
 
+@pytest.mark.parametrize(
+    ("binding", "message"),
+    [
+        ("PlanConfig.data=2", "PlanConfig.devices is 2; expected 1: the benchmark is of one device"),
+        ("TrainConfig.sequence_length=12", "--gin_bindings TrainConfig.sequence_length; expected --sequence_length"),
+        ("TrainConfig.batch_size=2", "--gin_bindings TrainConfig.batch_size; expected --rows, and PlanConfig.micro"),
+    ],
+)
+def test_what_would_be_counted_wrongly_is_refused(refused, binding, message):
+    assert refused("bench", "train", "--gin_bindings", binding).startswith(message)
+
+
 def test_options_that_do_not_go_together(monkeypatch):
     monkeypatch.setattr(train_peer, "require_peer", lambda name: None)
     with pytest.raises(ConfigError, match="--peer torch with --whole_step; expected one of them"):

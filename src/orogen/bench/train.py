@@ -45,6 +45,10 @@ FP8_ASKED = re.compile(
 )
 FUNCTION, CALL = re.compile(r"func\.func (?:public|private) @([^(\s]+)\("), re.compile(r"\bcall @([^(\s]+)\(")
 FP8_PRODUCT = 'custom_call_target="__cublas$lt$matmul$f8"'
+# Fields that follow from options.
+OPTIONS = {
+    "TrainConfig.sequence_length": "--sequence_length", "TrainConfig.batch_size": "--rows, and PlanConfig.microbatches",
+}  # fmt: skip
 # Rows of a microbatch hold so many tokens, if they are not given.
 TOKENS = 16384
 # Where memory is short, in whole steps and with more than LONG tokens a microbatch, products are kept and what is cheap
@@ -89,17 +93,21 @@ class Workload:
         usual = {**PASS, **(STEP if self.part == "whole_step" else {}), **fixed}
         # The batch depends on the number of microbatches and recomputation on the pattern, which the bindings say.
         first, _ = load([file], [*_bindings(usual, self.bindings), f"TrainConfig.batch_size={2**20}"])
+        require(first.plan.devices == 1, first.plan, "devices", "1: the benchmark is of one device")
         entries = tuple(entry for letter, entry in CHEAP.items() if letter in first.model.layers.main)
         if entries and (self.part == "whole_step" or self.tokens > LONG):
             usual["PlanConfig.remat"] = repr(entries)
         parts = first.plan.microbatches if self.part == "whole_step" else 1
-        usual["TrainConfig.batch_size"] = self.tokens // self.sequence_length * parts * first.plan.data
+        usual["TrainConfig.batch_size"] = self.tokens // self.sequence_length * parts
         return load([file], _bindings(usual, self.bindings))[0]
 
 
 def _bindings(usual: dict[str, Any], asked: Sequence[str]) -> list[str]:
-    """`asked`, with what is usual of the fields that it does not bind."""
+    """`asked`, with what is usual of the fields that it does not bind. Raises ConfigError if it binds what is fixed."""
     taken = {binding.partition("=")[0].strip() for binding in asked}
+    for name, option in OPTIONS.items():
+        if name in taken:
+            raise ConfigError(f"--gin_bindings {name}; expected {option}")
     return [f"{name}={value}" for name, value in usual.items() if name not in taken] + list(asked)
 
 
@@ -160,7 +168,6 @@ def require_gpu(plan: PlanConfig) -> None:
 def prepare(work: Workload, config: RunConfig, *, deterministic: bool = False, export: Path | None = None) -> Prepared:
     """Compiles the workload and runs it once. export: a folder to write the weights to, in Hugging Face's form."""
     require_gpu(config.plan)
-    require(config.plan.stage == 1, config.plan, "stage", "1: the benchmark times whole models")
     plan, built = make_plan(config.plan, config.model), build(config.model)
     batch = batch_to_devices(_batch(work, config), plan)
     if work.part == "whole_step":
