@@ -53,7 +53,7 @@ class TestEveryImplementation:
     def test_by_hand(self, implementation: str):
         # Groups (3, 3) and (1, 7): root mean squares 3 and 5.
         y = rms_norm(
-            jnp.array([[3.0, 3.0, 1.0, 7.0]]), jnp.array([1.0, 2.0, 3.0, 4.0]), group_size=2, epsilon=0.0,
+            jnp.array([[3.0, 3.0, 1.0, 7.0]]), jnp.array([1.0, 2.0, 3.0, 4.0]), group_size=2, epsilon=1e-30,
             implementation=implementation,
         )  # fmt: skip
         np.testing.assert_allclose(y, [[1, 2, 3 / 5, 28 / 5]], rtol=1e-6)
@@ -128,7 +128,7 @@ def test_gradients_inside_shard_map(implementation: str):
 def test_ranks_that_share_a_group_are_refused(implementation: str):
     with pytest.raises(ValueError, match="'triton' normalises whole groups: expected 'plain' where ranks share one"):
         rms_norm(
-            jnp.ones((2, 4)), jnp.ones(4), group_size=8, epsilon=0.0, reduce_sum=lambda x: x,
+            jnp.ones((2, 4)), jnp.ones(4), group_size=8, epsilon=1e-30, reduce_sum=lambda x: x,
             implementation=implementation,
         )  # fmt: skip
 
@@ -140,11 +140,12 @@ def test_ranks_that_share_a_group_are_refused(implementation: str):
         ({"gate": jnp.zeros((3, 6))}, r"gate has shape \(3, 6\): expected \(2, 6\)"),
         ({"group_size": 4}, "group_size=4: expected a divisor of 6 channels"),
         ({"group_size": 12}, "group_size=12: expected a divisor of 6 channels"),
+        ({"epsilon": 0.0}, "epsilon=0.0: expected above 0"),
         ({"implementation": "fast"}, r"implementation='fast': expected one of \['plain', 'triton', 'triton_interp"),
     ],
 )
 def test_refusals(changes: dict, message: str):
-    arguments = {"x": jnp.zeros((2, 6)), "weight_c": jnp.ones(6), "group_size": 3, "epsilon": 0.0}
+    arguments = {"x": jnp.zeros((2, 6)), "weight_c": jnp.ones(6), "group_size": 3, "epsilon": 1e-30}
     with pytest.raises(ValueError, match=message):
         rms_norm(**{**arguments, "implementation": "plain", **changes})
 
@@ -152,4 +153,4 @@ def test_refusals(changes: dict, message: str):
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
 def test_triton_without_a_gpu_is_refused():
     with pytest.raises(ValueError, match="implementation='triton' needs a GPU and finds 'cpu'"):
-        rms_norm(jnp.zeros((2, 6)), jnp.ones(6), group_size=6, epsilon=0.0, implementation="triton")
+        rms_norm(jnp.zeros((2, 6)), jnp.ones(6), group_size=6, epsilon=1e-30, implementation="triton")
