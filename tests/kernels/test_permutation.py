@@ -76,10 +76,14 @@ class TestEveryImplementation:
         slots_nk, source_r = places(tokens, k, rows, share)
         rows_rd, w_nk = draw(rows, width, seed=0).astype(jnp.bfloat16), draw(tokens, k, seed=1)
         run = functools.partial(sum_rows, slots_nk=slots_nk, source_r=source_r, implementation=implementation)
-        got, want = run(rows_rd, w_nk), run(rows_rd.astype(jnp.float32), w_nk)
-        assert got.dtype == jnp.bfloat16
-        # The compiler may add up in another order, and so round to the neighbour.
-        np.testing.assert_allclose(got.astype(jnp.float32), want, rtol=2**-8, atol=1e-6 * k)
+        g_nd = draw(tokens, width, seed=2).astype(jnp.bfloat16)
+        got, pullback = jax.vjp(run, rows_rd, w_nk)
+        want, want_pullback = jax.vjp(run, rows_rd.astype(jnp.float32), w_nk)
+        got, want = (got, pullback(g_nd)[0]), (want, want_pullback(g_nd.astype(jnp.float32))[0])
+        for half, single in zip(got, want, strict=True):
+            assert half.dtype == jnp.bfloat16
+            # The compiler may add up in another order, and so round to the neighbour.
+            np.testing.assert_allclose(half.astype(jnp.float32), single, rtol=2**-8, atol=1e-6 * k)
 
 
 # The interpreter of Pallas mixes varying and unvarying arrays, which check_vma refuses.

@@ -43,8 +43,8 @@ def _sum_rows_forward(rows_rd, w_nk, slots_nk, source_r):
 def _sum_rows_backward(residuals, g_nd):
     rows_rd, w_nk, slots_nk, source_r = residuals
     k = slots_nk.shape[1]
-    w_r = jnp.take(w_nk.reshape(-1), source_r, mode="fill", fill_value=0).astype(g_nd.dtype)
-    g_rd = jnp.take(g_nd, source_r // k, axis=0, mode="fill", fill_value=0) * w_r[:, None]
+    w_r = jnp.take(w_nk.reshape(-1), source_r, mode="fill", fill_value=0)
+    g_rd = jnp.take(g_nd, source_r // k, axis=0, mode="fill", fill_value=0).astype(jnp.float32) * w_r[:, None]
     y_nkd = jnp.take(rows_rd, slots_nk, axis=0, mode="fill", fill_value=0)
     g_nk = jnp.einsum("nkd,nd->nk", y_nkd, g_nd, preferred_element_type=jnp.float32).astype(w_nk.dtype)
     return g_rd.astype(rows_rd.dtype), g_nk, None, None
