@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from orogen.kernels.pallas_triton import both, call, inside, load, require_gpu, store
 
 # Of a program; the fastest of those tried on an H100 at 16,384 rows of 2048 to 10,240 columns.
-ROWS, COLUMNS, WARPS = 64, 128, 4
+ROWS, COLUMNS, WARPS = 64, 128, 8
 
 
 def quantize_triton(
