@@ -399,6 +399,18 @@ class TestTriton:
         # Every product has two rounded operands, and every result is rounded once more.
         assert_close(got, want, tolerance(jnp.bfloat16, products=3))
 
+    @pytest.mark.parametrize("dt", [(1e-12, 1e-9), (50.0, 1e4), (1e-9, 1e4)], ids=["tiny", "huge", "both"])
+    def test_extreme_steps_in_bfloat16(self, implementation: str, dt: tuple[float, float]):
+        """Whose decays have dt in their exponents; a step of none is among them."""
+        ops, segments_bt = operands(dt=dt), segments((5, 12), t=29)
+        ops = ops._replace(dt_bth=ops.dt_bth.at[:, ::7].set(0.0))
+        half = Operands(*(o.astype(jnp.bfloat16) for o in ops[:5]), ops.initial_bhpn)
+        single = jax.tree.map(lambda o: o.astype(jnp.float32), half)
+        got, want = (
+            outcome(o, segments_bt, implementation=i) for o, i in ((half, implementation), (single, "recurrence"))
+        )
+        assert_close(got, want, tolerance(jnp.bfloat16, products=3))
+
     def test_gradient_repeats_to_the_bit(self, implementation: str):
         ops, segments_bt = operands(t=40), segments((5, 12), t=40)
         first, second = (outcome(ops, segments_bt, implementation=implementation) for _ in range(2))

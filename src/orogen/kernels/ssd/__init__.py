@@ -42,8 +42,8 @@ def ssd(
     (zero if None). The state starts anew wherever `segments_bt` (int) differs from the token before; padding (0) is a
     segment like another, so it neither reads nor feeds a document, and the final state of a row that ends in
     padding is the padding's. `initial_state_bhpn` (zero if None) reaches the row's first segment only.
-    Decays, state and sums are float32 whatever the inputs are. `chunk_size` changes rounding and speed only, and the
-    recurrence ignores it.
+    Decays, state and sums are float32 whatever the inputs are, but that `triton` multiplies bfloat16 inputs by a state
+    rounded to bfloat16. `chunk_size` changes rounding and speed only, and the recurrence ignores it.
 
     Raises ValueError if the shapes disagree, heads are not a multiple of groups, or a name or size is unknown.
     Source: arXiv:2405.21060, sections 2 and 6.
