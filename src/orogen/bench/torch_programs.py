@@ -34,7 +34,7 @@ def torch_program(function: Callable[[], Any], *, gradient: bool = False) -> Pro
     """`function` as a Program whose result is of jax arrays.
 
     gradient: whether it asks for gradients itself; otherwise none are recorded. temporary_mb: the most that torch
-    allocated in its second call beside what it held before, results included; None on a CPU.
+    allocated in its second call beside what it held before and the results; None on a CPU.
     """
     import torch  # pyright: ignore[reportMissingImports]
 
@@ -53,6 +53,12 @@ def torch_program(function: Callable[[], Any], *, gradient: bool = False) -> Pro
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
-        wait(run())
-        temporary = round((torch.cuda.max_memory_allocated() - held) / 2**20)
+        results = run()
+        wait(results)
+        temporary = round((torch.cuda.max_memory_allocated() - held - _bytes(results)) / 2**20)
     return Program(run, wait, from_torch, temporary)
+
+
+def _bytes(result: Any) -> int:
+    """Of a torch tensor, or of a tuple of them."""
+    return sum(map(_bytes, result)) if isinstance(result, tuple) else result.nelement() * result.element_size()
