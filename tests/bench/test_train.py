@@ -64,6 +64,15 @@ def test_bindings_take_the_place_of_the_usual_ones():
     assert tiny(**{"PlanConfig.linear": "'fp8'"}).config().plan.linear == "fp8"
 
 
+def test_attention_is_by_blocks_where_bits_are_to_be_the_same(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
+    assert Workload().config().plan.attention == "blocked"
+    asked = Workload(bindings=("PlanConfig.attention='cudnn'",)).config().plan
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(ConfigError, match="PlanConfig.attention is 'cudnn'; expected blocked where XLA is asked for"):
+        make_plan(asked, hybrid())
+
+
 def test_rows_and_recomputation_follow_from_the_length():
     short, long = (Workload(model="hybrid_1b", sequence_length=length) for length in (8192, 65536))
     assert (short.config().train.batch_size, long.config().train.batch_size) == (2, 1)

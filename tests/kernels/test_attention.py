@@ -13,7 +13,7 @@ from jax import numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from orogen.kernels.attention import IMPLEMENTATIONS, attention, cudnn
+from orogen.kernels.attention import IMPLEMENTATIONS, attention
 from orogen.kernels.attention.blocked import attention_blocked
 
 BATCH, TIME, HEADS, GROUPS, SIZE, VALUE_SIZE = 2, 11, 6, 2, 4, 3
@@ -307,15 +307,6 @@ class TestCudnn:
         two = attend("cudnn", *changed, segments_bt=segments_bt)
         np.testing.assert_array_equal(one[0, first:], two[0, first:])
         assert (one[0, :first] != two[0, :first]).any()
-
-
-@pytest.mark.parametrize(("same_bits", "forms"), [("false", [0, 1, 2, 3]), ("true", [0, 3, 3, 3])])
-def test_the_form_follows_from_the_runs_of_the_fullest_row(monkeypatch, same_bits, forms):
-    monkeypatch.setenv("XLA_FLAGS", f"--xla_gpu_deterministic_ops={same_bits}")
-    branches = [lambda form=form: jnp.int32(form) for form in range(4)]
-    for runs, form in zip((1, cudnn.FEW, cudnn.RUNS, cudnn.RUNS + 1), forms, strict=True):
-        segments_bt = jnp.stack([jnp.ones(40, int), jnp.minimum(jnp.arange(40), runs - 1)])
-        assert cudnn._by_runs(segments_bt, branches) == form
 
 
 def test_cudnn_refuses_what_it_lacks(monkeypatch):

@@ -25,7 +25,7 @@ from orogen.config.plan import FOR_GPU, PlanConfig
 from orogen.config.run import RunConfig
 from orogen.model.lm import build, initial_state
 from orogen.parallel.plan import Plan, make_plan
-from orogen.parallel.runtime import configure
+from orogen.parallel.runtime import asks_for_same_bits, configure
 from orogen.precision.policy import working_copy
 from orogen.simulate.flops import peak_flops, training_flops_per_token
 from orogen.train.optimizer import make_optimizer
@@ -91,6 +91,8 @@ class Workload:
         length = self.sequence_length
         fixed = {"TrainConfig.steps": 1000, "TrainConfig.seed": 0, "TrainConfig.sequence_length": length}
         usual = {**PASS, **(STEP if self.part == "whole_step" else {}), **fixed}
+        if asks_for_same_bits():
+            usual["PlanConfig.attention"] = "'blocked'"
         # The batch depends on the number of microbatches and recomputation on the pattern, which the bindings say.
         first, _ = load([file], [*_bindings(usual, self.bindings), f"TrainConfig.batch_size={2**20}"])
         require(first.plan.devices == 1, first.plan, "devices", "1: the benchmark is of one device")

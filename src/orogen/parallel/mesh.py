@@ -11,6 +11,7 @@ from orogen.config.checks import ConfigError, require
 from orogen.config.model import ModelConfig
 from orogen.config.plan import FOR_GPU, PlanConfig
 from orogen.parallel.fold import FoldError, Folding, describe, expert_shards, fold, nearest
+from orogen.parallel.runtime import asks_for_same_bits
 
 # The layers that read a size; the others are of every model. A size that no layer reads is not cut.
 READ_BY = {
@@ -72,7 +73,8 @@ def _fold(config: PlanConfig, model: ModelConfig) -> Folding:
 def make_mesh(folding: Folding, config: PlanConfig, *, abstract: bool) -> Mesh | AbstractMesh:
     """A mesh over the first devices of this process group, or an abstract one, which needs none.
 
-    Raises ConfigError if there are too few devices, or if they are no GPUs and a kernel of `config` needs one.
+    Raises ConfigError if there are too few devices, if they are no GPUs and a kernel of `config` needs one, or if one
+    cannot give the same bits run after run and XLA is asked to.
     """
     names, sizes = zip(*(folding.axes or (("data", 1),)), strict=True)
     types = (AxisType.Auto,) * len(names)  # Explicit axes fail six of the nine patterns probed on jax 0.10 and 0.11
@@ -81,6 +83,10 @@ def make_mesh(folding: Folding, config: PlanConfig, *, abstract: bool) -> Mesh |
     for field, kernel in FOR_GPU.items():
         fits = getattr(config, field) != kernel or jax.default_backend() == "gpu"
         require(fits, config, field, f"another on {jax.default_backend()}: {kernel} needs an NVIDIA GPU")
+    # cuDNN's gradient then works in 9 GB for two rows of 8192 tokens and 32 heads of 128, else in 0.8 GB; if they are
+    # packed in 66 GB; and a program of several such layers fails as it runs (one H100, jax 0.11.2).
+    fits = config.attention != FOR_GPU["attention"] or not asks_for_same_bits()
+    require(fits, config, "attention", "blocked where XLA is asked for the same bits (--xla deterministic)")
     for field in ("offload", "offload_optimizer"):
         fits = not getattr(config, field) or jax.default_backend() in HAS_HOST_MEMORY
         expected = f"{type(getattr(config, field))()!r} on {jax.default_backend()}: it has no memory beside the host's"

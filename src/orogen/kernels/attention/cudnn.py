@@ -4,7 +4,6 @@ Axes: b batch, t time, h query heads, g key heads, k head size, r runs of equal 
 """
 
 import functools
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,13 +14,10 @@ from jax._src.cudnn.fused_attention_stablehlo import AttentionLayout, MaskType
 from jax.ad_checkpoint import checkpoint_name
 
 from orogen.kernels.attention.blocked import attention_blocked
-from orogen.parallel.runtime import asks_for_same_bits
 from orogen.parallel.varying import vary_like
 
 # Runs of a row that the packed form has room for, a whole batch at once or one row and key head after the other. Its
-# gradient works in 8 t h k bytes a run, of all heads or of one key head's h; twelve times as many where the bits are to
-# be the same, so there it is not taken (one H100: 9 GB for two rows of 8192 tokens and 32 heads of 128 as one run each,
-# which is the whole gradient's 0.8 GB otherwise; 66 GB in either packed form).
+# gradient works in 8 t h k bytes a run, of all heads or of one key head's h.
 FEW, RUNS = 8, 32
 SEED, DROPOUT, NO_BIAS = 42, 0.0, (False, False)
 
@@ -44,7 +40,7 @@ def attention_cudnn(
 
     Rows of one run take cuDNN's plain form and rows of up to RUNS its packed one, decided as the program runs: of up to
     FEW all at once, else one after the other. A batch with a row of more runs is computed by blocks, which is right and
-    slow; so is one with any packed row if XLA is asked for the same bits.
+    slow.
     Raises ValueError for what cuDNN's form lacks: a window, sinks, other lengths of keys, other dtypes, no GPU.
     """
     del kv_segments_bs, q_index_t, k_index_s  # checked by the caller to be the queries' own
@@ -83,7 +79,7 @@ def _forward(q_bthk, k_btgk, v_btgk, segments_bt, scale):
         return lambda *operands: vary_like((function(*operands, scale=scale), none), operands)
 
     branches = (kept(False), kept(True), other(_packed), other(_blocked))
-    y_bthk, statistics_mht = _by_runs(segments_bt, branches, *operands)
+    y_bthk, statistics_mht = lax.switch(_form(segments_bt), branches, *operands)
     # Named, so that a policy of rematerialisation can keep them: it would else look into the branches.
     y_bthk, statistics_mht = (checkpoint_name(a, "attention") for a in (y_bthk, statistics_mht))
     return y_bthk, (*operands, y_bthk, statistics_mht)
@@ -114,7 +110,8 @@ def _backward(scale, saved, dy_bthk):
         return run
 
     branches = (kept(False), kept(True), other(_packed), other(_blocked))
-    return *_by_runs(operands[3], branches, *operands, y_bthk, statistics_mht, dy_bthk), None
+    inputs = (*operands, y_bthk, statistics_mht, dy_bthk)
+    return *lax.switch(_form(operands[3]), branches, *inputs), None
 
 
 _attend.defvjp(_forward, _backward)
@@ -126,14 +123,10 @@ def _starts(segments_bt: Array) -> Array:
     return jnp.pad(changes_bt, ((0, 0), (1, 0)), constant_values=True)
 
 
-def _by_runs(segments_bt: Array, branches: Sequence[Callable[..., Any]], *operands: Array) -> Any:
-    """What the first of four branches gives if every row is one run, the second if no row has more than FEW, the third
-    if none has more than RUNS, else the last; if the bits are to be the same, the first or the last."""
-    most = (1, FEW, RUNS)
-    if asks_for_same_bits():
-        most, branches = most[:1], (branches[0], branches[-1])
+def _form(segments_bt: Array) -> Array:
+    """0: every row is one run; 1: no row has more than FEW; 2: no row has more than RUNS; 3: one has."""
     runs = jnp.max(jnp.sum(_starts(segments_bt), axis=1))
-    return lax.switch(sum((runs > limit).astype(jnp.int32) for limit in most), branches, *operands)
+    return sum((runs > most).astype(jnp.int32) for most in (1, FEW, RUNS))  # pyright: ignore[reportReturnType]
 
 
 def _kept_forward(q_bthk, k_btgk, v_btgk, segments_bt, scale):
