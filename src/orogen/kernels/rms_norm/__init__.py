@@ -34,8 +34,8 @@ def rms_norm(
     u is x, or with a gate x · silu(gate). `reduce_sum` sums over the ranks that share a group, if there are several:
     the arrays then hold a part of one group's channels. None: each group is whole.
 
-    Raises ValueError if shapes disagree, ε is not above 0, the name is unknown, or the implementation cannot run here or
-    sum over ranks.
+    Raises ValueError if shapes disagree, ε is not above 0, the name is unknown, or the implementation cannot run here
+    or sum over ranks.
     Sources: arXiv:1910.07467; RMSNormGated of state-spaces/mamba, which gates before it normalises.
     """
     if implementation not in IMPLEMENTATIONS:
