@@ -1,5 +1,6 @@
 """Benchmarks of single operations, tiny: what they check before they time, count and draw. None looks at speed."""
 
+import argparse
 import importlib.util
 import json
 
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from orogen.bench import attention, grouped_matmul, operation, ssd
+from orogen.bench import attention, command, grouped_matmul, operation, ssd, timing, train_peer
 from orogen.bench.operation import bench, read_shape, relative_error
 from orogen.bench.roofline import draw_roofline
 from orogen.config.checks import ConfigError
@@ -51,27 +52,35 @@ def test_every_work_is_right_and_timed(name):
     assert set(facts["ceilings"]) == {"matmul_tflops", "copy_tb_per_second"}
 
 
+def places(name, array, operands):
+    """Indices of the parts that a result is made of: the first, a middle one and the last."""
+    if name == "grouped_matmul":
+        sizes_e = operands.host_sizes_e
+        found = range(len(sizes_e)) if array.ndim == 3 else (np.cumsum(sizes_e) - sizes_e)[sizes_e > 0]
+    elif array.ndim == 1:
+        found = range(len(array))
+    else:
+        found = [(row, slice(None), head) for row, head in np.ndindex(array.shape[0], array.shape[2])]
+    return [found[0], found[len(found) // 2], found[-1]]
+
+
 @operations
-@pytest.mark.parametrize("work", [0, -1])
-def test_a_wrong_result_is_not_timed(name, work):
-    """Every array of every result in turn, one element of what is compared moved."""
-    right = module(name).OPERATION
-    chosen = TINY[name][2][work]
-    arrays = {"forward_backward": 4 if name == "attention" else 6}.get(chosen, 1)
-    for index in range(arrays):
-
-        def spoiled(shape, operands, implementation, index=index):
-            made = right.ours(shape, operands, implementation)
-
-            def read(result):
-                parts = list(result) if isinstance(result, tuple) else [result]
-                parts[index] = parts[index].at[...].multiply(1.05)
-                return tuple(parts) if isinstance(result, tuple) else parts[0]
-
-            return {**made, chosen: made[chosen]._replace(read=read)}
-
-        (record,) = run(name, operation=right._replace(ours=spoiled))["records"]
-        assert record["correct"] is False and "ms" not in record
+@pytest.mark.parametrize("work", [0, 1, -1])
+def test_a_wrong_part_of_a_result_is_not_timed(name, work):
+    """Every array of a result in turn, one group, head of a row, or row of it moved."""
+    right, chosen = module(name).OPERATION, TINY[name][2][work]
+    shape = read_shape(right, TINY[name][0])
+    operands = right.draw(shape, 3)
+    made = right.ours(shape, operands, TINY[name][1])
+    result = made[chosen].start()
+    arrays = result if isinstance(result, tuple) else (result,)
+    for index, array in enumerate(arrays):
+        for place in places(name, array, operands):
+            wrong = (*arrays[:index], array.at[place].set(2 * array[place] + 0.01), *arrays[index + 1 :])
+            read = lambda _, wrong=wrong: wrong if isinstance(result, tuple) else wrong[0]  # noqa: E731
+            spoiled = {**made, chosen: made[chosen]._replace(read=read)}
+            (record,) = run(name, operation=right._replace(ours=lambda *_, spoiled=spoiled: spoiled))["records"]
+            assert record["correct"] is False and "ms" not in record, (index, place)
 
 
 @operations
@@ -136,6 +145,26 @@ def test_shapes_are_read_or_refused():
             read_shape(op, wrong)
 
 
+@pytest.mark.parametrize("empty", [5, 7])
+def test_some_group_has_rows(empty):
+    with pytest.raises(ConfigError, match=f"empty={empty}; expected 0 or more, and fewer than e=5"):
+        run("grouped_matmul", shapes=["n=8,d=4,f=4,e=5,empty=0", f"n=8,d=4,f=4,e=5,empty={empty}"])
+
+
+def test_sizes_are_refused_before_any_is_timed(monkeypatch):
+    monkeypatch.setattr(operation, "time_in_turn", lambda *_, **__: pytest.fail("timed"))
+    with pytest.raises(ConfigError, match="documents=5; expected a divisor"):
+        run("attention", shapes=[TINY["attention"][0], "t=24,documents=5"])
+
+
+def test_ceilings_off_a_gpu_are_of_small_arrays(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(timing, "compiled", lambda function, *arrays: sizes.extend(a.size for a in arrays))
+    monkeypatch.setattr(timing, "time_in_turn", lambda programs, samples: dict.fromkeys(programs, [1.0]))
+    timing.ceilings(samples=1)
+    assert max(sizes) <= 2**22
+
+
 def test_refusals_of_the_command(refused, monkeypatch, tmp_path):
     uneven = "b=1,t=16,h=6,p=4,g=4,n=4,c=8"
     assert refused("bench", "ssd", "--shape", uneven) == (
@@ -150,6 +179,59 @@ def test_refusals_of_the_command(refused, monkeypatch, tmp_path):
     assert refused("bench", "ssd", "--peer", "torch") == (
         "--peer torch: torch not installed; expected the extra `peer` (orogen[peer])"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "owners"),
+    [
+        ("ssd", ["--model", "r2"], "train"),
+        ("ssd", ["--whole_step"], "train"),
+        ("attention", ["--turns", "2"], "train"),
+        ("grouped_matmul", ["--models", "dense"], "cpu_train"),
+        ("train", ["--shape", "nano"], "ssd, grouped_matmul, attention"),
+        ("cpu_train", ["--profile", "D"], "ssd, grouped_matmul, attention, train"),
+        ("cpu_train", ["--gin_bindings", "A.b=1"], "train"),
+    ],
+)
+def test_options_of_other_benchmarks_are_refused(refused, name, option, owners):
+    assert refused("bench", name, *option) == f"{option[0]} with {name}; expected it with {owners} only"
+
+
+def test_no_implementation_is_refused(refused):
+    assert refused("bench", "ssd", "--implementations", "").startswith("implementation ''; expected some of chunked")
+
+
+def test_every_option_has_a_place_and_a_default():
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser, int)
+    shared = {"help", "name", "peer", "steps"}
+    assert {a.dest for a in parser._actions} - shared == {o for own in command.DEFAULTS.values() for o in own}
+    assert set(vars(parser.parse_args(["ssd"]))) == shared - {"help"}
+    options = command._complete(parser.parse_args(["ssd", "--shape", "a", "--shape", "b"]))
+    assert (options.shape, options.implementations, options.roofline) == (["a", "b"], "chunked", None)
+
+
+@pytest.mark.parametrize("file", ["picture.xyz", "picture", "folder.png", "nowhere/picture.png"])
+def test_a_picture_that_cannot_be_drawn_is_refused_at_once(refused, monkeypatch, tmp_path, file):
+    monkeypatch.setattr(operation, "bench", lambda *_, **__: pytest.fail("timed"))
+    (tmp_path / "folder.png").mkdir()
+    line = refused("bench", "ssd", "--roofline", tmp_path / file)
+    assert line.startswith(f"--roofline {str(tmp_path / file)!r}; expected a file in a folder that exists, its ending ")
+
+
+@pytest.mark.parametrize("name", ["ssd", "train"])
+@pytest.mark.parametrize("folder", ["file", "file/below"])
+def test_a_trace_that_cannot_be_written_is_refused_at_once(refused, monkeypatch, tmp_path, name, folder):
+    monkeypatch.setattr(operation, "bench", lambda *_, **__: pytest.fail("timed"))
+    (tmp_path / "file").write_text("")
+    line = refused("bench", name, "--profile", tmp_path / folder)
+    assert line == f"--profile {str(tmp_path / folder)!r}; expected a folder, there or not"
+
+
+def test_what_a_process_refuses_is_refused(refused, monkeypatch):
+    monkeypatch.setattr(train_peer, "require_peer", lambda name: None)
+    line = refused("bench", "train", "--peer", "torch")
+    assert line.startswith("train runs on a GPU of compute capability 9.0 (Hopper), found cpu; expected other choices")
 
 
 def test_a_missing_peer_is_one_record_with_the_reason(monkeypatch):

@@ -112,6 +112,8 @@ def test_options_that_do_not_go_together(monkeypatch):
 
 def test_a_process_that_fails_is_an_error():
     with pytest.raises(RuntimeError, match="the process of orogen.bench.train ended with status 1"):
+        Worker("orogen.bench.train", {})
+    with pytest.raises(ConfigError, match="--model 'r2'; expected the name of a file in "):
         Worker("orogen.bench.train", {"work": {"model": "r2", "bindings": []}, "tokens": None})
 
 

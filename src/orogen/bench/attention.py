@@ -3,6 +3,7 @@
 Letters: b batch, t time, h query heads, g key heads, k head size, r query heads of a key head.
 """
 
+import itertools
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from orogen.bench.operation import MissingError, Operation, Shape, Work, relative_error
+from orogen.bench.operation import MissingError, Operation, Shape, Work, largest_errors, not_finite
 from orogen.bench.timing import Program, compiled
 from orogen.config.checks import ConfigError
 from orogen.kernels.attention import IMPLEMENTATIONS, attention
@@ -121,39 +122,44 @@ def peer(shape: Shape, operands: Operands, implementation: str) -> dict[str, Pro
 
 
 def check(shape: Shape, operands: Operands, results: dict[str, Any]) -> dict[str, float]:
-    """Errors against float32 attention with all scores, of the last row and its last key head's query heads."""
-    exact = jax.jit(_exact, static_argnums=(5, 6))(*operands, shape["h"] // shape["g"], shape["k"] ** -0.5)
-    ratio = shape["h"] // shape["g"]
-    got = results["forward"][-1, :, -ratio:], *_last(results["forward_backward"], ratio)
+    """Errors against float32 attention with all scores, each the largest of a row's key head and its query heads."""
     names = ("forward", "forward_again", "gradient_q", "gradient_k", "gradient_v")
-    errors = {n: relative_error(a, b) for n, a, b in zip(names, got, (exact[0], *exact), strict=True)}
-    every = jax.tree.leaves(results)
-    return {**errors, "not_finite": float(sum(jnp.sum(~jnp.isfinite(result)) for result in every))}
+    every = results["forward"], *results["forward_backward"]
+    places = itertools.product(range(shape["b"]), range(shape["g"]))
+    errors = largest_errors(names, (_part(operands, every, row, head) for row, head in places))
+    return {**errors, "not_finite": not_finite(results)}
 
 
-def _last(results: tuple[Array, ...], ratio: int) -> tuple[Array, ...]:
-    """y, dq, dk, dv of the last row, key head and its query heads."""
-    y_bthk, dq_bthk, dk_btgk, dv_btgk = results
-    return y_bthk[-1, :, -ratio:], dq_bthk[-1, :, -ratio:], dk_btgk[-1, :, -1], dv_btgk[-1, :, -1]
+@jax.jit
+def _part(operands: Operands, results: tuple[Array, ...], row: Array, head: Array) -> Any:
+    """One row's and key head's part of the results, and what attention with all scores gives for them."""
+    groups = operands.k_btgk.shape[2]
+
+    def cut(array: Array) -> Array:
+        size = array.shape[2] // groups
+        return lax.dynamic_slice_in_dim(lax.dynamic_slice_in_dim(array, row, 1), head * size, size, 2)
+
+    q_1trk, k_1t1k, v_1t1k, grad_1trk = (cut(a).astype(jnp.float32) for a in (*operands[:3], operands.grad_bthk))
+    segments_1t = lax.dynamic_slice_in_dim(operands.segments_bt, row, 1)
+    y_1trk, *gradients = _exact(q_1trk, k_1t1k, v_1t1k, segments_1t, grad_1trk)
+    return tuple(map(cut, results)), (y_1trk, y_1trk, *gradients)
 
 
-def _exact(q_bthk, k_btgk, v_btgk, segments_bt, grad_bthk, ratio: int, scale: float) -> tuple[Array, ...]:
-    """y, dq (t, r, k), dk, dv (t, k) in float32, one query head at a time: its scores are t² numbers."""
-    wide = lambda a: a[-1:].astype(jnp.float32)  # noqa: E731
-    keys, values = wide(k_btgk)[:, :, -1:], wide(v_btgk)[:, :, -1:]
-    by_head = lambda a: jnp.moveaxis(wide(a)[:, :, -ratio:], 2, 0)[:, :, :, None]  # noqa: E731
+def _exact(q_1trk: Array, k_1t1k: Array, v_1t1k: Array, segments_1t: Array, grad_1trk: Array) -> tuple[Array, ...]:
+    """y, dq (1, t, r, k), dk, dv (1, t, 1, k) in float32, one query head at a time: its scores are t² numbers."""
+    run = partial(attention, segments_bt=segments_1t, scale=q_1trk.shape[-1] ** -0.5, implementation="full")
+    by_head = lambda a: jnp.moveaxis(a, 2, 0)[:, :, :, None]  # noqa: E731
 
     def one(sums, inputs):
         q_1t1k, grad_1t1k = inputs
-        run = partial(attention, segments_bt=segments_bt[-1:], scale=scale, implementation="full")
-        y_1t1k, back = jax.vjp(run, q_1t1k, keys, values)
+        y_1t1k, back = jax.vjp(run, q_1t1k, k_1t1k, v_1t1k)
         dq_1t1k, *shared = back(grad_1t1k)
-        return jax.tree.map(jnp.add, sums, tuple(shared)), (y_1t1k[0, :, 0], dq_1t1k[0, :, 0])
+        return jax.tree.map(jnp.add, sums, tuple(shared)), (y_1t1k[:, :, 0], dq_1t1k[:, :, 0])
 
     with jax.default_matmul_precision("highest"):
-        zeros = (jnp.zeros_like(keys), jnp.zeros_like(values))
-        (dk, dv), (y_rtk, dq_rtk) = lax.scan(one, zeros, (by_head(q_bthk), by_head(grad_bthk)))
-    return jnp.swapaxes(y_rtk, 0, 1), jnp.swapaxes(dq_rtk, 0, 1), dk[0, :, 0], dv[0, :, 0]
+        zeros = (jnp.zeros_like(k_1t1k), jnp.zeros_like(v_1t1k))
+        (dk_1t1k, dv_1t1k), (y_r1tk, dq_r1tk) = lax.scan(one, zeros, (by_head(q_1trk), by_head(grad_1trk)))
+    return jnp.moveaxis(y_r1tk, 0, 2), jnp.moveaxis(dq_r1tk, 0, 2), dk_1t1k, dv_1t1k
 
 
 OPERATION = Operation(

@@ -1,6 +1,7 @@
 """`orogen bench`: its options, and which benchmark they ask for. Importing this does not import jax."""
 
 import argparse
+import functools
 import importlib
 import json
 import os
@@ -15,6 +16,18 @@ from orogen.config.checks import ConfigError
 OPERATIONS = {"ssd": "chunked", "grouped_matmul": "blocks", "attention": "blocked"}
 NAMES = ("cpu_train", *OPERATIONS, "train")
 LARGEST_SEED = 2**31 - 1
+# Options that some benchmarks have, by benchmark, with what they are if not given.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "cpu_train": {"models": "dense,moe"},
+    **{
+        name: {"implementations": usual, "shape": (), "seed": None, "roofline": None, "profile": None}
+        for name, usual in OPERATIONS.items()
+    },
+    "train": {
+        "model": "r1", "rows": None, "sequence_length": 8192, "whole_step": False, "turns": 2, "gin_bindings": (),
+        "profile": None,
+    },
+}  # fmt: skip
 
 
 def add_arguments(task: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
@@ -27,25 +40,29 @@ def add_arguments(task: argparse.ArgumentParser, positive: Callable[[str], int])
     )
     task.add_argument("--peer", choices=("torch",), help="torch, or transformers on it, in turn; from the extra `peer`")
     task.add_argument("--steps", type=positive, default=15, help="counted steps, or samples, of each program")
-    task.add_argument("--profile", type=Path, metavar="DIR", help="write a trace of the device there")
-    cpu = task.add_argument_group("cpu_train")
-    cpu.add_argument("--models", default="dense,moe", metavar="A,B")
-    one = task.add_argument_group("one operation")
+    task.add_argument(
+        "--profile", type=Path, default=argparse.SUPPRESS, metavar="DIR", help="write a trace of the device there"
+    )
+    group = functools.partial(task.add_argument_group, argument_default=argparse.SUPPRESS)  # DEFAULTS has them
+    cpu = group("cpu_train")
+    cpu.add_argument("--models", metavar="A,B")
+    one = group("one operation")
     one.add_argument("--implementations", metavar="A,B", help="those of the operation's folder in orogen/kernels")
-    one.add_argument("--shape", action="append", default=[], metavar="S", help="a name, or sizes as b=2,t=8192")
+    one.add_argument("--shape", action="append", metavar="S", help="a name, or sizes as b=2,t=8192")
     one.add_argument("--seed", type=int, help="of the operands; drawn anew without it")
     one.add_argument("--roofline", type=Path, metavar="FILE.png", help="draw achieved against measured ceilings there")
-    whole = task.add_argument_group("train")
-    whole.add_argument("--model", default="r1", metavar="NAME", help="of gin_configs/models")
+    whole = group("train")
+    whole.add_argument("--model", metavar="NAME", help="of gin_configs/models")
     whole.add_argument("--rows", type=positive, help="of a microbatch; without it as many as hold 16,384 tokens")
-    whole.add_argument("--sequence_length", type=positive, default=8192, metavar="T")
+    whole.add_argument("--sequence_length", type=positive, metavar="T")
     whole.add_argument("--whole_step", action="store_true", help="with the optimizer, and microbatches")
-    whole.add_argument("--turns", type=positive, default=2, help="blocks of steps of each program, with --peer")
-    whole.add_argument("--gin_bindings", action="append", default=[], metavar="X.y=1", help="on top of the benchmark's")
+    whole.add_argument("--turns", type=positive, help="blocks of steps of each program, with --peer")
+    whole.add_argument("--gin_bindings", action="append", metavar="X.y=1", help="on top of the benchmark's")
 
 
 def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[str], bool]:
     """What was measured, as one object and as lines, and whether everything was right. Raises ConfigError."""
+    options = _complete(options)
     if options.name in OPERATIONS:
         facts = _operation(options)
         records = facts["records"]
@@ -60,22 +77,49 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[str], bool]:
     return facts, json.dumps(facts, indent=2).splitlines(), True
 
 
+def _complete(options: argparse.Namespace) -> argparse.Namespace:
+    """The options, with the benchmark's own defaults. Raises ConfigError on another's, and on files to write."""
+    own = DEFAULTS[options.name]
+    for option in vars(options):
+        names = [name for name, defaults in DEFAULTS.items() if option in defaults]
+        if names and options.name not in names:
+            raise ConfigError(f"--{option} with {options.name}; expected it with {', '.join(names)} only")
+    options = argparse.Namespace(**{**own, **vars(options)})
+    if "profile" in own and options.profile is not None:
+        _check_folder(options.profile)
+    if "roofline" in own and options.roofline is not None:
+        _check_picture(options.roofline)
+    return options
+
+
+def _check_folder(profile: Path) -> None:
+    if not next(path for path in (profile, *profile.parents) if path.exists()).is_dir():
+        raise ConfigError(f"--profile {str(profile)!r}; expected a folder, there or not")
+
+
+def _check_picture(file: Path) -> None:
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    endings = FigureCanvasBase.get_supported_filetypes()
+    if file.suffix[1:].lower() not in endings or file.is_dir() or not file.parent.is_dir():
+        raise ConfigError(
+            f"--roofline {str(file)!r}; expected a file in a folder that exists, its ending one of {', '.join(endings)}"
+        )
+
+
 def _operation(options: argparse.Namespace) -> dict[str, Any]:
     if options.peer is not None:  # torch allocates on the same GPU
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     seed = int.from_bytes(os.urandom(3)) if options.seed is None else options.seed
     if not 0 <= seed <= LARGEST_SEED:
         raise ConfigError(f"--seed {seed}; expected a whole number from 0 to 2**31 - 1")
-    if options.roofline is not None and not options.roofline.parent.is_dir():
-        raise ConfigError(f"--roofline {str(options.roofline)!r}; expected a file in a folder that exists")
     from orogen.bench.operation import bench
     from orogen.bench.roofline import draw_roofline
 
     operation = importlib.import_module(f"orogen.bench.{options.name}").OPERATION
-    names = options.implementations or OPERATIONS[options.name]
     facts = bench(
-        operation, shapes=options.shape, implementations=names.split(","), peer=options.peer, samples=options.steps,
-        seed=seed, profile=options.profile,
+        operation, shapes=options.shape, implementations=options.implementations.split(","), peer=options.peer,
+        samples=options.steps, seed=seed, profile=options.profile,
     )  # fmt: skip
     for missing in dict.fromkeys(record["missing"] for record in facts["records"] if "missing" in record):
         print(f"not timed: {missing}", file=sys.stderr)
@@ -85,7 +129,7 @@ def _operation(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _train(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
-    # A whole step of R1 takes 73 GB of an H100's 85; jax's own limit is three quarters.
+    # A whole step of R1 takes 65.7 GB of an H100's 85; jax's own limit is three quarters.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     from orogen.bench.train import Workload, bench
     from orogen.bench.train_peer import UnequalError, compare

@@ -2,11 +2,12 @@
 
 import contextlib
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from orogen.bench.timing import Program, ceilings, summary, time_in_turn
@@ -31,8 +32,9 @@ class Operation(NamedTuple):
     """An operation as the benchmark sees it. A work is a part of it with a name, such as `forward`.
 
     shapes: sizes by name; the first one's names are those that any shape has. draw: operands of a shape, by seed.
-    works: each work by paper. ours: programs by work, of an implementation. peers: the names of the peer's
-    implementations. peer: programs by work, of one of these; raises MissingError.
+    works: each work by paper; raises ConfigError on sizes that do not go together. ours: programs by work, of an
+    implementation. peers: the names of the peer's implementations. peer: programs by work, of one of these; raises
+    MissingError.
     check: the relative error of every result, given the results of one implementation's works.
     """
 
@@ -71,6 +73,8 @@ def bench(
     if peer is not None and importlib.util.find_spec("torch") is None:
         raise ConfigError(f"--peer {peer}: torch not installed; expected the extra `peer` (orogen[peer])")
     chosen = {text: read_shape(operation, text) for text in shapes or operation.shapes}
+    for shape in chosen.values():
+        operation.works(shape)  # sizes that do not go together are refused before any is timed
     records = []
     with jax.profiler.trace(str(profile)) if profile else contextlib.nullcontext():
         for name, shape in chosen.items():
@@ -78,7 +82,7 @@ def bench(
             records += [{**facts, **r} for r in _bench_shape(operation, shape, implementations, peer, samples, seed)]
     return {
         "bench": operation.name, "device": f"one {jax.devices()[0].device_kind}", "jax": jax.__version__, "seed": seed,
-        "samples": samples, "ceilings": ceilings(samples=samples, **(ceiling_sizes or {})), "records": records,
+        "samples": samples, "ceilings": ceilings(samples=samples, sizes=ceiling_sizes), "records": records,
     }  # fmt: skip
 
 
@@ -147,3 +151,17 @@ def relative_error(result: Any, reference: Any) -> float:
     if size == 0:
         return float("inf") if difference else 0.0
     return float(difference / size)
+
+
+def largest_errors(names: Sequence[str], parts: Iterable[tuple[Sequence[Any], Sequence[Any]]]) -> dict[str, float]:
+    """The largest relative error of each named result, over the parts it is compared in; NaN if one is.
+
+    parts: of each, what the results hold there and what the references do, in the order of the names.
+    """
+    errors = [[relative_error(a, b) for a, b in zip(mine, exact, strict=True)] for mine, exact in parts]
+    return dict(zip(names, np.max(errors, axis=0).tolist(), strict=True))
+
+
+def not_finite(results: Any) -> float:
+    """How many numbers of all results are not finite."""
+    return float(sum(jnp.sum(~jnp.isfinite(result)) for result in jax.tree.leaves(results)))

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 CALLS = 10  # a sample; only the last is waited for, so that the host's own time hides behind the device's
-MATRIX, COPIED = 8192, 2**30  # of the ceilings: rows of a square bfloat16 matrix, and elements copied
+# Of the ceilings: rows of a square bfloat16 matrix, and elements copied; off a GPU those take minutes.
+ON_GPU, ELSEWHERE = {"matrix": 8192, "copied": 2**30}, {"matrix": 1024, "copied": 2**22}
 
 
 class Program(NamedTuple):
@@ -54,11 +55,14 @@ def summary(milliseconds: Sequence[float]) -> dict[str, float]:
     return {name: round(value, 4) for name, value in named.items()}
 
 
-def ceilings(*, samples: int, matrix: int = MATRIX, copied: int = COPIED) -> dict[str, float]:
+def ceilings(*, samples: int, sizes: Mapping[str, int] | None = None) -> dict[str, float]:
     """TFLOP/s of a product of two square bfloat16 matrices, and TB/s of a copy, bytes read and bytes written.
 
-    Random numbers: a product of zeros is faster (an eighth, on an H200).
+    sizes: as ON_GPU, which is taken on a GPU without them, and ELSEWHERE elsewhere. Random numbers: a product of zeros
+    is faster (an eighth, on an H200).
     """
+    sizes = sizes or (ON_GPU if jax.default_backend() == "gpu" else ELSEWHERE)
+    matrix, copied = sizes["matrix"], sizes["copied"]
     draw = lambda seed, shape: jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)  # noqa: E731
     left, right, array = draw(0, (matrix, matrix)), draw(1, (matrix, matrix)), draw(2, (copied,))
     programs = {"product": compiled(jnp.matmul, left, right), "copy": compiled(jnp.negative, array)}

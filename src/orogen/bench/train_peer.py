@@ -25,7 +25,8 @@ class UnequalError(Exception):
 def compare(work: Workload, *, peer: str, steps: int, turns: int, deterministic: bool = False) -> dict[str, Any]:
     """Both programs' losses, then `turns` blocks of `steps` passes of each in turn, and the ratio of the medians.
 
-    Raises ConfigError on a peer that is not installed, UnequalError if the losses are further apart than MOST_APART.
+    Raises ConfigError on a peer that is not installed and on what either process refuses, UnequalError if the losses
+    are further apart than MOST_APART.
     """
     require_peer(peer)
     if work.part != "forward_backward":

@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from orogen.config.checks import ConfigError
+
 
 class Worker:
     """A process that runs `python -m MODULE`, is told `settings` first and then answers what it is asked.
 
     facts: its first answer. Use it as a context manager, or `close` it, which waits for its end.
-    Raises RuntimeError if it ends before it answers.
+    Raises ConfigError on what the process refuses with one, RuntimeError if it ends before it answers.
     """
 
     def __init__(self, module: str, settings: Any, environment: Mapping[str, str] | None = None):
@@ -42,7 +44,10 @@ class Worker:
                 f"the process of {self._process.args[-1]} ended with status {self._process.wait()}; "  # pyright: ignore
                 "its own words are above"
             )
-        return json.loads(answer)
+        told = json.loads(answer)
+        if "refused" in told:
+            raise ConfigError(told["refused"])
+        return told["answer"]
 
     def close(self) -> None:
         """Lets the process end."""
@@ -58,12 +63,22 @@ class Worker:
 
 
 def serve(prepare: Callable[[Any], tuple[dict[str, Any], Callable[[Any], Any]]]) -> None:
-    """The process's side: `prepare` takes the settings and gives the facts and what answers each question."""
+    """The process's side: `prepare` takes the settings and gives the facts and what answers each question.
+
+    A line is {"answer": …}, or {"refused": …} with the words of a ConfigError, after which the process ends.
+    """
     answers, sys.stdout = sys.stdout, sys.stderr  # nothing but answers may reach the pipe
-    facts, answer = prepare(json.loads(sys.stdin.readline()))
-    print(json.dumps(facts), file=answers, flush=True)
-    for line in sys.stdin:
-        print(json.dumps(answer(json.loads(line))), file=answers, flush=True)
+
+    def tell(**told: Any) -> None:
+        print(json.dumps(told), file=answers, flush=True)
+
+    try:
+        facts, answer = prepare(json.loads(sys.stdin.readline()))
+        tell(answer=facts)
+        for line in sys.stdin:
+            tell(answer=answer(json.loads(line)))
+    except ConfigError as error:
+        tell(refused=str(error))
 
 
 def seconds_a_run(start: Callable[[], Any], wait: Callable[[Any], Any], runs: int) -> list[float]:
