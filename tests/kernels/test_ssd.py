@@ -20,7 +20,8 @@ from jax import numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from tests.helpers import implementations
 
-from orogen.kernels.ssd import IMPLEMENTATIONS, ssd
+from orogen.kernels.ssd import IMPLEMENTATIONS, ssd, triton
+from orogen.kernels.ssd.triton_kernels import tile
 
 FIXTURES = pathlib.Path(__file__).parent.parent / "fixtures" / "ssd"
 CASES = sorted(path.stem for path in FIXTURES.glob("*.npz"))
@@ -415,6 +416,16 @@ class TestTriton:
         ops, segments_bt = operands(t=40), segments((5, 12), t=40)
         first, second = (outcome(ops, segments_bt, implementation=implementation) for _ in range(2))
         assert_close(first, second, 0)
+
+
+@pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize("head_size", [64, 80, 256, 512])
+def test_a_wide_heads_states_fit_into_shared_memory(head_size: int, half: bool):
+    """Of an H100's multiprocessor: x and dy of a chunk, the rows of two states, and B and C beside them, unbuffered."""
+    launch = triton._launch(256, (2, 8192, 8, head_size), 128, half=half, interpret=True)
+    numbers = 2 * (launch.width + launch.far_states) * tile(head_size) + 2 * launch.width * launch.far_states
+    assert numbers * (2 if half else 4) <= 232_448
+    assert min(launch.width, launch.far_states) >= 16
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
