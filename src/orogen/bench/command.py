@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from orogen.config.checks import ConfigError
+from orogen.parallel.runtime import asks_for_same_bits
 
 # Benchmarks of one operation: the implementations that are timed by default run everywhere.
 OPERATIONS = {"ssd": "chunked", "grouped_matmul": "blocks", "attention": "blocked"}
 NAMES = ("cpu_train", *OPERATIONS, "train")
 LARGEST_SEED = 2**31 - 1
+TURNS = 2  # beside a peer
 # Options that some benchmarks have, by benchmark, with what they are if not given.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu_train": {"models": "dense,moe"},
@@ -24,7 +26,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         for name, usual in OPERATIONS.items()
     },
     "train": {
-        "model": "r1", "rows": None, "sequence_length": 8192, "whole_step": False, "turns": 2, "gin_bindings": (),
+        "model": "r1", "rows": None, "sequence_length": 8192, "whole_step": False, "turns": None, "gin_bindings": (),
         "profile": None,
     },
 }  # fmt: skip
@@ -138,14 +140,16 @@ def _train(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
         model=options.model, rows=options.rows, sequence_length=options.sequence_length,
         part="whole_step" if options.whole_step else "forward_backward", bindings=tuple(options.gin_bindings),
     )  # fmt: skip
-    deterministic = "deterministic" in options.xla
+    deterministic = asks_for_same_bits()
     if options.peer is None:
+        if options.turns is not None:
+            raise ConfigError(f"--turns {options.turns} without --peer; expected both")
         return bench(work, steps=options.steps, deterministic=deterministic, profile=options.profile), True
     if options.profile is not None:
         raise ConfigError("--profile with --peer; expected one of them: a trace slows both programs")
     try:
         return compare(
-            work, peer=options.peer, steps=options.steps, turns=options.turns, deterministic=deterministic
+            work, peer=options.peer, steps=options.steps, turns=options.turns or TURNS, deterministic=deterministic
         ), True
     except UnequalError as error:
         print(f"orogen: {error}", file=sys.stderr)

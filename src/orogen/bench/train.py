@@ -69,7 +69,7 @@ class Workload:
     """What is timed: a file's stem in gin_configs/models, rows of a microbatch, tokens of a row, gin bindings on top.
 
     rows: None is as many as hold TOKENS, at least one. part: `forward_backward`, of one microbatch with working copies
-    for weights, or `whole_step`.
+    for weights, or `whole_step`. Where XLA is asked for the same bits attention goes by blocks.
     """
 
     model: str = "r1"
