@@ -84,7 +84,7 @@ def make_mesh(folding: Folding, config: PlanConfig, *, abstract: bool) -> Mesh |
         fits = getattr(config, field) != kernel or jax.default_backend() == "gpu"
         require(fits, config, field, f"another on {jax.default_backend()}: {kernel} needs an NVIDIA GPU")
     # cuDNN's gradient then works in 9 GB for two rows of 8192 tokens and 32 heads of 128, else in 0.8 GB; if they are
-    # packed in 66 GB; and a program of several such layers fails as it runs (one H100, jax 0.11.2).
+    # packed in 71 GB; and a program of several such layers fails as it runs (one H100, jax 0.11.2).
     fits = config.attention != FOR_GPU["attention"] or not asks_for_same_bits()
     require(fits, config, "attention", "blocked where XLA is asked for the same bits (--xla deterministic)")
     for field in ("offload", "offload_optimizer"):
