@@ -34,14 +34,11 @@ def rms_norm(
     u is x, or with a gate x · silu(gate). `reduce_sum` sums over the ranks that share a group, if there are several:
     the arrays then hold a part of one group's channels. None: each group is whole.
 
-    Raises ValueError if shapes disagree, ε is not above 0, the name is unknown, or the implementation cannot run here
-    or sum over ranks.
+    Raises ValueError if shapes disagree, the name is unknown, or the implementation cannot run here or sum over ranks.
     Sources: arXiv:1910.07467; RMSNormGated of state-spaces/mamba, which gates before it normalises.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r}: expected one of {sorted(IMPLEMENTATIONS)}")
-    if not epsilon > 0:
-        raise ValueError(f"epsilon={epsilon}: expected above 0")
     channels = x.shape[-1]
     if weight_c.shape != (channels,):
         raise ValueError(f"weight has shape {weight_c.shape}: expected {(channels,)} beside x {x.shape}")

@@ -107,14 +107,14 @@ def _call(kernel, launch: Launch, operands: dict[str, Any], outputs: dict[str, A
 
 
 def _steps(launch: Launch, tokens: int, width: int, body, carry) -> Any:
-    """Runs body(rows, mask, carry) over the program's tokens."""
+    """Runs body(rows, in_time, mask, carry) over the program's tokens; in_time: which of the rows there are."""
     in_group = inside(jnp.arange(width), launch.group_size, width)
     first = pl.program_id(1) * launch.tokens
 
     def step(number: Array, carry):
         start = first + number * launch.rows
         in_time = inside(start + jnp.arange(launch.rows), tokens, launch.tokens)
-        return body(pl.ds(start, launch.rows), both(in_time, in_group), carry)
+        return body(pl.ds(start, launch.rows), in_time, both(in_time, in_group), carry)
 
     return lax.fori_loop(0, launch.tokens // launch.rows, step, carry)
 
@@ -128,7 +128,7 @@ def _forward_kernel(*refs, launch: Launch, tokens: int, names: tuple[str, ...]):
     width = ref["x"].shape[1]
     weight_c = load(ref["weight"], inside(jnp.arange(width), launch.group_size, width))
 
-    def body(rows, mask, carry):
+    def body(rows, _, mask, carry):
         u_rc = _read(ref["x"], rows, mask)
         if "z" in ref:
             z_rc = _read(ref["z"], rows, mask)
@@ -146,7 +146,7 @@ def _backward_kernel(*refs, launch: Launch, tokens: int, names: tuple[str, ...])
     in_group = inside(jnp.arange(width), launch.group_size, width)
     weight_c = load(ref["weight"], in_group)
 
-    def body(rows, mask, dweight_rc):
+    def body(rows, in_time, mask, dweight_rc):
         x_rc, dy_rc = _read(ref["x"], rows, mask), _read(ref["dy"], rows, mask)
         u_rc = x_rc
         if "z" in ref:
@@ -155,6 +155,8 @@ def _backward_kernel(*refs, launch: Launch, tokens: int, names: tuple[str, ...])
             silu_rc = z_rc * gate_rc
             u_rc = x_rc * silu_rc
         scale_r = lax.rsqrt(jnp.sum(u_rc * u_rc, axis=1) / launch.group_size + launch.epsilon)
+        # Rows past the end are zeros, whose scale without an epsilon is infinite.
+        scale_r = scale_r if in_time is None else jnp.where(in_time, scale_r, 0.0)
         v_rc = dy_rc * weight_c
         along_r = jnp.sum(u_rc * v_rc, axis=1) / launch.group_size * scale_r * scale_r
         du_rc = (v_rc - u_rc * along_r[:, None]) * scale_r[:, None]
