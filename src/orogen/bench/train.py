@@ -19,9 +19,10 @@ from orogen.bench.cpu_train import CONFIGS, random_batch
 from orogen.bench.weights import export_weights
 from orogen.bench.worker import seconds_a_run, serve
 from orogen.config.checks import ConfigError, require
-from orogen.config.load import load
+from orogen.config.load import load, parse
 from orogen.config.model import ModelConfig
 from orogen.config.plan import FOR_GPU, PlanConfig
+from orogen.config.reads import unread
 from orogen.config.run import RunConfig
 from orogen.model.lm import build, initial_state
 from orogen.parallel.plan import Plan, make_plan
@@ -94,8 +95,10 @@ class Workload:
         if asks_for_same_bits():
             usual["PlanConfig.attention"] = "'blocked'"
         # The batch depends on the number of microbatches and recomputation on the pattern, which the bindings say.
-        first, _ = load([file], [*_bindings(usual, self.bindings), f"TrainConfig.batch_size={2**20}"])
+        first, _ = parse([file], [*_bindings(usual, self.bindings), f"TrainConfig.batch_size={2**20}"])
         require(first.plan.devices == 1, first.plan, "devices", "1: the benchmark is of one device")
+        for setting in unread(first):  # kernels of layers that the model lacks
+            usual.pop(setting.name, None)
         entries = tuple(entry for letter, entry in CHEAP.items() if letter in first.model.layers.main)
         if entries and (self.part == "whole_step" or self.tokens > LONG):
             usual["PlanConfig.remat"] = repr(entries)

@@ -15,6 +15,7 @@ from gin.config_parser import BindingStatement, ConfigParser, ImportStatement, I
 
 from orogen.config.checks import ConfigError
 from orogen.config.model import ModelConfig
+from orogen.config.reads import require_read, without_unread
 from orogen.config.run import PARTS, RunConfig
 
 for _part in PARTS.values():
@@ -27,9 +28,21 @@ def load(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[Run
     A part is built if any binding names it, or if none of its fields is required. Includes are looked up beside the
     file of `files` that they come from, and in its parent folder. Raises ConfigError in one line on anything gin
     refuses (unknown class, field or file), on a field's own refusal, on a key bound twice in one file or in `bindings`,
-    on an import, and on bindings that nothing read: gin itself is silent on misspelt macros, unused scopes and
-    duplicate keys.
+    on an import, on bindings that an include overrides or that nothing read, and on settings that nothing reads
+    (config/reads.py): gin itself is silent on misspelt macros, unused scopes and duplicate keys.
     """
+    config, text = parse(files, bindings)
+    return require_read(config), text
+
+
+def load_saved(file: Path) -> RunConfig:
+    """The RunConfig of a `config.gin` that was written for a folder. A setting that nothing reads has its default: no
+    user binds these files' fields, and older versions wrote such settings down."""
+    return without_unread(parse([file])[0])
+
+
+def parse(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[RunConfig, str]:
+    """What `load` gives, whether or not anything reads its settings. Raises ConfigError on all else that it refuses."""
     gin.clear_config()
     logging.disable(logging.ERROR)  # gin logs each folder in which an include is not
     try:
@@ -110,9 +123,12 @@ def _check_bindings(bindings: Sequence[str]) -> None:
             _check_once(statement, seen, "gin bindings")
 
 
-def _check_statements(file: Path, folders: Sequence[Path], above: tuple[Path, ...]) -> None:
-    """Refuses what gin lets pass in `file` and in what it includes: a key bound twice, an import, a loop."""
+def _check_statements(file: Path, folders: Sequence[Path], above: tuple[Path, ...]) -> set[str]:
+    """The keys that `file` and what it includes bind. Refuses what gin lets pass in them: a key bound twice, an import,
+    a loop, an include that overrides what its file bound above it. Of two includes the later one wins, as of files.
+    """
     seen: set[str] = set()
+    included: set[str] = set()
     for statement in _statements(file):
         where = f"{file}, line {statement.location.line_num}"
         if isinstance(statement, ImportStatement):
@@ -124,9 +140,16 @@ def _check_statements(file: Path, folders: Sequence[Path], above: tuple[Path, ..
                 raise ConfigError(f"{where}: include {statement.filename!r} does not exist; expected it in {places}")
             if found in (*above, file):
                 raise ConfigError(f"{where}: include {statement.filename!r} leads back to itself")
-            _check_statements(found, folders, (*above, file))
+            keys = _check_statements(found, folders, (*above, file))
+            if overridden := sorted(keys & seen):
+                raise ConfigError(
+                    f"{where}: include {statement.filename!r} overrides {overridden[0]}, which is bound above it; "
+                    "expected the include before the binding"
+                )
+            included |= keys
         if isinstance(statement, BindingStatement):
             _check_once(statement, seen, where)
+    return seen | included
 
 
 def _check_once(statement: BindingStatement, seen: set[str], where: str) -> None:

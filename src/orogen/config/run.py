@@ -77,8 +77,8 @@ class OptimizerConfig:
     schedule: `cosine` from the peak to min_ratio x peak; `wsd` holds the peak and falls over the last decay_steps as
     1 - sqrt(progress) (Megatron's minus_sqrt); `constant`. All rise linearly over warmup_steps.
     muon takes the weight matrices, scaled to AdamW's step size so that one learning rate serves both, and AdamW
-    everything else: vectors, embedding, head, convolutions. moment_dtype: in which moments are kept between steps; they
-    are computed with in float32.
+    everything else: vectors, embedding, head, convolutions. beta1, beta2 and epsilon are AdamW's. moment_dtype:
+    in which moments are kept between steps; they are computed with in float32.
     """
 
     name: str = "adamw"
@@ -159,10 +159,13 @@ class RunConfig:
         if self.train is not None and self.data is not None and self.data.heldout_fraction == 0:
             expected = "0: DataConfig.heldout_fraction is 0, so there is nothing to compare on"
             require(self.train.ngram_order == 0, self.train, "ngram_order", expected)
-        if self.train is not None and self.optimizer is not None and self.optimizer.schedule == "wsd":
+        if self.train is not None and self.optimizer is not None:
             rising, steps = self.optimizer.warmup_steps, self.train.steps
-            expected = f"at most steps - warmup_steps = {steps} - {rising}"
-            require(rising + self.optimizer.decay_steps <= steps, self.optimizer, "decay_steps", expected)
+            expected = f"at most TrainConfig.steps = {steps}: the rate would not reach its peak"
+            require(rising <= steps, self.optimizer, "warmup_steps", expected)
+            if self.optimizer.schedule == "wsd":
+                expected = f"at most steps - warmup_steps = {steps} - {rising}"
+                require(rising + self.optimizer.decay_steps <= steps, self.optimizer, "decay_steps", expected)
         return self
 
 

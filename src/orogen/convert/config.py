@@ -9,42 +9,23 @@ from typing import Any
 
 from orogen.config.checks import ConfigError
 from orogen.config.model import ModelConfig
+from orogen.config.reads import layers_read, plain_model
 from orogen.convert.fields import Fields
 from orogen.convert.forms import FORMS, mtp_depths
 
 # What no config.json states and no output depends on: how a model trains, and where its pipeline is cut.
 FREE = ("router_aux_loss_coef", "router_z_loss_coef", "mtp_loss_scale", "mtp_depths", "chunk_size")
-# The letters whose layers read a field; a field that is not here, all do.
-READ_BY = {
-    "*w+": "num_attention_heads attention_bias rope_theta partial_rotary_factor rope_interleave yarn_factor "
-    "yarn_original_positions yarn_beta_fast yarn_beta_slow yarn_mscale yarn_mscale_all_dim yarn_truncate",
-    "*w": "num_key_value_heads head_dim qk_norm attention_sinks",
-    "w": "sliding_window",
-    "+": "q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim",
-    "-": "intermediate_size",
-    "-E": "mlp_hidden_act mlp_gated mlp_bias swiglu_limit",
-    "M": "mamba_num_heads mamba_head_dim n_groups chunk_size mamba_norm_groups time_step_min time_step_max",
-    "m": "mamba_intermediate_size time_step_rank",
-    "Mm": "ssm_state_size conv_kernel use_conv_bias mamba_proj_bias",
-    "E": "n_routed_experts num_experts_per_tok moe_intermediate_size moe_shared_expert_intermediate_size "
-    "moe_shared_expert_gate moe_latent_size router_score router_bias router_correction_bias norm_topk_prob "
-    "routed_scaling_factor n_group topk_group router_aux_loss_coef router_z_loss_coef",
-}
-LETTERS = {field: letters for letters, fields in READ_BY.items() for field in fields.split()}
-
-
-def relevant(pattern: str, field: str) -> bool:
-    """Whether a layer of the pattern reads the field."""
-    return bool(set(LETTERS.get(field, pattern)) & set(pattern))
 
 
 def difference(first: ModelConfig, second: ModelConfig, *, free: Iterable[str] = ()) -> str | None:
-    """The first field in which two models differ, None where they are the same; pipeline cuts are none."""
+    """The first field in which two models differ, None where they are the same; pipeline cuts are none, and fields that
+    nothing reads."""
+    first, second = plain_model(first), plain_model(second)
     for field in dataclasses.fields(ModelConfig):
         a, b = getattr(first, field.name), getattr(second, field.name)
         if field.name == "pattern":
             a, b = (first.layers.main, first.layers.mtp), (second.layers.main, second.layers.mtp)
-        if a != b and field.name not in free and relevant(first.pattern, field.name):
+        if a != b and field.name not in free:
             return field.name
     return None
 
@@ -73,7 +54,9 @@ def _read_config(fields: Fields, *, mtp: bool) -> tuple[str, ModelConfig]:
     if not mtp:
         found["pattern"] = found["pattern"].split("/")[0]
         found.pop("mtp_depths", None)
-    return family, ModelConfig(**{k: v for k, v in found.items() if relevant(found["pattern"], k)})
+    # A config.json states fields of layers that its model lacks.
+    model = ModelConfig(**{k: v for k, v in found.items() if layers_read(found["pattern"], k)})
+    return family, plain_model(model)
 
 
 def mtp_blocks(values: dict[str, Any]) -> int:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from orogen.config.checks import ConfigError
-from orogen.config.load import load, model_text
+from orogen.config.load import load_saved, model_text
 from orogen.config.model import ModelConfig
 from orogen.convert import names
 from orogen.convert.config import family_of, mtp_blocks, read_config, write_config
@@ -211,7 +211,7 @@ def _for_each(work: Callable[[str], None], tensors: list[str]) -> None:
 def model_config(folder: Path) -> ModelConfig:
     """The model of an Orogen checkpoint folder, or of a run folder. Raises ConfigError."""
     try:
-        config, _ = load([folder / CONFIG])
+        config = load_saved(folder / CONFIG)
     except ConfigError as error:
         raise ConfigError(f"{folder / CONFIG}: {error}") from None
     return config.need("model").model

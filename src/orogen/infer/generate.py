@@ -16,7 +16,7 @@ from flax import nnx
 from jax import Array, lax
 
 from orogen.config.checks import ConfigError
-from orogen.config.load import load
+from orogen.config.load import load_saved
 from orogen.config.model import ModelConfig
 from orogen.config.plan import FOR_GPU, PlanConfig
 from orogen.data.tokenizer import Tokenizer, check_rows
@@ -48,7 +48,7 @@ def load_checkpoint(folder: Path) -> Loaded:
     saved = folder / "config.gin"
     if not saved.is_file() or not (folder / "checkpoints").is_dir():
         raise ConfigError(f"checkpoint {str(folder)!r} is no run folder; expected one with config.gin and checkpoints/")
-    config, _ = load([saved])
+    config = load_saved(saved)
     # Kernels and products that run everywhere and in float32, and nothing away from the device.
     kernels = {field: getattr(PlanConfig, field) for field in FOR_GPU if getattr(config.plan, field) == FOR_GPU[field]}
     plain = {"linear": "plain", "offload": (), "offload_optimizer": False}

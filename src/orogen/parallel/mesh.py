@@ -10,16 +10,10 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from orogen.config.checks import ConfigError, require
 from orogen.config.model import ModelConfig
 from orogen.config.plan import FOR_GPU, PlanConfig
+from orogen.config.reads import layers_read
 from orogen.parallel.fold import FoldError, Folding, describe, expert_shards, fold, nearest
 from orogen.parallel.runtime import asks_for_same_bits
 
-# The layers that read a size; the others are of every model. A size that no layer reads is not cut.
-READ_BY = {
-    "num_attention_heads": "*w+", "num_key_value_heads": "*w", "q_lora_rank": "+", "kv_lora_rank": "+",
-    "intermediate_size": "-", "mamba_num_heads": "M", "n_groups": "M", "mamba_norm_groups": "M",
-    "mamba_intermediate_size": "m", "n_routed_experts": "E", "moe_intermediate_size": "E",
-    "moe_shared_expert_intermediate_size": "E",
-}  # fmt: skip
 # Backends with a memory of their own, from which arrays can be moved to the host's.
 HAS_HOST_MEMORY = ("gpu", "tpu")
 # Legal sizes are looked for up to twice this, or twice the model's size: no plan has more ranks.
@@ -121,8 +115,7 @@ def _checks(config: PlanConfig, model: ModelConfig) -> list[_Check]:
 
 def _read(model: ModelConfig, field: str) -> int | None:
     """The size, if a layer of the model reads it."""
-    letters = set(model.layers.main + model.layers.mtp)
-    return getattr(model, field) if field not in READ_BY or letters & set(READ_BY[field]) else None
+    return getattr(model, field) if layers_read(model.pattern, field) else None
 
 
 def _context_cuts(config: PlanConfig) -> list[tuple[str, str, int]]:

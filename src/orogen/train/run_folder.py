@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from orogen.config.checks import ConfigError
-from orogen.config.load import load
+from orogen.config.load import load_saved
 from orogen.config.run import RunConfig
 from orogen.train.metrics import write_atomically
 
@@ -72,7 +72,7 @@ def keep_orphaned_metrics(run_dir: Path) -> Path | None:
 
 def _saved_config(file: Path) -> RunConfig:
     try:
-        return load([file])[0]
+        return load_saved(file)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
 

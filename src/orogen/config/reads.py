@@ -1,0 +1,263 @@
+"""When each field of a config is read, and the settings of a run that nothing reads.
+
+A setting is a value that differs from its field's default. Whether a file binds the field is not asked: a dataclass
+reads all of its fields, so gin's operative text lists every default as bound, and a saved `config.gin` must load again.
+A binding equal to the default changes nothing either way.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from orogen.config.checks import ConfigError
+from orogen.config.model import LAYERS, ModelConfig
+from orogen.config.plan import PlanConfig
+from orogen.config.run import PARTS, RunConfig
+
+
+class Reader(NamedTuple):
+    """Fields that are read only if `holds`. needs: the parts of the run that `holds` looks at; where one is missing,
+    nothing is said of the fields. otherwise: what is so in a run that does not read them."""
+
+    fields: str
+    needs: tuple[str, ...]
+    holds: Callable[[RunConfig], bool]
+    otherwise: str
+
+
+class Setting(NamedTuple):
+    """A field that nothing reads though its value is not the default."""
+
+    part: str
+    field: str
+    value: Any
+    default: Any
+    otherwise: str
+
+    @property
+    def name(self) -> str:
+        """As gin binds it."""
+        return f"{PARTS[self.part].__name__}.{self.field}"
+
+
+def letters(model: ModelConfig) -> set[str]:
+    """Those of the model's layers, the multi-token-prediction block's included."""
+    return set(model.layers.main + model.layers.mtp)
+
+
+def _by_letters(read_by: str, fields: str) -> Reader:
+    names = " or ".join(f"{LAYERS[letter]} ({letter})" for letter in read_by)
+    return Reader(
+        fields, ("model",), lambda run: bool(set(read_by) & letters(run.model)), f"the model has no layers of {names}"
+    )
+
+
+def _of_model(fields: str, holds: Callable[[ModelConfig], bool], otherwise: str) -> Reader:
+    return Reader(fields, ("model",), lambda run: holds(run.model), otherwise)
+
+
+def _of_plan(fields: str, holds: Callable[[PlanConfig], bool], otherwise: str) -> Reader:
+    return Reader(fields, ("plan",), lambda run: holds(run.plan), otherwise)
+
+
+# The letters whose layers read a field of the model.
+MODEL_LETTERS = {
+    "*w+": "num_attention_heads attention_bias rope_theta partial_rotary_factor rope_interleave yarn_factor "
+    "yarn_original_positions yarn_beta_fast yarn_beta_slow yarn_mscale yarn_mscale_all_dim yarn_truncate",
+    "*w": "num_key_value_heads head_dim qk_norm attention_sinks",
+    "w": "sliding_window",
+    "+": "q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim",
+    "-": "intermediate_size",
+    "-E": "mlp_hidden_act mlp_gated mlp_bias swiglu_limit",
+    "M": "mamba_num_heads mamba_head_dim n_groups chunk_size mamba_norm_groups time_step_min time_step_max",
+    "m": "mamba_intermediate_size time_step_rank",
+    "Mm": "ssm_state_size conv_kernel use_conv_bias mamba_proj_bias",
+    "E": "n_routed_experts num_experts_per_tok moe_intermediate_size moe_shared_expert_intermediate_size "
+    "moe_shared_expert_gate moe_latent_size router_score router_bias router_correction_bias norm_topk_prob "
+    "routed_scaling_factor n_group topk_group router_aux_loss_coef router_z_loss_coef",
+}
+LETTERS = {field: read_by for read_by, fields in MODEL_LETTERS.items() for field in fields.split()}
+
+# By part, the fields that are read whatever the others say: what a choice means is the choice's own to refuse.
+ALWAYS = {
+    "model": "pattern vocab_size hidden_size norm layer_norm_epsilon tie_word_embeddings learned_positions",
+    "plan": "data context tensor stage fsdp microbatches unroll remat offload offload_optimizer cross_entropy",
+    "data": "corpus tokenizer vocab_size heldout_fraction tuning_fraction shuffle",
+    "train": "steps batch_size sequence_length seed compute_dtype checkpoint_every keep_checkpoints max_skipped_steps "
+    "sample_prompts sample_tokens",
+    # With Muon, AdamW's beta1, beta2 and epsilon are those of the parameters that Muon leaves to it.
+    "optimizer": "name learning_rate schedule warmup_steps beta1 beta2 epsilon weight_decay clip_norm moment_dtype",
+}
+# By part, the others. A field may stand in several lines: all must hold. The model's depend on the model alone, for one
+# model file serves many plans.
+READERS: dict[str, tuple[Reader, ...]] = {
+    "model": (
+        *(_by_letters(read_by, fields) for read_by, fields in MODEL_LETTERS.items()),
+        _of_model(
+            "partial_rotary_factor rope_interleave yarn_factor yarn_original_positions yarn_beta_fast yarn_beta_slow "
+            "yarn_mscale yarn_mscale_all_dim yarn_truncate",
+            lambda model: model.rope_theta is not None,
+            "ModelConfig.rope_theta is None",
+        ),
+        _of_model(
+            "yarn_original_positions yarn_beta_fast yarn_beta_slow yarn_mscale yarn_mscale_all_dim yarn_truncate",
+            lambda model: model.yarn_factor is not None,
+            "ModelConfig.yarn_factor is None",
+        ),
+        _of_model(
+            "yarn_mscale",
+            lambda model: model.yarn_mscale_all_dim is not None,
+            "ModelConfig.yarn_mscale_all_dim is None",
+        ),
+        _of_model(
+            "yarn_mscale_all_dim",
+            lambda model: model.yarn_mscale is not None or "+" in letters(model),
+            "ModelConfig.yarn_mscale is None, and the model has no layers of multi-head latent attention (+)",
+        ),
+        _of_model(
+            "norm_topk_prob",
+            lambda model: model.router_score != "softmax_topk",
+            "weights of ModelConfig.router_score = 'softmax_topk' add up to one anyway",
+        ),
+        _of_model("topk_group", lambda model: model.n_group > 1, "ModelConfig.n_group is 1"),
+        _of_model(
+            "mtp_depths mtp_loss_scale", lambda model: bool(model.layers.mtp), "ModelConfig.pattern has no part after /"
+        ),
+    ),
+    "plan": (
+        _by_letters(
+            "E",
+            "expert expert_tensor dispatch capacity_factor drop_policy buffer_factor grouped_matmul permutation",
+        ),
+        _by_letters("*w+", "attention context_attention"),
+        _by_letters("M", "ssd"),
+        _by_letters("m", "selective_scan"),
+        _by_letters("Mm", "causal_conv1d context_ssm"),
+        _of_plan(
+            "drop_policy", lambda plan: plan.capacity_factor is not None, "PlanConfig.capacity_factor is None: no drops"
+        ),
+        _of_plan("buffer_factor", lambda plan: plan.dispatch == "ragged", "PlanConfig.dispatch is not 'ragged'"),
+        _of_plan("fsdp_size", lambda plan: plan.fsdp != "none", "PlanConfig.fsdp is 'none'"),
+        _of_plan("context_attention context_ssm shift", lambda plan: plan.context > 1, "PlanConfig.context is 1"),
+        _of_plan("schedule virtual", lambda plan: plan.stage > 1, "PlanConfig.stage is 1"),
+        _of_plan(
+            "logit_rows", lambda plan: plan.cross_entropy == "chunked", "PlanConfig.cross_entropy is not 'chunked'"
+        ),
+        _of_plan("quantize", lambda plan: plan.linear == "fp8", "PlanConfig.linear is not 'fp8'"),
+        _of_model(
+            "linear",
+            lambda model: _has_dense_products(model),
+            "no layer but the first and the last, which compute nothing in 8 bits, has a dense product",
+        ),
+        _of_model(
+            "rms_norm",
+            lambda model: model.norm == "rms" or "M" in letters(model),
+            f"ModelConfig.norm is not 'rms', and the model has no layers of {LAYERS['M']} (M)",
+        ),
+    ),
+    "data": (
+        Reader(
+            "text_field",
+            ("data",),
+            lambda run: run.data.corpus != "stdlib" and not run.data.corpus.endswith(".txt"),
+            "DataConfig.corpus is plain text, without fields",
+        ),
+        Reader(
+            "seed",
+            ("data",),
+            lambda run: run.data.heldout_fraction > 0 or run.data.tuning_fraction > 0,
+            "DataConfig.heldout_fraction and .tuning_fraction are 0: every document is trained on",
+        ),
+    ),
+    "train": (
+        Reader(
+            "router_bias_update_rate",
+            ("model",),
+            lambda run: "E" in letters(run.model) and run.model.router_correction_bias,
+            "the model has no routers (E) with ModelConfig.router_correction_bias",
+        ),
+        Reader(
+            "evaluate_every evaluate_rows ngram_order",
+            ("data",),
+            lambda run: run.data.heldout_fraction > 0,
+            "DataConfig.heldout_fraction is 0: there is nothing to evaluate on",
+        ),
+    ),
+    "optimizer": (
+        Reader(
+            "decay_steps",
+            ("optimizer",),
+            lambda run: run.optimizer.schedule == "wsd",
+            "OptimizerConfig.schedule is not 'wsd'",
+        ),
+        Reader(
+            "min_ratio",
+            ("optimizer",),
+            lambda run: run.optimizer.schedule != "constant",
+            "OptimizerConfig.schedule is 'constant'",
+        ),
+    ),
+}
+
+
+def _has_dense_products(model: ModelConfig) -> bool:
+    """Whether a layer between the first and the last has a product with a weight matrix that is not an expert's. The
+    multi-token-prediction block computes nothing in 8 bits."""
+    inner = set(model.layers.main[1:-1])
+    beside_experts = model.moe_latent_size or model.moe_shared_expert_intermediate_size
+    return bool(inner - {"E"}) or ("E" in inner and beside_experts is not None)
+
+
+def layers_read(pattern: str, field: str) -> bool:
+    """Whether a layer of the pattern reads the field of ModelConfig; one that no letter is named for, all do."""
+    return bool(set(LETTERS.get(field, pattern)) & set(pattern))
+
+
+def unread(run: RunConfig) -> list[Setting]:
+    """The settings that nothing reads, each with the first of its conditions that does not hold."""
+    found: dict[tuple[str, str], Setting] = {}
+    for part, readers in READERS.items():
+        config = getattr(run, part)
+        if config is None:
+            continue
+        defaults = {field.name: field.default for field in dataclasses.fields(config)}
+        for reader in readers:
+            if any(getattr(run, need) is None for need in reader.needs) or reader.holds(run):
+                continue
+            for field in reader.fields.split():
+                value = getattr(config, field)
+                if value != defaults[field]:
+                    setting = Setting(part, field, value, defaults[field], reader.otherwise)
+                    found.setdefault((part, field), setting)
+    return list(found.values())
+
+
+def require_read(run: RunConfig) -> RunConfig:
+    """The run itself. Raises ConfigError, in one line, with every setting that nothing reads and why."""
+    groups = itertools.groupby(sorted(unread(run), key=lambda s: s.otherwise), key=lambda s: s.otherwise)
+    if refusals := [_refusal(list(settings), otherwise) for otherwise, settings in groups]:
+        raise ConfigError("; ".join(refusals))
+    return run
+
+
+def _refusal(settings: list[Setting], otherwise: str) -> str:
+    values = ", ".join(f"{setting.name} is {setting.value!r}" for setting in settings)
+    defaults = ", ".join(repr(setting.default) for setting in settings)
+    return f"{values}; expected {defaults}, since nothing reads {'it' if len(settings) == 1 else 'them'}: {otherwise}"
+
+
+def without_unread(run: RunConfig) -> RunConfig:
+    """The run with the default of every field that nothing reads: equal in all that it does."""
+    while settings := unread(run):  # a default may be what another field's reader hung on
+        changed: dict[str, Any] = {}
+        for part in {setting.part for setting in settings}:
+            defaults = {setting.field: setting.default for setting in settings if setting.part == part}
+            changed[part] = dataclasses.replace(getattr(run, part), **defaults)
+        run = dataclasses.replace(run, **changed)
+    return run
+
+
+def plain_model(model: ModelConfig) -> ModelConfig:
+    """The model with the default of every field that it does not read, so that equal models compare equal."""
+    return without_unread(RunConfig(model=model, plan=PlanConfig())).model
