@@ -142,14 +142,24 @@ def _log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def _memory() -> Any:
+    """What the host and each device have left."""
+    from orogen.parallel.capacity import device_bytes, host_bytes
+    from orogen.simulate.fit import Memory
+
+    return Memory(host_bytes(), device_bytes())
+
+
 def train(options: argparse.Namespace) -> int:
     """`orogen train`."""
     config, text, origin = _load_with_checkpoint(options)
     config.need("model", "data", "train", "optimizer")
     from orogen.evaluate.summary import summarise
+    from orogen.simulate.fit import require_training_fits
     from orogen.train.loop import NonFiniteError, StoppedEarlyError
     from orogen.train.loop import train as run
 
+    require_training_fits(config, _memory())
     try:
         trained = run(config, text, options.run, resume=options.resume, origin=origin, log=_log)
     except NonFiniteError as error:
@@ -234,10 +244,14 @@ def _collectives(options: argparse.Namespace, config: RunConfig) -> tuple[dict[s
 def verify(options: argparse.Namespace) -> int:
     """`orogen verify`: simulates the devices of the plan if none are asked for."""
     config, _ = _load(options, "model")
-    if not options.fake_devices:
-        configure(config.plan.devices)
+    from orogen.parallel.capacity import host_bytes
+    from orogen.simulate.fit import require_verification_fits
+    from orogen.train.verify import default_train
     from orogen.train.verify import verify as check
 
+    require_verification_fits(config, config.train or default_train(config), host=host_bytes())
+    if not options.fake_devices:
+        configure(config.plan.devices)
     verdict = check(config)
     facts = {**verdict._asdict(), "passed": verdict.passed}
     _answer(options, facts, [f"{key:>20}  {value}" for key, value in facts.items()])
@@ -261,9 +275,18 @@ def generate(options: argparse.Namespace) -> int:
         raise ConfigError(f"--seed {options.seed}; expected a whole number from 0 to 2**63 - 1")
     if not is_unicode(options.prompt):
         raise ConfigError(f"--prompt {options.prompt!r}; expected valid UTF-8")
-    from orogen.convert.checkpoint import load_checkpoint
+    from orogen.convert.checkpoint import goes_by_blocks, load_checkpoint, read_model_config
     from orogen.infer.generate import generate as run
+    from orogen.simulate.fit import require_inference_fits
 
+    require_inference_fits(
+        read_model_config(options.checkpoint),
+        _memory(),
+        blocked=goes_by_blocks(options.checkpoint),
+        rows=1,
+        tokens=options.tokens,
+        settings={"--tokens": options.tokens},
+    )
     (text,) = run(
         load_checkpoint(options.checkpoint),
         [options.prompt],
@@ -278,14 +301,19 @@ def generate(options: argparse.Namespace) -> int:
 
 def score(options: argparse.Namespace) -> int:
     """`orogen score`."""
-    from orogen.convert.checkpoint import load_checkpoint
+    from orogen.convert.checkpoint import goes_by_blocks, load_checkpoint, read_model_config
     from orogen.infer.score import read_array, write_arrays
     from orogen.infer.score import score as run
+    from orogen.simulate.fit import require_scoring_fits
 
     if not options.out.parent.is_dir():
         raise ConfigError(f"--out {str(options.out)!r}; expected a file in a folder that exists")
     tokens_bt = read_array(options.tokens)
     segments_bt = read_array(options.segments) if options.segments else None
+    if tokens_bt.ndim == 2 and tokens_bt.size:  # anything else is refused by its shape
+        model, blocked = read_model_config(options.checkpoint), goes_by_blocks(options.checkpoint)
+        rows, length = tokens_bt.shape
+        require_scoring_fits(model, _memory(), blocked=blocked, rows=rows, tokens=length)
     scores = run(load_checkpoint(options.checkpoint), tokens_bt, segments_bt)
     write_arrays(options.out, scores)
     shape = list(scores["logits"].shape)

@@ -84,11 +84,16 @@ def test_rows_and_recomputation_follow_from_the_length():
 
 
 def test_kernels_of_a_gpu_are_refused_elsewhere(refused):
-    assert refused("bench", "train").startswith(
-        "train runs on a GPU of compute capability 9.0 (Hopper), found cpu; expected other choices of "
-        + ", ".join(f"PlanConfig.{field}" for field in FOR_GPU)
-        + " there"
-    )
+    def message(fields) -> str:
+        names = ", ".join(f"PlanConfig.{field}" for field in fields)
+        return (
+            "train runs on a GPU of compute capability 9.0 (Hopper), found cpu; expected other choices of "
+            f"{names} there"
+        )
+
+    assert refused("bench", "train", "--gin_bindings", "PlanConfig.linear='fp8'").startswith(message(FOR_GPU))
+    used = [field for field in FOR_GPU if field != "quantize"]  # by FP8 alone
+    assert refused("bench", "train").startswith(message(used))
     assert refused("bench", "train", "--model", "r2").startswith("--model 'r2'; expected the name of a file in ")
 
 

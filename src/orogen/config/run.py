@@ -18,6 +18,9 @@ from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.remat import check_layers
 
+# Tokens of a generated text with its prompt: each costs a pass over the whole sequence, so more would take weeks.
+MAX_LENGTH = 2**20
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -60,6 +63,7 @@ class TrainConfig:
             "sample_tokens",
         )
         require(self.sequence_length > 1, self, "sequence_length", "at least 2: a token and its target")
+        require(self.sample_tokens < MAX_LENGTH, self, "sample_tokens", f"at most {MAX_LENGTH - 1}")
         require(0 <= self.seed < 2**31, self, "seed", "an integer from 0 to 2**31 - 1")
         require(0 <= self.ngram_order <= 7, self, "ngram_order", "a number from 0 to 7")
         require_not_negative(self, "router_bias_update_rate")

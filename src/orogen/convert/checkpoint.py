@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from orogen.config.checks import ConfigError
+from orogen.config.load import load_saved
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.convert.huggingface import (
@@ -51,6 +52,11 @@ def read_model_config(folder: Path) -> ModelConfig:
         return model_config(folder)
     with HuggingFaceFolder(folder) as opened:
         return opened.config
+
+
+def goes_by_blocks(folder: Path) -> bool:
+    """Whether the attention of a model that is loaded from the folder goes by blocks: a run's plan decides."""
+    return kind(folder) == "run" and load_saved(folder / CONFIG).plan.attention == "blocked"
 
 
 def load_parameters(

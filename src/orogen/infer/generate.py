@@ -19,6 +19,7 @@ from orogen.config.checks import ConfigError
 from orogen.config.load import load_saved
 from orogen.config.model import ModelConfig
 from orogen.config.plan import FOR_GPU, PlanConfig
+from orogen.config.run import MAX_LENGTH
 from orogen.data.tokenizer import Tokenizer, check_rows
 from orogen.infer.sampling import sample
 from orogen.layers.documents import documents
@@ -28,8 +29,6 @@ from orogen.train.checkpoint import Checkpoints
 
 # Sequences are padded to a multiple of this, so that prompts of many lengths share a compiled program.
 BUCKET = 64
-# Every token costs a pass over the whole sequence: more would take weeks.
-MAX_LENGTH = 2**20
 
 
 class Loaded(NamedTuple):

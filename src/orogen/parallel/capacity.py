@@ -1,0 +1,88 @@
+"""How much memory can still be had: of the host, inside the limits of its control groups, and of each device."""
+
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+GROUPS = Path("/sys/fs/cgroup")
+# Control groups, version 2 and 1: the limit, what is used of it, and in memory.stat what of that can be taken back.
+VERSION_2 = ("memory.max", "memory.current", ("inactive_file", "active_file"))
+VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
+
+
+def host_bytes() -> int:
+    """Bytes that this process can still get at the most: of the machine, with its swap; of each control group that it
+    is in; and of its own limit on addresses."""
+    return max(0, min([_machine(), *_groups(), *_addresses()]))
+
+
+def device_bytes() -> int | None:
+    """Bytes that can still be had on each device; None where devices live in the host's memory or do not say."""
+    if jax.default_backend() == "cpu":
+        return None
+    found = [device.memory_stats() or {} for device in jax.local_devices()]
+    limits = [stats["bytes_limit"] - stats.get("bytes_in_use", 0) for stats in found if "bytes_limit" in stats]
+    return min(limits, default=None)
+
+
+def _machine() -> int:
+    try:
+        facts = _table(Path("/proc/meminfo"))
+        return 1024 * (facts["MemAvailable:"] + facts["SwapFree:"])
+    except (OSError, KeyError):  # not Linux
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _groups() -> Iterator[int]:
+    """What the process's control groups, and those around them, leave; swap is not of them."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    swap = _swap()
+    for line in lines:
+        _, controllers, name = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root, names = (GROUPS, VERSION_2) if not controllers else (GROUPS / "memory", VERSION_1)
+        inner = root / name.lstrip("/")
+        # Inside a container the path may be one of the host, and the root is the container's own group.
+        for folder in dict.fromkeys([inner, *inner.parents, root]):
+            if folder.is_relative_to(root) and (left := _left(folder, *names)) is not None:
+                yield left + swap
+
+
+def _left(folder: Path, limit: str, used: str, reclaimable: tuple[str, ...]) -> int | None:
+    try:
+        most = (folder / limit).read_text().strip()
+        if not most.isdecimal():  # "max"
+            return None
+        cache = _table(folder / "memory.stat")
+        return int(most) - int((folder / used).read_text()) + sum(cache.get(name, 0) for name in reclaimable)
+    except OSError:
+        return None
+
+
+def _addresses() -> Iterator[int]:
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        try:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+        except OSError:  # not Linux
+            pages = 0
+        yield limit - pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _swap() -> int:
+    try:
+        return 1024 * _table(Path("/proc/meminfo"))["SwapFree:"]
+    except (OSError, KeyError):
+        return 0
+
+
+def _table(file: Path) -> dict[str, int]:
+    """The file's lines of a name, a number and maybe a unit."""
+    return {words[0]: int(words[1]) for line in file.read_text().splitlines() if len(words := line.split()) > 1}

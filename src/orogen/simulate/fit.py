@@ -1,0 +1,199 @@
+"""Whether a task can fit into the memory that exists: lower bounds by paper, before anything is built.
+
+What is counted is certain to be held at once, so nothing that fits is refused; what is not refused may still not fit.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from orogen.config.checks import ConfigError
+from orogen.config.model import ModelConfig
+from orogen.config.plan import PlanConfig
+from orogen.config.run import RunConfig, TrainConfig
+from orogen.simulate.weights import Weight, end_weights, layer_weights, mtp_weights
+
+FLOAT32 = 4
+# Tokens, segments and positions are int32, weights float32.
+BATCH = 4 * 4
+# Scoring takes rows together up to this many tokens.
+SCORED_AT_ONCE = 8192
+
+
+class Memory(NamedTuple):
+    """Bytes that can still be had: on the host, and on each device; None where devices are the host's own."""
+
+    host: int
+    device: int | None
+
+
+class Need(NamedTuple):
+    """Bytes at the least, what for, and the settings that they grow with."""
+
+    what: str
+    size: int
+    settings: dict[str, int]
+
+    def times(self, factor: int) -> "Need":
+        """The same on so many devices."""
+        return self._replace(size=self.size * factor)
+
+
+def require_training_fits(config: RunConfig, memory: Memory) -> None:
+    """Raises ConfigError if the batch on the host, or a device's part of the first step, exceeds the memory."""
+    batch = _batch(config.train)
+    device = _training(config)
+    if memory.device is not None:  # or it is the host's
+        device.append(batch._replace(size=batch.size // (config.plan.data * config.plan.context)))
+    prompts = len(config.train.sample_prompts)
+    _require("training", [batch], device, config.plan.devices, memory)
+    sampled = {"TrainConfig.sample_tokens": config.train.sample_tokens}
+    held = _inference(config.model, config.plan.attention != "blocked", prompts, config.train.sample_tokens, sampled)
+    _require("sampling", [], held, 1, memory)
+
+
+def require_verification_fits(config: RunConfig, train: TrainConfig, *, host: int) -> None:
+    """Raises ConfigError if checking the plan on simulated devices takes more than `host` bytes.
+
+    train: the batch that is checked. Parameters and one device's gradient are held whole, in float32, and beside them
+    the gradient on each of the plan's devices.
+    """
+    plan, batch = config.plan, _batch(train)
+    axes = {f"PlanConfig.{name}": getattr(plan, name) for name in ("data", "context", "tensor", "microbatches")}
+    if config.train is None:  # its rows follow from the plan
+        batch = batch._replace(settings=axes)
+    whole = _parameters("parameters and their gradient", config.model, 2 * FLOAT32 * count(config.model))
+    copies = Need("the devices' gradients", FLOAT32 * _stored(config.model, plan), {**whole.settings, **axes})
+    _require("verification", [batch, whole], [copies], plan.devices, Memory(host, None))
+
+
+def require_inference_fits(
+    model: ModelConfig, memory: Memory, *, blocked: bool, rows: int, tokens: int, settings: dict[str, int]
+) -> None:
+    """Raises ConfigError if a pass over `rows` of `tokens` exceeds the memory of one device. blocked: whether attention
+    goes by blocks, so that it does not hold all scores; settings: by name, what decided rows and tokens."""
+    _require("inference", [], _inference(model, not blocked, rows, tokens, settings), 1, memory)
+
+
+def require_scoring_fits(model: ModelConfig, memory: Memory, *, blocked: bool, rows: int, tokens: int) -> None:
+    """As `require_inference_fits`, of the rows that are scored at once; all rows' logits wait on the host."""
+    settings = {"rows of --tokens": rows, "length of --tokens": tokens}
+    logits = Need("logits", rows * tokens * model.vocab_size * FLOAT32, settings)
+    together = min(rows, max(1, SCORED_AT_ONCE // tokens))
+    _require("scoring", [logits], _inference(model, not blocked, together, tokens, settings), 1, memory)
+
+
+def count(model: ModelConfig) -> int:
+    """How many parameters the model has, by paper."""
+    return sum(repeated * math.prod(weight.shape) for weight, repeated in _weights(model))
+
+
+def _weights(model: Any) -> list[tuple[Weight, int]]:
+    """Each parameter, and in how many layers it is."""
+    pattern = model.layers
+    found = [(weight, 1) for weight in (*end_weights(model), *(mtp_weights(model) if pattern.mtp else ()))]
+    for letter in dict.fromkeys(pattern.main + pattern.mtp):
+        repeated = pattern.main.count(letter) + pattern.mtp.count(letter)
+        found += [(weight, repeated) for weight in layer_weights(letter, model)]
+    return found
+
+
+def _parameters(what: str, model: ModelConfig, size: int) -> Need:
+    """`size` bytes for `what`, and the fields of which doubling adds at least half as many parameters again."""
+    values = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+    pattern = model.layers
+    total, settings = count(model), {"ModelConfig.pattern": len(pattern.main + pattern.mtp)}
+    for field in dataclasses.fields(model):
+        if field.type is int and values[field.name]:
+            doubled: Any = SimpleNamespace(**{**values, field.name: 2 * values[field.name]}, layers=pattern)
+            doubled.expert_width = doubled.moe_latent_size or doubled.hidden_size
+            if count(doubled) >= 1.5 * total:
+                settings[f"ModelConfig.{field.name}"] = values[field.name]
+    return Need(what, size, settings)
+
+
+def _batch(train: TrainConfig) -> Need:
+    return Need("the batch", BATCH * train.batch_size * train.sequence_length, _batch_settings(train))
+
+
+def _batch_settings(train: TrainConfig) -> dict[str, int]:
+    return {"TrainConfig.batch_size": train.batch_size, "TrainConfig.sequence_length": train.sequence_length}
+
+
+def _training(config: RunConfig) -> list[Need]:
+    """Of one device: masters and moments, and beside them either all gradients, or a microbatch's layer inputs, scores
+    of one attention layer and logits of one chunk, whichever is more."""
+    plan, optimizer = config.plan, config.optimizer
+    stored = _stored(config.model, plan)
+    # Muon keeps one moment of a matrix, AdamW two of everything.
+    moments = (2 if optimizer.name == "adamw" else 1) * (2 if optimizer.moment_dtype == "bfloat16" else FLOAT32)
+    state = stored * (FLOAT32 + (0 if plan.offload_optimizer else moments))
+    gradients = _parameters("gradients", config.model, stored * FLOAT32)
+    passing = _passing(config)
+    more = passing if sum(need.size for need in passing) > gradients.size else [gradients]
+    return [_parameters("parameters and the optimizer's state", config.model, state), *more]
+
+
+def _stored(model: ModelConfig, plan: PlanConfig) -> int:
+    """Parameters that one device stores, if all of them split as far as any does."""
+    ranks = plan.data * plan.context
+    dense = plan.tensor * (1 if plan.fsdp == "none" else plan.fsdp_size or ranks)
+    experts = plan.expert * plan.expert_tensor if plan.fsdp == "none" else ranks * plan.tensor
+    ways = {True: experts * plan.stage, False: dense * plan.stage}
+    return sum(
+        repeated * math.prod(weight.shape) // ways["expert" in weight.axes] for weight, repeated in _weights(model)
+    )
+
+
+def _passing(config: RunConfig) -> list[Need]:
+    """What a microbatch's forward and backward pass hold on one device beside the state."""
+    plan, model, train = config.plan, config.model, config.train
+    itemsize = 2 if train.compute_dtype == "bfloat16" else FLOAT32
+    rows, tokens = max(1, train.batch_size // (plan.data * plan.microbatches)), train.sequence_length // plan.context
+    layers = 0 if "input" in plan.offload else len(model.layers.main)
+    inputs = rows * tokens * model.hidden_size * itemsize * layers // (plan.tensor * plan.stage)
+    chunk = rows * tokens if plan.cross_entropy == "full" else min(plan.logit_rows, rows * tokens)
+    logits = chunk * model.vocab_size // plan.tensor * itemsize
+    settings = _batch_settings(train)
+    wide = {"ModelConfig.vocab_size": model.vocab_size}
+    wide |= settings if plan.cross_entropy == "full" else {"PlanConfig.logit_rows": chunk}
+    scores = _scores(model, rows, tokens, settings, itemsize) if plan.attention == "full" else None
+    # A ring takes a half of a rank's queries with a half of another's keys.
+    shared = 4 * plan.tensor if plan.context > 1 else plan.tensor
+    found = [
+        Need("the layers' inputs", inputs, {**settings, "ModelConfig.hidden_size": model.hidden_size}),
+        Need("logits", logits, wide),
+    ]
+    return found if scores is None else [*found, scores._replace(size=scores.size // shared)]
+
+
+def _scores(model: ModelConfig, rows: int, tokens: int, settings: dict[str, int], itemsize: int) -> Need | None:
+    """Of one attention layer that holds all of them."""
+    if not set("*w+") & set(model.layers.main):
+        return None
+    return Need("scores of attention", rows * model.num_attention_heads * tokens**2 * itemsize, settings)
+
+
+def _inference(model: ModelConfig, whole: bool, rows: int, tokens: int, settings: dict[str, int]) -> list[Need]:
+    """Of a forward pass in float32 on one device. whole: whether attention holds all scores."""
+    hidden = Need("hidden states", rows * tokens * model.hidden_size * FLOAT32, settings)
+    scores = _scores(model, rows, tokens, settings, FLOAT32) if whole else None
+    needs = [_parameters("parameters", model, count(model) * FLOAT32), hidden]
+    return needs if scores is None else [*needs, scores]
+
+
+def _require(task: str, host: Sequence[Need], device: Sequence[Need], devices: int, memory: Memory) -> None:
+    if memory.device is None:
+        host = [*host, *(need.times(devices) for need in device)]
+    for needs, available, where in ((host, memory.host, "this host"), (device, memory.device, "each device")):
+        total = sum(need.size for need in needs)
+        if available is None or total <= available:
+            continue
+        largest = max(needs, key=lambda need: need.size)
+        name, value = max(largest.settings.items(), key=lambda item: item[1])
+        raise ConfigError(
+            f"{name} is {value}{' layers' * (name == 'ModelConfig.pattern')}; expected less: {task} needs at least "
+            f"{total:,} bytes of memory, {largest.size:,} of them for {largest.what}, and {where} has {available:,}"
+        )

@@ -1,0 +1,331 @@
+"""Settings that nothing reads are refused by name; each field's condition is tried on both sides of its border."""
+
+import dataclasses
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tests.helpers import HYBRID
+
+from orogen.config.checks import ConfigError
+from orogen.config.load import load, load_saved, model_text
+from orogen.config.model import LAYERS, ModelConfig
+from orogen.config.plan import PlanConfig
+from orogen.config.reads import ALWAYS, READERS, plain_model, require_read, unread, without_unread
+from orogen.config.run import PARTS, OptimizerConfig, RunConfig, TrainConfig
+from orogen.layers.documents import documents
+from orogen.model.lm import LanguageModel, build
+from orogen.parallel.plan import single_device_plan
+from orogen.train.optimizer import make_optimizer
+
+# Enough for every letter.
+SIZES: dict[str, Any] = {
+    **HYBRID,
+    "mtp_depths": 0,
+    "sliding_window": 4,
+    "kv_lora_rank": 6,
+    "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 2,
+    "v_head_dim": 3,
+    "rope_theta": 1e4,
+    "mamba_intermediate_size": 10,
+    "time_step_rank": 3,
+}
+PARTS_OF: dict[str, dict[str, Any]] = {
+    "plan": {},
+    "data": {"corpus": "stdlib", "tokenizer": "byte"},
+    "train": {"steps": 10, "batch_size": 4, "sequence_length": 24, "seed": 3},
+    "optimizer": {"learning_rate": 1e-3},
+}
+
+
+def a_run(pattern: str = "M", **bound: Any) -> RunConfig:
+    """A run of a model with the pattern and no setting that it does not read, then what is `bound`: part__field."""
+    model = {k: v for k, v in SIZES.items() if k not in ("router_aux_loss_coef", "router_z_loss_coef")}
+    parts = {"model": dataclasses.asdict(plain_model(ModelConfig(**{**model, "pattern": pattern}))), **PARTS_OF}
+    parts = {part: dict(fields) for part, fields in parts.items()}
+    for name, value in bound.items():
+        part, field = name.split("__")
+        parts[part][field] = value
+    return RunConfig(**{part: PARTS[part](**fields) for part, fields in parts.items()})
+
+
+# (field, value, what a run that reads it has, what one that does not has, why it does not)
+NO = "the model has no layers of "
+ATTENTION = NO + "attention (*) or sliding-window attention (w) or multi-head latent attention (+)"
+HEADS = NO + "attention (*) or sliding-window attention (w)"
+MAMBAS, EXPERTS = NO + "Mamba-2 (M) or Mamba-1 (m)", NO + "mixture of experts (E)"
+NO_ROPE, NO_YARN = {"pattern": "*", "model__rope_theta": None}, {"pattern": "*"}
+YARN = {"pattern": "*", "model__yarn_factor": 4.0, "model__yarn_original_positions": 64}
+FEW = "the model has no routers (E) with ModelConfig.router_correction_bias"
+NO_HELDOUT = {"data__heldout_fraction": 0.0}
+BORDERS: list[tuple[str, Any, dict, dict, str]] = [
+    *((f"model__{f}", v, {"pattern": p}, {"pattern": "ME-"}, ATTENTION)
+      for f, v, p in (("num_attention_heads", 2, "*"), ("attention_bias", "all", "+"), ("rope_theta", 10.0, "w"))),
+    *((f"model__{f}", v, {"pattern": "*"}, {"pattern": "+M"}, HEADS)
+      for f, v in (("num_key_value_heads", 3), ("head_dim", 2))),
+    *((f"model__{f}", True, {"pattern": "w"}, {"pattern": "M"}, HEADS) for f in ("qk_norm", "attention_sinks")),
+    ("model__sliding_window", 3, {"pattern": "M/w"}, {"pattern": "*"}, NO + "sliding-window attention (w)"),
+    *((f"model__{f}", v, {"pattern": "*"}, NO_ROPE, "ModelConfig.rope_theta is None")
+      for f, v in (("partial_rotary_factor", 0.5), ("rope_interleave", True))),
+    *((f"model__{f}", v, YARN, NO_YARN, "ModelConfig.yarn_factor is None") for f, v in (
+        ("yarn_original_positions", 32), ("yarn_beta_fast", 16.0), ("yarn_beta_slow", 2.0), ("yarn_truncate", False))),
+    ("model__yarn_factor", 4.0, {"pattern": "*", "model__yarn_original_positions": 64}, {"pattern": "M"}, ATTENTION),
+    ("model__yarn_mscale", 2.0, {**YARN, "model__yarn_mscale_all_dim": 1.0}, YARN,
+     "ModelConfig.yarn_mscale_all_dim is None"),
+    ("model__yarn_mscale_all_dim", 2.0, {**YARN, "pattern": "+"}, YARN,
+     "ModelConfig.yarn_mscale is None, and the model has no layers of multi-head latent attention (+)"),
+    *((f"model__{f}", 8, {"pattern": "+"}, {"pattern": "*"}, NO + "multi-head latent attention (+)") for f in (
+        "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")),
+    ("model__intermediate_size", 8, {"pattern": "-"}, {"pattern": "E"}, NO + "dense MLP (-)"),
+    *((f"model__{f}", v, {"pattern": "E", "model__mlp_gated": True, **more}, {"pattern": "M*"},
+       NO + "dense MLP (-) or mixture of experts (E)")
+      for f, v, more in (("mlp_hidden_act", "silu", {}), ("mlp_gated", True, {}), ("mlp_bias", True, {}),
+                         ("swiglu_limit", 7.0, {"model__mlp_hidden_act": "silu"}))),
+    *((f"model__{f}", v, {"pattern": "M"}, {"pattern": "m*"}, NO + "Mamba-2 (M)") for f, v in (
+        ("mamba_num_heads", 4), ("mamba_head_dim", 2), ("n_groups", 4), ("chunk_size", 4), ("mamba_norm_groups", 4),
+        ("time_step_min", 1e-3), ("time_step_max", 1e-1))),
+    *((f"model__{f}", 4, {"pattern": "m"}, {"pattern": "M"}, NO + "Mamba-1 (m)")
+      for f in ("mamba_intermediate_size", "time_step_rank")),
+    *((f"model__{f}", v, {"pattern": p}, {"pattern": "*-E"}, MAMBAS) for p in "Mm" for f, v in (
+        ("ssm_state_size", 4), ("conv_kernel", 3), ("use_conv_bias", False), ("mamba_proj_bias", True))),
+    *((f"model__{f}", v, {"pattern": "E"}, {"pattern": "-M"}, EXPERTS) for f, v in (
+        ("n_routed_experts", 12), ("num_experts_per_tok", 2), ("moe_intermediate_size", 8),
+        ("moe_shared_expert_intermediate_size", 8), ("moe_shared_expert_gate", True), ("moe_latent_size", 8),
+        ("router_score", "softmax"), ("router_bias", True), ("router_correction_bias", False),
+        ("norm_topk_prob", False), ("routed_scaling_factor", 3.0),
+        ("n_group", 4), ("router_aux_loss_coef", 0.1), ("router_z_loss_coef", 0.1))),
+    ("model__norm_topk_prob", False, {"pattern": "E", "model__router_score": "softmax"},
+     {"pattern": "E", "model__router_score": "softmax_topk"},
+     "weights of ModelConfig.router_score = 'softmax_topk' add up to one anyway"),
+    ("model__topk_group", 2, {"pattern": "E", "model__n_group": 4}, {"pattern": "M"}, EXPERTS),
+    ("model__mtp_loss_scale", 0.1, {"pattern": "M/M"}, {"pattern": "MM"}, "ModelConfig.pattern has no part after /"),
+    *((f"plan__{f}", v, {"pattern": "*E", **more}, {"pattern": "*-", **more}, EXPERTS) for f, v, more in (
+        ("expert", 2, {}), ("expert_tensor", 2, {}), ("dispatch", "alltoall", {}), ("capacity_factor", 1.5, {}),
+        ("drop_policy", "probs", {"plan__capacity_factor": 1.5}), ("buffer_factor", 2.0, {"plan__dispatch": "ragged"}),
+        ("grouped_matmul", "ragged_dot", {}), ("permutation", "triton", {}))),
+    ("plan__drop_policy", "probs", {"pattern": "E", "plan__capacity_factor": 1.5}, {"pattern": "E"},
+     "PlanConfig.capacity_factor is None: no drops"),
+    ("plan__attention", "blocked", {"pattern": "M/+"}, {"pattern": "M-"}, ATTENTION),
+    ("plan__ssd", "recurrence", {"pattern": "M"}, {"pattern": "m"}, NO + "Mamba-2 (M)"),
+    ("plan__selective_scan", "reference", {"pattern": "m"}, {"pattern": "M"}, NO + "Mamba-1 (m)"),
+    ("plan__causal_conv1d", "triton", {"pattern": "m"}, {"pattern": "*"}, MAMBAS),
+    ("plan__context_attention", "alltoall", {"pattern": "w", "plan__context": 2}, {"pattern": "M", "plan__context": 2},
+     ATTENTION),
+    ("plan__context_ssm", "heads", {"pattern": "M", "plan__context": 2}, {"pattern": "*", "plan__context": 2}, MAMBAS),
+    *((f"plan__{f}", v, {"pattern": "M*", "plan__context": 2}, {"pattern": "M*"}, "PlanConfig.context is 1")
+      for f, v in (("context_attention", "allgather"), ("context_ssm", "heads"), ("shift", "alltoall"))),
+    *((f"plan__{f}", v, {"plan__stage": 2, "plan__schedule": "interleaved"}, {}, "PlanConfig.stage is 1")
+      for f, v in (("schedule", "gpipe"), ("virtual", 1))),
+    ("plan__logit_rows", 8, {}, {"plan__cross_entropy": "full"}, "PlanConfig.cross_entropy is not 'chunked'"),
+    ("plan__quantize", "triton", {"pattern": "M-M", "plan__linear": "fp8"}, {}, "PlanConfig.linear is not 'fp8'"),
+    ("plan__linear", "fp8", {"pattern": "M-M"}, {"pattern": "M-/-"},
+     "no layer but the first and the last, which compute nothing in 8 bits, has a dense product"),
+    ("plan__rms_norm", "triton", {"model__norm": "layer"}, {"pattern": "*", "model__norm": "layer"},
+     "ModelConfig.norm is not 'rms', and the model has no layers of Mamba-2 (M)"),
+    ("plan__fsdp_size", 2, {"plan__fsdp": "optimizer"}, {}, "PlanConfig.fsdp is 'none'"),
+    ("plan__buffer_factor", 2.0, {"pattern": "E", "plan__dispatch": "ragged"}, {"pattern": "E"},
+     "PlanConfig.dispatch is not 'ragged'"),
+    *(("data__text_field", "body", {"data__corpus": "a.jsonl"}, {"data__corpus": c},
+       "DataConfig.corpus is plain text, without fields") for c in ("stdlib", "a.txt")),
+    ("data__seed", 3, {**NO_HELDOUT, "data__tuning_fraction": 0.1}, {**NO_HELDOUT, "data__tuning_fraction": 0.0},
+     "DataConfig.heldout_fraction and .tuning_fraction are 0: every document is trained on"),
+    ("train__router_bias_update_rate", 0.1, {"pattern": "E"}, {"pattern": "M"}, FEW),
+    ("train__router_bias_update_rate", 0.1, {"pattern": "E"}, {"pattern": "E", "model__router_correction_bias": False},
+     FEW),
+    *((f"train__{f}", 3, {}, NO_HELDOUT, "DataConfig.heldout_fraction is 0: there is nothing to evaluate on")
+      for f in ("evaluate_every", "evaluate_rows", "ngram_order")),
+    *(("optimizer__decay_steps", 3, {"optimizer__schedule": "wsd"}, {"optimizer__schedule": s},
+       "OptimizerConfig.schedule is not 'wsd'") for s in ("cosine", "constant")),
+    ("optimizer__min_ratio", 0.2, {"optimizer__schedule": "wsd", "optimizer__decay_steps": 3},
+     {"optimizer__schedule": "constant"}, "OptimizerConfig.schedule is 'constant'"),
+]  # fmt: skip
+# A config refuses these by itself where nothing reads them.
+REFUSED_BEFORE = ("plan__fsdp_size", "plan__buffer_factor", "model__topk_group", "model__mtp_depths")
+
+
+@pytest.mark.parametrize(("name", "value", "reading", "idle", "why"), BORDERS)
+def test_a_setting_is_refused_where_nothing_reads_it_and_nowhere_else(name, value, reading, idle, why):
+    part, field = name.split("__")
+    default = PARTS[part].__dataclass_fields__[field].default
+    assert value != default
+    require_read(a_run(**{**reading, name: value}))
+    try:
+        run = a_run(**{**idle, name: value})
+    except ConfigError:
+        assert name in REFUSED_BEFORE
+        return
+    alone = [setting for setting in unread(run) if setting.field == field]
+    assert [(s.name, s.value, s.default, s.otherwise) for s in alone] == [
+        (f"{PARTS[part].__name__}.{field}", value, default, why)
+    ]
+    with pytest.raises(ConfigError) as caught:
+        require_read(run)
+    assert f"{PARTS[part].__name__}.{field} is {value!r}" in str(caught.value) and why in str(caught.value)
+    assert getattr(getattr(without_unread(run), part), field) == default
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_field_is_read_always_or_on_a_condition(part):
+    always = ALWAYS[part].split()
+    conditional = {field for reader in READERS[part] for field in reader.fields.split()}
+    assert not conditional & set(always) and len(always) == len(set(always))
+    assert conditional | set(always) == {field.name for field in dataclasses.fields(PARTS[part])}
+    tried = {name.removeprefix(f"{part}__") for name, *_ in BORDERS if name.startswith(f"{part}__")}
+    assert conditional - tried <= {"mtp_depths"}
+
+
+def recording(config: Any) -> tuple[Any, set[str]]:
+    """`config` and the names of the fields that will have been read of it, but for copies."""
+    fields, read = {field.name for field in dataclasses.fields(config)}, set()
+
+    class Recorder(type(config)):
+        __hash__, __eq__ = object.__hash__, object.__eq__
+
+        def __getattribute__(self, name: str) -> Any:
+            if name in fields and sys._getframe(1).f_globals["__name__"] not in ("dataclasses", "orogen.config.checks"):
+                read.add(name)
+            return object.__getattribute__(self, name)
+
+    recorder = Recorder(**{field: getattr(config, field) for field in fields})
+    read.clear()
+    return recorder, read
+
+
+# Read by the losses alone; and read without effect, since they are 0 or 1 where the table says that nothing reads them.
+OF_LOSSES = {"mtp_loss_scale", "router_aux_loss_coef", "router_z_loss_coef"}
+IN_VAIN = {"mtp_depths", "topk_group", "yarn_factor"}
+HELD_TO_THE_DEFAULT = {"partial_rotary_factor"}  # by the config itself, where latent attention would not read it
+KERNELS = {"attention", "ssd", "selective_scan", "causal_conv1d", "grouped_matmul", "permutation"}
+
+
+def said_to_be_read(run: RunConfig, part: str) -> set[str]:
+    idle = {f for reader in READERS[part] if not reader.holds(run) for f in reader.fields.split()}
+    return {field.name for field in dataclasses.fields(PARTS[part])} - idle
+
+
+@pytest.mark.parametrize("letter", LAYERS)
+def test_a_layers_forward_pass_reads_what_is_said_to_be_read(letter):
+    run = a_run(letter, **({"model__rope_theta": 10.0} if letter in "*w+" else {}))
+    (model, of_model), (sizes, of_plan) = recording(run.model), recording(run.plan)
+    plan = dataclasses.replace(single_device_plan(run.plan, run.model), config=sizes)
+    tokens_bt = jnp.zeros((2, 6), jnp.int32)
+
+    def forward():
+        return LanguageModel(model, nnx.Rngs(0)).logits(tokens_bt, documents(tokens_bt + 1), plan)
+
+    jax.eval_shape(forward)
+    elsewhere = OF_LOSSES | IN_VAIN | (HELD_TO_THE_DEFAULT if letter == "+" else set())
+    assert of_model - elsewhere == said_to_be_read(run, "model") - elsewhere
+    assert of_plan & KERNELS == said_to_be_read(run, "plan") & KERNELS
+
+
+def test_muon_leaves_parameters_to_adamw_which_reads_its_own_settings():
+    """So these are no settings that nothing reads: the embedding's update hangs on them, a matrix's does not."""
+    built = build(a_run("-").model)
+    params = jax.tree.map(lambda x: jnp.linspace(0.1, 1, x.size).reshape(x.shape), built.params)
+
+    def second_updates(**changes):
+        config = OptimizerConfig(name="muon", learning_rate=1e-2, schedule="constant", **changes)
+        optimizer = make_optimizer(config, 10, built.params)
+        updates, state = optimizer.update(params, optimizer.init(params), params, grad_norm=jnp.float32(1))
+        smaller = jax.tree.map(lambda x: 0.3 * x, params)
+        updates, _ = optimizer.update(smaller, state, params, grad_norm=jnp.float32(1))
+        found = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(updates)}
+        return [next(x for path, x in found.items() if name in path) for name in ("embedding", "up")]
+
+    changes = ({}, {"beta1": 0.5}, {"beta2": 0.5}, {"epsilon": 0.5})
+    (embedding, matrix), *others = jax.device_get(jax.jit(lambda: [second_updates(**c) for c in changes])())
+    for other_embedding, other_matrix in others:
+        assert not np.allclose(embedding, other_embedding, rtol=1e-3)
+        np.testing.assert_allclose(matrix, other_matrix, rtol=1e-6)
+
+
+def test_warm_up_ends_within_the_run():
+    a_run(optimizer__warmup_steps=10).check()
+    with pytest.raises(ConfigError) as caught:
+        a_run(optimizer__warmup_steps=11).check()
+    expected = "at most TrainConfig.steps = 10: the rate would not reach its peak"
+    assert str(caught.value) == f"OptimizerConfig.warmup_steps is 11; expected {expected}"
+
+
+def test_what_is_missing_reads_nothing_and_refuses_nothing():
+    """A plan file alone may be of any model."""
+    require_read(RunConfig(plan=PlanConfig(expert=2, dispatch="alltoall")))
+    require_read(RunConfig(plan=PlanConfig(), train=TrainConfig(**PARTS_OF["train"], ngram_order=3)))
+
+
+def test_several_settings_are_named_in_one_line():
+    with pytest.raises(ConfigError) as caught:
+        require_read(a_run(plan__expert=2, plan__dispatch="alltoall", optimizer__decay_steps=3))
+    assert str(caught.value) == (
+        "OptimizerConfig.decay_steps is 3; expected 0, since nothing reads it: OptimizerConfig.schedule is not 'wsd'; "
+        "PlanConfig.expert is 2, PlanConfig.dispatch is 'alltoall'; expected 1, 'allgather', since nothing reads them: "
+        "the model has no layers of mixture of experts (E)"
+    )
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A gin file of a model of one Mamba-2 layer."""
+    written = tmp_path / "model.gin"
+    fields = ("pattern", "vocab_size", "hidden_size", "mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size")
+    model = a_run().model
+    written.write_text("".join(f"ModelConfig.{f} = {getattr(model, f)!r}\n" for f in fields))
+    return written
+
+
+def test_load_refuses_a_setting_in_a_file_and_on_the_command_line(file):
+    expected = (
+        "ModelConfig.sliding_window is 4; expected None, since nothing reads it: the model has no layers of "
+        "sliding-window attention (w)"
+    )
+    line = "ModelConfig.sliding_window = 4"
+    for files, bindings in (([file], [line]), ([file, file.with_name("more.gin")], [])):
+        file.with_name("more.gin").write_text(line + "\n")
+        with pytest.raises(ConfigError) as caught:
+            load(files, bindings)
+        assert str(caught.value) == expected
+
+
+def test_a_binding_of_the_default_changes_nothing(file):
+    """Operative text and a converted model's file bind every field."""
+    config, text = load([file], ["ModelConfig.sliding_window = None", "PlanConfig.expert = 1"])
+    again = file.with_name("again.gin")
+    again.write_text(text)
+    assert load([again]) == (config, text)
+    again.write_text(model_text(config.model))
+    assert load([again])[0].model == config.model
+
+
+def test_an_override_back_to_the_default_makes_a_plan_for_experts_legal(file):
+    plan = file.with_name("plan.gin")
+    plan.write_text("PlanConfig.expert = 2\nPlanConfig.data = 2\n")
+    with pytest.raises(ConfigError, match=r"PlanConfig.expert is 2; expected 1, since nothing reads it"):
+        load([file, plan])
+    assert load([file, plan], ["PlanConfig.expert = 1"])[0].plan == PlanConfig(data=2)
+
+
+def test_a_saved_file_with_an_idle_setting_is_read_without_it(file):
+    """Earlier versions let one pass, and wrote it into the run's folder."""
+    usual = load([file])[0]
+    file.write_text(file.read_text() + "ModelConfig.head_dim = 3\nPlanConfig.virtual = 1\n")
+    assert load_saved(file) == usual
+
+
+def test_an_include_that_overrides_a_binding_above_it_is_refused(file):
+    inner, outer = file.with_name("inner.gin"), file.with_name("outer.gin")
+    inner.write_text("include 'model.gin'\n")
+    outer.write_text("PlanConfig.data = 2\nModelConfig.hidden_size = 24\ninclude 'inner.gin'\n")
+    with pytest.raises(ConfigError) as caught:
+        load([outer])
+    assert str(caught.value) == (
+        f"{outer}, line 3: include 'inner.gin' overrides ModelConfig.hidden_size, which is bound above it; "
+        "expected the include before the binding"
+    )
+    outer.write_text("PlanConfig.data = 2\ninclude 'inner.gin'\nModelConfig.hidden_size = 24\n")
+    assert load([outer])[0].model.hidden_size == 24
