@@ -40,10 +40,10 @@ def training(*, plan=None, memory=None, optimizer=None, model=DENSE, **train):
 
 @pytest.mark.parametrize("changes", [{}, {"pattern": "M+wm-*", "mtp_depths": 0}, {"tie_word_embeddings": True}])
 def test_parameters_are_counted_as_the_model_has_them(changes):
-    more = dict(
-        kv_lora_rank=6, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=3, rope_theta=1e4, sliding_window=4,
-        mamba_intermediate_size=10, time_step_rank=3, router_correction_bias=False,
-    )  # fmt: skip
+    more = {
+        "kv_lora_rank": 6, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 3, "rope_theta": 1e4,
+        "sliding_window": 4, "mamba_intermediate_size": 10, "time_step_rank": 3, "router_correction_bias": False,
+    }  # fmt: skip
     model = hybrid(**more, **changes)
     assert count(model) == built_count(model)["total"]
 
@@ -74,9 +74,10 @@ def test_simulated_devices_share_the_host_and_real_ones_do_not():
     require_training_fits(*training(plan={"data": 2}, memory=Memory(2 * each + batch, None)))
     message = refusal(require_training_fits, *training(plan={"data": 2}, memory=Memory(2 * each + batch - 1, None)))
     assert message.endswith(f"and this host has {2 * each + batch - 1:,}")
-    require_training_fits(*training(plan={"data": 2}, memory=Memory(batch, each)))
-    message = refusal(require_training_fits, *training(plan={"data": 2}, memory=Memory(batch, each - 1)))
-    assert message.endswith(f"and each device has {each - 1:,}")
+    own = each + batch // 2
+    require_training_fits(*training(plan={"data": 2}, memory=Memory(batch, own)))
+    message = refusal(require_training_fits, *training(plan={"data": 2}, memory=Memory(batch, own - 1)))
+    assert message.endswith(f"and each device has {own - 1:,}")
 
 
 @pytest.mark.parametrize("plan", [{"tensor": 2}, {"data": 2, "fsdp": "optimizer"}])
@@ -91,7 +92,7 @@ HUGE = [
     ("ModelConfig.vocab_size", {}, {}, {"vocab_size": 99_999_999_999}),
     ("ModelConfig.hidden_size", {}, {}, {"hidden_size": 99_999_999_999}),
     ("ModelConfig.intermediate_size", {}, {}, {"intermediate_size": 99_999_999_999}),
-    ("ModelConfig.pattern", {}, {}, {"pattern": "-" * 10_000_000, "hidden_size": 60, "intermediate_size": 100}),
+    ("ModelConfig.pattern", {}, {}, {"pattern": "-" * 100_000, "hidden_size": 600, "intermediate_size": 800}),
     ("TrainConfig.sample_tokens", {"sample_tokens": 2**20 - 1}, {}, {"pattern": "*", "num_attention_heads": 8}),
 ]
 
@@ -99,18 +100,14 @@ HUGE = [
 @pytest.mark.parametrize("where", ["host", "device"])
 @pytest.mark.parametrize(("field", "train", "plan", "model"), HUGE)
 def test_the_field_that_is_too_large_is_named(field, train, plan, model, where):
-    heads = {"num_key_value_heads": 2, "head_dim": 2}
-    changed = ModelConfig(
-        **{"pattern": "-", "vocab_size": 7, "hidden_size": 6, "intermediate_size": 10} | heads | model
-    )
+    sizes = {"vocab_size": 7, "hidden_size": 6, "intermediate_size": 10, "num_key_value_heads": 2, "head_dim": 2}
+    changed = ModelConfig(**{"pattern": "-", **sizes, **model})
     memory = Memory(2**35, None) if where == "host" else Memory(PLENTY, 2**35)
     begun = time.monotonic()
     message = refusal(require_training_fits, *training(model=changed, plan=plan, memory=memory, **train))
-    if (where, field) != ("device", "TrainConfig.batch_size") or not plan:
-        assert message.startswith(f"{field} is ")
+    assert message.startswith(f"{field} is ")
     assert time.monotonic() - begun < 5
-    unbuilt = training(model=changed, plan=plan, memory=Memory(2**200, None), **train)
-    require_training_fits(*unbuilt)
+    require_training_fits(*training(model=changed, plan=plan, memory=Memory(2**200, None), **train))
 
 
 def test_verification_holds_parameters_and_both_gradients():
@@ -134,7 +131,7 @@ def test_inference_counts_scores_unless_attention_goes_by_blocks():
     held = 4 * count(model) + 4 * 3 * 500 * 48
     scores = 4 * 3 * 24 * 500**2
     settings = {"--tokens": 500}
-    passes = dict(rows=3, tokens=500, settings=settings)
+    passes = {"rows": 3, "tokens": 500, "settings": settings}
     require_inference_fits(model, Memory(0, held), blocked=True, **passes)
     refusal(require_inference_fits, model, Memory(0, held - 1), blocked=True, **passes)
     require_inference_fits(model, Memory(0, held + scores), blocked=False, **passes)
