@@ -105,3 +105,18 @@ def test_a_corpus_without_text_is_refused(tmp_path, texts):
     config = dataclasses.replace(CONFIG, corpus=str(tmp_path))
     with pytest.raises(ValueError, match=f"has {len(texts)} documents and no text"):
         corpus_documents(config)
+
+
+def test_a_field_of_texts_without_fields_is_refused(tmp_path):
+    for name, text in (("a.txt", "abc\n"), ("b.txt", "de\n")):
+        (tmp_path / name).write_text(text)
+    corpus = dataclasses.replace(CONFIG, corpus=str(tmp_path))
+    named = dataclasses.replace(corpus, text_field="body")
+    assert len(corpus_documents(corpus)) == 2
+    for path in (tmp_path, tmp_path / "a.txt"):
+        with pytest.raises(ValueError) as caught:
+            corpus_documents(dataclasses.replace(named, corpus=str(path)))
+        expected = f"'text', since nothing reads it: {str(path)!r} is plain text without fields"
+        assert str(caught.value) == f"DataConfig.text_field is 'body'; expected {expected}"
+    (tmp_path / "c.jsonl").write_text('{"body": "fg"}\n')
+    assert [document.text for document in corpus_documents(named)][-1] == "fg"

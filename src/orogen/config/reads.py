@@ -160,8 +160,9 @@ READERS: dict[str, tuple[Reader, ...]] = {
         Reader(
             "text_field",
             ("data",),
-            lambda run: run.data.corpus != "stdlib" and not run.data.corpus.endswith(".txt"),
-            "DataConfig.corpus is plain text, without fields",
+            # Of a file or folder only its reader knows, who refuses it too (data/corpora.py).
+            lambda run: run.data.corpus != "stdlib",
+            "DataConfig.corpus is 'stdlib', plain text without fields",
         ),
         Reader(
             "seed",

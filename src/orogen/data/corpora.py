@@ -7,7 +7,7 @@ from pathlib import Path
 
 from orogen.config.checks import ConfigError
 from orogen.config.data import DataConfig
-from orogen.data.sources import Document, read_documents, read_text
+from orogen.data.sources import Document, has_fields, read_documents, read_text
 
 SPLITS = ("train", "heldout", "tuning")
 
@@ -24,6 +24,11 @@ def corpus_documents(config: DataConfig) -> list[Document]:
     if config.corpus == "stdlib":
         documents = list(stdlib_documents())
     else:
+        if config.text_field != DataConfig.text_field and not has_fields(config.corpus):
+            expected = (
+                f"{DataConfig.text_field!r}, since nothing reads it: {config.corpus!r} is plain text without fields"
+            )
+            raise ConfigError(f"DataConfig.text_field is {config.text_field!r}; expected {expected}")
         documents = list(read_documents(config.corpus, text_field=config.text_field))
     if not any(document.text for document in documents):
         raise ConfigError(

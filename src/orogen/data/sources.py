@@ -40,6 +40,11 @@ def read_documents(path: str | Path, *, text_field: str) -> Iterator[Document]:
             raise ConfigError(f"{file}: {error}: expected a whole, undamaged file") from error
 
 
+def has_fields(path: str | Path) -> bool:
+    """Whether a file that `read_documents` would read names its texts: all but .txt do."""
+    return any(_suffix(file) != ".txt" for file in _supported_files(Path(path)))
+
+
 def unread_files(path: str | Path) -> int:
     """How many files below a folder have a suffix that `read_documents` does not read."""
     root = Path(path)
