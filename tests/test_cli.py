@@ -167,12 +167,34 @@ def test_heads_that_tensor_does_not_divide(refused, recipe):
 
 
 def test_experts_that_do_not_fold(refused, recipe):
-    bindings = bound("PlanConfig.data = 4", "PlanConfig.expert = 3")
-    message = refused("plan", "--gin_file", recipe, *bindings)
+    plan = bound("PlanConfig.data = 4", "PlanConfig.expert = 3")
+    experts = ("pattern = '*-E'", "n_routed_experts = 12", "num_experts_per_tok = 2", "moe_intermediate_size = 4")
+    message = refused("plan", "--gin_file", recipe, *plan, *bound(*(f"ModelConfig.{field}" for field in experts)))
     assert message.startswith(
         "PlanConfig: expert 3 x expert_tensor 1 does not divide the 4 devices of a stage (data 4)"
     )
     assert "nearest legal: expert 4 x expert_tensor 1" in message
+
+
+@pytest.mark.parametrize("task", ["params", "plan", "verify", "train"])
+def test_every_task_refuses_a_plan_for_experts_of_a_model_without_any(refused, recipe, task, tmp_path):
+    run = ("--run", tmp_path / "run") if task == "train" else ()
+    message = refused(task, "--gin_file", recipe, *run, *bound("PlanConfig.data = 4", "PlanConfig.expert = 2"))
+    reason = "nothing reads it: the model has no layers of mixture of experts (E)"
+    assert message == f"PlanConfig.expert is 2; expected 1, since {reason}"
+
+
+HUGE = ("TrainConfig.batch_size = 99999999996", "ModelConfig.vocab_size = 99999999998")
+
+
+@pytest.mark.parametrize("binding", HUGE)
+@pytest.mark.parametrize("task", ["verify", "train"])
+def test_sizes_beyond_the_memory_are_refused_before_anything_is_built(refused, recipe, task, binding, tmp_path):
+    run = tmp_path / "run"
+    options = ("--run", run) if task == "train" else ()
+    message = refused(task, "--gin_file", recipe, *options, *bound(binding))
+    name, value = binding.split(" = ")
+    assert message.startswith(f"{name} is {value}; expected less: ") and not run.exists()
 
 
 def test_a_config_without_a_model(refused, tmp_path):
