@@ -247,3 +247,14 @@ def test_a_model_that_differs_from_the_checkpoint_is_refused(refused, hub, tmp_p
     assert "has no config.gin and no config.json" in refused(*command, tmp_path / "none")
     small = FIXTURES / "nemotron_h_moe"
     assert refused(*command, small).startswith("ModelConfig.pattern is 'MEM*-EME'; expected")
+
+
+def test_lengths_beyond_the_memory_are_refused(refused, hub, tmp_path):
+    tokens = 2**20 - 64
+    message = refused("generate", "--checkpoint", hub, "--tokens", str(tokens))
+    assert message.startswith(f"--tokens is {tokens}; expected less: inference needs at least ")
+    np.save(tmp_path / "in.npy", np.zeros((1, tokens), np.int32))
+    files = ("--tokens", tmp_path / "in.npy", "--out", tmp_path / "out.npz")
+    message = refused("score", "--checkpoint", hub, *files)
+    assert message.startswith(f"length of --tokens is {tokens}; expected less: scoring needs at least ")
+    assert not (tmp_path / "out.npz").exists()
