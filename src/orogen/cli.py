@@ -58,7 +58,16 @@ def _parser() -> argparse.ArgumentParser:
     task.add_argument(
         "--memory", action="store_true", help="what a device holds: state, activations by name, the compiled step's"
     )
-    _task(tasks, "verify", verify, "check a plan against one device: loss, every gradient, one optimizer step")
+    task = _task(tasks, "verify", verify, "check a plan against one device: gradients, whole steps or evaluation")
+    task.add_argument(
+        "--what", choices=("gradients", "step", "evaluation"), default="gradients",
+        help="loss, every gradient and one update (the default); several whole training steps, one of them not finite; "
+        "or held-out losses",
+    )  # fmt: skip
+    task.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32",
+        help="in which the plan computes; the one device computes in float32 always, by the plainest kernels",
+    )  # fmt: skip
     task = tasks.add_parser("generate", help="sample text from a trained model")
     task.set_defaults(task=generate, gin_file=None)
     task.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help=CHECKPOINT)
@@ -252,7 +261,7 @@ def verify(options: argparse.Namespace) -> int:
     require_verification_fits(config, config.train or default_train(config), host=host_bytes())
     if not options.fake_devices:
         configure(config.plan.devices)
-    verdict = check(config)
+    verdict = check(config, what=options.what, dtype=options.dtype)
     facts = {**verdict._asdict(), "passed": verdict.passed}
     _answer(options, facts, [f"{key:>20}  {value}" for key, value in facts.items()])
     return 0 if verdict.passed else EXIT_FAILURE

@@ -2,19 +2,21 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 
+from orogen.config.model import ModelConfig
 from orogen.config.run import RunConfig
 from orogen.data.loader import Corpus
 from orogen.data.packing import Batch, target_byte_count
 from orogen.model.lm import Built
-from orogen.parallel.plan import make_plan
+from orogen.parallel.plan import Plan, make_plan
 from orogen.precision.policy import working_copy
 from orogen.train.loss import batch_counts, next_token_nats
 from orogen.train.pipelined import Pipeline
@@ -36,15 +38,13 @@ class Heldout:
     """
 
     def __init__(self, config: RunConfig, built: Built, corpus: Corpus):
-        parts = config.plan.microbatches if built.stages else 1
-        self.plan = make_plan(dataclasses.replace(config.plan.dropping_none(), microbatches=parts), config.model)
-        self.model = config.model
-        self.train, self.built, self.corpus = config.train, built, corpus
+        self.train, self.corpus = config.train, corpus
+        self.plan = heldout_plan(config, built)
         self.whole = corpus.heldout_batches(
             "heldout", batch_size=config.train.batch_size, sequence_length=config.train.sequence_length
         )
         self._sample: list[Batch] = []
-        self._nats = jax.jit(self._make(), compiler_options=self.plan.compiler_options)
+        self._nats = heldout_nats(built, config.model, self.plan, config.train.compute_dtype)
 
     def sample(self, state: TrainState) -> Score:
         """On about `evaluate_rows` rows."""
@@ -73,17 +73,28 @@ class Heldout:
             nats, count = nats + float(more), count + float(counted)
         return Score(nats / max(count, 1), nats / math.log(2) / max(n_bytes, 1))
 
-    def _make(self):
-        def nats(params, buffers, batch):
-            counts = batch_counts(batch, 0, self.plan)
-            if self.built.stages is None:
-                model = nnx.merge(self.built.graph, working_copy(params, dtype), buffers)
-                return next_token_nats(model, batch, self.plan), counts.targets[0]
-            parts = jax.tree.map(lambda x: microbatches(x, self.plan.config.microbatches, 1), batch)
-            depths = jax.tree.map(lambda c: jnp.repeat(c, self.model.mtp_depths + 1), counts)
-            pipeline = Pipeline(self.built.stages, self.model, self.plan, dtype, parts, depths, buffers)
-            return pipeline.sums(params).nats[0], counts.targets[0]
 
-        plan, dtype = self.plan, self.train.compute_dtype
-        inputs = (plan.specs(self.built.params), plan.specs(self.built.buffers), plan.spec(*BATCH_AXES))
-        return plan.run(nats, inputs=inputs, outputs=plan.spec())
+def heldout_plan(config: RunConfig, built: Built) -> Plan:
+    """The run's plan as evaluation has it: without drops, and in one part unless stages need several."""
+    parts = config.plan.microbatches if built.stages else 1
+    return make_plan(dataclasses.replace(config.plan.dropping_none(), microbatches=parts), config.model)
+
+
+def heldout_nats(
+    built: Built, config: ModelConfig, plan: Plan, dtype: str
+) -> Callable[[nnx.State, nnx.State, Batch], tuple[Array, Array]]:
+    """The jitted function (parameters as `plan.working` gives them, buffers, batch) -> nats of the batch's next-token
+    targets, and their number."""
+
+    def nats(params: nnx.State, buffers: nnx.State, batch: Batch) -> tuple[Array, Array]:
+        counts = batch_counts(batch, 0, plan)
+        if built.stages is None:
+            model = nnx.merge(built.graph, working_copy(params, dtype), buffers)
+            return next_token_nats(model, batch, plan), counts.targets[0]
+        parts = jax.tree.map(lambda x: microbatches(x, plan.config.microbatches, 1), batch)
+        depths = jax.tree.map(lambda c: jnp.repeat(c, config.mtp_depths + 1), counts)
+        pipeline = Pipeline(built.stages, config, plan, dtype, parts, depths, buffers)
+        return pipeline.sums(params).nats[0], counts.targets[0]
+
+    inputs = (plan.specs(built.params), plan.specs(built.buffers), plan.spec(*BATCH_AXES))
+    return jax.jit(plan.run(nats, inputs=inputs, outputs=plan.spec()), compiler_options=plan.compiler_options)

@@ -220,12 +220,34 @@ def make_step(
     built: Built, config: RunConfig, plan: Plan, optimizer: optax.GradientTransformationExtraArgs
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """The jitted training step. It donates the state and returns it in the same layout."""
-    gradient = gradients(built, config.model, plan, config.train.compute_dtype)
+    function = step_function(built, config, plan, optimizer)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        return function(state, batch)[:2]
+
+    layout = state_shardings(abstract_state(built, optimizer), plan)
+    return jax.jit(
+        step, donate_argnums=0, out_shardings=(layout, plan.sharding()), compiler_options=plan.compiler_options
+    )
+
+
+def step_function(
+    built: Built,
+    config: RunConfig,
+    plan: Plan,
+    optimizer: optax.GradientTransformationExtraArgs,
+    *,
+    record: bool = False,
+    replaying: bool = False,
+) -> Callable[..., tuple[TrainState, StepMetrics, Any]]:
+    """The training step to be jitted: (state, batch[, replay]) -> state, metrics, and choices as `gradients` has them,
+    whose flags these are."""
+    gradient = gradients(built, config.model, plan, config.train.compute_dtype, record=record, replaying=replaying)
     bias_rate = config.train.router_bias_update_rate
     rate = learning_rate(config.optimizer, config.train.steps)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        loss, grads, counts, sums = gradient(plan.working(state.params), state.buffers, batch)
+    def step(state: TrainState, batch: Batch, *replay: Any) -> tuple[TrainState, StepMetrics, Any]:
+        loss, grads, counts, sums = gradient(plan.working(state.params), state.buffers, batch, *replay)
         squares = square_sums(grads)
         finite_leaves = jnp.isfinite(squares)
         # What overflows a buffer is missing from loss and gradient: the step is as bad as one that is not finite.
@@ -248,12 +270,9 @@ def make_step(
             skipped=new.skipped,
             skipped_in_row=new.skipped_in_row,
         )
-        return new, metrics
+        return new, metrics, sums.choices
 
-    layout = state_shardings(abstract_state(built, optimizer), plan)
-    return jax.jit(
-        step, donate_argnums=0, out_shardings=(layout, plan.sharding()), compiler_options=plan.compiler_options
-    )
+    return step
 
 
 def batch_to_devices(batch: Batch, plan: Plan) -> Batch:

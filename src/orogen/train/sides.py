@@ -1,0 +1,113 @@
+"""The two sides of a check: a plan, and one device that computes the same by the plainest means.
+
+Letters: m microbatches, b batch, t time, k experts a token.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from orogen.config.checks import require
+from orogen.config.model import ModelConfig
+from orogen.config.plan import PlanConfig
+from orogen.config.run import RunConfig, TrainConfig
+from orogen.data.packing import Batch
+from orogen.model.lm import Built, build, initial_state
+from orogen.parallel.plan import Plan, make_plan, single_device_plan
+from orogen.train.pipelined import cut, split_replay
+from orogen.train.step import in_rank_order, replay_of
+
+
+class Side(NamedTuple):
+    """A plan, the model as it keeps it, and the run's config with the dtype in which this side computes."""
+
+    config: RunConfig
+    plan: Plan
+    built: Built
+
+
+class Sides(NamedTuple):
+    """One device, the plan, and the whole model's parameters and buffers on the host, from which both start."""
+
+    alone: Side
+    folded: Side
+    start: tuple[nnx.State, nnx.State]
+
+
+def sides(config: RunConfig) -> Sides:
+    """Both sides of `config`, which says in what dtype the plan computes; the one device computes in float32."""
+    plan = make_plan(config.plan, config.model)
+    single = reference_plan(config.plan, config.model)
+    built = build(config.model)
+    laid = build(config.model, cut(config.model, plan, config.train.sequence_length))
+    layout = (single.shardings(built.params), single.shardings(built.buffers))
+    create = jax.jit(lambda seed: initial_state(config.model, seed), out_shardings=layout)
+    exact = dataclasses.replace(config, train=dataclasses.replace(config.train, compute_dtype="float32"))
+    start = jax.device_get(create(config.train.seed))
+    return Sides(Side(exact, single, built), Side(config, plan, laid), start)
+
+
+def reference_plan(config: PlanConfig, model: ModelConfig) -> Plan:
+    """One device that takes the whole batch at once by the plainest implementations. Capacity counts per source rank
+    and microbatch, so it stands for every rank's part of every microbatch: they are neighbouring rows of the batch."""
+    sources = (config.data * config.microbatches, config.context, config.tensor)
+    return single_device_plan(config.plainest(), model, sources=sources)
+
+
+def replayed(choices: Any, folded: Side) -> Any:
+    """What replays one device's `choices` (1, …, b, t, k) of a whole batch on the plan: (m, …, b / m, t, k), of each
+    data rank's run of rows a run for each microbatch, tokens in the order of the ranks."""
+    ranks, parts = folded.plan.config.data, folded.plan.config.microbatches
+
+    def lay(choice: np.ndarray) -> np.ndarray:
+        _, *stack, rows, time, k = choice.shape
+        apart = choice.reshape(*stack, ranks, parts, rows // (ranks * parts), time, k)
+        taken = np.moveaxis(apart, len(stack) + 1, 0).reshape(parts, *stack, rows // parts, time, k)
+        return in_rank_order(taken, folded.plan, axis=-2)
+
+    replay = jax.tree.map(lay, replay_of(choices))
+    return split_replay(replay, folded.built.stages) if folded.built.stages else replay
+
+
+def packed_batch(config: RunConfig, train: TrainConfig) -> Batch:
+    """Random tokens in documents of uneven lengths, several a row, with padding at the end of some rows: half a row at
+    most, since of a token or two some gradients are sums that cancel, and nothing but rounding is left to compare."""
+    rng = np.random.default_rng(train.seed)
+    shape = (train.batch_size, train.sequence_length)
+    segments_bt = np.zeros(shape, np.int32)
+    positions_bt = np.zeros(shape, np.int32)
+    for segments_t, positions_t in zip(segments_bt, positions_bt, strict=True):
+        inside = rng.permutation(np.arange(1, shape[1]))[: rng.integers(1, min(5, shape[1]))]
+        edges = [0, *np.sort(inside).tolist(), shape[1]]
+        for number, (start, end) in enumerate(zip(edges, edges[1:], strict=False), 1):
+            last = number == len(edges) - 1
+            padding = last and rng.random() < 0.5 and start >= shape[1] / 2
+            segments_t[start:end] = 0 if padding else number
+            positions_t[start:end] = np.arange(end - start)
+    first_bt = np.diff(segments_bt, axis=1, prepend=-1) != 0
+    weights_bt = ((segments_bt != 0) & ~first_bt).astype(np.float32)
+    tokens_bt = rng.integers(0, config.model.vocab_size, shape, dtype=np.int32)
+    return Batch(tokens_bt, segments_bt, positions_bt, weights_bt)
+
+
+def packed_batches(config: RunConfig, count: int) -> list[Batch]:
+    """`count` different ones. Raises ConfigError if one has no target."""
+    seeds = ((config.train.seed + i) % 2**31 for i in range(count))
+    batches = [packed_batch(config, dataclasses.replace(config.train, seed=seed)) for seed in seeds]
+    expected = "a longer one: no token of the rows that are checked has a target"
+    require(all(batch.weights_bt.any() for batch in batches), config.train, "sequence_length", expected)
+    return batches
+
+
+def default_train(config: RunConfig) -> TrainConfig:
+    """A batch that every axis of the plan divides, with rows of an odd number of tokens for each rank."""
+    plan = config.plan
+    unit = plan.context * plan.sequence_pieces
+    tokens = max(13 * unit, 52, 2 * plan.context * config.model.reach)
+    return TrainConfig(
+        steps=10, batch_size=2 * plan.data * plan.microbatches, sequence_length=-(-tokens // unit) * unit, seed=0,
+        sample_tokens=1,
+    )  # fmt: skip

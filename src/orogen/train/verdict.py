@@ -1,0 +1,144 @@
+"""How far a plan may be from one device, and what `verify` says of it. Letters: l layers, e experts."""
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from orogen.config.model import ModelConfig
+from orogen.config.plan import PLAINEST, PlanConfig
+from orogen.config.run import RunConfig
+from orogen.moe.layer import Choice
+from orogen.precision.policy import DTYPES
+
+# Relative tolerances in float32. A gradient leaf sums up to a few thousand products in another order.
+LOSS, GRADIENT, PARAMETER = 1e-5, 1e-4, 1e-6
+# A token's own top-k, and what is dropped of it, may differ from the replayed only where that hung on less than this.
+MARGIN = 1e-5
+# A leaf this small beside the whole gradient is zero but for rounding, and is held against the whole.
+NEGLIGIBLE = 1e-7
+# Roundings of one layer that reach a result, forward and backward: operands, products, norms, activations and sums.
+ROUNDINGS = 16
+# By how much an update may be further off than the gradients that it is made of: Muon's iterations magnify small
+# singular values.
+UPDATED = {"adamw": 2, "muon": 20}
+
+
+class Verdict(NamedTuple):
+    """Relative errors of a plan against one device; None where that was not looked at.
+
+    loss_error: the largest of all batches'. max_gradient_error: of the worst gradient, or, of steps, of the worst first
+    moment. max_parameter_error: of the worst parameter: relative to itself after one update from equal gradients by
+    each optimizer; of steps, relative to what they changed in it.
+    load_error: the largest difference of an expert's load, of the dropped tokens, of a router bias after the update and
+    of counters; these are counts and signs, so it is 0 or the plan is wrong.
+    flips: tokens whose own choice, of experts or of what to drop, differed from the one replayed, flip_margin the
+    largest margin of such a choice. zero_leaves had no gradient to compare.
+    overflow_rows found no room in a buffer: what they would have added is missing, so the plan does not pass.
+    tolerances: what each error may be, by the error's name. shared: implementations that are the same on both sides, as
+    field=name: of them nothing is learned.
+    """
+
+    loss_error: float
+    max_gradient_error: float | None
+    worst_leaf: str | None
+    max_parameter_error: float | None
+    load_error: float
+    flips: int
+    flip_margin: float
+    zero_leaves: list[str]
+    dropped_tokens: int
+    overflow_rows: int
+    what: str
+    dtype: str
+    tolerances: dict[str, float]
+    shared: list[str]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every error is inside its tolerance."""
+        errors = {name: getattr(self, name) for name in self.tolerances}
+        inside = all(error is None or error <= self.tolerances[name] for name, error in errors.items())
+        return inside and self.load_error == 0 and self.overflow_rows == 0
+
+
+def conditions(what: str, config: RunConfig, reference: PlanConfig) -> dict[str, Any]:
+    """The fields of a Verdict that say what was compared and how near it has to be. config: the plan's side."""
+    dtype = config.train.compute_dtype
+    return {
+        "what": what,
+        "dtype": dtype,
+        "tolerances": tolerances(what, config),
+        "shared": shared(config.plan, reference, config.model),
+    }
+
+
+def tolerances(what: str, config: RunConfig) -> dict[str, float]:
+    """What each error of a `Verdict` may be, of a plan that computes in `TrainConfig.compute_dtype`, against float32.
+
+    In fewer bits than float32, independent roundings by at most u each add up to u · sqrt(their number) of a result, as
+    many as ROUNDINGS a layer. Source: Higham and Mary, SIAM J. Sci. Comput. 41(5), 2019.
+    """
+    noise = unit_roundoff(config) * math.sqrt(ROUNDINGS * depth(config.model))
+    exact = config.train.compute_dtype == "float32" and config.plan.linear == "plain"
+    loss, gradient, margin = (LOSS, GRADIENT, MARGIN) if exact else (noise, noise, noise)
+    # Updates from equal gradients are float32 whatever the model computes in.
+    parameter = PARAMETER if what == "gradients" else gradient * UPDATED[config.optimizer.name]
+    return {
+        "loss_error": loss,
+        "max_gradient_error": gradient,
+        "max_parameter_error": parameter,
+        "flip_margin": margin,
+    }
+
+
+def unit_roundoff(config: RunConfig) -> float:
+    """The largest relative error of one rounding among those that the plan makes."""
+    formats = [DTYPES[config.train.compute_dtype]]
+    formats += [jnp.float8_e4m3fn, jnp.float8_e5m2] * (config.plan.linear == "fp8")
+    return max(float(jnp.finfo(f).eps) / 2 for f in formats)
+
+
+def depth(model: ModelConfig) -> int:
+    """Layers between a token and the deepest loss, embedding and head among them."""
+    return len(model.layers.main) + model.mtp_depths * (len(model.layers.mtp) + 1) + 2
+
+
+def shared(config: PlanConfig, reference: PlanConfig, model: ModelConfig) -> list[str]:
+    """The operations that the model has and that plan and reference compute alike, as field=name."""
+    letters = set(model.layers.main + model.layers.mtp)
+    used = (field for field, (_, layers) in PLAINEST.items() if layers is None or letters & set(layers))
+    same = (field for field in used if getattr(config, field) == getattr(reference, field))
+    return [f"{field}={getattr(config, field)}" for field in same]
+
+
+def leaf_errors(reference: nnx.State, other: nnx.State) -> tuple[np.ndarray, list[int]]:
+    """Relative error of each leaf, and which leaves are zero in the reference."""
+    pairs = list(zip(jax.tree.leaves(reference), jax.tree.leaves(other), strict=True))
+    norms = np.array([np.linalg.norm(np.asarray(a, np.float64)) for a, _ in pairs])
+    whole = np.linalg.norm(norms)
+    zero = norms <= NEGLIGIBLE * whole
+    differences = np.array([np.linalg.norm(np.asarray(a, np.float64) - b) for a, b in pairs])
+    return differences / np.maximum(np.where(zero, whole, norms), np.finfo(float).tiny), np.flatnonzero(zero).tolist()
+
+
+def flips(choices: Any) -> tuple[int, float]:
+    """How many tokens were replayed against their own choice, and the largest margin of one."""
+    found = jax.tree.leaves(choices, is_leaf=lambda x: isinstance(x, Choice))
+    count = sum(int(c.flipped.sum()) for c in found)
+    return count, largest(c.margin[c.flipped].max() for c in found if c.flipped.any())
+
+
+def largest_difference(reference: Any, other: Any) -> float:
+    """Of any two numbers in the same place of two trees."""
+    pairs = zip(jax.tree.leaves(reference), jax.tree.leaves(other), strict=True)
+    return largest(np.abs(np.asarray(a) - b).max(initial=0) for a, b in pairs)
+
+
+def largest(values: Iterable[Any]) -> float:
+    """0 if there are none; NaN if one is, which Python's max may pass over."""
+    return float(np.max([0.0, *values]))

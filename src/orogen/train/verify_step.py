@@ -1,0 +1,182 @@
+"""Checks a plan's whole training steps, and its evaluation, against one device."""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from orogen.config.run import RunConfig
+from orogen.data.packing import Batch
+from orogen.parallel.plan import Plan
+from orogen.train.heldout import heldout_nats, heldout_plan
+from orogen.train.optimizer import make_optimizer
+from orogen.train.sides import Side, packed_batches, replayed, sides
+from orogen.train.state import TrainState, abstract_state, relaid, start_state, state_shardings
+from orogen.train.step import StepMetrics, batch_to_devices, step_function
+from orogen.train.verdict import Verdict, conditions, flips, largest, largest_difference, leaf_errors
+
+# Steps of a check, and which of them is made not finite: there is a state to lose by then, and a step after it.
+STEPS, BROKEN = 4, 2
+SCORED = 2  # batches of held-out rows
+
+
+class _Steps(NamedTuple):
+    """Metrics of each step, the state of the whole model behind the last, and each step's choices; on the host."""
+
+    metrics: list[StepMetrics]
+    state: TrainState
+    choices: list[Any]
+
+
+def verify_steps(config: RunConfig) -> Verdict:
+    """Several of the steps that `make_step` compiles: gradients, clipping, optimizer, routers' biases and counters, in
+    the plan's layout from step to step; one batch has a weight that is no number, so that its step is skipped.
+
+    The plan replays one device's choices. AdamW's epsilon is raised to the size of a typical clipped gradient, without
+    which an element that is zero but for rounding moves by the whole learning rate, in either direction.
+    """
+    batches = packed_batches(config, STEPS)
+    batches[BROKEN] = batches[BROKEN]._replace(weights_bt=_one_not_finite(batches[BROKEN].weights_bt))
+    one, other, start = sides(config)
+    size = sum(leaf.size for leaf in jax.tree.leaves(start[0]))
+    smooth = dataclasses.replace(config.optimizer, epsilon=config.optimizer.clip_norm / math.sqrt(size))
+    one, other = (side._replace(config=dataclasses.replace(side.config, optimizer=smooth)) for side in (one, other))
+    alone = _steps(one, start, batches, None)
+    folded = _steps(other, start, batches, [replayed(choices, other) for choices in alone.choices])
+    worst_leaf, gradient_error, zero = _moment_error(alone.state, folded.state)
+    found = [flips(choices) for choices in folded.choices]
+    return Verdict(
+        loss_error=_metric_error(alone, folded, "loss", "learning_rate"),
+        max_gradient_error=largest([gradient_error, _metric_error(alone, folded, "grad_norm")]),
+        worst_leaf=worst_leaf,
+        max_parameter_error=_movement_error(start[0], alone.state.params, folded.state.params),
+        load_error=largest_difference(_counted(alone), _counted(folded)),
+        flips=sum(count for count, _ in found),
+        flip_margin=largest(margin for _, margin in found),
+        zero_leaves=zero,
+        dropped_tokens=int(sum(m.dropped for m in folded.metrics)),
+        overflow_rows=int(sum(m.overflow for m in folded.metrics)),
+        **conditions("step", other.config, one.plan.config),
+    )
+
+
+def verify_evaluation(config: RunConfig) -> Verdict:
+    """The program that scores held-out rows, on the plan as evaluation has it, which drops no token."""
+    batches = packed_batches(config, SCORED)
+    one, other, start = sides(config)
+    single = dataclasses.replace(one.plan, config=one.plan.config.dropping_none(), sources=(1, 1, 1))
+    alone = _scores(one._replace(plan=single), start, batches)
+    folded = _scores(other._replace(plan=heldout_plan(other.config, other.built)), start, batches)
+    return Verdict(
+        loss_error=largest(
+            abs(b[0] / b[1] - a[0] / a[1]) / abs(a[0] / a[1]) for a, b in zip(alone, folded, strict=True)
+        ),
+        max_gradient_error=None,
+        worst_leaf=None,
+        max_parameter_error=None,
+        load_error=largest(abs(b[1] - a[1]) for a, b in zip(alone, folded, strict=True)),
+        flips=0,
+        flip_margin=0.0,
+        zero_leaves=[],
+        dropped_tokens=0,
+        overflow_rows=0,
+        **conditions("evaluation", other.config, one.plan.config),
+    )
+
+
+def _one_not_finite(weights_bt: np.ndarray) -> np.ndarray:
+    """The weights with the first target's made NaN."""
+    broken_bt = weights_bt.copy()
+    broken_bt[np.unravel_index(np.argmax(weights_bt > 0), weights_bt.shape)] = np.nan
+    return broken_bt
+
+
+def _steps(side: Side, start: Any, batches: list[Batch], replays: list[Any] | None) -> _Steps:
+    """One step after another from `start`, a whole model's; each side's program is compiled once."""
+    built, plan, config = side.built, side.plan, side.config
+    optimizer = make_optimizer(config.optimizer, config.train.steps, built.params)
+    function = step_function(built, config, plan, optimizer, record=True, replaying=replays is not None)
+    layout = state_shardings(abstract_state(built, optimizer), plan)
+    program = jax.jit(
+        function, donate_argnums=0, out_shardings=(layout, plan.sharding(), None),
+        compiler_options=plan.compiler_options,
+    )  # fmt: skip
+    state = start_state(*jax.tree.map(jax.numpy.asarray, start), built, optimizer, plan)
+    metrics, chosen = [], []
+    with jax.default_matmul_precision("highest"):
+        for number, batch in enumerate(batches):
+            again = () if replays is None else (replays[number],)
+            state, reported, choices = program(state, batch_to_devices(batch, plan), *again)
+            # Fetched at once: programs over simulated devices must not be many in flight.
+            metrics.append(jax.device_get(reported))
+            chosen.append(jax.device_get(choices))
+    whole = jax.device_get(jax.jit(lambda s: relaid(s, built.stages, None))(state))
+    return _Steps(metrics, whole, chosen)
+
+
+def _metric_error(alone: _Steps, folded: _Steps, *names: str) -> float:
+    """The largest relative error of these metrics in any step; infinite where one side alone is not finite."""
+
+    def error(a: float, b: float) -> float:
+        if np.isfinite(a) != np.isfinite(b):
+            return math.inf
+        return abs(b - a) / max(abs(a), np.finfo(float).tiny) if np.isfinite(a) else 0.0
+
+    pairs = zip(alone.metrics, folded.metrics, strict=True)
+    return largest(error(float(getattr(a, name)), float(getattr(b, name))) for a, b in pairs for name in names)
+
+
+def _moment_error(alone: TrainState, folded: TrainState) -> tuple[str, float, list[str]]:
+    """The parameter whose first moment, a mean of its clipped gradients, is furthest off, and by how much; and those
+    that are zero but for rounding."""
+    one, other = (_first_moments(state.optimizer) for state in (alone, folded))
+    errors, zero = leaf_errors(list(one.values()), [other[name] for name in one])
+    worst, names = int(np.argmax(errors)), list(one)
+    return names[worst], float(errors[worst]), [names[i] for i in zero]
+
+
+def _first_moments(optimizer: Any) -> dict[str, np.ndarray]:
+    """By the path of their parameter."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(optimizer):
+        names = [jax.tree_util.keystr((part,), simple=True) for part in path]
+        if "mu" in names:
+            found[".".join(names[names.index("mu") + 1 :]).removesuffix(".value")] = np.asarray(leaf)
+    return found
+
+
+def _movement_error(start: Any, alone: Any, folded: Any) -> float:
+    """The largest difference of a parameter relative to what the steps changed in it, less what rounding the parameter
+    at each step may add; of one that they left where it was, relative to what they changed in all."""
+    leaves = zip(*(jax.tree.leaves(tree) for tree in (start, alone, folded)), strict=True)
+    norm = lambda x: float(np.linalg.norm(np.asarray(x, np.float64)))  # noqa: E731
+    facts = [(norm(np.asarray(b, np.float64) - a), norm(np.asarray(a, np.float64) - s), norm(a)) for s, a, b in leaves]
+    whole = math.sqrt(sum(moved**2 for _, moved, _ in facts))
+    rounding = STEPS * float(np.finfo(np.float32).eps)
+    return largest(
+        max(off - rounding * size, 0.0 if np.isfinite(off) else off) / (moved if moved > 1e-7 * whole else whole)
+        for off, moved, size in facts
+    )
+
+
+def _counted(steps: _Steps) -> Any:
+    """What must be equal to the last digit: counters, counts, and biases, which move by signs of counts."""
+    state = steps.state
+    counters = (state.step, state.skipped, state.skipped_in_row)
+    metrics = [(m.load_le, m.dropped, m.tokens, m.skipped, m.skipped_in_row) for m in steps.metrics]
+    return counters, metrics, state.buffers
+
+
+def _scores(side: Side, start: Any, batches: list[Batch]) -> list[tuple[float, float]]:
+    """Nats and targets of each batch."""
+    plan: Plan = side.plan
+    stages = side.built.stages
+    laid = tuple(relaid(part, None, stages) for part in start) if stages else start
+    params, buffers = jax.device_put(laid, (plan.shardings(side.built.params), plan.shardings(side.built.buffers)))
+    score = heldout_nats(side.built, side.config.model, plan, side.config.train.compute_dtype)
+    with jax.default_matmul_precision("highest"):
+        params = jax.jit(plan.working)(params)
+        found = [jax.device_get(score(params, buffers, batch_to_devices(batch, plan))) for batch in batches]
+    return [(float(nats), float(targets)) for nats, targets in found]
