@@ -41,6 +41,13 @@ def test_ratio_is_of_neighbouring_steps():
     assert cpu_train._ratio(ours, theirs, "cpu") == {"median": 2.0, "quartiles": [1.25, 2.25]}
 
 
+def test_tokens_a_second_are_of_the_median_step_by_hand():
+    samples = [peers.Seconds(wall, wall / 4) for wall in (8.0, 0.5, 1.0, 2.0, 4.0)]
+    assert cpu_train._summary(samples, 96) == {
+        "tokens_per_second": 48.0, "median": 2.0, "quartiles": [1.0, 4.0], "best": 0.5, "cpu": 0.5, "steps": 5,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(("name", "parameters"), [("dense", 37_178_352), ("moe", 52_927_472)])
 def test_models_have_the_sizes_they_are_known_by(name, parameters):
     from orogen.model.count import count

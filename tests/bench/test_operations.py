@@ -110,6 +110,29 @@ def test_groups_are_uneven_and_as_many_empty_as_asked():
     assert sizes_e.sum() == 200 and (sizes_e == 0).sum() == 2 and len(set(sizes_e.tolist())) > 2
 
 
+def test_a_call_takes_its_share_of_a_sample_by_hand(monkeypatch):
+    """Four calls of 3 ms to start and 7 ms until the last is there."""
+    now = 0.0
+
+    def take(seconds):
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
+    program = timing.Program(lambda: take(0.003), lambda _: take(0.007), lambda result: result, None)
+    times = timing.time_in_turn({"one": program, "other": program}, samples=2, calls=4)
+    assert set(times) == {"one", "other"}
+    np.testing.assert_allclose(list(times.values()), np.full((2, 2), (4 * 3 + 7) / 4))
+
+
+def test_ceilings_by_hand(monkeypatch):
+    """A product of 2 · 1000³ operations in 2 ms; two bytes of each of 10⁶ numbers, read and written, in 0.04 ms."""
+    monkeypatch.setattr(timing, "compiled", lambda *_: None)
+    monkeypatch.setattr(timing, "time_in_turn", lambda *_, **__: {"product": [9.0, 2.0, 1.0], "copy": [0.04]})
+    found = timing.ceilings(samples=1, sizes={"matrix": 1000, "copied": 10**6})
+    assert found == {"matmul_tflops": 1.0, "copy_tb_per_second": 0.1}
+
+
 def test_works_by_hand():
     # 2 · 6 · 5 · 3 operations; rows 6x5 and outputs 6x3 in two bytes, weights of one group of two 5x3
     product = grouped_matmul.works({"n": 6, "d": 5, "f": 3, "e": 2, "empty": 1})

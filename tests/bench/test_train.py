@@ -14,6 +14,7 @@ from orogen.bench.train import Workload
 from orogen.bench.worker import Worker, seconds_a_run
 from orogen.cli import main
 from orogen.config.checks import ConfigError
+from orogen.config.model import ModelConfig
 from orogen.config.plan import FOR_GPU, PlanConfig
 from orogen.parallel.plan import make_plan
 from orogen.precision.fp8 import fp8_matmul
@@ -57,6 +58,24 @@ def test_a_whole_step_starts_from_the_loss_of_the_passes():
 def test_tokens_of_a_step_are_those_of_all_microbatches():
     work = tiny("whole_step")
     assert train.prepare(work, work.config()).tokens == 4 * 48
+
+
+def test_rates_by_hand(monkeypatch):
+    """A token of an MLP 5 x 8 x 5 and a head 5 x 11 takes 160 + 110 operations forward, three times that in all."""
+    model = ModelConfig(pattern="-", vocab_size=11, hidden_size=5, intermediate_size=8)
+    monkeypatch.setattr(train, "peak_flops", lambda kind: 6480e12)
+    found = train.rates([0.5, 0.25, 1.5], 10**12, model, 7)
+    assert found == {
+        "ms": 500.0, "best_ms": 250.0, "worst_ms": 1500.0, "tokens_per_second": 2 * 10**12, "tflops": 1620.0,
+        "mfu": 0.25,
+    }  # fmt: skip
+
+
+def test_memory_counts_what_takes_an_arguments_place_once():
+    sizes = {"argument": 5e9, "output": 3e9, "alias": 2e9, "temp": 7e9}
+    analysed = SimpleNamespace(**{f"{name}_size_in_bytes": size for name, size in sizes.items()})
+    program = SimpleNamespace(memory_analysis=lambda: analysed)
+    assert train._memory(program) == {"gb": 13.0, "temporary_gb": 7.0}
 
 
 def test_bindings_take_the_place_of_the_usual_ones():

@@ -320,20 +320,31 @@ def test_bias_update_by_hand():
 
 
 def test_router_computes_in_float32_from_bfloat16():
-    """Logits of weights that bfloat16 cannot hold, and the gradients of both, as in float64 but for sums' rounding."""
+    """Logits of the master weights, which bfloat16 cannot hold, and the gradients of both, as in float64 but for sums'
+    rounding."""
     graph, params, buffers = nnx.split(Router(CONFIG, nnx.Rngs(0)), nnx.Param, ...)
-    params = working_copy(params, "bfloat16")
+    master_de = np.random.default_rng(5).normal(size=(6, CONFIG.n_routed_experts)).astype(np.float32)
+    params["gate"] = params["gate"].replace(jnp.asarray(master_de))
     x_btd = jax.random.normal(jax.random.key(1), (2, 3, 6)).astype(jnp.bfloat16)
     dlogits_bte = jax.random.normal(jax.random.key(2), (2, 3, CONFIG.n_routed_experts))
-    run = lambda params, x: nnx.merge(graph, params, buffers)(x, make_plan(PlanConfig(), CONFIG), None)  # noqa: E731
+
+    def run(params, x_btd):
+        router = nnx.merge(graph, working_copy(params, "bfloat16"), buffers)
+        return router(x_btd, make_plan(PlanConfig(), CONFIG), None)
+
     logits_bte, back, routing = jax.vjp(run, params, x_btd, has_aux=True)
     dparams, dx_btd = back(dlogits_bte)
     assert logits_bte.dtype == routing.weights.dtype == dparams["gate"][...].dtype == jnp.float32
     assert dx_btd.dtype == jnp.bfloat16
-    x, w, dy = (np.asarray(a, np.float64) for a in (x_btd, params["gate"][...], dlogits_bte))
-    np.testing.assert_allclose(logits_bte, x_btd.astype(jnp.float32) @ params["gate"][...], rtol=1e-6)
-    np.testing.assert_allclose(logits_bte, x @ w, rtol=1e-6)
-    np.testing.assert_allclose(dparams["gate"][...], np.einsum("btd,bte->de", x, dy), rtol=1e-6)
+    x, w, dy = (np.asarray(a, np.float64) for a in (x_btd, master_de, dlogits_bte))
+    assert np.abs(x @ (w - w.astype(jnp.bfloat16).astype(np.float64))).max() > 1e-3  # what rounding it would change
+    np.testing.assert_allclose(logits_bte, x @ w, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(dparams["gate"][...], np.einsum("btd,bte->de", x, dy), rtol=1e-6, atol=1e-6)
+    scores_bte = 1 / (1 + np.exp(-x @ w))
+    chosen_btk = np.argsort(-scores_bte, -1)[..., :2]
+    np.testing.assert_array_equal(routing.experts, chosen_btk)
+    weights_btk = np.take_along_axis(scores_bte, chosen_btk, -1)
+    np.testing.assert_allclose(routing.weights, weights_btk / weights_btk.sum(-1, keepdims=True), rtol=1e-6)
     # Rounded once, at the end: to what float64 rounds to, but for the rare sum beside the middle of two numbers.
     np.testing.assert_allclose(dx_btd.astype(jnp.float32), dy @ w.T, rtol=2.0**-8)
     assert np.mean(np.asarray(dx_btd == jnp.asarray(dy @ w.T, jnp.bfloat16))) > 0.95

@@ -528,6 +528,51 @@ def test_gradient_of_a_sharded_weight_is_scattered_not_replicated(plan):
     assert sorted(found) == ["psum", "psum"]
 
 
+# Sums of these over four ranks need 22 bits: 8, as bfloat16 has, would lose all but the first.
+FINE = np.array([1.0, 2.0**-10, 2.0**-15, 2.0**-20], np.float32)
+
+
+def fine(dtype) -> jnp.ndarray:
+    """(rank, embed, mlp), of which each rank has one number throughout."""
+    return jnp.broadcast_to(jnp.asarray(FINE, dtype)[:, None, None], (4, 48, 8))
+
+
+def reduced_types(function, *arguments) -> set[str]:
+    """In what ranks' sums are taken, of all that the program has."""
+    return set(re.findall(r":(\w+)\[[^=]*= (?:psum|reduce_scatter)\w*\[", str(jax.make_jaxpr(function)(*arguments))))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("fsdp", ["optimizer", "gradients"])
+def test_gradients_are_scattered_and_summed_in_float32(fsdp, dtype):
+    plan = make_plan(PlanConfig(data=4, fsdp=fsdp), hybrid())
+    up = tree()["up"]
+
+    def reduce(scale):
+        return plan.sum_gradients(plan.scatter_gradients({"up": up.replace(scale[0])}))
+
+    outputs = plan.stored_specs({"up": up})
+    step = plan.run(reduce, inputs=plan.spec("batch", None, None), outputs=outputs)
+    found = jax.jit(step)(fine(dtype))["up"][...]
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, np.full((48, 8), FINE.astype(np.float64).sum(), np.float32))
+    assert reduced_types(step, fine(dtype)) == {"f32"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gathered_weights_gradient_is_summed_in_float32(dtype):
+    plan = make_plan(PlanConfig(data=4, fsdp="parameters"), hybrid())
+    params = {"up": tree()["up"]}
+    params["up"] = params["up"].replace(jnp.zeros((48, 8), dtype))
+    specs = plan.specs(params)
+    loss = lambda params, scale: (plan.weight(params["up"]) * scale[0]).sum()  # noqa: E731
+    step = plan.run(jax.grad(loss), inputs=(specs, plan.spec("batch", None, None)), outputs=specs)
+    found = jax.jit(step)(params, fine(dtype))["up"][...]
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, np.full((48, 8), FINE.sum(), dtype))
+    assert reduced_types(step, params, fine(dtype)) == {"f32"}
+
+
 def test_a_forgotten_sum_is_a_type_error(plan):
     with pytest.raises(ValueError, match="replicated|varying"):
         plan.run(lambda x: x.sum(), inputs=plan.spec("batch"), outputs=plan.spec())(numbers(2))

@@ -53,13 +53,14 @@ def test_counts_by_hand():
 
 
 def test_objective_is_the_sum_of_its_terms():
-    # Three rows of odd length: packed with padding, one document, and padding alone.
+    # Rows of odd length: packed with padding, one document, padding alone, and documents too short for a second depth.
     model_config = config(pattern="-E/E")
     plan = one_device(model_config)
     rng = np.random.default_rng(0)
-    tokens_bt = rng.integers(0, 23, (3, 11)).astype(np.int32)
-    segments_bt = np.array([[1] * 4 + [2] * 5 + [0] * 2, [1] * 11, [0] * 11], np.int32)
-    batch = Batch(tokens_bt, segments_bt, np.zeros_like(tokens_bt), rng.random((3, 11), np.float32))
+    tokens_bt = rng.integers(0, 23, (4, 11)).astype(np.int32)
+    short = [1, 1, 2, 2, *[0] * 7]
+    segments_bt = np.array([[1] * 4 + [2] * 5 + [0] * 2, [1] * 11, [0] * 11, short], np.int32)
+    batch = Batch(tokens_bt, segments_bt, np.zeros_like(tokens_bt), rng.random((4, 11), np.float32))
     counts = batch_counts(batch, 2, plan)
 
     @jax.jit
@@ -75,19 +76,19 @@ def test_objective_is_the_sum_of_its_terms():
     (loss, sums), likelihoods, layers, nats = run(batch)
     nats_by_hand = np.zeros(3)
     for depth, likelihood_btv in enumerate(likelihoods):
-        for b, t in np.ndindex(3, 11 - 1 - depth):
+        for b, t in np.ndindex(4, 11 - 1 - depth):
             target = t + 1 + depth
             if segments_bt[b, t] and segments_bt[b, t] == segments_bt[b, target]:
                 nats_by_hand[depth] -= batch.weights_bt[b, target] * likelihood_btv[b, t, tokens_bt[b, target]]
     np.testing.assert_allclose(sums.nats, nats_by_hand, rtol=1e-6)
     np.testing.assert_allclose(nats, nats_by_hand[0], rtol=1e-6)
-    # Of 20 tokens, 3 documents: each loses `depth` tokens. The third row counts nowhere.
-    np.testing.assert_array_equal(counts.tokens, [20, 17, 14])
-    np.testing.assert_array_equal(counts.rows, [2, 2, 2])
+    # Of 24 tokens, 5 documents: each loses `depth` tokens. The third row counts nowhere, the fourth not at depth 2.
+    np.testing.assert_array_equal(counts.tokens, [24, 19, 14])
+    np.testing.assert_array_equal(counts.rows, [3, 3, 2])
     shares = nats_by_hand / counts.targets
     expected = shares[0] + 0.4 / 2 * (shares[1] + shares[2])
-    for layer, (tokens, applications) in zip(layers, [(20, 1), (17, 2), (14, 2)], strict=True):
-        expected += 0.02 * layer.losses.balance / 2 / applications + 0.003 * layer.losses.z / tokens / applications
+    for layer, (tokens, rows, applications) in zip(layers, [(24, 3, 1), (19, 3, 2), (14, 2, 2)], strict=True):
+        expected += 0.02 * layer.losses.balance / rows / applications + 0.003 * layer.losses.z / tokens / applications
         assert layer.load.sum() == 3 * tokens
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     np.testing.assert_array_equal(sums.load[0], layers[0].load)

@@ -145,6 +145,14 @@ def target_byte_count(batch: Batch, byte_length_v: np.ndarray) -> int:
     return int(byte_length_v[batch.tokens_bt][batch.weights_bt > 0].sum())
 
 
+def document_lengths(segments_bt: np.ndarray) -> np.ndarray:
+    """Tokens of each document of packed rows: of each run of one number other than 0."""
+    flat_n = np.pad(np.asarray(segments_bt), ((0, 0), (0, 1))).ravel()  # a row's last document ends with the row
+    start_n = np.flatnonzero(np.diff(flat_n, prepend=0))
+    length_n = np.diff(start_n, append=len(flat_n))
+    return length_n[flat_n[start_n] != 0]
+
+
 def _renumbered(row_n: np.ndarray) -> np.ndarray:
     """The same partition, rows numbered by first appearance."""
     _, first_of_row, inverse_n = np.unique(row_n, return_index=True, return_inverse=True)

@@ -3,10 +3,15 @@
 Convention: a multiply-add is two operations; causal attention and the SSD's causal part inside a chunk count half; a
 window counts the tokens that the average query of a row sees, half its own as everywhere;
 experts by the active width; convolutions exactly; norms, biases and activations not at all; training is three times the
-forward pass, without recomputation.
+forward pass, without recomputation. Documents that share a row count as rows of their own, and padding as nothing.
 """
 
+import functools
+
+import numpy as np
+
 from orogen.config.model import ModelConfig
+from orogen.data.packing import document_lengths
 
 # Dense bfloat16 peak of one device, FLOP/s, by a part of the name that JAX gives it. Source: NVIDIA data sheets.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
@@ -17,6 +22,14 @@ def peak_flops(device_kind: str) -> float | None:
     return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
 
 
+def training_flops(config: ModelConfig, segments_bt: np.ndarray) -> float:
+    """Forward and backward operations for the documents of packed rows."""
+    lengths_d, counts_d = np.unique(document_lengths(segments_bt), return_counts=True)
+    documents = zip(lengths_d.tolist(), counts_d.tolist(), strict=True)
+    return sum(count * length * training_flops_per_token(config, length) for length, count in documents)
+
+
+@functools.cache
 def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     """Forward and backward operations for one token of a row of `sequence_length` tokens, one document."""
     return 3 * forward_flops_per_token(config, sequence_length)

@@ -23,7 +23,7 @@ from orogen.data.tokenizer import Tokenizer, check_rows, check_vocab_size
 from orogen.model.count import count
 from orogen.model.lm import Built, build
 from orogen.parallel.plan import Plan, make_plan
-from orogen.simulate.flops import peak_flops, training_flops_per_token
+from orogen.simulate.flops import peak_flops, training_flops
 from orogen.train.checkpoint import Checkpoints, with_shardings
 from orogen.train.heldout import Heldout
 from orogen.train.metrics import MetricsWriter, Progress
@@ -151,7 +151,6 @@ class _Run:
         self.first_step = checkpoints.latest or 0
         expected = f"at least {self.first_step}, the step that the run has reached"
         require(train.steps >= self.first_step, train, "steps", expected)
-        self.flops = training_flops_per_token(config.model, train.sequence_length)
         self.peak = peak_flops(jax.devices()[0].device_kind)
 
     def start(self, origin: Origin | None) -> TrainState:
@@ -190,7 +189,7 @@ class _Run:
                 stop.working = True
                 if pending is not None:
                     self._report(*pending, writer, progress)
-                pending = number, fetcher.submit(_fetch, metrics)
+                pending = number, batch, fetcher.submit(_fetch, metrics)
                 last, due = number == train.steps or stop.asked, lambda every, n=number: n % every == 0
                 if last or due(train.evaluate_every) or due(train.checkpoint_every):
                     scored = not stop.asked and (number == train.steps or due(train.evaluate_every))
@@ -205,17 +204,18 @@ class _Run:
     def _report(
         self,
         number: int,
+        batch: Batch,
         fetching: Future[tuple[StepMetrics, float]],
         writer: MetricsWriter,
         progress: Progress,
         scored: TrainState | None = None,
     ) -> bool:
-        """Writes step `number` down, with the held-out loss of the state `scored` if there is one.
+        """Writes step `number` on `batch` down, with the held-out loss of the state `scored` if there is one.
 
         Returns whether the step was finite. Raises NonFiniteError if too many in a row were not.
         """
         fetched, done = fetching.result()
-        record = self._record(number, fetched, done - self.clock)
+        record = self._record(number, batch, fetched, done - self.clock)
         self.clock = done
         if scored is not None and self.heldout is not None:
             score = self.heldout.sample(scored)
@@ -246,7 +246,7 @@ class _Run:
             return f"the loss is {float(metrics.loss)}"
         return f"first in the gradient of {leaf_name(self.built.params, int(metrics.worst_leaf))}"
 
-    def _record(self, number: int, metrics: StepMetrics, seconds: float) -> dict[str, Any]:
+    def _record(self, number: int, batch: Batch, metrics: StepMetrics, seconds: float) -> dict[str, Any]:
         losses = metrics.nats / np.maximum(metrics.targets, 1)
         tokens = int(metrics.tokens)
         record = {
@@ -267,7 +267,8 @@ class _Run:
             if self.config.plan.buffer_factor is not None:
                 record["overflow_rows"] = int(metrics.overflow)
         if self.peak:
-            record["mfu"] = self.flops * tokens / seconds / self.plan.config.devices / self.peak
+            operations = training_flops(self.config.model, batch.segments_bt)
+            record["mfu"] = operations / seconds / self.plan.config.devices / self.peak
         return record
 
 

@@ -5,7 +5,8 @@ One line of `metrics.jsonl` is one JSON object, one a step, steps strictly incre
     step                  optimizer steps done, from 1
     loss                  nats per predicted token of this step's batch; `mtp_loss` likewise, a list over depths
     tokens                tokens of this step's batch; their sum over the lines is what the run has trained on
-    tokens_per_second, step_ms, mfu (0 to 1), grad_norm, learning_rate
+    tokens_per_second, step_ms, grad_norm, learning_rate
+    mfu                   0 to 1, of every device: operations of the batch's documents, each as a row of its own
     expert_load           [MoE layer][expert]: (token, expert) assignments the router made in this step, drops included
     dropped_tokens        how many of those assignments no expert computed; a number, or a list over MoE layers
     heldout_loss          nats per token of a fixed sample of the held-out text, in the steps that evaluate

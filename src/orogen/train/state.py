@@ -51,7 +51,7 @@ def create_state(
     shardings = state_shardings(abstract_state(built, optimizer), plan)
 
     def create(seed: Array) -> TrainState:
-        return _fresh(*initial_state(config, seed, built.stages), optimizer)
+        return fresh_state(*initial_state(config, seed, built.stages), optimizer)
 
     return jax.jit(create, out_shardings=shardings)(seed)
 
@@ -75,11 +75,12 @@ def start_state(
     shardings = state_shardings(abstract_state(built, optimizer), plan)
 
     def create(params: nnx.State, buffers: nnx.State) -> TrainState:
-        return _fresh(relaid(params, None, built.stages), relaid(buffers, None, built.stages), optimizer)
+        return fresh_state(relaid(params, None, built.stages), relaid(buffers, None, built.stages), optimizer)
 
     return jax.jit(create, out_shardings=shardings, donate_argnums=(0, 1))(params, buffers)
 
 
-def _fresh(params: nnx.State, buffers: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
+def fresh_state(params: nnx.State, buffers: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step, of parameters and buffers laid out as the optimizer's are to be."""
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, zero, zero, params, buffers, optimizer.init(params))

@@ -13,7 +13,7 @@ from orogen.parallel.plan import Plan
 from orogen.train.heldout import heldout_nats, heldout_plan
 from orogen.train.optimizer import make_optimizer
 from orogen.train.sides import Side, packed_batches, replayed, sides
-from orogen.train.state import TrainState, abstract_state, relaid, start_state, state_shardings
+from orogen.train.state import TrainState, abstract_state, fresh_state, relaid, state_shardings
 from orogen.train.step import StepMetrics, batch_to_devices, step_function
 from orogen.train.verdict import Verdict, conditions, flips, largest, largest_difference, leaf_errors
 
@@ -103,7 +103,8 @@ def _steps(side: Side, start: Any, batches: list[Batch], replays: list[Any] | No
         function, donate_argnums=0, out_shardings=(layout, plan.sharding(), None),
         compiler_options=plan.compiler_options,
     )  # fmt: skip
-    state = start_state(*jax.tree.map(jax.numpy.asarray, start), built, optimizer, plan)
+    laid = lambda params, buffers: fresh_state(*relaid((params, buffers), None, built.stages), optimizer)  # noqa: E731
+    state = jax.jit(laid, out_shardings=layout)(*start)
     metrics, chosen = [], []
     with jax.default_matmul_precision("highest"):
         for number, batch in enumerate(batches):

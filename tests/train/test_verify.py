@@ -1,0 +1,147 @@
+"""What `verify` compares with what, and that it sees what is wrong: in whole steps, in evaluation and in bfloat16."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from tests.helpers import hybrid, run_config
+
+from orogen.cli import main
+from orogen.config.plan import PlanConfig
+from orogen.moe.layer import Choice, Replay
+from orogen.train import step, verdict, verify_step
+from orogen.train.sides import Side, reference_plan, replayed
+from orogen.train.verify import verify
+
+# One layer of a kind, on a plan with what a single device has none of: ranks, microbatches, loops, drops.
+MODEL = {"pattern": "E", "mtp_depths": 0, "moe_latent_size": None, "moe_shared_expert_intermediate_size": None}
+PLAN = {"data": 2, "microbatches": 2, "capacity_factor": 1.0, "expert": 2, "dispatch": "alltoall"}
+
+
+def small(model: dict | None = None, **plan):
+    return run_config(hybrid(**(MODEL | (model or {}))), plan=PLAN | plan, batch_size=8, sequence_length=12)
+
+
+def test_the_reference_takes_the_whole_batch_by_the_plainest_kernels():
+    config = PlanConfig(
+        data=2, context=2, tensor=2, microbatches=4, remat="full", linear="fp8", ssd="chunked", attention="blocked",
+        dispatch="ragged", buffer_factor=2.0, capacity_factor=1.5, drop_policy="probs", unroll=5, fsdp="gradients",
+    )  # fmt: skip
+    plan = reference_plan(config, hybrid(pattern="E*"))
+    assert plan.mesh.size == 1 and plan.sources == (8, 2, 2)
+    assert plan.config == PlanConfig(
+        capacity_factor=1.5, drop_policy="probs", unroll=1, ssd="recurrence", selective_scan="reference",
+        grouped_matmul="reference", cross_entropy="full",
+    )  # fmt: skip
+
+
+def test_what_both_sides_compute_alike_is_named():
+    plan = PlanConfig(dispatch="ragged")
+    found = verdict.shared(plan, plan.plainest(), hybrid(pattern="E*", mtp_depths=0))
+    assert found == ["attention=full", "rms_norm=plain", "permutation=gather"]
+    blocked = dataclasses.replace(plan, attention="blocked")
+    assert "attention=blocked" not in verdict.shared(blocked, blocked.plainest(), hybrid(pattern="*", mtp_depths=0))
+
+
+def test_choices_of_a_batch_are_replayed_where_its_rows_go():
+    """Rows 0 to 11, of which two data ranks take six each, in three microbatches of two."""
+    config = small(microbatches=3)
+    plan = type("Plan", (), {"config": config.plan, "size": lambda self, axis: 1})()
+    rows_btk = np.broadcast_to(np.arange(12)[:, None, None], (12, 5, 3))
+    choice = Choice(Replay(rows_btk[None, None], rows_btk[None, None] > 3), None, None)
+    replay = replayed(choice, Side(config, plan, type("Built", (), {"stages": None})()))
+    assert replay.experts.shape == (3, 1, 4, 5, 3)
+    assert replay.experts[:, 0, :, 0, 0].tolist() == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
+
+
+def test_drops_of_microbatches_and_ranks_are_those_of_one_batch():
+    found = verify(small())
+    assert found.passed and found.dropped_tokens > 0, found
+    assert found.what == "gradients" and found.dtype == "float32" and "dispatch=allgather" not in found.shared
+
+
+def test_recomputation_that_changes_a_result_is_seen(monkeypatch):
+    """Microbatches, recomputation and kernels are on one side only: what they alone get wrong differs."""
+    honest = step._accumulate
+
+    def forgets_the_last(gradient, varied, batch, replay, plan):
+        total, choices = honest(gradient, varied, batch, replay, plan)
+        loss, sums, grads = total
+        return (loss, sums, step.jax.tree.map(lambda g: g * 0.99, grads)), choices
+
+    monkeypatch.setattr(step, "_accumulate", forgets_the_last)
+    found = verify(run_config(hybrid(pattern="-", mtp_depths=0), plan={"microbatches": 2}, sequence_length=12))
+    assert not found.passed and found.max_gradient_error == pytest.approx(0.01, rel=1e-3)
+    assert found.max_parameter_error <= verdict.PARAMETER
+
+
+@pytest.mark.parametrize(
+    ("name", "plan"), [("adamw", {"fsdp": "gradients"}), ("muon", {"fsdp": "parameters", "tensor": 2})], ids=str
+)
+def test_whole_steps_equal_one_device(name, plan):
+    config = small(**plan)
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, name=name))
+    found = verify(config, what="step")
+    assert found.passed and found.dropped_tokens > 0 and found.what == "step", found
+
+
+def broken_step(name: str):
+    """`apply_gradients` with a fault on several devices."""
+    honest = step.apply_gradients
+
+    def apply(state, grads, load, optimizer, plan, **settings):
+        if plan.config.data > 1 and name == "clip":
+            settings["grad_norm"] = settings["grad_norm"] / 2
+        if plan.config.data > 1 and name == "bias":
+            settings["bias_rate"] = settings["bias_rate"] * 2
+        if plan.config.data > 1 and name == "skip":
+            settings["finite"] = settings["finite"] | True
+        new = honest(state, grads, load, optimizer, plan, **settings)
+        if plan.config.data > 1 and name == "counter":
+            return new._replace(skipped_in_row=new.skipped)
+        return new
+
+    return apply
+
+
+@pytest.mark.parametrize("fault", ["clip", "bias", "skip", "counter"])
+def test_a_fault_of_a_step_is_seen(fault, monkeypatch):
+    monkeypatch.setattr(step, "apply_gradients", broken_step(fault))
+    config = small(microbatches=1, capacity_factor=None)
+    assert not verify(config, what="step").passed
+
+
+def test_evaluation_equals_one_device_and_drops_nothing(monkeypatch):
+    found = verify(small(tensor=2), what="evaluation")
+    assert found.passed and found.max_gradient_error is None and found.max_parameter_error is None, found
+    honest = verify_step.heldout_plan
+    keep = lambda config, built: dataclasses.replace(honest(config, built), config=config.plan)  # noqa: E731
+    monkeypatch.setattr(verify_step, "heldout_plan", keep)
+    assert not verify(small(microbatches=1), what="evaluation").passed
+
+
+@pytest.mark.parametrize("what", ["gradients", "step", "evaluation"])
+def test_bfloat16_has_tolerances_of_its_own(what):
+    found = verify(small({"pattern": "E-"}, microbatches=1), what=what, dtype="bfloat16")
+    assert found.passed and found.dtype == "bfloat16", found
+    assert 1e-5 < found.loss_error <= found.tolerances["loss_error"] < 0.05
+
+
+def test_fp8_is_held_against_products_that_are_not_rounded():
+    config = run_config(hybrid(pattern="---", mtp_depths=0), plan={"linear": "fp8", "data": 2}, sequence_length=12)
+    found = verify(config)
+    assert found.passed and found.max_gradient_error > 1e-3, found
+    exact = verify(dataclasses.replace(config, plan=dataclasses.replace(config.plan, linear="plain")))
+    assert exact.tolerances["max_gradient_error"] == verdict.GRADIENT < found.tolerances["max_gradient_error"]
+
+
+def test_the_command_says_what_was_compared(tmp_path, capsys):
+    file = tmp_path / "model.gin"
+    sizes = {"pattern": "'-'", "vocab_size": 24, "hidden_size": 8, "intermediate_size": 12}
+    file.write_text("".join(f"ModelConfig.{name} = {value}\n" for name, value in sizes.items()))
+    command = ["verify", "--gin_file", str(file), "--gin_bindings", "PlanConfig.data=2", "--json"]
+    assert main([*command, "--what", "evaluation", "--dtype", "bfloat16"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["what"] == "evaluation" and facts["dtype"] == "bfloat16" and facts["passed"]
+    assert {"loss_error", "max_gradient_error", "worst_leaf", "max_parameter_error", "shared"} <= set(facts)
