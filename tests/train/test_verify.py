@@ -28,7 +28,7 @@ def test_the_reference_takes_the_whole_batch_by_the_plainest_kernels():
         data=2, context=2, tensor=2, microbatches=4, remat="full", linear="fp8", ssd="chunked", attention="blocked",
         dispatch="ragged", buffer_factor=2.0, capacity_factor=1.5, drop_policy="probs", unroll=5, fsdp="gradients",
     )  # fmt: skip
-    plan = reference_plan(config, hybrid(pattern="E*"))
+    plan = reference_plan(config, hybrid(pattern="E*", mtp_depths=0))
     assert plan.mesh.size == 1 and plan.sources == (8, 2, 2)
     assert plan.config == PlanConfig(
         capacity_factor=1.5, drop_policy="probs", unroll=1, ssd="recurrence", selective_scan="reference",
