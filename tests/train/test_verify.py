@@ -141,7 +141,7 @@ def test_the_command_says_what_was_compared(tmp_path, capsys):
     sizes = {"pattern": "'-'", "vocab_size": 24, "hidden_size": 8, "intermediate_size": 12}
     file.write_text("".join(f"ModelConfig.{name} = {value}\n" for name, value in sizes.items()))
     command = ["verify", "--gin_file", str(file), "--gin_bindings", "PlanConfig.data=2", "--json"]
-    assert main([*command, "--what", "evaluation", "--dtype", "bfloat16"]) == 0
+    assert main([*command, "--fake_devices", "8", "--what", "evaluation", "--dtype", "bfloat16"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["what"] == "evaluation" and facts["dtype"] == "bfloat16" and facts["passed"]
     assert {"loss_error", "max_gradient_error", "worst_leaf", "max_parameter_error", "shared"} <= set(facts)
