@@ -11,7 +11,6 @@ import functools
 import numpy as np
 
 from orogen.config.model import ModelConfig
-from orogen.data.packing import document_lengths
 
 # Dense bfloat16 peak of one device, FLOP/s, by a part of the name that JAX gives it. Source: NVIDIA data sheets.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
@@ -22,9 +21,9 @@ def peak_flops(device_kind: str) -> float | None:
     return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
 
 
-def training_flops(config: ModelConfig, segments_bt: np.ndarray) -> float:
-    """Forward and backward operations for the documents of packed rows."""
-    lengths_d, counts_d = np.unique(document_lengths(segments_bt), return_counts=True)
+def training_flops(config: ModelConfig, lengths: np.ndarray) -> float:
+    """Forward and backward operations for documents of so many tokens each."""
+    lengths_d, counts_d = np.unique(lengths, return_counts=True)
     documents = zip(lengths_d.tolist(), counts_d.tolist(), strict=True)
     return sum(count * length * training_flops_per_token(config, length) for length, count in documents)
 

@@ -18,7 +18,7 @@ from flax import nnx
 from orogen.config.checks import require
 from orogen.config.run import RunConfig
 from orogen.data.loader import Corpus, Loader, open_corpus
-from orogen.data.packing import Batch
+from orogen.data.packing import Batch, document_lengths
 from orogen.data.tokenizer import Tokenizer, check_rows, check_vocab_size
 from orogen.model.count import count
 from orogen.model.lm import Built, build
@@ -267,7 +267,7 @@ class _Run:
             if self.config.plan.buffer_factor is not None:
                 record["overflow_rows"] = int(metrics.overflow)
         if self.peak:
-            operations = training_flops(self.config.model, batch.segments_bt)
+            operations = training_flops(self.config.model, document_lengths(batch.segments_bt))
             record["mfu"] = operations / seconds / self.plan.config.devices / self.peak
         return record
 
