@@ -16,6 +16,7 @@ from jax import Array, lax
 from orogen.config.model import ModelConfig
 from orogen.config.run import RunConfig
 from orogen.data.packing import Batch
+from orogen.layers.documents import numbered
 from orogen.model.block import Repeat, letters, places, repeats
 from orogen.model.lm import Built
 from orogen.model.stages import Stages
@@ -257,8 +258,9 @@ def make_step(
 
 
 def batch_to_devices(batch: Batch, plan: Plan) -> Batch:
-    """The global batch on the plan's devices."""
+    """The global batch on the plan's devices. Its documents are numbered here, where rows are whole."""
     sharding = plan.sharding(*BATCH_AXES)
+    batch = batch._replace(segments_bt=numbered(np.asarray(batch.segments_bt)))
     return jax.tree.map(lambda x: jax.device_put(in_rank_order(x, plan, axis=1), sharding), batch)
 
 
