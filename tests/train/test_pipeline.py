@@ -93,7 +93,7 @@ def computed(pattern: str, plan: dict, dtype: str) -> tuple[float, list[np.ndarr
     run = run_config(hybrid(pattern=pattern, mtp_depths=0), plan=plan, batch_size=8, sequence_length=24)
     laid = make_plan(run.plan, run.model)
     built = build(run.model, cut(run.model, laid, 24))
-    state = initial_state(run.model, jnp.asarray(3), built.stages)
+    state = tuple(map(built.laid, initial_state(run.model, jnp.asarray(3))))
     params, buffers = jax.device_put(state, (laid.shardings(built.params), laid.shardings(built.buffers)))
     batch = batch_to_devices(packed_batch(run, run.train), laid)
     loss, grads, *_ = jax.jit(gradients(built, run.model, laid, dtype))(params, buffers, batch)

@@ -77,7 +77,7 @@ def unit_collectives(unit: str, model: ModelConfig, plan: PlanConfig, work: Work
         weights = mtp_weights(model)
     elif unit == ENDS:
         _ends(ledger)
-        weights = end_weights(model)
+        weights = end_weights(model, plan.vocab_rows(model.vocab_size))
         again = weights * model.mtp_depths + weights[:1] * (1 + model.mtp_depths) * model.tie_word_embeddings
         for weight in again:  # a tied matrix is embedding and head
             ledger.gathered(weight)

@@ -126,7 +126,7 @@ def leave(
     h_btd = model.norm(passed.x_btd, plan)
     deeper = model.deeper(h_btd, batch.tokens_bt, docs, plan, replay)
     hidden = [h_btd] + [h for h, _ in deeper]
-    predicted = [token_nats(h, model.head_matrix(plan), batch, depth, plan) for depth, h in enumerate(hidden)]
+    predicted = [token_nats(h, model, batch, depth, plan) for depth, h in enumerate(hidden)]
     nats = plan.total(jnp.stack(predicted))
     share = jnp.asarray([1.0] + [config.mtp_loss_scale / len(deeper) for _ in deeper])
     loss = passed.loss + jnp.sum(share * nats / jnp.maximum(counts.targets, 1))
@@ -148,11 +148,12 @@ def next_token_nats(model: LanguageModel, batch: Batch, plan: Plan) -> Array:
     """Nats of the next-token targets of the global batch."""
     docs = Documents(batch.segments_bt, batch.positions_bt)
     h_btd, _ = model.hidden(batch.tokens_bt, docs, plan)
-    return plan.total(token_nats(h_btd, model.head_matrix(plan), batch, 0, plan))
+    return plan.total(token_nats(h_btd, model, batch, 0, plan))
 
 
-def token_nats(h_btd: Array, head_dv: Array, batch: Batch, depth: int, plan: Plan) -> Array:
-    """Weighted nats of the tokens depth + 1 ahead, of this device's rows. head_dv: this rank's part of v."""
+def token_nats(h_btd: Array, model: LanguageModel, batch: Batch, depth: int, plan: Plan) -> Array:
+    """Weighted nats of the tokens depth + 1 ahead, of this device's rows, by the model's head."""
+    head_dv = model.head_matrix(plan)
     x_btd = plan.gather(h_btd, "sequence")
     with jax.named_scope("cross_entropy"):
         return cross_entropy(
@@ -162,6 +163,7 @@ def token_nats(h_btd: Array, head_dv: Array, batch: Batch, depth: int, plan: Pla
             target_weights(batch, depth, plan).reshape(-1),
             chunk=plan.config.logit_rows,
             vocab_start=plan.index("vocab") * head_dv.shape[1],
+            vocab_size=model.vocab_size if head_dv.shape[1] * plan.size("vocab") > model.vocab_size else None,
             reduce_max=lambda x: plan.max(x, "vocab"),
             reduce_sum=lambda x: plan.sum(x, "vocab"),
             implementation=plan.config.cross_entropy,

@@ -51,7 +51,7 @@ def create_state(
     shardings = state_shardings(abstract_state(built, optimizer), plan)
 
     def create(seed: Array) -> TrainState:
-        return _fresh(*initial_state(config, seed, built.stages), optimizer)
+        return _fresh(*map(built.laid, initial_state(config, seed)), optimizer)
 
     return jax.jit(create, out_shardings=shardings)(seed)
 
@@ -75,7 +75,7 @@ def start_state(
     shardings = state_shardings(abstract_state(built, optimizer), plan)
 
     def create(params: nnx.State, buffers: nnx.State) -> TrainState:
-        return _fresh(relaid(params, None, built.stages), relaid(buffers, None, built.stages), optimizer)
+        return _fresh(built.laid(params), built.laid(buffers), optimizer)
 
     return jax.jit(create, out_shardings=shardings, donate_argnums=(0, 1))(params, buffers)
 

@@ -89,7 +89,8 @@ def verify(config: RunConfig) -> Verdict:
     expected = "a longer one: no token of the rows that are checked has a target"
     require(bool(batch.weights_bt.any()), train, "sequence_length", expected)
     built = build(config.model)
-    laid = build(config.model, cut(config.model, plan, train.sequence_length))
+    stages = cut(config.model, plan, train.sequence_length)
+    laid = build(config.model, stages, plan.config.vocab_rows(config.model.vocab_size))
     start = _initial(config, built, single, train.seed)
     alone = _gradients(built, config, single, start, batch, None)
     replay = jax.tree.map(lambda a: in_rank_order(a, plan, axis=-2), replay_of(alone.sums.choices))
@@ -170,7 +171,7 @@ def _gradients(
     def step(params, buffers, batch, *replay):
         loss, grads, _, sums = function(plan.working(params), buffers, batch, *replay)
         load_le = load_by_layer(sums.load, config.model, built.stages)
-        return _Step(loss, built.stages.join(grads) if built.stages else grads, load_le, sums)
+        return _Step(loss, built.whole(grads), load_le, sums)
 
     replayed = () if replay is None else (split_replay(replay, built.stages) if built.stages else replay,)
     with jax.default_matmul_precision("highest"):
@@ -180,7 +181,7 @@ def _gradients(
 
 def _placed(state: tuple[Any, ...], built: Built, plan: Plan) -> tuple[Any, ...]:
     """(parameters, buffers) of the whole model on the plan's devices, cut as `built` is."""
-    laid = tuple(jax.jit(built.stages.split)(part) for part in state) if built.stages else state
+    laid = tuple(jax.jit(lambda part: built.laid(part))(part) for part in state)
     return jax.device_put(laid, (plan.shardings(built.params), plan.shardings(built.buffers)))
 
 
@@ -217,14 +218,13 @@ def _updated(
     """Parameters and router biases of the whole model after one update on `plan`, on the host. grads: of the whole
     model; load: as the plan's step gives it."""
     rule = make_optimizer(optimizer, train.steps, built.params)
-    stages = built.stages
 
     def update(params, buffers, grads, load):
         zero = jnp.zeros((), jnp.int32)
         state = TrainState(zero, zero, zero, params, buffers, rule.init(params))
         new = apply_gradients(
             state,
-            stages.split(grads) if stages else grads,
+            built.laid(grads),
             load,
             rule,
             plan,
@@ -232,7 +232,7 @@ def _updated(
             bias_rate=train.router_bias_update_rate,
             finite=jnp.asarray(True),
         )
-        return (stages.join(new.params), stages.join(new.buffers)) if stages else (new.params, new.buffers)
+        return built.whole(new.params), built.whole(new.buffers)
 
     with jax.default_matmul_precision("highest"):
         return jax.device_get(jax.jit(update)(*_placed(start, built, plan), grads, load))
