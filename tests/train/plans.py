@@ -29,6 +29,7 @@ MODELS: dict[str, dict] = {
     "latent attention": {
         "pattern": "+EM+", "mtp_depths": 0, "kv_lora_rank": 24, "q_lora_rank": 48, "qk_nope_head_dim": 4,
         "qk_rope_head_dim": 2, "v_head_dim": 3, "rope_theta": 100.0, "n_group": 4, "topk_group": 2,
+        "router_balance": "global",
     },
 }  # fmt: skip
 AXES = ("data", "context", "tensor", "expert", "expert_tensor")
