@@ -20,7 +20,7 @@ from orogen.parallel.plan import make_plan
 from orogen.train.checkpoint import Checkpoints, with_shardings
 from orogen.train.optimizer import make_optimizer
 from orogen.train.pipelined import cut
-from orogen.train.state import abstract_state, create_state, state_shardings
+from orogen.train.state import abstract_state, create_state, start_state, state_shardings
 from orogen.train.step import batch_to_devices, make_step
 from orogen.train.verify import packed_batch, verify
 
@@ -103,6 +103,18 @@ def test_a_plan_equals_one_device(model, plan):
     rows = 2 * plan.get("data", 1) * plan.get("microbatches", 1)
     verdict = verify(run_config(model, plan=plan, batch_size=rows))
     assert verdict.passed and not verdict.zero_leaves, verdict
+
+
+@pytest.mark.filterwarnings("error")
+def test_given_weights_begin_on_a_plan_with_rows_of_zeros():
+    model = model_of()
+    _, layout, built, optimizer = laid_out(model, FOUR)
+    whole = build(model)
+    ones = lambda x, sharding: jax.device_put(np.ones(x.shape, x.dtype), sharding)  # noqa: E731
+    given = [jax.tree.map(ones, tree, layout.spread(tree)) for tree in (whole.params, whole.buffers)]
+    state = start_state(*given, built, optimizer, layout)
+    for array in vocabularies(state.params):
+        assert len(array) == 96 and array[:SIZE].all() and not array[SIZE:].any()
 
 
 def logits_of(model, plan: dict, tokens_bt: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from jax import Array
 from orogen.config.model import ModelConfig
 from orogen.model.lm import Built, initial_state
 from orogen.model.stages import Stages
+from orogen.model.vocabulary import resized
 from orogen.parallel.plan import Plan
 
 
@@ -77,7 +78,10 @@ def start_state(
     def create(params: nnx.State, buffers: nnx.State) -> TrainState:
         return _fresh(built.laid(params), built.laid(buffers), optimizer)
 
-    return jax.jit(create, out_shardings=shardings, donate_argnums=(0, 1))(params, buffers)
+    # First, since an array that grows, or that is not split as its result is, cannot be donated.
+    filled = [resized(part, built.vocab_rows) for part in (params, buffers)]
+    placed = [jax.device_put(part, plan.spread(part)) for part in filled]
+    return jax.jit(create, out_shardings=shardings, donate_argnums=(0, 1))(*placed)
 
 
 def _fresh(params: nnx.State, buffers: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
