@@ -209,7 +209,8 @@ def plan(options: argparse.Namespace) -> int:
     laid = make_plan(config.plan, config.model, abstract=True)
     stages = cut(config.model, laid, *([config.train.sequence_length] if config.train else []))
     patterns, filled = (stages.patterns, stages.filled) if stages else ((), {})
-    facts = describe_plan(laid, build(config.model, stages).params, patterns, filled)
+    built = build(config.model, stages, config.plan.vocab_rows(config.model.vocab_size))
+    facts = describe_plan(laid, built.params, patterns, filled)
     lines = plan_lines(facts)
     if options.compile:
         config.need("train")

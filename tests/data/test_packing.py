@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from orogen.data.corpora import stdlib_documents
 from orogen.data.packing import (
+    Batch,
     Stream,
     best_fit,
     cut,
@@ -127,6 +128,13 @@ def test_pieces_that_fit_no_row_are_refused(length):
     piece = Stream(np.zeros(length, np.int32), np.zeros(length, np.float32))
     with pytest.raises(ValueError, match=f"pieces of {length} to {length} tokens: expected 1 to sequence_length = 8"):
         pack([piece], sequence_length=8, pad_id=0)
+
+
+def test_a_segment_whose_id_comes_back_is_a_text_of_its_own():
+    tokens_bt = np.array([[9, *TOKENIZER.encode("ab"), 9, *TOKENIZER.encode("c"), 9, *TOKENIZER.encode("de"), 9]])
+    segments_bt = np.array([[1, 1, 1, 2, 2, 1, 1, 1, 0]])
+    batch = Batch(tokens_bt, segments_bt, segments_bt, segments_bt)
+    assert list(piece_texts([batch], TOKENIZER)) == [b"ab", b"c", b"de"]
 
 
 def test_packing_the_embedded_corpus_wastes_little():

@@ -101,6 +101,14 @@ class TestAttention:
         for a, wanted in zip(actual, expected(*inputs, SEGMENTS), strict=True):
             assert_close(a, wanted, length=length)
 
+    def test_an_id_that_comes_back_is_another_segment(self, name):
+        inputs = operands()
+        returning = jnp.array([[1, 1, 1, 2, 2, 1, 1, 1, 2, 0, 1], [0, 0, 5, 3, 3, 5, 5, 0, 5, 5, 5]])
+        runs = ((1, 1, 1, 2, 2, 3, 3, 3, 4, 5, 6), (1, 1, 2, 3, 3, 4, 4, 5, 6, 6, 6))
+        actual = with_gradients(name, *inputs, segments_bt=returning)
+        for a, wanted in zip(actual, expected(*inputs, runs), strict=True):
+            assert_close(a, wanted, length=SIZE + TIME * HEADS // GROUPS)
+
     @pytest.mark.parametrize("window", [1, 3, TIME + 2])
     @pytest.mark.parametrize("sinks", [False, True])
     def test_windows_and_sinks_equal_loops(self, name, window, sinks):

@@ -157,6 +157,32 @@ class TestCrossEntropy:
         for a, wanted, length in zip(actual, expected(*operands()), LENGTHS, strict=True):
             assert_close(a, wanted, length=length)
 
+    @several_devices
+    @pytest.mark.parametrize(("ranks", "beyond"), [(1, 1), (2, 4), (4, 4), (4, 8)])
+    def test_columns_beyond_the_vocabulary_take_no_part(self, implementation, ranks, beyond):
+        """Of four ranks the last, or the last two, have no column of the vocabulary."""
+        x_nd, head_dv, *others = operands()
+        wide_dv = jnp.pad(head_dv, ((0, 0), (0, beyond)), constant_values=100.0)
+
+        def run(x_nd, wide_dv, targets_n, weights_n):
+            settings = {"chunk": 8, "implementation": implementation, "vocab_size": VOCABULARY}
+            over_ranks = {
+                "vocab_start": lax.axis_index("vocab") * wide_dv.shape[1],
+                "reduce_max": lambda a: lax.pmax(a, "vocab"),
+                "reduce_sum": lambda a: lax.psum(a, "vocab"),
+            }
+            loss = partial(cross_entropy, **settings, **over_ranks)
+            loss, gradients = jax.value_and_grad(loss, argnums=(0, 1))(x_nd, wide_dv, targets_n, weights_n)
+            return loss, *gradients
+
+        mesh = Mesh(np.array(jax.devices()[:ranks]), ("vocab",))
+        specs = {"in_specs": (P(), P(None, "vocab"), P(), P()), "out_specs": (P(), P(), P(None, "vocab"))}
+        loss, grad_x_nd, grad_wide_dv = jax.jit(jax.shard_map(run, mesh=mesh, **specs))(x_nd, wide_dv, *others)
+        actual = loss, grad_x_nd, grad_wide_dv[:, :VOCABULARY]
+        for a, wanted, length in zip(actual, expected(x_nd, head_dv, *others), LENGTHS, strict=True):
+            assert_close(a, wanted, length=length)
+        assert not grad_wide_dv[:, VOCABULARY:].any()
+
 
 def test_chunked_never_holds_all_logits():
     inputs = [jnp.zeros(shape, dtype) for shape, dtype in (((512, 8), "float32"), ((8, 4096), "float32"))]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tests.helpers import several_devices
 from tests.model.small import Witness, config, merged, one_device
 
 from orogen.config.model import ModelConfig
@@ -17,6 +18,7 @@ from orogen.layers.documents import documents
 from orogen.model.mtp import shifted_segments
 from orogen.parallel.context import later
 from orogen.train.loss import Counts, Sums, batch_counts, objective
+from orogen.train.step import batch_to_devices
 
 # A row of documents of 7, 1, 5 and 2 tokens and 2 of padding; one of 3 and 9, padding between them and at the end.
 LENGTHS = ((7, 1, 5, 2, -2), (3, -1, 9, -4))
@@ -94,6 +96,8 @@ def last_valid(segments_bt: np.ndarray, depth: int) -> np.ndarray:
 
 
 PACKED = batch_of(random_tokens(0), SEGMENTS_BT)
+# The same documents under ids that come back: a document of one token lies between two of id 1.
+RETURNING = PACKED._replace(segments_bt=np.where(SEGMENTS_BT == 0, 0, 2 - SEGMENTS_BT % 2))
 
 
 @every_model
@@ -118,6 +122,29 @@ def test_a_packed_row_has_the_losses_of_its_documents_apart(model):
     np.testing.assert_array_equal(packed.counts.tokens, alone.counts.tokens)
     for load_e, load_alone_e in zip(packed.sums.load, alone.sums.load, strict=True):
         np.testing.assert_array_equal(load_e, load_alone_e)
+
+
+@every_model
+def test_an_id_that_comes_back_is_another_document(model):
+    before, after = answers(PACKED, model), answers(RETURNING, model)
+    for depth in range(1 + DEPTHS):
+        valid = last_valid(SEGMENTS_BT, depth)
+        np.testing.assert_array_equal(after.hidden[depth][valid], before.hidden[depth][valid])
+        np.testing.assert_array_equal(last_valid(RETURNING.segments_bt, depth), valid)
+    for a, b in zip(jax.tree.leaves(after[2:]), jax.tree.leaves(before[2:]), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("layout", [{}, {"context": 4}, {"context": 2, "data": 2}])
+@several_devices
+def test_a_batch_is_numbered_before_ranks_get_their_parts(layout):
+    """So that what follows on the devices, losses and gradients, is the same program of the same numbers."""
+    plan = one_device(MODELS["hybrid"], **layout)
+    long = lambda batch: Batch(*(np.tile(x, 8)[:, :16] for x in batch))  # noqa: E731
+    found, expected = (batch_to_devices(long(batch), plan) for batch in (RETURNING, PACKED))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert found.segments_bt.dtype == np.int32
 
 
 @every_model

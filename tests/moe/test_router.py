@@ -14,7 +14,7 @@ from flax import nnx
 
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
-from orogen.moe.router import Router, expert_counts, route, router_losses
+from orogen.moe.router import Router, expert_counts, global_balance, route, router_losses
 from orogen.parallel.plan import make_plan
 from orogen.precision.policy import working_copy
 from orogen.train.step import update_bias
@@ -291,6 +291,20 @@ def test_balance_loss_by_hand():
     losses = router_losses(logits_bte, jax.nn.sigmoid(logits_bte), valid_bt, make_plan(PlanConfig(), CONFIG), k=1)
     np.testing.assert_allclose(losses.balance, 1.25, rtol=1e-6)
     np.testing.assert_allclose(losses.z, math.log(3 + 1 / 3) ** 2 + math.log(6) ** 2, rtol=1e-6)
+
+
+def test_global_balance_loss_by_hand():
+    # The row above, and one of a token (1/4, 3/4) -> expert 1. Of all three tokens f = (2/3, 1/3), P = (1/2, 1/2), so
+    # 2 · 1/2; row by row it is 5/4 and 2 · 3/4.
+    logits_bte = jnp.log(jnp.array([[[3.0, 1 / 3], [3.0, 3.0], [1 / 3, 9.0]], [[1 / 3, 3.0], [9.0, 1.0], [9.0, 1.0]]]))
+    valid_bt = jnp.array([[True, True, False], [True, False, False]])
+    plan, scores_bte = make_plan(PlanConfig(), CONFIG), jax.nn.sigmoid(logits_bte)
+    sums, z = router_losses(logits_bte, scores_bte, valid_bt, plan, k=1, balance="global")
+    np.testing.assert_array_equal(sums.counts, [2, 1])
+    np.testing.assert_allclose(sums.mass, [1.5, 1.5], rtol=1e-6)
+    np.testing.assert_allclose(global_balance(*sums, jnp.asarray(3.0), k=1), 1.0, rtol=1e-6)
+    by_row = router_losses(logits_bte, scores_bte, valid_bt, plan, k=1)
+    np.testing.assert_allclose([by_row.balance, by_row.z], [2.75, z], rtol=1e-6)
 
 
 def test_balance_loss_sums_over_rows():

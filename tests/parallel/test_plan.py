@@ -217,8 +217,16 @@ def test_sizes_that_no_layer_reads_are_not_cut():
         make_plan(config, dataclasses.replace(model, pattern="-M"), abstract=True)
 
 
+def test_a_vocabulary_is_filled_up_to_a_multiple_of_tensor():
+    for tensor, rows in ((1, 94), (2, 94), (4, 96), (8, 96)):
+        config = PlanConfig(tensor=tensor)
+        assert config.vocab_rows(94) == rows
+        make_plan(config, hybrid(vocab_size=94), abstract=True)
+    assert PlanConfig(tensor=8).vocab_rows(3) == 8
+
+
 def test_the_nearest_legal_sizes_of_an_absurd_one_are_found_at_once():
-    with pytest.raises(ConfigError, match=r"vocab_size is 96; expected a multiple of PlanConfig.tensor = 1000000007"):
+    with pytest.raises(ConfigError, match=r"heads is 24; expected a multiple of PlanConfig.tensor = 1000000007"):
         make_plan(PlanConfig(tensor=1_000_000_007), hybrid(), abstract=True)
     with pytest.raises(ConfigError, match="nearest legal"):
         make_plan(PlanConfig(data=10**9, expert=3), hybrid(), abstract=True)
@@ -226,7 +234,6 @@ def test_the_nearest_legal_sizes_of_an_absurd_one_are_found_at_once():
 
 # Refusals. (plan, model, field, value, axis, size)
 INDIVISIBLE = [
-    ({"tensor": 4}, {"vocab_size": 94}, "vocab_size", 94, "tensor", 4),
     ({"tensor": 4}, {"num_attention_heads": 22}, "num_attention_heads", 22, "tensor", 4),
     ({"tensor": 4}, {"intermediate_size": 70}, "intermediate_size", 70, "tensor", 4),
     ({"tensor": 4}, {"mamba_num_heads": 22}, "mamba_num_heads", 22, "tensor", 4),

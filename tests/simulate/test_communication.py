@@ -170,6 +170,8 @@ STEPS = [
     (EVERY, "bfloat16",
      {"context": 4, "data": 2, "context_attention": "alltoall", "context_ssm": "heads", "expert": 4,
       "dispatch": "alltoall", "shift": "alltoall", "microbatches": 2}),
+    (hybrid(pattern="ME*-/*E", mtp_depths=2, router_balance="global", learned_positions=99), "bfloat16",
+     {"data": 2, "context": 2, "tensor": 2, "expert": 4, "fsdp": "parameters", "remat": "full", "microbatches": 3}),
     (FULLER, "bfloat16",
      {"context": 2, "tensor": 2, "context_attention": "allgather", "dispatch": "ragged", "buffer_factor": 1.2}),
 ]  # fmt: skip

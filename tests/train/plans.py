@@ -29,6 +29,7 @@ MODELS: dict[str, dict] = {
     "latent attention": {
         "pattern": "+EM+", "mtp_depths": 0, "kv_lora_rank": 24, "q_lora_rank": 48, "qk_nope_head_dim": 4,
         "qk_rope_head_dim": 2, "v_head_dim": 3, "rope_theta": 100.0, "n_group": 4, "topk_group": 2,
+        "router_balance": "global",
     },
 }  # fmt: skip
 AXES = ("data", "context", "tensor", "expert", "expert_tensor")
@@ -44,6 +45,8 @@ CHOICES: dict[str, tuple] = {
     "remat": ("none", "full"),
     "attention": ("full", "blocked"),
 }
+# The last two are divided by none of the sizes of `tensor` above 1, or by one.
+VOCABULARIES = (96, 95, 94)
 PIPELINE: dict[str, tuple] = {
     "stage": (2, 2, 4),
     "schedule": ("gpipe", "1f1b", "interleaved"),
@@ -76,9 +79,9 @@ def random_run(rng: random.Random, devices: int, *, stages: bool = False) -> tup
         pieces = plan["context"] * (plan["tensor"] if plan["context"] == 1 else max(2, plan["tensor"]))
         length = pieces * rng.choice((3, 5, 6)) if pieces > 8 else pieces * rng.choice((9, 10, 13))
         try:
-            run = run_config(
-                hybrid(**MODELS[name]), plan=plan, batch_size=rows, sequence_length=length, seed=rng.randrange(1000)
-            ).check()
+            seed = rng.randrange(1000)
+            model = hybrid(**MODELS[name], vocab_size=VOCABULARIES[seed % len(VOCABULARIES)])
+            run = run_config(model, plan=plan, batch_size=rows, sequence_length=length, seed=seed).check()
             make_plan(run.plan, run.model, abstract=True)
         except ConfigError:
             continue

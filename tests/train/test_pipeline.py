@@ -88,12 +88,18 @@ def test_every_depth_of_interleaving_equals_one_device(stage, virtual):
     verified(model, stage=stage, schedule="interleaved", virtual=virtual, microbatches=stage)
 
 
+def test_experts_balanced_over_the_global_batch():
+    """Each microbatch's loss weighs by the choices of all, in the backbone's segments and at both depths."""
+    model = {"pattern": "E|-E/E", "mtp_depths": 2, "router_balance": "global", "router_aux_loss_coef": 3.0}
+    verified(model, stage=2, data=2, microbatches=3)
+
+
 def computed(pattern: str, plan: dict, dtype: str) -> tuple[float, list[np.ndarray]]:
     """Loss and gradients of the whole model on a plan."""
     run = run_config(hybrid(pattern=pattern, mtp_depths=0), plan=plan, batch_size=8, sequence_length=24)
     laid = make_plan(run.plan, run.model)
     built = build(run.model, cut(run.model, laid, 24))
-    state = initial_state(run.model, jnp.asarray(3), built.stages)
+    state = tuple(map(built.laid, initial_state(run.model, jnp.asarray(3))))
     params, buffers = jax.device_put(state, (laid.shardings(built.params), laid.shardings(built.buffers)))
     batch = batch_to_devices(packed_batch(run, run.train), laid)
     loss, grads, *_ = jax.jit(gradients(built, run.model, laid, dtype))(params, buffers, batch)

@@ -36,6 +36,7 @@ def test_the_sample_covers_every_axis_and_choice():
     meshes = [make_plan(plan, hybrid(num_key_value_heads=8, n_groups=8), abstract=True).mesh for plan in plans]
     assert sum(any("." in name for name in mesh.axis_names) for mesh in meshes) >= 3, "experts that cut an axis in two"
     assert any(plan.tensor > 2 for plan in plans), "key heads and groups on fewer ranks than tensor has"
+    assert sum(run.model.vocab_size % run.plan.tensor > 0 for _, run in RUNS[:DOZEN]) >= 2, "filled up vocabularies"
     assert any(plan.fsdp_size not in (None, 1, plan.data * plan.context) for plan in plans)
 
 

@@ -55,9 +55,14 @@ def test_ten_losses_are_those_on_record(fresh):
     np.testing.assert_allclose(losses, json.loads(GOLDEN.read_text()), rtol=1e-5)
 
 
-def test_microbatches_add_up_to_the_batch():
-    whole = run_config(batch_size=8)
-    parts = run_config(batch_size=8, plan={"microbatches": 4})
+# Experts so unlike that a balance loss over parts of the batch would show.
+BALANCED = {"pattern": "E*/E", "mtp_depths": 2, "router_balance": "global", "router_aux_loss_coef": 3.0}
+
+
+@pytest.mark.parametrize("model", [{}, BALANCED], ids=["by row", "global"])
+def test_microbatches_add_up_to_the_batch(model):
+    whole = run_config(hybrid(**model), batch_size=8)
+    parts = run_config(hybrid(**model), batch_size=8, plan={"microbatches": 4})
     results = []
     for config in (whole, parts):
         run = Run(config)

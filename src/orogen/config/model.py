@@ -25,6 +25,7 @@ NORMS = ("rms", "rms_cast_first", "layer", "layer_1p")
 ACTIVATIONS = ("relu2", "relu", "silu", "gelu", "gelu_tanh")
 ATTENTION_BIASES = ("none", "qkv", "all")
 ROUTER_SCORES = ("sigmoid", "softmax", "softmax_topk")
+ROUTER_BALANCES = ("row", "global")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +78,8 @@ class ModelConfig:
     mamba_norm_groups: of the gated norm; None: n_groups.
     router_score: softmax_topk is a softmax over the chosen logits alone. router_bias is learned and part of the logits;
     router_correction_bias is updated from the load and takes part in the choice alone.
+    router_balance: over what the balance loss, weighted by router_aux_loss_coef, wants experts to be used evenly: each
+    row of the batch, or global, all rows and microbatches together (Megatron's seq_aux_loss and global_aux_loss).
     """
 
     pattern: str
@@ -148,6 +151,7 @@ class ModelConfig:
     n_group: int = 1
     topk_group: int = 1
     router_aux_loss_coef: float = 1e-4
+    router_balance: str = "row"
     router_z_loss_coef: float = 0.0
     # multi-token prediction: how often the one block after / is applied, and its share of the loss
     mtp_depths: int = 0
@@ -280,6 +284,7 @@ class ModelConfig:
     def _check_experts(self) -> None:
         self._need("E", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
         require_choice(self, "router_score", ROUTER_SCORES)
+        require_choice(self, "router_balance", ROUTER_BALANCES)
         if self.moe_shared_expert_gate:
             expected = "False: moe_shared_expert_intermediate_size is None"
             require(self.moe_shared_expert_intermediate_size is not None, self, "moe_shared_expert_gate", expected)

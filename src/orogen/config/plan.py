@@ -171,6 +171,10 @@ class PlanConfig:
         """How many devices the plan runs on."""
         return self.stage * self.data * self.context * self.tensor
 
+    def vocab_rows(self, vocab_size: int) -> int:
+        """Rows of embedding and head: those of the vocabulary, filled up to a multiple of `tensor`."""
+        return -(-vocab_size // self.tensor) * self.tensor
+
     @property
     def sequence_pieces(self) -> int:
         """What a context rank's share of the sequence must be a multiple of: one piece a tensor rank, and two equal

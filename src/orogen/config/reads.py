@@ -75,7 +75,7 @@ MODEL_LETTERS = {
     "Mm": "ssm_state_size conv_kernel use_conv_bias mamba_proj_bias",
     "E": "n_routed_experts num_experts_per_tok moe_intermediate_size moe_shared_expert_intermediate_size "
     "moe_shared_expert_gate moe_latent_size router_score router_bias router_correction_bias norm_topk_prob "
-    "routed_scaling_factor n_group topk_group router_aux_loss_coef router_z_loss_coef",
+    "routed_scaling_factor n_group topk_group router_aux_loss_coef router_balance router_z_loss_coef",
 }
 LETTERS = {field: read_by for read_by, fields in MODEL_LETTERS.items() for field in fields.split()}
 

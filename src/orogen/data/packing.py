@@ -22,8 +22,9 @@ class Stream(NamedTuple):
 class Batch(NamedTuple):
     """Packed rows. Position i predicts token i + 1, with weight weights[i + 1], if both have one non-zero segment.
 
-    tokens_bt int32; segments_bt int32, 1, 2, … along the row and 0 on padding; positions_bt int32, from 0 in each
-    segment; weights_bt float32, the loss weight of the token as a target, 0 on a segment's first token and on padding.
+    tokens_bt int32; segments_bt int32, 1, 2, … along the row and 0 on padding: a segment is a run of equal ids;
+    positions_bt int32, from 0 in each segment; weights_bt float32, the loss weight of the token as a target, 0 on a
+    segment's first token and on padding.
     """
 
     tokens_bt: Any  # arrays of numpy here, of jax inside a step
@@ -127,8 +128,10 @@ def piece_texts(batches: Iterable[Batch], tokenizer: _Decoder) -> Iterator[bytes
     """The text bytes of each segment that are targets in it, in row order: its first token is context, and left out."""
     for batch in batches:
         for tokens_t, segments_t in zip(np.asarray(batch.tokens_bt), np.asarray(batch.segments_bt), strict=True):
-            for segment in range(1, int(segments_t.max()) + 1):
-                yield tokenizer.decode_bytes(tokens_t[segments_t == segment][1:])
+            edges = np.flatnonzero(np.diff(segments_t, prepend=-1, append=-1))
+            for start, end in zip(edges, edges[1:], strict=False):
+                if segments_t[start]:
+                    yield tokenizer.decode_bytes(tokens_t[start + 1 : end])
 
 
 def trained_text(batches: Iterable[Batch], tokenizer: _Decoder) -> bytes:

@@ -1,13 +1,15 @@
 """Which document each token of a row belongs to, and where in it. Letters: b batch, t time."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 
 class Documents(NamedTuple):
-    """segments_bt: the document of each token, int32, 0 for padding; positions_bt: its place there, int32, from 0."""
+    """segments_bt: the document of each token, int32, 0 for padding, as `numbered`: no two documents of a row share an
+    id, so that a rank with a part of the row can tell them apart; positions_bt: its place there, int32, from 0."""
 
     segments_bt: Array
     positions_bt: Array
@@ -19,4 +21,13 @@ def documents(segments_bt: Array) -> Documents:
     index_t = jnp.arange(segments_bt.shape[1])
     first_bt = jnp.diff(segments_bt, axis=1, prepend=segments_bt[:, :1] - 1) != 0
     start_bt = lax.cummax(jnp.where(first_bt, index_t, 0), axis=1)
-    return Documents(segments_bt, (index_t - start_bt).astype(jnp.int32))
+    return Documents(numbered(segments_bt), (index_t - start_bt).astype(jnp.int32))
+
+
+def numbered(segments_bt: Any) -> Any:
+    """int32 ids 1, 2, … of the runs of equal segments along whole rows, 0 for padding: an id that comes back later in
+    its row is another document. Of numpy if `segments_bt` is."""
+    xp: Any = np if isinstance(segments_bt, np.ndarray) else jnp
+    first_bt = xp.diff(segments_bt, axis=1, prepend=xp.zeros_like(segments_bt[:, :1])) != 0
+    count_bt = xp.cumsum(first_bt & (segments_bt != 0), axis=1, dtype=xp.int32)
+    return xp.where(segments_bt == 0, xp.int32(0), count_bt)

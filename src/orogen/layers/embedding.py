@@ -18,6 +18,7 @@ class Embedding(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         size, positions, std = config.hidden_size, config.learned_positions, config.init_std
+        self.vocab_size = config.vocab_size
         self.weight = normal(rngs, (config.vocab_size, size), ("vocab", "embed"), std=std)
         self.positions = normal(rngs, (positions, size), ("positions", "embed"), std=std) if positions else None
 
@@ -26,7 +27,7 @@ class Embedding(nnx.Module):
         table NaN; padding takes position 0."""
         rows_vd = plan.weight(self.weight)
         local_bt = tokens_bt - plan.index("vocab") * rows_vd.shape[0]
-        held_bt = (local_bt >= 0) & (local_bt < rows_vd.shape[0])
+        held_bt = (local_bt >= 0) & (local_bt < rows_vd.shape[0]) & (tokens_bt < self.vocab_size)
         x_btd = jnp.where(held_bt[..., None], rows_vd[jnp.where(held_bt, local_bt, 0)], 0)
         x_btd = plan.scatter(x_btd, "sequence")
         if self.positions is None:

@@ -16,6 +16,7 @@ from orogen.layers.norm import make_norm
 from orogen.model.block import Stack, repeats
 from orogen.model.mtp import MTPBlock, shifted
 from orogen.model.stages import Stages
+from orogen.model.vocabulary import resized
 from orogen.parallel.context import later
 from orogen.parallel.plan import Plan
 
@@ -29,7 +30,7 @@ class LanguageModel(nnx.Module):
         self.norm = make_norm(config)
         self.head = None if config.tie_word_embeddings else Head(config, rngs)
         self.mtp = MTPBlock(config, rngs) if config.layers.mtp else None
-        self.mtp_depths = config.mtp_depths
+        self.mtp_depths, self.vocab_size = config.mtp_depths, config.vocab_size
 
     def hidden(self, tokens_bt: Array, docs: Documents, plan: Plan, replay: Any = None) -> tuple[Array, Any]:
         """The final-normed hidden state (b, t of this rank's sequence piece, d) and the layers' statistics."""
@@ -61,33 +62,48 @@ class LanguageModel(nnx.Module):
 
     def project(self, h_btd: Array, plan: Plan) -> Array:
         """Logits (b, t, v) float32 of final hidden states, whole on every rank."""
-        return logits(h_btd, self.head_matrix(plan), plan)
+        return logits(h_btd, self.head_matrix(plan), plan)[..., : self.vocab_size]
 
     def head_matrix(self, plan: Plan) -> Array:
-        """The head (d, this rank's part of v), whole along d; the embedding's rows as columns if they are tied."""
+        """The head (d, this rank's part of v), whole along d; the embedding's rows as columns if they are tied. The
+        last of all ranks' columns may be beyond the vocabulary: see `model.vocabulary`."""
         return plan.weight(self.embedding.weight).T if self.head is None else plan.weight(self.head.weight)
 
 
 class Built(NamedTuple):
     """A model taken apart: its static graph, and its parameters and buffers as abstract arrays with axis names. If it
-    is cut into `stages`, parameters and buffers are as those keep them."""
+    is cut into `stages`, parameters and buffers are as those keep them; with `vocab_rows` rows of a vocabulary of
+    `vocab_size`."""
 
     graph: nnx.GraphDef
     params: nnx.State
     buffers: nnx.State
+    vocab_size: int
+    vocab_rows: int
     stages: Stages | None = None
 
+    def laid(self, state: nnx.State) -> nnx.State:
+        """Parameters or buffers of the whole model, of `vocab_size` rows, as this one has them."""
+        state = resized(state, self.vocab_rows)
+        return state if self.stages is None else self.stages.split(state)
 
-def build(config: ModelConfig, stages: Stages | None = None) -> Built:
-    """The model of `config`, whole or cut into `stages`, without allocating anything."""
+    def whole(self, state: nnx.State) -> nnx.State:
+        """The inverse of `laid`."""
+        return resized(state if self.stages is None else self.stages.join(state), self.vocab_size)
+
+
+def build(config: ModelConfig, stages: Stages | None = None, vocab_rows: int | None = None) -> Built:
+    """The model of `config`, whole or cut into `stages`, without allocating anything. vocab_rows: of embedding and
+    head, as `PlanConfig.vocab_rows` gives them for a plan; None: those of the vocabulary."""
     model = jax.eval_shape(lambda: LanguageModel(config, nnx.Rngs(0)))
     graph, *states = nnx.split(model, nnx.Param, ...)
-    if stages is not None:
-        states = [jax.eval_shape(stages.split, state) for state in states]
-    return Built(graph, *states, stages)
+    built = Built(graph, *states, config.vocab_size, vocab_rows or config.vocab_size, stages)
+    params, buffers = (jax.eval_shape(built.laid, state) for state in states)
+    return built._replace(params=params, buffers=buffers)
 
 
-def initial_state(config: ModelConfig, seed: int | Array, stages: Stages | None = None) -> tuple[nnx.State, nnx.State]:
-    """Parameters and buffers; to be jitted with the plan's shardings. The same numbers on every mesh."""
+def initial_state(config: ModelConfig, seed: int | Array) -> tuple[nnx.State, nnx.State]:
+    """Parameters and buffers of the whole model; to be jitted with the plan's shardings. The same numbers on every
+    mesh, so that what lays them out comes after."""
     _, params, buffers = nnx.split(LanguageModel(config, nnx.Rngs(jax.random.key(seed))), nnx.Param, ...)
-    return (params, buffers) if stages is None else (stages.split(params), stages.split(buffers))
+    return params, buffers

@@ -10,7 +10,7 @@ from flax import nnx
 from jax import Array
 
 from orogen.config.model import ModelConfig
-from orogen.layers.documents import Documents
+from orogen.layers.documents import Documents, numbered
 from orogen.layers.linear import linear
 from orogen.layers.norm import make_norm
 from orogen.layers.parameter import normal
@@ -20,8 +20,11 @@ from orogen.parallel.plan import Plan
 
 
 def shifted_segments(segments_bt: Array, steps: int, plan: Plan) -> Array:
-    """The segment ids of tokens whose successor `steps` further on lies in the same document; 0 elsewhere."""
-    return jnp.where(segments_bt == later(segments_bt, steps, plan), segments_bt, 0)
+    """The segment ids of tokens whose successor `steps` further on lies in the same document; 0 elsewhere.
+
+    Of a part of a row they must be as `documents` numbers them, since a rank does not see where runs end."""
+    ids_bt = numbered(segments_bt) if plan.size("context") == 1 else segments_bt
+    return jnp.where(ids_bt == later(ids_bt, steps, plan), segments_bt, 0)
 
 
 def shifted(docs: Documents, steps: int, plan: Plan) -> Documents:

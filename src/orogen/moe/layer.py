@@ -62,7 +62,7 @@ class MoE(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         size, std, out_std = config.hidden_size, config.init_std, config.output_init_std
-        self.n_experts = config.n_routed_experts
+        self.n_experts, self.balance = config.n_routed_experts, config.router_balance
         self.router = Router(config, rngs)
         self.experts = Experts(config, rngs)
         latent, hidden = config.moe_latent_size, config.moe_shared_expert_intermediate_size
@@ -139,7 +139,7 @@ class MoE(nnx.Module):
             load=expert_counts(routing.experts, valid_btk, self.n_experts, axes=(0, 1, 2)),
             dropped=jnp.sum(valid_btk & ~keep_btk, dtype=jnp.float32),
             overflow=jnp.zeros(()),
-            losses=router_losses(logits_bte, routing.scores, valid_bt, plan, k=k),
+            losses=router_losses(logits_bte, routing.scores, valid_bt, plan, k=k, balance=self.balance),
             choice=choice,
         )
         return stats, capacity * sources

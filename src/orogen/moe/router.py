@@ -96,31 +96,52 @@ def _top(values_ni: Array, k: int) -> tuple[Array, Array]:
     return index[..., :k], margin_n
 
 
-class RouterLosses(NamedTuple):
-    """Sums over the batch, each to be divided by a count: `balance` by sequences, `z` by tokens."""
+class Balance(NamedTuple):
+    """This rank's sums over its tokens, of which the balance loss over the global batch is made: by expert (e) the
+    assignments of plain top-k of the scores, and the scores normalised over all experts. Counts have no gradient."""
 
-    balance: Array
+    counts: Array
+    mass: Array
+
+
+class RouterLosses(NamedTuple):
+    """Sums over the batch, each to be divided by a count: `balance` by sequences, `z` by tokens. Over the global batch
+    `balance` is what `global_balance` takes."""
+
+    balance: Array | Balance
     z: Array
 
 
-def router_losses(logits_bte: Array, scores_bte: Array, valid_bt: Array, plan: Plan, *, k: int) -> RouterLosses:
+def router_losses(
+    logits_bte: Array, scores_bte: Array, valid_bt: Array, plan: Plan, *, k: int, balance: str = "row"
+) -> RouterLosses:
     """The sequence balance loss and the z-loss, summed over this rank's rows, over whole sequences.
 
     balance = Σ over rows of e · Σ_i f_i P_i, f_i the share of the row's assignments that expert i gets by plain
     top-k of the scores (no bias), P_i the mean of its score normalised over all experts: of the softmax over all of
-    them for both softmax forms. A sequence is a row of the batch, as in Megatron. z = Σ over tokens of
-    logsumexp(logits)². Padding takes no part. Sources: arXiv:2412.19437, eq. 17-20; arXiv:2202.08906, eq. 5.
+    them for both softmax forms. A sequence is a row of the batch, as in Megatron; with balance = "global" it is all of
+    them together, and what is given is what `global_balance` makes it of. z = Σ over tokens of logsumexp(logits)².
+    Padding takes no part. Sources: arXiv:2412.19437, eq. 17-20; arXiv:2202.08906, eq. 5.
     """
+    z = jnp.sum(jnp.square(jax.nn.logsumexp(logits_bte, -1)) * valid_bt)
     valid_bt1 = valid_bt[..., None].astype(jnp.float32)
     n_experts = scores_bte.shape[-1]
     share_bte = scores_bte / (scores_bte.sum(-1, keepdims=True) + EPSILON)
     _, chosen_btk = lax.top_k(lax.stop_gradient(scores_bte), k)
     counts_be = expert_counts(chosen_btk, valid_bt[..., None] & (chosen_btk >= 0), n_experts, axes=(1, 2))
-    counts_be, mass_be, tokens_b1 = plan.sum((counts_be, (share_bte * valid_bt1).sum(1), valid_bt1.sum(1)), "tokens")
+    mass_be = (share_bte * valid_bt1).sum(1)
+    if balance == "global":
+        return RouterLosses(Balance(counts_be.sum(0), mass_be.sum(0)), z)
+    counts_be, mass_be, tokens_b1 = plan.sum((counts_be, mass_be, valid_bt1.sum(1)), "tokens")
     counts_be, tokens_b1 = checkpoint_name(counts_be, "routing"), jnp.maximum(tokens_b1, 1)
-    balance = n_experts * jnp.sum(counts_be * mass_be / (k * tokens_b1**2))
-    z = jnp.sum(jnp.square(jax.nn.logsumexp(logits_bte, -1)) * valid_bt)
-    return RouterLosses(balance, z)
+    return RouterLosses(n_experts * jnp.sum(counts_be * mass_be / (k * tokens_b1**2)), z)
+
+
+def global_balance(counts: Array, mass: Array, tokens: Array, *, k: int) -> Array:
+    """e · Σ_i f_i P_i of each layer, summed over layers, with f and P as in `router_losses` but of all `tokens` of the
+    global batch together. counts (…, e): of the global batch; mass (…, e): of a part of it, such as a microbatch, whose
+    share of the loss this is."""
+    return counts.shape[-1] * jnp.sum(counts * mass) / (k * tokens**2)
 
 
 def expert_counts(experts: Array, counted: Array, n_experts: int, *, axes: tuple[int, ...]) -> Array:

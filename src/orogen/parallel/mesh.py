@@ -96,7 +96,7 @@ def make_mesh(folding: Folding, config: PlanConfig, *, abstract: bool) -> Mesh |
 
 
 def _checks(config: PlanConfig, model: ModelConfig) -> list[_Check]:
-    tensor = ("vocab_size", "num_attention_heads", "intermediate_size", "mamba_num_heads", "mamba_intermediate_size")
+    tensor = ("num_attention_heads", "intermediate_size", "mamba_num_heads", "mamba_intermediate_size")
     copied = ("num_key_value_heads", "n_groups", "mamba_norm_groups")
     cut = [(field, "tensor", config.tensor) for field in (*tensor, "moe_shared_expert_intermediate_size")]
     cut += [("n_routed_experts", "expert", config.expert)]

@@ -83,14 +83,17 @@ class Plan:
         """Shardings of `tree`, a whole model's state or one that other stages have cut, until it is laid out anew: as
         it would be stored without stages, but each array also split over the stages, along the longest axis that they
         divide, so that no device needs room for all layers."""
-        rules, ways = {**self.storage, "stage": ()}, self.size("stage")
+        rules, stages = {**self.storage, "stage": ()}, self.size("stage")
 
         def over_stages(variable: nnx.Variable) -> NamedSharding:
+            shape = variable.get_value().shape
+            ways = lambda part: math.prod(self.mesh.shape[name] for name in part)  # noqa: E731
             parts = [() if axis is None else rules[axis] for axis in full_axes(variable)]
-            split = [math.prod(self.mesh.shape[name] for name in part) for part in parts]
-            local = [size // pieces for size, pieces in zip(variable.get_value().shape, split, strict=True)]
-            longest = max(range(len(local)), key=lambda dim: (local[dim] % ways == 0, local[dim]), default=None)
-            if longest is not None and local[longest] % ways == 0:
+            # A vocabulary that is not filled up yet waits whole.
+            parts = [part if size % ways(part) == 0 else () for part, size in zip(parts, shape, strict=True)]
+            local = [size // ways(part) for part, size in zip(parts, shape, strict=True)]
+            longest = max(range(len(local)), key=lambda dim: (local[dim] % stages == 0, local[dim]), default=None)
+            if longest is not None and local[longest] % stages == 0:
                 parts[longest] += self.rules["stage"]
             return NamedSharding(self.mesh, PartitionSpec(*(part or None for part in parts)))
 

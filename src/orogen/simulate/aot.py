@@ -28,6 +28,7 @@ from orogen.layers.norm import make_norm
 from orogen.model.block import Stack
 from orogen.model.lm import build
 from orogen.model.stages import Stages
+from orogen.model.vocabulary import resized
 from orogen.moe.layer import MoEStats
 from orogen.parallel.mesh import fold_plan
 from orogen.parallel.pipeline import branches_ts
@@ -162,6 +163,7 @@ def _layer(letter: str, model: ModelConfig, plan: Plan, work: Workload, dtype: s
 
 def _ends(model: ModelConfig, plan: Plan, work: Workload, dtype: str) -> Unit:
     graph, params, _ = _abstract(lambda: _Ends(model, nnx.Rngs(0)))
+    params = jax.eval_shape(lambda p: resized(p, plan.config.vocab_rows(model.vocab_size)), params)
 
     def device_step(params, h_btd, cotangent_btd, batch):
         docs = Documents(batch.segments_bt, batch.positions_bt)
@@ -170,7 +172,7 @@ def _ends(model: ModelConfig, plan: Plan, work: Workload, dtype: str) -> Unit:
 
         def apply(params, h_btd):
             ends = nnx.merge(graph, working_copy(params, dtype))
-            nats = token_nats(ends.norm(h_btd, plan), ends.head_matrix(plan), batch, 0, plan)
+            nats = token_nats(ends.norm(h_btd, plan), ends, batch, 0, plan)
             return ends.embedding(batch.tokens_bt, docs, plan), plan.total(nats)
 
         (x_btd, nats), back = jax.vjp(apply, varied, h_btd)
@@ -197,6 +199,7 @@ class _Ends(nnx.Module):
         self.embedding = Embedding(model, rngs)
         self.norm = make_norm(model)
         self.head = None if model.tie_word_embeddings else Head(model, rngs)
+        self.vocab_size = model.vocab_size
 
     def head_matrix(self, plan: Plan) -> Array:
         """As LanguageModel's."""
@@ -223,7 +226,7 @@ def step_collectives(model: ModelConfig, plan: Plan, batch_size: int, length: in
 
 
 def _step_jaxpr(model: ModelConfig, plan: Plan, batch_size: int, length: int, dtype: str) -> core.Jaxpr:
-    built = build(model, cut(model, plan, length))
+    built = build(model, cut(model, plan, length), plan.config.vocab_rows(model.vocab_size))
     tokens_bt = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
     batch = Batch(tokens_bt, tokens_bt, tokens_bt, jax.ShapeDtypeStruct(tokens_bt.shape, jnp.float32))
     step = gradients(built, model, plan, dtype)

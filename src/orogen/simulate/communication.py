@@ -23,7 +23,8 @@ from orogen.simulate.weights import Weight, end_weights, layer_weights, mtp_weig
 # Units beside the letters of the pattern: embedding, final norm, head and loss, at every depth of prediction; the
 # projection and norms of the multi-token-prediction block; and each expert's load, counted for the whole batch.
 # PIPELINE is what stages pass on at every tick, in both directions, whether or not it is used.
-ENDS, MTP, LOAD, PIPELINE = "ends", "mtp", "load", "pipeline"
+# COUNTING is a pass that only counts assignments.
+ENDS, MTP, LOAD, PIPELINE, COUNTING = "ends", "mtp", "load", "pipeline", "counting"
 FLOAT32 = INT32 = 4
 CONTEXT = ("context",)
 
@@ -77,7 +78,7 @@ def unit_collectives(unit: str, model: ModelConfig, plan: PlanConfig, work: Work
         weights = mtp_weights(model)
     elif unit == ENDS:
         _ends(ledger)
-        weights = end_weights(model)
+        weights = end_weights(model, plan.vocab_rows(model.vocab_size))
         again = weights * model.mtp_depths + weights[:1] * (1 + model.mtp_depths) * model.tie_word_embeddings
         for weight in again:  # a tied matrix is embedding and head
             ledger.gathered(weight)
@@ -112,7 +113,35 @@ def step_collectives(model: ModelConfig, plan: PlanConfig, work: Workload) -> di
         found[unit] = [_times(r, updates if r.phase == "update" else turns) for r in records]
     if plan.stage > 1:
         found[PIPELINE] = unit_collectives(PIPELINE, model, plan, work)
+    if model.router_balance == "global" and model.router_aux_loss_coef > 0 and plan.microbatches > 1 and "E" in units:
+        found[COUNTING] = _counting(model, plan, work, found)
     return found
+
+
+def _counting(
+    model: ModelConfig, plan: PlanConfig, work: Workload, step: dict[str, list[Collective]]
+) -> list[Collective]:
+    """Of the pass over all microbatches that counts assignments, where routers are balanced over the global batch: the
+    forward collectives of `step`, but for those that only losses need. A pipeline's pass has these too."""
+    ledger = _Ledger(COUNTING, plan, model, work)
+    uses = model.layers.main.count("E") + model.mtp_depths * model.layers.mtp.count("E")
+    everywhere = ("data", "context", "tensor")
+    ledger.add("assignments", "forward", "all-reduce", everywhere, model.n_routed_experts * FLOAT32)
+    turns = plan.microbatches / plan.stage
+    records = [_times(r, uses * turns) for r in ledger.records]
+    forward = [(unit, r) for unit, found in step.items() for r in found if r.phase == "forward" and unit != LOAD]
+    if plan.stage > 1:
+        ticks = plan_schedule(plan, model)
+        share = ticks.forward_only().ticks / ticks.ticks
+        return records + [_times(r, share if unit == PIPELINE else 1) for unit, r in forward]
+    records += [r for unit, r in forward if unit != ENDS and r.part != "router statistics"]
+    ends = _Ledger(ENDS, plan, model, work)
+    matrix, *others = end_weights(model, plan.vocab_rows(model.vocab_size))
+    for depth in range(1 + model.mtp_depths):
+        _embedded(ends, depth)
+        for weight in [matrix, *(w for w in others if "positions" in w.axes)]:
+            ends.gathered(weight)
+    return records + [_times(r, turns) for r in ends.records if r.phase == "forward"]
 
 
 def describe_collectives(model: ModelConfig, plan: PlanConfig, work: Workload) -> dict[str, Any]:
@@ -122,7 +151,7 @@ def describe_collectives(model: ModelConfig, plan: PlanConfig, work: Workload) -
     for record in (record for records in found.values() for record in records):
         axes = " x ".join(record.axes)
         step[axes] = step.get(axes, 0) + record.bytes
-    units = {unit: [r._asdict() for r in unit_collectives(unit, model, plan, work)] for unit in found}
+    units = {u: [r._asdict() for r in unit_collectives(u, model, plan, work)] for u in found if u != COUNTING}
     return {**work._asdict(), "units": units, "step_bytes": step}
 
 
@@ -163,7 +192,7 @@ class _Ledger:
     def __init__(self, unit: str, plan: PlanConfig, model: ModelConfig, work: Workload):
         self.unit, self.plan, self.model, self.work = unit, plan, model, work
         self.records: list[Collective] = []
-        self.remat = plan.layer_remat(unit) if unit not in (ENDS, MTP, LOAD, PIPELINE) else Remat("none")
+        self.remat = plan.layer_remat(unit) if unit not in (ENDS, MTP, LOAD, PIPELINE, COUNTING) else Remat("none")
         norm_groups = model.mamba_norm_groups or model.n_groups
         pieces = {"kv_heads": model.num_key_value_heads, "groups": model.n_groups, "norm_groups": norm_groups}
         # Arrays with fewer pieces than tensor has ranks are held as copies by neighbours.
@@ -451,10 +480,14 @@ def _experts(ledger: _Ledger) -> None:
         "router statistics", "forward", "all-reduce", axes, numbers * FLOAT32, needed=needed, name=name
     )
     # Of the balance loss: probabilities and counts of each expert, tokens of each row. Sums have no gradient to send.
-    statistic(sequence, rows * experts)
-    statistic(sequence, rows * experts, needed=True, name="routing")
-    statistic(sequence, rows, needed=True)
-    statistic(("data",), 1)
+    if model.router_balance == "global":
+        statistic(everywhere, experts)
+        statistic(everywhere, experts)
+    else:
+        statistic(sequence, rows * experts)
+        statistic(sequence, rows * experts, needed=True, name="routing")
+        statistic(sequence, rows, needed=True)
+        statistic(("data",), 1)
     statistic(everywhere, 1)  # the z-loss
 
 
@@ -504,14 +537,19 @@ def _ends(ledger: _Ledger) -> None:
     # The softmax over all ranks' columns: the maximum, the sum of exponentials, the target's logit.
     chunk = tokens if plan.cross_entropy == "full" else min(plan.logit_rows, tokens)
     for depth in range(depths):
-        ledger.scatter("embedding", ("tensor",), ledger.stream)
+        _embedded(ledger, depth)
         ledger.gather("head", ("tensor",), ledger.stream / plan.tensor)
         ledger.add("cross-entropy", "forward", "all-reduce", ("tensor",), chunk * FLOAT32, 3 * -(-tokens // chunk))
-        # Later tokens, their weights and documents; and what a deeper prediction reads.
+        # Later tokens, their weights and documents.
         ledger.shift("targets", ("context",), ledger.work.rows * (depth + 1) * FLOAT32, 3 * 2)
-        ledger.shift("targets", ("context",), ledger.work.rows * depth * FLOAT32, 3 * 2)
     ledger.add("cross-entropy", "forward", "all-reduce", ("data", "context"), depths * FLOAT32)
     _counts(ledger, ledger.work.rows * plan.microbatches, depths)
+
+
+def _embedded(ledger: _Ledger, depth: int) -> None:
+    """The tokens of a prediction `depth` deep; their places and documents too come from a rank's neighbours."""
+    ledger.scatter("embedding", ("tensor",), ledger.stream)
+    ledger.shift("targets", ("context",), ledger.work.rows * depth * FLOAT32, 3 * 2)
 
 
 def _counts(ledger: _Ledger, rows: int, depths: int) -> None:

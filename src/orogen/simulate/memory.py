@@ -43,7 +43,8 @@ def describe_memory(config: RunConfig, work: Workload) -> dict[str, Any]:
     """
     config.need("model", "train", "optimizer")
     plan = make_plan(config.plan, config.model)
-    built = build(config.model, cut(config.model, plan, config.train.sequence_length))
+    stages = cut(config.model, plan, config.train.sequence_length)
+    built = build(config.model, stages, config.plan.vocab_rows(config.model.vocab_size))
     optimizer = make_optimizer(config.optimizer, config.train.steps, built.params)
     state = abstract_state(built, optimizer)
     placed = jax.tree.map(_placed, state, state_shardings(state, plan))

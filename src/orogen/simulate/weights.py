@@ -13,9 +13,10 @@ class Weight(NamedTuple):
     float32: bool = False
 
 
-def end_weights(model: ModelConfig) -> list[Weight]:
-    """Of the embeddings, the final norm and, if it is not tied, the head; the embedding's matrix first."""
-    size, vocabulary, positions = model.hidden_size, model.vocab_size, model.learned_positions
+def end_weights(model: ModelConfig, vocab_rows: int | None = None) -> list[Weight]:
+    """Of the embeddings, the final norm and, if it is not tied, the head; the embedding's matrix first.
+    vocab_rows: as a plan fills the vocabulary up; None: not."""
+    size, vocabulary, positions = model.hidden_size, vocab_rows or model.vocab_size, model.learned_positions
     weights = [Weight((vocabulary, size), ("vocab", "embed")), *_norm(model)]
     if positions:
         weights.append(Weight((positions, size), ("positions", "embed")))

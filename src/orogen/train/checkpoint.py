@@ -1,28 +1,34 @@
 """Checkpoints by orbax: asynchronous, atomic, a few kept. The model is an item of its own, so that a reader can take
-it without the optimizer. What stages of a pipeline save is laid out as they keep it; the data's position says how.
+it without the optimizer. What stages of a pipeline save is laid out as they keep it, and a vocabulary with the rows
+that the plan filled it up to; the data's position says how. Rows are added and dropped as arrays are read.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from flax import nnx
 
 from orogen.config.checks import ConfigError
 from orogen.model.stages import Stages
+from orogen.model.vocabulary import vocab_dim
 from orogen.train.state import TrainState
 
-STAGES = "stages"
+STAGES, VOCABULARY = "stages", "vocab_size"
 MODEL_FIELDS = ("params", "buffers")
 
 
 class Checkpoints:
-    """The checkpoints of a run folder. Use as a context manager: leaving it waits for what is being written."""
+    """The checkpoints of a run folder. Use as a context manager: leaving it waits for what is being written.
 
-    def __init__(self, run_dir: str | Path, *, keep: int | None = None):
-        self.folder = Path(run_dir).resolve() / "checkpoints"
+    vocab_size: of the model that is saved and restored, whatever rows plans fill it up to; None: as its arrays have.
+    """
+
+    def __init__(self, run_dir: str | Path, *, keep: int | None = None, vocab_size: int | None = None):
+        self.folder, self.vocab_size = Path(run_dir).resolve() / "checkpoints", vocab_size
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         handlers = {
             "model": ocp.StandardCheckpointHandler(),
@@ -53,6 +59,8 @@ class Checkpoints:
         """Starts writing the state after step `state.step` and its data's position; no-op if that step is there."""
         if stages is not None:
             data_position = data_position | {STAGES: dataclasses.asdict(stages)}
+        if self.vocab_size is not None:
+            data_position = data_position | {VOCABULARY: self.vocab_size}
         step = int(state.step)
         if step == self.latest:
             return
@@ -60,8 +68,8 @@ class Checkpoints:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                model=ocp.args.StandardSave(model),
-                trainer=ocp.args.StandardSave(trainer),
+                model=ocp.args.StandardSave(_named(model)),
+                trainer=ocp.args.StandardSave(_named(trainer)),
                 data=ocp.args.JsonSave(data_position),
             ),
         )
@@ -69,9 +77,8 @@ class Checkpoints:
     def restore(self, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The latest state and data position. target: abstract arrays with the shardings to restore onto."""
         model, trainer = _split(target)
-        items = {"trainer": ocp.args.StandardRestore(trainer), "data": ocp.args.JsonRestore()}
-        restored = self._read(items, model)
-        position = {name: value for name, value in restored["data"].items() if name != STAGES}
+        restored = self._read({"data": ocp.args.JsonRestore()}, {"model": model, "trainer": trainer})
+        position = {name: value for name, value in restored["data"].items() if name not in (STAGES, VOCABULARY)}
         return _join(target, {**restored["model"], **restored["trainer"]}), position
 
     def restore_model(self, params: Any, buffers: Any, place: Callable[[Any], Any]) -> tuple[Any, Any]:
@@ -80,22 +87,23 @@ class Checkpoints:
         stages, whole = self.stages, {"params": params, "buffers": buffers}
         saved = whole if stages is None else {name: jax.eval_shape(stages.split, t) for name, t in whole.items()}
         target = {name: with_shardings(tree, place(tree)) for name, tree in saved.items()}
-        model = _join(target, self._read({}, _named(target))["model"])
+        model = _join(target, self._read({}, {"model": target})["model"])
         if stages is not None:
             placed = {name: place(tree) for name, tree in whole.items()}
             join = lambda model: {name: stages.join(tree) for name, tree in model.items()}  # noqa: E731
             model = jax.jit(join, out_shardings=placed)(model)
         return model["params"], model["buffers"]
 
-    def _read(self, items: dict[str, Any], model: dict[str, Any] | None = None) -> Any:
-        """Items of the latest checkpoint, and its model onto the abstract arrays `model`. Raises ConfigError if any is
-        damaged."""
+    def _read(self, items: dict[str, Any], targets: dict[str, Any] | None = None) -> Any:
+        """Items of the latest checkpoint, and others onto trees of abstract arrays, which they become by their leaves'
+        names. Raises ConfigError if any is damaged."""
         if self.latest is None:
             raise ConfigError(f"{self.folder} holds no complete checkpoint; expected at least one")
         try:
-            if model is not None:
-                self._check(self.latest, model)
-                items = items | {"model": ocp.args.StandardRestore(model)}
+            for item, target in (targets or {}).items():
+                self._check(self.latest, item, target)
+                # Not strict: rows of the vocabulary are zeros where there are more of them here, or are left out.
+                items = items | {item: ocp.args.StandardRestore(_named(target), strict=False)}
             return self._manager.restore(self.latest, args=ocp.args.Composite(**items))
         except ConfigError:
             raise
@@ -106,15 +114,31 @@ class Checkpoints:
                 "expected a whole checkpoint: without this folder, the one before it counts"
             ) from error
 
-    def _check(self, step: int, wanted: dict[str, Any]) -> None:
-        """Raises ConfigError naming the first array that the checkpoint lacks, has too many, or in another shape."""
-        saved = self._manager.item_metadata(step)["model"]
-        saved = getattr(saved, "tree", saved)
+    def _check(self, step: int, item: str, target: Any) -> None:
+        """Raises ConfigError naming the first array that the checkpoint lacks, has too many, or in another shape but
+        for what plans fill a vocabulary up to."""
+        saved = self._manager.item_metadata(step)[item]
+        saved, wanted, dims = getattr(saved, "tree", saved), _named(target), _vocab_dims(target)
+        recorded = self._read({"data": ocp.args.JsonRestore()})["data"].get(VOCABULARY)
         for name in sorted(set(saved) | set(wanted)):
-            have = tuple(saved[name].shape) if name in saved else "nothing"
-            want = tuple(wanted[name].shape) if name in wanted else "nothing"
+            have = _filled_from(saved[name].shape, dims.get(name), recorded) if name in saved else "nothing"
+            want = _filled_from(wanted[name].shape, dims.get(name), self.vocab_size) if name in wanted else "nothing"
             if have != want:
                 raise ConfigError(f"{self.folder} is of another model: {name} is {have}; expected {want}")
+
+
+def _vocab_dims(tree: Any) -> dict[str, int | None]:
+    """By the name of a leaf, its dimension over the vocabulary, from the last."""
+    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return {_name(path): vocab_dim(leaf) if isinstance(leaf, nnx.Variable) else None for path, leaf in found}
+
+
+def _filled_from(shape: Sequence[int], dim: int | None, vocab_size: int | None) -> tuple[int, ...]:
+    """The shape without the rows beyond a vocabulary of `vocab_size`, if that is known and it has so many."""
+    kept = list(shape)
+    if dim is not None and vocab_size is not None:
+        kept[dim] = min(kept[dim], vocab_size)
+    return tuple(kept)
 
 
 def with_shardings(tree: Any, shardings: Any) -> Any:
@@ -125,8 +149,8 @@ def with_shardings(tree: Any, shardings: Any) -> Any:
 def _split(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
     fields = state._asdict()
     return (
-        _named({name: fields[name] for name in MODEL_FIELDS}),
-        _named({name: value for name, value in fields.items() if name not in MODEL_FIELDS}),
+        {name: fields[name] for name in MODEL_FIELDS},
+        {name: value for name, value in fields.items() if name not in MODEL_FIELDS},
     )
 
 

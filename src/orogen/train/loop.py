@@ -87,8 +87,10 @@ def train(
         check_vocab_size(corpus.tokenizer, config.model.vocab_size)
     else:
         check_rows(known, config.model.vocab_size)
-    built = build(config.model, cut(config.model, plan, config.train.sequence_length))
-    with Checkpoints(run_dir, keep=config.train.keep_checkpoints) as checkpoints, _Sigterm() as stop:
+    stages = cut(config.model, plan, config.train.sequence_length)
+    built = build(config.model, stages, config.plan.vocab_rows(config.model.vocab_size))
+    keep, size = config.train.keep_checkpoints, config.model.vocab_size
+    with Checkpoints(run_dir, keep=keep, vocab_size=size) as checkpoints, _Sigterm() as stop:
         run = _Run(config, plan, built, corpus, checkpoints)
         state = run.start(origin)
         describe_run(run_dir, text, _facts(config, plan, corpus))  # first: it makes the folder this run's
@@ -170,7 +172,7 @@ class _Run:
         if before == after:
             target = abstract_state(self.built, self.optimizer)
             return self.checkpoints.restore(with_shardings(target, state_shardings(target, self.plan)))
-        saved = build(self.config.model, before)
+        saved = build(self.config.model, before, self.built.vocab_rows)
         target = abstract_state(saved, make_optimizer(self.config.optimizer, self.config.train.steps, saved.params))
         # Restored onto the devices, where it is laid out anew.
         state, position = self.checkpoints.restore(with_shardings(target, self.plan.spread(target)))

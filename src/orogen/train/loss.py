@@ -17,6 +17,7 @@ from orogen.layers.documents import Documents
 from orogen.model.lm import LanguageModel
 from orogen.model.mtp import shifted_segments
 from orogen.moe.layer import MoEStats
+from orogen.moe.router import Balance, global_balance
 from orogen.parallel.context import later
 from orogen.parallel.plan import Plan
 
@@ -60,6 +61,10 @@ def batch_counts(batch: Batch, depths: int, plan: Plan) -> Counts:
     return plan.total(counts)
 
 
+# For each stack in the order in which they run, and each of its MoE layers, arrays (…, e) as `Balance.counts`.
+Assigned = list[list[Array]]
+
+
 class Passed(NamedTuple):
     """What layers make of a batch. x_btd: the residual stream behind them, or, behind the head, the normed hidden
     state; loss: this batch's share of the global batch's, over all devices of a stage, as is nats, of which there is an
@@ -72,15 +77,28 @@ class Passed(NamedTuple):
 
 
 def objective(
-    model: LanguageModel, batch: Batch, counts: Counts, *, config: ModelConfig, plan: Plan, replay: Any = None
+    model: LanguageModel,
+    batch: Batch,
+    counts: Counts,
+    *,
+    config: ModelConfig,
+    plan: Plan,
+    replay: Any = None,
+    assigned: Assigned | None = None,
 ) -> tuple[Array, Sums]:
     """This batch's share of the loss of the global batch that `counts` describes, and its sums.
 
-    Shares of microbatches add up to the loss. Nats and loads are already summed over devices.
+    Shares of microbatches add up to the loss. Nats and loads are already summed over devices. assigned: of the global
+    batch, where routers are balanced over it; None: this batch is all of it.
     """
     x_btd = embed(model, batch, plan)
-    passed = leave(model, enter(model, x_btd, batch, counts, config=config, plan=plan, replay=replay and replay[:1]),
-                   batch, counts, config=config, plan=plan, replay=replay and replay[1:])  # fmt: skip
+    common: Any = {"config": config, "plan": plan}
+    passed = enter(
+        model, x_btd, batch, counts, replay=replay and replay[:1], assigned=assigned and assigned[:1], **common
+    )
+    passed = leave(
+        model, passed, batch, counts, replay=replay and replay[1:], assigned=assigned and assigned[1:], **common
+    )
     moe = [moe_stats(stats) for stats in passed.stats]
     load = [s.load for s in moe[0]] + [
         sum(parts) for parts in zip(*([s.load for s in m] for m in moe[1:]), strict=True)
@@ -104,34 +122,44 @@ def enter(
     config: ModelConfig,
     plan: Plan,
     replay: Any,
+    assigned: Assigned | None = None,
     ends: tuple[bool, bool] = (True, True),
 ) -> Passed:
     """The backbone's layers, with their routers' losses. ends: whether these have the model's first layer and last."""
     docs = Documents(batch.segments_bt, batch.positions_bt)
     x_btd, stats = model.backbone(x_btd, docs, plan, replay and replay[0], ends=ends)
-    loss = _router_loss(moe_stats(stats), counts, 0, 1, config, plan)
+    loss = _router_loss(moe_stats(stats), counts, 0, 1, config, plan, assigned and assigned[0])
     return Passed(x_btd, loss, jnp.zeros(len(counts.targets)), (stats,))
 
 
 def leave(
-    model: LanguageModel, passed: Passed, batch: Batch, counts: Counts, *, config: ModelConfig, plan: Plan, replay: Any
+    model: LanguageModel,
+    passed: Passed,
+    batch: Batch,
+    counts: Counts,
+    *,
+    config: ModelConfig,
+    plan: Plan,
+    replay: Any,
+    assigned: Assigned | None = None,
 ) -> Passed:
     """`passed` with what comes behind the last layer: the final norm, the MTP block's depths, and the losses.
 
     loss = nats_0 / targets_0 + scale / D · Σ_depth nats_d / targets_d + the routers' losses (balance averaged over
-    rows, z over tokens, both averaged over the depths of a repeated block). Sources: arXiv:2412.19437, eq. 24-25;
-    arXiv:2512.20856.
+    rows, or of the global batch; z over tokens; both averaged over the depths of a repeated block). Sources:
+    arXiv:2412.19437, eq. 24-25; arXiv:2512.20856.
     """
     docs = Documents(batch.segments_bt, batch.positions_bt)
     h_btd = model.norm(passed.x_btd, plan)
     deeper = model.deeper(h_btd, batch.tokens_bt, docs, plan, replay)
     hidden = [h_btd] + [h for h, _ in deeper]
-    predicted = [token_nats(h, model.head_matrix(plan), batch, depth, plan) for depth, h in enumerate(hidden)]
+    predicted = [token_nats(h, model, batch, depth, plan) for depth, h in enumerate(hidden)]
     nats = plan.total(jnp.stack(predicted))
     share = jnp.asarray([1.0] + [config.mtp_loss_scale / len(deeper) for _ in deeper])
     loss = passed.loss + jnp.sum(share * nats / jnp.maximum(counts.targets, 1))
     for depth, (_, stats) in enumerate(deeper, 1):
-        loss += _router_loss(moe_stats(stats), counts, depth, len(deeper), config, plan)
+        known = assigned and assigned[depth - 1]
+        loss += _router_loss(moe_stats(stats), counts, depth, len(deeper), config, plan, known)
     return Passed(h_btd, loss, nats, (*passed.stats, *(stats for _, stats in deeper)))
 
 
@@ -148,11 +176,12 @@ def next_token_nats(model: LanguageModel, batch: Batch, plan: Plan) -> Array:
     """Nats of the next-token targets of the global batch."""
     docs = Documents(batch.segments_bt, batch.positions_bt)
     h_btd, _ = model.hidden(batch.tokens_bt, docs, plan)
-    return plan.total(token_nats(h_btd, model.head_matrix(plan), batch, 0, plan))
+    return plan.total(token_nats(h_btd, model, batch, 0, plan))
 
 
-def token_nats(h_btd: Array, head_dv: Array, batch: Batch, depth: int, plan: Plan) -> Array:
-    """Weighted nats of the tokens depth + 1 ahead, of this device's rows. head_dv: this rank's part of v."""
+def token_nats(h_btd: Array, model: LanguageModel, batch: Batch, depth: int, plan: Plan) -> Array:
+    """Weighted nats of the tokens depth + 1 ahead, of this device's rows, by the model's head."""
+    head_dv = model.head_matrix(plan)
     x_btd = plan.gather(h_btd, "sequence")
     with jax.named_scope("cross_entropy"):
         return cross_entropy(
@@ -162,6 +191,7 @@ def token_nats(h_btd: Array, head_dv: Array, batch: Batch, depth: int, plan: Pla
             target_weights(batch, depth, plan).reshape(-1),
             chunk=plan.config.logit_rows,
             vocab_start=plan.index("vocab") * head_dv.shape[1],
+            vocab_size=model.vocab_size if head_dv.shape[1] * plan.size("vocab") > model.vocab_size else None,
             reduce_max=lambda x: plan.max(x, "vocab"),
             reduce_sum=lambda x: plan.sum(x, "vocab"),
             implementation=plan.config.cross_entropy,
@@ -169,16 +199,45 @@ def token_nats(h_btd: Array, head_dv: Array, batch: Batch, depth: int, plan: Pla
 
 
 def _router_loss(
-    layers: list[MoEStats], counts: Counts, depth: int, applications: int, config: ModelConfig, plan: Plan
+    layers: list[MoEStats],
+    counts: Counts,
+    depth: int,
+    applications: int,
+    config: ModelConfig,
+    plan: Plan,
+    assigned: list[Array] | None,
 ) -> Array:
-    """The routers' losses of a stack that is applied so many times, of which this is one, to the tokens of `depth`."""
+    """The routers' losses of a stack that is applied so many times, of which this is one, to the tokens of `depth`.
+
+    assigned: see `objective`, by layer.
+    """
     rows, tokens = (jnp.maximum(count[depth], 1) for count in (counts.rows, counts.tokens))
     loss = jnp.zeros(())
-    for stats in layers:
-        balance, z = plan.total((stats.losses.balance.sum(), stats.losses.z.sum()))
-        loss += config.router_aux_loss_coef * balance / rows / applications
+    for index, stats in enumerate(layers):
+        balance: Any = stats.losses.balance
+        if isinstance(balance, Balance):
+            found, z = plan.total((balance, stats.losses.z.sum()))
+            known = found.counts if assigned is None else assigned[index]
+            balanced = global_balance(known, found.mass, tokens, k=config.num_experts_per_tok)
+        else:
+            total, z = plan.total((balance.sum(), stats.losses.z.sum()))
+            balanced = total / rows
+        loss += config.router_aux_loss_coef * balanced / applications
         loss += config.router_z_loss_coef * z / tokens / applications
     return loss
+
+
+def assignments(model: LanguageModel, batch: Batch, plan: Plan, replay: Any = None) -> Assigned:
+    """What `batch` adds to the `assigned` of `objective`, over all devices: by a forward pass without heads."""
+    docs = Documents(batch.segments_bt, batch.positions_bt)
+    h_btd, stats = model.hidden(batch.tokens_bt, docs, plan, replay and replay[0])
+    deeper = model.deeper(h_btd, batch.tokens_bt, docs, plan, replay and replay[1:])
+    return [plan.total(counted(each)) for each in (stats, *(stats for _, stats in deeper))]
+
+
+def counted(stats: Any) -> list[Array]:
+    """The assignments that balance over the global batch counts, of each MoE layer of a stack."""
+    return [layer.losses.balance.counts for layer in moe_stats(stats)]
 
 
 def moe_stats(stats: Any) -> list[MoEStats]:

@@ -22,9 +22,11 @@ from orogen.parallel.plan import Plan
 from orogen.parallel.schedule import segments
 from orogen.precision.policy import DTYPES, working_copy
 from orogen.simulate.flops import head_flops_per_token, layer_flops_per_token
-from orogen.train.loss import Counts, Passed, Sums, embed, enter, leave, lost, map_moe
+from orogen.train.loss import Assigned, Counts, Passed, Sums, embed, enter, leave, lost, map_moe
 
 MOE = "E"
+# Of what belongs to each stack: the backbone's, and the MTP block's.
+_FIRST_AND_REST = slice(1), slice(1, None)
 # Tokens of the row for which stages are balanced where no batch says it.
 TYPICAL_LENGTH = 4096
 
@@ -33,15 +35,17 @@ class Pipeline:
     """A cut model on one device of a plan, inside `Plan.run`: the programs of its segments over a batch (m, b, t).
 
     buffers: as this device's stage keeps them. replay: what to use in place of the routers' own choices, likewise.
-    record: whether every token's choice is reported.
+    record: whether every token's choice is reported. tally: whether assignments are, for balance over the global batch;
+    assigned: those of all microbatches (1, v, r, e), an r for each use of a layer, as `assigned` gives them.
     """
 
     def __init__(
         self, stages: Stages, config: ModelConfig, plan: Plan, dtype: str, batch: Batch, counts: Counts, buffers: Any,
-        *, replay: Replay | None = None, record: bool = False,
+        *, replay: Replay | None = None, record: bool = False, tally: bool = False, assigned: Array | None = None,
     ):  # fmt: skip
         self.stages, self.config, self.plan, self.dtype = stages, config, plan, dtype
         self.batch, self.counts, self.buffers, self.replay, self.record = batch, counts, buffers, replay, record
+        self.tally, self.known = tally, assigned
 
     def gradients(self, params: Any) -> tuple[Array, Any, Sums]:
         """The loss, and of this device's own stage gradients and loads; scattered if the plan keeps them so."""
@@ -53,6 +57,10 @@ class Pipeline:
     def sums(self, params: Any) -> Sums:
         """The sums alone, by forward passes alone."""
         return self._sums(self._run(params, None).reports)
+
+    def assigned(self, params: Any) -> Array:
+        """The assignments by expert of each use of an MoE layer of this stage, by forward passes alone."""
+        return self._run(params, None).reports["assigned"]
 
     def _run(self, params: Any, zeros: Any) -> Any:
         varied = working_copy(self.plan.vary(params), self.dtype)  # once a step, not once a tick
@@ -98,13 +106,13 @@ class Pipeline:
     def _pass(self, model: LanguageModel, segment: Segment, x_btd: Array, chunk: Array, microbatch: Array) -> Passed:
         batch = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, microbatch, keepdims=False), self.batch)
         replay = None if self.replay is None else self._replayed(segment, chunk, microbatch)
+        known = None if self.known is None else self._known(segment, chunk)
         common: Any = {"config": self.config, "plan": self.plan}
         if segment.first:
             x_btd = embed(model, batch, self.plan)
-        passed = enter(model, x_btd, batch, self.counts, replay=replay and replay[:1], ends=segment.ends, **common)
-        if not segment.last:
-            return passed
-        return leave(model, passed, batch, self.counts, replay=replay and replay[1:], **common)
+        first, rest = ({"replay": replay and replay[i], "assigned": known and known[i]} for i in _FIRST_AND_REST)
+        passed = enter(model, x_btd, batch, self.counts, ends=segment.ends, **first, **common)
+        return leave(model, passed, batch, self.counts, **rest, **common) if segment.last else passed
 
     def _kept(self, grads: Any) -> Any:
         """The gradients of one microbatch as they are kept until the others are added."""
@@ -126,12 +134,17 @@ class Pipeline:
             if self.record:
                 choices = [of("choice", *pair) for pair in zip(passed.stats, self._items(segment), strict=True)]
                 report["choices"] = chunk_rows(choices)[MOE]
+            if self.tally:
+                losses = [of("losses", *pair) for pair in zip(passed.stats, self._items(segment), strict=True)]
+                report["assigned"] = self.plan.total(chunk_rows(losses)[MOE].balance.counts)
         return jax.lax.stop_gradient(report)
 
     def _note(self, total: dict[str, Any], report: dict[str, Any], chunk: Array, microbatch: Array) -> dict[str, Any]:
         summed = {name: jax.tree.map(jnp.add, total[name], report[name]) for name in ("nats", "lost")}
         if "load" in report:
             summed["load"] = add_rows(total["load"], report["load"], chunk)
+        if "assigned" in report:
+            summed["assigned"] = add_rows(total["assigned"], report["assigned"], chunk)
         if "choices" in report:
             summed["choices"] = jax.tree.map(partial(_set, chunk, microbatch), total["choices"], report["choices"])
         return total | summed
@@ -146,6 +159,8 @@ class Pipeline:
         )
         if counted:
             reports["load"] = jnp.zeros((1, self.stages.virtual, counted, self.config.n_routed_experts))
+        if counted and self.tally:
+            reports["assigned"] = jnp.zeros((1, self.stages.virtual, used, self.config.n_routed_experts))
         if counted and self.record:
             token = (1, self.stages.virtual, used, len(self.batch.tokens_bt), size, time)
             each = (*token, self.config.num_experts_per_tok)
@@ -169,6 +184,16 @@ class Pipeline:
             trees.append(stacked({MOE: jax.tree.map(read, self.replay)} if count else {}, items))
             start += count
         return tuple(trees)
+
+    def _known(self, segment: Segment, chunk: Array) -> Assigned:
+        """The assignments of all microbatches, of each layer of each stack that the segment runs."""
+        stacks, start = [], 0
+        for items in self._items(segment):
+            count = _count(items)
+            known_vre = lax.dynamic_index_in_dim(self.known[0], chunk, keepdims=False)[start : start + count]
+            stacks.append(jax.tree.leaves(stacked({MOE: known_vre} if count else {}, items)))
+            start += count
+        return stacks
 
 
 def cut(model: ModelConfig, plan: Plan, length: int = TYPICAL_LENGTH) -> Stages | None:

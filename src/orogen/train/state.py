@@ -11,6 +11,7 @@ from jax import Array
 from orogen.config.model import ModelConfig
 from orogen.model.lm import Built, initial_state
 from orogen.model.stages import Stages
+from orogen.model.vocabulary import resized
 from orogen.parallel.plan import Plan
 
 
@@ -51,7 +52,7 @@ def create_state(
     shardings = state_shardings(abstract_state(built, optimizer), plan)
 
     def create(seed: Array) -> TrainState:
-        return fresh_state(*initial_state(config, seed, built.stages), optimizer)
+        return fresh_state(*map(built.laid, initial_state(config, seed)), optimizer)
 
     return jax.jit(create, out_shardings=shardings)(seed)
 
@@ -75,9 +76,12 @@ def start_state(
     shardings = state_shardings(abstract_state(built, optimizer), plan)
 
     def create(params: nnx.State, buffers: nnx.State) -> TrainState:
-        return fresh_state(relaid(params, None, built.stages), relaid(buffers, None, built.stages), optimizer)
+        return fresh_state(built.laid(params), built.laid(buffers), optimizer)
 
-    return jax.jit(create, out_shardings=shardings, donate_argnums=(0, 1))(params, buffers)
+    # First, since an array that grows, or that is not split as its result is, cannot be donated.
+    filled = [resized(part, built.vocab_rows) for part in (params, buffers)]
+    placed = [jax.device_put(part, plan.spread(part)) for part in filled]
+    return jax.jit(create, out_shardings=shardings, donate_argnums=(0, 1))(*placed)
 
 
 def fresh_state(params: nnx.State, buffers: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:

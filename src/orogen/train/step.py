@@ -16,6 +16,7 @@ from jax import Array, lax
 from orogen.config.model import ModelConfig
 from orogen.config.run import RunConfig
 from orogen.data.packing import Batch
+from orogen.layers.documents import numbered
 from orogen.model.block import Repeat, letters, places, repeats
 from orogen.model.lm import Built
 from orogen.model.stages import Stages
@@ -23,7 +24,7 @@ from orogen.moe.layer import Choice, Replay
 from orogen.parallel.context import zigzag
 from orogen.parallel.plan import Plan
 from orogen.precision.policy import working_copy
-from orogen.train.loss import Sums, batch_counts, objective
+from orogen.train.loss import Sums, assignments, batch_counts, objective
 from orogen.train.optimizer import learning_rate, square_sums
 from orogen.train.pipelined import MOE, Pipeline, choice_specs
 from orogen.train.state import TrainState, abstract_state, state_shardings
@@ -78,16 +79,30 @@ def gradients(
 
 
 def _pipelined(built, config, plan, dtype, params, buffers, batch, counts, replay, record) -> tuple[Array, Any, Sums]:
-    pipeline = Pipeline(built.stages, config, plan, dtype, batch, counts, buffers, replay=replay, record=record)
-    return pipeline.gradients(params)
+    common = built.stages, config, plan, dtype, batch, counts, buffers
+    assigned = Pipeline(*common, replay=replay, tally=True).assigned(params) if _counts_first(config, batch) else None
+    return Pipeline(*common, replay=replay, record=record, assigned=assigned).gradients(params)
+
+
+def _counts_first(config: ModelConfig, batch: Batch) -> bool:
+    """Whether a pass over all microbatches must count assignments before the first has a gradient: each one's balance
+    loss is weighted by how often the global batch chooses an expert."""
+    balanced = config.router_balance == "global" and config.router_aux_loss_coef > 0
+    return balanced and MOE in config.layers.main + config.layers.mtp and len(batch.tokens_bt) > 1
 
 
 def _accumulated(built, config, plan, dtype, params, buffers, batch, counts, replay, record) -> tuple[Array, Any, Sums]:
     """Loss, gradients and Sums of this device, added up over microbatches."""
 
+    def assigned_by(part, replayed):
+        model = nnx.merge(built.graph, working_copy(params, dtype), buffers)
+        return assignments(model, part, plan, replayed)
+
+    assigned = _summed(assigned_by, batch, replay) if _counts_first(config, batch) else None
+
     def share(params, part, replayed):
         model = nnx.merge(built.graph, working_copy(params, dtype), buffers)
-        loss, sums = objective(model, part, counts, config=config, plan=plan, replay=replayed)
+        loss, sums = objective(model, part, counts, config=config, plan=plan, replay=replayed, assigned=assigned)
         return loss, sums if record else sums._replace(choices=())
 
     def gradient(*arguments):
@@ -150,6 +165,13 @@ def microbatches(x_bt: Array, parts: int, sources: int) -> Array:
     rows, length = x_bt.shape
     split = x_bt.reshape(sources, parts, rows // (sources * parts), length)
     return split.swapaxes(0, 1).reshape(parts, rows // parts, length)
+
+
+def _summed(function: Callable, batch: Batch, replay: Any) -> Any:
+    """The sum of what the function makes of each microbatch and its replay."""
+    first, rest = (jax.tree.map(lambda x, i=i: x[i], (batch, replay)) for i in (0, slice(1, None)))
+    add = lambda total, part: (jax.tree.map(jnp.add, total, function(*part)), None)  # noqa: E731
+    return lax.scan(add, function(*first), rest)[0]
 
 
 def _accumulate(gradient: Callable, varied: Any, batch: Batch, replay: Any, plan: Plan) -> Any:
@@ -276,8 +298,9 @@ def step_function(
 
 
 def batch_to_devices(batch: Batch, plan: Plan) -> Batch:
-    """The global batch on the plan's devices."""
+    """The global batch on the plan's devices. Its documents are numbered here, where rows are whole."""
     sharding = plan.sharding(*BATCH_AXES)
+    batch = batch._replace(segments_bt=numbered(np.asarray(batch.segments_bt)))
     return jax.tree.map(lambda x: jax.device_put(in_rank_order(x, plan, axis=1), sharding), batch)
 
 

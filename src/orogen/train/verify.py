@@ -114,7 +114,7 @@ def _gradients(side: Side, start: tuple[nnx.State, nnx.State], batch: Batch, rep
     def step(params, buffers, batch, *replay):
         loss, grads, _, sums = function(plan.working(params), buffers, batch, *replay)
         load_le = load_by_layer(sums.load, model, built.stages)
-        return _Step(loss, built.stages.join(grads) if built.stages else grads, load_le, sums)
+        return _Step(loss, built.whole(grads), load_le, sums)
 
     again = () if replay is None else (replay,)
     with jax.default_matmul_precision("highest"):
@@ -124,24 +124,24 @@ def _gradients(side: Side, start: tuple[nnx.State, nnx.State], batch: Batch, rep
 
 
 def _placed(state: tuple[Any, ...], side: Side) -> tuple[Any, ...]:
-    """(parameters, buffers) of the whole model on the side's devices, cut as it keeps them."""
-    stages = side.built.stages
-    laid = tuple(jax.jit(stages.split)(part) for part in state) if stages else state
-    return jax.device_put(laid, (side.plan.shardings(side.built.params), side.plan.shardings(side.built.buffers)))
+    """(parameters, buffers) of the whole model on the side's devices, laid out as it keeps them."""
+    built, plan = side.built, side.plan
+    laid = tuple(jax.jit(lambda part: built.laid(part))(part) for part in state)
+    return jax.device_put(laid, (plan.shardings(built.params), plan.shardings(built.buffers)))
 
 
 def _updated(side: Side, name: str, start: Any, grads: nnx.State, load: Any) -> tuple[nnx.State, nnx.State]:
     """Parameters and router biases of the whole model after one update by the optimizer `name`, on the host. grads: of
     the whole model; load: as the side's step gives it."""
-    stages, train = side.built.stages, side.config.train
-    rule = make_optimizer(dataclasses.replace(side.config.optimizer, name=name), train.steps, side.built.params)
+    built, train = side.built, side.config.train
+    rule = make_optimizer(dataclasses.replace(side.config.optimizer, name=name), train.steps, built.params)
 
     def update(params, buffers, grads, load):
         zero = jnp.zeros((), jnp.int32)
         state = TrainState(zero, zero, zero, params, buffers, rule.init(params))
         new = apply_gradients(
             state,
-            stages.split(grads) if stages else grads,
+            built.laid(grads),
             load,
             rule,
             side.plan,
@@ -149,7 +149,7 @@ def _updated(side: Side, name: str, start: Any, grads: nnx.State, load: Any) -> 
             bias_rate=train.router_bias_update_rate,
             finite=jnp.asarray(True),
         )
-        return (stages.join(new.params), stages.join(new.buffers)) if stages else (new.params, new.buffers)
+        return built.whole(new.params), built.whole(new.buffers)
 
     with jax.default_matmul_precision("highest"):
         return jax.device_get(jax.jit(update)(*_placed(start, side), grads, load))

@@ -9,6 +9,7 @@ import numpy as np
 
 from orogen.config.run import RunConfig
 from orogen.data.packing import Batch
+from orogen.model.vocabulary import resized
 from orogen.parallel.plan import Plan
 from orogen.train.heldout import heldout_nats, heldout_plan
 from orogen.train.optimizer import make_optimizer
@@ -103,7 +104,7 @@ def _steps(side: Side, start: Any, batches: list[Batch], replays: list[Any] | No
         function, donate_argnums=0, out_shardings=(layout, plan.sharding(), None),
         compiler_options=plan.compiler_options,
     )  # fmt: skip
-    laid = lambda params, buffers: fresh_state(*relaid((params, buffers), None, built.stages), optimizer)  # noqa: E731
+    laid = lambda *parts: fresh_state(*map(built.laid, parts), optimizer)  # noqa: E731
     state = jax.jit(laid, out_shardings=layout)(*start)
     metrics, chosen = [], []
     with jax.default_matmul_precision("highest"):
@@ -113,7 +114,8 @@ def _steps(side: Side, start: Any, batches: list[Batch], replays: list[Any] | No
             # Fetched at once: programs over simulated devices must not be many in flight.
             metrics.append(jax.device_get(reported))
             chosen.append(jax.device_get(choices))
-    whole = jax.device_get(jax.jit(lambda s: relaid(s, built.stages, None))(state))
+    joined = lambda state: resized(relaid(state, built.stages, None), built.vocab_size)  # noqa: E731
+    whole = jax.device_get(jax.jit(joined)(state))
     return _Steps(metrics, whole, chosen)
 
 
@@ -173,8 +175,7 @@ def _counted(steps: _Steps) -> Any:
 def _scores(side: Side, start: Any, batches: list[Batch]) -> list[tuple[float, float]]:
     """Nats and targets of each batch."""
     plan: Plan = side.plan
-    stages = side.built.stages
-    laid = tuple(relaid(part, None, stages) for part in start) if stages else start
+    laid = tuple(side.built.laid(part) for part in start)
     params, buffers = jax.device_put(laid, (plan.shardings(side.built.params), plan.shardings(side.built.buffers)))
     score = heldout_nats(side.built, side.config.model, plan, side.config.train.compute_dtype)
     with jax.default_matmul_precision("highest"):

@@ -35,6 +35,9 @@ def attention(
     output (gpt-oss, arXiv:2508.10925). `segments_bt` (int; None: one segment) are
     the queries', `kv_segments_bs` the keys' (None: the queries'). Padding (0) is a segment like another. Indices are
     places in the sequence, int32, by default 0, 1, ...: a rank that holds a part of the sequence names its part.
+    Without indices and `kv_segments_bs` rows are whole, and each run of equal ids is a segment, as it is to
+    convolutions and states. Of a part of a row runs cannot be seen: there equal ids are one segment wherever they lie,
+    so that its documents must have different ids, as `layers.documents.numbered` gives them.
     A query that sees no key gives zeros. Query head i reads key head i // (h / g); values may have another head size.
     Scores and softmax are float32 whatever the inputs are.
 
@@ -45,12 +48,15 @@ def attention(
         raise ValueError(f"implementation={implementation!r}: expected one of {sorted(IMPLEMENTATIONS)}")
     if implementation == "cudnn" and (q_index_t is not None or k_index_s is not None or kv_segments_bs is not None):
         raise ValueError("implementation='cudnn' with indices or segments of keys: expected whole rows, or 'blocked'")
+    whole_rows = kv_segments_bs is None and q_index_t is None and k_index_s is None
     if kv_segments_bs is None:
         kv_segments_bs = segments_bt
     if window is not None and window < 1:
         raise ValueError(f"window={window}: expected 1 or more")
     _check_shapes(q_bthk, k_bsgk, v_bsgk, segments_bt, kv_segments_bs, q_index_t, k_index_s, sinks_h)
     (batch, queries), keys = q_bthk.shape[:2], k_bsgk.shape[1]
+    if whole_rows and segments_bt is not None:
+        segments_bt = kv_segments_bs = _runs(segments_bt)
     if segments_bt is None:
         segments_bt = jnp.zeros((batch, queries), jnp.int32)
     if kv_segments_bs is None:
@@ -62,6 +68,12 @@ def attention(
     operands = (q_bthk, k_bsgk, v_bsgk, segments_bt, kv_segments_bs, q_index_t, k_index_s, sinks_h)
     # One type for all inside shard_map: gradients of shared keys are then summed over the ranks once, not once a block.
     return IMPLEMENTATIONS[implementation](*vary_like(operands, operands), scale=scale, window=window)
+
+
+def _runs(segments_bt: Array) -> Array:
+    """(b, t) int32: the number of the run of equal ids that each token is in, from 0."""
+    changes_bt = segments_bt[:, 1:] != segments_bt[:, :-1]
+    return jnp.cumsum(jnp.pad(changes_bt, ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
 
 
 def _check_shapes(q_bthk, k_bsgk, v_bsgk, segments_bt, kv_segments_bs, q_index_t, k_index_s, sinks_h) -> None:

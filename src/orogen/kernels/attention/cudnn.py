@@ -35,8 +35,8 @@ def attention_cudnn(
     scale: float,
     window: int | None,
 ) -> Array:
-    """See `attention`, on an NVIDIA GPU, in bfloat16 or float16. A segment is a run of equal ids here: two runs of one
-    id do not see each other. The indices are taken to be 0, 1, ... and the keys' segments the queries'.
+    """See `attention`, on an NVIDIA GPU, in bfloat16 or float16. The indices are taken to be 0, 1, ... and the keys'
+    segments the queries'.
 
     Rows of one run take cuDNN's plain form and rows of up to RUNS its packed one, decided as the program runs: of up to
     FEW all at once, else one after the other. A batch with a row of more runs is computed by blocks, which is right and

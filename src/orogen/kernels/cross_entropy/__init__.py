@@ -29,6 +29,7 @@ def cross_entropy(
     *,
     chunk: int,
     vocab_start: Array | int = 0,
+    vocab_size: int | None = None,
     reduce_max: Callable[[Array], Array] = _alone,
     reduce_sum: Callable[[Array], Array] = _alone,
     implementation: str,
@@ -40,7 +41,8 @@ def cross_entropy(
     Logits accumulate and the softmax runs in float32 whatever the inputs are. `head_dv` may be one rank's columns of
     the vocabulary, the first being number `vocab_start`: then `reduce_max` and `reduce_sum` combine float32 (n,) over
     the ranks, and every rank returns the same loss. A token of weight 0 has a gradient of exactly zero and may have
-    any target; other targets must exist. No gradient flows into `weights_n`.
+    any target; other targets must exist. No gradient flows into `weights_n`. Columns from number `vocab_size` on, over
+    all ranks, are none of the vocabulary's: they take no part, and have a gradient of zero (None: all take part).
     `chunk` is how many tokens' logits exist at a time: memory and speed only, and "full" ignores it.
 
     Raises ValueError if the shapes disagree or a name or size is unknown.
@@ -59,5 +61,8 @@ def cross_entropy(
     # and the transpose of this line sums it; likewise the head's over the shards of the tokens.
     x_nd, head_dv = vary_like((x_nd, head_dv), (x_nd, head_dv, targets_n, weights_n, vocab_start))
     columns_n = targets_n - vocab_start
+    present_v = None if vocab_size is None else jnp.arange(head_dv.shape[1]) + vocab_start < vocab_size
     run = IMPLEMENTATIONS[implementation]
-    return run(x_nd, head_dv, columns_n, weights_n, chunk=chunk, reduce_max=reduce_max, reduce_sum=reduce_sum)
+    return run(
+        x_nd, head_dv, columns_n, weights_n, present_v, chunk=chunk, reduce_max=reduce_max, reduce_sum=reduce_sum
+    )

@@ -21,6 +21,7 @@ def cross_entropy_chunked(
     head_dv: Array,
     columns_n: Array,
     weights_n: Array,
+    present_v: Array | None,
     *,
     chunk: int,
     reduce_max: Reduce,
@@ -30,27 +31,27 @@ def cross_entropy_chunked(
 
     The head's gradient is summed over chunks in float32, so a differentiated call holds one float32 (d, v) besides.
     """
-    return _loss(x_nd, head_dv, columns_n, weights_n, min(chunk, len(x_nd)), reduce_max, reduce_sum)
+    return _loss(x_nd, head_dv, columns_n, weights_n, present_v, min(chunk, len(x_nd)), reduce_max, reduce_sum)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _loss(x_nd, head_dv, columns_n, weights_n, chunk: int, reduce_max: Reduce, reduce_sum: Reduce) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _loss(x_nd, head_dv, columns_n, weights_n, present_v, chunk: int, reduce_max: Reduce, reduce_sum: Reduce) -> Array:
     """The loss alone, for a call that is not differentiated."""
 
     def step(_, operands):
         x_nd, columns_n, weights_n = operands
-        parts = softmax_parts(x_nd, head_dv, columns_n, reduce_max, reduce_sum)
+        parts = softmax_parts(x_nd, head_dv, columns_n, present_v, reduce_max, reduce_sum)
         return None, jnp.sum(weights_n * parts.loss_n)
 
     return jnp.sum(lax.scan(step, None, _split((x_nd, columns_n, weights_n), chunk))[1])
 
 
-def _forward(x_nd, head_dv, columns_n, weights_n, chunk, reduce_max, reduce_sum):
+def _forward(x_nd, head_dv, columns_n, weights_n, present_v, chunk, reduce_max, reduce_sum):
     """The loss, and its gradients for a cotangent of one."""
 
     def step(grad_head_dv, operands):
         x_nd, columns_n, weights_n = operands
-        parts = softmax_parts(x_nd, head_dv, columns_n, reduce_max, reduce_sum)
+        parts = softmax_parts(x_nd, head_dv, columns_n, present_v, reduce_max, reduce_sum)
         likelihood_nv = parts.exp_nv / parts.total_n[:, None]
         grad_nv = weights_n[:, None] * (likelihood_nv - parts.hit_nv)
         # Products take the inputs' dtype, as those of the model do, and sum in float32.
@@ -67,7 +68,7 @@ def _forward(x_nd, head_dv, columns_n, weights_n, chunk, reduce_max, reduce_sum)
 
 def _backward(chunk, reduce_max, reduce_sum, gradients, cotangent):
     grad_x_nd, grad_head_dv = jax.tree.map(lambda g: (cotangent * g).astype(g.dtype), gradients)
-    return grad_x_nd, grad_head_dv, None, None
+    return grad_x_nd, grad_head_dv, None, None, None
 
 
 _loss.defvjp(_forward, _backward)

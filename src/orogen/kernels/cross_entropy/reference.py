@@ -23,13 +23,17 @@ class SoftmaxParts(NamedTuple):
 
 
 def softmax_parts(
-    x_nd: Array, head_dv: Array, columns_n: Array, reduce_max: Reduce, reduce_sum: Reduce
+    x_nd: Array, head_dv: Array, columns_n: Array, present_v: Array | None, reduce_max: Reduce, reduce_sum: Reduce
 ) -> SoftmaxParts:
-    """Softmax over all ranks' columns, float32. `columns_n`: the target's column here, out of range on other ranks."""
+    """Softmax over all ranks' columns, float32. `columns_n`: the target's column here, out of range on other ranks.
+    `present_v`: which columns take part (None: all)."""
     logits_nv = jnp.matmul(x_nd, head_dv, preferred_element_type=jnp.float32)
+    hit_nv = columns_n[:, None] == jnp.arange(head_dv.shape[1])
+    if present_v is not None:
+        logits_nv = jnp.where(present_v, logits_nv, -jnp.inf)  # a rank may have no other; the maximum of all is finite
+        hit_nv &= present_v
     max_n = reduce_max(jax.lax.stop_gradient(jnp.max(logits_nv, axis=1)))
     exp_nv = jnp.exp(logits_nv - max_n[:, None])
-    hit_nv = columns_n[:, None] == jnp.arange(head_dv.shape[1])
     target_n = reduce_sum(jnp.sum(jnp.where(hit_nv, logits_nv, 0.0), axis=1))
     total_n = reduce_sum(jnp.sum(exp_nv, axis=1))
     return SoftmaxParts(jnp.log(total_n) + max_n - target_n, exp_nv, total_n, hit_nv)
@@ -40,10 +44,11 @@ def cross_entropy_full(
     head_dv: Array,
     columns_n: Array,
     weights_n: Array,
+    present_v: Array | None,
     *,
     chunk: int,
     reduce_max: Reduce,
     reduce_sum: Reduce,
 ) -> Array:
     """See `cross_entropy`: holds (n, v) logits, and `chunk` changes nothing."""
-    return jnp.sum(weights_n * softmax_parts(x_nd, head_dv, columns_n, reduce_max, reduce_sum).loss_n)
+    return jnp.sum(weights_n * softmax_parts(x_nd, head_dv, columns_n, present_v, reduce_max, reduce_sum).loss_n)
