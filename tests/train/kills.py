@@ -1,7 +1,7 @@
 """Runs that a signal ends at a random moment, each held against one that nobody interrupted.
 
-`python -m tests.train.kills --count 40 --seed 1 --out kills.jsonl` tries that many and says what it saw; `make test` tries
-a few. Every run is a fork of one process that has imported everything, so that a trial takes seconds.
+`python -m tests.train.kills --count 40 --seed 1 --out kills.jsonl` tries that many and says what it saw; `make test`
+tries a few. Every run is a fork of one process that has imported everything, so that a trial takes seconds.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 SIGNALS = {"SIGTERM": 0, "SIGHUP": 0, "SIGINT": 130, "SIGKILL": -9}  # and the status that each ends with
-# Where a signal falls: a function, the last of its calls that may be chosen, and the most seconds after that call began.
+# Where a signal falls: a function, the last call of it that may be chosen, and the most seconds after that call began.
 MOMENTS: dict[str, tuple[str, str, int, float]] = {
     "loading": ("orogen.train.loop", "open_corpus", 1, 0.2),
     "compiling": ("orogen.train.loop", "batch_to_devices", 1, 1.0),
@@ -35,12 +35,9 @@ MOMENTS: dict[str, tuple[str, str, int, float]] = {
 }
 TIMED = ("step_ms", "tokens_per_second")
 RECIPE = """
-ModelConfig.pattern = 'ME*'
+ModelConfig.pattern = 'ME'
 ModelConfig.vocab_size = 259
 ModelConfig.hidden_size = 12
-ModelConfig.num_attention_heads = 4
-ModelConfig.num_key_value_heads = 2
-ModelConfig.head_dim = 2
 ModelConfig.mamba_num_heads = 2
 ModelConfig.mamba_head_dim = 4
 ModelConfig.n_groups = 1
@@ -60,7 +57,9 @@ TrainConfig.seed = 1
 TrainConfig.evaluate_every = 5
 TrainConfig.evaluate_rows = 4
 TrainConfig.checkpoint_every = 4
-TrainConfig.sample_tokens = 4
+TrainConfig.sample_prompts = ('a',)
+TrainConfig.sample_tokens = 3
+TrainConfig.ngram_order = 0
 OptimizerConfig.learning_rate = 3e-3
 OptimizerConfig.schedule = 'constant'
 """
@@ -177,8 +176,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    # Before the forks, which then need not import them.
+
     import orogen.evaluate.summary
-    import orogen.train.loop  # noqa: F401 - before the forks
+    import orogen.train.loop  # noqa: F401
+
+    for name in SIGNALS.keys() - {"SIGKILL"}:  # a shell's background jobs ignore some
+        usual = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
+        signal.signal(signal.Signals[name], usual)
 
     wrong = late = 0
     with tempfile.TemporaryDirectory() as scratch, options.out.open("a") as out:
