@@ -1,10 +1,12 @@
 """The one entry point: `orogen TASK --gin_file F [--gin_bindings 'X.y=1'] …`."""
 
 import argparse
+import contextlib
 import errno
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,19 +18,24 @@ from orogen.config.checks import ConfigError, is_unicode
 from orogen.config.load import load, model_bindings
 from orogen.config.run import RunConfig
 from orogen.parallel.runtime import XLA_FLAGS, configure
+from orogen.streams import lasting_streams
 
 CHECKPOINT = "a run folder, an Orogen checkpoint folder or a Hugging Face folder"
-EXIT_FAILURE, EXIT_BAD_INPUT = 1, 2
+EXIT_FAILURE, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 128 + signal.SIGINT
 # None: raised by our own code, with the name of a file that is missing.
 PATH_ERRORS = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one task. Returns 0 when done, 2 on bad input (one line on stderr), 1 if the task found a fault."""
+    """Runs one task. Returns 0 when done, 2 on bad input (one line on stderr), 1 if the task found a fault, 130 after
+    Ctrl-C."""
     options = _parser().parse_args(arguments)
     try:
         configure(options.fake_devices, options.xla)
         return options.task(options)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the process at once, without a traceback
+        return _fail("interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILURE
@@ -38,8 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, EXIT_BAD_INPUT if error.errno in PATH_ERRORS else EXIT_FAILURE)
 
 
-def _fail(error: BaseException, status: int) -> int:
-    print(f"orogen: {' '.join(str(error).split())}", file=sys.stderr)
+def _fail(error: object, status: int) -> int:
+    with contextlib.suppress(OSError):  # a closed terminal
+        print(f"orogen: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     return status
 
 
@@ -163,23 +171,33 @@ def train(options: argparse.Namespace) -> int:
     """`orogen train`."""
     config, text, origin = _load_with_checkpoint(options)
     config.need("model", "data", "train", "optimizer")
-    from orogen.evaluate.summary import summarise
     from orogen.simulate.fit import require_training_fits
-    from orogen.train.loop import NonFiniteError, StoppedEarlyError
+    from orogen.train.loop import NonFiniteError
     from orogen.train.loop import train as run
+    from orogen.train.stop import StoppedEarlyError
 
     require_training_fits(config, _memory())
-    try:
-        trained = run(config, text, options.run, resume=options.resume, origin=origin, log=_log)
-    except NonFiniteError as error:
-        return _fail(error, EXIT_FAILURE)
-    except StoppedEarlyError:
-        _answer(options, {"finished": False}, ["stopped before a step was taken; --resume continues"])
-        return 0
+    # The folder is this run's, and signals are minded, until the report is written.
+    with lasting_streams(), contextlib.ExitStack() as held:
+        try:
+            trained = run(config, text, options.run, resume=options.resume, origin=origin, log=_log, until=held)
+            return _finish_run(options, config, text, trained)
+        except NonFiniteError as error:
+            return _fail(error, EXIT_FAILURE)
+        except StoppedEarlyError as stopped:
+            _answer(options, {"finished": False}, ["stopped with nothing new to save; --resume continues"])
+            return stopped.status
+    raise AssertionError("unreachable")
+
+
+def _finish_run(options: argparse.Namespace, config: RunConfig, text: str, trained: Any) -> int:
+    """Reports on a run that is at its end, or says that it goes on later."""
+    from orogen.evaluate.summary import summarise
+
     step, report = int(trained.state.step), options.run / "report.html"
     if not trained.finished:
         _answer(options, {"step": step, "finished": False}, [f"stopped after step {step}; --resume continues"])
-        return 0
+        return trained.stop.status
     if trained.steps == 0 and report.is_file():
         _answer(options, {"step": step, "finished": True, "report": str(report)}, [f"done already: see {report}"])
         return 0

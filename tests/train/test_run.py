@@ -19,6 +19,7 @@ from orogen.config.checks import ConfigError
 from orogen.config.load import load
 from orogen.config.plan import FOR_GPU
 from orogen.infer.generate import generate, load_checkpoint
+from orogen.train.lock import RunLock
 from orogen.train.loop import NonFiniteError, train
 from orogen.train.metrics import read_metrics
 
@@ -239,6 +240,36 @@ def test_too_many_steps_that_are_not_finite_stop_the_run(recipe, tmp_path):
             "TrainConfig.max_skipped_steps=3",
         )
     assert read_metrics(tmp_path / "run")[-1]["skipped_steps"] == 3
+
+
+def test_a_row_of_steps_that_are_not_finite_is_one_line(recipe, tmp_path, caplog):
+    wild = ("OptimizerConfig.learning_rate=1e38", "OptimizerConfig.clip_norm=1e38", "TrainConfig.max_skipped_steps=4")
+    lines: list[str] = []
+    with pytest.raises(NonFiniteError):
+        train(*load([recipe], wild), tmp_path / "run", log=lines.append)
+    assert len(lines) == 1 and lines[0].startswith("step 2 was skipped and changed nothing: the loss is ")
+    assert not [record for record in caplog.records if "NaN" in record.getMessage()]  # TensorBoard's writer's own
+
+
+def test_a_run_that_stops_before_its_last_evaluation_goes_on_to_it(recipe, whole, tmp_path, monkeypatch):
+    """And one that stops in an evaluation on the way evaluates that step when it goes on."""
+    from orogen.train.heldout import Heldout
+
+    folder = tmp_path / "run"
+    for method, step in (("sample", 10), ("full", STEPS)):
+        with monkeypatch.context() as patched:
+            patched.setattr(Heldout, method, lambda *_: signal.raise_signal(signal.SIGTERM))
+            stopped = run(recipe, folder, resume=True)
+        assert (int(stopped.state.step), stopped.finished) == (step, False)
+        assert "heldout_loss" not in read_metrics(folder)[-1]
+    finished = run(recipe, folder, resume=True)
+    assert (finished.finished, finished.steps) == (True, 0)
+    assert curve(folder) == curve(whole)
+
+
+def test_a_folder_in_use_is_refused_before_anything_is_read(recipe, whole):
+    with RunLock(whole, log=print), pytest.raises(ConfigError, match=rf"is in use \(host .*pid {os.getpid()}"):
+        run(recipe, whole, resume=True)
 
 
 def test_steps_that_overflow_a_buffer_stop_the_run_and_say_what_to_do(recipe, tmp_path):

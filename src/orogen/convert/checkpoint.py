@@ -70,6 +70,7 @@ def load_parameters(
     """
     if kind(folder) == "run":
         with Checkpoints(folder) as checkpoints:
+            checkpoints.check_run(read_model_config(folder))
             return checkpoints.restore_model(built.params, built.buffers, place)
     opened = HuggingFaceFolder(folder) if kind(folder) == "huggingface" else OrogenFolder(folder)
     with opened as source:

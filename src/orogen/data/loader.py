@@ -157,7 +157,17 @@ class Loader:
                     f"the saved data position has {name} = {state['identity'].get(name)!r}: expected {value!r}, "
                     "or the batches after it would not be those of the saved run"
                 )
+        if not _alike(state["position"], self._held[0].get_state()):
+            raise ConfigError(f"the saved data position is {state['position']!r}; expected one of this corpus's loader")
         self._held[0].set_state(copy.deepcopy(state["position"]))
+
+
+def _alike(position: Any, known: Any) -> bool:
+    """Whether a position has the keys of `known`, which an iterator gave, and whole numbers from 0 where it has."""
+    if isinstance(known, dict):
+        keys = isinstance(position, dict) and position.keys() == known.keys()
+        return keys and all(_alike(position[key], value) for key, value in known.items())
+    return type(position) is type(known) and (type(known) is not int or 0 <= position < 2**63)
 
 
 def make_loader(
@@ -284,6 +294,9 @@ class _PackedRowsIterator(grain.DatasetIterator):
     def __next__(self) -> Batch:
         if self._window is None:
             self._window = self._next_window()
+            if self._row >= len(self._window.tokens_bt):  # only where a saved position says so
+                rows = len(self._window.tokens_bt)
+                raise ConfigError(f"the saved data position has row = {self._row}; expected below {rows}")
         row = Batch(*(x_bt[self._row] for x_bt in self._window))
         self._row += 1
         if self._row == len(self._window.tokens_bt):

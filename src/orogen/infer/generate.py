@@ -58,6 +58,7 @@ def load_checkpoint(folder: Path) -> Loaded:
         params, buffers = checkpoints.restore_model(built.params, built.buffers, plan.shardings)
     tokenizer = Tokenizer.load(folder / "tokenizer")
     check_rows(tokenizer, config.model.vocab_size)
+    checkpoints.check_run(config.model)
     return Loaded(config.model, built, params, buffers, tokenizer, plan)
 
 

@@ -1,10 +1,19 @@
-"""Checkpoints by orbax: asynchronous, atomic, a few kept. The model is an item of its own, so that a reader can take
-it without the optimizer. What stages of a pipeline save is laid out as they keep it, and a vocabulary with the rows
-that the plan filled it up to; the data's position says how. Rows are added and dropped as arrays are read.
+"""Checkpoints: written by orbax beside the run, whole only with their list of checksums, a few kept.
+
+A checkpoint is the folder `checkpoints/STEP` with the items model, trainer and data. The model is an item of its own,
+so that a reader can take it without the optimizer. What stages of a pipeline save is laid out as they keep it, and a
+vocabulary with the rows that the plan filled it up to; the data's position says how. Rows are added and dropped as
+arrays are read. Under its own name a folder is whole: orbax writes into `STEP.partial`, which is renamed once
+the checksums are in it. Folders of earlier releases have no checksums; they count if orbax's marker is there.
 """
 
+import contextlib
 import dataclasses
+import json
+import shutil
+import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,118 +22,259 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from orogen.config.checks import ConfigError
+from orogen.config.model import ModelConfig
 from orogen.model.stages import Stages
 from orogen.model.vocabulary import vocab_dim
+from orogen.train import checksums
 from orogen.train.state import TrainState
 
-STAGES, VOCABULARY = "stages", "vocab_size"
+# Of the data's item: how stages cut the model, its words, that there are checksums, and whose tokenizer it is.
+STAGES, VOCABULARY, LISTED, TOKENIZER, MODEL = "stages", "vocab_size", "checksums", "tokenizer_files", "model_config"
+ADDED = (STAGES, VOCABULARY, LISTED, TOKENIZER, MODEL)
 MODEL_FIELDS = ("params", "buffers")
+MARKER = "commit_success.txt"
+PARTIAL, REMOVED = ".partial", ".removed"
+
+
+def _warn(line: str) -> None:
+    with contextlib.suppress(OSError):  # a closed terminal
+        print(line, file=sys.stderr, flush=True)
 
 
 class Checkpoints:
     """The checkpoints of a run folder. Use as a context manager: leaving it waits for what is being written.
 
-    vocab_size: of the model that is saved and restored, whatever rows plans fill it up to; None: as its arrays have.
+    keep: how many stay, all if None. model: written into each, for `check_run`. vocab_size: of the model that is saved
+    and restored, whatever rows plans fill it up to; None: that of `model`, or as its arrays have.
     """
 
-    def __init__(self, run_dir: str | Path, *, keep: int | None = None, vocab_size: int | None = None):
-        self.folder, self.vocab_size = Path(run_dir).resolve() / "checkpoints", vocab_size
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        handlers = {
-            "model": ocp.StandardCheckpointHandler(),
-            "trainer": ocp.StandardCheckpointHandler(),
-            "data": ocp.JsonCheckpointHandler(),
-        }
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        keep: int | None = None,
+        model: ModelConfig | None = None,
+        vocab_size: int | None = None,
+    ):
+        self.run_dir = Path(run_dir).resolve()
+        self.vocab_size = model.vocab_size if vocab_size is None and model is not None else vocab_size
+        self.folder = self.run_dir / "checkpoints"
+        self._keep, self._model = keep, model
+        self._writer: ocp.AsyncCheckpointer | None = None
+        self._finisher = ThreadPoolExecutor(1)
+        self._finishing: Future[None] | None = None
+        self._written: int | None = None
+        self._checked: set[int] = set()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._finisher.shutdown()
+            if self._writer is not None:
+                self._writer.close()
 
     @property
     def latest(self) -> int | None:
-        """The last complete step, None without one."""
-        return self._manager.latest_step()
+        """The last step whose folder is complete, None without one."""
+        return max(self._steps(), default=None)
 
     @property
     def stages(self) -> Stages | None:
         """How the model of the latest checkpoint is cut; None if it is whole. Raises ConfigError without one."""
-        saved = self._read({"data": ocp.args.JsonRestore()})["data"].get(STAGES)
-        return None if saved is None else Stages(tuple(saved["patterns"]), saved["mtp"], saved["stages"])
+        return self._read(lambda step: _stages(self._data(step), self.folder / str(step)))
 
     def save(self, state: TrainState, data_position: dict[str, Any], stages: Stages | None = None) -> None:
         """Starts writing the state after step `state.step` and its data's position; no-op if that step is there."""
-        if stages is not None:
-            data_position = data_position | {STAGES: dataclasses.asdict(stages)}
-        if self.vocab_size is not None:
-            data_position = data_position | {VOCABULARY: self.vocab_size}
         step = int(state.step)
-        if step == self.latest:
+        self.wait()
+        if step in (self.latest, self._written):
             return
+        data = data_position | {LISTED: checksums.NAME, TOKENIZER: self._tokenizer()}
+        if self._model is not None:
+            data |= {MODEL: dataclasses.asdict(self._model)}
+        if stages is not None:
+            data |= {STAGES: dataclasses.asdict(stages)}
+        if self.vocab_size is not None:
+            data |= {VOCABULARY: self.vocab_size}
+        if self._writer is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left in self.folder.iterdir():  # by a process that was killed
+                if not left.name.isdecimal() and left.is_dir():
+                    shutil.rmtree(left)
+            self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         model, trainer = _split(state)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                model=ocp.args.StandardSave(_named(model)),
-                trainer=ocp.args.StandardSave(_named(trainer)),
-                data=ocp.args.JsonSave(data_position),
-            ),
+        partial = self.folder / f"{step}{PARTIAL}"
+        args = ocp.args.Composite(
+            model=ocp.args.StandardSave(_named(model)),
+            trainer=ocp.args.StandardSave(_named(trainer)),
+            data=ocp.args.JsonSave(data),
         )
+        self._writer.save(partial, args=args)
+        self._written = step
+        self._finishing = self._finisher.submit(self._finish, partial, step)
+
+    def wait(self) -> None:
+        """Waits until what is being written is whole. Raises what went wrong there."""
+        if self._finishing is not None:
+            finishing, self._finishing = self._finishing, None
+            finishing.result()
 
     def restore(self, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The latest state and data position. target: abstract arrays with the shardings to restore onto."""
         model, trainer = _split(target)
-        restored = self._read({"data": ocp.args.JsonRestore()}, {"model": model, "trainer": trainer})
-        position = {name: value for name, value in restored["data"].items() if name not in (STAGES, VOCABULARY)}
-        return _join(target, {**restored["model"], **restored["trainer"]}), position
+
+        def read(step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+            leaves = {**self._item(step, "model", model), **self._item(step, "trainer", trainer)}
+            data = self._data(step)
+            return leaves, {name: data[name] for name in data if name not in ADDED}
+
+        leaves, position = self._read(read)
+        return _join(target, leaves), position
 
     def restore_model(self, params: Any, buffers: Any, place: Callable[[Any], Any]) -> tuple[Any, Any]:
         """The latest parameters and buffers of the whole model, as the abstract `params` and `buffers`. place: gives
         the shardings of such trees, or of the same trees cut into stages."""
-        stages, whole = self.stages, {"params": params, "buffers": buffers}
-        saved = whole if stages is None else {name: jax.eval_shape(stages.split, t) for name, t in whole.items()}
-        target = {name: with_shardings(tree, place(tree)) for name, tree in saved.items()}
-        model = _join(target, self._read({}, {"model": target})["model"])
+        whole = {"params": params, "buffers": buffers}
+
+        def read(step: int) -> tuple[Stages | None, Any]:
+            stages = _stages(self._data(step), self.folder / str(step))
+            saved = whole if stages is None else {name: jax.eval_shape(stages.split, t) for name, t in whole.items()}
+            target = {name: with_shardings(tree, place(tree)) for name, tree in saved.items()}
+            return stages, _join(target, self._item(step, "model", target))
+
+        stages, model = self._read(read)
         if stages is not None:
             placed = {name: place(tree) for name, tree in whole.items()}
             join = lambda model: {name: stages.join(tree) for name, tree in model.items()}  # noqa: E731
             model = jax.jit(join, out_shardings=placed)(model)
         return model["params"], model["buffers"]
 
-    def _read(self, items: dict[str, Any], targets: dict[str, Any] | None = None) -> Any:
-        """Items of the latest checkpoint, and others onto trees of abstract arrays, which they become by their leaves'
-        names. Raises ConfigError if any is damaged."""
-        if self.latest is None:
-            raise ConfigError(f"{self.folder} holds no complete checkpoint; expected at least one")
+    def check_run(self, model: ModelConfig) -> None:
+        """Raises ConfigError unless the run folder's config, read as `model`, and tokenizer are those of the latest
+        checkpoint."""
+
+        def check(step: int) -> None:
+            data = self._data(step)
+            saved = data.get(MODEL, {})
+            for field, value in json.loads(json.dumps(dataclasses.asdict(model))).items():
+                if field in saved and saved[field] != value:
+                    raise ConfigError(
+                        f"{self.run_dir / 'config.gin'} is of another model: ModelConfig.{field} is {value!r}; "
+                        f"expected {saved[field]!r}, as in checkpoint {step}"
+                    )
+            for name, wanted in data.get(TOKENIZER, {}).items():
+                file = self.run_dir / "tokenizer" / name
+                if checksums.digest(file) != wanted:
+                    raise ConfigError(f"{file} is damaged; expected the sha256 {wanted[:16]}… of checkpoint {step}")
+
+        latest = self.latest
+        if latest is not None:
+            check(latest)
+
+    def _finish(self, partial: Path, step: int) -> None:
+        """Makes the folder that orbax is writing a checkpoint, then removes the oldest."""
+        assert self._writer is not None
+        self._writer.wait_until_finished()
+        checksums.write(partial)
+        partial.rename(self.folder / str(step))
+        # The newest, which is whole, is never among those removed.
+        for old in self._steps()[: -self._keep] if self._keep else ():
+            removed = (self.folder / str(old)).rename(self.folder / f"{old}{REMOVED}")
+            shutil.rmtree(removed)
+
+    def _steps(self) -> list[int]:
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal() and path.is_dir())
+
+    def _tokenizer(self) -> dict[str, str]:
+        folder = self.run_dir / "tokenizer"
+        files = sorted(folder.iterdir()) if folder.is_dir() else ()
+        return {file.name: checksums.digest(file) for file in files if file.is_file()}
+
+    def _read(self, read: Callable[[int], Any]) -> Any:
+        """`read` of the latest checkpoint once it was found whole. Raises ConfigError, which names the file that is
+        damaged and the checkpoint before it that is whole."""
+        while True:
+            step = self.latest
+            if step is None:
+                raise ConfigError(f"{self.folder} holds no complete checkpoint; expected at least one")
+            try:
+                self._check_whole(step)
+                return read(step)
+            except _AnotherModelError:
+                raise
+            except Exception as error:  # orbax, tensorstore and jax raise anything at all on a damaged file
+                if self.latest != step:  # a run that goes on has removed it meanwhile
+                    continue
+                folder, reason = self.folder / str(step), " ".join(str(error).split())[:300]
+                if not isinstance(error, ConfigError):
+                    reason = f"{folder} cannot be read ({type(error).__name__}: {reason}); expected a whole checkpoint"
+                raise ConfigError(f"{reason}; {self._before(step)}") from error
+
+    def _before(self, step: int) -> str:
+        for earlier in reversed(self._steps()):
+            if earlier < step:
+                with contextlib.suppress(ConfigError):
+                    self._check_whole(earlier)
+                    name = self.folder / str(earlier)
+                    return f"{name} is whole and counts once {self.folder / str(step)} is moved away"
+        return "no checkpoint before it is whole"
+
+    def _check_whole(self, step: int) -> None:
+        """Raises ConfigError naming the first file of checkpoint `step` that is not as it was written."""
+        if step in self._checked:
+            return
+        folder = self.folder / str(step)
+        if (folder / checksums.NAME).exists():
+            checksums.check(folder, optional=MARKER)
+        elif LISTED in self._data(step):
+            raise ConfigError(f"{folder / checksums.NAME} is missing; expected it in a whole checkpoint")
+        elif not (folder / MARKER).is_file():
+            raise ConfigError(f"{folder} has neither {checksums.NAME} nor {MARKER}; expected one in a whole checkpoint")
+        else:
+            _warn(f"{folder} has no checksums, as an earlier release wrote it: its bytes are not checked")
+        self._checked.add(step)
+
+    def _data(self, step: int) -> dict[str, Any]:
+        """The item that says where the data was."""
+        file = self.folder / str(step) / "data" / "metadata"
         try:
-            for item, target in (targets or {}).items():
-                self._check(self.latest, item, target)
-                # Not strict: rows of the vocabulary are zeros where there are more of them here, or are left out.
-                items = items | {item: ocp.args.StandardRestore(_named(target), strict=False)}
-            return self._manager.restore(self.latest, args=ocp.args.Composite(**items))
-        except ConfigError:
-            raise
-        except (ValueError, KeyError, OSError) as error:  # what orbax and tensorstore make of a damaged file
-            reason = (str(error).splitlines() or [""])[0][:200]
-            raise ConfigError(
-                f"{self.folder / str(self.latest)} cannot be read ({type(error).__name__}: {reason}); "
-                "expected a whole checkpoint: without this folder, the one before it counts"
-            ) from error
+            data = json.loads(file.read_bytes())
+        except FileNotFoundError:
+            raise ConfigError(f"{file} is missing; expected it in a whole checkpoint") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{file} cannot be read ({type(error).__name__}); expected a JSON object") from None
+        for field in ("position", "identity"):
+            if not isinstance(data, dict) or not isinstance(data.get(field), dict):
+                raise ConfigError(f"{file} has no object {field!r}; expected one: where the data was")
+        words = data.get(VOCABULARY)
+        if words is not None and (type(words) is not int or words < 1):
+            raise ConfigError(f"{file} has {VOCABULARY} {words!r}; expected a positive integer")
+        return data
+
+    def _item(self, step: int, item: str, target: Any) -> dict[str, Any]:
+        """The arrays of an item by their leaves' names, onto the tree `target` of abstract arrays."""
+        self._check(step, item, target)
+        # Not strict: rows of the vocabulary are zeros where there are more of them here, or are left out.
+        arguments = ocp.args.StandardRestore(_named(target), strict=False)
+        return ocp.StandardCheckpointHandler().restore(self.folder / str(step) / item, args=arguments)
 
     def _check(self, step: int, item: str, target: Any) -> None:
         """Raises ConfigError naming the first array that the checkpoint lacks, has too many, or in another shape but
         for what plans fill a vocabulary up to."""
-        saved = self._manager.item_metadata(step)[item]
+        saved: Any = ocp.StandardCheckpointHandler().metadata(self.folder / str(step) / item)
         saved, wanted, dims = getattr(saved, "tree", saved), _named(target), _vocab_dims(target)
-        recorded = self._read({"data": ocp.args.JsonRestore()})["data"].get(VOCABULARY)
+        recorded = self._data(step).get(VOCABULARY)
         for name in sorted(set(saved) | set(wanted)):
             have = _filled_from(saved[name].shape, dims.get(name), recorded) if name in saved else "nothing"
             want = _filled_from(wanted[name].shape, dims.get(name), self.vocab_size) if name in wanted else "nothing"
             if have != want:
-                raise ConfigError(f"{self.folder} is of another model: {name} is {have}; expected {want}")
+                raise _AnotherModelError(f"{self.folder} is of another model: {name} is {have}; expected {want}")
 
 
 def _vocab_dims(tree: Any) -> dict[str, int | None]:
@@ -139,6 +289,26 @@ def _filled_from(shape: Sequence[int], dim: int | None, vocab_size: int | None) 
     if dim is not None and vocab_size is not None:
         kept[dim] = min(kept[dim], vocab_size)
     return tuple(kept)
+
+
+class _AnotherModelError(ConfigError):
+    """The checkpoint is whole, but not what was asked for."""
+
+
+def _stages(data: dict[str, Any], folder: Path) -> Stages | None:
+    """How the data's item says that the model is cut. Raises ConfigError."""
+    saved = data.get(STAGES)
+    if saved is None:
+        return None
+    try:
+        stages = Stages(tuple(saved["patterns"]), saved["mtp"], saved["stages"])
+        legal = all(type(part) is str for part in (*stages.patterns, stages.mtp)) and type(stages.stages) is int
+        legal = legal and stages.stages > 0 and len(stages.patterns) % stages.stages == 0
+    except (KeyError, TypeError):
+        legal = False
+    if not legal or not stages.patterns:
+        raise ConfigError(f"{folder / 'data' / 'metadata'} has the stages {saved!r}; expected patterns, mtp and stages")
+    return stages
 
 
 def with_shardings(tree: Any, shardings: Any) -> Any:

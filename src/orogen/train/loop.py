@@ -3,8 +3,8 @@
 Letters: b batch, t time.
 """
 
+import contextlib
 import itertools
-import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from orogen.config.checks import require
+from orogen.config.checks import ConfigError, require
 from orogen.config.run import RunConfig
 from orogen.data.loader import Corpus, Loader, open_corpus
 from orogen.data.packing import Batch, document_lengths
@@ -26,20 +26,18 @@ from orogen.parallel.plan import Plan, make_plan
 from orogen.simulate.flops import peak_flops, training_flops
 from orogen.train.checkpoint import Checkpoints, with_shardings
 from orogen.train.heldout import Heldout
+from orogen.train.lock import RunLock, check_free
 from orogen.train.metrics import MetricsWriter, Progress
 from orogen.train.optimizer import make_optimizer
 from orogen.train.pipelined import cut
 from orogen.train.run_folder import check_folder, describe_run, environment, keep_orphaned_metrics
 from orogen.train.state import TrainState, abstract_state, create_state, relaid, start_state, state_shardings
 from orogen.train.step import StepMetrics, batch_to_devices, make_step
+from orogen.train.stop import Stop
 
 
 class NonFiniteError(RuntimeError):
     """Too many steps in a row had a loss or gradient that is not finite."""
-
-
-class StoppedEarlyError(Exception):
-    """SIGTERM came before a step was taken, so that there is nothing to save."""
 
 
 class Origin(NamedTuple):
@@ -55,12 +53,14 @@ class Origin(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """What a run leaves in memory for whoever reports on it: whether it is at its end, and the steps done just now."""
+    """What a run leaves in memory for whoever reports on it: whether it is at its end, the steps done just now, and
+    what watches for signals."""
 
     state: TrainState
     corpus: Corpus
     finished: bool
     steps: int
+    stop: Stop
 
 
 def train(
@@ -71,15 +71,34 @@ def train(
     resume: bool = False,
     origin: Origin | None = None,
     log: Callable[[str], None] = print,
+    until: contextlib.ExitStack | None = None,
 ) -> Trained:
-    """Trains `config` in `run_dir` until `TrainConfig.steps`, or until SIGTERM, and saves.
+    """Trains `config` in `run_dir` until `TrainConfig.steps`, or until SIGTERM, SIGINT or SIGHUP, and saves.
 
-    origin: where a run without a checkpoint of its own starts from, with a fresh optimizer. Everything that can be
-    refused is refused before the folder is touched. Raises ConfigError, NonFiniteError, StoppedEarlyError.
+    origin: where a run without a checkpoint of its own starts from, with a fresh optimizer. until: whose end lets go of
+    the folder and of the signals, for a caller that goes on writing there; this call's end if None. Everything that can
+    be refused is refused before the folder is touched. Raises ConfigError, NonFiniteError, StoppedEarlyError.
     """
+    with contextlib.ExitStack() as stack:
+        return _train(config, text, run_dir, resume=resume, origin=origin, log=log, held=until or stack)
+
+
+def _train(
+    config: RunConfig,
+    text: str,
+    run_dir: Path,
+    *,
+    resume: bool,
+    origin: Origin | None,
+    log: Callable[[str], None],
+    held: contextlib.ExitStack,
+) -> Trained:
+    """`train`; the lock and the signals are let go at the end of `held`."""
+    stop = held.enter_context(Stop())
     config.need("model", "data", "train", "optimizer")
     plan = make_plan(config.plan, config.model)
     check_folder(run_dir, config, resume=resume)
+    check_free(run_dir)
     saved = run_dir / "tokenizer"
     known = Tokenizer.load(saved) if (saved / "tokenizer.json").is_file() else origin and origin.tokenizer
     corpus = open_corpus(config.data, tokenizer=known)
@@ -89,9 +108,11 @@ def train(
         check_rows(known, config.model.vocab_size)
     stages = cut(config.model, plan, config.train.sequence_length)
     built = build(config.model, stages, config.plan.vocab_rows(config.model.vocab_size))
-    keep, size = config.train.keep_checkpoints, config.model.vocab_size
-    with Checkpoints(run_dir, keep=keep, vocab_size=size) as checkpoints, _Sigterm() as stop:
-        run = _Run(config, plan, built, corpus, checkpoints)
+    lock = held.enter_context(RunLock(run_dir, log=log))
+    stop.at_once = lock.release
+    check_folder(run_dir, config, resume=resume)  # again: another process may have been here meanwhile
+    with Checkpoints(run_dir, keep=config.train.keep_checkpoints, model=config.model) as checkpoints:
+        run = _Run(config, plan, built, corpus, checkpoints, stop, lock, log)
         state = run.start(origin)
         describe_run(run_dir, text, _facts(config, plan, corpus))  # first: it makes the folder this run's
         corpus.tokenizer.save(saved)
@@ -104,10 +125,12 @@ def train(
         if run.first_step < config.train.steps:
             (run_dir / "report.html").unlink(missing_ok=True)  # it is of an earlier step
         with MetricsWriter(run_dir, resume_step=run.first_step) as writer:
-            state = run.steps(state, writer, stop)
+            run.evaluate_last(state, writer)
+            state = run.steps(state, writer)
         checkpoints.save(state, run.position, built.stages)
     step = int(state.step)
-    return Trained(state, corpus, step >= config.train.steps, step - run.first_step)
+    stop.working = False  # all is saved
+    return Trained(state, corpus, step >= config.train.steps and not stop.asked, step - run.first_step, stop)
 
 
 def _facts(config: RunConfig, plan: Plan, corpus: Corpus) -> dict[str, Any]:
@@ -116,34 +139,22 @@ def _facts(config: RunConfig, plan: Plan, corpus: Corpus) -> dict[str, Any]:
     return environment(seed=config.train.seed, data=corpus.describe(), parameters=count(config.model), mesh=mesh)
 
 
-class _Sigterm:
-    """A flag that SIGTERM raises, so that the run can save and leave with status 0.
-
-    Until `working` is set there is nothing to save, and SIGTERM raises StoppedEarlyError. One program's compilation is
-    not interrupted.
-    """
-
-    def __init__(self) -> None:
-        self.asked = self.working = False
-
-    def __enter__(self) -> "_Sigterm":
-        self._before = signal.signal(signal.SIGTERM, self._ask)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
-
-    def _ask(self, *_: Any) -> None:
-        self.asked = True
-        if not self.working:
-            raise StoppedEarlyError
-
-
 class _Run:
     """One run's moving parts."""
 
-    def __init__(self, config: RunConfig, plan: Plan, built: Built, corpus: Corpus, checkpoints: Checkpoints):
+    def __init__(
+        self,
+        config: RunConfig,
+        plan: Plan,
+        built: Built,
+        corpus: Corpus,
+        checkpoints: Checkpoints,
+        stop: Stop,
+        lock: RunLock,
+        log: Callable[[str], None],
+    ):
         self.config, self.plan, self.built, self.corpus, self.checkpoints = config, plan, built, corpus, checkpoints
+        self.stop, self.lock, self.log = stop, lock, log
         train = config.train
         self.optimizer = make_optimizer(config.optimizer, train.steps, built.params)
         self.step = make_step(built, config, plan, self.optimizer)
@@ -169,6 +180,12 @@ class _Run:
     def _restored(self) -> tuple[TrainState, dict[str, Any]]:
         """The last state saved, laid out as this plan's stages keep it, and the data's position."""
         before, after = self.checkpoints.stages, self.built.stages
+        layers = self.config.model.layers
+        if before is not None and ("".join(before.patterns), before.mtp) != (layers.main, layers.mtp):
+            raise ConfigError(
+                f"{self.checkpoints.folder / str(self.first_step)} has stages of the layers "
+                f"{''.join(before.patterns)!r} and {before.mtp!r}; expected {layers.main!r} and {layers.mtp!r}"
+            )
         if before == after:
             target = abstract_state(self.built, self.optimizer)
             return self.checkpoints.restore(with_shardings(target, state_shardings(target, self.plan)))
@@ -179,12 +196,23 @@ class _Run:
         layout = state_shardings(abstract_state(self.built, self.optimizer), self.plan)
         return jax.jit(lambda state: relaid(state, before, after), out_shardings=layout)(state), position
 
-    def steps(self, state: TrainState, writer: MetricsWriter, stop: _Sigterm) -> TrainState:
+    def evaluate_last(self, state: TrainState, writer: MetricsWriter) -> None:
+        """Evaluates the step that was saved last, if a stop came before its evaluation was done."""
+        train, last, number = self.config.train, writer.last, self.first_step
+        if last is None or last["step"] != number:
+            return
+        owed = number % train.evaluate_every == 0 and "heldout_loss" not in last
+        if owed or (number == train.steps and "whole_heldout_loss" not in last):
+            writer.amend(self._scores(number, state))
+
+    def steps(self, state: TrainState, writer: MetricsWriter) -> TrainState:
         """Runs to the end or to a stop. A step's metrics are read after the next is on its way."""
-        train, pending = self.config.train, None
+        train, pending, stop = self.config.train, None, self.stop
         self.clock = time.perf_counter()
         with Progress(train.steps, first_step=self.first_step) as progress, ThreadPoolExecutor(1) as fetcher:
             for number in range(self.first_step + 1, train.steps + 1):
+                if not self.lock.beating:
+                    raise ConfigError(f"another process took {self.lock.path} over; expected it to stay this run's")
                 batch = next(self.loader)
                 self.position = self.loader.state()
                 state, metrics = self.step(state, batch_to_devices(batch, self.plan))
@@ -197,7 +225,7 @@ class _Run:
                     scored = not stop.asked and (number == train.steps or due(train.evaluate_every))
                     finite = self._report(*pending, writer, progress, state if scored else None)
                     pending = None
-                    if last:
+                    if last or stop.asked:  # during the evaluation, too: then it is done again when the run goes on
                         break
                     if due(train.checkpoint_every) and finite:
                         self.checkpoints.save(state, self.position, self.built.stages)
@@ -219,13 +247,11 @@ class _Run:
         fetched, done = fetching.result()
         record = self._record(number, batch, fetched, done - self.clock)
         self.clock = done
-        if scored is not None and self.heldout is not None:
-            score = self.heldout.sample(scored)
-            record |= {"heldout_loss": score.loss, "heldout_bits_per_byte": score.bits_per_byte}
-            if number == self.config.train.steps:
-                score = self.heldout.full(scored)
-                record |= {"whole_heldout_loss": score.loss, "whole_heldout_bits_per_byte": score.bits_per_byte}
+        if scored is not None:
+            record |= self._scores(number, scored)
         writer.write(record)
+        if fetched.skipped_in_row == 1:  # the first of a row speaks for all
+            self.log(f"step {number} was skipped and changed nothing: {self._culprit(fetched)}")
         progress.update(number, record)
         if fetched.skipped_in_row >= self.config.train.max_skipped_steps:
             kind = "whole" if fetched.overflow else "finite"
@@ -238,6 +264,23 @@ class _Run:
         if scored is not None:
             self.clock = time.perf_counter()
         return finite
+
+    def _scores(self, number: int, state: TrainState) -> dict[str, float]:
+        """The held-out losses after step `number`; none without held-out text, or if a stop comes before the end: the
+        run evaluates then when it goes on."""
+        heldout = self.heldout
+        if heldout is None:
+            return {}
+
+        def evaluate() -> dict[str, float]:
+            score = heldout.sample(state)
+            scores = {"heldout_loss": score.loss, "heldout_bits_per_byte": score.bits_per_byte}
+            if number == self.config.train.steps:
+                score = heldout.full(state)
+                scores |= {"whole_heldout_loss": score.loss, "whole_heldout_bits_per_byte": score.bits_per_byte}
+            return scores
+
+        return self.stop.unless_asked(evaluate) or {}
 
     def _culprit(self, metrics: StepMetrics) -> str:
         """Why a step was skipped. A loss that is not finite makes every gradient so, and then no leaf is to blame."""

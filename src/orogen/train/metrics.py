@@ -43,7 +43,7 @@ class MetricsWriter:
     With `resume_step` s, lines of later steps and a last line torn by a kill are removed first, so that the file ends
     up equal to that of an uninterrupted run; every line of a step ≤ s stays as it is, byte for byte.
     Raises FileExistsError if there are lines already and `resume_step` is None, and ConfigError if a line other than
-    the last cannot be read.
+    the last cannot be read. last: the record written last, None without one.
     """
 
     def __init__(self, run_dir: str | Path, *, resume_step: int | None = None):
@@ -52,11 +52,12 @@ class MetricsWriter:
         path = Path(run_dir) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         if resume_step is not None:
-            self._last_step = _truncate(path, resume_step)
+            self.last = _truncate(path, resume_step)
         elif path.exists() and path.stat().st_size:
             raise FileExistsError(f"{path} has metrics already, expected none or a resume_step")
         else:
-            self._last_step = -1
+            self.last = None
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
         # tensorboardX names a file by the second it was made in: without a suffix, a quick resume would overwrite it.
         self._events = SummaryWriter(
@@ -72,13 +73,29 @@ class MetricsWriter:
         """
         record = {key: _plain(value) for key, value in metrics.items()}
         step = record.get("step")
-        if not isinstance(step, int) or step <= self._last_step:
-            raise ValueError(f"step is {step!r}, expected an integer above {self._last_step}")
+        before = -1 if self.last is None else self.last["step"]
+        if not isinstance(step, int) or step <= before:
+            raise ValueError(f"step is {step!r}, expected an integer above {before}")
         self._file.write(_encode(record) + "\n")
         self._file.flush()
-        self._last_step = step
+        self.last = record
+        self._draw(step, record)
+
+    def amend(self, metrics: Mapping[str, Any]) -> None:
+        """Adds `metrics` to the last record, which is written anew."""
+        assert self.last is not None
+        lines = self._path.read_bytes().splitlines(keepends=True)
+        added = {key: _plain(value) for key, value in metrics.items()}
+        self.last = self.last | added
+        self._file.close()
+        write_atomically(self._path, b"".join(lines[:-1]) + f"{_encode(self.last)}\n".encode())
+        self._file = self._path.open("a", encoding="utf-8")
+        self._draw(self.last["step"], added)
+
+    def _draw(self, step: int, record: Mapping[str, Any]) -> None:
         for tag, value in _scalars(record):
-            self._events.add_scalar(tag, value, step)
+            if math.isfinite(value):  # TensorBoard draws no other, and tensorboardX warns of each
+                self._events.add_scalar(tag, value, step)
 
     def close(self) -> None:
         """Flushes and closes both files."""
@@ -251,13 +268,13 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
         yield line, record
 
 
-def _truncate(path: Path, step: int) -> int:
-    """Removes a torn last line and the lines after `step`; returns the last step kept, or -1."""
+def _truncate(path: Path, step: int) -> dict[str, Any] | None:
+    """Removes a torn last line and the lines after `step`; returns the last record kept, None without one."""
     if not path.exists():
-        return -1
-    kept = [(line, record["step"]) for line, record in _lines(path) if record["step"] <= step]
+        return None
+    kept = [(line, record) for line, record in _lines(path) if record["step"] <= step]
     write_atomically(path, b"".join(line + b"\n" for line, _ in kept))
-    return kept[-1][1] if kept else -1
+    return _restore(kept[-1][1]) if kept else None
 
 
 def _scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

@@ -14,6 +14,7 @@ import jax
 from orogen.config.checks import ConfigError
 from orogen.config.load import load_saved
 from orogen.config.run import RunConfig
+from orogen.train.lock import NAME as LOCK
 from orogen.train.metrics import write_atomically
 
 # What a run may change when it goes on: where it runs, for how long, and what it writes down.
@@ -51,7 +52,9 @@ def check_folder(run_dir: Path, config: RunConfig, *, resume: bool) -> None:
 
 def _left_by_a_start(path: Path) -> bool:
     """Whether a run that ended before it wrote `config.gin` may have left this."""
-    return path.suffix == ".tmp" or (path.name == "checkpoints" and path.is_dir() and not any(path.iterdir()))
+    if path.suffix == ".tmp" or path.name.startswith(LOCK):
+        return True
+    return path.name == "checkpoints" and path.is_dir() and not any(path.iterdir())
 
 
 def describe_run(run_dir: Path, text: str, facts: dict[str, Any]) -> None:

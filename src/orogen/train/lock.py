@@ -1,0 +1,185 @@
+"""The lock of a run folder: one process trains there at a time, on this host or another that shares the disk.
+
+The lock is a file that names its holder, made by a hard link, which is atomic on NFS too (flock is missing there or
+works on one host alone). The holder touches it every BEAT_SECONDS. On the host of the holder a process that is gone is
+known by its id and start time; from another host by a lock that nobody touched for STALE_SECONDS.
+"""
+
+import contextlib
+import datetime
+import json
+import os
+import socket
+import threading
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from orogen.config.checks import ConfigError
+
+NAME = "run.lock"
+BEAT_SECONDS = 15.0
+STALE_SECONDS = 180.0  # more than the minute for which NFS clients may keep a file's times
+
+
+class RunLock:
+    """Holds the lock of `run_dir` from `__enter__` to `__exit__`, or to `release`. Makes the folder if there is none.
+
+    Raises ConfigError, naming the holder, if a living process has it. log: gets a line if a dead one had it.
+    """
+
+    def __init__(self, run_dir: Path, *, log: Callable[[str], None], beat_seconds: float = BEAT_SECONDS):
+        self.path, self._log, self._beat_seconds = run_dir / NAME, log, beat_seconds
+        self._mine = _this_process() | {"token": uuid.uuid4().hex}
+        self._released = threading.Event()
+        self.beating = True  # until the file is found to be another's
+
+    def __enter__(self) -> "RunLock":
+        self._made = not self.path.parent.exists()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        draft = self.path.with_name(f"{NAME}.{self._mine['token']}.tmp")
+        draft.write_text(json.dumps(self._mine))
+        try:
+            if not _link(draft, self.path):
+                self._take_over(draft)
+        finally:
+            draft.unlink(missing_ok=True)
+        threading.Thread(target=self._beat, daemon=True, name="run lock").start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+    @property
+    def mine(self) -> bool:
+        """Whether the file still names this process: one that slept for long may have been taken for dead."""
+        holder = _read(self.path)
+        return holder is not None and holder.get("token") == self._mine["token"]
+
+    def release(self) -> None:
+        """Removes the lock if it is still this process's, and the folder if nothing else was put into it."""
+        self._released.set()
+        if self.mine:
+            self.path.unlink(missing_ok=True)
+        if self._made:
+            with contextlib.suppress(OSError):  # not empty
+                self.path.parent.rmdir()
+
+    def _take_over(self, draft: Path) -> None:
+        """Replaces a dead holder's lock. A second link keeps two processes from doing so at once."""
+        now = draft.stat().st_mtime  # by the clock of the disk's server, as the lock's own time is
+        check_free(self.path.parent, now=now)
+        turn = self.path.with_name(NAME + ".taking")
+        if not _link(draft, turn):
+            if (other := _living(turn, now)) is not None:
+                raise ConfigError(_refusal(self.path.parent, other))
+            turn.unlink(missing_ok=True)
+            if not _link(draft, turn):
+                raise ConfigError(_refusal(self.path.parent, _read(turn) or {}))
+        try:
+            check_free(self.path.parent, now=now)
+            before = _read(self.path)
+            os.utime(draft)
+            draft.replace(self.path)
+        finally:
+            turn.unlink(missing_ok=True)
+        self._log(f"{self.path.parent}: took over the lock of a process that is gone ({_described(before or {})})")
+
+    def _beat(self) -> None:
+        while not self._released.wait(self._beat_seconds):
+            with contextlib.suppress(OSError):  # a disk that is away for a while; the next beat may reach it
+                self.beating = self.mine
+                if self.beating:
+                    os.utime(self.path)
+
+
+def check_free(run_dir: Path, *, now: float | None = None) -> None:
+    """Raises ConfigError if a living process holds the lock. now: by the disk's clock; by this host's if None."""
+    holder = _living(run_dir / NAME, now)
+    if holder is not None:
+        raise ConfigError(_refusal(run_dir, holder))
+
+
+def _link(draft: Path, path: Path) -> bool:
+    """Makes `path` of `draft` unless it exists; whether it did."""
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a disk without hard links
+        try:
+            with path.open("x") as file:
+                file.write(draft.read_text())
+        except FileExistsError:
+            return False
+    return True
+
+
+def _living(path: Path, now: float | None) -> dict[str, Any] | None:
+    """What the lock says of its holder, None if there is no lock or its holder is gone."""
+    try:
+        touched = path.stat().st_mtime
+    except FileNotFoundError:
+        return None
+    holder = _read(path) or {}
+    here = _this_process()
+    if holder.get("machine") == here["machine"]:
+        started = _started(holder.get("pid"))
+        gone = started is None or started != holder.get("started")
+    else:
+        gone = (datetime.datetime.now().timestamp() if now is None else now) - touched > STALE_SECONDS
+    return None if gone else holder
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The record in a lock, None if there is no lock, {} if it holds something else."""
+    try:
+        record = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _this_process() -> dict[str, Any]:
+    """machine: the same for processes that see each other's ids, unlike a host's name."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        machine = f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # not Linux
+        machine = f"{socket.gethostname()} {uuid.getnode()}"
+    since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    pid = os.getpid()
+    return {"host": socket.gethostname(), "pid": pid, "since": since, "machine": machine, "started": _started(pid)}
+
+
+def _started(pid: Any) -> str | None:
+    """When the process `pid` of this machine began, in the system's own terms; None if there is none."""
+    if type(pid) is not int or pid < 1:
+        return None
+    try:
+        # Field 22 of proc(5), counted from behind the name in parentheses, which may hold spaces; a zombie is gone.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else fields[19]
+    except FileNotFoundError:
+        if Path("/proc/self/stat").exists():
+            return None
+    except ProcessLookupError:
+        return None
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except (PermissionError, OverflowError):
+        pass
+    return "unknown"
+
+
+def _described(holder: dict[str, Any]) -> str:
+    return f"host {holder.get('host')}, pid {holder.get('pid')}, since {holder.get('since')}"
+
+
+def _refusal(run_dir: Path, holder: dict[str, Any]) -> str:
+    return f"run folder {str(run_dir)!r} is in use ({_described(holder)}); expected one that no other process trains in"

@@ -1,0 +1,86 @@
+"""What a run does when it is asked to stop: by SIGTERM, by Ctrl-C (SIGINT) or by a terminal that closes (SIGHUP)."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable
+from types import FrameType
+from typing import TypeVar
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+INTERRUPTED = 128 + signal.SIGINT  # the exit status that shells give a process which Ctrl-C ended
+
+
+T = TypeVar("T")
+
+
+class StoppedEarlyError(BaseException):
+    """A signal came while there was nothing to save. A BaseException: no handler of errors on the way may take it.
+
+    status: what the process is to exit with.
+    """
+
+    def __init__(self, status: int):
+        super().__init__()
+        self.status = status
+
+
+class _CutShortError(BaseException):
+    """A signal came during work that can be done again."""
+
+
+class Stop:
+    """A flag that signals raise, so that a run can finish its step, save and leave. Use as a context manager.
+
+    Unless `working` is set there is nothing to save, and a signal raises StoppedEarlyError; the compilation of one
+    program is not interrupted. A second SIGINT calls `at_once` and ends the process. A signal that is ignored
+    stays so, as SIGHUP is under nohup.
+    """
+
+    def __init__(self) -> None:
+        self.asked = self.working = self._cutting = False
+        self.by: int | None = None
+        self.at_once: Callable[[], None] = lambda: None
+        self._interrupts = 0
+
+    def __enter__(self) -> "Stop":
+        self._before = {number: signal.getsignal(number) for number in SIGNALS}
+        for number, before in self._before.items():
+            if before != signal.SIG_IGN:
+                signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+
+    @property
+    def status(self) -> int:
+        """The exit status of a run that was asked to stop and did: 130 after Ctrl-C, else 0."""
+        return INTERRUPTED if self.by == signal.SIGINT else 0
+
+    def unless_asked(self, work: Callable[[], T]) -> T | None:
+        """`work()`, or None if a signal came before its end."""
+        try:
+            try:
+                self._cutting = True
+                return None if self.asked else work()
+            finally:
+                self._cutting = False
+        except _CutShortError:  # also one between the lines above
+            self._cutting = False
+            return None
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
+            self.at_once()
+            with contextlib.suppress(OSError):  # a closed terminal
+                os.write(2, b"orogen: ended at once; what was not saved is lost\n")
+            os._exit(INTERRUPTED)
+        first = not self.asked
+        self.asked, self.by = True, self.by or number
+        if first and self._cutting:
+            raise _CutShortError
+        if first and not self.working:
+            raise StoppedEarlyError(self.status)

@@ -1,0 +1,180 @@
+"""Checkpoints that are not as they were written: found, named, and told apart from those before them."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from orogen.config.checks import ConfigError
+from orogen.train import checksums
+from orogen.train.checkpoint import MARKER, Checkpoints
+from orogen.train.state import TrainState
+
+POSITION = {"position": {"row": 3}, "identity": {"seed": 1}}
+
+
+def state(step: int) -> TrainState:
+    number = jnp.asarray(step, jnp.int32)
+    params = {"w": jnp.arange(6.0).reshape(2, 3) + step}
+    return TrainState(number, number * 0, number * 0, params, {"b": jnp.ones(5)}, {"m": jnp.zeros((2, 3))})
+
+
+def steps(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    """A run folder whose checkpoints 4 and 8 are left of three."""
+    folder = tmp_path_factory.mktemp("written") / "run"
+    (folder / "tokenizer").mkdir(parents=True)
+    (folder / "tokenizer" / "tokenizer.json").write_text("{}")
+    with Checkpoints(folder, keep=2) as checkpoints:
+        for step in (2, 4, 8):
+            checkpoints.save(state(step), POSITION)
+    return folder
+
+
+@pytest.fixture
+def copy(written, tmp_path) -> Path:
+    shutil.copytree(written, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def restore(folder: Path, how: str = "restore") -> None:
+    with Checkpoints(folder) as checkpoints:
+        if how == "stages":
+            _ = checkpoints.stages
+        else:
+            restored, position = checkpoints.restore(state(0))
+            assert position == POSITION
+            assert restored.params["w"].tolist() == state(int(restored.step)).params["w"].tolist()
+
+
+def refusal(folder: Path, how: str = "restore") -> str:
+    with pytest.raises(ConfigError) as caught:
+        restore(folder, how)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_few_are_kept_and_the_last_is_read(written):
+    assert steps(written) == ["4", "8"]
+    restore(written)
+
+
+def test_the_list_is_what_sha256sum_writes(written):
+    newest = written / "checkpoints" / "8"
+    head, *lines = (newest / checksums.NAME).read_text().splitlines()
+    names = [line.split("  ", 1)[1] for line in lines]
+    files = {path.relative_to(newest).as_posix() for path in newest.rglob("*") if path.is_file()}
+    assert set(names) == files - {checksums.NAME}
+    for line in lines:
+        digest, name = line.split("  ", 1)
+        assert digest == hashlib.sha256((newest / name).read_bytes()).hexdigest()
+    assert head.endswith(hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest())
+
+
+@pytest.mark.parametrize("how", ["restore", "stages"])
+def test_one_flipped_bit_in_any_file_is_found_and_named(copy, how):
+    newest = copy / "checkpoints" / "8"
+    files = [path for path in newest.rglob("*") if path.is_file()]
+    assert len(files) > 15
+    for number, path in enumerate(files):
+        honest = path.read_bytes()
+        place = number * 7919 % len(honest)
+        path.write_bytes(honest[:place] + bytes([honest[place] ^ 1 << number % 8]) + honest[place + 1 :])
+        said = refusal(copy, how)
+        assert str(path) in said and f"{copy / 'checkpoints' / '4'} is whole" in said
+        path.write_bytes(honest)
+    restore(copy)
+
+
+@pytest.mark.parametrize("damage", ["half", "zeros", "empty", "gone"])
+def test_files_that_are_cut_zeroed_or_gone_are_named(copy, damage):
+    newest = copy / "checkpoints" / "8"
+    for path in [path for path in newest.rglob("*") if path.is_file() and path.name != MARKER]:
+        honest = path.read_bytes()
+        if damage == "gone":
+            path.unlink()
+        else:
+            size = len(honest)
+            path.write_bytes({"half": honest[: size // 2], "zeros": bytes(size), "empty": b""}[damage])
+        assert str(path) in refusal(copy)
+        path.write_bytes(honest)
+
+
+def test_without_a_whole_one_before_it_that_is_said(copy):
+    for step in ("4", "8"):
+        (copy / "checkpoints" / step / "data" / "metadata").write_text("{}")
+    assert refusal(copy).endswith("no checkpoint before it is whole")
+
+
+def test_orbaxs_marker_is_not_what_makes_a_checkpoint_whole(copy):
+    newest = copy / "checkpoints" / "8"
+    (newest / MARKER).unlink()
+    restore(copy)  # its checksums say so
+    (newest / "model" / "_METADATA").write_bytes(b"{")
+    assert "_METADATA is damaged" in refusal(copy)
+
+
+def test_a_checkpoint_of_an_earlier_release_is_read_and_one_line_says_so(copy, capsys):
+    newest = copy / "checkpoints" / "8"
+    (newest / checksums.NAME).unlink()
+    assert f"{newest / checksums.NAME} is missing" in refusal(copy)  # of this one, which says that it has a list
+    (newest / "data" / "metadata").write_text(json.dumps(POSITION))
+    capsys.readouterr()
+    restore(copy)
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1) and "has no checksums" in err
+    (newest / MARKER).unlink()
+    assert f"neither {checksums.NAME} nor {MARKER}" in refusal(copy)
+
+
+@pytest.mark.parametrize(
+    "data",
+    ["[]", "3", "{", '{"position": {}}', '{"identity": {}}', '{"position": 1, "identity": {}}', "[" * 100_000]
+    + [json.dumps(dict.fromkeys(POSITION, {}) | {"stages": stages}) for stages in ({"patterns": 3}, 7, "x")],
+)
+def test_positions_that_are_none_are_refused(copy, data):
+    for step in ("4", "8"):
+        (copy / "checkpoints" / step / checksums.NAME).unlink()
+        (copy / "checkpoints" / step / "data" / "metadata").write_text(data)
+    assert str(copy / "checkpoints" / "8" / "data" / "metadata") in refusal(copy, "stages")
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{}", "[]", "null", '{"tree_metadata": 3}', '{"tree_metadata": {"a": []}}', "["]
+)
+@pytest.mark.parametrize("name", ["model/_METADATA", "trainer/_METADATA", "_CHECKPOINT_METADATA"])
+def test_metadata_of_another_kind_are_refused_without_checksums_too(copy, content, name):
+    newest = copy / "checkpoints" / "8"
+    (newest / checksums.NAME).unlink()
+    (newest / "data" / "metadata").write_text(json.dumps(POSITION))
+    (newest / name).write_text(content)
+    if name == "_CHECKPOINT_METADATA":
+        return restore(copy)  # nothing reads it
+    refusal(copy)
+
+
+def test_what_a_killed_process_left_is_no_checkpoint_and_goes(copy):
+    folder = copy / "checkpoints"
+    for left in ("12.partial", "12.partial.orbax-checkpoint-tmp", "2.removed", "12.orbax-checkpoint-tmp-3"):
+        shutil.copytree(folder / "4", folder / left)
+    with Checkpoints(copy, keep=2) as checkpoints:
+        assert checkpoints.latest == 8
+        checkpoints.save(state(12), POSITION)
+    assert steps(copy) == ["12", "8"]
+
+
+def test_a_write_that_fails_is_raised_and_removes_nothing(copy, monkeypatch):
+    def fail(folder):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"), Checkpoints(copy, keep=1) as checkpoints:
+        monkeypatch.setattr(checksums, "write", fail)
+        checkpoints.save(state(12), POSITION)
+    assert {"4", "8"} <= set(steps(copy)) and "12" not in steps(copy)

@@ -1,0 +1,109 @@
+"""What signals do to a run, and to what else takes long."""
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from orogen.train.stop import Stop, StoppedEarlyError
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 0), ("SIGHUP", 0), ("SIGINT", 130)])
+def test_a_signal_asks_and_gives_its_status(name, status):
+    before = signal.getsignal(signal.Signals[name])
+    with Stop() as stop:
+        stop.working = True
+        signal.raise_signal(signal.Signals[name])
+        assert stop.asked and stop.status == status
+    assert signal.getsignal(signal.Signals[name]) == before
+
+
+def test_without_anything_to_save_a_signal_ends_the_run_with_its_status():
+    with Stop(), pytest.raises(StoppedEarlyError) as caught:
+        signal.raise_signal(signal.SIGINT)
+    assert caught.value.status == 130
+
+
+def test_a_signal_cuts_short_what_can_be_done_again():
+    with Stop() as stop:
+        stop.working = True
+        assert stop.unless_asked(lambda: "done") == "done"
+        assert stop.unless_asked(lambda: signal.raise_signal(signal.SIGTERM) or "done") is None
+        assert stop.unless_asked(lambda: "done") is None
+
+
+def test_an_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stop() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.asked
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def said(program: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, **options)
+
+
+def test_a_second_interrupt_ends_at_once_and_lets_go():
+    answer = said(
+        "import signal, os; from orogen.train.stop import Stop\n"
+        "with Stop() as stop:\n"
+        "    stop.working, stop.at_once = True, lambda: print('let go', flush=True)\n"
+        "    signal.raise_signal(signal.SIGINT); print('saving', flush=True); signal.raise_signal(signal.SIGINT)\n"
+        "    print('never')"
+    )
+    assert answer.returncode == 130
+    assert answer.stdout == "saving\nlet go\n"
+    assert answer.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("task", ["verify", "score", "generate", "convert", "bench"])
+def test_an_interrupt_of_other_commands_is_one_line(task, monkeypatch, capsys):
+    from orogen import cli
+
+    files = {
+        "verify": ["--gin_file", "x.gin"],
+        "score": ["--checkpoint", "x", "--tokens", "x.npy", "--out", "x.npz"],
+        "generate": ["--checkpoint", "x"],
+        "convert": ["to-hf", "x", "y"],
+        "bench": ["cpu_train"],
+    }
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, task, interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert cli.main([task, *files[task]]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr() == ("", "orogen: interrupted\n")
+
+
+LASTING = (
+    "import os, sys; from orogen.streams import lasting_streams\n"
+    "os.read(0, 1)\n"
+    "with lasting_streams():\n"
+    "    for stream in (sys.stdout, sys.stderr):\n"
+    "        for _ in range(2000): print('x' * 80, file=stream, flush=True)\n"
+    "open(sys.argv[1], 'w').write('saved')"
+)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "terminal"])
+def test_a_run_outlives_its_terminal(kind, tmp_path):
+    ours, theirs = os.pipe() if kind == "pipe" else pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", LASTING, str(tmp_path / "file")], stdin=subprocess.PIPE, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    os.close(ours)
+    process.communicate(b"x", timeout=120)
+    assert process.returncode == 0
+    assert (tmp_path / "file").read_text() == "saved"
