@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import io
 import json
 import math
 import os
@@ -26,6 +27,8 @@ PATH_ERRORS = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, er
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one task. Returns 0 when done, 2 on bad input (one line on stderr), 1 if the task found a fault."""
     options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # so that it takes the name of a file that is not UTF-8
+        sys.stdout.reconfigure(errors="surrogateescape")
     try:
         configure(options.fake_devices, options.xla)
         return options.task(options)

@@ -1,18 +1,17 @@
 """JSON that others wrote: parsed within bounds, and its types checked against a description, before anything reads it.
 
-A description is a type (str, bool, int, float, None, dict, list), a `Whole`, a `Number`, a `ListOf`, a `MapOf`, a `Record`, or a
-tuple of these, of which one must fit. An int fits float; a bool fits neither.
+A description is a type (str, bool, int, float, None, dict, list), a `Whole`, a `Number`, a `ListOf`, a `MapOf`, a
+`Record`, or a tuple of these, of which one must fit. An int fits float; a bool fits neither.
 """
 
 import json
 import math
 import re
-import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from orogen.config.checks import ConfigError, is_unicode
+from orogen.config.checks import ConfigError, is_unicode, shown
 
 MAX_BYTES = 10**8  # of a file: the largest released tokenizer.json has 35 MB
 MAX_DEPTH = 64  # of lists and objects in each other
@@ -159,11 +158,6 @@ def described(form: Any) -> str:
     return "null" if form is None else words.get(form, f"a {form.__name__}")
 
 
-def shown(value: Any) -> str:
-    """`value` as a message shows it: its repr, cut where it is long."""
-    return _SHORT.repr(value)
-
-
 def _check_depth(data: bytes, where: str) -> None:
     """json recurses as deep as the text nests, and raises RecursionError at a depth that depends on its caller."""
     if data.count(b"[") + data.count(b"{") <= MAX_DEPTH:
@@ -204,9 +198,3 @@ def _lone_surrogate(value: Any) -> str | None:
         elif isinstance(item, list):
             left += item
     return None
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
-_SHORT.maxlist = _SHORT.maxdict = _SHORT.maxtuple = 20
-_SHORT.maxlevel = 4

@@ -3,8 +3,8 @@
 import math
 from typing import Any
 
-from orogen.config.checks import ABSENT, ConfigError
-from orogen.config.json_file import Record, check_form, shown
+from orogen.config.checks import ABSENT, ConfigError, shown
+from orogen.config.json_file import Record, check_form
 from orogen.config.model import ModelConfig
 from orogen.convert.kinds import kind_of
 
@@ -41,7 +41,7 @@ class Fields:
         for key, value in found.items():
             _check_kind(key, value, default)
             if value != found[first]:
-                raise ConfigError(f"config.json: {key} is {shown(value)}; expected {shown(found[first])}, as {first} is")
+                self.refuse(key, value, f"{shown(found[first])}, as {first} is")
         return found[first]
 
     def expect(self, name: str, *allowed: Any) -> None:

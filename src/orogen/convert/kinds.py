@@ -11,15 +11,15 @@ NUMBER = Number()
 
 ROTARY = Record(
     {},
-    {name: (NUMBER, None) for name in ("rope_theta", "partial_rotary_factor", "factor", "beta_fast", "beta_slow")}
-    | {name: (NUMBER, None) for name in ("mscale", "mscale_all_dim")}
+    dict.fromkeys("rope_theta partial_rotary_factor factor beta_fast beta_slow".split(), (NUMBER, None))
+    | dict.fromkeys("mscale mscale_all_dim".split(), (NUMBER, None))
     | {"rope_type": str, "type": str, "truncate": (bool, None), "original_max_position_embeddings": (SIZE, None)},
 )
 
 KINDS: dict[str, Any] = (
     dict.fromkeys(
-        "hidden_size num_attention_heads num_key_value_heads head_dim attention_head_dim n_embd n_head n_inner num_heads "
-        "moe_intermediate_size intermediate_size decoder_sparse_step max_position_embeddings".split(),
+        "hidden_size num_attention_heads num_key_value_heads head_dim attention_head_dim n_embd n_head n_inner "
+        "num_heads moe_intermediate_size intermediate_size decoder_sparse_step max_position_embeddings".split(),
         SIZE,
     )
     | dict.fromkeys("first_k_dense_replace n_shared_experts max_window_layers sliding_window".split(), COUNT)

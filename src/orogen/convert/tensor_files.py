@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from orogen.config.checks import ConfigError
-from orogen.config.json_file import ListOf, MapOf, Record, Whole, check_form, read_json, read_object, shown
+from orogen.config.checks import ConfigError, shown
+from orogen.config.json_file import ListOf, MapOf, Record, Whole, check_form, read_json, read_object
 
 DTYPES = {
     "F64": np.dtype(np.float64),

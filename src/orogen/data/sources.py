@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from orogen.config.checks import ConfigError
-from orogen.config.json_file import parse_json, shown
+from orogen.config.checks import ConfigError, shown
+from orogen.config.json_file import parse_json
 from orogen.data.zstd import ZstdFrames
 
 # What gzip and pyarrow raise on a damaged file (pyarrow's errors are ValueErrors).
@@ -71,7 +71,8 @@ def _supported_files(root: Path) -> list[Path]:
         raise FileNotFoundError(f"corpus {str(root)!r} does not exist: expected 'stdlib', a file or a folder")
     files = [file for file in _files(root) if _suffix(file) is not None]
     if not files:
-        raise ConfigError(f"corpus {str(root)!r} has no file to read: expected {', '.join(_READERS)}")
+        links = f" ({count} links to folders are not followed)" if (count := linked_folders(root)) else ""
+        raise ConfigError(f"corpus {str(root)!r} has no file to read{links}: expected {', '.join(_READERS)}")
     return files
 
 

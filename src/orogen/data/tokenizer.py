@@ -14,9 +14,9 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from orogen.config.checks import ConfigError
+from orogen.config.checks import ConfigError, shown
 from orogen.config.data import DataConfig
-from orogen.config.json_file import ListOf, MapOf, Record, Whole, read_json, shown
+from orogen.config.json_file import ListOf, MapOf, Record, Whole, read_json
 
 MAX_TOKENS = 2**24  # a list of the bytes of every id is kept; the largest released vocabularies have 2**18
 TOKEN_ID = Whole(0, MAX_TOKENS - 1)
@@ -241,11 +241,17 @@ def _read_backend(file: Path) -> tokenizers.Tokenizer:
     """
     expected = "expected a Hugging Face tokenizer.json"
     try:
-        read_json(file, TOKENIZER_FORM)
+        model = read_json(file, TOKENIZER_FORM)["model"]
+        if prefix := model.get("continuing_subword_prefix"):  # tokenizers panics at a merge that is shorter
+            raise ConfigError(f"{file}: continuing_subword_prefix is {shown(prefix)}; expected none")
         return tokenizers.Tokenizer.from_buffer(file.read_bytes())
     except ConfigError as error:
         raise ConfigError(f"{error}: {expected}") from None
     except Exception as error:  # tokenizers raises bare Exception for every malformed file
+        raise ConfigError(f"{file}: {error}: {expected}") from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust, whose class has no name to import it by
+            raise
         raise ConfigError(f"{file}: {error}: {expected}") from error
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from orogen.config.checks import ConfigError
+from orogen.config.checks import ConfigError, is_unicode
 from orogen.model.stages import Stages
 from orogen.train.state import TrainState
 
@@ -23,6 +23,8 @@ class Checkpoints:
 
     def __init__(self, run_dir: str | Path, *, keep: int | None = None):
         self.folder = Path(run_dir).resolve() / "checkpoints"
+        if not is_unicode(str(self.folder)):  # tensorstore takes no others
+            raise ConfigError(f"run folder {str(run_dir)!r}; expected a path in UTF-8")
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         handlers = {
             "model": ocp.StandardCheckpointHandler(),
