@@ -40,7 +40,8 @@ ADDRESS_BYTES = 16 << 30
 # Values that a field of any type may be replaced by; as JSON text, since Python's own dumps cannot write them all.
 ODD_JSON = (
     "null", "true", "false", "0", "1", "-1", "2", "1.5", "1e999", "-0.0", "NaN", "-Infinity", "1e308", str(2**31),
-    str(2**63), str(2**64), str(10**40), "7" * 5000, '""', '"x"', '"\\u0000"', '"\\ud800"', '"../x"', '"/etc/passwd"', '"."',
+    str(2**63), str(2**64), str(10**40), "7" * 5000, '""', '"x"', '"\\u0000"', '"\\ud800"', '"../x"',
+    '"/etc/passwd"', '"."',
     '"F32"', '"é"', "[]", "[0]", "[0, 0, 0]", "[null]", "[[]]", "{}", '{"a": 1}', '{"__float__": "x"}',
     '{"__float__": 1}',
     "[" * 70 + "]" * 70, "[" * 5000, '{"a":' * 200 + "1" + "}" * 200, "[" + "9," * 500 + "9]",
