@@ -4,13 +4,16 @@ import gzip
 import hashlib
 import json
 import os
+import random
 import re
 
 import pyarrow
 import pytest
 import zstandard
 from pyarrow import parquet
+from tests import fuzz
 
+from orogen.config.checks import ConfigError
 from orogen.config.data import DataConfig
 from orogen.data.corpora import content_hash, split_of
 from orogen.data.sources import Document, linked_folders, read_documents, unread_files
@@ -204,3 +207,27 @@ def test_names_that_are_not_utf8_are_keys(tmp_path):
         place = int.from_bytes(hashlib.sha256(b"7:" + os.fsencode(document.key)).digest()[:8], "little") / 2**64
         assert split_of(document.key, config=config) == ("heldout" if place < 0.5 else "train")
     assert len(content_hash(documents)) == 64
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ([1, 2], "'text' is 1: expected a string"),
+        ([b"a"], "'text' is b'a': expected a string"),
+        ([["a"]], "'text' is ['a']: expected a string"),
+        ([{"a": "b"}], "'text' is {'a': 'b'}: expected a string"),
+    ],
+)
+def test_a_parquet_column_of_another_type_is_refused(tmp_path, texts, message):
+    file = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": texts}), file)
+    with pytest.raises(ValueError, match=re.escape(f"{file}:1: {message}")):
+        _read(file)
+
+
+@pytest.mark.parametrize("number", [195, 1751, 2571])
+def test_parquet_that_pyarrow_does_not_implement_is_refused(tmp_path, number):
+    """Malformed files that state integers of 4 or 128 bits."""
+    read = fuzz.columns(None, random.Random(f"columns {number}"), tmp_path)
+    with pytest.raises(ConfigError, match=r"a\.parquet: .*: expected a whole, undamaged file"):
+        read()

@@ -13,7 +13,7 @@ from orogen.config.checks import ConfigError, shown
 from orogen.config.json_file import parse_json
 from orogen.data.zstd import ZstdFrames
 
-# What gzip and pyarrow raise on a damaged file (pyarrow's errors are ValueErrors).
+# What is raised on a damaged file.
 DAMAGE = (EOFError, ValueError, zlib.error, gzip.BadGzipFile)
 MAX_LINE_BYTES = 2**28  # of a .jsonl, so that a small file that unpacks without end takes no more memory
 
@@ -161,12 +161,23 @@ def _open_lines(file: Path) -> Iterator[io.BufferedReader | gzip.GzipFile]:
 
 
 def _read_parquet(file: Path, key: str, text_field: str) -> Iterator[Document]:
-    from pyarrow import parquet  # here, because importing it takes longer than reading most corpora
+    import pyarrow  # here, because importing it takes longer than reading most corpora
+
+    try:
+        yield from _rows(file, key, text_field)
+    except pyarrow.ArrowException as error:
+        raise ValueError(str(error)) from error
+    except OSError as error:  # of pyarrow, where it has no number: a damaged file
+        raise error if error.errno else ValueError(str(error)) from error
+
+
+def _rows(file: Path, key: str, text_field: str) -> Iterator[Document]:
+    from pyarrow import parquet
 
     with parquet.ParquetFile(file) as table:
         names = table.schema_arrow.names
         if text_field not in names:
-            raise ConfigError(f"{file}: found the columns {names}: expected a column {text_field!r}")
+            raise ConfigError(f"{file}: found the columns {shown(names)}: expected a column {text_field!r}")
         number = 0
         for chunk in table.iter_batches(columns=[text_field]):
             for value in chunk.column(0).to_pylist():
