@@ -55,7 +55,7 @@ def read_array(file: Path) -> np.ndarray:
     try:
         # Mapped first: a header may state a shape that no memory holds, and which the file then does not have.
         array = np.load(file, allow_pickle=False, mmap_mode="r")
-    except (ValueError, EOFError, OverflowError, zipfile.BadZipFile, tokenize.TokenError) as error:
+    except (ValueError, EOFError, OverflowError, SyntaxError, zipfile.BadZipFile, tokenize.TokenError) as error:
         reason = str(error.args[0]) if isinstance(error, tokenize.TokenError) else str(error)
         raise ConfigError(f"{file}: {reason}; expected a .npy file") from None
     if not isinstance(array, np.ndarray):
