@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import io
 import json
 import math
 import os
@@ -30,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one task. Returns 0 when done, 2 on bad input (one line on stderr), 1 if the task found a fault, 130 after
     Ctrl-C."""
     options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # so that it takes the name of a file that is not UTF-8
+        sys.stdout.reconfigure(errors="surrogateescape")
     try:
         configure(options.fake_devices, options.xla)
         return options.task(options)

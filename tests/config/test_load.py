@@ -318,3 +318,32 @@ def test_loading_imports_no_jax(write):
     program = "import sys; from orogen.config.load import load; load(sys.argv[1:]); print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program, file], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+NESTED = {
+    "parentheses": "ModelConfig.pattern = " + "(" * 5000,
+    "brackets": "ModelConfig.pattern = " + "[" * 190 + "]" * 190,
+    "signs": "ModelConfig.vocab_size = " + "-" * 50_000 + "1",
+    "digits": "ModelConfig.vocab_size = " + "9" * 50_000,
+    "a macro of itself": "A = %A\nModelConfig.chunk_size = %A",
+    "a NUL": "ModelConfig.pattern = 'M\0'\n\0",
+    "a lone surrogate": "DataConfig.corpus = '\\udc80'\nDataConfig.tokenizer = 'byte'",
+}
+
+
+@pytest.mark.parametrize("line", NESTED.values(), ids=NESTED)
+def test_values_without_end_are_refused_in_a_short_line(write, line):
+    file = write(MAMBA.replace("ModelConfig.pattern = 'M'\n", "") + line + "\n")
+    assert len(refusal(file)) < 1500
+
+
+def test_a_gin_file_that_is_too_large_is_refused(write):
+    file = write("#" * 100_001)
+    assert refusal(file) == f"{file} has 100001 bytes; expected a gin file of at most 100000"
+
+
+def test_includes_without_end_are_refused(write):
+    for number in range(30):  # each twice: 2**30 files
+        write(f"include '{number + 1}.gin'\n" * 2, f"home/{number}.gin")
+    file = write(MAMBA, "home/30.gin").with_name("0.gin")
+    assert refusal(file) == f"{file} includes more than 100 files; expected fewer"

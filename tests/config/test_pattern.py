@@ -99,3 +99,13 @@ ATTENTION = ("num_attention_heads", "num_key_value_heads", "head_dim")
 def test_expert_width_is_the_latent_if_there_is_one():
     assert ModelConfig(**{**HYBRID, "moe_latent_size": 24}).expert_width == 24
     assert ModelConfig(**{**HYBRID, "moe_latent_size": None}).expert_width == 48
+
+
+@pytest.mark.parametrize("text", ["M*" * 5000, "M|" * 5000 + "M", "M" + "/*" * 5000, "M/" + "*E" * 5000])
+def test_a_pattern_that_is_too_long_is_refused_in_a_short_line(text):
+    sizes = {"vocab_size": 9, "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
+    mamba = {"mamba_num_heads": 2, "mamba_head_dim": 4, "n_groups": 1, "ssm_state_size": 4}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 6}
+    with pytest.raises(ConfigError, match=r"expected at most 1,024") as caught:
+        ModelConfig(pattern=text, **sizes, **mamba, **experts)
+    assert len(str(caught.value)) < 200

@@ -1,15 +1,22 @@
 """All file kinds read alike, exactly, and refuse by file and line."""
 
 import gzip
+import hashlib
 import json
+import os
+import random
 import re
 
 import pyarrow
 import pytest
 import zstandard
 from pyarrow import parquet
+from tests import fuzz
 
-from orogen.data.sources import Document, read_documents, unread_files
+from orogen.config.checks import ConfigError
+from orogen.config.data import DataConfig
+from orogen.data.corpora import content_hash, split_of
+from orogen.data.sources import Document, linked_folders, read_documents, unread_files
 
 TEXTS = ["first\r\nline  ", "", "zwei é 🙂", "<bos>\ttab\x00"]
 
@@ -124,3 +131,103 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, name):
     (tmp_path / name).write_bytes(whole[: len(whole) // 2] if name.endswith("gz") else b"no such format")
     with pytest.raises(ValueError, match=rf"{name}: .*expected a whole, undamaged file"):
         list(read_documents(tmp_path, text_field="text"))
+
+
+def _packed(window: int, *texts: bytes) -> bytes:
+    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=window, enable_ldm=True)
+    frames = []
+    for text in texts:
+        packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+        frames.append(packer.compress(text) + packer.flush())
+    return b"".join(frames)
+
+
+@pytest.mark.parametrize("window", [10, 27, 28, 31])
+def test_zstd_of_any_window_and_number_of_frames_is_read(tmp_path, window):
+    lines, skipped = _lines(), b"\x5f\x2a\x4d\x18\x05\x00\x00\x00later"
+    file = tmp_path / "a.jsonl.zst"
+    file.write_bytes(skipped + _packed(window, lines[:50], b"", lines[50:]) + skipped)
+    assert [document.text for document in _read(file)] == TEXTS
+
+
+def test_zstd_and_gzip_that_end_early_or_go_on_are_refused(tmp_path):
+    lines = b'{"text": "a"}\n' * 12_000
+    whole = zstandard.ZstdCompressor().compress(lines)
+    # A frame's blocks have 128 KiB of text each, so a reader that stopped after the first would see whole lines.
+    for data in (whole[:-1], whole[: len(whole) // 2], whole + b"more", whole + whole[:9]):
+        (tmp_path / "a.jsonl.zst").write_bytes(data)
+        with pytest.raises(ValueError, match=r"a\.jsonl\.zst: .*expected a whole, undamaged file"):
+            _read(tmp_path / "a.jsonl.zst")
+    packed = gzip.compress(lines)
+    (tmp_path / "a.jsonl.gz").write_bytes(packed + packed)
+    assert len(_read(tmp_path / "a.jsonl.gz")) == 24_000
+    for data in (packed[:-1], packed + b"more", packed + packed[:9]):
+        (tmp_path / "a.jsonl.gz").write_bytes(data)
+        with pytest.raises(ValueError, match=r"a\.jsonl\.gz: .*expected a whole, undamaged file"):
+            _read(tmp_path / "a.jsonl.gz")
+
+
+@pytest.mark.parametrize("pack", [lambda data: data, gzip.compress, zstandard.compress])
+def test_a_line_without_end_is_refused_before_it_is_in_memory(tmp_path, monkeypatch, pack):
+    monkeypatch.setattr("orogen.data.sources.MAX_LINE_BYTES", 100)
+    suffix = {gzip.compress: ".gz", zstandard.compress: ".zst"}.get(pack, "")
+    file = tmp_path / f"a.jsonl{suffix}"
+    file.write_bytes(pack(b'{"text": "' + b"x" * 85 + b'"}\n\n{"text": "' + b"x" * 10**6))
+    with pytest.raises(ValueError, match=re.escape(f"{file}:3 has more than 100 bytes; expected a shorter line")):
+        _read(file)
+
+
+def test_linked_folders_are_counted_and_not_followed(tmp_path):
+    corpus, other = tmp_path / "corpus", tmp_path / "other"
+    for folder in (corpus / "a", other):
+        folder.mkdir(parents=True)
+        (folder / "b.txt").write_text("text")
+    (corpus / "a" / "loop").symlink_to("..")
+    (corpus / "other").symlink_to(other)
+    (corpus / "file.txt").symlink_to(other / "b.txt")
+    (corpus / "nothing.txt").symlink_to("absent")
+    assert [document.key for document in _read(corpus)] == ["a/b.txt", "file.txt"]
+    assert linked_folders(corpus) == 2
+    assert unread_files(corpus) == 3
+    (corpus / "a" / "b.txt").unlink()
+    (corpus / "file.txt").unlink()
+    with pytest.raises(ValueError, match=r"has no file to read \(2 links to folders are not followed\)"):
+        _read(corpus)
+
+
+def test_names_that_are_not_utf8_are_keys(tmp_path):
+    names = [b"a\xff.txt", b"b\xfe.jsonl"]
+    (tmp_path / os.fsdecode(names[0])).write_text("one")
+    (tmp_path / os.fsdecode(names[1])).write_text('{"text": "two"}')
+    documents = _read(tmp_path)
+    assert [os.fsencode(document.key) for document in documents] == [names[0], names[1] + b":1"]
+    # The split and the hash are of the name's bytes.
+    config = DataConfig(corpus=str(tmp_path), tokenizer="byte", heldout_fraction=0.5, tuning_fraction=0.0, seed=7)
+    for document in documents:
+        place = int.from_bytes(hashlib.sha256(b"7:" + os.fsencode(document.key)).digest()[:8], "little") / 2**64
+        assert split_of(document.key, config=config) == ("heldout" if place < 0.5 else "train")
+    assert len(content_hash(documents)) == 64
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ([1, 2], "'text' is 1: expected a string"),
+        ([b"a"], "'text' is b'a': expected a string"),
+        ([["a"]], "'text' is ['a']: expected a string"),
+        ([{"a": "b"}], "'text' is {'a': 'b'}: expected a string"),
+    ],
+)
+def test_a_parquet_column_of_another_type_is_refused(tmp_path, texts, message):
+    file = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": texts}), file)
+    with pytest.raises(ValueError, match=re.escape(f"{file}:1: {message}")):
+        _read(file)
+
+
+@pytest.mark.parametrize("number", [195, 1751, 2571])
+def test_parquet_that_pyarrow_does_not_implement_is_refused(tmp_path, number):
+    """Malformed files that state integers of 4 or 128 bits."""
+    read = fuzz.columns(None, random.Random(f"columns {number}"), tmp_path)
+    with pytest.raises(ConfigError, match=r"a\.parquet: .*: expected a whole, undamaged file"):
+        read()

@@ -1,6 +1,7 @@
 """Round trips, specials, files and determinism of both tokenizers."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -239,3 +240,22 @@ def test_training_refuses_a_tokenizer_that_loses_text(tmp_path, changes, message
 def test_decoding_refuses_ids_outside_the_vocabulary(ids):
     with pytest.raises(ValueError, match="expected 0 to 258"):
         TOKENIZERS["byte"].decode(ids)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab": {"a": 2**32 - 1}}, "model.vocab is"),  # a list of as many entries would not fit in memory
+        ({"vocab": {"a": -1}}, "model.vocab is"),
+        ({"continuing_subword_prefix": "##"}, "continuing_subword_prefix is '##'; expected none"),
+        ({"merges": [[1, 2]]}, "expected a Hugging Face tokenizer.json"),
+    ],
+)
+def test_a_tokenizer_of_wrong_types_or_ranges_is_refused(tmp_path, change, message):
+    byte_tokenizer().save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"] |= change
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Tokenizer.load(tmp_path)

@@ -1,6 +1,7 @@
 """Folding of patterns, and scanned stacks against their layers one after another. Letters: b batch, t time, d model."""
 
 import functools
+import random
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,13 @@ def test_folding_keeps_the_pattern_and_has_the_fewest_layers(pattern):
     items = repeats(pattern)
     assert letters(items) == pattern
     assert distinct(items) == fewest(pattern)
+
+
+def test_long_patterns_fold_without_deep_recursion():
+    draw = random.Random(0)
+    without_order = "".join(draw.choice("ME*-") for _ in range(640))
+    assert letters(repeats(without_order)) == without_order
+    assert repeats("M*" * 320) == (Repeat(("M", "*"), 320),)
 
 
 @given(PATTERNS)

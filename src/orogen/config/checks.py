@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Iterable
@@ -16,10 +17,23 @@ class ConfigError(ValueError):
     """A setting that cannot be used. The message names the field, its value and what was expected."""
 
 
+SHOWN = 1000  # characters of a value in a message
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = SHOWN
+_SHORT.maxlist = _SHORT.maxdict = _SHORT.maxtuple = 50
+_SHORT.maxlevel = 4
+
+
+def shown(value: Any) -> str:
+    """`value` as a message shows it: its repr, cut where it is long."""
+    text = _SHORT.repr(value)
+    return text if len(text) <= SHOWN + 2 else f"{text[:SHOWN]}..."
+
+
 def require(holds: bool, config: Any, field: str, expected: str) -> None:
     """Raises ConfigError about `config.field` unless `holds`."""
     if not holds:
-        raise ConfigError(f"{type(config).__name__}.{field} is {getattr(config, field)!r}; expected {expected}")
+        raise ConfigError(f"{type(config).__name__}.{field} is {shown(getattr(config, field))}; expected {expected}")
 
 
 def require_choice(config: Any, field: str, choices: Iterable[str]) -> None:
@@ -57,6 +71,8 @@ def check_types(config: Any) -> None:
         value, hint = getattr(config, field.name), hints[field.name]
         absent = value is None and field.default is None
         require(absent or _matches(value, hint), config, field.name, f"a value of type {_name(hint)}")
+        # The config is written down in UTF-8.
+        require(not isinstance(value, str) or is_unicode(value), config, field.name, "valid Unicode")
 
 
 def _matches(value: Any, hint: Any) -> bool:

@@ -18,6 +18,10 @@ from orogen.config.model import ModelConfig
 from orogen.config.reads import require_read, without_unread
 from orogen.config.run import PARTS, RunConfig
 
+MAX_BYTES = 10**5  # of a gin file; ours have 3,000, and gin takes the square of it for texts side by side
+MAX_FILES = 100
+MESSAGE = 1000  # characters that are shown of what cannot be read
+
 for _part in PARTS.values():
     gin.register(_part)
 
@@ -65,7 +69,9 @@ def parse(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[Ru
         OSError,
         ImportError,
         LookupError,
-        RuntimeError,
+        RuntimeError,  # RecursionError is one: of a macro that leads back to itself, and of values in each other
+        MemoryError,  # Python's parser raises it for values that nest too deep
+        OverflowError,
     ) as error:
         raise ConfigError(f"gin: {_first_line(error)}") from None
     finally:
@@ -107,7 +113,7 @@ def _parse(file: Path) -> None:
         raise ConfigError(f"gin file {str(file)!r} {'is not a file' if file.exists() else 'does not exist'}")
     file = file.resolve()
     folders = file.parents[:2]
-    _check_statements(file, folders, ())
+    _check_statements(file, folders, (), [])
     _LOCATION_PREFIXES[:] = map(str, folders)  # gin cannot forget a folder, and prefers the current one
     gin.parse_config_file(str(file), skip_unknown=False)
 
@@ -123,10 +129,14 @@ def _check_bindings(bindings: Sequence[str]) -> None:
             _check_once(statement, seen, "gin bindings")
 
 
-def _check_statements(file: Path, folders: Sequence[Path], above: tuple[Path, ...]) -> set[str]:
+def _check_statements(file: Path, folders: Sequence[Path], above: tuple[Path, ...], read: list[Path]) -> set[str]:
     """The keys that `file` and what it includes bind. Refuses what gin lets pass in them: a key bound twice, an import,
-    a loop, an include that overrides what its file bound above it. Of two includes the later one wins, as of files.
+    a loop, includes without end, an include that overrides what its file bound above it. Of two includes the later one
+    wins, as of files. read: the files so far, each as often as it is included.
     """
+    read.append(file)
+    if len(read) > MAX_FILES:
+        raise ConfigError(f"{read[0]} includes more than {MAX_FILES} files; expected fewer")
     seen: set[str] = set()
     included: set[str] = set()
     for statement in _statements(file):
@@ -140,7 +150,7 @@ def _check_statements(file: Path, folders: Sequence[Path], above: tuple[Path, ..
                 raise ConfigError(f"{where}: include {statement.filename!r} does not exist; expected it in {places}")
             if found in (*above, file):
                 raise ConfigError(f"{where}: include {statement.filename!r} leads back to itself")
-            keys = _check_statements(found, folders, (*above, file))
+            keys = _check_statements(found, folders, (*above, file), read)
             if overridden := sorted(keys & seen):
                 raise ConfigError(
                     f"{where}: include {statement.filename!r} overrides {overridden[0]}, which is bound above it; "
@@ -162,10 +172,12 @@ def _check_once(statement: BindingStatement, seen: set[str], where: str) -> None
 
 
 def _statements(file: Path) -> list[Any]:
+    if (size := file.stat().st_size) > MAX_BYTES:
+        raise ConfigError(f"{file} has {size} bytes; expected a gin file of at most {MAX_BYTES}")
     try:
         with file.open(encoding="utf-8") as stream:
             return list(ConfigParser(stream, _Delegate()))
-    except (SyntaxError, tokenize.TokenError, UnicodeDecodeError) as error:
+    except (SyntaxError, tokenize.TokenError, ValueError, RecursionError, MemoryError) as error:
         raise ConfigError(f"{file}: {_first_line(error)}; expected gin bindings") from None
 
 
@@ -183,5 +195,6 @@ def _first_line(error: BaseException) -> str:
     """What `error` says, in one line: gin appends where it was. A value gin cannot read is on its second line."""
     text = str(error.args[0]) if isinstance(error, tokenize.TokenError) else str(error).split(" in config string:")[0]
     if token := re.search(r"Failed to parse token '(.*)'", text):
-        return f"cannot read the value {token[1]}; expected a number, a quoted string, True, False, None or a list"
-    return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+        value = token[1][:MESSAGE]
+        return f"cannot read the value {value}; expected a number, a quoted string, True, False, None or a list"
+    return next((line.strip()[:MESSAGE] for line in text.splitlines() if line.strip()), type(error).__name__)

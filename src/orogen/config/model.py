@@ -24,6 +24,7 @@ LAYERS = {
 NORMS = ("rms", "rms_cast_first", "layer", "layer_1p")
 ACTIVATIONS = ("relu2", "relu", "silu", "gelu", "gelu_tanh")
 ATTENTION_BIASES = ("none", "qkv", "all")
+MAX_LAYERS = 1024  # the deepest models that were trained have 1,000; folding a pattern takes the square of it
 ROUTER_SCORES = ("sigmoid", "softmax", "softmax_topk")
 ROUTER_BALANCES = ("row", "global")
 
@@ -49,6 +50,9 @@ def parse_pattern(text: str) -> Pattern:
     an empty main pattern, an empty or differing part after `/`, or a `|` after `/`.
     """
     main, *parts = text.split("/")
+    for what, count in (("layers", len(main) - main.count("|")), ("parts", 1 + main.count("|") + len(parts))):
+        if count > MAX_LAYERS:
+            raise ConfigError(f"ModelConfig.pattern has {count:,} {what}; expected at most {MAX_LAYERS:,}")
     unknown = sorted(set(text) - set(LAYERS) - set("|/"))
     letters = ", ".join(f"{letter} ({name})" for letter, name in LAYERS.items())
     if unknown:
@@ -166,6 +170,8 @@ class ModelConfig:
         require_choice(self, "norm", NORMS)
         pattern = parse_pattern(self.pattern)
         self._check_mtp(pattern)
+        deeper = len(pattern.mtp) * self.mtp_depths
+        require(deeper <= MAX_LAYERS, self, "mtp_depths", f"at most {MAX_LAYERS:,} layers after /, not {deeper:,}")
         letters = set(pattern.main + pattern.mtp)
         if letters & set("*w+"):
             self._check_attention(letters)

@@ -35,13 +35,7 @@ def read_config(values: dict[str, Any], *, mtp: bool = True) -> tuple[str, Model
 
     mtp: whether its files hold a multi-token-prediction block: transformers loses the block and keeps the field.
     """
-    try:
-        return _read_config(Fields(values), mtp=mtp)
-    except (TypeError, ZeroDivisionError) as error:
-        raise ConfigError(f"config.json: {error}; expected fields of the types that transformers writes") from None
-
-
-def _read_config(fields: Fields, *, mtp: bool) -> tuple[str, ModelConfig]:
+    fields = Fields(values)
     family = fields.get("model_type")
     if family not in FORMS:
         fields.refuse("model_type", family, "one of " + ", ".join(FORMS))

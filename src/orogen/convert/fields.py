@@ -3,8 +3,10 @@
 import math
 from typing import Any
 
-from orogen.config.checks import ABSENT, ConfigError
+from orogen.config.checks import ABSENT, ConfigError, shown
+from orogen.config.json_file import Record, check_form
 from orogen.config.model import ModelConfig
+from orogen.convert.kinds import kind_of
 
 ACTIVATIONS = {
     "relu2": "relu2",
@@ -37,8 +39,9 @@ class Fields:
                 raise ConfigError(f"config.json: {name} is missing; expected a value")
             return default
         for key, value in found.items():
+            _check_kind(key, value, default)
             if value != found[first]:
-                raise ConfigError(f"config.json: {key} is {value!r}; expected {found[first]!r}, as {first} is")
+                self.refuse(key, value, f"{shown(found[first])}, as {first} is")
         return found[first]
 
     def expect(self, name: str, *allowed: Any) -> None:
@@ -50,7 +53,7 @@ class Fields:
 
     def refuse(self, name: str, value: Any, expected: str) -> None:
         """Raises ConfigError about the field."""
-        raise ConfigError(f"config.json: {name} is {value!r}; expected {expected}")
+        raise ConfigError(f"config.json: {name} is {shown(value)}; expected {expected}")
 
     def activation(self, name: str, default: str) -> str:
         """An activation under our name."""
@@ -69,11 +72,20 @@ class Fields:
         return {"time_step_min": low if low > 0 else ABSENT, "time_step_max": high if high < UNBOUNDED else ABSENT}
 
 
+def _check_kind(name: str, value: Any, default: Any) -> None:
+    if (kind := kind_of(name, default)) is not None:
+        try:
+            check_form({name: value}, Record({name: kind}), where="config.json")
+        except ConfigError as error:
+            raise ConfigError(f"{error}: expected fields of the types that transformers writes") from None
+
+
 def number(value: Any) -> float:
     """A number of a config.json, where infinity may be written as {"__float__": "Infinity"}; None for anything else."""
     if isinstance(value, dict) and set(value) == {"__float__"}:
-        value = float(value["__float__"])
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else ABSENT
+        value = {"Infinity": math.inf, "-Infinity": -math.inf}.get(value["__float__"])
+    numeric = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if numeric and not math.isnan(value) else ABSENT
 
 
 def rotary(fields: Fields, *, theta: float, partial: float = 1.0) -> dict[str, Any]:

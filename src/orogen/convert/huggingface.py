@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from orogen.config.checks import ConfigError
+from orogen.config.json_file import ListOf, MapOf, Record, read_json
 from orogen.config.load import load_saved, model_text
 from orogen.config.model import ModelConfig
 from orogen.convert import names
 from orogen.convert.config import family_of, mtp_blocks, read_config, write_config
-from orogen.convert.tensor_files import DTYPES, Spec, TensorReader, TensorWriter, new_folder, read_json
+from orogen.convert.tensor_files import DTYPES, Spec, TensorReader, TensorWriter, new_folder
 from orogen.data.tokenizer import Tokenizer
 from orogen.train.metrics import write_atomically
 
@@ -29,6 +30,7 @@ TOKENIZER_FILES = (
     "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 TORCH_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+KEPT_FORM = Record({}, {"config": dict, "dtypes": MapOf(str), "copies": ListOf(str)})
 
 THREADS = 2  # and as many tensors in memory
 
@@ -171,7 +173,7 @@ def to_hf(
     huggingface.json, if there is one. dtype: of every tensor but the routers' correction biases, which stay float32;
     None: as the parameters have it. Raises ConfigError before anything is written.
     """
-    kept = read_json(source / KEPT) if (source / KEPT).is_file() else {}
+    kept = read_json(source / KEPT, KEPT_FORM) if (source / KEPT).is_file() else {}
     values: dict[str, Any] = kept.get("config", {})
     family = values.get("model_type") or family_of(config)
     written = write_config(family, config, values or None)
@@ -236,7 +238,7 @@ def dotted(path: Iterable[str | int]) -> str:
 
 
 def _key(part: str) -> str | int:
-    return int(part) if part.isdigit() else part
+    return int(part) if part.isascii() and part.isdecimal() and len(part) < 10 else part
 
 
 def _copy(files: Iterable[str], source: Path, target: Path) -> None:

@@ -6,6 +6,7 @@ Source: https://github.com/huggingface/safetensors#format.
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import threading
@@ -16,7 +17,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from orogen.config.checks import ConfigError
+from orogen.config.checks import ConfigError, shown
+from orogen.config.json_file import ListOf, MapOf, Record, Whole, check_form, read_json, read_object
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -28,6 +30,9 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 MAX_HEADER_BYTES = 10**8  # the limit of safetensors itself
+INDEX_FORM = Record({"weight_map": MapOf(str)})
+ENTRY_FORM = Record({"dtype": str, "shape": ListOf(Whole()), "data_offsets": ListOf(Whole(), 2)})
+MAX_AXES = 64  # the limit of numpy
 PANEL_BYTES = 1 << 20  # of a strided array made contiguous at a time: it stays in a core's cache
 
 
@@ -40,7 +45,7 @@ class Spec(NamedTuple):
     @property
     def nbytes(self) -> int:
         """The bytes it takes."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class _Place(NamedTuple):
@@ -204,26 +209,39 @@ def _write_all(descriptor: int, view: memoryview, offset: int) -> None:
 
 def _files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
-        names = set(read_json(folder / INDEX).get("weight_map", {}).values())
-        missing = sorted(name for name in names if not (folder / name).is_file())
+        names = sorted(set(read_json(folder / INDEX, INDEX_FORM)["weight_map"].values()))
+        for name in names:
+            _check_name(folder, name)
+        missing = [name for name in names if not (folder / name).is_file()]
         if missing or not names:
-            raise ConfigError(f"{folder / INDEX} names files that are not there: {', '.join(missing) or 'none at all'}")
-        return [folder / name for name in sorted(names)]
+            what = shown(missing) if missing else "none at all"
+            raise ConfigError(f"{folder / INDEX} names files that are not there: {what}")
+        for name in names:
+            _check_link(folder, name)
+        return [folder / name for name in names]
     found = [folder / SINGLE] if (folder / SINGLE).is_file() else sorted(folder.glob("*.safetensors"))
     if not found:
         raise ConfigError(f"{str(folder)!r} has no safetensors files; expected {SINGLE} or shards with {INDEX}")
     return found
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises ConfigError if the file holds none, FileNotFoundError if there is no file."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{file}: {error}; expected JSON") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{file} holds {type(value).__name__}; expected a JSON object")
-    return value
+def _check_name(folder: Path, name: str) -> None:
+    """Raises ConfigError unless `name`, which comes from elsewhere, is that of a file directly in a folder."""
+    if name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name:
+        raise ConfigError(f"{folder / INDEX} names {shown(name)}; expected a file of its folder, without a path")
+
+
+def _check_link(folder: Path, name: str) -> None:
+    """Raises ConfigError if a file that an index names is a link to somewhere that is no place of its files.
+
+    Hugging Face's cache keeps `models--owner--name/blobs/HASH` and links to them from `snapshots/COMMIT/`, and so do
+    folders that were downloaded through it, wherever they are. Other links leave the folder, and are refused.
+    """
+    target, here = (folder / name).resolve(), folder.resolve()
+    store = target.parent
+    cached = store.name == "blobs" and (store.parent.name.startswith("models--") or store.parent == here.parent.parent)
+    if not cached and not target.is_relative_to(here):
+        raise ConfigError(f"{folder / name} is a link to {target}; expected a file of its folder or a cache's blob")
 
 
 def _header(file: Path) -> dict[str, _Place]:
@@ -233,22 +251,29 @@ def _header(file: Path) -> dict[str, _Place]:
         if size < 8 or not 0 < length <= min(size - 8, MAX_HEADER_BYTES):
             raise ConfigError(f"{file} is no safetensors file, or was cut off")
         try:
-            header = json.loads(stream.read(length))
-            entries = {
-                name: (tuple(e["shape"]), e["dtype"], *e["data_offsets"])
-                for name, e in header.items()
-                if name != "__metadata__"
-            }
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ConfigError(f"{file} has no safetensors header; expected one in JSON") from None
-    places = {}
-    for name, (shape, kind, start, stop) in entries.items():
+            header = read_object(stream.read(length), where="its JSON")
+            header.pop("__metadata__", None)
+            check_form(header, MapOf(ENTRY_FORM), where="its JSON")
+        except ConfigError as error:
+            raise ConfigError(f"{file} has no safetensors header: {error}") from None
+    places, end = {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        (start, stop), kind = entry["data_offsets"], entry["dtype"]
         if kind not in DTYPES:
             raise ConfigError(f"{file}: {name} is {kind}; expected one of {', '.join(DTYPES)}, not quantised weights")
-        spec = Spec(shape, DTYPES[kind])
-        if stop - start != spec.nbytes or start < 0 or 8 + length + stop > size:
+        if len(entry["shape"]) > MAX_AXES:
+            raise ConfigError(f"{file}: {name} has {len(entry['shape'])} axes; expected at most {MAX_AXES}")
+        spec = Spec(tuple(entry["shape"]), DTYPES[kind])
+        if 8 + length + stop > size:
             raise ConfigError(f"{file} was cut off: {name} lies at {start} to {stop} of {size - 8 - length} bytes")
-        places[name] = _Place(file, 8 + length + start, spec)
+        if stop - start != spec.nbytes:
+            takes = f"{kind} {shown(list(spec.shape))} takes {spec.nbytes}"
+            raise ConfigError(f"{file}: {name} lies at {start} to {stop}; expected {takes} bytes")
+        if start != end:
+            raise ConfigError(f"{file}: {name} begins at byte {start}; expected {end}, where the tensor before it ends")
+        places[name], end = _Place(file, 8 + length + start, spec), stop
+    if 8 + length + end != size:
+        raise ConfigError(f"{file} has {size - 8 - length} bytes of tensors; expected {end}, as its header says")
     return places
 
 

@@ -55,15 +55,20 @@ def content_hash(documents: Sequence[Document]) -> str:
     """SHA-256 over keys and texts, in order. Lengths are hashed too, so no text can pose as two."""
     digest = hashlib.sha256()
     for document in documents:
-        for part in (document.key.encode(), document.text.encode()):
+        for part in (key_bytes(document.key), document.text.encode()):
             digest.update(len(part).to_bytes(8, "little"))
             digest.update(part)
     return digest.hexdigest()
 
 
+def key_bytes(key: str) -> bytes:
+    """The bytes of a key. A file's name need not be UTF-8: Python reads its other bytes as surrogates, one each."""
+    return key.encode("utf-8", "surrogateescape")
+
+
 def split_of(key: str, *, config: DataConfig) -> str:
     """The split of the document with this key: a function of (seed, key) only, so other documents cannot move it."""
-    digest = hashlib.sha256(f"{config.seed}:{key}".encode()).digest()
+    digest = hashlib.sha256(key_bytes(f"{config.seed}:{key}")).digest()
     place = int.from_bytes(digest[:8], "little") / 2**64
     if place < config.heldout_fraction:
         return "heldout"

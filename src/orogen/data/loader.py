@@ -71,6 +71,7 @@ class Corpus:
             "documents": {name: len(split) for name, split in self.splits.items()},
             "bytes": {name: split.byte_count for name, split in self.splits.items()},
             "unread_files": 0 if embedded else sources.unread_files(self.config.corpus),
+            "linked_folders": 0 if embedded else sources.linked_folders(self.config.corpus),
         }
 
     def train_loader(

@@ -3,16 +3,19 @@
 import contextlib
 import gzip
 import io
-import json
+import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from orogen.config.checks import ConfigError
+from orogen.config.checks import ConfigError, shown
+from orogen.config.json_file import parse_json
+from orogen.data.zstd import ZstdFrames
 
-# What gzip and pyarrow raise on a damaged file (pyarrow's errors are ValueErrors).
+# What is raised on a damaged file.
 DAMAGE = (EOFError, ValueError, zlib.error, gzip.BadGzipFile)
+MAX_LINE_BYTES = 2**28  # of a .jsonl, so that a small file that unpacks without end takes no more memory
 
 
 class Document(NamedTuple):
@@ -46,9 +49,16 @@ def has_fields(path: str | Path) -> bool:
 
 
 def unread_files(path: str | Path) -> int:
-    """How many files below a folder have a suffix that `read_documents` does not read."""
+    """How many entries below a folder `read_documents` passes over: files of other kinds, links to folders and to
+    nothing, and what is no file."""
     root = Path(path)
-    return sum(_suffix(file) is None for file in _files(root))
+    files, others = _walk(root)
+    return sum(_suffix(file) is None for file in files) + len(others)
+
+
+def linked_folders(path: str | Path) -> int:
+    """How many of those are links to folders. They are not followed: one may lead back to where it is."""
+    return sum(other.is_dir() for other in _walk(Path(path))[1])
 
 
 def read_text(file: Path) -> str:
@@ -61,14 +71,32 @@ def _supported_files(root: Path) -> list[Path]:
         raise FileNotFoundError(f"corpus {str(root)!r} does not exist: expected 'stdlib', a file or a folder")
     files = [file for file in _files(root) if _suffix(file) is not None]
     if not files:
-        raise ConfigError(f"corpus {str(root)!r} has no file to read: expected {', '.join(_READERS)}")
+        links = f" ({count} links to folders are not followed)" if (count := linked_folders(root)) else ""
+        raise ConfigError(f"corpus {str(root)!r} has no file to read{links}: expected {', '.join(_READERS)}")
     return files
 
 
 def _files(root: Path) -> list[Path]:
-    if root.is_file():
-        return [root]
-    return sorted((f for f in root.rglob("*") if f.is_file()), key=lambda f: f.relative_to(root).as_posix())
+    return _walk(root)[0]
+
+
+def _walk(root: Path) -> tuple[list[Path], list[Path]]:
+    """The files below a folder in the order of their paths, or the file itself, and what is neither file nor folder.
+
+    A link to a file is a file; one to a folder is no folder. Raises OSError for a folder that cannot be listed.
+    """
+    if not root.is_dir():
+        return [root], []
+    found: list[Path] = []
+    for folder, folders, files in os.walk(root, onerror=_raise):
+        found += [Path(folder, name) for name in files]
+        found += [link for name in folders if (link := Path(folder, name)).is_symlink()]
+    found.sort(key=lambda f: f.relative_to(root).as_posix())
+    return [f for f in found if f.is_file()], [f for f in found if not f.is_file()]
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _suffix(file: Path) -> str | None:
@@ -89,29 +117,29 @@ def _read_txt(file: Path, key: str, text_field: str) -> Iterator[Document]:
 def _read_jsonl(file: Path, key: str, text_field: str) -> Iterator[Document]:
     """A document a line; blank lines are not documents, but count in the line numbers of keys and messages."""
     with _open_lines(file) as lines:
-        for number, line in enumerate(lines, start=1):
+        number = 0
+        while line := lines.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            if len(line) > MAX_LINE_BYTES:
+                raise ConfigError(f"{file}:{number} has more than {MAX_LINE_BYTES} bytes; expected a shorter line")
             if line.strip():
                 yield Document(f"{key}:{number}", _text_of_line(line, text_field, where=f"{file}:{number}"))
 
 
 def _text_of_line(line: bytes, text_field: str, *, where: str) -> str:
     try:
-        record = json.loads(_decode(line, where=where))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where}: {error.msg}: expected one JSON object on the line") from error
-    except ConfigError:
-        raise
-    except (RecursionError, ValueError) as error:  # too deep, or an integer of more digits than Python reads
-        raise ConfigError(f"{where}: {error}: expected one JSON object on the line") from error
+        record = parse_json(line, where=where)
+    except ConfigError as error:
+        raise ConfigError(f"{error}: expected one JSON object on the line") from None
     if not isinstance(record, dict) or text_field not in record:
-        found = sorted(record) if isinstance(record, dict) else type(record).__name__
+        found = shown(sorted(record)) if isinstance(record, dict) else type(record).__name__
         raise ConfigError(f"{where}: found {found}: expected a JSON object with the field {text_field!r}")
     return _checked_text(record[text_field], text_field, where=where)
 
 
 def _checked_text(text: object, text_field: str, *, where: str) -> str:
     if not isinstance(text, str):
-        raise ConfigError(f"{where}: {text_field!r} is {text!r}: expected a string")
+        raise ConfigError(f"{where}: {text_field!r} is {shown(text)}: expected a string")
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can spell a lone surrogate, which no UTF-8 text holds
@@ -120,28 +148,36 @@ def _checked_text(text: object, text_field: str, *, where: str) -> str:
 
 
 @contextlib.contextmanager
-def _open_lines(file: Path) -> Iterator[Iterable[bytes]]:
+def _open_lines(file: Path) -> Iterator[io.BufferedReader | gzip.GzipFile]:
     if file.name.endswith(".zst"):
-        import zstandard  # here, so that only those who read .zst need it
-
-        try:
-            # zstandard's own file object has no line iteration in binary mode
-            with io.BufferedReader(zstandard.open(file, "rb")) as lines:
-                yield lines
-        except zstandard.ZstdError as error:
-            raise ValueError(str(error)) from error
+        with file.open("rb") as stream, io.BufferedReader(ZstdFrames(stream)) as lines:
+            yield lines
+    elif file.name.endswith(".gz"):
+        with gzip.open(file, "rb") as lines:
+            yield lines
     else:
-        with gzip.open(file, "rb") if file.name.endswith(".gz") else file.open("rb") as lines:
+        with file.open("rb") as lines:
             yield lines
 
 
 def _read_parquet(file: Path, key: str, text_field: str) -> Iterator[Document]:
-    from pyarrow import parquet  # here, because importing it takes longer than reading most corpora
+    import pyarrow  # here, because importing it takes longer than reading most corpora
+
+    try:
+        yield from _rows(file, key, text_field)
+    except pyarrow.ArrowException as error:
+        raise ValueError(str(error)) from error
+    except OSError as error:  # of pyarrow, where it has no number: a damaged file
+        raise error if error.errno else ValueError(str(error)) from error
+
+
+def _rows(file: Path, key: str, text_field: str) -> Iterator[Document]:
+    from pyarrow import parquet
 
     with parquet.ParquetFile(file) as table:
         names = table.schema_arrow.names
         if text_field not in names:
-            raise ConfigError(f"{file}: found the columns {names}: expected a column {text_field!r}")
+            raise ConfigError(f"{file}: found the columns {shown(names)}: expected a column {text_field!r}")
         number = 0
         for chunk in table.iter_batches(columns=[text_field]):
             for value in chunk.column(0).to_pylist():

@@ -14,9 +14,16 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from orogen.config.checks import ConfigError
+from orogen.config.checks import ConfigError, shown
 from orogen.config.data import DataConfig
+from orogen.config.json_file import ListOf, MapOf, Record, Whole, read_json
 
+MAX_TOKENS = 2**24  # a list of the bytes of every id is kept; the largest released vocabularies have 2**18
+TOKEN_ID = Whole(0, MAX_TOKENS - 1)
+MODEL_FORM = Record({}, {"vocab": (MapOf(TOKEN_ID), list)})
+TOKENIZER_FORM = Record(
+    {"model": MODEL_FORM}, {"added_tokens": (ListOf(Record({"id": TOKEN_ID, "content": str})), None)}
+)
 PAD, BOS, EOS = SPECIALS = ("<pad>", "<bos>", "<eos>")  # ids 0, 1, 2
 
 # Words with their leading space, numbers by threes, punctuation, line ends, indentation: the split that OpenAI's
@@ -125,11 +132,7 @@ class Tokenizer:
         file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
         if not file.is_file():
             raise FileNotFoundError(f"tokenizer {str(path)!r} not found: expected 'byte', 'bpe' or a tokenizer.json")
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # tokenizers raises bare Exception for every malformed file
-            raise ConfigError(f"{file}: {error}: expected a Hugging Face tokenizer.json") from error
-        return cls(backend, **_special_names(file.with_name("tokenizer_config.json")))
+        return cls(_read_backend(file), **_special_names(file.with_name("tokenizer_config.json")))
 
     def _byte_table(self) -> np.ndarray | None:
         """The id of each byte (256,) int32 when every token is a byte: then a lookup encodes; else None."""
@@ -230,24 +233,41 @@ def _bytes_of_tokens(backend: tokenizers.Tokenizer) -> list[bytes]:
     return bytes_of_token
 
 
+def _read_backend(file: Path) -> tokenizers.Tokenizer:
+    """The tokenizer of a file. Raises ConfigError.
+
+    From its bytes, for tokenizers takes no name that is not UTF-8; what would make it panic or take memory without end
+    is refused before.
+    """
+    expected = "expected a Hugging Face tokenizer.json"
+    try:
+        model = read_json(file, TOKENIZER_FORM)["model"]
+        if prefix := model.get("continuing_subword_prefix"):  # tokenizers panics at a merge that is shorter
+            raise ConfigError(f"{file}: continuing_subword_prefix is {shown(prefix)}; expected none")
+        return tokenizers.Tokenizer.from_buffer(file.read_bytes())
+    except ConfigError as error:
+        raise ConfigError(f"{error}: {expected}") from None
+    except Exception as error:  # tokenizers raises bare Exception for every malformed file
+        raise ConfigError(f"{file}: {error}: {expected}") from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust, whose class has no name to import it by
+            raise
+        raise ConfigError(f"{file}: {error}: {expected}") from error
+
+
 def _special_names(file: Path) -> dict[str, str]:
     if not file.is_file():
         return {"pad": PAD, "bos": BOS, "eos": EOS}
-    try:
-        settings: Any = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{file}: {error}: expected JSON") from None
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{file} holds {type(settings).__name__}: expected a JSON object")
+    settings = read_json(file)
     names = {role: settings.get(f"{role}_token") for role in ("pad", "bos", "eos")}
     # Hugging Face writes a special either as its text or as {"content": text, ...}.
     names = {role: name.get("content") if isinstance(name, dict) else name for role, name in names.items()}
     if not isinstance(names["eos"], str):
-        raise ConfigError(f"{file}: eos_token is {names['eos']!r}: expected the name of a token")
+        raise ConfigError(f"{file}: eos_token is {shown(names['eos'])}: expected the name of a token")
     names = {role: name if name is not None else names["eos"] for role, name in names.items()}
     for role, name in names.items():
         if not isinstance(name, str):
-            raise ConfigError(f"{file}: {role}_token is {name!r}: expected the name of a token")
+            raise ConfigError(f"{file}: {role}_token is {shown(name)}: expected the name of a token")
     return names
 
 

@@ -3,6 +3,7 @@
 Letters: b batch, t time, v vocabulary.
 """
 
+import tokenize
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -52,12 +53,15 @@ def score(loaded: Loaded, tokens_bt: np.ndarray, segments_bt: np.ndarray | None 
 def read_array(file: Path) -> np.ndarray:
     """The array of a .npy file. Raises ConfigError if it holds none, OSError if it cannot be read."""
     try:
-        array = np.load(file, allow_pickle=False)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"{file}: {error}; expected a .npy file") from None
+        # Mapped first: a header may state a shape that no memory holds, and which the file then does not have.
+        array = np.load(file, allow_pickle=False, mmap_mode="r")
+    except (ValueError, EOFError, OverflowError, SyntaxError, zipfile.BadZipFile, tokenize.TokenError) as error:
+        reason = str(error.args[0]) if isinstance(error, tokenize.TokenError) else str(error)
+        raise ConfigError(f"{file}: {reason}; expected a .npy file") from None
     if not isinstance(array, np.ndarray):
+        array.close()
         raise ConfigError(f"{file} holds several arrays; expected a .npy file")
-    return array
+    return np.array(array)
 
 
 def write_arrays(file: Path, arrays: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ class Repeat(NamedTuple):
     count: int
 
 
+@functools.cache
 def repeats(pattern: str) -> tuple[str | Repeat, ...]:
     """`pattern` folded into nested repetitions with the fewest distinct layers in all, so the least to compile.
 
@@ -62,10 +63,16 @@ def repeats(pattern: str) -> tuple[str | Repeat, ...]:
         period = (text + text).find(text, 1)
         if period == len(text):
             return None
-        cost, items = best(start, start + period)
+        cost, items = solved(start, start + period)
         return cost, Repeat(items, len(text) // period)
 
-    return best(0, len(pattern))[1]
+    def solved(start: int, end: int) -> tuple[int, tuple[str | Repeat, ...]]:
+        """`best`, from its end forwards: no call then goes deeper than to a result that is there, or to a period."""
+        for later in range(end, start, -1):
+            best(later, end)
+        return best(start, end)
+
+    return solved(0, len(pattern))[1]
 
 
 class Place(NamedTuple):

@@ -21,7 +21,7 @@ import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from orogen.config.checks import ConfigError
+from orogen.config.checks import ConfigError, is_unicode
 from orogen.config.model import ModelConfig
 from orogen.model.stages import Stages
 from orogen.model.vocabulary import vocab_dim
@@ -59,6 +59,8 @@ class Checkpoints:
         self.run_dir = Path(run_dir).resolve()
         self.vocab_size = model.vocab_size if vocab_size is None and model is not None else vocab_size
         self.folder = self.run_dir / "checkpoints"
+        if not is_unicode(str(self.folder)):  # tensorstore takes no others
+            raise ConfigError(f"run folder {str(run_dir)!r}; expected a path in UTF-8")
         self._keep, self._model = keep, model
         self._writer: ocp.AsyncCheckpointer | None = None
         self._finisher = ThreadPoolExecutor(1)

@@ -114,7 +114,10 @@ def _train(
     with Checkpoints(run_dir, keep=config.train.keep_checkpoints, model=config.model) as checkpoints:
         run = _Run(config, plan, built, corpus, checkpoints, stop, lock, log)
         state = run.start(origin)
-        describe_run(run_dir, text, _facts(config, plan, corpus))  # first: it makes the folder this run's
+        facts = _facts(config, plan, corpus)
+        describe_run(run_dir, text, facts)  # first: it makes the folder this run's
+        if linked := facts["data"]["linked_folders"]:
+            log(f"corpus {config.data.corpus!r}: {linked} linked folders are passed over")
         corpus.tokenizer.save(saved)
         if origin is not None:
             origin.keep(run_dir)
