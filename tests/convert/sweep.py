@@ -29,7 +29,6 @@ VARIANTS = {
     "mixtral partial": {"rope_parameters": None, "rope_theta": 77.0, "partial_rotary_factor": 0.25},
     "nemotron_h mtp": {"num_nextn_predict_layers": 1},
     "nemotron_h attention_bias": {"attention_bias": True},
-    "nemotron_h mlp_bias": {"mlp_bias": True},
 }
 OTHER_NAMES = {
     "nemotron_h": {

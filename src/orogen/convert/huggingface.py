@@ -228,7 +228,7 @@ def _for_each(work: Callable[[str], None], tensors: list[str]) -> None:
 
 def context_length(run_dir: Path) -> int:
     """How many tokens the rows of a run have. Raises ConfigError."""
-    config, _ = load([run_dir / CONFIG])
+    config = load_saved(run_dir / CONFIG)
     return config.need("train").train.sequence_length
 
 
