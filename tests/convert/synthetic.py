@@ -11,8 +11,8 @@ from safetensors.numpy import load_file, save_file
 
 FILE = Path(__file__).parent.parent / "fixtures" / "convert" / "tensors.json"
 CASES = (
-    "nemotron_h", "nemotron_h_biased", "mamba2", "mamba", "deepseek_v3", "deepseek_v3_plain", "mixtral", "qwen2_moe",
-    "qwen3_moe", "gpt_oss", "nemotron", "gpt2",
+    "nemotron_h", "nemotron_h_biased", "nemotron_h_mlp_bias", "mamba2", "mamba", "deepseek_v3", "deepseek_v3_plain",
+    "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "nemotron", "gpt2",
 )  # fmt: skip
 D, V, EXPERTS, LATENT, INNER, SHARED = 32, 96, 6, 18, 14, 22
 NEMOTRON_MTP = {

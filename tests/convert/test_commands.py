@@ -234,6 +234,7 @@ def test_a_run_becomes_bfloat16_with_float32_biases(hub, tmp_path):
         assert array.dtype.name == ("float32" if name.endswith("e_score_correction_bias") else "bfloat16")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert (config["model_type"], config["dtype"]) == ("nemotron_h", "bfloat16")
+    assert config["max_position_embeddings"] == 24  # the rows of its training
     assert [config[f"{role}_token_id"] for role in ("pad", "bos", "eos")] == [0, 1, 2]
     assert (tmp_path / "hf" / "tokenizer.json").is_file()
     run("convert", "from-hf", tmp_path / "hf", tmp_path / "ours")

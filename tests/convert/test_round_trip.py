@@ -328,3 +328,64 @@ def test_parts_of_a_tensor_come_back_in_any_order(tmp_path):
         assert same({"": reader.read("a", (2, 1))}, {"": arrays["a"][2, 1]})
         assert same({"": reader.read("a", (1,))}, {"": arrays["a"][1]})
         assert not reader.equal("a", "b") and reader.equal("a", "a")
+
+
+# Dtypes
+
+
+OVERFLOWS = [
+    ("float32", "float16", 7e4), ("float32", "float16", -65520.0), ("float32", "bfloat16", 3.4e38),
+    ("bfloat16", "float16", 1e5), ("float64", "float32", 1e39), ("float64", "bfloat16", -3.4e38),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "wanted", "value"), OVERFLOWS)
+def test_a_number_too_large_for_the_target_is_refused_by_name(tmp_path, dtype, wanted, value):
+    before = write(tmp_path / "hf", *shapes("gpt_oss"), "float32")
+    name = "model.layers.2.mlp.experts.gate_up_proj"
+    before = {n: a.astype(jnp.dtype(dtype)) for n, a in before.items()}
+    before[name][3, 5, 7] = value
+    save_file(before, tmp_path / "hf" / "model.safetensors")
+    from_hf(tmp_path / "hf", tmp_path / "ours")
+    with pytest.raises(ConfigError) as error:
+        export(tmp_path / "ours", tmp_path / "back", dtype=wanted)
+    assert str(error.value).startswith(
+        f"{name} holds {float(before[name][3, 5, 7]):.6g}; expected finite numbers of {wanted}"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "ours"]
+
+
+def test_the_largest_numbers_and_those_that_are_not_finite_are_kept(tmp_path):
+    before = write(tmp_path / "hf", *shapes("mamba2"), "float32")
+    name = "backbone.norm_f.weight"
+    before[name][:5] = [65504.0, -65519.0, np.inf, -np.inf, np.nan]  # -65519 rounds to float16's least, -65504
+    save_file(before, tmp_path / "hf" / "model.safetensors")
+    from_hf(tmp_path / "hf", tmp_path / "ours")
+    export(tmp_path / "ours", tmp_path / "back", dtype="float16")
+    expected = [65504, -65504, np.inf, -np.inf, np.nan]
+    np.testing.assert_array_equal(read(tmp_path / "back")[name][:5].astype(np.float64), expected)
+
+
+def test_float64_that_float32_cannot_hold_is_not_loaded(tmp_path):
+    before = write(tmp_path / "hf", *shapes("mixtral"), "float32")
+    before["model.norm.weight"] = before["model.norm.weight"].astype(np.float64) * 1e39
+    save_file(before, tmp_path / "hf" / "model.safetensors")
+    with pytest.raises(
+        ConfigError, match=r"norm.weight holds .*; expected finite numbers of float32, of which 3.40282e"
+    ):
+        load_checkpoint(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("kind", [np.bool_, np.uint8, np.int64, np.float32, jnp.float8_e4m3fn])
+@pytest.mark.parametrize("case", ["gpt2", "mixtral"])
+def test_buffers_without_parameters_may_have_any_dtype(tmp_path, case, kind):
+    config, tensors = shapes(case)
+    before = write(tmp_path / "hf", config, tensors)
+    buffers = {
+        "gpt2": ["transformer.h.0.attn.bias", "transformer.h.1.attn.masked_bias"],
+        "mixtral": ["model.layers.1.self_attn.rotary_emb.inv_freq"],
+    }[case]
+    save_file(before | {n: np.ones((1, 3), kind) for n in buffers}, tmp_path / "hf" / "model.safetensors")
+    from_hf(tmp_path / "hf", tmp_path / "ours")
+    export(tmp_path / "ours", tmp_path / "back")
+    assert same(before, read(tmp_path / "back"))

@@ -32,6 +32,17 @@ def test_experts_by_hand():
     assert found["active_without_embedding"] == found["active"] - 55
 
 
+def test_biases_around_the_experts_by_hand():
+    # an expert has two 4x13 matrices without biases; latent projections of 5x4 with biases of 4 and 5; shared expert of
+    # two 5x17 with biases of 17 and 5; router 5x9 and its correction of 9; two norms of 5; embedding and head 110
+    found = of(
+        "E", **EXPERTS, mlp_bias=True, moe_bias="shared", moe_latent_size=4, moe_shared_expert_intermediate_size=17
+    )
+    rest = 40 + 9 + 170 + 22 + 45 + 9 + 10 + 110
+    assert found["total"] == 9 * 104 + rest
+    assert found["active"] == 2 * 104 + rest
+
+
 def test_a_correction_bias_counts():
     assert of("E", **EXPERTS)["total"] - of("E", **EXPERTS, router_correction_bias=False)["total"] == 9
 

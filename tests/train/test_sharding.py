@@ -85,6 +85,8 @@ FAMILIES = {
         "pattern": "E-", "norm": "layer_1p", "mlp_gated": True, "mlp_bias": True, "mlp_hidden_act": "gelu_tanh",
         "n_group": 4, "topk_group": 2, "tie_word_embeddings": True, "mtp_depths": 0,
     },
+    # Biases around the routed experts: of the shared expert and of the latent projections.
+    "nemotron": {"pattern": "E-", "mlp_bias": True, "moe_bias": "shared", "mtp_depths": 0},
 }  # fmt: skip
 
 
@@ -114,6 +116,10 @@ FAMILIES = {
             },
         ),
         ("deepseek", {"data": 4, "expert": 2, "expert_tensor": 2, "fsdp": "gradients", "dispatch": "alltoall"}),
+        (
+            "nemotron",
+            {"data": 2, "tensor": 2, "expert": 2, "expert_tensor": 2, "fsdp": "parameters", "dispatch": "alltoall"},
+        ),
         # What random plans do not draw.
         (
             "deepseek",

@@ -25,6 +25,7 @@ NORMS = ("rms", "rms_cast_first", "layer", "layer_1p")
 ACTIVATIONS = ("relu2", "relu", "silu", "gelu", "gelu_tanh")
 ATTENTION_BIASES = ("none", "qkv", "all")
 MAX_LAYERS = 1024  # the deepest models that were trained have 1,000; folding a pattern takes the square of it
+MOE_BIASES = ("routed", "shared")
 ROUTER_SCORES = ("sigmoid", "softmax", "softmax_topk")
 ROUTER_BALANCES = ("row", "global")
 
@@ -80,6 +81,8 @@ class ModelConfig:
     (clip(up x, ±c) + 1) · g · sigmoid(1.702 g) with g = min(gate x, c).
     time_step_min, time_step_max: the range that Mamba-2's softplus(dt) is clipped to; None: not.
     mamba_norm_groups: of the gated norm; None: n_groups.
+    moe_bias: which maps of an expert layer have a bias where mlp_bias is set: the routed experts' (gpt-oss), or those
+    of the shared expert and of the latent projections (nemotron_h).
     router_score: softmax_topk is a softmax over the chosen logits alone. router_bias is learned and part of the logits;
     router_correction_bias is updated from the load and takes part in the choice alone.
     router_balance: over what the balance loss, weighted by router_aux_loss_coef, wants experts to be used evenly: each
@@ -147,6 +150,7 @@ class ModelConfig:
     moe_shared_expert_intermediate_size: int = ABSENT
     moe_shared_expert_gate: bool = False
     moe_latent_size: int = ABSENT
+    moe_bias: str = "routed"
     router_score: str = "sigmoid"
     router_bias: bool = False
     router_correction_bias: bool = True
@@ -209,6 +213,16 @@ class ModelConfig:
     def expert_width(self) -> int:
         """Width of the vectors that the routed experts read and write."""
         return self.moe_latent_size or self.hidden_size
+
+    @property
+    def routed_expert_bias(self) -> bool:
+        """Whether the routed experts' maps have biases."""
+        return self.mlp_bias and self.moe_bias == "routed"
+
+    @property
+    def shared_expert_bias(self) -> bool:
+        """Whether the maps of the shared expert and the latent projections have biases."""
+        return self.mlp_bias and self.moe_bias == "shared"
 
     @property
     def reach(self) -> int:
@@ -291,6 +305,7 @@ class ModelConfig:
         self._need("E", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
         require_choice(self, "router_score", ROUTER_SCORES)
         require_choice(self, "router_balance", ROUTER_BALANCES)
+        require_choice(self, "moe_bias", MOE_BIASES)
         if self.moe_shared_expert_gate:
             expected = "False: moe_shared_expert_intermediate_size is None"
             require(self.moe_shared_expert_intermediate_size is not None, self, "moe_shared_expert_gate", expected)

@@ -74,7 +74,7 @@ MODEL_LETTERS = {
     "m": "mamba_intermediate_size time_step_rank",
     "Mm": "ssm_state_size conv_kernel use_conv_bias mamba_proj_bias",
     "E": "n_routed_experts num_experts_per_tok moe_intermediate_size moe_shared_expert_intermediate_size "
-    "moe_shared_expert_gate moe_latent_size router_score router_bias router_correction_bias norm_topk_prob "
+    "moe_shared_expert_gate moe_latent_size moe_bias router_score router_bias router_correction_bias norm_topk_prob "
     "routed_scaling_factor n_group topk_group router_aux_loss_coef router_balance router_z_loss_coef",
 }
 LETTERS = {field: read_by for read_by, fields in MODEL_LETTERS.items() for field in fields.split()}
@@ -115,6 +115,7 @@ READERS: dict[str, tuple[Reader, ...]] = {
             lambda model: model.yarn_mscale is not None or "+" in letters(model),
             "ModelConfig.yarn_mscale is None, and the model has no layers of multi-head latent attention (+)",
         ),
+        _of_model("moe_bias", lambda model: model.mlp_bias, "ModelConfig.mlp_bias is False"),
         _of_model(
             "norm_topk_prob",
             lambda model: model.router_score != "softmax_topk",

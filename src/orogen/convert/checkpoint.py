@@ -18,13 +18,14 @@ from orogen.convert.huggingface import (
     HuggingFaceFolder,
     OrogenFolder,
     check_shapes,
+    context_length,
     copy_kept,
     dotted,
     model_config,
     to_hf,
 )
 from orogen.convert.names import Path as Names
-from orogen.convert.tensor_files import Spec
+from orogen.convert.tensor_files import Spec, check_fits
 from orogen.data.tokenizer import Tokenizer, check_rows
 from orogen.infer.generate import Loaded
 from orogen.infer.generate import load_checkpoint as load_run
@@ -83,6 +84,7 @@ def load_parameters(
         def put(path: Names, leaf: Any, sharding: Any) -> nnx.Variable:
             array = source.parameter(path, have[path])
             kept = jnp.dtype(jnp.float32 if path in wide else dtype)
+            check_fits(f"{folder}: {dotted(path)}", array, kept)
             return leaf.replace(
                 jax.make_array_from_callback(
                     array.shape, sharding, lambda part: np.ascontiguousarray(array[part], kept)
@@ -143,7 +145,8 @@ def export(source: Path, target: Path, *, dtype: str | None = None) -> None:
     leaves = {path: leaf.get_value() for tree in (loaded.params, loaded.buffers) for path, leaf in _flat(tree).items()}
     specs = {path: Spec(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
     read = lambda path, index: np.asarray(leaves[path][index])  # noqa: E731
-    return to_hf(loaded.config, specs, read, source, target, dtype=dtype or "bfloat16")
+    context = context_length(source)
+    return to_hf(loaded.config, specs, read, source, target, dtype=dtype or "bfloat16", context=context)
 
 
 def _flat(tree: Any) -> dict[Names, Any]:

@@ -10,11 +10,16 @@ from typing import Any
 from orogen.config.checks import ConfigError
 from orogen.config.model import ModelConfig
 from orogen.config.reads import layers_read, plain_model
+from orogen.convert.defaults import NULLS
 from orogen.convert.fields import Fields
-from orogen.convert.forms import FORMS, mtp_depths
+from orogen.convert.forms import FORMS
 
 # What no config.json states and no output depends on: how a model trains, and where its pipeline is cut.
-FREE = ("router_aux_loss_coef", "router_z_loss_coef", "mtp_loss_scale", "mtp_depths", "chunk_size")
+FREE = (
+    "router_aux_loss_coef", "router_balance", "router_z_loss_coef", "mtp_loss_scale", "mtp_depths", "chunk_size",
+)  # fmt: skip
+CONTEXT = "max_position_embeddings"
+WITH_MTP = ("nemotron_h", "deepseek_v3")
 
 
 def difference(first: ModelConfig, second: ModelConfig, *, free: Iterable[str] = ()) -> str | None:
@@ -36,15 +41,12 @@ def read_config(values: dict[str, Any], *, mtp: bool = True) -> tuple[str, Model
     mtp: whether its files hold a multi-token-prediction block: transformers loses the block and keeps the field.
     """
     fields = Fields(values)
-    family = fields.get("model_type")
-    if family not in FORMS:
-        fields.refuse("model_type", family, "one of " + ", ".join(FORMS))
+    family = fields.family
     fields.expect("quantization_config")
     form = FORMS[family]
-    found = {ours: fields.get(theirs, default) for ours, (theirs, default) in form.names.items()}
+    found = {ours: fields.get(theirs) for ours, theirs in form.names.items()}
     found |= form.fixed
     found |= form.read(fields)
-    found["tie_word_embeddings"] = fields.get("tie_word_embeddings", form.tied)
     if not mtp:
         found["pattern"] = found["pattern"].split("/")[0]
         found.pop("mtp_depths", None)
@@ -55,36 +57,49 @@ def read_config(values: dict[str, Any], *, mtp: bool = True) -> tuple[str, Model
 
 def mtp_blocks(values: dict[str, Any]) -> int:
     """How many multi-token-prediction blocks a config.json says its files hold, if they hold any."""
-    return max(1, mtp_depths(Fields(values), 0))
+    fields = Fields(values)
+    return max(1, fields.get("num_nextn_predict_layers")) if fields.family in WITH_MTP else 1
 
 
-def write_config(family: str, config: ModelConfig, kept: dict[str, Any] | None = None) -> dict[str, Any]:
+def write_config(
+    family: str, config: ModelConfig, kept: dict[str, Any] | None = None, *, context: int | None = None
+) -> dict[str, Any]:
     """The config.json of a model: `kept`, the one it came with, with what it says of the model brought up to date.
 
-    Raises ConfigError, naming the field, if the family cannot hold such a model.
+    context: how many tokens the rows had that it was trained on, which the config states unless `kept` states more;
+    None: unknown. Raises ConfigError, naming the field, if the family cannot hold such a model.
     """
     if kept is not None and kept.get("model_type") == family:
-        if difference(config, read_config(kept, mtp=bool(config.layers.mtp))[1], free=FREE) is None:
-            return kept
+        same = kept | _context(family, kept, context)
+        if difference(config, read_config(same, mtp=bool(config.layers.mtp))[1], free=FREE) is None:
+            return same
     form = FORMS[family]
-    fresh = {theirs: getattr(config, ours) for ours, (theirs, _) in form.names.items()}
-    fresh = {k: v for k, v in fresh.items() if v is not None}
+    fresh = {theirs: getattr(config, ours) for ours, theirs in form.names.items()}
+    fresh = {k: v for k, v in fresh.items() if v is not None or k in NULLS.get(family, {})}
     fresh |= form.write(config)
     fresh |= {
         "architectures": [form.architecture],
         "model_type": family,
-        "tie_word_embeddings": config.tie_word_embeddings,
-    }
+    } | _context(family, kept or {}, context)
     field = difference(config, read_config(fresh)[1], free=FREE)
     if field is not None:
         raise ConfigError(
             f"ModelConfig.{field} is {getattr(config, field)!r}; expected what Hugging Face's {family} can have"
         )
-    reader = Fields(kept or {})
-    if kept:
-        form.read(reader)
-    stale = reader.read | {theirs for theirs, _ in form.names.values()}
+    reader = Fields({**(kept or {}), "model_type": family})
+    for theirs in form.names.values():
+        reader.get(theirs)
+    form.read(reader)
+    stale = reader.read
     return {k: v for k, v in (kept or {}).items() if k not in stale} | fresh
+
+
+def _context(family: str, kept: dict[str, Any], context: int | None) -> dict[str, int]:
+    """The field for the context length, where it is to change. GPT-2's is the number of its position vectors."""
+    stated = kept.get(CONTEXT)
+    if context is None or family == "gpt2" or (isinstance(stated, int) and stated >= context):
+        return {}
+    return {CONTEXT: context}
 
 
 def family_of(config: ModelConfig) -> str:

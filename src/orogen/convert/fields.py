@@ -6,6 +6,7 @@ from typing import Any
 from orogen.config.checks import ABSENT, ConfigError, shown
 from orogen.config.json_file import Record, check_form
 from orogen.config.model import ModelConfig
+from orogen.convert.defaults import ALIASES, DEFAULTS, NULLS
 from orogen.convert.kinds import kind_of
 
 ACTIVATIONS = {
@@ -19,7 +20,6 @@ ACTIVATIONS = {
 }
 ACTIVATION_NAMES = {"relu2": "relu2", "relu": "relu", "silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_new"}
 UNBOUNDED = 1e300  # some files hold the largest float in the place of infinity
-REQUIRED = object()
 
 
 class Fields:
@@ -27,19 +27,31 @@ class Fields:
 
     def __init__(self, values: dict[str, Any]):
         self.values = values
-        self.read: set[str] = set()
+        self.read: set[str] = {"model_type"}
+        self.family = values.get("model_type")
+        if not isinstance(self.family, str) or self.family not in DEFAULTS:
+            self.refuse("model_type", self.family, "one of " + ", ".join(DEFAULTS))
+        self._defaults, self._nulls = DEFAULTS[self.family], NULLS.get(self.family, {})
+        self._aliases = ALIASES.get(self.family, {})
 
-    def get(self, name: str, default: Any = REQUIRED, *, old: tuple[str, ...] = ()) -> Any:
-        """The field, or one of its `old` names; `default` where it is missing or null."""
-        self.read |= {name, *old}
-        found = {key: self.values[key] for key in (name, *old) if self.values.get(key) is not None}
-        first = next(iter(found), None)
-        if first is None:
-            if default is REQUIRED:
-                raise ConfigError(f"config.json: {name} is missing; expected a value")
-            return default
+    def get(self, name: str) -> Any:
+        """The field under this name or another of its names; where the file leaves it out, the family's default.
+
+        A null is what the family's class makes of it, and refused where that is an error.
+        """
+        names = (name, *self._aliases.get(name, ()))
+        self.read |= {*names}
+        found = {key: self.values[key] for key in names if self.values.get(key) is not None}
+        if not found:
+            default = self._defaults[name]
+            if not any(key in self.values for key in names):
+                return default
+            if name not in self._nulls and default is not None:
+                self.refuse(name, None, "a value")
+            return self._nulls.get(name)
+        first = next(iter(found))
         for key, value in found.items():
-            _check_kind(key, value, default)
+            _check_kind(name, key, value, self._defaults[name])
             if value != found[first]:
                 self.refuse(key, value, f"{shown(found[first])}, as {first} is")
         return found[first]
@@ -55,16 +67,16 @@ class Fields:
         """Raises ConfigError about the field."""
         raise ConfigError(f"config.json: {name} is {shown(value)}; expected {expected}")
 
-    def activation(self, name: str, default: str) -> str:
+    def activation(self, name: str) -> str:
         """An activation under our name."""
-        value = self.get(name, default)
+        value = self.get(name)
         if value not in ACTIVATIONS:
             self.refuse(name, value, " or ".join(map(repr, ACTIVATIONS)))
         return ACTIVATIONS[value]
 
-    def limits(self, name: str, *, old: tuple[str, ...] = ()) -> dict[str, float]:
+    def limits(self, name: str) -> dict[str, float]:
         """A range of time steps as time_step_min and time_step_max, None where it bounds nothing."""
-        value = self.get(name, (0.0, math.inf), old=old)
+        value = self.get(name)
         numbers = [number(v) for v in value] if isinstance(value, list | tuple) else []
         if len(numbers) != 2 or any(v is None for v in numbers):
             self.refuse(name, value, "two numbers, the second may be infinite")
@@ -72,10 +84,11 @@ class Fields:
         return {"time_step_min": low if low > 0 else ABSENT, "time_step_max": high if high < UNBOUNDED else ABSENT}
 
 
-def _check_kind(name: str, value: Any, default: Any) -> None:
+def _check_kind(name: str, key: str, value: Any, default: Any) -> None:
+    """Raises ConfigError unless `value`, under one of the field's names, is of the field's kind."""
     if (kind := kind_of(name, default)) is not None:
         try:
-            check_form({name: value}, Record({name: kind}), where="config.json")
+            check_form({key: value}, Record({key: kind}), where="config.json")
         except ConfigError as error:
             raise ConfigError(f"{error}: expected fields of the types that transformers writes") from None
 
@@ -88,33 +101,51 @@ def number(value: Any) -> float:
     return value if numeric and not math.isnan(value) else ABSENT
 
 
-def rotary(fields: Fields, *, theta: float, partial: float = 1.0) -> dict[str, Any]:
-    """ModelConfig's fields of rotary positions: of rope_parameters, or of the older rope_theta and rope_scaling."""
-    older: dict[str, Any] = {}
-    for name in ("rope_theta", "partial_rotary_factor", "rope_scaling"):
-        older[name] = fields.get(name, None)
-    stated = dict(fields.get("rope_parameters", None) or older["rope_scaling"] or {})
+def rotary(fields: Fields, *, partly: bool = False) -> dict[str, Any]:
+    """ModelConfig's fields of rotary positions: of rope_parameters, or of the older rope_theta and rope_scaling.
+
+    partly: whether the family's class leaves a part of each head as it is; the others ignore partial_rotary_factor,
+    but for YaRN's frequencies, which then are too few for its heads.
+    """
+    share, stated = fields.get("partial_rotary_factor"), _stated(fields)
     kind = stated.pop("rope_type", stated.pop("type", "default"))
     stated.pop("type", None)
-    base = stated.pop("rope_theta", older["rope_theta"]) or theta
-    share = stated.pop("partial_rotary_factor", older["partial_rotary_factor"]) or partial
-    found: dict[str, Any] = {"rope_theta": float(base), "partial_rotary_factor": float(share)}
+    older = fields.get("rope_theta")
+    base, share = stated.pop("rope_theta", older), stated.pop("partial_rotary_factor", None) or share or 1.0
+    if base is None:
+        fields.refuse("rope_theta", None, "a number")
     if kind not in ("default", "yarn"):
         fields.refuse("rope_type", kind, "'default' or 'yarn'")
-    if kind == "yarn":
-        found["yarn_factor"] = float(stated.pop("factor", 1.0))
-        longest = fields.get("max_position_embeddings", None)
-        found["yarn_original_positions"] = stated.pop("original_max_position_embeddings", None) or longest
-        names = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
-        given = {name: stated.pop(name) for name in names if stated.get(name) is not None}
-        found |= {f"yarn_{name}": v if name == "truncate" else float(v) for name, v in given.items()}
+    if kind == "yarn" and share != 1 and not partly:
+        fields.refuse("partial_rotary_factor", share, f"1.0: {fields.family} cannot have it with YaRN")
+    found: dict[str, Any] = {"rope_theta": float(base), "partial_rotary_factor": float(share) if partly else 1.0}
+    return found | (_yarn(fields, stated) if kind == "yarn" else {})
+
+
+def _stated(fields: Fields) -> dict[str, Any]:
+    """rope_scaling, which transformers takes before rope_parameters, if the file has both."""
+    stated = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
+    fields.get("rope_parameters")
+    return dict(stated)
+
+
+def _yarn(fields: Fields, stated: dict[str, Any]) -> dict[str, Any]:
+    longest, before = fields.get("max_position_embeddings"), stated.pop("original_max_position_embeddings", None)
+    before = fields.get("original_max_position_embeddings") or before or longest
+    if "factor" not in stated:
+        fields.refuse("rope_parameters.factor", None, "a number: rope_type is 'yarn'")
+    factor = stated.pop("factor") or longest / before
+    found: dict[str, Any] = {"yarn_factor": float(factor), "yarn_original_positions": before}
+    names = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
+    given = {name: stated.pop(name) for name in names if stated.get(name) is not None}
+    found |= {f"yarn_{name}": v if name == "truncate" else float(v) for name, v in given.items()}
     left = {name: value for name, value in stated.items() if value is not None}
-    if kind == "yarn" and left:
+    if left:
         fields.refuse(f"rope_parameters.{next(iter(left))}", left[next(iter(left))], "none: it is not implemented")
     return found
 
 
-def rotary_fields(config: ModelConfig, *, partial: float = 1.0) -> dict[str, Any]:
+def rotary_fields(config: ModelConfig, *, partly: bool = False) -> dict[str, Any]:
     """The inverse: rope_parameters, as transformers 5 writes it."""
     found: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.yarn_factor is not None:
@@ -128,6 +159,6 @@ def rotary_fields(config: ModelConfig, *, partial: float = 1.0) -> dict[str, Any
         }
         scales = {"mscale": config.yarn_mscale, "mscale_all_dim": config.yarn_mscale_all_dim}
         found |= {name: value for name, value in scales.items() if value is not None}
-    if config.partial_rotary_factor != 1.0 or partial != 1.0:
+    if partly:
         found["partial_rotary_factor"] = config.partial_rotary_factor
     return {"rope_parameters": found}

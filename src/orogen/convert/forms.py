@@ -4,27 +4,25 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from orogen.config.checks import ABSENT
 from orogen.config.model import ModelConfig
-from orogen.convert.fields import ACTIVATION_NAMES, REQUIRED, Fields, rotary, rotary_fields
+from orogen.convert.fields import ACTIVATION_NAMES, Fields, rotary, rotary_fields
 
 
 class Form(NamedTuple):
     """How a family writes a model down.
 
-    names: our field, theirs, and its default; fixed: ours that the family implies; read and write: the rest.
+    names: our field and theirs; fixed: ours that the family implies; read and write: the rest.
     """
 
     architecture: str
-    names: dict[str, tuple[str, Any]]
+    names: dict[str, str]
     fixed: dict[str, Any]
     read: Callable[[Fields], dict[str, Any]]
     write: Callable[[ModelConfig], dict[str, Any]]
-    tied: bool = False
 
 
-def _same(*names: str, **defaults: Any) -> dict[str, tuple[str, Any]]:
-    return {name: (name, REQUIRED) for name in names} | {name: (name, value) for name, value in defaults.items()}
+def _same(*names: str) -> dict[str, str]:
+    return {name: name for name in names}
 
 
 def _heads(fields: Fields) -> dict[str, Any]:
@@ -32,8 +30,8 @@ def _heads(fields: Fields) -> dict[str, Any]:
     heads = fields.get("num_attention_heads")
     return {
         "num_attention_heads": heads,
-        "num_key_value_heads": fields.get("num_key_value_heads", heads),
-        "head_dim": fields.get("head_dim", fields.get("hidden_size") // heads),
+        "num_key_value_heads": fields.get("num_key_value_heads") or heads,
+        "head_dim": fields.get("head_dim") or fields.get("hidden_size") // heads,
     }
 
 
@@ -44,18 +42,14 @@ def _attributes(config: ModelConfig, *names: str) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
 
 
-def mtp_depths(fields: Fields, default: int) -> int:
-    """How many multi-token-prediction blocks the file states."""
-    return fields.get("num_nextn_predict_layers", default, old=("num_mtp_layers",))
-
-
 # nemotron_h
 
+LEAST_STEP = 1e-12  # no step that matters is smaller, and its logarithm is finite
 LAYER_TYPES = {"mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*", "moe": "E", "mlp": "-"}
 
 
 def _pattern(fields: Fields, text_name: str, list_name: str) -> str | None:
-    text, types = fields.get(text_name, None), fields.get(list_name, None)
+    text, types = fields.get(text_name), fields.get(list_name)
     if types is None:
         return text
     unknown = [kind for kind in types if kind not in LAYER_TYPES]
@@ -68,31 +62,22 @@ def _pattern(fields: Fields, text_name: str, list_name: str) -> str | None:
 
 
 def _read_nemotron_h(f: Fields) -> dict[str, Any]:
-    pattern = _pattern(f, "hybrid_override_pattern", "layers_block_type")
-    if pattern is None or set(pattern) - set("M*-E"):
+    pattern = _pattern(f, "hybrid_override_pattern", "layers_block_type") or "ME*-"
+    if set(pattern) - set("M*-E"):
         f.refuse("hybrid_override_pattern", pattern, "letters M, *, - and E, or layers_block_type")
-        return {}
     f.expect("num_hidden_layers", len(pattern))
     f.expect("mamba_hidden_act", "silu")
     f.expect("n_shared_experts", 1)
-    if "E" in pattern:
-        f.expect("mlp_bias", False)
-    depths = mtp_depths(f, 0)
+    depths = f.get("num_nextn_predict_layers")
     block = _pattern(f, "mtp_hybrid_override_pattern", "mtp_layers_block_type") or "*E"
     found = {"pattern": f"{pattern}/{block}" if depths else pattern, "mtp_depths": depths}
-    found["layer_norm_epsilon"] = f.get("layer_norm_epsilon", 1e-5, old=("norm_eps", "rms_norm_eps"))
-    if "*" in found["pattern"]:
-        found |= _heads(f) | {"head_dim": f.get("head_dim", 128, old=("attention_head_dim",))}
-    found["attention_bias"] = "all" if f.get("attention_bias", False) else "none"
-    found["mlp_hidden_act"] = f.activation("mlp_hidden_act", "relu2")
-    for ours, default, old in (
-        ("n_groups", 8, "mamba_n_groups"),
-        ("conv_kernel", 4, "mamba_d_conv"),
-        ("chunk_size", 128, "mamba_chunk_size"),
-        ("use_conv_bias", True, "mamba_conv_bias"),
-    ):
-        found[ours] = f.get(ours, default, old=(old,))
-    return found | f.limits("time_step_limit", old=("mamba_dt_limit",))
+    found |= _heads(f) | f.limits("time_step_limit")
+    # Its class builds attention without biases, whatever attention_bias says.
+    f.read.add("attention_bias")
+    found["mlp_hidden_act"] = f.activation("mlp_hidden_act")
+    if f.get("mlp_bias"):
+        found["moe_bias"] = "shared"
+    return found
 
 
 def _write_nemotron_h(c: ModelConfig) -> dict[str, Any]:
@@ -100,14 +85,16 @@ def _write_nemotron_h(c: ModelConfig) -> dict[str, Any]:
         "hybrid_override_pattern": c.layers.main,
         "num_hidden_layers": len(c.layers.main),
         "num_nextn_predict_layers": 1 if c.layers.mtp else 0,
-        "attention_bias": c.attention_bias == "all",
+        "attention_bias": False,
         "time_step_limit": _limits(c),
+        # transformers 5.23.0 clips the steps at time_step_min in place of the limits' first; elsewhere it only draws.
+        "time_step_min": c.time_step_min or LEAST_STEP,
         "n_shared_experts": 1,
+        "mlp_hidden_act": ACTIVATION_NAMES[c.mlp_hidden_act],
     }
     if c.layers.mtp:
         found["mtp_hybrid_override_pattern"] = c.layers.mtp
-    names = ("layer_norm_epsilon", "mlp_hidden_act", "n_groups", "conv_kernel", "chunk_size", "use_conv_bias")
-    return found | _attributes(c, *HEADS, *names)
+    return found | _attributes(c, *HEADS)
 
 
 def _limits(c: ModelConfig) -> list[Any]:
@@ -121,8 +108,8 @@ def _limits(c: ModelConfig) -> list[Any]:
 def _read_mamba2(f: Fields) -> dict[str, Any]:
     f.expect("hidden_act", "silu", "swish")
     inner = f.get("num_heads") * f.get("head_dim")
-    if f.get("expand", 2) * f.get("hidden_size") != inner:
-        f.refuse("expand", f.get("expand", 2), f"num_heads * head_dim / hidden_size, with {inner} above the line")
+    if f.get("expand") * f.get("hidden_size") != inner:
+        f.refuse("expand", f.get("expand"), f"num_heads * head_dim / hidden_size, with {inner} above the line")
     return {"pattern": "M" * f.get("num_hidden_layers")} | f.limits("time_step_limit")
 
 
@@ -133,8 +120,8 @@ def _write_mamba2(c: ModelConfig) -> dict[str, Any]:
 
 def _read_mamba(f: Fields) -> dict[str, Any]:
     f.expect("hidden_act", "silu", "swish")
-    size, rank = f.get("hidden_size"), f.get("time_step_rank", "auto")
-    inner = int(f.get("expand", 2) * size)
+    size, rank = f.get("hidden_size"), f.get("time_step_rank")
+    inner = int(f.get("expand") * size)
     f.expect("intermediate_size", inner)
     return {
         "pattern": "m" * f.get("num_hidden_layers"),
@@ -166,7 +153,7 @@ def _sliding(letters: str) -> list[str]:
 
 def _kinds(f: Fields, letters: str) -> str:
     """The letters of layer_types, or `letters` where the file has none."""
-    types = f.get("layer_types", _sliding(letters))
+    types = f.get("layer_types") or _sliding(letters)
     unknown = [kind for kind in types if kind not in ("sliding_attention", "full_attention")]
     if unknown or len(types) != len(letters):
         expected = f"{len(letters)} of 'sliding_attention' and 'full_attention'"
@@ -178,15 +165,15 @@ def _read_deepseek(f: Fields) -> dict[str, Any]:
     f.expect("topk_method", "noaux_tc")
     f.expect("scoring_func", "sigmoid")
     f.expect("moe_layer_freq", 1)
-    layers, dense = f.get("num_hidden_layers"), f.get("first_k_dense_replace", 3)
-    depths, shared = mtp_depths(f, 1), f.get("n_shared_experts", 0)
+    layers, dense = f.get("num_hidden_layers"), f.get("first_k_dense_replace")
+    depths, shared = f.get("num_nextn_predict_layers"), f.get("n_shared_experts")
     pattern = "".join("+-" if i < dense else "+E" for i in range(layers))
     found = {"pattern": f"{pattern}/+E" if depths else pattern, "mtp_depths": depths}
-    found["attention_bias"] = "all" if f.get("attention_bias", False) else "none"
-    found["mlp_hidden_act"] = f.activation("hidden_act", "silu")
+    found["attention_bias"] = "all" if f.get("attention_bias") else "none"
+    found["mlp_hidden_act"] = f.activation("hidden_act")
     if shared:
         found["moe_shared_expert_intermediate_size"] = shared * f.get("moe_intermediate_size")
-    return found | rotary(f, theta=1e4)
+    return found | rotary(f)
 
 
 def _write_deepseek(c: ModelConfig) -> dict[str, Any]:
@@ -203,9 +190,9 @@ def _write_deepseek(c: ModelConfig) -> dict[str, Any]:
 
 
 def _read_mixtral(f: Fields) -> dict[str, Any]:
-    letter = "*" if f.get("sliding_window", None) is None else "w"
-    found = {"pattern": f"{letter}E" * f.get("num_hidden_layers"), "sliding_window": f.get("sliding_window", None)}
-    return found | _heads(f) | {"mlp_hidden_act": f.activation("hidden_act", "silu")} | rotary(f, theta=1e6)
+    letter = "*" if f.get("sliding_window") is None else "w"
+    found = {"pattern": f"{letter}E" * f.get("num_hidden_layers"), "sliding_window": f.get("sliding_window")}
+    return found | _heads(f) | {"mlp_hidden_act": f.activation("hidden_act")} | rotary(f)
 
 
 def _write_mixtral(c: ModelConfig) -> dict[str, Any]:
@@ -215,21 +202,18 @@ def _write_mixtral(c: ModelConfig) -> dict[str, Any]:
 
 def _qwen_pattern(f: Fields, attention: str) -> str:
     """Experts in every decoder_sparse_step-th layer, but not in those of mlp_only_layers."""
-    step, dense = f.get("decoder_sparse_step", 1), f.get("mlp_only_layers", [])
+    step, dense = f.get("decoder_sparse_step"), f.get("mlp_only_layers") or []
     mlp = ("-" if i in dense or (i + 1) % step else "E" for i in range(len(attention)))
     return _alternating(attention, mlp)
 
 
 def _read_qwen2(f: Fields) -> dict[str, Any]:
-    layers, window, most = (
-        f.get("num_hidden_layers"),
-        f.get("use_sliding_window", False),
-        f.get("max_window_layers", 28),
-    )
-    letters = "".join("w" if window and i % 2 == 0 and i < most else "*" for i in range(layers))
-    found = {"pattern": _qwen_pattern(f, _kinds(f, letters)), "sliding_window": f.get("sliding_window", 0) or ABSENT}
-    found["attention_bias"] = "qkv" if f.get("qkv_bias", True) else "none"
-    return found | _heads(f) | {"mlp_hidden_act": f.activation("hidden_act", "silu")} | rotary(f, theta=1e4)
+    layers, most = f.get("num_hidden_layers"), f.get("max_window_layers")
+    window = f.get("sliding_window") if f.get("use_sliding_window") else None
+    letters = "".join("w" if f.get("use_sliding_window") and i % 2 == 0 and i < most else "*" for i in range(layers))
+    found = {"pattern": _qwen_pattern(f, _kinds(f, letters)), "sliding_window": window}
+    found["attention_bias"] = "qkv" if f.get("qkv_bias") else "none"
+    return found | _heads(f) | {"mlp_hidden_act": f.activation("hidden_act")} | rotary(f)
 
 
 def _write_qwen2(c: ModelConfig) -> dict[str, Any]:
@@ -240,17 +224,16 @@ def _write_qwen2(c: ModelConfig) -> dict[str, Any]:
 
 
 def _read_qwen3(f: Fields) -> dict[str, Any]:
-    window = f.get("sliding_window", None) if f.get("use_sliding_window", False) else None
+    window = f.get("sliding_window") if f.get("use_sliding_window") else None
     attention = ("*" if window is None else "w") * f.get("num_hidden_layers")
     found = {"pattern": _qwen_pattern(f, attention), "sliding_window": window}
-    found["attention_bias"] = "all" if f.get("attention_bias", False) else "none"
-    found["n_routed_experts"] = f.get("num_experts", old=("num_local_experts",))
-    return found | _heads(f) | {"mlp_hidden_act": f.activation("hidden_act", "silu")} | rotary(f, theta=1e4)
+    found["attention_bias"] = "all" if f.get("attention_bias") else "none"
+    return found | _heads(f) | {"mlp_hidden_act": f.activation("hidden_act")} | rotary(f)
 
 
 def _write_qwen3(c: ModelConfig) -> dict[str, Any]:
     found = {"attention_bias": c.attention_bias == "all", "use_sliding_window": "w" in c.layers.main}
-    return _write_qwen(c) | found | {"num_experts": c.n_routed_experts}
+    return _write_qwen(c) | found
 
 
 def _write_qwen(c: ModelConfig) -> dict[str, Any]:
@@ -269,9 +252,9 @@ def _read_gpt_oss(f: Fields) -> dict[str, Any]:
     f.expect("hidden_act", "silu", "swish")
     layers = f.get("num_hidden_layers")
     attention = _kinds(f, "".join("w*"[i % 2] for i in range(layers)))
-    found = {"pattern": _alternating(attention, "E" * layers), "sliding_window": f.get("sliding_window", 128)}
-    found["attention_bias"] = "all" if f.get("attention_bias", True) else "none"
-    return found | _heads(f) | rotary(f, theta=150000.0)
+    found = {"pattern": _alternating(attention, "E" * layers), "sliding_window": f.get("sliding_window")}
+    found["attention_bias"] = "all" if f.get("attention_bias") else "none"
+    return found | _heads(f) | rotary(f)
 
 
 def _write_gpt_oss(c: ModelConfig) -> dict[str, Any]:
@@ -283,15 +266,15 @@ def _write_gpt_oss(c: ModelConfig) -> dict[str, Any]:
 
 def _read_nemotron(f: Fields) -> dict[str, Any]:
     found: dict[str, Any] = {"pattern": "*-" * f.get("num_hidden_layers")}
-    found["attention_bias"] = "all" if f.get("attention_bias", False) else "none"
-    found["mlp_hidden_act"] = f.activation("hidden_act", "relu2")
-    return found | _heads(f) | rotary(f, theta=1e4, partial=0.5)
+    found["attention_bias"] = "all" if f.get("attention_bias") else "none"
+    found["mlp_hidden_act"] = f.activation("hidden_act")
+    return found | _heads(f) | rotary(f, partly=True)
 
 
 def _write_nemotron(c: ModelConfig) -> dict[str, Any]:
     found = {"num_hidden_layers": len(c.layers.main) // 2, "attention_bias": c.attention_bias == "all"}
     found["hidden_act"] = ACTIVATION_NAMES[c.mlp_hidden_act]
-    return found | _attributes(c, *HEADS) | rotary_fields(c, partial=0.5)
+    return found | _attributes(c, *HEADS) | rotary_fields(c, partly=True)
 
 
 def _read_gpt2(f: Fields) -> dict[str, Any]:
@@ -304,8 +287,8 @@ def _read_gpt2(f: Fields) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
         "head_dim": size // heads,
-        "intermediate_size": f.get("n_inner", 4 * size),
-        "mlp_hidden_act": f.activation("activation_function", "gelu_new"),
+        "intermediate_size": f.get("n_inner") or 4 * size,
+        "mlp_hidden_act": f.activation("activation_function"),
     }
 
 
@@ -318,31 +301,21 @@ def _write_gpt2(c: ModelConfig) -> dict[str, Any]:
     }
 
 
-SIZES = _same("vocab_size", "hidden_size")
-RMS = {"layer_norm_epsilon": ("rms_norm_eps", 1e-6)}
+SIZES = _same("vocab_size", "hidden_size", "tie_word_embeddings")
+RMS = {"layer_norm_epsilon": "rms_norm_eps"}
 GATED = {"norm": "rms_cast_first", "mlp_gated": True, "router_correction_bias": False}
-BALANCE = _same(router_aux_loss_coef=0.001)
+BALANCE = _same("router_aux_loss_coef")
 FORMS: dict[str, Form] = {
     "nemotron_h": Form(
         "NemotronHForCausalLM",
         SIZES
         | _same(
-            intermediate_size=None,
-            mlp_bias=False,
-            mamba_num_heads=None,
-            mamba_head_dim=None,
-            ssm_state_size=None,
-            n_routed_experts=None,
-            num_experts_per_tok=None,
-            moe_intermediate_size=None,
-            moe_shared_expert_intermediate_size=None,
-            moe_latent_size=None,
-            norm_topk_prob=True,
-            routed_scaling_factor=1.0,
-            n_group=1,
-            topk_group=1,
+            "layer_norm_epsilon", "intermediate_size", "mlp_bias", "mamba_num_heads", "mamba_head_dim", "n_groups",
+            "conv_kernel", "chunk_size", "use_conv_bias", "ssm_state_size", "n_routed_experts", "num_experts_per_tok",
+            "moe_intermediate_size", "moe_shared_expert_intermediate_size", "moe_latent_size", "norm_topk_prob",
+            "routed_scaling_factor", "n_group", "topk_group",
         )
-        | {"mamba_proj_bias": ("use_bias", False)},
+        | {"mamba_proj_bias": "use_bias"},
         {},
         _read_nemotron_h,
         _write_nemotron_h,
@@ -350,12 +323,12 @@ FORMS: dict[str, Form] = {
     "mamba2": Form(
         "Mamba2ForCausalLM",
         SIZES
-        | _same(layer_norm_epsilon=1e-5, conv_kernel=4, n_groups=8, chunk_size=256, use_conv_bias=True)
+        | _same("layer_norm_epsilon", "conv_kernel", "n_groups", "chunk_size", "use_conv_bias")
         | {
-            "mamba_num_heads": ("num_heads", REQUIRED),
-            "mamba_head_dim": ("head_dim", REQUIRED),
-            "ssm_state_size": ("state_size", 128),
-            "mamba_proj_bias": ("use_bias", False),
+            "mamba_num_heads": "num_heads",
+            "mamba_head_dim": "head_dim",
+            "ssm_state_size": "state_size",
+            "mamba_proj_bias": "use_bias",
         },
         {"norm": "rms_cast_first"},
         _read_mamba2,
@@ -364,22 +337,20 @@ FORMS: dict[str, Form] = {
     "mamba": Form(
         "MambaForCausalLM",
         SIZES
-        | _same(layer_norm_epsilon=1e-5, conv_kernel=4, use_conv_bias=True)
-        | {"ssm_state_size": ("state_size", 16), "mamba_proj_bias": ("use_bias", False)},
+        | _same("layer_norm_epsilon", "conv_kernel", "use_conv_bias")
+        | {"ssm_state_size": "state_size", "mamba_proj_bias": "use_bias"},
         {"norm": "rms_cast_first"},
         _read_mamba,
         _write_mamba,
-        tied=True,
     ),
     "deepseek_v3": Form(
         "DeepseekV3ForCausalLM",
         SIZES
         | RMS
         | _same(
-            "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
-            q_lora_rank=None, intermediate_size=None, moe_intermediate_size=None, n_routed_experts=None,
-            num_experts_per_tok=None, norm_topk_prob=True, routed_scaling_factor=2.5, n_group=1, topk_group=1,
-            rope_interleave=True,
+            "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "q_lora_rank",
+            "intermediate_size", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok", "norm_topk_prob",
+            "routed_scaling_factor", "n_group", "topk_group", "rope_interleave",
         ),
         GATED | {"router_score": "sigmoid", "router_correction_bias": True},
         _read_deepseek,
@@ -388,13 +359,10 @@ FORMS: dict[str, Form] = {
     "mixtral": Form(
         "MixtralForCausalLM",
         SIZES
+        | RMS
         | BALANCE
-        | {
-            "layer_norm_epsilon": ("rms_norm_eps", 1e-5),
-            "n_routed_experts": ("num_local_experts", 8),
-            "num_experts_per_tok": ("num_experts_per_tok", 2),
-            "moe_intermediate_size": ("intermediate_size", REQUIRED),
-        },
+        | _same("num_experts_per_tok")
+        | {"n_routed_experts": "num_local_experts", "moe_intermediate_size": "intermediate_size"},
         GATED | {"router_score": "softmax_topk"},
         _read_mixtral,
         _write_mixtral,
@@ -404,10 +372,10 @@ FORMS: dict[str, Form] = {
         SIZES
         | RMS
         | BALANCE
-        | _same("moe_intermediate_size", "num_experts_per_tok", intermediate_size=None, norm_topk_prob=False)
+        | _same("moe_intermediate_size", "num_experts_per_tok", "intermediate_size", "norm_topk_prob")
         | {
-            "n_routed_experts": ("num_experts", REQUIRED),
-            "moe_shared_expert_intermediate_size": ("shared_expert_intermediate_size", REQUIRED),
+            "n_routed_experts": "num_experts",
+            "moe_shared_expert_intermediate_size": "shared_expert_intermediate_size",
         },
         GATED | {"router_score": "softmax", "moe_shared_expert_gate": True},
         _read_qwen2,
@@ -418,7 +386,8 @@ FORMS: dict[str, Form] = {
         SIZES
         | RMS
         | BALANCE
-        | _same("moe_intermediate_size", "num_experts_per_tok", intermediate_size=None, norm_topk_prob=False),
+        | _same("moe_intermediate_size", "num_experts_per_tok", "intermediate_size", "norm_topk_prob")
+        | {"n_routed_experts": "num_experts"},
         GATED | {"router_score": "softmax", "qk_norm": True},
         _read_qwen3,
         _write_qwen3,
@@ -426,13 +395,10 @@ FORMS: dict[str, Form] = {
     "gpt_oss": Form(
         "GptOssForCausalLM",
         SIZES
+        | RMS
         | BALANCE
-        | _same(num_experts_per_tok=4, swiglu_limit=7.0)
-        | {
-            "layer_norm_epsilon": ("rms_norm_eps", 1e-5),
-            "n_routed_experts": ("num_local_experts", REQUIRED),
-            "moe_intermediate_size": ("intermediate_size", REQUIRED),
-        },
+        | _same("num_experts_per_tok", "swiglu_limit")
+        | {"n_routed_experts": "num_local_experts", "moe_intermediate_size": "intermediate_size"},
         GATED
         | {
             "norm": "rms",
@@ -447,22 +413,17 @@ FORMS: dict[str, Form] = {
     ),
     "nemotron": Form(
         "NemotronForCausalLM",
-        SIZES | _same("intermediate_size", mlp_bias=False) | {"layer_norm_epsilon": ("norm_eps", 1e-5)},
+        SIZES | _same("intermediate_size", "mlp_bias") | {"layer_norm_epsilon": "norm_eps"},
         {"norm": "layer_1p"},
         _read_nemotron,
         _write_nemotron,
     ),
     "gpt2": Form(
         "GPT2LMHeadModel",
-        {
-            "vocab_size": ("vocab_size", REQUIRED),
-            "hidden_size": ("n_embd", REQUIRED),
-            "learned_positions": ("n_positions", REQUIRED),
-            "layer_norm_epsilon": ("layer_norm_epsilon", 1e-5),
-        },
+        _same("vocab_size", "layer_norm_epsilon", "tie_word_embeddings")
+        | {"hidden_size": "n_embd", "learned_positions": "n_positions"},
         {"norm": "layer", "attention_bias": "all", "mlp_bias": True},
         _read_gpt2,
         _write_gpt2,
-        tied=True,
     ),
 }  # fmt: skip

@@ -4,6 +4,7 @@ An Orogen checkpoint folder holds config.gin, the parameters in safetensors file
 huggingface.json: what the Hugging Face folder said that a ModelConfig does not.
 """
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -20,7 +21,7 @@ from orogen.config.load import load_saved, model_text
 from orogen.config.model import ModelConfig
 from orogen.convert import names
 from orogen.convert.config import family_of, mtp_blocks, read_config, write_config
-from orogen.convert.tensor_files import DTYPES, Spec, TensorReader, TensorWriter, new_folder
+from orogen.convert.tensor_files import DTYPES, Spec, TensorReader, TensorWriter, check_fits, new_folder
 from orogen.data.tokenizer import Tokenizer
 from orogen.train.metrics import write_atomically
 
@@ -47,7 +48,7 @@ class HuggingFaceFolder:
         if not (folder / "config.json").is_file():
             raise ConfigError(f"{str(folder)!r} has no config.json; expected a Hugging Face folder")
         self.values = read_json(folder / "config.json")
-        self.reader = TensorReader(folder)
+        self.reader = TensorReader(folder, ignored=names.ignored(self.values.get("model_type")))
         try:
             self._match(folder)
         except BaseException:
@@ -60,6 +61,7 @@ class HuggingFaceFolder:
         self.stored = {found: name for name in self.reader.specs if (found := canonical(name)) is not None}
         if config.layers.mtp and not any(map(names.mtp_name(self.family, config), self.stored)):
             self.family, config = read_config(self.values, mtp=False)
+        config = self._untied(config)
         self.config = config
         self.table = names.table(self.family, config, mtp_blocks=mtp_blocks(self.values))
         have = {name: self.reader.specs[stored].shape for name, stored in self.stored.items()}
@@ -70,6 +72,16 @@ class HuggingFaceFolder:
             original = self.table[name].copy_of or ""
             if not self.reader.equal(self.stored[name], self.stored[original]):
                 raise ConfigError(f"{folder}: {name} is not equal to {original}; expected a copy of it")
+
+    def _untied(self, config: ModelConfig) -> ModelConfig:
+        """The model with a head of its own where the family's class has one in spite of tie_word_embeddings."""
+        family, (head, embedding) = names.FAMILIES[self.family], names.head_and_embedding(self.family)
+        both = head in self.stored and embedding in self.stored
+        if family.ties or not config.tie_word_embeddings or not both:
+            return config
+        if self.reader.equal(self.stored[head], self.stored[embedding]):
+            return config
+        return dataclasses.replace(config, tie_word_embeddings=False)
 
     def __enter__(self) -> "HuggingFaceFolder":
         return self
@@ -166,21 +178,25 @@ def to_hf(
     target: Path,
     *,
     dtype: str | None = None,
+    context: int | None = None,
 ) -> None:
     """Makes the Hugging Face folder `target` of parameters; the inverse of `from_hf` if `dtype` is None.
 
     specs, read: the parameters, by path and index in their leading axes. source: the folder that has the tokenizer and
     huggingface.json, if there is one. dtype: of every tensor but the routers' correction biases, which stay float32;
-    None: as the parameters have it. Raises ConfigError before anything is written.
+    None: as the parameters have it. context: tokens of a row in training, if that is known. Raises ConfigError, also
+    for a number that is too large for its tensor's dtype, and leaves no `target` then.
     """
     kept = read_json(source / KEPT, KEPT_FORM) if (source / KEPT).is_file() else {}
     values: dict[str, Any] = kept.get("config", {})
     family = values.get("model_type") or family_of(config)
-    written = write_config(family, config, values or None)
+    written = write_config(family, config, values or None, context=context)
     table = names.table(family, config, mtp_blocks=mtp_blocks(written))
     wanted = names.leaf_shapes(table)
     check_shapes(source, {dotted(p): s.shape for p, s in specs.items()}, {dotted(p): s for p, s in wanted.items()})
     copies = kept.get("copies", [n for n, t in table.items() if t.copy_of and t.written])
+    if not names.FAMILIES[family].ties:  # its class would draw at random a head that the files lack
+        copies = [*copies, names.HEAD]
     table = {n: t for n, t in table.items() if t.copy_of is None or n in copies}
     dtypes = _target_dtypes(table, {path: spec.dtype for path, spec in specs.items()}, dtype, kept.get("dtypes", {}))
     written = _with_dtype(written, values, dtypes.values())
@@ -191,7 +207,9 @@ def to_hf(
             for name, tensor in table.items():  # not by threads: a tensor is in memory twice here
                 array = np.empty(tensor.shape, dtypes[name])
                 for piece in table[tensor.copy_of].pieces if tensor.copy_of else tensor.pieces:
-                    piece.put(array, read(piece.path, piece.index))
+                    part = read(piece.path, piece.index)
+                    check_fits(name, part, array.dtype)
+                    piece.put(array, part)
                 writer.write(name, array)
         copy_tokenizer(source / "tokenizer", scratch)
         _copy([GENERATION], source, scratch)
@@ -208,6 +226,12 @@ def _for_each(work: Callable[[str], None], tensors: list[str]) -> None:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def context_length(run_dir: Path) -> int:
+    """How many tokens the rows of a run have. Raises ConfigError."""
+    config = load_saved(run_dir / CONFIG)
+    return config.need("train").train.sequence_length
 
 
 def model_config(folder: Path) -> ModelConfig:

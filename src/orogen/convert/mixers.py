@@ -212,7 +212,8 @@ def _experts(c: ModelConfig, module: str, names: _MLPNames) -> Rules:
 def _shared(c: ModelConfig, module: str, names: _MLPNames) -> Rules:
     if c.moe_shared_expert_intermediate_size is not None:
         hidden = c.moe_shared_expert_intermediate_size
-        yield from _mlp(module, ("mixer", "shared"), names, c.hidden_size, hidden)
+        bias = c.shared_expert_bias
+        yield from _mlp(module, ("mixer", "shared"), names, c.hidden_size, hidden, bias=bias)
     if c.moe_shared_expert_gate:
         yield _matrix(f"{module}_gate", ("mixer", "shared_gate"), 1, c.hidden_size)
 
@@ -225,6 +226,9 @@ def nemotron_h_experts(c: ModelConfig) -> Rules:
     if c.moe_latent_size is not None:
         yield _matrix("mixer.fc1_latent_proj", ("mixer", "latent_down"), c.moe_latent_size, c.hidden_size)
         yield _matrix("mixer.fc2_latent_proj", ("mixer", "latent_up"), c.hidden_size, c.moe_latent_size)
+        if c.shared_expert_bias:
+            yield vector("mixer.fc1_latent_proj.bias", ("mixer", "latent_down_bias"), c.moe_latent_size)
+            yield vector("mixer.fc2_latent_proj.bias", ("mixer", "latent_up_bias"), c.hidden_size)
 
 
 def deepseek_experts(c: ModelConfig) -> Rules:

@@ -77,6 +77,7 @@ class Tensor(NamedTuple):
 
 
 Table = dict[str, Tensor]
+HEAD = "lm_head.weight"
 
 
 # Families
@@ -86,7 +87,8 @@ class Family(NamedTuple):
     """A Hugging Face model type: its mixers by letter of the pattern, and the names around them.
 
     norms: of the residual layers that one numbered layer holds, in order. old: names in older files, as (start, new
-    start); ignored: ends of names that older files have and that hold no parameter.
+    start); ignored: ends of names that older files have and that hold no parameter. ties: whether its class in
+    transformers makes the head of the embeddings where tie_word_embeddings says so, and needs no copy.
     """
 
     mixers: Mapping[str, Callable[[ModelConfig], Rules]]
@@ -97,6 +99,7 @@ class Family(NamedTuple):
     positions: str = ""
     old: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    ties: bool = True
 
     def canonical(self, name: str) -> str | None:
         """The name in the table of a tensor called `name` in a file; None for one that is ignored."""
@@ -121,6 +124,7 @@ FAMILIES: dict[str, Family] = {
             "-": dense(UP_DOWN, "mixer"),
             "E": nemotron_h_experts,
         },
+        ties=False,
         **BACKBONE,
     ),
     "mamba2": Family({"M": mamba2}, **BACKBONE),
@@ -158,9 +162,9 @@ def table(family: str, config: ModelConfig, *, mtp_blocks: int = 1) -> Table:
     found |= {f"{names.final_norm}.{part}": _norm(config, ("norm", part)) for part in _norm_parts(config)}
     head = (config.vocab_size, config.hidden_size)
     if config.tie_word_embeddings:
-        found["lm_head.weight"] = Tensor(head, (), copy_of=f"{names.embedding}.weight", written=False)
+        found[HEAD] = Tensor(head, (), copy_of=f"{names.embedding}.weight", written=not names.ties)
     else:
-        found["lm_head.weight"] = _outer(("head", "weight"), head, transposed=True)
+        found[HEAD] = _outer(("head", "weight"), head, transposed=True)
     for block in range(mtp_blocks if config.layers.mtp else 0):
         tensors = MTP[family](config, block)
         if block:
@@ -169,6 +173,17 @@ def table(family: str, config: ModelConfig, *, mtp_blocks: int = 1) -> Table:
             tensors = {n: Tensor(t.shape, (), t.float32, copy_of=copies[n]) for n, t in tensors.items()}
         found |= tensors
     return found
+
+
+def ignored(family: object) -> Callable[[str], bool]:
+    """Whether a tensor's name is one that holds no parameter in files of this family; never, if it is none."""
+    known = FAMILIES.get(family) if isinstance(family, str) else None
+    return lambda name: known is not None and known.canonical(name) is None
+
+
+def head_and_embedding(family: str) -> tuple[str, str]:
+    """The names of the head's tensor and of the embedding's."""
+    return HEAD, f"{FAMILIES[family].embedding}.weight"
 
 
 def leaf_shapes(tensors: Table) -> dict[Path, Shape]:
@@ -240,7 +255,7 @@ def _deepseek_mtp(config: ModelConfig, block: int) -> Table:
     found = _stack(FAMILIES["deepseek_v3"], config, config.layers.mtp, ("mtp", "layers"), "model.layers", number)
     found |= _joined(config, prefix)
     found[f"{prefix}.shared_head.norm.weight"] = _outer(("mtp", "final_norm", "weight"), (config.hidden_size,))
-    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    head = "model.embed_tokens.weight" if config.tie_word_embeddings else HEAD
     found[f"{prefix}.embed_tokens.weight"] = Tensor(vocabulary, (), copy_of="model.embed_tokens.weight")
     found[f"{prefix}.shared_head.head.weight"] = Tensor(vocabulary, (), copy_of=head)
     return found

@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ INDEX_FORM = Record({"weight_map": MapOf(str)})
 ENTRY_FORM = Record({"dtype": str, "shape": ListOf(Whole()), "data_offsets": ListOf(Whole(), 2)})
 MAX_AXES = 64  # the limit of numpy
 PANEL_BYTES = 1 << 20  # of a strided array made contiguous at a time: it stays in a core's cache
+CHECKED = 1 << 17  # numbers that are looked at at a time
 
 
 class Spec(NamedTuple):
@@ -57,15 +58,16 @@ class _Place(NamedTuple):
 class TensorReader:
     """The tensors of a folder, read with pread, by several threads if need be. Use as a context manager.
 
+    ignored: whether a tensor is passed over, whatever its dtype; no Spec and no bytes of it are read.
     Raises ConfigError if the folder has no safetensors files, or one that is cut off, malformed or quantised.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *, ignored: Callable[[str], bool] = lambda name: False):
         self._places: dict[str, _Place] = {}
         self._open: dict[Path, int] = {}
         self._lock = threading.Lock()
         for file in _files(folder):
-            for name, place in _header(file).items():
+            for name, place in _header(file, ignored).items():
                 if name in self._places:
                     raise ConfigError(f"{file}: {name} is in {self._places[name].file.name} too; expected it once")
                 self._places[name] = place
@@ -186,6 +188,24 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
+def check_fits(name: str, array: np.ndarray, dtype: np.dtype) -> None:
+    """Raises ConfigError if a finite number of `array` would become infinite in `dtype`.
+
+    Infinities and NaNs that are there already stay what they are, and small numbers are rounded, if need be to zero.
+    """
+    if dtype == array.dtype or jnp.finfo(dtype).max >= jnp.finfo(array.dtype).max:
+        return
+    flat_n = array.reshape(-1)
+    for start in range(0, len(flat_n), CHECKED):
+        part_n = flat_n[start : start + CHECKED]
+        with np.errstate(over="ignore"):  # what the cast may say is said here
+            lost_n = np.isfinite(part_n) & ~np.isfinite(part_n.astype(dtype))
+        if lost_n.any():
+            value, largest = float(part_n[lost_n][0]), float(jnp.finfo(dtype).max)
+            expected = f"finite numbers of {dtype.name}, of which {largest:.6g} is the largest"
+            raise ConfigError(f"{name} holds {value:.6g}; expected {expected}")
+
+
 def _panels(array: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:
     """`array` in order, contiguous and in `dtype`, a few rows at a time unless it is so already."""
     if array.flags.c_contiguous and array.dtype == dtype:
@@ -244,7 +264,7 @@ def _check_link(folder: Path, name: str) -> None:
         raise ConfigError(f"{folder / name} is a link to {target}; expected a file of its folder or a cache's blob")
 
 
-def _header(file: Path) -> dict[str, _Place]:
+def _header(file: Path, ignored: Callable[[str], bool]) -> dict[str, _Place]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -259,6 +279,9 @@ def _header(file: Path) -> dict[str, _Place]:
     places, end = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         (start, stop), kind = entry["data_offsets"], entry["dtype"]
+        if ignored(name) and start == end <= stop:
+            end = stop
+            continue
         if kind not in DTYPES:
             raise ConfigError(f"{file}: {name} is {kind}; expected one of {', '.join(DTYPES)}, not quantised weights")
         if len(entry["shape"]) > MAX_AXES:

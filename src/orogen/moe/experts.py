@@ -21,7 +21,7 @@ class Experts(nnx.Module):
         matrix = lambda *shape, axes, std: normal(rngs, (experts, *shape), axes, std=std)  # noqa: E731
         # Vectors, one an expert: they stay whole and in float32 as other vectors do.
         vector = lambda size, axis: parameter(jnp.zeros((experts, size)), ("expert", axis), float32=True)  # noqa: E731
-        bias, gated = config.mlp_bias, config.mlp_gated
+        bias, gated = config.routed_expert_bias, config.mlp_gated
         self.activation, self.limit = config.mlp_hidden_act, config.swiglu_limit
         self.up = matrix(width, hidden, axes=inward, std=config.init_std)
         self.down = matrix(hidden, width, axes=outward, std=config.output_init_std)

@@ -15,9 +15,9 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from orogen.config.model import ModelConfig
-from orogen.layers.linear import linear, multiply
+from orogen.layers.linear import add_bias, linear, multiply
 from orogen.layers.mlp import MLP
-from orogen.layers.parameter import normal
+from orogen.layers.parameter import normal, parameter
 from orogen.moe.dispatch import DISPATCHES, drop_margin, expert_capacity, within_capacity
 from orogen.moe.experts import Experts
 from orogen.moe.router import Router, RouterLosses, Routing, expert_counts, router_losses
@@ -68,7 +68,10 @@ class MoE(nnx.Module):
         latent, hidden = config.moe_latent_size, config.moe_shared_expert_intermediate_size
         self.latent_down = normal(rngs, (size, latent), ("embed", None), std=std) if latent else None
         self.latent_up = normal(rngs, (latent, size), (None, "embed"), std=out_std) if latent else None
-        self.shared = MLP(config, hidden, bias=False, rngs=rngs, prefix="shared_") if hidden else None
+        biased = config.shared_expert_bias
+        self.latent_down_bias = parameter(jnp.zeros(latent), (None,)) if latent and biased else None
+        self.latent_up_bias = parameter(jnp.zeros(size), ("norm",)) if latent and biased else None
+        self.shared = MLP(config, hidden, bias=biased, rngs=rngs, prefix="shared_") if hidden else None
         gated = config.moe_shared_expert_gate
         self.shared_gate = normal(rngs, (size, 1), ("embed", None), std=std) if gated else None
 
@@ -84,7 +87,8 @@ class MoE(nnx.Module):
             flat = lambda a: a.reshape(-1, a.shape[-1])  # noqa: E731
             u_btw = x_btd
             if self.latent_down is not None:
-                u_btw = checkpoint_name(linear(x_btd, self.latent_down, plan), "latent")
+                u_btw = add_bias(linear(x_btd, self.latent_down, plan), self.latent_down_bias)
+                u_btw = checkpoint_name(u_btw, "latent")
             dispatcher = DISPATCHES[plan.config.dispatch]
             rows, group_sizes, ticket = dispatcher.dispatch(
                 flat(u_btw), flat(routing.experts), flat(keep_btk), self.n_experts, capacity, plan
@@ -96,7 +100,8 @@ class MoE(nnx.Module):
             y_nw = checkpoint_name(y_nw, "combined")
             stats = stats._replace(overflow=stats.overflow + ticket.overflow)
             y_btd = y_nw.reshape(u_btw.shape)
-            y_btd = y_btd if self.latent_up is None else linear(y_btd, self.latent_up, plan)
+            if self.latent_up is not None:
+                y_btd = add_bias(linear(y_btd, self.latent_up, plan), self.latent_up_bias)
         if self.shared is not None:
             with jax.named_scope("shared_expert"):
                 y_btd = y_btd + self._shared(x_btd, self.shared, plan)

@@ -109,6 +109,7 @@ def _parameters(what: str, model: ModelConfig, size: int) -> Need:
         if field.type is int and values[field.name]:
             doubled: Any = SimpleNamespace(**{**values, field.name: 2 * values[field.name]}, layers=pattern)
             doubled.expert_width = doubled.moe_latent_size or doubled.hidden_size
+            doubled.routed_expert_bias, doubled.shared_expert_bias = model.routed_expert_bias, model.shared_expert_bias
             if count(doubled) >= 1.5 * total:
                 settings[f"ModelConfig.{field.name}"] = values[field.name]
     return Need(what, size, settings)

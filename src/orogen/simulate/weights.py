@@ -143,8 +143,9 @@ def _expert_weights(model: ModelConfig) -> list[Weight]:
         *_vector(experts, None, model.router_bias),
         *[up] * inward,
         down,
-        *(biases if model.mlp_bias else []),
+        *(biases if model.routed_expert_bias else []),
         *([_matrix(size, latent, "embed", None), _matrix(latent, size, None, "embed")] if latent else []),
-        *(_mlp(model, shared, bias=False) if shared else []),
+        *(_vector(latent, None) + _vector(size, "norm") if latent and model.shared_expert_bias else []),
+        *(_mlp(model, shared, bias=model.shared_expert_bias) if shared else []),
         *([_matrix(size, 1, "embed", None)] if model.moe_shared_expert_gate else []),
     ]
