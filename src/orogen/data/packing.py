@@ -33,7 +33,11 @@ class Batch(NamedTuple):
 
 
 class _Decoder(Protocol):
+    bos_id: int
+
     def decode_bytes(self, ids: Iterable[int]) -> bytes: ...
+
+    def text_bytes(self, ids: Iterable[int]) -> bytes: ...
 
 
 def document_stream(ids_t: np.ndarray, *, bos_id: int, eos_id: int) -> Stream:
@@ -128,7 +132,9 @@ def piece_texts(batches: Iterable[Batch], tokenizer: _Decoder) -> Iterator[bytes
     for batch in batches:
         for tokens_t, segments_t in zip(np.asarray(batch.tokens_bt), np.asarray(batch.segments_bt), strict=True):
             for segment in range(1, int(segments_t.max()) + 1):
-                yield tokenizer.decode_bytes(tokens_t[segments_t == segment][1:])
+                first, *targets = tokens_t[segments_t == segment]
+                begins = first == tokenizer.bos_id
+                yield tokenizer.text_bytes(targets) if begins else tokenizer.decode_bytes(targets)
 
 
 def trained_text(batches: Iterable[Batch], tokenizer: _Decoder) -> bytes:
@@ -143,6 +149,15 @@ def trained_text(batches: Iterable[Batch], tokenizer: _Decoder) -> bytes:
 def target_byte_count(batch: Batch, byte_length_v: np.ndarray) -> int:
     """Text bytes of the batch's targets, by `Tokenizer.byte_length_v`: for bits per byte on part of a pass."""
     return int(byte_length_v[batch.tokens_bt][batch.weights_bt > 0].sum())
+
+
+def prefix_byte_count(batch: Batch, tokenizer: _Decoder) -> int:
+    """Bytes of the batch's targets that are no text: the space that some tokenizers put before a document."""
+    before, targets = batch.tokens_bt[:, :-1], batch.tokens_bt[:, 1:]
+    begins = (before == tokenizer.bos_id) & (batch.positions_bt[:, 1:] == 1) & (batch.weights_bt[:, 1:] > 0)
+    return sum(
+        len(tokenizer.decode_bytes([token])) - len(tokenizer.text_bytes([token])) for token in targets[begins].tolist()
+    )
 
 
 def _renumbered(row_n: np.ndarray) -> np.ndarray:
