@@ -22,6 +22,11 @@ from orogen.parallel.runtime import XLA_FLAGS, configure
 from orogen.streams import lasting_streams
 
 CHECKPOINT = "a run folder, an Orogen checkpoint folder or a Hugging Face folder"
+PROMPT = (
+    "text to continue. The checkpoint's tokenizer decides what is put around it: bos before it after a run of Orogen's "
+    "own; in other folders what the post-processor of tokenizer.json says or, without one, add_bos_token and "
+    "add_eos_token of tokenizer_config.json; bos alone if there would be no token at all"
+)
 EXIT_FAILURE, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 128 + signal.SIGINT
 # None: raised by our own code, with the name of a file that is missing.
 PATH_ERRORS = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
@@ -82,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     task = tasks.add_parser("generate", help="sample text from a trained model")
     task.set_defaults(task=generate, gin_file=None)
     task.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help=CHECKPOINT)
-    task.add_argument("--prompt", default="", metavar="TEXT")
+    task.add_argument("--prompt", default="", metavar="TEXT", help=PROMPT)
     task.add_argument("--tokens", type=_positive, default=128)
     task.add_argument("--temperature", type=float, default=0.8)
     task.add_argument("--top_p", type=float, default=0.95)
@@ -332,7 +337,7 @@ def generate(options: argparse.Namespace) -> int:
 
 def score(options: argparse.Namespace) -> int:
     """`orogen score`."""
-    from orogen.convert.checkpoint import goes_by_blocks, load_checkpoint, read_model_config
+    from orogen.convert.checkpoint import goes_by_blocks, load_weights, read_model_config
     from orogen.infer.score import read_array, write_arrays
     from orogen.infer.score import score as run
     from orogen.simulate.fit import require_scoring_fits
@@ -345,7 +350,7 @@ def score(options: argparse.Namespace) -> int:
         model, blocked = read_model_config(options.checkpoint), goes_by_blocks(options.checkpoint)
         rows, length = tokens_bt.shape
         require_scoring_fits(model, _memory(), blocked=blocked, rows=rows, tokens=length)
-    scores = run(load_checkpoint(options.checkpoint), tokens_bt, segments_bt)
+    scores = run(load_weights(options.checkpoint), tokens_bt, segments_bt)
     write_arrays(options.out, scores)
     shape = list(scores["logits"].shape)
     _answer(options, {"out": str(options.out), "logits": shape}, [f"logits {shape} in {options.out}"])

@@ -1,6 +1,8 @@
 """`orogen convert`, `score`, `generate` and `train --checkpoint`: answers, and refusals that change nothing."""
 
+import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +16,9 @@ from tests.test_cli import bound
 
 from orogen.cli import main
 from orogen.config.load import load
+from orogen.convert.checkpoint import load_checkpoint
 from orogen.data.tokenizer import byte_tokenizer
+from orogen.infer.generate import generate
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "models"
 RUN = """
@@ -183,6 +187,49 @@ def test_generate_reads_every_kind_of_folder_alike(hub, tmp_path, capsys):
         run("generate", "--checkpoint", folder, "--prompt", "a word", "--tokens", "5", "--temperature", "0", "--json")
         texts.append(json.loads(capsys.readouterr().out)["text"])
     assert texts[0] == texts[1]
+
+
+@pytest.fixture(scope="module")
+def padded(tmp_path_factory) -> Path:
+    """A Hugging Face folder of 300 rows whose tokenizer has 259 tokens."""
+    folder = tmp_path_factory.mktemp("padded") / "hf"
+    config, tensors = shapes("nemotron_h")
+    vocabulary = {"backbone.embeddings.weight": [300, 32], "lm_head.weight": [300, 32]}
+    write(folder, config | {"vocab_size": 300}, tensors | vocabulary, "float32")
+    byte_tokenizer().save(folder)
+    return folder
+
+
+def test_rows_without_a_token_are_never_sampled(padded, monkeypatch):
+    """A hot model: 400 even draws of 300 rows miss the 41 without a token with probability 1e-26."""
+    ids: list[int] = []
+    loaded = load_checkpoint(padded)
+    loaded = loaded._replace(tokenizer=copy.copy(loaded.tokenizer))
+    monkeypatch.setattr(loaded.tokenizer, "end_ids", frozenset())
+    monkeypatch.setattr(loaded.tokenizer, "decode", lambda new, after: ids.extend(new) or "")
+    generate(loaded, ["ab"] * 10, tokens=40, temperature=1e9)
+    assert len(ids) == 400 and max(ids) < 259
+    assert len(set(ids)) > 150  # one random key for all steps would draw ten
+
+
+def test_every_end_of_the_folder_ends_a_text(padded, tmp_path):
+    loaded = load_checkpoint(padded)
+    (whole,) = generate(loaded, ["ab"], tokens=12, temperature=1e9, seed=3)
+    ids = loaded.tokenizer.encode(whole).tolist()
+    folder = tmp_path / "hf"
+    shutil.copytree(padded, folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, *range(3, 259)]}))
+    assert generate(load_checkpoint(folder), ["ab"], tokens=12, temperature=1e9, seed=3) == [""]
+    assert len(ids) > 0
+
+
+def test_score_reads_no_tokenizer(padded, tmp_path, scored):
+    folder = tmp_path / "hf"
+    shutil.copytree(padded, folder)
+    tokens = np.array([[3, 299, 5, 7]])
+    expected = scored(folder, tokens)
+    (folder / "tokenizer.json").write_text("{")
+    np.testing.assert_array_equal(scored(folder, tokens)["logits"], expected["logits"])
 
 
 def test_generate_without_a_tokenizer(refused):

@@ -29,6 +29,7 @@ from orogen.convert.tensor_files import Spec, check_fits
 from orogen.data.tokenizer import Tokenizer, check_rows
 from orogen.infer.generate import Loaded
 from orogen.infer.generate import load_checkpoint as load_run
+from orogen.infer.generate import load_weights as load_run_weights
 from orogen.model.lm import Built, build
 from orogen.parallel.plan import single_device_plan
 from orogen.train.checkpoint import Checkpoints
@@ -71,7 +72,7 @@ def load_parameters(
     """
     if kind(folder) == "run":
         with Checkpoints(folder) as checkpoints:
-            checkpoints.check_run(read_model_config(folder))
+            checkpoints.check_config(read_model_config(folder))
             return checkpoints.restore_model(built.params, built.buffers, place)
     opened = HuggingFaceFolder(folder) if kind(folder) == "huggingface" else OrogenFolder(folder)
     with opened as source:
@@ -101,17 +102,24 @@ def load_parameters(
 
 def load_checkpoint(folder: Path) -> Loaded:
     """The model of any checkpoint folder, on one device, with its tokenizer if it has one. Raises ConfigError."""
-    found = kind(folder)
-    if found == "run":
+    if kind(folder) == "run":
         return load_run(folder)
+    tokenizer = read_tokenizer(folder)
+    loaded = load_weights(folder)
+    if tokenizer is not None:
+        check_rows(tokenizer, loaded.config.vocab_size)
+    return loaded._replace(tokenizer=tokenizer)
+
+
+def load_weights(folder: Path) -> Loaded:
+    """The model of any checkpoint folder, on one device; its tokenizer is not read. Raises ConfigError."""
+    if kind(folder) == "run":
+        return load_run_weights(folder)
     config = read_model_config(folder)
     plan = single_device_plan(PlanConfig(dispatch="allgather"), config)
     built = build(config)
     params, buffers = load_parameters(folder, built, plan.shardings)
-    tokenizer = read_tokenizer(folder)
-    if tokenizer is not None:
-        check_rows(tokenizer, config.vocab_size)
-    return Loaded(config, built, params, buffers, tokenizer, plan)
+    return Loaded(config, built, params, buffers, None, plan)
 
 
 def read_tokenizer(folder: Path) -> Tokenizer | None:
@@ -141,7 +149,7 @@ def export(source: Path, target: Path, *, dtype: str | None = None) -> None:
         with OrogenFolder(source) as opened:
             read = lambda path, index: opened.reader.read(dotted(path), index)  # noqa: E731
             return to_hf(opened.config, opened.parameters(), read, source, target, dtype=dtype)
-    loaded = load_run(source)
+    loaded = load_run_weights(source)
     leaves = {path: leaf.get_value() for tree in (loaded.params, loaded.buffers) for path, leaf in _flat(tree).items()}
     specs = {path: Spec(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
     read = lambda path, index: np.asarray(leaves[path][index])  # noqa: E731

@@ -40,8 +40,15 @@ class TokenizedSplit(Sequence[Stream]):
     def __getitem__(self, index: SupportsIndex) -> Stream:  # type: ignore[override]  # grain asks by number only
         index = int(index)
         if index not in self._ids:
-            self._ids[index] = self._tokenizer.encode(self.documents[index].text)
+            self._ids[index] = self._encode(self.documents[index])
         return document_stream(self._ids[index], bos_id=self._tokenizer.bos_id, eos_id=self._tokenizer.eos_id)
+
+    def _encode(self, document: Document) -> np.ndarray:
+        """Ids of the very bytes of a document. Raises ConfigError, naming it, if the tokenizer cannot."""
+        try:
+            return self._tokenizer.encode_document(document.text)
+        except ConfigError as error:
+            raise ConfigError(f"document {document.key}: {error}") from error
 
     @property
     def byte_count(self) -> int:

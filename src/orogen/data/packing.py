@@ -34,7 +34,11 @@ class Batch(NamedTuple):
 
 
 class _Decoder(Protocol):
+    bos_id: int
+
     def decode_bytes(self, ids: Iterable[int]) -> bytes: ...
+
+    def text_bytes(self, ids: Iterable[int]) -> bytes: ...
 
 
 def document_stream(ids_t: np.ndarray, *, bos_id: int, eos_id: int) -> Stream:
@@ -131,7 +135,9 @@ def piece_texts(batches: Iterable[Batch], tokenizer: _Decoder) -> Iterator[bytes
             edges = np.flatnonzero(np.diff(segments_t, prepend=-1, append=-1))
             for start, end in zip(edges, edges[1:], strict=False):
                 if segments_t[start]:
-                    yield tokenizer.decode_bytes(tokens_t[start + 1 : end])
+                    begins = tokens_t[start] == tokenizer.bos_id
+                    targets = tokens_t[start + 1 : end]
+                    yield tokenizer.text_bytes(targets) if begins else tokenizer.decode_bytes(targets)
 
 
 def trained_text(batches: Iterable[Batch], tokenizer: _Decoder) -> bytes:
@@ -154,6 +160,15 @@ def document_lengths(segments_bt: np.ndarray) -> np.ndarray:
     start_n = np.flatnonzero(np.diff(flat_n, prepend=0))
     length_n = np.diff(start_n, append=len(flat_n))
     return length_n[flat_n[start_n] != 0]
+
+
+def prefix_byte_count(batch: Batch, tokenizer: _Decoder) -> int:
+    """Bytes of the batch's targets that are no text: the space that some tokenizers put before a document."""
+    before, targets = batch.tokens_bt[:, :-1], batch.tokens_bt[:, 1:]
+    begins = (before == tokenizer.bos_id) & (batch.positions_bt[:, 1:] == 1) & (batch.weights_bt[:, 1:] > 0)
+    return sum(
+        len(tokenizer.decode_bytes([token])) - len(tokenizer.text_bytes([token])) for token in targets[begins].tolist()
+    )
 
 
 def _renumbered(row_n: np.ndarray) -> np.ndarray:

@@ -1,12 +1,17 @@
-"""Text to token ids and back: bytes or byte-level BPE, kept as one Hugging Face `tokenizers` file.
+"""Text to token ids and back, kept as one Hugging Face `tokenizers` file.
 
 Legend: n tokens, v vocabulary.
 """
 
+import contextlib
+import copy
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +22,10 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from orogen.config.checks import ConfigError, shown
 from orogen.config.data import DataConfig
 from orogen.config.json_file import ListOf, MapOf, Record, Whole, read_json
+from orogen.data import long_text
+from orogen.data.pipeline import normalizers_of, only_spaces, without_prefix
+from orogen.data.specials import BOS, EOS, PAD, SETTINGS, SPECIALS, read_specials, special_id
+from orogen.data.token_bytes import BYTE_OF_CHARACTER, SPACE, check_ids, token_bytes
 
 MAX_TOKENS = 2**24  # a list of the bytes of every id is kept; the largest released vocabularies have 2**18
 TOKEN_ID = Whole(0, MAX_TOKENS - 1)
@@ -24,7 +33,6 @@ MODEL_FORM = Record({}, {"vocab": (MapOf(TOKEN_ID), list)})
 TOKENIZER_FORM = Record(
     {"model": MODEL_FORM}, {"added_tokens": (ListOf(Record({"id": TOKEN_ID, "content": str})), None)}
 )
-PAD, BOS, EOS = SPECIALS = ("<pad>", "<bos>", "<eos>")  # ids 0, 1, 2
 
 # Words with their leading space, numbers by threes, punctuation, line ends, indentation: the split that OpenAI's
 # cl100k_base uses (github.com/openai/tiktoken, tiktoken_ext/openai_public.py), without possessive quantifiers.
@@ -33,38 +41,66 @@ _WORDS = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-
-def _byte_alphabet() -> dict[str, int]:
-    """The printable character that stands for each byte in a byte-level vocabulary. Source: GPT-2, encoder.py."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_OF_CHARACTER = _byte_alphabet()
+# What a vocabulary with byte fallback may take for a space or for a byte.
+_MISREAD = f"{SPACE}|<(?=0x[0-9A-F]{{2}}>)"
+# Spaces and line ends of every kind, letters with two spellings, and nearly every character that some step drops.
+_PROBES = (
+    "a  b\r\n\tc\n ",
+    "  a",
+    " a",
+    "don't stop . Go , now ! 'm 's",
+    "É E\u0301 ﬁ Å \u212b ﷺ １ ½ İ ß Σς \ufeff\ufffd\u00ad\u200b\u2028",
+    f"{SPACE}a{SPACE} {SPACE}",
+    "<0x41> <unk> [UNK] ## Ġ Ċ </w> @@",
+    "".join(map(chr, range(0x300))),
+    "漢字 ひらがな 한글 \u1112\u1161\u11ab 🙂👩\u200d👩\u200d👧 \U0010ffff \ue000",
+)
 
 
 class Tokenizer:
-    """A byte-level tokenizer: any text survives encode and decode, if its file has no normaliser and adds no space.
+    """A byte-level tokenizer, or a SentencePiece-like one with byte fallback: every token stands for known bytes.
 
-    Text never becomes a special token, also where it spells one. `byte_length_v` (v,) int32 is the number of text
-    bytes of each token, 0 for specials: `byte_length_v[tokens].sum()` counts the bytes behind any tokens.
+    Text never becomes a special token, also where it spells one. `byte_length_v` (v,) int32 is the number of bytes of
+    each token, 0 for specials; `is_token_v` (v,) bool is False for ids without a token. `end_ids` end a text.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, *, pad: str, bos: str, eos: str) -> None:
-        """Wraps a `tokenizers` tokenizer. Raises ConfigError if it is not byte-level or lacks a special."""
-        backend.encode_special_tokens = True  # text that spells a special is encoded as text
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        pad: str,
+        bos: str,
+        eos: str,
+        ends: Iterable[int] = (),
+        around: tuple[Sequence[int], Sequence[int]] | None = None,
+    ) -> None:
+        """Wraps a `tokenizers` tokenizer. Raises ConfigError if a token stands for no bytes or a special is missing.
+
+        ends: ids that end a text besides `eos`. around: ids before and after a prompt; None: `bos` before it.
+        """
+        check_ids(backend)  # first: writing the file goes through every id up to the largest
         # A file may ask for what would cut or pad documents, or draw their tokens at random.
         backend.no_truncation()
         backend.no_padding()
         if isinstance(backend.model, models.BPE):
             backend.model.dropout = None
-        self._backend = backend
+        self._backend = _as_text(backend)
+        self._file = json.loads(backend.to_str())
         self._special_names = {"pad_token": pad, "bos_token": bos, "eos_token": eos}
-        self.pad_id, self.bos_id, self.eos_id = (_special_id(backend, name) for name in (pad, bos, eos))
-        self._bytes_of_token = _bytes_of_tokens(backend)
+        self.pad_id, self.bos_id, self.eos_id = (special_id(backend, name) for name in (pad, bos, eos))
+        self.end_ids = frozenset((self.eos_id, *ends))
+        self._around = ((self.bos_id,), ()) if around is None else around
+        self._bytes_of_token, tokens, self._fallback_of_byte = token_bytes(backend, self._file["model"])
         self.byte_length_v = np.array([len(b) for b in self._bytes_of_token], np.int32)
+        self.is_token_v = np.isin(np.arange(self.vocab_size), list(tokens))
+        self._added = [str(t) for t in backend.get_added_tokens_decoder().values() if not t.special]
+        specials = [str(t) for t in backend.get_added_tokens_decoder().values() if t.special]
+        self._misread = re.compile(
+            "|".join([_MISREAD, *(f"{re.escape(s[0])}(?={re.escape(s[1:])})" for s in specials)])
+        )
         self._token_of_byte = self._byte_table()
+        # What the pipeline puts before a text (SentencePiece's dummy prefix); no part of the text.
+        self._prefix = b" " if self._fallback_of_byte and self.decode_bytes(self._ids("a"))[:1] == b" " else b""
 
     @property
     def vocab_size(self) -> int:
@@ -77,75 +113,180 @@ class Tokenizer:
         return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids (n,) int32 of a text, without bos and eos."""
+        """Token ids (n,) int32 of a text, without bos and eos: those of transformers, up to three differences.
+
+        Specials in the text are text. What a vocabulary with byte fallback would read as something else, a "▁" (a
+        space), "<0x41>" (an "A") or "<s>" (no text), is spelled in bytes. Texts of more than `long_text.USUAL`
+        characters are tokenized in pieces, and words of more than `long_text.MOST` without a safe place are parted.
+        Raises ConfigError if the `tokenizers` library fails.
+        """
         if self._token_of_byte is not None:
             return self._token_of_byte[np.frombuffer(text.encode(), np.uint8)]
-        return np.array(self._backend.encode(text, add_special_tokens=False).ids, np.int32)
+        return self._encode_exactly(text, first=True)
+
+    def encode_document(self, text: str) -> np.ndarray:
+        """`encode` for training: ids (n,) int32 whose bytes are exactly the text's.
+
+        A first space that the pipeline takes for its own dummy prefix is spelled in bytes.
+        Raises ConfigError if the tokenizer changes the text.
+        """
+        ids = self.encode(text)
+        if self.text_bytes(ids) == (data := text.encode()):
+            return ids
+        if self._prefix and text.startswith(" "):
+            ids = np.concatenate([self._spelled(" "), self._encode_exactly(text, first=False)])
+            if self.text_bytes(ids) == data:
+                return ids
+        there, found = _first_difference(text, self.decode(self.encode(text)))
+        raise ConfigError(f"the tokenizer turns {there!r} into {found!r}; expected no change, to train with")
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` of each text, on all cores."""
-        if self._token_of_byte is not None:
-            return [self.encode(text) for text in texts]
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+        """`encode` of each text."""
+        return [self.encode(text) for text in texts]
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """The ids that a model continues: `encode` with what the tokenizer's folder puts around a text.
+
+        If that is nothing at all, bos: a model needs a token to begin with.
+        """
+        front, back = self._around
+        return [*front, *self.encode(text).tolist(), *back] or [self.bos_id]
+
+    def as_in_training(self) -> "Tokenizer":
+        """The tokenizer with bos before prompts, as `document_stream` puts it before the documents of every run."""
+        other = copy.copy(self)
+        other._around = ((self.bos_id,), ())
+        return other
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of the tokens; specials have none. Raises ConfigError for an id outside the vocabulary."""
         ids = [int(i) for i in ids]
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             raise ConfigError(f"token ids from {min(ids)} to {max(ids)}: expected 0 to {self.vocab_size - 1}")
-        return b"".join(self._bytes_of_token[i] for i in ids)
+        return b"".join(map(self._bytes_of_token.__getitem__, ids))
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of the tokens; bytes that are not UTF-8, as where a cut parts a character, become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+    def text_bytes(self, ids: Iterable[int]) -> bytes:
+        """`decode_bytes` of tokens that begin a text: without the space that the tokenizer put before it."""
+        return self.decode_bytes(ids).removeprefix(self._prefix)
+
+    def decode(self, ids: Iterable[int], *, after: Iterable[int] = ()) -> str:
+        """The text that the tokens add to the text of the tokens `after`, which they follow.
+
+        Bytes that are not UTF-8, as where a cut parts a character, become U+FFFD, as transformers has them.
+        """
+        before, ids = list(after), [int(i) for i in ids]
+        if not self._fallback_of_byte:
+            return self.decode_bytes(ids).decode("utf-8", errors="replace")
+        self.decode_bytes(ids)
+        own = set(self._fallback_of_byte.values())
+        runs = itertools.groupby((i for i in ids if self._bytes_of_token[i]), key=lambda i: i in own)
+        text = "".join(_decoded(self.decode_bytes(run), one_by_one=spelled) for spelled, run in runs)
+        return text if self.decode_bytes(before) else text.removeprefix(self._prefix.decode())
 
     def check_lossless(self) -> None:
-        """Raises ConfigError if some text would not survive: bits per byte would leave its bytes out."""
-        if self._backend.normalizer is not None:
-            raise ConfigError("the tokenizer has a normalizer, which changes text; expected one without, to train with")
-        missing = set(range(256)) - {b[0] for b in self._bytes_of_token if len(b) == 1}
-        if missing:
+        """Raises ConfigError if some text would not survive `encode_document`: bits per byte would leave its bytes out.
+
+        The tokenizer may pass and still change a text that is not tried here: `encode_document` refuses that text.
+        """
+        for normalizer in normalizers_of(self._file):
+            if not (self._fallback_of_byte and only_spaces(normalizer)):
+                kind = normalizer.get("type")
+                raise ConfigError(
+                    f"the tokenizer has a normalizer, {kind}, which changes text; expected one without, to train with"
+                )
+        whole = self._fallback_of_byte or {b[0] for b in self._bytes_of_token if len(b) == 1}
+        if missing := set(range(256)).difference(whole):
             raise ConfigError(f"the tokenizer has no token for byte {min(missing)}; expected all 256, to train with")
-        probe = "a  b\r\n\tc\n "
-        if (found := self.decode(self.encode(probe))) != probe:
-            raise ConfigError(f"the tokenizer turns {probe!r} into {found!r}; expected no change, to train with")
+        for probe in (*_PROBES, *(f"a{t}b {t} \t{t}\n {t}" for t in (*self._added, *self._special_names.values()))):
+            self.encode_document(probe)
 
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer reads too."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         names: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self._special_names}
+        names["add_bos_token"] = True  # documents begin with it, so prompts do
         names["clean_up_tokenization_spaces"] = False  # true would drop spaces before punctuation on decoding
         # The names come first: a folder that has a tokenizer.json is complete.
-        _write_atomically(folder / "tokenizer_config.json", json.dumps(names, indent=2) + "\n")
+        _write_atomically(folder / SETTINGS, json.dumps(names, indent=2) + "\n")
         _write_atomically(folder / "tokenizer.json", self._backend.to_str(pretty=True) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
         """Reads a tokenizer.json, or the folder that holds one, written by `save` or by Hugging Face.
 
-        Specials are named by the tokenizer_config.json beside it, else `<pad>`, `<bos>`, `<eos>`. A tokenizer
-        without bos or pad uses its eos there, which is safe: neither is ever predicted.
-        Raises FileNotFoundError, or ValueError if the file is no byte-level tokenizer.
+        Specials and what is put around a prompt are as the files beside it say; see `read_specials`.
+        Raises FileNotFoundError, or ConfigError if a file is malformed or a token stands for no bytes.
         """
         file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
         if not file.is_file():
             raise FileNotFoundError(f"tokenizer {str(path)!r} not found: expected 'byte', 'bpe' or a tokenizer.json")
-        return cls(_read_backend(file), **_special_names(file.with_name("tokenizer_config.json")))
+        backend = _read_backend(file)
+        found = read_specials(file.parent, backend)
+        names = {"pad": found.pad, "bos": found.bos, "eos": found.eos}
+        return cls(backend, **names, ends=found.ends, around=(found.front, found.back))
+
+    def _ids(self, text: str) -> list[int]:
+        with _panics_refused():
+            return self._backend.encode(text, add_special_tokens=False).ids
+
+    def _encode_exactly(self, text: str, *, first: bool) -> np.ndarray:
+        """Ids of a text, with what a vocabulary with byte fallback would misread in bytes."""
+        places = [match.start() for match in self._misread.finditer(text)] if self._fallback_of_byte else []
+        ids = self._encode_long(text, first=first)
+        if not places or (self.text_bytes(ids) if first else self.decode_bytes(ids)) == text.encode():
+            return ids
+        parts = [self._encode_long(text[: places[0]], first=first)]
+        for place, end in itertools.pairwise((*places, len(text))):
+            parts += [self._spelled(text[place]), self._encode_long(text[place + 1 : end], first=False)]
+        return np.concatenate(parts)
+
+    def _encode_long(self, text: str, *, first: bool) -> np.ndarray:
+        """Ids of a text of any length; `first`: it begins a document, where the pipeline may put a space."""
+        if not text:
+            return np.array([], np.int32)
+        if first and len(text) <= long_text.USUAL:
+            return np.array(self._ids(text), np.int32)
+        parts = []
+        with _panics_refused():
+            for number, piece in enumerate(self._cutter.pieces(text)):
+                backend = self._backend if first and not number else self._continuing
+                parts.append(np.array(backend.encode(piece, add_special_tokens=False).ids, np.int32))
+        return np.concatenate(parts)
+
+    @cached_property
+    def _continuing(self) -> tokenizers.Tokenizer:
+        """The pipeline for what follows other text: it puts no space before it."""
+        file = copy.deepcopy(self._file)
+        file["normalizer"] = without_prefix(file["normalizer"])
+        file["pre_tokenizer"] = without_prefix(file["pre_tokenizer"])
+        return _as_text(tokenizers.Tokenizer.from_str(json.dumps(file)))
+
+    @cached_property
+    def _cutter(self) -> "long_text.Cutter":
+        return long_text.Cutter(self._continuing, self._bytes_of_token, self._added)
+
+    def _spelled(self, text: str) -> np.ndarray:
+        """A text in byte tokens. Raises ConfigError if one is missing."""
+        try:
+            return np.array([self._fallback_of_byte[byte] for byte in text.encode()], np.int32)
+        except KeyError as error:
+            raise ConfigError(f"the tokenizer has no token for byte {error}; expected all 256") from None
 
     def _byte_table(self) -> np.ndarray | None:
         """The id of each byte (256,) int32 when every token is a byte: then a lookup encodes; else None."""
-        merges = json.loads(self._backend.to_str())["model"].get("merges")
-        if merges != [] or self._backend.normalizer is not None or max(map(len, self._bytes_of_token)) != 1:
+        plain = self._file["model"].get("merges") == [] and not self._fallback_of_byte and not self._added
+        split = self._file["pre_tokenizer"]
+        if not plain or self._file["normalizer"] or not split or split.get("add_prefix_space", True):
             return None
-        table = {b[0]: i for i, b in enumerate(self._bytes_of_token) if b}
-        return np.array([table[byte] for byte in range(256)], np.int32) if len(table) == 256 else None
+        table = {b[0]: i for i, b in enumerate(self._bytes_of_token) if len(b) == 1}
+        longer = int(self.byte_length_v.max()) > 1
+        return None if longer or len(table) < 256 else np.array([table[byte] for byte in range(256)], np.int32)
 
 
 def byte_tokenizer() -> Tokenizer:
     """The 256 bytes after the three specials: byte b is token b + 3."""
-    characters = sorted(_BYTE_OF_CHARACTER, key=lambda c: _BYTE_OF_CHARACTER[c])
+    characters = sorted(BYTE_OF_CHARACTER, key=lambda c: BYTE_OF_CHARACTER[c])
     backend = tokenizers.Tokenizer(
         models.BPE(vocab={token: i for i, token in enumerate((*SPECIALS, *characters))}, merges=[])
     )
@@ -172,10 +313,13 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
         vocab_size=vocab_size,
         min_frequency=2,
         special_tokens=list(SPECIALS),
-        initial_alphabet=sorted(_BYTE_OF_CHARACTER),
+        initial_alphabet=sorted(BYTE_OF_CHARACTER),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    # Of a copy: the library locks a tokenizer while it trains, and the texts are cut meanwhile.
+    cutter = long_text.Cutter(tokenizers.Tokenizer.from_str(backend.to_str()), [], [])
+    with _panics_refused():
+        backend.train_from_iterator((piece for text in texts for piece in cutter.pieces(text)), trainer)
     if backend.get_vocab_size() != vocab_size:
         raise ConfigError(
             f"DataConfig.vocab_size = {vocab_size}: expected at most {backend.get_vocab_size()}, "
@@ -210,27 +354,9 @@ def check_rows(tokenizer: Tokenizer, vocab_size: int) -> None:
         raise ConfigError(f"ModelConfig.vocab_size is {vocab_size}; expected {expected}")
 
 
-def _special_id(backend: tokenizers.Tokenizer, name: str) -> int:
-    token_id = backend.token_to_id(name)
-    if token_id is None:
-        raise ConfigError(f"the tokenizer has no token {name!r}: expected it, or other names in tokenizer_config.json")
-    return token_id
-
-
-def _bytes_of_tokens(backend: tokenizers.Tokenizer) -> list[bytes]:
-    """The text bytes of every id, specials and ids between entries empty. Raises ConfigError if not byte-level."""
-    added = backend.get_added_tokens_decoder()
-    vocabulary = backend.get_vocab(with_added_tokens=True)
-    bytes_of_token = [b""] * (max(vocabulary.values()) + 1)
-    for token, token_id in vocabulary.items():
-        if token_id in added:
-            bytes_of_token[token_id] = b"" if added[token_id].special else token.encode()
-            continue
-        try:
-            bytes_of_token[token_id] = bytes(_BYTE_OF_CHARACTER[character] for character in token)
-        except KeyError as error:
-            raise ConfigError(f"token {token_id} is {token!r}: expected a byte-level vocabulary") from error
-    return bytes_of_token
+def _as_text(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    backend.encode_special_tokens = True  # text that spells a special is encoded as text
+    return backend
 
 
 def _read_backend(file: Path) -> tokenizers.Tokenizer:
@@ -244,31 +370,39 @@ def _read_backend(file: Path) -> tokenizers.Tokenizer:
         model = read_json(file, TOKENIZER_FORM)["model"]
         if prefix := model.get("continuing_subword_prefix"):  # tokenizers panics at a merge that is shorter
             raise ConfigError(f"{file}: continuing_subword_prefix is {shown(prefix)}; expected none")
-        return tokenizers.Tokenizer.from_buffer(file.read_bytes())
+        with _panics_refused():
+            return tokenizers.Tokenizer.from_buffer(file.read_bytes())
     except ConfigError as error:
         raise ConfigError(f"{error}: {expected}") from None
     except Exception as error:  # tokenizers raises bare Exception for every malformed file
         raise ConfigError(f"{file}: {error}: {expected}") from error
+
+
+@contextlib.contextmanager
+def _panics_refused() -> Iterator[None]:
+    """Turns a panic of the `tokenizers` library, which no `except Exception` catches, into a ConfigError."""
+    try:
+        yield
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # of Rust, whose class has no name to import it by
+        if type(error).__name__ != "PanicException":
             raise
-        raise ConfigError(f"{file}: {error}: {expected}") from error
+        raise ConfigError(f"the tokenizers library fails: {error}; expected text that it can read") from None
 
 
-def _special_names(file: Path) -> dict[str, str]:
-    if not file.is_file():
-        return {"pad": PAD, "bos": BOS, "eos": EOS}
-    settings = read_json(file)
-    names = {role: settings.get(f"{role}_token") for role in ("pad", "bos", "eos")}
-    # Hugging Face writes a special either as its text or as {"content": text, ...}.
-    names = {role: name.get("content") if isinstance(name, dict) else name for role, name in names.items()}
-    if not isinstance(names["eos"], str):
-        raise ConfigError(f"{file}: eos_token is {shown(names['eos'])}: expected the name of a token")
-    names = {role: name if name is not None else names["eos"] for role, name in names.items()}
-    for role, name in names.items():
-        if not isinstance(name, str):
-            raise ConfigError(f"{file}: {role}_token is {shown(name)}: expected the name of a token")
-    return names
+def _decoded(data: bytes, *, one_by_one: bool) -> str:
+    """UTF-8, else U+FFFD: for every byte of a run of byte tokens, as the ByteFallback decoder has it."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return "\ufffd" * len(data) if one_by_one else data.decode("utf-8", errors="replace")
+
+
+def _first_difference(text: str, found: str) -> tuple[str, str]:
+    """A few characters of both from the first that differs, or a little before."""
+    pairs = zip(text, found, strict=False)
+    place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(text), len(found)))
+    around = slice(max(0, place - 4), place + 8)
+    return text[around], found[around]
 
 
 def _write_atomically(file: Path, text: str) -> None:

@@ -4,6 +4,7 @@ Letters: b batch, t time, v vocabulary.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -43,7 +44,17 @@ class Loaded(NamedTuple):
 
 
 def load_checkpoint(folder: Path) -> Loaded:
-    """The latest model of a run folder, on one device. Raises ConfigError if it holds none."""
+    """`load_weights` with the run's tokenizer, which every run has."""
+    loaded = load_weights(folder)
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.check_tokenizer()
+    tokenizer = Tokenizer.load(folder / "tokenizer").as_in_training()
+    check_rows(tokenizer, loaded.config.vocab_size)
+    return loaded._replace(tokenizer=tokenizer)
+
+
+def load_weights(folder: Path) -> Loaded:
+    """The latest model of a run folder, on one device, without a tokenizer. Raises ConfigError if it holds none."""
     saved = folder / "config.gin"
     if not saved.is_file() or not (folder / "checkpoints").is_dir():
         raise ConfigError(f"checkpoint {str(folder)!r} is no run folder; expected one with config.gin and checkpoints/")
@@ -56,24 +67,23 @@ def load_checkpoint(folder: Path) -> Loaded:
     built = build(config.model)
     with Checkpoints(folder) as checkpoints:
         params, buffers = checkpoints.restore_model(built.params, built.buffers, plan.shardings)
-    tokenizer = Tokenizer.load(folder / "tokenizer")
-    check_rows(tokenizer, config.model.vocab_size)
-    checkpoints.check_run(config.model)
-    return Loaded(config.model, built, params, buffers, tokenizer, plan)
+        checkpoints.check_config(config.model)
+    return Loaded(config.model, built, params, buffers, None, plan)
 
 
 def generate(
     loaded: Loaded, prompts: Sequence[str], *, tokens: int, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0
 ) -> list[str]:
-    """Continuations of `prompts`, each up to `tokens` tokens or its end-of-document token.
+    """Continuations of `prompts`, each up to `tokens` tokens or the first that ends a text.
 
+    The tokenizer's folder decides what is put around a prompt; rows of the vocabulary without a token are not sampled.
     Raises ConfigError for a model without a tokenizer, for more than MAX_LENGTH tokens with the prompt's, and if that
     needs more positions than the model has learned.
     """
     tokenizer = loaded.tokenizer
     if tokenizer is None:
         raise ConfigError("the checkpoint has no tokenizer.json; expected one, to read the prompt with")
-    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    ids = [tokenizer.prompt_ids(prompt) for prompt in prompts]
     lengths_b = np.array([len(i) for i in ids])
     if tokens > MAX_LENGTH - int(lengths_b.max()):
         raise ConfigError(
@@ -89,12 +99,15 @@ def generate(
     tokens_bt = np.full((len(ids), length), tokenizer.pad_id, np.int32)
     for row, i in zip(tokens_bt, ids, strict=True):
         row[: len(i)] = i
+    is_token_v = np.zeros(loaded.config.vocab_size, bool)
+    is_token_v[: tokenizer.vocab_size] = tokenizer.is_token_v
     continued_bt = np.asarray(
         _continue(
             loaded.params,
             loaded.buffers,
             tokens_bt,
             lengths_b,
+            is_token_v,
             jax.random.key(seed),
             steps=tokens,
             graph=loaded.built.graph,
@@ -104,14 +117,16 @@ def generate(
         )
     )
     texts = []
-    for row, start in zip(continued_bt, lengths_b, strict=True):
-        new = row[start : start + tokens].tolist()
-        texts.append(tokenizer.decode(new[: new.index(tokenizer.eos_id)] if tokenizer.eos_id in new else new))
+    for row, prompt in zip(continued_bt, ids, strict=True):
+        new = row[len(prompt) : len(prompt) + tokens].tolist()
+        texts.append(tokenizer.decode(itertools.takewhile(lambda i: i not in tokenizer.end_ids, new), after=prompt))
     return texts
 
 
 @partial(jax.jit, static_argnames=("steps", "graph", "plan", "temperature", "top_p"))
-def _continue(params, buffers, tokens_bt, lengths_b, key, *, steps, graph, plan, temperature, top_p) -> Array:
+def _continue(
+    params, buffers, tokens_bt, lengths_b, is_token_v, key, *, steps, graph, plan, temperature, top_p
+) -> Array:
     model = nnx.merge(graph, params, buffers)
     rows = jnp.arange(tokens_bt.shape[0])
 
@@ -120,6 +135,7 @@ def _continue(params, buffers, tokens_bt, lengths_b, key, *, steps, graph, plan,
         segments_bt = (jnp.arange(tokens_bt.shape[1]) <= last_b[:, None]).astype(jnp.int32)
         h_btd, _ = model.hidden(tokens_bt, documents(segments_bt), plan)
         logits_bv = model.project(h_btd[rows, last_b][:, None], plan)[:, 0]
+        logits_bv = jnp.where(is_token_v, logits_bv, -jnp.inf)
         chosen_b = sample(logits_bv, jax.random.fold_in(key, step), temperature=temperature, top_p=top_p)
         return tokens_bt.at[rows, last_b + 1].set(chosen_b)
 

@@ -44,8 +44,8 @@ def _warn(line: str) -> None:
 class Checkpoints:
     """The checkpoints of a run folder. Use as a context manager: leaving it waits for what is being written.
 
-    keep: how many stay, all if None. model: written into each, for `check_run`. vocab_size: of the model that is saved
-    and restored, whatever rows plans fill it up to; None: that of `model`, or as its arrays have.
+    keep: how many stay, all if None. model: written into each, for `check_config`. vocab_size: of the model that is
+    saved and restored, whatever rows plans fill it up to; None: that of `model`, or as its arrays have.
     """
 
     def __init__(
@@ -155,27 +155,26 @@ class Checkpoints:
             model = jax.jit(join, out_shardings=placed)(model)
         return model["params"], model["buffers"]
 
-    def check_run(self, model: ModelConfig) -> None:
-        """Raises ConfigError unless the run folder's config, read as `model`, and tokenizer are those of the latest
-        checkpoint."""
+    def check_config(self, model: ModelConfig) -> None:
+        """Raises ConfigError unless the run folder's config, read as `model`, is that of the latest checkpoint."""
+        if (step := self.latest) is None:
+            return
+        saved = self._data(step).get(MODEL, {})
+        for field, value in json.loads(json.dumps(dataclasses.asdict(model))).items():
+            if field in saved and saved[field] != value:
+                raise ConfigError(
+                    f"{self.run_dir / 'config.gin'} is of another model: ModelConfig.{field} is {value!r}; "
+                    f"expected {saved[field]!r}, as in checkpoint {step}"
+                )
 
-        def check(step: int) -> None:
-            data = self._data(step)
-            saved = data.get(MODEL, {})
-            for field, value in json.loads(json.dumps(dataclasses.asdict(model))).items():
-                if field in saved and saved[field] != value:
-                    raise ConfigError(
-                        f"{self.run_dir / 'config.gin'} is of another model: ModelConfig.{field} is {value!r}; "
-                        f"expected {saved[field]!r}, as in checkpoint {step}"
-                    )
-            for name, wanted in data.get(TOKENIZER, {}).items():
-                file = self.run_dir / "tokenizer" / name
-                if checksums.digest(file) != wanted:
-                    raise ConfigError(f"{file} is damaged; expected the sha256 {wanted[:16]}… of checkpoint {step}")
-
-        latest = self.latest
-        if latest is not None:
-            check(latest)
+    def check_tokenizer(self) -> None:
+        """Raises ConfigError unless the run folder's tokenizer is that of the latest checkpoint."""
+        if (step := self.latest) is None:
+            return
+        for name, wanted in self._data(step).get(TOKENIZER, {}).items():
+            file = self.run_dir / "tokenizer" / name
+            if checksums.digest(file) != wanted:
+                raise ConfigError(f"{file} is damaged; expected the sha256 {wanted[:16]}… of checkpoint {step}")
 
     def _finish(self, partial: Path, step: int) -> None:
         """Makes the folder that orbax is writing a checkpoint, then removes the oldest."""

@@ -14,7 +14,7 @@ from jax import Array
 from orogen.config.model import ModelConfig
 from orogen.config.run import RunConfig
 from orogen.data.loader import Corpus
-from orogen.data.packing import Batch, target_byte_count
+from orogen.data.packing import Batch, prefix_byte_count, target_byte_count
 from orogen.model.lm import Built
 from orogen.parallel.plan import Plan, make_plan
 from orogen.precision.policy import working_copy
@@ -55,8 +55,10 @@ class Heldout:
             wanted = math.ceil(min(self.train.evaluate_rows, kept) / size) * size
             chosen = np.arange(wanted) * kept // wanted if wanted <= kept else np.arange(wanted) % len(rows.tokens_bt)
             self._sample = [Batch(*(x[chosen[i : i + size]] for x in rows)) for i in range(0, wanted, size)]
-            lengths = self.corpus.tokenizer.byte_length_v
-            self._sample_bytes = sum(target_byte_count(b, lengths) for b in self._sample)
+            tokenizer = self.corpus.tokenizer
+            self._sample_bytes = sum(
+                target_byte_count(b, tokenizer.byte_length_v) - prefix_byte_count(b, tokenizer) for b in self._sample
+            )
         return self._score(state, self._sample, self._sample_bytes)
 
     def full(self, state: TrainState) -> Score:

@@ -1,0 +1,36 @@
+"""What the steps of a tokenizer's file do to a text before its words become tokens."""
+
+from typing import Any
+
+from orogen.data.token_bytes import SPACE
+
+
+def normalizers_of(file: dict[str, Any]) -> list[dict[str, Any]]:
+    """The normalizers of a tokenizer's file, those inside sequences one by one; an empty sequence has none."""
+    return _flat(file["normalizer"])
+
+
+def only_spaces(normalizer: dict[str, Any]) -> bool:
+    """Whether it does only what decoding undoes: spaces become "▁", and one is put before the text."""
+    return normalizer in (
+        {"type": "Prepend", "prepend": SPACE},
+        {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+    )
+
+
+def without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A normalizer or pre-tokenizer that puts nothing before the text."""
+    if part is None or part["type"] == "Prepend":
+        return None
+    if part["type"] == "Sequence":
+        inside = "normalizers" if "normalizers" in part else "pretokenizers"
+        steps = [without_prefix(step) for step in part[inside]]
+        return {**part, inside: [step for step in steps if step is not None]}
+    changes = {"prepend_scheme": "never"} if part["type"] == "Metaspace" else {"add_prefix_space": False}
+    return {**part, **{key: value for key, value in changes.items() if key in part}}
+
+
+def _flat(part: dict[str, Any] | None) -> list[dict[str, Any]]:
+    if part is None:
+        return []
+    return [step for inner in part["normalizers"] for step in _flat(inner)] if part["type"] == "Sequence" else [part]

@@ -1,0 +1,125 @@
+"""A folder's special tokens: their names, which of them end a text, and which are put around one."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tokenizers
+
+from orogen.config.checks import ConfigError, shown
+from orogen.config.json_file import read_json
+
+PAD, BOS, EOS = SPECIALS = ("<pad>", "<bos>", "<eos>")  # ids 0, 1, 2 of our own tokenizers
+SETTINGS = "tokenizer_config.json"
+
+
+class Specials(NamedTuple):
+    """Names of the specials; ids that end a text besides `eos`; ids before and after the text of a prompt."""
+
+    pad: str
+    bos: str
+    eos: str
+    ends: tuple[int, ...]
+    front: tuple[int, ...]
+    back: tuple[int, ...]
+
+
+def read_specials(folder: Path, backend: tokenizers.Tokenizer) -> Specials:
+    """The specials of the tokenizer in `folder`.
+
+    Names come from tokenizer_config.json and special_tokens_map.json (which counts more, unless the former lists
+    `added_tokens_decoder`, as in transformers); else from ids in generation_config.json and config.json; else they are
+    `<pad>`, `<bos>`, `<eos>`. A tokenizer without bos or pad uses its eos there: neither is ever predicted.
+    Raises ConfigError for files that are no JSON objects, names that are no text, and ids of no token.
+    """
+    settings = _read_object(folder / SETTINGS)
+    named = _named(folder, settings)
+    ids = _model_ids(folder)
+    names = {role: named[role] or _name_of(ids[role], role, backend) for role in named}
+    told = (folder / SETTINGS).is_file() or any(names.values())
+    if not told:
+        names = {"pad": PAD, "bos": BOS, "eos": EOS}
+    if names["eos"] is None:
+        raise ConfigError(f"{folder / SETTINGS}: eos_token is None: expected the name of a token")
+    filled = {role: name if name is not None else names["eos"] for role, name in names.items()}
+    front, back = _around(settings, named, backend)
+    return Specials(**filled, ends=tuple(ids["eos"]), front=front, back=back)
+
+
+def _named(folder: Path, settings: dict[str, Any]) -> dict[str, str | None]:
+    file = folder / "special_tokens_map.json"
+    others = _read_object(file)
+    sources = [(file, others), (folder / SETTINGS, settings)]
+    if "added_tokens_decoder" in settings:
+        sources.reverse()
+    return {role: _first_name(role, sources) for role in ("pad", "bos", "eos")}
+
+
+def _first_name(role: str, sources: list[tuple[Path, dict[str, Any]]]) -> str | None:
+    for file, settings in sources:
+        name = settings.get(f"{role}_token")
+        # Hugging Face writes a special either as its text or as {"content": text, ...}.
+        name = name.get("content") if isinstance(name, dict) else name
+        if name is not None and not isinstance(name, str):
+            raise ConfigError(f"{file}: {role}_token is {shown(name)}: expected the name of a token")
+        if name is not None:
+            return name
+    return None
+
+
+def _around(
+    settings: dict[str, Any], named: dict[str, str | None], backend: tokenizers.Tokenizer
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What is put before and after a text: the post-processor decides, as in transformers 5.23, which reads
+    add_bos_token and add_eos_token for no tokenizer.json; they decide here where there is no post-processor."""
+    if backend.post_processor is None:
+        chosen = [named[role] if settings.get(f"add_{role}_token") else None for role in ("bos", "eos")]
+        front, back = (() if name is None else (special_id(backend, name),) for name in chosen)
+        return front, back
+    text = backend.encode("a", add_special_tokens=False).ids
+    whole = backend.encode("a", add_special_tokens=True).ids
+    start = next((i for i in range(len(whole) + 1) if whole[i : i + len(text)] == text), len(whole))
+    return tuple(whole[:start]), tuple(whole[start + len(text) :])
+
+
+def _model_ids(folder: Path) -> dict[str, list[int]]:
+    """The ids of each role that the model's own files give, in order and once each."""
+    # An Orogen checkpoint or a run keeps the tokenizer in a folder of its own, and the model's files above it.
+    above = folder.parent if folder.name == "tokenizer" else folder
+    kept = _read_object(above / "huggingface.json").get("config")
+    sources = [
+        (above / "generation_config.json", _read_object(above / "generation_config.json")),
+        (above / "config.json", _read_object(above / "config.json")),
+        (above / "huggingface.json", kept if isinstance(kept, dict) else {}),
+    ]
+    found: dict[str, list[int]] = {}
+    for role in ("pad", "bos", "eos"):
+        ids: dict[int, None] = {}
+        for file, settings in sources:
+            ids |= dict.fromkeys(_ids(settings.get(f"{role}_token_id"), role, file))
+        found[role] = list(ids)
+    return found
+
+
+def _ids(value: Any, role: str, file: Path) -> list[int]:
+    listed = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(i) is int for i in listed):
+        raise ConfigError(f"{file}: {role}_token_id is {shown(value)}: expected a token's id, or a list of them")
+    return [i for i in listed if i >= 0]  # some configs say -1 for none
+
+
+def _name_of(ids: list[int], role: str, backend: tokenizers.Tokenizer) -> str | None:
+    named = (backend.id_to_token(i) for i in ids if i < 2**32)
+    return next((name for name in named if name is not None), None)
+
+
+def special_id(backend: tokenizers.Tokenizer, name: str) -> int:
+    """The id of the token `name`. Raises ConfigError if there is none."""
+    token_id = backend.token_to_id(name)
+    if token_id is None:
+        raise ConfigError(f"the tokenizer has no token {name!r}: expected it, or other names in {SETTINGS}")
+    return token_id
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """A JSON object; empty if there is no such file."""
+    return read_json(file) if file.is_file() else {}

@@ -1,0 +1,129 @@
+"""Where a folder names its specials, what ends a text, and what is put around a prompt."""
+
+import json
+
+import pytest
+from tests.data import vocabularies
+from tests.data.vocabularies import template
+
+from orogen.config.checks import ConfigError
+from orogen.data.tokenizer import Tokenizer, byte_tokenizer
+
+BOTH = {"bos_token": "<s>", "eos_token": "</s>"}
+FRONT, BACK = template("<s>"), template("", "</s>")
+# name: (tokenizer_config.json, post-processor, ids before the text, ids after it)
+RULES = {
+    "nothing is said": (BOTH, None, [], []),
+    "add_bos_token": (BOTH | {"add_bos_token": True}, None, [1], []),
+    "add_eos_token": (BOTH | {"add_eos_token": True}, None, [], [2]),
+    "both": (BOTH | {"add_bos_token": True, "add_eos_token": True}, None, [1], [2]),
+    "post-processor": (BOTH, FRONT, [1], []),
+    "post-processor at the end": (BOTH, BACK, [], [2]),
+    "post-processor with two": (BOTH, template("<s> <s>", "</s>"), [1, 1], [2]),
+    "the post-processor wins over a setting": (BOTH | {"add_bos_token": False}, FRONT, [1], []),
+    "and over one of the other end": (BOTH | {"add_eos_token": True}, FRONT, [1], []),
+    "no BOS to add": ({"bos_token": None, "eos_token": "</s>", "add_bos_token": True}, None, [], []),
+    "a BOS that is not added": (BOTH | {"add_bos_token": False}, None, [], []),
+}
+
+
+def folder_of(tmp_path, settings, processor=None, **files):
+    backend = vocabularies.bpe(vocabularies.DUMMY_PREFIX, strip=True)
+    if processor is not None:
+        backend.post_processor = processor
+    return vocabularies.save(tmp_path / "hf", backend, settings, **files)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_folder_says_what_is_put_around_a_prompt(tmp_path, name):
+    settings, processor, front, back = RULES[name]
+    tokenizer = Tokenizer.load(folder_of(tmp_path, settings, processor))
+    assert tokenizer.prompt_ids("ab") == [*front, 268, *back]
+
+
+def test_a_prompt_of_no_token_is_bos(tmp_path):
+    assert Tokenizer.load(folder_of(tmp_path, BOTH)).prompt_ids("") == [1]
+    assert Tokenizer.load(folder_of(tmp_path, {"eos_token": "</s>"})).prompt_ids("") == [2]
+
+
+def test_our_own_tokenizers_put_bos_in_front(tmp_path):
+    byte_tokenizer().save(tmp_path)
+    assert Tokenizer.load(tmp_path).prompt_ids("a") == byte_tokenizer().prompt_ids("a") == [1, ord("a") + 3]
+
+
+def test_a_run_puts_bos_in_front_whatever_its_tokenizer_came_from(tmp_path):
+    tokenizer = Tokenizer.load(folder_of(tmp_path, BOTH))
+    assert tokenizer.as_in_training().prompt_ids("ab") == [1, 268]
+    assert tokenizer.prompt_ids("ab") == [268]
+
+
+# name: (tokenizer_config.json, other files, pad, bos, eos, ends)
+PLACES = {
+    "the tokenizer's own": (BOTH, {}, 2, 1, 2, {2}),
+    "special_tokens_map.json": ({}, {"special_tokens_map": BOTH}, 2, 1, 2, {2}),
+    "the map counts more": (
+        {"eos_token": "<unk>"},
+        {"special_tokens_map": {"eos_token": {"content": "</s>"}}},
+        2,
+        2,
+        2,
+        {2},
+    ),
+    "except beside added_tokens_decoder": (
+        {"eos_token": "</s>", "added_tokens_decoder": {}},
+        {"special_tokens_map": {"eos_token": "<unk>"}},
+        2,
+        2,
+        2,
+        {2},
+    ),
+    "ids of config.json": ({}, {"config": {"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}}, 0, 1, 2, {2}),
+    "ids of generation_config.json": ({}, {"generation_config": {"eos_token_id": [2, 260]}}, 2, 2, 2, {2, 260}),
+    "several ends": (BOTH, {"generation_config": {"eos_token_id": [261, 262]}}, 2, 1, 2, {2, 261, 262}),
+    "ends of both": (
+        BOTH,
+        {"generation_config": {"eos_token_id": 261}, "config": {"eos_token_id": [260]}},
+        2,
+        1,
+        2,
+        {2, 260, 261},
+    ),
+    "none": (BOTH, {"config": {"eos_token_id": None, "pad_token_id": -1}}, 2, 1, 2, {2}),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_specials_are_found_where_folders_name_them(tmp_path, name):
+    settings, files, pad, bos, eos, ends = PLACES[name]
+    tokenizer = Tokenizer.load(folder_of(tmp_path, settings, **files))
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (pad, bos, eos)
+    assert tokenizer.end_ids == ends
+
+
+def test_a_checkpoint_folder_keeps_the_ends_above_its_tokenizer(tmp_path):
+    folder = folder_of(tmp_path, BOTH)
+    folder.rename(tmp_path / "tokenizer")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 261]}))
+    (tmp_path / "huggingface.json").write_text(json.dumps({"config": {"eos_token_id": 262}}))
+    assert Tokenizer.load(tmp_path / "tokenizer").end_ids == {2, 261, 262}
+
+
+@pytest.mark.parametrize("value", ["x", 2.0, True, [2, "x"], {"a": 1}])
+def test_ids_that_are_none_are_refused(tmp_path, value):
+    folder = folder_of(tmp_path, BOTH, generation_config={"eos_token_id": value})
+    with pytest.raises(ConfigError, match=r"generation_config\.json: eos_token_id is .*: expected a token's id"):
+        Tokenizer.load(folder)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[1]", "{", '"x"', "\x00"])
+@pytest.mark.parametrize("name", ["tokenizer_config", "special_tokens_map", "config", "generation_config"])
+def test_malformed_files_beside_are_refused(tmp_path, name, text):
+    folder = folder_of(tmp_path, BOTH)
+    (folder / f"{name}.json").write_text(text)
+    with pytest.raises(ConfigError, match=rf"{name}\.json.* expected (JSON|a JSON object)"):
+        Tokenizer.load(folder)
+
+
+def test_no_end_named_anywhere_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"tokenizer_config\.json: eos_token is None: expected the name of a token"):
+        Tokenizer.load(folder_of(tmp_path, {"bos_token": "<s>"}))
