@@ -17,6 +17,7 @@ from orogen.bench.command import add_arguments as add_bench_arguments
 from orogen.bench.command import run as run_bench
 from orogen.config.checks import ConfigError, is_unicode
 from orogen.config.load import load, model_bindings
+from orogen.config.model import ModelConfig
 from orogen.config.run import RunConfig
 from orogen.parallel.runtime import XLA_FLAGS, configure
 from orogen.streams import lasting_streams
@@ -175,6 +176,11 @@ def _memory() -> Any:
     return Memory(host_bytes(), device_bytes())
 
 
+def _warn(model: ModelConfig) -> None:
+    for line in model.warnings():
+        _log(f"orogen: warning: {line}")
+
+
 def train(options: argparse.Namespace) -> int:
     """`orogen train`."""
     config, text, origin = _load_with_checkpoint(options)
@@ -185,6 +191,7 @@ def train(options: argparse.Namespace) -> int:
     from orogen.train.stop import StoppedEarlyError
 
     require_training_fits(config, _memory())
+    _warn(config.model)
     # The folder is this run's, and signals are minded, until the report is written.
     with lasting_streams(), contextlib.ExitStack() as held:
         try:
@@ -288,6 +295,7 @@ def verify(options: argparse.Namespace) -> int:
     require_verification_fits(config, config.train or default_train(config), host=host_bytes())
     if not options.fake_devices:
         configure(config.plan.devices)
+    _warn(config.model)
     verdict = check(config, what=options.what, dtype=options.dtype)
     facts = {**verdict._asdict(), "passed": verdict.passed}
     _answer(options, facts, [f"{key:>20}  {value}" for key, value in facts.items()])

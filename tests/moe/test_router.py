@@ -283,6 +283,37 @@ def test_scores_that_all_underflow_give_finite_weights():
     np.testing.assert_array_equal(routing.weights, 0)
 
 
+@pytest.mark.parametrize("level", [-20.0, -45.0, -50.0, -60.0, -87.0, -100.0])
+def test_gradients_of_weights_and_shares_are_right_where_scores_underflow(level: float):
+    """Against float64 written out: d (s_i / D) = (ds_i - s_i / D · dD) / D, whatever D."""
+    logits_ne = np.float32(level + np.array([[0.0, 0.3, -0.2, -2.0], [3.0, 0.1, 60.0, 61.0]]))
+    dy_nk = np.array([[1.0, -3.0], [0.5, 2.0]])
+    choice_nk = np.array([[1, 0], [0, 1]])
+    plan = make_plan(PlanConfig(), CONFIG)
+
+    def weighed(x_ne, i):
+        if i == 0:
+            routing = by_sigmoid(x_ne, None, k=2, normalise=True, scaling=1.0, experts_nk=jnp.asarray(choice_nk))
+            return jnp.sum(routing.weights * dy_nk.astype(np.float32))
+        return router_losses(x_ne[None], jax.nn.sigmoid(x_ne[None]), jnp.ones((1, 2), bool), plan, k=2).balance
+
+    scores_ne = 1 / (1 + np.exp(-logits_ne.astype(np.float64)))
+
+    def pulled(values, dvalues):
+        total = values.sum(-1, keepdims=True) + 1e-20
+        return (dvalues - (dvalues * values).sum(-1, keepdims=True) / total) / total
+
+    top = np.argsort(-scores_ne, axis=1, kind="stable")[:, :2]
+    counts_e = np.bincount(top.ravel(), minlength=4)
+    want = np.zeros_like(scores_ne)
+    np.put_along_axis(want, choice_nk, pulled(np.take_along_axis(scores_ne, choice_nk, 1), dy_nk), 1)
+    slope_ne = scores_ne * (1 - scores_ne)
+    grads = [jax.grad(weighed)(jnp.asarray(logits_ne), i) for i in range(2)]
+    balance_ne = pulled(scores_ne, 4 * np.broadcast_to(counts_e / (2 * 2**2), (2, 4)))
+    np.testing.assert_allclose(grads[0], want * slope_ne, rtol=2e-5, atol=1e-12)
+    np.testing.assert_allclose(grads[1], balance_ne * slope_ne, rtol=2e-5, atol=1e-7)
+
+
 def test_balance_loss_by_hand():
     # One row of two tokens, two experts, k = 1. Token 0 (3/4, 1/4) -> expert 0, token 1 (3/4, 3/4) -> expert 0 (tie):
     # f = (1, 0), P = ((3/4 + 1/2) / 2, ...), so 2 · 5/8. The third token is padding.

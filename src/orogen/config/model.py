@@ -195,6 +195,17 @@ class ModelConfig:
         """The parsed pattern."""
         return parse_pattern(self.pattern)
 
+    def warnings(self) -> list[str]:
+        """What is legal but hardly meant, a line each."""
+        whole = self.router_score == "softmax_topk" or self.norm_topk_prob
+        if self.num_experts_per_tok != 1 or not whole or "E" not in self.layers.main + self.layers.mtp:
+            return []
+        why = "router_score='softmax_topk'" if self.router_score == "softmax_topk" else "norm_topk_prob=True"
+        return [
+            f"num_experts_per_tok=1 with {why}: the one expert's weight is always 1, so the router gets no gradient "
+            "from the model's loss; expected two experts or more, or a weight that is the score itself"
+        ]
+
     @property
     def init_std(self) -> float:
         """Standard deviation of the initial weights, sqrt(0.8 / d): the value of every Nemotron 3 recipe."""

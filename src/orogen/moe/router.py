@@ -12,6 +12,7 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 from orogen.config.model import ModelConfig
+from orogen.kernels.quotient import quotient
 from orogen.layers.linear import multiply_float32
 from orogen.layers.parameter import buffer, normal, parameter
 from orogen.parallel.plan import Plan
@@ -71,7 +72,7 @@ def route(
     if score == "softmax_topk":
         weights_nk = jax.nn.softmax(weights_nk, -1)
     elif normalise:
-        weights_nk = weights_nk / (weights_nk.sum(-1, keepdims=True) + EPSILON)
+        weights_nk = quotient(weights_nk, weights_nk.sum(-1, keepdims=True) + EPSILON)
     return Routing(chosen_nk, weights_nk * scaling, scores_ne, margin_n, flipped_n)
 
 
@@ -126,7 +127,7 @@ def router_losses(
     z = jnp.sum(jnp.square(jax.nn.logsumexp(logits_bte, -1)) * valid_bt)
     valid_bt1 = valid_bt[..., None].astype(jnp.float32)
     n_experts = scores_bte.shape[-1]
-    share_bte = scores_bte / (scores_bte.sum(-1, keepdims=True) + EPSILON)
+    share_bte = quotient(scores_bte, scores_bte.sum(-1, keepdims=True) + EPSILON)
     _, chosen_btk = lax.top_k(lax.stop_gradient(scores_bte), k)
     counts_be = expert_counts(chosen_btk, valid_bt[..., None] & (chosen_btk >= 0), n_experts, axes=(1, 2))
     mass_be = (share_bte * valid_bt1).sum(1)

@@ -13,6 +13,7 @@ The products with S, B and C run once a group, all its heads side by side; C . B
 The gradient is written out, so that the (q, s) matrices, the largest arrays by far, are made anew and not kept.
 """
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,9 +24,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from orogen.kernels.remade import from_inputs
 
-# exp of anything lower is not a normal float32. Cutting here keeps the sums over a chunk small, so that one huge step
-# does not cost the digits of the small ones after it.
+# exp of anything lower is not a normal float32. Cutting here bounds the sums over a chunk.
 LOWEST_LOG_DECAY = -88.0
+LEAF = 8  # tokens of a part of a chunk that is not cut in halves, at most twice as many less one
 
 
 class Chunks(NamedTuple):
@@ -49,9 +50,9 @@ class Decays(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What the gradient needs of the forward pass; `others` is y without what a token adds to its own output."""
+    """What the gradient needs of the forward pass: the part of y that comes from the entering states, and these."""
 
-    others_cbgqrp: Array
+    entering_cbgqrp: Array
     states_cbgnrp: Array
 
 
@@ -67,17 +68,25 @@ def ssd_chunked(
     *,
     chunk_size: int,
 ) -> tuple[Array, Array]:
-    """`ssd` by chunks of `chunk_size` tokens; the last one is filled up with steps of length zero.
+    """`ssd` by chunks of `chunk_size` tokens, or the next number that can be cut in halves; the last is filled up with
+    steps of length zero.
 
     Differentiable in reverse mode only, once.
     """
     batch, time, heads, head_size = x_bthp.shape
     operands = x_bthp, dt_bth.astype(jnp.float32), a_h, b_btgn, c_btgn, segments_bt, initial_state_bhpn
-    outputs: Any = _ssd(min(chunk_size, time), operands)
+    width = _halvable(min(chunk_size, time))
+    outputs: Any = _ssd(width, operands)
     y_cbgqrp, final_bgnrp = outputs
     y_bthp = jnp.transpose(y_cbgqrp, (1, 0, 3, 2, 4, 5)).reshape(batch, -1, heads, head_size)[:, :time]
     skip = lambda y, x, skip_h: (y + skip_h[:, None] * x.astype(jnp.float32)).astype(x.dtype)  # noqa: E731
     return from_inputs(skip)(y_bthp, x_bthp, skip_h), jnp.moveaxis(final_bgnrp, 2, 4).reshape(initial_state_bhpn.shape)
+
+
+def _halvable(tokens: int) -> int:
+    """The least number from `tokens` on that is LEAF to 2 LEAF - 1 times a power of two, or below 2 LEAF."""
+    unit = 2 ** max(0, math.floor(math.log2(tokens / LEAF)))
+    return -(-tokens // unit) * unit
 
 
 def _chunks(width: int, operands: tuple[Array, ...]) -> Chunks:
@@ -146,19 +155,18 @@ def _forward(chunks: Chunks) -> tuple[tuple[Array, Array], Kept]:
     dtx_cbgrsp = jnp.moveaxis(chunks.dtx_cbgqrp, 4, 3)
     within_cbgrqp = jnp.einsum("cbgrqs,cbgrsp->cbgrqp", weights_cbgrqs, dtx_cbgrsp)
     entering_cbgqrp = jnp.einsum("cbgqn,cbgnrp->cbgqrp", chunks.c_cbgqn, states_cbgnrp)
-    others_cbgqrp = jnp.moveaxis(within_cbgrqp, 3, 4) + decays.into_cbgqr[..., None] * entering_cbgqrp
-    others_cbgqrp = checkpoint_name(others_cbgqrp, "ssd")
+    entering_cbgqrp *= decays.into_cbgqr[..., None]
+    others_cbgqrp = checkpoint_name(jnp.moveaxis(within_cbgrqp, 3, 4) + entering_cbgqrp, "ssd")
     y_cbgqrp = others_cbgqrp + _own_scores(chunks) * chunks.dtx_cbgqrp
-    return (y_cbgqrp, final_bgnrp), Kept(others_cbgqrp, states_cbgnrp)
+    return (y_cbgqrp, final_bgnrp), Kept(entering_cbgqrp, states_cbgnrp)
 
 
 def _backward(chunks: Chunks, kept: Kept, gradients: tuple[Array, Array]) -> Chunks:
     """The gradient of every operand, from the gradients `dy` of the outputs and `dfinal` of the final state.
 
-    l_q stands in the exponent of all that y_q receives from other tokens, and -l_s in that of all that token s gives
-    to others, so their gradients are the dot products y_q . dy_q and -dtx_s . ddtx_s of those parts; no (q, s) sum.
-    A token's share of its own output does not decay and stays out of both: it would cancel but for its rounding error,
-    and drown a small difference.
+    The log decay of token u stands in the exponent of all that passes over u, from a token or state before it to a
+    token from u on or to the leaving state. So its gradient is the sum of those products. A token's share of its own
+    output does not decay, and stays out.
     """
     dy_cbgqrp, dfinal_bgnrp = gradients
     dtx_cbgsrp, b_cbgsn, c_cbgqn = chunks.dtx_cbgqrp, chunks.b_cbgsn, chunks.c_cbgqn
@@ -174,23 +182,54 @@ def _backward(chunks: Chunks, kept: Kept, gradients: tuple[Array, Array]) -> Chu
 
     dy_cbgrqp, dtx_cbgrsp = jnp.moveaxis(dy_cbgqrp, 4, 3), jnp.moveaxis(dtx_cbgsrp, 4, 3)
     dweights_cbgrqs = jnp.einsum("cbgrqp,cbgrsp->cbgrqs", dy_cbgrqp, dtx_cbgrsp)
-    weights_cbgrqs = _scores(chunks)[:, :, :, None] * decays.pair_cbgrqs
+    scores_cbg1qs = _scores(chunks)[:, :, :, None]
+    weights_cbgrqs = scores_cbg1qs * decays.pair_cbgrqs
     within_cbgsrp = jnp.moveaxis(jnp.einsum("cbgrqs,cbgrqp->cbgrsp", weights_cbgrqs, dy_cbgrqp), 3, 4)
-    dscores_cbgqs = jnp.sum(dweights_cbgrqs * decays.pair_cbgrqs, axis=3)
+    dweights_cbgrqs *= decays.pair_cbgrqs
+    dscores_cbgqs = jnp.sum(dweights_cbgrqs, axis=3)
     dc_cbgqn += jnp.einsum("cbgqs,cbgsn->cbgqn", dscores_cbgqs, b_cbgsn)
     db_cbgsn += jnp.einsum("cbgqs,cbgqn->cbgsn", dscores_cbgqs, c_cbgqn)
 
-    left_cbgsr = jnp.sum(dtx_cbgsrp * leaving_cbgsrp, axis=-1)
-    dsums_cbgqr = jnp.sum(dy_cbgqrp * kept.others_cbgqrp - dtx_cbgsrp * within_cbgsrp, axis=-1) - left_cbgsr
-    dsums_cbgqr = dsums_cbgqr.at[:, :, :, -1].add(jnp.sum(left_cbgsr, axis=3) + dwhole_cbgr)
+    far_cbgrq = _across_tokens(
+        jnp.sum(dy_cbgqrp * kept.entering_cbgqrp, axis=-1), jnp.sum(dtx_cbgsrp * leaving_cbgsrp, axis=-1), dwhole_cbgr
+    )
     return Chunks(
         dtx_cbgqrp=within_cbgsrp + leaving_cbgsrp + _own_scores(chunks) * dy_cbgqrp,
-        log_decay_cbgrq=_sum(_readable(chunks.runs_cbq), "cbqs,cbgqr->cbgrs", dsums_cbgqr),
+        log_decay_cbgrq=far_cbgrq + _across_pairs(dweights_cbgrqs * scores_cbg1qs),
         b_cbgsn=db_cbgsn,
         c_cbgqn=dc_cbgqn,
         runs_cbq=jnp.zeros_like(chunks.runs_cbq),
         initial_bgnrp=dinitial_bgnrp,
     )
+
+
+def _across_tokens(read_cbgqr: Array, left_cbgsr: Array, dwhole_cbgr: Array) -> Array:
+    """The gradient of each token's log decay (c, b, g, r, q) from what passes over it on the way from or to a state:
+    `read` by the tokens from it on, `left` by those before it, and what goes through the whole chunk."""
+    width = read_cbgqr.shape[3]
+    read_cbgrq = _sum(jnp.tri(width), "uq,cbgur->cbgrq", read_cbgqr)
+    left_cbgrq = _sum(jnp.tri(width, k=-1), "qu,cbgur->cbgrq", left_cbgsr)
+    return read_cbgrq + left_cbgrq + dwhole_cbgr[..., None]
+
+
+def _across_pairs(pairs_cbgrqs: Array) -> Array:
+    """For each token u of a chunk, the sum of the pairs that have s before u, and q at u or later. (c, b, g, r, u)
+
+    By halves: the pairs from the first half to the second pass over each u between them, and those inside a half are
+    cut in halves again. So every sum has terms of its own alone, where a running sum of what tokens receive less what
+    they give would cancel down to the little that passes over a strong decay.
+    """
+    *outer, width, _ = pairs_cbgrqs.shape
+    passing_u, parts_qs = jnp.zeros((*outer, width), jnp.float32), pairs_cbgrqs[..., None, :, :]
+    while (half := parts_qs.shape[-1] // 2) >= LEAF:
+        between_qs = parts_qs[..., half:, :half]
+        first_u = _sum(jnp.tri(half, k=-1), "us,...s->...u", jnp.sum(between_qs, axis=-2))
+        second_u = _sum(jnp.tri(half), "qu,...q->...u", jnp.sum(between_qs, axis=-1))
+        passing_u += jnp.concatenate([first_u, second_u], axis=-1).reshape(*outer, width)
+        halves = [parts_qs[..., :half, :half], parts_qs[..., half:, half:]]
+        parts_qs = jnp.stack(halves, axis=-3).reshape(*outer, -1, half, half)
+    q, s, u = jnp.ogrid[(slice(parts_qs.shape[-1]),) * 3]
+    return passing_u + _sum((s < u) & (u <= q), "qsu,...qs->...u", parts_qs).reshape(*outer, width)
 
 
 def _backward_states(decays: Decays, read_cbgnrp: Array, kept: Kept, dfinal_bgnrp: Array) -> tuple[Array, Array, Array]:
@@ -212,16 +251,35 @@ def _backward_states(decays: Decays, read_cbgnrp: Array, kept: Kept, dfinal_bgnr
 def _decays(chunks: Chunks) -> Decays:
     """Every decay of a chunk."""
     runs_cbq, readable_cbqs = chunks.runs_cbq, _readable(chunks.runs_cbq)
-    sums_cbgrq = _sum(readable_cbqs, "cbqs,cbgrs->cbgrq", chunks.log_decay_cbgrq)
+    coarse_cbgrq, fine_cbgrq = (
+        _sum(readable_cbqs, "cbqs,cbgrs->cbgrq", part)
+        for part in in_two(chunks.log_decay_cbgrq, lowest=LOWEST_LOG_DECAY, terms=runs_cbq.shape[-1])
+    )
     lasting_cbs = runs_cbq == runs_cbq[..., -1:]
-    into_cbgrq = _exp_where((runs_cbq == 0)[:, :, None, None], sums_cbgrq)
-    out_of_cbgrs = _exp_where(lasting_cbs[:, :, None, None], sums_cbgrq[..., -1:] - sums_cbgrq)
+    into_cbgrq = _exp_where((runs_cbq == 0)[:, :, None, None], coarse_cbgrq + fine_cbgrq)
+    between = lambda q, s: (coarse_cbgrq[q] - coarse_cbgrq[s]) + (fine_cbgrq[q] - fine_cbgrq[s])  # noqa: E731
+    each, row, column, last = ..., (..., slice(None), None), (..., None, slice(None)), (..., slice(-1, None))
     return Decays(
         into_cbgqr=jnp.swapaxes(into_cbgrq, 3, 4),
-        out_of_cbgsr=jnp.swapaxes(out_of_cbgrs, 3, 4),
+        out_of_cbgsr=jnp.swapaxes(_exp_where(lasting_cbs[:, :, None, None], between(last, each)), 3, 4),
         whole_cbgr=into_cbgrq[..., -1],
-        pair_cbgrqs=_exp_where(readable_cbqs[:, :, None, None], sums_cbgrq[..., None] - sums_cbgrq[..., None, :]),
+        pair_cbgrqs=_exp_where(readable_cbqs[:, :, None, None], between(row, column)),
     )
+
+
+def in_two(log_decays: Array, *, lowest: float, terms: int) -> tuple[Array, Array]:
+    """Numbers from `lowest` to 0 as multiples of a power of two, of which float32 adds up `terms` without an error in
+    any order, and what is left.
+
+    A decay from s to q is exp of l_q - l_s, where l is a sum over the chunk that strong decays make as large as 10^4:
+    its last place is then 10^-3, and a weak decay is lost in it. The coarse parts' sums and their differences are
+    exact, and the fine parts' are below a tenth or so, with errors below 10^-8; exponents are right to about a unit of
+    their last place whatever stands beside them. (A pair of floats by error-free transformations would do as well; but
+    a running one is sequential, and what a compiler fuses or reorders can break it.)
+    """
+    grid = 2.0 ** (math.ceil(math.log2(-lowest * terms)) - 24)
+    coarse = jnp.round(log_decays / grid) * grid
+    return coarse, log_decays - coarse
 
 
 def _readable(runs_cbq: Array) -> Array:
