@@ -20,7 +20,7 @@ from orogen.config.load import load, model_bindings
 from orogen.config.model import ModelConfig
 from orogen.config.run import RunConfig
 from orogen.parallel.runtime import XLA_FLAGS, configure
-from orogen.streams import lasting_streams
+from orogen.train.streams import lasting_streams, say
 
 CHECKPOINT = "a run folder, an Orogen checkpoint folder or a Hugging Face folder"
 PROMPT = (
@@ -55,8 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: object, status: int) -> int:
-    with contextlib.suppress(OSError):  # a closed terminal
-        print(f"orogen: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    say(f"orogen: {' '.join(str(error).split())}")
     return status
 
 

@@ -103,6 +103,8 @@ BORDERS: list[tuple[str, Any, dict, dict, str]] = [
     ("model__norm_topk_prob", False, {"pattern": "E", "model__router_score": "softmax"},
      {"pattern": "E", "model__router_score": "softmax_topk"},
      "weights of ModelConfig.router_score = 'softmax_topk' add up to one anyway"),
+    ("model__moe_bias", "shared", {"pattern": "E", "model__mlp_bias": True}, {"pattern": "E"},
+     "ModelConfig.mlp_bias is False"),
     ("model__topk_group", 2, {"pattern": "E", "model__n_group": 4}, {"pattern": "M"}, EXPERTS),
     ("model__mtp_loss_scale", 0.1, {"pattern": "M/M"}, {"pattern": "MM"}, "ModelConfig.pattern has no part after /"),
     *((f"plan__{f}", v, {"pattern": "*E", **more}, {"pattern": "*-", **more}, EXPERTS) for f, v, more in (

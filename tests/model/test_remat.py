@@ -99,7 +99,7 @@ def test_mamba2_by_name():
         "in_proj": HALF * (2 * inner + 2 * states + heads) * tokens,
         "ssd_states": SINGLE * inner * 7 * chunks,
         "conv": HALF * (inner + 2 * states) * tokens,
-        "ssd": SINGLE * inner * tokens,
+        "ssd": 2 * SINGLE * inner * tokens,  # the output, and its part that comes from the states
         "gated_norm": HALF * inner * tokens,
         "input": HALF * 12 * tokens,
         "norm": HALF * 12 * tokens,
@@ -269,7 +269,7 @@ def test_selective_recomputation_of_mamba2_multiplies_its_ssd_again():
     chunk, chunks, states, inner = 4, ROWS * TOKENS // 4, 7, 6 * 3
     into_and_out_of_states = 2 * 2 * chunks * chunk * states * inner
     inside = 2 * chunks * chunk * chunk * (2 * states + inner)
-    sums_of_decays = 2 * chunks * chunk * chunk * (6 + 1)
+    sums_of_decays = 2 * chunks * chunk * chunk * (2 * 6 + 1)  # coarse and fine of each head, and the changes
     assert flops("selective") - flops("none") == into_and_out_of_states + inside + sums_of_decays
 
 

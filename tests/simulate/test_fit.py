@@ -92,7 +92,7 @@ HUGE = [
     ("ModelConfig.vocab_size", {}, {}, {"vocab_size": 99_999_999_999}),
     ("ModelConfig.hidden_size", {}, {}, {"hidden_size": 99_999_999_999}),
     ("ModelConfig.intermediate_size", {}, {}, {"intermediate_size": 99_999_999_999}),
-    ("ModelConfig.pattern", {}, {}, {"pattern": "-" * 100_000, "hidden_size": 600, "intermediate_size": 800}),
+    ("ModelConfig.pattern", {}, {}, {"pattern": "-" * 1000, "hidden_size": 6000, "intermediate_size": 8000}),
     ("TrainConfig.sample_tokens", {"sample_tokens": 2**20 - 1}, {}, {"pattern": "*", "num_attention_heads": 8}),
 ]
 

@@ -87,7 +87,7 @@ def test_an_interrupt_of_other_commands_is_one_line(task, monkeypatch, capsys):
 
 
 LASTING = (
-    "import os, sys; from orogen.streams import lasting_streams\n"
+    "import os, sys; from orogen.train.streams import lasting_streams\n"
     "os.read(0, 1)\n"
     "with lasting_streams():\n"
     "    for stream in (sys.stdout, sys.stderr):\n"

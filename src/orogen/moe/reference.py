@@ -68,7 +68,9 @@ def mixture(x_nd: Array, valid_n: Array, weights: Weights, options: Options) -> 
     wanted_ne = chosen_ne & valid_n[:, None]
     share_ne = jnp.where(chosen_ne, scores_ne, 0)
     if options.normalise or options.score == "softmax_topk":
-        share_ne = share_ne / share_ne.sum(1, keepdims=True)
+        # By logarithms, so that the gradient of one expert's share, which is 1 whatever its score, is 0 to the bit.
+        log_ne = jnp.log(jnp.where(chosen_ne, scores_ne, 1))
+        share_ne = jnp.where(chosen_ne, jnp.exp(log_ne - jnp.log(share_ne.sum(1, keepdims=True))), 0)
     room = len(x_nd) if options.capacity is None else options.capacity
     if options.heaviest:
         queued_ne = jnp.where(wanted_ne, jax.lax.stop_gradient(share_ne), -1)

@@ -7,11 +7,9 @@ arrays are read. Under its own name a folder is whole: orbax writes into `STEP.p
 the checksums are in it. Folders of earlier releases have no checksums; they count if orbax's marker is there.
 """
 
-import contextlib
 import dataclasses
 import json
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +25,7 @@ from orogen.model.stages import Stages
 from orogen.model.vocabulary import vocab_dim
 from orogen.train import checksums
 from orogen.train.state import TrainState
+from orogen.train.streams import say
 
 # Of the data's item: how stages cut the model, its words, that there are checksums, and whose tokenizer it is.
 STAGES, VOCABULARY, LISTED, TOKENIZER, MODEL = "stages", "vocab_size", "checksums", "tokenizer_files", "model_config"
@@ -34,11 +33,6 @@ ADDED = (STAGES, VOCABULARY, LISTED, TOKENIZER, MODEL)
 MODEL_FIELDS = ("params", "buffers")
 MARKER = "commit_success.txt"
 PARTIAL, REMOVED = ".partial", ".removed"
-
-
-def _warn(line: str) -> None:
-    with contextlib.suppress(OSError):  # a closed terminal
-        print(line, file=sys.stderr, flush=True)
 
 
 class Checkpoints:
@@ -220,10 +214,11 @@ class Checkpoints:
     def _before(self, step: int) -> str:
         for earlier in reversed(self._steps()):
             if earlier < step:
-                with contextlib.suppress(ConfigError):
+                try:
                     self._check_whole(earlier)
-                    name = self.folder / str(earlier)
-                    return f"{name} is whole and counts once {self.folder / str(step)} is moved away"
+                except ConfigError:
+                    continue
+                return f"{self.folder / str(earlier)} is whole and counts once {self.folder / str(step)} is moved away"
         return "no checkpoint before it is whole"
 
     def _check_whole(self, step: int) -> None:
@@ -238,7 +233,7 @@ class Checkpoints:
         elif not (folder / MARKER).is_file():
             raise ConfigError(f"{folder} has neither {checksums.NAME} nor {MARKER}; expected one in a whole checkpoint")
         else:
-            _warn(f"{folder} has no checksums, as an earlier release wrote it: its bytes are not checked")
+            say(f"{folder} has no checksums, as an earlier release wrote it: its bytes are not checked")
         self._checked.add(step)
 
     def _data(self, step: int) -> dict[str, Any]:

@@ -5,7 +5,6 @@ works on one host alone). The holder touches it every BEAT_SECONDS. On the host 
 known by its id and start time; from another host by a lock that nobody touched for STALE_SECONDS.
 """
 
-import contextlib
 import datetime
 import json
 import os
@@ -62,9 +61,8 @@ class RunLock:
         self._released.set()
         if self.mine:
             self.path.unlink(missing_ok=True)
-        if self._made:
-            with contextlib.suppress(OSError):  # not empty
-                self.path.parent.rmdir()
+        if self._made and not any(self.path.parent.iterdir()):
+            self.path.parent.rmdir()
 
     def _take_over(self, draft: Path) -> None:
         """Replaces a dead holder's lock. A second link keeps two processes from doing so at once."""
@@ -88,10 +86,12 @@ class RunLock:
 
     def _beat(self) -> None:
         while not self._released.wait(self._beat_seconds):
-            with contextlib.suppress(OSError):  # a disk that is away for a while; the next beat may reach it
+            try:
                 self.beating = self.mine
                 if self.beating:
                     os.utime(self.path)
+            except OSError:  # a disk that is away for a while
+                continue  # the next beat may reach it
 
 
 def check_free(run_dir: Path, *, now: float | None = None) -> None:
@@ -173,7 +173,7 @@ def _started(pid: Any) -> str | None:
     except ProcessLookupError:
         return None
     except (PermissionError, OverflowError):
-        pass
+        return "unknown"
     return "unknown"
 
 

@@ -1,6 +1,5 @@
 """What a run does when it is asked to stop: by SIGTERM, by Ctrl-C (SIGINT) or by a terminal that closes (SIGHUP)."""
 
-import contextlib
 import os
 import signal
 from collections.abc import Callable
@@ -75,9 +74,10 @@ class Stop:
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
             self.at_once()
-            with contextlib.suppress(OSError):  # a closed terminal
+            try:  # past Python's buffers, which the signal may have found half-written
                 os.write(2, b"orogen: ended at once; what was not saved is lost\n")
-            os._exit(INTERRUPTED)
+            finally:
+                os._exit(INTERRUPTED)
         first = not self.asked
         self.asked, self.by = True, self.by or number
         if first and self._cutting:

@@ -155,7 +155,7 @@ def _forward(chunks: Chunks) -> tuple[tuple[Array, Array], Kept]:
     dtx_cbgrsp = jnp.moveaxis(chunks.dtx_cbgqrp, 4, 3)
     within_cbgrqp = jnp.einsum("cbgrqs,cbgrsp->cbgrqp", weights_cbgrqs, dtx_cbgrsp)
     entering_cbgqrp = jnp.einsum("cbgqn,cbgnrp->cbgqrp", chunks.c_cbgqn, states_cbgnrp)
-    entering_cbgqrp *= decays.into_cbgqr[..., None]
+    entering_cbgqrp = checkpoint_name(entering_cbgqrp * decays.into_cbgqr[..., None], "ssd")
     others_cbgqrp = checkpoint_name(jnp.moveaxis(within_cbgrqp, 3, 4) + entering_cbgqrp, "ssd")
     y_cbgqrp = others_cbgqrp + _own_scores(chunks) * chunks.dtx_cbgqrp
     return (y_cbgqrp, final_bgnrp), Kept(entering_cbgqrp, states_cbgnrp)

@@ -30,10 +30,23 @@ class _Lasting:
         try:
             yield
         except OSError:  # EPIPE of a pipe, EIO of a terminal
-            with contextlib.suppress(OSError, ValueError):  # a stream of a test has no descriptor
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, self._stream.fileno())
-                os.close(nowhere)
+            self._turn_away()
+
+    def _turn_away(self) -> None:
+        """Leads the stream's file descriptor, if it has one, to /dev/null."""
+        try:
+            own = self._stream.fileno()
+        except (OSError, ValueError):  # a stream in memory, or a closed one
+            return
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, own)
+        os.close(nowhere)
+
+
+def say(line: str) -> None:
+    """Prints a line on stderr; nobody reads it where the terminal is closed."""
+    _Lasting(sys.stderr).write(line + "\n")
+    _Lasting(sys.stderr).flush()
 
 
 @contextlib.contextmanager
