@@ -92,7 +92,12 @@ HUGE = [
     ("ModelConfig.vocab_size", {}, {}, {"vocab_size": 99_999_999_999}),
     ("ModelConfig.hidden_size", {}, {}, {"hidden_size": 99_999_999_999}),
     ("ModelConfig.intermediate_size", {}, {}, {"intermediate_size": 99_999_999_999}),
-    ("ModelConfig.pattern", {}, {}, {"pattern": "-" * 1000, "hidden_size": 6000, "intermediate_size": 8000}),
+    (
+        "ModelConfig.pattern",
+        {},
+        {},
+        {"pattern": "-" * 1024, "hidden_size": 900, "intermediate_size": 900, "mlp_gated": True},
+    ),
     ("TrainConfig.sample_tokens", {"sample_tokens": 2**20 - 1}, {}, {"pattern": "*", "num_attention_heads": 8}),
 ]
 
