@@ -19,6 +19,7 @@ from orogen.config.checks import ConfigError
 from orogen.config.load import load
 from orogen.config.plan import FOR_GPU
 from orogen.infer.generate import generate, load_checkpoint
+from orogen.train import checksums
 from orogen.train.lock import RunLock
 from orogen.train.loop import NonFiniteError, train
 from orogen.train.metrics import read_metrics
@@ -363,6 +364,15 @@ def test_a_tokenizer_larger_than_the_model_is_refused(whole, tmp_path):
     content = json.loads(file.read_text())
     content["model"]["vocab"]["ab"] = 300
     file.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="tokenizer.json is damaged"):
+        load_checkpoint(folder)
+    # As an earlier release saved it, without checksums of the tokenizer.
+    for step in (folder / "checkpoints").iterdir():
+        (step / checksums.NAME).unlink()
+        position = json.loads((step / "data" / "metadata").read_text())
+        kept = {name: position[name] for name in ("position", "identity")}
+        (step / "data" / "metadata").write_text(json.dumps(kept))
+        (step / "commit_success.txt").touch()
     with pytest.raises(ConfigError, match="ModelConfig.vocab_size is 259; expected at least 301, the size of the"):
         load_checkpoint(folder)
 

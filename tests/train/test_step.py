@@ -230,7 +230,7 @@ def test_routers_without_correction_bias_train_count_loads_and_are_restored(tmp_
     tokens = int((np.asarray(run.batch.segments_bt) != 0).sum())
     np.testing.assert_array_equal(metrics.load_le.sum(1), [3 * tokens] * 3)
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(state, {})
+        checkpoints.save(state, {"position": {}, "identity": {}})
     target = abstract_state(run.built, run.optimizer)
     with Checkpoints(tmp_path) as checkpoints:
         restored, _ = checkpoints.restore(with_shardings(target, run.plan.shardings(target)))

@@ -29,6 +29,9 @@ SIZE = 93
 FOUR, TWO, STAGES = {"tensor": 4}, {"tensor": 2, "data": 2}, {"stage": 2, "tensor": 2, "microbatches": 2}
 
 
+POSITION = {"position": {"row": 7}, "identity": {}}  # of the data
+
+
 def model_of(**changes):
     return hybrid(pattern="--", mtp_depths=0, vocab_size=SIZE, **changes)
 
@@ -141,12 +144,12 @@ def test_logits_have_the_words_of_the_vocabulary_alone():
 def test_a_checkpoint_is_restored_with_other_rows_bit_for_bit(tmp_path, plan):
     model, state = model_of(), trained(model_of(), plan, 1)
     with Checkpoints(tmp_path, vocab_size=SIZE) as checkpoints:
-        checkpoints.save(state, {"row": 7}, laid_out(model, plan)[2].stages)
+        checkpoints.save(state, POSITION, laid_out(model, plan)[2].stages)
     wider = {**plan, "tensor": 4} if "stage" in plan else {"tensor": 8}
     narrower = {**plan, "tensor": 1} if "stage" in plan else TWO
     for other in (wider, narrower):
         again, position = restored(tmp_path, model, other)
-        assert position == {"row": 7}
+        assert position == POSITION
         rows = PlanConfig(**other).vocab_rows(SIZE)
         for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True):
             if a.shape == b.shape:
@@ -161,7 +164,7 @@ def test_a_model_is_read_without_the_rows_of_the_plan_that_saved_it(tmp_path):
     model, state = model_of(), trained(model_of(), STAGES, 1)
     built = laid_out(model, STAGES)[2]
     with Checkpoints(tmp_path, vocab_size=SIZE) as checkpoints:
-        checkpoints.save(state, {}, built.stages)
+        checkpoints.save(state, POSITION, built.stages)
     whole, one = build(model), make_plan(PlanConfig(), model)
     with Checkpoints(tmp_path) as checkpoints:
         params, _ = checkpoints.restore_model(whole.params, whole.buffers, one.shardings)
@@ -174,7 +177,7 @@ def test_a_model_is_read_without_the_rows_of_the_plan_that_saved_it(tmp_path):
 def test_a_checkpoint_of_another_vocabulary_is_refused(tmp_path, size):
     """Although an array with as many rows could hold either."""
     with Checkpoints(tmp_path, vocab_size=SIZE) as checkpoints:
-        checkpoints.save(trained(model_of(), FOUR, 0), {})
+        checkpoints.save(trained(model_of(), FOUR, 0), POSITION)
     other = dataclasses.replace(model_of(), vocab_size=size)
     whole, one = build(other), make_plan(PlanConfig(), other)
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(ConfigError, match=rf"of another model.*{SIZE}.*{size}"):

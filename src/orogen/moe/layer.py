@@ -130,15 +130,17 @@ class MoE(nnx.Module):
             experts, weights, by_source(valid_bt[..., None])[..., 0]
         )
         keep_btk = _join(keep, routing.experts.shape, *plan.sources)
-        choice = Choice(Replay(routing.experts, keep_btk), routing.margin, routing.flipped)
+        # Padding takes no part: two padded runs may see each other on a rank with a part of the row, and not elsewhere.
+        flipped_bt = routing.flipped & valid_bt
+        choice = Choice(Replay(routing.experts, keep_btk), routing.margin, flipped_bt)
         if replay is not None:
             margins = jax.vmap(partial(drop_margin, n_experts=self.n_experts, policy=policy))(
                 experts, weights, keep, by_source(replay.kept)
             )
             margin_bt = _join(margins[..., None], (*valid_bt.shape, 1), *plan.sources)[..., 0]
-            differs_bt = jnp.any(keep_btk != replay.kept, -1)
-            margin_bt = jnp.maximum(jnp.where(routing.flipped, routing.margin, 0), margin_bt)
-            choice = Choice(replay, margin_bt, routing.flipped | differs_bt)
+            differs_bt = jnp.any(keep_btk != replay.kept, -1) & valid_bt
+            margin_bt = jnp.maximum(jnp.where(flipped_bt, routing.margin, 0), margin_bt)
+            choice = Choice(replay, margin_bt, flipped_bt | differs_bt)
         valid_btk = jnp.broadcast_to(valid_bt[..., None], keep_btk.shape)
         stats = MoEStats(
             load=expert_counts(routing.experts, valid_btk, self.n_experts, axes=(0, 1, 2)),
