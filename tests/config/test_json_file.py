@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 import pytest
 
@@ -49,6 +50,14 @@ def test_what_is_no_json_is_refused_in_one_line(tmp_path, data, message):
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         read_json(file)
     assert str(caught.value).startswith(str(file)) and "\n" not in str(caught.value)
+
+
+def test_a_text_without_an_end_takes_no_time_by_its_square():
+    data = b'["", {}' + b"{}" * 64 + b'"' + b'\\"' * 200_000
+    before = time.process_time()
+    with pytest.raises(ConfigError, match="expected JSON"):
+        parse_json(data, where="x")
+    assert time.process_time() - before < 5  # 10 minutes by its square
 
 
 def test_equal_values_of_one_name_are_one(tmp_path):

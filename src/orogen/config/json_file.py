@@ -17,7 +17,8 @@ MAX_BYTES = 10**8  # of a file: the largest released tokenizer.json has 35 MB
 MAX_DEPTH = 64  # of lists and objects in each other
 MAX_DIGITS = 100  # of an integer, so that a float holds it; transformers writes int(1e30) for "no limit"
 
-_BRACKETS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{]|[\]}]', re.DOTALL)
+# A string without an end is one too, and nothing is tried twice: else a long one would take time by its square.
+_BRACKETS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[{]|[\]}]', re.DOTALL)
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _MISSING = object()
 _BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
