@@ -200,7 +200,7 @@ def test_ids_too_large_for_any_model_are_refused():
     backend = tokenizers.Tokenizer(models.BPE({"<eos>": 0, "a": 2**31}, []))
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<eos>"])
-    with pytest.raises(ConfigError, match=r"largest id is 2147483648; expected 0 to 16777216"):
+    with pytest.raises(ConfigError, match=r"largest id is 2147483648; expected 0 to 16777215"):
         Tokenizer(backend, pad="<eos>", bos="<eos>", eos="<eos>")
 
 

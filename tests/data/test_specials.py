@@ -41,6 +41,29 @@ def test_the_folder_says_what_is_put_around_a_prompt(tmp_path, name):
     assert tokenizer.prompt_ids("ab") == [*front, 268, *back]
 
 
+@pytest.mark.parametrize("pad", [True, False])
+def test_what_cuts_or_pads_texts_is_not_put_around_a_prompt(tmp_path, pad):
+    backend = vocabularies.bpe(vocabularies.DUMMY_PREFIX, strip=True)
+    backend.post_processor = template("<s>", "</s>")
+    if pad:
+        backend.enable_padding(length=8)
+    else:
+        backend.enable_truncation(2)
+    tokenizer = Tokenizer.load(vocabularies.save(tmp_path / "hf", backend, BOTH))
+    assert tokenizer.prompt_ids("ab") == [1, 268, 2]
+
+
+@pytest.mark.parametrize("single", ["<s>", "<s> $B", "<gone> $A"])
+def test_a_post_processor_that_drops_the_text_or_panics_is_refused(tmp_path, single):
+    folder = folder_of(tmp_path, BOTH, FRONT)
+    file = json.loads((folder / "tokenizer.json").read_text())
+    steps = [{"Sequence": {"id": n[1:]}} if n[0] == "$" else {"SpecialToken": {"id": n}} for n in single.split()]
+    file["post_processor"]["single"] = [{kind: {**step, "type_id": 0} for kind, step in s.items()} for s in steps]
+    (folder / "tokenizer.json").write_text(json.dumps(file))
+    with pytest.raises(ConfigError, match="post-processor"):
+        Tokenizer.load(folder)
+
+
 def test_a_prompt_of_no_token_is_bos(tmp_path):
     assert Tokenizer.load(folder_of(tmp_path, BOTH)).prompt_ids("") == [1]
     assert Tokenizer.load(folder_of(tmp_path, {"eos_token": "</s>"})).prompt_ids("") == [2]

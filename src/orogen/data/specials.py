@@ -7,6 +7,7 @@ import tokenizers
 
 from orogen.config.checks import ConfigError, shown
 from orogen.config.json_file import read_json
+from orogen.data.panics import panics_refused
 
 PAD, BOS, EOS = SPECIALS = ("<pad>", "<bos>", "<eos>")  # ids 0, 1, 2 of our own tokenizers
 SETTINGS = "tokenizer_config.json"
@@ -75,9 +76,12 @@ def _around(
         chosen = [named[role] if settings.get(f"add_{role}_token") else None for role in ("bos", "eos")]
         front, back = (() if name is None else (special_id(backend, name),) for name in chosen)
         return front, back
-    text = backend.encode("a", add_special_tokens=False).ids
-    whole = backend.encode("a", add_special_tokens=True).ids
-    start = next((i for i in range(len(whole) + 1) if whole[i : i + len(text)] == text), len(whole))
+    with panics_refused("a post-processor that puts ids around a text"):
+        text = backend.encode("a", add_special_tokens=False).ids
+        whole = backend.encode("a", add_special_tokens=True).ids
+    start = next((i for i in range(len(whole)) if whole[i : i + len(text)] == text), None)
+    if start is None or not text:
+        raise ConfigError(f"the tokenizer's post-processor makes {whole} of the ids {text}; expected ids around them")
     return tuple(whole[:start]), tuple(whole[start + len(text) :])
 
 

@@ -13,7 +13,7 @@ from orogen.config.checks import ConfigError
 SPACE = "▁"  # stands for a space in SentencePiece-like vocabularies
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 # Embeddings of released models have at most 2**18 rows; a file with a larger id would only fill the memory.
-MAX_ID = 2**24
+MAX_TOKENS = 2**24
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -41,8 +41,8 @@ class TokenBytes(NamedTuple):
 def check_ids(backend: tokenizers.Tokenizer) -> None:
     """Raises ConfigError for a vocabulary without tokens, or with an id that would fill the memory."""
     largest = max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
-    if not 0 <= largest <= MAX_ID:
-        raise ConfigError(f"the tokenizer's largest id is {largest}; expected 0 to {MAX_ID}")
+    if not 0 <= largest < MAX_TOKENS:
+        raise ConfigError(f"the tokenizer's largest id is {largest}; expected 0 to {MAX_TOKENS - 1}")
 
 
 def token_bytes(backend: tokenizers.Tokenizer, model: dict[str, Any]) -> TokenBytes:

@@ -3,14 +3,13 @@
 Legend: n tokens, v vocabulary.
 """
 
-import contextlib
 import copy
 import hashlib
 import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,11 @@ from orogen.config.checks import ConfigError, shown
 from orogen.config.data import DataConfig
 from orogen.config.json_file import ListOf, MapOf, Record, Whole, read_json
 from orogen.data import long_text
+from orogen.data.panics import panics_refused
 from orogen.data.pipeline import normalizers_of, only_spaces, without_prefix
 from orogen.data.specials import BOS, EOS, PAD, SETTINGS, SPECIALS, read_specials, special_id
-from orogen.data.token_bytes import BYTE_OF_CHARACTER, SPACE, check_ids, token_bytes
+from orogen.data.token_bytes import BYTE_OF_CHARACTER, MAX_TOKENS, SPACE, check_ids, token_bytes
 
-MAX_TOKENS = 2**24  # a list of the bytes of every id is kept; the largest released vocabularies have 2**18
 TOKEN_ID = Whole(0, MAX_TOKENS - 1)
 MODEL_FORM = Record({}, {"vocab": (MapOf(TOKEN_ID), list)})
 TOKENIZER_FORM = Record(
@@ -79,12 +78,7 @@ class Tokenizer:
         ends: ids that end a text besides `eos`. around: ids before and after a prompt; None: `bos` before it.
         """
         check_ids(backend)  # first: writing the file goes through every id up to the largest
-        # A file may ask for what would cut or pad documents, or draw their tokens at random.
-        backend.no_truncation()
-        backend.no_padding()
-        if isinstance(backend.model, models.BPE):
-            backend.model.dropout = None
-        self._backend = _as_text(backend)
+        self._backend = _as_text(_exact(backend))
         self._file = json.loads(backend.to_str())
         self._special_names = {"pad_token": pad, "bos_token": bos, "eos_token": eos}
         self.pad_id, self.bos_id, self.eos_id = (special_id(backend, name) for name in (pad, bos, eos))
@@ -227,7 +221,7 @@ class Tokenizer:
         return cls(backend, **names, ends=found.ends, around=(found.front, found.back))
 
     def _ids(self, text: str) -> list[int]:
-        with _panics_refused():
+        with panics_refused():
             return self._backend.encode(text, add_special_tokens=False).ids
 
     def _encode_exactly(self, text: str, *, first: bool) -> np.ndarray:
@@ -248,7 +242,7 @@ class Tokenizer:
         if first and len(text) <= long_text.USUAL:
             return np.array(self._ids(text), np.int32)
         parts = []
-        with _panics_refused():
+        with panics_refused():
             for number, piece in enumerate(self._cutter.pieces(text)):
                 backend = self._backend if first and not number else self._continuing
                 parts.append(np.array(backend.encode(piece, add_special_tokens=False).ids, np.int32))
@@ -318,7 +312,7 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     )
     # Of a copy: the library locks a tokenizer while it trains, and the texts are cut meanwhile.
     cutter = long_text.Cutter(tokenizers.Tokenizer.from_str(backend.to_str()), [], [])
-    with _panics_refused():
+    with panics_refused():
         backend.train_from_iterator((piece for text in texts for piece in cutter.pieces(text)), trainer)
     if backend.get_vocab_size() != vocab_size:
         raise ConfigError(
@@ -354,6 +348,15 @@ def check_rows(tokenizer: Tokenizer, vocab_size: int) -> None:
         raise ConfigError(f"ModelConfig.vocab_size is {vocab_size}; expected {expected}")
 
 
+def _exact(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Without what a file may ask for that cuts or pads texts, or draws their tokens at random."""
+    backend.no_truncation()
+    backend.no_padding()
+    if isinstance(backend.model, models.BPE):
+        backend.model.dropout = None
+    return backend
+
+
 def _as_text(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     backend.encode_special_tokens = True  # text that spells a special is encoded as text
     return backend
@@ -370,23 +373,12 @@ def _read_backend(file: Path) -> tokenizers.Tokenizer:
         model = read_json(file, TOKENIZER_FORM)["model"]
         if prefix := model.get("continuing_subword_prefix"):  # tokenizers panics at a merge that is shorter
             raise ConfigError(f"{file}: continuing_subword_prefix is {shown(prefix)}; expected none")
-        with _panics_refused():
-            return tokenizers.Tokenizer.from_buffer(file.read_bytes())
+        with panics_refused(f"{file} to be a tokenizer that it can use"):
+            return _exact(tokenizers.Tokenizer.from_buffer(file.read_bytes()))
     except ConfigError as error:
         raise ConfigError(f"{error}: {expected}") from None
     except Exception as error:  # tokenizers raises bare Exception for every malformed file
         raise ConfigError(f"{file}: {error}: {expected}") from error
-
-
-@contextlib.contextmanager
-def _panics_refused() -> Iterator[None]:
-    """Turns a panic of the `tokenizers` library, which no `except Exception` catches, into a ConfigError."""
-    try:
-        yield
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
-        raise ConfigError(f"the tokenizers library fails: {error}; expected text that it can read") from None
 
 
 def _decoded(data: bytes, *, one_by_one: bool) -> str:
