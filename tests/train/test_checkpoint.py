@@ -170,6 +170,27 @@ def test_what_a_killed_process_left_is_no_checkpoint_and_goes(copy):
     assert steps(copy) == ["12", "8"]
 
 
+def test_a_checkpoint_that_was_moved_away_stays(copy):
+    folder = copy / "checkpoints"
+    (folder / "8").rename(folder / "8.damaged")
+    shutil.copytree(folder / "4", folder / "old")
+    with Checkpoints(copy) as checkpoints:
+        checkpoints.save(state(9), POSITION)
+    assert steps(copy) == ["4", "8.damaged", "9", "old"]
+    assert (folder / "8.damaged" / checksums.NAME).is_file()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: out of memory")])
+def test_a_lack_of_memory_is_no_damage(copy, monkeypatch, error):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(Checkpoints, "_item", fail)
+    with pytest.raises(type(error)) as caught:
+        restore(copy)
+    assert caught.value is error
+
+
 def test_a_write_that_fails_is_raised_and_removes_nothing(copy, monkeypatch):
     def fail(folder):
         raise OSError(28, "No space left on device")

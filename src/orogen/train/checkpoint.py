@@ -9,6 +9,7 @@ the checksums are in it. Folders of earlier releases have no checksums; they cou
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,6 +34,8 @@ ADDED = (STAGES, VOCABULARY, LISTED, TOKENIZER, MODEL)
 MODEL_FIELDS = ("params", "buffers")
 MARKER = "commit_success.txt"
 PARTIAL, REMOVED = ".partial", ".removed"
+# What a killed process may leave; any other folder is the user's, such as a damaged checkpoint that was moved away.
+LEFT = re.compile(rf"\d+({re.escape(PARTIAL)}|{re.escape(REMOVED)}|\.orbax-checkpoint-tmp.*)+")
 
 
 class Checkpoints:
@@ -99,7 +102,7 @@ class Checkpoints:
         if self._writer is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left in self.folder.iterdir():  # by a process that was killed
-                if not left.name.isdecimal() and left.is_dir():
+                if LEFT.fullmatch(left.name) and left.is_dir():
                     shutil.rmtree(left)
             self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         model, trainer = _split(state)
@@ -201,11 +204,13 @@ class Checkpoints:
             try:
                 self._check_whole(step)
                 return read(step)
-            except _AnotherModelError:
+            except (_AnotherModelError, MemoryError):
                 raise
             except Exception as error:  # orbax, tensorstore and jax raise anything at all on a damaged file
                 if self.latest != step:  # a run that goes on has removed it meanwhile
                     continue
+                if "RESOURCE_EXHAUSTED" in str(error):  # jax's own MemoryError: the files are not to blame
+                    raise
                 folder, reason = self.folder / str(step), " ".join(str(error).split())[:300]
                 if not isinstance(error, ConfigError):
                     reason = f"{folder} cannot be read ({type(error).__name__}: {reason}); expected a whole checkpoint"
