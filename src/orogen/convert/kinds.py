@@ -18,19 +18,19 @@ ROTARY = Record(
 
 KINDS: dict[str, Any] = (
     dict.fromkeys(
-        "hidden_size num_attention_heads num_key_value_heads head_dim attention_head_dim n_embd n_head n_inner "
+        "hidden_size num_attention_heads num_key_value_heads head_dim n_embd n_head n_inner "
         "num_heads moe_intermediate_size intermediate_size decoder_sparse_step max_position_embeddings".split(),
         SIZE,
     )
     | dict.fromkeys("first_k_dense_replace n_shared_experts max_window_layers sliding_window".split(), COUNT)
     | dict.fromkeys("num_hidden_layers n_layer".split(), Whole(1, MAX_LAYERS))
-    | dict.fromkeys("num_nextn_predict_layers num_mtp_layers".split(), Whole(0, MAX_LAYERS))
+    | dict.fromkeys(["num_nextn_predict_layers"], Whole(0, MAX_LAYERS))
     | dict.fromkeys("n_routed_experts num_experts num_local_experts".split(), Whole(1, MAX_EXPERTS))
     | dict.fromkeys("expand rope_theta partial_rotary_factor".split(), NUMBER)
     | dict.fromkeys("use_sliding_window qkv_bias attention_bias tie_word_embeddings".split(), bool)
     | dict.fromkeys("model_type hidden_act mlp_hidden_act activation_function hybrid_override_pattern".split(), str)
     | dict.fromkeys("layers_block_type mtp_layers_block_type layer_types".split(), ListOf(str))
-    | dict.fromkeys("time_step_limit mamba_dt_limit".split(), ListOf((float, Record({"__float__": str}))))
+    | dict.fromkeys(["time_step_limit"], ListOf((float, Record({"__float__": str}))))
     | dict.fromkeys("rope_parameters rope_scaling".split(), ROTARY)
     | {"mtp_hybrid_override_pattern": str, "mlp_only_layers": ListOf(Whole()), "time_step_rank": (SIZE, str)}
 )
