@@ -20,6 +20,7 @@ from orogen.config.load import load, model_bindings
 from orogen.config.model import ModelConfig
 from orogen.config.run import RunConfig
 from orogen.parallel.runtime import XLA_FLAGS, configure
+from orogen.train.stop import INTERRUPTED
 from orogen.train.streams import lasting_streams, say
 
 CHECKPOINT = "a run folder, an Orogen checkpoint folder or a Hugging Face folder"
@@ -28,7 +29,7 @@ PROMPT = (
     "own; in other folders what the post-processor of tokenizer.json says or, without one, add_bos_token and "
     "add_eos_token of tokenizer_config.json; bos alone if there would be no token at all"
 )
-EXIT_FAILURE, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 128 + signal.SIGINT
+EXIT_FAILURE, EXIT_BAD_INPUT = 1, 2
 # None: raised by our own code, with the name of a file that is missing.
 PATH_ERRORS = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.task(options)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the process at once, without a traceback
-        return _fail("interrupted", EXIT_INTERRUPTED)
+        return _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILURE
@@ -163,10 +164,6 @@ def _answer(options: argparse.Namespace, facts: dict[str, Any], lines: Sequence[
     print(json.dumps(facts) if options.json else "\n".join(lines))
 
 
-def _log(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def _memory() -> Any:
     """What the host and each device have left."""
     from orogen.parallel.capacity import device_bytes, host_bytes
@@ -177,7 +174,7 @@ def _memory() -> Any:
 
 def _warn(model: ModelConfig) -> None:
     for line in model.warnings():
-        _log(f"orogen: warning: {line}")
+        say(f"orogen: warning: {line}")
 
 
 def train(options: argparse.Namespace) -> int:
@@ -194,7 +191,7 @@ def train(options: argparse.Namespace) -> int:
     # The folder is this run's, and signals are minded, until the report is written.
     with lasting_streams(), contextlib.ExitStack() as held:
         try:
-            trained = run(config, text, options.run, resume=options.resume, origin=origin, log=_log, until=held)
+            trained = run(config, text, options.run, resume=options.resume, origin=origin, log=say, until=held)
             return _finish_run(options, config, text, trained)
         except NonFiniteError as error:
             return _fail(error, EXIT_FAILURE)

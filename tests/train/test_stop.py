@@ -1,5 +1,7 @@
 """What signals do to a run, and to what else takes long."""
 
+import errno
+import io
 import os
 import pty
 import signal
@@ -9,6 +11,7 @@ import sys
 import pytest
 
 from orogen.train.stop import Stop, StoppedEarlyError
+from orogen.train.streams import lasting_streams, say
 
 
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", 0), ("SIGHUP", 0), ("SIGINT", 130)])
@@ -94,6 +97,22 @@ LASTING = (
     "        for _ in range(2000): print('x' * 80, file=stream, flush=True)\n"
     "open(sys.argv[1], 'w').write('saved')"
 )
+
+
+class _FullDisk(io.StringIO):
+    def write(self, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_is_no_closed_terminal(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", _FullDisk())
+    with pytest.raises(OSError, match="No space left"), lasting_streams():
+        print("x")
+
+
+def test_without_stderr_there_is_nothing_to_say(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    say("x")
 
 
 @pytest.mark.parametrize("kind", ["pipe", "terminal"])

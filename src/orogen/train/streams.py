@@ -1,10 +1,13 @@
 """Output that outlives its terminal: a run whose terminal or pipe is closed goes on to save."""
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
+
+GONE = (errno.EPIPE, errno.EIO)  # of a pipe and of a terminal
 
 
 class _Lasting:
@@ -29,7 +32,9 @@ class _Lasting:
     def _lost_is_lost(self) -> Iterator[None]:
         try:
             yield
-        except OSError:  # EPIPE of a pipe, EIO of a terminal
+        except OSError as error:  # another one, such as a full disk's, is a loss that someone would want to know of
+            if error.errno not in GONE:
+                raise
             self._turn_away()
 
     def _turn_away(self) -> None:
@@ -44,9 +49,10 @@ class _Lasting:
 
 
 def say(line: str) -> None:
-    """Prints a line on stderr; nobody reads it where the terminal is closed."""
-    _Lasting(sys.stderr).write(line + "\n")
-    _Lasting(sys.stderr).flush()
+    """Prints a line on stderr; nobody reads it where the terminal is closed, or the process began without one."""
+    if sys.stderr is not None:
+        _Lasting(sys.stderr).write(line + "\n")
+        _Lasting(sys.stderr).flush()
 
 
 @contextlib.contextmanager
@@ -58,6 +64,6 @@ def lasting_streams() -> Iterator[None]:
     try:
         yield
     finally:
+        sys.stdout, sys.stderr = before
         for stream in lasting:
             stream.flush()
-        sys.stdout, sys.stderr = before
