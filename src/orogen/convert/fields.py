@@ -28,7 +28,7 @@ class Fields:
     def __init__(self, values: dict[str, Any]):
         self.values = values
         self.read: set[str] = {"model_type"}
-        self.family = values.get("model_type")
+        self.family: Any = values.get("model_type")
         if not isinstance(self.family, str) or self.family not in DEFAULTS:
             self.refuse("model_type", self.family, "one of " + ", ".join(DEFAULTS))
         self._defaults, self._nulls = DEFAULTS[self.family], NULLS.get(self.family, {})
@@ -93,12 +93,13 @@ def _check_kind(name: str, key: str, value: Any, default: Any) -> None:
             raise ConfigError(f"{error}: expected fields of the types that transformers writes") from None
 
 
-def number(value: Any) -> float:
+def number(value: Any) -> Any:
     """A number of a config.json, where infinity may be written as {"__float__": "Infinity"}; None for anything else."""
     if isinstance(value, dict) and set(value) == {"__float__"}:
-        value = {"Infinity": math.inf, "-Infinity": -math.inf}.get(value["__float__"])
-    numeric = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if numeric and not math.isnan(value) else ABSENT
+        return {"Infinity": math.inf, "-Infinity": -math.inf}.get(value["__float__"], ABSENT)
+    if not isinstance(value, int | float) or isinstance(value, bool) or math.isnan(value):
+        return ABSENT
+    return value
 
 
 def rotary(fields: Fields, *, partly: bool = False) -> dict[str, Any]:
@@ -107,11 +108,12 @@ def rotary(fields: Fields, *, partly: bool = False) -> dict[str, Any]:
     partly: whether the family's class leaves a part of each head as it is; the others ignore partial_rotary_factor,
     but for YaRN's frequencies, which then are too few for its heads.
     """
-    share, stated = fields.get("partial_rotary_factor"), _stated(fields)
+    whole, stated = fields.get("partial_rotary_factor"), _stated(fields)
     kind = stated.pop("rope_type", stated.pop("type", "default"))
     stated.pop("type", None)
     older = fields.get("rope_theta")
-    base, share = stated.pop("rope_theta", older), stated.pop("partial_rotary_factor", None) or share or 1.0
+    base: Any = stated.pop("rope_theta", older)
+    share: Any = stated.pop("partial_rotary_factor", None) or whole or 1.0
     if base is None:
         fields.refuse("rope_theta", None, "a number")
     if kind not in ("default", "yarn"):

@@ -148,7 +148,7 @@ def _checked_text(text: object, text_field: str, *, where: str) -> str:
 
 
 @contextlib.contextmanager
-def _open_lines(file: Path) -> Iterator[io.BufferedReader | gzip.GzipFile]:
+def _open_lines(file: Path) -> Iterator[io.BufferedIOBase]:
     if file.name.endswith(".zst"):
         with file.open("rb") as stream, io.BufferedReader(ZstdFrames(stream)) as lines:
             yield lines

@@ -96,10 +96,10 @@ def build(config: ModelConfig, stages: Stages | None = None, vocab_rows: int | N
     """The model of `config`, whole or cut into `stages`, without allocating anything. vocab_rows: of embedding and
     head, as `PlanConfig.vocab_rows` gives them for a plan; None: those of the vocabulary."""
     model = jax.eval_shape(lambda: LanguageModel(config, nnx.Rngs(0)))
-    graph, *states = nnx.split(model, nnx.Param, ...)
-    built = Built(graph, *states, config.vocab_size, vocab_rows or config.vocab_size, stages)
-    params, buffers = (jax.eval_shape(built.laid, state) for state in states)
-    return built._replace(params=params, buffers=buffers)
+    graph, params, buffers = nnx.split(model, nnx.Param, ...)
+    whole = Built(graph, params, buffers, config.vocab_size, vocab_rows or config.vocab_size, stages)
+    laid = jax.eval_shape(whole.laid, params), jax.eval_shape(whole.laid, buffers)
+    return whole._replace(params=laid[0], buffers=laid[1])
 
 
 def initial_state(config: ModelConfig, seed: int | Array) -> tuple[nnx.State, nnx.State]:

@@ -263,12 +263,14 @@ class Checkpoints:
         self._check(step, item, target)
         # Not strict: rows of the vocabulary are zeros where there are more of them here, or are left out.
         arguments = ocp.args.StandardRestore(_named(target), strict=False)
-        return ocp.StandardCheckpointHandler().restore(self.folder / str(step) / item, args=arguments)
+        folder: Any = self.folder / str(step) / item  # typed as a path of etils
+        return ocp.StandardCheckpointHandler().restore(folder, args=arguments)
 
     def _check(self, step: int, item: str, target: Any) -> None:
         """Raises ConfigError naming the first array that the checkpoint lacks, has too many, or in another shape but
         for what plans fill a vocabulary up to."""
-        saved: Any = ocp.StandardCheckpointHandler().metadata(self.folder / str(step) / item)
+        folder: Any = self.folder / str(step) / item
+        saved: Any = ocp.StandardCheckpointHandler().metadata(folder)
         saved, wanted, dims = getattr(saved, "tree", saved), _named(target), _vocab_dims(target)
         recorded = self._data(step).get(VOCABULARY)
         for name in sorted(set(saved) | set(wanted)):

@@ -128,7 +128,8 @@ def enter(
     """The backbone's layers, with their routers' losses. ends: whether these have the model's first layer and last."""
     docs = Documents(batch.segments_bt, batch.positions_bt)
     x_btd, stats = model.backbone(x_btd, docs, plan, replay and replay[0], ends=ends)
-    loss = _router_loss(moe_stats(stats), counts, 0, 1, config, plan, assigned and assigned[0])
+    known = None if assigned is None else assigned[0]
+    loss = _router_loss(moe_stats(stats), counts, 0, 1, config, plan, known)
     return Passed(x_btd, loss, jnp.zeros(len(counts.targets)), (stats,))
 
 
@@ -158,7 +159,7 @@ def leave(
     share = jnp.asarray([1.0] + [config.mtp_loss_scale / len(deeper) for _ in deeper])
     loss = passed.loss + jnp.sum(share * nats / jnp.maximum(counts.targets, 1))
     for depth, (_, stats) in enumerate(deeper, 1):
-        known = assigned and assigned[depth - 1]
+        known = None if assigned is None else assigned[depth - 1]
         loss += _router_loss(moe_stats(stats), counts, depth, len(deeper), config, plan, known)
     return Passed(h_btd, loss, nats, (*passed.stats, *(stats for _, stats in deeper)))
 
@@ -237,7 +238,8 @@ def assignments(model: LanguageModel, batch: Batch, plan: Plan, replay: Any = No
 
 def counted(stats: Any) -> list[Array]:
     """The assignments that balance over the global batch counts, of each MoE layer of a stack."""
-    return [layer.losses.balance.counts for layer in moe_stats(stats)]
+    shares: list[Any] = [layer.losses.balance for layer in moe_stats(stats)]
+    return [share.counts for share in shares]
 
 
 def moe_stats(stats: Any) -> list[MoEStats]:

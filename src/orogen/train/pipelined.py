@@ -190,7 +190,8 @@ class Pipeline:
         stacks, start = [], 0
         for items in self._items(segment):
             count = _count(items)
-            known_vre = lax.dynamic_index_in_dim(self.known[0], chunk, keepdims=False)[start : start + count]
+            known: Any = self.known
+            known_vre = lax.dynamic_index_in_dim(known[0], chunk, keepdims=False)[start : start + count]
             stacks.append(jax.tree.leaves(stacked({MOE: known_vre} if count else {}, items)))
             start += count
         return stacks

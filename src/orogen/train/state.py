@@ -52,7 +52,8 @@ def create_state(
     shardings = state_shardings(abstract_state(built, optimizer), plan)
 
     def create(seed: Array) -> TrainState:
-        return fresh_state(*map(built.laid, initial_state(config, seed)), optimizer)
+        params, buffers = initial_state(config, seed)
+        return fresh_state(built.laid(params), built.laid(buffers), optimizer)
 
     return jax.jit(create, out_shardings=shardings)(seed)
 

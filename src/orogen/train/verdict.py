@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PLAINEST, PlanConfig
@@ -116,7 +115,7 @@ def shared(config: PlanConfig, reference: PlanConfig, model: ModelConfig) -> lis
     return [f"{field}={getattr(config, field)}" for field in same]
 
 
-def leaf_errors(reference: nnx.State, other: nnx.State) -> tuple[np.ndarray, list[int]]:
+def leaf_errors(reference: Any, other: Any) -> tuple[np.ndarray, list[int]]:
     """Relative error of each leaf, and which leaves are zero in the reference."""
     pairs = list(zip(jax.tree.leaves(reference), jax.tree.leaves(other), strict=True))
     norms = np.array([np.linalg.norm(np.asarray(a, np.float64)) for a, _ in pairs])

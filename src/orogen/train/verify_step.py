@@ -104,7 +104,7 @@ def _steps(side: Side, start: Any, batches: list[Batch], replays: list[Any] | No
         function, donate_argnums=0, out_shardings=(layout, plan.sharding(), None),
         compiler_options=plan.compiler_options,
     )  # fmt: skip
-    laid = lambda *parts: fresh_state(*map(built.laid, parts), optimizer)  # noqa: E731
+    laid = lambda params, buffers: fresh_state(built.laid(params), built.laid(buffers), optimizer)  # noqa: E731
     state = jax.jit(laid, out_shardings=layout)(*start)
     metrics, chosen = [], []
     with jax.default_matmul_precision("highest"):
