@@ -1,7 +1,7 @@
 """The fields of a Hugging Face config.json: read with their refusals, and rotary positions, which several share."""
 
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 from orogen.config.checks import ABSENT, ConfigError, shown
 from orogen.config.json_file import Record, check_form
@@ -63,7 +63,7 @@ class Fields:
         if value is not None and value not in allowed:
             self.refuse(name, value, " or ".join(map(repr, allowed)) or "nothing: this is not implemented")
 
-    def refuse(self, name: str, value: Any, expected: str) -> None:
+    def refuse(self, name: str, value: Any, expected: str) -> NoReturn:
         """Raises ConfigError about the field."""
         raise ConfigError(f"config.json: {name} is {shown(value)}; expected {expected}")
 
