@@ -1,4 +1,4 @@
-"""Whether a task can fit into the memory that exists: lower bounds by paper, before anything is built.
+"""Whether a task can fit into the memory that exists: analytic lower bounds, before anything is built.
 
 What is counted is certain to be held at once, so nothing that fits is refused; what is not refused may still not fit.
 """
@@ -86,7 +86,7 @@ def require_scoring_fits(model: ModelConfig, memory: Memory, *, blocked: bool, r
 
 
 def count(model: ModelConfig) -> int:
-    """How many parameters the model has, by paper."""
+    """How many parameters the model has, from its config alone."""
     return sum(repeated * math.prod(weight.shape) for weight, repeated in _weights(model))
 
 
