@@ -105,6 +105,8 @@ BORDERS: list[tuple[str, Any, dict, dict, str]] = [
      "weights of ModelConfig.router_score = 'softmax_topk' add up to one anyway"),
     ("model__moe_bias", "shared", {"pattern": "E", "model__mlp_bias": True}, {"pattern": "E"},
      "ModelConfig.mlp_bias is False"),
+    ("model__router_balance", "global", {"pattern": "E"}, {"pattern": "E", "model__router_aux_loss_coef": 0.0},
+     "ModelConfig.router_aux_loss_coef is 0: no balance loss"),
     ("model__topk_group", 2, {"pattern": "E", "model__n_group": 4}, {"pattern": "M"}, EXPERTS),
     ("model__mtp_loss_scale", 0.1, {"pattern": "M/M"}, {"pattern": "MM"}, "ModelConfig.pattern has no part after /"),
     *((f"plan__{f}", v, {"pattern": "*E", **more}, {"pattern": "*-", **more}, EXPERTS) for f, v, more in (

@@ -121,6 +121,11 @@ READERS: dict[str, tuple[Reader, ...]] = {
             lambda model: model.router_score != "softmax_topk",
             "weights of ModelConfig.router_score = 'softmax_topk' add up to one anyway",
         ),
+        _of_model(
+            "router_balance",
+            lambda model: model.router_aux_loss_coef > 0,
+            "ModelConfig.router_aux_loss_coef is 0: no balance loss",
+        ),
         _of_model("topk_group", lambda model: model.n_group > 1, "ModelConfig.n_group is 1"),
         _of_model(
             "mtp_depths mtp_loss_scale", lambda model: bool(model.layers.mtp), "ModelConfig.pattern has no part after /"
