@@ -44,6 +44,14 @@ def test_what_both_sides_compute_alike_is_named():
     assert "attention=blocked" not in verdict.shared(blocked, blocked.plainest(), hybrid(pattern="*", mtp_depths=0))
 
 
+def test_what_the_model_has_not_is_not_named():
+    plan = PlanConfig()
+    layer_norms = hybrid(pattern="*", mtp_depths=0, norm="layer")
+    assert verdict.shared(plan, plan.plainest(), layer_norms) == ["attention=full"]
+    gated = hybrid(pattern="M", mtp_depths=0, norm="layer")
+    assert verdict.shared(plan, plan.plainest(), gated) == ["causal_conv1d=taps", "rms_norm=plain"]
+
+
 def test_choices_of_a_batch_are_replayed_where_its_rows_go():
     """Rows 0 to 11, of which two data ranks take six each, in three microbatches of two."""
     config = small(microbatches=3)

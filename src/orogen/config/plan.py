@@ -17,18 +17,17 @@ FOR_GPU = {
     "quantize": "triton",
 }
 IN_HALF_PRECISION = ("attention", "grouped_matmul")
-# Of each operation the plainest implementation, which `verify` holds a plan against, and the layers that have it; None
-# for every model.
+# Of each operation the plainest implementation, which `verify` holds a plan against.
 PLAINEST = {
-    "attention": ("full", "*w+"),
-    "ssd": ("recurrence", "M"),
-    "selective_scan": ("reference", "m"),
-    "causal_conv1d": ("taps", "Mm"),
-    "rms_norm": ("plain", None),
-    "grouped_matmul": ("reference", "E"),
-    "permutation": ("gather", "E"),
-    "dispatch": ("allgather", "E"),
-    "cross_entropy": ("full", None),
+    "attention": "full",
+    "ssd": "recurrence",
+    "selective_scan": "reference",
+    "causal_conv1d": "taps",
+    "rms_norm": "plain",
+    "grouped_matmul": "reference",
+    "permutation": "gather",
+    "dispatch": "allgather",
+    "cross_entropy": "full",
 }
 
 
@@ -162,9 +161,8 @@ class PlanConfig:
     def plainest(self) -> "PlanConfig":
         """The plan with the plainest implementation of each operation, one batch, and nothing recomputed, written out
         or kept elsewhere. What it drops stays."""
-        kernels = {field: name for field, (name, _) in PLAINEST.items()}
         plain = {"linear": "plain", "quantize": "plain", "microbatches": 1, "unroll": 1, "remat": "none", "offload": ()}
-        return dataclasses.replace(self, **kernels, **plain, offload_optimizer=False, buffer_factor=None)
+        return dataclasses.replace(self, **PLAINEST, **plain, offload_optimizer=False, buffer_factor=None)
 
     @property
     def devices(self) -> int:

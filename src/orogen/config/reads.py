@@ -221,6 +221,12 @@ def layers_read(pattern: str, field: str) -> bool:
     return bool(set(LETTERS.get(field, pattern)) & set(pattern))
 
 
+def plan_read(model: ModelConfig, plan: PlanConfig, field: str) -> bool:
+    """Whether the model on the plan reads the field of PlanConfig."""
+    run = RunConfig(model=model, plan=plan)
+    return all(reader.holds(run) for reader in READERS["plan"] if field in reader.fields.split())
+
+
 def unread(run: RunConfig) -> list[Setting]:
     """The settings that nothing reads, each with the first of its conditions that does not hold."""
     found: dict[tuple[str, str], Setting] = {}

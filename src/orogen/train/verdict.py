@@ -10,6 +10,7 @@ import numpy as np
 
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PLAINEST, PlanConfig
+from orogen.config.reads import plan_read
 from orogen.config.run import RunConfig
 from orogen.moe.layer import Choice
 from orogen.precision.policy import DTYPES
@@ -109,8 +110,7 @@ def depth(model: ModelConfig) -> int:
 
 def shared(config: PlanConfig, reference: PlanConfig, model: ModelConfig) -> list[str]:
     """The operations that the model has and that plan and reference compute alike, as field=name."""
-    letters = set(model.layers.main + model.layers.mtp)
-    used = (field for field, (_, layers) in PLAINEST.items() if layers is None or letters & set(layers))
+    used = (field for field in PLAINEST if plan_read(model, config, field))
     same = (field for field in used if getattr(config, field) == getattr(reference, field))
     return [f"{field}={getattr(config, field)}" for field in same]
 
