@@ -132,8 +132,8 @@ def _mixer(letter: str, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
 class Stack(nnx.Module):
     """Layers in order. A repetition is one child whose arrays have a leading axis, scanned over.
 
-    A call returns the residual stream and a tuple with an entry a child: None, a layer's statistics, or a nested
-    tuple, stacked along the leading axis for a repetition. `replay` has the same form with each layer's experts.
+    A call returns the residual stream and a tuple with an entry for each child: None, a layer's statistics, or a
+    nested tuple, stacked along the leading axis for a repetition. `replay` has the same form with each layer's experts.
     `ends`: whether the first and the last layer here are the model's, which compute nothing in FP8.
     """
 

@@ -209,7 +209,7 @@ def rows(stack: Any, items: Items, *, lead: int = 0) -> Rows:
 
 
 def stacked(by_letter: Mapping[str, Any], items: Items, *, lead: int = 0) -> tuple[Any, ...]:
-    """The inverse of `rows`: an entry an item, None where a letter has no arrays."""
+    """The inverse of `rows`: an entry for each item, None where a letter has no arrays."""
     children, start = [], dict.fromkeys(by_letter, 0)
     for item in items:
         pattern = letters((item,))

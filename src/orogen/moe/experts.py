@@ -19,7 +19,7 @@ class Experts(nnx.Module):
         experts, width, hidden = config.n_routed_experts, config.expert_width, config.moe_intermediate_size
         inward, outward = ("expert", "expert_embed", "expert_mlp"), ("expert", "expert_mlp", "expert_embed")
         matrix = lambda *shape, axes, std: normal(rngs, (experts, *shape), axes, std=std)  # noqa: E731
-        # Vectors, one an expert: they stay whole and in float32 as other vectors do.
+        # Vectors, one for each expert: they stay whole and in float32 as other vectors do.
         vector = lambda size, axis: parameter(jnp.zeros((experts, size)), ("expert", axis), float32=True)  # noqa: E731
         bias, gated = config.routed_expert_bias, config.mlp_gated
         self.activation, self.limit = config.mlp_hidden_act, config.swiglu_limit

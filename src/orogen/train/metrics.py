@@ -1,6 +1,6 @@
 """The numbers of a run as they are made: `metrics.jsonl`, TensorBoard events, and a progress line for people.
 
-One line of `metrics.jsonl` is one JSON object, one a step, steps strictly increasing. Its keys:
+One line of `metrics.jsonl` is one JSON object, one for each step, steps strictly increasing. Its keys:
 
     step                  optimizer steps done, from 1
     loss                  nats per predicted token of this step's batch; `mtp_loss` likewise, a list over depths

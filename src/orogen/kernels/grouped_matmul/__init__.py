@@ -39,7 +39,7 @@ def grouped_matmul(rows_nd: Array, weights_edf: Array, group_sizes: Array | int,
             raise ValueError(f"group_sizes={group_sizes}: expected {groups} groups to make up the {rows} rows")
         return _multiply_equal(rows_nd, weights_edf)
     if group_sizes.shape != (groups,):
-        raise ValueError(f"group_sizes has shape {group_sizes.shape}: expected {(groups,)}, one a weight")
+        raise ValueError(f"group_sizes has shape {group_sizes.shape}: expected {(groups,)}, one for each weight")
     if not rows:
         return jnp.zeros((0, weights_edf.shape[2]), rows_nd.dtype)
     operands = (rows_nd, weights_edf, group_sizes)
