@@ -69,16 +69,16 @@ def test_drops_of_microbatches_and_ranks_are_those_of_one_batch():
     assert found.what == "gradients" and found.dtype == "float32" and "dispatch=allgather" not in found.shared
 
 
-def test_recomputation_that_changes_a_result_is_seen(monkeypatch):
+def test_a_fault_of_adding_up_microbatches_is_seen(monkeypatch):
     """Microbatches, recomputation and kernels are on one side only: what they alone get wrong differs."""
     honest = step._accumulate
 
-    def forgets_the_last(gradient, varied, batch, replay, plan):
+    def shrinks(gradient, varied, batch, replay, plan):
         total, choices = honest(gradient, varied, batch, replay, plan)
         loss, sums, grads = total
         return (loss, sums, step.jax.tree.map(lambda g: g * 0.99, grads)), choices
 
-    monkeypatch.setattr(step, "_accumulate", forgets_the_last)
+    monkeypatch.setattr(step, "_accumulate", shrinks)
     found = verify(run_config(hybrid(pattern="-", mtp_depths=0), plan={"microbatches": 2}, sequence_length=12))
     assert not found.passed and found.max_gradient_error == pytest.approx(0.01, rel=1e-3)
     assert found.max_parameter_error <= verdict.PARAMETER
