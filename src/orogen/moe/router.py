@@ -98,7 +98,7 @@ def _top(values_ni: Array, k: int) -> tuple[Array, Array]:
 
 
 class Balance(NamedTuple):
-    """This rank's sums over its tokens, of which the balance loss over the global batch is made: by expert (e) the
+    """What the balance loss over the global batch is computed from, summed over this rank's tokens, by expert (e): the
     assignments of plain top-k of the scores, and the scores normalised over all experts. Counts have no gradient."""
 
     counts: Array
