@@ -140,8 +140,8 @@ class TestAttention:
             k_bsgk[:, order_s],
             v_bsgk[:, order_s],
             window=3,
-            q_index_t=q_index_t,
-            k_index_s=order_s,
+            q_index=q_index_t,
+            k_index=order_s,
         )
         assert_close(part, np.asarray(whole[:, q_index_t], np.float64), length=TIME)
 
@@ -200,16 +200,38 @@ class TestAttention:
             v_bsgk[:, k_index_s],
             segments_bt=segments_bt[:, q_index_t],
             kv_segments_bs=segments_bt[:, k_index_s],
-            q_index_t=q_index_t,
-            k_index_s=k_index_s,
+            q_index=q_index_t,
+            k_index=k_index_s,
         )
         assert_close(part, np.asarray(whole[:, q_index_t], np.float64), length=TIME)
+
+    @pytest.mark.parametrize("window", [None, 3])
+    def test_rows_of_different_ages(self, name, window):
+        """Queries and keys of a row may stand at other places than those of the next row."""
+        q_bthk, k_bsgk, v_bsgk, _ = operands()
+        segments_bt = jnp.array(SEGMENTS)
+        whole = attend(name, q_bthk, k_bsgk, v_bsgk, segments_bt=segments_bt, window=window)
+        q_index_bt = jnp.array([[9, 2, 6], [0, 10, 7]])
+        k_index_bs = jnp.stack([jax.random.permutation(jax.random.key(i), TIME) for i in range(BATCH)])
+        pick = lambda a, index: jnp.stack([row[places] for row, places in zip(a, index, strict=True)])  # noqa: E731
+        part = attend(
+            name,
+            pick(q_bthk, q_index_bt),
+            pick(k_bsgk, k_index_bs),
+            pick(v_bsgk, k_index_bs),
+            segments_bt=pick(segments_bt, q_index_bt),
+            kv_segments_bs=pick(segments_bt, k_index_bs),
+            q_index=q_index_bt,
+            k_index=k_index_bs,
+            window=window,
+        )
+        assert_close(part, np.asarray(pick(whole, q_index_bt), np.float64), length=TIME)
 
     @pytest.mark.parametrize("sink", [None, -1e4])
     def test_query_that_sees_no_key_gives_zeros(self, name, sink):
         inputs, sinks_h = operands(), None if sink is None else jnp.full(HEADS, sink)
         index_t = jnp.arange(TIME)
-        places = {"q_index_t": index_t, "k_index_s": index_t + 3}
+        places = {"q_index": index_t, "k_index": index_t + 3}
         y_bthk, *gradients = with_gradients(name, *inputs, sinks_h=sinks_h, **places)
         assert (y_bthk != 0).any((0, 2, 3)).tolist() == [t >= 3 for t in range(TIME)]
         assert (gradients[0] != 0).any((0, 2, 3)).tolist() == [t > 3 for t in range(TIME)]  # one key: no choice
@@ -229,7 +251,7 @@ class TestAttention:
         segments_bt = jnp.array(SEGMENTS)[:, :10]
 
         def run(q_bthk, k_bsgk, v_bsgk, grad_bthk, segments_bt, kv_segments_bs, q_index_t):
-            slices = {"segments_bt": segments_bt, "kv_segments_bs": kv_segments_bs, "q_index_t": q_index_t}
+            slices = {"segments_bt": segments_bt, "kv_segments_bs": kv_segments_bs, "q_index": q_index_t}
             return with_gradients(name, q_bthk, k_bsgk, v_bsgk, grad_bthk, **slices, **changes)
 
         split, whole = P(None, "context"), P()
@@ -266,8 +288,8 @@ def test_refusals():
         run(q_bthk, k_bsgk[:, 1:], v_bsgk[:, 1:], segments_bt=jnp.array(SEGMENTS))
     with pytest.raises(ValueError, match="expected both or neither"):
         run(q_bthk, k_bsgk, v_bsgk, kv_segments_bs=jnp.array(SEGMENTS))
-    with pytest.raises(ValueError, match=r"q_index has shape \(3,\): expected \(11,\)"):
-        run(q_bthk, k_bsgk, v_bsgk, q_index_t=jnp.arange(3))
+    with pytest.raises(ValueError, match=r"q_index has shape \(3,\): expected \(11,\) or \(2, 11\)"):
+        run(q_bthk, k_bsgk, v_bsgk, q_index=jnp.arange(3))
     with pytest.raises(ValueError, match=r"sinks has shape \(2,\): expected \(6,\)"):
         run(q_bthk, k_bsgk, v_bsgk, sinks_h=jnp.zeros(GROUPS))
     with pytest.raises(ValueError, match="window=0: expected 1 or more"):
@@ -321,7 +343,7 @@ def test_cudnn_refuses_what_it_lacks(monkeypatch):
     q_bthk, k_bsgk, v_bsgk, _ = operands()
     attend_to = partial(attention, q_bthk, k_bsgk, scale=SCALE, implementation="cudnn")
     with pytest.raises(ValueError, match="with indices or segments of keys: expected whole rows"):
-        attend_to(v_bsgk, q_index_t=jnp.arange(TIME))
+        attend_to(v_bsgk, q_index=jnp.arange(TIME))
     if jax.default_backend() != "gpu":
         with pytest.raises(ValueError, match="needs a GPU and finds 'cpu'"):
             attend_to(v_bsgk)

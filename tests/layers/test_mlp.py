@@ -27,7 +27,9 @@ def test_mlp_by_hand():
     mlp.up[...] = jnp.array([[1.0, 0, -1], [0, 2, 1]])
     mlp.down[...] = jnp.array([[1.0, 0], [0, 1], [5, 5]])
     # (3, 1) -> (3, 2, -2) -> (9, 4, 0)
-    np.testing.assert_array_equal(mlp(jnp.array([[[3.0, 1.0]]]), make_plan(PlanConfig(), config())), [[[9, 4]]])
+    np.testing.assert_array_equal(
+        mlp.transform(jnp.array([[[3.0, 1.0]]]), make_plan(PlanConfig(), config())), [[[9, 4]]]
+    )
 
 
 def test_gated_mlp_with_biases_by_hand():
@@ -37,7 +39,9 @@ def test_gated_mlp_with_biases_by_hand():
     mlp.gate[...], mlp.gate_bias[...] = jnp.array([[1.0, 1, 1], [0, 0, -4]]), jnp.array([0.0, -2.0, 0.5])
     mlp.down[...], mlp.down_bias[...] = jnp.array([[1.0, 0], [0, 1], [5, 5]]), jnp.array([0.25, -7.0])
     # (3, 1): up (3.5, 2, -2); gate (3, 1, -0.5), of which relu leaves (3, 1, 0); hidden (10.5, 2, 0)
-    np.testing.assert_array_equal(mlp(jnp.array([[[3.0, 1.0]]]), make_plan(PlanConfig(), model)), [[[10.75, -5.0]]])
+    np.testing.assert_array_equal(
+        mlp.transform(jnp.array([[[3.0, 1.0]]]), make_plan(PlanConfig(), model)), [[[10.75, -5.0]]]
+    )
 
 
 def test_squared_relu_by_hand():
@@ -87,7 +91,7 @@ def test_split_mlp_equals_one_device(plan, gated):
     def on(plan):
         def device(state, x_btd, gy_btd):
             def total(state, x_btd):
-                y_btd = nnx.merge(graph, state)(x_btd, plan)
+                y_btd = nnx.merge(graph, state).transform(x_btd, plan)
                 return plan.total(jnp.sum(y_btd * gy_btd)), y_btd
 
             (_, y_btd), grads = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(state, x_btd)

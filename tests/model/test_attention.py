@@ -41,7 +41,7 @@ def built(model: ModelConfig, seed: int = 0) -> nnx.Module:
 
 
 def apply(mixer: Any, x_btd, docs: Documents, model: ModelConfig, **plan):
-    return mixer(jnp.asarray(x_btd), docs, one_device(model, **plan))
+    return mixer(jnp.asarray(x_btd), docs, one_device(model, **plan))[0]
 
 
 def inputs(seed: int = 1) -> np.ndarray:

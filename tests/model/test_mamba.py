@@ -42,7 +42,7 @@ def state_of(letter: str, config: ModelConfig) -> tuple[nnx.GraphDef, dict]:
 def apply(graph: nnx.GraphDef, flat: dict, x_btd: jax.Array, config: ModelConfig) -> jax.Array:
     state = jax.tree.map(jnp.asarray, nnx.from_flat_state(list(flat.items())))
     segments_bt = jnp.array([[1, 1, 1, 1, 2, 2, 2]] * len(x_btd))
-    run = jax.jit(lambda state, x: nnx.merge(graph, state)(x, segments_bt, one_device(config)))
+    run = jax.jit(lambda state, x: nnx.merge(graph, state)(x, documents(segments_bt), one_device(config))[0])
     return run(state, x_btd)
 
 

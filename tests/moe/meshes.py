@@ -15,6 +15,7 @@ from jax import Array
 
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
+from orogen.layers.documents import Documents
 from orogen.moe.layer import MoE
 from orogen.moe.reference import Options, Weights, balance_loss, mixture, z_loss
 from orogen.parallel.plan import make_plan
@@ -115,7 +116,7 @@ def _layer_step(model: ModelConfig, plan_config: PlanConfig, sources: tuple[int,
 
     def device(params, buffers, x_btd, segments_bt, gy_btd):
         def total(params, x_btd):
-            y_btd, stats = nnx.merge(graph, params, buffers)(x_btd, segments_bt, plan, None)
+            y_btd, stats = nnx.merge(graph, params, buffers)(x_btd, Documents(segments_bt, segments_bt), plan)
             losses = plan.total((stats.losses.balance, stats.losses.z))
             value = plan.total(jnp.sum(y_btd * gy_btd)) + BALANCE * losses[0] + Z * losses[1]
             return value, (y_btd, plan.total(stats.load), plan.total(stats.dropped), plan.total(stats.overflow), losses)

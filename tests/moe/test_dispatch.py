@@ -13,6 +13,7 @@ from flax import nnx
 from tests.moe.meshes import Inputs, assert_equal, config, inputs, layer_result, reference_result, weights
 
 from orogen.config.plan import PlanConfig
+from orogen.layers.documents import Documents
 from orogen.moe.dispatch import drop_margin, expert_capacity, rows_of_rank, within_capacity
 from orogen.moe.layer import MoE, Replay
 from orogen.moe.reference import Options, Weights, choose, largest, mixture
@@ -87,9 +88,11 @@ def test_what_was_dropped_is_replayed_and_noticed(policy):
     model, plan_config = config(), PlanConfig(capacity_factor=0.75, drop_policy=policy)
     plan, layer, data = make_plan(plan_config, model), MoE(model, nnx.Rngs(0)), inputs(model, 1, rows=2, length=LENGTH)
 
+    docs = Documents(data.segments_bt, data.segments_bt)
+
     def changed(changed_btk):
-        own = layer(data.x_btd, data.segments_bt, plan, None)[1].choice.replay
-        y_btd, stats = layer(data.x_btd, data.segments_bt, plan, Replay(own.experts, own.kept ^ changed_btk))
+        own = layer(data.x_btd, docs, plan)[1].choice.replay
+        y_btd, stats = layer(data.x_btd, docs, plan, Replay(own.experts, own.kept ^ changed_btk))
         return y_btd, stats.choice, stats.dropped
 
     run = jax.jit(plan.run(changed, inputs=plan.spec(), outputs=plan.spec()))

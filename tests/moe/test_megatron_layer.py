@@ -16,6 +16,7 @@ from tests.model.tensors import fill
 
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
+from orogen.layers.documents import documents
 from orogen.moe.layer import MoE
 from orogen.parallel.plan import make_plan
 
@@ -96,7 +97,7 @@ def test_layer_and_its_gradients_equal_megatron(case, dispatch):
     coefficients = (case["moe_aux_loss_coeff"] / rows, case.get("moe_z_loss_coeff", 0.0) / (rows * length))
 
     def total(params, x_btd):
-        y_btd, stats = nnx.merge(graph, params, buffers)(x_btd, jnp.ones((rows, length), jnp.int32), plan, None)
+        y_btd, stats = nnx.merge(graph, params, buffers)(x_btd, documents(jnp.ones((rows, length))), plan)
         losses = [weight * loss for weight, loss in zip(coefficients, stats.losses, strict=True)]
         return jnp.sum(y_btd * gy_btd) + sum(losses), (y_btd, stats)
 

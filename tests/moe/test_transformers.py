@@ -12,6 +12,7 @@ from tests.model.tensors import fill
 
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
+from orogen.layers.documents import documents
 from orogen.moe.layer import MoE
 from orogen.parallel.plan import make_plan
 
@@ -137,7 +138,7 @@ def test_layer_and_its_gradients_equal_transformers(family, dispatch):
     params, buffers = fill(params, values), fill(buffers, biases)
 
     def total(params, x_btd):
-        y_btd, _ = nnx.merge(graph, params, buffers)(x_btd, jnp.ones((3, 17), jnp.int32), plan, None)
+        y_btd, _ = nnx.merge(graph, params, buffers)(x_btd, documents(jnp.ones((3, 17))), plan)
         return jnp.sum(y_btd * gy.numpy()), y_btd
 
     x_btd = jnp.asarray(x.detach().numpy())

@@ -1,6 +1,7 @@
 """The dense MLP, and the activations that experts share. Letters: b batch, t time, d model, f hidden."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from orogen.config.model import ModelConfig
 from orogen.kernels.remade import from_inputs
+from orogen.layers.documents import Documents
 from orogen.layers.linear import add_bias, linear, linears
 from orogen.layers.parameter import normal, parameter
 from orogen.parallel.plan import Plan
@@ -66,7 +68,18 @@ class MLP(nnx.Module):
         self.gate_bias = parameter(jnp.zeros(hidden), ("mlp",)) if bias and config.mlp_gated else None
         self.down_bias = parameter(jnp.zeros(size), ("norm",)) if bias else None
 
-    def __call__(self, x_btd: Array, plan: Plan) -> Array:
+    def __call__(self, x_btd: Array, docs: Documents, plan: Plan, given: None = None) -> tuple[Array, None]:
+        """`transform` as a mixer of the stack, which keeps nothing."""
+        return self.transform(x_btd, plan), None
+
+    def start(self, batch: int, length: int, dtype: Any) -> None:
+        """Nothing: tokens do not see each other here."""
+
+    def cache_axes(self) -> None:
+        """Nothing, as `start`."""
+
+    def transform(self, x_btd: Array, plan: Plan) -> Array:
+        """y (b, t, d)."""
         h_btd = plan.gather(x_btd, "sequence")
         weights = [w for w in (self.up, self.gate) if w is not None]
         biases = (self.up_bias, self.gate_bias)[: len(weights)]

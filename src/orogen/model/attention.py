@@ -1,7 +1,10 @@
 """Attention: grouped-query, with what each family of models adds to it, and DeepSeek's multi-head latent attention.
 
-Letters: b batch, t time, d model, h query heads, g key heads, k head size, r latent width.
+Letters: b batch, t time, d model, s all tokens so far, h query heads, g key heads, k head size, r latent
+width.
 """
+
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -14,6 +17,7 @@ from orogen.layers.linear import add_bias, linear, linears
 from orogen.layers.norm import make_norm
 from orogen.layers.parameter import normal, parameter
 from orogen.layers.rotary import make_rotary, mscale
+from orogen.model.cache import KeyValues, require_whole_sequence
 from orogen.model.context_attention import attend
 from orogen.parallel.plan import Plan
 
@@ -45,7 +49,11 @@ class Attention(nnx.Module):
         heads = (config.num_attention_heads,)
         self.sinks = normal(rngs, heads, ("heads",), std=std) if config.attention_sinks else None
 
-    def __call__(self, x_btd: Array, docs: Documents, plan: Plan) -> Array:
+    def __call__(
+        self, x_btd: Array, docs: Documents, plan: Plan, given: KeyValues | None = None
+    ) -> tuple[Array, KeyValues | None]:
+        """y (b, t, d); given the keys and values of earlier tokens, over those too, and all of them."""
+        require_whole_sequence(plan, given)
         h_btd = plan.gather(x_btd, "sequence")
         q_btf, k_btf, v_btf = linears(h_btd, (self.query, self.key, self.value), plan)
         q_bthk = self._heads("query", q_btf, self.query_bias)
@@ -55,17 +63,28 @@ class Attention(nnx.Module):
             q_bthk, k_btgk = self.query_norm(q_bthk, plan), self.key_norm(k_btgk, plan)
         if self.rotary is not None:
             q_bthk, k_btgk = (self.rotary(a, docs.positions_bt) for a in (q_bthk, k_btgk))
+        (k_bsgk, v_bsgk), kept, behind = _behind(given, (k_btgk, v_btgk), docs.segments_bt)
         y_bthk = attend(
             q_bthk,
-            k_btgk,
-            v_btgk,
+            k_bsgk,
+            v_bsgk,
             docs.segments_bt,
             plan,
             sinks_h=None if self.sinks is None else self.sinks[...],
             window=self.window,
             scale=self.head_dim**-0.5,
+            **behind,
         )
-        return _join(y_bthk, self.out, self.out_bias, plan)
+        return _join(y_bthk, self.out, self.out_bias, plan), kept
+
+    def start(self, batch: int, length: int, dtype: Any) -> KeyValues:
+        """Room for the keys and values of `batch` sequences of `length` tokens."""
+        heads = self.key[...].shape[-1] // self.head_dim, self.head_dim
+        return KeyValues.empty(batch, length, (heads, heads), dtype)
+
+    def cache_axes(self) -> Any:
+        """The logical axes of what `start` makes."""
+        return KeyValues((("batch", None, "kv_heads", None),) * 2, ("batch", None), ("batch",))
 
     def _heads(self, name: str, projected_btf: Array, bias: nnx.Param | None) -> Array:
         return _split(checkpoint_name(add_bias(projected_btf, bias), name), self.head_dim)
@@ -104,7 +123,11 @@ class LatentAttention(nnx.Module):
         self.out = normal(rngs, (heads * self.value_size, size), ("heads", "embed"), std=config.output_init_std)
         self.out_bias = _bias(size, "norm", biased)
 
-    def __call__(self, x_btd: Array, docs: Documents, plan: Plan) -> Array:
+    def __call__(
+        self, x_btd: Array, docs: Documents, plan: Plan, given: KeyValues | None = None
+    ) -> tuple[Array, KeyValues | None]:
+        """y (b, t, d); given the latent vectors and rotary keys of earlier tokens, over those too, and all of them."""
+        require_whole_sequence(plan, given)
         h_btd = plan.gather(x_btd, "sequence")
         q_bthk = self._queries(h_btd, docs, plan)
         latent_btr, shared_btk = linears(h_btd, (self.latent_down, self.key_rope), plan)
@@ -112,19 +135,29 @@ class LatentAttention(nnx.Module):
         latent_btr = self.latent_norm(latent_btr, plan)
         shared_btk = checkpoint_name(add_bias(shared_btk, self.key_rope_bias), "latent")
         shared_bt1k = self.rotary(shared_btk[:, :, None], docs.positions_bt)
-        k_btf, v_btf = linears(latent_btr, (self.key_up, self.value_up), plan)
-        k_btf, v_btf = checkpoint_name(k_btf, "key"), checkpoint_name(v_btf, "value")
-        k_bthk = _split(k_btf, self.nope)
-        shared_bthk = jnp.broadcast_to(shared_bt1k, (*k_bthk.shape[:-1], self.rope))
+        (latent_bsr, shared_bs1k), kept, behind = _behind(given, (latent_btr, shared_bt1k), docs.segments_bt)
+        k_bsf, v_bsf = linears(latent_bsr, (self.key_up, self.value_up), plan)
+        k_bsf, v_bsf = checkpoint_name(k_bsf, "key"), checkpoint_name(v_bsf, "value")
+        k_bshk = _split(k_bsf, self.nope)
+        shared_bshk = jnp.broadcast_to(shared_bs1k, (*k_bshk.shape[:-1], self.rope))
         y_bthk = attend(
             q_bthk,
-            jnp.concatenate([k_bthk, shared_bthk], -1),
-            _split(v_btf, self.value_size),
+            jnp.concatenate([k_bshk, shared_bshk], -1),
+            _split(v_bsf, self.value_size),
             docs.segments_bt,
             plan,
             scale=self.scale,
+            **behind,
         )
-        return _join(y_bthk, self.out, self.out_bias, plan)
+        return _join(y_bthk, self.out, self.out_bias, plan), kept
+
+    def start(self, batch: int, length: int, dtype: Any) -> KeyValues:
+        """Room for what keys and values of `batch` sequences of `length` tokens are computed from."""
+        return KeyValues.empty(batch, length, ((self.latent_down[...].shape[-1],), (1, self.rope)), dtype)
+
+    def cache_axes(self) -> Any:
+        """The logical axes of what `start` makes."""
+        return KeyValues((("batch", None, None), ("batch", None, None, None)), ("batch", None), ("batch",))
 
     def _queries(self, h_btd: Array, docs: Documents, plan: Plan) -> Array:
         if self.direct:
@@ -136,6 +169,17 @@ class LatentAttention(nnx.Module):
         q_bthk = _split(checkpoint_name(q_btf, "query"), self.nope + self.rope)
         plain_bthk, turned_bthk = q_bthk[..., : self.nope], q_bthk[..., self.nope :]
         return jnp.concatenate([plain_bthk, self.rotary(turned_bthk, docs.positions_bt)], -1)
+
+
+def _behind(
+    given: KeyValues | None, new: tuple[Array, Array], segments_bt: Array
+) -> tuple[tuple[Array, Array], KeyValues | None, dict[str, Any]]:
+    """What queries read, `new` alone or behind what is given; what is kept of it; and how `attend` is to read it."""
+    if given is None:
+        return new, None, {}
+    kept = given.with_piece(new, segments_bt)
+    reading = {"q_index_bt": given.index(segments_bt.shape[1]), "kv_segments_bs": kept.segments_bs}
+    return kept.values, kept, reading
 
 
 def _bias(size: int, axis: str, present: bool) -> nnx.Param | None:

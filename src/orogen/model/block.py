@@ -105,20 +105,22 @@ class Layer(nnx.Module):
     def __init__(self, letter: str, config: ModelConfig, rngs: nnx.Rngs):
         self.letter = letter
         self.norm = make_norm(config)
-        self.mixer = _mixer(letter, config, rngs)
+        self.mixer: Any = _mixer(letter, config, rngs)
 
-    def __call__(self, x_btd: Array, docs: Documents, plan: Plan, replay: Any) -> tuple[Array, Any]:
+    def __call__(self, x_btd: Array, docs: Documents, plan: Plan, given: Any = None) -> tuple[Array, Any]:
+        """The residual stream behind this layer, and what its mixer keeps."""
         with jax.named_scope(type(self.mixer).__name__):
-            h_btd, stats = checkpoint_name(self.norm(checkpoint_name(x_btd, "input"), plan), "norm"), None
-            if self.letter == "E":
-                y_btd, stats = self.mixer(h_btd, docs.segments_bt, plan, replay)
-            elif self.letter == "-":
-                y_btd = self.mixer(h_btd, plan)
-            elif self.letter in "Mm":
-                y_btd = self.mixer(h_btd, docs.segments_bt, plan)
-            else:
-                y_btd = self.mixer(h_btd, docs, plan)
-        return x_btd + y_btd, stats
+            h_btd = checkpoint_name(self.norm(checkpoint_name(x_btd, "input"), plan), "norm")
+            y_btd, kept = self.mixer(h_btd, docs, plan, given)
+        return x_btd + y_btd, kept
+
+    def start(self, batch: int, length: int, dtype: Any) -> Any:
+        """What the mixer is given with the first piece of a sequence. See `Stack.start`."""
+        return self.mixer.start(batch, length, dtype)
+
+    def cache_axes(self) -> Any:
+        """The logical axes of what `start` makes."""
+        return self.mixer.cache_axes()
 
 
 def _mixer(letter: str, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
@@ -132,26 +134,44 @@ def _mixer(letter: str, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
 class Stack(nnx.Module):
     """Layers in order. A repetition is one child whose arrays have a leading axis, scanned over.
 
-    A call returns the residual stream and a tuple with an entry for each child: None, a layer's statistics, or a
-    nested tuple, stacked along the leading axis for a repetition. `replay` has the same form with each layer's experts.
+    State enters and leaves layers as two trees of one form: a tuple with one entry per child, which is whatever the
+    layer's mixer takes and keeps (None if nothing), or, for a repetition, a nested tuple stacked along the leading
+    axis. `given` goes in: routing to replay, caches of earlier tokens. A call returns the residual stream and what the
+    layers `kept`: routing statistics, and each cache that was given with this call's tokens in it.
     `ends`: whether the first and the last layer here are the model's, which compute nothing in FP8.
     """
 
     def __init__(self, items: tuple[str | Repeat, ...], config: ModelConfig, rngs: nnx.Rngs):
         self.items = items
-        self.children = nnx.List([_child(item, config, rngs) for item in items])
+        self.children: Any = nnx.List([_child(item, config, rngs) for item in items])
 
     def __call__(
-        self, x_btd: Array, docs: Documents, plan: Plan, replay: Any = None, *, ends: Ends = (False, False)
+        self, x_btd: Array, docs: Documents, plan: Plan, given: Any = None, *, ends: Ends = (False, False)
     ) -> tuple[Array, Any]:
-        stats, last = [], len(self.items) - 1
+        kept, last = [], len(self.items) - 1
         for index, (item, child) in enumerate(zip(self.items, self.children, strict=True)):
-            replayed = None if replay is None else replay[index]
+            child_given = None if given is None else given[index]
             apply: Any = _scan if isinstance(item, Repeat) else _apply
             outer = (ends[0] and index == 0, ends[1] and index == last)
-            x_btd, child_stats = apply(child, x_btd, docs, plan, replayed, outer)
-            stats.append(child_stats)
-        return x_btd, tuple(stats)
+            x_btd, child_kept = apply(child, x_btd, docs, plan, child_given, outer)
+            kept.append(child_kept)
+        return x_btd, tuple(kept)
+
+    def start(self, batch: int, length: int, dtype: Any) -> tuple[Any, ...]:
+        """What the layers are given with the first piece of `batch` sequences of at most `length` tokens: empty caches
+        of this device's heads and channels, activations in `dtype`. The next piece is given `caches` of what is kept.
+        """
+        started = []
+        for item, child in zip(self.items, self.children, strict=True):
+            empty = child.start(batch, length, dtype)
+            if isinstance(item, Repeat):
+                empty = jax.tree.map(lambda a, n=item.count: jnp.broadcast_to(a, (n, *a.shape)), empty)
+            started.append(empty)
+        return tuple(started)
+
+    def cache_axes(self) -> tuple[Any, ...]:
+        """The logical axes of what `start` makes, without the axes that repetitions put in front."""
+        return tuple(child.cache_axes() for child in self.children)
 
 
 def _child(item: str | Repeat, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
@@ -169,35 +189,35 @@ def _child(item: str | Repeat, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Modul
     return nnx.merge(graphs[0], states)
 
 
-def _apply(layer: Layer, x_btd: Array, docs: Documents, plan: Plan, replay: Any, ends: Ends) -> tuple[Array, Any]:
+def _apply(layer: Layer, x_btd: Array, docs: Documents, plan: Plan, given: Any, ends: Ends) -> tuple[Array, Any]:
     graph, state = nnx.split(layer)
     plan = plan.without_fp8() if any(ends) else plan
 
-    def call(state, x_btd, docs, replay):
-        return nnx.merge(graph, state)(x_btd, docs, plan, replay)
+    def call(state, x_btd, docs, given):
+        return nnx.merge(graph, state)(x_btd, docs, plan, given)
 
     remat = plan.config.layer_remat(layer.letter)
     # What FSDP gathers is made of weights, and what FP8 rounds, which `elementwise` keeps as the output of a kernel.
     kept = remat.kind == "elementwise" and plan.config.quantize == FOR_GPU["quantize"]
     large = plan.config.fsdp == "parameters" or (plan.config.linear == "fp8" and not kept)
-    return checkpointed(call, remat, weights_behind=large)(state, x_btd, docs, replay)
+    return checkpointed(call, remat, weights_behind=large)(state, x_btd, docs, given)
 
 
-def _scan(stack: Stack, x_btd: Array, docs: Documents, plan: Plan, replay: Any, ends: Ends) -> tuple[Array, Any]:
+def _scan(stack: Stack, x_btd: Array, docs: Documents, plan: Plan, given: Any, ends: Ends) -> tuple[Array, Any]:
     graph, states = nnx.split(stack)
 
     def body(x_btd, inputs, ends=(False, False)):
-        state, replay = inputs
-        return nnx.merge(graph, state)(x_btd, docs, plan, replay, ends=ends)
+        state, given = inputs
+        return nnx.merge(graph, state)(x_btd, docs, plan, given, ends=ends)
 
     count = len(jax.tree.leaves(states)[0])
     if plan.config.linear == "fp8" and any(ends):
         # Written out, for the first or last turn differs: a loop over the others would copy their weights out first.
-        stats = []
+        kept = []
         for turn in range(count):
-            inputs = jax.tree.map(lambda a, turn=turn: a[turn], (states, replay))
+            inputs = jax.tree.map(lambda a, turn=turn: a[turn], (states, given))
             outer = (ends[0] and turn == 0, ends[1] and turn == count - 1)
-            x_btd, turn_stats = body(x_btd, inputs, outer)
-            stats.append(turn_stats)
-        return x_btd, jax.tree.map(lambda *parts: jnp.stack(parts), *stats)
-    return lax.scan(body, x_btd, (states, replay), unroll=count <= plan.config.unroll)
+            x_btd, turn_kept = body(x_btd, inputs, outer)
+            kept.append(turn_kept)
+        return x_btd, jax.tree.map(lambda *parts: jnp.stack(parts), *kept)
+    return lax.scan(body, x_btd, (states, given), unroll=count <= plan.config.unroll)

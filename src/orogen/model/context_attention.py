@@ -30,21 +30,30 @@ def attend(
     segments_bt: Array,
     plan: Plan,
     *,
+    kv_segments_bs: Array | None = None,
+    q_index_bt: Array | None = None,
     sinks_h: Array | None = None,
     window: int | None = None,
     scale: float,
 ) -> Array:
-    """Outputs (b, t, h, k) of `kernels.attention` for this rank's queries against the whole sequence."""
+    """Outputs (b, t, h, k) of `kernels.attention` for this rank's queries against the whole sequence.
+
+    kv_segments_bs, q_index_bt: where keys are those of all tokens so far, on one rank, their documents and the queries'
+    places among them.
+    """
     kernel = partial(attention, implementation=plan.config.attention, window=window, scale=scale)
     kept = partial(checkpoint_name, name="attention")
     if plan.size("context") == 1:
-        y_bthk = kernel(q_bthk, k_btgk, v_btgk, segments_bt=segments_bt, sinks_h=sinks_h)
+        y_bthk = kernel(
+            q_bthk, k_btgk, v_btgk, segments_bt=segments_bt, kv_segments_bs=kv_segments_bs, q_index=q_index_bt,
+            sinks_h=sinks_h,
+        )  # fmt: skip
         return y_bthk if plan.config.attention == "cudnn" else kept(y_bthk)  # cuDNN's has the name already
     if plan.config.context_attention == "allgather":
         k_bsgk, v_bsgk, kv_segments_bs = (whole(a, plan) for a in (k_btgk, v_btgk, segments_bt))
         return kept(kernel(
             q_bthk, k_bsgk, v_bsgk, segments_bt=segments_bt, kv_segments_bs=kv_segments_bs,
-            q_index_t=places(q_bthk.shape[1], plan), sinks_h=sinks_h,
+            q_index=places(q_bthk.shape[1], plan), sinks_h=sinks_h,
         ))  # fmt: skip
     if plan.config.context_attention == "alltoall":
         q_bshk, k_bsgk, v_bsgk = heads_for_sequence((q_bthk, k_btgk, v_btgk), plan)

@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from orogen.kernels.selective_scan import selective_scan
 from orogen.kernels.ssd import ssd
 from orogen.kernels.ssd.passing import passed_on
+from orogen.model.cache import Recurrent
 from orogen.parallel.context import earlier, entering, joined, parts, to_heads
 from orogen.parallel.plan import Plan
 
@@ -35,12 +36,21 @@ class Convolution(Protocol):
     ) -> Array: ...
 
 
-def convolve(convs: Sequence[Convolution], arrays: Sequence[Array], segments_bt: Array, plan: Plan) -> list[Array]:
+def convolve(
+    convs: Sequence[Convolution], arrays: Sequence[Array], segments_bt: Array, plan: Plan, given: Recurrent | None
+) -> list[Array]:
     """Each array (b, t, c) through its causal convolution, called with array, segments, plan, halo and its segments.
 
-    One exchange for all arrays, of the last tokens before each part.
+    One exchange for all arrays, of the last tokens before each part. given: the windows before the first token, on
+    one rank of `context`.
     """
     before = convs[0].taps - 1
+    if given is not None and before:
+        behind_bk = given.segments_bk[:, -before:]
+        return [
+            conv(x_btc, segments_bt, plan, window_bkc, behind_bk)
+            for conv, x_btc, window_bkc in zip(convs, arrays, given.windows, strict=True)
+        ]
     if plan.size("context") == 1 or not before:
         return [conv(x_btc, segments_bt, plan) for conv, x_btc in zip(convs, arrays, strict=True)]
     # Only the parts' last tokens are brought together and sent.

@@ -32,16 +32,16 @@ class LanguageModel(nnx.Module):
         self.mtp = MTPBlock(config, rngs) if config.layers.mtp else None
         self.mtp_depths, self.vocab_size = config.mtp_depths, config.vocab_size
 
-    def hidden(self, tokens_bt: Array, docs: Documents, plan: Plan, replay: Any = None) -> tuple[Array, Any]:
-        """The final-normed hidden state (b, t of this rank's sequence piece, d) and the layers' statistics."""
+    def hidden(self, tokens_bt: Array, docs: Documents, plan: Plan, given: Any = None) -> tuple[Array, Any]:
+        """The final-normed hidden state (b, t of this rank's sequence piece, d) and what the layers keep."""
         x_btd = self.embedding(tokens_bt, docs, plan)
-        x_btd, stats = self.backbone(x_btd, docs, plan, replay, ends=(True, True))
-        return self.norm(x_btd, plan), stats
+        x_btd, kept = self.backbone(x_btd, docs, plan, given, ends=(True, True))
+        return self.norm(x_btd, plan), kept
 
     def deeper(
-        self, h_btd: Array, tokens_bt: Array, docs: Documents, plan: Plan, replay: Any = None
+        self, h_btd: Array, tokens_bt: Array, docs: Documents, plan: Plan, given: Any = None
     ) -> list[tuple[Array, Any]]:
-        """(hidden state, statistics) of each multi-token-prediction depth 1, 2, …; none without a block."""
+        """(hidden state, what the layers keep) of each multi-token-prediction depth 1, 2, …; none without a block."""
         depths = []
         if self.mtp is None:
             return depths
@@ -51,8 +51,8 @@ class LanguageModel(nnx.Module):
                 moved = docs._replace(positions_bt=later(docs.positions_bt, depth, plan))
                 embedded_btd = self.embedding(later(tokens_bt, depth, plan), moved, plan)
                 inside = shifted(docs, depth, plan)
-                h_btd, stats = self.mtp(h_btd, embedded_btd, inside, plan, replay and replay[depth - 1])
-            depths.append((h_btd, stats))
+                h_btd, kept = self.mtp(h_btd, embedded_btd, inside, plan, given and given[depth - 1])
+            depths.append((h_btd, kept))
         return depths
 
     def logits(self, tokens_bt: Array, docs: Documents, plan: Plan) -> Array:

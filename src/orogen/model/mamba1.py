@@ -3,6 +3,8 @@
 Letters: b batch, t time, d model, i inner channels, r rank of the time step, n state.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,8 +14,10 @@ from jax.ad_checkpoint import checkpoint_name
 from orogen.config.model import ModelConfig
 from orogen.kernels.remade import from_inputs
 from orogen.kernels.selective_scan import selective_scan
+from orogen.layers.documents import Documents
 from orogen.layers.linear import add_bias, linear, linears, multiply
 from orogen.layers.parameter import normal, parameter, uniform
+from orogen.model.cache import Recurrent, require_whole_sequence
 from orogen.model.context_ssm import convolve, scan_over_parts
 from orogen.model.mamba2 import CausalConv, initial_dt_bias, projection_bias
 from orogen.parallel.context import to_heads, to_tokens, whole
@@ -47,22 +51,41 @@ class Mamba1(nnx.Module):
         self.out = normal(rngs, (inner, size), ("mamba_heads", "embed"), std=config.output_init_std)
         self.out_bias = projection_bias(config, size, "norm")
 
-    def __call__(self, x_btd: Array, segments_bt: Array, plan: Plan) -> Array:
+    def __call__(
+        self, x_btd: Array, docs: Documents, plan: Plan, given: Recurrent | None = None
+    ) -> tuple[Array, Recurrent | None]:
+        """y (b, t, d); given the convolution's window and the state of earlier tokens, also those behind these."""
+        require_whole_sequence(plan, given)
+        segments_bt = docs.segments_bt
         h_btd = plan.gather(x_btd, "sequence")
         projected = zip(linears(h_btd, (self.x, self.z), plan), (self.x_bias, self.z_bias), strict=True)
         x_bti, z_bti = (checkpoint_name(add_bias(y_bti, bias), "in_proj") for y_bti, bias in projected)
         with jax.named_scope("conv"):
-            (x_bti,) = convolve((self.conv,), (x_bti,), segments_bt, plan)
+            inputs = (x_bti,)
+            (x_bti,) = convolve((self.conv,), inputs, segments_bt, plan, given)
         with jax.named_scope("selective_scan"):
-            y_bti = self._scan(x_bti, segments_bt, plan)
+            state_bin = None if given is None else given.entering(segments_bt)
+            y_bti, state_bin = self._scan(x_bti, segments_bt, plan, state_bin)
         with jax.named_scope("gate"):
             gated = lambda y_bti, z_bti: (y_bti * jax.nn.silu(z_bti.astype(jnp.float32))).astype(x_btd.dtype)  # noqa: E731
             y_bti = checkpoint_name(from_inputs(gated)(y_bti, z_bti), "gated")
         # The ranks' parts of the product are summed before the bias is added, once.
-        return add_bias(plan.scatter(linear(y_bti, self.out, plan), "sequence"), self.out_bias)
+        y_btd = add_bias(plan.scatter(linear(y_bti, self.out, plan), "sequence"), self.out_bias)
+        return y_btd, None if given is None else given.with_piece(inputs, state_bin, segments_bt)
 
-    def _scan(self, x_bti: Array, segments_bt: Array, plan: Plan) -> Array:
-        """The scan's output and D x, float32."""
+    def start(self, batch: int, length: int, dtype: Any) -> Recurrent:
+        """Before the first token of `batch` sequences; their length is no matter."""
+        channels, state = self.A_log[...].shape[-2:]
+        return Recurrent.empty(batch, self.conv.taps, (channels,), (channels, state), dtype)
+
+    def cache_axes(self) -> Any:
+        """The logical axes of what `start` makes."""
+        return Recurrent((("batch", None, "mamba_heads"),), ("batch", "mamba_heads", None), ("batch", None))
+
+    def _scan(
+        self, x_bti: Array, segments_bt: Array, plan: Plan, state_bin: Array | None
+    ) -> tuple[Array, Array | None]:
+        """The scan's output and D x, float32, and, on one rank of `context`, the state behind the last token."""
         # The time step's low rank, B and C read all channels, of which a rank has its own.
         parts = tuple(multiply(x_bti, plan.weight(w)) for w in (self.dt_down, self.B, self.C))
         dt_btr, B_btn, C_btn = (checkpoint_name(a, "x_proj") for a in plan.sum(parts, "mamba_heads"))
@@ -80,10 +103,11 @@ class Mamba1(nnx.Module):
         operands = (x_bti, step(dt_bti, dt_bias_i), -jnp.exp(A_log_in), B_btn, C_btn)
         if by_heads or plan.size("context") == 1:
             implementation = plan.config.selective_scan
-            y_bti, _ = selective_scan(
-                *operands, segments_bt=segments_bt, chunk_size=CHUNK, implementation=implementation
-            )
+            y_bti, state_bin = selective_scan(
+                *operands, segments_bt=segments_bt, initial_state_bin=state_bin, chunk_size=CHUNK,
+                implementation=implementation,
+            )  # fmt: skip
         else:
             y_bti = scan_over_parts(*operands, segments_bt, plan, chunk_size=CHUNK)
         y_bti = from_inputs(lambda y_bti, x_bti, D_i: y_bti + D_i * x_bti)(y_bti, x_bti, D_i)
-        return to_tokens(y_bti, plan) if by_heads else y_bti
+        return to_tokens(y_bti, plan) if by_heads else y_bti, state_bin

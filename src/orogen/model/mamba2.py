@@ -4,6 +4,8 @@ Letters: b batch, t time, d model, i inner channels (heads x head size), c conv 
 g groups, n state.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,9 +16,11 @@ from orogen.config.model import ModelConfig
 from orogen.kernels.causal_conv1d import causal_conv1d
 from orogen.kernels.remade import from_inputs
 from orogen.kernels.ssd import ssd
+from orogen.layers.documents import Documents
 from orogen.layers.linear import add_bias, linear, linears
 from orogen.layers.norm import GroupRMSNorm
 from orogen.layers.parameter import normal, parameter, uniform
+from orogen.model.cache import Recurrent, require_whole_sequence
 from orogen.model.context_ssm import convolve, heads_for_sequence, ssd_over_parts
 from orogen.parallel.context import to_tokens, whole
 from orogen.parallel.plan import Plan
@@ -85,7 +89,12 @@ class Mamba2(nnx.Module):
         self.out = normal(rngs, (inner, size), ("mamba_heads", "embed"), std=config.output_init_std)
         self.out_bias = projection_bias(config, size, "norm")
 
-    def __call__(self, x_btd: Array, segments_bt: Array, plan: Plan) -> Array:
+    def __call__(
+        self, x_btd: Array, docs: Documents, plan: Plan, given: Recurrent | None = None
+    ) -> tuple[Array, Recurrent | None]:
+        """y (b, t, d); given the convolutions' windows and the state of earlier tokens, also those behind these."""
+        require_whole_sequence(plan, given)
+        segments_bt = docs.segments_bt
         h_btd = plan.gather(x_btd, "sequence")
         # dt has a column a head, too few for FP8 to gain anything, and decays are exponentials of it.
         projected = (
@@ -97,16 +106,33 @@ class Mamba2(nnx.Module):
             checkpoint_name(add_bias(y, bias), "in_proj") for y, bias in zip(projected, biases, strict=True)
         )
         with jax.named_scope("conv"):
-            convs = (self.conv_x, self.conv_B, self.conv_C)
-            x_bti, B_btc, C_btc = convolve(convs, (x_bti, B_btc, C_btc), segments_bt, plan)
+            convs, inputs = (self.conv_x, self.conv_B, self.conv_C), (x_bti, B_btc, C_btc)
+            x_bti, B_btc, C_btc = convolve(convs, inputs, segments_bt, plan, given)
         with jax.named_scope("ssd"):
-            y_bti = self._scan(x_bti, B_btc, C_btc, dt_bth, segments_bt, plan)
+            state_bhpn = None if given is None else given.entering(segments_bt)
+            y_bti, state_bhpn = self._scan(x_bti, B_btc, C_btc, dt_bth, segments_bt, plan, state_bhpn)
         with jax.named_scope("gated_norm"):
             y_bti = checkpoint_name(self.norm(y_bti, z_bti, plan), "gated_norm")
         # The ranks' parts of the product are summed before the bias is added, once.
-        return add_bias(plan.scatter(linear(y_bti, self.out, plan), "sequence"), self.out_bias)
+        y_btd = add_bias(plan.scatter(linear(y_bti, self.out, plan), "sequence"), self.out_bias)
+        return y_btd, None if given is None else given.with_piece(inputs, state_bhpn, segments_bt)
 
-    def _scan(self, x_bti, B_btc, C_btc, dt_bth, segments_bt, plan) -> Array:
+    def start(self, batch: int, length: int, dtype: Any) -> Recurrent:
+        """Before the first token of `batch` sequences; their length is no matter."""
+        channels = [conv.weight[...].shape[-2] for conv in (self.conv_x, self.conv_B, self.conv_C)]
+        state = self.D[...].shape[-1], self.head_dim, self.state_size
+        return Recurrent.empty(batch, self.conv_x.taps, channels, state, dtype)
+
+    def cache_axes(self) -> Any:
+        """The logical axes of what `start` makes."""
+        return Recurrent(
+            tuple(("batch", None, axis) for axis in ("mamba_heads", "groups", "groups")),
+            ("batch", "mamba_heads", None, None),
+            ("batch", None),
+        )
+
+    def _scan(self, x_bti, B_btc, C_btc, dt_bth, segments_bt, plan, state_bhpn) -> tuple[Array, Array | None]:
+        """The SSD's output (b, t, i) and, on one rank of `context`, the state (b, h, p, n) behind the last token."""
         split = lambda a, size: a.reshape(*a.shape[:2], -1, size)  # noqa: E731
         x_bthp, B_btgn, C_btgn = (
             split(x_bti, self.head_dim),
@@ -125,13 +151,13 @@ class Mamba2(nnx.Module):
         operands = (x_bthp, dt_bth, -jnp.exp(A_log_h), B_btgn, C_btgn)
         if by_heads or plan.size("context") == 1:
             implementation = plan.config.ssd
-            y_bthp, _ = ssd(
-                *operands, segments_bt=segments_bt, skip_h=D_h, chunk_size=self.chunk_size,
-                implementation=implementation,
+            y_bthp, state_bhpn = ssd(
+                *operands, segments_bt=segments_bt, initial_state_bhpn=state_bhpn, skip_h=D_h,
+                chunk_size=self.chunk_size, implementation=implementation,
             )  # fmt: skip
         else:
             y_bthp = ssd_over_parts(*operands, D_h, segments_bt, plan, chunk_size=self.chunk_size).astype(x_bti.dtype)
-        return (to_tokens(y_bthp, plan) if by_heads else y_bthp).reshape(x_bti.shape)
+        return (to_tokens(y_bthp, plan) if by_heads else y_bthp).reshape(x_bti.shape), state_bhpn
 
 
 def projection_bias(config: ModelConfig, width: int, axis: str) -> nnx.Param | None:

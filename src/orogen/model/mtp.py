@@ -43,14 +43,14 @@ class MTPBlock(nnx.Module):
         self.final_norm = make_norm(config)
 
     def __call__(
-        self, h_btd: Array, embedded_btd: Array, docs: Documents, plan: Plan, replay: Any = None
+        self, h_btd: Array, embedded_btd: Array, docs: Documents, plan: Plan, given: Any = None
     ) -> tuple[Array, Any]:
-        """The next depth's hidden state and the layers' statistics, from the last one's and embeddings one further on.
+        """The next depth's hidden state and what the layers keep, from the last one's and embeddings one further on.
 
         docs: from `shifted`, so that tokens without a later token in their document take no part.
         """
         joined_btd = jnp.concatenate([self.embedding_norm(embedded_btd, plan), self.hidden_norm(h_btd, plan)], axis=-1)
         # As the model's last layer it computes nothing in FP8.
         plan = plan.without_fp8()
-        x_btd, stats = self.layers(linear(joined_btd, self.project, plan), docs, plan, replay)
-        return self.final_norm(x_btd, plan), stats
+        x_btd, kept = self.layers(linear(joined_btd, self.project, plan), docs, plan, given)
+        return self.final_norm(x_btd, plan), kept

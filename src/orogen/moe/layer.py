@@ -5,7 +5,7 @@ Letters: b batch, t time of this rank's sequence piece, n tokens (b · t), d mod
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from orogen.config.model import ModelConfig
+from orogen.layers.documents import Documents
 from orogen.layers.linear import add_bias, linear, multiply
 from orogen.layers.mlp import MLP
 from orogen.layers.parameter import normal, parameter
@@ -75,13 +76,14 @@ class MoE(nnx.Module):
         gated = config.moe_shared_expert_gate
         self.shared_gate = normal(rngs, (size, 1), ("embed", None), std=std) if gated else None
 
-    def __call__(self, x_btd: Array, segments_bt: Array, plan: Plan, replay: Replay | None) -> tuple[Array, MoEStats]:
-        """y (b, t, d) and statistics. segments_bt: of the whole context rank; replay: what to use in place of its own
-        choice."""
-        valid_bt = plan.piece(segments_bt, "sequence") != 0
+    def __call__(
+        self, x_btd: Array, docs: Documents, plan: Plan, given: Replay | None = None
+    ) -> tuple[Array, MoEStats]:
+        """y (b, t, d) and statistics. docs: of the whole context rank; given: routing in place of the layer's own."""
+        valid_bt = plan.piece(docs.segments_bt, "sequence") != 0
         with jax.named_scope("router"):
-            logits_bte, routing = self.router(x_btd, plan, None if replay is None else replay.experts)
-            stats, capacity = self._account(logits_bte, routing, valid_bt, plan, replay)
+            logits_bte, routing = self.router(x_btd, plan, None if given is None else given.experts)
+            stats, capacity = self._account(logits_bte, routing, valid_bt, plan, given)
             keep_btk = stats.choice.replay.kept
         with jax.named_scope("experts"):
             flat = lambda a: a.reshape(-1, a.shape[-1])  # noqa: E731
@@ -107,8 +109,14 @@ class MoE(nnx.Module):
                 y_btd = y_btd + self._shared(x_btd, self.shared, plan)
         return y_btd, stats
 
+    def start(self, batch: int, length: int, dtype: Any) -> None:
+        """Nothing: tokens do not see each other here."""
+
+    def cache_axes(self) -> None:
+        """Nothing, as `start`."""
+
     def _shared(self, x_btd: Array, expert: MLP, plan: Plan) -> Array:
-        y_btd = expert(x_btd, plan)
+        y_btd = expert.transform(x_btd, plan)
         if self.shared_gate is None:
             return y_btd
         gate_bt1 = multiply(x_btd, plan.weight(self.shared_gate))

@@ -21,8 +21,8 @@ def attention(
     *,
     segments_bt: Array | None = None,
     kv_segments_bs: Array | None = None,
-    q_index_t: Array | None = None,
-    k_index_s: Array | None = None,
+    q_index: Array | None = None,
+    k_index: Array | None = None,
     sinks_h: Array | None = None,
     window: int | None = None,
     scale: float,
@@ -32,9 +32,10 @@ def attention(
 
     A query sees the keys of its segment whose index is not after its own, and with a `window` only the last `window` of
     these indices, its own included. `sinks_h` are logits that join each head's softmax, with nothing to add to the
-    output (gpt-oss, arXiv:2508.10925). `segments_bt` (int; None: one segment) are
-    the queries', `kv_segments_bs` the keys' (None: the queries'). Padding (0) is a segment like another. Indices are
-    places in the sequence, int32, by default 0, 1, ...: a rank that holds a part of the sequence names its part.
+    output (gpt-oss, arXiv:2508.10925). `segments_bt` (int; None: one segment) are the queries', `kv_segments_bs` the
+    keys' (None: the queries'). Padding (0) is a segment like another. `q_index`, (t,) or (b, t), and `k_index`, (s,) or
+    (b, s), are places in the sequence, int32, by default 0, 1, ...: a rank that holds a part of the sequence names its
+    part, and rows that are decoded together may be of different ages.
     Without indices and `kv_segments_bs` rows are whole, and each run of equal ids is a segment, as it is to
     convolutions and states. Of a part of a row runs cannot be seen: there equal ids are one segment wherever they lie,
     so that its documents must have different ids, as `layers.documents.numbered` gives them.
@@ -46,14 +47,14 @@ def attention(
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r}: expected one of {sorted(IMPLEMENTATIONS)}")
-    if implementation == "cudnn" and (q_index_t is not None or k_index_s is not None or kv_segments_bs is not None):
+    if implementation == "cudnn" and (q_index is not None or k_index is not None or kv_segments_bs is not None):
         raise ValueError("implementation='cudnn' with indices or segments of keys: expected whole rows, or 'blocked'")
-    whole_rows = kv_segments_bs is None and q_index_t is None and k_index_s is None
+    whole_rows = kv_segments_bs is None and q_index is None and k_index is None
     if kv_segments_bs is None:
         kv_segments_bs = segments_bt
     if window is not None and window < 1:
         raise ValueError(f"window={window}: expected 1 or more")
-    _check_shapes(q_bthk, k_bsgk, v_bsgk, segments_bt, kv_segments_bs, q_index_t, k_index_s, sinks_h)
+    _check_shapes(q_bthk, k_bsgk, v_bsgk, segments_bt, kv_segments_bs, q_index, k_index, sinks_h)
     (batch, queries), keys = q_bthk.shape[:2], k_bsgk.shape[1]
     if whole_rows and segments_bt is not None:
         segments_bt = kv_segments_bs = _runs(segments_bt)
@@ -61,11 +62,11 @@ def attention(
         segments_bt = jnp.zeros((batch, queries), jnp.int32)
     if kv_segments_bs is None:
         kv_segments_bs = jnp.zeros((batch, keys), jnp.int32)
-    if q_index_t is None:
-        q_index_t = jnp.arange(queries)
-    if k_index_s is None:
-        k_index_s = jnp.arange(keys)
-    operands = (q_bthk, k_bsgk, v_bsgk, segments_bt, kv_segments_bs, q_index_t, k_index_s, sinks_h)
+    if q_index is None:
+        q_index = jnp.arange(queries)
+    if k_index is None:
+        k_index = jnp.arange(keys)
+    operands = (q_bthk, k_bsgk, v_bsgk, segments_bt, kv_segments_bs, q_index, k_index, sinks_h)
     # One type for all inside shard_map: gradients of shared keys are then summed over the ranks once, not once a block.
     return IMPLEMENTATIONS[implementation](*vary_like(operands, operands), scale=scale, window=window)
 
@@ -76,7 +77,7 @@ def _runs(segments_bt: Array) -> Array:
     return jnp.cumsum(jnp.pad(changes_bt, ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
 
 
-def _check_shapes(q_bthk, k_bsgk, v_bsgk, segments_bt, kv_segments_bs, q_index_t, k_index_s, sinks_h) -> None:
+def _check_shapes(q_bthk, k_bsgk, v_bsgk, segments_bt, kv_segments_bs, q_index, k_index, sinks_h) -> None:
     """Raises ValueError that names the first operand whose shape does not fit q and k."""
     if q_bthk.ndim != 4 or k_bsgk.ndim != 4:
         raise ValueError(f"q {q_bthk.shape}, k {k_bsgk.shape}: expected (b, t, h, k) and (b, s, g, k)")
@@ -90,10 +91,12 @@ def _check_shapes(q_bthk, k_bsgk, v_bsgk, segments_bt, kv_segments_bs, q_index_t
         "v": (v_bsgk, (batch, keys, groups, v_bsgk.shape[-1])),
         "segments": (segments_bt, (batch, queries)),
         "kv_segments": (kv_segments_bs, (batch, keys)),
-        "q_index": (q_index_t, (queries,)),
-        "k_index": (k_index_s, (keys,)),
         "sinks": (sinks_h, (heads,)),
     }
     for name, (operand, shape) in expected.items():
         if operand is not None and operand.shape != shape:
             raise ValueError(f"{name} has shape {operand.shape}: expected {shape} beside q {q_bthk.shape}")
+    for name, index, tokens in (("q_index", q_index, queries), ("k_index", k_index, keys)):
+        if index is not None and index.shape not in ((tokens,), (batch, tokens)):
+            expected_shapes = f"{(tokens,)} or {(batch, tokens)}"
+            raise ValueError(f"{name} has shape {index.shape}: expected {expected_shapes} beside q {q_bthk.shape}")

@@ -18,8 +18,8 @@ def attention_blocked(
     v_bsgk: Array,
     segments_bt: Array,
     kv_segments_bs: Array,
-    q_index_t: Array,
-    k_index_s: Array,
+    q_index: Array,
+    k_index: Array,
     sinks_h: Array | None,
     *,
     scale: float,
@@ -36,10 +36,10 @@ def attention_blocked(
         return jnp.moveaxis(a, axis, 0)
 
     @jax.checkpoint
-    def step(q_bthk, segments_bt, q_index_t):
-        keys = (kv_segments_bs, q_index_t, k_index_s, sinks_h)
+    def step(q_bthk, segments_bt, q_index):
+        keys = (kv_segments_bs, q_index, k_index, sinks_h)
         return attention_full(q_bthk, k_bsgk, v_bsgk, segments_bt, *keys, scale=scale, window=window, name=None)
 
-    blocks = (split(q_bthk, 1), split(segments_bt, 1), split(q_index_t, 0))
+    blocks = (split(q_bthk, 1), split(segments_bt, 1), split(q_index, q_index.ndim - 1))
     _, y_ibthk = lax.scan(lambda _, block: (None, step(*block)), None, blocks)
     return jnp.moveaxis(y_ibthk, 0, 1).reshape(batch, -1, heads, v_bsgk.shape[-1])[:, :queries]

@@ -28,8 +28,8 @@ def attention_cudnn(
     v_bsgk: Array,
     segments_bt: Array,
     kv_segments_bs: Array,
-    q_index_t: Array,
-    k_index_s: Array,
+    q_index: Array,
+    k_index: Array,
     sinks_h: Array | None,
     *,
     scale: float,
@@ -43,7 +43,7 @@ def attention_cudnn(
     slow.
     Raises ValueError for what cuDNN's form lacks: a window, sinks, other lengths of keys, other dtypes, no GPU.
     """
-    del kv_segments_bs, q_index_t, k_index_s  # checked by the caller to be the queries' own
+    del kv_segments_bs, q_index, k_index  # checked by the caller to be the queries' own
     if jax.default_backend() != "gpu":
         raise ValueError(f"implementation='cudnn' needs a GPU and finds {jax.default_backend()!r}: expected 'blocked'")
     if window is not None or sinks_h is not None:

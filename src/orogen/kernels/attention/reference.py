@@ -18,8 +18,8 @@ def attention_full(
     v_bsgk: Array,
     segments_bt: Array,
     kv_segments_bs: Array,
-    q_index_t: Array,
-    k_index_s: Array,
+    q_index: Array,
+    k_index: Array,
     sinks_h: Array | None,
     *,
     scale: float,
@@ -35,9 +35,9 @@ def attention_full(
     # Queries in groups, so that keys and values are read where they are instead of repeated.
     q_btgrk = q_bthk.reshape(batch, queries, groups, heads // groups, size)
     visible_bts = segments_bt[:, :, None] == kv_segments_bs[:, None, :]
-    visible_bts &= k_index_s <= q_index_t[:, None]
+    visible_bts &= k_index[..., None, :] <= q_index[..., :, None]
     if window is not None:
-        visible_bts &= k_index_s > q_index_t[:, None] - window
+        visible_bts &= k_index[..., None, :] > q_index[..., :, None] - window
     sinks_gr = None if sinks_h is None else sinks_h.astype(jnp.float32).reshape(groups, -1)
     y_btgrk: Any = _attend(q_btgrk, k_bsgk, v_bsgk, visible_bts, sinks_gr, scale, name)
     return y_btgrk.reshape(batch, queries, heads, -1)

@@ -1,0 +1,131 @@
+"""What layers keep of earlier tokens, so that a sequence may come in pieces, the last of them single tokens.
+
+A mixer makes its own by `start`, and names their logical axes by `cache_axes`, in the same form.
+
+Pieces follow one another: the documents of a piece are those of the whole row at its places, with ids that no other
+document of the row has. The whole row at once and any pieces of it give the same outputs and gradients.
+
+Letters: b batch, t time of a piece, s slots, k tokens of a convolution's window.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from orogen.parallel.plan import Plan
+
+# The segment of what was never written; no document has it.
+EMPTY = -1
+
+
+class KeyValues(NamedTuple):
+    """What attention reads of earlier tokens, in the order in which they came.
+
+    values: arrays (b, s, …), keys and values or what they are computed from; segments_bs: the document of each slot,
+    int32, EMPTY behind the last token; length_b: the tokens of each row so far, int32. Rows may be of different ages.
+    A piece that finds too few slots left overwrites the last ones: whoever chooses the slots counts the tokens.
+    """
+
+    values: Any  # typed for arrays and for their logical axes
+    segments_bs: Any
+    length_b: Any
+
+    @classmethod
+    def empty(cls, batch: int, slots: int, shapes: Sequence[tuple[int, ...]], dtype: Any) -> "KeyValues":
+        """Room for `slots` tokens, of each array of this shape a token."""
+        values = tuple(jnp.zeros((batch, slots, *shape), dtype) for shape in shapes)
+        return cls(values, jnp.full((batch, slots), EMPTY, jnp.int32), jnp.zeros(batch, jnp.int32))
+
+    def with_piece(self, values: Sequence[Array], segments_bt: Array) -> "KeyValues":
+        """With the arrays (b, t, …) of a piece behind what is here. Raises ValueError if it never fits."""
+        (_, slots), (_, tokens) = self.segments_bs.shape, segments_bt.shape
+        if tokens > slots:
+            raise ValueError(f"a piece of {tokens} tokens for a cache of {slots}: expected at most as many")
+        write = jax.vmap(lambda old, new, start: lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, 0))
+        written = (write(old, new, self.length_b) for old, new in zip(self.values, values, strict=True))
+        segments_bs = write(self.segments_bs, segments_bt, self.length_b)
+        return KeyValues(tuple(written), segments_bs, self.length_b + segments_bt.shape[1])
+
+    def index(self, tokens: int) -> Array:
+        """(b, t) int32: the places in the sequence of the `tokens` to come."""
+        return self.length_b[:, None] + jnp.arange(tokens, dtype=jnp.int32)
+
+
+class Recurrent(NamedTuple):
+    """What a state-space mixer needs of earlier tokens: it does not grow with them.
+
+    windows: of each convolution the last inputs (b, k, c), oldest first; state: the SSM's behind the last token,
+    float32; segments_bk: the documents of the window's tokens, at least of the last one, EMPTY before the first.
+    """
+
+    windows: Any  # typed for arrays and for their logical axes
+    state: Any
+    segments_bk: Any
+
+    @classmethod
+    def empty(cls, batch: int, taps: int, channels: Sequence[int], state: tuple[int, ...], dtype: Any) -> "Recurrent":
+        """Before the first token, for convolutions of `taps` taps over so many channels and states of this shape."""
+        windows = tuple(jnp.zeros((batch, taps - 1, size), dtype) for size in channels)
+        segments_bk = jnp.full((batch, max(taps - 1, 1)), EMPTY, jnp.int32)
+        return cls(windows, jnp.zeros((batch, *state), jnp.float32), segments_bk)
+
+    def emptied(self) -> "Recurrent":
+        """Of the same shapes, before the first token."""
+        windows, state = jax.tree.map(jnp.zeros_like, (self.windows, self.state))
+        return Recurrent(windows, state, jax.tree.map(lambda a: jnp.full_like(a, EMPTY), self.segments_bk))
+
+    def entering(self, segments_bt: Array) -> Array:
+        """The state that a piece begins with: zero in rows whose first token is of another document."""
+        continues_b = self.segments_bk[:, -1] == segments_bt[:, 0]
+        return jnp.where(continues_b.reshape(-1, *(1,) * (self.state.ndim - 1)), self.state, 0)
+
+    def renamed(self, first_b: Array, continues_b: Array) -> "Recurrent":
+        """Before a piece whose ids are its own: the last document is `first_b` where the piece goes on with it, and no
+        earlier one is known."""
+        same_bk = (self.segments_bk == self.segments_bk[..., -1:]) & continues_b[:, None]
+        return self._replace(segments_bk=jnp.where(same_bk, first_b[:, None], EMPTY))
+
+    def with_piece(self, inputs: Sequence[Array], state: Array | None, segments_bt: Array) -> "Recurrent":
+        """Behind a piece whose convolutions read `inputs` (b, t, c), and which left `state`."""
+        windows = tuple(_last(window, x) for window, x in zip(self.windows, inputs, strict=True))
+        return Recurrent(windows, state, _last(self.segments_bk, segments_bt))
+
+
+CACHES = (KeyValues, Recurrent)
+
+
+def caches(kept: Any) -> Any:
+    """What the next piece is given, among what a stack's layers kept."""
+    return map_layers(lambda one: one if isinstance(one, CACHES) else None, kept)
+
+
+def without_caches(kept: Any) -> Any:
+    """What a stack's layers kept beside caches: statistics."""
+    return map_layers(lambda one: None if isinstance(one, CACHES) else one, kept)
+
+
+def both(one: Any, other: Any) -> Any:
+    """What two trees give to a stack's layers, of which each layer finds something in one at most."""
+    return map_layers(lambda a, b: b if a is None else a, one, other) if one and other else one or other
+
+
+def map_layers(function: Callable[..., Any], *trees: Any) -> Any:
+    """The function of what stands for each layer: children of stacks and repetitions are plain tuples, nothing else."""
+    if type(trees[0]) is tuple:
+        return tuple(map_layers(function, *children) for children in zip(*trees, strict=True))
+    return function(*trees)
+
+
+def require_whole_sequence(plan: Plan, given: Any) -> None:
+    """Raises ValueError if pieces of a sequence come to layers whose sequence lies on several ranks."""
+    if given is not None and plan.size("context") > 1:
+        raise ValueError(f"context={plan.size('context')} with caches of earlier tokens: expected context=1")
+
+
+def _last(window_bk: Array, x_bt: Array) -> Array:
+    """The last tokens of the window followed by `x_bt`, as many as the window has."""
+    joined = jnp.concatenate([window_bk, x_bt.astype(window_bk.dtype)], axis=1)
+    return joined[:, joined.shape[1] - window_bk.shape[1] :]
