@@ -139,6 +139,8 @@ BORDERS: list[tuple[str, Any, dict, dict, str]] = [
      "DataConfig.corpus is 'stdlib', plain text without fields"),
     ("data__seed", 3, {**NO_HELDOUT, "data__tuning_fraction": 0.1}, {**NO_HELDOUT, "data__tuning_fraction": 0.0},
      "DataConfig.heldout_fraction and .tuning_fraction are 0: every document is trained on"),
+    *(("train__carry_states", True, {"pattern": letter}, {"pattern": "*/M", "model__mtp_depths": 1},
+       "the model has no layers of Mamba-2 (M) or Mamba-1 (m) before /") for letter in "Mm"),
     ("train__router_bias_update_rate", 0.1, {"pattern": "E"}, {"pattern": "M"}, FEW),
     ("train__router_bias_update_rate", 0.1, {"pattern": "E"}, {"pattern": "E", "model__router_correction_bias": False},
      FEW),

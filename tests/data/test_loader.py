@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -44,7 +45,8 @@ def corpus(config):
 
 
 def _same(one, other):
-    return all(np.array_equal(x_bt, y_bt) for x_bt, y_bt in zip(one, other, strict=True))
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return all(np.array_equal(x_bt, y_bt) for x_bt, y_bt in pairs)
 
 
 def _take(loader, count):
@@ -67,8 +69,8 @@ def _document_order(loader, documents, epochs):
 
 def test_batches_have_the_shape_asked_for(corpus):
     batch = next(corpus.train_loader(**SHAPE))
-    assert [x_bt.shape for x_bt in batch] == [(6, 32)] * 4
-    assert [x_bt.dtype for x_bt in batch] == [np.int32, np.int32, np.int32, np.float32]
+    assert [x_bt.shape for x_bt in batch[:4]] == [(6, 32)] * 4
+    assert [x_bt.dtype for x_bt in batch[:4]] == [np.int32, np.int32, np.int32, np.float32]
 
 
 def test_two_opens_give_the_same_stream(config, corpus):
@@ -194,7 +196,7 @@ def test_processes_share_out_the_rows_of_the_same_batch(corpus, process_count):
         for i in range(process_count)
     ]
     for batch, *shares in zip(whole, *parts, strict=True):
-        assert _same(batch, [np.concatenate(x) for x in zip(*shares, strict=True)])
+        assert _same(batch, shares[0].map(lambda *x_bt: np.concatenate(x_bt), *shares[1:]))
 
 
 def test_a_position_is_the_same_on_every_process_and_for_every_number_of_them(corpus):

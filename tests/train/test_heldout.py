@@ -12,7 +12,6 @@ from tests.helpers import hybrid, run_config
 
 from orogen.config.data import DataConfig
 from orogen.data.loader import open_corpus
-from orogen.data.packing import Batch
 from orogen.layers.documents import documents
 from orogen.model.lm import build
 from orogen.parallel.plan import make_plan
@@ -43,12 +42,13 @@ class Scored:
         self.state = create_state(model, self.built, optimizer, plan, 5)
         heldout = Heldout(self.config, self.built, self.corpus)
         self.sample, self.whole = heldout.sample(self.state), heldout.full(self.state)
-        self.rows = Batch(*(np.concatenate(parts) for parts in zip(*heldout.whole, strict=True)))
+        first, *others = heldout.whole
+        self.rows = first.map(lambda *parts: np.concatenate(parts), *others)
 
     def nats_and_targets(self, rows: list[int]) -> tuple[float, int]:
         """Of the next tokens in these rows, by logits of the whole model on a plan that drops none."""
         plan = make_plan(dataclasses.replace(self.config.plan, capacity_factor=None), self.config.model)
-        batch = Batch(*(x[rows] for x in self.rows))
+        batch = self.rows.map(lambda x: x[rows])
         model = nnx.merge(self.built.graph, self.state.params, self.state.buffers)
         logits_btv = model.logits(batch.tokens_bt, documents(batch.segments_bt), plan)
         likelihood_btv = np.asarray(jax.nn.log_softmax(logits_btv))

@@ -45,7 +45,7 @@ def test_target_weights_stop_at_document_boundaries():
 
 
 def test_counts_by_hand():
-    two_rows = Batch(*(jnp.concatenate([x, jnp.zeros_like(x)]) for x in BATCH))  # the second row is all padding
+    two_rows = BATCH.map(lambda x: jnp.concatenate([x, jnp.zeros_like(x)]))  # the second row is all padding
     counts = batch_counts(two_rows, 2, one_device(config()))
     np.testing.assert_array_equal(counts.targets, [3.5, 0.5, 0])
     np.testing.assert_array_equal(counts.tokens, [5, 3, 1])

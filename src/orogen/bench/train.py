@@ -29,6 +29,7 @@ from orogen.parallel.plan import Plan, make_plan
 from orogen.parallel.runtime import asks_for_same_bits, configure
 from orogen.precision.policy import working_copy
 from orogen.simulate.flops import peak_flops, training_flops_per_token
+from orogen.train import carry
 from orogen.train.optimizer import make_optimizer
 from orogen.train.state import create_state
 from orogen.train.step import batch_to_devices, gradients, make_step
@@ -196,7 +197,8 @@ def prepare(work: Workload, config: RunConfig, *, deterministic: bool = False, e
 
 def _whole_step(built: Any, config: RunConfig, plan: Plan, batch: Any) -> Prepared:
     optimizer = make_optimizer(config.optimizer, config.train.steps, built.params)
-    state = create_state(config.model, built, optimizer, plan, config.train.seed)
+    carried = carry.abstract(config.train, built)
+    state = create_state(config.model, built, optimizer, plan, config.train.seed, carried)
     program = _compiled(make_step(built, config, plan, optimizer).lower(state, batch), plan)
     state, metrics = program(state, batch)
     loss = _mean_nats(metrics.nats, metrics.targets)

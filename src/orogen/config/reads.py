@@ -179,6 +179,12 @@ READERS: dict[str, tuple[Reader, ...]] = {
     ),
     "train": (
         Reader(
+            "carry_states",
+            ("model",),
+            lambda run: bool(set("Mm") & set(run.model.layers.main)),
+            f"the model has no layers of {LAYERS['M']} (M) or {LAYERS['m']} (m) before /",
+        ),
+        Reader(
             "router_bias_update_rate",
             ("model",),
             lambda run: "E" in letters(run.model) and run.model.router_correction_bias,

@@ -28,6 +28,9 @@ class TrainConfig:
 
     batch_size: rows of the global batch; sequence_length: tokens in a row. compute_dtype: of activations and of the
     weights' working copies; master weights and gradients' sums are float32 always.
+    carry_states: rows of a batch go on where those of the batch before ended, and Mamba's states and convolutions go on
+    with them, without a gradient from row to row; attention, the multi-token-prediction block and the held-out loss see
+    each row alone.
     evaluate_rows: held-out rows read at each evaluation (the last one reads the whole split).
     max_skipped_steps: non-finite steps in a row after which the run stops. ngram_order: order of the Witten-Bell byte
     model fitted on the very text trained on, for comparison; 0 fits none.
@@ -38,6 +41,7 @@ class TrainConfig:
     sequence_length: int
     seed: int
     compute_dtype: str = "float32"
+    carry_states: bool = False
     router_bias_update_rate: float = 1e-3
     evaluate_every: int = 200
     evaluate_rows: int = 64
@@ -160,6 +164,13 @@ class RunConfig:
             for field in ("sequence_length", "sample_tokens"):
                 expected = f"at most ModelConfig.learned_positions = {self.model.learned_positions}"
                 require(getattr(self.train, field) <= self.model.learned_positions, self.train, field, expected)
+        if self.train is not None and self.train.carry_states:
+            for axis in ("context", "stage"):
+                expected = "1: TrainConfig.carry_states is True"
+                require(getattr(self.plan, axis) == 1, self.plan, axis, expected)
+            if self.model is not None:
+                expected = "False: ModelConfig.learned_positions has none beyond a row"
+                require(self.model.learned_positions is None, self.train, "carry_states", expected)
         if self.train is not None and self.data is not None and self.data.heldout_fraction == 0:
             expected = "0: DataConfig.heldout_fraction is 0, so there is nothing to compare on"
             require(self.train.ngram_order == 0, self.train, "ngram_order", expected)

@@ -16,6 +16,7 @@ import numpy as np
 from orogen.config.checks import ConfigError
 from orogen.config.data import DataConfig
 from orogen.data import corpora, sources
+from orogen.data.lanes import LaneRows
 from orogen.data.packing import Batch, Stream, cut, document_stream, empty_batch, pack
 from orogen.data.sources import Document
 from orogen.data.tokenizer import Tokenizer, check_vocab_size, make_tokenizer
@@ -89,10 +90,12 @@ class Corpus:
         process_index: int = 0,
         process_count: int = 1,
         shuffle_seed: int | None = None,
+        lanes: bool = False,
     ) -> "Loader":
         """Endless batches of the train split, (batch_size / process_count, sequence_length) for this process.
 
-        `shuffle_seed` orders the documents and rows, `DataConfig.seed` if None. Raises ConfigError as `make_loader`.
+        `shuffle_seed` orders the documents and rows, `DataConfig.seed` if None. lanes: see `make_loader`. Raises
+        ConfigError as it does.
         """
         return make_loader(
             self.splits["train"],
@@ -102,6 +105,7 @@ class Corpus:
             shuffle_seed=(self.config.seed if shuffle_seed is None else shuffle_seed) if self.config.shuffle else None,
             process_index=process_index,
             process_count=process_count,
+            lanes=lanes,
             identity={"corpus": self.content_hash, "tokenizer": self.tokenizer.fingerprint, "seed": self.config.seed},
         )
 
@@ -189,9 +193,11 @@ def make_loader(
     process_count: int = 1,
     identity: dict[str, Any] | None = None,
     window_tokens: int = _WINDOW_TOKENS,
+    lanes: bool = False,
 ) -> Loader:
     """Endless packed batches of the streams, each epoch in a new order; `shuffle_seed` None keeps their order.
 
+    lanes: a batch's rows go on where those of the batch before ended, instead of being packed: see `LaneRows`.
     Every process packs the same global batches and keeps its own rows, so that neither the data nor a saved
     position depends on the number of processes. `identity` is what a saved position must agree on.
     Raises ConfigError if there is no stream, a row has no room for a target, or the processes do not share a batch.
@@ -202,18 +208,22 @@ def make_loader(
     documents = grain.MapDataset.source(streams)
     if shuffle_seed is not None:
         documents = documents.shuffle(_spread(shuffle_seed))
-    rows = _PackedRows(
-        documents.repeat(),
-        sequence_length=sequence_length,
-        pad_id=pad_id,
-        shuffle_seed=shuffle_seed,
-        window_tokens=window_tokens,
-        window_documents=len(streams),
-    )
-    batches = rows.batch(batch_size, drop_remainder=True, batch_fn=_stack).map(_rows_taker(process_rows))
     settings = {"batch_size": batch_size, "sequence_length": sequence_length, "shuffle_seed": shuffle_seed}
+    if lanes:
+        settings["lanes"] = True
+        batches = LaneRows(documents.repeat(), lanes=batch_size, sequence_length=sequence_length)
+    else:
+        rows = _PackedRows(
+            documents.repeat(),
+            sequence_length=sequence_length,
+            pad_id=pad_id,
+            shuffle_seed=shuffle_seed,
+            window_tokens=window_tokens,
+            window_documents=len(streams),
+        )
+        batches = rows.batch(batch_size, drop_remainder=True, batch_fn=_stack)
     return Loader(
-        grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2),
+        grain.experimental.ThreadPrefetchIterDataset(batches.map(_rows_taker(process_rows)), prefetch_buffer_size=2),
         identity={**(identity or {}), **settings},
     )
 
@@ -250,7 +260,7 @@ class HeldoutPass:
         for batch in rows.batch(self.batch_size, drop_remainder=False, batch_fn=_stack):
             missing = self.batch_size - len(batch.tokens_bt)
             padding = empty_batch(missing, sequence_length=self.sequence_length, pad_id=self.pad_id)
-            yield take(Batch(*(np.concatenate(pair) for pair in zip(batch, padding, strict=True))))
+            yield take(batch.map(lambda *parts: np.concatenate(parts), padding))
 
 
 class _PackedRows(grain.IterDataset):
@@ -305,7 +315,7 @@ class _PackedRowsIterator(grain.DatasetIterator):
             if self._row >= len(self._window.tokens_bt):  # only where a saved position says so
                 rows = len(self._window.tokens_bt)
                 raise ConfigError(f"the saved data position has row = {self._row}; expected below {rows}")
-        row = Batch(*(x_bt[self._row] for x_bt in self._window))
+        row = self._window.map(lambda x_bt: x_bt[self._row])
         self._row += 1
         if self._row == len(self._window.tokens_bt):
             self._start_window(number=self._number + 1, row=0)
@@ -329,15 +339,15 @@ class _PackedRowsIterator(grain.DatasetIterator):
         if self._shuffle_seed is None:
             return window
         order_b = np.random.default_rng([self._shuffle_seed, self._number]).permutation(len(window.tokens_bt))
-        return Batch(*(x_bt[order_b] for x_bt in window))
+        return window.map(lambda x_bt: x_bt[order_b])
 
 
 def _stack(rows: Sequence[Batch]) -> Batch:
-    return Batch(*(np.stack(x_b) for x_b in zip(*rows, strict=True)))
+    return rows[0].map(lambda *x_t: np.stack(x_t), *rows[1:])
 
 
 def _rows_taker(rows: slice) -> Callable[[Batch], Batch]:
-    return lambda batch: Batch(*(x_bt[rows] for x_bt in batch))
+    return lambda batch: batch.map(lambda x_bt: x_bt[rows])
 
 
 def _process_rows(batch_size: int, sequence_length: int, process_index: int, process_count: int) -> slice:

@@ -4,7 +4,7 @@ Legend: b batch (rows), t time, n pieces. A *stream* is one document's tokens; a
 """
 
 import bisect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -24,13 +24,25 @@ class Batch(NamedTuple):
 
     tokens_bt int32; segments_bt int32, 1, 2, … along the row and 0 on padding: a segment is a run of equal ids;
     positions_bt int32, from 0 in each segment; weights_bt float32, the loss weight of the token as a target, 0 on a
-    segment's first token and on padding.
+    segment's first token and on padding. extras: further arrays (b, t) by name; see NEXT.
     """
 
     tokens_bt: Any  # arrays of numpy here, of jax inside a step
     segments_bt: Any
     positions_bt: Any
     weights_bt: Any
+    extras: Mapping[str, Any] = {}
+
+    def map(self, function: Callable[..., Any], *others: "Batch") -> "Batch":
+        """What the function makes of each array, with those of the same name in the other batches."""
+        arrays = (function(*columns) for columns in zip(*(batch[:4] for batch in (self, *others)), strict=True))
+        extras = {name: function(x, *(o.extras[name] for o in others)) for name, x in self.extras.items()}
+        return Batch(*arrays, extras=extras)
+
+
+# The extra of batches whose rows follow one another: int32, the token that each position predicts, which for a row's
+# last one begins the next row; NOTHING where that is no target.
+NEXT, NOTHING = "next", -1
 
 
 class _Decoder(Protocol):
@@ -129,14 +141,18 @@ def empty_batch(rows: int, *, sequence_length: int, pad_id: int) -> Batch:
 
 
 def piece_texts(batches: Iterable[Batch], tokenizer: _Decoder) -> Iterator[bytes]:
-    """The text bytes of each segment that are targets in it, in row order: its first token is context, and left out."""
+    """The text bytes of each segment that are targets in it, in row order: its first token is context, and left out.
+    With NEXT, the bytes that the segment predicts, of which the last may begin the next row."""
     for batch in batches:
-        for tokens_t, segments_t in zip(np.asarray(batch.tokens_bt), np.asarray(batch.segments_bt), strict=True):
+        # Without NEXT a position predicts the token behind it, of its own segment.
+        tokens_bt, segments_bt = np.asarray(batch.tokens_bt), np.asarray(batch.segments_bt)
+        alone = np.where(np.diff(segments_bt, axis=1, append=0) == 0, np.roll(tokens_bt, -1, axis=1), NOTHING)
+        for tokens_t, segments_t, next_t in zip(tokens_bt, segments_bt, batch.extras.get(NEXT, alone), strict=True):
             edges = np.flatnonzero(np.diff(segments_t, prepend=-1, append=-1))
             for start, end in zip(edges, edges[1:], strict=False):
                 if segments_t[start]:
                     begins = tokens_t[start] == tokenizer.bos_id
-                    targets = tokens_t[start + 1 : end]
+                    targets = next_t[start:end][next_t[start:end] != NOTHING]
                     yield tokenizer.text_bytes(targets) if begins else tokenizer.decode_bytes(targets)
 
 

@@ -197,6 +197,12 @@ class Plan:
         ranks = self.size(axis)
         return lax.ppermute(x, self.rules[axis], [(rank, (rank + by) % ranks) for rank in range(ranks)])
 
+    def agreed(self, x: Array, *axes: str | None) -> Array:
+        """`x`, whose dimensions these axes split and which is equal on all other ranks, as one value to them."""
+        split = {name for axis in axes if axis is not None for name in self.rules[axis]}
+        copies = tuple(sorted(varying_axes(x) - split))
+        return lax.pmax(x, copies) if copies else x
+
     def index(self, axis: str) -> Array | int:
         """This device's rank along `axis`."""
         return lax.axis_index(self.rules[axis]) if self.rules[axis] else 0

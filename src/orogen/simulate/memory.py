@@ -11,13 +11,14 @@ import jax
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.run import RunConfig
-from orogen.data.packing import Batch
+from orogen.data.packing import NEXT, Batch
 from orogen.model.lm import Built, build
 from orogen.model.stages import Stages
 from orogen.parallel.plan import Plan, make_plan
 from orogen.precision.policy import working_copy
 from orogen.simulate.activations import WEIGHTS, bytes_by_name, kept_by_layer
 from orogen.simulate.communication import Workload
+from orogen.train import carry
 from orogen.train.optimizer import make_optimizer
 from orogen.train.pipelined import cut
 from orogen.train.state import TrainState, abstract_state, state_shardings
@@ -46,7 +47,7 @@ def describe_memory(config: RunConfig, work: Workload) -> dict[str, Any]:
     stages = cut(config.model, plan, config.train.sequence_length)
     built = build(config.model, stages, config.plan.vocab_rows(config.model.vocab_size))
     optimizer = make_optimizer(config.optimizer, config.train.steps, built.params)
-    state = abstract_state(built, optimizer)
+    state = abstract_state(built, optimizer, carry.abstract(config.train, built))
     placed = jax.tree.map(_placed, state, state_shardings(state, plan))
     held = {name: _held(getattr(placed, name)) for name in ("params", "buffers", "optimizer")}
     layers = activations(config.model, config.plan, work, dtype=config.train.compute_dtype, stages=built.stages)
@@ -112,7 +113,9 @@ def _compiled(config: RunConfig, plan: Plan, built: Built, optimizer: Any, state
     integers: Any = jax.ShapeDtypeStruct(shape, "int32", sharding=sharding)
     weights: Any = jax.ShapeDtypeStruct(shape, "float32", sharding=sharding)
     step: Any = make_step(built, config, plan, optimizer)
-    analysis = step.lower(state, Batch(integers, integers, integers, weights)).compile().memory_analysis()
+    extras = {NEXT: integers} if config.train.carry_states else {}
+    batch = Batch(integers, integers, integers, weights, extras)
+    analysis = step.lower(state, batch).compile().memory_analysis()
     return {name: int(getattr(analysis, field)) for name, field in COMPILED.items()}
 
 

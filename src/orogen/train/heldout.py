@@ -49,12 +49,13 @@ class Heldout:
     def sample(self, state: TrainState) -> Score:
         """On about `evaluate_rows` rows."""
         if not self._sample:
-            rows = Batch(*(np.concatenate(parts) for parts in zip(*self.whole, strict=True)))
+            first, *others = self.whole
+            rows = first.map(lambda *parts: np.concatenate(parts), *others)
             kept = int((rows.segments_bt != 0).any(1).sum())
             size = self.train.batch_size
             wanted = math.ceil(min(self.train.evaluate_rows, kept) / size) * size
             chosen = np.arange(wanted) * kept // wanted if wanted <= kept else np.arange(wanted) % len(rows.tokens_bt)
-            self._sample = [Batch(*(x[chosen[i : i + size]] for x in rows)) for i in range(0, wanted, size)]
+            self._sample = [rows.map(lambda x, i=i: x[chosen[i : i + size]]) for i in range(0, wanted, size)]
             tokenizer = self.corpus.tokenizer
             self._sample_bytes = sum(
                 target_byte_count(b, tokenizer.byte_length_v) - prefix_byte_count(b, tokenizer) for b in self._sample

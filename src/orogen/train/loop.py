@@ -24,6 +24,7 @@ from orogen.model.count import count
 from orogen.model.lm import Built, build
 from orogen.parallel.plan import Plan, make_plan
 from orogen.simulate.flops import peak_flops, training_flops
+from orogen.train import carry
 from orogen.train.checkpoint import Checkpoints, with_shardings
 from orogen.train.heldout import Heldout
 from orogen.train.lock import RunLock, check_free
@@ -161,6 +162,7 @@ class _Run:
         train = config.train
         self.optimizer = make_optimizer(config.optimizer, train.steps, built.params)
         self.step = make_step(built, config, plan, self.optimizer)
+        self.carried = carry.abstract(train, built)
         self.heldout = Heldout(config, built, corpus) if len(corpus.splits["heldout"]) else None
         self.loader = train_loader(config, corpus)
         self.position: dict[str, Any] = self.loader.state()
@@ -173,9 +175,10 @@ class _Run:
         """A new state, from `origin` if there is one, or the last one saved, with the data where it was."""
         if not self.first_step and origin is not None:
             whole = origin.load(build(self.config.model), self.plan.spread)
-            return start_state(*whole, self.built, self.optimizer, self.plan)
+            return start_state(*whole, self.built, self.optimizer, self.plan, self.carried)
         if not self.first_step:
-            return create_state(self.config.model, self.built, self.optimizer, self.plan, self.config.train.seed)
+            seed = self.config.train.seed
+            return create_state(self.config.model, self.built, self.optimizer, self.plan, seed, self.carried)
         state, self.position = self._restored()
         self.loader.restore(self.position)
         return state
@@ -190,7 +193,7 @@ class _Run:
                 f"{''.join(before.patterns)!r} and {before.mtp!r}; expected {layers.main!r} and {layers.mtp!r}"
             )
         if before == after:
-            target = abstract_state(self.built, self.optimizer)
+            target = abstract_state(self.built, self.optimizer, self.carried)
             return self.checkpoints.restore(with_shardings(target, state_shardings(target, self.plan)))
         saved = build(self.config.model, before, self.built.vocab_rows)
         target = abstract_state(saved, make_optimizer(self.config.optimizer, self.config.train.steps, saved.params))
@@ -329,8 +332,9 @@ def train_loader(config: RunConfig, corpus: Corpus) -> Loader:
     """The run's stream of batches, from the beginning."""
     train = config.train
     return corpus.train_loader(
-        batch_size=train.batch_size, sequence_length=train.sequence_length, shuffle_seed=train.seed
-    )
+        batch_size=train.batch_size, sequence_length=train.sequence_length, shuffle_seed=train.seed,
+        lanes=train.carry_states,
+    )  # fmt: skip
 
 
 def batches_until(config: RunConfig, corpus: Corpus, step: int) -> Iterator[Batch]:

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from orogen.config.model import ModelConfig
-from orogen.data.packing import Batch
+from orogen.data.packing import NEXT, NOTHING, Batch
 from orogen.kernels.cross_entropy import cross_entropy
 from orogen.layers.documents import Documents
+from orogen.model.cache import both, caches, map_layers, without_caches
 from orogen.model.lm import LanguageModel
 from orogen.model.mtp import shifted_segments
 from orogen.moe.layer import MoEStats
@@ -34,17 +35,26 @@ class Counts(NamedTuple):
 class Sums(NamedTuple):
     """What a batch adds up to. nats: one entry as in Counts; load: assignments by expert, in the order of the buffers'
     leaves; dropped: assignments beyond an expert's capacity; overflow: beyond a buffer's room; choices: for each depth
-    a tree like the stack's statistics, with a Choice where an MoE layer is."""
+    a tree like the stack's statistics, with a Choice where an MoE layer is; carried: the backbone's states behind the
+    rows, if it was given those before them."""
 
     nats: Array
     load: list[Array]
     dropped: Array
     overflow: Array
     choices: tuple[Any, ...]
+    carried: Any = None
+
+
+def targets(batch: Batch, depth: int, plan: Plan) -> Array:
+    """The token (b, t) that position t predicts at this depth: t + 1 + depth, by NEXT if the batch names it."""
+    return batch.extras[NEXT] if depth == 0 and NEXT in batch.extras else later(batch.tokens_bt, depth + 1, plan)
 
 
 def target_weights(batch: Batch, depth: int, plan: Plan) -> Array:
     """Weight (b, t) of predicting token t + 1 + depth from position t: the token's own, inside one document only."""
+    if depth == 0 and NEXT in batch.extras:
+        return (batch.extras[NEXT] != NOTHING).astype(jnp.float32)
     inside_bt = shifted_segments(batch.segments_bt, depth + 1, plan) != 0
     return jnp.where(inside_bt, later(batch.weights_bt, depth + 1, plan), 0)
 
@@ -68,12 +78,14 @@ Assigned = list[list[Array]]
 class Passed(NamedTuple):
     """What layers make of a batch. x_btd: the residual stream behind them, or, behind the head, the normed hidden
     state; loss: this batch's share of the global batch's, over all devices of a stage, as is nats, of which there is an
-    entry as in Counts, 0 before the head; stats: those of each stack of layers, in the order in which they ran."""
+    entry as in Counts, 0 before the head; stats: those of each stack of layers, in the order in which they ran;
+    carried: see Sums."""
 
     x_btd: Array
     loss: Array
     nats: Array
     stats: tuple[Any, ...]
+    carried: Any = None
 
 
 def objective(
@@ -85,17 +97,20 @@ def objective(
     plan: Plan,
     replay: Any = None,
     assigned: Assigned | None = None,
+    carried: Any = None,
 ) -> tuple[Array, Sums]:
     """This batch's share of the loss of the global batch that `counts` describes, and its sums.
 
     Shares of microbatches add up to the loss. Nats and loads are already summed over devices. assigned: of the global
-    batch, where routers are balanced over it; None: this batch is all of it.
+    batch, where routers are balanced over it; None: this batch is all of it. carried: the backbone's states behind the
+    rows that this batch's go on with; None: each row is alone.
     """
     x_btd = embed(model, batch, plan)
     common: Any = {"config": config, "plan": plan}
     passed = enter(
-        model, x_btd, batch, counts, replay=replay and replay[:1], assigned=assigned and assigned[:1], **common
-    )
+        model, x_btd, batch, counts, replay=replay and replay[:1], assigned=assigned and assigned[:1],
+        carried=carried, **common,
+    )  # fmt: skip
     passed = leave(
         model, passed, batch, counts, replay=replay and replay[1:], assigned=assigned and assigned[1:], **common
     )
@@ -105,7 +120,7 @@ def objective(
     ]
     choices = tuple(map_moe(lambda s: s.choice, tree) for tree in passed.stats)
     nats = jax.lax.stop_gradient(passed.nats)
-    return passed.loss, Sums(nats, plan.total(load), *lost(passed.stats, plan), choices)
+    return passed.loss, Sums(nats, plan.total(load), *lost(passed.stats, plan), choices, passed.carried)
 
 
 def embed(model: LanguageModel, batch: Batch, plan: Plan) -> Array:
@@ -123,14 +138,23 @@ def enter(
     plan: Plan,
     replay: Any,
     assigned: Assigned | None = None,
+    carried: Any = None,
     ends: tuple[bool, bool] = (True, True),
 ) -> Passed:
     """The backbone's layers, with their routers' losses. ends: whether these have the model's first layer and last."""
     docs = Documents(batch.segments_bt, batch.positions_bt)
-    x_btd, stats = model.backbone(x_btd, docs, plan, replay and replay[0], ends=ends)
+    given = both(replay and replay[0], _behind(carried, batch))
+    x_btd, kept = model.backbone(x_btd, docs, plan, given, ends=ends)
+    stats, left = without_caches(kept), carried and caches(kept)
     known = None if assigned is None else assigned[0]
     loss = _router_loss(moe_stats(stats), counts, 0, 1, config, plan, known)
-    return Passed(x_btd, loss, jnp.zeros(len(counts.targets)), (stats,))
+    return Passed(x_btd, loss, jnp.zeros(len(counts.targets)), (stats,), left)
+
+
+def _behind(carried: Any, batch: Batch) -> Any:
+    """`carried` as the layers are given it: with this batch's ids of the documents that its rows go on with."""
+    first_b, continues_b = batch.segments_bt[:, 0], batch.positions_bt[:, 0] > 0
+    return map_layers(lambda states: states and states.renamed(first_b, continues_b), carried)
 
 
 def leave(
@@ -161,7 +185,7 @@ def leave(
     for depth, (_, stats) in enumerate(deeper, 1):
         known = None if assigned is None else assigned[depth - 1]
         loss += _router_loss(moe_stats(stats), counts, depth, len(deeper), config, plan, known)
-    return Passed(h_btd, loss, nats, (*passed.stats, *(stats for _, stats in deeper)))
+    return Passed(h_btd, loss, nats, (*passed.stats, *(stats for _, stats in deeper)), passed.carried)
 
 
 def lost(stats: tuple[Any, ...], plan: Plan) -> tuple[Array, Array]:
@@ -188,7 +212,7 @@ def token_nats(h_btd: Array, model: LanguageModel, batch: Batch, depth: int, pla
         return cross_entropy(
             x_btd.reshape(-1, x_btd.shape[-1]),
             head_dv,
-            later(batch.tokens_bt, depth + 1, plan).reshape(-1),
+            targets(batch, depth, plan).reshape(-1),
             target_weights(batch, depth, plan).reshape(-1),
             chunk=plan.config.logit_rows,
             vocab_start=plan.index("vocab") * head_dv.shape[1],
@@ -228,12 +252,12 @@ def _router_loss(
     return loss
 
 
-def assignments(model: LanguageModel, batch: Batch, plan: Plan, replay: Any = None) -> Assigned:
+def assignments(model: LanguageModel, batch: Batch, plan: Plan, replay: Any = None, carried: Any = None) -> Assigned:
     """What `batch` adds to the `assigned` of `objective`, over all devices: by a forward pass without heads."""
     docs = Documents(batch.segments_bt, batch.positions_bt)
-    h_btd, stats = model.hidden(batch.tokens_bt, docs, plan, replay and replay[0])
+    h_btd, kept = model.hidden(batch.tokens_bt, docs, plan, both(replay and replay[0], _behind(carried, batch)))
     deeper = model.deeper(h_btd, batch.tokens_bt, docs, plan, replay and replay[1:])
-    return [plan.total(counted(each)) for each in (stats, *(stats for _, stats in deeper))]
+    return [plan.total(counted(each)) for each in (without_caches(kept), *(stats for _, stats in deeper))]
 
 
 def counted(stats: Any) -> list[Array]:

@@ -90,6 +90,8 @@ def packed_batch(config: RunConfig, train: TrainConfig) -> Batch:
             positions_t[start:end] = np.arange(end - start)
     first_bt = np.diff(segments_bt, axis=1, prepend=-1) != 0
     weights_bt = ((segments_bt != 0) & ~first_bt).astype(np.float32)
+    if train.carry_states:  # each row goes on with the last batch's
+        positions_bt += np.where(segments_bt == 1, train.sequence_length, 0).astype(np.int32)
     tokens_bt = rng.integers(0, config.model.vocab_size, shape, dtype=np.int32)
     return Batch(tokens_bt, segments_bt, positions_bt, weights_bt)
 

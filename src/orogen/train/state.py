@@ -13,12 +13,14 @@ from orogen.model.lm import Built, initial_state
 from orogen.model.stages import Stages
 from orogen.model.vocabulary import resized
 from orogen.parallel.plan import Plan
+from orogen.train.carry import emptied
 
 
 class TrainState(NamedTuple):
     """Float32 master parameters, the routers' correction biases, optimizer state and counters (int32).
 
     step: batches taken; skipped: how many of them were not finite and changed nothing; skipped_in_row: just now.
+    carried: states of layers behind the last batch's rows, for `TrainConfig.carry_states`; see `train.carry`.
     """
 
     step: Array
@@ -27,13 +29,14 @@ class TrainState(NamedTuple):
     params: nnx.State
     buffers: nnx.State
     optimizer: optax.OptState
+    carried: Any = None
 
 
-def abstract_state(built: Built, optimizer: optax.GradientTransformation) -> TrainState:
-    """Shapes and dtypes of the state; nothing is allocated."""
+def abstract_state(built: Built, optimizer: optax.GradientTransformation, carried: Any = None) -> TrainState:
+    """Shapes and dtypes of the state; nothing is allocated. carried: as `carry.abstract` gives it."""
     counter: Any = jax.ShapeDtypeStruct((), jnp.int32)
     opt_state = jax.eval_shape(optimizer.init, built.params)
-    return TrainState(counter, counter, counter, built.params, built.buffers, opt_state)
+    return TrainState(counter, counter, counter, built.params, built.buffers, opt_state, carried)
 
 
 def state_shardings(state: TrainState, plan: Plan) -> TrainState:
@@ -45,15 +48,20 @@ def state_shardings(state: TrainState, plan: Plan) -> TrainState:
 
 
 def create_state(
-    config: ModelConfig, built: Built, optimizer: optax.GradientTransformation, plan: Plan, seed: int
+    config: ModelConfig,
+    built: Built,
+    optimizer: optax.GradientTransformation,
+    plan: Plan,
+    seed: int,
+    carried: Any = None,
 ) -> TrainState:
     """The initial state, each array made where it will live: optimizer state too, which jit would else put on one
-    device."""
-    shardings = state_shardings(abstract_state(built, optimizer), plan)
+    device. carried: as `carry.abstract` gives it."""
+    shardings = state_shardings(abstract_state(built, optimizer, carried), plan)
 
     def create(seed: Array) -> TrainState:
         params, buffers = initial_state(config, seed)
-        return fresh_state(built.laid(params), built.laid(buffers), optimizer)
+        return fresh_state(built.laid(params), built.laid(buffers), optimizer, carried)
 
     return jax.jit(create, out_shardings=shardings)(seed)
 
@@ -71,13 +79,19 @@ def relaid(state: Any, before: Stages | None, after: Stages | None) -> Any:
 
 
 def start_state(
-    params: nnx.State, buffers: nnx.State, built: Built, optimizer: optax.GradientTransformation, plan: Plan
+    params: nnx.State,
+    buffers: nnx.State,
+    built: Built,
+    optimizer: optax.GradientTransformation,
+    plan: Plan,
+    carried: Any = None,
 ) -> TrainState:
-    """The initial state of a whole model's given parameters and buffers, which are consumed."""
-    shardings = state_shardings(abstract_state(built, optimizer), plan)
+    """The initial state of a whole model's given parameters and buffers, which are consumed. carried: as
+    `carry.abstract` gives it."""
+    shardings = state_shardings(abstract_state(built, optimizer, carried), plan)
 
     def create(params: nnx.State, buffers: nnx.State) -> TrainState:
-        return fresh_state(built.laid(params), built.laid(buffers), optimizer)
+        return fresh_state(built.laid(params), built.laid(buffers), optimizer, carried)
 
     # First, since an array that grows, or that is not split as its result is, cannot be donated.
     filled = [resized(part, built.vocab_rows) for part in (params, buffers)]
@@ -85,7 +99,10 @@ def start_state(
     return jax.jit(create, out_shardings=shardings, donate_argnums=(0, 1))(*placed)
 
 
-def fresh_state(params: nnx.State, buffers: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step, of parameters and buffers laid out as the optimizer's are to be."""
+def fresh_state(
+    params: nnx.State, buffers: nnx.State, optimizer: optax.GradientTransformation, carried: Any = None
+) -> TrainState:
+    """The state before the first step, of parameters and buffers laid out as the optimizer's are to be. carried: as
+    `carry.abstract` gives it."""
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, zero, zero, params, buffers, optimizer.init(params))
+    return TrainState(zero, zero, zero, params, buffers, optimizer.init(params), emptied(carried))

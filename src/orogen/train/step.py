@@ -4,6 +4,7 @@ Letters: m microbatches, b batch, t time, l layers, e experts.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from orogen.moe.layer import Choice, Replay
 from orogen.parallel.context import zigzag
 from orogen.parallel.plan import Plan
 from orogen.precision.policy import working_copy
+from orogen.train import carry
 from orogen.train.loss import Sums, assignments, batch_counts, objective
 from orogen.train.optimizer import learning_rate, square_sums
 from orogen.train.pipelined import MOE, Pipeline, choice_specs
@@ -53,29 +55,40 @@ class StepMetrics(NamedTuple):
 
 
 def gradients(
-    built: Built, config: ModelConfig, plan: Plan, dtype: str, *, record: bool = False, replaying: bool = False
+    built: Built,
+    config: ModelConfig,
+    plan: Plan,
+    dtype: str,
+    *,
+    record: bool = False,
+    replaying: bool = False,
+    carried: Any = None,
 ) -> Callable[..., Any]:
-    """A function (params, buffers, batch[, replay]) -> loss, gradients, Counts, Sums of a global batch.
+    """A function (params, buffers, batch, replay, carried) -> loss, gradients, Counts, Sums of a global batch.
 
     Gradients come in the layout in which parameters are stored.
     The batch's rows are taken in `plan.config.microbatches` parts, whose gradients add up to those of the whole.
-    record: Sums.choices holds every token's experts and drops; replaying: those of an earlier call are used again.
+    record: Sums.choices holds every token's experts and drops; replaying: those of an earlier call are used again, else
+    `replay` is None. carried: what the batches carry, as `carry.abstract` gives it; of None, so is the argument.
     """
     parts = plan.config.microbatches
     depths = config.mtp_depths
 
-    def device_step(params, buffers, batch, replay):
+    def device_step(params, buffers, batch, replay, before):
         # Of all microbatches at once: their exchanges in a loop of their own, which the model does not wait for, were
         # seen to lock with its first ones on XLA:CPU (jax 0.10.1), where devices take the two in different orders.
         counts = batch_counts(batch, depths, plan)
         batch = jax.tree.map(lambda x: microbatches(x, parts, plan.sources[0]), batch)
-        total = _pipelined if built.stages else _accumulated
+        each = carry.parts(before, parts, plan.sources[0])
+        total = _pipelined if built.stages else partial(_accumulated, before=each)
         loss, grads, sums = total(built, config, plan, dtype, params, buffers, batch, counts, replay, record)
+        if before is not None:
+            sums = sums._replace(carried=carry.joined(before, sums.carried, plan.sources[0], plan))
         if plan.config.fsdp != "gradients":
             grads = plan.scatter_gradients(grads)
         return loss, plan.sum_gradients(grads), counts, sums
 
-    return _shard(device_step, built, config, plan, record=record, replaying=replaying)
+    return _shard(device_step, built, config, plan, record=record, replaying=replaying, carried=carried)
 
 
 def _pipelined(built, config, plan, dtype, params, buffers, batch, counts, replay, record) -> tuple[Array, Any, Sums]:
@@ -91,18 +104,23 @@ def _counts_first(config: ModelConfig, batch: Batch) -> bool:
     return balanced and MOE in config.layers.main + config.layers.mtp and len(batch.tokens_bt) > 1
 
 
-def _accumulated(built, config, plan, dtype, params, buffers, batch, counts, replay, record) -> tuple[Array, Any, Sums]:
-    """Loss, gradients and Sums of this device, added up over microbatches."""
+def _accumulated(
+    built, config, plan, dtype, params, buffers, batch, counts, replay, record, before
+) -> tuple[Array, Any, Sums]:
+    """Loss, gradients and Sums of this device, added up over microbatches. before: what each one's rows go on with."""
 
-    def assigned_by(part, replayed):
+    def assigned_by(part, replayed, before):
         model = nnx.merge(built.graph, working_copy(params, dtype), buffers)
-        return assignments(model, part, plan, replayed)
+        return assignments(model, part, plan, replayed, before)
 
-    assigned = _summed(assigned_by, batch, replay) if _counts_first(config, batch) else None
+    inputs = batch, replay, before
+    assigned = _summed(assigned_by, inputs) if _counts_first(config, batch) else None
 
-    def share(params, part, replayed):
+    def share(params, part, replayed, before):
         model = nnx.merge(built.graph, working_copy(params, dtype), buffers)
-        loss, sums = objective(model, part, counts, config=config, plan=plan, replay=replayed, assigned=assigned)
+        loss, sums = objective(
+            model, part, counts, config=config, plan=plan, replay=replayed, assigned=assigned, carried=before
+        )
         return loss, sums if record else sums._replace(choices=())
 
     def gradient(*arguments):
@@ -113,14 +131,19 @@ def _accumulated(built, config, plan, dtype, params, buffers, batch, counts, rep
     # step, or, where only the piece that this device stores is kept, once a microbatch.
     varied = plan.vary(params)
     if len(batch.tokens_bt) == 1:
-        (loss, sums), grads = gradient(varied, *jax.tree.map(lambda x: x[0], (batch, replay)))
-        return loss, grads, sums._replace(choices=jax.tree.map(lambda x: x[None], sums.choices))
-    (loss, sums, grads), choices = _accumulate(gradient, varied, batch, replay, plan)
-    return loss, grads, sums._replace(choices=choices)
+        (loss, sums), grads = gradient(varied, *jax.tree.map(lambda x: x[0], inputs))
+        return loss, grads, sums._replace(**jax.tree.map(lambda x: x[None], _of_each(sums)))
+    (loss, sums, grads), of_each = _accumulate(gradient, varied, inputs)
+    return loss, grads, sums._replace(**of_each)
+
+
+def _of_each(sums: Sums) -> dict[str, Any]:
+    """What is kept of each microbatch, instead of added up."""
+    return {"choices": sums.choices, "carried": sums.carried}
 
 
 def _shard(
-    device_step: Callable, built: Built, config: ModelConfig, plan: Plan, *, record: bool, replaying: bool
+    device_step: Callable, built: Built, config: ModelConfig, plan: Plan, *, record: bool, replaying: bool, carried: Any
 ) -> Callable[..., Any]:
     batch_spec = plan.spec(*BATCH_AXES)
     whole: Any = plan.spec()
@@ -129,11 +152,12 @@ def _shard(
         choice_specs(plan, config) if built.stages else tuple(_choice_specs(i, plan, 1) for i in _applied(config))
     )
     load: Any = plan.spec("stage") if built.stages else whole
-    sums = Sums(nats=whole, load=load, dropped=whole, overflow=whole, choices=choices if record else ())
+    carried = plan.specs(carried)
+    sums = Sums(whole, load=load, dropped=whole, overflow=whole, choices=choices if record else (), carried=carried)
     replay = replay_of(choices) if replaying else None
     outputs = (whole, plan.stored_specs(built.params), whole, sums)
-    step = plan.run(device_step, inputs=(params, buffers, batch_spec, replay), outputs=outputs)
-    return step if replaying else lambda params, buffers, batch: step(params, buffers, batch, None)
+    step = plan.run(device_step, inputs=(params, buffers, batch_spec, replay, carried), outputs=outputs)
+    return lambda params, buffers, batch, replay=None, before=None: step(params, buffers, batch, replay, before)
 
 
 def replay_of(choices: Any) -> Any:
@@ -167,24 +191,25 @@ def microbatches(x_bt: Array, parts: int, sources: int) -> Array:
     return split.swapaxes(0, 1).reshape(parts, rows // parts, length)
 
 
-def _summed(function: Callable, batch: Batch, replay: Any) -> Any:
-    """The sum of what the function makes of each microbatch and its replay."""
-    first, rest = (jax.tree.map(lambda x, i=i: x[i], (batch, replay)) for i in (0, slice(1, None)))
+def _summed(function: Callable, inputs: Any) -> Any:
+    """The sum of what the function makes of each microbatch's inputs."""
+    first, rest = (jax.tree.map(lambda x, i=i: x[i], inputs) for i in (0, slice(1, None)))
     add = lambda total, part: (jax.tree.map(jnp.add, total, function(*part)), None)  # noqa: E731
     return lax.scan(add, function(*first), rest)[0]
 
 
-def _accumulate(gradient: Callable, varied: Any, batch: Batch, replay: Any, plan: Plan) -> Any:
-    """Sums of loss, Sums and gradients over microbatches, and each microbatch's choices."""
+def _accumulate(gradient: Callable, varied: Any, inputs: Any) -> tuple[Any, dict[str, Any]]:
+    """Sums of loss, Sums and gradients over microbatches, and what is kept of each."""
+    nothing = {"choices": (), "carried": None}
 
     def body(total, part):
         (loss, sums), grads = gradient(varied, *part)
-        return jax.tree.map(jnp.add, total, (loss, sums._replace(choices=()), grads)), sums.choices
+        return jax.tree.map(jnp.add, total, (loss, sums._replace(**nothing), grads)), _of_each(sums)
 
-    first, rest = (jax.tree.map(lambda x, i=i: x[i], (batch, replay)) for i in (slice(0, 1), slice(1, None)))
-    (loss, sums), grads = gradient(varied, *jax.tree.map(lambda x: x[0], first))
-    total, choices = lax.scan(body, (loss, sums._replace(choices=()), grads), rest)
-    return total, jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), sums.choices, choices)
+    first, rest = (jax.tree.map(lambda x, i=i: x[i], inputs) for i in (0, slice(1, None)))
+    (loss, sums), grads = gradient(varied, *first)
+    total, of_each = lax.scan(body, (loss, sums._replace(**nothing), grads), rest)
+    return total, jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), _of_each(sums), of_each)
 
 
 def load_by_layer(load: list[Array], config: ModelConfig, stages: Stages | None) -> Array:
@@ -216,8 +241,10 @@ def apply_gradients(
     grad_norm: Array,
     bias_rate: float,
     finite: Array,
+    left: Any = None,
 ) -> TrainState:
-    """The state after one update, or, unless `finite`, the same state with the step counted as skipped."""
+    """The state after one update, or, unless `finite`, the same state with the step counted as skipped. left: what the
+    batch leaves to carry."""
     grads = lax.with_sharding_constraint(grads, plan.shardings(grads))
 
     def update(params: nnx.State, buffers: nnx.State, opt_state: optax.OptState) -> tuple[Any, ...]:
@@ -235,7 +262,8 @@ def apply_gradients(
         # A condition, since choosing between the old and new values of each element copies the old moments first.
         kept = lax.cond(finite, update, lambda *old: old, state.params, state.buffers, state.optimizer)
     missed = 1 - finite.astype(jnp.int32)
-    return TrainState(state.step + 1, state.skipped + missed, (state.skipped_in_row + 1) * missed, *kept)
+    counters = state.step + 1, state.skipped + missed, (state.skipped_in_row + 1) * missed
+    return TrainState(*counters, *kept, carried=carry.after(left, finite))
 
 
 def make_step(
@@ -243,11 +271,12 @@ def make_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """The jitted training step. It donates the state and returns it in the same layout."""
     function = step_function(built, config, plan, optimizer)
+    carried = carry.abstract(config.train, built)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         return function(state, batch)[:2]
 
-    layout = state_shardings(abstract_state(built, optimizer), plan)
+    layout = state_shardings(abstract_state(built, optimizer, carried), plan)
     return jax.jit(
         step, donate_argnums=0, out_shardings=(layout, plan.sharding()), compiler_options=plan.compiler_options
     )
@@ -264,20 +293,25 @@ def step_function(
 ) -> Callable[..., tuple[TrainState, StepMetrics, Any]]:
     """The training step to be jitted: (state, batch[, replay]) -> state, metrics, and choices as `gradients` has them,
     whose flags these are."""
-    gradient = gradients(built, config.model, plan, config.train.compute_dtype, record=record, replaying=replaying)
+    gradient = gradients(
+        built, config.model, plan, config.train.compute_dtype, record=record, replaying=replaying,
+        carried=carry.abstract(config.train, built),
+    )  # fmt: skip
     bias_rate = config.train.router_bias_update_rate
     rate = learning_rate(config.optimizer, config.train.steps)
 
-    def step(state: TrainState, batch: Batch, *replay: Any) -> tuple[TrainState, StepMetrics, Any]:
-        loss, grads, counts, sums = gradient(plan.working(state.params), state.buffers, batch, *replay)
+    def step(state: TrainState, batch: Batch, replay: Any = None) -> tuple[TrainState, StepMetrics, Any]:
+        params = plan.working(state.params)
+        loss, grads, counts, sums = gradient(params, state.buffers, batch, replay, state.carried)
         squares = square_sums(grads)
         finite_leaves = jnp.isfinite(squares)
         # What overflows a buffer is missing from loss and gradient: the step is as bad as one that is not finite.
         finite = finite_leaves.all() & jnp.isfinite(loss) & (sums.overflow == 0)
         grad_norm = jnp.sqrt(squares.sum())
         new = apply_gradients(
-            state, grads, sums.load, optimizer, plan, grad_norm=grad_norm, bias_rate=bias_rate, finite=finite
-        )
+            state, grads, sums.load, optimizer, plan, grad_norm=grad_norm, bias_rate=bias_rate, finite=finite,
+            left=sums.carried,
+        )  # fmt: skip
         metrics = StepMetrics(
             loss=loss,
             nats=sums.nats,

@@ -11,6 +11,7 @@ from orogen.config.run import RunConfig
 from orogen.data.packing import Batch
 from orogen.model.vocabulary import resized
 from orogen.parallel.plan import Plan
+from orogen.train import carry
 from orogen.train.heldout import heldout_nats, heldout_plan
 from orogen.train.optimizer import make_optimizer
 from orogen.train.sides import Side, packed_batches, replayed, sides
@@ -99,12 +100,13 @@ def _steps(side: Side, start: Any, batches: list[Batch], replays: list[Any] | No
     built, plan, config = side.built, side.plan, side.config
     optimizer = make_optimizer(config.optimizer, config.train.steps, built.params)
     function = step_function(built, config, plan, optimizer, record=True, replaying=replays is not None)
-    layout = state_shardings(abstract_state(built, optimizer), plan)
+    carried = carry.abstract(config.train, built)
+    layout = state_shardings(abstract_state(built, optimizer, carried), plan)
     program = jax.jit(
         function, donate_argnums=0, out_shardings=(layout, plan.sharding(), None),
         compiler_options=plan.compiler_options,
     )  # fmt: skip
-    laid = lambda params, buffers: fresh_state(built.laid(params), built.laid(buffers), optimizer)  # noqa: E731
+    laid = lambda params, buffers: fresh_state(built.laid(params), built.laid(buffers), optimizer, carried)  # noqa: E731
     state = jax.jit(laid, out_shardings=layout)(*start)
     metrics, chosen = [], []
     with jax.default_matmul_precision("highest"):

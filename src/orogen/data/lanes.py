@@ -1,0 +1,79 @@
+"""Rows that follow one another: each row of a batch, a lane, goes on where the same row of the batch before ended.
+
+Legend: b batch (lanes), t time.
+"""
+
+from typing import Any
+
+import grain
+import numpy as np
+
+from orogen.config.checks import ConfigError
+from orogen.data.packing import NEXT, NOTHING, Batch, Stream, empty_batch
+
+_BY_LANE = ("document", "read")
+
+
+class LaneRows(grain.IterDataset):
+    """Endless batches of `lanes` rows over `documents`, a dataset without an end. Each lane reads one document to its
+    last token, then the next that no lane has taken; nothing is padded, and every token but a document's first is
+    predicted once, by NEXT. Positions count from a document's first token, wherever its rows begin."""
+
+    def __init__(self, documents: grain.MapDataset[Stream], *, lanes: int, sequence_length: int) -> None:
+        super().__init__()
+        self._documents, self._lanes, self._sequence_length = documents, lanes, sequence_length
+
+    def __iter__(self) -> "_LaneIterator":
+        return _LaneIterator(self._documents, self._lanes, self._sequence_length)
+
+
+class _LaneIterator(grain.DatasetIterator):
+    """Its state is each lane's document, the tokens that it has read of it, and the next document to take."""
+
+    def __init__(self, documents: grain.MapDataset[Stream], lanes: int, sequence_length: int) -> None:
+        super().__init__()
+        self._documents, self._lanes, self._sequence_length = documents, lanes, sequence_length
+        # Lane b begins with document b, of which it has read nothing.
+        self._document, self._read, self._next = list(range(lanes)), [0] * lanes, lanes
+
+    def get_state(self) -> dict[str, Any]:
+        by_lane = lambda numbers: {str(lane): number for lane, number in enumerate(numbers)}  # noqa: E731
+        return {"document": by_lane(self._document), "read": by_lane(self._read), "next": self._next}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._document, self._read = ([state[name][str(lane)] for lane in range(self._lanes)] for name in _BY_LANE)
+        self._next = state["next"]
+        for document, read in zip(self._document, self._read, strict=True):
+            if read > (length := len(self._tokens(document))):
+                raise ConfigError(f"the saved data position has read = {read}; expected at most {length}")
+
+    def __next__(self) -> Batch:
+        batch = empty_batch(self._lanes, sequence_length=self._sequence_length, pad_id=0)
+        next_bt = np.full_like(batch.tokens_bt, NOTHING)
+        for lane in range(self._lanes):
+            self._fill(lane, batch.map(lambda x_bt, lane=lane: x_bt[lane]), next_bt[lane])
+        return batch._replace(extras={NEXT: next_bt})
+
+    def _fill(self, lane: int, row: Batch, next_t: np.ndarray) -> None:
+        """Writes the lane's next row."""
+        used, segment = 0, 0
+        while used < self._sequence_length:
+            tokens_t, read = self._tokens(self._document[lane]), self._read[lane]
+            if read == len(tokens_t):
+                self._document[lane], self._read[lane] = self._next, 0
+                self._next += 1
+                continue
+            length = min(len(tokens_t) - read, self._sequence_length - used)
+            place, segment = slice(used, used + length), segment + 1
+            row.tokens_bt[place] = tokens_t[read : read + length]
+            row.segments_bt[place] = segment
+            row.positions_bt[place] = np.arange(read, read + length)
+            row.weights_bt[place] = row.positions_bt[place] > 0
+            following_t = tokens_t[read + 1 : read + length + 1]
+            next_t[used : used + len(following_t)] = following_t
+            self._read[lane] += length
+            used += length
+
+    def _tokens(self, document: int) -> np.ndarray:
+        stream: Any = self._documents[document]
+        return stream.tokens_t

@@ -1,0 +1,140 @@
+"""States carried from one batch's rows to the next: against rows as long as both, over plans, through a stop."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tests.helpers import hybrid, run_config, several_devices
+from tests.model.small import config, model_parts, one_device, relative_error
+
+from orogen.config.checks import ConfigError
+from orogen.config.load import load
+from orogen.config.run import TrainConfig
+from orogen.data.packing import NEXT, NOTHING, Batch
+from orogen.layers.documents import documents
+from orogen.model.cache import EMPTY
+from orogen.model.lm import build
+from orogen.train import carry
+from orogen.train.loop import train
+from orogen.train.metrics import read_metrics
+from orogen.train.step import batch_to_devices, gradients
+from orogen.train.verify_step import verify_steps
+
+ROWS, LENGTH = 4, 8
+# Two rows of LENGTH each, one behind the other. A document over both; one that ends with the first row; one that begins
+# with its last token; several.
+SEGMENTS = np.array(
+    [[1] * 16, [1] * 8 + [2] * 8, [1] * 7 + [2] * 9, [1, 1, 2, 2, 2, 3, 3, 3, 3, 3, 4, 4, 4, 4, 4, 4]], np.int32
+)
+
+
+def lanes(model) -> tuple[Batch, list[Batch]]:
+    """Rows of twice the length, and the same in two batches."""
+    tokens_bt = np.random.default_rng(1).integers(model.vocab_size, size=SEGMENTS.shape, dtype=np.int32)
+    positions_bt = np.asarray(documents(SEGMENTS).positions_bt)
+    weights_bt = (positions_bt > 0).astype(np.float32)
+    ends_bt = np.diff(SEGMENTS, axis=1, append=0) != 0
+    next_bt = np.where(ends_bt, NOTHING, np.roll(tokens_bt, -1, axis=1)).astype(np.int32)
+    whole = Batch(tokens_bt, SEGMENTS, positions_bt, weights_bt)
+    both = whole._replace(extras={NEXT: next_bt})
+    return whole, [both.map(lambda x_bt, half=half: np.split(x_bt, 2, axis=1)[half]) for half in range(2)]
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_two_rows_one_after_another_have_the_nats_of_one_row(microbatches):
+    """Without attention, which sees each row alone; a scanned repetition and both Mambas."""
+    model = config(pattern="MM-m", mtp_depths=0, chunk_size=3)
+    plan, built = one_device(model, microbatches=microbatches), build(model)
+    _, params, buffers = model_parts(model)
+    settings = TrainConfig(steps=1, batch_size=ROWS, sequence_length=LENGTH, seed=0, carry_states=True)
+    abstract = carry.abstract(settings, built)
+    whole, halves = lanes(model)
+    alone = jax.jit(gradients(built, model, plan, "float32"))(params, buffers, batch_to_devices(whole, plan))
+    run = jax.jit(gradients(built, model, plan, "float32", carried=abstract))
+    carried, nats, counted = carry.emptied(abstract), 0, 0
+    for half in halves:
+        _, _, counts, sums = run(params, buffers, batch_to_devices(half, plan), None, carried)
+        carried, nats, counted = sums.carried, nats + sums.nats, counted + counts.targets
+    assert counted == alone[2].targets
+    assert relative_error(nats, alone[3].nats) < 1e-6
+
+
+def test_no_gradient_goes_from_row_to_row():
+    """The gradient of the second row is that of a loss whose first row's states are numbers: a finite difference of
+    the parameters with those held."""
+    model = config(pattern="M", mtp_depths=0, vocab_size=11)
+    plan, built = one_device(model), build(model)
+    _, params, buffers = model_parts(model)
+    settings = TrainConfig(steps=1, batch_size=ROWS, sequence_length=LENGTH, seed=0, carry_states=True)
+    abstract = carry.abstract(settings, built)
+    run = jax.jit(gradients(built, model, plan, "float32", carried=abstract))
+    first, second = (batch_to_devices(half, plan) for half in lanes(model)[1])
+    carried = run(params, buffers, first, None, carry.emptied(abstract))[3].carried
+    _, grads, _, _ = run(params, buffers, second, None, carried)
+    rng = np.random.default_rng(2)
+    direction = jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), params)
+    step = 2e-3
+    moved = [jax.tree.map(lambda p, d, s=s: p + s * step * d, params, direction) for s in (1, -1)]
+    up, down = (run(p, buffers, second, None, carried)[0] for p in moved)
+    slope = sum(jax.tree.leaves(jax.tree.map(lambda g, d: jnp.vdot(g, d), grads, direction)))
+    np.testing.assert_allclose((up - down) / (2 * step), slope, rtol=3e-3)
+
+
+@several_devices
+@pytest.mark.parametrize("plan", [{"data": 2, "tensor": 4, "fsdp": "parameters"}, {"data": 2, "microbatches": 2}])
+def test_a_plan_carries_what_one_device_does(plan):
+    """Fewer groups than ranks of tensor: their windows are the same on several ranks."""
+    model = hybrid(pattern="MEm", mtp_depths=0, mamba_intermediate_size=16, time_step_rank=3)
+    settings = run_config(model, plan=plan, batch_size=8, sequence_length=16, carry_states=True)
+    verdict = verify_steps(settings)
+    assert max(verdict.loss_error, verdict.max_gradient_error, verdict.max_parameter_error) < 1e-5
+
+
+def test_nothing_is_carried_behind_a_step_that_was_skipped():
+    model = config(pattern="Mm", mtp_depths=0)
+    settings = TrainConfig(steps=1, batch_size=ROWS, sequence_length=LENGTH, seed=0, carry_states=True)
+    left = jax.tree.map(lambda a: jnp.full(a.shape, 7, a.dtype), carry.abstract(settings, build(model)))
+    kept, emptied = (jax.tree.leaves(carry.after(left, jnp.asarray(finite))) for finite in (True, False))
+    assert all((a == 7).all() for a in kept)
+    assert [set(np.unique(a).tolist()) for a in emptied] == [{EMPTY} if a.dtype == jnp.int32 else {0} for a in emptied]
+
+
+def test_a_run_goes_on_with_its_states(tmp_path):
+    """Bit for bit, in bfloat16, and with the text of every row behind one another."""
+    (tmp_path / "text").mkdir()
+    for number in range(5):
+        (tmp_path / "text" / f"{number}.txt").write_text(f"{number} " * (30 + 40 * number))
+    bindings = [
+        "ModelConfig.pattern = 'M*m'", "ModelConfig.vocab_size = 259", "ModelConfig.hidden_size = 8",
+        "ModelConfig.num_attention_heads = 2", "ModelConfig.num_key_value_heads = 1", "ModelConfig.head_dim = 4",
+        "ModelConfig.mamba_num_heads = 2", "ModelConfig.mamba_head_dim = 4", "ModelConfig.n_groups = 1",
+        "ModelConfig.ssm_state_size = 4", "ModelConfig.chunk_size = 8", "ModelConfig.mamba_intermediate_size = 8",
+        "ModelConfig.time_step_rank = 2", f"DataConfig.corpus = '{tmp_path / 'text'}'", "DataConfig.tokenizer = 'byte'",
+        "DataConfig.heldout_fraction = 0.0", "DataConfig.tuning_fraction = 0.0",
+        "TrainConfig.batch_size = 2", "TrainConfig.sequence_length = 16", "TrainConfig.seed = 1",
+        "TrainConfig.compute_dtype = 'bfloat16'",
+        "OptimizerConfig.learning_rate = 3e-3", "OptimizerConfig.schedule = 'constant'",
+    ]  # fmt: skip
+
+    def run(folder, *, steps=4, carried=True, resume=False):
+        more = [f"TrainConfig.steps = {steps}", f"TrainConfig.carry_states = {carried}"]
+        train(*load([], bindings + more), tmp_path / folder, resume=resume, log=lambda _: None)
+        return [record["loss"] for record in read_metrics(tmp_path / folder)]
+
+    whole = run("whole")
+    assert len(run("parts", steps=2)) == 2
+    assert run("parts", resume=True) == whole
+    assert run("alone", carried=False) != whole
+
+
+def test_refusals():
+    model = hybrid(pattern="M*", mtp_depths=0)
+    for axis in ("context", "stage"):
+        changes = {"batch_size": 8, "sequence_length": 32, "carry_states": True}
+        with pytest.raises(ConfigError, match=rf"PlanConfig.{axis} is 2; expected 1: TrainConfig.carry_states is True"):
+            run_config(model, plan={axis: 2}, **changes).check()
+    learned = dataclasses.replace(model, learned_positions=64)
+    with pytest.raises(ConfigError, match="carry_states is True; expected False: ModelConfig.learned_positions"):
+        run_config(learned, carry_states=True, sample_tokens=8).check()
