@@ -201,12 +201,17 @@ def test_first_and_last_layer_have_none(pattern, products):
 
 
 def test_layers_written_out_compute_what_the_loop_does(monkeypatch, request):
-    """With products that round nothing, a model whose ends differ from its middle gives the looped one's numbers."""
+    """With products that round nothing, a model whose ends differ from its middle gives the looped one's numbers.
+
+    Matrices of about 0.3 times unit gain: with gains of one, eight layers enlarge rounding until the forms differ from
+    float64 by half of this bound and by more than all of it, at elements of 1 % of their leaf's norm.
+    """
     jax.clear_caches()  # traces by name would be found again, before and after
     request.addfinalizer(jax.clear_caches)
     monkeypatch.setitem(PRODUCTS, "fp8", lambda x_btd, weights_df, _: tuple(x_btd @ w_df for w_df in weights_df))
     model = config(pattern="MEMEMEME", mtp_depths=0)
     graph, params, buffers = model_parts(model)
+    params = jax.tree.map(lambda w: w * (0.3 if w.ndim > 2 else 1), params)  # those of layers are stacked
     tokens_bt = jnp.asarray(np.random.default_rng(0).integers(model.vocab_size, size=(2, 8)))
     docs = Documents(jnp.ones((2, 8), jnp.int32), jnp.broadcast_to(jnp.arange(8), (2, 8)))
 
@@ -222,8 +227,8 @@ def test_layers_written_out_compute_what_the_loop_does(monkeypatch, request):
         np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-4)
     for mine, other in zip(*map(jax.tree.leaves, (grads, expected_grads)), strict=True):
         assert mine.shape == other.shape
-        # Of the whole leaf: an element may be a sum of what cancels.
-        assert relative_error(mine, other) <= 1e-5
+        np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-4)
+        assert relative_error(mine, other) <= 1e-5  # most leaves' elements are about as small as that bound's 1e-4
 
 
 @pytest.mark.parametrize(("linear", "expected"), [("fp8", FP8_OPTIONS), ("plain", {})])
