@@ -205,7 +205,7 @@ def test_a_position_is_the_same_on_every_process_and_for_every_number_of_them(co
     _take(whole, 11), _take(second, 11)
     assert whole.state() == second.state()
     second.restore(whole.state())
-    assert _same([x_bt[3:] for x_bt in next(whole)], next(second))
+    assert _same(next(whole).map(lambda x_bt: x_bt[3:]), next(second))
 
 
 def test_an_epoch_holds_every_document_once_and_the_next_is_in_another_order():

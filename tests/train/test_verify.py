@@ -73,10 +73,9 @@ def test_a_fault_of_adding_up_microbatches_is_seen(monkeypatch):
     """Microbatches, recomputation and kernels are on one side only: what they alone get wrong differs."""
     honest = step._accumulate
 
-    def shrinks(gradient, varied, batch, replay, plan):
-        total, choices = honest(gradient, varied, batch, replay, plan)
-        loss, sums, grads = total
-        return (loss, sums, step.jax.tree.map(lambda g: g * 0.99, grads)), choices
+    def shrinks(*arguments):
+        (loss, sums, grads), kept = honest(*arguments)
+        return (loss, sums, step.jax.tree.map(lambda g: g * 0.99, grads)), kept
 
     monkeypatch.setattr(step, "_accumulate", shrinks)
     found = verify(run_config(hybrid(pattern="-", mtp_depths=0), plan={"microbatches": 2}, sequence_length=12))
