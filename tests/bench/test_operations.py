@@ -225,7 +225,7 @@ def test_no_implementation_is_refused(refused):
 
 def test_every_option_has_a_place_and_a_default():
     parser = argparse.ArgumentParser()
-    command.add_arguments(parser, int)
+    command.BENCH.add_arguments(parser)
     shared = {"help", "name", "peer", "steps"}
     assert {a.dest for a in parser._actions} - shared == {o for own in command.DEFAULTS.values() for o in own}
     assert set(vars(parser.parse_args(["ssd"]))) == shared - {"help"}

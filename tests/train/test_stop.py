@@ -80,7 +80,7 @@ def test_an_interrupt_of_other_commands_is_one_line(task, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, task, interrupted)
+    monkeypatch.setattr(cli, "COMMANDS", [command._replace(run=interrupted) for command in cli.COMMANDS])
     before = signal.getsignal(signal.SIGINT)
     try:
         assert cli.main([task, *files[task]]) == 130

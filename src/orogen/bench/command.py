@@ -1,4 +1,4 @@
-"""`orogen bench`: its options, and which benchmark they ask for. Importing this does not import jax."""
+"""`orogen bench`: its options, and the benchmark that they name. Importing this does not import jax."""
 
 import argparse
 import functools
@@ -6,10 +6,10 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from orogen.command import EXIT_FAILURE, Command, answer, positive
 from orogen.config.checks import ConfigError
 from orogen.parallel.runtime import asks_for_same_bits
 
@@ -32,8 +32,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def add_arguments(task: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
-    """The options of `orogen bench`; `positive` reads a whole number above 0."""
+def _add_arguments(task: argparse.ArgumentParser) -> None:
     task.add_argument(
         "name",
         choices=NAMES,
@@ -62,7 +61,14 @@ def add_arguments(task: argparse.ArgumentParser, positive: Callable[[str], int])
     whole.add_argument("--gin_bindings", action="append", metavar="X.y=1", help="on top of the benchmark's")
 
 
-def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[str], bool]:
+def bench(options: argparse.Namespace) -> int:
+    """`orogen bench`."""
+    facts, lines, right = _measure(options)
+    answer(options, facts, lines)
+    return 0 if right else EXIT_FAILURE
+
+
+def _measure(options: argparse.Namespace) -> tuple[dict[str, Any], list[str], bool]:
     """What was measured, as one object and as lines, and whether everything was right. Raises ConfigError."""
     options = _complete(options)
     if options.name in OPERATIONS:
@@ -73,9 +79,9 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[str], bool]:
     if options.name == "train":
         facts, right = _train(options)
         return facts, json.dumps(facts, indent=2).splitlines(), right
-    from orogen.bench.cpu_train import bench
+    from orogen.bench.cpu_train import bench as run
 
-    facts = bench(options.models.split(","), peer=options.peer, steps=options.steps)
+    facts = run(options.models.split(","), peer=options.peer, steps=options.steps)
     return facts, json.dumps(facts, indent=2).splitlines(), True
 
 
@@ -115,11 +121,11 @@ def _operation(options: argparse.Namespace) -> dict[str, Any]:
     seed = int.from_bytes(os.urandom(3)) if options.seed is None else options.seed
     if not 0 <= seed <= LARGEST_SEED:
         raise ConfigError(f"--seed {seed}; expected a whole number from 0 to 2**31 - 1")
-    from orogen.bench.operation import bench
+    from orogen.bench.operation import bench as run
     from orogen.bench.roofline import draw_roofline
 
     operation = importlib.import_module(f"orogen.bench.{options.name}").OPERATION
-    facts = bench(
+    facts = run(
         operation, shapes=options.shape, implementations=options.implementations.split(","), peer=options.peer,
         samples=options.steps, seed=seed, profile=options.profile,
     )  # fmt: skip
@@ -133,7 +139,8 @@ def _operation(options: argparse.Namespace) -> dict[str, Any]:
 def _train(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     # A whole step of R1 takes 65.7 GB of an H100's 85; jax's own limit is three quarters.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
-    from orogen.bench.train import Workload, bench
+    from orogen.bench.train import Workload
+    from orogen.bench.train import bench as run
     from orogen.bench.train_peer import UnequalError, compare
 
     work = Workload(
@@ -144,7 +151,7 @@ def _train(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     if options.peer is None:
         if options.turns is not None:
             raise ConfigError(f"--turns {options.turns} without --peer; expected both")
-        return bench(work, steps=options.steps, deterministic=deterministic, profile=options.profile), True
+        return run(work, steps=options.steps, deterministic=deterministic, profile=options.profile), True
     if options.profile is not None:
         raise ConfigError("--profile with --peer; expected one of them: a trace slows both programs")
     try:
@@ -154,3 +161,17 @@ def _train(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     except UnequalError as error:
         print(f"orogen: {error}", file=sys.stderr)
         return {"bench": "train", "equal": False, "losses": str(error)}, False
+
+
+BENCH = Command(
+    name="bench",
+    help="time Orogen, with a peer beside it in the same run",
+    examples=(
+        "orogen bench cpu_train --peer torch",
+        "orogen bench ssd --implementations triton --shape nano --peer torch",
+        "orogen bench attention --shape b=2,t=8192",
+        "orogen bench train --whole_step",
+    ),
+    add_arguments=_add_arguments,
+    run=bench,
+)

@@ -1,0 +1,90 @@
+"""What the commands of all packages share: how each is described, the options that every one has, how it answers.
+
+A package's own commands are in its `command.py`, which imports what computes only when it runs.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from orogen.config.model import ModelConfig
+from orogen.config.run import RunConfig
+from orogen.parallel.runtime import XLA_FLAGS
+from orogen.train.streams import say
+
+CHECKPOINT = "a run folder, an Orogen checkpoint folder or a Hugging Face folder"
+EXIT_FAILURE, EXIT_BAD_INPUT = 1, 2
+
+
+class Command(NamedTuple):
+    """One command of `orogen`.
+
+    help: one line. examples: whole command lines, shown below the options. run: takes the parsed options and returns
+    the exit status; it may raise what `cli.main` reports.
+    """
+
+    name: str
+    help: str
+    examples: tuple[str, ...]
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def add_config_arguments(parser: Any) -> None:
+    """The gin files, required, and bindings on top of them."""
+    parser.add_argument("--gin_file", action="append", required=True, metavar="F", help="may be given more than once")
+    add_bindings_argument(parser)
+
+
+def add_bindings_argument(parser: argparse.ArgumentParser) -> None:
+    """Bindings on top of the gin files."""
+    parser.add_argument("--gin_bindings", action="append", default=[], metavar="X.y=1", help="on top of the files")
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that every command has."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    parser.add_argument("--fake_devices", type=positive, metavar="N", help="simulate N devices on this CPU")
+    parser.add_argument("--xla", type=lambda text: text.split(","), default=[], metavar="A,B",
+                        help=f"sets of XLA's flags: {', '.join(XLA_FLAGS)}")  # fmt: skip
+
+
+def positive(text: str) -> int:
+    """Reads a whole number above 0. Raises argparse.ArgumentTypeError."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number above 0")
+    return int(text)
+
+
+def load_config(options: argparse.Namespace, *parts: str) -> tuple[RunConfig, str]:
+    """The config of the gin files and bindings, and its operative text. Raises ConfigError if a part is missing."""
+    from orogen.config.load import load
+
+    config, text = load(options.gin_file, options.gin_bindings)
+    return config.need(*parts), text
+
+
+def answer(options: argparse.Namespace, facts: dict[str, Any], lines: Sequence[str]) -> None:
+    """Prints the facts as one JSON object with --json, the lines without."""
+    print(json.dumps(facts) if options.json else "\n".join(lines))
+
+
+def fail(error: object, status: int) -> int:
+    """Says what was wrong in one line on stderr. Returns the status."""
+    say(f"orogen: {' '.join(str(error).split())}")
+    return status
+
+
+def warn(model: ModelConfig) -> None:
+    """Says what is legal but hardly meant, one line each, on stderr."""
+    for line in model.warnings():
+        say(f"orogen: warning: {line}")
+
+
+def free_memory() -> Any:
+    """What the host and each device have left."""
+    from orogen.parallel.capacity import device_bytes, host_bytes
+    from orogen.simulate.fit import Memory
+
+    return Memory(host_bytes(), device_bytes())

@@ -1,0 +1,62 @@
+"""`orogen params` and `orogen convert`. Importing this does not import jax."""
+
+import argparse
+from pathlib import Path
+
+from orogen.command import Command, add_config_arguments, answer, load_config
+from orogen.config.checks import ConfigError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("direction", choices=("from-hf", "to-hf"), help="from-hf reads a Hugging Face folder")
+    parser.add_argument("source", type=Path, metavar="SRC", help="to-hf: an Orogen checkpoint folder or a run folder")
+    parser.add_argument("target", type=Path, metavar="DST", help="a new folder")
+    parser.add_argument("--dtype", choices=DTYPES, help="of to-hf; a run's weights become bfloat16 without it")
+
+
+def params(options: argparse.Namespace) -> int:
+    """`orogen params`."""
+    config, _ = load_config(options, "model")
+    from orogen.convert.count import count_exported
+
+    facts = count_exported(config.model)
+    answer(options, facts, [f"{key:>26}  {'-' if n is None else format(n, ','):>21}" for key, n in facts.items()])
+    return 0
+
+
+def convert(options: argparse.Namespace) -> int:
+    """`orogen convert`."""
+    from orogen.convert.checkpoint import export
+    from orogen.convert.huggingface import from_hf
+
+    if options.direction == "from-hf":
+        if options.dtype:
+            raise ConfigError(
+                f"--dtype {options.dtype}; expected it with to-hf only: from-hf keeps what the files have"
+            )
+        from_hf(options.source, options.target)
+    else:
+        export(options.source, options.target, dtype=options.dtype)
+    answer(options, {"target": str(options.target)}, [f"written: {options.target}"])
+    return 0
+
+
+PARAMS = Command(
+    name="params",
+    help="count parameters",
+    examples=(
+        "orogen params --gin_file gin_configs/models/nemotron3_nano_30b_a3b.gin",
+        "orogen params --gin_file gin_configs/recipes/quickstart.gin --json",
+    ),
+    add_arguments=add_config_arguments,
+    run=params,
+)
+CONVERT = Command(
+    name="convert",
+    help="exchange checkpoints with Hugging Face",
+    examples=("orogen convert from-hf HF_FOLDER OROGEN_FOLDER", "orogen convert to-hf runs/quickstart HF_FOLDER"),
+    add_arguments=_add_convert_arguments,
+    run=convert,
+)

@@ -1,0 +1,108 @@
+"""`orogen generate` and `orogen score`. Importing this does not import jax."""
+
+import argparse
+import math
+from pathlib import Path
+
+from orogen.command import CHECKPOINT, Command, answer, free_memory, positive
+from orogen.config.checks import ConfigError, is_unicode
+
+PROMPT = (
+    "text to continue. The checkpoint's tokenizer decides what is put around it: bos before it after a run of Orogen's "
+    "own; in other folders what the post-processor of tokenizer.json says or, without one, add_bos_token and "
+    "add_eos_token of tokenizer_config.json; bos alone if there would be no token at all"
+)
+
+
+def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help=CHECKPOINT)
+    parser.add_argument("--prompt", default="", metavar="TEXT", help=PROMPT)
+    parser.add_argument("--tokens", type=positive, default=128)
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--top_p", type=float, default=0.95)
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _add_score_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help=CHECKPOINT)
+    parser.add_argument("--tokens", type=Path, required=True, metavar="IN.npy", help="integers (batch, time)")
+    parser.add_argument("--segments", type=Path, metavar="SEG.npy", help="documents of each row, 0 for padding")
+    parser.add_argument("--out", type=Path, required=True, metavar="OUT.npz", help="gets `logits` and `logprobs`")
+
+
+def generate(options: argparse.Namespace) -> int:
+    """`orogen generate`."""
+    if not 0 <= options.temperature < math.inf or not 0 < options.top_p <= 1:
+        raise ConfigError(
+            f"--temperature {options.temperature} --top_p {options.top_p}; expected 0 or more, and above 0 up to 1"
+        )
+    if not 0 <= options.seed < 2**63:
+        raise ConfigError(f"--seed {options.seed}; expected a whole number from 0 to 2**63 - 1")
+    if not is_unicode(options.prompt):
+        raise ConfigError(f"--prompt {options.prompt!r}; expected valid UTF-8")
+    from orogen.convert.checkpoint import goes_by_blocks, load_checkpoint, read_model_config
+    from orogen.infer.generate import generate as run
+    from orogen.simulate.fit import require_inference_fits
+
+    require_inference_fits(
+        read_model_config(options.checkpoint),
+        free_memory(),
+        blocked=goes_by_blocks(options.checkpoint),
+        rows=1,
+        tokens=options.tokens,
+        settings={"--tokens": options.tokens},
+    )
+    (text,) = run(
+        load_checkpoint(options.checkpoint),
+        [options.prompt],
+        tokens=options.tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    answer(options, {"prompt": options.prompt, "text": text}, [options.prompt + text])
+    return 0
+
+
+def score(options: argparse.Namespace) -> int:
+    """`orogen score`."""
+    from orogen.convert.checkpoint import goes_by_blocks, load_weights, read_model_config
+    from orogen.infer.score import read_array, write_arrays
+    from orogen.infer.score import score as run
+    from orogen.simulate.fit import require_scoring_fits
+
+    if not options.out.parent.is_dir():
+        raise ConfigError(f"--out {str(options.out)!r}; expected a file in a folder that exists")
+    tokens_bt = read_array(options.tokens)
+    segments_bt = read_array(options.segments) if options.segments else None
+    if tokens_bt.ndim == 2 and tokens_bt.size:  # anything else is refused by its shape
+        model, blocked = read_model_config(options.checkpoint), goes_by_blocks(options.checkpoint)
+        rows, length = tokens_bt.shape
+        require_scoring_fits(model, free_memory(), blocked=blocked, rows=rows, tokens=length)
+    scores = run(load_weights(options.checkpoint), tokens_bt, segments_bt)
+    write_arrays(options.out, scores)
+    shape = list(scores["logits"].shape)
+    answer(options, {"out": str(options.out), "logits": shape}, [f"logits {shape} in {options.out}"])
+    return 0
+
+
+GENERATE = Command(
+    name="generate",
+    help="sample text from a trained model",
+    examples=(
+        "orogen generate --checkpoint runs/quickstart --prompt 'import '",
+        "orogen generate --checkpoint HF_FOLDER --prompt 'import ' --tokens 32 --temperature 0",
+    ),
+    add_arguments=_add_generate_arguments,
+    run=generate,
+)
+SCORE = Command(
+    name="score",
+    help="logits and log-probabilities of given tokens",
+    examples=(
+        "orogen score --checkpoint runs/quickstart --tokens in.npy --out out.npz",
+        "orogen score --checkpoint HF_FOLDER --tokens in.npy --segments documents.npy --out out.npz",
+    ),
+    add_arguments=_add_score_arguments,
+    run=score,
+)

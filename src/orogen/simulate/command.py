@@ -1,0 +1,83 @@
+"""`orogen plan`. Importing this does not import jax."""
+
+import argparse
+from typing import Any
+
+from orogen.command import Command, add_config_arguments, answer, load_config
+from orogen.config.run import RunConfig
+from orogen.parallel.runtime import configure
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--compile", action="store_true", help="what one layer of each type sends, as XLA compiles it, too"
+    )
+    parser.add_argument(
+        "--memory", action="store_true", help="what a device holds: state, activations by name, the compiled step's"
+    )
+
+
+def plan(options: argparse.Namespace) -> int:
+    """`orogen plan`."""
+    config, _ = load_config(options, "model")
+    from orogen.model.lm import build
+    from orogen.parallel.describe import describe_plan, plan_lines
+    from orogen.parallel.plan import make_plan
+    from orogen.train.pipelined import cut
+
+    laid = make_plan(config.plan, config.model, abstract=True)
+    stages = cut(config.model, laid, *([config.train.sequence_length] if config.train else []))
+    patterns, filled = (stages.patterns, stages.filled) if stages else ((), {})
+    built = build(config.model, stages, config.plan.vocab_rows(config.model.vocab_size))
+    facts = describe_plan(laid, built.params, patterns, filled)
+    lines = plan_lines(facts)
+    if options.compile:
+        config.need("train")
+    if options.memory:
+        config.need("train", "optimizer")
+    if config.train is not None:
+        more, more_lines = _collectives(options, config)
+        facts, lines = {**facts, **more}, [*lines, "", *more_lines]
+    answer(options, facts, lines)
+    return 0
+
+
+def _collectives(options: argparse.Namespace, config: RunConfig) -> tuple[dict[str, Any], list[str]]:
+    """What the plan's devices send by formula and, with --compile, in XLA's programs for simulated devices; and, with
+    --memory, what they hold."""
+    from orogen.simulate.communication import Workload, collective_lines, describe_collectives
+
+    sizes, train, model = config.plan, config.train, config.model
+    rows, tokens = train.batch_size // (sizes.data * sizes.microbatches), train.sequence_length // sizes.context
+    work = Workload(rows, tokens, 2 if train.compute_dtype == "bfloat16" else 4)
+    facts: dict[str, Any] = {"collectives": describe_collectives(model, sizes, work)}
+    lines = collective_lines(facts["collectives"])
+    if (options.compile or options.memory) and not options.fake_devices:
+        configure(sizes.devices)
+    if options.memory:
+        from orogen.simulate.memory import describe_memory, memory_lines
+
+        facts["memory"] = describe_memory(config, work)
+        lines += ["", *memory_lines(facts["memory"])]
+    if options.compile:
+        from orogen.simulate.aot import compare, compared_lines, flops_overhead
+
+        letters = dict.fromkeys(model.layers.main + model.layers.mtp)
+        facts["compiled"] = compare(model, sizes, work, letters)
+        facts["flops_overhead"] = flops_overhead(model, sizes, train.batch_size, train.sequence_length)
+        overhead = f"matrix products of all devices against those of one: {100 * facts['flops_overhead']:+.2f} %"
+        lines += ["", *compared_lines(facts["compiled"]), "", overhead]
+    return facts, lines
+
+
+PLAN = Command(
+    name="plan",
+    help="show the mesh, where each parameter lives and what is sent; needs no devices",
+    examples=(
+        "orogen plan --gin_file gin_configs/recipes/quickstart.gin",
+        "orogen plan --gin_file gin_configs/recipes/quickstart.gin --compile --memory",
+    ),
+    add_arguments=_add_arguments,
+    run=plan,
+)

@@ -1,0 +1,144 @@
+"""`orogen train` and `orogen verify`. Importing this does not import jax."""
+
+import argparse
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from orogen.command import (
+    CHECKPOINT,
+    EXIT_FAILURE,
+    Command,
+    add_config_arguments,
+    answer,
+    fail,
+    free_memory,
+    load_config,
+    warn,
+)
+from orogen.config.checks import ConfigError
+from orogen.config.run import RunConfig
+from orogen.parallel.runtime import configure
+from orogen.train.streams import lasting_streams, say
+
+QUICKSTART = "--gin_file gin_configs/recipes/quickstart.gin"
+
+
+def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser)
+    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="the run folder")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in DIR, if there is one")
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help=f"start from the weights of {CHECKPOINT}")
+
+
+def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--what", choices=("gradients", "step", "evaluation"), default="gradients",
+        help="loss, every gradient and one update (the default); several whole training steps, one of them not finite; "
+        "or held-out losses",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32",
+        help="in which the plan computes; the one device computes in float32 always, by the plainest kernels",
+    )  # fmt: skip
+
+
+def _load_with_checkpoint(options: argparse.Namespace) -> tuple[RunConfig, str, Any]:
+    """The gin files' config, its model that of --checkpoint if they have none, and where the run starts from."""
+    config, text = load_config(options)
+    if options.checkpoint is None:
+        return config, text, None
+    from orogen.config.load import load, model_bindings
+    from orogen.convert.checkpoint import origin, read_model_config
+    from orogen.convert.config import difference
+
+    model = read_model_config(options.checkpoint)
+    if config.model is None:
+        config, text = load(options.gin_file, [*options.gin_bindings, *model_bindings(model)])
+    elif (field := difference(config.model, model)) is not None:
+        here, there = getattr(config.model, field), getattr(model, field)
+        raise ConfigError(f"ModelConfig.{field} is {here!r}; expected {there!r}, as {str(options.checkpoint)!r} has it")
+    return config, text, origin(options.checkpoint)
+
+
+def train(options: argparse.Namespace) -> int:
+    """`orogen train`."""
+    config, text, origin = _load_with_checkpoint(options)
+    config.need("model", "data", "train", "optimizer")
+    from orogen.simulate.fit import require_training_fits
+    from orogen.train.loop import NonFiniteError
+    from orogen.train.loop import train as run
+    from orogen.train.stop import StoppedEarlyError
+
+    require_training_fits(config, free_memory())
+    warn(config.model)
+    # The folder is this run's, and signals are minded, until the report is written.
+    with lasting_streams(), contextlib.ExitStack() as held:
+        try:
+            trained = run(config, text, options.run, resume=options.resume, origin=origin, log=say, until=held)
+            return _finish_run(options, config, text, trained)
+        except NonFiniteError as error:
+            return fail(error, EXIT_FAILURE)
+        except StoppedEarlyError as stopped:
+            answer(options, {"finished": False}, ["stopped with nothing new to save; --resume continues"])
+            return stopped.status
+    raise AssertionError("unreachable")
+
+
+def _finish_run(options: argparse.Namespace, config: RunConfig, text: str, trained: Any) -> int:
+    """Reports on a run that is at its end, or says that it goes on later."""
+    from orogen.evaluate.summary import summarise
+
+    step, report = int(trained.state.step), options.run / "report.html"
+    if not trained.finished:
+        answer(options, {"step": step, "finished": False}, [f"stopped after step {step}; --resume continues"])
+        return trained.stop.status
+    if trained.steps == 0 and report.is_file():
+        answer(options, {"step": step, "finished": True, "report": str(report)}, [f"done already: see {report}"])
+        return 0
+    facts = summarise(trained, config, text, options.run)
+    answer(options, facts, [f"{key}: {value}" for key, value in facts.items()])
+    return 0
+
+
+def verify(options: argparse.Namespace) -> int:
+    """`orogen verify`: simulates the devices of the plan unless --fake_devices names a number."""
+    config, _ = load_config(options, "model")
+    from orogen.parallel.capacity import host_bytes
+    from orogen.simulate.fit import require_verification_fits
+    from orogen.train.verify import default_train
+    from orogen.train.verify import verify as check
+
+    require_verification_fits(config, config.train or default_train(config), host=host_bytes())
+    if not options.fake_devices:
+        configure(config.plan.devices)
+    warn(config.model)
+    verdict = check(config, what=options.what, dtype=options.dtype)
+    facts = {**verdict._asdict(), "passed": verdict.passed}
+    answer(options, facts, [f"{key:>20}  {value}" for key, value in facts.items()])
+    return 0 if verdict.passed else EXIT_FAILURE
+
+
+TRAIN = Command(
+    name="train",
+    help="train a model in a run folder",
+    examples=(
+        f"orogen train {QUICKSTART} --fake_devices 8 --run runs/quickstart --resume",
+        f"orogen train {QUICKSTART} --fake_devices 8 --run runs/mine --gin_bindings \"DataConfig.corpus='my_texts'\"",
+        "orogen train --checkpoint HF_FOLDER --gin_file my_data_and_training.gin --run runs/tuned",
+    ),
+    add_arguments=_add_train_arguments,
+    run=train,
+)
+VERIFY = Command(
+    name="verify",
+    help="check a plan against one device: gradients, whole steps or evaluation",
+    examples=(
+        f"orogen verify {QUICKSTART}",
+        f"orogen verify {QUICKSTART} --gin_bindings 'PlanConfig.tensor=4' --gin_bindings 'PlanConfig.data=2'",
+        f"orogen verify {QUICKSTART} --what step --dtype bfloat16",
+    ),
+    add_arguments=_add_verify_arguments,
+    run=verify,
+)
