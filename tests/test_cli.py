@@ -2,13 +2,17 @@
 
 import json
 import os
+import re
+import shlex
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from orogen.cli import main
+from orogen.cli import COMMANDS, main, make_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = """
@@ -464,6 +468,48 @@ def test_help_names_every_task(capsys):
     assert caught.value.code == 0
     out = capsys.readouterr().out
     assert all(task in out for task in ("train", "params", "plan", "verify", "generate"))
+
+
+def test_version_is_the_packages(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    (version,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
+    assert capsys.readouterr().out == f"orogen {version}\n"
+
+
+EXAMPLES = [(command, example) for command in COMMANDS for example in command.examples]
+
+
+@pytest.mark.parametrize(("command", "example"), EXAMPLES, ids=[example for _, example in EXAMPLES])
+def test_examples_of_the_help_are_commands(command, example):
+    program, *arguments = shlex.split(example)
+    assert program == "orogen" and make_parser().parse_args(arguments).run_task is command.run
+    assert all((ROOT / word).is_file() for word in arguments if word.startswith("gin_configs/"))
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=[command.name for command in COMMANDS])
+def test_help_of_a_task_has_its_examples(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([command.name, "--help"])
+    out = capsys.readouterr().out
+    assert caught.value.code == 0 and len(command.examples) >= 2
+    assert out.endswith("examples:\n" + "".join(f"  {example}\n" for example in command.examples))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [("orogen ver", ["verify"]), ("orogen verify --what ", ["gradients", "step", "evaluation"])],
+)
+def test_the_shell_completes(line, words, tmp_path):
+    """By argcomplete's protocol: what may come next goes to a file, in place of file descriptor 8."""
+    asked = {
+        "_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "words"),
+        "_ARGCOMPLETE_SHELL": "bash", "COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9",
+    }  # fmt: skip
+    ended = subprocess.run([sys.executable, "-m", "orogen.cli"], env={**os.environ, **asked}, capture_output=True)
+    assert ended.returncode == 0, ended.stderr.decode()
+    assert [word.strip() for word in (tmp_path / "words").read_text().splitlines()] == words
 
 
 def test_the_quickstarts_parameters_are_counted(capsys):

@@ -1,4 +1,5 @@
-"""The one entry point: `orogen TASK --gin_file F [--gin_bindings 'X.y=1'] …`."""
+# PYTHON_ARGCOMPLETE_OK
+"""The one entry point: `orogen TASK …`. Every package declares its own tasks in its `command.py`."""
 
 import argparse
 import errno
@@ -7,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from orogen.bench.command import BENCH
 from orogen.command import EXIT_BAD_INPUT, EXIT_FAILURE, add_common_arguments, fail
@@ -26,7 +28,12 @@ PATH_ERRORS = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, er
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one task. Returns 0 when done, 2 on bad input (one line on stderr), 1 if the task found a fault, 130 after
     Ctrl-C."""
-    options = make_parser().parse_args(arguments)
+    parser = make_parser()
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks for what may come next; this ends the process
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+    options = parser.parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):  # so that it takes the name of a file that is not UTF-8
         sys.stdout.reconfigure(errors="surrogateescape")
     try:
@@ -44,12 +51,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(error, EXIT_BAD_INPUT if error.errno in PATH_ERRORS else EXIT_FAILURE)
 
 
+class _Version(argparse.Action):
+    """Prints the installed version, which is looked up only then."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"orogen {version('orogen')}")
+        except PackageNotFoundError:
+            parser.error("orogen has no version here; expected an installed package, not its source alone")
+        parser.exit()
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line; `run_task` among its results takes them all."""
-    parser = argparse.ArgumentParser(prog="orogen", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="orogen",
+        description="Hybrid Mamba-Transformer mixture-of-experts language models, on one device or a mesh of them.",
+        epilog="`orogen TASK --help` shows the options of a task, with examples.",
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
     tasks = parser.add_subparsers(required=True, metavar="TASK")
     for command in COMMANDS:
-        task = tasks.add_parser(command.name, help=command.help)
+        task = tasks.add_parser(
+            command.name, help=command.help, description=f"{command.help[0].upper()}{command.help[1:]}.",
+            epilog="\n  ".join(("examples:", *command.examples)), formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
         task.set_defaults(run_task=command.run)
         command.add_arguments(task)
         add_common_arguments(task)
