@@ -31,14 +31,14 @@ class Command(NamedTuple):
     run: Callable[[argparse.Namespace], int]
 
 
-def add_config_arguments(parser: Any) -> None:
-    """The gin files, required, and bindings on top of them."""
-    parser.add_argument("--gin_file", action="append", required=True, metavar="F", help="may be given more than once")
-    add_bindings_argument(parser)
-
-
-def add_bindings_argument(parser: argparse.ArgumentParser) -> None:
-    """Bindings on top of the gin files."""
+def add_config_arguments(parser: argparse.ArgumentParser, *, instead: Sequence[tuple[str, str]] = ()) -> None:
+    """The gin files and bindings on top of them. instead: switches, each with its help, that stand for the files."""
+    choice = parser.add_mutually_exclusive_group(required=True) if instead else parser
+    choice.add_argument(
+        "--gin_file", action="append", required=not instead, metavar="F", help="may be given more than once"
+    )
+    for switch, text in instead:
+        choice.add_argument(switch, action="store_true", help=text)
     parser.add_argument("--gin_bindings", action="append", default=[], metavar="X.y=1", help="on top of the files")
 
 

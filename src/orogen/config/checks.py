@@ -66,13 +66,23 @@ def check_types(config: Any) -> None:
 
     An int passes for a float, a bool never passes for a number: gin itself takes '1e-3' for a float silently.
     """
-    hints = typing.get_type_hints(type(config))
+    hints = field_types(type(config))
     for field in dataclasses.fields(config):
         value, hint = getattr(config, field.name), hints[field.name]
         absent = value is None and field.default is None
-        require(absent or _matches(value, hint), config, field.name, f"a value of type {_name(hint)}")
+        require(absent or _matches(value, hint), config, field.name, f"a value of type {type_name(hint)}")
         # The config is written down in UTF-8.
         require(not isinstance(value, str) or is_unicode(value), config, field.name, "valid Unicode")
+
+
+def field_types(kind: type) -> dict[str, Any]:
+    """The type that each field of the dataclass declares, without the meaning that `Annotated` puts beside it."""
+    return typing.get_type_hints(kind)
+
+
+def type_name(hint: Any) -> str:
+    """A type as it is written."""
+    return str(hint) if typing.get_origin(hint) else getattr(hint, "__name__", str(hint))
 
 
 def _matches(value: Any, hint: Any) -> bool:
@@ -84,7 +94,3 @@ def _matches(value: Any, hint: Any) -> bool:
     if hint in (int, float):
         return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
     return isinstance(value, hint)
-
-
-def _name(hint: Any) -> str:
-    return str(hint) if typing.get_origin(hint) else getattr(hint, "__name__", str(hint))

@@ -1,6 +1,7 @@
 """What a run reads: the corpus, its tokenizer, its splits and its order."""
 
 import dataclasses
+from typing import Annotated
 
 from orogen.config.checks import check_types, require, require_positive
 
@@ -11,25 +12,24 @@ BYTE_VOCAB_SIZE = 256 + 3  # every byte, and <pad>, <bos>, <eos>
 class DataConfig:
     """A corpus and how it becomes tokens. Raises ConfigError for what cannot be.
 
-    corpus            "stdlib" (the running interpreter's own library, no download), or the path of a file or folder
-                      of .txt (a file is a document), .jsonl, .jsonl.gz, .jsonl.zst or .parquet (a line or row is one)
-    tokenizer         "byte", "bpe" (byte-level BPE trained on the train split), or the path of a tokenizer.json
-    vocab_size        entries of the tokenizer, specials included: required for "bpe"; for the others a check
-    text_field        the key (jsonl) or column (Parquet) that holds the text
-    heldout_fraction  expected share of the documents kept for evaluation; 0 makes no such split
-    tuning_fraction   the same, for choosing hyperparameters
-    seed              decides which document falls in which split, 0 to 2**32 - 1; TrainConfig.seed decides the order
-    shuffle           False trains in the order of the document keys
+    corpus: "stdlib" needs no download. Files are .txt (a file is a document), .jsonl, .jsonl.gz, .jsonl.zst or .parquet
+    (a line or row is one). tokenizer: "bpe" is a byte-level BPE.
     """
 
-    corpus: str
-    tokenizer: str
-    vocab_size: int | None = None
-    text_field: str = "text"
-    heldout_fraction: float = 0.05
-    tuning_fraction: float = 0.02
-    seed: int = 0
-    shuffle: bool = True
+    corpus: Annotated[str, "stdlib (the running Python's own library), or the path of a file or folder"]
+    tokenizer: Annotated[str, "byte, bpe (trained on the train split), or the path of a tokenizer.json"]
+    vocab_size: Annotated[int | None, "entries of the tokenizer, specials included: required for bpe, else a check"] = (
+        None
+    )
+    text_field: Annotated[str, "the key (jsonl) or column (Parquet) that holds the text"] = "text"
+    heldout_fraction: Annotated[float, "expected share of the documents kept for evaluation; 0 makes no such split"] = (
+        0.05
+    )
+    tuning_fraction: Annotated[
+        float, "expected share of the documents kept for choosing hyperparameters; 0 makes no such split"
+    ] = 0.02
+    seed: Annotated[int, "decides which document falls in which split; TrainConfig.seed decides the order"] = 0
+    shuffle: Annotated[bool, "False trains in the order of the document keys"] = True
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -1,11 +1,13 @@
 """What a model is: its layer pattern and its sizes, under the names of Hugging Face's `nemotron_h` config."""
 
 import dataclasses
+from typing import Annotated
 
 from orogen.config.checks import (
     ABSENT,
     ConfigError,
     check_types,
+    field_types,
     require,
     require_choice,
     require_not_negative,
@@ -34,7 +36,7 @@ ROUTER_BALANCES = ("row", "global")
 class Pattern:
     """A parsed layer pattern.
 
-    main: one letter a residual layer; segments: the same letters, cut at `|` into pipeline segments;
+    main: one letter per residual layer; segments: the same letters, split at `|` into pipeline segments;
     mtp: the letters of the multi-token-prediction block ("" without one); mtp_parts: how often it was written.
     """
 
@@ -72,102 +74,117 @@ def parse_pattern(text: str) -> Pattern:
 class ModelConfig:
     """A hybrid model. Fields that only one layer type reads may stay None when the pattern has no such layer.
 
-    norm: of every residual layer, the final one and those inside attention; rms_cast_first casts to the compute dtype
-    before it multiplies by the weight (Llama, Qwen) and not after (Nemotron), layer_1p stores its weight minus one.
-    learned_positions: how many position vectors are added to the embeddings; None: none.
-    rope_theta: None leaves attention without rotary positions. yarn_factor: for YaRN (arXiv:2309.00071).
-    attention_bias: which projections have one. attention_sinks: a logit a head that takes part in the softmax only.
-    mlp_gated: down(act(gate x) · up x) in place of down(act(up x)), in experts too; with swiglu_limit c it is gpt-oss's
-    (clip(up x, ±c) + 1) · g · sigmoid(1.702 g) with g = min(gate x, c).
-    time_step_min, time_step_max: the range that Mamba-2's softplus(dt) is clipped to; None: not.
-    mamba_norm_groups: of the gated norm; None: n_groups.
-    moe_bias: which maps of an expert layer have a bias where mlp_bias is set: the routed experts' (gpt-oss), or those
-    of the shared expert and of the latent projections (nemotron_h).
-    router_score: softmax_topk is a softmax over the chosen logits alone. router_bias is learned and part of the logits;
-    router_correction_bias is updated from the load and takes part in the choice alone.
-    router_balance: over what the balance loss, weighted by router_aux_loss_coef, wants experts to be used evenly: each
-    row of the batch, or global, all rows and microbatches together (Megatron's seq_aux_loss and global_aux_loss).
+    norm: rms_cast_first casts to the compute dtype before it multiplies by the weight (Llama, Qwen) and not after
+    (Nemotron); layer_1p stores its weight minus one.
+    swiglu_limit: with limit c the gated MLP is gpt-oss's (clip(up x, ±c) + 1) · g · sigmoid(1.702 g), where
+    g = min(gate x, c).
+    moe_bias: where mlp_bias is set, biases are those of the routed experts' maps (gpt-oss), or those of the shared
+    expert's and the latent projections' (nemotron_h).
+    router_bias is part of the logits; router_correction_bias is not, and gets no gradient.
+    router_balance: row and global are Megatron's seq_aux_loss and global_aux_loss.
     """
 
-    pattern: str
-    vocab_size: int
-    hidden_size: int
-    norm: str = "rms"
-    layer_norm_epsilon: float = 1e-5
-    tie_word_embeddings: bool = False
-    learned_positions: int = ABSENT
+    pattern: Annotated[str, "one letter per layer, `|` between pipeline segments, the MTP block after `/`: `MEM*E/*E`"]
+    vocab_size: Annotated[int, "rows of embedding and head"]
+    hidden_size: Annotated[int, "width of the residual stream"]
+    norm: Annotated[
+        str, "rms, rms_cast_first, layer or layer_1p: of every residual layer, the final norm and attention's own"
+    ] = "rms"
+    layer_norm_epsilon: Annotated[float, "added to the variance in norms"] = 1e-5
+    tie_word_embeddings: Annotated[bool, "whether the head is the transposed embedding"] = False
+    learned_positions: Annotated[int, "how many position vectors are added to the embeddings; None adds none"] = ABSENT
     # attention (*, w, +)
-    num_attention_heads: int = ABSENT
-    num_key_value_heads: int = ABSENT
-    head_dim: int = ABSENT
-    attention_bias: str = "none"
-    qk_norm: bool = False
-    attention_sinks: bool = False
-    sliding_window: int = ABSENT
+    num_attention_heads: Annotated[int, "query heads"] = ABSENT
+    num_key_value_heads: Annotated[int, "key heads, each shared by as many query heads"] = ABSENT
+    head_dim: Annotated[int, "width of a query, key or value head"] = ABSENT
+    attention_bias: Annotated[str, "which projections have a bias: none, qkv or all"] = "none"
+    qk_norm: Annotated[bool, "whether queries and keys are normalised per head"] = False
+    attention_sinks: Annotated[bool, "whether each head has a learned logit that only takes part in the softmax"] = (
+        False
+    )
+    sliding_window: Annotated[int, "how many tokens `w` layers look back, their own included"] = ABSENT
     # rotary positions
-    rope_theta: float = ABSENT
-    partial_rotary_factor: float = 1.0
-    rope_interleave: bool = False
-    yarn_factor: float = ABSENT
-    yarn_original_positions: int = ABSENT
-    yarn_beta_fast: float = 32.0
-    yarn_beta_slow: float = 1.0
-    yarn_mscale: float = ABSENT
-    yarn_mscale_all_dim: float = ABSENT
-    yarn_truncate: bool = True
+    rope_theta: Annotated[float, "base of the rotary frequencies; None leaves attention without rotary positions"] = (
+        ABSENT
+    )
+    partial_rotary_factor: Annotated[float, "share of head_dim that is rotated"] = 1.0
+    rope_interleave: Annotated[bool, "whether a rotated pair is two neighbours, not one from each half"] = False
+    yarn_factor: Annotated[
+        float, "how many times the context is stretched by YaRN (arXiv:2309.00071); None stretches nothing"
+    ] = ABSENT
+    yarn_original_positions: Annotated[int, "context length before YaRN"] = ABSENT
+    yarn_beta_fast: Annotated[float, "rotations over the original context above which a frequency is kept"] = 32.0
+    yarn_beta_slow: Annotated[
+        float, "rotations over the original context below which a frequency is divided by yarn_factor"
+    ] = 1.0
+    yarn_mscale: Annotated[float, "temperature coefficient in YaRN's scale of the rotary cosines and sines"] = ABSENT
+    yarn_mscale_all_dim: Annotated[
+        float, "temperature coefficient that divides that scale, and in `+` layers scales the logits"
+    ] = ABSENT
+    yarn_truncate: Annotated[bool, "whether YaRN's two bounds are rounded to whole frequencies"] = True
     # multi-head latent attention (+)
-    q_lora_rank: int = ABSENT
-    kv_lora_rank: int = ABSENT
-    qk_nope_head_dim: int = ABSENT
-    qk_rope_head_dim: int = ABSENT
-    v_head_dim: int = ABSENT
+    q_lora_rank: Annotated[int, "width of the latent query; None projects queries directly"] = ABSENT
+    kv_lora_rank: Annotated[int, "width of the latent that keys and values are projected from"] = ABSENT
+    qk_nope_head_dim: Annotated[int, "part of a query or key head without rotary positions"] = ABSENT
+    qk_rope_head_dim: Annotated[int, "part of a query or key head with rotary positions"] = ABSENT
+    v_head_dim: Annotated[int, "width of a value head"] = ABSENT
     # dense MLP (-), and the form of experts
-    intermediate_size: int = ABSENT
-    mlp_hidden_act: str = "relu2"
-    mlp_gated: bool = False
-    mlp_bias: bool = False
-    swiglu_limit: float = ABSENT
+    intermediate_size: Annotated[int, "hidden units of the dense MLP"] = ABSENT
+    mlp_hidden_act: Annotated[str, "relu2, relu, silu, gelu or gelu_tanh, in experts too"] = "relu2"
+    mlp_gated: Annotated[bool, "down(act(gate x) · up x) in place of down(act(up x)), in experts too"] = False
+    mlp_bias: Annotated[bool, "whether the maps have biases; moe_bias says which in an expert layer"] = False
+    swiglu_limit: Annotated[float, "bound of gpt-oss's clipped SwiGLU; None clips nothing"] = ABSENT
     # Mamba-2 (M)
-    mamba_num_heads: int = ABSENT
-    mamba_head_dim: int = ABSENT
-    n_groups: int = ABSENT
-    chunk_size: int = 128
-    mamba_norm_groups: int = ABSENT
-    time_step_min: float = ABSENT
-    time_step_max: float = ABSENT
+    mamba_num_heads: Annotated[int, "heads of Mamba-2"] = ABSENT
+    mamba_head_dim: Annotated[int, "width of a Mamba-2 head"] = ABSENT
+    n_groups: Annotated[int, "groups of heads that share B and C"] = ABSENT
+    chunk_size: Annotated[int, "tokens per chunk of the SSD algorithm"] = 128
+    mamba_norm_groups: Annotated[int, "groups of the gated norm; None: n_groups"] = ABSENT
+    time_step_min: Annotated[float, "lower bound that softplus(dt) is clipped to; None: no bound"] = ABSENT
+    time_step_max: Annotated[float, "upper bound that softplus(dt) is clipped to; None: no bound"] = ABSENT
     # Mamba-1 (m)
-    mamba_intermediate_size: int = ABSENT
-    time_step_rank: int = ABSENT
+    mamba_intermediate_size: Annotated[int, "channels of Mamba-1"] = ABSENT
+    time_step_rank: Annotated[int, "rank of Mamba-1's time-step projection"] = ABSENT
     # both Mambas
-    ssm_state_size: int = ABSENT
-    conv_kernel: int = 4
-    use_conv_bias: bool = True
-    mamba_proj_bias: bool = False
-    # mixture of experts (E); n_group and topk_group are the router's groups, n_groups is Mamba's
-    n_routed_experts: int = ABSENT
-    num_experts_per_tok: int = ABSENT
-    moe_intermediate_size: int = ABSENT
-    moe_shared_expert_intermediate_size: int = ABSENT
-    moe_shared_expert_gate: bool = False
-    moe_latent_size: int = ABSENT
-    moe_bias: str = "routed"
-    router_score: str = "sigmoid"
-    router_bias: bool = False
-    router_correction_bias: bool = True
-    norm_topk_prob: bool = True
-    routed_scaling_factor: float = 1.0
-    n_group: int = 1
-    topk_group: int = 1
-    router_aux_loss_coef: float = 1e-4
-    router_balance: str = "row"
-    router_z_loss_coef: float = 0.0
-    # multi-token prediction: how often the one block after / is applied, and its share of the loss
-    mtp_depths: int = 0
-    mtp_loss_scale: float = 0.3
+    ssm_state_size: Annotated[int, "size of a channel's or head's state"] = ABSENT
+    conv_kernel: Annotated[int, "taps of the causal convolution"] = 4
+    use_conv_bias: Annotated[bool, "whether the convolution has a bias"] = True
+    mamba_proj_bias: Annotated[bool, "whether the input and output projections have biases"] = False
+    # mixture of experts (E)
+    n_routed_experts: Annotated[int, "experts that the router chooses from"] = ABSENT
+    num_experts_per_tok: Annotated[int, "experts that each token is sent to"] = ABSENT
+    moe_intermediate_size: Annotated[int, "hidden units of a routed expert"] = ABSENT
+    moe_shared_expert_intermediate_size: Annotated[int, "hidden units of the shared expert; None has none"] = ABSENT
+    moe_shared_expert_gate: Annotated[bool, "whether a sigmoid gate weighs the shared expert's output"] = False
+    moe_latent_size: Annotated[
+        int, "width that tokens are projected to for the routed experts (LatentMoE); None: hidden_size"
+    ] = ABSENT
+    moe_bias: Annotated[
+        str, "which maps mlp_bias gives biases: routed (experts'), or shared (shared expert's and latent's)"
+    ] = "routed"
+    router_score: Annotated[str, "sigmoid, softmax, or softmax_topk: a softmax over the chosen logits alone"] = (
+        "sigmoid"
+    )
+    router_bias: Annotated[bool, "whether the logits have a learned bias"] = False
+    router_correction_bias: Annotated[bool, "whether a bias, updated from the load, takes part in the choice alone"] = (
+        True
+    )
+    norm_topk_prob: Annotated[bool, "whether the weights of the chosen experts are divided by their sum"] = True
+    routed_scaling_factor: Annotated[float, "factor of the weights of the chosen experts"] = 1.0
+    n_group: Annotated[int, "groups of experts; each token's experts are in topk_group of them"] = 1
+    topk_group: Annotated[int, "how many of the n_group groups the router chooses for a token"] = 1
+    router_aux_loss_coef: Annotated[float, "weight of the balance loss"] = 1e-4
+    router_balance: Annotated[
+        str, "over what the balance loss is taken: each row of the batch, or global, all rows and microbatches"
+    ] = "row"
+    router_z_loss_coef: Annotated[float, "weight of the loss on the router's squared log-sum-exp"] = 0.0
+    # multi-token prediction
+    mtp_depths: Annotated[int, "how often the one block after `/` is applied"] = 0
+    mtp_loss_scale: Annotated[float, "weight of the mean MTP loss"] = 0.3
 
     def __post_init__(self) -> None:
         check_types(self)
-        sizes = (f.name for f in dataclasses.fields(self) if f.type is int and f.name != "mtp_depths")
+        sizes = (name for name, kind in field_types(ModelConfig).items() if kind is int and name != "mtp_depths")
         require_positive(self, *sizes, "layer_norm_epsilon", "routed_scaling_factor", "rope_theta", "yarn_factor")
         require_positive(self, "yarn_beta_fast", "yarn_beta_slow", "yarn_mscale", "yarn_mscale_all_dim", "swiglu_limit")
         require_not_negative(self, "router_aux_loss_coef", "router_z_loss_coef", "mtp_loss_scale")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Annotated
 
 from orogen.config.checks import check_types, require, require_choice, require_positive
 from orogen.config.remat import Remat, check_offload, check_remat, layer_remat
@@ -38,69 +39,93 @@ class PlanConfig:
     Dense layers run on stage x data x context x tensor devices; expert layers run on the same devices seen as
     stage x expert_data x expert x expert_tensor (MoE Parallel Folding, arXiv:2504.14960).
 
-    fsdp: what is sharded over (data, context), experts over expert_data: nothing; master weights and optimizer state,
-    whose gradients are scattered once a step (ZeRO-1); gradients as well, scattered after each microbatch (ZeRO-2); or
-    the parameters too, gathered layer by layer (ZeRO-3). fsdp_size: over how many neighbours of (data, context), each
-    such group holding a whole copy; None is all of them.
-    dispatch: how tokens reach their experts. capacity_factor: rows an expert takes from one rank, relative to an even
-    share; None drops nothing. drop_policy: which assignments stay where there are more, those first in the sequence
-    (position) or with the largest weights (probs). buffer_factor: rows that a rank has room for in the ragged dispatch,
-    relative to an even share; None is enough for any routing. A step that needs more is reported and changes nothing.
-    context_attention: ring passes keys and values from rank to rank, allgather gathers them, alltoall exchanges the
-    sequence for heads. context_ssm: state passes states from rank to rank, heads exchanges the sequence for heads.
-    shift: how arrays go from one rank to the next. microbatches: how many parts a batch is taken in.
-    schedule: the order in which stages take microbatches forward and backward: all forward first (gpipe), each backward
-    as soon as it can be (1f1b), or that with several chunks of the model on each stage (interleaved). virtual: how many
-    chunks; None is as many as the | of the pattern make, or without any two if interleaved, else one.
-    remat: which activations are recomputed in the backward pass: none, all of a layer's (full), those that no matrix
-    product or fused kernel makes (elementwise), those large and cheap (selective), those that the formulas of
-    arXiv:2205.05198 do not count (paper); or entries that choose by name, 'name,name' or 'LETTERS:name,name', in which
-    one of these words may stand as well: ('M:conv,gated_norm', '*:core', 'E:full'). Layers that no entry mentions
-    recompute nothing. config/remat.py has the names, and which layers have them. offload: names of activations that
-    wait in the host's memory for the backward pass; of a layer that has one, what no name stands for is recomputed.
-    offload_optimizer: whether the optimizer's state lives there, and visits the device for each update.
-    linear: dense layers' products in the dtype of computation (plain), or of operands rounded to 8 bits (fp8; not in
-    the model's first and last layer, nor where the result is too narrow to gain). It alone changes results by more than
-    rounding in the dtype of computation. quantize: what rounds the operands.
-    unroll: repetitions of layers up to this many are written out, not looped over, which takes longer to compile and
-    runs faster: a loop copies what it keeps for the backward pass, and gradients, into stacks. Two are a tenth faster
-    on CPU and as quick to compile. logit_rows: how many tokens' logits the chunked loss makes at once on one device;
-    each time it adds to the head's whole gradient.
+    fsdp: dense parameters are sharded over (data, context), experts over expert_data. `optimizer` shards master weights
+    and the optimizer's state, and scatters gradients once per step; `gradients` scatters them after each microbatch;
+    `parameters` also shards the parameters, which are gathered layer by layer.
+    buffer_factor: a step that needs more room is reported and changes nothing.
+    schedule: all microbatches forward first (gpipe), each backward as soon as it can be (1f1b), or that with several
+    chunks of the model on each stage (interleaved). Stages are split at the `|` of the pattern, or balanced by FLOPs
+    where it has none; the first embeds, the last computes the heads and the MTP block.
+    remat: all of a layer's activations (full), those that no matrix product or fused kernel makes (elementwise), those
+    large and cheap (selective), those that the formulas of arXiv:2205.05198 do not count (paper); or entries that
+    choose by name, 'name,name' or 'LETTERS:name,name', in which one of these words may stand as well:
+    ('M:conv,gated_norm', '*:core', 'E:full'). Layers that no entry mentions recompute nothing. config/remat.py has the
+    names, Megatron's modules among them, and which layers have them.
+    offload, offload_optimizer: refused where the backend has no separate host memory; offload also with stages. A layer
+    with an offloaded activation recomputes everything that no name stands for.
+    linear: fp8 is not used in the model's first and last layer, nor where the result is too narrow to gain. It alone
+    changes results by more than rounding in the dtype of computation.
+    unroll: writing out takes longer to compile and runs faster: a loop copies what it keeps for the backward pass, and
+    gradients, into stacks. Two are a tenth faster on CPU and as quick to compile.
+    logit_rows: each group of tokens adds to the head's whole gradient.
+    Implementations: the defaults run everywhere; `orogen.kernels` says which are fast on a GPU.
     """
 
-    data: int = 1
-    context: int = 1
-    tensor: int = 1
-    stage: int = 1
-    expert: int = 1
-    expert_tensor: int = 1
-    fsdp: str = "none"
-    fsdp_size: int | None = None
-    dispatch: str = "allgather"
-    capacity_factor: float | None = None
-    drop_policy: str = "position"
-    buffer_factor: float | None = None
-    context_attention: str = "ring"
-    context_ssm: str = "state"
-    shift: str = "permute"
-    schedule: str = "1f1b"
-    virtual: int | None = None
-    microbatches: int = 1
-    unroll: int = 2
-    logit_rows: int = 1024
-    remat: str | tuple[str, ...] = "none"
-    offload: tuple[str, ...] = ()
-    offload_optimizer: bool = False
-    linear: str = "plain"
-    attention: str = "full"
-    ssd: str = "chunked"
-    selective_scan: str = "chunked"
-    causal_conv1d: str = "taps"
-    rms_norm: str = "plain"
-    grouped_matmul: str = "blocks"
-    permutation: str = "gather"
-    quantize: str = "plain"
-    cross_entropy: str = "chunked"
+    # sizes of the parallel axes
+    data: Annotated[int, "data-parallel ranks: each takes its share of the batch's rows"] = 1
+    context: Annotated[
+        int, "context-parallel ranks: where there are several, each holds two parts of every sequence"
+    ] = 1
+    tensor: Annotated[int, "tensor-parallel ranks: they split heads, hidden units, groups and the vocabulary"] = 1
+    stage: Annotated[int, "pipeline stages: each holds segments of the pattern"] = 1
+    expert: Annotated[int, "expert-parallel ranks: each holds its share of the routed experts"] = 1
+    expert_tensor: Annotated[int, "ranks that split the hidden units of each routed expert"] = 1
+    # what is sharded
+    fsdp: Annotated[str, "what is sharded: none, optimizer (ZeRO-1), gradients (ZeRO-2) or parameters (ZeRO-3)"] = (
+        "none"
+    )
+    fsdp_size: Annotated[
+        int | None, "over how many neighbours of (data, context), each group with a whole copy; None: all"
+    ] = None
+    # experts
+    dispatch: Annotated[
+        str, "how tokens reach their experts: allgather, alltoall (padded to capacity) or ragged (no padding)"
+    ] = "allgather"
+    capacity_factor: Annotated[
+        float | None, "rows an expert takes from one source rank, over an even share; None drops nothing"
+    ] = None
+    drop_policy: Annotated[str, "which assignments stay: the first by position, or the largest by probs"] = "position"
+    buffer_factor: Annotated[
+        float | None, "rows a rank has room for in the ragged dispatch, over an even share; None: enough for all"
+    ] = None
+    # context
+    context_attention: Annotated[
+        str, "ring, allgather (keys and values) or alltoall (heads in exchange for sequence)"
+    ] = "ring"
+    context_ssm: Annotated[str, "state (passed from rank to rank) or heads (in exchange for sequence)"] = "state"
+    shift: Annotated[str, "how arrays go from one rank to the next: permute or alltoall"] = "permute"
+    # pipeline and microbatches
+    schedule: Annotated[str, "the order of a pipeline's passes: gpipe, 1f1b or interleaved"] = "1f1b"
+    virtual: Annotated[
+        int | None, "chunks of the model per stage; None: as the pattern's `|` say, else two if interleaved, else one"
+    ] = None
+    microbatches: Annotated[int, "parts that a batch is processed in, one after another"] = 1
+    # memory and compilation
+    unroll: Annotated[int, "repetitions of layers up to this many are written out, not looped over"] = 2
+    logit_rows: Annotated[int, "tokens whose logits the chunked loss computes at once on one device"] = 1024
+    remat: Annotated[
+        str | tuple[str, ...],
+        "what the backward pass recomputes: none, full, elementwise, selective, paper, or names by letter",
+    ] = "none"
+    offload: Annotated[
+        tuple[str, ...], "names of activations that wait in the host's memory for the backward pass"
+    ] = ()
+    offload_optimizer: Annotated[bool, "whether the optimizer's state lives in the host's memory between updates"] = (
+        False
+    )
+    # implementations
+    linear: Annotated[
+        str, "dense products in the dtype of computation (plain) or of operands rounded to 8 bits (fp8)"
+    ] = "plain"
+    attention: Annotated[str, "full (all scores at once), blocked or cudnn"] = "full"
+    ssd: Annotated[str, "recurrence (token by token), chunked or triton"] = "chunked"
+    selective_scan: Annotated[str, "reference (token by token) or chunked"] = "chunked"
+    causal_conv1d: Annotated[str, "taps (a sum of shifted products) or triton"] = "taps"
+    rms_norm: Annotated[str, "plain or triton, also of the gated norm"] = "plain"
+    grouped_matmul: Annotated[str, "reference, blocks, ragged_dot or mosaic"] = "blocks"
+    permutation: Annotated[str, "how tokens are copied to their experts' rows and back: gather or triton"] = "gather"
+    quantize: Annotated[str, "what rounds the operands of fp8: plain or triton"] = "plain"
+    cross_entropy: Annotated[str, "full (all logits at once) or chunked"] = "chunked"
 
     def __post_init__(self) -> None:
         check_types(self)

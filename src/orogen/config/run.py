@@ -1,7 +1,7 @@
 """How a run trains: length, batch, optimizer, schedule and bookkeeping; and `RunConfig`, which holds all parts."""
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
 from orogen.config.checks import (
     ABSENT,
@@ -24,33 +24,31 @@ MAX_LENGTH = 2**20
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Length and bookkeeping of a training run. Intervals are in steps.
+    """Length and bookkeeping of a training run.
 
-    batch_size: rows of the global batch; sequence_length: tokens in a row. compute_dtype: of activations and of the
-    weights' working copies; master weights and gradients' sums are float32 always.
-    carry_states: rows of a batch go on where those of the batch before ended, and Mamba's states and convolutions go on
-    with them, without a gradient from row to row; attention, the multi-token-prediction block and the held-out loss see
-    each row alone.
-    evaluate_rows: held-out rows read at each evaluation (the last one reads the whole split).
-    max_skipped_steps: non-finite steps in a row after which the run stops. ngram_order: order of the Witten-Bell byte
-    model fitted on the very text trained on, for comparison; 0 fits none.
+    compute_dtype: master weights and sums of gradients are float32 always.
+    carry_states: Mamba's states and convolutions continue from row to row, without a gradient between rows; attention,
+    the multi-token-prediction block and the held-out loss see each row alone. ngram_order: the Witten-Bell byte model is
+    fitted on the very text trained on.
     """
 
-    steps: int
-    batch_size: int
-    sequence_length: int
-    seed: int
-    compute_dtype: str = "float32"
-    carry_states: bool = False
-    router_bias_update_rate: float = 1e-3
-    evaluate_every: int = 200
-    evaluate_rows: int = 64
-    checkpoint_every: int = 500
-    keep_checkpoints: int = 2
-    max_skipped_steps: int = 10
-    sample_prompts: tuple[str, ...] = ("",)
-    sample_tokens: int = 128
-    ngram_order: int = 0
+    steps: Annotated[int, "optimizer steps in all"]
+    batch_size: Annotated[int, "rows of the global batch"]
+    sequence_length: Annotated[int, "tokens per row"]
+    seed: Annotated[int, "of parameters and of the order of the data"]
+    compute_dtype: Annotated[str, "of activations and the weights' working copies: float32 or bfloat16"] = "float32"
+    carry_states: Annotated[
+        bool, "whether each row continues the same row of the batch before, with Mamba's states"
+    ] = False
+    router_bias_update_rate: Annotated[float, "how far one step moves the router's correction bias"] = 1e-3
+    evaluate_every: Annotated[int, "steps between evaluations"] = 200
+    evaluate_rows: Annotated[int, "held-out rows per evaluation; the last one reads the whole split"] = 64
+    checkpoint_every: Annotated[int, "steps between checkpoints"] = 500
+    keep_checkpoints: Annotated[int, "how many checkpoints stay on disk"] = 2
+    max_skipped_steps: Annotated[int, "non-finite steps in a row after which the run stops"] = 10
+    sample_prompts: Annotated[tuple[str, ...], "texts that the final samples continue"] = ("",)
+    sample_tokens: Annotated[int, "tokens per sample"] = 128
+    ngram_order: Annotated[int, "order of the byte n-gram model fitted for comparison; 0 fits none"] = 0
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -82,25 +80,23 @@ class TrainConfig:
 class OptimizerConfig:
     """The optimizer and its learning-rate schedule.
 
-    schedule: `cosine` from the peak to min_ratio x peak; `wsd` holds the peak and falls over the last decay_steps as
-    1 - sqrt(progress) (Megatron's minus_sqrt); `constant`. All rise linearly over warmup_steps.
-    muon takes the weight matrices, scaled to AdamW's step size so that one learning rate serves both, and AdamW
-    everything else: vectors, embedding, head, convolutions. beta1, beta2 and epsilon are AdamW's. moment_dtype:
-    in which moments are kept between steps; they are computed with in float32.
+    name: muon takes the weight matrices, scaled to AdamW's step size, and AdamW everything else: vectors, embedding,
+    head, convolutions. schedule: wsd holds the peak and falls over the last decay_steps as 1 - sqrt(progress)
+    (Megatron's minus_sqrt). moment_dtype: moments are computed with in float32.
     """
 
-    name: str = "adamw"
-    learning_rate: float
-    schedule: str = "cosine"
-    warmup_steps: int = 0
-    decay_steps: int = 0
-    min_ratio: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    moment_dtype: str = "float32"
+    name: Annotated[str, "adamw, or muon for the weight matrices and AdamW for everything else"] = "adamw"
+    learning_rate: Annotated[float, "peak of the schedule, the same for both optimizers"]
+    schedule: Annotated[str, "cosine to min_ratio x peak, wsd (holds, then 1 - sqrt(progress)) or constant"] = "cosine"
+    warmup_steps: Annotated[int, "steps of the linear rise to the peak"] = 0
+    decay_steps: Annotated[int, "last steps, over which wsd falls"] = 0
+    min_ratio: Annotated[float, "where cosine and wsd end, as a share of the peak"] = 0.1
+    beta1: Annotated[float, "AdamW's decay of the first moment"] = 0.9
+    beta2: Annotated[float, "AdamW's decay of the second moment"] = 0.95
+    epsilon: Annotated[float, "AdamW's, added to the root of the second moment"] = 1e-8
+    weight_decay: Annotated[float, "decoupled weight decay, multiplied by the learning rate"] = 0.1
+    clip_norm: Annotated[float, "bound of the gradient's global norm"] = 1.0
+    moment_dtype: Annotated[str, "in which moments are kept between steps: float32 or bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -4,12 +4,14 @@ import argparse
 from typing import Any
 
 from orogen.command import Command, add_config_arguments, answer, load_config
+from orogen.config.fields import describe_fields, field_lines
 from orogen.config.run import RunConfig
 from orogen.parallel.runtime import configure
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config_arguments(parser)
+    fields = ("--fields", "list every field that a gin file may bind: type, default, meaning")
+    add_config_arguments(parser, instead=[fields])
     parser.add_argument(
         "--compile", action="store_true", help="what one layer of each type sends, as XLA compiles it, too"
     )
@@ -20,6 +22,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def plan(options: argparse.Namespace) -> int:
     """`orogen plan`."""
+    if options.fields:
+        fields = describe_fields()
+        answer(options, fields, field_lines(fields))
+        return 0
     config, _ = load_config(options, "model")
     from orogen.model.lm import build
     from orogen.parallel.describe import describe_plan, plan_lines
@@ -77,6 +83,7 @@ PLAN = Command(
     examples=(
         "orogen plan --gin_file gin_configs/recipes/quickstart.gin",
         "orogen plan --gin_file gin_configs/recipes/quickstart.gin --compile --memory",
+        "orogen plan --fields",
     ),
     add_arguments=_add_arguments,
     run=plan,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from orogen.config.checks import ConfigError
+from orogen.config.checks import ConfigError, field_types
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.run import RunConfig, TrainConfig
@@ -105,13 +105,13 @@ def _parameters(what: str, model: ModelConfig, size: int) -> Need:
     values = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
     pattern = model.layers
     total, settings = count(model), {"ModelConfig.pattern": len(pattern.main + pattern.mtp)}
-    for field in dataclasses.fields(model):
-        if field.type is int and values[field.name]:
-            doubled: Any = SimpleNamespace(**{**values, field.name: 2 * values[field.name]}, layers=pattern)
+    for field, kind in field_types(ModelConfig).items():
+        if kind is int and values[field]:
+            doubled: Any = SimpleNamespace(**{**values, field: 2 * values[field]}, layers=pattern)
             doubled.expert_width = doubled.moe_latent_size or doubled.hidden_size
             doubled.routed_expert_bias, doubled.shared_expert_bias = model.routed_expert_bias, model.shared_expert_bias
             if count(doubled) >= 1.5 * total:
-                settings[f"ModelConfig.{field.name}"] = values[field.name]
+                settings[f"ModelConfig.{field}"] = values[field]
     return Need(what, size, settings)
 
 
