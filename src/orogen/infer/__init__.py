@@ -1,1 +1,7 @@
-"""Reading and running trained models."""
+"""Reading and running trained models.
+
+`orogen score` takes `--segments`, which names the documents of each row (runs of equal ids) and padding (0).
+
+Generation recomputes the whole sequence for every token; there is no cache yet. Nothing is dropped, whatever capacity a
+run was trained with.
+"""

@@ -1,1 +1,30 @@
-"""The models: Flax NNX modules that know logical axis names and never a mesh."""
+"""The models: Flax NNX modules that know logical axis names and never a mesh.
+
+**Repeated layers** are scanned. `block.py` folds the pattern into nested repetitions with the fewest distinct layers:
+the 52 layers of Nemotron 3 Nano compile as 10.
+
+**Layer types differ by configuration**, not by class: attention (`*`, with a window `w`) has rotary positions with
+YaRN, QK-norm, biases and sinks as its config says; MLP and experts are gated or not; routers score by sigmoid or
+softmax. There is a second class where the mathematics is another (`+`, DeepSeek's latent attention; `m`, Mamba-1).
+
+**What is recomputed has a name.** A layer under a policy by name keeps its input and every name but those chosen
+(`config/remat.py` lists the names, Megatron's modules among them).
+
+**Stages.** A stage keeps its layers by letter, one array per parameter; the array has as many rows as the chunk with
+the most layers of that letter, so stages of unlike layers hold rows of zeros (four stages that have one type of layer
+each hold as much as one device would). Embedding and head are one array over the stages: stage 0 holds the embedding in
+its row, the last stage holds the head. Arrays of one mesh have one shape, so the stages between have room for one too.
+Where the last stage needs both (tied, or with an MTP block, which embeds too), each is on every stage, as are the
+block's own matrices, and their gradients are summed over the stages. A state that continues with other stages, and
+whole parameters that begin on stages, wait split over the stages' devices until they are laid out again.
+
+**Mamba-2's time step is clipped only as `time_step_limit` of a checkpoint says** (`ModelConfig.time_step_min`,
+`time_step_max`). transformers 5.23 clips at its `time_step_min` when it reads a whole sequence and not at all when it
+decodes; tests undo the first.
+
+**Add a layer.** A layer is one letter of the pattern. Write the mixer here: parameters in `__init__` through
+`orogen.layers.parameter`, each with its logical axis names; the mathematics in `__call__`, in one device's shapes,
+communicating only through `plan.gather`, `plan.scatter`, `plan.sum`, … Then add its letter to `config/model.py` and to
+`_mixer` in `model/block.py`, its FLOPs to `simulate/flops.py`, the names of its intermediates to `config/remat.py`, its
+tensors' names to `convert/mixers.py` if checkpoints have it, and run `orogen verify` on a pattern that has it.
+"""

@@ -1,0 +1,42 @@
+"""The README and the other pages that it links to: short, and true of the command line and the files."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from orogen.cli import make_parser
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "experiments/README.md", "CHANGELOG.md", *map(str, ROOT.glob("experiments/*/README.md")))
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"^orogen .*$", README, flags=re.MULTILINE)
+
+
+def test_the_readme_takes_ten_minutes():
+    assert len(README.splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[Path(page).parent.name or page for page in PAGES])
+def test_links_lead_somewhere(page):
+    folder, text = (ROOT / page).parent, (ROOT / page).read_text()
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
+    assert [link for link in links if not (folder / link).exists()] == []
+
+
+def test_files_that_the_readme_names_exist():
+    named = re.findall(r"`((?:src|gin_configs|experiments)/[\w./]+)`", README)
+    named += [f"src/orogen/{file}" for file in re.findall(r"^\d\. `([\w./]+)`", README, flags=re.MULTILINE)]
+    assert len(named) > 10 and [file for file in named if not (ROOT / file).exists()] == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_of_the_readme_are_commands(command):
+    _, *arguments = shlex.split(command)
+    assert make_parser().parse_args(arguments)
+
+
+def test_the_readme_names_every_task():
+    (tasks,) = (action for action in make_parser()._actions if action.dest == "==SUPPRESS==" and action.choices)
+    assert COMMANDS and [task for task in tasks.choices if f"`orogen {task} " not in README] == []
