@@ -244,7 +244,9 @@ def test_steps_and_evaluation_are_compiled_without_products_in_16_bits(linear, e
     assert asked == [expected, expected]
 
 
-@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU: JAX_PLATFORMS=cuda,cpu; see orogen.kernels")
+@pytest.mark.skipif(
+    jax.default_backend() != "gpu", reason="needs an NVIDIA GPU: JAX_PLATFORMS=cuda,cpu; see orogen.kernels"
+)
 @pytest.mark.parametrize("quantize", ["plain", "triton"])
 def test_a_gpu_multiplies_in_fp8(quantize):
     """Each product is one call of cuBLASLt with operands of 8 bits: one forward for each weight, two backward."""

@@ -1,6 +1,6 @@
 """What kernels written for Pallas' Triton backend share: starting them, and tiles that overhang an array.
 
-Triton's tiles have sizes that are powers of two; what of a tile lies outside the array is masked.
+Triton's tiles have sizes that are powers of two; the part of a tile outside the array is masked.
 """
 
 import jax

@@ -7,9 +7,9 @@ import jax
 
 
 def from_inputs(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, of which the backward pass finds the inputs alone and makes the rest again.
+    """`function`, whose backward pass keeps the inputs alone and recomputes the rest.
 
-    For elementwise work, of which autodiff keeps several arrays, in float32 where it computes in it.
+    For elementwise work, of which autodiff would keep several arrays, in float32 where that is computed in.
     """
-    # Nothing keeps XLA from taking both makings as one where it has room: they give the same.
+    # Nothing keeps XLA from merging both computations where it has room: they give the same.
     return jax.checkpoint(function, prevent_cse=False)

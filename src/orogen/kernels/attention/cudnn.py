@@ -16,8 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 from orogen.kernels.attention.blocked import attention_blocked
 from orogen.parallel.varying import vary_like
 
-# Runs of a row that the packed form has room for, a whole batch at once or one row and key head after the other. Its
-# gradient works in 8 t h k bytes a run, of all heads or of one key head's h.
+# How many runs per row the packed form has room for: with a whole batch at once, and with one row and key head after
+# the other. Its gradient needs 8 t h k bytes per run, with h all heads or those of one key head.
 FEW, RUNS = 8, 32
 SEED, DROPOUT, NO_BIAS = 42, 0.0, (False, False)
 
@@ -35,12 +35,12 @@ def attention_cudnn(
     scale: float,
     window: int | None,
 ) -> Array:
-    """See `attention`, on an NVIDIA GPU, in bfloat16 or float16. The indices are taken to be 0, 1, ... and the keys'
-    segments the queries'.
+    """See `attention`, on an NVIDIA GPU, in bfloat16 or float16. The indices are assumed to be 0, 1, ..., and the
+    keys' segments to be the queries'.
 
-    Rows of one run take cuDNN's plain form and rows of up to RUNS its packed one, decided as the program runs: of up to
-    FEW all at once, else one after the other. A batch with a row of more runs is computed by blocks, which is right and
-    slow.
+    The program chooses as it runs. Rows of one run take cuDNN's plain form, rows of up to RUNS its packed form: all
+    rows at once if none has more than FEW runs, else one after the other. A batch that has a row of more runs is
+    computed by blocks, which is correct but slow.
     Raises ValueError for what cuDNN's form lacks: a window, sinks, other lengths of keys, other dtypes, no GPU.
     """
     del kv_segments_bs, q_index, k_index  # checked by the caller to be the queries' own
@@ -61,8 +61,8 @@ def _attend(q_bthk: Array, k_btgk: Array, v_btgk: Array, segments_bt: Array, sca
 
 
 def _forward(q_bthk, k_btgk, v_btgk, segments_bt, scale):
-    """The outputs and cuDNN's statistics of the softmax (FEW b, h, t): of the batch's rows if each is one run, of its
-    runs if they are few, else zeros."""
+    """The outputs and cuDNN's statistics of the softmax (FEW b, h, t): of the batch's rows if each is one run, of
+    its runs if they are few, else zeros."""
     batch, time, heads, _ = q_bthk.shape
     operands = (q_bthk, k_btgk, v_btgk, segments_bt)
     none = jnp.zeros((FEW * batch, heads, time), jnp.float32)
@@ -80,7 +80,7 @@ def _forward(q_bthk, k_btgk, v_btgk, segments_bt, scale):
 
     branches = (kept(False), kept(True), other(_packed), other(_blocked))
     y_bthk, statistics_mht = lax.switch(_form(segments_bt), branches, *operands)
-    # Named, so that a policy of rematerialisation can keep them: it would else look into the branches.
+    # Named, so that a policy of rematerialisation can keep them; otherwise it would look into the branches.
     y_bthk, statistics_mht = (checkpoint_name(a, "attention") for a in (y_bthk, statistics_mht))
     return y_bthk, (*operands, y_bthk, statistics_mht)
 
@@ -102,7 +102,7 @@ def _backward(scale, saved, dy_bthk):
         return run
 
     def other(function):
-        # Computed again: what these forms keep is many times what they compute.
+        # Recomputed: what these forms keep is many times what they compute.
         def run(q_bthk, k_btgk, v_btgk, segments_bt, _y, _statistics, dy_bthk):
             run_forward = lambda q, k, v: function(q, k, v, segments_bt, scale=scale)  # noqa: E731
             return vary_like(jax.vjp(run_forward, q_bthk, k_btgk, v_btgk)[1](dy_bthk), operands)
@@ -161,7 +161,7 @@ def _runs(segments_bt: Array, most: int) -> tuple[Array, Array]:
 
 
 def _packed(q_bthk: Array, k_btgk: Array, v_btgk: Array, segments_bt: Array, *, scale: float) -> Array:
-    """One row and key head after the other, for cuDNN's working memory grows with both."""
+    """One row and key head after the other, since cuDNN's working memory grows with both."""
     batch, time, heads, size = q_bthk.shape
     groups = k_btgk.shape[2]
     split = lambda a, n: jnp.moveaxis(a.reshape(batch, time, groups, n, size), 2, 1).reshape(-1, 1, time, n, size)  # noqa: E731

@@ -28,11 +28,11 @@ def attention_full(
 ) -> Array:
     """See `attention`: holds (b, h, t, s) scores, and for the gradient the softmax's output in v's dtype.
 
-    name: by which a policy of recomputation knows that output; None hides it.
+    name: under which a policy of recomputation knows that output; None hides it.
     """
     batch, queries, heads, size = q_bthk.shape
     groups = k_bsgk.shape[2]
-    # Queries in groups, so that keys and values are read where they are instead of repeated.
+    # Queries are grouped by key head, so that keys and values are read in place instead of being repeated.
     q_btgrk = q_bthk.reshape(batch, queries, groups, heads // groups, size)
     visible_bts = segments_bt[:, :, None] == kv_segments_bs[:, None, :]
     visible_bts &= k_index[..., None, :] <= q_index[..., :, None]
@@ -43,7 +43,7 @@ def attention_full(
     return y_btgrk.reshape(batch, queries, heads, -1)
 
 
-# The gradient is written out, so that of the arrays (t, s) it finds one and not seven.
+# The gradient is written out, so that it keeps one array (t, s) and not seven.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -73,7 +73,7 @@ def _backward(scale, name, saved, dy_btgrk):
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
     dv_bsgk = product("bgrts,btgrk->bsgk", p_bgrts, dy_btgrk.astype(p_bgrts.dtype))
     dp_bgrts = product("btgrk,bsgk->bgrts", dy_btgrk, v_bsgk)
-    # What the normalisation takes back, of all that a query reads.
+    # The normalisation's share of the gradient, summed over all keys that a query reads.
     delta_bgrt = product("bgrts,bgrts->bgrt", p_bgrts, dp_bgrts)
     ds_bgrts = (scale * p_bgrts * (dp_bgrts - delta_bgrt[..., None])).astype(k_bsgk.dtype)
     dq_btgrk = product("bgrts,bsgk->btgrk", ds_bgrts, k_bsgk)

@@ -31,7 +31,7 @@ def causal_conv1d(
     activation: str = "none",
     implementation: str,
 ) -> Array:
-    """y_t = act(bias + sum_k w[:, k] x_{t - (K-1) + k}), in x's dtype, all in float32 before. (b, t, c)
+    """y_t = act(bias + sum_k w[:, k] x_{t - (K-1) + k}), (b, t, c), computed in float32, returned in x's dtype.
 
     `w_ck[:, -1]` multiplies the current token. `halo_bkc` holds the K-1 inputs before the first token, oldest first
     (zero if None). With `segments_bt`, a tap that would read across a change of segment reads zero;

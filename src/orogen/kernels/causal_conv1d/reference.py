@@ -1,4 +1,4 @@
-"""The depthwise causal convolution, plain: a product and a sum a tap.
+"""The depthwise causal convolution, plain: one product and one sum per tap.
 
 Axes: b batch, t time, c channels, k taps.
 """

@@ -2,9 +2,10 @@
 
 Axes: b batch, t time, c channels, k taps, i blocks of tokens.
 
-A program walks over a block of tokens with the last inputs in registers, so that every input is read once; backward, it
-walks in the same direction with the gradients of the last inputs, to which later tokens still add. What the activation
-needs is computed again: nothing but the operands is kept.
+Tiling: the grid is (tiles of channels, blocks of TOKENS tokens, rows). A program walks over its block token by token
+and holds the last k inputs of its channels in registers, so that every input is read once. Backward, it walks in the
+same direction and holds the gradients of the last inputs, to which later tokens still add. What the activation needs is
+recomputed: nothing but the operands is kept.
 """
 
 import functools
@@ -26,7 +27,7 @@ WARPS = 4
 
 
 class Launch(NamedTuple):
-    """How to cut and run."""
+    """Tile sizes and how to run."""
 
     activation: str
     tokens: int
@@ -55,7 +56,7 @@ def causal_conv1d_triton(
     before, channels = w_ck.shape[1] - 1, x_btc.shape[2]
     if halo_bkc is not None:
         x_btc = jnp.concatenate([halo_bkc, x_btc], axis=1)
-        # What the halo's own outputs would be is not read.
+        # The halo's own outputs are not read.
         reach_bt = jnp.pad(reach_bt, ((0, 0), (before, 0)))
     columns = min(COLUMNS, pl.next_power_of_2(channels))
     launch = Launch(activation, TOKENS, STEP, columns, WARPS, interpret)
@@ -88,7 +89,7 @@ def _backward(launch, operands, dy_btc):
         ),
     }
     results = _call(_backward_kernel, launch, (*operands, dy_btc), outputs)
-    # Each program's share of the gradients of the weights and, in the last row, of the bias.
+    # Each program's share of the gradient of the weights; the last row is that of the bias.
     dw_kc = jnp.sum(results["dw"], axis=(0, 1))
     return results["dx"], dw_kc[:taps], dw_kc[taps], None
 

@@ -38,12 +38,12 @@ def cross_entropy(
 
         sum_n w_n (log sum_v exp(x_n . head_v) - x_n . head_target(n))
 
-    Logits accumulate and the softmax runs in float32 whatever the inputs are. `head_dv` may be one rank's columns of
-    the vocabulary, the first being number `vocab_start`: then `reduce_max` and `reduce_sum` combine float32 (n,) over
-    the ranks, and every rank returns the same loss. A token of weight 0 has a gradient of exactly zero and may have
-    any target; other targets must exist. No gradient flows into `weights_n`. Columns from number `vocab_size` on, over
-    all ranks, are none of the vocabulary's: they take no part, and have a gradient of zero (None: all take part).
-    `chunk` is how many tokens' logits exist at a time: memory and speed only, and "full" ignores it.
+    Logits accumulate and the softmax runs in float32 whatever the inputs are. `head_dv` may hold one rank's columns of
+    the vocabulary, of which the first is number `vocab_start`; then `reduce_max` and `reduce_sum` combine float32 (n,)
+    over the ranks, and every rank returns the same loss. A token of weight 0 has a gradient of exactly zero and may
+    have any target; other targets must exist. No gradient flows into `weights_n`. Columns from number `vocab_size` on,
+    counted over all ranks, are padding: they take no part and have a gradient of zero (None: all take part).
+    `chunk` is how many tokens' logits exist at a time; it changes memory and speed only, and "full" ignores it.
 
     Raises ValueError if the shapes disagree or a name or size is unknown.
     """

@@ -1,7 +1,7 @@
-"""Cross-entropy by chunks of tokens, whose gradient is made beside the loss: logits are computed once.
+"""Cross-entropy by chunks of tokens, whose gradient is computed beside the loss: logits are computed once.
 
 The gradient of a scalar needs only scaling later, so each chunk adds its part while its logits exist: three
-products, against four where the backward pass computes logits again, and nothing of a chunk is kept.
+products, against four where the backward pass recomputes the logits, and nothing of a chunk is kept.
 
 Axes: n tokens (inside a step, of one chunk), d model, v vocabulary of this rank, c chunks.
 """
@@ -27,7 +27,7 @@ def cross_entropy_chunked(
     reduce_max: Reduce,
     reduce_sum: Reduce,
 ) -> Array:
-    """See `cross_entropy`: never holds more than (chunk, v) logits, nor takes them twice.
+    """See `cross_entropy`: never holds more than (chunk, v) logits, and computes them once.
 
     The head's gradient is summed over chunks in float32, so a differentiated call holds one float32 (d, v) besides.
     """
@@ -75,7 +75,7 @@ _loss.defvjp(_forward, _backward)
 
 
 def _split(operands: tuple[Array, ...], chunk: int) -> tuple[Array, ...]:
-    """Cuts axis n into (c, n); the last chunk is filled with zeros, which are tokens of weight zero."""
+    """Splits axis n into (c, n); the last chunk is padded with zeros, which are tokens of weight zero."""
 
     def split(a_n: Array) -> Array:
         padding = [(0, -len(a_n) % chunk), *[(0, 0)] * (a_n.ndim - 1)]

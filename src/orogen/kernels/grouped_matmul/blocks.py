@@ -33,7 +33,7 @@ def grouped_matmul_blocks(rows_nd: Array, weights_edf: Array, group_sizes: Array
 
 
 def split_groups(group_sizes: Array, *, rows: int, block: int) -> Blocks:
-    """Cuts the groups into blocks of at most `block` rows; there are at most ceil(rows / block) + e."""
+    """Splits the groups into blocks of at most `block` rows; there are at most ceil(rows / block) + e."""
     blocks_e = (group_sizes + block - 1) // block
     last_e, ends_e = jnp.cumsum(blocks_e), jnp.cumsum(group_sizes)
     index_i = jnp.arange(-(-rows // block) + len(group_sizes), dtype=jnp.int32)

@@ -15,7 +15,7 @@ from orogen.kernels.grouped_matmul.mosaic_kernels import ALIGNMENT, CHUNK, ROWS,
 from orogen.parallel.varying import vary_like
 
 MULTIPROCESSORS = 132  # of an H100
-SMALLEST = ROWS  # rows and widths: copies of more than there is of an array give nothing
+SMALLEST = ROWS  # rows and widths: a copy of more than the array has gives nothing
 DTYPES = (jnp.bfloat16, jnp.float16)
 
 
@@ -34,8 +34,8 @@ def grouped_matmul_mosaic(
 ) -> Array:
     """`grouped_matmul` on an NVIDIA Hopper GPU. `interpret` (of Pallas) runs the same kernels anywhere, very slowly.
 
-    Widths that are not multiples of 64, or below 128, are padded, which copies both operands; what is made of the
-    weights may be held from the forward pass to the backward one, whatever is recomputed.
+    Widths that are not multiples of 64, or below 128, are padded, which copies both operands; the padded
+    weights may be kept from the forward to the backward pass, whatever is recomputed.
     Raises ValueError without such a GPU, and unless both operands are bfloat16 or both float16.
     """
     if interpret is None:
@@ -66,20 +66,20 @@ def _require_hopper() -> None:
 
 
 def _pad(array: Array, *sizes: tuple[int, int]) -> Array:
-    """Each axis to a least size, and to a multiple."""
+    """Pads each axis to a least size and to a multiple: (size, multiple) per axis."""
     pairs = zip(array.shape, sizes, strict=True)
     widths = [(0, max(size, least) + -max(size, least) % multiple - size) for size, (least, multiple) in pairs]
     return jnp.pad(array, widths) if any(after for _, after in widths) else array
 
 
 def split_groups(group_sizes: Array, *, rows: int, block: int) -> Blocks:
-    """Cuts the groups, and the rows left over as a group of their own, into blocks that begin at aligned rows.
+    """Splits the groups, and the rows left over as a group of their own, into blocks that begin at aligned rows.
 
-    A group that begins amid 8 rows has its first block begin with them, and only its own rows count there.
+    Where a group begins inside 8 aligned rows, its first block begins with them, and only its own rows count there.
     """
     sizes_e = jnp.concatenate([group_sizes, rows - jnp.sum(group_sizes, keepdims=True)])
     groups = len(sizes_e)
-    # Sums and searches by comparing all with all: one fused kernel each, where scans and sorts are several.
+    # Sums and searches compare all with all: one fused kernel each, where scans and sorts would be several.
     earlier_ee = jnp.arange(groups)[:, None] >= jnp.arange(groups)
     ends_e = jnp.sum(jnp.where(earlier_ee, sizes_e, 0), axis=1, dtype=jnp.int32)
     starts_e = ends_e - sizes_e
@@ -97,7 +97,7 @@ def split_groups(group_sizes: Array, *, rows: int, block: int) -> Blocks:
 def choose_tile(out: int) -> Tile:
     """The faster of two tiles for results of `out` columns, a multiple of CHUNK and not below SMALLEST.
 
-    Columns past the end are work too, of which tiles in turns do 1.08 times as much in the same time: the mean, from
+    Columns past the end are work too. Tiles in turns do 1.08 times as much work in the same time: the mean, from
     1.02 to 1.11, of outputs and both gradients on an H100 (98,304 rows; 128 groups, 2688 -> 1856, and 64 groups,
     2048 -> 1024 and back).
     """

@@ -2,11 +2,11 @@
 
 Axes: n rows, d width in, f width out, e groups, i blocks of rows.
 
-Both kernels have the same form. One program a multiprocessor walks over its share of the output's tiles. One of its
-warpgroups does nothing but copy: it runs ahead of the products through a ring of `stages` buffers, over the ends of
-tiles too, so that the next tile's operands arrive while this one's result is stored. Two warpgroups multiply, and store
-through shared memory: each one half of every tile or, in turns, every other tile, so that one multiplies while the
-other stores.
+Both kernels have the same form. One program per multiprocessor walks over its share of the output's tiles. One of its
+warpgroups only copies: it runs ahead of the products through a ring of `stages` buffers, across the ends of tiles, so
+that the next tile's operands arrive while this tile's result is stored. Two warpgroups multiply, and store through
+shared memory. Each takes one half of every tile or, in turns, every other tile, so that one multiplies while the other
+stores.
 
 Sums run in one order, in float32, so results repeat to the bit, and do not depend on where a row lies in a block.
 """
@@ -27,7 +27,7 @@ from orogen.parallel.varying import kernel_index
 ROWS = 128  # of the output that a program works on at once
 STEP = 64  # numbers of the contracted axis that one buffer holds: a row of 128 bytes, the widest swizzle
 CHUNK = 64  # rows and columns that a warpgroup stores at once
-ALIGNMENT = 8  # of rows in swizzled buffers, and so of the rows that copies into and out of them begin with
+ALIGNMENT = 8  # of rows in swizzled buffers, and so of the first rows of copies into and out of them
 MULTIPLIERS, COPIER = 2, 2  # warpgroups that multiply, and the one after them
 COPIER_REGISTERS, MULTIPLIER_REGISTERS = 40, 232
 
@@ -55,7 +55,7 @@ class Tile:
         return 0 if self.turns else pl.multiple_of(warpgroup * self.rows, self.rows)
 
     def under(self, interpret: Any, programs: int) -> "Tile":
-        """The same, run so."""
+        """The same tile with other settings of how it runs."""
         return dataclasses.replace(self, interpret=interpret, programs=programs)
 
 
@@ -153,8 +153,8 @@ def multiply_weights(left_nd: Array, right_nf: Array, start_e: Array, stop_e: Ar
                 def _():
                     _keep_rows(left_ref, tile.rows, start - here, stop - here)
 
-                    # Rows of no group may hold anything, and zero times NaN is NaN: those are cleared on both sides.
-                    # The right one, which both warpgroups read of a halved tile, both write: the same numbers.
+                    # Rows of no group may hold anything, and zero times NaN is NaN: they are cleared on both sides.
+                    # Both warpgroups of a halved tile read the right operand, and both write the same numbers to it.
                     @pl.when(here + STEP > used)
                     def _():
                         _keep_rows(right_ref, tile.columns, start - here, stop - here)
@@ -187,7 +187,7 @@ def _run(tile: Tile, total: Array, work_of: Callable[[Array], Work], scratch: di
     program, warpgroup = kernel_index("program"), kernel_index("warpgroup")
 
     def each_tile(act: Callable[[Array, Array, Work], None]) -> Array:
-        """Calls act(whose turn it is, products before, work) for each tile; gives the number of all products."""
+        """Calls act(whose turn it is, products before, work) for each tile; returns the number of all products."""
 
         def one(number: Array, done: Array) -> Array:
             work = work_of(program + number * tile.programs)
@@ -216,7 +216,7 @@ def _run(tile: Tile, total: Array, work_of: Callable[[Array], Work], scratch: di
 
         done = each_tile(copy)
 
-        # Barriers must be left as they were found.
+        # Barriers must end in the state in which they began.
         @pl.loop(jnp.maximum(done - tile.stages, 0), done)
         def _(step):
             plgpu.barrier_wait(consumed.at[lax.rem(step, tile.stages)])
@@ -234,7 +234,7 @@ def _run(tile: Tile, total: Array, work_of: Callable[[Array], Work], scratch: di
                     plgpu.wgmma(sum_ref, *work.operands(step, rows, left_ref.at[slot], right_ref.at[slot]))
                     plgpu.wgmma_wait(1)
 
-                    # One product stays under way; the one before has been waited for.
+                    # One product stays in flight; the one before it has been waited for.
                     @pl.when(step > 0)
                     def _():
                         plgpu.barrier_arrive(consumed.at[lax.rem(done + step - 1, tile.stages)])
@@ -284,7 +284,7 @@ def _store(tile: Tile, total_rc: Array, warpgroup: Array, results: Any, target: 
             plgpu.copy_smem_to_gmem(slot, out_ref.at[place(here, CHUNK, column)])
 
     def store_some(row: int, start: Array, stop: Array) -> None:
-        # The copy engine takes sizes known at compile time: powers of two, of which each number of rows is a sum.
+        # The copy engine takes sizes known at compile time: each number of rows is copied as a sum of powers of two.
         slot = some_ref.at[warpgroup, 0]
         for column in across:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -9,13 +9,13 @@ from jax import numpy as jnp
 
 
 def grouped_matmul_ragged_dot(rows_nd: Array, weights_edf: Array, group_sizes: Array) -> Array:
-    """See `grouped_matmul`. On CPU it is expanded to every weight times every row: right, and slow.
+    """See `grouped_matmul`. On CPU it is expanded to every weight times every row: correct but slow.
 
     Raises ValueError on a GPU, where jax expands it in the same way, into memory that real sizes do not have.
     """
     if jax.default_backend() == "gpu":
         raise ValueError("implementation='ragged_dot' multiplies every row by every weight on a GPU: expected 'blocks'")
-    # What lies beyond the groups is undefined by the operation: masked on both sides, so in both gradients.
+    # The operation leaves rows beyond the groups undefined: they are masked on both sides, so in both gradients.
     used_n1 = (jnp.arange(len(rows_nd)) < jnp.sum(group_sizes))[:, None]
     rows_nd = jnp.where(used_n1, rows_nd, 0)
     out_nf = lax.ragged_dot(rows_nd, weights_edf, group_sizes, preferred_element_type=jnp.float32)

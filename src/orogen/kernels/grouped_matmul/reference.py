@@ -1,4 +1,4 @@
-"""Grouped matrix product, slow and obvious: every group's weight on every row, the others' rows masked.
+"""Grouped matrix product, slow and obvious: every group's weight times every row, with the rows of other groups masked.
 
 Axes: n rows, d width in, f width out, e groups.
 """
@@ -10,7 +10,7 @@ from orogen.parallel.varying import vary_like
 
 
 def grouped_matmul_masked(rows_nd: Array, weights_edf: Array, group_sizes: Array) -> Array:
-    """See `grouped_matmul`: e times its work, so for tests."""
+    """See `grouped_matmul`: e times the work, so only for tests."""
     ends_e = jnp.cumsum(group_sizes)
     row_n = jnp.arange(len(rows_nd))
 
@@ -21,7 +21,7 @@ def grouped_matmul_masked(rows_nd: Array, weights_edf: Array, group_sizes: Array
         product_nf = jnp.matmul(jnp.where(mine_n1, rows_nd, 0), weight_df, preferred_element_type=jnp.float32)
         return jnp.where(mine_n1, product_nf, out_nf), None
 
-    # A loop that is not written out: the program of hundreds of groups takes no longer to compile than that of one.
+    # A loop and not written out: hundreds of groups take no longer to compile than one.
     out_nf = vary_like(jnp.zeros((len(rows_nd), weights_edf.shape[2]), jnp.float32), rows_nd)
     out_nf, _ = lax.scan(take, out_nf, (weights_edf, ends_e, group_sizes))
     return out_nf.astype(rows_nd.dtype)

@@ -1,10 +1,9 @@
-"""Rows of tokens put in the order of their experts, and added up again, by implementation name.
+"""Copies of tokens sorted by expert, and their weighted sums per token, by implementation name.
 
 Axes: n tokens, k choices of a token, r rows, d width.
 
-`slots_nk` holds the row of each assignment, `source_r` the flat assignment (token · k + choice) of each row: they are
-each other's inverse, and an index past the end means none. So forward and backward, rows are gathered and no sum
-scatters.
+`slots_nk` holds the row of each assignment, `source_r` the flat assignment (token · k + choice) of each row: each is
+the inverse of the other, and an index past the end means none. So both passes gather rows, and no sum scatters.
 """
 
 import functools

@@ -1,10 +1,10 @@
-"""The permutation of rows in Triton kernels, for NVIDIA GPUs: each token once, with all its rows.
+"""The permutation of rows in Triton kernels, for NVIDIA GPUs: each token is read once, with all its rows.
 
 Axes: n tokens, k choices of a token, r rows, d width.
 
-Two kernels, each the other's gradient: `spread` writes a token's row, times a weight each, to the places of its k
-assignments; `collect` adds up what lies at those places, times a weight each. Every row belongs to at most one
-assignment, so that no two programs write one; rows of no assignment are zeroed on the way.
+Two kernels, each the other's gradient: `spread` writes a token's row, times a weight per assignment, to
+the rows of its k assignments; `collect` adds up what those rows hold, times the weights. Every row belongs to at most
+one assignment, so that no two programs write one; rows of no assignment are zeroed on the way.
 """
 
 import functools
@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 
 from orogen.kernels.pallas_triton import call, inside, load, require_gpu, store
 
-COLUMNS = 1024  # taken at once: 16 bytes a thread of two-byte elements
+COLUMNS = 1024  # taken at once: 16 bytes per thread for two-byte elements
 WARPS = 4
 WIDE = ("x", "other", "rows", "y")  # what is d wide
 

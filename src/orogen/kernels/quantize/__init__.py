@@ -1,4 +1,4 @@
-"""Rounding of a matrix to 8 bits, as it lies and turned round, by implementation name.
+"""Rounding of a matrix to 8 bits, as it is and transposed, by implementation name.
 
 Axes: n rows, f columns.
 """
@@ -23,8 +23,8 @@ IMPLEMENTATIONS = {
 def quantize(parts: Sequence[Array], scale: Array, kind: Any, *, implementation: str) -> tuple[Array, Array]:
     """The matrix of `parts` (n, f_i) side by side, over `scale`, rounded to nearest even in `kind`; and its transpose.
 
-    (n, f) and (f, n), both in rows: a product of two operands in 8 bits reads each along the axis that it sums over, so
-    a training step needs both. scale: a power of two, float32, by which no element of the parts exceeds what `kind`
+    (n, f) and (f, n), both row-major: a product of two operands in 8 bits reads each along the axis that it sums over,
+    so a training step needs both. scale: a power of two, float32, by which no element of the parts exceeds what `kind`
     holds, or NaN, which makes all NaN. No gradient.
 
     Raises ValueError if the name is unknown, the parts' rows differ, or the implementation cannot run here.

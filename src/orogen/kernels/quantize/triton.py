@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 
 from orogen.kernels.pallas_triton import both, call, inside, load, require_gpu, store
 
-# Of a program; of those tried on an H100 the fastest in sum over 2048, 4096 and 10,240 columns of 16,384 rows.
+# Of a program; of the tiles tried on an H100 the fastest in sum over 2048, 4096 and 10,240 columns of 16,384 rows.
 ROWS, COLUMNS, WARPS = 64, 128, 8
 
 

@@ -1,4 +1,4 @@
-"""RMS norm as its formula says.
+"""RMS norm by its formula.
 
 Axes: n tokens, g groups, c channels (of one group, beside g).
 """

@@ -2,7 +2,8 @@
 
 Axes: n tokens, c channels (inside a kernel, of one group), r tokens taken at once, i blocks of tokens.
 
-A program takes a block of tokens of one group. Nothing but the operands is kept: with u = x silu(z), m = mean(u²) + ε
+Tiling: the grid is (groups, blocks of TOKENS tokens); a program takes its block in steps of TILE elements, which are
+whole tokens of one group. Nothing but the operands is kept: with u = x silu(z), m = mean(u²) + ε
 and v = weight · dy,
 
     du = (v - u mean(u v) / m) / sqrt(m)        dweight = sum_n dy u / sqrt(m)
@@ -27,7 +28,7 @@ WARPS = 4
 
 
 class Launch(NamedTuple):
-    """How to cut and run: a program takes `tokens` in steps of `rows`."""
+    """Tile sizes and how to run: a program takes `tokens` in steps of `rows`."""
 
     group_size: int
     epsilon: float

@@ -2,10 +2,10 @@
 
 Axes: b batch, t time, i channels, n state, c chunks, q position in a chunk.
 
-Inside a chunk the recurrence runs a token at a time: each (channel, state) pair has a decay of its own, so there is no
-matrix product to make of it as in Mamba-2, and an associative scan does log(q) times the work. On a CPU with 2 threads
-(jax 0.10.1, b 4, t 256, i 256, n 16) forward and backward take 11 ms and 6 MB so in chunks of 32, 50 ms and 16 MB by
-associative scans in chunks of 16; the reference takes 53 ms and 72 MB.
+Inside a chunk the recurrence runs one token at a time: each (channel, state) pair has its own decay, so it cannot be
+written as a matrix product as in Mamba-2, and an associative scan does log(q) times the work. On a CPU with 2 threads
+(jax 0.10.1, b 4, t 256, i 256, n 16) forward and backward take 11 ms and 6 MB in this way with chunks of 32, 50 ms and
+16 MB by associative scans in chunks of 16; the reference takes 53 ms and 72 MB.
 """
 
 from functools import partial
@@ -27,9 +27,9 @@ def selective_scan_chunked(
     *,
     chunk_size: int,
 ) -> tuple[Array, Array]:
-    """`selective_scan` by chunks of `chunk_size` tokens; the last one is filled up with steps of length zero.
+    """`selective_scan` by chunks of `chunk_size` tokens; the last one is padded with steps of length zero.
 
-    The backward pass runs each chunk forward once more and holds its `chunk_size` states, beside one state a chunk.
+    The backward pass runs each chunk forward once more and holds its `chunk_size` states, beside one state per chunk.
     """
     time = x_bti.shape[1]
     width = min(chunk_size, time)
@@ -38,7 +38,7 @@ def selective_scan_chunked(
     # A row's first token continues the initial state, so it never counts as a change.
     restarts_bt = jnp.pad(changes_bt, ((0, 0), (1, 0)))
 
-    # Checkpointed, so that a step keeps the state that enters it and not its decays and products as well.
+    # Checkpointed, so that a step keeps only the state that enters it, not its decays and products.
     @partial(jax.checkpoint, prevent_cse=False)
     def step(state_bni: Array, token: tuple[Array, ...]) -> tuple[Array, Array]:
         x_bi, dt_bi, B_bn, C_bn, restarts_b = token
@@ -60,7 +60,7 @@ def selective_scan_chunked(
 
 
 def _cut(array_bt: Array, width: int) -> Array:
-    """(b, t, ...) to (c, q, b, ...), the last chunk filled up with zeros."""
+    """(b, t, ...) to (c, q, b, ...), the last chunk padded with zeros."""
     array_tb = jnp.moveaxis(array_bt, 1, 0)
     missing = -len(array_tb) % width
     if missing:
