@@ -2,10 +2,10 @@
 
 One contract, chosen by name, all inside the plan's shard_map:
 `dispatch(x_nd, idx_nk, keep_nk, n_experts, capacity, plan) -> rows, group_sizes, ticket` and
-`combine(rows, w_nk, ticket, plan) -> y_nd`. Assignments that `keep_nk` rules out reach no expert and add nothing; who
-rules them out counts them.
+`combine(rows, w_nk, ticket, plan) -> y_nd`. Assignments that `keep_nk` rules out reach no expert and add nothing; the
+caller, who rules them out, counts them.
 
-Ranks of expert_tensor share each expert's hidden units: the rows of all of them go through each one's share, and the
+Ranks of expert_tensor split each expert's hidden units: the rows of all of them pass through each rank's share, and the
 partial outputs are summed and scattered back.
 
 Letters: n tokens of this rank, m tokens of all ranks that hold the experts, d width, k experts per token, e experts,
@@ -27,8 +27,8 @@ from orogen.parallel.varying import vary_like
 
 
 class Ticket(NamedTuple):
-    """What combine needs: the row of each assignment, the assignment (token · k + choice) of each row, and what else
-    the dispatch keeps for it. An index past the end means none. overflow: assignments without room in a buffer."""
+    """What combine needs: the row of each assignment, the assignment (token · k + choice) of each row, and anything
+    else that the dispatch keeps. An index past the end means none. overflow: assignments without room in a buffer."""
 
     slots_nk: Array
     source_r: Array
@@ -42,8 +42,8 @@ def expert_capacity(tokens: int, k: int, n_experts: int, factor: float | None) -
 
 
 def within_capacity(idx_nk: Array, w_nk: Array, valid_n: Array, *, n_experts: int, capacity: int, policy: str) -> Array:
-    """Which assignments (n, k) an expert has room for: of its valid ones the first `capacity` in token order (policy
-    position), or those with the largest weights, of equal ones the first (probs)."""
+    """Which assignments (n, k) an expert has room for. Of its valid ones it takes the first `capacity` in token order
+    (policy position), or those with the largest weights, the first among equals (probs)."""
     if capacity >= idx_nk.shape[0]:
         return jnp.broadcast_to(valid_n[:, None], idx_nk.shape)
     first_nk = -lax.stop_gradient(w_nk) if policy == "probs" else None
@@ -53,9 +53,9 @@ def within_capacity(idx_nk: Array, w_nk: Array, valid_n: Array, *, n_experts: in
 def drop_margin(
     idx_nk: Array, w_nk: Array, keep_nk: Array, replayed_nk: Array, *, n_experts: int, policy: str
 ) -> Array:
-    """(n,) on how little it hung that a token's assignments are kept that a replay drops, or the other way round: the
-    largest weight that an expert has of the first kind, less the smallest of the second. 0 where both agree; infinite
-    where only one kind exists, and under the policy position, which weighs nothing."""
+    """(n,) by what margin a token's assignments are kept that a replay drops, or the other way round: the largest
+    weight that an expert has of the first kind, less the smallest of the second. 0 where both agree; infinite where
+    only one kind exists, and under the policy position, which compares no weights."""
     lost_nk, gained_nk = keep_nk & ~replayed_nk, replayed_nk & ~keep_nk
     expert_nke = idx_nk[..., None] == jnp.arange(n_experts)
     of = lambda mask_nk, fill: jnp.where(mask_nk[..., None] & expert_nke, w_nk[..., None], fill)  # noqa: E731
@@ -86,7 +86,7 @@ def _sum(rows_rd: Array, w_nk: Array, ticket: Ticket, plan: Plan) -> Array:
 
 
 def _with_inverse(slots_nk: Array, n_rows: int) -> tuple[Array, Array]:
-    """The slots, and for each row which flat assignment (token · k + choice) fills it; the number of assignments if
+    """The slots, and per row the flat assignment (token · k + choice) that fills it; the number of assignments if
     none does."""
     flat = slots_nk.reshape(-1)
     empty = vary_like(jnp.full(n_rows, flat.size, jnp.int32), slots_nk)
@@ -95,12 +95,12 @@ def _with_inverse(slots_nk: Array, n_rows: int) -> tuple[Array, Array]:
 
 
 def _routing(tree: Any) -> Any:
-    """`tree`, which policies of recomputation know by the name of routing."""
+    """`tree`, under the name by which policies of recomputation know routing."""
     return jax.tree.map(lambda a: checkpoint_name(a, "routing"), tree)
 
 
 class AllGather:
-    """Every rank of the expert axis sees all their tokens and keeps those of its own experts, sorted by expert."""
+    """Every rank of the expert axis sees the tokens of all its ranks and keeps those of its own experts, by expert."""
 
     @staticmethod
     def dispatch(x_nd: Array, idx_nk: Array, keep_nk: Array, n_experts: int, capacity: int, plan: Plan):
@@ -153,9 +153,10 @@ class AllToAll:
 
 
 class Ragged:
-    """Each rank sends every rank the rows of that one's experts, as many as there are.
+    """Each rank sends every rank the rows of that rank's experts, as many as there are.
 
-    A receiver has room for `rows_of_rank` rows. What comes after, by sender, is not sent, and counted as overflow.
+    A receiver has room for `rows_of_rank` rows. Rows beyond that, in the order of senders, are not sent but counted as
+    overflow.
     """
 
     @staticmethod
@@ -163,7 +164,7 @@ class Ragged:
         """Rows (expert_tensor ranks · room, d) sorted by expert, group sizes (local experts,), ticket."""
         ranks, local = plan.size("expert"), n_experts // plan.size("expert")
         room = rows_of_rank(*idx_nk.shape, ranks=ranks, local=local, factor=plan.config.buffer_factor)
-        # Sorted by expert, so by rank: a rank's rows are one run.
+        # Sorted by expert, hence by rank: the rows for one rank are one run.
         flat = jnp.where(keep_nk, idx_nk, n_experts).reshape(-1)
         order = jnp.argsort(flat, stable=True).astype(jnp.int32)
         places = jnp.zeros_like(order).at[order].set(jnp.arange(flat.size, dtype=jnp.int32), unique_indices=True)
@@ -173,7 +174,7 @@ class Ragged:
         runs, received_re, overflow = _runs(plan.gather(counts_e[None], "expert", dim=0), local, room, plan)
         runs, received_re = _routing((runs, received_re))
         buffer_rd = plan.ragged_exchange(_take(x_nd, slots_nk, source_r, plan), runs, "expert", rows=room)
-        # Rows lie by expert_tensor rank, sender and expert; they are to lie by expert.
+        # Rows arrive ordered by expert_tensor rank, sender and expert; here they are sorted by expert.
         buffer_rd = plan.gather(buffer_rd, "expert_tensor", dim=0)
         counts_tre = plan.gather(received_re[None], "expert_tensor", dim=0)
         sorted_r = _by_expert(counts_tre, room)
@@ -197,8 +198,8 @@ def rows_of_rank(tokens: int, k: int, *, ranks: int, local: int, factor: float |
 
 
 def _runs(counts_re: Array, local: int, room: int, plan: Plan) -> tuple[Runs, Array, Array]:
-    """What travels, given all ranks' counts by expert; of what arrives here the rows by sender and expert; and how many
-    of this rank's rows find no room."""
+    """The runs to exchange, given all ranks' counts by expert; the counts of arriving rows by sender and expert; and
+    how many of this rank's rows find no room."""
     ranks = len(counts_re)
     counts_rse = counts_re.reshape(ranks, ranks, local)  # by sender, receiver and the receiver's experts
     wanted_rs = counts_rse.sum(2)
@@ -216,7 +217,7 @@ def _runs(counts_re: Array, local: int, room: int, plan: Plan) -> tuple[Runs, Ar
 
 
 def _by_expert(counts_tre: Array, room: int) -> Array:
-    """For each row in the order of experts, which row of the buffers it is; past the end if there is none.
+    """The row of the buffers for each row in the order of experts; past the end if there is none.
 
     Each of t buffers of `room` rows holds runs by sender and, inside, by expert.
     """

@@ -19,7 +19,7 @@ class Experts(nnx.Module):
         experts, width, hidden = config.n_routed_experts, config.expert_width, config.moe_intermediate_size
         inward, outward = ("expert", "expert_embed", "expert_mlp"), ("expert", "expert_mlp", "expert_embed")
         matrix = lambda *shape, axes, std: normal(rngs, (experts, *shape), axes, std=std)  # noqa: E731
-        # Vectors, one for each expert: they stay whole and in float32 as other vectors do.
+        # Vectors, one per expert: like other vectors they stay whole and in float32.
         vector = lambda size, axis: parameter(jnp.zeros((experts, size)), ("expert", axis), float32=True)  # noqa: E731
         bias, gated = config.routed_expert_bias, config.mlp_gated
         self.activation, self.limit = config.mlp_hidden_act, config.swiglu_limit
@@ -31,7 +31,7 @@ class Experts(nnx.Module):
         self.down_bias = vector(width, "norm") if bias else None
 
     def __call__(self, rows_rw: Array, group_sizes: Array | int, plan: Plan) -> Array:
-        """(r, w). group_sizes: rows of each expert of this rank, one int if all have as many."""
+        """(r, w). group_sizes: rows of each expert of this rank, one int if all have the same number."""
 
         def multiply(x_rw: Array, w_ewf: Array) -> Array:
             return grouped_matmul(x_rw, w_ewf, group_sizes, implementation=plan.config.grouped_matmul)
@@ -40,7 +40,7 @@ class Experts(nnx.Module):
             y_rf = multiply(x_rw, plan.weight(weight))
             if bias is None:
                 return y_rf
-            # Each row's own bias, as a product with one: rows of no expert get none, and gradients add up in float32.
+            # Each row's bias, as a product with ones: rows of no expert get none, and gradients sum in float32.
             bias_e1f = (bias[...] * counts)[:, None].astype(x_rw.dtype)
             return y_rf + multiply(jnp.ones((len(x_rw), 1), x_rw.dtype), bias_e1f)
 
@@ -50,5 +50,5 @@ class Experts(nnx.Module):
             gate_rf = checkpoint_name(project(rows_rw, self.gate, self.gate_bias), "expert_up")
         hidden_rf = activate(up_rf, gate_rf, name=self.activation, limit=self.limit)
         hidden_rf = checkpoint_name(hidden_rf, "expert_activation")
-        # The ranks that share an expert's hidden units each give a part of the sum, and one of them the bias.
+        # Of the ranks that split an expert's hidden units each adds its part of the sum, and one adds the bias.
         return project(hidden_rf, self.down, self.down_bias, counts=plan.index("expert_tensor") == 0)

@@ -1,6 +1,6 @@
 """The mixture-of-experts mixer: router, dispatch, experts, latent projections and shared expert.
 
-Letters: b batch, t time of this rank's sequence piece, n tokens (b · t), d model, w expert width, k experts a token.
+Letters: b batch, t time of this rank's sequence piece, n tokens (b · t), d model, w expert width, k experts per token.
 """
 
 import math
@@ -126,7 +126,7 @@ class MoE(nnx.Module):
     def _account(
         self, logits_bte: Array, routing: Routing, valid_bt: Array, plan: Plan, replay: Replay | None
     ) -> tuple[MoEStats, int]:
-        """Statistics, with which assignments have room, and an expert's capacity from each source rank."""
+        """Statistics, the assignments that have room, and an expert's capacity per source rank."""
         k = routing.experts.shape[-1]
         sources = math.prod(plan.sources)
         by_source = lambda a: _split(a, *plan.sources)  # noqa: E731

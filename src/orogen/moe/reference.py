@@ -1,6 +1,6 @@
 """A mixture of experts, slow and obvious: every expert answers every token, and the chosen answers are added up.
 
-Tests hold every dispatch against it, so it shares no code with router, dispatch, experts or layer.
+Tests compare every dispatch with it, so it shares no code with router, dispatch, experts or layer.
 
 Letters: b batch, t time, n tokens of one source rank in order, d model, w expert width, e experts, f hidden.
 """
@@ -34,8 +34,8 @@ class Weights(NamedTuple):
 
 
 class Options(NamedTuple):
-    """Experts a token, and how they are chosen and weighted. capacity: tokens that one expert takes, the first or, with
-    heaviest, those with the largest weights; None is all.
+    """Experts per token, and how they are chosen and weighted. capacity: tokens that one expert takes, the first or,
+    with heaviest, those with the largest weights; None takes all.
     clamp: of gpt-oss's gated form; a gated expert without it is SwiGLU."""
 
     k: int
@@ -68,7 +68,7 @@ def mixture(x_nd: Array, valid_n: Array, weights: Weights, options: Options) -> 
     wanted_ne = chosen_ne & valid_n[:, None]
     share_ne = jnp.where(chosen_ne, scores_ne, 0)
     if options.normalise or options.score == "softmax_topk":
-        # By logarithms, so that the gradient of one expert's share, which is 1 whatever its score, is 0 to the bit.
+        # By logarithms, so that a single expert's share, which is 1 whatever its score, has a gradient of 0 to the bit.
         log_ne = jnp.log(jnp.where(chosen_ne, scores_ne, 1))
         share_ne = jnp.where(chosen_ne, jnp.exp(log_ne - jnp.log(share_ne.sum(1, keepdims=True))), 0)
     room = len(x_nd) if options.capacity is None else options.capacity
@@ -96,7 +96,7 @@ def mixture(x_nd: Array, valid_n: Array, weights: Weights, options: Options) -> 
 
 
 def choose(biased_e: Array, options: Options) -> Array:
-    """Which experts one token goes to, by its biased scores."""
+    """The experts that one token goes to, by its biased scores."""
     groups_ge = biased_e.reshape(options.n_group, -1)
     best_two_g = jnp.where(jax.vmap(lambda e: largest(e, 2))(groups_ge), groups_ge, 0).sum(1)
     allowed_ge = jnp.broadcast_to(largest(best_two_g, options.topk_group)[:, None], groups_ge.shape)
@@ -104,7 +104,7 @@ def choose(biased_e: Array, options: Options) -> Array:
 
 
 def largest(values_i: Array, count: int) -> Array:
-    """Which of the values are among the `count` largest; of equal ones the first are."""
+    """Whether each value is among the `count` largest; ties go to the first."""
     i = jnp.arange(len(values_i))
     earlier_ij = i[None, :] < i[:, None]
     beaten_ij = (values_i[None, :] > values_i[:, None]) | (values_i[None, :] == values_i[:, None]) & earlier_ij

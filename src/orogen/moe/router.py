@@ -1,4 +1,4 @@
-"""Which experts a token goes to, with what weight, and how even that is.
+"""The experts that each token goes to, their weights, and how evenly experts are used.
 
 Letters: b batch, t time of this rank, n tokens, d model, e experts, k experts per token.
 """
@@ -26,8 +26,8 @@ class Routing(NamedTuple):
     over all experts; the margin (…) by which the last of the top k, or the last group, beat the best one left out
     (infinite if none was); and whether (…) a replayed choice is not that top k.
 
-    The margin is a difference of biased sigmoids, of biased logits for softmax_topk, and for softmax one of biased
-    probabilities relative to the last one chosen: nearly of logits, however many experts share the probability.
+    The margin is a difference of biased sigmoids; for softmax_topk of biased logits; for softmax of biased
+    probabilities relative to the last one chosen, nearly a difference of logits, however many experts there are.
     """
 
     experts: Array
@@ -51,11 +51,11 @@ def route(
 ) -> Routing:
     """Top-k experts by score + bias; weights are the scores themselves.
 
-    score: sigmoid of the logits, softmax over all experts, or softmax_topk, which chooses by the logits and weighs by
-    a softmax over the chosen ones. The correction bias, if any, decides the choice and nothing else. With n_group > 1
+    score: sigmoid of the logits, softmax over all experts, or softmax_topk, which chooses by the logits and weights by
+    a softmax over the chosen ones. The correction bias, if any, affects the choice alone. With n_group > 1
     only the topk_group groups with the largest sum of their best two biased scores take part. Weights are divided by
     their sum if `normalise` (those of softmax_topk add up to one anyway), then multiplied by `scaling`. Ties go to the
-    lower index. `experts_nk` replays a choice instead of making one. Float32 throughout.
+    lower index. `experts_nk` replays a choice. Float32 throughout.
     Sources: arXiv:2408.15664 (bias), arXiv:2412.19437, eq. 12-16; arXiv:2401.04088, section 2.1 (softmax_topk).
     """
     logits_ne = logits_ne.astype(jnp.float32)
@@ -77,14 +77,14 @@ def route(
 
 
 def _choose(choice_ne: Array, k: int, n_group: int, topk_group: int) -> tuple[Array, Array]:
-    """The top k (n, k) inside each token's best groups, and the margin (n) of experts or groups, the smaller one."""
+    """The top k (n, k) inside each token's best groups, and the margin (n), the smaller one of experts and groups."""
     margin_n = jnp.full(choice_ne.shape[:-1], jnp.inf)
     if n_group > 1:
         grouped = choice_ne.reshape(*choice_ne.shape[:-1], n_group, -1)
         best_two = lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(-1)
         groups, margin_n = _top(best_two, topk_group)
         kept = jax.nn.one_hot(groups, n_group, dtype=jnp.bool_).any(-2)
-        # Not 0, which would win over a negative bias.
+        # Not 0, which would beat a negative bias.
         choice_ne = jnp.where(kept[..., None], grouped, -jnp.inf).reshape(choice_ne.shape)
     chosen_nk, margin_of_experts_n = _top(choice_ne, k)
     return chosen_nk, jnp.minimum(margin_n, margin_of_experts_n)
@@ -118,10 +118,10 @@ def router_losses(
 ) -> RouterLosses:
     """The sequence balance loss and the z-loss, summed over this rank's rows, over whole sequences.
 
-    balance = Σ over rows of e · Σ_i f_i P_i, f_i the share of the row's assignments that expert i gets by plain
-    top-k of the scores (no bias), P_i the mean of its score normalised over all experts: of the softmax over all of
-    them for both softmax forms. A sequence is a row of the batch, as in Megatron; with balance = "global" it is all of
-    them together, and what is given is what `global_balance` makes it of. z = Σ over tokens of logsumexp(logits)².
+    balance = Σ over rows of e · Σ_i f_i P_i, where f_i is the share of the row's assignments that expert i gets by
+    plain top-k of the scores (no bias), and P_i the mean of its score normalised over all experts (for both softmax
+    forms the softmax over all of them). A sequence is a row of the batch, as in Megatron. With balance = "global" it
+    is the whole batch, and the result is what `global_balance` needs. z = Σ over tokens of logsumexp(logits)².
     Padding takes no part. Sources: arXiv:2412.19437, eq. 17-20; arXiv:2202.08906, eq. 5.
     """
     z = jnp.sum(jnp.square(jax.nn.logsumexp(logits_bte, -1)) * valid_bt)
@@ -146,13 +146,13 @@ def global_balance(counts: Array, mass: Array, tokens: Array, *, k: int) -> Arra
 
 
 def expert_counts(experts: Array, counted: Array, n_experts: int, *, axes: tuple[int, ...]) -> Array:
-    """How many of `experts` (int) are each expert where `counted`, summed over `axes`; float32, exact below 2^24."""
+    """How often each expert is among `experts` (int) where `counted`, summed over `axes`; float32, exact below 2^24."""
     hits = (experts[..., None] == jnp.arange(n_experts)) & counted[..., None]
     return hits.sum(axes, dtype=jnp.float32)
 
 
 class Router(nnx.Module):
-    """The gate and its bias, in float32 whatever the model computes in, and the correction bias."""
+    """The gate and its bias, in float32 whatever the compute dtype, and the correction bias."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         size, experts = config.hidden_size, config.n_routed_experts
