@@ -1,4 +1,4 @@
-"""How much memory can still be had: of the host, inside the limits of its control groups, and of each device."""
+"""How much memory is still available: on the host, inside the limits of its control groups, and on each device."""
 
 import os
 import resource
@@ -8,19 +8,19 @@ from pathlib import Path
 import jax
 
 GROUPS = Path("/sys/fs/cgroup")
-# Control groups, version 2 and 1: the limit, what is used of it, and in memory.stat what of that can be taken back.
+# Control groups, version 2 and 1: the limit, what is used of it, and in memory.stat what of that can be reclaimed.
 VERSION_2 = ("memory.max", "memory.current", ("inactive_file", "active_file"))
 VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
 
 
 def host_bytes() -> int:
-    """Bytes that this process can still get at the most: of the machine, with its swap; of each control group that it
-    is in; and of its own limit on addresses."""
+    """The most bytes that this process can still get: from the machine, with its swap; from each control group that it
+    is in; and within its own limit on addresses."""
     return max(0, min([_machine(), *_groups(), *_addresses()]))
 
 
 def device_bytes() -> int | None:
-    """Bytes that can still be had on each device; None where devices live in the host's memory or do not say."""
+    """Bytes that are still available on each device; None where devices live in the host's memory or do not say."""
     if jax.default_backend() == "cpu":
         return None
     found = [device.memory_stats() or {} for device in jax.local_devices()]
@@ -37,7 +37,7 @@ def _machine() -> int:
 
 
 def _groups() -> Iterator[int]:
-    """What the process's control groups, and those around them, leave; swap is not of them."""
+    """What the process's control groups and those around them leave, without swap."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -49,7 +49,7 @@ def _groups() -> Iterator[int]:
             continue
         root, names = (GROUPS, VERSION_2) if not controllers else (GROUPS / "memory", VERSION_1)
         inner = root / name.lstrip("/")
-        # Inside a container the path may be one of the host, and the root is the container's own group.
+        # Inside a container the path may be the host's, and the root is the container's own group.
         for folder in dict.fromkeys([inner, *inner.parents, root]):
             if folder.is_relative_to(root) and (left := _left(folder, *names)) is not None:
                 yield left + swap
@@ -84,5 +84,5 @@ def _swap() -> int:
 
 
 def _table(file: Path) -> dict[str, int]:
-    """The file's lines of a name, a number and maybe a unit."""
+    """The file's lines of a name, a number and possibly a unit."""
     return {words[0]: int(words[1]) for line in file.read_text().splitlines() if len(words := line.split()) > 1}

@@ -1,9 +1,9 @@
-"""The sequence over the ranks of `context`: which tokens a rank holds, and what it needs of its neighbours.
+"""The sequence over the ranks of `context`: which tokens a rank holds, and what it needs from its neighbours.
 
-With c ranks a row is cut into 2c equal chunks, of which rank r holds chunks r and 2c - 1 - r, one after the other (the
-zig-zag of causal ring attention: every rank then has as many visible pairs of tokens). So each rank holds two *parts*
-of the sequence, and the sequence runs through the ranks' first parts upwards and through their second parts downwards.
-With one rank there is one part, the row, and nothing here communicates.
+With c ranks a row is split into 2c equal chunks, of which rank r holds chunks r and 2c - 1 - r, one after the other
+(the zig-zag of causal ring attention: every rank then has as many visible pairs of tokens). So each rank holds two
+*parts* of the sequence, and the sequence runs through the ranks' first parts upwards and through their second parts
+downwards. With one rank there is one part, the row, and nothing here communicates.
 
 Letters: b batch, t time of this rank, s time of the whole sequence, p parts, h heads or channels.
 """
@@ -62,7 +62,7 @@ def earlier(x_bt: Array, steps: int, plan: Plan) -> Array:
 
 
 def later(x_bt: Array, steps: int, plan: Plan) -> Array:
-    """The token `steps` further on in the sequence, for each of this rank's; zero past the end. (b, t, ...)
+    """(b, t, ...): for each of this rank's tokens the one `steps` later in the sequence; zero past the end.
 
     Raises ValueError if a part of several has fewer tokens than that.
     """
@@ -79,11 +79,12 @@ def later(x_bt: Array, steps: int, plan: Plan) -> Array:
 
 
 def entering(decay: Array, state: Array, plan: Plan) -> Array:
-    """The state that enters each of this rank's parts (b p, ...), if a part makes decay · S + state of what enters it.
+    """The state that enters each of this rank's parts (b p, ...), if a part turns an entering state S into
+    decay · S + state.
 
     Nothing enters the sequence. decay (b p, ...) broadcasts against state. An associative scan by doubling: up the
-    ranks over their first parts, then from the last rank's second part down again: 2 log2(c) + 2 states a rank, and
-    2 log2(c) - 1 decays.
+    ranks over their first parts, then down again from the last rank's second part. Each rank sends 2 log2(c) + 2 states
+    and 2 log2(c) - 1 decays.
     """
     ranks = plan.size("context")
     if ranks == 1:
@@ -101,8 +102,8 @@ def entering(decay: Array, state: Array, plan: Plan) -> Array:
 
 
 def _doubling(element: tuple[Array, Array], by: int, plan: Plan, *, last: bool = False) -> tuple[Array, Array]:
-    """The composition of the (decay, state) of all ranks up to this one, counted in the direction `by`. If it is the
-    `last` that is asked for, its decay is not, and stays behind by a round."""
+    """The composition of the (decay, state) of all ranks up to this one, counted in the direction `by`. With `last`
+    the decay is not needed, and its last round is left out."""
     ranks, rank, distance = plan.size("context"), plan.index("context"), 1
     place = rank if by > 0 else ranks - 1 - rank
     decay, state = element
@@ -125,7 +126,7 @@ def _then(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Arra
 
 
 def whole(x_bt: Array, plan: Plan) -> Array:
-    """(b, s, ...): the whole sequence in its order, on every rank; the gradient is summed and scattered."""
+    """(b, s, ...): the whole sequence in order, on every rank; the gradient is summed and scattered."""
     ranks = plan.size("context")
     if ranks == 1:
         return x_bt
@@ -134,7 +135,7 @@ def whole(x_bt: Array, plan: Plan) -> Array:
 
 
 def to_heads(x_bth: Array, plan: Plan) -> Array:
-    """(b, s, h / c, ...): the whole sequence in its order, of this rank's share of the heads (all-to-all)."""
+    """(b, s, h / c, ...): the whole sequence in order, for this rank's share of the heads (all-to-all)."""
     ranks = plan.size("context")
     if ranks == 1:
         return x_bth

@@ -10,7 +10,7 @@ BOTH = PARAMETERS | BATCH
 
 
 def dependence(jaxpr: jex.Jaxpr, inputs: Sequence[int], consts: int = 0) -> list[int]:
-    """For each output, the flags (or-ed) of all inputs that it depends on. consts: the flags of the constants."""
+    """For each output, the or-ed flags of all inputs that it depends on. consts: the flags of the constants."""
     found: dict[Any, int] = dict(zip(jaxpr.invars, inputs, strict=True)) | dict.fromkeys(jaxpr.constvars, consts)
     read = lambda atom: 0 if isinstance(atom, jex.Literal) else found[atom]  # noqa: E731
     for equation in jaxpr.eqns:
@@ -35,10 +35,10 @@ def _open(jaxpr: jex.ClosedJaxpr | jex.Jaxpr) -> jex.Jaxpr:
 
 
 def _scan(equation: Any, inputs: list[int]) -> list[int]:
-    """Of a loop: what the carry depends on grows until it no longer does."""
+    """The flags of a loop's outputs: what the carry depends on is grown to a fixed point."""
     body = _open(equation.params["jaxpr"])
-    # A loop gives its body the constants and the carry as they are, and slices of the rest; jax names their numbers
-    # differently from version to version.
+    # A loop passes its body the constants and the carry whole, and slices of the rest; versions of jax name their
+    # numbers differently.
     alike = lambda outer, inner: sum(a.aval.ndim == b.aval.ndim for a, b in zip(outer, inner, strict=True))  # noqa: E731
     carried = alike(equation.outvars, body.outvars)
     consts = alike(equation.invars, body.invars) - carried

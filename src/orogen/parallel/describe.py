@@ -15,7 +15,7 @@ def describe_plan(
     plan: Plan, params: nnx.State, segments: Sequence[str] = (), filled: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
     """Mesh axes, logical axes, and each parameter's shape, axes and shape on one device inside the step and between
-    steps; of a pipeline, whose `segments` have these layers, also what its schedule costs and what a stage holds.
+    steps; for a pipeline, whose `segments` are these layers, also what its schedule costs and what a stage holds.
 
     filled: by letter, the share of the stages' rows that hold a layer. `params` may be abstract.
     """
@@ -44,7 +44,8 @@ def _pipeline(schedule: Schedule, segments: Sequence[str]) -> dict[str, Any]:
 
 
 def _held(staged: Sequence[tuple[str, nnx.Variable]], filled: Mapping[str, float]) -> dict[str, int]:
-    """Parameters of layers that every stage has room for, and how many it would need if all had equally many."""
+    """How many parameters of layers each stage has room for, and how many it would need if all stages had an even
+    share."""
     sizes = [(filled[letter], math.prod(leaf.get_value().shape[1:])) for letter, leaf in staged]
     return {
         "layer_parameters": sum(size for _, size in sizes),
@@ -53,7 +54,7 @@ def _held(staged: Sequence[tuple[str, nnx.Variable]], filled: Mapping[str, float
 
 
 def plan_lines(facts: dict[str, Any]) -> list[str]:
-    """The facts of `describe_plan` for a person: a line for each axis and each parameter."""
+    """The facts of `describe_plan` for a person: one line per axis and per parameter."""
     mesh = " x ".join(f"{name} {size}" for name, size in facts["mesh"].items())
     axes = [f"  {axis:<14} {' x '.join(names)}" for axis, names in facts["logical_axes"].items() if names]
     rows = [

@@ -1,9 +1,9 @@
 """Folds several factorizations of one ordered list of devices into a single mesh: their common refinement.
 
 A factorization is an ordered list of (axis, size), outermost first. Read from the innermost axis outwards, each one
-cuts the device list at the cumulative products of its sizes. If all cuts together form a chain in which each divides
-the next, the mesh between neighbouring cuts serves every factorization: each of its axes is a tuple of mesh axes.
-No jax here: the simulator folds clusters that do not exist. Source: MoE Parallel Folding, arXiv:2504.14960.
+splits the device list at the cumulative products of its sizes. If all these products form a chain in which each divides
+the next, one mesh axis between neighbouring products serves every factorization: each of its axes is a tuple of mesh
+axes. No jax here: the simulator folds clusters that do not exist. Source: MoE Parallel Folding, arXiv:2504.14960.
 """
 
 import math
@@ -27,8 +27,8 @@ class FoldError(ValueError):
 def refine(*factorizations: Factorization) -> Folding:
     """The coarsest mesh that all `factorizations` are groupings of.
 
-    Mesh axes are named after the first factorization: an axis that must be cut is named `tensor.0`, `tensor.1`,
-    outermost first. Raises FoldError if sizes have different products or two cuts do not divide each other.
+    Mesh axes are named after the first factorization: an axis that must be split is named `tensor.0`, `tensor.1`,
+    outermost first. Raises FoldError if sizes have different products or two splits do not divide each other.
     """
     total = math.prod(size for _, size in factorizations[0])
     cuts = {1}
@@ -64,7 +64,8 @@ def fold(
     fsdp_size: int | None = None,
     cuts: Mapping[str, tuple[str, int]] | None = None,
 ) -> Folding:
-    """The mesh of a plan: dense layers on stage x data x context x tensor, experts on the same devices otherwise.
+    """The mesh of a plan: dense layers on stage x data x context x tensor, experts on the same devices in
+    another factorization.
 
     fsdp_size: runs of so many neighbours of data x context (None: all of them) are the axis `fsdp`, over which a copy
     of the dense layers may be split; `expert_fsdp` is the part of expert_data inside one such run.
@@ -97,7 +98,7 @@ def expert_shards(neighbours: int, *, tensor: int, expert: int, expert_tensor: i
 
 
 def nearest(size: int, legal: Iterable[int]) -> list[int]:
-    """The two of `legal` that are closest to `size`, by ratio; the larger of two equally close."""
+    """The two of `legal` that are closest to `size` by ratio; of two equally close ones the larger."""
     return sorted(legal, key=lambda other: (abs(math.log(other / size)), -other))[:2]
 
 
@@ -112,7 +113,7 @@ def _experts(stage: int, ranks: int, expert: int, expert_tensor: int) -> Factori
 
 
 def _with_fsdp(dense: Factorization, experts: Factorization, size: int) -> list[Factorization]:
-    """Dense and expert layers, and both again with their data axes cut at runs of `size` neighbours."""
+    """Dense and expert layers, and both again with their data axes split at runs of `size` neighbours."""
     sizes = dict(dense) | dict(experts)
     ranks, tensor = sizes["data"] * sizes["context"], sizes["tensor"]
 
@@ -139,7 +140,7 @@ def _with_fsdp(dense: Factorization, experts: Factorization, size: int) -> list[
 
 
 def _with_cut(parts: Sequence[Factorization], name: str, axis: str, size: int) -> list[Factorization]:
-    """`parts` and the dense layers, the first of them, with `axis` cut into `size` pieces and the copies of each."""
+    """`parts` and the dense layers, the first of them, with `axis` split into `size` pieces and the copies of each."""
     whole = dict(parts[0])[axis]
 
     def cut(size: int) -> Factorization:
@@ -197,7 +198,7 @@ def _atom_names(named: Factorization, atoms: Sequence[tuple[int, int]]) -> dict[
 
 
 def _nearest_experts(dense: Factorization, expert: int, expert_tensor: int) -> str:
-    """The three legal (expert, expert_tensor) closest to those asked for, by ratio."""
+    """The three legal (expert, expert_tensor) closest to the requested ones by ratio."""
     stage, ranks = dict(dense)["stage"], math.prod(size for axis, size in dense if axis != "stage")
     legal = [
         (abs(math.log(e / expert)) + abs(math.log(t / expert_tensor)), -e, e, t)

@@ -16,14 +16,13 @@ from orogen.parallel.runtime import asks_for_same_bits
 
 # Backends with a memory of their own, from which arrays can be moved to the host's.
 HAS_HOST_MEMORY = ("gpu", "tpu")
-# Legal sizes are looked for up to twice this, or twice the model's size: no plan has more ranks.
+# Legal sizes are searched up to twice this, or twice the model's size: no plan has more ranks.
 MOST_RANKS = 2**16
 
 
 class _Check(NamedTuple):
-    """A size of the model, and in how many pieces an axis cuts it. copied: fewer, equal pieces on more ranks will do.
-
-    axis: a field of PlanConfig, or the product or share of some that it is in words.
+    """A size of the model, and the number of pieces that an axis splits it into. copied: fewer equal pieces, copied on
+    more ranks, are fine too. axis: a field of PlanConfig, or in words a product or share of some.
     """
 
     field: str
@@ -67,18 +66,19 @@ def _fold(config: PlanConfig, model: ModelConfig) -> Folding:
 def make_mesh(folding: Folding, config: PlanConfig, *, abstract: bool) -> Mesh | AbstractMesh:
     """A mesh over the first devices of this process group, or an abstract one, which needs none.
 
-    Raises ConfigError if there are too few devices, if they are no GPUs and a kernel of `config` needs one, or if one
-    cannot give the same bits run after run and XLA is asked to.
+    Raises ConfigError if there are too few devices, if they are no GPUs and a kernel of `config` needs one, or if a
+    kernel's results do not repeat to the bit and XLA is asked for that.
     """
     names, sizes = zip(*(folding.axes or (("data", 1),)), strict=True)
-    types = (AxisType.Auto,) * len(names)  # Explicit axes fail six of the nine patterns probed on jax 0.10 and 0.11
+    types = (AxisType.Auto,) * len(names)  # Explicit axes failed six of nine patterns with jax 0.10 and 0.11
     if abstract:
         return AbstractMesh(sizes, names, axis_types=types)
     for field, kernel in FOR_GPU.items():
         fits = getattr(config, field) != kernel or jax.default_backend() == "gpu"
         require(fits, config, field, f"another on {jax.default_backend()}: {kernel} needs an NVIDIA GPU")
-    # cuDNN's gradient then works in 9 GB for two rows of 8192 tokens and 32 heads of 128, else in 0.8 GB; if they are
-    # packed in 71 GB; and a program of several such layers fails as it runs (one H100, jax 0.11.2).
+    # Asked for the same bits, cuDNN's gradient needs 9 GB for two rows of 8192 tokens and 32 heads of 128 (0.8 GB
+    # otherwise), 71 GB if they are packed, and a program of several such layers fails as it runs (observed on one H100
+    # with jax 0.11.2).
     fits = config.attention != FOR_GPU["attention"] or not asks_for_same_bits()
     require(fits, config, "attention", "blocked where XLA is asked for the same bits (--xla deterministic)")
     for field in ("offload", "offload_optimizer"):
@@ -130,7 +130,7 @@ def _context_cuts(config: PlanConfig) -> list[tuple[str, str, int]]:
 
 
 def _fsdp_cuts(config: PlanConfig, model: ModelConfig) -> list[tuple[str, str, int]]:
-    """(field, axis, pieces) of what is sharded over data, by dense layers and by experts."""
+    """(field, axis, pieces) of what is sharded over data, for dense layers and for experts."""
     ranks = config.data * config.context
     size, dense, within = config.fsdp_size, "fsdp_size", "expert_data inside fsdp_size"
     if size is None:
@@ -144,7 +144,8 @@ def _fsdp_cuts(config: PlanConfig, model: ModelConfig) -> list[tuple[str, str, i
 
 
 def _nearest(failed: _Check, config: PlanConfig, model: ModelConfig) -> list[int]:
-    """The sizes of the axis closest to the one that failed, at which all that it cuts divides and the plan folds."""
+    """The sizes of the axis, closest to the one that failed, at which everything that it splits divides and the plan
+    folds."""
     most = max(failed.value, min(failed.size, MOST_RANKS))
     pieces = [n for n in range(1, 2 * most + 1) if failed._replace(size=n).passes]
     if hasattr(config, failed.axis):
@@ -152,7 +153,7 @@ def _nearest(failed: _Check, config: PlanConfig, model: ModelConfig) -> list[int
         divide = [
             n for n, plan in plans.items() if all(c.passes for c in _checks(plan, model) if c.axis == failed.axis)
         ]
-        # A plan may not fold for another reason, which is refused after this one.
+        # A plan may fail to fold for another reason, which is refused after this one.
         return nearest(failed.size, [n for n in divide if _folds(plans[n], model)] or divide)
     alike = [check for check in _checks(config, model) if check.axis == failed.axis]
     return nearest(failed.size, [n for n in pieces if all(check._replace(size=n).passes for check in alike)])

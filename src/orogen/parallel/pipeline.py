@@ -1,9 +1,9 @@
 """Runs a pipeline's schedule inside the plan's `shard_map`: one loop over ticks, each stage doing what its table says.
 
 Forward and backward passes are explicit. A forward pass keeps what its gradient will need (its residuals) in a slot of
-the stash, and the backward pass of that microbatch takes them from there: no more microbatches are held than the
-schedule has in flight, and nothing is computed twice that the model's own rematerialisation does not recompute. What
-depends on the parameters alone (slices, gathered weights) or on the batch alone (masks) is made again instead.
+the stash, and the backward pass of that microbatch reads them there: no more microbatches are held than the schedule
+has in flight, and nothing is computed twice that the model's own rematerialisation does not recompute. Residuals that
+depend on the parameters alone (slices, gathered weights) or on the batch alone (masks) are recomputed instead.
 
 Letters: b batch, t time, d model, k slots, n elements.
 """
@@ -25,7 +25,7 @@ from orogen.parallel.plan import Plan
 from orogen.parallel.schedule import BACKWARD, FORWARD, Schedule, Tables
 from orogen.parallel.varying import vary, vary_like, varying_axes
 
-# Of one slot of a buffer: offsets are int32.
+# Bound of one slot's elements in a buffer: offsets are int32.
 MOST_ELEMENTS = 2**31
 
 
@@ -65,7 +65,7 @@ class _Now(NamedTuple):
 
 
 class _State(NamedTuple):
-    """What a stage carries from tick to tick: its buffers (k, …), and what it has added up."""
+    """What a stage carries from tick to tick: its buffers (k, …) and its sums so far."""
 
     forward_inbox: Array
     backward_inbox: Array
@@ -76,7 +76,7 @@ class _State(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """A residual in the stash: which buffer, from which element, in which shape."""
+    """Where a residual lies in the stash: its buffer, its first element and its shape."""
 
     buffer: int
     start: int
@@ -86,8 +86,8 @@ class _Kept(NamedTuple):
 class _Traced(NamedTuple):
     """A program's forward pass and its gradient, as jaxprs of (params, x, chunk, microbatch).
 
-    forward gives y, loss, the report and the residuals to be stashed, which lie as `kept` says; remake gives the other
-    residuals; `order` picks residual i of the gradient from the stashed and then the remade ones.
+    forward returns y, loss, the report and the residuals to be stashed, which lie as `kept` says; remake recomputes the
+    other residuals; `order` picks residual i of the gradient from the stashed ones followed by the recomputed ones.
     """
 
     forward: jex.ClosedJaxpr
@@ -111,7 +111,7 @@ def run(
 ) -> Result:
     """One training step's passes: of every microbatch through every chunk of every stage.
 
-    program_vp: which of `programs` chunk v of stage p follows. x: zeros in the form of what stages send each other.
+    program_vp: which of `programs` chunk v of stage p runs. x: zeros of the shape that stages send each other.
     grads, reports: zeros to add to; with grads None the schedule has forward passes only, and nothing is stashed.
     params and grads are marked as varying over the whole mesh.
     """
@@ -151,8 +151,8 @@ def run(
 
 
 def branches_ts(tables: Tables, program_vp: np.ndarray, count: int) -> np.ndarray:
-    """(ticks, stages) int: which branch of the loop a stage takes: 0 idles, 1 to `count` are the forward passes of the
-    programs, those after the backward ones."""
+    """(ticks, stages) int: the branch of the loop that a stage takes. 0 idles, 1 to `count` are the forward passes of
+    the programs, the next `count` their backward passes."""
     program_ts = program_vp[tables.chunk, np.arange(tables.chunk.shape[1])]
     first = {FORWARD: 1, BACKWARD: 1 + count}
     return np.select([tables.operation == o for o in first], [program_ts + start for start in first.values()], 0)
@@ -196,8 +196,9 @@ def _backward(
 
 
 class _Layout:
-    """Where residuals lie in the stash: flat buffers, each of one dtype and set of mesh axes that they differ over, as
-    long as the program that keeps most there needs; another where an int32 would not count the elements of one."""
+    """Where residuals lie in the stash: in flat buffers, each of one dtype and one set of mesh axes that they differ
+    over, as long as the program that keeps most there needs. Where an int32 cannot count the elements, another
+    begins."""
 
     def __init__(self) -> None:
         self._kinds: list[tuple[Any, tuple[str, ...]]] = []
@@ -249,9 +250,9 @@ def _trace(
     results, residuals = closed.jaxpr.outvars[: 2 + report.num_leaves], closed.jaxpr.outvars[2 + report.num_leaves :]
     inputs = [PARAMETERS] * len(jax.tree.leaves(params)) + [BOTH, 0, BATCH]
     flags = dependence(closed.jaxpr, inputs, consts=BATCH)[len(results) :]
-    # What differs on no device is a constant, whatever operation gave it that is not seen through.
+    # What differs on no device is a constant, even if it comes from an operation that is not seen through.
     flags = [f if v.aval.mat.varying else 0 for f, v in zip(flags, residuals, strict=True)]
-    # One value may be many operations' residual.
+    # One value may be the residual of many operations.
     stashed = list(dict.fromkeys(v for v, f in zip(residuals, flags, strict=True) if f == BOTH))
     place = {variable: index for index, variable in enumerate(stashed)}
     remade = [variable for variable, f in zip(residuals, flags, strict=True) if f != BOTH]
@@ -267,14 +268,14 @@ def _trace(
 
 
 def _with_outputs(closed: jex.ClosedJaxpr, outputs: list[Any]) -> jex.ClosedJaxpr:
-    """`closed` with other outputs, and without what does not serve them."""
+    """`closed` with other outputs, and without the equations that they do not need."""
     jaxpr = closed.jaxpr.replace(outvars=outputs, debug_info=closed.jaxpr.debug_info.with_unknown_names())
     jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(outputs), instantiate=True)
     return jex.ClosedJaxpr(jaxpr, closed.consts)
 
 
 def _as_noted(program: Program, traced: _Traced, reports: Any, nothing: Array) -> Any:
-    """`reports` marked as varying over the mesh axes that they will once `program`'s are noted there."""
+    """`reports`, marked as varying over the mesh axes over which they will once those of `program` are noted."""
     avals = [v.aval for v in traced.forward.jaxpr.outvars[2 : 2 + traced.report.num_leaves]]
     report = jax.tree.unflatten(traced.report, [vary(jnp.zeros(a.shape, a.dtype), a.mat.varying) for a in avals])
     noted = jax.make_jaxpr(program.note)(reports, report, nothing, nothing).jaxpr.outvars

@@ -30,8 +30,8 @@ MeshAxes = tuple[str, ...]
 SHARDED = ("embed", "expert_embed")
 # JAX's names of an accelerator's own memory, and of the part of the host's that it reads without a copy between.
 DEVICE, HOST = "device", "pinned_host"
-# Of a program with products in FP8: XLA:GPU else gives a product and the conversions before it to its Triton compiler,
-# which multiplies in 16 bits and does not offer them to cuBLASLt (seen on jax 0.11.2).
+# For programs with products in FP8: otherwise XLA:GPU gives a product and the conversions before it to its Triton
+# compiler, which multiplies in 16 bits and does not offer them to cuBLASLt (observed with jax 0.11.2).
 FP8_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 
@@ -54,8 +54,8 @@ class Plan:
 
     @property
     def compiler_options(self) -> dict[str, Any]:
-        """What XLA must be told of a program of this plan, so that it runs as planned. jax takes it for the outermost
-        jit alone."""
+        """Options of XLA without which a program of this plan would not run as planned. jax takes them for the
+        outermost jit alone."""
         return dict(FP8_OPTIONS) if self.config.linear == "fp8" else {}
 
     def spec(self, *axes: str | None) -> PartitionSpec:
@@ -80,16 +80,16 @@ class Plan:
         return _map_variables(lambda v: self._stored(full_axes(v)), tree, lambda _: self._stored(()))
 
     def spread(self, tree: Any) -> Any:
-        """Shardings of `tree`, a whole model's state or one that other stages have cut, until it is laid out anew: as
-        it would be stored without stages, but each array also split over the stages, along the longest axis that they
-        divide, so that no device needs room for all layers."""
+        """Shardings in which `tree`, the state of a whole model or of other stages, waits until it is laid out again:
+        as it would be stored without stages, but with each array also split over the stages along the longest axis that
+        they divide, so that no device needs room for all layers."""
         rules, stages = {**self.storage, "stage": ()}, self.size("stage")
 
         def over_stages(variable: nnx.Variable) -> NamedSharding:
             shape = variable.get_value().shape
             ways = lambda part: math.prod(self.mesh.shape[name] for name in part)  # noqa: E731
             parts = [() if axis is None else rules[axis] for axis in full_axes(variable)]
-            # A vocabulary that is not filled up yet waits whole.
+            # A vocabulary that is not padded yet waits whole.
             parts = [part if size % ways(part) == 0 else () for part, size in zip(parts, shape, strict=True)]
             local = [size // ways(part) for part, size in zip(parts, shape, strict=True)]
             longest = max(range(len(local)), key=lambda dim: (local[dim] % stages == 0, local[dim]), default=None)
@@ -109,7 +109,7 @@ class Plan:
         return jax.tree.map(fetch, tree, self.shardings(tree))
 
     def working(self, tree: Any) -> Any:
-        """`tree`, its arrays constrained to their layout inside the step (ZeRO-1 gathers its masters here)."""
+        """`tree` with its arrays constrained to their layout inside the step (ZeRO-1 gathers its masters here)."""
         return lax.with_sharding_constraint(
             tree, _map_variables(lambda v: NamedSharding(self.mesh, _spec(self.rules, full_axes(v))), tree)
         )
@@ -158,8 +158,8 @@ class Plan:
         return lax.pmax(vary(x, self.rules[axis]), self.rules[axis]) if self.rules[axis] else x
 
     def total(self, tree: Any) -> Any:
-        """Each leaf summed over every axis it varies over but the pipeline's, whose stages do not come here together.
-        Only for true partial sums: pieces, never copies."""
+        """Each leaf summed over every axis that it varies over, except the pipeline's, whose stages do not get here
+        together. Only for true partial sums: pieces, never copies."""
         stages = self.rules["stage"]
         inside = lambda x: tuple(sorted(varying_axes(x) - set(stages)))  # noqa: E731
         return jax.tree.map(lambda x: lax.psum(x, axes) if (axes := inside(x)) else x, tree)
@@ -168,27 +168,29 @@ class Plan:
         """All-to-all: piece r of dimension 0 goes to rank r; the result is stacked by sender along dimension 0."""
         if not self.rules[axis]:
             return x
-        # As two dimensions: XLA:CPU may lay out the pieces of more in several ways, and then refuses them (jax 0.10.1).
+        # As two dimensions: with more, XLA:CPU may lay out the pieces in different ways and then refuses them (jax
+        # 0.10.1).
         flat = lax.all_to_all(x.reshape(x.shape[0], -1), self.rules[axis], 0, 0, tiled=True)
         return flat.reshape(x.shape)
 
     def ragged_exchange(self, x: Array, runs: Runs, axis: str, *, rows: int) -> Array:
-        """The rows (rows, d) that arrive here of those that the ranks of `axis` send each other; zero where none."""
-        if not self.rules[axis]:  # what leaves arrives: the runs of one rank begin and end here
+        """(rows, d): of the rows that the ranks of `axis` send each other those that arrive here; zero where none
+        does."""
+        if not self.rules[axis]:  # one rank: what it sends arrives here
             row_m = jnp.arange(rows) - runs.arrives[0]
             inside_m = (row_m >= 0) & (row_m < runs.received[0])
             return jnp.take(x, jnp.where(inside_m, row_m + runs.starts[0], len(x)), axis=0, mode="fill", fill_value=0)
         return ragged_exchange(x, runs, rows=rows, axes=self.rules[axis])
 
     def shift(self, x: Array, axis: str, by: int) -> Array:
-        """The `x` of the rank `by` before this one, in a ring: each rank's goes `by` ranks on."""
+        """The `x` of the rank that is `by` before this one in the ring."""
         ranks = self.size(axis)
         if by % ranks == 0:
             return x
         if self.config.shift == "permute":
             return self.pass_on(x, axis, by)
-        # Every rank sends to each rank, zeros to all but one: more bytes, and no collective that only some ranks of a
-        # pipeline may reach.
+        # Every rank sends to every rank, zeros to all but one. That is more bytes, but no collective that only some
+        # ranks of a pipeline reach.
         sent = jnp.zeros((ranks, *x.shape), x.dtype).at[(self.index(axis) + by) % ranks].set(x)
         return self.exchange(sent, axis)[(self.index(axis) - by) % ranks]
 
@@ -217,8 +219,9 @@ class Plan:
         return vary(tree, self.mesh.axis_names if self.config.devices > 1 else ())
 
     def scatter_gradients(self, grads: Any) -> Any:
-        """`grads` of varied parameters, of each the piece that this rank stores, summed in float32 over the ranks that
-        store another. What is stored as it is used stays as it is: `weight` has scattered it, or nothing does."""
+        """For each of `grads` of varied parameters the piece that this rank stores, summed in float32 over the ranks
+        that store other pieces. A gradient that is stored as it is used stays as it is: `weight` has scattered it, or
+        none does."""
 
         def scattered(variable: nnx.Variable) -> Any:
             value: Any = variable[...]
@@ -329,8 +332,8 @@ def _spec(rules: Mapping[str, MeshAxes], axes: tuple[str | None, ...]) -> Partit
 
 
 def full_axes(variable: nnx.Variable) -> tuple[str | None, ...]:
-    """The variable's axes, behind one for each dimension that stacking layers put in front: the first of them is the
-    pipeline's if the variable is marked as `staged`, else they have no name."""
+    """The variable's axes, behind one per dimension that stacking layers put in front. The first of these is the
+    pipeline's if the variable is marked as `staged`; the others have no name."""
     metadata, ndim = variable.get_metadata(), variable.get_value().ndim
     stacked = (None,) * (ndim - len(metadata["axes"]))
     if metadata.get("staged"):

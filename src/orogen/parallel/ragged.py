@@ -14,8 +14,8 @@ from orogen.parallel.varying import vary_like
 
 
 class Runs(NamedTuple):
-    """Which rows travel, each (r,) int32. To rank r go `sizes` rows from `starts` on, which begin at `lands` there;
-    from rank r come `received` rows, which begin at `from_starts` there and at `arrives` here."""
+    """Which rows travel, each (r,) int32. This rank sends rank r `sizes` rows from its row `starts` on, to rows from
+    `lands` on there; it receives `received` rows from rank r, from row `from_starts` there to row `arrives` here."""
 
     starts: Array
     sizes: Array
@@ -32,7 +32,7 @@ class Runs(NamedTuple):
 def ragged_exchange(x_nd: Array, runs: Runs, *, rows: int, axes: tuple[str, ...]) -> Array:
     """(m, d): the rows that arrive here, zero where none does. `rows` is m.
 
-    The gradient is the exchange back, so no row may be in two runs, where it leaves or where it arrives.
+    The gradient is the exchange back, so no row may be in two runs, neither at its sender nor at its receiver.
     """
     return _exchange(*vary_like((x_nd, runs), (x_nd, runs)), rows, axes)
 
@@ -40,7 +40,7 @@ def ragged_exchange(x_nd: Array, runs: Runs, *, rows: int, axes: tuple[str, ...]
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _exchange(x_nd: Array, runs: Runs, rows: int, axes: tuple[str, ...]) -> Array:
     empty_md = vary_like(jnp.zeros((rows, x_nd.shape[1]), x_nd.dtype), x_nd)
-    # Chosen when the program is lowered, so that one compiled for another platform has that one's.
+    # Chosen when the program is lowered, so that a program compiled for another platform has that platform's operation.
     return lax.platform_dependent(
         x_nd, empty_md, runs, cpu=partial(emulated, axes=axes), default=partial(_native, axes=axes)
     )

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 from orogen.config.checks import ConfigError
 
-# Of mallopt(3): block sizes from which glibc maps memory of its own, and free space it keeps at the top.
+# Of mallopt(3): block sizes from which glibc maps memory of its own, and the free space that it keeps at the top.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 THREADS_PER_FAKE_DEVICE = 4
 # Sets of XLA's flags by what they are for. latency_hiding: exchanges between GPUs run beside computation, those of one
-# turn of a loop beside another's; deterministic: the same program on the same numbers gives the same bits.
+# iteration of a loop beside another's; deterministic: the same program on the same numbers gives the same bits.
 XLA_FLAGS = {
     "latency_hiding": (
         "--xla_gpu_enable_latency_hiding_scheduler=true",
@@ -28,8 +28,8 @@ XLA_FLAGS = {
 
 
 def compile_cache_folder() -> pathlib.Path:
-    """Where compiled programs are kept: a folder of this user, for this kind of processor, since code compiled for
-    another may hold instructions that this one lacks."""
+    """Where compiled programs are kept: one folder per user and kind of processor, since code compiled for another kind
+    may have instructions that this one lacks."""
     try:
         described = pathlib.Path("/proc/cpuinfo").read_text()
         flags = next((line for line in described.splitlines() if line.startswith(("flags", "Features"))), "")
@@ -40,13 +40,13 @@ def compile_cache_folder() -> pathlib.Path:
 
 
 def configure(fake_devices: int | None = None, xla: Sequence[str] = ()) -> None:
-    """Simulates `fake_devices` CPU devices if asked for, keeps compiled programs between runs, quietens libraries.
+    """Simulates `fake_devices` CPU devices if any, keeps compiled programs between runs, quietens libraries.
 
-    xla: names of XLA_FLAGS. What the environment already says about jax's compile cache stays, and about those flags.
+    xla: names of XLA_FLAGS. What the environment already says about jax's compile cache and these flags stays.
     Raises ConfigError on an unknown name.
     """
     add_xla_flags(xla)
-    # XLA:CPU warns of its own pseudo-features on every program it takes from the cache.
+    # XLA:CPU warns of its own pseudo-features for every program that it loads from the cache.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if fake_devices:
         make_room_for(fake_devices)
@@ -64,7 +64,7 @@ def configure(fake_devices: int | None = None, xla: Sequence[str] = ()) -> None:
 
 
 def add_xla_flags(names: Sequence[str]) -> None:
-    """Adds the named sets to the environment's XLA_FLAGS, behind which its own stand and count. To be called before jax
+    """Puts the named sets in front of the environment's XLA_FLAGS, so that flags already there win. Call it before jax
     makes its devices. Raises ConfigError on an unknown name."""
     unknown = [name for name in names if name not in XLA_FLAGS]
     if unknown:
@@ -75,25 +75,26 @@ def add_xla_flags(names: Sequence[str]) -> None:
 
 
 def asks_for_same_bits() -> bool:
-    """Whether the environment's XLA_FLAGS tell XLA to give the same bits run after run on a GPU."""
+    """Whether the environment's XLA_FLAGS ask for results that repeat to the bit on a GPU."""
     name = XLA_FLAGS["deterministic"][0].partition("=")[0]
     given = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag.partition("=")[0] == name]
     return bool(given) and given[-1].partition("=")[2].lower() not in ("false", "0")
 
 
 def make_room_for(devices: int) -> None:
-    """Keeps `devices` simulated ones from waiting for each other for ever. To be called before jax makes its devices.
+    """Keeps `devices` simulated ones from waiting for each other for ever. Call it before jax makes its devices.
 
-    On XLA:CPU a collective holds a thread of a pool until its last participant has come, and the pool has one thread a
-    device. A program whose devices can each wait in two collectives at once (one inside a loop, one beside it) may fill
-    the pool with waiting threads while a participant has none to run on; XLA aborts after 40 seconds (seen on jax
-    0.10.1: a step of 8 devices on a busy machine). More threads help, and the name for their number is NPROC; devices
-    that take a loop's collectives and others in different orders can still lock, so none may run beside a loop of them.
+    On XLA:CPU a collective holds a thread of a pool until its last participant has come, and the pool has one thread
+    per device. A program whose devices can each wait in two collectives at once (one inside a loop, one beside it) may
+    fill the pool with waiting threads while a participant has none to run on; XLA aborts after 40 seconds (observed
+    with jax 0.10.1: a step of 8 devices on a busy machine). More threads help; NPROC sets their number. Devices that
+    take a loop's collectives and others in different orders can still lock, so no collective may run beside a loop of
+    them.
     """
     threads = THREADS_PER_FAKE_DEVICE * devices
     if not os.environ.get("NPROC", "").isdecimal() or int(os.environ["NPROC"]) < threads:
         os.environ["NPROC"] = str(threads)
-    # Devices that share few cores may also come late for no other reason than that.
+    # Devices that share few cores may also be late for that reason alone.
     patience = "--xla_cpu_collective_call_terminate_timeout_seconds=1800"
     flags = os.environ.get("XLA_FLAGS", "")
     if patience.split("=")[0] not in flags:
@@ -102,7 +103,7 @@ def make_room_for(devices: int) -> None:
 
 def _keep_freed_memory() -> None:
     """Lets glibc reuse large blocks. By default it returns each to the system and faults it in again: with the
-    temporary arrays of XLA:CPU that is a quarter of a training step's CPU time (seen on jax 0.10.1)."""
+    temporary arrays of XLA:CPU that is a quarter of a training step's CPU time (observed with jax 0.10.1)."""
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):  # glibc
         for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):

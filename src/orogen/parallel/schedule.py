@@ -1,8 +1,8 @@
 """Pipeline schedules as tables: what each stage does at each tick, and in which buffer slot every tensor lives.
 
-The model is cut into `stages * virtual` segments; segment g belongs to stage g % stages, as its chunk g // stages. At a
-tick a stage takes one microbatch forward or backward through one chunk, or idles; what it sends at the end of a tick
-can be used from the next tick on. No jax here: the runtime, the simulator and the pictures share these tables.
+The model is split into `stages * virtual` segments; segment g belongs to stage g % stages, as its chunk g // stages. At
+a tick a stage takes one microbatch forward or backward through one chunk, or idles. What it sends at the end of a tick
+is usable from the next tick on. No jax here: the runtime, the simulator and the pictures share these tables.
 
 Legend: t tick, s stage, c chunk, g segment, n layers.
 """
@@ -34,12 +34,13 @@ class Tables(NamedTuple):
 
     operation: IDLE, FORWARD or BACKWARD, of `microbatch` through `chunk` (both 0 when idle).
     stash: the slot that holds this microbatch's activations of this chunk: FORWARD fills it, BACKWARD empties it.
-    forward_inbox: from which FORWARD reads its input; none on the first segment, which embeds tokens.
-    backward_inbox: from which BACKWARD reads the gradient of its output; none on the last segment, which has the loss.
+    forward_inbox: the slot from which FORWARD reads its input; none on the first segment, which embeds tokens.
+    backward_inbox: the slot from which BACKWARD reads the gradient of its output; none on the last segment, which has
+    the loss.
     send: +1, the output goes to the next stage; -1, the gradient goes to the previous one; 0, nothing. Stages are a
-    ring: the next of the last is the first, which has the chunk after.
-    forward_lands, backward_lands: where what the previous, the next stage sends at the end of this tick is written,
-    after this tick's reads.
+    ring: after the last comes the first, with the next chunk.
+    forward_lands, backward_lands: the slot for what the previous or the next stage sends at the end of this tick; it is
+    written after this tick's reads.
     """
 
     operation: NDArray[np.int32]
@@ -57,7 +58,7 @@ class Tables(NamedTuple):
 class Schedule:
     """The tables of one training step, and for each stage how many slots its three buffers need.
 
-    Every stage runs the same program, so that a buffer has as many slots as the stage that needs most.
+    Every stage runs the same program, so each buffer has as many slots as the stage that needs most.
     """
 
     kind: str
@@ -71,7 +72,7 @@ class Schedule:
 
     @property
     def ticks(self) -> int:
-        """Length of the step, where a forward and a backward pass of a chunk take one tick each."""
+        """Length of the step, if a forward and a backward pass of a chunk take one tick each."""
         return len(self.tables.operation)
 
     @property
@@ -93,7 +94,8 @@ class Schedule:
 
     @property
     def in_flight(self) -> tuple[int, ...]:
-        """For each stage, the most (microbatch, chunk) pairs taken forward and not yet, or just being, taken back."""
+        """For each stage, the most (microbatch, chunk) pairs whose forward pass has begun and whose backward pass has
+        not ended."""
         operation_ts = self.tables.operation
         held_ts = np.cumsum(operation_ts == FORWARD, axis=0) - np.cumsum(operation_ts == BACKWARD, axis=0)
         return tuple(int(held) for held in held_ts.max(axis=0))
@@ -121,7 +123,7 @@ def make_schedule(kind: str, *, stages: int, microbatches: int, virtual: int = 1
 
     gpipe: all forward, then all backward passes; every microbatch is in flight at once (arXiv:1811.06965).
     1f1b: a stage starts a backward pass as soon as it can, and holds at most stages - stage microbatches.
-    interleaved: 1f1b over `virtual` chunks a stage in Megatron's order, which divides the bubble by `virtual`
+    interleaved: 1f1b over `virtual` chunks per stage in Megatron's order, which divides the bubble by `virtual`
     (both: arXiv:2104.04473, section 2.2). With two chunks or more, no tick mixes forward and backward passes.
     Raises ConfigError on an unknown kind, or on chunks or microbatches that it cannot schedule.
     """
@@ -131,7 +133,7 @@ def make_schedule(kind: str, *, stages: int, microbatches: int, virtual: int = 1
 
 
 def plan_schedule(config: PlanConfig, model: ModelConfig) -> Schedule:
-    """The schedule of a plan for a model. Raises ConfigError if the pattern is cut into another number of segments."""
+    """The schedule of a plan for a model. Raises ConfigError if the pattern has another number of segments."""
     cuts = len(model.layers.segments)
     virtual = config.virtual or (
         max(cuts // config.stage, 1) if cuts > 1 else 2 if config.schedule == "interleaved" else 1
@@ -182,7 +184,8 @@ def timeline(
 
 
 def lockstep_time(schedule: Schedule, *, forward: ArrayLike = 1.0, backward: ArrayLike | None = None) -> float:
-    """Time of the step if no stage begins a tick before all have ended the one before, as in a loop whose sends wait.
+    """Time of the step if no stage begins a tick before all have ended the previous one, as in a loop with blocking
+    sends.
 
     Arguments as in `timeline`. A tick in which some stages go forward and others backward takes the longer pass.
     """
@@ -198,12 +201,13 @@ def lockstep_time(schedule: Schedule, *, forward: ArrayLike = 1.0, backward: Arr
 def segments(
     pattern: Pattern, count: int, cost: Callable[[str], float], *, first: float = 0.0, last: float = 0.0
 ) -> tuple[str, ...]:
-    """The layers of each of `count` segments: as the pattern cuts them at `|`, or balanced if it does not.
+    """The layers of each of `count` segments: as the pattern splits them at `|`, or balanced if it does not.
 
     Balanced: the costliest segment is as cheap as contiguous segments allow, and under that bound costs are as even as
-    they can be (least sum of squares); of equals, later segments get more, since early stages hold more activations.
-    Segments may be empty. cost: of a layer, by its letter; first, last: what the embedding adds to the first segment,
-    the heads and the MTP block to the last. Raises ConfigError if the pattern is cut into another number of segments.
+    they can be (least sum of squares); of equal solutions, later segments get more, since early stages hold more
+    activations. Segments may be empty. cost: of a layer, by its letter; first, last: what the embedding adds to the
+    first segment, the heads and the MTP block to the last. Raises ConfigError if the pattern has another number of
+    segments.
     """
     if len(pattern.segments) > 1:
         if len(pattern.segments) != count:
@@ -218,7 +222,7 @@ def segments(
     cost_gnn[0] += first
     cost_gnn[-1] += last
     least, _ = _cut(cost_gnn, np.maximum)
-    # Sums that are equal on paper differ in their last bits.
+    # Sums that are mathematically equal may differ in their last bits.
     within_gnn = np.where(cost_gnn <= least * (1 + 1e-9), cost_gnn, np.inf)
     _, ends = _cut(within_gnn**2, np.add)
     return tuple(pattern.main[start:end] for start, end in zip([0, *ends], ends, strict=False))
@@ -243,10 +247,10 @@ def _check(kind: str, stages: int, microbatches: int, virtual: int) -> None:
 def _order(kind: str, stage: int, stages: int, microbatches: int, virtual: int) -> list[_Pass]:
     """What `stage` does, in order: forward passes to warm up, then one forward, one backward, then the rest.
 
-    Chunks take turns of `stages` microbatches each. Source: Megatron-Core, pipeline_parallel/schedules.py.
+    Chunks alternate after `stages` microbatches each. Source: Megatron-Core, pipeline_parallel/schedules.py.
     """
     total, after = microbatches * virtual, stages - stage - 1
-    # Of several chunks, the first backward pass waits until the last chunk's first microbatch has come around.
+    # With several chunks, the first backward pass waits until the last chunk's first microbatch has come around.
     warm_up = total if kind == "gpipe" else after if virtual == 1 else 2 * after + (virtual - 1) * stages
     warm_up = min(warm_up, total)
 
@@ -269,9 +273,9 @@ def _source(step: _Pass, last: int) -> _Pass | None:
 
 
 def _place(orders: Sequence[Sequence[_Pass]], *, mixed: bool) -> dict[_Pass, int]:
-    """The tick of every pass, each stage keeping to its order and going on as soon as it can.
+    """The tick of every pass, with each stage keeping to its order and starting each pass as soon as it can.
 
-    Unless mixed, a tick is either forward or backward for all stages, in turns where there is a choice: stages that
+    Unless mixed, a tick is either forward or backward for all stages, alternating where there is a choice: stages that
     wait for each other at every tick then never wait for a longer pass. Megatron's interleaved order takes the same
     ticks and stash slots, and fewer inbox slots; 1F1B, whose data come just in time, would idle every other tick.
     """
@@ -298,7 +302,8 @@ def _last_segment(orders: Sequence[Sequence[_Pass]]) -> int:
 def _play(
     orders: Sequence[Sequence[_Pass]], cost: Callable[[_Pass], float], *, hop: float
 ) -> list[tuple[_Pass, float, float]]:
-    """(pass, start, end) of every pass, each stage keeping to its order and starting each pass as soon as it can."""
+    """(pass, start, end) of every pass, with each stage keeping to its order and starting each pass as soon as it
+    can."""
     stages, last = len(orders), _last_segment(orders)
     end, free, played = {}, [0.0] * stages, []
     waiting = [collections.deque(order) for order in orders]
@@ -347,7 +352,7 @@ def _allocate(spans: Mapping[_Pass, tuple[int, int]], stages: int) -> tuple[dict
 def _fill(
     tick: Mapping[_Pass, int], slot: Mapping[str, Mapping[_Pass, int]], length: Mapping[str, int], stages: int
 ) -> Tables:
-    """The tables of passes at their ticks, with the slots given them in buffers of these lengths."""
+    """The tables of passes at their ticks, with their slots in buffers of these lengths."""
     empty = dict.fromkeys(("operation", "microbatch", "chunk", "send"), 0) | dict(length)
     empty |= {LANDS[operation]: length[INBOX[operation]] for operation in STEP}
     shape = max(tick.values()) + 1, stages

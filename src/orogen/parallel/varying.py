@@ -15,7 +15,7 @@ def vary(tree: Any, axes: Any) -> Any:
     """Marks every leaf of `tree` as varying over `axes` too; the values stay as they are.
 
     The transpose is a sum over the axes that were added, so a parameter marked once before a loop is reduced
-    once, after it, and not once an iteration.
+    once, after it, and not per iteration.
     """
 
     def mark(leaf: Any) -> Any:
