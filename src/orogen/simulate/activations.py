@@ -19,15 +19,15 @@ from orogen.parallel.plan import Plan
 from orogen.precision.policy import DTYPES, working_copy
 from orogen.simulate.communication import Workload
 
-# Of an array without a name: whether it is made of activations, of documents alone, or of weights alone.
+# Names for arrays without one: computed from activations, from documents alone, or from weights alone.
 UNNAMED, DOCUMENTS, WEIGHTS = "unnamed", "documents", "weights"
-# Operations that give the bytes that they are given; XLA makes no second array of them.
+# Operations whose result has the bytes of their operand; XLA makes no second array for them.
 SAME = ("reshape", "reduce_precision", "pvary", "pcast", "squeeze", "expand_dims", "copy", "copy_p", "device_put")
 
 
 class Kept(NamedTuple):
-    """An array that a layer keeps: by what name, or UNNAMED, DOCUMENTS or WEIGHTS; what made it; its bytes; and whether
-    they are of the host's memory."""
+    """An array that a layer keeps: its name, or UNNAMED, DOCUMENTS or WEIGHTS; the operation that made it; its bytes;
+    and whether it lies in the host's memory."""
 
     name: str
     operation: str
@@ -38,10 +38,10 @@ class Kept(NamedTuple):
 
 
 def kept_by_layer(letter: str, model: ModelConfig, plan: Plan, work: Workload, *, dtype: str) -> list[Kept]:
-    """The arrays that one device keeps of one layer and microbatch, each once. Nothing is allocated.
+    """The arrays that one device keeps for one layer and microbatch, each once. Nothing is allocated.
 
-    Not among them are the weights' working copies and the documents, of which a device has one for all layers. WEIGHTS
-    are what is made of weights: gathered copies of those that FSDP shards, or casts.
+    The weights' working copies and the documents, which a device has once for all layers, are not among them. WEIGHTS
+    are computed from weights: gathered copies of those that FSDP shards, or casts.
     """
     graph, params, buffers = _split(letter, model)
     params = jax.eval_shape(lambda p: working_copy(p, dtype), params)
@@ -67,7 +67,7 @@ def kept_by_layer(letter: str, model: ModelConfig, plan: Plan, work: Workload, *
 
 
 def bytes_by_name(kept: Sequence[Kept]) -> dict[str, int]:
-    """Bytes of each name, the largest first, and WEIGHTS, which are no activations, last."""
+    """Bytes of each name, largest first, with WEIGHTS, which are no activations, last."""
     total: dict[str, int] = {}
     for array in kept:
         total[array.name] = total.get(array.name, 0) + array.bytes
@@ -75,7 +75,7 @@ def bytes_by_name(kept: Sequence[Kept]) -> dict[str, int]:
 
 
 def activation_bytes(kept: Sequence[Kept]) -> int:
-    """Bytes of the arrays that are made of activations or of documents."""
+    """Bytes of the arrays that are computed from activations or documents."""
     return sum(array.bytes for array in kept if array.name != WEIGHTS)
 
 
@@ -121,7 +121,7 @@ def _kept(jaxpr: core.Jaxpr, kinds: Sequence[str]) -> Iterator[Kept]:
 
 
 def _kinds(jaxpr: core.Jaxpr, kinds: Sequence[str]) -> dict[Any, str]:
-    """Of each variable what it is made of: of the input if any of it is, else of documents, else of weights."""
+    """What each variable is computed from: the input if any of it is, else documents, else weights."""
     order = ("input", DOCUMENTS, WEIGHTS)
     found = dict(zip(jaxpr.invars, kinds, strict=True)) | dict.fromkeys(jaxpr.constvars, DOCUMENTS)
     for equation in jaxpr.eqns:
@@ -132,7 +132,7 @@ def _kinds(jaxpr: core.Jaxpr, kinds: Sequence[str]) -> dict[Any, str]:
 
 
 def _origin(variable: Any, makers: Mapping[Any, core.JaxprEqn], jaxpr: core.Jaxpr) -> _Origin:
-    """Follows `variable` back through what only passes it on. The variable found is one of `jaxpr`."""
+    """Follows `variable` back through operations that only pass it on. The variable found is one of `jaxpr`."""
     equation = makers.get(variable) if isinstance(variable, core.Var) else None
     if equation is None:
         return _Origin(variable, None, "argument")
@@ -151,7 +151,7 @@ def _origin(variable: Any, makers: Mapping[Any, core.JaxprEqn], jaxpr: core.Jaxp
 
 
 def _body(equation: core.JaxprEqn) -> core.Jaxpr | None:
-    """The jaxpr that an operation runs, if it runs one, and passes it its operands as they are."""
+    """The jaxpr that an operation runs on its own operands, if it runs one."""
     for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         found: Any = equation.params.get(key)
         if found is not None:

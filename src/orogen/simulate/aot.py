@@ -1,8 +1,9 @@
 """Traces and compiles parts of a training step on a plan, to read what they cost: collectives and matrix products.
 
-A *unit* is one layer of a letter of the pattern, or the ends of the model (embedding, final norm, head and loss),
-forward and backward with its parameters' gradients summed. Nothing is allocated and nothing runs; compiling needs as
-many devices as the plan, which may be simulated. Compile in float32: XLA:CPU carries bfloat16 collectives as float32.
+A *unit* is one layer of a letter of the pattern, or the ends of the model (embedding, final norm, head and loss):
+forward and backward pass, with its parameters' gradients summed. Nothing is allocated and nothing runs; compiling needs
+as many devices as the plan, which may be simulated. Compile in float32: XLA:CPU carries bfloat16 collectives as
+float32.
 
 Letters: b batch, t time, d model.
 """
@@ -66,7 +67,7 @@ class Unit(NamedTuple):
 
 
 def table_of(collectives: Iterable[Collective], config: PlanConfig, model: ModelConfig) -> Table:
-    """The analytic records as a table over mesh axes, to compare with what a trace or a program has."""
+    """The analytic records as a table over mesh axes, for comparison with a trace or a program."""
     folding, table = fold_plan(config, model), {}
     for record in collectives:
         axes = {name for axis in record.axes for name in folding.logical[axis]}
@@ -76,7 +77,7 @@ def table_of(collectives: Iterable[Collective], config: PlanConfig, model: Model
 
 
 def traced(unit: Unit, plan: Plan) -> Table:
-    """The collectives of `unit` as written, by its jaxpr: those inside `Plan.run`."""
+    """The collectives of `unit` as written, from its jaxpr: those inside `Plan.run`."""
     return jaxpr_collectives(_jaxpr(unit), dict(plan.mesh.shape))
 
 
@@ -88,8 +89,8 @@ def compiled(unit: Unit, plan: Plan) -> Table:
 
 
 def compare(model: ModelConfig, config: PlanConfig, work: Workload, letters: Iterable[str]) -> dict[str, Any]:
-    """{unit: a row for each operation over the same mesh axes: count and bytes by paper and compiled}, in float32. Of
-    one microbatch; of a pipeline, on the devices of one stage."""
+    """{unit: one row per operation over the same mesh axes, with analytic and compiled count and bytes}, in float32,
+    for one microbatch; for a pipeline, on the devices of one stage."""
     config = dataclasses.replace(config, stage=1, microbatches=1)
     model, work, facts = without_mtp(model), work._replace(itemsize=FLOAT32), {}
     plan = make_plan(config, model)
@@ -124,7 +125,7 @@ def compared_lines(facts: dict[str, Any]) -> list[str]:
 
 
 def unit_of(letter: str, model: ModelConfig, plan: Plan, work: Workload, *, dtype: str = "float32") -> Unit:
-    """The unit of a letter of the pattern, or of ENDS at the first depth: the model's deeper ones are left out."""
+    """The unit of a letter of the pattern, or of ENDS at the first depth, without the deeper ones."""
     model = without_mtp(model)
     return _ends(model, plan, work, dtype) if letter == ENDS else _layer(letter, model, plan, work, dtype)
 
@@ -193,7 +194,7 @@ def _ends(model: ModelConfig, plan: Plan, work: Workload, dtype: str) -> Unit:
 
 
 class _Ends(nnx.Module):
-    """What a language model has beside its layers."""
+    """The parts of a language model beside its layers."""
 
     def __init__(self, model: ModelConfig, rngs: nnx.Rngs):
         self.embedding = Embedding(model, rngs)
@@ -221,7 +222,7 @@ def _unit(device_step: Callable, plan: Plan, arguments: tuple[Any, ...], inputs:
 
 
 def step_collectives(model: ModelConfig, plan: Plan, batch_size: int, length: int, *, dtype: str = "float32") -> Table:
-    """The collectives of a whole step as written, but for the gathers of sharded masters."""
+    """The collectives of a whole step as written, except the gathers of sharded masters."""
     return jaxpr_collectives(_step_jaxpr(model, plan, batch_size, length, dtype), dict(plan.mesh.shape))
 
 
@@ -248,7 +249,7 @@ def _documents(plan: Plan, work: Workload) -> Documents:
 
 
 def _specs(plan: Plan) -> tuple[Any, Any, Any]:
-    """Of a batch's integers, of the residual stream, and of what every device holds whole."""
+    """The specs of a batch's integers, of the residual stream, and of arrays that every device holds whole."""
     return plan.spec(*BATCH_AXES), plan.spec("batch", "tokens", None), plan.spec()
 
 
@@ -260,7 +261,7 @@ def _jaxpr(unit: Unit) -> core.Jaxpr:
 
 
 def jaxpr_collectives(jaxpr: core.Jaxpr, sizes: Mapping[str, int]) -> Table:
-    """The collectives in `jaxpr`, each as often as the loops around it turn. sizes: of the mesh axes."""
+    """The collectives in `jaxpr`, each counted as often as the loops around it iterate. sizes: of the mesh axes."""
     table: Table = {}
     for turns, equation in _equations(jaxpr, lambda e: _sent(e, sizes)):
         operation = PRIMITIVES.get(equation.primitive.name)
@@ -287,12 +288,13 @@ def _named(equation: core.JaxprEqn) -> tuple[str, ...]:
 
 
 def _operands(equation: core.JaxprEqn) -> Sequence[Any]:
-    """What is sent; of a ragged exchange also what it is written to, while the others say what goes where."""
+    """The operands that are sent; of a ragged exchange also the one written to, not those that say what goes where."""
     return equation.invars[:2] if equation.primitive.name == "ragged_all_to_all" else equation.invars
 
 
 def product_flops(jaxpr: core.Jaxpr) -> int:
-    """Operations of the matrix products in `jaxpr`, a multiply-add two, each as often as the loops around it turn."""
+    """Operations of the matrix products in `jaxpr`, a multiply-add as two, each counted as often as the loops around it
+    iterate."""
     return sum(turns * _product(equation) for turns, equation in _equations(jaxpr, _product))
 
 
@@ -311,24 +313,24 @@ def _product(equation: core.JaxprEqn) -> int:
 
 
 def _shape(variable: Any) -> tuple[int, ...]:
-    """The shape of a jaxpr's variable; empty of none, and of what is no array."""
+    """The shape of a jaxpr's variable; empty for none and for what is no array."""
     return getattr(getattr(variable, "aval", None), "shape", ())
 
 
 def _equations(
     jaxpr: core.Jaxpr, weigh: Callable[[core.JaxprEqn], float], turns: int = 1
 ) -> Iterator[tuple[int, core.JaxprEqn]]:
-    """(times it runs, equation) of every equation, with those of inner jaxprs; of a choice, the heaviest branch,
-    and of one by platform that of accelerators if it weighs anything.
+    """(times it runs, equation) for every equation, inner jaxprs included; of a choice only the heaviest branch, and
+    of a choice by platform the branch of accelerators if it weighs anything.
 
-    Raises ValueError on a loop whose number of turns is not known, if anything in it weighs something.
+    Raises ValueError on a loop with an unknown number of iterations, if anything in it weighs something.
     """
     weight = lambda inner: sum(times * weigh(e) for times, e in _equations(inner, weigh))  # noqa: E731
     for equation in jaxpr.eqns:
         name, inner = equation.primitive.name, [_open(j) for j in _inner(equation)]
         yield turns, equation
         if name == "cond":
-            # Of a choice by platform the last is that of all but those named, of accelerators.
+            # In a choice by platform the last branch is for all platforms but the named ones: for accelerators.
             by_platform = equation.params.get("branches_platforms") and weight(inner[-1])
             inner = [inner[-1] if by_platform else max(inner, key=weight)]
         if name == "while" and any(weight(j) for j in inner):
@@ -356,7 +358,7 @@ def _open(jaxpr: Any) -> core.Jaxpr:
 def step_flops(model: ModelConfig, plan: Plan, batch_size: int, length: int) -> int:
     """Matrix-product operations of one device in one step of `plan`, its recomputation and padding included.
 
-    Experts count every row that they have room for, as if routing filled them all.
+    Experts count every row that they have room for, as if routing filled all of them.
     """
     plan = dataclasses.replace(plan, config=dataclasses.replace(plan.config, grouped_matmul="ragged_dot"))
     jaxpr = _step_jaxpr(model, plan, batch_size, length, "float32")
@@ -365,7 +367,7 @@ def step_flops(model: ModelConfig, plan: Plan, batch_size: int, length: int) -> 
 
 
 def _stage_flops(jaxpr: core.Jaxpr, plan: Plan, stages: Stages) -> int:
-    """The same of the average stage of a pipeline, each of whose ticks takes the branch that the schedule says."""
+    """The same for the average stage of a pipeline, which at each tick takes the branch that the schedule names."""
     schedule: Any = plan.schedule
     branch_ts = branches_ts(schedule.tables, stages.kind_vp, len(stages.kinds))
     choices = [e for turns, e in _equations(jaxpr, _product) if e.primitive.name == "cond" and turns == schedule.ticks]
@@ -376,8 +378,8 @@ def _stage_flops(jaxpr: core.Jaxpr, plan: Plan, stages: Stages) -> int:
 
 
 def flops_overhead(model: ModelConfig, config: PlanConfig, batch_size: int, length: int) -> float:
-    """Devices x one device's operations / those of a single device without the plan, less one: what the plan computes
-    twice or for padding. Both take the same microbatches and implementations."""
+    """Operations of all the plan's devices over those of a single device without the plan, less one: what the plan
+    computes twice or for padding. Both have the same microbatches and implementations."""
     plan = make_plan(config, model, abstract=True)
     alone = step_flops(model, single_device_plan(config, model), batch_size, length)
     return config.devices * step_flops(model, plan, batch_size, length) / alone - 1

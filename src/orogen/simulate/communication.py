@@ -1,12 +1,12 @@
-"""What a plan's collectives cost by paper: for each layer, the operations over each axis and the bytes sent by them.
+"""Analytic costs of a plan's collectives: for each layer, the operations over each axis and the bytes that they send.
 
 Convention: bytes are what one device sends. Over n ranks an all-gather of a piece s sends (n - 1) s; a reduce-scatter
 of S sends (n - 1) S / n, an all-reduce twice that (a ring of both), an all-to-all (n - 1) S / n, and a shift s. A
-ragged all-to-all counts as one of as many rows as could leave and find room, spread evenly over the ranks.
-Activations travel in the compute dtype, parameters of FSDP too, sums of gradients in float32. No jax here.
+ragged all-to-all counts all rows that could leave and find room, spread evenly over the ranks. Activations and the
+parameters of FSDP travel in the compute dtype, sums of gradients in float32. No jax here.
 
-Phases: forward, backward, and with remat what the backward pass repeats of the forward one (recompute) happen once a
-microbatch and application of the layer, update once a step.
+Phases: forward, backward and, with remat, the part of the forward pass that the backward pass repeats (recompute)
+happen once per microbatch and application of the layer; update happens once per step.
 """
 
 import math
@@ -22,7 +22,7 @@ from orogen.simulate.weights import Weight, end_weights, layer_weights, mtp_weig
 
 # Units beside the letters of the pattern: embedding, final norm, head and loss, at every depth of prediction; the
 # projection and norms of the multi-token-prediction block; and each expert's load, counted for the whole batch.
-# PIPELINE is what stages pass on at every tick, in both directions, whether or not it is used.
+# PIPELINE is what stages send at every tick, in both directions, whether or not it is used.
 # COUNTING is a pass that only counts assignments.
 ENDS, MTP, LOAD, PIPELINE, COUNTING = "ends", "mtp", "load", "pipeline", "counting"
 FLOAT32 = INT32 = 4
@@ -30,8 +30,8 @@ CONTEXT = ("context",)
 
 
 class Workload(NamedTuple):
-    """One microbatch on one device before the sequence is split over `tensor`: rows, tokens of a row, and the bytes of
-    a number in the compute dtype."""
+    """One microbatch on one device before the sequence is split over `tensor`: rows, tokens per row, and bytes per
+    number in the compute dtype."""
 
     rows: int
     tokens: int
@@ -39,7 +39,7 @@ class Workload(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """`count` collectives over the ranks of all of `axes` together, by which one device sends `bytes` in all.
+    """`count` collectives over the ranks of all of `axes` together, with which one device sends `bytes` in all.
 
     part: what is moved; axes: names of parallel/fold.py, only those above size one.
     """
@@ -53,7 +53,7 @@ class Collective(NamedTuple):
 
 
 def sent_bytes(operation: str, held: float, ranks: int) -> float:
-    """Bytes that one of `ranks` devices sends, of an operand of `held` bytes a device."""
+    """Bytes that one of `ranks` devices sends of an operand of `held` bytes per device."""
     share = (ranks - 1) / ranks
     factors = {
         "all-gather": ranks - 1,
@@ -67,7 +67,7 @@ def sent_bytes(operation: str, held: float, ranks: int) -> float:
 
 
 def unit_collectives(unit: str, model: ModelConfig, plan: PlanConfig, work: Workload) -> list[Collective]:
-    """Those of one layer of a letter, or of the model's ENDS, MTP or LOAD."""
+    """The collectives of one layer of a letter, or of the model's ENDS, MTP or LOAD."""
     ledger, weights = _Ledger(unit, plan, model, work), []
     if unit == LOAD:
         _load(ledger)
@@ -95,9 +95,9 @@ def unit_collectives(unit: str, model: ModelConfig, plan: PlanConfig, work: Work
 def step_collectives(model: ModelConfig, plan: PlanConfig, work: Workload) -> dict[str, list[Collective]]:
     """{unit: the collectives of all its applications in one step}, `work` being one of the plan's microbatches.
 
-    Of a pipeline these are the average stage's, so that counts may be fractions.
-    The multi-token-prediction block is applied once a depth, and sums its gradients once. Layers that the model's stack
-    repeats in a loop share a collective for what they count: more in number here than in the program, not in bytes.
+    For a pipeline these are the average stage's, so counts may be fractions. The multi-token-prediction block is
+    applied once per depth, and sums its gradients once. Layers that the model's stack repeats in a loop share one
+    collective for their counts: the program then has fewer collectives than this table, of the same bytes.
     """
     pattern, depths = model.layers, model.mtp_depths
     units = [*dict.fromkeys(pattern.main + pattern.mtp), *([MTP] if depths else []), ENDS, LOAD]
@@ -108,7 +108,7 @@ def step_collectives(model: ModelConfig, plan: PlanConfig, work: Workload) -> di
             main, deeper = int(unit != MTP), int(unit == MTP)
         turns = (main + depths * deeper) * plan.microbatches / plan.stage
         records = unit_collectives(unit, model, plan, work)
-        # What is no layer is on every stage.
+        # Units that are no layers are on every stage.
         updates = (main + deeper) / (1 if unit in (ENDS, MTP) else plan.stage)
         found[unit] = [_times(r, updates if r.phase == "update" else turns) for r in records]
     if plan.stage > 1:
@@ -121,8 +121,9 @@ def step_collectives(model: ModelConfig, plan: PlanConfig, work: Workload) -> di
 def _counting(
     model: ModelConfig, plan: PlanConfig, work: Workload, step: dict[str, list[Collective]]
 ) -> list[Collective]:
-    """Of the pass over all microbatches that counts assignments, where routers are balanced over the global batch: the
-    forward collectives of `step`, but for those that only losses need. A pipeline's pass has these too."""
+    """The collectives of the pass over all microbatches that counts assignments, where routers are balanced over the
+    global batch: the forward collectives of `step` without those that only losses need. A pipeline's pass has these
+    too."""
     ledger = _Ledger(COUNTING, plan, model, work)
     uses = model.layers.main.count("E") + model.mtp_depths * model.layers.mtp.count("E")
     everywhere = ("data", "context", "tensor")
@@ -145,7 +146,7 @@ def _counting(
 
 
 def describe_collectives(model: ModelConfig, plan: PlanConfig, work: Workload) -> dict[str, Any]:
-    """The records of one application of each unit, and bytes a step sends in all, by axes."""
+    """The records of one application of each unit, and the bytes that a step sends in all, by axes."""
     step: dict[str, float] = {}
     found = step_collectives(model, plan, work)
     for record in (record for records in found.values() for record in records):
@@ -156,7 +157,7 @@ def describe_collectives(model: ModelConfig, plan: PlanConfig, work: Workload) -
 
 
 def collective_lines(facts: dict[str, Any]) -> list[str]:
-    """The facts of `describe_collectives` for a person: a line for each part of a unit, operation and axes."""
+    """The facts of `describe_collectives` for a person: one line per part of a unit, operation and axes."""
     rows: dict[tuple[str, ...], dict[str, float]] = {}
     for unit, records in facts["units"].items():
         for r in records:
@@ -195,7 +196,7 @@ class _Ledger:
         self.remat = plan.layer_remat(unit) if unit not in (ENDS, MTP, LOAD, PIPELINE, COUNTING) else Remat("none")
         norm_groups = model.mamba_norm_groups or model.n_groups
         pieces = {"kv_heads": model.num_key_value_heads, "groups": model.n_groups, "norm_groups": norm_groups}
-        # Arrays with fewer pieces than tensor has ranks are held as copies by neighbours.
+        # Neighbours hold copies of arrays that have fewer pieces than tensor has ranks.
         copies = {f"{name}_copies": plan.tensor // (n or plan.tensor) or 1 for name, n in pieces.items()}
         ranks, replicas = plan.data * plan.context, plan.expert * plan.expert_tensor
         fsdp = plan.fsdp_size or ranks
@@ -233,7 +234,7 @@ class _Ledger:
     ) -> None:
         """`count` collectives of operands of `held` bytes each; nothing over axes of size one.
 
-        needed: by the gradient of what follows, so that recomputation does it again; unless the layer keeps `name`.
+        needed: by the gradient of what follows, so that recomputation repeats it, unless the layer keeps `name`.
         """
         axes = tuple(axis for axis in axes if self.sizes[axis] > 1)
         if axes and held and count:
@@ -250,7 +251,7 @@ class _Ledger:
             self.add(part, "backward", "reduce-scatter", axes, held * self.ranks(axes))
 
     def scatter(self, part: str, axes: Sequence[str], held: float, *, needed: bool = False, name: str = "") -> None:
-        """A reduce-scatter of `held` bytes, and its transpose. It mostly ends a layer, so that no gradient needs it."""
+        """A reduce-scatter of `held` bytes, and its transpose. It usually ends a layer, so no gradient needs it."""
         self.add(part, "forward", "reduce-scatter", axes, held, needed=needed, name=name)
         self.add(part, "backward", "all-gather", axes, held / self.ranks(axes))
 
@@ -265,7 +266,8 @@ class _Ledger:
         gradient: bool = False,
         name: str = "",
     ) -> None:
-        """`count` arrays from each rank to another, as the plan sends them; and, with `gradient`, theirs back."""
+        """`count` arrays from each rank to another, as the plan sends them, and with `gradient` their gradients
+        back."""
         operation, size = ("collective-permute", held)
         if self.plan.shift == "alltoall":
             operation, size = ("all-to-all", held * self.ranks(axes))
@@ -285,17 +287,17 @@ class _Ledger:
         return math.prod(self.sizes[axis] for axis in axes)
 
     def own(self, pieces: int, axis: str = "tensor") -> int:
-        """Of heads, channels or groups those of this device; at least one."""
+        """How many of the heads, channels or groups this device has; at least one."""
         return pieces // self.ranks((axis,))
 
     @property
     def numbers(self) -> int:
-        """Bytes of one number of each token of a whole context rank, in the compute dtype."""
+        """Bytes of one number per token of a whole context rank, in the compute dtype."""
         return self.work.rows * self.work.tokens * self.work.itemsize
 
     @property
     def segments(self) -> int:
-        """Bytes of the segment of each token of a whole context rank."""
+        """Bytes of the segment ids of a whole context rank."""
         return self.work.rows * self.work.tokens * INT32
 
     @property
@@ -310,26 +312,26 @@ class _Ledger:
 
     @property
     def paired(self) -> bool:
-        """Whether embedding and head are one array, on a stage the one or the other."""
+        """Whether embedding and head are one array, of which a stage holds the one or the other."""
         return self.plan.stage > 1 and not self.model.tie_word_embeddings and not self.model.layers.mtp
 
     def gathered(self, weight: Weight) -> None:
-        """FSDP: the weight's pieces before its product, and its gradient's, in float32, after."""
+        """FSDP: gathers the weight's pieces before its product, and scatters its gradient, in float32, after it."""
         axes = self._sharded(weight)
         if self.plan.fsdp == "parameters" and axes:
             piece = self._held(weight)
             itemsize = FLOAT32 if weight.float32 else self.work.itemsize
             self.add("weights", "forward", "all-gather", axes, piece * itemsize)
             if self.plan.stage > 1 and self.remat.kind == "none" and self.unit not in (ENDS, MTP):
-                # A pipeline keeps no gathered weights from a microbatch's forward to its backward pass.
+                # A pipeline does not keep gathered weights from a microbatch's forward to its backward pass.
                 self.add("weights", "recompute", "all-gather", axes, piece * itemsize)
             self.add("weights", "backward", "reduce-scatter", axes, piece * self.ranks(axes) * FLOAT32)
 
     def summed(self, weights: Iterable[Weight]) -> None:
-        """Each gradient over the devices that store the same piece of the parameter.
+        """Sums each gradient over the devices that store the same piece of the parameter.
 
         Where masters are sharded and parameters are not (ZeRO-1, ZeRO-2), masters are gathered first, and gradients
-        scattered: once a step, or once a microbatch.
+        scattered: once per step, or once per microbatch.
         """
         for weight in weights if self.plan.fsdp in ("optimizer", "gradients") else ():
             axes = self._sharded(weight)
@@ -348,7 +350,7 @@ class _Ledger:
         return next((dims[axis] for axis in weight.axes if axis in dims), ())
 
     def _held(self, weight: Weight, *, stored: bool = False) -> int:
-        """Numbers of the parameter on one device, inside the step or between steps."""
+        """How many numbers of the parameter one device holds, inside the step or between steps."""
         ways = self.ranks(name for axis in weight.axes for name in SPLIT.get(axis or "", ()))
         splits = self.plan.fsdp != "none" if stored else self.plan.fsdp == "parameters"
         sharded = self.ranks(self._sharded(weight)) if splits else 1
@@ -369,7 +371,7 @@ class _Ledger:
         return tuple(axis for axis in everywhere if axis not in split and self.sizes[axis] > 1)
 
 
-# Logical axes of parameters that every plan splits, and over what.
+# The logical axes of parameters that every plan splits, and the axes they are split over.
 SPLIT = {
     **dict.fromkeys(("vocab", "heads", "mlp", "mamba_heads"), ("tensor",)),
     **{axis: (axis,) for axis in ("kv_heads", "groups", "expert")},
@@ -407,9 +409,9 @@ def _attention(ledger: _Ledger) -> None:
         ledger.both("heads", "all-to-all", CONTEXT, ledger.numbers * heads * value, name="attention")
     else:
         turns, places = plan.context - 1, ledger.work.tokens * INT32
-        # Round the ring, and once more for the gradients, which go with the keys in float32 and one rank further.
+        # Around the ring, and once more for the gradients, which travel with the keys in float32 and one rank further.
         for phase in ("forward", "backward"):
-            for held in (keys, values, ledger.segments, places, INT32):  # the last says whose keys they are
+            for held in (keys, values, ledger.segments, places, INT32):  # the last names their owner
                 ledger.shift("ring", CONTEXT, held, turns, phase=phase, name="attention")
         for held in (keys, values):
             ledger.shift("ring", CONTEXT, held // itemsize * FLOAT32, turns + 1, phase="backward")
@@ -423,8 +425,8 @@ def _halos(ledger: _Ledger, channels: int) -> None:
 
 
 def _entering(ledger: _Ledger, decays: int, states: int, *, name: str) -> None:
-    """What `parallel.context.entering` sends of this many numbers a row: by doubling, over the ranks' first parts and
-    over their second ones, and last the state to the next rank."""
+    """What `parallel.context.entering` sends for this many numbers per row: by doubling, over the ranks' first parts
+    and over their second parts, and last the state to the next rank."""
     rounds, rows = (ledger.plan.context - 1).bit_length(), ledger.work.rows
     ledger.shift("states", CONTEXT, rows * INT32, 2)  # does a part continue the segment before it?
     ledger.shift("states", CONTEXT, rows * decays * FLOAT32, 2 * rounds - 1, gradient=True)
@@ -445,7 +447,7 @@ def _mamba2(ledger: _Ledger) -> None:
         ledger.both("heads", "all-to-all", CONTEXT, ledger.numbers * heads * head)
     else:
         _entering(ledger, heads, heads * head * state, name="ssd_states")
-    # A group of the norm over several ranks: one sum of squares a token on each, and its gradient.
+    # A group of the norm over several ranks: one sum of squares per token and rank, and its gradient.
     squares = ledger.work.rows * ledger.work.tokens * FLOAT32
     ledger.both("norm peers", "all-reduce", ("norm_groups_copies",), squares)
 
@@ -479,7 +481,7 @@ def _experts(ledger: _Ledger) -> None:
     statistic = lambda axes, numbers, needed=False, name="": ledger.add(  # noqa: E731
         "router statistics", "forward", "all-reduce", axes, numbers * FLOAT32, needed=needed, name=name
     )
-    # Of the balance loss: probabilities and counts of each expert, tokens of each row. Sums have no gradient to send.
+    # For the balance loss: probabilities and counts per expert, tokens per row. Sums have no gradient to send.
     if model.router_balance == "global":
         statistic(everywhere, experts)
         statistic(everywhere, experts)
@@ -496,7 +498,7 @@ def _gathered_tokens(ledger: _Ledger) -> None:
     width = tokens * ledger.model.expert_width * ledger.work.itemsize
     ledger.gather("dispatch", axes, width, name="rows")
     ledger.gather("dispatch", axes, tokens * k * INT32, gradient=False, name="routing")  # each token's experts
-    ledger.gather("dispatch", axes, tokens * k, gradient=False, name="routing")  # whether there is room, a byte each
+    ledger.gather("dispatch", axes, tokens * k, gradient=False, name="routing")  # whether there is room, one byte each
     ledger.gather("combine", axes, tokens * k * FLOAT32)  # the weights
     projected = ledger.model.moe_latent_size is not None
     ledger.scatter("combine", axes, width * ledger.ranks(axes), needed=projected, name="combined")
@@ -525,7 +527,7 @@ def _ragged_rows(ledger: _Ledger) -> None:
 
 
 def _shared_rows(ledger: _Ledger, rows: int) -> None:
-    """Ranks that share an expert's hidden units each take the rows of all, and add up what they make of them."""
+    """Ranks that split an expert's hidden units each take the rows of all, and sum their partial outputs."""
     axes = ("expert_tensor",)
     ledger.gather("dispatch", axes, rows, name="rows")
     ledger.scatter("combine", axes, rows * ledger.ranks(axes), needed=True, name="expert_out")
@@ -547,13 +549,14 @@ def _ends(ledger: _Ledger) -> None:
 
 
 def _embedded(ledger: _Ledger, depth: int) -> None:
-    """The tokens of a prediction `depth` deep; their places and documents too come from a rank's neighbours."""
+    """The tokens of a prediction `depth` deep; their positions and documents come from a rank's neighbours, too."""
     ledger.scatter("embedding", ("tensor",), ledger.stream)
     ledger.shift("targets", ("context",), ledger.work.rows * depth * FLOAT32, 3 * 2)
 
 
 def _counts(ledger: _Ledger, rows: int, depths: int) -> None:
-    """Of targets, tokens and rows, over the whole batch: a row counts where any context rank holds a token of it."""
+    """Counts of targets, tokens and rows over the whole batch; a row counts where any context rank holds a token of
+    it."""
     for depth in range(depths):
         ledger.shift("counts", ("context",), rows * (depth + 1) * FLOAT32, 2 * 2, phase="update")
         ledger.shift("counts", ("context",), rows * depth * FLOAT32, 2, phase="update")
@@ -567,5 +570,5 @@ def _load(ledger: _Ledger) -> None:
     layers = (pattern.main + pattern.mtp).count("E")
     if layers:
         ledger.add("load", "forward", "all-reduce", everywhere, ledger.model.n_routed_experts * FLOAT32, layers)
-        # Without room at an expert, and in a ragged buffer.
+        # Assignments without room at an expert, and in a ragged buffer.
         ledger.add("dropped", "forward", "all-reduce", everywhere, FLOAT32, 1 + (ledger.plan.dispatch == "ragged"))

@@ -1,6 +1,7 @@
 """Whether a task can fit into the memory that exists: analytic lower bounds, before anything is built.
 
-What is counted is certain to be held at once, so nothing that fits is refused; what is not refused may still not fit.
+Only arrays that are certainly held at once are counted, so nothing that fits is refused; what is accepted may still not
+fit.
 """
 
 import dataclasses
@@ -18,26 +19,26 @@ from orogen.simulate.weights import Weight, end_weights, layer_weights, mtp_weig
 FLOAT32 = 4
 # Tokens, segments and positions are int32, weights float32.
 BATCH = 4 * 4
-# Scoring takes rows together up to this many tokens.
+# Scoring batches rows up to this many tokens.
 SCORED_AT_ONCE = 8192
 
 
 class Memory(NamedTuple):
-    """Bytes that can still be had: on the host, and on each device; None where devices are the host's own."""
+    """Bytes that are still available: on the host, and on each device; None where devices use the host's memory."""
 
     host: int
     device: int | None
 
 
 class Need(NamedTuple):
-    """Bytes at the least, what for, and the settings that they grow with."""
+    """The least bytes needed, what they are for, and the settings that they grow with."""
 
     what: str
     size: int
     settings: dict[str, int]
 
     def times(self, factor: int) -> "Need":
-        """The same on so many devices."""
+        """The same on `factor` devices."""
         return self._replace(size=self.size * factor)
 
 
@@ -45,7 +46,7 @@ def require_training_fits(config: RunConfig, memory: Memory) -> None:
     """Raises ConfigError if the batch on the host, or a device's part of the first step, exceeds the memory."""
     batch = _batch(config.train)
     device = _training(config)
-    if memory.device is not None:  # or it is the host's
+    if memory.device is not None:  # otherwise it is the host's
         device.append(batch._replace(size=batch.size // (config.plan.data * config.plan.context)))
     prompts = len(config.train.sample_prompts)
     _require("training", [batch], device, config.plan.devices, memory)
@@ -73,12 +74,12 @@ def require_inference_fits(
     model: ModelConfig, memory: Memory, *, blocked: bool, rows: int, tokens: int, settings: dict[str, int]
 ) -> None:
     """Raises ConfigError if a pass over `rows` of `tokens` exceeds the memory of one device. blocked: whether attention
-    goes by blocks, so that it does not hold all scores; settings: by name, what decided rows and tokens."""
+    works by blocks and does not hold all scores; settings: by name, what decided rows and tokens."""
     _require("inference", [], _inference(model, not blocked, rows, tokens, settings), 1, memory)
 
 
 def require_scoring_fits(model: ModelConfig, memory: Memory, *, blocked: bool, rows: int, tokens: int) -> None:
-    """As `require_inference_fits`, of the rows that are scored at once; all rows' logits wait on the host."""
+    """As `require_inference_fits`, for the rows that are scored at once; all rows' logits wait on the host."""
     settings = {"rows of --tokens": rows, "length of --tokens": tokens}
     logits = Need("logits", rows * tokens * model.vocab_size * FLOAT32, settings)
     together = min(rows, max(1, SCORED_AT_ONCE // tokens))
@@ -91,7 +92,7 @@ def count(model: ModelConfig) -> int:
 
 
 def _weights(model: Any) -> list[tuple[Weight, int]]:
-    """Each parameter, and in how many layers it is."""
+    """Each parameter, and how many layers have it."""
     pattern = model.layers
     found = [(weight, 1) for weight in (*end_weights(model), *(mtp_weights(model) if pattern.mtp else ()))]
     for letter in dict.fromkeys(pattern.main + pattern.mtp):
@@ -101,7 +102,7 @@ def _weights(model: Any) -> list[tuple[Weight, int]]:
 
 
 def _parameters(what: str, model: ModelConfig, size: int) -> Need:
-    """`size` bytes for `what`, and the fields of which doubling adds at least half as many parameters again."""
+    """`size` bytes for `what`, and the fields whose doubling gives at least 1.5 times the parameters."""
     values = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
     pattern = model.layers
     total, settings = count(model), {"ModelConfig.pattern": len(pattern.main + pattern.mtp)}
@@ -124,11 +125,11 @@ def _batch_settings(train: TrainConfig) -> dict[str, int]:
 
 
 def _training(config: RunConfig) -> list[Need]:
-    """Of one device: masters and moments, and beside them either all gradients, or a microbatch's layer inputs, scores
-    of one attention layer and logits of one chunk, whichever is more."""
+    """What one device holds: masters and moments, and beside them either all gradients, or a microbatch's layer inputs,
+    scores of one attention layer and logits of one chunk, whichever is more."""
     plan, optimizer = config.plan, config.optimizer
     stored = _stored(config.model, plan)
-    # Muon keeps one moment of a matrix, AdamW two of everything.
+    # Muon keeps one moment per matrix, AdamW two of everything.
     moments = (2 if optimizer.name == "adamw" else 1) * (2 if optimizer.moment_dtype == "bfloat16" else FLOAT32)
     state = stored * (FLOAT32 + (0 if plan.offload_optimizer else moments))
     gradients = _parameters("gradients", config.model, stored * FLOAT32)
@@ -171,14 +172,14 @@ def _passing(config: RunConfig) -> list[Need]:
 
 
 def _scores(model: ModelConfig, rows: int, tokens: int, settings: dict[str, int], itemsize: int) -> Need | None:
-    """Of one attention layer that holds all of them."""
+    """The scores of one attention layer that holds all of them."""
     if not set("*w+") & set(model.layers.main):
         return None
     return Need("scores of attention", rows * model.num_attention_heads * tokens**2 * itemsize, settings)
 
 
 def _inference(model: ModelConfig, whole: bool, rows: int, tokens: int, settings: dict[str, int]) -> list[Need]:
-    """Of a forward pass in float32 on one device. whole: whether attention holds all scores."""
+    """What a forward pass in float32 holds on one device. whole: whether attention holds all scores."""
     hidden = Need("hidden states", rows * tokens * model.hidden_size * FLOAT32, settings)
     scores = _scores(model, rows, tokens, settings, FLOAT32) if whole else None
     needs = [_parameters("parameters", model, count(model) * FLOAT32), hidden]

@@ -1,9 +1,9 @@
 """Floating-point operations of a model, and peaks of devices, for MFU.
 
 Convention: a multiply-add is two operations; causal attention and the SSD's causal part inside a chunk count half; a
-window counts the tokens that the average query of a row sees, half its own as everywhere;
-experts by the active width; convolutions exactly; norms, biases and activations not at all; training is three times the
-forward pass, without recomputation. Documents that share a row count as rows of their own, and padding as nothing.
+window counts the tokens that the average query of a row sees, its own by half; experts count by the active width,
+convolutions exactly, norms, biases and activations not at all. Training is three times the forward pass, without
+recomputation. Documents that share a row count as rows of their own, and padding as nothing.
 """
 
 import functools
@@ -22,7 +22,7 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def training_flops(config: ModelConfig, lengths: np.ndarray) -> float:
-    """Forward and backward operations for documents of so many tokens each."""
+    """Forward and backward operations for documents of these lengths in tokens."""
     lengths_d, counts_d = np.unique(lengths, return_counts=True)
     documents = zip(lengths_d.tolist(), counts_d.tolist(), strict=True)
     return sum(count * length * training_flops_per_token(config, length) for length, count in documents)
@@ -41,7 +41,7 @@ def forward_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
 
 
 def head_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
-    """Operations behind the last layer for one token: the head, and at each MTP depth the block and another head."""
+    """Operations after the last layer for one token: the head, and at each MTP depth the block and another head."""
     size = config.hidden_size
     head = 2 * size * config.vocab_size
     block = sum(layer_flops_per_token(letter, config, sequence_length) for letter in config.layers.mtp)
@@ -72,7 +72,7 @@ def _mamba1_flops(config: ModelConfig) -> float:
     size, inner, state = config.hidden_size, config.mamba_intermediate_size, config.ssm_state_size
     rank = config.time_step_rank
     projections = 2 * size * 2 * inner + 2 * inner * (rank + 2 * state) + 2 * rank * inner + 2 * inner * size
-    # an element of the state: dt · A; decay · S + (dt x) · B; and S · C summed
+    # per element of the state: dt · A; decay · S + (dt x) · B; and S · C summed
     scan = (1 + 3 + 2) * inner * state
     return projections + 2 * config.conv_kernel * inner + scan
 

@@ -12,7 +12,8 @@ from orogen.simulate.communication import sent_bytes
 
 
 class Traffic(NamedTuple):
-    """Collectives of one operation over the same mesh axes: how many, and the bytes that one device sends in all."""
+    """Collectives of one operation over the same mesh axes: their number, and the bytes that one device sends in
+    all."""
 
     count: float
     bytes: float
@@ -39,10 +40,10 @@ def add(table: Table, key: tuple[str, tuple[str, ...]], count: float, size: floa
 
 
 def hlo_collectives(text: str, sizes: Mapping[str, int]) -> Table:
-    """The collectives of a compiled program, each as often as the loops around it turn.
+    """The collectives of a compiled program, each counted as often as the loops around it iterate.
 
     sizes: of the mesh axes, outermost first; partition ids count through them. Raises ValueError on an operation,
-    group or loop that it cannot read: a collective that is overlooked would look like one that is free.
+    group or loop that it cannot read: an overlooked collective would look like a free one.
     """
     table: Table = {}
     lines = list(_lines(text))
@@ -74,7 +75,7 @@ def _lines(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _turns(lines: list[tuple[str, str]]) -> dict[str, int]:
-    """How often each computation runs; that of a branch once."""
+    """How often each computation runs; a branch counts once."""
     calls: dict[str, list[tuple[str, int]]] = {}
     collective = {name for name, line in lines if INSTRUCTION.match(line)}
     for name, line in lines:
@@ -113,7 +114,7 @@ def _groups(line: str) -> list[tuple[int, ...]]:
     if match := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\S+)\))? \{([^}]*)\}", line):
         axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match[1])}
         groups = _mesh_groups(axes, re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", match[3]))
-        # Devices in another order are listed, or counted through as those of groups are.
+        # Devices in another order are listed, or enumerated as those of groups are.
         whole = f"[1,{math.prod(axes.values())}]<={match[2]}" if "[" in (match[2] or "") else f"{{{{{match[2]}}}}}"
         (ids,) = _groups(f"replica_groups={whole}") if match[2] else (None,)
         return [tuple(ids[i] for i in group) for group in groups] if ids else groups
@@ -148,8 +149,8 @@ def _cycles(pairs: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
 
 
 def _axes(groups: list[tuple[int, ...]], sizes: Mapping[str, int], *, cycles: bool) -> tuple[str, ...]:
-    """The mesh axes along which the members of a group differ. Raises ValueError if they are not all of those; in
-    cycles, of shifts by more than one rank, they need not be."""
+    """The mesh axes along which the members of a group differ. Raises ValueError if they are not all along those
+    axes; in cycles, of shifts by more than one rank, they need not be."""
     shape = tuple(sizes.values())
     places = [np.stack(np.unravel_index(np.asarray(group), shape), 1) for group in groups]
     differ = np.any([(place != place[:1]).any(0) for place in places], axis=0)

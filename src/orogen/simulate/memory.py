@@ -1,5 +1,5 @@
 """What one device holds during a training step: state by the plan's shardings, activations by name from the layers'
-traces, and what XLA allots in the compiled step."""
+traces, and what XLA allocates in the compiled step."""
 
 import dataclasses
 import math
@@ -24,7 +24,7 @@ from orogen.train.pipelined import cut
 from orogen.train.state import TrainState, abstract_state, state_shardings
 from orogen.train.step import BATCH_AXES, make_step
 
-# What XLA says of a program, and what we call it.
+# XLA's names of a program's memory, and ours.
 COMPILED = {
     "arguments": "argument_size_in_bytes",
     "outputs": "output_size_in_bytes",
@@ -69,8 +69,8 @@ def describe_memory(config: RunConfig, work: Workload) -> dict[str, Any]:
 def activations(
     model: ModelConfig, sizes: PlanConfig, work: Workload, *, dtype: str, stages: Stages | None = None
 ) -> dict[str, dict[str, Any]]:
-    """{letter: how many layers are kept at once, the MTP block's once a depth, and bytes of one by name}. Those of a
-    microbatch; of a pipeline those of the fullest chunk, once a slot of the stash."""
+    """{letter: how many layers are kept at once, those of the MTP block once per depth, and bytes of one by name}, of a
+    microbatch; for a pipeline those of the fullest chunk, once per slot of the stash."""
     pattern, found = model.layers, {}
     plan, one_stage = (make_plan(c, model, abstract=True) for c in (sizes, dataclasses.replace(sizes, stage=1)))
     for letter in dict.fromkeys(pattern.main + pattern.mtp):
@@ -94,7 +94,7 @@ def _held(tree: Any) -> int:
 
 
 def _working(built: Built, plan: Plan, dtype: str) -> int:
-    """Bytes of one device's working copies; 0 where the masters themselves are computed with."""
+    """Bytes of one device's working copies; 0 where the step computes with the masters themselves."""
     if dtype == "float32":
         return 0
     cast = jax.eval_shape(lambda p: working_copy(p, dtype), _in_step(built, plan))

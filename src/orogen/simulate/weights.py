@@ -1,4 +1,4 @@
-"""The parameters of each layer by paper: shapes and logical axes, for models too large to build. No jax here."""
+"""The parameters of each layer from its config: shapes and logical axes, for models too large to build. No jax here."""
 
 from typing import NamedTuple
 
@@ -14,8 +14,8 @@ class Weight(NamedTuple):
 
 
 def end_weights(model: ModelConfig, vocab_rows: int | None = None) -> list[Weight]:
-    """Of the embeddings, the final norm and, if it is not tied, the head; the embedding's matrix first.
-    vocab_rows: as a plan fills the vocabulary up; None: not."""
+    """The embeddings, the final norm and, if it is not tied, the head; the embedding's matrix comes first.
+    vocab_rows: rows of the vocabulary that a plan has padded; None: not padded."""
     size, vocabulary, positions = model.hidden_size, vocab_rows or model.vocab_size, model.learned_positions
     weights = [Weight((vocabulary, size), ("vocab", "embed")), *_norm(model)]
     if positions:
@@ -24,12 +24,12 @@ def end_weights(model: ModelConfig, vocab_rows: int | None = None) -> list[Weigh
 
 
 def mtp_weights(model: ModelConfig) -> list[Weight]:
-    """Of the multi-token-prediction block, without its layers."""
+    """The multi-token-prediction block without its layers."""
     return [_matrix(2 * model.hidden_size, model.hidden_size, None, "embed"), *_norm(model) * 3]
 
 
 def layer_weights(letter: str, model: ModelConfig) -> list[Weight]:
-    """Of one layer of a letter of the pattern, its norm included."""
+    """One layer of a letter of the pattern, its norm included."""
     mixer = {
         "M": _mamba2_weights,
         "m": _mamba1_weights,
@@ -49,7 +49,7 @@ def _matrix(rows: int, columns: int, *axes: str | None) -> Weight:
 
 
 def _norm(model: ModelConfig, size: int | None = None) -> list[Weight]:
-    """The weight, and for the layer norms a bias."""
+    """The weight and, for layer norms, a bias."""
     return _vector(size or model.hidden_size, "norm") * (2 if model.norm.startswith("layer") else 1)
 
 
