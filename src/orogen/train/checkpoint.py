@@ -1,10 +1,10 @@
-"""Checkpoints: written by orbax beside the run, whole only with their list of checksums, a few kept.
+"""Checkpoints: written by orbax beside the run, complete only with their list of checksums, a few kept.
 
 A checkpoint is the folder `checkpoints/STEP` with the items model, trainer and data. The model is an item of its own,
-so that a reader can take it without the optimizer. What stages of a pipeline save is laid out as they keep it, and a
-vocabulary with the rows that the plan filled it up to; the data's position says how. Rows are added and dropped as
-arrays are read. Under its own name a folder is whole: orbax writes into `STEP.partial`, which is renamed once
-the checksums are in it. Folders of earlier releases have no checksums; they count if orbax's marker is there.
+so that a reader can take it without the optimizer. Stages of a pipeline save arrays as they hold them, and a vocabulary
+is saved with the rows to which the plan padded it; the data's position says how. Rows are added or dropped when arrays
+are read. A folder under its own name is complete: orbax writes into `STEP.partial`, which is renamed once the checksums
+are in it. Folders of earlier releases have no checksums; they count if orbax's marker is there.
 """
 
 import dataclasses
@@ -28,7 +28,8 @@ from orogen.train import checksums
 from orogen.train.state import TrainState
 from orogen.train.streams import say
 
-# Of the data's item: how stages cut the model, its words, that there are checksums, and whose tokenizer it is.
+# Keys of the data's item: how stages split the model, its vocabulary, that there are checksums, and the tokenizer's
+# hash.
 STAGES, VOCABULARY, LISTED, TOKENIZER, MODEL = "stages", "vocab_size", "checksums", "tokenizer_files", "model_config"
 ADDED = (STAGES, VOCABULARY, LISTED, TOKENIZER, MODEL)
 MODEL_FIELDS = ("params", "buffers")
@@ -39,10 +40,10 @@ LEFT = re.compile(rf"\d+({re.escape(PARTIAL)}|{re.escape(REMOVED)}|\.orbax-check
 
 
 class Checkpoints:
-    """The checkpoints of a run folder. Use as a context manager: leaving it waits for what is being written.
+    """The checkpoints of a run folder. Use as a context manager: leaving it waits for pending writes.
 
     keep: how many stay, all if None. model: written into each, for `check_config`. vocab_size: of the model that is
-    saved and restored, whatever rows plans fill it up to; None: that of `model`, or as its arrays have.
+    saved and restored, whatever rows plans pad it to; None: that of `model`, or else of its arrays.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Checkpoints:
         self.run_dir = Path(run_dir).resolve()
         self.vocab_size = model.vocab_size if vocab_size is None and model is not None else vocab_size
         self.folder = self.run_dir / "checkpoints"
-        if not is_unicode(str(self.folder)):  # tensorstore takes no others
+        if not is_unicode(str(self.folder)):  # tensorstore accepts no others
             raise ConfigError(f"run folder {str(run_dir)!r}; expected a path in UTF-8")
         self._keep, self._model = keep, model
         self._writer: ocp.AsyncCheckpointer | None = None
@@ -83,7 +84,7 @@ class Checkpoints:
 
     @property
     def stages(self) -> Stages | None:
-        """How the model of the latest checkpoint is cut; None if it is whole. Raises ConfigError without one."""
+        """How the model of the latest checkpoint is split; None if it is whole. Raises ConfigError without one."""
         return self._read(lambda step: _stages(self._data(step), self.folder / str(step)))
 
     def save(self, state: TrainState, data_position: dict[str, Any], stages: Stages | None = None) -> None:
@@ -117,7 +118,7 @@ class Checkpoints:
         self._finishing = self._finisher.submit(self._finish, partial, step)
 
     def wait(self) -> None:
-        """Waits until what is being written is whole. Raises what went wrong there."""
+        """Waits for pending writes. Raises what went wrong in them."""
         if self._finishing is not None:
             finishing, self._finishing = self._finishing, None
             finishing.result()
@@ -136,7 +137,7 @@ class Checkpoints:
 
     def restore_model(self, params: Any, buffers: Any, place: Callable[[Any], Any]) -> tuple[Any, Any]:
         """The latest parameters and buffers of the whole model, as the abstract `params` and `buffers`. place: gives
-        the shardings of such trees, or of the same trees cut into stages."""
+        the shardings of such trees, or of the same trees split into stages."""
         whole = {"params": params, "buffers": buffers}
 
         def read(step: int) -> tuple[Stages | None, Any]:
@@ -174,12 +175,12 @@ class Checkpoints:
                 raise ConfigError(f"{file} is damaged; expected the sha256 {wanted[:16]}… of checkpoint {step}")
 
     def _finish(self, partial: Path, step: int) -> None:
-        """Makes the folder that orbax is writing a checkpoint, then removes the oldest."""
+        """Turns the folder that orbax is writing into a checkpoint, then removes the oldest."""
         assert self._writer is not None
         self._writer.wait_until_finished()
         checksums.write(partial)
         partial.rename(self.folder / str(step))
-        # The newest, which is whole, is never among those removed.
+        # The newest, which is complete, is never removed.
         for old in self._steps()[: -self._keep] if self._keep else ():
             removed = (self.folder / str(old)).rename(self.folder / f"{old}{REMOVED}")
             shutil.rmtree(removed)
@@ -195,8 +196,8 @@ class Checkpoints:
         return {file.name: checksums.digest(file) for file in files if file.is_file()}
 
     def _read(self, read: Callable[[int], Any]) -> Any:
-        """`read` of the latest checkpoint once it was found whole. Raises ConfigError, which names the file that is
-        damaged and the checkpoint before it that is whole."""
+        """`read` of the latest checkpoint once it was found undamaged. Raises ConfigError that names the damaged file
+        and the latest undamaged checkpoint before it."""
         while True:
             step = self.latest
             if step is None:
@@ -206,8 +207,8 @@ class Checkpoints:
                 return read(step)
             except (_AnotherModelError, MemoryError):
                 raise
-            except Exception as error:  # orbax, tensorstore and jax raise anything at all on a damaged file
-                if self.latest != step:  # a run that goes on has removed it meanwhile
+            except Exception as error:  # orbax, tensorstore and jax raise errors of any type on a damaged file
+                if self.latest != step:  # a run that continues has removed it meanwhile
                     continue
                 if "RESOURCE_EXHAUSTED" in str(error):  # jax's own MemoryError: the files are not to blame
                     raise
@@ -267,8 +268,8 @@ class Checkpoints:
         return ocp.StandardCheckpointHandler().restore(folder, args=arguments)
 
     def _check(self, step: int, item: str, target: Any) -> None:
-        """Raises ConfigError naming the first array that the checkpoint lacks, has too many, or in another shape but
-        for what plans fill a vocabulary up to."""
+        """Raises ConfigError naming the first array that is missing, surplus or of another shape, apart from the rows
+        to which plans pad a vocabulary."""
         folder: Any = self.folder / str(step) / item
         saved: Any = ocp.StandardCheckpointHandler().metadata(folder)
         saved, wanted, dims = getattr(saved, "tree", saved), _named(target), _vocab_dims(target)
@@ -281,13 +282,13 @@ class Checkpoints:
 
 
 def _vocab_dims(tree: Any) -> dict[str, int | None]:
-    """By the name of a leaf, its dimension over the vocabulary, from the last."""
+    """By the name of a leaf, its dimension over the vocabulary, counted from the last."""
     found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
     return {_name(path): vocab_dim(leaf) if isinstance(leaf, nnx.Variable) else None for path, leaf in found}
 
 
 def _filled_from(shape: Sequence[int], dim: int | None, vocab_size: int | None) -> tuple[int, ...]:
-    """The shape without the rows beyond a vocabulary of `vocab_size`, if that is known and it has so many."""
+    """The shape without the rows beyond a vocabulary of `vocab_size`, if that is known and there are any."""
     kept = list(shape)
     if dim is not None and vocab_size is not None:
         kept[dim] = min(kept[dim], vocab_size)
@@ -295,11 +296,11 @@ def _filled_from(shape: Sequence[int], dim: int | None, vocab_size: int | None) 
 
 
 class _AnotherModelError(ConfigError):
-    """The checkpoint is whole, but not what was asked for."""
+    """The checkpoint is undamaged, but not of the requested model."""
 
 
 def _stages(data: dict[str, Any], folder: Path) -> Stages | None:
-    """How the data's item says that the model is cut. Raises ConfigError."""
+    """How the model is split, from the data's item. Raises ConfigError."""
     saved = data.get(STAGES)
     if saved is None:
         return None
@@ -328,7 +329,7 @@ def _split(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    """Leaves by the path to them, so that what is on disk does not depend on Python classes."""
+    """Leaves by their path, so that the files do not depend on Python classes."""
     return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 

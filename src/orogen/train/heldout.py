@@ -25,7 +25,7 @@ from orogen.train.step import BATCH_AXES, batch_to_devices, microbatches
 
 
 class Score(NamedTuple):
-    """Loss in nats a token, and bits a byte of the text behind the tokens."""
+    """Loss in nats per token, and in bits per byte of the text behind the tokens."""
 
     loss: float
     bits_per_byte: float
@@ -63,7 +63,7 @@ class Heldout:
         return self._score(state, self._sample, self._sample_bytes)
 
     def full(self, state: TrainState) -> Score:
-        """On the whole split."""
+        """The score of the whole split."""
         return self._score(state, self.whole, self.whole.byte_count)
 
     def _score(self, state: TrainState, batches: Iterable[Batch], n_bytes: int) -> Score:
@@ -71,7 +71,7 @@ class Heldout:
         nats = count = 0.0
         for batch in batches:
             # Fetched one by one: XLA:CPU runs out of threads, and its collectives wait for ever, when many programs
-            # over simulated devices are in flight (seen on jax 0.10.1).
+            # over simulated devices are in flight (observed with jax 0.10.1).
             more, counted = jax.device_get(self._nats(params, state.buffers, batch_to_devices(batch, self.plan)))
             nats, count = nats + float(more), count + float(counted)
         return Score(nats / max(count, 1), nats / math.log(2) / max(n_bytes, 1))

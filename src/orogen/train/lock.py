@@ -1,8 +1,8 @@
 """The lock of a run folder: one process trains there at a time, on this host or another that shares the disk.
 
 The lock is a file that names its holder, made by a hard link, which is atomic on NFS too (flock is missing there or
-works on one host alone). The holder touches it every BEAT_SECONDS. On the host of the holder a process that is gone is
-known by its id and start time; from another host by a lock that nobody touched for STALE_SECONDS.
+works on one host alone). The holder touches it every BEAT_SECONDS. On the holder's host its id and start time tell
+whether it is alive; on another host it counts as dead once nobody has touched the lock for STALE_SECONDS.
 """
 
 import datetime
@@ -23,7 +23,7 @@ STALE_SECONDS = 180.0  # more than the minute for which NFS clients may keep a f
 
 
 class RunLock:
-    """Holds the lock of `run_dir` from `__enter__` to `__exit__`, or to `release`. Makes the folder if there is none.
+    """Holds the lock of `run_dir` from `__enter__` to `__exit__`, or to `release`. Creates the folder if needed.
 
     Raises ConfigError, naming the holder, if a living process has it. log: gets a line if a dead one had it.
     """
@@ -32,7 +32,7 @@ class RunLock:
         self.path, self._log, self._beat_seconds = run_dir / NAME, log, beat_seconds
         self._mine = _this_process() | {"token": uuid.uuid4().hex}
         self._released = threading.Event()
-        self.beating = True  # until the file is found to be another's
+        self.beating = True  # until the file turns out to be another's
 
     def __enter__(self) -> "RunLock":
         self._made = not self.path.parent.exists()
@@ -52,7 +52,7 @@ class RunLock:
 
     @property
     def mine(self) -> bool:
-        """Whether the file still names this process: one that slept for long may have been taken for dead."""
+        """Whether the file still names this process: a process that slept for long may have been taken for dead."""
         holder = _read(self.path)
         return holder is not None and holder.get("token") == self._mine["token"]
 
@@ -90,7 +90,7 @@ class RunLock:
                 self.beating = self.mine
                 if self.beating:
                     os.utime(self.path)
-            except OSError:  # a disk that is away for a while
+            except OSError:  # a disk that is unreachable for a while
                 continue  # the next beat may reach it
 
 
@@ -102,7 +102,7 @@ def check_free(run_dir: Path, *, now: float | None = None) -> None:
 
 
 def _link(draft: Path, path: Path) -> bool:
-    """Makes `path` of `draft` unless it exists; whether it did."""
+    """Links `draft` to `path` unless that exists; whether it did."""
     try:
         os.link(draft, path)
     except FileExistsError:
@@ -117,7 +117,7 @@ def _link(draft: Path, path: Path) -> bool:
 
 
 def _living(path: Path, now: float | None) -> dict[str, Any] | None:
-    """What the lock says of its holder, None if there is no lock or its holder is gone."""
+    """The lock's record of its holder, None if there is no lock or its holder is gone."""
     try:
         touched = path.stat().st_mtime
     except FileNotFoundError:
@@ -144,7 +144,8 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _this_process() -> dict[str, Any]:
-    """machine: the same for processes that see each other's ids, unlike a host's name."""
+    """This process as a lock records it. machine: equal for processes that see each other's ids, unlike a host's
+    name."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         machine = f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -156,7 +157,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def _started(pid: Any) -> str | None:
-    """When the process `pid` of this machine began, in the system's own terms; None if there is none."""
+    """When the process `pid` of this machine began, in the system's own units; None if there is none."""
     if type(pid) is not int or pid < 1:
         return None
     try:

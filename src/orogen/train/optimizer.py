@@ -1,4 +1,5 @@
-"""The optimizer and its schedule, from optax; which parameters it decays, and which Muon takes, by their own axes."""
+"""The optimizer and its schedule, from optax. A parameter's own axes decide whether it decays and whether Muon takes
+it."""
 
 from typing import Any
 
@@ -47,7 +48,8 @@ def make_optimizer(config: OptimizerConfig, steps: int, params: nnx.State) -> op
     """Clipping by global norm, which `update` is given as `grad_norm`, then AdamW, or Muon for matrices and AdamW for
     the rest.
 
-    params: abstract or real, with axis names: stacking gives a norm two dimensions, its axes still say it is a vector.
+    params: abstract or real, with axis names: stacking gives a norm two dimensions, but its axes still say that it is a
+    vector.
     """
     rate = learning_rate(config, steps)
     decayed = _by_axes(params, lambda axes: _dimensions(axes) > 1)
@@ -70,10 +72,10 @@ def make_optimizer(config: OptimizerConfig, steps: int, params: nnx.State) -> op
 
 
 def keep_in(dtype: str, optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """The optimizer with its moments kept in `dtype`, and computed with in float32.
+    """The optimizer with its moments kept in `dtype` and its arithmetic in float32.
 
-    Rounded to nearest: a moment that would move by less than half a unit in its last place stays where it is, so a
-    bfloat16 moment with a decay above 1 - 2⁻⁸ = 0.996 hardly follows its gradients.
+    Moments are rounded to nearest: a moment that would move by less than half a unit in its last place stays where it
+    is, so a bfloat16 moment with a decay above 1 - 2⁻⁸ = 0.996 hardly follows its gradients.
     """
     wide = optax.with_extra_args_support(optimizer)
     if dtype == "float32":
@@ -91,7 +93,7 @@ def keep_in(dtype: str, optimizer: optax.GradientTransformation) -> optax.Gradie
 
 
 def _clip(limit: float) -> optax.GradientTransformationExtraArgs:
-    """optax.clip_by_global_norm for a norm that is known: it would be computed again, a pass over every gradient."""
+    """optax.clip_by_global_norm for a known norm, which it would recompute by a pass over every gradient."""
 
     def update(updates, state, params=None, **extra):
         factor = limit / jnp.maximum(extra["grad_norm"], limit)
@@ -103,7 +105,8 @@ def _clip(limit: float) -> optax.GradientTransformationExtraArgs:
 def square_sums(tree: Any) -> Array:
     """The sum of squares of each leaf, float32; not finite where the leaf is not.
 
-    As products of rows with themselves: XLA:CPU would write the squares to memory before it adds them up (jax 0.10.1).
+    They are products of rows with themselves: otherwise XLA:CPU writes the squares to memory before it adds them (jax
+    0.10.1).
     """
     rows = [jnp.einsum("...i,...i->...", g, g, precision="highest") for g in jax.tree.leaves(tree)]
     return jnp.stack([row.sum() for row in rows])
@@ -115,9 +118,8 @@ def is_matrix(axes: tuple[str | None, ...]) -> bool:
 
 
 def _dimensions(axes: tuple[str | None, ...]) -> int:
-    """How many the parameter has for its part in the mathematics. The expert axis stacks, as repeated layers do, so
-    experts' biases are vectors; Mamba-1's A_log is one decay rate for each element of the state, a vector like
-    Mamba-2's."""
+    """How many dimensions the parameter has in the mathematics. The expert axis stacks, as repeated layers do, so
+    experts' biases are vectors; Mamba-1's A_log is one decay rate per element of the state, a vector like Mamba-2's."""
     return sum(axis not in ("expert", "state") for axis in axes)
 
 

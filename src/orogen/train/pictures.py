@@ -1,6 +1,6 @@
 """The pictures of a run's report, drawn from its metrics: loss, throughput, expert load, dropped assignments.
 
-Every picture is drawn in a theme, so that a page can carry a light and a dark one. matplotlib's objects are used
+Every picture is drawn in a theme, so that a page can have a light and a dark version. matplotlib's objects are used
 directly: nothing here touches pyplot or its global figures.
 Letters: n records, e experts, c columns of a heat map.
 """
@@ -87,17 +87,17 @@ def png(figure: "Figure") -> bytes:
 
 
 def column(records: Records, key: str) -> Floats:
-    """One value a record, NaN where it is missing."""
+    """One value per record, NaN where it is missing."""
     return np.array([np.nan if r.get(key) is None else r[key] for r in records], np.float64)
 
 
 def tokens_seen(records: Records) -> Floats:
-    """Tokens trained on up to and with each record, from those of each step."""
+    """Tokens trained on up to and including each record."""
     return np.cumsum(column(records, "tokens"))
 
 
 def running_mean(values_n: Floats) -> Floats:
-    """Centred mean over a fiftieth of the records, of those that are finite; the span is cut off at both ends."""
+    """Centred mean of the finite values over a fiftieth of the records; the span is shorter at both ends."""
     if not len(values_n):
         return values_n
     finite_n = np.isfinite(values_n)
@@ -193,7 +193,7 @@ def _draw_loss(records: Records, baselines: Mapping[str, float], theme: Theme) -
 
 
 def _draw_baselines(axes: "Axes", lines: Mapping[str, float], theme: Theme) -> None:
-    """Dashed lines, named in the right margin; names too close together are moved up, each by what it needs."""
+    """Dashed lines, named in the right margin; names that are too close together are moved up as far as needed."""
     low, high = axes.get_ylim()
     floor = -math.inf
     for name, value in sorted(lines.items(), key=lambda line: line[1]):
@@ -277,7 +277,7 @@ def _draw_load(routed: Records, theme: Theme) -> "Figure":
     across = 1 if layers == 1 else 2 if layers <= 8 else 4 if layers <= 24 else 5
     rows = math.ceil(layers / across)
     experts = len(routed[0]["expert_load"][0])
-    panel = min(2.5, max(1.5 if layers <= 8 else 0.95, 0.25 + experts / 110))  # inches; a dot an expert, up to 250
+    panel = min(2.5, max(1.5 if layers <= 8 else 0.95, 0.25 + experts / 110))  # inches; one dot per expert, up to 250
     figure = _bare_figure(theme, height=0.8 + rows * panel)
     grid = figure.subplots(rows, across, sharex=True, sharey=True, squeeze=False)
     columns = min(MAX_COLUMNS // across, len(routed))

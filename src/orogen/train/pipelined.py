@@ -1,6 +1,6 @@
-"""Loss and gradient of a model cut into pipeline stages.
+"""Loss and gradient of a model split into pipeline stages.
 
-Letters: m microbatches, b batch, t time, k experts a token, r rows, e experts, p stages, v chunks a stage.
+Letters: m microbatches, b batch, t time, k experts per token, r rows, e experts, p stages, v chunks per stage.
 """
 
 from functools import partial
@@ -25,18 +25,18 @@ from orogen.simulate.flops import head_flops_per_token, layer_flops_per_token
 from orogen.train.loss import Assigned, Counts, Passed, Sums, embed, enter, leave, lost, map_moe
 
 MOE = "E"
-# Of what belongs to each stack: the backbone's, and the MTP block's.
+# Keys of what belongs to each stack: the backbone and the MTP block.
 _FIRST_AND_REST = slice(1), slice(1, None)
-# Tokens of the row for which stages are balanced where no batch says it.
+# Row length for which stages are balanced where no batch gives it.
 TYPICAL_LENGTH = 4096
 
 
 class Pipeline:
-    """A cut model on one device of a plan, inside `Plan.run`: the programs of its segments over a batch (m, b, t).
+    """A split model on one device of a plan, inside `Plan.run`: the programs of its segments over a batch (m, b, t).
 
-    buffers: as this device's stage keeps them. replay: what to use in place of the routers' own choices, likewise.
+    buffers: as this device's stage keeps them. replay: choices to use in place of the routers' own, laid out likewise.
     record: whether every token's choice is reported. tally: whether assignments are, for balance over the global batch;
-    assigned: those of all microbatches (1, v, r, e), an r for each use of a layer, as `assigned` gives them.
+    assigned: those of all microbatches (1, v, r, e), one row r per use of a layer, as `assigned` gives them.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Pipeline:
         self.tally, self.known = tally, assigned
 
     def gradients(self, params: Any) -> tuple[Array, Any, Sums]:
-        """The loss, and of this device's own stage gradients and loads; scattered if the plan keeps them so."""
+        """The loss, and the gradients and loads of this device's stage; scattered if the plan keeps gradients so."""
         stored = jax.eval_shape(self._kept, params)
         zeros = self.plan.vary(jax.tree.map(lambda g: jnp.zeros(g.shape, g.dtype), stored))
         found = self._run(params, zeros)
@@ -63,7 +63,7 @@ class Pipeline:
         return self._run(params, None).reports["assigned"]
 
     def _run(self, params: Any, zeros: Any) -> Any:
-        varied = working_copy(self.plan.vary(params), self.dtype)  # once a step, not once a tick
+        varied = working_copy(self.plan.vary(params), self.dtype)  # once per step, not once per tick
         size, length = self.batch.tokens_bt.shape[1:]
         shape = size, length // self.plan.size("sequence"), self.config.hidden_size
         schedule = self.plan.schedule
@@ -115,16 +115,17 @@ class Pipeline:
         return leave(model, passed, batch, self.counts, **rest, **common) if segment.last else passed
 
     def _kept(self, grads: Any) -> Any:
-        """The gradients of one microbatch as they are kept until the others are added."""
+        """The gradients of one microbatch in the layout in which they are kept until the others are added."""
         return self.plan.scatter_gradients(grads) if self.plan.config.fsdp == "gradients" else grads
 
     def _items(self, segment: Segment) -> list[Any]:
-        """The stacks that the segment runs, in order: the MTP block's once a depth."""
+        """The stacks that the segment runs, in order: the MTP block's once per depth."""
         main, deeper = segment.items
         return [main] + [deeper] * (self.config.mtp_depths if segment.last else 0)
 
     def _report(self, passed: Passed, segment: Segment) -> dict[str, Any]:
-        """What this segment's pass adds to the sums: loads (r, e) of its layers, choices (r, b, t, …) of every use."""
+        """What this segment's pass adds to the sums: loads (r, e) of its layers, and choices (r, b, t, …) per use of
+        each."""
         report = {"nats": passed.nats, "lost": lost(passed.stats, self.plan)}
         of = lambda field, stats, items: rows(map_moe(lambda s: getattr(s, field), stats), items)  # noqa: E731
         loads = [of("load", *pair) for pair in zip(passed.stats, self._items(segment), strict=True)]
@@ -150,7 +151,7 @@ class Pipeline:
         return total | summed
 
     def _nothing(self, size: int, time: int) -> dict[str, Any]:
-        """Reports before anything is noted. Loads are (1, v, r, e), choices (1, v, r, m, b, t, …)."""
+        """Empty reports. Loads are (1, v, r, e), choices (1, v, r, m, b, t, …)."""
         zero = jnp.zeros(())
         reports = {"nats": jnp.zeros(len(self.counts.targets)), "lost": (zero, zero)}
         depths = self.config.mtp_depths
@@ -176,7 +177,7 @@ class Pipeline:
         return Sums(nats, load, dropped, overflow, reports.get("choices", ()))
 
     def _replayed(self, segment: Segment, chunk: Array, microbatch: Array) -> tuple[Any, ...]:
-        """The replay (b, t, k) of each layer, a tree like the statistics of each stack that the segment runs."""
+        """The replay (b, t, k) of each layer, in trees like the statistics of each stack that the segment runs."""
         trees, start = [], 0
         for items in self._items(segment):
             count = _count(items)
@@ -198,7 +199,7 @@ class Pipeline:
 
 
 def cut(model: ModelConfig, plan: Plan, length: int = TYPICAL_LENGTH) -> Stages | None:
-    """Which layers each stage of the plan has; None without stages. Where the pattern has no |, segments take about
+    """The layers of each stage of the plan; None without stages. Where the pattern has no |, segments take about
     equally many operations on rows of `length` tokens."""
     if plan.schedule is None:
         return None
@@ -212,7 +213,7 @@ def cut(model: ModelConfig, plan: Plan, length: int = TYPICAL_LENGTH) -> Stages 
 
 
 def choice_specs(plan: Plan, config: ModelConfig) -> Any:
-    """The layout of a pipeline's choices (p, v, r, m, b, t, …); () of a model without experts."""
+    """The layout of a pipeline's choices (p, v, r, m, b, t, …); () for a model without experts."""
     if MOE not in config.layers.main + config.layers.mtp:
         return ()
     token: Any = plan.spec("stage", None, None, None, "batch", "tokens")
@@ -221,7 +222,7 @@ def choice_specs(plan: Plan, config: ModelConfig) -> Any:
 
 
 def split_replay(replay: tuple[Any, ...], stages: Stages) -> Any:
-    """Replays (m, …, b, t, k) of the whole model's stacks, as the stages use them: (p, v, r, m, b, t, k); () of a
+    """Replays (m, …, b, t, k) of the whole model's stacks, as the stages use them: (p, v, r, m, b, t, k); () for a
     model without experts."""
     main, deeper = repeats("".join(stages.patterns)), repeats(stages.mtp)
     items = [main] + [deeper] * (len(replay) - 1)
@@ -230,7 +231,7 @@ def split_replay(replay: tuple[Any, ...], stages: Stages) -> Any:
 
 
 def _graph(segment: Segment, config: ModelConfig) -> nnx.GraphDef:
-    """The static part of a model with the segment's layers alone."""
+    """The static part of a model that has the segment's layers alone."""
 
     def make() -> LanguageModel:
         model = LanguageModel(config, nnx.Rngs(0))

@@ -1,6 +1,6 @@
-"""The two sides of a check: a plan, and one device that computes the same by the plainest means.
+"""The two sides of a check: a plan, and one device that computes the same by the plainest implementations.
 
-Letters: m microbatches, b batch, t time, k experts a token.
+Letters: m microbatches, b batch, t time, k experts per token.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class Sides(NamedTuple):
 
 
 def sides(config: RunConfig) -> Sides:
-    """Both sides of `config`, which says in what dtype the plan computes; the one device computes in float32."""
+    """Both sides of `config`, which has the plan's compute dtype; the one device computes in float32."""
     plan = make_plan(config.plan, config.model)
     single = reference_plan(config.plan, config.model)
     built = build(config.model)
@@ -59,8 +59,8 @@ def reference_plan(config: PlanConfig, model: ModelConfig) -> Plan:
 
 
 def replayed(choices: Any, folded: Side) -> Any:
-    """What replays one device's `choices` (1, …, b, t, k) of a whole batch on the plan: (m, …, b / m, t, k), of each
-    data rank's run of rows a run for each microbatch, tokens in the order of the ranks."""
+    """One device's `choices` (1, …, b, t, k) of a whole batch, laid out for replay on the plan: (m, …, b / m, t, k),
+    where each data rank's run of rows has one run per microbatch, and tokens are in the order of the ranks."""
     ranks, parts = folded.plan.config.data, folded.plan.config.microbatches
 
     def lay(choice: np.ndarray) -> np.ndarray:
@@ -74,8 +74,8 @@ def replayed(choices: Any, folded: Side) -> Any:
 
 
 def packed_batch(config: RunConfig, train: TrainConfig) -> Batch:
-    """Random tokens in documents of uneven lengths, several a row, with padding at the end of some rows: half a row at
-    most, since of a token or two some gradients are sums that cancel, and nothing but rounding is left to compare."""
+    """Random tokens in documents of uneven lengths, several per row, with padding at the end of some rows. At most half
+    a row is padding: with a token or two, some gradients are sums that cancel, and only rounding is left to compare."""
     rng = np.random.default_rng(train.seed)
     shape = (train.batch_size, train.sequence_length)
     segments_bt = np.zeros(shape, np.int32)
@@ -97,7 +97,7 @@ def packed_batch(config: RunConfig, train: TrainConfig) -> Batch:
 
 
 def packed_batches(config: RunConfig, count: int) -> list[Batch]:
-    """`count` different ones. Raises ConfigError if one has no target."""
+    """`count` different packed batches. Raises ConfigError if one has no target."""
     seeds = ((config.train.seed + i) % 2**31 for i in range(count))
     batches = [packed_batch(config, dataclasses.replace(config.train, seed=seed)) for seed in seeds]
     expected = "a longer one: no token of the rows that are checked has a target"
@@ -106,7 +106,7 @@ def packed_batches(config: RunConfig, count: int) -> list[Batch]:
 
 
 def default_train(config: RunConfig) -> TrainConfig:
-    """A batch that every axis of the plan divides, with rows of an odd number of tokens for each rank."""
+    """A batch that every axis of the plan divides, with an odd number of tokens per row and rank."""
     plan = config.plan
     unit = plan.context * plan.sequence_pieces
     tokens = max(13 * unit, 52, 2 * plan.context * config.model.reach)

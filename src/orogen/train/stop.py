@@ -14,9 +14,9 @@ T = TypeVar("T")
 
 
 class StoppedEarlyError(BaseException):
-    """A signal came while there was nothing to save. A BaseException: no handler of errors on the way may take it.
+    """A signal came while there was nothing to save. A BaseException, so that no handler of errors catches it.
 
-    status: what the process is to exit with.
+    status: the exit status of the process.
     """
 
     def __init__(self, status: int):
@@ -25,15 +25,15 @@ class StoppedEarlyError(BaseException):
 
 
 class _CutShortError(BaseException):
-    """A signal came during work that can be done again."""
+    """A signal came during work that can be repeated."""
 
 
 class Stop:
     """A flag that signals raise, so that a run can finish its step, save and leave. Use as a context manager.
 
     Unless `working` is set there is nothing to save, and a signal raises StoppedEarlyError; the compilation of one
-    program is not interrupted. A second SIGINT calls `at_once` and ends the process. A signal that is ignored
-    stays so, as SIGHUP is under nohup.
+    program is not interrupted. A second SIGINT calls `at_once` and ends the process. An ignored
+    signal stays ignored, as SIGHUP is under nohup.
     """
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class Stop:
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
             self.at_once()
-            try:  # past Python's buffers, which the signal may have found half-written
+            try:  # past Python's buffers, which the signal may have interrupted half-written
                 os.write(2, b"orogen: ended at once; what was not saved is lost\n")
             finally:
                 os._exit(INTERRUPTED)

@@ -1,4 +1,4 @@
-"""Output that outlives its terminal: a run whose terminal or pipe is closed goes on to save."""
+"""Output that outlives its terminal: a run whose terminal or pipe is closed still saves."""
 
 import contextlib
 import errno
@@ -11,7 +11,7 @@ GONE = (errno.EPIPE, errno.EIO)  # of a pipe and of a terminal
 
 
 class _Lasting:
-    """A text stream that turns to /dev/null, its file descriptor too, once nobody can read it any more."""
+    """A text stream that switches to /dev/null, file descriptor included, once nobody can read it any more."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -32,13 +32,13 @@ class _Lasting:
     def _lost_is_lost(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:  # another one, such as a full disk's, is a loss that someone would want to know of
+        except OSError as error:  # another error, such as a full disk's, loses output that someone would want
             if error.errno not in GONE:
                 raise
             self._turn_away()
 
     def _turn_away(self) -> None:
-        """Leads the stream's file descriptor, if it has one, to /dev/null."""
+        """Redirects the stream's file descriptor, if it has one, to /dev/null."""
         try:
             own = self._stream.fileno()
         except (OSError, ValueError):  # a stream in memory, or a closed one
@@ -57,7 +57,7 @@ def say(line: str) -> None:
 
 @contextlib.contextmanager
 def lasting_streams() -> Iterator[None]:
-    """stdout and stderr that raise nothing while the body runs, nor when what they hold is flushed at exit."""
+    """stdout and stderr that raise nothing while the body runs, nor when their buffers are flushed at exit."""
     before = sys.stdout, sys.stderr
     lasting = [_Lasting(stream or open(os.devnull, "w")) for stream in before]
     sys.stdout, sys.stderr = lasting  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,4 +1,4 @@
-"""How far a plan may be from one device, and what `verify` says of it. Letters: l layers, e experts."""
+"""How far a plan may be from one device, and what `verify` reports. Letters: l layers, e experts."""
 
 import math
 from collections.abc import Iterable
@@ -17,30 +17,29 @@ from orogen.precision.policy import DTYPES
 
 # Relative tolerances in float32. A gradient leaf sums up to a few thousand products in another order.
 LOSS, GRADIENT, PARAMETER = 1e-5, 1e-4, 1e-6
-# A token's own top-k, and what is dropped of it, may differ from the replayed only where that hung on less than this.
+# A token's own top-k, and its drops, may differ from the replayed ones only where the margin is below this.
 MARGIN = 1e-5
-# A leaf this small beside the whole gradient is zero but for rounding, and is held against the whole.
+# A leaf this small beside the whole gradient is zero up to rounding, and is compared with the whole.
 NEGLIGIBLE = 1e-7
 # Roundings of one layer that reach a result, forward and backward: operands, products, norms, activations and sums.
 ROUNDINGS = 16
-# By how much an update may be further off than the gradients that it is made of: Muon's iterations magnify small
-# singular values.
+# By what factor an update may be further off than its gradients: Muon's iterations magnify small singular values.
 UPDATED = {"adamw": 2, "muon": 20}
 
 
 class Verdict(NamedTuple):
-    """Relative errors of a plan against one device; None where that was not looked at.
+    """Relative errors of a plan against one device; None where that was not compared.
 
-    loss_error: the largest of all batches'. max_gradient_error: of the worst gradient, or, of steps, of the worst first
-    moment. max_parameter_error: of the worst parameter: relative to itself after one update from equal gradients by
-    each optimizer; of steps, relative to what they changed in it.
+    loss_error: the largest over all batches. max_gradient_error: of the worst gradient or, for steps, of the worst
+    first moment. max_parameter_error: of the worst parameter, relative to itself after one update from equal gradients
+    by each optimizer or, for steps, relative to what they changed in it.
     load_error: the largest difference of an expert's load, of the dropped tokens, of a router bias after the update and
     of counters; these are counts and signs, so it is 0 or the plan is wrong.
-    flips: tokens whose own choice, of experts or of what to drop, differed from the one replayed, flip_margin the
-    largest margin of such a choice. zero_leaves had no gradient to compare.
-    overflow_rows found no room in a buffer: what they would have added is missing, so the plan does not pass.
-    tolerances: what each error may be, by the error's name. shared: implementations that are the same on both sides, as
-    field=name: of them nothing is learned.
+    flips: tokens whose own choice of experts or drops differed from the replayed one; flip_margin: the largest margin
+    of such a choice. zero_leaves had no gradient to compare.
+    overflow_rows found no room in a buffer: their contribution is missing, so the plan does not pass.
+    tolerances: the bound of each error, by the error's name. shared: implementations that are the same on both sides,
+    as field=name, about which the check says nothing.
     """
 
     loss_error: float
@@ -67,7 +66,7 @@ class Verdict(NamedTuple):
 
 
 def conditions(what: str, config: RunConfig, reference: PlanConfig) -> dict[str, Any]:
-    """The fields of a Verdict that say what was compared and how near it has to be. config: the plan's side."""
+    """The fields of a Verdict that say what was compared and how close it must be. config: the plan's side."""
     dtype = config.train.compute_dtype
     return {
         "what": what,
@@ -78,15 +77,15 @@ def conditions(what: str, config: RunConfig, reference: PlanConfig) -> dict[str,
 
 
 def tolerances(what: str, config: RunConfig) -> dict[str, float]:
-    """What each error of a `Verdict` may be, of a plan that computes in `TrainConfig.compute_dtype`, against float32.
+    """The bound of each error of a `Verdict`, for a plan that computes in `TrainConfig.compute_dtype`, against float32.
 
-    In fewer bits than float32, independent roundings by at most u each add up to u · sqrt(their number) of a result, as
-    many as ROUNDINGS a layer. Source: Higham and Mary, SIAM J. Sci. Comput. 41(5), 2019.
+    In fewer bits than float32, independent roundings by at most u each add up to u · sqrt(their number) of a result;
+    there are ROUNDINGS per layer. Source: Higham and Mary, SIAM J. Sci. Comput. 41(5), 2019.
     """
     noise = unit_roundoff(config) * math.sqrt(ROUNDINGS * depth(config.model))
     exact = config.train.compute_dtype == "float32" and config.plan.linear == "plain"
     loss, gradient, margin = (LOSS, GRADIENT, MARGIN) if exact else (noise, noise, noise)
-    # Updates from equal gradients are float32 whatever the model computes in.
+    # Updates from equal gradients are float32 whatever the compute dtype.
     parameter = PARAMETER if what == "gradients" else gradient * UPDATED[config.optimizer.name]
     return {
         "loss_error": loss,
@@ -97,7 +96,7 @@ def tolerances(what: str, config: RunConfig) -> dict[str, float]:
 
 
 def unit_roundoff(config: RunConfig) -> float:
-    """The largest relative error of one rounding among those that the plan makes."""
+    """The largest relative error of one rounding among the plan's formats."""
     formats = [DTYPES[config.train.compute_dtype]]
     formats += [jnp.float8_e4m3fn, jnp.float8_e5m2] * (config.plan.linear == "fp8")
     return max(float(jnp.finfo(f).eps) / 2 for f in formats)
@@ -109,7 +108,7 @@ def depth(model: ModelConfig) -> int:
 
 
 def shared(config: PlanConfig, reference: PlanConfig, model: ModelConfig) -> list[str]:
-    """The operations that the model has and that plan and reference compute alike, as field=name."""
+    """The model's operations that plan and reference compute alike, as field=name."""
     used = (field for field in PLAINEST if plan_read(model, config, field))
     same = (field for field in used if getattr(config, field) == getattr(reference, field))
     return [f"{field}={getattr(config, field)}" for field in same]
@@ -133,11 +132,11 @@ def flips(choices: Any) -> tuple[int, float]:
 
 
 def largest_difference(reference: Any, other: Any) -> float:
-    """Of any two numbers in the same place of two trees."""
+    """The largest difference of two numbers in the same place of two trees."""
     pairs = zip(jax.tree.leaves(reference), jax.tree.leaves(other), strict=True)
     return largest(np.abs(np.asarray(a) - b).max(initial=0) for a, b in pairs)
 
 
 def largest(values: Iterable[Any]) -> float:
-    """0 if there are none; NaN if one is, which Python's max may pass over."""
+    """The largest value; 0 if there are none; NaN if one is, which Python's max may pass over."""
     return float(np.max([0.0, *values]))

@@ -38,10 +38,10 @@ OPTIMIZERS = ("adamw", "muon")
 def verify(config: RunConfig, *, what: str = "gradients", dtype: str = "float32") -> Verdict:
     """`config.plan`, computing in `dtype`, against one device in float32, from equal states and packed batches.
 
-    The one device takes the batch whole, by the plainest implementation of each operation, and recomputes nothing;
-    `Verdict.shared` says which implementations are the plan's too. what: `gradients`, one loss, every gradient, and one
-    update by each optimizer from equal gradients; `step`, several of the steps that training takes, one of them not
-    finite; `evaluation`, held-out losses. Needs as many devices as the plan. Raises ConfigError.
+    The one device takes the whole batch at once, with the plainest implementation of each operation, and recomputes
+    nothing; `Verdict.shared` names implementations that the plan has too. what: `gradients` compares one loss, every
+    gradient, and one update by each optimizer from equal gradients; `step` several training steps, one of them not
+    finite; `evaluation` held-out losses. Needs as many devices as the plan. Raises ConfigError.
     """
     config.plan.require_half_precision(dtype)
     train = config.train
@@ -67,7 +67,7 @@ def verify_gradients(config: RunConfig) -> Verdict:
     errors, zero = leaf_errors(alone.grads, folded.grads)
     worst = int(np.argmax(errors))
     flipped, margin = flips(folded.sums.choices)
-    # From one device's gradients on both, but each with the loads that its own run counted.
+    # Both from the one device's gradients, but each with the loads that its own run counted.
     updated = [
         [_updated(side, name, start, alone.grads, step.sums.load) for name in OPTIMIZERS]
         for side, step in ((one, alone), (other, folded))
@@ -96,7 +96,7 @@ CHECKS = {"gradients": verify_gradients, "step": verify_steps, "evaluation": ver
 
 
 class _Step(NamedTuple):
-    """Loss, gradients and loads (l, e) of the whole model, however it is laid out; sums as the step gives them."""
+    """Loss, gradients and loads (l, e) of the whole model, however it is laid out; sums as the step returns them."""
 
     loss: float
     grads: nnx.State
@@ -132,7 +132,7 @@ def _placed(state: tuple[Any, ...], side: Side) -> tuple[Any, ...]:
 
 def _updated(side: Side, name: str, start: Any, grads: nnx.State, load: Any) -> tuple[nnx.State, nnx.State]:
     """Parameters and router biases of the whole model after one update by the optimizer `name`, on the host. grads: of
-    the whole model; load: as the side's step gives it."""
+    the whole model; load: as the side's step returns it."""
     built, train = side.built, side.config.train
     rule = make_optimizer(dataclasses.replace(side.config.optimizer, name=name), train.steps, built.params)
 

@@ -19,13 +19,13 @@ from orogen.train.state import TrainState, abstract_state, fresh_state, relaid, 
 from orogen.train.step import StepMetrics, batch_to_devices, step_function
 from orogen.train.verdict import Verdict, conditions, flips, largest, largest_difference, leaf_errors
 
-# Steps of a check, and which of them is made not finite: there is a state to lose by then, and a step after it.
+# Steps of a check, and the one that is made not finite: by then there is a state to lose, and a step follows.
 STEPS, BROKEN = 4, 2
 SCORED = 2  # batches of held-out rows
 
 
 class _Steps(NamedTuple):
-    """Metrics of each step, the state of the whole model behind the last, and each step's choices; on the host."""
+    """Metrics of each step, the state of the whole model after the last one, and each step's choices; on the host."""
 
     metrics: list[StepMetrics]
     state: TrainState
@@ -36,8 +36,8 @@ def verify_steps(config: RunConfig) -> Verdict:
     """Several of the steps that `make_step` compiles: gradients, clipping, optimizer, routers' biases and counters, in
     the plan's layout from step to step; one batch has a weight that is no number, so that its step is skipped.
 
-    The plan replays one device's choices. AdamW's epsilon is raised to the size of a typical clipped gradient, without
-    which an element that is zero but for rounding moves by the whole learning rate, in either direction.
+    The plan replays one device's choices. AdamW's epsilon is raised to the size of a typical clipped gradient;
+    otherwise an element that is zero up to rounding would move by the whole learning rate, in either direction.
     """
     batches = packed_batches(config, STEPS)
     batches[BROKEN] = batches[BROKEN]._replace(weights_bt=_one_not_finite(batches[BROKEN].weights_bt))
@@ -65,7 +65,7 @@ def verify_steps(config: RunConfig) -> Verdict:
 
 
 def verify_evaluation(config: RunConfig) -> Verdict:
-    """The program that scores held-out rows, on the plan as evaluation has it, which drops no token."""
+    """Compares the program that scores held-out rows, on the plan of evaluation, which drops no token."""
     batches = packed_batches(config, SCORED)
     one, other, start = sides(config)
     single = dataclasses.replace(one.plan, config=one.plan.config.dropping_none(), sources=(1, 1, 1))
@@ -134,8 +134,8 @@ def _metric_error(alone: _Steps, folded: _Steps, *names: str) -> float:
 
 
 def _moment_error(alone: TrainState, folded: TrainState) -> tuple[str, float, list[str]]:
-    """The parameter whose first moment, a mean of its clipped gradients, is furthest off, and by how much; and those
-    that are zero but for rounding."""
+    """The parameter whose first moment, a mean of its clipped gradients, is furthest off, and by how much; and the
+    parameters whose first moment is zero up to rounding."""
     one, other = (_first_moments(state.optimizer) for state in (alone, folded))
     errors, zero = leaf_errors(list(one.values()), [other[name] for name in one])
     worst, names = int(np.argmax(errors)), list(one)
@@ -143,7 +143,7 @@ def _moment_error(alone: TrainState, folded: TrainState) -> tuple[str, float, li
 
 
 def _first_moments(optimizer: Any) -> dict[str, np.ndarray]:
-    """By the path of their parameter."""
+    """The first moments by the path of their parameter."""
     found = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(optimizer):
         names = [jax.tree_util.keystr((part,), simple=True) for part in path]
@@ -154,7 +154,7 @@ def _first_moments(optimizer: Any) -> dict[str, np.ndarray]:
 
 def _movement_error(start: Any, alone: Any, folded: Any) -> float:
     """The largest difference of a parameter relative to what the steps changed in it, less what rounding the parameter
-    at each step may add; of one that they left where it was, relative to what they changed in all."""
+    at each step may add; for one that they did not change, relative to what they changed in all."""
     leaves = zip(*(jax.tree.leaves(tree) for tree in (start, alone, folded)), strict=True)
     norm = lambda x: float(np.linalg.norm(np.asarray(x, np.float64)))  # noqa: E731
     facts = [(norm(np.asarray(b, np.float64) - a), norm(np.asarray(a, np.float64) - s), norm(a)) for s, a, b in leaves]
@@ -167,7 +167,7 @@ def _movement_error(start: Any, alone: Any, folded: Any) -> float:
 
 
 def _counted(steps: _Steps) -> Any:
-    """What must be equal to the last digit: counters, counts, and biases, which move by signs of counts."""
+    """What must be exactly equal: counters, counts, and biases, which move by signs of counts."""
     state = steps.state
     counters = (state.step, state.skipped, state.skipped_in_row)
     metrics = [(m.load_le, m.dropped, m.tokens, m.skipped, m.skipped_in_row) for m in steps.metrics]
