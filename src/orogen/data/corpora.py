@@ -1,4 +1,4 @@
-"""Which documents a corpus has, and which of them train, are held out, or tune."""
+"""The documents of a corpus, and their splits: train, held-out and tuning."""
 
 import hashlib
 import sysconfig
@@ -38,7 +38,7 @@ def corpus_documents(config: DataConfig) -> list[Document]:
 
 
 def stdlib_documents() -> Iterator[Document]:
-    """The running interpreter's standard library, a `.py` file a document: about 10 MB of Python and English.
+    """The running interpreter's standard library, one document per `.py` file: about 10 MB of Python and English.
 
     Without tests, encodings, pydoc_data and what the build wrote. The text differs between Python patch
     versions: compare `content_hash` before comparing losses. Licence PSF-2.0.
@@ -52,7 +52,7 @@ def stdlib_documents() -> Iterator[Document]:
 
 
 def content_hash(documents: Sequence[Document]) -> str:
-    """SHA-256 over keys and texts, in order. Lengths are hashed too, so no text can pose as two."""
+    """SHA-256 over keys and texts, in order. Lengths are hashed too, so one text cannot pass for two."""
     digest = hashlib.sha256()
     for document in documents:
         for part in (key_bytes(document.key), document.text.encode()):
@@ -62,12 +62,12 @@ def content_hash(documents: Sequence[Document]) -> str:
 
 
 def key_bytes(key: str) -> bytes:
-    """The bytes of a key. A file's name need not be UTF-8: Python reads its other bytes as surrogates, one each."""
+    """The bytes of a key. A file's name need not be UTF-8: Python reads each of its other bytes as a surrogate."""
     return key.encode("utf-8", "surrogateescape")
 
 
 def split_of(key: str, *, config: DataConfig) -> str:
-    """The split of the document with this key: a function of (seed, key) only, so other documents cannot move it."""
+    """The split of the document with this key: a function of (seed, key) alone, so other documents do not change it."""
     digest = hashlib.sha256(key_bytes(f"{config.seed}:{key}")).digest()
     place = int.from_bytes(digest[:8], "little") / 2**64
     if place < config.heldout_fraction:

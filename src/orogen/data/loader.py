@@ -28,7 +28,7 @@ _WINDOW_ROWS = 64
 
 
 class TokenizedSplit(Sequence[Stream]):
-    """A split as token streams [bos, document, eos]; each document is tokenised when first asked for, then kept."""
+    """A split as token streams [bos, document, eos]; each document is tokenised on first access, then kept."""
 
     def __init__(self, documents: Sequence[Document], tokenizer: Tokenizer) -> None:
         self.documents = documents
@@ -38,14 +38,15 @@ class TokenizedSplit(Sequence[Stream]):
     def __len__(self) -> int:
         return len(self.documents)
 
-    def __getitem__(self, index: SupportsIndex) -> Stream:  # type: ignore[override]  # grain asks by number only
+    def __getitem__(self, index: SupportsIndex) -> Stream:  # type: ignore[override]  # grain indexes by number only
         index = int(index)
         if index not in self._ids:
             self._ids[index] = self._encode(self.documents[index])
         return document_stream(self._ids[index], bos_id=self._tokenizer.bos_id, eos_id=self._tokenizer.eos_id)
 
     def _encode(self, document: Document) -> np.ndarray:
-        """Ids of the very bytes of a document. Raises ConfigError, naming it, if the tokenizer cannot."""
+        """The ids of a document, which stand for exactly its bytes. Raises ConfigError that names it if the tokenizer
+        has none."""
         try:
             return self._tokenizer.encode_document(document.text)
         except ConfigError as error:
@@ -146,7 +147,7 @@ class Loader:
 
     def __init__(self, batches: grain.IterDataset, *, identity: dict[str, Any]) -> None:
         self._identity = identity
-        # Held so that the finalizer can drop it, at exit too: a prefetching iterator of grain 0.2.18 that outlives the
+        # Kept so that the finalizer can drop it, at exit too: a prefetching iterator of grain 0.2.18 that outlives the
         # interpreter's modules prints a traceback.
         self._held = [iter(batches)]
         weakref.finalize(self, self._held.clear)
@@ -175,7 +176,7 @@ class Loader:
 
 
 def _alike(position: Any, known: Any) -> bool:
-    """Whether a position has the keys of `known`, which an iterator gave, and whole numbers from 0 where it has."""
+    """Whether a position has the keys of `known`, an iterator's own, and whole numbers from 0 in the same places."""
     if isinstance(known, dict):
         keys = isinstance(position, dict) and position.keys() == known.keys()
         return keys and all(_alike(position[key], value) for key, value in known.items())
@@ -230,7 +231,7 @@ def make_loader(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeldoutPass:
-    """One unshuffled pass over documents; each `iter` starts it again. The last batch is filled up with empty rows.
+    """One unshuffled pass over documents; each `iter` starts it again. The last batch is padded with empty rows.
 
     bits per byte = sum of nats / ln 2 / `byte_count`. Predicting eos costs nats and adds no byte, so a model pays
     for knowing where a document ends; `byte_count` is of the whole pass, over all processes.
@@ -264,7 +265,7 @@ class HeldoutPass:
 
 
 class _PackedRows(grain.IterDataset):
-    """Streams cut and packed window by window; an element is one row, a Batch without its b axis."""
+    """Streams split and packed window by window; an element is one row, a Batch without its b axis."""
 
     def __init__(self, documents: grain.MapDataset, **settings: Any) -> None:
         # No reading threads: the documents are in memory, and `make_loader` prefetches whole batches.
@@ -312,7 +313,7 @@ class _PackedRowsIterator(grain.DatasetIterator):
     def __next__(self) -> Batch:
         if self._window is None:
             self._window = self._next_window()
-            if self._row >= len(self._window.tokens_bt):  # only where a saved position says so
+            if self._row >= len(self._window.tokens_bt):  # only if a saved position says so
                 rows = len(self._window.tokens_bt)
                 raise ConfigError(f"the saved data position has row = {self._row}; expected below {rows}")
         row = self._window.map(lambda x_bt: x_bt[self._row])
@@ -322,7 +323,8 @@ class _PackedRowsIterator(grain.DatasetIterator):
         return row
 
     def _next_window(self) -> Batch:
-        """The next documents, packed. A window holds an epoch at most, or a tiny corpus would be read many times."""
+        """The next documents, packed. A window holds at most one epoch; otherwise a tiny corpus would be read many
+        times."""
         pieces: list[Stream] = []
         tokens = documents = 0
         while tokens < self._window_tokens and documents < self._window_documents:

@@ -1,4 +1,5 @@
-"""Long texts in pieces that tokenize like the whole: a library that takes them whole runs out of memory or panics."""
+"""Splits long texts into pieces that tokenize like the whole, with which the library would run out of memory or
+panic."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -7,10 +8,10 @@ from functools import cached_property
 import numpy as np
 import tokenizers
 
-# Characters that are tokenized together. A word longer than MOST, which no text of people has, is parted: the regular
-# expressions of tokenizers 0.23 panic on a run of 10 million spaces (the retry limit of its Oniguruma).
+# Characters that are tokenized together. A word longer than MOST, which natural text does not have, is split: the
+# regular expressions of tokenizers 0.23 panic on a run of 10 million spaces (the retry limit of its Oniguruma).
 USUAL, MOST = 2**20, 2**22
-# Words this near to the end of what is looked at may end elsewhere in the whole text.
+# Words this near to the end of a window may end elsewhere in the whole text.
 MARGIN = 2**10
 
 
@@ -29,7 +30,7 @@ class Cutter:
     def pieces(self, text: str) -> Iterator[str]:
         """The text in order, in pieces of about USUAL characters; their tokens follow one another as the whole's.
 
-        Where MOST characters hold no place to part them, they are parted anyhow.
+        Where MOST characters have no such place, they are split anyway.
         """
         start = 0
         while len(text) - start > USUAL:

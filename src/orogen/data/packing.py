@@ -1,4 +1,4 @@
-"""Token streams cut into pieces, pieces packed into rows of equal length. Pure numpy.
+"""Token streams are split into pieces, pieces are packed into rows of equal length. Pure numpy.
 
 Legend: b batch (rows), t time, n pieces. A *stream* is one document's tokens; a *piece* is at most one row of it.
 """
@@ -60,9 +60,9 @@ def document_stream(ids_t: np.ndarray, *, bos_id: int, eos_id: int) -> Stream:
 
 
 def cut(stream: Stream, *, sequence_length: int) -> list[Stream]:
-    """Pieces of at most `sequence_length` tokens, each beginning with the token that ends the one before.
+    """Pieces of at most `sequence_length` tokens, each beginning with the last token of the previous piece.
 
-    That token is context only, weight 0, so over the pieces every token but the stream's first is a target once.
+    That token is only context, with weight 0, so every token of the stream but the first is a target exactly once.
     """
     step = sequence_length - 1
     pieces = []
@@ -104,7 +104,8 @@ def best_fit(lengths_n: Sequence[int], *, capacity: int) -> np.ndarray:
 
 
 def pack(pieces: Sequence[Stream], *, sequence_length: int, pad_id: int) -> Batch:
-    """The pieces in as few rows as best-fit finds, in their order within a row. Raises ConfigError if one is too long.
+    """The pieces in as few rows as best-fit finds, in their given order within a row. Raises ConfigError if one is too
+    long.
 
     A piece's first token gets weight 0: nothing in the row predicts it.
     """
@@ -159,7 +160,7 @@ def piece_texts(batches: Iterable[Batch], tokenizer: _Decoder) -> Iterator[bytes
 def trained_text(batches: Iterable[Batch], tokenizer: _Decoder) -> bytes:
     """The exact bytes that a model predicts in these batches, each once and without specials.
 
-    Pieces follow one another as they lie in the rows; `piece_texts` keeps them apart. Over whole epochs the length
+    Pieces follow one another in the order of the rows; `piece_texts` keeps them apart. Over whole epochs the length
     is that of the documents.
     """
     return b"".join(piece_texts(batches, tokenizer))
@@ -171,7 +172,7 @@ def target_byte_count(batch: Batch, byte_length_v: np.ndarray) -> int:
 
 
 def document_lengths(segments_bt: np.ndarray) -> np.ndarray:
-    """Tokens of each document of packed rows: of each run of one number other than 0."""
+    """Tokens of each document of packed rows: of each run of equal ids other than 0."""
     flat_n = np.pad(np.asarray(segments_bt), ((0, 0), (0, 1))).ravel()  # a row's last document ends with the row
     start_n = np.flatnonzero(np.diff(flat_n, prepend=0))
     length_n = np.diff(start_n, append=len(flat_n))
@@ -179,7 +180,7 @@ def document_lengths(segments_bt: np.ndarray) -> np.ndarray:
 
 
 def prefix_byte_count(batch: Batch, tokenizer: _Decoder) -> int:
-    """Bytes of the batch's targets that are no text: the space that some tokenizers put before a document."""
+    """Bytes of the batch's targets that are not text: the space that some tokenizers put before a document."""
     before, targets = batch.tokens_bt[:, :-1], batch.tokens_bt[:, 1:]
     begins = (before == tokenizer.bos_id) & (batch.positions_bt[:, 1:] == 1) & (batch.weights_bt[:, 1:] > 0)
     return sum(

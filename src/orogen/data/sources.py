@@ -1,4 +1,4 @@
-"""Documents out of files: .txt, .jsonl, .jsonl.gz, .jsonl.zst and .parquet, alone or in a folder."""
+"""Documents from files: .txt, .jsonl, .jsonl.gz, .jsonl.zst and .parquet, alone or in a folder."""
 
 import contextlib
 import gzip
@@ -13,13 +13,13 @@ from orogen.config.checks import ConfigError, shown
 from orogen.config.json_file import parse_json
 from orogen.data.zstd import ZstdFrames
 
-# What is raised on a damaged file.
+# Errors that a damaged file raises.
 DAMAGE = (EOFError, ValueError, zlib.error, gzip.BadGzipFile)
-MAX_LINE_BYTES = 2**28  # of a .jsonl, so that a small file that unpacks without end takes no more memory
+MAX_LINE_BYTES = 2**28  # of a .jsonl: bounds the memory of a small file that unpacks without end
 
 
 class Document(NamedTuple):
-    """One text and the name it keeps for ever: its path in the corpus, with `:line` or `:row` inside a file."""
+    """One text and its permanent name: its path in the corpus, with `:line` or `:row` inside a file."""
 
     key: str
     text: str
@@ -28,7 +28,7 @@ class Document(NamedTuple):
 def read_documents(path: str | Path, *, text_field: str) -> Iterator[Document]:
     """The documents of a file, or of every supported file below a folder, in the order of their paths.
 
-    Files of other kinds in a folder are passed over; `unread_files` counts them.
+    Files of other kinds in a folder are skipped; `unread_files` counts them.
     Raises FileNotFoundError if `path` does not exist; ValueError, naming file and line, for a folder without a
     supported file, bytes that are not UTF-8, a malformed line, and a missing or non-string text field.
     """
@@ -49,15 +49,15 @@ def has_fields(path: str | Path) -> bool:
 
 
 def unread_files(path: str | Path) -> int:
-    """How many entries below a folder `read_documents` passes over: files of other kinds, links to folders and to
-    nothing, and what is no file."""
+    """How many entries below a folder `read_documents` skips: files of other kinds, links to folders, broken links, and
+    entries that are no files."""
     root = Path(path)
     files, others = _walk(root)
     return sum(_suffix(file) is None for file in files) + len(others)
 
 
 def linked_folders(path: str | Path) -> int:
-    """How many of those are links to folders. They are not followed: one may lead back to where it is."""
+    """How many of those are links to folders. They are not followed: a link may lead back to its own folder."""
     return sum(other.is_dir() for other in _walk(Path(path))[1])
 
 
@@ -81,9 +81,10 @@ def _files(root: Path) -> list[Path]:
 
 
 def _walk(root: Path) -> tuple[list[Path], list[Path]]:
-    """The files below a folder in the order of their paths, or the file itself, and what is neither file nor folder.
+    """The files below a folder in the order of their paths, or the file itself, and the entries that are neither file
+    nor folder.
 
-    A link to a file is a file; one to a folder is no folder. Raises OSError for a folder that cannot be listed.
+    A link to a file is a file; a link to a folder is no folder. Raises OSError for a folder that cannot be listed.
     """
     if not root.is_dir():
         return [root], []
@@ -115,7 +116,7 @@ def _read_txt(file: Path, key: str, text_field: str) -> Iterator[Document]:
 
 
 def _read_jsonl(file: Path, key: str, text_field: str) -> Iterator[Document]:
-    """A document a line; blank lines are not documents, but count in the line numbers of keys and messages."""
+    """One document per line; blank lines are not documents, but count in the line numbers of keys and messages."""
     with _open_lines(file) as lines:
         number = 0
         while line := lines.readline(MAX_LINE_BYTES + 1):
@@ -142,7 +143,7 @@ def _checked_text(text: object, text_field: str, *, where: str) -> str:
         raise ConfigError(f"{where}: {text_field!r} is {shown(text)}: expected a string")
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell a lone surrogate, which no UTF-8 text holds
+    except UnicodeEncodeError as error:  # JSON can spell a lone surrogate, which UTF-8 cannot encode
         raise ConfigError(f"{where}: {text_field!r} holds a lone surrogate: expected valid Unicode") from error
     return text
 

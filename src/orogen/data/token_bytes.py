@@ -27,7 +27,7 @@ BYTE_OF_CHARACTER = _byte_alphabet()
 
 
 class TokenBytes(NamedTuple):
-    """What each id of a vocabulary stands for.
+    """The bytes that each id of a vocabulary stands for.
 
     text_v: the bytes of each id, empty for specials and for ids without a token. tokens: the ids that are tokens.
     fallback_of_byte: the id of each byte's own token in a vocabulary with byte fallback, else empty.

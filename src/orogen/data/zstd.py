@@ -6,8 +6,8 @@ Format: https://www.rfc-editor.org/rfc/rfc8878.
 import io
 from typing import Any, BinaryIO
 
-MAX_WINDOW_BYTES = 2**31  # the largest that `zstd --long=31` writes; the memory is taken as the text fills it
-# Of packed bytes at a time. A block of 4 bytes may unpack to 128 KiB, so this is at most 32 MiB of text.
+MAX_WINDOW_BYTES = 2**31  # the largest that `zstd --long=31` writes; memory is allocated as the text fills it
+# Packed bytes read at a time. A block of 4 bytes may unpack to 128 KiB, so this is at most 32 MiB of text.
 PACKED_BYTES = 1 << 10
 
 
@@ -18,7 +18,7 @@ class ZstdFrames(io.RawIOBase):
     """
 
     def __init__(self, stream: BinaryIO):
-        import zstandard  # here, so that only those who read .zst need it
+        import zstandard  # here, so that only readers of .zst need it
 
         self._stream = stream
         self._error = zstandard.ZstdError
@@ -31,7 +31,7 @@ class ZstdFrames(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fills the start of `buffer`; gives how many bytes, 0 at the end."""
+        """Fills the start of `buffer`; returns the number of bytes, 0 at the end."""
         while not self._text:
             if not self._packed:
                 self._packed = memoryview(self._stream.read(PACKED_BYTES))

@@ -1,4 +1,4 @@
-"""Samples text, recomputing the whole sequence for every token: slow and plainly right.
+"""Samples text, recomputing the whole sequence for every token: slow and plainly correct.
 
 Letters: b batch, t time, v vocabulary.
 """
@@ -28,7 +28,7 @@ from orogen.model.lm import Built, build
 from orogen.parallel.plan import Plan, single_device_plan
 from orogen.train.checkpoint import Checkpoints
 
-# Sequences are padded to a multiple of this, so that prompts of many lengths share a compiled program.
+# Sequences are padded to a multiple of this, so that prompts of different lengths share a compiled program.
 BUCKET = 64
 
 
@@ -59,7 +59,7 @@ def load_weights(folder: Path) -> Loaded:
     if not saved.is_file() or not (folder / "checkpoints").is_dir():
         raise ConfigError(f"checkpoint {str(folder)!r} is no run folder; expected one with config.gin and checkpoints/")
     config = load_saved(saved)
-    # Kernels and products that run everywhere and in float32, and nothing away from the device.
+    # Kernels and products that run everywhere, in float32, and no offloading.
     kernels = {field: getattr(PlanConfig, field) for field in FOR_GPU if getattr(config.plan, field) == FOR_GPU[field]}
     plain = {"linear": "plain", "offload": (), "offload_optimizer": False}
     chosen = dataclasses.replace(config.plan.dropping_none(), **kernels, **plain)
@@ -77,8 +77,8 @@ def generate(
     """Continuations of `prompts`, each up to `tokens` tokens or the first that ends a text.
 
     The tokenizer's folder decides what is put around a prompt; rows of the vocabulary without a token are not sampled.
-    Raises ConfigError for a model without a tokenizer, for more than MAX_LENGTH tokens with the prompt's, and if that
-    needs more positions than the model has learned.
+    Raises ConfigError for a model without a tokenizer, and if prompt and continuation have more than MAX_LENGTH tokens
+    or need more positions than the model has learned.
     """
     tokenizer = loaded.tokenizer
     if tokenizer is None:

@@ -6,11 +6,11 @@ from jax import Array
 
 
 def sample(logits_bv: Array, key: Array, *, temperature: float, top_p: float) -> Array:
-    """One token (b,) int32 from softmax(logits / temperature), cut to its nucleus; greedy at temperature 0.
+    """One token (b,) int32 from softmax(logits / temperature), restricted to its nucleus; greedy at temperature 0.
 
-    top_p: the smallest set of most likely tokens whose probability reaches it, of equally likely ones those with the
-    lower index, and at least one (arXiv:1904.09751); 1 keeps all. Greedy takes the lower index too, and stands for
-    every temperature below float32's smallest normal number, 1.2e-38, which devices take for 0.
+    top_p: the nucleus is the smallest set of most likely tokens whose probability reaches it, at least one token
+    (arXiv:1904.09751); 1 keeps all. Ties go to the lower index, in greedy sampling too. Temperatures below float32's
+    smallest normal number, 1.2e-38, which devices flush to 0, are greedy.
     """
     if temperature < jnp.finfo(jnp.float32).tiny:
         return jnp.argmax(logits_bv, -1).astype(jnp.int32)
@@ -29,7 +29,7 @@ def _scaled(logits_bv: Array, temperature: float) -> Array:
 
 
 def _nucleus(scaled_bv: Array, top_p: float) -> Array:
-    """Which tokens (b, v) bool are in the nucleus."""
+    """(b, v) bool: whether each token is in the nucleus."""
     order_bv = jnp.argsort(-scaled_bv, axis=-1, stable=True)
     sorted_bv = jnp.take_along_axis(jax.nn.softmax(scaled_bv, -1), order_bv, axis=-1)
     before_bv = jnp.cumsum(sorted_bv, -1) - sorted_bv

@@ -26,7 +26,7 @@ TOKENS_AT_ONCE = 8192
 def score(loaded: Loaded, tokens_bt: np.ndarray, segments_bt: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """`logits` (b, t, v) and `logprobs` (b, t-1), float32; logprobs[:, i] is of token i + 1, given those before it.
 
-    segments_bt: documents of each row, 0 for padding, which may stand anywhere; None: a row is one document. A logprob
+    segments_bt: documents of each row, 0 for padding, which may be anywhere; None: a row is one document. A logprob
     is 0 where token i + 1 does not follow token i in one document. Raises ConfigError for tokens or segments of a wrong
     shape, kind or range.
     """
@@ -53,7 +53,7 @@ def score(loaded: Loaded, tokens_bt: np.ndarray, segments_bt: np.ndarray | None 
 def read_array(file: Path) -> np.ndarray:
     """The array of a .npy file. Raises ConfigError if it holds none, OSError if it cannot be read."""
     try:
-        # Mapped first: a header may state a shape that no memory holds, and which the file then does not have.
+        # Mapped first: a header may state a shape that exceeds the memory, and that the file does not have.
         array = np.load(file, allow_pickle=False, mmap_mode="r")
     except (ValueError, EOFError, OverflowError, SyntaxError, zipfile.BadZipFile, tokenize.TokenError) as error:
         reason = str(error.args[0]) if isinstance(error, tokenize.TokenError) else str(error)

@@ -1,4 +1,4 @@
-"""Which document each token of a row belongs to, and where in it. Letters: b batch, t time."""
+"""The document that each token of a row belongs to, and its position there. Letters: b batch, t time."""
 
 from typing import Any, NamedTuple
 
@@ -9,14 +9,15 @@ from jax import Array, lax
 
 class Documents(NamedTuple):
     """segments_bt: the document of each token, int32, 0 for padding, as `numbered`: no two documents of a row share an
-    id, so that a rank with a part of the row can tell them apart; positions_bt: its place there, int32, from 0."""
+    id, so that a rank with a part of the row can tell them apart; positions_bt: its position there, int32, from 0."""
 
     segments_bt: Array
     positions_bt: Array
 
 
 def documents(segments_bt: Array) -> Documents:
-    """Those of whole rows: each run of equal segments is a document, whose positions count from its first token."""
+    """The documents of whole rows: each run of equal segments is a document, whose positions count from its first
+    token."""
     segments_bt = jnp.asarray(segments_bt)
     index_t = jnp.arange(segments_bt.shape[1])
     first_bt = jnp.diff(segments_bt, axis=1, prepend=segments_bt[:, :1] - 1) != 0
@@ -25,8 +26,8 @@ def documents(segments_bt: Array) -> Documents:
 
 
 def numbered(segments_bt: Any) -> Any:
-    """int32 ids 1, 2, … of the runs of equal segments along whole rows, 0 for padding: an id that comes back later in
-    its row is another document. Of numpy if `segments_bt` is."""
+    """int32 ids 1, 2, … of the runs of equal segments along whole rows, 0 for padding: an id that recurs later in
+    its row is another document. A numpy array if `segments_bt` is one."""
     xp: Any = np if isinstance(segments_bt, np.ndarray) else jnp
     first_bt = xp.diff(segments_bt, axis=1, prepend=xp.zeros_like(segments_bt[:, :1])) != 0
     count_bt = xp.cumsum(first_bt & (segments_bt != 0), axis=1, dtype=xp.int32)

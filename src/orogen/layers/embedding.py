@@ -14,7 +14,7 @@ from orogen.parallel.plan import Plan
 
 
 class Embedding(nnx.Module):
-    """A row for each token of the vocabulary, plus one for its place in its document if positions are learned."""
+    """One row per token of the vocabulary, plus one per position in a document if positions are learned."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         size, positions, std = config.hidden_size, config.learned_positions, config.init_std

@@ -19,21 +19,21 @@ def linear(x_btd: Array, weight: nnx.Param, plan: Plan) -> Array:
 
 
 def linears(x_btd: Array, weights: Sequence[nnx.Param], plan: Plan) -> tuple[Array, ...]:
-    """x w for each of several weights that a model could as well hold as one: FP8 gives them one scale."""
+    """x w for each of several weights that a model could equally hold as one: FP8 gives them one scale."""
     return PRODUCTS[plan.config.linear](x_btd, [plan.weight(w) for w in weights], plan.config)
 
 
 def multiply(x_btd: Array, w_df: Array) -> Array:
     """x w in the dtype of computation, with all axes of x but the last taken as one.
 
-    Otherwise the weight's gradient sums over two axes, for which XLA:CPU first transposes the whole cotangent, an
+    Otherwise the weight's gradient sums over two axes, for which XLA:CPU first transposes the whole cotangent, one
     element at a time: a layer's backward pass then takes three times as long (jax 0.10.1).
     """
     # One type for both inside shard_map: the transpose of this line sums gradients over what only one varies over.
     return _multiply(*vary_like((x_btd, w_df), (x_btd, w_df)))
 
 
-# The gradient is written out, so that several products with one x keep x itself and not a flat copy each.
+# The gradient is written out, so that several products with one x keep x itself and not one flat copy each.
 
 
 @jax.custom_vjp
@@ -55,10 +55,10 @@ _multiply.defvjp(_forward, _backward)
 
 
 def multiply_float32(x_btd: Array, w_df: Array) -> Array:
-    """x w (b, t, f) in float32 of weights in float32. A float32 x is multiplied as any is, on a GPU at TF32.
+    """x w (b, t, f) in float32, for weights in float32. A float32 x is multiplied as usual, on a GPU at TF32.
 
     A bfloat16 x stays as it is, and each weight becomes the sum of three bfloat16 numbers, whose products tensor cores
-    take and add up in float32; what is not finite becomes NaN. Float32 operands they would round to TF32's 10 bits,
+    compute and sum in float32; what is not finite becomes NaN. Float32 operands would be rounded to TF32's 10 bits,
     after a copy of x in float32.
     """
     if x_btd.dtype != jnp.bfloat16:
@@ -79,7 +79,7 @@ def _parts_forward(x_btd, w_df):
 def _parts_backward(kept, dy_btf):
     x_btd, w_df = kept
     w, dy = _parts(w_df), _parts(_flat(dy_btf))
-    # What is left out is below 2^-16 of its terms' magnitudes, of which the gradient's rounding takes 2^-9.
+    # The omitted terms are below 2^-16 of the terms' magnitudes; rounding the gradient costs 2^-9 of them.
     dx_nd = jnp.concatenate((dy[0], dy[0], dy[1]), axis=1) @ jnp.concatenate((w[0], w[1], w[0]), axis=1).T
     dw_df = _sum_of_parts(_flat(x_btd).T, jnp.concatenate(dy, axis=1))
     return dx_nd.reshape(x_btd.shape), dw_df
@@ -92,7 +92,7 @@ def _parts(x: Array) -> list[Array]:
     """Three bfloat16 arrays whose sum is `x`, float32, the largest first."""
     parts = []
     for _ in range(3):
-        # Not by conversion there and back, which XLA may take for none.
+        # Not by a conversion there and back, which XLA may drop.
         part = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
         parts.append(part.astype(jnp.bfloat16))
         x = x - part

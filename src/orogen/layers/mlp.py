@@ -55,7 +55,7 @@ def activate(up: Array, gate: Array | None, *, name: str, limit: float | None = 
 class MLP(nnx.Module):
     """down(activate(up x, gate x)); hidden columns are split over `mlp`, and their biases with them.
 
-    prefix: of the names by which a policy of recomputation knows its intermediates.
+    prefix: of the names that policies of recomputation use for its intermediates.
     """
 
     def __init__(self, config: ModelConfig, hidden: int, *, bias: bool, rngs: nnx.Rngs, prefix: str = ""):
@@ -90,5 +90,5 @@ class MLP(nnx.Module):
         gate_btf = gates_btf[0] if gates_btf else None
         hidden_btf = activate(up_btf, gate_btf, name=self.activation, limit=self.limit)
         hidden_btf = checkpoint_name(hidden_btf, f"{self.prefix}activation")
-        # The ranks' parts of the product are summed first: their bias counts once.
+        # The ranks' parts of the product are summed first, so that the bias counts once.
         return add_bias(plan.scatter(linear(hidden_btf, self.down, plan), "sequence"), self.down_bias)

@@ -72,7 +72,7 @@ Norm = RMSNorm | RMSNormCastFirst | LayerNorm | LayerNorm1P
 
 
 def make_norm(config: ModelConfig, size: int | None = None) -> Norm:
-    """The norm that `config.norm` names, over `size` channels; None: over the residual stream's."""
+    """The norm that `config.norm` names, over `size` channels; None: over those of the residual stream."""
     return NORMS[config.norm](size or config.hidden_size, config.layer_norm_epsilon)
 
 
@@ -88,7 +88,7 @@ def _unit_rms(x_btd: Array, epsilon: float) -> Array:
 
 
 def _standardised(x_btd: Array, epsilon: float) -> Array:
-    """(x - mean) / sqrt(variance + ε), float32. The variance is of the centred values: no cancellation."""
+    """(x - mean) / sqrt(variance + ε), float32. The variance is that of the centred values, without cancellation."""
     x32_btd = x_btd.astype(jnp.float32)
     centred_btd = x32_btd - jnp.mean(x32_btd, -1, keepdims=True)
     return centred_btd * lax.rsqrt(jnp.mean(centred_btd * centred_btd, -1, keepdims=True) + epsilon)

@@ -18,7 +18,7 @@ def uniform(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...]
 
 
 def parameter(value: jax.Array, axes: tuple[str | None, ...], *, float32: bool = False) -> nnx.Param:
-    """A parameter with one logical axis name (or None) a dimension.
+    """A parameter with one logical axis name (or None) per dimension.
 
     float32: it keeps its dtype when weights are cast for computation; a vector always does.
     """
@@ -28,5 +28,5 @@ def parameter(value: jax.Array, axes: tuple[str | None, ...], *, float32: bool =
 
 
 def buffer(value: jax.Array, axes: tuple[str | None, ...]) -> nnx.Variable:
-    """State that no gradient and no weight decay sees."""
+    """State without gradient and weight decay."""
     return nnx.Variable(value, axes=axes)

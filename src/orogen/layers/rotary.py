@@ -15,10 +15,11 @@ from orogen.config.model import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Rotary:
-    """Turns pair f of a head by position · frequencies[f], and scales it by `magnitude`.
+    """Rotates pair f of a head by position · frequencies[f], and scales it by `magnitude`.
 
-    The first 2f numbers of a head turn, the others stay. Pairs are (f, f + half) of that part, or (2f, 2f + 1) where
-    `interleave`; the result has the halves layout in both cases, which no product of a query and a key notices.
+    The first 2f numbers of a head are rotated, the others stay. Pairs are (f, f + half) of that part, or (2f, 2f + 1)
+    where `interleave`; the result has the halves layout in both cases, which does not change products of queries and
+    keys.
     """
 
     frequencies: tuple[float, ...]
@@ -26,7 +27,7 @@ class Rotary:
     interleave: bool
 
     def __call__(self, x_bthk: Array, positions_bt: Array) -> Array:
-        """`x_bthk` turned; angles and products are float32, the result has x's dtype."""
+        """`x_bthk` rotated; angles and products are float32, the result has x's dtype."""
         half = len(self.frequencies)
         angle_bt1f = positions_bt[..., None, None].astype(jnp.float32) * jnp.array(self.frequencies, jnp.float32)
         cos_bt1f, sin_bt1f = self.magnitude * jnp.cos(angle_bt1f), self.magnitude * jnp.sin(angle_bt1f)
@@ -41,7 +42,7 @@ class Rotary:
 
 
 def make_rotary(config: ModelConfig, size: int) -> Rotary:
-    """The rotation of `size` numbers of a head that `config` asks for: frequencies theta^(-2f / size), or YaRN's."""
+    """The rotation of `size` numbers of a head by `config`: frequencies theta^(-2f / size), or YaRN's."""
     frequencies = config.rope_theta ** (-np.arange(0, size, 2) / size)
     magnitude = 1.0
     if config.yarn_factor is not None:
@@ -57,7 +58,7 @@ def mscale(factor: float, weight: float = 1.0) -> float:
 
 
 def _magnitude(config: ModelConfig) -> float:
-    """Of the turned part of queries and of keys, as transformers 5 has it: the ratio if both weights are set."""
+    """The scale of the rotated part of queries and keys, as in transformers 5: the ratio if both weights are set."""
     factor = config.yarn_factor
     if config.yarn_mscale is not None and config.yarn_mscale_all_dim is not None:
         return mscale(factor, config.yarn_mscale) / mscale(factor, config.yarn_mscale_all_dim)
@@ -65,10 +66,10 @@ def _magnitude(config: ModelConfig) -> float:
 
 
 def _stretched(config: ModelConfig, size: int) -> np.ndarray:
-    """How far each frequency is divided by the factor: 0 for those that turn more than beta_fast times within the
+    """How far each frequency is divided by the factor: 0 for those that rotate more than beta_fast times within the
     original context, 1 below beta_slow times, linear in f between (YaRN, section 3.2)."""
 
-    def index(turns: float) -> float:  # the f whose frequency turns that often
+    def index(turns: float) -> float:  # the f whose frequency rotates that often
         wavelengths = config.yarn_original_positions / (turns * 2 * math.pi)
         return size * math.log(wavelengths) / (2 * math.log(config.rope_theta))
 

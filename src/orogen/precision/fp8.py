@@ -1,7 +1,8 @@
 """Products of two matrices in 8-bit floating point, scaled by tensor.
 
-Each operand is divided by a scale that brings its largest magnitude to the format's, and rounded; XLA turns the product
-of the two, written as converted back and multiplied by their scales, into one FP8 call of cuBLASLt on a Hopper GPU. On
+Each operand is divided by a scale that maps its largest magnitude to the format's, and rounded. The product is written
+as one of operands converted back and multiplied by their scales; XLA turns it into one FP8 call of cuBLASLt on a Hopper
+GPU. On
 other devices the same program computes the same numbers, up to the order of sums, and gains nothing.
 Forward operands are E4M3, gradients of outputs E5M2, each scaled by its current values (arXiv:2209.05433, section 3).
 
@@ -22,13 +23,13 @@ from orogen.kernels.quantize import quantize
 from orogen.parallel.varying import vary_like
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
-# A tensor of zeros, or of what a float32 can hardly divide by, has this scale.
+# The scale of a tensor of zeros, or of numbers too small to divide by in float32.
 SMALLEST_SCALE = 2.0**-100
 FRACTION, EXPONENT = 0x007FFFFF, 0x7F800000  # bits of a float32
 
 
 class Rounded(NamedTuple):
-    """A matrix over its scale in 8 bits, as it is and transposed, both in rows: FP8 products read each operand along
+    """A matrix over its scale in 8 bits, as it is and transposed, both row-major: FP8 products read each operand along
     the axis that they sum over."""
 
     rows: Array
@@ -44,7 +45,7 @@ def scale_of(parts: Sequence[Array], kind: Any) -> Array:
     largest = functools.reduce(jnp.maximum, (jnp.max(jnp.abs(part)) for part in parts)).astype(jnp.float32)
     ratio = jnp.maximum(largest / float(jnp.finfo(kind).max), SMALLEST_SCALE)
     bits = lax.bitcast_convert_type(ratio, jnp.int32)
-    power = lax.bitcast_convert_type((bits + FRACTION) & EXPONENT, jnp.float32)  # the fraction rounded up, to none
+    power = lax.bitcast_convert_type((bits + FRACTION) & EXPONENT, jnp.float32)  # the fraction is rounded up, away
     return jnp.where(jnp.isfinite(largest), power, jnp.nan)
 
 
@@ -60,8 +61,9 @@ def dequantize(x: Array, scale: Array, dtype: Any) -> Array:
 
 
 def fp8_matmul(x_nd: Array, weights_df: Sequence[Array], *, quantize: str) -> tuple[Array, ...]:
-    """x w (n, f_i) in x's dtype for each weight (d, f_i), of operands rounded to E4M3; in gradients the outputs' are
-    rounded to E5M2. The weights count as columns of one matrix: they share a scale, and their outputs' gradients do.
+    """x w (n, f_i) in x's dtype for each weight (d, f_i), of operands rounded to E4M3. In the backward pass the
+    outputs' gradients are rounded to E5M2. The weights count as columns of one matrix: they share a scale, and so do
+    their outputs' gradients.
 
     An operand that is not finite everywhere makes all products with it NaN. quantize: a name of kernels/quantize.
     Raises ValueError if the operands' types differ.
@@ -81,7 +83,7 @@ def _forward(quantize, x_nd, weights_df):
     w = rounded(weights_df, E4M3, implementation=quantize)
     columns_fd = jnp.split(w.columns, _bounds(weights_df))
     y_nf = tuple(_product((x.rows, x.scale), (part_fd, w.scale), x_nd.dtype) for part_fd in columns_fd)
-    # In 8 bits, and each in the one form that the backward pass reads.
+    # Kept in 8 bits, each in the one layout that the backward pass reads.
     return y_nf, ((x.columns, x.scale), (w.rows, w.scale))
 
 
@@ -103,8 +105,9 @@ def _bounds(parts: Sequence[Array]) -> list[int]:
 
 def _product(left: tuple[Array, Array], right: tuple[Array, Array], dtype: Any) -> Array:
     """left (m, k) times right (n, k) over their last axes, each with its scale; summed in float32, in `dtype`."""
-    # Behind a barrier, or XLA:GPU finds no product of 8 bits (jax 0.11.2): it takes a conversion there and back for
-    # none where it may keep excess precision, cuts weights apart after theirs, and joins products that share x.
+    # Behind a barrier, or XLA:GPU finds no product of 8 bits (observed with jax 0.11.2): it drops a conversion there
+    # and back where it may keep excess precision, splits weights after their conversion, and joins products that share
+    # x.
     operands = lax.optimization_barrier((left, right))
     left_mk, right_nk = (dequantize(values, scale, dtype) for values, scale in operands)
     return lax.dot_general(left_mk, right_nk, (((1,), (1,)), ((), ())), preferred_element_type=dtype)

@@ -10,7 +10,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def working_copy(params: nnx.State, dtype: str) -> nnx.State:
-    """`params` cast to `dtype`, but for those marked float32: vectors (norms, D, biases), A_log and the router's gate,
+    """`params` cast to `dtype`, except those marked float32: vectors (norms, D, biases), A_log and the router's gate,
     whose bfloat16 rounding would change decays and routing."""
 
     def cast(leaf: Any) -> Any:

@@ -28,8 +28,8 @@ from orogen.train import checksums
 from orogen.train.state import TrainState
 from orogen.train.streams import say
 
-# Keys of the data's item: how stages split the model, its vocabulary, that there are checksums, and the tokenizer's
-# hash.
+# Keys of the data's item: how stages split the model, its vocabulary, that there are checksums, the tokenizer's files
+# and the model's config.
 STAGES, VOCABULARY, LISTED, TOKENIZER, MODEL = "stages", "vocab_size", "checksums", "tokenizer_files", "model_config"
 ADDED = (STAGES, VOCABULARY, LISTED, TOKENIZER, MODEL)
 MODEL_FIELDS = ("params", "buffers")
