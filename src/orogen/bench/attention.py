@@ -17,7 +17,7 @@ from orogen.bench.timing import Program, compiled
 from orogen.config.checks import ConfigError
 from orogen.kernels.attention import IMPLEMENTATIONS, attention
 
-# documents: how many of equal length a row holds, or their lengths, joined by +.
+# documents: how many documents of equal length a row holds, or their lengths joined by +.
 NANO = {"b": 2, "t": 8192, "h": 32, "g": 2, "k": 128}
 SHAPES: dict[str, Shape] = {
     "nano": {**NANO, "documents": "1"},
@@ -63,8 +63,8 @@ def draw(shape: Shape, seed: int) -> Operands:
 
 
 def works(shape: Shape) -> dict[str, Work]:
-    """Four operations a visible pair, head and unit of its size, and 2.5 times as many for the gradients, which compute
-    the scores again. A causal document of n tokens counts n² / 2 pairs."""
+    """Four operations per visible pair, head and unit of its size, and 2.5 times as many for the gradients, which
+    recompute the scores. A causal document of n tokens counts n² / 2 pairs."""
     b, t, h, g, k = (shape[key] for key in "bthgk")
     flops = 4.0 * b * h * k * sum(n * n / 2 for n in lengths(shape))
     heads = 2.0 * b * t * k * np.array([2 * h + 2 * g, 5 * h + 4 * g])  # q, k, v, y; then also dy, dq, dk, dv
@@ -88,9 +88,9 @@ def ours(shape: Shape, operands: Operands, implementation: str) -> dict[str, Pro
 
 
 def peer(shape: Shape, operands: Operands, implementation: str) -> dict[str, Program]:
-    """torch's scaled_dot_product_attention on the same numbers, heads before time, which is its own layout.
+    """torch's scaled_dot_product_attention on the same numbers, with heads before time as in its own layout.
 
-    Raises MissingError for packed documents, which it has no argument for, and where torch lacks the kernel.
+    Raises MissingError for packed documents, for which it has no argument, and where torch lacks the kernel.
     """
     if len(lengths(shape)) > 1:
         raise MissingError("torch's scaled_dot_product_attention has no argument for documents")
@@ -132,7 +132,7 @@ def check(shape: Shape, operands: Operands, results: dict[str, Any]) -> dict[str
 
 @jax.jit
 def _part(operands: Operands, results: tuple[Array, ...], row: Array, head: Array) -> Any:
-    """One row's and key head's part of the results, and what attention with all scores gives for them."""
+    """The results of one row and key head, and those of attention with all scores."""
     groups = operands.k_btgk.shape[2]
 
     def cut(array: Array) -> Array:
@@ -146,7 +146,7 @@ def _part(operands: Operands, results: tuple[Array, ...], row: Array, head: Arra
 
 
 def _exact(q_1trk: Array, k_1t1k: Array, v_1t1k: Array, segments_1t: Array, grad_1trk: Array) -> tuple[Array, ...]:
-    """y, dq (1, t, r, k), dk, dv (1, t, 1, k) in float32, one query head at a time: its scores are t² numbers."""
+    """y, dq (1, t, r, k), dk, dv (1, t, 1, k) in float32, one query head at a time, since its scores are t² numbers."""
     run = partial(attention, segments_bt=segments_1t, scale=q_1trk.shape[-1] ** -0.5, implementation="full")
     by_head = lambda a: jnp.moveaxis(a, 2, 0)[:, :, :, None]  # noqa: E731
 

@@ -13,12 +13,12 @@ from orogen.command import EXIT_FAILURE, Command, answer, positive
 from orogen.config.checks import ConfigError
 from orogen.parallel.runtime import asks_for_same_bits
 
-# Benchmarks of one operation: the implementations that are timed by default run everywhere.
+# Benchmarks of one operation, with the implementations that are timed by default, which run everywhere.
 OPERATIONS = {"ssd": "chunked", "grouped_matmul": "blocks", "attention": "blocked"}
 NAMES = ("cpu_train", *OPERATIONS, "train")
 LARGEST_SEED = 2**31 - 1
 TURNS = 2  # beside a peer
-# Options that some benchmarks have, by benchmark, with what they are if not given.
+# Options that only some benchmarks have, by benchmark, with their defaults.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu_train": {"models": "dense,moe"},
     **{
@@ -86,7 +86,8 @@ def _measure(options: argparse.Namespace) -> tuple[dict[str, Any], list[str], bo
 
 
 def _complete(options: argparse.Namespace) -> argparse.Namespace:
-    """The options, with the benchmark's own defaults. Raises ConfigError on another's, and on files to write."""
+    """The options, with the benchmark's own defaults. Raises ConfigError on another benchmark's
+    options and on files that cannot be written."""
     own = DEFAULTS[options.name]
     for option in vars(options):
         names = [name for name, defaults in DEFAULTS.items() if option in defaults]

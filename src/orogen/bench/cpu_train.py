@@ -1,4 +1,4 @@
-"""Whole training steps on this CPU, one device in float32: Orogen's, and a peer's in turn with them.
+"""Whole training steps on this CPU, one device in float32: Orogen's, and a peer's, in turn.
 
 Letters: b batch, t time.
 """
@@ -30,14 +30,14 @@ from orogen.train.step import batch_to_devices, make_step
 
 MODELS = ("dense", "moe")
 CONFIGS = Path(__file__).parents[3] / "gin_configs" / "models"
-WARM_UP = 2  # steps of each before any is counted
+WARM_UP = 2  # steps of each program before any is counted
 
 
 def bench(models: Sequence[str], *, peer: str | None, steps: int, threads: int = 2) -> dict[str, Any]:
-    """Tokens a second of each of `models`, and of the peer's, if one is named, with the ratio of the two.
+    """Tokens per second of each of `models`, and of the peer if one is named, with the ratio of the two.
 
-    Call it before jax starts, or the threads are whatever it started with. Raises ConfigError on an unknown model or
-    peer, a peer that is not installed, or fewer processors than threads.
+    Call it before jax starts, which otherwise keeps the threads that it started with. Raises ConfigError on an unknown
+    model or peer, a peer that is not installed, or fewer processors than threads.
     """
     unknown = [name for name in models if name not in MODELS]
     if unknown:
@@ -58,7 +58,7 @@ def bench(models: Sequence[str], *, peer: str | None, steps: int, threads: int =
 def compare(
     model: ModelConfig, *, peer: str | None, steps: int, threads: int, batch_size: int = 2, sequence_length: int = 512
 ) -> dict[str, Any]:
-    """`steps` training steps of `model`, each followed by one of the peer's. Times are seconds a step."""
+    """`steps` training steps of `model`, each followed by one of the peer's. Times are seconds per step."""
     tokens = batch_size * sequence_length
     shape = {"batch_size": batch_size, "sequence_length": sequence_length}
     started = time.perf_counter()
@@ -83,7 +83,8 @@ def compare(
 
 
 def _training_step(model: ModelConfig, *, batch_size: int, sequence_length: int) -> tuple[Callable[[], None], int]:
-    """One step on a fixed random batch, from which state goes on to the next, and the number of parameters."""
+    """A function that takes one step on a fixed random batch and keeps the state for the next, and the number of
+    parameters."""
     train = TrainConfig(steps=1000, batch_size=batch_size, sequence_length=sequence_length, seed=0)
     optimizer_config = OptimizerConfig(learning_rate=1e-4, schedule="constant")
     config = RunConfig(model=model, plan=PlanConfig(), train=train, optimizer=optimizer_config)
@@ -102,7 +103,7 @@ def _training_step(model: ModelConfig, *, batch_size: int, sequence_length: int)
 
 
 def random_batch(vocab_size: int, batch_size: int, sequence_length: int) -> Batch:
-    """One document a row."""
+    """A random batch with one document per row."""
     shape = (batch_size, sequence_length)
     tokens_bt = np.random.default_rng(0).integers(vocab_size, size=shape, dtype=np.int32)
     positions_bt = np.broadcast_to(np.arange(sequence_length, dtype=np.int32), shape)

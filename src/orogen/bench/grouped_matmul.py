@@ -16,14 +16,14 @@ from orogen.bench.timing import Program, compiled
 from orogen.config.checks import ConfigError
 from orogen.kernels.grouped_matmul import IMPLEMENTATIONS, grouped_matmul
 
-# empty: how many of the groups have no row. nano: Nemotron-3 Nano's experts for 16,384 tokens; r1_up and r1_down: R1's.
+# empty: how many groups have no row. nano: Nemotron-3 Nano's experts for 16,384 tokens; r1_up and r1_down: R1's.
 SHAPES: dict[str, Shape] = {
     "nano": {"n": 98304, "d": 2688, "f": 1856, "e": 128, "empty": 0},
     "r1_up": {"n": 98304, "d": 2048, "f": 1024, "e": 64, "empty": 0},
     "r1_down": {"n": 98304, "d": 1024, "f": 2048, "e": 64, "empty": 0},
     "ragged": {"n": 98304, "d": 2688, "f": 1856, "e": 128, "empty": 32},
 }
-CHECKED_ROWS = 256  # beside those at the ends of groups
+CHECKED_ROWS = 256  # beside those at the first and last rows of groups
 
 
 class Operands(NamedTuple):
@@ -37,7 +37,7 @@ class Operands(NamedTuple):
 
 
 def draw(shape: Shape, seed: int) -> Operands:
-    """Random operands, and groups as uneven as those of tokens that choose at random; `empty` of them have no row."""
+    """Random operands, and groups as uneven as if tokens chose at random; `empty` of them have no row."""
     n, d, f, e = (shape[key] for key in "ndfe")
     rng = np.random.default_rng(seed)
     chosen = rng.permutation(e)[: _filled(shape)]
@@ -49,7 +49,7 @@ def draw(shape: Shape, seed: int) -> Operands:
 
 
 def works(shape: Shape) -> dict[str, Work]:
-    """2 n d f operations each; empty groups' weights are read by nobody, but their gradient is written."""
+    """2 n d f operations each. The weights of empty groups are not read, but their gradient is written."""
     n, d, f, e = (shape[key] for key in "ndfe")
     outside, used = n * d + n * f, _filled(shape) * d * f
     each = [("forward", used), ("gradient_rows", used), ("gradient_weights", e * d * f)]
@@ -103,8 +103,8 @@ def peer(shape: Shape, operands: Operands, implementation: str) -> dict[str, Pro
 
 
 def check(shape: Shape, operands: Operands, results: dict[str, Any]) -> dict[str, float]:
-    """Errors against float64 products of NumPy of rows at every group's ends and some between, and against float32
-    products of every group's weights' gradient."""
+    """Errors against NumPy's float64 products, for the first and last rows of every group and some between, and for
+    the weights' gradient against float32 products of every group."""
     sizes_e = operands.host_sizes_e
     ends_e = np.cumsum(sizes_e)
     between = np.random.default_rng(shape["n"]).integers(shape["n"], size=CHECKED_ROWS)
@@ -128,7 +128,7 @@ def check(shape: Shape, operands: Operands, results: dict[str, Any]) -> dict[str
 def _weights_error(operands: Operands, grad_edf: Array, *, most: int) -> Array:
     """The largest relative error of a group's gradient; infinite if that of an empty group is not zero.
 
-    most: rows of the largest group. Only one group's rows and product are there in float32 at a time.
+    most: rows of the largest group. Only one group's rows and product exist in float32 at a time.
     """
     rows_nd, _, grad_nf, sizes_e, _ = operands
     begins_e = jnp.cumsum(sizes_e) - sizes_e

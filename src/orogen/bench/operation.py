@@ -14,7 +14,7 @@ from orogen.bench.timing import Program, ceilings, summary, time_in_turn
 from orogen.config.checks import ConfigError
 
 Shape = dict[str, Any]
-TOLERANCE = 1e-2  # of ‖result - reference‖ / ‖reference‖; rounding of bfloat16 operands stays below
+TOLERANCE = 1e-2  # of ‖result - reference‖ / ‖reference‖; the rounding of bfloat16 operands stays below it
 
 
 class MissingError(Exception):
@@ -29,11 +29,11 @@ class Work(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """An operation as the benchmark sees it. A work is a part of it with a name, such as `forward`.
+    """An operation to benchmark. A work is a named part of it, such as `forward`.
 
-    shapes: sizes by name; the first one's names are those that any shape has. draw: operands of a shape, by seed.
-    works: each work by paper; raises ConfigError on sizes that do not go together. ours: programs by work, of an
-    implementation. peers: the names of the peer's implementations. peer: programs by work, of one of these; raises
+    shapes: sizes by name; every shape has the size names of the first. draw: operands of a shape, by seed.
+    works: analytic costs of each work; raises ConfigError on sizes that do not fit together. ours: programs by work, of
+    an implementation. peers: the names of the peer's implementations. peer: programs by work, of one of these; raises
     MissingError.
     check: the relative error of every result, given the results of one implementation's works.
     """
@@ -60,11 +60,11 @@ def bench(
     profile: Path | None = None,
     ceiling_sizes: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """One record a shape, implementation and work, with errors, times and achieved TFLOP/s, beside the ceilings.
+    """One record per shape, implementation and work, with errors, times and achieved TFLOP/s, beside the ceilings.
 
-    shapes: names, or sizes as `b=2,t=8192`, the others as in the first named shape; none: every named one. What is
-    wrong beyond TOLERANCE is recorded so, and not timed. Raises ConfigError on unknown names, on sizes or a device that
-    an implementation refuses, and on a peer that is not installed.
+    shapes: names, or sizes as `b=2,t=8192`, the others as in the first named shape; none: every named one. A
+    result that is wrong beyond TOLERANCE is recorded as such and not timed. Raises ConfigError on unknown names, on
+    sizes or a device that an implementation refuses, and on a peer that is not installed.
     """
     unknown = [name for name in implementations if name not in operation.implementations]
     if unknown:
@@ -74,7 +74,7 @@ def bench(
         raise ConfigError(f"--peer {peer}: torch not installed; expected the extra `peer` (orogen[peer])")
     chosen = {text: read_shape(operation, text) for text in shapes or operation.shapes}
     for shape in chosen.values():
-        operation.works(shape)  # sizes that do not go together are refused before any is timed
+        operation.works(shape)  # sizes that do not fit together are refused before any is timed
     records = []
     with jax.profiler.trace(str(profile)) if profile else contextlib.nullcontext():
         for name, shape in chosen.items():
@@ -154,14 +154,14 @@ def relative_error(result: Any, reference: Any) -> float:
 
 
 def largest_errors(names: Sequence[str], parts: Iterable[tuple[Sequence[Any], Sequence[Any]]]) -> dict[str, float]:
-    """The largest relative error of each named result, over the parts it is compared in; NaN if one is.
+    """The largest relative error of each named result over the parts in which it is compared; NaN if one is.
 
-    parts: of each, what the results hold there and what the references do, in the order of the names.
+    parts: for each part the results and the references, in the order of the names.
     """
     errors = [[relative_error(a, b) for a, b in zip(mine, exact, strict=True)] for mine, exact in parts]
     return dict(zip(names, np.max(errors, axis=0).tolist(), strict=True))
 
 
 def not_finite(results: Any) -> float:
-    """How many numbers of all results are not finite."""
+    """How many numbers in all results are not finite."""
     return float(sum(jnp.sum(~jnp.isfinite(result)) for result in jax.tree.leaves(results)))

@@ -1,6 +1,7 @@
-"""transformers' Nemotron-H in PyTorch, a process of its own that takes one training step when asked.
+"""transformers' Nemotron-H in PyTorch, in its own process, which takes one training step per request.
 
-`python -m orogen.bench.peers` is that process: told the sizes, it gives the facts, and seconds each time it is asked.
+`python -m orogen.bench.peers` is that process: it reads the sizes, answers with its facts, and then with the seconds of
+each requested step.
 """
 
 import importlib.util
@@ -23,7 +24,7 @@ SHARED_FIELDS = (
 
 
 class Seconds(NamedTuple):
-    """What one step took, by the clock and of all its threads' processor time."""
+    """What one step took: wall time, and processor time of all its threads."""
 
     wall: float
     cpu: float

@@ -1,6 +1,6 @@
 """The Mamba-2 recurrence and its gradients, at the sizes of Nemotron-3 Nano and Super and others.
 
-Letters: b batch, t time, h heads, p head size, g groups, n state, c tokens of a chunk.
+Letters: b batch, t time, h heads, p head size, g groups, n state, c tokens per chunk.
 """
 
 import functools
@@ -43,7 +43,8 @@ def draw(shape: Shape, seed: int) -> Operands:
 
 
 def works(shape: Shape) -> dict[str, Work]:
-    """A chunk's causal half of C·B and of its product with x, and its state in and out; gradients twice as many."""
+    """Per chunk the causal half of C·B and of its product with x, and its state in and out; twice as many for
+    gradients."""
     b, t, h, p, g, n, c = (shape[key] for key in "bthpgnc")
     chunk = min(c, t)
     flops = 2.0 * b * t * ((g * n + h * p) * chunk / 2 + 2 * h * p * n)
@@ -100,7 +101,7 @@ def check(shape: Shape, operands: Operands, results: dict[str, Any]) -> dict[str
 
 @functools.partial(jax.jit, static_argnames="groups")
 def _group(operands: Operands, results: tuple[Array, ...], group: Array, *, groups: int) -> Any:
-    """One group's part of the results, and what the recurrence gives for them."""
+    """The results of one group, and those of the recurrence."""
 
     def cut(array: Array) -> Array:
         axis = min(2, array.ndim - 1)  # heads or groups: the decay rates' only axis, all others' third
@@ -112,7 +113,7 @@ def _group(operands: Operands, results: tuple[Array, ...], group: Array, *, grou
 
 
 def _exact(*operands: Array) -> tuple[Array, ...]:
-    """y and the gradients of x, dt, a, B, C by the recurrence in float32, whose states are computed again by pieces."""
+    """y and the gradients of x, dt, a, B, C by the recurrence in float32, whose states are recomputed by pieces."""
     *inputs, grad_bthp = (operand.astype(jnp.float32) for operand in operands)
     time = inputs[0].shape[1]
     piece = next(size for size in range(min(PIECE, time), 0, -1) if time % size == 0)

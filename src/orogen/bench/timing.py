@@ -1,4 +1,4 @@
-"""Times of programs taken in turn, and what the device does at best."""
+"""Times of programs that run in turn, and the device's measured ceilings."""
 
 import statistics
 import time
@@ -8,16 +8,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-CALLS = 10  # a sample; only the last is waited for, so that the host's own time hides behind the device's
-# Of the ceilings: rows of a square bfloat16 matrix, and elements copied; off a GPU those take minutes.
+CALLS = 10  # per sample; only the last is waited for, so that the host's own time hides behind the device's
+# Sizes of the ceilings: rows of a square bfloat16 matrix, and elements to copy; off a GPU the large ones take minutes.
 ON_GPU, ELSEWHERE = {"matrix": 8192, "copied": 2**30}, {"matrix": 1024, "copied": 2**22}
 
 
 class Program(NamedTuple):
-    """Something to time: `start` begins its work and gives its result, `wait` returns once a result is there, and
-    `read` gives a result as jax arrays.
+    """Something to time: `start` begins its work and returns its result, `wait` returns once a result is computed, and
+    `read` returns a result as jax arrays.
 
-    temporary_mb: what it holds beside arguments and results; None if nothing says so.
+    temporary_mb: memory that it holds beside arguments and results; None if unknown.
     """
 
     start: Callable[[], Any]
@@ -35,7 +35,8 @@ def compiled(function: Callable[..., Any], *arguments: Any) -> Program:
 
 
 def time_in_turn(programs: Mapping[Any, Program], *, samples: int, calls: int = CALLS) -> dict[Any, list[float]]:
-    """Milliseconds a call of every program, by key: `samples` rounds, in each of which every program has its turn."""
+    """Milliseconds per call of every program, by key, over `samples` rounds in each of which every program has its
+    turn."""
     times: dict[Any, list[float]] = {key: [] for key in programs}
     for program in programs.values():
         program.wait(program.start())
@@ -58,8 +59,8 @@ def summary(milliseconds: Sequence[float]) -> dict[str, float]:
 def ceilings(*, samples: int, sizes: Mapping[str, int] | None = None) -> dict[str, float]:
     """TFLOP/s of a product of two square bfloat16 matrices, and TB/s of a copy, bytes read and bytes written.
 
-    sizes: as ON_GPU, which is taken on a GPU without them, and ELSEWHERE elsewhere. Random numbers: a product of zeros
-    is faster (an eighth, on an H200).
+    sizes: as ON_GPU and ELSEWHERE, which are the defaults on a GPU and elsewhere. Operands are random: a product of
+    zeros is faster (by an eighth on an H200).
     """
     sizes = sizes or (ON_GPU if jax.default_backend() == "gpu" else ELSEWHERE)
     matrix, copied = sizes["matrix"], sizes["copied"]

@@ -1,4 +1,4 @@
-"""transformers' Nemotron-H on a GPU, with weights and tokens from files, as a process that is asked for loss and times.
+"""transformers' Nemotron-H on a GPU, with weights and tokens from files, as a process that answers with loss and times.
 
 `python -m orogen.bench.torch_model` is that process (see orogen.bench.worker). Letters: b batch, t time, v vocabulary.
 """
@@ -13,7 +13,7 @@ import numpy as np
 from orogen.bench.worker import seconds_a_run, serve
 
 WARM_UP = 2
-# Functions that transformers takes from other packages, by the name it has for them: without one it uses plain torch.
+# Functions that transformers takes from other packages, by its name for them; without one it uses plain torch.
 FUNCTIONS = {
     "causal_conv1d_fn": "causal_conv1d",
     "mamba_chunk_scan_combined": "mamba_ssm.ops.triton.ssd_combined",
@@ -34,7 +34,7 @@ def kernels() -> dict[str, str]:
 
 def prepare(settings: dict[str, Any]) -> tuple[dict[str, Any], Callable[[Any], Any]]:
     """Reads `folder` (weights in Hugging Face's form) and `tokens` (int32 (b, t), .npy); answers "loss" with the mean
-    nats a next token, and {"time": steps} with seconds and GB of forward and backward passes, in bfloat16."""
+    nats per next token, and {"time": steps} with seconds and GB of forward and backward passes, in bfloat16."""
     import torch  # pyright: ignore[reportMissingImports]
     import transformers  # pyright: ignore[reportMissingImports]
 
@@ -56,7 +56,7 @@ def prepare(settings: dict[str, Any]) -> tuple[dict[str, Any], Callable[[Any], A
         return torch.nn.functional.cross_entropy(logits_btv.flatten(0, 1).float(), tokens_bt[:, 1:].flatten())
 
     def step() -> Any:
-        """Begins a pass and gives what says when it is done; a CPU is done."""
+        """Begins a pass and returns an event that marks its end; on a CPU it has ended."""
         loss().backward()
         for parameter in model.parameters():
             parameter.grad = None
@@ -85,12 +85,12 @@ def _answer(question: Any, loss: Callable[[], Any], step: Callable[[], Any], dev
         peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None
         answer = {"seconds": seconds, "gb": peak}
     if device == "cuda":
-        torch.cuda.empty_cache()  # another program has the GPU next
+        torch.cuda.empty_cache()  # another program uses the GPU next
     return answer
 
 
 def wait(event: Any) -> None:
-    """Returns once the device has done what it was given before the event."""
+    """Returns once the device has finished all work before the event."""
     if event is not None:
         event.synchronize()
 

@@ -31,10 +31,10 @@ def from_torch(result: Any) -> Any:
 
 
 def torch_program(function: Callable[[], Any], *, gradient: bool = False) -> Program:
-    """`function` as a Program whose result is of jax arrays.
+    """`function` as a Program whose results are jax arrays.
 
-    gradient: whether it asks for gradients itself; otherwise none are recorded. temporary_mb: the most that torch
-    allocated in its second call beside what it held before and the results; None on a CPU.
+    gradient: whether it computes gradients itself; otherwise none are recorded. temporary_mb: the most that torch
+    allocated in its second call beyond what it held before and the results; None on a CPU.
     """
     import torch  # pyright: ignore[reportMissingImports]
 
@@ -60,5 +60,5 @@ def torch_program(function: Callable[[], Any], *, gradient: bool = False) -> Pro
 
 
 def _bytes(result: Any) -> int:
-    """Of a torch tensor, or of a tuple of them."""
+    """Bytes of a torch tensor, or of a tuple of them."""
     return sum(map(_bytes, result)) if isinstance(result, tuple) else result.nelement() * result.element_size()

@@ -1,6 +1,7 @@
 """A model on one GPU: time and memory of its forward and backward pass, or of whole steps with the optimizer.
 
-`python -m orogen.bench.train` is the same as a process that is asked for its loss and times (see orogen.bench.worker).
+`python -m orogen.bench.train` does the same as a process that answers with its loss and times (see
+orogen.bench.worker).
 Letters: b batch, t time.
 """
 
@@ -41,7 +42,8 @@ PASS = {
     "PlanConfig.unroll": "3", "PlanConfig.logit_rows": "4096",
     "PlanConfig.remat": "'elementwise'", "TrainConfig.compute_dtype": "'bfloat16'",
 }  # fmt: skip
-# A product in 8 bits as precision/fp8.py writes it, its operands behind a barrier; and what XLA calls for one.
+# A product in 8 bits as precision/fp8.py writes it, with its operands behind a barrier; and the function that XLA calls
+# for one.
 FP8_ASKED = re.compile(
     r"optimization_barrier [^:]*: tensor<\S*xf8E\w+>, tensor<f32>, tensor<\S*xf8E\w+>, tensor<f32>\s"
 )
@@ -51,11 +53,11 @@ FP8_PRODUCT = 'custom_call_target="__cublas$lt$matmul$f8"'
 OPTIONS = {
     "TrainConfig.sequence_length": "--sequence_length", "TrainConfig.batch_size": "--rows, and PlanConfig.microbatches",
 }  # fmt: skip
-# Rows of a microbatch hold so many tokens, if they are not given.
+# Tokens of a microbatch, if its rows are not given.
 TOKENS = 16384
-# Where memory is short, in whole steps and with more than LONG tokens a microbatch, products are kept and what is cheap
-# is made again, by letter: of R1 12 GB are kept, not 21, of hybrid_1b at 65,536 tokens 59, not 85 (orogen simulate's
-# traces), beside which a state of 26 GB and sums of gradients, or 80 GB, have room.
+# Where memory is short, in whole steps and with more than LONG tokens per microbatch, products are kept and cheap
+# intermediates are recomputed, by letter. R1 then keeps 12 GB, not 21, and hybrid_1b at 65,536 tokens 59 GB, not 85
+# (orogen simulate's traces), which leaves room for a state of 26 GB and sums of gradients on a device of 80 GB.
 LONG = 32768
 CHEAP = {
     "M": "M:norm,conv,gated_norm", "-": "-:norm,activation", "E": "E:norm,rows,expert_activation,shared_activation",
@@ -68,10 +70,10 @@ STEP = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What is timed: a file's stem in gin_configs/models, rows of a microbatch, tokens of a row, gin bindings on top.
+    """What is timed: a file's stem in gin_configs/models, rows of a microbatch, tokens per row, gin bindings on top.
 
-    rows: None is as many as hold TOKENS, at least one. part: `forward_backward`, of one microbatch with working copies
-    for weights, or `whole_step`. Where XLA is asked for the same bits attention goes by blocks.
+    rows: None takes as many as hold TOKENS, at least one. part: `forward_backward`, of one microbatch with working
+    copies as weights, or `whole_step`. Where XLA is asked for the same bits, attention works by blocks.
     """
 
     model: str = "r1"
@@ -82,11 +84,11 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Of one microbatch."""
+        """Tokens of one microbatch."""
         return self.sequence_length * (self.rows or max(1, TOKENS // self.sequence_length))
 
     def config(self) -> RunConfig:
-        """The run that the workload is a step of. Raises ConfigError."""
+        """The run of which the workload is a step. Raises ConfigError."""
         file = CONFIGS / f"{self.model}.gin"
         if not file.is_file():
             raise ConfigError(f"--model {self.model!r}; expected the name of a file in {CONFIGS}")
@@ -95,7 +97,7 @@ class Workload:
         usual = {**PASS, **(STEP if self.part == "whole_step" else {}), **fixed}
         if asks_for_same_bits():
             usual["PlanConfig.attention"] = "'blocked'"
-        # The batch depends on the number of microbatches and recomputation on the pattern, which the bindings say.
+        # The batch depends on the number of microbatches, recomputation on the pattern; the bindings may change both.
         first, _ = parse([file], [*_bindings(usual, self.bindings), f"TrainConfig.batch_size={2**20}"])
         require(first.plan.devices == 1, first.plan, "devices", "1: the benchmark is of one device")
         for setting in unread(first):  # kernels of layers that the model lacks
@@ -109,7 +111,8 @@ class Workload:
 
 
 def _bindings(usual: dict[str, Any], asked: Sequence[str]) -> list[str]:
-    """`asked`, with what is usual of the fields that it does not bind. Raises ConfigError if it binds what is fixed."""
+    """`asked`, with the usual bindings of fields that it does not bind. Raises ConfigError if it binds a fixed
+    field."""
     taken = {binding.partition("=")[0].strip() for binding in asked}
     for name, option in OPTIONS.items():
         if name in taken:
@@ -118,9 +121,9 @@ def _bindings(usual: dict[str, Any], asked: Sequence[str]) -> list[str]:
 
 
 class Prepared(NamedTuple):
-    """A compiled workload. start: begins it once and gives what is there when it is done; loss: mean nats a next token,
-    of the first; tokens: of one run; memory: see `_memory`; same_bits: whether another run repeats the first, None if
-    not looked at.
+    """A compiled workload. start: begins it once and returns an array that is ready when it is done; loss: mean nats
+    per next token of the first run; tokens: of one run; memory: see `_memory`; same_bits: whether another run repeats
+    the first, None if not compared.
     """
 
     start: Callable[[], Any]
@@ -131,9 +134,9 @@ class Prepared(NamedTuple):
 
 
 def bench(work: Workload, *, steps: int, deterministic: bool = False, profile: Path | None = None) -> dict[str, Any]:
-    """Times of `steps` runs of the workload, with random weights. With `profile`, a trace of one more is written there.
+    """Times of `steps` runs of the workload, with random weights. `profile`: a folder for the trace of one more run.
 
-    MFU by the convention of `simulate/flops.py`. deterministic: two runs are compared to the bit.
+    MFU follows the convention of `simulate/flops.py`. deterministic: two runs are compared to the bit.
     """
     config = work.config()
     prepared = prepare(work, config, deterministic=deterministic)
@@ -145,7 +148,7 @@ def bench(work: Workload, *, steps: int, deterministic: bool = False, profile: P
 
 
 def describe(work: Workload, config: RunConfig) -> dict[str, Any]:
-    """What was run, on what."""
+    """What was run, and on which device."""
     facts: dict[str, Any] = {
         "bench": "train", "model": work.model, "device": jax.devices()[0].device_kind, "jax": jax.__version__,
         "rows": work.tokens // work.sequence_length, "sequence_length": work.sequence_length,
@@ -190,7 +193,7 @@ def prepare(work: Workload, config: RunConfig, *, deterministic: bool = False, e
     del first
 
     def start() -> Any:
-        return program(params, buffers, batch)[3].nats  # the gradients are let go
+        return program(params, buffers, batch)[3].nats  # the gradients are released
 
     return Prepared(start, loss, work.tokens, _memory(program), same)
 
@@ -213,7 +216,7 @@ def _whole_step(built: Any, config: RunConfig, plan: Plan, batch: Any) -> Prepar
 
 
 def _compiled(lowered: Any, plan: Plan) -> Any:
-    """The program. Raises ConfigError if on a GPU it takes a product of 8 bits in more, which nothing but its speed
+    """The program. Raises ConfigError if on a GPU it computes a product of 8 bits in more bits, which only its speed
     would show."""
     program = lowered.compile()
     if plan.config.linear == "fp8" and jax.default_backend() == "gpu":
@@ -224,7 +227,7 @@ def _compiled(lowered: Any, plan: Plan) -> Any:
 
 
 def _fp8_asked(text: str) -> int:
-    """Products of 8 bits in a lowered program, those of a function at each place that calls it."""
+    """Products of 8 bits in a lowered program; those of a function count at each of its calls."""
     name_and_body = FUNCTION.split(text)[1:]
     bodies = dict(zip(name_and_body[::2], name_and_body[1::2], strict=True))
 
@@ -236,7 +239,7 @@ def _fp8_asked(text: str) -> int:
 
 
 def _batch(work: Workload, config: RunConfig) -> Any:
-    """One document a row, the first microbatch's rows first."""
+    """A batch with one document per row, the first microbatch's rows first."""
     return random_batch(config.model.vocab_size, config.train.batch_size, work.sequence_length)
 
 
@@ -274,7 +277,7 @@ def summarise(prepared: Prepared, seconds: Sequence[float], model: ModelConfig, 
 
 
 def rates(seconds: Sequence[float], tokens: int, model: ModelConfig, length: int) -> dict[str, Any]:
-    """Milliseconds, tokens a second, and the model's TFLOP/s and MFU at the median."""
+    """Milliseconds, tokens per second, and the model's TFLOP/s and MFU at the median."""
     median = statistics.median(seconds)
     achieved = tokens * training_flops_per_token(model, length) / median
     peak = peak_flops(jax.devices()[0].device_kind)
@@ -286,14 +289,15 @@ def rates(seconds: Sequence[float], tokens: int, model: ModelConfig, length: int
 
 
 def _memory(compiled: Any) -> dict[str, float]:
-    """GB that the program holds at most: arguments, results that take no argument's place, and temporaries."""
+    """GB that the program holds at most: arguments, results that replace no argument, and temporaries."""
     plan = compiled.memory_analysis()
     held = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes + plan.temp_size_in_bytes
     return {"gb": round(held / 1e9, 2), "temporary_gb": round(plan.temp_size_in_bytes / 1e9, 2)}
 
 
 def _serve(settings: dict[str, Any]) -> tuple[dict[str, Any], Callable[[Any], Any]]:
-    """The process: its settings are a Workload's, where to write weights and tokens (or None), and what to compare."""
+    """The process: its settings are those of a Workload, where to write weights and tokens (or None), and what to
+    compare."""
     work = Workload(**{**settings["work"], "bindings": tuple(settings["work"]["bindings"])})
     config = work.config()
     if settings["tokens"] is not None:

@@ -1,6 +1,6 @@
-"""Our forward and backward pass beside transformers', on the same weights and tokens, each in a process of its own.
+"""Our forward and backward pass beside transformers', on the same weights and tokens, each in its own process.
 
-One GPU does not hold both at work, so they take turns by blocks of steps, and ours ends after each.
+One GPU does not hold both at once, so they take turns by blocks of steps, and our process ends after each.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from orogen.bench.train import Workload
 from orogen.bench.worker import Worker
 from orogen.config.checks import ConfigError
 
-MOST_APART = 1e-2  # of the two losses, nats a token
+MOST_APART = 1e-2  # of the two losses, nats per token
 OURS = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # the peer's weights lie on the same GPU
 
 

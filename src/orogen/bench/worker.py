@@ -1,4 +1,4 @@
-"""A program in a process of its own, asked by lines, JSON in, JSON out; and how long its runs take."""
+"""A program in its own process, with requests and answers as lines of JSON; and how long its runs take."""
 
 import itertools
 import json
@@ -13,10 +13,10 @@ from orogen.config.checks import ConfigError
 
 
 class Worker:
-    """A process that runs `python -m MODULE`, is told `settings` first and then answers what it is asked.
+    """A process that runs `python -m MODULE`, reads `settings` first and then answers requests.
 
     facts: its first answer. Use it as a context manager, or `close` it, which waits for its end.
-    Raises ConfigError on what the process refuses with one, RuntimeError if it ends before it answers.
+    Raises ConfigError if the process refuses with one, RuntimeError if it ends before it answers.
     """
 
     def __init__(self, module: str, settings: Any, environment: Mapping[str, str] | None = None):
@@ -63,9 +63,9 @@ class Worker:
 
 
 def serve(prepare: Callable[[Any], tuple[dict[str, Any], Callable[[Any], Any]]]) -> None:
-    """The process's side: `prepare` takes the settings and gives the facts and what answers each question.
+    """The process's side: `prepare` takes the settings and returns the facts and a function that answers each question.
 
-    A line is {"answer": …}, or {"refused": …} with the words of a ConfigError, after which the process ends.
+    A line is {"answer": …}, or {"refused": …} with the message of a ConfigError, after which the process ends.
     """
     answers, sys.stdout = sys.stdout, sys.stderr  # nothing but answers may reach the pipe
 
@@ -84,8 +84,8 @@ def serve(prepare: Callable[[Any], tuple[dict[str, Any], Callable[[Any], Any]]])
 def seconds_a_run(start: Callable[[], Any], wait: Callable[[Any], Any], runs: int) -> list[float]:
     """Seconds from the end of one run to the end of the next, of `runs` in a row.
 
-    `start` begins one and `wait` returns when what it gave is done. Each run is started while the one before is at
-    work, as a training loop does: what the host does first hides behind the device's work.
+    `start` begins a run and `wait` returns when its result is done. Each run is started while the previous one is at
+    work, as in a training loop, so that the host's preparation hides behind the device's work.
     """
     ends, running = [], start()
     for _ in range(runs + 1):

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
-# The default of a field that only some configs need. It is typed as whatever the field is: who reads the field has
+# The default of a field that only some configs need. It has the type of every field: code that reads the field has
 # checked that it is there.
 ABSENT: Any = None
 
@@ -25,7 +25,7 @@ _SHORT.maxlevel = 4
 
 
 def shown(value: Any) -> str:
-    """`value` as a message shows it: its repr, cut where it is long."""
+    """`value` as a message shows it: its repr, shortened if it is long."""
     text = _SHORT.repr(value)
     return text if len(text) <= SHOWN + 2 else f"{text[:SHOWN]}..."
 
@@ -57,7 +57,7 @@ def require_not_negative(config: Any, *fields: str) -> None:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether UTF-8 can hold `text`: a lone surrogate, as Python makes of undecodable bytes, it cannot."""
+    """Whether UTF-8 can hold `text`: it cannot hold a lone surrogate, into which Python turns undecodable bytes."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 

@@ -1,4 +1,4 @@
-"""JSON that others wrote: parsed within bounds, and its types checked against a description, before anything reads it.
+"""JSON from elsewhere: parsed within bounds, its types checked against a description before anything reads it.
 
 A description is a type (str, bool, int, float, None, dict, list), a `Whole`, a `Number`, a `ListOf`, a `MapOf`, a
 `Record`, or a tuple of these, of which one must fit. An int fits float; a bool fits neither.
@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 from orogen.config.checks import ConfigError, is_unicode, shown
 
 MAX_BYTES = 10**8  # of a file: the largest released tokenizer.json has 35 MB
-MAX_DEPTH = 64  # of lists and objects in each other
+MAX_DEPTH = 64  # of nested lists and objects
 MAX_DIGITS = 100  # of an integer, so that a float holds it; transformers writes int(1e30) for "no limit"
 
-# A string without an end is one too, and nothing is tried twice: else a long one would take time by its square.
+# An unterminated string matches too, and nothing is tried twice: otherwise a long one would take quadratic time.
 _BRACKETS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[{]|[\]}]', re.DOTALL)
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _MISSING = object()
@@ -49,7 +49,7 @@ class MapOf(NamedTuple):
 
 
 class Record(NamedTuple):
-    """An object with the fields `required`; of the fields `optional`, those that are there fit. It may have others."""
+    """An object with the fields `required`; those of the fields `optional` that are there fit. It may have others."""
 
     required: Mapping[str, Any]
     optional: Mapping[str, Any] = {}
@@ -188,7 +188,7 @@ def _integer(digits: str) -> int:
 
 
 def _lone_surrogate(value: Any) -> str | None:
-    """The first text in `value` that no UTF-8 can hold."""
+    """The first text in `value` that UTF-8 cannot encode."""
     left = [value]
     while left:
         item = left.pop()

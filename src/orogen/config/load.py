@@ -18,9 +18,9 @@ from orogen.config.model import ModelConfig
 from orogen.config.reads import require_read, without_unread
 from orogen.config.run import PARTS, RunConfig
 
-MAX_BYTES = 10**5  # of a gin file; ours have 3,000, and gin takes the square of it for texts side by side
+MAX_BYTES = 10**5  # of a gin file; ours have 3,000, and gin's time grows with the square for adjacent strings
 MAX_FILES = 100
-MESSAGE = 1000  # characters that are shown of what cannot be read
+MESSAGE = 1000  # characters shown of an unreadable value
 
 for _part in PARTS.values():
     gin.register(_part)
@@ -46,9 +46,10 @@ def load_saved(file: Path) -> RunConfig:
 
 
 def parse(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[RunConfig, str]:
-    """What `load` gives, whether or not anything reads its settings. Raises ConfigError on all else that it refuses."""
+    """What `load` returns, without its check that settings are read. Raises ConfigError on everything else that it
+    refuses."""
     gin.clear_config()
-    logging.disable(logging.ERROR)  # gin logs each folder in which an include is not
+    logging.disable(logging.ERROR)  # gin logs each folder in which it does not find an include
     try:
         for file in map(Path, files):
             _parse(file)
@@ -69,7 +70,7 @@ def parse(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[Ru
         OSError,
         ImportError,
         LookupError,
-        RuntimeError,  # RecursionError is one: of a macro that leads back to itself, and of values in each other
+        RuntimeError,  # RecursionError is one: a macro that refers to itself, and values nested too deep
         MemoryError,  # Python's parser raises it for values that nest too deep
         OverflowError,
     ) as error:
@@ -119,7 +120,7 @@ def _parse(file: Path) -> None:
 
 
 def _check_bindings(bindings: Sequence[str]) -> None:
-    """Refuses what gin lets pass in `bindings`: an import, an include, a key bound twice."""
+    """Refuses what gin accepts in `bindings`: an import, an include, a key bound twice."""
     seen: set[str] = set()
     for statement in ConfigParser("\n".join(bindings), _Delegate()):
         if isinstance(statement, ImportStatement | IncludeStatement):
@@ -130,9 +131,9 @@ def _check_bindings(bindings: Sequence[str]) -> None:
 
 
 def _check_statements(file: Path, folders: Sequence[Path], above: tuple[Path, ...], read: list[Path]) -> set[str]:
-    """The keys that `file` and what it includes bind. Refuses what gin lets pass in them: a key bound twice, an import,
-    a loop, includes without end, an include that overrides what its file bound above it. Of two includes the later one
-    wins, as of files. read: the files so far, each as often as it is included.
+    """The keys that `file` and what it includes bind. Refuses what gin accepts in them: a key bound twice, an import,
+    a loop, endless includes, an include that overrides what its file bound above it. Of two includes the later one
+    wins, as of two files. read: the files so far, each as often as it is included.
     """
     read.append(file)
     if len(read) > MAX_FILES:
@@ -192,7 +193,7 @@ class _Delegate:
 
 
 def _first_line(error: BaseException) -> str:
-    """What `error` says, in one line: gin appends where it was. A value gin cannot read is on its second line."""
+    """The message of `error` in one line: gin appends where it was. A value gin cannot read is on its second line."""
     text = str(error.args[0]) if isinstance(error, tokenize.TokenError) else str(error).split(" in config string:")[0]
     if token := re.search(r"Failed to parse token '(.*)'", text):
         value = token[1][:MESSAGE]

@@ -18,7 +18,7 @@ from orogen.config.run import PARTS, RunConfig
 
 class Reader(NamedTuple):
     """Fields that are read only if `holds`. needs: the parts of the run that `holds` looks at; where one is missing,
-    nothing is said of the fields. otherwise: what is so in a run that does not read them."""
+    the fields are not judged. otherwise: the reason in a run that does not read them."""
 
     fields: str
     needs: tuple[str, ...]
@@ -37,12 +37,12 @@ class Setting(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As gin binds it."""
+        """The name by which gin binds it."""
         return f"{PARTS[self.part].__name__}.{self.field}"
 
 
 def letters(model: ModelConfig) -> set[str]:
-    """Those of the model's layers, the multi-token-prediction block's included."""
+    """The letters of the model's layers, those of the multi-token-prediction block included."""
     return set(model.layers.main + model.layers.mtp)
 
 
@@ -79,7 +79,7 @@ MODEL_LETTERS = {
 }
 LETTERS = {field: read_by for read_by, fields in MODEL_LETTERS.items() for field in fields.split()}
 
-# By part, the fields that are read whatever the others say: what a choice means is the choice's own to refuse.
+# By part, the fields that are always read; what their values allow is checked by the configs themselves.
 ALWAYS = {
     "model": "pattern vocab_size hidden_size norm layer_norm_epsilon tie_word_embeddings learned_positions",
     "plan": "data context tensor stage fsdp microbatches unroll remat offload offload_optimizer cross_entropy",
@@ -89,8 +89,8 @@ ALWAYS = {
     # With Muon, AdamW's beta1, beta2 and epsilon are those of the parameters that Muon leaves to it.
     "optimizer": "name learning_rate schedule warmup_steps beta1 beta2 epsilon weight_decay clip_norm moment_dtype",
 }
-# By part, the others. A field may stand in several lines: all must hold. The model's depend on the model alone, for one
-# model file serves many plans.
+# By part, the others. A field may be in several lines, which must all hold. The model's depend on the model alone,
+# since one model file serves many plans.
 READERS: dict[str, tuple[Reader, ...]] = {
     "model": (
         *(_by_letters(read_by, fields) for read_by, fields in MODEL_LETTERS.items()),
@@ -166,7 +166,7 @@ READERS: dict[str, tuple[Reader, ...]] = {
         Reader(
             "text_field",
             ("data",),
-            # Of a file or folder only its reader knows, who refuses it too (data/corpora.py).
+            # For a file or folder only its reader knows, and refuses it (data/corpora.py).
             lambda run: run.data.corpus != "stdlib",
             "DataConfig.corpus is 'stdlib', plain text without fields",
         ),
@@ -223,7 +223,7 @@ def _has_dense_products(model: ModelConfig) -> bool:
 
 
 def layers_read(pattern: str, field: str) -> bool:
-    """Whether a layer of the pattern reads the field of ModelConfig; one that no letter is named for, all do."""
+    """Whether a layer of the pattern reads the field of ModelConfig; a field without letters is read by all."""
     return bool(set(LETTERS.get(field, pattern)) & set(pattern))
 
 
@@ -268,7 +268,7 @@ def _refusal(settings: list[Setting], otherwise: str) -> str:
 
 def without_unread(run: RunConfig) -> RunConfig:
     """The run with the default of every field that nothing reads: equal in all that it does."""
-    while settings := unread(run):  # a default may be what another field's reader hung on
+    while settings := unread(run):  # another field's reader may depend on the changed default
         changed: dict[str, Any] = {}
         for part in {setting.part for setting in settings}:
             defaults = {setting.field: setting.default for setting in settings if setting.part == part}

@@ -1,8 +1,8 @@
-"""What the backward pass of a layer finds kept and what it makes again, by the names of the layer's intermediates.
+"""What a layer keeps for its backward pass and what that recomputes, by the names of the layer's intermediates.
 
 A name is given to what a matrix product or a fused kernel makes, and to what is large. A layer whose recomputation is
-chosen by name keeps its input and every name but those chosen; what has no name is made again from these, which takes
-elementwise work. So the names kept are all that a layer keeps.
+chosen by name keeps its input and every name but those chosen; what has no name is recomputed from these by elementwise
+work. So the kept names are all that a layer keeps.
 """
 
 import dataclasses
@@ -54,11 +54,11 @@ NAMES = {
     "shared_out": Intermediate("E", "the shared expert's output and its gate, if it has one"),
 }
 
-# Choices for a whole layer, and what `selective` makes again: large and cheap. For attention that is section 5 of
-# arXiv:2205.05198.
+# Choices for a whole layer, and what `selective` recomputes: large and cheap intermediates. For attention that is
+# section 5 of arXiv:2205.05198.
 WHOLE = ("none", "full", "elementwise")
 # What `elementwise` keeps by name: fused kernels' outputs, the largest array that a kernel reads again, the router's
-# logits, for their product is three times as wide, and the scales of FP8, for each of which a whole tensor was read.
+# logits, since their product is three times as wide, and the scales of FP8, each of which took a pass over a tensor.
 FUSED = ("attention", "router", "expert_activation", "fp8_scale")
 BY_NAME = ("selective", "paper")
 SELECTIVE = {
@@ -82,18 +82,18 @@ MODULE_LETTERS = {"mla_up_proj": "+", "moe": "E"}
 
 
 class Remat(NamedTuple):
-    """What one layer type does: `none` keeps what autodiff keeps, `full` nothing but the input, `elementwise` what
-    products and fused kernels make, `names` all names but `again`. `host`: names that wait in the host's memory,
-    whether they would else be kept or made again."""
+    """What one layer type keeps: `none` what autodiff keeps, `full` only the input, `elementwise` the results of
+    products and fused kernels, `names` all names but `again`. `host`: names that wait in the host's memory, whether
+    they would otherwise be kept or recomputed."""
 
     kind: str
     again: frozenset[str] = frozenset()
     host: frozenset[str] = frozenset()
 
     def keeps(self, name: str) -> bool:
-        """Whether the backward pass finds the intermediate, rather than make it again."""
+        """Whether the intermediate is kept for the backward pass and not recomputed."""
         if self.kind == "names":
-            return name not in self.again and name != "input"  # which is an argument, and so kept anyway
+            return name not in self.again and name != "input"  # an argument, and so kept anyway
         return self.kind == "none" or (self.kind == "elementwise" and name in FUSED)
 
 
@@ -106,15 +106,15 @@ class Entry:
 
 
 def names_of(letters: Iterable[str]) -> list[str]:
-    """The names that a layer of any of these letters has, as NAMES orders them."""
+    """The names that a layer of any of these letters has, in the order of NAMES."""
     return [name for name, known in NAMES.items() if set(known.letters) & set(letters)]
 
 
 def layer_remat(remat: str | Sequence[str], offload: Sequence[str], letter: str) -> Remat:
-    """What layers of `letter` do, by checked values of PlanConfig.remat and .offload."""
+    """What layers of `letter` keep, by checked values of PlanConfig.remat and .offload."""
     host = frozenset(name for name in offload if letter in NAMES[name].letters)
     found = _layer_remat(remat, letter)
-    # What is to wait elsewhere has to be told from the rest by name.
+    # Offloaded arrays have to be told from the rest by name.
     return found._replace(kind="names" if host and found.kind == "none" else found.kind, host=host)
 
 
@@ -178,7 +178,7 @@ def _entries(remat: str | Sequence[str]) -> list[Entry]:
 
 
 def _letters(choice: str) -> str:
-    """The letters of the layers for which a choice means something."""
+    """The letters of the layers to which a choice applies."""
     if choice in MODULES:
         letters = {letter for name in MODULES[choice] for letter in NAMES[name].letters}
         return MODULE_LETTERS.get(choice) or "".join(letter for letter in EVERY if letter in letters)
@@ -191,7 +191,7 @@ def _applies(entry: Entry, choice: str) -> str:
 
 
 def _again(choice: str, letter: str) -> set[str]:
-    """The names that a choice makes again in layers of `letter`."""
+    """The names that a choice recomputes in layers of `letter`."""
     if choice in BY_NAME:
         return SELECTIVE.get(letter, set()) if choice == "selective" else set()
     return {name for name in MODULES.get(choice, {choice}) if letter in NAMES[name].letters}
