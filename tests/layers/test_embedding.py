@@ -130,5 +130,5 @@ def test_a_tied_head_is_the_embedding_and_both_uses_make_its_gradient():
 
 
 def test_parameter_needs_one_name_a_dimension():
-    with pytest.raises(ValueError, match="one name a dimension"):
+    with pytest.raises(ValueError, match="one name per dimension"):
         parameter(jnp.ones((2, 3)), ("embed",))

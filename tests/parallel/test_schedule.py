@@ -324,7 +324,7 @@ def test_in_lockstep_only_1f1b_loses(schedule: Schedule, forward: int, backward:
         ),
         (
             ("1f1b", 4, 8, 2),
-            "PlanConfig.schedule is '1f1b'; expected interleaved for 2 chunks a stage, or one chunk a stage",
+            "PlanConfig.schedule is '1f1b'; expected interleaved for 2 chunks per stage, or one chunk per stage",
         ),
     ],
 )

@@ -50,7 +50,7 @@ def _add_arguments(task: argparse.ArgumentParser) -> None:
     one = group("one operation")
     one.add_argument("--implementations", metavar="A,B", help="those of the operation's folder in orogen/kernels")
     one.add_argument("--shape", action="append", metavar="S", help="a name, or sizes as b=2,t=8192")
-    one.add_argument("--seed", type=int, help="of the operands; drawn anew without it")
+    one.add_argument("--seed", type=int, help="of the operands; random without it")
     one.add_argument("--roofline", type=Path, metavar="FILE.png", help="draw achieved against measured ceilings there")
     whole = group("train")
     whole.add_argument("--model", metavar="NAME", help="of gin_configs/models")

@@ -23,7 +23,7 @@ def parameter(value: jax.Array, axes: tuple[str | None, ...], *, float32: bool =
     float32: it keeps its dtype when weights are cast for computation; a vector always does.
     """
     if len(axes) != value.ndim:
-        raise ValueError(f"axes {axes} for shape {value.shape}; expected one name a dimension")
+        raise ValueError(f"axes {axes} for shape {value.shape}; expected one name per dimension")
     return nnx.Param(value, axes=axes, float32=float32 or value.ndim == 1)
 
 

@@ -167,7 +167,7 @@ def timeline(
     """Every pass in order of its start, if each begins as soon as its stage is free and its input has arrived.
 
     forward, backward: time of a pass, one number or (virtual, stages); None: backward takes twice as long as forward.
-    hop: time from the end of a pass until another stage has what it sends, during which the sender goes on.
+    hop: time from the end of a pass until another stage has its output; the sender continues meanwhile.
     """
     cost = _costs(schedule, forward, backward)
     orders = []
@@ -233,7 +233,8 @@ def _check(kind: str, stages: int, microbatches: int, virtual: int) -> None:
         raise ConfigError(f"PlanConfig.schedule is {kind!r}; expected one of {', '.join(SCHEDULES)}")
     if virtual > 1 and kind != "interleaved":
         raise ConfigError(
-            f"PlanConfig.schedule is {kind!r}; expected interleaved for {virtual} chunks a stage, or one chunk a stage"
+            f"PlanConfig.schedule is {kind!r}; expected interleaved for {virtual} chunks per stage, "
+            "or one chunk per stage"
         )
     if kind == "interleaved" and microbatches % stages:
         below = microbatches // stages * stages

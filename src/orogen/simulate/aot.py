@@ -112,7 +112,7 @@ def compare(model: ModelConfig, config: PlanConfig, work: Workload, letters: Ite
 
 def compared_lines(facts: dict[str, Any]) -> list[str]:
     """The facts of `compare` for a person."""
-    lines = ["compiled in float32: collectives and bytes a layer, by paper and in the program"]
+    lines = ["compiled in float32: collectives and bytes per layer, analytic and compiled"]
     for unit, rows in facts.items():
         for row in rows:
             paper, program = (row[name] for name in ("paper", "compiled"))

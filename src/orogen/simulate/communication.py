@@ -165,14 +165,14 @@ def collective_lines(facts: dict[str, Any]) -> list[str]:
             sent = rows.setdefault(key, dict.fromkeys(("forward", "recompute", "backward", "update"), 0))
             sent[r["phase"]] += r["bytes"]
     lines = [
-        f"bytes that one device sends for {facts['rows']} rows of {facts['tokens']} tokens a microbatch, a layer:",
-        f"{'':5} {'':18} {'':18} {'':28} {'forward':>9} {'again':>9} {'backward':>9} {'update':>9}",
+        f"bytes that one device sends for {facts['rows']} rows of {facts['tokens']} tokens, per microbatch and layer:",
+        f"{'':5} {'':18} {'':18} {'':28} {'forward':>9} {'recompute':>9} {'backward':>9} {'update':>9}",
     ]
     for (unit, part, operation, axes), sent in rows.items():
         numbers = " ".join(f"{_short(n):>9}" for n in sent.values())
         lines.append(f"{unit:5} {part:18} {operation:18} {axes:28} {numbers}")
     total = ", ".join(f"{axes} {_short(size)}" for axes, size in facts["step_bytes"].items())
-    return [*lines, f"a step, over {total}" if total else "nothing is sent: one device"]
+    return [*lines, f"per step, over {total}" if total else "nothing is sent: one device"]
 
 
 def _short(size: float) -> str:

@@ -27,7 +27,7 @@ QUICKSTART = "--gin_file gin_configs/recipes/quickstart.gin"
 def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="the run folder")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in DIR, if there is one")
+    parser.add_argument("--resume", action="store_true", help="continue the run in DIR, if there is one")
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help=f"start from the weights of {CHECKPOINT}")
 
 
@@ -87,7 +87,7 @@ def train(options: argparse.Namespace) -> int:
 
 
 def _finish_run(options: argparse.Namespace, config: RunConfig, text: str, trained: Any) -> int:
-    """Reports on a run that is at its end, or says that it goes on later."""
+    """Reports on a run that is at its end, or says that it stopped before."""
     from orogen.evaluate.summary import summarise
 
     step, report = int(trained.state.step), options.run / "report.html"

@@ -1,4 +1,4 @@
-"""The training loop: batches in, metrics out, checkpoints on the way, and a clean stop when asked.
+"""The training loop: batches in, metrics out, checkpoints on the way, and a clean stop on a signal.
 
 Letters: b batch, t time.
 """
@@ -44,8 +44,8 @@ class NonFiniteError(RuntimeError):
 class Origin(NamedTuple):
     """Where a run starts from instead of random numbers: parameters and buffers, and the tokenizer they know.
 
-    load: of the whole model, and of what gives shardings to its parameters and buffers. keep: called with the run
-    folder.
+    load: takes the whole model and a function that gives trees their shardings; returns its parameters and buffers.
+    keep: called with the run folder.
     """
 
     load: Callable[[Built, Callable[[Any], Any]], tuple[nnx.State, nnx.State]]
@@ -54,8 +54,8 @@ class Origin(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """What a run leaves in memory for whoever reports on it: whether it is at its end, the steps done just now, and
-    what watches for signals."""
+    """What a run leaves in memory for its report: whether it is at its end, the number of steps of this call, and the
+    watch for signals."""
 
     state: TrainState
     corpus: Corpus
@@ -76,9 +76,9 @@ def train(
 ) -> Trained:
     """Trains `config` in `run_dir` until `TrainConfig.steps`, or until SIGTERM, SIGINT or SIGHUP, and saves.
 
-    origin: where a run without a checkpoint of its own starts from, with a fresh optimizer. until: whose end lets go of
-    the folder and of the signals, for a caller that goes on writing there; this call's end if None. Everything that can
-    be refused is refused before the folder is touched. Raises ConfigError, NonFiniteError, StoppedEarlyError.
+    origin: where a run without a checkpoint of its own starts from, with a fresh optimizer. until: a stack whose end
+    releases the folder and the signals, for a caller that still writes there; this call's end if None. Everything that
+    can be refused is refused before the folder is touched. Raises ConfigError, NonFiniteError, StoppedEarlyError.
     """
     with contextlib.ExitStack() as stack:
         return _train(config, text, run_dir, resume=resume, origin=origin, log=log, held=until or stack)
@@ -94,7 +94,7 @@ def _train(
     log: Callable[[str], None],
     held: contextlib.ExitStack,
 ) -> Trained:
-    """`train`; the lock and the signals are let go at the end of `held`."""
+    """`train`; the lock and the signals are released at the end of `held`."""
     stop = held.enter_context(Stop())
     config.need("model", "data", "train", "optimizer")
     plan = make_plan(config.plan, config.model)
@@ -111,7 +111,7 @@ def _train(
     built = build(config.model, stages, config.plan.vocab_rows(config.model.vocab_size))
     lock = held.enter_context(RunLock(run_dir, log=log))
     stop.at_once = lock.release
-    check_folder(run_dir, config, resume=resume)  # again: another process may have been here meanwhile
+    check_folder(run_dir, config, resume=resume)  # once more: another process may have been here meanwhile
     with Checkpoints(run_dir, keep=config.train.keep_checkpoints, model=config.model) as checkpoints:
         run = _Run(config, plan, built, corpus, checkpoints, stop, lock, log)
         state = run.start(origin)
@@ -197,7 +197,7 @@ class _Run:
             return self.checkpoints.restore(with_shardings(target, state_shardings(target, self.plan)))
         saved = build(self.config.model, before, self.built.vocab_rows)
         target = abstract_state(saved, make_optimizer(self.config.optimizer, self.config.train.steps, saved.params))
-        # Restored onto the devices, where it is laid out anew.
+        # Restored onto the devices, where it is laid out for these stages.
         state, position = self.checkpoints.restore(with_shardings(target, self.plan.spread(target)))
         layout = state_shardings(abstract_state(self.built, self.optimizer), self.plan)
         return jax.jit(lambda state: relaid(state, before, after), out_shardings=layout)(state), position
@@ -231,7 +231,7 @@ class _Run:
                     scored = not stop.asked and (number == train.steps or due(train.evaluate_every))
                     finite = self._report(*pending, writer, progress, state if scored else None)
                     pending = None
-                    if last or stop.asked:  # during the evaluation, too: then it is done again when the run goes on
+                    if last or stop.asked:  # during the evaluation, too: then it is repeated when the run continues
                         break
                     if due(train.checkpoint_every) and finite:
                         self.checkpoints.save(state, self.position, self.built.stages)
@@ -246,7 +246,7 @@ class _Run:
         progress: Progress,
         scored: TrainState | None = None,
     ) -> bool:
-        """Writes step `number` on `batch` down, with the held-out loss of the state `scored` if there is one.
+        """Records step `number` on `batch`, with the held-out loss of the state `scored` if there is one.
 
         Returns whether the step was finite. Raises NonFiniteError if too many in a row were not.
         """
@@ -256,7 +256,7 @@ class _Run:
         if scored is not None:
             record |= self._scores(number, scored)
         writer.write(record)
-        if fetched.skipped_in_row == 1:  # the first of a row speaks for all
+        if fetched.skipped_in_row == 1:  # the first of several in a row speaks for all
             self.log(f"step {number} was skipped and changed nothing: {self._culprit(fetched)}")
         progress.update(number, record)
         if fetched.skipped_in_row >= self.config.train.max_skipped_steps:
@@ -272,8 +272,8 @@ class _Run:
         return finite
 
     def _scores(self, number: int, state: TrainState) -> dict[str, float]:
-        """The held-out losses after step `number`; none without held-out text, or if a stop comes before the end: the
-        run evaluates then when it goes on."""
+        """The held-out losses after step `number`; none without held-out text, or if a stop comes before the end:
+        then the run evaluates when it continues."""
         heldout = self.heldout
         if heldout is None:
             return {}
@@ -289,7 +289,7 @@ class _Run:
         return self.stop.unless_asked(evaluate) or {}
 
     def _culprit(self, metrics: StepMetrics) -> str:
-        """Why a step was skipped. A loss that is not finite makes every gradient so, and then no leaf is to blame."""
+        """Why a step was skipped. With a loss that is not finite, no gradient is, and then no leaf is to blame."""
         if metrics.overflow:
             factor = self.config.plan.buffer_factor
             return f"{int(metrics.overflow)} rows found no room with PlanConfig.buffer_factor = {factor}; raise it"
@@ -324,7 +324,7 @@ class _Run:
 
 
 def _fetch(metrics: StepMetrics) -> tuple[StepMetrics, float]:
-    """The metrics on the host, and when they were there: the loop may come for them much later."""
+    """The metrics on the host, and when they arrived: the loop may read them much later."""
     return jax.device_get(metrics), time.perf_counter()
 
 
