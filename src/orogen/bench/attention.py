@@ -135,14 +135,14 @@ def _part(operands: Operands, results: tuple[Array, ...], row: Array, head: Arra
     """The results of one row and key head, and those of attention with all scores."""
     groups = operands.k_btgk.shape[2]
 
-    def cut(array: Array) -> Array:
+    def of_head(array: Array) -> Array:
         size = array.shape[2] // groups
         return lax.dynamic_slice_in_dim(lax.dynamic_slice_in_dim(array, row, 1), head * size, size, 2)
 
-    q_1trk, k_1t1k, v_1t1k, grad_1trk = (cut(a).astype(jnp.float32) for a in (*operands[:3], operands.grad_bthk))
+    q_1trk, k_1t1k, v_1t1k, grad_1trk = (of_head(a).astype(jnp.float32) for a in (*operands[:3], operands.grad_bthk))
     segments_1t = lax.dynamic_slice_in_dim(operands.segments_bt, row, 1)
     y_1trk, *gradients = _exact(q_1trk, k_1t1k, v_1t1k, segments_1t, grad_1trk)
-    return tuple(map(cut, results)), (y_1trk, y_1trk, *gradients)
+    return tuple(map(of_head, results)), (y_1trk, y_1trk, *gradients)
 
 
 def _exact(q_1trk: Array, k_1t1k: Array, v_1t1k: Array, segments_1t: Array, grad_1trk: Array) -> tuple[Array, ...]:

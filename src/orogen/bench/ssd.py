@@ -103,13 +103,13 @@ def check(shape: Shape, operands: Operands, results: dict[str, Any]) -> dict[str
 def _group(operands: Operands, results: tuple[Array, ...], group: Array, *, groups: int) -> Any:
     """The results of one group, and those of the recurrence."""
 
-    def cut(array: Array) -> Array:
+    def of_group(array: Array) -> Array:
         axis = min(2, array.ndim - 1)  # heads or groups: the decay rates' only axis, all others' third
         size = array.shape[axis] // groups
         return lax.dynamic_slice_in_dim(array, group * size, size, axis)
 
-    y_bthp, *gradients = _exact(*map(cut, operands))
-    return tuple(map(cut, results)), (y_bthp, y_bthp, *gradients)
+    y_bthp, *gradients = _exact(*map(of_group, operands))
+    return tuple(map(of_group, results)), (y_bthp, y_bthp, *gradients)
 
 
 def _exact(*operands: Array) -> tuple[Array, ...]:

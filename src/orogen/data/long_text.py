@@ -35,7 +35,7 @@ class Cutter:
         start = 0
         while len(text) - start > USUAL:
             size = USUAL
-            while (end := self._cut(text[start : start + size])) is None and size < min(MOST, len(text) - start):
+            while (end := self._last_place(text[start : start + size])) is None and size < min(MOST, len(text) - start):
                 size = min(4 * size, MOST)
             end = min(size, len(text) - start) if end is None else end
             yield text[start : start + end]
@@ -43,7 +43,7 @@ class Cutter:
         if start < len(text) or not text:
             yield text[start:]
 
-    def _cut(self, window: str) -> int | None:
+    def _last_place(self, window: str) -> int | None:
         """The last good place in a window, above 0 and not near its end."""
         last = len(window) - self._margin
         places = self._between_words(window, last)

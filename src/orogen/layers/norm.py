@@ -72,7 +72,7 @@ Norm = RMSNorm | RMSNormCastFirst | LayerNorm | LayerNorm1P
 
 
 def make_norm(config: ModelConfig, size: int | None = None) -> Norm:
-    """The norm that `config.norm` names, over `size` channels; None: over those of the residual stream."""
+    """The norm that `config.norm` names, over `size` channels; None: over the residual stream's."""
     return NORMS[config.norm](size or config.hidden_size, config.layer_norm_epsilon)
 
 

@@ -1,9 +1,10 @@
 """Folds several factorizations of one ordered list of devices into a single mesh: their common refinement.
 
 A factorization is an ordered list of (axis, size), outermost first. Read from the innermost axis outwards, each one
-splits the device list at the cumulative products of its sizes. If all these products form a chain in which each divides
-the next, one mesh axis between neighbouring products serves every factorization: each of its axes is a tuple of mesh
-axes. No jax here: the simulator folds clusters that do not exist. Source: MoE Parallel Folding, arXiv:2504.14960.
+splits the device list at the cumulative products of its sizes, its cuts. If all cuts together form a chain in which
+each divides the next, one mesh axis between neighbouring cuts serves every factorization: each of its axes is a tuple
+of mesh axes. No jax here: the simulator folds clusters that do not exist. Source: MoE Parallel Folding,
+arXiv:2504.14960.
 """
 
 import math
@@ -28,7 +29,7 @@ def refine(*factorizations: Factorization) -> Folding:
     """The coarsest mesh that all `factorizations` are groupings of.
 
     Mesh axes are named after the first factorization: an axis that must be split is named `tensor.0`, `tensor.1`,
-    outermost first. Raises FoldError if sizes have different products or two splits do not divide each other.
+    outermost first. Raises FoldError if sizes have different products or two cuts do not divide each other.
     """
     total = math.prod(size for _, size in factorizations[0])
     cuts = {1}
@@ -88,7 +89,7 @@ def fold(
         raise FoldError(f"{error}; nearest legal: {legal()}") from None
     parts = _with_fsdp(dense, experts, data * context if fsdp_size is None else fsdp_size)
     for name, (axis, size) in (cuts or {}).items():
-        parts = _with_cut(parts, name, axis, size)
+        parts = _with_split(parts, name, axis, size)
     return refine(*parts)
 
 
@@ -117,7 +118,7 @@ def _with_fsdp(dense: Factorization, experts: Factorization, size: int) -> list[
     sizes = dict(dense) | dict(experts)
     ranks, tensor = sizes["data"] * sizes["context"], sizes["tensor"]
 
-    def cut(size: int) -> list[Factorization]:
+    def split_at(size: int) -> list[Factorization]:
         shards = expert_shards(size, tensor=tensor, expert=sizes["expert"], expert_tensor=sizes["expert_tensor"])
         runs = [experts[0], ("fsdp_copies", ranks // size), ("fsdp", size), ("tensor", tensor)]
         if sizes["expert_data"] % shards:  # then a run of neighbours and one set of experts overlap in part
@@ -126,12 +127,12 @@ def _with_fsdp(dense: Factorization, experts: Factorization, size: int) -> list[
         return [runs, [experts[0], *expert_runs]]
 
     def found() -> str:
-        legal = (n for n in _divisors(ranks) if _folds(dense, experts, *cut(n)))
+        legal = (n for n in _divisors(ranks) if _folds(dense, experts, *split_at(n)))
         return ", ".join(f"fsdp_size {n}" for n in nearest(size, legal))
 
     if ranks % size:
         raise FoldError(f"fsdp_size {size} does not divide data x context = {ranks}; nearest legal: {found()}")
-    parts = [dense, experts, *cut(size)]
+    parts = [dense, experts, *split_at(size)]
     try:
         refine(*parts)
     except FoldError as error:
@@ -139,16 +140,16 @@ def _with_fsdp(dense: Factorization, experts: Factorization, size: int) -> list[
     return parts
 
 
-def _with_cut(parts: Sequence[Factorization], name: str, axis: str, size: int) -> list[Factorization]:
+def _with_split(parts: Sequence[Factorization], name: str, axis: str, size: int) -> list[Factorization]:
     """`parts` and the dense layers, the first of them, with `axis` split into `size` pieces and the copies of each."""
     whole = dict(parts[0])[axis]
 
-    def cut(size: int) -> Factorization:
+    def split_at(size: int) -> Factorization:
         inner = [(name, size), (f"{name}_copies", whole // size)]
         return [part for key, length in parts[0] for part in (inner if key == axis else [(key, length)])]
 
     def found() -> str:
-        legal = (n for n in _divisors(whole) if _folds(*parts, cut(n)))
+        legal = (n for n in _divisors(whole) if _folds(*parts, split_at(n)))
         return ", ".join(f"{name} {n}" for n in nearest(size, legal))
 
     if whole % size:
@@ -156,10 +157,10 @@ def _with_cut(parts: Sequence[Factorization], name: str, axis: str, size: int) -
             f"{name} has {size} pieces for {axis} {whole}; expected a divisor or a multiple; nearest legal: {found()}"
         )
     try:
-        refine(*parts, cut(size))
+        refine(*parts, split_at(size))
     except FoldError as error:
         raise FoldError(f"{error}; nearest legal: {found()}") from None
-    return [*parts, cut(size)]
+    return [*parts, split_at(size)]
 
 
 def _folds(*factorizations: Factorization) -> bool:

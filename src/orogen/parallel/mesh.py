@@ -98,17 +98,17 @@ def make_mesh(folding: Folding, config: PlanConfig, *, abstract: bool) -> Mesh |
 def _checks(config: PlanConfig, model: ModelConfig) -> list[_Check]:
     tensor = ("num_attention_heads", "intermediate_size", "mamba_num_heads", "mamba_intermediate_size")
     copied = ("num_key_value_heads", "n_groups", "mamba_norm_groups")
-    cut = [(field, "tensor", config.tensor) for field in (*tensor, "moe_shared_expert_intermediate_size")]
-    cut += [("n_routed_experts", "expert", config.expert)]
-    cut += [("moe_intermediate_size", "expert_tensor", config.expert_tensor)]
+    pieces = [(field, "tensor", config.tensor) for field in (*tensor, "moe_shared_expert_intermediate_size")]
+    pieces += [("n_routed_experts", "expert", config.expert)]
+    pieces += [("moe_intermediate_size", "expert_tensor", config.expert_tensor)]
     if config.context > 1:
-        cut += _context_cuts(config)
+        pieces += _context_pieces(config)
     if config.fsdp != "none":
-        cut += _fsdp_cuts(config, model)
-    cut += [(field, "tensor", config.tensor) for field in copied]
+        pieces += _fsdp_pieces(config, model)
+    pieces += [(field, "tensor", config.tensor) for field in copied]
     return [
         _Check(field, value, axis, size, copied=field in copied)
-        for field, axis, size in cut
+        for field, axis, size in pieces
         if (value := _read(model, field)) is not None
     ]
 
@@ -118,7 +118,7 @@ def _read(model: ModelConfig, field: str) -> int | None:
     return getattr(model, field) if layers_read(model.pattern, field) else None
 
 
-def _context_cuts(config: PlanConfig) -> list[tuple[str, str, int]]:
+def _context_pieces(config: PlanConfig) -> list[tuple[str, str, int]]:
     """(field, axis, pieces) of the heads that layers exchange for the sequence."""
     by_heads = config.context_ssm == "heads"
     exchanged = {
@@ -129,18 +129,18 @@ def _context_cuts(config: PlanConfig) -> list[tuple[str, str, int]]:
     return [(field, "context x tensor", config.context * config.tensor) for field, asked in exchanged.items() if asked]
 
 
-def _fsdp_cuts(config: PlanConfig, model: ModelConfig) -> list[tuple[str, str, int]]:
+def _fsdp_pieces(config: PlanConfig, model: ModelConfig) -> list[tuple[str, str, int]]:
     """(field, axis, pieces) of what is sharded over data, for dense layers and for experts."""
     ranks = config.data * config.context
     size, dense, within = config.fsdp_size, "fsdp_size", "expert_data inside fsdp_size"
     if size is None:
         size, dense, within = ranks, "data x context", "expert_data"
-    cuts = [(field, dense, size) for field in ("hidden_size", "q_lora_rank", "kv_lora_rank")]
+    pieces = [(field, dense, size) for field in ("hidden_size", "q_lora_rank", "kv_lora_rank")]
     if _read(model, "n_routed_experts") is not None:
         field = "moe_latent_size" if model.moe_latent_size else "hidden_size"
         shards = expert_shards(size, tensor=config.tensor, expert=config.expert, expert_tensor=config.expert_tensor)
-        cuts.append((field, within, shards))
-    return cuts
+        pieces.append((field, within, shards))
+    return pieces
 
 
 def _nearest(failed: _Check, config: PlanConfig, model: ModelConfig) -> list[int]:

@@ -134,13 +134,13 @@ def make_schedule(kind: str, *, stages: int, microbatches: int, virtual: int = 1
 
 def plan_schedule(config: PlanConfig, model: ModelConfig) -> Schedule:
     """The schedule of a plan for a model. Raises ConfigError if the pattern has another number of segments."""
-    cuts = len(model.layers.segments)
+    written = len(model.layers.segments)
     virtual = config.virtual or (
-        max(cuts // config.stage, 1) if cuts > 1 else 2 if config.schedule == "interleaved" else 1
+        max(written // config.stage, 1) if written > 1 else 2 if config.schedule == "interleaved" else 1
     )
     expected = f"{config.stage * virtual}, the stages times the chunks of each, or no |"
-    if cuts > 1 and cuts != config.stage * virtual:
-        raise ConfigError(f"ModelConfig.pattern is {model.pattern!r}, of {cuts} segments; expected {expected}")
+    if written > 1 and written != config.stage * virtual:
+        raise ConfigError(f"ModelConfig.pattern is {model.pattern!r}, of {written} segments; expected {expected}")
     return make_schedule(config.schedule, stages=config.stage, microbatches=config.microbatches, virtual=virtual)
 
 
@@ -221,10 +221,10 @@ def segments(
     cost_gnn = np.repeat(span_nn[None], count, axis=0)
     cost_gnn[0] += first
     cost_gnn[-1] += last
-    least, _ = _cut(cost_gnn, np.maximum)
+    least, _ = _partition(cost_gnn, np.maximum)
     # Sums that are mathematically equal may differ in their last bits.
     within_gnn = np.where(cost_gnn <= least * (1 + 1e-9), cost_gnn, np.inf)
-    _, ends = _cut(within_gnn**2, np.add)
+    _, ends = _partition(within_gnn**2, np.add)
     return tuple(pattern.main[start:end] for start, end in zip([0, *ends], ends, strict=False))
 
 
@@ -379,7 +379,7 @@ def _costs(schedule: Schedule, forward: ArrayLike, backward: ArrayLike | None) -
     return {FORWARD: np.broadcast_to(forward, shape), BACKWARD: np.broadcast_to(backward, shape)}
 
 
-def _cut(cost_gnn: NDArray[np.float64], combine: np.ufunc) -> tuple[float, list[int]]:
+def _partition(cost_gnn: NDArray[np.float64], combine: np.ufunc) -> tuple[float, list[int]]:
     """The least combined cost of consecutive segments that take all layers, and where each ends.
 
     cost_gnn: of segment g, if it takes the layers from the first index up to the second.

@@ -128,8 +128,8 @@ def _mesh_groups(axes: dict[str, int], taken: Sequence[tuple[str, str, str]]) ->
     shape, moved = [], []
     for name, size in axes.items():
         own = [(int(before), int(part)) if part else (1, size) for axis, before, part in taken if axis == name]
-        cuts = sorted({1, size, *(edge for before, part in own for edge in (before, before * part))})
-        for low, high in itertools.pairwise(cuts):
+        edges = sorted({1, size, *(edge for before, part in own for edge in (before, before * part))})
+        for low, high in itertools.pairwise(edges):
             if any(before <= low and high <= before * part for before, part in own):
                 moved.append(len(shape))
             shape.append(high // low)

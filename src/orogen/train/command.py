@@ -77,13 +77,13 @@ def train(options: argparse.Namespace) -> int:
     with lasting_streams(), contextlib.ExitStack() as held:
         try:
             trained = run(config, text, options.run, resume=options.resume, origin=origin, log=say, until=held)
-            return _finish_run(options, config, text, trained)
+            status = _finish_run(options, config, text, trained)
         except NonFiniteError as error:
-            return fail(error, EXIT_FAILURE)
+            status = fail(error, EXIT_FAILURE)
         except StoppedEarlyError as stopped:
             answer(options, {"finished": False}, ["stopped with nothing new to save; --resume continues"])
-            return stopped.status
-    raise AssertionError("unreachable")
+            status = stopped.status
+    return status
 
 
 def _finish_run(options: argparse.Namespace, config: RunConfig, text: str, trained: Any) -> int:

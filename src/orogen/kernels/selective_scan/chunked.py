@@ -53,13 +53,13 @@ def selective_scan_chunked(
     def named_chunk(state_bni: Array, tokens: tuple[Array, ...]) -> tuple[Array, Array]:
         return chunk(checkpoint_name(state_bni, "scan_states"), tokens)
 
-    cut = tuple(_cut(array, width) for array in (x_bti, dt_bti, B_btn, C_btn, restarts_bt))
-    final_bni, y_cqbi = lax.scan(named_chunk, jnp.swapaxes(initial_state_bin, 1, 2), cut)
+    chunks = tuple(_by_chunk(array, width) for array in (x_bti, dt_bti, B_btn, C_btn, restarts_bt))
+    final_bni, y_cqbi = lax.scan(named_chunk, jnp.swapaxes(initial_state_bin, 1, 2), chunks)
     y_bti = jnp.moveaxis(y_cqbi.reshape(-1, *y_cqbi.shape[2:]), 0, 1)[:, :time]
     return checkpoint_name(y_bti.astype(x_bti.dtype), "scan"), jnp.swapaxes(final_bni, 1, 2)
 
 
-def _cut(array_bt: Array, width: int) -> Array:
+def _by_chunk(array_bt: Array, width: int) -> Array:
     """(b, t, ...) to (c, q, b, ...), the last chunk padded with zeros."""
     array_tb = jnp.moveaxis(array_bt, 1, 0)
     missing = -len(array_tb) % width
