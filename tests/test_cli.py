@@ -470,6 +470,12 @@ def test_help_names_every_task(capsys):
     assert all(task in out for task in ("train", "params", "plan", "verify", "generate"))
 
 
+def test_help_imports_nothing_slow():
+    code = "import sys; from orogen.cli import make_parser; make_parser().format_help(); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "argparse" in loaded and not {"jax", "flax", "numpy", "gin", "argcomplete", "tokenizers"} & set(loaded)
+
+
 def test_version_is_the_packages(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["--version"])
