@@ -111,7 +111,7 @@ class Tokenizer:
 
         Specials in the text are text. What a vocabulary with byte fallback would read as something else, a "▁" (a
         space), "<0x41>" (an "A") or "<s>" (no text), is spelled in bytes. Texts of more than `long_text.USUAL`
-        characters are tokenized in pieces, and words of more than `long_text.MOST` without a safe place are parted.
+        characters are tokenized in pieces, and words of more than `long_text.MOST` without a safe place are split.
         Raises ConfigError if the `tokenizers` library fails.
         """
         if self._token_of_byte is not None:

@@ -13,7 +13,7 @@ from orogen.train.metrics import write_atomically
 
 NAME = "checksums.sha256"
 HEAD = "# sha256 of the lines below: "
-# hashlib lets go of Python's lock: files are hashed side by side until the disk is the limit.
+# hashlib releases Python's lock: files are hashed side by side until the disk is the limit.
 THREADS = 8
 
 

@@ -1,6 +1,6 @@
 """The training objective of a batch, as sums and counts over this device's rows.
 
-Letters: b batch, t time, d model, n tokens, v vocabulary, k experts a token, l layers, e experts.
+Letters: b batch, t time, d model, n tokens, v vocabulary, k experts per token, l layers, e experts.
 """
 
 from collections.abc import Callable
@@ -65,7 +65,7 @@ def batch_counts(batch: Batch, depths: int, plan: Plan) -> Counts:
     counts = Counts(
         jnp.stack([target_weights(batch, depth, plan).sum() for depth in range(depths + 1)]),
         jnp.stack([jnp.sum(s != 0, dtype=jnp.float32) for s in segments]),
-        # A row counts once, however many context ranks hold a token of it.
+        # A row counts once, even if several context ranks hold tokens of it.
         jnp.stack([jnp.sum(plan.max((s != 0).any(1).astype(jnp.float32), "context")) for s in segments]),
     )
     return plan.total(counts)

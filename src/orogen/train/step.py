@@ -36,8 +36,8 @@ BATCH_AXES = ("batch", "context")
 
 
 class StepMetrics(NamedTuple):
-    """What a step reports. nats and targets have one entry a prediction depth; load has a row an MoE layer, in the
-    order of the pattern, then the MTP block's. worst_leaf: the first gradient leaf that is not finite, or -1.
+    """What a step reports. nats and targets have one entry per prediction depth; load has one row per MoE layer, in
+    the order of the pattern, then the MTP block's. worst_leaf: the first gradient leaf that is not finite, or -1.
     overflow: rows that found no room in a buffer; with any, the step is skipped."""
 
     loss: Array
@@ -166,12 +166,12 @@ def replay_of(choices: Any) -> Any:
 
 
 def _applied(config: ModelConfig) -> list[Items]:
-    """The stacks in the order they run: the backbone, then the MTP block once a depth."""
+    """The stacks in the order they run: the backbone, then the MTP block once per depth."""
     return [repeats(config.layers.main)] + [repeats(config.layers.mtp)] * config.mtp_depths
 
 
 def _choice_specs(items: Items, plan: Plan, stacked: int) -> Any:
-    """The layout of a stack's choices, whose arrays have `stacked` axes in front of batch and time."""
+    """The layout of a stack's choices, whose arrays have `stacked` axes before batch and time."""
     specs = []
     for item in items:
         if isinstance(item, Repeat):
@@ -227,7 +227,7 @@ def load_by_layer(load: list[Array], config: ModelConfig, stages: Stages | None)
 
 
 def update_bias(bias: Array, load: Array, rate: float) -> Array:
-    """b + rate · sign(mean load - load): an expert with less than its share is chosen more often (arXiv:2408.15664)."""
+    """b + rate · sign(mean load - load): an expert below its share is then chosen more often (arXiv:2408.15664)."""
     return bias + rate * jnp.sign(load.mean(-1, keepdims=True) - load)
 
 
@@ -332,7 +332,7 @@ def step_function(
 
 
 def batch_to_devices(batch: Batch, plan: Plan) -> Batch:
-    """The global batch on the plan's devices. Its documents are numbered here, where rows are whole."""
+    """The global batch on the plan's devices. Documents are numbered here, where rows are whole."""
     sharding = plan.sharding(*BATCH_AXES)
     batch = batch._replace(segments_bt=numbered(np.asarray(batch.segments_bt)))
     return jax.tree.map(lambda x: jax.device_put(in_rank_order(x, plan, axis=1), sharding), batch)
