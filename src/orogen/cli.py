@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         argcomplete.autocomplete(parser)
     options = parser.parse_args(arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # so that it takes the name of a file that is not UTF-8
+    if isinstance(sys.stdout, io.TextIOWrapper):  # so that it can print a file name that is not UTF-8
         sys.stdout.reconfigure(errors="surrogateescape")
     try:
         configure(options.fake_devices, options.xla)
@@ -65,7 +65,7 @@ class _Version(argparse.Action):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line; `run_task` among its results takes them all."""
+    """The parser of the whole command line; `run_task` among its results is the function to call with them."""
     parser = argparse.ArgumentParser(
         prog="orogen",
         description="Hybrid Mamba-Transformer mixture-of-experts language models, on one device or a mesh of them.",

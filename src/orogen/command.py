@@ -32,7 +32,8 @@ class Command(NamedTuple):
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, *, instead: Sequence[tuple[str, str]] = ()) -> None:
-    """The gin files and bindings on top of them. instead: switches, each with its help, that stand for the files."""
+    """The gin files and bindings on top of them. instead: switches with their help, of which one may take the place of
+    the files."""
     choice = parser.add_mutually_exclusive_group(required=True) if instead else parser
     choice.add_argument(
         "--gin_file", action="append", required=not instead, metavar="F", help="may be given more than once"

@@ -26,7 +26,7 @@ LAYERS = {
 NORMS = ("rms", "rms_cast_first", "layer", "layer_1p")
 ACTIVATIONS = ("relu2", "relu", "silu", "gelu", "gelu_tanh")
 ATTENTION_BIASES = ("none", "qkv", "all")
-MAX_LAYERS = 1024  # the deepest models that were trained have 1,000; folding a pattern takes the square of it
+MAX_LAYERS = 1024  # the deepest trained models have 1,000; the time to fold a pattern grows with the square
 MOE_BIASES = ("routed", "shared")
 ROUTER_SCORES = ("sigmoid", "softmax", "softmax_topk")
 ROUTER_BALANCES = ("row", "global")
@@ -213,7 +213,7 @@ class ModelConfig:
         return parse_pattern(self.pattern)
 
     def warnings(self) -> list[str]:
-        """What is legal but hardly meant, a line each."""
+        """What is legal but hardly meant, one line each."""
         whole = self.router_score == "softmax_topk" or self.norm_topk_prob
         if self.num_experts_per_tok != 1 or not whole or "E" not in self.layers.main + self.layers.mtp:
             return []
@@ -230,7 +230,7 @@ class ModelConfig:
 
     @property
     def output_init_std(self) -> float:
-        """Of projections back into the residual stream: init_std / sqrt(number of residual layers).
+        """Standard deviation for projections back into the residual stream: init_std / sqrt(number of residual layers).
 
         Megatron divides by sqrt(m·L) with m = 1 for hybrids, whose L counts residual layers, and m = 2 for pure
         transformers, whose L counts pairs of them: the same number.
@@ -254,8 +254,8 @@ class ModelConfig:
 
     @property
     def reach(self) -> int:
-        """How many tokens away from its own a position reads at most, other than through attention and states: the
-        targets of the deepest prediction ahead, the convolution's taps behind."""
+        """The most tokens by which a position reads ahead or back, except through attention and states: ahead the
+        targets of the deepest prediction, back the convolution's taps."""
         taps = self.conv_kernel - 1 if set("Mm") & set(self.layers.main + self.layers.mtp) else 0
         return max(self.mtp_depths + 1, taps)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 from orogen.config.checks import check_types, require, require_choice, require_positive
 from orogen.config.remat import Remat, check_offload, check_remat, layer_remat
 
-# Of each operation the implementation that needs an NVIDIA GPU; and the operations of which it takes no float32.
+# The implementation of each operation that needs an NVIDIA GPU; and the operations whose GPU kernel lacks float32.
 FOR_GPU = {
     "attention": "cudnn",
     "ssd": "triton",
@@ -18,7 +18,7 @@ FOR_GPU = {
     "quantize": "triton",
 }
 IN_HALF_PRECISION = ("attention", "grouped_matmul")
-# Of each operation the plainest implementation, which `verify` holds a plan against.
+# The plainest implementation of each operation, with which `verify` compares a plan.
 PLAINEST = {
     "attention": "full",
     "ssd": "recurrence",
@@ -46,13 +46,13 @@ class PlanConfig:
     schedule: all microbatches forward first (gpipe), each backward as soon as it can be (1f1b), or that with several
     chunks of the model on each stage (interleaved). Stages are split at the `|` of the pattern, or balanced by FLOPs
     where it has none; the first embeds, the last computes the heads and the MTP block.
-    remat: all of a layer's activations (full), those that no matrix product or fused kernel makes (elementwise), those
-    large and cheap (selective), those that the formulas of arXiv:2205.05198 do not count (paper); or entries that
-    choose by name, 'name,name' or 'LETTERS:name,name', in which one of these words may stand as well:
+    remat: recomputed are all of a layer's activations (full), those that no matrix product or fused kernel makes
+    (elementwise), those large and cheap (selective), those that the formulas of arXiv:2205.05198 do not count (paper);
+    or entries that choose by name, 'name,name' or 'LETTERS:name,name', in which one of these words may stand as well:
     ('M:conv,gated_norm', '*:core', 'E:full'). Layers that no entry mentions recompute nothing. config/remat.py has the
     names, Megatron's modules among them, and which layers have them.
-    offload, offload_optimizer: refused where the backend has no separate host memory; offload also with stages. A layer
-    with an offloaded activation recomputes everything that no name stands for.
+    offload, offload_optimizer: refused where the backend has no separate host memory; offload is refused with stages,
+    too. A layer with an offloaded activation recomputes everything that no name stands for.
     linear: fp8 is not used in the model's first and last layer, nor where the result is too narrow to gain. It alone
     changes results by more than rounding in the dtype of computation.
     unroll: writing out takes longer to compile and runs faster: a loop copies what it keeps for the backward pass, and
@@ -180,12 +180,12 @@ class PlanConfig:
         return layer_remat(self.remat, self.offload, letter)
 
     def dropping_none(self) -> "PlanConfig":
-        """The plan with room for every token, as evaluation and inference have it."""
+        """The plan with room for every token, for evaluation and inference."""
         return dataclasses.replace(self, capacity_factor=None, buffer_factor=None, dispatch="allgather")
 
     def plainest(self) -> "PlanConfig":
         """The plan with the plainest implementation of each operation, one batch, and nothing recomputed, written out
-        or kept elsewhere. What it drops stays."""
+        or offloaded. Its capacity stays."""
         plain = {"linear": "plain", "quantize": "plain", "microbatches": 1, "unroll": 1, "remat": "none", "offload": ()}
         return dataclasses.replace(self, **PLAINEST, **plain, offload_optimizer=False, buffer_factor=None)
 
@@ -195,11 +195,11 @@ class PlanConfig:
         return self.stage * self.data * self.context * self.tensor
 
     def vocab_rows(self, vocab_size: int) -> int:
-        """Rows of embedding and head: those of the vocabulary, filled up to a multiple of `tensor`."""
+        """Rows of embedding and head: those of the vocabulary, padded to a multiple of `tensor`."""
         return -(-vocab_size // self.tensor) * self.tensor
 
     @property
     def sequence_pieces(self) -> int:
-        """What a context rank's share of the sequence must be a multiple of: one piece a tensor rank, and two equal
+        """What a context rank's share of the sequence must be a multiple of: one piece per tensor rank, and two equal
         parts if there are several context ranks."""
         return math.lcm(2, self.tensor) if self.context > 1 else self.tensor

@@ -18,7 +18,7 @@ from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.remat import check_layers
 
-# Tokens of a generated text with its prompt: each costs a pass over the whole sequence, so more would take weeks.
+# Most tokens of a generated text and its prompt: each costs a pass over the whole sequence, so more would take weeks.
 MAX_LENGTH = 2**20
 
 
@@ -82,7 +82,7 @@ class OptimizerConfig:
 
     name: muon takes the weight matrices, scaled to AdamW's step size, and AdamW everything else: vectors, embedding,
     head, convolutions. schedule: wsd holds the peak and falls over the last decay_steps as 1 - sqrt(progress)
-    (Megatron's minus_sqrt). moment_dtype: moments are computed with in float32.
+    (Megatron's minus_sqrt). moment_dtype: arithmetic with moments is in float32 always.
     """
 
     name: Annotated[str, "adamw, or muon for the weight matrices and AdamW for everything else"] = "adamw"
