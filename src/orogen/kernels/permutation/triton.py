@@ -5,6 +5,9 @@ Axes: n tokens, k choices of a token, r rows, d width.
 Two kernels, each the other's gradient: `spread` writes a token's row, times a weight per assignment, to
 the rows of its k assignments; `collect` adds up what those rows hold, times the weights. Every row belongs to at most
 one assignment, so that no two programs write one; rows of no assignment are zeroed on the way.
+
+Tiling: one program per token, which takes the width in pieces of COLUMNS elements and, per piece, all k rows of the
+token. In `spread` it also checks an equal share of all rows for rows without an assignment.
 """
 
 import functools

@@ -1,6 +1,10 @@
 """Rounding to 8 bits as one Triton kernel, for NVIDIA GPUs: each element is read once and written twice.
 
 Axes: n rows, f columns.
+
+Tiling: the grid is (tiles of COLUMNS columns of all parts, one part after the other; tiles of ROWS rows). A program
+reads one tile, rounds it, and writes it to its place in the matrix and, transposed in registers, to its place in the
+other.
 """
 
 import functools

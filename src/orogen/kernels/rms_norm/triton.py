@@ -2,8 +2,8 @@
 
 Axes: n tokens, c channels (inside a kernel, of one group), r tokens taken at once, i blocks of tokens.
 
-Tiling: the grid is (groups, blocks of TOKENS tokens); a program takes its block in steps of TILE elements, which are
-whole tokens of one group. Nothing but the operands is kept: with u = x silu(z), m = mean(u²) + ε
+Tiling: the grid is (groups, blocks of tokens). A program walks over its block in steps of as many whole tokens of its
+group as fit into TILE elements, at least one. Nothing but the operands is kept: with u = x silu(z), m = mean(u²) + ε
 and v = weight · dy,
 
     du = (v - u mean(u v) / m) / sqrt(m)        dweight = sum_n dy u / sqrt(m)
