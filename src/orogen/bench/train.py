@@ -56,8 +56,8 @@ OPTIONS = {
 # Tokens of a microbatch, if its rows are not given.
 TOKENS = 16384
 # Where memory is short, in whole steps and with more than LONG tokens per microbatch, products are kept and cheap
-# intermediates are recomputed, by letter. R1 then keeps 12 GB, not 21, and hybrid_1b at 65,536 tokens 59 GB, not 85
-# (orogen simulate's traces), which leaves room for a state of 26 GB and sums of gradients on a device of 80 GB.
+# intermediates are recomputed, by letter. R1 then keeps 12 GB, not 21, beside a state of 26 GB and sums of gradients;
+# hybrid_1b at 65,536 tokens keeps 59 GB, not 85, of a device's 80 (orogen simulate's traces).
 LONG = 32768
 CHEAP = {
     "M": "M:norm,conv,gated_norm", "-": "-:norm,activation", "E": "E:norm,rows,expert_activation,shared_activation",

@@ -35,8 +35,8 @@ class TrainConfig:
     steps: Annotated[int, "optimizer steps in all"]
     batch_size: Annotated[int, "rows of the global batch"]
     sequence_length: Annotated[int, "tokens per row"]
-    seed: Annotated[int, "of parameters and of the order of the data"]
-    compute_dtype: Annotated[str, "of activations and the weights' working copies: float32 or bfloat16"] = "float32"
+    seed: Annotated[int, "seeds the parameters and the order of the data"]
+    compute_dtype: Annotated[str, "dtype of activations and the weights' working copies: float32 or bfloat16"] = "float32"
     carry_states: Annotated[
         bool, "whether each row continues the same row of the batch before, with Mamba's states"
     ] = False
@@ -96,7 +96,7 @@ class OptimizerConfig:
     epsilon: Annotated[float, "AdamW's, added to the root of the second moment"] = 1e-8
     weight_decay: Annotated[float, "decoupled weight decay, multiplied by the learning rate"] = 0.1
     clip_norm: Annotated[float, "bound of the gradient's global norm"] = 1.0
-    moment_dtype: Annotated[str, "in which moments are kept between steps: float32 or bfloat16"] = "float32"
+    moment_dtype: Annotated[str, "dtype of moments between steps: float32 or bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         check_types(self)
