@@ -28,7 +28,8 @@ class TrainConfig:
 
     compute_dtype: master weights and sums of gradients are float32 always.
     carry_states: Mamba's states and convolutions continue from row to row, without a gradient between rows; attention,
-    the multi-token-prediction block and the held-out loss see each row alone. ngram_order: the Witten-Bell byte model is
+    the multi-token-prediction block and the held-out loss see each row alone.
+    ngram_order: the Witten-Bell byte model is
     fitted on the very text trained on.
     """
 
@@ -36,7 +37,9 @@ class TrainConfig:
     batch_size: Annotated[int, "rows of the global batch"]
     sequence_length: Annotated[int, "tokens per row"]
     seed: Annotated[int, "seeds the parameters and the order of the data"]
-    compute_dtype: Annotated[str, "dtype of activations and the weights' working copies: float32 or bfloat16"] = "float32"
+    compute_dtype: Annotated[str, "dtype of activations and the weights' working copies: float32 or bfloat16"] = (
+        "float32"
+    )
     carry_states: Annotated[
         bool, "whether each row continues the same row of the batch before, with Mamba's states"
     ] = False

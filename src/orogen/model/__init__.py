@@ -23,8 +23,10 @@ whole parameters that begin on stages, wait split over the stages' devices until
 decodes; tests undo the first.
 
 **Add a layer.** A layer is one letter of the pattern. Write the mixer here: parameters in `__init__` through
-`orogen.layers.parameter`, each with its logical axis names; the mathematics in `__call__`, in one device's shapes,
-communicating only through `plan.gather`, `plan.scatter`, `plan.sum`, … Then add its letter to `config/model.py` and to
-`_mixer` in `model/block.py`, its FLOPs to `simulate/flops.py`, the names of its intermediates to `config/remat.py`, its
-tensors' names to `convert/mixers.py` if checkpoints have it, and run `orogen verify` on a pattern that has it.
+`orogen.layers.parameter`, each with its logical axis names; the mathematics in `__call__(h_btd, docs, plan, given) ->
+(y_btd, kept)`, in one device's shapes, communicating only through `plan.gather`, `plan.scatter`, `plan.sum`, …; and
+`start` and `cache_axes` for what it is `given` with the first piece of a sequence (None for a mixer without memory).
+Then add its letter to `config/model.py` and to `_mixer` in `model/block.py`, its FLOPs to `simulate/flops.py`, the
+names of its intermediates to `config/remat.py`, its tensors' names to `convert/mixers.py` if checkpoints have it, and
+run `orogen verify` on a pattern that has it.
 """
