@@ -29,8 +29,7 @@ class TrainConfig:
     compute_dtype: master weights and sums of gradients are float32 always.
     carry_states: Mamba's states and convolutions continue from row to row, without a gradient between rows; attention,
     the multi-token-prediction block and the held-out loss see each row alone.
-    ngram_order: the Witten-Bell byte model is
-    fitted on the very text trained on.
+    ngram_order: the Witten-Bell byte model is fitted on the very text trained on.
     """
 
     steps: Annotated[int, "optimizer steps in all"]
