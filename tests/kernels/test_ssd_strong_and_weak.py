@@ -9,8 +9,10 @@ import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
+from tests.helpers import implementations
 
 from orogen.kernels.ssd import ssd
+from orogen.kernels.ssd.triton_gradients import _across_tiles, tiles_of
 
 SIZES = {"b": 2, "h": 4, "p": 3, "g": 2, "n": 5}
 NAMES = ("y", "final", "dx", "ddt", "da", "dB", "dC", "dinitial")
@@ -36,7 +38,8 @@ def draw(mixture: str, time: int):
     x, dy = rng.normal(size=(2, b, time, h, p))
     b_btgn, c_btgn = rng.normal(size=(2, b, time, g, n))
     initial, dfinal = rng.normal(size=(2, b, h, p, n))
-    segments_bt = np.cumsum(np.arange(time) == np.array([[time], [time // 2]]), axis=1)  # one row of two documents
+    starts = [time // 2, time // 2 + 1, time - time // 4]  # of the second row's documents after its first
+    segments_bt = np.cumsum(np.stack([np.zeros(time, int), np.isin(np.arange(time), starts)]), axis=1)
     arrays = x, dt_bth, -np.linspace(0.9, 1.1, h), b_btgn, c_btgn, initial, dy, dfinal
     return [np.asarray(a, np.float32).astype(np.float64) for a in arrays], segments_bt
 
@@ -86,10 +89,10 @@ def run(arrays, segments_bt, *, implementation: str, chunk_size: int):
     return *outputs, *pullback((dy, dfinal))
 
 
-@pytest.mark.parametrize("implementation", ["chunked"])
+@pytest.mark.parametrize("implementation", implementations({"chunked", "triton", "triton_interpreted"}))
 @pytest.mark.parametrize("time", [75, 7])
 def test_every_result_keeps_float32s_digits(time: int, implementation: str):
-    """A row of more than a chunk and one of less."""
+    """A row of more than a chunk, which has several tiles of pairs, and one of less than the smallest tile."""
     errors = {}
     for mixture in MIXTURES:
         arrays, segments_bt = draw(mixture, time)
@@ -98,3 +101,22 @@ def test_every_result_keeps_float32s_digits(time: int, implementation: str):
         for name, mine, want in zip(NAMES, got, exact(arrays, segments_bt), strict=True):
             errors[mixture, name] = np.linalg.norm(np.asarray(mine, np.float64) - want) / np.linalg.norm(want)
     assert not {key: error for key, error in errors.items() if not error <= LIMIT}
+
+
+def test_tiles_of_pairs_pass_over_all_tokens_between_them():
+    """Where a chunk has more blocks of tokens than any launch makes today, some lie between those of a tile."""
+    rng, rows, width = np.random.default_rng(0), 3, 12
+    pairs_hqs = rng.normal(size=(2, width, width)) * np.tri(width, k=-1)
+    dt_hs = rng.uniform(1, 2, (2, width))
+    blocks = [slice(i, i + rows) for i in range(0, width, rows)]
+    tiles_hqs = [pairs_hqs[:, blocks[q], blocks[s]] for q, s in tiles_of(len(blocks))]
+    received_htq = np.stack([tile.sum(2) for tile in tiles_hqs], 1)
+    given_hts = np.stack([(pairs_hqs / dt_hs[:, None])[:, blocks[q], blocks[s]].sum(1) for q, s in tiles_of(4)], 1)
+
+    def over(token: int, first: int, last: int) -> np.ndarray:
+        """The sum of the pairs over a token that come from tokens of a range to tokens of it."""
+        return pairs_hqs[:, token:last, first:token].sum((1, 2))
+
+    within_hu = np.stack([over(u, u // rows * rows, u // rows * rows + rows) for u in range(width)], 1)
+    got = _across_tiles(*(a[None, :, None] for a in (received_htq, given_hts, within_hu, dt_hs)))[0, :, 0]
+    np.testing.assert_allclose(got, np.stack([over(u, 0, width) for u in range(width)], 1), rtol=1e-5, atol=1e-5)

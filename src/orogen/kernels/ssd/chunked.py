@@ -190,9 +190,9 @@ def _backward(chunks: Chunks, kept: Kept, gradients: tuple[Array, Array]) -> Chu
     dc_cbgqn += jnp.einsum("cbgqs,cbgsn->cbgqn", dscores_cbgqs, b_cbgsn)
     db_cbgsn += jnp.einsum("cbgqs,cbgqn->cbgsn", dscores_cbgqs, c_cbgqn)
 
-    far_cbgrq = _across_tokens(
-        jnp.sum(dy_cbgqrp * kept.entering_cbgqrp, axis=-1), jnp.sum(dtx_cbgsrp * leaving_cbgsrp, axis=-1), dwhole_cbgr
-    )
+    read_cbgqr = jnp.sum(dy_cbgqrp * kept.entering_cbgqrp, axis=-1)
+    left_cbgsr = jnp.sum(dtx_cbgsrp * leaving_cbgsrp, axis=-1)
+    far_cbgrq = _across_tokens(jnp.swapaxes(read_cbgqr, 3, 4), jnp.swapaxes(left_cbgsr, 3, 4), dwhole_cbgr)
     return Chunks(
         dtx_cbgqrp=within_cbgsrp + leaving_cbgsrp + _own_scores(chunks) * dy_cbgqrp,
         log_decay_cbgrq=far_cbgrq + _across_pairs(dweights_cbgrqs * scores_cbg1qs),
@@ -203,13 +203,13 @@ def _backward(chunks: Chunks, kept: Kept, gradients: tuple[Array, Array]) -> Chu
     )
 
 
-def _across_tokens(read_cbgqr: Array, left_cbgsr: Array, dwhole_cbgr: Array) -> Array:
-    """The gradient of each token's log decay (c, b, g, r, q) from what passes over it on the way from or to a state:
-    `read` by the tokens from it on, `left` by those before it, and what goes through the whole chunk."""
-    width = read_cbgqr.shape[3]
-    read_cbgrq = _sum(jnp.tri(width), "uq,cbgur->cbgrq", read_cbgqr)
-    left_cbgrq = _sum(jnp.tri(width, k=-1), "qu,cbgur->cbgrq", left_cbgsr)
-    return read_cbgrq + left_cbgrq + dwhole_cbgr[..., None]
+def _across_tokens(read_q: Array, left_s: Array, dwhole: Array) -> Array:
+    """The gradient of each token's log decay (..., u) from what passes over it on the way from or to a state: `read`
+    (..., q) by the tokens from it on, `left` (..., s) by those before it, and what goes through the whole chunk."""
+    width = read_q.shape[-1]
+    read_u = _sum(jnp.tri(width), "qu,...q->...u", read_q)
+    left_u = _sum(jnp.tri(width, k=-1), "us,...s->...u", left_s)
+    return read_u + left_u + dwhole[..., None]
 
 
 def _across_pairs(pairs_cbgrqs: Array) -> Array:

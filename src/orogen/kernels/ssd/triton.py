@@ -8,7 +8,7 @@ summed over its heads: the forward pass keeps its operands, and for the gradient
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax import Array
@@ -17,19 +17,20 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
 from orogen.kernels.pallas_triton import LOG2_E, require_gpu
-from orogen.kernels.ssd.chunked import LOWEST_LOG_DECAY, _counts, _cut, _readable, _sum
-from orogen.kernels.ssd.triton_kernels import SMALLEST_TILE, Launch, far, near, scan, tile
+from orogen.kernels.ssd.chunked import LOWEST_LOG_DECAY, _across_tokens, _counts, _cut, _readable, _sum, in_two
+from orogen.kernels.ssd.triton_gradients import FarGradients, NearGradients, far, near
+from orogen.kernels.ssd.triton_kernels import SMALLEST_TILE, Launch, scan, tile
 
 MULTIPROCESSORS = 132  # of an H100
 SHARED_MEMORY = 215_000  # bytes of a multiprocessor's 232,448 that operands may take; the rest is scratch
 
 
 class Operands(NamedTuple):
-    """`sums` are logs of the decay since the chunk's or the segment's start; `runs` counts the segments of a chunk."""
+    """`log_decay` is natural; `runs` counts the segment changes in the chunk so far."""
 
     x_bthp: Array
     dt_bhcq: Array
-    sums_bhcq: Array
+    log_decay_bcsh: Array
     b_btgn: Array
     c_btgn: Array
     runs_bcq: Array
@@ -73,7 +74,7 @@ def ssd_triton(
     operands = Operands(
         x_bthp=x_bthp.astype(dtype),
         dt_bhcq=jnp.transpose(_cut(dt_bth, launch.width), (0, 3, 1, 2)),
-        sums_bhcq=_sum(_readable(runs_bcq), "bcqs,bcsh->bhcq", _cut(log_decay_bth, launch.width)),
+        log_decay_bcsh=_cut(log_decay_bth, launch.width),
         b_btgn=b_btgn.astype(dtype),
         c_btgn=c_btgn.astype(dtype),
         runs_bcq=runs_bcq,
@@ -111,7 +112,7 @@ def _launch(chunk_size: int, shape: tuple[int, ...], state: int, *, half: bool, 
         far_states=far_states,
         far_warps=8 if half else 4,
         far_stages=far_stages if half else 1,
-        dt_in_decays=half,
+        exact=not half,
         interpret=interpret,
     )
 
@@ -124,59 +125,85 @@ def _stages(wanted: int, stage: int, kept: int) -> int:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ssd(launch: Launch, operands: Operands) -> tuple[Array, Array]:
     """Outputs (b, t, h, p) in x's type and final state (b, h, p, n) float32."""
-    y_bthp, final_bhpn, _ = _scan_forward(launch, operands, save=False)
+    y_bthp, final_bhpn, _ = _scan_forward(launch, operands, _sums(launch, operands), save=False)
     return y_bthp, final_bhpn
 
 
-def _scan_forward(launch: Launch, operands: Operands, *, save: bool) -> tuple[Array, Array, Array | None]:
+def _sums(launch: Launch, operands: Operands) -> tuple[Array, ...]:
+    """The parts of the logs of the decay since the chunk's or the segment's start, as the kernels take them (`Launch`).
+    (b, h, c, q)"""
+    since_start = functools.partial(_since_start, operands.runs_bcq)
+    if not launch.exact:
+        return (since_start(operands.log_decay_bcsh) * LOG2_E,)
+    parts = in_two(operands.log_decay_bcsh, lowest=LOWEST_LOG_DECAY, terms=launch.width)
+    return tuple(map(since_start, parts))
+
+
+def _since_start(runs_bcq: Array, log_decay_bcsh: Array) -> Array:
+    """The sum since the chunk's or the segment's start. (b, h, c, q)"""
+    return _sum(_readable(runs_bcq), "bcqs,bcsh->bhcq", log_decay_bcsh)
+
+
+def _scan_forward(
+    launch: Launch, operands: Operands, sums_bhcq: tuple[Array, ...], *, save: bool
+) -> tuple[Array, Array, Array | None]:
     o = operands
     return scan(
-        o.c_btgn, o.b_btgn, o.x_bthp, o.dt_bhcq, o.sums_bhcq * LOG2_E, o.runs_bcq, o.initial_bhpn, o.skip_h,
+        o.c_btgn, o.b_btgn, o.x_bthp, o.dt_bhcq, sums_bhcq, o.runs_bcq, o.initial_bhpn, o.skip_h,
         reverse=False, save=save, launch=launch,
     )  # fmt: skip
 
 
-def _forward(launch: Launch, operands: Operands) -> tuple[tuple[Array, Array], tuple[Operands, Array | None]]:
+def _forward(launch: Launch, operands: Operands) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
     """The outputs, and what `_backward` needs."""
-    y_bthp, final_bhpn, states_bhcnp = _scan_forward(launch, operands, save=True)
+    sums_bhcq = _sums(launch, operands)
+    y_bthp, final_bhpn, states_bhcnp = _scan_forward(launch, operands, sums_bhcq, save=True)
     y_bthp, states_bhcnp = checkpoint_name(y_bthp, "ssd"), checkpoint_name(states_bhcnp, "ssd_states")
-    return (y_bthp, final_bhpn), (operands, states_bhcnp)
+    return (y_bthp, final_bhpn), (operands, sums_bhcq, states_bhcnp)
 
 
-def _backward(launch: Launch, saved: tuple[Operands, Array], gradients: tuple[Array, Array]) -> tuple[Operands]:
-    """The gradient of every operand, from `dy` of the outputs and `dfinal` of the final state.
-
-    The log-decay sum of q stands in the exponent of all that y_q receives from other tokens, and with a minus sign in
-    that of all that token q gives to others. Both are sums of the same float32 products, so what a later sum over q
-    must cancel does cancel.
-    """
-    (o, states_bhcnp), (dy_bthp, dfinal_bhpn) = saved, gradients
-    sums_bhcq = o.sums_bhcq * LOG2_E
+def _backward(launch: Launch, saved: tuple[Any, ...], gradients: tuple[Array, Array]) -> tuple[Operands]:
+    """The gradient of every operand, from `dy` of the outputs and `dfinal` of the final state."""
+    (o, sums_bhcq, states_bhcnp), (dy_bthp, dfinal_bhpn) = saved, gradients
     dx_bthp, dinitial_bhpn, dstates_bhcnp = scan(
         o.b_btgn, o.c_btgn, dy_bthp, o.dt_bhcq, sums_bhcq, o.runs_bcq, dfinal_bhpn, o.skip_h,
         reverse=True, save=True, launch=launch,
     )  # fmt: skip
     assert dstates_bhcnp is not None  # for they are to be saved
-    scores_bgcqs, received_bhcq, given_bhcq, own_bhcq, skipped_bhcq = near(
-        o.x_bthp, dy_bthp, o.b_btgn, o.c_btgn, o.dt_bhcq, sums_bhcq, o.runs_bcq, launch=launch
-    )
+    n = near(o.x_bthp, dy_bthp, o.b_btgn, o.c_btgn, o.dt_bhcq, sums_bhcq, o.runs_bcq, launch=launch)
     f = far(
-        o.x_bthp, dy_bthp, o.b_btgn, o.c_btgn, scores_bgcqs, o.dt_bhcq, sums_bhcq, o.runs_bcq, states_bhcnp,
+        o.x_bthp, dy_bthp, o.b_btgn, o.c_btgn, n.scores_bgcqs, o.dt_bhcq, sums_bhcq, o.runs_bcq, states_bhcnp,
         dstates_bhcnp, launch=launch,
     )  # fmt: skip
-    dsums_bhcq = received_bhcq + f.read_bhcq - o.dt_bhcq * (given_bhcq + f.left_bhcq)
-    last_bhc = jnp.sum(o.dt_bhcq * f.left_bhcq, axis=-1) + f.whole_bhc
     gradient = Operands(
         x_bthp=dx_bthp,
-        dt_bhcq=given_bhcq + own_bhcq + f.left_bhcq,
-        sums_bhcq=dsums_bhcq.at[..., -1].add(last_bhc),
+        dt_bhcq=n.given_bhcq + n.own_bhcq + f.left_bhcq,
+        log_decay_bcsh=_log_decay_gradient(o, n, f),
         b_btgn=f.db_btgn,
         c_btgn=f.dc_btgn,
         runs_bcq=jnp.zeros_like(o.runs_bcq),
         initial_bhpn=dinitial_bhpn,
-        skip_h=jnp.sum(skipped_bhcq, axis=(0, 2, 3)),
+        skip_h=jnp.sum(n.skip_bhcq, axis=(0, 2, 3)),
     )
     return (gradient,)
+
+
+def _log_decay_gradient(o: Operands, n: NearGradients, f: FarGradients) -> Array:
+    """The gradient of each token's log decay: what passes over it, from tokens or a state to tokens or a state.
+
+    If not exact, from that of the sums: the sum of q stands in the exponent of all that y_q receives from other tokens,
+    and with a minus sign in that of all that token q gives to others. Both are sums of the same float32 products, so
+    what a later sum over q must cancel does cancel, but for their rounding.
+    """
+    left_bhcq = o.dt_bhcq * f.left_bhcq
+    if n.across_bhcu is not None:
+        across_bhcu = n.across_bhcu + _across_tokens(f.read_bhcq, left_bhcq, f.whole_bhc)
+        return jnp.transpose(across_bhcu, (0, 2, 3, 1))
+    dsums_bhcq = n.received_bhcq + f.read_bhcq - o.dt_bhcq * (n.given_bhcq + f.left_bhcq)
+    last_bhc = jnp.sum(left_bhcq, axis=-1) + f.whole_bhc
+    to_sums = functools.partial(_since_start, o.runs_bcq)
+    (gradient_bcsh,) = jax.linear_transpose(to_sums, o.log_decay_bcsh)(dsums_bhcq.at[..., -1].add(last_bhc))
+    return gradient_bcsh
 
 
 _ssd.defvjp(_forward, _backward)
