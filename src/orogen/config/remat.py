@@ -10,8 +10,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from orogen.config.checks import ConfigError
+from orogen.config.model import LAYERS
 
-ATTENTION, EVERY = "*w+", "Mm*w+-E"
+ATTENTION, EVERY = "*w+", "".join(LAYERS)
 
 
 class Intermediate(NamedTuple):

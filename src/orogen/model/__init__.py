@@ -26,7 +26,10 @@ decodes; tests undo the first.
 `orogen.layers.parameter`, each with its logical axis names; the mathematics in `__call__(h_btd, docs, plan, given) ->
 (y_btd, kept)`, in one device's shapes, communicating only through `plan.gather`, `plan.scatter`, `plan.sum`, …; and
 `start` and `cache_axes` for what it is `given` with the first piece of a sequence (None for a mixer without memory).
-Then add its letter to `config/model.py` and to `_mixer` in `model/block.py`, its FLOPs to `simulate/flops.py`, the
-names of its intermediates to `config/remat.py`, its tensors' names to `convert/mixers.py` if checkpoints have it, and
-run `orogen verify` on a pattern that has it.
+Then give its letter a row in each table that has one per letter: its name in `LAYERS` (`config/model.py`), the mixer
+in `MIXERS` (`model/block.py`), `LAYER_FLOPS`, `LAYER_WEIGHTS` and `LAYER_COLLECTIVES` (`simulate/flops.py`,
+`weights.py`, `communication.py`); the fields that only it reads in `MODEL_LETTERS` (`config/reads.py`); the names of
+its intermediates in `NAMES` (`config/remat.py`); its tensors' names in `convert/mixers.py` if checkpoints have it. A
+letter without a row is an error wherever it is looked up. Run `orogen verify` on a pattern that has it;
+`tests/model/test_add_a_layer.py` adds one in this way.
 """

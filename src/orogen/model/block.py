@@ -4,6 +4,7 @@ Letters: b batch, t time, d model.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,17 @@ from orogen.moe.layer import MoE
 from orogen.parallel.plan import Plan
 
 Ends = tuple[bool, bool]
+
+# What each letter of a pattern builds.
+MIXERS: dict[str, Callable[[ModelConfig, nnx.Rngs], nnx.Module]] = {
+    "M": Mamba2,
+    "m": Mamba1,
+    "*": Attention,
+    "w": lambda config, rngs: Attention(config, rngs, window=config.sliding_window),
+    "+": LatentAttention,
+    "-": lambda config, rngs: MLP(config, config.intermediate_size, bias=config.mlp_bias, rngs=rngs),
+    "E": MoE,
+}
 
 
 class Repeat(NamedTuple):
@@ -105,7 +117,7 @@ class Layer(nnx.Module):
     def __init__(self, letter: str, config: ModelConfig, rngs: nnx.Rngs):
         self.letter = letter
         self.norm = make_norm(config)
-        self.mixer: Any = _mixer(letter, config, rngs)
+        self.mixer: Any = MIXERS[letter](config, rngs)
 
     def __call__(self, x_btd: Array, docs: Documents, plan: Plan, given: Any = None) -> tuple[Array, Any]:
         """The residual stream behind this layer, and what its mixer keeps."""
@@ -121,14 +133,6 @@ class Layer(nnx.Module):
     def cache_axes(self) -> Any:
         """The logical axes of what `start` makes."""
         return self.mixer.cache_axes()
-
-
-def _mixer(letter: str, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
-    if letter == "-":
-        return MLP(config, config.intermediate_size, bias=config.mlp_bias, rngs=rngs)
-    if letter == "w":
-        return Attention(config, rngs, window=config.sliding_window)
-    return {"M": Mamba2, "m": Mamba1, "*": Attention, "+": LatentAttention, "E": MoE}[letter](config, rngs)
 
 
 class Stack(nnx.Module):

@@ -10,7 +10,7 @@ happen once per microbatch and application of the layer; update happens once per
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from orogen.config.model import ModelConfig
@@ -83,8 +83,7 @@ def unit_collectives(unit: str, model: ModelConfig, plan: PlanConfig, work: Work
         for weight in again:  # a tied matrix is embedding and head
             ledger.gathered(weight)
     else:
-        mixers = {"E": _experts, "M": _mamba2, "m": _mamba1, "-": _block}
-        mixers.get(unit, _attention)(ledger)
+        LAYER_COLLECTIVES[unit](ledger)
         weights = layer_weights(unit, model)
     for weight in weights:
         ledger.gathered(weight)
@@ -572,3 +571,13 @@ def _load(ledger: _Ledger) -> None:
         ledger.add("load", "forward", "all-reduce", everywhere, ledger.model.n_routed_experts * FLOAT32, layers)
         # Assignments without room at an expert, and in a ragged buffer.
         ledger.add("dropped", "forward", "all-reduce", everywhere, FLOAT32, 1 + (ledger.plan.dispatch == "ragged"))
+
+
+# By letter: what enters the ledger of one layer beside its weights.
+LAYER_COLLECTIVES: dict[str, Callable[[_Ledger], None]] = {
+    "M": _mamba2,
+    "m": _mamba1,
+    **dict.fromkeys("*w+", _attention),
+    "-": _block,
+    "E": _experts,
+}

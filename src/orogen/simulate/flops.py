@@ -7,6 +7,7 @@ recomputation. Documents that share a row count as rows of their own, and paddin
 """
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 
@@ -50,25 +51,33 @@ def head_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
 
 def layer_flops_per_token(letter: str, config: ModelConfig, length: int) -> float:
     """Operations of one layer of the kind `letter` for one token of a row of `length` tokens."""
-    size, matrices = config.hidden_size, 3 if config.mlp_gated else 2
-    if letter == "-":
-        return 2 * matrices * size * config.intermediate_size
-    if letter in "*w":
-        queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-        seen = _seen(length, config.sliding_window if letter == "w" else length)
-        return 2 * size * (2 * queries + 2 * keys) + 4 * queries * seen
-    if letter == "+":
-        return _latent_attention_flops(config, length)
-    if letter == "E":
-        width, latent = config.expert_width, config.moe_latent_size or 0
-        routed = 2 * matrices * width * config.moe_intermediate_size * config.num_experts_per_tok
-        shared = 2 * matrices * size * (config.moe_shared_expert_intermediate_size or 0)
-        gates = 2 * size * (config.n_routed_experts + config.moe_shared_expert_gate)
-        return gates + routed + shared + 4 * size * latent
-    return _mamba1_flops(config) if letter == "m" else _mamba2_flops(config, length)
+    return LAYER_FLOPS[letter](config, length)
 
 
-def _mamba1_flops(config: ModelConfig) -> float:
+def _dense_flops(config: ModelConfig, _: int) -> float:
+    return 2 * _matrices(config) * config.hidden_size * config.intermediate_size
+
+
+def _attention_flops(config: ModelConfig, length: int, window: int | None = None) -> float:
+    queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    seen = _seen(length, length if window is None else window)
+    return 2 * config.hidden_size * (2 * queries + 2 * keys) + 4 * queries * seen
+
+
+def _expert_flops(config: ModelConfig, _: int) -> float:
+    size, width, latent = config.hidden_size, config.expert_width, config.moe_latent_size or 0
+    routed = 2 * _matrices(config) * width * config.moe_intermediate_size * config.num_experts_per_tok
+    shared = 2 * _matrices(config) * size * (config.moe_shared_expert_intermediate_size or 0)
+    gates = 2 * size * (config.n_routed_experts + config.moe_shared_expert_gate)
+    return gates + routed + shared + 4 * size * latent
+
+
+def _matrices(config: ModelConfig) -> int:
+    """Of an MLP or an expert."""
+    return 3 if config.mlp_gated else 2
+
+
+def _mamba1_flops(config: ModelConfig, _: int) -> float:
     size, inner, state = config.hidden_size, config.mamba_intermediate_size, config.ssm_state_size
     rank = config.time_step_rank
     projections = 2 * size * 2 * inner + 2 * inner * (rank + 2 * state) + 2 * rank * inner + 2 * inner * size
@@ -101,3 +110,15 @@ def _mamba2_flops(config: ModelConfig, length: int) -> float:
     inside = 2 * (states + inner) * chunk / 2  # C·B, then its product with x: a causal triangle of the chunk
     across = 2 * 2 * inner * state  # into the chunk's state, and out of the one before
     return projections + convolution + inside + across
+
+
+# By letter: operations of one layer for one token of a row of so many tokens.
+LAYER_FLOPS: dict[str, Callable[[ModelConfig, int], float]] = {
+    "M": _mamba2_flops,
+    "m": _mamba1_flops,
+    "*": _attention_flops,
+    "w": lambda config, length: _attention_flops(config, length, config.sliding_window),
+    "+": _latent_attention_flops,
+    "-": _dense_flops,
+    "E": _expert_flops,
+}

@@ -1,5 +1,6 @@
 """The parameters of each layer from its config: shapes and logical axes, for models too large to build. No jax here."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from orogen.config.model import ModelConfig
@@ -30,14 +31,7 @@ def mtp_weights(model: ModelConfig) -> list[Weight]:
 
 def layer_weights(letter: str, model: ModelConfig) -> list[Weight]:
     """One layer of a letter of the pattern, its norm included."""
-    mixer = {
-        "M": _mamba2_weights,
-        "m": _mamba1_weights,
-        "+": _latent_weights,
-        "E": _expert_weights,
-        "-": _dense_weights,
-    }
-    return _norm(model) + mixer.get(letter, _attention_weights)(model)
+    return _norm(model) + LAYER_WEIGHTS[letter](model)
 
 
 def _vector(size: int, axis: str | None, present: bool = True) -> list[Weight]:
@@ -149,3 +143,14 @@ def _expert_weights(model: ModelConfig) -> list[Weight]:
         *(_mlp(model, shared, bias=model.shared_expert_bias) if shared else []),
         *([_matrix(size, 1, "embed", None)] if model.moe_shared_expert_gate else []),
     ]
+
+
+# By letter: what one mixer has.
+LAYER_WEIGHTS: dict[str, Callable[[ModelConfig], list[Weight]]] = {
+    "M": _mamba2_weights,
+    "m": _mamba1_weights,
+    **dict.fromkeys("*w", _attention_weights),
+    "+": _latent_weights,
+    "-": _dense_weights,
+    "E": _expert_weights,
+}

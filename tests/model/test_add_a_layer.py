@@ -1,0 +1,109 @@
+"""A letter added as the docstring of `orogen.model` says trains under two plans, and every table knows each letter."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+from tests.helpers import hybrid, run_config, several_devices
+
+from orogen.config import remat
+from orogen.config.model import LAYERS, ModelConfig
+from orogen.config.reads import LETTERS
+from orogen.config.remat import NAMES, Intermediate
+from orogen.layers.documents import Documents
+from orogen.layers.linear import linear
+from orogen.layers.parameter import normal
+from orogen.model.block import MIXERS
+from orogen.model.count import count
+from orogen.model.lm import build
+from orogen.parallel.plan import Plan, make_plan
+from orogen.simulate.communication import LAYER_COLLECTIVES, Workload, _block, step_collectives
+from orogen.simulate.fit import count as counted
+from orogen.simulate.flops import LAYER_FLOPS, forward_flops_per_token
+from orogen.simulate.weights import LAYER_WEIGHTS, Weight
+from orogen.train.optimizer import make_optimizer
+from orogen.train.sides import packed_batch
+from orogen.train.state import create_state
+from orogen.train.step import batch_to_devices, make_step
+
+TABLES: dict[str, dict[str, Any]] = {
+    "MIXERS": MIXERS,
+    "LAYER_FLOPS": LAYER_FLOPS,
+    "LAYER_WEIGHTS": LAYER_WEIGHTS,
+    "LAYER_COLLECTIVES": LAYER_COLLECTIVES,
+}  # fmt: skip
+WIDTH = 32
+
+
+class Toy(nnx.Module):
+    """down(tanh(up x))."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.up = normal(rngs, (config.hidden_size, WIDTH), ("embed", "mlp"), std=config.init_std)
+        self.down = normal(rngs, (WIDTH, config.hidden_size), ("mlp", "embed"), std=config.output_init_std)
+
+    def __call__(self, x_btd: Array, docs: Documents, plan: Plan, given: None = None) -> tuple[Array, None]:
+        u_btf = checkpoint_name(linear(plan.gather(x_btd, "sequence"), self.up, plan), "toy")
+        return plan.scatter(linear(jnp.tanh(u_btf), self.down, plan), "sequence"), None
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """The letter t, in every table."""
+    weights = lambda model: [  # noqa: E731
+        Weight((model.hidden_size, WIDTH), ("embed", "mlp")), Weight((WIDTH, model.hidden_size), ("mlp", "embed")),
+    ]  # fmt: skip
+    rows = {
+        "MIXERS": Toy, "LAYER_FLOPS": lambda model, _: 4 * model.hidden_size * WIDTH, "LAYER_WEIGHTS": weights,
+        "LAYER_COLLECTIVES": _block,
+    }  # fmt: skip
+    monkeypatch.setitem(LAYERS, "t", "toy")
+    monkeypatch.setattr(remat, "EVERY", "".join(LAYERS))  # as it would be, were the letter there at import
+    monkeypatch.setitem(NAMES, "toy", Intermediate("t", "the hidden units"))
+    for name, row in rows.items():
+        monkeypatch.setitem(TABLES[name], "t", row)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_table_has_each_letter_and_no_other(name):
+    assert set(TABLES[name]) == set(LAYERS)
+    with pytest.raises(KeyError):
+        TABLES[name]["t"]
+
+
+def test_fields_and_intermediates_are_of_known_letters():
+    assert set().union(*LETTERS.values()) == set(LAYERS)
+    assert set().union(*(letters for letters, _ in NAMES.values())) == set(LAYERS)
+
+
+@several_devices
+def test_a_new_letter_trains_under_two_plans(toy):
+    model = hybrid(pattern="tMtMt", mtp_depths=0)
+    losses = []
+    for plan in ({}, {"tensor": 2, "data": 2, "fsdp": "parameters", "remat": "t:toy"}):
+        config = run_config(model, plan=plan, batch_size=4, sequence_length=16)
+        layout, built = make_plan(config.plan, model), build(model)
+        optimizer = make_optimizer(config.optimizer, config.train.steps, built.params)
+        step, state = make_step(built, config, layout, optimizer), create_state(model, built, optimizer, layout, 0)
+        batch, found = batch_to_devices(packed_batch(config, config.train), layout), []
+        for _ in range(3):
+            state, metrics = step(state, batch)
+            found.append(float(metrics.loss))
+        losses.append(found)
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    assert losses[0][2] < losses[0][0] - 0.5
+
+
+def test_a_new_letter_is_counted(toy):
+    one, two = hybrid(pattern="tM", mtp_depths=0), hybrid(pattern="ttM", mtp_depths=0)
+    size = one.hidden_size
+    for total in (lambda model: count(model)["total"], counted):
+        assert total(two) - total(one) == 2 * size * WIDTH + size  # with its norm
+    assert forward_flops_per_token(two, 16) - forward_flops_per_token(one, 16) == 4 * size * WIDTH
+    config = run_config(two, plan={"tensor": 2})
+    units = step_collectives(two, config.plan, Workload(rows=4, tokens=16, itemsize=4))
+    assert {record.operation for record in units["t"] if record.bytes} >= {"all-gather", "reduce-scatter"}
