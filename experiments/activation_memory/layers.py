@@ -20,7 +20,7 @@ from orogen.model.block import Repeat, Stack
 from orogen.parallel.plan import Plan, make_plan
 from orogen.simulate.activations import WEIGHTS, bytes_by_name, kept_by_layer
 from orogen.simulate.aot import product_flops, unit_of
-from orogen.simulate.communication import Workload
+from orogen.simulate.ledger import Workload
 
 DEPTHS = (4, 8)  # of compiled stacks: both loops, and one layer's share is a quarter of the difference
 

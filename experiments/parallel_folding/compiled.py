@@ -9,7 +9,7 @@ from orogen.config.plan import PlanConfig
 from orogen.parallel.mesh import fold_plan
 from orogen.parallel.plan import make_plan
 from orogen.simulate.aot import compiled, unit_of
-from orogen.simulate.communication import Workload
+from orogen.simulate.ledger import Workload
 
 TOKENS = 256  # of one device: with 22 of 512 experts the fewest of which each expert's even share is a whole number
 FLOAT32 = 4  # XLA:CPU carries 16-bit collectives as float32

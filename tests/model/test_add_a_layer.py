@@ -21,9 +21,11 @@ from orogen.model.block import MIXERS
 from orogen.model.count import count
 from orogen.model.lm import build
 from orogen.parallel.plan import Plan, make_plan
-from orogen.simulate.communication import LAYER_COLLECTIVES, Workload, _block, step_collectives
+from orogen.simulate.collectives import LAYER_COLLECTIVES, block
+from orogen.simulate.communication import step_collectives
 from orogen.simulate.fit import count as counted
 from orogen.simulate.flops import LAYER_FLOPS, forward_flops_per_token
+from orogen.simulate.ledger import Workload
 from orogen.simulate.weights import LAYER_WEIGHTS, Weight
 from orogen.train.optimizer import make_optimizer
 from orogen.train.sides import packed_batch
@@ -59,7 +61,7 @@ def toy(monkeypatch):
     ]  # fmt: skip
     rows = {
         "MIXERS": Toy, "LAYER_FLOPS": lambda model, _: 4 * model.hidden_size * WIDTH, "LAYER_WEIGHTS": weights,
-        "LAYER_COLLECTIVES": _block,
+        "LAYER_COLLECTIVES": block,
     }  # fmt: skip
     monkeypatch.setitem(LAYERS, "t", "toy")
     monkeypatch.setattr(remat, "EVERY", "".join(LAYERS))  # as it would be, were the letter there at import

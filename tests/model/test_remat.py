@@ -26,7 +26,7 @@ from orogen.parallel.plan import make_plan
 from orogen.precision.fp8 import E4M3
 from orogen.simulate.activations import WEIGHTS, activation_bytes, bytes_by_name, kept_by_layer
 from orogen.simulate.aot import product_flops, unit_of
-from orogen.simulate.communication import Workload
+from orogen.simulate.ledger import Workload
 
 ROWS, TOKENS = 3, 20
 HALF, SINGLE, WHOLE = 2, 4, 4  # bytes of bfloat16, float32 and int32

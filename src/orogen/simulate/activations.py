@@ -17,7 +17,7 @@ from orogen.model.block import Stack
 from orogen.moe.layer import MoEStats
 from orogen.parallel.plan import Plan
 from orogen.precision.policy import DTYPES, working_copy
-from orogen.simulate.communication import Workload
+from orogen.simulate.ledger import Workload
 
 # Names for arrays without one: computed from activations, from documents alone, or from weights alone.
 UNNAMED, DOCUMENTS, WEIGHTS = "unnamed", "documents", "weights"

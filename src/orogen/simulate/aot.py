@@ -35,8 +35,9 @@ from orogen.parallel.mesh import fold_plan
 from orogen.parallel.pipeline import branches_ts
 from orogen.parallel.plan import Plan, make_plan, single_device_plan
 from orogen.precision.policy import DTYPES, working_copy
-from orogen.simulate.communication import ENDS, FLOAT32, Collective, Workload, sent_bytes, unit_collectives
+from orogen.simulate.communication import unit_collectives
 from orogen.simulate.hlo import Table, Traffic, add, hlo_collectives
+from orogen.simulate.ledger import ENDS, FLOAT32, Collective, Workload, sent_bytes
 from orogen.train.loss import batch_counts, token_nats
 from orogen.train.pipelined import cut
 from orogen.train.step import BATCH_AXES, gradients

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from orogen.simulate.communication import sent_bytes
+from orogen.simulate.ledger import sent_bytes
 
 
 class Traffic(NamedTuple):

@@ -17,7 +17,7 @@ from orogen.model.stages import Stages
 from orogen.parallel.plan import Plan, make_plan
 from orogen.precision.policy import working_copy
 from orogen.simulate.activations import WEIGHTS, bytes_by_name, kept_by_layer
-from orogen.simulate.communication import Workload
+from orogen.simulate.ledger import Workload
 from orogen.train import carry
 from orogen.train.optimizer import make_optimizer
 from orogen.train.pipelined import cut

@@ -1,0 +1,260 @@
+"""What one layer, or another unit of a model on a plan, sends: the records of its collectives.
+
+Convention: bytes are what one device sends. Over n ranks an all-gather of a piece s sends (n - 1) s; a reduce-scatter
+of S sends (n - 1) S / n, an all-reduce twice that (a ring of both), an all-to-all (n - 1) S / n, and a shift s. A
+ragged all-to-all counts all rows that could leave and find room, spread evenly over the ranks. Activations and the
+parameters of FSDP travel in the compute dtype, sums of gradients in float32. No jax here.
+
+Phases: forward, backward and, with remat, the part of the forward pass that the backward pass repeats (recompute)
+happen once per microbatch and application of the layer; update happens once per step.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from orogen.config.model import ModelConfig
+from orogen.config.plan import PlanConfig
+from orogen.config.remat import Remat
+from orogen.parallel.fold import expert_shards
+from orogen.simulate.weights import Weight
+
+# Units beside the letters of the pattern: embedding, final norm, head and loss, at every depth of prediction; the
+# projection and norms of the multi-token-prediction block; and each expert's load, counted for the whole batch.
+# PIPELINE is what stages send at every tick, in both directions, whether or not it is used.
+# COUNTING is a pass that only counts assignments.
+ENDS, MTP, LOAD, PIPELINE, COUNTING = "ends", "mtp", "load", "pipeline", "counting"
+FLOAT32 = INT32 = 4
+CONTEXT = ("context",)
+
+
+class Workload(NamedTuple):
+    """One microbatch on one device before the sequence is split over `tensor`: rows, tokens per row, and bytes per
+    number in the compute dtype."""
+
+    rows: int
+    tokens: int
+    itemsize: int = FLOAT32
+
+
+class Collective(NamedTuple):
+    """`count` collectives over the ranks of all of `axes` together, with which one device sends `bytes` in all.
+
+    part: what is moved; axes: names of parallel/fold.py, only those above size one.
+    """
+
+    part: str
+    phase: str
+    operation: str
+    axes: tuple[str, ...]
+    count: float
+    bytes: float
+
+
+def sent_bytes(operation: str, held: float, ranks: int) -> float:
+    """Bytes that one of `ranks` devices sends of an operand of `held` bytes per device."""
+    share = (ranks - 1) / ranks
+    factors = {
+        "all-gather": ranks - 1,
+        "reduce-scatter": share,
+        "all-reduce": 2 * share,
+        "all-to-all": share,
+        "ragged-all-to-all": share,
+        "collective-permute": 1,
+    }
+    return held * factors[operation]
+
+
+class Ledger:
+    """Collects the records of one layer."""
+
+    def __init__(self, unit: str, plan: PlanConfig, model: ModelConfig, work: Workload):
+        self.unit, self.plan, self.model, self.work = unit, plan, model, work
+        self.records: list[Collective] = []
+        self.remat = plan.layer_remat(unit) if unit not in (ENDS, MTP, LOAD, PIPELINE, COUNTING) else Remat("none")
+        norm_groups = model.mamba_norm_groups or model.n_groups
+        pieces = {"kv_heads": model.num_key_value_heads, "groups": model.n_groups, "norm_groups": norm_groups}
+        # Neighbours hold copies of arrays that have fewer pieces than tensor has ranks.
+        copies = {f"{name}_copies": plan.tensor // (n or plan.tensor) or 1 for name, n in pieces.items()}
+        ranks, replicas = plan.data * plan.context, plan.expert * plan.expert_tensor
+        fsdp = plan.fsdp_size or ranks
+        expert_data, shards = (
+            ranks * plan.tensor // replicas,
+            expert_shards(fsdp, tensor=plan.tensor, expert=plan.expert, expert_tensor=plan.expert_tensor),
+        )
+        self.sizes = {
+            "fsdp": fsdp,
+            "fsdp_copies": ranks // fsdp,
+            "expert_fsdp": shards,
+            "expert_fsdp_copies": expert_data // shards,
+            "stage": plan.stage,
+            "data": plan.data,
+            "context": plan.context,
+            "tensor": plan.tensor,
+            "expert_data": expert_data,
+            "expert": plan.expert,
+            "expert_tensor": plan.expert_tensor,
+            **copies,
+            **{name: plan.tensor // copies[f"{name}_copies"] for name in pieces},
+        }
+
+    def add(
+        self,
+        part: str,
+        phase: str,
+        operation: str,
+        axes: Sequence[str],
+        held: float,
+        count: int = 1,
+        *,
+        needed: bool = True,
+        name: str = "",
+    ) -> None:
+        """`count` collectives of operands of `held` bytes each; nothing over axes of size one.
+
+        needed: by the gradient of what follows, so that recomputation repeats it, unless the layer keeps `name`.
+        """
+        axes = tuple(axis for axis in axes if self.sizes[axis] > 1)
+        if axes and held and count:
+            size = count * sent_bytes(operation, held, self.ranks(axes))
+            self.records.append(Collective(part, phase, operation, axes, count, size))
+            again = self.remat.kind != "none" and not (name and self.remat.keeps(name))
+            if phase == "forward" and needed and again:
+                self.records.append(Collective(part, "recompute", operation, axes, count, size))
+
+    def gather(self, part: str, axes: Sequence[str], held: float, *, gradient: bool = True, name: str = "") -> None:
+        """An all-gather of pieces of `held` bytes, and its transpose. name: see `add`, as everywhere below."""
+        self.add(part, "forward", "all-gather", axes, held, name=name)
+        if gradient:
+            self.add(part, "backward", "reduce-scatter", axes, held * self.ranks(axes))
+
+    def scatter(self, part: str, axes: Sequence[str], held: float, *, needed: bool = False, name: str = "") -> None:
+        """A reduce-scatter of `held` bytes, and its transpose. It usually ends a layer, so no gradient needs it."""
+        self.add(part, "forward", "reduce-scatter", axes, held, needed=needed, name=name)
+        self.add(part, "backward", "all-gather", axes, held / self.ranks(axes))
+
+    def shift(
+        self,
+        part: str,
+        axes: Sequence[str],
+        held: float,
+        count: int,
+        *,
+        phase: str = "forward",
+        gradient: bool = False,
+        name: str = "",
+    ) -> None:
+        """`count` arrays from each rank to another, as the plan sends them, and with `gradient` their gradients
+        back."""
+        operation, size = ("collective-permute", held)
+        if self.plan.shift == "alltoall":
+            operation, size = ("all-to-all", held * self.ranks(axes))
+        self.add(part, phase, operation, axes, size, count, name=name)
+        if gradient:
+            self.add(part, "backward", operation, axes, size, count)
+
+    def both(
+        self, part: str, operation: str, axes: Sequence[str], held: float, count: int = 1, *, name: str = ""
+    ) -> None:
+        """A collective that is its own transpose."""
+        self.add(part, "forward", operation, axes, held, count, name=name)
+        self.add(part, "backward", operation, axes, held, count)
+
+    def ranks(self, axes: Iterable[str]) -> int:
+        """Devices over which `axes` split."""
+        return math.prod(self.sizes[axis] for axis in axes)
+
+    def own(self, pieces: int, axis: str = "tensor") -> int:
+        """How many of the heads, channels or groups this device has; at least one."""
+        return pieces // self.ranks((axis,))
+
+    @property
+    def numbers(self) -> int:
+        """Bytes of one number per token of a whole context rank, in the compute dtype."""
+        return self.work.rows * self.work.tokens * self.work.itemsize
+
+    @property
+    def segments(self) -> int:
+        """Bytes of the segment ids of a whole context rank."""
+        return self.work.rows * self.work.tokens * INT32
+
+    @property
+    def stream(self) -> int:
+        """Bytes of the residual stream of a whole context rank."""
+        return self.work.rows * self.work.tokens * self.model.hidden_size * self.work.itemsize
+
+    @property
+    def own_tokens(self) -> int:
+        """Tokens of this device's piece of the sequence."""
+        return self.work.rows * self.work.tokens // self.plan.tensor
+
+    @property
+    def paired(self) -> bool:
+        """Whether embedding and head are one array, of which a stage holds the one or the other."""
+        return self.plan.stage > 1 and not self.model.tie_word_embeddings and not self.model.layers.mtp
+
+    def gathered(self, weight: Weight) -> None:
+        """FSDP: gathers the weight's pieces before its product, and scatters its gradient, in float32, after it."""
+        axes = self._sharded(weight)
+        if self.plan.fsdp == "parameters" and axes:
+            piece = self._held(weight)
+            itemsize = FLOAT32 if weight.float32 else self.work.itemsize
+            self.add("weights", "forward", "all-gather", axes, piece * itemsize)
+            if self.plan.stage > 1 and self.remat.kind == "none" and self.unit not in (ENDS, MTP):
+                # A pipeline does not keep gathered weights from a microbatch's forward to its backward pass.
+                self.add("weights", "recompute", "all-gather", axes, piece * itemsize)
+            self.add("weights", "backward", "reduce-scatter", axes, piece * self.ranks(axes) * FLOAT32)
+
+    def summed(self, weights: Iterable[Weight]) -> None:
+        """Sums each gradient over the devices that store the same piece of the parameter.
+
+        Where masters are sharded and parameters are not (ZeRO-1, ZeRO-2), masters are gathered first, and gradients
+        scattered: once per step, or once per microbatch.
+        """
+        for weight in weights if self.plan.fsdp in ("optimizer", "gradients") else ():
+            axes = self._sharded(weight)
+            phase = "update" if self.plan.fsdp == "optimizer" else "backward"
+            piece = self._held(weight, stored=True) * FLOAT32
+            self.add("masters", "update", "all-gather", axes, piece)
+            self.add("gradients", phase, "reduce-scatter", axes, piece * self.ranks(axes))
+        total: dict[tuple[str, ...], list[int]] = {}
+        for weight in weights:
+            total.setdefault(self._copies(weight), []).append(self._held(weight, stored=True) * FLOAT32)
+        for axes, held in total.items():
+            self.add("gradients", "update", "all-reduce", axes, sum(held) / len(held), len(held))
+
+    def _sharded(self, weight: Weight) -> tuple[str, ...]:
+        dims = {"embed": ("fsdp",), "expert_embed": ("expert_fsdp",)}
+        return next((dims[axis] for axis in weight.axes if axis in dims), ())
+
+    def _held(self, weight: Weight, *, stored: bool = False) -> int:
+        """How many numbers of the parameter one device holds, inside the step or between steps."""
+        ways = self.ranks(name for axis in weight.axes for name in SPLIT.get(axis or "", ()))
+        splits = self.plan.fsdp != "none" if stored else self.plan.fsdp == "parameters"
+        sharded = self.ranks(self._sharded(weight)) if splits else 1
+        return math.prod(weight.shape) // (ways * sharded)
+
+    def _copies(self, weight: Weight) -> tuple[str, ...]:
+        """The axes over which the parameter is the same."""
+        split = {name for axis in weight.axes for name in SPLIT.get(axis or "", ())}
+        sharded = self.plan.fsdp != "none" and self._sharded(weight)
+        if "expert" in weight.axes:
+            everywhere = ["expert_fsdp_copies" if sharded else "expert_data", "expert", "expert_tensor"]
+        else:
+            few = next((axis for axis in weight.axes if axis in ("kv_heads", "groups")), None)
+            dense = ["fsdp_copies"] if sharded else ["data", "context"]
+            everywhere = [*dense, f"{few}_copies" if few else "tensor"]
+        if self.unit in (ENDS, MTP) and not ("vocab" in weight.axes and self.paired):
+            everywhere.insert(0, "stage")
+        return tuple(axis for axis in everywhere if axis not in split and self.sizes[axis] > 1)
+
+
+# The logical axes of parameters that every plan splits, and the axes they are split over.
+SPLIT = {
+    **dict.fromkeys(("vocab", "heads", "mlp", "mamba_heads"), ("tensor",)),
+    **{axis: (axis,) for axis in ("kv_heads", "groups", "expert")},
+    "expert_mlp": ("expert_tensor",),
+}
+
+
+# Activations
