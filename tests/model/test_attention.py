@@ -21,7 +21,8 @@ from orogen.layers.documents import Documents, documents
 from orogen.model.block import Layer
 from orogen.train.verify import verify
 
-SIZE, TIME, HEADS, THETA, EPSILON = 12, 9, 4, 30.0, 1e-5
+SIZE, TIME, HEADS, THETA, EPSILON = 12, 9, 4, 30.0, 3e-3
+LATENT_EPSILON = 1e-6  # DeepSeek's, whatever the model's is
 SEGMENTS = np.array([[1, 1, 1, 1, 1, 1, 2, 2, 2], [1, 0, 0, 4, 4, 4, 4, 4, 4]], np.int32)
 
 
@@ -64,9 +65,9 @@ class Slow:
     def project(self, x_d, name: str):
         return x_d @ self.weight(name) + self.weight(f"{name}_bias")
 
-    def norm(self, x_k, name: str):
+    def norm(self, x_k, name: str, epsilon: float = EPSILON):
         found = getattr(self.mixer, name, None)
-        return x_k if found is None else x_k / np.sqrt((x_k**2).mean() + EPSILON) * np.asarray(found.weight[...])
+        return x_k if found is None else x_k / np.sqrt((x_k**2).mean() + epsilon) * np.asarray(found.weight[...])
 
 
 def turn(x_k, position: int, size: int):
@@ -87,13 +88,13 @@ def slow_heads(mixer: Any, x_btd, docs: Documents, model: ModelConfig):
         x_d, position = x_btd[b, t], int(docs.positions_bt[b, t])
         if model.pattern == "+":
             nope, rope = model.qk_nope_head_dim, model.qk_rope_head_dim
-            latent = slow.norm(slow.project(x_d, "latent_down"), "latent_norm")
+            latent = slow.norm(slow.project(x_d, "latent_down"), "latent_norm", LATENT_EPSILON)
             shared = turn(slow.project(x_d, "key_rope"), position, rope)
             plain = slow.project(latent, "key_up").reshape(HEADS, nope)
             k[b][t] = [np.concatenate([head, shared]) for head in plain]
             v[b][t] = slow.project(latent, "value_up").reshape(HEADS, model.v_head_dim)
             if model.q_lora_rank:
-                x_d = slow.norm(slow.project(x_d, "query_down"), "query_norm")
+                x_d = slow.norm(slow.project(x_d, "query_down"), "query_norm", LATENT_EPSILON)
             heads = slow.project(x_d, "query_up" if model.q_lora_rank else "query").reshape(HEADS, nope + rope)
             q[b][t] = [np.concatenate([head[:nope], turn(head[nope:], position, rope)]) for head in heads]
         else:

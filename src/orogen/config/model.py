@@ -90,7 +90,9 @@ class ModelConfig:
     norm: Annotated[
         str, "rms, rms_cast_first, layer or layer_1p: of every residual layer, the final norm and attention's own"
     ] = "rms"
-    layer_norm_epsilon: Annotated[float, "added to the variance in norms"] = 1e-5
+    layer_norm_epsilon: Annotated[float, "added to the variance in norms; those of MLA's latent vectors have 1e-6"] = (
+        1e-5
+    )
     tie_word_embeddings: Annotated[bool, "whether the head is the transposed embedding"] = False
     learned_positions: Annotated[int, "how many position vectors are added to the embeddings; None adds none"] = ABSENT
     # attention (*, w, +)

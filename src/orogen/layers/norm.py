@@ -71,9 +71,10 @@ NORMS = {"rms": RMSNorm, "rms_cast_first": RMSNormCastFirst, "layer": LayerNorm,
 Norm = RMSNorm | RMSNormCastFirst | LayerNorm | LayerNorm1P
 
 
-def make_norm(config: ModelConfig, size: int | None = None) -> Norm:
-    """The norm that `config.norm` names, over `size` channels; None: over the residual stream's."""
-    return NORMS[config.norm](size or config.hidden_size, config.layer_norm_epsilon)
+def make_norm(config: ModelConfig, size: int | None = None, *, epsilon: float | None = None) -> Norm:
+    """The norm that `config.norm` names, over `size` channels (None: the residual stream's), with `epsilon` (None: the
+    config's)."""
+    return NORMS[config.norm](size or config.hidden_size, config.layer_norm_epsilon if epsilon is None else epsilon)
 
 
 def _layer_norm(x_btd: Array, weight: Array, bias: Array, epsilon: float) -> Array:

@@ -21,6 +21,10 @@ from orogen.model.cache import KeyValues, require_whole_sequence
 from orogen.model.context_attention import attend
 from orogen.parallel.plan import Plan
 
+# Of the norms of MLA's latent vectors: DeepSeek's own code and transformers leave it at the default of their class,
+# whatever rms_norm_eps says.
+LATENT_EPSILON = 1e-6
+
 
 class Attention(nnx.Module):
     """softmax(q kᵀ / √k) v, causal and inside documents; query head i reads key head i // (h/g).
@@ -113,12 +117,12 @@ class LatentAttention(nnx.Module):
             self.query = up(size, self.nope + self.rope)
         else:
             self.query_down, self.query_down_bias = down(rank), _bias(rank, "norm", biased)
-            self.query_norm = make_norm(config, rank)
+            self.query_norm = make_norm(config, rank, epsilon=LATENT_EPSILON)
             self.query_up = up(rank, self.nope + self.rope)
         self.latent_down = down(config.kv_lora_rank)
         self.latent_down_bias = _bias(config.kv_lora_rank, "norm", biased)
         self.key_rope, self.key_rope_bias = down(self.rope), _bias(self.rope, "norm", biased)
-        self.latent_norm = make_norm(config, config.kv_lora_rank)
+        self.latent_norm = make_norm(config, config.kv_lora_rank, epsilon=LATENT_EPSILON)
         self.key_up, self.value_up = up(config.kv_lora_rank, self.nope), up(config.kv_lora_rank, self.value_size)
         self.out = normal(rngs, (heads * self.value_size, size), ("heads", "embed"), std=config.output_init_std)
         self.out_bias = _bias(size, "norm", biased)
