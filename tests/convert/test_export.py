@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +12,12 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import save_file
-from tests.convert.synthetic import read, stored
+from tests.convert.synthetic import read, same, stored
 
 from orogen.config.checks import ConfigError
 from orogen.config.load import model_text
 from orogen.config.model import ModelConfig
+from orogen.config.reads import plain_model
 from orogen.convert.checkpoint import export, load_checkpoint
 from orogen.convert.config import read_config, write_config
 from orogen.convert.huggingface import dotted, from_hf
@@ -24,10 +27,9 @@ from orogen.layers.documents import documents
 BASES = (
     "nemotron_h", "mamba2", "mamba", "deepseek_v3", "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "nemotron", "gpt2",
 )  # fmt: skip
-YARN = {"yarn_factor": 4.0, "yarn_original_positions": 16}
+YARN = {"yarn_factor": 4.0, "yarn_original_positions": 4096}  # so long that few pairs turn as without it
 # Other values of every field that a checkpoint may differ in without other sizes.
 OPTIONS: dict[str, dict] = {
-    "as it is": {},
     "tied or not": {"tie_word_embeddings": "other"},
     "mlp_bias": {"mlp_bias": "other"},
     "mlp_bias shared": {"mlp_bias": True, "moe_bias": "shared"},
@@ -66,34 +68,52 @@ OPTIONS: dict[str, dict] = {
     "heads of another size": {"head_dim": 20},
     "one key": {"num_key_value_heads": 1},
     "windows": {"pattern": "windows", "sliding_window": 5},
+    "windows only": {"pattern": "windows only", "sliding_window": 5},
+    "dense first": {"pattern": "dense first", "intermediate_size": 26},
+    "dense last": {"pattern": "dense last", "intermediate_size": 26},
+    "steps at least": {"time_step_min": 0.05},
+    "steps at most": {"time_step_max": 0.4},
+    "three taps": {"conv_kernel": 3},
+    "one group": {"n_groups": 1},
+    "rank": {"time_step_rank": 5},
+    "one expert": {"num_experts_per_tok": 1},
+}
+PATTERNS: dict[str, Callable[[str], str]] = {
+    "windows": lambda pattern: pattern.replace("*", "w", 1),
+    "windows only": lambda pattern: pattern.replace("*", "w"),
+    "dense first": lambda pattern: pattern.replace("E", "-", 1),
+    "dense last": lambda pattern: "-".join(pattern.rsplit("E", 1)),
 }
 
 
-def model(base: str, option: str) -> ModelConfig | None:
-    """A family's case with an option; None where that is no model, or the same as without."""
-    config = dataclasses.replace(read_config(stored()[base]["config"])[1], mtp_depths=0)
+def as_it_is(base: str) -> ModelConfig:
+    """A family's case."""
+    return dataclasses.replace(read_config(stored()[base]["config"])[1], mtp_depths=0)
+
+
+def with_option(base: str, config: ModelConfig, option: str) -> ModelConfig | None:
+    """The model with an option; None where there is none, where it reads the same, or where the family refuses it."""
     changes = dict(OPTIONS[option])
     for field, value in changes.items():
         if value == "other":
             changes[field] = not getattr(config, field)
-        if value == "windows":
-            changes[field] = config.pattern.replace("*", "w", 1)
+        if field == "pattern":
+            changes[field] = PATTERNS[value](config.pattern)
     try:
         found = dataclasses.replace(config, **changes)
+        write_config(base, found)
     except ConfigError:
         return None
-    return None if option != "as it is" and found == config else found
+    return None if plain_model(found) == plain_model(config) else found
 
 
-def fresh(base: str, option: str) -> dict | str:
-    """The config.json of a new export, or the refusal."""
-    found = model(base, option)
-    if found is None:
-        return "no model"
-    try:
-        return write_config(base, found)
-    except ConfigError as error:
-        return str(error)
+def together(base: str) -> tuple[ModelConfig, list[str]]:
+    """A family's case with all of COMPUTED that go together, and which those are."""
+    config, taken = as_it_is(base), []
+    for option in COMPUTED:
+        if (base, option) != UPPER_LIMIT and (found := with_option(base, config, option)) is not None:
+            config, taken = found, [*taken, option]
+    return config, taken
 
 
 def write_ours(folder: Path, config: ModelConfig, family: str) -> None:
@@ -226,27 +246,129 @@ def test_a_longer_context_does_not_move_yarn_s_original_one():
     assert config.yarn_original_positions == 64
 
 
-# Of the other families test_peer exchanges models written by transformers; every option of each is minutes of work.
+# What is computed with, in an order in which many go together; the other options change names and shapes.
+COMPUTED = (
+    "mlp_bias shared", "partial rotary", "interleaved", "yarn untruncated", "yarn mscale", "limit", "renormalised",
+    "groups", "scaled", "epsilon", "windows", "steps at least", "steps at most", "rank", "gelu", "one group", "one key",
+)  # fmt: skip
+UPPER_LIMIT = ("nemotron_h", "steps at most")  # transformers 5.23 ignores it there (transformers#48989)
+
+
+def exported(folder: Path, config: ModelConfig, family: str) -> Path:
+    """A Hugging Face folder of the model, beside Orogen's own folder of it."""
+    write_ours(folder, config, family)
+    export(folder, folder.with_name(f"{folder.name}_hf"))
+    return folder.with_name(f"{folder.name}_hf")
+
+
+def read_by_transformers(folder: Path) -> tuple[Any, dict[str, list[str]]]:
+    """The model that transformers makes of the folder, and the names with which it finds fault."""
+    import torch
+    import transformers
+
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    found, faults = load(folder, dtype=torch.float32, output_loading_info=True)
+    return found, {kind: sorted(map(str, names)) for kind, names in faults.items() if names}
+
+
+def off(ours: Path, theirs: Any, tokens_bt: np.ndarray) -> float:
+    """The largest difference of logits, of their range."""
+    import torch
+
+    theirs.set_experts_implementation("eager")  # torch's grouped product takes no rows of odd lengths
+    with torch.no_grad():
+        expected = theirs.eval()(torch.tensor(tokens_bt)).logits.numpy()
+    return float(np.abs(logits(ours, tokens_bt) - expected).max() / np.ptp(expected))
+
+
 @pytest.mark.peer
-@pytest.mark.parametrize("base", ["nemotron_h"])
-def test_transformers_reads_every_option_as_we_compute_it(base, tmp_path):
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    tokens, seen, wrong = np.random.default_rng(2).integers(3, 96, (2, 37)), [], {}
-    for number, option in enumerate(OPTIONS):
-        if isinstance(fresh(base, option), str):
-            continue
-        seen.append(option)
-        ours, theirs = tmp_path / f"{number}", tmp_path / f"{number}_hf"
-        write_ours(ours, model(base, option), base)
-        export(ours, theirs)
-        family = json.loads((theirs / "config.json").read_text())["model_type"]
-        load = transformers.AutoModelForCausalLM.from_pretrained
-        peer, info = load(theirs, dtype=torch.float32, output_loading_info=True)
-        peer.set_experts_implementation("eager")
-        with torch.no_grad():
-            expected = peer.eval()(torch.tensor(tokens)).logits.numpy()
-        off = float(np.abs(logits(ours, tokens) - expected).max() / np.ptp(expected))
-        if any(info.values()) or off > 1e-5:
-            wrong[option] = family, off, {k: sorted(map(str, v))[:3] for k, v in info.items() if v}
-    assert not wrong, (wrong, seen)
-    assert {"as it is", "tied or not"} <= set(seen)
+@pytest.mark.parametrize("base", BASES)
+def test_transformers_finds_every_tensor_of_every_option(base, tmp_path):
+    """No key is missing and none unexpected, tied and untied."""
+    pytest.importorskip("torch"), pytest.importorskip("transformers")
+    models = {option: found for option in OPTIONS if (found := with_option(base, as_it_is(base), option)) is not None}
+    wrong = {}
+    for option, config in {"as it is": as_it_is(base), **models}.items():
+        for tied in (False, True):
+            config = dataclasses.replace(config, tie_word_embeddings=tied)
+            hf = exported(tmp_path / f"{option} {tied}", config, base)
+            assert json.loads((hf / "config.json").read_text())["model_type"] == base
+            if faults := read_by_transformers(hf)[1]:
+                wrong[option, tied] = faults
+    assert not wrong
+    assert {"tied or not", "epsilon"} <= models.keys()
+
+
+# How many options go together, so that none is left out unseen.
+TOGETHER = {
+    "nemotron_h": 9, "mamba2": 4, "mamba": 2, "deepseek_v3": 8, "mixtral": 5, "qwen2_moe": 7, "qwen3_moe": 6,
+    "gpt_oss": 6, "nemotron": 5, "gpt2": 2,
+}  # fmt: skip
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("base", BASES)
+def test_transformers_computes_with_the_options_as_we_do(base, tmp_path):
+    pytest.importorskip("torch"), pytest.importorskip("transformers")
+    config, taken = together(base)
+    assert len(taken) == TOGETHER[base], taken
+    cases = {"as it is": as_it_is(base), "together": config}
+    if base == "deepseek_v3":
+        cases["no shared expert"] = with_option(base, as_it_is(base), "no shared expert")
+    tokens_bt = np.random.default_rng(2).integers(3, 96, (2, 37))
+    found = {}
+    for name, config in cases.items():
+        theirs = read_by_transformers(exported(tmp_path / name, config, base))[0]
+        found[name] = off(tmp_path / name, theirs, tokens_bt)
+    assert max(found.values()) < 1e-5, found
+
+
+DEEP = {"pattern": "+-" * 60 + "+E/+E", "mtp_depths": 1}  # the block is layer 61
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize(("base", "fields"), [("nemotron_h", {"pattern": "MEM*-EME/*E"}), ("deepseek_v3", DEEP)])
+def test_transformers_knows_the_mtp_block_of_an_export(base, fields, tmp_path):
+    pytest.importorskip("torch"), pytest.importorskip("transformers")
+    config = dataclasses.replace(read_config(stored()[base]["config"])[1], **fields)
+    assert read_by_transformers(exported(tmp_path / "ours", config, base))[1] == {}
+
+
+def shallow() -> ModelConfig:
+    return dataclasses.replace(read_config(stored()["deepseek_v3"]["config"])[1], pattern="+-+E/+E", mtp_depths=1)
+
+
+def test_a_line_says_what_transformers_makes_otherwise(tmp_path, capsys):
+    exported(tmp_path / "deep", dataclasses.replace(shallow(), **DEEP), "deepseek_v3")
+    assert capsys.readouterr().err == ""
+    exported(tmp_path / "shallow", shallow(), "deepseek_v3")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "model.layers.2.* hold the multi-token-prediction block" in line
+    limited = dataclasses.replace(read_config(stored()["nemotron_h"]["config"])[1], time_step_max=0.4)
+    exported(tmp_path / "limited", limited, "nemotron_h")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no upper limit of time steps, which is 0.4 here" in line
+
+
+@pytest.mark.peer
+def test_transformers_does_not_know_just_those(tmp_path):
+    pytest.importorskip("torch"), pytest.importorskip("transformers")
+    faults = read_by_transformers(exported(tmp_path / "ours", shallow(), "deepseek_v3"))[1]
+    assert faults.keys() == {"unexpected_keys"} and len(faults["unexpected_keys"]) > 20
+    assert all(name.startswith("model.layers.2.") for name in faults["unexpected_keys"])
+
+
+def test_deepseek_without_shared_experts_has_them_without_columns(tmp_path):
+    """As its class has them, which cannot be without."""
+    config = dataclasses.replace(shallow(), moe_shared_expert_intermediate_size=None)
+    tensors = read(exported(tmp_path / "ours", config, "deepseek_v3"))
+    assert tensors["model.layers.1.mlp.shared_experts.down_proj.weight"].shape == (config.hidden_size, 0)
+    assert "model.layers.0.mlp.shared_experts.down_proj.weight" not in tensors
+    from_hf(tmp_path / "ours_hf", tmp_path / "again")
+    export(tmp_path / "again", tmp_path / "back")
+    assert same(read(tmp_path / "back"), tensors)
+    others = {name: a for name, a in tensors.items() if a.size}  # as DeepSeek's own code has them
+    save_file(others, tmp_path / "ours_hf" / "model.safetensors")
+    from_hf(tmp_path / "ours_hf", tmp_path / "without")
+    export(tmp_path / "without", tmp_path / "exact")
+    assert same(read(tmp_path / "exact"), others)

@@ -24,6 +24,7 @@ from orogen.convert.config import family_of, mtp_blocks, read_config, write_conf
 from orogen.convert.tensor_files import DTYPES, Spec, TensorReader, TensorWriter, check_fits, new_folder
 from orogen.data.tokenizer import Tokenizer
 from orogen.train.metrics import write_atomically
+from orogen.train.streams import say
 
 CONFIG, KEPT, GENERATION = "config.gin", "huggingface.json", "generation_config.json"
 TOKENIZER_FILES = (
@@ -65,12 +66,12 @@ class HuggingFaceFolder:
         self.config = config
         self.table = names.table(self.family, config, mtp_blocks=mtp_blocks(self.values))
         have = {name: self.reader.specs[stored].shape for name, stored in self.stored.items()}
-        optional = {name for name, tensor in self.table.items() if tensor.copy_of is not None}
+        optional = {name for name, tensor in self.table.items() if tensor.optional}
         check_shapes(folder, have, {name: tensor.shape for name, tensor in self.table.items()}, optional)
         self.copies = sorted(optional & have.keys())
         for name in self.copies:
-            original = self.table[name].copy_of or ""
-            if not self.reader.equal(self.stored[name], self.stored[original]):
+            original = self.table[name].copy_of
+            if original is not None and not self.reader.equal(self.stored[name], self.stored[original]):
                 raise ConfigError(f"{folder}: {name} is not equal to {original}; expected a copy of it")
 
     def _untied(self, config: ModelConfig) -> ModelConfig:
@@ -184,8 +185,9 @@ def to_hf(
 
     specs, read: the parameters, by path and index in their leading axes. source: the folder that has the tokenizer and
     huggingface.json, if there is one. dtype: of every tensor but the routers' correction biases, which stay float32;
-    None: as the parameters have it. context: tokens of a row in training, if that is known. Raises ConfigError, also
-    for a number that is too large for its tensor's dtype, and leaves no `target` then.
+    None: as the parameters have it. context: tokens of a row in training, if that is known. Lines on stderr name what
+    transformers makes otherwise. Raises ConfigError, also for a number that is too large for its tensor's dtype, and
+    leaves no `target` then.
     """
     kept = read_json(source / KEPT, KEPT_FORM) if (source / KEPT).is_file() else {}
     values: dict[str, Any] = kept.get("config", {})
@@ -194,10 +196,10 @@ def to_hf(
     table = names.table(family, config, mtp_blocks=mtp_blocks(written))
     wanted = names.leaf_shapes(table)
     check_shapes(source, {dotted(p): s.shape for p, s in specs.items()}, {dotted(p): s for p, s in wanted.items()})
-    copies = kept.get("copies", [n for n, t in table.items() if t.copy_of and t.written])
+    copies = kept.get("copies", [n for n, t in table.items() if t.optional and t.written])
     if not names.FAMILIES[family].ties:  # its class would draw at random a head that the files lack
         copies = [*copies, names.HEAD]
-    table = {n: t for n, t in table.items() if t.copy_of is None or n in copies}
+    table = {n: t for n, t in table.items() if not t.optional or n in copies}
     dtypes = _target_dtypes(table, {path: spec.dtype for path, spec in specs.items()}, dtype, kept.get("dtypes", {}))
     written = _with_dtype(written, values, dtypes.values())
     if not values:
@@ -214,6 +216,8 @@ def to_hf(
         copy_tokenizer(source / "tokenizer", scratch)
         _copy([GENERATION], source, scratch)
         write_atomically(scratch / "config.json", (json.dumps(written, indent=2) + "\n").encode())
+    for remark in names.remarks(family, config, mtp_blocks=mtp_blocks(written)):
+        say(f"{target}: {remark}")
 
 
 def _for_each(work: Callable[[str], None], tensors: list[str]) -> None:
@@ -295,9 +299,11 @@ def _promoted(dtypes: Iterable[np.dtype]) -> np.dtype:
 
 
 def _tensor_dtypes(table: names.Table, leaves: Mapping[names.Path, np.dtype]) -> dict[str, np.dtype]:
-    """The dtype of each tensor as its pieces have it; copies are as what they repeat."""
+    """The dtype of each tensor as its pieces have it; copies are as what they repeat, those of no numbers as the first
+    tensor."""
     found = {n: _promoted(leaves[p.path] for p in t.pieces) for n, t in table.items() if t.pieces}
-    return found | {n: found[t.copy_of] for n, t in table.items() if t.copy_of}
+    first = next(iter(found.values()))
+    return found | {n: found.get(t.copy_of or "", first) for n, t in table.items() if t.optional}
 
 
 def _target_dtypes(

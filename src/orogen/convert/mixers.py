@@ -232,10 +232,13 @@ def nemotron_h_experts(c: ModelConfig) -> Rules:
 
 
 def deepseek_experts(c: ModelConfig) -> Rules:
-    """Routed and shared experts of DeepSeek-V3."""
+    """Routed and shared experts of DeepSeek-V3; transformers' class without shared ones has them without columns."""
     yield from _router(c, "mlp.gate")
     yield from _experts(c, "mlp.experts", GATE_UP_DOWN)
     yield from _shared(c, "mlp.shared_experts", GATE_UP_DOWN)
+    if c.moe_shared_expert_intermediate_size is None:
+        for rule in _mlp("mlp.shared_experts", (), GATE_UP_DOWN, c.hidden_size, 0):
+            yield rule._replace(parts=())
 
 
 def qwen_experts(c: ModelConfig) -> Rules:

@@ -65,8 +65,8 @@ class Piece(NamedTuple):
 class Tensor(NamedTuple):
     """A tensor's shape, its pieces, and whether it stays float32 when the others are written in another dtype.
 
-    copy_of: the tensor that it repeats, whose pieces it then has not; such a tensor may be missing. written: whether
-    transformers writes that copy.
+    copy_of: the tensor that it repeats, whose pieces it then has not; such a tensor may be missing, as one of no
+    numbers may. written: whether transformers writes that copy.
     """
 
     shape: Shape
@@ -74,6 +74,11 @@ class Tensor(NamedTuple):
     float32: bool = False
     copy_of: str | None = None
     written: bool = True
+
+    @property
+    def optional(self) -> bool:
+        """Whether a folder may lack it."""
+        return not self.pieces
 
 
 Table = dict[str, Tensor]
@@ -278,3 +283,21 @@ def mtp_name(family: str, config: ModelConfig) -> Callable[[str], bool]:
     number = len(config.layers.main) // 2
     start = "mtp." if family == "nemotron_h" else f"model.layers.{number}."
     return lambda name: name.startswith(start)
+
+
+DEEPSEEK_MTP_LAYER = 61  # the number of DeepSeek-V3's own: transformers' class knows the block under no other
+
+
+def remarks(family: str, config: ModelConfig, *, mtp_blocks: int) -> list[str]:
+    """What transformers 5.23 makes otherwise of an export, one line each."""
+    found = []
+    if family == "nemotron_h" and config.time_step_max is not None:
+        found.append(f"transformers has no upper limit of time steps, which is {config.time_step_max} here")
+    first = len(config.layers.main) // 2
+    blocks = range(first, first + mtp_blocks) if family == "deepseek_v3" and config.layers.mtp else ()
+    if others := [f"model.layers.{number}.*" for number in blocks if number != DEEPSEEK_MTP_LAYER]:
+        found.append(
+            f"{', '.join(others)} hold the multi-token-prediction block, which transformers knows as layer "
+            f"{DEEPSEEK_MTP_LAYER} alone: it leaves them out as unexpected"
+        )
+    return found
