@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from orogen.config.checks import ConfigError
-from orogen.train.metrics import MetricsWriter, Progress, read_metrics, write_atomically
+from orogen.train.metrics import MetricsWriter, Progress, read_metrics
 
 
 def step_metrics(step: int) -> dict[str, object]:
@@ -191,14 +191,6 @@ def test_a_resume_within_the_second_keeps_earlier_events(tmp_path):
     run(tmp_path, range(1, 4))
     run(tmp_path, range(4, 6), resume_step=3)
     assert [step for step, tag, _ in events(tmp_path) if tag == "loss"] == [1, 2, 3, 4, 5]
-
-
-def test_an_atomic_write_replaces_the_whole_file(tmp_path):
-    path = tmp_path / "page.html"
-    path.write_bytes(b"a long old page")
-    write_atomically(path, b"new")
-    assert path.read_bytes() == b"new"
-    assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
 
 
 class Clock:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from orogen.config.checks import ConfigError
+from orogen.config.files import write_atomically
 from orogen.config.json_file import ListOf, MapOf, Record, read_json
 from orogen.config.load import load_saved, model_text
 from orogen.config.model import ModelConfig
@@ -23,7 +24,6 @@ from orogen.convert import names
 from orogen.convert.config import family_of, mtp_blocks, read_config, write_config
 from orogen.convert.tensor_files import DTYPES, Spec, TensorReader, TensorWriter, check_fits, new_folder
 from orogen.data.tokenizer import Tokenizer
-from orogen.train.metrics import write_atomically
 from orogen.train.streams import say
 
 CONFIG, KEPT, GENERATION = "config.gin", "huggingface.json", "generation_config.json"

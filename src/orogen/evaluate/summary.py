@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from orogen.config.files import write_atomically
 from orogen.config.run import RunConfig
 from orogen.data.packing import trained_text
 from orogen.evaluate import ngram
 from orogen.infer.generate import Loaded, generate, load_checkpoint
 from orogen.model.count import count
 from orogen.train.loop import Trained, batches_until
-from orogen.train.metrics import read_metrics, write_atomically
+from orogen.train.metrics import read_metrics
 from orogen.train.report import write_report
 
 SAMPLE_TEMPERATURE, SAMPLE_TOP_P = 0.7, 0.9

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from orogen.config.checks import ConfigError
-from orogen.train.metrics import write_atomically
+from orogen.config.files import write_atomically
 
 NAME = "checksums.sha256"
 HEAD = "# sha256 of the lines below: "

@@ -21,7 +21,6 @@ and named in the key `nonfinite`, a list of [key, index, …, "nan" | "inf" | "-
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +31,7 @@ import rich.console
 import rich.progress
 
 from orogen.config.checks import ConfigError
+from orogen.config.files import write_atomically
 
 FILE_NAME = "metrics.jsonl"
 NONFINITE = "nonfinite"
@@ -115,16 +115,6 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     Raises FileNotFoundError if there is no file, ValueError if a line other than the last cannot be read.
     """
     return [_restore(record) for _, record in _lines(Path(run_dir) / FILE_NAME)]
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader, or a crash, meets the whole of the old one or the whole of the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 class Progress:

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from orogen.train.metrics import read_metrics, write_atomically
+from orogen.config.files import write_atomically
+from orogen.train.metrics import read_metrics
 from orogen.train.pictures import (
     DARK,
     LIGHT,

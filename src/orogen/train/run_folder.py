@@ -12,10 +12,10 @@ from typing import Any
 import jax
 
 from orogen.config.checks import ConfigError
+from orogen.config.files import write_atomically
 from orogen.config.load import load_saved
 from orogen.config.run import RunConfig
 from orogen.train.lock import NAME as LOCK
-from orogen.train.metrics import write_atomically
 
 # What a run may change when it goes on: where it runs, for how long, and what it writes down.
 FREE_TRAIN_FIELDS = (
