@@ -29,7 +29,8 @@ from orogen.config.checks import ConfigError
 from orogen.config.load import load
 from orogen.convert.huggingface import from_hf
 from orogen.data.sources import read_documents
-from orogen.data.tokenizer import Tokenizer, byte_tokenizer, train_bpe
+from orogen.data.tokenizer import Tokenizer
+from orogen.data.vocabulary import byte_tokenizer, train_bpe
 from orogen.infer.score import read_array
 
 TEXTS = [f"document {number}: a few words, é and 🙂\n" * (number % 3) for number in range(12)]

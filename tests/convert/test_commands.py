@@ -17,7 +17,7 @@ from tests.test_cli import bound
 from orogen.cli import main
 from orogen.config.load import load
 from orogen.convert.checkpoint import load_checkpoint
-from orogen.data.tokenizer import byte_tokenizer
+from orogen.data.vocabulary import byte_tokenizer
 from orogen.infer.generate import generate
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "models"

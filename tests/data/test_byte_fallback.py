@@ -12,7 +12,8 @@ from orogen.config.checks import ConfigError
 from orogen.config.data import DataConfig
 from orogen.data.loader import open_corpus
 from orogen.data.packing import piece_texts, prefix_byte_count, target_byte_count
-from orogen.data.tokenizer import Tokenizer, byte_tokenizer
+from orogen.data.tokenizer import Tokenizer
+from orogen.data.vocabulary import byte_tokenizer
 
 
 def wrapped(backend: tokenizers.Tokenizer) -> Tokenizer:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from orogen.config.data import DataConfig
 from orogen.data.loader import make_loader, open_corpus
 from orogen.data.packing import document_stream, piece_texts, target_byte_count, trained_text
-from orogen.data.tokenizer import byte_tokenizer, train_bpe
+from orogen.data.vocabulary import byte_tokenizer, train_bpe
 
 SHAPE = {"batch_size": 6, "sequence_length": 32}
 WORDS = "the of layer state 'x' é 🙂 <bos> \r\n return".split(" ")

@@ -11,7 +11,8 @@ from orogen.config.checks import ConfigError
 from orogen.config.data import DataConfig
 from orogen.data import long_text
 from orogen.data.loader import open_corpus
-from orogen.data.tokenizer import Tokenizer, byte_tokenizer, train_bpe
+from orogen.data.tokenizer import Tokenizer
+from orogen.data.vocabulary import byte_tokenizer, train_bpe
 
 WORDS = ["the ", "a b  ", " ", "漢", "x\n", "ab", "    print", "12345", "🙂", "\r\n\r\n", "<tool>"]
 TEXTS = ["the quick brown fox\n    print(12)\n" * 20, "def main():\n        pass  # ab ab\n" * 20]

@@ -18,7 +18,7 @@ from orogen.data.packing import (
     target_byte_count,
     trained_text,
 )
-from orogen.data.tokenizer import byte_tokenizer
+from orogen.data.vocabulary import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=12)

@@ -3,11 +3,14 @@
 import json
 
 import pytest
+import tokenizers
 from tests.data import vocabularies
 from tests.data.vocabularies import template
+from tokenizers import processors
 
 from orogen.config.checks import ConfigError
-from orogen.data.tokenizer import Tokenizer, byte_tokenizer
+from orogen.data.tokenizer import Tokenizer
+from orogen.data.vocabulary import byte_tokenizer, train_bpe
 
 BOTH = {"bos_token": "<s>", "eos_token": "</s>"}
 FRONT, BACK = template("<s>"), template("", "</s>")
@@ -72,6 +75,47 @@ def test_a_prompt_of_no_token_is_bos(tmp_path):
 def test_our_own_tokenizers_put_bos_in_front(tmp_path):
     byte_tokenizer().save(tmp_path)
     assert Tokenizer.load(tmp_path).prompt_ids("a") == byte_tokenizer().prompt_ids("a") == [1, ord("a") + 3]
+
+
+OFFSETS = processors.ByteLevel(trim_offsets=True)
+POST = {
+    "none": None,
+    "offsets": OFFSETS,
+    "bos and eos": template("<s>", "</s>"),
+    "offsets, bos and eos": processors.Sequence([OFFSETS, template("<s>", "</s>")]),
+    "roberta": processors.RobertaProcessing(("</s>", 2), ("<s>", 1)),
+}
+
+
+@pytest.mark.parametrize("name", POST)
+def test_a_run_s_saved_tokenizer_puts_bos_in_front_for_other_readers_too(name, tmp_path):
+    before = Tokenizer.load(folder_of(tmp_path, BOTH, POST[name])).as_in_training()
+    before.save(tmp_path / "saved")
+    backend = tokenizers.Tokenizer.from_file(str(tmp_path / "saved" / "tokenizer.json"))
+    for text in ("ab", "", "<s> a"):
+        assert backend.encode(text).ids[:1] == [1]
+    assert backend.encode("ab").ids == before.prompt_ids("ab") == [1, 268]
+    again = Tokenizer.load(tmp_path / "saved")
+    assert again.fingerprint == before.fingerprint == again.as_in_training().fingerprint
+    assert again.prompt_ids("ab") == [1, 268]
+    kept = json.loads((tmp_path / "saved" / "tokenizer.json").read_text())["post_processor"]
+    assert ("processors" in kept) == ("offsets" in name)  # what only moves offsets stays
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("name", ["byte", "bpe", *POST])
+def test_transformers_puts_the_same_around_a_text(name, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    if name in POST:
+        tokenizer = Tokenizer.load(folder_of(tmp_path, BOTH, POST[name])).as_in_training()
+    else:
+        tokenizer = byte_tokenizer() if name == "byte" else train_bpe(["to be or not to be"] * 3, vocab_size=262)
+    tokenizer.save(tmp_path / "saved")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    for text in ("ab", "", "a  b\n é"):
+        ids = theirs(text)["input_ids"]
+        assert ids == tokenizer.prompt_ids(text) and ids[0] == tokenizer.bos_id
+    assert theirs.decode(theirs("a b")["input_ids"], skip_special_tokens=True) == "a b"
 
 
 def test_a_run_puts_bos_in_front_whatever_its_tokenizer_came_from(tmp_path):

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from orogen.config.checks import ConfigError
 from orogen.config.data import DataConfig
 from orogen.data.loader import open_corpus
-from orogen.data.tokenizer import SPECIALS, Tokenizer, byte_tokenizer, check_vocab_size, make_tokenizer, train_bpe
+from orogen.data.specials import SPECIALS
+from orogen.data.tokenizer import Tokenizer, check_vocab_size
+from orogen.data.vocabulary import byte_tokenizer, make_tokenizer, train_bpe
 
 TEXTS = [
     f"def function_{i}(value):\n    '''Returns the value {i}.'''\n    return value + {i * 37}  # café\r\n"
@@ -90,7 +92,7 @@ def test_bytes_are_their_value_plus_three():
 def test_the_byte_lookup_agrees_with_its_tokenizers_file(text):
     tokenizer = TOKENIZERS["byte"]
     assert tokenizer._token_of_byte is not None
-    assert tokenizer.encode(text).tolist() == tokenizer._backend.encode(text).ids
+    assert [tokenizer.bos_id, *tokenizer.encode(text).tolist()] == tokenizer._backend.encode(text).ids
 
 
 def test_bpe_has_the_size_asked_for_and_merges(tokenizer):
@@ -138,7 +140,7 @@ def test_a_special_whose_name_is_no_text_is_refused(tmp_path, role, name):
 def test_training_twice_gives_one_file():
     """In two more processes: hash seeds, which order Python's and Rust's tables, differ there."""
     command = (
-        "import sys, json; from orogen.data.tokenizer import train_bpe;"
+        "import sys, json; from orogen.data.vocabulary import train_bpe;"
         "print(train_bpe(json.load(sys.stdin), vocab_size=330).fingerprint)"
     )
     for _ in range(2):

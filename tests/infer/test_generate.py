@@ -5,7 +5,7 @@ import jax
 from orogen.config.data import DataConfig
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
-from orogen.data.tokenizer import make_tokenizer
+from orogen.data.vocabulary import make_tokenizer
 from orogen.infer.generate import Loaded, generate
 from orogen.model.lm import build, initial_state
 from orogen.parallel.plan import single_device_plan

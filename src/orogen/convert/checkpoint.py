@@ -134,7 +134,9 @@ def origin(folder: Path) -> Origin:
     def keep(run_dir: Path) -> None:
         copy_kept(folder, run_dir)
 
-    return Origin(lambda built, place: load_parameters(folder, built, place), read_tokenizer(folder), keep)
+    tokenizer = read_tokenizer(folder)
+    known = None if tokenizer is None else tokenizer.as_in_training()
+    return Origin(lambda built, place: load_parameters(folder, built, place), known, keep)
 
 
 def export(source: Path, target: Path, *, dtype: str | None = None) -> None:

@@ -19,7 +19,8 @@ from orogen.data import corpora, sources
 from orogen.data.lanes import LaneRows
 from orogen.data.packing import Batch, Stream, cut, document_stream, empty_batch, pack
 from orogen.data.sources import Document
-from orogen.data.tokenizer import Tokenizer, check_vocab_size, make_tokenizer
+from orogen.data.tokenizer import Tokenizer, check_vocab_size
+from orogen.data.vocabulary import make_tokenizer
 
 # Rows are packed, and shuffled, within a window of documents of at least this many tokens and rows: wide enough
 # that a batch mixes about a hundred source files and that the one unfilled row of a window does not matter.

@@ -1,4 +1,4 @@
-"""What the steps of a tokenizer's file do to a text before its words become tokens."""
+"""What the steps of a tokenizer's file do to a text before its words become tokens, and to these tokens after."""
 
 from typing import Any
 
@@ -28,6 +28,21 @@ def without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
         return {**part, inside: [step for step in steps if step is not None]}
     changes = {"prepend_scheme": "never"} if part["type"] == "Metaspace" else {"add_prefix_space": False}
     return {**part, **{key: value for key, value in changes.items() if key in part}}
+
+
+def with_bos(post_processor: dict[str, Any] | None, bos: str, bos_id: int) -> dict[str, Any]:
+    """A post-processor that puts bos before every text and nothing else around it; one of offsets alone is kept."""
+    token = lambda segment: {"SpecialToken": {"id": bos, "type_id": segment}}  # noqa: E731
+    text = lambda name, segment: {"Sequence": {"id": name, "type_id": segment}}  # noqa: E731
+    template = {
+        "type": "TemplateProcessing",
+        "single": [token(0), text("A", 0)],
+        "pair": [token(0), text("A", 0), token(1), text("B", 1)],
+        "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
+    }
+    steps = [] if post_processor is None else post_processor.get("processors", [post_processor])
+    kept = [step for step in steps if step["type"] == "ByteLevel"]
+    return {"type": "Sequence", "processors": [*kept, template]} if kept else template
 
 
 def _flat(part: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -72,10 +72,17 @@ def _around(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """What is put before and after a text: the post-processor decides, as in transformers 5.23, which reads
     add_bos_token and add_eos_token for no tokenizer.json; they decide here where there is no post-processor."""
+    if backend.post_processor is not None:
+        return ids_around(backend)
+    chosen = [named[role] if settings.get(f"add_{role}_token") else None for role in ("bos", "eos")]
+    front, back = (() if name is None else (special_id(backend, name),) for name in chosen)
+    return front, back
+
+
+def ids_around(backend: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids that a tokenizer's post-processor puts before and after a text. Raises ConfigError if it does more."""
     if backend.post_processor is None:
-        chosen = [named[role] if settings.get(f"add_{role}_token") else None for role in ("bos", "eos")]
-        front, back = (() if name is None else (special_id(backend, name),) for name in chosen)
-        return front, back
+        return (), ()
     with panics_refused("a post-processor that puts ids around a text"):
         text = backend.encode("a", add_special_tokens=False).ids
         whole = backend.encode("a", add_special_tokens=True).ids

@@ -7,7 +7,6 @@ import copy
 import hashlib
 import itertools
 import json
-import os
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -16,28 +15,21 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import models
 
 from orogen.config.checks import ConfigError, shown
-from orogen.config.data import DataConfig
+from orogen.config.files import write_atomically
 from orogen.config.json_file import ListOf, MapOf, Record, Whole, read_json
 from orogen.data import long_text
 from orogen.data.panics import panics_refused
-from orogen.data.pipeline import normalizers_of, only_spaces, without_prefix
-from orogen.data.specials import BOS, EOS, PAD, SETTINGS, SPECIALS, read_specials, special_id
-from orogen.data.token_bytes import BYTE_OF_CHARACTER, MAX_TOKENS, SPACE, check_ids, token_bytes
+from orogen.data.pipeline import normalizers_of, only_spaces, with_bos, without_prefix
+from orogen.data.specials import SETTINGS, ids_around, read_specials, special_id
+from orogen.data.token_bytes import MAX_TOKENS, SPACE, check_ids, token_bytes
 
 TOKEN_ID = Whole(0, MAX_TOKENS - 1)
 MODEL_FORM = Record({}, {"vocab": (MapOf(TOKEN_ID), list)})
 TOKENIZER_FORM = Record(
     {"model": MODEL_FORM}, {"added_tokens": (ListOf(Record({"id": TOKEN_ID, "content": str})), None)}
-)
-
-# Words with their leading space, numbers by threes, punctuation, line ends, indentation: the split that OpenAI's
-# cl100k_base uses (github.com/openai/tiktoken, tiktoken_ext/openai_public.py), without possessive quantifiers.
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 # What a vocabulary with byte fallback may take for a space or for a byte.
@@ -147,9 +139,16 @@ class Tokenizer:
         return [*front, *self.encode(text).tolist(), *back] or [self.bos_id]
 
     def as_in_training(self) -> "Tokenizer":
-        """The tokenizer with bos before prompts, as `document_stream` puts it before the documents of every run."""
+        """The tokenizer with bos before prompts, as `document_stream` puts it before the documents of every run.
+
+        Its post-processor says so too, which is what `tokenizers` and transformers go by.
+        """
         other = copy.copy(self)
         other._around = ((self.bos_id,), ())
+        if ids_around(self._backend) != other._around:
+            bos = self._special_names["bos_token"]
+            other._file = {**self._file, "post_processor": with_bos(self._file["post_processor"], bos, self.bos_id)}
+            other._backend = _as_text(tokenizers.Tokenizer.from_str(json.dumps(other._file)))
         return other
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -199,11 +198,12 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         names: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self._special_names}
-        names["add_bos_token"] = True  # documents begin with it, so prompts do
+        front, back = self._around  # for readers that take this before the post-processor of tokenizer.json
+        names |= {"add_bos_token": front == (self.bos_id,), "add_eos_token": back == (self.eos_id,)}
         names["clean_up_tokenization_spaces"] = False  # true would drop spaces before punctuation on decoding
         # The names come first: a folder that has a tokenizer.json is complete.
-        _write_atomically(folder / SETTINGS, json.dumps(names, indent=2) + "\n")
-        _write_atomically(folder / "tokenizer.json", self._backend.to_str(pretty=True) + "\n")
+        write_atomically(folder / SETTINGS, (json.dumps(names, indent=2) + "\n").encode())
+        write_atomically(folder / "tokenizer.json", (self._backend.to_str(pretty=True) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
@@ -278,63 +278,6 @@ class Tokenizer:
         return None if longer or len(table) < 256 else np.array([table[byte] for byte in range(256)], np.int32)
 
 
-def byte_tokenizer() -> Tokenizer:
-    """The 256 bytes after the three specials: byte b is token b + 3."""
-    characters = sorted(BYTE_OF_CHARACTER, key=lambda c: BYTE_OF_CHARACTER[c])
-    backend = tokenizers.Tokenizer(
-        models.BPE(vocab={token: i for i, token in enumerate((*SPECIALS, *characters))}, merges=[])
-    )
-    backend.add_special_tokens(list(SPECIALS))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    return Tokenizer(backend, pad=PAD, bos=BOS, eos=EOS)
-
-
-def train_bpe(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
-    """Byte-level BPE learnt from the texts: specials, 256 bytes, then merges. The same texts give the same file.
-
-    Raises ConfigError if the texts have too few repeated pairs for `vocab_size`. Source: arXiv:1508.07909.
-    """
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        special_tokens=list(SPECIALS),
-        initial_alphabet=sorted(BYTE_OF_CHARACTER),
-        show_progress=False,
-    )
-    # Of a copy: the library locks a tokenizer while it trains, and the texts are cut meanwhile.
-    cutter = long_text.Cutter(tokenizers.Tokenizer.from_str(backend.to_str()), [], [])
-    with panics_refused():
-        backend.train_from_iterator((piece for text in texts for piece in cutter.pieces(text)), trainer)
-    if backend.get_vocab_size() != vocab_size:
-        raise ConfigError(
-            f"DataConfig.vocab_size = {vocab_size}: expected at most {backend.get_vocab_size()}, "
-            "which is all that the train split's repeated pairs give"
-        )
-    return Tokenizer(backend, pad=PAD, bos=BOS, eos=EOS)
-
-
-def make_tokenizer(config: DataConfig, train_texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer that the config names; `train_texts` are read only to train one. Raises ConfigError."""
-    if config.tokenizer == "byte":
-        return byte_tokenizer()
-    if config.tokenizer == "bpe":
-        assert config.vocab_size is not None
-        return train_bpe(train_texts, vocab_size=config.vocab_size)
-    tokenizer = Tokenizer.load(config.tokenizer)
-    if config.vocab_size is not None:
-        check_vocab_size(tokenizer, config.vocab_size, name="DataConfig.vocab_size")
-    return tokenizer
-
-
 def check_vocab_size(tokenizer: Tokenizer, vocab_size: int, *, name: str = "ModelConfig.vocab_size") -> None:
     """Raises ConfigError, naming the field, if `vocab_size` is not the tokenizer's."""
     if vocab_size != tokenizer.vocab_size:
@@ -395,9 +338,3 @@ def _first_difference(text: str, found: str) -> tuple[str, str]:
     place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(text), len(found)))
     around = slice(max(0, place - 4), place + 8)
     return text[around], found[around]
-
-
-def _write_atomically(file: Path, text: str) -> None:
-    scratch = file.with_name(f".{file.name}.{os.getpid()}")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, file)

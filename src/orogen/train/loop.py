@@ -119,7 +119,8 @@ def _train(
         describe_run(run_dir, text, facts)  # first: it makes the folder this run's
         if linked := facts["data"]["linked_folders"]:
             log(f"corpus {config.data.corpus!r}: {linked} linked folders are passed over")
-        corpus.tokenizer.save(saved)
+        if not (saved / "tokenizer.json").is_file():  # checkpoints hold its checksum: it stays as it is
+            corpus.tokenizer.save(saved)
         if origin is not None:
             origin.keep(run_dir)
         if run.first_step:
