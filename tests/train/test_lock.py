@@ -28,6 +28,19 @@ def test_a_second_holder_is_refused_and_told_who_the_first_is(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("gone", ["lock", "folder", "folder that was there"])
+def test_a_lock_that_is_gone_is_released(tmp_path, gone):
+    run_dir = tmp_path / "run"
+    if gone == "folder that was there":
+        run_dir.mkdir()
+    with RunLock(run_dir, log=print) as lock:
+        lock.path.unlink()
+        if gone != "lock":
+            run_dir.rmdir()
+    lock.release()
+    assert not run_dir.exists()
+
+
 def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path):
     program = (
         "import sys, time; from pathlib import Path; from orogen.train.lock import RunLock\n"

@@ -5,6 +5,7 @@ works on one host alone). The holder touches it every BEAT_SECONDS. On the holde
 whether it is alive; on another host it counts as dead once nobody has touched the lock for STALE_SECONDS.
 """
 
+import contextlib
 import datetime
 import json
 import os
@@ -61,8 +62,10 @@ class RunLock:
         self._released.set()
         if self.mine:
             self.path.unlink(missing_ok=True)
-        if self._made and not any(self.path.parent.iterdir()):
-            self.path.parent.rmdir()
+        if self._made:
+            with contextlib.suppress(FileNotFoundError):  # released before, or somebody removed the folder
+                if not any(self.path.parent.iterdir()):
+                    self.path.parent.rmdir()
 
     def _take_over(self, draft: Path) -> None:
         """Replaces a dead holder's lock. A second link keeps two processes from doing so at once."""
