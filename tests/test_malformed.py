@@ -1,5 +1,6 @@
 """Malformed files: every reader reads them or refuses them in one line, in bounded memory, and writes nothing."""
 
+import functools
 import io
 import json
 import os
@@ -138,6 +139,35 @@ def test_a_header_of_wrong_types_or_ranges_is_refused(tmp_path, header, message)
     (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(24))
     with pytest.raises(ConfigError, match=re.escape(message)):
         TensorReader(tmp_path)
+
+
+MASK = {"dtype": "BOOL", "shape": [2, 3]}
+
+
+@pytest.mark.parametrize(
+    ("mask", "weight", "message"),
+    [
+        ([0, 6], [6, 30], None),
+        ([24, 30], [0, 24], None),
+        ([0, 6], [8, 32], "w begins at byte 8; expected 6, where the tensor before it ends"),
+        ([26, 32], [0, 24], "mask begins at byte 26; expected 24, where the tensor before it ends"),
+        ([20, 26], [0, 24], "mask begins at byte 20; expected 24, where the tensor before it ends"),
+        ([24, 64], [0, 24], "was cut off: mask lies at 24 to 64 of 30 bytes"),
+        ([24, 20], [0, 24], "mask lies at 24 to 20; expected its end behind its start"),
+        ([24, 28], [0, 24], "has 30 bytes of tensors; expected 28"),
+    ],
+)
+def test_a_tensor_that_is_passed_over_lies_where_it_should(tmp_path, mask, weight, message):
+    header = {"mask": MASK | {"data_offsets": mask}, "w": GOOD | {"data_offsets": weight}}
+    text = json.dumps(header).encode()
+    size = 32 if 32 in (*mask, *weight) else 30
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
+    opened = functools.partial(TensorReader, tmp_path, ignored=lambda name: name == "mask")
+    if message is None:
+        assert opened().specs.keys() == {"w"}
+    else:
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            opened()
 
 
 def test_a_name_twice_in_a_header_is_refused(tmp_path):

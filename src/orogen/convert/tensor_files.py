@@ -278,26 +278,32 @@ def _header(file: Path, ignored: Callable[[str], bool]) -> dict[str, _Place]:
             raise ConfigError(f"{file} has no safetensors header: {error}") from None
     places, end = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        (start, stop), kind = entry["data_offsets"], entry["dtype"]
-        if ignored(name) and start == end <= stop:
-            end = stop
-            continue
-        if kind not in DTYPES:
-            raise ConfigError(f"{file}: {name} is {kind}; expected one of {', '.join(DTYPES)}, not quantised weights")
-        if len(entry["shape"]) > MAX_AXES:
-            raise ConfigError(f"{file}: {name} has {len(entry['shape'])} axes; expected at most {MAX_AXES}")
-        spec = Spec(tuple(entry["shape"]), DTYPES[kind])
+        start, stop = entry["data_offsets"]
+        spec = None if ignored(name) else _spec(f"{file}: {name}", entry)
         if 8 + length + stop > size:
             raise ConfigError(f"{file} was cut off: {name} lies at {start} to {stop} of {size - 8 - length} bytes")
-        if stop - start != spec.nbytes:
-            takes = f"{kind} {shown(list(spec.shape))} takes {spec.nbytes}"
+        if spec is None and stop < start:
+            raise ConfigError(f"{file}: {name} lies at {start} to {stop}; expected its end behind its start")
+        if spec is not None and stop - start != spec.nbytes:
+            takes = f"{entry['dtype']} {shown(list(spec.shape))} takes {spec.nbytes}"
             raise ConfigError(f"{file}: {name} lies at {start} to {stop}; expected {takes} bytes")
         if start != end:
             raise ConfigError(f"{file}: {name} begins at byte {start}; expected {end}, where the tensor before it ends")
-        places[name], end = _Place(file, 8 + length + start, spec), stop
+        if spec is not None:
+            places[name] = _Place(file, 8 + length + start, spec)
+        end = stop
     if 8 + length + end != size:
         raise ConfigError(f"{file} has {size - 8 - length} bytes of tensors; expected {end}, as its header says")
     return places
+
+
+def _spec(where: str, entry: dict[str, Any]) -> Spec:
+    """Shape and dtype of a header's entry. Raises ConfigError for what no array here has."""
+    if entry["dtype"] not in DTYPES:
+        raise ConfigError(f"{where} is {entry['dtype']}; expected one of {', '.join(DTYPES)}, not quantised weights")
+    if len(entry["shape"]) > MAX_AXES:
+        raise ConfigError(f"{where} has {len(entry['shape'])} axes; expected at most {MAX_AXES}")
+    return Spec(tuple(entry["shape"]), DTYPES[entry["dtype"]])
 
 
 def _make_header(specs: Mapping[str, Spec]) -> tuple[bytes, dict[str, int]]:
