@@ -16,7 +16,8 @@ from tests.test_cli import bound
 
 from orogen.cli import main
 from orogen.config.load import load
-from orogen.convert.checkpoint import load_checkpoint
+from orogen.convert.checkpoint import export, load_checkpoint
+from orogen.convert.huggingface import from_hf
 from orogen.data.vocabulary import byte_tokenizer
 from orogen.infer.generate import generate
 
@@ -83,6 +84,47 @@ def test_convert_refusals(refused, hub, tmp_path):
     target.mkdir()
     (target / "file").touch()
     assert refused("convert", "from-hf", hub, target) == f"{str(target)!r} exists; expected a new folder"
+
+
+def test_what_memory_cannot_hold_is_not_converted(refused, hub, tmp_path, monkeypatch):
+    from orogen.convert import command
+    from orogen.simulate.fit import Memory
+
+    ours, target = tmp_path / "ours", tmp_path / "target"
+    from_hf(hub, ours)
+    largest = max(array.nbytes for array in read(hub).values())
+    monkeypatch.setattr(command, "free_memory", lambda: Memory(largest - 1, None))
+    for direction, source in (("from-hf", hub), ("to-hf", ours)):
+        message = refused("convert", direction, source, target)
+        expected = f"is {largest}; expected less: conversion needs at least {largest:,} bytes of memory"
+        assert message.startswith("the size of ") and expected in message
+    monkeypatch.setattr(command, "free_memory", lambda: Memory(largest, None))
+    monkeypatch.setattr(command, "answer", lambda *_: None)
+    run("convert", "to-hf", ours, target)
+    (ours / "checkpoints").mkdir()  # a run's model is there whole
+    message = refused("convert", "to-hf", ours, tmp_path / "other")
+    assert "expected less: conversion needs at least" in message and "for parameters" in message
+
+
+def test_a_folder_has_checksums_that_are_minded(refused, hub, tmp_path):
+    ours = tmp_path / "ours"
+    from_hf(hub, ours)
+    np.save(tmp_path / "in.npy", np.zeros((1, 3), np.int32))
+    (ours / "tokenizer" / "chat_template.jinja").write_text("{{ added later }}")  # what is not listed is not read
+    file = ours / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    gin = recipe(tmp_path)
+    for command in (
+        ("generate", "--checkpoint", ours),
+        ("score", "--checkpoint", ours, "--tokens", tmp_path / "in.npy", "--out", tmp_path / "out.npz"),
+        ("convert", "to-hf", ours, tmp_path / "back"),
+        ("train", "--gin_file", gin, "--run", tmp_path / "run", "--checkpoint", ours),
+    ):
+        assert refused(*command).startswith(f"{file} is damaged: its sha256 is ")
+    (ours / "checksums.sha256").unlink()  # as an earlier release wrote it
+    export(ours, tmp_path / "back")
 
 
 # score

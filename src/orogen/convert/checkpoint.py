@@ -15,6 +15,7 @@ from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.convert.huggingface import (
     CONFIG,
+    Fits,
     HuggingFaceFolder,
     OrogenFolder,
     check_shapes,
@@ -139,7 +140,7 @@ def origin(folder: Path) -> Origin:
     return Origin(lambda built, place: load_parameters(folder, built, place), known, keep)
 
 
-def export(source: Path, target: Path, *, dtype: str | None = None) -> None:
+def export(source: Path, target: Path, *, dtype: str | None = None, fits: Fits = lambda tensor, held: None) -> None:
     """`to_hf` of a run folder or an Orogen checkpoint folder.
 
     dtype: None keeps what an Orogen checkpoint folder has, and writes a run's float32 masters as bfloat16.
@@ -150,13 +151,13 @@ def export(source: Path, target: Path, *, dtype: str | None = None) -> None:
     if found == "orogen":
         with OrogenFolder(source) as opened:
             read = lambda path, index: opened.reader.read(dotted(path), index)  # noqa: E731
-            return to_hf(opened.config, opened.parameters(), read, source, target, dtype=dtype)
+            return to_hf(opened.config, opened.parameters(), read, source, target, dtype=dtype, fits=fits)
     loaded = load_run_weights(source)
     leaves = {path: leaf.get_value() for tree in (loaded.params, loaded.buffers) for path, leaf in _flat(tree).items()}
     specs = {path: Spec(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
     read = lambda path, index: np.asarray(leaves[path][index])  # noqa: E731
     context = context_length(source)
-    return to_hf(loaded.config, specs, read, source, target, dtype=dtype or "bfloat16", context=context)
+    return to_hf(loaded.config, specs, read, source, target, dtype=dtype or "bfloat16", context=context, fits=fits)
 
 
 def _flat(tree: Any) -> dict[Names, Any]:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from orogen.command import Command, add_config_arguments, answer, load_config
+from orogen.command import Command, add_config_arguments, answer, free_memory, load_config
 from orogen.config.checks import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -28,17 +28,25 @@ def params(options: argparse.Namespace) -> int:
 
 def convert(options: argparse.Namespace) -> int:
     """`orogen convert`."""
-    from orogen.convert.checkpoint import export
+    from orogen.convert.checkpoint import export, kind, read_model_config
     from orogen.convert.huggingface import from_hf
+    from orogen.simulate.fit import require_conversion_fits, require_export_fits
+
+    memory = free_memory()
+
+    def fits(tensor: str, held: int) -> None:
+        require_conversion_fits(memory, tensor=tensor, held=held)
 
     if options.direction == "from-hf":
         if options.dtype:
             raise ConfigError(
                 f"--dtype {options.dtype}; expected it with to-hf only: from-hf keeps what the files have"
             )
-        from_hf(options.source, options.target)
+        from_hf(options.source, options.target, fits=fits)
     else:
-        export(options.source, options.target, dtype=options.dtype)
+        if kind(options.source) == "run":  # whose model is in memory whole
+            require_export_fits(read_model_config(options.source), memory)
+        export(options.source, options.target, dtype=options.dtype, fits=fits)
     answer(options, {"target": str(options.target)}, [f"written: {options.target}"])
     return 0
 

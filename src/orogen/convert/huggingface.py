@@ -6,6 +6,7 @@ huggingface.json: what the Hugging Face folder said that a ModelConfig does not.
 
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from orogen.convert import names
 from orogen.convert.config import family_of, mtp_blocks, read_config, write_config
 from orogen.convert.tensor_files import DTYPES, Spec, TensorReader, TensorWriter, check_fits, new_folder
 from orogen.data.tokenizer import Tokenizer
+from orogen.train import checksums
 from orogen.train.streams import say
 
 CONFIG, KEPT, GENERATION = "config.gin", "huggingface.json", "generation_config.json"
@@ -37,6 +39,7 @@ KEPT_FORM = Record({}, {"config": dict, "dtypes": MapOf(str), "copies": ListOf(s
 THREADS = 2  # and as many tensors in memory
 
 Read = Callable[[names.Path, tuple[int, ...]], np.ndarray]
+Fits = Callable[[str, int], None]  # of the largest tensor's name and the bytes of memory that it takes
 
 
 class HuggingFaceFolder:
@@ -123,9 +126,14 @@ class HuggingFaceFolder:
 
 
 class OrogenFolder:
-    """The parameters of an Orogen checkpoint folder. Use as a context manager."""
+    """The parameters of an Orogen checkpoint folder. Use as a context manager.
+
+    Raises ConfigError, naming the file, if one is not as the folder's checksums have it; earlier releases wrote none.
+    """
 
     def __init__(self, folder: Path):
+        if (folder / checksums.NAME).exists():
+            checksums.check(folder)
         self.config = model_config(folder)
         self.reader = TensorReader(folder)
         self.specs = {tuple(_key(part) for part in name.split(".")): s for name, s in self.reader.specs.items()}
@@ -145,13 +153,14 @@ class OrogenFolder:
         return self.reader.read(dotted(path))
 
 
-def from_hf(source: Path, target: Path) -> None:
+def from_hf(source: Path, target: Path, *, fits: Fits = lambda tensor, held: None) -> None:
     """Makes the Orogen checkpoint folder `target` of a Hugging Face folder, in the dtypes that its files have.
 
-    Holds THREADS tensors in memory at a time. Raises ConfigError before anything is written; what is interrupted
-    leaves no `target`.
+    Holds THREADS tensors in memory at a time. fits: raises ConfigError for what memory cannot hold. Raises ConfigError
+    before anything is written; what is interrupted leaves no `target`. Its files get checksums, as a run's do.
     """
     with HuggingFaceFolder(source) as folder:
+        fits(*max(((name, spec.nbytes) for name, spec in folder.reader.specs.items()), key=lambda item: item[1]))
         specs = folder.parameters()
         expected = _tensor_dtypes(folder.table, {path: spec.dtype for path, spec in specs.items()})
         others = {n: folder.dtype(n).name for n in folder.stored if folder.dtype(n) != expected[n]}
@@ -169,6 +178,7 @@ def from_hf(source: Path, target: Path) -> None:
             _copy([GENERATION], source, scratch)
             write_atomically(scratch / KEPT, (json.dumps(kept, indent=2) + "\n").encode())
             write_atomically(scratch / CONFIG, model_text(folder.config).encode())
+            checksums.write(scratch)
 
 
 def to_hf(
@@ -180,14 +190,15 @@ def to_hf(
     *,
     dtype: str | None = None,
     context: int | None = None,
+    fits: Fits = lambda tensor, held: None,
 ) -> None:
     """Makes the Hugging Face folder `target` of parameters; the inverse of `from_hf` if `dtype` is None.
 
     specs, read: the parameters, by path and index in their leading axes. source: the folder that has the tokenizer and
     huggingface.json, if there is one. dtype: of every tensor but the routers' correction biases, which stay float32;
-    None: as the parameters have it. context: tokens of a row in training, if that is known. Lines on stderr name what
-    transformers makes otherwise. Raises ConfigError, also for a number that is too large for its tensor's dtype, and
-    leaves no `target` then.
+    None: as the parameters have it. context: tokens of a row in training, if that is known. fits: as `from_hf`'s.
+    Lines on stderr name what transformers makes otherwise. Raises ConfigError, also for a number that is too large for
+    its tensor's dtype, and leaves no `target` then.
     """
     kept = read_json(source / KEPT, KEPT_FORM) if (source / KEPT).is_file() else {}
     values: dict[str, Any] = kept.get("config", {})
@@ -201,6 +212,7 @@ def to_hf(
         copies = [*copies, names.HEAD]
     table = {n: t for n, t in table.items() if not t.optional or n in copies}
     dtypes = _target_dtypes(table, {path: spec.dtype for path, spec in specs.items()}, dtype, kept.get("dtypes", {}))
+    fits(*max(((n, math.prod(t.shape) * dtypes[n].itemsize) for n, t in table.items()), key=lambda item: item[1]))
     written = _with_dtype(written, values, dtypes.values())
     if not values:
         written = {**written, **_special_ids(source / "tokenizer")}

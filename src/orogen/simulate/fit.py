@@ -86,6 +86,17 @@ def require_scoring_fits(model: ModelConfig, memory: Memory, *, blocked: bool, r
     _require("scoring", [logits], _inference(model, not blocked, together, tokens, settings), 1, memory)
 
 
+def require_conversion_fits(memory: Memory, *, tensor: str, held: int) -> None:
+    """Raises ConfigError if a checkpoint's largest tensor, of which the host holds `held` bytes at once, exceeds the
+    memory."""
+    _require("conversion", [Need("one tensor", held, {f"the size of {tensor}": held})], [], 1, memory)
+
+
+def require_export_fits(model: ModelConfig, memory: Memory) -> None:
+    """Raises ConfigError if a run's model, which an export holds whole and in float32, exceeds a device's memory."""
+    _require("conversion", [], [_parameters("parameters", model, count(model) * FLOAT32)], 1, memory)
+
+
 def count(model: ModelConfig) -> int:
     """How many parameters the model has, from its config alone."""
     return sum(repeated * math.prod(weight.shape) for weight, repeated in _weights(model))
