@@ -46,6 +46,20 @@ def formula(x_nc, weight_c, gate_nc=None, *, group_size: int, epsilon: float) ->
     return (u_ngc / np.sqrt((u_ngc**2).mean(-1, keepdims=True) + epsilon)).reshape(u_nc.shape) * np.asarray(weight_c)
 
 
+def in_float64(x_nc, weight_c, gate_nc=None, *, group_size: int, epsilon: float):
+    """The formula, for JAX to differentiate."""
+    u_nc = x_nc if gate_nc is None else x_nc * gate_nc / (1 + jnp.exp(-gate_nc))
+    u_ngc = u_nc.reshape(len(u_nc), -1, group_size)
+    return (u_ngc / jnp.sqrt((u_ngc**2).mean(-1, keepdims=True) + epsilon)).reshape(u_nc.shape) * weight_c
+
+
+def assert_close_rows(got, want) -> None:
+    """Each row within 1e-5 of its largest element, unless float32 cannot hold it."""
+    got, want = (np.atleast_2d(np.asarray(a, np.float64)) for a in (got, want))
+    largest, error = np.abs(want).max(-1), np.abs(got - want).max(-1)
+    assert (error <= np.maximum(1e-5 * largest, 1e-36)).all(), (error, largest)
+
+
 @every_implementation
 class TestEveryImplementation:
     """What each must do by itself."""
@@ -91,6 +105,24 @@ class TestEveryImplementation:
             want = (ends[0] - ends[1]) / (2 * step)
             scale = np.linalg.norm(np.asarray(gradient) * direction)
             assert abs(np.sum(np.asarray(gradient, np.float64) * direction) - want) <= 1e-5 * scale * np.sqrt(tokens)
+
+    @gated_or_not
+    @pytest.mark.parametrize("epsilon", [1e-5, 1e-12, 1e-24, 1e-30, 0.0])
+    def test_tiny_rows_lose_nothing(self, implementation: str, gated: bool, epsilon: float):
+        """Of sizes whose squares float32 has not: results and gradients as in float64."""
+        sizes = np.array([1.0, 1e-12, 1e-20, 1e-30, 1e-33, *([0.0] if epsilon else [])])
+        x, weight, *gate = operands(len(sizes), 6, gated=gated)
+        x = jnp.asarray(sizes[:, None] * np.asarray(x), jnp.float32)
+        settings, dy = {"group_size": 3, "epsilon": epsilon}, np.asarray(draw(len(sizes), 6, seed=4), np.float64)
+        run = functools.partial(rms_norm, **settings, implementation=implementation)
+        y, pullback = jax.vjp(run, x, weight, *gate)
+        gradients = pullback(jnp.asarray(dy, jnp.float32))
+        assert_close_rows(y, formula(x, weight, *gate, **settings))
+        with jax.enable_x64(True):
+            wide = [jnp.asarray(np.asarray(a, np.float64)) for a in (x, weight, *gate)]
+            wanted = jax.vjp(functools.partial(in_float64, **settings), *wide)[1](jnp.asarray(dy))
+        for got, want in zip(gradients, wanted, strict=True):
+            assert_close_rows(got, want)
 
     @gated_or_not
     def test_bfloat16_is_rounded_at_the_ends_only(self, implementation: str, gated: bool):

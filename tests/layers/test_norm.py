@@ -99,6 +99,25 @@ def test_layer_norms_compute_in_float32(norm):
     np.testing.assert_array_equal(y_btd, jnp.array([[[0, 2**0.5, -(2**0.5), 0]]], jnp.bfloat16))
 
 
+@pytest.mark.parametrize("epsilon", [1e-5, 1e-12, 1e-30, 0.0])
+@pytest.mark.parametrize("name", ["rms", "rms_cast_first", "layer", "layer_1p"])
+def test_tiny_rows_lose_nothing(name, epsilon):
+    """Of sizes whose squares float32 has not: a norm without an epsilon does not see its input's size."""
+    norm = NAMES[name](5, epsilon)
+    x_d, dy_d = np.array([0.3, -1.7, 2.1, 0.9, -0.4]), np.array([1.1, 0.2, -0.7, 0.5, 2.0])
+    sizes = np.array([1.0, 1e-12, 1e-20, 1e-30])
+    centred_d = x_d - x_d.mean() if "layer" in name else x_d
+    for size in sizes:
+        y_btd, pullback = jax.vjp(lambda x: norm(x, ONE), jnp.asarray(size * x_d, jnp.float32)[None, None])
+        root = np.sqrt((size * centred_d) @ (size * centred_d) / 5 + epsilon)
+        unit_d = size * centred_d / root
+        np.testing.assert_allclose(y_btd[0, 0], unit_d, rtol=1e-5)
+        share_d = dy_d - dy_d.mean() if "layer" in name else dy_d
+        dx_d = (share_d - unit_d * (unit_d @ dy_d) / 5) / root
+        got_d = pullback(jnp.asarray(dy_d, jnp.float32)[None, None])[0][0, 0]
+        np.testing.assert_allclose(got_d, dx_d, atol=1e-5 * np.abs(dx_d).max())
+
+
 NAMES = {"rms": RMSNorm, "rms_cast_first": RMSNormCastFirst, "layer": LayerNorm, "layer_1p": LayerNorm1P}
 
 
@@ -125,17 +144,20 @@ def test_group_norm_by_hand():
     np.testing.assert_allclose(y_btc, [[[1, 2, 3 / 5, 28 / 5]]], rtol=1e-6)
 
 
+SHARES = [(1, 1), (2, 2), (4, 4), (8, 8), (4, 1), (8, 2), (1, 4), (2, 1), (1, 2)]
+
+
 @pytest.mark.parametrize(
-    "mamba_groups, groups", [(1, 1), (2, 2), (4, 4), (8, 8), (4, 1), (8, 2), (1, 4), (2, 1), (1, 2)]
+    "mamba_groups, groups, epsilon, size", [*((*s, 1e-5, 1.0) for s in SHARES), (2, 1, 1e-52, 1e-25)]
 )
-def test_groups_over_ranks_equal_one_device(mamba_groups, groups):
+def test_groups_over_ranks_equal_one_device(mamba_groups, groups, epsilon, size):
     """Tensor 4 has fewer ranks than, as many as, and more than there are groups, which B and C need not share; forward
-    and gradients."""
+    and gradients; and of tiny rows, which ranks enlarge alike."""
     channels = 24
     key_x, key_g, key_w = jax.random.split(jax.random.key(0), 3)
     x_btc, gy_btc = (jax.random.normal(key, (2, 5, channels)) for key in (key_x, key_g))
-    x_btc *= jnp.arange(1, channels + 1)  # so that channels, ranks and groups differ in size
-    graph, state = nnx.split(GroupRMSNorm(channels, groups, 1e-5))
+    x_btc *= size * jnp.arange(1, channels + 1)  # so that channels, ranks and groups differ in size
+    graph, state = nnx.split(GroupRMSNorm(channels, groups, epsilon))
     state = jax.tree.map(lambda w: 1 + 0.3 * jax.random.normal(key_w, w.shape), state)
 
     def on(plan: Plan):
@@ -154,4 +176,6 @@ def test_groups_over_ranks_equal_one_device(mamba_groups, groups):
     for whole, split in zip(
         on(plan_of(mamba_groups, groups)), on(plan_of(mamba_groups, groups, data=2, tensor=4)), strict=True
     ):
-        np.testing.assert_allclose(split, whole, rtol=2e-5, atol=1e-5)
+        atol = 1e-5 * (1 if size == 1 else np.abs(whole).max())
+        np.testing.assert_allclose(split, whole, rtol=2e-5, atol=atol)
+        assert np.abs(whole).max() > 0.1

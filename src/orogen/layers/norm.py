@@ -9,6 +9,7 @@ from jax import Array, lax
 from orogen.config.model import ModelConfig
 from orogen.kernels.remade import from_inputs
 from orogen.kernels.rms_norm import rms_norm
+from orogen.kernels.tiny import LEAST_EPSILON, enlarged
 from orogen.layers.parameter import parameter
 from orogen.parallel.plan import Plan
 
@@ -84,15 +85,21 @@ def _layer_norm(x_btd: Array, weight: Array, bias: Array, epsilon: float) -> Arr
 
 def _unit_rms(x_btd: Array, epsilon: float) -> Array:
     """x / sqrt(mean(x²) + ε), float32."""
-    x32_btd = x_btd.astype(jnp.float32)
-    return x32_btd * lax.rsqrt(jnp.mean(x32_btd * x32_btd, -1, keepdims=True) + epsilon)
+    return _scaled(x_btd.astype(jnp.float32), epsilon)
 
 
 def _standardised(x_btd: Array, epsilon: float) -> Array:
     """(x - mean) / sqrt(variance + ε), float32. The variance is that of the centred values, without cancellation."""
     x32_btd = x_btd.astype(jnp.float32)
     centred_btd = x32_btd - jnp.mean(x32_btd, -1, keepdims=True)
-    return centred_btd * lax.rsqrt(jnp.mean(centred_btd * centred_btd, -1, keepdims=True) + epsilon)
+    return _scaled(centred_btd, epsilon)
+
+
+def _scaled(x_btd: Array, epsilon: float) -> Array:
+    added = epsilon
+    if epsilon < LEAST_EPSILON:
+        x_btd, added = enlarged(x_btd, epsilon, jnp.sum(jnp.abs(x_btd), -1, keepdims=True))
+    return x_btd * lax.rsqrt(jnp.mean(x_btd * x_btd, -1, keepdims=True) + added)
 
 
 class GroupRMSNorm(nnx.Module):

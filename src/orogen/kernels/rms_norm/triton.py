@@ -11,6 +11,7 @@ and v = weight · dy,
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from jax.experimental import pallas as pl
 
 from orogen.kernels.pallas_triton import both, call, inside, load, require_gpu, sigmoid, store
 from orogen.kernels.rms_norm.reference import Reduce
+from orogen.kernels.tiny import LEAST_EPSILON
 
 # The fastest of those tried on an H100 at 16,384 tokens of 8 groups of 512 channels and of one of 2048.
 TOKENS = 16  # of a program
@@ -124,6 +126,17 @@ def _read(ref, rows, mask: Array | None) -> Array:
     return load(ref.at[rows], mask).astype(jnp.float32)
 
 
+def _scale(u_rc: Array, launch: Launch) -> Array:
+    """1 / sqrt(m) of each token; from larger ones where ε holds up no tiny ones, see `kernels.tiny`."""
+    if launch.epsilon >= LEAST_EPSILON:
+        return lax.rsqrt(jnp.sum(u_rc * u_rc, axis=1) / launch.group_size + launch.epsilon)
+    root = math.sqrt(launch.epsilon)
+    size_r = jnp.maximum(jnp.sum(jnp.abs(u_rc), axis=1), root)
+    size_r = jnp.where(size_r > 0, size_r, 1.0)
+    larger_rc, root_r = u_rc / size_r[:, None], root / size_r
+    return lax.rsqrt(jnp.sum(larger_rc * larger_rc, axis=1) / launch.group_size + root_r * root_r) / size_r
+
+
 def _forward_kernel(*refs, launch: Launch, tokens: int, names: tuple[str, ...]):
     ref = dict(zip(names, refs, strict=True))
     width = ref["x"].shape[1]
@@ -134,7 +147,7 @@ def _forward_kernel(*refs, launch: Launch, tokens: int, names: tuple[str, ...]):
         if "z" in ref:
             z_rc = _read(ref["z"], rows, mask)
             u_rc *= z_rc * sigmoid(z_rc)
-        scale_r = lax.rsqrt(jnp.sum(u_rc * u_rc, axis=1) / launch.group_size + launch.epsilon)
+        scale_r = _scale(u_rc, launch)
         store(ref["y"].at[rows], u_rc * scale_r[:, None] * weight_c, mask)
         return carry
 
@@ -155,7 +168,7 @@ def _backward_kernel(*refs, launch: Launch, tokens: int, names: tuple[str, ...])
             gate_rc = sigmoid(z_rc)
             silu_rc = z_rc * gate_rc
             u_rc = x_rc * silu_rc
-        scale_r = lax.rsqrt(jnp.sum(u_rc * u_rc, axis=1) / launch.group_size + launch.epsilon)
+        scale_r = _scale(u_rc, launch)
         # Rows past the end are zeros, whose scale without an epsilon is infinite.
         scale_r = scale_r if in_time is None else jnp.where(in_time, scale_r, 0.0)
         v_rc = dy_rc * weight_c
