@@ -5,7 +5,6 @@ works on one host alone). The holder touches it every BEAT_SECONDS. On the holde
 whether it is alive; on another host it counts as dead once nobody has touched the lock for STALE_SECONDS.
 """
 
-import contextlib
 import datetime
 import json
 import os
@@ -62,10 +61,11 @@ class RunLock:
         self._released.set()
         if self.mine:
             self.path.unlink(missing_ok=True)
-        if self._made:
-            with contextlib.suppress(FileNotFoundError):  # released before, or somebody removed the folder
-                if not any(self.path.parent.iterdir()):
-                    self.path.parent.rmdir()
+        try:
+            if self._made and not any(self.path.parent.iterdir()):
+                self.path.parent.rmdir()
+        except FileNotFoundError:  # the folder is gone: it was released before, or somebody removed it
+            return
 
     def _take_over(self, draft: Path) -> None:
         """Replaces a dead holder's lock. A second link keeps two processes from doing so at once."""
