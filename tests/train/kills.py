@@ -1,7 +1,8 @@
 """Runs that a signal ends at a random moment, each held against one that nobody interrupted.
 
-`python -m tests.train.kills --count 40 --seed 1 --out kills.jsonl` tries that many and says what it saw; `make test`
-tries a few. Every run is a fork of one process that has imported everything, so that a trial takes seconds.
+`python -m tests.train.kills --count 40 --seed 1 --out kills.jsonl` tries that many and says what it saw. `make test`
+has a kill and a SIGTERM of its own in test_run.py: each trial here is two runs. Every run is a fork of one process that
+has imported everything.
 """
 
 import argparse
@@ -31,7 +32,7 @@ MOMENTS: dict[str, tuple[str, str, int, float]] = {
     "hashing": ("orogen.train.checksums", "write", 3, 0.01),
     "sampling": ("orogen.evaluate.summary", "sample_text", 1, 0.2),
     "reporting": ("orogen.evaluate.summary", "write_report", 1, 0.2),
-    "any time": ("orogen.cli", "train", 1, 8.0),
+    "any time": ("orogen.train.loop", "_train", 1, 8.0),
 }
 TIMED = ("step_ms", "tokens_per_second")
 RECIPE = """
@@ -176,8 +177,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    # Before the forks, which then need not import them.
-
+    # Before the forks, which then need not import them, and run what there is now if the files change meanwhile.
+    import orogen.cli
     import orogen.evaluate.summary
     import orogen.train.loop  # noqa: F401
 

@@ -1,7 +1,9 @@
 """What signals do to a run, and to what else takes long."""
 
 import errno
+import importlib
 import io
+import operator
 import os
 import pty
 import signal
@@ -9,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+from tests.train.kills import MOMENTS
 
 from orogen.train.stop import Stop, StoppedEarlyError
 from orogen.train.streams import lasting_streams, say
@@ -63,6 +66,12 @@ def test_a_second_interrupt_ends_at_once_and_lets_go():
     assert answer.returncode == 130
     assert answer.stdout == "saving\nlet go\n"
     assert answer.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_the_moments_of_random_kills_are_there(moment):
+    module, path, _, _ = MOMENTS[moment]
+    assert callable(operator.attrgetter(path)(importlib.import_module(module)))
 
 
 @pytest.mark.parametrize("task", ["verify", "score", "generate", "convert", "bench"])
