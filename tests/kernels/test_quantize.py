@@ -4,6 +4,10 @@ Axes: n rows, f columns.
 """
 
 import functools
+import os
+import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -19,6 +23,11 @@ every_implementation = pytest.mark.parametrize("implementation", implementations
 kinds = pytest.mark.parametrize("kind", [jnp.float8_e4m3fn, jnp.float8_e5m2])
 # Rows and widths of the parts: less than a tile, one and a bit, several parts of which one is narrow.
 SIZES = [(5, (7,)), (64, (128,)), (130, (129,)), (70, (40, 260, 3))]
+
+
+# What tests/conftest.py asks of XLA:CPU, for the time that it saves: float32 is then rounded to 8 bits through float16
+# (observed with jax 0.10.1), and bits are off by one where that rounds twice.
+TWICE_ROUNDED = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 
 
 def draw(rows: int, widths: tuple[int, ...], dtype=jnp.bfloat16) -> list[Array]:
@@ -42,10 +51,31 @@ def bits(array: Array) -> np.ndarray:
     return np.asarray(array).view(np.uint8)
 
 
+def test_every_implementation_equals_the_nearest_number_where_xla_rounds_once():
+    """Two formats, two dtypes, four sizes and two implementations that need no GPU."""
+    flags = os.environ["XLA_FLAGS"].replace(TWICE_ROUNDED, "")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-n",
+        "0",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "TestEveryImplementation and nearest",
+        __file__,
+    ]
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and re.search(r"\b32 passed, 16 skipped\b", done.stdout), done.stdout
+
+
 @every_implementation
 class TestEveryImplementation:
     """What each must do by itself."""
 
+    @pytest.mark.skipif(TWICE_ROUNDED in os.environ["XLA_FLAGS"], reason="runs in a process that rounds once")
     @kinds
     @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
     @pytest.mark.parametrize("rows, widths", SIZES)
