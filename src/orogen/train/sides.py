@@ -44,10 +44,9 @@ def sides(config: RunConfig) -> Sides:
     built = build(config.model)
     stages = cut(config.model, plan, config.train.sequence_length)
     laid = build(config.model, stages, plan.config.vocab_rows(config.model.vocab_size))
-    layout = (single.shardings(built.params), single.shardings(built.buffers))
-    create = jax.jit(lambda seed: initial_state(config.model, seed), out_shardings=layout)
     exact = dataclasses.replace(config, train=dataclasses.replace(config.train, compute_dtype="float32"))
-    start = jax.device_get(create(config.train.seed))
+    # Not under jit: compiled as one, the drawing of every parameter takes longer than a small model's gradients.
+    start = jax.device_get(initial_state(config.model, config.train.seed))
     return Sides(Side(exact, single, built), Side(config, plan, laid), start)
 
 
