@@ -176,16 +176,16 @@ def test_a_run_goes_on_after_a_stop_on_another_mesh(recipe, whole, tmp_path):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_run_goes_on_on_stages_and_off_them(recipe, tmp_path, optimizer):
     """Parameters and moments are laid out anew; a pipeline's checkpoint is also read whole, by `generate`."""
-    name = f"OptimizerConfig.name='{optimizer}'"
+    model = (f"OptimizerConfig.name='{optimizer}'", "ModelConfig.pattern='M*/E'", "TrainConfig.evaluate_every=16")
     alone, folder = tmp_path / "alone", tmp_path / "run"
-    run(recipe, alone, "TrainConfig.steps=16", name)
-    stages = ("PlanConfig.stage=2", "PlanConfig.microbatches=2", name)
+    run(recipe, alone, "TrainConfig.steps=16", *model)
+    stages = ("PlanConfig.stage=2", "PlanConfig.microbatches=2", *model)
     run(recipe, folder, "TrainConfig.steps=4", *stages)
     piped = load_checkpoint(folder)
-    run(recipe, folder, "TrainConfig.steps=8", "PlanConfig.data=2", name, resume=True)
+    run(recipe, folder, "TrainConfig.steps=8", "PlanConfig.data=2", *model, resume=True)
     more = ("PlanConfig.schedule='interleaved'", "TrainConfig.steps=12")
     run(recipe, folder, *stages, *more, resume=True)
-    run(recipe, folder, "TrainConfig.steps=16", name, resume=True)
+    run(recipe, folder, "TrainConfig.steps=16", *model, resume=True)
     for ours, theirs in zip(curve(folder), curve(alone), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3)
         np.testing.assert_allclose(ours["expert_load"], theirs["expert_load"], atol=3)
