@@ -32,7 +32,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 test-peer: $(PEER)
-	$(BIN)/python -m pytest -m peer $(ARGS)
+	$(BIN)/python -m pytest -m peer -n $(WORKERS) $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check
