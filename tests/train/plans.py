@@ -14,24 +14,29 @@ from typing import Any
 
 from orogen.parallel.runtime import configure
 
-# Every layer type, in patterns that repeat and that do not; each with what its letters need. As short as that allows:
-# nearly all the time of a check is that of compiling its layers, and a repeated one is compiled once.
+# Every layer type, in patterns that repeat and that do not; each with what its letters need.
 MODELS: dict[str, dict] = {
-    "each layer": {"pattern": "ME-/*", "mtp_depths": 1},
-    "repeated": {"pattern": "E*-E*-/E", "mtp_depths": 2},
+    "each layer": {"pattern": "ME*-/*E", "mtp_depths": 1},
+    "repeated": {},
     "both Mambas": {
-        "pattern": "mMmM*E", "mtp_depths": 0, "mamba_intermediate_size": 48, "time_step_rank": 3,
+        "pattern": "mM*mE", "mtp_depths": 0, "mamba_intermediate_size": 48, "time_step_rank": 3,
         "mamba_proj_bias": True, "mamba_norm_groups": 1, "moe_latent_size": None,
     },
     "windows and sinks": {
-        "pattern": "wE/*", "mtp_depths": 1, "sliding_window": 7, "attention_sinks": True, "qk_norm": True,
+        "pattern": "*wE/w", "mtp_depths": 1, "sliding_window": 7, "attention_sinks": True, "qk_norm": True,
         "rope_theta": 100.0, "mlp_bias": True, "tie_word_embeddings": True,
     },
     "latent attention": {
-        "pattern": "+E", "mtp_depths": 0, "kv_lora_rank": 24, "q_lora_rank": 48, "qk_nope_head_dim": 4,
+        "pattern": "+EM+", "mtp_depths": 0, "kv_lora_rank": 24, "q_lora_rank": 48, "qk_nope_head_dim": 4,
         "qk_rope_head_dim": 2, "v_head_dim": 3, "rope_theta": 100.0, "n_group": 4, "topk_group": 2,
         "router_balance": "global",
     },
+}  # fmt: skip
+# Shorter patterns of the same models, of every letter among them, for tests: nearly all the time of a check is that of
+# compiling its layers, and a repeated one is compiled once.
+SHORT = {
+    "each layer": "ME-/*", "repeated": "E*-E*-/E", "both Mambas": "mMmM*E", "windows and sinks": "wE/*",
+    "latent attention": "+E",
 }  # fmt: skip
 AXES = ("data", "context", "tensor", "expert", "expert_tensor")
 CHOICES: dict[str, tuple] = {
@@ -57,9 +62,9 @@ PIPELINE: dict[str, tuple] = {
 }
 
 
-def random_run(rng: random.Random, devices: int, *, stages: bool = False) -> tuple[str, Any]:
-    """The name of a model of MODELS and a run of it on a legal plan of 2 to `devices` devices, or, with `stages`, of a
-    pipeline of two or more."""
+def random_run(rng: random.Random, devices: int, *, stages: bool = False, short: bool = False) -> tuple[str, Any]:
+    """The name of a model of MODELS, or of SHORT, and a run of it on a legal plan of 2 to `devices` devices, or, with
+    `stages`, of a pipeline of two or more."""
     from tests.helpers import hybrid, run_config
 
     from orogen.config.checks import ConfigError
@@ -81,7 +86,8 @@ def random_run(rng: random.Random, devices: int, *, stages: bool = False) -> tup
         length = pieces * rng.choice((3, 5, 6)) if pieces > 8 else pieces * rng.choice((9, 10, 13))
         try:
             seed = rng.randrange(1000)
-            model = hybrid(**MODELS[name], vocab_size=VOCABULARIES[seed % len(VOCABULARIES)])
+            pattern = {"pattern": SHORT[name]} if short else {}
+            model = hybrid(**MODELS[name] | pattern, vocab_size=VOCABULARIES[seed % len(VOCABULARIES)])
             run = run_config(model, plan=plan, batch_size=rows, sequence_length=length, seed=seed).check()
             make_plan(run.plan, run.model, abstract=True)
         except ConfigError:
@@ -89,10 +95,10 @@ def random_run(rng: random.Random, devices: int, *, stages: bool = False) -> tup
         return name, run
 
 
-def random_runs(count: int, *, seed: int, devices: int, stages: bool = False) -> list[tuple[str, Any]]:
-    """`count` of them."""
+def random_runs(count: int, *, seed: int, devices: int, **kinds: bool) -> list[tuple[str, Any]]:
+    """`count` of them. kinds: `stages` and `short`."""
     rng = random.Random(seed)
-    return [random_run(rng, devices, stages=stages) for _ in range(count)]
+    return [random_run(rng, devices, **kinds) for _ in range(count)]
 
 
 def describe(plan: Any) -> dict[str, Any]:

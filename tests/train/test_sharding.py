@@ -14,7 +14,7 @@ from orogen.parallel.plan import make_plan
 from orogen.train.verify import GRADIENT, LOSS, MARGIN, PARAMETER, default_train, largest, verify
 
 EIGHT, SEED = 8, 88
-RUNS = random_runs(int(os.environ.get("OROGEN_PLANS", EIGHT)), seed=SEED, devices=8)
+RUNS = random_runs(int(os.environ.get("OROGEN_PLANS", EIGHT)), seed=SEED, devices=8, short=True)
 
 
 @pytest.mark.parametrize("run", [run for _, run in RUNS], ids=[f"{i}-{name}" for i, (name, _) in enumerate(RUNS)])
