@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from orogen.config.checks import ConfigError
 from orogen.data.loader import make_loader
-from orogen.data.packing import NEXT, NOTHING, Stream
+from orogen.data.packing import NEXT, NEXT_WEIGHT, NOTHING, Stream, trained_text
 
 
 def streams(lengths: list[int]) -> list[Stream]:
-    """Documents of these lengths whose tokens are all different."""
+    """Documents of these lengths, whose tokens are all different."""
     edges = np.cumsum([0, *lengths])
     return [
         Stream(np.arange(start, end, dtype=np.int32), np.ones(end - start, np.float32))
@@ -27,7 +27,7 @@ def loader(documents: list[Stream], *, lanes: int = 3, sequence_length: int = 5,
 
 
 @settings(max_examples=60, deadline=None)
-@given(lengths=st.lists(st.integers(1, 17), min_size=1, max_size=9), lanes=st.integers(1, 4))
+@given(lengths=st.lists(st.integers(1, 17), min_size=4, max_size=9), lanes=st.integers(1, 4))
 def test_each_lane_reads_whole_documents_one_after_another(lengths, lanes):
     documents = streams(lengths)
     batches = list(itertools.islice(loader(documents, lanes=lanes), 12))
@@ -45,6 +45,7 @@ def test_each_lane_reads_whole_documents_one_after_another(lengths, lanes):
             np.testing.assert_array_equal(row.positions_bt[start:end], np.arange(read))
             following = [*document.tokens_t[1:], NOTHING][:read]
             np.testing.assert_array_equal(row.extras[NEXT][start:end], following)
+            np.testing.assert_array_equal(row.extras[NEXT_WEIGHT][start:end], np.not_equal(following, NOTHING))
             taken.append(int(np.flatnonzero([d is document for d in documents])[0]))
     # The first documents of the endless order, each as often as any other but for the last round.
     counts = np.bincount(taken, minlength=len(documents))
@@ -83,6 +84,38 @@ def test_epochs_differ_and_every_process_keeps_its_own_lanes():
             wanted.map(
                 lambda x_bt, y_bt, p=process: np.testing.assert_array_equal(x_bt[2 * p : 2 * p + 2], y_bt), batch
             )
+
+
+def test_weights_of_tokens_follow_them():
+    documents = [d._replace(weights_t=(d.tokens_t % 3).astype(np.float32)) for d in streams([7, 4, 9])]
+    for batch in itertools.islice(loader(documents), 6):
+        expected_bt = np.where(batch.positions_bt > 0, batch.tokens_bt % 3, 0)
+        np.testing.assert_array_equal(batch.weights_bt, expected_bt)
+        ahead_bt = np.where(batch.extras[NEXT] == NOTHING, 0, batch.extras[NEXT] % 3)
+        np.testing.assert_array_equal(batch.extras[NEXT_WEIGHT], ahead_bt)
+
+
+class Letters:
+    """A decoder whose token i is the letter i, with 0 in front of a text and 1 behind it."""
+
+    bos_id = 0
+
+    def decode_bytes(self, ids):
+        return bytes(int(i) for i in ids if i > 1)
+
+    text_bytes = decode_bytes
+
+
+def test_the_text_that_a_lane_predicts_is_that_of_its_documents():
+    texts = [b"first", b"", b"a longer second one", b"x"]
+    documents = [Stream(np.array([0, *text, 1], np.int32), np.ones(len(text) + 2, np.float32)) for text in texts]
+    batches = list(itertools.islice(loader(documents, lanes=1), 50))
+    assert trained_text(batches, Letters()).startswith(b"".join(texts) * 3)
+
+
+def test_fewer_documents_than_rows_are_refused():
+    with pytest.raises(ConfigError, match="batch_size = 4: expected at most 3, the number of documents"):
+        loader(streams([5, 5, 5]), lanes=4)
 
 
 def test_positions_of_packed_rows_and_of_lanes_are_told_apart():

@@ -1,5 +1,6 @@
 """A row computed in pieces that follow one another, through caches, equals the row at once."""
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -117,7 +118,7 @@ def test_rows_of_different_ages_go_on_together():
 @several_devices
 def test_pieces_on_a_mesh_equal_the_row_on_one_device():
     """Caches of a device's own rows, heads and channels; fewer groups and key heads than ranks."""
-    model = model_of("Mw")
+    model = dataclasses.replace(model_of("Mw"), n_groups=1, num_key_value_heads=1)
     graph, state = stack_of(model)
     plan = make_plan(PlanConfig(data=2, tensor=2), model)
     segments_bt = SEGMENTS[[0, 1, 2, 1]]

@@ -12,10 +12,12 @@ from tests.model.small import config, model_parts, one_device, relative_error
 from orogen.config.checks import ConfigError
 from orogen.config.load import load
 from orogen.config.run import TrainConfig
-from orogen.data.packing import NEXT, NOTHING, Batch
+from orogen.data.packing import NEXT, NEXT_WEIGHT, NOTHING, Batch
 from orogen.layers.documents import documents
 from orogen.model.cache import EMPTY
 from orogen.model.lm import build
+from orogen.simulate.ledger import Workload
+from orogen.simulate.memory import describe_memory
 from orogen.train import carry
 from orogen.train.loop import train
 from orogen.train.metrics import read_metrics
@@ -30,40 +32,40 @@ SEGMENTS = np.array(
 )
 
 
-def lanes(model) -> tuple[Batch, list[Batch]]:
-    """Rows of twice the length, and the same in two batches."""
+def lanes(model, count: int = 2) -> tuple[Batch, list[Batch]]:
+    """Rows of 2 LENGTH tokens, and the same in so many batches."""
     tokens_bt = np.random.default_rng(1).integers(model.vocab_size, size=SEGMENTS.shape, dtype=np.int32)
     positions_bt = np.asarray(documents(SEGMENTS).positions_bt)
     weights_bt = (positions_bt > 0).astype(np.float32)
     ends_bt = np.diff(SEGMENTS, axis=1, append=0) != 0
     next_bt = np.where(ends_bt, NOTHING, np.roll(tokens_bt, -1, axis=1)).astype(np.int32)
     whole = Batch(tokens_bt, SEGMENTS, positions_bt, weights_bt)
-    both = whole._replace(extras={NEXT: next_bt})
-    return whole, [both.map(lambda x_bt, half=half: np.split(x_bt, 2, axis=1)[half]) for half in range(2)]
+    named = whole._replace(extras={NEXT: next_bt, NEXT_WEIGHT: (~ends_bt).astype(np.float32)})
+    return whole, [named.map(lambda x_bt, i=i: np.split(x_bt, count, axis=1)[i]) for i in range(count)]
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
-def test_two_rows_one_after_another_have_the_nats_of_one_row(microbatches):
-    """Without attention, which sees each row alone; a scanned repetition and both Mambas."""
+@pytest.mark.parametrize(("microbatches", "pieces"), [(1, 2), (2, 8)])
+def test_rows_one_after_another_have_the_nats_of_one_row(microbatches, pieces):
+    """Without attention, which sees each row alone; a scanned repetition and both Mambas; rows shorter than the
+    convolutions' windows."""
     model = config(pattern="MM-m", mtp_depths=0, chunk_size=3)
     plan, built = one_device(model, microbatches=microbatches), build(model)
     _, params, buffers = model_parts(model)
-    settings = TrainConfig(steps=1, batch_size=ROWS, sequence_length=LENGTH, seed=0, carry_states=True)
+    settings = TrainConfig(steps=1, batch_size=ROWS, sequence_length=2 * LENGTH // pieces, seed=0, carry_states=True)
     abstract = carry.abstract(settings, built)
-    whole, halves = lanes(model)
+    whole, rows = lanes(model, pieces)
     alone = jax.jit(gradients(built, model, plan, "float32"))(params, buffers, batch_to_devices(whole, plan))
     run = jax.jit(gradients(built, model, plan, "float32", carried=abstract))
     carried, nats, counted = carry.emptied(abstract), 0, 0
-    for half in halves:
-        _, _, counts, sums = run(params, buffers, batch_to_devices(half, plan), None, carried)
+    for row in rows:
+        _, _, counts, sums = run(params, buffers, batch_to_devices(row, plan), None, carried)
         carried, nats, counted = sums.carried, nats + sums.nats, counted + counts.targets
     assert counted == alone[2].targets
     assert relative_error(nats, alone[3].nats) < 1e-6
 
 
-def test_no_gradient_goes_from_row_to_row():
-    """The gradient of the second row is that of a loss whose first row's states are numbers: a finite difference of
-    the parameters with those held."""
+def test_gradients_are_those_of_a_row_with_the_states_that_it_is_given():
+    """By a finite difference of the parameters, the states of the first row held."""
     model = config(pattern="M", mtp_depths=0, vocab_size=11)
     plan, built = one_device(model), build(model)
     _, params, buffers = model_parts(model)
@@ -86,7 +88,8 @@ def test_no_gradient_goes_from_row_to_row():
 @pytest.mark.parametrize("plan", [{"data": 2, "tensor": 4, "fsdp": "parameters"}, {"data": 2, "microbatches": 2}])
 def test_a_plan_carries_what_one_device_does(plan):
     """Fewer groups than ranks of tensor: their windows are the same on several ranks."""
-    model = hybrid(pattern="MEm", mtp_depths=0, mamba_intermediate_size=16, time_step_rank=3)
+    changes = {"router_balance": "global", "mamba_intermediate_size": 16, "time_step_rank": 3}
+    model = hybrid(pattern="MEm", mtp_depths=0, **changes)
     settings = run_config(model, plan=plan, batch_size=8, sequence_length=16, carry_states=True)
     verdict = verify_steps(settings)
     assert max(verdict.loss_error, verdict.max_gradient_error, verdict.max_parameter_error) < 1e-5
@@ -114,19 +117,27 @@ def test_a_run_goes_on_with_its_states(tmp_path):
         "ModelConfig.time_step_rank = 2", f"DataConfig.corpus = '{tmp_path / 'text'}'", "DataConfig.tokenizer = 'byte'",
         "DataConfig.heldout_fraction = 0.0", "DataConfig.tuning_fraction = 0.0",
         "TrainConfig.batch_size = 2", "TrainConfig.sequence_length = 16", "TrainConfig.seed = 1",
-        "TrainConfig.compute_dtype = 'bfloat16'",
+        "TrainConfig.compute_dtype = 'bfloat16'", "TrainConfig.carry_states = True",
         "OptimizerConfig.learning_rate = 3e-3", "OptimizerConfig.schedule = 'constant'",
     ]  # fmt: skip
 
-    def run(folder, *, steps=4, carried=True, resume=False):
-        more = [f"TrainConfig.steps = {steps}", f"TrainConfig.carry_states = {carried}"]
-        train(*load([], bindings + more), tmp_path / folder, resume=resume, log=lambda _: None)
+    def run(folder, *, steps=4, resume=False):
+        config = load([], [*bindings, f"TrainConfig.steps = {steps}"])
+        train(*config, tmp_path / folder, resume=resume, log=lambda _: None)
         return [record["loss"] for record in read_metrics(tmp_path / folder)]
 
     whole = run("whole")
     assert len(run("parts", steps=2)) == 2
     assert run("parts", resume=True) == whole
-    assert run("alone", carried=False) != whole
+
+
+def test_what_is_carried_is_part_of_a_plans_memory():
+    config = run_config(hybrid(pattern="MM", mtp_depths=0), plan={"data": 2}, carry_states=True)
+    found = describe_memory(config, Workload(rows=2, tokens=24))["state"]["carried"]
+    rows, model = config.train.batch_size // 2, config.model
+    inner, states = model.mamba_num_heads * model.mamba_head_dim, 2 * model.n_groups * model.ssm_state_size
+    window = (model.conv_kernel - 1) * (inner + states + 1)  # and the windows' documents
+    assert found == 2 * rows * 4 * (window + inner * model.ssm_state_size)
 
 
 def test_refusals():

@@ -9,7 +9,7 @@ import grain
 import numpy as np
 
 from orogen.config.checks import ConfigError
-from orogen.data.packing import NEXT, NOTHING, Batch, Stream, empty_batch
+from orogen.data.packing import NEXT, NEXT_WEIGHT, NOTHING, Batch, Stream, empty_batch
 
 _BY_LANE = ("document", "read")
 
@@ -17,7 +17,7 @@ _BY_LANE = ("document", "read")
 class LaneRows(grain.IterDataset):
     """Endless batches of `lanes` rows over `documents`, a dataset without an end. Each lane reads one document to its
     last token, then the next that no lane has taken; nothing is padded, and every token but a document's first is
-    predicted once, by NEXT. Positions count from a document's first token, wherever its rows begin."""
+    predicted once, by NEXT, with its weight. Positions count from a document's first token, wherever its rows begin."""
 
     def __init__(self, documents: grain.MapDataset[Stream], *, lanes: int, sequence_length: int) -> None:
         super().__init__()
@@ -35,6 +35,7 @@ class _LaneIterator(grain.DatasetIterator):
         self._documents, self._lanes, self._sequence_length = documents, lanes, sequence_length
         # Lane b begins with document b, of which it has read nothing.
         self._document, self._read, self._next = list(range(lanes)), [0] * lanes, lanes
+        self._held: dict[int, Stream] = {}
 
     def get_state(self) -> dict[str, Any]:
         by_lane = lambda numbers: {str(lane): number for lane, number in enumerate(numbers)}  # noqa: E731
@@ -42,24 +43,26 @@ class _LaneIterator(grain.DatasetIterator):
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._document, self._read = ([state[name][str(lane)] for lane in range(self._lanes)] for name in _BY_LANE)
-        self._next = state["next"]
-        for document, read in zip(self._document, self._read, strict=True):
-            if read > (length := len(self._tokens(document))):
+        self._next, self._held = state["next"], {}
+        for lane, read in enumerate(self._read):
+            if read > (length := len(self._stream(lane).tokens_t)):
                 raise ConfigError(f"the saved data position has read = {read}; expected at most {length}")
 
     def __next__(self) -> Batch:
         batch = empty_batch(self._lanes, sequence_length=self._sequence_length, pad_id=0)
-        next_bt = np.full_like(batch.tokens_bt, NOTHING)
+        extras = {NEXT: np.full_like(batch.tokens_bt, NOTHING), NEXT_WEIGHT: np.zeros_like(batch.weights_bt)}
+        batch = batch._replace(extras=extras)
         for lane in range(self._lanes):
-            self._fill(lane, batch.map(lambda x_bt, lane=lane: x_bt[lane]), next_bt[lane])
-        return batch._replace(extras={NEXT: next_bt})
+            self._fill(lane, batch.map(lambda x_bt, lane=lane: x_bt[lane]))
+        return batch
 
-    def _fill(self, lane: int, row: Batch, next_t: np.ndarray) -> None:
+    def _fill(self, lane: int, row: Batch) -> None:
         """Writes the lane's next row."""
         used, segment = 0, 0
         while used < self._sequence_length:
-            tokens_t, read = self._tokens(self._document[lane]), self._read[lane]
+            (tokens_t, weights_t), read = self._stream(lane), self._read[lane]
             if read == len(tokens_t):
+                self._held.pop(lane)
                 self._document[lane], self._read[lane] = self._next, 0
                 self._next += 1
                 continue
@@ -68,12 +71,17 @@ class _LaneIterator(grain.DatasetIterator):
             row.tokens_bt[place] = tokens_t[read : read + length]
             row.segments_bt[place] = segment
             row.positions_bt[place] = np.arange(read, read + length)
-            row.weights_bt[place] = row.positions_bt[place] > 0
-            following_t = tokens_t[read + 1 : read + length + 1]
-            next_t[used : used + len(following_t)] = following_t
+            row.weights_bt[place] = np.where(row.positions_bt[place] > 0, weights_t[read : read + length], 0)
+            following = slice(read + 1, read + length + 1)
+            predicting = slice(used, used + len(tokens_t[following]))
+            row.extras[NEXT][predicting] = tokens_t[following]
+            row.extras[NEXT_WEIGHT][predicting] = weights_t[following]
             self._read[lane] += length
             used += length
 
-    def _tokens(self, document: int) -> np.ndarray:
-        stream: Any = self._documents[document]
-        return stream.tokens_t
+    def _stream(self, lane: int) -> Stream:
+        """The lane's document, which is made once however many rows it has."""
+        if lane not in self._held:
+            stream: Any = self._documents[self._document[lane]]
+            self._held[lane] = stream
+        return self._held[lane]

@@ -197,9 +197,9 @@ def make_loader(
     window_tokens: int = _WINDOW_TOKENS,
     lanes: bool = False,
 ) -> Loader:
-    """Endless packed batches of the streams, each epoch in a new order; `shuffle_seed` None keeps their order.
+    """Endless batches of the streams, each epoch in a new order; `shuffle_seed` None keeps their order.
 
-    lanes: a batch's rows go on where those of the batch before ended, instead of being packed: see `LaneRows`.
+    Rows are packed, or, with `lanes`, each continues the same row of the batch before: see `LaneRows`.
     Every process packs the same global batches and keeps its own rows, so that neither the data nor a saved
     position depends on the number of processes. `identity` is what a saved position must agree on.
     Raises ConfigError if there is no stream, a row has no room for a target, or the processes do not share a batch.
@@ -212,6 +212,9 @@ def make_loader(
         documents = documents.shuffle(_spread(shuffle_seed))
     settings = {"batch_size": batch_size, "sequence_length": sequence_length, "shuffle_seed": shuffle_seed}
     if lanes:
+        if len(streams) < batch_size:
+            expected = f"at most {len(streams)}, the number of documents: each row reads its own, and continues it"
+            raise ConfigError(f"batch_size = {batch_size}: expected {expected}")
         settings["lanes"] = True
         batches = LaneRows(documents.repeat(), lanes=batch_size, sequence_length=sequence_length)
     else:

@@ -20,11 +20,12 @@ class Stream(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Packed rows. Position i predicts token i + 1, with weight weights[i + 1], if both have one non-zero segment.
+    """Rows of documents. Position i predicts token i + 1, with weight weights[i + 1], where both are of one segment.
 
     tokens_bt int32; segments_bt int32, 1, 2, … along the row and 0 on padding: a segment is a run of equal ids;
-    positions_bt int32, from 0 in each segment; weights_bt float32, the loss weight of the token as a target, 0 on a
-    segment's first token and on padding. extras: further arrays (b, t) by name; see NEXT.
+    positions_bt int32, from 0 in each segment but one that continues another batch's; weights_bt float32, the loss
+    weight of the token as a target, 0 where its position is 0 and on padding. extras: further arrays (b, t) by name;
+    see NEXT.
     """
 
     tokens_bt: Any  # arrays of numpy here, of jax inside a step
@@ -40,9 +41,9 @@ class Batch(NamedTuple):
         return Batch(*arrays, extras=extras)
 
 
-# The extra of batches whose rows follow one another: int32, the token that each position predicts, which for a row's
-# last one begins the next row; NOTHING where that is no target.
-NEXT, NOTHING = "next", -1
+# The extras of batches whose rows continue those of the batch before: the token that each position predicts, int32, for
+# a row's last position the first token of the next row, NOTHING behind a document's last token; and its loss weight.
+NEXT, NEXT_WEIGHT, NOTHING = "next", "next_weight", -1
 
 
 class _Decoder(Protocol):

@@ -17,7 +17,7 @@ from orogen.layers.linear import add_bias, linear, linears
 from orogen.layers.norm import make_norm
 from orogen.layers.parameter import normal, parameter
 from orogen.layers.rotary import make_rotary, mscale
-from orogen.model.cache import KeyValues, require_whole_sequence
+from orogen.model.cache import KeyValues, require_whole_pieces
 from orogen.model.context_attention import attend
 from orogen.parallel.plan import Plan
 
@@ -57,7 +57,7 @@ class Attention(nnx.Module):
         self, x_btd: Array, docs: Documents, plan: Plan, given: KeyValues | None = None
     ) -> tuple[Array, KeyValues | None]:
         """y (b, t, d); given the keys and values of earlier tokens, over those too, and all of them."""
-        require_whole_sequence(plan, given)
+        require_whole_pieces(plan, given, docs.segments_bt.shape[1])
         h_btd = plan.gather(x_btd, "sequence")
         q_btf, k_btf, v_btf = linears(h_btd, (self.query, self.key, self.value), plan)
         q_bthk = self._heads("query", q_btf, self.query_bias)
@@ -131,7 +131,7 @@ class LatentAttention(nnx.Module):
         self, x_btd: Array, docs: Documents, plan: Plan, given: KeyValues | None = None
     ) -> tuple[Array, KeyValues | None]:
         """y (b, t, d); given the latent vectors and rotary keys of earlier tokens, over those too, and all of them."""
-        require_whole_sequence(plan, given)
+        require_whole_pieces(plan, given, docs.segments_bt.shape[1])
         h_btd = plan.gather(x_btd, "sequence")
         q_bthk = self._queries(h_btd, docs, plan)
         latent_btr, shared_btk = linears(h_btd, (self.latent_down, self.key_rope), plan)

@@ -46,9 +46,8 @@ def convolve(
     """
     before = convs[0].taps - 1
     if given is not None and before:
-        behind_bk = given.segments_bk[:, -before:]
         return [
-            conv(x_btc, segments_bt, plan, window_bkc, behind_bk)
+            conv(x_btc, segments_bt, plan, window_bkc, given.segments_bk)
             for conv, x_btc, window_bkc in zip(convs, arrays, given.windows, strict=True)
         ]
     if plan.size("context") == 1 or not before:

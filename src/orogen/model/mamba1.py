@@ -17,7 +17,7 @@ from orogen.kernels.selective_scan import selective_scan
 from orogen.layers.documents import Documents
 from orogen.layers.linear import add_bias, linear, linears, multiply
 from orogen.layers.parameter import normal, parameter, uniform
-from orogen.model.cache import Recurrent, require_whole_sequence
+from orogen.model.cache import Recurrent, require_whole_pieces
 from orogen.model.context_ssm import convolve, scan_over_parts
 from orogen.model.mamba2 import CausalConv, initial_dt_bias, projection_bias
 from orogen.parallel.context import to_heads, to_tokens, whole
@@ -55,7 +55,7 @@ class Mamba1(nnx.Module):
         self, x_btd: Array, docs: Documents, plan: Plan, given: Recurrent | None = None
     ) -> tuple[Array, Recurrent | None]:
         """y (b, t, d); given the convolution's window and the state of earlier tokens, also those behind these."""
-        require_whole_sequence(plan, given)
+        require_whole_pieces(plan, given, docs.segments_bt.shape[1])
         segments_bt = docs.segments_bt
         h_btd = plan.gather(x_btd, "sequence")
         projected = zip(linears(h_btd, (self.x, self.z), plan), (self.x_bias, self.z_bias), strict=True)

@@ -20,7 +20,7 @@ from orogen.layers.documents import Documents
 from orogen.layers.linear import add_bias, linear, linears
 from orogen.layers.norm import GroupRMSNorm
 from orogen.layers.parameter import normal, parameter, uniform
-from orogen.model.cache import Recurrent, require_whole_sequence
+from orogen.model.cache import Recurrent, require_whole_pieces
 from orogen.model.context_ssm import convolve, heads_for_sequence, ssd_over_parts
 from orogen.parallel.context import to_tokens, whole
 from orogen.parallel.plan import Plan
@@ -93,7 +93,7 @@ class Mamba2(nnx.Module):
         self, x_btd: Array, docs: Documents, plan: Plan, given: Recurrent | None = None
     ) -> tuple[Array, Recurrent | None]:
         """y (b, t, d); given the convolutions' windows and the state of earlier tokens, also those behind these."""
-        require_whole_sequence(plan, given)
+        require_whole_pieces(plan, given, docs.segments_bt.shape[1])
         segments_bt = docs.segments_bt
         h_btd = plan.gather(x_btd, "sequence")
         # dt has a column a head, too few for FP8 to gain anything, and decays are exponentials of it.

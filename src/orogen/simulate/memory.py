@@ -11,7 +11,7 @@ import jax
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.run import RunConfig
-from orogen.data.packing import NEXT, Batch
+from orogen.data.packing import NEXT, NEXT_WEIGHT, Batch
 from orogen.model.lm import Built, build
 from orogen.model.stages import Stages
 from orogen.parallel.plan import Plan, make_plan
@@ -49,7 +49,7 @@ def describe_memory(config: RunConfig, work: Workload) -> dict[str, Any]:
     optimizer = make_optimizer(config.optimizer, config.train.steps, built.params)
     state = abstract_state(built, optimizer, carry.abstract(config.train, built))
     placed = jax.tree.map(_placed, state, state_shardings(state, plan))
-    held = {name: _held(getattr(placed, name)) for name in ("params", "buffers", "optimizer")}
+    held = {name: _held(getattr(placed, name)) for name in ("params", "buffers", "optimizer", "carried")}
     layers = activations(config.model, config.plan, work, dtype=config.train.compute_dtype, stages=built.stages)
     return {
         "devices": config.plan.devices,
@@ -59,6 +59,7 @@ def describe_memory(config: RunConfig, work: Workload) -> dict[str, Any]:
             "gradients": _held(_in_step(built, plan)) if config.plan.fsdp == "optimizer" else held["params"],
             "optimizer": held["optimizer"],
             "buffers": held["buffers"],
+            **({"carried": held["carried"]} if config.train.carry_states else {}),
         },
         "activations": layers,
         "activation_bytes": sum(each["layers"] * sum(each["bytes"].values()) for each in layers.values()),
@@ -113,7 +114,7 @@ def _compiled(config: RunConfig, plan: Plan, built: Built, optimizer: Any, state
     integers: Any = jax.ShapeDtypeStruct(shape, "int32", sharding=sharding)
     weights: Any = jax.ShapeDtypeStruct(shape, "float32", sharding=sharding)
     step: Any = make_step(built, config, plan, optimizer)
-    extras = {NEXT: integers} if config.train.carry_states else {}
+    extras = {NEXT: integers, NEXT_WEIGHT: weights} if config.train.carry_states else {}
     batch = Batch(integers, integers, integers, weights, extras)
     analysis = step.lower(state, batch).compile().memory_analysis()
     return {name: int(getattr(analysis, field)) for name, field in COMPILED.items()}

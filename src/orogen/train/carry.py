@@ -60,8 +60,8 @@ def joined(carried: Any, left: Any, sources: int, plan: Plan) -> Any:
 
 
 def after(left: Any, finite: Array) -> Any:
-    """What the next batch is given: what this one `left`, or, if its step was skipped, nothing at all: the rows to come
-    do not follow those before it."""
+    """What the next batch is given: what this one `left`, or nothing behind a skipped step, whose states may not be
+    finite; those before it belong to text that the next rows do not continue."""
 
     return jax.tree.map(lambda a, b: jnp.where(finite, a, b), left, emptied(left))
 

@@ -197,10 +197,11 @@ class _Run:
             target = abstract_state(self.built, self.optimizer, self.carried)
             return self.checkpoints.restore(with_shardings(target, state_shardings(target, self.plan)))
         saved = build(self.config.model, before, self.built.vocab_rows)
-        target = abstract_state(saved, make_optimizer(self.config.optimizer, self.config.train.steps, saved.params))
+        optimizer = make_optimizer(self.config.optimizer, self.config.train.steps, saved.params)
+        target = abstract_state(saved, optimizer, self.carried)
         # Restored onto the devices, where it is laid out for these stages.
         state, position = self.checkpoints.restore(with_shardings(target, self.plan.spread(target)))
-        layout = state_shardings(abstract_state(self.built, self.optimizer), self.plan)
+        layout = state_shardings(abstract_state(self.built, self.optimizer, self.carried), self.plan)
         return jax.jit(lambda state: relaid(state, before, after), out_shardings=layout)(state), position
 
     def evaluate_last(self, state: TrainState, writer: MetricsWriter) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from orogen.config.model import ModelConfig
-from orogen.data.packing import NEXT, NOTHING, Batch
+from orogen.data.packing import NEXT, NEXT_WEIGHT, Batch
 from orogen.kernels.cross_entropy import cross_entropy
 from orogen.layers.documents import Documents
 from orogen.model.cache import both, caches, map_layers, without_caches
@@ -54,7 +54,7 @@ def targets(batch: Batch, depth: int, plan: Plan) -> Array:
 def target_weights(batch: Batch, depth: int, plan: Plan) -> Array:
     """Weight (b, t) of predicting token t + 1 + depth from position t: the token's own, inside one document only."""
     if depth == 0 and NEXT in batch.extras:
-        return (batch.extras[NEXT] != NOTHING).astype(jnp.float32)
+        return batch.extras[NEXT_WEIGHT]
     inside_bt = shifted_segments(batch.segments_bt, depth + 1, plan) != 0
     return jnp.where(inside_bt, later(batch.weights_bt, depth + 1, plan), 0)
 

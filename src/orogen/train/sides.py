@@ -14,7 +14,7 @@ from orogen.config.checks import require
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.run import RunConfig, TrainConfig
-from orogen.data.packing import Batch
+from orogen.data.packing import NEXT, NEXT_WEIGHT, NOTHING, Batch
 from orogen.model.lm import Built, build, initial_state
 from orogen.parallel.plan import Plan, make_plan, single_device_plan
 from orogen.train.pipelined import cut, split_replay
@@ -84,15 +84,20 @@ def packed_batch(config: RunConfig, train: TrainConfig) -> Batch:
         edges = [0, *np.sort(inside).tolist(), shape[1]]
         for number, (start, end) in enumerate(zip(edges, edges[1:], strict=False), 1):
             last = number == len(edges) - 1
-            padding = last and rng.random() < 0.5 and start >= shape[1] / 2
+            padding = last and rng.random() < 0.5 and start >= shape[1] / 2 and not train.carry_states
             segments_t[start:end] = 0 if padding else number
             positions_t[start:end] = np.arange(end - start)
     first_bt = np.diff(segments_bt, axis=1, prepend=-1) != 0
     weights_bt = ((segments_bt != 0) & ~first_bt).astype(np.float32)
-    if train.carry_states:  # each row goes on with the last batch's
-        positions_bt += np.where(segments_bt == 1, train.sequence_length, 0).astype(np.int32)
     tokens_bt = rng.integers(0, config.model.vocab_size, shape, dtype=np.int32)
-    return Batch(tokens_bt, segments_bt, positions_bt, weights_bt)
+    if not train.carry_states:
+        return Batch(tokens_bt, segments_bt, positions_bt, weights_bt)
+    # Each row continues the last batch's, but for its first position's target all as in a row alone.
+    positions_bt += np.where(segments_bt == 1, train.sequence_length, 0).astype(np.int32)
+    ends_bt = np.diff(segments_bt, axis=1, append=segments_bt[:, -1:]) != 0
+    next_bt = np.where(ends_bt, NOTHING, np.roll(tokens_bt, -1, axis=1)).astype(np.int32)
+    extras = {NEXT: next_bt, NEXT_WEIGHT: (~ends_bt).astype(np.float32)}
+    return Batch(tokens_bt, segments_bt, positions_bt, weights_bt, extras)
 
 
 def packed_batches(config: RunConfig, count: int) -> list[Batch]:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from orogen.config.run import RunConfig
-from orogen.data.packing import Batch
+from orogen.data.packing import NEXT_WEIGHT, Batch
 from orogen.model.vocabulary import resized
 from orogen.parallel.plan import Plan
 from orogen.train import carry
@@ -40,7 +40,7 @@ def verify_steps(config: RunConfig) -> Verdict:
     otherwise an element that is zero up to rounding would move by the whole learning rate, in either direction.
     """
     batches = packed_batches(config, STEPS)
-    batches[BROKEN] = batches[BROKEN]._replace(weights_bt=_one_not_finite(batches[BROKEN].weights_bt))
+    batches[BROKEN] = _one_not_finite(batches[BROKEN])
     one, other, start = sides(config)
     size = sum(leaf.size for leaf in jax.tree.leaves(start[0]))
     smooth = dataclasses.replace(config.optimizer, epsilon=config.optimizer.clip_norm / math.sqrt(size))
@@ -88,11 +88,16 @@ def verify_evaluation(config: RunConfig) -> Verdict:
     )
 
 
-def _one_not_finite(weights_bt: np.ndarray) -> np.ndarray:
-    """The weights with the first target's made NaN."""
-    broken_bt = weights_bt.copy()
-    broken_bt[np.unravel_index(np.argmax(weights_bt > 0), weights_bt.shape)] = np.nan
-    return broken_bt
+def _one_not_finite(batch: Batch) -> Batch:
+    """The batch with the first target's weight made NaN."""
+
+    def broken(weights_bt: np.ndarray) -> np.ndarray:
+        broken_bt = weights_bt.copy()
+        broken_bt[np.unravel_index(np.argmax(weights_bt > 0), weights_bt.shape)] = np.nan
+        return broken_bt
+
+    extras = {name: broken(x) if name == NEXT_WEIGHT else x for name, x in batch.extras.items()}
+    return batch._replace(weights_bt=broken(batch.weights_bt), extras=extras)
 
 
 def _steps(side: Side, start: Any, batches: list[Batch], replays: list[Any] | None) -> _Steps:
