@@ -144,7 +144,7 @@ def empty_batch(rows: int, *, sequence_length: int, pad_id: int) -> Batch:
 
 def piece_texts(batches: Iterable[Batch], tokenizer: _Decoder) -> Iterator[bytes]:
     """The text bytes of each segment that are targets in it, in row order: its first token is context, and left out.
-    With NEXT, the bytes that the segment predicts, of which the last may begin the next row."""
+    With NEXT, the bytes that the segment predicts: the last of them may begin the next row."""
     for batch in batches:
         # Without NEXT a position predicts the token behind it, of its own segment.
         tokens_bt, segments_bt = np.asarray(batch.tokens_bt), np.asarray(batch.segments_bt)

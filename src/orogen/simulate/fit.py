@@ -87,7 +87,7 @@ def require_scoring_fits(model: ModelConfig, memory: Memory, *, blocked: bool, r
 
 
 def require_conversion_fits(memory: Memory, *, tensor: str, held: int) -> None:
-    """Raises ConfigError if a checkpoint's largest tensor, of which the host holds `held` bytes at once, exceeds the
+    """Raises ConfigError if the `held` bytes that the host needs at once for a checkpoint's largest tensor exceed the
     memory."""
     _require("conversion", [Need("one tensor", held, {f"the size of {tensor}": held})], [], 1, memory)
 

@@ -39,7 +39,7 @@ def cross_entropy(
         sum_n w_n (log sum_v exp(x_n . head_v) - x_n . head_target(n))
 
     Logits accumulate and the softmax runs in float32 whatever the inputs are. `head_dv` may hold one rank's columns of
-    the vocabulary, of which the first is number `vocab_start`; then `reduce_max` and `reduce_sum` combine float32 (n,)
+    the vocabulary, from number `vocab_start` on; then `reduce_max` and `reduce_sum` combine float32 (n,)
     over the ranks, and every rank returns the same loss. A token of weight 0 has a gradient of exactly zero and may
     have any target; other targets must exist. No gradient flows into `weights_n`. Columns from number `vocab_size` on,
     counted over all ranks, are padding: they take no part and have a gradient of zero (None: all take part).
