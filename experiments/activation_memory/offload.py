@@ -24,6 +24,7 @@ from orogen.data.packing import Batch
 from orogen.model.lm import build
 from orogen.parallel.plan import make_plan
 from orogen.parallel.runtime import configure
+from orogen.train.next_token import NEXT_TOKENS
 from orogen.train.optimizer import make_optimizer
 from orogen.train.state import create_state
 from orogen.train.step import batch_to_devices, make_step
@@ -79,7 +80,7 @@ def step_facts(config: RunConfig, *, steps: int = 8) -> dict[str, Any]:
     optimizer = make_optimizer(config.optimizer, config.train.steps, built.params)
     state = create_state(config.model, built, optimizer, plan, 0)
     batch = batch_to_devices(_batch(config), plan)
-    step: Any = make_step(built, config, plan, optimizer)
+    step: Any = make_step(built, NEXT_TOKENS, config, plan, optimizer)
     program = step.lower(state, batch).compile()
     analysis, seconds, loss = program.memory_analysis(), [], 0.0
     for _ in range(steps):

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from orogen.config.load import parse
 from orogen.config.plan import PlanConfig
 from orogen.parallel.runtime import configure
+from orogen.train.next_token import NEXT_TOKENS
 from orogen.train.pictures import LIGHT
 
 HERE = pathlib.Path(__file__).parent
@@ -53,7 +54,7 @@ def measure(kind: str, virtual: int, microbatches: int, remat: str) -> Run:
     built, sharding = build(model, stages), plan.sharding(*BATCH_AXES)
     shape = ROWS * microbatches, LENGTH
     tokens_bt, weights_bt = (jax.ShapeDtypeStruct(shape, d, sharding=sharding) for d in (jnp.int32, jnp.float32))
-    step = jax.jit(gradients(built, model, plan, "float32"))
+    step = jax.jit(gradients(built, NEXT_TOKENS, model, plan, "float32"))
     lowered = step.lower(built.params, built.buffers, Batch(tokens_bt, tokens_bt, tokens_bt, weights_bt))
     schedule: Any = plan.schedule
     return {

@@ -27,6 +27,7 @@ from orogen.simulate.fit import count as counted
 from orogen.simulate.flops import LAYER_FLOPS, forward_flops_per_token
 from orogen.simulate.ledger import Workload
 from orogen.simulate.weights import LAYER_WEIGHTS, Weight
+from orogen.train.next_token import NEXT_TOKENS
 from orogen.train.optimizer import make_optimizer
 from orogen.train.sides import packed_batch
 from orogen.train.state import create_state
@@ -90,7 +91,10 @@ def test_a_new_letter_trains_under_two_plans(toy):
         config = run_config(model, plan=plan, batch_size=4, sequence_length=16)
         layout, built = make_plan(config.plan, model), build(model)
         optimizer = make_optimizer(config.optimizer, config.train.steps, built.params)
-        step, state = make_step(built, config, layout, optimizer), create_state(model, built, optimizer, layout, 0)
+        step, state = (
+            make_step(built, NEXT_TOKENS, config, layout, optimizer),
+            create_state(model, built, optimizer, layout, 0),
+        )
         batch, found = batch_to_devices(packed_batch(config, config.train), layout), []
         for _ in range(3):
             state, metrics = step(state, batch)

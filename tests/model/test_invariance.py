@@ -17,7 +17,8 @@ from orogen.data.packing import Batch
 from orogen.layers.documents import documents
 from orogen.model.mtp import shifted_segments
 from orogen.parallel.context import later
-from orogen.train.loss import Counts, Sums, batch_counts, objective
+from orogen.train.loss import Counts, Sums, batch_counts, loss_share
+from orogen.train.next_token import LOSS, MTP_LOSS, NEXT_TOKENS
 from orogen.train.step import batch_to_devices
 
 # A row of documents of 7, 1, 5 and 2 tokens and 2 of padding; one of 3 and 9, padding between them and at the end.
@@ -83,8 +84,8 @@ def apart(batch: Batch) -> tuple[Batch, list[tuple[int, np.ndarray]]]:
 def answers(batch: Batch, model_config: ModelConfig):
     """Hidden states of every depth, nats of the next token by position, the objective, its sums and its counts."""
     model, plan = Witness(merged(model_config)), one_device(model_config)
-    counts = batch_counts(batch, DEPTHS, plan)
-    loss, sums = objective(model, batch, counts, config=model_config, plan=plan)
+    counts = batch_counts(batch, NEXT_TOKENS, DEPTHS, plan)
+    loss, sums = loss_share(model, batch, counts, objective=NEXT_TOKENS, config=model_config, plan=plan)
     likelihood_btv = jax.nn.log_softmax(model.project(model.seen[0], plan))
     nats_bt = -jnp.take_along_axis(likelihood_btv, later(batch.tokens_bt, 1, plan)[..., None], -1)[..., 0]
     return Answers(model.seen, nats_bt, loss, sums, counts)
@@ -117,8 +118,9 @@ def test_a_packed_row_has_the_hidden_states_of_its_documents_apart(model):
 @every_model
 def test_a_packed_row_has_the_losses_of_its_documents_apart(model):
     packed, alone = answers(PACKED, model), answers(apart(PACKED)[0], model)
-    np.testing.assert_allclose(packed.sums.nats, alone.sums.nats, rtol=1e-6)
-    np.testing.assert_allclose(packed.counts.targets, alone.counts.targets, rtol=1e-6)
+    for name in (LOSS, MTP_LOSS):
+        np.testing.assert_allclose(packed.sums.metrics[name], alone.sums.metrics[name], rtol=1e-6)
+        np.testing.assert_allclose(packed.counts.metrics[name], alone.counts.metrics[name], rtol=1e-6)
     np.testing.assert_array_equal(packed.counts.tokens, alone.counts.tokens)
     for load_e, load_alone_e in zip(packed.sums.load, alone.sums.load, strict=True):
         np.testing.assert_array_equal(load_e, load_alone_e)
@@ -156,7 +158,8 @@ def test_tokens_at_padding_change_nothing(model):
         valid = last_valid(SEGMENTS_BT, depth)
         np.testing.assert_array_equal(after.hidden[depth][valid], before.hidden[depth][valid])
     assert after.loss == before.loss
-    np.testing.assert_array_equal(after.sums.nats, before.sums.nats)
+    for name in (LOSS, MTP_LOSS):
+        np.testing.assert_array_equal(after.sums.metrics[name], before.sums.metrics[name])
 
 
 @every_model
@@ -165,7 +168,8 @@ def test_batch_order_does_not_matter(model):
     for a, b in zip(after.hidden, before.hidden, strict=True):
         np.testing.assert_allclose(a[::-1], b, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(after.loss, before.loss, rtol=1e-6)
-    np.testing.assert_allclose(after.sums.nats, before.sums.nats, rtol=1e-6)
+    for name in (LOSS, MTP_LOSS):
+        np.testing.assert_allclose(after.sums.metrics[name], before.sums.metrics[name], rtol=1e-6)
 
 
 @functools.cache

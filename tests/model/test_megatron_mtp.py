@@ -21,7 +21,8 @@ from orogen.data.packing import Batch
 from orogen.model.lm import LanguageModel
 from orogen.model.mtp import MTPBlock
 from orogen.parallel.plan import make_plan
-from orogen.train.loss import batch_counts, objective
+from orogen.train.loss import batch_counts, loss_share
+from orogen.train.next_token import LOSS, MTP_LOSS, NEXT_TOKENS
 
 FIXTURES = pathlib.Path(__file__).parent.parent / "fixtures" / "megatron"
 NAMES = ("mtp_depth1", "mtp_depth2_masked", "mtp_depth2_repeated")
@@ -83,15 +84,15 @@ def answers(name: str):
     weights_bt = np.concatenate([np.zeros((2, 1)), arrays["loss_mask"]], 1).astype(np.float32)
     ones_bt = np.ones_like(tokens_bt)
     batch = Batch(tokens_bt, ones_bt, np.cumsum(ones_bt, 1) - 1, weights_bt)
-    counts = batch_counts(batch, config.mtp_depths, plan)
+    counts = batch_counts(batch, NEXT_TOKENS, config.mtp_depths, plan)
 
     def loss(params):
         model = Witness(nnx.merge(graph, params))
-        total, sums = objective(model, batch, counts, config=config, plan=plan)
+        total, sums = loss_share(model, batch, counts, objective=NEXT_TOKENS, config=config, plan=plan)
         return total, (sums, model.seen, [model.project(h_btd, plan) for h_btd in model.seen])
 
     (total, (sums, hidden, logits)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    return total, sums, counts, hidden, logits, grads
+    return total, sums.metrics, counts.metrics, hidden, logits, grads
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -111,8 +112,9 @@ def test_hidden_states_and_logits_of_every_depth_equal_megatron(name):
 def test_losses_and_counts_of_every_depth_equal_megatron(name):
     config, _, arrays, _ = read(name)
     total, sums, counts, _, _, _ = answers(name)
-    np.testing.assert_array_equal(counts.targets, [arrays["loss_mask"].sum(), *arrays["logged_total_values"]])
-    losses = sums.nats / counts.targets
+    found = [np.concatenate([np.ravel(values[name]) for name in (LOSS, MTP_LOSS)]) for values in (sums, counts)]
+    np.testing.assert_array_equal(found[1], [arrays["loss_mask"].sum(), *arrays["logged_total_values"]])
+    losses = found[0] / found[1]
     np.testing.assert_allclose(losses, [arrays["main_loss"], *arrays["logged_loss_values"]], rtol=1e-6)
     scale = config.mtp_loss_scale / config.mtp_depths
     np.testing.assert_allclose(total, losses[0] + scale * sum(losses[1:]), rtol=1e-6)

@@ -19,6 +19,7 @@ from orogen.parallel.plan import FP8_OPTIONS, make_plan
 from orogen.precision import fp8
 from orogen.precision.fp8 import E4M3, E5M2, SMALLEST_SCALE, dequantize, rounded, scale_of
 from orogen.train.heldout import Heldout
+from orogen.train.next_token import NEXT_TOKENS
 from orogen.train.optimizer import make_optimizer
 from orogen.train.step import make_step
 
@@ -240,7 +241,7 @@ def test_steps_and_evaluation_are_compiled_without_products_in_16_bits(linear, e
     optimizer = make_optimizer(run.optimizer, run.train.steps, built.params)
     asked = []
     monkeypatch.setattr(jax, "jit", lambda function, **options: asked.append(options["compiler_options"]))
-    make_step(built, run, plan, optimizer)
+    make_step(built, NEXT_TOKENS, run, plan, optimizer)
     corpus = SimpleNamespace(heldout_batches=lambda *_, **__: [])
     Heldout(run, built, corpus)
     assert asked == [expected, expected]

@@ -23,7 +23,7 @@ from typing import Any
 SIGNALS = {"SIGTERM": 0, "SIGHUP": 0, "SIGINT": 130, "SIGKILL": -9}  # and the status that each ends with
 # Where a signal falls: a function, the last call of it that may be chosen, and the most seconds after that call began.
 MOMENTS: dict[str, tuple[str, str, int, float]] = {
-    "loading": ("orogen.train.loop", "open_corpus", 1, 0.2),
+    "loading": ("orogen.train.pretraining", "open_corpus", 1, 0.2),
     "compiling": ("orogen.train.loop", "batch_to_devices", 1, 1.0),
     "stepping": ("orogen.train.loop", "batch_to_devices", 11, 0.02),
     "evaluating": ("orogen.train.heldout", "Heldout.sample", 3, 0.2),

@@ -21,6 +21,8 @@ from orogen.simulate.memory import describe_memory
 from orogen.train import carry
 from orogen.train.loop import train
 from orogen.train.metrics import read_metrics
+from orogen.train.next_token import LOSS, NEXT_TOKENS
+from orogen.train.pretraining import PRETRAINING
 from orogen.train.step import batch_to_devices, gradients
 from orogen.train.verify_step import verify_steps
 
@@ -54,14 +56,16 @@ def test_rows_one_after_another_have_the_nats_of_one_row(microbatches, pieces):
     settings = TrainConfig(steps=1, batch_size=ROWS, sequence_length=2 * LENGTH // pieces, seed=0, carry_states=True)
     abstract = carry.abstract(settings, built)
     whole, rows = lanes(model, pieces)
-    alone = jax.jit(gradients(built, model, plan, "float32"))(params, buffers, batch_to_devices(whole, plan))
-    run = jax.jit(gradients(built, model, plan, "float32", carried=abstract))
+    alone = jax.jit(gradients(built, NEXT_TOKENS, model, plan, "float32"))(
+        params, buffers, batch_to_devices(whole, plan)
+    )
+    run = jax.jit(gradients(built, NEXT_TOKENS, model, plan, "float32", carried=abstract))
     carried, nats, counted = carry.emptied(abstract), 0, 0
     for row in rows:
         _, _, counts, sums = run(params, buffers, batch_to_devices(row, plan), None, carried)
-        carried, nats, counted = sums.carried, nats + sums.nats, counted + counts.targets
-    assert counted == alone[2].targets
-    assert relative_error(nats, alone[3].nats) < 1e-6
+        carried, nats, counted = sums.carried, nats + sums.metrics[LOSS], counted + counts.metrics[LOSS]
+    assert counted == alone[2].metrics[LOSS]
+    assert relative_error(nats, alone[3].metrics[LOSS]) < 1e-6
 
 
 def test_gradients_are_those_of_a_row_with_the_states_that_it_is_given():
@@ -71,7 +75,7 @@ def test_gradients_are_those_of_a_row_with_the_states_that_it_is_given():
     _, params, buffers = model_parts(model)
     settings = TrainConfig(steps=1, batch_size=ROWS, sequence_length=LENGTH, seed=0, carry_states=True)
     abstract = carry.abstract(settings, built)
-    run = jax.jit(gradients(built, model, plan, "float32", carried=abstract))
+    run = jax.jit(gradients(built, NEXT_TOKENS, model, plan, "float32", carried=abstract))
     first, second = (batch_to_devices(half, plan) for half in lanes(model)[1])
     carried = run(params, buffers, first, None, carry.emptied(abstract))[3].carried
     _, grads, _, _ = run(params, buffers, second, None, carried)
@@ -123,7 +127,7 @@ def test_a_run_goes_on_with_its_states(tmp_path):
 
     def run(folder, *, steps=4, resume=False):
         config = load([], [*bindings, f"TrainConfig.steps = {steps}"])
-        train(*config, tmp_path / folder, resume=resume, log=lambda _: None)
+        train(*config, tmp_path / folder, PRETRAINING, resume=resume, log=lambda _: None)
         return [record["loss"] for record in read_metrics(tmp_path / folder)]
 
     whole = run("whole")

@@ -77,8 +77,8 @@ def test_the_whole_split_is_scored_by_all_its_bytes_and_nothing_is_dropped(score
     nats, count = scored.nats_and_targets(rows)
     n_bytes = sum(len(document.text.encode()) for document in scored.corpus.splits["heldout"].documents)
     assert n_bytes == scored.text_bytes(rows)
-    assert scored.whole.loss == pytest.approx(nats / count, rel=1e-5)
-    assert scored.whole.bits_per_byte == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
+    assert scored.whole["whole_heldout_loss"] == pytest.approx(nats / count, rel=1e-5)
+    assert scored.whole["whole_heldout_bits_per_byte"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
 
 
 def test_a_sample_is_of_spread_rows_and_scored_by_their_own_bytes(scored):
@@ -87,5 +87,7 @@ def test_a_sample_is_of_spread_rows_and_scored_by_their_own_bytes(scored):
     rows = [i * kept // 4 for i in range(4)]
     assert kept > 8 and rows != [0, 1, 2, 3]
     nats, count = scored.nats_and_targets(rows)
-    assert scored.sample.loss == pytest.approx(nats / count, rel=1e-5)
-    assert scored.sample.bits_per_byte == pytest.approx(nats / math.log(2) / scored.text_bytes(rows), rel=1e-5)
+    assert scored.sample["heldout_loss"] == pytest.approx(nats / count, rel=1e-5)
+    assert scored.sample["heldout_bits_per_byte"] == pytest.approx(
+        nats / math.log(2) / scored.text_bytes(rows), rel=1e-5
+    )

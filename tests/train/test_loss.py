@@ -11,7 +11,8 @@ from orogen.layers.documents import documents
 from orogen.model.mtp import shifted_segments
 from orogen.moe.layer import MoEStats
 from orogen.parallel.context import later
-from orogen.train.loss import batch_counts, next_token_nats, objective, target_weights
+from orogen.train.loss import batch_counts, loss_share
+from orogen.train.next_token import LOSS, MTP_LOSS, NEXT_TOKENS, target_weights
 
 # Documents of three and two tokens and one of padding. The weights of first tokens must play no part.
 SEGMENTS_BT = jnp.array([[1, 1, 1, 2, 2, 0]])
@@ -46,8 +47,9 @@ def test_target_weights_stop_at_document_boundaries():
 
 def test_counts_by_hand():
     two_rows = BATCH.map(lambda x: jnp.concatenate([x, jnp.zeros_like(x)]))  # the second row is all padding
-    counts = batch_counts(two_rows, 2, one_device(config()))
-    np.testing.assert_array_equal(counts.targets, [3.5, 0.5, 0])
+    counts = batch_counts(two_rows, NEXT_TOKENS, 2, one_device(config()))
+    assert counts.metrics[LOSS] == 3.5
+    np.testing.assert_array_equal(counts.metrics[MTP_LOSS], [0.5, 0])
     np.testing.assert_array_equal(counts.tokens, [5, 3, 1])
     np.testing.assert_array_equal(counts.rows, [1, 1, 1])
 
@@ -61,31 +63,31 @@ def test_objective_is_the_sum_of_its_terms():
     short = [1, 1, 2, 2, *[0] * 7]
     segments_bt = np.array([[1] * 4 + [2] * 5 + [0] * 2, [1] * 11, [0] * 11, short], np.int32)
     batch = Batch(tokens_bt, segments_bt, np.zeros_like(tokens_bt), rng.random((4, 11), np.float32))
-    counts = batch_counts(batch, 2, plan)
+    counts = batch_counts(batch, NEXT_TOKENS, 2, plan)
 
     @jax.jit
     def run(batch):
         model = merged(model_config)
-        found = objective(model, batch, counts, config=model_config, plan=plan)
+        found = loss_share(model, batch, counts, objective=NEXT_TOKENS, config=model_config, plan=plan)
         h_btd, stats = model.hidden(batch.tokens_bt, documents(batch.segments_bt), plan)
         deeper = model.deeper(h_btd, batch.tokens_bt, documents(batch.segments_bt), plan)
         likelihoods = [jax.nn.log_softmax(model.project(h, plan)) for h in [h_btd, *(h for h, _ in deeper)]]
         layers = jax.tree.leaves((stats, *(s for _, s in deeper)), is_leaf=lambda x: isinstance(x, MoEStats))
-        return found, likelihoods, layers, next_token_nats(model, batch, plan)
+        return found, likelihoods, layers
 
-    (loss, sums), likelihoods, layers, nats = run(batch)
+    (loss, sums), likelihoods, layers = run(batch)
     nats_by_hand = np.zeros(3)
     for depth, likelihood_btv in enumerate(likelihoods):
         for b, t in np.ndindex(4, 11 - 1 - depth):
             target = t + 1 + depth
             if segments_bt[b, t] and segments_bt[b, t] == segments_bt[b, target]:
                 nats_by_hand[depth] -= batch.weights_bt[b, target] * likelihood_btv[b, t, tokens_bt[b, target]]
-    np.testing.assert_allclose(sums.nats, nats_by_hand, rtol=1e-6)
-    np.testing.assert_allclose(nats, nats_by_hand[0], rtol=1e-6)
+    np.testing.assert_allclose(sums.metrics[LOSS], nats_by_hand[0], rtol=1e-6)
+    np.testing.assert_allclose(sums.metrics[MTP_LOSS], nats_by_hand[1:], rtol=1e-6)
     # Of 24 tokens, 5 documents: each loses `depth` tokens. The third row counts nowhere, the fourth not at depth 2.
     np.testing.assert_array_equal(counts.tokens, [24, 19, 14])
     np.testing.assert_array_equal(counts.rows, [3, 3, 2])
-    shares = nats_by_hand / counts.targets
+    shares = nats_by_hand / [counts.metrics[LOSS], *counts.metrics[MTP_LOSS]]
     expected = shares[0] + 0.4 / 2 * (shares[1] + shares[2])
     for layer, (tokens, rows, applications) in zip(layers, [(24, 3, 1), (19, 3, 2), (14, 2, 2)], strict=True):
         expected += 0.02 * layer.losses.balance / rows / applications + 0.003 * layer.losses.z / tokens / applications
@@ -103,7 +105,8 @@ def test_a_batch_of_padding_has_zero_loss_and_finite_gradients():
 
     def loss(table_vd):
         model = merged(model_config, embedding_vd=table_vd)
-        return objective(model, batch, batch_counts(batch, 1, plan), config=model_config, plan=plan)[0]
+        counts = batch_counts(batch, NEXT_TOKENS, 1, plan)
+        return loss_share(model, batch, counts, objective=NEXT_TOKENS, config=model_config, plan=plan)[0]
 
     value, grad_vd = jax.jit(jax.value_and_grad(loss))(jnp.ones((23, 12)))
     assert value == 0

@@ -17,6 +17,7 @@ from orogen.model.lm import build, initial_state
 from orogen.parallel.pipeline import _Layout
 from orogen.parallel.plan import make_plan
 from orogen.simulate.aot import flops_overhead
+from orogen.train.next_token import NEXT_TOKENS
 from orogen.train.pipelined import cut
 from orogen.train.step import BATCH_AXES, batch_to_devices, gradients
 from orogen.train.verify import packed_batch, verify
@@ -110,7 +111,7 @@ def computed(pattern: str, plan: dict, dtype: str) -> tuple[float, list[np.ndarr
     state = tuple(map(built.laid, initial_state(run.model, jnp.asarray(3))))
     params, buffers = jax.device_put(state, (laid.shardings(built.params), laid.shardings(built.buffers)))
     batch = batch_to_devices(packed_batch(run, run.train), laid)
-    loss, grads, *_ = jax.jit(gradients(built, run.model, laid, dtype))(params, buffers, batch)
+    loss, grads, *_ = jax.jit(gradients(built, NEXT_TOKENS, run.model, laid, dtype))(params, buffers, batch)
     return float(loss), jax.tree.leaves(jax.device_get(built.stages.join(grads) if built.stages else grads))
 
 
@@ -147,7 +148,7 @@ def stashed(run: RunConfig) -> int:
     sharding = plan.sharding(*BATCH_AXES)
     shape = run.train.batch_size, run.train.sequence_length
     tokens_bt, weights_bt = (jax.ShapeDtypeStruct(shape, d, sharding=sharding) for d in (jnp.int32, jnp.float32))
-    step = jax.jit(gradients(built, run.model, plan, "float32"))
+    step = jax.jit(gradients(built, NEXT_TOKENS, run.model, plan, "float32"))
     lowered = step.lower(built.params, built.buffers, Batch(tokens_bt, tokens_bt, tokens_bt, weights_bt))
     return lowered.compile().memory_analysis().temp_size_in_bytes
 

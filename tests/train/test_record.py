@@ -13,10 +13,12 @@ from orogen.data.packing import Batch
 from orogen.model.lm import build
 from orogen.parallel.plan import make_plan
 from orogen.train.loop import _Run
+from orogen.train.next_token import LOSS, MTP_LOSS, NEXT_TOKENS
 from orogen.train.optimizer import make_optimizer
 from orogen.train.sides import packed_batch
 from orogen.train.state import create_state
 from orogen.train.step import StepMetrics, batch_to_devices, make_step
+from orogen.train.task import Metric
 
 SMALL = {"vocab_size": 11, "hidden_size": 8, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 3}
 # Documents of 5, 2 and 3 tokens (the third one of the first row has the first one's number) and of 12; 2 are padding.
@@ -32,7 +34,8 @@ def batch(segments_bt: np.ndarray) -> Batch:
 
 def metrics(**changes) -> StepMetrics:
     usual = {name: np.asarray(0.0) for name in StepMetrics._fields}
-    usual |= {"nats": np.array([6.0, 9.0, 8.0]), "targets": np.array([4.0, 3.0, 2.0]), "load_le": np.zeros((0, 0))}
+    deeper = Metric(np.array([9.0, 8.0]), np.array([3.0, 2.0]))
+    usual |= {"metrics": {LOSS: Metric(6.0, 4.0), MTP_LOSS: deeper}, "load_le": np.zeros((0, 0))}
     return StepMetrics(**(usual | {"tokens": np.asarray(22.0), "loss": np.asarray(5.5)} | changes))
 
 
@@ -100,7 +103,7 @@ def test_the_learning_rate_is_that_of_the_update_which_the_step_makes():
     updates = jax.tree.map(lambda x: x + 5 if x.ndim == 0 else x, state.optimizer)  # five were made
     state = state._replace(**{n: np.asarray(v, np.int32) for n, v in counters.items()}, optimizer=updates)
     before = jax.device_get(state.params)
-    step = make_step(built, config, plan, optimizer)
+    step = make_step(built, NEXT_TOKENS, config, plan, optimizer)
     after, found = step(state, batch_to_devices(packed_batch(config, config.train), plan))
     assert float(found.learning_rate) == pytest.approx(0.6, rel=1e-6)
     # Moments are zero, so that AdamW's sixth update is of (1 - 0.9) / (1 - 0.9^6) over the root of the same for 0.95.

@@ -24,6 +24,7 @@ from orogen.train import checksums
 from orogen.train.lock import RunLock
 from orogen.train.loop import NonFiniteError, train
 from orogen.train.metrics import read_metrics
+from orogen.train.pretraining import PRETRAINING
 
 MODEL = {
     "pattern": "'ME*-/*E'",
@@ -77,7 +78,7 @@ def recipe(tmp_path_factory) -> Path:
 
 
 def run(recipe: Path, run_dir: Path, *bindings: str, resume: bool = False):
-    return train(*load([recipe], bindings), run_dir, resume=resume, log=lambda line: None)
+    return train(*load([recipe], bindings), run_dir, PRETRAINING, resume=resume, log=lambda line: None)
 
 
 def curve(run_dir: Path) -> list[dict]:
@@ -248,7 +249,7 @@ def test_a_row_of_steps_that_are_not_finite_is_one_line(recipe, tmp_path, caplog
     wild = ("OptimizerConfig.learning_rate=1e38", "OptimizerConfig.clip_norm=1e38", "TrainConfig.max_skipped_steps=4")
     lines: list[str] = []
     with pytest.raises(NonFiniteError):
-        train(*load([recipe], wild), tmp_path / "run", log=lines.append)
+        train(*load([recipe], wild), tmp_path / "run", PRETRAINING, log=lines.append)
     assert len(lines) == 1 and lines[0].startswith("step 2 was skipped and changed nothing: the loss is ")
     assert not [record for record in caplog.records if "NaN" in record.getMessage()]  # TensorBoard's writer's own
 

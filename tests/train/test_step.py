@@ -17,6 +17,7 @@ from tests.helpers import hybrid, run_config
 from orogen.model.lm import build
 from orogen.parallel.plan import make_plan
 from orogen.train.checkpoint import Checkpoints, with_shardings
+from orogen.train.next_token import NEXT_TOKENS
 from orogen.train.optimizer import make_optimizer
 from orogen.train.state import abstract_state, create_state
 from orogen.train.step import batch_to_devices, gradients, load_by_layer, make_step, update_bias
@@ -32,7 +33,7 @@ class Run:
         self.config, self.plan, self.built = config, make_plan(config.plan, config.model), build(config.model)
         self.optimizer = make_optimizer(config.optimizer, config.train.steps, self.built.params)
         self.state = create_state(config.model, self.built, self.optimizer, self.plan, config.train.seed)
-        self.step = make_step(self.built, config, self.plan, self.optimizer)
+        self.step = make_step(self.built, NEXT_TOKENS, config, self.plan, self.optimizer)
         self.batch = batch_to_devices(packed_batch(config, config.train), self.plan)
 
 
@@ -67,11 +68,12 @@ def test_microbatches_add_up_to_the_batch(model):
     results = []
     for config in (whole, parts):
         run = Run(config)
-        function = jax.jit(gradients(run.built, config.model, run.plan, "float32"))
+        function = jax.jit(gradients(run.built, NEXT_TOKENS, config.model, run.plan, "float32"))
         results.append(jax.device_get(function(run.state.params, run.state.buffers, run.batch)))
     (loss, grads, counts, sums), (other_loss, other_grads, other_counts, other_sums) = results
     assert other_loss == pytest.approx(loss, rel=1e-6)
-    np.testing.assert_array_equal(counts.targets, other_counts.targets)
+    for name, count in counts.metrics.items():
+        np.testing.assert_array_equal(count, other_counts.metrics[name])
     for a, b in zip(sums.load, other_sums.load, strict=True):
         np.testing.assert_array_equal(a, b)
     # By leaf: an element's error follows from the terms of its sum, and those of a small element may be large.
@@ -250,7 +252,7 @@ def reductions(fsdp: str, microbatches: int) -> tuple[list[int], list[int], int]
     plan = {"data": 4, "tensor": 2, "fsdp": fsdp, "microbatches": microbatches}
     config = run_config(hybrid(**MATRICES), plan=plan, batch_size=4 * microbatches)
     layout, built = make_plan(config.plan, config.model), build(config.model)
-    function = gradients(built, config.model, layout, "float32")
+    function = gradients(built, NEXT_TOKENS, config.model, layout, "float32")
     stored = layout.shardings((built.params, built.buffers))
     batch = batch_to_devices(packed_batch(config, config.train), layout)
     compiled = (

@@ -18,6 +18,7 @@ from orogen.model.vocabulary import vocab_dim
 from orogen.parallel.describe import describe_plan
 from orogen.parallel.plan import make_plan
 from orogen.train.checkpoint import Checkpoints, with_shardings
+from orogen.train.next_token import NEXT_TOKENS
 from orogen.train.optimizer import make_optimizer
 from orogen.train.pipelined import cut
 from orogen.train.state import abstract_state, create_state, start_state, state_shardings
@@ -49,7 +50,7 @@ def trained(model, plan: dict, steps: int):
     """The state of a run after some steps."""
     config, layout, built, optimizer = laid_out(model, plan)
     state = create_state(model, built, optimizer, layout, 3)
-    step = make_step(built, config, layout, optimizer)
+    step = make_step(built, NEXT_TOKENS, config, layout, optimizer)
     batch = batch_to_devices(packed_batch(config, config.train), layout)
     for _ in range(steps):
         state, _ = step(state, batch)

@@ -24,6 +24,7 @@ from orogen.config.run import OptimizerConfig, RunConfig, TrainConfig
 from orogen.data.packing import Batch
 from orogen.model.lm import build
 from orogen.parallel.plan import make_plan
+from orogen.train.next_token import NEXT_TOKENS
 from orogen.train.optimizer import make_optimizer
 from orogen.train.state import create_state
 from orogen.train.step import batch_to_devices, make_step
@@ -90,7 +91,7 @@ def _training_step(model: ModelConfig, *, batch_size: int, sequence_length: int)
     config = RunConfig(model=model, plan=PlanConfig(), train=train, optimizer=optimizer_config)
     plan, built = make_plan(config.plan, model), build(model)
     optimizer = make_optimizer(optimizer_config, train.steps, built.params)
-    run = make_step(built, config, plan, optimizer)
+    run = make_step(built, NEXT_TOKENS, config, plan, optimizer)
     state = create_state(model, built, optimizer, plan, train.seed)
     batch = batch_to_devices(random_batch(model.vocab_size, batch_size, sequence_length), plan)
 

@@ -31,6 +31,7 @@ from orogen.parallel.runtime import asks_for_same_bits, configure
 from orogen.precision.policy import working_copy
 from orogen.simulate.flops import peak_flops, training_flops_per_token
 from orogen.train import carry
+from orogen.train.next_token import LOSS, NEXT_TOKENS
 from orogen.train.optimizer import make_optimizer
 from orogen.train.state import create_state
 from orogen.train.step import batch_to_devices, gradients, make_step
@@ -185,15 +186,15 @@ def prepare(work: Workload, config: RunConfig, *, deterministic: bool = False, e
     if export is not None:
         export_weights(config.model, params, buffers, export)
     one = make_plan(dataclasses.replace(config.plan, microbatches=1), config.model)
-    function = gradients(built, config.model, one, config.train.compute_dtype)
+    function = gradients(built, NEXT_TOKENS, config.model, one, config.train.compute_dtype)
     program = _compiled(jax.jit(function, compiler_options=one.compiler_options).lower(params, buffers, batch), one)
     first = program(params, buffers, batch)
-    loss = _mean_nats(first[3].nats, first[2].targets)
+    loss = _mean_nats(first[3].metrics[LOSS], first[2].metrics[LOSS])
     same = _same_bits(first, program(params, buffers, batch)) if deterministic else None
     del first
 
     def start() -> Any:
-        return program(params, buffers, batch)[3].nats  # the gradients are released
+        return program(params, buffers, batch)[3].metrics  # the gradients are released
 
     return Prepared(start, loss, work.tokens, _memory(program), same)
 
@@ -202,9 +203,9 @@ def _whole_step(built: Any, config: RunConfig, plan: Plan, batch: Any) -> Prepar
     optimizer = make_optimizer(config.optimizer, config.train.steps, built.params)
     carried = carry.abstract(config.train, built)
     state = create_state(config.model, built, optimizer, plan, config.train.seed, carried)
-    program = _compiled(make_step(built, config, plan, optimizer).lower(state, batch), plan)
+    program = _compiled(make_step(built, NEXT_TOKENS, config, plan, optimizer).lower(state, batch), plan)
     state, metrics = program(state, batch)
-    loss = _mean_nats(metrics.nats, metrics.targets)
+    loss = _mean_nats(*metrics.metrics[LOSS])
 
     def start() -> Any:
         nonlocal state
@@ -255,7 +256,7 @@ def _working_state(model: ModelConfig, plan: Plan, dtype: str) -> tuple[Any, Any
 
 
 def _mean_nats(nats: Any, targets: Any) -> float:
-    return float(nats[0] / targets[0])
+    return float(nats / targets)
 
 
 def _same_bits(first: Any, second: Any) -> bool:

@@ -159,6 +159,10 @@ class Loader:
     def __next__(self) -> Batch:
         return next(self._held[0])
 
+    def take(self, state: Any) -> Batch:
+        """The next batch: text does not depend on the model's `state`."""
+        return next(self)
+
     def state(self) -> dict[str, Any]:
         """The position after the last batch taken, as plain JSON; the same on every process."""
         return {"position": copy.deepcopy(self._held[0].get_state()), "identity": dict(self._identity)}

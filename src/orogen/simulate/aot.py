@@ -27,6 +27,7 @@ from orogen.layers.documents import Documents
 from orogen.layers.embedding import Embedding, Head
 from orogen.layers.norm import make_norm
 from orogen.model.block import Stack
+from orogen.model.heads import token_nats
 from orogen.model.lm import build
 from orogen.model.stages import Stages
 from orogen.model.vocabulary import resized
@@ -38,7 +39,8 @@ from orogen.precision.policy import DTYPES, working_copy
 from orogen.simulate.communication import unit_collectives
 from orogen.simulate.hlo import Table, Traffic, add, hlo_collectives
 from orogen.simulate.ledger import ENDS, FLOAT32, Collective, Workload, sent_bytes
-from orogen.train.loss import batch_counts, token_nats
+from orogen.train.loss import batch_counts
+from orogen.train.next_token import NEXT_TOKEN, NEXT_TOKENS, target_weights, targets
 from orogen.train.pipelined import cut
 from orogen.train.step import BATCH_AXES, gradients
 
@@ -169,12 +171,14 @@ def _ends(model: ModelConfig, plan: Plan, work: Workload, dtype: str) -> Unit:
 
     def device_step(params, h_btd, cotangent_btd, batch):
         docs = Documents(batch.segments_bt, batch.positions_bt)
-        counts = batch_counts(batch, 0, plan)
+        counts = batch_counts(batch, NEXT_TOKEN, 0, plan)
         varied = plan.vary(params)
 
         def apply(params, h_btd):
             ends = nnx.merge(graph, working_copy(params, dtype))
-            nats = token_nats(ends.norm(h_btd, plan), ends, batch, 0, plan)
+            nats = token_nats(
+                ends.norm(h_btd, plan), ends, targets(batch, 0, plan), target_weights(batch, 0, plan), plan
+            )
             return ends.embedding(batch.tokens_bt, docs, plan), plan.total(nats)
 
         (x_btd, nats), back = jax.vjp(apply, varied, h_btd)
@@ -231,7 +235,7 @@ def _step_jaxpr(model: ModelConfig, plan: Plan, batch_size: int, length: int, dt
     built = build(model, cut(model, plan, length), plan.config.vocab_rows(model.vocab_size))
     tokens_bt = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
     batch = Batch(tokens_bt, tokens_bt, tokens_bt, jax.ShapeDtypeStruct(tokens_bt.shape, jnp.float32))
-    step = gradients(built, model, plan, dtype)
+    step = gradients(built, NEXT_TOKENS, model, plan, dtype)
     return jax.make_jaxpr(step)(built.params, built.buffers, batch).jaxpr
 
 

@@ -19,6 +19,7 @@ from orogen.precision.policy import working_copy
 from orogen.simulate.activations import WEIGHTS, bytes_by_name, kept_by_layer
 from orogen.simulate.ledger import Workload
 from orogen.train import carry
+from orogen.train.next_token import NEXT_TOKENS
 from orogen.train.optimizer import make_optimizer
 from orogen.train.pipelined import cut
 from orogen.train.state import TrainState, abstract_state, state_shardings
@@ -113,7 +114,7 @@ def _compiled(config: RunConfig, plan: Plan, built: Built, optimizer: Any, state
     shape, sharding = (config.train.batch_size, config.train.sequence_length), plan.sharding(*BATCH_AXES)
     integers: Any = jax.ShapeDtypeStruct(shape, "int32", sharding=sharding)
     weights: Any = jax.ShapeDtypeStruct(shape, "float32", sharding=sharding)
-    step: Any = make_step(built, config, plan, optimizer)
+    step: Any = make_step(built, NEXT_TOKENS, config, plan, optimizer)
     extras = {NEXT: integers, NEXT_WEIGHT: weights} if config.train.carry_states else {}
     batch = Batch(integers, integers, integers, weights, extras)
     analysis = step.lower(state, batch).compile().memory_analysis()

@@ -69,6 +69,7 @@ def train(options: argparse.Namespace) -> int:
     from orogen.simulate.fit import require_training_fits
     from orogen.train.loop import NonFiniteError
     from orogen.train.loop import train as run
+    from orogen.train.pretraining import PRETRAINING
     from orogen.train.stop import StoppedEarlyError
 
     require_training_fits(config, free_memory())
@@ -76,7 +77,9 @@ def train(options: argparse.Namespace) -> int:
     # The folder is this run's, and signals are minded, until the report is written.
     with lasting_streams(), contextlib.ExitStack() as held:
         try:
-            trained = run(config, text, options.run, resume=options.resume, origin=origin, log=say, until=held)
+            trained = run(
+                config, text, options.run, PRETRAINING, resume=options.resume, origin=origin, log=say, until=held
+            )
             status = _finish_run(options, config, text, trained)
         except NonFiniteError as error:
             status = fail(error, EXIT_FAILURE)

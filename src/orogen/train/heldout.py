@@ -6,10 +6,8 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import Array
 
 from orogen.config.model import ModelConfig
 from orogen.config.run import RunConfig
@@ -17,11 +15,11 @@ from orogen.data.loader import Corpus
 from orogen.data.packing import Batch, prefix_byte_count, target_byte_count
 from orogen.model.lm import Built
 from orogen.parallel.plan import Plan, make_plan
-from orogen.precision.policy import working_copy
-from orogen.train.loss import batch_counts, next_token_nats
-from orogen.train.pipelined import Pipeline
+from orogen.train.loss import batch_counts
+from orogen.train.next_token import LOSS, NEXT_TOKEN
 from orogen.train.state import TrainState
-from orogen.train.step import BATCH_AXES, batch_to_devices, microbatches
+from orogen.train.step import BATCH_AXES, batch_to_devices, microbatches, skeleton
+from orogen.train.task import Metric, Objective
 
 
 class Score(NamedTuple):
@@ -44,10 +42,10 @@ class Heldout:
             "heldout", batch_size=config.train.batch_size, sequence_length=config.train.sequence_length
         )
         self._sample: list[Batch] = []
-        self._nats = heldout_nats(built, config.model, self.plan, config.train.compute_dtype)
+        self._measured = measure(built, NEXT_TOKEN, config.model, self.plan, config.train.compute_dtype)
 
-    def sample(self, state: TrainState) -> Score:
-        """On about `evaluate_rows` rows."""
+    def sample(self, state: TrainState) -> dict[str, float]:
+        """The scores of about `evaluate_rows` rows."""
         if not self._sample:
             first, *others = self.whole
             rows = first.map(lambda *parts: np.concatenate(parts), *others)
@@ -60,20 +58,23 @@ class Heldout:
             self._sample_bytes = sum(
                 target_byte_count(b, tokenizer.byte_length_v) - prefix_byte_count(b, tokenizer) for b in self._sample
             )
-        return self._score(state, self._sample, self._sample_bytes)
+        score = self.score(state, self._sample, self._sample_bytes)
+        return {"heldout_loss": score.loss, "heldout_bits_per_byte": score.bits_per_byte}
 
-    def full(self, state: TrainState) -> Score:
-        """The score of the whole split."""
-        return self._score(state, self.whole, self.whole.byte_count)
+    def full(self, state: TrainState) -> dict[str, float]:
+        """The scores of the whole split."""
+        score = self.score(state, self.whole, self.whole.byte_count)
+        return {"whole_heldout_loss": score.loss, "whole_heldout_bits_per_byte": score.bits_per_byte}
 
-    def _score(self, state: TrainState, batches: Iterable[Batch], n_bytes: int) -> Score:
+    def score(self, state: TrainState, batches: Iterable[Batch], n_bytes: int) -> Score:
+        """Of the text behind the batches' targets, `n_bytes` long."""
         params = jax.jit(self.plan.working)(state.params)
         nats = count = 0.0
         for batch in batches:
             # Fetched one by one: XLA:CPU runs out of threads, and its collectives wait for ever, when many programs
             # over simulated devices are in flight (observed with jax 0.10.1).
-            more, counted = jax.device_get(self._nats(params, state.buffers, batch_to_devices(batch, self.plan)))
-            nats, count = nats + float(more), count + float(counted)
+            found = jax.device_get(self._measured(params, state.buffers, batch_to_devices(batch, self.plan)))[LOSS]
+            nats, count = nats + float(found.sum), count + float(found.count)
         return Score(nats / max(count, 1), nats / math.log(2) / max(n_bytes, 1))
 
 
@@ -83,21 +84,17 @@ def heldout_plan(config: RunConfig, built: Built) -> Plan:
     return make_plan(dataclasses.replace(config.plan.dropping_none(), microbatches=parts), config.model)
 
 
-def heldout_nats(
-    built: Built, config: ModelConfig, plan: Plan, dtype: str
-) -> Callable[[nnx.State, nnx.State, Batch], tuple[Array, Array]]:
-    """The jitted function (parameters as `plan.working` gives them, buffers, batch) -> nats of the batch's next-token
-    targets, and their number."""
+def measure(
+    built: Built, objective: Objective, config: ModelConfig, plan: Plan, dtype: str
+) -> Callable[[nnx.State, nnx.State, Batch], dict[str, Metric]]:
+    """The jitted function (parameters as `plan.working` gives them, buffers, batch) -> the objective's metrics, by
+    forward passes alone."""
 
-    def nats(params: nnx.State, buffers: nnx.State, batch: Batch) -> tuple[Array, Array]:
-        counts = batch_counts(batch, 0, plan)
-        if built.stages is None:
-            model = nnx.merge(built.graph, working_copy(params, dtype), buffers)
-            return next_token_nats(model, batch, plan), counts.targets[0]
+    def metrics(params: nnx.State, buffers: nnx.State, batch: Batch) -> dict[str, Metric]:
+        counts = batch_counts(batch, objective, objective.depths(config), plan)
         parts = jax.tree.map(lambda x: microbatches(x, plan.config.microbatches, 1), batch)
-        depths = jax.tree.map(lambda c: jnp.repeat(c, config.mtp_depths + 1), counts)
-        pipeline = Pipeline(built.stages, config, plan, dtype, parts, depths, buffers)
-        return pipeline.sums(params).nats[0], counts.targets[0]
+        found = skeleton(built)(objective, config, plan, dtype, parts, counts, buffers).metrics(params)
+        return {name: Metric(total, counts.metrics[name]) for name, total in found.items()}
 
     inputs = (plan.specs(built.params), plan.specs(built.buffers), plan.spec(*BATCH_AXES))
-    return jax.jit(plan.run(nats, inputs=inputs, outputs=plan.spec()), compiler_options=plan.compiler_options)
+    return jax.jit(plan.run(metrics, inputs=inputs, outputs=plan.spec()), compiler_options=plan.compiler_options)

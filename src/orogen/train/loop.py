@@ -4,9 +4,8 @@ Letters: b batch, t time.
 """
 
 import contextlib
-import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from flax import nnx
 
 from orogen.config.checks import ConfigError, require
 from orogen.config.run import RunConfig
-from orogen.data.loader import Corpus, Loader, open_corpus
+from orogen.data.loader import Corpus
 from orogen.data.packing import Batch, document_lengths
 from orogen.data.tokenizer import Tokenizer, check_rows, check_vocab_size
 from orogen.model.count import count
@@ -26,7 +25,6 @@ from orogen.parallel.plan import Plan, make_plan
 from orogen.simulate.flops import peak_flops, training_flops
 from orogen.train import carry
 from orogen.train.checkpoint import Checkpoints, with_shardings
-from orogen.train.heldout import Heldout
 from orogen.train.lock import RunLock, check_free
 from orogen.train.metrics import MetricsWriter, Progress
 from orogen.train.optimizer import make_optimizer
@@ -35,6 +33,7 @@ from orogen.train.run_folder import check_folder, describe_run, environment, kee
 from orogen.train.state import TrainState, abstract_state, create_state, relaid, start_state, state_shardings
 from orogen.train.step import StepMetrics, batch_to_devices, make_step
 from orogen.train.stop import Stop
+from orogen.train.task import Task
 
 
 class NonFiniteError(RuntimeError):
@@ -68,26 +67,28 @@ def train(
     config: RunConfig,
     text: str,
     run_dir: Path,
+    task: Task,
     *,
     resume: bool = False,
     origin: Origin | None = None,
     log: Callable[[str], None] = print,
     until: contextlib.ExitStack | None = None,
 ) -> Trained:
-    """Trains `config` in `run_dir` until `TrainConfig.steps`, or until SIGTERM, SIGINT or SIGHUP, and saves.
+    """Trains `config` on the task, in `run_dir`, until `TrainConfig.steps` or a SIGTERM, SIGINT or SIGHUP, and saves.
 
     origin: where a run without a checkpoint of its own starts from, with a fresh optimizer. until: a stack whose end
     releases the folder and the signals, for a caller that still writes there; this call's end if None. Everything that
     can be refused is refused before the folder is touched. Raises ConfigError, NonFiniteError, StoppedEarlyError.
     """
     with contextlib.ExitStack() as stack:
-        return _train(config, text, run_dir, resume=resume, origin=origin, log=log, held=until or stack)
+        return _train(config, text, run_dir, task, resume=resume, origin=origin, log=log, held=until or stack)
 
 
 def _train(
     config: RunConfig,
     text: str,
     run_dir: Path,
+    task: Task,
     *,
     resume: bool,
     origin: Origin | None,
@@ -102,7 +103,7 @@ def _train(
     check_free(run_dir)
     saved = run_dir / "tokenizer"
     known = Tokenizer.load(saved) if (saved / "tokenizer.json").is_file() else origin and origin.tokenizer
-    corpus = open_corpus(config.data, tokenizer=known)
+    corpus = task.open(config, known)
     if known is None or origin is None:
         check_vocab_size(corpus.tokenizer, config.model.vocab_size)
     else:
@@ -113,7 +114,7 @@ def _train(
     stop.at_once = lock.release
     check_folder(run_dir, config, resume=resume)  # once more: another process may have been here meanwhile
     with Checkpoints(run_dir, keep=config.train.keep_checkpoints, model=config.model) as checkpoints:
-        run = _Run(config, plan, built, corpus, checkpoints, stop, lock, log)
+        run = _Run(task, config, plan, built, corpus, checkpoints, stop, lock, log)
         state = run.start(origin)
         facts = _facts(config, plan, corpus)
         describe_run(run_dir, text, facts)  # first: it makes the folder this run's
@@ -149,6 +150,7 @@ class _Run:
 
     def __init__(
         self,
+        task: Task,
         config: RunConfig,
         plan: Plan,
         built: Built,
@@ -162,11 +164,11 @@ class _Run:
         self.stop, self.lock, self.log = stop, lock, log
         train = config.train
         self.optimizer = make_optimizer(config.optimizer, train.steps, built.params)
-        self.step = make_step(built, config, plan, self.optimizer)
+        self.step = make_step(built, task.objective, config, plan, self.optimizer)
         self.carried = carry.abstract(train, built)
-        self.heldout = Heldout(config, built, corpus) if len(corpus.splits["heldout"]) else None
-        self.loader = train_loader(config, corpus)
-        self.position: dict[str, Any] = self.loader.state()
+        self.evaluation = task.evaluation(config, built, corpus)
+        self.source = task.source(config, corpus)
+        self.position: dict[str, Any] = self.source.state()
         self.first_step = checkpoints.latest or 0
         expected = f"at least {self.first_step}, the step that the run has reached"
         require(train.steps >= self.first_step, train, "steps", expected)
@@ -181,7 +183,7 @@ class _Run:
             seed = self.config.train.seed
             return create_state(self.config.model, self.built, self.optimizer, self.plan, seed, self.carried)
         state, self.position = self._restored()
-        self.loader.restore(self.position)
+        self.source.restore(self.position)
         return state
 
     def _restored(self) -> tuple[TrainState, dict[str, Any]]:
@@ -221,8 +223,8 @@ class _Run:
             for number in range(self.first_step + 1, train.steps + 1):
                 if not self.lock.beating:
                     raise ConfigError(f"another process took {self.lock.path} over; expected it to stay this run's")
-                batch = next(self.loader)
-                self.position = self.loader.state()
+                batch = self.source.take(state)
+                self.position = self.source.state()
                 state, metrics = self.step(state, batch_to_devices(batch, self.plan))
                 stop.working = True
                 if pending is not None:
@@ -274,19 +276,15 @@ class _Run:
         return finite
 
     def _scores(self, number: int, state: TrainState) -> dict[str, float]:
-        """The held-out losses after step `number`; none without held-out text, or if a stop comes before the end:
+        """The task's scores after step `number`; none if it has nothing to score, or if a stop comes before the end:
         then the run evaluates when it continues."""
-        heldout = self.heldout
-        if heldout is None:
+        evaluation = self.evaluation
+        if evaluation is None:
             return {}
 
         def evaluate() -> dict[str, float]:
-            score = heldout.sample(state)
-            scores = {"heldout_loss": score.loss, "heldout_bits_per_byte": score.bits_per_byte}
-            if number == self.config.train.steps:
-                score = heldout.full(state)
-                scores |= {"whole_heldout_loss": score.loss, "whole_heldout_bits_per_byte": score.bits_per_byte}
-            return scores
+            scores = evaluation.sample(state)
+            return scores | evaluation.full(state) if number == self.config.train.steps else scores
 
         return self.stop.unless_asked(evaluate) or {}
 
@@ -300,11 +298,10 @@ class _Run:
         return f"first in the gradient of {leaf_name(self.built.params, int(metrics.worst_leaf))}"
 
     def _record(self, number: int, batch: Batch, metrics: StepMetrics, seconds: float) -> dict[str, Any]:
-        losses = metrics.nats / np.maximum(metrics.targets, 1)
         tokens = int(metrics.tokens)
         record = {
             "step": number,
-            "loss": float(losses[0]),
+            **{name: np.asarray(metric.mean, np.float64).tolist() for name, metric in metrics.metrics.items()},
             "objective": float(metrics.loss),
             "tokens": tokens,
             "tokens_per_second": tokens / seconds,
@@ -313,8 +310,6 @@ class _Run:
             "learning_rate": float(metrics.learning_rate),
             "skipped_steps": int(metrics.skipped),
         }
-        if len(losses) > 1:
-            record["mtp_loss"] = losses[1:].tolist()
         if metrics.load_le.size:
             record |= {"expert_load": metrics.load_le.tolist(), "dropped_tokens": int(metrics.dropped)}
             if self.config.plan.buffer_factor is not None:
@@ -328,20 +323,6 @@ class _Run:
 def _fetch(metrics: StepMetrics) -> tuple[StepMetrics, float]:
     """The metrics on the host, and when they arrived: the loop may read them much later."""
     return jax.device_get(metrics), time.perf_counter()
-
-
-def train_loader(config: RunConfig, corpus: Corpus) -> Loader:
-    """The run's stream of batches, from the beginning."""
-    train = config.train
-    return corpus.train_loader(
-        batch_size=train.batch_size, sequence_length=train.sequence_length, shuffle_seed=train.seed,
-        lanes=train.carry_states,
-    )  # fmt: skip
-
-
-def batches_until(config: RunConfig, corpus: Corpus, step: int) -> Iterator[Batch]:
-    """The batches that the first `step` steps of the run took."""
-    return itertools.islice(train_loader(config, corpus), step)
 
 
 def leaf_name(params: nnx.State, index: int) -> str:

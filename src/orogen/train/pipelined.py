@@ -3,6 +3,7 @@
 Letters: m microbatches, b batch, t time, k experts per token, r rows, e experts, p stages, v chunks per stage.
 """
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,7 @@ from orogen.parallel.schedule import segments
 from orogen.precision.policy import DTYPES, working_copy
 from orogen.simulate.flops import head_flops_per_token, layer_flops_per_token
 from orogen.train.loss import Assigned, Counts, Passed, Sums, embed, enter, leave, lost, map_moe
+from orogen.train.task import Objective
 
 MOE = "E"
 # Keys of what belongs to each stack: the backbone and the MTP block.
@@ -35,17 +37,19 @@ class Pipeline:
     """A split model on one device of a plan, inside `Plan.run`: the programs of its segments over a batch (m, b, t).
 
     buffers: as this device's stage keeps them. replay: choices to use in place of the routers' own, laid out likewise.
-    record: whether every token's choice is reported. tally: whether assignments are, for balance over the global batch;
-    assigned: those of all microbatches (1, v, r, e), one row r per use of a layer, as `assigned` gives them.
+    record: whether every token's choice is reported. assigned: of all microbatches (1, v, r, e), one row r per use of a
+    layer, as `assigned` gives them, for balance over the global batch.
     """
 
     def __init__(
-        self, stages: Stages, config: ModelConfig, plan: Plan, dtype: str, batch: Batch, counts: Counts, buffers: Any,
-        *, replay: Replay | None = None, record: bool = False, tally: bool = False, assigned: Array | None = None,
+        self, stages: Stages, objective: Objective, config: ModelConfig, plan: Plan, dtype: str, batch: Batch,
+        counts: Counts, buffers: Any, *, replay: Replay | None = None, record: bool = False,
+        assigned: Array | None = None,
     ):  # fmt: skip
-        self.stages, self.config, self.plan, self.dtype = stages, config, plan, dtype
+        self.stages, self.objective, self.config, self.plan, self.dtype = stages, objective, config, plan, dtype
+        self.depths = objective.depths(config)
         self.batch, self.counts, self.buffers, self.replay, self.record = batch, counts, buffers, replay, record
-        self.tally, self.known = tally, assigned
+        self.tally, self.known = False, assigned
 
     def gradients(self, params: Any) -> tuple[Array, Any, Sums]:
         """The loss, and the gradients and loads of this device's stage; scattered if the plan keeps gradients so."""
@@ -54,13 +58,15 @@ class Pipeline:
         found = self._run(params, zeros)
         return found.loss, found.grads, self._sums(found.reports)
 
-    def sums(self, params: Any) -> Sums:
-        """The sums alone, by forward passes alone."""
-        return self._sums(self._run(params, None).reports)
+    def metrics(self, params: Any) -> Any:
+        """The objective's sums, by forward passes alone."""
+        return self._sums(self._run(params, None).reports).metrics
 
     def assigned(self, params: Any) -> Array:
         """The assignments by expert of each use of an MoE layer of this stage, by forward passes alone."""
-        return self._run(params, None).reports["assigned"]
+        tallying = copy.copy(self)
+        tallying.tally = True
+        return tallying._run(params, None).reports["assigned"]
 
     def _run(self, params: Any, zeros: Any) -> Any:
         varied = working_copy(self.plan.vary(params), self.dtype)  # once per step, not once per tick
@@ -112,7 +118,9 @@ class Pipeline:
             x_btd = embed(model, batch, self.plan)
         first, rest = ({"replay": replay and replay[i], "assigned": known and known[i]} for i in _FIRST_AND_REST)
         passed = enter(model, x_btd, batch, self.counts, ends=segment.ends, **first, **common)
-        return leave(model, passed, batch, self.counts, **rest, **common) if segment.last else passed
+        if not segment.last:
+            return passed
+        return leave(model, passed, batch, self.counts, objective=self.objective, **rest, **common)
 
     def _kept(self, grads: Any) -> Any:
         """The gradients of one microbatch in the layout in which they are kept until the others are added."""
@@ -121,15 +129,15 @@ class Pipeline:
     def _items(self, segment: Segment) -> list[Any]:
         """The stacks that the segment runs, in order: the MTP block's once per depth."""
         main, deeper = segment.items
-        return [main] + [deeper] * (self.config.mtp_depths if segment.last else 0)
+        return [main] + [deeper] * (self.depths if segment.last else 0)
 
     def _report(self, passed: Passed, segment: Segment) -> dict[str, Any]:
         """What this segment's pass adds to the sums: loads (r, e) of its layers, and choices (r, b, t, …) per use of
         each."""
-        report = {"nats": passed.nats, "lost": lost(passed.stats, self.plan)}
+        report = {"metrics": passed.metrics, "lost": lost(passed.stats, self.plan)}
         of = lambda field, stats, items: rows(map_moe(lambda s: getattr(s, field), stats), items)  # noqa: E731
         loads = [of("load", *pair) for pair in zip(passed.stats, self._items(segment), strict=True)]
-        if MOE in segment.pattern + segment.mtp:
+        if MOE in segment.pattern + segment.mtp * (self.depths > 0):
             deeper = [jax.tree.map(lambda *parts: sum(parts), *loads[1:])] if loads[1:] else []
             report["load"] = self.plan.total(chunk_rows([loads[0], *deeper])[MOE])
             if self.record:
@@ -141,7 +149,7 @@ class Pipeline:
         return jax.lax.stop_gradient(report)
 
     def _note(self, total: dict[str, Any], report: dict[str, Any], chunk: Array, microbatch: Array) -> dict[str, Any]:
-        summed = {name: jax.tree.map(jnp.add, total[name], report[name]) for name in ("nats", "lost")}
+        summed = {name: jax.tree.map(jnp.add, total[name], report[name]) for name in ("metrics", "lost")}
         if "load" in report:
             summed["load"] = add_rows(total["load"], report["load"], chunk)
         if "assigned" in report:
@@ -153,16 +161,18 @@ class Pipeline:
     def _nothing(self, size: int, time: int) -> dict[str, Any]:
         """Empty reports. Loads are (1, v, r, e), choices (1, v, r, m, b, t, …)."""
         zero = jnp.zeros(())
-        reports = {"nats": jnp.zeros(len(self.counts.targets)), "lost": (zero, zero)}
-        depths = self.config.mtp_depths
+        reports: dict[str, Any] = {
+            "metrics": jax.tree.map(jnp.zeros_like, self.counts.metrics), "lost": (zero, zero),
+        }  # fmt: skip
         counted, used = (
-            max(s.pattern.count(MOE) + times * s.mtp.count(MOE) for s in self.stages.segments) for times in (1, depths)
+            max(s.pattern.count(MOE) + times * s.mtp.count(MOE) for s in self.stages.segments)
+            for times in (1, self.depths)
         )
         if counted:
             reports["load"] = jnp.zeros((1, self.stages.virtual, counted, self.config.n_routed_experts))
-        if counted and self.tally:
+        if used and self.tally:
             reports["assigned"] = jnp.zeros((1, self.stages.virtual, used, self.config.n_routed_experts))
-        if counted and self.record:
+        if used and self.record:
             token = (1, self.stages.virtual, used, len(self.batch.tokens_bt), size, time)
             each = (*token, self.config.num_experts_per_tok)
             replay = Replay(jnp.zeros(each, jnp.int32), jnp.zeros(each, bool))
@@ -170,11 +180,11 @@ class Pipeline:
         return reports
 
     def _sums(self, reports: dict[str, Any]) -> Sums:
-        nats, (dropped, overflow) = (
-            jax.tree.map(lambda x: self.plan.sum(x, "stage"), reports[name]) for name in ("nats", "lost")
+        metrics, (dropped, overflow) = (
+            jax.tree.map(lambda x: self.plan.sum(x, "stage"), reports[name]) for name in ("metrics", "lost")
         )
         load = [reports["load"]] if "load" in reports else []
-        return Sums(nats, load, dropped, overflow, reports.get("choices", ()))
+        return Sums(metrics, load, dropped, overflow, reports.get("choices", ()))
 
     def _replayed(self, segment: Segment, chunk: Array, microbatch: Array) -> tuple[Any, ...]:
         """The replay (b, t, k) of each layer, in trees like the statistics of each stack that the segment runs."""
@@ -212,9 +222,9 @@ def cut(model: ModelConfig, plan: Plan, length: int = TYPICAL_LENGTH) -> Stages 
     return Stages(patterns, model.layers.mtp, plan.schedule.stages)
 
 
-def choice_specs(plan: Plan, config: ModelConfig) -> Any:
-    """The layout of a pipeline's choices (p, v, r, m, b, t, …); () for a model without experts."""
-    if MOE not in config.layers.main + config.layers.mtp:
+def choice_specs(plan: Plan, config: ModelConfig, depths: int) -> Any:
+    """The layout of a pipeline's choices (p, v, r, m, b, t, …); () if no experts run."""
+    if MOE not in config.layers.main + config.layers.mtp * (depths > 0):
         return ()
     token: Any = plan.spec("stage", None, None, None, "batch", "tokens")
     each: Any = plan.spec("stage", None, None, None, "batch", "tokens", None)

@@ -4,6 +4,7 @@ Letters: m microbatches, b batch, t time, k experts per token.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,9 @@ from orogen.model.lm import Built, build, initial_state
 from orogen.parallel.plan import Plan, make_plan, single_device_plan
 from orogen.train.pipelined import cut, split_replay
 from orogen.train.step import in_rank_order, replay_of
+
+# What makes the batches of a check: their number, of the config's shape.
+Batches = Callable[[RunConfig, int], list[Batch]]
 
 
 class Side(NamedTuple):

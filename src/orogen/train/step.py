@@ -24,25 +24,25 @@ from orogen.model.stages import Stages
 from orogen.moe.layer import Choice, Replay
 from orogen.parallel.context import zigzag
 from orogen.parallel.plan import Plan
-from orogen.precision.policy import working_copy
 from orogen.train import carry
-from orogen.train.loss import Sums, assignments, batch_counts, objective
+from orogen.train.loss import Sums, batch_counts
 from orogen.train.optimizer import learning_rate, square_sums
 from orogen.train.pipelined import MOE, Pipeline, choice_specs
 from orogen.train.state import TrainState, abstract_state, state_shardings
+from orogen.train.task import Metric, Objective
+from orogen.train.whole import Whole
 
 Items = tuple[str | Repeat, ...]
 BATCH_AXES = ("batch", "context")
 
 
 class StepMetrics(NamedTuple):
-    """What a step reports. nats and targets have one entry per prediction depth; load has one row per MoE layer, in
-    the order of the pattern, then the MTP block's. worst_leaf: the first gradient leaf that is not finite, or -1.
+    """What a step reports. metrics: the objective's, by name; load has one row per MoE layer, in the order of the
+    pattern, then the MTP block's. worst_leaf: the first gradient leaf that is not finite, or -1.
     overflow: rows that found no room in a buffer; with any, the step is skipped."""
 
     loss: Array
-    nats: Array
-    targets: Array
+    metrics: dict[str, Metric]
     tokens: Array
     load_le: Array
     dropped: Array
@@ -56,6 +56,7 @@ class StepMetrics(NamedTuple):
 
 def gradients(
     built: Built,
+    objective: Objective,
     config: ModelConfig,
     plan: Plan,
     dtype: str,
@@ -71,85 +72,53 @@ def gradients(
     record: Sums.choices holds every token's experts and drops; replaying: those of an earlier call are used again, else
     `replay` is None. carried: what the batches carry, as `carry.abstract` gives it; of None, so is the argument.
     """
-    parts = plan.config.microbatches
-    depths = config.mtp_depths
+    parts, sources = plan.config.microbatches, plan.sources[0]
+    depths = objective.depths(config)
 
     def device_step(params, buffers, batch, replay, before):
         # Of all microbatches at once: their exchanges in a loop of their own, which the model does not wait for, were
         # seen to lock with its first ones on XLA:CPU (jax 0.10.1), where devices take the two in different orders.
-        counts = batch_counts(batch, depths, plan)
-        batch = jax.tree.map(lambda x: microbatches(x, parts, plan.sources[0]), batch)
-        each = carry.parts(before, parts, plan.sources[0])
-        total = _pipelined if built.stages else partial(_accumulated, before=each)
-        loss, grads, sums = total(built, config, plan, dtype, params, buffers, batch, counts, replay, record)
+        counts = batch_counts(batch, objective, depths, plan)
+        batch = jax.tree.map(lambda x: microbatches(x, parts, sources), batch)
+        settings: Any = {"replay": replay}
         if before is not None:
-            sums = sums._replace(carried=carry.joined(before, sums.carried, plan.sources[0], plan))
+            settings["carried"] = carry.parts(before, parts, sources)
+        passes = partial(skeleton(built), objective, config, plan, dtype, batch, counts, buffers, **settings)
+        assigned = passes().assigned(params) if _counts_first(config, depths, parts) else None
+        loss, grads, sums = passes(record=record, assigned=assigned).gradients(params)
+        if before is not None:
+            sums = sums._replace(carried=carry.joined(before, sums.carried, sources, plan))
         if plan.config.fsdp != "gradients":
             grads = plan.scatter_gradients(grads)
         return loss, plan.sum_gradients(grads), counts, sums
 
-    return _shard(device_step, built, config, plan, record=record, replaying=replaying, carried=carried)
+    settings = {"depths": depths, "record": record, "replaying": replaying, "carried": carried}
+    return _shard(device_step, built, config, plan, **settings)
 
 
-def _pipelined(built, config, plan, dtype, params, buffers, batch, counts, replay, record) -> tuple[Array, Any, Sums]:
-    common = built.stages, config, plan, dtype, batch, counts, buffers
-    assigned = Pipeline(*common, replay=replay, tally=True).assigned(params) if _counts_first(config, batch) else None
-    return Pipeline(*common, replay=replay, record=record, assigned=assigned).gradients(params)
+def skeleton(built: Built) -> Callable[..., Whole | Pipeline]:
+    """What runs the model, as its layout needs: of everything that follows their first argument, alike."""
+    return partial(Whole, built.graph) if built.stages is None else partial(Pipeline, built.stages)
 
 
-def _counts_first(config: ModelConfig, batch: Batch) -> bool:
+def _counts_first(config: ModelConfig, depths: int, parts: int) -> bool:
     """Whether a pass over all microbatches must count assignments before the first has a gradient: each one's balance
     loss is weighted by how often the global batch chooses an expert."""
     balanced = config.router_balance == "global" and config.router_aux_loss_coef > 0
-    return balanced and MOE in config.layers.main + config.layers.mtp and len(batch.tokens_bt) > 1
-
-
-def _accumulated(
-    built, config, plan, dtype, params, buffers, batch, counts, replay, record, before
-) -> tuple[Array, Any, Sums]:
-    """Loss, gradients and Sums of this device, added up over microbatches. before: what each one's rows go on with."""
-
-    def assigned_by(part, replayed, before):
-        model = nnx.merge(built.graph, working_copy(params, dtype), buffers)
-        return assignments(model, part, plan, replayed, before)
-
-    inputs = batch, replay, before
-    assigned = _summed(assigned_by, inputs) if _counts_first(config, batch) else None
-
-    def share(params, part, replayed, before):
-        model = nnx.merge(built.graph, working_copy(params, dtype), buffers)
-        loss, sums = objective(
-            model, part, counts, config=config, plan=plan, replay=replayed, assigned=assigned, carried=before
-        )
-        return loss, sums if record else sums._replace(choices=())
-
-    def gradient(*arguments):
-        result, grads = jax.value_and_grad(share, has_aux=True)(*arguments)
-        return result, plan.scatter_gradients(grads) if plan.config.fsdp == "gradients" else grads
-
-    # Marked varying out here, gradients are sums over this device's tokens alone; over devices they are added up once a
-    # step, or, where only the piece that this device stores is kept, once a microbatch.
-    varied = plan.vary(params)
-    if len(batch.tokens_bt) == 1:
-        (loss, sums), grads = gradient(varied, *jax.tree.map(lambda x: x[0], inputs))
-        return loss, grads, sums._replace(**jax.tree.map(lambda x: x[None], _of_each(sums)))
-    (loss, sums, grads), of_each = _accumulate(gradient, varied, inputs)
-    return loss, grads, sums._replace(**of_each)
-
-
-def _of_each(sums: Sums) -> dict[str, Any]:
-    """What is kept of each microbatch, instead of added up."""
-    return {"choices": sums.choices, "carried": sums.carried}
+    return balanced and MOE in config.layers.main + config.layers.mtp * (depths > 0) and parts > 1
 
 
 def _shard(
-    device_step: Callable, built: Built, config: ModelConfig, plan: Plan, *, record: bool, replaying: bool, carried: Any
-) -> Callable[..., Any]:
+    device_step: Callable, built: Built, config: ModelConfig, plan: Plan, *, depths: int, record: bool,
+    replaying: bool, carried: Any,
+) -> Callable[..., Any]:  # fmt: skip
     batch_spec = plan.spec(*BATCH_AXES)
     whole: Any = plan.spec()
     params, buffers = plan.specs(built.params), plan.specs(built.buffers)
     choices: Any = (
-        choice_specs(plan, config) if built.stages else tuple(_choice_specs(i, plan, 1) for i in _applied(config))
+        choice_specs(plan, config, depths)
+        if built.stages
+        else tuple(_choice_specs(items, plan, 1) for items in _applied(config, depths))
     )
     load: Any = plan.spec("stage") if built.stages else whole
     carried = plan.specs(carried)
@@ -165,9 +134,9 @@ def replay_of(choices: Any) -> Any:
     return jax.tree.map(lambda c: c.replay, choices, is_leaf=lambda x: isinstance(x, Choice))
 
 
-def _applied(config: ModelConfig) -> list[Items]:
+def _applied(config: ModelConfig, depths: int) -> list[Items]:
     """The stacks in the order they run: the backbone, then the MTP block once per depth."""
-    return [repeats(config.layers.main)] + [repeats(config.layers.mtp)] * config.mtp_depths
+    return [repeats(config.layers.main)] + [repeats(config.layers.mtp)] * depths
 
 
 def _choice_specs(items: Items, plan: Plan, stacked: int) -> Any:
@@ -185,31 +154,10 @@ def _choice_specs(items: Items, plan: Plan, stacked: int) -> Any:
 
 
 def microbatches(x_bt: Array, parts: int, sources: int) -> Array:
-    """(m, b / m, t): each of `sources` source ranks gives every microbatch an equal run of its rows."""
-    rows, length = x_bt.shape
-    split = x_bt.reshape(sources, parts, rows // (sources * parts), length)
-    return split.swapaxes(0, 1).reshape(parts, rows // parts, length)
-
-
-def _summed(function: Callable, inputs: Any) -> Any:
-    """The sum of what the function makes of each microbatch's inputs."""
-    first, rest = (jax.tree.map(lambda x, i=i: x[i], inputs) for i in (0, slice(1, None)))
-    add = lambda total, part: (jax.tree.map(jnp.add, total, function(*part)), None)  # noqa: E731
-    return lax.scan(add, function(*first), rest)[0]
-
-
-def _accumulate(gradient: Callable, varied: Any, inputs: Any) -> tuple[Any, dict[str, Any]]:
-    """Sums of loss, Sums and gradients over microbatches, and what is kept of each."""
-    nothing = {"choices": (), "carried": None}
-
-    def body(total, part):
-        (loss, sums), grads = gradient(varied, *part)
-        return jax.tree.map(jnp.add, total, (loss, sums._replace(**nothing), grads)), _of_each(sums)
-
-    first, rest = (jax.tree.map(lambda x, i=i: x[i], inputs) for i in (0, slice(1, None)))
-    (loss, sums), grads = gradient(varied, *first)
-    total, of_each = lax.scan(body, (loss, sums._replace(**nothing), grads), rest)
-    return total, jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), _of_each(sums), of_each)
+    """(m, b / m, t, …): each of `sources` source ranks gives every microbatch an equal run of its rows."""
+    rows, *others = x_bt.shape
+    split = x_bt.reshape(sources, parts, rows // (sources * parts), *others)
+    return split.swapaxes(0, 1).reshape(parts, rows // parts, *others)
 
 
 def load_by_layer(load: list[Array], config: ModelConfig, stages: Stages | None) -> Array:
@@ -218,7 +166,7 @@ def load_by_layer(load: list[Array], config: ModelConfig, stages: Stages | None)
         rows = [stack[MOE] for stack in stages.join_rows(dict.fromkeys((MOE,), *load) if load else {}) if stack]
         return jnp.concatenate(rows) if rows else jnp.zeros((0, 0))
     rows, offset = [], 0
-    for items in _applied(config)[:2]:  # the MTP block has one set of routers however often it is applied
+    for items in _applied(config, min(config.mtp_depths, 1)):  # the MTP block has one set of routers for all depths
         experts = [p for p, letter in zip(places(items), letters(items), strict=True) if letter == "E"]
         paths = sorted({place.path for place in experts})
         rows += [load[offset + paths.index(place.path)][place.index] for place in experts]
@@ -267,10 +215,14 @@ def apply_gradients(
 
 
 def make_step(
-    built: Built, config: RunConfig, plan: Plan, optimizer: optax.GradientTransformationExtraArgs
+    built: Built,
+    objective: Objective,
+    config: RunConfig,
+    plan: Plan,
+    optimizer: optax.GradientTransformationExtraArgs,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """The jitted training step. It donates the state and returns it in the same layout."""
-    function = step_function(built, config, plan, optimizer)
+    function = step_function(built, objective, config, plan, optimizer)
     carried = carry.abstract(config.train, built)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
@@ -284,6 +236,7 @@ def make_step(
 
 def step_function(
     built: Built,
+    objective: Objective,
     config: RunConfig,
     plan: Plan,
     optimizer: optax.GradientTransformationExtraArgs,
@@ -294,7 +247,7 @@ def step_function(
     """The training step to be jitted: (state, batch[, replay]) -> state, metrics, and choices as `gradients` has them,
     whose flags these are."""
     gradient = gradients(
-        built, config.model, plan, config.train.compute_dtype, record=record, replaying=replaying,
+        built, objective, config.model, plan, config.train.compute_dtype, record=record, replaying=replaying,
         carried=carry.abstract(config.train, built),
     )  # fmt: skip
     bias_rate = config.train.router_bias_update_rate
@@ -314,8 +267,7 @@ def step_function(
         )  # fmt: skip
         metrics = StepMetrics(
             loss=loss,
-            nats=sums.nats,
-            targets=counts.targets,
+            metrics={name: Metric(total, counts.metrics[name]) for name, total in sums.metrics.items()},
             tokens=counts.tokens[0],
             load_le=load_by_layer(sums.load, config.model, built.stages),
             dropped=sums.dropped,

@@ -12,10 +12,12 @@ from flax import nnx
 from orogen.config.run import OptimizerConfig, RunConfig
 from orogen.data.packing import Batch
 from orogen.train.loop import leaf_name
+from orogen.train.next_token import NEXT_TOKENS
 from orogen.train.optimizer import make_optimizer, square_sums
-from orogen.train.sides import Side, default_train, packed_batch, packed_batches, replayed, sides
+from orogen.train.sides import Batches, Side, default_train, packed_batch, packed_batches, replayed, sides
 from orogen.train.state import TrainState
 from orogen.train.step import apply_gradients, batch_to_devices, gradients, load_by_layer
+from orogen.train.task import Objective
 from orogen.train.verdict import (
     GRADIENT,
     LOSS,
@@ -35,13 +37,21 @@ __all__ = ["GRADIENT", "LOSS", "MARGIN", "PARAMETER", "Verdict", "default_train"
 OPTIMIZERS = ("adamw", "muon")
 
 
-def verify(config: RunConfig, *, what: str = "gradients", dtype: str = "float32") -> Verdict:
+def verify(
+    config: RunConfig,
+    *,
+    what: str = "gradients",
+    dtype: str = "float32",
+    objective: Objective = NEXT_TOKENS,
+    batches: Batches = packed_batches,
+) -> Verdict:
     """`config.plan`, computing in `dtype`, against one device in float32, from equal states and packed batches.
 
     The one device takes the whole batch at once, with the plainest implementation of each operation, and recomputes
     nothing; `Verdict.shared` names implementations that the plan has too. what: `gradients` compares one loss, every
     gradient, and one update by each optimizer from equal gradients; `step` several training steps, one of them not
-    finite; `evaluation` held-out losses. Needs as many devices as the plan. Raises ConfigError.
+    finite; `evaluation` held-out losses. objective, batches: of another task, whose batches are packed ones with extras
+    or weights of its own. Needs as many devices as the plan. Raises ConfigError.
     """
     config.plan.require_half_precision(dtype)
     train = config.train
@@ -52,18 +62,18 @@ def verify(config: RunConfig, *, what: str = "gradients", dtype: str = "float32"
         config.optimizer or OptimizerConfig(learning_rate=1e-3), schedule="constant", warmup_steps=0
     )
     config = dataclasses.replace(config, train=dataclasses.replace(train, compute_dtype=dtype), optimizer=optimizer)
-    return CHECKS[what](config)
+    return CHECKS[what](config, objective, batches)
 
 
-def verify_gradients(config: RunConfig) -> Verdict:
+def verify_gradients(config: RunConfig, objective: Objective, batches: Batches) -> Verdict:
     """One loss and gradient, and one update by each optimizer.
 
     The plan replays the experts that the one-device run chose and what it dropped, since rounding flips ties.
     """
-    (batch,) = packed_batches(config, 1)
+    (batch,) = batches(config, 1)
     one, other, start = sides(config)
-    alone = _gradients(one, start, batch, None)
-    folded = _gradients(other, start, batch, replayed(alone.sums.choices, other))
+    alone = _gradients(one, objective, start, batch, None)
+    folded = _gradients(other, objective, start, batch, replayed(alone.sums.choices, other))
     errors, zero = leaf_errors(alone.grads, folded.grads)
     worst = int(np.argmax(errors))
     flipped, margin = flips(folded.sums.choices)
@@ -104,12 +114,14 @@ class _Step(NamedTuple):
     sums: Any
 
 
-def _gradients(side: Side, start: tuple[nnx.State, nnx.State], batch: Batch, replay: Any) -> _Step:
+def _gradients(
+    side: Side, objective: Objective, start: tuple[nnx.State, nnx.State], batch: Batch, replay: Any
+) -> _Step:
     """One loss and gradient, fetched to the host."""
     built, plan, model = side.built, side.plan, side.config.model
     params, buffers = _placed(start, side)
     dtype = side.config.train.compute_dtype
-    function = gradients(built, model, plan, dtype, record=True, replaying=replay is not None)
+    function = gradients(built, objective, model, plan, dtype, record=True, replaying=replay is not None)
 
     def step(params, buffers, batch, *replay):
         loss, grads, _, sums = function(plan.working(params), buffers, batch, *replay)

@@ -12,11 +12,12 @@ from orogen.data.packing import NEXT_WEIGHT, Batch
 from orogen.model.vocabulary import resized
 from orogen.parallel.plan import Plan
 from orogen.train import carry
-from orogen.train.heldout import heldout_nats, heldout_plan
+from orogen.train.heldout import heldout_plan, measure
 from orogen.train.optimizer import make_optimizer
-from orogen.train.sides import Side, packed_batches, replayed, sides
+from orogen.train.sides import Batches, Side, replayed, sides
 from orogen.train.state import TrainState, abstract_state, fresh_state, relaid, state_shardings
 from orogen.train.step import StepMetrics, batch_to_devices, step_function
+from orogen.train.task import Metric, Objective
 from orogen.train.verdict import Verdict, conditions, flips, largest, largest_difference, leaf_errors
 
 # Steps of a check, and the one that is made not finite: by then there is a state to lose, and a step follows.
@@ -32,21 +33,21 @@ class _Steps(NamedTuple):
     choices: list[Any]
 
 
-def verify_steps(config: RunConfig) -> Verdict:
+def verify_steps(config: RunConfig, objective: Objective, batches: Batches) -> Verdict:
     """Several of the steps that `make_step` compiles: gradients, clipping, optimizer, routers' biases and counters, in
     the plan's layout from step to step; one batch has a weight that is no number, so that its step is skipped.
 
     The plan replays one device's choices. AdamW's epsilon is raised to the size of a typical clipped gradient;
     otherwise an element that is zero up to rounding would move by the whole learning rate, in either direction.
     """
-    batches = packed_batches(config, STEPS)
-    batches[BROKEN] = _one_not_finite(batches[BROKEN])
+    taken = batches(config, STEPS)
+    taken[BROKEN] = _one_not_finite(taken[BROKEN])
     one, other, start = sides(config)
     size = sum(leaf.size for leaf in jax.tree.leaves(start[0]))
     smooth = dataclasses.replace(config.optimizer, epsilon=config.optimizer.clip_norm / math.sqrt(size))
     one, other = (side._replace(config=dataclasses.replace(side.config, optimizer=smooth)) for side in (one, other))
-    alone = _steps(one, start, batches, None)
-    folded = _steps(other, start, batches, [replayed(choices, other) for choices in alone.choices])
+    alone = _steps(one, objective, start, taken, None)
+    folded = _steps(other, objective, start, taken, [replayed(choices, other) for choices in alone.choices])
     worst_leaf, gradient_error, zero = _moment_error(alone.state, folded.state)
     found = [flips(choices) for choices in folded.choices]
     return Verdict(
@@ -64,21 +65,21 @@ def verify_steps(config: RunConfig) -> Verdict:
     )
 
 
-def verify_evaluation(config: RunConfig) -> Verdict:
-    """Compares the program that scores held-out rows, on the plan of evaluation, which drops no token."""
-    batches = packed_batches(config, SCORED)
+def verify_evaluation(config: RunConfig, objective: Objective, batches: Batches) -> Verdict:
+    """Compares the program that measures the objective on held-out rows, without the MTP block, on the plan of
+    evaluation, which drops no token."""
+    objective = dataclasses.replace(objective, deeper=False)
+    scored = batches(config, SCORED)
     one, other, start = sides(config)
     single = dataclasses.replace(one.plan, config=one.plan.config.dropping_none(), sources=(1, 1, 1))
-    alone = _scores(one._replace(plan=single), start, batches)
-    folded = _scores(other._replace(plan=heldout_plan(other.config, other.built)), start, batches)
+    alone = _scores(one._replace(plan=single), objective, start, scored)
+    folded = _scores(other._replace(plan=heldout_plan(other.config, other.built)), objective, start, scored)
     return Verdict(
-        loss_error=largest(
-            abs(b[0] / b[1] - a[0] / a[1]) / abs(a[0] / a[1]) for a, b in zip(alone, folded, strict=True)
-        ),
+        loss_error=largest(abs(b.mean - a.mean) / abs(a.mean) for a, b in zip(alone, folded, strict=True)),
         max_gradient_error=None,
         worst_leaf=None,
         max_parameter_error=None,
-        load_error=largest(abs(b[1] - a[1]) for a, b in zip(alone, folded, strict=True)),
+        load_error=largest(abs(b.count - a.count) for a, b in zip(alone, folded, strict=True)),
         flips=0,
         flip_margin=0.0,
         zero_leaves=[],
@@ -100,11 +101,11 @@ def _one_not_finite(batch: Batch) -> Batch:
     return batch._replace(weights_bt=broken(batch.weights_bt), extras=extras)
 
 
-def _steps(side: Side, start: Any, batches: list[Batch], replays: list[Any] | None) -> _Steps:
+def _steps(side: Side, objective: Objective, start: Any, batches: list[Batch], replays: list[Any] | None) -> _Steps:
     """One step after another from `start`, a whole model's; each side's program is compiled once."""
     built, plan, config = side.built, side.plan, side.config
     optimizer = make_optimizer(config.optimizer, config.train.steps, built.params)
-    function = step_function(built, config, plan, optimizer, record=True, replaying=replays is not None)
+    function = step_function(built, objective, config, plan, optimizer, record=True, replaying=replays is not None)
     carried = carry.abstract(config.train, built)
     layout = state_shardings(abstract_state(built, optimizer, carried), plan)
     program = jax.jit(
@@ -179,13 +180,14 @@ def _counted(steps: _Steps) -> Any:
     return counters, metrics, state.buffers
 
 
-def _scores(side: Side, start: Any, batches: list[Batch]) -> list[tuple[float, float]]:
-    """Nats and targets of each batch."""
+def _scores(side: Side, objective: Objective, start: Any, batches: list[Batch]) -> list[Metric]:
+    """Every metric of each batch."""
     plan: Plan = side.plan
     laid = tuple(side.built.laid(part) for part in start)
     params, buffers = jax.device_put(laid, (plan.shardings(side.built.params), plan.shardings(side.built.buffers)))
-    score = heldout_nats(side.built, side.config.model, plan, side.config.train.compute_dtype)
+    score = measure(side.built, objective, side.config.model, plan, side.config.train.compute_dtype)
     with jax.default_matmul_precision("highest"):
         params = jax.jit(plan.working)(params)
         found = [jax.device_get(score(params, buffers, batch_to_devices(batch, plan))) for batch in batches]
-    return [(float(nats), float(targets)) for nats, targets in found]
+    numbers = ((np.ravel(metric.sum), np.ravel(metric.count)) for metrics in found for metric in metrics.values())
+    return [Metric(float(total), float(count)) for pair in numbers for total, count in zip(*pair, strict=True)]

@@ -9,11 +9,14 @@ import jax
 from jax import Array
 from jax import numpy as jnp
 
-from orogen.kernels.cross_entropy.chunked import cross_entropy_chunked
-from orogen.kernels.cross_entropy.reference import cross_entropy_full
+from orogen.kernels.cross_entropy.chunked import cross_entropy_chunked, log_likelihoods_chunked
+from orogen.kernels.cross_entropy.reference import cross_entropy_full, log_likelihoods_full
 from orogen.parallel.varying import vary_like
 
-IMPLEMENTATIONS = {"full": cross_entropy_full, "chunked": cross_entropy_chunked}
+IMPLEMENTATIONS = {
+    "full": (cross_entropy_full, log_likelihoods_full),
+    "chunked": (cross_entropy_chunked, log_likelihoods_chunked),
+}
 
 
 def _alone(x: Array) -> Array:
@@ -41,28 +44,66 @@ def cross_entropy(
     Logits accumulate and the softmax runs in float32 whatever the inputs are. `head_dv` may hold one rank's columns of
     the vocabulary, from number `vocab_start` on; then `reduce_max` and `reduce_sum` combine float32 (n,)
     over the ranks, and every rank returns the same loss. A token of weight 0 has a gradient of exactly zero and may
-    have any target; other targets must exist. No gradient flows into `weights_n`. Columns from number `vocab_size` on,
-    counted over all ranks, are padding: they take no part and have a gradient of zero (None: all take part).
+    have any target; other targets must exist. Weights may be negative. No gradient flows into `weights_n`. Columns from
+    number `vocab_size` on, counted over all ranks, are padding: they take no part and have a gradient of zero (None:
+    all take part).
     `chunk` is how many tokens' logits exist at a time; it changes memory and speed only, and "full" ignores it.
 
     Raises ValueError if the shapes disagree or a name or size is unknown.
     """
+    _check(x_nd, head_dv, {"targets": targets_n, "weights": weights_n}, chunk, implementation)
+    weights_n = jax.lax.stop_gradient(weights_n.astype(jnp.float32))
+    # One type inside shard_map: x is the same on all ranks of the vocabulary, its gradient there is a part of a sum,
+    # and the transpose of this line sums it; likewise the head's over the shards of the tokens.
+    x_nd, head_dv = vary_like((x_nd, head_dv), (x_nd, head_dv, targets_n, weights_n, vocab_start))
+    run, _ = IMPLEMENTATIONS[implementation]
+    return run(
+        x_nd, head_dv, targets_n - vocab_start, weights_n, _present(head_dv, vocab_start, vocab_size),
+        chunk=chunk, reduce_max=reduce_max, reduce_sum=reduce_sum,
+    )  # fmt: skip
+
+
+def log_likelihoods(
+    x_nd: Array,
+    head_dv: Array,
+    targets_n: Array,
+    *,
+    chunk: int,
+    vocab_start: Array | int = 0,
+    vocab_size: int | None = None,
+    reduce_max: Callable[[Array], Array] = _alone,
+    reduce_sum: Callable[[Array], Array] = _alone,
+    implementation: str,
+) -> Array:
+    """The log-likelihood (n,) float32 of each token's target, for losses that are not a weighted sum of them:
+
+        x_n . head_target(n) - log sum_v exp(x_n . head_v)
+
+    Arguments and numerics are those of `cross_entropy`, and so are the errors. The backward pass computes the logits
+    again: four products, where `cross_entropy` needs three. A token whose gradient must vanish, or whose target does
+    not exist, is to be masked with `jnp.where` in the loss.
+    """
+    _check(x_nd, head_dv, {"targets": targets_n}, chunk, implementation)
+    x_nd, head_dv = vary_like((x_nd, head_dv), (x_nd, head_dv, targets_n, vocab_start))
+    _, run = IMPLEMENTATIONS[implementation]
+    return run(
+        x_nd, head_dv, targets_n - vocab_start, _present(head_dv, vocab_start, vocab_size),
+        chunk=chunk, reduce_max=reduce_max, reduce_sum=reduce_sum,
+    )  # fmt: skip
+
+
+def _check(x_nd: Array, head_dv: Array, by_token: dict[str, Array], chunk: int, implementation: str) -> None:
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r}: expected one of {sorted(IMPLEMENTATIONS)}")
     if chunk < 1:
         raise ValueError(f"chunk={chunk}: expected at least 1")
     if x_nd.ndim != 2 or head_dv.ndim != 2 or x_nd.shape[1] != head_dv.shape[0]:
         raise ValueError(f"x {x_nd.shape}, head {head_dv.shape}: expected (n, d) and (d, v)")
-    for name, operand in (("targets", targets_n), ("weights", weights_n)):
+    for name, operand in by_token.items():
         if operand.shape != x_nd.shape[:1]:
             raise ValueError(f"{name} has shape {operand.shape}: expected {x_nd.shape[:1]} beside x {x_nd.shape}")
-    weights_n = jax.lax.stop_gradient(weights_n.astype(jnp.float32))
-    # One type inside shard_map: x is the same on all ranks of the vocabulary, its gradient there is a part of a sum,
-    # and the transpose of this line sums it; likewise the head's over the shards of the tokens.
-    x_nd, head_dv = vary_like((x_nd, head_dv), (x_nd, head_dv, targets_n, weights_n, vocab_start))
-    columns_n = targets_n - vocab_start
-    present_v = None if vocab_size is None else jnp.arange(head_dv.shape[1]) + vocab_start < vocab_size
-    run = IMPLEMENTATIONS[implementation]
-    return run(
-        x_nd, head_dv, columns_n, weights_n, present_v, chunk=chunk, reduce_max=reduce_max, reduce_sum=reduce_sum
-    )
+
+
+def _present(head_dv: Array, vocab_start: Array | int, vocab_size: int | None) -> Array | None:
+    """Which of this rank's columns are of the vocabulary; None: all."""
+    return None if vocab_size is None else jnp.arange(head_dv.shape[1]) + vocab_start < vocab_size

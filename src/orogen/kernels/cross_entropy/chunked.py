@@ -12,7 +12,7 @@ import jax
 from jax import Array, lax
 from jax import numpy as jnp
 
-from orogen.kernels.cross_entropy.reference import Reduce, softmax_parts
+from orogen.kernels.cross_entropy.reference import Reduce, SoftmaxParts, softmax_parts
 from orogen.parallel.varying import vary_like
 
 
@@ -52,12 +52,8 @@ def _forward(x_nd, head_dv, columns_n, weights_n, present_v, chunk, reduce_max, 
     def step(grad_head_dv, operands):
         x_nd, columns_n, weights_n = operands
         parts = softmax_parts(x_nd, head_dv, columns_n, present_v, reduce_max, reduce_sum)
-        likelihood_nv = parts.exp_nv / parts.total_n[:, None]
-        grad_nv = weights_n[:, None] * (likelihood_nv - parts.hit_nv)
-        # Products take the inputs' dtype, as those of the model do, and sum in float32.
-        grad_x_nd = jnp.matmul(grad_nv.astype(head_dv.dtype), head_dv.T, preferred_element_type=jnp.float32)
-        grad_head_dv += jnp.matmul(x_nd.T, grad_nv.astype(x_nd.dtype), preferred_element_type=jnp.float32)
-        return grad_head_dv, (jnp.sum(weights_n * parts.loss_n), grad_x_nd.astype(x_nd.dtype))
+        grad_x_nd, more_dv = _products(parts, weights_n, x_nd, head_dv)
+        return grad_head_dv + more_dv, (jnp.sum(weights_n * parts.loss_n), grad_x_nd)
 
     grad_head_dv = vary_like(jnp.zeros(head_dv.shape, jnp.float32), head_dv)
     operands = _split((x_nd, columns_n, weights_n), chunk)
@@ -72,6 +68,61 @@ def _backward(chunk, reduce_max, reduce_sum, gradients, cotangent):
 
 
 _loss.defvjp(_forward, _backward)
+
+
+def log_likelihoods_chunked(
+    x_nd: Array,
+    head_dv: Array,
+    columns_n: Array,
+    present_v: Array | None,
+    *,
+    chunk: int,
+    reduce_max: Reduce,
+    reduce_sum: Reduce,
+) -> Array:
+    """See `log_likelihoods`: never holds more than (chunk, v) logits. The head's gradient is summed in float32."""
+    return _log_likelihoods(x_nd, head_dv, columns_n, present_v, min(chunk, len(x_nd)), reduce_max, reduce_sum)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _log_likelihoods(x_nd, head_dv, columns_n, present_v, chunk: int, reduce_max: Reduce, reduce_sum: Reduce) -> Array:
+    def step(_, operands):
+        return None, -softmax_parts(operands[0], head_dv, operands[1], present_v, reduce_max, reduce_sum).loss_n
+
+    return lax.scan(step, None, _split((x_nd, columns_n), chunk))[1].reshape(-1)[: len(x_nd)]
+
+
+def _log_likelihoods_forward(x_nd, head_dv, columns_n, present_v, chunk, reduce_max, reduce_sum):
+    found_n = _log_likelihoods(x_nd, head_dv, columns_n, present_v, chunk, reduce_max, reduce_sum)
+    return found_n, (x_nd, head_dv, columns_n, present_v)
+
+
+def _log_likelihoods_backward(chunk, reduce_max, reduce_sum, operands, cotangent_n):
+    x_nd, head_dv, columns_n, present_v = operands
+
+    def step(grad_head_dv, operands):
+        x_nd, columns_n, cotangent_n = operands
+        parts = softmax_parts(x_nd, head_dv, columns_n, present_v, reduce_max, reduce_sum)
+        grad_x_nd, more_dv = _products(parts, -cotangent_n, x_nd, head_dv)
+        return grad_head_dv + more_dv, grad_x_nd
+
+    grad_head_dv = vary_like(jnp.zeros(head_dv.shape, jnp.float32), head_dv)
+    grad_head_dv, grad_x_cnd = lax.scan(step, grad_head_dv, _split((x_nd, columns_n, cotangent_n), chunk))
+    grad_x_nd = grad_x_cnd.reshape(-1, x_nd.shape[1])[: len(x_nd)]
+    return grad_x_nd, grad_head_dv.astype(head_dv.dtype), None, None
+
+
+_log_likelihoods.defvjp(_log_likelihoods_forward, _log_likelihoods_backward)
+
+
+def _products(parts: SoftmaxParts, weights_n: Array, x_nd: Array, head_dv: Array) -> tuple[Array, Array]:
+    """The gradients of the weighted loss: x's in its dtype, the head's in float32."""
+    likelihood_nv = parts.exp_nv / parts.total_n[:, None]
+    grad_nv = weights_n[:, None] * (likelihood_nv - parts.hit_nv)
+    # Products take the inputs' dtype, as those of the model do, and sum in float32.
+    grad_x_nd = jnp.matmul(grad_nv.astype(head_dv.dtype), head_dv.T, preferred_element_type=jnp.float32)
+    grad_head_dv = jnp.matmul(x_nd.T, grad_nv.astype(x_nd.dtype), preferred_element_type=jnp.float32)
+    return grad_x_nd.astype(x_nd.dtype), grad_head_dv
 
 
 def _split(operands: tuple[Array, ...], chunk: int) -> tuple[Array, ...]:

@@ -52,3 +52,17 @@ def cross_entropy_full(
 ) -> Array:
     """See `cross_entropy`: holds (n, v) logits, and `chunk` changes nothing."""
     return jnp.sum(weights_n * softmax_parts(x_nd, head_dv, columns_n, present_v, reduce_max, reduce_sum).loss_n)
+
+
+def log_likelihoods_full(
+    x_nd: Array,
+    head_dv: Array,
+    columns_n: Array,
+    present_v: Array | None,
+    *,
+    chunk: int,
+    reduce_max: Reduce,
+    reduce_sum: Reduce,
+) -> Array:
+    """See `log_likelihoods`: holds (n, v) logits, and `chunk` changes nothing."""
+    return -softmax_parts(x_nd, head_dv, columns_n, present_v, reduce_max, reduce_sum).loss_n

@@ -1,0 +1,56 @@
+"""What a model's head makes of final hidden states, without holding the logits of a whole batch.
+
+Letters: b batch, t time, d model, v vocabulary.
+"""
+
+from typing import Any, Protocol
+
+import jax
+from jax import Array
+
+from orogen.kernels import cross_entropy
+from orogen.parallel.plan import Plan
+
+
+class Headed(Protocol):
+    """A model with a head: `LanguageModel`."""
+
+    vocab_size: int
+
+    def head_matrix(self, plan: Plan) -> Array:
+        """The head (d, this rank's part of v)."""
+        ...
+
+
+def token_nats(h_btd: Array, model: Headed, targets_bt: Array, weights_bt: Array, plan: Plan) -> Array:
+    """The sum () of weight times nats of the targets (b, t), of this device's rows and context rank.
+
+    h_btd: final-normed hidden states, in the layout of the residual stream. A weight may be negative, or 0 where there
+    is no target.
+    """
+    with jax.named_scope("cross_entropy"):
+        operands, settings = _read(h_btd, model, plan)
+        return cross_entropy.cross_entropy(*operands, targets_bt.reshape(-1), weights_bt.reshape(-1), **settings)
+
+
+def log_likelihoods(h_btd: Array, model: Headed, targets_bt: Array, plan: Plan) -> Array:
+    """The log-likelihood (b, t) float32 of each target, of this device's rows and context rank; see `token_nats`."""
+    with jax.named_scope("cross_entropy"):
+        operands, settings = _read(h_btd, model, plan)
+        return cross_entropy.log_likelihoods(*operands, targets_bt.reshape(-1), **settings).reshape(targets_bt.shape)
+
+
+def _read(h_btd: Array, model: Headed, plan: Plan) -> tuple[tuple[Array, Array], dict[str, Any]]:
+    """The operands and settings that the head's kernels share."""
+    head_dv = model.head_matrix(plan)
+    x_btd = plan.gather(h_btd, "sequence")
+    padded = head_dv.shape[1] * plan.size("vocab") > model.vocab_size
+    settings = {
+        "chunk": plan.config.logit_rows,
+        "vocab_start": plan.index("vocab") * head_dv.shape[1],
+        "vocab_size": model.vocab_size if padded else None,
+        "reduce_max": lambda x: plan.max(x, "vocab"),
+        "reduce_sum": lambda x: plan.sum(x, "vocab"),
+        "implementation": plan.config.cross_entropy,
+    }
+    return (x_btd.reshape(-1, x_btd.shape[-1]), head_dv), settings

@@ -1,0 +1,113 @@
+"""A task: what pretraining, fine-tuning, distillation and reinforcement learning do each in its own way.
+
+The step takes its `Objective`, the loop all of it. Neither knows which task it runs.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.flatten_util import ravel_pytree
+
+from orogen.config.model import ModelConfig
+from orogen.config.run import RunConfig
+from orogen.data.loader import Corpus
+from orogen.data.packing import Batch
+from orogen.data.tokenizer import Tokenizer
+from orogen.model.lm import Built, LanguageModel
+from orogen.parallel.plan import Plan
+
+# By name, float32 arrays of shape () or (n,): sums, or what they are divided by.
+ByName = dict[str, Array]
+
+
+class Metric(NamedTuple):
+    """A sum and its count over the global batch: two arrays of one shape."""
+
+    sum: Any
+    count: Any
+
+    @property
+    def mean(self) -> Any:
+        """The sum divided by the count, as the loss divides them."""
+        return self.sum / np.maximum(self.count, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a step minimises and what it measures.
+
+        loss = Σ_name share[name] · Σ_i sum[name]_i / max(count[name]_i, 1) + the routers' losses
+
+    Sums and counts are added up over devices before they are divided, by the count of the global batch: so a batch has
+    one loss under every plan and any number of microbatches.
+
+    counts: (batch, depths, plan) -> what each sum is divided by. They may ignore the signs of weights, or weights.
+    sums: (model, hidden, batch, plan) -> the sums, of the same names and shapes. hidden: the final-normed hidden states
+    (b, t, d) in the layout of the residual stream, the backbone's and one for each of the `depths` predicted deeper.
+    Both are of this device's rows and tokens: partial sums, which differ between the ranks that hold other tokens.
+    shares: (config, depths) -> the share of each name in the loss. A name without one is measured alone, and has no
+    gradient.
+    deeper: whether the MTP block runs. Without it, `depths` is 0, its parameters have a gradient of zero, and its
+    routers keep their biases.
+    """
+
+    counts: Callable[[Batch, int, Plan], ByName]
+    sums: Callable[[LanguageModel, list[Array], Batch, Plan], ByName]
+    shares: Callable[[ModelConfig, int], Mapping[str, float]]
+    deeper: bool = True
+
+    def depths(self, config: ModelConfig) -> int:
+        """How many tokens after the next are predicted."""
+        return config.mtp_depths if self.deeper else 0
+
+    def loss(self, totals: ByName, counts: ByName, config: ModelConfig) -> Array:
+        """The loss, without the routers', of sums over all devices; of a microbatch's, its part of the loss."""
+        shares = self.shares(config, self.depths(config))
+        means = {name: share * totals[name] / jnp.maximum(counts[name], 1) for name, share in shares.items()}
+        return jnp.sum(ravel_pytree(means)[0])
+
+
+class Source(Protocol):
+    """An endless stream of global batches whose position can be saved and restored to the bit."""
+
+    def take(self, state: Any) -> Batch:
+        """The next batch. state: the `TrainState` that is about to train on it, for sources that sample from it."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """The position after the last batch taken, as plain JSON."""
+        ...
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on behind the batch at which `state` was taken. Raises ConfigError if it is from another source."""
+        ...
+
+
+class Evaluation(Protocol):
+    """Scores of a state, by the names under which they are reported."""
+
+    def sample(self, state: Any) -> dict[str, float]:
+        """The scores that are reported along the way."""
+        ...
+
+    def full(self, state: Any) -> dict[str, float]:
+        """The scores that are reported at the end, beside those of `sample`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """An objective, the data that it is computed on, and how its outcome is scored.
+
+    open: reads the data; a run that goes on passes the tokenizer that it saved. source: the batches to train on.
+    evaluation: of a model as it lies on the run's plan; None where the data has nothing to score.
+    """
+
+    objective: Objective
+    open: Callable[[RunConfig, Tokenizer | None], Corpus]
+    source: Callable[[RunConfig, Corpus], Source]
+    evaluation: Callable[[RunConfig, Built, Corpus], Evaluation | None]

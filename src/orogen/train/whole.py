@@ -1,0 +1,107 @@
+"""Loss and gradient of a model that every device runs from its first layer to its last.
+
+Letters: m microbatches, b batch, t time.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+
+from orogen.config.model import ModelConfig
+from orogen.data.packing import Batch
+from orogen.model.lm import LanguageModel
+from orogen.parallel.plan import Plan
+from orogen.precision.policy import working_copy
+from orogen.train.loss import Assigned, Counts, Sums, assignments, loss_share
+from orogen.train.task import Objective
+
+
+class Whole:
+    """A whole model on one device of a plan, inside `Plan.run`, over a batch (m, b, t): see `Pipeline`, its like.
+
+    replay: choices (m, …) to use in place of the routers' own. record: whether every token's choice is reported.
+    assigned: the assignments of all microbatches, as `assigned` gives them. carried: what the rows of each microbatch
+    go on with, as `carry.parts` gives it; None: each row is alone.
+    """
+
+    def __init__(
+        self, graph: nnx.GraphDef, objective: Objective, config: ModelConfig, plan: Plan, dtype: str, batch: Batch,
+        counts: Counts, buffers: Any, *, replay: Any = None, record: bool = False, assigned: Assigned | None = None,
+        carried: Any = None,
+    ):  # fmt: skip
+        self.graph, self.objective, self.config, self.plan, self.dtype = graph, objective, config, plan, dtype
+        self.counts, self.buffers, self.record, self.known = counts, buffers, record, assigned
+        self.inputs = batch, replay, carried
+        self.parts = len(batch.tokens_bt)
+
+    def gradients(self, params: Any) -> tuple[Array, Any, Sums]:
+        """Loss, gradients and Sums of this device, added up over microbatches; scattered if the plan keeps gradients
+        so."""
+        scattered = self.plan.config.fsdp == "gradients"
+
+        def gradient(*arguments):
+            result, grads = jax.value_and_grad(self._share, has_aux=True)(*arguments)
+            return result, self.plan.scatter_gradients(grads) if scattered else grads
+
+        # Marked varying out here, gradients are sums over this device's tokens alone; over devices they are added up
+        # once a step, or, where only the piece that this device stores is kept, once a microbatch.
+        varied = self.plan.vary(params)
+        if self.parts == 1:
+            (loss, sums), grads = gradient(varied, *jax.tree.map(lambda x: x[0], self.inputs))
+            return loss, grads, sums._replace(**jax.tree.map(lambda x: x[None], _of_each(sums)))
+        (loss, sums, grads), of_each = _accumulated(gradient, varied, self.inputs)
+        return loss, grads, sums._replace(**of_each)
+
+    def metrics(self, params: Any) -> Any:
+        """The objective's sums, by forward passes alone."""
+        return self._summed(lambda *inputs: self._share(params, *inputs)[1].metrics)
+
+    def assigned(self, params: Any) -> Assigned:
+        """The assignments by expert of each use of an MoE layer, by forward passes alone."""
+        deeper = self.objective.deeper
+
+        def assigned_by(part, replay, carried):
+            return assignments(self._model(params), part, self.plan, deeper=deeper, replay=replay, carried=carried)
+
+        return self._summed(assigned_by)
+
+    def _share(self, params: Any, part: Batch, replay: Any, carried: Any) -> tuple[Array, Sums]:
+        loss, sums = loss_share(
+            self._model(params), part, self.counts, objective=self.objective, config=self.config, plan=self.plan,
+            replay=replay, assigned=self.known, carried=carried,
+        )  # fmt: skip
+        return loss, sums if self.record else sums._replace(choices=())
+
+    def _model(self, params: Any) -> LanguageModel:
+        return nnx.merge(self.graph, working_copy(params, self.dtype), self.buffers)
+
+    def _summed(self, function: Callable) -> Any:
+        """The sum of what the function makes of each microbatch's inputs."""
+        first, rest = (jax.tree.map(lambda x, i=i: x[i], self.inputs) for i in (0, slice(1, None)))
+        if self.parts == 1:
+            return function(*first)
+        add = lambda total, part: (jax.tree.map(jnp.add, total, function(*part)), None)  # noqa: E731
+        return lax.scan(add, function(*first), rest)[0]
+
+
+def _of_each(sums: Sums) -> dict[str, Any]:
+    """What is kept of each microbatch, instead of added up."""
+    return {"choices": sums.choices, "carried": sums.carried}
+
+
+def _accumulated(gradient: Callable, varied: Any, inputs: Any) -> tuple[Any, dict[str, Any]]:
+    """Sums of loss, Sums and gradients over microbatches, and what is kept of each."""
+    nothing = {"choices": (), "carried": None}
+
+    def body(total, part):
+        (loss, sums), grads = gradient(varied, *part)
+        return jax.tree.map(jnp.add, total, (loss, sums._replace(**nothing), grads)), _of_each(sums)
+
+    first, rest = (jax.tree.map(lambda x, i=i: x[i], inputs) for i in (0, slice(1, None)))
+    (loss, sums), grads = gradient(varied, *first)
+    total, of_each = lax.scan(body, (loss, sums._replace(**nothing), grads), rest)
+    return total, jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), _of_each(sums), of_each)

@@ -1,0 +1,133 @@
+"""A second task, a policy gradient with signed advantages: by hand, and under plans."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tests.helpers import hybrid, run_config, several_devices
+
+from orogen.config.model import ModelConfig
+from orogen.config.plan import PlanConfig
+from orogen.data.packing import Batch
+from orogen.model.heads import log_likelihoods
+from orogen.model.lm import build
+from orogen.parallel.context import later
+from orogen.parallel.plan import make_plan
+from orogen.train.sides import packed_batches
+from orogen.train.step import batch_to_devices, gradients
+from orogen.train.task import Objective
+from orogen.train.verify import verify
+
+ADVANTAGE, CHOSEN, EARLIER = "advantage", "chosen", "earlier"
+PENALTY = 0.25
+
+
+def counts(batch, depths, plan):
+    """Tokens that the policy chose, whatever their advantages."""
+    chosen = batch.extras[CHOSEN].sum()
+    return {"policy": chosen, "divergence": chosen, "likelihood": chosen}
+
+
+def sums(model, hidden, batch, plan):
+    """-A π/π_old, an estimate of the divergence from a reference (e^x - x - 1 of its log-ratio), and log π."""
+    found_bt = log_likelihoods(hidden[0], model, later(batch.tokens_bt, 1, plan), plan)
+    old_bt, reference_bt = jnp.moveaxis(batch.extras[EARLIER], -1, 0)
+    chosen_bt = batch.extras[CHOSEN] > 0
+    ratio_bt = jnp.exp(jnp.where(chosen_bt, found_bt - old_bt, 0))
+    apart_bt = jnp.where(chosen_bt, reference_bt - found_bt, 0)
+    of_chosen = lambda x_bt: jnp.where(chosen_bt, x_bt, 0).sum()  # noqa: E731
+    return {
+        "policy": of_chosen(-batch.extras[ADVANTAGE] * ratio_bt),
+        "divergence": of_chosen(jnp.exp(apart_bt) - apart_bt - 1),
+        "likelihood": of_chosen(found_bt),
+    }
+
+
+POLICY = Objective(counts=counts, sums=sums, shares=lambda config, depths: {"policy": 1.0, "divergence": PENALTY})
+
+
+def policy_batches(config, count):
+    """Packed rows, of which random positions were chosen by a policy."""
+    made = []
+    for seed, batch in enumerate(packed_batches(config, count)):
+        rng = np.random.default_rng(seed)
+        shape = batch.tokens_bt.shape
+        next_bt = np.roll(batch.segments_bt, -1, axis=1)
+        inside_bt = (batch.segments_bt != 0) & (batch.segments_bt == next_bt) & (np.arange(shape[1]) < shape[1] - 1)
+        uniform = -np.log(config.model.vocab_size)
+        extras = {
+            ADVANTAGE: rng.normal(size=shape).astype(np.float32),
+            CHOSEN: (inside_bt & (rng.random(shape) < 0.7)).astype(np.float32),
+            EARLIER: (uniform + 0.3 * rng.normal(size=(*shape, 2))).astype(np.float32),
+        }
+        made.append(batch._replace(extras=extras))
+    return made
+
+
+def test_a_policy_gradient_by_hand():
+    """An MLP that adds nothing, between embeddings that the norm leaves as they are and a head of 0 and ln 2 / 2: the
+    likelihoods of 0, 1, 2 are (2, 1, 1) / 4 behind 0, (1, 2, 1) / 4 behind 1 and (2, 1, 2) / 5 behind 2."""
+    model = ModelConfig(pattern="-", vocab_size=3, hidden_size=2, intermediate_size=3, layer_norm_epsilon=1e-12)
+    plan, built = make_plan(PlanConfig(), model), build(model)
+    half = np.log(2) / 2
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape), built.params)
+    params["embedding"]["weight"][...] = jnp.array([[1, 1], [1, -1], [-1, 1]], jnp.float32)
+    params["head"]["weight"][...] = jnp.array([[half, half, 0], [half, -half, 0]], jnp.float32)
+    params["norm"]["weight"][...] = jnp.ones(2)
+    ones_bt = np.ones((1, 4), np.int32)
+    extras = {
+        ADVANTAGE: np.array([[2, -1, 0.5, 7]], np.float32),
+        CHOSEN: np.array([[1, 1, 1, 0]], np.float32),
+        # π is 1/4, 1/4, 2/5; the old policy's likelihoods give ratios of 1, 2, 2, the reference's are π's own.
+        EARLIER: np.log(np.array([[[0.25, 0.25], [0.125, 0.25], [0.2, 0.4], [1, 1]]])).astype(np.float32),
+    }
+    batch = Batch(
+        np.array([[0, 1, 2, 0]], np.int32), ones_bt, np.arange(4, dtype=np.int32)[None], 0.0 * ones_bt, extras
+    )
+    function = jax.jit(gradients(built, POLICY, model, plan, "float32"))
+    loss, grads, counted, found = function(params, built.buffers, batch_to_devices(batch, plan))
+    assert float(loss) == pytest.approx(-1 / 3, rel=1e-6)  # -(2 · 1 - 1 · 2 + 0.5 · 2) / 3
+    assert float(counted.metrics["policy"]) == 3
+    assert float(found.metrics["likelihood"]) == pytest.approx(np.log(1 / 4 * 1 / 4 * 2 / 5), rel=1e-6)
+    # Of each token -A π/π_old / 3 · h (one-hot - π)ᵀ: -2/3 (1, 1)ᵀ (-1/2, 3/4, -1/4) + 2/3 (1, -1)ᵀ (-1/4, -1/2, 3/4)
+    # - 1/3 (-1, 1)ᵀ (3/5, -1/5, -2/5).
+    expected = [[11 / 30, -9 / 10, 8 / 15], [3 / 10, -1 / 10, -1 / 5]]
+    np.testing.assert_allclose(grads["head"]["weight"][...], expected, rtol=1e-5)
+
+
+@several_devices
+@pytest.mark.parametrize(
+    ("model", "plan", "deeper"),
+    [
+        ({"pattern": "M*", "mtp_depths": 0}, {"tensor": 2, "context": 2, "fsdp": "optimizer"}, True),
+        ({"pattern": "*E", "mtp_depths": 0}, {"data": 2, "expert": 2, "microbatches": 2, "fsdp": "parameters"}, True),
+        ({"pattern": "ME|*E/E"}, {"data": 2, "stage": 2, "microbatches": 2, "fsdp": "gradients"}, False),
+        ({"pattern": "-E/E"}, {"data": 2, "fsdp": "gradients", "microbatches": 2}, False),
+    ],
+    ids=["tensor, context", "expert, data", "stages", "microbatches"],
+)
+def test_a_policy_gradient_under_a_plan_equals_one_device(model, plan, deeper):
+    plan |= {"shift": "alltoall"} if plan.get("stage") else {}
+    config = run_config(hybrid(**model), plan=plan)
+    verdict = verify(config, objective=dataclasses.replace(POLICY, deeper=deeper), batches=policy_batches)
+    assert verdict.passed, verdict
+
+
+def test_without_the_mtp_block_its_parameters_have_no_gradient():
+    model = hybrid(pattern="-/E", mtp_depths=2)
+    plan, built = make_plan(PlanConfig(), model), build(model)
+    config = run_config(model)
+    (batch,) = policy_batches(config, 1)
+    objective = dataclasses.replace(POLICY, deeper=False)
+    function = jax.jit(gradients(built, objective, model, plan, "float32"))
+    params = jax.tree.map(lambda x: 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), built.params)
+    _, grads, counted, found = function(
+        params, jax.tree.map(jnp.zeros_like, built.buffers), batch_to_devices(batch, plan)
+    )
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads["mtp"]))
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(nnx.State({**grads, "mtp": {}})))
+    assert counted.tokens.shape == (1,) and [load.shape for load in found.load] == [(model.n_routed_experts,)]
+    assert not np.any(found.load[0])
