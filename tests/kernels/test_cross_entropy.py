@@ -14,9 +14,25 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from tests.helpers import several_devices
 
-from orogen.kernels.cross_entropy import IMPLEMENTATIONS, cross_entropy
+from orogen.kernels.cross_entropy import IMPLEMENTATIONS, cross_entropy, log_likelihoods
 
 TOKENS, WIDTH, VOCABULARY = 22, 5, 12
+
+
+def by_token(x_nd, head_dv, targets_n, weights_n, **settings):
+    """The loss that `cross_entropy` computes, from the likelihood of each token."""
+    weights_n = lax.stop_gradient(weights_n)
+    found_n = log_likelihoods(x_nd, head_dv, targets_n, **settings)
+    assert found_n.shape == targets_n.shape and found_n.dtype == jnp.float32
+    return -jnp.where(weights_n == 0, 0, weights_n * found_n).sum()
+
+
+# As in `settings` of the functions below: the loss in one piece and by token, by each implementation.
+PROGRAMS = {
+    f"{name}{suffix}": partial(function, implementation=name)
+    for name in sorted(IMPLEMENTATIONS)
+    for suffix, function in {"": cross_entropy, ", by token": by_token}.items()
+}
 
 
 def operands(dtype=jnp.float32, tokens=TOKENS):
@@ -45,14 +61,14 @@ def expected(x_nd, head_dv, targets_n, weights_n):
     return loss, grad_nv @ head_dv.T, x_nd.T @ grad_nv
 
 
-def loss_alone(*inputs, **settings):
+def loss_alone(*inputs, program, **settings):
     """Loss of a call that is not differentiated."""
-    return jax.jit(partial(cross_entropy, **settings))(*inputs)
+    return jax.jit(partial(PROGRAMS[program], **settings))(*inputs)
 
 
-def loss_and_gradients(*inputs, **settings):
+def loss_and_gradients(*inputs, program, **settings):
     """Loss and the gradients of x and head."""
-    loss, gradients = jax.jit(jax.value_and_grad(partial(cross_entropy, **settings), argnums=(0, 1)))(*inputs)
+    loss, gradients = jax.jit(jax.value_and_grad(partial(PROGRAMS[program], **settings), argnums=(0, 1)))(*inputs)
     return loss, *gradients
 
 
@@ -65,72 +81,75 @@ def assert_close(actual, wanted, *, length):
 LENGTHS = (TOKENS * WIDTH, VOCABULARY, TOKENS)  # terms of the loss, of the gradient of x, of the gradient of the head
 
 
-@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
+@pytest.mark.parametrize("program", PROGRAMS)
 class TestCrossEntropy:
     """What every implementation does."""
 
     @pytest.mark.parametrize("chunk", [1, 8, 100])
-    def test_equals_the_formula(self, implementation, chunk):
+    def test_equals_the_formula(self, program, chunk):
         inputs = operands()
-        actual = loss_and_gradients(*inputs, chunk=chunk, implementation=implementation)
+        actual = loss_and_gradients(*inputs, chunk=chunk, program=program)
         assert actual[0].dtype == jnp.float32
         for a, wanted, length in zip(actual, expected(*inputs), LENGTHS, strict=True):
             assert_close(a, wanted, length=length)
 
-    def test_undifferentiated_loss_is_the_same(self, implementation):
-        settings = {"chunk": 8, "implementation": implementation}
+    def test_undifferentiated_loss_is_the_same(self, program):
+        settings = {"chunk": 8, "program": program}
         assert_close(loss_alone(*operands(), **settings), expected(*operands())[0], length=LENGTHS[0])
 
-    def test_cotangent_scales_both_gradients(self, implementation):
-        settings = {"chunk": 8, "implementation": implementation}
+    def test_cotangent_scales_both_gradients(self, program):
+        settings = {"chunk": 8, "program": program}
         _, *gradients = loss_and_gradients(*operands(), **settings)
-        scaled = jax.jit(jax.grad(lambda *a: 0.125 * cross_entropy(*a, **settings), argnums=(0, 1)))(*operands())
+        scaled = jax.jit(jax.grad(lambda *a: 0.125 * PROGRAMS[program](*a, chunk=8), argnums=(0, 1)))(*operands())
         for got, gradient in zip(scaled, gradients, strict=True):
             if jax.default_backend() == "gpu":  # which fuses one operation more, and rounds, in another way
                 assert_close(got, gradient * 0.125, length=1)
             else:
                 np.testing.assert_array_equal(got, gradient * 0.125)
 
-    def test_bfloat16_is_accumulated_in_float32(self, implementation):
+    def test_bfloat16_is_accumulated_in_float32(self, program):
         inputs = operands(jnp.bfloat16, tokens=600)
-        loss, *gradients = loss_and_gradients(*inputs, chunk=64, implementation=implementation)
+        loss, *gradients = loss_and_gradients(*inputs, chunk=64, program=program)
         wanted, *wanted_gradients = expected(*inputs)
         assert loss.dtype == jnp.float32 and {g.dtype for g in gradients} == {jnp.dtype(jnp.bfloat16)}
         assert_close(loss, wanted, length=600 * WIDTH)
         for gradient, wanted in zip(gradients, wanted_gradients, strict=True):
             assert_close(gradient, wanted, length=1)  # rounded before the product and after it, never within the sum
 
-    def test_weight_zero_is_exactly_zero_gradient(self, implementation):
+    def test_weight_zero_is_exactly_zero_gradient(self, program):
         x_nd, head_dv, targets_n, weights_n = operands()
-        _, grad_x_nd, _ = loss_and_gradients(
-            x_nd, head_dv, targets_n, weights_n, chunk=8, implementation=implementation
-        )
+        _, grad_x_nd, _ = loss_and_gradients(x_nd, head_dv, targets_n, weights_n, chunk=8, program=program)
         assert (grad_x_nd != 0).any(1).tolist() == (weights_n != 0).tolist()
 
-    def test_all_weights_zero(self, implementation):
+    def test_all_weights_zero(self, program):
         x_nd, head_dv, targets_n, weights_n = operands()
-        actual = loss_and_gradients(
-            x_nd, head_dv, targets_n, jnp.zeros_like(weights_n), chunk=8, implementation=implementation
-        )
+        actual = loss_and_gradients(x_nd, head_dv, targets_n, jnp.zeros_like(weights_n), chunk=8, program=program)
         assert not any(a.any() for a in actual)
 
-    def test_large_logits_do_not_overflow(self, implementation):
+    def test_large_logits_do_not_overflow(self, program):
         x_nd, head_dv, targets_n, weights_n = operands()
         inputs = (x_nd * 1e4, head_dv, targets_n, weights_n)
-        loss, *gradients = loss_and_gradients(*inputs, chunk=8, implementation=implementation)
+        loss, *gradients = loss_and_gradients(*inputs, chunk=8, program=program)
         assert_close(loss, expected(*inputs)[0], length=TOKENS * WIDTH)
         assert all(jnp.isfinite(g).all() for g in gradients)
 
-    def test_weights_get_no_gradient(self, implementation):
-        grad_n = jax.grad(partial(cross_entropy, chunk=8, implementation=implementation), argnums=3)(*operands())
+    def test_a_negative_weight_negates_what_its_token_adds(self, program):
+        x_nd, head_dv, targets_n, weights_n = operands()
+        settings = {"chunk": 8, "program": program}
+        found = loss_and_gradients(x_nd, head_dv, targets_n, -weights_n, **settings)
+        for a, b in zip(found, loss_and_gradients(*operands(), **settings), strict=True):
+            np.testing.assert_array_equal(a, -b)
+
+    def test_weights_get_no_gradient(self, program):
+        grad_n = jax.grad(partial(PROGRAMS[program], chunk=8), argnums=3)(*operands())
         assert not grad_n.any()
 
     @several_devices
     @pytest.mark.parametrize(("data", "ranks"), [(1, 2), (1, 4), (2, 1), (2, 2)])
-    def test_vocabulary_over_ranks_and_tokens_over_data(self, implementation, data, ranks):
+    def test_vocabulary_over_ranks_and_tokens_over_data(self, program, data, ranks):
         def run(x_nd, head_dv, targets_n, weights_n):
             def loss(x_nd, head_dv):
-                return cross_entropy(
+                return PROGRAMS[program](
                     x_nd,
                     head_dv,
                     targets_n,
@@ -139,7 +158,6 @@ class TestCrossEntropy:
                     vocab_start=lax.axis_index("vocab") * head_dv.shape[1],
                     reduce_max=lambda a: lax.pmax(a, "vocab"),
                     reduce_sum=lambda a: lax.psum(a, "vocab"),
-                    implementation=implementation,
                 )
 
             part, gradients = jax.value_and_grad(loss, argnums=(0, 1))(x_nd, head_dv)
@@ -159,19 +177,19 @@ class TestCrossEntropy:
 
     @several_devices
     @pytest.mark.parametrize(("ranks", "beyond"), [(1, 1), (2, 4), (4, 4), (4, 8)])
-    def test_columns_beyond_the_vocabulary_take_no_part(self, implementation, ranks, beyond):
+    def test_columns_beyond_the_vocabulary_take_no_part(self, program, ranks, beyond):
         """Of four ranks the last, or the last two, have no column of the vocabulary."""
         x_nd, head_dv, *others = operands()
         wide_dv = jnp.pad(head_dv, ((0, 0), (0, beyond)), constant_values=100.0)
 
         def run(x_nd, wide_dv, targets_n, weights_n):
-            settings = {"chunk": 8, "implementation": implementation, "vocab_size": VOCABULARY}
+            settings = {"chunk": 8, "vocab_size": VOCABULARY}
             over_ranks = {
                 "vocab_start": lax.axis_index("vocab") * wide_dv.shape[1],
                 "reduce_max": lambda a: lax.pmax(a, "vocab"),
                 "reduce_sum": lambda a: lax.psum(a, "vocab"),
             }
-            loss = partial(cross_entropy, **settings, **over_ranks)
+            loss = partial(PROGRAMS[program], **settings, **over_ranks)
             loss, gradients = jax.value_and_grad(loss, argnums=(0, 1))(x_nd, wide_dv, targets_n, weights_n)
             return loss, *gradients
 
@@ -184,17 +202,20 @@ class TestCrossEntropy:
         assert not grad_wide_dv[:, VOCABULARY:].any()
 
 
-def test_chunked_never_holds_all_logits():
+@pytest.mark.parametrize("program", ["chunked", "chunked, by token"])
+def test_chunked_never_holds_all_logits(program):
     inputs = [jnp.zeros(shape, dtype) for shape, dtype in (((512, 8), "float32"), ((8, 4096), "float32"))]
     inputs += [jnp.zeros(512, "int32"), jnp.ones(512)]
-    step = jax.jit(partial(loss_and_gradients, chunk=32, implementation="chunked"))
+    step = jax.jit(partial(loss_and_gradients, chunk=32, program=program))
     assert step.lower(*inputs).compile().memory_analysis().temp_size_in_bytes < 512 * 4096 * 4 / 2
 
 
-def test_chunked_takes_logits_once():
-    # A scan's body is written once, so products in the jaxpr count those of a chunk: logits, and two gradients.
-    step = partial(loss_and_gradients, chunk=8, implementation="chunked")
-    assert str(jax.make_jaxpr(step)(*operands())).count("dot_general[") == 3
+@pytest.mark.parametrize(("program", "products"), [("chunked", 3), ("chunked, by token", 4)])
+def test_products_of_a_chunk(program, products):
+    # A scan's body is written once, so products in the jaxpr count those of a chunk: logits, and two gradients; by
+    # token, the logits again.
+    step = partial(loss_and_gradients, chunk=8, program=program)
+    assert str(jax.make_jaxpr(step)(*operands())).count("dot_general[") == products
 
 
 def test_refusals():
