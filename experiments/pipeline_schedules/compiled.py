@@ -39,19 +39,16 @@ def measure(kind: str, virtual: int, microbatches: int, remat: str) -> Run:
     import jax.numpy as jnp
 
     from orogen.data.packing import Batch
-    from orogen.model.lm import build
-    from orogen.parallel.plan import make_plan
     from orogen.simulate.aot import flops_overhead
-    from orogen.train.pipelined import cut
+    from orogen.train.assemble import assemble
     from orogen.train.step import BATCH_AXES, gradients
 
     # Nothing reads the sizes of the toy's experts here, which `load` would refuse.
     model = parse([HERE.parents[1] / "gin_configs/models/nemotron3_toy.gin"], BINDINGS)[0].model
     setting = {"schedule": kind, "virtual": virtual, "microbatches": microbatches, "remat": remat}
     config = PlanConfig(stage=STAGES, **setting)
-    plan = make_plan(config, model)
-    stages = cut(model, plan, LENGTH)
-    built, sharding = build(model, stages), plan.sharding(*BATCH_AXES)
+    plan, built = assemble(model, config, length=LENGTH)
+    sharding = plan.sharding(*BATCH_AXES)
     shape = ROWS * microbatches, LENGTH
     tokens_bt, weights_bt = (jax.ShapeDtypeStruct(shape, d, sharding=sharding) for d in (jnp.int32, jnp.float32))
     step = jax.jit(gradients(built, NEXT_TOKENS, model, plan, "float32"))
@@ -60,7 +57,7 @@ def measure(kind: str, virtual: int, microbatches: int, remat: str) -> Run:
     return {
         "config": hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:12],
         **setting, "stages": STAGES, "rows": ROWS, "sequence_length": LENGTH, "jax": jax.__version__,
-        "segments": stages.patterns if stages else (), "stash_slots": max(schedule.stash_slots),
+        "segments": built.layout.segmented, "stash_slots": max(schedule.stash_slots),
         "temporary_bytes": lowered.compile().memory_analysis().temp_size_in_bytes,
         "flops_overhead": flops_overhead(model, config, ROWS * microbatches, LENGTH),
     }  # fmt: skip

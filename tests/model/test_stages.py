@@ -8,8 +8,10 @@ from flax import nnx
 from tests.helpers import hybrid
 
 from orogen.model.block import repeats
+from orogen.model.by_letter import by_letter, stacked
+from orogen.model.layout import Whole
 from orogen.model.lm import build, initial_state
-from orogen.model.stages import Stages, add, rows, stacked, take
+from orogen.model.stages import Stages, add, take
 
 STAGED = "layers", "vocabulary"
 MODEL = hybrid(pattern="MEMEM*EE-M*-/*E", mtp_depths=2)
@@ -48,9 +50,31 @@ def test_a_layer_lies_where_its_segment_is(state):
     assert split["layers"]["E"]["mixer"]["router"]["gate"].get_metadata()["staged"]
 
 
+@pytest.mark.parametrize("patterns", CUTS, ids=str)
+def test_every_layer_has_an_address_under_every_layout(state, patterns):
+    """Parameters and buffers of each, against the place that the fold of the pattern gives it."""
+    whole, stages = Whole(MODEL.layers.main, MODEL.layers.mtp), Stages(patterns, "*E", len(patterns) // 2)
+    numbers = dict.fromkeys("ME*-", 0)
+    stacks = [by_letter(state[0]["backbone"], repeats(MODEL.layers.main))]
+    stacks.append(by_letter(state[0]["mtp"]["layers"], repeats(MODEL.layers.mtp)))
+    for number, letter in enumerate(MODEL.layers.main + MODEL.layers.mtp):
+        if number == len(MODEL.layers.main):
+            numbers = dict.fromkeys(numbers, 0)
+        rows, row = stacks[number >= len(MODEL.layers.main)][letter], numbers[letter]
+        numbers[letter] += 1
+        for tree in state:
+            found, other = whole.layer(tree, number), stages.layer(stages.split(tree), number)
+            assert jax.tree.structure(found) == jax.tree.structure(other)
+            for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(other), strict=True):
+                np.testing.assert_array_equal(a, b)
+        for a, b in zip(jax.tree.leaves(whole.layer(state[0], number)), jax.tree.leaves(rows), strict=True):
+            np.testing.assert_array_equal(a, b[row])
+        assert bool(jax.tree.leaves(whole.layer(state[1], number))) == (letter == "E")
+
+
 def _leaves(params: nnx.State, name: str) -> list[np.ndarray]:
     """The attention layers' arrays of this name, in the order of the pattern."""
-    stack = rows(params["backbone"], repeats(MODEL.layers.main))
+    stack = by_letter(params["backbone"], repeats(MODEL.layers.main))
     return list(stack["*"]["mixer"][name][...])
 
 
@@ -145,10 +169,10 @@ def test_rows_of_nested_repetitions_are_in_the_order_of_the_pattern():
         return labelled(item.items, (*lead, item.count))
 
     tree = labelled(items, (3,))
-    found = rows(tree, items, lead=1)
+    found = by_letter(tree, items, lead=1)
     assert {letter: array.shape for letter, array in found.items()} == {
         letter: (3, pattern.count(letter), 2) for letter in set(pattern)
     }
     numbered = {letter: jnp.arange(a.shape[1])[None, :, None] + jnp.zeros(a.shape) for letter, a in found.items()}
-    again = rows(stacked(numbered, items, lead=1), items, lead=1)
+    again = by_letter(stacked(numbered, items, lead=1), items, lead=1)
     assert all(np.array_equal(again[letter], numbered[letter]) for letter in numbered)

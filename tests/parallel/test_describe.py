@@ -10,7 +10,7 @@ from orogen.config.plan import PlanConfig
 from orogen.model.lm import build
 from orogen.parallel.describe import describe_plan, plan_lines
 from orogen.parallel.plan import make_plan
-from orogen.train.pipelined import cut
+from orogen.train.assemble import assemble
 
 
 def plan_of(**choices):
@@ -88,12 +88,11 @@ def test_lines_for_a_person():
 def test_what_stages_hold_by_hand():
     """The fullest of four chunks has two Mamba layers, so every chunk has two rows for them, and one for attention."""
     model = hybrid(pattern="MM|M|*|", mtp_depths=0)
-    plan = make_plan(PlanConfig(stage=2, schedule="interleaved", microbatches=2), model, abstract=True)
-    stages = cut(model, plan)
-    built = build(model, stages)
+    config = PlanConfig(stage=2, schedule="interleaved", microbatches=2)
+    plan, built = assemble(model, config, abstract=True)
     whole = {letter: count_layer(letter) for letter in "M*"}
-    facts = describe_plan(plan, built.params, stages.patterns, stages.filled)["pipeline"]
-    assert stages.filled == {"M": 3 / 8, "*": 1 / 4}
+    facts = describe_plan(plan, built.params, built.layout.segmented, built.layout.filled)["pipeline"]
+    assert built.layout.filled == {"M": 3 / 8, "*": 1 / 4}
     assert facts["layer_parameters"] == 4 * whole["M"] + 2 * whole["*"]
     assert facts["layer_parameters_if_even"] == round(1.5 * whole["M"] + 0.5 * whole["*"])
 

@@ -9,10 +9,13 @@ import jax.numpy as jnp
 import pytest
 
 from orogen.config.checks import ConfigError
+from orogen.model.layout import Whole
 from orogen.train import checksums
 from orogen.train.checkpoint import MARKER, Checkpoints
 from orogen.train.state import TrainState
 
+# Of a model that no stages split.
+WHOLE = Whole("", "")
 POSITION = {"position": {"row": 3}, "identity": {"seed": 1}}
 
 
@@ -34,7 +37,7 @@ def written(tmp_path_factory) -> Path:
     (folder / "tokenizer" / "tokenizer.json").write_text("{}")
     with Checkpoints(folder, keep=2) as checkpoints:
         for step in (2, 4, 8):
-            checkpoints.save(state(step), POSITION)
+            checkpoints.save(state(step), POSITION, WHOLE)
     return folder
 
 
@@ -125,7 +128,8 @@ def test_a_checkpoint_of_an_earlier_release_is_read_and_one_line_says_so(copy, c
     newest = copy / "checkpoints" / "8"
     (newest / checksums.NAME).unlink()
     assert f"{newest / checksums.NAME} is missing" in refusal(copy)  # of this one, which says that it has a list
-    (newest / "data" / "metadata").write_text(json.dumps(POSITION))
+    for item in ("layout", "about"):
+        shutil.rmtree(newest / item)
     capsys.readouterr()
     restore(copy)
     out, err = capsys.readouterr()
@@ -136,14 +140,43 @@ def test_a_checkpoint_of_an_earlier_release_is_read_and_one_line_says_so(copy, c
 
 @pytest.mark.parametrize(
     "data",
-    ["[]", "3", "{", '{"position": {}}', '{"identity": {}}', '{"position": 1, "identity": {}}', "[" * 100_000]
-    + [json.dumps(dict.fromkeys(POSITION, {}) | {"stages": stages}) for stages in ({"patterns": 3}, 7, "x")],
+    ["[]", "3", "{", '{"position": {}}', '{"identity": {}}', '{"position": 1, "identity": {}}', "[" * 100_000],
 )
 def test_positions_that_are_none_are_refused(copy, data):
+    without_checksums(copy, "data", data)
+    assert str(copy / "checkpoints" / "8" / "data" / "metadata") in refusal(copy)
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize("stages", [{"patterns": 3}, 7, "x", {"patterns": ["M"], "mtp": "", "stages": 2}], ids=str)
+def test_stages_that_are_none_are_refused(copy, stages, earlier):
+    """In the layout, and where an earlier release kept it."""
+    without_checksums(copy, "layout", json.dumps({"stages": stages}))
+    if earlier:
+        without_checksums(copy, "data", json.dumps(dict.fromkeys(POSITION, {}) | {"stages": stages}))
+    assert f"{copy / 'checkpoints' / '8'} has the stages" in refusal(copy, "stages")
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "{", '{"vocab_size": 0}', '{"vocab_size": "many"}'])
+def test_layouts_that_are_none_are_refused(copy, content):
+    without_checksums(copy, "layout", content)
+    assert str(copy / "checkpoints" / "8") in refusal(copy, "stages")
+
+
+def test_a_layout_that_is_missing_is_missed(copy):
+    without_checksums(copy, "data", json.dumps(POSITION))
     for step in ("4", "8"):
-        (copy / "checkpoints" / step / checksums.NAME).unlink()
-        (copy / "checkpoints" / step / "data" / "metadata").write_text(data)
-    assert str(copy / "checkpoints" / "8" / "data" / "metadata") in refusal(copy, "stages")
+        shutil.rmtree(copy / "checkpoints" / step / "layout")
+    assert f"{copy / 'checkpoints' / '8' / 'layout' / 'metadata'} is missing" in refusal(copy, "stages")
+
+
+def without_checksums(folder: Path, item: str, content: str) -> None:
+    """Rewrites an item of both checkpoints, so that only its reader can see it; the data's item as 0.8.0 wrote it."""
+    for step in ("4", "8"):
+        checkpoint = folder / "checkpoints" / step
+        (checkpoint / checksums.NAME).unlink(missing_ok=True)
+        (checkpoint / "about" / "metadata").write_text('{"tokenizer_files": {}}')
+        (checkpoint / item / "metadata").write_text(content)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +186,8 @@ def test_positions_that_are_none_are_refused(copy, data):
 def test_metadata_of_another_kind_are_refused_without_checksums_too(copy, content, name):
     newest = copy / "checkpoints" / "8"
     (newest / checksums.NAME).unlink()
-    (newest / "data" / "metadata").write_text(json.dumps(POSITION))
+    for item in ("layout", "about"):
+        shutil.rmtree(newest / item)
     (newest / name).write_text(content)
     if name == "_CHECKPOINT_METADATA":
         return restore(copy)  # nothing reads it
@@ -166,7 +200,7 @@ def test_what_a_killed_process_left_is_no_checkpoint_and_goes(copy):
         shutil.copytree(folder / "4", folder / left)
     with Checkpoints(copy, keep=2) as checkpoints:
         assert checkpoints.latest == 8
-        checkpoints.save(state(12), POSITION)
+        checkpoints.save(state(12), POSITION, WHOLE)
     assert steps(copy) == ["12", "8"]
 
 
@@ -175,7 +209,7 @@ def test_a_checkpoint_that_was_moved_away_stays(copy):
     (folder / "8").rename(folder / "8.damaged")
     shutil.copytree(folder / "4", folder / "old")
     with Checkpoints(copy) as checkpoints:
-        checkpoints.save(state(9), POSITION)
+        checkpoints.save(state(9), POSITION, WHOLE)
     assert steps(copy) == ["4", "8.damaged", "9", "old"]
     assert (folder / "8.damaged" / checksums.NAME).is_file()
 
@@ -197,5 +231,5 @@ def test_a_write_that_fails_is_raised_and_removes_nothing(copy, monkeypatch):
 
     with pytest.raises(OSError, match="No space left"), Checkpoints(copy, keep=1) as checkpoints:
         monkeypatch.setattr(checksums, "write", fail)
-        checkpoints.save(state(12), POSITION)
+        checkpoints.save(state(12), POSITION, WHOLE)
     assert {"4", "8"} <= set(steps(copy)) and "12" not in steps(copy)

@@ -13,12 +13,12 @@ from tests.train.plans import describe, random_runs
 from orogen.config.checks import ConfigError
 from orogen.config.run import RunConfig
 from orogen.data.packing import Batch
-from orogen.model.lm import build, initial_state
+from orogen.model.lm import initial_state
 from orogen.parallel.pipeline import _Layout
 from orogen.parallel.plan import make_plan
 from orogen.simulate.aot import flops_overhead
+from orogen.train.assemble import assemble
 from orogen.train.next_token import NEXT_TOKENS
-from orogen.train.pipelined import cut
 from orogen.train.step import BATCH_AXES, batch_to_devices, gradients
 from orogen.train.verify import packed_batch, verify
 
@@ -106,13 +106,12 @@ def exact() -> tuple[float, list[np.ndarray]]:
 def computed(pattern: str, plan: dict, dtype: str) -> tuple[float, list[np.ndarray]]:
     """Loss and gradients of the whole model on a plan."""
     run = run_config(hybrid(pattern=pattern, mtp_depths=0), plan=plan, batch_size=8, sequence_length=24)
-    laid = make_plan(run.plan, run.model)
-    built = build(run.model, cut(run.model, laid, 24))
+    laid, built = assemble(run.model, run.plan, length=24)
     state = tuple(map(built.laid, initial_state(run.model, jnp.asarray(3))))
     params, buffers = jax.device_put(state, (laid.shardings(built.params), laid.shardings(built.buffers)))
     batch = batch_to_devices(packed_batch(run, run.train), laid)
     loss, grads, *_ = jax.jit(gradients(built, NEXT_TOKENS, run.model, laid, dtype))(params, buffers, batch)
-    return float(loss), jax.tree.leaves(jax.device_get(built.stages.join(grads) if built.stages else grads))
+    return float(loss), jax.tree.leaves(jax.device_get(built.layout.join(grads)))
 
 
 @pytest.mark.parametrize("linear", ["plain", "fp8"])
@@ -143,8 +142,7 @@ def test_fewer_microbatches_than_stages():
 
 def stashed(run: RunConfig) -> int:
     """Bytes of temporaries that one device needs at most in a step."""
-    plan = make_plan(run.plan, run.model)
-    built = build(run.model, cut(run.model, plan, run.train.sequence_length))
+    plan, built = assemble(run.model, run.plan, length=run.train.sequence_length)
     sharding = plan.sharding(*BATCH_AXES)
     shape = run.train.batch_size, run.train.sequence_length
     tokens_bt, weights_bt = (jax.ShapeDtypeStruct(shape, d, sharding=sharding) for d in (jnp.int32, jnp.float32))
@@ -179,11 +177,11 @@ def test_passes_compute_nothing_twice(schedule, virtual, remat):
 
 def test_stages_balance_what_layers_cost():
     model = hybrid(pattern="MEM*MEM*MEM*MEM*", mtp_depths=0)
-    plan = make_plan(run_config(plan={"stage": 4, "microbatches": 4}).plan, model, abstract=True)
-    stages = cut(model, plan, 64)
-    assert "".join(stages.patterns) == model.layers.main
-    assert len(stages.patterns) == 4
-    assert all(patterns for patterns in stages.patterns)
+    config = run_config(plan={"stage": 4, "microbatches": 4}).plan
+    patterns = assemble(model, config, length=64, abstract=True).built.layout.segmented
+    assert "".join(patterns) == model.layers.main
+    assert len(patterns) == 4
+    assert all(patterns)
 
 
 REFUSED = [

@@ -20,7 +20,7 @@ from orogen.train.checkpoint import Checkpoints, with_shardings
 from orogen.train.next_token import NEXT_TOKENS
 from orogen.train.optimizer import make_optimizer
 from orogen.train.state import abstract_state, create_state
-from orogen.train.step import batch_to_devices, gradients, load_by_layer, make_step, update_bias
+from orogen.train.step import batch_to_devices, gradients, make_step, update_bias
 from orogen.train.verify import packed_batch
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "losses.json"
@@ -111,7 +111,7 @@ def test_loads_come_in_the_order_of_the_pattern():
             names[number] = str(leaf[0])
             load[index] = number
             number += 1
-    order_l = np.asarray(load_by_layer([jnp.asarray(load) for load in loads], config, None))[:, 0]
+    order_l = np.asarray(built.layout.loads([jnp.asarray(load) for load in loads]))[:, 0]
     assert sorted(order_l.tolist()) == list(range(6))
     assert "mtp" in names[int(order_l[-1])]
 
@@ -238,7 +238,7 @@ def test_routers_without_correction_bias_train_count_loads_and_are_restored(tmp_
     tokens = int((np.asarray(run.batch.segments_bt) != 0).sum())
     np.testing.assert_array_equal(metrics.load_le.sum(1), [3 * tokens] * 3)
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(state, {"position": {}, "identity": {}})
+        checkpoints.save(state, {"position": {}, "identity": {}}, run.built.layout)
     target = abstract_state(run.built, run.optimizer)
     with Checkpoints(tmp_path) as checkpoints:
         restored, _ = checkpoints.restore(with_shardings(target, run.plan.shardings(target)))

@@ -17,10 +17,10 @@ from orogen.model.lm import build
 from orogen.model.vocabulary import vocab_dim
 from orogen.parallel.describe import describe_plan
 from orogen.parallel.plan import make_plan
+from orogen.train.assemble import assemble
 from orogen.train.checkpoint import Checkpoints, with_shardings
 from orogen.train.next_token import NEXT_TOKENS
 from orogen.train.optimizer import make_optimizer
-from orogen.train.pipelined import cut
 from orogen.train.state import abstract_state, create_state, start_state, state_shardings
 from orogen.train.step import batch_to_devices, make_step
 from orogen.train.verify import packed_batch, verify
@@ -41,8 +41,7 @@ def laid_out(model, plan: dict):
     """(config, plan, built, optimizer) of a run of the model."""
     config = run_config(model, plan=plan)
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, weight_decay=0.3))
-    layout = make_plan(config.plan, model)
-    built = build(model, cut(model, layout, 24), config.plan.vocab_rows(SIZE))
+    layout, built = assemble(model, config.plan, length=24)
     return config, layout, built, make_optimizer(config.optimizer, 10, built.params)
 
 
@@ -145,7 +144,7 @@ def test_logits_have_the_words_of_the_vocabulary_alone():
 def test_a_checkpoint_is_restored_with_other_rows_bit_for_bit(tmp_path, plan):
     model, state = model_of(), trained(model_of(), plan, 1)
     with Checkpoints(tmp_path, vocab_size=SIZE) as checkpoints:
-        checkpoints.save(state, POSITION, laid_out(model, plan)[2].stages)
+        checkpoints.save(state, POSITION, laid_out(model, plan)[2].layout)
     wider = {**plan, "tensor": 4} if "stage" in plan else {"tensor": 8}
     narrower = {**plan, "tensor": 1} if "stage" in plan else TWO
     for other in (wider, narrower):
@@ -165,7 +164,7 @@ def test_a_model_is_read_without_the_rows_of_the_plan_that_saved_it(tmp_path):
     model, state = model_of(), trained(model_of(), STAGES, 1)
     built = laid_out(model, STAGES)[2]
     with Checkpoints(tmp_path, vocab_size=SIZE) as checkpoints:
-        checkpoints.save(state, POSITION, built.stages)
+        checkpoints.save(state, POSITION, built.layout)
     whole, one = build(model), make_plan(PlanConfig(), model)
     with Checkpoints(tmp_path) as checkpoints:
         params, _ = checkpoints.restore_model(whole.params, whole.buffers, one.shardings)
@@ -178,7 +177,7 @@ def test_a_model_is_read_without_the_rows_of_the_plan_that_saved_it(tmp_path):
 def test_a_checkpoint_of_another_vocabulary_is_refused(tmp_path, size):
     """Although an array with as many rows could hold either."""
     with Checkpoints(tmp_path, vocab_size=SIZE) as checkpoints:
-        checkpoints.save(trained(model_of(), FOUR, 0), POSITION)
+        checkpoints.save(trained(model_of(), FOUR, 0), POSITION, laid_out(model_of(), FOUR)[2].layout)
     other = dataclasses.replace(model_of(), vocab_size=size)
     whole, one = build(other), make_plan(PlanConfig(), other)
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(ConfigError, match=rf"of another model.*{SIZE}.*{size}"):

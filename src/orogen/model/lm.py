@@ -14,8 +14,8 @@ from orogen.layers.documents import Documents
 from orogen.layers.embedding import Embedding, Head, logits
 from orogen.layers.norm import make_norm
 from orogen.model.block import Stack, repeats
+from orogen.model.layout import Layout, Whole
 from orogen.model.mtp import MTPBlock, shifted
-from orogen.model.stages import Stages
 from orogen.model.vocabulary import resized
 from orogen.parallel.context import later
 from orogen.parallel.plan import Plan
@@ -71,33 +71,32 @@ class LanguageModel(nnx.Module):
 
 
 class Built(NamedTuple):
-    """A model taken apart: its static graph, and its parameters and buffers as abstract arrays with axis names. If it
-    is cut into `stages`, parameters and buffers are as those keep them; with `vocab_rows` rows of a vocabulary of
-    `vocab_size`."""
+    """A model taken apart: its static graph, and its parameters and buffers as abstract arrays with axis names, as they
+    lie by `layout`, with `vocab_rows` rows of a vocabulary of `vocab_size`."""
 
     graph: nnx.GraphDef
     params: nnx.State
     buffers: nnx.State
     vocab_size: int
     vocab_rows: int
-    stages: Stages | None = None
+    layout: Layout
 
     def laid(self, state: nnx.State) -> nnx.State:
         """Parameters or buffers of the whole model, of `vocab_size` rows, as this one has them."""
-        state = resized(state, self.vocab_rows)
-        return state if self.stages is None else self.stages.split(state)
+        return self.layout.split(resized(state, self.vocab_rows))
 
     def whole(self, state: nnx.State) -> nnx.State:
         """The inverse of `laid`."""
-        return resized(state if self.stages is None else self.stages.join(state), self.vocab_size)
+        return resized(self.layout.join(state), self.vocab_size)
 
 
-def build(config: ModelConfig, stages: Stages | None = None, vocab_rows: int | None = None) -> Built:
-    """The model of `config`, whole or cut into `stages`, without allocating anything. vocab_rows: of embedding and
-    head, as `PlanConfig.vocab_rows` gives them for a plan; None: those of the vocabulary."""
+def build(config: ModelConfig, layout: Layout | None = None, vocab_rows: int | None = None) -> Built:
+    """The model of `config` without allocating anything. layout: how its layers lie; None: whole. vocab_rows: of
+    embedding and head, as `PlanConfig.vocab_rows` gives them for a plan; None: those of the vocabulary."""
     model = jax.eval_shape(lambda: LanguageModel(config, nnx.Rngs(0)))
     graph, params, buffers = nnx.split(model, nnx.Param, ...)
-    whole = Built(graph, params, buffers, config.vocab_size, vocab_rows or config.vocab_size, stages)
+    layout = layout or Whole(config.layers.main, config.layers.mtp)
+    whole = Built(graph, params, buffers, config.vocab_size, vocab_rows or config.vocab_size, layout)
     laid = jax.eval_shape(whole.laid, params), jax.eval_shape(whole.laid, buffers)
     return whole._replace(params=laid[0], buffers=laid[1])
 

@@ -1,11 +1,12 @@
 """A model cut into the segments of a pipeline: how its layers lie on the stages, there and back.
 
-A stage keeps its layers by their letter, one array a parameter, with three axes in front: (stage, chunk, row). A chunk
-with fewer layers of a letter than the fullest has rows of zeros, which nothing reads. Embedding and head are one array,
-of which the first stage has the one and the last the other, if no stage needs both; else each is on every stage, as are
-the final norm and the MTP block's own parameters.
+A stage keeps its layers by their letter, one array per parameter, with three axes in front: (stage, chunk, row). A
+chunk with fewer layers of a letter than the fullest has rows of zeros, which nothing reads. Embedding and head are one
+array, of which the first stage has the one and the last the other, if no stage needs both; else each is on every stage,
+as are the final norm and the MTP block's own parameters.
 
-Letters: p stages, v chunks a stage, r rows, n words of the vocabulary, d model.
+Letters: p stages, v chunks per stage, r rows, m microbatches, b batch, t time, k experts per token, l layers,
+e experts, n words of the vocabulary, d model.
 """
 
 import dataclasses
@@ -19,12 +20,14 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
-from orogen.model.block import Repeat, letters, repeats
+from orogen.model.block import repeats
+from orogen.model.by_letter import Items, Rows, add_rows, by_letter, concatenated, joined, plain, stacked, state_of
+from orogen.moe.layer import Choice, Replay
+from orogen.parallel.plan import Plan
 
-Items = tuple[str | Repeat, ...]
-Rows = dict[str, Any]
 BACKBONE, MTP, LAYERS = "backbone", "mtp", "layers"
 EMBEDDING, HEAD, VOCABULARY, WEIGHT = "embedding", "head", "vocabulary", "weight"
+MOE = "E"
 
 
 class Segment(NamedTuple):
@@ -60,7 +63,7 @@ class Stages:
 
     @property
     def virtual(self) -> int:
-        """Chunks a stage."""
+        """Chunks per stage."""
         return len(self.patterns) // self.stages
 
     @functools.cached_property
@@ -84,6 +87,16 @@ class Stages:
         return np.reshape([self.kinds.index(segment) for segment in self.segments], (self.virtual, self.stages))
 
     @property
+    def chunks(self) -> list[tuple[str, str]]:
+        """The layers of each chunk: of the backbone, and of the MTP block."""
+        return [(segment.pattern, segment.mtp) for segment in self.segments]
+
+    @property
+    def segmented(self) -> tuple[str, ...]:
+        """The pattern's segments, for a description of the plan."""
+        return self.patterns
+
+    @property
     def filled(self) -> dict[str, float]:
         """By letter, the share of the rows of all stages that hold a layer."""
         layers = "".join(self.patterns) + self.mtp
@@ -99,7 +112,7 @@ class Stages:
 
     def join(self, state: nnx.State) -> nnx.State:
         """The inverse of `split`."""
-        parts = _unpaired(_plain(state), self.stages - 1)
+        parts = _unpaired(plain(state), self.stages - 1)
         shared = {name: part for name, part in parts.items() if name != LAYERS}
         layers = {letter: _marked(tree, staged=False) for letter, tree in parts.get(LAYERS, {}).items()}
         return _together(shared, self.join_rows(layers), self._items)
@@ -126,6 +139,39 @@ class Stages:
                     stack[letter], start = jax.tree.map(take, tree), start + count
         return stacks
 
+    def layer(self, state: nnx.State, number: int) -> nnx.State:
+        """The parameters or buffers of one layer, counted along the pattern, the MTP block's last."""
+        layers = "".join(self.patterns) + self.mtp
+        letter = layers[number]
+        index = tuple(np.argwhere(self._index(letter, 1) == layers[:number].count(letter))[0])
+        found = plain(state).get(LAYERS, {}).get(letter, {})
+        return nnx.State(jax.tree.map(lambda a: a[index], _marked(found, staged=False)))
+
+    def loads(self, load: Sequence[Array]) -> Array:
+        """(l, e): what the routers' counters say, in the order of the pattern, the MTP block's last; see `Sums`."""
+        found = [stack[MOE] for stack in self.join_rows(dict.fromkeys((MOE,), *load) if load else {}) if stack]
+        return jnp.concatenate(found) if found else jnp.zeros((0, 0))
+
+    def load_specs(self, plan: Plan) -> Any:
+        """The layout of these counters."""
+        return plan.spec("stage")
+
+    def choice_specs(self, plan: Plan, depths: int) -> Any:
+        """The layout of routers' choices (p, v, r, m, b, t, …); () if no experts run."""
+        if MOE not in "".join(self.patterns) + self.mtp * (depths > 0):
+            return ()
+        token: Any = plan.spec("stage", None, None, None, "batch", "tokens")
+        each: Any = plan.spec("stage", None, None, None, "batch", "tokens", None)
+        return Choice(Replay(each, each), token, token)
+
+    def split_replay(self, replay: tuple[Any, ...]) -> Any:
+        """Replays (m, …, b, t, k) of the whole model's stacks, as the stages use them: (p, v, r, m, b, t, k); () for a
+        model without experts."""
+        main, deeper = self._items
+        items = [main] + [deeper] * (len(replay) - 1)
+        stacks: list[Rows] = [by_letter(tree, part, lead=1) for tree, part in zip(replay, items, strict=True)]
+        return self.split_rows(stacks, lead=1).get(MOE, ())
+
     @property
     def _items(self) -> tuple[Items, Items]:
         return repeats("".join(self.patterns)), repeats(self.mtp)
@@ -143,21 +189,21 @@ class Stages:
 def take(state: nnx.State, segment: Segment, chunk: Array) -> nnx.State:
     """A segment's parameters or buffers as those of a model with its layers alone, from what this device's stage keeps
     of `chunk`."""
-    parts, stacks = _unpaired(_plain(state), 0), [{}, {}]
+    parts, stacks = _unpaired(plain(state), 0), [{}, {}]
     for letter, tree in parts.get(LAYERS, {}).items():
         of_chunk = lambda a: lax.dynamic_index_in_dim(a[0], chunk, keepdims=False)  # noqa: E731
         rows_r, start = jax.tree.map(of_chunk, _marked(tree, staged=False)), 0
         for stack, pattern in zip(stacks, (segment.pattern, segment.mtp), strict=True):
             if count := pattern.count(letter):
-                cut = functools.partial(lax.slice_in_dim, start_index=start, limit_index=start + count)
-                stack[letter], start = jax.tree.map(cut, rows_r), start + count
+                part = functools.partial(lax.slice_in_dim, start_index=start, limit_index=start + count)
+                stack[letter], start = jax.tree.map(part, rows_r), start + count
     shared = {name: part for name, part in parts.items() if name not in (LAYERS, MTP) or (name == MTP and segment.mtp)}
     return _together(shared, stacks, segment.items)
 
 
 def add(total: nnx.State, grads: nnx.State, segment: Segment, chunk: Array) -> nnx.State:
     """`total`, in the form in which a stage keeps arrays, with the gradients of what `take` gave added in place."""
-    parts, (shared, stacks) = _plain(total), _apart(grads, segment.items)
+    parts, (shared, stacks) = plain(total), _apart(grads, segment.items)
     if VOCABULARY in parts:
         (embedding, head), shared = _ends(shared)
         grads_nd = [] if embedding is None else [embedding[...]]
@@ -165,74 +211,20 @@ def add(total: nnx.State, grads: nnx.State, segment: Segment, chunk: Array) -> n
         if grads_nd:  # of one of the two: they are on different stages
             parts[VOCABULARY] = parts[VOCABULARY].replace(parts[VOCABULARY][...] + grads_nd[0][None])
     layers = dict(parts.get(LAYERS, {}))
-    for letter, tree in chunk_rows(stacks).items():
+    for letter, tree in joined(stacks).items():
         layers[letter] = jax.tree.map(lambda a, b: add_rows(a, b, chunk), layers[letter], _marked(tree, staged=True))
     plus = lambda part, more: part if more is None else jax.tree.map(jnp.add, part, more)  # noqa: E731
     kept = {name: plus(part, shared.get(name)) for name, part in parts.items() if name != LAYERS}
     return nnx.State({**kept, **({LAYERS: layers} if layers else {})})
 
 
-def add_rows(total: Array, rows_r: Array, chunk: Array) -> Array:
-    """`total` (1, v, r, ...) with `rows_r` added to the first rows of a chunk, in place."""
-    zero = jnp.zeros_like(chunk)
-    start = (zero, chunk) + (zero,) * (total.ndim - 2)
-    old = lax.dynamic_slice(total, start, (1, 1, *rows_r.shape))
-    return lax.dynamic_update_slice(total, old + rows_r[None, None], start)
-
-
-def chunk_rows(stacks: Sequence[Rows], *, lead: int = 0) -> Rows:
-    """Rows of several stacks, one behind the other, as a chunk holds them."""
-    together = functools.partial(_concatenate, lead)
-    found: dict[str, list[Any]] = {}
-    for stack in stacks:
-        for letter, tree in stack.items():
-            found.setdefault(letter, []).append(tree)
-    return {letter: jax.tree.map(together, *trees) for letter, trees in found.items()}
-
-
-def rows(stack: Any, items: Items, *, lead: int = 0) -> Rows:
-    """The arrays of a Stack's layers by letter, layers of one letter along axis `lead` in the order of the pattern.
-
-    stack: its state, or a tuple like its statistics; axes in front of `lead` are those of all its arrays.
-    """
-    stacks = []
-    for item, child in zip(items, _children(stack, len(items)), strict=True):
-        if child is None:
-            continue
-        if isinstance(item, Repeat):
-            merge = lambda a: a.reshape(*a.shape[:lead], -1, *a.shape[lead + 2 :])  # noqa: E731
-            inner = rows(child, item.items, lead=lead + 1)
-            stacks.append({letter: jax.tree.map(merge, tree) for letter, tree in inner.items()})
-        else:
-            stacks.append({item: jax.tree.map(lambda a: jnp.expand_dims(a, lead), child)})
-    return chunk_rows(stacks, lead=lead)
-
-
-def stacked(by_letter: Mapping[str, Any], items: Items, *, lead: int = 0) -> tuple[Any, ...]:
-    """The inverse of `rows`: an entry for each item, None where a letter has no arrays."""
-    children, start = [], dict.fromkeys(by_letter, 0)
-    for item in items:
-        pattern = letters((item,))
-        parts = {}
-        for letter in [letter for letter in by_letter if letter in pattern]:
-            end = start[letter] + pattern.count(letter)
-            cut = functools.partial(lax.slice_in_dim, start_index=start[letter], limit_index=end, axis=lead)
-            parts[letter], start[letter] = jax.tree.map(cut, by_letter[letter]), end
-        if isinstance(item, Repeat):
-            split = lambda a, n=item.count: a.reshape(*a.shape[:lead], n, -1, *a.shape[lead + 1 :])  # noqa: E731
-            children.append(stacked(jax.tree.map(split, parts), item.items, lead=lead + 1))
-        else:
-            children.append(jax.tree.map(lambda a: a.squeeze(lead), parts[item]) if item in parts else None)
-    return tuple(children)
-
-
 def _apart(state: Any, items: tuple[Items, Items]) -> tuple[dict[str, Any], list[Rows]]:
     """What is not a layer of a stack, and the rows of the backbone's stack and of the MTP block's."""
-    state = _plain(state)
+    state = plain(state)
     shared = {name: part for name, part in state.items() if name != BACKBONE}
-    stacks = [rows(state.get(BACKBONE, {}), items[0]), {}]
+    stacks = [by_letter(state.get(BACKBONE, {}), items[0]), {}]
     if MTP in shared:
-        stacks[1] = rows(shared[MTP].get(LAYERS, {}), items[1])
+        stacks[1] = by_letter(shared[MTP].get(LAYERS, {}), items[1])
         shared[MTP] = {name: part for name, part in shared[MTP].items() if name != LAYERS}
     return {name: part for name, part in shared.items() if part}, stacks
 
@@ -240,7 +232,7 @@ def _apart(state: Any, items: tuple[Items, Items]) -> tuple[dict[str, Any], list
 def _together(shared: Mapping[str, Any], stacks: Sequence[Rows], items: tuple[Items, Items]) -> nnx.State:
     """The inverse of `_apart`."""
     whole = dict(shared)
-    main, deeper = [_state(stacked(stack, part)) for stack, part in zip(stacks, items, strict=True)]
+    main, deeper = [state_of(stacked(stack, part)) for stack, part in zip(stacks, items, strict=True)]
     if main:
         whole[BACKBONE] = main
     if deeper:
@@ -277,32 +269,13 @@ def _ends(shared: Mapping[str, Any]) -> tuple[tuple[Any, Any], dict[str, Any]]:
     return matrices, {name: part for name, part in {**shared, **parts}.items() if part}
 
 
-def _children(stack: Any, count: int) -> Sequence[Any]:
-    """An entry an item of a Stack, from a tuple, or from its state, which lacks items without arrays."""
-    if isinstance(stack, tuple):
-        return stack
-    children = stack.get("children", {})
-    return [children.get(index) for index in range(count)]
-
-
-def _state(children: tuple[Any, ...]) -> dict[str, Any]:
-    """The state of a Stack whose items have these arrays; empty if none has any."""
-    nested = [_state(child) if isinstance(child, tuple) else child for child in children]
-    found = {index: child for index, child in enumerate(nested) if child}
-    return {"children": found} if found else {}
-
-
 def _lay_out(index_pvr: np.ndarray, lead: int, *arrays: Array) -> Array:
-    every = _concatenate(0, *(jnp.moveaxis(a, lead, 0) for a in arrays))
+    every = concatenated(0, *(jnp.moveaxis(a, lead, 0) for a in arrays))
     return jnp.take(every, index_pvr, axis=0, mode="fill", fill_value=0)
 
 
 def _pick(place_n: np.ndarray, lead: int, array: Array) -> Array:
     return jnp.moveaxis(array.reshape(-1, *array.shape[3:])[place_n], 0, lead)
-
-
-def _concatenate(axis: int, *arrays: Array) -> Array:
-    return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis)
 
 
 def _marked(tree: Any, *, staged: bool) -> Any:
@@ -313,8 +286,3 @@ def _marked(tree: Any, *, staged: bool) -> Any:
         return variable.from_metadata(variable.get_value(), metadata | ({"staged": True} if staged else {}))
 
     return jax.tree.map(mark, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
-
-
-def _plain(tree: Any) -> Any:
-    """Nested dicts of variables, from a State or part of one."""
-    return {name: _plain(part) for name, part in tree.items()} if isinstance(tree, Mapping) else tree

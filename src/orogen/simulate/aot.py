@@ -39,9 +39,9 @@ from orogen.precision.policy import DTYPES, working_copy
 from orogen.simulate.communication import unit_collectives
 from orogen.simulate.hlo import Table, Traffic, add, hlo_collectives
 from orogen.simulate.ledger import ENDS, FLOAT32, Collective, Workload, sent_bytes
+from orogen.train.assemble import layout
 from orogen.train.loss import batch_counts
 from orogen.train.next_token import NEXT_TOKEN, NEXT_TOKENS, target_weights, targets
-from orogen.train.pipelined import cut
 from orogen.train.step import BATCH_AXES, gradients
 
 # JAX primitives that communicate, by the HLO operation that each becomes.
@@ -232,7 +232,7 @@ def step_collectives(model: ModelConfig, plan: Plan, batch_size: int, length: in
 
 
 def _step_jaxpr(model: ModelConfig, plan: Plan, batch_size: int, length: int, dtype: str) -> core.Jaxpr:
-    built = build(model, cut(model, plan, length), plan.config.vocab_rows(model.vocab_size))
+    built = build(model, layout(model, plan, length), plan.config.vocab_rows(model.vocab_size))
     tokens_bt = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
     batch = Batch(tokens_bt, tokens_bt, tokens_bt, jax.ShapeDtypeStruct(tokens_bt.shape, jnp.float32))
     step = gradients(built, NEXT_TOKENS, model, plan, dtype)
@@ -367,8 +367,8 @@ def step_flops(model: ModelConfig, plan: Plan, batch_size: int, length: int) -> 
     """
     plan = dataclasses.replace(plan, config=dataclasses.replace(plan.config, grouped_matmul="ragged_dot"))
     jaxpr = _step_jaxpr(model, plan, batch_size, length, "float32")
-    stages = cut(model, plan, length)
-    return product_flops(jaxpr) if stages is None else _stage_flops(jaxpr, plan, stages)
+    lies = layout(model, plan, length)
+    return _stage_flops(jaxpr, plan, lies) if isinstance(lies, Stages) else product_flops(jaxpr)
 
 
 def _stage_flops(jaxpr: core.Jaxpr, plan: Plan, stages: Stages) -> int:

@@ -27,16 +27,12 @@ def plan(options: argparse.Namespace) -> int:
         answer(options, fields, field_lines(fields))
         return 0
     config, _ = load_config(options, "model")
-    from orogen.model.lm import build
     from orogen.parallel.describe import describe_plan, plan_lines
-    from orogen.parallel.plan import make_plan
-    from orogen.train.pipelined import cut
+    from orogen.train.assemble import TYPICAL_LENGTH, assemble
 
-    laid = make_plan(config.plan, config.model, abstract=True)
-    stages = cut(config.model, laid, *([config.train.sequence_length] if config.train else []))
-    patterns, filled = (stages.patterns, stages.filled) if stages else ((), {})
-    built = build(config.model, stages, config.plan.vocab_rows(config.model.vocab_size))
-    facts = describe_plan(laid, built.params, patterns, filled)
+    length = config.train.sequence_length if config.train else TYPICAL_LENGTH
+    laid, built = assemble(config.model, config.plan, length=length, abstract=True)
+    facts = describe_plan(laid, built.params, built.layout.segmented, built.layout.filled)
     lines = plan_lines(facts)
     if options.compile:
         config.need("train")

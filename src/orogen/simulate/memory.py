@@ -12,16 +12,16 @@ from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.run import RunConfig
 from orogen.data.packing import NEXT, NEXT_WEIGHT, Batch
-from orogen.model.lm import Built, build
-from orogen.model.stages import Stages
+from orogen.model.layout import Layout
+from orogen.model.lm import Built
 from orogen.parallel.plan import Plan, make_plan
 from orogen.precision.policy import working_copy
 from orogen.simulate.activations import WEIGHTS, bytes_by_name, kept_by_layer
 from orogen.simulate.ledger import Workload
 from orogen.train import carry
+from orogen.train.assemble import assemble
 from orogen.train.next_token import NEXT_TOKENS
 from orogen.train.optimizer import make_optimizer
-from orogen.train.pipelined import cut
 from orogen.train.state import TrainState, abstract_state, state_shardings
 from orogen.train.step import BATCH_AXES, make_step
 
@@ -44,14 +44,12 @@ def describe_memory(config: RunConfig, work: Workload) -> dict[str, Any]:
     compiled: of the whole step, which donates the state.
     """
     config.need("model", "train", "optimizer")
-    plan = make_plan(config.plan, config.model)
-    stages = cut(config.model, plan, config.train.sequence_length)
-    built = build(config.model, stages, config.plan.vocab_rows(config.model.vocab_size))
+    plan, built = assemble(config.model, config.plan, length=config.train.sequence_length)
     optimizer = make_optimizer(config.optimizer, config.train.steps, built.params)
     state = abstract_state(built, optimizer, carry.abstract(config.train, built))
     placed = jax.tree.map(_placed, state, state_shardings(state, plan))
     held = {name: _held(getattr(placed, name)) for name in ("params", "buffers", "optimizer", "carried")}
-    layers = activations(config.model, config.plan, work, dtype=config.train.compute_dtype, stages=built.stages)
+    layers = activations(config.model, config.plan, work, dtype=config.train.compute_dtype, layout=built.layout)
     return {
         "devices": config.plan.devices,
         "state": {
@@ -69,7 +67,7 @@ def describe_memory(config: RunConfig, work: Workload) -> dict[str, Any]:
 
 
 def activations(
-    model: ModelConfig, sizes: PlanConfig, work: Workload, *, dtype: str, stages: Stages | None = None
+    model: ModelConfig, sizes: PlanConfig, work: Workload, *, dtype: str, layout: Layout
 ) -> dict[str, dict[str, Any]]:
     """{letter: how many layers are kept at once, those of the MTP block once per depth, and bytes of one by name}, of a
     microbatch; for a pipeline those of the fullest chunk, once per slot of the stash."""
@@ -78,9 +76,7 @@ def activations(
     for letter in dict.fromkeys(pattern.main + pattern.mtp):
         found[letter] = bytes_by_name(kept_by_layer(letter, model, one_stage, work, dtype=dtype))
         found[letter].pop(WEIGHTS, None)
-    chunks = [pattern.main + model.mtp_depths * pattern.mtp]
-    if stages is not None:
-        chunks = [segment.pattern + model.mtp_depths * segment.mtp for segment in stages.segments]
+    chunks = [main + model.mtp_depths * mtp for main, mtp in layout.chunks]
     fullest = max(chunks, key=lambda chunk: sum(sum(found[letter].values()) for letter in chunk))
     slots = max(plan.schedule.stash_slots) if plan.schedule else 1
     return {letter: {"layers": slots * fullest.count(letter), "bytes": kept} for letter, kept in found.items()}

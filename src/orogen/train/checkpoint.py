@@ -1,10 +1,11 @@
 """Checkpoints: written by orbax beside the run, complete only with their list of checksums, a few kept.
 
-A checkpoint is the folder `checkpoints/STEP` with the items model, trainer and data. The model is an item of its own,
-so that a reader can take it without the optimizer. Stages of a pipeline save arrays as they hold them, and a vocabulary
-is saved with the rows to which the plan padded it; the data's position says how. Rows are added or dropped when arrays
-are read. A folder under its own name is complete: orbax writes into `STEP.partial`, which is renamed once the checksums
-are in it. Folders of earlier releases have no checksums; they count if orbax's marker is there.
+A checkpoint is the folder `checkpoints/STEP` with the items model, trainer, layout, about and data. The model is an
+item of its own, so that a reader can take it without the optimizer. Arrays are saved as they lie on the devices, and a
+vocabulary with the rows to which the plan padded it; the layout says how. Rows are added or dropped when arrays are
+read. about: the model's config and the tokenizer's files. data: where the source of batches was, and nothing else.
+A folder under its own name is complete: orbax writes into `STEP.partial`, which is renamed once the checksums are in
+it. Folders of release 0.8.0 have the layout within data, and no checksums; they count if orbax's marker is there.
 """
 
 import dataclasses
@@ -22,16 +23,18 @@ from flax import nnx
 
 from orogen.config.checks import ConfigError, is_unicode
 from orogen.config.model import ModelConfig
+from orogen.model.layout import Layout
 from orogen.model.stages import Stages
 from orogen.model.vocabulary import vocab_dim
 from orogen.train import checksums
 from orogen.train.state import TrainState
 from orogen.train.streams import say
 
-# Keys of the data's item: how stages split the model, its vocabulary, that there are checksums, the tokenizer's files
-# and the model's config.
-STAGES, VOCABULARY, LISTED, TOKENIZER, MODEL = "stages", "vocab_size", "checksums", "tokenizer_files", "model_config"
-ADDED = (STAGES, VOCABULARY, LISTED, TOKENIZER, MODEL)
+# Keys of the layout: how stages split the model, null if they do not, and its vocabulary.
+STAGES, VOCABULARY = "stages", "vocab_size"
+# Of what a checkpoint says about itself: that there are checksums, the tokenizer's files and the model's config.
+LISTED, TOKENIZER, MODEL = "checksums", "tokenizer_files", "model_config"
+ITEMS = {"layout": (STAGES, VOCABULARY), "about": (LISTED, TOKENIZER, MODEL)}
 MODEL_FIELDS = ("params", "buffers")
 MARKER = "commit_success.txt"
 PARTIAL, REMOVED = ".partial", ".removed"
@@ -84,22 +87,22 @@ class Checkpoints:
 
     @property
     def stages(self) -> Stages | None:
-        """How the model of the latest checkpoint is split; None if it is whole. Raises ConfigError without one."""
-        return self._read(lambda step: _stages(self._data(step), self.folder / str(step)))
+        """How stages split the model of the latest checkpoint; None if it is whole. Raises ConfigError without one."""
+        return self._read(self._stages)
 
-    def save(self, state: TrainState, data_position: dict[str, Any], stages: Stages | None = None) -> None:
-        """Starts writing the state after step `state.step` and its data's position; no-op if that step is there."""
+    def save(self, state: TrainState, data_position: dict[str, Any], layout: Layout) -> None:
+        """Starts writing the state after step `state.step`, which lies as `layout` says, and its data's position; no-op
+        if that step is there."""
         step = int(state.step)
         self.wait()
         if step in (self.latest, self._written):
             return
-        data = data_position | {LISTED: checksums.NAME, TOKENIZER: self._tokenizer()}
+        about = {LISTED: checksums.NAME, TOKENIZER: self._tokenizer()}
         if self._model is not None:
-            data |= {MODEL: dataclasses.asdict(self._model)}
-        if stages is not None:
-            data |= {STAGES: dataclasses.asdict(stages)}
+            about |= {MODEL: dataclasses.asdict(self._model)}
+        lies = {STAGES: dataclasses.asdict(layout) if isinstance(layout, Stages) else None}
         if self.vocab_size is not None:
-            data |= {VOCABULARY: self.vocab_size}
+            lies |= {VOCABULARY: self.vocab_size}
         if self._writer is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left in self.folder.iterdir():  # by a process that was killed
@@ -111,7 +114,9 @@ class Checkpoints:
         args = ocp.args.Composite(
             model=ocp.args.StandardSave(_named(model)),
             trainer=ocp.args.StandardSave(_named(trainer)),
-            data=ocp.args.JsonSave(data),
+            layout=ocp.args.JsonSave(lies),
+            about=ocp.args.JsonSave(about),
+            data=ocp.args.JsonSave(data_position),
         )
         self._writer.save(partial, args=args)
         self._written = step
@@ -129,8 +134,8 @@ class Checkpoints:
 
         def read(step: int) -> tuple[dict[str, Any], dict[str, Any]]:
             leaves = {**self._item(step, "model", model), **self._item(step, "trainer", trainer)}
-            data = self._data(step)
-            return leaves, {name: data[name] for name in data if name not in ADDED}
+            added = [name for names in ITEMS.values() for name in names]  # 0.8.0's
+            return leaves, {name: value for name, value in self._data(step).items() if name not in added}
 
         leaves, position = self._read(read)
         return _join(target, leaves), position
@@ -141,7 +146,7 @@ class Checkpoints:
         whole = {"params": params, "buffers": buffers}
 
         def read(step: int) -> tuple[Stages | None, Any]:
-            stages = _stages(self._data(step), self.folder / str(step))
+            stages = self._stages(step)
             saved = whole if stages is None else {name: jax.eval_shape(stages.split, t) for name, t in whole.items()}
             target = {name: with_shardings(tree, place(tree)) for name, tree in saved.items()}
             return stages, _join(target, self._item(step, "model", target))
@@ -157,7 +162,7 @@ class Checkpoints:
         """Raises ConfigError unless the run folder's config, read as `model`, is that of the latest checkpoint."""
         if (step := self.latest) is None:
             return
-        saved = self._data(step).get(MODEL, {})
+        saved = self._facts(step, "about").get(MODEL, {})
         for field, value in json.loads(json.dumps(dataclasses.asdict(model))).items():
             if field in saved and saved[field] != value:
                 raise ConfigError(
@@ -169,7 +174,7 @@ class Checkpoints:
         """Raises ConfigError unless the run folder's tokenizer is that of the latest checkpoint."""
         if (step := self.latest) is None:
             return
-        for name, wanted in self._data(step).get(TOKENIZER, {}).items():
+        for name, wanted in self._facts(step, "about").get(TOKENIZER, {}).items():
             file = self.run_dir / "tokenizer" / name
             if checksums.digest(file) != wanted:
                 raise ConfigError(f"{file} is damaged; expected the sha256 {wanted[:16]}… of checkpoint {step}")
@@ -234,7 +239,7 @@ class Checkpoints:
         folder = self.folder / str(step)
         if (folder / checksums.NAME).exists():
             checksums.check(folder, optional=MARKER)
-        elif LISTED in self._data(step):
+        elif LISTED in self._facts(step, "about"):
             raise ConfigError(f"{folder / checksums.NAME} is missing; expected it in a whole checkpoint")
         elif not (folder / MARKER).is_file():
             raise ConfigError(f"{folder} has neither {checksums.NAME} nor {MARKER}; expected one in a whole checkpoint")
@@ -242,22 +247,42 @@ class Checkpoints:
             say(f"{folder} has no checksums, as an earlier release wrote it: its bytes are not checked")
         self._checked.add(step)
 
+    def _facts(self, step: int, item: str) -> dict[str, Any]:
+        """The item `layout` or `about`; of a checkpoint without either, what 0.8.0 wrote beside the data's position."""
+        folder = self.folder / str(step)
+        present = [name for name in ITEMS if (folder / name).exists()]
+        found = self._json(step, item if present else "data")
+        if present and not found.keys() & set(ITEMS[item]):
+            raise ConfigError(f"{folder / item / 'metadata'} has none of {', '.join(ITEMS[item])}; expected them there")
+        words = found.get(VOCABULARY)
+        if words is not None and (type(words) is not int or words < 1):
+            raise ConfigError(f"{folder} has {VOCABULARY} {words!r}; expected a positive integer")
+        return found
+
+    def _stages(self, step: int) -> Stages | None:
+        """How stages split the model of a checkpoint. Raises ConfigError."""
+        return _stages(self._facts(step, "layout"), self.folder / str(step))
+
     def _data(self, step: int) -> dict[str, Any]:
-        """The item that says where the data was."""
-        file = self.folder / str(step) / "data" / "metadata"
+        """The item that says where the source of batches was."""
+        data = self._json(step, "data")
+        for field in ("position", "identity"):
+            if not isinstance(data.get(field), dict):
+                file = self.folder / str(step) / "data" / "metadata"
+                raise ConfigError(f"{file} has no object {field!r}; expected one: where the data was")
+        return data
+
+    def _json(self, step: int, item: str) -> dict[str, Any]:
+        file = self.folder / str(step) / item / "metadata"
         try:
-            data = json.loads(file.read_bytes())
+            found = json.loads(file.read_bytes())
         except FileNotFoundError:
             raise ConfigError(f"{file} is missing; expected it in a whole checkpoint") from None
         except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"{file} cannot be read ({type(error).__name__}); expected a JSON object") from None
-        for field in ("position", "identity"):
-            if not isinstance(data, dict) or not isinstance(data.get(field), dict):
-                raise ConfigError(f"{file} has no object {field!r}; expected one: where the data was")
-        words = data.get(VOCABULARY)
-        if words is not None and (type(words) is not int or words < 1):
-            raise ConfigError(f"{file} has {VOCABULARY} {words!r}; expected a positive integer")
-        return data
+        if not isinstance(found, dict):
+            raise ConfigError(f"{file} is {type(found).__name__}; expected a JSON object")
+        return found
 
     def _item(self, step: int, item: str, target: Any) -> dict[str, Any]:
         """The arrays of an item by their leaves' names, onto the tree `target` of abstract arrays."""
@@ -273,7 +298,7 @@ class Checkpoints:
         folder: Any = self.folder / str(step) / item
         saved: Any = ocp.StandardCheckpointHandler().metadata(folder)
         saved, wanted, dims = getattr(saved, "tree", saved), _named(target), _vocab_dims(target)
-        recorded = self._data(step).get(VOCABULARY)
+        recorded = self._facts(step, "layout").get(VOCABULARY)
         for name in sorted(set(saved) | set(wanted)):
             have = _filled_from(saved[name].shape, dims.get(name), recorded) if name in saved else "nothing"
             want = _filled_from(wanted[name].shape, dims.get(name), self.vocab_size) if name in wanted else "nothing"
@@ -299,9 +324,9 @@ class _AnotherModelError(ConfigError):
     """The checkpoint is undamaged, but not of the requested model."""
 
 
-def _stages(data: dict[str, Any], folder: Path) -> Stages | None:
-    """How the model is split, from the data's item. Raises ConfigError."""
-    saved = data.get(STAGES)
+def _stages(facts: dict[str, Any], folder: Path) -> Stages | None:
+    """How stages split the model, from what a checkpoint says. Raises ConfigError."""
+    saved = facts.get(STAGES)
     if saved is None:
         return None
     try:
@@ -311,7 +336,7 @@ def _stages(data: dict[str, Any], folder: Path) -> Stages | None:
     except (KeyError, TypeError):
         legal = False
     if not legal or not stages.patterns:
-        raise ConfigError(f"{folder / 'data' / 'metadata'} has the stages {saved!r}; expected patterns, mtp and stages")
+        raise ConfigError(f"{folder} has the stages {saved!r}; expected patterns, mtp and stages")
     return stages
 
 

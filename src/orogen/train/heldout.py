@@ -37,7 +37,7 @@ class Heldout:
 
     def __init__(self, config: RunConfig, built: Built, corpus: Corpus):
         self.train, self.corpus = config.train, corpus
-        self.plan = heldout_plan(config, built)
+        self.plan = heldout_plan(config)
         self.whole = corpus.heldout_batches(
             "heldout", batch_size=config.train.batch_size, sequence_length=config.train.sequence_length
         )
@@ -78,9 +78,9 @@ class Heldout:
         return Score(nats / max(count, 1), nats / math.log(2) / max(n_bytes, 1))
 
 
-def heldout_plan(config: RunConfig, built: Built) -> Plan:
+def heldout_plan(config: RunConfig) -> Plan:
     """The run's plan as evaluation has it: without drops, and in one part unless stages need several."""
-    parts = config.plan.microbatches if built.stages else 1
+    parts = config.plan.microbatches if config.plan.stage > 1 else 1
     return make_plan(dataclasses.replace(config.plan.dropping_none(), microbatches=parts), config.model)
 
 

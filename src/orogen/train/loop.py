@@ -20,17 +20,18 @@ from orogen.data.loader import Corpus
 from orogen.data.packing import Batch, document_lengths
 from orogen.data.tokenizer import Tokenizer, check_rows, check_vocab_size
 from orogen.model.count import count
+from orogen.model.layout import Whole, relaid
 from orogen.model.lm import Built, build
-from orogen.parallel.plan import Plan, make_plan
+from orogen.parallel.plan import Plan
 from orogen.simulate.flops import peak_flops, training_flops
 from orogen.train import carry
+from orogen.train.assemble import assemble
 from orogen.train.checkpoint import Checkpoints, with_shardings
 from orogen.train.lock import RunLock, check_free
 from orogen.train.metrics import MetricsWriter, Progress
 from orogen.train.optimizer import make_optimizer
-from orogen.train.pipelined import cut
 from orogen.train.run_folder import check_folder, describe_run, environment, keep_orphaned_metrics
-from orogen.train.state import TrainState, abstract_state, create_state, relaid, start_state, state_shardings
+from orogen.train.state import TrainState, abstract_state, create_state, start_state, state_shardings
 from orogen.train.step import StepMetrics, batch_to_devices, make_step
 from orogen.train.stop import Stop
 from orogen.train.task import Task
@@ -98,7 +99,7 @@ def _train(
     """`train`; the lock and the signals are released at the end of `held`."""
     stop = held.enter_context(Stop())
     config.need("model", "data", "train", "optimizer")
-    plan = make_plan(config.plan, config.model)
+    plan, built = assemble(config.model, config.plan, length=config.train.sequence_length)
     check_folder(run_dir, config, resume=resume)
     check_free(run_dir)
     saved = run_dir / "tokenizer"
@@ -108,8 +109,6 @@ def _train(
         check_vocab_size(corpus.tokenizer, config.model.vocab_size)
     else:
         check_rows(known, config.model.vocab_size)
-    stages = cut(config.model, plan, config.train.sequence_length)
-    built = build(config.model, stages, config.plan.vocab_rows(config.model.vocab_size))
     lock = held.enter_context(RunLock(run_dir, log=log))
     stop.at_once = lock.release
     check_folder(run_dir, config, resume=resume)  # once more: another process may have been here meanwhile
@@ -133,7 +132,7 @@ def _train(
         with MetricsWriter(run_dir, resume_step=run.first_step) as writer:
             run.evaluate_last(state, writer)
             state = run.steps(state, writer)
-        checkpoints.save(state, run.position, built.stages)
+        checkpoints.save(state, run.position, built.layout)
     step = int(state.step)
     stop.working = False  # all is saved
     return Trained(state, corpus, step >= config.train.steps and not stop.asked, step - run.first_step, stop)
@@ -188,13 +187,13 @@ class _Run:
 
     def _restored(self) -> tuple[TrainState, dict[str, Any]]:
         """The last state saved, laid out as this plan's stages keep it, and the data's position."""
-        before, after = self.checkpoints.stages, self.built.stages
-        layers = self.config.model.layers
-        if before is not None and ("".join(before.patterns), before.mtp) != (layers.main, layers.mtp):
+        stages, layers = self.checkpoints.stages, self.config.model.layers
+        if stages is not None and ("".join(stages.patterns), stages.mtp) != (layers.main, layers.mtp):
             raise ConfigError(
                 f"{self.checkpoints.folder / str(self.first_step)} has stages of the layers "
-                f"{''.join(before.patterns)!r} and {before.mtp!r}; expected {layers.main!r} and {layers.mtp!r}"
+                f"{''.join(stages.patterns)!r} and {stages.mtp!r}; expected {layers.main!r} and {layers.mtp!r}"
             )
+        before, after = stages or Whole(layers.main, layers.mtp), self.built.layout
         if before == after:
             target = abstract_state(self.built, self.optimizer, self.carried)
             return self.checkpoints.restore(with_shardings(target, state_shardings(target, self.plan)))
@@ -238,7 +237,7 @@ class _Run:
                     if last or stop.asked:  # during the evaluation, too: then it is repeated when the run continues
                         break
                     if due(train.checkpoint_every) and finite:
-                        self.checkpoints.save(state, self.position, self.built.stages)
+                        self.checkpoints.save(state, self.position, self.built.layout)
         return state
 
     def _report(

@@ -14,23 +14,19 @@ from jax import Array, lax
 
 from orogen.config.model import ModelConfig
 from orogen.data.packing import Batch
-from orogen.model.block import Stack, repeats
+from orogen.model.block import Stack
+from orogen.model.by_letter import add_rows, by_letter, joined, stacked
 from orogen.model.lm import LanguageModel
-from orogen.model.stages import Rows, Segment, Stages, add, add_rows, chunk_rows, rows, stacked, take
+from orogen.model.stages import MOE, Segment, Stages, add, take
 from orogen.moe.layer import Choice, Replay
 from orogen.parallel.pipeline import Program, run
 from orogen.parallel.plan import Plan
-from orogen.parallel.schedule import segments
 from orogen.precision.policy import DTYPES, working_copy
-from orogen.simulate.flops import head_flops_per_token, layer_flops_per_token
 from orogen.train.loss import Assigned, Counts, Passed, Sums, embed, enter, leave, lost, map_moe
 from orogen.train.task import Objective
 
-MOE = "E"
 # Keys of what belongs to each stack: the backbone and the MTP block.
 _FIRST_AND_REST = slice(1), slice(1, None)
-# Row length for which stages are balanced where no batch gives it.
-TYPICAL_LENGTH = 4096
 
 
 class Pipeline:
@@ -135,17 +131,17 @@ class Pipeline:
         """What this segment's pass adds to the sums: loads (r, e) of its layers, and choices (r, b, t, …) per use of
         each."""
         report = {"metrics": passed.metrics, "lost": lost(passed.stats, self.plan)}
-        of = lambda field, stats, items: rows(map_moe(lambda s: getattr(s, field), stats), items)  # noqa: E731
+        of = lambda field, stats, items: by_letter(map_moe(lambda s: getattr(s, field), stats), items)  # noqa: E731
         loads = [of("load", *pair) for pair in zip(passed.stats, self._items(segment), strict=True)]
         if MOE in segment.pattern + segment.mtp * (self.depths > 0):
             deeper = [jax.tree.map(lambda *parts: sum(parts), *loads[1:])] if loads[1:] else []
-            report["load"] = self.plan.total(chunk_rows([loads[0], *deeper])[MOE])
+            report["load"] = self.plan.total(joined([loads[0], *deeper])[MOE])
             if self.record:
                 choices = [of("choice", *pair) for pair in zip(passed.stats, self._items(segment), strict=True)]
-                report["choices"] = chunk_rows(choices)[MOE]
+                report["choices"] = joined(choices)[MOE]
             if self.tally:
                 losses = [of("losses", *pair) for pair in zip(passed.stats, self._items(segment), strict=True)]
-                report["assigned"] = self.plan.total(chunk_rows(losses)[MOE].balance.counts)
+                report["assigned"] = self.plan.total(joined(losses)[MOE].balance.counts)
         return jax.lax.stop_gradient(report)
 
     def _note(self, total: dict[str, Any], report: dict[str, Any], chunk: Array, microbatch: Array) -> dict[str, Any]:
@@ -206,38 +202,6 @@ class Pipeline:
             stacks.append(jax.tree.leaves(stacked({MOE: known_vre} if count else {}, items)))
             start += count
         return stacks
-
-
-def cut(model: ModelConfig, plan: Plan, length: int = TYPICAL_LENGTH) -> Stages | None:
-    """The layers of each stage of the plan; None without stages. Where the pattern has no |, segments take about
-    equally many operations on rows of `length` tokens."""
-    if plan.schedule is None:
-        return None
-    patterns = segments(
-        model.layers,
-        plan.schedule.stages * plan.schedule.virtual,
-        lambda letter: layer_flops_per_token(letter, model, length),
-        last=head_flops_per_token(model, length),
-    )
-    return Stages(patterns, model.layers.mtp, plan.schedule.stages)
-
-
-def choice_specs(plan: Plan, config: ModelConfig, depths: int) -> Any:
-    """The layout of a pipeline's choices (p, v, r, m, b, t, …); () if no experts run."""
-    if MOE not in config.layers.main + config.layers.mtp * (depths > 0):
-        return ()
-    token: Any = plan.spec("stage", None, None, None, "batch", "tokens")
-    each: Any = plan.spec("stage", None, None, None, "batch", "tokens", None)
-    return Choice(Replay(each, each), token, token)
-
-
-def split_replay(replay: tuple[Any, ...], stages: Stages) -> Any:
-    """Replays (m, …, b, t, k) of the whole model's stacks, as the stages use them: (p, v, r, m, b, t, k); () for a
-    model without experts."""
-    main, deeper = repeats("".join(stages.patterns)), repeats(stages.mtp)
-    items = [main] + [deeper] * (len(replay) - 1)
-    stacks: list[Rows] = [rows(tree, part, lead=1) for tree, part in zip(replay, items, strict=True)]
-    return stages.split_rows(stacks, lead=1).get(MOE, ())
 
 
 def _graph(segment: Segment, config: ModelConfig) -> nnx.GraphDef:

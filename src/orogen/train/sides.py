@@ -17,8 +17,8 @@ from orogen.config.plan import PlanConfig
 from orogen.config.run import RunConfig, TrainConfig
 from orogen.data.packing import NEXT, NEXT_WEIGHT, NOTHING, Batch
 from orogen.model.lm import Built, build, initial_state
-from orogen.parallel.plan import Plan, make_plan, single_device_plan
-from orogen.train.pipelined import cut, split_replay
+from orogen.parallel.plan import Plan, single_device_plan
+from orogen.train.assemble import assemble
 from orogen.train.step import in_rank_order, replay_of
 
 # What makes the batches of a check: their number, of the config's shape.
@@ -43,15 +43,12 @@ class Sides(NamedTuple):
 
 def sides(config: RunConfig) -> Sides:
     """Both sides of `config`, which has the plan's compute dtype; the one device computes in float32."""
-    plan = make_plan(config.plan, config.model)
-    single = reference_plan(config.plan, config.model)
-    built = build(config.model)
-    stages = cut(config.model, plan, config.train.sequence_length)
-    laid = build(config.model, stages, plan.config.vocab_rows(config.model.vocab_size))
+    folded = assemble(config.model, config.plan, length=config.train.sequence_length)
+    alone = reference_plan(config.plan, config.model), build(config.model)
     exact = dataclasses.replace(config, train=dataclasses.replace(config.train, compute_dtype="float32"))
     # Not under jit: compiled as one, the drawing of every parameter takes longer than a small model's gradients.
     start = jax.device_get(initial_state(config.model, config.train.seed))
-    return Sides(Side(exact, single, built), Side(config, plan, laid), start)
+    return Sides(Side(exact, *alone), Side(config, *folded), start)
 
 
 def reference_plan(config: PlanConfig, model: ModelConfig) -> Plan:
@@ -72,8 +69,7 @@ def replayed(choices: Any, folded: Side) -> Any:
         taken = np.moveaxis(apart, len(stack) + 1, 0).reshape(parts, *stack, rows // parts, time, k)
         return in_rank_order(taken, folded.plan, axis=-2)
 
-    replay = jax.tree.map(lay, replay_of(choices))
-    return split_replay(replay, folded.built.stages) if folded.built.stages else replay
+    return folded.built.layout.split_replay(jax.tree.map(lay, replay_of(choices)))
 
 
 def packed_batch(config: RunConfig, train: TrainConfig) -> Batch:

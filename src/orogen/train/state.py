@@ -10,7 +10,6 @@ from jax import Array
 
 from orogen.config.model import ModelConfig
 from orogen.model.lm import Built, initial_state
-from orogen.model.stages import Stages
 from orogen.model.vocabulary import resized
 from orogen.parallel.plan import Plan
 from orogen.train.carry import emptied
@@ -64,18 +63,6 @@ def create_state(
         return fresh_state(built.laid(params), built.laid(buffers), optimizer, carried)
 
     return jax.jit(create, out_shardings=shardings)(seed)
-
-
-def relaid(state: Any, before: Stages | None, after: Stages | None) -> Any:
-    """`state`, or a part of it, of a model that `before` cut, as `after` cuts it; optimizer state too."""
-
-    def again(tree: Any) -> Any:
-        if not isinstance(tree, nnx.State):
-            return tree
-        whole = tree if before is None else before.join(tree)
-        return whole if after is None else after.split(whole)
-
-    return jax.tree.map(again, state, is_leaf=lambda x: isinstance(x, nnx.State))
 
 
 def start_state(

@@ -18,19 +18,19 @@ from orogen.config.model import ModelConfig
 from orogen.config.run import RunConfig
 from orogen.data.packing import Batch
 from orogen.layers.documents import numbered
-from orogen.model.block import Repeat, letters, places, repeats
+from orogen.model.block import Repeat
 from orogen.model.lm import Built
-from orogen.model.stages import Stages
-from orogen.moe.layer import Choice, Replay
+from orogen.model.stages import MOE, Stages
+from orogen.moe.layer import Choice
 from orogen.parallel.context import zigzag
 from orogen.parallel.plan import Plan
 from orogen.train import carry
 from orogen.train.loss import Sums, batch_counts
 from orogen.train.optimizer import learning_rate, square_sums
-from orogen.train.pipelined import MOE, Pipeline, choice_specs
+from orogen.train.pipelined import Pipeline
 from orogen.train.state import TrainState, abstract_state, state_shardings
 from orogen.train.task import Metric, Objective
-from orogen.train.whole import Whole
+from orogen.train.whole import WholePass
 
 Items = tuple[str | Repeat, ...]
 BATCH_AXES = ("batch", "context")
@@ -96,9 +96,11 @@ def gradients(
     return _shard(device_step, built, config, plan, **settings)
 
 
-def skeleton(built: Built) -> Callable[..., Whole | Pipeline]:
+def skeleton(built: Built) -> Callable[..., WholePass | Pipeline]:
     """What runs the model, as its layout needs: of everything that follows their first argument, alike."""
-    return partial(Whole, built.graph) if built.stages is None else partial(Pipeline, built.stages)
+    if isinstance(built.layout, Stages):
+        return partial(Pipeline, built.layout)
+    return partial(WholePass, built.graph)
 
 
 def _counts_first(config: ModelConfig, depths: int, parts: int) -> bool:
@@ -115,14 +117,17 @@ def _shard(
     batch_spec = plan.spec(*BATCH_AXES)
     whole: Any = plan.spec()
     params, buffers = plan.specs(built.params), plan.specs(built.buffers)
-    choices: Any = (
-        choice_specs(plan, config, depths)
-        if built.stages
-        else tuple(_choice_specs(items, plan, 1) for items in _applied(config, depths))
-    )
-    load: Any = plan.spec("stage") if built.stages else whole
+    choices: Any = built.layout.choice_specs(plan, depths)
     carried = plan.specs(carried)
-    sums = Sums(whole, load=load, dropped=whole, overflow=whole, choices=choices if record else (), carried=carried)
+    load = built.layout.load_specs(plan)
+    sums = Sums(
+        whole,
+        load=load,
+        dropped=whole,
+        overflow=whole,
+        choices=choices if record else (),
+        carried=carried,
+    )
     replay = replay_of(choices) if replaying else None
     outputs = (whole, plan.stored_specs(built.params), whole, sums)
     step = plan.run(device_step, inputs=(params, buffers, batch_spec, replay, carried), outputs=outputs)
@@ -134,44 +139,11 @@ def replay_of(choices: Any) -> Any:
     return jax.tree.map(lambda c: c.replay, choices, is_leaf=lambda x: isinstance(x, Choice))
 
 
-def _applied(config: ModelConfig, depths: int) -> list[Items]:
-    """The stacks in the order they run: the backbone, then the MTP block once per depth."""
-    return [repeats(config.layers.main)] + [repeats(config.layers.mtp)] * depths
-
-
-def _choice_specs(items: Items, plan: Plan, stacked: int) -> Any:
-    """The layout of a stack's choices, whose arrays have `stacked` axes before batch and time."""
-    specs = []
-    for item in items:
-        if isinstance(item, Repeat):
-            specs.append(_choice_specs(item.items, plan, stacked + 1))
-        else:
-            axes = (None,) * stacked + ("batch", "tokens")
-            each: Any = plan.spec(*axes, None)
-            token: Any = plan.spec(*axes)
-            specs.append(Choice(Replay(each, each), token, token) if item == "E" else None)
-    return tuple(specs)
-
-
 def microbatches(x_bt: Array, parts: int, sources: int) -> Array:
     """(m, b / m, t, …): each of `sources` source ranks gives every microbatch an equal run of its rows."""
     rows, *others = x_bt.shape
     split = x_bt.reshape(sources, parts, rows // (sources * parts), *others)
     return split.swapaxes(0, 1).reshape(parts, rows // parts, *others)
-
-
-def load_by_layer(load: list[Array], config: ModelConfig, stages: Stages | None) -> Array:
-    """Loads (l, e) in the order of the pattern, the MTP block's last, from those in the order of the buffers."""
-    if stages is not None:
-        rows = [stack[MOE] for stack in stages.join_rows(dict.fromkeys((MOE,), *load) if load else {}) if stack]
-        return jnp.concatenate(rows) if rows else jnp.zeros((0, 0))
-    rows, offset = [], 0
-    for items in _applied(config, min(config.mtp_depths, 1)):  # the MTP block has one set of routers for all depths
-        experts = [p for p, letter in zip(places(items), letters(items), strict=True) if letter == "E"]
-        paths = sorted({place.path for place in experts})
-        rows += [load[offset + paths.index(place.path)][place.index] for place in experts]
-        offset += len(paths)
-    return jnp.stack(rows) if rows else jnp.zeros((0, 0))
 
 
 def update_bias(bias: Array, load: Array, rate: float) -> Array:
@@ -269,7 +241,7 @@ def step_function(
             loss=loss,
             metrics={name: Metric(total, counts.metrics[name]) for name, total in sums.metrics.items()},
             tokens=counts.tokens[0],
-            load_le=load_by_layer(sums.load, config.model, built.stages),
+            load_le=built.layout.loads(sums.load),
             dropped=sums.dropped,
             overflow=sums.overflow,
             grad_norm=grad_norm,

@@ -16,7 +16,7 @@ from orogen.train.next_token import NEXT_TOKENS
 from orogen.train.optimizer import make_optimizer, square_sums
 from orogen.train.sides import Batches, Side, default_train, packed_batch, packed_batches, replayed, sides
 from orogen.train.state import TrainState
-from orogen.train.step import apply_gradients, batch_to_devices, gradients, load_by_layer
+from orogen.train.step import apply_gradients, batch_to_devices, gradients
 from orogen.train.task import Objective
 from orogen.train.verdict import (
     GRADIENT,
@@ -125,7 +125,7 @@ def _gradients(
 
     def step(params, buffers, batch, *replay):
         loss, grads, _, sums = function(plan.working(params), buffers, batch, *replay)
-        load_le = load_by_layer(sums.load, model, built.stages)
+        load_le = built.layout.loads(sums.load)
         return _Step(loss, built.whole(grads), load_le, sums)
 
     again = () if replay is None else (replay,)

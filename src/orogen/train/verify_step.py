@@ -9,13 +9,14 @@ import numpy as np
 
 from orogen.config.run import RunConfig
 from orogen.data.packing import NEXT_WEIGHT, Batch
+from orogen.model.layout import Whole, relaid
 from orogen.model.vocabulary import resized
 from orogen.parallel.plan import Plan
 from orogen.train import carry
 from orogen.train.heldout import heldout_plan, measure
 from orogen.train.optimizer import make_optimizer
 from orogen.train.sides import Batches, Side, replayed, sides
-from orogen.train.state import TrainState, abstract_state, fresh_state, relaid, state_shardings
+from orogen.train.state import TrainState, abstract_state, fresh_state, state_shardings
 from orogen.train.step import StepMetrics, batch_to_devices, step_function
 from orogen.train.task import Metric, Objective
 from orogen.train.verdict import Verdict, conditions, flips, largest, largest_difference, leaf_errors
@@ -73,7 +74,7 @@ def verify_evaluation(config: RunConfig, objective: Objective, batches: Batches)
     one, other, start = sides(config)
     single = dataclasses.replace(one.plan, config=one.plan.config.dropping_none(), sources=(1, 1, 1))
     alone = _scores(one._replace(plan=single), objective, start, scored)
-    folded = _scores(other._replace(plan=heldout_plan(other.config, other.built)), objective, start, scored)
+    folded = _scores(other._replace(plan=heldout_plan(other.config)), objective, start, scored)
     return Verdict(
         loss_error=largest(abs(b.mean - a.mean) / abs(a.mean) for a, b in zip(alone, folded, strict=True)),
         max_gradient_error=None,
@@ -122,9 +123,10 @@ def _steps(side: Side, objective: Objective, start: Any, batches: list[Batch], r
             # Fetched at once: programs over simulated devices must not be many in flight.
             metrics.append(jax.device_get(reported))
             chosen.append(jax.device_get(choices))
-    joined = lambda state: resized(relaid(state, built.stages, None), built.vocab_size)  # noqa: E731
-    whole = jax.device_get(jax.jit(joined)(state))
-    return _Steps(metrics, whole, chosen)
+    layers = config.model.layers
+    whole = Whole(layers.main, layers.mtp)
+    joined = lambda state: resized(relaid(state, built.layout, whole), built.vocab_size)  # noqa: E731
+    return _Steps(metrics, jax.device_get(jax.jit(joined)(state)), chosen)
 
 
 def _metric_error(alone: _Steps, folded: _Steps, *names: str) -> float:

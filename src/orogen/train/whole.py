@@ -20,7 +20,7 @@ from orogen.train.loss import Assigned, Counts, Sums, assignments, loss_share
 from orogen.train.task import Objective
 
 
-class Whole:
+class WholePass:
     """A whole model on one device of a plan, inside `Plan.run`, over a batch (m, b, t): see `Pipeline`, its like.
 
     replay: choices (m, …) to use in place of the routers' own. record: whether every token's choice is reported.

@@ -1,0 +1,108 @@
+"""How a model's layers lie on the devices of a plan: all on each, or apart in the stages of a pipeline.
+
+Letters: m microbatches, b batch, t time, l layers, e experts.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from orogen.model.block import Repeat, letters, places, repeats
+from orogen.model.by_letter import Items, plain
+from orogen.model.stages import BACKBONE, LAYERS, MOE, MTP, Stages
+from orogen.moe.layer import Choice, Replay
+from orogen.parallel.plan import Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """Every device has every layer: the backbone's pattern and the MTP block's. What it says of itself, `Stages` does
+    too, by the same names."""
+
+    main: str
+    mtp: str
+
+    @property
+    def chunks(self) -> list[tuple[str, str]]:
+        """The layers that a device runs one after another: of the backbone, and of the MTP block."""
+        return [(self.main, self.mtp)]
+
+    @property
+    def segmented(self) -> tuple[str, ...]:
+        """The segments of a pipeline: none."""
+        return ()
+
+    @property
+    def filled(self) -> dict[str, float]:
+        """See `Stages.filled`: here no row is without a layer."""
+        return {}
+
+    def split(self, state: nnx.State) -> nnx.State:
+        """Parameters or buffers of a whole model as they lie here."""
+        return state
+
+    def join(self, state: nnx.State) -> nnx.State:
+        """The inverse of `split`."""
+        return state
+
+    def layer(self, state: nnx.State, number: int) -> nnx.State:
+        """The parameters or buffers of one layer, counted along the pattern, the MTP block's last."""
+        deeper = number >= len(self.main)
+        tree: Any = state.get(MTP, {}).get(LAYERS, {}) if deeper else state.get(BACKBONE, {})
+        place = places(repeats(self.mtp if deeper else self.main))[number - deeper * len(self.main)]
+        for child in place.path:
+            tree = tree.get("children", {}).get(child, {})
+        return nnx.State(jax.tree.map(lambda a: a[place.index], plain(tree)))
+
+    def loads(self, load: Sequence[Array]) -> Array:
+        """(l, e): what the routers' counters say, in the order of the pattern, the MTP block's last; see `Sums`."""
+        rows, offset = [], 0
+        for items in (repeats(self.main), repeats(self.mtp)):  # one set of routers for all depths of an MTP block
+            experts = [p for p, letter in zip(places(items), letters(items), strict=True) if letter == MOE]
+            paths = sorted({place.path for place in experts})
+            rows += [load[offset + paths.index(place.path)][place.index] for place in experts]
+            offset += len(paths)
+        return jnp.stack(rows) if rows else jnp.zeros((0, 0))
+
+    def load_specs(self, plan: Plan) -> Any:
+        """The layout of these counters."""
+        return plan.spec()
+
+    def choice_specs(self, plan: Plan, depths: int) -> Any:
+        """The layout of routers' choices (m, …, b, t, …): of each stack in the order in which they run."""
+        return tuple(_choice_specs(items, plan, 1) for items in (repeats(self.main), *[repeats(self.mtp)] * depths))
+
+    def split_replay(self, replay: tuple[Any, ...]) -> Any:
+        """Replays (m, …, b, t, k) of the whole model's stacks, as they are used here."""
+        return replay
+
+
+Layout = Whole | Stages
+
+
+def relaid(state: Any, before: Layout, after: Layout) -> Any:
+    """`state`, or a part of it, which lies as `before` says, as `after` does; optimizer state too."""
+
+    def again(tree: Any) -> Any:
+        return after.split(before.join(tree)) if isinstance(tree, nnx.State) else tree
+
+    return jax.tree.map(again, state, is_leaf=lambda x: isinstance(x, nnx.State))
+
+
+def _choice_specs(items: Items, plan: Plan, stacked: int) -> Any:
+    """The layout of a stack's choices, whose arrays have `stacked` axes before batch and time."""
+    specs = []
+    for item in items:
+        if isinstance(item, Repeat):
+            specs.append(_choice_specs(item.items, plan, stacked + 1))
+        else:
+            axes = (None,) * stacked + ("batch", "tokens")
+            each: Any = plan.spec(*axes, None)
+            token: Any = plan.spec(*axes)
+            specs.append(Choice(Replay(each, each), token, token) if item == MOE else None)
+    return tuple(specs)

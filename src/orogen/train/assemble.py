@@ -1,0 +1,47 @@
+"""A plan over devices, and a model as it lies on them."""
+
+from typing import NamedTuple
+
+from orogen.config.model import ModelConfig
+from orogen.config.plan import PlanConfig
+from orogen.model.layout import Layout, Whole
+from orogen.model.lm import Built, build
+from orogen.model.stages import Stages
+from orogen.parallel.plan import Plan, make_plan
+from orogen.parallel.schedule import segments
+from orogen.simulate.flops import head_flops_per_token, layer_flops_per_token
+
+# Row length for which stages are balanced where no batch gives it.
+TYPICAL_LENGTH = 4096
+
+
+class Assembled(NamedTuple):
+    """What a step is made of, besides what it does."""
+
+    plan: Plan
+    built: Built
+
+
+def assemble(
+    model: ModelConfig, config: PlanConfig, *, length: int = TYPICAL_LENGTH, abstract: bool = False
+) -> Assembled:
+    """The plan of `config`, and the model laid out for it on rows of `length` tokens. Nothing is allocated.
+
+    abstract: over no devices. Raises ConfigError as `make_plan` does.
+    """
+    plan = make_plan(config, model, abstract=abstract)
+    return Assembled(plan, build(model, layout(model, plan, length), config.vocab_rows(model.vocab_size)))
+
+
+def layout(model: ModelConfig, plan: Plan, length: int = TYPICAL_LENGTH) -> Layout:
+    """How the layers lie on the plan's devices. Where it has stages and the pattern has no |, segments take about
+    equally many operations on rows of `length` tokens."""
+    if plan.schedule is None:
+        return Whole(model.layers.main, model.layers.mtp)
+    patterns = segments(
+        model.layers,
+        plan.schedule.stages * plan.schedule.virtual,
+        lambda letter: layer_flops_per_token(letter, model, length),
+        last=head_flops_per_token(model, length),
+    )
+    return Stages(patterns, model.layers.mtp, plan.schedule.stages)
