@@ -24,7 +24,7 @@ from orogen.train.metrics import read_metrics
 from orogen.train.next_token import LOSS, NEXT_TOKENS
 from orogen.train.pretraining import PRETRAINING
 from orogen.train.step import batch_to_devices, gradients
-from orogen.train.verify_step import verify_steps
+from orogen.train.verify import verify
 
 ROWS, LENGTH = 4, 8
 # Two rows of LENGTH each, one behind the other. A document over both; one that ends with the first row; one that begins
@@ -95,7 +95,7 @@ def test_a_plan_carries_what_one_device_does(plan):
     changes = {"router_balance": "global", "mamba_intermediate_size": 16, "time_step_rank": 3}
     model = hybrid(pattern="MEm", mtp_depths=0, **changes)
     settings = run_config(model, plan=plan, batch_size=8, sequence_length=16, carry_states=True)
-    verdict = verify_steps(settings)
+    verdict = verify(settings, what="step")
     assert max(verdict.loss_error, verdict.max_gradient_error, verdict.max_parameter_error) < 1e-5
 
 

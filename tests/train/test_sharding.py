@@ -141,8 +141,8 @@ def test_verify_notices_a_gradient_summed_over_the_wrong_ranks(monkeypatch):
 
     honest = step.gradients
 
-    def doubled(built, config, plan, dtype, **flags):
-        function = honest(built, config, plan, dtype, **flags)
+    def doubled(built, objective, config, plan, dtype, **flags):
+        function = honest(built, objective, config, plan, dtype, **flags)
 
         def call(*arguments):
             loss, grads, counts, sums = function(*arguments)
@@ -185,8 +185,8 @@ def test_verify_notices_an_expert_counted_twice(monkeypatch):
 
     honest = step.gradients
 
-    def miscounting(built, config, plan, dtype, **flags):
-        function = honest(built, config, plan, dtype, **flags)
+    def miscounting(built, objective, config, plan, dtype, **flags):
+        function = honest(built, objective, config, plan, dtype, **flags)
 
         def call(*arguments):
             loss, grads, counts, sums = function(*arguments)

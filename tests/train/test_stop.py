@@ -9,6 +9,7 @@ import pty
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from tests.train.kills import MOMENTS
@@ -39,6 +40,26 @@ def test_a_signal_cuts_short_what_can_be_done_again():
         assert stop.unless_asked(lambda: "done") == "done"
         assert stop.unless_asked(lambda: signal.raise_signal(signal.SIGTERM) or "done") is None
         assert stop.unless_asked(lambda: "done") is None
+
+
+class _Finalizer:
+    def __init__(self, number: int):
+        self.number = number
+
+    def __del__(self):
+        signal.raise_signal(self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_inside_a_finalizer_is_not_lost(number, capfd):
+    """Python drops what is raised there."""
+    with Stop() as stop, pytest.raises(StoppedEarlyError) as caught:
+        _Finalizer(number)
+        time.sleep(10)
+    assert stop.asked and caught.value.status == stop.status
+    with Stop() as stop:
+        assert stop.unless_asked(lambda: (_Finalizer(number), time.sleep(10))) is None
+    assert capfd.readouterr().err == ""
 
 
 def test_an_ignored_signal_stays_ignored():

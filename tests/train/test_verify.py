@@ -9,8 +9,9 @@ from tests.helpers import hybrid, run_config
 
 from orogen.cli import main
 from orogen.config.plan import PlanConfig
+from orogen.model.layout import Whole
 from orogen.moe.layer import Choice, Replay
-from orogen.train import step, verdict, verify_step
+from orogen.train import step, verdict, verify_step, whole
 from orogen.train.sides import Side, reference_plan, replayed
 from orogen.train.verify import verify
 
@@ -58,7 +59,7 @@ def test_choices_of_a_batch_are_replayed_where_its_rows_go():
     plan = type("Plan", (), {"config": config.plan, "size": lambda self, axis: 1})()
     rows_btk = np.broadcast_to(np.arange(12)[:, None, None], (12, 5, 3))
     choice = Choice(Replay(rows_btk[None, None], rows_btk[None, None] > 3), None, None)
-    replay = replayed(choice, Side(config, plan, type("Built", (), {"stages": None})()))
+    replay = replayed(choice, Side(config, plan, type("Built", (), {"layout": Whole("E", "")})()))
     assert replay.experts.shape == (3, 1, 4, 5, 3)
     assert replay.experts[:, 0, :, 0, 0].tolist() == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
 
@@ -71,13 +72,13 @@ def test_drops_of_microbatches_and_ranks_are_those_of_one_batch():
 
 def test_a_fault_of_adding_up_microbatches_is_seen(monkeypatch):
     """Microbatches, recomputation and kernels are on one side only: what they alone get wrong differs."""
-    honest = step._accumulate
+    honest = whole._accumulated
 
     def shrinks(*arguments):
         (loss, sums, grads), kept = honest(*arguments)
-        return (loss, sums, step.jax.tree.map(lambda g: g * 0.99, grads)), kept
+        return (loss, sums, whole.jax.tree.map(lambda g: g * 0.99, grads)), kept
 
-    monkeypatch.setattr(step, "_accumulate", shrinks)
+    monkeypatch.setattr(whole, "_accumulated", shrinks)
     found = verify(run_config(hybrid(pattern="-", mtp_depths=0), plan={"microbatches": 2}, sequence_length=12))
     assert not found.passed and found.max_gradient_error == pytest.approx(0.01, rel=1e-3)
     assert found.max_parameter_error <= verdict.PARAMETER
@@ -123,7 +124,7 @@ def test_evaluation_equals_one_device_and_drops_nothing(monkeypatch):
     found = verify(small(tensor=2), what="evaluation")
     assert found.passed and found.max_gradient_error is None and found.max_parameter_error is None, found
     honest = verify_step.heldout_plan
-    keep = lambda config, built: dataclasses.replace(honest(config, built), config=config.plan)  # noqa: E731
+    keep = lambda config: dataclasses.replace(honest(config), config=config.plan)  # noqa: E731
     monkeypatch.setattr(verify_step, "heldout_plan", keep)
     assert not verify(small(microbatches=1), what="evaluation").passed
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.flatten_util import ravel_pytree
 
 from orogen.config.model import ModelConfig
 from orogen.data.packing import Batch
@@ -21,6 +22,7 @@ from orogen.model.mtp import shifted_segments
 from orogen.moe.layer import MoEStats
 from orogen.moe.router import Balance, global_balance
 from orogen.parallel.plan import Plan
+from orogen.parallel.varying import varying_axes
 from orogen.train.task import ByName, Objective
 
 
@@ -50,13 +52,22 @@ class Sums(NamedTuple):
 def batch_counts(batch: Batch, objective: Objective, depths: int, plan: Plan) -> Counts:
     """The counts of `batch`, this device's rows, summed over all devices."""
     segments = [shifted_segments(batch.segments_bt, depth, plan) for depth in range(depths + 1)]
-    counts = Counts(
-        objective.counts(batch, depths, plan),
-        jnp.stack([jnp.sum(s != 0, dtype=jnp.float32) for s in segments]),
-        # A row counts once, even if several context ranks hold tokens of it.
-        jnp.stack([jnp.sum(plan.max((s != 0).any(1).astype(jnp.float32), "context")) for s in segments]),
-    )
-    return plan.total(counts)
+    tokens = jnp.stack([jnp.sum(s != 0, dtype=jnp.float32) for s in segments])
+    # A row counts once, even if several context ranks hold tokens of it.
+    rows = jnp.stack([jnp.sum(plan.max((s != 0).any(1).astype(jnp.float32), "context")) for s in segments])
+    return Counts(_total(objective.counts(batch, depths, plan), plan), *plan.total((tokens, rows)))
+
+
+def _total(values: ByName, plan: Plan) -> ByName:
+    """`Plan.total` of them, those that vary over the same axes in one message."""
+    groups: dict[frozenset[str], ByName] = {}
+    for name in sorted(values):
+        groups.setdefault(frozenset(varying_axes(values[name])), {})[name] = values[name]
+    found = {}
+    for group in groups.values():
+        vector, apart = ravel_pytree(group)
+        found |= apart(plan.total(vector))
+    return found
 
 
 # For each stack in the order in which they run, and each of its MoE layers, arrays (…, e) as `Balance.counts`.
@@ -177,7 +188,7 @@ def leave(
     docs = Documents(batch.segments_bt, batch.positions_bt)
     h_btd = model.norm(passed.x_btd, plan)
     deeper = model.deeper(h_btd, batch.tokens_bt, docs, plan, replay) if objective.deeper else []
-    metrics = plan.total(objective.sums(model, [h_btd, *(h for h, _ in deeper)], batch, plan))
+    metrics = _total(objective.sums(model, [h_btd, *(h for h, _ in deeper)], batch, plan), plan)
     loss = passed.loss + objective.loss(metrics, counts.metrics, config)
     for depth, (_, stats) in enumerate(deeper, 1):
         known = None if assigned is None else assigned[depth - 1]

@@ -2,9 +2,11 @@
 
 import os
 import signal
+import sys
+import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 INTERRUPTED = 128 + signal.SIGINT  # the exit status that shells give a process which Ctrl-C ended
@@ -33,7 +35,8 @@ class Stop:
 
     Unless `working` is set there is nothing to save, and a signal raises StoppedEarlyError; the compilation of one
     program is not interrupted. A second SIGINT calls `at_once` and ends the process. An ignored
-    signal stays ignored, as SIGHUP is under nohup.
+    signal stays ignored, as SIGHUP is under nohup. A signal that comes inside a finalizer or a callback of the garbage
+    collector, where Python drops exceptions, comes again a moment later.
     """
 
     def __init__(self) -> None:
@@ -41,15 +44,20 @@ class Stop:
         self.by: int | None = None
         self.at_once: Callable[[], None] = lambda: None
         self._interrupts = 0
+        self._again: threading.Timer | None = None
 
     def __enter__(self) -> "Stop":
         self._before = {number: signal.getsignal(number) for number in SIGNALS}
         for number, before in self._before.items():
             if before != signal.SIG_IGN:
                 signal.signal(number, self._ask)
+        self._unraisable, sys.unraisablehook = sys.unraisablehook, self._dropped
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if self._again is not None:
+            self._again.cancel()
+        sys.unraisablehook = self._unraisable
         for number, before in self._before.items():
             signal.signal(number, before)
 
@@ -69,6 +77,16 @@ class Stop:
         except _CutShortError:  # also one between the lines above
             self._cutting = False
             return None
+
+    def _dropped(self, dropped: Any) -> None:
+        """Python's hook for exceptions that it drops."""
+        if not isinstance(dropped.exc_value, StoppedEarlyError | _CutShortError):
+            return self._unraisable(dropped)
+        number, self.asked, self.by = self.by, False, None
+        self._interrupts -= number == signal.SIGINT
+        self._again = threading.Timer(0.02, os.kill, (os.getpid(), number))
+        self._again.daemon = True
+        self._again.start()
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._interrupts += number == signal.SIGINT
