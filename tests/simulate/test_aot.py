@@ -7,7 +7,8 @@ from jax import lax
 from tests.helpers import hybrid
 
 from orogen.config.plan import PlanConfig
-from orogen.simulate.aot import flops_overhead, product_flops
+from orogen.simulate.aot import flops_overhead
+from orogen.simulate.jaxprs import product_flops
 
 D, F = 48, 72
 

@@ -10,12 +10,13 @@ import pytest
 from tests.helpers import hybrid
 
 from orogen.config.plan import PlanConfig
+from orogen.cost.communication import collective_lines, describe_collectives, unit_collectives
+from orogen.cost.communication import step_collectives as by_paper
+from orogen.cost.ledger import ENDS, PIPELINE, Collective, Workload, sent_bytes
 from orogen.parallel.plan import make_plan
-from orogen.simulate.aot import compiled, step_collectives, table_of, traced, unit_of
-from orogen.simulate.communication import collective_lines, describe_collectives, unit_collectives
-from orogen.simulate.communication import step_collectives as by_paper
+from orogen.simulate.aot import compiled, step_collectives, table_of, traced
 from orogen.simulate.hlo import hlo_collectives
-from orogen.simulate.ledger import ENDS, PIPELINE, Collective, Workload, sent_bytes
+from orogen.simulate.units import unit_of
 
 WORK = Workload(rows=2, tokens=20)
 # Every letter; and the same letters with all that adds parameters or communicates otherwise.
