@@ -107,9 +107,9 @@ def test_a_new_letter_is_counted(toy):
     for total in (lambda model: count(model)["total"], counted):
         assert total(two) - total(one) == 2 * size * WIDTH + size  # with its norm
     norm, down, up = (size,), (WIDTH, size), (size, WIDTH)
-    assert weights(one).layers["t"] == [
+    assert weights(one).layers["t"] == (
         Weight(down, ("mlp", "embed")), Weight(up, ("embed", "mlp")), Weight(norm, ("norm",), float32=True),
-    ]  # fmt: skip
+    )  # fmt: skip
     assert forward_flops_per_token(two, 16) - forward_flops_per_token(one, 16) == 4 * size * WIDTH
     config = run_config(two, plan={"tensor": 2})
     units = step_collectives(two, config.plan, Workload(rows=4, tokens=16, itemsize=4))

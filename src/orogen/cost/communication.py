@@ -24,7 +24,7 @@ from orogen.parallel.schedule import plan_schedule
 
 def unit_collectives(unit: str, model: ModelConfig, plan: PlanConfig, work: Workload) -> list[Collective]:
     """The collectives of one layer of a letter, or of the model's ENDS, MTP or LOAD."""
-    ledger, own = Ledger(unit, plan, model, work), []
+    ledger, own = Ledger(unit, plan, model, work), ()
     if unit == LOAD:
         load(ledger)
     elif unit == PIPELINE:

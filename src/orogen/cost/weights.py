@@ -26,9 +26,9 @@ class Weights(NamedTuple):
     """The parameters of one layer, its norm included, by letter; of the model's other parts (`embedding`, `norm`, and
     `head` if it is not tied) by name; and of the multi-token-prediction block without its layers."""
 
-    layers: dict[str, list[Weight]]
-    parts: dict[str, list[Weight]]
-    mtp: list[Weight]
+    layers: dict[str, tuple[Weight, ...]]
+    parts: dict[str, tuple[Weight, ...]]
+    mtp: tuple[Weight, ...]
 
 
 @functools.lru_cache(maxsize=256)
@@ -54,6 +54,6 @@ def changed(model: ModelConfig, **fields: Any) -> ModelConfig:
     return found
 
 
-def _weights(tree: Any) -> list[Weight]:
+def _weights(tree: Any) -> tuple[Weight, ...]:
     leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-    return [Weight(v.get_value().shape, v.get_metadata()["axes"], v.get_metadata()["float32"]) for v in leaves]
+    return tuple(Weight(v.get_value().shape, v.get_metadata()["axes"], v.get_metadata()["float32"]) for v in leaves)

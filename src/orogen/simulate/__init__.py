@@ -5,5 +5,5 @@ one layer of each kind on simulated devices in float32 and prints XLA's collecti
 matrix products against one device's. `--memory` compiles the whole step and prints what one device holds: parameters,
 gradients, optimizer, activations by name, temporaries.
 
-`fit` refuses what cannot fit into memory, before anything is built.
+`fit` refuses what cannot fit into memory, before anything is allocated.
 """

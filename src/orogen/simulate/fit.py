@@ -1,4 +1,4 @@
-"""Whether a task can fit into the memory that exists: analytic lower bounds, before anything is built.
+"""Whether a task can fit into the memory that exists: analytic lower bounds, before anything is allocated.
 
 Only arrays that are certainly held at once are counted, so nothing that fits is refused; what is accepted may still not
 fit.

@@ -13,16 +13,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
 
 from orogen.config.model import ModelConfig
 from orogen.cost.ledger import ENDS, Workload
+from orogen.cost.weights import changed
 from orogen.data.packing import Batch
 from orogen.layers.documents import Documents
-from orogen.layers.embedding import Embedding, Head
-from orogen.layers.norm import make_norm
 from orogen.model.block import Stack
 from orogen.model.heads import token_nats
+from orogen.model.lm import LanguageModel
 from orogen.model.vocabulary import resized
 from orogen.moe.layer import MoEStats
 from orogen.parallel.plan import Plan
@@ -80,7 +79,7 @@ def _layer(letter: str, model: ModelConfig, plan: Plan, work: Workload, dtype: s
 
 
 def _ends(model: ModelConfig, plan: Plan, work: Workload, dtype: str) -> Unit:
-    graph, params, _ = _abstract(lambda: _Ends(model, nnx.Rngs(0)))
+    graph, params, _ = _abstract(lambda: _without_layers(model))
     params = jax.eval_shape(lambda p: resized(p, plan.config.vocab_rows(model.vocab_size)), params)
 
     def device_step(params, h_btd, cotangent_btd, batch):
@@ -112,18 +111,10 @@ def _ends(model: ModelConfig, plan: Plan, work: Workload, dtype: str) -> Unit:
     )
 
 
-class _Ends(nnx.Module):
-    """The parts of a language model beside its layers."""
-
-    def __init__(self, model: ModelConfig, rngs: nnx.Rngs):
-        self.embedding = Embedding(model, rngs)
-        self.norm = make_norm(model)
-        self.head = None if model.tie_word_embeddings else Head(model, rngs)
-        self.vocab_size = model.vocab_size
-
-    def head_matrix(self, plan: Plan) -> Array:
-        """As LanguageModel's."""
-        return plan.weight(self.embedding.weight).T if self.head is None else plan.weight(self.head.weight)
+def _without_layers(model: ModelConfig) -> LanguageModel:
+    found = LanguageModel(changed(model, pattern=model.layers.main[0]), nnx.Rngs(0))
+    found.backbone = Stack((), model, nnx.Rngs(0))
+    return found
 
 
 def _unit(device_step: Callable, plan: Plan, arguments: tuple[Any, ...], inputs: Any, outputs: Any) -> Unit:
