@@ -21,7 +21,7 @@ ORDER = (
     "__init__ config parallel kernels precision layers moe model cost data train infer convert evaluate simulate bench "
     "command commands cli"
 ).split()
-# What imports less than the order lets it.
+# Packages that may import less than the order allows.
 ONLY = {"data": ["config"]}
 FREE_OF_JAX = ("config/", "parallel/fold.py", "parallel/schedule.py")
 

@@ -42,11 +42,10 @@ class Need(NamedTuple):
     def cause(self) -> tuple[str, int]:
         """The largest setting that it grows with, and its value. A model is traced anew for each field that is looked
         at, so this is for what is refused."""
-        settings = self.settings if self.model is None else {**_sizes(self.model), **self.settings}
-        for name, value in sorted(settings.items(), key=lambda item: -item[1]):
-            if name in self.settings or self.model is None or _dominates(name, self.model):
-                return name, value
-        raise ValueError(f"{self.what} grow with no setting")
+        model = self.model
+        settings = self.settings if model is None else {**_sizes(model), **self.settings}
+        largest_first = sorted(settings.items(), key=lambda item: -item[1])
+        return next(s for s in largest_first if model is None or s[0] in self.settings or _dominates(s[0], model))
 
     def times(self, factor: int) -> "Need":
         """The same on `factor` devices."""

@@ -112,6 +112,7 @@ def _ends(model: ModelConfig, plan: Plan, work: Workload, dtype: str) -> Unit:
 
 
 def _without_layers(model: ModelConfig) -> LanguageModel:
+    """The model with an empty backbone."""
     found = LanguageModel(changed(model, pattern=model.layers.main[0]), nnx.Rngs(0))
     found.backbone = Stack((), model, nnx.Rngs(0))
     return found
