@@ -4,6 +4,8 @@ A check takes a file's path under src/orogen and its syntax tree, and yields one
 """
 
 import ast
+import functools
+import graphlib
 import pathlib
 import re
 from collections.abc import Callable, Iterator
@@ -14,34 +16,13 @@ ROOT = pathlib.Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "orogen"
 RECIPES = ROOT / "gin_configs" / "recipes"
 
-# A package imports those of its own rank or below. Packages with a rule of their own stand in ONLY.
-LAYERS = (
-    "config compat",
-    "parallel",
-    "kernels",
-    "precision",
-    "layers",
-    "moe",
-    "model",
-    "train infer",
-    "posttrain compress vision evaluate convert bench launch",
-    "command cli __main__",
-)
-RANK = {package: rank for rank, packages in enumerate(LAYERS) for package in packages.split()}
-ONLY = {
-    "__init__": (),
-    "config": ("config",),
-    "data": ("data", "config", "compat"),
-    "simulate": ("simulate", "config", "compat", "parallel.fold", "parallel.schedule"),
-}
-MAY_IMPORT_DATA = RANK["train"]
-MAY_IMPORT_SIMULATE = {
-    "train": ("simulate.flops",),
-    "bench": ("simulate.flops",),
-    "command": ("simulate",),
-    "cli": ("simulate",),
-}
-TRACE_THE_STEP = ("simulate/aot.py", "simulate/activations.py", "simulate/memory.py")
+# A package imports those before it; `commands` are the packages' command.py, which declare parts of the command line.
+ORDER = (
+    "__init__ config parallel kernels precision layers moe model cost data train infer convert evaluate simulate bench "
+    "command commands cli"
+).split()
+# Packages that may import less than the order allows.
+ONLY = {"data": ["config"]}
 FREE_OF_JAX = ("config/", "parallel/fold.py", "parallel/schedule.py")
 
 PLACEMENT = {"PartitionSpec", "shard_map"}
@@ -56,9 +37,10 @@ ASKS_FOR_DEVICES = re.compile(
 )
 
 
-def package_of(path: str) -> str:
-    """`config` for `config/load.py`, `cli` for `cli.py`."""
-    return path.split("/")[0].removesuffix(".py")
+def place(name: str) -> str:
+    """Where a module, or what it holds, stands in ORDER: `config` for `config.load`, `commands` for `train.command`."""
+    package, *inside = name.split(".")
+    return "commands" if inside[:1] == ["command"] else package
 
 
 def imports(path: str, tree: ast.AST) -> Iterator[str]:
@@ -87,34 +69,30 @@ def within(name: str, prefixes: tuple[str, ...]) -> bool:
 
 
 def import_order(path: str, tree: ast.AST) -> Iterator[str]:
-    """Breaches of LAYERS and ONLY. The `command.py` of a package is part of the command line: it imports what `cli`
-    may, and `cli` alone imports it."""
-    source = "cli" if path.endswith("/command.py") else package_of(path)
-    if source not in RANK and source not in ONLY:
-        yield f"package {source} has no rank in tests/test_style.py"
+    """Breaches of ORDER and ONLY."""
+    source = place(path.removesuffix(".py").replace("/", "."))
+    if source not in ORDER:
+        yield f"{source} has no place in tests/test_style.py"
         return
-    if path in TRACE_THE_STEP:
-        return
+    below = ONLY.get(source, ORDER[: ORDER.index(source)])
     for name in imports(path, tree):
-        if not name.startswith("orogen."):
-            continue
-        name = name.removeprefix("orogen.")
-        target = name.split(".")[0]
-        if source != "cli" and name.split(".")[1:2] == ["command"]:
+        target = place(name.removeprefix("orogen."))
+        if name.startswith("orogen.") and target != source and target not in below:
             yield f"imports {name}"
-            continue
-        if target == source:
-            continue
-        if source in ONLY:
-            allowed = within(name, ONLY[source])
-        elif target == "simulate":
-            allowed = within(name, MAY_IMPORT_SIMULATE.get(source, ()))
-        elif target == "data":
-            allowed = RANK[source] >= MAY_IMPORT_DATA
-        else:
-            allowed = target in RANK and RANK[target] <= RANK[source]
-        if not allowed:
-            yield f"imports {name}"
+
+
+def module_graph(trees: dict[str, ast.AST]) -> dict[str, set[str]]:
+    """By module, the modules that it imports, at its head or within a function, and the packages that these are in."""
+    names = {path: ".".join(["orogen", *path.removesuffix(".py").split("/")]) for path in trees}
+    names = {path: name.removesuffix(".__init__") for path, name in names.items()}
+    graph: dict[str, set[str]] = {name: set() for name in names.values()}
+    for path, source in names.items():
+        for name in imports(path, trees[path]):
+            parts = name.split(".")
+            found = {".".join(parts[:n]) for n in range(1, len(parts) + 1)} & graph.keys()
+            longest = max(found, key=len, default=source)
+            graph[source] |= {m for m in found if m == longest or not f"{source}.".startswith(f"{m}.")} - {source}
+    return graph
 
 
 def jax_free(path: str, tree: ast.AST) -> Iterator[str]:
@@ -195,9 +173,14 @@ CHECKS: dict[Callable[[str, ast.AST], Iterator[str]], list[tuple[str, str]]] = {
         ("config/model.py", "import orogen.parallel.fold"),
         ("data/loader.py", "from orogen import parallel"),
         ("model/lm.py", "from orogen.data import loader"),
-        ("simulate/flops.py", "from orogen.parallel import plan"),
-        ("infer/engine.py", "from orogen.simulate import flops"),
+        ("cost/flops.py", "from orogen.train import step"),
+        ("model/stages.py", "from orogen.cost import flops"),
+        ("data/loader.py", "from orogen.cost.flops import peak_flops"),
+        ("infer/engine.py", "from orogen.simulate import fit"),
         ("train/loop.py", "from orogen.simulate import memory"),
+        ("convert/names.py", "from orogen.evaluate import summary"),
+        ("command.py", "from orogen.train.command import TRAIN"),
+        ("simulate/fit.py", "from orogen.command import answer"),
         ("__init__.py", "from orogen import cli"),
         ("utils/misc.py", ""),
         ("infer/score.py", "from orogen.infer.command import SCORE"),
@@ -232,11 +215,13 @@ CHECKS: dict[Callable[[str, ast.AST], Iterator[str]], list[tuple[str, str]]] = {
 ACCEPTED = [
     ("config/load.py", "import gin\nfrom orogen.config import model"),
     ("cli.py", "from orogen.simulate import memory\nfrom orogen.data import loader\nimport orogen.train.loop"),
-    ("simulate/flops.py", "from orogen.parallel.fold import fold\nfrom . import hardware"),
+    ("cost/ledger.py", "from orogen.model.lm import build\nfrom . import weights"),
     ("simulate/aot.py", "from orogen.train import step"),
+    ("command.py", "from orogen.simulate.fit import Memory"),
     ("infer/command.py", "from orogen.command import Command\nfrom orogen.simulate import fit"),
     ("cli.py", "from orogen.infer.command import SCORE"),
-    ("train/loop.py", "from orogen.simulate.flops import flops_per_token"),
+    ("train/loop.py", "from orogen.cost.flops import flops_per_token"),
+    ("train/command.py", "from orogen.evaluate.summary import summarise"),
     ("parallel/plan.py", "from jax.sharding import PartitionSpec\nfrom jax import lax\ny = lax.psum(1, 'data')"),
     ("moe/layer.py", "y = plan.sum(x) + lax.scan(f, x, None)\nimport jax.numpy as jnp\nBIG = jnp.finfo(jnp.float32)"),
     ("cli.py", "try:\n    f()\nexcept Exception as error:\n    report(error)"),
@@ -245,12 +230,37 @@ ACCEPTED = [
 ]
 
 
-@pytest.mark.parametrize("check", CHECKS)
-def test_source_keeps_to(check):
+@functools.cache
+def parsed_source() -> dict[str, ast.AST]:
+    """The syntax tree of every file, by its path."""
     files = sorted(SOURCE.rglob("*.py"))
     assert files, f"no code under {SOURCE}"
-    named = [(file.relative_to(SOURCE).as_posix(), ast.parse(file.read_text())) for file in files]
-    assert [f"{path}: {breach}" for path, tree in named for breach in check(path, tree)] == []
+    return {file.relative_to(SOURCE).as_posix(): ast.parse(file.read_text()) for file in files}
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_source_keeps_to(check):
+    assert [f"{path}: {breach}" for path, tree in parsed_source().items() for breach in check(path, tree)] == []
+
+
+def test_no_module_imports_itself_through_others():
+    graph = module_graph(parsed_source())
+    assert "orogen.config.model" in graph["orogen.cost.flops"]
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        {"layers/a.py": "from orogen.layers import b", "layers/b.py": "def f():\n    from orogen.layers.a import g"},
+        {"kernels/ssd/__init__.py": "from orogen.kernels.conv.taps import f", "kernels/conv/taps.py": "",
+         "kernels/conv/__init__.py": "from orogen.kernels.ssd import passing", "kernels/ssd/passing.py": ""},
+        {"cli.py": "import orogen.command", "command.py": "from .cli import main"},
+    ],
+)  # fmt: skip
+def test_a_circle_of_imports_is_noticed(texts):
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter(module_graph({path: ast.parse(text) for path, text in texts.items()})).prepare()
 
 
 @pytest.mark.parametrize(("check", "path", "text"), [(c, *bad) for c, cases in CHECKS.items() for bad in cases])

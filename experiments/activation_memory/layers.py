@@ -15,12 +15,13 @@ from jax import Array
 
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
+from orogen.cost.activations import WEIGHTS, bytes_by_name, kept_by_layer
+from orogen.cost.ledger import Workload
 from orogen.layers.documents import Documents
 from orogen.model.block import Repeat, Stack
 from orogen.parallel.plan import Plan, make_plan
-from orogen.simulate.activations import WEIGHTS, bytes_by_name, kept_by_layer
-from orogen.simulate.aot import product_flops, unit_of
-from orogen.simulate.ledger import Workload
+from orogen.simulate.jaxprs import product_flops
+from orogen.simulate.units import unit_of
 
 DEPTHS = (4, 8)  # of compiled stacks: both loops, and one layer's share is a quarter of the difference
 

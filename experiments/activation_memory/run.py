@@ -14,8 +14,8 @@ from figure import draw
 
 from orogen.config.load import load, model_text
 from orogen.config.model import ModelConfig
+from orogen.cost.ledger import Workload
 from orogen.parallel.runtime import configure
-from orogen.simulate.ledger import Workload
 
 FOLDER = Path(__file__).parent
 LENGTH, RANKS = 2048, 8

@@ -6,10 +6,11 @@ from mapping import NODE, Groups, Layout, Sent, groups_over, layer_traffic, sent
 
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
+from orogen.cost.ledger import Workload
 from orogen.parallel.mesh import fold_plan
 from orogen.parallel.plan import make_plan
-from orogen.simulate.aot import compiled, unit_of
-from orogen.simulate.ledger import Workload
+from orogen.simulate.aot import compiled
+from orogen.simulate.units import unit_of
 
 TOKENS = 256  # of one device: with 22 of 512 experts the fewest of which each expert's even share is a whole number
 FLOAT32 = 4  # XLA:CPU carries 16-bit collectives as float32

@@ -213,6 +213,8 @@ def test_a_layer_after_the_slash_needs_its_sizes_too():
         ("*", "attention_bias", "keys", "one of none, qkv, all"),
         ("+", "yarn_factor", 0.5, "1 or more"),
         ("+", "qk_rope_head_dim", 5, "an even number"),
+        ("*", "head_dim", 2**16 + 2, "at most 65,536 with rotary positions"),
+        ("+", "qk_rope_head_dim", 2**16 + 2, "at most 65,536"),
         ("+", "attention_bias", "qkv", "none or all: the pattern has + layers"),
         ("+", "partial_rotary_factor", 0.5, "1.0: the pattern has + layers, which turn the whole of qk_rope_head_dim"),
         ("+", "qk_norm", True, "False: the pattern has + layers, which have none"),

@@ -14,6 +14,11 @@ from orogen.config import remat
 from orogen.config.model import LAYERS, ModelConfig
 from orogen.config.reads import LETTERS
 from orogen.config.remat import NAMES, Intermediate
+from orogen.cost.collectives import LAYER_COLLECTIVES, block
+from orogen.cost.communication import step_collectives
+from orogen.cost.flops import LAYER_FLOPS, forward_flops_per_token
+from orogen.cost.ledger import Workload
+from orogen.cost.weights import Weight, weights
 from orogen.layers.documents import Documents
 from orogen.layers.linear import linear
 from orogen.layers.parameter import normal
@@ -21,12 +26,7 @@ from orogen.model.block import MIXERS
 from orogen.model.count import count
 from orogen.model.lm import build
 from orogen.parallel.plan import Plan, make_plan
-from orogen.simulate.collectives import LAYER_COLLECTIVES, block
-from orogen.simulate.communication import step_collectives
 from orogen.simulate.fit import count as counted
-from orogen.simulate.flops import LAYER_FLOPS, forward_flops_per_token
-from orogen.simulate.ledger import Workload
-from orogen.simulate.weights import LAYER_WEIGHTS, Weight
 from orogen.train.next_token import NEXT_TOKENS
 from orogen.train.optimizer import make_optimizer
 from orogen.train.sides import packed_batch
@@ -36,7 +36,6 @@ from orogen.train.step import batch_to_devices, make_step
 TABLES: dict[str, dict[str, Any]] = {
     "MIXERS": MIXERS,
     "LAYER_FLOPS": LAYER_FLOPS,
-    "LAYER_WEIGHTS": LAYER_WEIGHTS,
     "LAYER_COLLECTIVES": LAYER_COLLECTIVES,
 }  # fmt: skip
 WIDTH = 32
@@ -57,13 +56,11 @@ class Toy(nnx.Module):
 @pytest.fixture
 def toy(monkeypatch):
     """The letter t, in every table."""
-    weights = lambda model: [  # noqa: E731
-        Weight((model.hidden_size, WIDTH), ("embed", "mlp")), Weight((WIDTH, model.hidden_size), ("mlp", "embed")),
-    ]  # fmt: skip
     rows = {
-        "MIXERS": Toy, "LAYER_FLOPS": lambda model, _: 4 * model.hidden_size * WIDTH, "LAYER_WEIGHTS": weights,
+        "MIXERS": Toy,
+        "LAYER_FLOPS": lambda model, _: 4 * model.hidden_size * WIDTH,
         "LAYER_COLLECTIVES": block,
-    }  # fmt: skip
+    }
     monkeypatch.setitem(LAYERS, "t", "toy")
     monkeypatch.setattr(remat, "EVERY", "".join(LAYERS))  # as it would be, were the letter there at import
     monkeypatch.setitem(NAMES, "toy", Intermediate("t", "the hidden units"))
@@ -109,6 +106,10 @@ def test_a_new_letter_is_counted(toy):
     size = one.hidden_size
     for total in (lambda model: count(model)["total"], counted):
         assert total(two) - total(one) == 2 * size * WIDTH + size  # with its norm
+    norm, down, up = (size,), (WIDTH, size), (size, WIDTH)
+    assert weights(one).layers["t"] == (
+        Weight(down, ("mlp", "embed")), Weight(up, ("embed", "mlp")), Weight(norm, ("norm",), float32=True),
+    )  # fmt: skip
     assert forward_flops_per_token(two, 16) - forward_flops_per_token(one, 16) == 4 * size * WIDTH
     config = run_config(two, plan={"tensor": 2})
     units = step_collectives(two, config.plan, Workload(rows=4, tokens=16, itemsize=4))

@@ -18,15 +18,16 @@ from orogen.config.checks import ConfigError
 from orogen.config.model import ModelConfig
 from orogen.config.plan import FOR_GPU, PlanConfig
 from orogen.config.remat import EVERY, NAMES, SELECTIVE
+from orogen.cost.activations import WEIGHTS, activation_bytes, bytes_by_name, kept_by_layer
+from orogen.cost.ledger import Workload
 from orogen.kernels.grouped_matmul import mosaic
 from orogen.layers.documents import documents
 from orogen.model.block import Stack
 from orogen.model.remat import FUSED
 from orogen.parallel.plan import make_plan
 from orogen.precision.fp8 import E4M3
-from orogen.simulate.activations import WEIGHTS, activation_bytes, bytes_by_name, kept_by_layer
-from orogen.simulate.aot import product_flops, unit_of
-from orogen.simulate.ledger import Workload
+from orogen.simulate.jaxprs import product_flops
+from orogen.simulate.units import unit_of
 
 ROWS, TOKENS = 3, 20
 HALF, SINGLE, WHOLE = 2, 4, 4  # bytes of bfloat16, float32 and int32

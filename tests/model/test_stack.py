@@ -15,7 +15,7 @@ from tests.model.small import config, one_device, randomised, relative_error
 from orogen.layers.documents import documents
 from orogen.model.block import Repeat, Stack, letters, places, repeats
 from orogen.moe.layer import MoEStats
-from orogen.simulate.aot import product_flops
+from orogen.simulate.jaxprs import product_flops
 
 NANO = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 SUPER = "MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME"

@@ -98,6 +98,13 @@ HUGE = [
         {},
         {"pattern": "-" * 1024, "hidden_size": 900, "intermediate_size": 900, "mlp_gated": True},
     ),
+    (
+        "ModelConfig.hidden_size",
+        {},
+        {},
+        {"vocab_size": 99_999_999_997, "hidden_size": 99_999_999_999, "intermediate_size": 99_999_999_998},
+    ),
+    ("ModelConfig.head_dim", {}, {}, {"pattern": "*", "num_attention_heads": 8, "head_dim": 99_999_999_999}),
     ("TrainConfig.sample_tokens", {"sample_tokens": 2**20 - 1}, {}, {"pattern": "*", "num_attention_heads": 8}),
 ]
 

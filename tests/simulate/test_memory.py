@@ -6,7 +6,7 @@ import pytest
 from tests.helpers import hybrid, run_config
 
 from orogen.cli import main
-from orogen.simulate.ledger import Workload
+from orogen.cost.ledger import Workload
 from orogen.simulate.memory import describe_memory, memory_lines
 
 D, F, VOCABULARY, HEADS = 48, 72, 96, 24 * 4

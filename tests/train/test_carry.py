@@ -12,11 +12,11 @@ from tests.model.small import config, model_parts, one_device, relative_error
 from orogen.config.checks import ConfigError
 from orogen.config.load import load
 from orogen.config.run import TrainConfig
+from orogen.cost.ledger import Workload
 from orogen.data.packing import NEXT, NEXT_WEIGHT, NOTHING, Batch
 from orogen.layers.documents import documents
 from orogen.model.cache import EMPTY
 from orogen.model.lm import build
-from orogen.simulate.ledger import Workload
 from orogen.simulate.memory import describe_memory
 from orogen.train import carry
 from orogen.train.loop import train

@@ -25,11 +25,11 @@ from orogen.config.model import ModelConfig
 from orogen.config.plan import FOR_GPU, PlanConfig
 from orogen.config.reads import unread
 from orogen.config.run import RunConfig
+from orogen.cost.flops import peak_flops, training_flops_per_token
 from orogen.model.lm import build, initial_state
 from orogen.parallel.plan import Plan, make_plan
 from orogen.parallel.runtime import asks_for_same_bits, configure
 from orogen.precision.policy import working_copy
-from orogen.simulate.flops import peak_flops, training_flops_per_token
 from orogen.train import carry
 from orogen.train.next_token import LOSS, NEXT_TOKENS
 from orogen.train.optimizer import make_optimizer
@@ -58,7 +58,7 @@ OPTIONS = {
 TOKENS = 16384
 # Where memory is short, in whole steps and with more than LONG tokens per microbatch, products are kept and cheap
 # intermediates are recomputed, by letter. R1 then keeps 12 GB, not 21, beside a state of 26 GB and sums of gradients;
-# hybrid_1b at 65,536 tokens keeps 59 GB, not 85, of a device's 80 (orogen simulate's traces).
+# hybrid_1b at 65,536 tokens keeps 59 GB, not 85, of a device's 80 (`cost/activations.py`).
 LONG = 32768
 CHEAP = {
     "M": "M:norm,conv,gated_norm", "-": "-:norm,activation", "E": "E:norm,rows,expert_activation,shared_activation",
@@ -137,7 +137,7 @@ class Prepared(NamedTuple):
 def bench(work: Workload, *, steps: int, deterministic: bool = False, profile: Path | None = None) -> dict[str, Any]:
     """Times of `steps` runs of the workload, with random weights. `profile`: a folder for the trace of one more run.
 
-    MFU follows the convention of `simulate/flops.py`. deterministic: two runs are compared to the bit.
+    MFU follows the convention of `cost/flops.py`. deterministic: two runs are compared to the bit.
     """
     config = work.config()
     prepared = prepare(work, config, deterministic=deterministic)

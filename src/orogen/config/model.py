@@ -27,6 +27,7 @@ NORMS = ("rms", "rms_cast_first", "layer", "layer_1p")
 ACTIVATIONS = ("relu2", "relu", "silu", "gelu", "gelu_tanh")
 ATTENTION_BIASES = ("none", "qkv", "all")
 MAX_LAYERS = 1024  # the deepest trained models have 1,000; the time to fold a pattern grows with the square
+MAX_ROTATED = 2**16  # one frequency per pair is computed on the host wherever a model is built
 MOE_BIASES = ("routed", "shared")
 ROUTER_SCORES = ("sigmoid", "softmax", "softmax_topk")
 ROUTER_BALANCES = ("row", "global")
@@ -293,6 +294,7 @@ class ModelConfig:
         if "+" in letters:
             self._need("+", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_theta")
             require(self.qk_rope_head_dim % 2 == 0, self, "qk_rope_head_dim", "an even number")
+            require(self.qk_rope_head_dim <= MAX_ROTATED, self, "qk_rope_head_dim", f"at most {MAX_ROTATED:,}")
             self._check_yarn()
             require(self.attention_bias != "qkv", self, "attention_bias", "none or all: the pattern has + layers")
             expected = "1.0: the pattern has + layers, which turn the whole of qk_rope_head_dim"
@@ -305,6 +307,7 @@ class ModelConfig:
             require(self.yarn_factor is None, self, "yarn_factor", "None: rope_theta is None")
             return
         factor, head = self.partial_rotary_factor, getattr(self, size)
+        require(head <= MAX_ROTATED, self, size, f"at most {MAX_ROTATED:,} with rotary positions")
         rotated = int(head * factor) if 0 < factor <= 1 else 0
         expected = f"above 0 and up to 1, so that it leaves an even number of {size} = {head}"
         require(rotated > 0 and rotated % 2 == 0, self, "partial_rotary_factor", expected)

@@ -27,9 +27,9 @@ decodes; tests undo the first.
 (y_btd, kept)`, in one device's shapes, communicating only through `plan.gather`, `plan.scatter`, `plan.sum`, …; and
 `start` and `cache_axes` for what it is `given` with the first piece of a sequence (None for a mixer without memory).
 Then give its letter a row in each table that has one per letter: its name in `LAYERS` (`config/model.py`), the mixer
-in `MIXERS` (`model/block.py`), `LAYER_FLOPS`, `LAYER_WEIGHTS` and `LAYER_COLLECTIVES` (`simulate/flops.py`,
-`weights.py`, `collectives.py`); the fields that only it reads in `MODEL_LETTERS` (`config/reads.py`); the names of
-its intermediates in `NAMES` (`config/remat.py`); its tensors' names in `convert/mixers.py` if checkpoints have it. A
-letter without a row is an error wherever it is looked up. Run `orogen verify` on a pattern that has it;
-`tests/model/test_add_a_layer.py` adds one in this way.
+in `MIXERS` (`model/block.py`), `LAYER_FLOPS` and `LAYER_COLLECTIVES` (`cost/flops.py`, `cost/collectives.py`); the
+fields that only it reads in `MODEL_LETTERS` (`config/reads.py`); the names of its intermediates in `NAMES`
+(`config/remat.py`); its tensors' names in `convert/mixers.py` if checkpoints have it. Its parameters are counted, laid
+out and priced as `__init__` makes them. A letter without a row is an error wherever it is looked up. Run `orogen
+verify` on a pattern that has it; `tests/model/test_add_a_layer.py` adds one in this way.
 """

@@ -48,8 +48,8 @@ def plan(options: argparse.Namespace) -> int:
 def _collectives(options: argparse.Namespace, config: RunConfig) -> tuple[dict[str, Any], list[str]]:
     """What the plan's devices send by formula and, with --compile, in XLA's programs for simulated devices; and, with
     --memory, what they hold."""
-    from orogen.simulate.communication import collective_lines, describe_collectives
-    from orogen.simulate.ledger import Workload
+    from orogen.cost.communication import collective_lines, describe_collectives
+    from orogen.cost.ledger import Workload
 
     sizes, train, model = config.plan, config.train, config.model
     rows, tokens = train.batch_size // (sizes.data * sizes.microbatches), train.sequence_length // sizes.context

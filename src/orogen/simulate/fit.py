@@ -1,26 +1,25 @@
-"""Whether a task can fit into the memory that exists: analytic lower bounds, before anything is built.
+"""Whether a task can fit into the memory that exists: analytic lower bounds, before anything is allocated.
 
 Only arrays that are certainly held at once are counted, so nothing that fits is refused; what is accepted may still not
 fit.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from orogen.config.checks import ConfigError, field_types
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.run import RunConfig, TrainConfig
-from orogen.simulate.weights import Weight, end_weights, layer_weights, mtp_weights
+from orogen.cost.weights import Weight, changed, weights
 
 FLOAT32 = 4
 # Tokens, segments and positions are int32, weights float32.
 BATCH = 4 * 4
 # Scoring batches rows up to this many tokens.
 SCORED_AT_ONCE = 8192
+PREFIX = "ModelConfig."
 
 
 class Memory(NamedTuple):
@@ -31,11 +30,22 @@ class Memory(NamedTuple):
 
 
 class Need(NamedTuple):
-    """The least bytes needed, what they are for, and the settings that they grow with."""
+    """The least bytes needed, what they are for, and the settings that they grow with; for parameters also their model,
+    with whose pattern and fields they grow."""
 
     what: str
     size: int
     settings: dict[str, int]
+    model: ModelConfig | None = None
+
+    @property
+    def cause(self) -> tuple[str, int]:
+        """The largest setting that it grows with, and its value. A model is traced anew for each field that is looked
+        at, so this is for what is refused."""
+        model = self.model
+        settings = self.settings if model is None else {**_sizes(model), **self.settings}
+        largest_first = sorted(settings.items(), key=lambda item: -item[1])
+        return next(s for s in largest_first if model is None or s[0] in self.settings or _dominates(s[0], model))
 
     def times(self, factor: int) -> "Need":
         """The same on `factor` devices."""
@@ -66,7 +76,7 @@ def require_verification_fits(config: RunConfig, train: TrainConfig, *, host: in
     if config.train is None:  # its rows follow from the plan
         batch = batch._replace(settings=axes)
     whole = _parameters("parameters and their gradient", config.model, 2 * FLOAT32 * count(config.model))
-    copies = Need("the devices' gradients", FLOAT32 * _stored(config.model, plan), {**whole.settings, **axes})
+    copies = Need("the devices' gradients", FLOAT32 * _stored(config.model, plan), axes, config.model)
     _require("verification", [batch, whole], [copies], plan.devices, Memory(host, None))
 
 
@@ -102,29 +112,31 @@ def count(model: ModelConfig) -> int:
     return sum(repeated * math.prod(weight.shape) for weight, repeated in _weights(model))
 
 
-def _weights(model: Any) -> list[tuple[Weight, int]]:
+def _weights(model: ModelConfig) -> list[tuple[Weight, int]]:
     """Each parameter, and how many layers have it."""
-    pattern = model.layers
-    found = [(weight, 1) for weight in (*end_weights(model), *(mtp_weights(model) if pattern.mtp else ()))]
-    for letter in dict.fromkeys(pattern.main + pattern.mtp):
-        repeated = pattern.main.count(letter) + pattern.mtp.count(letter)
-        found += [(weight, repeated) for weight in layer_weights(letter, model)]
-    return found
+    pattern, found = model.layers, weights(model)
+    once = [*(weight for part in found.parts.values() for weight in part), *found.mtp]
+    repeated = {letter: (pattern.main + pattern.mtp).count(letter) for letter in found.layers}
+    layers = [(weight, repeated[letter]) for letter, each in found.layers.items() for weight in each]
+    return [(weight, 1) for weight in once] + layers
 
 
 def _parameters(what: str, model: ModelConfig, size: int) -> Need:
-    """`size` bytes for `what`, and the fields whose doubling gives at least 1.5 times the parameters."""
-    values = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+    return Need(what, size, {}, model)
+
+
+def _sizes(model: ModelConfig) -> dict[str, int]:
+    """The length of the pattern, and every size that the model has."""
     pattern = model.layers
-    total, settings = count(model), {"ModelConfig.pattern": len(pattern.main + pattern.mtp)}
-    for field, kind in field_types(ModelConfig).items():
-        if kind is int and values[field]:
-            doubled: Any = SimpleNamespace(**{**values, field: 2 * values[field]}, layers=pattern)
-            doubled.expert_width = doubled.moe_latent_size or doubled.hidden_size
-            doubled.routed_expert_bias, doubled.shared_expert_bias = model.routed_expert_bias, model.shared_expert_bias
-            if count(doubled) >= 1.5 * total:
-                settings[f"ModelConfig.{field}"] = values[field]
-    return Need(what, size, settings)
+    fields = {name: getattr(model, name) for name, kind in field_types(ModelConfig).items() if kind is int}
+    sizes = {f"{PREFIX}{name}": value for name, value in fields.items() if value}
+    return {f"{PREFIX}pattern": len(pattern.main + pattern.mtp), **sizes}
+
+
+def _dominates(name: str, model: ModelConfig) -> bool:
+    """Whether doubling the setting gives at least 1.5 times the parameters; the pattern counts always."""
+    field = name.removeprefix(PREFIX)
+    return field == "pattern" or count(changed(model, **{field: 2 * getattr(model, field)})) >= 1.5 * count(model)
 
 
 def _batch(train: TrainConfig) -> Need:
@@ -205,7 +217,7 @@ def _require(task: str, host: Sequence[Need], device: Sequence[Need], devices: i
         if available is None or total <= available:
             continue
         largest = max(needs, key=lambda need: need.size)
-        name, value = max(largest.settings.items(), key=lambda item: item[1])
+        name, value = largest.cause
         raise ConfigError(
             f"{name} is {value}{' layers' * (name == 'ModelConfig.pattern')}; expected less: {task} needs at least "
             f"{total:,} bytes of memory, {largest.size:,} of them for {largest.what}, and {where} has {available:,}"

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from orogen.simulate.ledger import sent_bytes
+from orogen.cost.ledger import sent_bytes
 
 
 class Traffic(NamedTuple):

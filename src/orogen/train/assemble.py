@@ -4,12 +4,12 @@ from typing import NamedTuple
 
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
+from orogen.cost.flops import head_flops_per_token, layer_flops_per_token
 from orogen.model.layout import Layout, Whole
 from orogen.model.lm import Built, build
 from orogen.model.stages import Stages
 from orogen.parallel.plan import Plan, make_plan
 from orogen.parallel.schedule import segments
-from orogen.simulate.flops import head_flops_per_token, layer_flops_per_token
 
 # Row length for which stages are balanced where no batch gives it.
 TYPICAL_LENGTH = 4096

@@ -16,6 +16,7 @@ from flax import nnx
 
 from orogen.config.checks import ConfigError, require
 from orogen.config.run import RunConfig
+from orogen.cost.flops import peak_flops, training_flops
 from orogen.data.loader import Corpus
 from orogen.data.packing import Batch, document_lengths
 from orogen.data.tokenizer import Tokenizer, check_rows, check_vocab_size
@@ -23,7 +24,6 @@ from orogen.model.count import count
 from orogen.model.layout import Whole, relaid
 from orogen.model.lm import Built, build
 from orogen.parallel.plan import Plan
-from orogen.simulate.flops import peak_flops, training_flops
 from orogen.train import carry
 from orogen.train.assemble import assemble
 from orogen.train.checkpoint import Checkpoints, with_shardings

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 
-from orogen.simulate.ledger import CONTEXT, FLOAT32, INT32, Ledger
+from orogen.cost.ledger import CONTEXT, FLOAT32, INT32, Ledger
 
 
 def block(ledger: Ledger, part: str = "sequence", *, needed: bool = False, name: str = "") -> None:

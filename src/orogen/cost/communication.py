@@ -6,9 +6,8 @@ from typing import Any
 
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
-from orogen.parallel.schedule import plan_schedule
-from orogen.simulate.collectives import LAYER_COLLECTIVES, embedded, ends, load
-from orogen.simulate.ledger import (
+from orogen.cost.collectives import LAYER_COLLECTIVES, embedded, ends, load
+from orogen.cost.ledger import (
     COUNTING,
     ENDS,
     FLOAT32,
@@ -19,31 +18,42 @@ from orogen.simulate.ledger import (
     Ledger,
     Workload,
 )
-from orogen.simulate.weights import end_weights, layer_weights, mtp_weights
+from orogen.cost.weights import weights
+from orogen.parallel.schedule import plan_schedule
 
 
 def unit_collectives(unit: str, model: ModelConfig, plan: PlanConfig, work: Workload) -> list[Collective]:
     """The collectives of one layer of a letter, or of the model's ENDS, MTP or LOAD."""
-    ledger, weights = Ledger(unit, plan, model, work), []
+    ledger, own = Ledger(unit, plan, model, work), ()
     if unit == LOAD:
         load(ledger)
     elif unit == PIPELINE:
         held = ledger.own_tokens * model.hidden_size * work.itemsize
         ledger.add("stream", "forward", "collective-permute", ("stage",), held, 2 * plan_schedule(plan, model).ticks)
     elif unit == MTP:
-        weights = mtp_weights(model)
+        own = weights(model).mtp
     elif unit == ENDS:
-        ends(ledger)
-        weights = end_weights(model, plan.vocab_rows(model.vocab_size))
-        again = weights * model.mtp_depths + weights[:1] * (1 + model.mtp_depths) * model.tie_word_embeddings
-        for weight in again:  # a tied matrix is embedding and head
-            ledger.gathered(weight)
+        return _ends(ledger)
     else:
         LAYER_COLLECTIVES[unit](ledger)
-        weights = layer_weights(unit, model)
-    for weight in weights:
+        own = weights(model).layers[unit]
+    for weight in own:
         ledger.gathered(weight)
-    ledger.summed(weights[:-1] if unit == ENDS and ledger.paired else weights)
+    ledger.summed(own)
+    return ledger.records
+
+
+def _ends(ledger: Ledger) -> list[Collective]:
+    """The collectives of embedding, final norm, head and loss, at every depth of prediction."""
+    ends(ledger)
+    parts = weights(ledger.model, ledger.plan.vocab_rows(ledger.model.vocab_size)).parts
+    each = [weight for part in parts.values() for weight in part]
+    if ledger.model.tie_word_embeddings:  # the matrix is embedding and head
+        each += [weight for weight in parts["embedding"] if "vocab" in weight.axes]
+    for weight in each * (1 + ledger.model.mtp_depths):
+        ledger.gathered(weight)
+    # A stage holds the one or the other of a pair.
+    ledger.summed([w for name, part in parts.items() if not (name == "head" and ledger.paired) for w in part])
     return ledger.records
 
 
@@ -92,10 +102,9 @@ def _counting(
         return records + [_times(r, share if unit == PIPELINE else 1) for unit, r in forward]
     records += [r for unit, r in forward if unit != ENDS and r.part != "router statistics"]
     ends = Ledger(ENDS, plan, model, work)
-    matrix, *others = end_weights(model, plan.vocab_rows(model.vocab_size))
     for depth in range(1 + model.mtp_depths):
         embedded(ends, depth)
-        for weight in [matrix, *(w for w in others if "positions" in w.axes)]:
+        for weight in weights(model, plan.vocab_rows(model.vocab_size)).parts["embedding"]:
             ends.gathered(weight)
     return records + [_times(r, turns) for r in ends.records if r.phase == "forward"]
 

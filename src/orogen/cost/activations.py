@@ -12,12 +12,12 @@ from flax import nnx
 from jax.extend import core
 
 from orogen.config.model import ModelConfig
+from orogen.cost.ledger import Workload
 from orogen.layers.documents import Documents
 from orogen.model.block import Stack
 from orogen.moe.layer import MoEStats
 from orogen.parallel.plan import Plan
 from orogen.precision.policy import DTYPES, working_copy
-from orogen.simulate.ledger import Workload
 
 # Names for arrays without one: computed from activations, from documents alone, or from weights alone.
 UNNAMED, DOCUMENTS, WEIGHTS = "unnamed", "documents", "weights"

@@ -6,7 +6,7 @@ import pytest
 
 from orogen.config.load import load
 from orogen.config.model import ModelConfig
-from orogen.simulate.flops import forward_flops_per_token, peak_flops, training_flops_per_token
+from orogen.cost.flops import forward_flops_per_token, peak_flops, training_flops_per_token
 
 MODELS = Path(__file__).parents[2] / "gin_configs" / "models"
 D, V, T = 5, 11, 12

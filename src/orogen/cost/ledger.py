@@ -3,7 +3,7 @@
 Convention: bytes are what one device sends. Over n ranks an all-gather of a piece s sends (n - 1) s; a reduce-scatter
 of S sends (n - 1) S / n, an all-reduce twice that (a ring of both), an all-to-all (n - 1) S / n, and a shift s. A
 ragged all-to-all counts all rows that could leave and find room, spread evenly over the ranks. Activations and the
-parameters of FSDP travel in the compute dtype, sums of gradients in float32. No jax here.
+parameters of FSDP travel in the compute dtype, sums of gradients in float32.
 
 Phases: forward, backward and, with remat, the part of the forward pass that the backward pass repeats (recompute)
 happen once per microbatch and application of the layer; update happens once per step.
@@ -16,8 +16,8 @@ from typing import NamedTuple
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.remat import Remat
+from orogen.cost.weights import Weight
 from orogen.parallel.fold import expert_shards
-from orogen.simulate.weights import Weight
 
 # Units beside the letters of the pattern: embedding, final norm, head and loss, at every depth of prediction; the
 # projection and norms of the multi-token-prediction block; and each expert's load, counted for the whole batch.
@@ -255,6 +255,3 @@ SPLIT = {
     **{axis: (axis,) for axis in ("kv_heads", "groups", "expert")},
     "expert_mlp": ("expert_tensor",),
 }
-
-
-# Activations
