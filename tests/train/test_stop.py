@@ -57,8 +57,14 @@ def test_a_signal_inside_a_finalizer_is_not_lost(number, capfd):
         _Finalizer(number)
         time.sleep(10)
     assert stop.asked and caught.value.status == stop.status
+
+    def work() -> str:
+        _Finalizer(number)
+        time.sleep(10)
+        return "done"
+
     with Stop() as stop:
-        assert stop.unless_asked(lambda: (_Finalizer(number), time.sleep(10))) is None
+        assert stop.unless_asked(work) is None
     assert capfd.readouterr().err == ""
 
 
