@@ -15,6 +15,7 @@ from orogen.config.model import ModelConfig
 from orogen.data.packing import Batch
 from orogen.model.lm import LanguageModel
 from orogen.parallel.plan import Plan
+from orogen.parallel.varying import vary_like
 from orogen.precision.policy import working_copy
 from orogen.train.loss import Assigned, Counts, Sums, assignments, loss_share
 from orogen.train.task import Objective
@@ -95,13 +96,18 @@ def _of_each(sums: Sums) -> dict[str, Any]:
 
 def _accumulated(gradient: Callable, varied: Any, inputs: Any) -> tuple[Any, dict[str, Any]]:
     """Sums of loss, Sums and gradients over microbatches, and what is kept of each."""
-    nothing = {"choices": (), "carried": None}
+    gradient = jax.jit(gradient)  # so that the shapes of its results take no second trace
+
+    def split(result):
+        (loss, sums), grads = result
+        return (loss, sums._replace(choices=(), carried=None), grads), _of_each(sums)
 
     def body(total, part):
-        (loss, sums), grads = gradient(varied, *part)
-        return jax.tree.map(jnp.add, total, (loss, sums._replace(**nothing), grads)), _of_each(sums)
+        added, of_each = split(gradient(varied, *part))
+        return jax.tree.map(jnp.add, total, added), of_each
 
-    first, rest = (jax.tree.map(lambda x, i=i: x[i], inputs) for i in (0, slice(1, None)))
-    (loss, sums), grads = gradient(varied, *first)
-    total, of_each = lax.scan(body, (loss, sums._replace(**nothing), grads), rest)
-    return total, jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), _of_each(sums), of_each)
+    first = jax.tree.map(lambda x: x[0], inputs)
+    made, _ = split(jax.eval_shape(gradient, varied, *first))
+    # The loop begins with zeros, not with the first microbatch's sums: the model is compiled once.
+    zeros = jax.tree.map(lambda x: vary_like(jnp.zeros(x.shape, x.dtype), x), made)
+    return lax.scan(body, zeros, inputs)
