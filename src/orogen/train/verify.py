@@ -2,6 +2,7 @@
 training steps; or held-out losses."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -44,6 +45,7 @@ def verify(
     dtype: str = "float32",
     objective: Objective = NEXT_TOKENS,
     batches: Batches = packed_batches,
+    optimizers: Sequence[str] = OPTIMIZERS,
 ) -> Verdict:
     """`config.plan`, computing in `dtype`, against one device in float32, from equal states and packed batches.
 
@@ -51,7 +53,8 @@ def verify(
     nothing; `Verdict.shared` names implementations that the plan has too. what: `gradients` compares one loss, every
     gradient, and one update by each optimizer from equal gradients; `step` several training steps, one of them not
     finite; `evaluation` held-out losses. objective, batches: of another task, whose batches are packed ones with extras
-    or weights of its own. Needs as many devices as the plan. Raises ConfigError.
+    or weights of its own. optimizers: whose updates `gradients` compares. Needs as many devices as the plan. Raises
+    ConfigError.
     """
     config.plan.require_half_precision(dtype)
     train = config.train
@@ -62,11 +65,13 @@ def verify(
         config.optimizer or OptimizerConfig(learning_rate=1e-3), schedule="constant", warmup_steps=0
     )
     config = dataclasses.replace(config, train=dataclasses.replace(train, compute_dtype=dtype), optimizer=optimizer)
+    if what == "gradients":
+        return verify_gradients(config, objective, batches, optimizers)
     return CHECKS[what](config, objective, batches)
 
 
-def verify_gradients(config: RunConfig, objective: Objective, batches: Batches) -> Verdict:
-    """One loss and gradient, and one update by each optimizer.
+def verify_gradients(config: RunConfig, objective: Objective, batches: Batches, optimizers: Sequence[str]) -> Verdict:
+    """One loss and gradient, and one update by each of `optimizers`.
 
     The plan replays the experts that the one-device run chose and what it dropped, since rounding flips ties.
     """
@@ -79,7 +84,7 @@ def verify_gradients(config: RunConfig, objective: Objective, batches: Batches) 
     flipped, margin = flips(folded.sums.choices)
     # Both from the one device's gradients, but each with the loads that its own run counted.
     updated = [
-        [_updated(side, name, start, alone.grads, step.sums.load) for name in OPTIMIZERS]
+        [_updated(side, name, start, alone.grads, step.sums.load) for name in optimizers]
         for side, step in ((one, alone), (other, folded))
     ]
     return Verdict(
@@ -102,7 +107,7 @@ def verify_gradients(config: RunConfig, objective: Objective, batches: Batches) 
     )
 
 
-CHECKS = {"gradients": verify_gradients, "step": verify_steps, "evaluation": verify_evaluation}
+CHECKS = {"step": verify_steps, "evaluation": verify_evaluation}
 
 
 class _Step(NamedTuple):
