@@ -12,8 +12,11 @@ import pytest
 from flax import nnx
 from tests.moe.meshes import Inputs, assert_equal, config, inputs, layer_result, reference_result, weights
 
+from orogen.config import plan as plan_config
 from orogen.config.plan import PlanConfig
+from orogen.cost.collectives import DISPATCH_COLLECTIVES
 from orogen.layers.documents import Documents
+from orogen.moe import dispatch as dispatches
 from orogen.moe.dispatch import drop_margin, expert_capacity, rows_of_rank, within_capacity
 from orogen.moe.layer import MoE, Replay
 from orogen.moe.reference import Options, Weights, choose, largest, mixture
@@ -381,3 +384,29 @@ def test_buffers_with_room_lose_nothing(mesh):
         found = layer_result(model, PlanConfig(**MESHES[mesh], dispatch="ragged", buffer_factor=factor), given, data)
         assert found.overflow == 0
         assert_equal(found, expected)
+
+
+class Backwards:
+    """As `AllGather`, with each token's choices in the opposite order."""
+
+    @staticmethod
+    def dispatch(x_nd, idx_nk, keep_nk, n_experts, capacity, plan):
+        return dispatches.AllGather.dispatch(x_nd, idx_nk[:, ::-1], keep_nk[:, ::-1], n_experts, capacity, plan)
+
+    @staticmethod
+    def combine(rows, w_nk, ticket, plan):
+        return dispatches.AllGather.combine(rows, w_nk[:, ::-1], ticket, plan)
+
+
+def test_a_new_dispatch_is_added_as_the_docs_say(monkeypatch):
+    monkeypatch.setitem(dispatches.DISPATCHES, "backwards", Backwards)
+    monkeypatch.setattr(plan_config, "DISPATCHES", [*plan_config.DISPATCHES, "backwards"])
+    monkeypatch.setitem(DISPATCH_COLLECTIVES, "backwards", DISPATCH_COLLECTIVES["allgather"])
+    model, plan = config(moe_intermediate_size=12), PlanConfig(**MESHES["4both"], dispatch="backwards")
+    given, data = weights(model, 0), inputs(model, 1, rows=ROWS, length=LENGTH)
+    expected = reference_result(model, given, data, sources=(2, 2), capacity=None)
+    assert_equal(layer_result(model, plan, given, data), expected)
+
+
+def test_every_table_has_each_dispatch_and_no_other():
+    assert set(plan_config.DISPATCHES) == set(dispatches.DISPATCHES) == set(DISPATCH_COLLECTIVES) == set(DISPATCHES)

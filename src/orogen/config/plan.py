@@ -18,6 +18,8 @@ FOR_GPU = {
     "quantize": "triton",
 }
 IN_HALF_PRECISION = ("attention", "grouped_matmul")
+# How tokens reach their experts, by name: what `moe.dispatch` does and what `cost.collectives` counts.
+DISPATCHES = ["allgather", "alltoall", "ragged"]
 # The plainest implementation of each operation, with which `verify` compares a plan.
 PLAINEST = {
     "attention": "full",
@@ -143,7 +145,7 @@ class PlanConfig:
         require(not waits, self, "shift", "alltoall where stage and context are above 1: stages do not shift together")
         require_choice(self, "fsdp", ("none", "optimizer", "gradients", "parameters"))
         require(self.fsdp_size is None or self.fsdp != "none", self, "fsdp_size", "None where fsdp is none")
-        require_choice(self, "dispatch", ("allgather", "alltoall", "ragged"))
+        require_choice(self, "dispatch", DISPATCHES)
         ragged = self.buffer_factor is None or self.dispatch == "ragged"
         require(ragged, self, "buffer_factor", "None where dispatch is not ragged")
         require_choice(self, "drop_policy", ("position", "probs"))

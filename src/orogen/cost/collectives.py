@@ -97,7 +97,7 @@ def _mamba1(ledger: Ledger) -> None:
 
 def _experts(ledger: Ledger) -> None:
     plan, model = ledger.plan, ledger.model
-    {"allgather": _gathered_tokens, "alltoall": _exchanged_rows, "ragged": _ragged_rows}[plan.dispatch](ledger)
+    DISPATCH_COLLECTIVES[plan.dispatch](ledger)
     if model.moe_shared_expert_intermediate_size:
         block(ledger, "shared expert", needed=model.moe_shared_expert_gate, name="shared_out")
     experts, rows = model.n_routed_experts, ledger.work.rows
@@ -200,6 +200,12 @@ def load(ledger: Ledger) -> None:
         ledger.add("dropped", "forward", "all-reduce", everywhere, FLOAT32, 1 + (ledger.plan.dispatch == "ragged"))
 
 
+# By name of `PlanConfig.dispatch`: what a layer's tokens on their way to the experts and back add to its ledger.
+DISPATCH_COLLECTIVES: dict[str, Callable[[Ledger], None]] = {
+    "allgather": _gathered_tokens,
+    "alltoall": _exchanged_rows,
+    "ragged": _ragged_rows,
+}
 # By letter: what enters the ledger of one layer beside its weights.
 LAYER_COLLECTIVES: dict[str, Callable[[Ledger], None]] = {
     "M": _mamba2,
