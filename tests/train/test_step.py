@@ -247,8 +247,8 @@ def test_routers_without_correction_bias_train_count_loads_and_are_restored(tmp_
 
 
 def reductions(fsdp: str, microbatches: int) -> tuple[list[int], list[int], int]:
-    """Sizes of what each reduce-scatter gives and of what each all-reduce sums, and bytes of temporary memory, of the
-    compiled gradients of one MLP between an embedding and a head, over four data ranks."""
+    """Sizes of what each reduce-scatter gives and of what each all-reduce sums, as often as it runs, and bytes of
+    temporary memory, of the compiled gradients of one MLP between an embedding and a head, over four data ranks."""
     plan = {"data": 4, "tensor": 2, "fsdp": fsdp, "microbatches": microbatches}
     config = run_config(hybrid(**MATRICES), plan=plan, batch_size=4 * microbatches)
     layout, built = make_plan(config.plan, config.model), build(config.model)
@@ -260,9 +260,13 @@ def reductions(fsdp: str, microbatches: int) -> tuple[list[int], list[int], int]
         .lower(built.params, built.buffers, batch)
         .compile()
     )
-    found = {name: [] for name in ("reduce-scatter", "all-reduce")}
-    for results, name in re.findall(r"= (.*?) (reduce-scatter|all-reduce)\(", compiled.as_text()):
-        found[name] += [math.prod(map(int, shape.split(","))) for shape in re.findall(r"\w\[([\d,]+)\]", results)]
+    # The model has no repeated layer, so the only loops with such operations are those over microbatches.
+    found, text = {name: [] for name in ("reduce-scatter", "all-reduce")}, compiled.as_text()
+    for computation in filter(None, text.split("\n\n")):
+        times = microbatches if f"body={computation.split(maxsplit=1)[0]}" in text else 1
+        for results, name in re.findall(r"= (.*?) (reduce-scatter|all-reduce)\(", computation):
+            shapes = re.findall(r"\w\[([\d,]+)\]", results)
+            found[name] += times * [math.prod(map(int, shape.split(","))) for shape in shapes]
     return found["reduce-scatter"], found["all-reduce"], compiled.memory_analysis().temp_size_in_bytes
 
 
