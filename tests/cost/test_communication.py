@@ -79,6 +79,9 @@ def inside(records: list[Collective]) -> list[Collective]:
     return [record for record in records if record.part != "masters"]
 
 
+# The program that XLA makes of a unit takes longer than its trace: it is made for plans that together have every axis,
+# dispatch and way to shard.
+COMPILED = {"data-tensor", "capacity", "zero-2", "shared", "shared-alltoall", "state"}
 CASES = [(name, EVERY) for name in PLANS] + [(name, FULLER) for name in ("data-tensor", "copies")]
 
 
@@ -90,6 +93,8 @@ def test_each_unit_sends_what_the_table_says(name, model):
         records = unit_collectives(unit, model, config, WORK)
         built = unit_of(unit, model, plan, WORK)
         same(traced(built, plan), table_of(inside(records), config, model))
+        if name not in COMPILED:
+            continue
         check = at_most if unit == ENDS and config.context > 1 else same
         check(compiled(built, plan), table_of(records, config, model))
 

@@ -55,6 +55,7 @@ def test_every_layer_has_an_address_under_every_layout(state, patterns):
     """Parameters and buffers of each, against the place that the fold of the pattern gives it."""
     whole, stages = Whole(MODEL.layers.main, MODEL.layers.mtp), Stages(patterns, "*E", len(patterns) // 2)
     numbers = dict.fromkeys("ME*-", 0)
+    split = [stages.split(tree) for tree in state]
     stacks = [by_letter(state[0]["backbone"], repeats(MODEL.layers.main))]
     stacks.append(by_letter(state[0]["mtp"]["layers"], repeats(MODEL.layers.mtp)))
     for number, letter in enumerate(MODEL.layers.main + MODEL.layers.mtp):
@@ -62,8 +63,8 @@ def test_every_layer_has_an_address_under_every_layout(state, patterns):
             numbers = dict.fromkeys(numbers, 0)
         rows, row = stacks[number >= len(MODEL.layers.main)][letter], numbers[letter]
         numbers[letter] += 1
-        for tree in state:
-            found, other = whole.layer(tree, number), stages.layer(stages.split(tree), number)
+        for tree, apart in zip(state, split, strict=True):
+            found, other = whole.layer(tree, number), stages.layer(apart, number)
             assert jax.tree.structure(found) == jax.tree.structure(other)
             for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(other), strict=True):
                 np.testing.assert_array_equal(a, b)

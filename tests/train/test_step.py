@@ -173,12 +173,10 @@ def test_a_step_that_overflows_a_buffer_changes_nothing_and_is_counted():
             np.testing.assert_array_equal(a, b)
 
 
-def test_bfloat16_computes_with_float32_masters():
-    config = run_config(compute_dtype="bfloat16")
-    run = Run(config)
-    reference = Run(run_config())
+def test_bfloat16_computes_with_float32_masters(fresh):
+    run = Run(run_config(compute_dtype="bfloat16"))
     state, metrics = run.step(copy(run.state), run.batch)
-    _, exact = reference.step(copy(reference.state), reference.batch)
+    _, exact = fresh.step(copy(fresh.state), fresh.batch)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
     # Eight bits of mantissa through nine layers, averaged over some eighty tokens.
     assert float(metrics.loss) == pytest.approx(float(exact.loss), rel=2e-2)
@@ -186,7 +184,8 @@ def test_bfloat16_computes_with_float32_masters():
 
 
 def test_the_state_keeps_its_layout_so_that_nothing_recompiles():
-    run = Run(run_config(plan={"data": 2, "tensor": 2, "expert": 4, "fsdp": "optimizer"}))
+    plan = {"data": 2, "tensor": 2, "expert": 4, "fsdp": "optimizer"}
+    run = Run(run_config(hybrid(pattern="ME*/-", mtp_depths=1), plan=plan))
     layout = [leaf.sharding for leaf in jax.tree.leaves(run.state)]
     state, _ = run.step(run.state, run.batch)
     for leaf, sharding in zip(jax.tree.leaves(state), layout, strict=True):
@@ -195,10 +194,9 @@ def test_the_state_keeps_its_layout_so_that_nothing_recompiles():
     assert run.step._cache_size() == 1
 
 
-def test_initial_parameters_do_not_depend_on_the_mesh():
-    alone = Run(run_config())
+def test_initial_parameters_do_not_depend_on_the_mesh(fresh):
     folded = Run(run_config(plan={"data": 2, "tensor": 4, "expert": 2, "fsdp": "parameters"}))
-    for a, b in zip(jax.tree.leaves(alone.state.params), jax.tree.leaves(folded.state.params), strict=True):
+    for a, b in zip(jax.tree.leaves(fresh.state.params), jax.tree.leaves(folded.state.params), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
