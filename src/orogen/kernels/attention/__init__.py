@@ -8,10 +8,11 @@ from jax import numpy as jnp
 
 from orogen.kernels.attention.blocked import attention_blocked
 from orogen.kernels.attention.cudnn import attention_cudnn
-from orogen.kernels.attention.reference import attention_full
+from orogen.kernels.attention.operands import Operands
+from orogen.kernels.attention.reference import attention_reference
 from orogen.parallel.varying import vary_like
 
-IMPLEMENTATIONS = {"full": attention_full, "blocked": attention_blocked, "cudnn": attention_cudnn}
+IMPLEMENTATIONS = {"full": attention_reference, "blocked": attention_blocked, "cudnn": attention_cudnn}
 
 
 def attention(
@@ -49,26 +50,25 @@ def attention(
         raise ValueError(f"implementation={implementation!r}: expected one of {sorted(IMPLEMENTATIONS)}")
     if implementation == "cudnn" and (q_index is not None or k_index is not None or kv_segments_bs is not None):
         raise ValueError("implementation='cudnn' with indices or segments of keys: expected whole rows, or 'blocked'")
+    if window is not None and window < 1:
+        raise ValueError(f"window={window}: expected 1 or more")
     whole_rows = kv_segments_bs is None and q_index is None and k_index is None
     if kv_segments_bs is None:
         kv_segments_bs = segments_bt
-    if window is not None and window < 1:
-        raise ValueError(f"window={window}: expected 1 or more")
-    _check_shapes(q_bthk, k_bsgk, v_bsgk, segments_bt, kv_segments_bs, q_index, k_index, sinks_h)
-    (batch, queries), keys = q_bthk.shape[:2], k_bsgk.shape[1]
-    if whole_rows and segments_bt is not None:
-        segments_bt = kv_segments_bs = _runs(segments_bt)
-    if segments_bt is None:
-        segments_bt = jnp.zeros((batch, queries), jnp.int32)
-    if kv_segments_bs is None:
-        kv_segments_bs = jnp.zeros((batch, keys), jnp.int32)
-    if q_index is None:
-        q_index = jnp.arange(queries)
-    if k_index is None:
-        k_index = jnp.arange(keys)
-    operands = (q_bthk, k_bsgk, v_bsgk, segments_bt, kv_segments_bs, q_index, k_index, sinks_h)
+    if (segments_bt is None) != (kv_segments_bs is None):
+        raise ValueError("kv_segments_bs without segments_bt: expected both or neither")
+    if segments_bt is None or kv_segments_bs is None:
+        segments_bt, kv_segments_bs = (jnp.zeros(a.shape[:2], jnp.int32) for a in (q_bthk, k_bsgk))
+        whole_rows = False  # and nothing to number
+    q_index = jnp.arange(q_bthk.shape[1]) if q_index is None else q_index
+    k_index = jnp.arange(k_bsgk.shape[1]) if k_index is None else k_index
+    operands = Operands(q_bthk, k_bsgk, v_bsgk, segments_bt, kv_segments_bs, q_index, k_index, sinks_h)
+    _check_shapes(operands)
+    if whole_rows:
+        run_bt = _runs(segments_bt)
+        operands = operands._replace(segments_bt=run_bt, kv_segments_bs=run_bt)
     # One type for all inside shard_map: gradients of shared keys are then summed over the ranks once, not once a block.
-    return IMPLEMENTATIONS[implementation](*vary_like(operands, operands), scale=scale, window=window)
+    return IMPLEMENTATIONS[implementation](vary_like(operands, operands), scale=scale, window=window)
 
 
 def _runs(segments_bt: Array) -> Array:
@@ -77,26 +77,23 @@ def _runs(segments_bt: Array) -> Array:
     return jnp.cumsum(jnp.pad(changes_bt, ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
 
 
-def _check_shapes(q_bthk, k_bsgk, v_bsgk, segments_bt, kv_segments_bs, q_index, k_index, sinks_h) -> None:
+def _check_shapes(o: Operands) -> None:
     """Raises ValueError that names the first operand whose shape does not fit q and k."""
-    if q_bthk.ndim != 4 or k_bsgk.ndim != 4:
-        raise ValueError(f"q {q_bthk.shape}, k {k_bsgk.shape}: expected (b, t, h, k) and (b, s, g, k)")
-    (batch, queries, heads, size), (_, keys, groups, _) = q_bthk.shape, k_bsgk.shape
+    if o.q_bthk.ndim != 4 or o.k_bsgk.ndim != 4:
+        raise ValueError(f"q {o.q_bthk.shape}, k {o.k_bsgk.shape}: expected (b, t, h, k) and (b, s, g, k)")
+    (batch, queries, heads, size), (_, keys, groups, _) = o.q_bthk.shape, o.k_bsgk.shape
     if heads % groups:
         raise ValueError(f"{heads} query heads over {groups} key heads: expected a multiple")
-    if (segments_bt is None) != (kv_segments_bs is None):
-        raise ValueError("kv_segments_bs without segments_bt: expected both or neither")
     expected = {
-        "k": (k_bsgk, (batch, keys, groups, size)),
-        "v": (v_bsgk, (batch, keys, groups, v_bsgk.shape[-1])),
-        "segments": (segments_bt, (batch, queries)),
-        "kv_segments": (kv_segments_bs, (batch, keys)),
-        "sinks": (sinks_h, (heads,)),
+        "k": (o.k_bsgk, [(batch, keys, groups, size)]),
+        "v": (o.v_bsgk, [(batch, keys, groups, o.v_bsgk.shape[-1])]),
+        "segments": (o.segments_bt, [(batch, queries)]),
+        "kv_segments": (o.kv_segments_bs, [(batch, keys)]),
+        "sinks": (o.sinks_h, [(heads,)]),
+        "q_index": (o.q_index, [(queries,), (batch, queries)]),
+        "k_index": (o.k_index, [(keys,), (batch, keys)]),
     }
-    for name, (operand, shape) in expected.items():
-        if operand is not None and operand.shape != shape:
-            raise ValueError(f"{name} has shape {operand.shape}: expected {shape} beside q {q_bthk.shape}")
-    for name, index, tokens in (("q_index", q_index, queries), ("k_index", k_index, keys)):
-        if index is not None and index.shape not in ((tokens,), (batch, tokens)):
-            expected_shapes = f"{(tokens,)} or {(batch, tokens)}"
-            raise ValueError(f"{name} has shape {index.shape}: expected {expected_shapes} beside q {q_bthk.shape}")
+    for name, (operand, shapes) in expected.items():
+        if operand is not None and operand.shape not in shapes:
+            wanted = " or ".join(map(str, shapes))
+            raise ValueError(f"{name} has shape {operand.shape}: expected {wanted} beside q {o.q_bthk.shape}")

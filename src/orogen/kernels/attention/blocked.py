@@ -7,27 +7,15 @@ import jax
 from jax import Array, lax
 from jax import numpy as jnp
 
-from orogen.kernels.attention.reference import attention_full
+from orogen.kernels.attention.operands import Operands
+from orogen.kernels.attention.reference import attention_reference
 
 BLOCK = 64
 
 
-def attention_blocked(
-    q_bthk: Array,
-    k_bsgk: Array,
-    v_bsgk: Array,
-    segments_bt: Array,
-    kv_segments_bs: Array,
-    q_index: Array,
-    k_index: Array,
-    sinks_h: Array | None,
-    *,
-    scale: float,
-    window: int | None,
-    block: int = BLOCK,
-) -> Array:
+def attention_blocked(o: Operands, *, scale: float, window: int | None, block: int = BLOCK) -> Array:
     """See `attention`: never holds more than (b, h, block, s) scores."""
-    batch, queries, heads, _ = q_bthk.shape
+    batch, queries, heads, _ = o.q_bthk.shape
     block = min(block, queries)
 
     def split(a: Array, axis: int) -> Array:
@@ -37,9 +25,9 @@ def attention_blocked(
 
     @jax.checkpoint
     def step(q_bthk, segments_bt, q_index):
-        keys = (kv_segments_bs, q_index, k_index, sinks_h)
-        return attention_full(q_bthk, k_bsgk, v_bsgk, segments_bt, *keys, scale=scale, window=window, name=None)
+        queries_of_block = o._replace(q_bthk=q_bthk, segments_bt=segments_bt, q_index=q_index)
+        return attention_reference(queries_of_block, scale=scale, window=window, name=None)
 
-    blocks = (split(q_bthk, 1), split(segments_bt, 1), split(q_index, q_index.ndim - 1))
+    blocks = (split(o.q_bthk, 1), split(o.segments_bt, 1), split(o.q_index, o.q_index.ndim - 1))
     _, y_ibthk = lax.scan(lambda _, block: (None, step(*block)), None, blocks)
-    return jnp.moveaxis(y_ibthk, 0, 1).reshape(batch, -1, heads, v_bsgk.shape[-1])[:, :queries]
+    return jnp.moveaxis(y_ibthk, 0, 1).reshape(batch, -1, heads, o.v_bsgk.shape[-1])[:, :queries]

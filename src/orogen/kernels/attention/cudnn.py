@@ -14,6 +14,7 @@ from jax._src.cudnn.fused_attention_stablehlo import AttentionLayout, MaskType
 from jax.ad_checkpoint import checkpoint_name
 
 from orogen.kernels.attention.blocked import attention_blocked
+from orogen.kernels.attention.operands import Operands
 from orogen.parallel.varying import vary_like
 
 # How many runs per row the packed form has room for: with a whole batch at once, and with one row and key head after
@@ -22,19 +23,7 @@ FEW, RUNS = 8, 32
 SEED, DROPOUT, NO_BIAS = 42, 0.0, (False, False)
 
 
-def attention_cudnn(
-    q_bthk: Array,
-    k_bsgk: Array,
-    v_bsgk: Array,
-    segments_bt: Array,
-    kv_segments_bs: Array,
-    q_index: Array,
-    k_index: Array,
-    sinks_h: Array | None,
-    *,
-    scale: float,
-    window: int | None,
-) -> Array:
+def attention_cudnn(o: Operands, *, scale: float, window: int | None) -> Array:
     """See `attention`, on an NVIDIA GPU, in bfloat16 or float16. The indices are assumed to be 0, 1, ..., and the
     keys' segments to be the queries'.
 
@@ -43,16 +32,16 @@ def attention_cudnn(
     computed by blocks, which is correct but slow.
     Raises ValueError for what cuDNN's form lacks: a window, sinks, other lengths of keys, other dtypes, no GPU.
     """
-    del kv_segments_bs, q_index, k_index  # checked by the caller to be the queries' own
     if jax.default_backend() != "gpu":
         raise ValueError(f"implementation='cudnn' needs a GPU and finds {jax.default_backend()!r}: expected 'blocked'")
-    if window is not None or sinks_h is not None:
+    if window is not None or o.sinks_h is not None:
         raise ValueError(f"implementation='cudnn' with window={window} or sinks: expected neither, or 'blocked'")
-    if q_bthk.shape[1] != k_bsgk.shape[1] or q_bthk.shape[-1] != v_bsgk.shape[-1]:
-        raise ValueError(f"implementation='cudnn' with q {q_bthk.shape}, v {v_bsgk.shape}: expected equal t and k")
-    if q_bthk.dtype not in (jnp.bfloat16, jnp.float16) or not q_bthk.dtype == k_bsgk.dtype == v_bsgk.dtype:
-        raise ValueError(f"implementation='cudnn' with q of {q_bthk.dtype}: expected all bfloat16 or all float16")
-    return _attend(q_bthk, k_bsgk, v_bsgk, segments_bt, scale)
+    if o.q_bthk.shape[1] != o.k_bsgk.shape[1] or o.q_bthk.shape[-1] != o.v_bsgk.shape[-1]:
+        raise ValueError(f"implementation='cudnn' with q {o.q_bthk.shape}, v {o.v_bsgk.shape}: expected equal t and k")
+    if o.q_bthk.dtype not in (jnp.bfloat16, jnp.float16) or not o.q_bthk.dtype == o.k_bsgk.dtype == o.v_bsgk.dtype:
+        raise ValueError(f"implementation='cudnn' with q of {o.q_bthk.dtype}: expected all bfloat16 or all float16")
+    # The caller has checked that the keys' segments and both indices are the queries' own.
+    return _attend(o.q_bthk, o.k_bsgk, o.v_bsgk, o.segments_bt, scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -183,4 +172,5 @@ def _packed(q_bthk: Array, k_btgk: Array, v_btgk: Array, segments_bt: Array, *, 
 def _blocked(q_bthk: Array, k_btgk: Array, v_btgk: Array, segments_bt: Array, *, scale: float) -> Array:
     run_bt = jnp.cumsum(_starts(segments_bt), axis=1, dtype=jnp.int32)
     index_t = jnp.arange(q_bthk.shape[1])
-    return attention_blocked(q_bthk, k_btgk, v_btgk, run_bt, run_bt, index_t, index_t, None, scale=scale, window=None)
+    operands = Operands(q_bthk, k_btgk, v_btgk, run_bt, run_bt, index_t, index_t, None)
+    return attention_blocked(operands, scale=scale, window=None)

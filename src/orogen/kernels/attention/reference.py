@@ -4,55 +4,59 @@ Axes: b batch, t queries, s keys, h query heads, g key heads, r query heads of a
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import Array
 from jax import numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from orogen.kernels.attention.operands import Operands
 
-def attention_full(
-    q_bthk: Array,
-    k_bsgk: Array,
-    v_bsgk: Array,
-    segments_bt: Array,
-    kv_segments_bs: Array,
-    q_index: Array,
-    k_index: Array,
-    sinks_h: Array | None,
-    *,
-    scale: float,
-    window: int | None,
-    name: str | None = "core",
-) -> Array:
+
+class Grouped(NamedTuple):
+    """Queries grouped by key head, so that keys and values are read in place instead of being repeated."""
+
+    q_btgrk: Array
+    k_bsgk: Array
+    v_bsgk: Array
+    visible_bts: Array
+    sinks_gr: Array | None
+
+
+def attention_reference(o: Operands, *, scale: float, window: int | None, name: str | None = "core") -> Array:
     """See `attention`: holds (b, h, t, s) scores, and for the gradient the softmax's output in v's dtype.
 
     name: under which a policy of recomputation knows that output; None hides it.
     """
-    batch, queries, heads, size = q_bthk.shape
-    groups = k_bsgk.shape[2]
-    # Queries are grouped by key head, so that keys and values are read in place instead of being repeated.
-    q_btgrk = q_bthk.reshape(batch, queries, groups, heads // groups, size)
-    visible_bts = segments_bt[:, :, None] == kv_segments_bs[:, None, :]
-    visible_bts &= k_index[..., None, :] <= q_index[..., :, None]
+    batch, queries, heads, size = o.q_bthk.shape
+    groups = o.k_bsgk.shape[2]
+    visible_bts = o.segments_bt[:, :, None] == o.kv_segments_bs[:, None, :]
+    visible_bts &= o.k_index[..., None, :] <= o.q_index[..., :, None]
     if window is not None:
-        visible_bts &= k_index[..., None, :] > q_index[..., :, None] - window
-    sinks_gr = None if sinks_h is None else sinks_h.astype(jnp.float32).reshape(groups, -1)
-    y_btgrk: Any = _attend(q_btgrk, k_bsgk, v_bsgk, visible_bts, sinks_gr, scale, name)
+        visible_bts &= o.k_index[..., None, :] > o.q_index[..., :, None] - window
+    grouped = Grouped(
+        q_btgrk=o.q_bthk.reshape(batch, queries, groups, heads // groups, size),
+        k_bsgk=o.k_bsgk,
+        v_bsgk=o.v_bsgk,
+        visible_bts=visible_bts,
+        sinks_gr=None if o.sinks_h is None else o.sinks_h.astype(jnp.float32).reshape(groups, -1),
+    )
+    y_btgrk: Any = _attend(scale, name, grouped)
     return y_btgrk.reshape(batch, queries, heads, -1)
 
 
 # The gradient is written out, so that it keeps one array (t, s) and not seven.
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attend(q_btgrk, k_bsgk, v_bsgk, visible_bts, sinks_gr, scale: float, name: str | None) -> Array:
-    return _forward(q_btgrk, k_bsgk, v_bsgk, visible_bts, sinks_gr, scale, name)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(scale: float, name: str | None, grouped: Grouped) -> Array:
+    return _forward(scale, name, grouped)[0]
 
 
-def _forward(q_btgrk, k_bsgk, v_bsgk, visible_bts, sinks_gr, scale, name):
+def _forward(scale, name, grouped):
     """The outputs and, with the operands, the probabilities of keys and, with sinks, that of each query's sink."""
+    q_btgrk, k_bsgk, v_bsgk, visible_bts, sinks_gr = grouped
     scores_bgrts = scale * jnp.einsum("btgrk,bsgk->bgrts", q_btgrk, k_bsgk, preferred_element_type=jnp.float32)
     sinks_gr11 = None if sinks_gr is None else sinks_gr[..., None, None]
     exp_bgrts, total_bgrt, maximum_bgrt1 = masked_exp(scores_bgrts, visible_bts[:, None, None], sinks_gr11)
@@ -81,7 +85,7 @@ def _backward(scale, name, saved, dy_btgrk):
     dsinks_gr = None if sink_bgrt is None else -jnp.einsum("bgrt,bgrt->gr", sink_bgrt, delta_bgrt)
     operands = q_btgrk, k_bsgk, v_bsgk
     dq, dk, dv = (d.astype(a.dtype) for d, a in zip((dq_btgrk, dk_bsgk, dv_bsgk), operands, strict=True))
-    return dq, dk, dv, None, dsinks_gr
+    return (Grouped(dq, dk, dv, None, dsinks_gr),)  # pyright: ignore[reportArgumentType]
 
 
 _attend.defvjp(_forward, _backward)

@@ -8,12 +8,13 @@ import functools
 from jax import Array
 from jax import numpy as jnp
 
-from orogen.kernels.causal_conv1d.reference import causal_conv1d_taps
+from orogen.kernels.causal_conv1d.operands import Operands
+from orogen.kernels.causal_conv1d.reference import causal_conv1d_reference
 from orogen.kernels.causal_conv1d.triton import causal_conv1d_triton
 from orogen.parallel.varying import vary_like
 
 IMPLEMENTATIONS = {
-    "taps": causal_conv1d_taps,
+    "taps": causal_conv1d_reference,
     "triton": causal_conv1d_triton,
     "triton_interpreted": functools.partial(causal_conv1d_triton, interpret=True),
 }
@@ -57,9 +58,9 @@ def causal_conv1d(
         halo_segments_bk = jnp.repeat(segments_bt[:, :1], before, axis=1)
     bias_c = jnp.zeros(channels, jnp.float32) if bias_c is None else bias_c.astype(jnp.float32)
     reach_bt = _reach(segments_bt, halo_segments_bk, before)
-    operands = (x_btc, w_ck.astype(jnp.float32), bias_c, halo_bkc, reach_bt)
+    operands = Operands(x_btc, w_ck.astype(jnp.float32), bias_c, halo_bkc, reach_bt)
     # One type for all inside shard_map: the transpose then sums the weights' gradient over the shards of the tokens.
-    return IMPLEMENTATIONS[implementation](*vary_like(operands, operands), activation=activation)
+    return IMPLEMENTATIONS[implementation](vary_like(operands, operands), activation=activation)
 
 
 def _reach(segments_bt: Array, halo_segments_bk: Array | None, before: int) -> Array:

@@ -17,6 +17,7 @@ from jax import Array, lax
 from jax import numpy as jnp
 from jax.experimental import pallas as pl
 
+from orogen.kernels.causal_conv1d.operands import Operands
 from orogen.kernels.pallas_triton import call, inside, load, require_gpu, sigmoid, store
 
 # The fastest of those tried on an H100 at 2 x 8192 tokens of 4096 and 1024 channels.
@@ -37,31 +38,23 @@ class Launch(NamedTuple):
     interpret: bool
 
 
-def causal_conv1d_triton(
-    x_btc: Array,
-    w_ck: Array,
-    bias_c: Array,
-    halo_bkc: Array | None,
-    reach_bt: Array,
-    *,
-    activation: str,
-    interpret: bool = False,
-) -> Array:
+def causal_conv1d_triton(o: Operands, *, activation: str, interpret: bool = False) -> Array:
     """`causal_conv1d` on an NVIDIA GPU; `interpret` runs the same kernels anywhere, slowly.
 
     Differentiable in reverse mode only, once; the gradient repeats to the bit. A halo is copied in front of the row.
     Raises ValueError if there is no GPU and `interpret` is False.
     """
     require_gpu(interpret=interpret)
-    before, channels = w_ck.shape[1] - 1, x_btc.shape[2]
-    if halo_bkc is not None:
-        x_btc = jnp.concatenate([halo_bkc, x_btc], axis=1)
+    before, channels = o.w_ck.shape[1] - 1, o.x_btc.shape[2]
+    x_btc, reach_bt = o.x_btc, o.reach_bt
+    if o.halo_bkc is not None:
+        x_btc = jnp.concatenate([o.halo_bkc, x_btc], axis=1)
         # The halo's own outputs are not read.
         reach_bt = jnp.pad(reach_bt, ((0, 0), (before, 0)))
     columns = min(COLUMNS, pl.next_power_of_2(channels))
     launch = Launch(activation, TOKENS, STEP, columns, WARPS, interpret)
-    y_btc: Any = _convolve(launch, x_btc, w_ck.T, bias_c, reach_bt)  # pyright: ignore[reportGeneralTypeIssues]
-    return y_btc if halo_bkc is None else y_btc[:, before:]
+    y_btc: Any = _convolve(launch, x_btc, o.w_ck.T, o.bias_c, reach_bt)  # pyright: ignore[reportGeneralTypeIssues]
+    return y_btc if o.halo_bkc is None else y_btc[:, before:]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -10,11 +10,12 @@ from jax import Array
 from jax import numpy as jnp
 
 from orogen.kernels.cross_entropy.chunked import cross_entropy_chunked, log_likelihoods_chunked
-from orogen.kernels.cross_entropy.reference import cross_entropy_full, log_likelihoods_full
+from orogen.kernels.cross_entropy.operands import Operands, Reduce
+from orogen.kernels.cross_entropy.reference import cross_entropy_reference, log_likelihoods_reference
 from orogen.parallel.varying import vary_like
 
 IMPLEMENTATIONS = {
-    "full": (cross_entropy_full, log_likelihoods_full),
+    "full": (cross_entropy_reference, log_likelihoods_reference),
     "chunked": (cross_entropy_chunked, log_likelihoods_chunked),
 }
 
@@ -57,10 +58,8 @@ def cross_entropy(
     # and the transpose of this line sums it; likewise the head's over the shards of the tokens.
     x_nd, head_dv = vary_like((x_nd, head_dv), (x_nd, head_dv, targets_n, weights_n, vocab_start))
     run, _ = IMPLEMENTATIONS[implementation]
-    return run(
-        x_nd, head_dv, targets_n - vocab_start, weights_n, _present(head_dv, vocab_start, vocab_size),
-        chunk=chunk, reduce_max=reduce_max, reduce_sum=reduce_sum,
-    )  # fmt: skip
+    operands = Operands(x_nd, head_dv, targets_n - vocab_start, _present(head_dv, vocab_start, vocab_size))
+    return run(operands, weights_n, chunk=chunk, reduce=Reduce(reduce_max, reduce_sum))
 
 
 def log_likelihoods(
@@ -79,17 +78,15 @@ def log_likelihoods(
 
         x_n . head_target(n) - log sum_v exp(x_n . head_v)
 
-    Arguments and numerics are those of `cross_entropy`, and so are the errors. The backward pass computes the logits
-    again: four products, where `cross_entropy` needs three. A token whose gradient must vanish, or whose target does
+    Arguments and numerics are those of `cross_entropy`, and so are the errors. The backward pass recomputes
+    the logits: four products, where `cross_entropy` needs three. A token whose gradient must vanish, or whose target does
     not exist, is to be masked with `jnp.where` in the loss.
     """
     _check(x_nd, head_dv, {"targets": targets_n}, chunk, implementation)
     x_nd, head_dv = vary_like((x_nd, head_dv), (x_nd, head_dv, targets_n, vocab_start))
     _, run = IMPLEMENTATIONS[implementation]
-    return run(
-        x_nd, head_dv, targets_n - vocab_start, _present(head_dv, vocab_start, vocab_size),
-        chunk=chunk, reduce_max=reduce_max, reduce_sum=reduce_sum,
-    )  # fmt: skip
+    operands = Operands(x_nd, head_dv, targets_n - vocab_start, _present(head_dv, vocab_start, vocab_size))
+    return run(operands, chunk=chunk, reduce=Reduce(reduce_max, reduce_sum))
 
 
 def _check(x_nd: Array, head_dv: Array, by_token: dict[str, Array], chunk: int, implementation: str) -> None:

@@ -4,29 +4,27 @@ Axes: n rows, d width in, f width out, e groups, i blocks of rows.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax import Array
 from jax import numpy as jnp
 from jax.experimental import pallas as pl
 
-from orogen.kernels.grouped_matmul.mosaic_kernels import ALIGNMENT, CHUNK, ROWS, Tile, multiply_rows, multiply_weights
+from orogen.kernels.grouped_matmul.mosaic_kernels import (
+    ALIGNMENT,
+    CHUNK,
+    ROWS,
+    Blocks,
+    Tile,
+    multiply_rows,
+    multiply_weights,
+)
 from orogen.parallel.varying import vary_like
 
 MULTIPROCESSORS = 132  # of an H100
 SMALLEST = ROWS  # rows and widths: a copy of more than the array has gives nothing
 DTYPES = (jnp.bfloat16, jnp.float16)
-
-
-class Blocks(NamedTuple):
-    """int32, by block: its group, its first row, and the rows of it that are the group's; `count` (1,) are in use."""
-
-    group_i: Array
-    first_i: Array
-    start_i: Array
-    stop_i: Array
-    count: Array
 
 
 def grouped_matmul_mosaic(
@@ -116,7 +114,7 @@ def _multiply(rows_nd: Array, weights_edf: Array, group_sizes: Array, settings: 
 def _rows(rows_nd, weights_edf, group_sizes, settings, *, transpose) -> Array:
     blocks = split_groups(group_sizes, rows=len(rows_nd), block=ROWS)
     tile = choose_tile(weights_edf.shape[1 if transpose else 2]).under(*settings)
-    return vary_like(multiply_rows(rows_nd, weights_edf, *blocks, transpose=transpose, tile=tile), rows_nd)
+    return vary_like(multiply_rows(rows_nd, weights_edf, blocks, transpose=transpose, tile=tile), rows_nd)
 
 
 def _forward(rows_nd, weights_edf, group_sizes, settings):

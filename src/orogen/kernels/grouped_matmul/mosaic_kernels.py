@@ -79,18 +79,17 @@ class Work(NamedTuple):
     target: Target
 
 
-def multiply_rows(
-    rows_nd: Array,
-    weights_edf: Array,
-    group_i: Array,
-    first_i: Array,
-    start_i: Array,
-    stop_i: Array,
-    count: Array,
-    *,
-    transpose: bool,
-    tile: Tile,
-) -> Array:
+class Blocks(NamedTuple):
+    """int32, by block: its group, its first row, and the rows of it that are the group's; `count` (1,) are in use."""
+
+    group_i: Array
+    first_i: Array
+    start_i: Array
+    stop_i: Array
+    count: Array
+
+
+def multiply_rows(rows_nd: Array, weights_edf: Array, blocks: Blocks, *, transpose: bool, tile: Tile) -> Array:
     """Each block of rows times its group's weight, (n, f); with `transpose` rows (n, f) times its transpose, (n, d).
 
     Block i < count is ROWS rows from first_i on, a multiple of ALIGNMENT, of which those from start_i up to stop_i are
@@ -125,7 +124,7 @@ def multiply_rows(
 
     right = (tile.columns, STEP) if transpose else (STEP, tile.columns)
     call = _call(kernel, (len(rows_nd), out), rows_nd.dtype, (ROWS, STEP), right, tile)
-    return call(rows_nd, weights_edf, group_i, first_i, start_i, stop_i, count)
+    return call(rows_nd, weights_edf, *blocks)
 
 
 def multiply_weights(left_nd: Array, right_nf: Array, start_e: Array, stop_e: Array, *, tile: Tile) -> Array:

@@ -7,6 +7,7 @@ from jax import Array
 from jax import numpy as jnp
 
 from orogen.kernels.selective_scan.chunked import selective_scan_chunked
+from orogen.kernels.selective_scan.operands import Operands
 from orogen.kernels.selective_scan.reference import selective_scan_reference
 from orogen.parallel.varying import vary_like
 
@@ -42,31 +43,30 @@ def selective_scan(
         raise ValueError(f"implementation={implementation!r}: expected one of {sorted(IMPLEMENTATIONS)}")
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size}: expected at least 1")
-    _check_shapes(x_bti, dt_bti, A_in, B_btn, C_btn, segments_bt, initial_state_bin)
-    batch, time, channels = x_bti.shape
     if segments_bt is None:
-        segments_bt = jnp.zeros((batch, time), jnp.int32)
+        segments_bt = jnp.zeros(x_bti.shape[:2], jnp.int32)
     if initial_state_bin is None:
-        initial_state_bin = jnp.zeros((batch, channels, B_btn.shape[-1]), jnp.float32)
-    operands = (x_bti, dt_bti, A_in, B_btn, C_btn, segments_bt, initial_state_bin.astype(jnp.float32))
+        initial_state_bin = jnp.zeros((*x_bti.shape[:1], *x_bti.shape[2:], *B_btn.shape[2:]), jnp.float32)
+    operands = Operands(x_bti, dt_bti, A_in, B_btn, C_btn, segments_bt, initial_state_bin.astype(jnp.float32))
+    _check_shapes(operands)
     # One type for all inside shard_map: the transpose then sums the gradient of A_in over the batch shards.
-    return IMPLEMENTATIONS[implementation](*vary_like(operands, operands), chunk_size=chunk_size)
+    return IMPLEMENTATIONS[implementation](vary_like(operands, operands), chunk_size=chunk_size)
 
 
-def _check_shapes(x_bti, dt_bti, A_in, B_btn, C_btn, segments_bt, initial_state_bin) -> None:
+def _check_shapes(o: Operands) -> None:
     """Raises ValueError that names the first operand whose shape does not fit x and B."""
-    if x_bti.ndim != 3 or B_btn.ndim != 3 or x_bti.shape[1] < 1:
-        raise ValueError(f"x {x_bti.shape}, B {B_btn.shape}: expected (b, t, i) and (b, t, n) with t >= 1")
-    batch, time, channels = x_bti.shape
-    state = B_btn.shape[2]
+    if o.x_bti.ndim != 3 or o.B_btn.ndim != 3 or o.x_bti.shape[1] < 1:
+        raise ValueError(f"x {o.x_bti.shape}, B {o.B_btn.shape}: expected (b, t, i) and (b, t, n) with t >= 1")
+    batch, time, channels = o.x_bti.shape
+    state = o.B_btn.shape[2]
     expected = {
-        "dt": (dt_bti, (batch, time, channels)),
-        "A": (A_in, (channels, state)),
-        "B": (B_btn, (batch, time, state)),
-        "C": (C_btn, (batch, time, state)),
-        "segments": (segments_bt, (batch, time)),
-        "initial_state": (initial_state_bin, (batch, channels, state)),
+        "dt": (o.dt_bti, (batch, time, channels)),
+        "A": (o.A_in, (channels, state)),
+        "B": (o.B_btn, (batch, time, state)),
+        "C": (o.C_btn, (batch, time, state)),
+        "segments": (o.segments_bt, (batch, time)),
+        "initial_state": (o.initial_state_bin, (batch, channels, state)),
     }
     for name, (operand, shape) in expected.items():
-        if operand is not None and operand.shape != shape:
-            raise ValueError(f"{name} has shape {operand.shape}: expected {shape} beside x {x_bti.shape}")
+        if operand.shape != shape:
+            raise ValueError(f"{name} has shape {operand.shape}: expected {shape} beside x {o.x_bti.shape}")

@@ -1,11 +1,11 @@
-"""The Mamba-1 recurrence in chunks, of which only the entering states are kept for the backward pass.
+"""The Mamba-1 recurrence in chunks: the backward pass keeps the state that enters each chunk and recomputes the rest.
 
 Axes: b batch, t time, i channels, n state, c chunks, q position in a chunk.
 
 Inside a chunk the recurrence runs one token at a time: each (channel, state) pair has its own decay, so it cannot be
 written as a matrix product as in Mamba-2, and an associative scan does log(q) times the work. On a CPU with 2 threads
-(jax 0.10.1, b 4, t 256, i 256, n 16) forward and backward take 11 ms and 6 MB in this way with chunks of 32, 50 ms and
-16 MB by associative scans in chunks of 16; the reference takes 53 ms and 72 MB.
+(jax 0.10.1, b 4, t 256, i 256, n 16) forward and backward take 11 ms and 6 MB this way with chunks of 32, 50 ms and
+16 MB by associative scans in chunks of 16, and 53 ms and 72 MB by the reference.
 """
 
 from functools import partial
@@ -15,26 +15,18 @@ from jax import Array, lax
 from jax import numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from orogen.kernels.selective_scan.operands import Operands
 
-def selective_scan_chunked(
-    x_bti: Array,
-    dt_bti: Array,
-    A_in: Array,
-    B_btn: Array,
-    C_btn: Array,
-    segments_bt: Array,
-    initial_state_bin: Array,
-    *,
-    chunk_size: int,
-) -> tuple[Array, Array]:
+
+def selective_scan_chunked(o: Operands, *, chunk_size: int) -> tuple[Array, Array]:
     """`selective_scan` by chunks of `chunk_size` tokens; the last one is padded with steps of length zero.
 
-    The backward pass runs each chunk forward once more and holds its `chunk_size` states, beside one state per chunk.
+    The backward pass recomputes each chunk and holds its `chunk_size` states, beside one state per chunk.
     """
-    time = x_bti.shape[1]
+    time = o.x_bti.shape[1]
     width = min(chunk_size, time)
-    A_ni = A_in.astype(jnp.float32).T
-    changes_bt = segments_bt[:, 1:] != segments_bt[:, :-1]
+    A_ni = o.A_in.astype(jnp.float32).T
+    changes_bt = o.segments_bt[:, 1:] != o.segments_bt[:, :-1]
     # A row's first token continues the initial state, so it never counts as a change.
     restarts_bt = jnp.pad(changes_bt, ((0, 0), (1, 0)))
 
@@ -53,10 +45,10 @@ def selective_scan_chunked(
     def named_chunk(state_bni: Array, tokens: tuple[Array, ...]) -> tuple[Array, Array]:
         return chunk(checkpoint_name(state_bni, "scan_states"), tokens)
 
-    chunks = tuple(_by_chunk(array, width) for array in (x_bti, dt_bti, B_btn, C_btn, restarts_bt))
-    final_bni, y_cqbi = lax.scan(named_chunk, jnp.swapaxes(initial_state_bin, 1, 2), chunks)
+    chunks = tuple(_by_chunk(array, width) for array in (o.x_bti, o.dt_bti, o.B_btn, o.C_btn, restarts_bt))
+    final_bni, y_cqbi = lax.scan(named_chunk, jnp.swapaxes(o.initial_state_bin, 1, 2), chunks)
     y_bti = jnp.moveaxis(y_cqbi.reshape(-1, *y_cqbi.shape[2:]), 0, 1)[:, :time]
-    return checkpoint_name(y_bti.astype(x_bti.dtype), "scan"), jnp.swapaxes(final_bni, 1, 2)
+    return checkpoint_name(y_bti.astype(o.x_bti.dtype), "scan"), jnp.swapaxes(final_bni, 1, 2)
 
 
 def _by_chunk(array_bt: Array, width: int) -> Array:

@@ -9,6 +9,7 @@ from jax import Array
 from jax import numpy as jnp
 
 from orogen.kernels.ssd.chunked import ssd_chunked
+from orogen.kernels.ssd.operands import Operands
 from orogen.kernels.ssd.reference import ssd_recurrence
 from orogen.kernels.ssd.triton import ssd_triton
 from orogen.parallel.varying import vary_like
@@ -42,8 +43,8 @@ def ssd(
     (zero if None). The state starts anew wherever `segments_bt` (int) differs from the token before; padding (0) is a
     segment like another, so it neither reads nor feeds a document, and the final state of a row that ends in
     padding is the padding's. `initial_state_bhpn` (zero if None) reaches the row's first segment only.
-    Decays, state and sums are float32 whatever the inputs are, but that `triton` multiplies bfloat16 inputs by a state
-    rounded to bfloat16. `chunk_size` changes rounding and speed only, and the recurrence ignores it.
+    Decays, state and sums are float32 whatever the inputs are, except that `triton` multiplies bfloat16 inputs by a
+    state rounded to bfloat16. `chunk_size` changes rounding and speed only, and the recurrence ignores it.
 
     Raises ValueError if the shapes disagree, heads are not a multiple of groups, or a name or size is unknown.
     Source: arXiv:2405.21060, sections 2 and 6.
@@ -52,35 +53,36 @@ def ssd(
         raise ValueError(f"implementation={implementation!r}: expected one of {sorted(IMPLEMENTATIONS)}")
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size}: expected at least 1")
-    _check_shapes(x_bthp, dt_bth, a_h, b_btgn, c_btgn, segments_bt, initial_state_bhpn, skip_h)
-    batch, time, heads, head_size = x_bthp.shape
     if segments_bt is None:
-        segments_bt = jnp.zeros((batch, time), jnp.int32)
+        segments_bt = jnp.zeros(x_bthp.shape[:2], jnp.int32)
     if initial_state_bhpn is None:
-        initial_state_bhpn = jnp.zeros((batch, heads, head_size, b_btgn.shape[-1]), jnp.float32)
-    skip_h = jnp.zeros(heads, jnp.float32) if skip_h is None else skip_h.astype(jnp.float32)
-    operands = (x_bthp, dt_bth, a_h, b_btgn, c_btgn, segments_bt, initial_state_bhpn.astype(jnp.float32), skip_h)
+        initial_state_bhpn = jnp.zeros((*x_bthp.shape[:1], *x_bthp.shape[2:], *b_btgn.shape[3:]), jnp.float32)
+    skip_h = jnp.zeros(x_bthp.shape[2:3], jnp.float32) if skip_h is None else skip_h.astype(jnp.float32)
+    initial_state_bhpn = initial_state_bhpn.astype(jnp.float32)
+    operands = Operands(x_bthp, dt_bth, a_h, b_btgn, c_btgn, segments_bt, initial_state_bhpn, skip_h)
+    _check_shapes(operands)
     # One type for all inside shard_map: the transpose then sums the gradient of a_h over the batch shards.
-    return IMPLEMENTATIONS[implementation](*vary_like(operands, operands), chunk_size=chunk_size)
+    return IMPLEMENTATIONS[implementation](vary_like(operands, operands), chunk_size=chunk_size)
 
 
-def _check_shapes(x_bthp, dt_bth, a_h, b_btgn, c_btgn, segments_bt, initial_state_bhpn, skip_h) -> None:
+def _check_shapes(o: Operands) -> None:
     """Raises ValueError that names the first operand whose shape does not fit x and B."""
-    if x_bthp.ndim != 4 or b_btgn.ndim != 4 or x_bthp.shape[1] < 1:
-        raise ValueError(f"x {x_bthp.shape}, B {b_btgn.shape}: expected (b, t, h, p) and (b, t, g, n) with t >= 1")
-    batch, time, heads, head_size = x_bthp.shape
-    groups, state = b_btgn.shape[2:]
+    if o.x_bthp.ndim != 4 or o.b_btgn.ndim != 4 or o.x_bthp.shape[1] < 1:
+        shapes = f"x {o.x_bthp.shape}, B {o.b_btgn.shape}"
+        raise ValueError(f"{shapes}: expected (b, t, h, p) and (b, t, g, n) with t >= 1")
+    batch, time, heads, head_size = o.x_bthp.shape
+    groups, state = o.b_btgn.shape[2:]
     if heads % groups:
         raise ValueError(f"{heads} heads over {groups} groups: expected a multiple")
     expected = {
-        "dt": (dt_bth, (batch, time, heads)),
-        "a": (a_h, (heads,)),
-        "B": (b_btgn, (batch, time, groups, state)),
-        "C": (c_btgn, (batch, time, groups, state)),
-        "segments": (segments_bt, (batch, time)),
-        "initial_state": (initial_state_bhpn, (batch, heads, head_size, state)),
-        "skip": (skip_h, (heads,)),
+        "dt": (o.dt_bth, (batch, time, heads)),
+        "a": (o.a_h, (heads,)),
+        "B": (o.b_btgn, (batch, time, groups, state)),
+        "C": (o.c_btgn, (batch, time, groups, state)),
+        "segments": (o.segments_bt, (batch, time)),
+        "initial_state": (o.initial_state_bhpn, (batch, heads, head_size, state)),
+        "skip": (o.skip_h, (heads,)),
     }
     for name, (operand, shape) in expected.items():
-        if operand is not None and operand.shape != shape:
-            raise ValueError(f"{name} has shape {operand.shape}: expected {shape} beside x {x_bthp.shape}")
+        if operand.shape != shape:
+            raise ValueError(f"{name} has shape {operand.shape}: expected {shape} beside x {o.x_bthp.shape}")

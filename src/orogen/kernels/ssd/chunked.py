@@ -9,8 +9,8 @@ With l the sum of dt a since the chunk's start or the segment's, and S the state
 
 over the s of q's segment, the second term in the chunk's first segment only.
 
-The products with S, B and C run once a group, all its heads side by side; C . B is computed once a group.
-The gradient is written out, so that the (q, s) matrices, the largest arrays by far, are made anew and not kept.
+The products with S, B and C run once per group, with all its heads side by side; C . B is computed once per group.
+The gradient is written out, so that the (q, s) matrices, by far the largest arrays, are recomputed and not kept.
 """
 
 import math
@@ -23,14 +23,23 @@ from jax import numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from orogen.kernels.remade import from_inputs
+from orogen.kernels.ssd.operands import Operands
+from orogen.kernels.ssd.sums import (
+    LOWEST_LOG_DECAY,
+    across_tokens,
+    in_chunks,
+    in_two,
+    log_decays,
+    masked_sum,
+    readable,
+    runs_in_chunks,
+)
 
-# exp of anything lower is not a normal float32. Cutting here bounds the sums over a chunk.
-LOWEST_LOG_DECAY = -88.0
-LEAF = 8  # tokens of a part of a chunk that is not cut in halves, at most twice as many less one
+LEAF = 8  # the fewest tokens of a part of a chunk; parts of 2 LEAF tokens or more are halved
 
 
 class Chunks(NamedTuple):
-    """The operands cut in chunks, all float32; `dtx` is dt x, `runs` counts the segment changes in the chunk so far."""
+    """The operands in chunks, all float32; `dtx` is dt x, `runs` counts the segment changes in the chunk so far."""
 
     dtx_cbgqrp: Array
     log_decay_cbgrq: Array
@@ -41,7 +50,10 @@ class Chunks(NamedTuple):
 
 
 class Decays(NamedTuple):
-    """What is left of the entering state at q, of token s at the chunk's end, of token s at q; 0 across a change."""
+    """What is left of the entering state at q and at the chunk's end, and of token s at the chunk's end and at q.
+
+    Zero across a change of segment.
+    """
 
     into_cbgqr: Array
     out_of_cbgsr: Array
@@ -56,31 +68,20 @@ class Kept(NamedTuple):
     states_cbgnrp: Array
 
 
-def ssd_chunked(
-    x_bthp: Array,
-    dt_bth: Array,
-    a_h: Array,
-    b_btgn: Array,
-    c_btgn: Array,
-    segments_bt: Array,
-    initial_state_bhpn: Array,
-    skip_h: Array,
-    *,
-    chunk_size: int,
-) -> tuple[Array, Array]:
-    """`ssd` by chunks of `chunk_size` tokens, or the next number that can be cut in halves; the last is filled up with
-    steps of length zero.
+def ssd_chunked(o: Operands, *, chunk_size: int) -> tuple[Array, Array]:
+    """`ssd` by chunks of `chunk_size` tokens, or of the next number that halves evenly down to LEAF.
 
-    Differentiable in reverse mode only, once.
+    The last chunk is filled up with steps of length zero. Differentiable in reverse mode only, once.
     """
-    batch, time, heads, head_size = x_bthp.shape
-    operands = x_bthp, dt_bth.astype(jnp.float32), a_h, b_btgn, c_btgn, segments_bt, initial_state_bhpn
+    batch, time, heads, head_size = o.x_bthp.shape
     width = _halvable(min(chunk_size, time))
-    outputs: Any = _ssd(width, operands)
+    # The skip is added last and by itself: what the gradient keeps of it are x and D, which are kept anyway.
+    outputs: Any = _ssd(width, o._replace(dt_bth=o.dt_bth.astype(jnp.float32), skip_h=None))
     y_cbgqrp, final_bgnrp = outputs
     y_bthp = jnp.transpose(y_cbgqrp, (1, 0, 3, 2, 4, 5)).reshape(batch, -1, heads, head_size)[:, :time]
     skip = lambda y, x, skip_h: (y + skip_h[:, None] * x.astype(jnp.float32)).astype(x.dtype)  # noqa: E731
-    return from_inputs(skip)(y_bthp, x_bthp, skip_h), jnp.moveaxis(final_bgnrp, 2, 4).reshape(initial_state_bhpn.shape)
+    y_bthp = from_inputs(skip)(y_bthp, o.x_bthp, o.skip_h)
+    return y_bthp, jnp.moveaxis(final_bgnrp, 2, 4).reshape(o.initial_state_bhpn.shape)
 
 
 def _halvable(tokens: int) -> int:
@@ -89,50 +90,41 @@ def _halvable(tokens: int) -> int:
     return -(-tokens // unit) * unit
 
 
-def _chunks(width: int, operands: tuple[Array, ...]) -> Chunks:
-    """The operands of `ssd` in chunks of `width` tokens."""
-    x_bthp, dt_bth, a_h, b_btgn, c_btgn, segments_bt, initial_state_bhpn = operands
-    (batch, _, heads, head_size), (groups, state) = x_bthp.shape, b_btgn.shape[2:]
+def _chunks(width: int, o: Operands) -> Chunks:
+    """The operands of `ssd` in chunks of `width` tokens, but the skip."""
+    (batch, _, heads, head_size), (groups, state) = o.x_bthp.shape, o.b_btgn.shape[2:]
     share = heads // groups
-    log_decay_bth = jnp.maximum(dt_bth * a_h.astype(jnp.float32), LOWEST_LOG_DECAY)
-    dtx_bthp = dt_bth[..., None] * x_bthp.astype(jnp.float32)
-    changes_bt = (segments_bt[:, 1:] != segments_bt[:, :-1]).astype(jnp.float32)
-    # A row's first token continues the initial state, so it never counts as a change.
-    changes_bt = jnp.pad(changes_bt, ((0, 0), (1, 0)))
-    dtx_bcqgrp = _cut(dtx_bthp, width).reshape(batch, -1, width, groups, share, head_size)
-    log_decay_bcqgr = _cut(log_decay_bth, width).reshape(batch, -1, width, groups, share)
-    initial_bgrpn = initial_state_bhpn.reshape(batch, groups, share, head_size, state)
+    dtx_bthp = o.dt_bth[..., None] * o.x_bthp.astype(jnp.float32)
+    dtx_bcqgrp = in_chunks(dtx_bthp, width).reshape(batch, -1, width, groups, share, head_size)
+    log_decay_bcqgr = in_chunks(log_decays(o.dt_bth, o.a_h), width).reshape(batch, -1, width, groups, share)
+    initial_bgrpn = o.initial_state_bhpn.reshape(batch, groups, share, head_size, state)
     return Chunks(
         dtx_cbgqrp=jnp.transpose(dtx_bcqgrp, (1, 0, 3, 2, 4, 5)),
         log_decay_cbgrq=jnp.transpose(log_decay_bcqgr, (1, 0, 3, 4, 2)),
-        b_cbgsn=jnp.transpose(_cut(b_btgn.astype(jnp.float32), width), (1, 0, 3, 2, 4)),
-        c_cbgqn=jnp.transpose(_cut(c_btgn.astype(jnp.float32), width), (1, 0, 3, 2, 4)),
-        runs_cbq=_counts(jnp.moveaxis(_cut(changes_bt, width), 1, 0)),
+        b_cbgsn=jnp.transpose(in_chunks(o.b_btgn.astype(jnp.float32), width), (1, 0, 3, 2, 4)),
+        c_cbgqn=jnp.transpose(in_chunks(o.c_btgn.astype(jnp.float32), width), (1, 0, 3, 2, 4)),
+        runs_cbq=jnp.moveaxis(runs_in_chunks(o.segments_bt, width), 1, 0),
         initial_bgnrp=jnp.moveaxis(initial_bgrpn, 4, 2),
     )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ssd(width: int, operands: tuple[Array, ...]) -> tuple[Array, Array]:
+def _ssd(width: int, o: Operands) -> tuple[Array, Array]:
     """Outputs (c, b, g, q, r, p) and final state (b, g, n, r, p)."""
-    return _forward(_chunks(width, operands))[0]
+    return _forward(_chunks(width, o))[0]
 
 
-def _ssd_forward(width: int, operands: tuple[Array, ...]) -> tuple[tuple[Array, Array], tuple[Any, Kept]]:
+def _ssd_forward(width: int, o: Operands) -> tuple[tuple[Array, Array], tuple[Operands, Kept]]:
     """The outputs, and what `_ssd_backward` needs: the operands in their own dtype, and not in chunks."""
-    outputs, kept = _forward(_chunks(width, operands))
-    return outputs, (operands, kept)
+    outputs, kept = _forward(_chunks(width, o))
+    return outputs, (o, kept)
 
 
-def _ssd_backward(width: int, saved: tuple[Any, Kept], gradients: tuple[Array, Array]) -> tuple[Any]:
-    (*inputs, segments_bt, initial_bhpn), kept = saved
-
-    def cut(*differentiated: Array) -> Chunks:
-        return _chunks(width, (*differentiated[:-1], segments_bt, differentiated[-1]))
-
-    chunks, back = jax.vjp(cut, *inputs, initial_bhpn)
-    *grads, grad_initial_bhpn = back(_backward(chunks, kept, gradients))
-    return ((*grads, None, grad_initial_bhpn),)
+def _ssd_backward(width: int, saved: tuple[Operands, Kept], gradients: tuple[Array, Array]) -> tuple[Operands]:
+    o, kept = saved
+    chunks, back = jax.vjp(partial(_chunks, width), o)
+    (gradient,) = back(_backward(chunks, kept, gradients))
+    return (gradient._replace(segments_bt=None),)
 
 
 _ssd.defvjp(_ssd_forward, _ssd_backward)
@@ -192,7 +184,7 @@ def _backward(chunks: Chunks, kept: Kept, gradients: tuple[Array, Array]) -> Chu
 
     read_cbgqr = jnp.sum(dy_cbgqrp * kept.entering_cbgqrp, axis=-1)
     left_cbgsr = jnp.sum(dtx_cbgsrp * leaving_cbgsrp, axis=-1)
-    far_cbgrq = _across_tokens(jnp.swapaxes(read_cbgqr, 3, 4), jnp.swapaxes(left_cbgsr, 3, 4), dwhole_cbgr)
+    far_cbgrq = across_tokens(jnp.swapaxes(read_cbgqr, 3, 4), jnp.swapaxes(left_cbgsr, 3, 4), dwhole_cbgr)
     return Chunks(
         dtx_cbgqrp=within_cbgsrp + leaving_cbgsrp + _own_scores(chunks) * dy_cbgqrp,
         log_decay_cbgrq=far_cbgrq + _across_pairs(dweights_cbgrqs * scores_cbg1qs),
@@ -201,15 +193,6 @@ def _backward(chunks: Chunks, kept: Kept, gradients: tuple[Array, Array]) -> Chu
         runs_cbq=jnp.zeros_like(chunks.runs_cbq),
         initial_bgnrp=dinitial_bgnrp,
     )
-
-
-def _across_tokens(read_q: Array, left_s: Array, dwhole: Array) -> Array:
-    """The gradient of each token's log decay (..., u) from what passes over it on the way from or to a state: `read`
-    (..., q) by the tokens from it on, `left` (..., s) by those before it, and what goes through the whole chunk."""
-    width = read_q.shape[-1]
-    read_u = _sum(jnp.tri(width), "qu,...q->...u", read_q)
-    left_u = _sum(jnp.tri(width, k=-1), "us,...s->...u", left_s)
-    return read_u + left_u + dwhole[..., None]
 
 
 def _across_pairs(pairs_cbgrqs: Array) -> Array:
@@ -223,13 +206,13 @@ def _across_pairs(pairs_cbgrqs: Array) -> Array:
     passing_u, parts_qs = jnp.zeros((*outer, width), jnp.float32), pairs_cbgrqs[..., None, :, :]
     while (half := parts_qs.shape[-1] // 2) >= LEAF:
         between_qs = parts_qs[..., half:, :half]
-        first_u = _sum(jnp.tri(half, k=-1), "us,...s->...u", jnp.sum(between_qs, axis=-2))
-        second_u = _sum(jnp.tri(half), "qu,...q->...u", jnp.sum(between_qs, axis=-1))
+        first_u = masked_sum(jnp.tri(half, k=-1), "us,...s->...u", jnp.sum(between_qs, axis=-2))
+        second_u = masked_sum(jnp.tri(half), "qu,...q->...u", jnp.sum(between_qs, axis=-1))
         passing_u += jnp.concatenate([first_u, second_u], axis=-1).reshape(*outer, width)
         halves = [parts_qs[..., :half, :half], parts_qs[..., half:, half:]]
         parts_qs = jnp.stack(halves, axis=-3).reshape(*outer, -1, half, half)
     q, s, u = jnp.ogrid[(slice(parts_qs.shape[-1]),) * 3]
-    return passing_u + _sum((s < u) & (u <= q), "qsu,...qs->...u", parts_qs).reshape(*outer, width)
+    return passing_u + masked_sum((s < u) & (u <= q), "qsu,...qs->...u", parts_qs).reshape(*outer, width)
 
 
 def _backward_states(decays: Decays, read_cbgnrp: Array, kept: Kept, dfinal_bgnrp: Array) -> tuple[Array, Array, Array]:
@@ -250,9 +233,9 @@ def _backward_states(decays: Decays, read_cbgnrp: Array, kept: Kept, dfinal_bgnr
 
 def _decays(chunks: Chunks) -> Decays:
     """Every decay of a chunk."""
-    runs_cbq, readable_cbqs = chunks.runs_cbq, _readable(chunks.runs_cbq)
+    runs_cbq, readable_cbqs = chunks.runs_cbq, readable(chunks.runs_cbq)
     coarse_cbgrq, fine_cbgrq = (
-        _sum(readable_cbqs, "cbqs,cbgrs->cbgrq", part)
+        masked_sum(readable_cbqs, "cbqs,cbgrs->cbgrq", part)
         for part in in_two(chunks.log_decay_cbgrq, lowest=LOWEST_LOG_DECAY, terms=runs_cbq.shape[-1])
     )
     lasting_cbs = runs_cbq == runs_cbq[..., -1:]
@@ -265,27 +248,6 @@ def _decays(chunks: Chunks) -> Decays:
         whole_cbgr=into_cbgrq[..., -1],
         pair_cbgrqs=_exp_where(readable_cbqs[:, :, None, None], between(row, column)),
     )
-
-
-def in_two(log_decays: Array, *, lowest: float, terms: int) -> tuple[Array, Array]:
-    """Numbers from `lowest` to 0 as multiples of a power of two, of which float32 adds up `terms` without an error in
-    any order, and what is left.
-
-    A decay from s to q is exp of l_q - l_s, where l is a sum over the chunk that strong decays make as large as 10^4:
-    its last place is then 10^-3, and a weak decay is lost in it. The coarse parts' sums and their differences are
-    exact, and the fine parts' are below -lowest terms^2 / 2^24 (0.09 for 128 terms from -88 on, 0.4 for 256, 6 for
-    1024), with errors in the last places of that; so up to some hundred terms, exponents are right to about a unit of
-    their last place whatever stands beside them. (A pair of floats by error-free transformations would do as well; but
-    a running one is sequential, and what a compiler fuses or reorders can break it.)
-    """
-    grid = 2.0 ** (math.ceil(math.log2(-lowest * terms)) - 24)
-    coarse = jnp.round(log_decays / grid) * grid
-    return coarse, log_decays - coarse
-
-
-def _readable(runs_cbq: Array) -> Array:
-    """Whether q's sums reach back to s: no later than q, and no change of segment between. (c, b, q, s) bool"""
-    return (runs_cbq[..., :, None] == runs_cbq[..., None, :]) & jnp.tri(runs_cbq.shape[-1], dtype=bool)
 
 
 def _scores(chunks: Chunks) -> Array:
@@ -302,27 +264,3 @@ def _own_scores(chunks: Chunks) -> Array:
 def _exp_where(mask: Array, exponent: Array) -> Array:
     """exp(exponent), 0 where masked out; masked before exp, which overflows on the pairs that must not be read."""
     return jnp.exp(jnp.where(mask, exponent, -jnp.inf))
-
-
-def _sum(mask: Array, axes: str, array: Array) -> Array:
-    """The sums of `array` that `mask` picks, as a float32 product.
-
-    Not `jnp.cumsum`: XLA:CPU repeats its arithmetic in each of the (q, s) elements that use it, 18 ms against 3 ms for
-    the forward pass at b 4, t 256, h 8, p 32, n 32, chunk 128. And a sum that starts at the segment is the same,
-    to the bit, whatever the segments before it hold.
-    """
-    return jnp.einsum(axes, mask.astype(jnp.float32), array, precision=lax.Precision.HIGHEST)
-
-
-def _counts(changes_cbq: Array) -> Array:
-    """How many changes up to and including each position of its chunk; ids may come back, counts do not."""
-    return _sum(jnp.tri(changes_cbq.shape[-1]), "qs,cbs->cbq", changes_cbq)
-
-
-def _cut(array_bt: Array, width: int) -> Array:
-    """(b, t, ...) to (b, c, q, ...), the last chunk filled up with zeros."""
-    batch, time = array_bt.shape[:2]
-    missing = -time % width
-    if missing:
-        array_bt = jnp.pad(array_bt, ((0, 0), (0, missing)) + ((0, 0),) * (array_bt.ndim - 2))
-    return array_bt.reshape(batch, -1, width, *array_bt.shape[2:])

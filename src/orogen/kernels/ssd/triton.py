@@ -8,7 +8,7 @@ summed over its heads: the forward pass keeps its operands, and for the gradient
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax import Array
@@ -17,40 +17,25 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
 from orogen.kernels.pallas_triton import LOG2_E, require_gpu
-from orogen.kernels.ssd.chunked import LOWEST_LOG_DECAY, _across_tokens, _counts, _cut, _readable, _sum, in_two
-from orogen.kernels.ssd.triton_gradients import FarGradients, NearGradients, far, near
-from orogen.kernels.ssd.triton_kernels import SMALLEST_TILE, Launch, scan, tile
+from orogen.kernels.ssd.operands import Operands
+from orogen.kernels.ssd.sums import (
+    LOWEST_LOG_DECAY,
+    across_tokens,
+    in_chunks,
+    in_two,
+    log_decays,
+    masked_sum,
+    readable,
+    runs_in_chunks,
+)
+from orogen.kernels.ssd.triton_gradients import FarGradients, NearGradients, States, far, near
+from orogen.kernels.ssd.triton_kernels import SMALLEST_TILE, ByChunk, Launch, Walk, scan, tile
 
 MULTIPROCESSORS = 132  # of an H100
 SHARED_MEMORY = 215_000  # bytes of a multiprocessor's 232,448 that operands may take; the rest is scratch
 
 
-class Operands(NamedTuple):
-    """`log_decay` is natural; `runs` counts the segment changes in the chunk so far."""
-
-    x_bthp: Array
-    dt_bhcq: Array
-    log_decay_bcsh: Array
-    b_btgn: Array
-    c_btgn: Array
-    runs_bcq: Array
-    initial_bhpn: Array
-    skip_h: Array
-
-
-def ssd_triton(
-    x_bthp: Array,
-    dt_bth: Array,
-    a_h: Array,
-    b_btgn: Array,
-    c_btgn: Array,
-    segments_bt: Array,
-    initial_state_bhpn: Array,
-    skip_h: Array,
-    *,
-    chunk_size: int,
-    interpret: bool = False,
-) -> tuple[Array, Array]:
+def ssd_triton(o: Operands, *, chunk_size: int, interpret: bool = False) -> tuple[Array, Array]:
     """`ssd` on an NVIDIA GPU; `interpret` runs the same kernels anywhere, slowly.
 
     Matrix products take their operands as bfloat16 if x, B and C are, else as float32, and add up in float32. So do
@@ -62,27 +47,21 @@ def ssd_triton(
     Raises ValueError if there is no GPU and `interpret` is False.
     """
     require_gpu(interpret=interpret)
-    half = all(array.dtype == jnp.bfloat16 for array in (x_bthp, b_btgn, c_btgn))
+    half = all(array.dtype == jnp.bfloat16 for array in (o.x_bthp, o.b_btgn, o.c_btgn))
     dtype = jnp.bfloat16 if half else jnp.float32
-    launch = _launch(chunk_size, x_bthp.shape, b_btgn.shape[3], half=half, interpret=interpret)
-    dt_bth = dt_bth.astype(jnp.float32)
-    log_decay_bth = jnp.maximum(dt_bth * a_h.astype(jnp.float32), LOWEST_LOG_DECAY)
-    changes_bt = (segments_bt[:, 1:] != segments_bt[:, :-1]).astype(jnp.float32)
-    # A row's first token continues the initial state, so it never counts as a change.
-    changes_bt = jnp.pad(changes_bt, ((0, 0), (1, 0)))
-    runs_bcq = _counts(_cut(changes_bt, launch.width))
-    operands = Operands(
-        x_bthp=x_bthp.astype(dtype),
-        dt_bhcq=jnp.transpose(_cut(dt_bth, launch.width), (0, 3, 1, 2)),
-        log_decay_bcsh=_cut(log_decay_bth, launch.width),
-        b_btgn=b_btgn.astype(dtype),
-        c_btgn=c_btgn.astype(dtype),
-        runs_bcq=runs_bcq,
-        initial_bhpn=initial_state_bhpn,
-        skip_h=skip_h,
+    launch = _launch(chunk_size, o.x_bthp.shape, o.b_btgn.shape[3], half=half, interpret=interpret)
+    by_chunk = ByChunk(
+        x_bthp=o.x_bthp.astype(dtype),
+        dt_bhcq=jnp.transpose(in_chunks(o.dt_bth.astype(jnp.float32), launch.width), (0, 3, 1, 2)),
+        log_decay_bcsh=in_chunks(log_decays(o.dt_bth, o.a_h), launch.width),
+        b_btgn=o.b_btgn.astype(dtype),
+        c_btgn=o.c_btgn.astype(dtype),
+        runs_bcq=runs_in_chunks(o.segments_bt, launch.width),
+        initial_bhpn=o.initial_state_bhpn,
+        skip_h=o.skip_h,
     )
-    y_bthp, final_bhpn = _ssd(launch, operands)  # pyright: ignore[reportGeneralTypeIssues]
-    return y_bthp.astype(x_bthp.dtype), final_bhpn
+    y_bthp, final_bhpn = _ssd(launch, by_chunk)  # pyright: ignore[reportGeneralTypeIssues]
+    return y_bthp.astype(o.x_bthp.dtype), final_bhpn
 
 
 def _launch(chunk_size: int, shape: tuple[int, ...], state: int, *, half: bool, interpret: bool) -> Launch:
@@ -123,59 +102,48 @@ def _stages(wanted: int, stage: int, kept: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ssd(launch: Launch, operands: Operands) -> tuple[Array, Array]:
+def _ssd(launch: Launch, o: ByChunk) -> tuple[Array, Array]:
     """Outputs (b, t, h, p) in x's type and final state (b, h, p, n) float32."""
-    y_bthp, final_bhpn, _ = _scan_forward(launch, operands, _sums(launch, operands), save=False)
+    y_bthp, final_bhpn, _ = scan(o, _sums(launch, o), _forward_walk(o), save=False, launch=launch)
     return y_bthp, final_bhpn
 
 
-def _sums(launch: Launch, operands: Operands) -> tuple[Array, ...]:
+def _sums(launch: Launch, o: ByChunk) -> tuple[Array, ...]:
     """The parts of the logs of the decay since the chunk's or the segment's start, as the kernels take them (`Launch`).
     (b, h, c, q)"""
-    since_start = functools.partial(_since_start, operands.runs_bcq)
+    since_start = functools.partial(_since_start, o.runs_bcq)
     if not launch.exact:
-        return (since_start(operands.log_decay_bcsh) * LOG2_E,)
-    parts = in_two(operands.log_decay_bcsh, lowest=LOWEST_LOG_DECAY, terms=launch.width)
+        return (since_start(o.log_decay_bcsh) * LOG2_E,)
+    parts = in_two(o.log_decay_bcsh, lowest=LOWEST_LOG_DECAY, terms=launch.width)
     return tuple(map(since_start, parts))
 
 
 def _since_start(runs_bcq: Array, log_decay_bcsh: Array) -> Array:
     """The sum since the chunk's or the segment's start. (b, h, c, q)"""
-    return _sum(_readable(runs_bcq), "bcqs,bcsh->bhcq", log_decay_bcsh)
+    return masked_sum(readable(runs_bcq), "bcqs,bcsh->bhcq", log_decay_bcsh)
 
 
-def _scan_forward(
-    launch: Launch, operands: Operands, sums_bhcq: tuple[Array, ...], *, save: bool
-) -> tuple[Array, Array, Array | None]:
-    o = operands
-    return scan(
-        o.c_btgn, o.b_btgn, o.x_bthp, o.dt_bhcq, sums_bhcq, o.runs_bcq, o.initial_bhpn, o.skip_h,
-        reverse=False, save=save, launch=launch,
-    )  # fmt: skip
+def _forward_walk(o: ByChunk) -> Walk:
+    return Walk(o.c_btgn, o.b_btgn, o.x_bthp, o.initial_bhpn, reverse=False)
 
 
-def _forward(launch: Launch, operands: Operands) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
+def _forward(launch: Launch, o: ByChunk) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
     """The outputs, and what `_backward` needs."""
-    sums_bhcq = _sums(launch, operands)
-    y_bthp, final_bhpn, states_bhcnp = _scan_forward(launch, operands, sums_bhcq, save=True)
+    sums_bhcq = _sums(launch, o)
+    y_bthp, final_bhpn, states_bhcnp = scan(o, sums_bhcq, _forward_walk(o), save=True, launch=launch)
     y_bthp, states_bhcnp = checkpoint_name(y_bthp, "ssd"), checkpoint_name(states_bhcnp, "ssd_states")
-    return (y_bthp, final_bhpn), (operands, sums_bhcq, states_bhcnp)
+    return (y_bthp, final_bhpn), (o, sums_bhcq, states_bhcnp)
 
 
-def _backward(launch: Launch, saved: tuple[Any, ...], gradients: tuple[Array, Array]) -> tuple[Operands]:
+def _backward(launch: Launch, saved: tuple[Any, ...], gradients: tuple[Array, Array]) -> tuple[ByChunk]:
     """The gradient of every operand, from `dy` of the outputs and `dfinal` of the final state."""
     (o, sums_bhcq, states_bhcnp), (dy_bthp, dfinal_bhpn) = saved, gradients
-    dx_bthp, dinitial_bhpn, dstates_bhcnp = scan(
-        o.b_btgn, o.c_btgn, dy_bthp, o.dt_bhcq, sums_bhcq, o.runs_bcq, dfinal_bhpn, o.skip_h,
-        reverse=True, save=True, launch=launch,
-    )  # fmt: skip
+    walk = Walk(o.b_btgn, o.c_btgn, dy_bthp, dfinal_bhpn, reverse=True)
+    dx_bthp, dinitial_bhpn, dstates_bhcnp = scan(o, sums_bhcq, walk, save=True, launch=launch)
     assert dstates_bhcnp is not None  # for they are to be saved
-    n = near(o.x_bthp, dy_bthp, o.b_btgn, o.c_btgn, o.dt_bhcq, sums_bhcq, o.runs_bcq, launch=launch)
-    f = far(
-        o.x_bthp, dy_bthp, o.b_btgn, o.c_btgn, n.scores_bgcqs, o.dt_bhcq, sums_bhcq, o.runs_bcq, states_bhcnp,
-        dstates_bhcnp, launch=launch,
-    )  # fmt: skip
-    gradient = Operands(
+    n = near(o, dy_bthp, sums_bhcq, launch=launch)
+    f = far(o, dy_bthp, sums_bhcq, n.scores_bgcqs, States(states_bhcnp, dstates_bhcnp), launch=launch)
+    gradient = ByChunk(
         x_bthp=dx_bthp,
         dt_bhcq=n.given_bhcq + n.own_bhcq + f.left_bhcq,
         log_decay_bcsh=_log_decay_gradient(o, n, f),
@@ -188,7 +156,7 @@ def _backward(launch: Launch, saved: tuple[Any, ...], gradients: tuple[Array, Ar
     return (gradient,)
 
 
-def _log_decay_gradient(o: Operands, n: NearGradients, f: FarGradients) -> Array:
+def _log_decay_gradient(o: ByChunk, n: NearGradients, f: FarGradients) -> Array:
     """The gradient of each token's log decay: what passes over it, from tokens or a state to tokens or a state.
 
     If not exact, from that of the sums: the sum of q stands in the exponent of all that y_q receives from other tokens,
@@ -197,7 +165,7 @@ def _log_decay_gradient(o: Operands, n: NearGradients, f: FarGradients) -> Array
     """
     left_bhcq = o.dt_bhcq * f.left_bhcq
     if n.across_bhcu is not None:
-        across_bhcu = n.across_bhcu + _across_tokens(f.read_bhcq, left_bhcq, f.whole_bhc)
+        across_bhcu = n.across_bhcu + across_tokens(f.read_bhcq, left_bhcq, f.whole_bhc)
         return jnp.transpose(across_bhcu, (0, 2, 3, 1))
     dsums_bhcq = n.received_bhcq + f.read_bhcq - o.dt_bhcq * (n.given_bhcq + f.left_bhcq)
     last_bhc = jnp.sum(left_bhcq, axis=-1) + f.whole_bhc

@@ -1,4 +1,4 @@
-"""Triton kernels of the gradients of the chunked Mamba-2 recurrence, but that of x, which `scan` makes.
+"""Triton kernels of the gradients of the chunked Mamba-2 recurrence, but that of x, which `scan` computes.
 
 Axes: b batch, t time, h heads, p head size, g groups, r heads of a group, n state, c chunks, q position in a chunk,
 s position in the chunk that q reads from, u position that what goes from s to q passes over.
@@ -6,7 +6,7 @@ s position in the chunk that q reads from, u position that what goes from s to q
 Each program takes one chunk of one group, over its heads:
 
     near    what the tokens have to do with each other.
-    far     what they and their decays have to do with states, which with near's scores makes dC and dB.
+    far     what they and their decays have to do with states; with near's scores, dC and dB.
 """
 
 import functools
@@ -18,8 +18,9 @@ from jax import numpy as jnp
 from jax.experimental import pallas as pl
 
 from orogen.kernels.pallas_triton import both, call, inside, load, store
-from orogen.kernels.ssd.chunked import _sum
+from orogen.kernels.ssd.sums import masked_sum
 from orogen.kernels.ssd.triton_kernels import (
+    ByChunk,
     Launch,
     between,
     column,
@@ -60,22 +61,21 @@ class FarGradients(NamedTuple):
     whole_bhc: Array
 
 
-def near(
-    x_bthp: Array,
-    dy_bthp: Array,
-    b_btgn: Array,
-    c_btgn: Array,
-    dt_bhcq: Array,
-    sums_bhcq: Sequence[Array],
-    runs_bcq: Array,
-    *,
-    launch: Launch,
-) -> NearGradients:
+class States(NamedTuple):
+    """The states that enter the chunks, and the gradients of those that leave them."""
+
+    entering_bhcnp: Array
+    dleaving_bhcnp: Array
+
+
+def near(o: ByChunk, dy_bthp: Array, sums_bhcq: Sequence[Array], *, launch: Launch) -> NearGradients:
     """What the tokens of one chunk are to each other.
 
-    The chunk's pairs are cut into square tiles. Those with a later s than q hold nothing: they are left out, and so
-    their scores are not written.
+    Tiling: the grid is (tiles of pairs of all chunks, groups, rows). The chunk's (q, s) pairs form square tiles of
+    `near_rows`. Tiles whose s are all later than their q hold nothing: no program takes them, and their scores are not
+    written.
     """
+    x_bthp, b_btgn, dt_bhcq = o.x_bthp, o.b_btgn, o.dt_bhcq
     batch, time, heads, head_size = x_bthp.shape
     groups, state = b_btgn.shape[2:]
     chunks, width, rows, share = dt_bhcq.shape[2], launch.width, launch.near_rows, heads // groups
@@ -97,7 +97,7 @@ def near(
         functools.partial(
             _near_kernel, time=time, head_size=head_size, state=state, rows=rows, exact=launch.exact
         ),
-        [x_bthp, dy_bthp, b_btgn, c_btgn, dt_bhcq, list(sums_bhcq), runs_bcq],
+        [x_bthp, dy_bthp, b_btgn, o.c_btgn, dt_bhcq, list(sums_bhcq), o.runs_bcq],
         [head_spec, head_spec, group_spec, group_spec, token_spec, [token_spec] * len(sums_bhcq), runs_spec],
         outputs, grid=(len(tiles) * chunks, groups, batch), warps=launch.near_warps, stages=launch.near_stages,
         interpret=launch.interpret,
@@ -134,8 +134,8 @@ def _across_tiles(received_bhctq: Array, given_bhcts: Array, within_bhcu: Array,
         if q == s:
             continue
         received_bhcq, given_bhcs = received_bhctq[..., t, :], given_bhcts[..., t, :] * dt[s]
-        across[s] += _sum(jnp.tri(rows, k=-1), "us,bhcs->bhcu", given_bhcs)
-        across[q] += _sum(jnp.tri(rows), "qu,bhcq->bhcu", received_bhcq)
+        across[s] += masked_sum(jnp.tri(rows, k=-1), "us,bhcs->bhcu", given_bhcs)
+        across[q] += masked_sum(jnp.tri(rows), "qu,bhcq->bhcu", received_bhcq)
         for block in range(s + 1, q):
             across[block] += jnp.sum(received_bhcq, axis=-1, keepdims=True)
     return jnp.concatenate(across, axis=-1)
@@ -208,24 +208,16 @@ def _near_kernel(
 
 
 def far(
-    x_bthp: Array,
-    dy_bthp: Array,
-    b_btgn: Array,
-    c_btgn: Array,
-    scores_bgcqs: Array,
-    dt_bhcq: Array,
-    sums_bhcq: Sequence[Array],
-    runs_bcq: Array,
-    states_bhcnp: Array,
-    dstates_bhcnp: Array,
-    *,
-    launch: Launch,
+    o: ByChunk, dy_bthp: Array, sums_bhcq: Sequence[Array], scores_bgcqs: Array, states: States, *, launch: Launch
 ) -> FarGradients:
     """The gradients of B and C, and what the tokens and the decay of a chunk have to do with its states.
 
-    `states_bhcnp` are those that enter the chunks, `dstates_bhcnp` the gradients of those that leave. `scores_bgcqs`
-    are `near`'s, through which the chunk's own tokens add to the gradients.
+    `scores_bgcqs` are `near`'s, through which the chunk's own tokens add to the gradients.
+
+    Tiling: the grid is (parts of `far_states` of the n rows of all chunks' states, groups, rows). A program takes its
+    part of the states and all tokens of the chunk, head after head.
     """
+    x_bthp, b_btgn, dt_bhcq = o.x_bthp, o.b_btgn, o.dt_bhcq
     batch, time, heads, head_size = x_bthp.shape
     groups, state = b_btgn.shape[2:]
     chunks, width, share = dt_bhcq.shape[2], launch.width, heads // groups
@@ -248,8 +240,7 @@ def far(
             _far_kernel, time=time, head_size=head_size, state=state, part=launch.far_states, exact=launch.exact
         ),
         [
-            x_bthp, dy_bthp, b_btgn, c_btgn, scores_bgcqs, dt_bhcq, list(sums_bhcq), runs_bcq, states_bhcnp,
-            dstates_bhcnp,
+            x_bthp, dy_bthp, b_btgn, o.c_btgn, scores_bgcqs, dt_bhcq, list(sums_bhcq), o.runs_bcq, *states,
         ],
         [
             *[head_spec] * 2, *[group_spec] * 2, scores_spec, token_spec, [token_spec] * len(sums_bhcq), runs_spec,

@@ -5,8 +5,8 @@ s position in the chunk that q reads from.
 
 The gradient is the same computation read backwards: where the outputs add up what earlier tokens give, through a state
 that runs forward, the gradient of x adds up what later tokens take, through the gradient of the state, which runs
-backward. So one kernel has a direction: `scan` walks the chunks of one head with its state in registers, and makes y
-from x, or dx from dy. The kernels of the other gradients are in `triton_gradients`.
+backward. So one kernel has a direction: `scan` walks the chunks of one head with its state in registers, and computes
+y from x, or dx from dy. The kernels of the other gradients are in `triton_gradients`.
 
 Every sum runs in one order, so results repeat to the bit.
 """
@@ -14,6 +14,7 @@ Every sum runs in one order, so results repeat to the bit.
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from jax import Array, lax
 from jax import numpy as jnp
@@ -26,8 +27,10 @@ SMALLEST_TILE = 16  # of a matrix product in Triton
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """How to cut and run: `width` tokens a chunk, of which `scan` takes `step` at once and `columns` of a head a
-    program, `near` takes pairs of `near_rows` tokens with as many, and `far` takes `far_states` rows of the states.
+    """Tile sizes and how to run. A chunk has `width` tokens.
+
+    `scan` takes `step` tokens at once, and a program of it `columns` elements of a head; `near` takes squares of
+    `near_rows` by `near_rows` pairs of tokens, and `far` takes `far_states` of a state's n rows.
 
     exact: results have float32's digits however strong and weak steps are mixed. Logs of decays are natural and summed
     in two parts (`in_two`), and their gradients are sums of terms of their own. Otherwise logs are to base 2, both are
@@ -55,35 +58,59 @@ def tile(size: int) -> int:
     return max(SMALLEST_TILE, pl.next_power_of_2(size))
 
 
+class ByChunk(NamedTuple):
+    """The operands of the kernels; what is computed once per token lies by chunk.
+
+    `log_decay` is natural; `runs` counts the segment changes in the chunk so far.
+    """
+
+    x_bthp: Array
+    dt_bhcq: Array
+    log_decay_bcsh: Array
+    b_btgn: Array
+    c_btgn: Array
+    runs_bcq: Array
+    initial_bhpn: Array
+    skip_h: Array
+
+
+class Walk(NamedTuple):
+    """A direction of `scan`, and which arrays play which part in it.
+
+    Forward: query C, key B, value x, from the initial state. In reverse: query B, key C, value dy, and the state is the
+    gradient of the forward one, from that of the final state.
+    """
+
+    query_btgn: Array
+    key_btgn: Array
+    value_bthp: Array
+    start_bhpn: Array
+    reverse: bool
+
+
 def scan(
-    query_btgn: Array,
-    key_btgn: Array,
-    value_bthp: Array,
-    dt_bhcq: Array,
-    sums_bhcq: Sequence[Array],
-    runs_bcq: Array,
-    start_bhpn: Array,
-    skip_h: Array,
-    *,
-    reverse: bool,
-    save: bool,
-    launch: Launch,
+    o: ByChunk, sums_bhcq: Sequence[Array], walk: Walk, *, save: bool, launch: Launch
 ) -> tuple[Array, Array, Array | None]:
     """Outputs (b, t, h, p), the last state (b, h, p, n) and each chunk's first one (b, h, c, n, p).
 
     `sums_bhcq` are the parts of the logs of the decay since the chunk's or the segment's start; what decays from a
-    token on does so times its dt. Forward: query C, key B, value x. In reverse: query B, key C, value dy, and the
-    state is the gradient of the forward one. Both add the skip D value.
-    States are float32 in registers, `save`d in the dtype of the values, which is how matrix products read them.
+    token on does so times its dt. Both directions add the skip, D times the value. States are float32 in registers, and
+    `save`d in the dtype of the values, which is how matrix products read them.
+
+    Tiling: the grid is (heads, blocks of `columns` of a head's elements, rows). A program walks over its row in steps
+    of `step` tokens and holds the state's columns in registers; per step, it multiplies query by state, query by key,
+    and those scores by the values.
     """
+    query_btgn, key_btgn, value_bthp, start_bhpn, reverse = walk
+    dt_bhcq = o.dt_bhcq
     batch, time, heads, head_size = value_bthp.shape
     groups, state = key_btgn.shape[2:]
     chunks, padded_time, share = dt_bhcq.shape[2], dt_bhcq.shape[2] * launch.width, heads // groups
     columns, padded_state, blocks = launch.columns, tile(state), pl.cdiv(head_size, launch.columns)
     steps_bhcq = dt_bhcq if launch.exact else sums_bhcq[0] - jnp.log2(dt_bhcq)
     *sums_bht, steps_bht = (array.reshape(batch, heads, padded_time) for array in (*sums_bhcq, steps_bhcq))
-    runs_bt = runs_bcq.reshape(batch, padded_time)
-    operands = [query_btgn, key_btgn, value_bthp, sums_bht, steps_bht, runs_bt, start_bhpn, skip_h]
+    runs_bt = o.runs_bcq.reshape(batch, padded_time)
+    operands = [query_btgn, key_btgn, value_bthp, sums_bht, steps_bht, runs_bt, start_bhpn, o.skip_h]
     group_spec = pl.BlockSpec((None, padded_time, None, padded_state), lambda h, p, b: (b, 0, h // share, 0))
     head_spec = pl.BlockSpec((None, padded_time, None, columns), lambda h, p, b: (b, 0, h, p))
     token_spec = pl.BlockSpec((None, None, padded_time), lambda h, p, b: (b, h, 0))
