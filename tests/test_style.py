@@ -18,11 +18,11 @@ RECIPES = ROOT / "gin_configs" / "recipes"
 
 # A package imports those before it; `commands` are the packages' command.py, which declare parts of the command line.
 ORDER = (
-    "__init__ config parallel kernels precision layers moe model cost data train infer convert evaluate simulate bench "
+    "__init__ config parallel kernels precision layers moe model cost data report train infer convert evaluate simulate bench "
     "command commands cli"
 ).split()
 # Packages that may import less than the order allows.
-ONLY = {"data": ["config"]}
+ONLY = {"data": ["config"], "report": ["config"]}
 FREE_OF_JAX = ("config/", "parallel/fold.py", "parallel/schedule.py")
 
 PLACEMENT = {"PartitionSpec", "shard_map"}
@@ -176,6 +176,8 @@ CHECKS: dict[Callable[[str, ast.AST], Iterator[str]], list[tuple[str, str]]] = {
         ("cost/flops.py", "from orogen.train import step"),
         ("model/stages.py", "from orogen.cost import flops"),
         ("data/loader.py", "from orogen.cost.flops import peak_flops"),
+        ("report/page.py", "from orogen.train import loop"),
+        ("report/page.py", "from orogen.data import loader"),
         ("infer/engine.py", "from orogen.simulate import fit"),
         ("train/loop.py", "from orogen.simulate import memory"),
         ("convert/names.py", "from orogen.evaluate import summary"),

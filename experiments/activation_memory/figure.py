@@ -7,7 +7,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from orogen.train.pictures import LIGHT, png
+from orogen.report.pictures import LIGHT, png
 
 Record = Mapping[str, Any]
 

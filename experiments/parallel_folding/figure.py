@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from orogen.train.pictures import LIGHT, png
+from orogen.report.pictures import LIGHT, png
 
 Record = Mapping[str, Any]
 

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from orogen.config.load import parse
 from orogen.config.plan import PlanConfig
 from orogen.parallel.runtime import configure
+from orogen.report.pictures import LIGHT
 from orogen.train.next_token import NEXT_TOKENS
-from orogen.train.pictures import LIGHT
 
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "compiled.jsonl"

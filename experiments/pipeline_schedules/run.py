@@ -10,9 +10,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from orogen.train.pictures import LIGHT
 
 from orogen.parallel.schedule import FORWARD, IDLE, Schedule, Work, lockstep_time, make_schedule, timeline
-from orogen.train.pictures import LIGHT
 
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results.jsonl"

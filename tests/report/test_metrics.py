@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from orogen.config.checks import ConfigError
-from orogen.train.metrics import MetricsWriter, Progress, read_metrics
+from orogen.report.metrics import MetricsWriter, Progress, read_metrics
 
 
 def step_metrics(step: int) -> dict[str, object]:
@@ -84,7 +84,7 @@ def test_a_line_without_a_step_is_refused(tmp_path, line):
 
 def test_a_killed_process_loses_no_step_it_wrote(tmp_path):
     script = (
-        "import os, signal, sys; from orogen.train.metrics import MetricsWriter\n"
+        "import os, signal, sys; from orogen.report.metrics import MetricsWriter\n"
         "writer = MetricsWriter(sys.argv[1])\n"
         "for step in range(1, 6): writer.write({'step': step, 'loss': 1 / step})\n"
         "os.kill(os.getpid(), signal.SIGKILL)"

@@ -11,8 +11,9 @@ import sys
 import numpy as np
 import pytest
 
-from orogen.train import pictures, report
-from orogen.train.metrics import MetricsWriter
+from orogen.report import pictures, series
+from orogen.report.metrics import MetricsWriter
+from orogen.report.page import write_report
 
 PNG = b"\x89PNG\r\n\x1a\n"
 BASELINES = {"Witten-Bell 5-gram": 1.9, "zlib of the held-out text alone": 3.0}
@@ -39,7 +40,7 @@ def write(run_dir: pathlib.Path, records: list[dict[str, object]], **changes: ob
         for record in records:
             writer.write(record)
     arguments = {"title": "A run", "config_text": "X.y = 1", "baselines": BASELINES, "samples": None, "environment": {}}
-    return report.write_report(run_dir, **arguments | changes).read_text()
+    return write_report(run_dir, **arguments | changes).read_text()
 
 
 def pngs_beside(run_dir: pathlib.Path) -> set[str]:
@@ -176,7 +177,7 @@ def test_a_loss_that_is_not_finite_is_counted_and_left_out(tmp_path):
 
 def test_a_folder_without_metrics_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
-        report.write_report(tmp_path, title="", config_text="", baselines={}, samples=None, environment={})
+        write_report(tmp_path, title="", config_text="", baselines={}, samples=None, environment={})
 
 
 def drawn_loss(records, baselines):
@@ -224,16 +225,16 @@ def test_without_held_out_bits_the_axis_is_nats_and_has_no_baselines():
 def test_running_mean_is_centred_and_skips_what_is_not_finite():
     values_n = np.arange(150.0)  # a window of three
     values_n[10] = math.nan
-    mean_n = pictures.running_mean(values_n)
+    mean_n = series.running_mean(values_n)
     assert mean_n[50] == 50 and mean_n[0] == 0.5 and mean_n[10] == 10 and mean_n[9] == 8.5
-    assert np.isnan(pictures.running_mean(np.full(3, math.nan))).all()
+    assert np.isnan(series.running_mean(np.full(3, math.nan))).all()
 
 
 def test_load_over_even_by_hand():
     """Steps 1 and 2 in one span, 5 in another; layer 1 has loads (1, 3) + (1, 3), then (6, 2)."""
     loads = {1: [1, 3], 2: [1, 3], 5: [6, 2]}
     records = [{"step": step, "expert_load": [[9, 9], load]} for step, load in loads.items()]
-    load_ec = pictures.load_over_even(records, 1, np.array([1.0, 3.0, 5.0, 7.0]))
+    load_ec = series.load_over_even(records, 1, np.array([1.0, 3.0, 5.0, 7.0]))
     np.testing.assert_allclose(load_ec, [[0.5, math.nan, 1.5], [1.5, math.nan, 0.5]])
 
 
@@ -241,7 +242,7 @@ def test_dropped_share_is_of_all_layers_assignments():
     load = [[4, 4], [1, 1]]
     counted = [{"step": 1, "expert_load": load, "dropped_tokens": 2}, {"step": 2, "dropped_tokens": 2}]
     by_layer = {"step": 3, "expert_load": load, "dropped_tokens": [3, 1]}
-    steps_n, share_n = pictures.dropped_share([*counted, by_layer])
+    steps_n, share_n = series.dropped_share([*counted, by_layer])
     assert list(steps_n) == [1, 3] and list(share_n) == [0.2, 0.4]
 
 
@@ -268,17 +269,17 @@ def test_half_and_twice_an_even_share_are_equally_far_from_even():
 
 def test_short_numbers():
     values = (0.5, 12, 1234, 1_234_567, 31_600_000_000, 2.5e13)
-    assert [pictures.short_number(v) for v in values] == ["0.5", "12", "1.23k", "1.23M", "31.6B", "25T"]
+    assert [series.short_number(v) for v in values] == ["0.5", "12", "1.23k", "1.23M", "31.6B", "25T"]
 
 
 def test_importing_the_report_loads_neither_matplotlib_nor_jax():
-    script = "import sys, orogen.train.report; print([m for m in ('matplotlib', 'jax') if m in sys.modules])"
+    script = "import sys, orogen.report.page; print([m for m in ('matplotlib', 'jax') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_drawing_imports_no_pyplot():
     script = (
-        "import sys; from orogen.train import pictures\n"
+        "import sys; from orogen.report import pictures\n"
         "records = [{'step': 1, 'loss': 2.0, 'tokens': 3, 'expert_load': [[1, 2]], 'dropped_tokens': 1}]\n"
         "for picture in pictures.pictures(records, {}): pictures.png(picture.draw(pictures.LIGHT))\n"
         "print('matplotlib.figure' in sys.modules, 'matplotlib.pyplot' in sys.modules)"

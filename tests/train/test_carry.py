@@ -17,10 +17,10 @@ from orogen.data.packing import NEXT, NEXT_WEIGHT, NOTHING, Batch
 from orogen.layers.documents import documents
 from orogen.model.cache import EMPTY
 from orogen.model.lm import build
+from orogen.report.metrics import read_metrics
 from orogen.simulate.memory import describe_memory
 from orogen.train import carry
 from orogen.train.loop import train
-from orogen.train.metrics import read_metrics
 from orogen.train.next_token import LOSS, NEXT_TOKENS
 from orogen.train.pretraining import PRETRAINING
 from orogen.train.step import batch_to_devices, gradients

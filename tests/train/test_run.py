@@ -20,10 +20,10 @@ from orogen.config.load import load
 from orogen.config.plan import FOR_GPU
 from orogen.data.tokenizer import Tokenizer
 from orogen.infer.generate import generate, load_checkpoint
+from orogen.report.metrics import read_metrics
 from orogen.train import checksums
 from orogen.train.lock import RunLock
 from orogen.train.loop import NonFiniteError, train
-from orogen.train.metrics import read_metrics
 from orogen.train.pretraining import PRETRAINING
 
 MODEL = {

@@ -10,10 +10,10 @@ from orogen.data.packing import trained_text
 from orogen.evaluate import ngram
 from orogen.infer.generate import Loaded, generate, load_checkpoint
 from orogen.model.count import count
+from orogen.report.metrics import read_metrics
+from orogen.report.page import write_report
 from orogen.train.loop import Trained
-from orogen.train.metrics import read_metrics
 from orogen.train.pretraining import batches_until
-from orogen.train.report import write_report
 
 SAMPLE_TEMPERATURE, SAMPLE_TOP_P = 0.7, 0.9
 

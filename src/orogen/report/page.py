@@ -13,17 +13,13 @@ from typing import Any
 import numpy as np
 
 from orogen.config.files import write_atomically
-from orogen.train.metrics import read_metrics
-from orogen.train.pictures import (
-    DARK,
-    LIGHT,
+from orogen.report.metrics import read_metrics
+from orogen.report.pictures import DARK, LIGHT, Picture, pictures, png
+from orogen.report.series import (
     Floats,
-    Picture,
     Records,
     column,
     dropped_share,
-    pictures,
-    png,
     running_mean,
     short_number,
     tokens_seen,

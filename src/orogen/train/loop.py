@@ -24,11 +24,11 @@ from orogen.model.count import count
 from orogen.model.layout import Whole, relaid
 from orogen.model.lm import Built, build
 from orogen.parallel.plan import Plan
+from orogen.report.metrics import MetricsWriter, Progress
 from orogen.train import carry
 from orogen.train.assemble import assemble
 from orogen.train.checkpoint import Checkpoints, with_shardings
 from orogen.train.lock import RunLock, check_free
-from orogen.train.metrics import MetricsWriter, Progress
 from orogen.train.optimizer import make_optimizer
 from orogen.train.run_folder import check_folder, describe_run, environment, keep_orphaned_metrics
 from orogen.train.state import TrainState, abstract_state, create_state, start_state, state_shardings
