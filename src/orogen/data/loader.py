@@ -17,15 +17,11 @@ from orogen.config.checks import ConfigError
 from orogen.config.data import DataConfig
 from orogen.data import corpora, sources
 from orogen.data.lanes import LaneRows
-from orogen.data.packing import Batch, Stream, cut, document_stream, empty_batch, pack
+from orogen.data.packing import Batch, Stream, document_stream, empty_batch
 from orogen.data.sources import Document
 from orogen.data.tokenizer import Tokenizer, check_vocab_size
 from orogen.data.vocabulary import make_tokenizer
-
-# Rows are packed, and shuffled, within a window of documents of at least this many tokens and rows: wide enough
-# that a batch mixes about a hundred source files and that the one unfilled row of a window does not matter.
-_WINDOW_TOKENS = 2**19
-_WINDOW_ROWS = 64
+from orogen.data.windows import WINDOW_TOKENS, PackedRows, stack
 
 
 class TokenizedSplit(Sequence[Stream]):
@@ -198,7 +194,7 @@ def make_loader(
     process_index: int = 0,
     process_count: int = 1,
     identity: dict[str, Any] | None = None,
-    window_tokens: int = _WINDOW_TOKENS,
+    window_tokens: int = WINDOW_TOKENS,
     lanes: bool = False,
 ) -> Loader:
     """Endless batches of the streams, each epoch in a new order; `shuffle_seed` None keeps their order.
@@ -222,7 +218,7 @@ def make_loader(
         settings["lanes"] = True
         batches = LaneRows(documents.repeat(), lanes=batch_size, sequence_length=sequence_length)
     else:
-        rows = _PackedRows(
+        rows = PackedRows(
             documents.repeat(),
             sequence_length=sequence_length,
             pad_id=pad_id,
@@ -230,7 +226,7 @@ def make_loader(
             window_tokens=window_tokens,
             window_documents=len(streams),
         )
-        batches = rows.batch(batch_size, drop_remainder=True, batch_fn=_stack)
+        batches = rows.batch(batch_size, drop_remainder=True, batch_fn=stack)
     return Loader(
         grain.experimental.ThreadPrefetchIterDataset(batches.map(_rows_taker(process_rows)), prefetch_buffer_size=2),
         identity={**(identity or {}), **settings},
@@ -257,103 +253,19 @@ class HeldoutPass:
         return self.streams.byte_count
 
     def __iter__(self) -> Iterator[Batch]:
-        rows = _PackedRows(
+        rows = PackedRows(
             grain.MapDataset.source(self.streams),
             sequence_length=self.sequence_length,
             pad_id=self.pad_id,
             shuffle_seed=None,
-            window_tokens=_WINDOW_TOKENS,
+            window_tokens=WINDOW_TOKENS,
             window_documents=len(self.streams),
         )
         take = _rows_taker(self.process_rows)
-        for batch in rows.batch(self.batch_size, drop_remainder=False, batch_fn=_stack):
+        for batch in rows.batch(self.batch_size, drop_remainder=False, batch_fn=stack):
             missing = self.batch_size - len(batch.tokens_bt)
             padding = empty_batch(missing, sequence_length=self.sequence_length, pad_id=self.pad_id)
             yield take(batch.map(lambda *parts: np.concatenate(parts), padding))
-
-
-class _PackedRows(grain.IterDataset):
-    """Streams split and packed window by window; an element is one row, a Batch without its b axis."""
-
-    def __init__(self, documents: grain.MapDataset, **settings: Any) -> None:
-        # No reading threads: the documents are in memory, and `make_loader` prefetches whole batches.
-        super().__init__(documents.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
-        self._settings = settings
-
-    def __iter__(self) -> "_PackedRowsIterator":
-        return _PackedRowsIterator(iter(self._parent), **self._settings)
-
-
-class _PackedRowsIterator(grain.DatasetIterator):
-    """Its state is where the window began upstream, the window's number and the next row: the rest is replayed."""
-
-    def __init__(
-        self,
-        parent: grain.DatasetIterator,
-        *,
-        sequence_length: int,
-        pad_id: int,
-        shuffle_seed: int | None,
-        window_tokens: int,
-        window_documents: int,
-    ) -> None:
-        super().__init__(parent)
-        self._sequence_length = sequence_length
-        self._pad_id = pad_id
-        self._shuffle_seed = shuffle_seed
-        self._window_tokens = max(window_tokens, _WINDOW_ROWS * sequence_length)
-        self._window_documents = window_documents
-        self._start_window(number=0, row=0)
-
-    def _start_window(self, *, number: int, row: int) -> None:
-        self._parent_state = self._parent.get_state()
-        self._number = number
-        self._row = row
-        self._window: Batch | None = None
-
-    def get_state(self) -> dict[str, Any]:
-        return {"parent": self._parent_state, "window": self._number, "row": self._row}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        self._parent.set_state(state["parent"])
-        self._start_window(number=state["window"], row=state["row"])
-
-    def __next__(self) -> Batch:
-        if self._window is None:
-            self._window = self._next_window()
-            if self._row >= len(self._window.tokens_bt):  # only if a saved position says so
-                rows = len(self._window.tokens_bt)
-                raise ConfigError(f"the saved data position has row = {self._row}; expected below {rows}")
-        row = self._window.map(lambda x_bt: x_bt[self._row])
-        self._row += 1
-        if self._row == len(self._window.tokens_bt):
-            self._start_window(number=self._number + 1, row=0)
-        return row
-
-    def _next_window(self) -> Batch:
-        """The next documents, packed. A window holds at most one epoch; otherwise a tiny corpus would be read many
-        times."""
-        pieces: list[Stream] = []
-        tokens = documents = 0
-        while tokens < self._window_tokens and documents < self._window_documents:
-            try:
-                stream = next(self._parent)
-            except StopIteration:
-                break
-            documents += 1
-            tokens += len(stream.tokens_t)
-            pieces += cut(stream, sequence_length=self._sequence_length)
-        if not pieces:
-            raise StopIteration
-        window = pack(pieces, sequence_length=self._sequence_length, pad_id=self._pad_id)
-        if self._shuffle_seed is None:
-            return window
-        order_b = np.random.default_rng([self._shuffle_seed, self._number]).permutation(len(window.tokens_bt))
-        return window.map(lambda x_bt: x_bt[order_b])
-
-
-def _stack(rows: Sequence[Batch]) -> Batch:
-    return rows[0].map(lambda *x_t: np.stack(x_t), *rows[1:])
 
 
 def _rows_taker(rows: slice) -> Callable[[Batch], Batch]:

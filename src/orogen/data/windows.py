@@ -1,0 +1,103 @@
+"""Packed rows out of a stream of documents, window by window, so that a position in them is small and can be saved.
+
+Legend: b batch (rows), t time.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from orogen.config.checks import ConfigError
+from orogen.data.packing import Batch, Stream, cut, pack
+
+# Rows are packed, and shuffled, within a window of documents of at least this many tokens and rows: wide enough
+# that a batch mixes about a hundred source files and that the one unfilled row of a window does not matter.
+WINDOW_TOKENS = 2**19
+WINDOW_ROWS = 64
+
+
+class PackedRows(grain.IterDataset):
+    """Streams split and packed window by window; an element is one row, a Batch without its b axis."""
+
+    def __init__(self, documents: grain.MapDataset, **settings: Any) -> None:
+        # No reading threads: the documents are in memory, and `make_loader` prefetches whole batches.
+        super().__init__(documents.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+        self._settings = settings
+
+    def __iter__(self) -> "_Iterator":
+        return _Iterator(iter(self._parent), **self._settings)
+
+
+class _Iterator(grain.DatasetIterator):
+    """Its state is where the window began upstream, the window's number and the next row: the rest is replayed."""
+
+    def __init__(
+        self,
+        parent: grain.DatasetIterator,
+        *,
+        sequence_length: int,
+        pad_id: int,
+        shuffle_seed: int | None,
+        window_tokens: int,
+        window_documents: int,
+    ) -> None:
+        super().__init__(parent)
+        self._sequence_length = sequence_length
+        self._pad_id = pad_id
+        self._shuffle_seed = shuffle_seed
+        self._window_tokens = max(window_tokens, WINDOW_ROWS * sequence_length)
+        self._window_documents = window_documents
+        self._start_window(number=0, row=0)
+
+    def _start_window(self, *, number: int, row: int) -> None:
+        self._parent_state = self._parent.get_state()
+        self._number = number
+        self._row = row
+        self._window: Batch | None = None
+
+    def get_state(self) -> dict[str, Any]:
+        return {"parent": self._parent_state, "window": self._number, "row": self._row}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._parent.set_state(state["parent"])
+        self._start_window(number=state["window"], row=state["row"])
+
+    def __next__(self) -> Batch:
+        if self._window is None:
+            self._window = self._next_window()
+            if self._row >= len(self._window.tokens_bt):  # only if a saved position says so
+                rows = len(self._window.tokens_bt)
+                raise ConfigError(f"the saved data position has row = {self._row}; expected below {rows}")
+        row = self._window.map(lambda x_bt: x_bt[self._row])
+        self._row += 1
+        if self._row == len(self._window.tokens_bt):
+            self._start_window(number=self._number + 1, row=0)
+        return row
+
+    def _next_window(self) -> Batch:
+        """The next documents, packed. A window holds at most one epoch; otherwise a tiny corpus would be read many
+        times."""
+        pieces: list[Stream] = []
+        tokens = documents = 0
+        while tokens < self._window_tokens and documents < self._window_documents:
+            try:
+                stream = next(self._parent)
+            except StopIteration:
+                break
+            documents += 1
+            tokens += len(stream.tokens_t)
+            pieces += cut(stream, sequence_length=self._sequence_length)
+        if not pieces:
+            raise StopIteration
+        window = pack(pieces, sequence_length=self._sequence_length, pad_id=self._pad_id)
+        if self._shuffle_seed is None:
+            return window
+        order_b = np.random.default_rng([self._shuffle_seed, self._number]).permutation(len(window.tokens_bt))
+        return window.map(lambda x_bt: x_bt[order_b])
+
+
+def stack(rows: Sequence[Batch]) -> Batch:
+    """A batch of rows that have no b axis."""
+    return rows[0].map(lambda *x_t: np.stack(x_t), *rows[1:])
