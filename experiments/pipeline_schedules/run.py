@@ -10,9 +10,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from orogen.train.pictures import LIGHT
 
-from orogen.parallel.schedule import FORWARD, IDLE, Schedule, Work, lockstep_time, make_schedule, timeline
+from orogen.parallel.schedule import FORWARD, IDLE, Schedule, make_schedule
+from orogen.report.pictures import LIGHT
+from orogen.simulate.timeline import Work, lockstep_time, timeline
 
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results.jsonl"

@@ -4,7 +4,7 @@ The model is split into `stages * virtual` segments; segment g belongs to stage 
 a tick a stage takes one microbatch forward or backward through one chunk, or idles. What it sends at the end of a tick
 is usable from the next tick on. No jax here: the runtime, the simulator and the pictures share these tables.
 
-Legend: t tick, s stage, c chunk, g segment, n layers.
+Legend: t tick, s stage, g segment, n layers.
 """
 
 import collections
@@ -15,7 +15,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from orogen.config.checks import ConfigError
 from orogen.config.model import ModelConfig, Pattern
@@ -101,18 +101,9 @@ class Schedule:
         return tuple(int(held) for held in held_ts.max(axis=0))
 
 
-class Work(NamedTuple):
-    """One microbatch's pass through one chunk, from `start` to `end`."""
+class Pass(NamedTuple):
+    """One microbatch's pass through one segment, forward or backward."""
 
-    stage: int
-    operation: int
-    microbatch: int
-    chunk: int
-    start: float
-    end: float
-
-
-class _Pass(NamedTuple):
     operation: int
     microbatch: int
     segment: int
@@ -144,7 +135,7 @@ def plan_schedule(config: PlanConfig, model: ModelConfig) -> Schedule:
     return make_schedule(config.schedule, stages=config.stage, microbatches=config.microbatches, virtual=virtual)
 
 
-def _assemble(kind: str, orders: Sequence[Sequence[_Pass]], stages: int, microbatches: int, virtual: int) -> Schedule:
+def _assemble(kind: str, orders: Sequence[Sequence[Pass]], stages: int, microbatches: int, virtual: int) -> Schedule:
     tick = _place(orders, mixed=virtual == 1)
     slot, slots = {}, {}
     for buffer, spans in _spans(tick, last=stages * virtual - 1).items():
@@ -159,43 +150,6 @@ def _assemble(kind: str, orders: Sequence[Sequence[_Pass]], stages: int, microba
         forward_slots=slots["forward_inbox"],
         backward_slots=slots["backward_inbox"],
     )
-
-
-def timeline(
-    schedule: Schedule, *, forward: ArrayLike = 1.0, backward: ArrayLike | None = None, hop: float = 0.0
-) -> list[Work]:
-    """Every pass in order of its start, if each begins as soon as its stage is free and its input has arrived.
-
-    forward, backward: time of a pass, one number or (virtual, stages); None: backward takes twice as long as forward.
-    hop: time from the end of a pass until another stage has its output; the sender continues meanwhile.
-    """
-    cost = _costs(schedule, forward, backward)
-    orders = []
-    for stage in range(schedule.stages):
-        columns = (table[:, stage] for table in schedule.tables[:3])
-        rows = (row for row in zip(*columns, strict=True) if row[0] != IDLE)
-        orders.append([_Pass(int(o), int(m), int(c) * schedule.stages + stage) for o, m, c in rows])
-    played = _play(orders, lambda step: cost[step.operation].flat[step.segment], hop=hop)
-    work = [
-        Work(step.segment % schedule.stages, step.operation, step.microbatch, step.segment // schedule.stages, *span)
-        for step, *span in played
-    ]
-    return sorted(work, key=lambda w: (w.start, w.stage))
-
-
-def lockstep_time(schedule: Schedule, *, forward: ArrayLike = 1.0, backward: ArrayLike | None = None) -> float:
-    """Time of the step if no stage begins a tick before all have ended the previous one, as in a loop with blocking
-    sends.
-
-    Arguments as in `timeline`. A tick in which some stages go forward and others backward takes the longer pass.
-    """
-    cost = _costs(schedule, forward, backward)
-    operation_ts, _, chunk_ts = schedule.tables[:3]
-    stage_s = np.arange(schedule.stages)
-    taken_ts = np.zeros(operation_ts.shape)
-    for operation in STEP:
-        taken_ts = np.where(operation_ts == operation, cost[operation][chunk_ts, stage_s], taken_ts)
-    return float(taken_ts.max(axis=1).sum())
 
 
 def segments(
@@ -245,7 +199,7 @@ def _check(kind: str, stages: int, microbatches: int, virtual: int) -> None:
         )
 
 
-def _order(kind: str, stage: int, stages: int, microbatches: int, virtual: int) -> list[_Pass]:
+def _order(kind: str, stage: int, stages: int, microbatches: int, virtual: int) -> list[Pass]:
     """What `stage` does, in order: forward passes to warm up, then one forward, one backward, then the rest.
 
     Chunks alternate after `stages` microbatches each. Source: Megatron-Core, pipeline_parallel/schedules.py.
@@ -259,13 +213,13 @@ def _order(kind: str, stage: int, stages: int, microbatches: int, virtual: int) 
     for turn in range(total):
         cycle, place = divmod(turn, stages * virtual)
         chunk, microbatch = place // stages, cycle * stages + place % stages
-        forward.append(_Pass(FORWARD, microbatch, chunk * stages + stage))
-        backward.append(_Pass(BACKWARD, microbatch, (virtual - 1 - chunk) * stages + stage))
+        forward.append(Pass(FORWARD, microbatch, chunk * stages + stage))
+        backward.append(Pass(BACKWARD, microbatch, (virtual - 1 - chunk) * stages + stage))
     steady = [step for pair in zip(forward[warm_up:], backward, strict=False) for step in pair]
     return forward[:warm_up] + steady + backward[total - warm_up :]
 
 
-def _source(step: _Pass, last: int) -> _Pass | None:
+def source_of(step: Pass, last: int) -> Pass | None:
     """The pass whose output this one reads; None for the first segment's forward pass, which reads tokens."""
     if step.operation == BACKWARD and step.segment == last:
         return step._replace(operation=FORWARD)
@@ -273,19 +227,19 @@ def _source(step: _Pass, last: int) -> _Pass | None:
     return source if source.segment >= 0 else None
 
 
-def _place(orders: Sequence[Sequence[_Pass]], *, mixed: bool) -> dict[_Pass, int]:
+def _place(orders: Sequence[Sequence[Pass]], *, mixed: bool) -> dict[Pass, int]:
     """The tick of every pass, with each stage keeping to its order and starting each pass as soon as it can.
 
     Unless mixed, a tick is either forward or backward for all stages, alternating where there is a choice: stages that
     wait for each other at every tick then never wait for a longer pass. Megatron's interleaved order takes the same
     ticks and stash slots, and fewer inbox slots; 1F1B, whose data come just in time, would idle every other tick.
     """
-    stages, last = len(orders), _last_segment(orders)
+    stages, last = len(orders), last_segment(orders)
     waiting = [collections.deque(order) for order in orders]
     tick, t, turn = {}, 0, BACKWARD
     while any(waiting):
         heads = [steps[0] for steps in waiting if steps]
-        ready = [step for step in heads if (source := _source(step, last)) is None or source in tick]
+        ready = [step for step in heads if (source := source_of(step, last)) is None or source in tick]
         if not mixed:
             other = FORWARD if turn == BACKWARD else BACKWARD
             turn = other if any(step.operation == other for step in ready) else turn
@@ -296,30 +250,12 @@ def _place(orders: Sequence[Sequence[_Pass]], *, mixed: bool) -> dict[_Pass, int
     return tick
 
 
-def _last_segment(orders: Sequence[Sequence[_Pass]]) -> int:
+def last_segment(orders: Sequence[Sequence[Pass]]) -> int:
+    """The number of the segment that has the loss, from each stage's passes."""
     return max(step.segment for step in orders[-1])
 
 
-def _play(
-    orders: Sequence[Sequence[_Pass]], cost: Callable[[_Pass], float], *, hop: float
-) -> list[tuple[_Pass, float, float]]:
-    """(pass, start, end) of every pass, with each stage keeping to its order and starting each pass as soon as it
-    can."""
-    stages, last = len(orders), _last_segment(orders)
-    end, free, played = {}, [0.0] * stages, []
-    waiting = [collections.deque(order) for order in orders]
-    while any(waiting):
-        for stage, steps in enumerate(waiting):
-            while steps and ((source := _source(steps[0], last)) is None or source in end):
-                step = steps.popleft()
-                travel = hop if source and source.segment % stages != stage else 0
-                start = max(free[stage], end[source] + travel if source else 0)
-                end[step] = free[stage] = start + cost(step)
-                played.append((step, start, end[step]))
-    return played
-
-
-def _spans(tick: Mapping[_Pass, int], last: int) -> dict[str, dict[_Pass, tuple[int, int]]]:
+def _spans(tick: Mapping[Pass, int], last: int) -> dict[str, dict[Pass, tuple[int, int]]]:
     """For each buffer, the first and the last tick at which it holds something for a pass.
 
     A stash is held for the forward pass that fills it, an inbox for the pass that reads it.
@@ -328,13 +264,13 @@ def _spans(tick: Mapping[_Pass, int], last: int) -> dict[str, dict[_Pass, tuple[
     for step, start in tick.items():
         if step.operation == FORWARD and (back := step._replace(operation=BACKWARD)) in tick:
             spans["stash"][step] = start, tick[back]
-        source = _source(step, last)
+        source = source_of(step, last)
         if source and source.operation == step.operation:
             spans[INBOX[step.operation]][step] = tick[source] + 1, start
     return spans
 
 
-def _allocate(spans: Mapping[_Pass, tuple[int, int]], stages: int) -> tuple[dict[_Pass, int], tuple[int, ...]]:
+def _allocate(spans: Mapping[Pass, tuple[int, int]], stages: int) -> tuple[dict[Pass, int], tuple[int, ...]]:
     """A slot for each span on its stage, and each stage's number of slots: its most spans at one tick, no more."""
     slot, counts = {}, [0] * stages
     free, held = [[] for _ in range(stages)], [[] for _ in range(stages)]
@@ -351,7 +287,7 @@ def _allocate(spans: Mapping[_Pass, tuple[int, int]], stages: int) -> tuple[dict
 
 
 def _fill(
-    tick: Mapping[_Pass, int], slot: Mapping[str, Mapping[_Pass, int]], length: Mapping[str, int], stages: int
+    tick: Mapping[Pass, int], slot: Mapping[str, Mapping[Pass, int]], length: Mapping[str, int], stages: int
 ) -> Tables:
     """The tables of passes at their ticks, with their slots in buffers of these lengths."""
     empty = dict.fromkeys(("operation", "microbatch", "chunk", "send"), 0) | dict(length)
@@ -370,13 +306,6 @@ def _fill(
             tables.send[t, stage] = toward
             getattr(tables, LANDS[step.operation])[t, (stage + toward) % stages] = slot[inbox][receiver]
     return tables
-
-
-def _costs(schedule: Schedule, forward: ArrayLike, backward: ArrayLike | None) -> dict[int, NDArray[np.float64]]:
-    """Time of a pass by operation, each (virtual, stages)."""
-    backward = 2 * np.asarray(forward) if backward is None else backward
-    shape = schedule.virtual, schedule.stages
-    return {FORWARD: np.broadcast_to(forward, shape), BACKWARD: np.broadcast_to(backward, shape)}
 
 
 def _partition(cost_gnn: NDArray[np.float64], combine: np.ufunc) -> tuple[float, list[int]]:

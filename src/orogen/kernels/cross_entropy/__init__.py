@@ -78,8 +78,8 @@ def log_likelihoods(
 
         x_n . head_target(n) - log sum_v exp(x_n . head_v)
 
-    Arguments and numerics are those of `cross_entropy`, and so are the errors. The backward pass recomputes
-    the logits: four products, where `cross_entropy` needs three. A token whose gradient must vanish, or whose target does
+    Arguments and numerics are those of `cross_entropy`, and so are the errors. The backward pass recomputes the
+    logits: four products, where `cross_entropy` needs three. A token whose gradient must vanish, or whose target does
     not exist, is to be masked with `jnp.where` in the loss.
     """
     _check(x_nd, head_dv, {"targets": targets_n}, chunk, implementation)
