@@ -36,7 +36,11 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, instead: Sequence[t
     the files."""
     choice = parser.add_mutually_exclusive_group(required=True) if instead else parser
     choice.add_argument(
-        "--gin_file", action="append", required=not instead, metavar="F", help="may be given more than once"
+        "--gin_file",
+        action="append",
+        required=not instead,
+        metavar="F",
+        help="may be given more than once; a file gin_configs/... that is not there is the one that comes with Orogen",
     )
     for switch, text in instead:
         choice.add_argument(switch, action="store_true", help=text)

@@ -21,6 +21,7 @@ from orogen.config.load import load
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.run import OptimizerConfig, RunConfig, TrainConfig
+from orogen.config.shipped import SHIPPED
 from orogen.data.packing import Batch
 from orogen.model.lm import build
 from orogen.parallel.plan import make_plan
@@ -30,7 +31,7 @@ from orogen.train.state import create_state
 from orogen.train.step import batch_to_devices, make_step
 
 MODELS = ("dense", "moe")
-CONFIGS = Path(__file__).parents[3] / "gin_configs" / "models"
+CONFIGS = SHIPPED / "models"
 WARM_UP = 2  # steps of each program before any is counted
 
 

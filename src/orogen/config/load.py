@@ -17,6 +17,7 @@ from orogen.config.checks import ConfigError
 from orogen.config.model import ModelConfig
 from orogen.config.reads import require_read, without_unread
 from orogen.config.run import PARTS, RunConfig
+from orogen.config.shipped import find
 
 MAX_BYTES = 10**5  # of a gin file; ours have 3,000, and gin's time grows with the square for adjacent strings
 MAX_FILES = 100
@@ -29,7 +30,8 @@ for _part in PARTS.values():
 def load(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[RunConfig, str]:
     """The RunConfig of `files` with `bindings` on top, and its operative text, which loads to an equal config.
 
-    A part is built if any binding names it, or if none of its fields is required. Includes are looked up beside the
+    A part is built if any binding names it, or if none of its fields is required. A file `gin_configs/...` that is not
+    there is the one that comes with Orogen. Includes are looked up beside the
     file of `files` that they come from, and in its parent folder. Raises ConfigError in one line on anything gin
     refuses (unknown class, field or file), on a field's own refusal, on a key bound twice in one file or in `bindings`,
     on an import, on bindings that an include overrides or that nothing read, and on settings that nothing reads
@@ -110,6 +112,7 @@ def _keys(text: str) -> set[str]:
 
 
 def _parse(file: Path) -> None:
+    file = find(file)
     if not file.is_file():
         raise ConfigError(f"gin file {str(file)!r} {'is not a file' if file.exists() else 'does not exist'}")
     file = file.resolve()
