@@ -82,11 +82,15 @@ class TestSegments:
         run = functools.partial(
             causal_conv1d, w_ck=draw(CHANNELS, taps), bias_c=draw(CHANNELS, seed=1), implementation=implementation
         )
-        borders = [0, *np.cumsum(LENGTHS).tolist(), TIME]
+        lengths = (*LENGTHS, TIME - sum(LENGTHS))
+        borders = np.cumsum((0, *lengths))
 
         def apart(x_btc: Array) -> Array:
-            documents = [x_btc[:, start:stop] for start, stop in zip(borders, borders[1:], strict=False)]
-            return jnp.concatenate([run(d) for d in documents], axis=1)
+            """Each document as a row of its own, zeros after it, so that all are one program."""
+            documents = zip(borders[:-1], lengths, strict=True)
+            rows = [jnp.pad(x_btc[0, at : at + n], ((0, max(lengths) - n), (0, 0))) for at, n in documents]
+            y_dtc = run(jnp.stack(rows))
+            return jnp.concatenate([y_tc[:n] for y_tc, n in zip(y_dtc, lengths, strict=True)])[None]
 
         x_btc, dy_btc = draw(1, TIME, CHANNELS), draw(1, TIME, CHANNELS, seed=2)
         whole = functools.partial(run, segments_bt=packed(LENGTHS))
