@@ -54,7 +54,7 @@ class Mamba1(nnx.Module):
     def __call__(
         self, x_btd: Array, docs: Documents, plan: Plan, given: Recurrent | None = None
     ) -> tuple[Array, Recurrent | None]:
-        """y (b, t, d); given the convolution's window and the state of earlier tokens, also those behind these."""
+        """y (b, t, d); given the convolution's window and the state of earlier tokens, also those after these."""
         require_whole_pieces(plan, given, docs.segments_bt.shape[1])
         segments_bt = docs.segments_bt
         h_btd = plan.gather(x_btd, "sequence")
@@ -74,7 +74,7 @@ class Mamba1(nnx.Module):
         return y_btd, None if given is None else given.with_piece(inputs, state_bin, segments_bt)
 
     def start(self, batch: int, length: int, dtype: Any) -> Recurrent:
-        """Before the first token of `batch` sequences; their length is no matter."""
+        """Before the first token of `batch` sequences, whatever their length."""
         channels, state = self.A_log[...].shape[-2:]
         return Recurrent.empty(batch, self.conv.taps, (channels,), (channels, state), dtype)
 
@@ -85,7 +85,7 @@ class Mamba1(nnx.Module):
     def _scan(
         self, x_bti: Array, segments_bt: Array, plan: Plan, state_bin: Array | None
     ) -> tuple[Array, Array | None]:
-        """The scan's output and D x, float32, and, on one rank of `context`, the state behind the last token."""
+        """The scan's output and D x, float32, and, on one rank of `context`, the state after the last token."""
         # The time step's low rank, B and C read all channels, of which a rank has its own.
         parts = tuple(multiply(x_bti, plan.weight(w)) for w in (self.dt_down, self.B, self.C))
         dt_btr, B_btn, C_btn = (checkpoint_name(a, "x_proj") for a in plan.sum(parts, "mamba_heads"))

@@ -92,11 +92,11 @@ class Mamba2(nnx.Module):
     def __call__(
         self, x_btd: Array, docs: Documents, plan: Plan, given: Recurrent | None = None
     ) -> tuple[Array, Recurrent | None]:
-        """y (b, t, d); given the convolutions' windows and the state of earlier tokens, also those behind these."""
+        """y (b, t, d); given the convolutions' windows and the state of earlier tokens, also those after these."""
         require_whole_pieces(plan, given, docs.segments_bt.shape[1])
         segments_bt = docs.segments_bt
         h_btd = plan.gather(x_btd, "sequence")
-        # dt has a column a head, too few for FP8 to gain anything, and decays are exponentials of it.
+        # dt has one column per head, too few for FP8 to gain anything, and decays are exponentials of it.
         projected = (
             *linears(h_btd, (self.z, self.x, self.B, self.C), plan),
             linear(h_btd, self.dt, plan.without_fp8()),
@@ -118,7 +118,7 @@ class Mamba2(nnx.Module):
         return y_btd, None if given is None else given.with_piece(inputs, state_bhpn, segments_bt)
 
     def start(self, batch: int, length: int, dtype: Any) -> Recurrent:
-        """Before the first token of `batch` sequences; their length is no matter."""
+        """Before the first token of `batch` sequences, whatever their length."""
         channels = [conv.weight[...].shape[-2] for conv in (self.conv_x, self.conv_B, self.conv_C)]
         state = self.D[...].shape[-1], self.head_dim, self.state_size
         return Recurrent.empty(batch, self.conv_x.taps, channels, state, dtype)
@@ -132,7 +132,7 @@ class Mamba2(nnx.Module):
         )
 
     def _scan(self, x_bti, B_btc, C_btc, dt_bth, segments_bt, plan, state_bhpn) -> tuple[Array, Array | None]:
-        """The SSD's output (b, t, i) and, on one rank of `context`, the state (b, h, p, n) behind the last token."""
+        """The SSD's output (b, t, i) and, on one rank of `context`, the state (b, h, p, n) after the last token."""
         split = lambda a, size: a.reshape(*a.shape[:2], -1, size)  # noqa: E731
         x_bthp, B_btgn, C_btgn = (
             split(x_bti, self.head_dim),

@@ -32,14 +32,14 @@ def attention(
     """Outputs (b, t, h, k) in q's dtype: softmax(scale q kᵀ) v over the keys that a query sees.
 
     A query sees the keys of its segment whose index is not after its own, and with a `window` only the last `window` of
-    these indices, its own included. `sinks_h` are logits that join each head's softmax, with nothing to add to the
-    output (gpt-oss, arXiv:2508.10925). `segments_bt` (int; None: one segment) are the queries', `kv_segments_bs` the
-    keys' (None: the queries'). Padding (0) is a segment like another. `q_index`, (t,) or (b, t), and `k_index`, (s,) or
-    (b, s), are places in the sequence, int32, by default 0, 1, ...: a rank that holds a part of the sequence names its
+    these indices, its own included. `sinks_h` are logits that join each head's softmax and add nothing to the output
+    (gpt-oss, arXiv:2508.10925). `segments_bt` (int; None: one segment) are the queries', `kv_segments_bs` the keys'
+    (None: the queries'). Padding (0) is a segment like any other. `q_index`, (t,) or (b, t), and `k_index`, (s,) or (b,
+    s), are places in the sequence, int32, by default 0, 1, ...: a rank that holds a part of the sequence names its
     part, and rows that are decoded together may be of different ages.
     Without indices and `kv_segments_bs` rows are whole, and each run of equal ids is a segment, as it is to
-    convolutions and states. Of a part of a row runs cannot be seen: there equal ids are one segment wherever they lie,
-    so that its documents must have different ids, as `layers.documents.numbered` gives them.
+    convolutions and states. With them a call may see a part of a row, where runs cannot be told: equal ids are one
+    segment wherever they lie, so documents must have different ids, as `layers.documents.numbered` gives them.
     A query that sees no key gives zeros. Query head i reads key head i // (h / g); values may have another head size.
     Scores and softmax are float32 whatever the inputs are.
 
@@ -67,7 +67,7 @@ def attention(
     if whole_rows:
         run_bt = _runs(segments_bt)
         operands = operands._replace(segments_bt=run_bt, kv_segments_bs=run_bt)
-    # One type for all inside shard_map: gradients of shared keys are then summed over the ranks once, not once a block.
+    # One type for all inside shard_map: gradients of shared keys are then summed over ranks once, not once per block.
     return IMPLEMENTATIONS[implementation](vary_like(operands, operands), scale=scale, window=window)
 
 

@@ -31,7 +31,7 @@ def selective_scan(
         S_t = exp(dt_t A) S_{t-1} + dt_t x_t (outer) B_t        y_t = S_t C_t
 
     `dt_bti` is the step after softplus, `A_in` is negative; the skip D x_t is the caller's. The state is reset to zero
-    wherever `segments_bt` (int) differs from the token before; padding (0) is a segment like another, so it neither
+    wherever `segments_bt` (int) differs from the token before; padding (0) is a segment like any other, so it neither
     reads nor feeds a document, and the final state of a row that ends in padding is the padding's.
     `initial_state_bin` (zero if None) reaches the row's first segment only. Decays, state and sums are float32
     whatever the inputs are. `chunk_size` changes memory and speed only, and the reference ignores it.

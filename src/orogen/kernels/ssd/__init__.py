@@ -40,8 +40,8 @@ def ssd(
         S_t = exp(dt_t a) S_{t-1} + dt_t x_t (outer) B_t        y_t = S_t C_t + D x_t
 
     Head i reads group i // (h / g). `dt_bth` is the step after softplus, at least 0, `a_h` is negative, `skip_h` is D
-    (zero if None). The state starts anew wherever `segments_bt` (int) differs from the token before; padding (0) is a
-    segment like another, so it neither reads nor feeds a document, and the final state of a row that ends in
+    (zero if None). The state is reset to zero wherever `segments_bt` (int) differs from the token before; padding (0)
+    is a segment like any other, so it neither reads nor feeds a document, and the final state of a row that ends in
     padding is the padding's. `initial_state_bhpn` (zero if None) reaches the row's first segment only.
     Decays, state and sums are float32 whatever the inputs are, except that `triton` multiplies bfloat16 inputs by a
     state rounded to bfloat16. `chunk_size` changes rounding and speed only, and the recurrence ignores it.

@@ -62,7 +62,7 @@ class Decays(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What the gradient needs of the forward pass: the part of y that comes from the entering states, and these."""
+    """What the gradient keeps of the forward pass: what the entering states add to y, and the states themselves."""
 
     entering_cbgqrp: Array
     states_cbgnrp: Array
@@ -158,7 +158,7 @@ def _backward(chunks: Chunks, kept: Kept, gradients: tuple[Array, Array]) -> Chu
 
     The log decay of token u stands in the exponent of all that passes over u, from a token or state before it to a
     token from u on or to the leaving state. So its gradient is the sum of those products. A token's share of its own
-    output does not decay, and stays out.
+    output does not decay and is left out.
     """
     dy_cbgqrp, dfinal_bgnrp = gradients
     dtx_cbgsrp, b_cbgsn, c_cbgqn = chunks.dtx_cbgqrp, chunks.b_cbgsn, chunks.c_cbgqn
@@ -198,9 +198,9 @@ def _backward(chunks: Chunks, kept: Kept, gradients: tuple[Array, Array]) -> Chu
 def _across_pairs(pairs_cbgrqs: Array) -> Array:
     """For each token u of a chunk, the sum of the pairs that have s before u, and q at u or later. (c, b, g, r, u)
 
-    By halves: the pairs from the first half to the second pass over each u between them, and those inside a half are
-    cut in halves again. So every sum has terms of its own alone, where a running sum of what tokens receive less what
-    they give would cancel down to the little that passes over a strong decay.
+    By halves: the pairs from the first half to the second pass over each u between them, and each half is halved
+    again for the pairs inside it. So each sum adds only terms that it keeps; a running sum of what tokens receive minus
+    what they give would cancel down to the little that passes over a strong decay.
     """
     *outer, width, _ = pairs_cbgrqs.shape
     passing_u, parts_qs = jnp.zeros((*outer, width), jnp.float32), pairs_cbgrqs[..., None, :, :]

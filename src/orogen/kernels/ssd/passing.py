@@ -17,5 +17,5 @@ def passed_on(dt_bth: Array, a_h: Array, segments_bt: Array) -> Array:
     """
     changes_bt = jnp.cumsum(segments_bt[:, 1:] != segments_bt[:, :-1], axis=1)
     first_bt = jnp.pad(changes_bt, ((0, 0), (1, 0))) == 0
-    # Masked before exp: what lies behind a change sums up to anything.
+    # Masked before exp: sums beyond a change of segment have no bound.
     return jnp.exp(jnp.where(first_bt[..., None], jnp.cumsum(log_decays(dt_bth, a_h), axis=1), -jnp.inf))

@@ -3,8 +3,8 @@
 Axes: b batch, t time, h heads, p head size, g groups, n state, c chunks, q position in a chunk,
 s position in the chunk that q reads from.
 
-The formulas are those of `chunked`. Nothing of the size (q, s) leaves a kernel but the gradient of a group's scores,
-summed over its heads: the forward pass keeps its operands, and for the gradient the state that enters each chunk.
+The formulas are those of `chunked`. The only (q, s) array that leaves a kernel is the gradient of a group's scores,
+summed over its heads. The forward pass keeps its operands and the state that enters each chunk.
 """
 
 import functools
@@ -38,10 +38,10 @@ SHARED_MEMORY = 215_000  # bytes of a multiprocessor's 232,448 that operands may
 def ssd_triton(o: Operands, *, chunk_size: int, interpret: bool = False) -> tuple[Array, Array]:
     """`ssd` on an NVIDIA GPU; `interpret` runs the same kernels anywhere, slowly.
 
-    Matrix products take their operands as bfloat16 if x, B and C are, else as float32, and add up in float32. So do
-    states, which are rounded to the operands' type where a product reads them and where the gradient keeps them.
-    Chunks are the power of two from 16 to 128 (64 in float32) that is nearest above `chunk_size`; less where a head is
-    wider than 256.
+    Matrix products take their operands as bfloat16 if x, B and C are, else as float32, and accumulate in float32.
+    States too are float32; they are rounded to the operands' type where a product reads them and where the gradient
+    keeps them. A chunk has a power of two of tokens, from 16 to 128 (64 in float32): the least that is not below
+    `chunk_size`, or fewer where a head is wider than 256.
 
     Differentiable in reverse mode only, once; the gradient repeats to the bit.
     Raises ValueError if there is no GPU and `interpret` is False.
@@ -140,7 +140,7 @@ def _backward(launch: Launch, saved: tuple[Any, ...], gradients: tuple[Array, Ar
     (o, sums_bhcq, states_bhcnp), (dy_bthp, dfinal_bhpn) = saved, gradients
     walk = Walk(o.b_btgn, o.c_btgn, dy_bthp, dfinal_bhpn, reverse=True)
     dx_bthp, dinitial_bhpn, dstates_bhcnp = scan(o, sums_bhcq, walk, save=True, launch=launch)
-    assert dstates_bhcnp is not None  # for they are to be saved
+    assert dstates_bhcnp is not None  # since save=True
     n = near(o, dy_bthp, sums_bhcq, launch=launch)
     f = far(o, dy_bthp, sums_bhcq, n.scores_bgcqs, States(states_bhcnp, dstates_bhcnp), launch=launch)
     gradient = ByChunk(
@@ -159,9 +159,9 @@ def _backward(launch: Launch, saved: tuple[Any, ...], gradients: tuple[Array, Ar
 def _log_decay_gradient(o: ByChunk, n: NearGradients, f: FarGradients) -> Array:
     """The gradient of each token's log decay: what passes over it, from tokens or a state to tokens or a state.
 
-    If not exact, from that of the sums: the sum of q stands in the exponent of all that y_q receives from other tokens,
-    and with a minus sign in that of all that token q gives to others. Both are sums of the same float32 products, so
-    what a later sum over q must cancel does cancel, but for their rounding.
+    Unless the launch is exact, it follows from the gradient of the sums. The sum of q stands in the exponent of all
+    that y_q receives from other tokens and, with a minus sign, in that of all that token q gives to others. Both are
+    sums of the same float32 products, so what has to cancel in a later sum over q does, up to their rounding.
     """
     left_bhcq = o.dt_bhcq * f.left_bhcq
     if n.across_bhcu is not None:

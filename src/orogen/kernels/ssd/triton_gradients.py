@@ -5,8 +5,8 @@ s position in the chunk that q reads from, u position that what goes from s to q
 
 Each program takes one chunk of one group, over its heads:
 
-    near    what the tokens have to do with each other.
-    far     what they and their decays have to do with states; with near's scores, dC and dB.
+    near    the gradients that pass between tokens of the chunk.
+    far     those that pass between its tokens and the states; with near's scores, also dC and dB.
 """
 
 import functools
@@ -69,7 +69,7 @@ class States(NamedTuple):
 
 
 def near(o: ByChunk, dy_bthp: Array, sums_bhcq: Sequence[Array], *, launch: Launch) -> NearGradients:
-    """What the tokens of one chunk are to each other.
+    """The gradients that pass between tokens of one chunk.
 
     Tiling: the grid is (tiles of pairs of all chunks, groups, rows). The chunk's (q, s) pairs form square tiles of
     `near_rows`. Tiles whose s are all later than their q hold nothing: no program takes them, and their scores are not
@@ -175,7 +175,7 @@ def _near_kernel(
     on_diagonal = jnp.broadcast_to(q == s, (rows,))
 
     def tokens(r):
-        """A head's numbers, loaded a turn ahead: the products' time hides that."""
+        """A head's numbers, loaded one iteration ahead, which the products' time hides."""
         sums_q, sums_s = ([ref[r, c, pl.ds(block, rows)] for ref in sums_refs] for block in (q, s))
         return sums_q, sums_s, dt_ref[r, c, pl.ds(s, rows)]
 
@@ -210,7 +210,7 @@ def _near_kernel(
 def far(
     o: ByChunk, dy_bthp: Array, sums_bhcq: Sequence[Array], scores_bgcqs: Array, states: States, *, launch: Launch
 ) -> FarGradients:
-    """The gradients of B and C, and what the tokens and the decay of a chunk have to do with its states.
+    """The gradients of B and C, and those that pass between a chunk's tokens and its states.
 
     `scores_bgcqs` are `near`'s, through which the chunk's own tokens add to the gradients.
 
@@ -259,7 +259,7 @@ def _far_kernel(
 ):  # fmt: skip
     """Takes part of the states' rows, which no other program reads, and all tokens of the chunk.
 
-    The states are most of what there is to read, and both products of one take the same part of it.
+    Most of what there is to read are the states, and both products of a state take the same part of it.
     """
     share, _, width = dt_ref.shape
     padded_state, padded_head = states_ref.shape[2:]
@@ -275,7 +275,7 @@ def _far_kernel(
     runs_q, last_run = runs_ref[c, :], runs_ref[c, width - 1]
 
     def tokens(r):
-        """A head's numbers, loaded a turn ahead: the products' time hides that."""
+        """A head's numbers, loaded one iteration ahead, which the products' time hides."""
         return [ref[r, c, :] for ref in sums_refs], dt_ref[r, c, :], [ref[r, c, width - 1] for ref in sums_refs]
 
     def head(r, carry):
@@ -297,7 +297,7 @@ def _far_kernel(
 
     zeros_qn = jnp.zeros((width, part), jnp.float32)
     dc_qn, db_qn, _ = lax.fori_loop(0, share, head, (zeros_qn, zeros_qn, tokens(0)))
-    # Read whole and then masked: a mask in the load would make it one by one.
+    # Read whole and then masked: with a mask the load would go element by element.
     scores_qs = load(scores_ref.at[c])
     scores_qs = jnp.where(earlier(positions, positions, False), scores_qs, jnp.zeros_like(scores_qs))
     dc_qn += dot(scores_qs, b_qn, 1, 0)

@@ -54,7 +54,7 @@ class Launch:
 
 
 def tile(size: int) -> int:
-    """The power of two that holds `size`, and that the hardware takes."""
+    """The least power of two that holds `size` and that the hardware multiplies."""
     return max(SMALLEST_TILE, pl.next_power_of_2(size))
 
 
@@ -223,7 +223,7 @@ def decay(log: Array, exact: bool) -> Array:
 
 
 def decay_where(mask: Array, log: Array, exact: bool) -> Array:
-    """`decay`, 0 where masked out; masked before, for it overflows on the pairs that must not be read."""
+    """`decay`, 0 where masked out; masked first, since it overflows on the pairs that must not be read."""
     return decay(jnp.where(mask, log, -jnp.inf), exact)
 
 
