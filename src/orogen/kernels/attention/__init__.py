@@ -10,6 +10,7 @@ from orogen.kernels.attention.blocked import attention_blocked
 from orogen.kernels.attention.cudnn import attention_cudnn
 from orogen.kernels.attention.operands import Operands
 from orogen.kernels.attention.reference import attention_reference
+from orogen.kernels.shapes import require_shapes
 from orogen.parallel.varying import vary_like
 
 IMPLEMENTATIONS = {"full": attention_reference, "blocked": attention_blocked, "cudnn": attention_cudnn}
@@ -85,15 +86,12 @@ def _check_shapes(o: Operands) -> None:
     if heads % groups:
         raise ValueError(f"{heads} query heads over {groups} key heads: expected a multiple")
     expected = {
-        "k": (o.k_bsgk, [(batch, keys, groups, size)]),
-        "v": (o.v_bsgk, [(batch, keys, groups, o.v_bsgk.shape[-1])]),
-        "segments": (o.segments_bt, [(batch, queries)]),
-        "kv_segments": (o.kv_segments_bs, [(batch, keys)]),
-        "sinks": (o.sinks_h, [(heads,)]),
-        "q_index": (o.q_index, [(queries,), (batch, queries)]),
-        "k_index": (o.k_index, [(keys,), (batch, keys)]),
+        "k": (o.k_bsgk, (batch, keys, groups, size)),
+        "v": (o.v_bsgk, (batch, keys, groups, o.v_bsgk.shape[-1])),
+        "segments": (o.segments_bt, (batch, queries)),
+        "kv_segments": (o.kv_segments_bs, (batch, keys)),
+        "sinks": (o.sinks_h, (heads,)),
+        "q_index": (o.q_index, (queries,), (batch, queries)),
+        "k_index": (o.k_index, (keys,), (batch, keys)),
     }
-    for name, (operand, shapes) in expected.items():
-        if operand is not None and operand.shape not in shapes:
-            wanted = " or ".join(map(str, shapes))
-            raise ValueError(f"{name} has shape {operand.shape}: expected {wanted} beside q {o.q_bthk.shape}")
+    require_shapes(expected, beside=f"q {o.q_bthk.shape}")

@@ -11,6 +11,7 @@ from jax import numpy as jnp
 from orogen.kernels.causal_conv1d.operands import Operands
 from orogen.kernels.causal_conv1d.reference import causal_conv1d_reference
 from orogen.kernels.causal_conv1d.triton import causal_conv1d_triton
+from orogen.kernels.shapes import require_shapes
 from orogen.parallel.varying import vary_like
 
 IMPLEMENTATIONS = {
@@ -94,6 +95,4 @@ def _check_shapes(x_btc, w_ck, bias_c, segments_bt, halo_bkc, halo_segments_bk) 
         "halo": (halo_bkc, (batch, before, channels)),
         "halo_segments": (halo_segments_bk, (batch, before)),
     }
-    for name, (operand, shape) in expected.items():
-        if operand is not None and operand.shape != shape:
-            raise ValueError(f"{name} has shape {operand.shape}: expected {shape} beside x {x_btc.shape}")
+    require_shapes(expected, beside=f"x {x_btc.shape}")

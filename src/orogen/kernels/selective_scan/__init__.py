@@ -9,6 +9,7 @@ from jax import numpy as jnp
 from orogen.kernels.selective_scan.chunked import selective_scan_chunked
 from orogen.kernels.selective_scan.operands import Operands
 from orogen.kernels.selective_scan.reference import selective_scan_reference
+from orogen.kernels.shapes import require_shapes
 from orogen.parallel.varying import vary_like
 
 IMPLEMENTATIONS = {"reference": selective_scan_reference, "chunked": selective_scan_chunked}
@@ -67,6 +68,4 @@ def _check_shapes(o: Operands) -> None:
         "segments": (o.segments_bt, (batch, time)),
         "initial_state": (o.initial_state_bin, (batch, channels, state)),
     }
-    for name, (operand, shape) in expected.items():
-        if operand.shape != shape:
-            raise ValueError(f"{name} has shape {operand.shape}: expected {shape} beside x {o.x_bti.shape}")
+    require_shapes(expected, beside=f"x {o.x_bti.shape}")

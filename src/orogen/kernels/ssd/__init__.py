@@ -8,6 +8,7 @@ import functools
 from jax import Array
 from jax import numpy as jnp
 
+from orogen.kernels.shapes import require_shapes
 from orogen.kernels.ssd.chunked import ssd_chunked
 from orogen.kernels.ssd.operands import Operands
 from orogen.kernels.ssd.reference import ssd_recurrence
@@ -83,6 +84,4 @@ def _check_shapes(o: Operands) -> None:
         "initial_state": (o.initial_state_bhpn, (batch, heads, head_size, state)),
         "skip": (o.skip_h, (heads,)),
     }
-    for name, (operand, shape) in expected.items():
-        if operand.shape != shape:
-            raise ValueError(f"{name} has shape {operand.shape}: expected {shape} beside x {o.x_bthp.shape}")
+    require_shapes(expected, beside=f"x {o.x_bthp.shape}")

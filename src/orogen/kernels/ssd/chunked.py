@@ -23,17 +23,8 @@ from jax import numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from orogen.kernels.remade import from_inputs
+from orogen.kernels.ssd import sums
 from orogen.kernels.ssd.operands import Operands
-from orogen.kernels.ssd.sums import (
-    LOWEST_LOG_DECAY,
-    across_tokens,
-    in_chunks,
-    in_two,
-    log_decays,
-    masked_sum,
-    readable,
-    runs_in_chunks,
-)
 
 LEAF = 8  # the fewest tokens of a part of a chunk; parts of 2 LEAF tokens or more are halved
 
@@ -95,15 +86,15 @@ def _chunks(width: int, o: Operands) -> Chunks:
     (batch, _, heads, head_size), (groups, state) = o.x_bthp.shape, o.b_btgn.shape[2:]
     share = heads // groups
     dtx_bthp = o.dt_bth[..., None] * o.x_bthp.astype(jnp.float32)
-    dtx_bcqgrp = in_chunks(dtx_bthp, width).reshape(batch, -1, width, groups, share, head_size)
-    log_decay_bcqgr = in_chunks(log_decays(o.dt_bth, o.a_h), width).reshape(batch, -1, width, groups, share)
+    dtx_bcqgrp = sums.in_chunks(dtx_bthp, width).reshape(batch, -1, width, groups, share, head_size)
+    log_decay_bcqgr = sums.in_chunks(sums.log_decays(o.dt_bth, o.a_h), width).reshape(batch, -1, width, groups, share)
     initial_bgrpn = o.initial_state_bhpn.reshape(batch, groups, share, head_size, state)
     return Chunks(
         dtx_cbgqrp=jnp.transpose(dtx_bcqgrp, (1, 0, 3, 2, 4, 5)),
         log_decay_cbgrq=jnp.transpose(log_decay_bcqgr, (1, 0, 3, 4, 2)),
-        b_cbgsn=jnp.transpose(in_chunks(o.b_btgn.astype(jnp.float32), width), (1, 0, 3, 2, 4)),
-        c_cbgqn=jnp.transpose(in_chunks(o.c_btgn.astype(jnp.float32), width), (1, 0, 3, 2, 4)),
-        runs_cbq=jnp.moveaxis(runs_in_chunks(o.segments_bt, width), 1, 0),
+        b_cbgsn=jnp.transpose(sums.in_chunks(o.b_btgn.astype(jnp.float32), width), (1, 0, 3, 2, 4)),
+        c_cbgqn=jnp.transpose(sums.in_chunks(o.c_btgn.astype(jnp.float32), width), (1, 0, 3, 2, 4)),
+        runs_cbq=jnp.moveaxis(sums.runs_in_chunks(o.segments_bt, width), 1, 0),
         initial_bgnrp=jnp.moveaxis(initial_bgrpn, 4, 2),
     )
 
@@ -184,7 +175,7 @@ def _backward(chunks: Chunks, kept: Kept, gradients: tuple[Array, Array]) -> Chu
 
     read_cbgqr = jnp.sum(dy_cbgqrp * kept.entering_cbgqrp, axis=-1)
     left_cbgsr = jnp.sum(dtx_cbgsrp * leaving_cbgsrp, axis=-1)
-    far_cbgrq = across_tokens(jnp.swapaxes(read_cbgqr, 3, 4), jnp.swapaxes(left_cbgsr, 3, 4), dwhole_cbgr)
+    far_cbgrq = sums.across_tokens(jnp.swapaxes(read_cbgqr, 3, 4), jnp.swapaxes(left_cbgsr, 3, 4), dwhole_cbgr)
     return Chunks(
         dtx_cbgqrp=within_cbgsrp + leaving_cbgsrp + _own_scores(chunks) * dy_cbgqrp,
         log_decay_cbgrq=far_cbgrq + _across_pairs(dweights_cbgrqs * scores_cbg1qs),
@@ -206,13 +197,13 @@ def _across_pairs(pairs_cbgrqs: Array) -> Array:
     passing_u, parts_qs = jnp.zeros((*outer, width), jnp.float32), pairs_cbgrqs[..., None, :, :]
     while (half := parts_qs.shape[-1] // 2) >= LEAF:
         between_qs = parts_qs[..., half:, :half]
-        first_u = masked_sum(jnp.tri(half, k=-1), "us,...s->...u", jnp.sum(between_qs, axis=-2))
-        second_u = masked_sum(jnp.tri(half), "qu,...q->...u", jnp.sum(between_qs, axis=-1))
+        first_u = sums.masked_sum(jnp.tri(half, k=-1), "us,...s->...u", jnp.sum(between_qs, axis=-2))
+        second_u = sums.masked_sum(jnp.tri(half), "qu,...q->...u", jnp.sum(between_qs, axis=-1))
         passing_u += jnp.concatenate([first_u, second_u], axis=-1).reshape(*outer, width)
         halves = [parts_qs[..., :half, :half], parts_qs[..., half:, half:]]
         parts_qs = jnp.stack(halves, axis=-3).reshape(*outer, -1, half, half)
     q, s, u = jnp.ogrid[(slice(parts_qs.shape[-1]),) * 3]
-    return passing_u + masked_sum((s < u) & (u <= q), "qsu,...qs->...u", parts_qs).reshape(*outer, width)
+    return passing_u + sums.masked_sum((s < u) & (u <= q), "qsu,...qs->...u", parts_qs).reshape(*outer, width)
 
 
 def _backward_states(decays: Decays, read_cbgnrp: Array, kept: Kept, dfinal_bgnrp: Array) -> tuple[Array, Array, Array]:
@@ -233,10 +224,10 @@ def _backward_states(decays: Decays, read_cbgnrp: Array, kept: Kept, dfinal_bgnr
 
 def _decays(chunks: Chunks) -> Decays:
     """Every decay of a chunk."""
-    runs_cbq, readable_cbqs = chunks.runs_cbq, readable(chunks.runs_cbq)
+    runs_cbq, readable_cbqs = chunks.runs_cbq, sums.readable(chunks.runs_cbq)
     coarse_cbgrq, fine_cbgrq = (
-        masked_sum(readable_cbqs, "cbqs,cbgrs->cbgrq", part)
-        for part in in_two(chunks.log_decay_cbgrq, lowest=LOWEST_LOG_DECAY, terms=runs_cbq.shape[-1])
+        sums.masked_sum(readable_cbqs, "cbqs,cbgrs->cbgrq", part)
+        for part in sums.in_two(chunks.log_decay_cbgrq, lowest=sums.LOWEST_LOG_DECAY, terms=runs_cbq.shape[-1])
     )
     lasting_cbs = runs_cbq == runs_cbq[..., -1:]
     into_cbgrq = _exp_where((runs_cbq == 0)[:, :, None, None], coarse_cbgrq + fine_cbgrq)

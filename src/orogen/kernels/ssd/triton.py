@@ -17,17 +17,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
 from orogen.kernels.pallas_triton import LOG2_E, require_gpu
+from orogen.kernels.ssd import sums
 from orogen.kernels.ssd.operands import Operands
-from orogen.kernels.ssd.sums import (
-    LOWEST_LOG_DECAY,
-    across_tokens,
-    in_chunks,
-    in_two,
-    log_decays,
-    masked_sum,
-    readable,
-    runs_in_chunks,
-)
 from orogen.kernels.ssd.triton_gradients import FarGradients, NearGradients, States, far, near
 from orogen.kernels.ssd.triton_kernels import SMALLEST_TILE, ByChunk, Launch, Walk, scan, tile
 
@@ -52,11 +43,11 @@ def ssd_triton(o: Operands, *, chunk_size: int, interpret: bool = False) -> tupl
     launch = _launch(chunk_size, o.x_bthp.shape, o.b_btgn.shape[3], half=half, interpret=interpret)
     by_chunk = ByChunk(
         x_bthp=o.x_bthp.astype(dtype),
-        dt_bhcq=jnp.transpose(in_chunks(o.dt_bth.astype(jnp.float32), launch.width), (0, 3, 1, 2)),
-        log_decay_bcsh=in_chunks(log_decays(o.dt_bth, o.a_h), launch.width),
+        dt_bhcq=jnp.transpose(sums.in_chunks(o.dt_bth.astype(jnp.float32), launch.width), (0, 3, 1, 2)),
+        log_decay_bcsh=sums.in_chunks(sums.log_decays(o.dt_bth, o.a_h), launch.width),
         b_btgn=o.b_btgn.astype(dtype),
         c_btgn=o.c_btgn.astype(dtype),
-        runs_bcq=runs_in_chunks(o.segments_bt, launch.width),
+        runs_bcq=sums.runs_in_chunks(o.segments_bt, launch.width),
         initial_bhpn=o.initial_state_bhpn,
         skip_h=o.skip_h,
     )
@@ -114,13 +105,13 @@ def _sums(launch: Launch, o: ByChunk) -> tuple[Array, ...]:
     since_start = functools.partial(_since_start, o.runs_bcq)
     if not launch.exact:
         return (since_start(o.log_decay_bcsh) * LOG2_E,)
-    parts = in_two(o.log_decay_bcsh, lowest=LOWEST_LOG_DECAY, terms=launch.width)
+    parts = sums.in_two(o.log_decay_bcsh, lowest=sums.LOWEST_LOG_DECAY, terms=launch.width)
     return tuple(map(since_start, parts))
 
 
 def _since_start(runs_bcq: Array, log_decay_bcsh: Array) -> Array:
     """The sum since the chunk's or the segment's start. (b, h, c, q)"""
-    return masked_sum(readable(runs_bcq), "bcqs,bcsh->bhcq", log_decay_bcsh)
+    return sums.masked_sum(sums.readable(runs_bcq), "bcqs,bcsh->bhcq", log_decay_bcsh)
 
 
 def _forward_walk(o: ByChunk) -> Walk:
@@ -165,7 +156,7 @@ def _log_decay_gradient(o: ByChunk, n: NearGradients, f: FarGradients) -> Array:
     """
     left_bhcq = o.dt_bhcq * f.left_bhcq
     if n.across_bhcu is not None:
-        across_bhcu = n.across_bhcu + across_tokens(f.read_bhcq, left_bhcq, f.whole_bhc)
+        across_bhcu = n.across_bhcu + sums.across_tokens(f.read_bhcq, left_bhcq, f.whole_bhc)
         return jnp.transpose(across_bhcu, (0, 2, 3, 1))
     dsums_bhcq = n.received_bhcq + f.read_bhcq - o.dt_bhcq * (n.given_bhcq + f.left_bhcq)
     last_bhc = jnp.sum(left_bhcq, axis=-1) + f.whole_bhc
