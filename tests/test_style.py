@@ -18,8 +18,8 @@ RECIPES = ROOT / "gin_configs" / "recipes"
 
 # A package imports those before it; `commands` are the packages' command.py, which declare parts of the command line.
 ORDER = (
-    "__init__ config parallel kernels precision layers moe model cost data report train infer convert evaluate simulate "
-    "bench command commands cli"
+    "__init__ config parallel kernels precision layers moe model cost data report train infer convert evaluate "
+    "simulate bench command commands cli"
 ).split()
 # Packages that may import less than the order allows.
 ONLY = {"data": ["config"], "report": ["config"]}

@@ -4,17 +4,16 @@ Axes: b batch, t time; what comes after them is a recurrence's own.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import chex
 import jax
 import numpy as np
 import pytest
 from jax import Array
 from jax import numpy as jnp
 from tests.helpers import implementations
+from tests.kernels.rounding import assert_within, tolerance
 
 from orogen.kernels import selective_scan, ssd
 
@@ -111,11 +110,6 @@ def _of_selective_scan(*, b=2, t=29, i=6, n=5) -> Operands:
     return Operands((b, t, i), (b, t, i), (i, n), (b, t, n), (b, t, n), (b, i, n))  # pyright: ignore
 
 
-def tolerance(dtype, *, products: int) -> float:
-    """Error allowed relative to the largest element, for sums of so many products: rounding grows as the root."""
-    return 4 * float(jnp.finfo(dtype).eps) * math.sqrt(products)
-
-
 SSD = Recurrence(
     function=ssd.ssd,
     implementations=tuple(ssd.IMPLEMENTATIONS),
@@ -131,7 +125,7 @@ SELECTIVE_SCAN = Recurrence(
     reference="reference",
     initial_state="initial_state_bin",
     shapes=_of_selective_scan,
-    extreme=tolerance(jnp.float32, products=29 * 5),
+    extreme=tolerance(jnp.float32, terms=29 * 5),
 )
 
 
@@ -158,14 +152,7 @@ def segments(lengths: tuple[int, ...], *, t: int = TIME, b: int = 2) -> Array:
 
 
 def assert_close(got, want, limit: float) -> None:
-    """Every leaf is finite and within `limit` of the reference's largest element; a leaf of zeros must be zero."""
-    chex.assert_trees_all_equal_shapes(got, want)
-    chex.assert_tree_all_finite(got)
+    """`assert_within` that limit."""
     # A decay is at least about the smallest normal number: what sums of a few make of it a CPU flushes, a GPU keeps.
-    kept = 8 * float(jnp.finfo(jnp.float32).tiny) if jax.default_backend() == "gpu" else 0.0
-
-    def check(got, want) -> None:
-        got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-        assert np.abs(got - want).max() <= limit * np.abs(want).max() + kept
-
-    jax.tree.map(check, got, want)
+    on_gpu = jax.default_backend() == "gpu"
+    assert_within(got, want, limit, least=8 * float(jnp.finfo(jnp.float32).tiny) if on_gpu else 0.0)

@@ -12,6 +12,7 @@ import pytest
 from jax import numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from tests.kernels.rounding import assert_close
 
 from orogen.kernels.attention import IMPLEMENTATIONS, attention
 from orogen.kernels.attention.blocked import attention_blocked
@@ -82,12 +83,6 @@ def with_gradients(name, q_bthk, k_bsgk, v_bsgk, grad_bthk, *, window=None, sink
     return optimised(grad_bthk, settings, *inputs)
 
 
-def assert_close(actual, wanted, *, length):
-    """Errors of a sum of `length` rounded terms: they add up like a random walk, four deviations wide."""
-    bound = 4 * float(jnp.finfo(actual.dtype).eps) * length**0.5 * np.abs(wanted).max()
-    np.testing.assert_allclose(np.asarray(actual, np.float64), wanted, rtol=0, atol=bound)
-
-
 @pytest.mark.parametrize("name", NAMES)
 class TestAttention:
     """What every implementation does."""
@@ -99,7 +94,7 @@ class TestAttention:
         # Scores are sums of SIZE terms, outputs of TIME, gradients of keys of TIME for each head of a group.
         length = SIZE + TIME * HEADS // groups
         for a, wanted in zip(actual, expected(*inputs, SEGMENTS), strict=True):
-            assert_close(a, wanted, length=length)
+            assert_close(a, wanted, terms=length)
 
     def test_an_id_that_comes_back_is_another_segment(self, name):
         inputs = operands()
@@ -107,7 +102,7 @@ class TestAttention:
         runs = ((1, 1, 1, 2, 2, 3, 3, 3, 4, 5, 6), (1, 1, 2, 3, 3, 4, 4, 5, 6, 6, 6))
         actual = with_gradients(name, *inputs, segments_bt=returning)
         for a, wanted in zip(actual, expected(*inputs, runs), strict=True):
-            assert_close(a, wanted, length=SIZE + TIME * HEADS // GROUPS)
+            assert_close(a, wanted, terms=SIZE + TIME * HEADS // GROUPS)
 
     @pytest.mark.parametrize("window", [1, 3, TIME + 2])
     @pytest.mark.parametrize("sinks", [False, True])
@@ -120,7 +115,7 @@ class TestAttention:
         # Gradients of sinks are sums over queries and values of a row.
         length = SIZE + BATCH * TIME * VALUE_SIZE
         for a, w in zip(actual, wanted, strict=True):
-            assert_close(a, w, length=length)
+            assert_close(a, w, terms=length)
 
     def test_a_sink_weighs_as_much_as_a_key_of_its_score(self, name):
         q_bthk, k_bsgk = jnp.ones((1, 1, 2, 1)), jnp.ones((1, 1, 1, 1))
@@ -143,7 +138,7 @@ class TestAttention:
             q_index=q_index_t,
             k_index=order_s,
         )
-        assert_close(part, np.asarray(whole[:, q_index_t], np.float64), length=TIME)
+        assert_close(part, np.asarray(whole[:, q_index_t], np.float64), terms=TIME)
 
     def test_the_edge_of_a_window_is_exact(self, name):
         q_bthk, k_bsgk, v_bsgk, grad_bthk = operands()
@@ -167,7 +162,7 @@ class TestAttention:
         assert {a.dtype for a in actual} == {jnp.dtype(jnp.bfloat16)}
         for a, wanted in zip(actual, expected(*inputs, segments), strict=True):
             # Roundings of weights and output; those of the weights average out over the keys.
-            assert_close(a, wanted, length=2)
+            assert_close(a, wanted, terms=2)
 
     def test_packed_row_equals_documents_apart(self, name):
         inputs = operands()
@@ -175,7 +170,7 @@ class TestAttention:
         for part in (slice(0, 3), slice(3, 4), slice(4, 9)):
             alone = with_gradients(name, *(a[:1, part] for a in inputs))
             for a, wanted in zip(packed, alone, strict=True):
-                assert_close(a[:1, part], np.asarray(wanted, np.float64), length=TIME)
+                assert_close(a[:1, part], np.asarray(wanted, np.float64), terms=TIME)
 
     def test_causality_by_gradient(self, name):
         q_bthk, k_bsgk, v_bsgk, grad_bthk = operands()
@@ -203,7 +198,7 @@ class TestAttention:
             q_index=q_index_t,
             k_index=k_index_s,
         )
-        assert_close(part, np.asarray(whole[:, q_index_t], np.float64), length=TIME)
+        assert_close(part, np.asarray(whole[:, q_index_t], np.float64), terms=TIME)
 
     @pytest.mark.parametrize("window", [None, 3])
     def test_rows_of_different_ages(self, name, window):
@@ -225,7 +220,7 @@ class TestAttention:
             k_index=k_index_bs,
             window=window,
         )
-        assert_close(part, np.asarray(pick(whole, q_index_bt), np.float64), length=TIME)
+        assert_close(part, np.asarray(pick(whole, q_index_bt), np.float64), terms=TIME)
 
     @pytest.mark.parametrize("sink", [None, -1e4])
     def test_query_that_sees_no_key_gives_zeros(self, name, sink):
@@ -265,7 +260,7 @@ class TestAttention:
         inputs = (q_bthk, k_bsgk, v_bsgk, grad_bthk)
         actual = jax.jit(sharded)(*inputs, segments_bt, segments_bt, jnp.arange(10))
         for a, wanted in zip(actual, expected(*inputs, segments_bt.tolist(), **changes), strict=True):
-            assert_close(a, wanted, length=SIZE + TIME * HEADS // GROUPS)
+            assert_close(a, wanted, terms=SIZE + TIME * HEADS // GROUPS)
 
 
 def test_blocked_holds_one_block_of_scores():

@@ -13,6 +13,7 @@ from jax import Array
 from jax import numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from tests.helpers import implementations, several_devices
+from tests.kernels.rounding import assert_close
 
 from orogen.kernels.causal_conv1d import ACTIVATIONS, IMPLEMENTATIONS, causal_conv1d
 
@@ -22,14 +23,6 @@ BATCH, TIME, CHANNELS, TAPS = 2, 19, 5, 4
 LENGTHS = (4, 1, 1, 2, 3, 6)
 
 every_implementation = pytest.mark.parametrize("implementation", implementations(IMPLEMENTATIONS))
-
-
-def assert_close(got, want, *, products: int, dtype=jnp.float32) -> None:
-    """Within rounding of sums of so many products, relative to the largest element."""
-    limit = 4 * float(jnp.finfo(dtype).eps) * np.sqrt(products)
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    assert got.shape == want.shape
-    assert np.abs(got - want).max() <= limit * np.abs(want).max()
 
 
 def draw(*shape: int, seed: int = 0) -> Array:
@@ -59,11 +52,11 @@ class TestFixtures:
         y_btc, pullback = jax.vjp(function, jnp.swapaxes(case["x"], 1, 2), case["w"], bias_c)
         dx_btc, dw_ck, dbias_c = pullback(jnp.swapaxes(case["gy"], 1, 2))
         want = {name: saved[f"K{taps}_b{biased}_{activation}_{name}"] for name in ("gx", "gw", *["gb"] * biased)}
-        assert_close(jnp.swapaxes(y_btc, 1, 2), case["y"], products=taps + 1)
-        assert_close(jnp.swapaxes(dx_btc, 1, 2), want["gx"], products=taps)
-        assert_close(dw_ck, want["gw"], products=y_btc.shape[0] * y_btc.shape[1])
+        assert_close(jnp.swapaxes(y_btc, 1, 2), case["y"], terms=taps + 1)
+        assert_close(jnp.swapaxes(dx_btc, 1, 2), want["gx"], terms=taps)
+        assert_close(dw_ck, want["gw"], terms=y_btc.shape[0] * y_btc.shape[1])
         if biased:
-            assert_close(dbias_c, want["gb"], products=y_btc.shape[0] * y_btc.shape[1])
+            assert_close(dbias_c, want["gb"], terms=y_btc.shape[0] * y_btc.shape[1])
 
 
 @every_implementation
@@ -96,7 +89,7 @@ class TestSegments:
         whole = functools.partial(run, segments_bt=packed(LENGTHS))
         (got, got_pullback), (want, want_pullback) = jax.vjp(whole, x_btc), jax.vjp(apart, x_btc)
         np.testing.assert_array_equal(got, want)
-        assert_close(got_pullback(dy_btc)[0], want_pullback(dy_btc)[0], products=taps)
+        assert_close(got_pullback(dy_btc)[0], want_pullback(dy_btc)[0], terms=taps)
 
     def test_an_id_that_comes_back_is_a_new_document(self, implementation: str):
         x_btc, w_ck = draw(1, 5, CHANNELS), draw(CHANNELS, TAPS)
@@ -165,7 +158,7 @@ class TestNumbers:
             return y_btc, *pullback(dy_btc)
 
         for got, want in zip(both(implementation), both("taps"), strict=True):
-            assert_close(got, want, products=2 * time)
+            assert_close(got, want, terms=2 * time)
 
     # The interpreter of Pallas mixes varying and unvarying arrays, which check_vma refuses.
     @several_devices
@@ -187,7 +180,7 @@ class TestNumbers:
         arguments = (x_btc, draw(CHANNELS, TAPS), draw(CHANNELS), packed((4, 9), (8, 7)), dy_btc)
         wanted = jax.grad(loss, argnums=(0, 1, 2))(*arguments)
         for got, want in zip(jax.jit(mapped)(*arguments), wanted, strict=True):
-            assert_close(got, want, products=BATCH * TIME)
+            assert_close(got, want, terms=BATCH * TIME)
 
 
 class TestRefusals:

@@ -13,6 +13,7 @@ from jax import numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from tests.helpers import several_devices
+from tests.kernels.rounding import assert_close
 
 from orogen.kernels.cross_entropy import IMPLEMENTATIONS, cross_entropy, log_likelihoods
 
@@ -72,12 +73,6 @@ def loss_and_gradients(*inputs, program, **settings):
     return loss, *gradients
 
 
-def assert_close(actual, wanted, *, length):
-    """Errors of a sum of `length` rounded terms: they add up like a random walk, four deviations wide."""
-    bound = 4 * float(jnp.finfo(actual.dtype).eps) * length**0.5 * np.abs(wanted).max()
-    np.testing.assert_allclose(np.asarray(actual, np.float64), wanted, rtol=0, atol=bound)
-
-
 LENGTHS = (TOKENS * WIDTH, VOCABULARY, TOKENS)  # terms of the loss, of the gradient of x, of the gradient of the head
 
 
@@ -91,11 +86,11 @@ class TestCrossEntropy:
         actual = loss_and_gradients(*inputs, chunk=chunk, program=program)
         assert actual[0].dtype == jnp.float32
         for a, wanted, length in zip(actual, expected(*inputs), LENGTHS, strict=True):
-            assert_close(a, wanted, length=length)
+            assert_close(a, wanted, terms=length)
 
     def test_undifferentiated_loss_is_the_same(self, program):
         settings = {"chunk": 8, "program": program}
-        assert_close(loss_alone(*operands(), **settings), expected(*operands())[0], length=LENGTHS[0])
+        assert_close(loss_alone(*operands(), **settings), expected(*operands())[0], terms=LENGTHS[0])
 
     def test_cotangent_scales_both_gradients(self, program):
         settings = {"chunk": 8, "program": program}
@@ -103,7 +98,7 @@ class TestCrossEntropy:
         scaled = jax.jit(jax.grad(lambda *a: 0.125 * PROGRAMS[program](*a, chunk=8), argnums=(0, 1)))(*operands())
         for got, gradient in zip(scaled, gradients, strict=True):
             if jax.default_backend() == "gpu":  # which fuses one operation more, and rounds, in another way
-                assert_close(got, gradient * 0.125, length=1)
+                assert_close(got, gradient * 0.125, terms=1)
             else:
                 np.testing.assert_array_equal(got, gradient * 0.125)
 
@@ -112,9 +107,9 @@ class TestCrossEntropy:
         loss, *gradients = loss_and_gradients(*inputs, chunk=64, program=program)
         wanted, *wanted_gradients = expected(*inputs)
         assert loss.dtype == jnp.float32 and {g.dtype for g in gradients} == {jnp.dtype(jnp.bfloat16)}
-        assert_close(loss, wanted, length=600 * WIDTH)
+        assert_close(loss, wanted, terms=600 * WIDTH)
         for gradient, wanted in zip(gradients, wanted_gradients, strict=True):
-            assert_close(gradient, wanted, length=1)  # rounded before the product and after it, never within the sum
+            assert_close(gradient, wanted, terms=1)  # rounded before the product and after it, never within the sum
 
     def test_weight_zero_is_exactly_zero_gradient(self, program):
         x_nd, head_dv, targets_n, weights_n = operands()
@@ -130,7 +125,7 @@ class TestCrossEntropy:
         x_nd, head_dv, targets_n, weights_n = operands()
         inputs = (x_nd * 1e4, head_dv, targets_n, weights_n)
         loss, *gradients = loss_and_gradients(*inputs, chunk=8, program=program)
-        assert_close(loss, expected(*inputs)[0], length=TOKENS * WIDTH)
+        assert_close(loss, expected(*inputs)[0], terms=TOKENS * WIDTH)
         assert all(jnp.isfinite(g).all() for g in gradients)
 
     def test_a_negative_weight_negates_what_its_token_adds(self, program):
@@ -173,7 +168,7 @@ class TestCrossEntropy:
         )
         actual = jax.jit(sharded)(*operands())
         for a, wanted, length in zip(actual, expected(*operands()), LENGTHS, strict=True):
-            assert_close(a, wanted, length=length)
+            assert_close(a, wanted, terms=length)
 
     @several_devices
     @pytest.mark.parametrize(("ranks", "beyond"), [(1, 1), (2, 4), (4, 4), (4, 8)])
@@ -198,7 +193,7 @@ class TestCrossEntropy:
         loss, grad_x_nd, grad_wide_dv = jax.jit(jax.shard_map(run, mesh=mesh, **specs))(x_nd, wide_dv, *others)
         actual = loss, grad_x_nd, grad_wide_dv[:, :VOCABULARY]
         for a, wanted, length in zip(actual, expected(x_nd, head_dv, *others), LENGTHS, strict=True):
-            assert_close(a, wanted, length=length)
+            assert_close(a, wanted, terms=length)
         assert not grad_wide_dv[:, VOCABULARY:].any()
 
 

@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from tests.helpers import several_devices
+from tests.kernels.rounding import assert_close
 
 from orogen.kernels.grouped_matmul import IMPLEMENTATIONS, grouped_matmul, mosaic
 from orogen.kernels.grouped_matmul.blocks import grouped_matmul_blocks, split_groups
@@ -79,12 +80,6 @@ def with_gradients(name, rows_nd, weights_edf, grad_nf, sizes):
     return out_nf, *transpose(grad_nf)
 
 
-def assert_close(actual, wanted, *, length):
-    """Errors of a sum of `length` rounded terms: they add up like a random walk, four deviations wide."""
-    bound = 4 * float(jnp.finfo(actual.dtype).eps) * length**0.5 * np.abs(wanted).max()
-    np.testing.assert_allclose(np.asarray(actual, np.float64), wanted, rtol=0, atol=bound)
-
-
 LENGTHS = (WIDTH, OUT, ROWS)  # terms of the output, and of the gradients of rows and of weights
 
 
@@ -97,7 +92,7 @@ class TestGroupedMatmul:
         inputs = operands()
         actual = with_gradients(name, *inputs, jnp.array(sizes))
         for a, wanted, length in zip(actual, expected(*inputs, sizes), LENGTHS, strict=True):
-            assert_close(a, wanted, length=length)
+            assert_close(a, wanted, terms=length)
 
     def test_bfloat16_is_accumulated_in_float32(self, name):
         rows_nd, weights_edf, grad_nf = operands(jnp.bfloat16, rows=600)
@@ -116,7 +111,7 @@ class TestGroupedMatmul:
         rows_nd, grad_nf = (a.at[sum(sizes) :].set(jnp.nan) for a in (rows_nd, grad_nf))
         out_nf, grad_rows_nd, grad_weights_edf = with_gradients(name, rows_nd, weights_edf, grad_nf, jnp.array(sizes))
         assert not out_nf[sum(sizes) :].any() and not grad_rows_nd[sum(sizes) :].any()
-        assert_close(grad_weights_edf, wanted[2], length=ROWS)
+        assert_close(grad_weights_edf, wanted[2], terms=ROWS)
 
     def test_no_rows(self, name):
         out_nf, grad_rows_nd, grad_weights_edf = with_gradients(name, *operands(rows=0), jnp.array(SIZES["none"]))
@@ -142,7 +137,7 @@ class TestGroupedMatmul:
         ]
         np.testing.assert_array_equal(actual[0], jnp.concatenate([half[0] for half in halves]))
         np.testing.assert_array_equal(actual[1], jnp.concatenate([half[1] for half in halves]))
-        assert_close(actual[2], np.asarray(halves[0][2] + halves[1][2], np.float64), length=2)
+        assert_close(actual[2], np.asarray(halves[0][2] + halves[1][2], np.float64), terms=2)
 
 
 HOPPER = pytest.mark.skipif(
@@ -273,7 +268,7 @@ def test_equal_groups_by_one_number():
     rows_nd, weights_edf, grad_nf = inputs
     out_nf, transpose = jax.vjp(lambda *a: grouped_matmul(*a, 6, implementation="blocks"), rows_nd, weights_edf)
     for a, wanted, length in zip((out_nf, *transpose(grad_nf)), expected(*inputs, (6,) * GROUPS), LENGTHS, strict=True):
-        assert_close(a, wanted, length=length)
+        assert_close(a, wanted, terms=length)
 
 
 def test_blocks_by_hand():

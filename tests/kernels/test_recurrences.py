@@ -28,8 +28,8 @@ from tests.kernels.recurrences import (
     name_of,
     random_weights,
     segments,
-    tolerance,
 )
+from tests.kernels.rounding import tolerance
 
 PACKED = segments((5, 12), t=29)
 
@@ -116,7 +116,7 @@ class TestEveryImplementation:
         }
         gradient = front._replace(rates=front.rates + back.rates, **joined)
         got = (jnp.concatenate([y_first, y_second], axis=1), final_b), gradient
-        assert_close(got, outcome(o, None), tolerance(jnp.float32, products=o.products()))
+        assert_close(got, outcome(o, None), tolerance(jnp.float32, terms=o.products()))
 
     @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
     def test_packed_row_equals_its_documents_apart(
@@ -126,7 +126,7 @@ class TestEveryImplementation:
         o = recurrence.operands(b=1, t=TIME)
         got = recurrence.outcome(o, segments_bt, implementation=implementation)
         want = apart(o, segments_bt == jnp.arange(10)[:, None], random_weights(o), recurrence, implementation)
-        assert_close(got, want, tolerance(jnp.float32, products=o.products()))
+        assert_close(got, want, tolerance(jnp.float32, terms=o.products()))
 
     def test_documents_do_not_see_each_other(self, recurrence: Recurrence, implementation: str):
         segments_bt = segments(LENGTHS["around_the_border"], b=1)
@@ -181,7 +181,7 @@ class TestEveryImplementation:
         o = o._replace(rates=jnp.full_like(o.rates, -8.0))  # e^-32 and less of any earlier token
         (y_bt, _), gradient = recurrence.outcome(o, PACKED, implementation=implementation)
         (want_y, _), want_gradient = recurrence.outcome(o, PACKED, implementation=recurrence.reference)
-        limit = tolerance(jnp.float32, products=o.b_bt.shape[-1])
+        limit = tolerance(jnp.float32, terms=o.b_bt.shape[-1])
         assert_close((y_bt, gradient.x_bt), (want_y, want_gradient.x_bt), limit)
 
 
@@ -195,9 +195,9 @@ def test_bfloat16_is_rounded_at_the_ends_only(recurrence: Recurrence, implementa
     (want_y, want_final), want_gradient = recurrence.outcome(single, PACKED, implementation=recurrence.reference)
     assert y_bt.dtype == gradient.rates.dtype == jnp.bfloat16
     assert final_b.dtype == jnp.float32
-    assert_close(final_b, want_final, tolerance(jnp.float32, products=o.products()))
+    assert_close(final_b, want_final, tolerance(jnp.float32, terms=o.products()))
     # One rounding of the output, one of its gradient, one of each operand's gradient.
-    assert_close((y_bt, gradient), (want_y, want_gradient), tolerance(jnp.bfloat16, products=1))
+    assert_close((y_bt, gradient), (want_y, want_gradient), tolerance(jnp.bfloat16, terms=1))
 
 
 # The interpreter of Pallas mixes varying and unvarying arrays, which check_vma refuses.
@@ -223,7 +223,7 @@ def test_gradients_inside_shard_map(recurrence: Recurrence, implementation: str)
         sharded, mesh=mesh, in_specs=(specs, rows, rows), out_specs=(everywhere, specs), check_vma=True
     )
     want = jax.jit(jax.value_and_grad(loss))(o, segments_bt, weights)
-    assert_close(jax.jit(mapped)(o, segments_bt, weights), want, tolerance(jnp.float32, products=2 * o.products()))
+    assert_close(jax.jit(mapped)(o, segments_bt, weights), want, tolerance(jnp.float32, terms=2 * o.products()))
 
 
 # Of sequences that are shorter than a tile of a kernel; interpreted, t 1 and test_ssd_strong_and_weak speak for them.
@@ -265,7 +265,7 @@ def test_equals_the_reference(recurrence: Recurrence, sizes: dict, chunk_size: i
         recurrence.outcome(o, segments_bt, implementation=i, chunk_size=chunk_size)
         for i in (implementation, recurrence.reference)
     )
-    assert_close(got, want, tolerance(jnp.float32, products=o.products()))
+    assert_close(got, want, tolerance(jnp.float32, terms=o.products()))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from jax import Array
 from jax import numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from tests.helpers import implementations
+from tests.kernels.rounding import assert_close, assert_within, tolerance
 
 from orogen.kernels.rms_norm import IMPLEMENTATIONS, rms_norm
 
@@ -26,14 +27,6 @@ def draw(*shape: int, seed: int) -> Array:
 def operands(tokens: int, channels: int, *, gated: bool) -> tuple[Array, ...]:
     gate = (draw(tokens, channels, seed=3),) if gated else ()
     return draw(tokens, channels, seed=0), draw(channels, seed=1), *gate
-
-
-def assert_close(got, want, *, terms: int, dtype=jnp.float32) -> None:
-    """Within rounding of sums of so many terms, relative to the largest element."""
-    limit = 4 * float(jnp.finfo(dtype).eps) * np.sqrt(terms)
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    assert got.shape == want.shape
-    assert np.abs(got - want).max() <= limit * np.abs(want).max()
 
 
 def formula(x_nc, weight_c, gate_nc=None, *, group_size: int, epsilon: float) -> np.ndarray:
@@ -135,7 +128,7 @@ class TestEveryImplementation:
         gradients = pullback(dy)
         assert y.dtype == gradients[0].dtype == jnp.bfloat16 and gradients[1].dtype == jnp.float32
         for got, expected in zip((y, *gradients), (want, *want_pullback(dy.astype(jnp.float32))), strict=True):
-            assert_close(got, expected, terms=1, dtype=jnp.bfloat16)
+            assert_within(got, expected, tolerance(jnp.bfloat16, terms=1))
 
     def test_axes_before_the_channels_are_tokens(self, implementation: str):
         run = functools.partial(rms_norm, group_size=3, epsilon=1e-3, implementation=implementation)

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from jax import Array
 from jax import numpy as jnp
-from tests.kernels.recurrences import SELECTIVE_SCAN, assert_close, differentiate, tolerance
+from tests.kernels.recurrences import SELECTIVE_SCAN, assert_close, differentiate
+from tests.kernels.rounding import tolerance
 
 from orogen.kernels.selective_scan import IMPLEMENTATIONS, selective_scan
 
@@ -40,7 +41,7 @@ class TestFixtures:
         inputs = {name[3:]: jnp.asarray(arrays[name]) for name in arrays if name.startswith("in_")}
         model = functools.partial(self.model, chunk_size=chunk_size, implementation=implementation)
         results, gradient = jax.jit(functools.partial(differentiate, model))(inputs, (arrays["gy"], arrays["gfinal"]))
-        limit = tolerance(jnp.float32, products=arrays["in_u"].shape[2] * arrays["in_A"].shape[1])
+        limit = tolerance(jnp.float32, terms=arrays["in_u"].shape[2] * arrays["in_A"].shape[1])
         assert_close(results, (arrays["y_f64"], arrays["final_f64"]), limit)
         assert_close(gradient, {name: arrays[f"g{name}_f64"] for name in inputs}, limit)
 

@@ -18,7 +18,8 @@ import pytest
 from jax import Array
 from jax import numpy as jnp
 from tests.helpers import implementations
-from tests.kernels.recurrences import CHUNK, SSD, Operands, assert_close, differentiate, segments, tolerance
+from tests.kernels.recurrences import CHUNK, SSD, Operands, assert_close, differentiate, segments
+from tests.kernels.rounding import tolerance
 
 from orogen.kernels.ssd import IMPLEMENTATIONS, ssd, triton
 from orogen.kernels.ssd.triton_kernels import tile
@@ -67,7 +68,7 @@ class TestFixtures:
             implementation=implementation,
         )
         results, gradient = jax.jit(functools.partial(differentiate, model))(inputs, (arrays["gy"], arrays["gfinal"]))
-        limit = tolerance(jnp.float32, products=summary["shape"]["T"] * summary["shape"]["N"])
+        limit = tolerance(jnp.float32, terms=summary["shape"]["T"] * summary["shape"]["N"])
         assert_close(results, (arrays["y_f64"], arrays["final_f64"]), limit)
         assert_close(gradient, {name: arrays[f"g{name}_f64"] for name in inputs}, limit)
 
@@ -102,7 +103,7 @@ class TestEveryImplementation:
             return y_bthp, *pullback(dy_bthp)
 
         (y, dx, dskip), (plain, dplain, _) = both(ops.x_bt, skip_h), both(ops.x_bt, jnp.zeros(6))
-        limit = tolerance(jnp.float32, products=ops.products())
+        limit = tolerance(jnp.float32, terms=ops.products())
         assert_close(y, plain + skip_h[:, None] * ops.x_bt, limit)
         assert_close(dx, dplain + skip_h[:, None] * dy_bthp, limit)
         assert_close(dskip, jnp.einsum("bthp,bthp->h", ops.x_bt, dy_bthp), limit)
@@ -124,7 +125,7 @@ class TestTriton:
         )
         assert got[0][1].dtype == jnp.float32
         # Every product has two rounded operands, and every result is rounded once more.
-        assert_close(got, want, tolerance(jnp.bfloat16, products=3))
+        assert_close(got, want, tolerance(jnp.bfloat16, terms=3))
 
     @pytest.mark.parametrize("dt", [(1e-12, 1e-9), (50.0, 1e4), (1e-9, 1e4)], ids=["tiny", "huge", "both"])
     def test_extreme_steps_in_bfloat16(self, implementation: str, dt: tuple[float, float]):
@@ -136,7 +137,7 @@ class TestTriton:
         got, want = (
             SSD.outcome(o, segments_bt, implementation=i) for o, i in ((half, implementation), (single, "recurrence"))
         )
-        assert_close(got, want, tolerance(jnp.bfloat16, products=3))
+        assert_close(got, want, tolerance(jnp.bfloat16, terms=3))
 
     def test_gradient_repeats_to_the_bit(self, implementation: str):
         ops, segments_bt = SSD.operands(), segments((5, 12), t=29)

@@ -5,6 +5,7 @@ import functools
 from functools import partial
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,8 +134,7 @@ def test_an_id_that_comes_back_is_another_document(model):
         valid = last_valid(SEGMENTS_BT, depth)
         np.testing.assert_array_equal(after.hidden[depth][valid], before.hidden[depth][valid])
         np.testing.assert_array_equal(last_valid(RETURNING.segments_bt, depth), valid)
-    for a, b in zip(jax.tree.leaves(after[2:]), jax.tree.leaves(before[2:]), strict=True):
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal(after[2:], before[2:])
 
 
 @pytest.mark.parametrize("layout", [{}, {"context": 4}, {"context": 2, "data": 2}])

@@ -1,5 +1,6 @@
 """A model cut into stages holds every layer once, where its segment is, and is put together again to the bit."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,9 +32,7 @@ def test_what_is_split_joins_to_the_bit(state, patterns, stages):
         stages = len(patterns)
     cut = Stages(patterns, "*E", stages)
     for tree in state:
-        joined = cut.join(cut.split(tree))
-        assert jax.tree.structure(joined) == jax.tree.structure(tree)
-        assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(joined), jax.tree.leaves(tree), strict=True))
+        chex.assert_trees_all_equal(cut.join(cut.split(tree)), tree)
 
 
 def test_a_layer_lies_where_its_segment_is(state):
@@ -110,17 +109,14 @@ def test_embedding_and_head_are_one_array_where_no_stage_needs_both():
     assert np.array_equal(vocabulary[0], params["embedding"]["weight"][...])
     assert np.array_equal(vocabulary[2], params["head"]["weight"][...].T)
     assert not np.any(vocabulary[1])
-    joined = cut.join(split)
-    assert jax.tree.structure(joined) == jax.tree.structure(params)
-    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(joined), jax.tree.leaves(params), strict=True))
+    chex.assert_trees_all_equal(cut.join(split), params)
     total = jax.tree.map(jnp.zeros_like, split)
     for stage, segment in enumerate(cut.segments):
         taken = take(_of_stage(split, stage), segment, jnp.int32(0))
         assert taken["head"]["weight"].get_metadata()["axes"] == ("embed", "vocab")
         used = nnx.State({n: p for n, p in taken.items() if segment.uses(n, tied=False)})
         total = _put_back(total, add(_of_stage(total, stage), used, segment, jnp.int32(0)), stage)
-    for a, b in zip(jax.tree.leaves(cut.join(total)), jax.tree.leaves(params), strict=True):
-        assert np.array_equal(a, b)
+    chex.assert_trees_all_equal(cut.join(total), params)
 
 
 @pytest.mark.parametrize("changes", [{"tie_word_embeddings": True}, {"pattern": "M*/*", "mtp_depths": 1}], ids=str)

@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,8 +127,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(fresh):
     assert (int(after.step), int(after.skipped), int(after.skipped_in_row)) == (1, 1, 1)
     assert int(metrics.worst_leaf) >= 0
     for name in ("params", "buffers", "optimizer"):
-        for a, b in zip(jax.tree.leaves(getattr(before, name)), jax.tree.leaves(getattr(after, name)), strict=True):
-            np.testing.assert_array_equal(a, b)
+        chex.assert_trees_all_equal(getattr(after, name), getattr(before, name))
     after, _ = fresh.step(after, fresh.batch)
     assert int(after.skipped_in_row) == 2
 
@@ -143,14 +143,12 @@ def test_an_offloaded_optimizer_updates_as_one_on_the_device_does(monkeypatch):
     run, fresh = (Run(dataclasses.replace(config, optimizer=smooth)) for config in configs)
     after, _ = run.step(run.state, run.batch)
     wanted, _ = fresh.step(fresh.state, fresh.batch)
-    for got, want in zip(jax.tree.leaves(after), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7)
+    chex.assert_trees_all_close(after, wanted, rtol=1e-6, atol=1e-7)
     bad = after._replace(params=jax.tree.map(lambda x: x * jnp.nan, after.params))
     before = jax.device_get(bad)
     again, metrics = run.step(bad, run.batch)
     assert not np.isfinite(metrics.loss) and int(again.skipped) == 1
-    for got, want in zip(jax.tree.leaves(again.optimizer), jax.tree.leaves(before.optimizer), strict=True):
-        np.testing.assert_array_equal(got, want)
+    chex.assert_trees_all_equal(again.optimizer, before.optimizer)
 
 
 def test_a_finite_step_ends_the_row_of_skipped_ones(fresh):
@@ -169,8 +167,7 @@ def test_a_step_that_overflows_a_buffer_changes_nothing_and_is_counted():
     assert (int(after.step), int(after.skipped), int(after.skipped_in_row)) == (1, 1, 1)
     assert int(metrics.worst_leaf) == -1 and np.isfinite(metrics.loss)
     for name in ("params", "buffers", "optimizer"):
-        for a, b in zip(jax.tree.leaves(getattr(before, name)), jax.tree.leaves(getattr(after, name)), strict=True):
-            np.testing.assert_array_equal(a, b)
+        chex.assert_trees_all_equal(getattr(after, name), getattr(before, name))
 
 
 def test_bfloat16_computes_with_float32_masters(fresh):
@@ -183,21 +180,27 @@ def test_bfloat16_computes_with_float32_masters(fresh):
     assert float(metrics.loss) != float(exact.loss)
 
 
-def test_the_state_keeps_its_layout_so_that_nothing_recompiles():
+def test_the_state_keeps_its_layout_so_that_nothing_recompiles(monkeypatch):
+    """Nor is a step traced twice, whatever the batch holds; a trace without a compilation would only cost time."""
     plan = {"data": 2, "tensor": 2, "expert": 4, "fsdp": "optimizer"}
     run = Run(run_config(hybrid(pattern="ME*/-", mtp_depths=1), plan=plan))
+    chex.clear_trace_counter()
+    jit = jax.jit
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "jit", lambda step, **options: jit(chex.assert_max_traces(step, n=1), **options))
+        run.step = make_step(run.built, NEXT_TOKENS, run.config, run.plan, run.optimizer)
     layout = [leaf.sharding for leaf in jax.tree.leaves(run.state)]
     state, _ = run.step(run.state, run.batch)
     for leaf, sharding in zip(jax.tree.leaves(state), layout, strict=True):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
-    state, _ = run.step(state, run.batch)
+    other = packed_batch(run.config, dataclasses.replace(run.config.train, seed=run.config.train.seed + 1))
+    state, _ = run.step(state, batch_to_devices(other, run.plan))
     assert run.step._cache_size() == 1
 
 
 def test_initial_parameters_do_not_depend_on_the_mesh(fresh):
     folded = Run(run_config(plan={"data": 2, "tensor": 4, "expert": 2, "fsdp": "parameters"}))
-    for a, b in zip(jax.tree.leaves(fresh.state.params), jax.tree.leaves(folded.state.params), strict=True):
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal(folded.state.params, fresh.state.params)
 
 
 @pytest.mark.parametrize(
@@ -240,8 +243,7 @@ def test_routers_without_correction_bias_train_count_loads_and_are_restored(tmp_
     target = abstract_state(run.built, run.optimizer)
     with Checkpoints(tmp_path) as checkpoints:
         restored, _ = checkpoints.restore(with_shardings(target, run.plan.shardings(target)))
-    for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal(restored, state)
 
 
 def reductions(fsdp: str, microbatches: int) -> tuple[list[int], list[int], int]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -168,8 +169,7 @@ def test_a_model_is_read_without_the_rows_of_the_plan_that_saved_it(tmp_path):
     whole, one = build(model), make_plan(PlanConfig(), model)
     with Checkpoints(tmp_path) as checkpoints:
         params, _ = checkpoints.restore_model(whole.params, whole.buffers, one.shardings)
-    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(built.whole(state.params)), strict=True):
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal(params, built.whole(state.params))
     assert [len(a) for a in vocabularies(params)] == [SIZE, SIZE]
 
 
