@@ -7,7 +7,7 @@ from flax import nnx
 from jax import Array, lax
 
 from orogen.config.model import ModelConfig
-from orogen.kernels.remade import from_inputs
+from orogen.kernels.recompute import from_inputs
 from orogen.kernels.rms_norm import rms_norm
 from orogen.kernels.tiny import LEAST_EPSILON, enlarged
 from orogen.layers.parameter import parameter

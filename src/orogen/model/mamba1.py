@@ -12,7 +12,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from orogen.config.model import ModelConfig
-from orogen.kernels.remade import from_inputs
+from orogen.kernels.recompute import from_inputs
 from orogen.kernels.selective_scan import selective_scan
 from orogen.layers.documents import Documents
 from orogen.layers.linear import add_bias, linear, linears, multiply

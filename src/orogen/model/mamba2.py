@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from orogen.config.model import ModelConfig
 from orogen.kernels.causal_conv1d import causal_conv1d
-from orogen.kernels.remade import from_inputs
+from orogen.kernels.recompute import from_inputs
 from orogen.kernels.ssd import ssd
 from orogen.layers.documents import Documents
 from orogen.layers.linear import add_bias, linear, linears

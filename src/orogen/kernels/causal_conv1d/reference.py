@@ -10,7 +10,7 @@ from jax import Array
 from jax import numpy as jnp
 
 from orogen.kernels.causal_conv1d.operands import Operands
-from orogen.kernels.remade import from_inputs
+from orogen.kernels.recompute import from_inputs
 
 
 def causal_conv1d_reference(o: Operands, *, activation: str) -> Array:

@@ -9,7 +9,7 @@ import jax
 from jax import Array, lax
 from jax import numpy as jnp
 
-from orogen.kernels.remade import from_inputs
+from orogen.kernels.recompute import from_inputs
 from orogen.kernels.tiny import LEAST_EPSILON, enlarged
 
 Reduce = Callable[[Array], Array]

@@ -22,7 +22,7 @@ from jax import Array, lax
 from jax import numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from orogen.kernels.remade import from_inputs
+from orogen.kernels.recompute import from_inputs
 from orogen.kernels.ssd import sums
 from orogen.kernels.ssd.operands import Operands
 
