@@ -219,13 +219,9 @@ def make_loader(
         batches = LaneRows(documents.repeat(), lanes=batch_size, sequence_length=sequence_length)
     else:
         rows = PackedRows(
-            documents.repeat(),
-            sequence_length=sequence_length,
-            pad_id=pad_id,
-            shuffle_seed=shuffle_seed,
-            window_tokens=window_tokens,
-            window_documents=len(streams),
-        )
+            documents.repeat(), sequence_length=sequence_length, pad_id=pad_id, shuffle_seed=shuffle_seed,
+            window_tokens=window_tokens, window_documents=len(streams),
+        )  # fmt: skip
         batches = rows.batch(batch_size, drop_remainder=True, batch_fn=stack)
     return Loader(
         grain.experimental.ThreadPrefetchIterDataset(batches.map(_rows_taker(process_rows)), prefetch_buffer_size=2),

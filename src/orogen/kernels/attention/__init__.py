@@ -10,7 +10,7 @@ from orogen.kernels.attention.blocked import attention_blocked
 from orogen.kernels.attention.cudnn import attention_cudnn
 from orogen.kernels.attention.operands import Operands
 from orogen.kernels.attention.reference import attention_reference
-from orogen.kernels.shapes import require_shapes
+from orogen.kernels.checks import chosen, require_shapes
 from orogen.parallel.varying import vary_like
 
 IMPLEMENTATIONS = {"full": attention_reference, "blocked": attention_blocked, "cudnn": attention_cudnn}
@@ -47,20 +47,25 @@ def attention(
     Raises ValueError if the shapes disagree, heads are not a multiple of key heads, the window is below 1, or the name
     is unknown.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r}: expected one of {sorted(IMPLEMENTATIONS)}")
+    run = chosen(IMPLEMENTATIONS, implementation)
     if implementation == "cudnn" and (q_index is not None or k_index is not None or kv_segments_bs is not None):
         raise ValueError("implementation='cudnn' with indices or segments of keys: expected whole rows, or 'blocked'")
     if window is not None and window < 1:
         raise ValueError(f"window={window}: expected 1 or more")
-    whole_rows = kv_segments_bs is None and q_index is None and k_index is None
+    operands = _complete(q_bthk, k_bsgk, v_bsgk, segments_bt, kv_segments_bs, q_index, k_index, sinks_h)
+    # One type for all inside shard_map: gradients of shared keys are then summed over ranks once, not once per block.
+    return run(vary_like(operands, operands), scale=scale, window=window)
+
+
+def _complete(q_bthk, k_bsgk, v_bsgk, segments_bt, kv_segments_bs, q_index, k_index, sinks_h) -> Operands:
+    """The operands with what is None filled in, and whole rows numbered by their runs. Raises ValueError."""
+    whole_rows = segments_bt is not None and kv_segments_bs is None and q_index is None and k_index is None
     if kv_segments_bs is None:
         kv_segments_bs = segments_bt
-    if (segments_bt is None) != (kv_segments_bs is None):
-        raise ValueError("kv_segments_bs without segments_bt: expected both or neither")
-    if segments_bt is None or kv_segments_bs is None:
+    if segments_bt is None:
+        if kv_segments_bs is not None:
+            raise ValueError("kv_segments_bs without segments_bt: expected both or neither")
         segments_bt, kv_segments_bs = (jnp.zeros(a.shape[:2], jnp.int32) for a in (q_bthk, k_bsgk))
-        whole_rows = False  # and nothing to number
     q_index = jnp.arange(q_bthk.shape[1]) if q_index is None else q_index
     k_index = jnp.arange(k_bsgk.shape[1]) if k_index is None else k_index
     operands = Operands(q_bthk, k_bsgk, v_bsgk, segments_bt, kv_segments_bs, q_index, k_index, sinks_h)
@@ -68,8 +73,7 @@ def attention(
     if whole_rows:
         run_bt = _runs(segments_bt)
         operands = operands._replace(segments_bt=run_bt, kv_segments_bs=run_bt)
-    # One type for all inside shard_map: gradients of shared keys are then summed over ranks once, not once per block.
-    return IMPLEMENTATIONS[implementation](vary_like(operands, operands), scale=scale, window=window)
+    return operands
 
 
 def _runs(segments_bt: Array) -> Array:

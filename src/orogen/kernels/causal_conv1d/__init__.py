@@ -11,7 +11,7 @@ from jax import numpy as jnp
 from orogen.kernels.causal_conv1d.operands import Operands
 from orogen.kernels.causal_conv1d.reference import causal_conv1d_reference
 from orogen.kernels.causal_conv1d.triton import causal_conv1d_triton
-from orogen.kernels.shapes import require_shapes
+from orogen.kernels.checks import chosen, require_shapes
 from orogen.parallel.varying import vary_like
 
 IMPLEMENTATIONS = {
@@ -44,8 +44,7 @@ def causal_conv1d(
     implementation cannot run here.
     Source: arXiv:2312.00752, section 3.4; layout of the weight as in state-spaces/mamba.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r}: expected one of {sorted(IMPLEMENTATIONS)}")
+    run = chosen(IMPLEMENTATIONS, implementation)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r}: expected one of {list(ACTIVATIONS)}")
     _check_shapes(x_btc, w_ck, bias_c, segments_bt, halo_bkc, halo_segments_bk)
@@ -61,7 +60,7 @@ def causal_conv1d(
     reach_bt = _reach(segments_bt, halo_segments_bk, before)
     operands = Operands(x_btc, w_ck.astype(jnp.float32), bias_c, halo_bkc, reach_bt)
     # One type for all inside shard_map: the transpose then sums the weights' gradient over the shards of the tokens.
-    return IMPLEMENTATIONS[implementation](vary_like(operands, operands), activation=activation)
+    return run(vary_like(operands, operands), activation=activation)
 
 
 def _reach(segments_bt: Array, halo_segments_bk: Array | None, before: int) -> Array:

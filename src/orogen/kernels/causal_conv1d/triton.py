@@ -119,11 +119,11 @@ class _Taps(NamedTuple):
     weights: list[Array]
     bias: Array
     reach_ref: Any
-    last: int
+    time: int
 
     def inputs(self, t: Array, past: tuple[Array, ...]) -> list[Array]:
         """What each tap of token t reads, of `past` inputs (k, oldest first): zero beyond the token's reach."""
-        reach = self.reach_ref[jnp.minimum(t, self.last)]
+        reach = self.reach_ref[jnp.minimum(t, self.time - 1)]
         before = len(past) - 1
         return [jnp.where(reach >= before - k, x_c, 0.0) for k, x_c in enumerate(past[:-1])] + [past[-1]]
 
@@ -132,10 +132,23 @@ class _Taps(NamedTuple):
         terms = [w_c * x_c for w_c, x_c in zip(self.weights, inputs, strict=True)]
         return functools.reduce(jnp.add, reversed(terms)) + self.bias
 
+    def visit(self, t: Array, past: tuple[Array, ...], open_: tuple[Array, ...], dy_c: Array, activation: str):
+        """What token t's taps read, its sum's gradient, and the gradients of the inputs up to t (k)."""
+        inputs = self.inputs(t, past)
+        dsum_c = dy_c
+        if activation == "silu":
+            sum_c = self.sum(inputs)
+            gate_c = sigmoid(sum_c)
+            dsum_c = dy_c * gate_c * (1 + sum_c * (1 - gate_c))
+        dsum_c = jnp.where(t < self.time, dsum_c, 0.0)
+        reached = self.inputs(t, (dsum_c,) * len(past))
+        before = zip((*open_, jnp.zeros_like(dsum_c)), self.weights, reached, strict=True)
+        return inputs, dsum_c, tuple(d_c + w_c * r_c for d_c, w_c, r_c in before)
+
 
 def _taps(w_ref, bias_ref, reach_ref, in_columns, time: int) -> _Taps:
     weights = [load(w_ref.at[np.int32(k)], in_columns) for k in range(w_ref.shape[0])]
-    return _Taps(weights, load(bias_ref, in_columns), reach_ref, time - 1)
+    return _Taps(weights, load(bias_ref, in_columns), reach_ref, time)
 
 
 def _block(launch: Launch, time: int, channels: int) -> tuple[Array, Array | None]:
@@ -184,23 +197,6 @@ def _backward_kernel(
     taps = _taps(w_ref, bias_ref, reach_ref, in_columns, time)
     before = len(taps.weights) - 1
 
-    def visit(t: Array, past: tuple[Array, ...], open_: tuple[Array, ...], dy_c: Array) -> tuple[list, Array, tuple]:
-        """What token t's taps read, its sum's gradient, and the gradients of the inputs up to t (k)."""
-        inputs = taps.inputs(t, past)
-        dsum_c = dy_c
-        if launch.activation == "silu":
-            sum_c = taps.sum(inputs)
-            gate_c = sigmoid(sum_c)
-            dsum_c = dy_c * gate_c * (1 + sum_c * (1 - gate_c))
-        dsum_c = jnp.where(t < time, dsum_c, 0.0)
-        reached = taps.inputs(t, (dsum_c,) * (before + 1))
-        dpast = (*open_, jnp.zeros_like(dsum_c))
-        return (
-            inputs,
-            dsum_c,
-            tuple(d_c + w_c * r_c for d_c, w_c, r_c in zip(dpast, taps.weights, reached, strict=True)),
-        )
-
     def close(t: Array, dx_c: Array) -> None:
         """Stores the gradient of input t, if it is one of this program's."""
         mine = (t >= first) & (t < time)
@@ -212,7 +208,7 @@ def _backward_kernel(
         rows = [(_read(x_ref, start + u, in_columns), _read(dy_ref, start + u, in_columns)) for u in range(launch.step)]
         for u, (x_c, dy_c) in enumerate(rows):
             past = (*past, x_c)
-            inputs, dsum_c, dpast = visit(start + u, past, open_, dy_c)
+            inputs, dsum_c, dpast = taps.visit(start + u, past, open_, dy_c, launch.activation)
             close(start + u - before, dpast[0])
             dw = tuple(d_c + dsum_c * i_c for d_c, i_c in zip(dw, [*inputs, jnp.ones_like(dsum_c)], strict=True))
             past, open_ = past[1:], dpast[1:]
@@ -227,7 +223,7 @@ def _backward_kernel(
     for k in range(before):
         t = end + k
         past = (*past, _read(x_ref, t, in_columns))
-        _, _, dpast = visit(t, past, open_, _read(dy_ref, t, in_columns))
+        _, _, dpast = taps.visit(t, past, open_, _read(dy_ref, t, in_columns), launch.activation)
         close(t - before, dpast[0])
         past, open_ = past[1:], dpast[1:]
     for k, dw_c in enumerate(dw):

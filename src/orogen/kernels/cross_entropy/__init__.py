@@ -9,6 +9,7 @@ import jax
 from jax import Array
 from jax import numpy as jnp
 
+from orogen.kernels.checks import chosen, require_shapes
 from orogen.kernels.cross_entropy.chunked import cross_entropy_chunked, log_likelihoods_chunked
 from orogen.kernels.cross_entropy.operands import Operands, Reduce
 from orogen.kernels.cross_entropy.reference import cross_entropy_reference, log_likelihoods_reference
@@ -52,12 +53,12 @@ def cross_entropy(
 
     Raises ValueError if the shapes disagree or a name or size is unknown.
     """
-    _check(x_nd, head_dv, {"targets": targets_n, "weights": weights_n}, chunk, implementation)
+    run, _ = chosen(IMPLEMENTATIONS, implementation)
+    _check(x_nd, head_dv, {"targets": targets_n, "weights": weights_n}, chunk)
     weights_n = jax.lax.stop_gradient(weights_n.astype(jnp.float32))
     # One type inside shard_map: x is the same on all ranks of the vocabulary, its gradient there is a part of a sum,
     # and the transpose of this line sums it; likewise the head's over the shards of the tokens.
     x_nd, head_dv = vary_like((x_nd, head_dv), (x_nd, head_dv, targets_n, weights_n, vocab_start))
-    run, _ = IMPLEMENTATIONS[implementation]
     operands = Operands(x_nd, head_dv, targets_n - vocab_start, _present(head_dv, vocab_start, vocab_size))
     return run(operands, weights_n, chunk=chunk, reduce=Reduce(reduce_max, reduce_sum))
 
@@ -82,23 +83,20 @@ def log_likelihoods(
     logits: four products, where `cross_entropy` needs three. A token whose gradient must vanish, or whose target does
     not exist, is to be masked with `jnp.where` in the loss.
     """
-    _check(x_nd, head_dv, {"targets": targets_n}, chunk, implementation)
+    _, run = chosen(IMPLEMENTATIONS, implementation)
+    _check(x_nd, head_dv, {"targets": targets_n}, chunk)
     x_nd, head_dv = vary_like((x_nd, head_dv), (x_nd, head_dv, targets_n, vocab_start))
-    _, run = IMPLEMENTATIONS[implementation]
     operands = Operands(x_nd, head_dv, targets_n - vocab_start, _present(head_dv, vocab_start, vocab_size))
     return run(operands, chunk=chunk, reduce=Reduce(reduce_max, reduce_sum))
 
 
-def _check(x_nd: Array, head_dv: Array, by_token: dict[str, Array], chunk: int, implementation: str) -> None:
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r}: expected one of {sorted(IMPLEMENTATIONS)}")
+def _check(x_nd: Array, head_dv: Array, by_token: dict[str, Array], chunk: int) -> None:
     if chunk < 1:
         raise ValueError(f"chunk={chunk}: expected at least 1")
     if x_nd.ndim != 2 or head_dv.ndim != 2 or x_nd.shape[1] != head_dv.shape[0]:
         raise ValueError(f"x {x_nd.shape}, head {head_dv.shape}: expected (n, d) and (d, v)")
-    for name, operand in by_token.items():
-        if operand.shape != x_nd.shape[:1]:
-            raise ValueError(f"{name} has shape {operand.shape}: expected {x_nd.shape[:1]} beside x {x_nd.shape}")
+    expected = {name: (operand, x_nd.shape[:1]) for name, operand in by_token.items()}
+    require_shapes(expected, beside=f"x {x_nd.shape}")
 
 
 def _present(head_dv: Array, vocab_start: Array | int, vocab_size: int | None) -> Array | None:

@@ -6,6 +6,7 @@ Axes: n rows, d width in, f width out, e groups.
 from jax import Array
 from jax import numpy as jnp
 
+from orogen.kernels.checks import chosen
 from orogen.kernels.grouped_matmul.blocks import grouped_matmul_blocks
 from orogen.kernels.grouped_matmul.mosaic import grouped_matmul_mosaic
 from orogen.kernels.grouped_matmul.ragged_dot import grouped_matmul_ragged_dot
@@ -29,8 +30,7 @@ def grouped_matmul(rows_nd: Array, weights_edf: Array, group_sizes: Array | int,
 
     Raises ValueError if shapes or sizes disagree, the name is unknown, or the implementation cannot run here.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r}: expected one of {sorted(IMPLEMENTATIONS)}")
+    run = chosen(IMPLEMENTATIONS, implementation)
     if rows_nd.ndim != 2 or weights_edf.ndim != 3 or rows_nd.shape[1] != weights_edf.shape[1]:
         raise ValueError(f"rows {rows_nd.shape}, weights {weights_edf.shape}: expected (n, d) and (e, d, f)")
     groups, rows = len(weights_edf), len(rows_nd)
@@ -44,7 +44,7 @@ def grouped_matmul(rows_nd: Array, weights_edf: Array, group_sizes: Array | int,
         return jnp.zeros((0, weights_edf.shape[2]), rows_nd.dtype)
     operands = (rows_nd, weights_edf, group_sizes)
     # One type for all inside shard_map: the transpose then sums the weights' gradient over the shards of the rows.
-    return IMPLEMENTATIONS[implementation](*vary_like(operands, operands))
+    return run(*vary_like(operands, operands))
 
 
 def _multiply_equal(rows_nd: Array, weights_edf: Array) -> Array:

@@ -11,15 +11,8 @@ from jax import Array
 from jax import numpy as jnp
 from jax.experimental import pallas as pl
 
-from orogen.kernels.grouped_matmul.mosaic_kernels import (
-    ALIGNMENT,
-    CHUNK,
-    ROWS,
-    Blocks,
-    Tile,
-    multiply_rows,
-    multiply_weights,
-)
+from orogen.kernels.grouped_matmul.mosaic_kernels import Blocks, multiply_rows, multiply_weights
+from orogen.kernels.grouped_matmul.mosaic_program import ALIGNMENT, CHUNK, ROWS, Tile
 from orogen.parallel.varying import vary_like
 
 MULTIPROCESSORS = 132  # of an H100

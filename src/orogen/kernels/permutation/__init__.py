@@ -10,6 +10,7 @@ import functools
 
 from jax import Array
 
+from orogen.kernels.checks import chosen
 from orogen.kernels.permutation.reference import sum_rows_gathered, take_rows_gathered
 from orogen.kernels.permutation.triton import sum_rows_triton, take_rows_triton
 from orogen.parallel.varying import vary_like
@@ -31,9 +32,9 @@ def take_rows(x_nd: Array, slots_nk: Array, source_r: Array, *, implementation: 
 
     Raises ValueError if the name is unknown or the implementation cannot run here.
     """
-    _check(implementation)
+    run = chosen(TAKE, implementation)
     operands = (x_nd, slots_nk, source_r)
-    return TAKE[implementation](*vary_like(operands, operands))
+    return run(*vary_like(operands, operands))
 
 
 def sum_rows(rows_rd: Array, w_nk: Array, slots_nk: Array, source_r: Array, *, implementation: str) -> Array:
@@ -41,11 +42,6 @@ def sum_rows(rows_rd: Array, w_nk: Array, slots_nk: Array, source_r: Array, *, i
 
     Raises ValueError if the name is unknown or the implementation cannot run here.
     """
-    _check(implementation)
+    run = chosen(SUM, implementation)
     operands = (rows_rd, w_nk, slots_nk, source_r)
-    return SUM[implementation](*vary_like(operands, operands))
-
-
-def _check(implementation: str) -> None:
-    if implementation not in TAKE:
-        raise ValueError(f"implementation={implementation!r}: expected one of {sorted(TAKE)}")
+    return run(*vary_like(operands, operands))

@@ -10,6 +10,7 @@ from typing import Any
 from jax import Array
 from jax import numpy as jnp
 
+from orogen.kernels.checks import chosen
 from orogen.kernels.quantize.reference import quantize_plain
 from orogen.kernels.quantize.triton import quantize_triton
 
@@ -29,9 +30,8 @@ def quantize(parts: Sequence[Array], scale: Array, kind: Any, *, implementation:
 
     Raises ValueError if the name is unknown, the parts' rows differ, or the implementation cannot run here.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r}: expected one of {sorted(IMPLEMENTATIONS)}")
+    run = chosen(IMPLEMENTATIONS, implementation)
     if len({(len(part), part.ndim, part.dtype) for part in parts}) != 1 or parts[0].ndim != 2:
         found = ", ".join(f"{part.dtype}{part.shape}" for part in parts)
         raise ValueError(f"parts are {found}: expected matrices of one type with as many rows")
-    return IMPLEMENTATIONS[implementation](tuple(parts), scale.astype(jnp.float32), kind)
+    return run(tuple(parts), scale.astype(jnp.float32), kind)

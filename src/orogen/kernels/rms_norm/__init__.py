@@ -8,6 +8,7 @@ import functools
 from jax import Array
 from jax import numpy as jnp
 
+from orogen.kernels.checks import chosen
 from orogen.kernels.rms_norm.reference import Reduce, rms_norm_plain
 from orogen.kernels.rms_norm.triton import rms_norm_triton
 from orogen.parallel.varying import vary_like
@@ -37,8 +38,7 @@ def rms_norm(
     Raises ValueError if shapes disagree, the name is unknown, or the implementation cannot run here or sum over ranks.
     Sources: arXiv:1910.07467; RMSNormGated of state-spaces/mamba, which gates before it normalises.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r}: expected one of {sorted(IMPLEMENTATIONS)}")
+    run = chosen(IMPLEMENTATIONS, implementation)
     channels = x.shape[-1]
     if weight_c.shape != (channels,):
         raise ValueError(f"weight has shape {weight_c.shape}: expected {(channels,)} beside x {x.shape}")
@@ -50,7 +50,5 @@ def rms_norm(
     gate_nc = None if gate is None else gate.reshape(-1, channels)
     operands = (x_nc, weight_c.astype(jnp.float32), gate_nc)
     # One type for all inside shard_map: the transpose then sums the weight's gradient over the shards of the tokens.
-    y_nc = IMPLEMENTATIONS[implementation](
-        *vary_like(operands, operands), group_size=group_size, epsilon=epsilon, reduce_sum=reduce_sum
-    )
+    y_nc = run(*vary_like(operands, operands), group_size=group_size, epsilon=epsilon, reduce_sum=reduce_sum)
     return y_nc.reshape(x.shape)

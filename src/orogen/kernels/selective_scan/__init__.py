@@ -6,10 +6,10 @@ Axes: b batch, t time, i channels, n state.
 from jax import Array
 from jax import numpy as jnp
 
+from orogen.kernels.checks import chosen, require_shapes
 from orogen.kernels.selective_scan.chunked import selective_scan_chunked
 from orogen.kernels.selective_scan.operands import Operands
 from orogen.kernels.selective_scan.reference import selective_scan_reference
-from orogen.kernels.shapes import require_shapes
 from orogen.parallel.varying import vary_like
 
 IMPLEMENTATIONS = {"reference": selective_scan_reference, "chunked": selective_scan_chunked}
@@ -40,8 +40,7 @@ def selective_scan(
     Raises ValueError if the shapes disagree, or a name or size is unknown.
     Source: arXiv:2312.00752, section 3.2 and algorithm 2.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r}: expected one of {sorted(IMPLEMENTATIONS)}")
+    run = chosen(IMPLEMENTATIONS, implementation)
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size}: expected at least 1")
     if segments_bt is None:
@@ -51,7 +50,7 @@ def selective_scan(
     operands = Operands(x_bti, dt_bti, A_in, B_btn, C_btn, segments_bt, initial_state_bin.astype(jnp.float32))
     _check_shapes(operands)
     # One type for all inside shard_map: the transpose then sums the gradient of A_in over the batch shards.
-    return IMPLEMENTATIONS[implementation](vary_like(operands, operands), chunk_size=chunk_size)
+    return run(vary_like(operands, operands), chunk_size=chunk_size)
 
 
 def _check_shapes(o: Operands) -> None:

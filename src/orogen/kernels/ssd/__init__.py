@@ -8,7 +8,7 @@ import functools
 from jax import Array
 from jax import numpy as jnp
 
-from orogen.kernels.shapes import require_shapes
+from orogen.kernels.checks import chosen, require_shapes
 from orogen.kernels.ssd.chunked import ssd_chunked
 from orogen.kernels.ssd.operands import Operands
 from orogen.kernels.ssd.reference import ssd_recurrence
@@ -50,8 +50,7 @@ def ssd(
     Raises ValueError if the shapes disagree, heads are not a multiple of groups, or a name or size is unknown.
     Source: arXiv:2405.21060, sections 2 and 6.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r}: expected one of {sorted(IMPLEMENTATIONS)}")
+    run = chosen(IMPLEMENTATIONS, implementation)
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size}: expected at least 1")
     if segments_bt is None:
@@ -63,7 +62,7 @@ def ssd(
     operands = Operands(x_bthp, dt_bth, a_h, b_btgn, c_btgn, segments_bt, initial_state_bhpn, skip_h)
     _check_shapes(operands)
     # One type for all inside shard_map: the transpose then sums the gradient of a_h over the batch shards.
-    return IMPLEMENTATIONS[implementation](vary_like(operands, operands), chunk_size=chunk_size)
+    return run(vary_like(operands, operands), chunk_size=chunk_size)
 
 
 def _check_shapes(o: Operands) -> None:

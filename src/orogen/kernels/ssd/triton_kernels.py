@@ -101,8 +101,7 @@ def scan(
     of `step` tokens and holds the state's columns in registers; per step, it multiplies query by state, query by key,
     and those scores by the values.
     """
-    query_btgn, key_btgn, value_bthp, start_bhpn, reverse = walk
-    dt_bhcq = o.dt_bhcq
+    (query_btgn, key_btgn, value_bthp, start_bhpn, reverse), dt_bhcq = walk, o.dt_bhcq
     batch, time, heads, head_size = value_bthp.shape
     groups, state = key_btgn.shape[2:]
     chunks, padded_time, share = dt_bhcq.shape[2], dt_bhcq.shape[2] * launch.width, heads // groups
@@ -118,8 +117,7 @@ def scan(
     state_spec = pl.BlockSpec((None, None, columns, padded_state), lambda h, p, b: (b, h, p, 0))
     states_spec = pl.BlockSpec((None, None, chunks, padded_state, columns), lambda h, p, b: (b, h, 0, 0, p))
     skip_spec = pl.BlockSpec((None,), lambda h, p, b: (h,))
-    sums_spec = [token_spec] * len(sums_bht)
-    in_specs = [group_spec, group_spec, head_spec, sums_spec, token_spec, runs_spec, state_spec, skip_spec]
+    in_specs = [group_spec, group_spec, head_spec, [token_spec] * len(sums_bht), token_spec, runs_spec, state_spec]
     outputs = {
         "out": (value_bthp.shape, value_bthp.dtype, head_spec),
         "end": (start_bhpn.shape, jnp.float32, state_spec),
@@ -131,7 +129,7 @@ def scan(
         exact=launch.exact, reverse=reverse,
     )  # fmt: skip
     results = call(
-        kernel, operands, in_specs, outputs, grid=(heads, blocks, batch), warps=launch.scan_warps,
+        kernel, operands, [*in_specs, skip_spec], outputs, grid=(heads, blocks, batch), warps=launch.scan_warps,
         stages=launch.scan_stages, interpret=launch.interpret,
     )  # fmt: skip
     return results["out"], results["end"], results.get("saved")
