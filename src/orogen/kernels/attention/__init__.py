@@ -60,12 +60,12 @@ def attention(
 def _complete(q_bthk, k_bsgk, v_bsgk, segments_bt, kv_segments_bs, q_index, k_index, sinks_h) -> Operands:
     """The operands with what is None filled in, and whole rows numbered by their runs. Raises ValueError."""
     whole_rows = segments_bt is not None and kv_segments_bs is None and q_index is None and k_index is None
-    if kv_segments_bs is None:
-        kv_segments_bs = segments_bt
+    if segments_bt is None and kv_segments_bs is not None:
+        raise ValueError("kv_segments_bs without segments_bt: expected both or neither")
     if segments_bt is None:
-        if kv_segments_bs is not None:
-            raise ValueError("kv_segments_bs without segments_bt: expected both or neither")
         segments_bt, kv_segments_bs = (jnp.zeros(a.shape[:2], jnp.int32) for a in (q_bthk, k_bsgk))
+    elif kv_segments_bs is None:
+        kv_segments_bs = segments_bt
     q_index = jnp.arange(q_bthk.shape[1]) if q_index is None else q_index
     k_index = jnp.arange(k_bsgk.shape[1]) if k_index is None else k_index
     operands = Operands(q_bthk, k_bsgk, v_bsgk, segments_bt, kv_segments_bs, q_index, k_index, sinks_h)
