@@ -396,8 +396,8 @@ class Backwards:
     """As `AllGather`, with each token's choices in the opposite order."""
 
     @staticmethod
-    def dispatch(x_nd, idx_nk, keep_nk, n_experts, capacity, plan):
-        return dispatches.AllGather.dispatch(x_nd, idx_nk[:, ::-1], keep_nk[:, ::-1], n_experts, capacity, plan)
+    def dispatch(x_nd, idx_nk, keep_nk, plan, **sizes):
+        return dispatches.AllGather.dispatch(x_nd, idx_nk[:, ::-1], keep_nk[:, ::-1], plan, **sizes)
 
     @staticmethod
     def combine(rows, w_nk, ticket, plan):

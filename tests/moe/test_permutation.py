@@ -63,7 +63,7 @@ def test_rows_outputs_and_gradients_equal_megatron(case, dispatch):
     @jax.jit
     def dispatched(x_nd):
         return DISPATCHES[dispatch].dispatch(
-            x_nd, jnp.asarray(idx_nk, jnp.int32), jnp.asarray(keep_nk), EXPERTS, capacity, plan
+            x_nd, jnp.asarray(idx_nk, jnp.int32), jnp.asarray(keep_nk), plan, n_experts=EXPERTS, capacity=capacity
         )[:2]
 
     rows_rd, group_sizes = dispatched(jnp.asarray(arrays["x"]))
@@ -84,7 +84,7 @@ def test_rows_outputs_and_gradients_equal_megatron(case, dispatch):
     def answer(x_nd, probs_ne):
         dispatcher = DISPATCHES[dispatch]
         idx, keep = jnp.asarray(idx_nk, jnp.int32), jnp.asarray(keep_nk)
-        rows_rd, _, ticket = dispatcher.dispatch(x_nd, idx, keep, EXPERTS, capacity, plan)
+        rows_rd, _, ticket = dispatcher.dispatch(x_nd, idx, keep, plan, n_experts=EXPERTS, capacity=capacity)
         w_nk = jnp.take_along_axis(probs_ne, idx, axis=1)
         return dispatcher.combine(jnp.tanh(rows_rd * arrays["w"]), w_nk, ticket, plan)
 

@@ -79,7 +79,10 @@ def bench(
     with jax.profiler.trace(str(profile)) if profile else contextlib.nullcontext():
         for name, shape in chosen.items():
             facts = {"bench": operation.name, "shape": name, **shape, "dtype": "bfloat16"}
-            records += [{**facts, **r} for r in _bench_shape(operation, shape, implementations, peer, samples, seed)]
+            records += [
+                {**facts, **r}
+                for r in _bench_shape(operation, shape, implementations, peer, samples=samples, seed=seed)
+            ]
     return {
         "bench": operation.name, "device": f"one {jax.devices()[0].device_kind}", "jax": jax.__version__, "seed": seed,
         "samples": samples, "ceilings": ceilings(samples=samples, sizes=ceiling_sizes), "records": records,
@@ -102,7 +105,7 @@ def read_shape(operation: Operation, text: str) -> Shape:
 
 
 def _bench_shape(
-    operation: Operation, shape: Shape, implementations: Sequence[str], peer: str | None, samples: int, seed: int
+    operation: Operation, shape: Shape, implementations: Sequence[str], peer: str | None, *, samples: int, seed: int
 ) -> Iterator[dict[str, Any]]:
     """Records of one shape: ours, and the peer's implementations, on the same operands."""
     operands, works = operation.draw(shape, seed), operation.works(shape)

@@ -202,7 +202,7 @@ def prepare(work: Workload, config: RunConfig, *, deterministic: bool = False, e
 def _whole_step(built: Any, config: RunConfig, plan: Plan, batch: Any) -> Prepared:
     optimizer = make_optimizer(config.optimizer, config.train.steps, built.params)
     carried = carry.abstract(config.train, built)
-    state = create_state(config.model, built, optimizer, plan, config.train.seed, carried)
+    state = create_state(config.model, built, optimizer, plan, config.train.seed, carried=carried)
     program = _compiled(make_step(built, NEXT_TOKENS, config, plan, optimizer).lower(state, batch), plan)
     state, metrics = program(state, batch)
     loss = _mean_nats(*metrics.metrics[LOSS])

@@ -163,7 +163,7 @@ def table(family: str, config: ModelConfig, *, mtp_blocks: int = 1) -> Table:
     if names.positions and config.learned_positions is not None:
         shape = (config.learned_positions, config.hidden_size)
         found[f"{names.positions}.weight"] = _outer(("embedding", "positions"), shape)
-    found |= _stack(names, config, config.layers.main, ("backbone",), names.layers, 0)
+    found |= _stack(names, config, config.layers.main, ("backbone",), prefix=names.layers, first=0)
     found |= {f"{names.final_norm}.{part}": _norm(config, ("norm", part)) for part in _norm_parts(config)}
     head = (config.vocab_size, config.hidden_size)
     if config.tie_word_embeddings:
@@ -215,7 +215,7 @@ def _norm(config: ModelConfig, path: Path) -> Tensor:
     return _outer(path, (config.hidden_size,))
 
 
-def _stack(family: Family, config: ModelConfig, letters: str, path: Path, prefix: str, first: int) -> Table:
+def _stack(family: Family, config: ModelConfig, letters: str, path: Path, *, prefix: str, first: int) -> Table:
     """The layers of the Stack at `path`, numbered from `first`."""
     found: Table = {}
     for number, (letter, place) in enumerate(zip(letters, places(repeats(letters)), strict=True)):
@@ -247,7 +247,7 @@ def _nemotron_h_mtp(config: ModelConfig, block: int) -> Table:
     """Its own tensors lie in its first layer and its last."""
     d, letters = config.hidden_size, config.layers.mtp
     first, last = block * len(letters), (block + 1) * len(letters) - 1
-    found = _stack(FAMILIES["nemotron_h"], config, letters, ("mtp", "layers"), "mtp.layers", first)
+    found = _stack(FAMILIES["nemotron_h"], config, letters, ("mtp", "layers"), prefix="mtp.layers", first=first)
     found |= _joined(config, f"mtp.layers.{first}")
     found[f"mtp.layers.{last}.final_layernorm.weight"] = _outer(("mtp", "final_norm", "weight"), (d,))
     return found
@@ -257,7 +257,9 @@ def _deepseek_mtp(config: ModelConfig, block: int) -> Table:
     """One more numbered layer, with copies of embedding and head."""
     number = len(config.layers.main) // 2 + block
     prefix, vocabulary = f"model.layers.{number}", (config.vocab_size, config.hidden_size)
-    found = _stack(FAMILIES["deepseek_v3"], config, config.layers.mtp, ("mtp", "layers"), "model.layers", number)
+    found = _stack(
+        FAMILIES["deepseek_v3"], config, config.layers.mtp, ("mtp", "layers"), prefix="model.layers", first=number
+    )
     found |= _joined(config, prefix)
     found[f"{prefix}.shared_head.norm.weight"] = _outer(("mtp", "final_norm", "weight"), (config.hidden_size,))
     head = "model.embed_tokens.weight" if config.tie_word_embeddings else HEAD

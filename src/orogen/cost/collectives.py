@@ -166,7 +166,9 @@ def ends(ledger: Ledger) -> None:
     for depth in range(depths):
         embedded(ledger, depth)
         ledger.gather("head", ("tensor",), ledger.stream / plan.tensor)
-        ledger.add("cross-entropy", "forward", "all-reduce", ("tensor",), chunk * FLOAT32, 3 * -(-tokens // chunk))
+        ledger.add(
+            "cross-entropy", "forward", "all-reduce", ("tensor",), chunk * FLOAT32, count=3 * -(-tokens // chunk)
+        )
         # Later tokens, their weights and documents.
         ledger.shift("targets", ("context",), ledger.work.rows * (depth + 1) * FLOAT32, 3 * 2)
     ledger.add("cross-entropy", "forward", "all-reduce", ("data", "context"), depths * FLOAT32)
@@ -185,8 +187,8 @@ def _counts(ledger: Ledger, rows: int, depths: int) -> None:
     for depth in range(depths):
         ledger.shift("counts", ("context",), rows * (depth + 1) * FLOAT32, 2 * 2, phase="update")
         ledger.shift("counts", ("context",), rows * depth * FLOAT32, 2, phase="update")
-    ledger.add("counts", "update", "all-reduce", ("data", "context"), depths * FLOAT32, 2)
-    ledger.add("counts", "update", "all-reduce", ("context",), rows * FLOAT32, depths)
+    ledger.add("counts", "update", "all-reduce", ("data", "context"), depths * FLOAT32, count=2)
+    ledger.add("counts", "update", "all-reduce", ("context",), rows * FLOAT32, count=depths)
     ledger.add("counts", "update", "all-reduce", ("data",), depths * FLOAT32)
 
 
@@ -195,9 +197,11 @@ def load(ledger: Ledger) -> None:
     pattern, everywhere = ledger.model.layers, ("data", "context", "tensor")
     layers = (pattern.main + pattern.mtp).count("E")
     if layers:
-        ledger.add("load", "forward", "all-reduce", everywhere, ledger.model.n_routed_experts * FLOAT32, layers)
+        ledger.add("load", "forward", "all-reduce", everywhere, ledger.model.n_routed_experts * FLOAT32, count=layers)
         # Assignments without room at an expert, and in a ragged buffer.
-        ledger.add("dropped", "forward", "all-reduce", everywhere, FLOAT32, 1 + (ledger.plan.dispatch == "ragged"))
+        ledger.add(
+            "dropped", "forward", "all-reduce", everywhere, FLOAT32, count=1 + (ledger.plan.dispatch == "ragged")
+        )
 
 
 # By name of `PlanConfig.dispatch`: what a layer's tokens on their way to the experts and back add to its ledger.

@@ -29,7 +29,9 @@ def unit_collectives(unit: str, model: ModelConfig, plan: PlanConfig, work: Work
         load(ledger)
     elif unit == PIPELINE:
         held = ledger.own_tokens * model.hidden_size * work.itemsize
-        ledger.add("stream", "forward", "collective-permute", ("stage",), held, 2 * plan_schedule(plan, model).ticks)
+        ledger.add(
+            "stream", "forward", "collective-permute", ("stage",), held, count=2 * plan_schedule(plan, model).ticks
+        )
     elif unit == MTP:
         own = weights(model).mtp
     elif unit == ENDS:

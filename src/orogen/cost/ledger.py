@@ -105,8 +105,8 @@ class Ledger:
         operation: str,
         axes: Sequence[str],
         held: float,
-        count: int = 1,
         *,
+        count: float = 1,
         needed: bool = True,
         name: str = "",
     ) -> None:
@@ -149,16 +149,16 @@ class Ledger:
         operation, size = ("collective-permute", held)
         if self.plan.shift == "alltoall":
             operation, size = ("all-to-all", held * self.ranks(axes))
-        self.add(part, phase, operation, axes, size, count, name=name)
+        self.add(part, phase, operation, axes, size, count=count, name=name)
         if gradient:
-            self.add(part, "backward", operation, axes, size, count)
+            self.add(part, "backward", operation, axes, size, count=count)
 
     def both(
         self, part: str, operation: str, axes: Sequence[str], held: float, count: int = 1, *, name: str = ""
     ) -> None:
         """A collective that is its own transpose."""
-        self.add(part, "forward", operation, axes, held, count, name=name)
-        self.add(part, "backward", operation, axes, held, count)
+        self.add(part, "forward", operation, axes, held, count=count, name=name)
+        self.add(part, "backward", operation, axes, held, count=count)
 
     def ranks(self, axes: Iterable[str]) -> int:
         """Devices over which `axes` split."""
@@ -221,7 +221,7 @@ class Ledger:
         for weight in weights:
             total.setdefault(self._copies(weight), []).append(self._held(weight, stored=True) * FLOAT32)
         for axes, held in total.items():
-            self.add("gradients", "update", "all-reduce", axes, sum(held) / len(held), len(held))
+            self.add("gradients", "update", "all-reduce", axes, sum(held) / len(held), count=len(held))
 
     def _sharded(self, weight: Weight) -> tuple[str, ...]:
         dims = {"embed": ("fsdp",), "expert_embed": ("expert_fsdp",)}

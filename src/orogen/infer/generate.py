@@ -108,7 +108,7 @@ def generate(
             tokens_bt,
             lengths_b,
             is_token_v,
-            jax.random.key(seed),
+            key=jax.random.key(seed),
             steps=tokens,
             graph=loaded.built.graph,
             plan=loaded.plan,
@@ -125,7 +125,7 @@ def generate(
 
 @partial(jax.jit, static_argnames=("steps", "graph", "plan", "temperature", "top_p"))
 def _continue(
-    params, buffers, tokens_bt, lengths_b, is_token_v, key, *, steps, graph, plan, temperature, top_p
+    params, buffers, tokens_bt, lengths_b, is_token_v, *, key, steps, graph, plan, temperature, top_p
 ) -> Array:
     model = nnx.merge(graph, params, buffers)
     rows = jnp.arange(tokens_bt.shape[0])

@@ -1,7 +1,7 @@
 """Moves tokens to the ranks that hold their experts, and the experts' outputs back.
 
 One contract, chosen by name, all inside the plan's shard_map:
-`dispatch(x_nd, idx_nk, keep_nk, n_experts, capacity, plan) -> rows, group_sizes, ticket` and
+`dispatch(x_nd, idx_nk, keep_nk, plan, n_experts=, capacity=) -> rows, group_sizes, ticket` and
 `combine(rows, w_nk, ticket, plan) -> y_nd`. Assignments that `keep_nk` rules out reach no expert and add nothing; the
 caller, who rules them out, counts them.
 
@@ -103,7 +103,7 @@ class AllGather:
     """Every rank of the expert axis sees the tokens of all its ranks and keeps those of its own experts, by expert."""
 
     @staticmethod
-    def dispatch(x_nd: Array, idx_nk: Array, keep_nk: Array, n_experts: int, capacity: int, plan: Plan):
+    def dispatch(x_nd: Array, idx_nk: Array, keep_nk: Array, plan: Plan, *, n_experts: int, capacity: int):
         """Rows (m · min(k, local experts), d) sorted by expert, group sizes (local experts,), ticket."""
         x_md, idx_mk, keep_mk = (plan.gather(a, "expert_ranks", dim=0) for a in (x_nd, idx_nk, keep_nk))
         local = n_experts // plan.size("expert")
@@ -130,7 +130,7 @@ class AllToAll:
     """Each rank sends `capacity` rows to every expert, filled or not (padded to capacity), and gets as many back."""
 
     @staticmethod
-    def dispatch(x_nd: Array, idx_nk: Array, keep_nk: Array, n_experts: int, capacity: int, plan: Plan):
+    def dispatch(x_nd: Array, idx_nk: Array, keep_nk: Array, plan: Plan, *, n_experts: int, capacity: int):
         """Rows (local experts · all ranks · capacity, d) sorted by expert, rows per expert as an int, ticket."""
         ranks, local = plan.size("expert"), n_experts // plan.size("expert")
         rank_nk = _rank_in_expert(idx_nk, keep_nk, n_experts)
@@ -160,7 +160,7 @@ class Ragged:
     """
 
     @staticmethod
-    def dispatch(x_nd: Array, idx_nk: Array, keep_nk: Array, n_experts: int, capacity: int, plan: Plan):
+    def dispatch(x_nd: Array, idx_nk: Array, keep_nk: Array, plan: Plan, *, n_experts: int, capacity: int):
         """Rows (expert_tensor ranks · room, d) sorted by expert, group sizes (local experts,), ticket."""
         ranks, local = plan.size("expert"), n_experts // plan.size("expert")
         room = rows_of_rank(*idx_nk.shape, ranks=ranks, local=local, factor=plan.config.buffer_factor)

@@ -93,7 +93,7 @@ class MoE(nnx.Module):
                 u_btw = checkpoint_name(u_btw, "latent")
             dispatcher = DISPATCHES[plan.config.dispatch]
             rows, group_sizes, ticket = dispatcher.dispatch(
-                flat(u_btw), flat(routing.experts), flat(keep_btk), self.n_experts, capacity, plan
+                flat(u_btw), flat(routing.experts), flat(keep_btk), plan, n_experts=self.n_experts, capacity=capacity
             )
             rows = checkpoint_name(rows, "rows")
             if not isinstance(group_sizes, int):

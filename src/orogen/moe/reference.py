@@ -79,17 +79,16 @@ def mixture(x_nd: Array, valid_n: Array, weights: Weights, options: Options) -> 
         place_ne = jnp.cumsum(wanted_ne, 0)  # of a token in the expert's queue, from 1
         kept_ne = wanted_ne & (place_ne <= room)
     u_nw = x_nd if weights.latent_down_dw is None else x_nd @ weights.latent_down_dw
-    experts = (
+    experts = Perceptron(
         weights.up_ewf, weights.down_efw, weights.expert_gate_ewf,
         weights.up_bias_ef, weights.expert_gate_bias_ef, weights.down_bias_ew,
     )  # fmt: skip
-    answers_enw = jax.vmap(lambda expert: perceptron(u_nw, *expert, clamp=options.clamp))(experts)
+    answers_enw = jax.vmap(lambda expert: perceptron(u_nw, expert, clamp=options.clamp))(experts)
     y_nd = jnp.einsum("enw,ne->nw", answers_enw, jnp.where(kept_ne, share_ne * options.scaling, 0))
     y_nd = y_nd if weights.latent_up_wd is None else y_nd @ weights.latent_up_wd
     if weights.shared_up_df is not None and weights.shared_down_fd is not None:
-        answer_nd = perceptron(
-            x_nd, weights.shared_up_df, weights.shared_down_fd, weights.shared_gate_df, clamp=options.clamp
-        )
+        shared = Perceptron(weights.shared_up_df, weights.shared_down_fd, weights.shared_gate_df)
+        answer_nd = perceptron(x_nd, shared, clamp=options.clamp)
         scale_d1 = weights.shared_scale_d1
         y_nd = y_nd + (answer_nd if scale_d1 is None else answer_nd * jax.nn.sigmoid(x_nd @ scale_d1))
     return Answer(y_nd, wanted_ne.sum(0), (wanted_ne & ~kept_ne).sum())
@@ -116,21 +115,29 @@ def softmax(logits_ne: Array) -> Array:
     return jnp.exp(logits_ne) / jnp.exp(logits_ne).sum(1, keepdims=True)
 
 
-def perceptron(
-    x_nw: Array, up_wf: Array, down_fw: Array, gate_wf: Array | None = None, up_bias_f: Array | None = None,
-    gate_bias_f: Array | None = None, down_bias_w: Array | None = None, *, clamp: float | None = None,
-) -> Array:  # fmt: skip
+class Perceptron(NamedTuple):
+    """The weights of one expert; of several, stacked along a first axis."""
+
+    up_wf: Array
+    down_fw: Array
+    gate_wf: Array | None = None
+    up_bias_f: Array | None = None
+    gate_bias_f: Array | None = None
+    down_bias_w: Array | None = None
+
+
+def perceptron(x_nw: Array, weights: Perceptron, *, clamp: float | None = None) -> Array:
     """down(relu(up x)²), or with a gate down(silu(gate x) · up x), or clamped down(g · σ(1.702 g) · (u + 1))."""
     plus = lambda y, bias: y if bias is None else y + bias  # noqa: E731
-    up_nf = plus(x_nw @ up_wf, up_bias_f)
-    if gate_wf is None:
-        return plus(jnp.maximum(up_nf, 0) ** 2 @ down_fw, down_bias_w)
-    gate_nf = plus(x_nw @ gate_wf, gate_bias_f)
+    up_nf = plus(x_nw @ weights.up_wf, weights.up_bias_f)
+    if weights.gate_wf is None:
+        return plus(jnp.maximum(up_nf, 0) ** 2 @ weights.down_fw, weights.down_bias_w)
+    gate_nf = plus(x_nw @ weights.gate_wf, weights.gate_bias_f)
     if clamp is None:
-        return plus((up_nf * gate_nf / (1 + jnp.exp(-gate_nf))) @ down_fw, down_bias_w)
+        return plus((up_nf * gate_nf / (1 + jnp.exp(-gate_nf))) @ weights.down_fw, weights.down_bias_w)
     gate_nf = jnp.where(gate_nf > clamp, clamp, gate_nf)
     up_nf = jnp.where(up_nf > clamp, clamp, jnp.where(up_nf < -clamp, -clamp, up_nf))
-    return plus((gate_nf / (1 + jnp.exp(-1.702 * gate_nf)) * (up_nf + 1)) @ down_fw, down_bias_w)
+    return plus((gate_nf / (1 + jnp.exp(-1.702 * gate_nf)) * (up_nf + 1)) @ weights.down_fw, weights.down_bias_w)
 
 
 def balance_loss(x_td: Array, valid_t: Array, weights: Weights, options: Options) -> Array:

@@ -19,7 +19,7 @@ from orogen.train.loss import batch_counts
 from orogen.train.next_token import LOSS, NEXT_TOKEN
 from orogen.train.state import TrainState
 from orogen.train.step import BATCH_AXES, batch_to_devices, microbatches, skeleton
-from orogen.train.task import Metric, Objective
+from orogen.train.task import Computation, Metric, Objective
 
 
 class Score(NamedTuple):
@@ -93,7 +93,7 @@ def measure(
     def metrics(params: nnx.State, buffers: nnx.State, batch: Batch) -> dict[str, Metric]:
         counts = batch_counts(batch, objective, objective.depths(config), plan)
         parts = jax.tree.map(lambda x: microbatches(x, plan.config.microbatches, 1), batch)
-        found = skeleton(built)(objective, config, plan, dtype, parts, counts, buffers).metrics(params)
+        found = skeleton(built)(Computation(objective, config, plan, dtype), parts, counts, buffers).metrics(params)
         return {name: Metric(total, counts.metrics[name]) for name, total in found.items()}
 
     inputs = (plan.specs(built.params), plan.specs(built.buffers), plan.spec(*BATCH_AXES))

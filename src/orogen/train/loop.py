@@ -113,7 +113,9 @@ def _train(
     stop.at_once = lock.release
     check_folder(run_dir, config, resume=resume)  # once more: another process may have been here meanwhile
     with Checkpoints(run_dir, keep=config.train.keep_checkpoints, model=config.model) as checkpoints:
-        run = _Run(task, config, plan, built, corpus, checkpoints, stop, lock, log)
+        run = _Run(
+            task, config, plan=plan, built=built, corpus=corpus, checkpoints=checkpoints, stop=stop, lock=lock, log=log
+        )
         state = run.start(origin)
         facts = _facts(config, plan, corpus)
         describe_run(run_dir, text, facts)  # first: it makes the folder this run's
@@ -151,6 +153,7 @@ class _Run:
         self,
         task: Task,
         config: RunConfig,
+        *,
         plan: Plan,
         built: Built,
         corpus: Corpus,
@@ -177,10 +180,10 @@ class _Run:
         """A new state, from `origin` if there is one, or the last one saved, with the data where it was."""
         if not self.first_step and origin is not None:
             whole = origin.load(build(self.config.model), self.plan.spread)
-            return start_state(*whole, self.built, self.optimizer, self.plan, self.carried)
+            return start_state(*whole, self.built, self.optimizer, self.plan, carried=self.carried)
         if not self.first_step:
             seed = self.config.train.seed
-            return create_state(self.config.model, self.built, self.optimizer, self.plan, seed, self.carried)
+            return create_state(self.config.model, self.built, self.optimizer, self.plan, seed, carried=self.carried)
         state, self.position = self._restored()
         self.source.restore(self.position)
         return state
@@ -232,7 +235,7 @@ class _Run:
                 last, due = number == train.steps or stop.asked, lambda every, n=number: n % every == 0
                 if last or due(train.evaluate_every) or due(train.checkpoint_every):
                     scored = not stop.asked and (number == train.steps or due(train.evaluate_every))
-                    finite = self._report(*pending, writer, progress, state if scored else None)
+                    finite = self._report(*pending, writer, progress, scored=state if scored else None)
                     pending = None
                     if last or stop.asked:  # during the evaluation, too: then it is repeated when the run continues
                         break
@@ -247,6 +250,7 @@ class _Run:
         fetching: Future[tuple[StepMetrics, float]],
         writer: MetricsWriter,
         progress: Progress,
+        *,
         scored: TrainState | None = None,
     ) -> bool:
         """Records step `number` on `batch`, with the held-out loss of the state `scored` if there is one.

@@ -158,7 +158,7 @@ def enter(
     x_btd, kept = model.backbone(x_btd, docs, plan, given, ends=ends)
     stats, left = without_caches(kept), carried and caches(kept)
     known = None if assigned is None else assigned[0]
-    loss = _router_loss(moe_stats(stats), counts, 0, 1, config, plan, known)
+    loss = _router_loss(moe_stats(stats), counts, plan, depth=0, applications=1, config=config, assigned=known)
     return Passed(x_btd, loss, jax.tree.map(jnp.zeros_like, counts.metrics), (stats,), left)
 
 
@@ -192,7 +192,9 @@ def leave(
     loss = passed.loss + objective.loss(metrics, counts.metrics, config)
     for depth, (_, stats) in enumerate(deeper, 1):
         known = None if assigned is None else assigned[depth - 1]
-        loss += _router_loss(moe_stats(stats), counts, depth, len(deeper), config, plan, known)
+        loss += _router_loss(
+            moe_stats(stats), counts, plan, depth=depth, applications=len(deeper), config=config, assigned=known
+        )
     return Passed(h_btd, loss, metrics, (*passed.stats, *(stats for _, stats in deeper)), passed.carried)
 
 
@@ -208,10 +210,11 @@ def lost(stats: tuple[Any, ...], plan: Plan) -> tuple[Array, Array]:
 def _router_loss(
     layers: list[MoEStats],
     counts: Counts,
+    plan: Plan,
+    *,
     depth: int,
     applications: int,
     config: ModelConfig,
-    plan: Plan,
     assigned: list[Array] | None,
 ) -> Array:
     """The routers' losses of a stack that is applied so many times, of which this is one, to the tokens of `depth`.

@@ -20,10 +20,9 @@ from orogen.model.lm import LanguageModel
 from orogen.model.stages import MOE, Segment, Stages, add, take
 from orogen.moe.layer import Choice, Replay
 from orogen.parallel.pipeline import Program, run
-from orogen.parallel.plan import Plan
 from orogen.precision.policy import DTYPES, working_copy
 from orogen.train.loss import Assigned, Counts, Passed, Sums, embed, enter, leave, lost, map_moe
-from orogen.train.task import Objective
+from orogen.train.task import Computation
 
 # Keys of what belongs to each stack: the backbone and the MTP block.
 _FIRST_AND_REST = slice(1), slice(1, None)
@@ -38,12 +37,12 @@ class Pipeline:
     """
 
     def __init__(
-        self, stages: Stages, objective: Objective, config: ModelConfig, plan: Plan, dtype: str, batch: Batch,
-        counts: Counts, buffers: Any, *, replay: Replay | None = None, record: bool = False,
-        assigned: Array | None = None,
+        self, stages: Stages, computation: Computation, batch: Batch, counts: Counts, buffers: Any, *,
+        replay: Replay | None = None, record: bool = False, assigned: Array | None = None,
     ):  # fmt: skip
-        self.stages, self.objective, self.config, self.plan, self.dtype = stages, objective, config, plan, dtype
-        self.depths = objective.depths(config)
+        self.stages = stages
+        self.objective, self.config, self.plan, self.dtype = computation
+        self.depths = self.objective.depths(self.config)
         self.batch, self.counts, self.buffers, self.replay, self.record = batch, counts, buffers, replay, record
         self.tally, self.known = False, assigned
 

@@ -52,6 +52,7 @@ def create_state(
     optimizer: optax.GradientTransformation,
     plan: Plan,
     seed: int,
+    *,
     carried: Any = None,
 ) -> TrainState:
     """The initial state, each array made where it will live: optimizer state too, which jit would else put on one
@@ -71,6 +72,7 @@ def start_state(
     built: Built,
     optimizer: optax.GradientTransformation,
     plan: Plan,
+    *,
     carried: Any = None,
 ) -> TrainState:
     """The initial state of a whole model's given parameters and buffers, which are consumed. carried: as

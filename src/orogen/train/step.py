@@ -29,7 +29,7 @@ from orogen.train.loss import Sums, batch_counts
 from orogen.train.optimizer import learning_rate, square_sums
 from orogen.train.pipelined import Pipeline
 from orogen.train.state import TrainState, abstract_state, state_shardings
-from orogen.train.task import Metric, Objective
+from orogen.train.task import Computation, Metric, Objective
 from orogen.train.whole import WholePass
 
 Items = tuple[str | Repeat, ...]
@@ -83,7 +83,8 @@ def gradients(
         settings: Any = {"replay": replay}
         if before is not None:
             settings["carried"] = carry.parts(before, parts, sources)
-        passes = partial(skeleton(built), objective, config, plan, dtype, batch, counts, buffers, **settings)
+        computation = Computation(objective, config, plan, dtype)
+        passes = partial(skeleton(built), computation, batch, counts, buffers, **settings)
         assigned = passes().assigned(params) if _counts_first(config, depths, parts) else None
         loss, grads, sums = passes(record=record, assigned=assigned).gradients(params)
         if before is not None:

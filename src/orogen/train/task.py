@@ -71,6 +71,15 @@ class Objective:
         return jnp.sum(ravel_pytree(means)[0])
 
 
+class Computation(NamedTuple):
+    """What a pass over a batch computes, and how: an objective of a model, on one device of a plan, in `dtype`."""
+
+    objective: Objective
+    config: ModelConfig
+    plan: Plan
+    dtype: str
+
+
 class Source(Protocol):
     """An endless stream of global batches whose position can be saved and restored to the bit."""
 

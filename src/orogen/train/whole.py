@@ -11,14 +11,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from orogen.config.model import ModelConfig
 from orogen.data.packing import Batch
 from orogen.model.lm import LanguageModel
-from orogen.parallel.plan import Plan
 from orogen.parallel.varying import vary_like
 from orogen.precision.policy import working_copy
 from orogen.train.loss import Assigned, Counts, Sums, assignments, loss_share
-from orogen.train.task import Objective
+from orogen.train.task import Computation
 
 
 class WholePass:
@@ -30,11 +28,11 @@ class WholePass:
     """
 
     def __init__(
-        self, graph: nnx.GraphDef, objective: Objective, config: ModelConfig, plan: Plan, dtype: str, batch: Batch,
-        counts: Counts, buffers: Any, *, replay: Any = None, record: bool = False, assigned: Assigned | None = None,
-        carried: Any = None,
+        self, graph: nnx.GraphDef, computation: Computation, batch: Batch, counts: Counts, buffers: Any, *,
+        replay: Any = None, record: bool = False, assigned: Assigned | None = None, carried: Any = None,
     ):  # fmt: skip
-        self.graph, self.objective, self.config, self.plan, self.dtype = graph, objective, config, plan, dtype
+        self.graph = graph
+        self.objective, self.config, self.plan, self.dtype = computation
         self.counts, self.buffers, self.record, self.known = counts, buffers, record, assigned
         self.inputs = batch, replay, carried
         self.parts = len(batch.tokens_bt)
