@@ -143,7 +143,8 @@ class RunConfig:
                 "batch_size",
                 f"a multiple of data x microbatches = {self.plan.data} x {self.plan.microbatches}",
             )
-            context, pieces = self.plan.context, self.plan.sequence_pieces
+            routed = self.model is None or "E" in self.model.layers.main + self.model.layers.mtp
+            context, pieces = self.plan.context, self.plan.sequence_pieces(routed=routed)
             name = "tensor" if context == 1 else "lcm(2, tensor)"
             expected = f"a multiple of context x {name} = {context} x {pieces}"
             require(self.train.sequence_length % (context * pieces) == 0, self.train, "sequence_length", expected)

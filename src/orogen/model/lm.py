@@ -33,7 +33,7 @@ class LanguageModel(nnx.Module):
         self.mtp_depths, self.vocab_size = config.mtp_depths, config.vocab_size
 
     def hidden(self, tokens_bt: Array, docs: Documents, plan: Plan, given: Any = None) -> tuple[Array, Any]:
-        """The final-normed hidden state (b, t of this rank's sequence piece, d) and what the layers keep."""
+        """The final-normed hidden state (b, t, d), laid out as the residual stream, and what the layers keep."""
         x_btd = self.embedding(tokens_bt, docs, plan)
         x_btd, kept = self.backbone(x_btd, docs, plan, given, ends=(True, True))
         return self.norm(x_btd, plan), kept
@@ -58,7 +58,7 @@ class LanguageModel(nnx.Module):
     def logits(self, tokens_bt: Array, docs: Documents, plan: Plan) -> Array:
         """Logits (b, t, v) float32 of the next token, whole on every rank."""
         h_btd, _ = self.hidden(tokens_bt, docs, plan)
-        return self.project(plan.gather(h_btd, "sequence"), plan)
+        return self.project(plan.enter(h_btd), plan)
 
     def project(self, h_btd: Array, plan: Plan) -> Array:
         """Logits (b, t, v) float32 of final hidden states, whole on every rank."""

@@ -23,6 +23,7 @@ from jax import Array, lax
 from orogen.model.block import repeats
 from orogen.model.by_letter import Items, Rows, add_rows, by_letter, concatenated, joined, plain, stacked, state_of
 from orogen.moe.layer import Choice, Replay
+from orogen.parallel.axes import TOKENS
 from orogen.parallel.plan import Plan
 
 BACKBONE, MTP, LAYERS = "backbone", "mtp", "layers"
@@ -160,8 +161,8 @@ class Stages:
         """The layout of routers' choices (p, v, r, m, b, t, …); () if no experts run."""
         if MOE not in "".join(self.patterns) + self.mtp * (depths > 0):
             return ()
-        token: Any = plan.spec("stage", None, None, None, "batch", "tokens")
-        each: Any = plan.spec("stage", None, None, None, "batch", "tokens", None)
+        token: Any = plan.spec("stage", None, None, None, *TOKENS)
+        each: Any = plan.spec("stage", None, None, None, *TOKENS, None)
         return Choice(Replay(each, each), token, token)
 
     def split_replay(self, replay: tuple[Any, ...]) -> Any:

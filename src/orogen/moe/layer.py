@@ -1,6 +1,7 @@
 """The mixture-of-experts mixer: router, dispatch, experts, latent projections and shared expert.
 
-Letters: b batch, t time of this rank's sequence piece, n tokens (b · t), d model, w expert width, k experts per token.
+Letters: b batch, t time of the tokens that this rank routes, n tokens (b · t), d model, w expert width, k experts per
+token.
 """
 
 import math
@@ -80,7 +81,21 @@ class MoE(nnx.Module):
         self, x_btd: Array, docs: Documents, plan: Plan, given: Replay | None = None
     ) -> tuple[Array, MoEStats]:
         """y (b, t, d) and statistics. docs: of the whole context rank; given: routing in place of the layer's own."""
-        valid_bt = plan.piece(docs.segments_bt, "sequence") != 0
+        y_btd, stats = self._routed(plan.deal(x_btd), plan.deal(plan.own(docs.segments_bt)) != 0, plan, given)
+        y_btd = plan.collect(y_btd)
+        if self.shared is not None:
+            with jax.named_scope("shared_expert"):
+                y_btd = y_btd + self._shared(x_btd, self.shared, plan)
+        return y_btd, stats
+
+    def start(self, batch: int, length: int, dtype: Any) -> None:
+        """Nothing: tokens do not see each other here."""
+
+    def cache_axes(self) -> None:
+        """Nothing, as `start`."""
+
+    def _routed(self, x_btd: Array, valid_bt: Array, plan: Plan, given: Replay | None) -> tuple[Array, MoEStats]:
+        """The routed experts' part of y, for tokens that this rank alone routes."""
         with jax.named_scope("router"):
             logits_bte, routing = self.router(x_btd, plan, None if given is None else given.experts)
             stats, capacity = self._account(logits_bte, routing, valid_bt, plan, given)
@@ -104,16 +119,7 @@ class MoE(nnx.Module):
             y_btd = y_nw.reshape(u_btw.shape)
             if self.latent_up is not None:
                 y_btd = add_bias(linear(y_btd, self.latent_up, plan), self.latent_up_bias)
-        if self.shared is not None:
-            with jax.named_scope("shared_expert"):
-                y_btd = y_btd + self._shared(x_btd, self.shared, plan)
         return y_btd, stats
-
-    def start(self, batch: int, length: int, dtype: Any) -> None:
-        """Nothing: tokens do not see each other here."""
-
-    def cache_axes(self) -> None:
-        """Nothing, as `start`."""
 
     def _shared(self, x_btd: Array, expert: MLP, plan: Plan) -> Array:
         y_btd = expert.transform(x_btd, plan)

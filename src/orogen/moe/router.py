@@ -133,7 +133,7 @@ def router_losses(
     mass_be = (share_bte * valid_bt1).sum(1)
     if balance == "global":
         return RouterLosses(Balance(counts_be.sum(0), mass_be.sum(0)), z)
-    counts_be, mass_be, tokens_b1 = plan.sum((counts_be, mass_be, valid_bt1.sum(1)), "tokens")
+    counts_be, mass_be, tokens_b1 = plan.sum((counts_be, mass_be, valid_bt1.sum(1)), "token_time")
     counts_be, tokens_b1 = checkpoint_name(counts_be, "routing"), jnp.maximum(tokens_b1, 1)
     return RouterLosses(n_experts * jnp.sum(counts_be * mass_be / (k * tokens_b1**2)), z)
 

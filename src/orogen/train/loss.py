@@ -135,7 +135,7 @@ def _no_load(items: tuple[str | Repeat, ...], experts: int, stacked: tuple[int, 
 
 
 def embed(model: LanguageModel, batch: Batch, plan: Plan) -> Array:
-    """The embedded tokens, (b, t of this rank's sequence piece, d)."""
+    """The embedded tokens (b, t, d), laid out as the residual stream."""
     return model.embedding(batch.tokens_bt, Documents(batch.segments_bt, batch.positions_bt), plan)
 
 

@@ -67,7 +67,7 @@ class Pipeline:
     def _run(self, params: Any, zeros: Any) -> Any:
         varied = working_copy(self.plan.vary(params), self.dtype)  # once per step, not once per tick
         size, length = self.batch.tokens_bt.shape[1:]
-        shape = size, length // self.plan.size("sequence"), self.config.hidden_size
+        shape = *self.plan.stream_shape(size, length), self.config.hidden_size
         schedule = self.plan.schedule
         assert schedule is not None, "a cut model's plan has a schedule"
         return run(
@@ -77,7 +77,7 @@ class Pipeline:
             params=varied,
             x=jnp.zeros(shape, DTYPES[self.dtype]),
             grads=zeros,
-            reports=self._nothing(*shape[:2]),
+            reports=self._nothing(size, length // self.plan.size("tensor")),
             plan=self.plan,
         )
 
