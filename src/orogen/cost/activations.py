@@ -39,12 +39,14 @@ class Kept(NamedTuple):
 
 
 def kept_by_layer(letter: str, model: ModelConfig, plan: Plan, work: Workload, *, dtype: str) -> list[Kept]:
-    """The arrays that one device keeps for one layer and microbatch, each once. Nothing is allocated.
+    """The arrays that one device keeps for one layer, of the plan's own recipe, and microbatch, each once. Nothing is
+    allocated.
 
     The weights' working copies and the documents, which a device has once for all layers, are not among them. WEIGHTS
     are computed from weights: gathered copies of those that FSDP shards, or casts.
     """
     graph, params, buffers = _split(letter, model)
+    plan = plan.with_recipes(None)
     params = jax.eval_shape(lambda p: working_copy(p, dtype), params)
 
     def residuals(params, buffers, x_btd, docs):

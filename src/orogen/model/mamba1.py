@@ -15,7 +15,7 @@ from orogen.config.model import ModelConfig
 from orogen.kernels.recompute import from_inputs
 from orogen.kernels.selective_scan import selective_scan
 from orogen.layers.documents import Documents
-from orogen.layers.linear import add_bias, linear, linears, multiply
+from orogen.layers.linear import add_bias, linear, linear_plain, linears
 from orogen.layers.parameter import normal, parameter, uniform
 from orogen.model.cache import Recurrent, require_one_context_rank
 from orogen.model.context_ssm import convolve, scan_over_parts
@@ -87,11 +87,11 @@ class Mamba1(nnx.Module):
     ) -> tuple[Array, Array | None]:
         """The scan's output and D x, float32, and, on one rank of `context`, the state after the last token."""
         # The time step's low rank, B and C read all channels, of which a rank has its own.
-        parts = tuple(multiply(x_bti, plan.weight(w)) for w in (self.dt_down, self.B, self.C))
+        parts = tuple(linear_plain(x_bti, w, plan) for w in (self.dt_down, self.B, self.C))
         dt_btr, B_btn, C_btn = (checkpoint_name(a, "x_proj") for a in plan.sum(parts, "mamba_heads"))
         # Here, where they are smallest, the ranks' gradients of B and C are summed, each once.
         B_btn, C_btn = vary_like((B_btn, C_btn), x_bti)
-        dt_bti = checkpoint_name(multiply(dt_btr, plan.weight(self.dt_up)), "x_proj")
+        dt_bti = checkpoint_name(linear_plain(dt_btr, self.dt_up, plan), "x_proj")
         vectors = self.dt_bias[...], self.A_log[...], self.D[...]
         by_heads = plan.config.context_ssm == "heads" and plan.size("context") > 1
         if by_heads:  # each channel is a head

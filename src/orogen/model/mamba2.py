@@ -17,7 +17,7 @@ from orogen.kernels.causal_conv1d import causal_conv1d
 from orogen.kernels.recompute import from_inputs
 from orogen.kernels.ssd import ssd
 from orogen.layers.documents import Documents
-from orogen.layers.linear import add_bias, linear, linears
+from orogen.layers.linear import add_bias, linear, linear_plain, linears
 from orogen.layers.norm import GroupRMSNorm
 from orogen.layers.parameter import normal, parameter, uniform
 from orogen.model.cache import Recurrent, require_one_context_rank
@@ -99,7 +99,7 @@ class Mamba2(nnx.Module):
         # dt has one column per head, too few for FP8 to gain anything, and decays are exponentials of it.
         projected = (
             *linears(h_btd, (self.z, self.x, self.B, self.C), plan),
-            linear(h_btd, self.dt, plan.without_fp8()),
+            linear_plain(h_btd, self.dt, plan),
         )
         biases = (self.z_bias, self.x_bias, self.B_bias, self.C_bias, self.dt_proj_bias)
         z_bti, x_bti, B_btc, C_btc, dt_bth = (

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from orogen.config.model import ModelConfig
 from orogen.layers.documents import Documents
-from orogen.layers.linear import add_bias, linear, multiply
+from orogen.layers.linear import add_bias, linear, linear_plain
 from orogen.layers.mlp import MLP
 from orogen.layers.parameter import normal, parameter
 from orogen.moe.dispatch import DISPATCHES, drop_margin, expert_capacity, within_capacity
@@ -125,7 +125,7 @@ class MoE(nnx.Module):
         y_btd = expert.transform(x_btd, plan)
         if self.shared_gate is None:
             return y_btd
-        gate_bt1 = multiply(x_btd, plan.weight(self.shared_gate))
+        gate_bt1 = linear_plain(x_btd, self.shared_gate, plan)
         y_btd, gate_bt1 = (checkpoint_name(a, "shared_out") for a in (y_btd, gate_bt1))
         return y_btd * jax.nn.sigmoid(gate_bt1)
 

@@ -29,6 +29,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from orogen.config.checks import require
 from orogen.config.model import ModelConfig
 from orogen.config.plan import FOR_GPU, PlanConfig
+from orogen.config.recipe import FP8, PLAIN, RECIPES, Recipe, layer_recipes
 from orogen.parallel.axes import SHARDED, MeshAxes, full_axes, make_rules, map_variables, spec_of, stream_rules
 from orogen.parallel.mesh import fold_plan, make_mesh
 from orogen.parallel.ragged import Runs, ragged_exchange
@@ -53,6 +54,8 @@ class Plan:
     expert's capacity; capacity counts per source rank, so `verify` needs it to reproduce a plan on one device.
     schedule: what the stages of a pipeline do at each tick; None without stages.
     stream: how the ranks of `tensor` hold the residual stream: time, rows or whole.
+    recipe: the formats of products in the layer at hand. recipes: those of the layers to come, which are the model's,
+    then the multi-token-prediction block's; None: all have `recipe`.
     """
 
     mesh: Mesh | AbstractMesh
@@ -62,12 +65,14 @@ class Plan:
     sources: tuple[int, int, int] = (1, 1, 1)
     schedule: Schedule | None = None
     stream: str = "time"
+    recipe: Recipe = RECIPES[PLAIN]
+    recipes: tuple[Recipe, ...] | None = None
 
     @property
     def compiler_options(self) -> dict[str, Any]:
         """Options of XLA without which a program of this plan would not run as planned. jax takes them for the
         outermost jit alone."""
-        return dict(FP8_OPTIONS) if self.config.linear == "fp8" else {}
+        return dict(FP8_OPTIONS) if FP8 in self.recipe.names() else {}
 
     def spec(self, *axes: str | None) -> PartitionSpec:
         """The PartitionSpec of an array with these logical axes. Raises KeyError on an unknown axis, ValueError if
@@ -82,9 +87,21 @@ class Plan:
         """`tree` of variables with `axes`, each holding its PartitionSpec inside the step."""
         return map_variables(lambda v: spec_of(self.rules, full_axes(v)), tree)
 
-    def without_fp8(self) -> "Plan":
-        """The plan of a layer that computes all its products in the dtype of computation."""
-        return dataclasses.replace(self, config=dataclasses.replace(self.config, linear="plain"))
+    def with_recipes(self, recipes: tuple[Recipe, ...] | None) -> "Plan":
+        """The plan of layers with these recipes; None: all have that of the plan."""
+        return dataclasses.replace(self, recipes=recipes)
+
+    def of_layers(self, start: int, stop: int | None = None) -> "Plan":
+        """The plan of some of the layers to come. Raises ValueError if there are fewer."""
+        if self.recipes is None:
+            return self
+        if (stop or start) > len(self.recipes):
+            raise ValueError(f"{stop or start} layers with {len(self.recipes)} recipes: expected one for each")
+        return self.with_recipes(self.recipes[start:stop])
+
+    def of_layer(self) -> "Plan":
+        """The plan inside the first of the layers to come."""
+        return self if self.recipes is None else dataclasses.replace(self, recipe=self.recipes[0], recipes=None)
 
     def with_stream(self, stream: str) -> "Plan":
         """The plan whose ranks of `tensor` hold the residual stream by `time`, by `rows` or `whole`."""
@@ -297,7 +314,8 @@ def make_plan(config: PlanConfig, model: ModelConfig, *, abstract: bool = False)
     mesh = make_mesh(folding, config, abstract=abstract)
     rules = make_rules(folding, fully_sharded=config.fsdp == "parameters")
     storage = make_rules(folding, fully_sharded=config.fsdp != "none")
-    return Plan(mesh, rules, storage, config, schedule=schedule).with_stream(config.stream)
+    recipes = {"recipe": RECIPES[config.linear], "recipes": layer_recipes(config, model)}
+    return Plan(mesh, rules, storage, config, schedule=schedule, **recipes).with_stream(config.stream)
 
 
 def single_device_plan(config: PlanConfig, model: ModelConfig, *, sources: tuple[int, int, int] = (1, 1, 1)) -> Plan:

@@ -43,8 +43,9 @@ class Unit(NamedTuple):
 
 
 def unit_of(letter: str, model: ModelConfig, plan: Plan, work: Workload, *, dtype: str = "float32") -> Unit:
-    """The unit of a letter of the pattern, or of ENDS at the first depth, without the deeper ones."""
-    model = without_mtp(model)
+    """The unit of a letter of the pattern, by the plan's own recipe, or of ENDS at the first depth, without the deeper
+    ones."""
+    model, plan = without_mtp(model), plan.with_recipes(None)
     return _ends(model, plan, work, dtype) if letter == ENDS else _layer(letter, model, plan, work, dtype)
 
 

@@ -72,8 +72,8 @@ class Pipeline:
         assert schedule is not None, "a cut model's plan has a schedule"
         return run(
             schedule if zeros is not None else schedule.forward_only(),
-            [self._program(segment, varied) for segment in self.stages.kinds],
-            self.stages.kind_vp,
+            [self._program(segment, varied) for segment in self.stages.kinds(self.plan.recipes)],
+            self.stages.kind_vp(self.plan.recipes),
             params=varied,
             x=jnp.zeros(shape, DTYPES[self.dtype]),
             grads=zeros,
@@ -109,11 +109,11 @@ class Pipeline:
         batch = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, microbatch, keepdims=False), self.batch)
         replay = None if self.replay is None else self._replayed(segment, chunk, microbatch)
         known = None if self.known is None else self._known(segment, chunk)
-        common: Any = {"config": self.config, "plan": self.plan}
+        common: Any = {"config": self.config, "plan": self.plan.with_recipes(segment.recipes)}
         if segment.first:
             x_btd = embed(model, batch, self.plan)
         first, rest = ({"replay": replay and replay[i], "assigned": known and known[i]} for i in _FIRST_AND_REST)
-        passed = enter(model, x_btd, batch, self.counts, ends=segment.ends, **first, **common)
+        passed = enter(model, x_btd, batch, self.counts, **first, **common)
         if not segment.last:
             return passed
         return leave(model, passed, batch, self.counts, objective=self.objective, **rest, **common)
