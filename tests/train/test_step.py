@@ -137,7 +137,7 @@ def test_an_offloaded_optimizer_updates_as_one_on_the_device_does(monkeypatch):
     """A CPU has one memory, so both names are of it: what is tested is the update, and that a bad step makes none.
 
     Epsilon is large beside rounding: without it an element whose gradient is next to nothing moves by its sign."""
-    monkeypatch.setattr("orogen.parallel.plan.HOST", "device")
+    monkeypatch.setattr("orogen.parallel.placement.HOST", "device")
     monkeypatch.setattr("orogen.parallel.mesh.HAS_HOST_MEMORY", ("cpu",))
     configs = [run_config(hybrid(pattern="*E", mtp_depths=0), plan={"offload_optimizer": o}) for o in (True, False)]
     smooth = dataclasses.replace(configs[0].optimizer, epsilon=1e-3)

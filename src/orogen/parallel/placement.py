@@ -12,7 +12,10 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from orogen.parallel.axes import full_axes, map_variables, spec_of
-from orogen.parallel.plan import DEVICE, HOST, Plan
+from orogen.parallel.plan import Plan
+
+# JAX's names of an accelerator's own memory, and of the part of the host's that it reads without a copy between.
+DEVICE, HOST = "device", "pinned_host"
 
 
 def stored_specs(tree: Any, plan: Plan) -> Any:

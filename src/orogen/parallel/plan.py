@@ -36,8 +36,6 @@ from orogen.parallel.ragged import Runs, ragged_exchange
 from orogen.parallel.schedule import Schedule, plan_schedule
 from orogen.parallel.varying import vary, varying_axes
 
-# JAX's names of an accelerator's own memory, and of the part of the host's that it reads without a copy between.
-DEVICE, HOST = "device", "pinned_host"
 # The dimension of (b, t, …) along which the ranks of `tensor` share the residual stream, if they do.
 SHARED = {"time": 1, "rows": 0, "whole": None}
 # For programs with products in FP8: otherwise XLA:GPU gives a product and the conversions before it to its Triton
