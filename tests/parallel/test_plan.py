@@ -605,7 +605,7 @@ def test_gradients_are_scattered_and_summed_in_float32(fsdp, dtype):
     up = tree()["up"]
 
     def reduce(scale):
-        return plan.sum_gradients(plan.scatter_gradients({"up": up.replace(scale[0])}))
+        return placement.sum_gradients(placement.scatter_gradients({"up": up.replace(scale[0])}, plan), plan)
 
     outputs = placement.stored_specs({"up": up}, plan)
     step = plan.run(reduce, inputs=plan.spec("batch", None, None), outputs=outputs)

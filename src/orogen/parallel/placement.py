@@ -11,8 +11,9 @@ from flax import nnx
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from orogen.parallel.axes import full_axes, map_variables, spec_of
-from orogen.parallel.plan import Plan
+from orogen.parallel.axes import SHARDED, full_axes, map_variables, spec_of
+from orogen.parallel.plan import Plan, scatter_sum
+from orogen.parallel.varying import varying_axes
 
 # JAX's names of an accelerator's own memory, and of the part of the host's that it reads without a copy between.
 DEVICE, HOST = "device", "pinned_host"
@@ -64,6 +65,35 @@ def working(tree: Any, plan: Plan) -> Any:
     """`tree` with its arrays constrained to their layout inside the step (ZeRO-1 gathers its masters here)."""
     placed = map_variables(lambda v: NamedSharding(plan.mesh, spec_of(plan.rules, full_axes(v))), tree)
     return lax.with_sharding_constraint(tree, placed)
+
+
+# Of gradients, inside the step.
+
+
+def scatter_gradients(grads: Any, plan: Plan) -> Any:
+    """For each of `grads` of varied parameters the piece that this rank stores, summed in float32 over the ranks that
+    store other pieces. A gradient that is stored as it is used stays as it is: `Plan.weight` has scattered it, or none
+    does."""
+
+    def scattered(variable: nnx.Variable) -> Any:
+        value: Any = variable[...]
+        for dim, axis in enumerate(full_axes(variable)):
+            if axis in SHARDED and plan.storage[axis] != plan.rules[axis]:
+                value = scatter_sum(value, plan.storage[axis], dim)
+        return value
+
+    return map_variables(scattered, grads)
+
+
+def sum_gradients(grads: Any, plan: Plan) -> Any:
+    """Scattered `grads`, summed over every mesh axis that does not split their parameter in storage."""
+
+    def summed(variable: nnx.Variable) -> Any:
+        split = {name for axis in full_axes(variable) if axis is not None for name in plan.storage[axis]}
+        copies = tuple(sorted(varying_axes(variable[...]) - split))
+        return lax.psum(variable[...], copies) if copies else variable[...]
+
+    return map_variables(summed, grads)
 
 
 def _stored(axes: tuple[str | None, ...], plan: Plan) -> NamedSharding:

@@ -252,30 +252,6 @@ class Plan:
         """`tree` marked as differing on every device, so that a loop over it sums its gradient once, at the end."""
         return vary(tree, self.mesh.axis_names if self.config.devices > 1 else ())
 
-    def scatter_gradients(self, grads: Any) -> Any:
-        """For each of `grads` of varied parameters the piece that this rank stores, summed in float32 over the ranks
-        that store other pieces. A gradient that is stored as it is used stays as it is: `weight` has scattered it, or
-        none does."""
-
-        def scattered(variable: nnx.Variable) -> Any:
-            value: Any = variable[...]
-            for dim, axis in enumerate(full_axes(variable)):
-                if axis in SHARDED and self.storage[axis] != self.rules[axis]:
-                    value = _scatter_sum(value, self.storage[axis], dim)
-            return value
-
-        return map_variables(scattered, grads)
-
-    def sum_gradients(self, grads: Any) -> Any:
-        """Scattered `grads`, summed over every mesh axis that does not split their parameter in storage."""
-
-        def summed(variable: nnx.Variable) -> Any:
-            split = {name for axis in full_axes(variable) if axis is not None for name in self.storage[axis]}
-            copies = tuple(sorted(varying_axes(variable[...]) - split))
-            return lax.psum(variable[...], copies) if copies else variable[...]
-
-        return map_variables(summed, grads)
-
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather_weight(x: Array, axes: MeshAxes, dim: int) -> Array:
@@ -288,10 +264,11 @@ def _gather_weight_forward(x: Array, axes: MeshAxes, dim: int) -> tuple[Array, N
 
 
 def _gather_weight_backward(axes: MeshAxes, dim: int, _: None, g: Array) -> tuple[Array]:
-    return (_scatter_sum(g, axes, dim).astype(g.dtype),)
+    return (scatter_sum(g, axes, dim).astype(g.dtype),)
 
 
-def _scatter_sum(x: Array, axes: MeshAxes, dim: int) -> Array:
+def scatter_sum(x: Array, axes: MeshAxes, dim: int) -> Array:
+    """The sum of `x` over ranks, in float32, of which each keeps its piece along `dim`."""
     return lax.psum_scatter(x.astype(jnp.float32), axes, scatter_dimension=dim, tiled=True)
 
 

@@ -68,7 +68,7 @@ def _layer(letter: str, model: ModelConfig, plan: Plan, work: Workload, dtype: s
 
         (y_btd, losses), back = jax.vjp(apply, varied, x_btd)
         grads, grad_x_btd = back((cotangent_btd, jax.tree.map(jnp.ones_like, losses)))
-        return y_btd, grad_x_btd, plan.sum_gradients(plan.scatter_gradients(grads)), losses
+        return y_btd, grad_x_btd, _reduced(grads, plan), losses
 
     x_btd = _stream(plan, work, model, dtype)
     docs, own, residual, whole = _documents(plan, work), *_specs(plan)
@@ -99,7 +99,7 @@ def _ends(model: ModelConfig, plan: Plan, work: Workload, dtype: str) -> Unit:
 
         (x_btd, nats), back = jax.vjp(apply, varied, h_btd)
         grads, grad_h_btd = back((cotangent_btd, jnp.ones_like(nats)))
-        return x_btd, grad_h_btd, plan.sum_gradients(plan.scatter_gradients(grads)), (counts, nats)
+        return x_btd, grad_h_btd, _reduced(grads, plan), (counts, nats)
 
     h_btd = _stream(plan, work, model, dtype)
     docs, own, residual, whole = _documents(plan, work), *_specs(plan)
@@ -142,6 +142,10 @@ def _abstract(make: Callable[[], nnx.Module]) -> tuple[Any, Any, Any]:
 
 def _length(plan: Plan, work: Workload) -> int:
     return plan.config.context * work.tokens
+
+
+def _reduced(grads: Any, plan: Plan) -> Any:
+    return placement.sum_gradients(placement.scatter_gradients(grads, plan), plan)
 
 
 def _stream(plan: Plan, work: Workload, model: ModelConfig, dtype: str) -> Any:

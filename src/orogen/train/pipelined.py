@@ -19,6 +19,7 @@ from orogen.model.by_letter import add_rows, by_letter, joined, stacked
 from orogen.model.lm import LanguageModel
 from orogen.model.stages import MOE, Segment, Stages, add, take
 from orogen.moe.layer import Choice, Replay
+from orogen.parallel import placement
 from orogen.parallel.pipeline import Program, run
 from orogen.parallel.plan import Plan
 from orogen.precision.policy import DTYPES, working_copy
@@ -120,7 +121,7 @@ class Pipeline:
 
     def _kept(self, grads: Any) -> Any:
         """The gradients of one microbatch in the layout in which they are kept until the others are added."""
-        return self.plan.scatter_gradients(grads) if self.plan.config.fsdp == "gradients" else grads
+        return placement.scatter_gradients(grads, self.plan) if self.plan.config.fsdp == "gradients" else grads
 
     def _items(self, segment: Segment) -> list[Any]:
         """The stacks that the segment runs, in order: the MTP block's once per depth."""

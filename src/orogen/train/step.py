@@ -90,8 +90,8 @@ def gradients(
         if before is not None:
             sums = sums._replace(carried=carry.joined(before, sums.carried, sources, plan))
         if plan.config.fsdp != "gradients":
-            grads = plan.scatter_gradients(grads)
-        return loss, plan.sum_gradients(grads), counts, sums
+            grads = placement.scatter_gradients(grads, plan)
+        return loss, placement.sum_gradients(grads, plan), counts, sums
 
     settings = {"depths": depths, "record": record, "replaying": replaying, "carried": carried}
     return _shard(device_step, built, config, plan, **settings)
