@@ -37,7 +37,7 @@ from orogen.parallel.schedule import Schedule, plan_schedule
 from orogen.parallel.varying import vary, varying_axes
 
 # The dimension of (b, t, …) along which the ranks of `tensor` share the residual stream, if they do.
-SHARED = {"time": 1, "rows": 0, "whole": None}
+STREAM_DIM = {"time": 1, "rows": 0, "whole": None}
 # For programs with products in FP8: otherwise XLA:GPU gives a product and the conversions before it to its Triton
 # compiler, which multiplies in 16 bits and does not offer them to cuBLASLt (observed with jax 0.11.2).
 FP8_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
@@ -125,19 +125,19 @@ class Plan:
 
     def enter(self, x: Array) -> Array:
         """The residual stream `x` (b, t, …) for a layer whose weights are split over `tensor`: whole on every rank."""
-        dim = SHARED[self.stream]
+        dim = STREAM_DIM[self.stream]
         return x if dim is None else self.gather(x, "tensor", dim=dim)
 
     def leave(self, y: Array) -> Array:
         """The sum of the ranks' parts `y` (b, t, …), laid out as the residual stream. Raises ValueError if the ranks of
         `tensor` cannot share it evenly."""
-        dim = SHARED[self.stream]
+        dim = STREAM_DIM[self.stream]
         # Summed it is one value, but what follows (norms, biases) treats it as each rank's own, whose gradients add up.
         return vary(self.sum(y, "tensor"), self.rules["tensor"]) if dim is None else self.scatter(y, "tensor", dim=dim)
 
     def own(self, x: Array) -> Array:
         """Of `x` (b, t, …), which every rank of `tensor` has whole, what belongs to its share of the stream."""
-        dim = SHARED[self.stream]
+        dim = STREAM_DIM[self.stream]
         return x if dim is None else self.piece(x, "tensor", dim=dim)
 
     def deal(self, x: Array) -> Array:
@@ -151,7 +151,7 @@ class Plan:
 
     def stream_shape(self, rows: int, time: int) -> tuple[int, int]:
         """(b, t) of the residual stream on this device, of so many rows and tokens of a data and context rank."""
-        shape, dim = [rows, time], SHARED[self.stream]
+        shape, dim = [rows, time], STREAM_DIM[self.stream]
         if dim is not None:
             shape[dim] //= self.size("tensor")
         return shape[0], shape[1]
