@@ -123,14 +123,7 @@ class Ledger:
                 self.records.append(Collective(part, "recompute", operation, axes, count, size))
 
     def gather(
-        self,
-        part: str,
-        axes: Sequence[str],
-        held: float,
-        *,
-        gradient: bool = True,
-        needed: bool = True,
-        name: str = "",
+        self, part: str, axes: Sequence[str], held: float, *, gradient: bool = True, needed: bool = True, name: str = ""
     ) -> None:
         """An all-gather of pieces of `held` bytes, and its transpose. needed, name: see `add`, as everywhere below."""
         self.add(part, "forward", "all-gather", axes, held, needed=needed, name=name)
@@ -163,16 +156,9 @@ class Ledger:
             self.add(part, "backward", operation, axes, size, count)
 
     def both(
-        self,
-        part: str,
-        operation: str,
-        axes: Sequence[str],
-        held: float,
-        count: int = 1,
-        *,
-        needed: bool = True,
+        self, part: str, operation: str, axes: Sequence[str], held: float, count: int = 1, *, needed: bool = True,
         name: str = "",
-    ) -> None:
+    ) -> None:  # fmt: skip
         """A collective that is its own transpose."""
         self.add(part, "forward", operation, axes, held, count, needed=needed, name=name)
         self.add(part, "backward", operation, axes, held, count)
