@@ -122,6 +122,15 @@ def placement_only_in_parallel(path: str, tree: ast.AST) -> Iterator[str]:
                 yield f"line {node.lineno}: {dotted(node) or node.attr}"
 
 
+def weights_are_read_through_doors(path: str, tree: ast.AST) -> Iterator[str]:
+    """Where a product's format is chosen: `layers/linear.py`; and `layers/embedding.py`, whose rows are looked up."""
+    if path.startswith("parallel/") or path in ("layers/linear.py", "layers/embedding.py"):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and dotted(node.func).split(".")[-2:] == ["plan", "weight"]:
+            yield f"line {node.lineno}: reads a weight beside the doors of layers/linear.py"
+
+
 def no_swallowed_exceptions(path: str, tree: ast.AST) -> Iterator[str]:
     """Bare handlers, empty handlers, `suppress`, and broad handlers that neither raise nor use the exception."""
     for node in ast.walk(tree):
@@ -198,6 +207,10 @@ CHECKS: dict[Callable[[str, ast.AST], Iterator[str]], list[tuple[str, str]]] = {
         ("moe/layer.py", "from jax.lax import psum"),
         ("moe/layer.py", "y = lax.all_to_all(x, 'expert', 0, 0)"),
     ],
+    weights_are_read_through_doors: [
+        ("model/lm.py", "y = x @ plan.weight(self.out)"),
+        ("moe/experts.py", "w = self.plan.weight(weight)"),
+    ],
     no_swallowed_exceptions: [
         ("cli.py", "try:\n    f()\nexcept:\n    raise"),
         ("cli.py", "try:\n    f()\nexcept Exception:\n    pass"),
@@ -229,6 +242,8 @@ ACCEPTED = [
     ("cli.py", "try:\n    f()\nexcept Exception as error:\n    report(error)"),
     ("cli.py", "try:\n    f()\nexcept KeyError:\n    y = None"),
     ("train/loop.py", "def f():\n    return jax.devices()"),
+    ("layers/linear.py", "y = x @ plan.weight(w)"),
+    ("model/lm.py", "y = linear(x, self.out.weight, plan)"),
 ]
 
 

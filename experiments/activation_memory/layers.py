@@ -3,7 +3,6 @@
 Letters: b batch, t time, d model.
 """
 
-import dataclasses
 import time
 from typing import Any
 
@@ -11,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import Array
 
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
@@ -19,43 +17,20 @@ from orogen.cost.activations import WEIGHTS, bytes_by_name, kept_by_layer
 from orogen.cost.ledger import Workload
 from orogen.layers.documents import Documents
 from orogen.model.block import Repeat, Stack
-from orogen.parallel.plan import Plan, make_plan
+from orogen.parallel.plan import make_plan
 from orogen.simulate.jaxprs import product_flops
 from orogen.simulate.units import unit_of
 
 DEPTHS = (4, 8)  # of compiled stacks: both loops, and one layer's share is a quarter of the difference
 
 
-@dataclasses.dataclass(frozen=True)
-class WholeStream(Plan):
-    """Tensor parallelism without sequence parallelism: the residual stream is whole on every rank, and the ranks' parts
-    of an output are summed and not scattered."""
-
-    def gather(self, x: Array, axis: str, *, dim: int = 1) -> Array:
-        """The stream is whole already."""
-        return x if axis == "sequence" else super().gather(x, axis, dim=dim)
-
-    def scatter(self, x: Array, axis: str, *, dim: int = 1) -> Array:
-        """The sum, whole."""
-        return self.sum(x, axis) if axis == "sequence" else super().scatter(x, axis, dim=dim)
-
-
-def plan_of(sizes: PlanConfig, model: ModelConfig, *, sequence: bool) -> Plan:
-    """The plan on no devices, with or without sequence parallelism."""
-    plan = make_plan(sizes, model, abstract=True)
-    if sequence:
-        return plan
-    rules = {**plan.rules, "tokens": plan.rules["context"]}
-    return WholeStream(plan.mesh, rules, plan.storage, plan.config, plan.sources)
-
-
 def kept_bytes(
-    letters: str, model: ModelConfig, work: Workload, *, remat: Any, tensor: int = 1, sequence: bool = True
+    letters: str, model: ModelConfig, work: Workload, *, remat: Any, tensor: int = 1, stream: str = "time"
 ) -> dict[str, dict[str, int]]:
     """{letter: bytes by name that one device keeps of a layer}, in bfloat16."""
+    plan = make_plan(PlanConfig(tensor=tensor, stream=stream, remat=remat), model, abstract=True)
     found = {}
     for letter in letters:
-        plan = plan_of(PlanConfig(tensor=tensor, remat=remat), model, sequence=sequence)
         found[letter] = bytes_by_name(kept_by_layer(letter, model, plan, work, dtype="bfloat16"))
         found[letter].pop(WEIGHTS, None)
     return found

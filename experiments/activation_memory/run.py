@@ -21,15 +21,14 @@ FOLDER = Path(__file__).parent
 LENGTH, RANKS = 2048, 8
 # The paper's models (table 3) and rows of a microbatch.
 PAPER = {"GPT 22B": ("gpt_22b", 4), "GPT 175B": ("gpt_175b", 1), "GPT 530B": ("gpt_530b", 1), "GPT 1T": ("gpt_1t", 1)}
-# Table 2's rows: remat, tensor ranks, sequence parallelism, and as multiples of sbh what a layer keeps: of the arrays
-# that no rank shares, of those that tensor parallelism splits, and of probabilities; first without dropout's masks.
+# Table 2's rows: remat, tensor ranks, and how they hold the residual stream (by time: sequence parallelism).
 TECHNIQUES = {
-    "none": ("paper", 1, True),
-    "tensor": ("paper", RANKS, False),
-    "tensor, sequence": ("paper", RANKS, True),
-    "tensor, selective": ("selective", RANKS, False),
-    "tensor, sequence, selective": ("selective", RANKS, True),
-    "full": ("full", RANKS, True),
+    "none": ("paper", 1, "time"),
+    "tensor": ("paper", RANKS, "whole"),
+    "tensor, sequence": ("paper", RANKS, "time"),
+    "tensor, selective": ("selective", RANKS, "whole"),
+    "tensor, sequence, selective": ("selective", RANKS, "time"),
+    "full": ("full", RANKS, "time"),
 }
 POLICIES = ("none", "paper", "selective", "elementwise", "full")
 # Layers of other kinds at their true width: file, letters, length. And a choice that spares the SSD a second run.
@@ -59,8 +58,8 @@ def traced(models: dict[str, ModelConfig]) -> Iterator[dict[str, Any]]:
     for name, (_, rows) in PAPER.items():
         model, work = models[name], Workload(rows, LENGTH, 2)
         plain = multiplied("*-", model, work, remat="none")
-        for technique, (remat, ranks, sequence) in TECHNIQUES.items():
-            kept = kept_bytes("*-", model, work, remat=remat, tensor=ranks, sequence=sequence)
+        for technique, (remat, ranks, stream) in TECHNIQUES.items():
+            kept = kept_bytes("*-", model, work, remat=remat, tensor=ranks, stream=stream)
             yield {
                 "kind": "paper", "model": name, "technique": technique, "remat": remat, "tensor": ranks,
                 "rows": rows, "length": LENGTH,

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from tests.helpers import HYBRID
+from tests.helpers import HYBRID, hybrid
 
 from orogen.config.checks import ConfigError, check_types
 from orogen.config.data import DataConfig
@@ -268,6 +268,20 @@ def test_sequence_must_divide_over_tensor():
     with pytest.raises(ConfigError) as caught:
         run({"tensor": 5}, sequence_length=21).check()
     assert str(caught.value) == "TrainConfig.sequence_length is 21; expected a multiple of context x tensor = 1 x 5"
+
+
+@pytest.mark.parametrize(("pattern", "expected"), [("M*-", None), ("M/E", "1 x 5"), ("ME", "1 x 5")])
+def test_a_stream_that_every_rank_holds_whole_divides_only_over_experts(pattern, expected):
+    """Each rank routes tokens of its own."""
+    config = run({"tensor": 5, "stream": "whole"}, sequence_length=21)
+    config = dataclasses.replace(config, model=hybrid(pattern=pattern, mtp_depths=int("/" in pattern)))
+    if expected is None:
+        config.check()
+        return
+    with pytest.raises(ConfigError) as caught:
+        config.check()
+    message = f"TrainConfig.sequence_length is 21; expected a multiple of context x tensor = {expected}"
+    assert str(caught.value) == message
 
 
 @pytest.mark.parametrize(("tensor", "pieces"), [(1, 2), (2, 2), (5, 10)])

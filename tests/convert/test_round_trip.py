@@ -21,6 +21,7 @@ from orogen.convert.config import read_config
 from orogen.convert.huggingface import dotted, from_hf
 from orogen.convert.tensor_files import Spec, TensorReader, TensorWriter
 from orogen.model.lm import build
+from orogen.parallel import placement
 from orogen.parallel.plan import make_plan
 
 WITH_MTP = (("nemotron_h", True), ("deepseek_v3", True))
@@ -108,8 +109,8 @@ def test_load_parameters_places_every_leaf(tmp_path, kind):
     built = build(config)
     run, _ = load([tmp_path / "ours" / "config.gin"], ["PlanConfig.data = 2", "PlanConfig.fsdp = 'parameters'"])
     plan = make_plan(run.plan, config)
-    shardings = plan.shardings(built.params), plan.shardings(built.buffers)
-    states = load_parameters(tmp_path / kind, built, plan.shardings, dtype="bfloat16")
+    shardings = placement.shardings(built.params, plan), placement.shardings(built.buffers, plan)
+    states = load_parameters(tmp_path / kind, built, lambda tree: placement.shardings(tree, plan), dtype="bfloat16")
     ours = read(tmp_path / "ours")
     for state, placed in zip(states, shardings, strict=True):
         expected = dict(nnx.to_flat_state(placed))

@@ -42,6 +42,7 @@ PLANS = {
     "shared-alltoall": {"data": 4, "tensor": 2, "expert": 2, "expert_tensor": 2, "dispatch": "alltoall"},
     "state": {"context": 4, "tensor": 2},
     "three-ranks": {"context": 3, "tensor": 2, "expert": 2},
+    "whole": {"data": 2, "tensor": 2, "expert": 4, "dispatch": "alltoall", "stream": "whole"},
 }  # fmt: skip
 # XLA:CPU takes equal exchanges of segments and targets as one, and those that remat repeats: the program may send less.
 MERGED = {
@@ -134,6 +135,7 @@ NAMED = [
     ("gathered-keys", "*m", "core"),
     ("state", "Mm", ("ssd_states", "scan_states")),
     ("data-tensor", "*-ME", "selective"),
+    ("whole", "*-mE", "full"),
     ("copies", "E", ("rows", "combined")),
     ("ragged-shared", "E", "routing"),
     ("ragged", "E", ("E:rows,expert_out", "*:core")),
@@ -171,6 +173,9 @@ STEPS = [
      {"data": 2, "context": 2, "tensor": 2, "expert": 4, "fsdp": "parameters", "remat": "full", "microbatches": 3}),
     (FULLER, "bfloat16",
      {"context": 2, "tensor": 2, "context_attention": "allgather", "dispatch": "ragged", "buffer_factor": 1.2}),
+    (FULLER, "bfloat16", {"data": 2, "tensor": 4, "stream": "whole", "fsdp": "parameters", "remat": "full"}),
+    (hybrid(pattern="ME*-/*E", mtp_depths=2, router_balance="global"), "bfloat16",
+     {"context": 2, "tensor": 2, "stream": "whole", "microbatches": 3}),
 ]  # fmt: skip
 
 
@@ -186,17 +191,19 @@ def test_a_step_sends_what_its_layers_do(model, dtype, sizes):
 
 
 @pytest.mark.parametrize(
-    ("schedule", "changes", "over"),
+    ("choices", "changes", "over"),
     [
-        ("gpipe", {}, {("data",), ("stage", "data", "tensor")}),
-        ("interleaved", {"tie_word_embeddings": True}, {("stage", "data"), ("stage", "data", "tensor")}),
+        ({"schedule": "gpipe"}, {}, {("data",), ("stage", "data", "tensor")}),
+        ({"schedule": "interleaved"}, {"tie_word_embeddings": True},
+         {("stage", "data"), ("stage", "data", "tensor")}),
+        ({"schedule": "gpipe", "stream": "whole"}, {}, {("data",), ("stage", "data", "tensor")}),
     ],
-    ids=["gpipe", "interleaved-tied"],
-)
-def test_stages_pass_on_what_the_table_says(schedule, changes, over):
+    ids=["gpipe", "interleaved-tied", "gpipe-whole"],
+)  # fmt: skip
+def test_stages_pass_on_what_the_table_says(choices, changes, over):
     """Each tick passes a microbatch's residual stream both ways; what is on every stage is summed over them, but not
     an embedding and a head that have a stage each."""
-    config = PlanConfig(stage=2, tensor=2, data=2, microbatches=4, schedule=schedule)
+    config = PlanConfig(stage=2, tensor=2, data=2, microbatches=4, **choices)
     model = dataclasses.replace(EVERY, pattern="ME*-", **changes)
     found = step_collectives(model, make_plan(config, model), config.data * 4 * WORK.rows, WORK.tokens)
     paper = by_paper(model, config, WORK)
@@ -233,6 +240,15 @@ def test_sequence_parallel_blocks_are_scattered_not_all_reduced():
     assert program["all-reduce", ("tensor",)] == (1, 48 * 4)
 
 
+def test_a_whole_stream_is_all_reduced_once_forward_and_once_backward():
+    """An MLP of 2 x 20 tokens of 48 numbers on two ranks: 7,680 bytes whole, each half sent twice by an all-reduce."""
+    records = unit_collectives("-", EVERY, PlanConfig(tensor=2, stream="whole"), WORK)
+    assert {(r.phase, r.operation, r.axes, r.count, r.bytes) for r in records if r.phase != "update"} == {
+        ("forward", "all-reduce", ("tensor",), 1, 7680),
+        ("backward", "all-reduce", ("tensor",), 1, 7680),
+    }
+
+
 def test_parameters_are_gathered_by_fsdp_alone():
     operations = {r.operation for r in unit_collectives("-", EVERY, PlanConfig(data=2), WORK)}
     assert operations == {"all-reduce"}
@@ -257,7 +273,7 @@ def test_a_collective_that_the_table_lacks_is_found(monkeypatch):
     """An MLP that sums its output over all ranks, and then takes its piece, has an all-reduce too many."""
     from orogen.parallel.plan import Plan
 
-    monkeypatch.setattr(Plan, "scatter", lambda self, x, axis, dim=1: self.piece(self.sum(x, axis), axis, dim=dim))
+    monkeypatch.setattr(Plan, "leave", lambda self, y: self.own(self.sum(y, "tensor")))
     config = PlanConfig(tensor=2)
     plan = make_plan(config, EVERY)
     expected = table_of(unit_collectives("-", EVERY, config, WORK), config, EVERY)

@@ -17,6 +17,7 @@ from orogen.layers.documents import Documents
 from orogen.layers.embedding import Embedding, Head, logits
 from orogen.layers.parameter import parameter
 from orogen.model.lm import LanguageModel
+from orogen.parallel.axes import STREAM
 from orogen.parallel.plan import make_plan
 
 MODEL = ModelConfig(pattern="-", vocab_size=12, hidden_size=6, intermediate_size=10)
@@ -31,7 +32,7 @@ def test_embedding_reads_rows_and_gives_zeros_outside_the_vocabulary(name):
     docs = Documents(jnp.ones_like(tokens_bt), jnp.zeros_like(tokens_bt))
     run = plan.run(
         lambda state, tokens_bt: nnx.merge(graph, state)(tokens_bt, docs, plan),
-        inputs=(plan.specs(state), plan.spec("batch", "context")), outputs=plan.spec("batch", "tokens", None),
+        inputs=(plan.specs(state), plan.spec("batch", "context")), outputs=plan.spec(*STREAM, None),
     )  # fmt: skip
     rows_vd = np.asarray(state["weight"][...])
     expected = [[rows_vd[0], rows_vd[5], rows_vd[6], rows_vd[11]], [0 * rows_vd[0]] * 2 + [rows_vd[11], rows_vd[0]]]
@@ -51,7 +52,7 @@ def test_head_gives_whole_float32_logits(name):
 
     run = plan.run(
         device, inputs=(plan.specs(state), plan.spec("batch", None, None)),
-        outputs=plan.spec("batch", None, None, "sequence"),
+        outputs=plan.spec("batch", None, None, "tensor"),
     )  # fmt: skip
     logits_btvr = jax.jit(run)(state, x_btd)
     assert logits_btvr.dtype == jnp.float32
@@ -71,7 +72,7 @@ def test_learned_positions_are_added_by_place_in_the_document(name):
     split = plan.spec("batch", "context")
     run = plan.run(
         lambda state, tokens_bt, docs: nnx.merge(graph, state)(tokens_bt, docs, plan),
-        inputs=(plan.specs(state), split, split), outputs=plan.spec("batch", "tokens", None),
+        inputs=(plan.specs(state), split, split), outputs=plan.spec(*STREAM, None),
     )  # fmt: skip
     x_btd = jax.jit(run)(state, tokens_bt, docs)
     rows_vd, rows_pd = (np.asarray(state[name][...]) for name in ("weight", "positions"))

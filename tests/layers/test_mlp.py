@@ -11,6 +11,7 @@ from flax import nnx
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.layers.mlp import ACTIVATIONS, MLP, activate, squared_relu
+from orogen.parallel.axes import STREAM
 from orogen.parallel.plan import make_plan
 
 
@@ -98,7 +99,7 @@ def test_split_mlp_equals_one_device(plan, gated):
             (_, y_btd), grads = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(state, x_btd)
             return y_btd, *grads
 
-        tokens, specs = plan.spec("batch", "tokens", None), plan.specs(state)
+        tokens, specs = plan.spec(*STREAM, None), plan.specs(state)
         run = plan.run(device, inputs=(specs, tokens, tokens), outputs=(tokens, specs, tokens))
         return jax.tree.leaves(jax.jit(run)(state, x_btd, gy_btd))
 

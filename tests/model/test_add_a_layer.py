@@ -49,8 +49,8 @@ class Toy(nnx.Module):
         self.down = normal(rngs, (WIDTH, config.hidden_size), ("mlp", "embed"), std=config.output_init_std)
 
     def __call__(self, x_btd: Array, docs: Documents, plan: Plan, given: None = None) -> tuple[Array, None]:
-        u_btf = checkpoint_name(linear(plan.gather(x_btd, "sequence"), self.up, plan), "toy")
-        return plan.scatter(linear(jnp.tanh(u_btf), self.down, plan), "sequence"), None
+        u_btf = checkpoint_name(linear(plan.enter(x_btd), self.up, plan), "toy")
+        return plan.leave(linear(jnp.tanh(u_btf), self.down, plan)), None
 
 
 @pytest.fixture

@@ -15,8 +15,10 @@ from tests.model.small import config, one_device, randomised, relative_error
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.layers.documents import Documents, documents
+from orogen.layers.embedding import Embedding
 from orogen.model.block import Stack, repeats
 from orogen.model.cache import caches
+from orogen.parallel.axes import STREAM
 from orogen.parallel.plan import Plan, make_plan
 
 TIME, DTYPE = 12, jnp.float32
@@ -65,7 +67,9 @@ def token_by_token(stack: Stack, x_btd, docs: Documents, plan: Plan):
         return caches(kept), y_btd[:, 0]
 
     tokens = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (x_btd, *docs))
-    _, y_tbd = jax.lax.scan(step, stack.start(len(x_btd), TIME, x_btd.dtype), tokens)
+    # On a mesh what is kept varies over all of it.
+    empty = plan.vary(stack.start(len(docs.segments_bt), TIME, x_btd.dtype))
+    _, y_tbd = jax.lax.scan(step, empty, tokens)
     return jnp.moveaxis(y_tbd, 0, 1)
 
 
@@ -137,11 +141,62 @@ def test_pieces_on_a_mesh_equal_the_row_on_one_device():
 
     cuts = [slice(0, 4), slice(4, 6), slice(6, 12)]
     pieces = [jax.tree.map(lambda a, cut=cut: a[:, cut], (x_btd, documents(segments_bt))) for cut in cuts]
-    tokens, ids = plan.spec("batch", "tokens", None), plan.spec("batch", "context")
+    tokens, ids = plan.spec(*STREAM, None), plan.spec("batch", "context")
     inputs = (plan.specs(state), *[(tokens, Documents(ids, ids))] * len(cuts))
     found = jax.jit(plan.run(device, inputs=inputs, outputs=[tokens] * len(cuts)))(state, *pieces)
     valid = segments_bt != 0
     np.testing.assert_allclose(jnp.concatenate(found, 1)[valid], expected_btd[valid], rtol=1e-5, atol=1e-5)
+
+
+@several_devices
+@pytest.mark.parametrize("pattern", ["Mw", "m+", "*-E"])
+def test_single_tokens_whose_rows_are_split_equal_the_rows_on_one_device(pattern):
+    """What decoding does where `tensor` divides the rows and cannot divide a token: outputs and every gradient."""
+    model = model_of(pattern)
+    graph, state = stack_of(model)
+    plan = make_plan(PlanConfig(tensor=2), model).decoding()
+    segments_bt = SEGMENTS[[0, 1, 2, 1]]
+    docs, rng = documents(segments_bt), np.random.default_rng(4)
+    x_btd, weight_btd = (rng.normal(size=(*segments_bt.shape, model.hidden_size)).astype(np.float32) for _ in range(2))
+    weight_btd *= (segments_bt != 0)[..., None]
+
+    def on(plan: Plan, run):
+        def device(state, x_btd, weight_btd, docs):
+            def total(state, x_btd):
+                y_btd = run(nnx.merge(graph, state), x_btd, docs, plan)
+                return plan.total(jnp.sum(y_btd * weight_btd)), y_btd * (weight_btd != 0)
+
+            grads, y_btd = jax.grad(total, argnums=(0, 1), has_aux=True)(state, x_btd)
+            return y_btd, *grads
+
+        stream, specs, ids = plan.spec(*STREAM, None), plan.specs(state), plan.spec("batch", "context")
+        step = plan.run(
+            device, inputs=(specs, stream, stream, Documents(ids, ids)), outputs=(stream, specs, stream)
+        )  # fmt: skip
+        return jax.device_get(jax.jit(step)(state, x_btd, weight_btd, docs))
+
+    expected = on(one_device(model), lambda stack, *inputs: stack(*inputs)[0])
+    assert relative_error(on(plan, token_by_token), expected) < 3e-6
+
+
+@several_devices
+def test_rows_and_tokens_that_tensor_does_not_divide_are_refused():
+    """Of three rows, and of a single token, which is for `Plan.decoding`."""
+    model = dataclasses.replace(model_of("Mw"), vocab_size=24)
+    graph, state = nnx.split(jax.eval_shape(lambda: Embedding(model, nnx.Rngs(0))))
+    plan = make_plan(PlanConfig(tensor=2), model)
+
+    def embed(plan: Plan, *shape: int):
+        tokens_bt = jnp.zeros(shape, jnp.int32)
+        device = lambda state, ids: nnx.merge(graph, state)(ids, Documents(ids, ids), plan)  # noqa: E731
+        inputs, outputs = (plan.specs(state), plan.spec("batch", "context")), plan.spec(*STREAM, None)
+        return jax.eval_shape(plan.run(device, inputs=inputs, outputs=outputs), state, tokens_bt)
+
+    assert embed(plan.decoding(), 4, 1).shape == (4, 1, model.hidden_size)
+    for refused, shape, dim in ((plan.decoding(), (3, 1), 0), (plan, (4, 1), 1)):
+        expected = rf"tensor=2 for \({shape[0]}, {shape[1]}, 12\): expected a multiple of 2 along dimension {dim}"
+        with pytest.raises(ValueError, match=expected):
+            embed(refused, *shape)
 
 
 def test_refusals():

@@ -16,6 +16,7 @@ from orogen.config.checks import ConfigError
 from orogen.config.plan import PlanConfig
 from orogen.layers.documents import documents
 from orogen.model.block import Layer
+from orogen.parallel.axes import STREAM
 from orogen.parallel.context import entering, parts, zigzag
 from orogen.parallel.plan import make_plan
 
@@ -56,12 +57,13 @@ def result(letter: str, plan_config: PlanConfig, changes: tuple):
     def device(params, x_btd, g_btd, docs):
         def value(params, x_btd):
             y_btd, _ = nnx.merge(graph, params)(x_btd, docs, plan, None)
-            return plan.total(jnp.sum(y_btd * g_btd)), y_btd
+            # Where ranks hold copies of the stream, each counts tokens of its own.
+            return plan.total(jnp.sum(plan.deal(y_btd) * plan.deal(g_btd))), y_btd
 
         (_, y_btd), grads = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)(params, x_btd)
-        return y_btd, *grads
+        return plan.agreed(y_btd, *STREAM, None), *grads
 
-    tokens = plan.spec("batch", "tokens", None)
+    tokens = plan.spec(*STREAM, None)
     inputs = (plan.specs(params), tokens, tokens, plan.spec("batch", "context"))
     run = jax.jit(plan.run(device, inputs=inputs, outputs=(tokens, plan.specs(params), tokens)))
     with jax.default_matmul_precision("highest"):
@@ -110,6 +112,11 @@ def test_mamba2(sizes, method):
 @pytest.mark.parametrize("sizes", SIZES[1:3], ids=str)
 def test_mamba1(sizes, method):
     check("m", sizes | method, **MAMBA1)
+
+
+def test_a_whole_stream_of_a_piece_of_the_sequence():
+    """Tensor parallelism alone inside a context rank."""
+    check("M", {"context": 2, "data": 2, "tensor": 2, "stream": "whole"}, mamba_proj_bias=True)
 
 
 def test_a_convolution_of_one_tap_has_no_halo():
@@ -164,7 +171,7 @@ def exchanged(length: int, **choices) -> int:
 
         return jax.grad(value)(x_btd)
 
-    tokens, rows = plan.spec("batch", "tokens", None), plan.spec("batch", "context")
+    tokens, rows = plan.spec(*STREAM, None), plan.spec("batch", "context")
     run = jax.jit(plan.run(device, inputs=(plan.specs(params), tokens, rows), outputs=tokens))
     x_btd = jax.ShapeDtypeStruct((1, length, model.hidden_size), jnp.float32)
     ints = jax.ShapeDtypeStruct((1, length), jnp.int32)

@@ -18,6 +18,7 @@ from orogen.config.plan import PlanConfig
 from orogen.layers.documents import Documents
 from orogen.moe.layer import MoE
 from orogen.moe.reference import Options, Weights, balance_loss, mixture, z_loss
+from orogen.parallel.axes import STREAM
 from orogen.parallel.plan import make_plan
 
 BALANCE, Z = 0.3, 0.02  # weights of the router's losses in the scalar that is differentiated
@@ -112,7 +113,7 @@ def _layer_step(model: ModelConfig, plan_config: PlanConfig, sources: tuple[int,
     """The jitted step, and the layer's parameters and buffers as abstract arrays."""
     plan = dataclasses.replace(make_plan(plan_config, model), sources=sources)
     graph, params, buffers = nnx.split(jax.eval_shape(lambda: MoE(model, nnx.Rngs(0))), nnx.Param, ...)
-    tokens, whole = plan.spec("batch", "tokens", None), plan.spec()
+    tokens, whole = plan.spec(*STREAM, None), plan.spec()
 
     def device(params, buffers, x_btd, segments_bt, gy_btd):
         def total(params, x_btd):

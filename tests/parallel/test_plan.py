@@ -16,6 +16,8 @@ from orogen.config.checks import ConfigError
 from orogen.config.plan import FOR_GPU, PlanConfig
 from orogen.model.lm import build
 from orogen.model.stages import Stages
+from orogen.parallel import placement
+from orogen.parallel.axes import STREAM, TOKENS
 from orogen.parallel.plan import Plan, make_plan, single_device_plan
 
 # Eight devices, data 2 x tensor 4, all of them experts; two key heads and two groups cut tensor in two.
@@ -34,7 +36,7 @@ def plan_of(sizes: dict | None = None, model: dict | None = None, *, abstract: b
 def test_spec_follows_the_rules():
     plan = plan_of()
     assert plan.mesh.axis_names == ("data", "tensor.0", "tensor.1")
-    assert plan.spec("batch", "sequence", None) == PartitionSpec("data", ("tensor.0", "tensor.1"), None)
+    assert plan.spec("batch", "tensor", None) == PartitionSpec("data", ("tensor.0", "tensor.1"), None)
     assert plan.spec("expert", "expert_embed", "expert_mlp") == PartitionSpec(
         ("data", "tensor.0", "tensor.1"), None, None
     )
@@ -59,7 +61,7 @@ def test_a_state_between_layouts_is_spread_over_the_stages(before):
     plan = plan_of({"stage": 2, "microbatches": 2}, model)
     params = build(hybrid(**model), before and Stages(before, "", 4)).params
     sizes, shares = [], []
-    for leaf, sharding in zip(jax.tree.leaves(params), jax.tree.leaves(plan.spread(params)), strict=True):
+    for leaf, sharding in zip(jax.tree.leaves(params), jax.tree.leaves(placement.spread(params, plan)), strict=True):
         sizes.append(leaf.size)
         shares.append(math.prod(sharding.shard_shape(leaf.shape)))
     assert sum(sizes) / 2 <= sum(shares) <= 1.01 * sum(sizes) / 2
@@ -70,7 +72,7 @@ def test_what_tensor_and_fsdp_split_stays_split_between_layouts():
     plan = plan_of({"stage": 2, "tensor": 2, "data": 2, "microbatches": 2}, model, fsdp="optimizer")
     params = build(hybrid(**model)).params
     axes = lambda s: {name for part in s.spec if part for name in np.atleast_1d(part)}  # noqa: E731
-    pairs = list(zip(*(jax.tree.leaves(f(params)) for f in (plan.spread, plan.shardings)), strict=True))
+    pairs = list(zip(*(jax.tree.leaves(f(params, plan)) for f in (placement.spread, placement.shardings)), strict=True))
     assert all(axes(spread) >= axes(stored) for spread, stored in pairs)
     assert any({"stage", "data", "tensor"} <= axes(spread) for spread, _ in pairs)
 
@@ -78,7 +80,7 @@ def test_what_tensor_and_fsdp_split_stays_split_between_layouts():
 def test_an_odd_array_is_not_spread():
     plan = plan_of({"stage": 2, "microbatches": 2}, {"pattern": "M*", "mtp_depths": 0})
     odd = nnx.Param(jax.ShapeDtypeStruct((3, 5), jnp.float32), axes=("norm", "norm"))
-    assert plan.spread({"odd": odd})["odd"].get_value().spec == PartitionSpec(None, None)
+    assert placement.spread({"odd": odd}, plan)["odd"].get_value().spec == PartitionSpec(None, None)
 
 
 def test_unknown_axis_is_an_error_and_no_silent_replica():
@@ -145,7 +147,7 @@ def test_key_heads_enough_for_every_rank_are_split_like_heads():
 
 
 def test_tokens_are_split_over_everything_that_splits_the_sequence():
-    assert plan_of().rules["tokens"] == plan_of().rules["sequence"] == ("tensor.0", "tensor.1")
+    assert plan_of().rules["token_time"] == plan_of().rules["stream_time"] == ("tensor.0", "tensor.1")
 
 
 def test_one_device_splits_nothing():
@@ -377,7 +379,7 @@ def test_specs_of_a_tree_leave_stacked_dimensions_whole():
 
 def test_shardings_are_those_between_steps():
     plan = plan_of(fsdp="optimizer")
-    shardings = plan.shardings({**tree(), "count": jax.ShapeDtypeStruct((), jnp.int32)})
+    shardings = placement.shardings({**tree(), "count": jax.ShapeDtypeStruct((), jnp.int32)}, plan)
     assert shardings["up"].get_value() == NamedSharding(plan.mesh, PartitionSpec("data", ("tensor.0", "tensor.1")))
     assert shardings["count"] == NamedSharding(plan.mesh, PartitionSpec())
     assert plan.specs(tree())["up"].get_value() == PartitionSpec(None, ("tensor.0", "tensor.1"))
@@ -405,15 +407,18 @@ def test_every_verb_is_the_identity_on_one_device():
     plan = make_plan(PlanConfig(fsdp="parameters"), hybrid())
     x = jnp.asarray(numbers(2, 3, 5))
     for verb in (plan.gather, plan.scatter, plan.sum, plan.max, plan.exchange, plan.piece):
-        assert verb(x, "sequence") is x, verb
+        assert verb(x, "tensor") is x, verb
+    for stream in ("time", "rows", "whole"):
+        held = plan.with_stream(stream)
+        assert all(verb(x) is x for verb in (held.enter, held.leave, held.own, held.deal, held.collect))
     assert plan.total(x) is x
     assert plan.vary(x) is x
-    assert plan.index("sequence") == 0
+    assert plan.index("tensor") == 0
     np.testing.assert_array_equal(plan.weight(nnx.Param(x[0], axes=("embed", "mlp"))), x[0])
 
 
 def test_index_is_the_rank_in_row_major_order(plan):
-    axes = ("batch", "sequence", "expert", "kv_heads", "group_peers")
+    axes = ("batch", "tensor", "expert", "kv_heads", "group_peers")
     ranks = each(plan, lambda: jnp.stack([jnp.asarray(plan.index(axis)) for axis in axes]), inputs=())
     expected = [(i, j, 4 * i + j, j // 2, j % 2) for i in range(2) for j in range(4)]
     assert ranks.tolist() == [list(row) for row in expected]
@@ -421,14 +426,14 @@ def test_index_is_the_rank_in_row_major_order(plan):
 
 def test_gather_concatenates_in_rank_order(plan):
     x_btd = numbers(2, 12, 5)
-    spec = plan.spec("batch", "sequence", None)
-    y = each(plan, lambda x: plan.gather(x, "sequence"), x_btd, inputs=spec)
+    spec = plan.spec("batch", "tensor", None)
+    y = each(plan, lambda x: plan.gather(x, "tensor"), x_btd, inputs=spec)
     np.testing.assert_array_equal(y, np.repeat(x_btd, 4, axis=0)[:, None])
 
 
 def test_scatter_keeps_each_ranks_piece_of_the_sum(plan):
     x = numbers(8, 12, 5)  # a whole sequence on each device
-    y = each(plan, lambda x: plan.scatter(x, "sequence"), x, inputs=plan.spec("expert", None, None))
+    y = each(plan, lambda x: plan.scatter(x, "tensor"), x, inputs=plan.spec("expert", None, None))
     expected = x.reshape(2, 4, 12, 5).sum(1).reshape(2, 4, 3, 5)
     np.testing.assert_array_equal(y, expected.reshape(8, 1, 3, 5))
 
@@ -436,30 +441,74 @@ def test_scatter_keeps_each_ranks_piece_of_the_sum(plan):
 def test_gather_of_a_scatter_is_the_sum_everywhere(plan):
     x = numbers(8, 12, 5)
     spec = plan.spec("expert", None, None)
-    y = each(plan, lambda x: plan.gather(plan.scatter(x, "sequence", dim=1), "sequence", dim=1), x, inputs=spec)
-    z = each(plan, lambda x: plan.sum(x, "sequence"), x, inputs=spec)
+    y = each(plan, lambda x: plan.gather(plan.scatter(x, "tensor", dim=1), "tensor", dim=1), x, inputs=spec)
+    z = each(plan, lambda x: plan.sum(x, "tensor"), x, inputs=spec)
     np.testing.assert_array_equal(y, z)
     np.testing.assert_array_equal(z[:, 0], np.repeat(x.reshape(2, 4, 12, 5).sum(1), 4, axis=0))
 
 
 def test_scatter_of_a_gather_counts_each_rank(plan):
     x_btd = numbers(2, 12, 5)
-    spec = plan.spec("batch", "sequence", None)
-    y = each(plan, lambda x: plan.scatter(plan.gather(x, "sequence"), "sequence"), x_btd, inputs=spec)
+    spec = plan.spec("batch", "tensor", None)
+    y = each(plan, lambda x: plan.scatter(plan.gather(x, "tensor"), "tensor"), x_btd, inputs=spec)
     np.testing.assert_array_equal(y.reshape(2, 12, 5), 4 * x_btd)
+
+
+def test_a_stream_by_time_is_split_in_time_by_rows_in_rows_and_whole_not_at_all(plan):
+    """(b, t) of each device is what the specs of STREAM give it; of TOKENS, each token is on one rank."""
+    shapes = {"time": ((4, 3), (4, 3)), "rows": ((1, 12), (1, 12)), "whole": ((4, 12), (4, 3))}
+    for stream, (held, routed) in shapes.items():
+        streamed, global_shape = plan.with_stream(stream), (8, 12)
+        assert streamed.stream_shape(4, 12) == held
+        for axes, shape in ((STREAM, held), (TOKENS, routed)):
+            assert NamedSharding(plan.mesh, streamed.spec(*axes)).shard_shape(global_shape) == shape, stream
+    assert plan.decoding().stream == "rows" and plan.stream == "time"
+
+
+@pytest.mark.parametrize("stream", ["time", "rows", "whole"])
+def test_a_layer_enters_with_all_of_the_stream_and_leaves_the_sum(plan, stream):
+    """Rank j of tensor computes (j + 1) x: they add up to 10 x, and so do the gradients, whoever holds the stream."""
+    plan = plan.with_stream(stream)
+    x_btd, ids_bt = numbers(8, 12, 5), numbers(8, 12)
+
+    def device(x_btd, ids_bt):
+        def value(x_btd):
+            h_btd = plan.enter(x_btd)
+            assert h_btd.shape == (4, 12, 5)
+            y_btd = plan.leave(h_btd * (1 + plan.index("tensor")))
+            own_bt = plan.deal(plan.own(ids_bt))
+            weighed = plan.deal(y_btd) * own_bt[..., None]
+            return plan.total(weighed.sum()), plan.collect(plan.deal(y_btd))
+
+        grads, y_btd = jax.grad(value, has_aux=True)(x_btd)
+        return plan.agreed(y_btd, *STREAM, None), grads
+
+    spec = plan.spec(*STREAM, None)
+    run = plan.run(device, inputs=(spec, plan.spec("batch", None)), outputs=(spec, spec))
+    y_btd, grads = jax.jit(run)(x_btd, ids_bt)
+    np.testing.assert_array_equal(y_btd, 10 * x_btd)
+    np.testing.assert_array_equal(grads, 10 * np.broadcast_to(ids_bt[..., None], x_btd.shape))
+
+
+def test_a_stream_that_ranks_cannot_share_is_refused():
+    plan = plan_of({"tensor": 4}, abstract=False)
+    odd = jnp.zeros((2, 6, 3))
+    for verb, stream, dim in (("leave", "time", 1), ("own", "rows", 0), ("deal", "whole", 1)):
+        with pytest.raises(ValueError, match=rf"tensor=4 for \(2, 6, 3\): .* multiple of 4 along dimension {dim}"):
+            each(plan, getattr(plan.with_stream(stream), verb), odd, inputs=plan.spec())
 
 
 def test_sum_and_scatter_count_copies_too(plan):
     """A value that every rank holds alike is still added once a rank."""
     x = numbers(1, 8, 3)
-    assert np.array_equal(each(plan, lambda x: plan.sum(x, "sequence"), x, inputs=plan.spec())[0], 4 * x)
-    y = each(plan, lambda x: plan.scatter(x, "sequence"), x, inputs=plan.spec())
+    assert np.array_equal(each(plan, lambda x: plan.sum(x, "tensor"), x, inputs=plan.spec())[0], 4 * x)
+    y = each(plan, lambda x: plan.scatter(x, "tensor"), x, inputs=plan.spec())
     np.testing.assert_array_equal(y[:4].reshape(1, 8, 3), 4 * x)
 
 
 def test_max_is_over_the_axis_alone(plan):
     x = numbers(8, 3)
-    y = each(plan, lambda x: plan.max(x, "sequence"), x, inputs=plan.spec("expert", None))
+    y = each(plan, lambda x: plan.max(x, "tensor"), x, inputs=plan.spec("expert", None))
     np.testing.assert_array_equal(y[:, 0], np.repeat(x.reshape(2, 4, 3).max(1), 4, axis=0))
 
 
@@ -487,9 +536,9 @@ def test_exchange_twice_is_the_identity(plan):
 
 def test_pieces_gather_to_the_whole(plan):
     x = numbers(2, 12, 5)
-    piece = each(plan, lambda x: plan.piece(x, "sequence"), x, inputs=plan.spec("batch", None, None))
+    piece = each(plan, lambda x: plan.piece(x, "tensor"), x, inputs=plan.spec("batch", None, None))
     np.testing.assert_array_equal(piece.reshape(2, 4, 3, 5), x.reshape(2, 4, 3, 5))
-    back = lambda x: plan.gather(plan.piece(x, "sequence"), "sequence")  # noqa: E731
+    back = lambda x: plan.gather(plan.piece(x, "tensor"), "tensor")  # noqa: E731
     whole = each(plan, back, x, inputs=plan.spec("batch", None, None))
     np.testing.assert_array_equal(whole[:, 0], np.repeat(x, 4, axis=0))
 
@@ -556,9 +605,9 @@ def test_gradients_are_scattered_and_summed_in_float32(fsdp, dtype):
     up = tree()["up"]
 
     def reduce(scale):
-        return plan.sum_gradients(plan.scatter_gradients({"up": up.replace(scale[0])}))
+        return placement.sum_gradients(placement.scatter_gradients({"up": up.replace(scale[0])}, plan), plan)
 
-    outputs = plan.stored_specs({"up": up})
+    outputs = placement.stored_specs({"up": up}, plan)
     step = plan.run(reduce, inputs=plan.spec("batch", None, None), outputs=outputs)
     found = jax.jit(step)(fine(dtype))["up"][...]
     assert found.dtype == jnp.float32

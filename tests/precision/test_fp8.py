@@ -1,5 +1,6 @@
 """FP8 products against plain ones: tolerances from the formats' fractions, and what zeros, huge and lost numbers do."""
 
+import itertools
 from functools import partial
 from types import SimpleNamespace
 
@@ -11,10 +12,12 @@ from flax import nnx
 from tests.helpers import run_config
 from tests.model.small import config, model_parts, one_device, relative_error
 
+from orogen.config.recipe import FP8, PLAIN, RECIPES, Formats
 from orogen.layers.documents import Documents
-from orogen.layers.linear import PRODUCTS, linear, multiply
+from orogen.layers.linear import linear, multiply
 from orogen.layers.parameter import parameter
 from orogen.model.lm import build
+from orogen.model.stages import Stages
 from orogen.parallel.plan import FP8_OPTIONS, make_plan
 from orogen.precision import fp8
 from orogen.precision.fp8 import E4M3, E5M2, SMALLEST_SCALE, dequantize, rounded, scale_of
@@ -167,28 +170,63 @@ def test_the_product_of_layers_takes_leading_axes_as_one():
     assert error(flat, multiply(x_btd, w_df)) > 1e-3
 
 
-def fp8_layers(pattern):
-    """How many matrices the model rounds to E4M3 in the forward pass, from the traced program."""
-    model = config(pattern=pattern, mtp_depths=0)
+@pytest.mark.parametrize("roles", list(itertools.product((PLAIN, FP8), repeat=3)), ids="-".join)
+def test_each_product_rounds_its_own_operands_and_no_other_does(roles):
+    """Against products in float64 of operands that were rounded where their product's role says so."""
+    x_nd, grad_nf, dtype = drawn(N, D), drawn(N, F, seed=2), np.float64
+    weights_df = jnp.split(drawn(D, F, seed=1), np.cumsum(WIDTHS)[:-1], axis=1)
+    formats = Formats(**dict(zip(("forward", "input_gradient", "weight_gradient"), roles, strict=True)))
+    run = lambda *operands: fp8.fp8_matmul(*operands, quantize="plain", formats=formats)  # noqa: E731
+    parts_nf, back = jax.vjp(run, x_nd, weights_df)
+    dx_nd, dparts_df = back(tuple(jnp.split(grad_nf, np.cumsum(WIDTHS)[:-1], axis=1)))
+    operands = {"x": (x_nd, E4M3), "w": (jnp.concatenate(weights_df, 1), E4M3), "grad": (grad_nf, E5M2)}
+    exact = {name: np.asarray(value, dtype) for name, (value, _) in operands.items()}
+    in_8_bits = {name: np.asarray(back_from_8_bits(*pair)[0], dtype) for name, pair in operands.items()}
+    (a, b, c) = (in_8_bits if role == FP8 else exact for role in roles)
+    found = jnp.concatenate(parts_nf, 1), dx_nd, jnp.concatenate(dparts_df, 1)
+    for result, expected in zip(found, (a["x"] @ a["w"], b["grad"] @ b["w"].T, c["x"].T @ c["grad"]), strict=True):
+        assert error(result, expected) < 1e-6
+
+
+def test_only_what_a_product_reads_in_8_bits_is_rounded():
+    def rounded_types(**roles):
+        run = lambda x, w: fp8.fp8_matmul(x, (w,), quantize="plain", formats=Formats(**roles))[0].sum()  # noqa: E731
+        jaxpr = jax.make_jaxpr(jax.grad(run, argnums=(0, 1)))(drawn(N, D), drawn(D, F)).jaxpr
+        return roundings(jaxpr, E4M3), roundings(jaxpr, E5M2)
+
+    each = [rounded_types(**{role: FP8}) for role in ("forward", "input_gradient", "weight_gradient")]
+    assert [rounded_types(), *each] == [(0, 0), (2, 0), (1, 1), (1, 1)]
+
+
+def forward(pattern, recipes=None, **changes):
+    """The traced forward pass in FP8 of a model of this pattern, or by `recipes`."""
+    model = config(pattern=pattern, mtp_depths=0) if "/" not in pattern else config(pattern=pattern)
     graph, params, buffers = model_parts(model)
-    plan = one_device(model, linear="fp8")
+    plan = one_device(model, linear="fp8", **changes)
+    plan = plan if recipes is None else plan.with_recipes(recipes)
 
     def run(params, buffers, tokens_bt):
-        return nnx.merge(graph, params, buffers).hidden(tokens_bt, Documents(tokens_bt, tokens_bt), plan)[0]
+        model, docs = nnx.merge(graph, params, buffers), Documents(tokens_bt, tokens_bt)
+        h_btd, _ = model.hidden(tokens_bt, docs, plan)
+        return h_btd, model.deeper(h_btd, tokens_bt, docs, plan)
 
-    traced = jax.make_jaxpr(run)(params, buffers, jnp.zeros((2, 8), jnp.int32))
-    return roundings(traced.jaxpr)
+    return jax.make_jaxpr(run)(params, buffers, jnp.zeros((2, 8), jnp.int32)).jaxpr
 
 
-def roundings(jaxpr):
-    """Conversions to E4M3, each as often as a scan repeats it."""
+def fp8_layers(pattern, recipes=None):
+    """How many matrices the model rounds to E4M3 in the forward pass, from the traced program."""
+    return roundings(forward(pattern, recipes))
+
+
+def roundings(jaxpr, kind=E4M3):
+    """Conversions to 8 bits, each as often as a scan repeats it."""
     total = 0
     for eqn in jaxpr.eqns:
         turns = eqn.params["length"] if eqn.primitive.name == "scan" else 1
-        total += eqn.params.get("new_dtype") == E4M3
+        total += eqn.params.get("new_dtype") == kind
         for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
             inner = getattr(inner, "jaxpr", inner)
-            total += turns * roundings(inner) if hasattr(inner, "eqns") else 0
+            total += turns * roundings(inner, kind) if hasattr(inner, "eqns") else 0
     return total
 
 
@@ -202,6 +240,47 @@ def test_first_and_last_layer_have_none(pattern, products):
     assert fp8_layers(pattern) == 2 * products
 
 
+R8, RP = RECIPES[FP8], RECIPES[PLAIN]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "recipes", "products"),
+    [
+        # An MLP has two products, attention and Mamba-2 one for what reads the layer's input and one for its output.
+        ("----", (R8, RP, RP, R8), 4),
+        ("-*-*-*-*", (RP, R8) * 4, 8),
+        ("M*M*/-", (R8, RP, RP, RP, R8), 2 + 2 * (1 + 2)),  # the block's projection, too, at both depths
+    ],
+)
+def test_every_layer_follows_a_recipe_of_its_own(pattern, recipes, products):
+    assert fp8_layers(pattern, recipes) == 2 * products
+
+
+def test_turns_of_a_loop_have_equal_recipes():
+    """Unequal ones are written out, here of the outer repetition alone."""
+
+    def scans(recipes):
+        return str(forward("M*" * 3, recipes, unroll=1)).count(" scan[") - mixers
+
+    mixers = str(forward("M*", (RP, RP), unroll=1)).count(" scan[")  # Mamba's own
+    assert scans((RP, R8) * 3) == 1
+    assert scans((RP, RP, RP, R8, RP, RP)) == 2 * mixers  # three turns
+
+
+def test_a_layer_without_a_recipe_is_refused():
+    with pytest.raises(ValueError, match="4 layers with 3 recipes: expected one for each"):
+        forward("----", (RP,) * 3)
+
+
+def test_segments_of_equal_layers_and_unequal_recipes_differ():
+    """Of six segments of one MLP the first embeds, the last has the head, and those between are two kinds."""
+    stages = Stages(("-",) * 6, "", 3)
+    assert [len(stages.kinds(recipes)) for recipes in (None, (RP,) * 6, (RP, R8, R8, RP, R8, RP))] == [3, 3, 4]
+    assert stages.kind_vp((RP, R8, R8, RP, R8, RP)).tolist() == [[0, 1, 1], [2, 1, 3]]
+    empty = Stages(("", "-*", "", "-"), "*", 2)
+    assert [s.recipes for s in empty.kinds((R8, RP, R8, RP))] == [(), (R8, RP), (), (R8, RP)]
+
+
 def test_layers_written_out_compute_what_the_loop_does(monkeypatch):
     """With products that round nothing, a model whose ends differ from its middle gives the looped one's numbers.
 
@@ -209,7 +288,8 @@ def test_layers_written_out_compute_what_the_loop_does(monkeypatch):
     float64 by half of this bound and by more than all of it, at elements of 1 % of their leaf's norm.
     Only this test has rows of 7 tokens: JAX finds a trace again by name and shapes, before and after the exchange.
     """
-    monkeypatch.setitem(PRODUCTS, "fp8", lambda x_btd, weights_df, _: tuple(x_btd @ w_df for w_df in weights_df))
+    exact = lambda x_nd, weights_df, **_: tuple(x_nd @ w_df for w_df in weights_df)  # noqa: E731
+    monkeypatch.setattr("orogen.layers.linear.fp8_matmul", exact)
     model = config(pattern="MEMEMEME", mtp_depths=0)
     graph, params, buffers = model_parts(model)
     params = jax.tree.map(lambda w: w * (0.3 if w.ndim > 2 else 1), params)  # those of layers are stacked

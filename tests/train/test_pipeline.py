@@ -15,6 +15,7 @@ from orogen.config.checks import ConfigError
 from orogen.config.run import RunConfig
 from orogen.data.packing import Batch
 from orogen.model.lm import initial_state
+from orogen.parallel import placement
 from orogen.parallel.pipeline import _Layout
 from orogen.parallel.plan import make_plan
 from orogen.simulate.aot import flops_overhead
@@ -111,7 +112,7 @@ def computed(pattern: str, plan: dict, dtype: str) -> tuple[float, list[np.ndarr
     run = run_config(hybrid(pattern=pattern, mtp_depths=0), plan=plan, batch_size=8, sequence_length=24)
     laid, built = assemble(run.model, run.plan, length=24)
     state = tuple(map(built.laid, initial_state(run.model, jnp.asarray(3))))
-    params, buffers = jax.device_put(state, (laid.shardings(built.params), laid.shardings(built.buffers)))
+    params, buffers = jax.device_put(state, placement.shardings((built.params, built.buffers), laid))
     batch = batch_to_devices(packed_batch(run, run.train), laid)
     loss, grads, *_ = jax.jit(gradients(built, NEXT_TOKENS, run.model, laid, dtype))(params, buffers, batch)
     return float(loss), jax.tree.leaves(jax.device_get(built.layout.join(grads)))

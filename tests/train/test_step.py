@@ -16,6 +16,7 @@ from flax import nnx
 from tests.helpers import hybrid, run_config
 
 from orogen.model.lm import build
+from orogen.parallel import placement
 from orogen.parallel.plan import make_plan
 from orogen.train.checkpoint import Checkpoints, with_shardings
 from orogen.train.next_token import NEXT_TOKENS
@@ -136,7 +137,7 @@ def test_an_offloaded_optimizer_updates_as_one_on_the_device_does(monkeypatch):
     """A CPU has one memory, so both names are of it: what is tested is the update, and that a bad step makes none.
 
     Epsilon is large beside rounding: without it an element whose gradient is next to nothing moves by its sign."""
-    monkeypatch.setattr("orogen.parallel.plan.HOST", "device")
+    monkeypatch.setattr("orogen.parallel.placement.HOST", "device")
     monkeypatch.setattr("orogen.parallel.mesh.HAS_HOST_MEMORY", ("cpu",))
     configs = [run_config(hybrid(pattern="*E", mtp_depths=0), plan={"offload_optimizer": o}) for o in (True, False)]
     smooth = dataclasses.replace(configs[0].optimizer, epsilon=1e-3)
@@ -242,7 +243,7 @@ def test_routers_without_correction_bias_train_count_loads_and_are_restored(tmp_
         checkpoints.save(state, {"position": {}, "identity": {}}, run.built.layout)
     target = abstract_state(run.built, run.optimizer)
     with Checkpoints(tmp_path) as checkpoints:
-        restored, _ = checkpoints.restore(with_shardings(target, run.plan.shardings(target)))
+        restored, _ = checkpoints.restore(with_shardings(target, placement.shardings(target, run.plan)))
     chex.assert_trees_all_equal(restored, state)
 
 
@@ -253,10 +254,10 @@ def reductions(fsdp: str, microbatches: int) -> tuple[list[int], list[int], int]
     config = run_config(hybrid(**MATRICES), plan=plan, batch_size=4 * microbatches)
     layout, built = make_plan(config.plan, config.model), build(config.model)
     function = gradients(built, NEXT_TOKENS, config.model, layout, "float32")
-    stored = layout.shardings((built.params, built.buffers))
+    stored = placement.shardings((built.params, built.buffers), layout)
     batch = batch_to_devices(packed_batch(config, config.train), layout)
     compiled = (
-        jax.jit(lambda p, b, x: function(layout.working(p), b, x), in_shardings=(*stored, None))
+        jax.jit(lambda p, b, x: function(placement.working(p, layout), b, x), in_shardings=(*stored, None))
         .lower(built.params, built.buffers, batch)
         .compile()
     )

@@ -136,6 +136,25 @@ def test_bfloat16_has_tolerances_of_its_own(what):
     assert 1e-5 < found.loss_error <= found.tolerances["loss_error"] < 0.05
 
 
+# Every letter on ranks of tensor that hold the whole stream, with what else splits or sums it.
+WHOLE = [
+    ({"pattern": "wE/*", "mtp_depths": 1, "sliding_window": 7, "mlp_bias": True, "tie_word_embeddings": True,
+      "learned_positions": 24, "moe_shared_expert_gate": True, "attention_bias": "all", "rope_theta": 100.0},
+     {"data": 2, "expert": 4, "dispatch": "alltoall", "capacity_factor": 1.0, "microbatches": 2}),
+    ({"pattern": "Mm-", "mtp_depths": 0, "mamba_intermediate_size": 48, "time_step_rank": 3, "mamba_proj_bias": True},
+     {"context": 2, "fsdp": "parameters", "remat": "full"}),
+    ({"pattern": "+E", "mtp_depths": 0, "kv_lora_rank": 24, "q_lora_rank": 48, "qk_nope_head_dim": 4,
+      "qk_rope_head_dim": 2, "v_head_dim": 3, "rope_theta": 100.0, "router_balance": "global", "attention_bias": "all"},
+     {"stage": 2, "microbatches": 2, "expert": 2}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "plan"), WHOLE, ids=["wE/*", "Mm-", "+E"])
+def test_a_stream_that_every_rank_holds_whole_equals_one_device(model, plan):
+    found = verify(run_config(hybrid(**model), plan=plan | {"tensor": 2, "stream": "whole"}, batch_size=8))
+    assert found.passed and not found.zero_leaves, found
+
+
 def test_fp8_is_held_against_products_that_are_not_rounded():
     config = run_config(hybrid(pattern="---", mtp_depths=0), plan={"linear": "fp8", "data": 2}, sequence_length=12)
     found = verify(config)

@@ -16,6 +16,7 @@ from orogen.layers.documents import documents
 from orogen.model.count import count
 from orogen.model.lm import build
 from orogen.model.vocabulary import vocab_dim
+from orogen.parallel import placement
 from orogen.parallel.describe import describe_plan
 from orogen.parallel.plan import make_plan
 from orogen.train.assemble import assemble
@@ -115,7 +116,7 @@ def test_given_weights_begin_on_a_plan_with_rows_of_zeros():
     _, layout, built, optimizer = laid_out(model, FOUR)
     whole = build(model)
     ones = lambda x, sharding: jax.device_put(np.ones(x.shape, x.dtype), sharding)  # noqa: E731
-    given = [jax.tree.map(ones, tree, layout.spread(tree)) for tree in (whole.params, whole.buffers)]
+    given = [jax.tree.map(ones, tree, placement.spread(tree, layout)) for tree in (whole.params, whole.buffers)]
     state = start_state(*given, built, optimizer, layout)
     for array in vocabularies(state.params):
         assert len(array) == 96 and array[:SIZE].all() and not array[SIZE:].any()
@@ -168,7 +169,7 @@ def test_a_model_is_read_without_the_rows_of_the_plan_that_saved_it(tmp_path):
         checkpoints.save(state, POSITION, built.layout)
     whole, one = build(model), make_plan(PlanConfig(), model)
     with Checkpoints(tmp_path) as checkpoints:
-        params, _ = checkpoints.restore_model(whole.params, whole.buffers, one.shardings)
+        params, _ = checkpoints.restore_model(whole.params, whole.buffers, lambda tree: placement.shardings(tree, one))
     chex.assert_trees_all_equal(params, built.whole(state.params))
     assert [len(a) for a in vocabularies(params)] == [SIZE, SIZE]
 
@@ -181,7 +182,7 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(tmp_path, size):
     other = dataclasses.replace(model_of(), vocab_size=size)
     whole, one = build(other), make_plan(PlanConfig(), other)
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(ConfigError, match=rf"of another model.*{SIZE}.*{size}"):
-        checkpoints.restore_model(whole.params, whole.buffers, one.shardings)
+        checkpoints.restore_model(whole.params, whole.buffers, lambda tree: placement.shardings(tree, one))
 
 
 def test_parameters_are_counted_without_the_rows_and_shown_with_them():

@@ -27,6 +27,7 @@ from orogen.config.reads import unread
 from orogen.config.run import RunConfig
 from orogen.cost.flops import peak_flops, training_flops_per_token
 from orogen.model.lm import build, initial_state
+from orogen.parallel import placement
 from orogen.parallel.plan import Plan, make_plan
 from orogen.parallel.runtime import asks_for_same_bits, configure
 from orogen.precision.policy import working_copy
@@ -252,7 +253,7 @@ def _working_state(model: ModelConfig, plan: Plan, dtype: str) -> tuple[Any, Any
         return working_copy(params, dtype), buffers
 
     built = build(model)
-    return jax.jit(create, out_shardings=(plan.shardings(built.params), plan.shardings(built.buffers)))()
+    return jax.jit(create, out_shardings=placement.shardings((built.params, built.buffers), plan))()
 
 
 def _mean_nats(nats: Any, targets: Any) -> float:

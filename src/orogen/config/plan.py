@@ -48,6 +48,9 @@ class PlanConfig:
     schedule: all microbatches forward first (gpipe), each backward as soon as it can be (1f1b), or that with several
     chunks of the model on each stage (interleaved). Stages are split at the `|` of the pattern, or balanced by FLOPs
     where it has none; the first embeds, the last computes the heads and the MTP block.
+    stream: with `whole`, norms and biases are computed on every tensor rank, and outputs of layers are summed over them
+    by all-reduce instead of reduce-scatter and all-gather: as many bytes, more activations. Routed experts still take
+    tokens of each rank's own.
     remat: recomputed are all of a layer's activations (full), those that no matrix product or fused kernel makes
     (elementwise), those large and cheap (selective), those that the formulas of arXiv:2205.05198 do not count (paper);
     or entries that choose by name, 'name,name' or 'LETTERS:name,name', in which one of these words may stand as well:
@@ -69,6 +72,9 @@ class PlanConfig:
         int, "context-parallel ranks: where there are several, each holds two parts of every sequence"
     ] = 1
     tensor: Annotated[int, "tensor-parallel ranks: they split heads, hidden units, groups and the vocabulary"] = 1
+    stream: Annotated[
+        str, "between layers each tensor rank holds its time of the activations (sequence parallelism) or the whole"
+    ] = "time"
     stage: Annotated[int, "pipeline stages: each holds segments of the pattern"] = 1
     expert: Annotated[int, "expert-parallel ranks: each holds its share of the routed experts"] = 1
     expert_tensor: Annotated[int, "ranks that split the hidden units of each routed expert"] = 1
@@ -134,6 +140,7 @@ class PlanConfig:
         require_positive(self, "data", "context", "tensor", "stage", "expert", "expert_tensor", "microbatches")
         require_positive(self, "unroll", "logit_rows")
         require_positive(self, "fsdp_size", "capacity_factor", "buffer_factor")
+        require_choice(self, "stream", ("time", "whole"))
         require_choice(self, "schedule", ("gpipe", "1f1b", "interleaved"))
         require_positive(self, "virtual")
         several = self.virtual is None or self.virtual == 1 or self.schedule == "interleaved"
@@ -200,8 +207,9 @@ class PlanConfig:
         """Rows of embedding and head: those of the vocabulary, padded to a multiple of `tensor`."""
         return -(-vocab_size // self.tensor) * self.tensor
 
-    @property
-    def sequence_pieces(self) -> int:
-        """What a context rank's share of the sequence must be a multiple of: one piece per tensor rank, and two equal
-        parts if there are several context ranks."""
-        return math.lcm(2, self.tensor) if self.context > 1 else self.tensor
+    def sequence_pieces(self, *, routed: bool) -> int:
+        """What a context rank's share of the sequence must be a multiple of: one piece per tensor rank, unless each
+        holds the whole stream and none of it is `routed` to experts, and two equal parts if there are several context
+        ranks."""
+        shared = 1 if self.stream == "whole" and not routed else self.tensor
+        return math.lcm(2, shared) if self.context > 1 else shared

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from orogen.config.checks import ConfigError
 from orogen.config.model import LAYERS, ModelConfig
 from orogen.config.plan import PlanConfig
+from orogen.config.recipe import FP8, layer_recipes
 from orogen.config.run import PARTS, RunConfig
 
 
@@ -146,6 +147,7 @@ READERS: dict[str, tuple[Reader, ...]] = {
         _of_plan("buffer_factor", lambda plan: plan.dispatch == "ragged", "PlanConfig.dispatch is not 'ragged'"),
         _of_plan("fsdp_size", lambda plan: plan.fsdp != "none", "PlanConfig.fsdp is 'none'"),
         _of_plan("context_attention context_ssm shift", lambda plan: plan.context > 1, "PlanConfig.context is 1"),
+        _of_plan("stream", lambda plan: plan.tensor > 1, "PlanConfig.tensor is 1"),
         _of_plan("schedule virtual", lambda plan: plan.stage > 1, "PlanConfig.stage is 1"),
         _of_plan(
             "logit_rows", lambda plan: plan.cross_entropy == "chunked", "PlanConfig.cross_entropy is not 'chunked'"
@@ -215,9 +217,10 @@ READERS: dict[str, tuple[Reader, ...]] = {
 
 
 def _has_dense_products(model: ModelConfig) -> bool:
-    """Whether a layer between the first and the last has a product with a weight matrix that is not an expert's. The
-    multi-token-prediction block computes nothing in 8 bits."""
-    inner = set(model.layers.main[1:-1])
+    """Whether a layer that 8 bits may change has a product with a weight matrix that is not an expert's."""
+    recipes = layer_recipes(PlanConfig(linear=FP8), model)
+    pattern = model.layers.main + model.layers.mtp
+    inner = {letter for letter, recipe in zip(pattern, recipes, strict=True) if FP8 in recipe.linear.names()}
     beside_experts = model.moe_latent_size or model.moe_shared_expert_intermediate_size
     return bool(inner - {"E"}) or ("E" in inner and beside_experts is not None)
 

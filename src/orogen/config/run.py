@@ -143,8 +143,10 @@ class RunConfig:
                 "batch_size",
                 f"a multiple of data x microbatches = {self.plan.data} x {self.plan.microbatches}",
             )
-            context, pieces = self.plan.context, self.plan.sequence_pieces
-            name = "tensor" if context == 1 else "lcm(2, tensor)"
+            routed = self.model is None or "E" in self.model.layers.main + self.model.layers.mtp
+            context, pieces = self.plan.context, self.plan.sequence_pieces(routed=routed)
+            shared = "tensor" if routed or self.plan.stream == "time" else "1"
+            name = shared if context == 1 else f"lcm(2, {shared})"
             expected = f"a multiple of context x {name} = {context} x {pieces}"
             require(self.train.sequence_length % (context * pieces) == 0, self.train, "sequence_length", expected)
             self.plan.require_half_precision(self.train.compute_dtype)

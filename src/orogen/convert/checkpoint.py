@@ -32,6 +32,7 @@ from orogen.infer.generate import Loaded
 from orogen.infer.generate import load_checkpoint as load_run
 from orogen.infer.generate import load_weights as load_run_weights
 from orogen.model.lm import Built, build
+from orogen.parallel import placement
 from orogen.parallel.plan import single_device_plan
 from orogen.train.checkpoint import Checkpoints
 from orogen.train.loop import Origin
@@ -119,7 +120,7 @@ def load_weights(folder: Path) -> Loaded:
     config = read_model_config(folder)
     plan = single_device_plan(PlanConfig(dispatch="allgather"), config)
     built = build(config)
-    params, buffers = load_parameters(folder, built, plan.shardings)
+    params, buffers = load_parameters(folder, built, lambda tree: placement.shardings(tree, plan))
     return Loaded(config, built, params, buffers, None, plan)
 
 

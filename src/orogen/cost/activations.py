@@ -16,6 +16,7 @@ from orogen.cost.ledger import Workload
 from orogen.layers.documents import Documents
 from orogen.model.block import Stack
 from orogen.moe.layer import MoEStats
+from orogen.parallel.axes import STREAM
 from orogen.parallel.plan import Plan
 from orogen.precision.policy import DTYPES, working_copy
 
@@ -38,12 +39,14 @@ class Kept(NamedTuple):
 
 
 def kept_by_layer(letter: str, model: ModelConfig, plan: Plan, work: Workload, *, dtype: str) -> list[Kept]:
-    """The arrays that one device keeps for one layer and microbatch, each once. Nothing is allocated.
+    """The arrays that one device keeps for one layer, of the plan's own recipe, and microbatch, each once. Nothing is
+    allocated.
 
     The weights' working copies and the documents, which a device has once for all layers, are not among them. WEIGHTS
     are computed from weights: gathered copies of those that FSDP shards, or casts.
     """
     graph, params, buffers = _split(letter, model)
+    plan = plan.with_recipes(None)
     params = jax.eval_shape(lambda p: working_copy(p, dtype), params)
 
     def residuals(params, buffers, x_btd, docs):
@@ -59,8 +62,8 @@ def kept_by_layer(letter: str, model: ModelConfig, plan: Plan, work: Workload, *
     x_btd = jax.ShapeDtypeStruct((rows, length, model.hidden_size), DTYPES[dtype])
     docs_bt: Any = jax.ShapeDtypeStruct((rows, length), "int32")
     arguments = (params, buffers, x_btd, Documents(docs_bt, docs_bt))
-    specs = plan.specs(params), plan.specs(buffers), plan.spec("batch", "tokens", None), plan.spec("batch", "context")
-    run = plan.run(residuals, inputs=specs, outputs=plan.spec("batch", "context", "sequence"))
+    specs = plan.specs(params), plan.specs(buffers), plan.spec(*STREAM, None), plan.spec("batch", "context")
+    run = plan.run(residuals, inputs=specs, outputs=plan.spec("batch", "context", "tensor"))
     counts = [len(jax.tree.leaves(argument)) for argument in arguments]
     kinds = [kind for kind, n in zip((WEIGHTS, WEIGHTS, "input", DOCUMENTS), counts, strict=True) for _ in range(n)]
     return list(_kept(*_shard_body(jax.make_jaxpr(run)(*arguments).jaxpr, kinds)))

@@ -7,9 +7,24 @@ from orogen.cost.ledger import CONTEXT, FLOAT32, INT32, Ledger
 
 
 def block(ledger: Ledger, part: str = "sequence", *, needed: bool = False, name: str = "") -> None:
-    """Sequence parallelism: the input is gathered, the ranks' parts of the output are summed and scattered."""
-    ledger.gather(part, ("tensor",), ledger.stream / ledger.plan.tensor)
-    ledger.scatter(part, ("tensor",), ledger.stream, needed=needed, name=name)
+    """A layer split over `tensor`: its input enters from the residual stream, the sum of the ranks' outputs leaves."""
+    enter(ledger, part)
+    leave(ledger, part, needed=needed, name=name)
+
+
+def enter(ledger: Ledger, part: str) -> None:
+    """What `Plan.enter` sends: the other ranks' pieces of the residual stream; nothing where each holds all of it."""
+    if ledger.plan.stream == "time":
+        ledger.gather(part, ("tensor",), ledger.stream / ledger.plan.tensor)
+
+
+def leave(ledger: Ledger, part: str, *, needed: bool = False, name: str = "") -> None:
+    """What `Plan.leave` sends: the ranks' parts are summed, and each keeps its piece of the sum, or all of it. In the
+    second case their gradients are summed in the backward pass."""
+    if ledger.plan.stream == "time":
+        ledger.scatter(part, ("tensor",), ledger.stream, needed=needed, name=name)
+    else:
+        ledger.both(part, "all-reduce", ("tensor",), ledger.stream, needed=needed, name=name)
 
 
 def _attention(ledger: Ledger) -> None:
@@ -98,6 +113,8 @@ def _mamba1(ledger: Ledger) -> None:
 def _experts(ledger: Ledger) -> None:
     plan, model = ledger.plan, ledger.model
     DISPATCH_COLLECTIVES[plan.dispatch](ledger)
+    if plan.stream == "whole":  # each rank routes its own tokens
+        ledger.gather("combine", ("tensor",), ledger.stream / plan.tensor, needed=False)
     if model.moe_shared_expert_intermediate_size:
         block(ledger, "shared expert", needed=model.moe_shared_expert_gate, name="shared_out")
     experts, rows = model.n_routed_experts, ledger.work.rows
@@ -165,7 +182,7 @@ def ends(ledger: Ledger) -> None:
     chunk = tokens if plan.cross_entropy == "full" else min(plan.logit_rows, tokens)
     for depth in range(depths):
         embedded(ledger, depth)
-        ledger.gather("head", ("tensor",), ledger.stream / plan.tensor)
+        enter(ledger, "head")
         ledger.add(
             "cross-entropy", "forward", "all-reduce", ("tensor",), chunk * FLOAT32, count=3 * -(-tokens // chunk)
         )
@@ -177,7 +194,7 @@ def ends(ledger: Ledger) -> None:
 
 def embedded(ledger: Ledger, depth: int) -> None:
     """The tokens of a prediction `depth` deep; their positions and documents come from a rank's neighbours, too."""
-    ledger.scatter("embedding", ("tensor",), ledger.stream)
+    leave(ledger, "embedding")
     ledger.shift("targets", ("context",), ledger.work.rows * depth * FLOAT32, 3 * 2)
 
 

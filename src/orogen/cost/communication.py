@@ -28,10 +28,8 @@ def unit_collectives(unit: str, model: ModelConfig, plan: PlanConfig, work: Work
     if unit == LOAD:
         load(ledger)
     elif unit == PIPELINE:
-        held = ledger.own_tokens * model.hidden_size * work.itemsize
-        ledger.add(
-            "stream", "forward", "collective-permute", ("stage",), held, count=2 * plan_schedule(plan, model).ticks
-        )
+        turns = 2 * plan_schedule(plan, model).ticks
+        ledger.add("stream", "forward", "collective-permute", ("stage",), ledger.own_stream, count=turns)
     elif unit == MTP:
         own = weights(model).mtp
     elif unit == ENDS:

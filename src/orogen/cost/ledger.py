@@ -122,9 +122,11 @@ class Ledger:
             if phase == "forward" and needed and again:
                 self.records.append(Collective(part, "recompute", operation, axes, count, size))
 
-    def gather(self, part: str, axes: Sequence[str], held: float, *, gradient: bool = True, name: str = "") -> None:
-        """An all-gather of pieces of `held` bytes, and its transpose. name: see `add`, as everywhere below."""
-        self.add(part, "forward", "all-gather", axes, held, name=name)
+    def gather(
+        self, part: str, axes: Sequence[str], held: float, *, gradient: bool = True, needed: bool = True, name: str = ""
+    ) -> None:
+        """An all-gather of pieces of `held` bytes, and its transpose. needed, name: see `add`, as everywhere below."""
+        self.add(part, "forward", "all-gather", axes, held, needed=needed, name=name)
         if gradient:
             self.add(part, "backward", "reduce-scatter", axes, held * self.ranks(axes))
 
@@ -154,10 +156,11 @@ class Ledger:
             self.add(part, "backward", operation, axes, size, count=count)
 
     def both(
-        self, part: str, operation: str, axes: Sequence[str], held: float, count: int = 1, *, name: str = ""
-    ) -> None:
+        self, part: str, operation: str, axes: Sequence[str], held: float, count: int = 1, *, needed: bool = True,
+        name: str = "",
+    ) -> None:  # fmt: skip
         """A collective that is its own transpose."""
-        self.add(part, "forward", operation, axes, held, count=count, name=name)
+        self.add(part, "forward", operation, axes, held, count=count, needed=needed, name=name)
         self.add(part, "backward", operation, axes, held, count=count)
 
     def ranks(self, axes: Iterable[str]) -> int:
@@ -184,8 +187,13 @@ class Ledger:
         return self.work.rows * self.work.tokens * self.model.hidden_size * self.work.itemsize
 
     @property
+    def own_stream(self) -> int:
+        """Bytes of what this device holds of the residual stream."""
+        return self.stream if self.plan.stream == "whole" else self.stream // self.plan.tensor
+
+    @property
     def own_tokens(self) -> int:
-        """Tokens of this device's piece of the sequence."""
+        """Tokens that this device routes."""
         return self.work.rows * self.work.tokens // self.plan.tensor
 
     @property

@@ -25,6 +25,7 @@ from orogen.data.tokenizer import Tokenizer, check_rows
 from orogen.infer.sampling import sample
 from orogen.layers.documents import documents
 from orogen.model.lm import Built, build
+from orogen.parallel import placement
 from orogen.parallel.plan import Plan, single_device_plan
 from orogen.train.checkpoint import Checkpoints
 
@@ -66,7 +67,8 @@ def load_weights(folder: Path) -> Loaded:
     plan = single_device_plan(chosen, config.need("model").model)
     built = build(config.model)
     with Checkpoints(folder) as checkpoints:
-        params, buffers = checkpoints.restore_model(built.params, built.buffers, plan.shardings)
+        placed = lambda tree: placement.shardings(tree, plan)  # noqa: E731
+        params, buffers = checkpoints.restore_model(built.params, built.buffers, placed)
         checkpoints.check_config(config.model)
     return Loaded(config.model, built, params, buffers, None, plan)
 

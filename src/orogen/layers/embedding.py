@@ -23,16 +23,16 @@ class Embedding(nnx.Module):
         self.positions = normal(rngs, (positions, size), ("positions", "embed"), std=std) if positions else None
 
     def __call__(self, tokens_bt: Array, docs: Documents, plan: Plan) -> Array:
-        """(b, t of this rank's sequence piece, d). A token outside the vocabulary gives zeros, a position outside the
-        table NaN; padding takes position 0."""
+        """(b, t, d), laid out as the residual stream. A token outside the vocabulary gives zeros, a position outside
+        the table NaN; padding takes position 0."""
         rows_vd = plan.weight(self.weight)
         local_bt = tokens_bt - plan.index("vocab") * rows_vd.shape[0]
         held_bt = (local_bt >= 0) & (local_bt < rows_vd.shape[0]) & (tokens_bt < self.vocab_size)
         x_btd = jnp.where(held_bt[..., None], rows_vd[jnp.where(held_bt, local_bt, 0)], 0)
-        x_btd = plan.scatter(x_btd, "sequence")
+        x_btd = plan.leave(x_btd)
         if self.positions is None:
             return x_btd
-        positions_bt = plan.piece(jnp.where(docs.segments_bt == 0, 0, docs.positions_bt), "sequence")
+        positions_bt = plan.own(jnp.where(docs.segments_bt == 0, 0, docs.positions_bt))
         return x_btd + jnp.take(plan.weight(self.positions), positions_bt, axis=0, mode="fill", fill_value=jnp.nan)
 
 

@@ -1,4 +1,10 @@
-"""The product with a weight matrix. Letters: b batch, t time, n tokens (b · t), d width in, f width out."""
+"""The doors by which every weight is read for a product: `linear` matrices, `grouped` ones of experts, and the `head`.
+
+The recipe of the layer at hand (`Plan.recipe`) names the formats. Products that no recipe changes have doors of their
+own.
+
+Letters: b batch, t time, n tokens (b · t), d width in, f width out, e experts, r rows sorted by expert, v vocabulary.
+"""
 
 from collections.abc import Sequence
 
@@ -7,20 +13,51 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from orogen.config.plan import PlanConfig
+from orogen.config.recipe import IN_PLAIN
+from orogen.kernels.grouped_matmul import grouped_matmul
 from orogen.parallel.plan import Plan
 from orogen.parallel.varying import vary_like
 from orogen.precision.fp8 import fp8_matmul
 
+# Formats, and the product of rows with the matrix of their expert in them.
+GROUPED = {IN_PLAIN: grouped_matmul}
+
 
 def linear(x_btd: Array, weight: nnx.Param, plan: Plan) -> Array:
-    """x w, by the product that PlanConfig.linear names."""
+    """x w, in the formats of the recipe."""
     return linears(x_btd, (weight,), plan)[0]
 
 
 def linears(x_btd: Array, weights: Sequence[nnx.Param], plan: Plan) -> tuple[Array, ...]:
     """x w for each of several weights that a model could equally hold as one: FP8 gives them one scale."""
-    return PRODUCTS[plan.config.linear](x_btd, [plan.weight(w) for w in weights], plan.config)
+    formats, weights_df = plan.recipe.linear, [plan.weight(w) for w in weights]
+    if formats == IN_PLAIN:
+        return tuple(multiply(x_btd, w_df) for w_df in weights_df)
+    parts_nf = fp8_matmul(_flat(x_btd), weights_df, formats=formats, quantize=plan.config.quantize)
+    return tuple(y_nf.reshape(*x_btd.shape[:-1], -1) for y_nf in parts_nf)
+
+
+def linear_plain(x_btd: Array, weight: nnx.Param, plan: Plan) -> Array:
+    """x w in the dtype of computation, whatever the recipe: for results too narrow to gain by another format, and for
+    those that decays are exponentials of."""
+    return multiply(x_btd, plan.weight(weight))
+
+
+def linear_float32(x_btd: Array, weight: nnx.Param, plan: Plan) -> Array:
+    """x w in float32, whatever the recipe, by `multiply_float32`."""
+    return multiply_float32(x_btd, plan.weight(weight))
+
+
+def grouped(x_rd: Array, weight: nnx.Param, group_sizes: Array | int, plan: Plan) -> Array:
+    """x w_e for the rows of each expert e, in the formats of the recipe. group_sizes: see `grouped_matmul`."""
+    product = GROUPED[plan.recipe.grouped]
+    return product(x_rd, plan.weight(weight), group_sizes, implementation=plan.config.grouped_matmul)
+
+
+def head_matrix(embedding: nnx.Param, head: nnx.Param | None, plan: Plan) -> Array:
+    """The head (d, v of this rank) for the product that the cross-entropy computes, or without one the embedding's rows
+    (v, d) as columns. In the dtype of computation, the one format that recipes have for it."""
+    return plan.weight(embedding).T if head is None else plan.weight(head)
 
 
 def multiply(x_btd: Array, w_df: Array) -> Array:
@@ -103,19 +140,6 @@ def _sum_of_parts(left: Array, right: Array) -> Array:
     """The product with three matrices side by side, summed over them, float32."""
     y = jnp.matmul(left, right, preferred_element_type=jnp.float32)
     return jnp.sum(y.reshape(len(y), 3, -1), axis=1)
-
-
-def _plain(x_btd: Array, weights_df: Sequence[Array], config: PlanConfig) -> tuple[Array, ...]:
-    del config
-    return tuple(multiply(x_btd, w_df) for w_df in weights_df)
-
-
-def _fp8(x_btd: Array, weights_df: Sequence[Array], config: PlanConfig) -> tuple[Array, ...]:
-    parts_nf = fp8_matmul(_flat(x_btd), weights_df, quantize=config.quantize)
-    return tuple(y_nf.reshape(*x_btd.shape[:-1], -1) for y_nf in parts_nf)
-
-
-PRODUCTS = {"plain": _plain, "fp8": _fp8}
 
 
 def _flat(x_btd: Array) -> Array:

@@ -80,7 +80,7 @@ class MLP(nnx.Module):
 
     def transform(self, x_btd: Array, plan: Plan) -> Array:
         """y (b, t, d)."""
-        h_btd = plan.gather(x_btd, "sequence")
+        h_btd = plan.enter(x_btd)
         weights = [w for w in (self.up, self.gate) if w is not None]
         biases = (self.up_bias, self.gate_bias)[: len(weights)]
         up_btf, *gates_btf = (
@@ -91,4 +91,4 @@ class MLP(nnx.Module):
         hidden_btf = activate(up_btf, gate_btf, name=self.activation, limit=self.limit)
         hidden_btf = checkpoint_name(hidden_btf, f"{self.prefix}activation")
         # The ranks' parts of the product are summed first, so that the bias counts once.
-        return add_bias(plan.scatter(linear(hidden_btf, self.down, plan), "sequence"), self.down_bias)
+        return add_bias(plan.leave(linear(hidden_btf, self.down, plan)), self.down_bias)

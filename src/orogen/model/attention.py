@@ -17,7 +17,7 @@ from orogen.layers.linear import add_bias, linear, linears
 from orogen.layers.norm import make_norm
 from orogen.layers.parameter import normal, parameter
 from orogen.layers.rotary import make_rotary, mscale
-from orogen.model.cache import KeyValues, require_whole_pieces
+from orogen.model.cache import KeyValues, require_one_context_rank
 from orogen.model.context_attention import attend
 from orogen.parallel.plan import Plan
 
@@ -57,8 +57,8 @@ class Attention(nnx.Module):
         self, x_btd: Array, docs: Documents, plan: Plan, given: KeyValues | None = None
     ) -> tuple[Array, KeyValues | None]:
         """y (b, t, d); given the keys and values of earlier tokens, over those too, and all of them."""
-        require_whole_pieces(plan, given, docs.segments_bt.shape[1])
-        h_btd = plan.gather(x_btd, "sequence")
+        require_one_context_rank(plan, given)
+        h_btd = plan.enter(x_btd)
         q_btf, k_btf, v_btf = linears(h_btd, (self.query, self.key, self.value), plan)
         q_bthk = self._heads("query", q_btf, self.query_bias)
         k_btgk = self._heads("key", k_btf, self.key_bias)
@@ -131,8 +131,8 @@ class LatentAttention(nnx.Module):
         self, x_btd: Array, docs: Documents, plan: Plan, given: KeyValues | None = None
     ) -> tuple[Array, KeyValues | None]:
         """y (b, t, d); given the latent vectors and rotary keys of earlier tokens, over those too, and all of them."""
-        require_whole_pieces(plan, given, docs.segments_bt.shape[1])
-        h_btd = plan.gather(x_btd, "sequence")
+        require_one_context_rank(plan, given)
+        h_btd = plan.enter(x_btd)
         q_bthk = self._queries(h_btd, docs, plan)
         latent_btr, shared_btk = linears(h_btd, (self.latent_down, self.key_rope), plan)
         latent_btr = checkpoint_name(add_bias(latent_btr, self.latent_down_bias), "latent")
@@ -197,5 +197,5 @@ def _split(x_btf: Array, size: int) -> Array:
 
 def _join(y_bthk: Array, out: nnx.Param, bias: nnx.Param | None, plan: Plan) -> Array:
     """The heads' outputs projected and summed over ranks; the bias is added once, to the sum."""
-    y_btd = plan.scatter(linear(y_bthk.reshape(*y_bthk.shape[:2], -1), out, plan), "sequence")
+    y_btd = plan.leave(linear(y_bthk.reshape(*y_bthk.shape[:2], -1), out, plan))
     return add_bias(y_btd, bias)

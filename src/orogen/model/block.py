@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from orogen.config.model import ModelConfig
 from orogen.config.plan import FOR_GPU
+from orogen.config.recipe import FP8
 from orogen.layers.documents import Documents
 from orogen.layers.mlp import MLP
 from orogen.layers.norm import make_norm
@@ -24,8 +25,6 @@ from orogen.model.mamba2 import Mamba2
 from orogen.model.remat import checkpointed
 from orogen.moe.layer import MoE
 from orogen.parallel.plan import Plan
-
-Ends = tuple[bool, bool]
 
 # What each letter of a pattern builds.
 MIXERS: dict[str, Callable[[ModelConfig, nnx.Rngs], nnx.Module]] = {
@@ -142,23 +141,22 @@ class Stack(nnx.Module):
     layer's mixer takes and keeps (None if nothing), or, for a repetition, a nested tuple stacked along the leading
     axis. `given` goes in: routing to replay, caches of earlier tokens. A call returns the residual stream and what the
     layers `kept`: routing statistics, and each cache that was given with this call's tokens in it.
-    `ends`: whether the first and the last layer here are the model's, which compute nothing in FP8.
+    The plan has a recipe for each layer, perhaps with those of layers behind these.
     """
 
     def __init__(self, items: tuple[str | Repeat, ...], config: ModelConfig, rngs: nnx.Rngs):
-        self.items = items
+        self.items, self.size = items, len(letters(items))
         self.children: Any = nnx.List([_child(item, config, rngs) for item in items])
 
-    def __call__(
-        self, x_btd: Array, docs: Documents, plan: Plan, given: Any = None, *, ends: Ends = (False, False)
-    ) -> tuple[Array, Any]:
-        kept, last = [], len(self.items) - 1
+    def __call__(self, x_btd: Array, docs: Documents, plan: Plan, given: Any = None) -> tuple[Array, Any]:
+        kept, start = [], 0
         for index, (item, child) in enumerate(zip(self.items, self.children, strict=True)):
             child_given = None if given is None else given[index]
             apply: Any = _scan if isinstance(item, Repeat) else _apply
-            outer = (ends[0] and index == 0, ends[1] and index == last)
-            x_btd, child_kept = apply(child, x_btd, docs, plan, child_given, outer)
+            stop = start + len(letters((item,)))
+            x_btd, child_kept = apply(child, x_btd, docs, plan.of_layers(start, stop), child_given)
             kept.append(child_kept)
+            start = stop
         return x_btd, tuple(kept)
 
     def start(self, batch: int, length: int, dtype: Any) -> tuple[Any, ...]:
@@ -193,9 +191,9 @@ def _child(item: str | Repeat, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Modul
     return nnx.merge(graphs[0], states)
 
 
-def _apply(layer: Layer, x_btd: Array, docs: Documents, plan: Plan, given: Any, ends: Ends) -> tuple[Array, Any]:
+def _apply(layer: Layer, x_btd: Array, docs: Documents, plan: Plan, given: Any) -> tuple[Array, Any]:
     graph, state = nnx.split(layer)
-    plan = plan.without_fp8() if any(ends) else plan
+    plan = plan.of_layer()
 
     def call(state, x_btd, docs, given):
         return nnx.merge(graph, state)(x_btd, docs, plan, given)
@@ -203,25 +201,25 @@ def _apply(layer: Layer, x_btd: Array, docs: Documents, plan: Plan, given: Any, 
     remat = plan.config.layer_remat(layer.letter)
     # What FSDP gathers is made of weights, and what FP8 rounds, which `elementwise` keeps as the output of a kernel.
     kept = remat.kind == "elementwise" and plan.config.quantize == FOR_GPU["quantize"]
-    large = plan.config.fsdp == "parameters" or (plan.config.linear == "fp8" and not kept)
+    large = plan.config.fsdp == "parameters" or (FP8 in plan.recipe.names() and not kept)
     return checkpointed(call, remat, weights_behind=large)(state, x_btd, docs, given)
 
 
-def _scan(stack: Stack, x_btd: Array, docs: Documents, plan: Plan, given: Any, ends: Ends) -> tuple[Array, Any]:
+def _scan(stack: Stack, x_btd: Array, docs: Documents, plan: Plan, given: Any) -> tuple[Array, Any]:
     graph, states = nnx.split(stack)
-
-    def body(x_btd, inputs, ends=(False, False)):
-        state, given = inputs
-        return nnx.merge(graph, state)(x_btd, docs, plan, given, ends=ends)
-
     count = len(jax.tree.leaves(states)[0])
-    if plan.config.linear == "fp8" and any(ends):
-        # Written out, for the first or last turn differs: a loop over the others would copy their weights out first.
+    turns = [plan.of_layers(turn * stack.size, (turn + 1) * stack.size) for turn in range(count)]
+
+    def body(x_btd, inputs, plan=turns[0]):
+        state, given = inputs
+        return nnx.merge(graph, state)(x_btd, docs, plan, given)
+
+    if len({turn.recipes for turn in turns}) > 1:
+        # Written out, for some turns differ: a loop over the others would copy their weights out first.
         kept = []
-        for turn in range(count):
-            inputs = jax.tree.map(lambda a, turn=turn: a[turn], (states, given))
-            outer = (ends[0] and turn == 0, ends[1] and turn == count - 1)
-            x_btd, turn_kept = body(x_btd, inputs, outer)
+        for index, turn in enumerate(turns):
+            inputs = jax.tree.map(lambda a, index=index: a[index], (states, given))
+            x_btd, turn_kept = body(x_btd, inputs, turn)
             kept.append(turn_kept)
         return x_btd, jax.tree.map(lambda *parts: jnp.stack(parts), *kept)
     return lax.scan(body, x_btd, (states, given), unroll=count <= plan.config.unroll)

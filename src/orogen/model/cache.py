@@ -4,8 +4,9 @@ A mixer makes its own by `start`, and names their logical axes by `cache_axes`, 
 
 Pieces follow one another: the documents of a piece are those of the whole row at its places, with ids that no other
 document of the row has. The whole row at once and any pieces of it give the same outputs and gradients up to rounding,
-where experts drop no token: a capacity is of a piece. On a mesh `tensor` must divide a piece's tokens, and a loop of
-jax over pieces needs what `start` makes as varying over the mesh as what is kept (`parallel.varying.vary_like`).
+where experts drop no token: a capacity is of a piece. Where `tensor` does not divide a piece's tokens, as those of
+single ones, the plan is `Plan.decoding()`, which splits rows instead. On a mesh a loop of jax over pieces needs what
+`start` makes as varying as what is kept (`parallel.varying.vary_like`).
 
 Letters: b batch, t time of a piece, s slots, k tokens of a convolution's window.
 """
@@ -122,13 +123,10 @@ def map_layers(function: Callable[..., Any], *trees: Any) -> Any:
     return function(*trees)
 
 
-def require_whole_pieces(plan: Plan, given: Any, tokens: int) -> None:
-    """Raises ValueError if what is given belongs to a sequence on several ranks of `context`, or if `tensor` does not
-    divide a piece's tokens."""
+def require_one_context_rank(plan: Plan, given: Any) -> None:
+    """Raises ValueError if what is given belongs to a sequence on several ranks of `context`."""
     if given is not None and plan.size("context") > 1:
         raise ValueError(f"context={plan.size('context')} with caches of earlier tokens: expected context=1")
-    if given is not None and tokens % plan.size("sequence"):
-        raise ValueError(f"a piece of {tokens} tokens on tensor={plan.size('sequence')}: expected a multiple")
 
 
 def _last(window_bk: Array, x_bt: Array) -> Array:

@@ -43,7 +43,7 @@ def log_likelihoods(h_btd: Array, model: Headed, targets_bt: Array, plan: Plan) 
 def _read(h_btd: Array, model: Headed, plan: Plan) -> tuple[tuple[Array, Array], dict[str, Any]]:
     """The operands and settings that the head's kernels share."""
     head_dv = model.head_matrix(plan)
-    x_btd = plan.gather(h_btd, "sequence")
+    x_btd = plan.enter(h_btd)
     padded = head_dv.shape[1] * plan.size("vocab") > model.vocab_size
     settings = {
         "chunk": plan.config.logit_rows,

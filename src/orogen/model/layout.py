@@ -16,6 +16,7 @@ from orogen.model.block import Repeat, letters, places, repeats
 from orogen.model.by_letter import Items, plain
 from orogen.model.stages import BACKBONE, LAYERS, MOE, MTP, Stages
 from orogen.moe.layer import Choice, Replay
+from orogen.parallel.axes import TOKENS
 from orogen.parallel.plan import Plan
 
 
@@ -101,7 +102,7 @@ def _choice_specs(items: Items, plan: Plan, stacked: int) -> Any:
         if isinstance(item, Repeat):
             specs.append(_choice_specs(item.items, plan, stacked + 1))
         else:
-            axes = (None,) * stacked + ("batch", "tokens")
+            axes = (None,) * stacked + TOKENS
             each: Any = plan.spec(*axes, None)
             token: Any = plan.spec(*axes)
             specs.append(Choice(Replay(each, each), token, token) if item == MOE else None)

@@ -12,6 +12,7 @@ from jax import Array
 from orogen.config.model import ModelConfig
 from orogen.layers.documents import Documents
 from orogen.layers.embedding import Embedding, Head, logits
+from orogen.layers.linear import head_matrix
 from orogen.layers.norm import make_norm
 from orogen.model.block import Stack, repeats
 from orogen.model.layout import Layout, Whole
@@ -33,9 +34,9 @@ class LanguageModel(nnx.Module):
         self.mtp_depths, self.vocab_size = config.mtp_depths, config.vocab_size
 
     def hidden(self, tokens_bt: Array, docs: Documents, plan: Plan, given: Any = None) -> tuple[Array, Any]:
-        """The final-normed hidden state (b, t of this rank's sequence piece, d) and what the layers keep."""
+        """The final-normed hidden state (b, t, d), laid out as the residual stream, and what the layers keep."""
         x_btd = self.embedding(tokens_bt, docs, plan)
-        x_btd, kept = self.backbone(x_btd, docs, plan, given, ends=(True, True))
+        x_btd, kept = self.backbone(x_btd, docs, plan, given)
         return self.norm(x_btd, plan), kept
 
     def deeper(
@@ -45,6 +46,7 @@ class LanguageModel(nnx.Module):
         depths = []
         if self.mtp is None:
             return depths
+        plan = plan.of_layers(self.backbone.size)
         for depth in range(1, self.mtp_depths + 1):
             with jax.named_scope(f"mtp_{depth}"):
                 # A later token keeps its own position.
@@ -58,7 +60,7 @@ class LanguageModel(nnx.Module):
     def logits(self, tokens_bt: Array, docs: Documents, plan: Plan) -> Array:
         """Logits (b, t, v) float32 of the next token, whole on every rank."""
         h_btd, _ = self.hidden(tokens_bt, docs, plan)
-        return self.project(plan.gather(h_btd, "sequence"), plan)
+        return self.project(plan.enter(h_btd), plan)
 
     def project(self, h_btd: Array, plan: Plan) -> Array:
         """Logits (b, t, v) float32 of final hidden states, whole on every rank."""
@@ -67,7 +69,7 @@ class LanguageModel(nnx.Module):
     def head_matrix(self, plan: Plan) -> Array:
         """The head (d, this rank's part of v), whole along d; the embedding's rows as columns if they are tied. The
         last of all ranks' columns may be beyond the vocabulary: see `model.vocabulary`."""
-        return plan.weight(self.embedding.weight).T if self.head is None else plan.weight(self.head.weight)
+        return head_matrix(self.embedding.weight, None if self.head is None else self.head.weight, plan)
 
 
 class Built(NamedTuple):

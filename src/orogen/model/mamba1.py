@@ -15,9 +15,9 @@ from orogen.config.model import ModelConfig
 from orogen.kernels.recompute import from_inputs
 from orogen.kernels.selective_scan import selective_scan
 from orogen.layers.documents import Documents
-from orogen.layers.linear import add_bias, linear, linears, multiply
+from orogen.layers.linear import add_bias, linear, linear_plain, linears
 from orogen.layers.parameter import normal, parameter, uniform
-from orogen.model.cache import Recurrent, require_whole_pieces
+from orogen.model.cache import Recurrent, require_one_context_rank
 from orogen.model.context_ssm import convolve, scan_over_parts
 from orogen.model.mamba2 import CausalConv, initial_dt_bias, projection_bias
 from orogen.parallel.context import to_heads, to_tokens, whole
@@ -55,9 +55,9 @@ class Mamba1(nnx.Module):
         self, x_btd: Array, docs: Documents, plan: Plan, given: Recurrent | None = None
     ) -> tuple[Array, Recurrent | None]:
         """y (b, t, d); given the convolution's window and the state of earlier tokens, also those after these."""
-        require_whole_pieces(plan, given, docs.segments_bt.shape[1])
+        require_one_context_rank(plan, given)
         segments_bt = docs.segments_bt
-        h_btd = plan.gather(x_btd, "sequence")
+        h_btd = plan.enter(x_btd)
         projected = zip(linears(h_btd, (self.x, self.z), plan), (self.x_bias, self.z_bias), strict=True)
         x_bti, z_bti = (checkpoint_name(add_bias(y_bti, bias), "in_proj") for y_bti, bias in projected)
         with jax.named_scope("conv"):
@@ -70,7 +70,7 @@ class Mamba1(nnx.Module):
             gated = lambda y_bti, z_bti: (y_bti * jax.nn.silu(z_bti.astype(jnp.float32))).astype(x_btd.dtype)  # noqa: E731
             y_bti = checkpoint_name(from_inputs(gated)(y_bti, z_bti), "gated")
         # The ranks' parts of the product are summed before the bias is added, once.
-        y_btd = add_bias(plan.scatter(linear(y_bti, self.out, plan), "sequence"), self.out_bias)
+        y_btd = add_bias(plan.leave(linear(y_bti, self.out, plan)), self.out_bias)
         return y_btd, None if given is None else given.with_piece(inputs, state_bin, segments_bt)
 
     def start(self, batch: int, length: int, dtype: Any) -> Recurrent:
@@ -87,11 +87,11 @@ class Mamba1(nnx.Module):
     ) -> tuple[Array, Array | None]:
         """The scan's output and D x, float32, and, on one rank of `context`, the state after the last token."""
         # The time step's low rank, B and C read all channels, of which a rank has its own.
-        parts = tuple(multiply(x_bti, plan.weight(w)) for w in (self.dt_down, self.B, self.C))
+        parts = tuple(linear_plain(x_bti, w, plan) for w in (self.dt_down, self.B, self.C))
         dt_btr, B_btn, C_btn = (checkpoint_name(a, "x_proj") for a in plan.sum(parts, "mamba_heads"))
         # Here, where they are smallest, the ranks' gradients of B and C are summed, each once.
         B_btn, C_btn = vary_like((B_btn, C_btn), x_bti)
-        dt_bti = checkpoint_name(multiply(dt_btr, plan.weight(self.dt_up)), "x_proj")
+        dt_bti = checkpoint_name(linear_plain(dt_btr, self.dt_up, plan), "x_proj")
         vectors = self.dt_bias[...], self.A_log[...], self.D[...]
         by_heads = plan.config.context_ssm == "heads" and plan.size("context") > 1
         if by_heads:  # each channel is a head

@@ -17,10 +17,10 @@ from orogen.kernels.causal_conv1d import causal_conv1d
 from orogen.kernels.recompute import from_inputs
 from orogen.kernels.ssd import ssd
 from orogen.layers.documents import Documents
-from orogen.layers.linear import add_bias, linear, linears
+from orogen.layers.linear import add_bias, linear, linear_plain, linears
 from orogen.layers.norm import GroupRMSNorm
 from orogen.layers.parameter import normal, parameter, uniform
-from orogen.model.cache import Recurrent, require_whole_pieces
+from orogen.model.cache import Recurrent, require_one_context_rank
 from orogen.model.context_ssm import convolve, heads_for_sequence, ssd_over_parts
 from orogen.parallel.context import to_tokens, whole
 from orogen.parallel.plan import Plan
@@ -93,13 +93,13 @@ class Mamba2(nnx.Module):
         self, x_btd: Array, docs: Documents, plan: Plan, given: Recurrent | None = None
     ) -> tuple[Array, Recurrent | None]:
         """y (b, t, d); given the convolutions' windows and the state of earlier tokens, also those after these."""
-        require_whole_pieces(plan, given, docs.segments_bt.shape[1])
+        require_one_context_rank(plan, given)
         segments_bt = docs.segments_bt
-        h_btd = plan.gather(x_btd, "sequence")
+        h_btd = plan.enter(x_btd)
         # dt has one column per head, too few for FP8 to gain anything, and decays are exponentials of it.
         projected = (
             *linears(h_btd, (self.z, self.x, self.B, self.C), plan),
-            linear(h_btd, self.dt, plan.without_fp8()),
+            linear_plain(h_btd, self.dt, plan),
         )
         biases = (self.z_bias, self.x_bias, self.B_bias, self.C_bias, self.dt_proj_bias)
         z_bti, x_bti, B_btc, C_btc, dt_bth = (
@@ -114,7 +114,7 @@ class Mamba2(nnx.Module):
         with jax.named_scope("gated_norm"):
             y_bti = checkpoint_name(self.norm(y_bti, z_bti, plan), "gated_norm")
         # The ranks' parts of the product are summed before the bias is added, once.
-        y_btd = add_bias(plan.scatter(linear(y_bti, self.out, plan), "sequence"), self.out_bias)
+        y_btd = add_bias(plan.leave(linear(y_bti, self.out, plan)), self.out_bias)
         return y_btd, None if given is None else given.with_piece(inputs, state_bhpn, segments_bt)
 
     def start(self, batch: int, length: int, dtype: Any) -> Recurrent:

@@ -50,7 +50,6 @@ class MTPBlock(nnx.Module):
         docs: from `shifted`, so that tokens without a later token in their document take no part.
         """
         joined_btd = jnp.concatenate([self.embedding_norm(embedded_btd, plan), self.hidden_norm(h_btd, plan)], axis=-1)
-        # As the model's last layer it computes nothing in FP8.
-        plan = plan.without_fp8()
-        x_btd, kept = self.layers(linear(joined_btd, self.project, plan), docs, plan, given)
+        # The projection has the recipe of the block's first layer.
+        x_btd, kept = self.layers(linear(joined_btd, self.project, plan.of_layer()), docs, plan, given)
         return self.final_norm(x_btd, plan), kept

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from orogen.config.remat import Remat
-from orogen.parallel.plan import DEVICE, HOST
+from orogen.parallel.placement import DEVICE, HOST
 
 # Operations too dear to repeat beside products of two matrices: our own kernels, those of Mosaic GPU within a function
 # that says how to batch them, and the router's sorting, which gives little to keep. A policy sees the operations of a

@@ -20,9 +20,11 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
+from orogen.config.recipe import Recipe
 from orogen.model.block import repeats
 from orogen.model.by_letter import Items, Rows, add_rows, by_letter, concatenated, joined, plain, stacked, state_of
 from orogen.moe.layer import Choice, Replay
+from orogen.parallel.axes import TOKENS
 from orogen.parallel.plan import Plan
 
 BACKBONE, MTP, LAYERS = "backbone", "mtp", "layers"
@@ -32,13 +34,13 @@ MOE = "E"
 
 class Segment(NamedTuple):
     """A stretch of the pattern. The first embeds tokens; the last has the heads, and the MTP block's layers `mtp`.
-    ends: whether it begins with the model's first layer, and ends with its last."""
+    recipes: those of its layers, the MTP block's behind its own; None where they do not matter."""
 
     pattern: str
     mtp: str
     first: bool
     last: bool
-    ends: tuple[bool, bool]
+    recipes: tuple[Recipe, ...] | None = None
 
     def uses(self, name: str, *, tied: bool) -> bool:
         """Whether it computes with the model's part `name`; tied: the embedding is also the head."""
@@ -70,21 +72,19 @@ class Stages:
     def segments(self) -> tuple[Segment, ...]:
         """Every segment, in the order of the pattern."""
         last = len(self.patterns) - 1
-        filled = [g for g, pattern in enumerate(self.patterns) if pattern]
         return tuple(
-            Segment(pattern, self.mtp if g == last else "", g == 0, g == last, (filled[:1] == [g], filled[-1:] == [g]))
+            Segment(pattern, self.mtp if g == last else "", g == 0, g == last)
             for g, pattern in enumerate(self.patterns)
         )
 
-    @functools.cached_property
-    def kinds(self) -> tuple[Segment, ...]:
-        """The segments that differ: chunks of equal layers run one program."""
-        return tuple(dict.fromkeys(self.segments))
+    def kinds(self, recipes: tuple[Recipe, ...] | None) -> tuple[Segment, ...]:
+        """The segments that differ, in layers or in their `recipes`: chunks of equal ones run one program."""
+        return tuple(dict.fromkeys(self._with_recipes(recipes)))
 
-    @property
-    def kind_vp(self) -> np.ndarray:
+    def kind_vp(self, recipes: tuple[Recipe, ...] | None) -> np.ndarray:
         """(v, p) int: which of `kinds` chunk v of stage p is."""
-        return np.reshape([self.kinds.index(segment) for segment in self.segments], (self.virtual, self.stages))
+        kinds = self.kinds(recipes)
+        return np.reshape([kinds.index(s) for s in self._with_recipes(recipes)], (self.virtual, self.stages))
 
     @property
     def chunks(self) -> list[tuple[str, str]]:
@@ -160,8 +160,8 @@ class Stages:
         """The layout of routers' choices (p, v, r, m, b, t, …); () if no experts run."""
         if MOE not in "".join(self.patterns) + self.mtp * (depths > 0):
             return ()
-        token: Any = plan.spec("stage", None, None, None, "batch", "tokens")
-        each: Any = plan.spec("stage", None, None, None, "batch", "tokens", None)
+        token: Any = plan.spec("stage", None, None, None, *TOKENS)
+        each: Any = plan.spec("stage", None, None, None, *TOKENS, None)
         return Choice(Replay(each, each), token, token)
 
     def split_replay(self, replay: tuple[Any, ...]) -> Any:
@@ -171,6 +171,16 @@ class Stages:
         items = [main] + [deeper] * (len(replay) - 1)
         stacks: list[Rows] = [by_letter(tree, part, lead=1) for tree, part in zip(replay, items, strict=True)]
         return self.split_rows(stacks, lead=1).get(MOE, ())
+
+    def _with_recipes(self, recipes: tuple[Recipe, ...] | None) -> list[Segment]:
+        """The segments with their layers' shares of `recipes`, the whole model's."""
+        if recipes is None:
+            return list(self.segments)
+        stops = np.cumsum([len(s.pattern + s.mtp) for s in self.segments])
+        return [
+            segment._replace(recipes=recipes[stop - len(segment.pattern + segment.mtp) : stop])
+            for segment, stop in zip(self.segments, stops, strict=True)
+        ]
 
     @property
     def _items(self) -> tuple[Items, Items]:

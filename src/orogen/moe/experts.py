@@ -7,6 +7,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from orogen.config.model import ModelConfig
 from orogen.kernels.grouped_matmul import grouped_matmul
+from orogen.layers.linear import grouped
 from orogen.layers.mlp import activate
 from orogen.layers.parameter import normal, parameter
 from orogen.parallel.plan import Plan
@@ -33,16 +34,14 @@ class Experts(nnx.Module):
     def __call__(self, rows_rw: Array, group_sizes: Array | int, plan: Plan) -> Array:
         """(r, w). group_sizes: rows of each expert of this rank, one int if all have the same number."""
 
-        def multiply(x_rw: Array, w_ewf: Array) -> Array:
-            return grouped_matmul(x_rw, w_ewf, group_sizes, implementation=plan.config.grouped_matmul)
-
         def project(x_rw: Array, weight: nnx.Param, bias: nnx.Param | None, *, counts: Array | bool = True) -> Array:
-            y_rf = multiply(x_rw, plan.weight(weight))
+            y_rf = grouped(x_rw, weight, group_sizes, plan)
             if bias is None:
                 return y_rf
             # Each row's bias, as a product with ones: rows of no expert get none, and gradients sum in float32.
             bias_e1f = (bias[...] * counts)[:, None].astype(x_rw.dtype)
-            return y_rf + multiply(jnp.ones((len(x_rw), 1), x_rw.dtype), bias_e1f)
+            ones_r1 = jnp.ones((len(x_rw), 1), x_rw.dtype)
+            return y_rf + grouped_matmul(ones_r1, bias_e1f, group_sizes, implementation=plan.config.grouped_matmul)
 
         up_rf = checkpoint_name(project(rows_rw, self.up, self.up_bias), "expert_up")
         gate_rf = None

@@ -1,6 +1,7 @@
 """The mixture-of-experts mixer: router, dispatch, experts, latent projections and shared expert.
 
-Letters: b batch, t time of this rank's sequence piece, n tokens (b · t), d model, w expert width, k experts per token.
+Letters: b batch, t time of the tokens that this rank routes, n tokens (b · t), d model, w expert width, k experts per
+token.
 """
 
 import math
@@ -16,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from orogen.config.model import ModelConfig
 from orogen.layers.documents import Documents
-from orogen.layers.linear import add_bias, linear, multiply
+from orogen.layers.linear import add_bias, linear, linear_plain
 from orogen.layers.mlp import MLP
 from orogen.layers.parameter import normal, parameter
 from orogen.moe.dispatch import DISPATCHES, drop_margin, expert_capacity, within_capacity
@@ -80,7 +81,21 @@ class MoE(nnx.Module):
         self, x_btd: Array, docs: Documents, plan: Plan, given: Replay | None = None
     ) -> tuple[Array, MoEStats]:
         """y (b, t, d) and statistics. docs: of the whole context rank; given: routing in place of the layer's own."""
-        valid_bt = plan.piece(docs.segments_bt, "sequence") != 0
+        y_btd, stats = self._routed(plan.deal(x_btd), plan.deal(plan.own(docs.segments_bt)) != 0, plan, given)
+        y_btd = plan.collect(y_btd)
+        if self.shared is not None:
+            with jax.named_scope("shared_expert"):
+                y_btd = y_btd + self._shared(x_btd, self.shared, plan)
+        return y_btd, stats
+
+    def start(self, batch: int, length: int, dtype: Any) -> None:
+        """Nothing: tokens do not see each other here."""
+
+    def cache_axes(self) -> None:
+        """Nothing, as `start`."""
+
+    def _routed(self, x_btd: Array, valid_bt: Array, plan: Plan, given: Replay | None) -> tuple[Array, MoEStats]:
+        """The routed experts' part of y, for tokens that this rank alone routes."""
         with jax.named_scope("router"):
             logits_bte, routing = self.router(x_btd, plan, None if given is None else given.experts)
             stats, capacity = self._account(logits_bte, routing, valid_bt, plan, given)
@@ -104,22 +119,13 @@ class MoE(nnx.Module):
             y_btd = y_nw.reshape(u_btw.shape)
             if self.latent_up is not None:
                 y_btd = add_bias(linear(y_btd, self.latent_up, plan), self.latent_up_bias)
-        if self.shared is not None:
-            with jax.named_scope("shared_expert"):
-                y_btd = y_btd + self._shared(x_btd, self.shared, plan)
         return y_btd, stats
-
-    def start(self, batch: int, length: int, dtype: Any) -> None:
-        """Nothing: tokens do not see each other here."""
-
-    def cache_axes(self) -> None:
-        """Nothing, as `start`."""
 
     def _shared(self, x_btd: Array, expert: MLP, plan: Plan) -> Array:
         y_btd = expert.transform(x_btd, plan)
         if self.shared_gate is None:
             return y_btd
-        gate_bt1 = multiply(x_btd, plan.weight(self.shared_gate))
+        gate_bt1 = linear_plain(x_btd, self.shared_gate, plan)
         y_btd, gate_bt1 = (checkpoint_name(a, "shared_out") for a in (y_btd, gate_bt1))
         return y_btd * jax.nn.sigmoid(gate_bt1)
 

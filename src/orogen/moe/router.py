@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from orogen.config.model import ModelConfig
 from orogen.kernels.quotient import quotient
-from orogen.layers.linear import multiply_float32
+from orogen.layers.linear import linear_float32
 from orogen.layers.parameter import buffer, normal, parameter
 from orogen.parallel.plan import Plan
 
@@ -133,7 +133,7 @@ def router_losses(
     mass_be = (share_bte * valid_bt1).sum(1)
     if balance == "global":
         return RouterLosses(Balance(counts_be.sum(0), mass_be.sum(0)), z)
-    counts_be, mass_be, tokens_b1 = plan.sum((counts_be, mass_be, valid_bt1.sum(1)), "tokens")
+    counts_be, mass_be, tokens_b1 = plan.sum((counts_be, mass_be, valid_bt1.sum(1)), "token_time")
     counts_be, tokens_b1 = checkpoint_name(counts_be, "routing"), jnp.maximum(tokens_b1, 1)
     return RouterLosses(n_experts * jnp.sum(counts_be * mass_be / (k * tokens_b1**2)), z)
 
@@ -165,7 +165,7 @@ class Router(nnx.Module):
 
     def __call__(self, x_btd: Array, plan: Plan, experts_btk: Array | None) -> tuple[Array, Routing]:
         """Logits (b, t, e) and their routing; a choice given as `experts_btk` is replayed."""
-        logits_bte = multiply_float32(x_btd, plan.weight(self.gate))
+        logits_bte = linear_float32(x_btd, self.gate, plan)
         if self.gate_bias is not None:
             logits_bte = logits_bte + self.gate_bias[...]
         logits_bte = checkpoint_name(logits_bte, "router")

@@ -19,6 +19,10 @@ exchanged heads restore the order first). Every layer works on the two parts whe
 targets take the few tokens before or after each part from neighbours, the SSM's states go through a scan over the 2c
 parts.
 
+**Between layers** the ranks of `tensor` share every row's tokens (sequence parallelism), or with `PlanConfig.stream =
+'whole'` each has all of them; decoding shares the rows instead (`Plan.decoding`). Layers enter from this stream and
+leave to it by verbs that know which it is (`plan.py`).
+
 **Fewer heads than ranks.** Two key heads over `tensor` 4 split that axis in two: `kv_heads` is split over the outer
 half and copied over the inner. Mamba groups likewise; the squares of the gated norm are summed over the ranks of a
 group.

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from orogen.parallel.plan import Plan, full_axes
+from orogen.parallel.axes import full_axes
+from orogen.parallel.plan import Plan
 from orogen.parallel.schedule import Schedule
 
 

@@ -2,6 +2,16 @@
 
 Model code names logical axes only. Inside `Plan.run` it sees one device's arrays; a verb over an axis of size one is
 the identity, so one device runs the same code on a mesh of ones.
+
+Between layers the ranks of `tensor` hold the residual stream (b, t, d) in one of three ways, `Plan.stream`:
+
+- `time`: each has a piece of every row's tokens (sequence parallelism; training, prefill)
+- `rows`: each has some of the rows (decoding, where a row has a token or two)
+- `whole`: each has all of it (tensor parallelism alone). The gradient of the stream is then the sum of the ranks'
+  gradients, which `leave` takes in the backward pass, as it sums the ranks' outputs in the forward pass.
+
+Whichever it is, a layer whose weights are split over `tensor` reads `plan.enter(x_btd)` and returns
+`plan.leave(y_btd)`.
 """
 
 import dataclasses
@@ -19,17 +29,15 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from orogen.config.checks import require
 from orogen.config.model import ModelConfig
 from orogen.config.plan import FOR_GPU, PlanConfig
-from orogen.parallel.fold import Folding
+from orogen.config.recipe import FP8, PLAIN, RECIPES, Recipe, layer_recipes
+from orogen.parallel.axes import SHARDED, MeshAxes, full_axes, make_rules, map_variables, spec_of, stream_rules
 from orogen.parallel.mesh import fold_plan, make_mesh
 from orogen.parallel.ragged import Runs, ragged_exchange
 from orogen.parallel.schedule import Schedule, plan_schedule
 from orogen.parallel.varying import vary, varying_axes
 
-MeshAxes = tuple[str, ...]
-# Parameter axes over which fully sharded data parallelism splits; vectors ("norm") stay whole: they are tiny.
-SHARDED = ("embed", "expert_embed")
-# JAX's names of an accelerator's own memory, and of the part of the host's that it reads without a copy between.
-DEVICE, HOST = "device", "pinned_host"
+# The dimension of (b, t, …) along which the ranks of `tensor` share the residual stream, if they do.
+STREAM_DIM = {"time": 1, "rows": 0, "whole": None}
 # For programs with products in FP8: otherwise XLA:GPU gives a product and the conversions before it to its Triton
 # compiler, which multiplies in 16 bits and does not offer them to cuBLASLt (observed with jax 0.11.2).
 FP8_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
@@ -43,6 +51,9 @@ class Plan:
     sources: (data, context, tensor) of the ranks that a single device stands for when it decides which tokens exceed an
     expert's capacity; capacity counts per source rank, so `verify` needs it to reproduce a plan on one device.
     schedule: what the stages of a pipeline do at each tick; None without stages.
+    stream: how the ranks of `tensor` hold the residual stream: time, rows or whole.
+    recipe: the formats of products in the layer at hand. recipes: those of the layers to come, which are the model's,
+    then the multi-token-prediction block's; None: all have `recipe`.
     """
 
     mesh: Mesh | AbstractMesh
@@ -51,17 +62,20 @@ class Plan:
     config: PlanConfig
     sources: tuple[int, int, int] = (1, 1, 1)
     schedule: Schedule | None = None
+    stream: str = "time"
+    recipe: Recipe = RECIPES[PLAIN]
+    recipes: tuple[Recipe, ...] | None = None
 
     @property
     def compiler_options(self) -> dict[str, Any]:
         """Options of XLA without which a program of this plan would not run as planned. jax takes them for the
         outermost jit alone."""
-        return dict(FP8_OPTIONS) if self.config.linear == "fp8" else {}
+        return dict(FP8_OPTIONS) if FP8 in self.recipe.names() else {}
 
     def spec(self, *axes: str | None) -> PartitionSpec:
         """The PartitionSpec of an array with these logical axes. Raises KeyError on an unknown axis, ValueError if
         one mesh axis would split two of them."""
-        return _spec(self.rules, axes)
+        return spec_of(self.rules, axes)
 
     def size(self, axis: str) -> int:
         """How many ways `axis` is split."""
@@ -69,54 +83,32 @@ class Plan:
 
     def specs(self, tree: Any) -> Any:
         """`tree` of variables with `axes`, each holding its PartitionSpec inside the step."""
-        return _map_variables(lambda v: _spec(self.rules, full_axes(v)), tree)
+        return map_variables(lambda v: spec_of(self.rules, full_axes(v)), tree)
 
-    def stored_specs(self, tree: Any) -> Any:
-        """`tree` of variables, each holding the PartitionSpec in which it is stored between steps."""
-        return _map_variables(lambda v: _spec(self.storage, full_axes(v)), tree)
+    def with_recipes(self, recipes: tuple[Recipe, ...] | None) -> "Plan":
+        """The plan of layers with these recipes; None: all have that of the plan."""
+        return dataclasses.replace(self, recipes=recipes)
 
-    def shardings(self, tree: Any) -> Any:
-        """`tree` with the sharding in which each array is stored between steps; what has no axes is replicated."""
-        return _map_variables(lambda v: self._stored(full_axes(v)), tree, lambda _: self._stored(()))
+    def of_layers(self, start: int, stop: int | None = None) -> "Plan":
+        """The plan of some of the layers to come. Raises ValueError if there are fewer."""
+        if self.recipes is None:
+            return self
+        if (stop or start) > len(self.recipes):
+            raise ValueError(f"{stop or start} layers with {len(self.recipes)} recipes: expected one for each")
+        return self.with_recipes(self.recipes[start:stop])
 
-    def spread(self, tree: Any) -> Any:
-        """Shardings in which `tree`, the state of a whole model or of other stages, waits until it is laid out again:
-        as it would be stored without stages, but with each array also split over the stages along the longest axis that
-        they divide, so that no device needs room for all layers."""
-        rules, stages = {**self.storage, "stage": ()}, self.size("stage")
+    def of_layer(self) -> "Plan":
+        """The plan inside the first of the layers to come."""
+        return self if self.recipes is None else dataclasses.replace(self, recipe=self.recipes[0], recipes=None)
 
-        def over_stages(variable: nnx.Variable) -> NamedSharding:
-            shape = variable.get_value().shape
-            ways = lambda part: math.prod(self.mesh.shape[name] for name in part)  # noqa: E731
-            parts = [() if axis is None else rules[axis] for axis in full_axes(variable)]
-            # A vocabulary that is not padded yet waits whole.
-            parts = [part if size % ways(part) == 0 else () for part, size in zip(parts, shape, strict=True)]
-            local = [size // ways(part) for part, size in zip(parts, shape, strict=True)]
-            longest = max(range(len(local)), key=lambda dim: (local[dim] % stages == 0, local[dim]), default=None)
-            if longest is not None and local[longest] % stages == 0:
-                parts[longest] += self.rules["stage"]
-            return NamedSharding(self.mesh, PartitionSpec(*(part or None for part in parts)))
+    def with_stream(self, stream: str) -> "Plan":
+        """The plan whose ranks of `tensor` hold the residual stream by `time`, by `rows` or `whole`."""
+        rules, storage = (stream_rules(rules, stream) for rules in (self.rules, self.storage))
+        return dataclasses.replace(self, rules=rules, storage=storage, stream=stream)
 
-        return _map_variables(over_stages, tree, lambda _: self._stored(()))
-
-    def offloaded(self, tree: Any, shardings: Any) -> Any:
-        """`shardings` of `tree`'s arrays, but in the host's memory; numbers stay where they are."""
-        return jax.tree.map(lambda x, s: s.with_memory_kind(HOST) if x.ndim else s, tree, shardings)
-
-    def fetched(self, tree: Any) -> Any:
-        """`tree` of state that lives in the host's memory, on the device."""
-        fetch = lambda x, s: jax.device_put(x, s.with_memory_kind(DEVICE)) if x.ndim else x  # noqa: E731
-        return jax.tree.map(fetch, tree, self.shardings(tree))
-
-    def working(self, tree: Any) -> Any:
-        """`tree` with its arrays constrained to their layout inside the step (ZeRO-1 gathers its masters here)."""
-        return lax.with_sharding_constraint(
-            tree, _map_variables(lambda v: NamedSharding(self.mesh, _spec(self.rules, full_axes(v))), tree)
-        )
-
-    def without_fp8(self) -> "Plan":
-        """The plan of a layer that computes all its products in the dtype of computation."""
-        return dataclasses.replace(self, config=dataclasses.replace(self.config, linear="plain"))
+    def decoding(self) -> "Plan":
+        """The plan for rows of a token or a few, which no axis can split further: `tensor` must divide the rows."""
+        return self.with_stream("rows")
 
     def sharding(self, *axes: str | None) -> NamedSharding:
         """The NamedSharding of an array with these logical axes."""
@@ -129,7 +121,42 @@ class Plan:
         """
         return jax.shard_map(function, mesh=self.mesh, in_specs=inputs, out_specs=outputs, check_vma=True)
 
-    # Verbs, for use inside `run`.
+    # Verbs of the residual stream, for use inside `run`.
+
+    def enter(self, x: Array) -> Array:
+        """The residual stream `x` (b, t, …) for a layer whose weights are split over `tensor`: whole on every rank."""
+        dim = STREAM_DIM[self.stream]
+        return x if dim is None else self.gather(x, "tensor", dim=dim)
+
+    def leave(self, y: Array) -> Array:
+        """The sum of the ranks' parts `y` (b, t, …), laid out as the residual stream. Raises ValueError if the ranks of
+        `tensor` cannot share it evenly."""
+        dim = STREAM_DIM[self.stream]
+        # Summed it is one value, but what follows (norms, biases) treats it as each rank's own, whose gradients add up.
+        return vary(self.sum(y, "tensor"), self.rules["tensor"]) if dim is None else self.scatter(y, "tensor", dim=dim)
+
+    def own(self, x: Array) -> Array:
+        """Of `x` (b, t, …), which every rank of `tensor` has whole, what belongs to its share of the stream."""
+        dim = STREAM_DIM[self.stream]
+        return x if dim is None else self.piece(x, "tensor", dim=dim)
+
+    def deal(self, x: Array) -> Array:
+        """Of the residual stream `x` (b, t, …) the tokens that this rank alone routes. Raises ValueError if the ranks
+        of `tensor` cannot share them evenly."""
+        return self.piece(x, "tensor", dim=1) if self.stream == "whole" else x
+
+    def collect(self, y: Array) -> Array:
+        """The inverse of `deal`."""
+        return self.gather(y, "tensor", dim=1) if self.stream == "whole" else y
+
+    def stream_shape(self, rows: int, time: int) -> tuple[int, int]:
+        """(b, t) of the residual stream on this device, of so many rows and tokens of a data and context rank."""
+        shape, dim = [rows, time], STREAM_DIM[self.stream]
+        if dim is not None:
+            shape[dim] //= self.size("tensor")
+        return shape[0], shape[1]
+
+    # Other verbs, for use inside `run`.
 
     def weight(self, parameter: nnx.Variable) -> Array:
         """The parameter, whole along the axes that FSDP shards; its gradient is scattered back, summed in float32."""
@@ -147,6 +174,7 @@ class Plan:
         """The sum of `x` over `axis`, of which each rank keeps its piece along `dim`."""
         if not self.rules[axis]:
             return x
+        self._require_pieces(x, axis, dim)
         return lax.psum_scatter(vary(x, self.rules[axis]), self.rules[axis], scatter_dimension=dim, tiled=True)
 
     def sum(self, x: Any, axis: str) -> Any:
@@ -211,39 +239,18 @@ class Plan:
 
     def piece(self, x: Array, axis: str, *, dim: int = 1) -> Array:
         """This rank's piece of `x`, which every rank of `axis` holds whole."""
+        self._require_pieces(x, axis, dim)
         length = x.shape[dim] // self.size(axis)
         return lax.dynamic_slice_in_dim(x, self.index(axis) * length, length, dim) if self.rules[axis] else x
+
+    def _require_pieces(self, x: Array, axis: str, dim: int) -> None:
+        if x.shape[dim] % self.size(axis):
+            size = self.size(axis)
+            raise ValueError(f"{axis}={size} for {x.shape}: expected a multiple of {size} along dimension {dim}")
 
     def vary(self, tree: Any) -> Any:
         """`tree` marked as differing on every device, so that a loop over it sums its gradient once, at the end."""
         return vary(tree, self.mesh.axis_names if self.config.devices > 1 else ())
-
-    def scatter_gradients(self, grads: Any) -> Any:
-        """For each of `grads` of varied parameters the piece that this rank stores, summed in float32 over the ranks
-        that store other pieces. A gradient that is stored as it is used stays as it is: `weight` has scattered it, or
-        none does."""
-
-        def scattered(variable: nnx.Variable) -> Any:
-            value: Any = variable[...]
-            for dim, axis in enumerate(full_axes(variable)):
-                if axis in SHARDED and self.storage[axis] != self.rules[axis]:
-                    value = _scatter_sum(value, self.storage[axis], dim)
-            return value
-
-        return _map_variables(scattered, grads)
-
-    def sum_gradients(self, grads: Any) -> Any:
-        """Scattered `grads`, summed over every mesh axis that does not split their parameter in storage."""
-
-        def summed(variable: nnx.Variable) -> Any:
-            split = {name for axis in full_axes(variable) if axis is not None for name in self.storage[axis]}
-            copies = tuple(sorted(varying_axes(variable[...]) - split))
-            return lax.psum(variable[...], copies) if copies else variable[...]
-
-        return _map_variables(summed, grads)
-
-    def _stored(self, axes: tuple[str | None, ...]) -> NamedSharding:
-        return NamedSharding(self.mesh, _spec(self.storage, axes))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -257,10 +264,11 @@ def _gather_weight_forward(x: Array, axes: MeshAxes, dim: int) -> tuple[Array, N
 
 
 def _gather_weight_backward(axes: MeshAxes, dim: int, _: None, g: Array) -> tuple[Array]:
-    return (_scatter_sum(g, axes, dim).astype(g.dtype),)
+    return (scatter_sum(g, axes, dim).astype(g.dtype),)
 
 
-def _scatter_sum(x: Array, axes: MeshAxes, dim: int) -> Array:
+def scatter_sum(x: Array, axes: MeshAxes, dim: int) -> Array:
+    """The sum of `x` over ranks, in float32, of which each keeps its piece along `dim`."""
     return lax.psum_scatter(x.astype(jnp.float32), axes, scatter_dimension=dim, tiled=True)
 
 
@@ -279,8 +287,10 @@ def make_plan(config: PlanConfig, model: ModelConfig, *, abstract: bool = False)
     whole = config.rms_norm != FOR_GPU["rms_norm"] or not shared
     require(whole, config, "rms_norm", "plain where ranks of tensor share a group of Mamba's norm")
     mesh = make_mesh(folding, config, abstract=abstract)
-    rules = _rules(folding, fully_sharded=config.fsdp == "parameters")
-    return Plan(mesh, rules, _rules(folding, fully_sharded=config.fsdp != "none"), config, schedule=schedule)
+    rules = make_rules(folding, fully_sharded=config.fsdp == "parameters")
+    storage = make_rules(folding, fully_sharded=config.fsdp != "none")
+    recipes = {"recipe": RECIPES[config.linear], "recipes": layer_recipes(config, model)}
+    return Plan(mesh, rules, storage, config, schedule=schedule, **recipes).with_stream(config.stream)
 
 
 def single_device_plan(config: PlanConfig, model: ModelConfig, *, sources: tuple[int, int, int] = (1, 1, 1)) -> Plan:
@@ -288,63 +298,3 @@ def single_device_plan(config: PlanConfig, model: ModelConfig, *, sources: tuple
     ones = dict.fromkeys(("data", "context", "tensor", "stage", "expert", "expert_tensor"), 1)
     plan = make_plan(dataclasses.replace(config, **ones, fsdp="none", fsdp_size=None, buffer_factor=None), model)
     return dataclasses.replace(plan, sources=sources)
-
-
-def _rules(folding: Folding, *, fully_sharded: bool) -> dict[str, MeshAxes]:
-    """Every logical axis name in the code base, and where it lives."""
-    axes = folding.logical
-    tensor = axes["tensor"]
-    return {
-        "stage": axes["stage"],
-        # activations: rows of the batch, the sequence outside and inside a context rank
-        "batch": axes["data"],
-        "context": axes["context"],
-        "sequence": tensor,
-        "tokens": axes["context"] + tensor,
-        # parameters of dense layers
-        "embed": axes["fsdp"] if fully_sharded else (),
-        "norm": (),
-        "taps": (),
-        "state": (),
-        "positions": (),
-        "vocab": tensor,
-        "heads": tensor,
-        "kv_heads": axes.get("kv_heads", tensor),
-        "mlp": tensor,
-        "mamba_heads": tensor,
-        "groups": axes.get("groups", tensor),
-        "group_peers": axes.get("norm_groups_copies", ()),
-        # parameters of routed experts
-        "expert": axes["expert"],
-        "expert_tensor": axes["expert_tensor"],
-        "expert_ranks": axes["expert"] + axes["expert_tensor"],
-        "expert_mlp": axes["expert_tensor"],
-        "expert_embed": axes["expert_fsdp"] if fully_sharded else (),
-    }
-
-
-def _spec(rules: Mapping[str, MeshAxes], axes: tuple[str | None, ...]) -> PartitionSpec:
-    parts = [() if axis is None else rules[axis] for axis in axes]
-    used = [name for part in parts for name in part]
-    if len(set(used)) != len(used):
-        raise ValueError(f"{axes} -> {parts}: one mesh axis splits two array axes")
-    return PartitionSpec(*(part or None for part in parts))
-
-
-def full_axes(variable: nnx.Variable) -> tuple[str | None, ...]:
-    """The variable's axes, behind one per dimension that stacking layers put in front. The first of these is the
-    pipeline's if the variable is marked as `staged`; the others have no name."""
-    metadata, ndim = variable.get_metadata(), variable.get_value().ndim
-    stacked = (None,) * (ndim - len(metadata["axes"]))
-    if metadata.get("staged"):
-        stacked = ("stage", *stacked[1:])
-    return stacked + tuple(metadata["axes"])
-
-
-def _map_variables(on_variable: Callable, tree: Any, otherwise: Callable | None = None) -> Any:
-    def visit(leaf: Any) -> Any:
-        if isinstance(leaf, nnx.Variable):  # optax leaves Variables around nothing for parameters it masks
-            return leaf.replace(on_variable(leaf)) if jax.tree.leaves(leaf) else leaf
-        return otherwise(leaf) if otherwise else leaf
-
-    return jax.tree.map(visit, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))

@@ -19,6 +19,7 @@ import numpy as np
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
+from orogen.config.recipe import FP8, IN_FP8, Formats
 from orogen.kernels.quantize import quantize
 from orogen.parallel.varying import vary_like
 
@@ -60,38 +61,52 @@ def dequantize(x: Array, scale: Array, dtype: Any) -> Array:
     return x.astype(dtype) * scale.astype(dtype)
 
 
-def fp8_matmul(x_nd: Array, weights_df: Sequence[Array], *, quantize: str) -> tuple[Array, ...]:
+def fp8_matmul(
+    x_nd: Array, weights_df: Sequence[Array], *, quantize: str, formats: Formats = IN_FP8
+) -> tuple[Array, ...]:
     """x w (n, f_i) in x's dtype for each weight (d, f_i), of operands rounded to E4M3. In the backward pass the
     outputs' gradients are rounded to E5M2. The weights count as columns of one matrix: they share a scale, and so do
     their outputs' gradients.
 
     An operand that is not finite everywhere makes all products with it NaN. quantize: a name of kernels/quantize.
-    Raises ValueError if the operands' types differ.
+    formats: which of the three products round their operands. Raises ValueError if the operands' types differ.
     """
     if any(w_df.dtype != x_nd.dtype for w_df in weights_df):
         raise ValueError(f"weights of {[str(w.dtype) for w in weights_df]}: expected x's {x_nd.dtype}")
-    return _matmul(quantize, *vary_like((x_nd, tuple(weights_df)), (x_nd, weights_df)))  # pyright: ignore
+    return _matmul(quantize, formats, *vary_like((x_nd, tuple(weights_df)), (x_nd, weights_df)))  # pyright: ignore
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul(quantize: str, x_nd: Array, weights_df: tuple[Array, ...]) -> tuple[Array, ...]:
-    return _forward(quantize, x_nd, weights_df)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _matmul(quantize: str, formats: Formats, x_nd: Array, weights_df: tuple[Array, ...]) -> tuple[Array, ...]:
+    return _forward(quantize, formats, x_nd, weights_df)[0]
 
 
-def _forward(quantize, x_nd, weights_df):
-    x = rounded((x_nd,), E4M3, implementation=quantize)
-    w = rounded(weights_df, E4M3, implementation=quantize)
-    columns_fd = jnp.split(w.columns, _bounds(weights_df))
-    y_nf = tuple(_product((x.rows, x.scale), (part_fd, w.scale), x_nd.dtype) for part_fd in columns_fd)
+def _forward(quantize, formats, x_nd, weights_df):
+    x: Any = rounded((x_nd,), E4M3, implementation=quantize) if FP8 in formats.of_input else None
+    w: Any = rounded(weights_df, E4M3, implementation=quantize) if FP8 in formats.of_weight else None
+    if formats.forward == FP8:
+        columns_fd = jnp.split(w.columns, _bounds(weights_df))
+        y_nf = tuple(_product((x.rows, x.scale), (part_fd, w.scale), x_nd.dtype) for part_fd in columns_fd)
+    else:
+        y_nf = tuple(x_nd @ w_df for w_df in weights_df)
     # Kept in 8 bits, each in the one layout that the backward pass reads.
-    return y_nf, ((x.columns, x.scale), (w.rows, w.scale))
+    kept_x = (x.columns, x.scale) if formats.weight_gradient == FP8 else x_nd
+    kept_w = (w.rows, w.scale) if formats.input_gradient == FP8 else jnp.concatenate(weights_df, axis=1)
+    return y_nf, (kept_x, kept_w)
 
 
-def _backward(quantize, kept, grads_nf):
-    x_dn, w_df = kept
-    grad, dtype = rounded(grads_nf, E5M2, implementation=quantize), grads_nf[0].dtype
-    dx_nd = _product((grad.rows, grad.scale), w_df, dtype)
-    dw_df = _product(x_dn, (grad.columns, grad.scale), dtype)
+def _backward(quantize, formats, kept, grads_nf):
+    x, w = kept
+    grad: Any = rounded(grads_nf, E5M2, implementation=quantize) if FP8 in formats.of_gradient else None
+    dtype = grads_nf[0].dtype
+    if formats.input_gradient == FP8:
+        dx_nd = _product((grad.rows, grad.scale), w, dtype)
+    else:
+        dx_nd = jnp.concatenate(grads_nf, axis=1) @ w.T
+    if formats.weight_gradient == FP8:
+        dw_df = _product(x, (grad.columns, grad.scale), dtype)
+    else:
+        dw_df = x.T @ jnp.concatenate(grads_nf, axis=1)
     return dx_nd, tuple(jnp.split(dw_df, _bounds(grads_nf), axis=1))
 
 

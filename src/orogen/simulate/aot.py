@@ -114,9 +114,10 @@ def step_flops(model: ModelConfig, plan: Plan, batch_size: int, length: int) -> 
 def _stage_flops(jaxpr: core.Jaxpr, plan: Plan, stages: Stages) -> int:
     """The same for the average stage of a pipeline, which at each tick takes the branch that the schedule names."""
     schedule: Any = plan.schedule
-    branch_ts = branches_ts(schedule.tables, stages.kind_vp, len(stages.kinds))
+    kinds = stages.kinds(plan.recipes)
+    branch_ts = branches_ts(schedule.tables, stages.kind_vp(plan.recipes), len(kinds))
     choices = [e for turns, e in equations(jaxpr, product) if e.primitive.name == "cond" and turns == schedule.ticks]
-    (choice,) = [e for e in choices if len(e.params["branches"]) == 1 + 2 * len(stages.kinds)]
+    (choice,) = [e for e in choices if len(e.params["branches"]) == 1 + 2 * len(kinds)]
     flops = np.array([product_flops(opened(branch)) for branch in choice.params["branches"]])
     others = product_flops(jaxpr) - schedule.ticks * int(flops.max())
     return others + int(flops[branch_ts].sum()) // schedule.stages

@@ -178,7 +178,8 @@ def _passing(config: RunConfig) -> list[Need]:
     itemsize = 2 if train.compute_dtype == "bfloat16" else FLOAT32
     rows, tokens = max(1, train.batch_size // (plan.data * plan.microbatches)), train.sequence_length // plan.context
     layers = 0 if "input" in plan.offload else len(model.layers.main)
-    inputs = rows * tokens * model.hidden_size * itemsize * layers // (plan.tensor * plan.stage)
+    shares = 1 if plan.stream == "whole" else plan.tensor
+    inputs = rows * tokens * model.hidden_size * itemsize * layers // (shares * plan.stage)
     chunk = rows * tokens if plan.cross_entropy == "full" else min(plan.logit_rows, rows * tokens)
     logits = chunk * model.vocab_size // plan.tensor * itemsize
     settings = _batch_settings(train)

@@ -24,6 +24,8 @@ from orogen.model.heads import token_nats
 from orogen.model.lm import LanguageModel
 from orogen.model.vocabulary import resized
 from orogen.moe.layer import MoEStats
+from orogen.parallel import placement
+from orogen.parallel.axes import TOKENS
 from orogen.parallel.plan import Plan
 from orogen.precision.policy import DTYPES, working_copy
 from orogen.train.loss import batch_counts
@@ -41,8 +43,9 @@ class Unit(NamedTuple):
 
 
 def unit_of(letter: str, model: ModelConfig, plan: Plan, work: Workload, *, dtype: str = "float32") -> Unit:
-    """The unit of a letter of the pattern, or of ENDS at the first depth, without the deeper ones."""
-    model = without_mtp(model)
+    """The unit of a letter of the pattern, by the plan's own recipe, or of ENDS at the first depth, without the deeper
+    ones."""
+    model, plan = without_mtp(model), plan.with_recipes(None)
     return _ends(model, plan, work, dtype) if letter == ENDS else _layer(letter, model, plan, work, dtype)
 
 
@@ -65,16 +68,16 @@ def _layer(letter: str, model: ModelConfig, plan: Plan, work: Workload, dtype: s
 
         (y_btd, losses), back = jax.vjp(apply, varied, x_btd)
         grads, grad_x_btd = back((cotangent_btd, jax.tree.map(jnp.ones_like, losses)))
-        return y_btd, grad_x_btd, plan.sum_gradients(plan.scatter_gradients(grads)), losses
+        return y_btd, grad_x_btd, _reduced(grads, plan), losses
 
-    x_btd = jax.ShapeDtypeStruct((plan.config.data * work.rows, _length(plan, work), model.hidden_size), DTYPES[dtype])
+    x_btd = _stream(plan, work, model, dtype)
     docs, own, residual, whole = _documents(plan, work), *_specs(plan)
     return _unit(
         device_step,
         plan,
         (params, buffers, x_btd, x_btd, docs),
         (plan.specs(params), plan.specs(buffers), residual, residual, own),
-        (residual, residual, plan.stored_specs(params), whole),
+        (residual, residual, placement.stored_specs(params, plan), whole),
     )
 
 
@@ -96,9 +99,9 @@ def _ends(model: ModelConfig, plan: Plan, work: Workload, dtype: str) -> Unit:
 
         (x_btd, nats), back = jax.vjp(apply, varied, h_btd)
         grads, grad_h_btd = back((cotangent_btd, jnp.ones_like(nats)))
-        return x_btd, grad_h_btd, plan.sum_gradients(plan.scatter_gradients(grads)), (counts, nats)
+        return x_btd, grad_h_btd, _reduced(grads, plan), (counts, nats)
 
-    h_btd = jax.ShapeDtypeStruct((plan.config.data * work.rows, _length(plan, work), model.hidden_size), DTYPES[dtype])
+    h_btd = _stream(plan, work, model, dtype)
     docs, own, residual, whole = _documents(plan, work), *_specs(plan)
     weights_bt = jax.ShapeDtypeStruct(docs.segments_bt.shape, jnp.float32)
     batch = Batch(docs.segments_bt, docs.segments_bt, docs.positions_bt, weights_bt)
@@ -107,7 +110,7 @@ def _ends(model: ModelConfig, plan: Plan, work: Workload, dtype: str) -> Unit:
         plan,
         (params, h_btd, h_btd, batch),
         (plan.specs(params), residual, residual, own),
-        (residual, residual, plan.stored_specs(params), whole),
+        (residual, residual, placement.stored_specs(params, plan), whole),
     )
 
 
@@ -122,10 +125,10 @@ def _unit(device_step: Callable, plan: Plan, arguments: tuple[Any, ...], inputs:
     """`device_step(params, ...) -> (_, _, grads, _)` with parameters and gradients in the layout between steps."""
     run = plan.run(device_step, inputs=inputs, outputs=outputs)
     params = arguments[0]
-    stored = plan.shardings(params)
+    stored = placement.shardings(params, plan)
 
     def function(params, *others):
-        return run(plan.working(params), *others)
+        return run(placement.working(params, plan), *others)
 
     placed = jax.tree.map(lambda spec: jax.sharding.NamedSharding(plan.mesh, spec), (inputs[1:], outputs))
     first, second, _, last = placed[1]
@@ -141,6 +144,18 @@ def _length(plan: Plan, work: Workload) -> int:
     return plan.config.context * work.tokens
 
 
+def _reduced(grads: Any, plan: Plan) -> Any:
+    return placement.sum_gradients(placement.scatter_gradients(grads, plan), plan)
+
+
+def _stream(plan: Plan, work: Workload, model: ModelConfig, dtype: str) -> Any:
+    """The residual stream of all devices, split as TOKENS are. Where each rank of `tensor` holds all of it, they hold
+    copies, which lie one behind the other in time: as one array they would have to be compared to become one again."""
+    rows, time = plan.stream_shape(work.rows, work.tokens)
+    shape = plan.config.data * rows, plan.size(TOKENS[1]) * time, model.hidden_size
+    return jax.ShapeDtypeStruct(shape, DTYPES[dtype])
+
+
 def _documents(plan: Plan, work: Workload) -> Documents:
     tokens_bt: Any = jax.ShapeDtypeStruct((plan.config.data * work.rows, _length(plan, work)), jnp.int32)
     return Documents(tokens_bt, tokens_bt)
@@ -148,4 +163,4 @@ def _documents(plan: Plan, work: Workload) -> Documents:
 
 def _specs(plan: Plan) -> tuple[Any, Any, Any]:
     """The specs of a batch's integers, of the residual stream, and of arrays that every device holds whole."""
-    return plan.spec(*BATCH_AXES), plan.spec("batch", "tokens", None), plan.spec()
+    return plan.spec(*BATCH_AXES), plan.spec(*TOKENS, None), plan.spec()

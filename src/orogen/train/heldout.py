@@ -14,6 +14,7 @@ from orogen.config.run import RunConfig
 from orogen.data.loader import Corpus
 from orogen.data.packing import Batch, prefix_byte_count, target_byte_count
 from orogen.model.lm import Built
+from orogen.parallel import placement
 from orogen.parallel.plan import Plan, make_plan
 from orogen.train.loss import batch_counts
 from orogen.train.next_token import LOSS, NEXT_TOKEN
@@ -68,7 +69,7 @@ class Heldout:
 
     def score(self, state: TrainState, batches: Iterable[Batch], n_bytes: int) -> Score:
         """Of the text behind the batches' targets, `n_bytes` long."""
-        params = jax.jit(self.plan.working)(state.params)
+        params = jax.jit(placement.working, static_argnums=1)(state.params, self.plan)
         nats = count = 0.0
         for batch in batches:
             # Fetched one by one: XLA:CPU runs out of threads, and its collectives wait for ever, when many programs
@@ -87,8 +88,8 @@ def heldout_plan(config: RunConfig) -> Plan:
 def measure(
     built: Built, objective: Objective, config: ModelConfig, plan: Plan, dtype: str
 ) -> Callable[[nnx.State, nnx.State, Batch], dict[str, Metric]]:
-    """The jitted function (parameters as `plan.working` gives them, buffers, batch) -> the objective's metrics, by
-    forward passes alone."""
+    """The jitted function (parameters as `placement.working` gives them, buffers, batch) -> the objective's metrics,
+    by forward passes alone."""
 
     def metrics(params: nnx.State, buffers: nnx.State, batch: Batch) -> dict[str, Metric]:
         counts = batch_counts(batch, objective, objective.depths(config), plan)

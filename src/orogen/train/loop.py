@@ -23,6 +23,7 @@ from orogen.data.tokenizer import Tokenizer, check_rows, check_vocab_size
 from orogen.model.count import count
 from orogen.model.layout import Whole, relaid
 from orogen.model.lm import Built, build
+from orogen.parallel import placement
 from orogen.parallel.plan import Plan
 from orogen.report.metrics import MetricsWriter, Progress
 from orogen.train import carry
@@ -179,7 +180,7 @@ class _Run:
     def start(self, origin: Origin | None) -> TrainState:
         """A new state, from `origin` if there is one, or the last one saved, with the data where it was."""
         if not self.first_step and origin is not None:
-            whole = origin.load(build(self.config.model), self.plan.spread)
+            whole = origin.load(build(self.config.model), lambda tree: placement.spread(tree, self.plan))
             return start_state(*whole, self.built, self.optimizer, self.plan, carried=self.carried)
         if not self.first_step:
             seed = self.config.train.seed
@@ -204,7 +205,7 @@ class _Run:
         optimizer = make_optimizer(self.config.optimizer, self.config.train.steps, saved.params)
         target = abstract_state(saved, optimizer, self.carried)
         # Restored onto the devices, where it is laid out for these stages.
-        state, position = self.checkpoints.restore(with_shardings(target, self.plan.spread(target)))
+        state, position = self.checkpoints.restore(with_shardings(target, placement.spread(target, self.plan)))
         layout = state_shardings(abstract_state(self.built, self.optimizer, self.carried), self.plan)
         return jax.jit(lambda state: relaid(state, before, after), out_shardings=layout)(state), position
 

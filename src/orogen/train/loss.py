@@ -135,7 +135,7 @@ def _no_load(items: tuple[str | Repeat, ...], experts: int, stacked: tuple[int, 
 
 
 def embed(model: LanguageModel, batch: Batch, plan: Plan) -> Array:
-    """The embedded tokens, (b, t of this rank's sequence piece, d)."""
+    """The embedded tokens (b, t, d), laid out as the residual stream."""
     return model.embedding(batch.tokens_bt, Documents(batch.segments_bt, batch.positions_bt), plan)
 
 
@@ -150,12 +150,11 @@ def enter(
     replay: Any,
     assigned: Assigned | None = None,
     carried: Any = None,
-    ends: tuple[bool, bool] = (True, True),
 ) -> Passed:
-    """The backbone's layers, with their routers' losses. ends: whether these have the model's first layer and last."""
+    """The backbone's layers, with their routers' losses."""
     docs = Documents(batch.segments_bt, batch.positions_bt)
     given = both(replay and replay[0], _behind(carried, batch))
-    x_btd, kept = model.backbone(x_btd, docs, plan, given, ends=ends)
+    x_btd, kept = model.backbone(x_btd, docs, plan, given)
     stats, left = without_caches(kept), carried and caches(kept)
     known = None if assigned is None else assigned[0]
     loss = _router_loss(moe_stats(stats), counts, plan, depth=0, applications=1, config=config, assigned=known)

@@ -19,6 +19,7 @@ from orogen.model.by_letter import add_rows, by_letter, joined, stacked
 from orogen.model.lm import LanguageModel
 from orogen.model.stages import MOE, Segment, Stages, add, take
 from orogen.moe.layer import Choice, Replay
+from orogen.parallel import placement
 from orogen.parallel.pipeline import Program, run
 from orogen.precision.policy import DTYPES, working_copy
 from orogen.train.loss import Assigned, Counts, Passed, Sums, embed, enter, leave, lost, map_moe
@@ -66,17 +67,17 @@ class Pipeline:
     def _run(self, params: Any, zeros: Any) -> Any:
         varied = working_copy(self.plan.vary(params), self.dtype)  # once per step, not once per tick
         size, length = self.batch.tokens_bt.shape[1:]
-        shape = size, length // self.plan.size("sequence"), self.config.hidden_size
+        shape = *self.plan.stream_shape(size, length), self.config.hidden_size
         schedule = self.plan.schedule
         assert schedule is not None, "a cut model's plan has a schedule"
         return run(
             schedule if zeros is not None else schedule.forward_only(),
-            [self._program(segment, varied) for segment in self.stages.kinds],
-            self.stages.kind_vp,
+            [self._program(segment, varied) for segment in self.stages.kinds(self.plan.recipes)],
+            self.stages.kind_vp(self.plan.recipes),
             params=varied,
             x=jnp.zeros(shape, DTYPES[self.dtype]),
             grads=zeros,
-            reports=self._nothing(*shape[:2]),
+            reports=self._nothing(size, length // self.plan.size("tensor")),
             plan=self.plan,
         )
 
@@ -108,18 +109,18 @@ class Pipeline:
         batch = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, microbatch, keepdims=False), self.batch)
         replay = None if self.replay is None else self._replayed(segment, chunk, microbatch)
         known = None if self.known is None else self._known(segment, chunk)
-        common: Any = {"config": self.config, "plan": self.plan}
+        common: Any = {"config": self.config, "plan": self.plan.with_recipes(segment.recipes)}
         if segment.first:
             x_btd = embed(model, batch, self.plan)
         first, rest = ({"replay": replay and replay[i], "assigned": known and known[i]} for i in _FIRST_AND_REST)
-        passed = enter(model, x_btd, batch, self.counts, ends=segment.ends, **first, **common)
+        passed = enter(model, x_btd, batch, self.counts, **first, **common)
         if not segment.last:
             return passed
         return leave(model, passed, batch, self.counts, objective=self.objective, **rest, **common)
 
     def _kept(self, grads: Any) -> Any:
         """The gradients of one microbatch in the layout in which they are kept until the others are added."""
-        return self.plan.scatter_gradients(grads) if self.plan.config.fsdp == "gradients" else grads
+        return placement.scatter_gradients(grads, self.plan) if self.plan.config.fsdp == "gradients" else grads
 
     def _items(self, segment: Segment) -> list[Any]:
         """The stacks that the segment runs, in order: the MTP block's once per depth."""

@@ -112,7 +112,7 @@ def packed_batches(config: RunConfig, count: int) -> list[Batch]:
 def default_train(config: RunConfig) -> TrainConfig:
     """A batch that every axis of the plan divides, with an odd number of tokens per row and rank."""
     plan = config.plan
-    unit = plan.context * plan.sequence_pieces
+    unit = plan.context * plan.sequence_pieces(routed=True)
     tokens = max(13 * unit, 52, 2 * plan.context * config.model.reach)
     return TrainConfig(
         steps=10, batch_size=2 * plan.data * plan.microbatches, sequence_length=-(-tokens // unit) * unit, seed=0,

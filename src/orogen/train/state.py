@@ -11,6 +11,7 @@ from jax import Array
 from orogen.config.model import ModelConfig
 from orogen.model.lm import Built, initial_state
 from orogen.model.vocabulary import resized
+from orogen.parallel import placement
 from orogen.parallel.plan import Plan
 from orogen.train.carry import emptied
 
@@ -40,10 +41,10 @@ def abstract_state(built: Built, optimizer: optax.GradientTransformation, carrie
 
 def state_shardings(state: TrainState, plan: Plan) -> TrainState:
     """Where the plan keeps the state between steps."""
-    shardings = plan.shardings(state)
+    shardings = placement.shardings(state, plan)
     if not plan.config.offload_optimizer:
         return shardings
-    return shardings._replace(optimizer=plan.offloaded(state.optimizer, shardings.optimizer))
+    return shardings._replace(optimizer=placement.offloaded(state.optimizer, shardings.optimizer))
 
 
 def create_state(
@@ -84,7 +85,7 @@ def start_state(
 
     # First, since an array that grows, or that is not split as its result is, cannot be donated.
     filled = [resized(part, built.vocab_rows) for part in (params, buffers)]
-    placed = [jax.device_put(part, plan.spread(part)) for part in filled]
+    placed = [jax.device_put(part, placement.spread(part, plan)) for part in filled]
     return jax.jit(create, out_shardings=shardings, donate_argnums=(0, 1))(*placed)
 
 

@@ -22,6 +22,7 @@ from orogen.model.block import Repeat
 from orogen.model.lm import Built
 from orogen.model.stages import MOE, Stages
 from orogen.moe.layer import Choice
+from orogen.parallel import placement
 from orogen.parallel.context import zigzag
 from orogen.parallel.plan import Plan
 from orogen.train import carry
@@ -90,8 +91,8 @@ def gradients(
         if before is not None:
             sums = sums._replace(carried=carry.joined(before, sums.carried, sources, plan))
         if plan.config.fsdp != "gradients":
-            grads = plan.scatter_gradients(grads)
-        return loss, plan.sum_gradients(grads), counts, sums
+            grads = placement.scatter_gradients(grads, plan)
+        return loss, placement.sum_gradients(grads, plan), counts, sums
 
     settings = {"depths": depths, "record": record, "replaying": replaying, "carried": carried}
     return _shard(device_step, built, config, plan, **settings)
@@ -130,7 +131,7 @@ def _shard(
         carried=carried,
     )
     replay = replay_of(choices) if replaying else None
-    outputs = (whole, plan.stored_specs(built.params), whole, sums)
+    outputs = (whole, placement.stored_specs(built.params, plan), whole, sums)
     step = plan.run(device_step, inputs=(params, buffers, batch_spec, replay, carried), outputs=outputs)
     return lambda params, buffers, batch, replay=None, before=None: step(params, buffers, batch, replay, before)
 
@@ -166,7 +167,7 @@ def apply_gradients(
 ) -> TrainState:
     """The state after one update, or, unless `finite`, the same state with the step counted as skipped. left: what the
     batch leaves to carry."""
-    grads = lax.with_sharding_constraint(grads, plan.shardings(grads))
+    grads = lax.with_sharding_constraint(grads, placement.shardings(grads, plan))
 
     def update(params: nnx.State, buffers: nnx.State, opt_state: optax.OptState) -> tuple[Any, ...]:
         updates, opt_state = optimizer.update(grads, opt_state, params, grad_norm=grad_norm)
@@ -177,7 +178,7 @@ def apply_gradients(
 
     if plan.config.offload_optimizer:
         # What was fetched is a copy already, of which a condition makes another.
-        old = state.params, state.buffers, plan.fetched(state.optimizer)
+        old = state.params, state.buffers, placement.fetched(state.optimizer, plan)
         kept = jax.tree.map(lambda new, kept: jnp.where(finite, new, kept), update(*old), old)
     else:
         # A condition, since choosing between the old and new values of each element copies the old moments first.
@@ -227,7 +228,7 @@ def step_function(
     rate = learning_rate(config.optimizer, config.train.steps)
 
     def step(state: TrainState, batch: Batch, replay: Any = None) -> tuple[TrainState, StepMetrics, Any]:
-        params = plan.working(state.params)
+        params = placement.working(state.params, plan)
         loss, grads, counts, sums = gradient(params, state.buffers, batch, replay, state.carried)
         squares = square_sums(grads)
         finite_leaves = jnp.isfinite(squares)

@@ -12,6 +12,7 @@ from flax import nnx
 
 from orogen.config.run import OptimizerConfig, RunConfig
 from orogen.data.packing import Batch
+from orogen.parallel import placement
 from orogen.train.loop import leaf_name
 from orogen.train.next_token import NEXT_TOKENS
 from orogen.train.optimizer import make_optimizer, square_sums
@@ -129,7 +130,7 @@ def _gradients(
     function = gradients(built, objective, model, plan, dtype, record=True, replaying=replay is not None)
 
     def step(params, buffers, batch, *replay):
-        loss, grads, _, sums = function(plan.working(params), buffers, batch, *replay)
+        loss, grads, _, sums = function(placement.working(params, plan), buffers, batch, *replay)
         load_le = built.layout.loads(sums.load)
         return _Step(loss, built.whole(grads), load_le, sums)
 
@@ -144,7 +145,7 @@ def _placed(state: tuple[Any, ...], side: Side) -> tuple[Any, ...]:
     """(parameters, buffers) of the whole model on the side's devices, laid out as it keeps them."""
     built, plan = side.built, side.plan
     laid = tuple(jax.jit(lambda part: built.laid(part))(part) for part in state)
-    return jax.device_put(laid, (plan.shardings(built.params), plan.shardings(built.buffers)))
+    return jax.device_put(laid, placement.shardings((built.params, built.buffers), plan))
 
 
 def _updated(side: Side, name: str, start: Any, grads: nnx.State, load: Any) -> tuple[nnx.State, nnx.State]:

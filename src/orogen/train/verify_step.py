@@ -11,6 +11,7 @@ from orogen.config.run import RunConfig
 from orogen.data.packing import NEXT_WEIGHT, Batch
 from orogen.model.layout import Whole, relaid
 from orogen.model.vocabulary import resized
+from orogen.parallel import placement
 from orogen.parallel.plan import Plan
 from orogen.train import carry
 from orogen.train.heldout import heldout_plan, measure
@@ -186,10 +187,10 @@ def _scores(side: Side, objective: Objective, start: Any, batches: list[Batch]) 
     """Every metric of each batch."""
     plan: Plan = side.plan
     laid = tuple(side.built.laid(part) for part in start)
-    params, buffers = jax.device_put(laid, (plan.shardings(side.built.params), plan.shardings(side.built.buffers)))
+    params, buffers = jax.device_put(laid, placement.shardings((side.built.params, side.built.buffers), plan))
     score = measure(side.built, objective, side.config.model, plan, side.config.train.compute_dtype)
     with jax.default_matmul_precision("highest"):
-        params = jax.jit(plan.working)(params)
+        params = jax.jit(placement.working, static_argnums=1)(params, plan)
         found = [jax.device_get(score(params, buffers, batch_to_devices(batch, plan))) for batch in batches]
     numbers = ((np.ravel(metric.sum), np.ravel(metric.count)) for metrics in found for metric in metrics.values())
     return [Metric(float(total), float(count)) for pair in numbers for total, count in zip(*pair, strict=True)]

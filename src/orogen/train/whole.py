@@ -13,6 +13,7 @@ from jax import Array, lax
 
 from orogen.data.packing import Batch
 from orogen.model.lm import LanguageModel
+from orogen.parallel import placement
 from orogen.parallel.varying import vary_like
 from orogen.precision.policy import working_copy
 from orogen.train.loss import Assigned, Counts, Sums, assignments, loss_share
@@ -44,7 +45,7 @@ class WholePass:
 
         def gradient(*arguments):
             result, grads = jax.value_and_grad(self._share, has_aux=True)(*arguments)
-            return result, self.plan.scatter_gradients(grads) if scattered else grads
+            return result, placement.scatter_gradients(grads, self.plan) if scattered else grads
 
         # Marked varying out here, gradients are sums over this device's tokens alone; over devices they are added up
         # once a step, or, where only the piece that this device stores is kept, once a microbatch.

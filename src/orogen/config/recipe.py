@@ -1,0 +1,78 @@
+"""Recipes: the format of each product with a weight, layer by layer. They are data; `orogen.precision` computes."""
+
+import dataclasses
+
+from orogen.config.checks import require, require_choice
+from orogen.config.model import ModelConfig
+from orogen.config.plan import PlanConfig
+
+# Formats of a product's operands: the dtype of computation, or 8 bits scaled by tensor.
+PLAIN, FP8 = "plain", "fp8"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Formats:
+    """The formats of a weight's three products: y = x w, dx = dy wᵀ and dw = xᵀ dy."""
+
+    forward: str = PLAIN
+    input_gradient: str = PLAIN
+    weight_gradient: str = PLAIN
+
+    def __post_init__(self) -> None:
+        for role in dataclasses.fields(self):
+            require_choice(self, role.name, (PLAIN, FP8))
+
+    @property
+    def of_input(self) -> tuple[str, str]:
+        """The formats in which products read x."""
+        return self.forward, self.weight_gradient
+
+    @property
+    def of_weight(self) -> tuple[str, str]:
+        """The formats in which products read w."""
+        return self.forward, self.input_gradient
+
+    @property
+    def of_gradient(self) -> tuple[str, str]:
+        """The formats in which products read dy."""
+        return self.input_gradient, self.weight_gradient
+
+    def names(self) -> set[str]:
+        """The formats that occur."""
+        return {*self.of_input, *self.of_gradient}
+
+
+IN_PLAIN = Formats()
+IN_FP8 = Formats(forward=FP8, input_gradient=FP8, weight_gradient=FP8)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The formats of one layer's products, by kind of weight: `linear` matrices, `grouped` ones of routed experts, and
+    the `head`, for what is not inside a layer. Products of the last two exist in the dtype of computation alone."""
+
+    linear: Formats = IN_PLAIN
+    grouped: Formats = IN_PLAIN
+    head: Formats = IN_PLAIN
+
+    def __post_init__(self) -> None:
+        for kind in ("grouped", "head"):
+            expected = f"{IN_PLAIN}: no other product of this kind exists"
+            require(getattr(self, kind) == IN_PLAIN, self, kind, expected)
+
+    def names(self) -> set[str]:
+        """The formats that occur."""
+        return self.linear.names() | self.grouped.names() | self.head.names()
+
+
+# By the names of `PlanConfig.linear`.
+RECIPES = {PLAIN: Recipe(), FP8: Recipe(linear=IN_FP8)}
+
+
+def layer_recipes(config: PlanConfig, model: ModelConfig) -> tuple[Recipe, ...]:
+    """The recipe of each layer of the pattern, then of each of the multi-token-prediction block. The first layer, the
+    last and the block compute in the dtype of computation."""
+    inner, outer = RECIPES[config.linear], RECIPES[PLAIN]
+    last = len(model.layers.main) - 1
+    main = (outer if index in (0, last) else inner for index in range(last + 1))
+    return *main, *(outer for _ in model.layers.mtp)

@@ -1,0 +1,100 @@
+"""Where a plan keeps trees of variables between steps, and how they come into a step and leave it.
+
+Between steps arrays are laid out by `Plan.storage`, inside the step by `Plan.rules`; with ZeRO-1 and -2 the two differ.
+"""
+
+import math
+from typing import Any
+
+import jax
+from flax import nnx
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from orogen.parallel.axes import SHARDED, full_axes, map_variables, spec_of
+from orogen.parallel.plan import Plan, scatter_sum
+from orogen.parallel.varying import varying_axes
+
+# JAX's names of an accelerator's own memory, and of the part of the host's that it reads without a copy between.
+DEVICE, HOST = "device", "pinned_host"
+
+
+def stored_specs(tree: Any, plan: Plan) -> Any:
+    """`tree` of variables, each holding the PartitionSpec in which it is stored between steps."""
+    return map_variables(lambda v: spec_of(plan.storage, full_axes(v)), tree)
+
+
+def shardings(tree: Any, plan: Plan) -> Any:
+    """`tree` with the sharding in which each array is stored between steps; what has no axes is replicated."""
+    return map_variables(lambda v: _stored(full_axes(v), plan), tree, lambda _: _stored((), plan))
+
+
+def spread(tree: Any, plan: Plan) -> Any:
+    """Shardings in which `tree`, the state of a whole model or of other stages, waits until it is laid out again: as it
+    would be stored without stages, but with each array also split over the stages along the longest axis that they
+    divide, so that no device needs room for all layers."""
+    rules, stages = {**plan.storage, "stage": ()}, plan.size("stage")
+
+    def over_stages(variable: nnx.Variable) -> NamedSharding:
+        shape = variable.get_value().shape
+        ways = lambda part: math.prod(plan.mesh.shape[name] for name in part)  # noqa: E731
+        parts = [() if axis is None else rules[axis] for axis in full_axes(variable)]
+        # A vocabulary that is not padded yet waits whole.
+        parts = [part if size % ways(part) == 0 else () for part, size in zip(parts, shape, strict=True)]
+        local = [size // ways(part) for part, size in zip(parts, shape, strict=True)]
+        longest = max(range(len(local)), key=lambda dim: (local[dim] % stages == 0, local[dim]), default=None)
+        if longest is not None and local[longest] % stages == 0:
+            parts[longest] += plan.rules["stage"]
+        return NamedSharding(plan.mesh, PartitionSpec(*(part or None for part in parts)))
+
+    return map_variables(over_stages, tree, lambda _: _stored((), plan))
+
+
+def offloaded(tree: Any, placed: Any) -> Any:
+    """The shardings `placed` of `tree`'s arrays, but in the host's memory; numbers stay where they are."""
+    return jax.tree.map(lambda x, s: s.with_memory_kind(HOST) if x.ndim else s, tree, placed)
+
+
+def fetched(tree: Any, plan: Plan) -> Any:
+    """`tree` of state that lives in the host's memory, on the device."""
+    fetch = lambda x, s: jax.device_put(x, s.with_memory_kind(DEVICE)) if x.ndim else x  # noqa: E731
+    return jax.tree.map(fetch, tree, shardings(tree, plan))
+
+
+def working(tree: Any, plan: Plan) -> Any:
+    """`tree` with its arrays constrained to their layout inside the step (ZeRO-1 gathers its masters here)."""
+    placed = map_variables(lambda v: NamedSharding(plan.mesh, spec_of(plan.rules, full_axes(v))), tree)
+    return lax.with_sharding_constraint(tree, placed)
+
+
+# Of gradients, inside the step.
+
+
+def scatter_gradients(grads: Any, plan: Plan) -> Any:
+    """For each of `grads` of varied parameters the piece that this rank stores, summed in float32 over the ranks that
+    store other pieces. A gradient that is stored as it is used stays as it is: `Plan.weight` has scattered it, or none
+    does."""
+
+    def scattered(variable: nnx.Variable) -> Any:
+        value: Any = variable[...]
+        for dim, axis in enumerate(full_axes(variable)):
+            if axis in SHARDED and plan.storage[axis] != plan.rules[axis]:
+                value = scatter_sum(value, plan.storage[axis], dim)
+        return value
+
+    return map_variables(scattered, grads)
+
+
+def sum_gradients(grads: Any, plan: Plan) -> Any:
+    """Scattered `grads`, summed over every mesh axis that does not split their parameter in storage."""
+
+    def summed(variable: nnx.Variable) -> Any:
+        split = {name for axis in full_axes(variable) if axis is not None for name in plan.storage[axis]}
+        copies = tuple(sorted(varying_axes(variable[...]) - split))
+        return lax.psum(variable[...], copies) if copies else variable[...]
+
+    return map_variables(summed, grads)
+
+
+def _stored(axes: tuple[str | None, ...], plan: Plan) -> NamedSharding:
+    return NamedSharding(plan.mesh, spec_of(plan.storage, axes))
