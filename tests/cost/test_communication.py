@@ -82,8 +82,18 @@ def inside(records: list[Collective]) -> list[Collective]:
 
 # The program that XLA makes of a unit takes longer than its trace: it is made for plans that together have every axis,
 # dispatch and way to shard.
-COMPILED = {"data-tensor", "capacity", "zero-2", "shared", "shared-alltoall", "state"}
+COMPILED = {"data-tensor", "copies", "capacity", "zero-2", "shared-alltoall", "state"}
 CASES = [(name, EVERY) for name in PLANS] + [(name, FULLER) for name in ("data-tensor", "copies")]
+
+
+def test_what_is_compiled_has_every_axis_dispatch_and_way_to_shard():
+    compared = [PlanConfig(**PLANS[name]) for name in COMPILED]
+    for field in ("data", "context", "tensor", "expert", "expert_tensor"):
+        assert any(getattr(plan, field) > 1 for plan in compared), field
+    for field in ("dispatch", "fsdp", "cross_entropy"):
+        assert {getattr(plan, field) for plan in compared} == {getattr(PlanConfig(**p), field) for p in PLANS.values()}
+    assert any(plan.fsdp_size and plan.fsdp != "none" for plan in compared)
+    assert any(plan.capacity_factor for plan in compared)
 
 
 @pytest.mark.parametrize(("name", "model"), CASES)

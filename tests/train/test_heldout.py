@@ -42,7 +42,7 @@ class Scored:
         self.state = create_state(model, self.built, optimizer, plan, 5)
         heldout = Heldout(self.config, self.built, self.corpus)
         self.sample, self.whole = heldout.sample(self.state), heldout.full(self.state)
-        first, *others = heldout.whole
+        first, *others = heldout.split
         self.rows = first.map(lambda *parts: np.concatenate(parts), *others)
 
     def nats_and_targets(self, rows: list[int]) -> tuple[float, int]:

@@ -44,7 +44,7 @@ def test_the_sample_covers_every_axis_and_choice():
 SHARDED = [("none", None), *itertools.product(("optimizer", "gradients", "parameters"), (None, 2))]
 
 
-# Every kind with three microbatches, whose sums it must keep apart, and each once with one.
+# Every kind with three microbatches, whose sums it must keep apart; with one, each level of sharding, and AdamW alone.
 @pytest.mark.parametrize(
     ("fsdp", "fsdp_size", "microbatches"),
     [*((*kind, 3) for kind in SHARDED), *((*SHARDED[i], 1) for i in (1, 4, 6))],

@@ -68,6 +68,27 @@ def test_a_signal_inside_a_finalizer_is_not_lost(number, capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_a_signal_inside_a_finalizer_is_not_lost_by_a_run_that_ends_at_once():
+    with Stop() as stop:
+        stop.working = True
+        _Finalizer(signal.SIGINT)
+    assert stop.asked and stop.status == 130
+    with Stop() as stop, pytest.raises(StoppedEarlyError):  # a second one, as soon as the first was dropped
+        _Finalizer(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+    time.sleep(0.05)  # no timer is left
+
+
+def test_other_exceptions_of_finalizers_are_reported_as_before(monkeypatch):
+    reported = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda dropped: reported.append(dropped.exc_value))
+    before = sys.unraisablehook
+    with Stop():
+        _Finalizer(-1)
+    assert [type(error) for error in reported] == [ValueError] or [type(error) for error in reported] == [OSError]
+    assert sys.unraisablehook == before
+
+
 def test_an_ignored_signal_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -26,9 +26,10 @@ PENALTY = 0.25
 
 
 def counts(batch, depths, plan):
-    """Tokens that the policy chose, whatever their advantages."""
+    """Tokens that the policy chose, whatever their advantages; of the divergence, all tokens."""
     chosen = batch.extras[CHOSEN].sum()
-    return {"policy": chosen, "divergence": chosen, "likelihood": chosen}
+    tokens = (batch.segments_bt != 0).sum()
+    return {"policy": chosen, "divergence": tokens, "likelihood": chosen, "size": chosen}
 
 
 def sums(model, hidden, batch, plan):
@@ -43,6 +44,8 @@ def sums(model, hidden, batch, plan):
         "policy": of_chosen(-batch.extras[ADVANTAGE] * ratio_bt),
         "divergence": of_chosen(jnp.exp(apart_bt) - apart_bt - 1),
         "likelihood": of_chosen(found_bt),
+        # By the tokens that this rank alone holds of the hidden states.
+        "size": jnp.where(plan.deal(plan.own(chosen_bt)), jnp.square(plan.deal(hidden[0])).mean(-1), 0).sum(),
     }
 
 
@@ -59,7 +62,7 @@ def policy_batches(config, count):
         inside_bt = (batch.segments_bt != 0) & (batch.segments_bt == next_bt) & (np.arange(shape[1]) < shape[1] - 1)
         uniform = -np.log(config.model.vocab_size)
         extras = {
-            ADVANTAGE: rng.normal(size=shape).astype(np.float32),
+            ADVANTAGE: rng.normal(0.5, 1, shape).astype(np.float32),  # of both signs; their sum is not near 0
             CHOSEN: (inside_bt & (rng.random(shape) < 0.7)).astype(np.float32),
             EARLIER: (uniform + 0.3 * rng.normal(size=(*shape, 2))).astype(np.float32),
         }
@@ -81,20 +84,24 @@ def test_a_policy_gradient_by_hand():
     extras = {
         ADVANTAGE: np.array([[2, -1, 0.5, 7]], np.float32),
         CHOSEN: np.array([[1, 1, 1, 0]], np.float32),
-        # π is 1/4, 1/4, 2/5; the old policy's likelihoods give ratios of 1, 2, 2, the reference's are π's own.
-        EARLIER: np.log(np.array([[[0.25, 0.25], [0.125, 0.25], [0.2, 0.4], [1, 1]]])).astype(np.float32),
+        # π is 1/4, 1/4, 2/5; the old policy's likelihoods give ratios of 1, 2, 2; the reference's are half of π's first
+        # and π's own.
+        EARLIER: np.log(np.array([[[0.25, 0.125], [0.125, 0.25], [0.2, 0.4], [1, 1]]])).astype(np.float32),
     }
     batch = Batch(
         np.array([[0, 1, 2, 0]], np.int32), ones_bt, np.arange(4, dtype=np.int32)[None], 0.0 * ones_bt, extras
     )
     function = jax.jit(gradients(built, POLICY, model, plan, "float32"))
     loss, grads, counted, found = function(params, built.buffers, batch_to_devices(batch, plan))
-    assert float(loss) == pytest.approx(-1 / 3, rel=1e-6)  # -(2 · 1 - 1 · 2 + 0.5 · 2) / 3
-    assert float(counted.metrics["policy"]) == 3
+    # -(2 · 1 - 1 · 2 + 0.5 · 2) / 3, and a quarter of e^x - x - 1 at x = -ln 2, over 4 tokens.
+    assert float(loss) == pytest.approx(-1 / 3 + (np.log(2) - 1 / 2) / 16, rel=1e-6)
+    assert float(counted.metrics["policy"]) == 3 and float(counted.metrics["divergence"]) == 4
+    assert float(found.metrics["size"]) == pytest.approx(3, rel=1e-6)
     assert float(found.metrics["likelihood"]) == pytest.approx(np.log(1 / 4 * 1 / 4 * 2 / 5), rel=1e-6)
     # Of each token -A π/π_old / 3 · h (one-hot - π)ᵀ: -2/3 (1, 1)ᵀ (-1/2, 3/4, -1/4) + 2/3 (1, -1)ᵀ (-1/4, -1/2, 3/4)
-    # - 1/3 (-1, 1)ᵀ (3/5, -1/5, -2/5).
-    expected = [[11 / 30, -9 / 10, 8 / 15], [3 / 10, -1 / 10, -1 / 5]]
+    # - 1/3 (-1, 1)ᵀ (3/5, -1/5, -2/5); and of the divergence of the first (1 - e^x) / 16 (1, 1)ᵀ (-1/2, 3/4, -1/4).
+    expected = np.array([[11 / 30, -9 / 10, 8 / 15], [3 / 10, -1 / 10, -1 / 5]])
+    expected += np.array([-1 / 2, 3 / 4, -1 / 4]) / 32
     np.testing.assert_allclose(grads["head"]["weight"][...], expected, rtol=1e-5)
 
 
@@ -116,6 +123,33 @@ def test_a_policy_gradient_under_a_plan_equals_one_device(model, plan, deeper):
         config, objective=dataclasses.replace(POLICY, deeper=deeper), batches=policy_batches, optimizers=("adamw",)
     )
     assert verdict.passed, verdict
+    assert all(leaf.startswith("mtp") and not deeper for leaf in verdict.zero_leaves)
+
+
+@several_devices
+def test_counts_that_do_not_add_up_over_rows_are_refused():
+    """On one device they would be right."""
+    config = run_config(hybrid(pattern="-", mtp_depths=0), plan={"data": 2})
+    rows = lambda batch, depths, plan: counts(batch, depths, plan) | {"policy": jnp.float32(len(batch.tokens_bt))}  # noqa: E731
+    with pytest.raises(ValueError, match="'policy' does not differ between the ranks of"):
+        verify(config, objective=dataclasses.replace(POLICY, counts=rows), batches=policy_batches)
+    fewer = lambda batch, depths, plan: {"policy": counts(batch, depths, plan)["policy"]}  # noqa: E731
+    with pytest.raises(ValueError, match="expected the names and shapes of its counts"):
+        verify(config, objective=dataclasses.replace(POLICY, counts=fewer), batches=policy_batches)
+
+
+@several_devices
+def test_a_sum_of_copies_does_not_pass():
+    """Of hidden states that were gathered, each rank of tensor has all."""
+
+    def copies(model, hidden, batch, plan):
+        size = jnp.square(plan.enter(hidden[0])).mean(-1)
+        return sums(model, hidden, batch, plan) | {"size": jnp.where(batch.extras[CHOSEN] > 0, size, 0).sum()}
+
+    config = run_config(hybrid(pattern="-", mtp_depths=0), plan={"tensor": 2})
+    assert verify(config, objective=POLICY, batches=policy_batches, optimizers=("adamw",)).passed
+    wrong = dataclasses.replace(POLICY, sums=copies)
+    assert not verify(config, objective=wrong, batches=policy_batches, optimizers=("adamw",)).passed
 
 
 def test_without_the_mtp_block_its_parameters_have_no_gradient():

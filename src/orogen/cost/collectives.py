@@ -217,7 +217,7 @@ def load(ledger: Ledger) -> None:
         ledger.add("load", "forward", "all-reduce", everywhere, ledger.model.n_routed_experts * FLOAT32, count=layers)
         # Assignments without room at an expert, and in a ragged buffer.
         ledger.add(
-            "dropped", "forward", "all-reduce", everywhere, FLOAT32, count=1 + (ledger.plan.dispatch == "ragged")
+            "dropped", "forward", "all-reduce", everywhere, FLOAT32, count=1 + (ledger.plan.dispatch in BUFFERED)
         )
 
 
@@ -227,6 +227,8 @@ DISPATCH_COLLECTIVES: dict[str, Callable[[Ledger], None]] = {
     "alltoall": _exchanged_rows,
     "ragged": _ragged_rows,
 }
+# Those whose buffers may lack room for a row, which is counted.
+BUFFERED = {"ragged"}
 # By letter: what enters the ledger of one layer beside its weights.
 LAYER_COLLECTIVES: dict[str, Callable[[Ledger], None]] = {
     "M": _mamba2,

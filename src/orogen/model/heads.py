@@ -1,28 +1,19 @@
-"""What a model's head makes of final hidden states, without holding the logits of a whole batch.
+"""Losses and log-likelihoods from final hidden states, without holding the logits of a whole batch.
 
 Letters: b batch, t time, d model, v vocabulary.
 """
 
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 from jax import Array
 
 from orogen.kernels import cross_entropy
+from orogen.model.lm import LanguageModel
 from orogen.parallel.plan import Plan
 
 
-class Headed(Protocol):
-    """A model with a head: `LanguageModel`."""
-
-    vocab_size: int
-
-    def head_matrix(self, plan: Plan) -> Array:
-        """The head (d, this rank's part of v)."""
-        ...
-
-
-def token_nats(h_btd: Array, model: Headed, targets_bt: Array, weights_bt: Array, plan: Plan) -> Array:
+def token_nats(h_btd: Array, model: LanguageModel, targets_bt: Array, weights_bt: Array, plan: Plan) -> Array:
     """The sum () of weight times nats of the targets (b, t), of this device's rows and context rank.
 
     h_btd: final-normed hidden states, in the layout of the residual stream. A weight may be negative, or 0 where there
@@ -33,14 +24,14 @@ def token_nats(h_btd: Array, model: Headed, targets_bt: Array, weights_bt: Array
         return cross_entropy.cross_entropy(*operands, targets_bt.reshape(-1), weights_bt.reshape(-1), **settings)
 
 
-def log_likelihoods(h_btd: Array, model: Headed, targets_bt: Array, plan: Plan) -> Array:
+def log_likelihoods(h_btd: Array, model: LanguageModel, targets_bt: Array, plan: Plan) -> Array:
     """The log-likelihood (b, t) float32 of each target, of this device's rows and context rank; see `token_nats`."""
     with jax.named_scope("cross_entropy"):
         operands, settings = _read(h_btd, model, plan)
         return cross_entropy.log_likelihoods(*operands, targets_bt.reshape(-1), **settings).reshape(targets_bt.shape)
 
 
-def _read(h_btd: Array, model: Headed, plan: Plan) -> tuple[tuple[Array, Array], dict[str, Any]]:
+def _read(h_btd: Array, model: LanguageModel, plan: Plan) -> tuple[tuple[Array, Array], dict[str, Any]]:
     """The operands and settings that the head's kernels share."""
     head_dv = model.head_matrix(plan)
     x_btd = plan.enter(h_btd)

@@ -22,8 +22,7 @@ from orogen.parallel.plan import Plan
 
 @dataclasses.dataclass(frozen=True)
 class Whole:
-    """Every device has every layer: the backbone's pattern and the MTP block's. What it says of itself, `Stages` does
-    too, by the same names."""
+    """Every device has every layer: the backbone's pattern and the MTP block's. `Stages` has the same interface."""
 
     main: str
     mtp: str
@@ -89,10 +88,10 @@ Layout = Whole | Stages
 def relaid(state: Any, before: Layout, after: Layout) -> Any:
     """`state`, or a part of it, which lies as `before` says, as `after` does; optimizer state too."""
 
-    def again(tree: Any) -> Any:
+    def lay(tree: Any) -> Any:
         return after.split(before.join(tree)) if isinstance(tree, nnx.State) else tree
 
-    return jax.tree.map(again, state, is_leaf=lambda x: isinstance(x, nnx.State))
+    return jax.tree.map(lay, state, is_leaf=lambda x: isinstance(x, nnx.State))
 
 
 def _choice_specs(items: Items, plan: Plan, stacked: int) -> Any:

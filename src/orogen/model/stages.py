@@ -2,8 +2,8 @@
 
 A stage keeps its layers by their letter, one array per parameter, with three axes in front: (stage, chunk, row). A
 chunk with fewer layers of a letter than the fullest has rows of zeros, which nothing reads. Embedding and head are one
-array, of which the first stage has the one and the last the other, if no stage needs both; else each is on every stage,
-as are the final norm and the MTP block's own parameters.
+array if no stage needs both: stage 0 holds the embedding in its row, the last stage the head. Otherwise each is on
+every stage, as are the final norm and the MTP block's own parameters.
 
 Letters: p stages, v chunks per stage, r rows, m microbatches, b batch, t time, k experts per token, l layers,
 e experts, n words of the vocabulary, d model.
@@ -127,10 +127,10 @@ class Stages:
             found[letter] = jax.tree.map(functools.partial(_lay_out, index_pvr, lead), *trees)
         return found
 
-    def join_rows(self, by_letter: Rows, *, depths: int = 1, lead: int = 0) -> list[Rows]:
+    def join_rows(self, laid: Rows, *, depths: int = 1, lead: int = 0) -> list[Rows]:
         """The inverse of `split_rows`."""
         stacks: list[Rows] = [{} for _ in range(1 + depths)]
-        for letter, tree in by_letter.items():
+        for letter, tree in laid.items():
             place_n = np.argsort(self._index(letter, depths).ravel(), kind="stable")
             start = 0
             for stack, pattern in zip(stacks, ["".join(self.patterns)] + [self.mtp] * depths, strict=True):

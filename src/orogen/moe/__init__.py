@@ -16,6 +16,7 @@ takes float32 operands at 10 bits of fraction (TF32), after a copy of the input 
 **Add a dispatch.** A dispatch is a name of `PlanConfig.dispatch`. Write a class with `dispatch` and `combine` as the
 docstring of `orogen.moe.dispatch` states them; its `Ticket` carries from the one to the other whatever it needs. Then
 give the name a row in `DISPATCHES` there, in `DISPATCHES` of `config/plan.py` and in `DISPATCH_COLLECTIVES`
-(`cost/collectives.py`), which counts what it sends. `tests/moe/test_dispatch.py` holds every dispatch against
-`orogen.moe.reference`, and adds one in this way; `orogen verify` holds a plan with it against one device.
+(`cost/collectives.py`), which counts what it sends; in `BUFFERED` there too, if its ticket counts overflow.
+`tests/moe/test_dispatch.py` holds every dispatch against `orogen.moe.reference`, and adds one in this way; `orogen
+verify` holds a plan with it against one device.
 """

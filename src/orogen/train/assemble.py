@@ -16,7 +16,7 @@ TYPICAL_LENGTH = 4096
 
 
 class Assembled(NamedTuple):
-    """What a step is made of, besides what it does."""
+    """A plan, and the model laid out for it."""
 
     plan: Plan
     built: Built

@@ -36,10 +36,13 @@ class Heldout:
     Experts never drop a token here, whatever capacity the run trains with.
     """
 
+    sampled = "heldout_loss", "heldout_bits_per_byte"
+    whole = "whole_heldout_loss", "whole_heldout_bits_per_byte"
+
     def __init__(self, config: RunConfig, built: Built, corpus: Corpus):
         self.train, self.corpus = config.train, corpus
         self.plan = heldout_plan(config)
-        self.whole = corpus.heldout_batches(
+        self.split = corpus.heldout_batches(
             "heldout", batch_size=config.train.batch_size, sequence_length=config.train.sequence_length
         )
         self._sample: list[Batch] = []
@@ -48,7 +51,7 @@ class Heldout:
     def sample(self, state: TrainState) -> dict[str, float]:
         """The scores of about `evaluate_rows` rows."""
         if not self._sample:
-            first, *others = self.whole
+            first, *others = self.split
             rows = first.map(lambda *parts: np.concatenate(parts), *others)
             kept = int((rows.segments_bt != 0).any(1).sum())
             size = self.train.batch_size
@@ -59,13 +62,11 @@ class Heldout:
             self._sample_bytes = sum(
                 target_byte_count(b, tokenizer.byte_length_v) - prefix_byte_count(b, tokenizer) for b in self._sample
             )
-        score = self.score(state, self._sample, self._sample_bytes)
-        return {"heldout_loss": score.loss, "heldout_bits_per_byte": score.bits_per_byte}
+        return dict(zip(self.sampled, self.score(state, self._sample, self._sample_bytes), strict=True))
 
     def full(self, state: TrainState) -> dict[str, float]:
         """The scores of the whole split."""
-        score = self.score(state, self.whole, self.whole.byte_count)
-        return {"whole_heldout_loss": score.loss, "whole_heldout_bits_per_byte": score.bits_per_byte}
+        return dict(zip(self.whole, self.score(state, self.split, self.split.byte_count), strict=True))
 
     def score(self, state: TrainState, batches: Iterable[Batch], n_bytes: int) -> Score:
         """Of the text behind the batches' targets, `n_bytes` long."""
@@ -93,7 +94,7 @@ def measure(
 
     def metrics(params: nnx.State, buffers: nnx.State, batch: Batch) -> dict[str, Metric]:
         counts = batch_counts(batch, objective, objective.depths(config), plan)
-        parts = jax.tree.map(lambda x: microbatches(x, plan.config.microbatches, 1), batch)
+        parts = jax.tree.map(lambda x: microbatches(x, plan.config.microbatches, plan.sources[0]), batch)
         found = skeleton(built)(Computation(objective, config, plan, dtype), parts, counts, buffers).metrics(params)
         return {name: Metric(total, counts.metrics[name]) for name, total in found.items()}
 

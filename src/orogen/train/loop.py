@@ -120,7 +120,7 @@ def _train(
         state = run.start(origin)
         facts = _facts(config, plan, corpus)
         describe_run(run_dir, text, facts)  # first: it makes the folder this run's
-        if linked := facts["data"]["linked_folders"]:
+        if linked := facts["data"].get("linked_folders"):
             log(f"corpus {config.data.corpus!r}: {linked} linked folders are passed over")
         if not (saved / "tokenizer.json").is_file():  # checkpoints hold its checksum: it stays as it is
             corpus.tokenizer.save(saved)
@@ -214,8 +214,10 @@ class _Run:
         train, last, number = self.config.train, writer.last, self.first_step
         if last is None or last["step"] != number:
             return
-        owed = number % train.evaluate_every == 0 and "heldout_loss" not in last
-        if owed or (number == train.steps and "whole_heldout_loss" not in last):
+        if self.evaluation is None:
+            return
+        owed = number % train.evaluate_every == 0 and not set(self.evaluation.sampled) <= last.keys()
+        if owed or (number == train.steps and not set(self.evaluation.whole) <= last.keys()):
             writer.amend(self._scores(number, state))
 
     def steps(self, state: TrainState, writer: MetricsWriter) -> TrainState:
@@ -305,7 +307,6 @@ class _Run:
         tokens = int(metrics.tokens)
         record = {
             "step": number,
-            **{name: np.asarray(metric.mean, np.float64).tolist() for name, metric in metrics.metrics.items()},
             "objective": float(metrics.loss),
             "tokens": tokens,
             "tokens_per_second": tokens / seconds,
@@ -314,6 +315,12 @@ class _Run:
             "learning_rate": float(metrics.learning_rate),
             "skipped_steps": int(metrics.skipped),
         }
+        means = {name: np.asarray(metric.mean, np.float64).tolist() for name, metric in metrics.metrics.items()}
+        if taken := means.keys() & record.keys():
+            raise ValueError(
+                f"a task's metric is named {sorted(taken)[0]!r}; expected another name than the loop's own"
+            )
+        record |= means
         if metrics.load_le.size:
             record |= {"expert_load": metrics.load_le.tolist(), "dropped_tokens": int(metrics.dropped)}
             if self.config.plan.buffer_factor is not None:

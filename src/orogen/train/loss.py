@@ -19,6 +19,7 @@ from orogen.model.block import Repeat, repeats
 from orogen.model.cache import both, caches, map_layers, without_caches
 from orogen.model.lm import LanguageModel
 from orogen.model.mtp import shifted_segments
+from orogen.model.stages import MOE
 from orogen.moe.layer import MoEStats
 from orogen.moe.router import Balance, global_balance
 from orogen.parallel.plan import Plan
@@ -27,8 +28,8 @@ from orogen.train.task import ByName, Objective
 
 
 class Counts(NamedTuple):
-    """Denominators over the whole global batch. metrics: the objective's; tokens, rows: tokens and non-empty rows, one
-    entry for the backbone and one for each deeper prediction."""
+    """Denominators over the whole global batch. metrics: the objective's, by name; tokens, rows: tokens and non-empty
+    rows, one entry for the backbone and one for each deeper prediction."""
 
     metrics: ByName
     tokens: Array
@@ -59,10 +60,16 @@ def batch_counts(batch: Batch, objective: Objective, depths: int, plan: Plan) ->
 
 
 def _total(values: ByName, plan: Plan) -> ByName:
-    """`Plan.total` of them, those that vary over the same axes in one message."""
+    """`Plan.total` of them in float32, those that vary over the same axes in one message.
+
+    Raises ValueError if one is equal on ranks that hold other rows: it would not be added up over them.
+    """
     groups: dict[frozenset[str], ByName] = {}
     for name in sorted(values):
-        groups.setdefault(frozenset(varying_axes(values[name])), {})[name] = values[name]
+        axes = varying_axes(values[name])
+        if missing := sorted(set(plan.rules["batch"]) - axes):
+            raise ValueError(f"{name!r} does not differ between the ranks of {missing}; expected a sum over their rows")
+        groups.setdefault(axes, {})[name] = jnp.asarray(values[name], jnp.float32)
     found = {}
     for group in groups.values():
         vector, apart = ravel_pytree(group)
@@ -129,7 +136,7 @@ def _no_load(items: tuple[str | Repeat, ...], experts: int, stacked: tuple[int, 
     for item in items:
         if isinstance(item, Repeat):
             found += _no_load(item.items, experts, (*stacked, item.count))
-        elif item == "E":
+        elif item == MOE:
             found.append(jnp.zeros((*stacked, experts)))
     return found
 
@@ -188,6 +195,9 @@ def leave(
     h_btd = model.norm(passed.x_btd, plan)
     deeper = model.deeper(h_btd, batch.tokens_bt, docs, plan, replay) if objective.deeper else []
     metrics = _total(objective.sums(model, [h_btd, *(h for h, _ in deeper)], batch, plan), plan)
+    made, counted = (jax.tree.map(jnp.shape, values) for values in (metrics, counts.metrics))
+    if made != counted:
+        raise ValueError(f"an objective's sums are {made}; expected the names and shapes of its counts, {counted}")
     loss = passed.loss + objective.loss(metrics, counts.metrics, config)
     for depth, (_, stats) in enumerate(deeper, 1):
         known = None if assigned is None else assigned[depth - 1]
@@ -239,8 +249,8 @@ def _router_loss(
 def assignments(
     model: LanguageModel, batch: Batch, plan: Plan, *, deeper: bool, replay: Any = None, carried: Any = None
 ) -> Assigned:
-    """What `batch` adds to the `assigned` of `loss_share`, over all devices: by a forward pass without heads. deeper:
-    whether the MTP block runs."""
+    """The assignments of `batch` by expert, over all devices, as `loss_share` is given them; by a forward pass without
+    heads. deeper: whether the MTP block runs."""
     docs = Documents(batch.segments_bt, batch.positions_bt)
     h_btd, kept = model.hidden(batch.tokens_bt, docs, plan, both(replay and replay[0], _behind(carried, batch)))
     below = model.deeper(h_btd, batch.tokens_bt, docs, plan, replay and replay[1:]) if deeper else []

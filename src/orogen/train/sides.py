@@ -21,7 +21,7 @@ from orogen.parallel.plan import Plan, single_device_plan
 from orogen.train.assemble import assemble
 from orogen.train.step import in_rank_order, replay_of
 
-# What makes the batches of a check: their number, of the config's shape.
+# (config, n) -> n batches of the config's shape, for a check.
 Batches = Callable[[RunConfig, int], list[Batch]]
 
 

@@ -18,7 +18,6 @@ from orogen.config.model import ModelConfig
 from orogen.config.run import RunConfig
 from orogen.data.packing import Batch
 from orogen.layers.documents import numbered
-from orogen.model.block import Repeat
 from orogen.model.lm import Built
 from orogen.model.stages import MOE, Stages
 from orogen.moe.layer import Choice
@@ -33,7 +32,6 @@ from orogen.train.state import TrainState, abstract_state, state_shardings
 from orogen.train.task import Computation, Metric, Objective
 from orogen.train.whole import WholePass
 
-Items = tuple[str | Repeat, ...]
 BATCH_AXES = ("batch", "context")
 
 
@@ -70,8 +68,8 @@ def gradients(
 
     Gradients come in the layout in which parameters are stored.
     The batch's rows are taken in `plan.config.microbatches` parts, whose gradients add up to those of the whole.
-    record: Sums.choices holds every token's experts and drops; replaying: those of an earlier call are used again, else
-    `replay` is None. carried: what the batches carry, as `carry.abstract` gives it; of None, so is the argument.
+    record: Sums.choices holds every token's experts and drops. replaying: routers take the choices passed as `replay`,
+    which is None otherwise. carried: what the batches carry, as `carry.abstract` gives it; of None, so is the argument.
     """
     parts, sources = plan.config.microbatches, plan.sources[0]
     depths = objective.depths(config)
@@ -99,7 +97,7 @@ def gradients(
 
 
 def skeleton(built: Built) -> Callable[..., WholePass | Pipeline]:
-    """What runs the model, as its layout needs: of everything that follows their first argument, alike."""
+    """The class that runs a model of this layout. Both take the same arguments after their first."""
     if isinstance(built.layout, Stages):
         return partial(Pipeline, built.layout)
     return partial(WholePass, built.graph)
@@ -117,21 +115,16 @@ def _shard(
     replaying: bool, carried: Any,
 ) -> Callable[..., Any]:  # fmt: skip
     batch_spec = plan.spec(*BATCH_AXES)
-    whole: Any = plan.spec()
+    replicated: Any = plan.spec()
     params, buffers = plan.specs(built.params), plan.specs(built.buffers)
     choices: Any = built.layout.choice_specs(plan, depths)
     carried = plan.specs(carried)
-    load = built.layout.load_specs(plan)
     sums = Sums(
-        whole,
-        load=load,
-        dropped=whole,
-        overflow=whole,
-        choices=choices if record else (),
-        carried=carried,
-    )
+        metrics=replicated, load=built.layout.load_specs(plan), dropped=replicated, overflow=replicated,
+        choices=choices if record else (), carried=carried,
+    )  # fmt: skip
     replay = replay_of(choices) if replaying else None
-    outputs = (whole, placement.stored_specs(built.params, plan), whole, sums)
+    outputs = (replicated, placement.stored_specs(built.params, plan), replicated, sums)
     step = plan.run(device_step, inputs=(params, buffers, batch_spec, replay, carried), outputs=outputs)
     return lambda params, buffers, batch, replay=None, before=None: step(params, buffers, batch, replay, before)
 

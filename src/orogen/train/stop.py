@@ -34,9 +34,9 @@ class Stop:
     """A flag that signals raise, so that a run can finish its step, save and leave. Use as a context manager.
 
     Unless `working` is set there is nothing to save, and a signal raises StoppedEarlyError; the compilation of one
-    program is not interrupted. A second SIGINT calls `at_once` and ends the process. An ignored
-    signal stays ignored, as SIGHUP is under nohup. A signal that comes inside a finalizer or a callback of the garbage
-    collector, where Python drops exceptions, comes again a moment later.
+    program is not interrupted. A second SIGINT calls `at_once` and ends the process. An ignored signal stays ignored,
+    as SIGHUP is under nohup. A signal that comes inside a finalizer or a callback of the garbage collector, where
+    Python drops exceptions, is repeated a moment later.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class Stop:
         self.by: int | None = None
         self.at_once: Callable[[], None] = lambda: None
         self._interrupts = 0
-        self._again: threading.Timer | None = None
+        self._repeat: threading.Timer | None = None
 
     def __enter__(self) -> "Stop":
         self._before = {number: signal.getsignal(number) for number in SIGNALS}
@@ -55,8 +55,9 @@ class Stop:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._again is not None:
-            self._again.cancel()
+        if self._repeat is not None:  # what it would repeat is in `asked` and `by`
+            self._repeat.cancel()
+            self._repeat.join()
         sys.unraisablehook = self._unraisable
         for number, before in self._before.items():
             signal.signal(number, before)
@@ -82,21 +83,22 @@ class Stop:
         """Python's hook for exceptions that it drops."""
         if not isinstance(dropped.exc_value, StoppedEarlyError | _CutShortError):
             return self._unraisable(dropped)
-        number, self.asked, self.by = self.by, False, None
-        self._interrupts -= number == signal.SIGINT
-        self._again = threading.Timer(0.02, os.kill, (os.getpid(), number))
-        self._again.daemon = True
-        self._again.start()
+        self._repeat = threading.Timer(0.02, os.kill, (os.getpid(), self.by))
+        self._repeat.daemon = True
+        self._repeat.start()
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._interrupts += number == signal.SIGINT
+        repeated, self._repeat = self._repeat, None
+        if repeated is not None:
+            repeated.cancel()
+        self._interrupts += number == signal.SIGINT and repeated is None
         if self._interrupts > 1:
             self.at_once()
             try:  # past Python's buffers, which the signal may have interrupted half-written
                 os.write(2, b"orogen: ended at once; what was not saved is lost\n")
             finally:
                 os._exit(INTERRUPTED)
-        first = not self.asked
+        first = not self.asked or repeated is not None
         self.asked, self.by = True, self.by or number
         if first and self._cutting:
             raise _CutShortError

@@ -48,11 +48,14 @@ class Objective:
     counts: (batch, depths, plan) -> what each sum is divided by. They may ignore the signs of weights, or weights.
     sums: (model, hidden, batch, plan) -> the sums, of the same names and shapes. hidden: the final-normed hidden states
     (b, t, d) in the layout of the residual stream, the backbone's and one for each of the `depths` predicted deeper.
-    Both are of this device's rows and tokens: partial sums, which differ between the ranks that hold other tokens.
+    Both are sums over tokens that this device alone holds: its rows and its context rank's part of them, as the arrays
+    of the batch and what `model.heads` gives have them. Hidden states of tokens that it alone holds are
+    `plan.deal(h_btd)`, beside `plan.deal(plan.own(x_bt))` of an array of the batch; what `plan.enter` gathers is equal
+    on the ranks of `tensor`, and would be added once for each.
     shares: (config, depths) -> the share of each name in the loss. A name without one is measured alone, and has no
     gradient.
-    deeper: whether the MTP block runs. Without it, `depths` is 0, its parameters have a gradient of zero, and its
-    routers keep their biases.
+    deeper: whether the MTP block runs. Without it, `depths` is 0, its parameters have a gradient of zero (weight decay
+    still shrinks them), and its routers keep their biases.
     """
 
     counts: Callable[[Batch, int, Plan], ByName]
@@ -97,7 +100,13 @@ class Source(Protocol):
 
 
 class Evaluation(Protocol):
-    """Scores of a state, by the names under which they are reported."""
+    """Scores of a state, by the names under which they are reported: `sampled` those of `sample`, `whole` of `full`."""
+
+    @property
+    def sampled(self) -> tuple[str, ...]: ...
+
+    @property
+    def whole(self) -> tuple[str, ...]: ...
 
     def sample(self, state: Any) -> dict[str, float]:
         """The scores that are reported along the way."""

@@ -1,7 +1,7 @@
 """How far a plan may be from one device, and what `verify` reports. Letters: l layers, e experts."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ from orogen.config.reads import plan_read
 from orogen.config.run import RunConfig
 from orogen.moe.layer import Choice
 from orogen.precision.policy import DTYPES
+from orogen.train.task import Metric
 
 # Relative tolerances in float32. A gradient leaf sums up to a few thousand products in another order.
 LOSS, GRADIENT, PARAMETER = 1e-5, 1e-4, 1e-6
@@ -129,6 +130,16 @@ def flips(choices: Any) -> tuple[int, float]:
     found = jax.tree.leaves(choices, is_leaf=lambda x: isinstance(x, Choice))
     count = sum(int(c.flipped.sum()) for c in found)
     return count, largest(c.margin[c.flipped].max() for c in found if c.flipped.any())
+
+
+def metric_error(reference: Mapping[str, Metric], other: Mapping[str, Metric]) -> float:
+    """The largest error of a metric's sum, relative to the sum, or to the count where signs cancel most of it; and of a
+    count, relative to it."""
+    errors = []
+    for name, (total, count) in reference.items():
+        size = np.maximum(np.abs(total), np.abs(count)) + np.finfo(float).tiny
+        errors += [np.max(np.abs(other[name].sum - total) / size), np.max(np.abs(other[name].count - count) / size)]
+    return largest(errors)
 
 
 def largest_difference(reference: Any, other: Any) -> float:

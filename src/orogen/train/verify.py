@@ -3,6 +3,7 @@ training steps; or held-out losses."""
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from orogen.train.optimizer import make_optimizer, square_sums
 from orogen.train.sides import Batches, Side, default_train, packed_batch, packed_batches, replayed, sides
 from orogen.train.state import TrainState
 from orogen.train.step import apply_gradients, batch_to_devices, gradients
-from orogen.train.task import Objective
+from orogen.train.task import Metric, Objective
 from orogen.train.verdict import (
     GRADIENT,
     LOSS,
@@ -31,6 +32,7 @@ from orogen.train.verdict import (
     largest,
     largest_difference,
     leaf_errors,
+    metric_error,
 )
 from orogen.train.verify_step import verify_evaluation, verify_steps
 
@@ -66,12 +68,16 @@ def verify(
         config.optimizer or OptimizerConfig(learning_rate=1e-3), schedule="constant", warmup_steps=0
     )
     config = dataclasses.replace(config, train=dataclasses.replace(train, compute_dtype=dtype), optimizer=optimizer)
-    if what == "gradients":
-        return verify_gradients(config, objective, batches, optimizers)
-    return CHECKS[what](config, objective, batches)
+    if not optimizers:
+        raise ValueError("no optimizer to compare; expected at least one")
+    gradients_alone = partial(verify_gradients, optimizers=optimizers)
+    checks = {"gradients": gradients_alone, "step": verify_steps, "evaluation": verify_evaluation}
+    return checks[what](config, objective, batches)
 
 
-def verify_gradients(config: RunConfig, objective: Objective, batches: Batches, optimizers: Sequence[str]) -> Verdict:
+def verify_gradients(
+    config: RunConfig, objective: Objective, batches: Batches, *, optimizers: Sequence[str]
+) -> Verdict:
     """One loss and gradient, and one update by each of `optimizers`.
 
     The plan replays the experts that the one-device run chose and what it dropped, since rounding flips ties.
@@ -89,7 +95,9 @@ def verify_gradients(config: RunConfig, objective: Objective, batches: Batches, 
         for side, step in ((one, alone), (other, folded))
     ]
     return Verdict(
-        loss_error=abs(folded.loss - alone.loss) / abs(alone.loss),
+        loss_error=largest(
+            [abs(folded.loss - alone.loss) / abs(alone.loss), metric_error(alone.metrics, folded.metrics)]
+        ),
         max_gradient_error=float(errors[worst]),
         worst_leaf=leaf_name(one.built.params, worst),
         max_parameter_error=largest(leaf_errors(a[0], b[0])[0].max() for a, b in zip(*updated, strict=True)),
@@ -108,13 +116,12 @@ def verify_gradients(config: RunConfig, objective: Objective, batches: Batches, 
     )
 
 
-CHECKS = {"step": verify_steps, "evaluation": verify_evaluation}
-
-
 class _Step(NamedTuple):
-    """Loss, gradients and loads (l, e) of the whole model, however it is laid out; sums as the step returns them."""
+    """Loss, metrics, gradients and loads (l, e) of the whole model, however it is laid out; sums as the step returns
+    them."""
 
     loss: float
+    metrics: dict[str, Metric]
     grads: nnx.State
     load_le: Any
     sums: Any
@@ -130,14 +137,15 @@ def _gradients(
     function = gradients(built, objective, model, plan, dtype, record=True, replaying=replay is not None)
 
     def step(params, buffers, batch, *replay):
-        loss, grads, _, sums = function(placement.working(params, plan), buffers, batch, *replay)
+        loss, grads, counts, sums = function(placement.working(params, plan), buffers, batch, *replay)
         load_le = built.layout.loads(sums.load)
-        return _Step(loss, built.whole(grads), load_le, sums)
+        metrics = {name: Metric(total, counts.metrics[name]) for name, total in sums.metrics.items()}
+        return _Step(loss, metrics, built.whole(grads), load_le, sums)
 
-    again = () if replay is None else (replay,)
+    choices = () if replay is None else (replay,)
     with jax.default_matmul_precision("highest"):
         program = jax.jit(step, compiler_options=plan.compiler_options)
-        result = jax.device_get(program(params, buffers, batch_to_devices(batch, plan), *again))
+        result = jax.device_get(program(params, buffers, batch_to_devices(batch, plan), *choices))
     return result._replace(loss=float(result.loss))
 
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from orogen.config.run import RunConfig
-from orogen.data.packing import NEXT_WEIGHT, Batch
+from orogen.data.packing import Batch
 from orogen.model.layout import Whole, relaid
 from orogen.model.vocabulary import resized
 from orogen.parallel import placement
@@ -20,7 +20,7 @@ from orogen.train.sides import Batches, Side, replayed, sides
 from orogen.train.state import TrainState, abstract_state, fresh_state, state_shardings
 from orogen.train.step import StepMetrics, batch_to_devices, step_function
 from orogen.train.task import Metric, Objective
-from orogen.train.verdict import Verdict, conditions, flips, largest, largest_difference, leaf_errors
+from orogen.train.verdict import Verdict, conditions, flips, largest, largest_difference, leaf_errors, metric_error
 
 # Steps of a check, and the one that is made not finite: by then there is a state to lose, and a step follows.
 STEPS, BROKEN = 4, 2
@@ -52,8 +52,12 @@ def verify_steps(config: RunConfig, objective: Objective, batches: Batches) -> V
     folded = _steps(other, objective, start, taken, [replayed(choices, other) for choices in alone.choices])
     worst_leaf, gradient_error, zero = _moment_error(alone.state, folded.state)
     found = [flips(choices) for choices in folded.choices]
+    if not alone.metrics[BROKEN].skipped_in_row:
+        raise ValueError(f"step {BROKEN} was not skipped; expected its batch's numbers that are none to reach the loss")
+    pairs = [pair for step, pair in enumerate(zip(alone.metrics, folded.metrics, strict=True)) if step != BROKEN]
+    measured = (metric_error(a.metrics, b.metrics) for a, b in pairs)
     return Verdict(
-        loss_error=_metric_error(alone, folded, "loss", "learning_rate"),
+        loss_error=largest([_metric_error(alone, folded, "loss", "learning_rate"), *measured]),
         max_gradient_error=largest([gradient_error, _metric_error(alone, folded, "grad_norm")]),
         worst_leaf=worst_leaf,
         max_parameter_error=_movement_error(start[0], alone.state.params, folded.state.params),
@@ -92,15 +96,16 @@ def verify_evaluation(config: RunConfig, objective: Objective, batches: Batches)
 
 
 def _one_not_finite(batch: Batch) -> Batch:
-    """The batch with the first target's weight made NaN."""
+    """The batch with one target's weight made NaN, and one number that is not 0 of each extra that is not whole."""
 
-    def broken(weights_bt: np.ndarray) -> np.ndarray:
-        broken_bt = weights_bt.copy()
-        broken_bt[np.unravel_index(np.argmax(weights_bt > 0), weights_bt.shape)] = np.nan
-        return broken_bt
+    def broken(x: np.ndarray) -> np.ndarray:
+        if not np.issubdtype(x.dtype, np.floating):
+            return x
+        x = x.copy()
+        x[np.unravel_index(np.argmax(x != 0), x.shape)] = np.nan
+        return x
 
-    extras = {name: broken(x) if name == NEXT_WEIGHT else x for name, x in batch.extras.items()}
-    return batch._replace(weights_bt=broken(batch.weights_bt), extras=extras)
+    return batch._replace(weights_bt=broken(batch.weights_bt), extras={n: broken(x) for n, x in batch.extras.items()})
 
 
 def _steps(side: Side, objective: Objective, start: Any, batches: list[Batch], replays: list[Any] | None) -> _Steps:
@@ -119,8 +124,8 @@ def _steps(side: Side, objective: Objective, start: Any, batches: list[Batch], r
     metrics, chosen = [], []
     with jax.default_matmul_precision("highest"):
         for number, batch in enumerate(batches):
-            again = () if replays is None else (replays[number],)
-            state, reported, choices = program(state, batch_to_devices(batch, plan), *again)
+            replay = () if replays is None else (replays[number],)
+            state, reported, choices = program(state, batch_to_devices(batch, plan), *replay)
             # Fetched at once: programs over simulated devices must not be many in flight.
             metrics.append(jax.device_get(reported))
             chosen.append(jax.device_get(choices))

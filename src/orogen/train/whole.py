@@ -21,7 +21,7 @@ from orogen.train.task import Computation
 
 
 class WholePass:
-    """A whole model on one device of a plan, inside `Plan.run`, over a batch (m, b, t): see `Pipeline`, its like.
+    """A whole model on one device of a plan, inside `Plan.run`, over a batch (m, b, t); the counterpart of `Pipeline`.
 
     replay: choices (m, …) to use in place of the routers' own. record: whether every token's choice is reported.
     assigned: the assignments of all microbatches, as `assigned` gives them. carried: what the rows of each microbatch
