@@ -160,6 +160,19 @@ def run_at_import(node: ast.AST) -> Iterator[ast.AST]:
                 yield from run_at_import(child)
 
 
+def short(path: str, tree: ast.AST) -> Iterator[str]:
+    """Files, functions and lists of arguments that a reader can hold in mind."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module) and (lines := getattr(node.body[-1], "end_lineno", 0)) > 350:
+            yield f"{lines} lines; expected at most 350"
+        if isinstance(node, ast.FunctionDef):
+            if (lines := (node.end_lineno or 0) - node.lineno + 1) > 60:
+                yield f"{node.name} has {lines} lines; expected at most 60"
+            arguments = [a.arg for a in node.args.posonlyargs + node.args.args if a.arg not in ("self", "cls")]
+            if len(arguments) > 5 and not path.startswith("kernels/"):
+                yield f"{node.name} takes {len(arguments)} arguments by position; expected at most 5"
+
+
 def no_devices_at_import(path: str, tree: ast.AST) -> Iterator[str]:
     for node in run_at_import(tree):
         if isinstance(node, ast.Call) and ASKS_FOR_DEVICES.fullmatch(dotted(node.func)):
@@ -218,6 +231,11 @@ CHECKS: dict[Callable[[str, ast.AST], Iterator[str]], list[tuple[str, str]]] = {
         ("cli.py", "try:\n    import torch\nexcept ImportError:\n    pass"),
         ("cli.py", "with contextlib.suppress(KeyError):\n    f()"),
     ],
+    short: [
+        ("train/loop.py", "x = 1\n" * 351),
+        ("train/loop.py", "def f():\n" + "    x = 1\n" * 60),
+        ("train/loop.py", "def f(a, b, c, d, e, g):\n    return a"),
+    ],
     no_devices_at_import: [
         ("train/a.py", "N = len(jax.devices())"),
         ("train/a.py", "def f(n=jax.device_count()):\n    return n"),
@@ -258,6 +276,12 @@ def parsed_source() -> dict[str, ast.AST]:
 @pytest.mark.parametrize("check", CHECKS)
 def test_source_keeps_to(check):
     assert [f"{path}: {breach}" for path, tree in parsed_source().items() for breach in check(path, tree)] == []
+
+
+def test_few_functions_are_long():
+    """At most ten have more than 45 lines."""
+    functions = [n for tree in parsed_source().values() for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+    assert sum((node.end_lineno or 0) - node.lineno + 1 > 45 for node in functions) <= 10
 
 
 def test_no_module_imports_itself_through_others():

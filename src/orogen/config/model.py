@@ -345,9 +345,5 @@ class ModelConfig:
         self._divides("n_group", "n_routed_experts")
         require(self.topk_group <= self.n_group, self, "topk_group", f"at most n_group = {self.n_group}")
         reachable = self.n_routed_experts // self.n_group * self.topk_group
-        require(
-            self.num_experts_per_tok <= reachable,
-            self,
-            "num_experts_per_tok",
-            f"at most {reachable}, the experts in topk_group groups",
-        )
+        expected = f"at most {reachable}, the experts in topk_group groups"
+        require(self.num_experts_per_tok <= reachable, self, "num_experts_per_tok", expected)

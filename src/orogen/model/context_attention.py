@@ -61,7 +61,7 @@ def attend(
         y_bshk = kernel(q_bshk, k_bsgk, v_bsgk, segments_bt=whole(segments_bt, plan), sinks_h=sinks_h)
         return kept(to_tokens(y_bshk, plan))
     operands = vary_like((q_bthk, k_btgk, v_btgk), (q_bthk, k_btgk, v_btgk, segments_bt))
-    sums: Any = _ring(*operands, segments_bt, plan, _Options(window, scale))
+    sums: Any = _ring((*operands, segments_bt), plan, _Options(window, scale))
     y_bthk, lse_bth = sums
     if sinks_h is not None:  # they join the softmax last, with nothing to add to the output
         y_bthk *= jax.nn.sigmoid(lse_bth - sinks_h.astype(jnp.float32))[..., None]
@@ -104,15 +104,14 @@ class _Sums(NamedTuple):
 # first half), or the second part's queries see the second part's keys as well.
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _ring(
-    q_bthk: Array, k_btgk: Array, v_btgk: Array, segments_bt: Array, plan: Plan, options: _Options
-) -> tuple[Array, Array]:
-    """Outputs (b, t, h, k) and log-sum-exps (b, t, h), float32."""
-    return _ring_forward(q_bthk, k_btgk, v_btgk, segments_bt, plan, options)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _ring(operands: tuple[Array, ...], plan: Plan, options: _Options) -> tuple[Array, Array]:
+    """Outputs (b, t, h, k) and log-sum-exps (b, t, h), float32, of queries, keys, values and segments."""
+    return _ring_forward(operands, plan, options)[0]
 
 
-def _ring_forward(q_bthk, k_btgk, v_btgk, segments_bt, plan, options):
+def _ring_forward(operands, plan, options):
+    q_bthk, k_btgk, v_btgk, segments_bt = operands
     queries, keys = _operands(q_bthk, k_btgk, v_btgk, segments_bt, plan)
     q_first, q_second, k_first, k_second = *_halves(queries), *_halves(keys)
     attend_to = partial(_attend_block, options=options, blocked=plan.config.attention == "blocked")
@@ -173,7 +172,7 @@ def _ring_backward(plan, options, saved, cotangents):
     (_, _, dkv, dq_first, dq_second), _ = lax.scan(step, carry, None, length=plan.size("context") - 1)
     dk_btgk, dv_btgk = _next(dkv, plan)
     dq_bthk = jnp.concatenate([dq_first, dq_second], 1).reshape(q_bthk.shape)
-    return dq_bthk.astype(q_bthk.dtype), dk_btgk.astype(k_btgk.dtype), dv_btgk.astype(v_btgk.dtype), None
+    return ((dq_bthk.astype(q_bthk.dtype), dk_btgk.astype(k_btgk.dtype), dv_btgk.astype(v_btgk.dtype), None),)
 
 
 _ring.defvjp(_ring_forward, _ring_backward)

@@ -64,19 +64,12 @@ def convolve(
 
 
 def ssd_over_parts(
-    x_bthp: Array,
-    dt_bth: Array,
-    a_h: Array,
-    b_btgn: Array,
-    c_btgn: Array,
-    skip_h: Array,
-    segments_bt: Array,
-    plan: Plan,
-    *,
-    chunk_size: int,
+    operands: tuple[Array, ...], skip_h: Array, segments_bt: Array, plan: Plan, *, chunk_size: int
 ) -> Array:
-    """The outputs of `ssd` over the whole sequence, float32: each part by itself, then what the states that enter the
-    parts add. Between ranks only states move, so the bytes do not grow with the sequence."""
+    """The outputs of `ssd` over the whole sequence, float32, of its first five arguments: each part by itself, then
+    what the states that enter the parts add. Between ranks only states move, so the bytes do not grow with the
+    sequence."""
+    x_bthp, dt_bth, a_h, b_btgn, c_btgn = operands
     continues_b = _continues(segments_bt, plan)
     x_bthp, dt_bth, b_btgn, c_btgn, segments_bt = (
         parts(a, plan) for a in (x_bthp, dt_bth, b_btgn, c_btgn, segments_bt)
@@ -96,22 +89,13 @@ def ssd_over_parts(
     return joined(y_bthp, plan)
 
 
-def scan_over_parts(
-    x_bti: Array,
-    dt_bti: Array,
-    A_in: Array,
-    B_btn: Array,
-    C_btn: Array,
-    segments_bt: Array,
-    plan: Plan,
-    *,
-    chunk_size: int,
-) -> Array:
-    """The outputs of `selective_scan` over the whole sequence. Each part is scanned twice, first for the state that
-    it leaves, then with the state that enters: what that adds alone would be as much elementwise work."""
+def scan_over_parts(operands: tuple[Array, ...], segments_bt: Array, plan: Plan, *, chunk_size: int) -> Array:
+    """The outputs of `selective_scan` over the whole sequence, of its first five arguments. Each part is scanned twice,
+    first for the state that it leaves, then with the state that enters: what that adds alone would be as much
+    elementwise work."""
+    x_bti, dt_bti, A_in, B_btn, C_btn = operands
     continues_b = _continues(segments_bt, plan)
-    operands = tuple(parts(a, plan) for a in (x_bti, dt_bti, B_btn, C_btn))
-    x_bti, dt_bti, B_btn, C_btn = operands
+    x_bti, dt_bti, B_btn, C_btn = (parts(a, plan) for a in (x_bti, dt_bti, B_btn, C_btn))
     segments_bt = parts(segments_bt, plan)
     settings = {"chunk_size": chunk_size, "implementation": plan.config.selective_scan}
     _, final_bin = selective_scan(x_bti, dt_bti, A_in, B_btn, C_btn, segments_bt=segments_bt, **settings)

@@ -108,6 +108,6 @@ class Mamba1(nnx.Module):
                 implementation=implementation,
             )  # fmt: skip
         else:
-            y_bti = scan_over_parts(*operands, segments_bt, plan, chunk_size=CHUNK)
+            y_bti = scan_over_parts(operands, segments_bt, plan, chunk_size=CHUNK)
         y_bti = from_inputs(lambda y_bti, x_bti, D_i: y_bti + D_i * x_bti)(y_bti, x_bti, D_i)
         return to_tokens(y_bti, plan) if by_heads else y_bti, state_bin

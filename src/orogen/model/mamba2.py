@@ -110,7 +110,7 @@ class Mamba2(nnx.Module):
             x_bti, B_btc, C_btc = convolve(convs, inputs, segments_bt, plan, given)
         with jax.named_scope("ssd"):
             state_bhpn = None if given is None else given.entering(segments_bt)
-            y_bti, state_bhpn = self._scan(x_bti, B_btc, C_btc, dt_bth, segments_bt, plan, state_bhpn)
+            y_bti, state_bhpn = self._scan((x_bti, B_btc, C_btc, dt_bth), segments_bt, plan, state_bhpn)
         with jax.named_scope("gated_norm"):
             y_bti = checkpoint_name(self.norm(y_bti, z_bti, plan), "gated_norm")
         # The ranks' parts of the product are summed before the bias is added, once.
@@ -131,8 +131,12 @@ class Mamba2(nnx.Module):
             ("batch", None),
         )
 
-    def _scan(self, x_bti, B_btc, C_btc, dt_bth, segments_bt, plan, state_bhpn) -> tuple[Array, Array | None]:
-        """The SSD's output (b, t, i) and, on one rank of `context`, the state (b, h, p, n) after the last token."""
+    def _scan(
+        self, inputs: tuple[Array, ...], segments_bt: Array, plan: Plan, state_bhpn: Array | None
+    ) -> tuple[Array, Array | None]:
+        """The SSD's output (b, t, i), of its inputs x, B, C and dt, and, on one rank of `context`, the state
+        (b, h, p, n) after the last token."""
+        x_bti, B_btc, C_btc, dt_bth = inputs
         split = lambda a, size: a.reshape(*a.shape[:2], -1, size)  # noqa: E731
         x_bthp, B_btgn, C_btgn = (
             split(x_bti, self.head_dim),
@@ -156,7 +160,7 @@ class Mamba2(nnx.Module):
                 chunk_size=self.chunk_size, implementation=implementation,
             )  # fmt: skip
         else:
-            y_bthp = ssd_over_parts(*operands, D_h, segments_bt, plan, chunk_size=self.chunk_size).astype(x_bti.dtype)
+            y_bthp = ssd_over_parts(operands, D_h, segments_bt, plan, chunk_size=self.chunk_size).astype(x_bti.dtype)
         return (to_tokens(y_bthp, plan) if by_heads else y_bthp).reshape(x_bti.shape), state_bhpn
 
 

@@ -119,7 +119,7 @@ def run(
     nothing = vary(jnp.zeros((), jnp.int32), stage)
     x = plan.vary(x)
     layout = _Layout()
-    traced = [_trace(p, params, x, nothing, layout, plan, gradient=grads is not None) for p in programs]
+    traced = [_trace(p, params, x, plan, nothing=nothing, layout=layout, gradient=grads is not None) for p in programs]
     for program, passed in zip(programs, traced, strict=True):
         reports = _as_noted(program, passed, reports, nothing)
     state = _State(
@@ -133,7 +133,7 @@ def run(
     branches = [lambda now, state: (x, state)]
     branches += [functools.partial(_forward, *pair, params) for pair in zip(programs, traced, strict=True)]
     if grads is not None:
-        branches += [functools.partial(_backward, *pair, params, x) for pair in zip(programs, traced, strict=True)]
+        branches += [functools.partial(_backward, *pair, (params, x)) for pair in zip(programs, traced, strict=True)]
 
     def tick(state: _State, now: _Now) -> tuple[_State, None]:
         sent, state = lax.switch(now.branch, branches, now, state)
@@ -181,8 +181,9 @@ def _forward(program: Program, traced: _Traced, params: Any, now: _Now, state: _
 
 
 def _backward(
-    program: Program, traced: _Traced, params: Any, x: Array, now: _Now, state: _State
+    program: Program, traced: _Traced, operands: tuple[Any, Array], now: _Now, state: _State
 ) -> tuple[Array, _State]:
+    params, x = operands
     residuals = []
     for kept in traced.kept:
         place = now.stash, jnp.full_like(now.stash, kept.start)
@@ -228,7 +229,7 @@ class _Layout:
 
 
 def _trace(
-    program: Program, params: Any, x: Array, nothing: Array, layout: _Layout, plan: Plan, *, gradient: bool
+    program: Program, params: Any, x: Array, plan: Plan, *, nothing: Array, layout: _Layout, gradient: bool
 ) -> _Traced:
     seen: dict[str, Any] = {}
 
