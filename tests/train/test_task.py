@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 from tests.helpers import hybrid, run_config, several_devices
+from tests.train.kills import TIMED, write_recipe
 
+from orogen.config.load import load
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.data.packing import Batch
@@ -16,9 +18,12 @@ from orogen.model.heads import log_likelihoods
 from orogen.model.lm import build
 from orogen.parallel.context import later
 from orogen.parallel.plan import make_plan
+from orogen.report.metrics import read_metrics
+from orogen.train.loop import train
+from orogen.train.pretraining import PRETRAINING, train_loader
 from orogen.train.sides import packed_batches
 from orogen.train.step import batch_to_devices, gradients
-from orogen.train.task import Objective
+from orogen.train.task import Objective, Task
 from orogen.train.verify import verify
 
 ADVANTAGE, CHOSEN, EARLIER = "advantage", "chosen", "earlier"
@@ -167,3 +172,65 @@ def test_without_the_mtp_block_its_parameters_have_no_gradient():
     assert all(np.any(leaf) for leaf in jax.tree.leaves(nnx.State({**grads, "mtp": {}})))
     assert counted.tokens.shape == (1,) and [load.shape for load in found.load] == [(model.n_routed_experts,)]
     assert not np.any(found.load[0])
+
+
+class Rollouts:
+    """A source that reads the weights which are about to train on its batch, as one that samples from them does."""
+
+    def __init__(self, config, corpus):
+        self.loader, self.episode = train_loader(config, corpus), 0
+
+    def take(self, state):
+        batch = self.loader.take(state)
+        self.episode += 1
+        shape, scale = batch.tokens_bt.shape, float(jnp.sum(state.params["head"]["weight"][...]))
+        extras = {
+            ADVANTAGE: np.full(shape, np.cos(scale + self.episode), np.float32),
+            CHOSEN: (batch.segments_bt != 0).astype(np.float32),
+            EARLIER: np.full((*shape, 2), -5.5, np.float32),
+        }
+        return batch._replace(extras=extras)
+
+    def state(self):
+        return {"loader": self.loader.state(), "episode": self.episode, "stages": "of the source"}
+
+    def restore(self, state):
+        self.loader.restore(state["loader"])
+        self.episode = state["episode"]
+
+
+class Rewards:
+    """An evaluation of scores by other names than pretraining's."""
+
+    sampled, whole = ("reward",), ("whole_reward",)
+
+    def sample(self, state):
+        return {"reward": float(state.step)}
+
+    def full(self, state):
+        return {"whole_reward": -float(state.step)}
+
+
+TASK = Task(
+    objective=POLICY, open=PRETRAINING.open, source=Rollouts, evaluation=lambda config, built, corpus: Rewards()
+)
+
+
+def test_a_second_task_trains_stops_and_goes_on_to_the_bit(tmp_path):
+    recipe = write_recipe(tmp_path)
+
+    def run(folder: str, *bindings: str, resume: bool = False) -> list[dict]:
+        config = load([recipe], ["TrainConfig.evaluate_every = 2", *bindings])
+        train(*config, tmp_path / folder, TASK, resume=resume, log=lambda line: None)
+        lines = read_metrics(tmp_path / folder)
+        return [{name: value for name, value in line.items() if name not in TIMED} for line in lines]
+
+    whole = run("whole", "TrainConfig.steps = 4")
+    run("parts", "TrainConfig.steps = 2")
+    assert run("parts", "TrainConfig.steps = 4", resume=True) == whole
+    assert [line.get("reward") for line in whole] == [None, 2.0, None, 4.0] and whole[-1]["whole_reward"] == -4.0
+    assert all(line["likelihood"] < 0 < line["divergence"] for line in whole) and "loss" not in whole[0]
+    file = tmp_path / "parts" / "metrics.jsonl"
+    before = file.read_bytes()
+    run("parts", "TrainConfig.steps = 4", resume=True)
+    assert file.read_bytes() == before  # nothing is owed
