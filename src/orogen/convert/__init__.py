@@ -1,4 +1,4 @@
-"""Exchange of checkpoints with Hugging Face: names, configurations, safetensors files.
+"""What checkpoints of Hugging Face hold: names, configurations, safetensors files (`checkpoint` opens the folders).
 
 `--checkpoint` takes a run folder, an Orogen checkpoint folder or a Hugging Face folder (safetensors and `config.json`)
 of `nemotron_h` (Nemotron-H, Nano 2, Nemotron 3, with their MTP blocks), `nemotron`, `mamba`, `mamba2`, `deepseek_v3`,
