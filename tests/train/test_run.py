@@ -302,10 +302,10 @@ def test_nothing_is_saved_while_steps_are_not_finite(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["_METADATA", "manifest.ocdbt", "d", "data", "model"])
-@pytest.mark.parametrize("read", ["resume", "load_checkpoint"])
+@pytest.mark.parametrize("read", ["resume", "open_model"])
 def test_a_damaged_checkpoint_is_refused_in_one_line(recipe, whole, tmp_path, damage, read):
     """Truncated files, or an item that is gone."""
-    if (damage, read) == ("data", "load_checkpoint"):
+    if (damage, read) == ("data", "open_model"):
         return  # it reads the model alone
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)

@@ -17,7 +17,16 @@ import numpy as np
 from flax import nnx
 
 from orogen.checkpoint import checksums
-from orogen.checkpoint.leaves import check_shapes, dotted, in_dtype, key_of, laid_out, read_leaves, shardings_of
+from orogen.checkpoint.leaves import (
+    check_finite,
+    check_shapes,
+    dotted,
+    in_dtype,
+    key_of,
+    laid_out,
+    read_leaves,
+    shardings_of,
+)
 from orogen.checkpoint.steps import Checkpoints, with_shardings
 from orogen.config.checks import ConfigError
 from orogen.config.files import write_atomically
@@ -78,7 +87,8 @@ class RunFolder:
 
     def __init__(self, folder: Path):
         self.folder, self._run = folder, read_run_config(folder)
-        self.config, self.plan = self._run.model, self._run.plan
+        self.config = self._run.model
+        self.plan: PlanConfig | None = self._run.plan
 
     def __enter__(self) -> Self:
         return self
@@ -108,6 +118,7 @@ class RunFolder:
 
         with Checkpoints(self.folder, vocab_size=self.config.vocab_size) as checkpoints:
             saved, model = checkpoints.restore_model(self.config, target)
+        check_finite(self.folder, model["params"])
         return laid_out((model["params"], model["buffers"]), saved, built, plan)
 
     def keep(self, run_dir: Path) -> None:

@@ -89,6 +89,24 @@ def read_leaves(source: Leaves, built: Built, plan: Plan, dtype: str) -> tuple[n
     return laid_out((read(in_dtype(whole.params, dtype)), read(whole.buffers)), whole.layout, built, plan)
 
 
+def check_finite(folder: Path, params: nnx.State) -> None:
+    """Raises ConfigError if a number became infinite in the dtype that parameters were restored to: a run saves none
+    that is. (`check_fits` sees it before the cast, which orbax makes as it reads.)"""
+    leaves = {path: leaf.get_value() for path, leaf in leaves_of(params).items()}
+    narrow = {path: leaf for path, leaf in leaves.items() if leaf.dtype != jnp.float32}
+    if not narrow:
+        return
+    for path, lost in jax.device_get(jax.jit(_any_infinite)(narrow)).items():
+        if lost:
+            dtype = narrow[path].dtype.name
+            largest = float(jnp.finfo(dtype).max)
+            raise ConfigError(f"{folder}: {dotted(path)} holds a number beyond {largest:.6g}, the largest of {dtype}")
+
+
+def _any_infinite(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.isinf(x).any(), tree)
+
+
 def in_dtype(params: nnx.State, dtype: str) -> nnx.State:
     """Abstract parameters in `dtype`, except those that stay float32 in computation."""
 

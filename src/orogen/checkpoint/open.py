@@ -15,6 +15,9 @@ from orogen.data.tokenizer import Tokenizer, check_rows
 from orogen.model.lm import Built, build
 from orogen.parallel.plan import Plan, single_device_plan
 
+# Those of `read_model`; masters are float32.
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 class Opened(NamedTuple):
     """A model as it lies on a plan, with its tokenizer if it has one."""
@@ -53,6 +56,8 @@ def read_model(
     """The model of an open folder on `plan`; None: on one device, with kernels that run everywhere and no dropped
     tokens. dtype: of the parameters, except those that stay float32 in computation. tokenizer: False leaves the
     folder's unread. Raises ConfigError."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}; expected {', '.join(DTYPES)}")
     words = folder.tokenizer() if tokenizer else None
     if words is not None:
         check_rows(words, folder.config.vocab_size)

@@ -27,7 +27,7 @@ from orogen.config.streams import say
 from orogen.model.layout import Layout, Whole
 from orogen.model.vocabulary import vocab_dim
 
-# By name, the trees of arrays that a checkpoint holds apart from each other.
+# By name, the trees of arrays that a checkpoint holds apart from each other; the model's has a name that readers know.
 Items = Mapping[str, Any]
 MODEL_ITEM = "model"
 MARKER = "commit_success.txt"
@@ -39,8 +39,8 @@ LEFT = re.compile(rf"\d+({re.escape(PARTIAL)}|{re.escape(REMOVED)}|\.orbax-check
 class Checkpoints:
     """The checkpoints of a run folder. Use as a context manager: leaving it waits for pending writes.
 
-    keep: how many stay, all if None. model: written into each, for `check_config`. vocab_size: of the model that is
-    saved and restored, whatever rows plans pad it to; None: that of `model`, or else of its arrays.
+    keep: how many stay, all if None. model: written into each; `restore_model` compares it. vocab_size: of the model
+    that is saved and restored, whatever rows plans pad it to; None: that of `model`, or else of its arrays.
     """
 
     def __init__(

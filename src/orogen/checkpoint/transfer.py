@@ -150,8 +150,8 @@ def model_tensors(params: nnx.State, buffers: nnx.State) -> tuple[dict[names.Pat
 
 
 def _for_each(work: Callable[[str], None], tensors: list[str]) -> None:
-    """`work` on every tensor's name. While one thread turns a tensor round, which lets go of Python's lock, another
-    reads or writes."""
+    """`work` on every tensor's name. While one thread transposes a tensor, which releases Python's lock, another reads
+    or writes."""
     with ThreadPoolExecutor(THREADS) as pool:
         try:
             for _ in pool.map(work, tensors):

@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 from jax import Array
 
+from orogen.checkpoint.steps import MODEL_ITEM
 from orogen.config.model import ModelConfig
 from orogen.model.lm import Built, initial_state
 from orogen.parallel import placement
@@ -34,15 +35,16 @@ class TrainState(NamedTuple):
 
 
 def items(state: TrainState) -> dict[str, dict[str, Any]]:
-    """The state as a checkpoint holds it: what a reader of the model needs, and what only training does."""
+    """The state as a checkpoint holds it: what a reader of the model needs, and what only training does. Files are
+    keyed by these names."""
     trainer = state._asdict()
     model = {name: trainer.pop(name) for name in ("params", "buffers")}
-    return {"model": model, "trainer": trainer}
+    return {MODEL_ITEM: model, "trainer": trainer}
 
 
 def from_items(found: Mapping[str, dict[str, Any]]) -> TrainState:
     """The inverse of `items`."""
-    return TrainState(**found["model"], **found["trainer"])
+    return TrainState(**found[MODEL_ITEM], **found["trainer"])
 
 
 def abstract_state(built: Built, optimizer: optax.GradientTransformation, carried: Any = None) -> TrainState:
