@@ -24,10 +24,10 @@ import zstandard
 from pyarrow import parquet
 from tests.convert.synthetic import CASES, shapes, write
 
+from orogen.checkpoint.transfer import from_hf
 from orogen.cli import PATH_ERRORS
 from orogen.config.checks import ConfigError
 from orogen.config.load import load
-from orogen.convert.huggingface import from_hf
 from orogen.data.sources import read_documents
 from orogen.data.tokenizer import Tokenizer
 from orogen.data.vocabulary import byte_tokenizer, train_bpe

@@ -12,11 +12,12 @@ import pytest
 from tests import fuzz
 from tests.convert.synthetic import shapes, write
 
+from orogen.checkpoint.folders import KEPT
+from orogen.checkpoint.steps import Checkpoints
+from orogen.checkpoint.transfer import to_hf
 from orogen.cli import main
 from orogen.config.checks import ConfigError
-from orogen.convert.huggingface import KEPT, to_hf
 from orogen.convert.tensor_files import INDEX, Spec, TensorReader, TensorWriter
-from orogen.train.checkpoint import Checkpoints
 
 COUNT = int(os.environ.get("OROGEN_MALFORMED_FILES", "40"))
 A, B = "a.safetensors", "b.safetensors"

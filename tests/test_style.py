@@ -18,8 +18,8 @@ RECIPES = ROOT / "gin_configs" / "recipes"
 
 # A package imports those before it; `commands` are the packages' command.py, which declare parts of the command line.
 ORDER = (
-    "__init__ config parallel kernels precision layers moe model cost data report train infer convert evaluate "
-    "simulate bench command commands cli"
+    "__init__ config parallel kernels precision layers moe model cost data convert checkpoint report train infer "
+    "evaluate simulate bench command commands cli"
 ).split()
 # Packages that may import less than the order allows.
 ONLY = {"data": ["config"], "report": ["config"]}
@@ -203,6 +203,8 @@ CHECKS: dict[Callable[[str, ast.AST], Iterator[str]], list[tuple[str, str]]] = {
         ("infer/engine.py", "from orogen.simulate import fit"),
         ("train/loop.py", "from orogen.simulate import memory"),
         ("convert/names.py", "from orogen.evaluate import summary"),
+        ("convert/names.py", "from orogen.checkpoint import folders"),
+        ("checkpoint/steps.py", "from orogen.train.state import TrainState"),
         ("command.py", "from orogen.train.command import TRAIN"),
         ("simulate/fit.py", "from orogen.command import answer"),
         ("__init__.py", "from orogen import cli"),
@@ -248,6 +250,8 @@ CHECKS: dict[Callable[[str, ast.AST], Iterator[str]], list[tuple[str, str]]] = {
 ACCEPTED = [
     ("config/load.py", "import gin\nfrom orogen.config import model"),
     ("cli.py", "from orogen.simulate import memory\nfrom orogen.data import loader\nimport orogen.train.loop"),
+    ("train/loop.py", "from orogen.checkpoint.steps import Checkpoints"),
+    ("checkpoint/folders.py", "from orogen.convert import names\nfrom orogen.cost.assemble import assemble"),
     ("cost/ledger.py", "from orogen.model.lm import build\nfrom . import weights"),
     ("simulate/aot.py", "from orogen.train import step"),
     ("command.py", "from orogen.simulate.fit import Memory"),

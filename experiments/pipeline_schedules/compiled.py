@@ -38,9 +38,9 @@ def measure(kind: str, virtual: int, microbatches: int, remat: str) -> Run:
     import jax
     import jax.numpy as jnp
 
+    from orogen.cost.assemble import assemble
     from orogen.data.packing import Batch
     from orogen.simulate.aot import flops_overhead
-    from orogen.train.assemble import assemble
     from orogen.train.step import BATCH_AXES, gradients
 
     # Nothing reads the sizes of the toy's experts here, which `load` would refuse.

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from orogen.config.model import ModelConfig
 from orogen.config.run import RunConfig
+from orogen.config.streams import say
 from orogen.parallel.runtime import XLA_FLAGS
-from orogen.train.streams import say
 
 CHECKPOINT = "a run folder, an Orogen checkpoint folder or a Hugging Face folder"
 EXIT_FAILURE, EXIT_BAD_INPUT = 1, 2

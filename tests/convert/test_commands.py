@@ -14,10 +14,10 @@ from tests.convert.synthetic import read, same, shapes, write
 from tests.helpers import listing
 from tests.test_cli import bound
 
+from orogen.checkpoint.open import open_model
+from orogen.checkpoint.transfer import export, from_hf
 from orogen.cli import main
 from orogen.config.load import load
-from orogen.convert.checkpoint import export, load_checkpoint
-from orogen.convert.huggingface import from_hf
 from orogen.data.vocabulary import byte_tokenizer
 from orogen.infer.generate import generate
 
@@ -245,7 +245,7 @@ def padded(tmp_path_factory) -> Path:
 def test_rows_without_a_token_are_never_sampled(padded, monkeypatch):
     """A hot model: 400 even draws of 300 rows miss the 41 without a token with probability 1e-26."""
     ids: list[int] = []
-    loaded = load_checkpoint(padded)
+    loaded = open_model(padded)
     loaded = loaded._replace(tokenizer=copy.copy(loaded.tokenizer))
     monkeypatch.setattr(loaded.tokenizer, "end_ids", frozenset())
     monkeypatch.setattr(loaded.tokenizer, "decode", lambda new, after: ids.extend(new) or "")
@@ -255,13 +255,13 @@ def test_rows_without_a_token_are_never_sampled(padded, monkeypatch):
 
 
 def test_every_end_of_the_folder_ends_a_text(padded, tmp_path):
-    loaded = load_checkpoint(padded)
+    loaded = open_model(padded)
     (whole,) = generate(loaded, ["ab"], tokens=12, temperature=1e9, seed=3)
     ids = loaded.tokenizer.encode(whole).tolist()
     folder = tmp_path / "hf"
     shutil.copytree(padded, folder)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, *range(3, 259)]}))
-    assert generate(load_checkpoint(folder), ["ab"], tokens=12, temperature=1e9, seed=3) == [""]
+    assert generate(open_model(folder), ["ab"], tokens=12, temperature=1e9, seed=3) == [""]
     assert len(ids) > 0
 
 

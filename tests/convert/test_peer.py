@@ -101,10 +101,10 @@ def greedy(folder, prompt_bt: np.ndarray) -> np.ndarray:
     import jax
     from flax import nnx
 
-    from orogen.convert.checkpoint import load_checkpoint
+    from orogen.checkpoint.open import open_model
     from orogen.layers.documents import documents
 
-    loaded = load_checkpoint(folder)
+    loaded = open_model(folder)
 
     @jax.jit
     def logits(tokens_bt, segments_bt):

@@ -16,9 +16,9 @@ from flax import nnx
 from safetensors.numpy import load_file
 from tests.model.tensors import layer_values, module, values
 
+from orogen.checkpoint.open import open_model
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
-from orogen.convert.checkpoint import load_checkpoint
 from orogen.convert.config import read_config
 from orogen.layers.documents import documents
 from orogen.model.block import Layer
@@ -46,7 +46,7 @@ def stored(name: str) -> tuple[str, ModelConfig]:
 @functools.cache
 def built(name: str):
     """The graph, parameters and buffers of the folder, read as any checkpoint is."""
-    loaded = load_checkpoint(FIXTURES / name)
+    loaded = open_model(FIXTURES / name)
     return loaded.built.graph, loaded.params, loaded.buffers
 
 

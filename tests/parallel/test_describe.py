@@ -7,10 +7,10 @@ from flax import nnx
 from tests.helpers import hybrid
 
 from orogen.config.plan import PlanConfig
+from orogen.cost.assemble import assemble
 from orogen.model.lm import build
 from orogen.parallel.describe import describe_plan, plan_lines
 from orogen.parallel.plan import make_plan
-from orogen.train.assemble import assemble
 
 
 def plan_of(**choices):

@@ -28,8 +28,8 @@ MOMENTS: dict[str, tuple[str, str, int, float]] = {
     "stepping": ("orogen.train.loop", "batch_to_devices", 11, 0.02),
     "evaluating": ("orogen.train.heldout", "Heldout.sample", 3, 0.2),
     "evaluating last": ("orogen.train.heldout", "Heldout.full", 1, 0.2),
-    "saving": ("orogen.train.checkpoint", "Checkpoints.save", 3, 0.2),
-    "hashing": ("orogen.train.checksums", "write", 3, 0.01),
+    "saving": ("orogen.checkpoint.steps", "Checkpoints.save", 3, 0.2),
+    "hashing": ("orogen.checkpoint.checksums", "write", 3, 0.01),
     "sampling": ("orogen.evaluate.summary", "sample_text", 1, 0.2),
     "reporting": ("orogen.evaluate.summary", "write_report", 1, 0.2),
     "any time": ("orogen.train.loop", "_train", 1, 8.0),
@@ -137,7 +137,7 @@ def leftovers(run_dir: Path) -> list[str]:
 
 def trial(rng: random.Random, number: int, recipe: Path, folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
     """One run, ended and gone on with; `wrong` says what was not as it should be."""
-    from orogen.train import checksums
+    from orogen.checkpoint import checksums
 
     name, moment = rng.choice(list(SIGNALS)), list(MOMENTS)[number % len(MOMENTS)]
     _, _, calls, longest = MOMENTS[moment]

@@ -13,13 +13,13 @@ from tests.train.plans import describe, random_runs
 
 from orogen.config.checks import ConfigError
 from orogen.config.run import RunConfig
+from orogen.cost.assemble import assemble
 from orogen.data.packing import Batch
 from orogen.model.lm import initial_state
 from orogen.parallel import placement
 from orogen.parallel.pipeline import _Layout
 from orogen.parallel.plan import make_plan
 from orogen.simulate.aot import flops_overhead
-from orogen.train.assemble import assemble
 from orogen.train.next_token import NEXT_TOKENS
 from orogen.train.step import BATCH_AXES, batch_to_devices, gradients
 from orogen.train.verify import OPTIMIZERS, packed_batch, verify

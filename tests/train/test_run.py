@@ -15,13 +15,14 @@ import jax
 import numpy as np
 import pytest
 
+from orogen.checkpoint import checksums
+from orogen.checkpoint.open import open_model
 from orogen.config.checks import ConfigError
 from orogen.config.load import load
 from orogen.config.plan import FOR_GPU
 from orogen.data.tokenizer import Tokenizer
-from orogen.infer.generate import generate, load_checkpoint
+from orogen.infer.generate import generate
 from orogen.report.metrics import read_metrics
-from orogen.train import checksums
 from orogen.train.lock import RunLock
 from orogen.train.loop import NonFiniteError, train
 from orogen.train.pretraining import PRETRAINING
@@ -182,7 +183,7 @@ def test_a_run_goes_on_on_stages_and_off_them(recipe, tmp_path):
     run(recipe, alone, "TrainConfig.steps=16", *model)
     stages = ("PlanConfig.stage=2", "PlanConfig.microbatches=2", *model)
     run(recipe, folder, "TrainConfig.steps=4", *stages)
-    piped = load_checkpoint(folder)
+    piped = open_model(folder)
     run(recipe, folder, "TrainConfig.steps=8", "PlanConfig.data=2", *model, resume=True)
     more = ("PlanConfig.schedule='interleaved'", "TrainConfig.steps=12")
     run(recipe, folder, *stages, *more, resume=True)
@@ -191,7 +192,7 @@ def test_a_run_goes_on_on_stages_and_off_them(recipe, tmp_path):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3)
         np.testing.assert_allclose(ours["expert_load"], theirs["expert_load"], atol=3)
     assert ours["heldout_loss"] == pytest.approx(theirs["heldout_loss"], rel=2e-3)
-    whole = load_checkpoint(alone)
+    whole = open_model(alone)
     assert jax.tree.structure(piped.params) == jax.tree.structure(whole.params)
 
 
@@ -214,7 +215,7 @@ def test_a_checkpoint_of_another_model_is_refused(recipe, whole, tmp_path):
     )
     (folder / "config.gin").write_text(text)
     with pytest.raises(ConfigError, match="is of another model"):
-        load_checkpoint(folder)
+        open_model(folder)
 
 
 def test_inference_leaves_the_kernels_and_buffers_of_training(whole, tmp_path):
@@ -230,7 +231,7 @@ def test_inference_leaves_the_kernels_and_buffers_of_training(whole, tmp_path):
         text, found = re.subn(rf"^{name} = .*$", f"{name} = {value!r}", text, flags=re.MULTILINE)
         assert found == 1, name
     (folder / "config.gin").write_text(text)
-    assert generate(load_checkpoint(folder), ["d"], tokens=5) == generate(load_checkpoint(whole), ["d"], tokens=5)
+    assert generate(open_model(folder), ["d"], tokens=5) == generate(open_model(whole), ["d"], tokens=5)
 
 
 def test_too_many_steps_that_are_not_finite_stop_the_run(recipe, tmp_path):
@@ -301,10 +302,10 @@ def test_nothing_is_saved_while_steps_are_not_finite(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["_METADATA", "manifest.ocdbt", "d", "data", "model"])
-@pytest.mark.parametrize("read", ["resume", "load_checkpoint"])
+@pytest.mark.parametrize("read", ["resume", "open_model"])
 def test_a_damaged_checkpoint_is_refused_in_one_line(recipe, whole, tmp_path, damage, read):
     """Truncated files, or an item that is gone."""
-    if (damage, read) == ("data", "load_checkpoint"):
+    if (damage, read) == ("data", "open_model"):
         return  # it reads the model alone
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
@@ -317,7 +318,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(recipe, whole, tmp_path, da
         for path in found:
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ConfigError) as caught:
-        run(recipe, folder, "TrainConfig.steps=25", resume=True) if read == "resume" else load_checkpoint(folder)
+        run(recipe, folder, "TrainConfig.steps=25", resume=True) if read == "resume" else open_model(folder)
     assert str(newest) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -344,14 +345,14 @@ def test_step_times_add_up_to_the_time_that_the_steps_took(recipe, tmp_path, mon
 
 
 def test_generation_is_greedy_at_zero_temperature_and_stays_inside_its_budget(whole):
-    loaded = load_checkpoint(whole)
+    loaded = open_model(whole)
     first, again = (generate(loaded, ["document 1"], tokens=9, temperature=0.0, seed=s)[0] for s in (0, 1))
     assert first == again
     assert len(first.encode()) <= 9 * 4
 
 
 def test_prompts_of_unequal_lengths_do_not_disturb_each_other(whole):
-    loaded = load_checkpoint(whole)
+    loaded = open_model(whole)
     both = generate(loaded, ["document 1", "d"], tokens=6, temperature=0.0)
     assert both == [generate(loaded, [p], tokens=6, temperature=0.0)[0] for p in ("document 1", "d")]
 
@@ -359,7 +360,7 @@ def test_prompts_of_unequal_lengths_do_not_disturb_each_other(whole):
 @pytest.mark.parametrize("tokens", [2**20, 10**12, 10**30])
 def test_more_tokens_than_anyone_can_wait_for_are_refused(whole, tokens):
     with pytest.raises(ConfigError, match=rf"a prompt of 2 tokens and {tokens} new ones; expected at most 1048576"):
-        generate(load_checkpoint(whole), ["d"], tokens=tokens)
+        generate(open_model(whole), ["d"], tokens=tokens)
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(whole, tmp_path):
@@ -370,7 +371,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(whole, tmp_path):
     content["model"]["vocab"]["ab"] = 300
     file.write_text(json.dumps(content))
     with pytest.raises(ConfigError, match="tokenizer.json is damaged"):
-        load_checkpoint(folder)
+        open_model(folder)
     # As an earlier release saved it, without checksums of the tokenizer.
     for step in (folder / "checkpoints").iterdir():
         (step / checksums.NAME).unlink()
@@ -378,11 +379,11 @@ def test_a_tokenizer_larger_than_the_model_is_refused(whole, tmp_path):
             shutil.rmtree(step / item)
         (step / "commit_success.txt").touch()
     with pytest.raises(ConfigError, match="ModelConfig.vocab_size is 259; expected at least 301, the size of the"):
-        load_checkpoint(folder)
+        open_model(folder)
 
 
 def test_generation_past_the_learned_positions_is_refused(whole):
-    loaded = load_checkpoint(whole)
+    loaded = open_model(whole)
     short = loaded._replace(config=dataclasses.replace(loaded.config, learned_positions=8))
     with pytest.raises(ConfigError, match=r"a prompt of \d+ tokens and 6 new ones; expected at most .* = 8"):
         generate(short, ["document 1"], tokens=6)

@@ -15,13 +15,13 @@ import pytest
 from flax import nnx
 from tests.helpers import hybrid, run_config
 
+from orogen.checkpoint.steps import Checkpoints, with_shardings
 from orogen.model.lm import build
 from orogen.parallel import placement
 from orogen.parallel.plan import make_plan
-from orogen.train.checkpoint import Checkpoints, with_shardings
 from orogen.train.next_token import NEXT_TOKENS
 from orogen.train.optimizer import make_optimizer
-from orogen.train.state import abstract_state, create_state
+from orogen.train.state import abstract_state, create_state, from_items, items
 from orogen.train.step import batch_to_devices, gradients, make_step, update_bias
 from orogen.train.verify import packed_batch
 
@@ -240,11 +240,11 @@ def test_routers_without_correction_bias_train_count_loads_and_are_restored(tmp_
     tokens = int((np.asarray(run.batch.segments_bt) != 0).sum())
     np.testing.assert_array_equal(metrics.load_le.sum(1), [3 * tokens] * 3)
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(state, {"position": {}, "identity": {}}, run.built.layout)
+        checkpoints.save(3, items(state), {"position": {}, "identity": {}}, run.built.layout)
     target = abstract_state(run.built, run.optimizer)
     with Checkpoints(tmp_path) as checkpoints:
-        restored, _ = checkpoints.restore(with_shardings(target, placement.shardings(target, run.plan)))
-    chex.assert_trees_all_equal(restored, state)
+        found, _ = checkpoints.restore(items(with_shardings(target, placement.shardings(target, run.plan))))
+    chex.assert_trees_all_equal(from_items(found), state)
 
 
 def reductions(fsdp: str, microbatches: int) -> tuple[list[int], list[int], int]:

@@ -14,8 +14,8 @@ import time
 import pytest
 from tests.train.kills import MOMENTS
 
+from orogen.config.streams import lasting_streams, say
 from orogen.train.stop import Stop, StoppedEarlyError
-from orogen.train.streams import lasting_streams, say
 
 
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", 0), ("SIGHUP", 0), ("SIGINT", 130)])
@@ -147,7 +147,7 @@ def test_an_interrupt_of_other_commands_is_one_line(task, monkeypatch, capsys):
 
 
 LASTING = (
-    "import os, sys; from orogen.train.streams import lasting_streams\n"
+    "import os, sys; from orogen.config.streams import lasting_streams\n"
     "os.read(0, 1)\n"
     "with lasting_streams():\n"
     "    for stream in (sys.stdout, sys.stderr):\n"

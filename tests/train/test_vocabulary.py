@@ -3,27 +3,24 @@
 import dataclasses
 import json
 
-import chex
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 from tests.helpers import hybrid, run_config, several_devices
 
+from orogen.checkpoint.steps import Checkpoints, with_shardings
 from orogen.config.checks import ConfigError
 from orogen.config.plan import PlanConfig
+from orogen.cost.assemble import assemble
 from orogen.layers.documents import documents
 from orogen.model.count import count
 from orogen.model.lm import build
 from orogen.model.vocabulary import vocab_dim
-from orogen.parallel import placement
 from orogen.parallel.describe import describe_plan
-from orogen.parallel.plan import make_plan
-from orogen.train.assemble import assemble
-from orogen.train.checkpoint import Checkpoints, with_shardings
 from orogen.train.next_token import NEXT_TOKENS
 from orogen.train.optimizer import make_optimizer
-from orogen.train.state import abstract_state, create_state, start_state, state_shardings
+from orogen.train.state import abstract_state, create_state, from_items, items, state_shardings
 from orogen.train.step import batch_to_devices, make_step
 from orogen.train.verify import packed_batch, verify
 
@@ -70,7 +67,8 @@ def restored(run_dir, model, plan: dict):
     _, layout, built, optimizer = laid_out(model, plan)
     target = abstract_state(built, optimizer)
     with Checkpoints(run_dir, vocab_size=SIZE) as checkpoints:
-        return checkpoints.restore(with_shardings(target, state_shardings(target, layout)))
+        found, position = checkpoints.restore(items(with_shardings(target, state_shardings(target, layout))))
+    return from_items(found), position
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -110,18 +108,6 @@ def test_a_plan_equals_one_device(model, plan):
     assert verdict.passed and not verdict.zero_leaves, verdict
 
 
-@pytest.mark.filterwarnings("error")
-def test_given_weights_begin_on_a_plan_with_rows_of_zeros():
-    model = model_of()
-    _, layout, built, optimizer = laid_out(model, FOUR)
-    whole = build(model)
-    ones = lambda x, sharding: jax.device_put(np.ones(x.shape, x.dtype), sharding)  # noqa: E731
-    given = [jax.tree.map(ones, tree, placement.spread(tree, layout)) for tree in (whole.params, whole.buffers)]
-    state = start_state(*given, built, optimizer, layout)
-    for array in vocabularies(state.params):
-        assert len(array) == 96 and array[:SIZE].all() and not array[SIZE:].any()
-
-
 def logits_of(model, plan: dict, tokens_bt: np.ndarray) -> np.ndarray:
     """Of initial parameters, as `LanguageModel.logits` gives them inside a step."""
     _, layout, built, _ = laid_out(model, plan)
@@ -146,7 +132,7 @@ def test_logits_have_the_words_of_the_vocabulary_alone():
 def test_a_checkpoint_is_restored_with_other_rows_bit_for_bit(tmp_path, plan):
     model, state = model_of(), trained(model_of(), plan, 1)
     with Checkpoints(tmp_path, vocab_size=SIZE) as checkpoints:
-        checkpoints.save(state, POSITION, laid_out(model, plan)[2].layout)
+        checkpoints.save(1, items(state), POSITION, laid_out(model, plan)[2].layout)
     wider = {**plan, "tensor": 4} if "stage" in plan else {"tensor": 8}
     narrower = {**plan, "tensor": 1} if "stage" in plan else TWO
     for other in (wider, narrower):
@@ -162,27 +148,16 @@ def test_a_checkpoint_is_restored_with_other_rows_bit_for_bit(tmp_path, plan):
             assert not a[SIZE:].any()
 
 
-def test_a_model_is_read_without_the_rows_of_the_plan_that_saved_it(tmp_path):
-    model, state = model_of(), trained(model_of(), STAGES, 1)
-    built = laid_out(model, STAGES)[2]
-    with Checkpoints(tmp_path, vocab_size=SIZE) as checkpoints:
-        checkpoints.save(state, POSITION, built.layout)
-    whole, one = build(model), make_plan(PlanConfig(), model)
-    with Checkpoints(tmp_path) as checkpoints:
-        params, _ = checkpoints.restore_model(whole.params, whole.buffers, lambda tree: placement.shardings(tree, one))
-    chex.assert_trees_all_equal(params, built.whole(state.params))
-    assert [len(a) for a in vocabularies(params)] == [SIZE, SIZE]
-
-
 @pytest.mark.parametrize("size", [SIZE - 1, SIZE + 1])
 def test_a_checkpoint_of_another_vocabulary_is_refused(tmp_path, size):
     """Although an array with as many rows could hold either."""
     with Checkpoints(tmp_path, vocab_size=SIZE) as checkpoints:
-        checkpoints.save(trained(model_of(), FOUR, 0), POSITION, laid_out(model_of(), FOUR)[2].layout)
+        checkpoints.save(0, items(trained(model_of(), FOUR, 0)), POSITION, laid_out(model_of(), FOUR)[2].layout)
     other = dataclasses.replace(model_of(), vocab_size=size)
-    whole, one = build(other), make_plan(PlanConfig(), other)
+    built = build(other)
+    target = {"params": built.params, "buffers": built.buffers}
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(ConfigError, match=rf"of another model.*{SIZE}.*{size}"):
-        checkpoints.restore_model(whole.params, whole.buffers, lambda tree: placement.shardings(tree, one))
+        checkpoints.restore_model(other, lambda layout: target)
 
 
 def test_parameters_are_counted_without_the_rows_and_shown_with_them():

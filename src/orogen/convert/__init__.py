@@ -1,18 +1,6 @@
-"""Exchange of checkpoints with Hugging Face: names, configurations, safetensors files.
+"""What Hugging Face's checkpoints hold: names, configurations, safetensors files. `checkpoint` opens and writes them.
 
-`--checkpoint` takes a run folder, an Orogen checkpoint folder or a Hugging Face folder (safetensors and `config.json`)
-of `nemotron_h` (Nemotron-H, Nano 2, Nemotron 3, with their MTP blocks), `nemotron`, `mamba`, `mamba2`, `deepseek_v3`,
-`mixtral`, `qwen2_moe`, `qwen3_moe`, `gpt_oss` or `gpt2`. Training starts from its weights and tokenizer with a fresh
-optimizer:
-
-    orogen generate --checkpoint HF_FOLDER --prompt 'import '
-    orogen train --checkpoint HF_FOLDER --gin_file my_data_and_training.gin --run runs/tuned
-    orogen convert to-hf runs/tuned HF_AGAIN
-    orogen score --checkpoint HF_FOLDER --tokens in.npy --out out.npz
-
-`convert from-hf` makes a folder of the same tensors under our names; there and back is exact to the bit. Missing,
-surplus and misshapen tensors are refused with the whole list before anything is written, as are fields of `config.json`
-that would change the result and that Orogen does not compute.
+Fields of `config.json` that would change the result and that Orogen does not compute are refused.
 
 **Names of Hugging Face's tensors are one table** (`names.py`), read in both directions. `orogen params` counts through
 it (one published model in four seconds, allocating nothing), and a model whose parameters it does not cover exactly is

@@ -28,8 +28,8 @@ def params(options: argparse.Namespace) -> int:
 
 def convert(options: argparse.Namespace) -> int:
     """`orogen convert`."""
-    from orogen.convert.checkpoint import export, kind, read_model_config
-    from orogen.convert.huggingface import from_hf
+    from orogen.checkpoint.open import open_folder
+    from orogen.checkpoint.transfer import export, from_hf
     from orogen.simulate.fit import require_conversion_fits, require_export_fits
 
     memory = free_memory()
@@ -44,8 +44,9 @@ def convert(options: argparse.Namespace) -> int:
             )
         from_hf(options.source, options.target, fits=fits)
     else:
-        if kind(options.source) == "run":  # whose model is in memory whole
-            require_export_fits(read_model_config(options.source), memory)
+        with open_folder(options.source) as source:
+            if source.masters:  # a run's, in memory whole
+                require_export_fits(source.config, memory)
         export(options.source, options.target, dtype=options.dtype, fits=fits)
     answer(options, {"target": str(options.target)}, [f"written: {options.target}"])
     return 0

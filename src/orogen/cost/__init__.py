@@ -1,6 +1,7 @@
 """What a layer computes, holds and sends: from configs and from the model's abstract modules, without an array.
 
-Training stands above: it balances stages and reports utilisation by `flops`. What a whole step or a task costs is in
+Training and checkpoints stand above: `assemble` gives the plan of a config and the model laid out for it, in stages
+that are balanced by `flops`, by which training also reports its utilisation. What a whole step or a task costs is in
 `orogen.simulate`.
 
 **Shapes are stated once**, where a module makes its parameters; `weights` reads them there, with their logical axes.

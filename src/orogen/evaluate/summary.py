@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from orogen.checkpoint.open import Opened, open_model
 from orogen.config.files import write_atomically
 from orogen.config.run import RunConfig
 from orogen.data.packing import trained_text
 from orogen.evaluate import ngram
-from orogen.infer.generate import Loaded, generate, load_checkpoint
+from orogen.infer.generate import generate
 from orogen.model.count import count
 from orogen.report.metrics import read_metrics
 from orogen.report.page import write_report
@@ -20,7 +21,7 @@ SAMPLE_TEMPERATURE, SAMPLE_TOP_P = 0.7, 0.9
 
 def summarise(trained: Trained, config: RunConfig, text: str, run_dir: Path) -> dict[str, Any]:
     """Writes samples.txt and report.html; returns the headline numbers."""
-    samples = sample_text(load_checkpoint(run_dir), config)
+    samples = sample_text(open_model(run_dir), config)
     write_atomically(run_dir / "samples.txt", samples.encode())
     compared = baselines(trained, config)
     environment = json.loads((run_dir / "env.json").read_text())
@@ -46,11 +47,11 @@ def baselines(trained: Trained, config: RunConfig) -> dict[str, float]:
     return {f"Witten-Bell {order}-gram": score, **ngram.compressed_bits_per_byte(heldout)}
 
 
-def sample_text(loaded: Loaded, config: RunConfig) -> str:
+def sample_text(opened: Opened, config: RunConfig) -> str:
     """Continuations of the run's prompts, each under a line that shows the prompt."""
     prompts = config.train.sample_prompts
     texts = generate(
-        loaded,
+        opened,
         prompts,
         tokens=config.train.sample_tokens,
         temperature=SAMPLE_TEMPERATURE,

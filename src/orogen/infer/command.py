@@ -6,6 +6,7 @@ from pathlib import Path
 
 from orogen.command import CHECKPOINT, Command, answer, free_memory, positive
 from orogen.config.checks import ConfigError, is_unicode
+from orogen.config.plan import PlanConfig
 
 PROMPT = (
     "text to continue. The checkpoint's tokenizer decides what is put around it: bos before it after a run of Orogen's "
@@ -40,20 +41,22 @@ def generate(options: argparse.Namespace) -> int:
         raise ConfigError(f"--seed {options.seed}; expected a whole number from 0 to 2**63 - 1")
     if not is_unicode(options.prompt):
         raise ConfigError(f"--prompt {options.prompt!r}; expected valid UTF-8")
-    from orogen.convert.checkpoint import goes_by_blocks, load_checkpoint, read_model_config
+    from orogen.checkpoint.open import open_folder, read_model
     from orogen.infer.generate import generate as run
     from orogen.simulate.fit import require_inference_fits
 
-    require_inference_fits(
-        read_model_config(options.checkpoint),
-        free_memory(),
-        blocked=goes_by_blocks(options.checkpoint),
-        rows=1,
-        tokens=options.tokens,
-        settings={"--tokens": options.tokens},
-    )
+    with open_folder(options.checkpoint) as folder:
+        require_inference_fits(
+            folder.config,
+            free_memory(),
+            blocked=_goes_by_blocks(folder.plan),
+            rows=1,
+            tokens=options.tokens,
+            settings={"--tokens": options.tokens},
+        )
+        opened = read_model(folder)
     (text,) = run(
-        load_checkpoint(options.checkpoint),
+        opened,
         [options.prompt],
         tokens=options.tokens,
         temperature=options.temperature,
@@ -66,7 +69,7 @@ def generate(options: argparse.Namespace) -> int:
 
 def score(options: argparse.Namespace) -> int:
     """`orogen score`."""
-    from orogen.convert.checkpoint import goes_by_blocks, load_weights, read_model_config
+    from orogen.checkpoint.open import open_folder, read_model
     from orogen.infer.score import read_array, write_arrays
     from orogen.infer.score import score as run
     from orogen.simulate.fit import require_scoring_fits
@@ -75,15 +78,22 @@ def score(options: argparse.Namespace) -> int:
         raise ConfigError(f"--out {str(options.out)!r}; expected a file in a folder that exists")
     tokens_bt = read_array(options.tokens)
     segments_bt = read_array(options.segments) if options.segments else None
-    if tokens_bt.ndim == 2 and tokens_bt.size:  # anything else is refused by its shape
-        model, blocked = read_model_config(options.checkpoint), goes_by_blocks(options.checkpoint)
-        rows, length = tokens_bt.shape
-        require_scoring_fits(model, free_memory(), blocked=blocked, rows=rows, tokens=length)
-    scores = run(load_weights(options.checkpoint), tokens_bt, segments_bt)
+    with open_folder(options.checkpoint) as folder:
+        if tokens_bt.ndim == 2 and tokens_bt.size:  # anything else is refused by its shape
+            rows, length = tokens_bt.shape
+            blocked = _goes_by_blocks(folder.plan)
+            require_scoring_fits(folder.config, free_memory(), blocked=blocked, rows=rows, tokens=length)
+        opened = read_model(folder, tokenizer=False)
+    scores = run(opened, tokens_bt, segments_bt)
     write_arrays(options.out, scores)
     shape = list(scores["logits"].shape)
     answer(options, {"out": str(options.out), "logits": shape}, [f"logits {shape} in {options.out}"])
     return 0
+
+
+def _goes_by_blocks(plan: PlanConfig | None) -> bool:
+    """Whether attention goes by blocks: the plan of a run decides."""
+    return plan is not None and plan.attention == "blocked"
 
 
 GENERATE = Command(

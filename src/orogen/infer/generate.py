@@ -3,12 +3,9 @@
 Letters: b batch, t time, v vocabulary.
 """
 
-import dataclasses
 import itertools
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,65 +13,18 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
+from orogen.checkpoint.open import Opened
 from orogen.config.checks import ConfigError
-from orogen.config.load import load_saved
-from orogen.config.model import ModelConfig
-from orogen.config.plan import FOR_GPU, PlanConfig
 from orogen.config.run import MAX_LENGTH
-from orogen.data.tokenizer import Tokenizer, check_rows
 from orogen.infer.sampling import sample
 from orogen.layers.documents import documents
-from orogen.model.lm import Built, build
-from orogen.parallel import placement
-from orogen.parallel.plan import Plan, single_device_plan
-from orogen.train.checkpoint import Checkpoints
 
 # Sequences are padded to a multiple of this, so that prompts of different lengths share a compiled program.
 BUCKET = 64
 
 
-class Loaded(NamedTuple):
-    """A trained model on one device, with its tokenizer if it has one."""
-
-    config: ModelConfig
-    built: Built
-    params: nnx.State
-    buffers: nnx.State
-    tokenizer: Tokenizer | None
-    plan: Plan
-
-
-def load_checkpoint(folder: Path) -> Loaded:
-    """`load_weights` with the run's tokenizer, which every run has."""
-    loaded = load_weights(folder)
-    with Checkpoints(folder) as checkpoints:
-        checkpoints.check_tokenizer()
-    tokenizer = Tokenizer.load(folder / "tokenizer").as_in_training()
-    check_rows(tokenizer, loaded.config.vocab_size)
-    return loaded._replace(tokenizer=tokenizer)
-
-
-def load_weights(folder: Path) -> Loaded:
-    """The latest model of a run folder, on one device, without a tokenizer. Raises ConfigError if it holds none."""
-    saved = folder / "config.gin"
-    if not saved.is_file() or not (folder / "checkpoints").is_dir():
-        raise ConfigError(f"checkpoint {str(folder)!r} is no run folder; expected one with config.gin and checkpoints/")
-    config = load_saved(saved)
-    # Kernels and products that run everywhere, in float32, and no offloading.
-    kernels = {field: getattr(PlanConfig, field) for field in FOR_GPU if getattr(config.plan, field) == FOR_GPU[field]}
-    plain = {"linear": "plain", "offload": (), "offload_optimizer": False}
-    chosen = dataclasses.replace(config.plan.dropping_none(), **kernels, **plain)
-    plan = single_device_plan(chosen, config.need("model").model)
-    built = build(config.model)
-    with Checkpoints(folder) as checkpoints:
-        placed = lambda tree: placement.shardings(tree, plan)  # noqa: E731
-        params, buffers = checkpoints.restore_model(built.params, built.buffers, placed)
-        checkpoints.check_config(config.model)
-    return Loaded(config.model, built, params, buffers, None, plan)
-
-
 def generate(
-    loaded: Loaded, prompts: Sequence[str], *, tokens: int, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0
+    opened: Opened, prompts: Sequence[str], *, tokens: int, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0
 ) -> list[str]:
     """Continuations of `prompts`, each up to `tokens` tokens or the first that ends a text.
 
@@ -82,7 +32,7 @@ def generate(
     Raises ConfigError for a model without a tokenizer, and if prompt and continuation have more than MAX_LENGTH tokens
     or need more positions than the model has learned.
     """
-    tokenizer = loaded.tokenizer
+    tokenizer = opened.tokenizer
     if tokenizer is None:
         raise ConfigError("the checkpoint has no tokenizer.json; expected one, to read the prompt with")
     ids = [tokenizer.prompt_ids(prompt) for prompt in prompts]
@@ -91,7 +41,7 @@ def generate(
         raise ConfigError(
             f"a prompt of {lengths_b.max()} tokens and {tokens} new ones; expected at most {MAX_LENGTH} in all"
         )
-    positions = loaded.config.learned_positions
+    positions = opened.config.learned_positions
     if positions is not None and lengths_b.max() + tokens > positions:
         raise ConfigError(
             f"a prompt of {lengths_b.max()} tokens and {tokens} new ones; expected at most "
@@ -101,19 +51,19 @@ def generate(
     tokens_bt = np.full((len(ids), length), tokenizer.pad_id, np.int32)
     for row, i in zip(tokens_bt, ids, strict=True):
         row[: len(i)] = i
-    is_token_v = np.zeros(loaded.config.vocab_size, bool)
+    is_token_v = np.zeros(opened.config.vocab_size, bool)
     is_token_v[: tokenizer.vocab_size] = tokenizer.is_token_v
     continued_bt = np.asarray(
         _continue(
-            loaded.params,
-            loaded.buffers,
+            opened.params,
+            opened.buffers,
             tokens_bt,
             lengths_b,
             is_token_v,
             key=jax.random.key(seed),
             steps=tokens,
-            graph=loaded.built.graph,
-            plan=loaded.plan,
+            graph=opened.built.graph,
+            plan=opened.plan,
             temperature=temperature,
             top_p=top_p,
         )

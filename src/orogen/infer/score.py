@@ -15,15 +15,15 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from orogen.checkpoint.open import Opened
 from orogen.config.checks import ConfigError
-from orogen.infer.generate import Loaded
 from orogen.layers.documents import documents
 
 # Rows are scored together up to this many tokens.
 TOKENS_AT_ONCE = 8192
 
 
-def score(loaded: Loaded, tokens_bt: np.ndarray, segments_bt: np.ndarray | None = None) -> dict[str, np.ndarray]:
+def score(opened: Opened, tokens_bt: np.ndarray, segments_bt: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """`logits` (b, t, v) and `logprobs` (b, t-1), float32; logprobs[:, i] is of token i + 1, given those before it.
 
     segments_bt: documents of each row, 0 for padding, which may be anywhere; None: a row is one document. A logprob
@@ -31,17 +31,17 @@ def score(loaded: Loaded, tokens_bt: np.ndarray, segments_bt: np.ndarray | None 
     shape, kind or range.
     """
     segments_bt = np.ones(tokens_bt.shape, np.int32) if segments_bt is None else segments_bt
-    _check(loaded, tokens_bt, segments_bt)
+    _check(opened, tokens_bt, segments_bt)
     rows = max(1, TOKENS_AT_ONCE // max(1, tokens_bt.shape[1]))
     parts = [
         jax.device_get(
             _score(
-                loaded.params,
-                loaded.buffers,
+                opened.params,
+                opened.buffers,
                 tokens_bt[first : first + rows].astype(np.int32),
                 segments_bt[first : first + rows].astype(np.int32),
-                graph=loaded.built.graph,
-                plan=loaded.plan,
+                graph=opened.built.graph,
+                plan=opened.plan,
             )
         )
         for first in range(0, len(tokens_bt), rows)
@@ -75,8 +75,8 @@ def write_arrays(file: Path, arrays: dict[str, Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _check(loaded: Loaded, tokens_bt: np.ndarray, segments_bt: np.ndarray) -> None:
-    size = loaded.config.vocab_size
+def _check(opened: Opened, tokens_bt: np.ndarray, segments_bt: np.ndarray) -> None:
+    size = opened.config.vocab_size
     for name, array in (("tokens", tokens_bt), ("segments", segments_bt)):
         if array.ndim != 2 or array.dtype.kind not in "iu" or not array.size:
             raise ConfigError(f"{name} are {array.dtype} {list(array.shape)}; expected integers (batch, time)")
@@ -86,7 +86,7 @@ def _check(loaded: Loaded, tokens_bt: np.ndarray, segments_bt: np.ndarray) -> No
         raise ConfigError(f"tokens are from {tokens_bt.min()} to {tokens_bt.max()}; expected 0 to {size - 1}")
     if not 0 <= segments_bt.min() <= segments_bt.max() < 2**31:
         raise ConfigError(f"segments are from {segments_bt.min()} to {segments_bt.max()}; expected 0 to 2**31 - 1")
-    longest = loaded.config.learned_positions
+    longest = opened.config.learned_positions
     if longest is not None and tokens_bt.shape[1] > longest:
         raise ConfigError(f"tokens are {tokens_bt.shape[1]} long; expected at most learned_positions = {longest}")
 

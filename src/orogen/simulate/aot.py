@@ -16,6 +16,7 @@ from jax.extend import core
 
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
+from orogen.cost.assemble import layout
 from orogen.cost.communication import unit_collectives
 from orogen.cost.ledger import ENDS, FLOAT32, Collective, Workload
 from orogen.data.packing import Batch
@@ -27,7 +28,6 @@ from orogen.parallel.plan import Plan, make_plan, single_device_plan
 from orogen.simulate.hlo import Table, Traffic, add, hlo_collectives
 from orogen.simulate.jaxprs import equations, jaxpr_collectives, opened, product, product_flops
 from orogen.simulate.units import Unit, unit_of, without_mtp
-from orogen.train.assemble import layout
 from orogen.train.next_token import NEXT_TOKENS
 from orogen.train.step import gradients
 

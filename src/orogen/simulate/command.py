@@ -27,8 +27,8 @@ def plan(options: argparse.Namespace) -> int:
         answer(options, fields, field_lines(fields))
         return 0
     config, _ = load_config(options, "model")
+    from orogen.cost.assemble import TYPICAL_LENGTH, assemble
     from orogen.parallel.describe import describe_plan, plan_lines
-    from orogen.train.assemble import TYPICAL_LENGTH, assemble
 
     length = config.train.sequence_length if config.train else TYPICAL_LENGTH
     laid, built = assemble(config.model, config.plan, length=length, abstract=True)

@@ -12,6 +12,7 @@ from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.run import RunConfig
 from orogen.cost.activations import WEIGHTS, bytes_by_name, kept_by_layer
+from orogen.cost.assemble import assemble
 from orogen.cost.ledger import Workload
 from orogen.data.packing import NEXT, NEXT_WEIGHT, Batch
 from orogen.model.layout import Layout
@@ -19,7 +20,6 @@ from orogen.model.lm import Built
 from orogen.parallel.plan import Plan, make_plan
 from orogen.precision.policy import working_copy
 from orogen.train import carry
-from orogen.train.assemble import assemble
 from orogen.train.next_token import NEXT_TOKENS
 from orogen.train.optimizer import make_optimizer
 from orogen.train.state import TrainState, abstract_state, state_shardings

@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orogen.command import (
     CHECKPOINT,
@@ -18,8 +18,11 @@ from orogen.command import (
 )
 from orogen.config.checks import ConfigError
 from orogen.config.run import RunConfig
+from orogen.config.streams import lasting_streams, say
 from orogen.parallel.runtime import configure
-from orogen.train.streams import lasting_streams, say
+
+if TYPE_CHECKING:
+    from orogen.checkpoint.folders import Folder
 
 QUICKSTART = "--gin_file gin_configs/recipes/quickstart.gin"
 
@@ -44,38 +47,42 @@ def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _load_with_checkpoint(options: argparse.Namespace) -> tuple[RunConfig, str, Any]:
-    """The gin files' config, its model that of --checkpoint if they have none, and where the run starts from."""
+def _load_with_checkpoint(
+    options: argparse.Namespace, held: contextlib.ExitStack
+) -> tuple[RunConfig, str, "Folder | None"]:
+    """The gin files' config, its model that of --checkpoint if they have none, and the folder that the run starts from,
+    open until the end of `held`."""
     config, text = load_config(options)
     if options.checkpoint is None:
         return config, text, None
+    from orogen.checkpoint.open import open_folder
     from orogen.config.load import load, model_bindings
-    from orogen.convert.checkpoint import origin, read_model_config
     from orogen.convert.config import difference
 
-    model = read_model_config(options.checkpoint)
+    origin = held.enter_context(open_folder(options.checkpoint))
     if config.model is None:
-        config, text = load(options.gin_file, [*options.gin_bindings, *model_bindings(model)])
-    elif (field := difference(config.model, model)) is not None:
-        here, there = getattr(config.model, field), getattr(model, field)
+        config, text = load(options.gin_file, [*options.gin_bindings, *model_bindings(origin.config)])
+    elif (field := difference(config.model, origin.config)) is not None:
+        here, there = getattr(config.model, field), getattr(origin.config, field)
         raise ConfigError(f"ModelConfig.{field} is {here!r}; expected {there!r}, as {str(options.checkpoint)!r} has it")
-    return config, text, origin(options.checkpoint)
+    return config, text, origin
 
 
 def train(options: argparse.Namespace) -> int:
     """`orogen train`."""
-    config, text, origin = _load_with_checkpoint(options)
-    config.need("model", "data", "train", "optimizer")
-    from orogen.simulate.fit import require_training_fits
-    from orogen.train.loop import NonFiniteError
-    from orogen.train.loop import train as run
-    from orogen.train.pretraining import PRETRAINING
-    from orogen.train.stop import StoppedEarlyError
+    # Until the report is written: the folder is this run's, and signals are minded.
+    with contextlib.ExitStack() as held:
+        config, text, origin = _load_with_checkpoint(options, held)
+        config.need("model", "data", "train", "optimizer")
+        from orogen.simulate.fit import require_training_fits
+        from orogen.train.loop import NonFiniteError
+        from orogen.train.loop import train as run
+        from orogen.train.pretraining import PRETRAINING
+        from orogen.train.stop import StoppedEarlyError
 
-    require_training_fits(config, free_memory())
-    warn(config.model)
-    # The folder is this run's, and signals are minded, until the report is written.
-    with lasting_streams(), contextlib.ExitStack() as held:
+        require_training_fits(config, free_memory())
+        warn(config.model)
+        held.enter_context(lasting_streams())
         try:
             trained = run(
                 config, text, options.run, PRETRAINING, resume=options.resume, origin=origin, log=say, until=held

@@ -14,12 +14,15 @@ import jax
 import numpy as np
 from flax import nnx
 
+from orogen.checkpoint.folders import Folder, read_tokenizer
+from orogen.checkpoint.steps import Checkpoints, with_shardings
 from orogen.config.checks import ConfigError, require
 from orogen.config.run import RunConfig
+from orogen.cost.assemble import assemble
 from orogen.cost.flops import peak_flops, training_flops
 from orogen.data.loader import Corpus
 from orogen.data.packing import Batch, document_lengths
-from orogen.data.tokenizer import Tokenizer, check_rows, check_vocab_size
+from orogen.data.tokenizer import check_rows, check_vocab_size
 from orogen.model.count import count
 from orogen.model.layout import Whole, relaid
 from orogen.model.lm import Built, build
@@ -27,12 +30,10 @@ from orogen.parallel import placement
 from orogen.parallel.plan import Plan
 from orogen.report.metrics import MetricsWriter, Progress
 from orogen.train import carry
-from orogen.train.assemble import assemble
-from orogen.train.checkpoint import Checkpoints, with_shardings
 from orogen.train.lock import RunLock, check_free
 from orogen.train.optimizer import make_optimizer
 from orogen.train.run_folder import check_folder, describe_run, environment, keep_orphaned_metrics
-from orogen.train.state import TrainState, abstract_state, create_state, start_state, state_shardings
+from orogen.train.state import TrainState, abstract_state, create_state, from_items, items, start_state, state_shardings
 from orogen.train.step import StepMetrics, batch_to_devices, make_step
 from orogen.train.stop import Stop
 from orogen.train.task import Task
@@ -40,18 +41,6 @@ from orogen.train.task import Task
 
 class NonFiniteError(RuntimeError):
     """Too many steps in a row had a loss or gradient that is not finite."""
-
-
-class Origin(NamedTuple):
-    """Where a run starts from instead of random numbers: parameters and buffers, and the tokenizer they know.
-
-    load: takes the whole model and a function that gives trees their shardings; returns its parameters and buffers.
-    keep: called with the run folder.
-    """
-
-    load: Callable[[Built, Callable[[Any], Any]], tuple[nnx.State, nnx.State]]
-    tokenizer: Tokenizer | None
-    keep: Callable[[Path], None]
 
 
 class Trained(NamedTuple):
@@ -72,15 +61,16 @@ def train(
     task: Task,
     *,
     resume: bool = False,
-    origin: Origin | None = None,
+    origin: Folder | None = None,
     log: Callable[[str], None] = print,
     until: contextlib.ExitStack | None = None,
 ) -> Trained:
     """Trains `config` on the task, in `run_dir`, until `TrainConfig.steps` or a SIGTERM, SIGINT or SIGHUP, and saves.
 
-    origin: where a run without a checkpoint of its own starts from, with a fresh optimizer. until: a stack whose end
-    releases the folder and the signals, for a caller that still writes there; this call's end if None. Everything that
-    can be refused is refused before the folder is touched. Raises ConfigError, NonFiniteError, StoppedEarlyError.
+    origin: whose weights and tokenizer a run without a checkpoint of its own starts from, with a fresh optimizer.
+    until: a stack whose end releases the folder and the signals, for a caller that still writes there; this call's end
+    if None. Everything that can be refused is refused before the folder is touched. Raises ConfigError,
+    NonFiniteError, StoppedEarlyError.
     """
     with contextlib.ExitStack() as stack:
         return _train(config, text, run_dir, task, resume=resume, origin=origin, log=log, held=until or stack)
@@ -93,7 +83,7 @@ def _train(
     task: Task,
     *,
     resume: bool,
-    origin: Origin | None,
+    origin: Folder | None,
     log: Callable[[str], None],
     held: contextlib.ExitStack,
 ) -> Trained:
@@ -104,7 +94,9 @@ def _train(
     check_folder(run_dir, config, resume=resume)
     check_free(run_dir)
     saved = run_dir / "tokenizer"
-    known = Tokenizer.load(saved) if (saved / "tokenizer.json").is_file() else origin and origin.tokenizer
+    known = read_tokenizer(saved)
+    if known is None and origin is not None and (given := origin.tokenizer()) is not None:
+        known = given.as_in_training()
     corpus = task.open(config, known)
     if known is None or origin is None:
         check_vocab_size(corpus.tokenizer, config.model.vocab_size)
@@ -135,7 +127,7 @@ def _train(
         with MetricsWriter(run_dir, resume_step=run.first_step) as writer:
             run.evaluate_last(state, writer)
             state = run.steps(state, writer)
-        checkpoints.save(state, run.position, built.layout)
+        run.save(state)
     step = int(state.step)
     stop.working = False  # all is saved
     return Trained(state, corpus, step >= config.train.steps and not stop.asked, step - run.first_step, stop)
@@ -177,11 +169,11 @@ class _Run:
         require(train.steps >= self.first_step, train, "steps", expected)
         self.peak = peak_flops(jax.devices()[0].device_kind)
 
-    def start(self, origin: Origin | None) -> TrainState:
+    def start(self, origin: Folder | None) -> TrainState:
         """A new state, from `origin` if there is one, or the last one saved, with the data where it was."""
         if not self.first_step and origin is not None:
-            whole = origin.load(build(self.config.model), lambda tree: placement.spread(tree, self.plan))
-            return start_state(*whole, self.built, self.optimizer, self.plan, carried=self.carried)
+            given = origin.read(self.built, self.plan, "float32")
+            return start_state(*given, self.built, self.optimizer, self.plan, carried=self.carried)
         if not self.first_step:
             seed = self.config.train.seed
             return create_state(self.config.model, self.built, self.optimizer, self.plan, seed, carried=self.carried)
@@ -191,23 +183,26 @@ class _Run:
 
     def _restored(self) -> tuple[TrainState, dict[str, Any]]:
         """The last state saved, laid out as this plan's stages keep it, and the data's position."""
-        stages, layers = self.checkpoints.stages, self.config.model.layers
-        if stages is not None and ("".join(stages.patterns), stages.mtp) != (layers.main, layers.mtp):
-            raise ConfigError(
-                f"{self.checkpoints.folder / str(self.first_step)} has stages of the layers "
-                f"{''.join(stages.patterns)!r} and {stages.mtp!r}; expected {layers.main!r} and {layers.mtp!r}"
-            )
-        before, after = stages or Whole(layers.main, layers.mtp), self.built.layout
+        layers, after = self.config.model.layers, self.built.layout
+        before = self.checkpoints.layout(Whole(layers.main, layers.mtp))
+        target = abstract_state(self.built, self.optimizer, self.carried)
+        there = state_shardings(target, self.plan)
         if before == after:
-            target = abstract_state(self.built, self.optimizer, self.carried)
-            return self.checkpoints.restore(with_shardings(target, state_shardings(target, self.plan)))
+            return self._restore(target, there)
         saved = build(self.config.model, before, self.built.vocab_rows)
         optimizer = make_optimizer(self.config.optimizer, self.config.train.steps, saved.params)
         target = abstract_state(saved, optimizer, self.carried)
         # Restored onto the devices, where it is laid out for these stages.
-        state, position = self.checkpoints.restore(with_shardings(target, placement.spread(target, self.plan)))
-        layout = state_shardings(abstract_state(self.built, self.optimizer, self.carried), self.plan)
-        return jax.jit(lambda state: relaid(state, before, after), out_shardings=layout)(state), position
+        state, position = self._restore(target, placement.spread(target, self.plan))
+        return jax.jit(lambda state: relaid(state, before, after), out_shardings=there)(state), position
+
+    def _restore(self, target: TrainState, shardings: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        found, position = self.checkpoints.restore(items(with_shardings(target, shardings)))
+        return from_items(found), position
+
+    def save(self, state: TrainState) -> None:
+        """Starts writing the state, and the position of the data behind it."""
+        self.checkpoints.save(int(state.step), items(state), self.position, self.built.layout)
 
     def evaluate_last(self, state: TrainState, writer: MetricsWriter) -> None:
         """Evaluates the step that was saved last, if a stop came before its evaluation was done."""
@@ -243,7 +238,7 @@ class _Run:
                     if last or stop.asked:  # during the evaluation, too: then it is repeated when the run continues
                         break
                     if due(train.checkpoint_every) and finite:
-                        self.checkpoints.save(state, self.position, self.built.layout)
+                        self.save(state)
         return state
 
     def _report(

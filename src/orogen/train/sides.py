@@ -15,10 +15,10 @@ from orogen.config.checks import require
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.run import RunConfig, TrainConfig
+from orogen.cost.assemble import assemble
 from orogen.data.packing import NEXT, NEXT_WEIGHT, NOTHING, Batch
 from orogen.model.lm import Built, build, initial_state
 from orogen.parallel.plan import Plan, single_device_plan
-from orogen.train.assemble import assemble
 from orogen.train.step import in_rank_order, replay_of
 
 # (config, n) -> n batches of the config's shape, for a check.

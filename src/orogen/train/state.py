@@ -1,5 +1,7 @@
 """What training carries from step to step, born on the plan's mesh."""
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -8,9 +10,9 @@ import optax
 from flax import nnx
 from jax import Array
 
+from orogen.checkpoint.steps import MODEL_ITEM
 from orogen.config.model import ModelConfig
 from orogen.model.lm import Built, initial_state
-from orogen.model.vocabulary import resized
 from orogen.parallel import placement
 from orogen.parallel.plan import Plan
 from orogen.train.carry import emptied
@@ -30,6 +32,19 @@ class TrainState(NamedTuple):
     buffers: nnx.State
     optimizer: optax.OptState
     carried: Any = None
+
+
+def items(state: TrainState) -> dict[str, dict[str, Any]]:
+    """The state as a checkpoint holds it: what a reader of the model needs, and what only training does. Files are
+    keyed by these names."""
+    trainer = state._asdict()
+    model = {name: trainer.pop(name) for name in ("params", "buffers")}
+    return {MODEL_ITEM: model, "trainer": trainer}
+
+
+def from_items(found: Mapping[str, dict[str, Any]]) -> TrainState:
+    """The inverse of `items`."""
+    return TrainState(**found[MODEL_ITEM], **found["trainer"])
 
 
 def abstract_state(built: Built, optimizer: optax.GradientTransformation, carried: Any = None) -> TrainState:
@@ -76,17 +91,11 @@ def start_state(
     *,
     carried: Any = None,
 ) -> TrainState:
-    """The initial state of a whole model's given parameters and buffers, which are consumed. carried: as
-    `carry.abstract` gives it."""
+    """The initial state of given parameters and buffers, which lie as `built` has them where the plan keeps them, and
+    are consumed. carried: as `carry.abstract` gives it."""
     shardings = state_shardings(abstract_state(built, optimizer, carried), plan)
-
-    def create(params: nnx.State, buffers: nnx.State) -> TrainState:
-        return fresh_state(built.laid(params), built.laid(buffers), optimizer, carried)
-
-    # First, since an array that grows, or that is not split as its result is, cannot be donated.
-    filled = [resized(part, built.vocab_rows) for part in (params, buffers)]
-    placed = [jax.device_put(part, placement.spread(part, plan)) for part in filled]
-    return jax.jit(create, out_shardings=shardings, donate_argnums=(0, 1))(*placed)
+    create = partial(fresh_state, optimizer=optimizer, carried=carried)
+    return jax.jit(create, out_shardings=shardings, donate_argnums=(0, 1))(params, buffers)
 
 
 def fresh_state(

@@ -14,13 +14,14 @@ from flax import nnx
 from safetensors.numpy import save_file
 from tests.convert.synthetic import read, same, stored
 
+from orogen.checkpoint.leaves import dotted
+from orogen.checkpoint.open import open_model
+from orogen.checkpoint.transfer import export, from_hf
 from orogen.config.checks import ConfigError
 from orogen.config.load import model_text
 from orogen.config.model import ModelConfig
 from orogen.config.reads import plain_model
-from orogen.convert.checkpoint import export, load_checkpoint
 from orogen.convert.config import read_config, write_config
-from orogen.convert.huggingface import dotted, from_hf
 from orogen.convert.names import leaf_shapes, table
 from orogen.layers.documents import documents
 
@@ -135,7 +136,7 @@ def write_ours(folder: Path, config: ModelConfig, family: str) -> None:
 
 def logits(folder: Path, tokens_bt: np.ndarray) -> np.ndarray:
     """Of each position, computed by Orogen."""
-    loaded = load_checkpoint(folder)
+    loaded = open_model(folder)
     lm = nnx.merge(loaded.built.graph, loaded.params, loaded.buffers)
     compute = jax.jit(lambda tokens: lm.logits(tokens, documents(jnp.ones_like(tokens)), loaded.plan))
     return np.asarray(compute(jnp.asarray(tokens_bt, jnp.int32)))
@@ -193,7 +194,7 @@ def test_a_tied_nemotron_h_is_exported_with_its_head(tmp_path):
     tensors = read(tmp_path / "hf")
     np.testing.assert_array_equal(tensors["lm_head.weight"], tensors["backbone.embeddings.weight"])
     from_hf(tmp_path / "hf", tmp_path / "again")
-    assert load_checkpoint(tmp_path / "again").config == config
+    assert open_model(tmp_path / "again").config == config
     save_file({n: a for n, a in tensors.items() if n != "lm_head.weight"}, tmp_path / "hf" / "model.safetensors")
     from_hf(tmp_path / "hf", tmp_path / "without")  # as Orogen once wrote it
     export(tmp_path / "without", tmp_path / "with")
@@ -207,7 +208,7 @@ def test_a_nemotron_h_that_says_tied_and_has_two_tensors_has_a_head_of_its_own(t
     tensors["lm_head.weight"] = 2 * tensors["lm_head.weight"]
     save_file(tensors, tmp_path / "hf" / "model.safetensors")
     from_hf(tmp_path / "hf", tmp_path / "again")
-    assert not load_checkpoint(tmp_path / "again").config.tie_word_embeddings
+    assert not open_model(tmp_path / "again").config.tie_word_embeddings
     export(tmp_path / "again", tmp_path / "back")
     np.testing.assert_array_equal(read(tmp_path / "back")["lm_head.weight"], tensors["lm_head.weight"])
     assert not json.loads((tmp_path / "back" / "config.json").read_text())["tie_word_embeddings"]

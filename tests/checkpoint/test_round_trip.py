@@ -13,16 +13,15 @@ from flax import nnx
 from safetensors.numpy import save_file
 from tests.convert.synthetic import CASES, read, same, shapes, write
 
+from orogen.checkpoint.leaves import dotted
+from orogen.checkpoint.open import open_model
+from orogen.checkpoint.transfer import export, from_hf
 from orogen.config.checks import ConfigError
 from orogen.config.load import load
-from orogen.convert import huggingface, tensor_files
-from orogen.convert.checkpoint import export, load_checkpoint, load_parameters
+from orogen.convert import names, tensor_files
 from orogen.convert.config import read_config
-from orogen.convert.huggingface import dotted, from_hf
 from orogen.convert.tensor_files import Spec, TensorReader, TensorWriter
 from orogen.model.lm import build
-from orogen.parallel import placement
-from orogen.parallel.plan import make_plan
 
 WITH_MTP = (("nemotron_h", True), ("deepseek_v3", True))
 
@@ -99,28 +98,6 @@ def test_fused_tensors_are_cut_where_they_should_be(tmp_path):
     rows = before["backbone.layers.2.mixer.x_proj.weight"]  # rank 3, B and C of 6 states
     for name, block in {"dt_down": rows[:3], "B": rows[3:9], "C": rows[9:]}.items():
         np.testing.assert_array_equal(ours[f"backbone.children.0.children.0.mixer.{name}"][2], block.T)
-
-
-@pytest.mark.parametrize("kind", ["hf", "ours"])
-def test_load_parameters_places_every_leaf(tmp_path, kind):
-    write(tmp_path / "hf", *shapes("nemotron_h"))
-    from_hf(tmp_path / "hf", tmp_path / "ours")
-    config = load([tmp_path / "ours" / "config.gin"])[0].model
-    built = build(config)
-    run, _ = load([tmp_path / "ours" / "config.gin"], ["PlanConfig.data = 2", "PlanConfig.fsdp = 'parameters'"])
-    plan = make_plan(run.plan, config)
-    shardings = placement.shardings(built.params, plan), placement.shardings(built.buffers, plan)
-    states = load_parameters(tmp_path / kind, built, lambda tree: placement.shardings(tree, plan), dtype="bfloat16")
-    ours = read(tmp_path / "ours")
-    for state, placed in zip(states, shardings, strict=True):
-        expected = dict(nnx.to_flat_state(placed))
-        for path, leaf in nnx.to_flat_state(state):
-            array = leaf.get_value()
-            np.testing.assert_array_equal(np.asarray(array, np.float32), ours.pop(dotted(path)).astype(np.float32))
-            assert array.sharding == expected[path].get_value()
-            wide = array.ndim == 1 or "router" in path or leaf.get_metadata().get("float32")
-            assert array.dtype == (jnp.float32 if wide else jnp.bfloat16)
-    assert not ours
 
 
 def test_mixed_dtypes_come_back_as_they_were(tmp_path):
@@ -266,14 +243,15 @@ def test_an_error_in_the_middle_leaves_nothing(tmp_path, monkeypatch):
 SLOW = """
 import sys, time
 from pathlib import Path
-from orogen.convert import huggingface, tensor_files
+from orogen.checkpoint import transfer
+from orogen.convert import tensor_files
 plain = tensor_files.TensorWriter.write
 def slow(self, *arguments):
     plain(self, *arguments)
     print("written", flush=True)
     time.sleep(0.2)
-huggingface.TensorWriter.write = slow
-huggingface.from_hf(Path(sys.argv[1]), Path(sys.argv[2]))
+transfer.TensorWriter.write = slow
+transfer.from_hf(Path(sys.argv[1]), Path(sys.argv[2]))
 """
 
 
@@ -289,10 +267,10 @@ def test_a_kill_leaves_nothing_that_loads_and_the_next_try_succeeds(tmp_path):
     assert not (tmp_path / "ours").exists()
     (left,) = (path for path in tmp_path.iterdir() if path.name != "hf")
     with pytest.raises(ConfigError, match=r"has no config.gin and no config.json"):
-        load_checkpoint(left)
+        open_model(left)
     from_hf(tmp_path / "hf", tmp_path / "ours")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "ours"]
-    assert load_checkpoint(tmp_path / "ours").config == read_config(shapes("nemotron_h")[0])[1]
+    assert open_model(tmp_path / "ours").config == read_config(shapes("nemotron_h")[0])[1]
 
 
 # Memory
@@ -305,7 +283,7 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path, monkeypatch):
     size, vocabulary = 256, 20_000
     config, tensors = shapes("mamba2")
     config |= {"hidden_size": size, "vocab_size": vocabulary, "expand": 1, "num_heads": 32}
-    tensors = {n: s.shape for n, s in huggingface.names.table(*read_config(config)).items()}
+    tensors = {n: s.shape for n, s in names.table(*read_config(config)).items()}
     write(tmp_path / "hf", config, tensors)
     largest = 2 * size * vocabulary
     for convert, source, target in ((from_hf, "hf", "ours"), (export, "ours", "back")):
@@ -374,7 +352,7 @@ def test_float64_that_float32_cannot_hold_is_not_loaded(tmp_path):
     with pytest.raises(
         ConfigError, match=r"norm.weight holds .*; expected finite numbers of float32, of which 3.40282e"
     ):
-        load_checkpoint(tmp_path / "hf")
+        open_model(tmp_path / "hf")
 
 
 @pytest.mark.parametrize("kind", [np.bool_, np.uint8, np.int64, np.float32, jnp.float8_e4m3fn])

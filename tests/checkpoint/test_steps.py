@@ -8,11 +8,11 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
+from orogen.checkpoint import checksums
+from orogen.checkpoint.steps import MARKER, Checkpoints
 from orogen.config.checks import ConfigError
 from orogen.model.layout import Whole
-from orogen.train import checksums
-from orogen.train.checkpoint import MARKER, Checkpoints
-from orogen.train.state import TrainState
+from orogen.train.state import TrainState, items
 
 # Of a model that no stages split.
 WHOLE = Whole("", "")
@@ -37,7 +37,7 @@ def written(tmp_path_factory) -> Path:
     (folder / "tokenizer" / "tokenizer.json").write_text("{}")
     with Checkpoints(folder, keep=2) as checkpoints:
         for step in (2, 4, 8):
-            checkpoints.save(state(step), POSITION, WHOLE)
+            checkpoints.save(step, items(state(step)), POSITION, WHOLE)
     return folder
 
 
@@ -49,12 +49,13 @@ def copy(written, tmp_path) -> Path:
 
 def restore(folder: Path, how: str = "restore") -> None:
     with Checkpoints(folder) as checkpoints:
-        if how == "stages":
-            _ = checkpoints.stages
+        if how == "layout":
+            checkpoints.layout(WHOLE)
         else:
-            restored, position = checkpoints.restore(state(0))
+            restored, position = checkpoints.restore(items(state(0)))
             assert position == POSITION
-            assert restored.params["w"].tolist() == state(int(restored.step)).params["w"].tolist()
+            step = int(restored["trainer"]["step"])
+            assert restored["model"]["params"]["w"].tolist() == state(step).params["w"].tolist()
 
 
 def refusal(folder: Path, how: str = "restore") -> str:
@@ -81,7 +82,7 @@ def test_the_list_is_what_sha256sum_writes(written):
     assert head.endswith(hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest())
 
 
-@pytest.mark.parametrize("how", ["restore", "stages"])
+@pytest.mark.parametrize("how", ["restore", "layout"])
 def test_one_flipped_bit_in_any_file_is_found_and_named(copy, how):
     newest = copy / "checkpoints" / "8"
     files = [path for path in newest.rglob("*") if path.is_file()]
@@ -154,20 +155,20 @@ def test_stages_that_are_none_are_refused(copy, stages, earlier):
     without_checksums(copy, "layout", json.dumps({"stages": stages}))
     if earlier:
         without_checksums(copy, "data", json.dumps(dict.fromkeys(POSITION, {}) | {"stages": stages}))
-    assert f"{copy / 'checkpoints' / '8'} has the stages" in refusal(copy, "stages")
+    assert f"{copy / 'checkpoints' / '8'} has the stages" in refusal(copy, "layout")
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", "{", '{"vocab_size": 0}', '{"vocab_size": "many"}'])
 def test_layouts_that_are_none_are_refused(copy, content):
     without_checksums(copy, "layout", content)
-    assert str(copy / "checkpoints" / "8") in refusal(copy, "stages")
+    assert str(copy / "checkpoints" / "8") in refusal(copy, "layout")
 
 
 def test_a_layout_that_is_missing_is_missed(copy):
     without_checksums(copy, "data", json.dumps(POSITION))
     for step in ("4", "8"):
         shutil.rmtree(copy / "checkpoints" / step / "layout")
-    assert f"{copy / 'checkpoints' / '8' / 'layout' / 'metadata'} is missing" in refusal(copy, "stages")
+    assert f"{copy / 'checkpoints' / '8' / 'layout' / 'metadata'} is missing" in refusal(copy, "layout")
 
 
 def without_checksums(folder: Path, item: str, content: str) -> None:
@@ -200,7 +201,7 @@ def test_what_a_killed_process_left_is_no_checkpoint_and_goes(copy):
         shutil.copytree(folder / "4", folder / left)
     with Checkpoints(copy, keep=2) as checkpoints:
         assert checkpoints.latest == 8
-        checkpoints.save(state(12), POSITION, WHOLE)
+        checkpoints.save(12, items(state(12)), POSITION, WHOLE)
     assert steps(copy) == ["12", "8"]
 
 
@@ -209,7 +210,7 @@ def test_a_checkpoint_that_was_moved_away_stays(copy):
     (folder / "8").rename(folder / "8.damaged")
     shutil.copytree(folder / "4", folder / "old")
     with Checkpoints(copy) as checkpoints:
-        checkpoints.save(state(9), POSITION, WHOLE)
+        checkpoints.save(9, items(state(9)), POSITION, WHOLE)
     assert steps(copy) == ["4", "8.damaged", "9", "old"]
     assert (folder / "8.damaged" / checksums.NAME).is_file()
 
@@ -231,5 +232,5 @@ def test_a_write_that_fails_is_raised_and_removes_nothing(copy, monkeypatch):
 
     with pytest.raises(OSError, match="No space left"), Checkpoints(copy, keep=1) as checkpoints:
         monkeypatch.setattr(checksums, "write", fail)
-        checkpoints.save(state(12), POSITION, WHOLE)
+        checkpoints.save(12, items(state(12)), POSITION, WHOLE)
     assert {"4", "8"} <= set(steps(copy)) and "12" not in steps(copy)

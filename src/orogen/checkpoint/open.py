@@ -1,0 +1,77 @@
+"""Any checkpoint as a model in memory, on any plan and in any dtype."""
+
+import dataclasses
+from pathlib import Path
+from typing import NamedTuple
+
+from flax import nnx
+
+from orogen.checkpoint.folders import CONFIG, Folder, HuggingFaceFolder, OrogenFolder, RunFolder
+from orogen.config.checks import ConfigError
+from orogen.config.model import ModelConfig
+from orogen.config.plan import FOR_GPU, PlanConfig
+from orogen.cost.assemble import assemble
+from orogen.data.tokenizer import Tokenizer, check_rows
+from orogen.model.lm import Built, build
+from orogen.parallel.plan import Plan, single_device_plan
+
+# Those of `read_model`; masters are float32.
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Opened(NamedTuple):
+    """A model as it lies on a plan, with its tokenizer if it has one."""
+
+    config: ModelConfig
+    plan: Plan
+    built: Built
+    params: nnx.State
+    buffers: nnx.State
+    tokenizer: Tokenizer | None
+
+
+def open_folder(folder: Path) -> RunFolder | OrogenFolder | HuggingFaceFolder:
+    """The run folder, Orogen checkpoint folder or Hugging Face folder. Raises ConfigError for any other."""
+    if (folder / CONFIG).is_file():
+        return RunFolder(folder) if (folder / "checkpoints").is_dir() else OrogenFolder(folder)
+    if (folder / "config.json").is_file():
+        return HuggingFaceFolder(folder)
+    raise ConfigError(
+        f"checkpoint {str(folder)!r} has no config.gin and no config.json; expected a run folder, an Orogen checkpoint "
+        "folder or a Hugging Face folder"
+    )
+
+
+def open_model(
+    folder: Path, plan: PlanConfig | None = None, dtype: str = "float32", *, tokenizer: bool = True
+) -> Opened:
+    """The model that any checkpoint folder holds. See `read_model`."""
+    with open_folder(folder) as opened:
+        return read_model(opened, plan, dtype, tokenizer=tokenizer)
+
+
+def read_model(
+    folder: Folder, plan: PlanConfig | None = None, dtype: str = "float32", *, tokenizer: bool = True
+) -> Opened:
+    """The model of an open folder on `plan`; None: on one device, with kernels that run everywhere and no dropped
+    tokens. dtype: of the parameters, except those that stay float32 in computation. tokenizer: False leaves the
+    folder's unread. Raises ConfigError."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}; expected {', '.join(DTYPES)}")
+    words = folder.tokenizer() if tokenizer else None
+    if words is not None:
+        check_rows(words, folder.config.vocab_size)
+    if plan is None:
+        laid, built = single_device_plan(_on_one_device(folder.plan), folder.config), build(folder.config)
+    else:
+        laid, built = assemble(folder.config, plan)
+    params, buffers = folder.read(built, laid, dtype)
+    return Opened(folder.config, laid, built, params, buffers, words)
+
+
+def _on_one_device(plan: PlanConfig | None) -> PlanConfig:
+    """What a run's plan chooses that one device can do: kernels and products that run everywhere, no offloading."""
+    if plan is None:
+        return PlanConfig(dispatch="allgather")
+    kernels = {field: getattr(PlanConfig, field) for field in FOR_GPU if getattr(plan, field) == FOR_GPU[field]}
+    return dataclasses.replace(plan.dropping_none(), **kernels, linear="plain", offload=(), offload_optimizer=False)

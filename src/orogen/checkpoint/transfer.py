@@ -1,0 +1,196 @@
+"""Hugging Face folders made of Orogen checkpoint folders and of runs, and the way back, a tensor at a time."""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from orogen.checkpoint import checksums
+from orogen.checkpoint.folders import (
+    CONFIG,
+    GENERATION,
+    KEPT,
+    TOKENIZER_FILES,
+    HuggingFaceFolder,
+    OrogenFolder,
+    copy_files,
+    promoted,
+)
+from orogen.checkpoint.leaves import check_shapes, dotted, leaves_of
+from orogen.checkpoint.open import open_folder, read_model
+from orogen.config.checks import ConfigError
+from orogen.config.files import write_atomically
+from orogen.config.json_file import ListOf, MapOf, Record, read_json
+from orogen.config.load import model_text
+from orogen.config.model import ModelConfig
+from orogen.config.streams import say
+from orogen.convert import names
+from orogen.convert.config import family_of, mtp_blocks, write_config
+from orogen.convert.tensor_files import DTYPES, Spec, TensorWriter, check_fits, new_folder
+from orogen.data.tokenizer import Tokenizer
+
+TORCH_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+KEPT_FORM = Record({}, {"config": dict, "dtypes": MapOf(str), "copies": ListOf(str)})
+
+THREADS = 2  # and as many tensors in memory
+
+Read = Callable[[names.Path, tuple[int, ...]], np.ndarray]
+Fits = Callable[[str, int], None]  # of the largest tensor's name and the bytes of memory that it takes
+
+
+def from_hf(source: Path, target: Path, *, fits: Fits = lambda tensor, held: None) -> None:
+    """Makes the Orogen checkpoint folder `target` of a Hugging Face folder, in the dtypes that its files have.
+
+    Holds THREADS tensors in memory at a time. fits: raises ConfigError for what memory cannot hold. Raises ConfigError
+    before anything is written; what is interrupted leaves no `target`. Its files get checksums, as a run's do.
+    """
+    with HuggingFaceFolder(source) as folder:
+        fits(*max(((name, spec.nbytes) for name, spec in folder.reader.specs.items()), key=lambda item: item[1]))
+        specs = folder.parameters()
+        expected = _tensor_dtypes(folder.table, {path: spec.dtype for path, spec in specs.items()})
+        others = {n: folder.dtype(n).name for n in folder.stored if folder.dtype(n) != expected[n]}
+        kept = {"config": folder.values, "dtypes": others, "copies": folder.copies}
+        with new_folder(target) as scratch:
+            with TensorWriter(scratch, {dotted(path): spec for path, spec in specs.items()}) as writer:
+
+                def write(name: str) -> None:
+                    array = folder.tensor(name)
+                    for piece in folder.table[name].pieces:
+                        writer.write(dotted(piece.path), piece.take(array), piece.index)
+
+                _for_each(write, [name for name, tensor in folder.table.items() if tensor.pieces])
+            copy_files(TOKENIZER_FILES, source, scratch / "tokenizer")
+            copy_files([GENERATION], source, scratch)
+            write_atomically(scratch / KEPT, (json.dumps(kept, indent=2) + "\n").encode())
+            write_atomically(scratch / CONFIG, model_text(folder.config).encode())
+            checksums.write(scratch)
+
+
+def to_hf(
+    config: ModelConfig,
+    specs: Mapping[names.Path, Spec],
+    read: Read,
+    source: Path,
+    target: Path,
+    *,
+    dtype: str | None = None,
+    context: int | None = None,
+    fits: Fits = lambda tensor, held: None,
+) -> None:
+    """Makes the Hugging Face folder `target` of parameters; the inverse of `from_hf` if `dtype` is None.
+
+    specs, read: the parameters, by path and index in their leading axes. source: the folder that has the tokenizer and
+    huggingface.json, if there is one. dtype: of every tensor but the routers' correction biases, which stay float32;
+    None: as the parameters have it. context: tokens of a row in training, if that is known. fits: as `from_hf`'s.
+    Lines on stderr name what transformers makes otherwise. Raises ConfigError, also for a number that is too large for
+    its tensor's dtype, and leaves no `target` then.
+    """
+    kept = read_json(source / KEPT, KEPT_FORM) if (source / KEPT).is_file() else {}
+    values: dict[str, Any] = kept.get("config", {})
+    family = values.get("model_type") or family_of(config)
+    written = write_config(family, config, values or None, context=context)
+    table = names.table(family, config, mtp_blocks=mtp_blocks(written))
+    wanted = names.leaf_shapes(table)
+    check_shapes(source, {dotted(p): s.shape for p, s in specs.items()}, {dotted(p): s for p, s in wanted.items()})
+    copies = kept.get("copies", [n for n, t in table.items() if t.optional and t.written])
+    if not names.FAMILIES[family].ties:  # its class would draw at random a head that the files lack
+        copies = [*copies, names.HEAD]
+    table = {n: t for n, t in table.items() if not t.optional or n in copies}
+    dtypes = _target_dtypes(table, {path: spec.dtype for path, spec in specs.items()}, dtype, kept.get("dtypes", {}))
+    fits(*max(((n, math.prod(t.shape) * dtypes[n].itemsize) for n, t in table.items()), key=lambda item: item[1]))
+    written = _with_dtype(written, values, dtypes.values())
+    if not values:
+        written = {**written, **_special_ids(source / "tokenizer")}
+    with new_folder(target) as scratch:
+        with TensorWriter(scratch, {name: Spec(t.shape, dtypes[name]) for name, t in table.items()}) as writer:
+            for name, tensor in table.items():  # not by threads: a tensor is in memory twice here
+                array = np.empty(tensor.shape, dtypes[name])
+                for piece in table[tensor.copy_of].pieces if tensor.copy_of else tensor.pieces:
+                    part = read(piece.path, piece.index)
+                    check_fits(name, part, array.dtype)
+                    piece.put(array, part)
+                writer.write(name, array)
+        copy_files(TOKENIZER_FILES, source / "tokenizer", scratch)
+        copy_files([GENERATION], source, scratch)
+        write_atomically(scratch / "config.json", (json.dumps(written, indent=2) + "\n").encode())
+    for remark in names.remarks(family, config, mtp_blocks=mtp_blocks(written)):
+        say(f"{target}: {remark}")
+
+
+def export(source: Path, target: Path, *, dtype: str | None = None, fits: Fits = lambda tensor, held: None) -> None:
+    """`to_hf` of a run folder or an Orogen checkpoint folder.
+
+    dtype: None keeps what an Orogen checkpoint folder has, and writes a run's float32 masters as bfloat16.
+    """
+    with open_folder(source) as folder:
+        if isinstance(folder, HuggingFaceFolder):
+            expected = "expected a run or an Orogen checkpoint folder"
+            raise ConfigError(f"{str(source)!r} is a Hugging Face folder; {expected}")
+        context = None
+        if isinstance(folder, OrogenFolder):
+            specs, read = folder.parameters(), folder.piece
+        else:
+            opened, context = read_model(folder, tokenizer=False), folder.row_length
+            specs, read = model_tensors(opened.params, opened.buffers)
+        dtype = dtype or ("bfloat16" if folder.masters else None)
+        to_hf(folder.config, specs, read, source, target, dtype=dtype, context=context, fits=fits)
+
+
+def model_tensors(params: nnx.State, buffers: nnx.State) -> tuple[dict[names.Path, Spec], Read]:
+    """The parameters of a model in memory, as `to_hf` takes them."""
+    leaves = {path: leaf.get_value() for path, leaf in leaves_of(params, buffers).items()}
+    specs = {path: Spec(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
+    return specs, lambda path, index: np.asarray(leaves[path])[index]
+
+
+def _for_each(work: Callable[[str], None], tensors: list[str]) -> None:
+    """`work` on every tensor's name. While one thread transposes a tensor, which releases Python's lock, another reads
+    or writes."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        try:
+            for _ in pool.map(work, tensors):
+                pass
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _tensor_dtypes(table: names.Table, leaves: Mapping[names.Path, np.dtype]) -> dict[str, np.dtype]:
+    """The dtype of each tensor as its pieces have it; copies are as what they repeat, those of no numbers as the first
+    tensor."""
+    found = {n: promoted(leaves[p.path] for p in t.pieces) for n, t in table.items() if t.pieces}
+    first = next(iter(found.values()))
+    return found | {n: found.get(t.copy_of or "", first) for n, t in table.items() if t.optional}
+
+
+def _target_dtypes(
+    table: names.Table, leaves: Mapping[names.Path, np.dtype], dtype: str | None, others: Mapping[str, str]
+) -> dict[str, np.dtype]:
+    if dtype is not None:
+        asked, wide = DTYPES[TORCH_DTYPES[dtype]], np.dtype(np.float32)
+        return {name: wide if tensor.float32 else asked for name, tensor in table.items()}
+    found = _tensor_dtypes(table, leaves)
+    return found | {name: np.dtype(jnp.dtype(kind)) for name, kind in others.items() if name in found}
+
+
+def _with_dtype(written: dict[str, Any], before: dict[str, Any], dtypes: Iterable[np.dtype]) -> dict[str, Any]:
+    """The config with the dtype that most tensors have, under the name it has there; unchanged if it says so."""
+    counts: dict[str, int] = {}
+    for dtype in dtypes:
+        counts[dtype.name] = counts.get(dtype.name, 0) + 1
+    common = max(counts, key=lambda name: counts[name])
+    key = next((key for key in ("dtype", "torch_dtype") if key in before), "dtype")
+    return written if before and written.get(key, common) == common else {**written, key: common}
+
+
+def _special_ids(folder: Path) -> dict[str, int]:
+    if not (folder / "tokenizer.json").is_file():
+        return {}
+    tokenizer = Tokenizer.load(folder)
+    return {f"{role}_token_id": getattr(tokenizer, f"{role}_id") for role in ("pad", "bos", "eos")}
