@@ -150,6 +150,12 @@ def test_restore_goes_back_in_a_loader_that_has_run_on(corpus, stream_and_states
     assert loader.state() == states[8]
 
 
+@pytest.mark.parametrize("state", [{}, {"position": {}}, {"identity": {}}, {"position": 1, "identity": {}}], ids=str)
+def test_what_is_no_position_is_refused(corpus, state):
+    with pytest.raises(ValueError, match="the saved data position has no object"):
+        _short_windows(corpus).restore(state)
+
+
 def test_restore_in_a_new_process_is_bit_equal(config, corpus):
     loader = corpus.train_loader(**SHAPE)
     _take(loader, 50)

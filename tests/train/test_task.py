@@ -227,7 +227,9 @@ def test_a_second_task_trains_stops_and_goes_on_to_the_bit(tmp_path):
 
     whole = run("whole", "TrainConfig.steps = 4")
     run("parts", "TrainConfig.steps = 2")
-    assert run("parts", "TrainConfig.steps = 4", resume=True) == whole
+    parts = run("parts", "TrainConfig.steps = 4", resume=True)
+    assert parts[1].pop("whole_reward") == -2.0  # it was the last step of that run
+    assert parts == whole
     assert [line.get("reward") for line in whole] == [None, 2.0, None, 4.0] and whole[-1]["whole_reward"] == -4.0
     assert all(line["likelihood"] < 0 < line["divergence"] for line in whole) and "loss" not in whole[0]
     file = tmp_path / "parts" / "metrics.jsonl"

@@ -46,7 +46,8 @@ def read_facts(folder: Path, item: str) -> dict[str, Any]:
         raise ConfigError(f"{folder / item / 'metadata'} has none of {', '.join(ITEMS[item])}; expected them there")
     words = found.get(VOCABULARY)
     if words is not None and (type(words) is not int or words < 1):
-        raise ConfigError(f"{folder} has {VOCABULARY} {words!r}; expected a positive integer")
+        file = folder / (item if present else "data") / "metadata"
+        raise ConfigError(f"{file} has {VOCABULARY} {words!r}; expected a positive integer")
     return found
 
 
@@ -72,14 +73,11 @@ def read_layout(folder: Path, whole: Whole) -> Layout:
 
 
 def read_position(folder: Path) -> dict[str, Any]:
-    """Where the source of batches was at the checkpoint in `folder`. Raises ConfigError."""
+    """Where the source of batches was at the checkpoint in `folder`, as it said. Raises ConfigError."""
     data = _read_json(folder, "data")
-    for field in ("position", "identity"):
-        if not isinstance(data.get(field), dict):
-            file = folder / "data" / "metadata"
-            raise ConfigError(f"{file} has no object {field!r}; expected one: where the data was")
-    added = [name for names in ITEMS.values() for name in names]  # by 0.8.0
-    return {name: value for name, value in data.items() if name not in added}
+    if any((folder / item).exists() for item in ITEMS):
+        return data
+    return {name: value for name, value in data.items() if name != STAGES}
 
 
 def check_model(folder: Path, model: ModelConfig, config: Path) -> None:

@@ -165,6 +165,9 @@ class Loader:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continues after the batch at which `state` was taken. Raises ConfigError if it is from other data."""
+        for field in ("position", "identity"):
+            if not isinstance(state.get(field), dict):
+                raise ConfigError(f"the saved data position has no object {field!r}; expected one: where the data was")
         for name, value in self._identity.items():
             if state["identity"].get(name) != value:
                 raise ConfigError(
