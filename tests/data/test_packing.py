@@ -10,9 +10,9 @@ from orogen.data.packing import (
     Batch,
     Stream,
     best_fit,
-    cut,
     document_stream,
     empty_batch,
+    in_pieces,
     pack,
     piece_texts,
     target_byte_count,
@@ -35,7 +35,7 @@ def _streams(lengths):
 
 
 def _pack(streams, sequence_length):
-    pieces = [piece for stream in streams for piece in cut(stream, sequence_length=sequence_length)]
+    pieces = [piece for stream in streams for piece in in_pieces(stream, sequence_length=sequence_length)]
     return pieces, pack(pieces, sequence_length=sequence_length, pad_id=0)
 
 
@@ -86,7 +86,7 @@ def test_types():
 )
 def test_pieces_at_the_boundary(length, pieces):
     (stream,) = _streams([length])
-    found = cut(stream, sequence_length=8)
+    found = in_pieces(stream, sequence_length=8)
     assert [len(piece.tokens_t) for piece in found] == pieces
     for before, after in zip(found, found[1:], strict=False):
         assert before.tokens_t[-1] == after.tokens_t[0]
@@ -95,7 +95,7 @@ def test_pieces_at_the_boundary(length, pieces):
 
 def test_target_weights_are_kept_except_on_first_tokens():
     stream = Stream(np.arange(10, 16, dtype=np.int32), np.array([9, 0, 0.5, 1, 1, 0], np.float32))
-    (first, second) = cut(stream, sequence_length=4)
+    (first, second) = in_pieces(stream, sequence_length=4)
     assert first.weights_t.tolist() == [0, 0, 0.5, 1] and second.weights_t.tolist() == [0, 1, 0]
     assert stream.weights_t[0] == 9  # the caller's array is left alone
     uncut = pack([stream], sequence_length=6, pad_id=0)

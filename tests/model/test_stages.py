@@ -1,4 +1,4 @@
-"""A model cut into stages holds every layer once, where its segment is, and is put together again to the bit."""
+"""A model split into stages holds every layer once, where its segment is, and is put together again to the bit."""
 
 import chex
 import jax
@@ -16,7 +16,7 @@ from orogen.model.stages import Stages, add, take
 
 STAGED = "layers", "vocabulary"
 MODEL = hybrid(pattern="MEMEM*EE-M*-/*E", mtp_depths=2)
-# Uneven, with empty segments, one segment of everything, and a repetition that a cut goes through.
+# Uneven, with empty segments, one segment of everything, and a repetition that a border goes through.
 CUTS = [("MEM", "EM*EE", "-M", "*-"), ("", "MEMEM*EE-M*-", "", ""), ("MEMEM*", "EE-M*-")]
 
 
@@ -30,15 +30,15 @@ def state() -> tuple[nnx.State, nnx.State]:
 def test_what_is_split_joins_to_the_bit(state, patterns, stages):
     if len(patterns) % stages:
         stages = len(patterns)
-    cut = Stages(patterns, "*E", stages)
+    stages_of = Stages(patterns, "*E", stages)
     for tree in state:
-        chex.assert_trees_all_equal(cut.join(cut.split(tree)), tree)
+        chex.assert_trees_all_equal(stages_of.join(stages_of.split(tree)), tree)
 
 
 def test_a_layer_lies_where_its_segment_is(state):
     """Segment g is chunk g // p of stage g % p, the MTP block's layers behind those of the last."""
-    cut = Stages(CUTS[0], "*E", 2)
-    split, keys = cut.split(state[0]), state[0]
+    stages_of = Stages(CUTS[0], "*E", 2)
+    split, keys = stages_of.split(state[0]), state[0]
     heads_pvrd = split["layers"]["*"]["mixer"]["query"][...]
     assert heads_pvrd.shape[:3] == (2, 2, 2)
     places = _leaves(keys, "query")
@@ -80,11 +80,11 @@ def _leaves(params: nnx.State, name: str) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("patterns", CUTS, ids=str)
 def test_taking_every_segment_and_adding_it_up_gives_the_split_model(state, patterns):
-    cut = Stages(patterns, "*E", len(patterns) // 2)
-    split = cut.split(state[0])
+    stages_of = Stages(patterns, "*E", len(patterns) // 2)
+    split = stages_of.split(state[0])
     total = jax.tree.map(jnp.zeros_like, split)
-    for number, segment in enumerate(cut.segments):
-        chunk, stage = jnp.int32(number // cut.stages), number % cut.stages
+    for number, segment in enumerate(stages_of.segments):
+        chunk, stage = jnp.int32(number // stages_of.stages), number % stages_of.stages
         of_stage = lambda tree, s=stage: _of_stage(tree, s)  # noqa: E731
         taken = take(of_stage(split), segment, chunk)
         used = nnx.State({n: p for n, p in taken.items() if segment.uses(n, tied=False)})
@@ -101,22 +101,22 @@ def test_embedding_and_head_are_one_array_where_no_stage_needs_both():
     """Of three stages the first has the embedding, the last the head as rows, and the one between them nothing; what
     they add up from their own gradients joins to a whole model's."""
     model = hybrid(pattern="M*-", mtp_depths=0, learned_positions=7)
-    cut, (params, _) = Stages(("M", "*", "-"), "", 3), jax.jit(lambda: initial_state(model, 0))()
-    split = cut.split(params)
+    stages_of, (params, _) = Stages(("M", "*", "-"), "", 3), jax.jit(lambda: initial_state(model, 0))()
+    split = stages_of.split(params)
     assert "head" not in split and set(split["embedding"]) == {"positions"}
     vocabulary = split["vocabulary"]
     assert vocabulary.get_metadata()["staged"] and vocabulary.get_metadata()["axes"] == ("vocab", "embed")
     assert np.array_equal(vocabulary[0], params["embedding"]["weight"][...])
     assert np.array_equal(vocabulary[2], params["head"]["weight"][...].T)
     assert not np.any(vocabulary[1])
-    chex.assert_trees_all_equal(cut.join(split), params)
+    chex.assert_trees_all_equal(stages_of.join(split), params)
     total = jax.tree.map(jnp.zeros_like, split)
-    for stage, segment in enumerate(cut.segments):
+    for stage, segment in enumerate(stages_of.segments):
         taken = take(_of_stage(split, stage), segment, jnp.int32(0))
         assert taken["head"]["weight"].get_metadata()["axes"] == ("embed", "vocab")
         used = nnx.State({n: p for n, p in taken.items() if segment.uses(n, tied=False)})
         total = _put_back(total, add(_of_stage(total, stage), used, segment, jnp.int32(0)), stage)
-    chex.assert_trees_all_equal(cut.join(total), params)
+    chex.assert_trees_all_equal(stages_of.join(total), params)
 
 
 @pytest.mark.parametrize("changes", [{"tie_word_embeddings": True}, {"pattern": "M*/*", "mtp_depths": 1}], ids=str)
@@ -140,8 +140,8 @@ def _put_back(tree: nnx.State, part: nnx.State, stage: int) -> nnx.State:
 
 
 def test_a_taken_segment_is_a_model_of_its_layers(state):
-    cut = Stages(CUTS[0], "*E", 4)
-    taken = take(_of_stage(cut.split(state[0]), 1), cut.segments[1], jnp.int32(0))
+    stages_of = Stages(CUTS[0], "*E", 4)
+    taken = take(_of_stage(stages_of.split(state[0]), 1), stages_of.segments[1], jnp.int32(0))
     expected = build(hybrid(pattern="EM*EE", mtp_depths=0)).params
     found = {name: jax.tree.map(jnp.shape, part) for name, part in taken.items()}
     assert jax.tree.leaves(found["backbone"]) == jax.tree.leaves(jax.tree.map(jnp.shape, expected["backbone"]))

@@ -1,4 +1,4 @@
-"""A model cut into pipeline stages computes what one device computes, and holds no more than its schedule says."""
+"""A model split into pipeline stages computes what one device computes, and holds no more than its schedule says."""
 
 import functools
 import os

@@ -16,13 +16,13 @@ class Part(NamedTuple):
     """A parameter in its layer, where it lies in the tensor, its shape before it is transposed, and its expert."""
 
     path: Path
-    cut: tuple[slice, ...]
+    slices: tuple[slice, ...]
     shape: Shape
     index: tuple[int, ...] = ()
 
 
 class Rule(NamedTuple):
-    """A tensor of one layer: its name there, its shape, the shape under which it is cut, and its parts."""
+    """A tensor of one layer: its name there, its shape, the shape under which it is sliced, and its parts."""
 
     name: str
     shape: Shape

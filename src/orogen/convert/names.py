@@ -36,14 +36,14 @@ from orogen.model.block import places, repeats
 
 
 class Piece(NamedTuple):
-    """A part of a tensor and its place in a parameter: `cut` of the tensor seen as `view` is, reshaped to `shape` and
+    """A part of a tensor and its place in a parameter: `slices` of the tensor seen as `view`, reshaped to `shape` and
     transposed if so, what the parameter `path` holds at `index` of its leading axes."""
 
     path: Path
     index: tuple[int, ...]
     shape: Shape
     view: Shape
-    cut: tuple[slice, ...]
+    slices: tuple[slice, ...]
     transposed: bool
 
     @property
@@ -53,12 +53,12 @@ class Piece(NamedTuple):
 
     def take(self, tensor: np.ndarray) -> np.ndarray:
         """What the parameter holds at `index`, of the tensor: a view of it where that is possible."""
-        part = tensor.reshape(self.view)[self.cut].reshape(self.shape)
+        part = tensor.reshape(self.view)[self.slices].reshape(self.shape)
         return part.swapaxes(-1, -2) if self.transposed else part
 
     def put(self, tensor: np.ndarray, part: np.ndarray) -> None:
         """The inverse: writes the parameter's part into the contiguous `tensor`."""
-        target = tensor.reshape(self.view)[self.cut]
+        target = tensor.reshape(self.view)[self.slices]
         target[...] = (part.swapaxes(-1, -2) if self.transposed else part).reshape(target.shape)
 
 
@@ -224,7 +224,12 @@ def _stack(family: Family, config: ModelConfig, letters: str, path: Path, *, pre
         for rule in _layer(family, config, letter, family.norms[norm]):
             pieces = tuple(
                 Piece(
-                    (*here, *part.path), (*place.index, *part.index), part.shape, rule.view, part.cut, rule.transposed
+                    (*here, *part.path),
+                    (*place.index, *part.index),
+                    part.shape,
+                    rule.view,
+                    part.slices,
+                    rule.transposed,
                 )
                 for part in rule.parts
             )

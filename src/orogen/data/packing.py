@@ -55,12 +55,12 @@ class _Decoder(Protocol):
 
 
 def document_stream(ids_t: np.ndarray, *, bos_id: int, eos_id: int) -> Stream:
-    """[bos, ids, eos], all of weight 1: `cut` takes it from bos."""
+    """[bos, ids, eos], all of weight 1: `in_pieces` takes it from bos."""
     tokens_t = np.concatenate([[bos_id], ids_t, [eos_id]]).astype(np.int32)
     return Stream(tokens_t, np.ones(len(tokens_t), np.float32))
 
 
-def cut(stream: Stream, *, sequence_length: int) -> list[Stream]:
+def in_pieces(stream: Stream, *, sequence_length: int) -> list[Stream]:
     """Pieces of at most `sequence_length` tokens, each beginning with the last token of the previous piece.
 
     That token is only context, with weight 0, so every token of the stream but the first is a target exactly once.

@@ -10,7 +10,7 @@ import grain
 import numpy as np
 
 from orogen.config.checks import ConfigError
-from orogen.data.packing import Batch, Stream, cut, pack
+from orogen.data.packing import Batch, Stream, in_pieces, pack
 
 # Rows are packed, and shuffled, within a window of documents of at least this many tokens and rows: wide enough
 # that a batch mixes about a hundred source files and that the one unfilled row of a window does not matter.
@@ -88,7 +88,7 @@ class _Iterator(grain.DatasetIterator):
                 break
             documents += 1
             tokens += len(stream.tokens_t)
-            pieces += cut(stream, sequence_length=self._sequence_length)
+            pieces += in_pieces(stream, sequence_length=self._sequence_length)
         if not pieces:
             raise StopIteration
         window = pack(pieces, sequence_length=self._sequence_length, pad_id=self._pad_id)

@@ -196,8 +196,8 @@ def _operands(q_bthk, k_btgk, v_btgk, segments_bt, plan) -> tuple[_Queries, _Key
 
 def _halves(tree: Any) -> tuple[Any, Any]:
     """The first and the second part of each leaf, along time: the last axis of an index, else the second."""
-    cut = lambda a, i: jnp.split(a, 2, axis=min(a.ndim - 1, 1))[i]  # noqa: E731
-    first, second = (jax.tree.map(lambda a, i=i: cut(a, i), tree) for i in range(2))
+    half = lambda a, i: jnp.split(a, 2, axis=min(a.ndim - 1, 1))[i]  # noqa: E731
+    first, second = (jax.tree.map(lambda a, i=i: half(a, i), tree) for i in range(2))
     return first, second
 
 
@@ -276,8 +276,8 @@ def _pull_block(asked: tuple[_Queries, _Given], keys: _Keys, *, options: _Option
         return jax.tree.map(jnp.add, total, dkv), dq
 
     zeros = tuple(jnp.zeros(a.shape, jnp.float32) for a in (keys.k_bsgk, keys.v_bsgk))
-    total, dq = lax.scan(step, vary_like(zeros, (keys, asked)), _cut(asked))
-    return _uncut(dq, length), total
+    total, dq = lax.scan(step, vary_like(zeros, (keys, asked)), _in_blocks(asked))
+    return _from_blocks(dq, length), total
 
 
 def _by_blocks(run, queries: _Queries, blocked: bool) -> _Sums:
@@ -285,22 +285,22 @@ def _by_blocks(run, queries: _Queries, blocked: bool) -> _Sums:
     length = queries.q_bqgrk.shape[1]
     if not blocked or length <= BLOCK:
         return run(queries)
-    _, sums = lax.scan(lambda _, queries: (None, run(queries)), None, _cut(queries))
-    return jax.tree.map(lambda a: _uncut(a, length), sums)
+    _, sums = lax.scan(lambda _, queries: (None, run(queries)), None, _in_blocks(queries))
+    return jax.tree.map(lambda a: _from_blocks(a, length), sums)
 
 
-def _cut(tree):
+def _in_blocks(tree):
     """Each leaf as blocks along time, in front; the last filled up with zeros, whose cotangents are zero."""
 
-    def cut(a: Array) -> Array:
+    def split(a: Array) -> Array:
         axis = min(a.ndim - 1, 1)
         filled = jnp.pad(a, [(0, -a.shape[i] % BLOCK if i == axis else 0) for i in range(a.ndim)])
         return jnp.moveaxis(filled.reshape(*a.shape[:axis], -1, BLOCK, *a.shape[axis + 1 :]), axis, 0)
 
-    return jax.tree.map(cut, tree)
+    return jax.tree.map(split, tree)
 
 
-def _uncut(blocks: Array, length: int) -> Array:
-    """The inverse of `_cut` for an array (b, q, ...)."""
+def _from_blocks(blocks: Array, length: int) -> Array:
+    """The inverse of `_in_blocks` for an array (b, q, ...)."""
     joined = jnp.moveaxis(blocks, 0, 1)
     return joined.reshape(joined.shape[0], -1, *joined.shape[3:])[:, :length]

@@ -1,4 +1,4 @@
-"""A model cut into the segments of a pipeline: how its layers lie on the stages, there and back.
+"""A model split into the segments of a pipeline: how its layers lie on the stages, there and back.
 
 A stage keeps its layers by their letter, one array per parameter, with three axes in front: (stage, chunk, row). A
 chunk with fewer layers of a letter than the fullest has rows of zeros, which nothing reads. Embedding and head are one
@@ -215,7 +215,7 @@ def add(total: nnx.State, grads: nnx.State, segment: Segment, chunk: Array) -> n
     """`total`, in the form in which a stage keeps arrays, with the gradients of what `take` gave added in place."""
     parts, (shared, stacks) = plain(total), _apart(grads, segment.items)
     if VOCABULARY in parts:
-        (embedding, head), shared = _ends(shared)
+        (embedding, head), shared = _vocabulary_matrices(shared)
         grads_nd = [] if embedding is None else [embedding[...]]
         grads_nd += [] if head is None else [head[...].T]
         if grads_nd:  # of one of the two: they are on different stages
@@ -252,7 +252,7 @@ def _together(shared: Mapping[str, Any], stacks: Sequence[Rows], items: tuple[It
 
 def _paired(shared: Mapping[str, Any], stages: int) -> dict[str, Any]:
     """`shared` with embedding (n, d) and head (d, n) as one array (p, n, d): the first stage's and the last one's."""
-    (embedding, head), others = _ends(shared)
+    (embedding, head), others = _vocabulary_matrices(shared)
     lay = lambda e_nd, h_dn: jnp.stack([e_nd, *[jnp.zeros_like(e_nd)] * (stages - 2), h_dn.T])  # noqa: E731
     value = jax.tree.map(lay, embedding.get_value(), head.get_value())  # none where an optimizer has none
     return {**others, VOCABULARY: _marked(embedding.from_metadata(value, embedding.get_metadata()), staged=True)}
@@ -272,7 +272,7 @@ def _unpaired(state: Mapping[str, Any], last: int) -> Mapping[str, Any]:
     return {**others, EMBEDDING: {**others.get(EMBEDDING, {}), WEIGHT: embedding}, HEAD: {WEIGHT: head}}
 
 
-def _ends(shared: Mapping[str, Any]) -> tuple[tuple[Any, Any], dict[str, Any]]:
+def _vocabulary_matrices(shared: Mapping[str, Any]) -> tuple[tuple[Any, Any], dict[str, Any]]:
     """The matrices of embedding and head, None where there is none, and `shared` without them."""
     parts = {name: dict(shared.get(name, {})) for name in (EMBEDDING, HEAD)}
     matrices = parts[EMBEDDING].pop(WEIGHT, None), parts[HEAD].pop(WEIGHT, None)

@@ -86,13 +86,13 @@ class _Kept(NamedTuple):
 class _Traced(NamedTuple):
     """A program's forward pass and its gradient, as jaxprs of (params, x, chunk, microbatch).
 
-    forward returns y, loss, the report and the residuals to be stashed, which lie as `kept` says; remake recomputes the
+    forward returns y, loss, the report and the residuals to be stashed, which lie as `kept` says; recompute returns the
     other residuals; `order` picks residual i of the gradient from the stashed ones followed by the recomputed ones.
     """
 
     forward: jex.ClosedJaxpr
     report: Any
-    remake: jex.ClosedJaxpr
+    recompute: jex.ClosedJaxpr
     kept: tuple[_Kept, ...]
     order: tuple[int, ...]
     gradient: Any
@@ -189,7 +189,7 @@ def _backward(
         place = now.stash, jnp.full_like(now.stash, kept.start)
         size = math.prod(kept.shape)
         residuals.append(lax.dynamic_slice(state.stash[kept.buffer], place, (1, size)).reshape(kept.shape))
-    residuals += jex.jaxpr_as_fun(traced.remake)(*jax.tree.leaves((params, x, now.chunk, now.microbatch)))
+    residuals += jex.jaxpr_as_fun(traced.recompute)(*jax.tree.leaves((params, x, now.chunk, now.microbatch)))
     gradient = jax.tree.unflatten(traced.gradient, [residuals[i] for i in traced.order])
     dy = _get(state.backward_inbox, now.backward_inbox)
     grads, dx = gradient((dy, vary_like(jnp.ones(()), state.loss)))
@@ -256,14 +256,14 @@ def _trace(
     # One value may be the residual of many operations.
     stashed = list(dict.fromkeys(v for v, f in zip(residuals, flags, strict=True) if f == BOTH))
     place = {variable: index for index, variable in enumerate(stashed)}
-    remade = [variable for variable, f in zip(residuals, flags, strict=True) if f != BOTH]
-    remade_at = iter(range(len(stashed), len(stashed) + len(remade)))
+    recomputed = [variable for variable, f in zip(residuals, flags, strict=True) if f != BOTH]
+    recomputed_at = iter(range(len(stashed), len(stashed) + len(recomputed)))
     return _Traced(
         forward=_with_outputs(closed, [*results, *stashed]),
         report=report,
-        remake=_with_outputs(closed, remade),
+        recompute=_with_outputs(closed, recomputed),
         kept=layout.place([variable.aval for variable in stashed]),
-        order=tuple(place[v] if f == BOTH else next(remade_at) for v, f in zip(residuals, flags, strict=True)),
+        order=tuple(place[v] if f == BOTH else next(recomputed_at) for v, f in zip(residuals, flags, strict=True)),
         gradient=seen.get("gradient"),
     )
 

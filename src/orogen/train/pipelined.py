@@ -69,7 +69,7 @@ class Pipeline:
         size, length = self.batch.tokens_bt.shape[1:]
         shape = *self.plan.stream_shape(size, length), self.config.hidden_size
         schedule = self.plan.schedule
-        assert schedule is not None, "a cut model's plan has a schedule"
+        assert schedule is not None, "a split model's plan has a schedule"
         return run(
             schedule if zeros is not None else schedule.forward_only(),
             [self._program(segment, varied) for segment in self.stages.kinds(self.plan.recipes)],
