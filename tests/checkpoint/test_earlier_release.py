@@ -1,4 +1,4 @@
-"""Run folders that release 0.8.0 wrote open, and go on, to the bit.
+"""Run folders that release 0.8.0 wrote open to the bit, and go on within rounding.
 
 Its own reader gave the hashes of their leaves, and its own run of four steps the losses (fixtures/checkpoints).
 """

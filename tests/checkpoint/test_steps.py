@@ -12,6 +12,7 @@ import pytest
 from orogen.checkpoint import checksums
 from orogen.checkpoint.steps import MARKER, Checkpoints
 from orogen.config.checks import ConfigError
+from orogen.config.model import ModelConfig
 from orogen.model.layout import Whole
 from orogen.train.state import TrainState, items
 
@@ -52,6 +53,8 @@ def restore(folder: Path, how: str = "restore") -> None:
     with Checkpoints(folder) as checkpoints:
         if how == "layout":
             checkpoints.layout(WHOLE)
+        elif how == "tokenizer":
+            checkpoints.check_tokenizer()
         else:
             restored, position = checkpoints.restore(items(state(0)))
             assert position == POSITION
@@ -83,7 +86,7 @@ def test_the_list_is_what_sha256sum_writes(written):
     assert head.endswith(hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest())
 
 
-@pytest.mark.parametrize("how", ["restore", "layout"])
+@pytest.mark.parametrize("how", ["restore", "layout", "tokenizer"])
 def test_one_flipped_bit_in_any_file_is_found_and_named(copy, how):
     newest = copy / "checkpoints" / "8"
     files = [path for path in newest.rglob("*") if path.is_file()]
@@ -196,6 +199,17 @@ def test_metadata_of_another_kind_are_refused_without_checksums_too(copy, conten
     if name == "_CHECKPOINT_METADATA":
         return restore(copy)  # nothing reads it
     refusal(copy)
+
+
+def test_a_state_is_not_restored_into_another_model(tmp_path):
+    """Although the run's config.gin says the same as the run that goes on."""
+    sizes = {"pattern": "-", "vocab_size": 6, "hidden_size": 2, "intermediate_size": 3}
+    models = [ModelConfig(**sizes, mlp_hidden_act=name) for name in ("relu2", "gelu_tanh")]
+    with Checkpoints(tmp_path, model=models[0]) as checkpoints:
+        checkpoints.save(2, items(state(2)), POSITION, WHOLE)
+    with Checkpoints(tmp_path, model=models[1]) as checkpoints:
+        with pytest.raises(ConfigError, match="mlp_hidden_act is 'gelu_tanh'; expected 'relu2', as in checkpoint 2"):
+            checkpoints.restore(items(state(0)))
 
 
 def test_what_a_killed_process_left_is_no_checkpoint_and_goes(copy):

@@ -85,3 +85,5 @@ def test_fields_need_no_gin_file_and_take_none(capsys):
     with pytest.raises(SystemExit):
         main(["plan", "--fields", "--gin_file", "a.gin"])
     assert "not allowed with argument" in capsys.readouterr().err
+    assert main(["plan", "--fields", "--gin_bindings", "PlanConfig.tensor=2"]) == 2
+    assert "--fields lists every field; expected it without --gin_bindings" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tests.helpers import hybrid, run_config, several_devices
 
 from orogen.config import remat
 from orogen.config.model import LAYERS, ModelConfig
+from orogen.config.plan import PlanConfig
 from orogen.config.reads import LETTERS
 from orogen.config.remat import NAMES, Intermediate
 from orogen.cost.collectives import LAYER_COLLECTIVES, block
@@ -19,10 +21,11 @@ from orogen.cost.communication import step_collectives
 from orogen.cost.flops import LAYER_FLOPS, forward_flops_per_token
 from orogen.cost.ledger import Workload
 from orogen.cost.weights import Weight, weights
-from orogen.layers.documents import Documents
+from orogen.layers.documents import Documents, documents
 from orogen.layers.linear import linear
 from orogen.layers.parameter import normal
-from orogen.model.block import MIXERS
+from orogen.model.block import MIXERS, Stack, repeats
+from orogen.model.cache import caches
 from orogen.model.count import count
 from orogen.model.lm import build
 from orogen.parallel.plan import Plan, make_plan
@@ -51,6 +54,12 @@ class Toy(nnx.Module):
     def __call__(self, x_btd: Array, docs: Documents, plan: Plan, given: None = None) -> tuple[Array, None]:
         u_btf = checkpoint_name(linear(plan.enter(x_btd), self.up, plan), "toy")
         return plan.leave(linear(jnp.tanh(u_btf), self.down, plan)), None
+
+    def start(self, batch: int, length: int, dtype: Any) -> None:
+        return None
+
+    def cache_axes(self) -> None:
+        return None
 
 
 @pytest.fixture
@@ -114,3 +123,19 @@ def test_a_new_letter_is_counted(toy):
     config = run_config(two, plan={"tensor": 2})
     units = step_collectives(two, config.plan, Workload(rows=4, tokens=16, itemsize=4))
     assert {record.operation for record in units["t"] if record.bytes} >= {"all-gather", "reduce-scatter"}
+
+
+def test_a_new_letter_starts_beside_layers_with_memory(toy):
+    model = hybrid(pattern="tM", mtp_depths=0)
+    plan = make_plan(PlanConfig(), model)
+    stack = Stack(repeats("tM"), model, nnx.Rngs(0))
+    x_btd = jax.random.normal(jax.random.key(0), (2, 6, model.hidden_size))
+    docs = documents(np.ones((2, 6), np.int32))
+    whole_btd, _ = stack(x_btd, docs, plan)
+    given, pieces = stack.start(2, 6, jnp.float32), []
+    assert given[0] is None and len(stack.cache_axes()) == 2
+    for part in (slice(0, 2), slice(2, 6)):
+        piece = jax.tree.map(lambda a, part=part: a[:, part], (x_btd, docs))
+        y_btd, kept = stack(*piece, plan, given)
+        given, pieces = caches(kept), [*pieces, y_btd]
+    np.testing.assert_allclose(jnp.concatenate(pieces, 1), whole_btd, rtol=1e-5, atol=1e-6)

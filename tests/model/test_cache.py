@@ -17,7 +17,7 @@ from orogen.config.plan import PlanConfig
 from orogen.layers.documents import Documents, documents
 from orogen.layers.embedding import Embedding
 from orogen.model.block import Stack, repeats
-from orogen.model.cache import caches
+from orogen.model.cache import EMPTY, KeyValues, caches
 from orogen.parallel.axes import STREAM
 from orogen.parallel.plan import Plan, make_plan
 
@@ -215,3 +215,14 @@ def test_refusals():
         run(make_plan(PlanConfig(context=2), model), TIME)
     with pytest.raises(ValueError, match="a piece of 12 tokens for a cache of 11: expected at most as many"):
         run(one_device(model), TIME - 1)
+
+
+def test_tokens_behind_the_last_slot_are_dropped_and_earlier_ones_stay():
+    """In rows of different ages."""
+    cache = KeyValues.empty(2, 3, [(1,)], jnp.float32)._replace(length_b=jnp.array([0, 1], jnp.int32))
+    for first in (1, 3):
+        values_bt1 = jnp.array([[first, first + 1]] * 2, jnp.float32)[..., None]
+        cache = cache.with_piece([values_bt1], jnp.full((2, 2), first, jnp.int32))
+    np.testing.assert_array_equal(cache.values[0][..., 0], [[1, 2, 3], [0, 1, 2]])
+    np.testing.assert_array_equal(cache.segments_bs, [[1, 1, 3], [EMPTY, 1, 1]])
+    np.testing.assert_array_equal(cache.length_b, [4, 5])

@@ -146,10 +146,12 @@ WHOLE = [
     ({"pattern": "+E", "mtp_depths": 0, "kv_lora_rank": 24, "q_lora_rank": 48, "qk_nope_head_dim": 4,
       "qk_rope_head_dim": 2, "v_head_dim": 3, "rope_theta": 100.0, "router_balance": "global", "attention_bias": "all"},
      {"stage": 2, "microbatches": 2, "expert": 2}),
+    ({"pattern": "E*", "mtp_depths": 0},
+     {"context": 2, "expert": 2, "expert_tensor": 2, "dispatch": "ragged", "fsdp": "optimizer"}),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("model", "plan"), WHOLE, ids=["wE/*", "Mm-", "+E"])
+@pytest.mark.parametrize(("model", "plan"), WHOLE, ids=["wE/*", "Mm-", "+E", "E*"])
 def test_a_stream_that_every_rank_holds_whole_equals_one_device(model, plan):
     found = verify(run_config(hybrid(**model), plan=plan | {"tensor": 2, "stream": "whole"}, batch_size=8))
     assert found.passed and not found.zero_leaves, found

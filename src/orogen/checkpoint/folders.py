@@ -7,7 +7,6 @@ huggingface.json: what the Hugging Face folder said that a ModelConfig does not.
 import dataclasses
 import functools
 import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -298,7 +297,7 @@ def copy_files(files: Iterable[str], source: Path, target: Path) -> None:
     for file in files:
         if (source / file).is_file():
             target.mkdir(exist_ok=True)
-            shutil.copyfile(source / file, target / file)
+            write_atomically(target / file, (source / file).read_bytes())
 
 
 def promoted(dtypes: Iterable[np.dtype]) -> np.dtype:

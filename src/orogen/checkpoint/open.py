@@ -7,9 +7,10 @@ from typing import NamedTuple
 from flax import nnx
 
 from orogen.checkpoint.folders import CONFIG, Folder, HuggingFaceFolder, OrogenFolder, RunFolder
-from orogen.config.checks import ConfigError
+from orogen.config.checks import ConfigError, require
 from orogen.config.model import ModelConfig
 from orogen.config.plan import FOR_GPU, PlanConfig
+from orogen.config.run import RunConfig
 from orogen.cost.assemble import assemble
 from orogen.data.tokenizer import Tokenizer, check_rows
 from orogen.model.lm import Built, build
@@ -28,6 +29,13 @@ class Opened(NamedTuple):
     params: nnx.State
     buffers: nnx.State
     tokenizer: Tokenizer | None
+
+    def require_one_device(self) -> None:
+        """Raises ConfigError unless the plan is of one device that drops no token and multiplies in no other format."""
+        plan = self.plan.config
+        require(plan.devices == 1, plan, "data, context, tensor, stage", "1: this runs on one device")
+        require(plan.capacity_factor is None, plan, "capacity_factor", "None: no token is dropped here")
+        require(plan.linear == "plain", plan, "linear", "plain here")
 
 
 def open_folder(folder: Path) -> RunFolder | OrogenFolder | HuggingFaceFolder:
@@ -61,6 +69,9 @@ def read_model(
     words = folder.tokenizer() if tokenizer else None
     if words is not None:
         check_rows(words, folder.config.vocab_size)
+    if plan is not None:
+        RunConfig(model=folder.config, plan=plan).check()
+        plan.require_half_precision(dtype)
     if plan is None:
         laid, built = single_device_plan(_on_one_device(folder.plan), folder.config), build(folder.config)
     else:

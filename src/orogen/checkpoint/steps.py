@@ -115,9 +115,11 @@ class Checkpoints:
 
     def restore(self, items: Items) -> tuple[dict[str, Any], dict[str, Any]]:
         """The items of the latest checkpoint, and the position of the data. items: abstract arrays with the shardings
-        to restore onto, and the dtypes to restore to."""
+        to restore onto, and the dtypes to restore to. Raises ConfigError, also if they are of another model."""
 
         def read(step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+            if self._model is not None:
+                facts.check_model(self.folder / str(step), self._model, self.run_dir / "config.gin")
             found = {name: self._item(step, name, target) for name, target in items.items()}
             return found, facts.read_position(self.folder / str(step))
 
@@ -136,8 +138,8 @@ class Checkpoints:
 
     def check_tokenizer(self) -> None:
         """Raises ConfigError unless the run folder's tokenizer is that of the latest checkpoint."""
-        if (step := self.latest) is not None:
-            facts.check_tokenizer(self.folder / str(step), self.run_dir / "tokenizer")
+        if self.latest is not None:
+            self._read(lambda step: facts.check_tokenizer(self.folder / str(step), self.run_dir / "tokenizer"))
 
     def _finish(self, partial: Path, step: int) -> None:
         """Turns the folder that orbax is writing into a checkpoint, then removes the oldest."""

@@ -283,7 +283,7 @@ def _header(file: Path, ignored: Callable[[str], bool]) -> dict[str, _Place]:
         if 8 + length + stop > size:
             raise ConfigError(f"{file} was cut off: {name} lies at {start} to {stop} of {size - 8 - length} bytes")
         if spec is None and stop < start:
-            raise ConfigError(f"{file}: {name} lies at {start} to {stop}; expected its end behind its start")
+            raise ConfigError(f"{file}: {name} lies at {start} to {stop}; expected its end after its start")
         if spec is not None and stop - start != spec.nbytes:
             takes = f"{entry['dtype']} {shown(list(spec.shape))} takes {spec.nbytes}"
             raise ConfigError(f"{file}: {name} lies at {start} to {stop}; expected {takes} bytes")

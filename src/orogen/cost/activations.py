@@ -53,7 +53,7 @@ def kept_by_layer(letter: str, model: ModelConfig, plan: Plan, work: Workload, *
         def apply(params, x_btd):
             y_btd, stats = nnx.merge(graph, params, buffers)(x_btd, docs, plan)
             found = jax.tree.leaves(stats, is_leaf=lambda s: isinstance(s, MoEStats))
-            return y_btd, [plan.total((s.losses.balance, s.losses.z)) for s in found]
+            return y_btd, [plan.total((s.losses.balance, s.losses.z)) for s in found if isinstance(s, MoEStats)]
 
         back = jax.vjp(apply, plan.vary(params), x_btd)[1]
         return [leaf.reshape(1, 1, -1) for leaf in jax.tree.leaves(back)]

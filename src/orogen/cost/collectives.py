@@ -1,4 +1,4 @@
-"""The collectives of each kind of layer, and of what comes before and behind the layers, as entries of a ledger."""
+"""The collectives of each kind of layer, and of what comes before and after the layers, as entries of a ledger."""
 
 import math
 from collections.abc import Callable

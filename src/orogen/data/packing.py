@@ -42,7 +42,7 @@ class Batch(NamedTuple):
 
 
 # The extras of batches whose rows continue those of the batch before: the token that each position predicts, int32, for
-# a row's last position the first token of the next row, NOTHING behind a document's last token; and its loss weight.
+# a row's last position the first token of the next row, NOTHING after a document's last token; and its loss weight.
 NEXT, NEXT_WEIGHT, NOTHING = "next", "next_weight", -1
 
 
@@ -146,7 +146,7 @@ def piece_texts(batches: Iterable[Batch], tokenizer: _Decoder) -> Iterator[bytes
     """The text bytes of each segment that are targets in it, in row order: its first token is context, and left out.
     With NEXT, the bytes that the segment predicts: the last of them may begin the next row."""
     for batch in batches:
-        # Without NEXT a position predicts the token behind it, of its own segment.
+        # Without NEXT a position predicts the token after it, of its own segment.
         tokens_bt, segments_bt = np.asarray(batch.tokens_bt), np.asarray(batch.segments_bt)
         alone = np.where(np.diff(segments_bt, axis=1, append=0) == 0, np.roll(tokens_bt, -1, axis=1), NOTHING)
         for tokens_t, segments_t, next_t in zip(tokens_bt, segments_bt, batch.extras.get(NEXT, alone), strict=True):

@@ -32,6 +32,7 @@ def generate(
     Raises ConfigError for a model without a tokenizer, and if prompt and continuation have more than MAX_LENGTH tokens
     or need more positions than the model has learned.
     """
+    opened.require_one_device()
     tokenizer = opened.tokenizer
     if tokenizer is None:
         raise ConfigError("the checkpoint has no tokenizer.json; expected one, to read the prompt with")

@@ -30,6 +30,7 @@ def score(opened: Opened, tokens_bt: np.ndarray, segments_bt: np.ndarray | None 
     is 0 where token i + 1 does not follow token i in one document. Raises ConfigError for tokens or segments of a wrong
     shape, kind or range.
     """
+    opened.require_one_device()
     segments_bt = np.ones(tokens_bt.shape, np.int32) if segments_bt is None else segments_bt
     _check(opened, tokens_bt, segments_bt)
     rows = max(1, TOKENS_AT_ONCE // max(1, tokens_bt.shape[1]))

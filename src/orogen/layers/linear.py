@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from orogen.config.recipe import IN_PLAIN
+from orogen.config.recipe import FP8, IN_PLAIN, PLAIN
 from orogen.kernels.grouped_matmul import grouped_matmul
 from orogen.parallel.plan import Plan
 from orogen.parallel.varying import vary_like
@@ -33,6 +33,8 @@ def linears(x_btd: Array, weights: Sequence[nnx.Param], plan: Plan) -> tuple[Arr
     formats, weights_df = plan.recipe.linear, [plan.weight(w) for w in weights]
     if formats == IN_PLAIN:
         return tuple(multiply(x_btd, w_df) for w_df in weights_df)
+    if unknown := formats.names() - {PLAIN, FP8}:
+        raise ValueError(f"a recipe names the format {sorted(unknown)[0]!r}; expected {PLAIN} or {FP8}")
     parts_nf = fp8_matmul(_flat(x_btd), weights_df, formats=formats, quantize=plan.config.quantize)
     return tuple(y_nf.reshape(*x_btd.shape[:-1], -1) for y_nf in parts_nf)
 

@@ -25,7 +25,8 @@ decodes; tests undo the first.
 **Add a layer.** A layer is one letter of the pattern. Write the mixer here: parameters in `__init__` through
 `orogen.layers.parameter`, each with its logical axis names; the mathematics in `__call__(h_btd, docs, plan, given) ->
 (y_btd, kept)`, in one device's shapes, communicating only through `plan.enter`, `plan.leave`, `plan.sum`, …; and
-`start` and `cache_axes` for what it is `given` with the first piece of a sequence (None for a mixer without memory).
+`start` and `cache_axes` for what it is `given` with the first piece of a sequence: `KeyValues`, `Recurrent`, or a
+class of its own in `CACHES` of `model/cache.py`; None for a mixer without memory.
 Then give its letter a row in each table that has one per letter: its name in `LAYERS` (`config/model.py`), the mixer
 in `MIXERS` (`model/block.py`), `LAYER_FLOPS` and `LAYER_COLLECTIVES` (`cost/flops.py`, `cost/collectives.py`); the
 fields that only it reads in `MODEL_LETTERS` (`config/reads.py`); the names of its intermediates in `NAMES`

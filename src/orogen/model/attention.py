@@ -178,7 +178,7 @@ class LatentAttention(nnx.Module):
 def _behind(
     given: KeyValues | None, new: tuple[Array, Array], segments_bt: Array
 ) -> tuple[tuple[Array, Array], KeyValues | None, dict[str, Any]]:
-    """What queries read, `new` alone or behind what is given; what is kept of it; and how `attend` is to read it."""
+    """What queries read, `new` alone or after what is given; what is kept of it; and how `attend` is to read it."""
     if given is None:
         return new, None, {}
     kept = given.with_piece(new, segments_bt)

@@ -119,7 +119,7 @@ class Layer(nnx.Module):
         self.mixer: Any = MIXERS[letter](config, rngs)
 
     def __call__(self, x_btd: Array, docs: Documents, plan: Plan, given: Any = None) -> tuple[Array, Any]:
-        """The residual stream behind this layer, and what its mixer keeps."""
+        """The residual stream after this layer, and what its mixer keeps."""
         with jax.named_scope(type(self.mixer).__name__):
             h_btd = checkpoint_name(self.norm(checkpoint_name(x_btd, "input"), plan), "norm")
             y_btd, kept = self.mixer(h_btd, docs, plan, given)
@@ -141,7 +141,7 @@ class Stack(nnx.Module):
     layer's mixer takes and keeps (None if nothing), or, for a repetition, a nested tuple stacked along the leading
     axis. `given` goes in: routing to replay, caches of earlier tokens. A call returns the residual stream and what the
     layers `kept`: routing statistics, and each cache that was given with this call's tokens in it.
-    The plan has a recipe for each layer, perhaps with those of layers behind these.
+    The plan has a recipe for each layer, perhaps with those of layers after these.
     """
 
     def __init__(self, items: tuple[str | Repeat, ...], config: ModelConfig, rngs: nnx.Rngs):

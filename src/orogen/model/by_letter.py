@@ -55,7 +55,7 @@ def stacked(rows: Mapping[str, Any], items: Items, *, lead: int = 0) -> tuple[An
 
 
 def joined(stacks: Sequence[Rows], *, lead: int = 0) -> Rows:
-    """Rows of several stacks, one behind the other, as a chunk holds them."""
+    """Rows of several stacks, one after the other, as a chunk holds them."""
     together = functools.partial(concatenated, lead)
     found: dict[str, list[Any]] = {}
     for stack in stacks:
@@ -88,7 +88,7 @@ def _children(stack: Any, count: int) -> Sequence[Any]:
 
 
 def concatenated(axis: int, *arrays: Array) -> Array:
-    """The arrays one behind the other; a single one as it is."""
+    """The arrays one after the other; a single one as it is."""
     return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis)
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from orogen.parallel.plan import Plan
 
@@ -28,8 +28,8 @@ class KeyValues(NamedTuple):
     """What attention reads of earlier tokens, in the order in which they came.
 
     values: arrays (b, s, …), keys and values or what they are computed from; segments_bs: the document of each slot,
-    int32, EMPTY behind the last token; length_b: the tokens of each row so far, int32. Rows may be of different ages.
-    What comes behind the last slot is lost, and outputs are wrong from there on: whoever chooses the slots counts the
+    int32, EMPTY after the last token; length_b: the tokens of each row so far, int32. Rows may be of different ages.
+    What comes after the last slot is lost, and outputs are wrong from there on: whoever chooses the slots counts the
     tokens.
     """
 
@@ -44,13 +44,14 @@ class KeyValues(NamedTuple):
         return cls(values, jnp.full((batch, slots), EMPTY, jnp.int32), jnp.zeros(batch, jnp.int32))
 
     def with_piece(self, values: Sequence[Array], segments_bt: Array) -> "KeyValues":
-        """With the arrays (b, t, …) of a piece behind what is here. Raises ValueError if it never fits."""
+        """With the arrays (b, t, …) of a piece after what is here. Raises ValueError if it never fits."""
         (_, slots), (_, tokens) = self.segments_bs.shape, segments_bt.shape
         if tokens > slots:
             raise ValueError(f"a piece of {tokens} tokens for a cache of {slots}: expected at most as many")
-        write = jax.vmap(lambda old, new, start: lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, 0))
-        written = (write(old, new, self.length_b) for old, new in zip(self.values, values, strict=True))
-        segments_bs = write(self.segments_bs, segments_bt, self.length_b)
+        slot_bt = self.index(tokens)
+        write = jax.vmap(lambda old, new, slot_t: old.at[slot_t].set(new.astype(old.dtype), mode="drop"))
+        written = (write(old, new, slot_bt) for old, new in zip(self.values, values, strict=True))
+        segments_bs = write(self.segments_bs, segments_bt, slot_bt)
         return KeyValues(tuple(written), segments_bs, self.length_b + segments_bt.shape[1])
 
     def index(self, tokens: int) -> Array:
@@ -61,7 +62,7 @@ class KeyValues(NamedTuple):
 class Recurrent(NamedTuple):
     """What a state-space mixer needs of earlier tokens: it does not grow with them.
 
-    windows: of each convolution the last inputs (b, k, c), oldest first; state: the SSM's behind the last token,
+    windows: of each convolution the last inputs (b, k, c), oldest first; state: the SSM's after the last token,
     float32; segments_bk: the documents of the window's tokens, at least of the last one, EMPTY before the first.
     """
 

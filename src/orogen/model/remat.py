@@ -9,19 +9,19 @@ import jax
 from orogen.config.remat import Remat
 from orogen.parallel.placement import DEVICE, HOST
 
-# Operations too dear to repeat beside products of two matrices: our own kernels, those of Mosaic GPU within a function
+# Operations as expensive to repeat as products of two matrices: our own kernels, those of Mosaic GPU within a function
 # that says how to batch them, and the router's sorting, which gives little to keep. A policy sees the operations of a
 # function's own derivative rule, not into another function with such a rule: rules of ours call kernels themselves.
 FUSED = ("pallas_call", "custom_vmap_call", "sort", "top_k")
 
 
 def checkpointed(call: Callable[..., Any], remat: Remat, *, weights_behind: bool) -> Callable[..., Any]:
-    """`call`, of weights and three other arguments, whose gradient finds of its intermediates those that `remat` keeps
-    and makes the others again.
+    """`call`, of weights and three other arguments, whose gradient keeps the intermediates that `remat` names and
+    recomputes the others.
 
-    What is made again reads its operands behind a barrier, so that XLA does not take both makings as one. Weights stand
-    there if `weights_behind`, for where much is made of them alone; else not, for each layer's would be copied out of
-    their stack.
+    The recomputation reads its operands behind a barrier, so that XLA does not merge it with the first computation.
+    Weights stand there too if `weights_behind`, where much is computed from them alone; otherwise not, since each
+    layer's would be copied out of their stack.
     """
     # Chosen by argument, it is an AssertionError of jax 0.11.2 if a derivative's rule holds a constant array.
     behind = (weights_behind, True, True, True)
@@ -47,7 +47,7 @@ def _policy(remat: Remat) -> Callable[..., Any]:
 
 
 def _is_product(primitive: Any, operands: tuple[Any, ...]) -> bool:
-    """Products with batch axes are of attention, whose core is kept by name or made again."""
+    """Products with batch axes are of attention, whose core is kept by name or recomputed."""
     if primitive.name == "dot_general":
         return all(len(operand.shape) == 2 for operand in operands)
     return primitive.name in FUSED

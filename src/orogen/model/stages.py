@@ -34,7 +34,7 @@ MOE = "E"
 
 class Segment(NamedTuple):
     """A stretch of the pattern. The first embeds tokens; the last has the heads, and the MTP block's layers `mtp`.
-    recipes: those of its layers, the MTP block's behind its own; None where they do not matter."""
+    recipes: those of its layers, the MTP block's after its own; None where they do not matter."""
 
     pattern: str
     mtp: str
@@ -57,7 +57,7 @@ class Segment(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class Stages:
     """The layers of each segment of a pipeline; segment g is chunk g // stages of stage g % stages. The last also has
-    those of the MTP block, behind its own."""
+    those of the MTP block, after its own."""
 
     patterns: tuple[str, ...]
     mtp: str

@@ -70,7 +70,7 @@ def spec_of(rules: Mapping[str, MeshAxes], axes: tuple[str | None, ...]) -> Part
 
 
 def full_axes(variable: nnx.Variable) -> tuple[str | None, ...]:
-    """The variable's axes, behind one per dimension that stacking layers put in front. The first of these is the
+    """The variable's axes, after one per dimension that stacking layers put in front. The first of these is the
     pipeline's if the variable is marked as `staged`; the others have no name."""
     metadata, ndim = variable.get_metadata(), variable.get_value().ndim
     stacked = (None,) * (ndim - len(metadata["axes"]))

@@ -70,7 +70,8 @@ class Plan:
     def compiler_options(self) -> dict[str, Any]:
         """Options of XLA without which a program of this plan would not run as planned. jax takes them for the
         outermost jit alone."""
-        return dict(FP8_OPTIONS) if FP8 in self.recipe.names() else {}
+        formats = set().union(*(recipe.names() for recipe in (self.recipe, *(self.recipes or ()))))
+        return dict(FP8_OPTIONS) if FP8 in formats else {}
 
     def spec(self, *axes: str | None) -> PartitionSpec:
         """The PartitionSpec of an array with these logical axes. Raises KeyError on an unknown axis, ValueError if

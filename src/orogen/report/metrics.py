@@ -3,7 +3,9 @@
 One line of `metrics.jsonl` is one JSON object, one for each step, steps strictly increasing. Its keys:
 
     step                  optimizer steps done, from 1
-    loss                  nats per predicted token of this step's batch; `mtp_loss` likewise, a list over depths
+    objective             what the step minimised, the routers' losses included
+    loss                  nats per predicted token of this step's batch; `mtp_loss` likewise, a list over depths; the
+                          metrics of another task have names of their own
     tokens                tokens of this step's batch; their sum over the lines is what the run has trained on
     tokens_per_second, step_ms, grad_norm, learning_rate
     mfu                   0 to 1, of every device: operations of the batch's documents, each as a row of its own
@@ -178,7 +180,8 @@ _HELDOUT = {"heldout_loss": "held-out loss {:.4f}", "heldout_bits_per_byte": "he
 
 
 def _summary(metrics: Mapping[str, Any], formats: Mapping[str, str]) -> str:
-    """Those of the numbers that are there."""
+    """Those of the numbers that are there; of a task without a loss by that name, what its step minimised."""
+    formats = formats if "loss" in metrics else {"objective": "objective {:.4f}", **formats}
     return "  ".join(text.format(float(metrics[key])) for key, text in formats.items() if metrics.get(key) is not None)
 
 

@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from orogen.command import Command, add_config_arguments, answer, load_config
+from orogen.config.checks import ConfigError
 from orogen.config.fields import describe_fields, field_lines
 from orogen.config.run import RunConfig
 from orogen.parallel.runtime import configure
@@ -23,6 +24,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def plan(options: argparse.Namespace) -> int:
     """`orogen plan`."""
     if options.fields:
+        if options.gin_bindings:
+            raise ConfigError("--fields lists every field; expected it without --gin_bindings")
         fields = describe_fields()
         answer(options, fields, field_lines(fields))
         return 0

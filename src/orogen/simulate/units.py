@@ -63,7 +63,7 @@ def _layer(letter: str, model: ModelConfig, plan: Plan, work: Workload, dtype: s
         def apply(params, x_btd):
             y_btd, stats = nnx.merge(graph, working_copy(params, dtype), buffers)(x_btd, docs, plan)
             found = jax.tree.leaves(stats, is_leaf=lambda s: isinstance(s, MoEStats))
-            losses = [plan.total((s.losses.balance, s.losses.z)) for s in found]
+            losses = [plan.total((s.losses.balance, s.losses.z)) for s in found if isinstance(s, MoEStats)]
             return y_btd, losses
 
         (y_btd, losses), back = jax.vjp(apply, varied, x_btd)

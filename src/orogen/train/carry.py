@@ -60,7 +60,7 @@ def joined(carried: Any, left: Any, sources: int, plan: Plan) -> Any:
 
 
 def after(left: Any, finite: Array) -> Any:
-    """What the next batch is given: what this one `left`, or nothing behind a skipped step, whose states may not be
+    """What the next batch is given: what this one `left`, or nothing after a skipped step, whose states may not be
     finite; those before it belong to text that the next rows do not continue."""
 
     return jax.tree.map(lambda a, b: jnp.where(finite, a, b), left, emptied(left))
@@ -76,5 +76,5 @@ def _is_variable(leaf: Any) -> bool:
 
 
 def _batch_dim(variable: nnx.Variable) -> int:
-    """Which dimension runs over rows: the first that has a name, behind those of repeated layers."""
+    """Which dimension runs over rows: the first that has a name, after those of repeated layers."""
     return variable.get_value().ndim - len(variable.get_metadata()["axes"])

@@ -201,7 +201,7 @@ class _Run:
         return from_items(found), position
 
     def save(self, state: TrainState) -> None:
-        """Starts writing the state, and the position of the data behind it."""
+        """Starts writing the state, and where the data was."""
         self.checkpoints.save(int(state.step), items(state), self.position, self.built.layout)
 
     def evaluate_last(self, state: TrainState, writer: MetricsWriter) -> None:
@@ -259,7 +259,7 @@ class _Run:
         record = self._record(number, batch, fetched, done - self.clock)
         self.clock = done
         if scored is not None:
-            record |= self._scores(number, scored)
+            record = _joined(record, self._scores(number, scored))
         writer.write(record)
         if fetched.skipped_in_row == 1:  # the first of several in a row speaks for all
             self.log(f"step {number} was skipped and changed nothing: {self._culprit(fetched)}")
@@ -310,12 +310,6 @@ class _Run:
             "learning_rate": float(metrics.learning_rate),
             "skipped_steps": int(metrics.skipped),
         }
-        means = {name: np.asarray(metric.mean, np.float64).tolist() for name, metric in metrics.metrics.items()}
-        if taken := means.keys() & record.keys():
-            raise ValueError(
-                f"a task's metric is named {sorted(taken)[0]!r}; expected another name than the loop's own"
-            )
-        record |= means
         if metrics.load_le.size:
             record |= {"expert_load": metrics.load_le.tolist(), "dropped_tokens": int(metrics.dropped)}
             if self.config.plan.buffer_factor is not None:
@@ -323,7 +317,15 @@ class _Run:
         if self.peak:
             operations = training_flops(self.config.model, document_lengths(batch.segments_bt))
             record["mfu"] = operations / seconds / self.plan.config.devices / self.peak
-        return record
+        means = {name: np.asarray(metric.mean, np.float64).tolist() for name, metric in metrics.metrics.items()}
+        return _joined(record, means)
+
+
+def _joined(record: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Both. Raises ValueError if they share a name, of which one would be lost."""
+    if shared := record.keys() & more.keys():
+        raise ValueError(f"a task's metric or score is named {sorted(shared)[0]!r}, as another number of the step is")
+    return record | more
 
 
 def _fetch(metrics: StepMetrics) -> tuple[StepMetrics, float]:

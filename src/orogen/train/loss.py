@@ -39,7 +39,7 @@ class Counts(NamedTuple):
 class Sums(NamedTuple):
     """What a batch adds up to. metrics: the objective's sums; load: assignments by expert, in the order of the buffers'
     leaves; dropped: assignments beyond an expert's capacity; overflow: beyond a buffer's room; choices: for each depth
-    a tree like the stack's statistics, with a Choice where an MoE layer is; carried: the backbone's states behind the
+    a tree like the stack's statistics, with a Choice where an MoE layer is; carried: the backbone's states after the
     rows, if it was given those before them."""
 
     metrics: ByName
@@ -82,7 +82,7 @@ Assigned = list[list[Array]]
 
 
 class Passed(NamedTuple):
-    """What layers make of a batch. x_btd: the residual stream behind them, or, behind the head, the normed hidden
+    """What layers make of a batch. x_btd: the residual stream after them, or, after the head, the normed hidden
     state; loss: this batch's share of the global batch's, over all devices of a stage, as are metrics, the objective's
     sums, 0 before the head; stats: those of each stack of layers, in the order in which they ran;
     carried: see Sums."""
@@ -110,15 +110,15 @@ def loss_share(
 
     Shares of microbatches add up to the loss. Metrics and loads are already summed over devices. assigned: of the
     global batch, where routers are balanced over it; None: this batch is all of it. carried: the backbone's states
-    behind the rows that this batch's go on with; None: each row is alone.
+    after the rows that this batch's go on with; None: each row is alone.
     """
     x_btd = embed(model, batch, plan)
     common: Any = {"config": config, "plan": plan}
-    passed = enter(
+    passed = run_backbone(
         model, x_btd, batch, counts, replay=replay and replay[:1], assigned=assigned and assigned[:1],
         carried=carried, **common,
     )  # fmt: skip
-    passed = leave(
+    passed = run_head(
         model, passed, batch, counts, objective=objective, replay=replay and replay[1:],
         assigned=assigned and assigned[1:], **common,
     )  # fmt: skip
@@ -146,7 +146,7 @@ def embed(model: LanguageModel, batch: Batch, plan: Plan) -> Array:
     return model.embedding(batch.tokens_bt, Documents(batch.segments_bt, batch.positions_bt), plan)
 
 
-def enter(
+def run_backbone(
     model: LanguageModel,
     x_btd: Array,
     batch: Batch,
@@ -174,7 +174,7 @@ def _behind(carried: Any, batch: Batch) -> Any:
     return map_layers(lambda states: states and states.renamed(first_b, continues_b), carried)
 
 
-def leave(
+def run_head(
     model: LanguageModel,
     passed: Passed,
     batch: Batch,
@@ -186,7 +186,7 @@ def leave(
     replay: Any,
     assigned: Assigned | None = None,
 ) -> Passed:
-    """`passed` with what comes behind the last layer: the final norm, the MTP block's depths, and the losses.
+    """`passed` with what comes after the last layer: the final norm, the MTP block's depths, and the losses.
 
     loss = the objective's + the routers' (balance averaged over rows, or of the global batch; z over tokens; both
     averaged over the depths of a repeated block). Sources: arXiv:2412.19437, eq. 24-25; arXiv:2512.20856.
@@ -264,10 +264,14 @@ def counted(stats: Any) -> list[Array]:
 
 
 def moe_stats(stats: Any) -> list[MoEStats]:
-    """Those in the tree, in its order."""
-    return jax.tree.leaves(stats, is_leaf=lambda x: isinstance(x, MoEStats))
+    """Those in the tree, in its order; other layers may keep statistics of their own."""
+    return [x for x in jax.tree.leaves(stats, is_leaf=_is_moe) if _is_moe(x)]
 
 
 def map_moe(function: Callable[[MoEStats], Any], stats: Any) -> Any:
-    """`stats` with the function of each MoE layer's."""
-    return jax.tree.map(function, stats, is_leaf=lambda x: isinstance(x, MoEStats))
+    """`stats` with the function of each MoE layer's, and None for what other layers keep."""
+    return jax.tree.map(lambda x: function(x) if _is_moe(x) else None, stats, is_leaf=_is_moe)
+
+
+def _is_moe(x: Any) -> bool:
+    return isinstance(x, MoEStats)

@@ -1,4 +1,4 @@
-"""The objective of language models: the next token of packed text, and those behind it that an MTP block predicts.
+"""The objective of language models: the next token of packed text, and those after it that an MTP block predicts.
 
 Letters: b batch, t time, d model.
 """
@@ -18,7 +18,7 @@ from orogen.parallel.context import later
 from orogen.parallel.plan import Plan
 from orogen.train.task import ByName, Objective
 
-# Names of the metrics: nats of the next token, and of each token behind it.
+# Names of the metrics: nats of the next token, and of each token after it.
 LOSS, MTP_LOSS = "loss", "mtp_loss"
 
 

@@ -22,7 +22,7 @@ from orogen.moe.layer import Choice, Replay
 from orogen.parallel import placement
 from orogen.parallel.pipeline import Program, run
 from orogen.precision.policy import DTYPES, working_copy
-from orogen.train.loss import Assigned, Counts, Passed, Sums, embed, enter, leave, lost, map_moe
+from orogen.train.loss import Assigned, Counts, Passed, Sums, embed, lost, map_moe, run_backbone, run_head
 from orogen.train.task import Computation
 
 # Keys of what belongs to each stack: the backbone and the MTP block.
@@ -113,10 +113,10 @@ class Pipeline:
         if segment.first:
             x_btd = embed(model, batch, self.plan)
         first, rest = ({"replay": replay and replay[i], "assigned": known and known[i]} for i in _FIRST_AND_REST)
-        passed = enter(model, x_btd, batch, self.counts, **first, **common)
+        passed = run_backbone(model, x_btd, batch, self.counts, **first, **common)
         if not segment.last:
             return passed
-        return leave(model, passed, batch, self.counts, objective=self.objective, **rest, **common)
+        return run_head(model, passed, batch, self.counts, objective=self.objective, **rest, **common)
 
     def _kept(self, grads: Any) -> Any:
         """The gradients of one microbatch in the layout in which they are kept until the others are added."""

@@ -22,7 +22,7 @@ class TrainState(NamedTuple):
     """Float32 master parameters, the routers' correction biases, optimizer state and counters (int32).
 
     step: batches taken; skipped: how many of them were not finite and changed nothing; skipped_in_row: just now.
-    carried: states of layers behind the last batch's rows, for `TrainConfig.carry_states`; see `train.carry`.
+    carried: states of layers after the last batch's rows, for `TrainConfig.carry_states`; see `train.carry`.
     """
 
     step: Array

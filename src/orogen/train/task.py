@@ -95,7 +95,7 @@ class Source(Protocol):
         ...
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on behind the batch at which `state` was taken. Raises ConfigError if it is from another source."""
+        """Goes on after the batch at which `state` was taken. Raises ConfigError if it is from another source."""
         ...
 
 
