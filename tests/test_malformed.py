@@ -154,7 +154,7 @@ MASK = {"dtype": "BOOL", "shape": [2, 3]}
         ([26, 32], [0, 24], "mask begins at byte 26; expected 24, where the tensor before it ends"),
         ([20, 26], [0, 24], "mask begins at byte 20; expected 24, where the tensor before it ends"),
         ([24, 64], [0, 24], "was cut off: mask lies at 24 to 64 of 30 bytes"),
-        ([24, 20], [0, 24], "mask lies at 24 to 20; expected its end behind its start"),
+        ([24, 20], [0, 24], "mask lies at 24 to 20; expected its end after its start"),
         ([24, 28], [0, 24], "has 30 bytes of tensors; expected 28"),
     ],
 )
