@@ -42,8 +42,8 @@ def hashes(tree) -> dict[str, str]:
     return {name(path): digest(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def losses_behind(run_dir: Path) -> dict[str, float]:
-    """The losses of the steps behind the checkpoint."""
+def losses_after(run_dir: Path) -> dict[str, float]:
+    """The losses of the steps after the checkpoint."""
     return {str(record["step"]): record["loss"] for record in read_metrics(run_dir) if record["step"] > 2}
 
 
@@ -63,7 +63,7 @@ def test_it_resumes(name, run_dir):
     assert restored.steps == 0
     assert hashes(restored.state._asdict()) == MADE[name]["saved"]
     resume("TrainConfig.steps=4")
-    assert losses_behind(run_dir) == pytest.approx(MADE[name]["losses"], rel=1e-6)
+    assert losses_after(run_dir) == pytest.approx(MADE[name]["losses"], rel=1e-6)
 
 
 def test_it_resumes_laid_out_anew(name, run_dir):
@@ -71,4 +71,4 @@ def test_it_resumes_laid_out_anew(name, run_dir):
     plan = STAGES if name == "whole" else []
     bindings = [*(line for line in BINDINGS[name] if line not in STAGES), *plan, "TrainConfig.steps=4"]
     train(*load([FOLDER / "recipe.gin"], bindings), run_dir, PRETRAINING, resume=True, log=print)
-    assert losses_behind(run_dir) == pytest.approx(MADE[name]["losses"], rel=1e-5)
+    assert losses_after(run_dir) == pytest.approx(MADE[name]["losses"], rel=1e-5)

@@ -11,7 +11,7 @@ LEAST_EPSILON = 1e-24
 
 
 def enlarged(u: Array, epsilon: float, total: Array) -> tuple[Array, Array]:
-    """u / a and ε / a², whose norm is that of u and ε; a is a power of two near `total`, the sum of a row's |u|,
+    """u / a and ε / a², which have the norm of u and ε; a is a power of two near `total`, the sum of a row's |u|,
     and no less than the root of ε.
 
     Without it the squares of rows below 1e-19 vanish in float32, and their norm with them.
