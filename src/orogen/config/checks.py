@@ -90,7 +90,12 @@ def _matches(value: Any, hint: Any) -> bool:
     if origin in (types.UnionType, typing.Union):
         return any(_matches(value, option) for option in typing.get_args(hint))
     if origin is tuple:
-        return isinstance(value, tuple | list) and all(_matches(v, typing.get_args(hint)[0]) for v in value)
+        *kinds, last = typing.get_args(hint)
+        if not isinstance(value, tuple | list):
+            return False
+        if last is ...:
+            return all(_matches(v, kinds[0]) for v in value)
+        return len(value) == len(kinds) + 1 and all(map(_matches, value, (*kinds, last)))
     if hint in (int, float):
         return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
     return isinstance(value, hint)
