@@ -25,7 +25,7 @@ from orogen.layers.documents import Documents, documents
 from orogen.layers.linear import linear
 from orogen.layers.parameter import normal
 from orogen.model.block import MIXERS, Stack, repeats
-from orogen.model.cache import caches
+from orogen.model.cache import Rows, caches
 from orogen.model.count import count
 from orogen.model.lm import build
 from orogen.parallel.plan import Plan, make_plan
@@ -55,10 +55,10 @@ class Toy(nnx.Module):
         u_btf = checkpoint_name(linear(plan.enter(x_btd), self.up, plan), "toy")
         return plan.leave(linear(jnp.tanh(u_btf), self.down, plan)), None
 
-    def start(self, batch: int, length: int, dtype: Any) -> None:
+    def start(self, room: Any, dtype: Any) -> None:
         return None
 
-    def cache_axes(self) -> None:
+    def cache_axes(self, room: Any) -> None:
         return None
 
 
@@ -132,8 +132,9 @@ def test_a_new_letter_starts_beside_layers_with_memory(toy):
     x_btd = jax.random.normal(jax.random.key(0), (2, 6, model.hidden_size))
     docs = documents(np.ones((2, 6), np.int32))
     whole_btd, _ = stack(x_btd, docs, plan)
-    given, pieces = stack.start(2, 6, jnp.float32), []
-    assert given[0] is None and len(stack.cache_axes()) == 2
+    room = Rows(2, 6)
+    given, pieces = stack.start(room, jnp.float32), []
+    assert given[0] is None and len(stack.cache_axes(room)) == 2
     for part in (slice(0, 2), slice(2, 6)):
         piece = jax.tree.map(lambda a, part=part: a[:, part], (x_btd, docs))
         y_btd, kept = stack(*piece, plan, given)

@@ -17,7 +17,7 @@ from orogen.config.plan import PlanConfig
 from orogen.layers.documents import Documents, documents
 from orogen.layers.embedding import Embedding
 from orogen.model.block import Stack, repeats
-from orogen.model.cache import EMPTY, KeyValues, caches
+from orogen.model.cache import EMPTY, KeyValues, Rows, caches
 from orogen.parallel.axes import STREAM
 from orogen.parallel.plan import Plan, make_plan
 
@@ -50,7 +50,7 @@ def stack_of(model: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
 
 def in_pieces(stack: Stack, x_btd, docs: Documents, plan: Plan):
     """The outputs of the pieces one after another, as one array."""
-    found, given = [], stack.start(len(x_btd), docs.segments_bt.shape[1], x_btd.dtype)
+    found, given = [], stack.start(Rows(len(x_btd), docs.segments_bt.shape[1]), x_btd.dtype)
     for start, end in itertools.pairwise((0, *itertools.accumulate(PIECES))):
         y_btd, kept = stack(x_btd[:, start:end], Documents(*(a[:, start:end] for a in docs)), plan, given)
         found.append(y_btd)
@@ -68,7 +68,7 @@ def token_by_token(stack: Stack, x_btd, docs: Documents, plan: Plan):
 
     tokens = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (x_btd, *docs))
     # On a mesh what is kept varies over all of it.
-    empty = plan.vary(stack.start(len(docs.segments_bt), TIME, x_btd.dtype))
+    empty = plan.vary(stack.start(Rows(len(docs.segments_bt), TIME), x_btd.dtype))
     _, y_tbd = jax.lax.scan(step, empty, tokens)
     return jnp.moveaxis(y_tbd, 0, 1)
 
@@ -110,7 +110,7 @@ def test_rows_of_different_ages_go_on_together():
     @jax.jit
     def run(state):
         stack = nnx.merge(graph, state)
-        alone = [stack(*piece(row, 0, age), plan, stack.start(1, TIME, DTYPE))[1] for row, age in enumerate(ages)]
+        alone = [stack(*piece(row, 0, age), plan, stack.start(Rows(1, TIME), DTYPE))[1] for row, age in enumerate(ages)]
         later = joined(*(piece(row, age, age + 5) for row, age in enumerate(ages)))
         return stack(x_btd, docs, plan)[0], stack(*later, plan, joined(*(caches(kept) for kept in alone)))[0]
 
@@ -132,7 +132,7 @@ def test_pieces_on_a_mesh_equal_the_row_on_one_device():
 
     def device(state, *pieces):
         stack = nnx.merge(graph, state)
-        given, found = stack.start(2, TIME, DTYPE), []
+        given, found = stack.start(Rows(2, TIME), DTYPE), []
         for x_btd, docs in pieces:
             y_btd, kept = stack(x_btd, docs, plan, given)
             found.append(y_btd)
@@ -207,7 +207,7 @@ def test_refusals():
     def run(plan: Plan, slots: int):
         def piece(state):
             stack = nnx.merge(graph, state)
-            return stack(x_btd, docs, plan, stack.start(len(x_btd), slots, DTYPE))[0]
+            return stack(x_btd, docs, plan, stack.start(Rows(len(x_btd), slots), DTYPE))[0]
 
         return jax.eval_shape(piece, state)
 
@@ -222,7 +222,8 @@ def test_tokens_behind_the_last_slot_are_dropped_and_earlier_ones_stay():
     cache = KeyValues.empty(2, 3, [(1,)], jnp.float32)._replace(length_b=jnp.array([0, 1], jnp.int32))
     for first in (1, 3):
         values_bt1 = jnp.array([[first, first + 1]] * 2, jnp.float32)[..., None]
-        cache = cache.with_piece([values_bt1], jnp.full((2, 2), first, jnp.int32))
+        docs = Documents(jnp.full((2, 2), first, jnp.int32), jnp.zeros((2, 2), jnp.int32))
+        cache = cache.with_piece([values_bt1], docs)
     np.testing.assert_array_equal(cache.values[0][..., 0], [[1, 2, 3], [0, 1, 2]])
     np.testing.assert_array_equal(cache.segments_bs, [[1, 1, 3], [EMPTY, 1, 1]])
     np.testing.assert_array_equal(cache.length_b, [4, 5])

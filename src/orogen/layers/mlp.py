@@ -72,10 +72,10 @@ class MLP(nnx.Module):
         """`transform` as a mixer of the stack, which keeps nothing."""
         return self.transform(x_btd, plan), None
 
-    def start(self, batch: int, length: int, dtype: Any) -> None:
+    def start(self, room: Any, dtype: Any) -> None:
         """Nothing: tokens do not see each other here."""
 
-    def cache_axes(self) -> None:
+    def cache_axes(self, room: Any) -> None:
         """Nothing, as `start`."""
 
     def transform(self, x_btd: Array, plan: Plan) -> Array:

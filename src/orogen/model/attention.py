@@ -17,7 +17,7 @@ from orogen.layers.linear import add_bias, linear, linears
 from orogen.layers.norm import make_norm
 from orogen.layers.parameter import normal, parameter
 from orogen.layers.rotary import make_rotary, mscale
-from orogen.model.cache import KeyValues, require_one_context_rank
+from orogen.model.cache import Reading, require_one_context_rank
 from orogen.model.context_attention import attend
 from orogen.parallel.plan import Plan
 
@@ -53,9 +53,7 @@ class Attention(nnx.Module):
         heads = (config.num_attention_heads,)
         self.sinks = normal(rngs, heads, ("heads",), std=std) if config.attention_sinks else None
 
-    def __call__(
-        self, x_btd: Array, docs: Documents, plan: Plan, given: KeyValues | None = None
-    ) -> tuple[Array, KeyValues | None]:
+    def __call__(self, x_btd: Array, docs: Documents, plan: Plan, given: Any = None) -> tuple[Array, Any]:
         """y (b, t, d); given the keys and values of earlier tokens, over those too, and all of them."""
         require_one_context_rank(plan, given)
         h_btd = plan.enter(x_btd)
@@ -67,28 +65,29 @@ class Attention(nnx.Module):
             q_bthk, k_btgk = self.query_norm(q_bthk, plan), self.key_norm(k_btgk, plan)
         if self.rotary is not None:
             q_bthk, k_btgk = (self.rotary(a, docs.positions_bt) for a in (q_bthk, k_btgk))
-        (k_bsgk, v_bsgk), kept, behind = _behind(given, (k_btgk, v_btgk), docs.segments_bt)
+        kept, reading = _after(given, (k_btgk, v_btgk), docs)
+        k_bsgk, v_bsgk = (k_btgk, v_btgk) if reading is None else reading.values
         y_bthk = attend(
             q_bthk,
             k_bsgk,
             v_bsgk,
             docs.segments_bt,
             plan,
+            reading=reading,
             sinks_h=None if self.sinks is None else self.sinks[...],
             window=self.window,
             scale=self.head_dim**-0.5,
-            **behind,
         )
         return _join(y_bthk, self.out, self.out_bias, plan), kept
 
-    def start(self, batch: int, length: int, dtype: Any) -> KeyValues:
-        """Room for the keys and values of `batch` sequences of `length` tokens."""
+    def start(self, room: Any, dtype: Any) -> Any:
+        """Before the first token: room for keys and values."""
         heads = self.key[...].shape[-1] // self.head_dim, self.head_dim
-        return KeyValues.empty(batch, length, (heads, heads), dtype)
+        return room.key_values((heads, heads), dtype, window=self.window)
 
-    def cache_axes(self) -> Any:
+    def cache_axes(self, room: Any) -> Any:
         """The logical axes of what `start` makes."""
-        return KeyValues((("batch", None, "kv_heads", None),) * 2, ("batch", None), ("batch",))
+        return room.key_value_axes((("kv_heads", None),) * 2, window=self.window)
 
     def _heads(self, name: str, projected_btf: Array, bias: nnx.Param | None) -> Array:
         return _split(checkpoint_name(add_bias(projected_btf, bias), name), self.head_dim)
@@ -127,9 +126,7 @@ class LatentAttention(nnx.Module):
         self.out = normal(rngs, (heads * self.value_size, size), ("heads", "embed"), std=config.output_init_std)
         self.out_bias = _bias(size, "norm", biased)
 
-    def __call__(
-        self, x_btd: Array, docs: Documents, plan: Plan, given: KeyValues | None = None
-    ) -> tuple[Array, KeyValues | None]:
+    def __call__(self, x_btd: Array, docs: Documents, plan: Plan, given: Any = None) -> tuple[Array, Any]:
         """y (b, t, d); given the latent vectors and rotary keys of earlier tokens, over those too, and all of them."""
         require_one_context_rank(plan, given)
         h_btd = plan.enter(x_btd)
@@ -139,7 +136,8 @@ class LatentAttention(nnx.Module):
         latent_btr = self.latent_norm(latent_btr, plan)
         shared_btk = checkpoint_name(add_bias(shared_btk, self.key_rope_bias), "latent")
         shared_bt1k = self.rotary(shared_btk[:, :, None], docs.positions_bt)
-        (latent_bsr, shared_bs1k), kept, behind = _behind(given, (latent_btr, shared_bt1k), docs.segments_bt)
+        kept, reading = _after(given, (latent_btr, shared_bt1k), docs)
+        latent_bsr, shared_bs1k = (latent_btr, shared_bt1k) if reading is None else reading.values
         k_bsf, v_bsf = linears(latent_bsr, (self.key_up, self.value_up), plan)
         k_bsf, v_bsf = checkpoint_name(k_bsf, "key"), checkpoint_name(v_bsf, "value")
         k_bshk = _split(k_bsf, self.nope)
@@ -150,18 +148,18 @@ class LatentAttention(nnx.Module):
             _split(v_bsf, self.value_size),
             docs.segments_bt,
             plan,
+            reading=reading,
             scale=self.scale,
-            **behind,
         )
         return _join(y_bthk, self.out, self.out_bias, plan), kept
 
-    def start(self, batch: int, length: int, dtype: Any) -> KeyValues:
-        """Room for what keys and values of `batch` sequences of `length` tokens are computed from."""
-        return KeyValues.empty(batch, length, ((self.latent_down[...].shape[-1],), (1, self.rope)), dtype)
+    def start(self, room: Any, dtype: Any) -> Any:
+        """Before the first token: room for what keys and values are computed from."""
+        return room.key_values(((self.latent_down[...].shape[-1],), (1, self.rope)), dtype)
 
-    def cache_axes(self) -> Any:
+    def cache_axes(self, room: Any) -> Any:
         """The logical axes of what `start` makes."""
-        return KeyValues((("batch", None, None), ("batch", None, None, None)), ("batch", None), ("batch",))
+        return room.key_value_axes(((None,), (None, None)))
 
     def _queries(self, h_btd: Array, docs: Documents, plan: Plan) -> Array:
         if self.direct:
@@ -175,15 +173,12 @@ class LatentAttention(nnx.Module):
         return jnp.concatenate([plain_bthk, self.rotary(turned_bthk, docs.positions_bt)], -1)
 
 
-def _behind(
-    given: KeyValues | None, new: tuple[Array, Array], segments_bt: Array
-) -> tuple[tuple[Array, Array], KeyValues | None, dict[str, Any]]:
-    """What queries read, `new` alone or after what is given; what is kept of it; and how `attend` is to read it."""
+def _after(given: Any, new: tuple[Array, Array], docs: Documents) -> tuple[Any, Reading | None]:
+    """What is kept of `new` after what is given, and how queries read it; None, None if nothing is given."""
     if given is None:
-        return new, None, {}
-    kept = given.with_piece(new, segments_bt)
-    reading = {"q_index_bt": given.index(segments_bt.shape[1]), "kv_segments_bs": kept.segments_bs}
-    return kept.values, kept, reading
+        return None, None
+    kept = given.with_piece(new, docs)
+    return kept, kept.reading(docs)
 
 
 def _bias(size: int, axis: str, present: bool) -> nnx.Param | None:

@@ -125,13 +125,13 @@ class Layer(nnx.Module):
             y_btd, kept = self.mixer(h_btd, docs, plan, given)
         return x_btd + y_btd, kept
 
-    def start(self, batch: int, length: int, dtype: Any) -> Any:
+    def start(self, room: Any, dtype: Any) -> Any:
         """What the mixer is given with the first piece of a sequence. See `Stack.start`."""
-        return self.mixer.start(batch, length, dtype)
+        return self.mixer.start(room, dtype)
 
-    def cache_axes(self) -> Any:
+    def cache_axes(self, room: Any) -> Any:
         """The logical axes of what `start` makes."""
-        return self.mixer.cache_axes()
+        return self.mixer.cache_axes(room)
 
 
 class Stack(nnx.Module):
@@ -159,21 +159,21 @@ class Stack(nnx.Module):
             start = stop
         return x_btd, tuple(kept)
 
-    def start(self, batch: int, length: int, dtype: Any) -> tuple[Any, ...]:
-        """What the layers are given with the first piece of `batch` sequences of at most `length` tokens: empty caches
-        of this device's heads and channels, activations in `dtype`. The next piece is given `caches` of what is kept.
-        """
+    def start(self, room: Any, dtype: Any) -> tuple[Any, ...]:
+        """What the layers are given with the first piece of sequences: empty caches of this device's heads and
+        channels in the form that `room` gives them (`cache.Rows`, `slots.Slots`), activations in `dtype`. The next
+        piece is given `caches` of what is kept."""
         started = []
         for item, child in zip(self.items, self.children, strict=True):
-            empty = child.start(batch, length, dtype)
+            empty = child.start(room, dtype)
             if isinstance(item, Repeat):
                 empty = jax.tree.map(lambda a, n=item.count: jnp.broadcast_to(a, (n, *a.shape)), empty)
             started.append(empty)
         return tuple(started)
 
-    def cache_axes(self) -> tuple[Any, ...]:
+    def cache_axes(self, room: Any) -> tuple[Any, ...]:
         """The logical axes of what `start` makes, without the axes that repetitions put in front."""
-        return tuple(child.cache_axes() for child in self.children)
+        return tuple(child.cache_axes(room) for child in self.children)
 
 
 def _child(item: str | Repeat, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:

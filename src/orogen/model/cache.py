@@ -1,6 +1,7 @@
 """What layers keep of earlier tokens, so that a sequence may come in pieces, the last of them single tokens.
 
-A mixer makes its own by `start`, and names their logical axes by `cache_axes`, in the same form.
+A mixer makes its own by `start` in the form that a room gives them (`Rows` here; `Slots`, for an engine, in
+`model.slots`), and names their logical axes by `cache_axes`, in the same form.
 
 Pieces follow one another: the documents of a piece are those of the whole row at its places, with ids that no other
 document of the row has. The whole row at once and any pieces of it give the same outputs and gradients up to rounding,
@@ -18,6 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from orogen.kernels.selective_scan import selective_scan
+from orogen.kernels.ssd import ssd
+from orogen.layers.documents import Documents
 from orogen.parallel.plan import Plan
 
 # The segment of what was never written; no document has it.
@@ -43,8 +47,9 @@ class KeyValues(NamedTuple):
         values = tuple(jnp.zeros((batch, slots, *shape), dtype) for shape in shapes)
         return cls(values, jnp.full((batch, slots), EMPTY, jnp.int32), jnp.zeros(batch, jnp.int32))
 
-    def with_piece(self, values: Sequence[Array], segments_bt: Array) -> "KeyValues":
+    def with_piece(self, values: Sequence[Array], docs: Documents) -> "KeyValues":
         """With the arrays (b, t, …) of a piece after what is here. Raises ValueError if it never fits."""
+        segments_bt = docs.segments_bt
         (_, slots), (_, tokens) = self.segments_bs.shape, segments_bt.shape
         if tokens > slots:
             raise ValueError(f"a piece of {tokens} tokens for a cache of {slots}: expected at most as many")
@@ -54,9 +59,24 @@ class KeyValues(NamedTuple):
         segments_bs = write(self.segments_bs, segments_bt, slot_bt)
         return KeyValues(tuple(written), segments_bs, self.length_b + segments_bt.shape[1])
 
+    def reading(self, docs: Documents) -> "Reading":
+        """How the queries of the last piece, which is here, read it."""
+        tokens = docs.segments_bt.shape[1]
+        return Reading(self.values, self.segments_bs, self.index(tokens) - tokens)
+
     def index(self, tokens: int) -> Array:
         """(b, t) int32: the places in the sequence of the `tokens` to come."""
         return self.length_b[:, None] + jnp.arange(tokens, dtype=jnp.int32)
+
+
+class Reading(NamedTuple):
+    """What queries (b, t) read: values (b, s, …), their documents (b, s), the queries' places (b, t) and the values'
+    (b, s), None if they are 0, 1, ..."""
+
+    values: tuple[Array, ...]
+    kv_segments_bs: Array
+    q_index: Array
+    k_index: Array | None = None
 
 
 class Recurrent(NamedTuple):
@@ -82,10 +102,25 @@ class Recurrent(NamedTuple):
         windows, state = jax.tree.map(jnp.zeros_like, (self.windows, self.state))
         return Recurrent(windows, state, jax.tree.map(lambda a: jnp.full_like(a, EMPTY), self.segments_bk))
 
-    def entering(self, segments_bt: Array) -> Array:
+    def window_segments(self, docs: Documents) -> Array:
+        """The documents (b, k) of the windows' tokens."""
+        return self.segments_bk
+
+    def entering(self, docs: Documents) -> Array:
         """The state that a piece begins with: zero in rows whose first token is of another document."""
-        continues_b = self.segments_bk[:, -1] == segments_bt[:, 0]
+        continues_b = self.segments_bk[:, -1] == docs.segments_bt[:, 0]
         return jnp.where(continues_b.reshape(-1, *(1,) * (self.state.ndim - 1)), self.state, 0)
+
+    def ssd(self, operands: Sequence[Array], docs: Documents, plan: Plan, **settings: Any) -> tuple[Array, Array]:
+        """`kernels.ssd` of a piece's operands after the tokens before it: outputs, and the state after the piece."""
+        return ssd(*operands, segments_bt=docs.segments_bt, initial_state_bhpn=self.entering(docs), **settings)
+
+    def selective_scan(
+        self, operands: Sequence[Array], docs: Documents, plan: Plan, **settings: Any
+    ) -> tuple[Array, Array]:
+        """`kernels.selective_scan` in the same way."""
+        start_bin = self.entering(docs)
+        return selective_scan(*operands, segments_bt=docs.segments_bt, initial_state_bin=start_bin, **settings)
 
     def renamed(self, first_b: Array, continues_b: Array) -> "Recurrent":
         """Before a piece whose ids are its own: the last document is `first_b` where the piece goes on with it, and no
@@ -93,23 +128,49 @@ class Recurrent(NamedTuple):
         same_bk = (self.segments_bk == self.segments_bk[..., -1:]) & continues_b[:, None]
         return self._replace(segments_bk=jnp.where(same_bk, first_b[:, None], EMPTY))
 
-    def with_piece(self, inputs: Sequence[Array], state: Array | None, segments_bt: Array) -> "Recurrent":
-        """Behind a piece whose convolutions read `inputs` (b, t, c), and which left `state`."""
+    def with_piece(self, inputs: Sequence[Array], state: Any, docs: Documents) -> "Recurrent":
+        """After a piece whose convolutions read `inputs` (b, t, c), and which left `state`."""
         windows = tuple(_last(window, x) for window, x in zip(self.windows, inputs, strict=True))
-        return Recurrent(windows, state, _last(self.segments_bk, segments_bt))
+        return Recurrent(windows, state, _last(self.segments_bk, docs.segments_bt))
 
 
-CACHES = (KeyValues, Recurrent)
+class Rows(NamedTuple):
+    """Room for `batch` rows of at most `length` tokens, which may hold several documents and padding: the plain form of
+    every cache."""
+
+    batch: int
+    length: int
+
+    def key_values(self, shapes: Sequence[tuple[int, ...]], dtype: Any, *, window: int | None = None) -> KeyValues:
+        """For attention that reads arrays of these shapes a token. All tokens stay, also those outside a `window`."""
+        return KeyValues.empty(self.batch, self.length, shapes, dtype)
+
+    def key_value_axes(self, axes: Sequence[tuple[str | None, ...]], *, window: int | None = None) -> KeyValues:
+        """The logical axes of `key_values`, from those of each array's shape a token."""
+        return KeyValues(tuple(("batch", None, *each) for each in axes), ("batch", None), ("batch",))
+
+    def recurrent(self, taps: int, channels: Sequence[int], state: tuple[int, ...], dtype: Any) -> Recurrent:
+        """For convolutions of `taps` taps over so many channels and states of this shape."""
+        return Recurrent.empty(self.batch, taps, channels, state, dtype)
+
+    def recurrent_axes(self, channels: Sequence[str | None], state: tuple[str | None, ...]) -> Recurrent:
+        """The logical axes of `recurrent`, from those of the channels and of a state."""
+        return Recurrent(tuple(("batch", None, axis) for axis in channels), ("batch", *state), ("batch", None))
+
+
+def is_cache(one: Any) -> bool:
+    """Whether the next piece is given this, which a layer kept: caches take pieces."""
+    return hasattr(type(one), "with_piece")
 
 
 def caches(kept: Any) -> Any:
     """What the next piece is given, among what a stack's layers kept."""
-    return map_layers(lambda one: one if isinstance(one, CACHES) else None, kept)
+    return map_layers(lambda one: one if is_cache(one) else None, kept)
 
 
 def without_caches(kept: Any) -> Any:
     """What a stack's layers kept beside caches: statistics."""
-    return map_layers(lambda one: None if isinstance(one, CACHES) else one, kept)
+    return map_layers(lambda one: None if is_cache(one) else one, kept)
 
 
 def both(one: Any, other: Any) -> Any:

@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from orogen.kernels.attention import attention
 from orogen.kernels.attention.reference import masked_exp
+from orogen.model.cache import Reading
 from orogen.model.context_ssm import heads_for_sequence
 from orogen.parallel.context import places, to_tokens, whole
 from orogen.parallel.plan import Plan
@@ -30,24 +31,21 @@ def attend(
     segments_bt: Array,
     plan: Plan,
     *,
-    kv_segments_bs: Array | None = None,
-    q_index_bt: Array | None = None,
+    reading: Reading | None = None,
     sinks_h: Array | None = None,
     window: int | None = None,
     scale: float,
 ) -> Array:
     """Outputs (b, t, h, k) of `kernels.attention` for this rank's queries against the whole sequence.
 
-    kv_segments_bs, q_index_bt: where keys are those of all tokens so far, on one rank, their documents and the queries'
-    places among them.
+    reading: where keys are those of all tokens so far, on one rank, how queries read them.
     """
     kernel = partial(attention, implementation=plan.config.attention, window=window, scale=scale)
     kept = partial(checkpoint_name, name="attention")
     if plan.size("context") == 1:
-        y_bthk = kernel(
-            q_bthk, k_btgk, v_btgk, segments_bt=segments_bt, kv_segments_bs=kv_segments_bs, q_index=q_index_bt,
-            sinks_h=sinks_h,
-        )  # fmt: skip
+        places_of = {} if reading is None else reading._asdict()
+        places_of.pop("values", None)
+        y_bthk = kernel(q_bthk, k_btgk, v_btgk, segments_bt=segments_bt, sinks_h=sinks_h, **places_of)
         return y_bthk if plan.config.attention == "cudnn" else kept(y_bthk)  # cuDNN's has the name already
     if plan.config.context_attention == "allgather":
         k_bsgk, v_bsgk, kv_segments_bs = (whole(a, plan) for a in (k_btgk, v_btgk, segments_bt))

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from orogen.kernels.selective_scan import selective_scan
 from orogen.kernels.ssd import ssd
 from orogen.kernels.ssd.passing import passed_on
-from orogen.model.cache import Recurrent
+from orogen.layers.documents import Documents
 from orogen.parallel.context import earlier, entering, joined, parts, to_heads
 from orogen.parallel.plan import Plan
 
@@ -37,17 +37,17 @@ class Convolution(Protocol):
 
 
 def convolve(
-    convs: Sequence[Convolution], arrays: Sequence[Array], segments_bt: Array, plan: Plan, given: Recurrent | None
+    convs: Sequence[Convolution], arrays: Sequence[Array], docs: Documents, plan: Plan, given: Any = None
 ) -> list[Array]:
     """Each array (b, t, c) through its causal convolution, called with array, segments, plan, halo and its segments.
 
-    One exchange for all arrays, of the last tokens before each part. given: the windows before the first token, on
-    one rank of `context`.
+    One exchange for all arrays, of the last tokens before each part. given: the cache of the tokens before the first,
+    on one rank of `context`.
     """
-    before = convs[0].taps - 1
+    before, segments_bt = convs[0].taps - 1, docs.segments_bt
     if given is not None and before:
         return [
-            conv(x_btc, segments_bt, plan, window_bkc, given.segments_bk)
+            conv(x_btc, segments_bt, plan, window_bkc[:, -before:], given.window_segments(docs)[:, -before:])
             for conv, x_btc, window_bkc in zip(convs, arrays, given.windows, strict=True)
         ]
     if plan.size("context") == 1 or not before:

@@ -17,7 +17,7 @@ from orogen.kernels.selective_scan import selective_scan
 from orogen.layers.documents import Documents
 from orogen.layers.linear import add_bias, linear, linear_plain, linears
 from orogen.layers.parameter import normal, parameter, uniform
-from orogen.model.cache import Recurrent, require_one_context_rank
+from orogen.model.cache import require_one_context_rank
 from orogen.model.context_ssm import convolve, scan_over_parts
 from orogen.model.mamba2 import CausalConv, initial_dt_bias, projection_bias
 from orogen.parallel.context import to_heads, to_tokens, whole
@@ -51,41 +51,37 @@ class Mamba1(nnx.Module):
         self.out = normal(rngs, (inner, size), ("mamba_heads", "embed"), std=config.output_init_std)
         self.out_bias = projection_bias(config, size, "norm")
 
-    def __call__(
-        self, x_btd: Array, docs: Documents, plan: Plan, given: Recurrent | None = None
-    ) -> tuple[Array, Recurrent | None]:
+    def __call__(self, x_btd: Array, docs: Documents, plan: Plan, given: Any = None) -> tuple[Array, Any]:
         """y (b, t, d); given the convolution's window and the state of earlier tokens, also those after these."""
         require_one_context_rank(plan, given)
-        segments_bt = docs.segments_bt
         h_btd = plan.enter(x_btd)
         projected = zip(linears(h_btd, (self.x, self.z), plan), (self.x_bias, self.z_bias), strict=True)
         x_bti, z_bti = (checkpoint_name(add_bias(y_bti, bias), "in_proj") for y_bti, bias in projected)
         with jax.named_scope("conv"):
             inputs = (x_bti,)
-            (x_bti,) = convolve((self.conv,), inputs, segments_bt, plan, given)
+            (x_bti,) = convolve((self.conv,), inputs, docs, plan, given)
         with jax.named_scope("selective_scan"):
-            state_bin = None if given is None else given.entering(segments_bt)
-            y_bti, state_bin = self._scan(x_bti, segments_bt, plan, state_bin)
+            y_bti, state = self._scan(x_bti, docs, plan, given)
         with jax.named_scope("gate"):
             gated = lambda y_bti, z_bti: (y_bti * jax.nn.silu(z_bti.astype(jnp.float32))).astype(x_btd.dtype)  # noqa: E731
             y_bti = checkpoint_name(from_inputs(gated)(y_bti, z_bti), "gated")
         # The ranks' parts of the product are summed before the bias is added, once.
         y_btd = add_bias(plan.leave(linear(y_bti, self.out, plan)), self.out_bias)
-        return y_btd, None if given is None else given.with_piece(inputs, state_bin, segments_bt)
+        return y_btd, None if given is None else given.with_piece(inputs, state, docs)
 
-    def start(self, batch: int, length: int, dtype: Any) -> Recurrent:
-        """Before the first token of `batch` sequences, whatever their length."""
+    def start(self, room: Any, dtype: Any) -> Any:
+        """Before the first token, however many come."""
         channels, state = self.A_log[...].shape[-2:]
-        return Recurrent.empty(batch, self.conv.taps, (channels,), (channels, state), dtype)
+        return room.recurrent(self.conv.taps, (channels,), (channels, state), dtype)
 
-    def cache_axes(self) -> Any:
+    def cache_axes(self, room: Any) -> Any:
         """The logical axes of what `start` makes."""
-        return Recurrent((("batch", None, "mamba_heads"),), ("batch", "mamba_heads", None), ("batch", None))
+        return room.recurrent_axes(("mamba_heads",), ("mamba_heads", None))
 
-    def _scan(
-        self, x_bti: Array, segments_bt: Array, plan: Plan, state_bin: Array | None
-    ) -> tuple[Array, Array | None]:
-        """The scan's output and D x, float32, and, on one rank of `context`, the state after the last token."""
+    def _scan(self, x_bti: Array, docs: Documents, plan: Plan, given: Any) -> tuple[Array, Any]:
+        """The scan's output and D x, float32, and, on one rank of `context`, the state after the last token, in the
+        form in which it is given."""
+        segments_bt, state = docs.segments_bt, None
         # The time step's low rank, B and C read all channels, of which a rank has its own.
         parts = tuple(linear_plain(x_bti, w, plan) for w in (self.dt_down, self.B, self.C))
         dt_btr, B_btn, C_btn = (checkpoint_name(a, "x_proj") for a in plan.sum(parts, "mamba_heads"))
@@ -101,13 +97,12 @@ class Mamba1(nnx.Module):
         dt_bias_i, A_log_in, D_i = vectors
         step = from_inputs(lambda dt_bti, bias_i: jax.nn.softplus(dt_bti.astype(jnp.float32) + bias_i))
         operands = (x_bti, step(dt_bti, dt_bias_i), -jnp.exp(A_log_in), B_btn, C_btn)
-        if by_heads or plan.size("context") == 1:
-            implementation = plan.config.selective_scan
-            y_bti, state_bin = selective_scan(
-                *operands, segments_bt=segments_bt, initial_state_bin=state_bin, chunk_size=CHUNK,
-                implementation=implementation,
-            )  # fmt: skip
+        settings = {"chunk_size": CHUNK, "implementation": plan.config.selective_scan}
+        if given is not None:
+            y_bti, state = given.selective_scan(operands, docs, plan, **settings)
+        elif by_heads or plan.size("context") == 1:
+            y_bti, _ = selective_scan(*operands, segments_bt=segments_bt, **settings)
         else:
             y_bti = scan_over_parts(operands, segments_bt, plan, chunk_size=CHUNK)
         y_bti = from_inputs(lambda y_bti, x_bti, D_i: y_bti + D_i * x_bti)(y_bti, x_bti, D_i)
-        return to_tokens(y_bti, plan) if by_heads else y_bti, state_bin
+        return to_tokens(y_bti, plan) if by_heads else y_bti, state

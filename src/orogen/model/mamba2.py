@@ -20,7 +20,7 @@ from orogen.layers.documents import Documents
 from orogen.layers.linear import add_bias, linear, linear_plain, linears
 from orogen.layers.norm import GroupRMSNorm
 from orogen.layers.parameter import normal, parameter, uniform
-from orogen.model.cache import Recurrent, require_one_context_rank
+from orogen.model.cache import require_one_context_rank
 from orogen.model.context_ssm import convolve, heads_for_sequence, ssd_over_parts
 from orogen.parallel.context import to_tokens, whole
 from orogen.parallel.plan import Plan
@@ -89,12 +89,9 @@ class Mamba2(nnx.Module):
         self.out = normal(rngs, (inner, size), ("mamba_heads", "embed"), std=config.output_init_std)
         self.out_bias = projection_bias(config, size, "norm")
 
-    def __call__(
-        self, x_btd: Array, docs: Documents, plan: Plan, given: Recurrent | None = None
-    ) -> tuple[Array, Recurrent | None]:
+    def __call__(self, x_btd: Array, docs: Documents, plan: Plan, given: Any = None) -> tuple[Array, Any]:
         """y (b, t, d); given the convolutions' windows and the state of earlier tokens, also those after these."""
         require_one_context_rank(plan, given)
-        segments_bt = docs.segments_bt
         h_btd = plan.enter(x_btd)
         # dt has one column per head, too few for FP8 to gain anything, and decays are exponentials of it.
         projected = (
@@ -107,36 +104,30 @@ class Mamba2(nnx.Module):
         )
         with jax.named_scope("conv"):
             convs, inputs = (self.conv_x, self.conv_B, self.conv_C), (x_bti, B_btc, C_btc)
-            x_bti, B_btc, C_btc = convolve(convs, inputs, segments_bt, plan, given)
+            x_bti, B_btc, C_btc = convolve(convs, inputs, docs, plan, given)
         with jax.named_scope("ssd"):
-            state_bhpn = None if given is None else given.entering(segments_bt)
-            y_bti, state_bhpn = self._scan((x_bti, B_btc, C_btc, dt_bth), segments_bt, plan, state_bhpn)
+            y_bti, state = self._scan((x_bti, B_btc, C_btc, dt_bth), docs, plan, given)
         with jax.named_scope("gated_norm"):
             y_bti = checkpoint_name(self.norm(y_bti, z_bti, plan), "gated_norm")
         # The ranks' parts of the product are summed before the bias is added, once.
         y_btd = add_bias(plan.leave(linear(y_bti, self.out, plan)), self.out_bias)
-        return y_btd, None if given is None else given.with_piece(inputs, state_bhpn, segments_bt)
+        return y_btd, None if given is None else given.with_piece(inputs, state, docs)
 
-    def start(self, batch: int, length: int, dtype: Any) -> Recurrent:
-        """Before the first token of `batch` sequences, whatever their length."""
+    def start(self, room: Any, dtype: Any) -> Any:
+        """Before the first token, however many come."""
         channels = [conv.weight[...].shape[-2] for conv in (self.conv_x, self.conv_B, self.conv_C)]
         state = self.D[...].shape[-1], self.head_dim, self.state_size
-        return Recurrent.empty(batch, self.conv_x.taps, channels, state, dtype)
+        return room.recurrent(self.conv_x.taps, channels, state, dtype)
 
-    def cache_axes(self) -> Any:
+    def cache_axes(self, room: Any) -> Any:
         """The logical axes of what `start` makes."""
-        return Recurrent(
-            tuple(("batch", None, axis) for axis in ("mamba_heads", "groups", "groups")),
-            ("batch", "mamba_heads", None, None),
-            ("batch", None),
-        )
+        return room.recurrent_axes(("mamba_heads", "groups", "groups"), ("mamba_heads", None, None))
 
-    def _scan(
-        self, inputs: tuple[Array, ...], segments_bt: Array, plan: Plan, state_bhpn: Array | None
-    ) -> tuple[Array, Array | None]:
+    def _scan(self, inputs: tuple[Array, ...], docs: Documents, plan: Plan, given: Any) -> tuple[Array, Any]:
         """The SSD's output (b, t, i), of its inputs x, B, C and dt, and, on one rank of `context`, the state
-        (b, h, p, n) after the last token."""
+        (b, h, p, n) after the last token, in the form in which it is given."""
         x_bti, B_btc, C_btc, dt_bth = inputs
+        segments_bt, state = docs.segments_bt, None
         split = lambda a, size: a.reshape(*a.shape[:2], -1, size)  # noqa: E731
         x_bthp, B_btgn, C_btgn = (
             split(x_bti, self.head_dim),
@@ -153,15 +144,14 @@ class Mamba2(nnx.Module):
         step = lambda dt, bias: jnp.clip(jax.nn.softplus(dt.astype(jnp.float32) + bias), *self.time_step_range)  # noqa: E731
         dt_bth = from_inputs(step)(dt_bth, dt_bias_h)
         operands = (x_bthp, dt_bth, -jnp.exp(A_log_h), B_btgn, C_btgn)
-        if by_heads or plan.size("context") == 1:
-            implementation = plan.config.ssd
-            y_bthp, state_bhpn = ssd(
-                *operands, segments_bt=segments_bt, initial_state_bhpn=state_bhpn, skip_h=D_h,
-                chunk_size=self.chunk_size, implementation=implementation,
-            )  # fmt: skip
+        settings = {"skip_h": D_h, "chunk_size": self.chunk_size, "implementation": plan.config.ssd}
+        if given is not None:
+            y_bthp, state = given.ssd(operands, docs, plan, **settings)
+        elif by_heads or plan.size("context") == 1:
+            y_bthp, _ = ssd(*operands, segments_bt=segments_bt, **settings)
         else:
             y_bthp = ssd_over_parts(operands, D_h, segments_bt, plan, chunk_size=self.chunk_size).astype(x_bti.dtype)
-        return (to_tokens(y_bthp, plan) if by_heads else y_bthp).reshape(x_bti.shape), state_bhpn
+        return (to_tokens(y_bthp, plan) if by_heads else y_bthp).reshape(x_bti.shape), state
 
 
 def projection_bias(config: ModelConfig, width: int, axis: str) -> nnx.Param | None:

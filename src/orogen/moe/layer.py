@@ -88,10 +88,10 @@ class MoE(nnx.Module):
                 y_btd = y_btd + self._shared(x_btd, self.shared, plan)
         return y_btd, stats
 
-    def start(self, batch: int, length: int, dtype: Any) -> None:
+    def start(self, room: Any, dtype: Any) -> None:
         """Nothing: tokens do not see each other here."""
 
-    def cache_axes(self) -> None:
+    def cache_axes(self, room: Any) -> None:
         """Nothing, as `start`."""
 
     def _routed(self, x_btd: Array, valid_bt: Array, plan: Plan, given: Replay | None) -> tuple[Array, MoEStats]:

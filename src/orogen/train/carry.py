@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array
 
 from orogen.config.run import TrainConfig
-from orogen.model.cache import Recurrent, map_layers
+from orogen.model.cache import Recurrent, Rows, map_layers
 from orogen.model.lm import Built
 from orogen.parallel.plan import Plan
 
@@ -24,10 +24,10 @@ def abstract(train: TrainConfig, built: Built) -> Any:
 
     def start(params: nnx.State, buffers: nnx.State) -> Any:
         stack = nnx.merge(built.graph, params, buffers).backbone
-        return stack.start(train.batch_size, 1, jnp.dtype(train.compute_dtype))
+        return stack.start(_room(train), jnp.dtype(train.compute_dtype))
 
     made = jax.eval_shape(start, built.params, built.buffers)
-    named = nnx.merge(built.graph, built.params, built.buffers).backbone.cache_axes()
+    named = nnx.merge(built.graph, built.params, built.buffers).backbone.cache_axes(_room(train))
     recurrent = lambda one: one if isinstance(one, Recurrent) else None  # noqa: E731
     arrays, axes = (map_layers(recurrent, tree) for tree in (made, named))
     return jax.tree.map(lambda array, names: nnx.Variable(array, axes=names), arrays, axes)
@@ -69,6 +69,10 @@ def after(left: Any, finite: Array) -> Any:
 def emptied(carried: Any) -> Any:
     """Of the same shapes, whether `carried` is abstract or not, before the first row."""
     return map_layers(lambda one: one and one.emptied(), carried)
+
+
+def _room(train: TrainConfig) -> Rows:
+    return Rows(train.batch_size, 1)  # states do not grow with the row
 
 
 def _is_variable(leaf: Any) -> bool:

@@ -1,0 +1,172 @@
+"""Caches of an engine's slots: of rows that hold one sequence each, come and go, and advance by different counts.
+
+A piece is right-padded: of its `t` tokens row i has the first few, of segment 1, and the rest, of segment 0, leaves no
+trace; a row may have none. Its tokens' places are `Documents.positions_bt`, which count on from those before. Keys and
+values lie in pages that several rows may share (arXiv:2309.06180), or, under a window, in a ring; the caches hold no
+lengths, so a token is taken back by feeding another one at its place. States are taken back by `rolled_back`, as many
+tokens as `Slots.drafts` says.
+
+Letters: b rows, t time of a piece, p pages of a row, s places that are read, k tokens of a convolution's window, r
+places of a ring.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from orogen.kernels.selective_scan import selective_scan
+from orogen.kernels.ssd import ssd
+from orogen.layers.documents import Documents
+from orogen.model.cache import EMPTY, Reading, map_layers
+from orogen.parallel.plan import Plan
+
+
+class Slots(NamedTuple):
+    """Room for the sequences of `rows` slots on this device, in `pages` pages of `page` tokens, at most `reach` pages a
+    row; see `cache.Rows`.
+
+    piece: the most tokens that a piece has. drafts: the most tokens that are taken back.
+    """
+
+    rows: int
+    pages: int
+    page: int
+    reach: int
+    piece: int
+    drafts: int = 0
+
+    def key_values(self, shapes: Sequence[tuple[int, ...]], dtype: Any, *, window: int | None = None) -> Any:
+        """`Paged`, or `Ringed` for a window."""
+        if window is not None:
+            return Ringed(tuple(jnp.zeros((self.rows, window + self.piece, *shape), dtype) for shape in shapes))
+        values = tuple(jnp.zeros((self.pages, self.page, *shape), dtype) for shape in shapes)
+        return Paged(values, jnp.zeros((self.rows, self.reach), jnp.int32))
+
+    def key_value_axes(self, axes: Sequence[tuple[str | None, ...]], *, window: int | None = None) -> Any:
+        """The logical axes of `key_values`. Pages are those of a data rank, which numbers them from 0."""
+        values = tuple(("batch", None, *each) for each in axes)
+        return Paged(values, ("batch", None)) if window is None else Ringed(values)
+
+    def recurrent(self, taps: int, channels: Sequence[int], state: tuple[int, ...], dtype: Any) -> "SlotState":
+        """`SlotState` for convolutions of `taps` taps over so many channels and states of this shape."""
+        tokens = taps - 1 + self.drafts
+        windows = tuple(jnp.zeros((self.rows, tokens, size), dtype) for size in channels)
+        return SlotState(windows, jnp.zeros((self.rows, *state), jnp.float32))
+
+    def recurrent_axes(self, channels: Sequence[str | None], state: tuple[str | None, ...]) -> "SlotState":
+        """The logical axes of `recurrent`."""
+        return SlotState(tuple(("batch", None, axis) for axis in channels), ("batch", *state))
+
+
+class Paged(NamedTuple):
+    """Keys and values (pages, page, …), or what they are computed from, and the pages of each row (b, p) int32, in the
+    order of its tokens. No two rows write one page."""
+
+    values: Any  # typed for arrays and for their logical axes
+    table_bp: Any
+
+    def with_piece(self, values: Sequence[Array], docs: Documents) -> "Paged":
+        """With the arrays (b, t, …) of a piece at its places."""
+        pages, page = self.values[0].shape[:2]
+        index_bt = jnp.take_along_axis(self.table_bp, docs.positions_bt // page, axis=1, mode="clip")
+        index_bt = jnp.where(docs.segments_bt != 0, index_bt * page + docs.positions_bt % page, pages * page)
+
+        def write(pool: Array, new: Array) -> Array:
+            flat = pool.reshape(-1, *pool.shape[2:])
+            flat = flat.at[index_bt.reshape(-1)].set(_flat(new).astype(pool.dtype), mode="drop")
+            return flat.reshape(pool.shape)
+
+        return self._replace(values=tuple(map(write, self.values, values)))
+
+    def reading(self, docs: Documents) -> Reading:
+        """Every place of the rows' pages: those after a query are those that causality hides."""
+        read = tuple(pool[self.table_bp].reshape(len(self.table_bp), -1, *pool.shape[2:]) for pool in self.values)
+        return Reading(read, jnp.ones(read[0].shape[:2], jnp.int32), docs.positions_bt)
+
+
+class Ringed(NamedTuple):
+    """Keys and values (b, r, …) of the last tokens: place i is at i modulo r. The ring is longer than a window by a
+    piece, so that a piece, and what is fed again in place of its end, overwrites nothing that a window reaches."""
+
+    values: Any
+
+    def with_piece(self, values: Sequence[Array], docs: Documents) -> "Ringed":
+        """With the arrays (b, t, …) of a piece at its places."""
+        places = self.values[0].shape[1]
+        index_bt = jnp.where(docs.segments_bt != 0, docs.positions_bt % places, places)
+        write = jax.vmap(lambda ring, new, index_t: ring.at[index_t].set(new.astype(ring.dtype), mode="drop"))
+        return Ringed(tuple(write(ring, new, index_bt) for ring, new in zip(self.values, values, strict=True)))
+
+    def reading(self, docs: Documents) -> Reading:
+        """The last places up to the piece's last token."""
+        places = self.values[0].shape[1]
+        last_b1 = docs.positions_bt[:, :1] + _counts(docs)[:, None] - 1
+        place_bs = last_b1 - (last_b1 - jnp.arange(places)) % places
+        return Reading(self.values, jnp.where(place_bs >= 0, 1, EMPTY), docs.positions_bt, place_bs)
+
+
+class SlotState(NamedTuple):
+    """What a state-space mixer needs of earlier tokens: of each convolution the last inputs (b, k, c), oldest first,
+    and the SSM's state, float32."""
+
+    windows: Any
+    state: Any
+
+    def window_segments(self, docs: Documents) -> Array:
+        """1, as a piece's tokens: before the first token windows are zero, as is what a convolution reads there."""
+        return jnp.ones((len(docs.segments_bt), self.windows[0].shape[1]), jnp.int32)
+
+    def ssd(self, operands: Sequence[Array], docs: Documents, plan: Plan, **settings: Any) -> tuple[Array, Array]:
+        """`kernels.ssd` of a piece's operands after the tokens before it: outputs, and the state after its last token.
+        Padding takes a step of no time, after which the state is what it was."""
+        x_bthp, dt_bth, *others = operands
+        dt_bth = jnp.where(docs.segments_bt[..., None] != 0, dt_bth, 0)
+        return ssd(x_bthp, dt_bth, *others, initial_state_bhpn=self.state, **settings)
+
+    def selective_scan(
+        self, operands: Sequence[Array], docs: Documents, plan: Plan, **settings: Any
+    ) -> tuple[Array, Array]:
+        """`kernels.selective_scan` in the same way."""
+        x_bti, dt_bti, *others = operands
+        dt_bti = jnp.where(docs.segments_bt[..., None] != 0, dt_bti, 0)
+        return selective_scan(x_bti, dt_bti, *others, initial_state_bin=self.state, **settings)
+
+    def with_piece(self, inputs: Sequence[Array], state: Any, docs: Documents) -> "SlotState":
+        """After a piece whose convolutions read `inputs` (b, t, c), and which left `state`."""
+        count_b = _counts(docs)
+        windows = tuple(
+            _rows_from(jnp.concatenate([window, new.astype(window.dtype)], 1), count_b, window.shape[1])
+            for window, new in zip(self.windows, inputs, strict=True)
+        )
+        return SlotState(windows, state)
+
+
+def with_tables(caches: Any, table_bp: Array) -> Any:
+    """The caches of a stack's layers whose rows have these pages."""
+
+    def place(one: Any) -> Any:
+        if not isinstance(one, Paged):
+            return one
+        stacked = one.table_bp.shape[:-2]
+        return one._replace(table_bp=jnp.broadcast_to(table_bp, (*stacked, *table_bp.shape)))
+
+    return map_layers(place, caches)
+
+
+def _counts(docs: Documents) -> Array:
+    """(b,) how many tokens of a piece each row has."""
+    return jnp.sum(docs.segments_bt != 0, axis=1, dtype=jnp.int32)
+
+
+def _rows_from(x_btc: Array, start_b: Array, length: int) -> Array:
+    """(b, length, c): of each row what begins at its own start."""
+    index_bk = start_b[:, None] + jnp.arange(length)
+    return jnp.take_along_axis(x_btc, index_bk[..., None], axis=1, mode="clip")
+
+
+def _flat(x: Array) -> Array:
+    """(b, t, …) as (b · t, …)."""
+    return x.reshape(-1, *x.shape[2:])
