@@ -76,7 +76,3 @@ class Pages(Pool):
         if page < 1:
             raise ValueError(f"pages of {page} tokens; expected at least 1")
         self.page = page
-
-    def of(self, tokens: int) -> int:
-        """How many pages `tokens` tokens take."""
-        return -(-tokens // self.page)
