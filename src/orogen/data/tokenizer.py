@@ -94,6 +94,11 @@ class Tokenizer:
         return len(self._bytes_of_token)
 
     @property
+    def bytes_of_token(self) -> list[bytes]:
+        """The bytes of each id; empty for specials and for ids without a token."""
+        return list(self._bytes_of_token)
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of the tokenizer's file."""
         return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
@@ -150,6 +155,11 @@ class Tokenizer:
             other._file = {**self._file, "post_processor": with_bos(self._file["post_processor"], bos, self.bos_id)}
             other._backend = _as_text(tokenizers.Tokenizer.from_str(json.dumps(other._file)))
         return other
+
+    def marker_ids(self, text: str) -> list[int]:
+        """The one token that is written so, special or not; else the tokens of `text` where it follows other text."""
+        own = self._backend.token_to_id(text)
+        return self._encode_exactly(text, first=False).tolist() if own is None else [own]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of the tokens; specials have none. Raises ConfigError for an id outside the vocabulary."""
