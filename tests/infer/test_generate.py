@@ -34,7 +34,7 @@ def test_the_seed_decides_every_token(opened):
 def test_prompts_of_one_bucket_and_all_seeds_share_a_program(opened, monkeypatch):
     """A trace samples once, in the body of the loop over tokens."""
     chex.clear_trace_counter()
-    monkeypatch.setattr("orogen.infer.generate.sample", chex.assert_max_traces(generate_module.sample, n=1))
+    monkeypatch.setattr("orogen.infer.generate.choose", chex.assert_max_traces(generate_module.choose, n=1))
     for prompts, seed in ((["ab", "c"], 0), (["d", "efgh"], 1), (["", "i"], 2)):
         generate(opened, prompts, tokens=7, seed=seed)  # 7: another test's number would find its program
     with pytest.raises(AssertionError, match="traced > 1 times"):

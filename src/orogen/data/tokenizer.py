@@ -53,6 +53,8 @@ class Tokenizer:
 
     Text never becomes a special token, also where it spells one. `byte_length_v` (v,) int32 is the number of bytes of
     each token, 0 for specials; `is_token_v` (v,) bool is False for ids without a token. `end_ids` end a text.
+    To read alone: `bytes_of_token`, the bytes of each id, and `fallback_of_byte`, the id of each byte's own token in a
+    vocabulary with byte fallback, else empty.
     """
 
     def __init__(
@@ -76,8 +78,8 @@ class Tokenizer:
         self.pad_id, self.bos_id, self.eos_id = (special_id(backend, name) for name in (pad, bos, eos))
         self.end_ids = frozenset((self.eos_id, *ends))
         self._around = ((self.bos_id,), ()) if around is None else around
-        self._bytes_of_token, tokens, self._fallback_of_byte = token_bytes(backend, self._file["model"])
-        self.byte_length_v = np.array([len(b) for b in self._bytes_of_token], np.int32)
+        self.bytes_of_token, tokens, self.fallback_of_byte = token_bytes(backend, self._file["model"])
+        self.byte_length_v = np.array([len(b) for b in self.bytes_of_token], np.int32)
         self.is_token_v = np.isin(np.arange(self.vocab_size), list(tokens))
         self._added = [str(t) for t in backend.get_added_tokens_decoder().values() if not t.special]
         specials = [str(t) for t in backend.get_added_tokens_decoder().values() if t.special]
@@ -85,13 +87,13 @@ class Tokenizer:
             "|".join([_MISREAD, *(f"{re.escape(s[0])}(?={re.escape(s[1:])})" for s in specials)])
         )
         self._token_of_byte = self._byte_table()
-        # What the pipeline puts before a text (SentencePiece's dummy prefix); no part of the text.
-        self._prefix = b" " if self._fallback_of_byte and self.decode_bytes(self._ids("a"))[:1] == b" " else b""
+        # What the pipeline puts before a text (SentencePiece's dummy prefix); no part of the text. To read alone.
+        self.prefix = b" " if self.fallback_of_byte and self.decode_bytes(self._ids("a"))[:1] == b" " else b""
 
     @property
     def vocab_size(self) -> int:
         """The largest id plus one, specials included: the rows an embedding needs."""
-        return len(self._bytes_of_token)
+        return len(self.bytes_of_token)
 
     @property
     def fingerprint(self) -> str:
@@ -119,7 +121,7 @@ class Tokenizer:
         ids = self.encode(text)
         if self.text_bytes(ids) == (data := text.encode()):
             return ids
-        if self._prefix and text.startswith(" "):
+        if self.prefix and text.startswith(" "):
             ids = np.concatenate([self._spelled(" "), self._encode_exactly(text, first=False)])
             if self.text_bytes(ids) == data:
                 return ids
@@ -151,16 +153,21 @@ class Tokenizer:
             other._backend = _as_text(tokenizers.Tokenizer.from_str(json.dumps(other._file)))
         return other
 
+    def marker_ids(self, text: str) -> list[int]:
+        """The one token that is written so, special or not; else the tokens of `text` where it follows other text."""
+        own = self._backend.token_to_id(text)
+        return self._encode_exactly(text, first=False).tolist() if own is None else [own]
+
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of the tokens; specials have none. Raises ConfigError for an id outside the vocabulary."""
         ids = [int(i) for i in ids]
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             raise ConfigError(f"token ids from {min(ids)} to {max(ids)}: expected 0 to {self.vocab_size - 1}")
-        return b"".join(map(self._bytes_of_token.__getitem__, ids))
+        return b"".join(map(self.bytes_of_token.__getitem__, ids))
 
     def text_bytes(self, ids: Iterable[int]) -> bytes:
         """`decode_bytes` of tokens that begin a text: without the space that the tokenizer put before it."""
-        return self.decode_bytes(ids).removeprefix(self._prefix)
+        return self.decode_bytes(ids).removeprefix(self.prefix)
 
     def decode(self, ids: Iterable[int], *, after: Iterable[int] = ()) -> str:
         """The text that the tokens add to the text of the tokens `after`, which they follow.
@@ -168,13 +175,13 @@ class Tokenizer:
         Bytes that are not UTF-8, as where a cut parts a character, become U+FFFD, as transformers has them.
         """
         before, ids = list(after), [int(i) for i in ids]
-        if not self._fallback_of_byte:
+        if not self.fallback_of_byte:
             return self.decode_bytes(ids).decode("utf-8", errors="replace")
         self.decode_bytes(ids)
-        own = set(self._fallback_of_byte.values())
-        runs = itertools.groupby((i for i in ids if self._bytes_of_token[i]), key=lambda i: i in own)
-        text = "".join(_decoded(self.decode_bytes(run), one_by_one=spelled) for spelled, run in runs)
-        return text if self.decode_bytes(before) else text.removeprefix(self._prefix.decode())
+        own = set(self.fallback_of_byte.values())
+        runs = itertools.groupby((i for i in ids if self.bytes_of_token[i]), key=lambda i: i in own)
+        text = "".join(decoded(self.decode_bytes(run), one_by_one=spelled) for spelled, run in runs)
+        return text if self.decode_bytes(before) else text.removeprefix(self.prefix.decode())
 
     def check_lossless(self) -> None:
         """Raises ConfigError if some text would not survive `encode_document`: bits per byte would leave its bytes out.
@@ -182,12 +189,12 @@ class Tokenizer:
         The tokenizer may pass and still change a text that is not tried here: `encode_document` refuses that text.
         """
         for normalizer in normalizers_of(self._file):
-            if not (self._fallback_of_byte and only_spaces(normalizer)):
+            if not (self.fallback_of_byte and only_spaces(normalizer)):
                 kind = normalizer.get("type")
                 raise ConfigError(
                     f"the tokenizer has a normalizer, {kind}, which changes text; expected one without, to train with"
                 )
-        whole = self._fallback_of_byte or {b[0] for b in self._bytes_of_token if len(b) == 1}
+        whole = self.fallback_of_byte or {b[0] for b in self.bytes_of_token if len(b) == 1}
         if missing := set(range(256)).difference(whole):
             raise ConfigError(f"the tokenizer has no token for byte {min(missing)}; expected all 256, to train with")
         for probe in (*_PROBES, *(f"a{t}b {t} \t{t}\n {t}" for t in (*self._added, *self._special_names.values()))):
@@ -226,7 +233,7 @@ class Tokenizer:
 
     def _encode_exactly(self, text: str, *, first: bool) -> np.ndarray:
         """Ids of a text, with what a vocabulary with byte fallback would misread in bytes."""
-        places = [match.start() for match in self._misread.finditer(text)] if self._fallback_of_byte else []
+        places = [match.start() for match in self._misread.finditer(text)] if self.fallback_of_byte else []
         ids = self._encode_long(text, first=first)
         if not places or (self.text_bytes(ids) if first else self.decode_bytes(ids)) == text.encode():
             return ids
@@ -258,22 +265,22 @@ class Tokenizer:
 
     @cached_property
     def _cutter(self) -> "long_text.Cutter":
-        return long_text.Cutter(self._continuing, self._bytes_of_token, self._added)
+        return long_text.Cutter(self._continuing, self.bytes_of_token, self._added)
 
     def _spelled(self, text: str) -> np.ndarray:
         """A text in byte tokens. Raises ConfigError if one is missing."""
         try:
-            return np.array([self._fallback_of_byte[byte] for byte in text.encode()], np.int32)
+            return np.array([self.fallback_of_byte[byte] for byte in text.encode()], np.int32)
         except KeyError as error:
             raise ConfigError(f"the tokenizer has no token for byte {error}; expected all 256") from None
 
     def _byte_table(self) -> np.ndarray | None:
         """The id of each byte (256,) int32 when every token is a byte: then a lookup encodes; else None."""
-        plain = self._file["model"].get("merges") == [] and not self._fallback_of_byte and not self._added
+        plain = self._file["model"].get("merges") == [] and not self.fallback_of_byte and not self._added
         split = self._file["pre_tokenizer"]
         if not plain or self._file["normalizer"] or not split or split.get("add_prefix_space", True):
             return None
-        table = {b[0]: i for i, b in enumerate(self._bytes_of_token) if len(b) == 1}
+        table = {b[0]: i for i, b in enumerate(self.bytes_of_token) if len(b) == 1}
         longer = int(self.byte_length_v.max()) > 1
         return None if longer or len(table) < 256 else np.array([table[byte] for byte in range(256)], np.int32)
 
@@ -324,7 +331,7 @@ def _read_backend(file: Path) -> tokenizers.Tokenizer:
         raise ConfigError(f"{file}: {error}: {expected}") from error
 
 
-def _decoded(data: bytes, *, one_by_one: bool) -> str:
+def decoded(data: bytes, *, one_by_one: bool) -> str:
     """UTF-8, else U+FFFD: for every byte of a run of byte tokens, as the ByteFallback decoder has it."""
     try:
         return data.decode("utf-8")

@@ -16,7 +16,9 @@ from jax import Array, lax
 from orogen.checkpoint.open import Opened
 from orogen.config.checks import ConfigError
 from orogen.config.run import MAX_LENGTH
-from orogen.infer.sampling import sample
+from orogen.infer.knobs import Features, Knobs, features_of, knobs_of
+from orogen.infer.request import SEEDS, Request, Sampling
+from orogen.infer.sampling import Rows, choose, rows_of
 from orogen.layers.documents import documents
 
 # Sequences are padded to a multiple of this, so that prompts of different lengths share a compiled program.
@@ -54,6 +56,10 @@ def generate(
         row[: len(i)] = i
     is_token_v = np.zeros(opened.config.vocab_size, bool)
     is_token_v[: tokenizer.vocab_size] = tokenizer.is_token_v
+    # Rows with one prompt are drawn apart.
+    samplings = [Sampling(temperature=temperature, top_p=top_p, seed=(seed + row) % SEEDS) for row in range(len(ids))]
+    requests = [Request(prompt=tuple(i), max_tokens=tokens, sampling=s) for i, s in zip(ids, samplings, strict=True)]
+    features = features_of(requests)
     continued_bt = np.asarray(
         _continue(
             opened.params,
@@ -61,12 +67,11 @@ def generate(
             tokens_bt,
             lengths_b,
             is_token_v,
-            key=jax.random.key(seed),
+            knobs=knobs_of(requests, features),
+            features=features,
             steps=tokens,
             graph=opened.built.graph,
             plan=opened.plan,
-            temperature=temperature,
-            top_p=top_p,
         )
     )
     texts = []
@@ -76,20 +81,21 @@ def generate(
     return texts
 
 
-@partial(jax.jit, static_argnames=("steps", "graph", "plan", "temperature", "top_p"))
+@partial(jax.jit, static_argnames=("features", "steps", "graph", "plan"))
 def _continue(
-    params, buffers, tokens_bt, lengths_b, is_token_v, *, key, steps, graph, plan, temperature, top_p
+    params, buffers, tokens_bt, lengths_b, is_token_v, *, knobs: Knobs, features: Features, steps, graph, plan
 ) -> Array:
     model = nnx.merge(graph, params, buffers)
     rows = jnp.arange(tokens_bt.shape[0])
 
-    def extend(step: Array, tokens_bt: Array) -> Array:
+    def extend(step: Array, state: tuple[Array, Rows]) -> tuple[Array, Rows]:
+        tokens_bt, state_b = state
         last_b = lengths_b + step - 1
         segments_bt = (jnp.arange(tokens_bt.shape[1]) <= last_b[:, None]).astype(jnp.int32)
         h_btd, _ = model.hidden(tokens_bt, documents(segments_bt), plan)
         logits_bv = model.project(h_btd[rows, last_b][:, None], plan)[:, 0]
-        logits_bv = jnp.where(is_token_v, logits_bv, -jnp.inf)
-        chosen_b = sample(logits_bv, jax.random.fold_in(key, step), temperature=temperature, top_p=top_p)
-        return tokens_bt.at[rows, last_b + 1].set(chosen_b)
+        choice, state_b = choose(logits_bv, knobs, state_b, features, is_token_v=is_token_v)
+        return tokens_bt.at[rows, last_b + 1].set(choice.token_b), state_b
 
-    return lax.fori_loop(0, steps, extend, tokens_bt)
+    started = rows_of([None] * len(tokens_bt), features, vocab_size=len(is_token_v))
+    return lax.fori_loop(0, steps, extend, (tokens_bt, jax.tree.map(jnp.asarray, started)))[0]
