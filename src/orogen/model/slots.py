@@ -143,6 +143,17 @@ class SlotState(NamedTuple):
         )
         return SlotState(windows, state)
 
+    def rolled_back(self, count_b: Array) -> "SlotState":
+        """Without each row's last `count_b` tokens. What comes to stand in front of a window is never read."""
+
+        def back(window: Array) -> Array:
+            tokens = window.shape[-2]
+            index_bk = jnp.maximum(jnp.arange(tokens) - count_b[:, None], 0)
+            index = index_bk.reshape(*(1,) * (window.ndim - 3), *index_bk.shape, 1)
+            return jnp.take_along_axis(window, index, axis=-2)
+
+        return self._replace(windows=jax.tree.map(back, self.windows))
+
 
 def with_tables(caches: Any, table_bp: Array) -> Any:
     """The caches of a stack's layers whose rows have these pages."""
@@ -154,6 +165,21 @@ def with_tables(caches: Any, table_bp: Array) -> Any:
         return one._replace(table_bp=jnp.broadcast_to(table_bp, (*stacked, *table_bp.shape)))
 
     return map_layers(place, caches)
+
+
+def rolled_back(caches: Any, count_b: Array) -> Any:
+    """The caches without each row's last `count_b` tokens, at most `Slots.drafts`."""
+
+    def take_back(one: Any) -> Any:
+        return one.rolled_back(count_b) if isinstance(one, SlotState) else one
+
+    return map_layers(take_back, caches)
+
+
+def without_drafts(known: Any, tentative: Any) -> Any:
+    """The caches of `tentative`, which has read drafts after what `known` has, without them: pages and rings keep what
+    will be overwritten, and states are those of `known`."""
+    return map_layers(lambda a, b: a if isinstance(a, SlotState) else b, known, tentative)
 
 
 def _counts(docs: Documents) -> Array:

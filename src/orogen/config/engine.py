@@ -1,0 +1,51 @@
+"""How an inference engine runs: slots, memory, pieces of prompts, speculation and exactness."""
+
+import dataclasses
+from typing import Annotated
+
+from orogen.config.checks import check_types, require, require_choice, require_positive
+
+DRAFTERS = ("none", "mtp", "lookup")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What an engine has room for, and how it works. None of it changes what a model answers beyond rounding.
+
+    exact: prompts and answers are computed row by row in pieces of `chunk` tokens that begin at its multiples, the last
+    one anew for each token. Then an answer depends, to the bit, neither on how its prompt was cut nor on what runs
+    beside it, and its log-probabilities are those of the whole text in one pass of such pieces. It takes one device,
+    and up to `chunk` times the arithmetic.
+    drafter: mtp drafts with the model's multi-token-prediction block, lookup with what followed the last tokens earlier
+    in the text (prompt lookup decoding). A draft is kept where it is the token that would have been chosen without it.
+    """
+
+    slots: Annotated[int, "requests that run at a time, over all data ranks"] = 8
+    max_length: Annotated[int, "most tokens of a prompt and its answer"] = 4096
+    page: Annotated[int, "tokens of a page of keys and values"] = 64
+    pages: Annotated[int | None, "pages per data rank; None: enough for every slot at its longest"] = None
+    chunk: Annotated[int, "tokens between the places where prompts may be cut and states are kept"] = 256
+    prefill_tokens: Annotated[int, "most tokens of prompts that a data rank reads before each round of decoding"] = 2048
+    steps: Annotated[int, "most steps of decoding in one program"] = 16
+    snapshots: Annotated[int, "states of layers without pages that the prefix cache holds per data rank"] = 16
+    prefix_cache: Annotated[bool, "whether beginnings of earlier prompts are used again"] = True
+    queue: Annotated[int, "requests that may wait; one more is refused"] = 1024
+    drafter: Annotated[str, "what drafts the next tokens: none, mtp or lookup"] = "none"
+    drafts: Annotated[int, "tokens that are drafted at a time, where something drafts"] = 3
+    compute_dtype: Annotated[str, "dtype of activations, weights and keys and values: float32 or bfloat16"] = "float32"
+    exact: Annotated[bool, "whether answers are the same to the bit however they are computed"] = False
+    seed: Annotated[int, "draws the seeds of requests that name none"] = 0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require_positive(
+            self, "slots", "max_length", "page", "pages", "chunk", "prefill_tokens", "steps", "queue", "drafts"
+        )
+        require(self.snapshots >= 0, self, "snapshots", "0 or more")
+        require(self.chunk % self.page == 0, self, "chunk", f"a multiple of page={self.page}")
+        require(self.prefill_tokens >= self.chunk, self, "prefill_tokens", f"at least chunk={self.chunk}")
+        require_choice(self, "drafter", DRAFTERS)
+        require_choice(self, "compute_dtype", ("float32", "bfloat16"))
+        require(self.drafts < self.chunk, self, "drafts", f"fewer than chunk={self.chunk}")
+        require(not self.exact or self.drafter == "none", self, "drafter", "none where exact is on")
+        require(0 <= self.seed < 2**63, self, "seed", "a whole number from 0 to 2**63 - 1")

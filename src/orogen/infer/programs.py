@@ -1,0 +1,233 @@
+"""What an engine runs on its devices: caches made, prompts read, tokens decoded, rows of caches copied.
+
+Arrays over slots are over those of all data ranks, a rank's own one after another. All control comes from the host with
+each call; the devices keep caches and what sampling counts.
+
+Letters: b slots, r rows that are read, t time, n drafts.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+
+from orogen.checkpoint.open import Opened
+from orogen.config.engine import EngineConfig
+from orogen.infer.budget import Markers
+from orogen.infer.forward import Caches, Control, Exact, Forward, Pieces, Report, Sampler, nothing, with_pages
+from orogen.infer.knobs import Features
+from orogen.model.cache import map_layers
+from orogen.model.lm import LanguageModel
+from orogen.model.slots import Paged, Slots
+from orogen.parallel.plan import Plan
+
+
+class Emitted(NamedTuple):
+    """What a call emitted: tokens (b,), or (b, steps, n + 1), with what was asked for of each; drafts (b, n) of the
+    next; and slots (b,) whose logits were no numbers or had no possible token."""
+
+    report: Report
+    drafts_bn: Array
+    bad_b: Array
+
+
+class Layout(NamedTuple):
+    """How the caches of a model lie: specs of arrays, and how many axes of repeated layers each has in front."""
+
+    specs: Any
+    leads: Any
+    axes: Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Programs:
+    """The programs of one model on its plan. Each compiles once per shape and features.
+
+    drafts: as in `config`, 0 if nothing drafts. length: most tokens of a text.
+    """
+
+    opened: Opened
+    config: EngineConfig
+    drafts: int
+    length: int
+    is_token_v: Any
+    markers: Markers | None
+
+    @property
+    def plan(self) -> Plan:
+        """Of reading; that of decoding splits rows."""
+        return self.opened.plan
+
+    @property
+    def ranks(self) -> int:
+        """Data ranks, each with slots, pages and snapshots of its own."""
+        return self.plan.size("batch")
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """Of the caches."""
+        room, built = self._room(1, 1), self.opened.built
+        model = nnx.merge(built.graph, built.params, built.buffers)
+        start = lambda params, buffers: self._empty(self._merged(params, buffers), room)  # noqa: E731
+        made = jax.eval_shape(start, built.params, built.buffers)
+        axes = Caches(
+            model.backbone.cache_axes(room),
+            self._mtp(model) and self._mtp(model).cache_axes(room),
+            ("batch", None) if self._keeps_text else None,
+        )
+        leads = jax.tree.map(lambda array, names: array.ndim - len(names), made, axes)
+        specs = jax.tree.map(lambda lead, names: self.plan.spec(*(None,) * lead, *names), leads, axes)
+        return Layout(specs, leads, axes)
+
+    def start(self, slots: int, pages: int) -> Caches:
+        """Empty caches of so many slots and pages in each data rank."""
+
+        def make(params: Any, buffers: Any) -> Caches:
+            made = self._empty(self._merged(params, buffers), self._room(slots, pages))
+            return self._settled(self.plan.vary(made))
+
+        opened = self.opened
+        inputs = self.plan.specs(opened.params), self.plan.specs(opened.buffers)
+        run = self.plan.run(make, inputs=inputs, outputs=self.layout.specs)
+        return jax.jit(run)(opened.params, opened.buffers)
+
+    def read(self, caches: Caches, slot_r: Any, pieces: Pieces, sampler: Sampler, features: Features):
+        """Reads pieces of the prompts of some slots, numbered in their ranks; a number beyond the last: of none.
+        Returns caches, rows, and what was emitted, one token of each slot whose prompt ends."""
+        return self._reading(features)(caches, self.opened.params, self.opened.buffers, slot_r, pieces, sampler)
+
+    def decode(self, caches: Caches, control: Control, sampler: Sampler, features: Features, steps: int):
+        """Decodes for `steps` steps, or until no slot has tokens left. Returns caches, rows, and what was emitted."""
+        arguments = caches, self.opened.params, self.opened.buffers, control, sampler
+        return self._decoding(features)(*arguments, jnp.int32(steps))
+
+    @functools.cached_property
+    def copy(self) -> Callable[[Caches, Caches, Any, Any], Caches]:
+        """(into, source, into_d, source_d): `into`, with what one row of `source` keeps beside pages in one of its own,
+        in each data rank; a number beyond the last: nothing is copied there, or zeros from there."""
+
+        def copy(into: Caches, source: Caches, into_d: Array, source_d: Array) -> Caches:
+            def put(old: Array, new: Array, lead: int) -> Array:
+                row = jnp.take(new, source_d, axis=lead, mode="fill", fill_value=0)
+                return old.at[(slice(None),) * lead + (into_d,)].set(row, mode="drop")
+
+            return self._settled(self.plan.vary(self._of_rows(put, into, source)))
+
+        rank = self.plan.spec("batch")
+        run = self.plan.run(copy, inputs=(self.layout.specs,) * 2 + (rank,) * 2, outputs=self.layout.specs)
+        return jax.jit(run, donate_argnums=0)
+
+    @functools.lru_cache(None)  # noqa: B019  as long as the engine, which lives as long as its programs
+    def _reading(self, features: Features) -> Callable[..., Any]:
+        def read(caches, params, buffers, slot_r, pieces, sampler):
+            forward = self._forward(params, buffers, self.plan, features)
+            caches, slot_r, pieces, sampler = self.plan.vary((caches, slot_r, pieces, sampler))
+            take = lambda a, _, lead: jnp.take(a, slot_r, axis=lead, mode="clip")  # noqa: E731
+            put = lambda old, new, lead: old.at[(slice(None),) * lead + (slot_r,)].set(new, mode="drop")  # noqa: E731
+            mine = self._of_rows(take, caches, caches)
+            sampler_r = jax.tree.map(lambda a: take(a, a, 0), sampler)
+            mine, rows_r, report, drafts_rn, bad_r = forward.read(mine, pieces, sampler_r)
+            caches = self._of_rows(put, _with_pools(caches, mine), mine)
+            slots = len(sampler.rows.number_b)
+            spread = lambda a: put(jnp.full((slots, *a.shape[1:]), nothing(a.dtype), a.dtype), a, 0)  # noqa: E731
+            emitted = jax.tree.map(spread, self.plan.vary(Emitted(report, drafts_rn, bad_r)))
+            rows_b = jax.tree.map(lambda old, new: put(old, new, 0), sampler.rows, self.plan.vary(rows_r))
+            return self._settled(caches), self._agreed(rows_b), self._agreed(emitted)
+
+        return self._compiled(read, inputs=(self.plan.spec("batch"),) * 3)
+
+    @functools.lru_cache(None)  # noqa: B019
+    def _decoding(self, features: Features) -> Callable[..., Any]:
+        def decode(caches, params, buffers, control, sampler, steps):
+            plan = self.plan.decoding()
+            forward = self._forward(params, buffers, plan, features)
+            caches, control, sampler = plan.vary((with_pages(caches, control.table_bp), control, sampler))
+            slots = len(control.token_b)
+            alive = lambda control: plan.max(jnp.any(control.left_b > 0).astype(jnp.int32), "batch")  # noqa: E731
+
+            def body(carry):
+                step, _, (caches, rows, control, report, bad_b) = carry
+                caches, rows, control, now, bad_now_b = forward.step(caches, control, sampler._replace(rows=rows))
+                report = jax.tree.map(lambda a, new: a.at[:, step].set(new), report, now)
+                return step + 1, alive(control), plan.vary((caches, rows, control, report, bad_b | bad_now_b))
+
+            report = forward.blank((slots, self.config.steps, self.drafts + 1))
+            state = caches, sampler.rows, control, report, jnp.zeros(slots, bool)
+            start = jnp.int32(0), alive(control), plan.vary(state)
+            goes_on = lambda carry: (carry[0] < steps) & (carry[1] > 0)  # noqa: E731
+            _, _, (caches, rows, control, report, bad_b) = lax.while_loop(goes_on, body, start)
+            emitted = Emitted(report, control.drafts_bn, bad_b)
+            return self._settled(caches), self._agreed(rows), self._agreed(emitted)
+
+        return self._compiled(decode, inputs=(*(self.plan.spec("batch"),) * 2, self.plan.spec()))
+
+    def _compiled(self, program: Callable[..., Any], *, inputs: tuple[Any, ...]) -> Callable[..., Any]:
+        """The program, jitted, of caches, parameters and buffers, and inputs so laid out."""
+        opened, batch = self.opened, self.plan.spec("batch")
+        model = self.plan.specs(opened.params), self.plan.specs(opened.buffers)
+        outputs = self.layout.specs, batch, batch
+        run = self.plan.run(program, inputs=(self.layout.specs, *model, *inputs), outputs=outputs)
+        return jax.jit(run, donate_argnums=0)
+
+    def _forward(self, params: Any, buffers: Any, plan: Plan, features: Features) -> Forward:
+        is_token_v = jnp.asarray(self.is_token_v)
+        lookup = self.config.drafter == "lookup"
+        exact = Exact(self.config.chunk, self.layout.leads.backbone) if self.config.exact else None
+        model = self._merged(params, buffers)
+        return Forward(model, plan, self.drafts, lookup, exact, features, is_token_v, self.markers)
+
+    def _merged(self, params: Any, buffers: Any) -> LanguageModel:
+        return nnx.merge(self.opened.built.graph, params, buffers)
+
+    def _empty(self, model: LanguageModel, room: Slots) -> Caches:
+        mtp, dtype = self._mtp(model), jnp.dtype(self.config.compute_dtype)
+        length = -(-self.length // self.config.chunk) * self.config.chunk
+        text_bl = jnp.zeros((room.rows, length), jnp.int32) if self._keeps_text else None
+        return Caches(model.backbone.start(room, dtype), mtp and mtp.start(room, dtype), text_bl)
+
+    @property
+    def _keeps_text(self) -> bool:
+        return self.config.exact or self.config.drafter == "lookup"
+
+    def _mtp(self, model: LanguageModel) -> Any:
+        """The layers of the block that drafts; None if it does not."""
+        return model.mtp.layers if self.config.drafter == "mtp" and model.mtp is not None else None
+
+    def _room(self, slots: int, pages: int) -> Slots:
+        return Slots(slots, pages, self.config.page, 1, self.config.prefill_tokens, self.drafts)
+
+    def _of_rows(self, function: Callable[..., Array], one: Caches, other: Caches) -> Caches:
+        """The function of each array of `one` that has slots, with that of `other` and how many axes it has in front;
+        pages as in `one`."""
+
+        def each(a: Any, b: Any, lead: Any) -> Any:
+            return a if isinstance(a, Paged) else jax.tree.map(function, a, b, lead)
+
+        return Caches(*(map_layers(each, *fields) for fields in zip(one, other, self.layout.leads, strict=True)))
+
+    def _settled(self, caches: Caches) -> Caches:
+        """The caches as they leave a program: equal arrays of several ranks are one."""
+        axes, leads = self.layout.axes, self.layout.leads
+        agreed = lambda a, lead, names: self.plan.agreed(a, *(None,) * lead, *names)  # noqa: E731
+        return jax.tree.map(agreed, caches, leads, axes)
+
+    def _agreed(self, tree: Any) -> Any:
+        """Arrays over slots that are equal on the ranks of other axes, as one."""
+
+        def agree(a: Array) -> Array:
+            if a.dtype == bool:
+                return self.plan.agreed(a.astype(jnp.int8), "batch").astype(bool)
+            return self.plan.agreed(a, "batch")
+
+        return jax.tree.map(agree, tree)
+
+
+def _with_pools(caches: Caches, mine: Caches) -> Caches:
+    """The caches with the pages of `mine`."""
+    pool = lambda old, new: old._replace(values=new.values) if isinstance(old, Paged) else old  # noqa: E731
+    return Caches(*(map_layers(pool, *fields) for fields in zip(caches, mine, strict=True)))
