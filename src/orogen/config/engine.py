@@ -32,6 +32,9 @@ class EngineConfig:
     queue: Annotated[int, "requests that may wait; one more is refused"] = 1024
     drafter: Annotated[str, "what drafts the next tokens: none, mtp or lookup"] = "none"
     drafts: Annotated[int, "tokens that are drafted at a time, where something drafts"] = 3
+    replay: Annotated[
+        int | None, "tokens whose inputs Mamba's layers keep beside an older state; None: 16 with drafts, else 0"
+    ] = None
     compute_dtype: Annotated[str, "dtype of activations, weights and keys and values: float32 or bfloat16"] = "float32"
     exact: Annotated[bool, "whether answers are the same to the bit however they are computed"] = False
     seed: Annotated[int, "draws the seeds of requests that name none"] = 0
@@ -47,5 +50,17 @@ class EngineConfig:
         require_choice(self, "drafter", DRAFTERS)
         require_choice(self, "compute_dtype", ("float32", "bfloat16"))
         require(self.drafts < self.chunk, self, "drafts", f"fewer than chunk={self.chunk}")
+        require(self.replay is None or self.replay >= 0, self, "replay", "None, or 0 or more")
+        fed = 1 + (0 if self.drafter == "none" else self.drafts)
+        enough = self.replayed >= 2 * fed or (self.replayed == 0 and fed == 1)
+        require(enough, self, "replay", f"at least {2 * fed}, twice what a step reads")
+        require(not self.exact or not self.replayed, self, "replay", "0 where exact is on")
         require(not self.exact or self.drafter == "none", self, "drafter", "none where exact is on")
         require(0 <= self.seed < 2**63, self, "seed", "a whole number from 0 to 2**63 - 1")
+
+    @property
+    def replayed(self) -> int:
+        """Tokens whose inputs are kept beside a state."""
+        if self.replay is not None:
+            return self.replay
+        return 0 if self.drafter == "none" else max(16, 2 * (self.drafts + 1))

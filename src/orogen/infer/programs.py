@@ -199,7 +199,8 @@ class Programs:
         return model.mtp.layers if self.config.drafter == "mtp" and model.mtp is not None else None
 
     def _room(self, slots: int, pages: int) -> Slots:
-        return Slots(slots, pages, self.config.page, 1, self.config.prefill_tokens, self.drafts)
+        config = self.config
+        return Slots(slots, pages, config.page, 1, config.prefill_tokens, self.drafts, config.replayed)
 
     def _of_rows(self, function: Callable[..., Array], one: Caches, other: Caches) -> Caches:
         """The function of each array of `one` that has slots, with that of `other` and how many axes it has in front;

@@ -149,12 +149,20 @@ class Rows(NamedTuple):
         """The logical axes of `key_values`, from those of each array's shape a token."""
         return KeyValues(tuple(("batch", None, *each) for each in axes), ("batch", None), ("batch",))
 
-    def recurrent(self, taps: int, channels: Sequence[int], state: tuple[int, ...], dtype: Any) -> Recurrent:
-        """For convolutions of `taps` taps over so many channels and states of this shape."""
+    def recurrent(
+        self, taps: int, channels: Sequence[int], state: tuple[int, ...], inputs: Sequence[tuple[int, ...]], dtype: Any
+    ) -> Recurrent:
+        """For convolutions of `taps` taps over so many channels and states of this shape. inputs: the shapes of a
+        token's x, dt and B, for rooms that keep them."""
         return Recurrent.empty(self.batch, taps, channels, state, dtype)
 
-    def recurrent_axes(self, channels: Sequence[str | None], state: tuple[str | None, ...]) -> Recurrent:
-        """The logical axes of `recurrent`, from those of the channels and of a state."""
+    def recurrent_axes(
+        self,
+        channels: Sequence[str | None],
+        state: tuple[str | None, ...],
+        inputs: Sequence[tuple[str | None, ...]],
+    ) -> Recurrent:
+        """The logical axes of `recurrent`, from those of the channels, of a state and of a token's inputs."""
         return Recurrent(tuple(("batch", None, axis) for axis in channels), ("batch", *state), ("batch", None))
 
 

@@ -72,11 +72,13 @@ class Mamba1(nnx.Module):
     def start(self, room: Any, dtype: Any) -> Any:
         """Before the first token, however many come."""
         channels, state = self.A_log[...].shape[-2:]
-        return room.recurrent(self.conv.taps, (channels,), (channels, state), dtype)
+        inputs = (channels,), (channels,), (state,)
+        return room.recurrent(self.conv.taps, (channels,), (channels, state), inputs, dtype)
 
     def cache_axes(self, room: Any) -> Any:
         """The logical axes of what `start` makes."""
-        return room.recurrent_axes(("mamba_heads",), ("mamba_heads", None))
+        inputs = ("mamba_heads",), ("mamba_heads",), (None,)
+        return room.recurrent_axes(("mamba_heads",), ("mamba_heads", None), inputs)
 
     def _scan(self, x_bti: Array, docs: Documents, plan: Plan, given: Any) -> tuple[Array, Any]:
         """The scan's output and D x, float32, and, on one rank of `context`, the state after the last token, in the

@@ -116,12 +116,14 @@ class Mamba2(nnx.Module):
     def start(self, room: Any, dtype: Any) -> Any:
         """Before the first token, however many come."""
         channels = [conv.weight[...].shape[-2] for conv in (self.conv_x, self.conv_B, self.conv_C)]
-        state = self.D[...].shape[-1], self.head_dim, self.state_size
-        return room.recurrent(self.conv_x.taps, channels, state, dtype)
+        heads, size = self.D[...].shape[-1], self.state_size
+        inputs = (heads, self.head_dim), (heads,), (channels[1] // size, size)
+        return room.recurrent(self.conv_x.taps, channels, (heads, self.head_dim, size), inputs, dtype)
 
     def cache_axes(self, room: Any) -> Any:
         """The logical axes of what `start` makes."""
-        return room.recurrent_axes(("mamba_heads", "groups", "groups"), ("mamba_heads", None, None))
+        inputs = ("mamba_heads", None), ("mamba_heads",), ("groups", None)
+        return room.recurrent_axes(("mamba_heads", "groups", "groups"), ("mamba_heads", None, None), inputs)
 
     def _scan(self, inputs: tuple[Array, ...], docs: Documents, plan: Plan, given: Any) -> tuple[Array, Any]:
         """The SSD's output (b, t, i), of its inputs x, B, C and dt, and, on one rank of `context`, the state

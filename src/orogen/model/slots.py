@@ -7,15 +7,15 @@ lengths, so a token is taken back by feeding another one at its place. States ar
 tokens as `Slots.drafts` says.
 
 Letters: b rows, t time of a piece, p pages of a row, s places that are read, k tokens of a convolution's window, r
-places of a ring.
+places of a ring, l tokens whose inputs are kept.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from orogen.kernels.selective_scan import selective_scan
 from orogen.kernels.ssd import ssd
@@ -23,12 +23,16 @@ from orogen.layers.documents import Documents
 from orogen.model.cache import EMPTY, Reading, map_layers
 from orogen.parallel.plan import Plan
 
+# x, dt, B, C and the state before them -> outputs, and the state after them.
+Scan = Callable[[Array, Array, Array, Array, Array], tuple[Array, Array]]
+
 
 class Slots(NamedTuple):
     """Room for the sequences of `rows` slots on this device, in `pages` pages of `page` tokens, at most `reach` pages a
     row; see `cache.Rows`.
 
-    piece: the most tokens that a piece has. drafts: the most tokens that are taken back.
+    piece: the most tokens that a piece has. drafts: the most tokens that are taken back. replay: how many tokens whose
+    inputs are kept beside a state (see `Replayed`), at least 2 (drafts + 1) where there are drafts; 0: none.
     """
 
     rows: int
@@ -37,6 +41,7 @@ class Slots(NamedTuple):
     reach: int
     piece: int
     drafts: int = 0
+    replay: int = 0
 
     def key_values(self, shapes: Sequence[tuple[int, ...]], dtype: Any, *, window: int | None = None) -> Any:
         """`Paged`, or `Ringed` for a window."""
@@ -50,15 +55,33 @@ class Slots(NamedTuple):
         values = tuple(("batch", None, *each) for each in axes)
         return Paged(values, ("batch", None)) if window is None else Ringed(values)
 
-    def recurrent(self, taps: int, channels: Sequence[int], state: tuple[int, ...], dtype: Any) -> "SlotState":
-        """`SlotState` for convolutions of `taps` taps over so many channels and states of this shape."""
+    def recurrent(
+        self, taps: int, channels: Sequence[int], state: tuple[int, ...], inputs: Sequence[tuple[int, ...]], dtype: Any
+    ) -> "SlotState":
+        """`SlotState` for convolutions of `taps` taps over so many channels and states of this shape; see
+        `cache.Rows.recurrent`."""
         tokens = taps - 1 + self.drafts
         windows = tuple(jnp.zeros((self.rows, tokens, size), dtype) for size in channels)
-        return SlotState(windows, jnp.zeros((self.rows, *state), jnp.float32))
+        zeros = jnp.zeros((self.rows, *state), jnp.float32)
+        if not self.replay:
+            return SlotState(windows, zeros)
+        x, dt, B = (
+            jnp.zeros((self.rows, self.replay, *shape), kind)
+            for shape, kind in zip(inputs, (dtype, jnp.float32, dtype), strict=True)
+        )
+        return SlotState(windows, Replayed(zeros, x, dt, B, jnp.zeros(self.rows, jnp.int32)))
 
-    def recurrent_axes(self, channels: Sequence[str | None], state: tuple[str | None, ...]) -> "SlotState":
+    def recurrent_axes(
+        self,
+        channels: Sequence[str | None],
+        state: tuple[str | None, ...],
+        inputs: Sequence[tuple[str | None, ...]],
+    ) -> "SlotState":
         """The logical axes of `recurrent`."""
-        return SlotState(tuple(("batch", None, axis) for axis in channels), ("batch", *state))
+        windows, named = tuple(("batch", None, axis) for axis in channels), ("batch", *state)
+        if not self.replay:
+            return SlotState(windows, named)
+        return SlotState(windows, Replayed(named, *(("batch", None, *each) for each in inputs), ("batch",)))
 
 
 class Paged(NamedTuple):
@@ -108,9 +131,48 @@ class Ringed(NamedTuple):
         return Reading(self.values, jnp.where(place_bs >= 0, 1, EMPTY), docs.positions_bt, place_bs)
 
 
+class Replayed(NamedTuple):
+    """A state as it was some tokens ago, float32, and the inputs of the tokens since: x and B in the dtype of
+    activations, dt float32, (b, l, …), of which each row has `count_b`, int32. (ReplaySSM)
+
+    A token's output is computed from these; the state moves only when the next tokens would not fit, that of all rows
+    at once, so that it is read with each token but seldom written. A token is taken back by counting less.
+    """
+
+    state: Any
+    x: Any
+    dt: Any
+    B: Any
+    count_b: Any
+
+    def after(self, scan: Scan, inputs: Sequence[Array], docs: Documents) -> tuple[Array, "Replayed"]:
+        """The outputs (b, t, …) of a piece whose x, dt, B and C are `inputs`, and the state after it."""
+        x, dt, B, C = inputs
+        tokens, room, counts_b = x.shape[1], self.x.shape[1], _counts(docs)
+        if 2 * tokens > room:  # a piece of a prompt
+            y, state = scan(x, dt, B, C, self.moved(scan).state)
+            return y, self._replace(state=state, count_b=jnp.zeros_like(counts_b))
+        ring = lax.cond(jnp.any(self.count_b + tokens > room), lambda r: r.moved(scan), lambda r: r, self)
+        index_bt = ring.count_b[:, None] + jnp.arange(tokens)
+        write = jax.vmap(lambda old, new, index_t: old.at[index_t].set(new.astype(old.dtype)))
+        ring = ring._replace(**{n: write(getattr(ring, n), a, index_bt) for n, a in (("x", x), ("dt", dt), ("B", B))})
+        C_bl = write(jnp.zeros((*C.shape[:1], room, *C.shape[2:]), C.dtype), C, index_bt)
+        # Inputs beyond a row's last token are left over from others; they come after all that is read.
+        y_bl, _ = scan(ring.x, ring.dt, ring.B, C_bl, ring.state)
+        y = jax.vmap(lambda y_l, index_t: y_l[index_t])(y_bl, index_bt)
+        return y, ring._replace(count_b=ring.count_b + counts_b)
+
+    def moved(self, scan: Scan) -> "Replayed":
+        """The state after all tokens, and no inputs beside it."""
+        here_bl = jnp.arange(self.dt.shape[1]) < self.count_b[:, None]
+        dt = jnp.where(here_bl[..., None], self.dt, 0)
+        _, state = scan(self.x, dt, self.B, jnp.zeros_like(self.B), self.state)
+        return self._replace(state=state, count_b=jnp.zeros_like(self.count_b))
+
+
 class SlotState(NamedTuple):
     """What a state-space mixer needs of earlier tokens: of each convolution the last inputs (b, k, c), oldest first,
-    and the SSM's state, float32."""
+    and the SSM's state, float32, or what it is computed from."""
 
     windows: Any
     state: Any
@@ -119,20 +181,33 @@ class SlotState(NamedTuple):
         """1, as a piece's tokens: before the first token windows are zero, as is what a convolution reads there."""
         return jnp.ones((len(docs.segments_bt), self.windows[0].shape[1]), jnp.int32)
 
-    def ssd(self, operands: Sequence[Array], docs: Documents, plan: Plan, **settings: Any) -> tuple[Array, Array]:
+    def ssd(self, operands: Sequence[Array], docs: Documents, plan: Plan, **settings: Any) -> tuple[Array, Any]:
         """`kernels.ssd` of a piece's operands after the tokens before it: outputs, and the state after its last token.
         Padding takes a step of no time, after which the state is what it was."""
-        x_bthp, dt_bth, *others = operands
-        dt_bth = jnp.where(docs.segments_bt[..., None] != 0, dt_bth, 0)
-        return ssd(x_bthp, dt_bth, *others, initial_state_bhpn=self.state, **settings)
+        a_h = operands[2]
+
+        def scan(x: Array, dt: Array, B: Array, C: Array, state: Array) -> tuple[Array, Array]:
+            return ssd(x, dt, a_h, B, C, initial_state_bhpn=state, **settings)
+
+        return self._after(scan, operands, docs)
 
     def selective_scan(
         self, operands: Sequence[Array], docs: Documents, plan: Plan, **settings: Any
     ) -> tuple[Array, Array]:
         """`kernels.selective_scan` in the same way."""
-        x_bti, dt_bti, *others = operands
-        dt_bti = jnp.where(docs.segments_bt[..., None] != 0, dt_bti, 0)
-        return selective_scan(x_bti, dt_bti, *others, initial_state_bin=self.state, **settings)
+        A_in = operands[2]
+
+        def scan(x: Array, dt: Array, B: Array, C: Array, state: Array) -> tuple[Array, Array]:
+            return selective_scan(x, dt, A_in, B, C, initial_state_bin=state, **settings)
+
+        return self._after(scan, operands, docs)
+
+    def _after(self, scan: Scan, operands: Sequence[Array], docs: Documents) -> tuple[Array, Any]:
+        x, dt, _, B, C = operands
+        dt = jnp.where(docs.segments_bt[..., None] != 0, dt, 0)
+        if isinstance(self.state, Replayed):
+            return self.state.after(scan, (x, dt, B, C), docs)
+        return scan(x, dt, B, C, self.state)
 
     def with_piece(self, inputs: Sequence[Array], state: Any, docs: Documents) -> "SlotState":
         """After a piece whose convolutions read `inputs` (b, t, c), and which left `state`."""
@@ -152,7 +227,10 @@ class SlotState(NamedTuple):
             index = index_bk.reshape(*(1,) * (window.ndim - 3), *index_bk.shape, 1)
             return jnp.take_along_axis(window, index, axis=-2)
 
-        return self._replace(windows=jax.tree.map(back, self.windows))
+        state = self.state
+        if isinstance(state, Replayed):
+            state = state._replace(count_b=state.count_b - count_b)
+        return SlotState(jax.tree.map(back, self.windows), state)
 
 
 def with_tables(caches: Any, table_bp: Array) -> Any:
