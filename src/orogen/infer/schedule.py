@@ -24,8 +24,8 @@ Each round reads at most `prefill_tokens` of prompts and lets every slot decode 
 waits for more than one round of the other.
 """
 
+import bisect
 import dataclasses
-import heapq
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -103,10 +103,10 @@ class Scheduler:
         self._capacity = capacity
         self.ranks = make_ranks(capacity)
         self._next_number = 0
-        self._queue: list[tuple[int, int]] = []  # a heap of orders; what was cancelled is skipped when it is reached
+        self._queue: list[tuple[int, int]] = []  # of those that wait, sorted: priority, number
         self._waiting: dict[int, _Job] = {}
         self._running: dict[int, _Job] = {}  # by slot
-        self._stuck: int | None = None  # the first of the queue, if it had no room and nothing has ended since
+        self._stuck: int | None = None  # the first of the queue, if it had no room and nothing has changed since
 
     @property
     def queued(self) -> int:
@@ -140,7 +140,7 @@ class Scheduler:
         job = _Job(self._next_number, request, salt)
         self._next_number += 1
         self._waiting[job.number] = job
-        heapq.heappush(self._queue, job.order)
+        bisect.insort(self._queue, job.order)
         return job.number
 
     def cancel(self, number: int) -> int | None:
@@ -148,7 +148,8 @@ class Scheduler:
 
         Raises KeyError for any other number, such as one that has ended.
         """
-        if self._waiting.pop(number, None) is not None:
+        if number in self._waiting:
+            self._queue.remove(self._waiting.pop(number).order)
             return None
         for slot, running in self.running.items():
             if running == number:
@@ -183,6 +184,7 @@ class Scheduler:
         if row is not None or not self._capacity.recurrent:
             length = prefix.longest(len(job.prompt), job.done)
             prefix.insert(job.lock, job.prompt, max(length, job.lock.length), pages=job.pages, row=row)
+            self._stuck = None  # pages that the first of the queue shares with this request need not be found again
 
     def finished(self, slot: int, *, committed: Sequence[int] = (), border: int | None = None) -> int | None:
         """Ends the request in a slot, whatever it was doing, and returns all it held; the slot is free.
@@ -228,6 +230,9 @@ class Scheduler:
     def _rank(self, slot: int) -> Rank:
         return self.ranks[slot // len(self.ranks[0].slots)]
 
+    def _jobs(self, rank: Rank) -> list[_Job]:
+        return [self._running[slot] for slot in rank.slots if slot in self._running]
+
     def _pages_needed(self, request: Request) -> int:
         c = self._capacity
         return -(-(len(request.prompt) + request.max_tokens + c.drafts) // c.page) if c.pages else 0
@@ -236,25 +241,22 @@ class Scheduler:
         """The first of the queue, one by one, until one has no room."""
         while self._queue:
             number = self._queue[0][1]
-            if number in self._waiting:
-                if number == self._stuck:
-                    return
-                admission = self._admit(self._waiting[number])
-                if admission is None:
-                    return
-                del self._waiting[number]
-                yield admission
-            heapq.heappop(self._queue)
+            admission = None if number == self._stuck else self._admit(self._waiting[number])
+            if admission is None:
+                return
+            del self._waiting[number], self._queue[0]
+            yield admission
 
     def _admit(self, job: _Job) -> Admission | None:
-        """Puts a request into a slot of the rank that knows most of its prompt, then has the most pages left."""
+        """Puts a request into a slot of the rank that will have read its prompt first, then has the most pages left."""
         free = {i: s for i, r in enumerate(self.ranks) if (s := [s for s in r.slots if s not in self._running])}
         hits = {i: p.match(job.prompt, salt=job.salt) if (p := self.ranks[i].prefix) else None for i in free}
         waits = False
 
         def rank_order(i: int) -> tuple[int, int, int]:
             hit, pages = hits[i], self.ranks[i].pages
-            return -(hit.length if hit else 0), -(pages.free if pages else len(free[i])), i
+            ahead = sum(len(other.prompt) - other.done for other in self._jobs(self.ranks[i]))
+            return ahead - (hit.length if hit else 0), -(pages.free if pages else len(free[i])), i
 
         for i in sorted(free, key=rank_order):
             if self._computed_soon(self.ranks[i], job, hits[i]):
@@ -273,7 +275,7 @@ class Scheduler:
         which comes before theirs in any case."""
         if hit is None or rank.prefix is None:
             return False
-        for other in (self._running[s] for s in rank.slots if s in self._running):
+        for other in self._jobs(rank):
             if other.salt != job.salt or other.done == len(other.prompt) or other.order > job.order:
                 continue
             reach = rank.prefix.longest(min(len(other.prompt), len(job.prompt) - 1), len(other.prompt))
@@ -312,8 +314,7 @@ class Scheduler:
 
     def _pieces(self, rank: Rank) -> Iterator[Piece]:
         left = self._capacity.prefill_tokens
-        jobs = [self._running[s] for s in rank.slots if s in self._running]
-        for job in sorted((j for j in jobs if j.done < len(j.prompt)), key=lambda j: j.order):
+        for job in sorted((j for j in self._jobs(rank) if j.done < len(j.prompt)), key=lambda j: j.order):
             job.piece = self._piece(rank, job, left)
             if job.piece is not None:
                 left -= job.piece.count
