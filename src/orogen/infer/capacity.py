@@ -17,8 +17,9 @@ class Capacity:
     convolution windows, rings of window attention. snapshots: rows of the pool for those; without any a recurrent model
     has no prefix cache. chunk: pieces of prompts end at its multiples, and snapshots are taken there. prefill_tokens:
     of prompts that a rank reads in a round. queue: requests that wait at most. drafts: places beyond its last token
-    that a request may write. lookahead: see `Prefix`. snapshot_every: tokens of a prompt between snapshots beside those
-    at its last border and where earlier prompts part from it; 0: only these. reuse: whether there is a prefix cache.
+    that a request may write. lookahead: see `Prefix`. snapshot_every: tokens of a prompt between snapshots; 0: none but
+    where prompts part. snapshot_last: whether one is taken at a prompt's last border, at the price of one more piece,
+    since a piece ends there. reuse: whether there is a prefix cache.
     """
 
     slots: int
@@ -33,6 +34,7 @@ class Capacity:
     drafts: int = 0
     lookahead: int = 0
     snapshot_every: int = 0
+    snapshot_last: bool = True
     reuse: bool = True
 
     def __post_init__(self) -> None:

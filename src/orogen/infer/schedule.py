@@ -194,11 +194,16 @@ class Scheduler:
         still has the state. Returns the row to which it must copy that state at once, None if it need not.
         """
         job, rank = self._job(slot), self._rank(slot)
+        if committed and job.done < len(job.prompt):
+            raise ValueError(
+                f"slot {slot} ends with {len(committed)} generated tokens after {job.done} of {len(job.prompt)} of its "
+                "prompt; expected none"
+            )
         row = None
         if rank.prefix is not None and job.lock is not None:
             if job.piece is not None and job.piece.row is not None and rank.snapshots is not None:
                 rank.snapshots.drop([job.piece.row])
-            if job.done == len(job.prompt) and committed:
+            if committed:
                 row = self._keep(rank.prefix, job, (*job.prompt, *committed), border)
             rank.prefix.unlock(job.lock)
         if rank.pages is not None:
@@ -305,11 +310,13 @@ class Scheduler:
         return True
 
     def _marks(self, prompt: tuple[int, ...], hit: Hit) -> list[int]:
-        """Where snapshots of a prompt are worth it: at its last border, where a longer prompt or another sample goes
-        on; where it leaves what is known, since others may leave there too; and every so many tokens, if so chosen."""
+        """Where snapshots of a prompt are worth it: where it leaves what is known, since others may leave there too; at
+        its last border, where a longer prompt or another sample goes on; and every so many tokens, as was chosen."""
         chunk, every = self._capacity.chunk, self._capacity.snapshot_every
         last = (len(prompt) - max(1, self._capacity.lookahead)) // chunk * chunk
-        marks = {last, min(hit.shared, last) // chunk * chunk, *(range(every, last, every) if every else ())}
+        marks = {min(hit.shared, last) // chunk * chunk, *(range(every, last + 1, every) if every else ())}
+        if self._capacity.snapshot_last:
+            marks.add(last)
         return sorted(m for m in marks if m > hit.length)
 
     def _pieces(self, rank: Rank) -> Iterator[Piece]:
