@@ -7,8 +7,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from orogen.config.checks import ConfigError
 from orogen.infer.capacity import Capacity
-from orogen.infer.request import Request
-from orogen.infer.schedule import Full, Piece, Scheduler
+from orogen.infer.request import Full, Request
+from orogen.infer.schedule import Piece, Scheduler
 
 KINDS = "attention", "recurrent", "hybrid", "plain"
 

@@ -32,11 +32,7 @@ from typing import NamedTuple
 from orogen.config.checks import ConfigError
 from orogen.infer.capacity import Capacity, Rank, make_ranks
 from orogen.infer.prefix import Hit, Lock, Prefix
-from orogen.infer.request import Request
-
-
-class Full(RuntimeError):
-    """The queue has no room for one more request; the client may try again later."""
+from orogen.infer.request import Full, Request
 
 
 class Admission(NamedTuple):
