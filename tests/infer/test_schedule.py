@@ -344,6 +344,8 @@ def test_what_can_never_fit_is_refused_at_once():
         "a prompt of 20 tokens and max_tokens=10 need 17 pages of 2 tokens; expected at most 16, for 29 tokens in all"
     )
     assert scheduler.queued == 1
+    with pytest.raises(ConfigError, match="need 4 pages of 2 tokens; expected at most 3, for 6 tokens in all"):
+        Scheduler(capacity(reach=3)).submit(Request(prompt=(1,) * 6, max_tokens=1))
 
 
 def test_a_full_queue_says_so_until_somebody_leaves():
@@ -378,6 +380,7 @@ def test_reports_of_what_was_not_planned_are_refused():
         ({"prefill_tokens": 3}, "Capacity.prefill_tokens is 3; expected at least chunk=4"),
         ({"snapshot_every": 6}, "Capacity.snapshot_every is 6; expected a multiple of chunk=4"),
         ({"queue": 0}, "Capacity.queue is 0; expected 1 or more"),
+        ({"reach": 17}, "Capacity.reach is 17; expected 1 to pages=16"),
         ({"drafts": -1}, "Capacity.drafts is -1; expected 0 or more"),
     ],
 )

@@ -124,12 +124,11 @@ class Scheduler:
 
         Raises ConfigError if it could never be admitted, Full if the queue is full.
         """
-        need = self._pages_needed(request)
-        if need > self._capacity.pages and self._capacity.pages:
-            c = self._capacity
+        c, need = self._capacity, self._pages_needed(request)
+        if need > (most := c.reach or c.pages):
             raise ConfigError(
                 f"a prompt of {len(request.prompt)} tokens and max_tokens={request.max_tokens} need {need} pages of "
-                f"{c.page} tokens; expected at most {c.pages}, for {c.pages * c.page - c.drafts} tokens in all"
+                f"{c.page} tokens; expected at most {most}, for {most * c.page - c.drafts} tokens in all"
             )
         if len(self._waiting) >= self._capacity.queue:
             raise Full(f"{len(self._waiting)} requests wait; expected fewer than {self._capacity.queue}")
