@@ -291,6 +291,18 @@ def test_of_two_that_computed_the_same_the_first_stays():
     assert device.pages.free == 16
 
 
+def test_a_path_that_another_left_behind_is_locked_by_an_insertion():
+    device = Device("hybrid")
+    entered = device.enter(PROMPT)
+    device.run(PROMPT, 4, 8)
+    assert device.prefix.evictable_pages == 4
+    assert entered and device.insert(*entered[:2], PROMPT, 4)
+    assert device.prefix.evictable_pages == 2
+    assert not device.prefix.evict(pages=13) and device.prefix.evict(pages=12)
+    device.leave(*entered[:2])
+    assert device.prefix.match(PROMPT).length == 4
+
+
 def test_what_is_used_is_not_evicted():
     device = Device("hybrid", pages=6, rows=1)
     entered = device.enter(PROMPT)
