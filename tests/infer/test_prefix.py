@@ -185,7 +185,7 @@ class Requests(RuleBasedStateMachine):
 
 
 TestRequests = Requests.TestCase
-TestRequests.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+TestRequests.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 
 PROMPT = tuple(range(10, 21))

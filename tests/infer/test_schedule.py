@@ -221,7 +221,7 @@ class Traffic(RuleBasedStateMachine):
 
 
 TestTraffic = Traffic.TestCase
-TestTraffic.settings = settings(max_examples=80, stateful_step_count=25, deadline=None)
+TestTraffic.settings = settings(max_examples=50, stateful_step_count=25, deadline=None)
 
 
 def test_pieces_end_at_borders_and_share_a_round():
@@ -357,6 +357,18 @@ def test_a_full_queue_says_so_until_somebody_leaves():
     assert scheduler.submit(Request(prompt=(1,), max_tokens=1)) == 2
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_request_that_ends_between_plan_and_report_returns_everything(kind):
+    engine = Engine(capacity(kind))
+    number = engine.submit(range(10))
+    piece = engine.plan().pieces[0]
+    assert (piece.row is None) == (kind in ("attention", "plain"))
+    assert engine.scheduler.cancel(number) == 0
+    (rank,) = engine.scheduler.ranks
+    assert all(pool is None or pool.free == pool.count for pool in (rank.pages, rank.snapshots))
+    assert not engine.scheduler.busy and engine.scheduler.round() == ((), (), ())
+
+
 def test_reports_of_what_was_not_planned_are_refused():
     engine = Engine(capacity())
     engine.submit(range(10))
@@ -367,6 +379,8 @@ def test_reports_of_what_was_not_planned_are_refused():
         (lambda: engine.scheduler.prefilled(3, 8), r"slot 3 has no request; expected one of \[0\]"),
         (lambda: engine.scheduler.finished(1), "slot 1 has no request"),
         (lambda: engine.scheduler.finished(0, committed=[1]), "1 generated tokens after 0 of 10 of its prompt"),
+        (lambda: engine.scheduler.finished(0, border=6), "state after 6 of 10 tokens; expected a multiple of chunk=4"),
+        (lambda: engine.scheduler.finished(0, border=12), "state after 12 of 10 tokens"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -185,14 +185,21 @@ class Scheduler:
         """Ends the request in a slot, whatever it was doing, and returns all it held; the slot is free.
 
         committed: tokens it generated that the model has read for good, so neither the last one chosen nor drafts; what
-        is not given is not cached. border: a multiple of `chunk` behind the prompt and among these, of which the engine
+        is not given is not cached. border: a multiple of `chunk`, at most the prompt and these, after which the engine
         still has the state. Returns the row to which it must copy that state at once, None if it need not.
+
+        Raises ValueError for another border, and for generated tokens of a prompt that has not been read.
         """
         job, rank = self._job(slot), self._rank(slot)
         if committed and job.done < len(job.prompt):
             raise ValueError(
                 f"slot {slot} ends with {len(committed)} generated tokens after {job.done} of {len(job.prompt)} of its "
                 "prompt; expected none"
+            )
+        if border is not None and (border % self._capacity.chunk or border > len(job.prompt) + len(committed)):
+            raise ValueError(
+                f"slot {slot} has the state after {border} of {len(job.prompt) + len(committed)} tokens; expected a "
+                f"multiple of chunk={self._capacity.chunk}"
             )
         row = None
         if rank.prefix is not None and job.lock is not None:
@@ -213,7 +220,7 @@ class Scheduler:
         length = prefix.longest(len(tokens), len(tokens))
         row = None
         if self._capacity.recurrent:
-            if border is None or border > length or border % self._capacity.chunk or border <= job.lock.length:
+            if border is None or border > length or border <= job.lock.length:
                 return None
             length = border
             row = None if prefix.saved(job.lock, tokens, length) else prefix.take_row()
