@@ -115,7 +115,9 @@ class Requests(RuleBasedStateMachine):
         end = len(one["tokens"]) - self.lookahead
         lengths = [n for n in range(step, end + 1, step) if n > one["lock"].length]
         if lengths:
-            self.device.insert(one["lock"], one["pages"], one["tokens"], data.draw(st.sampled_from(lengths)), one["salt"])
+            self.device.insert(
+                one["lock"], one["pages"], one["tokens"], data.draw(st.sampled_from(lengths)), one["salt"]
+            )
 
     @precondition(lambda self: self.open)
     @rule(data=st.data())
@@ -183,7 +185,7 @@ class Requests(RuleBasedStateMachine):
 
 
 TestRequests = Requests.TestCase
-TestRequests.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+TestRequests.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 
 PROMPT = tuple(range(10, 21))
@@ -280,12 +282,25 @@ def test_of_two_that_computed_the_same_the_first_stays():
     assert first and second
     assert device.insert(first[0], first[1], PROMPT, 8)
     assert device.prefix.saved(second[0], PROMPT, 8) and not device.prefix.saved(second[0], PROMPT, 4)
+    assert not device.prefix.saved(second[0], (*PROMPT, 1), 12), "tokens beyond those known"
     assert device.insert(second[0], second[1], PROMPT, 8)
     assert device.rows.free == 5
     device.leave(*second[:2])
     device.leave(*first[:2])
     assert device.prefix.match(PROMPT).pages == tuple(first[1][:4])
     assert device.pages.free == 16
+
+
+def test_a_path_that_another_left_behind_is_locked_by_an_insertion():
+    device = Device("hybrid")
+    entered = device.enter(PROMPT)
+    device.run(PROMPT, 4, 8)
+    assert device.prefix.evictable_pages == 4
+    assert entered and device.insert(*entered[:2], PROMPT, 4)
+    assert device.prefix.evictable_pages == 2
+    assert not device.prefix.evict(pages=13) and device.prefix.evict(pages=12)
+    device.leave(*entered[:2])
+    assert device.prefix.match(PROMPT).length == 4
 
 
 def test_what_is_used_is_not_evicted():
@@ -304,6 +319,17 @@ def test_what_is_used_is_not_evicted():
     assert device.prefix.evictable_pages == 0
     device.prefix.unlock(lock)
     assert device.pages.free == 6, "a path that ends in no snapshot is of no use"
+
+
+def test_a_row_is_read_until_its_last_reader_has_copied_it():
+    device = Device("recurrent", rows=1)
+    device.run(PROMPT, 4)
+    locks = [device.prefix.lock(device.prefix.match(PROMPT)) for _ in range(2)]
+    device.prefix.copied(locks[0])
+    device.prefix.copied(locks[0])  # the second time changes nothing
+    assert device.prefix.take_row() is None
+    device.prefix.copied(locks[1])
+    assert device.prefix.take_row() == 0
 
 
 def test_what_cannot_be_is_refused():

@@ -94,6 +94,8 @@ def _matches(value: Any, hint: Any) -> bool:
         if not isinstance(value, tuple | list):
             return False
         if last is ...:
+            if set(map(type, value)) <= {kinds[0]}:  # a prompt has thousands; one by one they take milliseconds
+                return True
             return all(_matches(v, kinds[0]) for v in value)
         return len(value) == len(kinds) + 1 and all(map(_matches, value, (*kinds, last)))
     if hint in (int, float):

@@ -13,18 +13,21 @@ class Capacity:
     """What the engine's memory has room for. Pages and snapshots are counted per data rank.
 
     slots: requests that run at a time, over all ranks; slot s belongs to rank s // (slots / ranks). page: tokens.
-    pages: 0 for a model without attention over all tokens. recurrent: whether a slot has more than pages: SSM states,
+    pages: 0 for a model without attention over all tokens. reach: pages that a request has at most, the width of a page
+    table; None: all there are. recurrent: whether a slot has more than pages: SSM states,
     convolution windows, rings of window attention. snapshots: rows of the pool for those; without any a recurrent model
     has no prefix cache. chunk: pieces of prompts end at its multiples, and snapshots are taken there. prefill_tokens:
     of prompts that a rank reads in a round. queue: requests that wait at most. drafts: places beyond its last token
-    that a request may write. lookahead: see `Prefix`. snapshot_every: tokens of a prompt between snapshots beside those
-    at its last border and where earlier prompts part from it; 0: only these. reuse: whether there is a prefix cache.
+    that a request may write. lookahead: see `Prefix`. snapshot_every: tokens of a prompt between snapshots; 0: none but
+    where prompts part. snapshot_last: whether one is taken at a prompt's last border, at the price of one more piece,
+    since a piece ends there. reuse: whether there is a prefix cache.
     """
 
     slots: int
     ranks: int = 1
     page: int
     pages: int
+    reach: int | None = None
     recurrent: bool
     snapshots: int
     chunk: int
@@ -33,6 +36,7 @@ class Capacity:
     drafts: int = 0
     lookahead: int = 0
     snapshot_every: int = 0
+    snapshot_last: bool = True
     reuse: bool = True
 
     def __post_init__(self) -> None:
@@ -45,6 +49,7 @@ class Capacity:
         require(self.chunk % self.page == 0, self, "chunk", f"a multiple of page={self.page}")
         require(self.prefill_tokens >= self.chunk, self, "prefill_tokens", f"at least chunk={self.chunk}")
         require(self.snapshot_every % self.chunk == 0, self, "snapshot_every", f"a multiple of chunk={self.chunk}")
+        require(self.reach is None or 1 <= self.reach <= self.pages, self, "reach", f"1 to pages={self.pages}")
         require(self.recurrent or not self.snapshots, self, "snapshots", "0, since recurrent=False")
 
 

@@ -15,6 +15,10 @@ MOST_LOGPROBS, MOST_BIASES, MOST_STOPS = 20, 300, 16
 SEEDS = 2**63
 
 
+class Full(Exception):
+    """The queue has no room for a request now; later it may."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How tokens of a request are chosen. The defaults sample from the model's own distribution.

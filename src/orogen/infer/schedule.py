@@ -24,19 +24,15 @@ Each round reads at most `prefill_tokens` of prompts and lets every slot decode 
 waits for more than one round of the other.
 """
 
+import bisect
 import dataclasses
-import heapq
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from orogen.config.checks import ConfigError
 from orogen.infer.capacity import Capacity, Rank, make_ranks
 from orogen.infer.prefix import Hit, Lock, Prefix
-from orogen.infer.request import Request
-
-
-class Full(RuntimeError):
-    """The queue has no room for one more request; the client may try again later."""
+from orogen.infer.request import Full, Request
 
 
 class Admission(NamedTuple):
@@ -103,10 +99,10 @@ class Scheduler:
         self._capacity = capacity
         self.ranks = make_ranks(capacity)
         self._next_number = 0
-        self._queue: list[tuple[int, int]] = []  # a heap of orders; what was cancelled is skipped when it is reached
+        self._queue: list[tuple[int, int]] = []  # of those that wait, sorted: priority, number
         self._waiting: dict[int, _Job] = {}
         self._running: dict[int, _Job] = {}  # by slot
-        self._stuck: int | None = None  # the first of the queue, if it had no room and nothing has ended since
+        self._stuck: int | None = None  # the first of the queue, if it had no room and nothing has changed since
 
     @property
     def queued(self) -> int:
@@ -128,19 +124,18 @@ class Scheduler:
 
         Raises ConfigError if it could never be admitted, Full if the queue is full.
         """
-        need = self._pages_needed(request)
-        if need > self._capacity.pages and self._capacity.pages:
-            c = self._capacity
+        c, need = self._capacity, self._pages_needed(request)
+        if need > (most := c.reach or c.pages):
             raise ConfigError(
                 f"a prompt of {len(request.prompt)} tokens and max_tokens={request.max_tokens} need {need} pages of "
-                f"{c.page} tokens; expected at most {c.pages}, for {c.pages * c.page - c.drafts} tokens in all"
+                f"{c.page} tokens; expected at most {most}, for {most * c.page - c.drafts} tokens in all"
             )
         if len(self._waiting) >= self._capacity.queue:
             raise Full(f"{len(self._waiting)} requests wait; expected fewer than {self._capacity.queue}")
         job = _Job(self._next_number, request, salt)
         self._next_number += 1
         self._waiting[job.number] = job
-        heapq.heappush(self._queue, job.order)
+        bisect.insort(self._queue, job.order)
         return job.number
 
     def cancel(self, number: int) -> int | None:
@@ -148,7 +143,8 @@ class Scheduler:
 
         Raises KeyError for any other number, such as one that has ended.
         """
-        if self._waiting.pop(number, None) is not None:
+        if number in self._waiting:
+            self._queue.remove(self._waiting.pop(number).order)
             return None
         for slot, running in self.running.items():
             if running == number:
@@ -183,20 +179,33 @@ class Scheduler:
         if row is not None or not self._capacity.recurrent:
             length = prefix.longest(len(job.prompt), job.done)
             prefix.insert(job.lock, job.prompt, max(length, job.lock.length), pages=job.pages, row=row)
+            self._stuck = None  # pages that the first of the queue shares with this request need not be found again
 
     def finished(self, slot: int, *, committed: Sequence[int] = (), border: int | None = None) -> int | None:
         """Ends the request in a slot, whatever it was doing, and returns all it held; the slot is free.
 
         committed: tokens it generated that the model has read for good, so neither the last one chosen nor drafts; what
-        is not given is not cached. border: a multiple of `chunk` behind the prompt and among these, of which the engine
+        is not given is not cached. border: a multiple of `chunk`, at most the prompt and these, after which the engine
         still has the state. Returns the row to which it must copy that state at once, None if it need not.
+
+        Raises ValueError for another border, and for generated tokens of a prompt that has not been read.
         """
         job, rank = self._job(slot), self._rank(slot)
+        if committed and job.done < len(job.prompt):
+            raise ValueError(
+                f"slot {slot} ends with {len(committed)} generated tokens after {job.done} of {len(job.prompt)} of its "
+                "prompt; expected none"
+            )
+        if border is not None and (border % self._capacity.chunk or border > len(job.prompt) + len(committed)):
+            raise ValueError(
+                f"slot {slot} has the state after {border} of {len(job.prompt) + len(committed)} tokens; expected a "
+                f"multiple of chunk={self._capacity.chunk}"
+            )
         row = None
         if rank.prefix is not None and job.lock is not None:
             if job.piece is not None and job.piece.row is not None and rank.snapshots is not None:
                 rank.snapshots.drop([job.piece.row])
-            if job.done == len(job.prompt) and committed:
+            if committed:
                 row = self._keep(rank.prefix, job, (*job.prompt, *committed), border)
             rank.prefix.unlock(job.lock)
         if rank.pages is not None:
@@ -211,7 +220,7 @@ class Scheduler:
         length = prefix.longest(len(tokens), len(tokens))
         row = None
         if self._capacity.recurrent:
-            if border is None or border > length or border % self._capacity.chunk or border <= job.lock.length:
+            if border is None or border > length or border <= job.lock.length:
                 return None
             length = border
             row = None if prefix.saved(job.lock, tokens, length) else prefix.take_row()
@@ -228,6 +237,9 @@ class Scheduler:
     def _rank(self, slot: int) -> Rank:
         return self.ranks[slot // len(self.ranks[0].slots)]
 
+    def _jobs(self, rank: Rank) -> list[_Job]:
+        return [self._running[slot] for slot in rank.slots if slot in self._running]
+
     def _pages_needed(self, request: Request) -> int:
         c = self._capacity
         return -(-(len(request.prompt) + request.max_tokens + c.drafts) // c.page) if c.pages else 0
@@ -236,25 +248,22 @@ class Scheduler:
         """The first of the queue, one by one, until one has no room."""
         while self._queue:
             number = self._queue[0][1]
-            if number in self._waiting:
-                if number == self._stuck:
-                    return
-                admission = self._admit(self._waiting[number])
-                if admission is None:
-                    return
-                del self._waiting[number]
-                yield admission
-            heapq.heappop(self._queue)
+            admission = None if number == self._stuck else self._admit(self._waiting[number])
+            if admission is None:
+                return
+            del self._waiting[number], self._queue[0]
+            yield admission
 
     def _admit(self, job: _Job) -> Admission | None:
-        """Puts a request into a slot of the rank that knows most of its prompt, then has the most pages left."""
+        """Puts a request into a slot of the rank that will have read its prompt first, then has the most pages left."""
         free = {i: s for i, r in enumerate(self.ranks) if (s := [s for s in r.slots if s not in self._running])}
         hits = {i: p.match(job.prompt, salt=job.salt) if (p := self.ranks[i].prefix) else None for i in free}
         waits = False
 
         def rank_order(i: int) -> tuple[int, int, int]:
             hit, pages = hits[i], self.ranks[i].pages
-            return -(hit.length if hit else 0), -(pages.free if pages else len(free[i])), i
+            ahead = sum(len(other.prompt) - other.done for other in self._jobs(self.ranks[i]))
+            return ahead - (hit.length if hit else 0), -(pages.free if pages else len(free[i])), i
 
         for i in sorted(free, key=rank_order):
             if self._computed_soon(self.ranks[i], job, hits[i]):
@@ -273,7 +282,7 @@ class Scheduler:
         which comes before theirs in any case."""
         if hit is None or rank.prefix is None:
             return False
-        for other in (self._running[s] for s in rank.slots if s in self._running):
+        for other in self._jobs(rank):
             if other.salt != job.salt or other.done == len(other.prompt) or other.order > job.order:
                 continue
             reach = rank.prefix.longest(min(len(other.prompt), len(job.prompt) - 1), len(other.prompt))
@@ -303,17 +312,18 @@ class Scheduler:
         return True
 
     def _marks(self, prompt: tuple[int, ...], hit: Hit) -> list[int]:
-        """Where snapshots of a prompt are worth it: at its last border, where a longer prompt or another sample goes
-        on; where it leaves what is known, since others may leave there too; and every so many tokens, if so chosen."""
+        """Where snapshots of a prompt are worth it: where it leaves what is known, since others may leave there too; at
+        its last border, where a longer prompt or another sample goes on; and every so many tokens, as was chosen."""
         chunk, every = self._capacity.chunk, self._capacity.snapshot_every
         last = (len(prompt) - max(1, self._capacity.lookahead)) // chunk * chunk
-        marks = {last, min(hit.shared, last) // chunk * chunk, *(range(every, last, every) if every else ())}
+        marks = {min(hit.shared, last) // chunk * chunk, *(range(every, last + 1, every) if every else ())}
+        if self._capacity.snapshot_last:
+            marks.add(last)
         return sorted(m for m in marks if m > hit.length)
 
     def _pieces(self, rank: Rank) -> Iterator[Piece]:
         left = self._capacity.prefill_tokens
-        jobs = [self._running[s] for s in rank.slots if s in self._running]
-        for job in sorted((j for j in jobs if j.done < len(j.prompt)), key=lambda j: j.order):
+        for job in sorted((j for j in self._jobs(rank) if j.done < len(j.prompt)), key=lambda j: j.order):
             job.piece = self._piece(rank, job, left)
             if job.piece is not None:
                 left -= job.piece.count

@@ -123,7 +123,7 @@ class Progress:
     """How far a run is: a bar on a terminal, elsewhere a line every `every_seconds`; always on stderr.
 
     with Progress(steps) as progress: … progress.update(step, metrics). `first_step` is the last step done before,
-    when a run resumes. `stream` and `clock` (seconds) are there for tests.
+    when a run resumes. unit: what the steps are. `stream` and `clock` (seconds) are there for tests.
     """
 
     def __init__(
@@ -131,11 +131,13 @@ class Progress:
         total_steps: int,
         *,
         first_step: int = 0,
+        unit: str = "step",
         every_seconds: float = 10.0,
         stream: IO[str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._total, self._first_step, self._every_seconds, self._clock = total_steps, first_step, every_seconds, clock
+        self._unit = unit
         self._stream = sys.stderr if stream is None else stream
         self._origin: tuple[int, float] | None = None  # the first step seen, and when: compilation lies before it
         self._printed_at = -math.inf
@@ -163,11 +165,11 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=_summary(metrics, _LIVE), left=left)
             if scored:
-                self._bar.console.print(f"step {step}  {scored}", markup=False, highlight=False)
+                self._bar.console.print(f"{self._unit} {step}  {scored}", markup=False, highlight=False)
         elif scored or step >= self._total or now - self._printed_at >= self._every_seconds:
             self._printed_at = now
             numbers = _summary(metrics, _LIVE | _HELDOUT)
-            print(f"step {step}/{self._total}  {numbers}  {left} left", file=self._stream, flush=True)
+            print(f"{self._unit} {step}/{self._total}  {numbers}  {left} left", file=self._stream, flush=True)
 
     def _seconds_left(self, step: int, now: float) -> float | None:
         assert self._origin is not None

@@ -1,0 +1,409 @@
+"""The scheduler by hand, and driven by an engine that remembers what it wrote to every page and snapshot."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from orogen.config.checks import ConfigError
+from orogen.infer.capacity import Capacity
+from orogen.infer.request import Full, Request
+from orogen.infer.schedule import Piece, Scheduler
+
+KINDS = "attention", "recurrent", "hybrid", "plain"
+
+
+def capacity(kind: str = "attention", **changes) -> Capacity:
+    """Of a model with these kinds of memory; `plain`: with none at all."""
+    sizes = {"slots": 4, "page": 2, "pages": 16, "chunk": 4, "prefill_tokens": 8, "queue": 6, "snapshots": 4}
+    sizes |= {"recurrent": kind in ("recurrent", "hybrid")} | changes
+    if kind in ("recurrent", "plain"):
+        sizes["pages"] = 0
+    if not sizes["recurrent"]:
+        sizes["snapshots"] = 0
+    return Capacity(**sizes)
+
+
+class Engine:
+    """Carries out what a scheduler plans, and asserts that it may."""
+
+    def __init__(self, room: Capacity):
+        self.room, self.scheduler = room, Scheduler(room)
+        self.pages: dict[tuple[int, int], object] = {}  # content by rank and page
+        self.rows: dict[tuple[int, int], object] = {}
+        self.waiting: dict[int, tuple[Request, str]] = {}
+        self.running: dict[int, dict] = {}  # by slot
+
+    def submit(self, prompt, *, max_tokens=3, priority=0, salt="") -> int:
+        request = Request(prompt=tuple(prompt), max_tokens=max_tokens, priority=priority)
+        number = self.scheduler.submit(request, salt=salt)
+        self.waiting[number] = request, salt
+        return number
+
+    def rank(self, slot: int) -> int:
+        return slot // (self.room.slots // self.room.ranks)
+
+    def content(self, tokens, salt: str, place: int) -> object:
+        return salt, tuple(tokens[: (place + 1) * self.room.page + self.room.lookahead])
+
+    def plan(self):
+        """Takes a round's plan, and checks it, but for the pieces' execution."""
+        ready = {slot for slot, job in self.running.items() if job["done"] == len(job["prompt"])}
+        plan = self.scheduler.round()
+        assert set(plan.decoding) == ready
+        for admission in plan.admitted:
+            self.admit(admission)
+        by_rank: dict[int, int] = {}
+        for slot, start, count, last, row in plan.pieces:
+            job = self.running[slot]
+            assert start == job["done"] and count > 0 and job["piece"] is None
+            assert last == (start + count == len(job["prompt"])) and (last or (start + count) % self.room.chunk == 0)
+            assert row is None or (start + count) % self.room.chunk == 0
+            reads = [(self.rank(s), j["reads"]) for s, j in self.running.items()]
+            assert row is None or (self.rank(slot), row) not in reads, "a row that is read would be written"
+            by_rank[self.rank(slot)] = by_rank.get(self.rank(slot), 0) + count
+            job["piece"] = Piece(slot, start, count, last, row)
+        assert all(count <= self.room.prefill_tokens for count in by_rank.values())
+        for rank in range(self.room.ranks):  # whoever is first in a rank goes on
+            unread = [(j["order"], s) for s, j in self.running.items() if self.rank(s) == rank and s not in ready]
+            assert not unread or self.running[min(unread)[1]]["piece"] is not None
+        return plan
+
+    def admit(self, admission):
+        slot, number, length, pages, row = admission
+        rank = self.rank(slot)
+        assert number == min(self.waiting, key=lambda n: (self.waiting[n][0].priority, n)), "nobody is passed"
+        request, salt = self.waiting.pop(number)
+        assert slot not in self.running and length < len(request.prompt)
+        places = len(request.prompt) + request.max_tokens + self.room.drafts
+        assert len(set(pages)) == len(pages) == (-(-places // self.room.page) if self.room.pages else 0)
+        shared = length // self.room.page if self.room.pages else 0
+        for place, page in enumerate(pages[:shared]):
+            assert self.pages[rank, page] == self.content(request.prompt, salt, place)
+        others = {p for s, j in self.running.items() if self.rank(s) == rank for p in j["pages"]}
+        assert not others & set(pages[shared:])
+        assert (row is None) == (not self.room.recurrent or length == 0)
+        assert row is None or self.rows[rank, row] == (salt, request.prompt[:length])
+        self.running[slot] = {
+            "number": number, "order": (request.priority, number), "prompt": request.prompt, "salt": salt,
+            "pages": pages, "shared": shared, "done": length, "piece": None, "reads": row, "left": request.max_tokens,
+            "tokens": request.prompt,
+        }  # fmt: skip
+
+    def write(self, slot: int, start: int, stop: int):
+        """Fills the pages of these tokens, which must be the slot's alone."""
+        job = self.running[slot]
+        if self.room.pages:
+            for place in range(start // self.room.page, -(-stop // self.room.page)):
+                page = job["pages"][place]
+                holders = [s for s, j in self.running.items() if self.rank(s) == self.rank(slot) and page in j["pages"]]
+                assert place >= job["shared"] and holders == [slot]
+                self.pages[self.rank(slot), page] = self.content(job["tokens"], job["salt"], place)
+
+    def prefill(self, slot: int):
+        job = self.running[slot]
+        piece, job["piece"], job["reads"] = job["piece"], None, None
+        job["done"] += piece.count
+        self.write(slot, piece.start, job["done"])
+        if piece.row is not None:
+            self.rows[self.rank(slot), piece.row] = job["salt"], job["prompt"][: job["done"]]
+        self.scheduler.prefilled(slot, piece.count)
+
+    def finish(self, slot: int, new: tuple[int, ...] = ()):
+        """Ends a request that has read its prompt, and generated these tokens besides a last one."""
+        job = self.running[slot]
+        start, job["tokens"] = len(job["prompt"]), (*job["prompt"], *new)
+        if new:
+            for place in range(start // self.room.page, -(-len(job["tokens"]) // self.room.page)):
+                if self.room.pages:
+                    self.pages[self.rank(slot), job["pages"][place]] = self.content(job["tokens"], job["salt"], place)
+        border = len(job["tokens"]) // self.room.chunk * self.room.chunk
+        row = self.scheduler.finished(slot, committed=new, border=border if new else None)
+        if row is not None:
+            self.rows[self.rank(slot), row] = job["salt"], job["tokens"][:border]
+        del self.running[slot]
+
+    def step(self, *, ends: bool = False):
+        """A whole round; with `ends`, all that decode end."""
+        plan = self.plan()
+        for piece in plan.pieces:
+            self.prefill(piece.slot)
+        for slot in plan.decoding if ends else ():
+            self.finish(slot)
+        return plan
+
+    def drain(self):
+        """Runs until nothing waits or runs; each round must bring that nearer."""
+        left = sum(len(j["prompt"]) - j["done"] for j in self.running.values())
+        left += sum(len(r.prompt) for r, _ in self.waiting.values())
+        for _ in range(2 * left + 4 * (len(self.waiting) + len(self.running)) + 1):
+            if not self.scheduler.busy:
+                break
+            self.step(ends=True)
+        assert not self.scheduler.busy and not self.waiting and not self.running
+
+    def nothing_is_lost(self):
+        for rank in self.scheduler.ranks:
+            prefix = rank.prefix
+            if rank.pages is not None:
+                assert rank.pages.free + (prefix.evictable_pages if prefix else 0) == rank.pages.count
+            if rank.snapshots is not None:
+                assert rank.snapshots.free + (prefix.evictable_snapshots if prefix else 0) == rank.snapshots.count
+
+
+class Traffic(RuleBasedStateMachine):
+    """Requests that come, go on, end and are cancelled whenever they can be."""
+
+    @initialize(
+        kind=st.sampled_from(KINDS), ranks=st.integers(1, 2), pages=st.integers(9, 20), snapshots=st.integers(0, 3),
+        lookahead=st.integers(0, 2), drafts=st.integers(0, 3), every=st.sampled_from([0, 4, 8]), reuse=st.booleans(),
+    )  # fmt: skip
+    def start(self, kind, every, **sizes):
+        sizes["reuse"] = sizes["reuse"] or sizes["ranks"] == 1  # the rarer of the two cases
+        self.engine = Engine(capacity(kind, snapshot_every=every, **sizes))
+
+    @rule(
+        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=20),
+        repeat=st.integers(1, 3), max_tokens=st.integers(1, 6), priority=st.sampled_from([0, 0, -1, 1]),
+        salt=st.sampled_from(["", "", "x"]),
+    )  # fmt: skip
+    def submit(self, prompt, repeat, max_tokens, priority, salt):
+        room, waiting = self.engine.room, len(self.engine.waiting)
+        need = -(-(len(prompt) + max_tokens + room.drafts) // room.page)
+        for i in range(repeat):
+            error = ConfigError if need > room.pages > 0 else Full if waiting + i >= room.queue else None
+            if error is None:
+                self.engine.submit(prompt, max_tokens=max_tokens, priority=priority, salt=salt)
+            else:
+                with pytest.raises(error):
+                    self.engine.submit(prompt, max_tokens=max_tokens, priority=priority, salt=salt)
+
+    @rule(data=st.data())
+    def round(self, data):
+        """Pieces are carried out in order, and any request may be cancelled between two of them."""
+        plan = self.engine.plan()
+        for piece in plan.pieces:
+            if piece.slot in self.engine.running:
+                self.engine.prefill(piece.slot)
+            if data.draw(st.integers(0, 9)) == 0:
+                self.cancel(data)
+        for slot in plan.decoding:
+            if slot in self.engine.running and data.draw(st.booleans()):
+                most = self.engine.running[slot]["left"] - 1
+                self.engine.finish(slot, tuple(data.draw(st.lists(st.integers(0, 1), max_size=most))))
+
+    @precondition(lambda self: self.engine.waiting or self.engine.running)
+    @rule(data=st.data())
+    def cancel(self, data):
+        slots = {job["number"]: slot for slot, job in self.engine.running.items()}
+        numbers = sorted([*self.engine.waiting, *slots])
+        if not numbers:
+            return
+        number = data.draw(st.sampled_from(numbers))
+        assert self.engine.scheduler.cancel(number) == slots.get(number)
+        self.engine.waiting.pop(number, None)
+        self.engine.running.pop(slots.get(number, -1), None)
+        with pytest.raises(KeyError):
+            self.engine.scheduler.cancel(number)
+
+    @invariant()
+    def counts_agree(self):
+        if hasattr(self, "engine"):
+            scheduler = self.engine.scheduler
+            assert scheduler.queued == len(self.engine.waiting)
+            assert scheduler.running == {slot: job["number"] for slot, job in self.engine.running.items()}
+            assert scheduler.busy == bool(self.engine.waiting or self.engine.running)
+
+    def teardown(self):
+        if hasattr(self, "engine"):
+            self.engine.drain()
+            self.engine.nothing_is_lost()
+
+
+TestTraffic = Traffic.TestCase
+TestTraffic.settings = settings(max_examples=50, stateful_step_count=25, deadline=None)
+
+
+def test_pieces_end_at_borders_and_share_a_round():
+    engine = Engine(capacity(pages=40, reuse=False))
+    engine.submit(range(10))
+    engine.submit(range(7))
+    engine.submit(range(2))
+    pieces = [[(p.slot, p.start, p.count, p.last) for p in engine.step().pieces] for _ in range(3)]
+    # 8 tokens a round; 2 of the third fit behind the second's 4, of which 3 more do not end at a border.
+    assert pieces == [[(0, 0, 8, False)], [(0, 8, 2, True), (1, 0, 4, False), (2, 0, 2, True)], [(1, 4, 3, True)]]
+    assert engine.step().decoding == (0, 1, 2)
+
+
+def test_decoding_slots_are_in_every_round():
+    engine = Engine(capacity(pages=60))
+    engine.submit(range(3))
+    engine.step()
+    engine.submit(range(50, 98))
+    for _ in range(6):
+        plan = engine.step()
+        assert plan.decoding == (0,) and plan.pieces[0].count == 8
+
+
+def test_the_first_of_the_queue_waits_for_room_and_is_not_passed():
+    engine = Engine(capacity(reuse=False))
+    small, large = engine.submit(range(18)), engine.submit(range(20))
+    engine.submit(range(1))  # there would be room for it
+    assert [a.number for a in engine.step().admitted] == [small]
+    for _ in range(3):
+        assert engine.step().admitted == ()
+    engine.finish(0)
+    assert [a.number for a in engine.step().admitted] == [large, 2]
+
+
+def test_priority_goes_before_arrival():
+    engine = Engine(capacity(slots=1))
+    numbers = [engine.submit([i], priority=p) for i, p in enumerate((1, 0, -5, 0))]
+    order = []
+    while engine.scheduler.busy:
+        order += [a.number for a in engine.step(ends=True).admitted]
+    assert order == [numbers[i] for i in (2, 1, 3, 0)]
+
+
+def test_what_the_cache_holds_gives_way():
+    engine = Engine(capacity())
+    engine.submit(range(24))
+    engine.drain()
+    prefix = engine.scheduler.ranks[0].prefix
+    assert prefix is not None and prefix.evictable_pages == 12
+    engine.submit(range(50, 74))
+    engine.drain()
+    assert prefix.match(tuple(range(24))).length < 8 and prefix.match(tuple(range(50, 74))).length == 22
+
+
+@pytest.mark.parametrize(("kind", "hit"), [("attention", 8), ("hybrid", 8), ("recurrent", 8)])
+def test_samples_of_one_prompt_read_it_once(kind, hit):
+    """The first reads it while the others wait; another prompt behind them gets its turn."""
+    engine = Engine(capacity(kind, pages=40))
+    for prompt in (range(10), range(10), range(10), [7, 7]):
+        engine.submit(prompt)
+    lengths, rounds = {}, 0
+    while len(lengths) < 4:
+        lengths |= {a.number: a.length for a in engine.step().admitted}
+        rounds += 1
+    assert lengths == {0: 0, 1: hit, 2: hit, 3: 0} and rounds <= 3
+    engine.drain()
+    engine.nothing_is_lost()
+
+
+def test_a_snapshot_is_taken_where_prompts_part():
+    """The third of three prompts with a common beginning goes on from its end; the first could not know where."""
+    engine = Engine(capacity("hybrid", pages=60, prefill_tokens=64))
+    hits = []
+    for tail in range(3):
+        engine.submit([*range(100, 109), *[tail] * 9])
+        hits += [a.length for a in engine.plan().admitted]
+        for slot, job in list(engine.running.items()):
+            while job["done"] < len(job["prompt"]):
+                engine.prefill(slot) if job["piece"] else engine.plan()
+            engine.finish(slot)
+    assert hits == [0, 0, 8]
+
+
+def test_a_prompt_is_read_at_once_where_its_last_border_is_not_saved():
+    engine = Engine(capacity("hybrid", snapshot_last=False))
+    engine.submit(range(7))
+    assert engine.step().pieces == (Piece(0, 0, 7, True, None),)
+
+
+def test_an_answer_is_part_of_the_next_prompt():
+    for kind, hit in (("attention", 10), ("hybrid", 8), ("recurrent", 8)):
+        engine = Engine(capacity(kind))
+        engine.submit(range(5), max_tokens=6)
+        while not engine.step().decoding:
+            pass
+        engine.finish(0, (5, 6, 7, 8, 9))
+        engine.submit(range(12))
+        assert [a.length for a in engine.step().admitted] == [hit], kind
+
+
+def test_ranks_have_memory_of_their_own():
+    engine = Engine(capacity("hybrid", ranks=2))
+    for start in (0, 100, 200, 300):
+        engine.submit(range(start, start + 8))
+    plan = engine.step()
+    assert [a.slot for a in plan.admitted] == [0, 2, 1, 3]
+    assert set(plan.admitted[0].pages) == set(plan.admitted[1].pages)
+    assert {p.slot: p.count for p in plan.pieces} == {0: 4, 1: 4, 2: 4, 3: 4}
+    assert {p.slot: p.row for p in plan.pieces} == {0: 0, 1: 1, 2: 0, 3: 1}
+    engine.drain()
+    engine.nothing_is_lost()
+
+
+def test_what_can_never_fit_is_refused_at_once():
+    scheduler = Scheduler(capacity(drafts=3))
+    assert scheduler.submit(Request(prompt=(1,) * 20, max_tokens=9)) == 0
+    with pytest.raises(ConfigError) as error:
+        scheduler.submit(Request(prompt=(1,) * 20, max_tokens=10))
+    assert str(error.value) == (
+        "a prompt of 20 tokens and max_tokens=10 need 17 pages of 2 tokens; expected at most 16, for 29 tokens in all"
+    )
+    assert scheduler.queued == 1
+    with pytest.raises(ConfigError, match="need 4 pages of 2 tokens; expected at most 3, for 6 tokens in all"):
+        Scheduler(capacity(reach=3)).submit(Request(prompt=(1,) * 6, max_tokens=1))
+
+
+def test_a_full_queue_says_so_until_somebody_leaves():
+    scheduler = Scheduler(capacity(queue=2))
+    numbers = [scheduler.submit(Request(prompt=(1,), max_tokens=1)) for _ in range(2)]
+    with pytest.raises(Full, match="2 requests wait; expected fewer than 2"):
+        scheduler.submit(Request(prompt=(1,), max_tokens=1))
+    assert scheduler.cancel(numbers[0]) is None
+    assert scheduler.submit(Request(prompt=(1,), max_tokens=1)) == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_request_that_ends_between_plan_and_report_returns_everything(kind):
+    engine = Engine(capacity(kind))
+    number = engine.submit(range(10))
+    piece = engine.plan().pieces[0]
+    assert (piece.row is None) == (kind in ("attention", "plain"))
+    assert engine.scheduler.cancel(number) == 0
+    (rank,) = engine.scheduler.ranks
+    assert all(pool is None or pool.free == pool.count for pool in (rank.pages, rank.snapshots))
+    assert not engine.scheduler.busy and engine.scheduler.round() == ((), (), ())
+
+
+def test_reports_of_what_was_not_planned_are_refused():
+    engine = Engine(capacity())
+    engine.submit(range(10))
+    engine.plan()
+    for call, message in (
+        (lambda: engine.scheduler.round(), "slot 0 has not reported Piece"),
+        (lambda: engine.scheduler.prefilled(0, 7), "slot 0 reports a piece of 7 tokens; expected Piece"),
+        (lambda: engine.scheduler.prefilled(3, 8), r"slot 3 has no request; expected one of \[0\]"),
+        (lambda: engine.scheduler.finished(1), "slot 1 has no request"),
+        (lambda: engine.scheduler.finished(0, committed=[1]), "1 generated tokens after 0 of 10 of its prompt"),
+        (lambda: engine.scheduler.finished(0, border=6), "state after 6 of 10 tokens; expected a multiple of chunk=4"),
+        (lambda: engine.scheduler.finished(0, border=12), "state after 12 of 10 tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"slots": 3, "ranks": 2}, "Capacity.slots is 3; expected a multiple of ranks=2"),
+        ({"chunk": 5}, "Capacity.chunk is 5; expected a multiple of page=2"),
+        ({"prefill_tokens": 3}, "Capacity.prefill_tokens is 3; expected at least chunk=4"),
+        ({"snapshot_every": 6}, "Capacity.snapshot_every is 6; expected a multiple of chunk=4"),
+        ({"queue": 0}, "Capacity.queue is 0; expected 1 or more"),
+        ({"reach": 17}, "Capacity.reach is 17; expected 1 to pages=16"),
+        ({"drafts": -1}, "Capacity.drafts is -1; expected 0 or more"),
+    ],
+)
+def test_impossible_capacities_are_refused(changes, message):
+    with pytest.raises(ConfigError) as error:
+        capacity(**changes)
+    assert str(error.value) == message
+
+
+def test_a_model_without_recurrent_layers_has_no_snapshots():
+    with pytest.raises(ConfigError, match="snapshots is 1; expected 0, since recurrent=False"):
+        Capacity(slots=1, page=1, pages=1, recurrent=False, snapshots=1, chunk=1, prefill_tokens=1, queue=1)
