@@ -11,8 +11,7 @@ from tests.data import vocabularies
 from orogen.config.checks import ConfigError
 from orogen.data.tokenizer import Tokenizer
 from orogen.data.vocabulary import byte_tokenizer, train_bpe
-from orogen.infer.budget import markers_of
-from orogen.infer.constrain import MOST_TEXT, DeadEnd, Grammars
+from orogen.infer.constrain import MOST_TEXT, Constraints
 from orogen.infer.knobs import words_of_mask
 from orogen.infer.request import Grammar
 
@@ -27,7 +26,7 @@ TOKENIZERS = {
 
 @pytest.fixture(scope="module")
 def grammars():
-    opened = {name: Grammars(tokenizer) for name, tokenizer in TOKENIZERS.items()}
+    opened = {name: Constraints(tokenizer, tokenizer.vocab_size + 70) for name, tokenizer in TOKENIZERS.items()}
     yield opened
     for each in opened.values():
         each.close()
@@ -60,7 +59,7 @@ def drawn(matcher, tokenizer: Tokenizer, seed: int, most: int = 400) -> tuple[st
             assert ends, "the end may follow a finished text"
             return tokenizer.decode(ids, after=[tokenizer.encode("a")[0]]), True
         ids.append(int(random.choice([i for i in choices if i not in ends])))
-        matcher.advance(ids[-1])
+        assert matcher.advance(ids[-1]) is None
     return tokenizer.decode(ids), False
 
 
@@ -110,11 +109,8 @@ def test_a_text_that_cannot_go_on_is_finished_and_may_only_end(grammars):
 
 def test_matchers_of_one_grammar_are_apart_and_a_wrong_token_ends_one(grammars):
     first, second = (grammars["byte"].matcher(regex("a(b|c)d")) for _ in range(2))
-    first.advance(97 + 3)
-    with pytest.raises(DeadEnd, match="cannot go on: .*token"):
-        first.advance(97 + 3)
-    with pytest.raises(DeadEnd):
-        allowed(first, 259)
+    assert first.advance(97 + 3) is None
+    assert re.match(r"the text cannot go on in its grammar: .*token", first.advance(97 + 3))
     assert not first.finished
     for byte in b"acd":
         assert byte + 3 in allowed(second, 259)
@@ -124,18 +120,18 @@ def test_matchers_of_one_grammar_are_apart_and_a_wrong_token_ends_one(grammars):
 
 def test_a_grammar_waits_for_the_end_of_a_thought(grammars):
     tokenizer = TOKENIZERS["byte"]
-    markers = markers_of(tokenizer, 259)
     thinking = tokenizer.encode("ab<think>\n").tolist()
-    matcher = grammars["byte"].matcher(regex("xy"), prompt=thinking, markers=markers)
+    matcher = grammars["byte"].matcher(regex("xy"), prompt=thinking)
     for token in tokenizer.encode("Let me see.</think>").tolist():
-        row = np.zeros(words_of_mask(259), np.uint32)
+        row = np.zeros(words_of_mask(259 + 70), np.uint32)
         matcher.mask_into(row)
         assert (row == 0xFFFFFFFF).all()
         assert not matcher.finished
-        matcher.advance(token)
+        assert matcher.advance(token) is None
     assert allowed(matcher, 259) == [ord("x") + 3]
-    closed = tokenizer.encode("<think></think>").tolist()
-    assert allowed(grammars["byte"].matcher(regex("xy"), prompt=closed, markers=markers), 259) == [ord("x") + 3]
+    for prompt in ("<think></think>", "<thi"):
+        ids = tokenizer.encode(prompt).tolist()
+        assert allowed(grammars["byte"].matcher(regex("xy"), prompt=ids), 259) == [ord("x") + 3]
 
 
 def chain(length: int, link) -> dict:
@@ -219,7 +215,7 @@ def test_threads_check_one_after_another(grammars):
 
 def test_what_is_missing_is_named(monkeypatch):
     with pytest.raises(ConfigError, match=r"has no tokenizer.json; expected one, for a grammar"):
-        Grammars(None)
+        Constraints(None, 300)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"llguidance is not installed; .*pip install 'orogen\[serve\]'"):
-        Grammars(TOKENIZERS["byte"])
+        Constraints(TOKENIZERS["byte"], 300)

@@ -115,7 +115,9 @@ class Requests(RuleBasedStateMachine):
         end = len(one["tokens"]) - self.lookahead
         lengths = [n for n in range(step, end + 1, step) if n > one["lock"].length]
         if lengths:
-            self.device.insert(one["lock"], one["pages"], one["tokens"], data.draw(st.sampled_from(lengths)), one["salt"])
+            self.device.insert(
+                one["lock"], one["pages"], one["tokens"], data.draw(st.sampled_from(lengths)), one["salt"]
+            )
 
     @precondition(lambda self: self.open)
     @rule(data=st.data())

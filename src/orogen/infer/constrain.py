@@ -13,25 +13,22 @@ import numpy as np
 
 from orogen.config.checks import ConfigError, shown
 from orogen.data.tokenizer import Tokenizer
-from orogen.infer.budget import Markers
+from orogen.infer.budget import Markers, markers_of
 from orogen.infer.grammar_check import GrammarCheck, compiled, one_line, trie
+from orogen.infer.knobs import words_of_mask
 from orogen.infer.request import Grammar
 
 MOST_TEXT = 2**16  # characters of a grammar
 KEPT = 64  # compiled grammars that are kept for further requests
 
 
-class DeadEnd(Exception):
-    """A request cannot go on: no token can follow, its token was not allowed, or the grammar takes too much."""
-
-
-class Grammars:
-    """Compiles the grammars of requests for one tokenizer, whose trie is built once. For one thread.
+class Constraints:
+    """Compiles the grammars of requests for one tokenizer, whose trie is built once, and a model of so many rows.
 
     Raises ConfigError for a model without a tokenizer, and if llguidance is not installed.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int) -> None:
         if tokenizer is None:
             raise ConfigError("the checkpoint has no tokenizer.json; expected one, for a grammar: it constrains text")
         if importlib.util.find_spec("llguidance") is None:
@@ -39,13 +36,14 @@ class Grammars:
         self._library: Any = importlib.import_module("llguidance")
         ends, encode = tokenizer.end_ids, lambda text: tokenizer.encode_inside(text).tolist()
         self._trie = trie(self._library, tokenizer.bytes_of_token, ends, encode)
+        self._words = words_of_mask(vocab_size)
+        self._markers = markers_of(tokenizer, vocab_size)
         self._kept: OrderedDict[Grammar, Any] = OrderedDict()
         self._check = GrammarCheck()
 
-    def matcher(self, grammar: Grammar, *, prompt: Iterable[int] = (), markers: Markers | None = None) -> "Matcher":
-        """The matcher of a new request.
+    def matcher(self, grammar: Grammar, *, prompt: Iterable[int] = ()) -> "Matcher":
+        """The matcher of a new request. Where `prompt` ends inside `<think>`, the grammar begins after `</think>`.
 
-        markers: of a model that thinks; where `prompt` ends inside a thought, the grammar begins after `</think>`.
         Raises ConfigError for a grammar that is malformed, unsupported, matches nothing or takes too much.
         """
         if grammar not in self._kept:
@@ -57,10 +55,12 @@ class Grammars:
                 raise ConfigError(f"Grammar.text {shown(grammar.text[:80])}: {error[:400]}; expected a simpler one")
             self._kept[grammar] = matcher
         self._kept.move_to_end(grammar)
-        matcher = self._kept[grammar].deep_copy()
         while len(self._kept) > KEPT:
             self._kept.popitem(last=False)
-        return Matcher(matcher, self._trie.vocab_size, _Thoughts(prompt, markers) if markers is not None else None)
+        reader = 0
+        for token in prompt:
+            reader = int(self._markers.next_sv[reader, token])
+        return Matcher(self._kept[grammar].deep_copy(), self._words, self._markers, reader)
 
     def close(self) -> None:
         """Ends the process that compiles grammars first."""
@@ -68,62 +68,49 @@ class Grammars:
 
 
 class Matcher:
-    """Where one request is in its grammar. `finished`: nothing but the end of the text can follow."""
+    """Where one request is in its grammar.
 
-    def __init__(self, matcher: Any, vocab_size: int, thoughts: "_Thoughts | None") -> None:
+    A mask is made when a token has come, so that whatever goes wrong is known before the next step, and ends this
+    request alone.
+    """
+
+    def __init__(self, matcher: Any, words: int, markers: Markers, reader: int) -> None:
         self._matcher = matcher
-        self._words = -(-vocab_size // 32)
-        self._thoughts = thoughts
+        self._markers = markers
+        self._reader = reader if reader >= markers.thinking else 0  # 0: the request does not think
+        self._mask_w = np.full(words, 0xFFFFFFFF, np.uint32)  # all tokens while it thinks
+        if not self._reader:
+            self._make_mask()
 
     @property
     def finished(self) -> bool:
-        return not self._thinks and self._matcher.is_stopped() and not self._matcher.is_error()
-
-    @property
-    def _thinks(self) -> bool:
-        return self._thoughts is not None and self._thoughts.thinks
+        """Whether the text is complete, and nothing but its end can follow."""
+        return not self._reader and self._matcher.is_stopped() and not self._matcher.is_error()
 
     def mask_into(self, mask_w: np.ndarray) -> None:
-        """Sets the bits of the tokens that may come next, in a contiguous uint32 row; see `knobs.words_of_mask`.
+        """Writes the tokens that may come next, uint32 (w,); see `knobs.words_of_mask`.
 
-        The tokens that end a text are among them where it may end. Rows of a model beyond the tokenizer's get 0.
-        Raises DeadEnd; a row of its own is left, and no other request is touched.
+        The tokens that end a text are among them where it may end. Rows beyond the tokenizer's are not.
         """
-        if self._thinks:
-            mask_w[:] = np.uint32(0xFFFFFFFF)
-            return
-        mask_w[self._words :] = 0
-        words_w = mask_w[: self._words]
-        self._matcher.unsafe_compute_mask_ptr(words_w.ctypes.data, words_w.nbytes)
-        self._fail_on_error()
-        if not words_w.any():
-            raise DeadEnd("no token can follow in the grammar")
+        mask_w[:] = self._mask_w
 
-    def advance(self, token: int) -> None:
-        """Goes past a token that the request has emitted. Raises DeadEnd if it was not allowed."""
-        if self._thoughts is not None and self._thoughts.thinks:
-            self._thoughts.read(token)
-            return
+    def advance(self, token: int) -> str | None:
+        """Goes past a token that the request has emitted. Returns what is wrong if it cannot go on, else None.
+
+        That is a token which was not allowed, or a step that takes too much.
+        """
+        if self._reader:
+            reader = int(self._markers.next_sv[self._reader, token])
+            self._reader = reader if reader >= self._markers.thinking else 0
+            return None if self._reader else self._make_mask()
         self._matcher.consume_token(token)
-        self._fail_on_error()
+        return self._make_mask()
 
-    def _fail_on_error(self) -> None:
-        if self._matcher.is_error():
-            raise DeadEnd(f"the grammar cannot go on: {one_line(self._matcher.get_error())[:400]}")
-
-
-class _Thoughts:
-    """Whether a request is between the markers of thinking, where a grammar waits."""
-
-    def __init__(self, prompt: Iterable[int], markers: Markers) -> None:
-        self._markers = markers
-        self._state = 0
-        for token in prompt:
-            self.read(token)
-
-    @property
-    def thinks(self) -> bool:
-        return self._state >= int(self._markers.thinking)
-
-    def read(self, token: int) -> None:
-        self._state = int(self._markers.next_sv[self._state, token])
+    def _make_mask(self) -> str | None:
+        error = self._matcher.get_error()
+        if not error:
+            data = self._matcher.compute_bitmask()
+            self._mask_w[:] = 0
+            self._mask_w.view(np.uint8)[: len(data)] = np.frombuffer(data, np.uint8)
+            error = self._matcher.get_error()
+        return f"the text cannot go on in its grammar: {one_line(error)[:400]}" if error else None
