@@ -52,9 +52,8 @@ class Tokenizer:
     """A byte-level tokenizer, or a SentencePiece-like one with byte fallback: every token stands for known bytes.
 
     Text never becomes a special token, also where it spells one. `byte_length_v` (v,) int32 is the number of bytes of
-    each token, 0 for specials; `is_token_v` (v,) bool is False for ids without a token. `end_ids` end a text.
-    To read alone: `bytes_of_token`, the bytes of each id, and `fallback_of_byte`, the id of each byte's own token in a
-    vocabulary with byte fallback, else empty.
+    each token, 0 for specials; `is_token_v` (v,) bool is False for ids without a token. `end_ids` end a text. To read
+    alone: `bytes_of_token` of each id, and `fallback_of_byte`, ids of byte tokens in a vocabulary with byte fallback.
     """
 
     def __init__(
@@ -112,6 +111,10 @@ class Tokenizer:
             return self._token_of_byte[np.frombuffer(text.encode(), np.uint8)]
         return self._encode_exactly(text, first=True)
 
+    def encode_inside(self, text: str) -> np.ndarray:
+        """`encode` of a text that follows other text: the pipeline puts no space before it."""
+        return self._encode_exactly(text, first=False)
+
     def encode_document(self, text: str) -> np.ndarray:
         """`encode` for training: ids (n,) int32 whose bytes are exactly the text's.
 
@@ -156,7 +159,7 @@ class Tokenizer:
     def marker_ids(self, text: str) -> list[int]:
         """The one token that is written so, special or not; else the tokens of `text` where it follows other text."""
         own = self._backend.token_to_id(text)
-        return self._encode_exactly(text, first=False).tolist() if own is None else [own]
+        return self.encode_inside(text).tolist() if own is None else [own]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of the tokens; specials have none. Raises ConfigError for an id outside the vocabulary."""

@@ -197,7 +197,7 @@ class Engine:
 
         if self._constraints is None:
             self._constraints = Constraints(self.opened.tokenizer, self.opened.config.vocab_size)
-        return self._constraints.matcher(request.grammar)
+        return self._constraints.matcher(request.grammar, prompt=request.prompt)
 
     def _admit(self, admission: Admission) -> None:
         request, matcher = self._waiting.pop(admission.number)

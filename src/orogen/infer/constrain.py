@@ -1,0 +1,116 @@
+"""Output that matches a JSON schema or a regular expression, by llguidance (MIT): masks of the tokens that may follow.
+
+Letters: w words of a mask.
+"""
+
+import importlib
+import importlib.util
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from orogen.config.checks import ConfigError, shown
+from orogen.data.tokenizer import Tokenizer
+from orogen.infer.budget import Markers, markers_of
+from orogen.infer.grammar_check import GrammarCheck, compiled, one_line, trie
+from orogen.infer.knobs import words_of_mask
+from orogen.infer.request import Grammar
+
+MOST_TEXT = 2**16  # characters of a grammar
+KEPT = 64  # compiled grammars that are kept for further requests
+
+
+class Constraints:
+    """Compiles the grammars of requests for one tokenizer, whose trie is built once, and a model of so many rows.
+
+    Raises ConfigError for a model without a tokenizer, and if llguidance is not installed.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int) -> None:
+        if tokenizer is None:
+            raise ConfigError("the checkpoint has no tokenizer.json; expected one, for a grammar: it constrains text")
+        if importlib.util.find_spec("llguidance") is None:
+            raise ConfigError("llguidance is not installed; expected it for a grammar: pip install 'orogen[serve]'")
+        self._library: Any = importlib.import_module("llguidance")
+        ends, encode = tokenizer.end_ids, lambda text: tokenizer.encode_inside(text).tolist()
+        self._trie = trie(self._library, tokenizer.bytes_of_token, ends, encode)
+        self._words = words_of_mask(vocab_size)
+        self._markers = markers_of(tokenizer, vocab_size)
+        self._kept: OrderedDict[Grammar, Any] = OrderedDict()
+        self._check = GrammarCheck()
+
+    def matcher(self, grammar: Grammar, *, prompt: Iterable[int] = ()) -> "Matcher":
+        """The matcher of a new request. Where `prompt` ends inside `<think>`, the grammar begins after `</think>`.
+
+        Raises ConfigError for a grammar that is malformed, unsupported, matches nothing or takes too much.
+        """
+        if grammar not in self._kept:
+            if len(grammar.text) > MOST_TEXT:
+                raise ConfigError(f"Grammar.text has {len(grammar.text)} characters; expected at most {MOST_TEXT}")
+            self._check.check(grammar.kind, grammar.text)
+            matcher, error = compiled(self._library, self._trie, grammar.kind, grammar.text)
+            if error:
+                raise ConfigError(f"Grammar.text {shown(grammar.text[:80])}: {error[:400]}; expected a simpler one")
+            self._kept[grammar] = matcher
+        self._kept.move_to_end(grammar)
+        while len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
+        reader = 0
+        for token in prompt:
+            reader = int(self._markers.next_sv[reader, token])
+        return Matcher(self._kept[grammar].deep_copy(), self._words, self._markers, reader)
+
+    def close(self) -> None:
+        """Ends the process that compiles grammars first."""
+        self._check.close()
+
+
+class Matcher:
+    """Where one request is in its grammar.
+
+    A mask is made when a token has come, so that whatever goes wrong is known before the next step, and ends this
+    request alone.
+    """
+
+    def __init__(self, matcher: Any, words: int, markers: Markers, reader: int) -> None:
+        self._matcher = matcher
+        self._markers = markers
+        self._reader = reader if reader >= markers.thinking else 0  # 0: the request does not think
+        self._mask_w = np.full(words, 0xFFFFFFFF, np.uint32)  # all tokens while it thinks
+        if not self._reader:
+            self._make_mask()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the text is complete, and nothing but its end can follow."""
+        return not self._reader and self._matcher.is_stopped() and not self._matcher.is_error()
+
+    def mask_into(self, mask_w: np.ndarray) -> None:
+        """Writes the tokens that may come next, uint32 (w,); see `knobs.words_of_mask`.
+
+        The tokens that end a text are among them where it may end. Rows beyond the tokenizer's are not.
+        """
+        mask_w[:] = self._mask_w
+
+    def advance(self, token: int) -> str | None:
+        """Goes past a token that the request has emitted. Returns what is wrong if it cannot go on, else None.
+
+        That is a token which was not allowed, or a step that takes too much.
+        """
+        if self._reader:
+            reader = int(self._markers.next_sv[self._reader, token])
+            self._reader = reader if reader >= self._markers.thinking else 0
+            return None if self._reader else self._make_mask()
+        self._matcher.consume_token(token)
+        return self._make_mask()
+
+    def _make_mask(self) -> str | None:
+        error = self._matcher.get_error()
+        if not error:
+            data = self._matcher.compute_bitmask()
+            self._mask_w[:] = 0
+            self._mask_w.view(np.uint8)[: len(data)] = np.frombuffer(data, np.uint8)
+            error = self._matcher.get_error()
+        return f"the text cannot go on in its grammar: {one_line(error)[:400]}" if error else None
