@@ -1,6 +1,7 @@
 """Every kind of checkpoint folder opens on every plan, in every dtype, with the numbers that it holds."""
 
 import dataclasses
+import itertools
 import re
 import shutil
 from pathlib import Path
@@ -74,9 +75,14 @@ def save_run(folder: Path, orogen: Path, plan: PlanConfig) -> None:
 class TestOpenModel:
     """The same facts of every kind of folder, plan and dtype."""
 
-    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    @pytest.mark.parametrize("plan", PLANS)
-    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize(
+        ("kind", "plan", "dtype"),
+        [
+            *itertools.product(KINDS, PLANS, ("float32", "bfloat16")),
+            *itertools.product(KINDS, ("one device",), ("float16",)),
+            ("staged run", "tensor and data", "float16"),
+        ],
+    )
     def test_every_number_is_there(self, folders, kind, plan, dtype):
         opened = open_model(folders[kind], PLANS[plan], dtype)
         built, there = opened.built, placement.shardings((opened.built.params, opened.built.buffers), opened.plan)

@@ -2,19 +2,16 @@
 
 import math
 import random
-import time
 from collections.abc import Iterable
-from pathlib import Path
 
 import pytest
 from tests.helpers import hybrid
 
-from orogen.config.load import load
 from orogen.config.model import MAX_LAYERS, ModelConfig
 from orogen.cost.weights import Weight, changed, weights
+from orogen.model.lm import Built, build
 from orogen.simulate.fit import count
 
-ULTRA = Path(__file__).parents[2] / "gin_configs/models/nemotron3_ultra_550b_a55b.gin"
 D, F, V = 5, 7, 11
 DENSE = ModelConfig(pattern="-", vocab_size=V, hidden_size=D, intermediate_size=F)
 
@@ -73,11 +70,18 @@ def test_the_mtp_block_without_its_layers():
     assert Weight((D, 6), ("embed", "kv_heads")) in found.layers["*"]
 
 
-def test_a_thousand_layers_in_no_order_are_read_as_one_of_each():
+def test_a_thousand_layers_in_no_order_are_read_as_one_of_each(monkeypatch):
+    traced = []
+
+    def recorded(model: ModelConfig, **options: int | None) -> Built:
+        traced.append(model.layers.main)
+        return build(model, **options)
+
+    monkeypatch.setattr("orogen.cost.weights.build", recorded)
     pattern = "".join(random.Random(0).choices("ME*-", k=MAX_LAYERS))
-    one, begun = hybrid(pattern="ME*-", mtp_depths=0), time.monotonic()
+    one = hybrid(pattern="ME*-", mtp_depths=0)
     found = weights(changed(one, pattern=pattern))
-    assert time.monotonic() - begun < 2
+    assert [sorted(letters) for letters in traced] == [sorted("ME*-")]
     assert found.layers == weights(one).layers and found.parts == weights(one).parts
     layers = {letter: sum(math.prod(w.shape) for w in each) for letter, each in found.layers.items()}
     difference = sum(layers[letter] for letter in pattern) - sum(layers.values())
@@ -89,10 +93,3 @@ def test_sizes_that_no_machine_holds_are_counted():
     vast = 10**15
     model = changed(DENSE, hidden_size=vast, intermediate_size=2 * vast, vocab_size=3 * vast)
     assert count(model) == 2 * 2 * vast**2 + 2 * vast + 2 * 3 * vast**2
-
-
-def test_a_model_of_550_billion_is_counted_at_once():
-    model = load([ULTRA])[0].model
-    begun = time.monotonic()
-    assert count(model) > 5e11
-    assert time.monotonic() - begun < 3

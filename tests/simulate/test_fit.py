@@ -1,7 +1,6 @@
 """What cannot fit into memory is refused before anything is built, by a bound that is never above what is held."""
 
 import dataclasses
-import time
 
 import pytest
 from tests.helpers import hybrid, run_config
@@ -115,10 +114,8 @@ def test_the_field_that_is_too_large_is_named(field, train, plan, model, where):
     sizes = {"vocab_size": 7, "hidden_size": 6, "intermediate_size": 10, "num_key_value_heads": 2, "head_dim": 2}
     changed = ModelConfig(**{"pattern": "-", **sizes, **model})
     memory = Memory(2**35, None) if where == "host" else Memory(PLENTY, 2**35)
-    begun = time.monotonic()
     message = refusal(require_training_fits, *training(model=changed, plan=plan, memory=memory, **train))
     assert message.startswith(f"{field} is ")
-    assert time.monotonic() - begun < 5
     require_training_fits(*training(model=changed, plan=plan, memory=Memory(2**200, None), **train))
 
 

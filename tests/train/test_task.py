@@ -23,7 +23,8 @@ from orogen.train.loop import train
 from orogen.train.pretraining import PRETRAINING, train_loader
 from orogen.train.sides import packed_batches
 from orogen.train.step import batch_to_devices, gradients
-from orogen.train.task import Objective, Task
+from orogen.train.task import Metric, Objective, Task
+from orogen.train.terms import ROWS, loss_size, mean_sizes
 from orogen.train.verify import verify
 
 ADVANTAGE, CHOSEN, EARLIER = "advantage", "chosen", "earlier"
@@ -67,7 +68,7 @@ def policy_batches(config, count):
         inside_bt = (batch.segments_bt != 0) & (batch.segments_bt == next_bt) & (np.arange(shape[1]) < shape[1] - 1)
         uniform = -np.log(config.model.vocab_size)
         extras = {
-            ADVANTAGE: rng.normal(0.5, 1, shape).astype(np.float32),  # of both signs; their sum is not near 0
+            ADVANTAGE: rng.normal(0, 1, shape).astype(np.float32),
             CHOSEN: (inside_bt & (rng.random(shape) < 0.7)).astype(np.float32),
             EARLIER: (uniform + 0.3 * rng.normal(size=(*shape, 2))).astype(np.float32),
         }
@@ -155,6 +156,46 @@ def test_a_sum_of_copies_does_not_pass():
     assert verify(config, objective=POLICY, batches=policy_batches, optimizers=("adamw",)).passed
     wrong = dataclasses.replace(POLICY, sums=copies)
     assert not verify(config, objective=wrong, batches=policy_batches, optimizers=("adamw",)).passed
+
+
+@several_devices
+def test_a_loss_whose_terms_cancel_has_the_error_of_its_terms():
+    """The advantages sum to 0 within rounding, and so does the loss: rounding is not an error, a wrong advantage is."""
+
+    def cancelling(config, count):
+        found = policy_batches(config, count)
+        for batch in found:
+            advantages, chosen = batch.extras[ADVANTAGE], batch.extras[CHOSEN] > 0
+            batch.extras[EARLIER][...] = -np.log(config.model.vocab_size)
+            advantages[chosen] -= advantages[chosen].mean()
+        return found
+
+    def wrong(model, hidden, batch, plan):
+        """Rank 1's first advantage is off by a thousandth, of some eighty chosen tokens."""
+        found, rank = sums(model, hidden, batch, plan), plan.index("batch")
+        return found | {"policy": found["policy"] + 1e-3 * rank}
+
+    config = run_config(hybrid(pattern="-", mtp_depths=0), plan={"data": 2})
+    policy = dataclasses.replace(POLICY, shares=lambda config, depths: {"policy": 1.0})
+    found = verify(config, objective=policy, batches=cancelling, optimizers=("adamw",))
+    assert found.passed, found
+    found = verify(config, objective=dataclasses.replace(policy, sums=wrong), batches=cancelling, optimizers=("adamw",))
+    assert not found.passed and found.max_gradient_error <= found.tolerances["max_gradient_error"], found
+
+
+def test_the_size_of_a_loss_by_hand():
+    """Two names of two rows: 6 - 2 over 4 and (3, -1) over (2, 8), at shares 1 and 1/2, beside routers' 0.25."""
+    metrics = {"a": Metric(4.0, 4.0), "b": Metric(np.array([2.0, 3.0]), np.array([2.0, 8.0]))}
+    rows = {"a": [[6.0], [-2.0]], "b": [[3.0, 1.0], [-1.0, 2.0]]}
+    metrics |= {
+        ROWS + n: Metric(np.squeeze(x), np.broadcast_to(metrics[n].count, np.squeeze(x).shape)) for n, x in rows.items()
+    }
+    objective = dataclasses.replace(POLICY, shares=lambda config, depths: {"a": 1.0, "b": 0.5})
+    loss = 4 / 4 + (2 / 2 + 3 / 8) / 2 + 0.25
+    size = (6 + 2) / 4 + ((3 + 1) / 2 + (1 + 2) / 8) / 2 + 0.25
+    assert loss_size(loss, metrics, objective, hybrid()) == pytest.approx(size, rel=1e-12)
+    sizes = mean_sizes(metrics)
+    assert sizes["a"] == 2 and sizes["b"].tolist() == [2, 3 / 8] and sizes.keys() == {"a", "b"}
 
 
 def test_without_the_mtp_block_its_parameters_have_no_gradient():

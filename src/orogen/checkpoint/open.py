@@ -8,6 +8,7 @@ from flax import nnx
 
 from orogen.checkpoint.folders import CONFIG, Folder, HuggingFaceFolder, OrogenFolder, RunFolder
 from orogen.config.checks import ConfigError, require
+from orogen.config.dtype import WEIGHTS
 from orogen.config.model import ModelConfig
 from orogen.config.plan import FOR_GPU, PlanConfig
 from orogen.config.run import RunConfig
@@ -15,9 +16,6 @@ from orogen.cost.assemble import assemble
 from orogen.data.tokenizer import Tokenizer, check_rows
 from orogen.model.lm import Built, build
 from orogen.parallel.plan import Plan, single_device_plan
-
-# Those of `read_model`; masters are float32.
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Opened(NamedTuple):
@@ -64,8 +62,8 @@ def read_model(
     """The model of an open folder on `plan`; None: on one device, with kernels that run everywhere and no dropped
     tokens. dtype: of the parameters, except those that stay float32 in computation. tokenizer: False leaves the
     folder's unread. Raises ConfigError."""
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype is {dtype!r}; expected {', '.join(DTYPES)}")
+    if dtype not in WEIGHTS:
+        raise ConfigError(f"dtype is {dtype!r}; expected {', '.join(WEIGHTS)}")
     words = folder.tokenizer() if tokenizer else None
     if words is not None:
         check_rows(words, folder.config.vocab_size)

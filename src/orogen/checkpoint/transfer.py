@@ -32,10 +32,9 @@ from orogen.config.model import ModelConfig
 from orogen.config.streams import say
 from orogen.convert import names
 from orogen.convert.config import family_of, mtp_blocks, write_config
-from orogen.convert.tensor_files import DTYPES, Spec, TensorWriter, check_fits, new_folder
+from orogen.convert.tensor_files import Spec, TensorWriter, check_fits, new_folder
 from orogen.data.tokenizer import Tokenizer
 
-TORCH_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 KEPT_FORM = Record({}, {"config": dict, "dtypes": MapOf(str), "copies": ListOf(str)})
 
 THREADS = 2  # and as many tensors in memory
@@ -173,7 +172,7 @@ def _target_dtypes(
     table: names.Table, leaves: Mapping[names.Path, np.dtype], dtype: str | None, others: Mapping[str, str]
 ) -> dict[str, np.dtype]:
     if dtype is not None:
-        asked, wide = DTYPES[TORCH_DTYPES[dtype]], np.dtype(np.float32)
+        asked, wide = jnp.dtype(dtype), np.dtype(np.float32)
         return {name: wide if tensor.float32 else asked for name, tensor in table.items()}
     found = _tensor_dtypes(table, leaves)
     return found | {name: np.dtype(jnp.dtype(kind)) for name, kind in others.items() if name in found}

@@ -14,6 +14,7 @@ from orogen.config.checks import (
     require_positive,
 )
 from orogen.config.data import DataConfig
+from orogen.config.dtype import COMPUTE
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.remat import check_layers
@@ -74,7 +75,7 @@ class TrainConfig:
         require(len(self.sample_prompts) > 0, self, "sample_prompts", "at least one, which may be empty")
         for prompt in self.sample_prompts:
             require(is_unicode(prompt), self, "sample_prompts", "valid Unicode, without lone surrogates")
-        require_choice(self, "compute_dtype", ("float32", "bfloat16"))
+        require_choice(self, "compute_dtype", COMPUTE)
         object.__setattr__(self, "sample_prompts", tuple(self.sample_prompts))  # gin may give a list
 
 
@@ -104,7 +105,7 @@ class OptimizerConfig:
         check_types(self)
         require_choice(self, "name", ("adamw", "muon"))
         require_choice(self, "schedule", ("cosine", "wsd", "constant"))
-        require_choice(self, "moment_dtype", ("float32", "bfloat16"))
+        require_choice(self, "moment_dtype", COMPUTE)
         require_positive(self, "learning_rate", "epsilon", "clip_norm")
         require_not_negative(self, "warmup_steps", "decay_steps", "weight_decay")
         require(0 <= self.min_ratio <= 1, self, "min_ratio", "a number from 0 to 1")

@@ -5,15 +5,14 @@ from pathlib import Path
 
 from orogen.command import Command, add_config_arguments, answer, free_memory, load_config
 from orogen.config.checks import ConfigError
-
-DTYPES = ("float32", "bfloat16", "float16")
+from orogen.config.dtype import WEIGHTS
 
 
 def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("direction", choices=("from-hf", "to-hf"), help="from-hf reads a Hugging Face folder")
     parser.add_argument("source", type=Path, metavar="SRC", help="to-hf: an Orogen checkpoint folder or a run folder")
     parser.add_argument("target", type=Path, metavar="DST", help="a new folder")
-    parser.add_argument("--dtype", choices=DTYPES, help="of to-hf; a run's weights become bfloat16 without it")
+    parser.add_argument("--dtype", choices=WEIGHTS, help="of to-hf; a run's weights become bfloat16 without it")
 
 
 def params(options: argparse.Namespace) -> int:

@@ -5,13 +5,12 @@ import math
 from flax import nnx
 
 from orogen.config.checks import ConfigError
+from orogen.config.dtype import BYTES
 from orogen.config.model import ModelConfig
 from orogen.convert.config import family_of
 from orogen.convert.names import leaf_shapes, mtp_name, table
 from orogen.model.count import count
 from orogen.model.lm import build
-
-BFLOAT16, FLOAT32 = 2, 4
 
 
 def count_exported(config: ModelConfig) -> dict[str, int | None]:
@@ -39,5 +38,5 @@ def count_exported(config: ModelConfig) -> dict[str, int | None]:
         "total": sum(sizes.values()),
         "mtp": sum(size for name, size in sizes.items() if is_mtp(name)),
         "tensors": len(written),
-        "bytes": sum(size * (FLOAT32 if written[name].float32 else BFLOAT16) for name, size in sizes.items()),
+        "bytes": sum(size * BYTES["float32" if written[name].float32 else "bfloat16"] for name, size in sizes.items()),
     }

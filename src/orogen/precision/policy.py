@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+from orogen.config.dtype import COMPUTE
+
+DTYPES = {name: jnp.dtype(name) for name in COMPUTE}
 
 
 def working_copy(params: nnx.State, dtype: str) -> nnx.State:

@@ -5,6 +5,7 @@ from typing import Any
 
 from orogen.command import Command, add_config_arguments, answer, load_config
 from orogen.config.checks import ConfigError
+from orogen.config.dtype import BYTES
 from orogen.config.fields import describe_fields, field_lines
 from orogen.config.run import RunConfig
 from orogen.parallel.runtime import configure
@@ -56,7 +57,7 @@ def _collectives(options: argparse.Namespace, config: RunConfig) -> tuple[dict[s
 
     sizes, train, model = config.plan, config.train, config.model
     rows, tokens = train.batch_size // (sizes.data * sizes.microbatches), train.sequence_length // sizes.context
-    work = Workload(rows, tokens, 2 if train.compute_dtype == "bfloat16" else 4)
+    work = Workload(rows, tokens, BYTES[train.compute_dtype])
     facts: dict[str, Any] = {"collectives": describe_collectives(model, sizes, work)}
     lines = collective_lines(facts["collectives"])
     if (options.compile or options.memory) and not options.fake_devices:

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from orogen.config.checks import ConfigError, field_types
+from orogen.config.dtype import BYTES
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.run import RunConfig, TrainConfig
 from orogen.cost.weights import Weight, changed, weights
 
-FLOAT32 = 4
+FLOAT32 = BYTES["float32"]
 # Tokens, segments and positions are int32, weights float32.
 BATCH = 4 * 4
 # Scoring batches rows up to this many tokens.
@@ -153,7 +154,7 @@ def _training(config: RunConfig) -> list[Need]:
     plan, optimizer = config.plan, config.optimizer
     stored = _stored(config.model, plan)
     # Muon keeps one moment per matrix, AdamW two of everything.
-    moments = (2 if optimizer.name == "adamw" else 1) * (2 if optimizer.moment_dtype == "bfloat16" else FLOAT32)
+    moments = (2 if optimizer.name == "adamw" else 1) * BYTES[optimizer.moment_dtype]
     state = stored * (FLOAT32 + (0 if plan.offload_optimizer else moments))
     gradients = _parameters("gradients", config.model, stored * FLOAT32)
     passing = _passing(config)
@@ -175,7 +176,7 @@ def _stored(model: ModelConfig, plan: PlanConfig) -> int:
 def _passing(config: RunConfig) -> list[Need]:
     """What a microbatch's forward and backward pass hold on one device beside the state."""
     plan, model, train = config.plan, config.model, config.train
-    itemsize = 2 if train.compute_dtype == "bfloat16" else FLOAT32
+    itemsize = BYTES[train.compute_dtype]
     rows, tokens = max(1, train.batch_size // (plan.data * plan.microbatches)), train.sequence_length // plan.context
     layers = 0 if "input" in plan.offload else len(model.layers.main)
     shares = 1 if plan.stream == "whole" else plan.tensor

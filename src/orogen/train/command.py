@@ -17,6 +17,7 @@ from orogen.command import (
     warn,
 )
 from orogen.config.checks import ConfigError
+from orogen.config.dtype import COMPUTE
 from orogen.config.run import RunConfig
 from orogen.config.streams import lasting_streams, say
 from orogen.parallel.runtime import configure
@@ -42,7 +43,7 @@ def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
         "or held-out losses",
     )  # fmt: skip
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32",
+        "--dtype", choices=COMPUTE, default="float32",
         help="in which the plan computes; the one device computes in float32 always, by the plainest kernels",
     )  # fmt: skip
 

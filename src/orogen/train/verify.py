@@ -21,6 +21,7 @@ from orogen.train.sides import Batches, Side, default_train, packed_batch, packe
 from orogen.train.state import TrainState
 from orogen.train.step import apply_gradients, batch_to_devices, gradients
 from orogen.train.task import Metric, Objective
+from orogen.train.terms import by_row, loss_size, without_rows
 from orogen.train.verdict import (
     GRADIENT,
     LOSS,
@@ -84,7 +85,7 @@ def verify_gradients(
     """
     (batch,) = batches(config, 1)
     one, other, start = sides(config)
-    alone = _gradients(one, objective, start, batch, None)
+    alone = _gradients(one, by_row(objective), start, batch, None)
     folded = _gradients(other, objective, start, batch, replayed(alone.sums.choices, other))
     errors, zero = leaf_errors(alone.grads, folded.grads)
     worst = int(np.argmax(errors))
@@ -94,9 +95,10 @@ def verify_gradients(
         [_updated(side, name, start, alone.grads, step.sums.load) for name in optimizers]
         for side, step in ((one, alone), (other, folded))
     ]
+    size = loss_size(alone.loss, alone.metrics, objective, config.model)
     return Verdict(
         loss_error=largest(
-            [abs(folded.loss - alone.loss) / abs(alone.loss), metric_error(alone.metrics, folded.metrics)]
+            [abs(folded.loss - alone.loss) / size, metric_error(without_rows(alone.metrics), folded.metrics)]
         ),
         max_gradient_error=float(errors[worst]),
         worst_leaf=leaf_name(one.built.params, worst),

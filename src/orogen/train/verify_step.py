@@ -20,6 +20,7 @@ from orogen.train.sides import Batches, Side, replayed, sides
 from orogen.train.state import TrainState, abstract_state, fresh_state, state_shardings
 from orogen.train.step import StepMetrics, batch_to_devices, step_function
 from orogen.train.task import Metric, Objective
+from orogen.train.terms import by_row, loss_size, mean_sizes, without_rows
 from orogen.train.verdict import Verdict, conditions, flips, largest, largest_difference, leaf_errors, metric_error
 
 # Steps of a check, and the one that is made not finite: by then there is a state to lose, and a step follows.
@@ -48,16 +49,18 @@ def verify_steps(config: RunConfig, objective: Objective, batches: Batches) -> V
     size = sum(leaf.size for leaf in jax.tree.leaves(start[0]))
     smooth = dataclasses.replace(config.optimizer, epsilon=config.optimizer.clip_norm / math.sqrt(size))
     one, other = (side._replace(config=dataclasses.replace(side.config, optimizer=smooth)) for side in (one, other))
-    alone = _steps(one, objective, start, taken, None)
+    alone = _steps(one, by_row(objective), start, taken, None)
     folded = _steps(other, objective, start, taken, [replayed(choices, other) for choices in alone.choices])
     worst_leaf, gradient_error, zero = _moment_error(alone.state, folded.state)
     found = [flips(choices) for choices in folded.choices]
     if not alone.metrics[BROKEN].skipped_in_row:
         raise ValueError(f"step {BROKEN} was not skipped; expected its batch's numbers that are none to reach the loss")
     pairs = [pair for step, pair in enumerate(zip(alone.metrics, folded.metrics, strict=True)) if step != BROKEN]
-    measured = (metric_error(a.metrics, b.metrics) for a, b in pairs)
+    measured = (metric_error(without_rows(a.metrics), b.metrics) for a, b in pairs)
+    rate_error = _metric_error(alone, folded, "learning_rate")
+    sizes = [loss_size(float(m.loss), m.metrics, objective, config.model) for m in alone.metrics]
     return Verdict(
-        loss_error=largest([_metric_error(alone, folded, "loss", "learning_rate"), *measured]),
+        loss_error=largest([_metric_error(alone, folded, "loss", sizes), rate_error, *measured]),
         max_gradient_error=largest([gradient_error, _metric_error(alone, folded, "grad_norm")]),
         worst_leaf=worst_leaf,
         max_parameter_error=_movement_error(start[0], alone.state.params, folded.state.params),
@@ -78,14 +81,19 @@ def verify_evaluation(config: RunConfig, objective: Objective, batches: Batches)
     scored = batches(config, SCORED)
     one, other, start = sides(config)
     single = dataclasses.replace(one.plan, config=one.plan.config.dropping_none(), sources=(1, 1, 1))
-    alone = _scores(one._replace(plan=single), objective, start, scored)
+    alone = _scores(one._replace(plan=single), by_row(objective), start, scored)
     folded = _scores(other._replace(plan=heldout_plan(other.config)), objective, start, scored)
+    errors, miscounted = [], []
+    for a, b in zip(alone, folded, strict=True):
+        sizes = mean_sizes(a)
+        errors += [np.max(np.abs(b[name].mean - a[name].mean) / size) for name, size in sizes.items()]
+        miscounted += [np.max(np.abs(b[name].count - a[name].count)) for name in sizes]
     return Verdict(
-        loss_error=largest(abs(b.mean - a.mean) / abs(a.mean) for a, b in zip(alone, folded, strict=True)),
+        loss_error=largest(errors),
         max_gradient_error=None,
         worst_leaf=None,
         max_parameter_error=None,
-        load_error=largest(abs(b.count - a.count) for a, b in zip(alone, folded, strict=True)),
+        load_error=largest(miscounted),
         flips=0,
         flip_margin=0.0,
         zero_leaves=[],
@@ -135,16 +143,17 @@ def _steps(side: Side, objective: Objective, start: Any, batches: list[Batch], r
     return _Steps(metrics, jax.device_get(jax.jit(joined)(state)), chosen)
 
 
-def _metric_error(alone: _Steps, folded: _Steps, *names: str) -> float:
-    """The largest relative error of these metrics in any step; infinite where one side alone is not finite."""
+def _metric_error(alone: _Steps, folded: _Steps, name: str, sizes: list[float] | None = None) -> float:
+    """The largest error of this metric in any step, relative to `sizes`, or to itself; infinite where one side alone is
+    not finite."""
 
-    def error(a: float, b: float) -> float:
+    def error(a: float, b: float, size: float) -> float:
         if np.isfinite(a) != np.isfinite(b):
             return math.inf
-        return abs(b - a) / max(abs(a), np.finfo(float).tiny) if np.isfinite(a) else 0.0
+        return abs(b - a) / max(size, np.finfo(float).tiny) if np.isfinite(a) else 0.0
 
-    pairs = zip(alone.metrics, folded.metrics, strict=True)
-    return largest(error(float(getattr(a, name)), float(getattr(b, name))) for a, b in pairs for name in names)
+    found, other = ([float(getattr(m, name)) for m in side.metrics] for side in (alone, folded))
+    return largest(map(error, found, other, sizes or map(abs, found)))
 
 
 def _moment_error(alone: TrainState, folded: TrainState) -> tuple[str, float, list[str]]:
@@ -188,8 +197,8 @@ def _counted(steps: _Steps) -> Any:
     return counters, metrics, state.buffers
 
 
-def _scores(side: Side, objective: Objective, start: Any, batches: list[Batch]) -> list[Metric]:
-    """Every metric of each batch."""
+def _scores(side: Side, objective: Objective, start: Any, batches: list[Batch]) -> list[dict[str, Metric]]:
+    """The metrics of each batch, on the host, in float64."""
     plan: Plan = side.plan
     laid = tuple(side.built.laid(part) for part in start)
     params, buffers = jax.device_put(laid, placement.shardings((side.built.params, side.built.buffers), plan))
@@ -197,5 +206,4 @@ def _scores(side: Side, objective: Objective, start: Any, batches: list[Batch]) 
     with jax.default_matmul_precision("highest"):
         params = jax.jit(placement.working, static_argnums=1)(params, plan)
         found = [jax.device_get(score(params, buffers, batch_to_devices(batch, plan))) for batch in batches]
-    numbers = ((np.ravel(metric.sum), np.ravel(metric.count)) for metrics in found for metric in metrics.values())
-    return [Metric(float(total), float(count)) for pair in numbers for total, count in zip(*pair, strict=True)]
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), found)
