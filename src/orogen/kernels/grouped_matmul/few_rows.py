@@ -132,10 +132,10 @@ def _kernel(rows_ref, weights_ref, sizes_ref, out_ref, *, launch: Launch):
         first = number * launch.depth
         in_d = inside(first + jnp.arange(launch.depth), width, launch.depth)
         here_d = pl.ds(first, launch.depth)
-        rows_rd = load(rows_ref.at[here_r, here_d], in_r[:, None] if in_d is None else both(in_r, in_d))
+        rows_rd = load(rows_ref.at[here_r, here_d], both(in_r, in_d))
         weight_df = load(weights_ref.at[used, here_d, :], both(in_d, in_f))
         return sum_rf + dot(rows_rd.astype(kind), weight_df.astype(kind), 1, 0)
 
     steps = jnp.where(group < groups, pl.cdiv(width, launch.depth), 0)
     sum_rf = lax.fori_loop(0, steps, step, jnp.zeros((launch.rows, launch.columns), jnp.float32))
-    store(out_ref.at[here_r, :], sum_rf, in_r[:, None] if in_f is None else both(in_r, in_f))
+    store(out_ref.at[here_r, :], sum_rf, both(in_r, in_f))

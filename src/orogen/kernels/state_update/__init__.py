@@ -60,7 +60,7 @@ def ssm_update(
     (batch, heads, head_size), (groups, state) = x_bhp.shape, b_bgn.shape[1:]
     if not groups or heads % groups:
         raise ValueError(f"{heads} heads over {groups} groups: expected a multiple")
-    _require_state(state_bhpn, seeds_b2)
+    require_state(state_bhpn, seeds_b2)
     expected = {
         "dt": (dt_bh, (batch, heads)),
         "a": (a_h, (heads,)),
@@ -101,7 +101,7 @@ def selective_update(
     if x_bi.ndim != 2 or B_bn.ndim != 2:
         raise ValueError(f"x {x_bi.shape}, B {B_bn.shape}: expected (b, i) and (b, n)")
     (batch, channels), state = x_bi.shape, B_bn.shape[1]
-    _require_state(state_bin, seeds_b2)
+    require_state(state_bin, seeds_b2)
     expected = {
         "dt": (dt_bi, (batch, channels)),
         "A": (A_in, (channels, state)),
@@ -121,7 +121,7 @@ def _of_rows(active_b: Array | None, seeds_b2: Array | None, batch: int) -> dict
     return {"active": (active_b, (batch,)), "seeds": (seeds_b2, (batch, 2))}
 
 
-def _require_state(state_b: Array, seeds_b2: Array | None) -> None:
+def require_state(state_b: Array, seeds_b2: Array | None) -> None:
     """Raises ValueError unless the state is float32 and there are no seeds, or float16 and there are some."""
     if state_b.dtype not in (jnp.float32, jnp.float16):
         raise ValueError(f"state of {state_b.dtype}: expected float32 or float16")
