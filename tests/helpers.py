@@ -59,7 +59,8 @@ def implementations(names: Iterable[str]) -> list:
     """As parameters of a test, where those that need a GPU are skipped without one."""
     reason = "needs a GPU, and JAX_PLATFORMS=cuda,cpu in front of the command"
     needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason=reason)
-    return [pytest.param(name, marks=needs_gpu if name == "triton" else ()) for name in sorted(names)]
+    on_gpu = lambda name: name.startswith("triton") and not name.endswith("interpreted")  # noqa: E731
+    return [pytest.param(name, marks=needs_gpu if on_gpu(name) else ()) for name in sorted(names)]
 
 
 several_devices = pytest.mark.skipif(jax.device_count() < 4, reason="needs several devices, as a CPU simulates them")

@@ -21,8 +21,8 @@ from tests.helpers import implementations
 from tests.kernels.recurrences import CHUNK, SSD, Operands, assert_close, differentiate, segments
 from tests.kernels.rounding import tolerance
 
+from orogen.kernels.pallas_triton import tile
 from orogen.kernels.ssd import IMPLEMENTATIONS, ssd, triton
-from orogen.kernels.ssd.triton_kernels import tile
 
 FIXTURES = pathlib.Path(__file__).parent.parent / "fixtures" / "ssd"
 CASES = sorted(path.stem for path in FIXTURES.glob("*.npz"))

@@ -3,11 +3,14 @@
 Axes: n rows, d width in, f width out, e groups.
 """
 
+import functools
+
 from jax import Array
 from jax import numpy as jnp
 
 from orogen.kernels.checks import chosen
 from orogen.kernels.grouped_matmul.blocks import grouped_matmul_blocks
+from orogen.kernels.grouped_matmul.few_rows import grouped_matmul_few_rows
 from orogen.kernels.grouped_matmul.mosaic import grouped_matmul_mosaic
 from orogen.kernels.grouped_matmul.ragged_dot import grouped_matmul_ragged_dot
 from orogen.kernels.grouped_matmul.reference import grouped_matmul_masked
@@ -18,6 +21,8 @@ IMPLEMENTATIONS = {
     "blocks": grouped_matmul_blocks,
     "ragged_dot": grouped_matmul_ragged_dot,
     "mosaic": grouped_matmul_mosaic,
+    "triton_small": grouped_matmul_few_rows,
+    "triton_small_interpreted": functools.partial(grouped_matmul_few_rows, interpret=True),
 }
 
 

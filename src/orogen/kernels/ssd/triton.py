@@ -16,11 +16,11 @@ from jax import numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
-from orogen.kernels.pallas_triton import LOG2_E, require_gpu
+from orogen.kernels.pallas_triton import LOG2_E, SMALLEST_TILE, require_gpu, tile
 from orogen.kernels.ssd import sums
 from orogen.kernels.ssd.operands import Operands
 from orogen.kernels.ssd.triton_gradients import FarGradients, NearGradients, States, far, near
-from orogen.kernels.ssd.triton_kernels import SMALLEST_TILE, ByChunk, Launch, Walk, scan, tile
+from orogen.kernels.ssd.triton_kernels import ByChunk, Launch, Walk, scan
 
 MULTIPROCESSORS = 132  # of an H100
 SHARED_MEMORY = 215_000  # bytes of a multiprocessor's 232,448 that operands may take; the rest is scratch

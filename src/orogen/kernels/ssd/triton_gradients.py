@@ -17,7 +17,7 @@ from jax import Array, lax
 from jax import numpy as jnp
 from jax.experimental import pallas as pl
 
-from orogen.kernels.pallas_triton import both, call, inside, load, store
+from orogen.kernels.pallas_triton import both, call, dot, inside, load, store, tile
 from orogen.kernels.ssd.sums import masked_sum
 from orogen.kernels.ssd.triton_kernels import (
     ByChunk,
@@ -26,10 +26,8 @@ from orogen.kernels.ssd.triton_kernels import (
     column,
     decay,
     decay_where,
-    dot,
     earlier,
     row,
-    tile,
     total,
 )
 

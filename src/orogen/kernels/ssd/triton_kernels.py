@@ -20,9 +20,7 @@ from jax import Array, lax
 from jax import numpy as jnp
 from jax.experimental import pallas as pl
 
-from orogen.kernels.pallas_triton import both, call, inside, load, store
-
-SMALLEST_TILE = 16  # of a matrix product in Triton
+from orogen.kernels.pallas_triton import both, call, dot, inside, load, store, tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +49,6 @@ class Launch:
     far_stages: int
     exact: bool
     interpret: bool
-
-
-def tile(size: int) -> int:
-    """The least power of two that holds `size` and that the hardware multiplies."""
-    return max(SMALLEST_TILE, pl.next_power_of_2(size))
 
 
 class ByChunk(NamedTuple):
@@ -229,10 +222,3 @@ def earlier(rows_q: Array, columns_s: Array, reverse: bool) -> Array:
     """Whether s is no later than q, or no earlier if `reverse`. (q, s) bool"""
     rows_q1, columns_1s = rows_q[:, None], columns_s[None, :]
     return rows_q1 <= columns_1s if reverse else rows_q1 >= columns_1s
-
-
-def dot(left: Array, right: Array, left_axis: int, right_axis: int) -> Array:
-    """The float32 product of two matrices over these axes."""
-    precision = lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
-    dimensions = (((left_axis,), (right_axis,)), ((), ()))
-    return lax.dot_general(left, right, dimensions, precision=precision, preferred_element_type=jnp.float32)

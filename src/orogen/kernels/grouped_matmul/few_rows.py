@@ -1,0 +1,141 @@
+"""Grouped matrix product for few rows in one Triton kernel, for NVIDIA GPUs: made to read weights as fast as they come.
+
+Axes: n rows, d width in, f width out, e groups, i blocks of rows, r rows of a block.
+
+When tokens are decoded, an expert has a row or some dozens, and its weights are all there is to read. A group is split
+into blocks of at most r rows, as few as the hardware multiplies, or as many as a group has on average; so the weights
+of each group that has rows are read once, or again from the cache by the blocks beside it, and those of others never.
+
+Tiling: the grid is (blocks, blocks of columns). A program finds its group in the table of sizes by itself, since a
+kernel that prepared that would take as long as the product; it holds r rows of its columns in registers and walks over
+d. With few blocks, columns are cut finer, until the programs keep every multiprocessor loading. Rows of no group are
+blocks of one more group, whose walk has no step.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+from jax import Array, lax
+from jax import numpy as jnp
+from jax.experimental import pallas as pl
+
+from orogen.kernels.grouped_matmul.blocks import grouped_matmul_blocks
+from orogen.kernels.pallas_triton import SMALLEST_TILE, both, call, dot, inside, load, require_gpu, store, tile
+
+PROGRAMS = 264  # wanted: two on each multiprocessor of an H100
+MOST_ROWS = 64  # of a block
+COLUMNS = (128, 64, 32)  # of a program; fewer would read less than 64 bytes in a row
+TILE = 2**14  # bytes of the weights that are taken at once
+WARPS, STAGES = 4, 4
+
+
+class Launch(NamedTuple):
+    """Tile sizes: rows and columns of a program, and how much of d it takes at once. blocks: as many as there may be.
+
+    sizes: of d, f, e and n.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    blocks: int
+    sizes: tuple[int, int, int, int]
+
+
+def grouped_matmul_few_rows(
+    rows_nd: Array, weights_edf: Array, group_sizes: Array, *, interpret: bool = False
+) -> Array:
+    """`grouped_matmul` on an NVIDIA GPU, for up to some dozens of rows per group; right, but slow, with more.
+
+    `interpret` runs the same kernel anywhere, slowly. Its gradients are those of `blocks`.
+    Raises ValueError if there is no GPU and `interpret` is False.
+    """
+    require_gpu(interpret=interpret, implementation="triton_small")
+    return _multiply(rows_nd, weights_edf, group_sizes, interpret)  # pyright: ignore[reportReturnType]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _multiply(rows_nd: Array, weights_edf: Array, group_sizes: Array, interpret: bool) -> Array:
+    return _forward(rows_nd, weights_edf, group_sizes, interpret)[0]
+
+
+def _forward(rows_nd, weights_edf, group_sizes, interpret):
+    launch = choose_launch(rows_nd, weights_edf)
+    width, out, groups, rows = launch.sizes
+    padded_d = pl.cdiv(width, launch.depth) * launch.depth
+    results = call(
+        functools.partial(_kernel, launch=launch),
+        [rows_nd, weights_edf, group_sizes.astype(jnp.int32)],
+        [
+            pl.BlockSpec((rows, padded_d), lambda i, f: (0, 0)),
+            pl.BlockSpec((groups, padded_d, launch.columns), lambda i, f: (0, 0, f)),
+            pl.BlockSpec((pl.next_power_of_2(groups + 1),), lambda i, f: (0,)),
+        ],
+        {"out": ((rows, out), rows_nd.dtype, pl.BlockSpec((rows, launch.columns), lambda i, f: (0, f)))},
+        grid=(launch.blocks, pl.cdiv(out, launch.columns)),
+        warps=WARPS,
+        stages=STAGES,
+        interpret=interpret,
+    )
+    return results["out"], (rows_nd, weights_edf, group_sizes)
+
+
+def _backward(interpret, residuals, grad_nf):
+    del interpret
+    rows_nd, weights_edf, group_sizes = residuals
+    run = lambda rows_nd, weights_edf: grouped_matmul_blocks(rows_nd, weights_edf, group_sizes)  # noqa: E731
+    return *jax.vjp(run, rows_nd, weights_edf)[1](grad_nf), None
+
+
+_multiply.defvjp(_forward, _backward)
+
+
+def choose_launch(rows_nd: Array, weights_edf: Array) -> Launch:
+    """Tile sizes for these shapes."""
+    rows, (groups, width, out) = len(rows_nd), weights_edf.shape
+    block = min(tile(pl.cdiv(rows, groups)), MOST_ROWS)
+    blocks = min(rows, rows // block + groups + 1)
+    enough = [columns for columns in COLUMNS if blocks * pl.cdiv(out, columns) >= PROGRAMS]
+    columns = min(tile(out), enough[0] if enough else COLUMNS[-1])
+    depth = max(SMALLEST_TILE, TILE // (columns * weights_edf.dtype.itemsize))
+    return Launch(block, columns, min(depth, tile(width)), blocks, (width, out, groups, rows))
+
+
+def _block(sizes_ref, launch: Launch) -> tuple[Array, Array, Array]:
+    """The program's group, its first row and the one after its last: the same if there is nothing to do."""
+    *_, groups, rows = launch.sizes
+    group_e = jnp.arange(sizes_ref.shape[0])
+    sizes_e = load(sizes_ref, group_e < groups)
+    sizes_e = jnp.where(group_e == groups, rows - jnp.sum(sizes_e), sizes_e)  # the rows of no group
+    blocks_e = lax.div(sizes_e + launch.rows - 1, launch.rows)
+    ends_e, last_e = jnp.cumsum(sizes_e), jnp.cumsum(blocks_e)
+    number = pl.program_id(0)
+    group = jnp.sum((last_e <= number).astype(jnp.int32))
+    of_group = lambda array_e: jnp.sum(jnp.where(group_e == group, array_e, 0))  # noqa: E731
+    end = of_group(ends_e)
+    start = end - of_group(sizes_e) + (number - of_group(last_e - blocks_e)) * launch.rows
+    exists = group <= groups
+    return group, jnp.where(exists, start, 0), jnp.where(exists, jnp.minimum(start + launch.rows, end), 0)
+
+
+def _kernel(rows_ref, weights_ref, sizes_ref, out_ref, *, launch: Launch):
+    width, out, groups, _ = launch.sizes
+    group, start, stop = _block(sizes_ref, launch)
+    here_r = pl.ds(start, launch.rows)
+    in_r = start + jnp.arange(launch.rows) < stop
+    in_f = inside(pl.program_id(1) * launch.columns + jnp.arange(launch.columns), out, launch.columns)
+    used = jnp.minimum(group, groups - 1)
+    kind = jnp.promote_types(rows_ref.dtype, weights_ref.dtype)
+
+    def step(number: Array, sum_rf: Array) -> Array:
+        first = number * launch.depth
+        in_d = inside(first + jnp.arange(launch.depth), width, launch.depth)
+        here_d = pl.ds(first, launch.depth)
+        rows_rd = load(rows_ref.at[here_r, here_d], both(in_r, in_d))
+        weight_df = load(weights_ref.at[used, here_d, :], both(in_d, in_f))
+        return sum_rf + dot(rows_rd.astype(kind), weight_df.astype(kind), 1, 0)
+
+    steps = jnp.where(group < groups, pl.cdiv(width, launch.depth), 0)
+    sum_rf = lax.fori_loop(0, steps, step, jnp.zeros((launch.rows, launch.columns), jnp.float32))
+    store(out_ref.at[here_r, :], sum_rf, both(in_r, in_f))

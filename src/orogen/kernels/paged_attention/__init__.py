@@ -1,0 +1,78 @@
+"""Attention of a row's few newest tokens to all of its tokens, whose keys and values lie in pages of a pool.
+
+Axes: b rows, t new tokens, h query heads, g key heads, k head size, n pages of the pool, s places of a page, p pages of
+a row's table.
+"""
+
+import functools
+
+from jax import Array
+from jax import numpy as jnp
+
+from orogen.kernels.checks import chosen, require_shapes
+from orogen.kernels.paged_attention.operands import Operands
+from orogen.kernels.paged_attention.reference import paged_attention_reference
+from orogen.kernels.paged_attention.triton import paged_attention_triton
+from orogen.parallel.varying import vary_like
+
+IMPLEMENTATIONS = {
+    "reference": paged_attention_reference,
+    "triton": paged_attention_triton,
+    "triton_interpreted": functools.partial(paged_attention_triton, interpret=True),
+}
+
+
+def paged_attention(
+    q_bthk: Array,
+    k_nsgk: Array,
+    v_nsgk: Array,
+    table_bp: Array,
+    length_b: Array,
+    *,
+    sinks_h: Array | None = None,
+    window: int | None = None,
+    scale: float,
+    implementation: str,
+) -> Array:
+    """Outputs (b, t, h, k) in q's dtype: softmax(scale q kᵀ) v over the tokens of the row that a query sees.
+
+    Token i of a row lies in page `table_bp[b, i // s]` of both pools, at place i % s. `length_b` (int32) counts the
+    row's tokens with the new ones, which are its last t: their keys and values are in the pools already. A query sees
+    every token up to its own, and with a `window` only the last `window` of these. Tables beyond a row's length, and
+    pages that lie wholly outside the window, are not read and may hold anything. A row of length 0 and queries before
+    a row's first token give zeros. Query head i reads key head i // (h / g); `sinks_h` are as in `attention`, and
+    values may have another head size. Scores, softmax and sums are float32, except that `triton` rounds the softmax's
+    terms to v's dtype where it multiplies them by v.
+
+    Raises ValueError if shapes or dtypes disagree, heads are not a multiple of key heads, the window is below 1, or the
+    name is unknown or cannot run here. Source: arXiv:2309.06180, section 4.
+    """
+    run = chosen(IMPLEMENTATIONS, implementation)
+    if window is not None and window < 1:
+        raise ValueError(f"window={window}: expected 1 or more")
+    operands = Operands(q_bthk, k_nsgk, v_nsgk, table_bp, length_b, sinks_h)
+    _check(operands)
+    if sinks_h is not None:
+        operands = operands._replace(sinks_h=sinks_h.astype(jnp.float32))
+    return run(vary_like(operands, operands), scale=scale, window=window)
+
+
+def _check(o: Operands) -> None:
+    """Raises ValueError that names the first operand that does not fit q and k."""
+    if o.q_bthk.ndim != 4 or o.k_nsgk.ndim != 4 or o.v_nsgk.ndim != 4 or o.table_bp.ndim != 2:
+        found = f"q {o.q_bthk.shape}, k {o.k_nsgk.shape}, v {o.v_nsgk.shape}, table {o.table_bp.shape}"
+        raise ValueError(f"{found}: expected (b, t, h, k), (n, s, g, k) twice, and (b, p)")
+    (batch, _, heads, size), (pages, places, groups, _) = o.q_bthk.shape, o.k_nsgk.shape
+    if not groups or heads % groups:
+        raise ValueError(f"{heads} query heads over {groups} key heads: expected a multiple")
+    expected = {
+        "k": (o.k_nsgk, (pages, places, groups, size)),
+        "v": (o.v_nsgk, (pages, places, groups, o.v_nsgk.shape[3])),
+        "table": (o.table_bp, (batch, o.table_bp.shape[1])),
+        "length": (o.length_b, (batch,)),
+        "sinks": (o.sinks_h, (heads,)),
+    }
+    require_shapes(expected, beside=f"q {o.q_bthk.shape}")
+    if not o.q_bthk.dtype == o.k_nsgk.dtype == o.v_nsgk.dtype:
+        kinds = f"{o.q_bthk.dtype}, {o.k_nsgk.dtype} and {o.v_nsgk.dtype}"
+        raise ValueError(f"q, k and v of {kinds}: expected one dtype")

@@ -1,0 +1,38 @@
+"""Paged attention in two steps: the pages of each row side by side, then attention with all scores.
+
+Axes: b rows, t new tokens, h query heads, g key heads, k head size, n pages of the pool, s places of a page, p pages of
+a row's table, c places of a row in the order of its tokens.
+"""
+
+from jax import Array
+from jax import numpy as jnp
+
+from orogen.kernels.attention.operands import Operands as WholeOperands
+from orogen.kernels.attention.reference import attention_reference
+from orogen.kernels.paged_attention.operands import Operands
+
+
+def paged_attention_reference(o: Operands, *, scale: float, window: int | None) -> Array:
+    """See `paged_attention`: copies every page of every table, in float32."""
+    batch, tokens = o.q_bthk.shape[:2]
+    in_order = lambda pool: jnp.take(pool, o.table_bp, axis=0, mode="clip").reshape(batch, -1, *pool.shape[2:])  # noqa: E731
+    index_c = jnp.arange(o.table_bp.shape[1] * o.k_nsgk.shape[1])
+    q_index_bt = o.length_b[:, None] - tokens + jnp.arange(tokens)
+    # What no query sees may be anything, NaN too, which zero times does not remove.
+    read_bc = index_c < o.length_b[:, None]
+    if window is not None:
+        read_bc &= index_c > q_index_bt[:, :1] - window
+    k_bcgk, v_bcgk = (
+        jnp.where(read_bc[..., None, None], in_order(pool).astype(jnp.float32), 0) for pool in (o.k_nsgk, o.v_nsgk)
+    )
+    whole = WholeOperands(
+        q_bthk=o.q_bthk.astype(jnp.float32),
+        k_bsgk=k_bcgk,
+        v_bsgk=v_bcgk,
+        segments_bt=jnp.zeros((batch, tokens), jnp.int32),
+        kv_segments_bs=jnp.zeros(read_bc.shape, jnp.int32),
+        q_index=q_index_bt,
+        k_index=index_c,
+        sinks_h=o.sinks_h,
+    )
+    return attention_reference(whole, scale=scale, window=window, name=None).astype(o.q_bthk.dtype)

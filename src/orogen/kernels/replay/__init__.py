@@ -1,0 +1,132 @@
+"""Mamba-2 decoding from a checkpoint of the state and the inputs since then (ReplaySSM), by implementation name.
+
+Axes: b batch, l places of the ring, t new tokens, h heads, p head size, g groups, n state.
+
+The plain update reads and writes the state for every token. Here the state stays as it was some tokens ago, its inputs
+since then lie in a ring, and a token's output is computed from both: the state is read once per piece of new tokens,
+and written once per ring. To take tokens back, as speculative decoding does with drafts that are refused, the caller
+moves the cursor.
+"""
+
+import functools
+
+from jax import Array
+from jax import numpy as jnp
+
+from orogen.kernels.checks import chosen, require_shapes
+from orogen.kernels.replay.operands import FlushOperands, Operands, Ring, SelectiveRing
+from orogen.kernels.replay.parallel import replay_parallel
+from orogen.kernels.replay.recurrence import flush_recurrence, replay_recurrence
+from orogen.kernels.replay.selective import selective_flush, selective_replay
+from orogen.kernels.replay.triton import flush_triton, replay_triton
+from orogen.kernels.state_update import require_state
+from orogen.parallel.varying import vary_like
+
+__all__ = ["Ring", "SelectiveRing", "flush", "replay", "selective_flush", "selective_replay"]
+
+IMPLEMENTATIONS = {
+    "recurrence": replay_recurrence,
+    "parallel": replay_parallel,
+    "triton": replay_triton,
+    "triton_interpreted": functools.partial(replay_triton, interpret=True),
+}
+FLUSH_IMPLEMENTATIONS = {
+    "recurrence": flush_recurrence,
+    "triton": flush_triton,
+    "triton_interpreted": functools.partial(flush_triton, interpret=True),
+}
+
+
+def replay(
+    piece: Ring,
+    a_h: Array,
+    c_btgn: Array,
+    *,
+    state_bhpn: Array,
+    ring: Ring,
+    cursor_b: Array,
+    skip_h: Array | None = None,
+    active_b: Array | None = None,
+    implementation: str,
+) -> tuple[Array, Ring]:
+    """Outputs (b, t, h, p) of the piece's t tokens in x's dtype, and the ring with them from the cursor on.
+
+    They are those of `ssd` over the first `cursor_b` (int32) inputs of the ring and then the piece, from the state,
+    whose letters and signs are `ssd`'s. What the ring holds from the cursor on is not read and may be anything. The
+    cursor is the caller's to move: by t, by fewer if it takes tokens back. It must leave t places; tokens beyond
+    the last one are not stored. Rows where `active_b` (bool; None: all) is False keep their ring and give zeros.
+    Decays and sums are float32, and so is the arithmetic of all implementations; the state is float32 or float16.
+    `triton` is made for few tokens, 1 to 8: it reads the state once, writes only the piece, in place if the caller
+    donates the ring, and needs an NVIDIA GPU.
+
+    Raises ValueError if shapes disagree, heads are not a multiple of groups, or the name is unknown or cannot run here.
+    Source: ReplaySSM, https://github.com/Johnny-Liou/ReplaySSM (2026).
+    """
+    run = chosen(IMPLEMENTATIONS, implementation)
+    heads = _check(ring, a_h, state_bhpn, cursor_b)
+    if piece.x_blhp.ndim != 4:
+        raise ValueError(f"x {piece.x_blhp.shape}: expected (b, t, h, p)")
+    (batch, tokens), rest, group = piece.x_blhp.shape[:2], ring.x_blhp.shape[2:], ring.b_blgn.shape[2:]
+    expected = {
+        "x": (piece.x_blhp, (len(cursor_b), tokens, *rest)),
+        "B": (piece.b_blgn, (batch, tokens, *group)),
+        "dt": (piece.dt_blh, (batch, tokens, heads)),
+        "C": (c_btgn, (batch, tokens, *group)),
+        "skip": (skip_h, (heads,)),
+        "active": (active_b, (batch,)),
+    }
+    require_shapes(expected, beside=f"x {piece.x_blhp.shape} and a ring of {ring.x_blhp.shape}")
+    skip_h = jnp.zeros(heads, jnp.float32) if skip_h is None else skip_h.astype(jnp.float32)
+    active_b = jnp.ones(batch, bool) if active_b is None else active_b
+    piece = piece._replace(dt_blh=piece.dt_blh.astype(jnp.float32))
+    operands = Operands(state_bhpn, ring, cursor_b, piece, c_btgn, a_h.astype(jnp.float32), skip_h, active_b)
+    return run(vary_like(operands, operands))
+
+
+def flush(
+    ring: Ring,
+    a_h: Array,
+    cursor_b: Array,
+    *,
+    state_bhpn: Array,
+    flush_b: Array | None = None,
+    seeds_b2: Array | None = None,
+    implementation: str,
+) -> tuple[Array, Array]:
+    """The state (b, h, p, n) after the first `cursor_b` inputs of the ring, in its dtype, and the cursors, now 0.
+
+    Rows where `flush_b` (bool; None: all) is False keep both. A state that does not move stays as it is to the bit, and
+    is not read. The arithmetic is that of one `ssm_update` per token, in float32 throughout; a float16 state is rounded
+    at random once, at the end, which needs `seeds_b2`, as there.
+
+    Raises ValueError as `replay`, and if the state's dtype and the seeds disagree.
+    """
+    run = chosen(FLUSH_IMPLEMENTATIONS, implementation)
+    _check(ring, a_h, state_bhpn, cursor_b)
+    require_state(state_bhpn, seeds_b2)
+    batch = len(cursor_b)
+    expected = {"flush": (flush_b, (batch,)), "seeds": (seeds_b2, (batch, 2))}
+    require_shapes(expected, beside=f"a ring of {ring.x_blhp.shape}")
+    flush_b = jnp.ones(batch, bool) if flush_b is None else flush_b
+    operands = FlushOperands(state_bhpn, ring, cursor_b, a_h.astype(jnp.float32), flush_b, seeds_b2)
+    operands = vary_like(operands, operands)
+    return run(operands), jnp.where(operands.flush_b, 0, operands.cursor_b)
+
+
+def _check(ring: Ring, a_h: Array, state_bhpn: Array, cursor_b: Array) -> int:
+    """The number of heads. Raises ValueError that names the first operand whose shape does not fit the ring."""
+    if ring.x_blhp.ndim != 4 or ring.b_blgn.ndim != 4 or ring.x_blhp.shape[1] < 1:
+        shapes = f"ring of x {ring.x_blhp.shape}, B {ring.b_blgn.shape}"
+        raise ValueError(f"{shapes}: expected (b, l, h, p) and (b, l, g, n) with l >= 1")
+    (batch, places, heads, head_size), (groups, state) = ring.x_blhp.shape, ring.b_blgn.shape[2:]
+    if not groups or heads % groups:
+        raise ValueError(f"{heads} heads over {groups} groups: expected a multiple")
+    expected = {
+        "B of the ring": (ring.b_blgn, (batch, places, groups, state)),
+        "dt of the ring": (ring.dt_blh, (batch, places, heads)),
+        "a": (a_h, (heads,)),
+        "state": (state_bhpn, (batch, heads, head_size, state)),
+        "cursor": (cursor_b, (batch,)),
+    }
+    require_shapes(expected, beside=f"a ring of {ring.x_blhp.shape}")
+    return heads

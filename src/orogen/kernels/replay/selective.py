@@ -1,0 +1,92 @@
+"""Replay of Mamba-1: the recurrence, from the checkpoint through the ring and then the piece.
+
+Axes: b batch, l places of the ring, t new tokens, i channels, n state.
+
+There is no kernel for it, since it would not pay. A channel's state is n numbers, 64 bytes if n is 16, read and written
+by the plain update: 128 bytes. Its share of a ring is 6 bytes per token, x and its own dt: half of 16 places are 48
+bytes, with the state's 64 read and, every 16 tokens, 64 written, 116 in all, a tenth less. And every (i, n) has a decay
+of its own, so each token of the ring costs an exponential per number of the state. What remains is that the state can
+be taken back to an earlier token, for which this is.
+"""
+
+import jax
+from jax import Array
+from jax import numpy as jnp
+
+from orogen.kernels.checks import require_shapes
+from orogen.kernels.replay.operands import SelectiveRing, used, written
+from orogen.kernels.selective_scan.operands import Operands
+from orogen.kernels.selective_scan.reference import selective_scan_reference
+from orogen.kernels.state_update.reference import rounded
+from orogen.parallel.varying import vary_like
+
+
+def selective_replay(
+    piece: SelectiveRing,
+    A_in: Array,
+    C_btn: Array,
+    *,
+    state_bin: Array,
+    ring: SelectiveRing,
+    cursor_b: Array,
+    active_b: Array | None = None,
+) -> tuple[Array, SelectiveRing]:
+    """Outputs (b, t, i) of the piece's t tokens in x's dtype, and the ring with them, as `replay` gives them.
+
+    The skip is the caller's, as in `selective_scan`. Raises ValueError if the shapes disagree.
+    """
+    _check(ring, A_in, state_bin)
+    (batch, tokens, channels), state = piece.x_bli.shape, A_in.shape[1]
+    expected = {
+        "x": (piece.x_bli, (batch, tokens, ring.x_bli.shape[2])),
+        "B": (piece.B_bln, (batch, tokens, state)),
+        "dt": (piece.dt_bli, (batch, tokens, channels)),
+        "C": (C_btn, (batch, tokens, state)),
+        "cursor": (cursor_b, (len(ring.x_bli),)),
+    }
+    require_shapes(expected, beside=f"x {piece.x_bli.shape} and a ring of {ring.x_bli.shape}")
+    active_b = jnp.ones(batch, bool) if active_b is None else active_b
+    operands = (piece, A_in, C_btn, state_bin, ring, cursor_b, active_b)
+    piece, A_in, C_btn, state_bin, ring, cursor_b, active_b = vary_like(operands, operands)
+    join = lambda before, after: jnp.concatenate([before, after.astype(before.dtype)], axis=1)  # noqa: E731
+    inputs = jax.tree.map(join, used(ring, cursor_b), piece)
+    y_bsi, _ = _run(inputs, join(jnp.zeros_like(ring.B_bln), C_btn), A_in, state_bin)
+    y_bti = jnp.where(active_b[:, None, None], y_bsi[:, ring.x_bli.shape[1] :], 0)
+    return y_bti, written(ring, cursor_b, piece, active_b)
+
+
+def selective_flush(
+    ring: SelectiveRing,
+    A_in: Array,
+    cursor_b: Array,
+    *,
+    state_bin: Array,
+    flush_b: Array | None = None,
+    seeds_b2: Array | None = None,
+) -> tuple[Array, Array]:
+    """The state (b, i, n) in its dtype and the cursors (b,), as `flush` gives them. Raises ValueError."""
+    _check(ring, A_in, state_bin)
+    flush_b = jnp.ones(len(cursor_b), bool) if flush_b is None else flush_b
+    operands = (ring, A_in, cursor_b, state_bin, flush_b, seeds_b2)
+    ring, A_in, cursor_b, state_bin, flush_b, seeds_b2 = vary_like(operands, operands)
+    inputs = used(ring, cursor_b)
+    _, moved_bin = _run(inputs, jnp.zeros_like(inputs.B_bln), A_in, state_bin)
+    moves_b = (flush_b & (cursor_b > 0))[:, None, None]
+    return jnp.where(moves_b, rounded(moved_bin, seeds_b2), state_bin), jnp.where(flush_b, 0, cursor_b)
+
+
+def _run(inputs: SelectiveRing, C_btn: Array, A_in: Array, state_bin: Array) -> tuple[Array, Array]:
+    segments_bt, initial_bin = jnp.zeros(inputs.x_bli.shape[:2], jnp.int32), state_bin.astype(jnp.float32)
+    x_bti, B_btn, dt_bti = inputs
+    return selective_scan_reference(Operands(x_bti, dt_bti, A_in, B_btn, C_btn, segments_bt, initial_bin), chunk_size=1)
+
+
+def _check(ring: SelectiveRing, A_in: Array, state_bin: Array) -> None:
+    batch, places, channels = ring.x_bli.shape
+    expected = {
+        "A": (A_in, (channels, A_in.shape[1])),
+        "B of the ring": (ring.B_bln, (batch, places, A_in.shape[1])),
+        "dt of the ring": (ring.dt_bli, (batch, places, channels)),
+        "state": (state_bin, (batch, channels, A_in.shape[1])),
+    }
+    require_shapes(expected, beside=f"a ring of {ring.x_bli.shape}")

@@ -1,0 +1,132 @@
+"""One token's step of the Mamba-2 and the Mamba-1 recurrence, for decoding, by implementation name.
+
+Axes: b batch, h heads, p head size, g groups, n state, i channels.
+"""
+
+import functools
+from typing import Any
+
+from jax import Array
+from jax import numpy as jnp
+
+from orogen.kernels.checks import chosen, require_shapes
+from orogen.kernels.state_update.operands import Operands, SelectiveOperands
+from orogen.kernels.state_update.reference import selective_update_reference, ssm_update_reference
+from orogen.kernels.state_update.triton import selective_update_triton, ssm_update_triton
+from orogen.parallel.varying import vary_like
+
+IMPLEMENTATIONS = {
+    "reference": ssm_update_reference,
+    "triton": ssm_update_triton,
+    "triton_interpreted": functools.partial(ssm_update_triton, interpret=True),
+}
+SELECTIVE_IMPLEMENTATIONS = {
+    "reference": selective_update_reference,
+    "triton": selective_update_triton,
+    "triton_interpreted": functools.partial(selective_update_triton, interpret=True),
+}
+
+
+def ssm_update(
+    x_bhp: Array,
+    dt_bh: Array,
+    a_h: Array,
+    b_bgn: Array,
+    c_bgn: Array,
+    *,
+    state_bhpn: Array,
+    skip_h: Array | None = None,
+    active_b: Array | None = None,
+    seeds_b2: Array | None = None,
+    implementation: str,
+) -> tuple[Array, Array]:
+    """Outputs (b, h, p) in x's dtype and the state after the token (b, h, p, n), in the state's dtype.
+
+        S' = exp(dt a) S + dt x (outer) B        y = S' C + D x
+
+    Letters and signs are those of `ssd`. Decay, update and sums are float32. Rows where `active_b` (bool; None: all) is
+    False keep their state to the bit and give zeros. A float32 state is stored as it is; a float16 one is rounded at
+    random (`kernels.stochastic`), which needs `seeds_b2`: two uint32 words per row that differ from token to token and
+    from layer to layer, and that together with an element's place in the row fix its rounding. y is that of the state
+    before it is rounded.
+    `triton` reads and writes the state once, in place if its caller donates it; it needs an NVIDIA GPU.
+
+    Raises ValueError if shapes, dtypes and seeds disagree, heads are not a multiple of groups, or the name is unknown
+    or cannot run here. Source: arXiv:2405.21060, section 2.
+    """
+    run = chosen(IMPLEMENTATIONS, implementation)
+    if x_bhp.ndim != 3 or b_bgn.ndim != 3:
+        raise ValueError(f"x {x_bhp.shape}, B {b_bgn.shape}: expected (b, h, p) and (b, g, n)")
+    (batch, heads, head_size), (groups, state) = x_bhp.shape, b_bgn.shape[1:]
+    if not groups or heads % groups:
+        raise ValueError(f"{heads} heads over {groups} groups: expected a multiple")
+    require_state(state_bhpn, seeds_b2)
+    expected = {
+        "dt": (dt_bh, (batch, heads)),
+        "a": (a_h, (heads,)),
+        "B": (b_bgn, (batch, groups, state)),
+        "C": (c_bgn, (batch, groups, state)),
+        "state": (state_bhpn, (batch, heads, head_size, state)),
+        "skip": (skip_h, (heads,)),
+        **_of_rows(active_b, seeds_b2, batch),
+    }
+    require_shapes(expected, beside=f"x {x_bhp.shape}")
+    dt_bh, a_h = dt_bh.astype(jnp.float32), a_h.astype(jnp.float32)
+    skip_h = jnp.zeros(heads, jnp.float32) if skip_h is None else skip_h.astype(jnp.float32)
+    active_b = jnp.ones(batch, bool) if active_b is None else active_b
+    operands = Operands(state_bhpn, x_bhp, dt_bh, a_h, b_bgn, c_bgn, skip_h, active_b, seeds_b2)
+    return run(vary_like(operands, operands))
+
+
+def selective_update(
+    x_bi: Array,
+    dt_bi: Array,
+    A_in: Array,
+    B_bn: Array,
+    C_bn: Array,
+    *,
+    state_bin: Array,
+    active_b: Array | None = None,
+    seeds_b2: Array | None = None,
+    implementation: str,
+) -> tuple[Array, Array]:
+    """Outputs (b, i) in x's dtype and the state after the token (b, i, n), in the state's dtype.
+
+        S' = exp(dt A) S + dt x (outer) B        y = S' C
+
+    Letters and signs are those of `selective_scan`, and the skip D x is the caller's, as there. Everything else is as
+    in `ssm_update`. Source: arXiv:2312.00752, section 3.2.
+    """
+    run = chosen(SELECTIVE_IMPLEMENTATIONS, implementation)
+    if x_bi.ndim != 2 or B_bn.ndim != 2:
+        raise ValueError(f"x {x_bi.shape}, B {B_bn.shape}: expected (b, i) and (b, n)")
+    (batch, channels), state = x_bi.shape, B_bn.shape[1]
+    require_state(state_bin, seeds_b2)
+    expected = {
+        "dt": (dt_bi, (batch, channels)),
+        "A": (A_in, (channels, state)),
+        "B": (B_bn, (batch, state)),
+        "C": (C_bn, (batch, state)),
+        "state": (state_bin, (batch, channels, state)),
+        **_of_rows(active_b, seeds_b2, batch),
+    }
+    require_shapes(expected, beside=f"x {x_bi.shape}")
+    active_b = jnp.ones(batch, bool) if active_b is None else active_b
+    dt_bi, A_in = dt_bi.astype(jnp.float32), A_in.astype(jnp.float32)
+    operands = SelectiveOperands(state_bin, x_bi, dt_bi, A_in, B_bn, C_bn, active_b, seeds_b2)
+    return run(vary_like(operands, operands))
+
+
+def _of_rows(active_b: Array | None, seeds_b2: Array | None, batch: int) -> dict[str, Any]:
+    return {"active": (active_b, (batch,)), "seeds": (seeds_b2, (batch, 2))}
+
+
+def require_state(state_b: Array, seeds_b2: Array | None) -> None:
+    """Raises ValueError unless the state is float32 and there are no seeds, or float16 and there are some."""
+    if state_b.dtype not in (jnp.float32, jnp.float16):
+        raise ValueError(f"state of {state_b.dtype}: expected float32 or float16")
+    if (state_b.dtype == jnp.float16) != (seeds_b2 is not None):
+        given = "no seeds" if seeds_b2 is None else "seeds"
+        raise ValueError(f"state of {state_b.dtype} with {given}: expected seeds for float16, and none for float32")
+    if seeds_b2 is not None and seeds_b2.dtype != jnp.uint32:
+        raise ValueError(f"seeds of {seeds_b2.dtype}: expected uint32")
