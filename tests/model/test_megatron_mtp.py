@@ -18,6 +18,7 @@ from tests.model.tensors import fill, mtp_values, values
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.data.packing import Batch
+from orogen.model.block import repeats
 from orogen.model.lm import LanguageModel
 from orogen.model.mtp import MTPBlock
 from orogen.parallel.plan import make_plan
@@ -70,7 +71,9 @@ def by_path(name: str, kind: str) -> dict:
 def model_of(config: ModelConfig, apart: bool) -> LanguageModel:
     model = LanguageModel(config, nnx.Rngs(0))
     if apart:
-        model.mtp = BlockADepth([MTPBlock(config, nnx.Rngs(depth)) for depth in range(config.mtp_depths)])
+        model.mtp = BlockADepth(
+            [MTPBlock(config, nnx.Rngs(depth), repeats(config.layers.mtp)) for depth in range(config.mtp_depths)]
+        )
     return model
 
 

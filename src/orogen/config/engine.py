@@ -36,6 +36,8 @@ class EngineConfig:
         int | None, "tokens whose inputs Mamba's layers keep beside an older state; None: 16 with drafts, else 0"
     ] = None
     compute_dtype: Annotated[str, "dtype of activations, weights and keys and values: float32 or bfloat16"] = "float32"
+    kernels: Annotated[str, "those that only decoding uses: reference, or triton on an NVIDIA GPU"] = "reference"
+    written_out: Annotated[bool, "whether each layer is compiled for itself, so that no loop copies weights"] = True
     exact: Annotated[bool, "whether answers are the same to the bit however they are computed"] = False
     seed: Annotated[int, "draws the seeds of requests that name none"] = 0
 
@@ -48,6 +50,7 @@ class EngineConfig:
         require(self.chunk % self.page == 0, self, "chunk", f"a multiple of page={self.page}")
         require(self.prefill_tokens >= self.chunk, self, "prefill_tokens", f"at least chunk={self.chunk}")
         require_choice(self, "drafter", DRAFTERS)
+        require_choice(self, "kernels", ("reference", "triton"))
         require_choice(self, "compute_dtype", ("float32", "bfloat16"))
         require(self.drafts < self.chunk, self, "drafts", f"fewer than chunk={self.chunk}")
         require(self.replay is None or self.replay >= 0, self, "replay", "None, or 0 or more")

@@ -27,6 +27,7 @@ from orogen.infer.request import CANCELLED, ERROR, LENGTH, STOP, Chosen, Output,
 from orogen.infer.sampling import rows_of
 from orogen.infer.schedule import Admission, Piece, Scheduler
 from orogen.infer.text import Texts, TextStream
+from orogen.model.lm import written_out
 
 PAGED, RECURRENT = "*+", "Mmw"  # letters whose layers keep pages, and what does not grow with the text
 BEYOND = 2**30  # a row that no cache has
@@ -78,9 +79,9 @@ class Engine:
 
     def __init__(self, opened: Opened, config: EngineConfig | None = None):
         self.config = config = config or EngineConfig()
-        self.opened = opened
-        model, plan = opened.config, opened.plan
         _check(opened, config)
+        self.opened = opened = _prepared(opened, config)
+        model, plan = opened.config, opened.plan
         letters = model.layers.main + (model.layers.mtp if config.drafter == "mtp" else "")
         paged = any(letter in PAGED for letter in letters)
         self._drafts = 0 if config.drafter == "none" else config.drafts
@@ -383,6 +384,15 @@ class Engine:
         rows = np.full(self.programs.ranks, BEYOND, np.int32)
         rows[slot // self._per_rank] = row
         return rows
+
+
+def _prepared(opened: Opened, config: EngineConfig) -> Opened:
+    """The model as the engine runs it."""
+    plan = dataclasses.replace(opened.plan, decode_kernels=config.kernels)
+    if not config.written_out:
+        return opened._replace(plan=plan)
+    built, (params, buffers) = written_out(opened.config, opened.built, opened.params, opened.buffers)
+    return opened._replace(plan=plan, built=built, params=params, buffers=buffers)
 
 
 def _check(opened: Opened, config: EngineConfig) -> None:

@@ -144,7 +144,7 @@ class Programs:
     @functools.lru_cache(None)  # noqa: B019
     def _decoding(self, features: Features) -> Callable[..., Any]:
         def decode(caches, params, buffers, control, sampler, steps):
-            plan = self.plan.decoding()
+            plan = self._decode_plan()
             forward = self._forward(params, buffers, plan, features)
             caches, control, sampler = plan.vary((with_pages(caches, control.table_bp), control, sampler))
             slots = len(control.token_b)
@@ -193,6 +193,13 @@ class Programs:
     @property
     def _keeps_text(self) -> bool:
         return self.config.exact or self.config.drafter == "lookup"
+
+    def _decode_plan(self) -> Plan:
+        """Of decoding: rows are split, and products of experts are those for few rows."""
+        plan = self.plan.decoding()
+        if plan.decode_kernels == "reference":
+            return plan
+        return dataclasses.replace(plan, config=dataclasses.replace(plan.config, grouped_matmul="triton_small"))
 
     def _mtp(self, model: LanguageModel) -> Any:
         """The layers of the block that drafts; None if it does not."""

@@ -17,8 +17,9 @@ from orogen.layers.linear import add_bias, linear, linears
 from orogen.layers.norm import make_norm
 from orogen.layers.parameter import normal, parameter
 from orogen.layers.rotary import make_rotary, mscale
-from orogen.model.cache import Reading, require_one_context_rank
+from orogen.model.cache import require_one_context_rank
 from orogen.model.context_attention import attend
+from orogen.model.slots import Paged
 from orogen.parallel.plan import Plan
 
 # Of the norms of MLA's latent vectors: DeepSeek's own code and transformers leave it at the default of their class,
@@ -65,19 +66,14 @@ class Attention(nnx.Module):
             q_bthk, k_btgk = self.query_norm(q_bthk, plan), self.key_norm(k_btgk, plan)
         if self.rotary is not None:
             q_bthk, k_btgk = (self.rotary(a, docs.positions_bt) for a in (q_bthk, k_btgk))
-        kept, reading = _after(given, (k_btgk, v_btgk), docs)
-        k_bsgk, v_bsgk = (k_btgk, v_btgk) if reading is None else reading.values
-        y_bthk = attend(
-            q_bthk,
-            k_bsgk,
-            v_bsgk,
-            docs.segments_bt,
-            plan,
-            reading=reading,
-            sinks_h=None if self.sinks is None else self.sinks[...],
-            window=self.window,
-            scale=self.head_dim**-0.5,
-        )
+        kept = None if given is None else given.with_piece((k_btgk, v_btgk), docs)
+        sinks_h = None if self.sinks is None else self.sinks[...]
+        settings = {"sinks_h": sinks_h, "window": self.window, "scale": self.head_dim**-0.5}
+        y_bthk = kept.attend(q_bthk, docs, plan, **settings) if isinstance(kept, Paged) else None
+        if y_bthk is None:
+            reading = None if kept is None else kept.reading(docs)
+            k_bsgk, v_bsgk = (k_btgk, v_btgk) if reading is None else reading.values
+            y_bthk = attend(q_bthk, k_bsgk, v_bsgk, docs.segments_bt, plan, reading=reading, **settings)
         return _join(y_bthk, self.out, self.out_bias, plan), kept
 
     def start(self, room: Any, dtype: Any) -> Any:
@@ -136,7 +132,8 @@ class LatentAttention(nnx.Module):
         latent_btr = self.latent_norm(latent_btr, plan)
         shared_btk = checkpoint_name(add_bias(shared_btk, self.key_rope_bias), "latent")
         shared_bt1k = self.rotary(shared_btk[:, :, None], docs.positions_bt)
-        kept, reading = _after(given, (latent_btr, shared_bt1k), docs)
+        kept = None if given is None else given.with_piece((latent_btr, shared_bt1k), docs)
+        reading = None if kept is None else kept.reading(docs)
         latent_bsr, shared_bs1k = (latent_btr, shared_bt1k) if reading is None else reading.values
         k_bsf, v_bsf = linears(latent_bsr, (self.key_up, self.value_up), plan)
         k_bsf, v_bsf = checkpoint_name(k_bsf, "key"), checkpoint_name(v_bsf, "value")
@@ -171,14 +168,6 @@ class LatentAttention(nnx.Module):
         q_bthk = _split(checkpoint_name(q_btf, "query"), self.nope + self.rope)
         plain_bthk, turned_bthk = q_bthk[..., : self.nope], q_bthk[..., self.nope :]
         return jnp.concatenate([plain_bthk, self.rotary(turned_bthk, docs.positions_bt)], -1)
-
-
-def _after(given: Any, new: tuple[Array, Array], docs: Documents) -> tuple[Any, Reading | None]:
-    """What is kept of `new` after what is given, and how queries read it; None, None if nothing is given."""
-    if given is None:
-        return None, None
-    kept = given.with_piece(new, docs)
-    return kept, kept.reading(docs)
 
 
 def _bias(size: int, axis: str, present: bool) -> nnx.Param | None:

@@ -45,6 +45,9 @@ class Repeat(NamedTuple):
     count: int
 
 
+Items = tuple[str | Repeat, ...]
+
+
 @functools.cache
 def repeats(pattern: str) -> tuple[str | Repeat, ...]:
     """`pattern` folded into nested repetitions with the fewest distinct layers in all, so the least to compile.

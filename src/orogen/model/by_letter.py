@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from orogen.model.block import Repeat, letters
+from orogen.model.block import Items, Repeat, letters
 
-Items = tuple[str | Repeat, ...]
 Rows = dict[str, Any]
 
 

@@ -153,7 +153,7 @@ class Rows(NamedTuple):
         self, taps: int, channels: Sequence[int], state: tuple[int, ...], inputs: Sequence[tuple[int, ...]], dtype: Any
     ) -> Recurrent:
         """For convolutions of `taps` taps over so many channels and states of this shape. inputs: the shapes of a
-        token's x, dt and B, for rooms that keep them."""
+        token's x, B and dt, for rooms that keep them."""
         return Recurrent.empty(self.batch, taps, channels, state, dtype)
 
     def recurrent_axes(

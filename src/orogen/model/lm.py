@@ -15,6 +15,7 @@ from orogen.layers.embedding import Embedding, Head, logits
 from orogen.layers.linear import head_matrix
 from orogen.layers.norm import make_norm
 from orogen.model.block import Stack, repeats
+from orogen.model.by_letter import plain, state_of
 from orogen.model.layout import Layout, Whole
 from orogen.model.mtp import MTPBlock, shifted
 from orogen.model.vocabulary import resized
@@ -25,12 +26,14 @@ from orogen.parallel.plan import Plan
 class LanguageModel(nnx.Module):
     """A pattern of residual layers between an embedding and a head, which may be one matrix (`head` is then None)."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, repeated: bool = True):
+        """repeated: whether layers that repeat are stacked and scanned over; else each is written out."""
+        fold = repeats if repeated else tuple
         self.embedding = Embedding(config, rngs)
-        self.backbone = Stack(repeats(config.layers.main), config, rngs)
+        self.backbone = Stack(fold(config.layers.main), config, rngs)
         self.norm = make_norm(config)
         self.head = None if config.tie_word_embeddings else Head(config, rngs)
-        self.mtp = MTPBlock(config, rngs) if config.layers.mtp else None
+        self.mtp = MTPBlock(config, rngs, fold(config.layers.mtp)) if config.layers.mtp else None
         self.mtp_depths, self.vocab_size = config.mtp_depths, config.vocab_size
 
     def hidden(self, tokens_bt: Array, docs: Documents, plan: Plan, given: Any = None) -> tuple[Array, Any]:
@@ -101,6 +104,26 @@ def build(config: ModelConfig, layout: Layout | None = None, vocab_rows: int | N
     whole = Built(graph, params, buffers, config.vocab_size, vocab_rows or config.vocab_size, layout)
     laid = jax.eval_shape(whole.laid, params), jax.eval_shape(whole.laid, buffers)
     return whole._replace(params=laid[0], buffers=laid[1])
+
+
+def written_out(config: ModelConfig, built: Built, *states: nnx.State) -> tuple[Built, tuple[nnx.State, ...]]:
+    """The same model, which lies whole, with every layer for itself, and its parameters or buffers so: a loop over
+    layers copies each one's weights out of their stack, which takes as long as a step of decoding."""
+    model = jax.eval_shape(lambda: LanguageModel(config, nnx.Rngs(0), repeated=False))
+    graph = nnx.split(model)[0]
+
+    def apart(state: nnx.State) -> nnx.State:
+        tree, layout, main = dict(state), built.layout, len(config.layers.main)
+        layers = [plain(layout.layer(state, number)) for number in range(main + len(config.layers.mtp))]
+        tree["backbone"] = state_of(tuple(layers[:main]))
+        if layers[main:]:
+            tree["mtp"] = {**plain(state.get("mtp", {})), "layers": state_of(tuple(layers[main:]))}
+        return nnx.State({name: part for name, part in tree.items() if part})
+
+    abstract = built._replace(
+        graph=graph, params=jax.eval_shape(apart, built.params), buffers=jax.eval_shape(apart, built.buffers)
+    )
+    return abstract, tuple(apart(state) for state in states)
 
 
 def initial_state(config: ModelConfig, seed: int | Array) -> tuple[nnx.State, nnx.State]:

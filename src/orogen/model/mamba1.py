@@ -72,12 +72,12 @@ class Mamba1(nnx.Module):
     def start(self, room: Any, dtype: Any) -> Any:
         """Before the first token, however many come."""
         channels, state = self.A_log[...].shape[-2:]
-        inputs = (channels,), (channels,), (state,)
+        inputs = (channels,), (state,), (channels,)
         return room.recurrent(self.conv.taps, (channels,), (channels, state), inputs, dtype)
 
     def cache_axes(self, room: Any) -> Any:
         """The logical axes of what `start` makes."""
-        inputs = ("mamba_heads",), ("mamba_heads",), (None,)
+        inputs = ("mamba_heads",), (None,), ("mamba_heads",)
         return room.recurrent_axes(("mamba_heads",), ("mamba_heads", None), inputs)
 
     def _scan(self, x_bti: Array, docs: Documents, plan: Plan, given: Any) -> tuple[Array, Any]:

@@ -117,12 +117,12 @@ class Mamba2(nnx.Module):
         """Before the first token, however many come."""
         channels = [conv.weight[...].shape[-2] for conv in (self.conv_x, self.conv_B, self.conv_C)]
         heads, size = self.D[...].shape[-1], self.state_size
-        inputs = (heads, self.head_dim), (heads,), (channels[1] // size, size)
+        inputs = (heads, self.head_dim), (channels[1] // size, size), (heads,)
         return room.recurrent(self.conv_x.taps, channels, (heads, self.head_dim, size), inputs, dtype)
 
     def cache_axes(self, room: Any) -> Any:
         """The logical axes of what `start` makes."""
-        inputs = ("mamba_heads", None), ("mamba_heads",), ("groups", None)
+        inputs = ("mamba_heads", None), ("groups", None), ("mamba_heads",)
         return room.recurrent_axes(("mamba_heads", "groups", "groups"), ("mamba_heads", None, None), inputs)
 
     def _scan(self, inputs: tuple[Array, ...], docs: Documents, plan: Plan, given: Any) -> tuple[Array, Any]:

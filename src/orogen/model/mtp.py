@@ -14,7 +14,7 @@ from orogen.layers.documents import Documents, numbered
 from orogen.layers.linear import linear
 from orogen.layers.norm import make_norm
 from orogen.layers.parameter import normal
-from orogen.model.block import Stack, repeats
+from orogen.model.block import Items, Stack
 from orogen.parallel.context import later
 from orogen.parallel.plan import Plan
 
@@ -35,11 +35,11 @@ def shifted(docs: Documents, steps: int, plan: Plan) -> Documents:
 class MTPBlock(nnx.Module):
     """h' = norm(layers(project([enorm(embedding of a later token); hnorm(h)]))), the embedding first."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, items: Items):
         size = config.hidden_size
         self.embedding_norm, self.hidden_norm = make_norm(config), make_norm(config)
         self.project = normal(rngs, (2 * size, size), (None, "embed"), std=config.init_std)
-        self.layers = Stack(repeats(config.layers.mtp), config, rngs)
+        self.layers = Stack(items, config, rngs)
         self.final_norm = make_norm(config)
 
     def __call__(

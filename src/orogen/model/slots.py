@@ -17,14 +17,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from orogen.kernels.paged_attention import paged_attention
+from orogen.kernels.replay import Ring, SelectiveRing, flush, replay, selective_flush, selective_replay
 from orogen.kernels.selective_scan import selective_scan
 from orogen.kernels.ssd import ssd
+from orogen.kernels.state_update import selective_update, ssm_update
 from orogen.layers.documents import Documents
 from orogen.model.cache import EMPTY, Reading, map_layers
 from orogen.parallel.plan import Plan
 
-# x, dt, B, C and the state before them -> outputs, and the state after them.
-Scan = Callable[[Array, Array, Array, Array, Array], tuple[Array, Array]]
+FEW = 8  # tokens of a piece for which the kernels of decoding are made
 
 
 class Slots(NamedTuple):
@@ -65,11 +67,10 @@ class Slots(NamedTuple):
         zeros = jnp.zeros((self.rows, *state), jnp.float32)
         if not self.replay:
             return SlotState(windows, zeros)
-        x, dt, B = (
-            jnp.zeros((self.rows, self.replay, *shape), kind)
-            for shape, kind in zip(inputs, (dtype, jnp.float32, dtype), strict=True)
-        )
-        return SlotState(windows, Replayed(zeros, x, dt, B, jnp.zeros(self.rows, jnp.int32)))
+        dtypes = dtype, dtype, jnp.float32
+        made = [jnp.zeros((self.rows, self.replay, *s), d) for s, d in zip(inputs, dtypes, strict=True)]
+        ring = (Ring if len(state) == 3 else SelectiveRing)(*made)
+        return SlotState(windows, Replayed(zeros, ring, jnp.zeros(self.rows, jnp.int32)))
 
     def recurrent_axes(
         self,
@@ -81,7 +82,8 @@ class Slots(NamedTuple):
         windows, named = tuple(("batch", None, axis) for axis in channels), ("batch", *state)
         if not self.replay:
             return SlotState(windows, named)
-        return SlotState(windows, Replayed(named, *(("batch", None, *each) for each in inputs), ("batch",)))
+        ring = (Ring if len(state) == 3 else SelectiveRing)(*(("batch", None, *each) for each in inputs))
+        return SlotState(windows, Replayed(named, ring, ("batch",)))
 
 
 class Paged(NamedTuple):
@@ -103,6 +105,21 @@ class Paged(NamedTuple):
             return flat.reshape(pool.shape)
 
         return self._replace(values=tuple(map(write, self.values, values)))
+
+    def attend(
+        self, q_bthk: Array, docs: Documents, plan: Plan, *, sinks_h: Array | None, window: int | None, scale: float
+    ) -> Array | None:
+        """Outputs (b, t, h, k) of a few queries by the kernel that reads pages where they lie; None for more tokens, or
+        where the plan has no such kernel."""
+        if plan.decode_kernels == "reference" or q_bthk.shape[1] > FEW or window is not None:
+            return None
+        # Places of padding are written nowhere; as if all were there, what is read beyond hides behind causality.
+        length_b = jnp.where(_counts(docs) > 0, docs.positions_bt[:, -1] + 1, 0)
+        k_nsgk, v_nsgk = self.values
+        return paged_attention(
+            q_bthk, k_nsgk, v_nsgk, self.table_bp, length_b, sinks_h=sinks_h, scale=scale,
+            implementation=plan.decode_kernels,
+        )  # fmt: skip
 
     def reading(self, docs: Documents) -> Reading:
         """Every place of the rows' pages: those after a query are those that causality hides."""
@@ -132,42 +149,16 @@ class Ringed(NamedTuple):
 
 
 class Replayed(NamedTuple):
-    """A state as it was some tokens ago, float32, and the inputs of the tokens since: x and B in the dtype of
-    activations, dt float32, (b, l, …), of which each row has `count_b`, int32. (ReplaySSM)
+    """A state as it was some tokens ago, float32, and the inputs of the tokens since, of which each row has `cursor_b`,
+    int32; see `kernels.replay`.
 
-    A token's output is computed from these; the state moves only when the next tokens would not fit, that of all rows
-    at once, so that it is read with each token but seldom written. A token is taken back by counting less.
+    The states of all rows move at once, when the next tokens would not fit in one of them, so that states are read with
+    each token but seldom written. A token is taken back by moving the cursor.
     """
 
     state: Any
-    x: Any
-    dt: Any
-    B: Any
-    count_b: Any
-
-    def after(self, scan: Scan, inputs: Sequence[Array], docs: Documents) -> tuple[Array, "Replayed"]:
-        """The outputs (b, t, …) of a piece whose x, dt, B and C are `inputs`, and the state after it."""
-        x, dt, B, C = inputs
-        tokens, room, counts_b = x.shape[1], self.x.shape[1], _counts(docs)
-        if 2 * tokens > room:  # a piece of a prompt
-            y, state = scan(x, dt, B, C, self.moved(scan).state)
-            return y, self._replace(state=state, count_b=jnp.zeros_like(counts_b))
-        ring = lax.cond(jnp.any(self.count_b + tokens > room), lambda r: r.moved(scan), lambda r: r, self)
-        index_bt = ring.count_b[:, None] + jnp.arange(tokens)
-        write = jax.vmap(lambda old, new, index_t: old.at[index_t].set(new.astype(old.dtype)))
-        ring = ring._replace(**{n: write(getattr(ring, n), a, index_bt) for n, a in (("x", x), ("dt", dt), ("B", B))})
-        C_bl = write(jnp.zeros((*C.shape[:1], room, *C.shape[2:]), C.dtype), C, index_bt)
-        # Inputs beyond a row's last token are left over from others; they come after all that is read.
-        y_bl, _ = scan(ring.x, ring.dt, ring.B, C_bl, ring.state)
-        y = jax.vmap(lambda y_l, index_t: y_l[index_t])(y_bl, index_bt)
-        return y, ring._replace(count_b=ring.count_b + counts_b)
-
-    def moved(self, scan: Scan) -> "Replayed":
-        """The state after all tokens, and no inputs beside it."""
-        here_bl = jnp.arange(self.dt.shape[1]) < self.count_b[:, None]
-        dt = jnp.where(here_bl[..., None], self.dt, 0)
-        _, state = scan(self.x, dt, self.B, jnp.zeros_like(self.B), self.state)
-        return self._replace(state=state, count_b=jnp.zeros_like(self.count_b))
+    ring: Any
+    cursor_b: Any
 
 
 class SlotState(NamedTuple):
@@ -181,33 +172,66 @@ class SlotState(NamedTuple):
         """1, as a piece's tokens: before the first token windows are zero, as is what a convolution reads there."""
         return jnp.ones((len(docs.segments_bt), self.windows[0].shape[1]), jnp.int32)
 
-    def ssd(self, operands: Sequence[Array], docs: Documents, plan: Plan, **settings: Any) -> tuple[Array, Any]:
+    def ssd(
+        self, operands: Sequence[Array], docs: Documents, plan: Plan, *, skip_h: Array, **settings: Any
+    ) -> tuple[Array, Any]:
         """`kernels.ssd` of a piece's operands after the tokens before it: outputs, and the state after its last token.
         Padding takes a step of no time, after which the state is what it was."""
-        a_h = operands[2]
+        x_bthp, dt_bth, a_h, B_btgn, C_btgn = operands
+        dt_bth, kernel = _without_padding(dt_bth, docs), plan.decode_kernels
+        of_rows = {"skip_h": skip_h, "active_b": _counts(docs) > 0, "implementation": kernel}
 
-        def scan(x: Array, dt: Array, B: Array, C: Array, state: Array) -> tuple[Array, Array]:
-            return ssd(x, dt, a_h, B, C, initial_state_bhpn=state, **settings)
+        def scan(state_bhpn: Array) -> tuple[Array, Array]:
+            inputs = x_bthp, dt_bth, a_h, B_btgn, C_btgn
+            return ssd(*inputs, initial_state_bhpn=state_bhpn, skip_h=skip_h, **settings)
 
-        return self._after(scan, operands, docs)
+        if isinstance(self.state, Replayed):
+
+            def move(kept: Replayed, flush_b: Array) -> Replayed:
+                moved = flush(kept.ring, a_h, kept.cursor_b, state_bhpn=kept.state, flush_b=flush_b,
+                              implementation="triton" if kernel == "triton" else "recurrence")  # fmt: skip
+                return Replayed(moved[0], kept.ring, moved[1])
+
+            def play(kept: Replayed) -> tuple[Array, Any]:
+                piece, cached = Ring(x_bthp, B_btgn, dt_bth), {"ring": kept.ring, "cursor_b": kept.cursor_b}
+                of_rows["implementation"] = "triton" if kernel == "triton" else "parallel"
+                return replay(piece, a_h, C_btgn, state_bhpn=kept.state, **cached, **of_rows)
+
+            return _after(self.state, docs, Replays(move, play, scan), cheap=kernel == "triton")
+        if x_bthp.shape[1] == 1:
+            one = x_bthp[:, 0], dt_bth[:, 0], a_h, B_btgn[:, 0], C_btgn[:, 0]
+            y_bhp, state_bhpn = ssm_update(*one, state_bhpn=self.state, **of_rows)
+            return y_bhp[:, None], state_bhpn
+        return scan(self.state)
 
     def selective_scan(
         self, operands: Sequence[Array], docs: Documents, plan: Plan, **settings: Any
-    ) -> tuple[Array, Array]:
+    ) -> tuple[Array, Any]:
         """`kernels.selective_scan` in the same way."""
-        A_in = operands[2]
+        x_bti, dt_bti, A_in, B_btn, C_btn = operands
+        dt_bti, active_b = _without_padding(dt_bti, docs), _counts(docs) > 0
 
-        def scan(x: Array, dt: Array, B: Array, C: Array, state: Array) -> tuple[Array, Array]:
-            return selective_scan(x, dt, A_in, B, C, initial_state_bin=state, **settings)
+        def scan(state_bin: Array) -> tuple[Array, Array]:
+            return selective_scan(x_bti, dt_bti, A_in, B_btn, C_btn, initial_state_bin=state_bin, **settings)
 
-        return self._after(scan, operands, docs)
-
-    def _after(self, scan: Scan, operands: Sequence[Array], docs: Documents) -> tuple[Array, Any]:
-        x, dt, _, B, C = operands
-        dt = jnp.where(docs.segments_bt[..., None] != 0, dt, 0)
         if isinstance(self.state, Replayed):
-            return self.state.after(scan, (x, dt, B, C), docs)
-        return scan(x, dt, B, C, self.state)
+
+            def move(kept: Replayed, flush_b: Array) -> Replayed:
+                moved = selective_flush(kept.ring, A_in, kept.cursor_b, state_bin=kept.state, flush_b=flush_b)
+                return Replayed(moved[0], kept.ring, moved[1])
+
+            def play(kept: Replayed) -> tuple[Array, Any]:
+                piece, cached = SelectiveRing(x_bti, B_btn, dt_bti), {"ring": kept.ring, "cursor_b": kept.cursor_b}
+                return selective_replay(piece, A_in, C_btn, state_bin=kept.state, active_b=active_b, **cached)
+
+            return _after(self.state, docs, Replays(move, play, scan), cheap=False)
+        if x_bti.shape[1] == 1:
+            one = x_bti[:, 0], dt_bti[:, 0], A_in, B_btn[:, 0], C_btn[:, 0]
+            y_bi, state_bin = selective_update(
+                *one, state_bin=self.state, active_b=active_b, implementation=plan.decode_kernels
+            )
+            return y_bi[:, None], state_bin
+        return scan(self.state)
 
     def with_piece(self, inputs: Sequence[Array], state: Any, docs: Documents) -> "SlotState":
         """After a piece whose convolutions read `inputs` (b, t, c), and which left `state`."""
@@ -229,7 +253,7 @@ class SlotState(NamedTuple):
 
         state = self.state
         if isinstance(state, Replayed):
-            state = state._replace(count_b=state.count_b - count_b)
+            state = state._replace(cursor_b=state.cursor_b - count_b)
         return SlotState(jax.tree.map(back, self.windows), state)
 
 
@@ -258,6 +282,37 @@ def without_drafts(known: Any, tentative: Any) -> Any:
     """The caches of `tentative`, which has read drafts after what `known` has, without them: pages and rings keep what
     will be overwritten, and states are those of `known`."""
     return map_layers(lambda a, b: a if isinstance(a, SlotState) else b, known, tentative)
+
+
+class Replays(NamedTuple):
+    """What one mixer does with `Replayed`: moves the states of some rows (b,) up to their cursors; computes a piece's
+    outputs and the ring with it; or computes a piece from a state that has no inputs beside it."""
+
+    move: Callable[[Replayed, Array], Replayed]
+    play: Callable[[Replayed], tuple[Array, Any]]
+    scan: Callable[[Array], tuple[Array, Array]]
+
+
+def _after(kept: Replayed, docs: Documents, replays: Replays, *, cheap: bool) -> tuple[Array, Replayed]:
+    """The outputs of a piece, and what is kept. cheap: whether a move of no row costs nothing."""
+    tokens, places = docs.segments_bt.shape[1], kept.ring[0].shape[1]
+    every_b = jnp.ones(kept.cursor_b.shape, bool)
+    if 2 * tokens > places:  # a piece of a prompt
+        kept = replays.move(kept, every_b)
+        y, state = replays.scan(kept.state)
+        return y, kept._replace(state=state)
+    full = jnp.any(kept.cursor_b + tokens > places)
+    if cheap:
+        kept = replays.move(kept, every_b & full)
+    else:
+        kept = lax.cond(full, lambda k: replays.move(k, every_b), lambda k: k, kept)
+    y, ring = replays.play(kept)
+    return y, Replayed(kept.state, ring, kept.cursor_b + _counts(docs))
+
+
+def _without_padding(dt: Array, docs: Documents) -> Array:
+    """Time steps (b, t, …), 0 for padding."""
+    return jnp.where(docs.segments_bt[..., None] != 0, dt, 0)
 
 
 def _counts(docs: Documents) -> Array:

@@ -52,6 +52,7 @@ class Plan:
     expert's capacity; capacity counts per source rank, so `verify` needs it to reproduce a plan on one device.
     schedule: what the stages of a pipeline do at each tick; None without stages.
     stream: how the ranks of `tensor` hold the residual stream: time, rows or whole.
+    decode_kernels: the implementation of kernels that only decoding uses: reference, or triton on an NVIDIA GPU.
     recipe: the formats of products in the layer at hand. recipes: those of the layers to come, which are the model's,
     then the multi-token-prediction block's; None: all have `recipe`.
     """
@@ -63,6 +64,7 @@ class Plan:
     sources: tuple[int, int, int] = (1, 1, 1)
     schedule: Schedule | None = None
     stream: str = "time"
+    decode_kernels: str = "reference"
     recipe: Recipe = RECIPES[PLAIN]
     recipes: tuple[Recipe, ...] | None = None
 
