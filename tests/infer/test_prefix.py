@@ -242,6 +242,7 @@ def test_what_drafts_look_ahead_to_belongs_to_the_key():
     assert device.run((*PROMPT[:5], 0, 0, 0)) == 0
     assert device.prefix.longest(known=11, computed=11) == 8
     assert device.prefix.longest(known=11, computed=7) == 6
+    assert device.prefix.longest(known=1, computed=1) == 0
 
 
 def test_the_least_recently_used_goes_first_from_its_end():

@@ -113,10 +113,8 @@ class Engine:
         """Ends a request that has read its prompt, and generated these tokens besides a last one."""
         job = self.running[slot]
         start, job["tokens"] = len(job["prompt"]), (*job["prompt"], *new)
-        if new:
-            for place in range(start // self.room.page, -(-len(job["tokens"]) // self.room.page)):
-                if self.room.pages:
-                    self.pages[self.rank(slot), job["pages"][place]] = self.content(job["tokens"], job["salt"], place)
+        if new:  # the prompt's last entries, too, look ahead to what was generated
+            self.write(slot, max(job["shared"] * self.room.page, start - self.room.lookahead), len(job["tokens"]))
         border = len(job["tokens"]) // self.room.chunk * self.room.chunk
         row = self.scheduler.finished(slot, committed=new, border=border if new else None)
         if row is not None:
@@ -367,6 +365,72 @@ def test_a_request_that_ends_between_plan_and_report_returns_everything(kind):
     (rank,) = engine.scheduler.ranks
     assert all(pool is None or pool.free == pool.count for pool in (rank.pages, rank.snapshots))
     assert not engine.scheduler.busy and engine.scheduler.round() == ((), (), ())
+
+
+def test_a_request_that_finds_no_room_holds_nothing_while_it_waits():
+    engine = Engine(capacity())
+    engine.submit(range(10), max_tokens=1)
+    engine.drain()  # leaves 5 pages in the cache
+    engine.submit(range(50, 64), max_tokens=6)
+    engine.step()
+    engine.submit(range(11), max_tokens=15)  # of its 13 pages 5 are cached, and 6 are left
+    assert engine.step().admitted == ()
+    (rank,) = engine.scheduler.ranks
+    assert rank.prefix is not None and rank.prefix.evictable_pages == 5
+    engine.drain()
+    engine.nothing_is_lost()
+
+
+def test_only_a_later_state_than_those_known_is_kept():
+    for border, row in ((None, None), (4, None), (8, None), (12, 1)):
+        engine = Engine(capacity("hybrid"))
+        engine.submit(range(9), max_tokens=6)
+        while not engine.step().decoding:
+            pass
+        assert engine.scheduler.finished(0, committed=(9, 10, 11), border=border) == row
+        (rank,) = engine.scheduler.ranks
+        assert rank.snapshots is not None and rank.snapshots.free == 3 - (row is not None)
+
+
+def test_an_answer_that_is_known_is_not_kept_twice():
+    engine = Engine(capacity("hybrid"))
+    free = []
+    for _ in range(2):
+        engine.submit(range(9), max_tokens=6)
+        while not engine.step().decoding:
+            pass
+        engine.finish(0, (9, 10, 11))
+        free.append(engine.scheduler.ranks[0].snapshots.free)
+    assert free == [2, 2] and engine.scheduler.ranks[0].prefix.take_row() in (2, 3)
+
+
+def test_nobody_waits_for_a_prompt_of_lower_rank():
+    engine = Engine(capacity(pages=40))
+    engine.submit(range(30), priority=1)
+    engine.step()
+    engine.submit(range(30))
+    plan = engine.step()
+    assert [(a.number, a.length) for a in plan.admitted] == [(1, 8)] and plan.pieces[0].slot == 1
+
+
+@pytest.mark.parametrize(("lookahead", "ends"), [(0, [8, 9]), (1, [8, 9]), (2, [4, 9]), (6, [8, 9])])
+def test_a_snapshot_needs_the_tokens_that_are_looked_ahead_to(lookahead, ends):
+    engine = Engine(capacity("hybrid", lookahead=lookahead))
+    engine.submit(range(9))
+    pieces = [engine.step().pieces[0] for _ in range(2)]
+    assert [p.start + p.count for p in pieces] == ends
+    assert [p.row for p in pieces] == [None if lookahead == 6 else 0, None]
+    engine.drain()
+    engine.nothing_is_lost()
+
+
+def test_a_request_goes_where_its_prompt_is_read_first():
+    engine = Engine(capacity(ranks=2))
+    engine.submit(range(12), max_tokens=1)
+    engine.submit(range(50, 51), max_tokens=16)  # the other rank has fewer pages left, and nothing left to read
+    assert [a.slot for a in engine.step().admitted] == [0, 2]
+    engine.submit(range(70, 72))
+    assert [a.slot for a in engine.step().admitted] == [3]
 
 
 def test_reports_of_what_was_not_planned_are_refused():

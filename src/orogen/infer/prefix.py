@@ -153,7 +153,7 @@ class Prefix:
     def longest(self, known: int, computed: int) -> int:
         """How many tokens of a sequence may be inserted, of which `known` are known, those to come of its prompt
         included, and `computed` have been computed for good: drafts that wait for their verification are not."""
-        return min(computed, known - self._lookahead) // self.block * self.block
+        return max(0, min(computed, known - self._lookahead)) // self.block * self.block
 
     def saved(self, lock: Lock, tokens: Sequence[int], length: int) -> bool:
         """Whether the tree has a snapshot after `length` tokens already, behind the lock's path."""

@@ -185,7 +185,7 @@ class Scheduler:
         """Ends the request in a slot, whatever it was doing, and returns all it held; the slot is free.
 
         committed: tokens it generated that the model has read for good, so neither the last one chosen nor drafts; what
-        is not given is not cached. border: a multiple of `chunk`, at most the prompt and these, after which the engine
+        is not given is not cached. What looks ahead to them must have been written anew where drafts were wrong. border: a multiple of `chunk`, at most the prompt and these, after which the engine
         still has the state. Returns the row to which it must copy that state at once, None if it need not.
 
         Raises ValueError for another border, and for generated tokens of a prompt that has not been read.
@@ -220,7 +220,7 @@ class Scheduler:
         length = prefix.longest(len(tokens), len(tokens))
         row = None
         if self._capacity.recurrent:
-            if border is None or border > length or border <= job.lock.length:
+            if border is None or not job.lock.length <= border <= length:
                 return None
             length = border
             row = None if prefix.saved(job.lock, tokens, length) else prefix.take_row()
