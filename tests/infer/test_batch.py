@@ -148,6 +148,10 @@ def test_a_request_that_fails_takes_no_other_with_it(tmp_path):
     assert batch(tmp_path, '{"prompt": [13, 2, 3], "id": 1}', LINES[1]) == summary
 
 
+def test_broken_lines_decide_the_status_before_failed_requests():
+    assert [Summary(9, *counts).status for counts in ((0, 0), (0, 1), (1, 0), (1, 1))] == [0, 1, 2, 2]
+
+
 def test_an_empty_input_has_an_empty_output(tmp_path):
     summary = batch(tmp_path, "", " ")
     assert summary == Summary(0, 0, 0) and summary.status == 0 and answers(tmp_path) == []
@@ -191,6 +195,26 @@ def test_a_torn_answer_is_computed_again(tmp_path):
         assert len(engine.requests) == 4 - whole[:kept].count(b"\n")
 
 
+def test_a_run_is_killed_twice(tmp_path):
+    """The line that the first kill tore must not spoil the journal of the second run."""
+    batch(tmp_path, *LINES)
+    whole = (tmp_path / "out.jsonl").read_bytes()
+    (tmp_path / "out.jsonl").rename(tmp_path / "out.jsonl.journal")
+    (tmp_path / "out.jsonl.journal").write_bytes(whole[: whole.index(b"\n") + 20])
+
+    class Interrupted(Echo):
+        def step(self) -> list[Output]:
+            if len(self.requests) == 3 and len(self.open) < 3:
+                raise KeyboardInterrupt
+            return super().step()
+
+    with pytest.raises(KeyboardInterrupt):
+        batch(tmp_path, *LINES, engine=Interrupted())
+    assert (tmp_path / "out.jsonl.journal").read_bytes().count(b"\n") == 2
+    batch(tmp_path, *LINES)
+    assert (tmp_path / "out.jsonl").read_bytes() == whole
+
+
 def test_a_complete_output_is_left_as_it_is(tmp_path):
     batch(tmp_path, *LINES, "{")
     before = (tmp_path / "out.jsonl").stat()
@@ -227,7 +251,7 @@ def test_two_runs_do_not_write_one_output(tmp_path):
     import fcntl
 
     with (tmp_path / "out.jsonl.journal").open("ab") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
+        fcntl.flock(other, fcntl.LOCK_SH)
         with pytest.raises(ConfigError, match="is being written by another process"):
             batch(tmp_path, *LINES)
 

@@ -404,6 +404,19 @@ def test_an_answer_that_is_known_is_not_kept_twice():
     assert free == [2, 2] and engine.scheduler.ranks[0].prefix.take_row() in (2, 3)
 
 
+def test_an_answer_is_not_kept_where_every_row_is_being_read():
+    engine = Engine(capacity("hybrid", snapshots=1))
+    engine.submit([50], max_tokens=7)
+    engine.step()
+    engine.submit(range(5))
+    while 1 not in engine.step().decoding:
+        pass
+    engine.finish(1)
+    engine.submit(range(6))
+    assert [a.row for a in engine.plan().admitted] == [0]
+    assert engine.scheduler.finished(0, committed=range(51, 57), border=4) is None
+
+
 def test_nobody_waits_for_a_prompt_of_lower_rank():
     engine = Engine(capacity(pages=40))
     engine.submit(range(30), priority=1)

@@ -185,8 +185,9 @@ class Scheduler:
         """Ends the request in a slot, whatever it was doing, and returns all it held; the slot is free.
 
         committed: tokens it generated that the model has read for good, so neither the last one chosen nor drafts; what
-        is not given is not cached. What looks ahead to them must have been written anew where drafts were wrong. border: a multiple of `chunk`, at most the prompt and these, after which the engine
-        still has the state. Returns the row to which it must copy that state at once, None if it need not.
+        is not given is not cached. What looks ahead to them must have been written anew where drafts were wrong.
+        border: a multiple of `chunk`, at most the prompt and these, after which the engine still has the state. Returns
+        the row to which it must copy that state at once, None if it need not.
 
         Raises ValueError for another border, and for generated tokens of a prompt that has not been read.
         """
