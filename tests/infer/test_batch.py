@@ -6,9 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from orogen.cli import main
 from orogen.config.checks import ConfigError
 from orogen.infer.batch import Summary, run_batch
 from orogen.infer.lines import Line, LineReader, digest
@@ -107,7 +109,7 @@ BROKEN = {
     '{"max_tokens": 3}': "it has no prompt and messages; expected one of them",
     '{"prompt": "a", "messages": []}': "it has both prompt and messages; expected one of them",
     '{"messages": [{"role": "user", "content": "a"}]}': "the checkpoint no chat template; expected a prompt",
-    '{"prompt": [1, -2]}': "it: prompt is [1, -2]; expected a text or a list of a whole number from 0",
+    '{"prompt": [1, -2]}': "line 2: prompt is [1, -2]; expected a text or a list of a whole number from 0",
     '{"prompt": [1, true]}': "prompt is [1, True]; expected",
     '{"prompt": []}': "Request.prompt is (); expected at least one token",
     '{"prompt": "a", "temprature": 1}': "'temprature' is no field of a request; expected some of budget,",
@@ -260,6 +262,28 @@ def test_a_pipe_is_no_input(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ConfigError, match="pipe is no regular file"):
         run_batch(Echo(), tmp_path / "pipe", tmp_path / "out.jsonl", reader=LineReader({}), settings="")
+
+
+def test_the_command_answers_lines_by_an_engine(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("orogen.infer.engine.Engine", lambda opened: Echo())
+    folder = Path(__file__).parent.parent / "fixtures" / "models" / "nemotron_h_dense"
+    (tmp_path / "in.jsonl").write_text('{"prompt": [3, 1], "max_tokens": 4, "id": 1}\n{"prompt": "no tokenizer"}\n')
+    command = ["generate", "--checkpoint", folder, "--input", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl"]
+    assert main([*map(str, command), "--json"]) == 2
+    assert json.loads(capsys.readouterr().out) == {
+        "out": str(tmp_path / "out.jsonl"), "lines": 2, "broken": 1, "failed": 0,
+    }  # fmt: skip
+    done, broken = answers(tmp_path)
+    assert done["id"] == 1 and done["tokens"] == [1, 3]
+    assert "the checkpoint has no tokenizer" in broken["error"]
+
+
+def test_the_command_refuses_half_of_it(refused, tmp_path):
+    (tmp_path / "in.jsonl").write_text("")
+    for options in (["--input", tmp_path / "in.jsonl"], ["--out", "out.jsonl"]):
+        assert "expected the first two together" in refused("generate", "--checkpoint", tmp_path, *options)
+    options = "--input", tmp_path / "none.jsonl", "--out", tmp_path / "out.jsonl"
+    assert "expected a file, and one in a folder that exists" in refused("generate", "--checkpoint", tmp_path, *options)
 
 
 def line(text: str, number: int = 1) -> Line:

@@ -1,6 +1,7 @@
 """`orogen generate` and `orogen score`. Importing this does not import jax."""
 
 import argparse
+import json
 import math
 from pathlib import Path
 
@@ -14,10 +15,18 @@ PROMPT = (
     "add_eos_token of tokenizer_config.json; bos alone if there would be no token at all"
 )
 
+INPUT = (
+    "answer each line of this file: an object with a prompt, text or a list of token ids, and any field of a request, "
+    "such as max_tokens, temperature or stop; the options below hold where a line says nothing. A run that was killed "
+    "goes on where it was. Exit status 2 if a line is broken, else 1 if a request failed"
+)
+
 
 def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help=CHECKPOINT)
     parser.add_argument("--prompt", default="", metavar="TEXT", help=PROMPT)
+    parser.add_argument("--input", type=Path, metavar="IN.jsonl", help=INPUT)
+    parser.add_argument("--out", type=Path, metavar="OUT.jsonl", help="answers to --input, in its order")
     parser.add_argument("--tokens", type=positive, default=128)
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--top_p", type=float, default=0.95)
@@ -41,6 +50,8 @@ def generate(options: argparse.Namespace) -> int:
         raise ConfigError(f"--seed {options.seed}; expected a whole number from 0 to 2**63 - 1")
     if not is_unicode(options.prompt):
         raise ConfigError(f"--prompt {options.prompt!r}; expected valid UTF-8")
+    if options.input is not None or options.out is not None:
+        return _generate_lines(options)
     from orogen.checkpoint.open import open_folder, read_model
     from orogen.infer.generate import generate as run
     from orogen.simulate.fit import require_inference_fits
@@ -65,6 +76,31 @@ def generate(options: argparse.Namespace) -> int:
     )
     answer(options, {"prompt": options.prompt, "text": text}, [options.prompt + text])
     return 0
+
+
+def _generate_lines(options: argparse.Namespace) -> int:
+    """`orogen generate --input IN.jsonl --out OUT.jsonl`."""
+    if options.input is None or options.out is None or options.prompt:
+        raise ConfigError("--input, --out and --prompt: expected the first two together, or --prompt without them")
+    if not options.input.is_file() or not options.out.parent.is_dir():
+        raise ConfigError(
+            f"--input {options.input} --out {options.out}; expected a file, and one in a folder that exists"
+        )
+    from orogen.checkpoint.open import open_folder, read_model
+    from orogen.infer.batch import run_batch
+    from orogen.infer.engine import Engine
+    from orogen.infer.lines import LineReader
+
+    with open_folder(options.checkpoint) as folder:
+        opened = read_model(folder)
+    defaults = {"max_tokens": options.tokens, "temperature": options.temperature, "top_p": options.top_p}
+    encode = None if opened.tokenizer is None else opened.tokenizer.prompt_ids
+    reader = LineReader(defaults, encode=encode, seed=options.seed)
+    settings = json.dumps([str(options.checkpoint.resolve()), defaults, options.seed])
+    done = run_batch(Engine(opened), options.input, options.out, reader=reader, settings=settings)
+    lines = f"{done.lines} lines answered in {options.out}, of which {done.broken} were broken and {done.failed} failed"
+    answer(options, {"out": str(options.out), **done._asdict()}, [lines])
+    return done.status
 
 
 def score(options: argparse.Namespace) -> int:
@@ -102,6 +138,7 @@ GENERATE = Command(
     examples=(
         "orogen generate --checkpoint runs/quickstart --prompt 'import '",
         "orogen generate --checkpoint HF_FOLDER --prompt 'import ' --tokens 32 --temperature 0",
+        "orogen generate --checkpoint HF_FOLDER --input prompts.jsonl --out answers.jsonl",
     ),
     add_arguments=_add_generate_arguments,
     run=generate,

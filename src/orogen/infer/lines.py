@@ -68,13 +68,13 @@ class LineReader:
     def read(self, line: Line) -> Request:
         """The line's request. Raises ConfigError, which begins with the line's number."""
         fields = read_object(line.data, where=f"line {line.number}")
+        check_form(fields, _FORM, where=f"line {line.number}")
         try:
             return self._request(fields, line.number)
         except ConfigError as error:
             raise ConfigError(f"line {line.number}: {error}") from None
 
     def _request(self, fields: dict[str, Any], number: int) -> Request:
-        check_form(fields, _FORM, where="it")
         prompt = self._prompt(fields)
         unknown = fields.keys() - _SAMPLING - _REQUEST - {"id", *_CHAT}
         if unknown:
