@@ -210,8 +210,8 @@ def test_refusals_of_the_command(refused, monkeypatch, tmp_path):
         ("ssd", ["--whole_step"], "train"),
         ("attention", ["--turns", "2"], "train"),
         ("grouped_matmul", ["--models", "dense"], "cpu_train"),
-        ("train", ["--shape", "nano"], "ssd, grouped_matmul, attention"),
-        ("cpu_train", ["--profile", "D"], "ssd, grouped_matmul, attention, train"),
+        ("train", ["--shape", "nano"], ", ".join(command.OPERATIONS)),
+        ("cpu_train", ["--profile", "D"], ", ".join(command.OPERATIONS) + ", train"),
         ("cpu_train", ["--gin_bindings", "A.b=1"], "train"),
     ],
 )

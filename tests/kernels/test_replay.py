@@ -27,7 +27,6 @@ from orogen.kernels.state_update import ssm_update
 
 B, H, P, G, N, PLACES, TIME = 3, 6, 5, 2, 7, 6, 11
 every_implementation = pytest.mark.parametrize("implementation", implementations(IMPLEMENTATIONS))
-every_flush = pytest.mark.parametrize("implementation", implementations(FLUSH_IMPLEMENTATIONS))
 LIMIT = tolerance(jnp.float32, terms=TIME * N)
 
 
@@ -88,12 +87,12 @@ def arrays(row: Row, state_bhpn=None):
     return row.a_h, row.skip_h, row.state_bhpn if state_bhpn is None else state_bhpn
 
 
-def decode(row: Row, pieces, *, implementation: str, flushes: str):
+def decode(row: Row, pieces, *, implementation: str):
     """All outputs by pieces of these lengths; a ring that is full for the next is flushed before it."""
     ring, cursor_b, state, ys, first = row.ring(), jnp.zeros(B, jnp.int32), row.state_bhpn, [], 0
     for count in pieces:
         if int(cursor_b[0]) + count > PLACES:
-            state, cursor_b = run_flush(ring, row.a_h, cursor_b, state_bhpn=state, implementation=flushes)
+            state, cursor_b = run_flush(ring, row.a_h, cursor_b, state_bhpn=state, implementation=implementation)
             assert not cursor_b.any()
         piece, c_btgn = row.take([first] * B, count)
         y, ring = run(arrays(row, state), piece, c_btgn, ring, cursor_b, implementation=implementation)
@@ -108,8 +107,8 @@ class TestEveryImplementation:
 
     @pytest.mark.parametrize("pieces", [(1,) * TIME, (3, 2, 1, 5)], ids=str)
     def test_pieces_equal_the_whole_sequence(self, implementation: str, pieces: tuple[int, ...]):
-        row, flushes = Row(), implementation if implementation in FLUSH_IMPLEMENTATIONS else "recurrence"
-        y = decode(row, pieces, implementation=implementation, flushes=flushes)
+        row = Row()
+        y = decode(row, pieces, implementation=implementation)
         assert_within(y, row.expected()[0], LIMIT)
 
     def test_every_row_has_its_own_cursor(self, implementation: str):
@@ -128,7 +127,7 @@ class TestEveryImplementation:
                 np.testing.assert_array_equal(np.delete(new[at], (n, n + 1), 0), np.delete(old[at], (n, n + 1), 0))
 
     def test_tokens_are_taken_back_by_the_cursor(self, implementation: str):
-        row, flushes = Row(), implementation if implementation in FLUSH_IMPLEMENTATIONS else "recurrence"
+        row = Row()
         step = functools.partial(run, arrays(row), implementation=implementation)
         piece, c_btgn = row.take([0] * B, 2)
         _, ring = step(piece, c_btgn, row.ring(), jnp.zeros(B, jnp.int32))
@@ -141,7 +140,7 @@ class TestEveryImplementation:
         y, ring = step(piece, c_btgn, ring, cursor_b)
         outputs, states = row.expected()
         assert_within(y[:, 0], np.stack([outputs[at, n] for at, n in enumerate(np.asarray(cursor_b))]), LIMIT)
-        state, _ = run_flush(ring, row.a_h, cursor_b + 1, state_bhpn=row.state_bhpn, implementation=flushes)
+        state, _ = run_flush(ring, row.a_h, cursor_b + 1, state_bhpn=row.state_bhpn, implementation=implementation)
         assert_within(state, np.stack([states[at, n] for at, n in enumerate(np.asarray(cursor_b))]), LIMIT)
 
     def test_rows_that_rest_keep_their_ring(self, implementation: str):
@@ -164,8 +163,8 @@ class TestEveryImplementation:
 
     @pytest.mark.parametrize("steps", [(1e-9, 1e-6), (5.0, 100.0), (1e-9, 100.0)], ids=["weak", "strong", "both"])
     def test_strong_and_weak_decays(self, implementation: str, steps: tuple[float, float]):
-        row, flushes = Row(steps=steps), implementation if implementation in FLUSH_IMPLEMENTATIONS else "recurrence"
-        y = decode(row, (3, 2, 1, 5), implementation=implementation, flushes=flushes)
+        row = Row(steps=steps)
+        y = decode(row, (3, 2, 1, 5), implementation=implementation)
         assert_within(y, row.expected()[0], LIMIT)
 
     def test_bfloat16_is_rounded_at_the_end_only(self, implementation: str):
@@ -180,11 +179,11 @@ class TestEveryImplementation:
 
     def test_heads_and_states_that_overhang_their_tiles(self, implementation: str):
         row = Row(p=37, n=200)  # 16 of a head's 37 at once, of which the last third is empty
-        y = decode(row, (3, 2), implementation=implementation, flushes="recurrence")
+        y = decode(row, (3, 2), implementation=implementation)
         assert_within(y, row.expected()[0][:, :5], tolerance(jnp.float32, terms=TIME * 200))
 
 
-@every_flush
+@every_implementation
 class TestFlush:
     """The checkpoint moves to the cursor."""
 
@@ -225,8 +224,16 @@ class TestFlush:
         error = np.stack([state.astype(np.float64) - exact for state in states]) / unit
         assert np.abs(error).max() < 1 and abs(error.mean()) <= 4 * 0.5 / np.sqrt(error.size)
         assert np.abs(error.mean(0)).mean() < 0.1  # each element's own
-        # Rows with the same words and heads that hold the same are rounded apart only by their places.
-        assert not np.array_equal(*(error[0][:, head] > 0 for head in (0, 1)))
+
+    def test_heads_that_hold_the_same_are_rounded_apart(self, implementation: str):
+        row = Row()
+        first = lambda a, axis: jnp.broadcast_to(jnp.take(a, jnp.array([0]), axis), a.shape)  # noqa: E731
+        ring, state = jax.tree.map(lambda a: first(a, 2), self.full(row)), first(row.state_bhpn, 1)
+        state, _ = run_flush(
+            ring, first(row.a_h, 0), jnp.full(B, 4, jnp.int32), state_bhpn=state.astype(jnp.float16),
+            seeds_b2=jnp.ones((B, 2), jnp.uint32), implementation=implementation,
+        )  # fmt: skip
+        assert len(np.unique(np.asarray(state[0]).reshape(H, -1), axis=0)) == H
 
 
 class TestAgainstThePlainUpdate:
@@ -349,6 +356,9 @@ class TestRefusals:
                 parts["piece"], row.a_h, c_btgn, state_bhpn=row.state_bhpn, ring=parts["ring"],
                 cursor_b=jnp.zeros(B, jnp.int32), implementation="recurrence",
             )  # fmt: skip
+
+    def test_both_know_the_same_names(self):
+        assert IMPLEMENTATIONS.keys() == FLUSH_IMPLEMENTATIONS.keys()
 
     def test_of_a_float16_state_without_seeds(self):
         row = Row()

@@ -14,7 +14,11 @@ from orogen.config.checks import ConfigError
 from orogen.parallel.runtime import asks_for_same_bits
 
 # Benchmarks of one operation, with the implementations that are timed by default, which run everywhere.
-OPERATIONS = {"ssd": "chunked", "grouped_matmul": "blocks", "attention": "blocked"}
+DECODING = {
+    "state_update": "reference", "replay": "parallel", "paged_attention": "reference", "few_rows": "blocks",
+    "decode": "reference,parallel,blocks",
+}  # fmt: skip
+OPERATIONS = {"ssd": "chunked", "grouped_matmul": "blocks", "attention": "blocked", **DECODING}
 NAMES = ("cpu_train", *OPERATIONS, "train")
 LARGEST_SEED = 2**31 - 1
 TURNS = 2  # beside a peer
@@ -37,7 +41,8 @@ def _add_arguments(task: argparse.ArgumentParser) -> None:
         "name",
         choices=NAMES,
         help="cpu_train: whole training steps on this CPU; ssd, grouped_matmul, attention: one operation at "
-        "sizes of large models; train: passes or steps of a model on one GPU",
+        "sizes of large models; state_update, replay, paged_attention, few_rows: one of decoding, decode: all of "
+        "these; train: passes or steps of a model on one GPU",
     )
     task.add_argument("--peer", choices=("torch",), help="torch, or transformers on it, in turn; from the extra `peer`")
     task.add_argument("--steps", type=positive, default=15, help="counted steps, or samples, of each program")
@@ -125,10 +130,16 @@ def _operation(options: argparse.Namespace) -> dict[str, Any]:
     from orogen.bench.operation import bench as run
     from orogen.bench.roofline import draw_roofline
 
-    operation = importlib.import_module(f"orogen.bench.{options.name}").OPERATION
+    module = importlib.import_module(f"orogen.bench.{options.name}")
+    if options.name == "decode":
+        if options.peer is not None:
+            raise ConfigError(f"--peer {options.peer} with decode; expected none, since it has no peer")
+        run = module.bench
+    else:
+        run = functools.partial(run, module.OPERATION, peer=options.peer)
     facts = run(
-        operation, shapes=options.shape, implementations=options.implementations.split(","), peer=options.peer,
-        samples=options.steps, seed=seed, profile=options.profile,
+        shapes=options.shape, implementations=options.implementations.split(","), samples=options.steps, seed=seed,
+        profile=options.profile,
     )  # fmt: skip
     for missing in dict.fromkeys(record["missing"] for record in facts["records"] if "missing" in record):
         print(f"not timed: {missing}", file=sys.stderr)
@@ -171,6 +182,7 @@ BENCH = Command(
         "orogen bench cpu_train --peer torch",
         "orogen bench ssd --implementations triton --shape nano --peer torch",
         "orogen bench attention --shape b=2,t=8192",
+        "orogen bench decode --implementations triton,triton_small --json",
         "orogen bench train --whole_step",
     ),
     add_arguments=_add_arguments,

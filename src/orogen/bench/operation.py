@@ -28,14 +28,18 @@ class Work(NamedTuple):
     bytes: float
 
 
+def _no_peer(shape: Shape, operands: Any, implementation: str) -> dict[str, Program]:
+    raise MissingError("no peer for this operation")
+
+
 class Operation(NamedTuple):
     """An operation to benchmark. A work is a named part of it, such as `forward`.
 
     shapes: sizes by name; every shape has the size names of the first. draw: operands of a shape, by seed.
     works: analytic costs of each work; raises ConfigError on sizes that do not fit together. ours: programs by work, of
-    an implementation. peers: the names of the peer's implementations. peer: programs by work, of one of these; raises
+    an implementation. check: the relative error of every result, given the results of one implementation's works.
+    peers: the names of the peer's implementations, none by default. peer: programs by work, of one of these; raises
     MissingError.
-    check: the relative error of every result, given the results of one implementation's works.
     """
 
     name: str
@@ -44,9 +48,9 @@ class Operation(NamedTuple):
     draw: Callable[[Shape, int], Any]
     works: Callable[[Shape], dict[str, Work]]
     ours: Callable[[Shape, Any, str], dict[str, Program]]
-    peers: Sequence[str]
-    peer: Callable[[Shape, Any, str], dict[str, Program]]
     check: Callable[[Shape, Any, dict[str, Any]], dict[str, float]]
+    peers: Sequence[str] = ()
+    peer: Callable[[Shape, Any, str], dict[str, Program]] = _no_peer
 
 
 def bench(
@@ -60,7 +64,8 @@ def bench(
     profile: Path | None = None,
     ceiling_sizes: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """One record per shape, implementation and work, with errors, times and achieved TFLOP/s, beside the ceilings.
+    """One record per shape, implementation and work, with errors, times, achieved TFLOP/s, bytes through memory and
+    the time that these take at the ceiling's rate (memory_floor_ms), beside the ceilings.
 
     shapes: names, or sizes as `b=2,t=8192`, the others as in the first named shape; none: every named one. A
     result that is wrong beyond TOLERANCE is recorded as such and not timed. Raises ConfigError on unknown names, on
@@ -70,6 +75,8 @@ def bench(
     if unknown:
         expected = ", ".join(sorted(operation.implementations))
         raise ConfigError(f"implementation {unknown[0]!r}; expected some of {expected}")
+    if peer is not None and not operation.peers:
+        raise ConfigError(f"--peer {peer} with {operation.name}; expected none, since it has no peer")
     if peer is not None and importlib.util.find_spec("torch") is None:
         raise ConfigError(f"--peer {peer}: torch not installed; expected the extra `peer` (orogen[peer])")
     chosen = {text: read_shape(operation, text) for text in shapes or operation.shapes}
@@ -83,9 +90,13 @@ def bench(
                 {**facts, **r}
                 for r in _bench_shape(operation, shape, implementations, peer, samples=samples, seed=seed)
             ]
+    measured = ceilings(samples=samples, sizes=ceiling_sizes)
+    for record in records:
+        if "megabytes" in record:
+            record["memory_floor_ms"] = _digits(record["megabytes"] / measured["copy_tb_per_second"] / 1e3)
     return {
         "bench": operation.name, "device": f"one {jax.devices()[0].device_kind}", "jax": jax.__version__, "seed": seed,
-        "samples": samples, "ceilings": ceilings(samples=samples, sizes=ceiling_sizes), "records": records,
+        "samples": samples, "ceilings": measured, "records": records,
     }  # fmt: skip
 
 
@@ -134,7 +145,7 @@ def _bench_shape(
         yield {
             "implementation": label, "correct": True, "errors": errors[label], "work": name, **times,
             "tflops": _digits(work.flops / times["ms"] / 1e9),
-            "tb_per_second": _digits(work.bytes / times["ms"] / 1e9),
+            "megabytes": _digits(work.bytes / 1e6), "tb_per_second": _digits(work.bytes / times["ms"] / 1e9),
             "flops_per_byte": _digits(work.flops / work.bytes), "temporary_mb": programs[label, name].temporary_mb,
         }  # fmt: skip
 

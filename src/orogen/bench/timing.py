@@ -70,5 +70,5 @@ def ceilings(*, samples: int, sizes: Mapping[str, int] | None = None) -> dict[st
     times = {name: statistics.median(taken) for name, taken in time_in_turn(programs, samples=samples).items()}
     return {
         "matmul_tflops": round(2 * matrix**3 / times["product"] / 1e9, 1),
-        "copy_tb_per_second": round(2 * array.nbytes / times["copy"] / 1e9, 3),
+        "copy_tb_per_second": float(f"{2 * array.nbytes / times['copy'] / 1e9:.4g}"),
     }

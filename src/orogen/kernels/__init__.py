@@ -8,4 +8,8 @@ tests/precision`.
 
 The gradients of attention, products, norms, gates, convolution and SSD are written to start from their inputs, so that
 even plain autodiff keeps what the formulas of arXiv:2205.05198 count, a quarter of what it kept before.
+
+Decoding, a few tokens per row, has operations of its own, `state_update`, `replay` and `paged_attention`, without
+gradients, and an implementation of the grouped matmul, `triton_small`. They are bound by memory, and their kernels read
+what there is to read once; `orogen bench decode` times them beside that bound.
 """

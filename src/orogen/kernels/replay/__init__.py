@@ -15,7 +15,7 @@ from jax import numpy as jnp
 
 from orogen.kernels.checks import chosen, require_shapes
 from orogen.kernels.replay.operands import FlushOperands, Operands, Ring, SelectiveRing
-from orogen.kernels.replay.parallel import replay_parallel
+from orogen.kernels.replay.parallel import flush_parallel, replay_parallel
 from orogen.kernels.replay.recurrence import flush_recurrence, replay_recurrence
 from orogen.kernels.replay.selective import selective_flush, selective_replay
 from orogen.kernels.replay.triton import flush_triton, replay_triton
@@ -32,6 +32,7 @@ IMPLEMENTATIONS = {
 }
 FLUSH_IMPLEMENTATIONS = {
     "recurrence": flush_recurrence,
+    "parallel": flush_parallel,
     "triton": flush_triton,
     "triton_interpreted": functools.partial(flush_triton, interpret=True),
 }
@@ -96,8 +97,8 @@ def flush(
     """The state (b, h, p, n) after the first `cursor_b` inputs of the ring, in its dtype, and the cursors, now 0.
 
     Rows where `flush_b` (bool; None: all) is False keep both. A state that does not move stays as it is to the bit, and
-    is not read. The arithmetic is that of one `ssm_update` per token, in float32 throughout; a float16 state is rounded
-    at random once, at the end, which needs `seeds_b2`, as there.
+    `triton` does not read it. The arithmetic is float32 throughout, and but in `parallel` that of one `ssm_update` per
+    token; a float16 state is rounded at random once, at the end, which needs `seeds_b2`, as there.
 
     Raises ValueError as `replay`, and if the state's dtype and the seeds disagree.
     """

@@ -11,11 +11,14 @@ over the s of ring and piece. An exponent is a sum of log decays, all of one sig
 difference of two sums: it is right to float32's relative error however strong the decays are.
 """
 
+import functools
+
 import jax
 from jax import Array
 from jax import numpy as jnp
 
-from orogen.kernels.replay.operands import Operands, Ring, used, written
+from orogen.kernels.replay.operands import FlushOperands, Operands, Ring, used, written
+from orogen.kernels.state_update.reference import rounded
 
 
 def replay_parallel(o: Operands) -> tuple[Array, Ring]:
@@ -24,17 +27,19 @@ def replay_parallel(o: Operands) -> tuple[Array, Ring]:
     groups = o.c_btgn.shape[2]
     inputs = jax.tree.map(lambda a: a.astype(jnp.float32), (used(o.ring, o.cursor_b), o.piece, o.c_btgn))
     ring, piece, c_btgn = inputs
-    by_group = lambda a_h, axis: a_h.reshape(*a_h.shape[:axis], groups, -1, *a_h.shape[axis + 1 :])  # noqa: E731
+    by_group = functools.partial(_by_group, groups=groups)
     log_blh, log_bth = ring.dt_blh * o.a_h, piece.dt_blh * o.a_h
-    place_l, token_t = jnp.arange(log_blh.shape[1]), jnp.arange(tokens)
+    token_t = jnp.arange(tokens)
     # Sums over the tokens after l of the ring, over those of the piece up to t, and over those after u up to t.
-    after_blh = jnp.einsum("lm,bmh->blh", (place_l[:, None] < place_l).astype(jnp.float32), log_blh)
+    after_blh = _after(log_blh)
     upto_bth = jnp.einsum("tu,buh->bth", (token_t[:, None] >= token_t).astype(jnp.float32), log_bth)
     between_tuv = (token_t[:, None] < token_t) & (token_t[:, None, None] >= token_t)
     between_btuh = jnp.einsum("tuv,bvh->btuh", between_tuv.astype(jnp.float32), log_bth)
     decay_btlh = jnp.exp(upto_bth[:, :, None] + after_blh[:, None])
     decay_btuh = jnp.where((token_t[:, None] >= token_t)[..., None], jnp.exp(between_btuh), 0)
-    kept_bthp = _from_state(o, c_btgn, by_group) * jnp.exp(upto_bth + log_blh.sum(1)[:, None])[..., None]
+    state_bgrpn = by_group(o.state_bhpn.astype(jnp.float32), 1)
+    kept_bthp = jnp.einsum("bgrpn,btgn->btgrp", state_bgrpn, c_btgn).reshape(piece.x_blhp.shape)
+    kept_bthp *= jnp.exp(upto_bth + log_blh.sum(1)[:, None])[..., None]
     y_btgrp = by_group(kept_bthp + o.skip_h[:, None] * piece.x_blhp, 2)
     for source, decay_btsh in ((ring, decay_btlh), (piece, decay_btuh)):
         weight_btsgr = by_group(decay_btsh * source.dt_blh[:, None], 3)
@@ -45,7 +50,25 @@ def replay_parallel(o: Operands) -> tuple[Array, Ring]:
     return y_bthp, written(o.ring, o.cursor_b, o.piece, o.active_b)
 
 
-def _from_state(o: Operands, c_btgn: Array, by_group) -> Array:
-    """S C_t, without its decay. (b, t, h, p)"""
-    state_bgrpn = by_group(o.state_bhpn.astype(jnp.float32), 1)
-    return jnp.einsum("bgrpn,btgn->btgrp", state_bgrpn, c_btgn).reshape(o.piece.x_blhp.shape)
+def flush_parallel(o: FlushOperands) -> Array:
+    """See `flush`: Λ(0,l] S + sum_s Λ(s,l] dt_s x_s (outer) B_s, l the last place used."""
+    ring = jax.tree.map(lambda a: a.astype(jnp.float32), used(o.ring, o.cursor_b))
+    groups = ring.b_blgn.shape[2]
+    log_blh = ring.dt_blh * o.a_h
+    given_blhp = (jnp.exp(_after(log_blh)) * ring.dt_blh)[..., None] * ring.x_blhp
+    given_bgrpn = jnp.einsum("blgrp,blgn->bgrpn", _by_group(given_blhp, 2, groups=groups), ring.b_blgn)
+    decay_bh11 = jnp.exp(log_blh.sum(1))[..., None, None]
+    state_bhpn = decay_bh11 * o.state_bhpn.astype(jnp.float32) + given_bgrpn.reshape(o.state_bhpn.shape)
+    moved_b = (o.flush_b & (o.cursor_b > 0))[:, None, None, None]
+    return jnp.where(moved_b, rounded(state_bhpn, o.seeds_b2), o.state_bhpn)
+
+
+def _after(log_blh: Array) -> Array:
+    """The sum of the logs of the tokens after l."""
+    place_l = jnp.arange(log_blh.shape[1])
+    return jnp.einsum("lm,bmh->blh", (place_l[:, None] < place_l).astype(jnp.float32), log_blh)
+
+
+def _by_group(array_h: Array, axis: int, *, groups: int) -> Array:
+    """The axis of heads as groups and a group's heads."""
+    return array_h.reshape(*array_h.shape[:axis], groups, -1, *array_h.shape[axis + 1 :])
