@@ -136,6 +136,7 @@ def _kernel(rows_ref, weights_ref, sizes_ref, out_ref, *, launch: Launch):
         weight_df = load(weights_ref.at[used, here_d, :], both(in_d, in_f))
         return sum_rf + dot(rows_rd.astype(kind), weight_df.astype(kind), 1, 0)
 
-    steps = jnp.where(group < groups, pl.cdiv(width, launch.depth), 0)
+    # Not by `where` of two Python numbers, which Pallas lowers to a boolean for Triton.
+    steps = (group < groups).astype(jnp.int32) * pl.cdiv(width, launch.depth)
     sum_rf = lax.fori_loop(0, steps, step, jnp.zeros((launch.rows, launch.columns), jnp.float32))
     store(out_ref.at[here_r, :], sum_rf, both(in_r, in_f))
