@@ -6,7 +6,8 @@ A reader of bytes follows each row: how much of `<think>` its text ends in, or, 
 It finds markers that are one token, several, or parts of tokens alike.
 """
 
-from collections.abc import Iterable, Sequence
+import bisect
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -73,7 +74,7 @@ def markers_of(tokenizer: Tokenizer | None, vocab_size: int) -> Markers:
 
 
 def thought_of(
-    requests: Sequence[Request | None], generated: Sequence[Iterable[int]], markers: Markers | None
+    requests: Sequence[Request | None], generated: Sequence[Sequence[int]], markers: Markers | None
 ) -> Thought:
     """The state of rows after their prompts and what they have generated, as numpy arrays."""
     if markers is None:
@@ -110,31 +111,43 @@ def settle(
     return token_b, Thought(reader_b, used_b, next_b)
 
 
-def _replayed(request: Request, generated: Iterable[int], markers: Markers) -> tuple[int, int, int]:
-    """`settle` for one row on the host, over the tokens of its prompt and those it emitted."""
-    reader, used, forced = 0, 0, -1
-    for token in request.prompt:
-        reader = int(markers.next_sv[reader, token])
-    if reader >= markers.thinking and _over(request.budget, 0, line=False):
-        forced = 0
-    for token in generated:
-        thought = reader >= markers.thinking
-        ended = forced == len(markers.closing_n) - 1
-        reader = 0 if ended else int(markers.next_sv[reader, token])
-        thinks = reader >= markers.thinking
-        used = used + 1 if thinks and thought else 0
-        if forced >= 0:
-            forced = -1 if ended else forced + 1
-        elif thinks and _over(request.budget, used, line=bool(markers.ends_line_v[token])):
-            forced = 0
-    return reader, used, forced
+def read(markers: Markers, ids: Sequence[int], reader: int = 0) -> tuple[int, int]:
+    """The reader's state after the tokens, and how many of them follow the one that began the thought it is in.
+
+    All of them if it thought before. Most tokens leave a resting reader where it is, and are passed over at once.
+    """
+    thinking = int(markers.thinking)
+    ids_n = np.asarray(ids, np.int64)
+    stirs_n = (markers.next_sv[0, ids_n] != 0) | (markers.next_sv[thinking, ids_n] != thinking)
+    stirring = np.flatnonzero(stirs_n).tolist()
+    place = began = 0
+    while place < len(ids_n):
+        if reader in (0, thinking):
+            later = bisect.bisect_left(stirring, place)
+            if later == len(stirring):
+                break
+            place = stirring[later]
+        before, reader = reader, int(markers.next_sv[reader, ids_n[place]])
+        place += 1
+        began = place if before < thinking <= reader else began
+    return reader, len(ids_n) - began
 
 
-def _over(budget: Budget | None, used: int, *, line: bool) -> bool:
-    if budget is None or used < budget.tokens:
-        return False
-    grace = GRACE if budget.form == "grace" and budget.tokens else 0
-    return used >= budget.tokens + grace or line and used > budget.tokens
+def _replayed(request: Request, generated: Sequence[int], markers: Markers) -> tuple[int, int, int]:
+    """What `settle` makes of one row, from the tokens of its prompt and those it emitted."""
+    reader, used = read(markers, generated, read(markers, request.prompt)[0])
+    if reader < markers.thinking:
+        return reader, 0, -1
+    last = _last(request.budget, markers.ends_line_v[np.asarray(generated[len(generated) - used :], np.int64)])
+    return reader, used, -1 if last is None or used < last else used - last
+
+
+def _last(budget: Budget | None, lines_n: np.ndarray) -> int | None:
+    """How many tokens a thought may have, given which of them end a line."""
+    if budget is None or budget.form == "hard" or not budget.tokens:
+        return None if budget is None else budget.tokens
+    later = np.flatnonzero(lines_n[budget.tokens :])
+    return budget.tokens + (min(int(later[0]) + 1, GRACE) if later.size else GRACE)
 
 
 def _reader(opening: bytes, closing: bytes) -> np.ndarray:

@@ -6,14 +6,14 @@ Letters: w words of a mask.
 import importlib
 import importlib.util
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from orogen.config.checks import ConfigError, shown
 from orogen.data.tokenizer import Tokenizer
-from orogen.infer.budget import Markers, markers_of
+from orogen.infer.budget import Markers, markers_of, read
 from orogen.infer.grammar_check import GrammarCheck, compiled, one_line, trie
 from orogen.infer.knobs import words_of_mask
 from orogen.infer.request import Grammar
@@ -41,7 +41,7 @@ class Constraints:
         self._kept: OrderedDict[Grammar, Any] = OrderedDict()
         self._check = GrammarCheck()
 
-    def matcher(self, grammar: Grammar, *, prompt: Iterable[int] = ()) -> "Matcher":
+    def matcher(self, grammar: Grammar, *, prompt: Sequence[int] = ()) -> "Matcher":
         """The matcher of a new request. Where `prompt` ends inside `<think>`, the grammar begins after `</think>`.
 
         Raises ConfigError for a grammar that is malformed, unsupported, matches nothing or takes too much.
@@ -57,9 +57,7 @@ class Constraints:
         self._kept.move_to_end(grammar)
         while len(self._kept) > KEPT:
             self._kept.popitem(last=False)
-        reader = 0
-        for token in prompt:
-            reader = int(self._markers.next_sv[reader, token])
+        reader, _ = read(self._markers, prompt)
         return Matcher(self._kept[grammar].deep_copy(), self._words, self._markers, reader)
 
     def close(self) -> None:

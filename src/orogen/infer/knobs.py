@@ -106,7 +106,7 @@ def knobs_of(requests: Sequence[Request | None], features: Features) -> Knobs:
         key_b2=np.array([_key(None if s is None else s.seed, s is None) for s in samplings], np.uint32).reshape(-1, 2),
         bias_ids_bk=bias_ids_bk,
         bias_values_bk=bias_values_bk,
-        budget_b=np.array([b.tokens if b else -1 for b in budgets], np.int32),
+        budget_b=np.array([min(b.tokens, _ALL) if b else -1 for b in budgets], np.int32),
         # A budget of 0 asks for no thought at all, in both forms.
         grace_b=np.array([GRACE if b and b.form == "grace" and b.tokens else 0 for b in budgets], np.int32),
     )
