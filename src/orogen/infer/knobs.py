@@ -38,9 +38,9 @@ class Knobs(NamedTuple):
     """The settings of each row, float32 unless said otherwise. A row without a request has those that do nothing.
 
     temperature_b: 0, or a normal number of float32: greedy below the smallest, which devices flush to 0. top_k_b int32.
-    key_b2 uint32: threefry key of the request's seed. bias_ids_bk int32, bias_values_bk: padded with the id -1; k is 0
-    without the feature `biases`. budget_b int32: tokens between the markers of thinking, -1 without a budget;
-    grace_b int32: how many more while no line ends.
+    key_b2 uint32: threefry key of the request's seed. bias_ids_bk int32, bias_values_bk: padded with the id -1 and
+    the value 0; k is 0 without the feature `biases`. budget_b int32: tokens between the markers of thinking, -1 without
+    a budget; grace_b int32: how many more while no line ends.
     """
 
     temperature_b: Any

@@ -120,10 +120,8 @@ def unpacked(mask_bw: Array, size: int) -> Array:
 def _shaped(logits_bv: Array, knobs: Knobs, rows: Rows, features: Features) -> Array:
     """Logits with biases and penalties."""
     if features.biases:
-        # Negative ids would count from the end; those beyond it are dropped.
-        ids_bk = jnp.where(knobs.bias_ids_bk < 0, logits_bv.shape[1], knobs.bias_ids_bk)
         row_b1 = jnp.arange(len(logits_bv))[:, None]
-        logits_bv = logits_bv.at[row_b1, ids_bk].add(knobs.bias_values_bk, mode="drop")
+        logits_bv = logits_bv.at[row_b1, knobs.bias_ids_bk].add(knobs.bias_values_bk)  # padding adds 0 to the last
     if features.penalties:
         generated_bv = rows.counts_bv > 0
         repetition_b1 = knobs.repetition_b[:, None]
