@@ -99,11 +99,9 @@ def settle(
     token_b = jnp.where(forced_b >= 0, closing_n[jnp.maximum(forced_b, 0)], sampled_b)
     ended_b = forced_b == count - 1
     reader_b = jnp.asarray(markers.next_sv)[thought.reader_b, token_b].astype(jnp.int32)
-    reader_b = jnp.where(ended_b, 0, reader_b)
     thinks_b = reader_b >= markers.thinking
     used_b = jnp.where(thinks_b & (thought.reader_b >= markers.thinking), thought.used_b + 1, 0)
     line_b = (used_b > budget_b) & jnp.asarray(markers.ends_line_v)[token_b]
-    # Not their sum: a budget may be as large as int32.
     over_b = (used_b >= budget_b) & (line_b | (used_b - budget_b >= grace_b))
     begins_b = thinks_b & (budget_b >= 0) & over_b
     next_b = jnp.where(begins_b, 0, -1)
