@@ -199,7 +199,9 @@ class Programs:
         plan = self.plan.decoding()
         if plan.decode_kernels == "reference":
             return plan
-        return dataclasses.replace(plan, config=dataclasses.replace(plan.config, grouped_matmul="triton_small"))
+        # Norms of a few rows are part of what XLA fuses around them; a kernel for each takes longer than all of that.
+        few = dataclasses.replace(plan.config, grouped_matmul="triton_small", rms_norm="plain")
+        return dataclasses.replace(plan, config=few)
 
     def _mtp(self, model: LanguageModel) -> Any:
         """The layers of the block that drafts; None if it does not."""
