@@ -13,10 +13,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from tests.helpers import implementations, several_devices
-from tests.kernels.lowering import kernels, lowered, lowered_on_two
 from tests.kernels.rounding import assert_close
 
-from orogen.kernels.grouped_matmul import IMPLEMENTATIONS, few_rows, grouped_matmul, mosaic
+from orogen.kernels.grouped_matmul import IMPLEMENTATIONS, grouped_matmul, mosaic
 from orogen.kernels.grouped_matmul.blocks import grouped_matmul_blocks, split_groups
 
 ROWS, WIDTH, OUT, GROUPS = 29, 5, 7, 4
@@ -142,63 +141,6 @@ class TestGroupedMatmul:
         np.testing.assert_array_equal(actual[0], jnp.concatenate([half[0] for half in halves]))
         np.testing.assert_array_equal(actual[1], jnp.concatenate([half[1] for half in halves]))
         assert_close(actual[2], np.asarray(halves[0][2] + halves[1][2], np.float64), terms=2)
-
-
-class TestFewRows:
-    """The Triton kernel for few rows: tiles, and what becomes of it on a GPU. `None`: rows of no group."""
-
-    @pytest.mark.parametrize(
-        "rows, sizes",
-        [
-            (6, {3: 1, 17: 2, 40: 3}),
-            (1, {63: 1}),
-            (100, {0: 33, 1: 16, 62: 17, 63: 1, None: 33}),
-            (70, {5: 70}),
-            (7, {None: 7}),
-        ],
-        ids=str,
-    )
-    def test_few_rows_of_many_groups(self, rows, sizes, monkeypatch):
-        """Several steps along d and blocks of columns, both of which overhang."""
-        monkeypatch.setattr(few_rows, "TILE", 32 * 16 * 4)
-        rng, (width, out, groups) = np.random.default_rng(1), (37, 70, 64)
-        rows_nd, weights_edf = rng.normal(size=(rows, width)), rng.normal(size=(groups, width, out))
-        sizes_e = np.array([sizes.get(group, 0) for group in range(groups)])
-        wanted, *_ = expected(rows_nd, weights_edf, np.zeros((rows, out)), sizes_e)
-        rows_nd[sizes_e.sum() :] = np.nan
-        weights_edf[sizes_e == 0] = np.nan  # which are not to be read
-        inputs = (jnp.asarray(a, jnp.float32) for a in (rows_nd, weights_edf))
-        launch = few_rows.choose_launch(rows_nd, weights_edf.astype(np.float32))
-        assert (launch.depth, launch.columns) == (16, 32)
-        actual = grouped_matmul(*inputs, jnp.asarray(sizes_e, jnp.int32), implementation="triton_small_interpreted")
-        assert_close(actual, wanted, terms=width)
-
-    @pytest.mark.parametrize(
-        ("rows", "block", "columns"), [(6, 16, 32), (96, 16, 128), (384, 16, 128), (1536, 32, 128), (98304, 64, 128)]
-    )
-    def test_tiles_of_64_experts(self, rows, block, columns):
-        """At 1, 16, 64, 256 and 16,384 tokens of 6 experts."""
-        array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)  # noqa: E731
-        launch = few_rows.choose_launch(array(rows, 2048), array(64, 2048, 1024))
-        assert (launch.rows, launch.columns) == (block, columns)
-        assert launch.blocks == min(rows, rows // block + 65)
-
-    @pytest.mark.parametrize("rows", [6, 1536])
-    def test_is_one_kernel_on_a_gpu(self, rows):
-        array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)  # noqa: E731
-        run = partial(grouped_matmul, implementation="triton_small")
-        text = lowered(run, array(rows, 2048), array(64, 2048, 1024), jax.ShapeDtypeStruct((64,), jnp.int32))
-        assert kernels(text) == 1
-
-    def test_types_inside_shard_map(self):
-        rows_nd, weights_edf, _ = operands(rows=2 * ROWS)
-
-        def run(by_row, weights_edf):
-            rows_nd, sizes_1e = by_row
-            return grouped_matmul(rows_nd, weights_edf, sizes_1e[0], implementation="triton_small")
-
-        sizes_2e = jnp.array([SIZES["uneven"], SIZES["none"]], jnp.int32)
-        assert kernels(lowered_on_two(run, (rows_nd, sizes_2e), weights_edf)) == 1
 
 
 HOPPER = pytest.mark.skipif(

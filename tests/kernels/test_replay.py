@@ -1,6 +1,6 @@
 """Replay: every implementation against the recurrence in float64 over the whole sequence, however it is cut.
 
-Axes: b batch, l places of the ring, t tokens, h heads, p head size, g groups, n state, i channels.
+Axes: b batch, l places of the ring, t tokens, h heads, p head size, g groups, n state.
 """
 
 import functools
@@ -17,11 +17,8 @@ from orogen.kernels.replay import (
     FLUSH_IMPLEMENTATIONS,
     IMPLEMENTATIONS,
     Ring,
-    SelectiveRing,
     flush,
     replay,
-    selective_flush,
-    selective_replay,
 )
 from orogen.kernels.state_update import ssm_update
 
@@ -290,47 +287,6 @@ class TestLowering:
         by_row = (piece, c_btgn, row.ring(), jnp.zeros(B, jnp.int32), row.state_bhpn)
         by_row = jax.tree.map(lambda a: a[:2], by_row)
         assert kernels(lowered_on_two(run_both, by_row, (row.a_h, row.skip_h))) == 2
-
-
-class TestSelective:
-    """Mamba-1, of which there is the recurrence alone."""
-
-    CHANNELS = 10
-
-    def row(self):
-        x, dt, b, c = (draw(B, TIME, size, seed=s) for s, size in enumerate((self.CHANNELS, self.CHANNELS, N, N)))
-        rates, state = -jnp.abs(draw(self.CHANNELS, N, seed=8)), draw(B, self.CHANNELS, N, seed=9)
-        return SelectiveRing(x, b, jnp.abs(dt)), c, rates, state
-
-    def expected(self):
-        (x, b, dt), c, rates, state = jax.tree.map(lambda a: np.asarray(a, np.float64), self.row())
-        ys, states = [], []
-        for t in range(TIME):
-            state = np.exp(dt[:, t, :, None] * rates) * state + (dt[:, t] * x[:, t])[..., None] * b[:, t, None]
-            ys.append(np.einsum("bin,bn->bi", state, c[:, t]))
-            states.append(state)
-        return np.stack(ys, 1), np.stack(states, 1)
-
-    def test_pieces_equal_the_whole_sequence(self):
-        inputs, c_btn, A_in, state = self.row()
-        ring = jax.tree.map(lambda a: jnp.full((B, PLACES, *a.shape[2:]), jnp.nan), inputs)
-        cursor_b, ys, first, active_b = jnp.zeros(B, jnp.int32), [], 0, jnp.array([True, True, False])
-        for count in (3, 2, 1, 4, 1):
-            if int(cursor_b[0]) + count > PLACES:
-                state, cursor_b = jax.jit(selective_flush)(ring, A_in, cursor_b, state_bin=state, flush_b=active_b)
-                assert cursor_b.tolist() == [0, 0, 6]
-            piece = jax.tree.map(lambda a, f=first, n=count: a[:, f : f + n], inputs)
-            y, ring = jax.jit(selective_replay)(
-                piece, A_in, c_btn[:, first : first + count], state_bin=state, ring=ring, cursor_b=cursor_b,
-                active_b=active_b,
-            )  # fmt: skip
-            cursor_b, first, _ = cursor_b + count, first + count, ys.append(y)
-        want, states = self.expected()
-        y_bti = jnp.concatenate(ys, axis=1)
-        assert_within(y_bti[:2], want[:2], LIMIT)
-        assert_within(state[:2], states[:2, 5], LIMIT)
-        assert not y_bti[2].any() and jnp.isnan(ring.x_bli[2]).all()
-        np.testing.assert_array_equal(state[2], self.row()[3][2])
 
 
 class TestRefusals:

@@ -58,8 +58,8 @@ def ours(shape: Shape, operands: Operands, implementation: str) -> dict[str, Pro
 
     def forward(layers: Any, table_bp: Array, length_b: Array) -> tuple[Array, ...]:
         return tuple(
-            paged_attention(*arrays, table_bp, length_b, scale=shape["k"] ** -0.5, implementation=implementation)
-            for arrays in layers
+            paged_attention(q, k, v, table_bp, length_b, scale=shape["k"] ** -0.5, implementation=implementation)
+            for q, k, v in layers
         )
 
     return {"forward": compiled(forward, *operands)}
@@ -74,8 +74,8 @@ def check(shape: Shape, operands: Operands, results: dict[str, Any]) -> dict[str
 
 
 @jax.jit
-def _exact(q_bthk: Array, *others: Array) -> Array:
-    return paged_attention(q_bthk, *others, scale=q_bthk.shape[-1] ** -0.5, implementation="reference")  # pyright: ignore
+def _exact(q: Array, k: Array, v: Array, table_bp: Array, length_b: Array) -> Array:
+    return paged_attention(q, k, v, table_bp, length_b, scale=q.shape[-1] ** -0.5, implementation="reference")
 
 
 OPERATION = Operation(

@@ -76,10 +76,10 @@ def ours(shape: Shape, operands: Operands, implementation: str) -> dict[str, Pro
     del shape
     states, rates, rings, pieces, c, cursor_b = operands
 
-    def run_replay(rings: Any, states: Any, rates: Any, pieces: Any, c: Any, cursor_b: Array) -> Any:
+    def run_replay(rings: Any, layers: Any, cursor_b: Array) -> Any:
         results = [
             replay(piece, a_h, c_btgn, state_bhpn=state, ring=ring, cursor_b=cursor_b, implementation=implementation)
-            for ring, state, a_h, piece, c_btgn in zip(rings, states, rates, pieces, c, strict=True)
+            for ring, (state, a_h, piece, c_btgn) in zip(rings, layers, strict=True)
         ]
         return tuple(y for y, _ in results), tuple(ring for _, ring in results)
 
@@ -91,7 +91,7 @@ def ours(shape: Shape, operands: Operands, implementation: str) -> dict[str, Pro
         return results[0][1], tuple(state for state, _ in results)
 
     return {
-        "replay": carried(run_replay, rings, states, rates, pieces, c, cursor_b),
+        "replay": carried(run_replay, rings, tuple(zip(states, rates, pieces, c, strict=True)), cursor_b),
         "flush": carried(run_flush, states, rings, rates, cursor_b),
     }
 
@@ -101,11 +101,10 @@ def check(shape: Shape, operands: Operands, results: dict[str, Any]) -> dict[str
     del shape
     states, rates, rings, pieces, c, cursor_b = operands
     y, after = results["replay"]
-    every = zip(rings, states, rates, pieces, c, strict=True)
+    layers = zip(states, rates, pieces, c, strict=True)
     found = y, *zip(*after, strict=True)
-    errors = errors_of_layers(
-        "replay", ("y", "x", "b", "dt"), _exact_replay, ((*layer, cursor_b) for layer in every), found
-    )
+    every = ((ring, layer, cursor_b) for ring, layer in zip(rings, layers, strict=True))
+    errors = errors_of_layers("replay", ("y", "x", "b", "dt"), _exact_replay, every, found)
     every = zip(rings, states, rates, strict=True)
     errors |= errors_of_layers(
         "flush", ("state",), _exact_flush, ((*layer, cursor_b) for layer in every), (results["flush"][1],)
@@ -114,7 +113,8 @@ def check(shape: Shape, operands: Operands, results: dict[str, Any]) -> dict[str
 
 
 @jax.jit
-def _exact_replay(ring: Ring, state: Array, a_h: Array, piece: Ring, c_btgn: Array, cursor_b: Array) -> Any:
+def _exact_replay(ring: Ring, layer: tuple[Any, ...], cursor_b: Array) -> Any:
+    state, a_h, piece, c_btgn = layer
     return replay(piece, a_h, c_btgn, state_bhpn=state, ring=ring, cursor_b=cursor_b, implementation="recurrence")
 
 

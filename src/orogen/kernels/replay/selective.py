@@ -9,6 +9,8 @@ of its own, so each token of the ring costs an exponential per number of the sta
 be taken back to an earlier token, for which this is.
 """
 
+from typing import Any
+
 import jax
 from jax import Array
 from jax import numpy as jnp
@@ -17,6 +19,7 @@ from orogen.kernels.checks import require_shapes
 from orogen.kernels.replay.operands import SelectiveRing, used, written
 from orogen.kernels.selective_scan.operands import Operands
 from orogen.kernels.selective_scan.reference import selective_scan_reference
+from orogen.kernels.state_update import require_state
 from orogen.kernels.state_update.reference import rounded
 from orogen.parallel.varying import vary_like
 
@@ -43,11 +46,13 @@ def selective_replay(
         "dt": (piece.dt_bli, (batch, tokens, channels)),
         "C": (C_btn, (batch, tokens, state)),
         "cursor": (cursor_b, (len(ring.x_bli),)),
+        "active": (active_b, (batch,)),
     }
     require_shapes(expected, beside=f"x {piece.x_bli.shape} and a ring of {ring.x_bli.shape}")
     active_b = jnp.ones(batch, bool) if active_b is None else active_b
-    operands = (piece, A_in, C_btn, state_bin, ring, cursor_b, active_b)
+    operands: Any = (piece, A_in, C_btn, state_bin, ring, cursor_b, active_b)
     piece, A_in, C_btn, state_bin, ring, cursor_b, active_b = vary_like(operands, operands)
+    assert active_b is not None  # as above
     join = lambda before, after: jnp.concatenate([before, after.astype(before.dtype)], axis=1)  # noqa: E731
     inputs = jax.tree.map(join, used(ring, cursor_b), piece)
     y_bsi, _ = _run(inputs, join(jnp.zeros_like(ring.B_bln), C_btn), A_in, state_bin)
@@ -64,11 +69,16 @@ def selective_flush(
     flush_b: Array | None = None,
     seeds_b2: Array | None = None,
 ) -> tuple[Array, Array]:
-    """The state (b, i, n) in its dtype and the cursors (b,), as `flush` gives them. Raises ValueError."""
+    """The state (b, i, n) in its dtype and the cursors (b,), as `flush` gives them. Raises ValueError as `flush`."""
     _check(ring, A_in, state_bin)
-    flush_b = jnp.ones(len(cursor_b), bool) if flush_b is None else flush_b
-    operands = (ring, A_in, cursor_b, state_bin, flush_b, seeds_b2)
+    require_state(state_bin, seeds_b2)
+    batch = len(ring.x_bli)
+    expected = {"cursor": (cursor_b, (batch,)), "flush": (flush_b, (batch,)), "seeds": (seeds_b2, (batch, 2))}
+    require_shapes(expected, beside=f"a ring of {ring.x_bli.shape}")
+    flush_b = jnp.ones(batch, bool) if flush_b is None else flush_b
+    operands: Any = (ring, A_in, cursor_b, state_bin, flush_b, seeds_b2)
     ring, A_in, cursor_b, state_bin, flush_b, seeds_b2 = vary_like(operands, operands)
+    assert flush_b is not None  # as above
     inputs = used(ring, cursor_b)
     _, moved_bin = _run(inputs, jnp.zeros_like(inputs.B_bln), A_in, state_bin)
     moves_b = (flush_b & (cursor_b > 0))[:, None, None]

@@ -55,26 +55,12 @@ def ssm_update(
     or cannot run here. Source: arXiv:2405.21060, section 2.
     """
     run = chosen(IMPLEMENTATIONS, implementation)
-    if x_bhp.ndim != 3 or b_bgn.ndim != 3:
-        raise ValueError(f"x {x_bhp.shape}, B {b_bgn.shape}: expected (b, h, p) and (b, g, n)")
-    (batch, heads, head_size), (groups, state) = x_bhp.shape, b_bgn.shape[1:]
-    if not groups or heads % groups:
-        raise ValueError(f"{heads} heads over {groups} groups: expected a multiple")
-    require_state(state_bhpn, seeds_b2)
-    expected = {
-        "dt": (dt_bh, (batch, heads)),
-        "a": (a_h, (heads,)),
-        "B": (b_bgn, (batch, groups, state)),
-        "C": (c_bgn, (batch, groups, state)),
-        "state": (state_bhpn, (batch, heads, head_size, state)),
-        "skip": (skip_h, (heads,)),
-        **_of_rows(active_b, seeds_b2, batch),
-    }
-    require_shapes(expected, beside=f"x {x_bhp.shape}")
     dt_bh, a_h = dt_bh.astype(jnp.float32), a_h.astype(jnp.float32)
-    skip_h = jnp.zeros(heads, jnp.float32) if skip_h is None else skip_h.astype(jnp.float32)
-    active_b = jnp.ones(batch, bool) if active_b is None else active_b
-    operands = Operands(state_bhpn, x_bhp, dt_bh, a_h, b_bgn, c_bgn, skip_h, active_b, seeds_b2)
+    operands: Any = Operands(state_bhpn, x_bhp, dt_bh, a_h, b_bgn, c_bgn, skip_h, active_b, seeds_b2)
+    _check_ssm(operands)
+    skip_h = jnp.zeros(a_h.shape, jnp.float32) if skip_h is None else skip_h.astype(jnp.float32)
+    active_b = jnp.ones(len(x_bhp), bool) if active_b is None else active_b
+    operands = operands._replace(skip_h=skip_h, active_b=active_b)
     return run(vary_like(operands, operands))
 
 
@@ -115,6 +101,26 @@ def selective_update(
     dt_bi, A_in = dt_bi.astype(jnp.float32), A_in.astype(jnp.float32)
     operands = SelectiveOperands(state_bin, x_bi, dt_bi, A_in, B_bn, C_bn, active_b, seeds_b2)
     return run(vary_like(operands, operands))
+
+
+def _check_ssm(o: Operands) -> None:
+    """Raises ValueError that names the first operand that does not fit x and B; the skip and `active_b` may be None."""
+    if o.x_bhp.ndim != 3 or o.b_bgn.ndim != 3:
+        raise ValueError(f"x {o.x_bhp.shape}, B {o.b_bgn.shape}: expected (b, h, p) and (b, g, n)")
+    (batch, heads, head_size), (groups, state) = o.x_bhp.shape, o.b_bgn.shape[1:]
+    if not groups or heads % groups:
+        raise ValueError(f"{heads} heads over {groups} groups: expected a multiple")
+    require_state(o.state_bhpn, o.seeds_b2)
+    expected = {
+        "dt": (o.dt_bh, (batch, heads)),
+        "a": (o.a_h, (heads,)),
+        "B": (o.b_bgn, (batch, groups, state)),
+        "C": (o.c_bgn, (batch, groups, state)),
+        "state": (o.state_bhpn, (batch, heads, head_size, state)),
+        "skip": (o.skip_h, (heads,)),
+        **_of_rows(o.active_b, o.seeds_b2, batch),
+    }
+    require_shapes(expected, beside=f"x {o.x_bhp.shape}")
 
 
 def _of_rows(active_b: Array | None, seeds_b2: Array | None, batch: int) -> dict[str, Any]:

@@ -45,5 +45,5 @@ def rounded(state_b: Array, seeds_b2: Array | None) -> Array:
     if seeds_b2 is None:
         return state_b
     element = jnp.arange(math.prod(state_b.shape[1:]), dtype=jnp.int32).reshape(state_b.shape[1:])
-    words = (seeds_b2[:, k].reshape(-1, *[1] * element.ndim) for k in range(2))
-    return to_float16(state_b, random_bits(tuple(words), element))
+    word = lambda k: seeds_b2[:, k].reshape(-1, *[1] * element.ndim)  # noqa: E731
+    return to_float16(state_b, random_bits((word(0), word(1)), element))
