@@ -56,11 +56,10 @@ def ssm_update(
     """
     run = chosen(IMPLEMENTATIONS, implementation)
     dt_bh, a_h = dt_bh.astype(jnp.float32), a_h.astype(jnp.float32)
-    operands: Any = Operands(state_bhpn, x_bhp, dt_bh, a_h, b_bgn, c_bgn, skip_h, active_b, seeds_b2)
-    _check_ssm(operands)
     skip_h = jnp.zeros(a_h.shape, jnp.float32) if skip_h is None else skip_h.astype(jnp.float32)
-    active_b = jnp.ones(len(x_bhp), bool) if active_b is None else active_b
-    operands = operands._replace(skip_h=skip_h, active_b=active_b)
+    active_b = jnp.ones(x_bhp.shape[:1], bool) if active_b is None else active_b
+    operands = Operands(state_bhpn, x_bhp, dt_bh, a_h, b_bgn, c_bgn, skip_h, active_b, seeds_b2)
+    _check_ssm(operands)
     return run(vary_like(operands, operands))
 
 
@@ -104,7 +103,7 @@ def selective_update(
 
 
 def _check_ssm(o: Operands) -> None:
-    """Raises ValueError that names the first operand that does not fit x and B; the skip and `active_b` may be None."""
+    """Raises ValueError that names the first operand that does not fit x and B."""
     if o.x_bhp.ndim != 3 or o.b_bgn.ndim != 3:
         raise ValueError(f"x {o.x_bhp.shape}, B {o.b_bgn.shape}: expected (b, h, p) and (b, g, n)")
     (batch, heads, head_size), (groups, state) = o.x_bhp.shape, o.b_bgn.shape[1:]
