@@ -24,6 +24,7 @@ from orogen.infer.knobs import Features
 from orogen.model.cache import map_layers
 from orogen.model.lm import LanguageModel
 from orogen.model.slots import Paged, Slots
+from orogen.parallel.placement import jitted
 from orogen.parallel.plan import Plan
 
 
@@ -119,8 +120,8 @@ class Programs:
             return self._settled(self.plan.vary(self._of_rows(put, into, source)))
 
         rank = self.plan.spec("batch")
-        run = self.plan.run(copy, inputs=(self.layout.specs,) * 2 + (rank,) * 2, outputs=self.layout.specs)
-        return jax.jit(run, donate_argnums=0)
+        inputs, outputs = (self.layout.specs,) * 2 + (rank,) * 2, self.layout.specs
+        return jitted(copy, self.plan, inputs=inputs, outputs=outputs)
 
     @functools.lru_cache(None)  # noqa: B019  as long as the engine, which lives as long as its programs
     def _reading(self, features: Features) -> Callable[..., Any]:
@@ -146,7 +147,8 @@ class Programs:
         def decode(caches, params, buffers, control, sampler, steps):
             plan = self._decode_plan()
             forward = self._forward(params, buffers, plan, features)
-            caches, control, sampler = plan.vary((with_pages(caches, control.table_bp), control, sampler))
+            caches, control, sampler = plan.vary((caches, control, sampler))
+            paged = with_pages(caches, control.table_bp)
             slots = len(control.token_b)
             alive = lambda control: plan.max(jnp.any(control.left_b > 0).astype(jnp.int32), "batch")  # noqa: E731
 
@@ -157,11 +159,13 @@ class Programs:
                 return step + 1, alive(control), plan.vary((caches, rows, control, report, bad_b | bad_now_b))
 
             report = forward.blank((slots, self.config.steps, self.drafts + 1))
-            state = caches, sampler.rows, control, report, jnp.zeros(slots, bool)
+            state = paged, sampler.rows, control, report, jnp.zeros(slots, bool)
             start = jnp.int32(0), alive(control), plan.vary(state)
             goes_on = lambda carry: (carry[0] < steps) & (carry[1] > 0)  # noqa: E731
-            _, _, (caches, rows, control, report, bad_b) = lax.while_loop(goes_on, body, start)
+            _, _, (paged, rows, control, report, bad_b) = lax.while_loop(goes_on, body, start)
             emitted = Emitted(report, control.drafts_bn, bad_b)
+            # Not with this call's tables, whose width would make the caches those of another program.
+            caches = self._of_rows(lambda _, new, lead: new, _with_pools(caches, paged), paged)
             return self._settled(caches), self._agreed(rows), self._agreed(emitted)
 
         return self._compiled(decode, inputs=(*(self.plan.spec("batch"),) * 2, self.plan.spec()))
@@ -170,9 +174,8 @@ class Programs:
         """The program, jitted, of caches, parameters and buffers, and inputs so laid out."""
         opened, batch = self.opened, self.plan.spec("batch")
         model = self.plan.specs(opened.params), self.plan.specs(opened.buffers)
-        outputs = self.layout.specs, batch, batch
-        run = self.plan.run(program, inputs=(self.layout.specs, *model, *inputs), outputs=outputs)
-        return jax.jit(run, donate_argnums=0)
+        inputs, outputs = (self.layout.specs, *model, *inputs), (self.layout.specs, batch, batch)
+        return jitted(program, self.plan, inputs=inputs, outputs=outputs)
 
     def _forward(self, params: Any, buffers: Any, plan: Plan, features: Features) -> Forward:
         is_token_v = jnp.asarray(self.is_token_v)

@@ -25,6 +25,10 @@ from orogen.parallel.plan import Plan
 from orogen.parallel.ragged import Runs
 from orogen.parallel.varying import vary_like
 
+# Up to so many assignments are sorted by comparing all pairs: two kernels instead of ten, which in decoding take longer
+# than what they compute.
+FEW = 1024
+
 
 class Ticket(NamedTuple):
     """What combine needs: the row of each assignment, the assignment (token · k + choice) of each row, and anything
@@ -89,9 +93,23 @@ def _with_inverse(slots_nk: Array, n_rows: int) -> tuple[Array, Array]:
     """The slots, and per row the flat assignment (token · k + choice) that fills it; the number of assignments if
     none does."""
     flat = slots_nk.reshape(-1)
+    if flat.size <= FEW:
+        held_rf = flat == jnp.arange(n_rows)[:, None]
+        source_r = jnp.min(jnp.where(held_rf, jnp.arange(flat.size, dtype=jnp.int32), flat.size), axis=1)
+        return _routing((slots_nk, source_r))
     empty = vary_like(jnp.full(n_rows, flat.size, jnp.int32), slots_nk)
     source_r = empty.at[flat].set(jnp.arange(flat.size, dtype=jnp.int32), mode="drop", unique_indices=True)
     return _routing((slots_nk, source_r))
+
+
+def _places(flat: Array) -> Array:
+    """int32 place of each number among all, sorted; of equal ones the first comes first."""
+    if flat.size <= FEW:
+        index = jnp.arange(flat.size)
+        before = (flat < flat[:, None]) | ((flat == flat[:, None]) & (index < index[:, None]))
+        return jnp.sum(before, axis=1, dtype=jnp.int32)
+    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    return jnp.zeros_like(order).at[order].set(jnp.arange(flat.size, dtype=jnp.int32), unique_indices=True)
 
 
 def _routing(tree: Any) -> Any:
@@ -111,8 +129,7 @@ class AllGather:
         here_mk = keep_mk & (idx_mk >= 0) & (idx_mk < local)
         flat = jnp.where(here_mk, idx_mk, local).reshape(-1)
         n_rows = idx_mk.shape[0] * min(idx_mk.shape[1], local)
-        order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-        places = jnp.zeros_like(order).at[order].set(jnp.arange(flat.size, dtype=jnp.int32), unique_indices=True)
+        places = _places(flat)
         slots_mk = jnp.where(here_mk, places.reshape(here_mk.shape), n_rows)
         group_sizes = jnp.sum(flat[:, None] == jnp.arange(local), 0, dtype=jnp.int32)
         slots_mk, source_r = _with_inverse(slots_mk, n_rows)

@@ -4,6 +4,7 @@ Between steps arrays are laid out by `Plan.storage`, inside the step by `Plan.ru
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,6 +23,15 @@ DEVICE, HOST = "device", "pinned_host"
 def stored_specs(tree: Any, plan: Plan) -> Any:
     """`tree` of variables, each holding the PartitionSpec in which it is stored between steps."""
     return map_variables(lambda v: spec_of(plan.storage, full_axes(v)), tree)
+
+
+def jitted(function: Callable[..., Any], plan: Plan, *, inputs: Any, outputs: Any) -> Callable[..., Any]:
+    """`Plan.run` of the function, jitted, its first argument donated. Arguments may come from the host or from other
+    programs: where jax is not told their shardings it compiles once for each way in which they come."""
+    is_spec = lambda leaf: isinstance(leaf, PartitionSpec)  # noqa: E731
+    named = lambda specs: jax.tree.map(lambda s: NamedSharding(plan.mesh, s), specs, is_leaf=is_spec)  # noqa: E731
+    run = plan.run(function, inputs=inputs, outputs=outputs)
+    return jax.jit(run, donate_argnums=0, in_shardings=named(inputs), out_shardings=named(outputs))
 
 
 def shardings(tree: Any, plan: Plan) -> Any:
