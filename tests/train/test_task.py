@@ -160,26 +160,33 @@ def test_a_sum_of_copies_does_not_pass():
 
 @several_devices
 def test_a_loss_whose_terms_cancel_has_the_error_of_its_terms():
-    """The advantages sum to 0 within rounding, and so does the loss: rounding is not an error, a wrong advantage is."""
+    """The policy has not moved, so that each ratio is 1, and advantages add up to 0 but for rounding, as the loss does.
+    That rounding is no error; a wrong advantage is one."""
 
-    def cancelling(config, count):
+    def centred(config, count):
         found = policy_batches(config, count)
         for batch in found:
-            advantages, chosen = batch.extras[ADVANTAGE], batch.extras[CHOSEN] > 0
-            batch.extras[EARLIER][...] = -np.log(config.model.vocab_size)
-            advantages[chosen] -= advantages[chosen].mean()
+            chosen = batch.extras[CHOSEN] > 0
+            batch.extras[ADVANTAGE][chosen] -= batch.extras[ADVANTAGE][chosen].mean()
         return found
 
-    def wrong(model, hidden, batch, plan):
-        """Rank 1's first advantage is off by a thousandth, of some eighty chosen tokens."""
-        found, rank = sums(model, hidden, batch, plan), plan.index("batch")
-        return found | {"policy": found["policy"] + 1e-3 * rank}
+    def unmoved(model, hidden, batch, plan):
+        found_bt = log_likelihoods(hidden[0], model, later(batch.tokens_bt, 1, plan), plan)
+        ratio_bt = jnp.exp(found_bt - jax.lax.stop_gradient(found_bt))
+        return {"policy": -(batch.extras[CHOSEN] * batch.extras[ADVANTAGE] * ratio_bt).sum()}
 
+    def wrong(model, hidden, batch, plan):
+        """One advantage is off by a thousandth; there are dozens."""
+        return {"policy": unmoved(model, hidden, batch, plan)["policy"] + 1e-3 * plan.index("batch")}
+
+    objective = Objective(
+        counts=lambda *arguments: {"policy": counts(*arguments)["policy"]}, sums=unmoved,
+        shares=lambda config, depths: {"policy": 1.0},
+    )  # fmt: skip
     config = run_config(hybrid(pattern="-", mtp_depths=0), plan={"data": 2})
-    policy = dataclasses.replace(POLICY, shares=lambda config, depths: {"policy": 1.0})
-    found = verify(config, objective=policy, batches=cancelling, optimizers=("adamw",))
+    found = verify(config, objective=objective, batches=centred, optimizers=("adamw",))
     assert found.passed, found
-    found = verify(config, objective=dataclasses.replace(policy, sums=wrong), batches=cancelling, optimizers=("adamw",))
+    found = verify(config, objective=dataclasses.replace(objective, sums=wrong), batches=centred, optimizers=("adamw",))
     assert not found.passed and found.max_gradient_error <= found.tolerances["max_gradient_error"], found
 
 
