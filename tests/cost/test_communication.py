@@ -6,16 +6,26 @@ A collective that the table lacks fails, and so does one that only the table has
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 from tests.helpers import hybrid
 
 from orogen.config.plan import PlanConfig
+from orogen.config.run import TrainConfig
 from orogen.cost.communication import collective_lines, describe_collectives, unit_collectives
 from orogen.cost.communication import step_collectives as by_paper
 from orogen.cost.ledger import ENDS, PIPELINE, Collective, Workload, sent_bytes
+from orogen.data.packing import NEXT, NEXT_WEIGHT, Batch
+from orogen.model.lm import build
 from orogen.parallel.plan import make_plan
 from orogen.simulate.aot import compiled, step_collectives, table_of, traced
+from orogen.simulate.hlo import Traffic
+from orogen.simulate.jaxprs import jaxpr_collectives
 from orogen.simulate.units import unit_of
+from orogen.train import carry
+from orogen.train.next_token import NEXT_TOKENS
+from orogen.train.step import gradients
 
 WORK = Workload(rows=2, tokens=20)
 # Every letter; and the same letters with all that adds parameters or communicates otherwise.
@@ -119,6 +129,32 @@ def test_sequences_over_ranks_send_what_the_table_says(name):
         built = unit_of(unit, EVERY, plan, WORK)
         same(traced(built, plan), expected)
         at_most(compiled(built, plan), expected)
+
+
+def test_windows_that_ranks_share_are_sent_once_a_step():
+    """Two groups on four ranks of tensor; the step as written, less the same step whose rows are alone."""
+    model, config = hybrid(pattern="MEM", mtp_depths=0), PlanConfig(data=2, tensor=4, expert=2, microbatches=3)
+    plan, built = make_plan(config, model), build(model)
+    rows, length = config.data * config.microbatches * WORK.rows, WORK.tokens
+    train = TrainConfig(steps=1, batch_size=rows, sequence_length=length, seed=0, carry_states=True)
+    ids_bt, numbers_bt = (jax.ShapeDtypeStruct((rows, length), dtype) for dtype in (jnp.int32, jnp.float32))
+    batch = Batch(ids_bt, ids_bt, ids_bt, numbers_bt, {NEXT: ids_bt, NEXT_WEIGHT: numbers_bt})
+
+    def sent(carried):
+        step = gradients(built, NEXT_TOKENS, model, plan, "float32", carried=carried)
+        jaxpr = jax.make_jaxpr(step)(built.params, built.buffers, batch, None, carried).jaxpr
+        return jaxpr_collectives(jaxpr, dict(plan.mesh.shape))
+
+    with_states, without = sent(carry.abstract(train, built)), sent(None)
+    more = {key: traffic.bytes - without.get(key, Traffic(0, 0)).bytes for key, traffic in with_states.items()}
+    work = WORK._replace(carried=True)
+    records = [r for r in by_paper(model, config, work)["M"] if r.part == "windows"]
+    assert {key: size for key, size in more.items() if size} == {
+        key: traffic.bytes for key, traffic in table_of(records, config, model).items()
+    }
+    # 6 rows of a rank, 3 earlier tokens, 5 float32 numbers, B and C, 2 layers; an all-reduce of 2 ranks sends all once.
+    assert sum(r.bytes for r in records) == 6 * 3 * 5 * 4 * 2 * 2
+    assert not [r for r in by_paper(model, config, WORK)["M"] if r.part == "windows"]
 
 
 @pytest.mark.parametrize("name", RAGGED)

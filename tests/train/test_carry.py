@@ -11,12 +11,14 @@ from tests.model.small import config, model_parts, one_device, relative_error
 
 from orogen.config.checks import ConfigError
 from orogen.config.load import load
+from orogen.config.plan import PlanConfig
 from orogen.config.run import TrainConfig
 from orogen.cost.ledger import Workload
 from orogen.data.packing import NEXT, NEXT_WEIGHT, NOTHING, Batch
 from orogen.layers.documents import documents
 from orogen.model.cache import EMPTY
 from orogen.model.lm import build
+from orogen.parallel.plan import make_plan
 from orogen.report.metrics import read_metrics
 from orogen.simulate.memory import describe_memory
 from orogen.train import carry
@@ -89,14 +91,50 @@ def test_gradients_are_those_of_a_row_with_the_states_that_it_is_given():
 
 
 @several_devices
-@pytest.mark.parametrize("plan", [{"data": 2, "tensor": 4, "fsdp": "parameters"}, {"data": 2, "microbatches": 2}])
-def test_a_plan_carries_what_one_device_does(plan):
-    """Fewer groups than ranks of tensor: their windows are the same on several ranks."""
+@pytest.mark.parametrize(
+    "plan",
+    [{"data": 2, "tensor": 4, "fsdp": "parameters"}, {"data": 2, "microbatches": 2, "offload_optimizer": True}],
+    ids=str,
+)
+def test_a_plan_carries_what_one_device_does(plan, monkeypatch):
+    """Fewer groups than ranks of tensor: their windows are the same on several ranks. A CPU has one memory, which here
+    is the host's, too."""
+    monkeypatch.setattr("orogen.parallel.placement.HOST", "device")
+    monkeypatch.setattr("orogen.parallel.mesh.HAS_HOST_MEMORY", ("cpu",))
     changes = {"router_balance": "global", "mamba_intermediate_size": 16, "time_step_rank": 3}
     model = hybrid(pattern="MEm", mtp_depths=0, **changes)
     settings = run_config(model, plan=plan, batch_size=8, sequence_length=16, carry_states=True)
     verdict = verify(settings, what="step")
     assert max(verdict.loss_error, verdict.max_gradient_error, verdict.max_parameter_error) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "near"), [({"linear": "fp8"}, 0.25), ({"offload": ("input", "conv")}, 2e-6)], ids=str
+)
+def test_states_are_carried_under_fp8_and_offloading(change, near):
+    """A batch's loss and gradient from given states, and the states that it leaves, are those without the change. In 8
+    bits a gradient is rounded by up to an eighth."""
+    model = hybrid(pattern="MMmM", mtp_depths=0, mamba_intermediate_size=48, time_step_rank=3)
+    built, (_, params, buffers) = build(model), model_parts(model)
+    settings = TrainConfig(steps=1, batch_size=ROWS, sequence_length=LENGTH, seed=0, carry_states=True)
+    abstract, plain = carry.abstract(settings, built), one_device(model)
+    # Not asked whether the backend has a memory of its own: on a CPU moving to the host's is no move.
+    recipes = make_plan(PlanConfig(linear=change.get("linear", "plain")), model).recipes
+    changed = dataclasses.replace(plain, config=PlanConfig(**change), recipes=recipes)
+    first, second = (batch_to_devices(half, plain) for half in lanes(model)[1])
+
+    def run(plan, batch, carried):
+        function = jax.jit(gradients(built, NEXT_TOKENS, model, plan, "float32", carried=abstract))
+        loss, grads, _, sums = function(params, buffers, batch, None, carried)
+        return loss, grads, sums.carried
+
+    carried = run(plain, first, carry.emptied(abstract))[2]
+    wanted, found = run(plain, second, carried), run(changed, second, carried)
+    for part, other in zip(found, wanted, strict=True):
+        assert relative_error(part, other) < near
+    assert (change.keys() == {"linear"}) == (relative_error(found[0], wanted[0]) > 1e-5), "products are rounded"
+    alone = run(changed, second, carry.emptied(abstract))
+    assert relative_error(alone[0], found[0]) > 1e-4, "what is carried is read"
 
 
 def test_nothing_is_carried_behind_a_step_that_was_skipped():

@@ -86,6 +86,10 @@ def _mamba2(ledger: Ledger) -> None:
         ledger.both("heads", "all-to-all", CONTEXT, ledger.numbers * heads * head)
     else:
         _entering(ledger, heads, heads * head * state, name="ssd_states")
+    if ledger.work.carried:  # the windows of B and C, which ranks that share a group all have
+        rows, taps = ledger.work.rows * plan.microbatches, model.conv_kernel - 1
+        window = rows * taps * groups * state * ledger.work.itemsize
+        ledger.add("windows", "update", "all-reduce", ("groups_copies",), window, count=2)
     # A group of the norm over several ranks: one sum of squares per token and rank, and its gradient.
     squares = ledger.work.rows * ledger.work.tokens * FLOAT32
     ledger.both("norm peers", "all-reduce", ("norm_groups_copies",), squares)

@@ -30,11 +30,12 @@ CONTEXT = ("context",)
 
 class Workload(NamedTuple):
     """One microbatch on one device before the sequence is split over `tensor`: rows, tokens per row, and bytes per
-    number in the compute dtype."""
+    number in the compute dtype. carried: whether its rows go on with the states of the last batch's."""
 
     rows: int
     tokens: int
     itemsize: int = FLOAT32
+    carried: bool = False
 
 
 class Collective(NamedTuple):

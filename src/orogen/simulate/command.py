@@ -57,7 +57,7 @@ def _collectives(options: argparse.Namespace, config: RunConfig) -> tuple[dict[s
 
     sizes, train, model = config.plan, config.train, config.model
     rows, tokens = train.batch_size // (sizes.data * sizes.microbatches), train.sequence_length // sizes.context
-    work = Workload(rows, tokens, BYTES[train.compute_dtype])
+    work = Workload(rows, tokens, BYTES[train.compute_dtype], train.carry_states)
     facts: dict[str, Any] = {"collectives": describe_collectives(model, sizes, work)}
     lines = collective_lines(facts["collectives"])
     if (options.compile or options.memory) and not options.fake_devices:
