@@ -40,6 +40,7 @@ SHORT = {
 }  # fmt: skip
 AXES = ("data", "context", "tensor", "expert", "expert_tensor")
 CHOICES: dict[str, tuple] = {
+    "stream": ("time", "whole"),
     "fsdp": ("none", "optimizer", "gradients", "parameters"),
     "dispatch": ("allgather", "alltoall", "ragged"),
     "capacity_factor": (None, 1.0, 1.5),

@@ -25,7 +25,7 @@ from orogen.train.step import BATCH_AXES, batch_to_devices, gradients
 from orogen.train.verify import OPTIMIZERS, packed_batch, verify
 
 # Fewer than plans without stages, of which CI asks for more: each compiles a program per kind of segment.
-THREE, SEED = 3, 49
+THREE, SEED = 3, 14
 COUNT = max(THREE, int(os.environ.get("OROGEN_PLANS", 0)) // 4)
 RUNS = random_runs(COUNT, seed=SEED, devices=8, stages=True, short=True)
 
@@ -49,7 +49,8 @@ def test_the_sample_covers_every_schedule():
     plans = [run.plan for _, run in RUNS[:THREE]]
     assert {plan.schedule for plan in plans} == {"gpipe", "1f1b", "interleaved"}
     assert {plan.stage for plan in plans} >= {2, 4}
-    assert any(plan.context > 1 for plan in plans) and any(plan.tensor > 1 for plan in plans)
+    assert any(plan.context > 1 for plan in plans)
+    assert {plan.stream for plan in plans if plan.tensor > 1} == {"time", "whole"}
 
 
 @pytest.mark.parametrize(

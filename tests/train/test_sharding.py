@@ -13,7 +13,7 @@ from orogen.config.checks import ConfigError
 from orogen.parallel.plan import make_plan
 from orogen.train.verify import GRADIENT, LOSS, MARGIN, OPTIMIZERS, PARAMETER, default_train, largest, verify
 
-EIGHT, SEED = 8, 88
+EIGHT, SEED = 8, 86
 RUNS = random_runs(int(os.environ.get("OROGEN_PLANS", EIGHT)), seed=SEED, devices=8, short=True)
 
 
@@ -36,6 +36,7 @@ def test_the_sample_covers_every_axis_and_choice():
     assert {name for name, _ in RUNS[:EIGHT]} == set(MODELS)
     meshes = [make_plan(plan, hybrid(num_key_value_heads=8, n_groups=8), abstract=True).mesh for plan in plans]
     assert sum(any("." in name for name in mesh.axis_names) for mesh in meshes) >= 3, "experts that cut an axis in two"
+    assert sum(plan.stream == "whole" and plan.tensor > 1 for plan in plans) >= 2, "the whole stream on ranks of tensor"
     assert any(plan.tensor > 2 for plan in plans), "key heads and groups on fewer ranks than tensor has"
     assert sum(run.model.vocab_size % run.plan.tensor > 0 for _, run in RUNS[:EIGHT]) >= 2, "filled up vocabularies"
     assert any(plan.fsdp_size not in (None, 1, plan.data * plan.context) for plan in plans)
@@ -54,7 +55,8 @@ def test_what_is_sharded_over_data_changes_no_gradient_and_no_update(fsdp, fsdp_
     # With three microbatches, each expert has two replicas within a run of two data ranks; else a run is narrower.
     plan = {"data": 4, "tensor": 2, "expert": 4 if microbatches == 1 else 2, "microbatches": microbatches}
     plan |= {"fsdp": fsdp, "fsdp_size": fsdp_size}
-    model = hybrid(pattern="ME*/-", mtp_depths=1)
+    # A parameter of each way to be split is in fewer layers than in all: nearly all the time is that of compiling them.
+    model = hybrid(pattern="ME*/-" if microbatches == 1 else "*E/-", mtp_depths=1)
     run = run_config(model, plan=plan, batch_size=4 * microbatches, sequence_length=40)
     verdict = verify(run, optimizers=OPTIMIZERS[: 1 + (microbatches > 1)])
     assert verdict.passed, verdict
