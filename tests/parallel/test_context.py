@@ -66,8 +66,8 @@ def test_earlier_is_what_precedes_each_part(name):
 
     def joined(x):
         """Each part with its first three tokens replaced by the three before the part."""
-        behind, own = context.earlier(x, steps, plan), context.parts(x, plan)
-        return context.joined(jnp.concatenate([behind, own[:, steps:]], 1), plan)
+        before, own = context.earlier(x, steps, plan), context.parts(x, plan)
+        return context.joined(jnp.concatenate([before, own[:, steps:]], 1), plan)
 
     part = LENGTH if plan.size("context") == 1 else LENGTH // (2 * plan.size("context"))
     expected = x.copy()

@@ -139,7 +139,7 @@ def test_a_run_that_crosses_the_experts_is_refused_with_those_that_fold():
 
 def test_key_heads_fewer_than_tensor_ranks_are_an_axis_of_their_own():
     """Two key heads over four ranks: the outer two ranks differ, the inner two hold copies."""
-    folding = folded(data=3, tensor=4, cuts={"kv_heads": ("tensor", 2)})
+    folding = folded(data=3, tensor=4, outer={"kv_heads": ("tensor", 2)})
     assert folding.axes == (("data", 3), ("tensor.0", 2), ("tensor.1", 2))
     assert folding.logical["tensor"] == ("tensor.0", "tensor.1")
     assert folding.logical["kv_heads"] == ("tensor.0",)
@@ -147,14 +147,14 @@ def test_key_heads_fewer_than_tensor_ranks_are_an_axis_of_their_own():
 
 
 def test_one_key_head_is_copied_to_every_rank():
-    folding = folded(tensor=4, cuts={"kv_heads": ("tensor", 1)})
+    folding = folded(tensor=4, outer={"kv_heads": ("tensor", 1)})
     assert folding.axes == (("tensor", 4),)
     assert folding.logical["kv_heads"] == ()
     assert folding.logical["kv_heads_copies"] == ("tensor",)
 
 
 def test_two_cuts_of_one_axis():
-    folding = folded(tensor=8, cuts={"kv_heads": ("tensor", 2), "groups": ("tensor", 4)})
+    folding = folded(tensor=8, outer={"kv_heads": ("tensor", 2), "groups": ("tensor", 4)})
     assert folding.axes == (("tensor.0", 2), ("tensor.1", 2), ("tensor.2", 2))
     assert folding.logical["kv_heads"] == ("tensor.0",)
     assert folding.logical["groups"] == ("tensor.0", "tensor.1")
@@ -163,7 +163,7 @@ def test_two_cuts_of_one_axis():
 
 def test_a_cut_that_does_not_divide_is_refused():
     with pytest.raises(FoldError) as caught:
-        folded(tensor=4, cuts={"kv_heads": ("tensor", 3)})
+        folded(tensor=4, outer={"kv_heads": ("tensor", 3)})
     assert str(caught.value) == (
         "kv_heads has 3 pieces for tensor 4; expected a divisor or a multiple; nearest legal: kv_heads 4, kv_heads 2"
     )
@@ -172,7 +172,7 @@ def test_a_cut_that_does_not_divide_is_refused():
 def test_two_cuts_that_cross_are_refused():
     crossing = r"kv_heads 2 x kv_heads_copies 3 and .*groups 3 x groups_copies 2 share no mesh: "
     with pytest.raises(FoldError, match=crossing + r".*; nearest legal: groups 2, groups 6$"):
-        folded(tensor=6, cuts={"kv_heads": ("tensor", 2), "groups": ("tensor", 3)})
+        folded(tensor=6, outer={"kv_heads": ("tensor", 2), "groups": ("tensor", 3)})
 
 
 def test_factorizations_without_a_common_mesh_are_both_named():

@@ -20,7 +20,7 @@ from orogen.parallel import placement
 from orogen.parallel.axes import STREAM, TOKENS
 from orogen.parallel.plan import Plan, make_plan, single_device_plan
 
-# Eight devices, data 2 x tensor 4, all of them experts; two key heads and two groups cut tensor in two.
+# Eight devices, data 2 x tensor 4, all of them experts; two key heads and two groups split tensor in two.
 FOLDED = {"data": 2, "tensor": 4, "expert": 8}
 
 
@@ -210,7 +210,7 @@ def test_a_norm_of_whole_groups_is_refused_where_ranks_share_one():
     assert str(caught.value) == f"PlanConfig.rms_norm is 'triton'; expected {expected}"
 
 
-def test_sizes_that_no_layer_reads_are_not_cut():
+def test_sizes_that_no_layer_reads_are_not_split():
     unread = {"mamba_num_heads": 6, "n_groups": 3, "num_attention_heads": 9, "num_key_value_heads": 3}
     model = hybrid(pattern="-E", mtp_depths=0, **unread)
     config = PlanConfig(tensor=4, context=2, context_attention="alltoall", context_ssm="heads")
@@ -499,7 +499,7 @@ def test_a_stream_that_ranks_cannot_share_is_refused():
 
 
 def test_sum_and_scatter_count_copies_too(plan):
-    """A value that every rank holds alike is still added once a rank."""
+    """A value that every rank holds alike is still added once per rank."""
     x = numbers(1, 8, 3)
     assert np.array_equal(each(plan, lambda x: plan.sum(x, "tensor"), x, inputs=plan.spec())[0], 4 * x)
     y = each(plan, lambda x: plan.scatter(x, "tensor"), x, inputs=plan.spec())

@@ -6,7 +6,7 @@ refused with the nearest legal ones. Only a vocabulary need not divide: embeddin
 of `tensor` with rows of zeros, which stay zero, take part in no softmax and are in no count and no export.
 
 **One mesh.** `fold.py` splits the ordered devices wherever the dense or the expert factorization needs a split. A
-logical axis is a tuple of mesh axes; crossing from the dense to the expert layout moves nothing.
+logical axis is a tuple of mesh axes; crossing from the dense to the expert axes moves nothing.
 
 **One `shard_map`** around loss and gradient, manual over every axis, with replication type-checked: a gradient summed
 over the wrong group does not trace. Parameters are marked varying once, outside the microbatch loop, so gradients are

@@ -15,7 +15,8 @@ Factorization = Sequence[tuple[str, int]]
 
 
 class Folding(NamedTuple):
-    """A mesh, as (mesh axis, size) outermost first, and the mesh axes of size above one behind each logical axis."""
+    """A mesh, as (mesh axis, size) outermost first, and, for each logical axis, the mesh axes above size one
+    that it is split over."""
 
     axes: tuple[tuple[str, int], ...]
     logical: Mapping[str, tuple[str, ...]]
@@ -37,11 +38,11 @@ def refine(*factorizations: Factorization) -> Folding:
         product = math.prod(size for _, size in factorization)
         if product != total:
             raise FoldError(f"{describe(factorization)} is {product} devices; {describe(factorizations[0])} is {total}")
-        cuts.update(_ends(factorization))
+        cuts.update(_cuts(factorization))
     chain = sorted(cuts)
     for low, high in zip(chain, chain[1:], strict=False):
         if high % low:
-            cutting = [next(f for f in factorizations if cut in _ends(f)) for cut in (low, high)]
+            cutting = [next(f for f in factorizations if cut in _cuts(f)) for cut in (low, high)]
             both = " and ".join(describe(f) for f in sorted(cutting, key=factorizations.index))
             raise FoldError(f"{both} share no mesh: cuts at {low} and {high} devices cross")
     atoms = list(zip(chain, chain[1:], strict=False))
@@ -63,14 +64,14 @@ def fold(
     expert: int,
     expert_tensor: int,
     fsdp_size: int | None = None,
-    cuts: Mapping[str, tuple[str, int]] | None = None,
+    outer: Mapping[str, tuple[str, int]] | None = None,
 ) -> Folding:
     """The mesh of a plan: dense layers on stage x data x context x tensor, experts on the same devices in
     another factorization.
 
     fsdp_size: runs of so many neighbours of data x context (None: all of them) are the axis `fsdp`, over which a copy
     of the dense layers may be split; `expert_fsdp` is the part of expert_data inside one such run.
-    cuts: {name: (axis, size)} also makes `name` a logical axis of its own, the outer `size` ranks of `axis`, for
+    outer: {name: (axis, size)} also makes `name` a logical axis of its own, the outer `size` ranks of `axis`, for
     arrays with fewer pieces than the axis has ranks (2 key heads over tensor 4); `axis` must be data, context or
     tensor. Raises FoldError, with the factorizations that do not fold and the nearest legal sizes in the message.
     """
@@ -88,7 +89,7 @@ def fold(
     except FoldError as error:
         raise FoldError(f"{error}; nearest legal: {legal()}") from None
     parts = _with_fsdp(dense, experts, data * context if fsdp_size is None else fsdp_size)
-    for name, (axis, size) in (cuts or {}).items():
+    for name, (axis, size) in (outer or {}).items():
         parts = _with_split(parts, name, axis, size)
     return refine(*parts)
 
@@ -185,7 +186,7 @@ def _spans(factorization: Factorization) -> list[tuple[str, int, int]]:
     return spans
 
 
-def _ends(factorization: Factorization) -> set[int]:
+def _cuts(factorization: Factorization) -> set[int]:
     return {end for _, _, end in _spans(factorization)}
 
 

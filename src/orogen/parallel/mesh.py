@@ -59,7 +59,7 @@ def _fold(config: PlanConfig, model: ModelConfig) -> Folding:
     sizes = ("stage", "data", "context", "tensor", "expert", "expert_tensor", "fsdp_size")
     return fold(
         **{axis: getattr(config, axis) for axis in sizes},
-        cuts={name: ("tensor", pieces) for name, pieces in split if pieces is not None and pieces < config.tensor},
+        outer={name: ("tensor", pieces) for name, pieces in split if pieces is not None and pieces < config.tensor},
     )
 
 

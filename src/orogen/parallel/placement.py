@@ -72,7 +72,7 @@ def fetched(tree: Any, plan: Plan) -> Any:
 
 
 def working(tree: Any, plan: Plan) -> Any:
-    """`tree` with its arrays constrained to their layout inside the step (ZeRO-1 gathers its masters here)."""
+    """`tree` with its arrays constrained to their shardings inside the step (ZeRO-1 gathers its masters here)."""
     placed = map_variables(lambda v: NamedSharding(plan.mesh, spec_of(plan.rules, full_axes(v))), tree)
     return lax.with_sharding_constraint(tree, placed)
 
