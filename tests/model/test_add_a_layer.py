@@ -93,15 +93,15 @@ def test_fields_and_intermediates_are_of_known_letters():
 def test_a_new_letter_trains_under_two_plans(toy):
     model = hybrid(pattern="tMtMt", mtp_depths=0)
     losses = []
-    for plan in ({}, {"tensor": 2, "data": 2, "fsdp": "parameters", "remat": "t:toy"}):
-        config = run_config(model, plan=plan, batch_size=4, sequence_length=16)
-        layout, built = make_plan(config.plan, model), build(model)
+    for sizes in ({}, {"tensor": 2, "data": 2, "fsdp": "parameters", "remat": "t:toy"}):
+        config = run_config(model, plan=sizes, batch_size=4, sequence_length=16)
+        plan, built = make_plan(config.plan, model), build(model)
         optimizer = make_optimizer(config.optimizer, config.train.steps, built.params)
         step, state = (
-            make_step(built, NEXT_TOKENS, config, layout, optimizer),
-            create_state(model, built, optimizer, layout, 0),
+            make_step(built, NEXT_TOKENS, config, plan, optimizer),
+            create_state(model, built, optimizer, plan, 0),
         )
-        batch, found = batch_to_devices(packed_batch(config, config.train), layout), []
+        batch, found = batch_to_devices(packed_batch(config, config.train), plan), []
         for _ in range(3):
             state, metrics = step(state, batch)
             found.append(float(metrics.loss))

@@ -23,7 +23,7 @@ from orogen.parallel.plan import Plan, make_plan
 
 TIME, DTYPE = 12, jnp.float32
 # A document from the first token to the last; three of them, of which two go over edges of pieces; padding between
-# documents and behind them, and a document of one token.
+# documents and after them, and a document of one token.
 SEGMENTS = np.array([[1] * 12, [1, 1, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3], [1, 1, 1, 1, 1, 0, 0, 2, 3, 3, 0, 0]], np.int32)
 ROTARY: dict[str, Any] = {"rope_theta": 100.0}
 LATENT = {

@@ -137,11 +137,11 @@ def test_an_id_that_comes_back_is_another_document(model):
     chex.assert_trees_all_equal(after[2:], before[2:])
 
 
-@pytest.mark.parametrize("layout", [{}, {"context": 4}, {"context": 2, "data": 2}])
+@pytest.mark.parametrize("sizes", [{}, {"context": 4}, {"context": 2, "data": 2}])
 @several_devices
-def test_a_batch_is_numbered_before_ranks_get_their_parts(layout):
+def test_a_batch_is_numbered_before_ranks_get_their_parts(sizes):
     """So that what follows on the devices, losses and gradients, is the same program of the same numbers."""
-    plan = one_device(MODELS["hybrid"], **layout)
+    plan = one_device(MODELS["hybrid"], **sizes)
     long = lambda batch: batch.map(lambda x: np.tile(x, 8)[:, :16])  # noqa: E731
     found, expected = (batch_to_devices(long(batch), plan) for batch in (RETURNING, PACKED))
     for a, b in zip(found, expected, strict=True):

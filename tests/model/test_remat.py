@@ -289,7 +289,7 @@ REMATS = (
 
 
 @pytest.mark.parametrize("pattern", ("*M", "mE", "w+-"))
-def test_gradients_are_the_same_whatever_is_made_again(pattern):
+def test_gradients_are_the_same_whatever_is_recomputed(pattern):
     model = dataclasses.replace(config(**(EXTRA if "w" in pattern else {})), pattern=pattern, mtp_depths=0)
     _, params, buffers = nnx.split(Stack(tuple(pattern), model, nnx.Rngs(0)), nnx.Param, ...)
     graph = nnx.split(Stack(tuple(pattern), model, nnx.Rngs(0)), nnx.Param, ...)[0]

@@ -17,7 +17,7 @@ from orogen.model.stages import Stages, add, take
 STAGED = "layers", "vocabulary"
 MODEL = hybrid(pattern="MEMEM*EE-M*-/*E", mtp_depths=2)
 # Uneven, with empty segments, one segment of everything, and a repetition that a border goes through.
-CUTS = [("MEM", "EM*EE", "-M", "*-"), ("", "MEMEM*EE-M*-", "", ""), ("MEMEM*", "EE-M*-")]
+SEGMENTS = [("MEM", "EM*EE", "-M", "*-"), ("", "MEMEM*EE-M*-", "", ""), ("MEMEM*", "EE-M*-")]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def state() -> tuple[nnx.State, nnx.State]:
 
 
 @pytest.mark.parametrize("stages", [1, 2, 4])
-@pytest.mark.parametrize("patterns", CUTS, ids=str)
+@pytest.mark.parametrize("patterns", SEGMENTS, ids=str)
 def test_what_is_split_joins_to_the_bit(state, patterns, stages):
     if len(patterns) % stages:
         stages = len(patterns)
@@ -36,8 +36,8 @@ def test_what_is_split_joins_to_the_bit(state, patterns, stages):
 
 
 def test_a_layer_lies_where_its_segment_is(state):
-    """Segment g is chunk g // p of stage g % p, the MTP block's layers behind those of the last."""
-    stages_of = Stages(CUTS[0], "*E", 2)
+    """Segment g is chunk g // p of stage g % p, the MTP block's layers after those of the last."""
+    stages_of = Stages(SEGMENTS[0], "*E", 2)
     split, keys = stages_of.split(state[0]), state[0]
     heads_pvrd = split["layers"]["*"]["mixer"]["query"][...]
     assert heads_pvrd.shape[:3] == (2, 2, 2)
@@ -49,7 +49,7 @@ def test_a_layer_lies_where_its_segment_is(state):
     assert split["layers"]["E"]["mixer"]["router"]["gate"].get_metadata()["staged"]
 
 
-@pytest.mark.parametrize("patterns", CUTS, ids=str)
+@pytest.mark.parametrize("patterns", SEGMENTS, ids=str)
 def test_every_layer_has_an_address_under_every_layout(state, patterns):
     """Parameters and buffers of each, against the place that the fold of the pattern gives it."""
     whole, stages = Whole(MODEL.layers.main, MODEL.layers.mtp), Stages(patterns, "*E", len(patterns) // 2)
@@ -78,7 +78,7 @@ def _leaves(params: nnx.State, name: str) -> list[np.ndarray]:
     return list(stack["*"]["mixer"][name][...])
 
 
-@pytest.mark.parametrize("patterns", CUTS, ids=str)
+@pytest.mark.parametrize("patterns", SEGMENTS, ids=str)
 def test_taking_every_segment_and_adding_it_up_gives_the_split_model(state, patterns):
     stages_of = Stages(patterns, "*E", len(patterns) // 2)
     split = stages_of.split(state[0])
@@ -128,8 +128,8 @@ def test_an_embedding_that_the_last_stage_needs_too_is_on_every_stage(changes):
 
 
 def _of_stage(tree: nnx.State, stage: int) -> nnx.State:
-    cut = lambda name, part: jax.tree.map(lambda a: a[stage : stage + 1], part) if name in STAGED else part  # noqa: E731
-    return nnx.State({name: cut(name, part) for name, part in tree.items()})
+    own = lambda name, part: jax.tree.map(lambda a: a[stage : stage + 1], part) if name in STAGED else part  # noqa: E731
+    return nnx.State({name: own(name, part) for name, part in tree.items()})
 
 
 def _put_back(tree: nnx.State, part: nnx.State, stage: int) -> nnx.State:
@@ -140,7 +140,7 @@ def _put_back(tree: nnx.State, part: nnx.State, stage: int) -> nnx.State:
 
 
 def test_a_taken_segment_is_a_model_of_its_layers(state):
-    stages_of = Stages(CUTS[0], "*E", 4)
+    stages_of = Stages(SEGMENTS[0], "*E", 4)
     taken = take(_of_stage(stages_of.split(state[0]), 1), stages_of.segments[1], jnp.int32(0))
     expected = build(hybrid(pattern="EM*EE", mtp_depths=0)).params
     found = {name: jax.tree.map(jnp.shape, part) for name, part in taken.items()}

@@ -279,7 +279,7 @@ def _pull_block(asked: tuple[_Queries, _Given], keys: _Keys, *, options: _Option
 
 
 def _by_blocks(run, queries: _Queries, blocked: bool) -> _Sums:
-    """`run`, on a block of queries at a time if asked for."""
+    """`run`, on one block of queries at a time if `blocked`."""
     length = queries.q_bqgrk.shape[1]
     if not blocked or length <= BLOCK:
         return run(queries)

@@ -16,7 +16,7 @@ from orogen.parallel.plan import Plan
 def token_nats(h_btd: Array, model: LanguageModel, targets_bt: Array, weights_bt: Array, plan: Plan) -> Array:
     """The sum () of weight times nats of the targets (b, t), of this device's rows and context rank.
 
-    h_btd: final-normed hidden states, in the layout of the residual stream. A weight may be negative, or 0 where there
+    h_btd: final-normed hidden states, laid out as the residual stream. A weight may be negative, or 0 where there
     is no target.
     """
     with jax.named_scope("cross_entropy"):

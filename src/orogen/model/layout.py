@@ -70,11 +70,11 @@ class Whole:
         return jnp.stack(rows) if rows else jnp.zeros((0, 0))
 
     def load_specs(self, plan: Plan) -> Any:
-        """The layout of these counters."""
+        """The PartitionSpec of these counters."""
         return plan.spec()
 
     def choice_specs(self, plan: Plan, depths: int) -> Any:
-        """The layout of routers' choices (m, …, b, t, …): of each stack in the order in which they run."""
+        """PartitionSpecs of routers' choices (m, …, b, t, …): of each stack in the order in which they run."""
         return tuple(_choice_specs(items, plan, 1) for items in (repeats(self.main), *[repeats(self.mtp)] * depths))
 
     def split_replay(self, replay: tuple[Any, ...]) -> Any:
@@ -95,7 +95,7 @@ def relaid(state: Any, before: Layout, after: Layout) -> Any:
 
 
 def _choice_specs(items: Items, plan: Plan, stacked: int) -> Any:
-    """The layout of a stack's choices, whose arrays have `stacked` axes before batch and time."""
+    """PartitionSpecs of a stack's choices, whose arrays have `stacked` axes before batch and time."""
     specs = []
     for item in items:
         if isinstance(item, Repeat):

@@ -1,4 +1,4 @@
-"""Multi-token prediction: one block, applied once a depth, that predicts the token after the next (and so on).
+"""Multi-token prediction: one block, applied once per depth, that predicts the token after the next (and so on).
 
 Letters: b batch, t time, d model. Sources: arXiv:2412.19437, section 2.2; Megatron's repeated MTP layer.
 """

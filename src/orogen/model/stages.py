@@ -153,11 +153,11 @@ class Stages:
         return jnp.concatenate(found) if found else jnp.zeros((0, 0))
 
     def load_specs(self, plan: Plan) -> Any:
-        """The layout of these counters."""
+        """The PartitionSpec of these counters."""
         return plan.spec("stage")
 
     def choice_specs(self, plan: Plan, depths: int) -> Any:
-        """The layout of routers' choices (p, v, r, m, b, t, …); () if no experts run."""
+        """PartitionSpecs of routers' choices (p, v, r, m, b, t, …); () if no experts run."""
         if MOE not in "".join(self.patterns) + self.mtp * (depths > 0):
             return ()
         token: Any = plan.spec("stage", None, None, None, *TOKENS)
