@@ -96,7 +96,7 @@ def test_weights_of_tokens_follow_them():
 
 
 class Letters:
-    """A decoder whose token i is the letter i, with 0 in front of a text and 1 behind it."""
+    """A decoder whose token i is the letter i, with 0 before a text and 1 after it."""
 
     bos_id = 0
 

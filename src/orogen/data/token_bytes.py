@@ -1,4 +1,4 @@
-"""The text bytes behind each token of a vocabulary: byte-level, or SentencePiece-like with byte fallback.
+"""The bytes of text that each token of a vocabulary stands for: byte-level, or SentencePiece-like with byte fallback.
 
 Legend: v vocabulary.
 """

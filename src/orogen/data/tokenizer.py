@@ -175,7 +175,7 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], *, after: Iterable[int] = ()) -> str:
         """The text that the tokens add to the text of the tokens `after`, which they follow.
 
-        Bytes that are not UTF-8, as where a cut parts a character, become U+FFFD, as transformers has them.
+        Bytes that are not UTF-8, as where a split parts a character, become U+FFFD, as transformers has them.
         """
         before, ids = list(after), [int(i) for i in ids]
         if not self.fallback_of_byte:
@@ -302,7 +302,7 @@ def check_rows(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def _exact(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """Without what a file may ask for that cuts or pads texts, or draws their tokens at random."""
+    """The backend without truncation, padding and random tokenisation, which a file may request."""
     backend.no_truncation()
     backend.no_padding()
     if isinstance(backend.model, models.BPE):

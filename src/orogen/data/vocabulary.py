@@ -53,7 +53,7 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(BYTE_OF_CHARACTER),
         show_progress=False,
     )
-    # Of a copy: the library locks a tokenizer while it trains, and the texts are cut meanwhile.
+    # Of a copy: the library locks a tokenizer while it trains, and the texts are split meanwhile.
     cutter = long_text.Cutter(tokenizers.Tokenizer.from_str(backend.to_str()), [], [])
     with panics_refused():
         backend.train_from_iterator((piece for text in texts for piece in cutter.pieces(text)), trainer)
