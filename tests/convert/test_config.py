@@ -48,7 +48,7 @@ def test_gin_text_loads_to_an_equal_config(case, tmp_path):
 
 
 def test_what_the_family_is_about():
-    """By hand, one line a family: the fields whose loss no shape would show."""
+    """By hand, one line per family: the fields whose loss no shape would show."""
     facts = {case: dataclasses.asdict(read_config(stored()[case]["config"])[1]) for case in CASES}
     expected = {
         "nemotron_h": {"norm": "rms", "router_score": "sigmoid", "routed_scaling_factor": 2.5, "time_step_min": None},

@@ -14,7 +14,7 @@ from orogen.convert.defaults import NULLS
 from orogen.convert.fields import Fields
 from orogen.convert.forms import FORMS
 
-# What no config.json states and no output depends on: how a model trains, and where its pipeline is cut.
+# What no config.json states and no output depends on: how a model trains, and the segments of its pipeline.
 FREE = (
     "router_aux_loss_coef", "router_balance", "router_z_loss_coef", "mtp_loss_scale", "mtp_depths", "chunk_size",
 )  # fmt: skip
@@ -23,8 +23,8 @@ WITH_MTP = ("nemotron_h", "deepseek_v3")
 
 
 def difference(first: ModelConfig, second: ModelConfig, *, free: Iterable[str] = ()) -> str | None:
-    """The first field in which two models differ, None where they are the same; pipeline cuts are none, and fields that
-    nothing reads."""
+    """The first field in which two models differ, None where they are the same; segments of a pipeline
+    and fields that nothing reads make no difference."""
     first, second = plain_model(first), plain_model(second)
     for field in dataclasses.fields(ModelConfig):
         a, b = getattr(first, field.name), getattr(second, field.name)

@@ -1,7 +1,7 @@
 """Where every tensor of a Hugging Face checkpoint lies in a LanguageModel: one table for both directions.
 
-Fused tensors are
-cut in blocks, experts and the layers of a Repeat are stacked along leading axes. Every rule is linear and invertible.
+Fused tensors are split into blocks, experts and the layers of a Repeat are stacked along leading axes. Every rule is
+linear and invertible.
 """
 
 from collections.abc import Callable, Mapping
@@ -48,7 +48,7 @@ class Piece(NamedTuple):
 
     @property
     def own_shape(self) -> Shape:
-        """The shape in the parameter, behind the leading axes."""
+        """The shape in the parameter, after the leading axes."""
         return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.transposed else self.shape
 
     def take(self, tensor: np.ndarray) -> np.ndarray:
