@@ -80,7 +80,7 @@ class Folder(Protocol):
 
 
 class RunFolder:
-    """The latest checkpoint of a run folder. Nothing but its config is read before it is asked for."""
+    """The latest checkpoint of a run folder. Only its config is read until more is needed."""
 
     masters = True
 
