@@ -29,7 +29,7 @@ from orogen.train.step import batch_to_devices, gradients
 from orogen.train.verify import verify
 
 ROWS, LENGTH = 4, 8
-# Two rows of LENGTH each, one behind the other. A document over both; one that ends with the first row; one that begins
+# Two rows of LENGTH each, one after the other. A document over both; one that ends with the first row; one that begins
 # with its last token; several.
 SEGMENTS = np.array(
     [[1] * 16, [1] * 8 + [2] * 8, [1] * 7 + [2] * 9, [1, 1, 2, 2, 2, 3, 3, 3, 3, 3, 4, 4, 4, 4, 4, 4]], np.int32
@@ -137,7 +137,7 @@ def test_states_are_carried_under_fp8_and_offloading(change, near):
     assert relative_error(alone[0], found[0]) > 1e-4, "what is carried is read"
 
 
-def test_nothing_is_carried_behind_a_step_that_was_skipped():
+def test_nothing_is_carried_past_a_step_that_was_skipped():
     model = config(pattern="Mm", mtp_depths=0)
     settings = TrainConfig(steps=1, batch_size=ROWS, sequence_length=LENGTH, seed=0, carry_states=True)
     left = jax.tree.map(lambda a: jnp.full(a.shape, 7, a.dtype), carry.abstract(settings, build(model)))
@@ -147,7 +147,7 @@ def test_nothing_is_carried_behind_a_step_that_was_skipped():
 
 
 def test_a_run_goes_on_with_its_states(tmp_path):
-    """Bit for bit, in bfloat16, and with the text of every row behind one another."""
+    """Bit for bit, in bfloat16, and with the text of every row in order."""
     (tmp_path / "text").mkdir()
     for number in range(5):
         (tmp_path / "text" / f"{number}.txt").write_text(f"{number} " * (30 + 40 * number))

@@ -82,7 +82,7 @@ def test_the_whole_split_is_scored_by_all_its_bytes_and_nothing_is_dropped(score
 
 
 def test_a_sample_is_of_spread_rows_and_scored_by_their_own_bytes(scored):
-    """Three rows asked for are four in batches of two, at each quarter of those that are not padding."""
+    """Three requested rows are four in batches of two, at each quarter of those that are not padding."""
     kept = int((scored.rows.segments_bt != 0).any(1).sum())
     rows = [i * kept // 4 for i in range(4)]
     assert kept > 8 and rows != [0, 1, 2, 3]

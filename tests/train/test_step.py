@@ -190,9 +190,9 @@ def test_the_state_keeps_its_layout_so_that_nothing_recompiles(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(jax, "jit", lambda step, **options: jit(chex.assert_max_traces(step, n=1), **options))
         run.step = make_step(run.built, NEXT_TOKENS, run.config, run.plan, run.optimizer)
-    layout = [leaf.sharding for leaf in jax.tree.leaves(run.state)]
+    shardings = [leaf.sharding for leaf in jax.tree.leaves(run.state)]
     state, _ = run.step(run.state, run.batch)
-    for leaf, sharding in zip(jax.tree.leaves(state), layout, strict=True):
+    for leaf, sharding in zip(jax.tree.leaves(state), shardings, strict=True):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
     other = packed_batch(run.config, dataclasses.replace(run.config.train, seed=run.config.train.seed + 1))
     state, _ = run.step(state, batch_to_devices(other, run.plan))
@@ -250,14 +250,14 @@ def test_routers_without_correction_bias_train_count_loads_and_are_restored(tmp_
 def reductions(fsdp: str, microbatches: int) -> tuple[list[int], list[int], int]:
     """Sizes of what each reduce-scatter gives and of what each all-reduce sums, as often as it runs, and bytes of
     temporary memory, of the compiled gradients of one MLP between an embedding and a head, over four data ranks."""
-    plan = {"data": 4, "tensor": 2, "fsdp": fsdp, "microbatches": microbatches}
-    config = run_config(hybrid(**MATRICES), plan=plan, batch_size=4 * microbatches)
-    layout, built = make_plan(config.plan, config.model), build(config.model)
-    function = gradients(built, NEXT_TOKENS, config.model, layout, "float32")
-    stored = placement.shardings((built.params, built.buffers), layout)
-    batch = batch_to_devices(packed_batch(config, config.train), layout)
+    sizes = {"data": 4, "tensor": 2, "fsdp": fsdp, "microbatches": microbatches}
+    config = run_config(hybrid(**MATRICES), plan=sizes, batch_size=4 * microbatches)
+    plan, built = make_plan(config.plan, config.model), build(config.model)
+    function = gradients(built, NEXT_TOKENS, config.model, plan, "float32")
+    stored = placement.shardings((built.params, built.buffers), plan)
+    batch = batch_to_devices(packed_batch(config, config.train), plan)
     compiled = (
-        jax.jit(lambda p, b, x: function(placement.working(p, layout), b, x), in_shardings=(*stored, None))
+        jax.jit(lambda p, b, x: function(placement.working(p, plan), b, x), in_shardings=(*stored, None))
         .lower(built.params, built.buffers, batch)
         .compile()
     )

@@ -78,7 +78,7 @@ def policy_batches(config, count):
 
 def test_a_policy_gradient_by_hand():
     """An MLP that adds nothing, between embeddings that the norm leaves as they are and a head of 0 and ln 2 / 2: the
-    likelihoods of 0, 1, 2 are (2, 1, 1) / 4 behind 0, (1, 2, 1) / 4 behind 1 and (2, 1, 2) / 5 behind 2."""
+    likelihoods of 0, 1, 2 are (2, 1, 1) / 4 after 0, (1, 2, 1) / 4 after 1 and (2, 1, 2) / 5 after 2."""
     model = ModelConfig(pattern="-", vocab_size=3, hidden_size=2, intermediate_size=3, layer_norm_epsilon=1e-12)
     plan, built = make_plan(PlanConfig(), model), build(model)
     half = np.log(2) / 2

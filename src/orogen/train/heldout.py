@@ -24,7 +24,7 @@ from orogen.train.task import Computation, Metric, Objective
 
 
 class Score(NamedTuple):
-    """Loss in nats per token, and in bits per byte of the text behind the tokens."""
+    """Loss in nats per token, and in bits per byte of the text that the tokens encode."""
 
     loss: float
     bits_per_byte: float
@@ -69,7 +69,7 @@ class Heldout:
         return dict(zip(self.whole, self.score(state, self.split, self.split.byte_count), strict=True))
 
     def score(self, state: TrainState, batches: Iterable[Batch], n_bytes: int) -> Score:
-        """Of the text behind the batches' targets, `n_bytes` long."""
+        """The scores of the batches, whose targets encode `n_bytes` bytes of text."""
         params = jax.jit(placement.working, static_argnums=1)(state.params, self.plan)
         nats = count = 0.0
         for batch in batches:

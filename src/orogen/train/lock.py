@@ -164,7 +164,7 @@ def _started(pid: Any) -> str | None:
     if type(pid) is not int or pid < 1:
         return None
     try:
-        # Field 22 of proc(5), counted from behind the name in parentheses, which may hold spaces; a zombie is gone.
+        # Field 22 of proc(5), counted after the name in parentheses, which may hold spaces; a zombie is gone.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if fields[0] in "ZX" else fields[19]
     except FileNotFoundError:

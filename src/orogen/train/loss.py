@@ -160,7 +160,7 @@ def run_backbone(
 ) -> Passed:
     """The backbone's layers, with their routers' losses."""
     docs = Documents(batch.segments_bt, batch.positions_bt)
-    given = both(replay and replay[0], _behind(carried, batch))
+    given = both(replay and replay[0], _resumed(carried, batch))
     x_btd, kept = model.backbone(x_btd, docs, plan, given)
     stats, left = without_caches(kept), carried and caches(kept)
     known = None if assigned is None else assigned[0]
@@ -168,7 +168,7 @@ def run_backbone(
     return Passed(x_btd, loss, jax.tree.map(jnp.zeros_like, counts.metrics), (stats,), left)
 
 
-def _behind(carried: Any, batch: Batch) -> Any:
+def _resumed(carried: Any, batch: Batch) -> Any:
     """`carried` as the layers are given it: with this batch's ids of the documents that its rows go on with."""
     first_b, continues_b = batch.segments_bt[:, 0], batch.positions_bt[:, 0] > 0
     return map_layers(lambda states: states and states.renamed(first_b, continues_b), carried)
@@ -252,7 +252,7 @@ def assignments(
     """The assignments of `batch` by expert, over all devices, as `loss_share` is given them; by a forward pass without
     heads. deeper: whether the MTP block runs."""
     docs = Documents(batch.segments_bt, batch.positions_bt)
-    h_btd, kept = model.hidden(batch.tokens_bt, docs, plan, both(replay and replay[0], _behind(carried, batch)))
+    h_btd, kept = model.hidden(batch.tokens_bt, docs, plan, both(replay and replay[0], _resumed(carried, batch)))
     below = model.deeper(h_btd, batch.tokens_bt, docs, plan, replay and replay[1:]) if deeper else []
     return [plan.total(counted(each)) for each in (without_caches(kept), *(stats for _, stats in below))]
 

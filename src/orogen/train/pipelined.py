@@ -119,7 +119,7 @@ class Pipeline:
         return run_head(model, passed, batch, self.counts, objective=self.objective, **rest, **common)
 
     def _kept(self, grads: Any) -> Any:
-        """The gradients of one microbatch in the layout in which they are kept until the others are added."""
+        """The gradients of one microbatch, sharded as they are kept until the others are added."""
         return placement.scatter_gradients(grads, self.plan) if self.plan.config.fsdp == "gradients" else grads
 
     def _items(self, segment: Segment) -> list[Any]:

@@ -66,7 +66,7 @@ def gradients(
 ) -> Callable[..., Any]:
     """A function (params, buffers, batch, replay, carried) -> loss, gradients, Counts, Sums of a global batch.
 
-    Gradients come in the layout in which parameters are stored.
+    Gradients are sharded as parameters are stored.
     The batch's rows are taken in `plan.config.microbatches` parts, whose gradients add up to those of the whole.
     record: Sums.choices holds every token's experts and drops. replaying: routers take the choices passed as `replay`,
     which is None otherwise. carried: what the batches carry, as `carry.abstract` gives it; of None, so is the argument.
@@ -188,16 +188,16 @@ def make_step(
     plan: Plan,
     optimizer: optax.GradientTransformationExtraArgs,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """The jitted training step. It donates the state and returns it in the same layout."""
+    """The jitted training step. It donates the state and returns it with the same shardings."""
     function = step_function(built, objective, config, plan, optimizer)
     carried = carry.abstract(config.train, built)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         return function(state, batch)[:2]
 
-    layout = state_shardings(abstract_state(built, optimizer, carried), plan)
+    shardings = state_shardings(abstract_state(built, optimizer, carried), plan)
     return jax.jit(
-        step, donate_argnums=0, out_shardings=(layout, plan.sharding()), compiler_options=plan.compiler_options
+        step, donate_argnums=0, out_shardings=(shardings, plan.sharding()), compiler_options=plan.compiler_options
     )
 
 

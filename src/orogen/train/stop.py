@@ -1,4 +1,4 @@
-"""What a run does when it is asked to stop: by SIGTERM, by Ctrl-C (SIGINT) or by a terminal that closes (SIGHUP)."""
+"""What a run does when it is told to stop: by SIGTERM, by Ctrl-C (SIGINT) or by a terminal that closes (SIGHUP)."""
 
 import os
 import signal

@@ -47,7 +47,7 @@ class Objective:
 
     counts: (batch, depths, plan) -> what each sum is divided by. They may ignore the signs of weights, or weights.
     sums: (model, hidden, batch, plan) -> the sums, of the same names and shapes. hidden: the final-normed hidden states
-    (b, t, d) in the layout of the residual stream, the backbone's and one for each of the `depths` predicted deeper.
+    (b, t, d) laid out as the residual stream, the backbone's and one for each of the `depths` predicted deeper.
     Both are sums over tokens that this device alone holds: its rows and its context rank's part of them, as the arrays
     of the batch and what `model.heads` gives have them. Hidden states of tokens that it alone holds are
     `plan.deal(h_btd)`, beside `plan.deal(plan.own(x_bt))` of an array of the batch; what `plan.enter` gathers is equal

@@ -37,8 +37,8 @@ class _Steps(NamedTuple):
 
 
 def verify_steps(config: RunConfig, objective: Objective, batches: Batches) -> Verdict:
-    """Several of the steps that `make_step` compiles: gradients, clipping, optimizer, routers' biases and counters, in
-    the plan's layout from step to step; one batch has a weight that is no number, so that its step is skipped.
+    """Several of the steps that `make_step` compiles: gradients, clipping, optimizer, routers' biases and counters,
+    with the plan's shardings from step to step; one batch has a weight that is no number, so that its step is skipped.
 
     The plan replays one device's choices. AdamW's epsilon is raised to the size of a typical clipped gradient;
     otherwise an element that is zero up to rounding would move by the whole learning rate, in either direction.
@@ -122,13 +122,13 @@ def _steps(side: Side, objective: Objective, start: Any, batches: list[Batch], r
     optimizer = make_optimizer(config.optimizer, config.train.steps, built.params)
     function = step_function(built, objective, config, plan, optimizer, record=True, replaying=replays is not None)
     carried = carry.abstract(config.train, built)
-    layout = state_shardings(abstract_state(built, optimizer, carried), plan)
+    shardings = state_shardings(abstract_state(built, optimizer, carried), plan)
     program = jax.jit(
-        function, donate_argnums=0, out_shardings=(layout, plan.sharding(), None),
+        function, donate_argnums=0, out_shardings=(shardings, plan.sharding(), None),
         compiler_options=plan.compiler_options,
     )  # fmt: skip
     laid = lambda params, buffers: fresh_state(built.laid(params), built.laid(buffers), optimizer, carried)  # noqa: E731
-    state = jax.jit(laid, out_shardings=layout)(*start)
+    state = jax.jit(laid, out_shardings=shardings)(*start)
     metrics, chosen = [], []
     with jax.default_matmul_precision("highest"):
         for number, batch in enumerate(batches):
