@@ -71,7 +71,7 @@ def test_params_prints_one_json_object(recipe, capsys):
     assert out.count("\n") == 1 and err == ""
 
 
-def test_params_for_a_person_has_a_line_a_count(recipe, capsys):
+def test_params_for_a_person_has_one_line_per_count(recipe, capsys):
     assert main(["params", "--gin_file", str(recipe)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [
@@ -104,7 +104,7 @@ def test_plan_tells_what_is_sent(recipe, capsys):
     assert up_down["axes"] == ["data"] and up_down["bytes"] == (2 * 12 * 14 + 12) * 4
     assert facts["flops_overhead"] == 0
     for rows in facts["compiled"].values():
-        assert rows and all(row["paper"] == row["compiled"] for row in rows)
+        assert rows and all(row["analytic"] == row["compiled"] for row in rows)
 
 
 def test_several_gin_files_are_read_in_order(recipe, tmp_path, capsys):

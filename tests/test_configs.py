@@ -34,7 +34,7 @@ def table(recipe: Path) -> dict[str, Any]:
 
 
 def json_lines(facts: dict[str, Any]) -> str:
-    """JSON with a line a mesh axis, logical axis and parameter, so that a difference shows what moved."""
+    """JSON with one line per mesh axis, logical axis and parameter, so that a difference shows what moved."""
 
     def block(value: Any) -> str:
         if not isinstance(value, dict):

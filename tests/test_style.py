@@ -1,6 +1,6 @@
 """Structure of the code: who may import whom, and what may appear only in one place.
 
-A check takes a file's path under src/orogen and its syntax tree, and yields one line a breach.
+A check takes a file's path under src/orogen and its syntax tree, and yields one line per breach.
 """
 
 import ast

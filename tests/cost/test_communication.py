@@ -1,4 +1,4 @@
-"""What a plan's collectives cost: the table by paper is what the step is written to send, and what XLA compiles.
+"""What a plan's collectives cost: the analytic table is what the step is written to send, and what XLA compiles.
 
 A collective that the table lacks fails, and so does one that only the table has.
 """
@@ -14,7 +14,7 @@ from tests.helpers import hybrid
 from orogen.config.plan import PlanConfig
 from orogen.config.run import TrainConfig
 from orogen.cost.communication import collective_lines, describe_collectives, unit_collectives
-from orogen.cost.communication import step_collectives as by_paper
+from orogen.cost.communication import step_collectives as analytic
 from orogen.cost.ledger import ENDS, PIPELINE, Collective, Workload, sent_bytes
 from orogen.data.packing import NEXT, NEXT_WEIGHT, Batch
 from orogen.model.lm import build
@@ -148,13 +148,13 @@ def test_windows_that_ranks_share_are_sent_once_a_step():
     with_states, without = sent(carry.abstract(train, built)), sent(None)
     more = {key: traffic.bytes - without.get(key, Traffic(0, 0)).bytes for key, traffic in with_states.items()}
     work = WORK._replace(carried=True)
-    records = [r for r in by_paper(model, config, work)["M"] if r.part == "windows"]
+    records = [r for r in analytic(model, config, work)["M"] if r.part == "windows"]
     assert {key: size for key, size in more.items() if size} == {
         key: traffic.bytes for key, traffic in table_of(records, config, model).items()
     }
     # 6 rows of a rank, 3 earlier tokens, 5 float32 numbers, B and C, 2 layers; an all-reduce of 2 ranks sends all once.
     assert sum(r.bytes for r in records) == 6 * 3 * 5 * 4 * 2 * 2
-    assert not [r for r in by_paper(model, config, WORK)["M"] if r.part == "windows"]
+    assert not [r for r in analytic(model, config, WORK)["M"] if r.part == "windows"]
 
 
 @pytest.mark.parametrize("name", RAGGED)
@@ -232,7 +232,7 @@ def test_a_step_sends_what_its_layers_do(model, dtype, sizes):
     batch = WORK.rows * config.data * config.microbatches
     found = step_collectives(model, plan, batch, WORK.tokens * config.context, dtype=dtype)
     work = WORK._replace(itemsize=2 if dtype == "bfloat16" else 4)
-    records = [record for records in by_paper(model, config, work).values() for record in inside(records)]
+    records = [record for records in analytic(model, config, work).values() for record in inside(records)]
     same(found, table_of(records, config, model))
 
 
@@ -252,17 +252,17 @@ def test_stages_pass_on_what_the_table_says(choices, changes, over):
     config = PlanConfig(stage=2, tensor=2, data=2, microbatches=4, **choices)
     model = dataclasses.replace(EVERY, pattern="ME*-", **changes)
     found = step_collectives(model, make_plan(config, model), config.data * 4 * WORK.rows, WORK.tokens)
-    paper = by_paper(model, config, WORK)
-    passed = table_of(paper[PIPELINE], config, model)
+    table = analytic(model, config, WORK)
+    passed = table_of(table[PIPELINE], config, model)
     (key,) = passed
     assert key == ("collective-permute", ("stage",))
     assert found[key] == passed[key]
-    summed = table_of([r for r in paper[ENDS] if r.part == "gradients"], config, model)
+    summed = table_of([r for r in table[ENDS] if r.part == "gradients"], config, model)
     assert {axes for _, axes in summed} == over
     # Layers sum over data too, as do statistics of every tick: what is the vocabulary's grows with it.
     wider = dataclasses.replace(model, vocab_size=2 * model.vocab_size)
     more = step_collectives(wider, make_plan(config, wider), config.data * 4 * WORK.rows, WORK.tokens)
-    grown = table_of([r for r in by_paper(wider, config, WORK)[ENDS] if r.part == "gradients"], config, wider)
+    grown = table_of([r for r in analytic(wider, config, WORK)[ENDS] if r.part == "gradients"], config, wider)
     for key, traffic in summed.items():
         if "stage" in key[1]:
             assert found[key].bytes == pytest.approx(traffic.bytes, rel=1e-12), key

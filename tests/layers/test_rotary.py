@@ -28,7 +28,7 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("interleave", [False, True])
 def test_quarter_turns_by_hand(interleave):
-    # Two pairs that turn by a right angle and by half a turn a token; the last number of the head stays.
+    # Two pairs that turn by a right angle and by half a turn per token; the last number of the head stays.
     rotary = Rotary((math.pi / 2, math.pi), 2.0, interleave)
     x_bthk = jnp.array([1.0, 3.0, 2.0, 4.0, 9.0] if interleave else [1.0, 2.0, 3.0, 4.0, 9.0]).reshape(1, 1, 1, 5)
     turned = rotary(jnp.tile(x_bthk, (1, 3, 1, 1)), jnp.arange(3)[None])

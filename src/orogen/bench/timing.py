@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-CALLS = 10  # per sample; only the last is waited for, so that the host's own time hides behind the device's
+CALLS = 10  # per sample; only the last is waited for, so that the host's own time overlaps with the device's
 # Sizes of the ceilings: rows of a square bfloat16 matrix, and elements to copy; off a GPU the large ones take minutes.
 ON_GPU, ELSEWHERE = {"matrix": 8192, "copied": 2**30}, {"matrix": 1024, "copied": 2**22}
 

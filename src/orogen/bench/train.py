@@ -75,7 +75,7 @@ class Workload:
     """What is timed: a file's stem in gin_configs/models, rows of a microbatch, tokens per row, gin bindings on top.
 
     rows: None takes as many as hold TOKENS, at least one. part: `forward_backward`, of one microbatch with working
-    copies as weights, or `whole_step`. Where XLA is asked for the same bits, attention works by blocks.
+    copies as weights, or `whole_step`. Where the same bits are requested of XLA, attention works by blocks.
     """
 
     model: str = "r1"

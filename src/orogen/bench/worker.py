@@ -85,7 +85,7 @@ def seconds_a_run(start: Callable[[], Any], wait: Callable[[Any], Any], runs: in
     """Seconds from the end of one run to the end of the next, of `runs` in a row.
 
     `start` begins a run and `wait` returns when its result is done. Each run is started while the previous one is at
-    work, as in a training loop, so that the host's preparation hides behind the device's work.
+    work, as in a training loop, so that the host's preparation overlaps with the device's work.
     """
     ends, running = [], start()
     for _ in range(runs + 1):

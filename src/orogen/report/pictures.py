@@ -213,7 +213,7 @@ def _expert_load(records: Records) -> Picture | None:
     layer = int(np.argmax([load.max() for load in loads]))
     idle = sum(int((load == 0).sum()) for load in loads)
     caption = (
-        "One panel an MoE layer, counted from the input side; one row an expert. The background's colour is an even "
+        "One panel per MoE layer, counted from the input side; one row per expert. The background's colour is an even "
         "share, orange more, blue less; a row that stays strongly coloured is an expert the router does not balance. "
         f"In the last tenth of the run the fullest expert got {loads[layer].max():.2f} times an even share (layer "
         f"{layer}, expert {int(loads[layer].argmax())}), and {idle} of {sum(map(len, loads))} experts got nothing."

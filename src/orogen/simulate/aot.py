@@ -61,17 +61,17 @@ def compare(model: ModelConfig, config: PlanConfig, work: Workload, letters: Ite
     model, work, facts = without_mtp(model), work._replace(itemsize=FLOAT32), {}
     plan = make_plan(config, model)
     for letter in (*letters, ENDS):
-        paper = table_of(unit_collectives(letter, model, config, work), config, model)
+        analytic = table_of(unit_collectives(letter, model, config, work), config, model)
         program = compiled(unit_of(letter, model, plan, work), plan)
         none = Traffic(0, 0)
         facts[letter] = [
             {
                 "operation": operation,
                 "mesh_axes": list(axes),
-                "paper": paper.get((operation, axes), none)._asdict(),
+                "analytic": analytic.get((operation, axes), none)._asdict(),
                 "compiled": program.get((operation, axes), none)._asdict(),
             }
-            for operation, axes in sorted(paper.keys() | program.keys())
+            for operation, axes in sorted(analytic.keys() | program.keys())
         ]
     return facts
 
@@ -81,8 +81,10 @@ def compared_lines(facts: dict[str, Any]) -> list[str]:
     lines = ["compiled in float32: collectives and bytes per layer, analytic and compiled"]
     for unit, rows in facts.items():
         for row in rows:
-            paper, program = (row[name] for name in ("paper", "compiled"))
-            sizes = f"{paper['count']:>4} {paper['bytes']:>14,.0f}  {program['count']:>4} {program['bytes']:>14,.0f}"
+            analytic, program = (row[name] for name in ("analytic", "compiled"))
+            sizes = (
+                f"{analytic['count']:>4} {analytic['bytes']:>14,.0f}  {program['count']:>4} {program['bytes']:>14,.0f}"
+            )
             lines.append(f"{unit:5} {row['operation']:18} {' x '.join(row['mesh_axes']):28} {sizes}")
     return lines
 

@@ -1,6 +1,6 @@
 """Parts of a training step as functions of abstract arguments, to be traced or compiled on their own.
 
-A *unit* is one layer of a letter of the pattern, or the ends of the model (embedding, final norm, head and loss):
+A *unit* is one layer of a letter of the pattern, or ENDS (embedding, final norm, head and loss):
 forward and backward pass, with its parameters' gradients summed.
 
 Letters: b batch, t time, d model.
@@ -122,7 +122,7 @@ def _without_layers(model: ModelConfig) -> LanguageModel:
 
 
 def _unit(device_step: Callable, plan: Plan, arguments: tuple[Any, ...], inputs: Any, outputs: Any) -> Unit:
-    """`device_step(params, ...) -> (_, _, grads, _)` with parameters and gradients in the layout between steps."""
+    """`device_step(params, ...) -> (_, _, grads, _)` with parameters and gradients sharded as between steps."""
     run = plan.run(device_step, inputs=inputs, outputs=outputs)
     params = arguments[0]
     stored = placement.shardings(params, plan)
@@ -150,7 +150,7 @@ def _reduced(grads: Any, plan: Plan) -> Any:
 
 def _stream(plan: Plan, work: Workload, model: ModelConfig, dtype: str) -> Any:
     """The residual stream of all devices, split as TOKENS are. Where each rank of `tensor` holds all of it, they hold
-    copies, which lie one behind the other in time: as one array they would have to be compared to become one again."""
+    copies, one after the other in time: as one array they would have to be compared to become one again."""
     rows, time = plan.stream_shape(work.rows, work.tokens)
     shape = plan.config.data * rows, plan.size(TOKENS[1]) * time, model.hidden_size
     return jax.ShapeDtypeStruct(shape, DTYPES[dtype])
