@@ -63,6 +63,48 @@ def implementations(names: Iterable[str]) -> list:
     return [pytest.param(name, marks=needs_gpu if on_gpu(name) else ()) for name in sorted(names)]
 
 
+# A model in gin files, and a run of it on bytes, with the folder of its corpus to fill in.
+MODEL = """
+ModelConfig.pattern = '*-'
+ModelConfig.vocab_size = 259
+ModelConfig.hidden_size = 12
+ModelConfig.num_attention_heads = 6
+ModelConfig.num_key_value_heads = 2
+ModelConfig.head_dim = 5
+ModelConfig.intermediate_size = 14
+"""
+RUN = (
+    MODEL
+    + """
+DataConfig.corpus = {corpus!r}
+DataConfig.tokenizer = 'byte'
+DataConfig.heldout_fraction = 0.3
+DataConfig.tuning_fraction = 0.0
+TrainConfig.steps = 2
+TrainConfig.batch_size = 4
+TrainConfig.sequence_length = 24
+TrainConfig.seed = 0
+OptimizerConfig.learning_rate = 1e-3
+"""
+)
+
+
+def write_recipe(folder: Path) -> Path:
+    """The gin file of such a run, with twenty short texts."""
+    corpus = folder / "corpus"
+    corpus.mkdir()
+    for number in range(20):
+        (corpus / f"{number}.txt").write_text(f"document {number}\n")
+    file = folder / "recipe.gin"
+    file.write_text(RUN.format(corpus=str(corpus)))
+    return file
+
+
+def bound(*bindings: str) -> list[str]:
+    """As arguments of a command."""
+    return [word for binding in bindings for word in ("--gin_bindings", binding)]
+
+
 several_devices = pytest.mark.skipif(jax.device_count() < 4, reason="needs several devices, as a CPU simulates them")
 
 
