@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from tests.convert.synthetic import read, same, shapes, write
-from tests.helpers import listing
-from tests.test_cli import bound
+from tests.helpers import bound, listing
 
 from orogen.checkpoint.open import open_model
 from orogen.checkpoint.transfer import export, from_hf
