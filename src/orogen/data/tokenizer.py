@@ -53,7 +53,8 @@ class Tokenizer:
 
     Text never becomes a special token, also where it spells one. `byte_length_v` (v,) int32 is the number of bytes of
     each token, 0 for specials; `is_token_v` (v,) bool is False for ids without a token. `end_ids` end a text. To read
-    alone: `bytes_of_token` of each id, and `fallback_of_byte`, ids of byte tokens in a vocabulary with byte fallback.
+    alone: `bytes_of_token` of each id, and `fallback_of_byte`, ids of byte tokens in a vocabulary with byte fallback;
+    `specials`, the special tokens by id, and `special_names`, those of three by role, as `bos_token`.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Tokenizer:
         check_ids(backend)  # first: writing the file goes through every id up to the largest
         self._backend = _as_text(_exact(backend))
         self._file = json.loads(backend.to_str())
-        self._special_names = {"pad_token": pad, "bos_token": bos, "eos_token": eos}
+        self.special_names = {"pad_token": pad, "bos_token": bos, "eos_token": eos}
         self.pad_id, self.bos_id, self.eos_id = (special_id(backend, name) for name in (pad, bos, eos))
         self.end_ids = frozenset((self.eos_id, *ends))
         self._around = ((self.bos_id,), ()) if around is None else around
@@ -81,9 +82,10 @@ class Tokenizer:
         self.byte_length_v = np.array([len(b) for b in self.bytes_of_token], np.int32)
         self.is_token_v = np.isin(np.arange(self.vocab_size), list(tokens))
         self._added = [str(t) for t in backend.get_added_tokens_decoder().values() if not t.special]
-        specials = [str(t) for t in backend.get_added_tokens_decoder().values() if t.special]
+        self.specials = {i: t for i, t in backend.get_added_tokens_decoder().items() if t.special}
+        names = map(str, self.specials.values())
         self._misread = re.compile(
-            "|".join([_MISREAD, *(f"{re.escape(s[0])}(?={re.escape(s[1:])})" for s in specials)])
+            "|".join([_MISREAD, *(f"{re.escape(s[0])}(?={re.escape(s[1:])})" for s in names)])
         )
         self._token_of_byte = self._byte_table()
         # What the pipeline puts before a text (SentencePiece's dummy prefix); no part of the text. To read alone.
@@ -101,6 +103,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids (n,) int32 of a text, without bos and eos: those of transformers, up to three differences.
+
 
         Specials in the text are text. What a vocabulary with byte fallback would read as something else, a "▁" (a
         space), "<0x41>" (an "A") or "<s>" (no text), is spelled in bytes. Texts of more than `long_text.USUAL`
@@ -151,7 +154,7 @@ class Tokenizer:
         other = copy.copy(self)
         other._around = ((self.bos_id,), ())
         if ids_around(self._backend) != other._around:
-            bos = self._special_names["bos_token"]
+            bos = self.special_names["bos_token"]
             other._file = {**self._file, "post_processor": with_bos(self._file["post_processor"], bos, self.bos_id)}
             other._backend = _as_text(tokenizers.Tokenizer.from_str(json.dumps(other._file)))
         return other
@@ -200,14 +203,14 @@ class Tokenizer:
         whole = self.fallback_of_byte or {b[0] for b in self.bytes_of_token if len(b) == 1}
         if missing := set(range(256)).difference(whole):
             raise ConfigError(f"the tokenizer has no token for byte {min(missing)}; expected all 256, to train with")
-        for probe in (*_PROBES, *(f"a{t}b {t} \t{t}\n {t}" for t in (*self._added, *self._special_names.values()))):
+        for probe in (*_PROBES, *(f"a{t}b {t} \t{t}\n {t}" for t in (*self._added, *self.special_names.values()))):
             self.encode_document(probe)
 
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer reads too."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        names: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self._special_names}
+        names: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special_names}
         front, back = self._around  # for readers that take this before the post-processor of tokenizer.json
         names |= {"add_bos_token": front == (self.bos_id,), "add_eos_token": back == (self.eos_id,)}
         names["clean_up_tokenization_spaces"] = False  # true would drop spaces before punctuation on decoding

@@ -9,7 +9,7 @@ import collections
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Protocol
 
 from orogen.config.checks import ConfigError
 from orogen.infer.request import CANCELLED, ERROR, Full, Output, Request
