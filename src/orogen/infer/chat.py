@@ -85,7 +85,12 @@ class Chat:
         # Ours and NVIDIA's template for training read the options as one variable, released ones as several.
         marked["chat_template_kwargs"] = {name: marked[name] for name in options}
         template = self.calls if tools else self._templates["default"]
-        text = self._renderer.render(template, {**self.tokenizer.special_names, **marked, "add_generation_prompt": generate}) + add
+        text = (
+            self._renderer.render(
+                template, {**self.tokenizer.special_names, **marked, "add_generation_prompt": generate}
+            )
+            + add
+        )
         parts: list[str | int] = [p if isinstance(p, int) else p.translate(back) for p in self._parts(text)]
         return Prompt(text.translate(back), list(self._ids(parts)), _thinks(text))
 
