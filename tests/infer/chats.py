@@ -29,7 +29,8 @@ def backend() -> tokenizers.Tokenizer:
 def tokenizer() -> Tokenizer:
     """The backend as a Tokenizer, which ends texts with `</s>` and `<|im_end|>`."""
     ends = [backend().token_to_id("<|im_end|>")]
-    return Tokenizer(backend(), pad="<unk>", bos="<s>", eos="</s>", ends=ends)
+    own = tokenizers.Tokenizer.from_str(backend().to_str())  # which it changes to keep specials out of texts
+    return Tokenizer(own, pad="<unk>", bos="<s>", eos="</s>", ends=ends)
 
 
 def ids_of(*parts: str) -> list[int]:

@@ -18,6 +18,7 @@ class Running:
     request: Request
     answer: list[int]
     done: int = 0
+    said: int = 0  # characters
 
 
 class FakeEngine:
@@ -96,9 +97,8 @@ class FakeEngine:
             del self.running[number]
             return Output(number, finish=ERROR, error="the logits of this request are not finite")
         ids = one.answer[one.done : one.done + self.pace][: request.max_tokens - one.done]
-        before = self._text(request, one.answer[: one.done])
         one.done += len(ids)
-        text = self._text(request, one.answer[: one.done])
+        text = self.decode(request, one.answer[: one.done])
         finish = None
         if ids and (ids[-1] == self.end or ids[-1] in request.stop_ids) and not request.ignore_eos:
             finish = STOP
@@ -109,9 +109,10 @@ class FakeEngine:
                 text, finish = text[: text.index(stop)], STOP
         if finish:
             del self.running[number]
+        else:  # half a character waits, and what may begin a stop string
+            text = text.rstrip("\ufffd")
+            text = text[: len(text) - max((len(stop) - 1 for stop in request.stop), default=0)]
+        new, one.said = text[one.said :], max(one.said, len(text))
         top = tuple((i, -float(i + 1)) for i in range(request.logprobs or 0))
         chosen = tuple(Chosen(i, None if request.logprobs is None else -0.5, top) for i in ids)
-        return Output(number, chosen, text.removeprefix(before), finish)
-
-    def _text(self, request: Request, ids: Sequence[int]) -> str:
-        return self.decode(request, ids)
+        return Output(number, chosen, new, finish)

@@ -114,7 +114,7 @@ def test_without_tools_a_call_is_text():
 
 def test_a_call_that_the_prompt_began():
     text = "<parameter=most>\n7\n</parameter>\n</function>\n</tool_call>"
-    assert split(text, [3], thinks=False, tools=TOOLS, called="<function=find>\n") == (
+    assert split(text, [3], thinks=False, tools=TOOLS, called="<tool_call>\n<function=find>\n") == (
         "",
         "",
         [Call("find", {"most": 7})],

@@ -19,7 +19,8 @@ class Answer:
     """Splits one answer. What may yet turn out to be a tag waits for what follows.
 
     thinks: whether the prompt ends within `<think>`; None: the answer may begin with it. tools: as
-    `tool_calls.schemas_of` gives them; None: calls are text. called: how a call begins that the prompt ends in.
+    `tool_calls.schemas_of` gives them; None: calls are text. called: the beginning of a call, with its tag,
+    in which the prompt ends.
 
     The line ends around `</think>` belong to neither side. A call comes when it is complete; one that is broken, or
     calls what there is not, is content as it stands.
@@ -37,7 +38,8 @@ class Answer:
         self._thinking = thinks
         self._fresh = thinks is True  # nothing of this side has been given out: its first line ends go
         if called is not None:
-            self._thinking, self._opened, self._text = False, "<tool_call>", called
+            self._thinking, self._opened = False, next(tag for tag in CLOSED_BY if called.startswith(tag))
+            self._text = called.removeprefix(self._opened)
 
     def push(self, text: str) -> list[Part]:
         """What a further piece of the text makes certain."""

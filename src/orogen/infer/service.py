@@ -43,9 +43,9 @@ class Stream:
     Whoever opened a stream closes it, also after its end; closing one that still runs cancels the request.
     """
 
-    def __init__(self, service: "Service") -> None:
+    def __init__(self, service: "Service", arrived: "asyncio.Queue[Output] | None" = None) -> None:
         self._service = service
-        self._arrived: asyncio.Queue[Output] = asyncio.Queue()
+        self._arrived: asyncio.Queue[Output] = asyncio.Queue() if arrived is None else arrived
         self._ended = False
         self.number: int | None = None
 
@@ -97,9 +97,10 @@ class Service:
         """How many requests are open."""
         return len(self._streams) + len(self._opening)
 
-    async def submit(self, request: Request) -> Stream:
+    async def submit(self, request: Request, arrived: "asyncio.Queue[Output] | None" = None) -> Stream:
         """The stream of a request that the engine has taken.
 
+        arrived: where its outputs go in place of a queue of its own, as for several requests whose outputs are merged.
         Raises ConfigError for one that can never run, Full if too many are open, ClosedError while the service drains
         and after its engine failed.
         """
@@ -107,7 +108,7 @@ class Service:
             raise ClosedError("the server is shutting down" if self.draining else "the engine failed")
         if self.open >= self._limit:
             raise Full(f"{self.open} requests are open; expected at most {self._limit}")
-        stream = Stream(self)
+        stream = Stream(self, arrived)
         taken: Future[int] = Future()
         self._opening.add(stream)
         self._idle.clear()

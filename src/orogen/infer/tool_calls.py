@@ -6,6 +6,7 @@ Nano 2 and Hermes write it.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -35,6 +36,27 @@ def schemas_of(tools: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     return found
 
 
+class Beginning(NamedTuple):
+    """How a call begins, so far as it is certain, and a regular expression that the rest matches, None for any rest."""
+
+    text: str
+    rest: str | None
+
+
+def beginning(names: Sequence[str], template: str) -> Beginning:
+    """The beginning of a call of one of the tools `names`, in the form that a chat template shows."""
+    if "<TOOLCALL>" in template:
+        begin, end = '<TOOLCALL>[{"name": "', '", "arguments": '
+    elif _FUNCTION in template:
+        begin, end = f"<tool_call>\n{_FUNCTION}", ">\n"
+    else:
+        begin, end = '<tool_call>\n{"name": "', '", "arguments": '
+    if len(names) == 1:
+        return Beginning(f"{begin}{names[0]}{end}", None)
+    # Any text may follow the name: the form of a call is the model's to keep.
+    return Beginning(begin, f"({'|'.join(map(re.escape, names))}){re.escape(end[0])}[\\s\\S]*")
+
+
 def read_calls(block: str, tools: Mapping[str, Mapping[str, Any]]) -> list[Call]:
     """The calls of a block, what stands between a pair of CLOSED_BY. tools: as `schemas_of` gives them.
 
@@ -61,7 +83,7 @@ def _json_calls(text: str) -> Iterator[Call]:
 
 
 def _function(text: str, tools: Mapping[str, Mapping[str, Any]]) -> Call:
-    """One call in `<function=…>`. A value ends at the first `</parameter>` after which a parameter or the end follows."""
+    """One call in `<function=…>`. A value ends at the first `</parameter>` that a parameter or the end follows."""
     name, closed, rest = text.removeprefix(_FUNCTION).partition(">")
     name = name.strip()
     if not text.startswith(_FUNCTION) or not closed or not rest.rstrip().endswith(_END):
