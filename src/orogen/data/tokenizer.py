@@ -84,9 +84,7 @@ class Tokenizer:
         self._added = [str(t) for t in backend.get_added_tokens_decoder().values() if not t.special]
         self.specials = {i: t for i, t in backend.get_added_tokens_decoder().items() if t.special}
         names = map(str, self.specials.values())
-        self._misread = re.compile(
-            "|".join([_MISREAD, *(f"{re.escape(s[0])}(?={re.escape(s[1:])})" for s in names)])
-        )
+        self._misread = re.compile("|".join([_MISREAD, *(f"{re.escape(s[0])}(?={re.escape(s[1:])})" for s in names)]))
         self._token_of_byte = self._byte_table()
         # What the pipeline puts before a text (SentencePiece's dummy prefix); no part of the text. To read alone.
         self.prefix = b" " if self.fallback_of_byte and self.decode_bytes(self._ids("a"))[:1] == b" " else b""

@@ -1,18 +1,31 @@
 """The application on an event loop of its own, called without a network."""
 
 import asyncio
+import atexit
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
 from tests.infer.chats import backend, tokenizer
 from tests.infer.fake_engine import FakeEngine
 
 from orogen.infer.chat import Chat, own_template
+from orogen.infer.render import Renderer
 from orogen.infer.request import Request
 from orogen.infer.serve.app import make_app
 from orogen.infer.serve.exchange import Settings
 from orogen.infer.service import Service
+
+
+class Kept(Renderer):
+    """One process for all tests: it takes longer to start than a test."""
+
+    def close(self) -> None:
+        return None
+
+
+RENDERER = Kept()
+atexit.register(lambda: Renderer.close(RENDERER))
 
 
 class Reply(NamedTuple):
@@ -117,7 +130,9 @@ def backend_ids(text: str) -> list[int]:
 
 def worded(**settings) -> FakeEngine:
     """An engine whose answers are text."""
-    return FakeEngine(**{"most": 4000, "end": tokenizer().eos_id, "decode": decode, "slots": 8, "queue": 100, **settings})
+    return FakeEngine(
+        **{"most": 4000, "end": tokenizer().eos_id, "decode": decode, "slots": 8, "queue": 100, **settings}
+    )
 
 
 def with_client(
@@ -127,7 +142,7 @@ def with_client(
 
     async def run() -> Any:
         service = Service(engine, limit=limit)
-        chat = Chat(tokenizer(), own_template(template)) if words and template else None
+        chat = Chat(tokenizer(), own_template(template), RENDERER) if words and template else None
         given = Settings(**{"name": "tiny", "most": engine.most, **settings})
         app = make_app(service, given, tokenizer=tokenizer() if words else None, chat=chat)
         async with lifespan(app):
@@ -149,7 +164,3 @@ class lifespan:  # noqa: N801
 
     async def __aexit__(self, *error):
         return await self._context.__aexit__(*error)
-
-
-async def listed(events: AsyncIterator[Any]) -> list[Any]:
-    return [event async for event in events]

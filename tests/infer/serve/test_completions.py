@@ -50,7 +50,11 @@ def test_echo_and_stop():
     assert (answer["choices"][0]["text"], answer["choices"][0]["finish_reason"]) == ("In the city ", "stop")
     assert engine.seen[0].stop == ("of", "x")
     ids = backend().encode("In ").ids
-    assert complete(worded(), prompt=ids, echo=True, max_tokens=1, _words=True).json["choices"][0]["text"].startswith("In ")
+    assert (
+        complete(worded(), prompt=ids, echo=True, max_tokens=1, _words=True)
+        .json["choices"][0]["text"]
+        .startswith("In ")
+    )
 
 
 def test_every_setting_reaches_the_engine():
@@ -82,7 +86,9 @@ def test_schemas_by_every_name(body):
 
 
 def test_logprobs():
-    choice = complete(worded(), prompt=backend().encode("the").ids, max_tokens=2, logprobs=2, _words=True).json["choices"][0]
+    choice = complete(worded(), prompt=backend().encode("the").ids, max_tokens=2, logprobs=2, _words=True).json[
+        "choices"
+    ][0]
     assert choice["logprobs"] == {
         "tokens": ["the", "the"], "token_logprobs": [-0.5, -0.5], "text_offset": [0, 3],
         "top_logprobs": [{"<unk>": -1.0, "<s>": -2.0}] * 2,
