@@ -47,7 +47,7 @@ class Chat:
     """A tokenizer with a chat template. May be used from several threads."""
 
     def __init__(self, tokenizer: Tokenizer, template: str | dict[str, str], renderer: Renderer | None = None) -> None:
-        """template: its text, or several by name, of which `tool_use` is for chats with tools and `default` for others."""
+        """template: its text, or several by name: `tool_use` for chats with tools, `default` for others."""
         self.tokenizer = tokenizer
         self._templates = {"default": template} if isinstance(template, str) else template
         if "default" not in self._templates:

@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from typing import Protocol
 
-from orogen.config.checks import ConfigError
 from orogen.infer.request import CANCELLED, ERROR, Full, Output, Request
 
 
@@ -102,7 +101,7 @@ class Service:
 
         arrived: where its outputs go in place of a queue of its own, as for several requests whose outputs are merged.
         Raises ConfigError for one that can never run, Full if too many are open, ClosedError while the service drains
-        and after its engine failed.
+        and after its engine failed, and what else the engine raises.
         """
         if self.draining or self.failure is not None:
             raise ClosedError("the server is shutting down" if self.draining else "the engine failed")
@@ -192,11 +191,8 @@ class Service:
             return taken.set_exception(ClosedError("the engine failed"))
         try:
             number = self._engine.submit(request)
-        except (ConfigError, Full) as error:
+        except Exception as error:  # a request that is not taken changes nothing for the others
             return taken.set_exception(error)
-        except Exception as error:
-            taken.set_exception(ClosedError(f"the engine failed: {error}"))
-            return self._break(error)
         # Comes before any output of it, for the loop calls in order.
         self._loop.call_soon_threadsafe(self._opened, number, stream, taken)
 

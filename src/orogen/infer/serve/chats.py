@@ -186,7 +186,7 @@ def _logprobs(tokens: Sequence[Chosen], tokenizer: Tokenizer | None) -> dict[str
 
 
 def _asked(body: dict[str, Any], chat: Chat) -> Asked:
-    """The prompt of a body. A call that must be made is begun in the prompt, and so is the end of thinking before it."""
+    """The prompt of a body. A call that must be made is begun in it, after the end of thinking."""
     choice, tools = _chosen_tools(body)
     begun = beginning([tool["function"]["name"] for tool in tools or []], chat.calls) if choice == "called" else None
     grammar, options = forms.grammar(body), _options(body)

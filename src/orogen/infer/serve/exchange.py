@@ -151,7 +151,10 @@ def _told(error: Any) -> BaseException:
                          headers={"retry-after": "1"})  # fmt: skip
     if isinstance(error, ClosedError):
         return HttpError(503, str(error), kind="server_error", headers={"retry-after": "5"})
-    return bad(error) if isinstance(error, ConfigError) else error
+    if isinstance(error, ConfigError):
+        return bad(error)
+    whole = not isinstance(error, Exception)  # such as a cancellation
+    return error if whole else HttpError(500, f"{type(error).__name__}: {error}", kind="server_error")
 
 
 def check_end(output: Output) -> None:
@@ -210,8 +213,8 @@ async def _ended(*tasks: "asyncio.Future[Any]") -> None:
 
 
 class Events(Response):
-    """Server-sent events. events: the objects to send, after which comes `[DONE]`; an HttpError among them is sent as an
-    object too. close: called at the end, whatever happened."""
+    """Server-sent events. events: the objects to send, before `[DONE]`; an HttpError that they raise is sent as an object
+    too. close: called at the end, whatever happened."""
 
     def __init__(
         self, events: AsyncIterator[dict[str, Any]], *, timeout: float, close: Callable[[], None],

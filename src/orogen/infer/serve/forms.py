@@ -75,9 +75,8 @@ CHAT = Record(
         "reasoning_budget_form": _TEXT,
     },
 )
-TOKENIZE = Record(
-    {}, {"model": _TEXT, "prompt": _TEXT, "add_special_tokens": _FLAG, "messages": (ListOf(_MESSAGE), None), **CONVERSATION}
-)  # fmt: skip
+_MESSAGES = {"messages": (ListOf(_MESSAGE), None), **CONVERSATION}
+TOKENIZE = Record({}, {"model": _TEXT, "prompt": _TEXT, "add_special_tokens": _FLAG, **_MESSAGES})
 DETOKENIZE = Record({"tokens": _IDS}, {"model": _TEXT})
 
 # Told about the client or its bill, or a default of other servers: nothing about the answer depends on them.
@@ -90,8 +89,8 @@ NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     "suffix": (None, ""), "use_beam_search": (None, False), "min_tokens": (None, 0), "prompt_logprobs": (None,),
     "bad_words": (None, []), "allowed_token_ids": (None,), "include_stop_str_in_output": (None, False),
     "truncate_prompt_tokens": (None,), "length_penalty": (None, 1, 1.0), "functions": (None,), "function_call": (None,),
-    "guided_choice": (None,), "guided_grammar": (None,), "prompt_embeds": (None,), "continue_final_message": (None, False),
-    "chat_template": (None,), "documents": (None,), "audio": (None,), "web_search_options": (None,),
+    "guided_choice": (None,), "guided_grammar": (None,), "prompt_embeds": (None,),
+    "continue_final_message": (None, False), "chat_template": (None,), "documents": (None,), "audio": (None,), "web_search_options": (None,),
     "logits_processors": (None, []),
 }  # fmt: skip
 

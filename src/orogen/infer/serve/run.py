@@ -4,6 +4,7 @@ import asyncio
 import logging
 import signal
 import socket
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -20,9 +21,11 @@ class _Server(uvicorn.Server):
     """Drains at the first SIGTERM or Ctrl-C: requests that run may end, new ones are refused with 503, and /health says
     so. Ends at the second."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, drain_seconds: float) -> None:
+    def __init__(
+        self, config: uvicorn.Config, service: Service, drain_seconds: float, ready: Callable[[str, int], None]
+    ) -> None:
         super().__init__(config)
-        self._service, self._drain_seconds = service, drain_seconds
+        self._service, self._drain_seconds, self._ready = service, drain_seconds, ready
         self.by: int | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -47,6 +50,7 @@ class _Server(uvicorn.Server):
         for bound in sockets or []:
             host, port = bound.getsockname()[:2]
             say(f"orogen: serving on http://{f'[{host}]' if ':' in host else host}:{port}")
+            self._ready(host, port)
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn's."""
@@ -67,14 +71,19 @@ def listen(host: str, port: int) -> socket.socket:
     return bound
 
 
-def run(app: Starlette, service: Service, bound: socket.socket, *, drain_seconds: float) -> int:
-    """Serves on a bound socket until SIGTERM or Ctrl-C. Returns the exit status: 0, or 130 after Ctrl-C."""
+def run(
+    app: Starlette, service: Service, bound: socket.socket, *, drain_seconds: float, ready: Callable[[str, int], None]
+) -> int:
+    """Serves on a bound socket until SIGTERM or Ctrl-C. Returns the exit status: 0, or 130 after Ctrl-C.
+
+    ready: called with the host and port once it listens.
+    """
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     # What is left when the drain is over has been cancelled, and ends within a moment.
     config = uvicorn.Config(
         app, log_config=None, access_log=False, timeout_graceful_shutdown=5, lifespan="on", timeout_keep_alive=30,
         server_header=False,
     )  # fmt: skip
-    server = _Server(config, service, drain_seconds)
+    server = _Server(config, service, drain_seconds, ready)
     server.run(sockets=[bound])
     return INTERRUPTED if server.by == signal.SIGINT else 0
