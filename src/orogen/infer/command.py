@@ -183,7 +183,7 @@ def serve(options: argparse.Namespace) -> int:
     from orogen.infer.engine import Engine
     from orogen.infer.serve.app import make_app
     from orogen.infer.serve.exchange import Settings
-    from orogen.infer.serve.run import listen, run
+    from orogen.infer.serve.run import listen, make_server, run
     from orogen.infer.service import Service
 
     key = os.environ.get(API_KEY) if options.api_key is None else options.api_key
@@ -207,7 +207,7 @@ def serve(options: argparse.Namespace) -> int:
                 print(json.dumps({"host": host, "port": port, "model": name}), flush=True)
 
         app = make_app(service, settings, tokenizer=words, chat=chat)
-        return run(app, service, bound, drain_seconds=options.drain_seconds, ready=ready)
+        return run(make_server(app, service, drain_seconds=options.drain_seconds, ready=ready), bound)
 
 
 def _goes_by_blocks(plan: PlanConfig | None) -> bool:

@@ -70,7 +70,9 @@ def malformed(draw: random.Random) -> tuple[str, bytes]:
 
 def _places(value: Any):
     """Every place in a body that holds a value."""
-    items = list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
+    items = (
+        list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
+    )
     for key, inner in items:
         yield value, key
         yield from _places(inner)

@@ -17,7 +17,7 @@ from orogen.infer.service import Service
 INTERRUPTED = 128 + signal.SIGINT  # as a shell has it for Ctrl-C
 
 
-class _Server(uvicorn.Server):
+class DrainingServer(uvicorn.Server):
     """Drains at the first SIGTERM or Ctrl-C: requests that run may end, new ones are refused with 503, and /health says
     so. Ends at the second."""
 
@@ -71,19 +71,20 @@ def listen(host: str, port: int) -> socket.socket:
     return bound
 
 
-def run(
-    app: Starlette, service: Service, bound: socket.socket, *, drain_seconds: float, ready: Callable[[str, int], None]
-) -> int:
-    """Serves on a bound socket until SIGTERM or Ctrl-C. Returns the exit status: 0, or 130 after Ctrl-C.
-
-    ready: called with the host and port once it listens.
-    """
+def make_server(
+    app: Starlette, service: Service, *, drain_seconds: float, ready: Callable[[str, int], None]
+) -> DrainingServer:
+    """The server of an application. ready: called with the host and port once it listens."""
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     # What is left when the drain is over has been cancelled, and ends within a moment.
     config = uvicorn.Config(
         app, log_config=None, access_log=False, timeout_graceful_shutdown=5, lifespan="on", timeout_keep_alive=30,
         server_header=False,
     )  # fmt: skip
-    server = _Server(config, service, drain_seconds, ready)
+    return DrainingServer(config, service, drain_seconds, ready)
+
+
+def run(server: DrainingServer, bound: socket.socket) -> int:
+    """Serves on a bound socket until SIGTERM or Ctrl-C. Returns the exit status: 0, or 130 after Ctrl-C."""
     server.run(sockets=[bound])
     return INTERRUPTED if server.by == signal.SIGINT else 0
