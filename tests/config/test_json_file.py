@@ -97,8 +97,13 @@ def test_types_are_checked(value, message):
 
 def test_null_beside_a_list_or_an_object_leaves_the_place_in_the_message():
     form = Record({}, {"a": (ListOf(Record({"b": int})), None), "c": (str, ListOf(int))})
-    for value, message in (({"a": [{}]}, "a[0].b is missing"), ({"a": [{"b": "x"}]}, "a[0].b is 'x'; expected a whole"),
-                           ({"a": {}}, "a is {}; expected a list"), ({"c": ["x"]}, "c is ['x']; expected a text or a list")):  # fmt: skip
+    messages = {
+        "a[0].b is missing": {"a": [{}]},
+        "a[0].b is 'x'; expected a whole": {"a": [{"b": "x"}]},
+        "a is {}; expected a list": {"a": {}},
+        "c is ['x']; expected a text or a list": {"c": ["x"]},
+    }
+    for message, value in messages.items():
         with pytest.raises(ConfigError, match=re.escape(message)):
             check_form(value, form, where="here")
     check_form({"a": None}, form, where="here")

@@ -126,7 +126,8 @@ def test_the_ids_that_answers_show(nano):
     [
         ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "more than 1.5 s"),
         ("{% for a in range(99999) %}{{ 'x' * 1000 }}{% endfor %}", "more than 16777216 characters"),
-        ("{% set a = namespace(x='x') %}{% for b in range(99) %}{% set a.x = a.x ~ a.x %}{% endfor %}", "MemoryError|memory|1.5 s"),
+        ("{% set a = namespace(x='x') %}{% for b in range(99) %}{% set a.x = a.x ~ a.x %}{% endfor %}",
+         "MemoryError|memory|1.5 s"),
         ("{{ 'x' * 10**10 }}", "memory|MemoryError"),
         ("{{ raise_exception('roles must\n alternate') }}", "refuses: roles must alternate"),
         ("{{ ''.__class__.__mro__ }}", "refuses: .*unsafe"),
@@ -184,7 +185,8 @@ TEMPLATE = """{{ bos_token }}{% for m in messages %}
     {% if loop.index == 9 %}{% break %}{% endif %}
 <|im_start|>{{ m['role'] }}
 {{ m.content | trim }}{{ m.tool_calls | tojson(indent=1) if m.tool_calls else '' }}<|im_end|>
-{%- endfor %}{% generation %}{% set x = 3 %}<think>{% endgeneration %}{{ tools | tojson if tools }}{{ strftime_now('%%') }}
+{%- endfor %}
+{% generation %}{% set x = 3 %}<think>{% endgeneration %}{{ tools | tojson if tools }}{{ strftime_now('%%') }}
 """
 
 

@@ -193,7 +193,10 @@ def test_thinking_of_past_calls(name, content, past):
 def test_nano_2():
     assert say(NANO_2, [user(" hi ")]) == "<SPECIAL_10>System\n\n<SPECIAL_11>User\nhi\n<SPECIAL_11>Assistant\n<think>\n"
     chat = [system("Be kind. /no_think"), user("a"), assistant("<think>R</think> A "), user("b")]
-    expected = "<SPECIAL_10>System\nBe kind.\n<SPECIAL_11>User\na\n<SPECIAL_11>Assistant\nA\n<SPECIAL_12>\n<SPECIAL_11>User\nb\n"
+    expected = (
+        "<SPECIAL_10>System\nBe kind.\n<SPECIAL_11>User\na\n<SPECIAL_11>Assistant\nA\n<SPECIAL_12>\n"
+        "<SPECIAL_11>User\nb\n"
+    )
     assert say(NANO_2, chat) == f"{expected}<SPECIAL_11>Assistant\n<think></think>"
     assert say(NANO_2, chat, enable_thinking=True) == f"{expected}<SPECIAL_11>Assistant\n<think>\n"
     assert say(NANO_2, [*chat[:-1], user("b /think")]) == f"{expected}<SPECIAL_11>Assistant\n<think>\n"
@@ -223,8 +226,8 @@ def test_nano_2_with_tools():
         '{{"name": "tool_name2", "arguments": "tool_args2"}}]</TOOLCALL>\n\n'
         "The user will execute tool-calls and return responses from tool(s) in this format:\n"
         '<TOOL_RESPONSE>[{{"tool_response1"}}, {{"tool_response2"}}]</TOOL_RESPONSE>\n\n'
-        "Based on the tool responses, you can call additional tools if needed, correct tool calls if any errors are found, "
-        "or just respond to the user.\n<SPECIAL_11>User\na\n<SPECIAL_11>Assistant\nLook.\n\n"
+        "Based on the tool responses, you can call additional tools if needed, correct tool calls if any errors are "
+        "found, or just respond to the user.\n<SPECIAL_11>User\na\n<SPECIAL_11>Assistant\nLook.\n\n"
         '<TOOLCALL>[{"name": "weather", "arguments": {"city": "é"}}, {"name": "stop", "arguments": {}}]</TOOLCALL>\n'
         "<SPECIAL_12>\n<SPECIAL_11>User\n<TOOL_RESPONSE>[x, y]</TOOL_RESPONSE>\n"
         '<SPECIAL_11>Assistant\n<TOOLCALL>[{"name": "stop", "arguments": {}}]</TOOLCALL>\n<SPECIAL_12>\n'

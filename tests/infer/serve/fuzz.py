@@ -27,20 +27,27 @@ ALLOWED = {200, 400, 404, 413}
 SAYS = {"role": "user", "content": "hi"}
 CALL = {"id": "a", "type": "function", "function": {"name": "weather", "arguments": '{"city": "é"}'}}
 FULL = {
-    "/v1/completions": {"prompt": [5, 6, 7], "max_tokens": 2, "n": 1, "logprobs": 2, "stop": ["x"], "stop_token_ids": [9],
+    "/v1/completions": {"prompt": [5, 6, 7], "max_tokens": 2, "n": 1, "logprobs": 2, "stop": ["x"],
+     "stop_token_ids": [9],
                         "logit_bias": {"3": 1}, "seed": 3, "temperature": 0.5, "top_p": 0.9, "echo": False,
                         "stream_options": {"include_usage": True}, "response_format": {"type": "text"}},
-    "/v1/chat/completions": {"messages": [{"role": "system", "content": "a"}, SAYS, {"role": "assistant", "content": None,
-                             "tool_calls": [CALL]}, {"role": "tool", "content": "b"}, {**SAYS, "content": [{"type": "text",
-                             "text": "é"}]}], "tools": [WEATHER], "tool_choice": "auto", "max_tokens": 2, "logprobs": True,
-                             "top_logprobs": 1, "chat_template_kwargs": {"enable_thinking": True}, "reasoning_budget": 3,
+    "/v1/chat/completions": {"messages": [{"role": "system", "content": "a"}, SAYS, {"role": "assistant",
+     "content": None,
+                             "tool_calls": [CALL]}, {"role": "tool", "content": "b"}, {**SAYS,
+                              "content": [{"type": "text",
+                             "text": "é"}]}], "tools": [WEATHER], "tool_choice": "auto", "max_tokens": 2,
+                              "logprobs": True,
+                             "top_logprobs": 1, "chat_template_kwargs": {"enable_thinking": True},
+                              "reasoning_budget": 3,
                              "response_format": {"type": "text"}},
     "/tokenize": {"messages": [SAYS], "tools": [WEATHER], "chat_template_kwargs": {}},
     "/detokenize": {"tokens": [1, 2, 3]},
 }  # fmt: skip
 ODD: list[Any] = [
-    None, True, False, 0, 1, -1, 2, 1.5, 1e300, -0.0, float("nan"), float("inf"), 2**31, 2**63, -(2**63), 2**64, 10**40, "",
-    "x", "\u0000", "\ud800", "<|im_end|>", "﷐", "0", "json_schema", "required", [], [0], [None], [[]], [[1], 2], {}, {"a": 1},
+    None, True, False, 0, 1, -1, 2, 1.5, 1e300, -0.0, float("nan"), float("inf"), 2**31, 2**63, -(2**63), 2**64,
+     10**40, "",
+    "x", "\u0000", "\ud800", "<|im_end|>", "﷐", "0", "json_schema", "required", [], [0], [None], [[]], [[1], 2], {},
+     {"a": 1},
     {"type": "function", "function": {"name": "x"}}, {"type": "json_schema"}, {"role": "user"}, "x" * 10**4, [1] * 300,
     {str(i): i for i in range(400)}, {"a": {"b": [{"c": None}]}}, [SAYS] * 3, [{**SAYS, "role": "\n"}], ["a"] * 200,
 ]  # fmt: skip

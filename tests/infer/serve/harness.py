@@ -136,7 +136,8 @@ def worded(**settings) -> FakeEngine:
 
 
 def with_client(
-    engine: FakeEngine, use: Callable[[Client], Awaitable[Any]], *, words=False, template="nemotron_3_nano", limit=100, **settings
+    engine: FakeEngine, use: Callable[[Client], Awaitable[Any]], *, words=False, template="nemotron_3_nano",
+     limit=100, **settings
 ) -> Any:  # fmt: skip
     """What `use(client)` returns. words: with a tokenizer and a chat template."""
 
@@ -153,7 +154,7 @@ def with_client(
     return asyncio.run(run())
 
 
-class lifespan:  # noqa: N801
+class lifespan:
     """Starts and stops an application."""
 
     def __init__(self, app) -> None:

@@ -42,10 +42,10 @@ def serving(engine, *, words: bool = False, limit: int = 1000, **settings) -> It
             assert not thread.is_alive()
 
 
-def post(port: int, path: str, body: dict, timeout: float = 60) -> http.client.HTTPResponse:
+def post(port: int, path: str, body: dict, *, headers: dict | None = None) -> http.client.HTTPResponse:
     """The response to a body, its own yet to be read."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
-    connection.request("POST", path, json.dumps(body))
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    connection.request("POST", path, json.dumps(body), headers or {})
     return connection.getresponse()
 
 

@@ -91,7 +91,7 @@ def test_logprobs():
     ][0]
     assert choice["logprobs"] == {
         "tokens": ["the", "the"], "token_logprobs": [-0.5, -0.5], "text_offset": [0, 3],
-        "top_logprobs": [{"<unk>": -1.0, "<s>": -2.0}] * 2,
+        "top_logprobs": [{"<unk>": -1.0, "<s>": -2.0, "the": -0.5}] * 2,
     }  # fmt: skip
     assert complete(prompt=[5], logprobs=0, max_tokens=1).json["choices"][0]["logprobs"]["tokens"] == ["token_id:5"]
 
@@ -140,7 +140,8 @@ def test_a_stream_that_echoes_begins_with_the_prompt():
         ({"prompt": [5], "temperature": "hot"}, "temperature is 'hot'; expected a finite number", "temperature"),
         ({"prompt": [5], "top_p": 0}, "top_p is 0.0; expected above 0 up to 1", "top_p"),
         ({"prompt": [5], "top_k": 1.5}, "top_k is 1.5", "top_k"),
-        ({"prompt": [5], "logit_bias": {"a": 1}}, "logit_bias is given for 'a'; expected the ids of tokens", "logit_bias"),
+        ({"prompt": [5], "logit_bias": {"a": 1}}, "logit_bias is given for 'a'; expected the ids of tokens",
+         "logit_bias"),
         ({"prompt": [5], "logit_bias": {"1": 101}}, "expected at most 300 numbers from -100 to 100", "logit_bias"),
         ({"prompt": [5], "stop": [3]}, "stop is [3]", "stop"),
         ({"prompt": [5], "stop": "x"}, "stop is 'x'; expected token ids", "stop"),
@@ -152,7 +153,8 @@ def test_a_stream_that_echoes_begins_with_the_prompt():
         ({"prompt": [5], "suffix": "x"}, "suffix is 'x'; this server does not offer it", "suffix"),
         ({"prompt": [5], "min_tokens": 3}, "min_tokens is 3; this server does not offer it", "min_tokens"),
         ({"prompt": [5], "guided_regex": "a", "guided_json": {}}, "guided_json and guided_regex; expected one", None),
-        ({"prompt": [5], "structured_outputs": {"choice": ["a"]}}, "structured_outputs is of choice; expected json or", None),
+        ({"prompt": [5], "structured_outputs": {"choice": ["a"]}},
+         "structured_outputs is of choice; expected json or", None),
         ({"prompt": [5], "response_format": {"type": "xml"}}, "response_format.type is 'xml'", "response_format.type"),
         ({"prompt": [5], "response_format": {"type": "json_schema"}}, "json_schema is missing", None),
         ({"prompt": [5], "stream_options": []}, "stream_options is []", "stream_options"),

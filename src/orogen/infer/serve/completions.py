@@ -149,6 +149,7 @@ def _logprobs(tokens: Sequence[Chosen], tokenizer: Tokenizer | None, offset: int
     """In the form of OpenAI's completions."""
     texts = [token_text(tokenizer, chosen.id)[0] for chosen in tokens]
     places = [offset + sum(map(len, texts[:i])) for i in range(len(texts))]
-    tops = [{token_text(tokenizer, i)[0]: logprob for i, logprob in chosen.top} for chosen in tokens]
+    # The chosen one is always among them.
+    tops = [{token_text(tokenizer, i)[0]: p for i, p in (*c.top, (c.id, c.logprob))} for c in tokens]
     logprobs = [chosen.logprob for chosen in tokens]
     return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": places}

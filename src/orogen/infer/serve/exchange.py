@@ -213,7 +213,7 @@ async def _ended(*tasks: "asyncio.Future[Any]") -> None:
 
 
 class Events(Response):
-    """Server-sent events. events: the objects to send, before `[DONE]`; an HttpError that they raise is sent as an object
+    """Server-sent events. events: the objects to send, before `[DONE]`; an HttpError that they raise is sent as one
     too. close: called at the end, whatever happened."""
 
     def __init__(

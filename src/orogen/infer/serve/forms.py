@@ -90,7 +90,8 @@ NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     "bad_words": (None, []), "allowed_token_ids": (None,), "include_stop_str_in_output": (None, False),
     "truncate_prompt_tokens": (None,), "length_penalty": (None, 1, 1.0), "functions": (None,), "function_call": (None,),
     "guided_choice": (None,), "guided_grammar": (None,), "prompt_embeds": (None,),
-    "continue_final_message": (None, False), "chat_template": (None,), "documents": (None,), "audio": (None,), "web_search_options": (None,),
+    "continue_final_message": (None, False), "chat_template": (None,), "documents": (None,), "audio": (None,),
+     "web_search_options": (None,),
     "logits_processors": (None, []),
 }  # fmt: skip
 

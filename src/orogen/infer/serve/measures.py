@@ -20,7 +20,8 @@ class Measures:
             "time_to_first_token_seconds", "From a request's arrival to its first token.", buckets=_FIRST, **kept
         )
         self.between = Histogram(
-            "inter_token_seconds", "Between tokens of a request; those of a step share its time.", buckets=_BETWEEN, **kept
+            "inter_token_seconds", "Between tokens of a request; those of a step share its time.", buckets=_BETWEEN,
+             **kept
         )  # fmt: skip
         self.finished = Counter("requests_finished", "Requests by why they ended.", ["reason"], **kept)
         self.responses = Counter("http_responses", "Responses by route and status.", ["route", "status"], **kept)
