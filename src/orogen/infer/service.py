@@ -17,7 +17,10 @@ from orogen.infer.request import CANCELLED, ERROR, Full, Output, Request
 class Stepped(Protocol):
     """What the service needs of an engine; `infer/engine.py` has it."""
 
-    busy: bool
+    @property
+    def busy(self) -> bool:
+        """Whether a step has anything to do."""
+        ...
 
     def submit(self, request: Request) -> int:
         """The request's number. Raises ConfigError for one that can never run, Full for one that must wait."""

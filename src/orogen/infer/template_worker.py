@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 import jinja2
 import jinja2.ext
+import jinja2.nodes
 import jinja2.sandbox
 
 MOST_MEMORY = 2**30  # bytes of address space, of which Python with jinja2 takes about 50 MB

@@ -116,9 +116,9 @@ class _Form:
 
 def _prompts(body: dict[str, Any], parts: Parts) -> list[tuple[tuple[int, ...], str]]:
     """The ids of each prompt, and its text where that is known."""
-    prompt = body["prompt"]
+    prompt: Any = body["prompt"]
     several = isinstance(prompt, list) and (not prompt or isinstance(prompt[0], str | list))
-    listed = prompt if several else [prompt]
+    listed: list[Any] = prompt if several else [prompt]
     if not listed:
         raise bad("prompt is []; expected at least one")
     if isinstance(listed[0], str):
