@@ -57,8 +57,10 @@ class Client:
     def __init__(self, app) -> None:
         self.app = app
 
-    async def send(self, method: str, path: str, body: bytes = b"", headers: dict | None = None, gone=None) -> Reply:
-        """The response. gone: an event that tells when the client vanishes."""
+    async def send(
+        self, method: str, path: str, body: bytes = b"", headers: dict | None = None, gone=None, stalled=None
+    ) -> Reply:
+        """The response. gone: an event that tells when the client vanishes. stalled: awaited with what is sent."""
         parts, begun, sent = [], {}, False
         gone = gone or asyncio.Event()
 
@@ -75,7 +77,7 @@ class Client:
                 begun.update(message)
             else:
                 parts.append(message.get("body", b""))
-            await asyncio.sleep(0)
+            await (stalled(message) if stalled else asyncio.sleep(0))
 
         listed = [(k.lower().encode(), v.encode()) for k, v in (headers or {}).items()]
         scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "path": path,

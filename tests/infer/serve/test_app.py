@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 
 import pytest
 from tests.infer.chats import backend, tokenizer
@@ -132,6 +133,41 @@ def test_a_client_that_vanishes_takes_its_requests_along(stream):
     assert not engine.busy and len(engine.cancelled) == 2
     assert 'orogen_requests_finished_total{reason="cancelled"} 2.0' in text
     assert "orogen_requests_waiting 0.0" in text and "orogen_requests_running 0.0" in text
+
+
+def test_a_client_that_reads_nothing_holds_no_slot(monkeypatch):
+    """Its connection takes no more, so that sending never ends: the stream's time ends it."""
+    monkeypatch.setattr("orogen.infer.serve.exchange.LAST_SECONDS", 0.1)
+    engine = FakeEngine(wait=0.01)
+
+    async def use(client):
+        async def stalled(message):
+            if message["type"] == "http.response.body":
+                await asyncio.Event().wait()
+
+        await client.post("/v1/completions", {"prompt": [5], "max_tokens": 60, "stream": True}, stalled=stalled)
+        await asyncio.sleep(0.05)
+
+    with_client(engine, use, timeout=0.2)
+    assert not engine.busy and len(engine.cancelled) == 1
+
+
+def test_a_slow_template_holds_up_no_other_route():
+    async def use(client):
+        chat = client.app.state.parts.chat
+        chat.prompt = lambda *a, **k: time.sleep(0.6) or 1 / 0
+        chats = [asyncio.create_task(client.chat()) for _ in range(40)]
+        await asyncio.sleep(0.05)
+        begin = time.perf_counter()
+        reply = await client.complete(prompt=[5])
+        took = time.perf_counter() - begin
+        for task in chats:
+            task.cancel()
+        await asyncio.wait(chats)
+        return reply, took
+
+    reply, took = with_client(worded(), use, words=True)
+    assert reply.status == 200 and took < 0.5
 
 
 def test_a_full_queue():

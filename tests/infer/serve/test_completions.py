@@ -133,7 +133,7 @@ def test_a_stream_that_echoes_begins_with_the_prompt():
         ({"prompt": [True]}, "the body: prompt is [True]", "prompt"),
         ({"prompt": "text"}, "prompt is a text; expected token ids, for the model has no tokenizer", "prompt"),
         ({"prompt": [1000]}, "token id 1000; expected 0 to 999", None),
-        ({"prompt": [5] * 60, "max_tokens": 9}, "60 prompt tokens and 9 new ones; expected at most 64", None),
+        ({"prompt": [5] * 60, "max_tokens": 9}, "a prompt of 60 tokens and 9 new ones; expected at most 64", None),
         ({"prompt": [5], "max_tokens": 0}, "max_tokens is 0; expected a whole number from 1", "max_tokens"),
         ({"prompt": [5], "max_tokens": "9"}, "max_tokens is '9'", "max_tokens"),
         ({"prompt": [5], "temperature": -1}, "temperature is -1.0; expected 0 or more", "temperature"),

@@ -44,6 +44,7 @@ def make_app(
             yield
         finally:
             await service.close()
+            app.state.parts.prompts.shutdown(wait=False)
             if chat is not None:
                 chat.close()
 
@@ -90,7 +91,7 @@ class _Gate:
                               code="invalid_api_key", headers={"www-authenticate": "Bearer"})  # fmt: skip
             return await answer_error(request, wrong)(scope, receive, counting)
         length = request.headers.get("content-length", "")
-        if length.isdigit() and int(length[:20]) > self._parts.settings.most_body:
+        if length.isascii() and length.isdigit() and int(length[:20]) > self._parts.settings.most_body:
             most = self._parts.settings.most_body
             large = HttpError(
                 413, f"the body has {length[:20]} bytes; expected at most {most}", headers={"connection": "close"}
@@ -147,7 +148,7 @@ async def _tokenize(request: HttpRequest) -> Response:
     if ("prompt" in body) == ("messages" in body):
         raise bad("prompt and messages; expected one of them")
     try:
-        ids = await asyncio.to_thread(_ids_of, body, parts)
+        ids = await asyncio.get_running_loop().run_in_executor(parts.prompts, _ids_of, body, parts)
     except ConfigError as error:
         raise bad(error) from None
     return JSONResponse({"count": len(ids), "max_model_len": parts.settings.most, "tokens": ids})

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from orogen.config.checks import ConfigError, shown
 from orogen.data.tokenizer import Tokenizer
@@ -20,7 +20,7 @@ from orogen.infer.request import STOP, Chosen, Grammar, Output, Request
 from orogen.infer.serve import forms
 from orogen.infer.serve.body import ignored, read_body
 from orogen.infer.serve.errors import bad
-from orogen.infer.serve.exchange import Answers, Events, Parts, attended, check_end, ids_of, token_text, usage
+from orogen.infer.serve.exchange import Answers, Parts, check_end, ids_of, respond, token_text, usage
 from orogen.infer.serve.messages import check_messages
 from orogen.infer.tool_calls import Call, beginning, schemas_of
 
@@ -54,16 +54,11 @@ async def chats(request: HttpRequest) -> Response:
     parts: Parts = request.app.state.parts
     body, unknown = await read_body(request, forms.CHAT)
     parts.check_model(body)
-    asked = await asyncio.to_thread(_asked, body, parts.need_chat())
-    requests = [_request(body, asked, number, parts) for number in range(forms.choices(body))]
-    form = _Form(parts, body, asked)
-    answers = Answers(parts, requests)
-    if body.get("stream"):
-        await answers.__aenter__()
-        events = form.events(answers)
-        return Events(events, timeout=parts.settings.timeout, close=answers.close, headers=ignored(unknown))
-    found = await attended(request, parts.settings.timeout, lambda: form.whole(answers))
-    return found if isinstance(found, Response) else JSONResponse(found, headers=ignored(unknown))
+    chat, loop = parts.need_chat(), asyncio.get_running_loop()
+    asked = await loop.run_in_executor(parts.prompts, _asked, body, chat)
+    requests = await asyncio.to_thread(_requests, body, asked, parts)
+    answers, stream = Answers(parts, requests), body.get("stream", False)
+    return await respond(request, answers, _Form(parts, body, asked), stream=stream, headers=ignored(unknown))
 
 
 class _Form:
@@ -249,18 +244,23 @@ def _chosen_tools(body: dict[str, Any]) -> tuple[str, list[dict[str, Any]] | Non
     return "called", named[:1]
 
 
-def _request(body: dict[str, Any], asked: Asked, number: int, parts: Parts) -> Request:
+def _requests(body: dict[str, Any], asked: Asked, parts: Parts) -> list[Request]:
     chat = parts.need_chat()
     if body.get("top_logprobs") and not body.get("logprobs"):
         raise bad(f"top_logprobs is {body['top_logprobs']} without logprobs; expected logprobs true")
     budget = forms.budget(body)
-    return forms.request(
-        body,
-        tuple(asked.prompt.ids),
-        number,
-        default=parts.settings.most - len(asked.prompt.ids),
-        logprobs=body.get("top_logprobs", 0) if body.get("logprobs") else None,
-        budget=budget if asked.prompt.thinks is not False else None,
-        shown=chat.shown_ids(),
-        grammar=asked.grammar,
-    )
+    tokens = forms.most_new(body, max(1, parts.settings.most - len(asked.prompt.ids)))
+    parts.check_length(len(asked.prompt.ids), tokens)
+    return [
+        forms.request(
+            body,
+            tuple(asked.prompt.ids),
+            number,
+            max_tokens=tokens,
+            logprobs=body.get("top_logprobs", 0) if body.get("logprobs") else None,
+            budget=budget if asked.prompt.thinks is not False else None,
+            shown=chat.shown_ids(),
+            grammar=asked.grammar,
+        )
+        for number in range(forms.choices(body))
+    ]

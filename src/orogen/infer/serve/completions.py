@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from orogen.config.checks import ConfigError
 from orogen.data.tokenizer import Tokenizer
@@ -16,7 +16,7 @@ from orogen.infer.request import Chosen, Request
 from orogen.infer.serve import forms
 from orogen.infer.serve.body import ignored, read_body
 from orogen.infer.serve.errors import bad
-from orogen.infer.serve.exchange import Answers, Events, Parts, attended, check_end, ids_of, token_text, usage
+from orogen.infer.serve.exchange import Answers, Parts, check_end, ids_of, respond, token_text, usage
 
 DEFAULT_TOKENS = 16  # OpenAI's
 
@@ -36,22 +36,9 @@ async def completions(request: HttpRequest) -> Response:
     parts: Parts = request.app.state.parts
     body, unknown = await read_body(request, forms.COMPLETION)
     parts.check_model(body)
-    prompts = await asyncio.to_thread(_prompts, body, parts)
-    requests = [_request(body, prompt, n, parts) for prompt, _ in prompts for n in range(forms.choices(body))]
-    if len(requests) > forms.MOST_CHOICES:
-        raise bad(
-            f"n is {forms.choices(body)} for {len(prompts)} prompts; expected {forms.MOST_CHOICES} answers at most"
-        )
-    echo = body.get("echo", False)
-    begun = [text if echo else "" for _, text in prompts for _ in range(forms.choices(body))]
-    form = _Form(parts, body, [Choice(r.prompt, text) for r, text in zip(requests, begun, strict=True)])
-    answers = Answers(parts, requests)
-    if body.get("stream"):
-        await answers.__aenter__()
-        events = form.events(answers)
-        return Events(events, timeout=parts.settings.timeout, close=answers.close, headers=ignored(unknown))
-    found = await attended(request, parts.settings.timeout, lambda: form.whole(answers))
-    return found if isinstance(found, Response) else JSONResponse(found, headers=ignored(unknown))
+    choices, requests = await asyncio.to_thread(_asked, body, parts)
+    answers, stream = Answers(parts, requests), body.get("stream", False)
+    return await respond(request, answers, _Form(parts, body, choices), stream=stream, headers=ignored(unknown))
 
 
 class _Form:
@@ -137,12 +124,24 @@ def _echoed(ids: Sequence[int], tokenizer: Tokenizer | None) -> str:
         raise bad(f"prompt: {error}") from None
 
 
-def _request(body: dict[str, Any], prompt: tuple[int, ...], number: int, parts: Parts) -> Request:
+def _asked(body: dict[str, Any], parts: Parts) -> tuple[list[Choice], list[Request]]:
+    """The choices of a body, and what the engine is asked for each."""
+    n, tokens = forms.choices(body), forms.most_new(body, DEFAULT_TOKENS)
     if body.get("echo") and "logprobs" in body:
         raise bad("echo is true beside logprobs; expected one of them: the prompt's are not computed")
     if stops := forms.stops(body):
         parts.need_tokenizer(f"stop is {stops[0]!r}")
-    return forms.request(body, prompt, number, default=DEFAULT_TOKENS, logprobs=body.get("logprobs"))
+    prompts = _prompts(body, parts)
+    if n * len(prompts) > forms.MOST_CHOICES:
+        raise bad(f"n is {n} for {len(prompts)} prompts; expected {forms.MOST_CHOICES} answers at most")
+    choices, requests = [], []
+    for prompt, text in prompts:
+        parts.check_length(len(prompt), tokens)
+        for number in range(n):
+            fields = {"logprobs": body.get("logprobs"), "grammar": forms.grammar(body)}
+            requests.append(forms.request(body, prompt, number, max_tokens=tokens, **fields))
+            choices.append(Choice(prompt, text if body.get("echo") else ""))
+    return choices, requests
 
 
 def _logprobs(tokens: Sequence[Chosen], tokenizer: Tokenizer | None, offset: int) -> dict[str, Any]:

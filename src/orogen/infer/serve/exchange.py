@@ -5,10 +5,12 @@ import dataclasses
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
 
+import anyio
 from starlette.requests import Request as HttpRequest
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from orogen.config.checks import ConfigError
@@ -20,6 +22,7 @@ from orogen.infer.serve.measures import Measures
 from orogen.infer.service import ClosedError, Service, Stream
 
 T = TypeVar("T")
+LAST_SECONDS = 5.0  # for the end of a stream to reach its client
 GONE = 499  # nginx's status for a client that closed the connection; nobody reads it
 
 
@@ -44,6 +47,8 @@ class Parts:
     tokenizer: Tokenizer | None
     chat: Chat | None
     measures: Measures
+    # A thread of their own for prompts of chats: a template that takes its time holds up no other request.
+    prompts: ThreadPoolExecutor = dataclasses.field(default_factory=lambda: ThreadPoolExecutor(1, "prompts"))
     started: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     def check_model(self, body: dict[str, Any]) -> None:
@@ -51,6 +56,14 @@ class Parts:
         if (name := body.get("model", self.settings.name)) != self.settings.name:
             message = f"the model {name!r} does not exist; expected {self.settings.name!r}"
             raise HttpError(404, message, code="model_not_found")
+
+    def check_length(self, prompt: int, new: int) -> None:
+        """Raises HttpError if so many tokens of a prompt and its answer can never run."""
+        if prompt + new > self.settings.most:
+            expected = f"expected at most {self.settings.most} in all"
+            raise HttpError(
+                400, f"a prompt of {prompt} tokens and {new} new ones; {expected}", code="context_length_exceeded"
+            )
 
     def need_tokenizer(self, use: str) -> Tokenizer:
         """The tokenizer. Raises HttpError if there is none."""
@@ -212,6 +225,30 @@ async def _ended(*tasks: "asyncio.Future[Any]") -> None:
     await asyncio.wait(tasks)
 
 
+class Form(Protocol):
+    """How a route tells answers: all at once, or event by event."""
+
+    async def whole(self, answers: Answers) -> dict[str, Any]:
+        """The response's JSON object, once all have ended."""
+        ...
+
+    def events(self, answers: Answers) -> AsyncIterator[dict[str, Any]]:
+        """The objects of a stream."""
+        ...
+
+
+async def respond(
+    request: HttpRequest, answers: Answers, form: Form, *, stream: bool, headers: dict[str, str]
+) -> Response:
+    """The response with the answers in a route's form. Raises HttpError for what is refused."""
+    timeout = request.app.state.parts.settings.timeout
+    if stream:
+        await answers.__aenter__()  # a refusal has a status of its own, so it comes before the stream begins
+        return Events(form.events(answers), timeout=timeout, close=answers.close, headers=headers)
+    found = await attended(request, timeout, lambda: form.whole(answers))
+    return found if isinstance(found, Response) else JSONResponse(found, headers=headers)
+
+
 class Events(Response):
     """Server-sent events. events: the objects to send, before `[DONE]`; an HttpError that they raise is sent as one
     too. close: called at the end, whatever happened."""
@@ -242,13 +279,21 @@ class Events(Response):
             async with asyncio.timeout(self._timeout):
                 async for event in self._events:
                     await _send_event(send, json.dumps(event, ensure_ascii=False))
+            await self._end(send)
         except TimeoutError:
             late = HttpError(504, f"the request took more than {self._timeout:g} s", kind="timeout_error")
-            await _send_event(send, json.dumps(late.body()))
+            await self._end(send, late)
         except HttpError as error:
-            await _send_event(send, json.dumps(error.body()))
-        await _send_event(send, "[DONE]")
-        await send({"type": "http.response.body", "body": b""})
+            await self._end(send, error)
+
+    async def _end(self, send: Send, error: HttpError | None = None) -> None:
+        self._close()
+        # A client that reads nothing any more may be what took so long.
+        with anyio.move_on_after(LAST_SECONDS):
+            if error is not None:
+                await _send_event(send, json.dumps(error.body()))
+            await _send_event(send, "[DONE]")
+            await send({"type": "http.response.body", "body": b""})
 
 
 async def _send_event(send: Send, data: str) -> None:

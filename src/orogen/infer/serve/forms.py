@@ -131,26 +131,26 @@ def sampling(body: dict[str, Any], number: int) -> Sampling:
         raise bad(error) from None
 
 
-def request(
-    body: dict[str, Any], prompt: tuple[int, ...], number: int, *, default: int, logprobs: int | None, **fields: Any
-) -> Request:
-    """Choice `number` of a body. default: of `max_tokens`. fields: further ones of Request. Raises HttpError."""
-    tokens = body.get("max_completion_tokens", body.get("max_tokens", max(1, default)))
-    fields.setdefault("grammar", grammar(body))
+def request(body: dict[str, Any], prompt: tuple[int, ...], number: int, *, max_tokens: int, **fields: Any) -> Request:
+    """Choice `number` of a body. fields: further ones of Request. Raises HttpError."""
     try:
         return Request(
             prompt=prompt,
-            max_tokens=tokens,
+            max_tokens=max_tokens,
             sampling=sampling(body, number),
             stop=stops(body),
             stop_ids=tuple(body.get("stop_token_ids", ())),
             ignore_eos=body.get("ignore_eos", False),
-            logprobs=logprobs,
             priority=body.get("priority", 0),
             **fields,
         )
     except ConfigError as error:
         raise bad(error) from None
+
+
+def most_new(body: dict[str, Any], default: int) -> int:
+    """How many tokens an answer may have."""
+    return body.get("max_completion_tokens", body.get("max_tokens", default))
 
 
 def stops(body: dict[str, Any]) -> tuple[str, ...]:
