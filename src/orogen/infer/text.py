@@ -4,7 +4,8 @@ import codecs
 from collections.abc import Iterable, Mapping, Sequence
 
 from orogen.config.checks import ConfigError
-from orogen.data.tokenizer import Tokenizer, decoded
+from orogen.data.token_bytes import decoded
+from orogen.data.tokenizer import Tokenizer
 
 
 class Texts:
