@@ -26,7 +26,7 @@ def serving(engine, *, words: bool = False, limit: int = 1000, **settings) -> It
     """The port of a server that runs while the body does, and its service."""
     service = Service(engine, limit=limit)
     chat = Chat(tokenizer(), own_template("nemotron_3_nano"), RENDERER) if words else None
-    given = Settings(**{"name": "tiny", "most": engine.most, **settings})
+    given = Settings(name="tiny", most=settings.pop("most", None) or engine.most, **settings)
     app = make_app(service, given, tokenizer=tokenizer() if words else None, chat=chat)
     with listen("127.0.0.1", 0) as bound:
         up, port = threading.Event(), bound.getsockname()[1]
