@@ -47,7 +47,7 @@ def test_thinking_ends_at_its_budget_and_the_tag_is_found(port):
     choice = chat(port, reasoning_budget=5, return_token_ids=True)
     close = backend().token_to_id("</think>")
     assert choice["token_ids"].index(close) == 5
-    reasoning = choice["message"]["reasoning_content"].replace("<tool_call>", "")  # a special, which decoding leaves out
+    reasoning = choice["message"]["reasoning_content"].replace("<tool_call>", "")  # which decoding leaves out
     assert reasoning == tokenizer().decode(choice["token_ids"][:5]).strip("\n")
 
 
