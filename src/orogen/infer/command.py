@@ -241,7 +241,7 @@ SERVE = Command(
     help="answer requests over HTTP, as OpenAI's interface has them",
     examples=(
         "orogen serve --checkpoint runs/quickstart --port 8000",
-        "OROGEN_API_KEY=... orogen serve --checkpoint HF_FOLDER --host 0.0.0.0 --slots 32 --max_length 8192",
+        "orogen serve --checkpoint HF_FOLDER --host 0.0.0.0 --slots 32 --max_length 8192",
         "orogen serve --checkpoint HF_FOLDER --gin_bindings 'PlanConfig.tensor=2' "
         "--gin_bindings \"EngineConfig.compute_dtype='bfloat16'\"",
     ),
