@@ -14,13 +14,13 @@ from orogen.bench.command import BENCH
 from orogen.command import EXIT_BAD_INPUT, EXIT_FAILURE, add_common_arguments, fail
 from orogen.config.checks import ConfigError
 from orogen.convert.command import CONVERT, PARAMS
-from orogen.infer.command import GENERATE, SCORE
+from orogen.infer.command import GENERATE, SCORE, SERVE
 from orogen.parallel.runtime import configure
 from orogen.simulate.command import PLAN
 from orogen.train.command import TRAIN, VERIFY
 from orogen.train.stop import INTERRUPTED
 
-COMMANDS = (TRAIN, PARAMS, PLAN, VERIFY, GENERATE, SCORE, CONVERT, BENCH)
+COMMANDS = (TRAIN, PARAMS, PLAN, VERIFY, GENERATE, SCORE, SERVE, CONVERT, BENCH)
 # None: raised by our own code, with the name of a file that is missing.
 PATH_ERRORS = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 

@@ -95,6 +95,20 @@ def test_types_are_checked(value, message):
         check_form(value, FORM, where="here")
 
 
+def test_null_beside_a_list_or_an_object_leaves_the_place_in_the_message():
+    form = Record({}, {"a": (ListOf(Record({"b": int})), None), "c": (str, ListOf(int))})
+    messages = {
+        "a[0].b is missing": {"a": [{}]},
+        "a[0].b is 'x'; expected a whole": {"a": [{"b": "x"}]},
+        "a is {}; expected a list": {"a": {}},
+        "c is ['x']; expected a text or a list": {"c": ["x"]},
+    }
+    for message, value in messages.items():
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            check_form(value, form, where="here")
+    check_form({"a": None}, form, where="here")
+
+
 def test_what_fits_is_let_pass():
     check_form({"shape": [0, 9], "kind": None, "ends": [1, 2.5], "map": {"a": "b"}, "more": object()}, FORM, where="")
     check_form([1], (str, ListOf(int)), where="")

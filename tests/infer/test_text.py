@@ -134,3 +134,14 @@ def test_time_is_linear_also_for_stop_strings_that_nearly_match():
     pieces = [stream.push([97 + 3]) for _ in range(size)]
     assert "".join(pieces) == "" and stream.finish() == "a" * size
     assert time.process_time() - start < 10
+
+
+def test_specials_that_are_shown_are_text():
+    from tests.infer.chats import backend, tokenizer
+
+    ids = backend().encode("<think>é\n</think>the<|im_end|>", add_special_tokens=False).ids
+    shown = [backend().token_to_id(name) for name in ("<think>", "</think>")]
+    stream = Texts(tokenizer()).stream(shown=shown, stops=["k>the"])
+    assert "".join([*(stream.push([i]) for i in ids), stream.finish()]) == "<think>é\n</thin" and stream.stopped
+    assert Texts(tokenizer()).stream(shown=shown).push(ids) == "<think>é\n</think>the"
+    assert Texts(tokenizer()).stream().push(ids) == "é\nthe"

@@ -55,6 +55,9 @@ class Record(NamedTuple):
     optional: Mapping[str, Any] = {}
 
 
+_CONTAINERS = {ListOf: list, MapOf: dict, Record: dict}
+
+
 def parse_json(data: bytes, *, where: str) -> Any:
     """The value of a JSON text. Infinity and NaN are numbers, as Python's own `json` writes them.
 
@@ -121,6 +124,8 @@ def _misfits(value: Any, form: Any, name: str) -> Iterator[tuple[str, Any, Any]]
         for key, inner in {**form.required, **form.optional}.items():
             if key in value or key in form.required:
                 yield from _misfits(value.get(key, _MISSING), inner, f"{name}.{key}" if name else key)
+    elif type(form) is tuple and form[1:] == (None,) and isinstance(value, _CONTAINERS.get(type(form[0]), ())):
+        yield from _misfits(value, form[0], name)  # which tells the place within
     elif not _is_one(value, form):
         yield name, value, form
 

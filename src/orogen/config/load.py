@@ -5,7 +5,7 @@ import importlib.util  # noqa: F401  gin 0.5.0 uses it without importing it
 import logging
 import re
 import tokenize
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from gin.config import _LOCATION_PREFIXES
 from gin.config_parser import BindingStatement, ConfigParser, ImportStatement, IncludeStatement
 
 from orogen.config.checks import ConfigError
+from orogen.config.engine import EngineConfig
 from orogen.config.model import ModelConfig
+from orogen.config.plan import PlanConfig
 from orogen.config.reads import require_read, without_unread
 from orogen.config.run import PARTS, RunConfig
 from orogen.config.shipped import find
@@ -23,7 +25,7 @@ MAX_BYTES = 10**5  # of a gin file; ours have 3,000, and gin's time grows with t
 MAX_FILES = 100
 MESSAGE = 1000  # characters shown of an unreadable value
 
-for _part in PARTS.values():
+for _part in (*PARTS.values(), EngineConfig):
     gin.register(_part)
 
 
@@ -47,9 +49,27 @@ def load_saved(file: Path) -> RunConfig:
     return without_unread(parse([file])[0])
 
 
+def load_engine(bindings: Sequence[str]) -> tuple[PlanConfig | None, EngineConfig]:
+    """The plan that bindings choose for an inference engine, None if they name none, and the engine's own config.
+
+    Raises ConfigError as `load` does.
+    """
+    parts, _ = _parts((), bindings, {"plan": PlanConfig, "engine": EngineConfig})
+    named = any(key.split(".")[-2:-1] == [PlanConfig.__name__] for key in _keys(gin.config_str()))
+    return parts["plan"] if named else None, parts["engine"]
+
+
 def parse(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[RunConfig, str]:
     """What `load` returns, without its check that settings are read. Raises ConfigError on everything else that it
     refuses."""
+    parts, text = _parts(files, bindings, PARTS)
+    return RunConfig(**parts).check(), text
+
+
+def _parts(
+    files: Sequence[str | Path], bindings: Sequence[str], kinds: Mapping[str, type]
+) -> tuple[dict[str, Any], str]:
+    """The parts of a config by name, each of its kind, and their operative text. Raises ConfigError as `parse` does."""
     gin.clear_config()
     logging.disable(logging.ERROR)  # gin logs each folder in which it does not find an include
     try:
@@ -60,7 +80,7 @@ def parse(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[Ru
         gin.finalize()
         bound = _keys(gin.config_str())
         parts: dict[str, Any] = {
-            name: gin.get_configurable(kind)() if _wanted(kind, bound) else None for name, kind in PARTS.items()
+            name: gin.get_configurable(kind)() if _wanted(kind, bound) else None for name, kind in kinds.items()
         }
     except ConfigError as error:
         raise ConfigError(_first_line(error)) from None
@@ -83,8 +103,9 @@ def parse(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[Ru
     read = _keys(text)
     dead = sorted(key for key in bound if key not in read and not any(r.endswith("/" + key) for r in read))
     if dead:
-        raise ConfigError(f"bindings that nothing read: {', '.join(dead)}; expected fields of {', '.join(_classes())}")
-    return RunConfig(**parts).check(), text
+        names = ", ".join(kind.__name__ for kind in kinds.values())
+        raise ConfigError(f"bindings that nothing read: {', '.join(dead)}; expected fields of {names}")
+    return parts, text
 
 
 def model_bindings(config: ModelConfig) -> list[str]:
@@ -95,10 +116,6 @@ def model_bindings(config: ModelConfig) -> list[str]:
 def model_text(config: ModelConfig) -> str:
     """The text of a gin file that loads to an equal config."""
     return "\n".join(model_bindings(config)) + "\n"
-
-
-def _classes() -> list[str]:
-    return [kind.__name__ for kind in PARTS.values()]
 
 
 def _wanted(kind: type, bound: Iterable[str]) -> bool:

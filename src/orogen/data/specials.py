@@ -131,6 +131,15 @@ def special_id(backend: tokenizers.Tokenizer, name: str) -> int:
     return token_id
 
 
+def begins_after(file: str, name: str) -> bool:
+    """Whether a tokenizer, given as its file's text, encodes what follows the special `name` as it does the beginning
+    of a text: some pipelines put a space before either, others before the latter alone."""
+    with panics_refused("a text after a special token"):
+        backend = tokenizers.Tokenizer.from_str(file)  # one of its own, for it finds specials in texts
+        after, first = (backend.encode(text, add_special_tokens=False).ids for text in (f"{name}a", "a"))
+    return after[1:] == first
+
+
 def _read_object(file: Path) -> dict[str, Any]:
     """A JSON object; empty if there is no such file."""
     return read_json(file) if file.is_file() else {}

@@ -78,3 +78,11 @@ def _byte_level(token: str, token_id: int) -> bytes:
     except KeyError:
         expected = "a byte-level vocabulary, or one with byte fallback"
         raise ConfigError(f"token {token_id} is {token!r}: expected {expected}") from None
+
+
+def decoded(data: bytes, *, one_by_one: bool) -> str:
+    """UTF-8, else U+FFFD: for every byte of a run of byte tokens, as the ByteFallback decoder has it."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return "\ufffd" * len(data) if one_by_one else data.decode("utf-8", errors="replace")

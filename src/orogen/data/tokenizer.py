@@ -23,8 +23,8 @@ from orogen.config.json_file import ListOf, MapOf, Record, Whole, read_json
 from orogen.data import long_text
 from orogen.data.panics import panics_refused
 from orogen.data.pipeline import normalizers_of, only_spaces, with_bos, without_prefix
-from orogen.data.specials import SETTINGS, ids_around, read_specials, special_id
-from orogen.data.token_bytes import MAX_TOKENS, SPACE, check_ids, token_bytes
+from orogen.data.specials import SETTINGS, begins_after, ids_around, read_specials, special_id
+from orogen.data.token_bytes import MAX_TOKENS, SPACE, check_ids, decoded, token_bytes
 
 TOKEN_ID = Whole(0, MAX_TOKENS - 1)
 MODEL_FORM = Record({}, {"vocab": (MapOf(TOKEN_ID), list)})
@@ -53,7 +53,8 @@ class Tokenizer:
 
     Text never becomes a special token, also where it spells one. `byte_length_v` (v,) int32 is the number of bytes of
     each token, 0 for specials; `is_token_v` (v,) bool is False for ids without a token. `end_ids` end a text. To read
-    alone: `bytes_of_token` of each id, and `fallback_of_byte`, ids of byte tokens in a vocabulary with byte fallback.
+    alone: `bytes_of_token` of each id, `fallback_of_byte`, ids of byte tokens in a vocabulary with byte fallback, and
+    `specials` by id, of which `special_names` names three by role.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Tokenizer:
         check_ids(backend)  # first: writing the file goes through every id up to the largest
         self._backend = _as_text(_exact(backend))
         self._file = json.loads(backend.to_str())
-        self._special_names = {"pad_token": pad, "bos_token": bos, "eos_token": eos}
+        self.special_names = {"pad_token": pad, "bos_token": bos, "eos_token": eos}
         self.pad_id, self.bos_id, self.eos_id = (special_id(backend, name) for name in (pad, bos, eos))
         self.end_ids = frozenset((self.eos_id, *ends))
         self._around = ((self.bos_id,), ()) if around is None else around
@@ -81,12 +82,11 @@ class Tokenizer:
         self.byte_length_v = np.array([len(b) for b in self.bytes_of_token], np.int32)
         self.is_token_v = np.isin(np.arange(self.vocab_size), list(tokens))
         self._added = [str(t) for t in backend.get_added_tokens_decoder().values() if not t.special]
-        specials = [str(t) for t in backend.get_added_tokens_decoder().values() if t.special]
-        self._misread = re.compile(
-            "|".join([_MISREAD, *(f"{re.escape(s[0])}(?={re.escape(s[1:])})" for s in specials)])
-        )
+        self.specials = {i: t for i, t in backend.get_added_tokens_decoder().items() if t.special}
+        names = map(str, self.specials.values())
+        self._misread = re.compile("|".join([_MISREAD, *(f"{re.escape(s[0])}(?={re.escape(s[1:])})" for s in names)]))
         self._token_of_byte = self._byte_table()
-        # What the pipeline puts before a text (SentencePiece's dummy prefix); no part of the text. To read alone.
+        # SentencePiece's dummy prefix, which the pipeline puts before a text; no part of it. To read alone.
         self.prefix = b" " if self.fallback_of_byte and self.decode_bytes(self._ids("a"))[:1] == b" " else b""
 
     @property
@@ -102,6 +102,7 @@ class Tokenizer:
     def encode(self, text: str) -> np.ndarray:
         """Token ids (n,) int32 of a text, without bos and eos: those of transformers, up to three differences.
 
+
         Specials in the text are text. What a vocabulary with byte fallback would read as something else, a "▁" (a
         space), "<0x41>" (an "A") or "<s>" (no text), is spelled in bytes. Texts of more than `long_text.USUAL`
         characters are tokenized in pieces, and words of more than `long_text.MOST` without a safe place are split.
@@ -111,9 +112,9 @@ class Tokenizer:
             return self._token_of_byte[np.frombuffer(text.encode(), np.uint8)]
         return self._encode_exactly(text, first=True)
 
-    def encode_inside(self, text: str) -> np.ndarray:
-        """`encode` of a text that follows other text: the pipeline puts no space before it."""
-        return self._encode_exactly(text, first=False)
+    def encode_inside(self, text: str, *, special: bool = False) -> np.ndarray:
+        """`encode` of a text that follows other text, or a special: the pipeline puts no space before the former."""
+        return self._encode_exactly(text, first=special and self._begins_after_specials)
 
     def encode_document(self, text: str) -> np.ndarray:
         """`encode` for training: ids (n,) int32 whose bytes are exactly the text's.
@@ -151,7 +152,7 @@ class Tokenizer:
         other = copy.copy(self)
         other._around = ((self.bos_id,), ())
         if ids_around(self._backend) != other._around:
-            bos = self._special_names["bos_token"]
+            bos = self.special_names["bos_token"]
             other._file = {**self._file, "post_processor": with_bos(self._file["post_processor"], bos, self.bos_id)}
             other._backend = _as_text(tokenizers.Tokenizer.from_str(json.dumps(other._file)))
         return other
@@ -200,14 +201,14 @@ class Tokenizer:
         whole = self.fallback_of_byte or {b[0] for b in self.bytes_of_token if len(b) == 1}
         if missing := set(range(256)).difference(whole):
             raise ConfigError(f"the tokenizer has no token for byte {min(missing)}; expected all 256, to train with")
-        for probe in (*_PROBES, *(f"a{t}b {t} \t{t}\n {t}" for t in (*self._added, *self._special_names.values()))):
+        for probe in (*_PROBES, *(f"a{t}b {t} \t{t}\n {t}" for t in (*self._added, *self.special_names.values()))):
             self.encode_document(probe)
 
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer reads too."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        names: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self._special_names}
+        names: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special_names}
         front, back = self._around  # for readers that take this before the post-processor of tokenizer.json
         names |= {"add_bos_token": front == (self.bos_id,), "add_eos_token": back == (self.eos_id,)}
         names["clean_up_tokenization_spaces"] = False  # true would drop spaces before punctuation on decoding
@@ -265,6 +266,10 @@ class Tokenizer:
         file["normalizer"] = without_prefix(file["normalizer"])
         file["pre_tokenizer"] = without_prefix(file["pre_tokenizer"])
         return _as_text(tokenizers.Tokenizer.from_str(json.dumps(file)))
+
+    @cached_property
+    def _begins_after_specials(self) -> bool:
+        return begins_after(json.dumps(self._file), self.special_names["bos_token"])
 
     @cached_property
     def _cutter(self) -> "long_text.Cutter":
@@ -332,14 +337,6 @@ def _read_backend(file: Path) -> tokenizers.Tokenizer:
         raise ConfigError(f"{error}: {expected}") from None
     except Exception as error:  # tokenizers raises bare Exception for every malformed file
         raise ConfigError(f"{file}: {error}: {expected}") from error
-
-
-def decoded(data: bytes, *, one_by_one: bool) -> str:
-    """UTF-8, else U+FFFD: for every byte of a run of byte tokens, as the ByteFallback decoder has it."""
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError:
-        return "\ufffd" * len(data) if one_by_one else data.decode("utf-8", errors="replace")
 
 
 def _first_difference(text: str, found: str) -> tuple[str, str]:

@@ -1,14 +1,19 @@
-"""`orogen generate` and `orogen score`. Importing this does not import jax."""
+"""`orogen generate`, `orogen score` and `orogen serve`. Importing this does not import jax."""
 
 import argparse
+import importlib.util
 import json
 import math
+import os
 from pathlib import Path
 
 from orogen.command import CHECKPOINT, Command, answer, free_memory, positive
 from orogen.config.checks import ConfigError, is_unicode
 from orogen.config.plan import PlanConfig
 
+API_KEY = "OROGEN_API_KEY"
+SERVE_NEEDS = ("starlette", "uvicorn", "jinja2", "prometheus_client")  # of the extra `serve`
+TEMPLATE_NAMES = ("nemotron_nano_2", "nemotron_3_nano", "nemotron_3_5_lightning")
 PROMPT = (
     "text to continue. The checkpoint's tokenizer decides what is put around it: bos before it after a run of Orogen's "
     "own; in other folders what the post-processor of tokenizer.json says or, without one, add_bos_token and "
@@ -38,6 +43,47 @@ def _add_score_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=Path, required=True, metavar="IN.npy", help="integers (batch, time)")
     parser.add_argument("--segments", type=Path, metavar="SEG.npy", help="documents of each row, 0 for padding")
     parser.add_argument("--out", type=Path, required=True, metavar="OUT.npz", help="gets `logits` and `logprobs`")
+
+
+def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, metavar="DIR", help=CHECKPOINT)
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on (default: %(default)s, which only this machine reaches)",
+    )
+    add("--port", type=_port, default=8000, metavar="P", help="port to listen on; 0: any (default: %(default)s)")
+    add("--api_key", metavar="KEY", help=f"what clients must send; better in {API_KEY}, for others see command lines")
+    add("--name", help="the model's name for clients (default: the checkpoint's folder)")
+    add(
+        "--chat_template",
+        metavar="T",
+        help=f"a file in place of the checkpoint's, or one of {', '.join(TEMPLATE_NAMES)}",
+    )
+    add("--slots", type=positive, metavar="N", help="requests that run at a time: EngineConfig.slots")
+    add("--max_length", type=positive, metavar="N", help="tokens of a prompt and its answer: EngineConfig.max_length")
+    add("--queue", type=positive, metavar="N", help="requests that may wait: EngineConfig.queue")
+    add("--timeout", type=_seconds, default=600.0, metavar="S", help="seconds per request (default: %(default)g)")
+    add("--drain_seconds", type=_seconds, default=30.0, metavar="S",
+        help="after SIGTERM, time for requests to end (default: %(default)g)")  # fmt: skip
+    add("--gin_bindings", action="append", default=[], metavar="X.y=1", help="of EngineConfig and PlanConfig")
+
+
+def _port(text: str) -> int:
+    if not (text.isdigit() and text.isascii()) or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a port, 0 to 65535")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a number above 0")
+    return value
 
 
 def generate(options: argparse.Namespace) -> int:
@@ -127,6 +173,43 @@ def score(options: argparse.Namespace) -> int:
     return 0
 
 
+def serve(options: argparse.Namespace) -> int:
+    """`orogen serve`."""
+    if missing := [name for name in SERVE_NEEDS if importlib.util.find_spec(name) is None]:
+        raise ConfigError(f"{', '.join(missing)} not installed; expected what `pip install 'orogen[serve]'` installs")
+    from orogen.checkpoint.open import open_model
+    from orogen.config.load import load_engine
+    from orogen.infer.chat import Chat, find_template
+    from orogen.infer.engine import Engine
+    from orogen.infer.serve.app import make_app
+    from orogen.infer.serve.exchange import Settings
+    from orogen.infer.serve.run import listen, make_server, run
+    from orogen.infer.service import Service
+
+    key = os.environ.get(API_KEY) if options.api_key is None else options.api_key
+    if key is not None and not (key.isascii() and key.isprintable() and key.strip()):
+        raise ConfigError(f"--api_key or {API_KEY} is empty or no plain ASCII; expected a key, or none of both")
+    chosen = {name: getattr(options, name) for name in ("slots", "max_length", "queue")}
+    bindings = [f"EngineConfig.{name} = {value}" for name, value in chosen.items() if value is not None]
+    plan, config = load_engine([*options.gin_bindings, *bindings])
+    with listen(options.host, options.port) as bound:  # before the model is read, which may take minutes
+        opened = open_model(options.checkpoint, plan, config.compute_dtype)
+        words = opened.tokenizer
+        template = find_template(options.checkpoint, words, options.chat_template) if words is not None else None
+        chat = None if words is None or template is None else Chat(words, template)
+        engine = Engine(opened, config)
+        service = Service(engine, limit=config.slots + config.queue)
+        name = options.name or options.checkpoint.resolve().name
+        settings = Settings(name=name, most=engine.length, key=key, timeout=options.timeout)
+
+        def ready(host: str, port: int) -> None:
+            if options.json:
+                print(json.dumps({"host": host, "port": port, "model": name}), flush=True)
+
+        app = make_app(service, settings, tokenizer=words, chat=chat)
+        return run(make_server(app, service, drain_seconds=options.drain_seconds, ready=ready), bound)
+
+
 def _goes_by_blocks(plan: PlanConfig | None) -> bool:
     """Whether attention goes by blocks: the plan of a run decides."""
     return plan is not None and plan.attention == "blocked"
@@ -152,4 +235,16 @@ SCORE = Command(
     ),
     add_arguments=_add_score_arguments,
     run=score,
+)
+SERVE = Command(
+    name="serve",
+    help="answer requests over HTTP, as OpenAI's interface has them",
+    examples=(
+        "orogen serve --checkpoint runs/quickstart --port 8000",
+        "orogen serve --checkpoint HF_FOLDER --host 0.0.0.0 --slots 32 --max_length 8192",
+        "orogen serve --checkpoint HF_FOLDER --gin_bindings 'PlanConfig.tensor=2' "
+        "--gin_bindings \"EngineConfig.compute_dtype='bfloat16'\"",
+    ),
+    add_arguments=_add_serve_arguments,
+    run=serve,
 )

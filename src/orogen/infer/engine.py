@@ -206,7 +206,7 @@ class Engine:
         ends = request.stop_ids
         if tokenizer is not None and not request.ignore_eos:
             ends = (*ends, *sorted(tokenizer.end_ids))
-        text = self._texts and self._texts.stream(after=request.prompt, stops=request.stop)
+        text = self._texts and self._texts.stream(after=request.prompt, stops=request.stop, shown=request.shown)
         self._slots[admission.slot] = Slot(admission.number, request, admission.pages, ends, text, matcher)
         source = self._snapshots_row(admission.slot, admission.row)
         self._caches = self.programs.copy(self._caches, self._snapshots, self._slot_row(admission.slot), source)

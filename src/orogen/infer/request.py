@@ -81,7 +81,8 @@ class Request:
 
     stop: the text ends before the first of these strings. stop_ids: token ids that end it, besides the model's own,
     which `ignore_eos` makes tokens like any other. logprobs: how many most likely tokens are reported with each chosen
-    one; None: none, and no log-probability. priority: lower goes first, then who came first.
+    one; None: none, and no log-probability. shown: special tokens whose names the text shows, as `<think>`; others add
+    no text. priority: lower goes first, then who came first.
     """
 
     prompt: tuple[int, ...]
@@ -93,6 +94,7 @@ class Request:
     logprobs: int | None = None
     budget: Budget | None = None
     grammar: Grammar | None = None
+    shown: tuple[int, ...] = ()
     priority: int = 0
 
     def __post_init__(self) -> None:

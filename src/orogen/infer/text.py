@@ -1,10 +1,11 @@
 """Tokens to text while they come: what can be told of the text so far, and where a stop string ends it."""
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from orogen.config.checks import ConfigError
-from orogen.data.tokenizer import Tokenizer, decoded
+from orogen.data.token_bytes import decoded
+from orogen.data.tokenizer import Tokenizer
 
 
 class Texts:
@@ -14,13 +15,34 @@ class Texts:
         self._tokenizer = tokenizer
         self._own_bytes = frozenset(tokenizer.fallback_of_byte.values())
 
-    def stream(self, *, after: Iterable[int] = (), stops: Sequence[str] = ()) -> "TextStream":
-        """The text of tokens that follow the tokens `after`, up to the first of the texts `stops`."""
+    def stream(
+        self, *, after: Iterable[int] = (), stops: Sequence[str] = (), shown: Iterable[int] = ()
+    ) -> "TextStream":
+        """The text of tokens that follow the tokens `after`, up to the first of the texts `stops`.
+
+        shown: specials whose names are text here; others add none.
+        """
         bytes_v = self._tokenizer.bytes_of_token
-        begins = not any(bytes_v[i] for i in after)
+        specials = self._tokenizer.specials
+        if names := {i: str(specials[i]).encode() for i in shown if i in specials}:
+            bytes_v = _Named(bytes_v, names)
+        begins = not any(self._tokenizer.bytes_of_token[i] for i in after)
         prefix = self._tokenizer.prefix.decode() if begins else ""
         pieces = _Runs(bytes_v, self._own_bytes, prefix) if self._own_bytes else _Bytes(bytes_v)
         return TextStream(pieces, StopSearch(stops) if stops else None)
+
+
+class _Named(Sequence[bytes]):
+    """The bytes of each token, some of which are others than the tokenizer's."""
+
+    def __init__(self, bytes_v: Sequence[bytes], names: Mapping[int, bytes]) -> None:
+        self._bytes_v, self._names = bytes_v, names
+
+    def __len__(self) -> int:
+        return len(self._bytes_v)
+
+    def __getitem__(self, place):
+        return self._names.get(place) or self._bytes_v[place]
 
 
 class TextStream:

@@ -1,0 +1,177 @@
+"""The routes."""
+
+import asyncio
+import contextlib
+import hmac
+from collections.abc import AsyncIterator
+from importlib import resources
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from orogen.config.checks import ConfigError
+from orogen.data.tokenizer import Tokenizer
+from orogen.infer.chat import Chat
+from orogen.infer.serve import forms
+from orogen.infer.serve.body import read_body
+from orogen.infer.serve.chats import chats
+from orogen.infer.serve.completions import completions
+from orogen.infer.serve.errors import HttpError, answer_error, answer_fault, answer_http, bad
+from orogen.infer.serve.exchange import Parts, Settings
+from orogen.infer.serve.measures import Measures
+from orogen.infer.serve.messages import check_messages
+from orogen.infer.service import Service
+
+OPEN = ("/", "/health", "/metrics")  # without the key
+# The page needs nothing from elsewhere, and nothing may be put into it from elsewhere.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+
+
+def make_app(
+    service: Service, settings: Settings, *, tokenizer: Tokenizer | None = None, chat: Chat | None = None
+) -> Starlette:
+    """The application around a service, which is started and closed with it."""
+
+    @contextlib.asynccontextmanager
+    async def life(_: Starlette) -> AsyncIterator[None]:
+        service.start()
+        try:
+            yield
+        finally:
+            await service.close()
+            app.state.parts.prompts.shutdown(wait=False)
+            if chat is not None:
+                chat.close()
+
+    app = Starlette(
+        routes=[
+            Route("/", _page),
+            Route("/health", _health),
+            Route("/metrics", _metrics),
+            Route("/v1/models", _models),
+            Route("/v1/models/{name:path}", _model),
+            Route("/v1/completions", completions, methods=["POST"]),
+            Route("/v1/chat/completions", chats, methods=["POST"]),
+            Route("/tokenize", _tokenize, methods=["POST"]),
+            Route("/detokenize", _detokenize, methods=["POST"]),
+        ],
+        lifespan=life,
+        exception_handlers={HttpError: answer_error, HTTPException: answer_http, Exception: answer_fault},
+    )
+    app.state.parts = Parts(service, settings, tokenizer, chat, Measures())
+    app.add_middleware(_Gate, parts=app.state.parts)
+    return app
+
+
+class _Gate:
+    """Counts responses, and lets in only who has the key."""
+
+    def __init__(self, app: ASGIApp, parts: Parts) -> None:
+        self._app, self._parts = app, parts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        known = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/tokenize", "/detokenize", *OPEN)
+        path = scope["path"] if scope["path"] in known else "other"
+
+        async def counting(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._parts.measures.responses.labels(path, str(message["status"])).inc()
+            await send(message)
+
+        request = HttpRequest(scope, receive)
+        if path not in OPEN and not self._has_key(request):
+            wrong = HttpError(401, "the API key is missing or wrong; expected `Authorization: Bearer KEY`",
+                              code="invalid_api_key", headers={"www-authenticate": "Bearer"})  # fmt: skip
+            return await answer_error(request, wrong)(scope, receive, counting)
+        length = request.headers.get("content-length", "")
+        if length.isascii() and length.isdigit() and int(length[:20]) > self._parts.settings.most_body:
+            most = self._parts.settings.most_body
+            large = HttpError(
+                413, f"the body has {length[:20]} bytes; expected at most {most}", headers={"connection": "close"}
+            )
+            return await answer_error(request, large)(scope, receive, counting)
+        await self._app(scope, receive, counting)
+
+    def _has_key(self, request: HttpRequest) -> bool:
+        key = self._parts.settings.key
+        if key is None:
+            return True
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        # In constant time, so that the time of an answer does not tell how much of a guess is right.
+        return hmac.compare_digest(given.strip().encode(), key.encode()) and scheme.lower() == "bearer"
+
+
+async def _page(_: HttpRequest) -> Response:
+    page = (resources.files("orogen.infer") / "serve" / "page.html").read_text(encoding="utf-8")
+    return HTMLResponse(page, headers={"content-security-policy": POLICY, "x-content-type-options": "nosniff"})
+
+
+async def _health(request: HttpRequest) -> Response:
+    service: Service = request.app.state.parts.service
+    if service.failure is not None:
+        return JSONResponse({"status": "failed", "error": str(service.failure)}, status_code=503)
+    if service.draining:
+        return JSONResponse({"status": "draining"}, status_code=503)
+    return JSONResponse({"status": "ok"})
+
+
+async def _metrics(request: HttpRequest) -> Response:
+    return PlainTextResponse(request.app.state.parts.measures.text(), media_type="text/plain; version=0.0.4")
+
+
+def _described(parts: Parts) -> dict[str, Any]:
+    """The model as OpenAI's interface lists it. chat: whether it has a chat template."""
+    told = {"max_model_len": parts.settings.most, "chat": parts.chat is not None}
+    return {"id": parts.settings.name, "object": "model", "created": parts.started, "owned_by": "orogen", **told}
+
+
+async def _models(request: HttpRequest) -> Response:
+    return JSONResponse({"object": "list", "data": [_described(request.app.state.parts)]})
+
+
+async def _model(request: HttpRequest) -> Response:
+    request.app.state.parts.check_model({"model": request.path_params["name"]})
+    return JSONResponse(_described(request.app.state.parts))
+
+
+async def _tokenize(request: HttpRequest) -> Response:
+    parts: Parts = request.app.state.parts
+    body, _ = await read_body(request, forms.TOKENIZE)
+    parts.check_model(body)
+    if ("prompt" in body) == ("messages" in body):
+        raise bad("prompt and messages; expected one of them")
+    try:
+        ids = await asyncio.get_running_loop().run_in_executor(parts.prompts, _ids_of, body, parts)
+    except ConfigError as error:
+        raise bad(error) from None
+    return JSONResponse({"count": len(ids), "max_model_len": parts.settings.most, "tokens": ids})
+
+
+def _ids_of(body: dict[str, Any], parts: Parts) -> list[int]:
+    if "messages" in body:
+        generate, options = body.get("add_generation_prompt", True), body.get("chat_template_kwargs")
+        chat = parts.need_chat()
+        return chat.prompt(
+            check_messages(body["messages"]), tools=body.get("tools"), options=options, generate=generate
+        ).ids
+    tokenizer = parts.need_tokenizer("prompt is a text")
+    around = body.get("add_special_tokens", True)
+    return tokenizer.prompt_ids(body["prompt"]) if around else tokenizer.encode(body["prompt"]).tolist()
+
+
+async def _detokenize(request: HttpRequest) -> Response:
+    parts: Parts = request.app.state.parts
+    body, _ = await read_body(request, forms.DETOKENIZE)
+    parts.check_model(body)
+    tokenizer = parts.need_tokenizer("detokenize")
+    try:
+        return JSONResponse({"prompt": tokenizer.decode(body["tokens"])})
+    except ConfigError as error:
+        raise bad(error) from None

@@ -1,0 +1,300 @@
+"""What every route needs: the server's parts, requests handed to the engine, answers streamed, clients that vanish."""
+
+import asyncio
+import dataclasses
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
+
+import anyio
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from orogen.config.checks import ConfigError
+from orogen.data.tokenizer import Tokenizer
+from orogen.infer.chat import Chat
+from orogen.infer.request import CANCELLED, ERROR, Chosen, Full, Output, Request
+from orogen.infer.serve.errors import HttpError, bad
+from orogen.infer.serve.measures import Measures
+from orogen.infer.service import ClosedError, Service, Stream
+
+T = TypeVar("T")
+LAST_SECONDS = 5.0  # for the end of a stream to reach its client
+GONE = 499  # nginx's status for a client that closed the connection; nobody reads it
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a server goes by. name: of its model. most: tokens of a prompt and its answer. key: of clients, None for
+    none. timeout: seconds per request. most_body: bytes."""
+
+    name: str
+    most: int
+    key: str | None = None
+    timeout: float = 600.0
+    most_body: int = 8 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What the routes share."""
+
+    service: Service
+    settings: Settings
+    tokenizer: Tokenizer | None
+    chat: Chat | None
+    measures: Measures
+    # A thread of their own for prompts of chats: a template that takes its time holds up no other request.
+    prompts: ThreadPoolExecutor = dataclasses.field(default_factory=lambda: ThreadPoolExecutor(1, "prompts"))
+    started: int = dataclasses.field(default_factory=lambda: int(time.time()))
+
+    def check_model(self, body: dict[str, Any]) -> None:
+        """Raises HttpError unless the body names this server's model, or none."""
+        if (name := body.get("model", self.settings.name)) != self.settings.name:
+            message = f"the model {name!r} does not exist; expected {self.settings.name!r}"
+            raise HttpError(404, message, code="model_not_found")
+
+    def check_length(self, prompt: int, new: int) -> None:
+        """Raises HttpError if so many tokens of a prompt and its answer can never run."""
+        if prompt + new > self.settings.most:
+            expected = f"expected at most {self.settings.most} in all"
+            raise HttpError(
+                400, f"a prompt of {prompt} tokens and {new} new ones; {expected}", code="context_length_exceeded"
+            )
+
+    def need_tokenizer(self, use: str) -> Tokenizer:
+        """The tokenizer. Raises HttpError if there is none."""
+        if self.tokenizer is None:
+            raise bad(f"{use}; expected token ids, for the model has no tokenizer")
+        return self.tokenizer
+
+    def need_chat(self) -> Chat:
+        """The chat. Raises HttpError if there is none."""
+        if self.chat is None:
+            raise bad("the model has no chat template; expected /v1/completions, or a server with --chat_template")
+        return self.chat
+
+
+class Answers:
+    """The outputs of several requests, each with the number of its request, until all have ended.
+
+    Use as an asynchronous context manager, which hands the requests over and, at its end, cancels what still runs. The
+    requests run together or not at all. Raises HttpError for what the engine or the service refuses.
+    """
+
+    def __init__(self, parts: Parts, requests: Sequence[Request]) -> None:
+        self._parts, self._requests = parts, requests
+        self._arrived: asyncio.Queue[Output] = asyncio.Queue()
+        self._streams: list[Stream] = []
+        self._place: dict[int, int] = {}
+        self._begun: set[int] = set()
+        self._left = len(requests)
+
+    async def __aenter__(self) -> "Answers":
+        self._since = time.perf_counter()
+        self._last = [self._since] * len(self._requests)
+        self._parts.measures.waiting.inc(self._left)
+        try:
+            taken = await asyncio.gather(*map(self._submit, range(len(self._requests))), return_exceptions=True)
+            if errors := [one for one in taken if one is not None]:
+                raise _told(errors[0])
+        except BaseException:
+            self._parts.measures.waiting.dec(self._left)
+            self._left = 0  # a refused request is not one that ended
+            self.close()
+            raise
+        self._parts.measures.prompt_tokens.inc(sum(len(request.prompt) for request in self._requests))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Output]]:
+        while self._left:
+            output = await self._arrived.get()
+            number = self._place[output.number]
+            self._measure(number, output)
+            yield number, output
+
+    def close(self) -> None:
+        """Cancels what still runs. May be called again."""
+        for stream in self._streams:
+            stream.close()
+        self._streams.clear()
+        self._parts.measures.waiting.dec(max(0, self._left - len(self._begun)))
+        self._parts.measures.running.dec(len(self._begun))
+        if self._left:
+            self._parts.measures.finished.labels(CANCELLED).inc(self._left)
+        self._begun, self._left = set(), 0
+
+    async def _submit(self, number: int) -> None:
+        stream = await self._parts.service.submit(self._requests[number], self._arrived)
+        # At once: if this request's client vanishes now, `close` must find the stream.
+        self._streams.append(stream)
+        assert stream.number is not None
+        self._place[stream.number] = number
+
+    def _measure(self, number: int, output: Output) -> None:
+        measures, now = self._parts.measures, time.perf_counter()
+        if output.tokens:
+            measures.tokens.inc(len(output.tokens))
+            if number not in self._begun:
+                measures.first.observe(now - self._since)
+                measures.waiting.dec()
+                measures.running.inc()
+                self._begun.add(number)
+            else:
+                for _ in output.tokens:
+                    measures.between.observe((now - self._last[number]) / len(output.tokens))
+            self._last[number] = now
+        if output.finish is not None:
+            measures.finished.labels(output.finish).inc()
+            (measures.running if number in self._begun else measures.waiting).dec()
+            self._begun.discard(number)
+            self._left -= 1
+
+
+def _told(error: Any) -> BaseException:
+    """An error of the service as the client hears it."""
+    if isinstance(error, Full):
+        return HttpError(429, f"the queue is full: {error}", kind="rate_limit_error", code="queue_full",
+                         headers={"retry-after": "1"})  # fmt: skip
+    if isinstance(error, ClosedError):
+        return HttpError(503, str(error), kind="server_error", headers={"retry-after": "5"})
+    if isinstance(error, ConfigError):
+        return bad(error)
+    whole = not isinstance(error, Exception)  # such as a cancellation
+    return error if whole else HttpError(500, f"{type(error).__name__}: {error}", kind="server_error")
+
+
+def check_end(output: Output) -> None:
+    """Raises HttpError if a request ended by a fault."""
+    if output.finish == ERROR:
+        raise HttpError(500, output.error or "the request failed", kind="server_error")
+    if output.finish == CANCELLED:
+        raise HttpError(503, output.error or "the request was cancelled", kind="server_error")
+
+
+def usage(prompt: int, new: int) -> dict[str, int]:
+    """Counted tokens, as OpenAI's interface gives them."""
+    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+
+
+def token_text(tokenizer: Tokenizer | None, chosen: int) -> tuple[str, list[int]]:
+    """A token as text, and its bytes; a special by its name, which has none."""
+    if tokenizer is None:
+        return f"token_id:{chosen}", []
+    if chosen in tokenizer.specials:
+        return str(tokenizer.specials[chosen]), []
+    data = tokenizer.decode_bytes([chosen]) if chosen < tokenizer.vocab_size else b""
+    return data.decode(errors="replace"), list(data)
+
+
+def ids_of(tokens: Sequence[Chosen]) -> list[int]:
+    """The ids of generated tokens."""
+    return [chosen.id for chosen in tokens]
+
+
+async def attended(request: HttpRequest, timeout: float, work: Callable[[], Awaitable[T]]) -> T | Response:
+    """`work()`, cancelled when the client vanishes or time is up. Raises HttpError for the latter."""
+    task = asyncio.ensure_future(work())
+    gone = asyncio.ensure_future(_vanished(request.receive))
+    try:
+        done, _ = await asyncio.wait({task, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if task in done:
+            return task.result()
+        if gone in done:
+            return Response(status_code=GONE)
+        raise HttpError(504, f"the request took more than {timeout:g} s", kind="timeout_error")
+    finally:
+        await _ended(task, gone)
+
+
+async def _vanished(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        continue
+
+
+async def _ended(*tasks: "asyncio.Future[Any]") -> None:
+    """Cancels tasks and waits for them; what they raise has been told or has no one to hear it."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+
+
+class Form(Protocol):
+    """How a route tells answers: all at once, or event by event."""
+
+    async def whole(self, answers: Answers) -> dict[str, Any]:
+        """The response's JSON object, once all have ended."""
+        ...
+
+    def events(self, answers: Answers) -> AsyncIterator[dict[str, Any]]:
+        """The objects of a stream."""
+        ...
+
+
+async def respond(
+    request: HttpRequest, answers: Answers, form: Form, *, stream: bool, headers: dict[str, str]
+) -> Response:
+    """The response with the answers in a route's form. Raises HttpError for what is refused."""
+    timeout = request.app.state.parts.settings.timeout
+    if stream:
+        await answers.__aenter__()  # a refusal has a status of its own, so it comes before the stream begins
+        return Events(form.events(answers), timeout=timeout, close=answers.close, headers=headers)
+    found = await attended(request, timeout, lambda: form.whole(answers))
+    return found if isinstance(found, Response) else JSONResponse(found, headers=headers)
+
+
+class Events(Response):
+    """Server-sent events. events: the objects to send, before `[DONE]`; an HttpError that they raise is sent as one
+    too. close: called at the end, whatever happened."""
+
+    def __init__(
+        self, events: AsyncIterator[dict[str, Any]], *, timeout: float, close: Callable[[], None],
+        headers: dict[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})})
+        del self.headers["content-length"]
+        self.headers["content-type"] = "text/event-stream; charset=utf-8"
+        self._events, self._timeout, self._close = events, timeout, close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends until the events end, the client vanishes or time is up."""
+        work, gone = asyncio.ensure_future(self._send(send)), asyncio.ensure_future(_vanished(receive))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()
+        finally:
+            self._close()
+            await _ended(work, gone)
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            async with asyncio.timeout(self._timeout):
+                async for event in self._events:
+                    await _send_event(send, json.dumps(event, ensure_ascii=False))
+            await self._end(send)
+        except TimeoutError:
+            late = HttpError(504, f"the request took more than {self._timeout:g} s", kind="timeout_error")
+            await self._end(send, late)
+        except HttpError as error:
+            await self._end(send, error)
+
+    async def _end(self, send: Send, error: HttpError | None = None) -> None:
+        self._close()
+        # A client that reads nothing any more may be what took so long.
+        with anyio.move_on_after(LAST_SECONDS):
+            if error is not None:
+                await _send_event(send, json.dumps(error.body()))
+            await _send_event(send, "[DONE]")
+            await send({"type": "http.response.body", "body": b""})
+
+
+async def _send_event(send: Send, data: str) -> None:
+    await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})

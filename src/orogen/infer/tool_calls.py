@@ -1,0 +1,158 @@
+"""Calls of tools in a model's text.
+
+Two forms: Nemotron 3's, `<function=NAME>` with `<parameter=ARG>` inside, as Qwen 3 Coder writes it, whose values are
+plain text typed by the tool's schema; and JSON, one object or a list of them with `name` and `arguments`, as Nemotron
+Nano 2 and Hermes write it.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+# What a call stands between, by what opens it.
+CLOSED_BY = {"<tool_call>": "</tool_call>", "<TOOLCALL>": "</TOOLCALL>"}
+_FUNCTION, _END = "<function=", "</function>"
+_PARAMETER, _PARAMETER_END = "<parameter=", "</parameter>"
+
+
+class Call(NamedTuple):
+    """A call: the tool's name, and its arguments in order."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+class BrokenError(ValueError):
+    """A text that is no call of a tool that there is."""
+
+
+def schemas_of(tools: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By the name of each tool, the schemas of its parameters."""
+    found = {}
+    for tool in tools:
+        properties = (tool["function"].get("parameters") or {}).get("properties")
+        found[tool["function"]["name"]] = properties if isinstance(properties, dict) else {}
+    return found
+
+
+class Beginning(NamedTuple):
+    """How a call begins, so far as it is certain, and a regular expression that the rest matches, None for any rest."""
+
+    text: str
+    rest: str | None
+
+
+def beginning(names: Sequence[str], template: str) -> Beginning:
+    """The beginning of a call of one of the tools `names`, in the form that a chat template shows."""
+    if "<TOOLCALL>" in template:
+        begin, end = '<TOOLCALL>[{"name": "', '", "arguments": '
+    elif _FUNCTION in template:
+        begin, end = f"<tool_call>\n{_FUNCTION}", ">\n"
+    else:
+        begin, end = '<tool_call>\n{"name": "', '", "arguments": '
+    if len(names) == 1:
+        return Beginning(f"{begin}{names[0]}{end}", None)
+    # Any text may follow the name: the form of a call is the model's to keep.
+    return Beginning(begin, f"({'|'.join(map(re.escape, names))}){re.escape(end[0])}[\\s\\S]*")
+
+
+def read_calls(block: str, tools: Mapping[str, Mapping[str, Any]]) -> list[Call]:
+    """The calls of a block, what stands between a pair of CLOSED_BY. tools: as `schemas_of` gives them.
+
+    Raises BrokenError.
+    """
+    text = block.strip()
+    calls = list(_json_calls(text)) if text[:1] in ("{", "[") else [_function(text, tools)]
+    for call in calls:
+        if call.name not in tools:
+            raise BrokenError(f"no tool {call.name!r}")
+    return calls
+
+
+def _json_calls(text: str) -> Iterator[Call]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BrokenError(str(error)) from None
+    for one in found if isinstance(found, list) else [found]:
+        name, arguments = (one.get("name"), one.get("arguments", {})) if isinstance(one, dict) else (None, None)
+        if not isinstance(name, str) or not isinstance(arguments, dict):
+            raise BrokenError("an object without a name or arguments")
+        yield Call(name, arguments)
+
+
+def _function(text: str, tools: Mapping[str, Mapping[str, Any]]) -> Call:
+    """One call in `<function=…>`. A value ends at the first `</parameter>` that a parameter or the end follows."""
+    name, closed, rest = text.removeprefix(_FUNCTION).partition(">")
+    name = name.strip()
+    if not text.startswith(_FUNCTION) or not closed or not rest.rstrip().endswith(_END):
+        raise BrokenError("no function")
+    rest = rest.rstrip().removesuffix(_END)
+    schemas, arguments = tools.get(name, {}), {}
+    while rest.strip():
+        if not rest.lstrip().startswith(_PARAMETER):
+            raise BrokenError("text beside the parameters")
+        key, closed, rest = rest.lstrip().removeprefix(_PARAMETER).partition(">")
+        if not closed:
+            raise BrokenError("a parameter without an end")
+        value, rest = _value(rest)
+        arguments[key.strip()] = typed(value, schemas.get(key.strip()))
+    return Call(name, arguments)
+
+
+def _value(text: str) -> tuple[str, str]:
+    """A parameter's value, without the line ends around it, and what follows."""
+    end = text.find(_PARAMETER_END)
+    while end >= 0:
+        after = end + len(_PARAMETER_END)
+        # Looks at what follows without copying it: a value may spell its own end thousands of times.
+        place = next((i for i in range(after, len(text)) if not text[i].isspace()), len(text))
+        if place == len(text) or text.startswith(_PARAMETER, place):
+            return text[:end].removeprefix("\n").removesuffix("\n"), text[after:]
+        end = text.find(_PARAMETER_END, after)
+    raise BrokenError("a parameter without an end")
+
+
+def typed(text: str, schema: Any) -> Any:
+    """A value as its JSON schema types it; the text itself where that says `string`, nothing, or what it is not."""
+    kinds = _kinds(schema)
+    if not kinds or kinds == {"string"}:
+        return text
+    word = text.strip()
+    if "boolean" in kinds and word.lower() in ("true", "false"):
+        return word.lower() == "true"
+    if "null" in kinds and word.lower() in ("null", "none"):
+        return None
+    try:
+        value = json.loads(word, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        return text
+    return value if _kind(value) & kinds else text
+
+
+def _kinds(schema: Any) -> set[str]:
+    """The types that a schema allows, through `anyOf` and `oneOf`."""
+    if not isinstance(schema, dict):
+        return set()
+    kind = schema.get("type")
+    kinds = {k for k in (kind if isinstance(kind, list) else [kind]) if isinstance(k, str)}
+    for key in ("anyOf", "oneOf"):
+        for option in schema[key] if isinstance(schema.get(key), list) else []:
+            kinds |= _kinds(option)
+    return kinds
+
+
+def _kind(value: Any) -> set[str]:
+    if isinstance(value, bool):
+        return {"boolean"}
+    if isinstance(value, int):
+        return {"integer", "number"}
+    if isinstance(value, float):
+        return {"number", "integer"} if value.is_integer() else {"number"}
+    names = {str: "string", list: "array", dict: "object", type(None): "null"}
+    return {names[type(value)]}
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
