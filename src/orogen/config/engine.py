@@ -35,6 +35,7 @@ class EngineConfig:
     replay: Annotated[
         int | None, "tokens whose inputs Mamba's layers keep beside an older state; None: 16 with drafts, else 0"
     ] = None
+    state_dtype: Annotated[str, "dtype of Mamba's states: float32, or float16, rounded at random"] = "float32"
     compute_dtype: Annotated[str, "dtype of activations, weights and keys and values: float32 or bfloat16"] = "float32"
     kernels: Annotated[str, "those that only decoding uses: reference, or triton on an NVIDIA GPU"] = "reference"
     written_out: Annotated[bool, "whether each layer is compiled for itself, so that no loop copies weights"] = True
@@ -50,6 +51,7 @@ class EngineConfig:
         require(self.chunk % self.page == 0, self, "chunk", f"a multiple of page={self.page}")
         require(self.prefill_tokens >= self.chunk, self, "prefill_tokens", f"at least chunk={self.chunk}")
         require_choice(self, "drafter", DRAFTERS)
+        require_choice(self, "state_dtype", ("float32", "float16"))
         require_choice(self, "kernels", ("reference", "triton"))
         require_choice(self, "compute_dtype", ("float32", "bfloat16"))
         require(self.drafts < self.chunk, self, "drafts", f"fewer than chunk={self.chunk}")

@@ -1,12 +1,24 @@
-"""Reading and running trained models.
+"""Running trained models: an engine with continuous batching, generation, a server; and scores of given tokens.
 
-`orogen score` takes `--segments`, which names the documents of each row (runs of equal ids) and padding (0).
+**The engine.** `engine.py` answers requests (`request.py`). In each round the host decides what is done
+(`schedule.py`, with `pages.py` and `prefix.py` for memory), the devices do it (`programs.py` compiles what `forward.py`
+describes), and the host tells what came of it. The forward pass is the training model's, with the caches of
+`model/slots.py` as what its layers are given: pages of keys and values, rings for windows, convolution windows and
+states that do not grow. Many steps of decoding run in one program; prompts are read in pieces between them.
 
-Generation recomputes the whole sequence for every token; it does not use the caches of `model/cache.py` yet. Nothing is
-dropped, whatever capacity a run was trained with.
+**What is promised.** A request's tokens depend on nothing beside it: what is no token of a row is masked, experts take
+all tokens, and a request draws with a key of its own (`sampling.py`). With `EngineConfig.exact`, answers and their
+log-probabilities are equal to the bit however a text is cut (`exact.py`). A draft is kept exactly where it is the token
+that would have been chosen without it, so that speculation changes no answer, drawn ones included.
+
+**Why admission reserves all pages** that a request may need: a hybrid's states are large, and to preempt a request
+means to copy them out or to read its text again. See `schedule.py`.
 
 **Serving.** `service.py` gives the engine a thread of its own and hands streams to an event loop; `serve/` answers over
 HTTP. `chat.py` turns messages into ids: templates are rendered by a process of their own (`template_worker.py`), and no
 text of a client becomes a special token. `answer.py` and `tool_calls.py` take answers apart. Our templates are in
 `templates/`; `orogen serve --chat_template` names one, or a file.
+
+**Scores.** `orogen score` takes `--segments`, which names the documents of each row (runs of equal ids) and padding
+(0).
 """

@@ -212,7 +212,10 @@ class Programs:
 
     def _room(self, slots: int, pages: int) -> Slots:
         config = self.config
-        return Slots(slots, pages, config.page, 1, config.prefill_tokens, self.drafts, config.replayed)
+        return Slots(
+            slots, pages, config.page, 1, config.prefill_tokens, self.drafts, config.replayed,
+            jnp.dtype(config.state_dtype),
+        )  # fmt: skip
 
     def _of_rows(self, function: Callable[..., Array], one: Caches, other: Caches) -> Caches:
         """The function of each array of `one` that has slots, with that of `other` and how many axes it has in front;

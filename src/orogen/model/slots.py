@@ -22,6 +22,7 @@ from orogen.kernels.replay import Ring, SelectiveRing, flush, replay, selective_
 from orogen.kernels.selective_scan import selective_scan
 from orogen.kernels.ssd import ssd
 from orogen.kernels.state_update import selective_update, ssm_update
+from orogen.kernels.state_update.reference import rounded
 from orogen.layers.documents import Documents
 from orogen.model.cache import EMPTY, Reading, map_layers
 from orogen.parallel.plan import Plan
@@ -44,6 +45,7 @@ class Slots(NamedTuple):
     piece: int
     drafts: int = 0
     replay: int = 0
+    state_dtype: Any = jnp.float32
 
     def key_values(self, shapes: Sequence[tuple[int, ...]], dtype: Any, *, window: int | None = None) -> Any:
         """`Paged`, or `Ringed` for a window."""
@@ -64,7 +66,7 @@ class Slots(NamedTuple):
         `cache.Rows.recurrent`."""
         tokens = taps - 1 + self.drafts
         windows = tuple(jnp.zeros((self.rows, tokens, size), dtype) for size in channels)
-        zeros = jnp.zeros((self.rows, *state), jnp.float32)
+        zeros = jnp.zeros((self.rows, *state), self.state_dtype)
         if not self.replay:
             return SlotState(windows, zeros)
         dtypes = dtype, dtype, jnp.float32
@@ -163,7 +165,7 @@ class Replayed(NamedTuple):
 
 class SlotState(NamedTuple):
     """What a state-space mixer needs of earlier tokens: of each convolution the last inputs (b, k, c), oldest first,
-    and the SSM's state, float32, or what it is computed from."""
+    and the SSM's state, float32 or, rounded at random, float16; or what it is computed from."""
 
     windows: Any
     state: Any
@@ -179,16 +181,18 @@ class SlotState(NamedTuple):
         Padding takes a step of no time, after which the state is what it was."""
         x_bthp, dt_bth, a_h, B_btgn, C_btgn = operands
         dt_bth, kernel = _without_padding(dt_bth, docs), plan.decode_kernels
+        seeds_b2 = self._seeds(a_h, docs)
         of_rows = {"skip_h": skip_h, "active_b": _counts(docs) > 0, "implementation": kernel}
 
         def scan(state_bhpn: Array) -> tuple[Array, Array]:
             inputs = x_bthp, dt_bth, a_h, B_btgn, C_btgn
-            return ssd(*inputs, initial_state_bhpn=state_bhpn, skip_h=skip_h, **settings)
+            y_bthp, state_bhpn = ssd(*inputs, initial_state_bhpn=state_bhpn, skip_h=skip_h, **settings)
+            return y_bthp, rounded(state_bhpn, seeds_b2)
 
         if isinstance(self.state, Replayed):
 
             def move(kept: Replayed, flush_b: Array) -> Replayed:
-                moved = flush(kept.ring, a_h, kept.cursor_b, state_bhpn=kept.state, flush_b=flush_b,
+                moved = flush(kept.ring, a_h, kept.cursor_b, state_bhpn=kept.state, flush_b=flush_b, seeds_b2=seeds_b2,
                               implementation="triton" if kernel == "triton" else "recurrence")  # fmt: skip
                 return Replayed(moved[0], kept.ring, moved[1])
 
@@ -200,7 +204,7 @@ class SlotState(NamedTuple):
             return _after(self.state, docs, Replays(move, play, scan), cheap=kernel == "triton")
         if x_bthp.shape[1] == 1:
             one = x_bthp[:, 0], dt_bth[:, 0], a_h, B_btgn[:, 0], C_btgn[:, 0]
-            y_bhp, state_bhpn = ssm_update(*one, state_bhpn=self.state, **of_rows)
+            y_bhp, state_bhpn = ssm_update(*one, state_bhpn=self.state, seeds_b2=seeds_b2, **of_rows)
             return y_bhp[:, None], state_bhpn
         return scan(self.state)
 
@@ -210,14 +214,18 @@ class SlotState(NamedTuple):
         """`kernels.selective_scan` in the same way."""
         x_bti, dt_bti, A_in, B_btn, C_btn = operands
         dt_bti, active_b = _without_padding(dt_bti, docs), _counts(docs) > 0
+        seeds_b2 = self._seeds(A_in, docs)
 
         def scan(state_bin: Array) -> tuple[Array, Array]:
-            return selective_scan(x_bti, dt_bti, A_in, B_btn, C_btn, initial_state_bin=state_bin, **settings)
+            inputs = x_bti, dt_bti, A_in, B_btn, C_btn
+            y_bti, state_bin = selective_scan(*inputs, initial_state_bin=state_bin.astype(jnp.float32), **settings)
+            return y_bti, rounded(state_bin, seeds_b2)
 
         if isinstance(self.state, Replayed):
 
             def move(kept: Replayed, flush_b: Array) -> Replayed:
-                moved = selective_flush(kept.ring, A_in, kept.cursor_b, state_bin=kept.state, flush_b=flush_b)
+                moved = selective_flush(kept.ring, A_in, kept.cursor_b, state_bin=kept.state, flush_b=flush_b,
+                                        seeds_b2=seeds_b2)  # fmt: skip
                 return Replayed(moved[0], kept.ring, moved[1])
 
             def play(kept: Replayed) -> tuple[Array, Any]:
@@ -228,10 +236,20 @@ class SlotState(NamedTuple):
         if x_bti.shape[1] == 1:
             one = x_bti[:, 0], dt_bti[:, 0], A_in, B_btn[:, 0], C_btn[:, 0]
             y_bi, state_bin = selective_update(
-                *one, state_bin=self.state, active_b=active_b, implementation=plan.decode_kernels
+                *one, state_bin=self.state, active_b=active_b, seeds_b2=seeds_b2, implementation=plan.decode_kernels
             )
             return y_bi[:, None], state_bin
         return scan(self.state)
+
+    def _seeds(self, rates: Array, docs: Documents) -> Array | None:
+        """What a float16 state is rounded by, uint32 (b, 2): words that differ from layer to layer, whose decay rates
+        do, and from token to token. Rows of one text are rounded alike, whatever slot they have."""
+        state = self.state.state if isinstance(self.state, Replayed) else self.state
+        if state.dtype != jnp.float16:
+            return None
+        layer = lax.bitcast_convert_type(jnp.sum(rates, dtype=jnp.float32), jnp.uint32)
+        place_b = docs.positions_bt[:, 0].astype(jnp.uint32)
+        return jnp.stack([jnp.broadcast_to(layer, place_b.shape), place_b], axis=1)
 
     def with_piece(self, inputs: Sequence[Array], state: Any, docs: Documents) -> "SlotState":
         """After a piece whose convolutions read `inputs` (b, t, c), and which left `state`."""
