@@ -1,7 +1,6 @@
 """A request that runs, and what is told of the tokens that a call emitted for it."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +10,15 @@ from orogen.infer.forward import NONE, Report
 from orogen.infer.request import ERROR, LENGTH, STOP, Chosen, Output, Request
 from orogen.infer.text import TextStream
 
-# Most requests ask for no log-probabilities; a token is then its id, and one object stands for all of that id.
-_plain = functools.lru_cache(2**18)(Chosen)
+
+class _Plain(dict[int, Chosen]):
+    """Tokens without log-probabilities by their ids: most requests ask for none, and one object stands for all."""
+
+    def __missing__(self, token: int) -> Chosen:
+        return self.setdefault(token, Chosen(token))
+
+
+_PLAIN = _Plain()
 
 
 @dataclasses.dataclass
@@ -76,7 +82,7 @@ class Slot:
 def chosen_of(report: Report, slot: int, logprobs: int | None) -> list[Chosen]:
     """The tokens of one slot in order. report: numpy arrays, with slots in front. logprobs: see `Request`."""
     if logprobs is None:
-        return [_plain(i) for i in report.token[slot].ravel().tolist() if i != NONE]
+        return [_PLAIN[i] for i in report.token[slot].ravel().tolist() if i != NONE]
     flat = Report(*(_flat(array, slot, report.token.ndim - 1) for array in report))
     there = flat.token != NONE
     ids, values = flat.token[there].tolist(), flat.logprob[there].tolist()
