@@ -150,7 +150,7 @@ class _Bytes:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, ids: Iterable[int]) -> str:
-        return self._decoder.decode(b"".join([_bytes_of(i, self._bytes_v) for i in ids]))
+        return self._decoder.decode(b"".join(_bytes_of(ids, self._bytes_v)))
 
     def finish(self) -> str:
         return self._decoder.decode(b"", True)
@@ -166,9 +166,8 @@ class _Runs:
         self._run = bytearray()
 
     def push(self, ids: Iterable[int]) -> str:
-        texts = []
-        for i in ids:
-            data = _bytes_of(i, self._bytes_v)
+        ids, texts = list(ids), []
+        for i, data in zip(ids, _bytes_of(ids, self._bytes_v), strict=True):
             if i in self._own_bytes:
                 self._run += data
             elif data:
@@ -190,7 +189,10 @@ class _Runs:
         return text
 
 
-def _bytes_of(token: int, bytes_v: Sequence[bytes]) -> bytes:
-    if not 0 <= token < len(bytes_v):
-        raise ConfigError(f"token id {token}: expected 0 to {len(bytes_v) - 1}")
-    return bytes_v[token]
+def _bytes_of(ids: Iterable[int], bytes_v: Sequence[bytes]) -> list[bytes]:
+    """The bytes of each token. An engine waits for this, so that ids are checked together."""
+    ids = list(ids)
+    if ids and not 0 <= min(ids) <= max(ids) < len(bytes_v):
+        wrong = next(i for i in ids if not 0 <= i < len(bytes_v))
+        raise ConfigError(f"token id {wrong}: expected 0 to {len(bytes_v) - 1}")
+    return [bytes_v[i] for i in ids]

@@ -1,0 +1,68 @@
+"""What an engine's config comes to on a model and its plan, and which of them go together."""
+
+from typing import NamedTuple
+
+from orogen.config.checks import require
+from orogen.config.engine import EngineConfig
+from orogen.config.model import ModelConfig
+from orogen.config.plan import PlanConfig
+from orogen.infer.capacity import Capacity
+
+PAGED, RECURRENT = "*+", "Mmw"  # letters whose layers keep pages, and what does not grow with the text
+
+
+class Sizes(NamedTuple):
+    """Sizes of an engine's memory, all but `ranks` per data rank.
+
+    ranks: data ranks. slots: requests that run at a time. length: most tokens of a text. drafts: tokens that are
+    drafted at a time, 0 if nothing drafts. reach: pages of a text, the width of a page table. pages: 0 for a model
+    without attention over all tokens. recurrent: whether a slot has more than pages. snapshots: states that the prefix
+    cache holds.
+    """
+
+    ranks: int
+    slots: int
+    length: int
+    drafts: int
+    reach: int
+    pages: int
+    recurrent: bool
+    snapshots: int
+
+    def capacity(self, config: EngineConfig) -> Capacity:
+        """What the scheduler must know of them."""
+        return Capacity(
+            slots=config.slots, ranks=self.ranks, page=config.page, pages=self.pages, recurrent=self.recurrent,
+            reach=self.reach if self.pages else None, snapshots=self.snapshots, chunk=config.chunk,
+            prefill_tokens=config.prefill_tokens, queue=config.queue, drafts=self.drafts,
+            lookahead=int(config.drafter == "mtp"), reuse=config.prefix_cache,
+        )  # fmt: skip
+
+
+def sizes_of(model: ModelConfig, plan: PlanConfig, config: EngineConfig) -> Sizes:
+    """The sizes of an engine's memory. Raises ConfigError for a plan or model that it cannot serve."""
+    _check(model, plan, config)
+    letters = model.layers.main + (model.layers.mtp if config.drafter == "mtp" else "")
+    drafts = 0 if config.drafter == "none" else config.drafts
+    slots = config.slots // plan.data
+    length = min(config.max_length, model.learned_positions or config.max_length)
+    reach = -(-(length + drafts) // config.page)
+    paged = any(letter in PAGED for letter in letters)
+    recurrent = any(letter in RECURRENT for letter in letters)
+    pages = (config.pages or slots * reach) if paged else 0
+    return Sizes(
+        ranks=plan.data, slots=slots, length=length, drafts=drafts, reach=min(reach, pages) if paged else 1,
+        pages=pages, recurrent=recurrent, snapshots=config.snapshots if recurrent and config.prefix_cache else 0,
+    )  # fmt: skip
+
+
+def _check(model: ModelConfig, plan: PlanConfig, config: EngineConfig) -> None:
+    require(plan.stage == 1, plan, "stage", "1: an engine has no pipeline")
+    require(plan.context == 1, plan, "context", "1: an engine keeps a text on one rank")
+    require(plan.capacity_factor is None, plan, "capacity_factor", "None: no token is dropped here")
+    require(plan.linear == "plain", plan, "linear", "plain here")
+    each = plan.data * plan.tensor
+    require(config.slots % each == 0, config, "slots", f"a multiple of data x tensor = {each}")
+    require(plan.devices == 1 or not config.exact, config, "exact", f"False on {plan.devices} devices")
+    has_block = config.drafter != "mtp" or bool(model.layers.mtp)
+    require(has_block, config, "drafter", "none or lookup: the model has no multi-token-prediction block")

@@ -1,0 +1,98 @@
+"""A request that runs, and what is told of the tokens that a call emitted for it."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from orogen.infer.forward import NONE, Report
+from orogen.infer.request import ERROR, LENGTH, STOP, Chosen, Output, Request
+from orogen.infer.text import TextStream
+
+
+class _Plain(dict[int, Chosen]):
+    """Tokens without log-probabilities by their ids: most requests ask for none, and one object stands for all."""
+
+    def __missing__(self, token: int) -> Chosen:
+        return self.setdefault(token, Chosen(token))
+
+
+_PLAIN = _Plain()
+
+
+@dataclasses.dataclass
+class Slot:
+    """A request that runs. pages: its own, in order. ends: ids that end it. text, matcher: None without. generated: all
+    ids so far. drafts (n,): of the next ones, None before the first."""
+
+    number: int
+    request: Request
+    pages: tuple[int, ...]
+    ends: tuple[int, ...]
+    text: TextStream | None
+    matcher: Any
+    generated: list[int] = dataclasses.field(default_factory=list)
+    drafts: Any = None
+
+    @property
+    def place(self) -> int:
+        """Of the last token, which the model has not read."""
+        return len(self.request.prompt) + len(self.generated) - 1
+
+    @property
+    def left(self) -> int:
+        """Tokens that may still come."""
+        return self.request.max_tokens - len(self.generated)
+
+    def advance(self, chosen: Sequence[Chosen], *, bad: bool) -> Output:
+        """Takes new tokens, of which only the last may end the text by its id or `max_tokens`, and returns what there
+        is to tell. bad: the last one was chosen from logits that are no numbers, or allow no token."""
+        if bad:
+            chosen = chosen[:-1]
+        kept, text, finish, error = [], "", None, None
+        # What may end the text before its last token is looked for token by token.
+        step = 1 if self.matcher is not None or self.request.stop else max(len(chosen), 1)
+        for first in range(0, len(chosen), step):
+            some = chosen[first : first + step]
+            kept += some
+            more, finish, error = self._take([one.id for one in some])
+            text += more
+            if finish is not None:
+                break
+        if bad and finish is None:
+            finish = ERROR
+            error = f"the logits of token {len(self.generated)} are not numbers, or allow no token"
+        if finish is not None and self.text is not None and not self.text.stopped:
+            text += self.text.finish()
+        return Output(self.number, tuple(kept), text, finish, error)
+
+    def _take(self, ids: list[int]) -> tuple[str, str | None, str | None]:
+        """The text of these tokens, why it ends with the last one, None if it does not, and what is wrong."""
+        self.generated += ids
+        ended = ids[-1] in self.ends
+        text = "" if self.text is None else self.text.push(ids[:-1] if ended else ids)
+        finish, error = STOP if ended or (self.text is not None and self.text.stopped) else None, None
+        if self.matcher is not None and finish is None:
+            error = self.matcher.advance(ids[-1])
+            finish = ERROR if error else STOP if self.matcher.finished else None
+        return text, LENGTH if finish is None and not self.left else finish, error
+
+
+def chosen_of(report: Report, slot: int, logprobs: int | None) -> list[Chosen]:
+    """The tokens of one slot in order. report: numpy arrays, with slots in front. logprobs: see `Request`."""
+    if logprobs is None:
+        return [_PLAIN[i] for i in report.token[slot].ravel().tolist() if i != NONE]
+    flat = Report(*(_flat(array, slot, report.token.ndim - 1) for array in report))
+    there = flat.token != NONE
+    ids, values = flat.token[there].tolist(), flat.logprob[there].tolist()
+    tops: list[tuple[tuple[int, float], ...]] = [()] * len(ids)
+    if logprobs:
+        top_ids, top_values = (a[there, :logprobs].tolist() for a in (flat.top_ids, flat.top_logprobs))
+        tops = [tuple(zip(*each, strict=True)) for each in zip(top_ids, top_values, strict=True)]
+    return list(map(Chosen, ids, values, tops))
+
+
+def _flat(array: Any, slot: int, axes: int) -> Any:
+    """What an array of a report has for a slot, with the axes of its tokens as one."""
+    return None if array is None else np.asarray(array[slot]).reshape(-1, *array.shape[1 + axes :])
