@@ -124,9 +124,17 @@ class Paged(NamedTuple):
         )  # fmt: skip
 
     def reading(self, docs: Documents) -> Reading:
-        """Every place of the rows' pages: those after a query are those that causality hides."""
-        read = tuple(pool[self.table_bp].reshape(len(self.table_bp), -1, *pool.shape[2:]) for pool in self.values)
-        return Reading(read, jnp.ones(read[0].shape[:2], jnp.int32), docs.positions_bt)
+        """Every place of the rows' pages: those after a query are those that causality hides. Beyond a row's last token
+        they read as zero: what another sequence left there may be no number, which a weight of zero does not hide."""
+        rows, page = len(self.table_bp), self.values[0].shape[1]
+        last_b1 = docs.positions_bt[:, :1] + _counts(docs)[:, None] - 1
+        known_bs = jnp.arange(self.table_bp.shape[1] * page) <= last_b1
+
+        def read(pool: Array) -> Array:
+            values = pool[self.table_bp].reshape(rows, -1, *pool.shape[2:])
+            return jnp.where(jnp.expand_dims(known_bs, range(2, values.ndim)), values, 0)
+
+        return Reading(tuple(map(read, self.values)), jnp.ones(known_bs.shape, jnp.int32), docs.positions_bt)
 
 
 class Ringed(NamedTuple):
@@ -288,7 +296,8 @@ def with_tables(caches: Any, table_bp: Array) -> Any:
 
 
 def rolled_back(caches: Any, count_b: Array) -> Any:
-    """The caches without each row's last `count_b` tokens, at most `Slots.drafts`."""
+    """The caches without each row's last `count_b` tokens, at most `Slots.drafts`, of a piece of at most half as many
+    tokens as `Slots.replay`."""
 
     def take_back(one: Any) -> Any:
         return one.rolled_back(count_b) if isinstance(one, SlotState) else one
