@@ -60,7 +60,12 @@ REFUSED = [
     (PlanConfig, "attention", "flash", "one of full, blocked, cudnn"),
     (PlanConfig, "ssd", "scan", "one of recurrence, chunked, triton"),
     (PlanConfig, "selective_scan", "recurrence", "one of reference, chunked"),
-    (PlanConfig, "grouped_matmul", "triton", "one of reference, blocks, ragged_dot, mosaic, triton_small"),
+    (
+        PlanConfig,
+        "grouped_matmul",
+        "triton",
+        "one of reference, blocks, small_blocks, ragged_dot, mosaic, triton_small",
+    ),
     (PlanConfig, "cross_entropy", "fused", "one of full, chunked"),
     (PlanConfig, "causal_conv1d", "fft", "one of taps, triton"),
     (PlanConfig, "rms_norm", "fused", "one of plain, triton"),

@@ -130,7 +130,9 @@ class PlanConfig:
     selective_scan: Annotated[str, "reference (token by token) or chunked"] = "chunked"
     causal_conv1d: Annotated[str, "taps (a sum of shifted products) or triton"] = "taps"
     rms_norm: Annotated[str, "plain or triton, also of the gated norm"] = "plain"
-    grouped_matmul: Annotated[str, "reference, blocks, ragged_dot, mosaic, or for few rows triton_small"] = "blocks"
+    grouped_matmul: Annotated[
+        str, "reference, blocks, ragged_dot, mosaic, or for few rows small_blocks, triton_small"
+    ] = "blocks"
     permutation: Annotated[str, "how tokens are copied to their experts' rows and back: gather or triton"] = "gather"
     quantize: Annotated[str, "what rounds the operands of fp8: plain or triton"] = "plain"
     cross_entropy: Annotated[str, "full (all logits at once) or chunked"] = "chunked"
@@ -173,7 +175,9 @@ class PlanConfig:
         require_choice(self, "permutation", ("gather", "triton"))
         require_choice(self, "quantize", ("plain", "triton"))
         require_choice(self, "selective_scan", ("reference", "chunked"))
-        require_choice(self, "grouped_matmul", ("reference", "blocks", "ragged_dot", "mosaic", "triton_small"))
+        require_choice(
+            self, "grouped_matmul", ("reference", "blocks", "small_blocks", "ragged_dot", "mosaic", "triton_small")
+        )
         require_choice(self, "cross_entropy", ("full", "chunked"))
         if not isinstance(self.remat, str):
             object.__setattr__(self, "remat", tuple(self.remat))  # gin may give a list

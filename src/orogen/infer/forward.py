@@ -184,12 +184,11 @@ class Forward:
         """A report of this shape in which no token was emitted."""
         count = self.features.logprobs
         top = (*shape, min(count, self.is_token_v.size)) if count else None
-        full = lambda shape, dtype: None if shape is None else jnp.full(shape, nothing(dtype), dtype)  # noqa: E731
         return Report(
-            full(shape, jnp.int32),
-            None if count is None else full(shape, jnp.float32),
-            full(top, jnp.int32),
-            full(top, jnp.float32),
+            jnp.full(shape, NONE),
+            None if count is None else jnp.zeros(shape),
+            None if top is None else jnp.full(top, NONE),
+            None if top is None else jnp.zeros(top),
         )
 
     def _accept(self, logits_btv: Array, control: Control, sampler: Sampler) -> tuple[Rows, Array, Report, Array]:

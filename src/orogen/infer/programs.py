@@ -221,7 +221,9 @@ class Programs:
         """Of decoding: rows are split, and products of experts are those for few rows."""
         plan = self.plan.decoding()
         if plan.decode_kernels == "reference":
-            return plan
+            blocks = plan.config.grouped_matmul == "blocks"
+            few = dataclasses.replace(plan.config, grouped_matmul="small_blocks") if blocks else plan.config
+            return dataclasses.replace(plan, config=few)
         # Norms of a few rows are part of what XLA fuses around them; a kernel for each takes longer than all of that.
         few = dataclasses.replace(plan.config, grouped_matmul="triton_small", rms_norm="plain")
         return dataclasses.replace(plan, config=few)

@@ -10,7 +10,7 @@ Letters: b rows, t time of a piece, p pages of a row, s places that are read, k 
 places of a ring, l tokens whose inputs are kept.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +25,7 @@ from orogen.kernels.state_update import selective_update, ssm_update
 from orogen.kernels.state_update.reference import rounded
 from orogen.layers.documents import Documents
 from orogen.model.cache import EMPTY, Reading, map_layers
+from orogen.model.replayed import Replayed, Replays, after, counts
 from orogen.parallel.plan import Plan
 
 FEW = 8  # tokens of a piece for which the kernels of decoding are made
@@ -71,8 +72,8 @@ class Slots(NamedTuple):
             return SlotState(windows, zeros)
         dtypes = dtype, dtype, jnp.float32
         made = [jnp.zeros((self.rows, self.replay, *s), d) for s, d in zip(inputs, dtypes, strict=True)]
-        ring = (Ring if len(state) == 3 else SelectiveRing)(*made)
-        return SlotState(windows, Replayed(zeros, ring, jnp.zeros(self.rows, jnp.int32)))
+        kind: Any = Ring if len(state) == 3 else SelectiveRing
+        return SlotState(windows, Replayed(zeros, kind(*made), jnp.zeros(self.rows, jnp.int32)))
 
     def recurrent_axes(
         self,
@@ -84,7 +85,8 @@ class Slots(NamedTuple):
         windows, named = tuple(("batch", None, axis) for axis in channels), ("batch", *state)
         if not self.replay:
             return SlotState(windows, named)
-        ring = (Ring if len(state) == 3 else SelectiveRing)(*(("batch", None, *each) for each in inputs))
+        kind: Any = Ring if len(state) == 3 else SelectiveRing
+        ring = kind(*(("batch", None, *each) for each in inputs))
         return SlotState(windows, Replayed(named, ring, ("batch",)))
 
 
@@ -116,7 +118,7 @@ class Paged(NamedTuple):
         if plan.decode_kernels == "reference" or q_bthk.shape[1] > FEW or window is not None:
             return None
         # Places of padding are written nowhere; as if all were there, what is read beyond hides behind causality.
-        length_b = jnp.where(_counts(docs) > 0, docs.positions_bt[:, -1] + 1, 0)
+        length_b = jnp.where(counts(docs) > 0, docs.positions_bt[:, -1] + 1, 0)
         k_nsgk, v_nsgk = self.values
         return paged_attention(
             q_bthk, k_nsgk, v_nsgk, self.table_bp, length_b, sinks_h=sinks_h, scale=scale,
@@ -127,7 +129,7 @@ class Paged(NamedTuple):
         """Every place of the rows' pages: those after a query are those that causality hides. Beyond a row's last token
         they read as zero: what another sequence left there may be no number, which a weight of zero does not hide."""
         rows, page = len(self.table_bp), self.values[0].shape[1]
-        last_b1 = docs.positions_bt[:, :1] + _counts(docs)[:, None] - 1
+        last_b1 = docs.positions_bt[:, :1] + counts(docs)[:, None] - 1
         known_bs = jnp.arange(self.table_bp.shape[1] * page) <= last_b1
 
         def read(pool: Array) -> Array:
@@ -153,22 +155,9 @@ class Ringed(NamedTuple):
     def reading(self, docs: Documents) -> Reading:
         """The last places up to the piece's last token."""
         places = self.values[0].shape[1]
-        last_b1 = docs.positions_bt[:, :1] + _counts(docs)[:, None] - 1
+        last_b1 = docs.positions_bt[:, :1] + counts(docs)[:, None] - 1
         place_bs = last_b1 - (last_b1 - jnp.arange(places)) % places
         return Reading(self.values, jnp.where(place_bs >= 0, 1, EMPTY), docs.positions_bt, place_bs)
-
-
-class Replayed(NamedTuple):
-    """A state as it was some tokens ago, float32, and the inputs of the tokens since, of which each row has `cursor_b`,
-    int32; see `kernels.replay`.
-
-    The states of all rows move at once, when the next tokens would not fit in one of them, so that states are read with
-    each token but seldom written. A token is taken back by moving the cursor.
-    """
-
-    state: Any
-    ring: Any
-    cursor_b: Any
 
 
 class SlotState(NamedTuple):
@@ -190,7 +179,7 @@ class SlotState(NamedTuple):
         x_bthp, dt_bth, a_h, B_btgn, C_btgn = operands
         dt_bth, kernel = _without_padding(dt_bth, docs), plan.decode_kernels
         seeds_b2 = self._seeds(a_h, docs)
-        of_rows = {"skip_h": skip_h, "active_b": _counts(docs) > 0, "implementation": kernel}
+        of_rows = {"skip_h": skip_h, "active_b": counts(docs) > 0, "implementation": kernel}
 
         def scan(state_bhpn: Array) -> tuple[Array, Array]:
             inputs = x_bthp, dt_bth, a_h, B_btgn, C_btgn
@@ -209,7 +198,7 @@ class SlotState(NamedTuple):
                 of_rows["implementation"] = "triton" if kernel == "triton" else "parallel"
                 return replay(piece, a_h, C_btgn, state_bhpn=kept.state, **cached, **of_rows)
 
-            return _after(self.state, docs, Replays(move, play, scan), cheap=kernel == "triton")
+            return after(self.state, docs, Replays(move, play, scan), cheap=kernel == "triton")
         if x_bthp.shape[1] == 1:
             one = x_bthp[:, 0], dt_bth[:, 0], a_h, B_btgn[:, 0], C_btgn[:, 0]
             y_bhp, state_bhpn = ssm_update(*one, state_bhpn=self.state, seeds_b2=seeds_b2, **of_rows)
@@ -221,7 +210,7 @@ class SlotState(NamedTuple):
     ) -> tuple[Array, Any]:
         """`kernels.selective_scan` in the same way."""
         x_bti, dt_bti, A_in, B_btn, C_btn = operands
-        dt_bti, active_b = _without_padding(dt_bti, docs), _counts(docs) > 0
+        dt_bti, active_b = _without_padding(dt_bti, docs), counts(docs) > 0
         seeds_b2 = self._seeds(A_in, docs)
 
         def scan(state_bin: Array) -> tuple[Array, Array]:
@@ -240,7 +229,7 @@ class SlotState(NamedTuple):
                 piece, cached = SelectiveRing(x_bti, B_btn, dt_bti), {"ring": kept.ring, "cursor_b": kept.cursor_b}
                 return selective_replay(piece, A_in, C_btn, state_bin=kept.state, active_b=active_b, **cached)
 
-            return _after(self.state, docs, Replays(move, play, scan), cheap=False)
+            return after(self.state, docs, Replays(move, play, scan), cheap=False)
         if x_bti.shape[1] == 1:
             one = x_bti[:, 0], dt_bti[:, 0], A_in, B_btn[:, 0], C_btn[:, 0]
             y_bi, state_bin = selective_update(
@@ -261,7 +250,7 @@ class SlotState(NamedTuple):
 
     def with_piece(self, inputs: Sequence[Array], state: Any, docs: Documents) -> "SlotState":
         """After a piece whose convolutions read `inputs` (b, t, c), and which left `state`."""
-        count_b = _counts(docs)
+        count_b = counts(docs)
         windows = tuple(
             _rows_from(jnp.concatenate([window, new.astype(window.dtype)], 1), count_b, window.shape[1])
             for window, new in zip(self.windows, inputs, strict=True)
@@ -311,40 +300,9 @@ def without_drafts(known: Any, tentative: Any) -> Any:
     return map_layers(lambda a, b: a if isinstance(a, SlotState) else b, known, tentative)
 
 
-class Replays(NamedTuple):
-    """What one mixer does with `Replayed`: moves the states of some rows (b,) up to their cursors; computes a piece's
-    outputs and the ring with it; or computes a piece from a state that has no inputs beside it."""
-
-    move: Callable[[Replayed, Array], Replayed]
-    play: Callable[[Replayed], tuple[Array, Any]]
-    scan: Callable[[Array], tuple[Array, Array]]
-
-
-def _after(kept: Replayed, docs: Documents, replays: Replays, *, cheap: bool) -> tuple[Array, Replayed]:
-    """The outputs of a piece, and what is kept. cheap: whether a move of no row costs nothing."""
-    tokens, places = docs.segments_bt.shape[1], kept.ring[0].shape[1]
-    every_b = jnp.ones(kept.cursor_b.shape, bool)
-    if 2 * tokens > places:  # a piece of a prompt
-        kept = replays.move(kept, every_b)
-        y, state = replays.scan(kept.state)
-        return y, kept._replace(state=state)
-    full = jnp.any(kept.cursor_b + tokens > places)
-    if cheap:
-        kept = replays.move(kept, every_b & full)
-    else:
-        kept = lax.cond(full, lambda k: replays.move(k, every_b), lambda k: k, kept)
-    y, ring = replays.play(kept)
-    return y, Replayed(kept.state, ring, kept.cursor_b + _counts(docs))
-
-
 def _without_padding(dt: Array, docs: Documents) -> Array:
     """Time steps (b, t, …), 0 for padding."""
     return jnp.where(docs.segments_bt[..., None] != 0, dt, 0)
-
-
-def _counts(docs: Documents) -> Array:
-    """(b,) how many tokens of a piece each row has."""
-    return jnp.sum(docs.segments_bt != 0, axis=1, dtype=jnp.int32)
 
 
 def _rows_from(x_btc: Array, start_b: Array, length: int) -> Array:

@@ -32,7 +32,8 @@ def by_row(objective: Objective) -> Objective:
 
     def sums(model: LanguageModel, hidden: list[Array], batch: Batch, plan: Plan) -> ByName:
         def of_row(row: tuple[list[Array], Batch]) -> ByName:
-            return objective.sums(model, *jax.tree.map(lambda x: x[None], row), plan)
+            hidden, batch = jax.tree.map(lambda x: x[None], row)
+            return objective.sums(model, hidden, batch, plan)
 
         apart = jax.lax.map(of_row, (jax.lax.stop_gradient(hidden), batch))
         return objective.sums(model, hidden, batch, plan) | {ROWS + name: rows for name, rows in apart.items()}

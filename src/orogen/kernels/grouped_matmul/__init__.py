@@ -9,7 +9,7 @@ from jax import Array
 from jax import numpy as jnp
 
 from orogen.kernels.checks import chosen
-from orogen.kernels.grouped_matmul.blocks import grouped_matmul_blocks
+from orogen.kernels.grouped_matmul.blocks import grouped_matmul_blocks, grouped_matmul_small_blocks
 from orogen.kernels.grouped_matmul.few_rows import grouped_matmul_few_rows
 from orogen.kernels.grouped_matmul.mosaic import grouped_matmul_mosaic
 from orogen.kernels.grouped_matmul.ragged_dot import grouped_matmul_ragged_dot
@@ -19,6 +19,7 @@ from orogen.parallel.varying import vary_like
 IMPLEMENTATIONS = {
     "reference": grouped_matmul_masked,
     "blocks": grouped_matmul_blocks,
+    "small_blocks": grouped_matmul_small_blocks,
     "ragged_dot": grouped_matmul_ragged_dot,
     "mosaic": grouped_matmul_mosaic,
     "triton_small": grouped_matmul_few_rows,
