@@ -56,7 +56,8 @@ class Engine:
         self.programs = Programs(opened, config, sizes.drafts, sizes.length, _is_token(opened))
         self._arrays = Arrays(config, sizes, tensor=opened.plan.size("tensor"), put=self.programs.put)
         self._caches: Caches = self.programs.start(sizes.slots, sizes.pages)
-        self._snapshots: Caches = self.programs.start(max(sizes.snapshots, 1), 0)
+        # With a page that nobody uses: jax forgets how arrays of no element are laid over devices.
+        self._snapshots: Caches = self.programs.start(max(sizes.snapshots, 1), min(sizes.pages, 1))
         self._slots: dict[int, Slot] = {}
         self._waiting: dict[int, tuple[Request, Any]] = {}
         self._sampling: tuple[Features, Sampler] | None = None  # of those that run; None: they have changed
@@ -219,15 +220,15 @@ class Engine:
     def _tell(self, slots: Sequence[int], emitted: Emitted) -> None:
         """What a call emitted becomes outputs, and requests that have ended leave."""
         began = time.perf_counter()
-        emitted = jax.device_get(emitted)
+        report, drafts_bn, bad_b = jax.device_get(tuple(emitted))
         self.stats.device_seconds += time.perf_counter() - began
-        if emitted.report.token.ndim == 3:
-            self._count(emitted.report.token[list(slots)])
-        bad = emitted.bad_b.tolist()
+        if report.token.ndim == 3:
+            self._count(report.token[list(slots)])
+        bad = bad_b.tolist()
         for number in slots:
             slot = self._slots[number]
-            slot.drafts = emitted.drafts_bn[number]
-            output = slot.advance(chosen_of(emitted.report, number, slot.request.logprobs), bad=bad[number])
+            slot.drafts = drafts_bn[number]
+            output = slot.advance(chosen_of(report, number, slot.request.logprobs), bad=bad[number])
             self.stats.generated_tokens += len(output.tokens)
             if output.finish is not None:
                 self.scheduler.finished(number, committed=slot.generated[:-1])
@@ -251,7 +252,8 @@ class Engine:
             features = features_of(request for request in requests if request)
             size, markers = self.opened.config.vocab_size, self.programs.markers if features.budgets else None
             rows = rows_of(requests, features, vocab_size=size, markers=markers, generated=generated)
-            self._sampling = features, Sampler(*self.programs.put((knobs_of(requests, features), rows)), None)
+            knobs, rows = self.programs.put((knobs_of(requests, features), rows))
+            self._sampling = features, Sampler(knobs, rows, None)
         features, sampler = self._sampling
         return features, sampler._replace(mask_bw=self._masks()) if features.masks else sampler
 

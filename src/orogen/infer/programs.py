@@ -8,6 +8,7 @@ Letters: b slots, r rows that are read, t time, n drafts.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -77,18 +78,32 @@ class Programs:
     @functools.cached_property
     def layout(self) -> Layout:
         """Of the caches."""
-        room, built = self._room(1, 1), self.opened.built
-        model = nnx.merge(built.graph, built.params, built.buffers)
-        start = lambda params, buffers: self._empty(self._merged(params, buffers), room)  # noqa: E731
-        made = jax.eval_shape(start, built.params, built.buffers)
+        room, model = self._room(1, 1), self._abstract
         axes = Caches(
             model.backbone.cache_axes(room),
             self._mtp(model) and self._mtp(model).cache_axes(room),
             ("batch", None) if self._keeps_text else None,
         )
-        leads = jax.tree.map(lambda array, names: array.ndim - len(names), made, axes)
+        leads = jax.tree.map(lambda array, names: array.ndim - len(names), self._shapes(room), axes)
         specs = jax.tree.map(lambda lead, names: self.plan.spec(*(None,) * lead, *names), leads, axes)
         return Layout(specs, leads, axes)
+
+    def bytes_per_device(self, slots: int, pages: int) -> int:
+        """What `start` takes on each device, from shapes alone."""
+        made, bytes_of = self._shapes(self._room(slots, pages)), lambda a: a.size * a.dtype.itemsize
+        ways = lambda names: math.prod(self.plan.size(n) for n in names if n not in (None, "batch"))  # noqa: E731
+        return sum(jax.tree.leaves(jax.tree.map(lambda a, n: bytes_of(a) // ways(n), made, self.layout.axes)))
+
+    def _shapes(self, room: Slots) -> Caches:
+        """The arrays of one data rank's caches, whole, without their numbers."""
+        built = self.opened.built
+        start = lambda params, buffers: self._empty(self._merged(params, buffers), room)  # noqa: E731
+        return jax.eval_shape(start, built.params, built.buffers)
+
+    @property
+    def _abstract(self) -> LanguageModel:
+        built = self.opened.built
+        return nnx.merge(built.graph, built.params, built.buffers)
 
     def start(self, slots: int, pages: int) -> Caches:
         """Empty caches of so many slots and pages in each data rank."""

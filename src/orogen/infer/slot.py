@@ -81,18 +81,14 @@ class Slot:
 
 def chosen_of(report: Report, slot: int, logprobs: int | None) -> list[Chosen]:
     """The tokens of one slot in order. report: numpy arrays, with slots in front. logprobs: see `Request`."""
+    tokens: Any = report.token[slot]
     if logprobs is None:
-        return [_PLAIN[i] for i in report.token[slot].ravel().tolist() if i != NONE]
-    flat = Report(*(_flat(array, slot, report.token.ndim - 1) for array in report))
-    there = flat.token != NONE
-    ids, values = flat.token[there].tolist(), flat.logprob[there].tolist()
-    tops: list[tuple[tuple[int, float], ...]] = [()] * len(ids)
-    if logprobs:
-        top_ids, top_values = (a[there, :logprobs].tolist() for a in (flat.top_ids, flat.top_logprobs))
-        tops = [tuple(zip(*each, strict=True)) for each in zip(top_ids, top_values, strict=True)]
-    return list(map(Chosen, ids, values, tops))
-
-
-def _flat(array: Any, slot: int, axes: int) -> Any:
-    """What an array of a report has for a slot, with the axes of its tokens as one."""
-    return None if array is None else np.asarray(array[slot]).reshape(-1, *array.shape[1 + axes :])
+        return [_PLAIN[i] for i in tokens.ravel().tolist() if i != NONE]
+    there = tokens != NONE  # what comes with a token has its axes, and those of the likeliest ones behind them
+    values, top_ids, top_values = (None if array is None else np.asarray(array[slot])[there] for array in report[1:])
+    assert values is not None
+    tops: list[tuple[tuple[int, float], ...]] = [()] * len(values)
+    if logprobs and top_ids is not None and top_values is not None:
+        pairs = zip(top_ids[:, :logprobs].tolist(), top_values[:, :logprobs].tolist(), strict=True)
+        tops = [tuple(zip(ids, logs, strict=True)) for ids, logs in pairs]
+    return list(map(Chosen, tokens[there].tolist(), values.tolist(), tops))
