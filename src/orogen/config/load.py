@@ -49,14 +49,21 @@ def load_saved(file: Path) -> RunConfig:
     return without_unread(parse([file])[0])
 
 
-def load_engine(bindings: Sequence[str]) -> tuple[PlanConfig | None, EngineConfig]:
+def load_engine(
+    bindings: Sequence[str], *, rows: int | None = None, length: int | None = None
+) -> tuple[PlanConfig | None, EngineConfig]:
     """The plan that bindings choose for an inference engine, None if they name none, and the engine's own config.
 
-    Raises ConfigError as `load` does.
+    rows, length: where no binding says otherwise, the engine has the fewest slots for so many requests on that plan,
+    and max_length is `length`. Raises ConfigError as `load` does.
     """
     parts, _ = _parts((), bindings, {"plan": PlanConfig, "engine": EngineConfig})
-    named = any(key.split(".")[-2:-1] == [PlanConfig.__name__] for key in _keys(gin.config_str()))
-    return parts["plan"] if named else None, parts["engine"]
+    bound = {tuple(key.split(".")[-2:]) for key in _keys(gin.config_str())}
+    plan = parts["plan"] if any(key[0] == PlanConfig.__name__ for key in bound) else None
+    ways = 1 if plan is None else plan.data * plan.tensor
+    usual = {"slots": None if rows is None else -(-rows // ways) * ways, "max_length": length}
+    chosen = {k: v for k, v in usual.items() if v is not None and (EngineConfig.__name__, k) not in bound}
+    return plan, dataclasses.replace(parts["engine"], **chosen)
 
 
 def parse(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[RunConfig, str]:
