@@ -217,18 +217,26 @@ def test_generate_from_a_run_that_saved_nothing(refused, saved):
 
 
 @pytest.mark.parametrize(
-    ("option", "value"),
-    [("--temperature", "-1"), ("--temperature", "nan"), ("--temperature", "inf"), ("--top_p", "0"), ("--top_p", "1.1")],
+    ("option", "value", "expected"),
+    [
+        ("--temperature", "-1", "0 or more"),
+        ("--temperature", "nan", "0 or more"),
+        ("--temperature", "inf", "0 or more"),
+        ("--top_p", "0", "above 0 up to 1"),
+        ("--top_p", "1.1", "above 0 up to 1"),
+        ("--min_p", "2", "from 0 to 1"),
+        ("--presence_penalty", "3", "from -2 to 2"),
+    ],
 )
-def test_generate_refuses_odds_that_are_none(refused, saved, option, value):
+def test_generate_refuses_odds_that_are_none(refused, saved, option, value, expected):
     message = refused("generate", "--checkpoint", saved, option, value)
-    assert f"{option} {float(value)}" in message and message.endswith("expected 0 or more, and above 0 up to 1")
+    assert message == f"{option} is {float(value)}; expected {expected}"
 
 
 @pytest.mark.parametrize("seed", ["-1", str(2**63)])
 def test_generate_refuses_a_seed_out_of_range(refused, saved, seed):
     message = refused("generate", "--checkpoint", saved, "--seed", seed)
-    assert message == f"--seed {seed}; expected a whole number from 0 to 2**63 - 1"
+    assert message == f"--seed is {seed}; expected a whole number from 0 to 2**63 - 1"
 
 
 def test_generate_refuses_a_prompt_that_is_no_text(refused, saved):

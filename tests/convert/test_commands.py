@@ -1,6 +1,5 @@
 """`orogen convert`, `score`, `generate` and `train --checkpoint`: answers, and refusals that change nothing."""
 
-import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -18,7 +17,9 @@ from orogen.checkpoint.transfer import export, from_hf
 from orogen.cli import main
 from orogen.config.load import load
 from orogen.data.vocabulary import byte_tokenizer
-from orogen.infer.generate import generate
+from orogen.infer.engine import Engine
+from orogen.infer.generate import engine_for, generate
+from orogen.infer.request import Request, Sampling
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "models"
 RUN = """
@@ -241,14 +242,12 @@ def padded(tmp_path_factory) -> Path:
     return folder
 
 
-def test_rows_without_a_token_are_never_sampled(padded, monkeypatch):
+def test_rows_without_a_token_are_never_sampled(padded):
     """A hot model: 400 even draws of 300 rows miss the 41 without a token with probability 1e-26."""
-    ids: list[int] = []
-    loaded = open_model(padded)
-    loaded = loaded._replace(tokenizer=copy.copy(loaded.tokenizer))
-    monkeypatch.setattr(loaded.tokenizer, "end_ids", frozenset())
-    monkeypatch.setattr(loaded.tokenizer, "decode", lambda new, after: ids.extend(new) or "")
-    generate(loaded, ["ab"] * 10, tokens=40, temperature=1e9)
+    hot = [Sampling(temperature=1e9, seed=seed) for seed in range(10)]
+    requests = [Request(prompt=(97, 98), max_tokens=40, sampling=each, ignore_eos=True) for each in hot]
+    answers = Engine(open_model(padded), engine_for(rows=10, length=42)).run(requests)
+    ids = [token.id for outputs in answers for output in outputs for token in output.tokens]
     assert len(ids) == 400 and max(ids) < 259
     assert len(set(ids)) > 150  # one random key for all steps would draw ten
 
@@ -340,8 +339,10 @@ def test_a_model_that_differs_from_the_checkpoint_is_refused(refused, hub, tmp_p
 
 def test_lengths_beyond_the_memory_are_refused(refused, hub, tmp_path):
     tokens = 2**20 - 64
-    message = refused("generate", "--checkpoint", hub, "--tokens", str(tokens))
-    assert message.startswith(f"--tokens is {tokens}; expected less: inference needs at least ")
+    many = ("--gin_bindings", "EngineConfig.slots=100000000")
+    message = refused("generate", "--checkpoint", hub, "--prompt", "a", *many)
+    assert message.startswith("EngineConfig.slots is 100000000; expected less: inference needs at least ")
+    assert "for caches of slots" in message
     np.save(tmp_path / "in.npy", np.zeros((1, tokens), np.int32))
     files = ("--tokens", tmp_path / "in.npy", "--out", tmp_path / "out.npz")
     message = refused("score", "--checkpoint", hub, *files)

@@ -265,7 +265,7 @@ def test_a_pipe_is_no_input(tmp_path):
 
 
 def test_the_command_answers_lines_by_an_engine(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("orogen.infer.engine.Engine", lambda opened: Echo())
+    monkeypatch.setattr("orogen.infer.engine.Engine", lambda opened, config: Echo())
     folder = Path(__file__).parent.parent / "fixtures" / "models" / "nemotron_h_dense"
     (tmp_path / "in.jsonl").write_text('{"prompt": [3, 1], "max_tokens": 4, "id": 1}\n{"prompt": "no tokenizer"}\n')
     command = ["generate", "--checkpoint", folder, "--input", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl"]
@@ -281,7 +281,7 @@ def test_the_command_answers_lines_by_an_engine(tmp_path, capsys, monkeypatch):
 def test_the_command_refuses_half_of_it(refused, tmp_path):
     (tmp_path / "in.jsonl").write_text("")
     for options in (["--input", tmp_path / "in.jsonl"], ["--out", "out.jsonl"]):
-        assert "expected the first two together" in refused("generate", "--checkpoint", tmp_path, *options)
+        assert "expected one of them, the last two together" in refused("generate", "--checkpoint", tmp_path, *options)
     options = "--input", tmp_path / "none.jsonl", "--out", tmp_path / "out.jsonl"
     assert "expected a file, and one in a folder that exists" in refused("generate", "--checkpoint", tmp_path, *options)
 

@@ -1,16 +1,19 @@
-"""Generation by a tiny random model: what the seed decides."""
+"""Generation by a tiny random model: what the seed decides, and what is refused."""
 
-import chex
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import pytest
 
-import orogen.infer.generate as generate_module
 from orogen.checkpoint.open import Opened
+from orogen.config.checks import ConfigError
 from orogen.config.data import DataConfig
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.data.vocabulary import make_tokenizer
-from orogen.infer.generate import generate
+from orogen.infer import generate as module
+from orogen.infer.generate import engine_for, generate
 from orogen.model.lm import build, initial_state
 from orogen.parallel.plan import single_device_plan
 
@@ -28,14 +31,29 @@ def test_the_seed_decides_every_token(opened):
     assert first == again
     assert first[0] != other[0]
     assert first[0] != first[1], "rows with one prompt are drawn apart"
+    assert first[1] == other[0], "row 1 has the seed after row 0's"
     assert len(set(first[0])) > 4, "tokens are drawn apart"
 
 
-def test_prompts_of_one_bucket_and_all_seeds_share_a_program(opened, monkeypatch):
-    """A trace samples once, in the body of the loop over tokens."""
-    chex.clear_trace_counter()
-    monkeypatch.setattr("orogen.infer.generate.choose", chex.assert_max_traces(generate_module.choose, n=1))
-    for prompts, seed in ((["ab", "c"], 0), (["d", "efgh"], 1), (["", "i"], 2)):
-        generate(opened, prompts, tokens=7, seed=seed)  # 7: another test's number would find its program
-    with pytest.raises(AssertionError, match="traced > 1 times"):
-        generate(opened, ["ab", "c"], tokens=8)
+def test_more_prompts_than_slots_are_all_continued(opened, monkeypatch):
+    monkeypatch.setattr(module, "MOST_SLOTS", 2)
+    prompts = ["a", "bc", "a", "d", ""]
+    texts = generate(opened, prompts, tokens=3, temperature=0)
+    assert len(texts) == 5 and texts[0] == texts[2]
+
+
+def test_texts_of_like_length_share_an_engine_and_none_is_cached():
+    assert engine_for(rows=3, length=1) == engine_for(rows=3, length=256)
+    assert engine_for(rows=100, length=257) == dataclasses.replace(engine_for(rows=64, length=512), queue=100)
+    assert not engine_for(rows=1, length=1).prefix_cache
+
+
+def test_logits_that_are_no_numbers_are_an_error(opened):
+    broken = jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), opened.params)
+    with pytest.raises(FloatingPointError, match="continuation of 'ab' failed: the logits of token 0 are not numbers"):
+        generate(opened._replace(params=broken), ["ab"], tokens=2)
+
+
+def test_a_model_without_a_tokenizer_is_refused(opened):
+    with pytest.raises(ConfigError, match="no tokenizer.json; expected one, to read the prompt with"):
+        generate(opened._replace(tokenizer=None), ["a"], tokens=2)

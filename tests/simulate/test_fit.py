@@ -6,7 +6,9 @@ import pytest
 from tests.helpers import hybrid, run_config
 
 from orogen.config.checks import ConfigError
+from orogen.config.engine import EngineConfig
 from orogen.config.model import ModelConfig
+from orogen.config.plan import PlanConfig
 from orogen.config.run import TrainConfig
 from orogen.model.count import count as built_count
 from orogen.simulate.fit import (
@@ -104,7 +106,12 @@ HUGE = [
         {"vocab_size": 99_999_999_997, "hidden_size": 99_999_999_999, "intermediate_size": 99_999_999_998},
     ),
     ("ModelConfig.head_dim", {}, {}, {"pattern": "*", "num_attention_heads": 8, "head_dim": 99_999_999_999}),
-    ("TrainConfig.sample_tokens", {"sample_tokens": 2**20 - 1}, {}, {"pattern": "*", "num_attention_heads": 8}),
+    (
+        "TrainConfig.sample_tokens",
+        {"sample_tokens": 2**20 - 1},
+        {},
+        {"pattern": "*", "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 1024},
+    ),
 ]
 
 
@@ -135,17 +142,65 @@ def test_verification_names_the_plan_that_its_own_batch_follows_from(axis):
     assert message.startswith(f"PlanConfig.{axis} is 1000000000; expected less: verification needs at least ")
 
 
-def test_inference_counts_scores_unless_attention_goes_by_blocks():
-    model = hybrid(pattern="*-", mtp_depths=0)
-    held = 4 * count(model) + 4 * 3 * 500 * 48
-    scores = 4 * 3 * 24 * 500**2
-    settings = {"--tokens": 500}
-    passes = {"rows": 3, "tokens": 500, "settings": settings}
-    require_inference_fits(model, Memory(0, held), blocked=True, **passes)
-    refusal(require_inference_fits, model, Memory(0, held - 1), blocked=True, **passes)
-    require_inference_fits(model, Memory(0, held + scores), blocked=False, **passes)
-    message = refusal(require_inference_fits, model, Memory(0, held + scores - 1), blocked=False, **passes)
-    assert message.startswith(f"--tokens is 500; expected less: inference needs at least {held + scores:,} bytes")
+def test_inference_holds_weights_caches_snapshots_and_logits():
+    """Of 3 Mamba-2 layers and 1 of attention; the numbers by hand."""
+    model = hybrid(pattern="MM*M", mtp_depths=0)
+    engine = EngineConfig(slots=4, max_length=100, page=16, chunk=16, prefill_tokens=16, snapshots=5)
+    heads, size = model.mamba_num_heads, model.mamba_head_dim
+    channels = heads * size + 2 * model.n_groups * model.ssm_state_size
+    state = 4 * (heads * size * model.ssm_state_size + (model.conv_kernel - 1) * channels)
+    page = 4 * 16 * 2 * model.num_key_value_heads * model.head_dim
+    pages = 4 * 7  # of 16 tokens, for 4 slots of at most 100
+    caches = 4 * 3 * state + pages * page + 4 * 4 * 1  # and a page table of one page per slot
+    snapshots = 5 * 3 * state + page + 5 * 4 * 1  # with a page of its own
+    logits = 4 * 4 * model.vocab_size
+    total = 4 * count(model) + caches + snapshots + logits
+
+    def fits(memory: int, engine: EngineConfig = engine, plan: PlanConfig | None = None, **settings: int) -> None:
+        require_inference_fits(model, plan, engine, Memory(0, memory), settings=settings)
+
+    fits(total)
+    message = refusal(fits, total - 1)
+    assert f"inference needs at least {total:,} bytes" in message and f"has {total - 1:,}" in message
+    # Half of the weights' bytes in bfloat16, and of what is neither a state nor a table or logits.
+    half = dataclasses.replace(engine, compute_dtype="bfloat16", snapshots=0, prefix_cache=False)
+    windows = 3 * 2 * (model.conv_kernel - 1) * channels  # what is saved in those of 3 layers
+    one = 3 * state + page + 4 * 1  # without a prefix cache
+    halved = 2 * count(model) + caches + one - 5 * windows - (pages + 1) * page // 2 + logits
+    fits(halved, half)
+    refusal(fits, halved - 1, half)
+
+
+def test_what_is_too_much_for_inference_is_named():
+    model = hybrid(pattern="M*", mtp_depths=0)
+
+    def message(settings: dict[str, int] | None = None, **fields: int) -> str:
+        memory, engine = Memory(0, 2**33), EngineConfig(**fields)
+        return refusal(require_inference_fits, model, None, engine, memory, settings=settings or {})
+
+    assert message(slots=10**8).startswith("EngineConfig.slots is 100000000; expected less: inference")
+    assert message(snapshots=10**9).startswith("EngineConfig.snapshots is 1000000000; expected less: inference")
+    assert message(max_length=10**9).startswith("EngineConfig.max_length is 1000000000; expected less: inference")
+    assert message(pages=10**9).startswith("EngineConfig.pages is 1000000000; expected less: inference")
+    settings = {"--tokens": 999_999_999}
+    assert message(max_length=10**9, settings=settings).startswith("--tokens is 999999999; expected less: inference")
+
+
+def test_a_plan_splits_what_inference_holds():
+    model = hybrid(pattern="M*", mtp_depths=0)
+    engine = EngineConfig(slots=4, max_length=64, snapshots=3)
+    least = {}
+    for tensor in (1, 2):
+        low, high = 0, 2**30
+        while low < high:
+            middle = (low + high) // 2
+            try:
+                require_inference_fits(model, PlanConfig(tensor=tensor), engine, Memory(0, middle), settings={})
+                high = middle
+            except ConfigError:
+                low = middle + 1
+        least[tensor] = low
+    assert least[2] < 0.6 * least[1]
 
 
 def test_scoring_keeps_the_logits_of_all_rows_and_passes_over_some():

@@ -1,16 +1,28 @@
 """`orogen generate`, `orogen score` and `orogen serve`. Importing this does not import jax."""
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import math
 import os
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from orogen.command import CHECKPOINT, Command, answer, free_memory, positive
-from orogen.config.checks import ConfigError, is_unicode
+from orogen.command import CHECKPOINT, EXIT_FAILURE, Command, answer, fail, free_memory, positive
+from orogen.config.checks import ConfigError
+from orogen.config.engine import EngineConfig
 from orogen.config.plan import PlanConfig
+from orogen.infer.options import add_request_options, fields_of
+from orogen.infer.request import ERROR
 
+if TYPE_CHECKING:
+    from orogen.data.tokenizer import Tokenizer
+    from orogen.infer.chat import Chat
+
+TOKENS = 128  # most new tokens, unless a request says otherwise
 API_KEY = "OROGEN_API_KEY"
 SERVE_NEEDS = ("starlette", "uvicorn", "jinja2", "prometheus_client")  # of the extra `serve`
 TEMPLATE_NAMES = ("nemotron_nano_2", "nemotron_3_nano", "nemotron_3_5_lightning")
@@ -26,16 +38,23 @@ INPUT = (
     "goes on where it was. Exit status 2 if a line is broken, else 1 if a request failed"
 )
 
+CHAT = (
+    "converse in the terminal: answers appear as they are made, with tokens per second. Also where stdin is a terminal "
+    "and there is no --prompt and no --input. Without a chat template every line is continued by itself"
+)
+TEMPLATE = f"a file in place of the checkpoint's chat template, or one of {', '.join(TEMPLATE_NAMES)}"
+BINDINGS = "of EngineConfig and PlanConfig, such as EngineConfig.slots=32 or PlanConfig.tensor=2; may be repeated"
+
 
 def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help=CHECKPOINT)
-    parser.add_argument("--prompt", default="", metavar="TEXT", help=PROMPT)
+    parser.add_argument("--prompt", metavar="TEXT", help=PROMPT)
+    parser.add_argument("--chat", action="store_true", help=CHAT)
     parser.add_argument("--input", type=Path, metavar="IN.jsonl", help=INPUT)
     parser.add_argument("--out", type=Path, metavar="OUT.jsonl", help="answers to --input, in its order")
-    parser.add_argument("--tokens", type=positive, default=128)
-    parser.add_argument("--temperature", type=float, default=0.8)
-    parser.add_argument("--top_p", type=float, default=0.95)
-    parser.add_argument("--seed", type=int, default=0)
+    add_request_options(parser)
+    parser.add_argument("--chat_template", metavar="T", help=TEMPLATE)
+    parser.add_argument("--gin_bindings", action="append", default=[], metavar="X.y=1", help=BINDINGS)
 
 
 def _add_score_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,18 +75,14 @@ def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add("--port", type=_port, default=8000, metavar="P", help="port to listen on; 0: any (default: %(default)s)")
     add("--api_key", metavar="KEY", help=f"what clients must send; better in {API_KEY}, for others see command lines")
     add("--name", help="the model's name for clients (default: the checkpoint's folder)")
-    add(
-        "--chat_template",
-        metavar="T",
-        help=f"a file in place of the checkpoint's, or one of {', '.join(TEMPLATE_NAMES)}",
-    )
+    add("--chat_template", metavar="T", help=TEMPLATE)
     add("--slots", type=positive, metavar="N", help="requests that run at a time: EngineConfig.slots")
     add("--max_length", type=positive, metavar="N", help="tokens of a prompt and its answer: EngineConfig.max_length")
     add("--queue", type=positive, metavar="N", help="requests that may wait: EngineConfig.queue")
     add("--timeout", type=_seconds, default=600.0, metavar="S", help="seconds per request (default: %(default)g)")
     add("--drain_seconds", type=_seconds, default=30.0, metavar="S",
         help="after SIGTERM, time for requests to end (default: %(default)g)")  # fmt: skip
-    add("--gin_bindings", action="append", default=[], metavar="X.y=1", help="of EngineConfig and PlanConfig")
+    add("--gin_bindings", action="append", default=[], metavar="X.y=1", help=BINDINGS)
 
 
 def _port(text: str) -> int:
@@ -88,65 +103,130 @@ def _seconds(text: str) -> float:
 
 def generate(options: argparse.Namespace) -> int:
     """`orogen generate`."""
-    if not 0 <= options.temperature < math.inf or not 0 < options.top_p <= 1:
-        raise ConfigError(
-            f"--temperature {options.temperature} --top_p {options.top_p}; expected 0 or more, and above 0 up to 1"
-        )
-    if not 0 <= options.seed < 2**63:
-        raise ConfigError(f"--seed {options.seed}; expected a whole number from 0 to 2**63 - 1")
-    if not is_unicode(options.prompt):
-        raise ConfigError(f"--prompt {options.prompt!r}; expected valid UTF-8")
-    if options.input is not None or options.out is not None:
-        return _generate_lines(options)
-    from orogen.checkpoint.open import open_folder, read_model
-    from orogen.infer.generate import generate as run
-    from orogen.simulate.fit import require_inference_fits
+    ways = [options.prompt is not None, options.input is not None or options.out is not None, options.chat]
+    if sum(ways) > 1 or (options.input is None) != (options.out is None):
+        raise ConfigError("--prompt, --chat, --input with --out: expected one of them, the last two together")
+    fields = fields_of(options)
+    if options.logprobs is not None and not (options.json or options.input):
+        raise ConfigError(f"--logprobs {options.logprobs}; expected --json or --input with it, which show them")
+    if options.input is not None:
+        return _generate_lines(options, fields)
+    if options.chat or (options.prompt is None and not options.json and sys.stdin is not None and sys.stdin.isatty()):
+        return _converse(options, fields)
+    return _generate_text(options, fields)
 
-    with open_folder(options.checkpoint) as folder:
-        require_inference_fits(
-            folder.config,
-            free_memory(),
-            blocked=_goes_by_blocks(folder.plan),
-            rows=1,
-            tokens=options.tokens,
-            settings={"--tokens": options.tokens},
-        )
-        opened = read_model(folder)
-    (text,) = run(
-        opened,
-        [options.prompt],
-        tokens=options.tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        seed=options.seed,
+
+def _generate_text(options: argparse.Namespace, fields: dict[str, Any]) -> int:
+    """`orogen generate --prompt TEXT`."""
+    from orogen.config.load import load_engine
+    from orogen.infer.engine import Engine
+    from orogen.infer.generate import check_length, rounded
+    from orogen.infer.lines import request_of, told
+
+    prompt, tokens = options.prompt or "", fields["max_tokens"] or TOKENS
+    opened, _ = _open(
+        options.checkpoint, options.gin_bindings, rows=1, length=rounded(tokens + 1), settings={"--tokens": tokens}
     )
-    answer(options, {"prompt": options.prompt, "text": text}, [options.prompt + text])
-    return 0
+    if opened.tokenizer is None:
+        raise ConfigError("the checkpoint has no tokenizer.json; expected one, to read the prompt with")
+    ids = opened.tokenizer.prompt_ids(prompt)
+    check_length(opened, len(ids), tokens)
+    _, config = load_engine(options.gin_bindings, rows=1, length=rounded(len(ids) + tokens))
+    (outputs,) = Engine(opened, config).run([request_of(ids, fields | {"max_tokens": tokens})])
+    text, chosen = "".join(o.text for o in outputs), [c for o in outputs for c in o.tokens]
+    finish, error = outputs[-1].finish or "", outputs[-1].error
+    answer(options, {"prompt": prompt, **told(chosen=chosen, text=text, finish=finish)}, [prompt + text])
+    return fail(error, EXIT_FAILURE) if finish == ERROR else 0
 
 
-def _generate_lines(options: argparse.Namespace) -> int:
+def _generate_lines(options: argparse.Namespace, fields: dict[str, Any]) -> int:
     """`orogen generate --input IN.jsonl --out OUT.jsonl`."""
-    if options.input is None or options.out is None or options.prompt:
-        raise ConfigError("--input, --out and --prompt: expected the first two together, or --prompt without them")
     if not options.input.is_file() or not options.out.parent.is_dir():
         raise ConfigError(
             f"--input {options.input} --out {options.out}; expected a file, and one in a folder that exists"
         )
-    from orogen.checkpoint.open import open_folder, read_model
     from orogen.infer.batch import run_batch
     from orogen.infer.engine import Engine
     from orogen.infer.lines import LineReader
 
-    with open_folder(options.checkpoint) as folder:
-        opened = read_model(folder)
-    defaults = {"max_tokens": options.tokens, "temperature": options.temperature, "top_p": options.top_p}
+    defaults = fields | {"max_tokens": fields["max_tokens"] or TOKENS}
+    seed = defaults.pop("seed")
+    opened, config = _open(options.checkpoint, options.gin_bindings)
     encode = None if opened.tokenizer is None else opened.tokenizer.prompt_ids
-    reader = LineReader(defaults, encode=encode, seed=options.seed)
-    settings = json.dumps([str(options.checkpoint.resolve()), defaults, options.seed])
-    done = run_batch(Engine(opened), options.input, options.out, reader=reader, settings=settings)
+    chat = _chat(options, opened.tokenizer)
+    with contextlib.nullcontext() if chat is None else contextlib.closing(chat):
+        render = None if chat is None else lambda asked: _rendered(chat, asked)
+        reader = LineReader(defaults, encode=encode, render=render, seed=seed)
+        template = "" if chat is None else chat.calls
+        settings = json.dumps([str(options.checkpoint.resolve()), defaults, seed, config.compute_dtype, template])
+        done = run_batch(Engine(opened, config), options.input, options.out, reader=reader, settings=settings)
     lines = f"{done.lines} lines answered in {options.out}, of which {done.broken} were broken and {done.failed} failed"
     answer(options, {"out": str(options.out), **done._asdict()}, [lines])
     return done.status
+
+
+def _converse(options: argparse.Namespace, fields: dict[str, Any]) -> int:
+    """`orogen generate --chat`."""
+    if options.json:
+        raise ConfigError("--chat with --json; expected one of them")
+    from orogen.infer.engine import Engine
+    from orogen.infer.terminal import Words, converse
+
+    opened, config = _open(options.checkpoint, options.gin_bindings, rows=1)
+    if opened.tokenizer is None:
+        raise ConfigError("the checkpoint has no tokenizer.json; expected one, to read what is typed")
+    words, chat = Words(opened.tokenizer.prompt_ids), _chat(options, opened.tokenizer)
+    with contextlib.nullcontext() if chat is None else contextlib.closing(chat):
+        if chat is not None:
+            _require_installed(SERVE_NEEDS)
+            words = Words(words.encode, lambda asked: chat.prompt(asked).ids, {"shown": chat.shown_ids()})
+        return converse(Engine(opened, config), words, fields, source=sys.stdin, out=sys.stdout)
+
+
+def _chat(options: argparse.Namespace, words: "Tokenizer | None") -> "Chat | None":
+    """The tokenizer with the chat template of the options or else the checkpoint; None without."""
+    from orogen.infer.chat import Chat, find_template
+
+    template = None if words is None else find_template(options.checkpoint, words, options.chat_template)
+    return None if words is None or template is None else Chat(words, template)
+
+
+def _rendered(chat: "Chat", asked: Mapping[str, Any]) -> list[int]:
+    """The ids of a line's messages. Raises ConfigError."""
+    _require_installed(SERVE_NEEDS)
+    from orogen.config.json_file import Record, check_form
+    from orogen.infer.serve.forms import MESSAGES
+    from orogen.infer.serve.messages import check_messages
+
+    check_form(dict(asked), Record({}, MESSAGES), where="it")
+    options = asked.get("chat_template_kwargs")
+    return chat.prompt(check_messages(asked["messages"]), tools=asked.get("tools"), options=options).ids
+
+
+def _require_installed(names: Sequence[str]) -> None:
+    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
+        raise ConfigError(f"{', '.join(missing)} not installed; expected what `pip install 'orogen[serve]'` installs")
+
+
+def _open(
+    checkpoint: Path,
+    bindings: Sequence[str],
+    *,
+    rows: int | None = None,
+    length: int | None = None,
+    settings: dict[str, int] | None = None,
+) -> tuple[Any, EngineConfig]:
+    """The checkpoint on the plan of the bindings, and the engine's config; see `load_engine`. settings: by name, what
+    `length` follows from. Raises ConfigError, also if it cannot fit into the memory."""
+    from orogen.checkpoint.open import open_folder, read_model
+    from orogen.config.load import load_engine
+    from orogen.simulate.fit import require_inference_fits
+
+    plan, config = load_engine(bindings, rows=rows, length=length)
+    with open_folder(checkpoint) as folder:
+        causes = settings if settings and config.max_length == length else {}
+        require_inference_fits(folder.config, plan, config, free_memory(), settings=causes)
+        return read_model(folder, plan, config.compute_dtype), config
 
 
 def score(options: argparse.Namespace) -> int:
@@ -175,11 +255,7 @@ def score(options: argparse.Namespace) -> int:
 
 def serve(options: argparse.Namespace) -> int:
     """`orogen serve`."""
-    if missing := [name for name in SERVE_NEEDS if importlib.util.find_spec(name) is None]:
-        raise ConfigError(f"{', '.join(missing)} not installed; expected what `pip install 'orogen[serve]'` installs")
-    from orogen.checkpoint.open import open_model
-    from orogen.config.load import load_engine
-    from orogen.infer.chat import Chat, find_template
+    _require_installed(SERVE_NEEDS)
     from orogen.infer.engine import Engine
     from orogen.infer.serve.app import make_app
     from orogen.infer.serve.exchange import Settings
@@ -191,12 +267,9 @@ def serve(options: argparse.Namespace) -> int:
         raise ConfigError(f"--api_key or {API_KEY} is empty or no plain ASCII; expected a key, or none of both")
     chosen = {name: getattr(options, name) for name in ("slots", "max_length", "queue")}
     bindings = [f"EngineConfig.{name} = {value}" for name, value in chosen.items() if value is not None]
-    plan, config = load_engine([*options.gin_bindings, *bindings])
     with listen(options.host, options.port) as bound:  # before the model is read, which may take minutes
-        opened = open_model(options.checkpoint, plan, config.compute_dtype)
-        words = opened.tokenizer
-        template = find_template(options.checkpoint, words, options.chat_template) if words is not None else None
-        chat = None if words is None or template is None else Chat(words, template)
+        opened, config = _open(options.checkpoint, [*options.gin_bindings, *bindings])
+        words, chat = opened.tokenizer, _chat(options, opened.tokenizer)
         engine = Engine(opened, config)
         service = Service(engine, limit=config.slots + config.queue)
         name = options.name or options.checkpoint.resolve().name
@@ -221,6 +294,7 @@ GENERATE = Command(
     examples=(
         "orogen generate --checkpoint runs/quickstart --prompt 'import '",
         "orogen generate --checkpoint HF_FOLDER --prompt 'import ' --tokens 32 --temperature 0",
+        "orogen generate --checkpoint HF_FOLDER --chat --gin_bindings \"EngineConfig.compute_dtype='bfloat16'\"",
         "orogen generate --checkpoint HF_FOLDER --input prompts.jsonl --out answers.jsonl",
     ),
     add_arguments=_add_generate_arguments,

@@ -1,28 +1,16 @@
-"""Samples text, recomputing the whole sequence for every token: slow and plainly correct.
+"""Continuations of several prompts, by an engine of their own."""
 
-Letters: b batch, t time, v vocabulary.
-"""
-
-import itertools
 from collections.abc import Sequence
-from functools import partial
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
-from jax import Array, lax
 
 from orogen.checkpoint.open import Opened
 from orogen.config.checks import ConfigError
+from orogen.config.engine import EngineConfig
 from orogen.config.run import MAX_LENGTH
-from orogen.infer.knobs import Features, Knobs, features_of, knobs_of
-from orogen.infer.request import SEEDS, Request, Sampling
-from orogen.infer.sampling import Rows, choose, rows_of
-from orogen.layers.documents import documents
+from orogen.infer.engine import Engine
+from orogen.infer.request import ERROR, SEEDS, Request, Sampling
 
-# Sequences are padded to a multiple of this, so that prompts of different lengths share a compiled program.
-BUCKET = 64
+MOST_SLOTS = 64  # of prompts that are continued together
+SHORTEST = 256  # tokens to which an engine's texts are rounded up at least, so that prompts share programs
 
 
 def generate(
@@ -31,71 +19,50 @@ def generate(
     """Continuations of `prompts`, each up to `tokens` tokens or the first that ends a text.
 
     The tokenizer's folder decides what is put around a prompt; rows of the vocabulary without a token are not sampled.
-    Raises ConfigError for a model without a tokenizer, and if prompt and continuation have more than MAX_LENGTH tokens
-    or need more positions than the model has learned.
+    Row i is drawn with the seed `seed` + i, so that equal prompts are continued differently. Raises ConfigError for a
+    model without a tokenizer, and if prompt and continuation have more than MAX_LENGTH tokens or need more positions
+    than the model has learned; FloatingPointError if logits are no numbers.
     """
-    opened.require_one_device()
     tokenizer = opened.tokenizer
     if tokenizer is None:
         raise ConfigError("the checkpoint has no tokenizer.json; expected one, to read the prompt with")
-    ids = [tokenizer.prompt_ids(prompt) for prompt in prompts]
-    lengths_b = np.array([len(i) for i in ids])
-    if tokens > MAX_LENGTH - int(lengths_b.max()):
-        raise ConfigError(
-            f"a prompt of {lengths_b.max()} tokens and {tokens} new ones; expected at most {MAX_LENGTH} in all"
+    ids = [tuple(tokenizer.prompt_ids(prompt)) for prompt in prompts]
+    longest = max(map(len, ids))
+    check_length(opened, longest, tokens)
+    requests = [
+        Request(
+            prompt=one,
+            max_tokens=tokens,
+            sampling=Sampling(temperature=temperature, top_p=top_p, seed=(seed + row) % SEEDS),
         )
+        for row, one in enumerate(ids)
+    ]
+    outputs = Engine(opened, engine_for(rows=len(ids), length=longest + tokens)).run(requests)
+    for prompt, (*_, last) in zip(prompts, outputs, strict=True):
+        if last.finish == ERROR:
+            raise FloatingPointError(f"the continuation of {prompt!r} failed: {last.error}")
+    return ["".join(output.text for output in each) for each in outputs]
+
+
+def check_length(opened: Opened, prompt: int, tokens: int) -> None:
+    """Raises ConfigError if a prompt of so many tokens and so many new ones are more than the model, or anyone, has
+    room for."""
     positions = opened.config.learned_positions
-    if positions is not None and lengths_b.max() + tokens > positions:
-        raise ConfigError(
-            f"a prompt of {lengths_b.max()} tokens and {tokens} new ones; expected at most "
-            f"ModelConfig.learned_positions = {positions}"
-        )
-    length = -(-(int(lengths_b.max()) + tokens) // BUCKET) * BUCKET
-    tokens_bt = np.full((len(ids), length), tokenizer.pad_id, np.int32)
-    for row, i in zip(tokens_bt, ids, strict=True):
-        row[: len(i)] = i
-    is_token_v = np.zeros(opened.config.vocab_size, bool)
-    is_token_v[: tokenizer.vocab_size] = tokenizer.is_token_v
-    # Rows with one prompt are drawn apart.
-    samplings = [Sampling(temperature=temperature, top_p=top_p, seed=(seed + row) % SEEDS) for row in range(len(ids))]
-    requests = [Request(prompt=tuple(i), max_tokens=tokens, sampling=s) for i, s in zip(ids, samplings, strict=True)]
-    features = features_of(requests)
-    continued_bt = np.asarray(
-        _continue(
-            opened.params,
-            opened.buffers,
-            tokens_bt,
-            lengths_b,
-            is_token_v,
-            knobs=knobs_of(requests, features),
-            features=features,
-            steps=tokens,
-            graph=opened.built.graph,
-            plan=opened.plan,
-        )
-    )
-    texts = []
-    for row, prompt in zip(continued_bt, ids, strict=True):
-        new = row[len(prompt) : len(prompt) + tokens].tolist()
-        texts.append(tokenizer.decode(itertools.takewhile(lambda i: i not in tokenizer.end_ids, new), after=prompt))
-    return texts
+    most = MAX_LENGTH if positions is None else min(positions, MAX_LENGTH)
+    if tokens > most - prompt:
+        expected = f"{most} in all" if most != positions else f"ModelConfig.learned_positions = {positions}"
+        raise ConfigError(f"a prompt of {prompt} tokens and {tokens} new ones; expected at most {expected}")
 
 
-@partial(jax.jit, static_argnames=("features", "steps", "graph", "plan"))
-def _continue(
-    params, buffers, tokens_bt, lengths_b, is_token_v, *, knobs: Knobs, features: Features, steps, graph, plan
-) -> Array:
-    model = nnx.merge(graph, params, buffers)
-    rows = jnp.arange(tokens_bt.shape[0])
+def engine_for(*, rows: int, length: int) -> EngineConfig:
+    """For texts of at most `length` tokens each, used once: nothing is cached, and layers that repeat are compiled
+    once."""
+    return EngineConfig(
+        slots=min(rows, MOST_SLOTS), queue=max(rows, 1), max_length=rounded(length), prefix_cache=False,
+        written_out=False,
+    )  # fmt: skip
 
-    def extend(step: Array, state: tuple[Array, Rows]) -> tuple[Array, Rows]:
-        tokens_bt, state_b = state
-        last_b = lengths_b + step - 1
-        segments_bt = (jnp.arange(tokens_bt.shape[1]) <= last_b[:, None]).astype(jnp.int32)
-        h_btd, _ = model.hidden(tokens_bt, documents(segments_bt), plan)
-        logits_bv = model.project(h_btd[rows, last_b][:, None], plan)[:, 0]
-        choice, state_b = choose(logits_bv, knobs, state_b, features, is_token_v=is_token_v)
-        return tokens_bt.at[rows, last_b + 1].set(choice.token_b), state_b
 
-    started = rows_of([None] * len(tokens_bt), features, vocab_size=len(is_token_v))
-    return lax.fori_loop(0, steps, extend, (tokens_bt, jax.tree.map(jnp.asarray, started)))[0]
+def rounded(length: int) -> int:
+    """The next power of two, at least SHORTEST."""
+    return max(SHORTEST, 1 << (length - 1).bit_length())

@@ -80,16 +80,8 @@ class LineReader:
         if unknown:
             expected = ", ".join(sorted(_SAMPLING | _REQUEST | {"id", "messages"}))
             raise ConfigError(f"{shown(min(unknown))} is no field of a request; expected some of {expected}")
-        given = self._defaults | {key: _frozen(value) for key, value in fields.items() if value is not None}
-        sampling = {key: given[key] for key in _SAMPLING & given.keys()}
-        sampling.setdefault("seed", self._seed_of(number))
-        others = {key: given[key] for key in (_REQUEST - {"prompt"}) & given.keys()}
-        for key, kind in _OBJECTS.items():
-            if isinstance(others.get(key), dict):
-                others[key] = _made(kind, key, others[key])
-        if "max_tokens" not in others:
-            raise ConfigError("max_tokens is missing; expected a number above 0")
-        return Request(prompt=prompt, sampling=Sampling(**sampling), **others)
+        given = {key: value for key, value in fields.items() if value is not None and key not in ("id", *_CHAT)}
+        return request_of(prompt, {"seed": self._seed_of(number)} | self._defaults | given)
 
     def _prompt(self, fields: dict[str, Any]) -> tuple[int, ...]:
         if ("prompt" in fields) == ("messages" in fields):
@@ -110,6 +102,28 @@ class LineReader:
         return int.from_bytes(hashlib.sha256(f"{self._seed} {number}".encode()).digest()[:8]) % SEEDS
 
 
+def request_of(prompt: Sequence[int], fields: Mapping[str, Any]) -> Request:
+    """The request with fields of Request and Sampling by their names, as JSON has them. Raises ConfigError."""
+    given = {key: _frozen(value) for key, value in fields.items() if key != "prompt"}
+    others = {key: value for key, value in given.items() if key in _REQUEST}
+    for key, kind in _OBJECTS.items():
+        if isinstance(others.get(key), dict):
+            others[key] = _made(kind, key, others[key])
+    if "max_tokens" not in others:
+        raise ConfigError("max_tokens is missing; expected a number above 0")
+    sampling = Sampling(**{key: value for key, value in given.items() if key in _SAMPLING})
+    return Request(prompt=tuple(prompt), sampling=sampling, **others)
+
+
+def told(*, chosen: Sequence[Chosen], text: str, finish: str) -> dict[str, Any]:
+    """What came of a request, as JSON has it."""
+    facts: dict[str, Any] = {"text": text, "tokens": [one.id for one in chosen], "finish": finish}
+    if chosen and chosen[0].logprob is not None:
+        facts["logprobs"] = [_finite(one.logprob) for one in chosen]
+        facts["top"] = [[[token, _finite(logprob)] for token, logprob in one.top] for one in chosen]
+    return facts
+
+
 def digest(data: bytes, settings: str) -> str:
     """What tells the answer to this line, under these settings, from any other: 16 hexadecimal digits of SHA-256."""
     return hashlib.sha256(json.dumps(settings).encode() + b"\n" + data).hexdigest()[:16]
@@ -117,10 +131,7 @@ def digest(data: bytes, settings: str) -> str:
 
 def answer(line: Line, *, chosen: Sequence[Chosen], text: str, finish: str, error: str | None) -> dict[str, Any]:
     """The answer to a line whose request has ended."""
-    facts: dict[str, Any] = {"text": text, "tokens": [one.id for one in chosen], "finish": finish}
-    if chosen and chosen[0].logprob is not None:
-        facts["logprobs"] = [_finite(one.logprob) for one in chosen]
-        facts["top"] = [[[token, _finite(logprob)] for token, logprob in one.top] for one in chosen]
+    facts = told(chosen=chosen, text=text, finish=finish)
     return _about(line, facts if error is None else facts | {"error": error})
 
 

@@ -8,12 +8,18 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from orogen.checkpoint.open import Opened
 from orogen.config.checks import ConfigError, field_types
 from orogen.config.dtype import BYTES
+from orogen.config.engine import EngineConfig
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.run import RunConfig, TrainConfig
+from orogen.cost.assemble import assemble
 from orogen.cost.weights import Weight, changed, weights
+from orogen.infer.generate import engine_for
+from orogen.infer.programs import Programs
+from orogen.infer.sizes import sizes_of
 
 FLOAT32 = BYTES["float32"]
 # Tokens, segments and positions are int32, weights float32.
@@ -21,6 +27,7 @@ BATCH = 4 * 4
 # Scoring batches rows up to this many tokens.
 SCORED_AT_ONCE = 8192
 PREFIX = "ModelConfig."
+ONE_DEVICE = PlanConfig(dispatch="allgather")
 
 
 class Memory(NamedTuple):
@@ -59,10 +66,10 @@ def require_training_fits(config: RunConfig, memory: Memory) -> None:
     device = _training(config)
     if memory.device is not None:  # otherwise it is the host's
         device.append(batch._replace(size=batch.size // (config.plan.data * config.plan.context)))
-    prompts = len(config.train.sample_prompts)
     _require("training", [batch], device, config.plan.devices, memory)
-    sampled = {"TrainConfig.sample_tokens": config.train.sample_tokens}
-    held = _inference(config.model, config.plan.attention != "blocked", prompts, config.train.sample_tokens, sampled)
+    tokens = config.train.sample_tokens
+    engine = engine_for(rows=len(config.train.sample_prompts), length=tokens + 1)
+    held = _serving(config.model, ONE_DEVICE, engine, {"TrainConfig.sample_tokens": tokens})
     _require("sampling", [], held, 1, memory)
 
 
@@ -82,15 +89,18 @@ def require_verification_fits(config: RunConfig, train: TrainConfig, *, host: in
 
 
 def require_inference_fits(
-    model: ModelConfig, memory: Memory, *, blocked: bool, rows: int, tokens: int, settings: dict[str, int]
+    model: ModelConfig, plan: PlanConfig | None, engine: EngineConfig, memory: Memory, *, settings: dict[str, int]
 ) -> None:
-    """Raises ConfigError if a pass over `rows` of `tokens` exceeds the memory of one device. blocked: whether attention
-    works by blocks and does not hold all scores; settings: by name, what decided rows and tokens."""
-    _require("inference", [], _inference(model, not blocked, rows, tokens, settings), 1, memory)
+    """Raises ConfigError if an engine's weights, caches and logits exceed the memory of a device. plan: None for one
+    device. settings: by name, what decided fields of the engine's config that nobody bound."""
+    plan = plan or ONE_DEVICE
+    _require("inference", [], _serving(model, plan, engine, settings), plan.devices, memory)
 
 
 def require_scoring_fits(model: ModelConfig, memory: Memory, *, blocked: bool, rows: int, tokens: int) -> None:
-    """As `require_inference_fits`, for the rows that are scored at once; all rows' logits wait on the host."""
+    """Raises ConfigError if a pass over the rows that are scored at once exceeds the memory of one device, or if all
+    rows' logits, which wait on the host, exceed the host's. blocked: whether attention goes by blocks and does not hold
+    all scores."""
     settings = {"rows of --tokens": rows, "length of --tokens": tokens}
     logits = Need("logits", rows * tokens * model.vocab_size * FLOAT32, settings)
     together = min(rows, max(1, SCORED_AT_ONCE // tokens))
@@ -201,6 +211,25 @@ def _scores(model: ModelConfig, rows: int, tokens: int, settings: dict[str, int]
     if not set("*w+") & set(model.layers.main):
         return None
     return Need("scores of attention", rows * model.num_attention_heads * tokens**2 * itemsize, settings)
+
+
+def _serving(model: ModelConfig, plan: PlanConfig, engine: EngineConfig, settings: dict[str, int]) -> list[Need]:
+    """What an engine holds on one device: weights, what its slots keep, snapshots of that, and logits of a step."""
+    sizes = sizes_of(model, plan, engine)
+    laid, built = assemble(model, plan, abstract=True)
+    opened = Opened(model, laid, built, built.params, built.buffers, None)
+    programs = Programs(opened, engine, sizes.drafts, sizes.length, None)
+    slots = {"EngineConfig.slots": engine.slots}
+    pages = {"EngineConfig.pages": engine.pages} if engine.pages else {"EngineConfig.max_length": engine.max_length}
+    caches = programs.bytes_per_device(sizes.slots, sizes.pages)
+    snapshots = programs.bytes_per_device(max(sizes.snapshots, 1), min(sizes.pages, 1))
+    logits = sizes.slots * (sizes.drafts + 1) * model.vocab_size * FLOAT32 // plan.tensor
+    return [
+        _parameters("parameters", model, _stored(model, plan) * BYTES[engine.compute_dtype]),
+        Need("caches of slots", caches, slots | (settings or pages)),
+        Need("snapshots of the prefix cache", snapshots, {"EngineConfig.snapshots": engine.snapshots}),
+        Need("logits", logits, slots | {"ModelConfig.vocab_size": model.vocab_size}),
+    ]
 
 
 def _inference(model: ModelConfig, whole: bool, rows: int, tokens: int, settings: dict[str, int]) -> list[Need]:

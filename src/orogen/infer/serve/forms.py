@@ -75,8 +75,8 @@ CHAT = Record(
         "reasoning_budget_form": _TEXT,
     },
 )
-_MESSAGES = {"messages": (ListOf(_MESSAGE), None), **CONVERSATION}
-TOKENIZE = Record({}, {"model": _TEXT, "prompt": _TEXT, "add_special_tokens": _FLAG, **_MESSAGES})
+MESSAGES = {"messages": (ListOf(_MESSAGE), None), **CONVERSATION}
+TOKENIZE = Record({}, {"model": _TEXT, "prompt": _TEXT, "add_special_tokens": _FLAG, **MESSAGES})
 DETOKENIZE = Record({"tokens": _IDS}, {"model": _TEXT})
 
 # Told about the client or its bill, or a default of other servers: nothing about the answer depends on them.
