@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from orogen.config.checks import ConfigError
-from orogen.config.load import load
+from orogen.config.engine import EngineConfig
+from orogen.config.load import load, load_engine
 from orogen.config.plan import PlanConfig
 
 MAMBA = """
@@ -347,3 +348,37 @@ def test_includes_without_end_are_refused(write):
         write(f"include '{number + 1}.gin'\n" * 2, f"home/{number}.gin")
     file = write(MAMBA, "home/30.gin").with_name("0.gin")
     assert refusal(file) == f"{file} includes more than 100 files; expected fewer"
+
+
+def test_an_engine_and_its_plan_by_bindings_alone():
+    assert load_engine([]) == (None, EngineConfig())
+    plan, engine = load_engine(["PlanConfig.tensor = 2", "PlanConfig.data = 3", "EngineConfig.queue = 5"])
+    assert (plan, engine) == (PlanConfig(tensor=2, data=3), EngineConfig(queue=5))
+
+
+def test_what_is_not_bound_of_an_engine_follows_from_what_it_is_for():
+    assert load_engine([], rows=3, length=77)[1] == EngineConfig(slots=3, max_length=77)
+    bindings = ["PlanConfig.tensor = 2", "PlanConfig.data = 2", "EngineConfig.max_length = 5"]
+    assert load_engine(bindings, rows=3, length=77)[1] == EngineConfig(slots=4, max_length=5)
+    assert load_engine(["N = 6", "EngineConfig.slots = %N"], rows=3)[1] == EngineConfig(slots=6)
+
+
+@pytest.mark.parametrize(
+    ("bindings", "message"),
+    [
+        (["EngineConfig.slotz = 3"], "doesn't have a parameter named 'slotz'"),
+        (["EngineConfig.slots = 'a'"], "EngineConfig.slots is 'a'; expected a value of type int"),
+        (["TrainConfig.steps = 3"], "bindings that nothing read: TrainConfig.steps; expected fields of PlanConfig, "),
+        (["a/EngineConfig.slots = 3"], "bindings that nothing read: a/EngineConfig.slots"),
+        (["EngineConfig.slots = 3", "EngineConfig.slots = 4"], "EngineConfig.slots is bound twice"),
+        (["include 'x.gin'"], "include 'x.gin'; expected bindings only"),
+    ],
+)
+def test_bindings_of_an_engine_that_are_refused(bindings, message):
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        load_engine(bindings)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_engine_is_no_part_of_a_run(write):
+    assert "bindings that nothing read: EngineConfig.slots" in refusal(write(MAMBA + "EngineConfig.slots = 3\n"))
