@@ -24,6 +24,7 @@ GREEDY = ("--tokens", "9", "--temperature", "0")
 def asked(*options: str) -> dict:
     parser = argparse.ArgumentParser()
     parser.add_argument("--prompt")
+    parser.add_argument("--max_tokens", type=int, dest="tokens")
     add_request_options(parser)
     return fields_of(parser.parse_args(options))
 

@@ -43,6 +43,7 @@ CHAT = (
     "and there is no --prompt and no --input. Without a chat template every line is continued by itself"
 )
 TEMPLATE = f"a file in place of the checkpoint's chat template, or one of {', '.join(TEMPLATE_NAMES)}"
+MOST = f"most new tokens (default: {TOKENS}; in a conversation, as many as there is room for)"
 BINDINGS = "of EngineConfig and PlanConfig, such as EngineConfig.slots=32 or PlanConfig.tensor=2; may be repeated"
 
 
@@ -52,6 +53,7 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat", action="store_true", help=CHAT)
     parser.add_argument("--input", type=Path, metavar="IN.jsonl", help=INPUT)
     parser.add_argument("--out", type=Path, metavar="OUT.jsonl", help="answers to --input, in its order")
+    parser.add_argument("--tokens", "--max_tokens", type=positive, metavar="N", dest="tokens", help=MOST)
     add_request_options(parser)
     parser.add_argument("--chat_template", metavar="T", help=TEMPLATE)
     parser.add_argument("--gin_bindings", action="append", default=[], metavar="X.y=1", help=BINDINGS)

@@ -5,7 +5,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from orogen.command import positive
 from orogen.config.checks import ConfigError, is_unicode
 from orogen.infer.lines import request_of
 from orogen.infer.request import BUDGETS, Sampling
@@ -50,12 +49,8 @@ OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 def add_request_options(parser: argparse.ArgumentParser) -> None:
-    """The options of Request and Sampling by their names."""
+    """The options of Request and Sampling by their names, but for the number of tokens."""
     help_of = {k: v.__metadata__[0] for k, v in get_type_hints(Sampling, include_extras=True).items()}
-    parser.add_argument(
-        "--tokens", "--max_tokens", type=positive, metavar="N", dest="tokens",
-        help="most new tokens (default: 128; in a chat, as many as there is room for)",
-    )  # fmt: skip
     for field in dataclasses.fields(Sampling):
         kind = float if isinstance(field.default, float) else int
         default = DEFAULTS.get(field.name, field.default)
@@ -67,7 +62,8 @@ def add_request_options(parser: argparse.ArgumentParser) -> None:
 
 
 def fields_of(options: argparse.Namespace) -> dict[str, Any]:
-    """What the options say of a request, as JSON would, by the names of Request and Sampling. Raises ConfigError."""
+    """What the options say of a request, as JSON would, by the names of Request and Sampling; `max_tokens` is what
+    `--tokens` says, or None. Raises ConfigError."""
     for name in TEXTS:
         given = getattr(options, name)
         for text in [given] if isinstance(given, str) else given or ():

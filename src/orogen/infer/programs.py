@@ -124,11 +124,11 @@ class Programs:
     def read(self, caches: Caches, pieces: tuple[Any, Pieces], sampler: Sampler, *, features: Features):
         """Reads pieces of the prompts of some slots (r,), numbered in their ranks; a number beyond the last: of none.
         Returns caches, rows, and what was emitted, one token of each slot whose prompt ends."""
-        return self._program("read", features)(caches, self._weights, *pieces, sampler)
+        return self._program("read", features)(caches, self._weights, pieces, sampler)
 
     def decode(self, caches: Caches, control: Control, sampler: Sampler, *, features: Features, steps: int):
         """Decodes for `steps` steps, or until no slot has tokens left. Returns caches, rows, and what was emitted."""
-        return self._program("decode", features)(caches, self._weights, control, sampler, np.int32(steps))
+        return self._program("decode", features)(caches, self._weights, (control, sampler), np.int32(steps))
 
     @functools.cached_property
     def copy(self) -> Callable[[Caches, Caches, Any, Any], Caches]:
@@ -158,7 +158,8 @@ class Programs:
         return functools.lru_cache(None)(lambda name, features: make[name](features))
 
     def _reading(self, features: Features) -> Callable[..., Any]:
-        def read(caches, params, buffers, slot_r, pieces, sampler):
+        def read(caches, params, buffers, numbered, sampler):
+            slot_r, pieces = numbered
             forward = self._forward(params, buffers, self.plan, features)
             caches, slot_r, pieces, sampler = self.plan.vary((caches, slot_r, pieces, sampler))
             take = lambda a, _, lead: jnp.take(a, slot_r, axis=lead, mode="clip")  # noqa: E731
@@ -173,10 +174,11 @@ class Programs:
             rows_b = jax.tree.map(lambda old, new: put(old, new, 0), sampler.rows, self.plan.vary(rows_r))
             return self._settled(caches), self._agreed(rows_b), self._agreed(emitted)
 
-        return self._compiled(read, inputs=(self.plan.spec("batch"),) * 3)
+        return self._compiled(read, inputs=(self.plan.spec("batch"),) * 2)
 
     def _decoding(self, features: Features) -> Callable[..., Any]:
-        def decode(caches, params, buffers, control, sampler, steps):
+        def decode(caches, params, buffers, inputs, steps):
+            control, sampler = inputs
             plan = self._decode_plan()
             forward = self._forward(params, buffers, plan, features)
             caches, control, sampler = plan.vary((caches, control, sampler))
@@ -200,7 +202,7 @@ class Programs:
             caches = self._of_rows(lambda _, new, lead: new, _with_pools(caches, paged), paged)
             return self._settled(caches), self._agreed(rows), self._agreed(emitted)
 
-        return self._compiled(decode, inputs=(*(self.plan.spec("batch"),) * 2, self.plan.spec()))
+        return self._compiled(decode, inputs=(self.plan.spec("batch"), self.plan.spec()))
 
     def _compiled(self, program: Callable[..., Any], *, inputs: tuple[Any, ...]) -> Callable[..., Any]:
         """The program, jitted, of caches, the list of weights, and inputs so laid out."""
