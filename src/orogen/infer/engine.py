@@ -24,7 +24,7 @@ from orogen.infer.request import CANCELLED, Output, Request
 from orogen.infer.sampling import rows_of
 from orogen.infer.schedule import Admission, Piece, Scheduler
 from orogen.infer.sizes import sizes_of
-from orogen.infer.slot import Slot, chosen_of
+from orogen.infer.slot import Slot, plain, reported
 from orogen.infer.text import Texts
 from orogen.model.lm import written_out
 
@@ -224,11 +224,13 @@ class Engine:
         self.stats.device_seconds += time.perf_counter() - began
         if report.token.ndim == 3:
             self._count(report.token[list(slots)])
-        bad = bad_b.tolist()
+        bad, ids = bad_b.tolist(), report.token.reshape(len(bad_b), -1).tolist()
         for number in slots:
             slot = self._slots[number]
+            most = slot.request.logprobs
+            chosen = plain(ids[number]) if most is None else reported(report, number, most)
             slot.drafts = drafts_bn[number]
-            output = slot.advance(chosen_of(report, number, slot.request.logprobs), bad=bad[number])
+            output = slot.advance(chosen, bad=bad[number])
             self.stats.generated_tokens += len(output.tokens)
             if output.finish is not None:
                 self.scheduler.finished(number, committed=slot.generated[:-1])

@@ -79,11 +79,15 @@ class Slot:
         return text, LENGTH if finish is None and not self.left else finish, error
 
 
-def chosen_of(report: Report, slot: int, logprobs: int | None) -> list[Chosen]:
-    """The tokens of one slot in order. report: numpy arrays, with slots in front. logprobs: see `Request`."""
+def plain(ids: Sequence[int]) -> list[Chosen]:
+    """The tokens among `ids`, without log-probabilities."""
+    return [_PLAIN[i] for i in ids if i != NONE]
+
+
+def reported(report: Report, slot: int, logprobs: int) -> list[Chosen]:
+    """The tokens of one slot with their log-probabilities. report: numpy arrays, with slots in front. logprobs: see
+    `Request`."""
     tokens: Any = report.token[slot]
-    if logprobs is None:
-        return [_PLAIN[i] for i in tokens.ravel().tolist() if i != NONE]
     there = tokens != NONE  # what comes with a token has its axes, and those of the likeliest ones behind them
     values, top_ids, top_values = (None if array is None else np.asarray(array[slot])[there] for array in report[1:])
     assert values is not None
