@@ -1,4 +1,4 @@
-"""Rows in slots, of different ages, in padded pieces, equal the whole rows without any cache. Letters: b rows, t time."""
+"""Rows in slots, of different ages, in padded pieces, equal the rows without a cache. Letters: b rows, t time."""
 
 from typing import Any
 
