@@ -56,7 +56,8 @@ class Engine:
         self.programs = Programs(opened, config, sizes.drafts, sizes.length, _is_token(opened))
         self._arrays = Arrays(config, sizes, tensor=opened.plan.size("tensor"), put=self.programs.put)
         self._caches: Caches = self.programs.start(sizes.slots, sizes.pages)
-        self._snapshots: Caches = self.programs.start(max(sizes.snapshots, 1), 0)
+        # One page, which nobody reads: of arrays without elements jax loses the sharding.
+        self._snapshots: Caches = self.programs.start(max(sizes.snapshots, 1), 1)
         self._slots: dict[int, Slot] = {}
         self._waiting: dict[int, tuple[Request, Any]] = {}
         self._sampling: tuple[Features, Sampler] | None = None  # of those that run; None: they have changed
