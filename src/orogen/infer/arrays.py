@@ -38,16 +38,16 @@ class Arrays:
         config = self._config
         if config.exact:
             return config.chunk * min(_power(-(-count // config.chunk)), config.prefill_tokens // config.chunk)
-        return min(max(_power(count), SMALLEST_PIECE), config.prefill_tokens)
+        return _multiple(min(max(_power(count), SMALLEST_PIECE), config.prefill_tokens), self._tensor)
 
     def pieces(self, pieces: Sequence[Piece], slots: Mapping[int, Slot], length: int) -> tuple[np.ndarray, Pieces]:
         """The pieces, padded to `length`, and the slot of each in its rank: as many rows for every data rank, a power
-        of two."""
+        of two that the ranks of `tensor` can share."""
         each = self._sizes.slots
         per_rank: list[list[Piece]] = [[] for _ in range(self._sizes.ranks)]
         for piece in pieces:
             per_rank[piece.slot // each].append(piece)
-        width = max(_power(max(map(len, per_rank))), self._tensor)
+        width = _multiple(_power(max(map(len, per_rank))), self._tensor)
         reach = self._reach(max(piece.start + piece.count for piece in pieces) + self._sizes.drafts)
         rows = [row for own in per_rank for row in (*own, *[None] * (width - len(own)))]
         count = len(rows)
@@ -115,3 +115,8 @@ def _fill(row: np.ndarray, values: Sequence[int]) -> None:
 def _power(count: int) -> int:
     """The next power of two."""
     return 1 << max(count - 1, 0).bit_length()
+
+
+def _multiple(count: int, of: int) -> int:
+    """The next multiple."""
+    return -(-count // of) * of

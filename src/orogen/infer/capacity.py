@@ -20,7 +20,8 @@ class Capacity:
     of prompts that a rank reads in a round. queue: requests that wait at most. drafts: places beyond its last token
     that a request may write. lookahead: see `Prefix`. snapshot_every: tokens of a prompt between snapshots; 0: none but
     where prompts part. snapshot_last: whether one is taken at a prompt's last border, at the price of one more piece,
-    since a piece ends there. reuse: whether there is a prefix cache.
+    since a piece ends there. reuse: whether there is a prefix cache. whole: whether what it gives ends at a multiple of
+    `chunk`, also where pages alone are needed.
     """
 
     slots: int
@@ -38,6 +39,7 @@ class Capacity:
     snapshot_every: int = 0
     snapshot_last: bool = True
     reuse: bool = True
+    whole: bool = False
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -74,4 +76,6 @@ def _rank(capacity: Capacity, slots: range) -> Rank:
     usable = snapshots is not None if capacity.recurrent else pages is not None
     if not capacity.reuse or not usable:
         return Rank(slots, pages, snapshots, None)
-    return Rank(slots, pages, snapshots, Prefix(pages, snapshots, border=capacity.chunk, lookahead=capacity.lookahead))
+    hits = capacity.chunk if capacity.whole else None
+    prefix = Prefix(pages, snapshots, border=capacity.chunk, lookahead=capacity.lookahead, hits=hits)
+    return Rank(slots, pages, snapshots, prefix)

@@ -22,6 +22,10 @@ from orogen.model.lm import LanguageModel
 from orogen.model.slots import Paged, SlotState, with_tables
 from orogen.parallel.plan import Plan
 
+# XLA:CPU compiles the kernels of a program in groups, and below its highest level of optimisation how a kernel is
+# compiled depends on those beside it: equal kernels of two programs then round differently (seen on jax 0.10.1).
+COMPILER_OPTIONS = {"xla_cpu_parallel_codegen_split_count": 1}
+
 
 def read_rows(
     model: LanguageModel,
@@ -33,12 +37,14 @@ def read_rows(
     table_bp: Array,
     leads: Any,
     chunk: int,
-    pieces: int,
 ) -> tuple[Any, Array]:
     """The caches `layers` with each row's span of its text read, and the logits (b, v) after the span's last token.
 
-    spans: its first place (b,), a multiple of `chunk`, and how many tokens it has (b,), at most `chunk * pieces`; 0:
-    nothing is read and the logits mean nothing. leads: see `programs.Layout`.
+    spans: its first place (b,), a multiple of `chunk`, and how many tokens it has (b,); 0: nothing is read and the
+    logits mean nothing. leads: see `programs.Layout`.
+
+    A piece is the body of a loop whose length only the data say: XLA then compiles it by itself. It would dissolve a
+    loop of one turn in the program around it, and fuse, and so round, differently in different programs.
     """
 
     def one_row(layers: Any, inputs: Any) -> tuple[Any, Array]:
@@ -46,25 +52,36 @@ def read_rows(
         part = _slices(lambda a, lead: lax.dynamic_slice_in_dim(a, row, 1, lead), layers, leads)
         part = with_tables(part, table_p[None])
 
-        def one_piece(carry: tuple[Any, Array], number: Array) -> tuple[tuple[Any, Array], None]:
+        def one_piece(number: Array, carry: tuple[Any, Array]) -> tuple[Any, Array]:
             part, logits_v = carry
             here = first + number * chunk
-            valid = jnp.clip(count - number * chunk, 0, chunk)
+            valid = jnp.minimum(count - number * chunk, chunk)
             place_t = jnp.arange(chunk)
             docs = Documents((place_t < valid).astype(jnp.int32)[None], (here + place_t)[None])
             tokens_t = lax.dynamic_slice_in_dim(text_l, here, chunk)
             h_1td, kept = model.hidden(tokens_t[None], docs, plan, part)
             part = _settled(part, caches_of(kept), valid == chunk)
-            h_11d = lax.dynamic_slice_in_dim(plan.enter(h_1td), jnp.maximum(valid - 1, 0), 1, axis=1)
-            return (part, jnp.where(valid > 0, model.project(h_11d, plan)[0, 0], logits_v)), None
+            h_11d = lax.dynamic_slice_in_dim(plan.enter(h_1td), valid - 1, 1, axis=1)
+            return part, model.project(h_11d, plan)[0, 0]
 
         start = part, jnp.zeros(model.vocab_size, jnp.float32)
-        (part, logits_v), _ = lax.scan(one_piece, start, jnp.arange(pieces))
+        part, logits_v = lax.fori_loop(0, -(-count // chunk), one_piece, start)
         put = lambda a, new, lead: lax.dynamic_update_slice_in_dim(a, new, row, lead)  # noqa: E731
         return _slices(put, _with_pools(layers, part), leads, part), logits_v
 
     rows = jnp.arange(len(text_bl))
     return lax.scan(one_row, layers, (rows, text_bl, table_bp, *spans))
+
+
+def choose_rows(function: Callable[[Any], Any], inputs: Any, start: Any, live_b: Array) -> Any:
+    """The function of each live row by itself, of `start` of the others, in a loop as in `read_rows`."""
+
+    def one_row(row: Array, found: Any) -> Any:
+        alone = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, row, 1), inputs)
+        return jax.tree.map(lambda a, new: lax.dynamic_update_slice_in_dim(a, new, row, 0), found, function(alone))
+
+    last = jnp.max(jnp.where(live_b, jnp.arange(len(live_b)) + 1, 0))
+    return lax.fori_loop(0, last, one_row, start)
 
 
 def _settled(before: Any, after: Any, whole: Array) -> Any:

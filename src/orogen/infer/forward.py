@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from orogen.infer.budget import Markers
-from orogen.infer.exact import read_rows
+from orogen.infer.exact import choose_rows, read_rows
 from orogen.infer.knobs import Features, Knobs
 from orogen.infer.sampling import Rows, choose
 from orogen.layers.documents import Documents
@@ -112,8 +112,7 @@ class Forward:
         last_b = jnp.maximum(pieces.count_b - 1, 0)
         ends_b = (pieces.next_b == NONE) & (pieces.count_b > 0)
         if self.exact is not None:
-            pieces_of = pieces.tokens_bt.shape[1] // self.exact.chunk
-            caches, logits_bv = self._exactly(caches, pieces.start_b, pieces.count_b, pieces.table_bp, pieces_of)
+            caches, logits_bv = self._exactly(caches, pieces.start_b, pieces.count_b, pieces.table_bp)
             rows, report, bad_b = self._choose(logits_bv, sampler, ends_b)
             return caches, rows, report, self._undrafted(ends_b), bad_b
         h_btd, kept = self.model.hidden(pieces.tokens_bt, docs, self.plan, caches.backbone)
@@ -160,20 +159,18 @@ class Forward:
         caches = caches._replace(text_bl=_written(caches.text_bl, control.token_b[:, None], docs))
         first_b = control.place_b // self.exact.chunk * self.exact.chunk
         count_b = jnp.where(control.left_b > 0, control.place_b - first_b + 1, 0)
-        caches, logits_bv = self._exactly(caches, first_b, count_b, control.table_bp, 1)
+        caches, logits_bv = self._exactly(caches, first_b, count_b, control.table_bp)
         rows, left_b, report, bad_b = self._accept(logits_bv[:, None], control, sampler)
         token_b = jnp.where(control.left_b > 0, report.token[:, 0], control.token_b)
         place_b = control.place_b + (control.left_b > 0)
         return caches, rows, control._replace(token_b=token_b, place_b=place_b, left_b=left_b), report, bad_b
 
-    def _exactly(
-        self, caches: Caches, first_b: Array, count_b: Array, table_bp: Array, pieces: int
-    ) -> tuple[Caches, Array]:
+    def _exactly(self, caches: Caches, first_b: Array, count_b: Array, table_bp: Array) -> tuple[Caches, Array]:
         """The caches with a span of each row's text read, and the logits (b, v) after it; see `exact.read_rows`."""
         assert self.exact is not None
         backbone, logits_bv = read_rows(
             self.model, self.plan, caches.backbone, caches.text_bl, (first_b, count_b), table_bp=table_bp,
-            leads=self.exact.leads, chunk=self.exact.chunk, pieces=pieces,
+            leads=self.exact.leads, chunk=self.exact.chunk,
         )  # fmt: skip
         return caches._replace(backbone=backbone), logits_bv
 
@@ -213,7 +210,7 @@ class Forward:
     def _choose(self, logits_bv: Array, sampler: Sampler, live_b: Array) -> tuple[Rows, Report, Array]:
         """The next token of live rows."""
 
-        def choose_rows(inputs: Any) -> Any:
+        def choose_alone(inputs: Any) -> Any:
             logits_bv, sampler, live_b = inputs
             return choose(
                 logits_bv, sampler.knobs, sampler.rows, self.features, is_token_v=self.is_token_v,
@@ -222,10 +219,10 @@ class Forward:
 
         inputs = logits_bv, sampler, live_b
         if self.exact is None:
-            choice, rows = choose_rows(inputs)
-        else:  # row by row, for sums over the vocabulary too
-            alone = jax.tree.map(lambda a: a[:, None], inputs)
-            choice, rows = jax.tree.map(lambda a: a[:, 0], lax.map(choose_rows, alone))
+            choice, rows = choose_alone(inputs)
+        else:  # sums over the vocabulary too
+            blank = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(choose_alone, inputs)[0])
+            choice, rows = choose_rows(choose_alone, inputs, (blank, sampler.rows), live_b)
         report = Report(
             jnp.where(live_b, choice.token_b, NONE), choice.logprob_b, choice.top_ids_bn, choice.top_logprobs_bn
         )

@@ -74,12 +74,15 @@ class Prefix:
     """The tree of one data rank. It holds each of its pages and rows once in their pools.
 
     pages: None if no layer keeps keys and values in pages. snapshots: None if no layer needs one. border: snapshots are
-    taken at multiples of so many tokens, itself a multiple of the page. lookahead: how many tokens behind a block its
+    taken at multiples of so many tokens, itself a multiple of the page. hits: what is found ends at a multiple of so
+    many tokens, itself one of the block; None: of a block. lookahead: how many tokens behind a block its
     page depends on: MTP depth k reads token t + k at place t. A block's key includes them, so that a page is shared
     only where they agree. Keys are the tokens themselves: equal hashes of different tokens mix nothing up.
     """
 
-    def __init__(self, pages: Pages | None, snapshots: Pool | None, *, border: int, lookahead: int = 0):
+    def __init__(
+        self, pages: Pages | None, snapshots: Pool | None, *, border: int, lookahead: int = 0, hits: int | None = None
+    ):
         if pages is None and snapshots is None:
             raise ValueError("a prefix cache of neither pages nor snapshots; expected at least one of them")
         self.block = border if pages is None else pages.page
@@ -87,6 +90,9 @@ class Prefix:
             raise ValueError(f"snapshots every {border} tokens; expected a multiple of the page's {self.block}")
         if lookahead < 0:
             raise ValueError(f"lookahead={lookahead}; expected 0 or more")
+        self._hits = self.block if hits is None else hits
+        if self._hits < 1 or self._hits % self.block:
+            raise ValueError(f"hits at multiples of {hits} tokens; expected a multiple of the block's {self.block}")
         self._pages, self._snapshots, self._border, self._lookahead = pages, snapshots, border, lookahead
         self._root = _Node(None, None, None)
         # What may be evicted, the least recently used first: nodes on no locked path, and nodes with an unread row.
@@ -112,8 +118,9 @@ class Prefix:
             child = node.children.get(key)
             if child is None:
                 break
-            node = child
-            if node.depth * self.block < len(tokens) and (self._snapshots is None or node.row is not None):
+            node, length = child, child.depth * self.block
+            found = self._snapshots is None or node.row is not None
+            if found and length < len(tokens) and length % self._hits == 0:
                 best = node
         pages = tuple(n.page for n in _path(best) if n.page is not None)[::-1]
         return Hit(best.depth * self.block, pages, best.row, node.depth * self.block, best, salt)

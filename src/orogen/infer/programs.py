@@ -21,6 +21,7 @@ from jax import Array, lax
 from orogen.checkpoint.open import Opened
 from orogen.config.engine import EngineConfig
 from orogen.infer.budget import Markers, markers_of
+from orogen.infer.exact import COMPILER_OPTIONS
 from orogen.infer.forward import Caches, Control, Exact, Forward, Pieces, Report, Sampler, nothing, with_pages
 from orogen.infer.knobs import Features
 from orogen.model.cache import map_layers
@@ -211,7 +212,8 @@ class Programs:
         nested = jax.tree.structure((opened.params, opened.buffers))
         flat = lambda caches, weights, *rest: program(caches, *jax.tree.unflatten(nested, weights), *rest)  # noqa: E731
         inputs, outputs = (self.layout.specs, jax.tree.leaves(model), *inputs), (self.layout.specs, batch, batch)
-        return jitted(flat, self.plan, inputs=inputs, outputs=outputs)
+        options = COMPILER_OPTIONS if self.config.exact else None
+        return jitted(flat, self.plan, inputs=inputs, outputs=outputs, options=options)
 
     def _forward(self, params: Any, buffers: Any, plan: Plan, features: Features) -> Forward:
         is_token_v = jnp.asarray(self.is_token_v)
@@ -251,8 +253,9 @@ class Programs:
 
     def _room(self, slots: int, pages: int) -> Slots:
         config = self.config
+        piece = config.chunk if config.exact else config.prefill_tokens  # exact sums over a ring need one length of it
         return Slots(
-            slots, pages, config.page, 1, config.prefill_tokens, self.drafts, config.replayed,
+            slots, pages, config.page, 1, piece, self.drafts, config.replayed,
             jnp.dtype(config.state_dtype),
         )  # fmt: skip
 

@@ -35,7 +35,7 @@ class Sizes(NamedTuple):
             slots=config.slots, ranks=self.ranks, page=config.page, pages=self.pages, recurrent=self.recurrent,
             reach=self.reach if self.pages else None, snapshots=self.snapshots, chunk=config.chunk,
             prefill_tokens=config.prefill_tokens, queue=config.queue, drafts=self.drafts,
-            lookahead=int(config.drafter == "mtp"), reuse=config.prefix_cache,
+            lookahead=int(config.drafter == "mtp"), reuse=config.prefix_cache, whole=config.exact,
         )  # fmt: skip
 
 

@@ -25,13 +25,17 @@ def stored_specs(tree: Any, plan: Plan) -> Any:
     return map_variables(lambda v: spec_of(plan.storage, full_axes(v)), tree)
 
 
-def jitted(function: Callable[..., Any], plan: Plan, *, inputs: Any, outputs: Any) -> Callable[..., Any]:
+def jitted(
+    function: Callable[..., Any], plan: Plan, *, inputs: Any, outputs: Any, options: dict[str, Any] | None = None
+) -> Callable[..., Any]:
     """`Plan.run` of the function, jitted, its first argument donated. Arguments may come from the host or from other
-    programs: where jax is not told their shardings it compiles once for each way in which they come."""
+    programs: where jax is not told their shardings it compiles once for each way in which they come. options: of XLA.
+    """
     is_spec = lambda leaf: isinstance(leaf, PartitionSpec)  # noqa: E731
     named = lambda specs: jax.tree.map(lambda s: NamedSharding(plan.mesh, s), specs, is_leaf=is_spec)  # noqa: E731
     run = plan.run(function, inputs=inputs, outputs=outputs)
-    return jax.jit(run, donate_argnums=0, in_shardings=named(inputs), out_shardings=named(outputs))
+    laid = {"in_shardings": named(inputs), "out_shardings": named(outputs)}
+    return jax.jit(run, donate_argnums=0, compiler_options=options, **laid)
 
 
 def shardings(tree: Any, plan: Plan) -> Any:

@@ -1,0 +1,90 @@
+"""Drafts change no token: neither the most likely ones nor those drawn, whatever else a request asks for."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tests.infer.engines import answers, asked, changed, engine_of, leaked, opened, random_prompt, text
+
+from orogen.data.vocabulary import byte_tokenizer
+from orogen.infer.request import Budget, Sampling
+
+# One page per text, so that there are few programs.
+ROOM = {"page": 32, "chunk": 32, "prefill_tokens": 32, "slots": 3}
+REQUESTS = [
+    asked(random_prompt(1, 5), 17),
+    asked(random_prompt(2, 13), 17, Sampling(temperature=1.0, seed=1)),
+    asked(random_prompt(3, 1), 17, Sampling(temperature=0, repetition_penalty=1.3, presence_penalty=0.5)),
+    asked((7, 8, 7, 8, 7), 17, Sampling(temperature=0.7, seed=2, frequency_penalty=0.4), stop_ids=(3,)),
+    asked(random_prompt(4, 9), 17, Sampling(temperature=0.3, seed=3)),
+]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "drafter", "drafts", "changes"),
+    [
+        ("M*/*", "mtp", 1, {}),
+        ("mw/M", "mtp", 2, {"sliding_window": 3}),
+        ("*E/w", "mtp", 3, {"sliding_window": 3}),
+        ("Mm", "lookup", 2, {}),
+    ],
+)
+def test_tokens_are_those_of_plain_decoding(pattern, drafter, drafts, changes):
+    """Of greedy and drawn requests, with penalties and ends, in one batch that is smaller than all of them."""
+    model = opened(pattern, **changes)
+    plain = engine_of(model, **ROOM)
+    engine = engine_of(model, **ROOM, drafter=drafter, drafts=drafts)
+    expected = plain.run(REQUESTS)
+    found = engine.run(REQUESTS)
+    tokens = [[(t.id for t in output.tokens) for output in outputs] for outputs in found]
+    assert [[t for each in outputs for t in each] for outputs in tokens] == answers(plain, *REQUESTS)
+    for one, other in zip(found, expected, strict=True):
+        assert one[-1].finish == other[-1].finish
+        ours, theirs = ([t.logprob for output in outputs for t in output.tokens] for outputs in (one, other))
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+    stats = engine.stats
+    assert len(stats.accepted) == drafts and stats.drafted == drafts * stats.steps
+    assert stats.accepted[0] > 0 and stats.accepted == sorted(stats.accepted, reverse=True)
+    assert stats.generated_tokens == plain.stats.generated_tokens // 2
+    assert leaked(engine) == [0, 0]
+
+
+def circle(size: int):
+    """A model whose next token is one more than the last, modulo its vocabulary."""
+    model = opened("-", vocab_size=size, hidden_size=12, num_attention_heads=4)
+    square = jnp.eye(size, 12)
+    model = changed(model, ("embedding", "weight"), lambda a: 9 * square)
+    model = changed(model, ("head", "weight"), lambda a: jnp.roll(9 * square, 1, axis=0).T)
+    return changed(model, ("backbone", "children", 0, "mixer", "down"), jnp.zeros_like)
+
+
+def test_drafts_that_are_all_right_are_all_counted():
+    model = circle(5)
+    engine = engine_of(model, **ROOM, drafter="lookup", drafts=3)
+    prompt = tuple(n % 5 for n in range(9))
+    (found,) = answers(engine, asked(prompt, 13))
+    assert found == [n % 5 for n in range(9, 22)]
+    stats = engine.stats
+    assert (stats.steps, stats.drafted, stats.accepted) == (3, 9, [3, 3, 3])
+    # A text that never had its end before has no draft.
+    (found,) = answers(engine, asked((2,), 3))
+    assert found == [3, 4, 0]
+    assert (stats.steps, stats.accepted) == (5, [3, 3, 3])
+
+
+def test_a_budget_and_drafts():
+    """The marker is forced where it would be, though drafts are looked up beyond it."""
+    tokenizer = byte_tokenizer()
+    model = opened("M", tokenizer=tokenizer, vocab_size=tokenizer.vocab_size)
+    prompt = tuple(tokenizer.encode_inside("aa<think>").tolist())
+    sampling = Sampling(temperature=0.2, seed=1, logit_bias=((100, 4.0), (101, 4.0)))
+    requests = [
+        asked(prompt, 20, sampling, budget=Budget(tokens=n), ignore_eos=True, logprobs=None) for n in (0, 3, 30)
+    ]
+    requests.append(dataclasses.replace(requests[1], budget=None))
+    plain, drafting = (
+        engine_of(model, **ROOM, **more).run(requests) for more in ({}, {"drafter": "lookup", "drafts": 3})
+    )
+    assert [text(outputs) for outputs in drafting] == [text(outputs) for outputs in plain]
+    assert text(drafting[1]).index("</think>") == 3
