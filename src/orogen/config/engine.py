@@ -18,6 +18,8 @@ class EngineConfig:
     and up to `chunk` times the arithmetic.
     drafter: mtp drafts with the model's multi-token-prediction block, lookup with what followed the last tokens earlier
     in the text (prompt lookup decoding). A draft is kept where it is the token that would have been chosen without it.
+    state_dtype: a float16 state is rounded where a piece of a prompt ends, and pieces depend on what else is read, so
+    that answers depend on it by that rounding.
     """
 
     slots: Annotated[int, "requests that run at a time, over all data ranks"] = 8
@@ -54,7 +56,10 @@ class EngineConfig:
         require_choice(self, "state_dtype", ("float32", "float16"))
         require_choice(self, "kernels", ("reference", "triton"))
         require_choice(self, "compute_dtype", ("float32", "bfloat16"))
-        require(self.drafts < self.chunk, self, "drafts", f"fewer than chunk={self.chunk}")
+        short = self.drafter == "none" or self.drafts < self.chunk
+        require(short, self, "drafts", f"fewer than chunk={self.chunk}")
+        whole = not self.exact or self.prefill_tokens % self.chunk == 0
+        require(whole, self, "prefill_tokens", f"a multiple of chunk={self.chunk} where exact is on")
         require(self.replay is None or self.replay >= 0, self, "replay", "None, or 0 or more")
         fed = 1 + (0 if self.drafter == "none" else self.drafts)
         enough = self.replayed >= 2 * fed or (self.replayed == 0 and fed == 1)

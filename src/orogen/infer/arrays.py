@@ -75,6 +75,7 @@ class Arrays:
             slot = slots[number]
             if slot.drafts is not None and slot.matcher is None:
                 drafts_bn[number] = slot.drafts
+        fed += max(drafts - 1, 0)  # the block that drafts reads drafts too
         reach = self._reach(max(place + min(fed, left + drafts) for _, place, left in rows))
         if reach not in self._tables:
             table_bp = np.zeros((count, reach), np.int32)

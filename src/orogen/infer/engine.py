@@ -82,13 +82,17 @@ class Engine:
 
         Raises ConfigError for one that this engine can never answer, Full if too many wait.
         """
-        request = self._checked(request)
+        self._check(request)
         number = self.scheduler.submit(request, salt=salt)
         try:
-            self._waiting[number] = request, self._matcher(request)
+            matcher = self._matcher(request)
         except BaseException:  # its grammar is refused
             self.scheduler.cancel(number)
             raise
+        if request.sampling.seed is None:  # drawn last, so that seeds do not depend on what was refused
+            seed = int(self._seeds.integers(2**63))
+            request = dataclasses.replace(request, sampling=dataclasses.replace(request.sampling, seed=seed))
+        self._waiting[number] = request, matcher
         self.stats.requests += 1
         return number
 
@@ -123,20 +127,34 @@ class Engine:
         return outputs
 
     def run(self, requests: Iterable[Request]) -> list[list[Output]]:
-        """Answers the requests, together, and returns the outputs of each."""
-        numbers = [self.submit(request) for request in requests]
-        found: dict[int, list[Output]] = {number: [] for number in numbers}
+        """Answers the requests, together, and returns the outputs of each. Nothing else may be under way."""
+        found: dict[int, list[Output]] = {}
+        for request in requests:
+            while self.scheduler.queued >= self.config.queue:
+                self._collect(found)
+            found[self.submit(request)] = []
         while self.busy:
-            for output in self.step():
-                found[output.number].append(output)
-        return [found[number] for number in numbers]
+            self._collect(found)
+        return list(found.values())
 
-    def _checked(self, request: Request) -> Request:
-        """The request with a seed. Raises ConfigError."""
+    def _collect(self, found: dict[int, list[Output]]) -> None:
+        for output in self.step():
+            found[output.number].append(output)
+
+    def close(self) -> None:
+        """Ends the process that compiles grammars, if there is one."""
+        if self._constraints is not None:
+            self._constraints.close()
+
+    def _check(self, request: Request) -> None:
+        """Raises ConfigError for what this engine can never answer."""
         size = self.opened.config.vocab_size
         wrong = [i for i in (*request.prompt, *request.stop_ids) if not 0 <= i < size]
         if wrong:
             raise ConfigError(f"token id {wrong[0]}; expected 0 to {size - 1}")
+        known = self.programs.is_token_v[np.array(request.prompt)]
+        if not known.all():
+            raise ConfigError(f"token id {request.prompt[known.argmin()]}; expected one that the tokenizer has")
         check_ids(request, size)
         if len(request.prompt) + request.max_tokens > self.length:
             raise ConfigError(
@@ -147,10 +165,6 @@ class Engine:
             raise ConfigError("Request.stop without a tokenizer; expected token ids in stop_ids")
         if request.budget is not None:
             _ = self.programs.markers  # refuses a tokenizer that has none
-        if request.sampling.seed is None:
-            seed = int(self._seeds.integers(2**63))
-            request = dataclasses.replace(request, sampling=dataclasses.replace(request.sampling, seed=seed))
-        return request
 
     def _matcher(self, request: Request) -> Any:
         """What a request's text must match, None if anything."""

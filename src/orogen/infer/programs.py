@@ -238,6 +238,8 @@ class Programs:
 
     def _decode_plan(self) -> Plan:
         """Of decoding: rows are split, and products of experts are those for few rows."""
+        if self.config.exact:  # the plan of reading: the same products
+            return self.plan
         plan = self.plan.decoding()
         if plan.decode_kernels == "reference":
             blocks = plan.config.grouped_matmul == "blocks"

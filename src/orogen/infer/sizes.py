@@ -45,7 +45,8 @@ def sizes_of(model: ModelConfig, plan: PlanConfig, config: EngineConfig) -> Size
     letters = model.layers.main + (model.layers.mtp if config.drafter == "mtp" else "")
     drafts = 0 if config.drafter == "none" else config.drafts
     slots = config.slots // plan.data
-    length = min(config.max_length, model.learned_positions or config.max_length)
+    # Drafts beyond the last token have positions too.
+    length = min(config.max_length, (model.learned_positions or config.max_length + drafts) - drafts)
     reach = -(-(length + drafts) // config.page)
     paged = any(letter in PAGED for letter in letters)
     recurrent = any(letter in RECURRENT for letter in letters)
@@ -60,7 +61,11 @@ def _check(model: ModelConfig, plan: PlanConfig, config: EngineConfig) -> None:
     require(plan.stage == 1, plan, "stage", "1: an engine has no pipeline")
     require(plan.context == 1, plan, "context", "1: an engine keeps a text on one rank")
     require(plan.capacity_factor is None, plan, "capacity_factor", "None: no token is dropped here")
+    require(plan.buffer_factor is None, plan, "buffer_factor", "None: no token is dropped here")
     require(plan.linear == "plain", plan, "linear", "plain here")
+    require(plan.attention != "cudnn", plan, "attention", "full or blocked: cuDNN's reads no pages")
+    shared = config.prefill_tokens % plan.tensor == 0
+    require(shared, config, "prefill_tokens", f"a multiple of tensor={plan.tensor}, whose ranks share a piece")
     each = plan.data * plan.tensor
     require(config.slots % each == 0, config, "slots", f"a multiple of data x tensor = {each}")
     require(plan.devices == 1 or not config.exact, config, "exact", f"False on {plan.devices} devices")

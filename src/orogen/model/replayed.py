@@ -13,8 +13,8 @@ class Replayed(NamedTuple):
     """A state as it was some tokens ago, float32, and the inputs of the tokens since, of which each row has `cursor_b`,
     int32; see `kernels.replay`.
 
-    The states of all rows move at once, when the next tokens would not fit in one of them, so that states are read with
-    each token but seldom written. A token is taken back by moving the cursor.
+    A row's state moves when its next tokens would not fit, so that states are read with each token but seldom written.
+    A token is taken back by moving the cursor.
     """
 
     state: Any
@@ -39,11 +39,11 @@ def after(kept: Replayed, docs: Documents, replays: Replays, *, cheap: bool) -> 
         kept = replays.move(kept, every_b)
         y, state = replays.scan(kept.state)
         return y, kept._replace(state=state)
-    full = jnp.any(kept.cursor_b + tokens > places)
+    full_b = kept.cursor_b + tokens > places  # each row by itself: when it moves depends on nothing beside it
     if cheap:
-        kept = replays.move(kept, every_b & full)
+        kept = replays.move(kept, full_b)
     else:
-        kept = lax.cond(full, lambda k: replays.move(k, every_b), lambda k: k, kept)
+        kept = lax.cond(jnp.any(full_b), lambda k: replays.move(k, full_b), lambda k: k, kept)
     y, ring = replays.play(kept)
     return y, Replayed(kept.state, ring, kept.cursor_b + counts(docs))
 

@@ -100,8 +100,9 @@ class Paged(NamedTuple):
     def with_piece(self, values: Sequence[Array], docs: Documents) -> "Paged":
         """With the arrays (b, t, …) of a piece at its places."""
         pages, page = self.values[0].shape[:2]
-        index_bt = jnp.take_along_axis(self.table_bp, docs.positions_bt // page, axis=1, mode="clip")
-        index_bt = jnp.where(docs.segments_bt != 0, index_bt * page + docs.positions_bt % page, pages * page)
+        # A place beyond the table has no page, and nothing is written.
+        page_bt = jnp.take_along_axis(self.table_bp, docs.positions_bt // page, axis=1, mode="fill", fill_value=pages)
+        index_bt = jnp.where(docs.segments_bt != 0, page_bt * page + docs.positions_bt % page, pages * page)
 
         def write(pool: Array, new: Array) -> Array:
             flat = pool.reshape(-1, *pool.shape[2:])
