@@ -139,6 +139,35 @@ def test_a_conversation(greedy, capsys, monkeypatch):
     assert "[9 tokens" in err.splitlines()[-1]
 
 
+def test_messages_go_through_the_chat_template(tmp_path):
+    (tmp_path / "chat.jinja").write_text("{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}")
+    prompt = open_model(CHECKPOINT).tokenizer.encode("[user] ab\n[tool] c\n").tolist()
+    messages = [{"role": "user", "content": "ab"}, {"role": "tool", "content": [{"type": "text", "text": "c"}]}]
+    lines = [{"messages": messages}, {"prompt": prompt}, {"messages": [{"role": "cook", "content": "a"}]}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line | {"seed": 1}) + "\n" for line in lines))
+    files = ("--input", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl"), "--tokens", "5")
+    template = ("--chat_template", str(tmp_path / "chat.jinja"))
+    assert main(["generate", "--checkpoint", str(CHECKPOINT), *files, *template]) == 2
+    chat, plain, broken = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert chat["tokens"] == plain["tokens"] and len(chat["tokens"]) == 5
+    assert "messages[0].role is 'cook'; expected one of" in broken["error"]
+
+
+def test_a_conversation_goes_through_the_chat_template(tmp_path, monkeypatch):
+    seen = []
+
+    def converse(engine, words, fields, **_) -> int:
+        seen.append((words.render([{"role": "user", "content": "ab"}]), words.fields, fields["max_tokens"]))
+        return 0
+
+    (tmp_path / "chat.jinja").write_text("[{{ messages[0].content }}]")
+    monkeypatch.setattr("orogen.infer.engine.Engine", lambda opened, config: None)
+    monkeypatch.setattr("orogen.infer.terminal.converse", converse)
+    options = ("--chat", "--chat_template", str(tmp_path / "chat.jinja"))
+    assert main(["generate", "--checkpoint", str(CHECKPOINT), *options]) == 0
+    assert seen == [(open_model(CHECKPOINT).tokenizer.encode("[ab]").tolist(), {"shown": ()}, None)]
+
+
 def test_a_terminal_begins_a_conversation(capsys, monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

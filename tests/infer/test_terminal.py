@@ -85,6 +85,17 @@ def test_a_template_is_given_all_that_was_said_until_it_is_forgotten():
     assert engine.seen[0].shown == (7,)
 
 
+def test_a_model_cannot_command_the_terminal():
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    out = Terminal()
+    words = Words(lambda text: [*map(ord, "a\x1b[2J\x07\x7f\x9b\té\n")])
+    converse(Rote(), words, {"max_tokens": 11, "seed": 0}, source=io.StringIO("x\n"), out=out)
+    assert out.getvalue() == "a␛[2J␇␡\ufffd\té\n\n"
+
+
 def test_without_a_limit_an_answer_has_the_room_that_there_is(capsys):
     engine = Rote(length=9)
     assert talk(engine, "abcd\nabcdefghi\nab\n", Words(encode), max_tokens=None) == "abcda\nabababa\n"

@@ -14,6 +14,8 @@ from orogen.infer.lines import request_of
 from orogen.infer.request import CANCELLED, ERROR, SEEDS
 
 NEW = "/new"  # a line that begins another conversation
+_CONTROLS = {*range(0x20), *range(0x7F, 0xA0)} - {ord("\n"), ord("\t")}
+_PICTURES = {c: chr(0x2400 + c) if c < 0x20 else "\u2421" if c == 0x7F else "\ufffd" for c in _CONTROLS}
 HINT = f"Ctrl-C ends an answer, and then the program; {NEW} forgets what was said; Ctrl-D ends"
 
 
@@ -122,12 +124,17 @@ def _answer(engine: Cancelling, number: int, out: TextIO) -> Answer:
                     first, begun = len(output.tokens), time.perf_counter() - began
                 tokens += len(output.tokens)
                 texts.append(output.text)
-                print(output.text, end="", file=out, flush=True)
+                print(_shown(output.text) if out.isatty() else output.text, end="", file=out, flush=True)
                 finish, error = output.finish, output.error
     print(file=out, flush=True)
     if finish == CANCELLED:
         finish = "interrupted"
     return Answer("".join(texts), tokens, finish, error, (begun, time.perf_counter() - began), first)
+
+
+def _shown(text: str) -> str:
+    """The text with pictures of control characters, by which a model could command the terminal."""
+    return text.translate(_PICTURES)
 
 
 @contextlib.contextmanager
