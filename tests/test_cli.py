@@ -194,8 +194,14 @@ def test_training_without_data(refused, tmp_path):
         (["params"], "the following arguments are required: --gin_file"),
         (["train", "--gin_file", "a.gin"], "the following arguments are required: --run"),
         (["generate"], "the following arguments are required: --checkpoint"),
-        (["generate", "--checkpoint", "a", "--tokens", "0"], "--tokens: '0'; expected a whole number above 0"),
-        (["generate", "--checkpoint", "a", "--tokens", "1.5"], "--tokens: '1.5'; expected a whole number above 0"),
+        (
+            ["generate", "--checkpoint", "a", "--tokens", "0"],
+            "--tokens/--max_tokens: '0'; expected a whole number above 0",
+        ),
+        (
+            ["generate", "--checkpoint", "a", "--tokens", "1.5"],
+            "--tokens/--max_tokens: '1.5'; expected a whole number above 0",
+        ),
         (["generate", "--checkpoint", "a", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
         (["plan", "--gin_file", "a", "--fake_devices", "-2"], "--fake_devices: '-2'; expected a whole number above 0"),
         (["plan", "--gin_file", "a", "--jsn"], "unrecognized arguments: --jsn"),
