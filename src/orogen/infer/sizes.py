@@ -64,8 +64,6 @@ def _check(model: ModelConfig, plan: PlanConfig, config: EngineConfig) -> None:
     require(plan.buffer_factor is None, plan, "buffer_factor", "None: no token is dropped here")
     require(plan.linear == "plain", plan, "linear", "plain here")
     require(plan.attention != "cudnn", plan, "attention", "full or blocked: cuDNN's reads no pages")
-    shared = config.prefill_tokens % plan.tensor == 0
-    require(shared, config, "prefill_tokens", f"a multiple of tensor={plan.tensor}, whose ranks share a piece")
     each = plan.data * plan.tensor
     require(config.slots % each == 0, config, "slots", f"a multiple of data x tensor = {each}")
     require(plan.devices == 1 or not config.exact, config, "exact", f"False on {plan.devices} devices")
