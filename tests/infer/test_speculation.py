@@ -2,13 +2,16 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from tests.infer.engines import answers, asked, changed, engine_of, leaked, opened, random_prompt, text
 
 from orogen.data.vocabulary import byte_tokenizer
 from orogen.infer.request import Budget, Sampling
+from orogen.layers.documents import documents
 
 # One page per text, so that there are few programs.
 ROOM = {"page": 32, "chunk": 32, "prefill_tokens": 32, "slots": 3}
@@ -48,6 +51,30 @@ def test_tokens_are_those_of_plain_decoding(pattern, drafter, drafts, changes):
     assert stats.accepted[0] > 0 and stats.accepted == sorted(stats.accepted, reverse=True)
     assert stats.generated_tokens == plain.stats.generated_tokens // 2
     assert leaked(engine) == [0, 0]
+
+
+def test_the_block_drafts_what_it_was_trained_to():
+    """As many drafts are kept as its training forward over the whole text predicts right."""
+    model = opened("M*/M*", vocab_size=5)
+    engine = engine_of(model, **ROOM, drafter="mtp", drafts=1)
+    prompt, tokens = random_prompt(6, 7, 5), 25
+    (found,) = answers(engine, asked(prompt, tokens))
+    text = (*prompt, *found)
+
+    @jax.jit
+    def predicted(params, buffers, tokens_bt):
+        docs = documents(jnp.ones(tokens_bt.shape, jnp.int32))
+        whole = nnx.merge(model.built.graph, params, buffers)
+        h_btd, _ = whole.hidden(tokens_bt, docs, model.plan)
+        ((h_btd, _),) = whole.deeper(h_btd, tokens_bt, docs, model.plan)
+        return whole.project(h_btd, model.plan).argmax(-1)[0]
+
+    drafts_t = predicted(model.params, model.buffers, np.array([text], np.int32)).tolist()
+    place, steps, kept = len(prompt), 0, 0
+    while place + 1 < len(text):
+        right = drafts_t[place - 1] == text[place + 1] and place + 2 < len(text)
+        place, steps, kept = place + 1 + right, steps + 1, kept + right
+    assert (engine.stats.steps, engine.stats.accepted) == (steps, [kept]) and kept > 0
 
 
 def circle(size: int):
