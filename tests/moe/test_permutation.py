@@ -16,6 +16,7 @@ import pytest
 
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
+from orogen.moe import dispatch
 from orogen.moe.dispatch import DISPATCHES
 from orogen.parallel.plan import Plan, make_plan
 
@@ -96,3 +97,17 @@ def test_rows_outputs_and_gradients_equal_megatron(case, dispatch):
     np.testing.assert_allclose(gx_nd, arrays["gx"], rtol=0, atol=5e-6)
     kept, expected = (np.where(left_ne, gradient, 0) for gradient in (gprobs_ne, arrays["gprobs"]))
     np.testing.assert_allclose(kept, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("few", [0, 1024])
+def test_assignments_are_sorted_stably_however_few_they_are(monkeypatch, few):
+    """By comparing all pairs or by a sort; what goes nowhere is last and has no row."""
+    monkeypatch.setattr(dispatch, "FEW", few)
+    flat = np.random.default_rng(0).integers(0, 5, 21)
+    places = np.argsort(np.argsort(flat, kind="stable"), kind="stable")
+    np.testing.assert_array_equal(dispatch._places(jnp.asarray(flat)), places)
+    rows = int((flat < 4).sum())
+    slots_nk = np.where(flat < 4, places, rows + 2).reshape(7, 3)
+    source_r = np.full(rows + 2, flat.size)
+    source_r[places[flat < 4]] = np.flatnonzero(flat < 4)
+    np.testing.assert_array_equal(dispatch._with_inverse(jnp.asarray(slots_nk), rows + 2)[1], source_r)
