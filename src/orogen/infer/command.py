@@ -273,6 +273,7 @@ def serve(options: argparse.Namespace) -> int:
         opened, config = _open(options.checkpoint, [*options.gin_bindings, *bindings])
         words, chat = opened.tokenizer, _chat(options, opened.tokenizer)
         engine = Engine(opened, config)
+        del opened  # the engine has its weights, laid out anew
         service = Service(engine, limit=config.slots + config.queue)
         name = options.name or options.checkpoint.resolve().name
         settings = Settings(name=name, most=engine.length, key=key, timeout=options.timeout)
@@ -282,7 +283,8 @@ def serve(options: argparse.Namespace) -> int:
                 print(json.dumps({"host": host, "port": port, "model": name}), flush=True)
 
         app = make_app(service, settings, tokenizer=words, chat=chat)
-        return run(make_server(app, service, drain_seconds=options.drain_seconds, ready=ready), bound)
+        with contextlib.closing(engine):
+            return run(make_server(app, service, drain_seconds=options.drain_seconds, ready=ready), bound)
 
 
 def _goes_by_blocks(plan: PlanConfig | None) -> bool:
