@@ -19,7 +19,7 @@ from orogen.layers.documents import Documents
 from orogen.model.cache import caches as caches_of
 from orogen.model.cache import map_layers
 from orogen.model.lm import LanguageModel
-from orogen.model.slots import Paged, SlotState, with_tables
+from orogen.model.slots import Paged, SlotState, with_pools, with_tables
 from orogen.parallel.plan import Plan
 
 # XLA:CPU compiles the kernels of a program in groups, and below its highest level of optimisation how a kernel is
@@ -67,7 +67,7 @@ def read_rows(
         start = part, jnp.zeros(model.vocab_size, jnp.float32)
         part, logits_v = lax.fori_loop(0, -(-count // chunk), one_piece, start)
         put = lambda a, new, lead: lax.dynamic_update_slice_in_dim(a, new, row, lead)  # noqa: E731
-        return _slices(put, _with_pools(layers, part), leads, part), logits_v
+        return _slices(put, with_pools(layers, part), leads, part), logits_v
 
     rows = jnp.arange(len(text_bl))
     return lax.scan(one_row, layers, (rows, text_bl, table_bp, *spans))
@@ -104,9 +104,3 @@ def _slices(function: Callable[..., Array], layers: Any, leads: Any, *others: An
         return jax.tree.map(lambda a, n, *rest: function(a, *rest, n), one, lead, *more)
 
     return map_layers(each, layers, leads, *others)
-
-
-def _with_pools(layers: Any, part: Any) -> Any:
-    """`layers` with the pages of `part`."""
-    pools = lambda old, new: old._replace(values=new.values) if isinstance(old, Paged) else old  # noqa: E731
-    return map_layers(pools, layers, part)

@@ -22,6 +22,7 @@ from orogen.infer.sampling import Rows, choose
 from orogen.layers.documents import Documents
 from orogen.model.cache import caches as caches_of
 from orogen.model.lm import LanguageModel
+from orogen.model.replayed import counts
 from orogen.model.slots import rolled_back, with_tables, without_drafts
 from orogen.parallel.plan import Plan
 
@@ -240,7 +241,7 @@ class Forward:
             return caches, none_bn
         after = docs._replace(positions_bt=docs.positions_bt + 1)
         text_bl = _written(caches.text_bl, next_bt, after)
-        end_b = docs.positions_bt[:, 0] + _counts(docs)
+        end_b = docs.positions_bt[:, 0] + counts(docs)
         found_bn = look_up(text_bl, end_b, self.drafts)
         return caches._replace(text_bl=text_bl), jnp.where(live_b[:, None], found_bn, none_bn)
 
@@ -249,7 +250,7 @@ class Forward:
     ) -> tuple[Caches, Array]:
         """Each draft is read as if it were the next token, and the block's hidden state as if it were the backbone's,
         as Megatron and vLLM draft; the block's own keys and values there are overwritten when the token is known."""
-        last_b, plan = jnp.maximum(_counts(docs) - 1, 0), self.plan
+        last_b, plan = jnp.maximum(counts(docs) - 1, 0), self.plan
         h_btd, mtp = self._deeper(caches.mtp, h_btd, next_bt, docs, plan)
         h_b1d = _at(plan.enter(h_btd), last_b)
         decoding, place_b1 = plan.decoding(), _at(docs.positions_bt, last_b)
@@ -315,10 +316,6 @@ def _written(text_bl: Array, tokens_bt: Array, docs: Documents) -> Array:
     return jax.vmap(lambda text_l, index_t, tokens_t: text_l.at[index_t].set(tokens_t, mode="drop"))(
         text_bl, index_bt, tokens_bt
     )
-
-
-def _counts(docs: Documents) -> Array:
-    return jnp.sum(docs.segments_bt != 0, axis=1, dtype=jnp.int32)
 
 
 def _at(x_bt: Array, index_b: Array) -> Array:

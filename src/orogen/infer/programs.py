@@ -26,7 +26,7 @@ from orogen.infer.forward import Caches, Control, Exact, Forward, Pieces, Report
 from orogen.infer.knobs import Features
 from orogen.model.cache import map_layers
 from orogen.model.lm import LanguageModel
-from orogen.model.slots import Paged, Slots
+from orogen.model.slots import Paged, Slots, with_pools
 from orogen.parallel.placement import jitted
 from orogen.parallel.plan import Plan
 
@@ -168,7 +168,7 @@ class Programs:
             mine = self._of_rows(take, caches, caches)
             sampler_r = jax.tree.map(lambda a: take(a, a, 0), sampler)
             mine, rows_r, report, drafts_rn, bad_r = forward.read(mine, pieces, sampler_r)
-            caches = self._of_rows(put, _with_pools(caches, mine), mine)
+            caches = self._of_rows(put, self._pooled(caches, mine), mine)
             slots = len(sampler.rows.number_b)
             spread = lambda a: put(jnp.full((slots, *a.shape[1:]), nothing(a.dtype), a.dtype), a, 0)  # noqa: E731
             emitted = jax.tree.map(spread, self.plan.vary(Emitted(report, drafts_rn, bad_r)))
@@ -200,7 +200,7 @@ class Programs:
             _, _, (paged, rows, control, report, bad_b) = lax.while_loop(goes_on, body, start)
             emitted = Emitted(report, control.drafts_bn, bad_b)
             # Not with this call's tables, whose width would make the caches those of another program.
-            caches = self._of_rows(lambda _, new, lead: new, _with_pools(caches, paged), paged)
+            caches = self._of_rows(lambda _, new, lead: new, self._pooled(caches, paged), paged)
             return self._settled(caches), self._agreed(rows), self._agreed(emitted)
 
         return self._compiled(decode, inputs=(self.plan.spec("batch"), self.plan.spec()))
@@ -270,6 +270,10 @@ class Programs:
 
         return Caches(*(map_layers(each, *fields) for fields in zip(one, other, self.layout.leads, strict=True)))
 
+    def _pooled(self, caches: Caches, other: Caches) -> Caches:
+        """The caches with the pages of others."""
+        return Caches(*(with_pools(*fields) for fields in zip(caches, other, strict=True)))
+
     def _settled(self, caches: Caches) -> Caches:
         """The caches as they leave a program: equal arrays of several ranks are one."""
         axes, leads = self.layout.axes, self.layout.leads
@@ -285,9 +289,3 @@ class Programs:
             return self.plan.agreed(a, "batch")
 
         return jax.tree.map(agree, tree)
-
-
-def _with_pools(caches: Caches, mine: Caches) -> Caches:
-    """The caches with the pages of `mine`."""
-    pool = lambda old, new: old._replace(values=new.values) if isinstance(old, Paged) else old  # noqa: E731
-    return Caches(*(map_layers(pool, *fields) for fields in zip(caches, mine, strict=True)))

@@ -157,7 +157,7 @@ def _below(logits_bv: Array) -> Array:
 
 
 def _gumbel(key_2: Array, number: Array, size: int) -> Array:
-    """Gumbel noise (size,) float32: -log of exponential noise, of which the least is the largest.
+    """Gumbel noise (size,) float32: -log of exponential noise, whose smallest value gives the largest.
 
     All 32 bits are used: the 23 of `jax.random.gumbel` repeat the largest value of 131,072 draws every hundredth time,
     and the lower index would win.

@@ -285,6 +285,12 @@ def with_tables(caches: Any, table_bp: Array) -> Any:
     return map_layers(place, caches)
 
 
+def with_pools(caches: Any, other: Any) -> Any:
+    """The caches of a stack's layers with the pages of others, and their own tables."""
+    pools = lambda old, new: old._replace(values=new.values) if isinstance(old, Paged) else old  # noqa: E731
+    return map_layers(pools, caches, other)
+
+
 def rolled_back(caches: Any, count_b: Array) -> Any:
     """The caches without each row's last `count_b` tokens, at most `Slots.drafts`, of a piece of at most half as many
     tokens as `Slots.replay`."""
