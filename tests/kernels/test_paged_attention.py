@@ -160,7 +160,7 @@ class TestTriton:
     @pytest.mark.parametrize("length", [0, 1, 16, 17, 100, 1000])
     @pytest.mark.parametrize("window", [None, 1, 40])
     def test_splits_cover_every_step_once(self, length: int, window: int | None):
-        walk = triton.Walk(3, 2, 5, 5, places=4, step=16, splits=7, scale=1.0, window=window)
+        walk = triton.Walk(3, 2, 5, 5, page_size=4, step=16, splits=7, scale=1.0, window=window)
         first, begin, end, share = (int(number) for number in triton._steps(jnp.int32(length), walk))
         steps = [s for i in range(7) for s in range(begin + i * share, min(begin + (i + 1) * share, end))]
         seen = range(first, length)

@@ -132,7 +132,7 @@ def test_an_unknown_name_is_refused():
 
 @pytest.mark.parametrize("parts", [[(3, 2), (4, 2)], [(3,)]])
 def test_parts_of_several_lengths_are_refused(parts):
-    with pytest.raises(ValueError, match="expected matrices of one type with as many rows"):
+    with pytest.raises(ValueError, match="expected matrices of one dtype with equally many rows"):
         quantize([jnp.ones(shape) for shape in parts], jnp.ones(()), jnp.float8_e5m2, implementation="plain")
 
 

@@ -164,7 +164,7 @@ def test_ranks_that_share_a_group_are_refused(implementation: str):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"weight_c": jnp.zeros(5)}, r"weight has shape \(5,\): expected \(6,\) beside x \(2, 6\)"),
+        ({"weight_c": jnp.zeros(5)}, r"weight has shape \(5,\): expected \(6,\) to match x \(2, 6\)"),
         ({"gate": jnp.zeros((3, 6))}, r"gate has shape \(3, 6\): expected \(2, 6\)"),
         ({"group_size": 4}, "group_size=4: expected a divisor of 6 channels"),
         ({"group_size": 12}, "group_size=12: expected a divisor of 6 channels"),

@@ -6,10 +6,10 @@ from jax import Array
 
 @jax.custom_jvp
 def quotient(numerator: Array, denominator: Array) -> Array:
-    """numerator / denominator, with (dx - q dy) / y as its derivative, q the quotient itself.
+    """numerator / denominator, with derivative (dx - q dy) / y, where q is the quotient itself.
 
-    JAX's own takes x / y² of denominators, and a float32 y below 1e-19 has no square: 0 · inf follows. What torch
-    computes is this.
+    JAX's own rule divides by y², which underflows for a float32 y below 1e-19 and gives 0 · inf. torch uses the rule
+    given here as well.
     """
     return numerator / denominator
 

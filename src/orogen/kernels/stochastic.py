@@ -1,8 +1,8 @@
 """Stochastic rounding to float16: up or down at random, so that the expected result is the number itself.
 
-A state that is rounded to nearest after every token loses each update below half a unit of its last place; rounded at
-random, it keeps them on average. The random bits are a function of two words per row and of an element's place in the
-row: what a row holds depends on no other row, and repeats to the bit.
+A state that is rounded to nearest after every token loses each update below half a unit in the last place (ulp);
+rounded at random, it keeps them on average. The random bits are a function of two words per sequence and of the
+element's index in that sequence's state. So a sequence's state depends on no other sequence, and repeats to the bit.
 """
 
 import numpy as np
@@ -10,36 +10,36 @@ from jax import Array, lax
 from jax import numpy as jnp
 
 FRACTION = 10  # bits of float16
-LOWEST_EXPONENT = -14  # of a normal float16; below it, units of the last place stay the same
+LOWEST_EXPONENT = -14  # of a normal float16; below it, the ulp stays the same
 BIAS = 127  # of a float32's exponent
 
 
 def random_bits(seeds: tuple[Array, Array], element: Array) -> Array:
-    """uint32 bits of an element, from its row's two words (uint32) and its number in the row (int32).
+    """Random uint32 bits of an element, from its sequence's two words (uint32) and its index in the state (int32).
 
-    Counter-based: the row's words become one key, and an element costs two mixings of 32 bits, 17 operations. By its
-    data sheet an H100 has time for about as many while it reads and writes one float16.
+    Counter-based: the two words are mixed into one key, and each element then costs two 32-bit mixes, 17 operations.
+    By its data sheet, an H100 can do about as many in the time it takes to read and write one float16.
     """
     first, second = seeds
-    key = _mix(_mix(first + np.uint32(0x9E3779B9)) ^ second)  # not of zero, which `_mix` maps to itself
+    key = _mix(_mix(first + np.uint32(0x9E3779B9)) ^ second)  # the constant, since `_mix` maps zero to itself
     return _mix(key ^ _mix(element.astype(jnp.uint32)))
 
 
 def _mix(bits: Array) -> Array:
-    """A permutation of 32 bits, each of whose outputs depends on all inputs (C. Wellons' `lowbias32`, 2018)."""
+    """A bijection of 32-bit words; every output bit depends on every input bit (C. Wellons' `lowbias32`, 2018)."""
     bits = (bits ^ (bits >> np.uint32(16))) * np.uint32(0x7FEB352D)
     bits = (bits ^ (bits >> np.uint32(15))) * np.uint32(0x846CA68B)
     return bits ^ (bits >> np.uint32(16))
 
 
 def to_float16(x: Array, bits: Array) -> Array:
-    """x (float32) as float16: one of its two neighbours, the nearer with the greater probability; exact numbers stay.
+    """x (float32) rounded to one of its two float16 neighbours, the nearer one more often; float16 numbers stay.
 
-    The probability is right to 2^-24. What lies beyond float16's range becomes infinite; NaN stays NaN.
+    The probability is exact to 2^-24. Values beyond float16's range become infinite; NaN stays NaN.
     """
     exponent = ((lax.bitcast_convert_type(x, jnp.int32) >> 23) & 0xFF) - BIAS
-    unit = jnp.maximum(exponent, LOWEST_EXPONENT) - FRACTION  # exponent of x's last place in float16
-    # Both products are by powers of two, so exact.
+    unit = jnp.maximum(exponent, LOWEST_EXPONENT) - FRACTION  # exponent of x's ulp in float16
+    # Both products are with powers of two, so they are exact.
     scaled = x * _power_of_two(-unit)
     below = jnp.floor(scaled)
     uniform = (bits >> np.uint32(8)).astype(jnp.float32) * 2.0**-24

@@ -1,4 +1,4 @@
-"""Causal grouped-query attention inside documents, by implementation name.
+"""Causal grouped-query attention within documents, by implementation name.
 
 Axes: b batch, t queries, s keys, h query heads, g key heads, k head size.
 """
@@ -30,22 +30,22 @@ def attention(
     scale: float,
     implementation: str,
 ) -> Array:
-    """Outputs (b, t, h, k) in q's dtype: softmax(scale q kᵀ) v over the keys that a query sees.
+    """Outputs (b, t, h, k) in q's dtype: softmax(scale q kᵀ) v over the keys that each query sees.
 
-    A query sees the keys of its segment whose index is not after its own, and with a `window` only the last `window` of
-    these indices, its own included. `sinks_h` are logits that join each head's softmax and add nothing to the output
-    (gpt-oss, arXiv:2508.10925). `segments_bt` (int; None: one segment) are the queries', `kv_segments_bs` the keys'
-    (None: the queries'). Padding (0) is a segment like any other. `q_index`, (t,) or (b, t), and `k_index`, (s,) or (b,
-    s), are places in the sequence, int32, by default 0, 1, ...: a rank that holds a part of the sequence names its
-    part, and rows that are decoded together may be of different ages.
-    Without indices and `kv_segments_bs` rows are whole, and each run of equal ids is a segment, as it is to
-    convolutions and states. With them a call may see a part of a row, where runs cannot be told: equal ids are one
-    segment wherever they lie, so documents must have different ids, as `layers.documents.numbered` gives them.
-    A query that sees no key gives zeros. Query head i reads key head i // (h / g); values may have another head size.
-    Scores and softmax are float32 whatever the inputs are.
+    A query sees the keys of its segment whose index is at most its own; with a `window`, only the last `window` of
+    these indices, including its own. `sinks_h` is one logit per head that joins the softmax and adds nothing to the
+    output (gpt-oss, arXiv:2508.10925). `segments_bt` (int; None: one segment) are the queries', `kv_segments_bs` the
+    keys' (None: the queries'). Padding (0) is a segment like any other. `q_index`, (t,) or (b, t), and `k_index`, (s,)
+    or (b, s), are positions in the sequence, int32, by default 0, 1, ...: they tell which part of the sequence a rank
+    holds, and let sequences of different lengths be decoded together.
+    Without indices and `kv_segments_bs`, rows are whole, and each run of equal ids is a segment, as it is to
+    convolutions and states. With them, a call may see part of a row, which does not show its runs: equal ids are then
+    one segment wherever they lie, so every document needs its own id, as `layers.documents.numbered` assigns them.
+    A query that sees no key gives zeros. Query head i reads key head i // (h / g); values may have a different head
+    size. Scores and softmax are float32 whatever the inputs are.
 
-    Raises ValueError if the shapes disagree, heads are not a multiple of key heads, the window is below 1, or the name
-    is unknown.
+    Raises ValueError if the shapes disagree, the query heads are not a multiple of the key heads, the window is below
+    1, or the name is unknown.
     """
     run = chosen(IMPLEMENTATIONS, implementation)
     if implementation == "cudnn" and (q_index is not None or k_index is not None or kv_segments_bs is not None):
@@ -53,12 +53,12 @@ def attention(
     if window is not None and window < 1:
         raise ValueError(f"window={window}: expected 1 or more")
     operands = _complete(q_bthk, k_bsgk, v_bsgk, segments_bt, kv_segments_bs, q_index, k_index, sinks_h)
-    # One type for all inside shard_map: gradients of shared keys are then summed over ranks once, not once per block.
+    # One varying type inside shard_map: gradients of shared keys are then summed over ranks once, not once per block.
     return run(vary_like(operands, operands), scale=scale, window=window)
 
 
 def _complete(q_bthk, k_bsgk, v_bsgk, segments_bt, kv_segments_bs, q_index, k_index, sinks_h) -> Operands:
-    """The operands with what is None filled in, and whole rows numbered by their runs. Raises ValueError."""
+    """The operands with defaults for None, and the segments of whole rows numbered by run. Raises ValueError."""
     whole_rows = segments_bt is not None and kv_segments_bs is None and q_index is None and k_index is None
     if segments_bt is None and kv_segments_bs is not None:
         raise ValueError("kv_segments_bs without segments_bt: expected both or neither")
@@ -83,7 +83,7 @@ def _runs(segments_bt: Array) -> Array:
 
 
 def _check_shapes(o: Operands) -> None:
-    """Raises ValueError that names the first operand whose shape does not fit q and k."""
+    """Raises ValueError naming the first operand whose shape does not fit q and k."""
     if o.q_bthk.ndim != 4 or o.k_bsgk.ndim != 4:
         raise ValueError(f"q {o.q_bthk.shape}, k {o.k_bsgk.shape}: expected (b, t, h, k) and (b, s, g, k)")
     (batch, queries, heads, size), (_, keys, groups, _) = o.q_bthk.shape, o.k_bsgk.shape

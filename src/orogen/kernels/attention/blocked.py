@@ -1,4 +1,4 @@
-"""Attention by blocks of queries; the gradient recomputes the scores.
+"""Attention in blocks of queries; the gradient recomputes the scores.
 
 Axes: b batch, t queries, s keys, h query heads, g key heads, k head size, i blocks.
 """

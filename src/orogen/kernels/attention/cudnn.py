@@ -17,8 +17,8 @@ from orogen.kernels.attention.blocked import attention_blocked
 from orogen.kernels.attention.operands import Operands
 from orogen.parallel.varying import vary_like
 
-# How many runs per row the packed form has room for: with a whole batch at once, and with one row and key head after
-# the other. Its gradient needs 8 t h k bytes per run, with h all heads or those of one key head.
+# The most runs per row that the packed form has room for: FEW with a whole batch at once, RUNS with one row and key
+# head at a time. Its gradient needs 8 t h k bytes per run, where h counts all heads or those of one key head.
 FEW, RUNS = 8, 32
 SEED, DROPOUT, NO_BIAS = 42, 0.0, (False, False)
 
@@ -27,10 +27,10 @@ def attention_cudnn(o: Operands, *, scale: float, window: int | None) -> Array:
     """See `attention`, on an NVIDIA GPU, in bfloat16 or float16. The indices are assumed to be 0, 1, ..., and the
     keys' segments to be the queries'.
 
-    The program chooses as it runs. Rows of one run take cuDNN's plain form, rows of up to RUNS its packed form: all
-    rows at once if none has more than FEW runs, else one after the other. A batch that has a row of more runs is
-    computed by blocks, which is correct but slow.
-    Raises ValueError for what cuDNN's form lacks: a window, sinks, other lengths of keys, other dtypes, no GPU.
+    The form is chosen at run time by the row with the most runs. One run takes cuDNN's plain form, up to RUNS runs its
+    packed form: all rows at once up to FEW runs, else one row and key head at a time. A batch with more runs in a row
+    is computed in blocks, which is correct but slow.
+    Raises ValueError for what cuDNN does not support: a window, sinks, keys of another length, other dtypes, no GPU.
     """
     if jax.default_backend() != "gpu":
         raise ValueError(f"implementation='cudnn' needs a GPU and finds {jax.default_backend()!r}: expected 'blocked'")
@@ -50,8 +50,8 @@ def _attend(q_bthk: Array, k_btgk: Array, v_btgk: Array, segments_bt: Array, sca
 
 
 def _forward(q_bthk, k_btgk, v_btgk, segments_bt, scale):
-    """The outputs and cuDNN's statistics of the softmax (FEW b, h, t): of the batch's rows if each is one run, of
-    its runs if they are few, else zeros."""
+    """The outputs and cuDNN's softmax statistics (FEW b, h, t): per row if every row is one run, per run if no row has
+    more than FEW, else zeros."""
     batch, time, heads, _ = q_bthk.shape
     operands = (q_bthk, k_btgk, v_btgk, segments_bt)
     none = jnp.zeros((FEW * batch, heads, time), jnp.float32)
@@ -59,7 +59,7 @@ def _forward(q_bthk, k_btgk, v_btgk, segments_bt, scale):
     def kept(packed: bool):
         def run(q_bthk, k_btgk, v_btgk, segments_bt):
             y_bthk, residuals = _kept_forward(q_bthk, k_btgk, v_btgk, segments_bt if packed else None, scale)
-            # Not `at[].set`, whose empty array of places would be a constant: see `checkpointed`.
+            # Not `at[].set`, whose empty array of indices would be a constant: see `checkpointed`.
             return vary_like((y_bthk, lax.dynamic_update_slice(none, residuals[-2], (0, 0, 0))), operands)
 
         return run
@@ -69,7 +69,7 @@ def _forward(q_bthk, k_btgk, v_btgk, segments_bt, scale):
 
     branches = (kept(False), kept(True), other(_packed), other(_blocked))
     y_bthk, statistics_mht = lax.switch(_form(segments_bt), branches, *operands)
-    # Named, so that a policy of rematerialisation can keep them; otherwise it would look into the branches.
+    # Named, so that a remat policy can save them; otherwise it would look into the branches.
     y_bthk, statistics_mht = (checkpoint_name(a, "attention") for a in (y_bthk, statistics_mht))
     return y_bthk, (*operands, y_bthk, statistics_mht)
 
@@ -79,9 +79,9 @@ def _backward(scale, saved, dy_bthk):
 
     def kept(packed: bool):
         def run(q_bthk, k_btgk, v_btgk, segments_bt, y_bthk, statistics_mht, dy_bthk):
-            mask, places = _places(q_bthk, segments_bt if packed else None)
+            mask, mask_operands = _mask(q_bthk, segments_bt if packed else None)
             statistics_mht = statistics_mht if packed else statistics_mht[: len(q_bthk)]
-            residuals = (q_bthk, k_btgk, v_btgk, *places, statistics_mht, y_bthk)
+            residuals = (q_bthk, k_btgk, v_btgk, *mask_operands, statistics_mht, y_bthk)
             layout = AttentionLayout.BTNH.value
             gradients = cudnn._dot_product_attention_bwd_rule(
                 scale, SEED, DROPOUT, NO_BIAS, mask, layout, None, True, False, residuals, dy_bthk
@@ -91,7 +91,7 @@ def _backward(scale, saved, dy_bthk):
         return run
 
     def other(function):
-        # Recomputed: what these forms keep is many times what they compute.
+        # Recomputed: the residuals of these forms are many times as large as their outputs.
         def run(q_bthk, k_btgk, v_btgk, segments_bt, _y, _statistics, dy_bthk):
             run_forward = lambda q, k, v: function(q, k, v, segments_bt, scale=scale)  # noqa: E731
             return vary_like(jax.vjp(run_forward, q_bthk, k_btgk, v_btgk)[1](dy_bthk), operands)
@@ -120,15 +120,15 @@ def _form(segments_bt: Array) -> Array:
 
 def _kept_forward(q_bthk, k_btgk, v_btgk, segments_bt, scale):
     """The outputs, and what the gradient needs; without segments every row is one run."""
-    mask, places = _places(q_bthk, segments_bt)
+    mask, mask_operands = _mask(q_bthk, segments_bt)
     rule: Any = cudnn._dot_product_attention_fwd_rule  # its arguments are those of jax 0.11
     return rule(
-        q_bthk, k_btgk, v_btgk, *places, scale, SEED, DROPOUT, NO_BIAS, mask, AttentionLayout.BTNH.value, None,
+        q_bthk, k_btgk, v_btgk, *mask_operands, scale, SEED, DROPOUT, NO_BIAS, mask, AttentionLayout.BTNH.value, None,
         cudnn.check_cudnn_version(), False,
     )  # fmt: skip
 
 
-def _places(q_bthk: Array, segments_bt: Array | None) -> tuple[MaskType, tuple[Array, ...]]:
+def _mask(q_bthk: Array, segments_bt: Array | None) -> tuple[MaskType, tuple[Array, ...]]:
     """cuDNN's mask and its operands from the bias on: bias, lengths and starts of queries and keys, two page tables."""
     none = jnp.zeros(0, q_bthk.dtype)
     if segments_bt is None:
@@ -150,7 +150,7 @@ def _runs(segments_bt: Array, most: int) -> tuple[Array, Array]:
 
 
 def _packed(q_bthk: Array, k_btgk: Array, v_btgk: Array, segments_bt: Array, *, scale: float) -> Array:
-    """One row and key head after the other, since cuDNN's working memory grows with both."""
+    """cuDNN's packed form for one row and key head at a time, since its workspace grows with both."""
     batch, time, heads, size = q_bthk.shape
     groups = k_btgk.shape[2]
     split = lambda a, n: jnp.moveaxis(a.reshape(batch, time, groups, n, size), 2, 1).reshape(-1, 1, time, n, size)  # noqa: E731

@@ -9,7 +9,7 @@ from jax import Array
 
 
 class Operands(NamedTuple):
-    """See `attention`; their shapes agree, and none is missing but sinks. Indices have an axis b or not."""
+    """See `attention`; their shapes agree, and only the sinks may be None. The indices may have an axis b in front."""
 
     q_bthk: Array
     k_bsgk: Array

@@ -1,6 +1,6 @@
 """Attention with all scores at once.
 
-Axes: b batch, t queries, s keys, h query heads, g key heads, r query heads of a key head, k head size.
+Axes: b batch, t queries, s keys, h query heads, g key heads, r query heads per key head, k head size.
 """
 
 from functools import partial
@@ -25,9 +25,9 @@ class Grouped(NamedTuple):
 
 
 def attention_reference(o: Operands, *, scale: float, window: int | None, name: str | None = "core") -> Array:
-    """See `attention`: holds (b, h, t, s) scores, and for the gradient the softmax's output in v's dtype.
+    """See `attention`: holds (b, h, t, s) scores, and saves the softmax's output, in v's dtype, for the gradient.
 
-    name: under which a policy of recomputation knows that output; None hides it.
+    name: the checkpoint name of that output for remat policies; None: it has no name.
     """
     batch, queries, heads, size = o.q_bthk.shape
     groups = o.k_bsgk.shape[2]
@@ -46,7 +46,7 @@ def attention_reference(o: Operands, *, scale: float, window: int | None, name: 
     return y_btgrk.reshape(batch, queries, heads, -1)
 
 
-# The gradient is written out, so that it keeps one array (t, s) and not seven.
+# The gradient is written by hand, so that it saves one (t, s) array instead of seven.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -55,7 +55,7 @@ def _attend(scale: float, name: str | None, grouped: Grouped) -> Array:
 
 
 def _forward(scale, name, grouped):
-    """The outputs and, with the operands, the probabilities of keys and, with sinks, that of each query's sink."""
+    """The outputs, and the residuals: operands, probabilities of the keys and, if there are sinks, of the sinks."""
     q_btgrk, k_bsgk, v_bsgk, visible_bts, sinks_gr = grouped
     scores_bgrts = scale * jnp.einsum("btgrk,bsgk->bgrts", q_btgrk, k_bsgk, preferred_element_type=jnp.float32)
     sinks_gr11 = None if sinks_gr is None else sinks_gr[..., None, None]
@@ -92,9 +92,9 @@ _attend.defvjp(_forward, _backward)
 
 
 def masked_exp(scores: Array, visible: Array, sinks: Array | None = None) -> tuple[Array, Array, Array]:
-    """exp(scores - m) where visible, else 0, its sum over the last axis, and m; all 0 where nothing is visible.
+    """exp(scores - m) where visible, else 0; its sum over the last axis; and m. The sum is 0 where nothing is visible.
 
-    m is the maximum over the last axis, which is kept, and of `sinks`, which broadcast against it.
+    m is the maximum over the last axis, kept with size 1, and over `sinks`, which broadcast against it.
     """
     lowest = jnp.finfo(scores.dtype).min  # not -inf: the gradient of -inf minus -inf is NaN
     scores = jnp.where(visible, scores, lowest)

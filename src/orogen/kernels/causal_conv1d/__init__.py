@@ -59,18 +59,18 @@ def causal_conv1d(
     bias_c = jnp.zeros(channels, jnp.float32) if bias_c is None else bias_c.astype(jnp.float32)
     reach_bt = _reach(segments_bt, halo_segments_bk, before)
     operands = Operands(x_btc, w_ck.astype(jnp.float32), bias_c, halo_bkc, reach_bt)
-    # One type for all inside shard_map: the transpose then sums the weights' gradient over the shards of the tokens.
+    # One varying type inside shard_map: its transpose then sums the weights' gradient over the token shards.
     return run(vary_like(operands, operands), activation=activation)
 
 
 def _reach(segments_bt: Array, halo_segments_bk: Array | None, before: int) -> Array:
-    """(b, t) int32: how many tokens before each one, at most `before`, a tap may read."""
+    """(b, t) int32: how many preceding tokens, at most `before`, the taps of each token may read."""
     if halo_segments_bk is None:
         seen = jnp.pad(segments_bt[:, 1:] == segments_bt[:, :-1], ((0, 0), (before + 1, 0)))[:, 1:]
     else:
         segments_bt = jnp.concatenate([halo_segments_bk, segments_bt], axis=1)
         seen = segments_bt[:, 1:] == segments_bt[:, :-1]
-    # seen[:, before - 1 + t] says whether token t follows its predecessor in one segment.
+    # seen[:, before - 1 + t] says whether token t is in the same segment as its predecessor.
     time = segments_bt.shape[1] - (0 if halo_segments_bk is None else before)
     reach_bt = jnp.zeros((segments_bt.shape[0], time), jnp.int32)
     unbroken_bt = jnp.ones(reach_bt.shape, bool)
@@ -81,7 +81,7 @@ def _reach(segments_bt: Array, halo_segments_bk: Array | None, before: int) -> A
 
 
 def _check_shapes(x_btc, w_ck, bias_c, segments_bt, halo_bkc, halo_segments_bk) -> None:
-    """Raises ValueError that names the first operand whose shape does not fit x and w."""
+    """Raises ValueError naming the first operand whose shape does not fit x and w."""
     if x_btc.ndim != 3 or w_ck.ndim != 2 or w_ck.shape[0] != x_btc.shape[2]:
         raise ValueError(f"x {x_btc.shape}, w {w_ck.shape}: expected (b, t, c) and (c, k)")
     batch, time, channels = x_btc.shape

@@ -11,7 +11,7 @@ from jax import Array
 class Operands(NamedTuple):
     """See `causal_conv1d`; weights and bias are float32, a halo has x's dtype.
 
-    reach_bt: int32, how many tokens before each one a tap may read.
+    reach_bt: int32, how many preceding tokens the taps of each token may read.
     """
 
     x_btc: Array

@@ -14,7 +14,7 @@ from orogen.kernels.recompute import from_inputs
 
 
 def causal_conv1d_reference(o: Operands, *, activation: str) -> Array:
-    """See `causal_conv1d`. The backward pass keeps the operands alone."""
+    """See `causal_conv1d`. Only the operands are saved for the backward pass."""
     return from_inputs(partial(_convolve, activation=activation))(o)
 
 

@@ -2,10 +2,10 @@
 
 Axes: b batch, t time, c channels, k taps, i blocks of tokens.
 
-Tiling: the grid is (tiles of channels, blocks of TOKENS tokens, rows). A program walks over its block token by token
-and holds the last k inputs of its channels in registers, so that every input is read once. Backward, it walks in the
-same direction and holds the gradients of the last inputs, to which later tokens still add. What the activation needs is
-recomputed: nothing but the operands is kept.
+Tiling: the grid is (tiles of channels, blocks of TOKENS tokens, batch). A program walks over its block token by token
+and holds the last k inputs of its channels in registers, so that every input is read once. In the backward pass it
+walks in the same direction and holds the gradients of the last inputs, to which later tokens still add. The
+activation's input is recomputed: only the operands are saved.
 """
 
 import functools
@@ -21,7 +21,7 @@ from orogen.kernels.causal_conv1d.operands import Operands
 from orogen.kernels.pallas_triton import call, inside, load, require_gpu, sigmoid, store
 
 # The fastest of those tried on an H100 at 2 x 8192 tokens of 4096 and 1024 channels.
-TOKENS = 64  # of a program
+TOKENS = 64  # per program
 STEP = 4  # tokens whose inputs are loaded before the first is used
 COLUMNS = 512
 WARPS = 4
@@ -41,7 +41,7 @@ class Launch(NamedTuple):
 def causal_conv1d_triton(o: Operands, *, activation: str, interpret: bool = False) -> Array:
     """`causal_conv1d` on an NVIDIA GPU; `interpret` runs the same kernels anywhere, slowly.
 
-    Differentiable in reverse mode only, once; the gradient repeats to the bit. A halo is copied in front of the row.
+    Differentiable once, in reverse mode only; the gradient repeats to the bit. A halo is copied in front of the row.
     Raises ValueError if there is no GPU and `interpret` is False.
     """
     require_gpu(interpret=interpret)
@@ -91,7 +91,7 @@ _convolve.defvjp(_forward, _backward)
 
 
 def _specs(launch: Launch, x_btc: Array, w_kc: Array) -> list[pl.BlockSpec]:
-    """Of x, weights, bias and reach."""
+    """The blocks of x, weights, bias and reach."""
     time, columns = x_btc.shape[1], launch.columns
     return [
         pl.BlockSpec((None, time, columns), lambda c, i, b: (b, 0, c)),
@@ -122,7 +122,7 @@ class _Taps(NamedTuple):
     time: int
 
     def inputs(self, t: Array, past: tuple[Array, ...]) -> list[Array]:
-        """What each tap of token t reads, of `past` inputs (k, oldest first): zero beyond the token's reach."""
+        """What each tap of token t reads from the `past` k inputs, oldest first: zero beyond the token's reach."""
         reach = self.reach_ref[jnp.minimum(t, self.time - 1)]
         before = len(past) - 1
         return [jnp.where(reach >= before - k, x_c, 0.0) for k, x_c in enumerate(past[:-1])] + [past[-1]]
@@ -152,13 +152,13 @@ def _taps(w_ref, bias_ref, reach_ref, in_columns, time: int) -> _Taps:
 
 
 def _block(launch: Launch, time: int, channels: int) -> tuple[Array, Array | None]:
-    """The program's first token, and which of its columns there are."""
+    """The program's first token, and the mask of the columns that exist."""
     columns = pl.program_id(0) * launch.columns + jnp.arange(launch.columns)
     return pl.program_id(1) * launch.tokens, inside(columns, channels, launch.columns)
 
 
 def _read(ref, t: Array, in_columns: Array | None) -> Array:
-    """Token t's values in float32; another token's where there is none, which must not be used."""
+    """Token t's values in float32; if there is no such token, another's, which must not be used."""
     t = jnp.clip(t, 0, ref.shape[0] - 1)
     return load(ref.at[t], in_columns).astype(jnp.float32)
 

@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear head over a vocabulary that may be split over ranks, by implementation name.
+"""Cross-entropy of a linear head over a vocabulary that may be sharded over ranks, by implementation name.
 
 Axes: n tokens, d model, v vocabulary of this rank.
 """
@@ -44,20 +44,21 @@ def cross_entropy(
         sum_n w_n (log sum_v exp(x_n . head_v) - x_n . head_target(n))
 
     Logits accumulate and the softmax runs in float32 whatever the inputs are. `head_dv` may hold one rank's columns of
-    the vocabulary, from number `vocab_start` on; then `reduce_max` and `reduce_sum` combine float32 (n,)
-    over the ranks, and every rank returns the same loss. A token of weight 0 has a gradient of exactly zero and may
-    have any target; other targets must exist. Weights may be negative. No gradient flows into `weights_n`. Columns from
-    number `vocab_size` on, counted over all ranks, are padding: they take no part and have a gradient of zero (None:
-    all take part).
-    `chunk` is how many tokens' logits exist at a time; it changes memory and speed only, and "full" ignores it.
+    the vocabulary, from column `vocab_start` on; then `reduce_max` and `reduce_sum` combine float32 (n,) over the
+    ranks, and every rank returns the same loss. A token of weight 0 has a gradient of exactly zero and may have any
+    target; the other targets must be in the vocabulary. Weights may be negative. No gradient flows into `weights_n`.
+    Columns from `vocab_size` on, counted over all ranks, are padding: the softmax leaves them out and their gradient
+    is zero (None: no padding).
+    `chunk` is the number of tokens whose logits exist at a time; it affects memory and speed only, and "full" ignores
+    it.
 
     Raises ValueError if the shapes disagree or a name or size is unknown.
     """
     run, _ = chosen(IMPLEMENTATIONS, implementation)
     _check(x_nd, head_dv, {"targets": targets_n, "weights": weights_n}, chunk)
     weights_n = jax.lax.stop_gradient(weights_n.astype(jnp.float32))
-    # One type inside shard_map: x is the same on all ranks of the vocabulary, its gradient there is a part of a sum,
-    # and the transpose of this line sums it; likewise the head's over the shards of the tokens.
+    # One varying type inside shard_map. x is replicated over the vocabulary's ranks, and each computes a partial sum of
+    # its gradient: the transpose of this line adds these up. Likewise for the head's gradient over the token shards.
     x_nd, head_dv = vary_like((x_nd, head_dv), (x_nd, head_dv, targets_n, weights_n, vocab_start))
     operands = Operands(x_nd, head_dv, targets_n - vocab_start, _present(head_dv, vocab_start, vocab_size))
     return run(operands, weights_n, chunk=chunk, reduce=Reduce(reduce_max, reduce_sum))
@@ -79,9 +80,9 @@ def log_likelihoods(
 
         x_n . head_target(n) - log sum_v exp(x_n . head_v)
 
-    Arguments and numerics are those of `cross_entropy`, and so are the errors. The backward pass recomputes the
-    logits: four products, where `cross_entropy` needs three. A token whose gradient must vanish, or whose target does
-    not exist, is to be masked with `jnp.where` in the loss.
+    Arguments, numerics and errors are those of `cross_entropy`. The backward pass recomputes the logits: four products,
+    where `cross_entropy` needs three. The loss must mask, with `jnp.where`, tokens whose gradient must vanish or whose
+    target is not in the vocabulary.
     """
     _, run = chosen(IMPLEMENTATIONS, implementation)
     _check(x_nd, head_dv, {"targets": targets_n}, chunk)
@@ -100,5 +101,5 @@ def _check(x_nd: Array, head_dv: Array, by_token: dict[str, Array], chunk: int) 
 
 
 def _present(head_dv: Array, vocab_start: Array | int, vocab_size: int | None) -> Array | None:
-    """Which of this rank's columns are of the vocabulary; None: all."""
+    """Mask of this rank's columns that belong to the vocabulary; None if all do."""
     return None if vocab_size is None else jnp.arange(head_dv.shape[1]) + vocab_start < vocab_size

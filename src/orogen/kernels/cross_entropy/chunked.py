@@ -1,9 +1,9 @@
-"""Cross-entropy by chunks of tokens, whose gradient is computed beside the loss: logits are computed once.
+"""Cross-entropy in chunks of tokens; the gradient is computed along with the loss, so logits are computed once.
 
-The gradient of a scalar needs only scaling later, so each chunk adds its part while its logits exist: three
-products, against four where the backward pass recomputes the logits, and nothing of a chunk is kept.
+The loss is a scalar, so the backward pass only has to scale its gradient. Each chunk therefore adds its share while its
+logits exist: three products, against four if the backward pass recomputed the logits, and no chunk saves anything.
 
-Axes: n tokens (inside a step, of one chunk), d model, v vocabulary of this rank, c chunks.
+Axes: n tokens (of one chunk inside a step), d model, v vocabulary of this rank, c chunks.
 """
 
 from functools import partial
@@ -20,7 +20,7 @@ from orogen.parallel.varying import vary_like
 def cross_entropy_chunked(o: Operands, weights_n: Array, *, chunk: int, reduce: Reduce) -> Array:
     """See `cross_entropy`: never holds more than (chunk, v) logits, and computes them once.
 
-    The head's gradient is summed over chunks in float32, so a differentiated call holds one float32 (d, v) besides.
+    The head's gradient is summed over chunks in float32, so a differentiated call also holds one float32 (d, v).
     """
     return _loss(min(chunk, len(o.x_nd)), reduce, o, weights_n)
 
@@ -98,20 +98,20 @@ def _products(parts: SoftmaxParts, weights_n: Array, o: Operands) -> tuple[Array
     """The gradients of the weighted loss: x's in its dtype, the head's in float32."""
     likelihood_nv = parts.exp_nv / parts.total_n[:, None]
     grad_nv = weights_n[:, None] * (likelihood_nv - parts.hit_nv)
-    # Products take the inputs' dtype, as those of the model do, and sum in float32.
+    # Products run in the inputs' dtype, like the model's own, and accumulate in float32.
     grad_x_nd = jnp.matmul(grad_nv.astype(o.head_dv.dtype), o.head_dv.T, preferred_element_type=jnp.float32)
     grad_head_dv = jnp.matmul(o.x_nd.T, grad_nv.astype(o.x_nd.dtype), preferred_element_type=jnp.float32)
     return grad_x_nd.astype(o.x_nd.dtype), grad_head_dv
 
 
 def _of_chunk(o: Operands, tokens: tuple[Array, Array, Array]) -> tuple[Operands, Array]:
-    """The operands of one chunk's tokens, and the numbers that come with them."""
+    """The operands of one chunk's tokens, and their weights or cotangents."""
     x_nd, columns_n, numbers_n = tokens
     return o._replace(x_nd=x_nd, columns_n=columns_n), numbers_n
 
 
 def _split(operands: tuple[Array, ...], chunk: int) -> tuple[Array, ...]:
-    """Splits axis n into (c, n); the last chunk is padded with zeros, which are tokens of weight zero."""
+    """Splits axis n into (c, n); the last chunk is padded with zeros, that is, with tokens of weight zero."""
 
     def split(a_n: Array) -> Array:
         padding = [(0, -len(a_n) % chunk), *[(0, 0)] * (a_n.ndim - 1)]

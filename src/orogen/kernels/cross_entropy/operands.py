@@ -1,4 +1,4 @@
-"""What every implementation of the cross-entropy and of log-likelihoods takes.
+"""The arguments of every implementation of the cross-entropy and of the log-likelihoods.
 
 Axes: n tokens, d model, v vocabulary of this rank.
 """
@@ -12,8 +12,8 @@ from jax import Array
 class Operands(NamedTuple):
     """See `cross_entropy`.
 
-    columns_n: the target's column of this rank's head, out of range where another rank has it.
-    present_v: which columns take part (None: all).
+    columns_n: the target's column in this rank's head, out of range if another rank holds it.
+    present_v: mask of the columns that belong to the vocabulary (None: all).
     """
 
     x_nd: Array
@@ -23,7 +23,7 @@ class Operands(NamedTuple):
 
 
 class Reduce(NamedTuple):
-    """How float32 (n,) are combined over the ranks that share the vocabulary."""
+    """Reductions of float32 (n,) over the ranks that share the vocabulary."""
 
     max: Callable[[Array], Array]
     sum: Callable[[Array], Array]

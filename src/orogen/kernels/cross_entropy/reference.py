@@ -13,7 +13,7 @@ from orogen.kernels.cross_entropy.operands import Operands, Reduce
 
 
 class SoftmaxParts(NamedTuple):
-    """The token's loss in nats, and what its gradient is made of: exp_nv / total_n is the likelihood."""
+    """Each token's loss in nats, and the parts of its gradient: the softmax is exp_nv / total_n, the target hit_nv."""
 
     loss_n: Array
     exp_nv: Array
@@ -26,7 +26,7 @@ def softmax_parts(o: Operands, reduce: Reduce) -> SoftmaxParts:
     logits_nv = jnp.matmul(o.x_nd, o.head_dv, preferred_element_type=jnp.float32)
     hit_nv = o.columns_n[:, None] == jnp.arange(o.head_dv.shape[1])
     if o.present_v is not None:
-        # A rank may have no column that is present; the maximum over all ranks is finite.
+        # A rank may hold nothing but padding; the maximum over all ranks is still finite.
         logits_nv = jnp.where(o.present_v, logits_nv, -jnp.inf)
         hit_nv &= o.present_v
     max_n = reduce.max(jax.lax.stop_gradient(jnp.max(logits_nv, axis=1)))
@@ -37,10 +37,10 @@ def softmax_parts(o: Operands, reduce: Reduce) -> SoftmaxParts:
 
 
 def cross_entropy_reference(o: Operands, weights_n: Array, *, chunk: int, reduce: Reduce) -> Array:
-    """See `cross_entropy`: holds (n, v) logits, and `chunk` changes nothing."""
+    """See `cross_entropy`: holds (n, v) logits and ignores `chunk`."""
     return jnp.sum(weights_n * softmax_parts(o, reduce).loss_n)
 
 
 def log_likelihoods_reference(o: Operands, *, chunk: int, reduce: Reduce) -> Array:
-    """See `log_likelihoods`: holds (n, v) logits, and `chunk` changes nothing."""
+    """See `log_likelihoods`: holds (n, v) logits and ignores `chunk`."""
     return -softmax_parts(o, reduce).loss_n

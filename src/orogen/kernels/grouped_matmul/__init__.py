@@ -1,4 +1,4 @@
-"""Each group of rows times its own weight, as experts need it, by implementation name.
+"""The product of each group of rows with its own weight, as experts need it, by implementation name.
 
 Axes: n rows, d width in, f width out, e groups.
 """
@@ -31,8 +31,8 @@ def grouped_matmul(rows_nd: Array, weights_edf: Array, group_sizes: Array | int,
     """Rows (n, f) in the rows' dtype: row i times the weight of its group, accumulated in float32.
 
     The rows are sorted by group. `group_sizes` is int32 (e,), each at least 0, with a sum of at most n: rows beyond
-    the sum give zeros and get zero gradients, whatever they hold. A Python int says that every group has that many
-    rows, which is one batched product, the same for every implementation.
+    the sum give zeros and get zero gradients, whatever they hold. If it is a Python int, every group has that many
+    rows, and every implementation computes one batched product.
 
     Raises ValueError if shapes or sizes disagree, the name is unknown, or the implementation cannot run here.
     """
@@ -49,7 +49,7 @@ def grouped_matmul(rows_nd: Array, weights_edf: Array, group_sizes: Array | int,
     if not rows:
         return jnp.zeros((0, weights_edf.shape[2]), rows_nd.dtype)
     operands = (rows_nd, weights_edf, group_sizes)
-    # One type for all inside shard_map: the transpose then sums the weights' gradient over the shards of the rows.
+    # One varying type inside shard_map: its transpose then sums the weights' gradient over the shards of the rows.
     return run(*vary_like(operands, operands))
 
 

@@ -16,7 +16,7 @@ from orogen.kernels.grouped_matmul.mosaic_program import ALIGNMENT, CHUNK, ROWS,
 from orogen.parallel.varying import vary_like
 
 MULTIPROCESSORS = 132  # of an H100
-SMALLEST = ROWS  # rows and widths: a copy of more than the array has gives nothing
+SMALLEST = ROWS  # least number of rows, and least widths: a copy of more than the array has gives nothing
 DTYPES = (jnp.bfloat16, jnp.float16)
 
 
@@ -25,9 +25,9 @@ def grouped_matmul_mosaic(
 ) -> Array:
     """`grouped_matmul` on an NVIDIA Hopper GPU. `interpret` (of Pallas) runs the same kernels anywhere, very slowly.
 
-    Widths that are not multiples of 64, or below 128, are padded, which copies both operands; the padded
-    weights may be kept from the forward to the backward pass, whatever is recomputed.
-    Raises ValueError without such a GPU, and unless both operands are bfloat16 or both float16.
+    Widths that are not multiples of 64, or below 128, are padded, which copies both operands; the padded weights may
+    be saved for the backward pass whatever the remat policy.
+    Raises ValueError if there is no such GPU, and unless both operands are bfloat16 or both float16.
     """
     if interpret is None:
         _require_hopper()
@@ -64,13 +64,13 @@ def _pad(array: Array, *sizes: tuple[int, int]) -> Array:
 
 
 def split_groups(group_sizes: Array, *, rows: int, block: int) -> Blocks:
-    """Splits the groups, and the rows left over as a group of their own, into blocks that begin at aligned rows.
+    """Splits the groups, and the leftover rows as one more group, into blocks that begin at aligned rows.
 
-    Where a group begins inside 8 aligned rows, its first block begins with them, and only its own rows count there.
+    If a group begins between two aligned rows, its first block begins at the one before; only its own rows count there.
     """
     sizes_e = jnp.concatenate([group_sizes, rows - jnp.sum(group_sizes, keepdims=True)])
     groups = len(sizes_e)
-    # Sums and searches compare all with all: one fused kernel each, where scans and sorts would be several.
+    # Sums and searches compare all pairs: one fused kernel each, where scans and sorts would take several.
     earlier_ee = jnp.arange(groups)[:, None] >= jnp.arange(groups)
     ends_e = jnp.sum(jnp.where(earlier_ee, sizes_e, 0), axis=1, dtype=jnp.int32)
     starts_e = ends_e - sizes_e
@@ -88,9 +88,9 @@ def split_groups(group_sizes: Array, *, rows: int, block: int) -> Blocks:
 def choose_tile(out: int) -> Tile:
     """The faster of two tiles for results of `out` columns, a multiple of CHUNK and not below SMALLEST.
 
-    Columns past the end are work too. Tiles in turns do 1.08 times as much work in the same time: the mean, from
-    1.02 to 1.11, of outputs and both gradients on an H100 (98,304 rows; 128 groups, 2688 -> 1856, and 64 groups,
-    2048 -> 1024 and back).
+    Columns past the end cost work too. Tiles in turns do 1.08 times as much work in the same time: the mean over
+    outputs and both gradients, which range from 1.02 to 1.11, on an H100 (98,304 rows; 128 groups, 2688 -> 1856, and
+    64 groups, 2048 -> 1024 and back).
     """
     turns = Tile(columns=min(192, out), turns=True, stages=5, slots=1, programs=MULTIPROCESSORS)
     halves = Tile(columns=256, turns=False, stages=4, slots=2, programs=MULTIPROCESSORS)
@@ -111,7 +111,7 @@ def _rows(rows_nd, weights_edf, group_sizes, settings, *, transpose) -> Array:
 
 
 def _forward(rows_nd, weights_edf, group_sizes, settings):
-    # Not through the differentiable function: a policy of recomputation does not see into that, and would run it twice.
+    # Not through the differentiable function: a remat policy cannot see into it, and would run it twice.
     out_nf = _rows(rows_nd, weights_edf, group_sizes, settings, transpose=False)
     return out_nf, (rows_nd, weights_edf, group_sizes)
 

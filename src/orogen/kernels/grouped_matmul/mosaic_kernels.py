@@ -2,9 +2,9 @@
 
 Axes: n rows, d width in, f width out, e groups, i blocks of rows.
 
-What both have in common is in `mosaic_program`.
+Their common structure is in `mosaic_program`.
 
-Sums run in one order, in float32, so results repeat to the bit, and do not depend on where a row lies in a block.
+Sums run in float32 in a fixed order, so results repeat to the bit and do not depend on a row's position in its block.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,8 @@ from orogen.kernels.grouped_matmul.mosaic_program import (
 
 
 class Blocks(NamedTuple):
-    """int32, by block: its group, its first row, and the rows of it that are the group's; `count` (1,) are in use."""
+    """int32 per block: its group, its first row, and the range of rows that are the group's; `count` (1,) blocks are
+    in use."""
 
     group_i: Array
     first_i: Array
@@ -42,8 +43,8 @@ class Blocks(NamedTuple):
 def multiply_rows(rows_nd: Array, weights_edf: Array, blocks: Blocks, *, transpose: bool, tile: Tile) -> Array:
     """Each block of rows times its group's weight, (n, f); with `transpose` rows (n, f) times its transpose, (n, d).
 
-    Block i < count is ROWS rows from first_i on, a multiple of ALIGNMENT, of which those from start_i up to stop_i are
-    stored: each row in one block. A block of group e is zeros.
+    Block i < count has ROWS rows from first_i on, a multiple of ALIGNMENT, and stores the rows from start_i up to
+    stop_i; every row is stored by one block. A block of group e is zeros.
     """
     groups, width, out = weights_edf.shape
     if transpose:

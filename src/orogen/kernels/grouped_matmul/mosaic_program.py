@@ -1,9 +1,9 @@
 """One program of a Mosaic GPU kernel of the grouped matrix product: copies, products and stores of its tiles.
 
-Both kernels have the same form. One program per multiprocessor walks over its share of the output's tiles. One of its
-warpgroups only copies: it runs ahead of the products through a ring of `stages` buffers, across the ends of tiles, so
+Both kernels have the same structure. One program per multiprocessor walks over its share of the output's tiles. One of
+its warpgroups only copies: it runs ahead of the products through a ring of `stages` buffers, across tile boundaries, so
 that the next tile's operands arrive while this tile's result is stored. Two warpgroups multiply, and store through
-shared memory. Each takes one half of every tile or, in turns, every other tile, so that one multiplies while the other
+shared memory. Each takes half of every tile or, in turns, every other tile, so that one multiplies while the other
 stores.
 """
 
@@ -19,19 +19,19 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from orogen.parallel.varying import kernel_index
 
-ROWS = 128  # of the output that a program works on at once
-STEP = 64  # numbers of the contracted axis that one buffer holds: a row of 128 bytes, the widest swizzle
+ROWS = 128  # of the output per tile
+STEP = 64  # numbers of the contracted axis per buffer: a row of 128 bytes, the widest swizzle
 CHUNK = 64  # rows and columns that a warpgroup stores at once
-ALIGNMENT = 8  # of rows in swizzled buffers, and so of the first rows of copies into and out of them
-MULTIPLIERS, COPIER = 2, 2  # warpgroups that multiply, and the one after them
+ALIGNMENT = 8  # of rows in swizzled buffers, and so of the first row of a copy into or out of them
+MULTIPLIERS, COPIER = 2, 2  # the number of warpgroups that multiply, and the index of the one that copies
 COPIER_REGISTERS, MULTIPLIER_REGISTERS = 40, 232
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """How a program works on ROWS x `columns` of the output at once: its two warpgroups halve the rows or, in `turns`,
-    take every other tile; with `stages` buffers of operands and, for each of the two, `slots` of results. `interpret`
-    is of plgpu.kernel."""
+    """How a program computes ROWS x `columns` of the output at a time: its two multiplying warpgroups halve the rows
+    or, in `turns`, take every other tile. There are `stages` buffers of operands and, for each of the two, `slots`
+    buffers of results. `interpret` is that of plgpu.kernel."""
 
     columns: int
     turns: bool
@@ -42,7 +42,7 @@ class Tile:
 
     @property
     def rows(self) -> int:
-        """Rows of one warpgroup."""
+        """Rows per warpgroup."""
         return ROWS if self.turns else ROWS // MULTIPLIERS
 
     def first_row(self, warpgroup: Array) -> Any:
@@ -55,7 +55,7 @@ class Tile:
 
 
 class Target(NamedTuple):
-    """Where a tile of the result goes: its first row and column in `ref`, and the rows there to store, or None: all."""
+    """Where a tile of the result goes: its first row and column in `ref`, and the rows there to store (None: all)."""
 
     ref: Any
     row: Array
@@ -65,8 +65,8 @@ class Target(NamedTuple):
 
 
 class Work(NamedTuple):
-    """A tile's products: their number; copy(step, left_ref, right_ref, barrier) starts the copies for one of them,
-    operands(step, rows, left_ref, right_ref) gives the refs that make it for some of the tile's rows."""
+    """The products of a tile: `count` is their number; copy(step, left_ref, right_ref, barrier) starts the copies for
+    one of them; operands(step, rows, left_ref, right_ref) gives the refs to multiply for some of the tile's rows."""
 
     count: Array
     copy: Callable
@@ -75,7 +75,7 @@ class Work(NamedTuple):
 
 
 class Program(NamedTuple):
-    """One warpgroup of a program: the tiles of all programs, each by its index, and the buffers and barriers."""
+    """One warpgroup of a program: the tiles of all programs, by index, and the program's buffers and barriers."""
 
     tile: Tile
     total: Array
@@ -89,7 +89,7 @@ class Program(NamedTuple):
     consumed: Any
 
     def each_tile(self, act: Callable[[Array, Array, Work], None]) -> Array:
-        """Calls act(whose turn it is, products before, work) for each tile; returns the number of all products."""
+        """Calls act(turn, number of products before, work) for each tile; returns the total number of products."""
 
         def one(number: Array, done: Array) -> Array:
             work = self.work_of(self.program + number * self.tile.programs)
@@ -100,12 +100,12 @@ class Program(NamedTuple):
         return lax.fori_loop(0, tiles, one, jnp.int32(0))
 
     def arrived(self, slot: Array, turn: Array) -> Any:
-        """The barrier of a slot's copies. In turns each warpgroup has its own: of a barrier one must see all phases."""
+        """The barrier of a slot's copies. In turns each warpgroup has its own: a waiter must see all phases of one."""
         return self.produced.at[turn * self.tile.stages + slot if self.tile.turns else slot]
 
 
 def run(tile: Tile, total: Array, work_of: Callable[[Array], Work], scratch: dict) -> None:
-    """This program's tiles of `total`, each by its index: one warpgroup copies operands, the others multiply them."""
+    """Computes this program's share of `total` tiles: one warpgroup copies operands, the others multiply them."""
     program = Program(tile, total, work_of, kernel_index("program"), kernel_index("warpgroup"), **scratch)
     tasks = (functools.partial(task, program) for task in (_copy_tiles, _multiply_tiles))
     lax.cond(program.warpgroup == COPIER, *tasks)
@@ -148,7 +148,7 @@ def _multiply_tiles(p: Program) -> None:
 
 
 def _multiply(p: Program, rows: Any, done: Array, work: Work) -> None:
-    """The sum of a tile's products, `done` of which came before it, and its store."""
+    """Sums and stores a tile's products; `done` is the number of products of the tiles before."""
     stages = p.tile.stages
 
     def accumulate(sum_ref) -> Array:
@@ -177,12 +177,12 @@ def _multiply(p: Program, rows: Any, done: Array, work: Work) -> None:
 
 
 def _store(tile: Tile, total_rc: Array, warpgroup: Array, results: Any, target: Target) -> None:
-    """Stores the warpgroup's part of a tile, by chunks."""
+    """Stores the warpgroup's part of a tile in chunks."""
     first_row, out_ref = target.row + tile.first_row(warpgroup), target.ref
-    # Whole and partial chunks lie over each other in memory, each warpgroup's over its own.
+    # Whole and partial chunks share memory; each warpgroup has its own.
     whole_ref, some_ref = results
     across = range(0, tile.columns, CHUNK)
-    # The last tile's stores began a tile's products ago; any number of them may have ended on any slot.
+    # The last tile's stores began a tile's products ago; they may have ended on any slot.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def chunk(slot, row: int, column: int) -> None:
@@ -201,7 +201,7 @@ def _store(tile: Tile, total_rc: Array, warpgroup: Array, results: Any, target: 
             plgpu.copy_smem_to_gmem(slot, out_ref.at[place(here, CHUNK, column)])
 
     def store_some(row: int, start: Array, stop: Array) -> None:
-        # The copy engine takes sizes known at compile time: each number of rows is copied as a sum of powers of two.
+        # The copy engine needs sizes known at compile time, so any number of rows is copied as a sum of powers of two.
         slot = some_ref.at[warpgroup, 0]
         for column in across:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -1,4 +1,4 @@
-"""Grouped matrix product by the compiler's own operation.
+"""Grouped matrix product by XLA's own operation.
 
 Axes: n rows, d width in, f width out, e groups.
 """
@@ -11,11 +11,11 @@ from jax import numpy as jnp
 def grouped_matmul_ragged_dot(rows_nd: Array, weights_edf: Array, group_sizes: Array) -> Array:
     """See `grouped_matmul`. On CPU it is expanded to every weight times every row: correct but slow.
 
-    Raises ValueError on a GPU, where jax expands it in the same way, into memory that real sizes do not have.
+    Raises ValueError on a GPU, where jax expands it in the same way, which at real sizes does not fit into memory.
     """
     if jax.default_backend() == "gpu":
         raise ValueError("implementation='ragged_dot' multiplies every row by every weight on a GPU: expected 'blocks'")
-    # The operation leaves rows beyond the groups undefined: they are masked on both sides, so in both gradients.
+    # The operation leaves rows beyond the groups undefined: masked before and after, they are zero in gradients too.
     used_n1 = (jnp.arange(len(rows_nd)) < jnp.sum(group_sizes))[:, None]
     rows_nd = jnp.where(used_n1, rows_nd, 0)
     out_nf = lax.ragged_dot(rows_nd, weights_edf, group_sizes, preferred_element_type=jnp.float32)

@@ -21,7 +21,7 @@ def grouped_matmul_masked(rows_nd: Array, weights_edf: Array, group_sizes: Array
         product_nf = jnp.matmul(jnp.where(mine_n1, rows_nd, 0), weight_df, preferred_element_type=jnp.float32)
         return jnp.where(mine_n1, product_nf, out_nf), None
 
-    # A loop and not written out: hundreds of groups take no longer to compile than one.
+    # A loop instead of unrolled code: hundreds of groups take no longer to compile than one.
     out_nf = vary_like(jnp.zeros((len(rows_nd), weights_edf.shape[2]), jnp.float32), rows_nd)
     out_nf, _ = lax.scan(take, out_nf, (weights_edf, ends_e, group_sizes))
     return out_nf.astype(rows_nd.dtype)

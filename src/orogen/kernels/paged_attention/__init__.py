@@ -1,7 +1,7 @@
-"""Attention of a row's few newest tokens to all of its tokens, whose keys and values lie in pages of a pool.
+"""Attention of the few newest tokens of a sequence to all its tokens, with keys and values in pages of a pool.
 
-Axes: b rows, t new tokens, h query heads, g key heads, k head size, n pages of the pool, s places of a page, p pages of
-a row's table.
+Axes: b sequences, t new tokens, h query heads, g key heads, k head size, n pages of the pool, s tokens per page,
+p pages per table.
 """
 
 import functools
@@ -34,18 +34,18 @@ def paged_attention(
     scale: float,
     implementation: str,
 ) -> Array:
-    """Outputs (b, t, h, k) in q's dtype: softmax(scale q kᵀ) v over the tokens of the row that a query sees.
+    """Outputs (b, t, h, k) in q's dtype: softmax(scale q kᵀ) v over the tokens that each query sees.
 
-    Token i of a row lies in page `table_bp[b, i // s]` of both pools, at place i % s. `length_b` (int32) counts the
-    row's tokens with the new ones, which are its last t: their keys and values are in the pools already. A query sees
-    every token up to its own, and with a `window` only the last `window` of these. Tables beyond a row's length, and
-    pages that lie wholly outside the window, are not read and may hold anything. A row of length 0 and queries before
-    a row's first token give zeros. Query head i reads key head i // (h / g); `sinks_h` are as in `attention`, and
-    values may have another head size. Scores, softmax and sums are float32, except that `triton` rounds the softmax's
-    terms to v's dtype where it multiplies them by v.
+    Token i of a sequence is entry i % s of page `table_bp[b, i // s]`, in both pools. `length_b` (int32) is a
+    sequence's length with its t new tokens, which come last; their keys and values are in the pools already. A query
+    sees every token up to and including its own; with a `window`, only the last `window` of these. Table entries past
+    a sequence's length and pages wholly outside the window do not count and may hold anything. A sequence of length 0,
+    and queries before a sequence's first token, give zeros. Query head i reads key head i // (h / g); `sinks_h` is as
+    in `attention`, and values may have a different head size. Scores, softmax and sums are float32, except that
+    `triton` rounds the softmax's numerators to v's dtype before it multiplies them by v.
 
-    Raises ValueError if shapes or dtypes disagree, heads are not a multiple of key heads, the window is below 1, or the
-    name is unknown or cannot run here. Source: arXiv:2309.06180, section 4.
+    Raises ValueError if shapes or dtypes disagree, the query heads are not a multiple of the key heads, the window is
+    below 1, or the name is unknown or cannot run here. Source: arXiv:2309.06180, section 4.
     """
     run = chosen(IMPLEMENTATIONS, implementation)
     if window is not None and window < 1:
@@ -58,16 +58,16 @@ def paged_attention(
 
 
 def _check(o: Operands) -> None:
-    """Raises ValueError that names the first operand that does not fit q and k."""
+    """Raises ValueError naming the first operand that does not fit q and k."""
     if o.q_bthk.ndim != 4 or o.k_nsgk.ndim != 4 or o.v_nsgk.ndim != 4 or o.table_bp.ndim != 2:
         found = f"q {o.q_bthk.shape}, k {o.k_nsgk.shape}, v {o.v_nsgk.shape}, table {o.table_bp.shape}"
         raise ValueError(f"{found}: expected (b, t, h, k), (n, s, g, k) twice, and (b, p)")
-    (batch, _, heads, size), (pages, places, groups, _) = o.q_bthk.shape, o.k_nsgk.shape
+    (batch, _, heads, size), (pages, page_size, groups, _) = o.q_bthk.shape, o.k_nsgk.shape
     if not groups or heads % groups:
         raise ValueError(f"{heads} query heads over {groups} key heads: expected a multiple")
     expected = {
-        "k": (o.k_nsgk, (pages, places, groups, size)),
-        "v": (o.v_nsgk, (pages, places, groups, o.v_nsgk.shape[3])),
+        "k": (o.k_nsgk, (pages, page_size, groups, size)),
+        "v": (o.v_nsgk, (pages, page_size, groups, o.v_nsgk.shape[3])),
         "table": (o.table_bp, (batch, o.table_bp.shape[1])),
         "length": (o.length_b, (batch,)),
         "sinks": (o.sinks_h, (heads,)),

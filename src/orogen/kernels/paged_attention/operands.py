@@ -1,7 +1,7 @@
 """The arrays that every implementation of paged attention takes.
 
-Axes: b rows, t new tokens, h query heads, g key heads, k head size, n pages of the pool, s places of a page, p pages of
-a row's table.
+Axes: b sequences, t new tokens, h query heads, g key heads, k head size, n pages of the pool, s tokens per page,
+p pages per table.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from jax import Array
 
 
 class Operands(NamedTuple):
-    """See `paged_attention`; their shapes agree, and none is missing but sinks, which are float32."""
+    """See `paged_attention`; their shapes agree, and only the sinks, which are float32, may be None."""
 
     q_bthk: Array
     k_nsgk: Array

@@ -1,7 +1,7 @@
-"""Paged attention in two steps: the pages of each row side by side, then attention with all scores.
+"""Paged attention in two steps: gather each sequence's pages in order, then attend with all scores at once.
 
-Axes: b rows, t new tokens, h query heads, g key heads, k head size, n pages of the pool, s places of a page, p pages of
-a row's table, c places of a row in the order of its tokens.
+Axes: b sequences, t new tokens, h query heads, g key heads, k head size, n pages of the pool, s tokens per page,
+p pages per table, c tokens of a sequence in order.
 """
 
 from jax import Array
@@ -18,7 +18,7 @@ def paged_attention_reference(o: Operands, *, scale: float, window: int | None) 
     in_order = lambda pool: jnp.take(pool, o.table_bp, axis=0, mode="clip").reshape(batch, -1, *pool.shape[2:])  # noqa: E731
     index_c = jnp.arange(o.table_bp.shape[1] * o.k_nsgk.shape[1])
     q_index_bt = o.length_b[:, None] - tokens + jnp.arange(tokens)
-    # What no query sees may be anything, NaN too, which zero times does not remove.
+    # Tokens that no query sees may hold anything, even NaN, which a weight of zero would not remove.
     read_bc = index_c < o.length_b[:, None]
     if window is not None:
         read_bc &= index_c > q_index_bt[:, :1] - window

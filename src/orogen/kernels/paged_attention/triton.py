@@ -1,15 +1,14 @@
-"""Paged attention in two Triton kernels, for NVIDIA GPUs: parts of a row's tokens in parallel, then their sum.
+"""Paged attention in two Triton kernels, for NVIDIA GPUs: splits of a sequence in parallel, then their sum.
 
-Axes: b rows, t new tokens, h query heads, g key heads, r query heads of a key head, k head size, j head size of values,
-n pages of the pool, s places of a page, p pages of a row's table, m new tokens times r, c tokens taken at once,
-i splits.
+Axes: b sequences, t new tokens, h query heads, g key heads, r query heads per key head, k head size, j head size of
+values, n pages of the pool, s tokens per page, p pages per table, m new tokens times r, c tokens per step, i splits.
 
-Tiling: the grid of the first kernel is (splits, key heads, rows). A program takes all m queries of its key head and
-walks over its split of the row's tokens, in steps of c tokens, each found by its page: c rows of k numbers, wherever
-they lie, so that pages may have any size. It leaves its softmax unfinished: the sum of exp(score - maximum) v, the sum
-of exp(score - maximum), and the maximum. The second kernel, one program per row, token and head, brings the splits to
-one maximum and adds them up (arXiv:2311.01282, section 3). A row uses as many splits as it has steps, up to all; with
-one row this lets the whole GPU read one long context.
+Tiling: the grid of the first kernel is (splits, key heads, sequences). A program takes all m queries of its key head
+and walks over its split of the sequence in steps of c tokens. It looks up every token's page, so pages may have any
+size. It leaves its softmax unnormalised: it stores the sum of exp(score - maximum) v, the sum of exp(score - maximum),
+and the maximum. The second kernel, with one program per sequence, token and head, rescales the splits to a common
+maximum and adds them up (arXiv:2311.01282, section 3). A sequence uses as many splits as it has steps, up to all of
+them; so the whole GPU works even on a single long sequence.
 """
 
 import functools
@@ -22,21 +21,21 @@ from jax.experimental import pallas as pl
 from orogen.kernels.paged_attention.operands import Operands
 from orogen.kernels.pallas_triton import LOG2_E, both, call, dot, inside, load, require_gpu, store, tile
 
-PROGRAMS = 264  # wanted in all: two on each multiprocessor of an H100
+PROGRAMS = 264  # wanted in total: two per multiprocessor of an H100
 MOST_SPLITS = 64
-TILE = 2**14  # bytes of the keys that are taken at once: 64 tokens of 128 numbers in bfloat16
+TILE = 2**14  # bytes of keys per step: 64 tokens of 128 numbers in bfloat16
 WARPS, STAGES = 4, 3
-HIDDEN = -1e30  # a score that is not seen; half of it is the least maximum, so that its power of two is 0
+HIDDEN = -1e30  # score of a token that a query does not see; maxima start at half of it, so that its exp2 is 0
 
 
 class Walk(NamedTuple):
-    """What a program must know of the sizes."""
+    """Sizes and settings of both kernels; `share` is the number of query heads per key head."""
 
     tokens: int
     share: int
     size: int
     value_size: int
-    places: int
+    page_size: int
     step: int
     splits: int
     scale: float
@@ -49,17 +48,17 @@ def paged_attention_triton(o: Operands, *, scale: float, window: int | None, int
     Raises ValueError if there is no GPU and `interpret` is False.
     """
     require_gpu(interpret=interpret)
-    (batch, tokens, heads, size), (_, places, groups, value_size) = o.q_bthk.shape, o.v_nsgk.shape
+    (batch, tokens, heads, size), (_, page_size, groups, value_size) = o.q_bthk.shape, o.v_nsgk.shape
     step = max(16, TILE // (pl.next_power_of_2(size) * o.k_nsgk.dtype.itemsize))
-    most = pl.cdiv(o.table_bp.shape[1] * places, step)
+    most = pl.cdiv(o.table_bp.shape[1] * page_size, step)
     splits = max(1, min(most, pl.cdiv(PROGRAMS, batch * groups), MOST_SPLITS))
-    walk = Walk(tokens, heads // groups, size, value_size, places, step, splits, scale, window)
+    walk = Walk(tokens, heads // groups, size, value_size, page_size, step, splits, scale, window)
     parts = _attend(o, walk, interpret=interpret)
     return _merge(o, parts, walk, interpret=interpret)
 
 
 def _attend(o: Operands, walk: Walk, *, interpret: bool) -> dict[str, Array]:
-    """Of each split the weighted sum of values (b, i, t, h, j), the weights' sum and the maximum (b, i, t, h)."""
+    """The weighted sum of values (b, i, t, h, j), the sum of weights and the maximum (b, i, t, h) of each split."""
     (batch, tokens, heads, _), groups = o.q_bthk.shape, o.k_nsgk.shape[2]
     wide, value_wide = tile(walk.size), tile(walk.value_size)
     pool = lambda a, width: pl.BlockSpec((*a.shape[:2], None, width), lambda i, g, b: (0, 0, g, 0))  # noqa: E731
@@ -85,7 +84,7 @@ def _attend(o: Operands, walk: Walk, *, interpret: bool) -> dict[str, Array]:
 
 
 def _steps(length: Array, walk: Walk) -> tuple[Array, Array, Array, Array]:
-    """The first token that any query sees; the first step of all splits, the one after the last, and steps a split."""
+    """The first token that any query sees, the first step, the end of the last step, and the steps per split."""
     first = jnp.zeros_like(length)
     if walk.window is not None:
         first = jnp.maximum(length - walk.tokens - walk.window + 1, 0)
@@ -95,13 +94,13 @@ def _steps(length: Array, walk: Walk) -> tuple[Array, Array, Array, Array]:
 
 def _attend_kernel(q_ref, k_ref, v_ref, table_ref, length_ref, sum_ref, weight_ref, maximum_ref, *, walk: Walk):
     queries, length = walk.tokens * walk.share, length_ref[...]
-    row_m = jnp.arange(tile(queries))
-    in_m = inside(row_m, queries, len(row_m))
-    of_m = lax.div(row_m, walk.share), lax.rem(row_m, walk.share)  # token and head
+    query_m = jnp.arange(tile(queries))
+    in_m = inside(query_m, queries, len(query_m))
+    of_m = lax.div(query_m, walk.share), lax.rem(query_m, walk.share)  # token and head
     in_k = inside(jnp.arange(q_ref.shape[2]), walk.size, q_ref.shape[2])
     in_j = inside(jnp.arange(v_ref.shape[2]), walk.value_size, v_ref.shape[2])
     q_mk = load(_rows(q_ref, *of_m), both(in_m, in_k))
-    place_m = length - walk.tokens + of_m[0]
+    index_m = length - walk.tokens + of_m[0]
     first, begin, end, share = _steps(length, walk)
     begin += pl.program_id(0) * share
 
@@ -109,24 +108,24 @@ def _attend_kernel(q_ref, k_ref, v_ref, table_ref, length_ref, sum_ref, weight_r
         maximum_m, weight_m, sum_mj = carry
         token_c = number * walk.step + jnp.arange(walk.step)
         used_c = (token_c >= first) & (token_c < length)
-        page_c = load(table_ref.at[lax.div(token_c, walk.places)], used_c)
-        here_c = page_c, lax.rem(token_c, walk.places)
+        page_c = load(table_ref.at[lax.div(token_c, walk.page_size)], used_c)
+        here_c = page_c, lax.rem(token_c, walk.page_size)
         k_ck = load(_rows(k_ref, *here_c), both(used_c, in_k))
         v_cj = load(_rows(v_ref, *here_c), both(used_c, in_j))
-        seen_mc = token_c[None, :] <= place_m[:, None]
+        seen_mc = token_c[None, :] <= index_m[:, None]
         if walk.window is not None:
-            seen_mc &= token_c[None, :] > place_m[:, None] - walk.window
+            seen_mc &= token_c[None, :] > index_m[:, None] - walk.window
         score_mc = jnp.where(seen_mc, dot(q_mk, k_ck, 1, 1) * (walk.scale * LOG2_E), HIDDEN)
         highest_m = jnp.maximum(maximum_m, jnp.max(score_mc, axis=1))
         kept_m, p_mc = jnp.exp2(maximum_m - highest_m), jnp.exp2(score_mc - highest_m[:, None])
         sum_mj = sum_mj * kept_m[:, None] + dot(p_mc.astype(v_cj.dtype), v_cj, 1, 0)
         return highest_m, weight_m * kept_m + jnp.sum(p_mc, axis=1), sum_mj
 
-    rows = len(row_m)
+    padded = len(query_m)
     start = (
-        jnp.full(rows, HIDDEN / 2, jnp.float32),
-        jnp.zeros(rows, jnp.float32),
-        jnp.zeros((rows, v_ref.shape[2]), jnp.float32),
+        jnp.full(padded, HIDDEN / 2, jnp.float32),
+        jnp.zeros(padded, jnp.float32),
+        jnp.zeros((padded, v_ref.shape[2]), jnp.float32),
     )
     maximum_m, weight_m, sum_mj = lax.fori_loop(begin, jnp.minimum(begin + share, end), step, start)
     store(maximum_ref.at[of_m], maximum_m, in_m)
@@ -134,10 +133,10 @@ def _attend_kernel(q_ref, k_ref, v_ref, table_ref, length_ref, sum_ref, weight_r
     store(_rows(sum_ref, *of_m), sum_mj, both(in_m, in_j))
 
 
-def _rows(ref, *places: Array):
-    """The rows at these places, each an index per row of an axis but the last."""
-    # An index for the last axis too: the interpreter mixes no indices and slices.
-    return ref.at[(*(place[:, None] for place in places), jnp.arange(ref.shape[-1])[None, :])]
+def _rows(ref, *indices: Array):
+    """The rows of `ref` at these indices, which are arrays, one per axis but the last."""
+    # The last axis has an index array too, because the interpreter cannot mix arrays and slices.
+    return ref.at[(*(index[:, None] for index in indices), jnp.arange(ref.shape[-1])[None, :])]
 
 
 def _merge(o: Operands, parts: dict[str, Array], walk: Walk, *, interpret: bool) -> Array:
@@ -166,7 +165,7 @@ def _merge_kernel(*refs, names: tuple[str, ...], walk: Walk):
     ref = dict(zip(names, refs, strict=True))
     splits, value_wide = ref["sum"].shape
     _, begin, end, share = _steps(ref["length"][...], walk)
-    # Splits without a step have written zeros, but need not be read.
+    # Splits without a step wrote zeros and need not be read.
     used_i = (jnp.arange(splits) * share < end - begin) & (jnp.arange(splits) < walk.splits)
     in_j = inside(jnp.arange(value_wide), walk.value_size, value_wide)
     maximum_i = jnp.where(used_i, load(ref["maximum"], used_i), HIDDEN / 2)

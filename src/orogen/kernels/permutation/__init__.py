@@ -1,9 +1,10 @@
 """Copies of tokens sorted by expert, and their weighted sums per token, by implementation name.
 
-Axes: n tokens, k choices of a token, r rows, d width.
+Axes: n tokens, k choices per token, r rows of the copies, d width.
 
-`slots_nk` holds the row of each assignment, `source_r` the flat assignment (token · k + choice) of each row: each is
-the inverse of the other, and an index past the end means none. So both passes gather rows, and no sum scatters.
+`slots_nk` holds the row of each assignment, `source_r` the flat assignment (token · k + choice) of each row. They are
+inverse to each other; an index past the end means none. So forward and backward passes both gather, and no sum needs a
+scatter.
 """
 
 import functools
@@ -28,7 +29,7 @@ SUM = {
 
 
 def take_rows(x_nd: Array, slots_nk: Array, source_r: Array, *, implementation: str) -> Array:
-    """Row r (r, d) is that of the token of assignment source_r; zero if it is none's. Differentiable by x.
+    """Rows (r, d): row r is a copy of the token of assignment source_r, or zero if it has none. Differentiable in x.
 
     Raises ValueError if the name is unknown or the implementation cannot run here.
     """
@@ -38,7 +39,7 @@ def take_rows(x_nd: Array, slots_nk: Array, source_r: Array, *, implementation: 
 
 
 def sum_rows(rows_rd: Array, w_nk: Array, slots_nk: Array, source_r: Array, *, implementation: str) -> Array:
-    """y_n = Σ_k w_nk · rows[slots_nk], in float32, (n, d) in the rows' dtype. Differentiable by rows and weights.
+    """y_n = Σ_k w_nk · rows[slots_nk], in float32, (n, d) in the rows' dtype. Differentiable in rows and weights.
 
     Raises ValueError if the name is unknown or the implementation cannot run here.
     """

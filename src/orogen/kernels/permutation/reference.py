@@ -1,6 +1,6 @@
-"""The permutation of rows by the compiler's gathers, forward and backward.
+"""The permutation of rows by XLA's gathers, forward and backward.
 
-Axes: n tokens, k choices of a token, r rows, d width.
+Axes: n tokens, k choices per token, r rows of the copies, d width.
 """
 
 import jax

@@ -1,13 +1,13 @@
 """The permutation of rows in Triton kernels, for NVIDIA GPUs: each token is read once, with all its rows.
 
-Axes: n tokens, k choices of a token, r rows, d width.
+Axes: n tokens, k choices per token, r rows of the copies, d width.
 
-Two kernels, each the other's gradient: `spread` writes a token's row, times a weight per assignment, to
-the rows of its k assignments; `collect` adds up what those rows hold, times the weights. Every row belongs to at most
-one assignment, so that no two programs write one; rows of no assignment are zeroed on the way.
+Two kernels, each the other's gradient: `spread` writes a token, times a weight per assignment, to the rows of its k
+assignments; `collect` adds up those rows, times the weights. A row belongs to at most one assignment, so no two
+programs write the same row; rows without an assignment are zeroed on the way.
 
-Tiling: one program per token, which takes the width in pieces of COLUMNS elements and, per piece, all k rows of the
-token. In `spread` it also checks an equal share of all rows for rows without an assignment.
+Tiling: one program per token. It walks over the width in pieces of COLUMNS elements and, per piece, over the k rows of
+the token. In `spread` it also zeroes the rows without an assignment among an equal share of all rows.
 """
 
 import functools
@@ -22,9 +22,9 @@ from jax.experimental import pallas as pl
 
 from orogen.kernels.pallas_triton import call, inside, load, require_gpu, store
 
-COLUMNS = 1024  # taken at once: 16 bytes per thread for two-byte elements
+COLUMNS = 1024  # per load: 16 bytes per thread for two-byte elements
 WARPS = 4
-WIDE = ("x", "other", "rows", "y")  # what is d wide
+WIDE = ("x", "other", "rows", "y")  # the arrays of width d
 
 
 def take_rows_triton(x_nd: Array, slots_nk: Array, source_r: Array, *, interpret: bool = False) -> Array:
@@ -80,8 +80,8 @@ _sum_rows.defvjp(_sum_rows_forward, _sum_rows_backward)
 def _spread(
     x_nd: Array, w_nk: Array | None, other_rd: Array | None, slots_nk: Array, source_r: Array, *, interpret: bool
 ) -> dict[str, Array]:
-    """rows (r, d): w · x of each row's token, in x's dtype; and with `other_rd` each assignment's product of its row
-    there with its token's x, (n, k) float32."""
+    """rows (r, d), in x's dtype: w · x of each row's token. With `other_rd` also products (n, k), float32: for each
+    assignment, the dot product of its row in `other_rd` with its token's x."""
     tokens, width = x_nd.shape
     outputs: dict[str, Any] = {"rows": ((len(source_r), width), x_nd.dtype)}
     if other_rd is not None:
@@ -118,7 +118,7 @@ def _call(kernel, operands: dict[str, Any], outputs: dict[str, Any], *, tokens: 
 
 
 def _parts(width: int, size: int) -> list[tuple[Any, Array | None]]:
-    """The parts of a row that are taken at once, each with its mask."""
+    """The slices of a row that are loaded one at a time, each with its mask."""
     return [(pl.ds(at, size), inside(at + jnp.arange(size), width, size)) for at in range(0, width, size)]
 
 
@@ -157,7 +157,7 @@ def _collect_kernel(*refs, names: tuple[str, ...], width: int, size: int):
     n, k, rows = pl.program_id(0), ref["slots"].shape[1], ref["rows"].shape[0]
     slots = [ref["slots"][n, j] for j in range(k)]
     for here, mask in _parts(width, size):
-        # All loads before the first sum.
+        # All loads are issued before the first sum, so that they overlap.
         parts = [load(ref["rows"].at[jnp.minimum(s, rows - 1), here], _where(mask, s < rows, size)) for s in slots]
         y_d = jnp.zeros(size, jnp.float32)
         for j, part_d in enumerate(parts):

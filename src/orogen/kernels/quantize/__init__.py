@@ -1,4 +1,4 @@
-"""Rounding of a matrix to 8 bits, as it is and transposed, by implementation name.
+"""Rounding of a matrix and its transpose to 8 bits, by implementation name.
 
 Axes: n rows, f columns.
 """
@@ -22,16 +22,17 @@ IMPLEMENTATIONS = {
 
 
 def quantize(parts: Sequence[Array], scale: Array, kind: Any, *, implementation: str) -> tuple[Array, Array]:
-    """The matrix of `parts` (n, f_i) side by side, over `scale`, rounded to nearest even in `kind`; and its transpose.
+    """The `parts` (n, f_i) joined along f, divided by `scale`, rounded to nearest even in `kind`; and the transpose.
 
-    (n, f) and (f, n), both row-major: a product of two operands in 8 bits reads each along the axis that it sums over,
-    so a training step needs both. scale: a power of two, float32, by which no element of the parts exceeds what `kind`
-    holds, or NaN, which makes all NaN. No gradient.
+    Shapes (n, f) and (f, n), both row-major: an 8-bit product reads each operand along its contracted axis, so a
+    training step needs both. scale: a float32 power of two, large enough that every quotient is in the range of `kind`;
+    NaN makes all results NaN. No gradient.
 
-    Raises ValueError if the name is unknown, the parts' rows differ, or the implementation cannot run here.
+    Raises ValueError if the name is unknown, the parts' dtypes or lengths differ, or the implementation cannot run
+    here.
     """
     run = chosen(IMPLEMENTATIONS, implementation)
     if len({(len(part), part.ndim, part.dtype) for part in parts}) != 1 or parts[0].ndim != 2:
         found = ", ".join(f"{part.dtype}{part.shape}" for part in parts)
-        raise ValueError(f"parts are {found}: expected matrices of one type with as many rows")
+        raise ValueError(f"parts are {found}: expected matrices of one dtype with equally many rows")
     return run(tuple(parts), scale.astype(jnp.float32), kind)

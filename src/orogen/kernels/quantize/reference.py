@@ -1,4 +1,4 @@
-"""Rounding to 8 bits as XLA does it."""
+"""Rounding to 8 bits by XLA."""
 
 from typing import Any
 

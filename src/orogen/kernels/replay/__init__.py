@@ -1,11 +1,11 @@
 """Mamba-2 decoding from a checkpoint of the state and the inputs since then (ReplaySSM), by implementation name.
 
-Axes: b batch, l places of the ring, t new tokens, h heads, p head size, g groups, n state.
+Axes: b batch, l entries of the ring, t new tokens, h heads, p head size, g groups, n state.
 
-The plain update reads and writes the state for every token. Here the state stays as it was some tokens ago, its inputs
-since then lie in a ring, and a token's output is computed from both: the state is read once per piece of new tokens,
-and written once per ring. To take tokens back, as speculative decoding does with drafts that are refused, the caller
-moves the cursor.
+The plain update reads and writes the state for every token. Here the state stays at a checkpoint some tokens ago, the
+inputs since then are kept in a ring, and a token's output is computed from both: the state is read once per piece of
+new tokens, and written once per ring. To roll tokens back, as speculative decoding does with rejected drafts, the
+caller moves the cursor.
 """
 
 import functools
@@ -50,13 +50,13 @@ def replay(
     active_b: Array | None = None,
     implementation: str,
 ) -> tuple[Array, Ring]:
-    """Outputs (b, t, h, p) of the piece's t tokens in x's dtype, and the ring with them from the cursor on.
+    """Outputs (b, t, h, p) of the piece's t tokens in x's dtype, and the ring with the piece written at the cursor.
 
-    They are those of `ssd` over the first `cursor_b` (int32) inputs of the ring and then the piece, from the state,
-    whose letters and signs are `ssd`'s. What the ring holds from the cursor on is not read and may be anything. The
-    cursor is the caller's to move: by t, by fewer if it takes tokens back. It must leave t places; tokens beyond
-    the last one are not stored. Rows where `active_b` (bool; None: all) is False keep their ring and give zeros.
-    Decays and sums are float32, and so is the arithmetic of all implementations; the state is float32 or float16.
+    The outputs are those of `ssd`, with the same letters and signs, run from the state over the first `cursor_b`
+    (int32) inputs of the ring and then over the piece. Entries of the ring from the cursor on are not read and may hold
+    anything. The caller moves the cursor: by t, or by less to roll tokens back. The ring must have t entries left from
+    the cursor on; tokens past its end are not stored. Sequences where `active_b` (bool; None: all) is False keep their
+    ring and give zeros. All implementations compute in float32; the state is float32 or float16.
     `triton` is made for few tokens, 1 to 8: it reads the state once, writes only the piece, in place if the caller
     donates the ring, and needs an NVIDIA GPU.
 
@@ -96,11 +96,12 @@ def flush(
 ) -> tuple[Array, Array]:
     """The state (b, h, p, n) after the first `cursor_b` inputs of the ring, in its dtype, and the cursors, now 0.
 
-    Rows where `flush_b` (bool; None: all) is False keep both. A state that does not move stays as it is to the bit, and
-    `triton` does not read it. The arithmetic is float32 throughout, and but in `parallel` that of one `ssm_update` per
-    token; a float16 state is rounded at random once, at the end, which needs `seeds_b2`, as there.
+    Sequences where `flush_b` (bool; None: all) is False keep both. A state without inputs stays the same to the bit,
+    and `triton` does not read it. The arithmetic is float32 throughout and, except in `parallel`, that of one
+    `ssm_update` per token. A float16 state is rounded at random once, at the end, which needs `seeds_b2` as in
+    `ssm_update`.
 
-    Raises ValueError as `replay`, and if the state's dtype and the seeds disagree.
+    Raises ValueError as `replay` does, and if the state's dtype and the seeds disagree.
     """
     run = chosen(FLUSH_IMPLEMENTATIONS, implementation)
     _check(ring, a_h, state_bhpn, cursor_b)
@@ -115,16 +116,16 @@ def flush(
 
 
 def _check(ring: Ring, a_h: Array, state_bhpn: Array, cursor_b: Array) -> int:
-    """The number of heads. Raises ValueError that names the first operand whose shape does not fit the ring."""
+    """The number of heads. Raises ValueError naming the first operand whose shape does not fit the ring."""
     if ring.x_blhp.ndim != 4 or ring.b_blgn.ndim != 4 or ring.x_blhp.shape[1] < 1:
         shapes = f"ring of x {ring.x_blhp.shape}, B {ring.b_blgn.shape}"
         raise ValueError(f"{shapes}: expected (b, l, h, p) and (b, l, g, n) with l >= 1")
-    (batch, places, heads, head_size), (groups, state) = ring.x_blhp.shape, ring.b_blgn.shape[2:]
+    (batch, entries, heads, head_size), (groups, state) = ring.x_blhp.shape, ring.b_blgn.shape[2:]
     if not groups or heads % groups:
         raise ValueError(f"{heads} heads over {groups} groups: expected a multiple")
     expected = {
-        "B of the ring": (ring.b_blgn, (batch, places, groups, state)),
-        "dt of the ring": (ring.dt_blh, (batch, places, heads)),
+        "B of the ring": (ring.b_blgn, (batch, entries, groups, state)),
+        "dt of the ring": (ring.dt_blh, (batch, entries, heads)),
         "a": (a_h, (heads,)),
         "state": (state_bhpn, (batch, heads, head_size, state)),
         "cursor": (cursor_b, (batch,)),

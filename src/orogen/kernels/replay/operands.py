@@ -1,6 +1,6 @@
 """The arrays that replay takes: a checkpoint of the state, a ring of the inputs since then, and a piece of new ones.
 
-Axes: b batch, l places of the ring, t new tokens, h heads, p head size, g groups, n state, i channels.
+Axes: b batch, l entries of the ring, t new tokens, h heads, p head size, g groups, n state, i channels.
 """
 
 from typing import NamedTuple, TypeVar
@@ -54,16 +54,15 @@ class FlushOperands(NamedTuple):
 
 
 def used(ring: AnyRing, cursor_b: Array) -> AnyRing:
-    """The ring with zeros in all places from the cursor on, which may hold anything: steps of length zero."""
-    places = ring[0].shape[1]
-    used_bl = jnp.arange(places) < cursor_b[:, None]
+    """The ring with its entries from the cursor on, which may hold anything, set to zero: steps of length zero."""
+    used_bl = jnp.arange(ring[0].shape[1]) < cursor_b[:, None]
     return jax.tree.map(lambda a_bl: jnp.where(used_bl.reshape(*used_bl.shape, *[1] * (a_bl.ndim - 2)), a_bl, 0), ring)
 
 
 def written(ring: AnyRing, cursor_b: Array, piece: AnyRing, active_b: Array) -> AnyRing:
-    """The ring with the piece in it from the cursor on, in active rows; tokens beyond its last place are dropped."""
+    """The ring with the piece written at the cursor, in active sequences; tokens past its end are dropped."""
     batch, tokens = piece[0].shape[:2]
-    places = ring[0].shape[1]
-    place_bt = jnp.where(active_b[:, None], cursor_b[:, None] + jnp.arange(tokens), places)
-    at = jnp.arange(batch)[:, None], place_bt
+    past_end = ring[0].shape[1]
+    entry_bt = jnp.where(active_b[:, None], cursor_b[:, None] + jnp.arange(tokens), past_end)
+    at = jnp.arange(batch)[:, None], entry_bt
     return jax.tree.map(lambda a_bl, a_bt: a_bl.at[at].set(a_bt.astype(a_bl.dtype), mode="drop"), ring, piece)

@@ -1,14 +1,14 @@
 """Replay of all new tokens at once, from the checkpoint and the inputs since then: one pass over the state.
 
-Axes: b batch, l places of the ring, t new tokens, u new tokens that t reads, h heads, p head size, g groups, r heads of
-a group, n state.
+Axes: b batch, l entries of the ring, t new tokens, u new tokens that t reads, h heads, p head size, g groups, r heads
+per group, n state.
 
 With Λ(s,t] the decay of all tokens after s up to t,
 
     y_t = Λ(0,t] S C_t  +  sum_{s<=t} (C_t . B_s) Λ(s,t] dt_s x_s  +  D x_t
 
-over the s of ring and piece. An exponent is a sum of log decays, all of one sign, of the tokens between, never the
-difference of two sums: it is right to float32's relative error however strong the decays are.
+where s runs over ring and piece. Each exponent is the sum of the log decays in between, all of one sign, never the
+difference of two sums: its relative error is that of float32 however strong the decays are.
 """
 
 import functools
@@ -30,7 +30,7 @@ def replay_parallel(o: Operands) -> tuple[Array, Ring]:
     by_group = functools.partial(_by_group, groups=groups)
     log_blh, log_bth = ring.dt_blh * o.a_h, piece.dt_blh * o.a_h
     token_t = jnp.arange(tokens)
-    # Sums over the tokens after l of the ring, over those of the piece up to t, and over those after u up to t.
+    # Sums of log decays: over the ring's tokens after l, the piece's up to t, and the piece's after u up to t.
     after_blh = _after(log_blh)
     upto_bth = jnp.einsum("tu,buh->bth", (token_t[:, None] >= token_t).astype(jnp.float32), log_bth)
     between_tuv = (token_t[:, None] < token_t) & (token_t[:, None, None] >= token_t)
@@ -51,7 +51,7 @@ def replay_parallel(o: Operands) -> tuple[Array, Ring]:
 
 
 def flush_parallel(o: FlushOperands) -> Array:
-    """See `flush`: Λ(0,l] S + sum_s Λ(s,l] dt_s x_s (outer) B_s, l the last place used."""
+    """See `flush`: Λ(0,l] S + sum_s Λ(s,l] dt_s x_s (outer) B_s, where l is the last entry used."""
     ring = jax.tree.map(lambda a: a.astype(jnp.float32), used(o.ring, o.cursor_b))
     groups = ring.b_blgn.shape[2]
     log_blh = ring.dt_blh * o.a_h
@@ -64,11 +64,11 @@ def flush_parallel(o: FlushOperands) -> Array:
 
 
 def _after(log_blh: Array) -> Array:
-    """The sum of the logs of the tokens after l."""
-    place_l = jnp.arange(log_blh.shape[1])
-    return jnp.einsum("lm,bmh->blh", (place_l[:, None] < place_l).astype(jnp.float32), log_blh)
+    """The sum of the log decays of the ring's tokens after l. (b, l, h)"""
+    entry_l = jnp.arange(log_blh.shape[1])
+    return jnp.einsum("lm,bmh->blh", (entry_l[:, None] < entry_l).astype(jnp.float32), log_blh)
 
 
 def _by_group(array_h: Array, axis: int, *, groups: int) -> Array:
-    """The axis of heads as groups and a group's heads."""
+    """Splits the axis of heads into groups and heads per group."""
     return array_h.reshape(*array_h.shape[:axis], groups, -1, *array_h.shape[axis + 1 :])

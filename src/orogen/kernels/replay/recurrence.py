@@ -1,6 +1,6 @@
-"""Replay as the recurrence reads: token by token from the checkpoint, through the ring and then the piece.
+"""Replay by the recurrence: token by token from the checkpoint, through the ring and then the piece.
 
-Axes: b batch, l places of the ring, t new tokens, h heads, p head size, g groups, n state.
+Axes: b batch, l entries of the ring, t new tokens, h heads, p head size, g groups, n state.
 """
 
 import jax
@@ -14,13 +14,13 @@ from orogen.kernels.state_update.reference import rounded
 
 
 def replay_recurrence(o: Operands) -> tuple[Array, Ring]:
-    """See `replay`; l + t steps, each of which passes over the state."""
-    places = o.ring.x_blhp.shape[1]
+    """See `replay`; l + t steps, each over the whole state."""
+    entries = o.ring.x_blhp.shape[1]
     join = lambda before, after: jnp.concatenate([before, after.astype(before.dtype)], axis=1)  # noqa: E731
     inputs = jax.tree.map(join, used(o.ring, o.cursor_b), o.piece)
     c_bsgn = join(jnp.zeros_like(o.ring.b_blgn), o.c_btgn)
     y_bshp, _ = _run(inputs, c_bsgn, o.a_h, o.state_bhpn, o.skip_h)
-    y_bthp = jnp.where(o.active_b[:, None, None, None], y_bshp[:, places:], 0)
+    y_bthp = jnp.where(o.active_b[:, None, None, None], y_bshp[:, entries:], 0)
     return y_bthp, written(o.ring, o.cursor_b, o.piece, o.active_b)
 
 

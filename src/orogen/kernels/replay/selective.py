@@ -1,12 +1,12 @@
 """Replay of Mamba-1: the recurrence, from the checkpoint through the ring and then the piece.
 
-Axes: b batch, l places of the ring, t new tokens, i channels, n state.
+Axes: b batch, l entries of the ring, t new tokens, i channels, n state.
 
-There is no kernel for it, since it would not pay. A channel's state is n numbers, 64 bytes if n is 16, read and written
-by the plain update: 128 bytes. Its share of a ring is 6 bytes per token, x and its own dt: half of 16 places are 48
-bytes, with the state's 64 read and, every 16 tokens, 64 written, 116 in all, a tenth less. And every (i, n) has a decay
-of its own, so each token of the ring costs an exponential per number of the state. What remains is that the state can
-be taken back to an earlier token, for which this is.
+It has no kernel, because a kernel would not pay. The plain update reads and writes a channel's state of n numbers: 128
+bytes per token if n is 16. A channel's share of the ring is 6 bytes per token, for x and its own dt, so a ring of 16,
+half full on average, is 48 bytes. With 64 bytes of state read, and 64 written every 16 tokens, that makes 116 bytes per
+token, a tenth less. And every (i, n) has a decay of its own, so each token of the ring costs one exponential per number
+of the state. What is left, and what this module is for, is that the state can be rolled back to an earlier token.
 """
 
 from typing import Any
@@ -34,7 +34,7 @@ def selective_replay(
     cursor_b: Array,
     active_b: Array | None = None,
 ) -> tuple[Array, SelectiveRing]:
-    """Outputs (b, t, i) of the piece's t tokens in x's dtype, and the ring with them, as `replay` gives them.
+    """Outputs (b, t, i) of the piece's t tokens in x's dtype, and the ring with the piece, as in `replay`.
 
     The skip is the caller's, as in `selective_scan`. Raises ValueError if the shapes disagree.
     """
@@ -69,7 +69,7 @@ def selective_flush(
     flush_b: Array | None = None,
     seeds_b2: Array | None = None,
 ) -> tuple[Array, Array]:
-    """The state (b, i, n) in its dtype and the cursors (b,), as `flush` gives them. Raises ValueError as `flush`."""
+    """The state (b, i, n) in its dtype and the cursors (b,), as in `flush`. Raises ValueError as `flush` does."""
     _check(ring, A_in, state_bin)
     require_state(state_bin, seeds_b2)
     batch = len(ring.x_bli)
@@ -92,11 +92,11 @@ def _run(inputs: SelectiveRing, C_btn: Array, A_in: Array, state_bin: Array) -> 
 
 
 def _check(ring: SelectiveRing, A_in: Array, state_bin: Array) -> None:
-    batch, places, channels = ring.x_bli.shape
+    batch, entries, channels = ring.x_bli.shape
     expected = {
         "A": (A_in, (channels, A_in.shape[1])),
-        "B of the ring": (ring.B_bln, (batch, places, A_in.shape[1])),
-        "dt of the ring": (ring.dt_bli, (batch, places, channels)),
+        "B of the ring": (ring.B_bln, (batch, entries, A_in.shape[1])),
+        "dt of the ring": (ring.dt_bli, (batch, entries, channels)),
         "state": (state_bin, (batch, channels, A_in.shape[1])),
     }
     require_shapes(expected, beside=f"a ring of {ring.x_bli.shape}")

@@ -1,13 +1,14 @@
-"""Replay and flush in one Triton kernel each, for NVIDIA GPUs: replay reads the state once and writes none.
+"""Replay and flush in one Triton kernel each, for NVIDIA GPUs: replay reads the state once and does not write it.
 
-Axes: b batch, l places of the ring, t new tokens, u new tokens that t reads, h heads, p head size, g groups, n state.
+Axes: b batch, l entries of the ring, t new tokens, u new tokens that t reads, h heads, p head size, g groups, n state.
 
-Tiling: the grid of both is (blocks of a head's p, heads, rows), a program has ELEMENTS numbers of a state in registers.
-Of `replay`, it also holds the ring and the piece (their x in its block of p, their B whole), and takes one new token
-after the other, by the formula of `parallel`: products of 1 to 8 tokens are too thin for matrix units, and so all are
-float32. It writes the piece's x into the ring; of a group's programs, the first writes B, of a head's, the first dt.
-No program reads a place that another writes: the ring is read up to the cursor, the piece where it comes from.
-`flush` repeats the recurrence over the ring, in registers, and writes the state once, in place.
+Tiling: the grid of both is (blocks of a head's p, heads, batch); a program holds ELEMENTS numbers of a state in
+registers. In `replay` it also holds the ring and the piece (their x in its block of p, all of their B), and computes
+one new token after the other by the formula of `parallel`: products over 1 to 8 tokens are too thin for tensor cores,
+so all run in float32. Every program writes its block of the piece's x into the ring; the first program of a group also
+writes B, and the first of a head dt. No program reads an entry that another writes: the ring is read up to the cursor,
+and the piece from its own arrays. `flush` runs the recurrence over the ring in registers and writes the state once, in
+place.
 """
 
 import functools
@@ -22,15 +23,16 @@ from orogen.kernels.pallas_triton import both, call, inside, load, require_gpu, 
 from orogen.kernels.replay.operands import FlushOperands, Operands, Ring
 from orogen.kernels.stochastic import random_bits, to_float16
 
-ELEMENTS = 4096  # of a program's part of the state: as many bytes as four rings of 16 inputs
+ELEMENTS = 4096  # of the state per program: about as many bytes as four rings of 16 inputs
 WARPS = 4
-STEP = 4  # places of the ring that `flush` loads before the first is used
+STEP = 4  # entries of the ring that `flush` loads before it uses the first
 
 
 class Sizes(NamedTuple):
-    """Of the ring, the piece (0: none), a head and a group; `block` is how much of a head a program takes."""
+    """Entries of the ring, tokens of the piece (0: none), head size, state size, heads per group (`share`), and how
+    much of a head a program takes (`block`)."""
 
-    places: int
+    entries: int
     tokens: int
     head: int
     state: int
@@ -69,7 +71,7 @@ def flush_triton(o: FlushOperands, *, interpret: bool = False) -> Array:
         "state": (o.state_bhpn, spec("state")),
         **{f"ring_{name}": (array, spec(f"ring_{name}")) for name, array in zip("xbd", o.ring, strict=True)},
         "a": (o.a_h, spec("of_head")),
-        # Of a row that is not flushed, no place is used, so nothing is done.
+        # A sequence that is not flushed has no entry in use, so nothing is done.
         "cursor": (jnp.where(o.flush_b, o.cursor_b, 0), spec("of_row")),
     }
     if o.seeds_b2 is not None:
@@ -79,19 +81,19 @@ def flush_triton(o: FlushOperands, *, interpret: bool = False) -> Array:
 
 
 def _specs(state_bhpn: Array, ring: Ring, *, tokens: int) -> tuple[Sizes, Any]:
-    """The sizes, and blocks by the name of what they are of."""
-    (_, heads, head, state), (_, places, groups, _) = state_bhpn.shape, ring.b_blgn.shape
+    """The sizes, and the block of each operand as a function of its name."""
+    (_, heads, head, state), (_, entries, groups, _) = state_bhpn.shape, ring.b_blgn.shape
     power = pl.next_power_of_2
     wide, block = power(state), min(power(head), max(1, ELEMENTS // power(state)))
-    sizes = Sizes(places, tokens, head, state, heads // groups, block)
+    sizes = Sizes(entries, tokens, head, state, heads // groups, block)
 
     def spec(name: str) -> pl.BlockSpec:
-        rows, share = power(places if name.startswith("ring") else max(tokens, 1)), sizes.share
+        length, share = power(entries if name.startswith("ring") else max(tokens, 1)), sizes.share
         return {
             "state": pl.BlockSpec((None, None, block, wide), lambda p, h, b: (b, h, p, 0)),
-            "x": pl.BlockSpec((None, rows, None, block), lambda p, h, b: (b, 0, h, p)),
-            "b": pl.BlockSpec((None, rows, None, wide), lambda p, h, b: (b, 0, h // share, 0)),
-            "d": pl.BlockSpec((None, rows, None), lambda p, h, b: (b, 0, h)),
+            "x": pl.BlockSpec((None, length, None, block), lambda p, h, b: (b, 0, h, p)),
+            "b": pl.BlockSpec((None, length, None, wide), lambda p, h, b: (b, 0, h // share, 0)),
+            "d": pl.BlockSpec((None, length, None), lambda p, h, b: (b, 0, h)),
             "of_head": pl.BlockSpec((None,), lambda p, h, b: (h,)),
             "of_row": pl.BlockSpec((None,), lambda p, h, b: (b,)),
         }[name.removeprefix("ring_")]
@@ -102,7 +104,7 @@ def _specs(state_bhpn: Array, ring: Ring, *, tokens: int) -> tuple[Sizes, Any]:
 def _call(
     kernel, operands: dict[str, tuple[Array, Any]], outputs: dict[str, Any], sizes: Sizes, *, interpret: bool
 ) -> dict[str, Array]:
-    """The outputs by name; what is called new_… overwrites the operand of that name."""
+    """The outputs by name; an output called new_… overwrites the operand of that name."""
     batch, heads, *_ = operands["state"][0].shape
     return call(
         functools.partial(kernel, names=(*operands, *outputs), sizes=sizes),
@@ -117,7 +119,7 @@ def _call(
 
 
 class _Part(NamedTuple):
-    """Ring or piece: x, B and dt of its tokens, float32, and the logs of their decays; zeros where there is none."""
+    """The ring or the piece: its tokens' x, B, dt and log decays, float32; zeros where there is no token."""
 
     x_sp: Array
     b_sn: Array
@@ -125,13 +127,13 @@ class _Part(NamedTuple):
     log_s: Array
 
     def after(self, last: Any) -> Array:
-        """The sum of the logs of the tokens after s up to number `last`. (s,)"""
+        """The sum of the log decays of the tokens after s, up to and including `last`. (s,)"""
         number_s = jnp.arange(len(self.dt_s))
         between_ss = (number_s[:, None] < number_s[None, :]) & (number_s[None, :] <= last)
         return jnp.sum(jnp.where(between_ss, self.log_s[None, :], 0.0), axis=1)
 
     def read(self, c_n: Array, log_s: Array) -> Array:
-        """What the tokens give to the output of c, each decayed by its log. (p,)"""
+        """What the tokens add to the output that C reads, each decayed by its log. (p,)"""
         weight_s = jnp.exp(log_s) * self.dt_s * jnp.sum(self.b_sn * c_n[None, :], axis=1)
         return jnp.sum(weight_s[:, None] * self.x_sp, axis=0)
 
@@ -155,7 +157,7 @@ def _replay_kernel(*refs, names: tuple[str, ...], sizes: Sizes):
         ring = tokens("ring_", jnp.arange(ref["ring_d"].shape[0]) < cursor)
         piece = tokens("", inside(jnp.arange(ref["d"].shape[0]), sizes.tokens, ref["d"].shape[0]))
         number_u = jnp.arange(len(piece.dt_s))
-        whole, after_l = jnp.sum(ring.log_s), ring.after(sizes.places)
+        whole, after_l = jnp.sum(ring.log_s), ring.after(sizes.entries)
         for t in map(np.int32, range(sizes.tokens)):
             c_n = load(ref["c"].at[t], in_n).astype(jnp.float32)
             upto = jnp.sum(jnp.where(number_u <= t, piece.log_s, 0.0))
@@ -164,12 +166,12 @@ def _replay_kernel(*refs, names: tuple[str, ...], sizes: Sizes):
             y_p += piece.read(c_n, jnp.where(number_u <= t, piece.after(t), -jnp.inf))
             x_p = load(ref["x"].at[t], in_p).astype(jnp.float32)
             store(ref["y"].at[t], y_p + ref["skip"][...] * x_p, in_p)
-            place, fits = jnp.minimum(cursor + t, sizes.places - 1), cursor + t < sizes.places
-            store(ref["new_ring_x"].at[place], x_p, _where(fits, in_p, block))
+            entry, fits = jnp.minimum(cursor + t, sizes.entries - 1), cursor + t < sizes.entries
+            store(ref["new_ring_x"].at[entry], x_p, _where(fits, in_p, block))
             first = fits & (part == 0)
             b_n = load(ref["b"].at[t], in_n)
-            store(ref["new_ring_b"].at[place], b_n, _where(first & (lax.rem(head, sizes.share) == 0), in_n, wide))
-            store(ref["new_ring_d"].at[place], ref["d"][t], first)
+            store(ref["new_ring_b"].at[entry], b_n, _where(first & (lax.rem(head, sizes.share) == 0), in_n, wide))
+            store(ref["new_ring_d"].at[entry], ref["d"][t], first)
 
     @pl.when(~active)
     def _():
@@ -189,10 +191,10 @@ def _flush_kernel(*refs, names: tuple[str, ...], sizes: Sizes):
         tokens = []
         for k in range(STEP):
             used = number * STEP + k < cursor
-            place = jnp.minimum(number * STEP + k, sizes.places - 1)
-            x_p = load(ref["ring_x"].at[place], _where(used, in_p, block)).astype(jnp.float32)
-            b_n = load(ref["ring_b"].at[place], _where(used, in_n, wide)).astype(jnp.float32)
-            tokens.append((jnp.where(used, ref["ring_d"][place], 0.0), x_p, b_n))
+            entry = jnp.minimum(number * STEP + k, sizes.entries - 1)
+            x_p = load(ref["ring_x"].at[entry], _where(used, in_p, block)).astype(jnp.float32)
+            b_n = load(ref["ring_b"].at[entry], _where(used, in_n, wide)).astype(jnp.float32)
+            tokens.append((jnp.where(used, ref["ring_d"][entry], 0.0), x_p, b_n))
         for dt, x_p, b_n in tokens:
             state_pn = jnp.exp(dt * a) * state_pn + (dt * x_p)[:, None] * b_n[None, :]
         return state_pn
@@ -202,8 +204,8 @@ def _flush_kernel(*refs, names: tuple[str, ...], sizes: Sizes):
         state_pn = load(ref["state"], both(in_p, in_n)).astype(jnp.float32)
         state_pn = lax.fori_loop(0, lax.div(cursor + STEP - 1, STEP), step, state_pn)
         if "seed0" in ref:
-            place_pn = (first_of_head + channel_p)[:, None] * sizes.state + jnp.arange(wide)
-            state_pn = to_float16(state_pn, random_bits((ref["seed0"][...], ref["seed1"][...]), place_pn))
+            element_pn = (first_of_head + channel_p)[:, None] * sizes.state + jnp.arange(wide)
+            state_pn = to_float16(state_pn, random_bits((ref["seed0"][...], ref["seed1"][...]), element_pn))
         store(ref["new_state"], state_pn, both(in_p, in_n))
 
 

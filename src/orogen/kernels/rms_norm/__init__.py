@@ -30,10 +30,10 @@ def rms_norm(
     reduce_sum: Reduce | None = None,
     implementation: str,
 ) -> Array:
-    """u / sqrt(mean(u²) + ε) · weight of each group of `group_size` channels; (..., c) in x's dtype, float32 inside.
+    """u / sqrt(mean(u²) + ε) · weight, per group of `group_size` channels; (..., c) in x's dtype, float32 inside.
 
-    u is x, or with a gate x · silu(gate). `reduce_sum` sums over the ranks that share a group, if there are several:
-    the arrays then hold a part of one group's channels. None: each group is whole.
+    u is x or, with a gate, x · silu(gate). `reduce_sum` sums over the ranks that share a group; the arrays then hold
+    part of one group's channels. None: each group is whole.
 
     Raises ValueError if shapes disagree, the name is unknown, or the implementation cannot run here or sum over ranks.
     Sources: arXiv:1910.07467; RMSNormGated of state-spaces/mamba, which gates before it normalises.
@@ -41,7 +41,7 @@ def rms_norm(
     run = chosen(IMPLEMENTATIONS, implementation)
     channels = x.shape[-1]
     if weight_c.shape != (channels,):
-        raise ValueError(f"weight has shape {weight_c.shape}: expected {(channels,)} beside x {x.shape}")
+        raise ValueError(f"weight has shape {weight_c.shape}: expected {(channels,)} to match x {x.shape}")
     if gate is not None and gate.shape != x.shape:
         raise ValueError(f"gate has shape {gate.shape}: expected {x.shape}")
     if channels % min(group_size, channels) or (group_size > channels and reduce_sum is None):
@@ -49,6 +49,6 @@ def rms_norm(
     x_nc = x.reshape(-1, channels)
     gate_nc = None if gate is None else gate.reshape(-1, channels)
     operands = (x_nc, weight_c.astype(jnp.float32), gate_nc)
-    # One type for all inside shard_map: the transpose then sums the weight's gradient over the shards of the tokens.
+    # One varying type inside shard_map: its transpose then sums the weight's gradient over the token shards.
     y_nc = run(*vary_like(operands, operands), group_size=group_size, epsilon=epsilon, reduce_sum=reduce_sum)
     return y_nc.reshape(x.shape)

@@ -18,7 +18,7 @@ Reduce = Callable[[Array], Array]
 def rms_norm_plain(
     x_nc: Array, weight_c: Array, gate_nc: Array | None, *, group_size: int, epsilon: float, reduce_sum: Reduce | None
 ) -> Array:
-    """See `rms_norm`. The backward pass starts from the operands and, where ranks share a group, its squares."""
+    """See `rms_norm`. The backward pass starts from the operands and, if ranks share a group, its sum of squares."""
     if epsilon < LEAST_EPSILON:
         return _tiny(x_nc, weight_c, gate_nc, group_size=group_size, epsilon=epsilon, reduce_sum=reduce_sum)
     sizes = {"group_size": group_size, "epsilon": epsilon}
@@ -32,7 +32,7 @@ def rms_norm_plain(
 def _tiny(
     x_nc: Array, weight_c: Array, gate_nc: Array | None, *, group_size: int, epsilon: float, reduce_sum: Reduce | None
 ) -> Array:
-    """The same for an epsilon that holds up no tiny rows: from rows that are enlarged."""
+    """`rms_norm_plain` for an epsilon too small to protect tiny vectors: scales them up first."""
     total_ng1 = jnp.sum(jnp.abs(_gated(x_nc, gate_nc, group_size)), -1, keepdims=True)
     total_ng1 = total_ng1 if reduce_sum is None else reduce_sum(total_ng1)
     x_ngc, epsilon_ng1 = enlarged(_gated(x_nc, None, group_size), epsilon, total_ng1)
@@ -52,7 +52,7 @@ def _gated(x_nc: Array, gate_nc: Array | None, group_size: int) -> Array:
 
 
 def _squares(x_nc: Array, gate_nc: Array | None, group_size: int) -> Array:
-    """The sums (n, g, 1) of a group's squares."""
+    """The sum of squares of each group. (n, g, 1)"""
     return jnp.sum(jnp.square(_gated(x_nc, gate_nc, group_size)), -1, keepdims=True)
 
 

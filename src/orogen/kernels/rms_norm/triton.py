@@ -1,10 +1,10 @@
 """RMS norm over groups of channels as one Triton kernel each way, for NVIDIA GPUs.
 
-Axes: n tokens, c channels (inside a kernel, of one group), r tokens taken at once, i blocks of tokens.
+Axes: n tokens, c channels (of one group inside a kernel), r tokens per step, i blocks of tokens.
 
-Tiling: the grid is (groups, blocks of tokens). A program walks over its block in steps of as many whole tokens of its
-group as fit into TILE elements, at least one. Nothing but the operands is kept: with u = x silu(z), m = mean(u²) + ε
-and v = weight · dy,
+Tiling: the grid is (groups, blocks of tokens). A program walks over its block in steps of as many tokens as fit into
+TILE elements of its group, at least one. Only the operands are saved. With u = x silu(z), m = mean(u²) + ε and
+v = weight · dy,
 
     du = (v - u mean(u v) / m) / sqrt(m)        dweight = sum_n dy u / sqrt(m)
     dx = du silu(z)                             dz = du x silu'(z)
@@ -23,14 +23,14 @@ from orogen.kernels.pallas_triton import both, call, inside, load, require_gpu, 
 from orogen.kernels.rms_norm.reference import Reduce
 from orogen.kernels.tiny import LEAST_EPSILON
 
-# The fastest of those tried on an H100 at 16,384 tokens of 8 groups of 512 channels and of one of 2048.
-TOKENS = 16  # of a program
-TILE = 2048  # elements taken at once, if a token of a group is not more
+# The fastest of those tried on an H100 at 16,384 tokens of 8 groups of 512 channels and of one group of 2048.
+TOKENS = 16  # per program
+TILE = 2048  # elements per step, unless a group has more channels
 WARPS = 4
 
 
 class Launch(NamedTuple):
-    """Tile sizes and how to run: a program takes `tokens` in steps of `rows`."""
+    """Tile sizes and how to run: a program takes `tokens` tokens in steps of `rows` tokens."""
 
     group_size: int
     epsilon: float
@@ -52,7 +52,7 @@ def rms_norm_triton(
 ) -> Array:
     """`rms_norm` on an NVIDIA GPU; `interpret` runs the same kernels anywhere, slowly.
 
-    Differentiable in reverse mode only, once; the gradient repeats to the bit.
+    Differentiable once, in reverse mode only; the gradient repeats to the bit.
     Raises ValueError if there is no GPU and `interpret` is False, and if a group's channels lie on several ranks.
     """
     require_gpu(interpret=interpret)
@@ -86,12 +86,13 @@ _normalise.defvjp(_forward, _backward)
 
 
 def _call(kernel, launch: Launch, operands: dict[str, Any], outputs: dict[str, Any]) -> dict[str, Array]:
-    """The outputs by name, of the shapes and types of what stands for them; what is None is left out."""
+    """The outputs by name. `outputs` holds, for each, an array of its shape and dtype; operands and outputs that are
+    None are left out."""
     operands, outputs = ({k: v for k, v in arrays.items() if v is not None} for arrays in (operands, outputs))
     tokens, channels = operands["x"].shape
     width = pl.next_power_of_2(launch.group_size)
     groups = channels // launch.group_size
-    # A group is an axis of its own, so that the tile of one never reaches into the next.
+    # Groups have an axis of their own, so that the tile of one never reaches into the next.
     tile = pl.BlockSpec((tokens, None, width), lambda g, i: (0, g, 0))
     share = pl.BlockSpec((None, None, width), lambda g, i: (i, g, 0))
     vector = pl.BlockSpec((None, width), lambda g, i: (g, 0))
@@ -110,7 +111,7 @@ def _call(kernel, launch: Launch, operands: dict[str, Any], outputs: dict[str, A
 
 
 def _steps(launch: Launch, tokens: int, width: int, body, carry) -> Any:
-    """Runs body(rows, in_time, mask, carry) over the program's tokens; in_time: which of the rows there are."""
+    """Runs body(rows, in_time, mask, carry) over the program's tokens; in_time: which of a step's tokens exist."""
     in_group = inside(jnp.arange(width), launch.group_size, width)
     first = pl.program_id(1) * launch.tokens
 
@@ -127,7 +128,7 @@ def _read(ref, rows, mask: Array | None) -> Array:
 
 
 def _scale(u_rc: Array, launch: Launch) -> Array:
-    """1 / sqrt(m) of each token; from larger ones where ε holds up no tiny ones, see `kernels.tiny`."""
+    """1 / sqrt(m) of each token; scaled up first if ε is too small for tiny ones, see `kernels.tiny`."""
     if launch.epsilon >= LEAST_EPSILON:
         return lax.rsqrt(jnp.sum(u_rc * u_rc, axis=1) / launch.group_size + launch.epsilon)
     root = math.sqrt(launch.epsilon)
@@ -169,7 +170,7 @@ def _backward_kernel(*refs, launch: Launch, tokens: int, names: tuple[str, ...])
             silu_rc = z_rc * gate_rc
             u_rc = x_rc * silu_rc
         scale_r = _scale(u_rc, launch)
-        # Rows past the end are zeros, whose scale without an epsilon is infinite.
+        # Tokens past the end are zeros, and without an epsilon their scale is infinite.
         scale_r = scale_r if in_time is None else jnp.where(in_time, scale_r, 0.0)
         v_rc = dy_rc * weight_c
         along_r = jnp.sum(u_rc * v_rc, axis=1) / launch.group_size * scale_r * scale_r

@@ -32,10 +32,10 @@ def selective_scan(
         S_t = exp(dt_t A) S_{t-1} + dt_t x_t (outer) B_t        y_t = S_t C_t
 
     `dt_bti` is the step after softplus, `A_in` is negative; the skip D x_t is the caller's. The state is reset to zero
-    wherever `segments_bt` (int) differs from the token before; padding (0) is a segment like any other, so it neither
+    wherever `segments_bt` (int) differs from the previous token's. Padding (0) is a segment like any other: it neither
     reads nor feeds a document, and the final state of a row that ends in padding is the padding's.
     `initial_state_bin` (zero if None) reaches the row's first segment only. Decays, state and sums are float32
-    whatever the inputs are. `chunk_size` changes memory and speed only, and the reference ignores it.
+    whatever the inputs are. `chunk_size` affects memory and speed only, and the reference ignores it.
 
     Raises ValueError if the shapes disagree, or a name or size is unknown.
     Source: arXiv:2312.00752, section 3.2 and algorithm 2.
@@ -49,12 +49,12 @@ def selective_scan(
         initial_state_bin = jnp.zeros((*x_bti.shape[:1], *x_bti.shape[2:], *B_btn.shape[2:]), jnp.float32)
     operands = Operands(x_bti, dt_bti, A_in, B_btn, C_btn, segments_bt, initial_state_bin.astype(jnp.float32))
     _check_shapes(operands)
-    # One type for all inside shard_map: the transpose then sums the gradient of A_in over the batch shards.
+    # One varying type inside shard_map: its transpose then sums the gradient of A_in over the batch shards.
     return run(vary_like(operands, operands), chunk_size=chunk_size)
 
 
 def _check_shapes(o: Operands) -> None:
-    """Raises ValueError that names the first operand whose shape does not fit x and B."""
+    """Raises ValueError naming the first operand whose shape does not fit x and B."""
     if o.x_bti.ndim != 3 or o.B_btn.ndim != 3 or o.x_bti.shape[1] < 1:
         raise ValueError(f"x {o.x_bti.shape}, B {o.B_btn.shape}: expected (b, t, i) and (b, t, n) with t >= 1")
     batch, time, channels = o.x_bti.shape

@@ -1,4 +1,4 @@
-"""The Mamba-1 recurrence in chunks: the backward pass keeps the state that enters each chunk and recomputes the rest.
+"""The Mamba-1 recurrence in chunks: only the state that enters each chunk is saved; the backward pass recomputes.
 
 Axes: b batch, t time, i channels, n state, c chunks, q position in a chunk.
 
@@ -21,7 +21,7 @@ from orogen.kernels.selective_scan.operands import Operands
 def selective_scan_chunked(o: Operands, *, chunk_size: int) -> tuple[Array, Array]:
     """`selective_scan` by chunks of `chunk_size` tokens; the last one is padded with steps of length zero.
 
-    The backward pass recomputes each chunk and holds its `chunk_size` states, beside one state per chunk.
+    The backward pass recomputes one chunk at a time and holds its `chunk_size` states, plus one state per chunk.
     """
     time = o.x_bti.shape[1]
     width = min(chunk_size, time)

@@ -9,7 +9,7 @@ from jax import Array
 
 
 class Operands(NamedTuple):
-    """See `selective_scan`; none is missing, their shapes agree, and the initial state is float32."""
+    """See `selective_scan`; none is None, their shapes agree, and the initial state is float32."""
 
     x_bti: Array
     dt_bti: Array

@@ -1,4 +1,4 @@
-"""The Mamba-1 recurrence one token after another: slow, obvious, and what the fast versions must equal.
+"""The Mamba-1 recurrence token by token: slow and obvious; the fast versions must match it.
 
 Axes: b batch, t time, i channels, n state.
 """
@@ -10,7 +10,7 @@ from orogen.kernels.selective_scan.operands import Operands
 
 
 def selective_scan_reference(o: Operands, *, chunk_size: int) -> tuple[Array, Array]:
-    """`selective_scan` by `lax.scan` over time; float32 throughout, and `chunk_size` has no meaning here."""
+    """`selective_scan` by `lax.scan` over time; float32 throughout; `chunk_size` is ignored."""
     del chunk_size
     # A row's first token continues the initial state, so it never counts as a change.
     previous_bt = jnp.concatenate([o.segments_bt[:, :1], o.segments_bt[:, :-1]], axis=1)

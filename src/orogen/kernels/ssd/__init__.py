@@ -41,11 +41,11 @@ def ssd(
         S_t = exp(dt_t a) S_{t-1} + dt_t x_t (outer) B_t        y_t = S_t C_t + D x_t
 
     Head i reads group i // (h / g). `dt_bth` is the step after softplus, at least 0, `a_h` is negative, `skip_h` is D
-    (zero if None). The state is reset to zero wherever `segments_bt` (int) differs from the token before; padding (0)
-    is a segment like any other, so it neither reads nor feeds a document, and the final state of a row that ends in
+    (zero if None). The state is reset to zero wherever `segments_bt` (int) differs from the previous token's. Padding
+    (0) is a segment like any other: it neither reads nor feeds a document, and the final state of a row that ends in
     padding is the padding's. `initial_state_bhpn` (zero if None) reaches the row's first segment only.
     Decays, state and sums are float32 whatever the inputs are, except that `triton` multiplies bfloat16 inputs by a
-    state rounded to bfloat16. `chunk_size` changes rounding and speed only, and the recurrence ignores it.
+    state rounded to bfloat16. `chunk_size` affects rounding and speed only, and the recurrence ignores it.
 
     Raises ValueError if the shapes disagree, heads are not a multiple of groups, or a name or size is unknown.
     Source: arXiv:2405.21060, sections 2 and 6.
@@ -61,12 +61,12 @@ def ssd(
     initial_state_bhpn = initial_state_bhpn.astype(jnp.float32)
     operands = Operands(x_bthp, dt_bth, a_h, b_btgn, c_btgn, segments_bt, initial_state_bhpn, skip_h)
     _check_shapes(operands)
-    # One type for all inside shard_map: the transpose then sums the gradient of a_h over the batch shards.
+    # One varying type inside shard_map: its transpose then sums the gradient of a_h over the batch shards.
     return run(vary_like(operands, operands), chunk_size=chunk_size)
 
 
 def _check_shapes(o: Operands) -> None:
-    """Raises ValueError that names the first operand whose shape does not fit x and B."""
+    """Raises ValueError naming the first operand whose shape does not fit x and B."""
     if o.x_bthp.ndim != 4 or o.b_btgn.ndim != 4 or o.x_bthp.shape[1] < 1:
         shapes = f"x {o.x_bthp.shape}, B {o.b_btgn.shape}"
         raise ValueError(f"{shapes}: expected (b, t, h, p) and (b, t, g, n) with t >= 1")

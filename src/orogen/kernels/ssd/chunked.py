@@ -1,16 +1,16 @@
 """The Mamba-2 recurrence in chunks: matrix products inside a chunk, a recurrence over the chunks' states.
 
-Axes: b batch, t time, h heads, p head size, g groups, r heads of a group, n state, c chunks,
+Axes: b batch, t time, h heads, p head size, g groups, r heads per group, n state, c chunks,
 q position in a chunk, s position in the chunk that q reads from.
 
 With l the sum of dt a since the chunk's start or the segment's, and S the state that enters the chunk,
 
     y_q = sum_{s<=q} (C_q . B_s) exp(l_q - l_s) dt_s x_s  +  exp(l_q) S C_q
 
-over the s of q's segment, the second term in the chunk's first segment only.
+where s runs over q's segment, and the second term exists in the chunk's first segment only.
 
 The products with S, B and C run once per group, with all its heads side by side; C . B is computed once per group.
-The gradient is written out, so that the (q, s) matrices, by far the largest arrays, are recomputed and not kept.
+The gradient is written by hand, so that the (q, s) matrices, by far the largest arrays, are recomputed and not saved.
 """
 
 import math
@@ -26,7 +26,7 @@ from orogen.kernels.recompute import from_inputs
 from orogen.kernels.ssd import sums
 from orogen.kernels.ssd.operands import Operands
 
-LEAF = 8  # the fewest tokens of a part of a chunk; parts of 2 LEAF tokens or more are halved
+LEAF = 8  # the least length of a part of a chunk, in tokens; parts of 2 LEAF tokens or more are halved
 
 
 class Chunks(NamedTuple):
@@ -41,9 +41,8 @@ class Chunks(NamedTuple):
 
 
 class Decays(NamedTuple):
-    """What is left of the entering state at q and at the chunk's end, and of token s at the chunk's end and at q.
-
-    Zero across a change of segment.
+    """The decays of the entering state up to q (into) and to the chunk's end (whole), and of token s up to the chunk's
+    end (out_of) and to q (pair). Zero across a change of segment.
     """
 
     into_cbgqr: Array
@@ -53,20 +52,20 @@ class Decays(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What the gradient keeps of the forward pass: what the entering states add to y, and the states themselves."""
+    """What the forward pass saves for the gradient: what the entering states add to y, and the states themselves."""
 
     entering_cbgqrp: Array
     states_cbgnrp: Array
 
 
 def ssd_chunked(o: Operands, *, chunk_size: int) -> tuple[Array, Array]:
-    """`ssd` by chunks of `chunk_size` tokens, or of the next number that halves evenly down to LEAF.
+    """`ssd` by chunks of `chunk_size` tokens, rounded up to a number that halves evenly down to LEAF.
 
-    The last chunk is filled up with steps of length zero. Differentiable in reverse mode only, once.
+    The last chunk is padded with steps of length zero. Differentiable once, in reverse mode only.
     """
     batch, time, heads, head_size = o.x_bthp.shape
     width = _halvable(min(chunk_size, time))
-    # The skip is added last and by itself: what the gradient keeps of it are x and D, which are kept anyway.
+    # The skip is added last and by itself: its gradient needs only x and D, which are saved anyway.
     outputs: Any = _ssd(width, o._replace(dt_bth=o.dt_bth.astype(jnp.float32), skip_h=None))
     y_cbgqrp, final_bgnrp = outputs
     y_bthp = jnp.transpose(y_cbgqrp, (1, 0, 3, 2, 4, 5)).reshape(batch, -1, heads, head_size)[:, :time]
@@ -76,13 +75,13 @@ def ssd_chunked(o: Operands, *, chunk_size: int) -> tuple[Array, Array]:
 
 
 def _halvable(tokens: int) -> int:
-    """The least number from `tokens` on that is LEAF to 2 LEAF - 1 times a power of two, or below 2 LEAF."""
+    """The least number >= `tokens` that is below 2 LEAF, or LEAF to 2 LEAF - 1 times a power of two."""
     unit = 2 ** max(0, math.floor(math.log2(tokens / LEAF)))
     return -(-tokens // unit) * unit
 
 
 def _chunks(width: int, o: Operands) -> Chunks:
-    """The operands of `ssd` in chunks of `width` tokens, but the skip."""
+    """The operands of `ssd`, except the skip, in chunks of `width` tokens."""
     (batch, _, heads, head_size), (groups, state) = o.x_bthp.shape, o.b_btgn.shape[2:]
     share = heads // groups
     dtx_bthp = o.dt_bth[..., None] * o.x_bthp.astype(jnp.float32)
@@ -106,7 +105,7 @@ def _ssd(width: int, o: Operands) -> tuple[Array, Array]:
 
 
 def _ssd_forward(width: int, o: Operands) -> tuple[tuple[Array, Array], tuple[Operands, Kept]]:
-    """The outputs, and what `_ssd_backward` needs: the operands in their own dtype, and not in chunks."""
+    """The outputs, and what `_ssd_backward` needs: the operands, in their own dtype and not in chunks, and `Kept`."""
     outputs, kept = _forward(_chunks(width, o))
     return outputs, (o, kept)
 
@@ -122,7 +121,7 @@ _ssd.defvjp(_ssd_forward, _ssd_backward)
 
 
 def _forward(chunks: Chunks) -> tuple[tuple[Array, Array], Kept]:
-    """The outputs, and what `_backward` needs beside the chunks."""
+    """The outputs, and what `_backward` needs besides the chunks."""
     decays = _decays(chunks)
     leaving_cbgsrp = chunks.dtx_cbgqrp * decays.out_of_cbgsr[..., None]
     added_cbgnrp = jnp.einsum("cbgsn,cbgsrp->cbgnrp", chunks.b_cbgsn, leaving_cbgsrp)
@@ -147,9 +146,9 @@ def _forward(chunks: Chunks) -> tuple[tuple[Array, Array], Kept]:
 def _backward(chunks: Chunks, kept: Kept, gradients: tuple[Array, Array]) -> Chunks:
     """The gradient of every operand, from the gradients `dy` of the outputs and `dfinal` of the final state.
 
-    The log decay of token u stands in the exponent of all that passes over u, from a token or state before it to a
-    token from u on or to the leaving state. So its gradient is the sum of those products. A token's share of its own
-    output does not decay and is left out.
+    The log decay of token u is in the exponent of every term that passes over u: from an earlier token or the entering
+    state, to u, to a later token or to the leaving state. So its gradient is the sum of those terms. A token's
+    contribution to its own output does not decay and is left out.
     """
     dy_cbgqrp, dfinal_bgnrp = gradients
     dtx_cbgsrp, b_cbgsn, c_cbgqn = chunks.dtx_cbgqrp, chunks.b_cbgsn, chunks.c_cbgqn
@@ -187,11 +186,11 @@ def _backward(chunks: Chunks, kept: Kept, gradients: tuple[Array, Array]) -> Chu
 
 
 def _across_pairs(pairs_cbgrqs: Array) -> Array:
-    """For each token u of a chunk, the sum of the pairs that have s before u, and q at u or later. (c, b, g, r, u)
+    """For each token u of a chunk, the sum of the pairs with s < u <= q. (c, b, g, r, u)
 
-    By halves: the pairs from the first half to the second pass over each u between them, and each half is halved
-    again for the pairs inside it. So each sum adds only terms that it keeps; a running sum of what tokens receive minus
-    what they give would cancel down to the little that passes over a strong decay.
+    By recursive halving: the pairs from the first half to the second pass over every u between them, and each half is
+    halved again for the pairs inside it. So each sum adds only its own terms. A running sum of what tokens receive
+    minus what they give would lose to cancellation the little that passes over a strong decay.
     """
     *outer, width, _ = pairs_cbgrqs.shape
     passing_u, parts_qs = jnp.zeros((*outer, width), jnp.float32), pairs_cbgrqs[..., None, :, :]
@@ -207,9 +206,9 @@ def _across_pairs(pairs_cbgrqs: Array) -> Array:
 
 
 def _backward_states(decays: Decays, read_cbgnrp: Array, kept: Kept, dfinal_bgnrp: Array) -> tuple[Array, Array, Array]:
-    """Gradients of the initial state, of what each chunk adds to it, and of the log of each chunk's whole decay.
+    """Gradients of the initial state, of what each chunk adds to the state, and of the log of each chunk's whole decay.
 
-    `read_cbgnrp` is the gradient that each entering state gets from the outputs of its chunk.
+    `read_cbgnrp` is the gradient of each entering state from the outputs of its chunk.
     """
 
     def pass_back(dleft_bgnrp: Array, chunk: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:

@@ -9,7 +9,7 @@ from jax import Array
 
 
 class Operands(NamedTuple):
-    """See `ssd`; none is missing, their shapes agree, and the initial state and the skip are float32."""
+    """See `ssd`; none is None, their shapes agree, and the initial state and the skip are float32."""
 
     x_bthp: Array
     dt_bth: Array

@@ -1,4 +1,4 @@
-"""The Mamba-2 recurrence one token after another: slow, obvious, and what the fast versions must equal.
+"""The Mamba-2 recurrence token by token: slow and obvious; the fast versions must match it.
 
 Axes: b batch, t time, h heads, p head size, g groups, n state.
 """
@@ -10,7 +10,7 @@ from orogen.kernels.ssd.operands import Operands
 
 
 def ssd_recurrence(o: Operands, *, chunk_size: int) -> tuple[Array, Array]:
-    """`ssd` by `lax.scan` over time; float32 throughout, and `chunk_size` has no meaning here."""
+    """`ssd` by `lax.scan` over time; float32 throughout; `chunk_size` is ignored."""
     del chunk_size
     heads_per_group = o.x_bthp.shape[2] // o.b_btgn.shape[2]
     # A row's first token continues the initial state, so it never counts as a change.

@@ -1,7 +1,7 @@
-"""What the chunked versions of the Mamba-2 recurrence share: logs of decays, chunks, and sums over a chunk's tokens.
+"""Shared by the chunked versions of the Mamba-2 recurrence: log decays, chunks, and sums over a chunk's tokens.
 
 Axes: b batch, t time, h heads, c chunks, q position in a chunk, s position in the chunk that q reads from, u position
-that what goes from s to q passes over.
+passed over on the way from s to q.
 """
 
 import math
@@ -19,14 +19,14 @@ def log_decays(dt_bth: Array, a_h: Array) -> Array:
 
 
 def _changes(segments_bt: Array) -> Array:
-    """1 where a token's segment differs from that of the token before, else 0. (b, t) float32"""
+    """1 where a token's segment differs from the previous token's, else 0. (b, t) float32"""
     changes_bt = (segments_bt[:, 1:] != segments_bt[:, :-1]).astype(jnp.float32)
     # A row's first token continues the initial state, so it never counts as a change.
     return jnp.pad(changes_bt, ((0, 0), (1, 0)))
 
 
 def in_chunks(array_bt: Array, width: int) -> Array:
-    """(b, t, ...) to (b, c, q, ...), the last chunk filled up with zeros."""
+    """(b, t, ...) to (b, c, q, ...), the last chunk padded with zeros."""
     batch, time = array_bt.shape[:2]
     missing = -time % width
     if missing:
@@ -35,17 +35,17 @@ def in_chunks(array_bt: Array, width: int) -> Array:
 
 
 def in_two(log_decays: Array, *, lowest: float, terms: int) -> tuple[Array, Array]:
-    """Numbers from `lowest` to 0 as a coarse and a fine part, which add up to them exactly.
+    """Splits numbers from `lowest` to 0 exactly into a coarse and a fine part.
 
-    The coarse part is a multiple of a power of two, chosen so that float32 adds up `terms` of them without an error in
-    any order.
+    The coarse part is a multiple of a power of two, chosen so that a float32 sum of `terms` of them is exact in any
+    order.
 
-    A decay from s to q is exp of l_q - l_s, where l is a sum over the chunk that strong decays make as large as 10^4:
-    its last place is then 10^-3, and a weak decay is lost in it. The coarse parts' sums and their differences are
-    exact, and the fine parts' are below -lowest terms^2 / 2^24 (0.09 for 128 terms from -88 on, 0.4 for 256, 6 for
-    1024), with errors in the last places of that; so up to some hundred terms, exponents are right to about a unit of
-    their last place whatever stands beside them. (A pair of floats by error-free transformations would do as well; but
-    a running one is sequential, and what a compiler fuses or reorders can break it.)
+    A decay from s to q is exp(l_q - l_s), where l is a running sum over the chunk. Strong decays make l as large as
+    10^4; its ulp is then 10^-3, in which a weak decay is lost. The sums of the coarse parts, and the differences of
+    these sums, are exact. Those of the fine parts are below -lowest terms^2 / 2^24 (0.09 for 128 terms from -88 on, 0.4
+    for 256, 6 for 1024), with errors of some ulps. So up to some hundred terms, exponents are right to about one ulp,
+    however strong the other decays are. (Pairs of floats with error-free transformations would do as well, but their
+    running sum is sequential, and a compiler that fuses or reorders operations can break it.)
     """
     grid = 2.0 ** (math.ceil(math.log2(-lowest * terms)) - 24)
     coarse = jnp.round(log_decays / grid) * grid
@@ -53,35 +53,36 @@ def in_two(log_decays: Array, *, lowest: float, terms: int) -> tuple[Array, Arra
 
 
 def masked_sum(mask: Array, axes: str, array: Array) -> Array:
-    """The sums of `array` that `mask` picks, as a float32 product.
+    """Sums the elements of `array` that `mask` selects, as a float32 product.
 
-    Not `jnp.cumsum`: XLA:CPU repeats its arithmetic in each of the (q, s) elements that use it, 18 ms against 3 ms for
-    the forward pass at b 4, t 256, h 8, p 32, n 32, chunk 128. And a sum that starts at the segment is the same,
-    to the bit, whatever the segments before it hold.
+    Not `jnp.cumsum`: XLA:CPU recomputes it in each of the (q, s) elements that use it, 18 ms against 3 ms for the
+    forward pass at b 4, t 256, h 8, p 32, n 32, chunk 128. And a sum that starts at the segment is the same to the bit
+    whatever the earlier segments hold.
     """
     return jnp.einsum(axes, mask.astype(jnp.float32), array, precision=lax.Precision.HIGHEST)
 
 
 def runs_in_chunks(segments_bt: Array, width: int) -> Array:
-    """How many changes of segment each chunk has had up to and including each position. (b, c, q) float32
+    """The number of segment changes in the chunk up to and including each position. (b, c, q) float32
 
-    Ids may come back, counts do not, so that equal counts mean one run of tokens of one segment.
+    Segment ids may recur but counts do not, so equal counts mean one run of tokens of one segment.
     """
     changes_bcq = in_chunks(_changes(segments_bt), width)
     return masked_sum(jnp.tri(width), "qs,bcs->bcq", changes_bcq)
 
 
 def readable(runs_q: Array) -> Array:
-    """Whether q's sums reach back to s: s is not later than q, and no segment changes between. (..., q, s) bool"""
+    """Whether q's sums reach back to s: s is not later than q, and the segment does not change. (..., q, s) bool"""
     same_run_qs = runs_q[..., :, None] == runs_q[..., None, :]
     return same_run_qs & jnp.tri(runs_q.shape[-1], dtype=bool)
 
 
 def across_tokens(read_q: Array, left_s: Array, dwhole: Array) -> Array:
-    """The gradient of each token's log decay (..., u) from what passes over it on the way from or to a state.
+    """The gradient of each token's log decay (..., u), from the terms that pass over it on the way from or to a state.
 
-    `read` (..., q) is read by the tokens from u on, `left` (..., s) is left by those before it, and `dwhole` (...)
-    goes through the whole chunk.
+    `read_q` (..., q) are the terms that q reads from the entering state, which pass over every u <= q; `left_s`
+    (..., s) those that s adds to the leaving state, which pass over every u > s; `dwhole` (...) those that pass over
+    the whole chunk.
     """
     width = read_q.shape[-1]
     read_u = masked_sum(jnp.tri(width), "qu,...q->...u", read_q)

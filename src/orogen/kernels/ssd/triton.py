@@ -29,12 +29,12 @@ SHARED_MEMORY = 215_000  # bytes of a multiprocessor's 232,448 that operands may
 def ssd_triton(o: Operands, *, chunk_size: int, interpret: bool = False) -> tuple[Array, Array]:
     """`ssd` on an NVIDIA GPU; `interpret` runs the same kernels anywhere, slowly.
 
-    Matrix products take their operands as bfloat16 if x, B and C are, else as float32, and accumulate in float32.
-    States too are float32; they are rounded to the operands' type where a product reads them and where the gradient
-    keeps them. A chunk has a power of two of tokens, from 16 to 128 (64 in float32): the least that is not below
-    `chunk_size`, or fewer where a head is wider than 256.
+    Matrix products take their operands in bfloat16 if x, B and C are bfloat16, else in float32, and accumulate in
+    float32. States are float32; they are rounded to the operands' dtype where a product reads them and where they are
+    saved for the gradient. The length of a chunk is a power of two from 16 to 128 (64 in float32): the least that is
+    not below `chunk_size`, or less if a head is wider than 256.
 
-    Differentiable in reverse mode only, once; the gradient repeats to the bit.
+    Differentiable once, in reverse mode only; the gradient repeats to the bit.
     Raises ValueError if there is no GPU and `interpret` is False.
     """
     require_gpu(interpret=interpret)
@@ -56,15 +56,15 @@ def ssd_triton(o: Operands, *, chunk_size: int, interpret: bool = False) -> tupl
 
 
 def _launch(chunk_size: int, shape: tuple[int, ...], state: int, *, half: bool, interpret: bool) -> Launch:
-    """The fastest of those tried on an H100 at 64 and 128 heads of 64, state 128, 2 x 8192 tokens, if it fits."""
+    """The fastest of those tried on an H100 at 64 and 128 heads of 64, state 128, 2 x 8192 tokens, reduced to fit."""
     batch, time, heads, head_size = shape
     head_size, state = tile(head_size), tile(state)
-    # `far` holds as many tokens of a head, and half as many rows of its states, twice in shared memory.
+    # The most tokens of a head, with half as many rows of its states, that `far` holds twice in shared memory.
     widest = max(SMALLEST_TILE, (2**15 if half else 2**14) // head_size)
     width = min(tile(min(chunk_size, time)), 128 if half else 64, widest)
     step = min(width, 64 if half else 32)
     columns = min(head_size, 64)
-    # One scan alone on a multiprocessor needs its loads further ahead; two share it only if each takes less memory.
+    # A scan alone on a multiprocessor must load further ahead; two share one only if each takes less memory.
     alone = batch * heads * pl.cdiv(head_size, columns) <= MULTIPROCESSORS
     scan_stages = _stages(3 if alone else 2, step * (2 * state + columns), columns * state)
     near_rows, far_states = min(width, 32), min(state, 64 if half else 32, max(SMALLEST_TILE, widest // 2))
@@ -88,7 +88,7 @@ def _launch(chunk_size: int, shape: tuple[int, ...], state: int, *, half: bool, 
 
 
 def _stages(wanted: int, stage: int, kept: int) -> int:
-    """How many of `wanted` stages of so many bfloat16 elements fit beside what the kernel keeps and its scratch."""
+    """How many stages of `stage` bfloat16 elements, at most `wanted`, fit beside `kept` elements and the scratch."""
     return max(1, min(wanted, (SHARED_MEMORY - 2 * kept) // (2 * stage)))
 
 
@@ -100,8 +100,8 @@ def _ssd(launch: Launch, o: ByChunk) -> tuple[Array, Array]:
 
 
 def _sums(launch: Launch, o: ByChunk) -> tuple[Array, ...]:
-    """The parts of the logs of the decay since the chunk's or the segment's start, as the kernels take them (`Launch`).
-    (b, h, c, q)"""
+    """The log decay since the chunk's or the segment's start, in the parts and to the base that `Launch.exact` says.
+    (b, h, c, q) each"""
     since_start = functools.partial(_since_start, o.runs_bcq)
     if not launch.exact:
         return (since_start(o.log_decay_bcsh) * LOG2_E,)
@@ -148,11 +148,11 @@ def _backward(launch: Launch, saved: tuple[Any, ...], gradients: tuple[Array, Ar
 
 
 def _log_decay_gradient(o: ByChunk, n: NearGradients, f: FarGradients) -> Array:
-    """The gradient of each token's log decay: what passes over it, from tokens or a state to tokens or a state.
+    """The gradient of each token's log decay: the terms that pass over it, from tokens or a state to tokens or a state.
 
-    Unless the launch is exact, it follows from the gradient of the sums. The sum of q stands in the exponent of all
-    that y_q receives from other tokens and, with a minus sign, in that of all that token q gives to others. Both are
-    sums of the same float32 products, so what has to cancel in a later sum over q does, up to their rounding.
+    Unless the launch is exact, it follows from the gradient of the running sums. The sum up to q is in the exponent of
+    everything that y_q receives from other tokens and, with a minus sign, of everything that token q gives to others.
+    Both are sums of the same float32 products, so what must cancel in a later sum over q does, up to rounding.
     """
     left_bhcq = o.dt_bhcq * f.left_bhcq
     if n.across_bhcu is not None:

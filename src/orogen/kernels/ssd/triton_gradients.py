@@ -1,9 +1,9 @@
-"""Triton kernels of the gradients of the chunked Mamba-2 recurrence, but that of x, which `scan` computes.
+"""Triton kernels for the gradients of the chunked Mamba-2 recurrence, except that of x, which `scan` computes.
 
-Axes: b batch, t time, h heads, p head size, g groups, r heads of a group, n state, c chunks, q position in a chunk,
-s position in the chunk that q reads from, u position that what goes from s to q passes over.
+Axes: b batch, t time, h heads, p head size, g groups, r heads per group, n state, c chunks, q position in a chunk,
+s position in the chunk that q reads from, u position passed over on the way from s to q.
 
-Each program takes one chunk of one group, over its heads:
+Each program takes part of one chunk of one group and loops over the group's heads:
 
     near    the gradients that pass between tokens of the chunk.
     far     those that pass between its tokens and the states; with near's scores, also dC and dB.
@@ -33,11 +33,11 @@ from orogen.kernels.ssd.triton_kernels import (
 
 
 class NearGradients(NamedTuple):
-    """The gradient of a group's scores C . B, summed over its heads, and shares of each token's gradient.
+    """The gradient of a group's scores C . B, summed over its heads, and terms of each token's gradients.
 
-    received: y . dy of what y_q gets from earlier tokens; given: x . dx / dt of what x_q gives to later ones; own: that
-    of what it gives to its own output; skip: x . dy; across: the gradient of the log decay of u from all that passes
-    over it from token to token, None unless the launch is exact.
+    received: y . dy, for what y_q gets from earlier tokens; given: x . dx / dt, for what x_q gives to later ones; own:
+    the same for what it gives to its own output; skip: x . dy; across: the gradient of the log decay of u from all
+    terms that pass over it from token to token, None unless the launch is exact.
     """
 
     scores_bgcqs: Array
@@ -49,8 +49,8 @@ class NearGradients(NamedTuple):
 
 
 class FarGradients(NamedTuple):
-    """read: y . dy of what y_q gets from the entering state; left: x . dx / dt of what x_q gives to the leaving one;
-    whole: the gradient of the log of a chunk's decay."""
+    """db and dc: the gradients of B and C; read: y . dy, for what y_q gets from the entering state; left: x . dx / dt,
+    for what x_q gives to the leaving one; whole: the gradient of the log of a chunk's decay."""
 
     db_btgn: Array
     dc_btgn: Array
@@ -69,8 +69,8 @@ class States(NamedTuple):
 def near(o: ByChunk, dy_bthp: Array, sums_bhcq: Sequence[Array], *, launch: Launch) -> NearGradients:
     """The gradients that pass between tokens of one chunk.
 
-    Tiling: the grid is (tiles of pairs of all chunks, groups, rows). The chunk's (q, s) pairs form square tiles of
-    `near_rows`. Tiles whose s are all later than their q hold nothing: no program takes them, and their scores are not
+    Tiling: the grid is (tiles of pairs of all chunks, groups, batch). A chunk's (q, s) pairs form square tiles of
+    `near_rows`. Tiles whose s are all later than their q are empty: no program takes them, and their scores are not
     written.
     """
     x_bthp, b_btgn, dt_bhcq = o.x_bthp, o.b_btgn, o.dt_bhcq
@@ -118,12 +118,12 @@ def _by_block(shares_bhctq: Array, tiles: list[tuple[int, int]], axis: int) -> A
 
 
 def _across_tiles(received_bhctq: Array, given_bhcts: Array, within_bhcu: Array, dt_bhcs: Array) -> Array:
-    """For each token u of a chunk, the sum of the pairs that have s before u, and q at u or later. (b, h, c, u)
+    """For each token u of a chunk, the sum of the pairs with s < u <= q. (b, h, c, u)
 
-    `within` has those of u's own tile. The pairs of another tile pass over u if it lies between the tile's blocks; over
-    u in the block of s, those with s before u do; over u in the block of q, those with q from u on. So every sum has
-    terms of its own alone, where a running sum of what tokens receive less what they give would cancel down to the
-    little that passes over a strong decay.
+    `within` has the pairs whose q and s are both in u's block. In a tile of two blocks, all pairs pass over a u between
+    the blocks, those with s < u over a u in the block of s, and those with q >= u over a u in the block of q. So every
+    sum adds only its own terms. A running sum of what tokens receive minus what they give would lose to cancellation
+    the little that passes over a strong decay.
     """
     rows = received_bhctq.shape[-1]
     blocks = within_bhcu.shape[-1] // rows
@@ -140,7 +140,7 @@ def _across_tiles(received_bhctq: Array, given_bhcts: Array, within_bhcu: Array,
 
 
 def tiles_of(blocks: int) -> list[tuple[int, int]]:
-    """The (q, s) blocks of a chunk's pairs that hold any, in order."""
+    """The (q, s) blocks of a chunk that are not empty, in order."""
     return [(q, s) for q in range(blocks) for s in range(q + 1)]
 
 
@@ -186,7 +186,7 @@ def _near_kernel(
         same_q = _diagonal(itself_qs, products_qs)
         store(own_ref.at[r, c, pl.ds(q, rows)], same_q * own_q, on_diagonal)
         store(skip_ref.at[r, c, pl.ds(q, rows)], same_q, on_diagonal)
-        # Where q sees s no decay is above 1; what it does not see is masked out of the scores, not here for each head.
+        # Where q sees s, no decay is above 1. Pairs it does not see are masked in the scores, not here for each head.
         products_qs *= decay(jnp.minimum(between(column(sums_q), row(sums_s)), 0.0), exact)
         shares_qs = products_qs * scores_qs
         given_ref[r, c, t, :] = jnp.sum(shares_qs, axis=0)
@@ -210,10 +210,10 @@ def far(
 ) -> FarGradients:
     """The gradients of B and C, and those that pass between a chunk's tokens and its states.
 
-    `scores_bgcqs` are `near`'s, through which the chunk's own tokens add to the gradients.
+    `scores_bgcqs` come from `near`; through them the chunk's own tokens add to the gradients.
 
-    Tiling: the grid is (parts of `far_states` of the n rows of all chunks' states, groups, rows). A program takes its
-    part of the states and all tokens of the chunk, head after head.
+    Tiling: the grid is (parts of `far_states` of the states' n rows, for all chunks, groups, batch). A program takes
+    its part of a chunk's states and all tokens of the chunk, head after head.
     """
     x_bthp, b_btgn, dt_bhcq = o.x_bthp, o.b_btgn, o.dt_bhcq
     batch, time, heads, head_size = x_bthp.shape
@@ -257,7 +257,7 @@ def _far_kernel(
 ):  # fmt: skip
     """Takes part of the states' rows, which no other program reads, and all tokens of the chunk.
 
-    Most of what there is to read are the states, and both products of a state take the same part of it.
+    The states are most of what is read, and both products of a state use the same part of it.
     """
     share, _, width = dt_ref.shape
     padded_state, padded_head = states_ref.shape[2:]
@@ -283,7 +283,7 @@ def _far_kernel(
         state_np, dstate_np = (
             load(ref.at[r, c, mine_n, :], both(in_mine, in_head)) for ref in (states_ref, dstates_ref)
         )
-        # What each token has with the state is the product of its key and the key's gradient: no product of its own.
+        # Each token's term with the state is its key times the key's gradient, so it needs no matrix product.
         read_qn = decay_where(runs_q == 0, total(sums_q), exact)[:, None] * dot(dy_qp, state_np, 1, 1)
         read_ref[r, c, i, :] = jnp.sum(read_qn * c_qn.astype(jnp.float32), axis=1)
         out_of_q = decay_where(runs_q == last_run, between(last, sums_q), exact)
@@ -295,7 +295,7 @@ def _far_kernel(
 
     zeros_qn = jnp.zeros((width, part), jnp.float32)
     dc_qn, db_qn, _ = lax.fori_loop(0, share, head, (zeros_qn, zeros_qn, tokens(0)))
-    # Read whole and then masked: with a mask the load would go element by element.
+    # Loaded whole and then masked: a masked load would go element by element.
     scores_qs = load(scores_ref.at[c])
     scores_qs = jnp.where(earlier(positions, positions, False), scores_qs, jnp.zeros_like(scores_qs))
     dc_qn += dot(scores_qs, b_qn, 1, 0)
@@ -305,7 +305,7 @@ def _far_kernel(
 
 
 def _across(pairs_qs: Array) -> Array:
-    """For each token u of a tile's block, the sum of the pairs that have s before u, and q at u or later."""
+    """For each token u of a diagonal tile's block, the sum of the pairs with s < u <= q."""
     positions = jnp.arange(pairs_qs.shape[0])
     later_qu = earlier(positions, positions, False)
     from_before_qu = dot(pairs_qs, jnp.where(later_qu, 0.0, 1.0), 1, 0)

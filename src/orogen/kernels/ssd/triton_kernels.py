@@ -1,14 +1,14 @@
-"""The Triton kernel that walks the chunks of the Mamba-2 recurrence, and what it shares with those of the gradient.
+"""The Triton kernel that walks the chunks of the Mamba-2 recurrence, and helpers it shares with the gradient kernels.
 
 Axes: b batch, t time, h heads, p head size, g groups, n state, c chunks, q position in a chunk,
 s position in the chunk that q reads from.
 
-The gradient is the same computation read backwards: where the outputs add up what earlier tokens give, through a state
-that runs forward, the gradient of x adds up what later tokens take, through the gradient of the state, which runs
-backward. So one kernel has a direction: `scan` walks the chunks of one head with its state in registers, and computes
-y from x, or dx from dy. The kernels of the other gradients are in `triton_gradients`.
+The gradient is the same computation in reverse. The outputs add up what earlier tokens give, through a state that runs
+forward; the gradient of x adds up what later tokens take, through the gradient of the state, which runs backward. So
+one kernel serves both directions: `scan` walks the chunks of one head with its state in registers, and computes y from
+x, or dx from dy. The kernels for the other gradients are in `triton_gradients`.
 
-Every sum runs in one order, so results repeat to the bit.
+Every sum has a fixed order, so results repeat to the bit.
 """
 
 import dataclasses
@@ -27,13 +27,13 @@ from orogen.kernels.pallas_triton import both, call, dot, inside, load, store, t
 class Launch:
     """Tile sizes and how to run. A chunk has `width` tokens.
 
-    `scan` takes `step` tokens at once, and a program of it `columns` elements of a head; `near` takes squares of
-    `near_rows` by `near_rows` pairs of tokens, and `far` takes `far_states` of a state's n rows.
+    A program of `scan` takes `columns` elements of a head, `step` tokens at a time; one of `near` takes a square of
+    `near_rows` by `near_rows` pairs of tokens, and one of `far` takes `far_states` of a state's n rows.
 
-    exact: results have float32's digits however strong and weak steps are mixed. Logs of decays are natural and summed
-    in two parts (`in_two`), and their gradients are sums of terms of their own. Otherwise logs are to base 2, both are
-    differences of sums, and `scan` takes dt into the exponents: two products less for each pair of tokens, with errors
-    that bfloat16 operands hide.
+    exact: results are accurate to float32 however strong and weak decays are mixed. Log decays are natural and summed
+    in two parts (`in_two`), and each gradient sums only its own terms. Otherwise logs are to base 2, exponents and
+    gradients are differences of running sums, and `scan` takes dt into the exponents: two multiplications fewer per
+    pair of tokens, with errors that bfloat16 operands hide.
     """
 
     width: int
@@ -52,7 +52,7 @@ class Launch:
 
 
 class ByChunk(NamedTuple):
-    """The operands of the kernels; what is computed once per token lies by chunk.
+    """The operands of the kernels; numbers that are computed once per token are laid out by chunk.
 
     `log_decay` is natural; `runs` counts the segment changes in the chunk so far.
     """
@@ -68,10 +68,10 @@ class ByChunk(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """A direction of `scan`, and which arrays play which part in it.
+    """A direction of `scan`, and the role of each array in it.
 
-    Forward: query C, key B, value x, from the initial state. In reverse: query B, key C, value dy, and the state is the
-    gradient of the forward one, from that of the final state.
+    Forward: query C, key B, value x, starting from the initial state. In reverse: query B, key C, value dy, and the
+    state is the gradient of the forward state, starting from that of the final state.
     """
 
     query_btgn: Array
@@ -84,15 +84,15 @@ class Walk(NamedTuple):
 def scan(
     o: ByChunk, sums_bhcq: Sequence[Array], walk: Walk, *, save: bool, launch: Launch
 ) -> tuple[Array, Array, Array | None]:
-    """Outputs (b, t, h, p), the last state (b, h, p, n) and each chunk's first one (b, h, c, n, p).
+    """Outputs (b, t, h, p), the last state (b, h, p, n) and, if `save`, each chunk's first one (b, h, c, n, p).
 
-    `sums_bhcq` are the parts of the logs of the decay since the chunk's or the segment's start; what decays from a
-    token on does so times its dt. Both directions add the skip, D times the value. States are float32 in registers, and
-    `save`d in the dtype of the values, which is how matrix products read them.
+    `sums_bhcq` are the parts of the log decay since the chunk's or the segment's start. A token's dt scales what it
+    writes (forward) or reads (in reverse). Both directions add the skip, D times the value. States are float32 in
+    registers, and saved in the dtype of the values, in which matrix products read them.
 
-    Tiling: the grid is (heads, blocks of `columns` of a head's elements, rows). A program walks over its row in steps
-    of `step` tokens and holds the state's columns in registers; per step, it multiplies query by state, query by key,
-    and those scores by the values.
+    Tiling: the grid is (heads, blocks of `columns` of a head's elements, batch). A program walks over its row of the
+    batch in steps of `step` tokens and holds the state's columns in registers; per step, it multiplies query by state,
+    query by key, and those scores by the values.
     """
     (query_btgn, key_btgn, value_bthp, start_bhpn, reverse), dt_bhcq = walk, o.dt_bhcq
     batch, time, heads, head_size = value_bthp.shape
@@ -132,7 +132,7 @@ def _scan_kernel(
     query_ref, key_ref, value_ref, sums_refs, steps_ref, runs_ref, start_ref, skip_ref, out_ref, end_ref, *saved_refs,
     width, step, time, head_size, state, exact, reverse,
 ):  # fmt: skip
-    """Walks in steps of a part of a chunk: decays are differences of the chunk's sums."""
+    """Walks in steps of part of a chunk; decays are differences of the chunk's sums."""
     steps, parts = steps_ref.shape[0] // step, width // step
     columns, padded_state = start_ref.shape
     positions = jnp.arange(step)
@@ -145,7 +145,7 @@ def _scan_kernel(
         i = steps - 1 - i if reverse else i
         c = lax.div(i, parts)
         part = i - c * parts
-        # The state at hand is the one that enters the chunk, or in reverse the one that leaves it.
+        # At the edge, the current state is the one that enters the chunk or, in reverse, the one that leaves it.
         at_edge = part == (parts - 1 if reverse else 0)
         edge_n = jnp.broadcast_to(at_edge, (padded_state,))
         edge_n = edge_n if in_state is None else edge_n & in_state
@@ -159,7 +159,7 @@ def _scan_kernel(
         *base, base_run = (jnp.where(part == 0, 0.0, ref[before]) for ref in (*sums_refs, runs_ref))
         *last, last_run = (ref[i * step + step - 1] for ref in (*sums_refs, runs_ref))
         whole = jnp.where(last_run == base_run, decay(between(last, base), exact), 0.0)
-        # What decays from a token on does so times its dt: forward what it writes, in reverse what it reads.
+        # A token's dt scales what it writes (forward) or reads (in reverse); if not exact, it is in the exponents.
         given_q = sums_q if exact else [steps_q]
         to_q = decay_where(runs_q == base_run, between(sums_q, base), exact)
         from_q = decay_where(runs_q == last_run, between(last, given_q), exact)
@@ -185,13 +185,13 @@ def _scan_kernel(
 
 
 def total(parts: Sequence[Array]) -> Array:
-    """The number whose parts these are."""
+    """The sum of a number's parts."""
     first, *others = parts
     return sum(others, first)
 
 
 def between(end: Sequence[Array], start: Sequence[Array]) -> Array:
-    """The log of the decay from `start` to `end`, which are sums in parts.
+    """The log decay from `start` to `end`, which are sums in parts.
 
     The parts are subtracted before they are added: the difference of the coarse ones is exact.
     """

@@ -44,12 +44,12 @@ def ssm_update(
 
         S' = exp(dt a) S + dt x (outer) B        y = S' C + D x
 
-    Letters and signs are those of `ssd`. Decay, update and sums are float32. Rows where `active_b` (bool; None: all) is
-    False keep their state to the bit and give zeros. A float32 state is stored as it is; a float16 one is rounded at
-    random (`kernels.stochastic`), which needs `seeds_b2`: two uint32 words per row that differ from token to token and
-    from layer to layer, and that together with an element's place in the row fix its rounding. y is that of the state
-    before it is rounded.
-    `triton` reads and writes the state once, in place if its caller donates it; it needs an NVIDIA GPU.
+    Letters and signs are those of `ssd`. Decay, update and sums are float32. Sequences where `active_b` (bool; None:
+    all) is False keep their state to the bit and give zeros. A float32 state is stored as it is; a float16 one is
+    rounded at random (`kernels.stochastic`), which needs `seeds_b2`: two uint32 words per sequence, different for every
+    token and layer, which together with an element's index in the state determine its rounding. y is computed from the
+    state before rounding.
+    `triton` reads and writes the state once, in place if the caller donates it; it needs an NVIDIA GPU.
 
     Raises ValueError if shapes, dtypes and seeds disagree, heads are not a multiple of groups, or the name is unknown
     or cannot run here. Source: arXiv:2405.21060, section 2.
@@ -103,7 +103,7 @@ def selective_update(
 
 
 def _check_ssm(o: Operands) -> None:
-    """Raises ValueError that names the first operand that does not fit x and B."""
+    """Raises ValueError naming the first operand that does not fit x and B."""
     if o.x_bhp.ndim != 3 or o.b_bgn.ndim != 3:
         raise ValueError(f"x {o.x_bhp.shape}, B {o.b_bgn.shape}: expected (b, h, p) and (b, g, n)")
     (batch, heads, head_size), (groups, state) = o.x_bhp.shape, o.b_bgn.shape[1:]

@@ -10,7 +10,7 @@ from jax import Array
 
 class Operands(NamedTuple):
     """See `ssm_update`; their shapes agree. a, dt and the skip are float32, `active_b` is bool; the seeds are uint32,
-    None with a float32 state."""
+    or None for a float32 state."""
 
     state_bhpn: Array
     x_bhp: Array

@@ -1,4 +1,4 @@
-"""One step of each recurrence as its formula reads: slow on a GPU, and what the fast versions must equal.
+"""One step of each recurrence, straight from its formula: slow on a GPU; the fast versions must match it.
 
 Axes: b batch, h heads, p head size, g groups, n state, i channels.
 """
@@ -34,14 +34,14 @@ def selective_update_reference(o: SelectiveOperands) -> tuple[Array, Array]:
 
 
 def _where_active(o: Operands | SelectiveOperands, y_b: Array, state_b: Array, old_b: Array) -> tuple[Array, Array]:
-    """Outputs and state in its own type, zeros and the old state in inactive rows."""
+    """The outputs and the state in its stored dtype; zeros and the old state for inactive sequences."""
     of_row = lambda a: o.active_b.reshape(-1, *[1] * (a.ndim - 1))  # noqa: E731
     stored_b = rounded(state_b, o.seeds_b2)
     return jnp.where(of_row(y_b), y_b, 0), jnp.where(of_row(old_b), stored_b, old_b)
 
 
 def rounded(state_b: Array, seeds_b2: Array | None) -> Array:
-    """The state as it is without seeds, else rounded to float16 at random."""
+    """The state, rounded to float16 at random if there are seeds."""
     if seeds_b2 is None:
         return state_b
     element = jnp.arange(math.prod(state_b.shape[1:]), dtype=jnp.int32).reshape(state_b.shape[1:])

@@ -2,10 +2,10 @@
 
 Axes: b batch, h heads, p head size, g groups, n state, i channels (of a head, or all of Mamba-1's).
 
-Tiling: the grid is (blocks of channels, heads, rows); Mamba-1 has one head of all channels. A program holds ELEMENTS
-numbers of a state, or a whole row of n if that is more: enough to keep 16-byte loads in flight in every thread, and
-little enough that a single row of 64 heads gives every multiprocessor of an H100 something to do. Programs of inactive
-rows read and write no state.
+Tiling: the grid is (blocks of channels, heads, batch); Mamba-1 has one head of all channels. A program holds ELEMENTS
+numbers of a state, or the n numbers of one channel if that is more: enough to keep 16-byte loads in flight in every
+thread, and few enough that a single sequence with 64 heads occupies every multiprocessor of an H100. Programs of
+inactive sequences neither read nor write the state.
 """
 
 import functools
@@ -19,12 +19,12 @@ from orogen.kernels.pallas_triton import both, call, inside, load, require_gpu, 
 from orogen.kernels.state_update.operands import Operands, SelectiveOperands
 from orogen.kernels.stochastic import random_bits, to_float16
 
-ELEMENTS = 2048  # of a program's part of the state
+ELEMENTS = 2048  # of the state per program
 WARPS = 4
 
 
 class Sizes(NamedTuple):
-    """Of a head's state, and how many channels a program takes."""
+    """Channels and state size of a head, and how many channels a program takes (`block`)."""
 
     channels: int
     state: int
@@ -104,7 +104,7 @@ def _kernel(*refs, names: tuple[str, ...], sizes: Sizes):
     channel_i = pl.program_id(0) * channels + jnp.arange(channels)
     in_i = inside(channel_i, sizes.channels, channels)
     in_n = inside(jnp.arange(wide), sizes.state, wide)
-    # Here and not where a condition holds: the interpreter knows no programs there.
+    # Outside `pl.when`, because the interpreter does not know the program's index inside.
     first_of_head = pl.program_id(1) * sizes.channels
     active = ref["active"][...] != 0
 
@@ -122,8 +122,8 @@ def _kernel(*refs, names: tuple[str, ...], sizes: Sizes):
         state_in = jnp.exp(of_dt * a) * state_in + (dt * x_i)[:, None] * b_n[None, :]
         store(ref["y"], jnp.sum(state_in * c_n[None, :], axis=1) + skip_i, in_i)
         if "seed0" in ref:
-            place_in = (first_of_head + channel_i)[:, None] * sizes.state + jnp.arange(wide)
-            state_in = to_float16(state_in, random_bits((ref["seed0"][...], ref["seed1"][...]), place_in))
+            element_in = (first_of_head + channel_i)[:, None] * sizes.state + jnp.arange(wide)
+            state_in = to_float16(state_in, random_bits((ref["seed0"][...], ref["seed1"][...]), element_in))
         store(ref["new_state"], state_in, both(in_i, in_n))
 
     @pl.when(~active)
