@@ -1,1 +1,1 @@
-"""The only place a parameter is made: each is born with its logical axis names."""
+"""Building blocks of layers. Every parameter is created by `layers.parameter`, with its logical axis names."""

@@ -8,8 +8,9 @@ from jax import Array, lax
 
 
 class Documents(NamedTuple):
-    """segments_bt: the document of each token, int32, 0 for padding, as `numbered`: no two documents of a row share an
-    id, so that a rank with a part of the row can tell them apart; positions_bt: its position there, int32, from 0."""
+    """segments_bt: each token's document, int32, 0 for padding, as `numbered` gives it: no two documents of a row share
+    an id, so a rank that holds part of the row can tell them apart. positions_bt: the token's position in its document,
+    int32, from 0."""
 
     segments_bt: Array
     positions_bt: Array
@@ -26,8 +27,8 @@ def documents(segments_bt: Array) -> Documents:
 
 
 def numbered(segments_bt: Any) -> Any:
-    """int32 ids 1, 2, … of the runs of equal segments along whole rows, 0 for padding: an id that recurs later in
-    its row is another document. A numpy array if `segments_bt` is one."""
+    """int32 ids 1, 2, … of the runs of equal segments along whole rows, 0 for padding: a segment id that recurs later
+    in its row is another document. A numpy array if `segments_bt` is one."""
     xp: Any = np if isinstance(segments_bt, np.ndarray) else jnp
     first_bt = xp.diff(segments_bt, axis=1, prepend=xp.zeros_like(segments_bt[:, :1])) != 0
     count_bt = xp.cumsum(first_bt & (segments_bt != 0), axis=1, dtype=xp.int32)

@@ -1,4 +1,4 @@
-"""Token embedding and output head, split over the vocabulary.
+"""Token embedding and output head, sharded over the vocabulary.
 
 Letters: b batch, t time, d model, v vocabulary, p positions.
 """

@@ -1,6 +1,6 @@
-"""The doors by which every weight is read for a product: `linear` matrices, `grouped` ones of experts, and the `head`.
+"""The functions that read every weight for a product: `linear` for matrices, `grouped` for experts, and `head_matrix`.
 
-The recipe of the layer at hand (`Plan.recipe`) names the formats. Products that no recipe changes have doors of their
+The current layer's recipe (`Plan.recipe`) names the formats. Products that no recipe changes have functions of their
 own.
 
 Letters: b batch, t time, n tokens (b · t), d width in, f width out, e experts, r rows sorted by expert, v vocabulary.
@@ -19,7 +19,7 @@ from orogen.parallel.plan import Plan
 from orogen.parallel.varying import vary_like
 from orogen.precision.fp8 import fp8_matmul
 
-# Formats, and the product of rows with the matrix of their expert in them.
+# For each choice of formats, the product of rows with their expert's matrix.
 GROUPED = {IN_PLAIN: grouped_matmul}
 
 
@@ -29,7 +29,7 @@ def linear(x_btd: Array, weight: nnx.Param, plan: Plan) -> Array:
 
 
 def linears(x_btd: Array, weights: Sequence[nnx.Param], plan: Plan) -> tuple[Array, ...]:
-    """x w for each of several weights that a model could equally hold as one: FP8 gives them one scale."""
+    """x w for each of several weights that a model could equally store as one: FP8 gives them a common scale."""
     formats, weights_df = plan.recipe.linear, [plan.weight(w) for w in weights]
     if formats == IN_PLAIN:
         return tuple(multiply(x_btd, w_df) for w_df in weights_df)
@@ -40,8 +40,8 @@ def linears(x_btd: Array, weights: Sequence[nnx.Param], plan: Plan) -> tuple[Arr
 
 
 def linear_plain(x_btd: Array, weight: nnx.Param, plan: Plan) -> Array:
-    """x w in the dtype of computation, whatever the recipe: for results too narrow to gain by another format, and for
-    those that decays are exponentials of."""
+    """x w in the compute dtype, whatever the recipe: for results that are too narrow to gain from another format, or
+    that are exponentiated into decays."""
     return multiply(x_btd, plan.weight(weight))
 
 
@@ -57,22 +57,23 @@ def grouped(x_rd: Array, weight: nnx.Param, group_sizes: Array | int, plan: Plan
 
 
 def head_matrix(embedding: nnx.Param, head: nnx.Param | None, plan: Plan) -> Array:
-    """The head (d, v of this rank) for the product that the cross-entropy computes, or without one the embedding's rows
-    (v, d) as columns. In the dtype of computation, the one format that recipes have for it."""
+    """The head (d, v of this rank) for the product in the cross-entropy; without a head, the transposed embedding. In
+    the compute dtype, the only format that recipes have for it."""
     return plan.weight(embedding).T if head is None else plan.weight(head)
 
 
 def multiply(x_btd: Array, w_df: Array) -> Array:
-    """x w in the dtype of computation, with all axes of x but the last taken as one.
+    """x w in the compute dtype, with all axes of x but the last flattened into one.
 
     Otherwise the weight's gradient sums over two axes, for which XLA:CPU first transposes the whole cotangent, one
     element at a time: a layer's backward pass then takes three times as long (jax 0.10.1).
     """
-    # One type for both inside shard_map: the transpose of this line sums gradients over what only one varies over.
+    # One varying type inside shard_map: the transpose of this line sums gradients over the axes that only one varies
+    # over.
     return _multiply(*vary_like((x_btd, w_df), (x_btd, w_df)))
 
 
-# The gradient is written out, so that several products with one x keep x itself and not one flat copy each.
+# The gradient is written by hand, so that several products with one x save x itself instead of a flat copy each.
 
 
 @jax.custom_vjp
@@ -94,7 +95,7 @@ _multiply.defvjp(_forward, _backward)
 
 
 def multiply_float32(x_btd: Array, w_df: Array) -> Array:
-    """x w (b, t, f) in float32, for weights in float32. A float32 x is multiplied as usual, on a GPU at TF32.
+    """x w (b, t, f) in float32, for weights in float32. A float32 x is multiplied as usual, on a GPU in TF32.
 
     A bfloat16 x stays as it is, and each weight becomes the sum of three bfloat16 numbers, whose products tensor cores
     compute and sum in float32; what is not finite becomes NaN. Float32 operands would be rounded to TF32's 10 bits,
@@ -131,7 +132,7 @@ def _parts(x: Array) -> list[Array]:
     """Three bfloat16 arrays whose sum is `x`, float32, the largest first."""
     parts = []
     for _ in range(3):
-        # Not by a conversion there and back, which XLA may drop.
+        # Not by converting to bfloat16 and back, which XLA may elide.
         part = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
         parts.append(part.astype(jnp.bfloat16))
         x = x - part
@@ -149,5 +150,5 @@ def _flat(x_btd: Array) -> Array:
 
 
 def add_bias(x_btf: Array, bias: nnx.Param | None) -> Array:
-    """x + bias in x's dtype; x itself without one."""
+    """x + bias in x's dtype; x itself if there is no bias."""
     return x_btf if bias is None else x_btf + bias[...].astype(x_btf.dtype)

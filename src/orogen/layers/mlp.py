@@ -53,9 +53,9 @@ def activate(up: Array, gate: Array | None, *, name: str, limit: float | None = 
 
 
 class MLP(nnx.Module):
-    """down(activate(up x, gate x)); hidden columns are split over `mlp`, and their biases with them.
+    """down(activate(up x, gate x)); hidden columns and their biases are sharded over `mlp`.
 
-    prefix: of the names that policies of recomputation use for its intermediates.
+    prefix: starts the checkpoint names of its intermediates, which remat policies use.
     """
 
     def __init__(self, config: ModelConfig, hidden: int, *, bias: bool, rngs: nnx.Rngs, prefix: str = ""):
@@ -69,7 +69,7 @@ class MLP(nnx.Module):
         self.down_bias = parameter(jnp.zeros(size), ("norm",)) if bias else None
 
     def __call__(self, x_btd: Array, docs: Documents, plan: Plan, given: None = None) -> tuple[Array, None]:
-        """`transform` as a mixer of the stack, which keeps nothing."""
+        """`transform` with the signature of a mixer; it keeps nothing."""
         return self.transform(x_btd, plan), None
 
     def start(self, room: Any, dtype: Any) -> None:
@@ -90,5 +90,5 @@ class MLP(nnx.Module):
         gate_btf = gates_btf[0] if gates_btf else None
         hidden_btf = activate(up_btf, gate_btf, name=self.activation, limit=self.limit)
         hidden_btf = checkpoint_name(hidden_btf, f"{self.prefix}activation")
-        # The ranks' parts of the product are summed first, so that the bias counts once.
+        # The ranks' partial products are summed first, so that the bias is added once.
         return add_bias(plan.leave(linear(hidden_btf, self.down, plan)), self.down_bias)

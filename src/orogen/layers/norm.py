@@ -58,7 +58,7 @@ class LayerNorm(nnx.Module):
 
 
 class LayerNorm1P(nnx.Module):
-    """LayerNorm whose weight is stored less one, and starts at 0: Megatron's zero-centred gamma."""
+    """LayerNorm that stores its weight minus one, initialised to 0: Megatron's zero-centred gamma."""
 
     def __init__(self, size: int, epsilon: float):
         self.weight, self.bias = (parameter(jnp.zeros(size), ("norm",)) for _ in range(2))
@@ -73,7 +73,7 @@ Norm = RMSNorm | RMSNormCastFirst | LayerNorm | LayerNorm1P
 
 
 def make_norm(config: ModelConfig, size: int | None = None, *, epsilon: float | None = None) -> Norm:
-    """The norm that `config.norm` names, over `size` channels (None: the residual stream's), with `epsilon` (None: the
+    """The norm named by `config.norm`, over `size` channels (None: the residual stream's), with `epsilon` (None: the
     config's)."""
     return NORMS[config.norm](size or config.hidden_size, config.layer_norm_epsilon if epsilon is None else epsilon)
 
@@ -89,7 +89,7 @@ def _unit_rms(x_btd: Array, epsilon: float) -> Array:
 
 
 def _standardised(x_btd: Array, epsilon: float) -> Array:
-    """(x - mean) / sqrt(variance + ε), float32. The variance is that of the centred values, without cancellation."""
+    """(x - mean) / sqrt(variance + ε), float32. The variance comes from the centred values, without cancellation."""
     x32_btd = x_btd.astype(jnp.float32)
     centred_btd = x32_btd - jnp.mean(x32_btd, -1, keepdims=True)
     return _scaled(centred_btd, epsilon)
@@ -103,7 +103,7 @@ def _scaled(x_btd: Array, epsilon: float) -> Array:
 
 
 class GroupRMSNorm(nnx.Module):
-    """RMSNorm of x · silu(gate) over each of `n_groups` equal slices of the channels, which are split like Mamba heads.
+    """RMSNorm of x · silu(gate) over each of `n_groups` equal slices of the channels, sharded like Mamba's heads.
 
     A group whose channels lie on several ranks (fewer groups than ranks) sums its squares over those ranks.
     """

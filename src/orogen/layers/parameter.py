@@ -28,5 +28,5 @@ def parameter(value: jax.Array, axes: tuple[str | None, ...], *, float32: bool =
 
 
 def buffer(value: jax.Array, axes: tuple[str | None, ...]) -> nnx.Variable:
-    """State without gradient and weight decay."""
+    """State without gradient or weight decay."""
     return nnx.Variable(value, axes=axes)

@@ -31,8 +31,8 @@ class Rotary:
         half = len(self.frequencies)
         angle_bt1f = positions_bt[..., None, None].astype(jnp.float32) * jnp.array(self.frequencies, jnp.float32)
         cos_bt1f, sin_bt1f = self.magnitude * jnp.cos(angle_bt1f), self.magnitude * jnp.sin(angle_bt1f)
-        turned_bthk, rest_bthk = jnp.split(x_bthk, [2 * half], axis=-1)
-        x32_bthk = turned_bthk.astype(jnp.float32)
+        rotated_bthk, rest_bthk = jnp.split(x_bthk, [2 * half], axis=-1)
+        x32_bthk = rotated_bthk.astype(jnp.float32)
         if self.interleave:
             a_bthf, b_bthf = x32_bthk[..., 0::2], x32_bthk[..., 1::2]
         else:
@@ -53,7 +53,7 @@ def make_rotary(config: ModelConfig, size: int) -> Rotary:
 
 
 def mscale(factor: float, weight: float = 1.0) -> float:
-    """0.1 · weight · ln(factor) + 1: how much YaRN enlarges attention's inputs for `factor` times the context."""
+    """0.1 · weight · ln(factor) + 1: how much YaRN scales up attention's inputs for `factor` times the context."""
     return 0.1 * weight * math.log(factor) + 1
 
 
@@ -66,8 +66,8 @@ def _magnitude(config: ModelConfig) -> float:
 
 
 def _stretched(config: ModelConfig, size: int) -> np.ndarray:
-    """How far each frequency is divided by the factor: 0 for those that rotate more than beta_fast times within the
-    original context, 1 below beta_slow times, linear in f between (YaRN, section 3.2)."""
+    """How much of each frequency is divided by the factor: 0 for those that rotate more than beta_fast times within the
+    original context, 1 for less than beta_slow times, linear in f in between (YaRN, section 3.2)."""
 
     def index(turns: float) -> float:  # the f whose frequency rotates that often
         wavelengths = config.yarn_original_positions / (turns * 2 * math.pi)
@@ -76,6 +76,6 @@ def _stretched(config: ModelConfig, size: int) -> np.ndarray:
     low, high = index(config.yarn_beta_fast), index(config.yarn_beta_slow)
     if config.yarn_truncate:
         low, high = math.floor(low), math.ceil(high)
-    # The bounds of transformers: `high` may pass the last frequency, and equal ends are a step.
+    # The bounds of transformers: `high` may exceed the last frequency, and equal bounds make a step.
     low, high = max(low, 0), min(high, size - 1)
     return np.clip((np.arange(size // 2) - low) / (high - low or 0.001), 0, 1)
