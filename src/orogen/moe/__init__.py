@@ -1,22 +1,22 @@
 """Routed experts: router, dispatch, experts, and the layer that joins them.
 
 **Capacity is per source rank**, so what is dropped depends on the plan. `PlanConfig.capacity_factor` bounds what an
-expert takes from one rank, `drop_policy` says which assignments stay, and what is dropped is counted in the metrics.
+expert takes from one rank, `drop_policy` says which assignments stay, and the metrics count what is dropped.
 `buffer_factor` bounds the buffers of the ragged dispatch; a step that does not fit is reported and changes nothing.
 Evaluation and sampling drop nothing, whatever capacity a run trains with.
 
-**The balance loss is per row of the batch**, as in Megatron, so it alone of all losses depends on how documents are
-packed into rows. `ModelConfig.router_balance = 'global'` takes it over the global batch instead (Megatron's
-`global_aux_loss`, but exact): the loss of a microbatch needs the choices of all, so with several of them a forward pass
-counts these first, a third more work.
+**The balance loss is per row of the batch**, as in Megatron, so it is the only loss that depends on how documents are
+packed into rows. `ModelConfig.router_balance = 'global'` computes it over the global batch instead (Megatron's
+`global_aux_loss`, but exact). The loss of a microbatch then needs the choices of all microbatches, so if there are
+several, an extra forward pass counts these first: a third more work.
 
-**The router multiplies in float32, by three bfloat16 parts of its gate** where the model computes in bfloat16: a GPU
-takes float32 operands at 10 bits of fraction (TF32), after a copy of the input in float32.
+**The router multiplies in float32.** Where the model computes in bfloat16, the router's gate is split into three
+bfloat16 parts: a GPU would round float32 operands to 10 bits of fraction (TF32), after copying the input to float32.
 
-**Add a dispatch.** A dispatch is a name of `PlanConfig.dispatch`. Write a class with `dispatch` and `combine` as the
-docstring of `orogen.moe.dispatch` states them; its `Ticket` carries from the one to the other whatever it needs. Then
-give the name a row in `DISPATCHES` there, in `DISPATCHES` of `config/plan.py` and in `DISPATCH_COLLECTIVES`
-(`cost/collectives.py`), which counts what it sends; in `BUFFERED` there too, if its ticket counts overflow.
-`tests/moe/test_dispatch.py` holds every dispatch against `orogen.moe.reference`, and adds one in this way; `orogen
-verify` holds a plan with it against one device.
+**Add a dispatch.** A dispatch is a value of `PlanConfig.dispatch`. Write a class with `dispatch` and `combine` as the
+docstring of `orogen.moe.dispatch` specifies them; its `Ticket` carries whatever `combine` needs. Then add the name to
+`DISPATCHES` there, to `DISPATCHES` in `config/plan.py` and to `DISPATCH_COLLECTIVES` (`cost/collectives.py`), which
+counts what it sends; also to `BUFFERED` there, if its ticket counts overflow. `tests/moe/test_dispatch.py` compares
+every dispatch with `orogen.moe.reference`, and adds one in this way; `orogen verify` compares a plan that uses it with
+one device.
 """

@@ -1,15 +1,15 @@
 """Moves tokens to the ranks that hold their experts, and the experts' outputs back.
 
-One contract, chosen by name, all inside the plan's shard_map:
+The dispatches are chosen by name and run inside the plan's shard_map. They share one contract:
 `dispatch(x_nd, idx_nk, keep_nk, plan, n_experts=, capacity=) -> rows, group_sizes, ticket` and
-`combine(rows, w_nk, ticket, plan) -> y_nd`. Assignments that `keep_nk` rules out reach no expert and add nothing; the
-caller, who rules them out, counts them.
+`combine(rows, w_nk, ticket, plan) -> y_nd`. Assignments that `keep_nk` masks out reach no expert and add nothing; the
+caller, which makes the mask, counts them.
 
-Ranks of expert_tensor split each expert's hidden units: the rows of all of them pass through each rank's share, and the
-partial outputs are summed and scattered back.
+The ranks of expert_tensor split each expert's hidden units: every rank passes the rows of all of them through its share
+of the units, and the partial outputs are reduce-scattered.
 
 Letters: n tokens of this rank, m tokens of all ranks that hold the experts, d width, k experts per token, e experts,
-r rows, c capacity.
+r rows, which are copies of tokens, c capacity.
 """
 
 import math
@@ -25,8 +25,8 @@ from orogen.parallel.plan import Plan
 from orogen.parallel.ragged import Runs
 from orogen.parallel.varying import vary_like
 
-# Up to so many assignments are sorted by comparing all pairs: two kernels instead of ten, which in decoding take longer
-# than what they compute.
+# Up to this many assignments are sorted by comparing all pairs: two kernels instead of ten, whose launches take longer
+# than their work in decoding.
 FEW = 1024
 
 
@@ -46,8 +46,8 @@ def expert_capacity(tokens: int, k: int, n_experts: int, factor: float | None) -
 
 
 def within_capacity(idx_nk: Array, w_nk: Array, valid_n: Array, *, n_experts: int, capacity: int, policy: str) -> Array:
-    """Which assignments (n, k) an expert has room for. Of its valid ones it takes the first `capacity` in token order
-    (policy position), or those with the largest weights, the first among equals (probs)."""
+    """Mask (n, k) of the assignments that an expert has room for: the first `capacity` of its valid ones in token order
+    (policy position), or those with the largest weights, with ties to the first (probs)."""
     if capacity >= idx_nk.shape[0]:
         return jnp.broadcast_to(valid_n[:, None], idx_nk.shape)
     first_nk = -lax.stop_gradient(w_nk) if policy == "probs" else None
@@ -57,9 +57,9 @@ def within_capacity(idx_nk: Array, w_nk: Array, valid_n: Array, *, n_experts: in
 def drop_margin(
     idx_nk: Array, w_nk: Array, keep_nk: Array, replayed_nk: Array, *, n_experts: int, policy: str
 ) -> Array:
-    """(n,) by what margin a token's assignments are kept that a replay drops, or the other way round: the largest
-    weight that an expert has of the first kind, less the smallest of the second. 0 where both agree; infinite where
-    only one kind exists, and under the policy position, which compares no weights."""
+    """(n,) the margin of the assignments of a token that are kept here but dropped in a replay, or the other way round:
+    the largest weight of the first kind at their expert, minus the smallest of the second. 0 where both agree; infinite
+    if an expert has only one kind, and under the policy position, which compares no weights."""
     lost_nk, gained_nk = keep_nk & ~replayed_nk, replayed_nk & ~keep_nk
     expert_nke = idx_nk[..., None] == jnp.arange(n_experts)
     of = lambda mask_nk, fill: jnp.where(mask_nk[..., None] & expert_nke, w_nk[..., None], fill)  # noqa: E731
@@ -70,8 +70,8 @@ def drop_margin(
 
 
 def _rank_in_expert(idx_nk: Array, kept_nk: Array, n_experts: int, first_nk: Array | None = None) -> Array:
-    """Place of each kept assignment in its expert's queue, in token order or by ascending `first_nk`; the number of
-    assignments if not kept."""
+    """The position of each kept assignment in its expert's queue, in token order or by ascending `first_nk`; the number
+    of assignments if not kept."""
     flat = jnp.where(kept_nk, idx_nk, n_experts).reshape(-1)
     queue = jnp.arange(flat.size) if first_nk is None else jnp.argsort(first_nk.reshape(-1), stable=True)
     order = queue[jnp.argsort(flat[queue], stable=True)]
@@ -103,7 +103,7 @@ def _with_inverse(slots_nk: Array, n_rows: int) -> tuple[Array, Array]:
 
 
 def _places(flat: Array) -> Array:
-    """int32 place of each number among all, sorted; of equal ones the first comes first."""
+    """int32 position of each number after a stable sort of all."""
     if flat.size <= FEW:
         index = jnp.arange(flat.size)
         before = (flat < flat[:, None]) | ((flat == flat[:, None]) & (index < index[:, None]))
@@ -113,12 +113,12 @@ def _places(flat: Array) -> Array:
 
 
 def _routing(tree: Any) -> Any:
-    """`tree`, under the name by which policies of recomputation know routing."""
+    """`tree` under the checkpoint name by which remat policies know routing."""
     return jax.tree.map(lambda a: checkpoint_name(a, "routing"), tree)
 
 
 class AllGather:
-    """Every rank of the expert axis sees the tokens of all its ranks and keeps those of its own experts, by expert."""
+    """Every rank gathers the tokens of all expert ranks and keeps those of its own experts, sorted by expert."""
 
     @staticmethod
     def dispatch(x_nd: Array, idx_nk: Array, keep_nk: Array, plan: Plan, *, n_experts: int, capacity: int):
@@ -137,14 +137,14 @@ class AllGather:
 
     @staticmethod
     def combine(rows_rd: Array, w_nk: Array, ticket: Ticket, plan: Plan) -> Array:
-        """y (n, d): each rank adds up its experts' rows for all tokens, and the ranks' sums are scattered back."""
+        """y (n, d): each rank adds up its experts' rows for all tokens, and the ranks' sums are reduce-scattered."""
         w_mk = plan.gather(w_nk, "expert_ranks", dim=0)
         y_md = _sum(rows_rd, w_mk, ticket, plan)
         return plan.scatter(y_md, "expert_ranks", dim=0)
 
 
 class AllToAll:
-    """Each rank sends `capacity` rows to every expert, filled or not (padded to capacity), and gets as many back."""
+    """Each rank sends `capacity` rows to every expert, padded if fewer are filled, and gets as many back."""
 
     @staticmethod
     def dispatch(x_nd: Array, idx_nk: Array, keep_nk: Array, plan: Plan, *, n_experts: int, capacity: int):
@@ -170,7 +170,7 @@ class AllToAll:
 
 
 class Ragged:
-    """Each rank sends every rank the rows of that rank's experts, as many as there are.
+    """Each rank sends every rank the rows for its experts, as many as there are, without padding.
 
     A receiver has room for `rows_of_rank` rows. Rows beyond that, in the order of senders, are not sent but counted as
     overflow.
@@ -234,9 +234,9 @@ def _runs(counts_re: Array, local: int, room: int, plan: Plan) -> tuple[Runs, Ar
 
 
 def _by_expert(counts_tre: Array, room: int) -> Array:
-    """The row of the buffers for each row in the order of experts; past the end if there is none.
+    """For each row in the order of experts, its row in the buffers; past the end if there is none.
 
-    Each of t buffers of `room` rows holds runs by sender and, inside, by expert.
+    Each of the t buffers of `room` rows is ordered by sender, then by expert.
     """
     buffers = len(counts_tre)
     counts_tx = counts_tre.reshape(buffers, -1)

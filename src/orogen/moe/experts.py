@@ -32,7 +32,7 @@ class Experts(nnx.Module):
         self.down_bias = vector(width, "norm") if bias else None
 
     def __call__(self, rows_rw: Array, group_sizes: Array | int, plan: Plan) -> Array:
-        """(r, w). group_sizes: rows of each expert of this rank, one int if all have the same number."""
+        """(r, w). group_sizes: rows per expert of this rank; an int if all have the same number."""
 
         def project(x_rw: Array, weight: nnx.Param, bias: nnx.Param | None, *, counts: Array | bool = True) -> Array:
             y_rf = grouped(x_rw, weight, group_sizes, plan)
@@ -49,5 +49,5 @@ class Experts(nnx.Module):
             gate_rf = checkpoint_name(project(rows_rw, self.gate, self.gate_bias), "expert_up")
         hidden_rf = activate(up_rf, gate_rf, name=self.activation, limit=self.limit)
         hidden_rf = checkpoint_name(hidden_rf, "expert_activation")
-        # Of the ranks that split an expert's hidden units each adds its part of the sum, and one adds the bias.
+        # Every rank that shares an expert's hidden units adds a partial sum, and only one of them adds the bias.
         return project(hidden_rf, self.down, self.down_bias, counts=plan.index("expert_tensor") == 0)

@@ -35,8 +35,8 @@ class Replay(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What replays each token's choice; and the margin (b, t) of its own one and whether what was replayed differed
-    (b, t): in the experts (see Routing), or in what is dropped of them (see `drop_margin`)."""
+    """What replays each token's choice; the margin (b, t) of the layer's own choice; and whether (b, t) a replayed
+    choice differed from it, in the experts (see Routing) or in which of them were dropped (see `drop_margin`)."""
 
     replay: Replay
     margin: Array
@@ -44,9 +44,9 @@ class Choice(NamedTuple):
 
 
 class MoEStats(NamedTuple):
-    """What one layer reports, as this rank's sums: assignments by expert (before any drop), assignments dropped beyond
-    capacity, assignments lost for lack of room in a buffer (with any, the step is not to be used), the router's losses,
-    and each token's choice."""
+    """One layer's report, summed over this rank: assignments per expert (before any drop), assignments dropped beyond
+    capacity, assignments lost to a full buffer (if any, the step must not be used), the router's losses, and each
+    token's choice."""
 
     load: Array
     dropped: Array
@@ -58,8 +58,8 @@ class MoEStats(NamedTuple):
 class MoE(nnx.Module):
     """Σ_j w_j · expert_j(x) + shared(x); with a latent size, experts work between two projections (LatentMoE).
 
-    Gate and shared expert read the full width (arXiv:2512.20856, section 2.2). With a gate of its own, the shared
-    expert's answer is multiplied by sigmoid(x · shared_gate) (arXiv:2407.10671).
+    Gate and shared expert read the full width (arXiv:2512.20856, section 2.2). If the shared expert has a gate of its
+    own, its output is multiplied by sigmoid(x · shared_gate) (arXiv:2407.10671).
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
@@ -80,7 +80,8 @@ class MoE(nnx.Module):
     def __call__(
         self, x_btd: Array, docs: Documents, plan: Plan, given: Replay | None = None
     ) -> tuple[Array, MoEStats]:
-        """y (b, t, d) and statistics. docs: of the whole context rank; given: routing in place of the layer's own."""
+        """y (b, t, d) and statistics. docs: those of the whole context rank; given: routing to use instead of the
+        layer's own."""
         y_btd, stats = self._routed(plan.deal(x_btd), plan.deal(plan.own(docs.segments_bt)) != 0, plan, given)
         y_btd = plan.collect(y_btd)
         if self.shared is not None:
@@ -132,7 +133,8 @@ class MoE(nnx.Module):
     def _account(
         self, logits_bte: Array, routing: Routing, valid_bt: Array, plan: Plan, replay: Replay | None
     ) -> tuple[MoEStats, int]:
-        """Statistics, the assignments that have room, and an expert's capacity per source rank."""
+        """The statistics, including which assignments have room, and an expert's capacity for this device's tokens: its
+        capacity per source rank, times the source ranks that this device stands for."""
         k = routing.experts.shape[-1]
         sources = math.prod(plan.sources)
         by_source = lambda a: _split(a, *plan.sources)  # noqa: E731
@@ -144,7 +146,7 @@ class MoE(nnx.Module):
             experts, weights, by_source(valid_bt[..., None])[..., 0]
         )
         keep_btk = _join(keep, routing.experts.shape, *plan.sources)
-        # Padding takes no part: two padded runs may see each other on a rank with a part of the row, and not elsewhere.
+        # Padding does not count: two runs of it may see each other on a rank that holds part of the row, not elsewhere.
         flipped_bt = routing.flipped & valid_bt
         choice = Choice(Replay(routing.experts, keep_btk), routing.margin, flipped_bt)
         if replay is not None:

@@ -1,4 +1,4 @@
-"""A mixture of experts, slow and obvious: every expert answers every token, and the chosen answers are added up.
+"""A mixture of experts, slow and obvious: every expert processes every token, and the chosen outputs are added up.
 
 Tests compare every dispatch with it, so it shares no code with router, dispatch, experts or layer.
 
@@ -13,8 +13,8 @@ from jax import Array
 
 
 class Weights(NamedTuple):
-    """A layer's weights; those that it does not have are None. bias_e is the correction bias, gate_bias_e a part of
-    the logits; expert_gate_ewf and shared_gate_df gate hidden units, shared_scale_d1 the shared expert's answer."""
+    """A layer's weights, None where the layer has none. bias_e is the correction bias, gate_bias_e is added to the
+    logits; expert_gate_ewf and shared_gate_df gate hidden units, shared_scale_d1 gates the shared expert's output."""
 
     gate_de: Array
     bias_e: Array | None
@@ -35,8 +35,8 @@ class Weights(NamedTuple):
 
 class Options(NamedTuple):
     """Experts per token, and how they are chosen and weighted. capacity: tokens that one expert takes, the first or,
-    with heaviest, those with the largest weights; None takes all.
-    clamp: of gpt-oss's gated form; a gated expert without it is SwiGLU."""
+    with heaviest, those with the largest weights; None: all. clamp: the limit of gpt-oss's gated form; None: a gated
+    expert is SwiGLU."""
 
     k: int
     score: str = "sigmoid"
@@ -58,7 +58,7 @@ class Answer(NamedTuple):
 
 
 def mixture(x_nd: Array, valid_n: Array, weights: Weights, options: Options) -> Answer:
-    """The layer on the tokens of one source rank. Tokens that are not `valid_n` get the shared expert's answer only."""
+    """The layer on the tokens of one source rank. Tokens that are not `valid_n` get only the shared expert's output."""
     logits_ne = x_nd @ weights.gate_de + (0 if weights.gate_bias_e is None else weights.gate_bias_e)
     scores_ne = {"sigmoid": jax.nn.sigmoid, "softmax": softmax, "softmax_topk": jnp.exp}[options.score](logits_ne)
     ranked_ne = (logits_ne if options.score == "softmax_topk" else scores_ne) + (
@@ -68,7 +68,7 @@ def mixture(x_nd: Array, valid_n: Array, weights: Weights, options: Options) -> 
     wanted_ne = chosen_ne & valid_n[:, None]
     share_ne = jnp.where(chosen_ne, scores_ne, 0)
     if options.normalise or options.score == "softmax_topk":
-        # By logarithms, so that a single expert's share, which is 1 whatever its score, has a gradient of 0 to the bit.
+        # In logarithms, so that a single expert's share, which is 1 whatever its score, has a gradient of exactly 0.
         log_ne = jnp.log(jnp.where(chosen_ne, scores_ne, 1))
         share_ne = jnp.where(chosen_ne, jnp.exp(log_ne - jnp.log(share_ne.sum(1, keepdims=True))), 0)
     room = len(x_nd) if options.capacity is None else options.capacity
@@ -76,7 +76,7 @@ def mixture(x_nd: Array, valid_n: Array, weights: Weights, options: Options) -> 
         queued_ne = jnp.where(wanted_ne, jax.lax.stop_gradient(share_ne), -1)
         kept_ne = wanted_ne & jax.vmap(lambda queued_n: largest(queued_n, room), 1, 1)(queued_ne)
     else:
-        place_ne = jnp.cumsum(wanted_ne, 0)  # of a token in the expert's queue, from 1
+        place_ne = jnp.cumsum(wanted_ne, 0)  # a token's position in the expert's queue, from 1
         kept_ne = wanted_ne & (place_ne <= room)
     u_nw = x_nd if weights.latent_down_dw is None else x_nd @ weights.latent_down_dw
     experts = Perceptron(
@@ -95,7 +95,7 @@ def mixture(x_nd: Array, valid_n: Array, weights: Weights, options: Options) -> 
 
 
 def choose(biased_e: Array, options: Options) -> Array:
-    """The experts that one token goes to, by its biased scores."""
+    """Mask of the experts that one token goes to, from its biased scores."""
     groups_ge = biased_e.reshape(options.n_group, -1)
     best_two_g = jnp.where(jax.vmap(lambda e: largest(e, 2))(groups_ge), groups_ge, 0).sum(1)
     allowed_ge = jnp.broadcast_to(largest(best_two_g, options.topk_group)[:, None], groups_ge.shape)
@@ -116,7 +116,7 @@ def softmax(logits_ne: Array) -> Array:
 
 
 class Perceptron(NamedTuple):
-    """The weights of one expert; of several, stacked along a first axis."""
+    """The weights of one expert, or of several, stacked along a first axis."""
 
     up_wf: Array
     down_fw: Array

@@ -24,10 +24,11 @@ EPSILON = 1e-20
 class Routing(NamedTuple):
     """Experts (…, k) int32, their weights (…, k) float32, and all scores (…, e) without bias: sigmoids, or the softmax
     over all experts; the margin (…) by which the last of the top k, or the last group, beat the best one left out
-    (infinite if none was); and whether (…) a replayed choice is not that top k.
+    (infinite if none was); and whether (…) a replayed choice differs from that top k.
 
-    The margin is a difference of biased sigmoids; for softmax_topk of biased logits; for softmax of biased
-    probabilities relative to the last one chosen, nearly a difference of logits, however many experts there are.
+    The margin is a difference of biased sigmoids; for softmax_topk, of biased logits; for softmax, of biased
+    probabilities, relative to the last one chosen. The latter is nearly a difference of logits, however many experts
+    there are.
     """
 
     experts: Array
@@ -77,7 +78,7 @@ def route(
 
 
 def _choose(choice_ne: Array, k: int, n_group: int, topk_group: int) -> tuple[Array, Array]:
-    """The top k (n, k) inside each token's best groups, and the margin (n), the smaller one of experts and groups."""
+    """The top k (n, k) inside each token's best groups, and the margin (n): the smaller of the experts' and groups'."""
     margin_n = jnp.full(choice_ne.shape[:-1], jnp.inf)
     if n_group > 1:
         grouped = choice_ne.reshape(*choice_ne.shape[:-1], n_group, -1)
@@ -98,16 +99,16 @@ def _top(values_ni: Array, k: int) -> tuple[Array, Array]:
 
 
 class Balance(NamedTuple):
-    """What the balance loss over the global batch is computed from, summed over this rank's tokens, by expert (e): the
-    assignments of plain top-k of the scores, and the scores normalised over all experts. Counts have no gradient."""
+    """What the balance loss over the global batch is computed from, summed over this rank's tokens, per expert (e): the
+    assignments by plain top-k of the scores, and the scores normalised over all experts. Counts have no gradient."""
 
     counts: Array
     mass: Array
 
 
 class RouterLosses(NamedTuple):
-    """Sums over the batch, each to be divided by a count: `balance` by sequences, `z` by tokens. Over the global batch
-    `balance` is what `global_balance` takes."""
+    """Sums over the batch, each to be divided by a count: `balance` by sequences, `z` by tokens. If the balance is
+    global, `balance` is the input of `global_balance`."""
 
     balance: Array | Balance
     z: Array
@@ -122,7 +123,7 @@ def router_losses(
     plain top-k of the scores (no bias), and P_i the mean of its score normalised over all experts (for both softmax
     forms the softmax over all of them). A sequence is a row of the batch, as in Megatron. With balance = "global" it
     is the whole batch, and the result is what `global_balance` needs. z = Σ over tokens of logsumexp(logits)².
-    Padding takes no part. Sources: arXiv:2412.19437, eq. 17-20; arXiv:2202.08906, eq. 5.
+    Padding does not count. Sources: arXiv:2412.19437, eq. 17-20; arXiv:2202.08906, eq. 5.
     """
     z = jnp.sum(jnp.square(jax.nn.logsumexp(logits_bte, -1)) * valid_bt)
     valid_bt1 = valid_bt[..., None].astype(jnp.float32)
@@ -139,9 +140,9 @@ def router_losses(
 
 
 def global_balance(counts: Array, mass: Array, tokens: Array, *, k: int) -> Array:
-    """e · Σ_i f_i P_i of each layer, summed over layers, with f and P as in `router_losses` but of all `tokens` of the
-    global batch together. counts (…, e): of the global batch; mass (…, e): of a part of it, such as a microbatch, whose
-    share of the loss this is."""
+    """e · Σ_i f_i P_i of each layer, summed over layers, with f and P as in `router_losses` but over all `tokens` of
+    the global batch. counts (…, e): those of the global batch; mass (…, e): that of a part of it, such as a microbatch,
+    whose share of the loss this is."""
     return counts.shape[-1] * jnp.sum(counts * mass) / (k * tokens**2)
 
 
