@@ -340,5 +340,5 @@ def test_offloading_multiplies_nothing_again():
 
 def test_a_cpu_refuses_to_offload_in_one_line():
     for change in ({"offload": ("input",)}, {"offload_optimizer": True}):
-        with pytest.raises(ConfigError, match="on cpu: it has no memory beside the host's"):
+        with pytest.raises(ConfigError, match="on cpu: it has no memory besides the host's"):
             one_device(config(), **change)

@@ -1,4 +1,4 @@
-"""Logical axes: the names by which arrays are described, and the mesh axes that each is split over."""
+"""Logical axes: the names of arrays' axes, and the mesh axes that each is split over."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,15 +10,15 @@ from jax.sharding import PartitionSpec
 from orogen.parallel.fold import Folding
 
 MeshAxes = tuple[str, ...]
-# Of the residual stream (b, t): which rows and tokens a device holds between layers. And of what holds each token on
-# one rank alone, as routed experts take them.
+# The axes (b, t) of the residual stream, as devices hold it between layers; and those of arrays that hold each token on
+# one rank only, as routed experts take them.
 STREAM, TOKENS = ("stream_rows", "stream_time"), ("token_rows", "token_time")
 # Parameter axes over which fully sharded data parallelism splits; vectors ("norm") stay whole: they are tiny.
 SHARDED = ("embed", "expert_embed")
 
 
 def make_rules(folding: Folding, *, fully_sharded: bool) -> dict[str, MeshAxes]:
-    """Every logical axis name in the code base but STREAM and TOKENS, and where it lives."""
+    """Every logical axis name in the code base, except STREAM and TOKENS, with its mesh axes."""
     axes = folding.logical
     tensor = axes["tensor"]
     return {
@@ -54,7 +54,7 @@ def stream_rules(rules: Mapping[str, MeshAxes], stream: str) -> dict[str, MeshAx
     batch, context, tensor = (rules[axis] for axis in ("batch", "context", "tensor"))
     by_time, by_rows, whole = (batch, context + tensor), (batch + tensor, context), (batch, context)
     held = {"time": by_time, "rows": by_rows, "whole": whole}[stream]
-    # Where every rank holds the whole stream, each still routes tokens of its own.
+    # If every rank holds the whole stream, each still routes only its own tokens.
     alone = by_time if stream == "whole" else held
     return {**rules, **dict(zip(STREAM, held, strict=True)), **dict(zip(TOKENS, alone, strict=True))}
 
@@ -70,8 +70,8 @@ def spec_of(rules: Mapping[str, MeshAxes], axes: tuple[str | None, ...]) -> Part
 
 
 def full_axes(variable: nnx.Variable) -> tuple[str | None, ...]:
-    """The variable's axes, after one per dimension that stacking layers put in front. The first of these is the
-    pipeline's if the variable is marked as `staged`; the others have no name."""
+    """The variable's axes, preceded by one for each dimension that stacking layers put in front. The first of these is
+    `stage` if the variable is marked as `staged`; the others have no name."""
     metadata, ndim = variable.get_metadata(), variable.get_value().ndim
     stacked = (None,) * (ndim - len(metadata["axes"]))
     if metadata.get("staged"):
@@ -80,10 +80,11 @@ def full_axes(variable: nnx.Variable) -> tuple[str | None, ...]:
 
 
 def map_variables(on_variable: Callable, tree: Any, otherwise: Callable | None = None) -> Any:
-    """`tree` with the function of each variable in its place. Other leaves stay, or become what `otherwise` gives."""
+    """`tree` with the value of each variable replaced by `on_variable(variable)`. Other leaves stay, or become
+    `otherwise(leaf)`."""
 
     def visit(leaf: Any) -> Any:
-        if isinstance(leaf, nnx.Variable):  # optax leaves Variables around nothing for parameters it masks
+        if isinstance(leaf, nnx.Variable):  # optax leaves an empty Variable for a masked parameter
             return leaf.replace(on_variable(leaf)) if jax.tree.leaves(leaf) else leaf
         return otherwise(leaf) if otherwise else leaf
 

@@ -1,4 +1,4 @@
-"""How much memory is still available: on the host, inside the limits of its control groups, and on each device."""
+"""How much memory is still available: on the host, within the limits of its control groups, and on each device."""
 
 import os
 import resource
@@ -14,13 +14,13 @@ VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_
 
 
 def host_bytes() -> int:
-    """The most bytes that this process can still get: from the machine, with its swap; from each control group that it
-    is in; and within its own limit on addresses."""
+    """The most bytes that this process can still allocate: from the machine, with its swap; within each control group
+    that it is in; and within its own address-space limit."""
     return max(0, min([_machine(), *_groups(), *_addresses()]))
 
 
 def device_bytes() -> int | None:
-    """Bytes that are still available on each device; None where devices live in the host's memory or do not say."""
+    """Bytes that are still available on each device; None if devices use the host's memory or do not report it."""
     if jax.default_backend() == "cpu":
         return None
     found = [device.memory_stats() or {} for device in jax.local_devices()]
@@ -37,7 +37,7 @@ def _machine() -> int:
 
 
 def _groups() -> Iterator[int]:
-    """What the process's control groups and those around them leave, without swap."""
+    """What the process's control groups and their ancestors leave, plus the swap, which these limits do not count."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -84,5 +84,5 @@ def _swap() -> int:
 
 
 def _table(file: Path) -> dict[str, int]:
-    """The file's lines of a name, a number and possibly a unit."""
+    """Parses a file whose lines are a name, a number and possibly a unit."""
     return {words[0]: int(words[1]) for line in file.read_text().splitlines() if len(words := line.split()) > 1}

@@ -1,9 +1,9 @@
 """The sequence over the ranks of `context`: which tokens a rank holds, and what it needs from its neighbours.
 
-With c ranks a row is split into 2c equal chunks, of which rank r holds chunks r and 2c - 1 - r, one after the other
-(the zig-zag of causal ring attention: every rank then has as many visible pairs of tokens). So each rank holds two
-*parts* of the sequence, and the sequence runs through the ranks' first parts upwards and through their second parts
-downwards. With one rank there is one part, the row, and nothing here communicates.
+With c ranks, a row is split into 2c equal chunks, and rank r holds chunks r and 2c - 1 - r, one after the other (the
+zig-zag of causal ring attention, which gives every rank the same number of visible pairs of tokens). So each rank holds
+two *parts* of the sequence, which runs up the ranks through their first parts, then down through their second parts.
+With one rank there is one part, the row, and nothing here communicates.
 
 Letters: b batch, t time of this rank, s time of the whole sequence, p parts, h heads or channels.
 """
@@ -18,7 +18,7 @@ from orogen.parallel.plan import Plan
 
 
 def zigzag(length: int, ranks: int) -> np.ndarray:
-    """(length,) the places in the sequence of the tokens of rank 0, then of rank 1, and so on."""
+    """(length,) the positions in the sequence of the tokens of rank 0, then of rank 1, and so on."""
     if ranks == 1:
         return np.arange(length)
     chunks = np.arange(length).reshape(2 * ranks, -1)
@@ -26,7 +26,7 @@ def zigzag(length: int, ranks: int) -> np.ndarray:
 
 
 def places(length: int, plan: Plan) -> Array:
-    """(t,) int32: the places in the sequence of this rank's `length` tokens."""
+    """(t,) int32: the positions in the sequence of this rank's `length` tokens."""
     ranks = plan.size("context")
     if ranks == 1:
         return jnp.arange(length, dtype=jnp.int32)
@@ -35,7 +35,7 @@ def places(length: int, plan: Plan) -> Array:
 
 
 def parts(x_bt: Array, plan: Plan) -> Array:
-    """(b p, t / p, ...): each part of this rank as a row of its own; the parts of a row are neighbours."""
+    """(b p, t / p, ...): each part of this rank as a row of its own; the parts of a row are adjacent."""
     count = _part_count(plan)
     return x_bt.reshape(x_bt.shape[0] * count, x_bt.shape[1] // count, *x_bt.shape[2:])
 
@@ -49,7 +49,7 @@ def joined(x_bt: Array, plan: Plan) -> Array:
 def earlier(x_bt: Array, steps: int, plan: Plan) -> Array:
     """(b p, steps, ...): the tokens before each of this rank's parts, oldest first; zero before the sequence.
 
-    Raises ValueError if a part has fewer tokens than that.
+    Raises ValueError if a part has fewer than `steps` tokens.
     """
     x_bpt = _by_part(x_bt, steps, plan)
     tail_bpk = x_bpt[:, :, x_bpt.shape[2] - steps :]
@@ -64,7 +64,7 @@ def earlier(x_bt: Array, steps: int, plan: Plan) -> Array:
 def later(x_bt: Array, steps: int, plan: Plan) -> Array:
     """(b, t, ...): for each of this rank's tokens the one `steps` later in the sequence; zero past the end.
 
-    Raises ValueError if a part of several has fewer tokens than that.
+    Raises ValueError if there are two parts and they have fewer than `steps` tokens.
     """
     if not steps:
         return x_bt
@@ -82,7 +82,7 @@ def entering(decay: Array, state: Array, plan: Plan) -> Array:
     """The state that enters each of this rank's parts (b p, ...), if a part turns an entering state S into
     decay · S + state.
 
-    Nothing enters the sequence. decay (b p, ...) broadcasts against state. An associative scan by doubling: up the
+    The sequence starts from zero. decay (b p, ...) broadcasts against state. An associative scan by doubling: up the
     ranks over their first parts, then down again from the last rank's second part. Each rank sends 2 log2(c) + 2 states
     and 2 log2(c) - 1 decays.
     """
@@ -105,13 +105,13 @@ def _doubling(element: tuple[Array, Array], by: int, plan: Plan, *, last: bool =
     """The composition of the (decay, state) of all ranks up to this one, counted in the direction `by`. With `last`
     the decay is not needed, and its last round is left out."""
     ranks, rank, distance = plan.size("context"), plan.index("context"), 1
-    place = rank if by > 0 else ranks - 1 - rank
+    order = rank if by > 0 else ranks - 1 - rank
     decay, state = element
     while distance < ranks:
         before = plan.shift(state, "context", by * distance)
-        state = jnp.where(place >= distance, decay * before + state, state)
+        state = jnp.where(order >= distance, decay * before + state, state)
         if not last or 2 * distance < ranks:
-            decay = jnp.where(place >= distance, decay * plan.shift(decay, "context", by * distance), decay)
+            decay = jnp.where(order >= distance, decay * plan.shift(decay, "context", by * distance), decay)
         distance *= 2
     return decay, state
 
@@ -126,7 +126,7 @@ def _then(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Arra
 
 
 def whole(x_bt: Array, plan: Plan) -> Array:
-    """(b, s, ...): the whole sequence in order, on every rank; the gradient is summed and scattered."""
+    """(b, s, ...): the whole sequence in order, on every rank; the gradient is reduce-scattered."""
     ranks = plan.size("context")
     if ranks == 1:
         return x_bt
@@ -161,7 +161,7 @@ def _part_count(plan: Plan) -> int:
 
 
 def _by_part(x_bt: Array, steps: int, plan: Plan) -> Array:
-    """(b, p, t / p, ...), if a part has `steps` tokens."""
+    """(b, p, t / p, ...). Raises ValueError if a part has fewer than `steps` tokens."""
     count = _part_count(plan)
     if x_bt.shape[1] // count < steps:
         raise ValueError(f"parts of {x_bt.shape[1] // count} tokens: expected at least {steps}")
@@ -169,7 +169,7 @@ def _by_part(x_bt: Array, steps: int, plan: Plan) -> Array:
 
 
 def _rows(first: Array, second: Array) -> Array:
-    """(b p, ...) of the parts' (b, ...)."""
+    """The two parts' (b, ...) as rows (b p, ...)."""
     return jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
 
 

@@ -1,4 +1,4 @@
-"""Which outputs of a jaxpr depend on which of its inputs, seen through loops and calls."""
+"""Which outputs of a jaxpr depend on which of its inputs, looking through loops and calls."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -35,10 +35,10 @@ def _open(jaxpr: jex.ClosedJaxpr | jex.Jaxpr) -> jex.Jaxpr:
 
 
 def _scan(equation: Any, inputs: list[int]) -> list[int]:
-    """The flags of a loop's outputs: what the carry depends on is grown to a fixed point."""
+    """The flags of a loop's outputs: those of the carry grow until they reach a fixed point."""
     body = _open(equation.params["jaxpr"])
-    # A loop passes its body the constants and the carry whole, and slices of the rest; versions of jax name their
-    # numbers differently.
+    # A loop passes its body the constants and the carry whole, and slices of the rest, so ranks tell them apart. Their
+    # counts have different names in different versions of jax.
     alike = lambda outer, inner: sum(a.aval.ndim == b.aval.ndim for a, b in zip(outer, inner, strict=True))  # noqa: E731
     carried = alike(equation.outvars, body.outvars)
     consts = alike(equation.invars, body.invars) - carried

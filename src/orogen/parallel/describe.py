@@ -18,7 +18,8 @@ def describe_plan(
     """Mesh axes, logical axes, and each parameter's shape, axes and shape on one device inside the step and between
     steps; for a pipeline, whose `segments` are these layers, also what its schedule costs and what a stage holds.
 
-    filled: by letter, the share of the stages' rows that hold a layer. `params` may be abstract.
+    filled: by letter, the share of the stacked parameters' rows, over all stages, that hold a layer. `params` may be
+    abstract.
     """
     found = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: isinstance(x, nnx.Variable))
     sizes = dict(plan.mesh.shape)
@@ -45,8 +46,7 @@ def _pipeline(schedule: Schedule, segments: Sequence[str]) -> dict[str, Any]:
 
 
 def _held(staged: Sequence[tuple[str, nnx.Variable]], filled: Mapping[str, float]) -> dict[str, int]:
-    """How many parameters of layers each stage has room for, and how many it would need if all stages had an even
-    share."""
+    """How many layer parameters each stage has room for, and how many it would need if layers were spread evenly."""
     sizes = [(filled[letter], math.prod(leaf.get_value().shape[1:])) for letter, leaf in staged]
     return {
         "layer_parameters": sum(size for _, size in sizes),
@@ -85,10 +85,10 @@ def _pipeline_lines(facts: dict[str, Any]) -> list[str]:
     pipeline = facts["pipeline"]
     return [
         f"pipeline {pipeline['schedule']}: {pipeline['ticks']} ticks, bubble {pipeline['bubble']:.4g} of the busy "
-        f"ones, at most {pipeline['in_flight']} passes in flight by stage",
+        f"ticks, at most {pipeline['in_flight']} passes in flight per stage",
         *(f"  segment {number}: {segment or '-none-'}" for number, segment in enumerate(pipeline["segments"])),
-        f"  a stage has room for {pipeline['layer_parameters']:,} parameters of layers, as many of each letter as the "
-        f"fullest chunk has; {pipeline['layer_parameters_if_even']:,} if layers were spread evenly",
+        f"  a stage has room for {pipeline['layer_parameters']:,} layer parameters, for as many layers of each letter "
+        f"as the fullest chunk has; {pipeline['layer_parameters_if_even']:,} if layers were spread evenly",
     ]
 
 

@@ -1,10 +1,10 @@
 """Folds several factorizations of one ordered list of devices into a single mesh: their common refinement.
 
-A factorization is an ordered list of (axis, size), outermost first. Read from the innermost axis outwards, each one
-splits the device list at the cumulative products of its sizes, its cuts. If all cuts together form a chain in which
-each divides the next, one mesh axis between neighbouring cuts serves every factorization: each of its axes is a tuple
-of mesh axes. No jax here: the simulator folds clusters that do not exist. Source: MoE Parallel Folding,
-arXiv:2504.14960.
+A factorization is an ordered list of (axis, size), outermost first. Its cuts are the cumulative products of its sizes,
+from the innermost axis outwards: where it splits the device list. If the cuts of all factorizations form a chain in
+which each divides the next, then a mesh with one axis between every two neighbouring cuts serves them all: each axis of
+a factorization is a tuple of mesh axes. No jax here: the simulator folds clusters that do not exist. Source: MoE
+Parallel Folding, arXiv:2504.14960.
 """
 
 import math
@@ -69,8 +69,8 @@ def fold(
     """The mesh of a plan: dense layers on stage x data x context x tensor, experts on the same devices in
     another factorization.
 
-    fsdp_size: runs of so many neighbours of data x context (None: all of them) are the axis `fsdp`, over which a copy
-    of the dense layers may be split; `expert_fsdp` is the part of expert_data inside one such run.
+    fsdp_size: groups of this many neighbours of data x context (None: all of them) form the axis `fsdp`, over which a
+    copy of the dense layers may be sharded; `expert_fsdp` is the part of expert_data inside one such group.
     outer: {name: (axis, size)} also makes `name` a logical axis of its own, the outer `size` ranks of `axis`, for
     arrays with fewer pieces than the axis has ranks (2 key heads over tensor 4); `axis` must be data, context or
     tensor. Raises FoldError, with the factorizations that do not fold and the nearest legal sizes in the message.
@@ -95,7 +95,7 @@ def fold(
 
 
 def expert_shards(neighbours: int, *, tensor: int, expert: int, expert_tensor: int) -> int:
-    """How many replicas of each expert lie inside a run of `neighbours` ranks of data x context."""
+    """How many replicas of each expert lie inside a group of `neighbours` ranks of data x context."""
     return max(1, neighbours * tensor // (expert * expert_tensor))
 
 
@@ -115,17 +115,17 @@ def _experts(stage: int, ranks: int, expert: int, expert_tensor: int) -> Factori
 
 
 def _with_fsdp(dense: Factorization, experts: Factorization, size: int) -> list[Factorization]:
-    """Dense and expert layers, and both again with their data axes split at runs of `size` neighbours."""
+    """The dense and expert factorizations, and both again with their data axes split into groups of `size` ranks."""
     sizes = dict(dense) | dict(experts)
     ranks, tensor = sizes["data"] * sizes["context"], sizes["tensor"]
 
     def split_at(size: int) -> list[Factorization]:
         shards = expert_shards(size, tensor=tensor, expert=sizes["expert"], expert_tensor=sizes["expert_tensor"])
-        runs = [experts[0], ("fsdp_copies", ranks // size), ("fsdp", size), ("tensor", tensor)]
-        if sizes["expert_data"] % shards:  # then a run of neighbours and one set of experts overlap in part
-            return [runs]
-        expert_runs = [("expert_fsdp_copies", sizes["expert_data"] // shards), ("expert_fsdp", shards), *experts[2:]]
-        return [runs, [experts[0], *expert_runs]]
+        groups = [experts[0], ("fsdp_copies", ranks // size), ("fsdp", size), ("tensor", tensor)]
+        if sizes["expert_data"] % shards:  # then a group of neighbours and one set of experts overlap in part
+            return [groups]
+        expert_groups = [("expert_fsdp_copies", sizes["expert_data"] // shards), ("expert_fsdp", shards), *experts[2:]]
+        return [groups, [experts[0], *expert_groups]]
 
     def found() -> str:
         legal = (n for n in _divisors(ranks) if _folds(dense, experts, *split_at(n)))
@@ -142,7 +142,7 @@ def _with_fsdp(dense: Factorization, experts: Factorization, size: int) -> list[
 
 
 def _with_split(parts: Sequence[Factorization], name: str, axis: str, size: int) -> list[Factorization]:
-    """`parts` and the dense layers, the first of them, with `axis` split into `size` pieces and the copies of each."""
+    """`parts`, and the first of them (the dense layers) again with `axis` split into `size` pieces and their copies."""
     whole = dict(parts[0])[axis]
 
     def split_at(size: int) -> Factorization:

@@ -14,15 +14,16 @@ from orogen.config.reads import layers_read
 from orogen.parallel.fold import FoldError, Folding, describe, expert_shards, fold, nearest
 from orogen.parallel.runtime import asks_for_same_bits
 
-# Backends with a memory of their own, from which arrays can be moved to the host's.
+# Backends whose devices have memory of their own, so that arrays can be offloaded to the host's.
 HAS_HOST_MEMORY = ("gpu", "tpu")
 # Legal sizes are searched up to twice this, or twice the model's size: no plan has more ranks.
 MOST_RANKS = 2**16
 
 
 class _Check(NamedTuple):
-    """A size of the model, and the number of pieces that an axis splits it into. copied: fewer equal pieces, copied on
-    more ranks, are fine too. axis: a field of PlanConfig, or in words a product or share of some.
+    """A size of the model, and the number of pieces that an axis splits it into. copied: it may also be split into
+    fewer equal pieces, replicated over the remaining ranks. axis: a field of PlanConfig, or a product or share of
+    several, in words.
     """
 
     field: str
@@ -66,8 +67,8 @@ def _fold(config: PlanConfig, model: ModelConfig) -> Folding:
 def make_mesh(folding: Folding, config: PlanConfig, *, abstract: bool) -> Mesh | AbstractMesh:
     """A mesh over the first devices of this process group, or an abstract one, which needs none.
 
-    Raises ConfigError if there are too few devices, if they are no GPUs and a kernel of `config` needs one, or if a
-    kernel's results do not repeat to the bit and XLA is asked for that.
+    Raises ConfigError if there are too few devices, if they are not GPUs and a kernel of `config` needs one, or if XLA
+    is asked for results that repeat to the bit and a kernel's do not.
     """
     names, sizes = zip(*(folding.axes or (("data", 1),)), strict=True)
     types = (AxisType.Auto,) * len(names)  # Explicit axes failed six of nine patterns with jax 0.10 and 0.11
@@ -76,14 +77,14 @@ def make_mesh(folding: Folding, config: PlanConfig, *, abstract: bool) -> Mesh |
     for field, kernel in FOR_GPU.items():
         fits = getattr(config, field) != kernel or jax.default_backend() == "gpu"
         require(fits, config, field, f"another on {jax.default_backend()}: {kernel} needs an NVIDIA GPU")
-    # Asked for the same bits, cuDNN's gradient needs 9 GB for two rows of 8192 tokens and 32 heads of 128 (0.8 GB
-    # otherwise), 71 GB if they are packed, and a program of several such layers fails as it runs (observed on one H100
-    # with jax 0.11.2).
+    # When XLA is asked for the same bits, cuDNN's gradient needs 9 GB for two rows of 8192 tokens and 32 heads of 128
+    # (0.8 GB otherwise), 71 GB if they are packed, and a program with several such layers fails at run time (observed
+    # on one H100 with jax 0.11.2).
     fits = config.attention != FOR_GPU["attention"] or not asks_for_same_bits()
     require(fits, config, "attention", "blocked where XLA is asked for the same bits (--xla deterministic)")
     for field in ("offload", "offload_optimizer"):
         fits = not getattr(config, field) or jax.default_backend() in HAS_HOST_MEMORY
-        expected = f"{type(getattr(config, field))()!r} on {jax.default_backend()}: it has no memory beside the host's"
+        expected = f"{type(getattr(config, field))()!r} on {jax.default_backend()}: it has no memory besides the host's"
         require(fits, config, field, expected)
     devices, needed = jax.devices(), config.devices
     if len(devices) < needed:
@@ -144,8 +145,8 @@ def _fsdp_pieces(config: PlanConfig, model: ModelConfig) -> list[tuple[str, str,
 
 
 def _nearest(failed: _Check, config: PlanConfig, model: ModelConfig) -> list[int]:
-    """The sizes of the axis, closest to the one that failed, at which everything that it splits divides and the plan
-    folds."""
+    """The sizes of the axis closest to the one that failed, of those at which everything that it splits divides and the
+    plan folds."""
     most = max(failed.value, min(failed.size, MOST_RANKS))
     pieces = [n for n in range(1, 2 * most + 1) if failed._replace(size=n).passes]
     if hasattr(config, failed.axis):
@@ -153,7 +154,7 @@ def _nearest(failed: _Check, config: PlanConfig, model: ModelConfig) -> list[int
         divide = [
             n for n, plan in plans.items() if all(c.passes for c in _checks(plan, model) if c.axis == failed.axis)
         ]
-        # A plan may fail to fold for another reason, which is refused after this one.
+        # A plan may also fail to fold for another reason, which is reported after this one.
         return nearest(failed.size, [n for n in divide if _folds(plans[n], model)] or divide)
     alike = [check for check in _checks(config, model) if check.axis == failed.axis]
     return nearest(failed.size, [n for n in pieces if all(check._replace(size=n).passes for check in alike)])

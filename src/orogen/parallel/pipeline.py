@@ -1,9 +1,9 @@
 """Runs a pipeline's schedule inside the plan's `shard_map`: one loop over ticks, each stage doing what its table says.
 
-Forward and backward passes are explicit. A forward pass keeps what its gradient will need (its residuals) in a slot of
-the stash, and the backward pass of that microbatch reads them there: no more microbatches are held than the schedule
-has in flight, and nothing is computed twice that the model's own rematerialisation does not recompute. Residuals that
-depend on the parameters alone (slices, gathered weights) or on the batch alone (masks) are recomputed instead.
+Forward and backward passes are explicit. A forward pass stores what its gradient will need (its residuals) in a slot of
+the stash, and the backward pass of that microbatch reads them there: only as many microbatches are held as the schedule
+has in flight, and nothing is recomputed beyond what the model's own remat policy recomputes. Residuals that depend on
+the parameters alone (slices, gathered weights) or on the batch alone (masks) are the exception: they are recomputed.
 
 Letters: b batch, t time, d model, k slots, n elements.
 """
@@ -25,16 +25,16 @@ from orogen.parallel.plan import Plan
 from orogen.parallel.schedule import BACKWARD, FORWARD, Schedule, Tables
 from orogen.parallel.varying import vary, vary_like, varying_axes
 
-# Bound of one slot's elements in a buffer: offsets are int32.
+# Bound on the elements of one slot of a buffer: offsets are int32.
 MOST_ELEMENTS = 2**31
 
 
 class Program(NamedTuple):
-    """What one kind of segment computes, in one device's arrays. chunk, microbatch: int32, this device's at a tick.
+    """What one kind of segment computes, on one device's arrays. chunk, microbatch: int32, this device's at a tick.
 
-    take: (params, chunk) -> the segment's own parameters. forward: (those, x, chunk, microbatch) -> y, its share of the
-    loss, and a report. give: (gradients so far, those of `take`'s, chunk) -> their sum. note: (reports so far, report,
-    chunk, microbatch) -> all of them.
+    take: (params, chunk) -> the segment's own parameters. forward: (own parameters, x, chunk, microbatch) -> y, its
+    share of the loss, and a report. give: (gradients so far, gradients of the own parameters, chunk) -> their sum.
+    note: (reports so far, report, chunk, microbatch) -> the reports including this one.
     """
 
     take: Callable[[Any, Array], Any]
@@ -52,7 +52,8 @@ class Result(NamedTuple):
 
 
 class _Now(NamedTuple):
-    """A stage's row of the tables at a tick: what it does (an index of branches), with what, and what comes in."""
+    """A stage's entries in the tables at a tick: what it does (an index into the branches), on what, and which slots
+    incoming arrays go to."""
 
     branch: Array
     microbatch: Array
@@ -109,7 +110,7 @@ def run(
     reports: Any,
     plan: Plan,
 ) -> Result:
-    """One training step's passes: of every microbatch through every chunk of every stage.
+    """Runs the passes of one training step: every microbatch through every chunk of every stage.
 
     program_vp: which of `programs` chunk v of stage p runs. x: zeros of the shape that stages send each other.
     grads, reports: zeros to add to; with grads None the schedule has forward passes only, and nothing is stashed.
@@ -197,16 +198,16 @@ def _backward(
 
 
 class _Layout:
-    """Where residuals lie in the stash: in flat buffers, each of one dtype and one set of mesh axes that they differ
-    over, as long as the program that keeps most there needs. Where an int32 cannot count the elements, another
-    begins."""
+    """Where residuals lie in the stash: in flat buffers, one for each dtype and set of mesh axes that residuals vary
+    over, as long as the program that stores the most there needs. If an int32 could no longer count a buffer's
+    elements, another one begins."""
 
     def __init__(self) -> None:
         self._kinds: list[tuple[Any, tuple[str, ...]]] = []
         self._lengths: list[int] = []
 
     def place(self, avals: Sequence[Any]) -> tuple[_Kept, ...]:
-        """A place for each residual of one program."""
+        """Assigns a place to each residual of one program."""
         used: dict[int, int] = {}
         kept = []
         for aval in avals:
@@ -251,7 +252,8 @@ def _trace(
     results, residuals = closed.jaxpr.outvars[: 2 + report.num_leaves], closed.jaxpr.outvars[2 + report.num_leaves :]
     inputs = [PARAMETERS] * len(jax.tree.leaves(params)) + [BOTH, 0, BATCH]
     flags = dependence(closed.jaxpr, inputs, consts=BATCH)[len(results) :]
-    # What differs on no device is a constant, even if it comes from an operation that is not seen through.
+    # What does not vary over devices is a constant, even if it comes from an operation that `dependence` cannot look
+    # through.
     flags = [f if v.aval.mat.varying else 0 for f, v in zip(flags, residuals, strict=True)]
     # One value may be the residual of many operations.
     stashed = list(dict.fromkeys(v for v, f in zip(residuals, flags, strict=True) if f == BOTH))
@@ -276,7 +278,7 @@ def _with_outputs(closed: jex.ClosedJaxpr, outputs: list[Any]) -> jex.ClosedJaxp
 
 
 def _as_noted(program: Program, traced: _Traced, reports: Any, nothing: Array) -> Any:
-    """`reports`, marked as varying over the mesh axes over which they will once those of `program` are noted."""
+    """`reports`, marked as varying over the mesh axes that they vary over once the reports of `program` are noted."""
     avals = [v.aval for v in traced.forward.jaxpr.outvars[2 : 2 + traced.report.num_leaves]]
     report = jax.tree.unflatten(traced.report, [vary(jnp.zeros(a.shape, a.dtype), a.mat.varying) for a in avals])
     noted = jax.make_jaxpr(program.note)(reports, report, nothing, nothing).jaxpr.outvars

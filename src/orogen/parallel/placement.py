@@ -1,4 +1,4 @@
-"""Where a plan keeps trees of variables between steps, and how they come into a step and leave it.
+"""Where a plan keeps trees of variables between steps, and how they enter and leave a step.
 
 Between steps arrays are laid out by `Plan.storage`, inside the step by `Plan.rules`; with ZeRO-1 and -2 the two differ.
 """
@@ -16,20 +16,21 @@ from orogen.parallel.axes import SHARDED, full_axes, map_variables, spec_of
 from orogen.parallel.plan import Plan, scatter_sum
 from orogen.parallel.varying import varying_axes
 
-# JAX's names of an accelerator's own memory, and of the part of the host's that it reads without a copy between.
+# JAX's names for an accelerator's own memory, and for host memory that the accelerator reads directly.
 DEVICE, HOST = "device", "pinned_host"
 
 
 def stored_specs(tree: Any, plan: Plan) -> Any:
-    """`tree` of variables, each holding the PartitionSpec in which it is stored between steps."""
+    """`tree` of variables, the value of each replaced by the PartitionSpec in which it is stored between steps."""
     return map_variables(lambda v: spec_of(plan.storage, full_axes(v)), tree)
 
 
 def jitted(
     function: Callable[..., Any], plan: Plan, *, inputs: Any, outputs: Any, options: dict[str, Any] | None = None
 ) -> Callable[..., Any]:
-    """`Plan.run` of the function, jitted, its first argument donated. Arguments may come from the host or from other
-    programs: where jax is not told their shardings it compiles once for each way in which they come. options: of XLA.
+    """`Plan.run` of the function, jitted, with its first argument donated. Shardings are stated because arguments may
+    come from the host or from other programs: jax would otherwise compile once for each sharding that they arrive in.
+    options: those of XLA.
     """
     is_spec = lambda leaf: isinstance(leaf, PartitionSpec)  # noqa: E731
     named = lambda specs: jax.tree.map(lambda s: NamedSharding(plan.mesh, s), specs, is_leaf=is_spec)  # noqa: E731
@@ -39,21 +40,21 @@ def jitted(
 
 
 def shardings(tree: Any, plan: Plan) -> Any:
-    """`tree` with the sharding in which each array is stored between steps; what has no axes is replicated."""
+    """`tree` with the sharding in which each array is stored between steps; leaves without axes are replicated."""
     return map_variables(lambda v: _stored(full_axes(v), plan), tree, lambda _: _stored((), plan))
 
 
 def spread(tree: Any, plan: Plan) -> Any:
-    """Shardings in which `tree`, the state of a whole model or of other stages, waits until it is laid out again: as it
-    would be stored without stages, but with each array also split over the stages along the longest axis that they
-    divide, so that no device needs room for all layers."""
+    """Shardings in which `tree`, the state of a whole model or of another number of stages, waits until it is laid out
+    again: as it would be stored without stages, but with each array also split over the stages along the longest axis
+    that they divide, so that no device needs room for all layers."""
     rules, stages = {**plan.storage, "stage": ()}, plan.size("stage")
 
     def over_stages(variable: nnx.Variable) -> NamedSharding:
         shape = variable.get_value().shape
         ways = lambda part: math.prod(plan.mesh.shape[name] for name in part)  # noqa: E731
         parts = [() if axis is None else rules[axis] for axis in full_axes(variable)]
-        # A vocabulary that is not padded yet waits whole.
+        # A vocabulary that is not padded yet is not split.
         parts = [part if size % ways(part) == 0 else () for part, size in zip(parts, shape, strict=True)]
         local = [size // ways(part) for part, size in zip(parts, shape, strict=True)]
         longest = max(range(len(local)), key=lambda dim: (local[dim] % stages == 0, local[dim]), default=None)
@@ -65,12 +66,12 @@ def spread(tree: Any, plan: Plan) -> Any:
 
 
 def offloaded(tree: Any, placed: Any) -> Any:
-    """The shardings `placed` of `tree`'s arrays, but in the host's memory; numbers stay where they are."""
+    """The shardings `placed` of `tree`'s arrays, moved to the host's memory; scalars stay where they are."""
     return jax.tree.map(lambda x, s: s.with_memory_kind(HOST) if x.ndim else s, tree, placed)
 
 
 def fetched(tree: Any, plan: Plan) -> Any:
-    """`tree` of state that lives in the host's memory, on the device."""
+    """`tree`, whose arrays are in the host's memory, on the device."""
     fetch = lambda x, s: jax.device_put(x, s.with_memory_kind(DEVICE)) if x.ndim else x  # noqa: E731
     return jax.tree.map(fetch, tree, shardings(tree, plan))
 
@@ -81,13 +82,13 @@ def working(tree: Any, plan: Plan) -> Any:
     return lax.with_sharding_constraint(tree, placed)
 
 
-# Of gradients, inside the step.
+# For gradients, inside the step.
 
 
 def scatter_gradients(grads: Any, plan: Plan) -> Any:
-    """For each of `grads` of varied parameters the piece that this rank stores, summed in float32 over the ranks that
-    store other pieces. A gradient that is stored as it is used stays as it is: `Plan.weight` has scattered it, or none
-    does."""
+    """For each of `grads`, the gradients of varied parameters, the piece that this rank stores, summed in float32 over
+    the ranks that store the other pieces. The gradient of a parameter that is stored as it is used stays as it is:
+    `Plan.weight` has scattered it, or it is not sharded."""
 
     def scattered(variable: nnx.Variable) -> Any:
         value: Any = variable[...]

@@ -1,17 +1,16 @@
-"""The plan: which mesh axes each logical axis is split over, and the verbs by which model code communicates.
+"""The plan: which mesh axes each logical axis is split over, and the methods by which model code communicates.
 
-Model code names logical axes only. Inside `Plan.run` it sees one device's arrays; a verb over an axis of size one is
-the identity, so one device runs the same code on a mesh of ones.
+Model code names logical axes only. Inside `Plan.run` it sees one device's arrays; a collective over an axis of size one
+is the identity, so one device runs the same code on a mesh of ones.
 
 Between layers the ranks of `tensor` hold the residual stream (b, t, d) in one of three ways, `Plan.stream`:
 
-- `time`: each has a piece of every row's tokens (sequence parallelism; training, prefill)
-- `rows`: each has some of the rows (decoding, where a row has a token or two)
-- `whole`: each has all of it (tensor parallelism alone). The gradient of the stream is then the sum of the ranks'
-  gradients, which `leave` takes in the backward pass, as it sums the ranks' outputs in the forward pass.
+- `time`: each holds a piece of every row's tokens (sequence parallelism; training, prefill)
+- `rows`: each holds some rows of the batch (decoding, where a row has one or two tokens)
+- `whole`: each holds all of it (tensor parallelism alone). The gradient of the stream is then the sum of the ranks'
+  gradients; `leave` computes it in the backward pass, just as it sums the ranks' outputs in the forward pass.
 
-Whichever it is, a layer whose weights are split over `tensor` reads `plan.enter(x_btd)` and returns
-`plan.leave(y_btd)`.
+In all three, a layer whose weights are sharded over `tensor` reads `plan.enter(x_btd)` and returns `plan.leave(y_btd)`.
 """
 
 import dataclasses
@@ -38,8 +37,8 @@ from orogen.parallel.varying import vary, varying_axes
 
 # The dimension of (b, t, …) along which the ranks of `tensor` share the residual stream, if they do.
 STREAM_DIM = {"time": 1, "rows": 0, "whole": None}
-# For programs with products in FP8: otherwise XLA:GPU gives a product and the conversions before it to its Triton
-# compiler, which multiplies in 16 bits and does not offer them to cuBLASLt (observed with jax 0.11.2).
+# For programs with products in FP8: otherwise XLA:GPU compiles a product and the conversions before it with Triton,
+# which multiplies in 16 bits, and never offers them to cuBLASLt (observed with jax 0.11.2).
 FP8_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 
@@ -47,14 +46,14 @@ FP8_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 class Plan:
     """A device mesh and the mesh axes that each logical axis is split over.
 
-    rules: of arrays inside the step; storage: of master weights and optimizer state between steps.
+    rules: the mesh axes of arrays inside the step; storage: those of master weights and optimizer state between steps.
     sources: (data, context, tensor) of the ranks that a single device stands for when it decides which tokens exceed an
     expert's capacity; capacity counts per source rank, so `verify` needs it to reproduce a plan on one device.
     schedule: what the stages of a pipeline do at each tick; None without stages.
     stream: how the ranks of `tensor` hold the residual stream: time, rows or whole.
     decode_kernels: the implementation of kernels that only decoding uses: reference, or triton on an NVIDIA GPU.
-    recipe: the formats of products in the layer at hand. recipes: those of the layers to come, which are the model's,
-    then the multi-token-prediction block's; None: all have `recipe`.
+    recipe: the formats of products in the current layer. recipes: those of the layers to come, first the model's, then
+    the multi-token-prediction block's; None: all have `recipe`.
     """
 
     mesh: Mesh | AbstractMesh
@@ -70,8 +69,8 @@ class Plan:
 
     @property
     def compiler_options(self) -> dict[str, Any]:
-        """Options of XLA without which a program of this plan would not run as planned. jax takes them for the
-        outermost jit alone."""
+        """XLA options without which a program of this plan would not run as planned. jax accepts them for the
+        outermost jit only."""
         formats = set().union(*(recipe.names() for recipe in (self.recipe, *(self.recipes or ()))))
         return dict(FP8_OPTIONS) if FP8 in formats else {}
 
@@ -81,19 +80,19 @@ class Plan:
         return spec_of(self.rules, axes)
 
     def size(self, axis: str) -> int:
-        """How many ways `axis` is split."""
+        """The number of pieces that `axis` is split into."""
         return math.prod(self.mesh.shape[name] for name in self.rules[axis])
 
     def specs(self, tree: Any) -> Any:
-        """`tree` of variables with `axes`, each holding its PartitionSpec inside the step."""
+        """`tree` of variables with `axes`, the value of each replaced by its PartitionSpec inside the step."""
         return map_variables(lambda v: spec_of(self.rules, full_axes(v)), tree)
 
     def with_recipes(self, recipes: tuple[Recipe, ...] | None) -> "Plan":
-        """The plan of layers with these recipes; None: all have that of the plan."""
+        """The plan for layers with these recipes; None: all have the plan's `recipe`."""
         return dataclasses.replace(self, recipes=recipes)
 
     def of_layers(self, start: int, stop: int | None = None) -> "Plan":
-        """The plan of some of the layers to come. Raises ValueError if there are fewer."""
+        """The plan for the layers from `start` to `stop` of those to come. Raises ValueError if there are fewer."""
         if self.recipes is None:
             return self
         if (stop or start) > len(self.recipes):
@@ -110,7 +109,8 @@ class Plan:
         return dataclasses.replace(self, rules=rules, storage=storage, stream=stream)
 
     def decoding(self) -> "Plan":
-        """The plan for rows of a token or a few, which no axis can split further: `tensor` must divide the rows."""
+        """The plan for rows of one or a few tokens, which no axis can split: `tensor` must divide the number of rows
+        instead."""
         return self.with_stream("rows")
 
     def sharding(self, *axes: str | None) -> NamedSharding:
@@ -124,27 +124,27 @@ class Plan:
         """
         return jax.shard_map(function, mesh=self.mesh, in_specs=inputs, out_specs=outputs, check_vma=True)
 
-    # Verbs of the residual stream, for use inside `run`.
+    # Methods for the residual stream, for use inside `run`.
 
     def enter(self, x: Array) -> Array:
-        """The residual stream `x` (b, t, …) for a layer whose weights are split over `tensor`: whole on every rank."""
+        """The residual stream `x` (b, t, …), whole on every rank, for a layer with weights sharded over `tensor`."""
         dim = STREAM_DIM[self.stream]
         return x if dim is None else self.gather(x, "tensor", dim=dim)
 
     def leave(self, y: Array) -> Array:
-        """The sum of the ranks' parts `y` (b, t, …), laid out as the residual stream. Raises ValueError if the ranks of
-        `tensor` cannot share it evenly."""
+        """The sum of the ranks' partial `y` (b, t, …), laid out as the residual stream. Raises ValueError if the ranks
+        of `tensor` cannot share it evenly."""
         dim = STREAM_DIM[self.stream]
-        # Summed it is one value, but what follows (norms, biases) treats it as each rank's own, whose gradients add up.
+        # The sum is one value, but what follows (norms, biases) treats it as each rank's own, whose gradients add up.
         return vary(self.sum(y, "tensor"), self.rules["tensor"]) if dim is None else self.scatter(y, "tensor", dim=dim)
 
     def own(self, x: Array) -> Array:
-        """Of `x` (b, t, …), which every rank of `tensor` has whole, what belongs to its share of the stream."""
+        """This rank's share of the stream, from an `x` (b, t, …) that every rank of `tensor` holds whole."""
         dim = STREAM_DIM[self.stream]
         return x if dim is None else self.piece(x, "tensor", dim=dim)
 
     def deal(self, x: Array) -> Array:
-        """Of the residual stream `x` (b, t, …) the tokens that this rank alone routes. Raises ValueError if the ranks
+        """The tokens of the residual stream `x` (b, t, …) that this rank alone routes. Raises ValueError if the ranks
         of `tensor` cannot share them evenly."""
         return self.piece(x, "tensor", dim=1) if self.stream == "whole" else x
 
@@ -153,16 +153,17 @@ class Plan:
         return self.gather(y, "tensor", dim=1) if self.stream == "whole" else y
 
     def stream_shape(self, rows: int, time: int) -> tuple[int, int]:
-        """(b, t) of the residual stream on this device, of so many rows and tokens of a data and context rank."""
+        """(b, t) of the residual stream on this device, if its data and context rank has `rows` rows of `time`
+        tokens."""
         shape, dim = [rows, time], STREAM_DIM[self.stream]
         if dim is not None:
             shape[dim] //= self.size("tensor")
         return shape[0], shape[1]
 
-    # Other verbs, for use inside `run`.
+    # Other methods for use inside `run`.
 
     def weight(self, parameter: nnx.Variable) -> Array:
-        """The parameter, whole along the axes that FSDP shards; its gradient is scattered back, summed in float32."""
+        """The parameter, gathered along the axes that FSDP shards; its gradient is reduce-scattered in float32."""
         value: Any = parameter[...]
         for dim, axis in enumerate(full_axes(parameter)):
             if axis in SHARDED and self.rules[axis]:
@@ -170,11 +171,11 @@ class Plan:
         return value
 
     def gather(self, x: Array, axis: str, *, dim: int = 1) -> Array:
-        """All pieces of `x` along `axis`, concatenated along `dim`; the gradient is summed and scattered."""
+        """All pieces of `x` along `axis`, concatenated along `dim`; the gradient is reduce-scattered."""
         return lax.all_gather(x, self.rules[axis], axis=dim, tiled=True) if self.rules[axis] else x
 
     def scatter(self, x: Array, axis: str, *, dim: int = 1) -> Array:
-        """The sum of `x` over `axis`, of which each rank keeps its piece along `dim`."""
+        """The sum of `x` over `axis`; each rank keeps its piece of it along `dim`."""
         if not self.rules[axis]:
             return x
         self._require_pieces(x, axis, dim)
@@ -190,7 +191,7 @@ class Plan:
 
     def total(self, tree: Any) -> Any:
         """Each leaf summed over every axis that it varies over, except the pipeline's, whose stages do not get here
-        together. Only for true partial sums: pieces, never copies."""
+        together. Only for partial sums, never for copies."""
         stages = self.rules["stage"]
         inside = lambda x: tuple(sorted(varying_axes(x) - set(stages)))  # noqa: E731
         return jax.tree.map(lambda x: lax.psum(x, axes) if (axes := inside(x)) else x, tree)
@@ -199,14 +200,13 @@ class Plan:
         """All-to-all: piece r of dimension 0 goes to rank r; the result is stacked by sender along dimension 0."""
         if not self.rules[axis]:
             return x
-        # As two dimensions: with more, XLA:CPU may lay out the pieces in different ways and then refuses them (jax
+        # In two dimensions: with more, XLA:CPU may give the pieces different layouts, which it then rejects (jax
         # 0.10.1).
         flat = lax.all_to_all(x.reshape(x.shape[0], -1), self.rules[axis], 0, 0, tiled=True)
         return flat.reshape(x.shape)
 
     def ragged_exchange(self, x: Array, runs: Runs, axis: str, *, rows: int) -> Array:
-        """(rows, d): of the rows that the ranks of `axis` send each other those that arrive here; zero where none
-        does."""
+        """(rows, d): the rows that arrive here when the ranks of `axis` exchange `runs`; zero where none does."""
         if not self.rules[axis]:  # one rank: what it sends arrives here
             row_m = jnp.arange(rows) - runs.arrives[0]
             inside_m = (row_m >= 0) & (row_m < runs.received[0])
@@ -214,14 +214,14 @@ class Plan:
         return ragged_exchange(x, runs, rows=rows, axes=self.rules[axis])
 
     def shift(self, x: Array, axis: str, by: int) -> Array:
-        """The `x` of the rank that is `by` before this one in the ring."""
+        """The `x` of the rank that is `by` ranks before this one in the ring."""
         ranks = self.size(axis)
         if by % ranks == 0:
             return x
         if self.config.shift == "permute":
             return self.pass_on(x, axis, by)
-        # Every rank sends to every rank, zeros to all but one. That is more bytes, but no collective that only some
-        # ranks of a pipeline reach.
+        # Every rank sends to every rank, and zeros to all but one. That is more bytes, but not a permutation, which
+        # would wait forever when only some stages of a pipeline reach it.
         sent = jnp.zeros((ranks, *x.shape), x.dtype).at[(self.index(axis) + by) % ranks].set(x)
         return self.exchange(sent, axis)[(self.index(axis) - by) % ranks]
 
@@ -231,7 +231,7 @@ class Plan:
         return lax.ppermute(x, self.rules[axis], [(rank, (rank + by) % ranks) for rank in range(ranks)])
 
     def agreed(self, x: Array, *axes: str | None) -> Array:
-        """`x`, whose dimensions these axes split and which is equal on all other ranks, as one value to them."""
+        """`x`, which is split over these axes and equal on all other ranks, marked as the same value on those."""
         split = {name for axis in axes if axis is not None for name in self.rules[axis]}
         copies = tuple(sorted(varying_axes(x) - split))
         return lax.pmax(x, copies) if copies else x
@@ -258,7 +258,7 @@ class Plan:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather_weight(x: Array, axes: MeshAxes, dim: int) -> Array:
-    """All pieces of `x`. What comes back is summed over ranks in float32, whatever x's dtype is."""
+    """All pieces of `x`. Its gradient is summed over ranks in float32, whatever x's dtype is."""
     return lax.all_gather(x, axes, axis=dim, tiled=True)
 
 
@@ -271,7 +271,7 @@ def _gather_weight_backward(axes: MeshAxes, dim: int, _: None, g: Array) -> tupl
 
 
 def scatter_sum(x: Array, axes: MeshAxes, dim: int) -> Array:
-    """The sum of `x` over ranks, in float32, of which each keeps its piece along `dim`."""
+    """The sum of `x` over ranks, in float32; each keeps its piece of it along `dim`."""
     return lax.psum_scatter(x.astype(jnp.float32), axes, scatter_dimension=dim, tiled=True)
 
 
@@ -279,7 +279,7 @@ _gather_weight.defvjp(_gather_weight_forward, _gather_weight_backward)
 
 
 def make_plan(config: PlanConfig, model: ModelConfig, *, abstract: bool = False) -> Plan:
-    """The plan of `config` for `model`, over this process group's devices or, `abstract`, over none.
+    """The plan of `config` for `model`, over this process group's devices or, if `abstract`, over none.
 
     Raises ConfigError if the sizes do not divide, do not fold, or exceed the devices that exist, if the microbatches do
     not suit the schedule, or if a kernel was chosen that does not work on them.

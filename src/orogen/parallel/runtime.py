@@ -1,4 +1,4 @@
-"""Settings of jax that must be made before anything asks for devices. Importing this does not import jax."""
+"""Settings of jax that must be made before anything asks for devices. Importing this module does not import jax."""
 
 import ctypes
 import hashlib
@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 from orogen.config.checks import ConfigError
 
-# Of mallopt(3): block sizes from which glibc maps memory of its own, and the free space that it keeps at the top.
+# Of mallopt(3): the free space that glibc keeps at the top of the heap, and the block size from which it uses mmap.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 THREADS_PER_FAKE_DEVICE = 4
-# Sets of XLA's flags by what they are for. latency_hiding: exchanges between GPUs run beside computation, those of one
-# iteration of a loop beside another's; deterministic: the same program on the same numbers gives the same bits.
+# Sets of XLA's flags by purpose. latency_hiding: communication between GPUs overlaps computation, also that of another
+# iteration of a loop; deterministic: the same program on the same numbers gives the same bits.
 XLA_FLAGS = {
     "latency_hiding": (
         "--xla_gpu_enable_latency_hiding_scheduler=true",
@@ -28,8 +28,8 @@ XLA_FLAGS = {
 
 
 def compile_cache_folder() -> pathlib.Path:
-    """Where compiled programs are kept: one folder per user and kind of processor, since code compiled for another kind
-    may have instructions that this one lacks."""
+    """Where compiled programs are cached: one folder per user and kind of processor, since code compiled for another
+    kind may have instructions that this one lacks."""
     try:
         described = pathlib.Path("/proc/cpuinfo").read_text()
         flags = next((line for line in described.splitlines() if line.startswith(("flags", "Features"))), "")
@@ -40,9 +40,9 @@ def compile_cache_folder() -> pathlib.Path:
 
 
 def configure(fake_devices: int | None = None, xla: Sequence[str] = ()) -> None:
-    """Simulates `fake_devices` CPU devices if any, keeps compiled programs between runs, quietens libraries.
+    """Simulates `fake_devices` CPU devices if any, caches compiled programs between runs, silences libraries.
 
-    xla: names of XLA_FLAGS. What the environment already says about jax's compile cache and these flags stays.
+    xla: names of XLA_FLAGS. The environment's own settings of jax's compile cache and of these flags take precedence.
     Raises ConfigError on an unknown name.
     """
     add_xla_flags(xla)
@@ -82,19 +82,19 @@ def asks_for_same_bits() -> bool:
 
 
 def make_room_for(devices: int) -> None:
-    """Keeps `devices` simulated ones from waiting for each other for ever. Call it before jax makes its devices.
+    """Keeps `devices` simulated devices from a deadlock. Call it before jax makes its devices.
 
-    On XLA:CPU a collective holds a thread of a pool until its last participant has come, and the pool has one thread
-    per device. A program whose devices can each wait in two collectives at once (one inside a loop, one beside it) may
-    fill the pool with waiting threads while a participant has none to run on; XLA aborts after 40 seconds (observed
-    with jax 0.10.1: a step of 8 devices on a busy machine). More threads help; NPROC sets their number. Devices that
-    take a loop's collectives and others in different orders can still lock, so no collective may run beside a loop of
-    them.
+    On XLA:CPU a collective holds a thread of a pool until its last participant arrives, and the pool has one thread per
+    device. If each device of a program can wait in two collectives at once (one inside a loop, one outside), waiting
+    threads may fill the pool while a participant has none to run on; XLA aborts after 40 seconds (observed with jax
+    0.10.1: a step of 8 devices on a busy machine). More threads help; NPROC sets their number. Devices that reach a
+    loop's collectives and others in different orders can still deadlock, so no collective may run concurrently with a
+    loop that contains some.
     """
     threads = THREADS_PER_FAKE_DEVICE * devices
     if not os.environ.get("NPROC", "").isdecimal() or int(os.environ["NPROC"]) < threads:
         os.environ["NPROC"] = str(threads)
-    # Devices that share few cores may also be late for that reason alone.
+    # Devices that share few cores may also be late for no other reason.
     patience = "--xla_cpu_collective_call_terminate_timeout_seconds=1800"
     flags = os.environ.get("XLA_FLAGS", "")
     if patience.split("=")[0] not in flags:
@@ -102,8 +102,8 @@ def make_room_for(devices: int) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Lets glibc reuse large blocks. By default it returns each to the system and faults it in again: with the
-    temporary arrays of XLA:CPU that is a quarter of a training step's CPU time (observed with jax 0.10.1)."""
+    """Lets glibc reuse large blocks. By default it returns each to the system and faults it in again: for the temporary
+    arrays of XLA:CPU that costs a quarter of a training step's CPU time (observed with jax 0.10.1)."""
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):  # glibc
         for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):

@@ -1,8 +1,9 @@
 """Pipeline schedules as tables: what each stage does at each tick, and in which buffer slot every tensor lives.
 
-The model is split into `stages * virtual` segments; segment g belongs to stage g % stages, as its chunk g // stages. At
-a tick a stage takes one microbatch forward or backward through one chunk, or idles. What it sends at the end of a tick
-is usable from the next tick on. No jax here: the runtime, the simulator and the pictures share these tables.
+The model is split into `stages * virtual` segments; segment g belongs to stage g % stages, where it is chunk
+g // stages. At a tick a stage takes one microbatch forward or backward through one chunk, or idles. What it sends at
+the end of a tick can be used from the next tick on. No jax here: the runtime, the simulator and the pictures share
+these tables.
 
 Legend: t tick, s stage, g segment, n layers.
 """
@@ -58,7 +59,7 @@ class Tables(NamedTuple):
 class Schedule:
     """The tables of one training step, and for each stage how many slots its three buffers need.
 
-    Every stage runs the same program, so each buffer has as many slots as the stage that needs most.
+    Every stage runs the same program, so each buffer has as many slots as the stage that needs the most.
     """
 
     kind: str
@@ -81,7 +82,7 @@ class Schedule:
         return Fraction(self.ticks, 2 * self.microbatches * self.virtual) - 1
 
     def forward_only(self) -> "Schedule":
-        """The forward passes alone, each as soon as it can be, for evaluation; nothing is stashed."""
+        """The forward passes alone, each as early as possible, for evaluation; nothing is stashed."""
         orders = [
             [
                 step
@@ -158,10 +159,10 @@ def segments(
     """The layers of each of `count` segments: as the pattern splits them at `|`, or balanced if it does not.
 
     Balanced: the costliest segment is as cheap as contiguous segments allow, and under that bound costs are as even as
-    they can be (least sum of squares); of equal solutions, later segments get more, since early stages hold more
-    activations. Segments may be empty. cost: of a layer, by its letter; first, last: what the embedding adds to the
-    first segment, the heads and the MTP block to the last. Raises ConfigError if the pattern has another number of
-    segments.
+    possible (least sum of squares); of equal solutions, later segments get more, since early stages hold more
+    activations. Segments may be empty. cost: the cost of a layer, given its letter; first, last: what the embedding
+    adds to the first segment, and the heads and the MTP block to the last. Raises ConfigError if the pattern has
+    another number of segments.
     """
     if len(pattern.segments) > 1:
         if len(pattern.segments) != count:
@@ -200,7 +201,7 @@ def _check(kind: str, stages: int, microbatches: int, virtual: int) -> None:
 
 
 def _order(kind: str, stage: int, stages: int, microbatches: int, virtual: int) -> list[Pass]:
-    """What `stage` does, in order: forward passes to warm up, then one forward, one backward, then the rest.
+    """What `stage` does, in order: forward passes to warm up, then forward and backward passes in turn, then the rest.
 
     Chunks alternate after `stages` microbatches each. Source: Megatron-Core, pipeline_parallel/schedules.py.
     """
@@ -211,8 +212,8 @@ def _order(kind: str, stage: int, stages: int, microbatches: int, virtual: int) 
 
     forward, backward = [], []
     for turn in range(total):
-        cycle, place = divmod(turn, stages * virtual)
-        chunk, microbatch = place // stages, cycle * stages + place % stages
+        cycle, within = divmod(turn, stages * virtual)
+        chunk, microbatch = within // stages, cycle * stages + within % stages
         forward.append(Pass(FORWARD, microbatch, chunk * stages + stage))
         backward.append(Pass(BACKWARD, microbatch, (virtual - 1 - chunk) * stages + stage))
     steady = [step for pair in zip(forward[warm_up:], backward, strict=False) for step in pair]
@@ -232,7 +233,7 @@ def _place(orders: Sequence[Sequence[Pass]], *, mixed: bool) -> dict[Pass, int]:
 
     Unless mixed, a tick is either forward or backward for all stages, alternating where there is a choice: stages that
     wait for each other at every tick then never wait for a longer pass. Megatron's interleaved order takes the same
-    ticks and stash slots, and fewer inbox slots; 1F1B, whose data come just in time, would idle every other tick.
+    ticks and stash slots, and fewer inbox slots; 1F1B, whose data arrive just in time, would idle every other tick.
     """
     stages, last = len(orders), last_segment(orders)
     waiting = [collections.deque(order) for order in orders]
@@ -271,7 +272,7 @@ def _spans(tick: Mapping[Pass, int], last: int) -> dict[str, dict[Pass, tuple[in
 
 
 def _allocate(spans: Mapping[Pass, tuple[int, int]], stages: int) -> tuple[dict[Pass, int], tuple[int, ...]]:
-    """A slot for each span on its stage, and each stage's number of slots: its most spans at one tick, no more."""
+    """A slot for each span on its stage, and each stage's number of slots: the most spans that it has at one tick."""
     slot, counts = {}, [0] * stages
     free, held = [[] for _ in range(stages)], [[] for _ in range(stages)]
     for step, (start, end) in sorted(spans.items(), key=lambda item: item[1]):
@@ -309,9 +310,9 @@ def _fill(
 
 
 def _partition(cost_gnn: NDArray[np.float64], combine: np.ufunc) -> tuple[float, list[int]]:
-    """The least combined cost of consecutive segments that take all layers, and where each ends.
+    """The least combined cost of consecutive segments that cover all layers, and where each ends.
 
-    cost_gnn: of segment g, if it takes the layers from the first index up to the second.
+    cost_gnn: the cost of segment g if it has the layers from the first index up to the second.
     """
     best_n = cost_gnn[0, 0]
     starts_gn = []

@@ -14,8 +14,8 @@ def varying_axes(tree: Any) -> frozenset[str]:
 def vary(tree: Any, axes: Any) -> Any:
     """Marks every leaf of `tree` as varying over `axes` too; the values stay as they are.
 
-    The transpose is a sum over the axes that were added, so a parameter marked once before a loop is reduced
-    once, after it, and not per iteration.
+    The transpose is a sum over the axes that were added. So the gradient of a parameter that is marked before a loop is
+    reduced once, after the loop, instead of once per iteration.
     """
 
     def mark(leaf: Any) -> Any:
@@ -31,5 +31,5 @@ def vary_like(tree: Any, reference: Any) -> Any:
 
 
 def kernel_index(axis: str) -> jax.Array:
-    """This program's place along an axis of a Pallas kernel's own grid or threads, which is no axis of the mesh."""
+    """This program's index along an axis of a Pallas kernel's grid or threads, which is not an axis of the mesh."""
     return lax.axis_index(axis)
