@@ -1,32 +1,33 @@
-"""The models: Flax NNX modules that know logical axis names and never a mesh.
+"""The models: Flax NNX modules that know logical axis names but no mesh.
 
 **Repeated layers** are scanned. `block.py` folds the pattern into nested repetitions with the fewest distinct layers:
 the 52 layers of Nemotron 3 Nano compile as 10.
 
 **Layer types differ by configuration**, not by class: attention (`*`, with a window `w`) has rotary positions with
 YaRN, QK-norm, biases and sinks as its config says; MLP and experts are gated or not; routers score by sigmoid or
-softmax. There is a second class where the mathematics is another (`+`, DeepSeek's latent attention; `m`, Mamba-1).
+softmax. A second class exists only where the mathematics differ (`+`, DeepSeek's latent attention; `m`, Mamba-1).
 
-**What is recomputed has a name.** A layer under a policy by name keeps its input and every name but those chosen
-(`config/remat.py` lists the names, Megatron's modules among them).
+**Recomputation goes by names.** A layer under a policy of names saves its input and every named intermediate except
+those chosen (`config/remat.py` lists the names, Megatron's modules among them).
 
 **Stages.** A stage keeps its layers by letter, one array per parameter; the array has as many rows as the chunk with
-the most layers of that letter, so stages of unlike layers hold rows of zeros (four stages that have one type of layer
-each hold as much as one device would). Embedding and head are one array over the stages: stage 0 holds the embedding in
-its row, the last stage holds the head. Arrays of one mesh have one shape, so the stages between have room for one too.
-Where the last stage needs both (tied, or with an MTP block, which embeds too), each is on every stage, as are the
-block's own matrices, and their gradients are summed over the stages. A state that continues with other stages, and
-whole parameters that begin on stages, wait split over the stages' devices until they are laid out again.
+the most layers of that letter, so if stages have different layers, they hold rows of zeros (if each of four stages has
+a layer type of its own, each holds as much as one device would). Embedding and head are one array over the stages:
+stage 0 holds the embedding in its row, the last stage holds the head. An array has the same shape on all devices of a
+mesh, so the stages in between have room for one too. If the last stage needs both (tied, or with an MTP block, which
+embeds too), each is on every stage, as are the block's own matrices, and their gradients are summed over the stages.
+The state of a run that continues with other stages, and a whole model's parameters that are to start on stages, are
+split over the stages' devices until they are laid out again.
 
 **Mamba-2's time step is clipped only as `time_step_limit` of a checkpoint says** (`ModelConfig.time_step_min`,
-`time_step_max`). transformers 5.23 clips at its `time_step_min` when it reads a whole sequence and not at all when it
-decodes; tests undo the first.
+`time_step_max`). transformers 5.23 clips at its `time_step_min` when it reads a whole sequence, but not when it
+decodes; tests undo the former.
 
 **Add a layer.** A layer is one letter of the pattern. Write the mixer here: parameters in `__init__` through
 `orogen.layers.parameter`, each with its logical axis names; the mathematics in `__call__(h_btd, docs, plan, given) ->
 (y_btd, kept)`, in one device's shapes, communicating only through `plan.enter`, `plan.leave`, `plan.sum`, …; and
-`start` and `cache_axes` for what it is `given` with the first piece of a sequence: `KeyValues`, `Recurrent`, or a
-class of its own in `CACHES` of `model/cache.py`; None for a mixer without memory.
+`start` and `cache_axes` for what it is `given` with the first piece of a sequence: `KeyValues` or `Recurrent` of
+`model/cache.py`, or a class of its own with a method `with_piece`; None for a mixer without memory.
 Then give its letter a row in each table that has one per letter: its name in `LAYERS` (`config/model.py`), the mixer
 in `MIXERS` (`model/block.py`), `LAYER_FLOPS` and `LAYER_COLLECTIVES` (`cost/flops.py`, `cost/collectives.py`); the
 fields that only it reads in `MODEL_LETTERS` (`config/reads.py`); the names of its intermediates in `NAMES`

@@ -1,7 +1,6 @@
-"""Attention: grouped-query, with what each family of models adds to it, and DeepSeek's multi-head latent attention.
+"""Attention: grouped-query, with the options of several model families, and DeepSeek's multi-head latent attention.
 
-Letters: b batch, t time, d model, s all tokens so far, h query heads, g key heads, k head size, r latent
-width.
+Letters: b batch, t time, d model, s all tokens so far, h query heads, g key heads, k head size, r latent width.
 """
 
 from typing import Any
@@ -22,24 +21,24 @@ from orogen.model.context_attention import attend
 from orogen.model.slots import Paged
 from orogen.parallel.plan import Plan
 
-# Of the norms of MLA's latent vectors: DeepSeek's own code and transformers leave it at the default of their class,
+# For the norms of MLA's latent vectors: DeepSeek's own code and transformers leave it at the default of their class,
 # whatever rms_norm_eps says.
 LATENT_EPSILON = 1e-6
 
 
 class Attention(nnx.Module):
-    """softmax(q kᵀ / √k) v, causal and inside documents; query head i reads key head i // (h/g).
+    """softmax(q kᵀ / √k) v, causal and within documents; query head i reads key head i // (h/g).
 
-    A query sees `window` tokens, its own included, or all before it if None. By the config, heads are normalised
-    (Qwen3), then turned by their positions, projections have biases, and each head has a sink (gpt-oss). Without any
-    of these it is Nemotron-H's.
+    A query sees `window` tokens, including its own, or all up to its own if None. Depending on the config, heads are
+    normalised (Qwen3), then rotated by position, projections have biases, and each head has a sink (gpt-oss). Without
+    any of these it is Nemotron-H's.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, window: int | None = None):
         size, std = config.hidden_size, config.init_std
         self.head_dim, self.window = config.head_dim, window
-        turned = int(config.head_dim * config.partial_rotary_factor)
-        self.rotary = None if config.rope_theta is None else make_rotary(config, turned)
+        rotated = int(config.head_dim * config.partial_rotary_factor)
+        self.rotary = None if config.rope_theta is None else make_rotary(config, rotated)
         queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.query = normal(rngs, (size, queries), ("embed", "heads"), std=std)
         self.key = normal(rngs, (size, keys), ("embed", "kv_heads"), std=std)
@@ -55,7 +54,7 @@ class Attention(nnx.Module):
         self.sinks = normal(rngs, heads, ("heads",), std=std) if config.attention_sinks else None
 
     def __call__(self, x_btd: Array, docs: Documents, plan: Plan, given: Any = None) -> tuple[Array, Any]:
-        """y (b, t, d); given the keys and values of earlier tokens, over those too, and all of them."""
+        """y (b, t, d); given a cache of earlier tokens' keys and values, attends to them too and returns it updated."""
         require_one_context_rank(plan, given)
         h_btd = plan.enter(x_btd)
         q_btf, k_btf, v_btf = linears(h_btd, (self.query, self.key, self.value), plan)
@@ -77,7 +76,7 @@ class Attention(nnx.Module):
         return _join(y_bthk, self.out, self.out_bias, plan), kept
 
     def start(self, room: Any, dtype: Any) -> Any:
-        """Before the first token: room for keys and values."""
+        """An empty cache of keys and values."""
         heads = self.key[...].shape[-1] // self.head_dim, self.head_dim
         return room.key_values((heads, heads), dtype, window=self.window)
 
@@ -90,10 +89,11 @@ class Attention(nnx.Module):
 
 
 class LatentAttention(nnx.Module):
-    """Attention whose keys and values are read from a latent vector a token (DeepSeek's MLA, arXiv:2412.19437, 2.1.1).
+    """Attention with keys and values computed from one latent vector per token (DeepSeek's MLA, arXiv:2412.19437,
+    section 2.1.1).
 
-    c = norm(x W_c); keys are [c W_k, rotary(x W_kr)], the second part shared by all heads, values c W_v; queries are
-    [q, rotary(q_r)] of x W_q, or of norm(x W_qd) W_qu. The latent vectors are whole on every rank, heads are split.
+    c = norm(x W_c); keys are [c W_k, rotary(x W_kr)], the second part shared by all heads; values are c W_v; queries
+    are [q, rotary(q_r)] of x W_q, or of norm(x W_qd) W_qu. The latent vectors are replicated, heads are sharded.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
@@ -123,7 +123,8 @@ class LatentAttention(nnx.Module):
         self.out_bias = _bias(size, "norm", biased)
 
     def __call__(self, x_btd: Array, docs: Documents, plan: Plan, given: Any = None) -> tuple[Array, Any]:
-        """y (b, t, d); given the latent vectors and rotary keys of earlier tokens, over those too, and all of them."""
+        """y (b, t, d); given a cache of earlier tokens' latent vectors and rotary keys, attends to those tokens too and
+        returns it updated."""
         require_one_context_rank(plan, given)
         h_btd = plan.enter(x_btd)
         q_bthk = self._queries(h_btd, docs, plan)
@@ -151,7 +152,7 @@ class LatentAttention(nnx.Module):
         return _join(y_bthk, self.out, self.out_bias, plan), kept
 
     def start(self, room: Any, dtype: Any) -> Any:
-        """Before the first token: room for what keys and values are computed from."""
+        """An empty cache of what keys and values are computed from."""
         return room.key_values(((self.latent_down[...].shape[-1],), (1, self.rope)), dtype)
 
     def cache_axes(self, room: Any) -> Any:
@@ -166,8 +167,8 @@ class LatentAttention(nnx.Module):
             latent_btr = self.query_norm(checkpoint_name(latent_btr, "latent"), plan)
             q_btf = linear(latent_btr, self.query_up, plan)
         q_bthk = _split(checkpoint_name(q_btf, "query"), self.nope + self.rope)
-        plain_bthk, turned_bthk = q_bthk[..., : self.nope], q_bthk[..., self.nope :]
-        return jnp.concatenate([plain_bthk, self.rotary(turned_bthk, docs.positions_bt)], -1)
+        plain_bthk, rotary_bthk = q_bthk[..., : self.nope], q_bthk[..., self.nope :]
+        return jnp.concatenate([plain_bthk, self.rotary(rotary_bthk, docs.positions_bt)], -1)
 
 
 def _bias(size: int, axis: str, present: bool) -> nnx.Param | None:

@@ -26,7 +26,7 @@ from orogen.model.remat import checkpointed
 from orogen.moe.layer import MoE
 from orogen.parallel.plan import Plan
 
-# What each letter of a pattern builds.
+# The mixer that each letter of a pattern builds.
 MIXERS: dict[str, Callable[[ModelConfig, nnx.Rngs], nnx.Module]] = {
     "M": Mamba2,
     "m": Mamba1,
@@ -50,7 +50,7 @@ Items = tuple[str | Repeat, ...]
 
 @functools.cache
 def repeats(pattern: str) -> tuple[str | Repeat, ...]:
-    """`pattern` folded into nested repetitions with the fewest distinct layers in all, so the least to compile.
+    """`pattern` folded into nested repetitions with the fewest distinct layers in total, so the least to compile.
 
     `MEM*MEM*E` becomes (Repeat((M, E, M, *), 2), E); 52 layers of Nemotron 3 Nano become 10.
     """
@@ -81,7 +81,7 @@ def repeats(pattern: str) -> tuple[str | Repeat, ...]:
         return cost, Repeat(items, len(text) // period)
 
     def solved(start: int, end: int) -> tuple[int, tuple[str | Repeat, ...]]:
-        """`best`, from its end forwards: no call then goes deeper than to a result that is there, or to a period."""
+        """`best`, computed from the end, so that no call recurses further than to a cached result or a period."""
         for later in range(end, start, -1):
             best(later, end)
         return best(start, end)
@@ -90,7 +90,7 @@ def repeats(pattern: str) -> tuple[str | Repeat, ...]:
 
 
 class Place(NamedTuple):
-    """Where a layer lives in a Stack: the child to take at each level, and its index in the repetitions on the way."""
+    """Where a layer is in a Stack: the child to take at each level, and the index in each repetition on the way."""
 
     path: tuple[int, ...]
     index: tuple[int, ...]
@@ -109,7 +109,7 @@ def places(items: tuple[str | Repeat, ...]) -> list[Place]:
 
 
 def letters(items: tuple[str | Repeat, ...]) -> str:
-    """The pattern that `items` folds."""
+    """The pattern that was folded into `items`."""
     return "".join(item if isinstance(item, str) else letters(item.items) * item.count for item in items)
 
 
@@ -143,8 +143,8 @@ class Stack(nnx.Module):
     State enters and leaves layers as two trees of one form: a tuple with one entry per child, which is whatever the
     layer's mixer takes and keeps (None if nothing), or, for a repetition, a nested tuple stacked along the leading
     axis. `given` goes in: routing to replay, caches of earlier tokens. A call returns the residual stream and what the
-    layers `kept`: routing statistics, and each cache that was given with this call's tokens in it.
-    The plan has a recipe for each layer, perhaps with those of layers after these.
+    layers `kept`: routing statistics, and each given cache with this call's tokens added.
+    The plan has a recipe for each layer, and possibly for layers after these.
     """
 
     def __init__(self, items: tuple[str | Repeat, ...], config: ModelConfig, rngs: nnx.Rngs):
@@ -163,9 +163,9 @@ class Stack(nnx.Module):
         return x_btd, tuple(kept)
 
     def start(self, room: Any, dtype: Any) -> tuple[Any, ...]:
-        """What the layers are given with the first piece of sequences: empty caches of this device's heads and
-        channels in the form that `room` gives them (`cache.Rows`, `slots.Slots`), activations in `dtype`. The next
-        piece is given `caches` of what is kept."""
+        """What the layers are given with the first piece of each sequence: empty caches of this device's heads and
+        channels, in the form that `room` decides (`cache.Rows`, `slots.Slots`), with activations in `dtype`. Each later
+        piece is given `caches` of what the layers kept."""
         started = []
         for item, child in zip(self.items, self.children, strict=True):
             empty = child.start(room, dtype)
@@ -187,7 +187,7 @@ def _child(item: str | Repeat, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Modul
 
     def build(key: Array) -> nnx.State:
         graph, state = nnx.split(Stack(item.items, config, nnx.Rngs(key)))
-        graphs.append(graph)  # static, so not a value that vmap could return; a second trace would double at each level
+        graphs.append(graph)  # static, so vmap cannot return it; a second trace would double the work at each level
         return state
 
     states = jax.vmap(build)(jax.random.split(rngs.params(), item.count))
@@ -202,7 +202,7 @@ def _apply(layer: Layer, x_btd: Array, docs: Documents, plan: Plan, given: Any) 
         return nnx.merge(graph, state)(x_btd, docs, plan, given)
 
     remat = plan.config.layer_remat(layer.letter)
-    # What FSDP gathers is made of weights, and what FP8 rounds, which `elementwise` keeps as the output of a kernel.
+    # FSDP gathers weights, and FP8 rounds them, which `elementwise` saves if a kernel does it.
     kept = remat.kind == "elementwise" and plan.config.quantize == FOR_GPU["quantize"]
     large = plan.config.fsdp == "parameters" or (FP8 in plan.recipe.names() and not kept)
     return checkpointed(call, remat, weights_behind=large)(state, x_btd, docs, given)
@@ -218,7 +218,7 @@ def _scan(stack: Stack, x_btd: Array, docs: Documents, plan: Plan, given: Any) -
         return nnx.merge(graph, state)(x_btd, docs, plan, given)
 
     if len({turn.recipes for turn in turns}) > 1:
-        # Written out, for some turns differ: a loop over the others would copy their weights out first.
+        # Unrolled, since some turns differ: a loop over the others would first copy their weights out.
         kept = []
         for index, turn in enumerate(turns):
             inputs = jax.tree.map(lambda a, index=index: a[index], (states, given))

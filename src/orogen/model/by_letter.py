@@ -1,7 +1,7 @@
 """The layers of a stack by their letter: one array per parameter, whose rows are the layers in the order of the
 pattern.
 
-Letters: v chunks per stage, r rows.
+Letters: v chunks per stage, r rows, one per layer.
 """
 
 import functools
@@ -20,7 +20,7 @@ Rows = dict[str, Any]
 def by_letter(stack: Any, items: Items, *, lead: int = 0) -> Rows:
     """The arrays of a Stack's layers by letter, layers of one letter along axis `lead` in the order of the pattern.
 
-    stack: its state, or a tuple like its statistics; axes in front of `lead` are those of all its arrays.
+    stack: its state, or a tuple such as its statistics; all its arrays share the axes in front of `lead`.
     """
     stacks = []
     for item, child in zip(items, _children(stack, len(items)), strict=True):
@@ -36,7 +36,7 @@ def by_letter(stack: Any, items: Items, *, lead: int = 0) -> Rows:
 
 
 def stacked(rows: Mapping[str, Any], items: Items, *, lead: int = 0) -> tuple[Any, ...]:
-    """The inverse of `by_letter`: an entry for each item, None where a letter has no arrays."""
+    """The inverse of `by_letter`: one entry per item, None where a letter has no arrays."""
     children, start = [], dict.fromkeys(rows, 0)
     for item in items:
         pattern = letters((item,))
@@ -54,7 +54,7 @@ def stacked(rows: Mapping[str, Any], items: Items, *, lead: int = 0) -> tuple[An
 
 
 def joined(stacks: Sequence[Rows], *, lead: int = 0) -> Rows:
-    """Rows of several stacks, one after the other, as a chunk holds them."""
+    """The rows of several stacks, concatenated, as a chunk holds them."""
     together = functools.partial(concatenated, lead)
     found: dict[str, list[Any]] = {}
     for stack in stacks:
@@ -79,7 +79,7 @@ def state_of(children: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def _children(stack: Any, count: int) -> Sequence[Any]:
-    """An entry for each item of a Stack, from a tuple, or from its state, which lacks items without arrays."""
+    """One entry per item of a Stack, from a tuple, or from its state, which lacks items without arrays."""
     if isinstance(stack, tuple):
         return stack
     children = stack.get("children", {})
@@ -87,7 +87,7 @@ def _children(stack: Any, count: int) -> Sequence[Any]:
 
 
 def concatenated(axis: int, *arrays: Array) -> Array:
-    """The arrays one after the other; a single one as it is."""
+    """The arrays concatenated along `axis`; a single array as it is."""
     return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis)
 
 

@@ -1,13 +1,13 @@
-"""What layers keep of earlier tokens, so that a sequence may come in pieces, the last of them single tokens.
+"""Caches: what layers keep of earlier tokens, so that a sequence may come in pieces, the last of them single tokens.
 
-A mixer makes its own by `start` in the form that a room gives them (`Rows` here; `Slots`, for an engine, in
-`model.slots`), and names their logical axes by `cache_axes`, in the same form.
+A mixer makes its cache in `start` and names its logical axes in `cache_axes`. Both ask a room, which decides the form
+of the cache: `Rows` here, or `Slots`, for an engine, in `model.slots`.
 
-Pieces follow one another: the documents of a piece are those of the whole row at its places, with ids that no other
-document of the row has. The whole row at once and any pieces of it give the same outputs and gradients up to rounding,
-where experts drop no token: a capacity is of a piece. Where `tensor` does not divide a piece's tokens, as those of
-single ones, the plan is `Plan.decoding()`, which splits rows instead. On a mesh a loop of jax over pieces needs what
-`start` makes as varying as what is kept (`parallel.varying.vary_like`).
+Pieces are consecutive: the documents of a piece are those of the whole row at the same positions, and every document of
+a row has an id of its own. The whole row at once and any division of it into pieces give the same outputs and gradients
+up to rounding, if experts drop no token: capacity is counted per piece. If `tensor` does not divide the tokens of a
+piece, such as a single one, the plan is `Plan.decoding()`, which splits the rows of the batch instead. On a mesh, a jax
+loop over pieces needs the result of `start` marked as varying like what is kept (`parallel.varying.vary_like`).
 
 Letters: b batch, t time of a piece, s slots, k tokens of a convolution's window.
 """
@@ -24,17 +24,17 @@ from orogen.kernels.ssd import ssd
 from orogen.layers.documents import Documents
 from orogen.parallel.plan import Plan
 
-# The segment of what was never written; no document has it.
+# The segment of slots that were never written; no document has it.
 EMPTY = -1
 
 
 class KeyValues(NamedTuple):
-    """What attention reads of earlier tokens, in the order in which they came.
+    """What attention reads of earlier tokens, in order of arrival.
 
     values: arrays (b, s, …), keys and values or what they are computed from; segments_bs: the document of each slot,
-    int32, EMPTY after the last token; length_b: the tokens of each row so far, int32. Rows may be of different ages.
-    What comes after the last slot is lost, and outputs are wrong from there on: whoever chooses the slots counts the
-    tokens.
+    int32, EMPTY after the last token; length_b: the number of tokens of each row so far, int32, which may differ.
+    Tokens past the last slot are lost, and outputs are wrong from there on: the caller, which chooses the number of
+    slots, must count the tokens.
     """
 
     values: Any  # typed for arrays and for their logical axes
@@ -43,12 +43,13 @@ class KeyValues(NamedTuple):
 
     @classmethod
     def empty(cls, batch: int, slots: int, shapes: Sequence[tuple[int, ...]], dtype: Any) -> "KeyValues":
-        """Room for `slots` tokens, of each array of this shape a token."""
+        """An empty cache of `slots` tokens; shapes: each array's shape per token."""
         values = tuple(jnp.zeros((batch, slots, *shape), dtype) for shape in shapes)
         return cls(values, jnp.full((batch, slots), EMPTY, jnp.int32), jnp.zeros(batch, jnp.int32))
 
     def with_piece(self, values: Sequence[Array], docs: Documents) -> "KeyValues":
-        """With the arrays (b, t, …) of a piece after what is here. Raises ValueError if it never fits."""
+        """The cache with the arrays (b, t, …) of a piece appended. Raises ValueError if the piece has more tokens than
+        the cache."""
         segments_bt = docs.segments_bt
         (_, slots), (_, tokens) = self.segments_bs.shape, segments_bt.shape
         if tokens > slots:
@@ -60,17 +61,17 @@ class KeyValues(NamedTuple):
         return KeyValues(tuple(written), segments_bs, self.length_b + segments_bt.shape[1])
 
     def reading(self, docs: Documents) -> "Reading":
-        """How the queries of the last piece, which is here, read it."""
+        """How the queries of the last piece, which the cache contains, read it."""
         tokens = docs.segments_bt.shape[1]
         return Reading(self.values, self.segments_bs, self.index(tokens) - tokens)
 
     def index(self, tokens: int) -> Array:
-        """(b, t) int32: the places in the sequence of the `tokens` to come."""
+        """(b, t) int32: the positions in the sequence of the next `tokens` tokens."""
         return self.length_b[:, None] + jnp.arange(tokens, dtype=jnp.int32)
 
 
 class Reading(NamedTuple):
-    """What queries (b, t) read: values (b, s, …), their documents (b, s), the queries' places (b, t) and the values'
+    """What queries (b, t) read: values (b, s, …), their documents (b, s), the queries' positions (b, t) and the values'
     (b, s), None if they are 0, 1, ..."""
 
     values: tuple[Array, ...]
@@ -82,7 +83,7 @@ class Reading(NamedTuple):
 class Recurrent(NamedTuple):
     """What a state-space mixer needs of earlier tokens: it does not grow with them.
 
-    windows: of each convolution the last inputs (b, k, c), oldest first; state: the SSM's after the last token,
+    windows: the last inputs (b, k, c) of each convolution, oldest first; state: the SSM's state after the last token,
     float32; segments_bk: the documents of the window's tokens, at least of the last one, EMPTY before the first.
     """
 
@@ -92,13 +93,14 @@ class Recurrent(NamedTuple):
 
     @classmethod
     def empty(cls, batch: int, taps: int, channels: Sequence[int], state: tuple[int, ...], dtype: Any) -> "Recurrent":
-        """Before the first token, for convolutions of `taps` taps over so many channels and states of this shape."""
+        """The cache before the first token, for convolutions of `taps` taps over so many channels each, and states of
+        this shape."""
         windows = tuple(jnp.zeros((batch, taps - 1, size), dtype) for size in channels)
         segments_bk = jnp.full((batch, max(taps - 1, 1)), EMPTY, jnp.int32)
         return cls(windows, jnp.zeros((batch, *state), jnp.float32), segments_bk)
 
     def emptied(self) -> "Recurrent":
-        """Of the same shapes, before the first token."""
+        """A cache of the same shapes, before the first token."""
         windows, state = jax.tree.map(jnp.zeros_like, (self.windows, self.state))
         return Recurrent(windows, state, jax.tree.map(lambda a: jnp.full_like(a, EMPTY), self.segments_bk))
 
@@ -112,7 +114,7 @@ class Recurrent(NamedTuple):
         return jnp.where(continues_b.reshape(-1, *(1,) * (self.state.ndim - 1)), self.state, 0)
 
     def ssd(self, operands: Sequence[Array], docs: Documents, plan: Plan, **settings: Any) -> tuple[Array, Array]:
-        """`kernels.ssd` of a piece's operands after the tokens before it: outputs, and the state after the piece."""
+        """`kernels.ssd` of a piece, continuing the tokens before it: outputs, and the state after the piece."""
         return ssd(*operands, segments_bt=docs.segments_bt, initial_state_bhpn=self.entering(docs), **settings)
 
     def selective_scan(
@@ -123,13 +125,13 @@ class Recurrent(NamedTuple):
         return selective_scan(*operands, segments_bt=docs.segments_bt, initial_state_bin=start_bin, **settings)
 
     def renamed(self, first_b: Array, continues_b: Array) -> "Recurrent":
-        """Before a piece whose ids are its own: the last document is `first_b` where the piece goes on with it, and no
-        earlier one is known."""
+        """The cache before a piece that numbers its documents anew: the last document gets the id `first_b` in rows
+        whose piece continues it; all others are forgotten."""
         same_bk = (self.segments_bk == self.segments_bk[..., -1:]) & continues_b[:, None]
         return self._replace(segments_bk=jnp.where(same_bk, first_b[:, None], EMPTY))
 
     def with_piece(self, inputs: Sequence[Array], state: Any, docs: Documents) -> "Recurrent":
-        """After a piece whose convolutions read `inputs` (b, t, c), and which left `state`."""
+        """The cache after a piece whose convolutions read `inputs` (b, t, c), and which left `state`."""
         windows = tuple(_last(window, x) for window, x in zip(self.windows, inputs, strict=True))
         return Recurrent(windows, state, _last(self.segments_bk, docs.segments_bt))
 
@@ -142,17 +144,17 @@ class Rows(NamedTuple):
     length: int
 
     def key_values(self, shapes: Sequence[tuple[int, ...]], dtype: Any, *, window: int | None = None) -> KeyValues:
-        """For attention that reads arrays of these shapes a token. All tokens stay, also those outside a `window`."""
+        """For attention that reads arrays of these shapes per token. All tokens stay, even those outside a `window`."""
         return KeyValues.empty(self.batch, self.length, shapes, dtype)
 
     def key_value_axes(self, axes: Sequence[tuple[str | None, ...]], *, window: int | None = None) -> KeyValues:
-        """The logical axes of `key_values`, from those of each array's shape a token."""
+        """The logical axes of `key_values`, from those of each array's shape per token."""
         return KeyValues(tuple(("batch", None, *each) for each in axes), ("batch", None), ("batch",))
 
     def recurrent(
         self, taps: int, channels: Sequence[int], state: tuple[int, ...], inputs: Sequence[tuple[int, ...]], dtype: Any
     ) -> Recurrent:
-        """For convolutions of `taps` taps over so many channels and states of this shape. inputs: the shapes of a
+        """For convolutions of `taps` taps over so many channels each, and states of this shape. inputs: the shapes of a
         token's x, B and dt, for rooms that keep them."""
         return Recurrent.empty(self.batch, taps, channels, state, dtype)
 
@@ -167,34 +169,34 @@ class Rows(NamedTuple):
 
 
 def is_cache(one: Any) -> bool:
-    """Whether the next piece is given this, which a layer kept: caches take pieces."""
+    """Whether `one`, which a layer kept, is a cache, to be given with the next piece: caches have `with_piece`."""
     return hasattr(type(one), "with_piece")
 
 
 def caches(kept: Any) -> Any:
-    """What the next piece is given, among what a stack's layers kept."""
+    """The caches among what a stack's layers kept: what the next piece is given."""
     return map_layers(lambda one: one if is_cache(one) else None, kept)
 
 
 def without_caches(kept: Any) -> Any:
-    """What a stack's layers kept beside caches: statistics."""
+    """What a stack's layers kept besides caches: statistics."""
     return map_layers(lambda one: None if is_cache(one) else one, kept)
 
 
 def both(one: Any, other: Any) -> Any:
-    """What two trees give to a stack's layers, of which each layer finds something in one at most."""
+    """Two trees for a stack's layers, merged; a layer has an entry in at most one of them."""
     return map_layers(lambda a, b: b if a is None else a, one, other) if one and other else one or other
 
 
 def map_layers(function: Callable[..., Any], *trees: Any) -> Any:
-    """The function of what stands for each layer: children of stacks and repetitions are plain tuples, nothing else."""
+    """`function` of each layer's entries in the trees: only the children of stacks and repetitions are plain tuples."""
     if type(trees[0]) is tuple:
         return tuple(map_layers(function, *children) for children in zip(*trees, strict=True))
     return function(*trees)
 
 
 def require_one_context_rank(plan: Plan, given: Any) -> None:
-    """Raises ValueError if what is given belongs to a sequence on several ranks of `context`."""
+    """Raises ValueError if something is given while the sequence lies on several ranks of `context`."""
     if given is not None and plan.size("context") > 1:
         raise ValueError(f"context={plan.size('context')} with caches of earlier tokens: expected context=1")
 

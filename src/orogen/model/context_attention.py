@@ -1,7 +1,7 @@
-"""Attention over a sequence that lies on several context ranks, by the method that the plan names.
+"""Attention over a sequence that is sharded over context ranks, by the method that the plan names.
 
 Letters: b batch, t queries of this rank, s keys (of the whole sequence, or of a block), h query heads, g key heads,
-r query heads of a key head, k head size, q queries of a block.
+r query heads per key head, k head size, q queries of a block.
 """
 
 from functools import partial
@@ -38,14 +38,14 @@ def attend(
 ) -> Array:
     """Outputs (b, t, h, k) of `kernels.attention` for this rank's queries against the whole sequence.
 
-    reading: where keys are those of all tokens so far, on one rank, how queries read them.
+    reading: how queries read the keys, if these are those of all tokens so far, on one rank.
     """
     kernel = partial(attention, implementation=plan.config.attention, window=window, scale=scale)
     kept = partial(checkpoint_name, name="attention")
     if plan.size("context") == 1:
-        places_of = {} if reading is None else reading._asdict()
-        places_of.pop("values", None)
-        y_bthk = kernel(q_bthk, k_btgk, v_btgk, segments_bt=segments_bt, sinks_h=sinks_h, **places_of)
+        indices = {} if reading is None else reading._asdict()
+        indices.pop("values", None)
+        y_bthk = kernel(q_bthk, k_btgk, v_btgk, segments_bt=segments_bt, sinks_h=sinks_h, **indices)
         return y_bthk if plan.config.attention == "cudnn" else kept(y_bthk)  # cuDNN's has the name already
     if plan.config.context_attention == "allgather":
         k_bsgk, v_bsgk, kv_segments_bs = (whole(a, plan) for a in (k_btgk, v_btgk, segments_bt))
@@ -72,7 +72,7 @@ class _Options(NamedTuple):
 
 
 class _Queries(NamedTuple):
-    """Queries of a block (b, q, g, r, k), their segments (b, q), and their places in the sequence (q,)."""
+    """Queries of a block (b, q, g, r, k), their segments (b, q), and their positions in the sequence (q,)."""
 
     q_bqgrk: Array
     segments_bq: Array
@@ -80,7 +80,7 @@ class _Queries(NamedTuple):
 
 
 class _Keys(NamedTuple):
-    """Keys and values (b, s, g, k), their segments (b, s), and their places in the sequence (s,)."""
+    """Keys and values (b, s, g, k), their segments (b, s), and their positions in the sequence (s,)."""
 
     k_bsgk: Array
     v_bsgk: Array
@@ -97,9 +97,9 @@ class _Sums(NamedTuple):
 
 
 # The keys of the ranks go round the ring. Each rank's tokens are two parts, the first early and the second late in the
-# sequence, so that of the four pairs of a rank's and another's parts exactly two are visible: the second part's queries
-# always see the first part's keys; and either the first part's queries do too (the keys' rank is before this one in the
-# first half), or the second part's queries see the second part's keys as well.
+# sequence. So of the four pairs of one of this rank's parts with one of another's, exactly two are visible: the second
+# part's queries always see the first part's keys; and either the first part's queries see them too (if the keys' rank
+# is before this one), or the second part's queries see the second part's keys as well.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -136,11 +136,11 @@ def _ring_forward(operands, plan, options):
 
 
 def _ring_backward(plan, options, saved, cotangents):
-    """Once more round the ring, the gradients of keys and values beside them; they end where they belong."""
+    """Goes round the ring once more; the gradients of keys and values travel with them and end on their own rank."""
     q_bthk, k_btgk, v_btgk, segments_bt, y_bthk, lse_bth = saved
     queries, keys = _operands(q_bthk, k_btgk, v_btgk, segments_bt, plan)
     dy_bthk, dlse_bth = cotangents
-    # d score = p (dp - delta): delta gathers what the normalisation takes back.
+    # d score = p (dp - delta), where delta is the normalisation's share of the gradient.
     delta_bth = jnp.sum(dy_bthk * y_bthk, -1) - dlse_bth
     grouped = lambda a: a.reshape(*a.shape[:2], *queries.q_bqgrk.shape[2:4], *a.shape[3:])  # noqa: E731
     given = _Given(*(grouped(a) for a in (dy_bthk, lse_bth, delta_bth)))
@@ -159,7 +159,7 @@ def _ring_backward(plan, options, saved, cotangents):
         dq_first += jnp.where(ahead, dq_a, 0)
         dq_second += jnp.where(ahead, dq_b, dq_a + dq_b)
 
-        def add(total, a, b):  # both blocks are of the first part's keys, or one of each part's
+        def add(total, a, b):  # both blocks have the first part's keys, or one block has each part's
             to_first, to_second = jnp.where(ahead, a + b, a), jnp.where(ahead, 0, b)
             return total + jnp.concatenate([to_first, to_second], 1)
 
@@ -177,7 +177,7 @@ _ring.defvjp(_ring_forward, _ring_backward)
 
 
 class _Given(NamedTuple):
-    """Of each query: the output's cotangent (b, q, g, r, k), the log-sum-exp and delta (b, q, g, r)."""
+    """Per query: the output's cotangent (b, q, g, r, k), the log-sum-exp and delta (b, q, g, r)."""
 
     dy_bqgrk: Array
     lse_bqgr: Array
@@ -200,7 +200,7 @@ def _halves(tree: Any) -> tuple[Any, Any]:
 
 
 def _next(tree, plan):
-    """What the rank before has."""
+    """What the rank before this one has."""
     return jax.tree.map(lambda a: plan.shift(a, "context", 1), tree)
 
 
@@ -288,7 +288,7 @@ def _by_blocks(run, queries: _Queries, blocked: bool) -> _Sums:
 
 
 def _in_blocks(tree):
-    """Each leaf as blocks along time, in front; the last filled up with zeros, whose cotangents are zero."""
+    """Each leaf in blocks along time, as a new first axis; the last is padded with zeros, whose cotangents are zero."""
 
     def split(a: Array) -> Array:
         axis = min(a.ndim - 1, 1)

@@ -1,4 +1,4 @@
-"""State-space mixers whose sequence lies on several context ranks: halos, states passed on, or heads for sequence.
+"""State-space mixers over a sequence sharded over context ranks: halos, states passed on, or heads for sequence.
 
 Letters: b batch, t time of this rank, s time of the whole sequence, p parts or head size, c channels, h heads,
 g groups, n state, i inner channels of Mamba-1.
@@ -41,8 +41,8 @@ def convolve(
 ) -> list[Array]:
     """Each array (b, t, c) through its causal convolution, called with array, segments, plan, halo and its segments.
 
-    One exchange for all arrays, of the last tokens before each part. given: the cache of the tokens before the first,
-    on one rank of `context`.
+    One exchange for all arrays brings the tokens before each part. given: the cache of the tokens before the first, on
+    one rank of `context`.
     """
     before, segments_bt = convs[0].taps - 1, docs.segments_bt
     if given is not None and before:
@@ -52,13 +52,13 @@ def convolve(
         ]
     if plan.size("context") == 1 or not before:
         return [conv(x_btc, segments_bt, plan) for conv, x_btc in zip(convs, arrays, strict=True)]
-    # Only the parts' last tokens are brought together and sent.
+    # Only the parts' last tokens are joined and sent.
     tails = [joined(parts(x_btc, plan)[:, -before:], plan) for x_btc in arrays]
     halo_bkc = earlier(jnp.concatenate(tails, -1), before, plan)
     halos = jnp.split(halo_bkc, np.cumsum([x_btc.shape[-1] for x_btc in arrays])[:-1], -1)
-    behind_bk, rows_bt = earlier(segments_bt, before, plan), parts(segments_bt, plan)
+    halo_segments_bk, segments_bt = earlier(segments_bt, before, plan), parts(segments_bt, plan)
     return [
-        joined(conv(parts(x_btc, plan), rows_bt, plan, halo, behind_bk), plan)
+        joined(conv(parts(x_btc, plan), segments_bt, plan, halo, halo_segments_bk), plan)
         for conv, x_btc, halo in zip(convs, arrays, halos, strict=True)
     ]
 
@@ -66,8 +66,8 @@ def convolve(
 def ssd_over_parts(
     operands: tuple[Array, ...], skip_h: Array, segments_bt: Array, plan: Plan, *, chunk_size: int
 ) -> Array:
-    """The outputs of `ssd` over the whole sequence, float32, of its first five arguments: each part by itself, then
-    what the states that enter the parts add. Between ranks only states move, so the bytes do not grow with the
+    """The outputs of `ssd` over the whole sequence, float32, from its first five arguments: each part by itself, plus
+    what the states that enter the parts add. Only states move between ranks, so the bytes do not grow with the
     sequence."""
     x_bthp, dt_bth, a_h, b_btgn, c_btgn = operands
     continues_b = _continues(segments_bt, plan)
@@ -90,9 +90,9 @@ def ssd_over_parts(
 
 
 def scan_over_parts(operands: tuple[Array, ...], segments_bt: Array, plan: Plan, *, chunk_size: int) -> Array:
-    """The outputs of `selective_scan` over the whole sequence, of its first five arguments. Each part is scanned twice,
-    first for the state that it leaves, then with the state that enters: what that adds alone would be as much
-    elementwise work."""
+    """The outputs of `selective_scan` over the whole sequence, from its first five arguments. Each part is scanned
+    twice, first for the state that it leaves, then with the state that enters it: computing only what that state adds
+    would be as much elementwise work."""
     x_bti, dt_bti, A_in, B_btn, C_btn = operands
     continues_b = _continues(segments_bt, plan)
     x_bti, dt_bti, B_btn, C_btn = (parts(a, plan) for a in (x_bti, dt_bti, B_btn, C_btn))
@@ -111,8 +111,8 @@ def scan_over_parts(operands: tuple[Array, ...], segments_bt: Array, plan: Plan,
 def heads_for_sequence(arrays: Sequence[Array], plan: Plan) -> list[Array]:
     """Each array (b, t, heads, ...) as this rank's share of its heads over the whole sequence (b, s, heads / c, ...).
 
-    One all-to-all for all of them. What has fewer heads than ranks, or no multiple, is repeated, each head next to
-    itself, as often as it takes: head i of 2h still reads group i // (2h / g).
+    One all-to-all for all of them. If the ranks do not divide an array's heads, each head is repeated in place until
+    they do: head i of 2h still reads group i // (2h / g).
     """
     ranks = plan.size("context")
     arrays = [jnp.repeat(a, math.lcm(a.shape[2], ranks) // a.shape[2], axis=2) for a in arrays]
@@ -123,5 +123,5 @@ def heads_for_sequence(arrays: Sequence[Array], plan: Plan) -> list[Array]:
 
 
 def _continues(segments_bt: Array, plan: Plan) -> Array:
-    """(b p,) whether the token before each part is of the same segment as its first."""
+    """(b p,) whether the token before each part is in the same segment as the part's first."""
     return earlier(segments_bt, 1, plan)[:, 0] == parts(segments_bt, plan)[:, 0]

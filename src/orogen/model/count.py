@@ -11,9 +11,9 @@ from orogen.model.lm import Built, build
 
 
 def count(config: ModelConfig, built: Built | None = None) -> dict[str, int]:
-    """Parameters in all (routers' correction biases and MTP block included); those that one token uses, without the
-    MTP block, with and without the input embedding, which is never left out where it is the head as well; and the MTP
-    block's. Allocates nothing. built: of the same config, if there is one."""
+    """total: all parameters, including routers' correction biases and the MTP block. active: those that one token uses,
+    without the MTP block. active_without_embedding: the same without the input embedding, unless it is also the head.
+    mtp: those of the MTP block. Allocates nothing. built: the model of this config, if it is built already."""
     built = built or build(config)
     sizes = [(path, leaf) for tree in (built.params, built.buffers) for path, leaf in _leaves(tree)]
     total = sum(math.prod(leaf.get_value().shape) for _, leaf in sizes)

@@ -14,7 +14,7 @@ from orogen.parallel.plan import Plan
 
 
 def token_nats(h_btd: Array, model: LanguageModel, targets_bt: Array, weights_bt: Array, plan: Plan) -> Array:
-    """The sum () of weight times nats of the targets (b, t), of this device's rows and context rank.
+    """The scalar sum of weight times nats over the targets (b, t), for this device's rows and context rank.
 
     h_btd: final-normed hidden states, laid out as the residual stream. A weight may be negative, or 0 where there
     is no target.
@@ -25,7 +25,7 @@ def token_nats(h_btd: Array, model: LanguageModel, targets_bt: Array, weights_bt
 
 
 def log_likelihoods(h_btd: Array, model: LanguageModel, targets_bt: Array, plan: Plan) -> Array:
-    """The log-likelihood (b, t) float32 of each target, of this device's rows and context rank; see `token_nats`."""
+    """The log-likelihood (b, t) float32 of each target, for this device's rows and context rank; see `token_nats`."""
     with jax.named_scope("cross_entropy"):
         operands, settings = _read(h_btd, model, plan)
         return cross_entropy.log_likelihoods(*operands, targets_bt.reshape(-1), **settings).reshape(targets_bt.shape)

@@ -1,4 +1,4 @@
-"""How a model's layers lie on the devices of a plan: all on each, or apart in the stages of a pipeline.
+"""How a model's layers are laid out over the devices of a plan: all on each, or split into the stages of a pipeline.
 
 Letters: m microbatches, b batch, t time, l layers, e experts.
 """
@@ -39,11 +39,11 @@ class Whole:
 
     @property
     def filled(self) -> dict[str, float]:
-        """See `Stages.filled`: here no row is without a layer."""
+        """See `Stages.filled`: there are no rows without a layer here."""
         return {}
 
     def split(self, state: nnx.State) -> nnx.State:
-        """Parameters or buffers of a whole model as they lie here."""
+        """Parameters or buffers of a whole model in this layout."""
         return state
 
     def join(self, state: nnx.State) -> nnx.State:
@@ -51,7 +51,7 @@ class Whole:
         return state
 
     def layer(self, state: nnx.State, number: int) -> nnx.State:
-        """The parameters or buffers of one layer, counted along the pattern, the MTP block's last."""
+        """The parameters or buffers of one layer, counted along the pattern, with the MTP block's layers last."""
         deeper = number >= len(self.main)
         tree: Any = state.get(MTP, {}).get(LAYERS, {}) if deeper else state.get(BACKBONE, {})
         place = places(repeats(self.mtp if deeper else self.main))[number - deeper * len(self.main)]
@@ -60,7 +60,7 @@ class Whole:
         return nnx.State(jax.tree.map(lambda a: a[place.index], plain(tree)))
 
     def loads(self, load: Sequence[Array]) -> Array:
-        """(l, e): what the routers' counters say, in the order of the pattern, the MTP block's last; see `Sums`."""
+        """(l, e): the routers' counters, in the order of the pattern, with the MTP block's last; see `Sums`."""
         rows, offset = [], 0
         for items in (repeats(self.main), repeats(self.mtp)):  # one set of routers for all depths of an MTP block
             experts = [p for p, letter in zip(places(items), letters(items), strict=True) if letter == MOE]
@@ -78,7 +78,7 @@ class Whole:
         return tuple(_choice_specs(items, plan, 1) for items in (repeats(self.main), *[repeats(self.mtp)] * depths))
 
     def split_replay(self, replay: tuple[Any, ...]) -> Any:
-        """Replays (m, …, b, t, k) of the whole model's stacks, as they are used here."""
+        """Replays (m, …, b, t, k) of the whole model's stacks, in the form used by this layout."""
         return replay
 
 
@@ -86,7 +86,7 @@ Layout = Whole | Stages
 
 
 def relaid(state: Any, before: Layout, after: Layout) -> Any:
-    """`state`, or a part of it, which lies as `before` says, as `after` does; optimizer state too."""
+    """`state`, or a part of it, moved from the layout `before` to the layout `after`; optimizer state too."""
 
     def lay(tree: Any) -> Any:
         return after.split(before.join(tree)) if isinstance(tree, nnx.State) else tree

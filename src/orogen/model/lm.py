@@ -27,7 +27,7 @@ class LanguageModel(nnx.Module):
     """A pattern of residual layers between an embedding and a head, which may be one matrix (`head` is then None)."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, repeated: bool = True):
-        """repeated: whether layers that repeat are stacked and scanned over; else each is written out."""
+        """repeated: whether layers that repeat are stacked and scanned over; else every layer is separate."""
         fold = repeats if repeated else tuple
         self.embedding = Embedding(config, rngs)
         self.backbone = Stack(fold(config.layers.main), config, rngs)
@@ -70,14 +70,14 @@ class LanguageModel(nnx.Module):
         return logits(h_btd, self.head_matrix(plan), plan)[..., : self.vocab_size]
 
     def head_matrix(self, plan: Plan) -> Array:
-        """The head (d, this rank's part of v), whole along d; the embedding's rows as columns if they are tied. The
-        last of all ranks' columns may be beyond the vocabulary: see `model.vocabulary`."""
+        """The head (d, this rank's part of v), gathered along d; the transposed embedding if they are tied. The last
+        columns, counted over all ranks, may be padding: see `model.vocabulary`."""
         return head_matrix(self.embedding.weight, None if self.head is None else self.head.weight, plan)
 
 
 class Built(NamedTuple):
-    """A model taken apart: its static graph, and its parameters and buffers as abstract arrays with axis names, as they
-    lie by `layout`, with `vocab_rows` rows of a vocabulary of `vocab_size`."""
+    """A model taken apart: its static graph, and its parameters and buffers as abstract arrays with axis names, laid
+    out by `layout`, with `vocab_rows` rows for a vocabulary of `vocab_size`."""
 
     graph: nnx.GraphDef
     params: nnx.State
@@ -87,7 +87,7 @@ class Built(NamedTuple):
     layout: Layout
 
     def laid(self, state: nnx.State) -> nnx.State:
-        """Parameters or buffers of the whole model, of `vocab_size` rows, as this one has them."""
+        """Parameters or buffers of the whole model, with `vocab_size` rows, laid out and padded as here."""
         return self.layout.split(resized(state, self.vocab_rows))
 
     def whole(self, state: nnx.State) -> nnx.State:
@@ -96,7 +96,7 @@ class Built(NamedTuple):
 
 
 def build(config: ModelConfig, layout: Layout | None = None, vocab_rows: int | None = None) -> Built:
-    """The model of `config` without allocating anything. layout: how its layers lie; None: whole. vocab_rows: of
+    """The model of `config` without allocating anything. layout: that of its layers; None: whole. vocab_rows: rows of
     embedding and head, as `PlanConfig.vocab_rows` gives them for a plan; None: those of the vocabulary."""
     model = jax.eval_shape(lambda: LanguageModel(config, nnx.Rngs(0)))
     graph, params, buffers = nnx.split(model, nnx.Param, ...)
@@ -107,8 +107,8 @@ def build(config: ModelConfig, layout: Layout | None = None, vocab_rows: int | N
 
 
 def written_out(config: ModelConfig, built: Built, *states: nnx.State) -> tuple[Built, tuple[nnx.State, ...]]:
-    """The same model, which lies whole, with every layer for itself, and its parameters or buffers so: a loop over
-    layers copies each one's weights out of their stack, which takes as long as a step of decoding."""
+    """The same model, laid out whole, with every layer separate, and its parameters or buffers in that form: a loop
+    over layers would copy each one's weights out of their stack, which takes as long as a step of decoding."""
     model = jax.eval_shape(lambda: LanguageModel(config, nnx.Rngs(0), repeated=False))
     graph = nnx.split(model)[0]
 
@@ -127,7 +127,7 @@ def written_out(config: ModelConfig, built: Built, *states: nnx.State) -> tuple[
 
 
 def initial_state(config: ModelConfig, seed: int | Array) -> tuple[nnx.State, nnx.State]:
-    """Parameters and buffers of the whole model; to be jitted with the plan's shardings. The same numbers on every
-    mesh, so that what lays them out comes after."""
+    """Initial parameters and buffers of the whole model; to be jitted with the plan's shardings. The numbers are the
+    same on every mesh, so they are laid out afterwards."""
     _, params, buffers = nnx.split(LanguageModel(config, nnx.Rngs(jax.random.key(seed))), nnx.Param, ...)
     return params, buffers

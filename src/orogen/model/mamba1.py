@@ -24,15 +24,15 @@ from orogen.parallel.context import to_heads, to_tokens, whole
 from orogen.parallel.plan import Plan
 from orogen.parallel.varying import vary_like
 
-# Tokens whose states the backward pass holds at once. Of 16, 32, 64 and 128 the fastest and the leanest on a CPU
-# (b 2, t 1024, i 512, n 16).
+# Tokens whose states the backward pass holds at once. Of 16, 32, 64 and 128, this is the fastest and needs the least
+# memory on a CPU (b 2, t 1024, i 512, n 16).
 CHUNK = 32
 
 
 class Mamba1(nnx.Module):
     """x, z = projections; x = silu(conv(x)); dt, B, C = projections of x; out((scan(x, dt, B, C) + D x) · silu(z)).
 
-    Each channel is a head of its own, split as Mamba-2's heads are.
+    Each channel is a head of its own, sharded like Mamba-2's heads.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
@@ -52,7 +52,7 @@ class Mamba1(nnx.Module):
         self.out_bias = projection_bias(config, size, "norm")
 
     def __call__(self, x_btd: Array, docs: Documents, plan: Plan, given: Any = None) -> tuple[Array, Any]:
-        """y (b, t, d); given the convolution's window and the state of earlier tokens, also those after these."""
+        """y (b, t, d); given a cache of earlier tokens' window and state, continues from it and returns it updated."""
         require_one_context_rank(plan, given)
         h_btd = plan.enter(x_btd)
         projected = zip(linears(h_btd, (self.x, self.z), plan), (self.x_bias, self.z_bias), strict=True)
@@ -65,12 +65,12 @@ class Mamba1(nnx.Module):
         with jax.named_scope("gate"):
             gated = lambda y_bti, z_bti: (y_bti * jax.nn.silu(z_bti.astype(jnp.float32))).astype(x_btd.dtype)  # noqa: E731
             y_bti = checkpoint_name(from_inputs(gated)(y_bti, z_bti), "gated")
-        # The ranks' parts of the product are summed before the bias is added, once.
+        # The ranks' partial products are summed first, so that the bias is added once.
         y_btd = add_bias(plan.leave(linear(y_bti, self.out, plan)), self.out_bias)
         return y_btd, None if given is None else given.with_piece(inputs, state, docs)
 
     def start(self, room: Any, dtype: Any) -> Any:
-        """Before the first token, however many come."""
+        """The cache before the first token, of the same size however many tokens come."""
         channels, state = self.A_log[...].shape[-2:]
         inputs = (channels,), (state,), (channels,)
         return room.recurrent(self.conv.taps, (channels,), (channels, state), inputs, dtype)
@@ -81,13 +81,13 @@ class Mamba1(nnx.Module):
         return room.recurrent_axes(("mamba_heads",), ("mamba_heads", None), inputs)
 
     def _scan(self, x_bti: Array, docs: Documents, plan: Plan, given: Any) -> tuple[Array, Any]:
-        """The scan's output and D x, float32, and, on one rank of `context`, the state after the last token, in the
-        form in which it is given."""
+        """The scan's output plus D x, float32, and, if a cache is given, the state after the last token, in the form in
+        which the cache holds it."""
         segments_bt, state = docs.segments_bt, None
-        # The time step's low rank, B and C read all channels, of which a rank has its own.
+        # The time step's low-rank part, B and C sum over all channels, and each rank holds only its own.
         parts = tuple(linear_plain(x_bti, w, plan) for w in (self.dt_down, self.B, self.C))
         dt_btr, B_btn, C_btn = (checkpoint_name(a, "x_proj") for a in plan.sum(parts, "mamba_heads"))
-        # Here, where they are smallest, the ranks' gradients of B and C are summed, each once.
+        # The ranks' gradients of B and C are summed here, where they are smallest, once each.
         B_btn, C_btn = vary_like((B_btn, C_btn), x_bti)
         dt_bti = checkpoint_name(linear_plain(dt_btr, self.dt_up, plan), "x_proj")
         vectors = self.dt_bias[...], self.A_log[...], self.D[...]

@@ -90,7 +90,7 @@ class Mamba2(nnx.Module):
         self.out_bias = projection_bias(config, size, "norm")
 
     def __call__(self, x_btd: Array, docs: Documents, plan: Plan, given: Any = None) -> tuple[Array, Any]:
-        """y (b, t, d); given the convolutions' windows and the state of earlier tokens, also those after these."""
+        """y (b, t, d); given a cache of earlier tokens' windows and state, continues from it and returns it updated."""
         require_one_context_rank(plan, given)
         h_btd = plan.enter(x_btd)
         # dt has one column per head, too few for FP8 to gain anything, and decays are exponentials of it.
@@ -109,12 +109,12 @@ class Mamba2(nnx.Module):
             y_bti, state = self._scan((x_bti, B_btc, C_btc, dt_bth), docs, plan, given)
         with jax.named_scope("gated_norm"):
             y_bti = checkpoint_name(self.norm(y_bti, z_bti, plan), "gated_norm")
-        # The ranks' parts of the product are summed before the bias is added, once.
+        # The ranks' partial products are summed first, so that the bias is added once.
         y_btd = add_bias(plan.leave(linear(y_bti, self.out, plan)), self.out_bias)
         return y_btd, None if given is None else given.with_piece(inputs, state, docs)
 
     def start(self, room: Any, dtype: Any) -> Any:
-        """Before the first token, however many come."""
+        """The cache before the first token, of the same size however many tokens come."""
         channels = [conv.weight[...].shape[-2] for conv in (self.conv_x, self.conv_B, self.conv_C)]
         heads, size = self.D[...].shape[-1], self.state_size
         inputs = (heads, self.head_dim), (channels[1] // size, size), (heads,)
@@ -126,8 +126,8 @@ class Mamba2(nnx.Module):
         return room.recurrent_axes(("mamba_heads", "groups", "groups"), ("mamba_heads", None, None), inputs)
 
     def _scan(self, inputs: tuple[Array, ...], docs: Documents, plan: Plan, given: Any) -> tuple[Array, Any]:
-        """The SSD's output (b, t, i), of its inputs x, B, C and dt, and, on one rank of `context`, the state
-        (b, h, p, n) after the last token, in the form in which it is given."""
+        """The SSD's output (b, t, i) from its inputs x, B, C and dt, and, if a cache is given, the state (b, h, p, n)
+        after the last token, in the form in which the cache holds it."""
         x_bti, B_btc, C_btc, dt_bth = inputs
         segments_bt, state = docs.segments_bt, None
         split = lambda a, size: a.reshape(*a.shape[:2], -1, size)  # noqa: E731
@@ -157,7 +157,7 @@ class Mamba2(nnx.Module):
 
 
 def projection_bias(config: ModelConfig, width: int, axis: str) -> nnx.Param | None:
-    """A bias of zeros for a projection into or out of a mixer, if the model has them."""
+    """A bias of zeros for a projection into or out of a mixer, or None if the model has no such biases."""
     return parameter(jnp.zeros(width), (axis,)) if config.mamba_proj_bias else None
 
 

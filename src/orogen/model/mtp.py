@@ -20,15 +20,15 @@ from orogen.parallel.plan import Plan
 
 
 def shifted_segments(segments_bt: Array, steps: int, plan: Plan) -> Array:
-    """The segment ids of tokens whose successor `steps` further on lies in the same document; 0 elsewhere.
+    """The segment ids of tokens whose document goes on for `steps` more tokens; 0 elsewhere.
 
-    Of a part of a row they must be as `documents` numbers them, since a rank does not see where runs end."""
+    For a part of a row the ids must be as `documents` numbers them, since a rank does not see where runs end."""
     ids_bt = numbered(segments_bt) if plan.size("context") == 1 else segments_bt
     return jnp.where(ids_bt == later(ids_bt, steps, plan), segments_bt, 0)
 
 
 def shifted(docs: Documents, steps: int, plan: Plan) -> Documents:
-    """`docs` without the tokens that have no token `steps` further on in their document."""
+    """`docs` without the last `steps` tokens of each document, which become padding."""
     return docs._replace(segments_bt=shifted_segments(docs.segments_bt, steps, plan))
 
 
@@ -45,9 +45,10 @@ class MTPBlock(nnx.Module):
     def __call__(
         self, h_btd: Array, embedded_btd: Array, docs: Documents, plan: Plan, given: Any = None
     ) -> tuple[Array, Any]:
-        """The next depth's hidden state and what the layers keep, from the last one's and embeddings one further on.
+        """The next depth's hidden state and what the layers keep, from the previous depth's hidden state and the
+        embeddings of tokens one position later.
 
-        docs: from `shifted`, so that tokens without a later token in their document take no part.
+        docs: from `shifted`, which excludes tokens without a later token in their document.
         """
         joined_btd = jnp.concatenate([self.embedding_norm(embedded_btd, plan), self.hidden_norm(h_btd, plan)], axis=-1)
         # The projection has the recipe of the block's first layer.

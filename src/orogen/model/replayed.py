@@ -10,11 +10,11 @@ from orogen.layers.documents import Documents
 
 
 class Replayed(NamedTuple):
-    """A state as it was some tokens ago, float32, and the inputs of the tokens since, of which each row has `cursor_b`,
-    int32; see `kernels.replay`.
+    """A state as it was some tokens ago, float32 or float16, and a ring of the inputs since then, of which each row has
+    `cursor_b`, int32; see `kernels.replay`.
 
-    A row's state moves when its next tokens would not fit, so that states are read with each token but seldom written.
-    A token is taken back by moving the cursor.
+    A row's state moves on when its next tokens would not fit into the ring, so states are read for every token but
+    rarely written. Tokens are rolled back by moving the cursor.
     """
 
     state: Any
@@ -23,8 +23,8 @@ class Replayed(NamedTuple):
 
 
 class Replays(NamedTuple):
-    """What one mixer does with `Replayed`: moves the states of some rows (b,) up to their cursors; computes a piece's
-    outputs and the ring with it; or computes a piece from a state that has no inputs beside it."""
+    """What a mixer does with `Replayed`. move: applies the ring's inputs to the states of some rows (b,). play:
+    computes a piece's outputs and the ring with the piece. scan: computes a piece from a state with an empty ring."""
 
     move: Callable[[Replayed, Array], Replayed]
     play: Callable[[Replayed], tuple[Array, Any]]
@@ -33,13 +33,13 @@ class Replays(NamedTuple):
 
 def after(kept: Replayed, docs: Documents, replays: Replays, *, cheap: bool) -> tuple[Array, Replayed]:
     """The outputs of a piece, and what is kept. cheap: whether a move of no row costs nothing."""
-    tokens, places = docs.segments_bt.shape[1], kept.ring[0].shape[1]
+    tokens, entries = docs.segments_bt.shape[1], kept.ring[0].shape[1]
     every_b = jnp.ones(kept.cursor_b.shape, bool)
-    if 2 * tokens > places:  # a piece of a prompt
+    if 2 * tokens > entries:  # a piece of a prompt
         kept = replays.move(kept, every_b)
         y, state = replays.scan(kept.state)
         return y, kept._replace(state=state)
-    full_b = kept.cursor_b + tokens > places  # each row by itself: when it moves depends on nothing beside it
+    full_b = kept.cursor_b + tokens > entries  # each row by itself: when it moves does not depend on other rows
     if cheap:
         kept = replays.move(kept, full_b)
     else:

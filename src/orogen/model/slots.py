@@ -1,13 +1,13 @@
-"""Caches of an engine's slots: of rows that hold one sequence each, come and go, and advance by different counts.
+"""Caches of an engine's slots: each row holds one sequence, and sequences come, go and advance by different counts.
 
-A piece is right-padded: of its `t` tokens row i has the first few, of segment 1, and the rest, of segment 0, leaves no
-trace; a row may have none. Its tokens' places are `Documents.positions_bt`, which count on from those before. Keys and
-values lie in pages that several rows may share (arXiv:2309.06180), or, under a window, in a ring; the caches hold no
-lengths, so a token is taken back by feeding another one at its place. States are taken back by `rolled_back`, as many
-tokens as `Slots.drafts` says.
+A piece is right-padded: of its `t` tokens, a row has the first few, with segment 1; the rest, with segment 0, leaves no
+trace. A row may have none. The tokens' positions are `Documents.positions_bt`, which continue from those before. Keys
+and values are in pages that several rows may share (arXiv:2309.06180) or, under a window, in a ring; the caches hold no
+lengths, so a token is rolled back by feeding another one at its position. States are rolled back by `rolled_back`, by
+up to `Slots.drafts` tokens.
 
-Letters: b rows, t time of a piece, p pages of a row, s places that are read, k tokens of a convolution's window, r
-places of a ring, l tokens whose inputs are kept.
+Letters: b rows, t time of a piece, p pages per row, s positions that are read, k tokens of a convolution's window, r
+entries of a ring, l tokens whose inputs are kept.
 """
 
 from collections.abc import Sequence
@@ -28,15 +28,15 @@ from orogen.model.cache import EMPTY, Reading, map_layers
 from orogen.model.replayed import Replayed, Replays, after, counts
 from orogen.parallel.plan import Plan
 
-FEW = 8  # tokens of a piece for which the kernels of decoding are made
+FEW = 8  # the most tokens of a piece for which the decoding kernels are made
 
 
 class Slots(NamedTuple):
-    """Room for the sequences of `rows` slots on this device, in `pages` pages of `page` tokens, at most `reach` pages a
-    row; see `cache.Rows`.
+    """Room for the sequences of `rows` slots on this device, in `pages` pages of `page` tokens, at most `reach` pages
+    per row; see `cache.Rows`.
 
-    piece: the most tokens that a piece has. drafts: the most tokens that are taken back. replay: how many tokens whose
-    inputs are kept beside a state (see `Replayed`), at least 2 (drafts + 1) where there are drafts; 0: none.
+    piece: the most tokens of a piece. drafts: the most tokens that are rolled back. replay: the number of tokens whose
+    inputs are kept beside a state (see `Replayed`), at least 2 (drafts + 1) if there are drafts; 0: none.
     """
 
     rows: int
@@ -63,7 +63,7 @@ class Slots(NamedTuple):
     def recurrent(
         self, taps: int, channels: Sequence[int], state: tuple[int, ...], inputs: Sequence[tuple[int, ...]], dtype: Any
     ) -> "SlotState":
-        """`SlotState` for convolutions of `taps` taps over so many channels and states of this shape; see
+        """`SlotState` for convolutions of `taps` taps over so many channels each, and states of this shape; see
         `cache.Rows.recurrent`."""
         tokens = taps - 1 + self.drafts
         windows = tuple(jnp.zeros((self.rows, tokens, size), dtype) for size in channels)
@@ -92,15 +92,15 @@ class Slots(NamedTuple):
 
 class Paged(NamedTuple):
     """Keys and values (pages, page, …), or what they are computed from, and the pages of each row (b, p) int32, in the
-    order of its tokens. No two rows write one page."""
+    order of its tokens. No two rows write to the same page."""
 
     values: Any  # typed for arrays and for their logical axes
     table_bp: Any
 
     def with_piece(self, values: Sequence[Array], docs: Documents) -> "Paged":
-        """With the arrays (b, t, …) of a piece at its places."""
+        """The cache with the arrays (b, t, …) of a piece at its positions."""
         pages, page = self.values[0].shape[:2]
-        # A place beyond the table has no page, and nothing is written.
+        # A position beyond the table has no page, so nothing is written.
         page_bt = jnp.take_along_axis(self.table_bp, docs.positions_bt // page, axis=1, mode="fill", fill_value=pages)
         index_bt = jnp.where(docs.segments_bt != 0, page_bt * page + docs.positions_bt % page, pages * page)
 
@@ -114,11 +114,12 @@ class Paged(NamedTuple):
     def attend(
         self, q_bthk: Array, docs: Documents, plan: Plan, *, sinks_h: Array | None, window: int | None, scale: float
     ) -> Array | None:
-        """Outputs (b, t, h, k) of a few queries by the kernel that reads pages where they lie; None for more tokens, or
-        where the plan has no such kernel."""
+        """Outputs (b, t, h, k) of a few queries by the kernel that reads pages in place; None for more tokens, under a
+        window, or if the plan has no such kernel."""
         if plan.decode_kernels == "reference" or q_bthk.shape[1] > FEW or window is not None:
             return None
-        # Places of padding are written nowhere; as if all were there, what is read beyond hides behind causality.
+        # Padding is not written, but counts here, so that each query has its position; causality hides what is read at
+        # the positions of padding.
         length_b = jnp.where(counts(docs) > 0, docs.positions_bt[:, -1] + 1, 0)
         k_nsgk, v_nsgk = self.values
         return paged_attention(
@@ -127,8 +128,8 @@ class Paged(NamedTuple):
         )  # fmt: skip
 
     def reading(self, docs: Documents) -> Reading:
-        """Every place of the rows' pages: those after a query are those that causality hides. Beyond a row's last token
-        they read as zero: what another sequence left there may be no number, which a weight of zero does not hide."""
+        """Every position of the rows' pages; causality hides those after a query. Positions beyond a row's last token
+        read as zero: another sequence may have left a NaN there, which a weight of zero does not hide."""
         rows, page = len(self.table_bp), self.values[0].shape[1]
         last_b1 = docs.positions_bt[:, :1] + counts(docs)[:, None] - 1
         known_bs = jnp.arange(self.table_bp.shape[1] * page) <= last_b1
@@ -141,42 +142,43 @@ class Paged(NamedTuple):
 
 
 class Ringed(NamedTuple):
-    """Keys and values (b, r, …) of the last tokens: place i is at i modulo r. The ring is longer than a window by a
-    piece, so that a piece, and what is fed again in place of its end, overwrites nothing that a window reaches."""
+    """Keys and values (b, r, …) of the last tokens: position i is entry i modulo r. The ring is longer than a window by
+    a piece, so that a piece, or tokens fed again in place of its end, overwrite nothing that a window reaches."""
 
     values: Any
 
     def with_piece(self, values: Sequence[Array], docs: Documents) -> "Ringed":
-        """With the arrays (b, t, …) of a piece at its places."""
-        places = self.values[0].shape[1]
-        index_bt = jnp.where(docs.segments_bt != 0, docs.positions_bt % places, places)
+        """The cache with the arrays (b, t, …) of a piece at its positions."""
+        entries = self.values[0].shape[1]
+        index_bt = jnp.where(docs.segments_bt != 0, docs.positions_bt % entries, entries)
         write = jax.vmap(lambda ring, new, index_t: ring.at[index_t].set(new.astype(ring.dtype), mode="drop"))
         return Ringed(tuple(write(ring, new, index_bt) for ring, new in zip(self.values, values, strict=True)))
 
     def reading(self, docs: Documents) -> Reading:
-        """The last places up to the piece's last token."""
-        places = self.values[0].shape[1]
+        """The last positions up to the piece's last token."""
+        entries = self.values[0].shape[1]
         last_b1 = docs.positions_bt[:, :1] + counts(docs)[:, None] - 1
-        place_bs = last_b1 - (last_b1 - jnp.arange(places)) % places
-        return Reading(self.values, jnp.where(place_bs >= 0, 1, EMPTY), docs.positions_bt, place_bs)
+        position_bs = last_b1 - (last_b1 - jnp.arange(entries)) % entries
+        return Reading(self.values, jnp.where(position_bs >= 0, 1, EMPTY), docs.positions_bt, position_bs)
 
 
 class SlotState(NamedTuple):
-    """What a state-space mixer needs of earlier tokens: of each convolution the last inputs (b, k, c), oldest first,
-    and the SSM's state, float32 or, rounded at random, float16; or what it is computed from."""
+    """What a state-space mixer needs of earlier tokens: the last inputs (b, k, c) of each convolution, oldest first;
+    and the SSM's state, in float32 or in randomly rounded float16, or what it is computed from (`Replayed`)."""
 
     windows: Any
     state: Any
 
     def window_segments(self, docs: Documents) -> Array:
-        """1, as a piece's tokens: before the first token windows are zero, as is what a convolution reads there."""
+        """1, like a piece's tokens: before the first token windows are zero, and zero is what a convolution reads
+        there."""
         return jnp.ones((len(docs.segments_bt), self.windows[0].shape[1]), jnp.int32)
 
     def ssd(
         self, operands: Sequence[Array], docs: Documents, plan: Plan, *, skip_h: Array, **settings: Any
     ) -> tuple[Array, Any]:
-        """`kernels.ssd` of a piece's operands after the tokens before it: outputs, and the state after its last token.
-        Padding takes a step of no time, after which the state is what it was."""
+        """`kernels.ssd` of a piece, continuing the tokens before it: outputs, and the state after its last token.
+        Padding takes steps of length zero, which leave the state as it is."""
         x_bthp, dt_bth, a_h, B_btgn, C_btgn = operands
         dt_bth, kernel = _without_padding(dt_bth, docs), plan.decode_kernels
         seeds_b2 = self._seeds(a_h, docs)
@@ -240,17 +242,18 @@ class SlotState(NamedTuple):
         return scan(self.state)
 
     def _seeds(self, rates: Array, docs: Documents) -> Array | None:
-        """What a float16 state is rounded by, uint32 (b, 2): words that differ from layer to layer, whose decay rates
-        do, and from token to token. Rows of one text are rounded alike, whatever slot they have."""
+        """The seeds for rounding a float16 state, uint32 (b, 2): a word that differs between layers, made of their
+        decay rates, and the position, which differs between tokens. Equal texts are rounded alike, whatever their
+        slot."""
         state = self.state.state if isinstance(self.state, Replayed) else self.state
         if state.dtype != jnp.float16:
             return None
         layer = lax.bitcast_convert_type(jnp.sum(rates, dtype=jnp.float32), jnp.uint32)
-        place_b = docs.positions_bt[:, 0].astype(jnp.uint32)
-        return jnp.stack([jnp.broadcast_to(layer, place_b.shape), place_b], axis=1)
+        position_b = docs.positions_bt[:, 0].astype(jnp.uint32)
+        return jnp.stack([jnp.broadcast_to(layer, position_b.shape), position_b], axis=1)
 
     def with_piece(self, inputs: Sequence[Array], state: Any, docs: Documents) -> "SlotState":
-        """After a piece whose convolutions read `inputs` (b, t, c), and which left `state`."""
+        """The cache after a piece whose convolutions read `inputs` (b, t, c), and which left `state`."""
         count_b = counts(docs)
         windows = tuple(
             _rows_from(jnp.concatenate([window, new.astype(window.dtype)], 1), count_b, window.shape[1])
@@ -259,7 +262,7 @@ class SlotState(NamedTuple):
         return SlotState(windows, state)
 
     def rolled_back(self, count_b: Array) -> "SlotState":
-        """Without each row's last `count_b` tokens. What comes to stand in front of a window is never read."""
+        """The cache without each row's last `count_b` tokens. What then fills the front of a window is never read."""
 
         def back(window: Array) -> Array:
             tokens = window.shape[-2]
@@ -274,7 +277,7 @@ class SlotState(NamedTuple):
 
 
 def with_tables(caches: Any, table_bp: Array) -> Any:
-    """The caches of a stack's layers whose rows have these pages."""
+    """The caches of a stack's layers with these tables of pages."""
 
     def place(one: Any) -> Any:
         if not isinstance(one, Paged):
@@ -286,14 +289,14 @@ def with_tables(caches: Any, table_bp: Array) -> Any:
 
 
 def with_pools(caches: Any, other: Any) -> Any:
-    """The caches of a stack's layers with the pages of others, and their own tables."""
+    """The caches of a stack's layers with the pages of `other`, and their own tables."""
     pools = lambda old, new: old._replace(values=new.values) if isinstance(old, Paged) else old  # noqa: E731
     return map_layers(pools, caches, other)
 
 
 def rolled_back(caches: Any, count_b: Array) -> Any:
-    """The caches without each row's last `count_b` tokens, at most `Slots.drafts`, of a piece of at most half as many
-    tokens as `Slots.replay`."""
+    """The caches without each row's last `count_b` tokens, at most `Slots.drafts`; the last piece must have had at most
+    half as many tokens as `Slots.replay`."""
 
     def take_back(one: Any) -> Any:
         return one.rolled_back(count_b) if isinstance(one, SlotState) else one
@@ -302,8 +305,8 @@ def rolled_back(caches: Any, count_b: Array) -> Any:
 
 
 def without_drafts(known: Any, tentative: Any) -> Any:
-    """The caches of `tentative`, which has read drafts after what `known` has, without them: pages and rings keep what
-    will be overwritten, and states are those of `known`."""
+    """The caches of `tentative`, which has read drafts after `known`, without the drafts: pages and rings keep entries
+    that will be overwritten, and states are those of `known`."""
     return map_layers(lambda a, b: a if isinstance(a, SlotState) else b, known, tentative)
 
 
@@ -313,7 +316,7 @@ def _without_padding(dt: Array, docs: Documents) -> Array:
 
 
 def _rows_from(x_btc: Array, start_b: Array, length: int) -> Array:
-    """(b, length, c): of each row what begins at its own start."""
+    """(b, length, c): the part of each row that begins at its own start."""
     index_bk = start_b[:, None] + jnp.arange(length)
     return jnp.take_along_axis(x_btc, index_bk[..., None], axis=1, mode="clip")
 

@@ -1,4 +1,4 @@
-"""A model split into the segments of a pipeline: how its layers lie on the stages, there and back.
+"""A model split into the segments of a pipeline: how its layers are laid out over the stages, and joined again.
 
 A stage keeps its layers by their letter, one array per parameter, with three axes in front: (stage, chunk, row). A
 chunk with fewer layers of a letter than the fullest has rows of zeros, which nothing reads. Embedding and head are one
@@ -34,7 +34,7 @@ MOE = "E"
 
 class Segment(NamedTuple):
     """A stretch of the pattern. The first embeds tokens; the last has the heads, and the MTP block's layers `mtp`.
-    recipes: those of its layers, the MTP block's after its own; None where they do not matter."""
+    recipes: those of its own layers, then of the MTP block's; None where they do not matter."""
 
     pattern: str
     mtp: str
@@ -78,7 +78,7 @@ class Stages:
         )
 
     def kinds(self, recipes: tuple[Recipe, ...] | None) -> tuple[Segment, ...]:
-        """The segments that differ, in layers or in their `recipes`: chunks of equal ones run one program."""
+        """The distinct segments, by layers and their `recipes`: chunks of equal segments run the same program."""
         return tuple(dict.fromkeys(self._with_recipes(recipes)))
 
     def kind_vp(self, recipes: tuple[Recipe, ...] | None) -> np.ndarray:
@@ -98,7 +98,7 @@ class Stages:
 
     @property
     def filled(self) -> dict[str, float]:
-        """By letter, the share of the rows of all stages that hold a layer."""
+        """The share of the rows of all stages that hold a layer, by letter."""
         layers = "".join(self.patterns) + self.mtp
         return {letter: layers.count(letter) / self._index(letter, 1).size for letter in set(layers)}
 
@@ -118,8 +118,8 @@ class Stages:
         return _together(shared, self.join_rows(layers), self._items)
 
     def split_rows(self, stacks: Sequence[Rows], *, lead: int = 0) -> Rows:
-        """(p, v, r, ...) by letter, from the rows, along axis `lead`, of the backbone's stack and of the MTP block's,
-        which may come more than once: then a chunk has its layers as often."""
+        """(p, v, r, ...) by letter, from the rows, along axis `lead`, of the backbone's stack and of the MTP block's.
+        The latter may come several times, once per depth: the last chunk then has its layers as often."""
         depths, found = len(stacks) - 1, {}
         for letter in sorted(frozenset().union(*stacks)):
             trees = [stack[letter] for stack in stacks if letter in stack]
@@ -131,16 +131,16 @@ class Stages:
         """The inverse of `split_rows`."""
         stacks: list[Rows] = [{} for _ in range(1 + depths)]
         for letter, tree in laid.items():
-            place_n = np.argsort(self._index(letter, depths).ravel(), kind="stable")
+            row_n = np.argsort(self._index(letter, depths).ravel(), kind="stable")
             start = 0
             for stack, pattern in zip(stacks, ["".join(self.patterns)] + [self.mtp] * depths, strict=True):
                 if count := pattern.count(letter):
-                    take = functools.partial(_pick, place_n[start : start + count], lead)
+                    take = functools.partial(_pick, row_n[start : start + count], lead)
                     stack[letter], start = jax.tree.map(take, tree), start + count
         return stacks
 
     def layer(self, state: nnx.State, number: int) -> nnx.State:
-        """The parameters or buffers of one layer, counted along the pattern, the MTP block's last."""
+        """The parameters or buffers of one layer, counted along the pattern, with the MTP block's layers last."""
         layers = "".join(self.patterns) + self.mtp
         letter = layers[number]
         index = tuple(np.argwhere(self._index(letter, 1) == layers[:number].count(letter))[0])
@@ -148,7 +148,7 @@ class Stages:
         return nnx.State(jax.tree.map(lambda a: a[index], _marked(found, staged=False)))
 
     def loads(self, load: Sequence[Array]) -> Array:
-        """(l, e): what the routers' counters say, in the order of the pattern, the MTP block's last; see `Sums`."""
+        """(l, e): the routers' counters, in the order of the pattern, with the MTP block's last; see `Sums`."""
         found = [stack[MOE] for stack in self.join_rows(dict.fromkeys((MOE,), *load) if load else {}) if stack]
         return jnp.concatenate(found) if found else jnp.zeros((0, 0))
 
@@ -165,15 +165,15 @@ class Stages:
         return Choice(Replay(each, each), token, token)
 
     def split_replay(self, replay: tuple[Any, ...]) -> Any:
-        """Replays (m, …, b, t, k) of the whole model's stacks, as the stages use them: (p, v, r, m, b, t, k); () for a
-        model without experts."""
+        """Replays (m, …, b, t, k) of the whole model's stacks in the form that stages use, (p, v, r, m, b, t, k); ()
+        for a model without experts."""
         main, deeper = self._items
         items = [main] + [deeper] * (len(replay) - 1)
         stacks: list[Rows] = [by_letter(tree, part, lead=1) for tree, part in zip(replay, items, strict=True)]
         return self.split_rows(stacks, lead=1).get(MOE, ())
 
     def _with_recipes(self, recipes: tuple[Recipe, ...] | None) -> list[Segment]:
-        """The segments with their layers' shares of `recipes`, the whole model's."""
+        """The segments, each with its layers' part of `recipes`, which are the whole model's."""
         if recipes is None:
             return list(self.segments)
         stops = np.cumsum([len(s.pattern + s.mtp) for s in self.segments])
@@ -187,7 +187,7 @@ class Stages:
         return repeats("".join(self.patterns)), repeats(self.mtp)
 
     def _index(self, letter: str, depths: int) -> np.ndarray:
-        """(p, v, r) int: which of all layers of this letter lies where; their number where none does."""
+        """(p, v, r) int: which of all layers of this letter each row holds; their number if it holds none."""
         counts = [s.pattern.count(letter) + depths * s.mtp.count(letter) for s in self.segments]
         starts = np.cumsum([0, *counts])
         index_gr = np.full((len(counts), max(counts)), starts[-1])
@@ -197,8 +197,8 @@ class Stages:
 
 
 def take(state: nnx.State, segment: Segment, chunk: Array) -> nnx.State:
-    """A segment's parameters or buffers as those of a model with its layers alone, from what this device's stage keeps
-    of `chunk`."""
+    """A segment's parameters or buffers, in the form of a model with only these layers, from what this device's stage
+    keeps of `chunk`."""
     parts, stacks = _unpaired(plain(state), 0), [{}, {}]
     for letter, tree in parts.get(LAYERS, {}).items():
         of_chunk = lambda a: lax.dynamic_index_in_dim(a[0], chunk, keepdims=False)  # noqa: E731
@@ -212,13 +212,13 @@ def take(state: nnx.State, segment: Segment, chunk: Array) -> nnx.State:
 
 
 def add(total: nnx.State, grads: nnx.State, segment: Segment, chunk: Array) -> nnx.State:
-    """`total`, in the form in which a stage keeps arrays, with the gradients of what `take` gave added in place."""
+    """`total`, in the form in which a stage keeps arrays, with the gradients of the result of `take` added in place."""
     parts, (shared, stacks) = plain(total), _apart(grads, segment.items)
     if VOCABULARY in parts:
         (embedding, head), shared = _vocabulary_matrices(shared)
         grads_nd = [] if embedding is None else [embedding[...]]
         grads_nd += [] if head is None else [head[...].T]
-        if grads_nd:  # of one of the two: they are on different stages
+        if grads_nd:  # of only one of the two, which are on different stages
             parts[VOCABULARY] = parts[VOCABULARY].replace(parts[VOCABULARY][...] + grads_nd[0][None])
     layers = dict(parts.get(LAYERS, {}))
     for letter, tree in joined(stacks).items():
@@ -259,7 +259,8 @@ def _paired(shared: Mapping[str, Any], stages: int) -> dict[str, Any]:
 
 
 def _unpaired(state: Mapping[str, Any], last: int) -> Mapping[str, Any]:
-    """The inverse, from the first row and the row `last`, which on one stage are the same: it needs one of them."""
+    """The inverse, from the first row and the row `last`. Within one stage both are its only row, and it uses just one
+    of the two results."""
     if VOCABULARY not in state:
         return state
     others = {name: part for name, part in state.items() if name != VOCABULARY}
@@ -284,12 +285,12 @@ def _lay_out(index_pvr: np.ndarray, lead: int, *arrays: Array) -> Array:
     return jnp.take(every, index_pvr, axis=0, mode="fill", fill_value=0)
 
 
-def _pick(place_n: np.ndarray, lead: int, array: Array) -> Array:
-    return jnp.moveaxis(array.reshape(-1, *array.shape[3:])[place_n], 0, lead)
+def _pick(row_n: np.ndarray, lead: int, array: Array) -> Array:
+    return jnp.moveaxis(array.reshape(-1, *array.shape[3:])[row_n], 0, lead)
 
 
 def _marked(tree: Any, *, staged: bool) -> Any:
-    """`tree` with its variables marked as those that the plan splits over stages, or not."""
+    """`tree` with its variables marked as split over stages by the plan, or not."""
 
     def mark(variable: nnx.Variable) -> nnx.Variable:
         metadata = {name: value for name, value in variable.get_metadata().items() if name != "staged"}

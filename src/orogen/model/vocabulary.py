@@ -1,10 +1,10 @@
-"""Rows of the vocabulary that a plan adds, so that `tensor` divides them.
+"""Padding of the vocabulary: rows that a plan adds, so that `tensor` divides the number of rows.
 
-A plan keeps embedding and head with `PlanConfig.vocab_rows` rows, the last ones zero. They stay zero, and no number of
-the model depends on how many there are: no token reads such a row of the embedding, and the head's logits of such rows
-are left out of the softmax, so that their gradients are zero; of zeros and zero gradients the optimizers, weight decay
-included, make zeros. So the model itself is built, drawn, counted, converted and scored without them, and only a state
-that is laid out on a plan has them: `resized` adds them where it is laid out and drops them where it is joined.
+A plan keeps embedding and head with `PlanConfig.vocab_rows` rows, the last ones zero. They stay zero, and no result of
+the model depends on how many there are. No token reads such a row of the embedding, and the softmax leaves out the
+head's logits of such rows, so their gradients are zero; from zeros with zero gradients the optimizers make zeros, also
+with weight decay. So the model itself is built, initialised, counted, converted and scored without them, and only state
+that is laid out on a plan has them: `resized` adds them when it is laid out and drops them when it is joined.
 """
 
 from typing import Any
@@ -23,12 +23,12 @@ def vocab_dim(variable: nnx.Variable) -> int | None:
 
 
 def resized(tree: Any, rows: int) -> Any:
-    """`tree`, of variables or part of an optimizer's state, whose arrays have `rows` rows of the vocabulary: zeros are
+    """`tree`, of variables or part of an optimizer's state, with `rows` rows of the vocabulary in its arrays: zeros are
     added at the end, or rows dropped."""
 
     def visit(leaf: Any) -> Any:
         dim = vocab_dim(leaf) if isinstance(leaf, nnx.Variable) else None
-        # optax leaves Variables around nothing for parameters it masks
+        # optax leaves an empty Variable for a masked parameter
         return leaf if dim is None else leaf.replace(jax.tree.map(lambda x: _resized(x, dim, rows), leaf.get_value()))
 
     return jax.tree.map(visit, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
