@@ -283,7 +283,7 @@ def test_a_written_cut_is_kept():
 
 
 def test_a_written_cut_into_another_number_is_refused():
-    message = r"^ModelConfig.pattern is 'M\|E\*', of 2 segments; expected 4, the stages times the chunks of each, or no"
+    message = r"^ModelConfig.pattern is 'M\|E\*', of 2 segments; expected 4, stages times chunks per stage, or no"
     with pytest.raises(ConfigError, match=message):
         cut("M|E*", 4)
 

@@ -45,6 +45,6 @@ class Head(nnx.Module):
 
 
 def logits(x_btd: Array, head_dv: Array, plan: Plan) -> Array:
-    """x head, (b, t, v) in float32, whole on every rank. head_dv: this rank's columns of the vocabulary."""
+    """x · head, (b, t, v) in float32, whole on every rank. head_dv: this rank's columns of the vocabulary."""
     logits_btv = jnp.einsum("btd,dv->btv", x_btd, head_dv, preferred_element_type=jnp.float32)
     return plan.gather(logits_btv, "vocab", dim=2)

@@ -1,4 +1,4 @@
-"""The functions that read every weight for a product: `linear` for matrices, `grouped` for experts, and `head_matrix`.
+"""Functions by which every weight is read for a product: `linear` for a matrix, `grouped` for experts, `head_matrix`.
 
 The current layer's recipe (`Plan.recipe`) names the formats. Products that no recipe changes have functions of their
 own.
@@ -98,7 +98,7 @@ def multiply_float32(x_btd: Array, w_df: Array) -> Array:
     """x w (b, t, f) in float32, for weights in float32. A float32 x is multiplied as usual, on a GPU in TF32.
 
     A bfloat16 x stays as it is, and each weight becomes the sum of three bfloat16 numbers, whose products tensor cores
-    compute and sum in float32; what is not finite becomes NaN. Float32 operands would be rounded to TF32's 10 bits,
+    compute and sum in float32; non-finite values become NaN. Float32 operands would be rounded to TF32's 10 bits,
     after a copy of x in float32.
     """
     if x_btd.dtype != jnp.bfloat16:

@@ -73,10 +73,10 @@ class MLP(nnx.Module):
         return self.transform(x_btd, plan), None
 
     def start(self, room: Any, dtype: Any) -> None:
-        """Nothing: tokens do not see each other here."""
+        """None: tokens do not see each other here, so there is nothing to cache."""
 
     def cache_axes(self, room: Any) -> None:
-        """Nothing, as `start`."""
+        """None, as in `start`."""
 
     def transform(self, x_btd: Array, plan: Plan) -> Array:
         """y (b, t, d)."""

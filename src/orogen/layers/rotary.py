@@ -18,7 +18,7 @@ class Rotary:
     """Rotates pair f of a head by position · frequencies[f], and scales it by `magnitude`.
 
     The first 2f numbers of a head are rotated, the others stay. Pairs are (f, f + half) of that part, or (2f, 2f + 1)
-    where `interleave`; the result has the halves layout in both cases, which does not change products of queries and
+    if `interleave`; the result has the halves layout in both cases, which does not change products of queries and
     keys.
     """
 

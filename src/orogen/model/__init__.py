@@ -5,7 +5,7 @@ the 52 layers of Nemotron 3 Nano compile as 10.
 
 **Layer types differ by configuration**, not by class: attention (`*`, with a window `w`) has rotary positions with
 YaRN, QK-norm, biases and sinks as its config says; MLP and experts are gated or not; routers score by sigmoid or
-softmax. A second class exists only where the mathematics differ (`+`, DeepSeek's latent attention; `m`, Mamba-1).
+softmax. A second class exists only where the mathematics differs (`+`, DeepSeek's latent attention; `m`, Mamba-1).
 
 **Recomputation goes by names.** A layer under a policy of names saves its input and every named intermediate except
 those chosen (`config/remat.py` lists the names, Megatron's modules among them).
@@ -16,10 +16,10 @@ a layer type of its own, each holds as much as one device would). Embedding and 
 stage 0 holds the embedding in its row, the last stage holds the head. An array has the same shape on all devices of a
 mesh, so the stages in between have room for one too. If the last stage needs both (tied, or with an MTP block, which
 embeds too), each is on every stage, as are the block's own matrices, and their gradients are summed over the stages.
-The state of a run that continues with other stages, and a whole model's parameters that are to start on stages, are
-split over the stages' devices until they are laid out again.
+State from a run with other stages, and a whole model's initial parameters, are split over the stages' devices until
+they are laid out by stage.
 
-**Mamba-2's time step is clipped only as `time_step_limit` of a checkpoint says** (`ModelConfig.time_step_min`,
+**Mamba-2's time step is clipped only to a checkpoint's `time_step_limit`** (`ModelConfig.time_step_min`,
 `time_step_max`). transformers 5.23 clips at its `time_step_min` when it reads a whole sequence, but not when it
 decodes; tests undo the former.
 

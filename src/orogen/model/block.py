@@ -202,7 +202,7 @@ def _apply(layer: Layer, x_btd: Array, docs: Documents, plan: Plan, given: Any) 
         return nnx.merge(graph, state)(x_btd, docs, plan, given)
 
     remat = plan.config.layer_remat(layer.letter)
-    # FSDP gathers weights, and FP8 rounds them, which `elementwise` saves if a kernel does it.
+    # FSDP gathers weights and FP8 rounds them; `elementwise` saves the rounded ones if a kernel makes them.
     kept = remat.kind == "elementwise" and plan.config.quantize == FOR_GPU["quantize"]
     large = plan.config.fsdp == "parameters" or (FP8 in plan.recipe.names() and not kept)
     return checkpointed(call, remat, weights_behind=large)(state, x_btd, docs, given)

@@ -53,7 +53,7 @@ class KeyValues(NamedTuple):
         segments_bt = docs.segments_bt
         (_, slots), (_, tokens) = self.segments_bs.shape, segments_bt.shape
         if tokens > slots:
-            raise ValueError(f"a piece of {tokens} tokens for a cache of {slots}: expected at most as many")
+            raise ValueError(f"a piece of {tokens} tokens for a cache of {slots}: expected at most {slots}")
         slot_bt = self.index(tokens)
         write = jax.vmap(lambda old, new, slot_t: old.at[slot_t].set(new.astype(old.dtype), mode="drop"))
         written = (write(old, new, slot_bt) for old, new in zip(self.values, values, strict=True))
@@ -81,7 +81,7 @@ class Reading(NamedTuple):
 
 
 class Recurrent(NamedTuple):
-    """What a state-space mixer needs of earlier tokens: it does not grow with them.
+    """What a state-space mixer needs of earlier tokens; its size does not grow with their number.
 
     windows: the last inputs (b, k, c) of each convolution, oldest first; state: the SSM's state after the last token,
     float32; segments_bk: the documents of the window's tokens, at least of the last one, EMPTY before the first.

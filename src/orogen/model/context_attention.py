@@ -46,7 +46,7 @@ def attend(
         indices = {} if reading is None else reading._asdict()
         indices.pop("values", None)
         y_bthk = kernel(q_bthk, k_btgk, v_btgk, segments_bt=segments_bt, sinks_h=sinks_h, **indices)
-        return y_bthk if plan.config.attention == "cudnn" else kept(y_bthk)  # cuDNN's has the name already
+        return y_bthk if plan.config.attention == "cudnn" else kept(y_bthk)  # cuDNN's output has the name already
     if plan.config.context_attention == "allgather":
         k_bsgk, v_bsgk, kv_segments_bs = (whole(a, plan) for a in (k_btgk, v_btgk, segments_bt))
         return kept(kernel(

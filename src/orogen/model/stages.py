@@ -6,7 +6,7 @@ array if no stage needs both: stage 0 holds the embedding in its row, the last s
 every stage, as are the final norm and the MTP block's own parameters.
 
 Letters: p stages, v chunks per stage, r rows, m microbatches, b batch, t time, k experts per token, l layers,
-e experts, n words of the vocabulary, d model.
+e experts, n tokens of the vocabulary, d model.
 """
 
 import dataclasses

@@ -170,7 +170,7 @@ class AllToAll:
 
 
 class Ragged:
-    """Each rank sends every rank the rows for its experts, as many as there are, without padding.
+    """Each rank sends every rank the rows for the receiver's experts, as many as there are, without padding.
 
     A receiver has room for `rows_of_rank` rows. Rows beyond that, in the order of senders, are not sent but counted as
     overflow.

@@ -90,10 +90,10 @@ class MoE(nnx.Module):
         return y_btd, stats
 
     def start(self, room: Any, dtype: Any) -> None:
-        """Nothing: tokens do not see each other here."""
+        """None: tokens do not see each other here, so there is nothing to cache."""
 
     def cache_axes(self, room: Any) -> None:
-        """Nothing, as `start`."""
+        """None, as in `start`."""
 
     def _routed(self, x_btd: Array, valid_bt: Array, plan: Plan, given: Replay | None) -> tuple[Array, MoEStats]:
         """The routed experts' part of y, for tokens that this rank alone routes."""

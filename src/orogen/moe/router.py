@@ -53,8 +53,8 @@ def route(
     """Top-k experts by score + bias; weights are the scores themselves.
 
     score: sigmoid of the logits, softmax over all experts, or softmax_topk, which chooses by the logits and weights by
-    a softmax over the chosen ones. The correction bias, if any, affects the choice alone. With n_group > 1
-    only the topk_group groups with the largest sum of their best two biased scores take part. Weights are divided by
+    a softmax over the chosen ones. The correction bias, if any, affects only the choice. With n_group > 1,
+    only the topk_group groups with the largest sum of their best two biased scores are eligible. Weights are divided by
     their sum if `normalise` (those of softmax_topk add up to one anyway), then multiplied by `scaling`. Ties go to the
     lower index. `experts_nk` replays a choice. Float32 throughout.
     Sources: arXiv:2408.15664 (bias), arXiv:2412.19437, eq. 12-16; arXiv:2401.04088, section 2.1 (softmax_topk).

@@ -23,7 +23,7 @@ def make_rules(folding: Folding, *, fully_sharded: bool) -> dict[str, MeshAxes]:
     tensor = axes["tensor"]
     return {
         "stage": axes["stage"],
-        # activations: rows of the batch, and the tokens of a row; the ranks of `tensor` share either or neither
+        # activations: rows of the batch, and the tokens of a row; the ranks of `tensor` split either or neither
         "batch": axes["data"],
         "context": axes["context"],
         "tensor": tensor,

@@ -8,7 +8,8 @@ from pathlib import Path
 import jax
 
 GROUPS = Path("/sys/fs/cgroup")
-# Control groups, version 2 and 1: the limit, what is used of it, and in memory.stat what of that can be reclaimed.
+# Of control groups, version 2 and 1: the files with the limit and the usage, and the fields of memory.stat that count
+# memory that can be reclaimed.
 VERSION_2 = ("memory.max", "memory.current", ("inactive_file", "active_file"))
 VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
 

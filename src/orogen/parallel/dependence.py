@@ -37,8 +37,8 @@ def _open(jaxpr: jex.ClosedJaxpr | jex.Jaxpr) -> jex.Jaxpr:
 def _scan(equation: Any, inputs: list[int]) -> list[int]:
     """The flags of a loop's outputs: those of the carry grow until they reach a fixed point."""
     body = _open(equation.params["jaxpr"])
-    # A loop passes its body the constants and the carry whole, and slices of the rest, so ranks tell them apart. Their
-    # counts have different names in different versions of jax.
+    # A loop passes its body the constants and the carry whole, and slices of the rest, so the numbers of dimensions
+    # tell them apart. The parameters that count them have different names in different versions of jax.
     alike = lambda outer, inner: sum(a.aval.ndim == b.aval.ndim for a, b in zip(outer, inner, strict=True))  # noqa: E731
     carried = alike(equation.outvars, body.outvars)
     consts = alike(equation.invars, body.invars) - carried

@@ -55,7 +55,7 @@ def _held(staged: Sequence[tuple[str, nnx.Variable]], filled: Mapping[str, float
 
 
 def plan_lines(facts: dict[str, Any]) -> list[str]:
-    """The facts of `describe_plan` for a person: one line per axis and per parameter."""
+    """The facts of `describe_plan` as lines of text: one per axis and per parameter."""
     mesh = " x ".join(f"{name} {size}" for name, size in facts["mesh"].items())
     axes = [f"  {axis:<14} {' x '.join(names)}" for axis, names in facts["logical_axes"].items() if names]
     rows = [

@@ -145,8 +145,8 @@ def _fsdp_pieces(config: PlanConfig, model: ModelConfig) -> list[tuple[str, str,
 
 
 def _nearest(failed: _Check, config: PlanConfig, model: ModelConfig) -> list[int]:
-    """The sizes of the axis closest to the one that failed, of those at which everything that it splits divides and the
-    plan folds."""
+    """The legal sizes of the axis closest to the one that failed: those that divide everything that it splits, and at
+    which the plan folds."""
     most = max(failed.value, min(failed.size, MOST_RANKS))
     pieces = [n for n in range(1, 2 * most + 1) if failed._replace(size=n).passes]
     if hasattr(config, failed.axis):

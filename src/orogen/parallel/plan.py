@@ -35,7 +35,7 @@ from orogen.parallel.ragged import Runs, ragged_exchange
 from orogen.parallel.schedule import Schedule, plan_schedule
 from orogen.parallel.varying import vary, varying_axes
 
-# The dimension of (b, t, …) along which the ranks of `tensor` share the residual stream, if they do.
+# The dimension of (b, t, …) along which the ranks of `tensor` split the residual stream, if they do.
 STREAM_DIM = {"time": 1, "rows": 0, "whole": None}
 # For programs with products in FP8: otherwise XLA:GPU compiles a product and the conversions before it with Triton,
 # which multiplies in 16 bits, and never offers them to cuBLASLt (observed with jax 0.11.2).

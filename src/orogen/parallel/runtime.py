@@ -94,7 +94,7 @@ def make_room_for(devices: int) -> None:
     threads = THREADS_PER_FAKE_DEVICE * devices
     if not os.environ.get("NPROC", "").isdecimal() or int(os.environ["NPROC"]) < threads:
         os.environ["NPROC"] = str(threads)
-    # Devices that share few cores may also be late for no other reason.
+    # Devices that share few cores may also be late simply because they are slow.
     patience = "--xla_cpu_collective_call_terminate_timeout_seconds=1800"
     flags = os.environ.get("XLA_FLAGS", "")
     if patience.split("=")[0] not in flags:

@@ -130,7 +130,7 @@ def plan_schedule(config: PlanConfig, model: ModelConfig) -> Schedule:
     virtual = config.virtual or (
         max(written // config.stage, 1) if written > 1 else 2 if config.schedule == "interleaved" else 1
     )
-    expected = f"{config.stage * virtual}, the stages times the chunks of each, or no |"
+    expected = f"{config.stage * virtual}, stages times chunks per stage, or no |"
     if written > 1 and written != config.stage * virtual:
         raise ConfigError(f"ModelConfig.pattern is {model.pattern!r}, of {written} segments; expected {expected}")
     return make_schedule(config.schedule, stages=config.stage, microbatches=config.microbatches, virtual=virtual)
@@ -168,7 +168,7 @@ def segments(
         if len(pattern.segments) != count:
             raise ConfigError(
                 f"ModelConfig.pattern is {'|'.join(pattern.segments)!r}, of {len(pattern.segments)} segments; expected "
-                f"{count}, the stages times the chunks of each, or no |"
+                f"{count}, stages times chunks per stage, or no |"
             )
         return pattern.segments
     total_n = np.cumsum([0.0, *(cost(letter) for letter in pattern.main)])

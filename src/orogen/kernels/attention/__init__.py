@@ -38,7 +38,7 @@ def attention(
     keys' (None: the queries'). Padding (0) is a segment like any other. `q_index`, (t,) or (b, t), and `k_index`, (s,)
     or (b, s), are positions in the sequence, int32, by default 0, 1, ...: they tell which part of the sequence a rank
     holds, and let sequences of different lengths be decoded together.
-    Without indices and `kv_segments_bs`, rows are whole, and each run of equal ids is a segment, as it is to
+    Without indices and `kv_segments_bs`, rows are whole, and each run of equal ids is a segment, as for
     convolutions and states. With them, a call may see part of a row, which does not show its runs: equal ids are then
     one segment wherever they lie, so every document needs its own id, as `layers.documents.numbered` assigns them.
     A query that sees no key gives zeros. Query head i reads key head i // (h / g); values may have a different head

@@ -113,7 +113,7 @@ def _starts(segments_bt: Array) -> Array:
 
 
 def _form(segments_bt: Array) -> Array:
-    """0: every row is one run; 1: no row has more than FEW; 2: no row has more than RUNS; 3: one has."""
+    """0: every row is one run; 1: no row has more than FEW; 2: no row has more than RUNS; 3: some row has more."""
     runs = jnp.max(jnp.sum(_starts(segments_bt), axis=1))
     return sum((runs > most).astype(jnp.int32) for most in (1, FEW, RUNS))  # pyright: ignore[reportReturnType]
 

@@ -1,4 +1,4 @@
-"""The causal convolution and its activation as one Triton kernel each way, for NVIDIA GPUs.
+"""The causal convolution and its activation as one Triton kernel per direction, for NVIDIA GPUs.
 
 Axes: b batch, t time, c channels, k taps, i blocks of tokens.
 

@@ -23,7 +23,7 @@ DTYPES = (jnp.bfloat16, jnp.float16)
 def grouped_matmul_mosaic(
     rows_nd: Array, weights_edf: Array, group_sizes: Array, *, interpret: Any = None, programs: int = MULTIPROCESSORS
 ) -> Array:
-    """`grouped_matmul` on an NVIDIA Hopper GPU. `interpret` (of Pallas) runs the same kernels anywhere, very slowly.
+    """`grouped_matmul` on an NVIDIA Hopper GPU. `interpret` (see Pallas) runs the same kernels anywhere, very slowly.
 
     Widths that are not multiples of 64, or below 128, are padded, which copies both operands; the padded weights may
     be saved for the backward pass whatever the remat policy.
@@ -100,7 +100,7 @@ def choose_tile(out: int) -> Tile:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _multiply(rows_nd: Array, weights_edf: Array, group_sizes: Array, settings: tuple[Any, int]) -> Array:
-    """Rows (n, f), each times its group's weight."""
+    """(n, f): each row times its group's weight."""
     return _rows(rows_nd, weights_edf, group_sizes, settings, transpose=False)
 
 

@@ -44,7 +44,7 @@ def multiply_rows(rows_nd: Array, weights_edf: Array, blocks: Blocks, *, transpo
     """Each block of rows times its group's weight, (n, f); with `transpose` rows (n, f) times its transpose, (n, d).
 
     Block i < count has ROWS rows from first_i on, a multiple of ALIGNMENT, and stores the rows from start_i up to
-    stop_i; every row is stored by one block. A block of group e is zeros.
+    stop_i; every row is stored by one block. A block of group e, which has no weight, is zeros.
     """
     groups, width, out = weights_edf.shape
     if transpose:
@@ -79,7 +79,7 @@ def multiply_rows(rows_nd: Array, weights_edf: Array, blocks: Blocks, *, transpo
 
 
 def multiply_weights(left_nd: Array, right_nf: Array, start_e: Array, stop_e: Array, *, tile: Tile) -> Array:
-    """The product (e, d, f) of each group's rows on both sides, from its start up to its stop; zeros if it is empty."""
+    """leftᵀ right (e, d, f) over each group's rows, from its start up to its stop; zeros if the group is empty."""
     groups, width, out = len(start_e), left_nd.shape[1], right_nf.shape[1]
     row_tiles, column_tiles = pl.cdiv(width, ROWS), pl.cdiv(out, tile.columns)
 

@@ -11,7 +11,7 @@ from jax import numpy as jnp
 
 
 class Ring(NamedTuple):
-    """Inputs of Mamba-2, in the order of the tokens: x and B in the dtype of activations, the step dt float32."""
+    """Inputs of Mamba-2, in the order of the tokens: x and B in the activations' dtype, the step dt in float32."""
 
     x_blhp: Array
     b_blgn: Array

@@ -1,4 +1,4 @@
-"""RMS norm over groups of channels as one Triton kernel each way, for NVIDIA GPUs.
+"""RMS norm over groups of channels as one Triton kernel per direction, for NVIDIA GPUs.
 
 Axes: n tokens, c channels (of one group inside a kernel), r tokens per step, i blocks of tokens.
 

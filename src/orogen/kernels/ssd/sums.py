@@ -43,7 +43,7 @@ def in_two(log_decays: Array, *, lowest: float, terms: int) -> tuple[Array, Arra
     A decay from s to q is exp(l_q - l_s), where l is a running sum over the chunk. Strong decays make l as large as
     10^4; its ulp is then 10^-3, in which a weak decay is lost. The sums of the coarse parts, and the differences of
     these sums, are exact. Those of the fine parts are below -lowest terms^2 / 2^24 (0.09 for 128 terms from -88 on, 0.4
-    for 256, 6 for 1024), with errors of some ulps. So up to some hundred terms, exponents are right to about one ulp,
+    for 256, 6 for 1024), with errors of a few ulps. So up to a few hundred terms, exponents are right to about one ulp,
     however strong the other decays are. (Pairs of floats with error-free transformations would do as well, but their
     running sum is sequential, and a compiler that fuses or reorders operations can break it.)
     """

@@ -100,7 +100,7 @@ def _ssd(launch: Launch, o: ByChunk) -> tuple[Array, Array]:
 
 
 def _sums(launch: Launch, o: ByChunk) -> tuple[Array, ...]:
-    """The log decay since the chunk's or the segment's start, in the parts and to the base that `Launch.exact` says.
+    """The log decay since the chunk's or the segment's start, in the parts and to the base that `Launch.exact` selects.
     (b, h, c, q) each"""
     since_start = functools.partial(_since_start, o.runs_bcq)
     if not launch.exact:

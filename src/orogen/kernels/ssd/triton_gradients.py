@@ -173,7 +173,7 @@ def _near_kernel(
     on_diagonal = jnp.broadcast_to(q == s, (rows,))
 
     def tokens(r):
-        """A head's numbers, loaded one iteration ahead, which the products' time hides."""
+        """One head's numbers, loaded one iteration ahead, so that the products hide the latency."""
         sums_q, sums_s = ([ref[r, c, pl.ds(block, rows)] for ref in sums_refs] for block in (q, s))
         return sums_q, sums_s, dt_ref[r, c, pl.ds(s, rows)]
 
@@ -273,7 +273,7 @@ def _far_kernel(
     runs_q, last_run = runs_ref[c, :], runs_ref[c, width - 1]
 
     def tokens(r):
-        """A head's numbers, loaded one iteration ahead, which the products' time hides."""
+        """One head's numbers, loaded one iteration ahead, so that the products hide the latency."""
         return [ref[r, c, :] for ref in sums_refs], dt_ref[r, c, :], [ref[r, c, width - 1] for ref in sums_refs]
 
     def head(r, carry):
