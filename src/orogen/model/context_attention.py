@@ -144,9 +144,9 @@ def _ring_backward(plan, options, saved, cotangents):
     delta_bth = jnp.sum(dy_bthk * y_bthk, -1) - dlse_bth
     grouped = lambda a: a.reshape(*a.shape[:2], *queries.q_bqgrk.shape[2:4], *a.shape[3:])  # noqa: E731
     given = _Given(*(grouped(a) for a in (dy_bthk, lse_bth, delta_bth)))
-    asked = (queries, given)
+    query_side = (queries, given)
     pull = partial(_pull_block, options=options, blocked=plan.config.attention == "blocked")
-    (first, second), (k_first, k_second) = _halves(asked), _halves(keys)
+    (first, second), (k_first, k_second) = _halves(query_side), _halves(keys)
     (dq_a, d_a), (dq_b, d_b), (dq_c, d_c) = pull(first, k_first), pull(second, k_first), pull(second, k_second)
     dq_first, dq_second = dq_a, dq_b + dq_c
     dkv = jax.tree.map(lambda a, b, c: jnp.concatenate([a + b, c], 1), d_a, d_b, d_c)
@@ -154,8 +154,8 @@ def _ring_backward(plan, options, saved, cotangents):
     def step(carry, _):
         keys, owner, dkv, dq_first, dq_second = carry
         keys, owner, dkv = _next((keys, owner, dkv), plan)
-        (asked_a, k_a), (asked_b, k_b), ahead = _visible(asked, keys, owner, plan)
-        (dq_a, d_a), (dq_b, d_b) = pull(asked_a, k_a), pull(asked_b, k_b)
+        (query_side_a, k_a), (query_side_b, k_b), ahead = _visible(query_side, keys, owner, plan)
+        (dq_a, d_a), (dq_b, d_b) = pull(query_side_a, k_a), pull(query_side_b, k_b)
         dq_first += jnp.where(ahead, dq_a, 0)
         dq_second += jnp.where(ahead, dq_b, dq_a + dq_b)
 
@@ -204,11 +204,11 @@ def _next(tree, plan):
     return jax.tree.map(lambda a: plan.shift(a, "context", 1), tree)
 
 
-def _visible(asked, keys: _Keys, owner: Array, plan: Plan):
+def _visible(query_side, keys: _Keys, owner: Array, plan: Plan):
     """The two pairs of queries and keys that see each other, and whether the keys' rank is before this one: the first
     pair's queries are then the first part's, and both pairs' keys are the first part's."""
     ahead = owner < plan.index("context")
-    (first, second), (k_first, k_second) = _halves(asked), _halves(keys)
+    (first, second), (k_first, k_second) = _halves(query_side), _halves(keys)
     return (_select(ahead, first, second), k_first), (second, _select(ahead, k_first, k_second)), ahead
 
 
@@ -249,11 +249,11 @@ def _attend_block(queries: _Queries, keys: _Keys, *, options: _Options, blocked:
     return _by_blocks(run, queries, blocked)
 
 
-def _pull_block(asked: tuple[_Queries, _Given], keys: _Keys, *, options: _Options, blocked: bool):
+def _pull_block(query_side: tuple[_Queries, _Given], keys: _Keys, *, options: _Options, blocked: bool):
     """Gradients of the queries (b, q, g, r, k) and of (keys, values), float32."""
 
-    def run(asked) -> tuple[Array, tuple[Array, Array]]:
-        queries, given = asked
+    def run(query_side) -> tuple[Array, tuple[Array, Array]]:
+        queries, given = query_side
         scores_bgrqs, visible = _scores(queries, keys, options)
         last = lambda a_bqgr: jnp.moveaxis(a_bqgr, 1, 3)[..., None]  # noqa: E731
         p_bgrqs = jnp.exp(jnp.where(visible, scores_bgrqs - last(given.lse_bqgr), -jnp.inf))
@@ -265,16 +265,16 @@ def _pull_block(asked: tuple[_Queries, _Given], keys: _Keys, *, options: _Option
         dk_bsgk = product("bgrqs,bqgrk->bsgk", ds_bgrqs, queries.q_bqgrk)
         return product("bgrqs,bsgk->bqgrk", ds_bgrqs, keys.k_bsgk), (dk_bsgk, dv_bsgk)
 
-    length = asked[0].q_bqgrk.shape[1]
+    length = query_side[0].q_bqgrk.shape[1]
     if not blocked or length <= BLOCK:
-        return run(asked)
+        return run(query_side)
 
-    def step(total, asked):
-        dq, dkv = run(asked)
+    def step(total, query_side):
+        dq, dkv = run(query_side)
         return jax.tree.map(jnp.add, total, dkv), dq
 
     zeros = tuple(jnp.zeros(a.shape, jnp.float32) for a in (keys.k_bsgk, keys.v_bsgk))
-    total, dq = lax.scan(step, vary_like(zeros, (keys, asked)), _in_blocks(asked))
+    total, dq = lax.scan(step, vary_like(zeros, (keys, query_side)), _in_blocks(query_side))
     return _from_blocks(dq, length), total
 
 
