@@ -1,4 +1,4 @@
-"""The CPU training benchmark on models small enough to compile in seconds; no test looks at how fast anything is."""
+"""The CPU training benchmark on models small enough to compile in seconds; no test checks speed."""
 
 import dataclasses
 import importlib.util
@@ -41,7 +41,7 @@ def test_ratio_is_of_neighbouring_steps():
     assert cpu_train._ratio(ours, theirs, "cpu") == {"median": 2.0, "quartiles": [1.25, 2.25]}
 
 
-def test_tokens_a_second_are_of_the_median_step_by_hand():
+def test_tokens_per_second_of_the_median_step_by_hand():
     samples = [peers.Seconds(wall, wall / 4) for wall in (8.0, 0.5, 1.0, 2.0, 4.0)]
     assert cpu_train._summary(samples, 96) == {
         "tokens_per_second": 48.0, "median": 2.0, "quartiles": [1.0, 4.0], "best": 0.5, "cpu": 0.5, "steps": 5,
@@ -49,21 +49,21 @@ def test_tokens_a_second_are_of_the_median_step_by_hand():
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("dense", 37_178_352), ("moe", 52_927_472)])
-def test_models_have_the_sizes_they_are_known_by(name, parameters):
+def test_models_have_their_documented_sizes(name, parameters):
     from orogen.model.count import count
 
     model = load([cpu_train.CONFIGS / f"bench_{name}.gin"])[0].model
-    # The peer counts no correction bias: it is a buffer there too.
+    # The peer's count lacks the correction bias, which is a buffer there too.
     biases = model.layers.main.count("E") * (model.n_routed_experts or 0)
     assert count(model)["total"] - biases == parameters
 
 
-def test_refuses_what_it_does_not_know():
+def test_unknown_names_and_too_many_threads_are_refused():
     with pytest.raises(ConfigError, match=r"--models has 'sparse'; expected some of dense, moe"):
         cpu_train.bench(["sparse"], peer=None, steps=1)
     with pytest.raises(ConfigError, match=r"--peer is 'numpy'; expected one of torch"):
         cpu_train.bench(["dense"], peer="numpy", steps=1)
-    with pytest.raises(ConfigError, match=r"compares 100000 threads; expected as many processors"):
+    with pytest.raises(ConfigError, match=r"runs 100000 threads; expected at least as many processors"):
         cpu_train.bench(["dense"], peer=None, steps=1, threads=100_000)
 
 

@@ -1,4 +1,4 @@
-"""Benchmarks of decoding, tiny: costs by hand, every layer checked before it is timed, states that are carried on."""
+"""Benchmarks of decoding at tiny sizes: costs by hand, every layer checked before timing, states kept between calls."""
 
 import json
 
@@ -49,7 +49,7 @@ def test_every_work_is_right_and_timed(name):
 
 @operations
 def test_a_wrong_result_of_any_layer_is_not_timed(name):
-    """Every array of every work moved, one at a time."""
+    """Perturbs every array of every work, one at a time."""
     operation = MODULES[name].OPERATION
     shape = read_shape(operation, TINY[name])
     operands = operation.draw(shape, 3)
@@ -82,12 +82,12 @@ def test_operands_differ_from_seed_to_seed_and_layer_to_layer(name):
 
 def test_costs_by_hand():
     works = {name: module.works(read_shape(module.OPERATION, TINY[name])) for name, module in MODULES.items()}
-    # Per row and layer: 60 numbers of state; x and y 12, dt 4 (four bytes), B and C 10 each.
+    # Per sequence and layer: 60 numbers of state; x and y 12, dt 4 (four bytes), B and C 10 each.
     assert works["state_update"]["ssm"] == (4 * 5 * 60, 4 * (60 * 8 + 2 * 24 + 4 * 4 + 2 * 20))
     assert works["state_update"]["ssm_float16"].bytes == 4 * (60 * 4 + 2 * 24 + 4 * 4 + 2 * 20)
     # 12 channels of 2; x, y, dt, B and C, and once per layer A.
     assert works["state_update"]["selective"] == (4 * 5 * 24, 4 * (24 * 8 + 2 * 24 + 4 * 12 + 2 * 4) + 2 * 4 * 24)
-    # A token of the ring is x, B and dt: 60 bytes. Three are read, two read and written; C and y of two.
+    # A token of the ring is x, B and dt: 60 bytes. Three are read, two read and written; C and y are of two.
     assert works["replay"]["replay"].bytes == 4 * (60 * 4 + 3 * 60 + 2 * 2 * 60 + 2 * (2 * 10 + 2 * 12))
     assert works["replay"]["replay"].flops == 4 * (2 * 2 * 60 + 2 * (2 * 3 + 3) * (10 + 12))
     assert works["replay"]["flush"] == (4 * 3 * 3 * 60, 4 * (60 * 8 + 3 * 60))
@@ -113,7 +113,7 @@ def test_a_state_is_carried_from_call_to_call():
     np.testing.assert_array_equal(state[0], [0, 1, 2])
 
 
-def test_every_draw_is_another():
+def test_every_draw_differs():
     draw = draws(3)
     assert (draw(5) != draw(5)).all()
 
@@ -137,7 +137,7 @@ class TestAllAtOnce:
         assert ("few_rows", "blocks", "up") in found and ("few_rows", "reference", "down") in found
         assert ("replay", "parallel", "flush") in found and ("state_update", "reference", "selective") in found
 
-    def test_names_that_none_has_are_refused(self):
+    def test_names_that_no_operation_has_are_refused(self):
         with pytest.raises(ConfigError, match="implementation 'fast'; expected some of reference, triton"):
             self.run(implementations=["reference", "fast"])
         with pytest.raises(ConfigError, match="--shape 'b2'; expected some of tiny"):
@@ -152,7 +152,7 @@ class TestAllAtOnce:
 @pytest.mark.parametrize(
     ("name", "text", "line"),
     [
-        ("replay", "l=4,c=3,t=2", "l=4; expected at least c . t = 5 places"),
+        ("replay", "l=4,c=3,t=2", "l=4; expected at least c . t = 5 slots"),
         ("paged_attention", "t=3,c=2", "t=3; expected at most c=2"),
         ("few_rows", "k=9,e=8", "k=9; expected at most e=8"),
     ],

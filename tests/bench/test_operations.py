@@ -1,4 +1,4 @@
-"""Benchmarks of single operations, tiny: what they check before they time, count and draw. None looks at speed."""
+"""Benchmarks of single operations at tiny sizes: checks before timing, costs, refusals and plots; none checks speed."""
 
 import argparse
 import importlib.util
@@ -53,7 +53,7 @@ def test_every_work_is_right_and_timed(name):
 
 
 def places(name, array, operands):
-    """Indices of the parts that a result is made of: the first, a middle one and the last."""
+    """Indices of three parts of a result: the first, a middle one and the last."""
     if name == "grouped_matmul":
         sizes_e = operands.host_sizes_e
         found = range(len(sizes_e)) if array.ndim == 3 else (np.cumsum(sizes_e) - sizes_e)[sizes_e > 0]
@@ -66,7 +66,7 @@ def places(name, array, operands):
 
 @pytest.mark.parametrize(("name", "chosen"), [(name, work) for name, tiny in TINY.items() for work in tiny[2]])
 def test_a_wrong_part_of_a_result_is_not_timed(name, chosen):
-    """Every array of a result in turn, one group, head of a row, or row of it moved."""
+    """Perturbs one group, one head of a sequence or one row at a time, in each array of a result."""
     right = module(name).OPERATION
     shape = read_shape(right, TINY[name][0])
     operands = right.draw(shape, 3)
@@ -83,7 +83,7 @@ def test_a_wrong_part_of_a_result_is_not_timed(name, chosen):
 
 
 @operations
-def test_what_is_not_finite_anywhere_is_not_timed(name):
+def test_a_result_that_is_not_finite_is_not_timed(name):
     right = module(name).OPERATION
 
     def spoiled(shape, operands, implementation):
@@ -104,14 +104,14 @@ def test_operands_differ_from_seed_to_seed(name):
     assert (np.asarray(first) != np.asarray(other)).mean() > 0.9
 
 
-def test_groups_are_uneven_and_as_many_empty_as_asked():
+def test_groups_are_uneven_and_as_many_are_empty_as_requested():
     shape = read_shape(grouped_matmul.OPERATION, "n=200,d=4,f=4,e=5,empty=2")
     sizes_e = grouped_matmul.draw(shape, 0).host_sizes_e
     assert sizes_e.sum() == 200 and (sizes_e == 0).sum() == 2 and len(set(sizes_e.tolist())) > 2
 
 
-def test_a_call_takes_its_share_of_a_sample_by_hand(monkeypatch):
-    """Four calls of 3 ms to start and 7 ms until the last is there."""
+def test_milliseconds_per_call_by_hand(monkeypatch):
+    """Each of four calls takes 3 ms to start, and the last result is ready 7 ms later."""
     now = 0.0
 
     def take(seconds):
@@ -126,7 +126,7 @@ def test_a_call_takes_its_share_of_a_sample_by_hand(monkeypatch):
 
 
 def test_ceilings_by_hand(monkeypatch):
-    """A product of 2 · 1000³ operations in 2 ms; two bytes of each of 10⁶ numbers, read and written, in 0.04 ms."""
+    """A product of 2 · 1000³ FLOPs in 2 ms; 10⁶ numbers of two bytes, read and written, in 0.04 ms."""
     monkeypatch.setattr(timing, "compiled", lambda *_: None)
     monkeypatch.setattr(timing, "time_in_turn", lambda *_, **__: {"product": [9.0, 2.0, 1.0], "copy": [0.04]})
     found = timing.ceilings(samples=1, sizes={"matrix": 1000, "copied": 10**6})
@@ -134,22 +134,22 @@ def test_ceilings_by_hand(monkeypatch):
 
 
 def test_works_by_hand():
-    # 2 · 6 · 5 · 3 operations; rows 6x5 and outputs 6x3 in two bytes, weights of one group of two 5x3
+    # 2 · 6 · 5 · 3 FLOPs; rows 6x5 and outputs 6x3 in two bytes, weights 5x3 of one group of two
     product = grouped_matmul.works({"n": 6, "d": 5, "f": 3, "e": 2, "empty": 1})
     assert product["forward"] == product["gradient_rows"] == (180, 2 * (30 + 18 + 15))
     assert product["gradient_weights"] == (180, 2 * (30 + 18 + 30))
-    # documents of 3 and 1 see 9/2 + 1/2 pairs: 4 · 2 · 5 · 7 · 5; q, y of 2 heads and k, v of one, 4 tokens of 7
+    # documents of 3 and 1 have 9/2 + 1/2 pairs: 4 · 5 · 2 · 7 · 5; q, y of 2 heads and k, v of one, 4 tokens of 7
     shape = {"b": 5, "t": 4, "h": 2, "g": 1, "k": 7, "documents": "3+1"}
     assert attention.works(shape)["forward"] == (4 * 5 * 2 * 7 * 5, 2 * 5 * 4 * 7 * 6)
     assert attention.works(shape)["forward_backward"] == (3.5 * 1400, 2 * 5 * 4 * 7 * 14)
-    # a token: C·B 2 · 2 · 3 · 4 and x 2 · 6 · 5 · 4 in half a chunk of 8, states 4 · 6 · 5 · 3
+    # per token: C·B 2 · 2 · 3 · 4 and x 2 · 6 · 5 · 4 in half a chunk of 8, states 4 · 6 · 5 · 3
     shape = {"b": 1, "t": 16, "h": 6, "p": 5, "g": 2, "n": 3, "c": 8}
     assert ssd.works(shape)["forward"].flops == 16 * (48 + 240 + 360)
     # x and y 30, dt 6 (four bytes), B and C 6 each
     assert ssd.works(shape)["forward"].bytes == 16 * (2 * 30 + 4 * 6 + 2 * 12 + 2 * 30)
 
 
-def test_documents_fill_the_row():
+def test_documents_fill_the_sequence():
     length = lambda text: attention.lengths({"t": 12, "documents": text})  # noqa: E731
     assert length("1") == [12] and length("3") == [4, 4, 4] and length("11+1") == [11, 1]
     for wrong in ("5", "0", "7+4", "12+0", "x", "3+", ""):
@@ -168,7 +168,7 @@ def test_shapes_are_read_or_refused():
 
 
 @pytest.mark.parametrize("empty", [5, 7])
-def test_some_group_has_rows(empty):
+def test_some_group_must_have_rows(empty):
     with pytest.raises(ConfigError, match=f"empty={empty}; expected 0 or more, and fewer than e=5"):
         run("grouped_matmul", shapes=["n=8,d=4,f=4,e=5,empty=0", f"n=8,d=4,f=4,e=5,empty={empty}"])
 
@@ -179,7 +179,7 @@ def test_sizes_are_refused_before_any_is_timed(monkeypatch):
         run("attention", shapes=[TINY["attention"][0], "t=24,documents=5"])
 
 
-def test_ceilings_off_a_gpu_are_of_small_arrays(monkeypatch):
+def test_ceilings_off_a_gpu_use_small_arrays(monkeypatch):
     sizes = []
     monkeypatch.setattr(timing, "compiled", lambda function, *arrays: sizes.extend(a.size for a in arrays))
     monkeypatch.setattr(timing, "time_in_turn", lambda programs, samples: dict.fromkeys(programs, [1.0]))
@@ -196,7 +196,7 @@ def test_refusals_of_the_command(refused, monkeypatch, tmp_path):
     assert line == "implementation 'magic'; expected some of chunked, recurrence, triton, triton_interpreted"
     assert "expected a whole number from 0" in refused("bench", "ssd", "--seed", "-1")
     missing = tmp_path / "nowhere" / "picture.png"
-    assert "expected a file in a folder that exists" in refused("bench", "ssd", "--roofline", missing)
+    assert "expected a file in an existing folder" in refused("bench", "ssd", "--roofline", missing)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert refused("bench", "ssd", "--peer", "torch") == (
         "--peer torch: torch not installed; expected the extra `peer` (orogen[peer])"
@@ -238,7 +238,9 @@ def test_a_picture_that_cannot_be_drawn_is_refused_at_once(refused, monkeypatch,
     monkeypatch.setattr(operation, "bench", lambda *_, **__: pytest.fail("timed"))
     (tmp_path / "folder.png").mkdir()
     line = refused("bench", "ssd", "--roofline", tmp_path / file)
-    assert line.startswith(f"--roofline {str(tmp_path / file)!r}; expected a file in a folder that exists, its ending ")
+    assert line.startswith(
+        f"--roofline {str(tmp_path / file)!r}; expected a file in an existing folder, with a suffix "
+    )
 
 
 @pytest.mark.parametrize("name", ["ssd", "train"])
@@ -247,10 +249,10 @@ def test_a_trace_that_cannot_be_written_is_refused_at_once(refused, monkeypatch,
     monkeypatch.setattr(operation, "bench", lambda *_, **__: pytest.fail("timed"))
     (tmp_path / "file").write_text("")
     line = refused("bench", name, "--profile", tmp_path / folder)
-    assert line == f"--profile {str(tmp_path / folder)!r}; expected a folder, there or not"
+    assert line == f"--profile {str(tmp_path / folder)!r}; expected a folder, existing or new"
 
 
-def test_what_a_process_refuses_is_refused(refused, monkeypatch):
+def test_what_the_worker_process_refuses_is_refused(refused, monkeypatch):
     monkeypatch.setattr(train_peer, "require_peer", lambda name: None)
     line = refused("bench", "train", "--peer", "torch")
     assert line.startswith("train runs on a GPU of compute capability 9.0 (Hopper), found cpu; expected other choices")
@@ -274,7 +276,7 @@ def test_relative_error_by_hand():
     assert not relative_error([float("nan")], [1.0]) <= operation.TOLERANCE
 
 
-def test_the_roofline_has_a_point_a_work(tmp_path):
+def test_the_roofline_is_drawn(tmp_path):
     facts = run("grouped_matmul", implementations=["blocks", "reference"])
     facts["ceilings"] = {"matmul_tflops": 0.5, "copy_tb_per_second": 0.01}
     draw_roofline(facts, tmp_path / "roof.png")

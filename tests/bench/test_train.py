@@ -1,4 +1,4 @@
-"""The benchmark of whole models at sizes that compile in seconds, on CPU, in the kernels that run there."""
+"""The benchmark of whole models at sizes that compile in seconds, on CPU, with the kernels that run there."""
 
 import dataclasses
 import json
@@ -61,7 +61,7 @@ def test_tokens_of_a_step_are_those_of_all_microbatches():
 
 
 def test_rates_by_hand(monkeypatch):
-    """A token of an MLP 5 x 8 x 5 and a head 5 x 11 takes 160 + 110 operations forward, three times that in all."""
+    """A token takes 160 FLOPs forward in an MLP 5 x 8 x 5 and 110 in a head 5 x 11, and three times that in all."""
     model = ModelConfig(pattern="-", vocab_size=11, hidden_size=5, intermediate_size=8)
     monkeypatch.setattr(train, "peak_flops", lambda kind: 6480e12)
     found = train.rates([0.5, 0.25, 1.5], 10**12, model, 7)
@@ -71,19 +71,19 @@ def test_rates_by_hand(monkeypatch):
     }  # fmt: skip
 
 
-def test_memory_counts_what_takes_an_arguments_place_once():
+def test_memory_counts_results_that_alias_arguments_once():
     sizes = {"argument": 5e9, "output": 3e9, "alias": 2e9, "temp": 7e9}
     analysed = SimpleNamespace(**{f"{name}_size_in_bytes": size for name, size in sizes.items()})
     program = SimpleNamespace(memory_analysis=lambda: analysed)
     assert train._memory(program) == {"gb": 13.0, "temporary_gb": 7.0}
 
 
-def test_bindings_take_the_place_of_the_usual_ones():
+def test_bindings_override_the_defaults():
     assert tiny(**{"PlanConfig.remat": "'full'"}).config().plan.remat == "full"
     assert tiny(**{"PlanConfig.linear": "'fp8'"}).config().plan.linear == "fp8"
 
 
-def test_attention_is_by_blocks_where_bits_are_to_be_the_same(monkeypatch):
+def test_attention_is_blocked_where_xla_is_asked_for_the_same_bits(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
     assert Workload().config().plan.attention == "blocked"
     asked = Workload(bindings=("PlanConfig.attention='cudnn'",)).config().plan
@@ -111,7 +111,7 @@ def test_kernels_of_a_gpu_are_refused_elsewhere(refused):
         )
 
     assert refused("bench", "train", "--gin_bindings", "PlanConfig.linear='fp8'").startswith(message(FOR_GPU))
-    used = [field for field in FOR_GPU if field != "quantize"]  # by FP8 alone
+    used = [field for field in FOR_GPU if field != "quantize"]  # which only FP8 uses
     assert refused("bench", "train").startswith(message(used))
     assert refused("bench", "train", "--model", "r2").startswith("--model 'r2'; expected the name of a file in ")
 
@@ -119,16 +119,16 @@ def test_kernels_of_a_gpu_are_refused_elsewhere(refused):
 @pytest.mark.parametrize(
     ("binding", "message"),
     [
-        ("PlanConfig.data=2", "PlanConfig.devices is 2; expected 1: the benchmark is of one device"),
+        ("PlanConfig.data=2", "PlanConfig.devices is 2; expected 1: the benchmark runs on one device"),
         ("TrainConfig.sequence_length=12", "--gin_bindings TrainConfig.sequence_length; expected --sequence_length"),
         ("TrainConfig.batch_size=2", "--gin_bindings TrainConfig.batch_size; expected --rows, and PlanConfig.micro"),
     ],
 )
-def test_what_would_be_counted_wrongly_is_refused(refused, binding, message):
+def test_bindings_that_would_be_miscounted_are_refused(refused, binding, message):
     assert refused("bench", "train", "--gin_bindings", binding).startswith(message)
 
 
-def test_options_that_do_not_go_together(monkeypatch):
+def test_a_peer_with_whole_steps_is_refused(monkeypatch):
     monkeypatch.setattr(train_peer, "require_peer", lambda name: None)
     with pytest.raises(ConfigError, match="--peer torch with --whole_step; expected one of them"):
         train_peer.compare(tiny("whole_step"), peer="torch", steps=1, turns=1)
@@ -151,8 +151,8 @@ def test_transformers_has_the_same_loss_on_the_same_weights(capsys):
     assert facts["ratio"] > 0 and set(facts["torch"]["kernels"]) == {"causal_conv1d_fn", "mamba_chunk_scan_combined"}
 
 
-def test_each_run_is_started_before_the_one_before_is_waited_for(monkeypatch):
-    """The device takes 5, 6, ... in turn and the host 3 for each: seconds are the device's alone."""
+def test_each_run_starts_before_the_host_waits_for_the_previous_one(monkeypatch):
+    """Run n takes the device 5 + n seconds and the host 3: only the device's time is measured."""
     calls, host, device = [], 0.0, 0.0
     monkeypatch.setattr(worker.time, "perf_counter", lambda: host)
 
@@ -187,19 +187,19 @@ def test_unequal_losses_are_not_timed(monkeypatch, capsys):
     assert json.loads(out)["equal"] is False and "expected them within" in err
 
 
-def test_a_program_that_lacks_products_in_8_bits_is_refused(monkeypatch):
+def test_a_program_that_lacks_fp8_products_is_refused(monkeypatch):
     plan = make_plan(PlanConfig(linear="fp8"), hybrid())
     multiply = jax.jit(lambda x, weights: fp8_matmul(x, weights, quantize="plain"))
     weights = jnp.ones((4, 3)), jnp.ones((4, 2))
-    # One function with two products in the text, called at two places.
+    # The text has one function with two products, and calls it twice.
     text = jax.jit(lambda x: (multiply(x, weights), multiply(2 * x, weights))).lower(jnp.ones((8, 4))).as_text()
 
     def lowered(found):
         program = SimpleNamespace(as_text=lambda: 'custom_call_target="__cublas$lt$matmul$f8"\n' * found)
         return SimpleNamespace(as_text=lambda: text, compile=lambda: program)
 
-    train._compiled(lowered(0), plan)  # a CPU has none
+    train._compiled(lowered(0), plan)  # not checked on a CPU
     monkeypatch.setattr(train.jax, "default_backend", lambda: "gpu")
     train._compiled(lowered(4), plan)
-    with pytest.raises(ConfigError, match="PlanConfig.linear is 'fp8'; expected plain: .* 3 of 4 products in 8 bits"):
+    with pytest.raises(ConfigError, match="PlanConfig.linear is 'fp8'; expected plain: .* 3 of 4 products in FP8"):
         train._compiled(lowered(3), plan)

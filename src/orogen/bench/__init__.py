@@ -1,12 +1,12 @@
-"""Timings, one file per benchmark, beside programs nobody here wrote.
+"""Benchmarks, one per file, some beside a peer: a program that nobody here wrote.
 
-`orogen bench cpu_train` times whole training steps on this CPU; `train` times passes of a model on one GPU, or with
-`--whole_step` steps with the optimizer; `ssd`, `grouped_matmul` and `attention` time one operation at a named shape or
-at sizes (`--shape b=2,t=8192,h=96`), checked against float32 or float64 first. `--peer torch` runs the peer in turn:
-torch, or transformers on our weights once the losses agree. `--roofline FILE.png` draws, `--profile DIR` traces.
-`state_update`, `replay`, `paged_attention` and `few_rows` do the same for the operations of decoding, `decode` for all
-of these at once.
+`orogen bench cpu_train` times whole training steps on this CPU. `train` times forward and backward passes of a model on
+one GPU, or whole steps with the optimizer (`--whole_step`). `ssd`, `grouped_matmul` and `attention` time one operation
+at a named shape or at given sizes (`--shape b=2,t=8192,h=96`), after checking it against float32 or float64.
+`state_update`, `replay`, `paged_attention` and `few_rows` do the same for the operations of decoding, and `decode` for
+all four. `--peer torch` takes turns with the peer: torch, or transformers on our weights once the losses agree.
+`--roofline FILE.png` draws a roofline, `--profile DIR` writes a trace.
 
-**Whole models are timed with one run ahead**, the peer too: before each run XLA's host spends 10 ms on buffers and
-graphs (R1 on an H100), which a training loop never sees, for it starts a step while the one before is at work.
+**`train` keeps one run queued ahead**, and so does its peer: before each run XLA's host code spends 10 ms on buffers
+and graphs (R1 on an H100). A training loop never sees that time, because it starts a step while the previous one runs.
 """

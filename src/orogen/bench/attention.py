@@ -1,6 +1,6 @@
-"""Causal attention inside packed documents, and its gradients.
+"""Causal attention within packed documents, and its gradients.
 
-Letters: b batch, t time, h query heads, g key heads, k head size, r query heads of a key head.
+Letters: b batch, t time, h query heads, g key heads, k head size, r query heads per key head.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from orogen.bench.timing import Program, compiled
 from orogen.config.checks import ConfigError
 from orogen.kernels.attention import IMPLEMENTATIONS, attention
 
-# documents: how many documents of equal length a row holds, or their lengths joined by +.
+# documents: the number of equally long documents per sequence, or their lengths joined by +.
 NANO = {"b": 2, "t": 8192, "h": 32, "g": 2, "k": 128}
 SHAPES: dict[str, Shape] = {
     "nano": {**NANO, "documents": "1"},
@@ -38,7 +38,7 @@ class Operands(NamedTuple):
 
 
 def lengths(shape: Shape) -> list[int]:
-    """Lengths of a row's documents. Raises ConfigError if they do not fill the row."""
+    """Lengths of a sequence's documents. Raises ConfigError if they do not fill the sequence."""
     time, text = shape["t"], shape["documents"]
     parts = text.split("+")
     if all(part.isdecimal() for part in parts):
@@ -53,7 +53,7 @@ def lengths(shape: Shape) -> list[int]:
 
 
 def draw(shape: Shape, seed: int) -> Operands:
-    """Random operands; every row has the same documents."""
+    """Random operands; all sequences have the same documents."""
     b, t, h, g, k = (shape[key] for key in "bthgk")
     keys = jax.random.split(jax.random.key(seed), 4)
     normal = lambda key, heads: jax.random.normal(key, (b, t, heads, k), jnp.bfloat16)  # noqa: E731
@@ -63,12 +63,13 @@ def draw(shape: Shape, seed: int) -> Operands:
 
 
 def works(shape: Shape) -> dict[str, Work]:
-    """Four operations per visible pair, head and unit of its size, and 2.5 times as many for the gradients, which
-    recompute the scores. A causal document of n tokens counts n² / 2 pairs."""
+    """Four FLOPs per visible pair, head and unit of the head size; the gradients, which recompute the scores, take 2.5
+    times as many. A causal document of n tokens counts n² / 2 pairs."""
     b, t, h, g, k = (shape[key] for key in "bthgk")
     flops = 4.0 * b * h * k * sum(n * n / 2 for n in lengths(shape))
-    heads = 2.0 * b * t * k * np.array([2 * h + 2 * g, 5 * h + 4 * g])  # q, k, v, y; then also dy, dq, dk, dv
-    return {"forward": Work(flops, heads[0]), "forward_backward": Work(3.5 * flops, heads[1])}
+    # Bytes of q, k, v and y; with the gradients also of dy, dq, dk, dv, and of y once more, which is read again.
+    moved = 2.0 * b * t * k * np.array([2 * h + 2 * g, 5 * h + 4 * g])
+    return {"forward": Work(flops, moved[0]), "forward_backward": Work(3.5 * flops, moved[1])}
 
 
 def ours(shape: Shape, operands: Operands, implementation: str) -> dict[str, Program]:
@@ -88,9 +89,9 @@ def ours(shape: Shape, operands: Operands, implementation: str) -> dict[str, Pro
 
 
 def peer(shape: Shape, operands: Operands, implementation: str) -> dict[str, Program]:
-    """torch's scaled_dot_product_attention on the same numbers, with heads before time as in its own layout.
+    """torch's scaled_dot_product_attention on the same numbers, in its own layout (heads before time).
 
-    Raises MissingError for packed documents, for which it has no argument, and where torch lacks the kernel.
+    Raises MissingError for packed documents, which it does not support, and where torch lacks the kernel.
     """
     if len(lengths(shape)) > 1:
         raise MissingError("torch's scaled_dot_product_attention has no argument for documents")
@@ -122,17 +123,18 @@ def peer(shape: Shape, operands: Operands, implementation: str) -> dict[str, Pro
 
 
 def check(shape: Shape, operands: Operands, results: dict[str, Any]) -> dict[str, float]:
-    """Errors against float32 attention with all scores, each the largest of a row's key head and its query heads."""
+    """Errors against float32 attention with all scores, each the largest over sequences and key heads (a key head is
+    compared together with its query heads)."""
     names = ("forward", "forward_again", "gradient_q", "gradient_k", "gradient_v")
     every = results["forward"], *results["forward_backward"]
-    places = itertools.product(range(shape["b"]), range(shape["g"]))
-    errors = largest_errors(names, (_part(operands, every, row, head) for row, head in places))
+    pairs = itertools.product(range(shape["b"]), range(shape["g"]))
+    errors = largest_errors(names, (_part(operands, every, row, head) for row, head in pairs))
     return {**errors, "not_finite": not_finite(results)}
 
 
 @jax.jit
 def _part(operands: Operands, results: tuple[Array, ...], row: Array, head: Array) -> Any:
-    """The results of one row and key head, and those of attention with all scores."""
+    """The results of one sequence and key head, and those of attention with all scores."""
     groups = operands.k_btgk.shape[2]
 
     def of_head(array: Array) -> Array:
@@ -146,7 +148,7 @@ def _part(operands: Operands, results: tuple[Array, ...], row: Array, head: Arra
 
 
 def _exact(q_1trk: Array, k_1t1k: Array, v_1t1k: Array, segments_1t: Array, grad_1trk: Array) -> tuple[Array, ...]:
-    """y, dq (1, t, r, k), dk, dv (1, t, 1, k) in float32, one query head at a time, since its scores are t² numbers."""
+    """y, dq (1, t, r, k), dk, dv (1, t, 1, k) in float32, one query head at a time: each has t² scores."""
     run = partial(attention, segments_bt=segments_1t, scale=q_1trk.shape[-1] ** -0.5, implementation="full")
     by_head = lambda a: jnp.moveaxis(a, 2, 0)[:, :, :, None]  # noqa: E731
 

@@ -1,4 +1,4 @@
-"""`orogen bench`: its options, and the benchmark that they name. Importing this does not import jax."""
+"""`orogen bench`: its options, and a run of the benchmark that they name. Importing this does not import jax."""
 
 import argparse
 import functools
@@ -13,7 +13,7 @@ from orogen.command import EXIT_FAILURE, Command, answer, positive
 from orogen.config.checks import ConfigError
 from orogen.parallel.runtime import asks_for_same_bits
 
-# Benchmarks of one operation, with the implementations that are timed by default, which run everywhere.
+# Benchmarks of operations, each with the implementations that it times by default; these run on any device.
 DECODING = {
     "state_update": "reference", "replay": "parallel", "paged_attention": "reference", "few_rows": "blocks",
     "decode": "reference,parallel,blocks",
@@ -21,13 +21,13 @@ DECODING = {
 OPERATIONS = {"ssd": "chunked", "grouped_matmul": "blocks", "attention": "blocked", **DECODING}
 NAMES = ("cpu_train", *OPERATIONS, "train")
 LARGEST_SEED = 2**31 - 1
-TURNS = 2  # beside a peer
-# Options that only some benchmarks have, by benchmark, with their defaults.
+TURNS = 2  # default of --turns with a peer
+# Options that only some benchmarks have, with their defaults, by benchmark.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu_train": {"models": "dense,moe"},
     **{
-        name: {"implementations": usual, "shape": (), "seed": None, "roofline": None, "profile": None}
-        for name, usual in OPERATIONS.items()
+        name: {"implementations": default, "shape": (), "seed": None, "roofline": None, "profile": None}
+        for name, default in OPERATIONS.items()
     },
     "train": {
         "model": "r1", "rows": None, "sequence_length": 8192, "whole_step": False, "turns": None, "gin_bindings": (),
@@ -41,49 +41,51 @@ def _add_arguments(task: argparse.ArgumentParser) -> None:
         "name",
         choices=NAMES,
         help="cpu_train: whole training steps on this CPU; ssd, grouped_matmul, attention: one operation at "
-        "sizes of large models; state_update, replay, paged_attention, few_rows: one of decoding, decode: all of "
-        "these; train: passes or steps of a model on one GPU",
+        "sizes of large models; state_update, replay, paged_attention, few_rows: one operation of decoding; decode: "
+        "all four; train: forward and backward passes, or whole steps, of a model on one GPU",
     )
-    task.add_argument("--peer", choices=("torch",), help="torch, or transformers on it, in turn; from the extra `peer`")
-    task.add_argument("--steps", type=positive, default=15, help="counted steps, or samples, of each program")
     task.add_argument(
-        "--profile", type=Path, default=argparse.SUPPRESS, metavar="DIR", help="write a trace of the device there"
+        "--peer", choices=("torch",), help="also time torch, or transformers on it, in turn; needs the extra `peer`"
+    )
+    task.add_argument("--steps", type=positive, default=15, help="timed steps, or samples, of each program")
+    task.add_argument(
+        "--profile", type=Path, default=argparse.SUPPRESS, metavar="DIR", help="write a trace of the device to DIR"
     )
     group = functools.partial(task.add_argument_group, argument_default=argparse.SUPPRESS)  # DEFAULTS has them
     cpu = group("cpu_train")
-    cpu.add_argument("--models", metavar="A,B")
+    cpu.add_argument("--models", metavar="A,B", help="dense, moe, or both, which is the default")
     one = group("one operation")
-    one.add_argument("--implementations", metavar="A,B", help="those of the operation's folder in orogen/kernels")
-    one.add_argument("--shape", action="append", metavar="S", help="a name, or sizes as b=2,t=8192")
-    one.add_argument("--seed", type=int, help="of the operands; random without it")
-    one.add_argument("--roofline", type=Path, metavar="FILE.png", help="draw achieved against measured ceilings there")
+    one.add_argument("--implementations", metavar="A,B", help="names from the operation's package in orogen/kernels")
+    one.add_argument("--shape", action="append", metavar="S", help="a named shape, or sizes such as b=2,t=8192")
+    one.add_argument("--seed", type=int, help="seed of the operands; random by default")
+    one.add_argument("--roofline", type=Path, metavar="FILE.png", help="draw achieved rates under measured ceilings")
     whole = group("train")
-    whole.add_argument("--model", metavar="NAME", help="of gin_configs/models")
-    whole.add_argument("--rows", type=positive, help="of a microbatch; without it as many as hold 16,384 tokens")
-    whole.add_argument("--sequence_length", type=positive, metavar="T")
-    whole.add_argument("--whole_step", action="store_true", help="with the optimizer, and microbatches")
-    whole.add_argument("--turns", type=positive, help="blocks of steps of each program, with --peer")
-    whole.add_argument("--gin_bindings", action="append", metavar="X.y=1", help="on top of the benchmark's")
+    whole.add_argument("--model", metavar="NAME", help="name of a file in gin_configs/models")
+    whole.add_argument("--rows", type=positive, help="sequences per microbatch; default: as many as hold 16,384 tokens")
+    whole.add_argument("--sequence_length", type=positive, metavar="T", help="tokens per sequence")
+    whole.add_argument("--whole_step", action="store_true", help="time whole steps, with microbatches and optimizer")
+    whole.add_argument("--turns", type=positive, help="with --peer: blocks of steps of each program")
+    whole.add_argument("--gin_bindings", action="append", metavar="X.y=1", help="override the benchmark's bindings")
 
 
 def bench(options: argparse.Namespace) -> int:
     """`orogen bench`."""
-    facts, lines, right = _measure(options)
+    facts, lines, correct = _measure(options)
     answer(options, facts, lines)
-    return 0 if right else EXIT_FAILURE
+    return 0 if correct else EXIT_FAILURE
 
 
 def _measure(options: argparse.Namespace) -> tuple[dict[str, Any], list[str], bool]:
-    """What was measured, as one object and as lines, and whether everything was right. Raises ConfigError."""
+    """The measurements, as one object and as lines, and whether all results were correct. Raises ConfigError."""
     options = _complete(options)
     if options.name in OPERATIONS:
         facts = _operation(options)
         records = facts["records"]
-        right = all(record.get("correct", True) for record in records)
-        return facts, [json.dumps(facts["ceilings"]), *(json.dumps(record) for record in records)], right
+        correct = all(record.get("correct", True) for record in records)
+        return facts, [json.dumps(facts["ceilings"]), *(json.dumps(record) for record in records)], correct
     if options.name == "train":
-        facts, right = _train(options)
-        return facts, json.dumps(facts, indent=2).splitlines(), right
+        facts, correct = _train(options)
+        return facts, json.dumps(facts, indent=2).splitlines(), correct
     from orogen.bench.cpu_train import bench as run
 
     facts = run(options.models.split(","), peer=options.peer, steps=options.steps)
@@ -91,8 +93,8 @@ def _measure(options: argparse.Namespace) -> tuple[dict[str, Any], list[str], bo
 
 
 def _complete(options: argparse.Namespace) -> argparse.Namespace:
-    """The options, with the benchmark's own defaults. Raises ConfigError on another benchmark's
-    options and on files that cannot be written."""
+    """The options, with the benchmark's own defaults. Raises ConfigError on options of other benchmarks and on files
+    that cannot be written."""
     own = DEFAULTS[options.name]
     for option in vars(options):
         names = [name for name, defaults in DEFAULTS.items() if option in defaults]
@@ -108,16 +110,16 @@ def _complete(options: argparse.Namespace) -> argparse.Namespace:
 
 def _check_folder(profile: Path) -> None:
     if not next(path for path in (profile, *profile.parents) if path.exists()).is_dir():
-        raise ConfigError(f"--profile {str(profile)!r}; expected a folder, there or not")
+        raise ConfigError(f"--profile {str(profile)!r}; expected a folder, existing or new")
 
 
 def _check_picture(file: Path) -> None:
     from matplotlib.backend_bases import FigureCanvasBase
 
-    endings = FigureCanvasBase.get_supported_filetypes()
-    if file.suffix[1:].lower() not in endings or file.is_dir() or not file.parent.is_dir():
+    suffixes = FigureCanvasBase.get_supported_filetypes()
+    if file.suffix[1:].lower() not in suffixes or file.is_dir() or not file.parent.is_dir():
         raise ConfigError(
-            f"--roofline {str(file)!r}; expected a file in a folder that exists, its ending one of {', '.join(endings)}"
+            f"--roofline {str(file)!r}; expected a file in an existing folder, with a suffix from {', '.join(suffixes)}"
         )
 
 
@@ -149,7 +151,7 @@ def _operation(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _train(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
-    # A whole step of R1 takes 65.7 GB of an H100's 85; jax's own limit is three quarters.
+    # A whole step of R1 takes 65.7 GB of an H100's 85; jax's default limit is three quarters.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     from orogen.bench.train import Workload
     from orogen.bench.train import bench as run
@@ -177,7 +179,7 @@ def _train(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
 
 BENCH = Command(
     name="bench",
-    help="time Orogen, with a peer beside it in the same run",
+    help="time Orogen, if asked beside a peer in the same run",
     examples=(
         "orogen bench cpu_train --peer torch",
         "orogen bench ssd --implementations triton --shape nano --peer torch",

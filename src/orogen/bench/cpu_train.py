@@ -1,4 +1,4 @@
-"""Whole training steps on this CPU, one device in float32: Orogen's, and a peer's, in turn.
+"""Whole training steps on this CPU, on one device in float32; Orogen and a peer take turns.
 
 Letters: b batch, t time.
 """
@@ -38,8 +38,8 @@ WARM_UP = 2  # steps of each program before any is counted
 def bench(models: Sequence[str], *, peer: str | None, steps: int, threads: int = 2) -> dict[str, Any]:
     """Tokens per second of each of `models`, and of the peer if one is named, with the ratio of the two.
 
-    Call it before jax starts, which otherwise keeps the threads that it started with. Raises ConfigError on an unknown
-    model or peer, a peer that is not installed, or fewer processors than threads.
+    Call it before jax starts its backend, which fixes the number of threads. Raises ConfigError on an unknown model or
+    peer, a peer that is not installed, or fewer processors than threads.
     """
     unknown = [name for name in models if name not in MODELS]
     if unknown:
@@ -48,7 +48,7 @@ def bench(models: Sequence[str], *, peer: str | None, steps: int, threads: int =
         require_peer(peer)
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if processors < threads:
-        raise ConfigError(f"cpu_train compares {threads} threads; expected as many processors, found {processors}")
+        raise ConfigError(f"cpu_train runs {threads} threads; expected at least as many processors, found {processors}")
     os.environ["NPROC"] = str(threads)  # the size of XLA:CPU's pools
     jax.config.update("jax_platforms", "cpu")
     configs = {name: load([CONFIGS / f"bench_{name}.gin"])[0].model for name in models}
@@ -60,7 +60,7 @@ def bench(models: Sequence[str], *, peer: str | None, steps: int, threads: int =
 def compare(
     model: ModelConfig, *, peer: str | None, steps: int, threads: int, batch_size: int = 2, sequence_length: int = 512
 ) -> dict[str, Any]:
-    """`steps` training steps of `model`, each followed by one of the peer's. Times are seconds per step."""
+    """Times `steps` training steps of `model`, each followed by one of the peer's. Times are seconds per step."""
     tokens = batch_size * sequence_length
     shape = {"batch_size": batch_size, "sequence_length": sequence_length}
     started = time.perf_counter()
@@ -85,8 +85,8 @@ def compare(
 
 
 def _training_step(model: ModelConfig, *, batch_size: int, sequence_length: int) -> tuple[Callable[[], None], int]:
-    """A function that takes one step on a fixed random batch and keeps the state for the next, and the number of
-    parameters."""
+    """A function that takes one training step on a fixed random batch, and the number of parameters. The function keeps
+    the state for its next call."""
     train = TrainConfig(steps=1000, batch_size=batch_size, sequence_length=sequence_length, seed=0)
     optimizer_config = OptimizerConfig(learning_rate=1e-4, schedule="constant")
     config = RunConfig(model=model, plan=PlanConfig(), train=train, optimizer=optimizer_config)
@@ -126,7 +126,7 @@ def _summary(samples: Sequence[Seconds], tokens: int) -> dict[str, Any]:
 
 
 def _ratio(ours: Sequence[Seconds], theirs: Sequence[Seconds], clock: str) -> dict[str, Any]:
-    """How many times faster Orogen is: the median over pairs of neighbouring steps, and their quartiles."""
+    """How many times faster Orogen is: median and quartiles over pairs of neighbouring steps."""
     ratios = [getattr(other, clock) / getattr(mine, clock) for mine, other in zip(ours, theirs, strict=True)]
     low, middle, high = _quartiles(ratios)
     return {"median": round(middle, 3), "quartiles": [round(low, 3), round(high, 3)]}

@@ -1,4 +1,4 @@
-"""All operations of decoding in one run: the state updates, replay, paged attention, and the experts' products."""
+"""All operations of decoding in one run: state updates, replay, paged attention, and the experts' products."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,8 +21,11 @@ def bench(
     profile: Path | None = None,
     ceiling_sizes: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """As `operation.bench`, the records of all operations: each with those of the names of implementations and shapes
-    that it has. Raises ConfigError on a name that none has, and if an operation has none of the names."""
+    """Runs `operation.bench` for each operation, with those of the implementations and shapes that it has, and joins
+    the records. An operation that has none of the shapes is left out.
+
+    Raises ConfigError on a name that no operation has, and on an operation that has none of the implementations.
+    """
     _require_known("implementation", implementations, [name for o in operations for name in o.implementations])
     _require_known("--shape", shapes, [name for o in operations for name in o.shapes])
     chosen = []

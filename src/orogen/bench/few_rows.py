@@ -1,6 +1,6 @@
-"""The experts' matrix products for the few tokens of a decoding step, at the sizes of R1: up and down.
+"""The experts' up and down projections for the few tokens of a decoding step, at the sizes of R1.
 
-Letters: b tokens, k experts of a token, d model, f hidden, e experts, n rows.
+Letters: b tokens, k experts per token, d model, f hidden, e experts, n assignments (of a token to an expert).
 """
 
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from orogen.bench.timing import Program, compiled
 from orogen.config.checks import ConfigError
 from orogen.kernels.grouped_matmul import IMPLEMENTATIONS, grouped_matmul
 
-# With one token, each layer reads six experts: enough layers to read most of them, which is more than a cache holds.
+# For one token each layer reads six experts; 16 layers read most of the 64, more than a GPU's cache holds.
 R1 = {"b": 1, "k": 6, "d": 2048, "f": 1024, "e": 64, "layers": 16}
 SHAPES: dict[str, Shape] = {
     "b1": R1,
@@ -27,7 +27,8 @@ SHAPES: dict[str, Shape] = {
 
 
 class Operands(NamedTuple):
-    """Rows (n, d) and (n, f) of each layer, and both weights, which layers share, in bfloat16; int32 sizes by layer."""
+    """Inputs (n, d) and (n, f) of each layer, and both weights, which the layers share, in bfloat16. sizes: int32
+    assignments per expert (e,), by layer."""
 
     rows: tuple[tuple[Array, Array], ...]
     up_edf: Array
@@ -36,8 +37,8 @@ class Operands(NamedTuple):
 
 
 def choices(shape: Shape) -> list[np.ndarray]:
-    """The rows of each expert, by layer. Tokens choose k experts at random, the same for every seed, so that the bytes
-    are known. Raises ConfigError."""
+    """Assignments per expert (e,), by layer. Each token chooses k experts at random, the same ones for every seed, so
+    that the bytes are known. Raises ConfigError."""
     b, k, e, layers = (shape[key] for key in ("b", "k", "e", "layers"))
     if k > e:
         raise ConfigError(f"k={k}; expected at most e={e}")
@@ -56,7 +57,7 @@ def draw(shape: Shape, seed: int) -> Operands:
 
 
 def works(shape: Shape) -> dict[str, Work]:
-    """The weights of every expert that has a row, and the rows, once."""
+    """Each expert that has an assignment reads its weights once; inputs are read and outputs written once."""
     n, d, f, layers = shape["b"] * shape["k"], shape["d"], shape["f"], shape["layers"]
     used = sum(int((sizes_e > 0).sum()) for sizes_e in choices(shape))
     one = Work(2.0 * layers * n * d * f, 2.0 * (used * d * f + layers * n * (d + f)))
@@ -64,7 +65,7 @@ def works(shape: Shape) -> dict[str, Work]:
 
 
 def ours(shape: Shape, operands: Operands, implementation: str) -> dict[str, Program]:
-    """Our programs: all layers of each product."""
+    """Our programs: each product, over all layers."""
     del shape
 
     def product(rows: Any, weights: Array, sizes: Any) -> tuple[Array, ...]:
@@ -81,7 +82,7 @@ def ours(shape: Shape, operands: Operands, implementation: str) -> dict[str, Pro
 
 
 def check(shape: Shape, operands: Operands, results: dict[str, Any]) -> dict[str, float]:
-    """Errors against masked products in float32, the largest of a layer."""
+    """Errors against masked products in float32; each is the largest over layers."""
     del shape
     errors: dict[str, float] = {}
     for number, (work, weights) in enumerate((("up", operands.up_edf), ("down", operands.down_efd))):

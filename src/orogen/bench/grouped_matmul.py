@@ -1,4 +1,4 @@
-"""The experts' matrix products: rows of many uneven groups, each times its group's weight, and both gradients.
+"""The experts' grouped matrix product, in which each row is multiplied by its group's weight, and both gradients.
 
 Letters: n rows, d width in, f width out, e groups, m rows of the largest group.
 """
@@ -16,18 +16,18 @@ from orogen.bench.timing import Program, compiled
 from orogen.config.checks import ConfigError
 from orogen.kernels.grouped_matmul import IMPLEMENTATIONS, grouped_matmul
 
-# empty: how many groups have no row. nano: Nemotron-3 Nano's experts for 16,384 tokens; r1_up and r1_down: R1's.
+# empty: the number of groups without rows. nano: Nemotron-3 Nano's experts for 16,384 tokens; r1_up and r1_down: R1's.
 SHAPES: dict[str, Shape] = {
     "nano": {"n": 98304, "d": 2688, "f": 1856, "e": 128, "empty": 0},
     "r1_up": {"n": 98304, "d": 2048, "f": 1024, "e": 64, "empty": 0},
     "r1_down": {"n": 98304, "d": 1024, "f": 2048, "e": 64, "empty": 0},
     "ragged": {"n": 98304, "d": 2688, "f": 1856, "e": 128, "empty": 32},
 }
-CHECKED_ROWS = 256  # beside those at the first and last rows of groups
+CHECKED_ROWS = 256  # drawn at random, in addition to the first and last row of each group
 
 
 class Operands(NamedTuple):
-    """Bfloat16 rows, weights and the outputs' gradient; int32 sizes, on the device and on the host."""
+    """Rows, weights and the outputs' gradient in bfloat16; int32 group sizes, on the device and on the host."""
 
     rows_nd: Array
     weights_edf: Array
@@ -37,7 +37,7 @@ class Operands(NamedTuple):
 
 
 def draw(shape: Shape, seed: int) -> Operands:
-    """Random operands, and groups as uneven as if tokens chose at random; `empty` of them have no row."""
+    """Random operands. Rows choose their groups at random, so sizes are uneven; `empty` groups have no rows."""
     n, d, f, e = (shape[key] for key in "ndfe")
     rng = np.random.default_rng(seed)
     chosen = rng.permutation(e)[: _filled(shape)]
@@ -49,7 +49,7 @@ def draw(shape: Shape, seed: int) -> Operands:
 
 
 def works(shape: Shape) -> dict[str, Work]:
-    """2 n d f operations each. The weights of empty groups are not read, but their gradient is written."""
+    """2 n d f FLOPs each. The weights of empty groups are not read, but their gradient is written."""
     n, d, f, e = (shape[key] for key in "ndfe")
     outside, used = n * d + n * f, _filled(shape) * d * f
     each = [("forward", used), ("gradient_rows", used), ("gradient_weights", e * d * f)]
@@ -57,7 +57,7 @@ def works(shape: Shape) -> dict[str, Work]:
 
 
 def _filled(shape: Shape) -> int:
-    """Groups that may have rows. Raises ConfigError if none may."""
+    """The number of groups that may have rows. Raises ConfigError if none may."""
     if not 0 <= shape["empty"] < shape["e"]:
         raise ConfigError(f"empty={shape['empty']}; expected 0 or more, and fewer than e={shape['e']}")
     return shape["e"] - shape["empty"]
@@ -103,8 +103,8 @@ def peer(shape: Shape, operands: Operands, implementation: str) -> dict[str, Pro
 
 
 def check(shape: Shape, operands: Operands, results: dict[str, Any]) -> dict[str, float]:
-    """Errors against NumPy's float64 products, for the first and last rows of every group and some between, and for
-    the weights' gradient against float32 products of every group."""
+    """Errors of outputs and of the rows' gradient against NumPy in float64, at the first and last row of each group and
+    at CHECKED_ROWS others; and of the weights' gradient against float32 products, in every group."""
     sizes_e = operands.host_sizes_e
     ends_e = np.cumsum(sizes_e)
     between = np.random.default_rng(shape["n"]).integers(shape["n"], size=CHECKED_ROWS)
@@ -126,9 +126,9 @@ def check(shape: Shape, operands: Operands, results: dict[str, Any]) -> dict[str
 
 @functools.partial(jax.jit, static_argnames="most")
 def _weights_error(operands: Operands, grad_edf: Array, *, most: int) -> Array:
-    """The largest relative error of a group's gradient; infinite if that of an empty group is not zero.
+    """The largest relative error of a group's weight gradient; infinite if an empty group's is not zero.
 
-    most: rows of the largest group. Only one group's rows and product exist in float32 at a time.
+    most: rows of the largest group. Only one group's rows and product are held in float32 at a time.
     """
     rows_nd, _, grad_nf, sizes_e, _ = operands
     begins_e = jnp.cumsum(sizes_e) - sizes_e

@@ -1,8 +1,8 @@
-"""What the benchmarks of decoding share: several layers in a row, so that none finds its operands in the cache.
+"""Shared by the benchmarks of decoding, which time several layers in a row so that no operand is found in the cache.
 
-An operation of decoding takes microseconds, less than a program's start, and its operands would stay in the GPU's cache
-if one layer were timed over and over. So a program runs it for several layers, each with operands of its own, as a
-model does; times and bytes are those of all layers.
+An operation of decoding takes microseconds, less than launching a program, and if one layer were timed repeatedly its
+operands would stay in the GPU's cache. So each program runs the operation for several layers with different operands,
+as a model does; times and bytes are totals over these layers.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +17,7 @@ from orogen.bench.timing import Program
 
 
 def draws(seed: int) -> Callable[..., Array]:
-    """A function that draws an array of a shape from the normal distribution, float32, another one in each call."""
+    """A function that draws a float32 array of the given shape from the normal distribution, a new one in each call."""
 
     def keys() -> Iterator[Array]:
         key = jax.random.key(seed)
@@ -30,9 +30,10 @@ def draws(seed: int) -> Callable[..., Array]:
 
 
 def carried(function: Callable[..., tuple[Any, Any]], state: Any, *arguments: Any) -> Program:
-    """`function(state, *arguments)`, which returns results and the new state; every call overwrites the last one's.
+    """A Program of `function(state, *arguments)`, which returns results and the new state.
 
-    The first call starts from `state`, which stays as it is.
+    Each call starts from the state that the previous one returned, and overwrites it. The first call starts from a copy
+    of `state`.
     """
     program = jax.jit(function, donate_argnums=0).lower(state, *arguments).compile()
     planned = program.memory_analysis()
@@ -44,16 +45,17 @@ def carried(function: Callable[..., tuple[Any, Any]], state: Any, *arguments: An
         return results, held[0]
 
     temporary = None if planned is None else round(planned.temp_size_in_bytes / 2**20)
-    # A copy, since the next call overwrites what this one returns.
+    # `read` copies, since the next call overwrites what this one returns.
     return Program(start, jax.block_until_ready, copy, temporary)
 
 
 def errors_of_layers(
     work: str, names: Sequence[str], exact: Callable[..., Any], layers: Iterable[Any], results: tuple[Any, ...]
 ) -> dict[str, float]:
-    """The largest error of a layer, by `work_name` of every result; results: for each name a tuple of all layers'.
+    """The largest error over layers of each named result, with `{work}_{name}` as its key.
 
-    exact: the results of a layer from its operands, which it gets in float32.
+    exact: computes the reference results of a layer from its operands, which are cast to float32 first. layers: the
+    operands of each layer. results: one tuple per name, with the result of each layer.
     """
 
     def parts() -> Iterator[tuple[Sequence[Any], Sequence[Any]]]:

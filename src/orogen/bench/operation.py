@@ -22,7 +22,7 @@ class MissingError(Exception):
 
 
 class Work(NamedTuple):
-    """Floating-point operations and the fewest bytes through memory, each input read and each output written once."""
+    """FLOPs, and the fewest bytes of memory traffic: each input is read once, each output written once."""
 
     flops: float
     bytes: float
@@ -35,11 +35,10 @@ def _no_peer(shape: Shape, operands: Any, implementation: str) -> dict[str, Prog
 class Operation(NamedTuple):
     """An operation to benchmark. A work is a named part of it, such as `forward`.
 
-    shapes: sizes by name; every shape has the size names of the first. draw: operands of a shape, by seed.
-    works: analytic costs of each work; raises ConfigError on sizes that do not fit together. ours: programs by work, of
-    an implementation. check: the relative error of every result, given the results of one implementation's works.
-    peers: the names of the peer's implementations, none by default. peer: programs by work, of one of these; raises
-    MissingError.
+    shapes: named shapes, all with the same names of sizes. draw: operands of a shape, for a seed. works: analytic costs
+    of each work; raises ConfigError on sizes that do not fit together. ours: the programs of one implementation, by
+    work. check: the relative error of each result, given the results of one implementation, by work. peers: the names
+    of the peer's implementations, none by default. peer: the programs of one of these, by work; raises MissingError.
     """
 
     name: str
@@ -64,12 +63,12 @@ def bench(
     profile: Path | None = None,
     ceiling_sizes: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """One record per shape, implementation and work, with errors, times, achieved TFLOP/s, bytes through memory and
-    the time that these take at the ceiling's rate (memory_floor_ms), beside the ceilings.
+    """The measured ceilings, and one record per shape, implementation and work: errors, times, achieved TFLOP/s, memory
+    traffic, and the time that this traffic takes at the rate of the copy (memory_floor_ms).
 
-    shapes: names, or sizes as `b=2,t=8192`, the others as in the first named shape; none: every named one. A
-    result that is wrong beyond TOLERANCE is recorded as such and not timed. Raises ConfigError on unknown names, on
-    sizes or a device that an implementation refuses, and on a peer that is not installed.
+    shapes: names, or sizes such as `b=2,t=8192` that replace those of the first named shape; empty: all named shapes.
+    An implementation with an error above TOLERANCE is recorded as incorrect and not timed. Raises ConfigError on names
+    that are unknown, on sizes or a device that an implementation refuses, and on a peer that is not installed.
     """
     unknown = [name for name in implementations if name not in operation.implementations]
     if unknown:
@@ -101,7 +100,7 @@ def bench(
 
 
 def read_shape(operation: Operation, text: str) -> Shape:
-    """The sizes of a shape that is named, or given as `name=value,…`. Raises ConfigError."""
+    """The sizes of a named shape, or of one given as `name=value,…`. Raises ConfigError."""
     if text in operation.shapes:
         return dict(operation.shapes[text])
     shape = dict(next(iter(operation.shapes.values())))
@@ -118,7 +117,7 @@ def read_shape(operation: Operation, text: str) -> Shape:
 def _bench_shape(
     operation: Operation, shape: Shape, implementations: Sequence[str], peer: str | None, *, samples: int, seed: int
 ) -> Iterator[dict[str, Any]]:
-    """Records of one shape: ours, and the peer's implementations, on the same operands."""
+    """Records of one shape: our implementations and the peer's, on the same operands."""
     operands, works = operation.draw(shape, seed), operation.works(shape)
     programs: dict[tuple[str, str], Program] = {}
     errors: dict[str, dict[str, float]] = {}
@@ -136,7 +135,7 @@ def _bench_shape(
             raise ConfigError(f"{label} at {_sizes(shape)}: {error}") from error
         results = {work: program.read(program.start()) for work, program in made.items()}
         errors[label] = {key: _digits(e) for key, e in operation.check(shape, operands, results).items()}
-        if all(error <= TOLERANCE for error in errors[label].values()):  # which NaN is not
+        if all(error <= TOLERANCE for error in errors[label].values()):  # NaN is not
             programs |= {(label, work): program for work, program in made.items()}
         else:
             yield {"implementation": label, "correct": False, "errors": errors[label]}
@@ -168,14 +167,14 @@ def relative_error(result: Any, reference: Any) -> float:
 
 
 def largest_errors(names: Sequence[str], parts: Iterable[tuple[Sequence[Any], Sequence[Any]]]) -> dict[str, float]:
-    """The largest relative error of each named result over the parts in which it is compared; NaN if one is.
+    """The largest relative error of each named result over all parts; NaN if one part's error is.
 
-    parts: for each part the results and the references, in the order of the names.
+    parts: per part, the results and the references, in the order of the names.
     """
     errors = [[relative_error(a, b) for a, b in zip(mine, exact, strict=True)] for mine, exact in parts]
     return dict(zip(names, np.max(errors, axis=0).tolist(), strict=True))
 
 
 def not_finite(results: Any) -> float:
-    """How many numbers in all results are not finite."""
+    """The number of elements of all results that are not finite."""
     return float(sum(jnp.sum(~jnp.isfinite(result)) for result in jax.tree.leaves(results)))

@@ -1,6 +1,7 @@
-"""Attention of decoded tokens to the pages of their rows, at the sizes of R1.
+"""Attention of new tokens to the paged keys and values of their sequences, at the sizes of R1.
 
-Letters: b rows, t new tokens, h query heads, g key heads, k head size, c tokens of a row, s places of a page.
+Letters: b batch, t new tokens, h query heads, g key heads, k head size, c tokens per sequence, s tokens per page, p
+pages per sequence.
 """
 
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ SHAPES: dict[str, Shape] = {
 
 
 class Operands(NamedTuple):
-    """Per layer queries and both pools in bfloat16; int32 tables and lengths, which all layers share."""
+    """Per layer: queries, and the pools of keys and of values, in bfloat16. Int32 tables and lengths are shared."""
 
     layers: tuple[tuple[Array, Array, Array], ...]
     table_bp: Array
@@ -35,7 +36,7 @@ class Operands(NamedTuple):
 
 
 def draw(shape: Shape, seed: int) -> Operands:
-    """Random operands; the pages of the rows lie in the pools in random order."""
+    """Random operands; the pages of the sequences lie in the pools in random order."""
     b, t, h, g, k, c, s, layers = (shape[key] for key in ("b", "t", "h", "g", "k", "c", "s", "layers"))
     draw_one, pages = draws(seed), -(-c // s)
     half = lambda *size: draw_one(*size).astype(jnp.bfloat16)  # noqa: E731
@@ -45,16 +46,16 @@ def draw(shape: Shape, seed: int) -> Operands:
 
 
 def works(shape: Shape) -> dict[str, Work]:
-    """Keys and values of every token once, and four operations per visible pair, head and unit of its size."""
+    """Reads the keys and values of every token once; four FLOPs per visible pair, head and unit of the head size."""
     b, t, h, g, k, c, layers = (shape[key] for key in ("b", "t", "h", "g", "k", "c", "layers"))
     if t > c:
-        raise ConfigError(f"t={t}; expected at most c={c}, the tokens of a row with the new ones")
+        raise ConfigError(f"t={t}; expected at most c={c}, the tokens of a sequence, new ones included")
     pairs = t * c - t * (t - 1) / 2
     return {"forward": Work(4.0 * layers * b * h * k * pairs, 2.0 * layers * b * (2 * c * g * k + 2 * t * h * k))}
 
 
 def ours(shape: Shape, operands: Operands, implementation: str) -> dict[str, Program]:
-    """Our program: all layers."""
+    """Our program, over all layers."""
 
     def forward(layers: Any, table_bp: Array, length_b: Array) -> tuple[Array, ...]:
         return tuple(
@@ -66,7 +67,7 @@ def ours(shape: Shape, operands: Operands, implementation: str) -> dict[str, Pro
 
 
 def check(shape: Shape, operands: Operands, results: dict[str, Any]) -> dict[str, float]:
-    """Errors against the reference in float32, the largest of a layer."""
+    """Errors against the reference in float32; each is the largest over layers."""
     del shape
     layers = ((*arrays, operands.table_bp, operands.length_b) for arrays in operands.layers)
     errors = errors_of_layers("forward", ("y",), _exact, layers, (results["forward"],))

@@ -1,7 +1,7 @@
 """transformers' Nemotron-H in PyTorch, in its own process, which takes one training step per request.
 
-`python -m orogen.bench.peers` is that process: it reads the sizes, answers with its facts, and then with the seconds of
-each requested step.
+`python -m orogen.bench.peers` is that process: it reads the sizes, answers with its facts, and then answers each
+request with the seconds of one step.
 """
 
 import importlib.util
@@ -24,7 +24,7 @@ SHARED_FIELDS = (
 
 
 class Seconds(NamedTuple):
-    """What one step took: wall time, and processor time of all its threads."""
+    """The duration of one step: wall time, and processor time of all threads."""
 
     wall: float
     cpu: float
@@ -42,7 +42,7 @@ def require_peer(name: str) -> None:
 
 
 class Peer:
-    """The peer's process, with a model of `config` and AdamW on a fixed random batch. Use it as a context manager.
+    """A process that trains the peer's model of `config` with AdamW on a fixed random batch. Use as a context manager.
 
     facts: its versions, threads and number of parameters.
     """
@@ -69,7 +69,7 @@ class Peer:
 
 
 def _prepare(sizes: dict[str, Any]) -> tuple[dict[str, Any], Callable[[Any], Any]]:
-    """The peer's process."""
+    """The process's side, for `serve`: the peer's facts, and a function that times one training step."""
     import torch  # pyright: ignore[reportMissingImports]
     import transformers  # pyright: ignore[reportMissingImports]
 

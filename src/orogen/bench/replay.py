@@ -1,6 +1,6 @@
 """Mamba-2 decoding by replay, and its flush, at the sizes of R1.
 
-Letters: b batch, t new tokens, l places of the ring, c places used, h heads, p head size, g groups, n state.
+Letters: b batch, t new tokens, l slots of the ring, c slots in use, h heads, p head size, g groups, n state.
 """
 
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from orogen.bench.timing import Program
 from orogen.config.checks import ConfigError
 from orogen.kernels.replay import IMPLEMENTATIONS, Ring, flush, replay
 
-# A ring that is half full, as it is on average, and layers as in `state_update`.
+# The ring is half full, its average; as many layers as in `state_update`.
 R1 = {"b": 1, "t": 1, "l": 16, "c": 8, "h": 64, "p": 64, "g": 8, "n": 128, "layers": 64}
 SHAPES: dict[str, Shape] = {
     "b1": R1,
@@ -26,7 +26,7 @@ SHAPES: dict[str, Shape] = {
 
 
 class Operands(NamedTuple):
-    """Per layer the state and rates (float32), ring and piece (activations in bfloat16), and C; and all cursors."""
+    """Per layer: state and decay rates (float32), ring and piece (activations in bfloat16), C; and shared cursors."""
 
     states: tuple[Array, ...]
     rates: tuple[Array, ...]
@@ -37,8 +37,8 @@ class Operands(NamedTuple):
 
 
 def draw(shape: Shape, seed: int) -> Operands:
-    """Random operands, with steps and rates as after initialisation."""
-    b, t, places, h, p, g, n, layers = (shape[key] for key in ("b", "t", "l", "h", "p", "g", "n", "layers"))
+    """Random operands; step sizes and decay rates are distributed as after initialisation."""
+    b, t, slots, h, p, g, n, layers = (shape[key] for key in ("b", "t", "l", "h", "p", "g", "n", "layers"))
     draw_one = draws(seed)
     half = lambda *size: draw_one(*size).astype(jnp.bfloat16)  # noqa: E731
 
@@ -50,7 +50,7 @@ def draw(shape: Shape, seed: int) -> Operands:
     return Operands(
         tuple(draw_one(b, h, p, n) for _ in every),
         tuple(-jnp.exp(draw_one(h)) for _ in every),
-        tuple(inputs(places) for _ in every),
+        tuple(inputs(slots) for _ in every),
         tuple(inputs(t) for _ in every),
         tuple(half(b, t, g, n) for _ in every),
         jnp.full(b, shape["c"], jnp.int32),
@@ -58,21 +58,21 @@ def draw(shape: Shape, seed: int) -> Operands:
 
 
 def works(shape: Shape) -> dict[str, Work]:
-    """replay: the state and the used places are read, the piece and C too, the piece and y written. flush: the state is
-    read and written, and the used places read. Raises ConfigError."""
-    b, t, places, c, h, p, g, n = (shape[key] for key in "btlchpgn")
-    if not c + t <= places:
-        raise ConfigError(f"l={places}; expected at least c + t = {c + t} places")
-    rows, state, token, queries = b * shape["layers"], h * p * n, 2 * h * p + 2 * g * n + 4 * h, 2 * (h * p + g * n)
-    # Per new token a product with the state; per pair with an earlier token, B . C once per group and x once.
+    """A replay reads the state, the slots in use, the piece and C, and writes the piece and y. A flush reads the slots
+    in use, and reads and writes the state. Raises ConfigError if the piece does not fit into the ring."""
+    b, t, slots, c, h, p, g, n = (shape[key] for key in "btlchpgn")
+    if not c + t <= slots:
+        raise ConfigError(f"l={slots}; expected at least c + t = {c + t} slots")
+    states, state, token, c_and_y = b * shape["layers"], h * p * n, 2 * h * p + 2 * g * n + 4 * h, 2 * (h * p + g * n)
+    # Each new token takes a product with the state; each pair with an earlier token, B . C once per group and x once.
     pairs = t * c + t * (t + 1) / 2
     flops, read = 2.0 * t * state + 2 * pairs * (g * n + h * p), 4 * state + c * token
-    replayed = Work(rows * flops, rows * (read + t * (2 * token + queries)))
-    return {"replay": replayed, "flush": Work(3.0 * rows * c * state, rows * (2 * 4 * state + c * token))}
+    replayed = Work(states * flops, states * (read + t * (2 * token + c_and_y)))
+    return {"replay": replayed, "flush": Work(3.0 * states * c * state, states * (2 * 4 * state + c * token))}
 
 
 def ours(shape: Shape, operands: Operands, implementation: str) -> dict[str, Program]:
-    """Our programs: all layers, each with its own state and ring, which are overwritten."""
+    """Our programs, over all layers: each layer overwrites its own ring, or its own state."""
     del shape
     states, rates, rings, pieces, c, cursor_b = operands
 
@@ -97,7 +97,7 @@ def ours(shape: Shape, operands: Operands, implementation: str) -> dict[str, Pro
 
 
 def check(shape: Shape, operands: Operands, results: dict[str, Any]) -> dict[str, float]:
-    """Errors of outputs, rings and states against the recurrence in float32, each the largest of a layer."""
+    """Errors of outputs, rings and states against the float32 recurrence; each is the largest over layers."""
     del shape
     states, rates, rings, pieces, c, cursor_b = operands
     y, after = results["replay"]

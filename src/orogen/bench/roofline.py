@@ -1,4 +1,4 @@
-"""The roofline picture of a benchmark: achieved TFLOP/s over operations per byte, under measured ceilings."""
+"""The roofline plot of a benchmark: achieved TFLOP/s against FLOPs per byte, under measured ceilings."""
 
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,8 @@ import numpy as np
 def draw_roofline(facts: dict[str, Any], file: Path) -> None:
     """Draws every timed record of `bench` (see orogen.bench.operation) into `file`; its suffix names the format.
 
-    A point is a work at one shape; marks are implementations. The roof is the lower of operations per byte x
-    copied bytes per second, and the large matrix product.
+    Each point is one work at one shape; each marker is one implementation. The roof is the lower of FLOPs per byte x
+    the copy's bandwidth, and the rate of a large matrix product.
     """
     from matplotlib.figure import Figure
 
@@ -29,17 +29,17 @@ def draw_roofline(facts: dict[str, Any], file: Path) -> None:
         axes.plot(*at, "osD^vP*X"[number % 8], label=name, alpha=0.8)
     for label, x, y in _highest(records):
         axes.annotate(label, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
-    axes.set(xlabel="operations per byte", ylabel="TFLOP/s", title=f"{facts['bench']} on {facts['device']}")
+    axes.set(xlabel="FLOPs per byte", ylabel="TFLOP/s", title=f"{facts['bench']} on {facts['device']}")
     axes.grid(which="both", alpha=0.2)
     axes.legend(fontsize=8)
     figure.savefig(file, dpi=150)
 
 
 def _highest(records: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
-    """The label of each work, at the point of the fastest implementation."""
+    """The label of each work, and the point of its fastest implementation."""
     found: dict[str, tuple[float, float]] = {}
     for record in records:
-        label, place = f"{record['shape']} {record['work']}", (record["flops_per_byte"], record["tflops"])
-        if label not in found or place[1] > found[label][1]:
-            found[label] = place
-    return [(label, *place) for label, place in found.items()]
+        label, point = f"{record['shape']} {record['work']}", (record["flops_per_byte"], record["tflops"])
+        if label not in found or point[1] > found[label][1]:
+            found[label] = point
+    return [(label, *point) for label, point in found.items()]

@@ -23,7 +23,7 @@ SHAPES: dict[str, Shape] = {
     "h96_p80_g1": {**NANO, "h": 96, "p": 80, "g": 1},
     "h96_p80_g8_c256": {**NANO, "h": 96, "p": 80, "c": 256},
 }
-PIECE = 256  # tokens whose states the reference keeps at once
+PIECE = 256  # the reference keeps the states of so many tokens at once
 OPERANDS = ("x", "dt", "a", "B", "C")
 PEER_MODULE, PEER_FUNCTION = "mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined"
 
@@ -31,7 +31,7 @@ Operands = tuple[Array, Array, Array, Array, Array, Array]  # x, dt, a, B, C, an
 
 
 def draw(shape: Shape, seed: int) -> Operands:
-    """x, B, C and the outputs' gradient in bfloat16, steps and decay rates in float32, as after initialisation."""
+    """x, B, C and the outputs' gradient in bfloat16; step sizes and decay rates as after initialisation, in float32."""
     b, t, h, p, g, n = (shape[key] for key in "bthpgn")
     rng = np.random.default_rng(seed)
     keys = jax.random.split(jax.random.key(seed), 4)
@@ -43,8 +43,8 @@ def draw(shape: Shape, seed: int) -> Operands:
 
 
 def works(shape: Shape) -> dict[str, Work]:
-    """Per chunk the causal half of C·B and of its product with x, and its state in and out; twice as many for
-    gradients."""
+    """FLOPs per chunk: the causal half of C·B and of its product with x, and the products that read and update the
+    state. The gradients take twice as many."""
     b, t, h, p, g, n, c = (shape[key] for key in "bthpgnc")
     chunk = min(c, t)
     flops = 2.0 * b * t * ((g * n + h * p) * chunk / 2 + 2 * h * p * n)
@@ -91,7 +91,7 @@ def peer(shape: Shape, operands: Operands, implementation: str) -> dict[str, Pro
 
 
 def check(shape: Shape, operands: Operands, results: dict[str, Any]) -> dict[str, float]:
-    """Errors against the float32 recurrence, each the largest of a group's heads in every row."""
+    """Errors against the float32 recurrence, each the largest over groups (a group's heads are compared together)."""
     names = ("forward", "forward_again", *(f"gradient_{name}" for name in OPERANDS))
     every = results["forward"], *results["forward_backward"]
     groups = shape["g"]
@@ -104,7 +104,7 @@ def _group(operands: Operands, results: tuple[Array, ...], group: Array, *, grou
     """The results of one group, and those of the recurrence."""
 
     def of_group(array: Array) -> Array:
-        axis = min(2, array.ndim - 1)  # heads or groups: the decay rates' only axis, all others' third
+        axis = min(2, array.ndim - 1)  # the axis of heads or groups: the only one of the decay rates, else the third
         size = array.shape[axis] // groups
         return lax.dynamic_slice_in_dim(array, group * size, size, axis)
 
@@ -113,7 +113,7 @@ def _group(operands: Operands, results: tuple[Array, ...], group: Array, *, grou
 
 
 def _exact(*operands: Array) -> tuple[Array, ...]:
-    """y and the gradients of x, dt, a, B, C by the recurrence in float32, whose states are recomputed by pieces."""
+    """y and the gradients of x, dt, a, B, C by the float32 recurrence, which recomputes its states piece by piece."""
     *inputs, grad_bthp = (operand.astype(jnp.float32) for operand in operands)
     time = inputs[0].shape[1]
     piece = next(size for size in range(min(PIECE, time), 0, -1) if time % size == 0)

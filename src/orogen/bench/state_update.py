@@ -1,6 +1,6 @@
-"""One decoded token's step of the Mamba recurrences, at the sizes of R1: float32 and float16 states, and Mamba-1.
+"""One decoding step of Mamba-2, with float32 and float16 states, and of Mamba-1, at the sizes of R1.
 
-Letters: b batch, h heads, p head size, g groups, n state, m state of Mamba-1, whose channels are the h heads' p.
+Letters: b batch, h heads, p head size, g groups, n state; of Mamba-1: i channels (h p), m state.
 """
 
 from typing import Any, NamedTuple
@@ -14,14 +14,15 @@ from orogen.bench.operation import Operation, Shape, Work, not_finite
 from orogen.bench.timing import Program
 from orogen.kernels.state_update import IMPLEMENTATIONS, selective_update, ssm_update
 
-# Layers enough that their states are no longer in an H100's cache, of 50 MB, when their turn comes again.
+# Enough layers that each layer's state has left an H100's cache (50 MB) before its next turn.
 R1 = {"b": 1, "h": 64, "p": 64, "g": 8, "n": 128, "m": 16, "layers": 64}
 SHAPES: dict[str, Shape] = {"b1": R1, "b64": {**R1, "b": 64, "layers": 2}, "b256": {**R1, "b": 256, "layers": 2}}
 WORKS = ("ssm", "ssm_float16", "selective")
 
 
 class Operands(NamedTuple):
-    """Per layer, what a function takes after the state: activations in bfloat16, the rest float32; and the state."""
+    """Per layer, the inputs of each update (activations in bfloat16, the rest in float32) and its state; and the bits
+    that round float16 states."""
 
     ssm: tuple[tuple[Array, ...], ...]
     selective: tuple[tuple[Array, ...], ...]
@@ -31,7 +32,7 @@ class Operands(NamedTuple):
 
 
 def draw(shape: Shape, seed: int) -> Operands:
-    """Random operands, with steps and rates as after initialisation."""
+    """Random operands; step sizes and decay rates are distributed as after initialisation."""
     b, h, p, g, n, m, layers = (shape[key] for key in ("b", "h", "p", "g", "n", "m", "layers"))
     draw_one = draws(seed)
     half = lambda *size: draw_one(*size).astype(jnp.bfloat16)  # noqa: E731
@@ -48,7 +49,7 @@ def draw(shape: Shape, seed: int) -> Operands:
 
 
 def works(shape: Shape) -> dict[str, Work]:
-    """Each state is read and written; five operations per number of it."""
+    """Each state is read and written once; five FLOPs per number of it."""
     b, h, p, g, n, m, layers = (shape[key] for key in ("b", "h", "p", "g", "n", "m", "layers"))
     tokens, i = b * layers, h * p
     state, inputs = i * n, 2 * 2 * i + 4 * h + 2 * 2 * g * n
@@ -60,7 +61,7 @@ def works(shape: Shape) -> dict[str, Work]:
 
 
 def ours(shape: Shape, operands: Operands, implementation: str) -> dict[str, Program]:
-    """Our programs: all layers, one after the other, each on its own state, in place."""
+    """Our programs, over all layers: each layer updates its own state in place."""
     del shape
 
     def ssm(states: Any, layers: Any, seeds_b2: Array | None = None) -> Any:
@@ -85,13 +86,13 @@ def ours(shape: Shape, operands: Operands, implementation: str) -> dict[str, Pro
 
 
 def _each(update: Any, states: Any, layers: Any) -> tuple[Any, Any]:
-    """All outputs, and all states."""
+    """The outputs and the new states of all layers."""
     results = [update(inputs, state) for inputs, state in zip(layers, states, strict=True)]
     return tuple(y for y, _ in results), tuple(state for _, state in results)
 
 
 def check(shape: Shape, operands: Operands, results: dict[str, Any]) -> dict[str, float]:
-    """Errors of outputs and states against one step in float32, each the largest of a layer."""
+    """Errors of outputs and states against one step in float32; each is the largest over layers."""
     del shape
     halves = tuple(state.astype(jnp.float16) for state in operands.ssm_states)
     references = {

@@ -1,4 +1,4 @@
-"""Times of programs that run in turn, and the device's measured ceilings."""
+"""Times programs in turn, and measures the device's ceilings."""
 
 import statistics
 import time
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 CALLS = 10  # per sample; only the last is waited for, so that the host's own time overlaps with the device's
-# Sizes of the ceilings: rows of a square bfloat16 matrix, and elements to copy; off a GPU the large ones take minutes.
+# Sizes for the ceilings: side of a square bfloat16 matrix, and elements to copy. Off a GPU the large ones take minutes.
 ON_GPU, ELSEWHERE = {"matrix": 8192, "copied": 2**30}, {"matrix": 1024, "copied": 2**22}
 
 
@@ -17,7 +17,7 @@ class Program(NamedTuple):
     """Something to time: `start` begins its work and returns its result, `wait` returns once a result is computed, and
     `read` returns a result as jax arrays.
 
-    temporary_mb: memory that it holds beside arguments and results; None if unknown.
+    temporary_mb: MiB that it needs besides arguments and results; None if unknown.
     """
 
     start: Callable[[], Any]
@@ -35,7 +35,7 @@ def compiled(function: Callable[..., Any], *arguments: Any) -> Program:
 
 
 def time_in_turn(programs: Mapping[Any, Program], *, samples: int, calls: int = CALLS) -> dict[Any, list[float]]:
-    """Milliseconds per call of every program, by key, over `samples` rounds in each of which every program has its
+    """Milliseconds per call of each program, by key: one sample per round, and in each round every program runs in
     turn."""
     times: dict[Any, list[float]] = {key: [] for key in programs}
     for program in programs.values():
@@ -51,16 +51,16 @@ def time_in_turn(programs: Mapping[Any, Program], *, samples: int, calls: int = 
 
 
 def summary(milliseconds: Sequence[float]) -> dict[str, float]:
-    """The median of samples, and the best and worst."""
+    """The median, the best and the worst of the samples."""
     named = {"ms": statistics.median(milliseconds), "best_ms": min(milliseconds), "worst_ms": max(milliseconds)}
     return {name: round(value, 4) for name, value in named.items()}
 
 
 def ceilings(*, samples: int, sizes: Mapping[str, int] | None = None) -> dict[str, float]:
-    """TFLOP/s of a product of two square bfloat16 matrices, and TB/s of a copy, bytes read and bytes written.
+    """TFLOP/s of a product of two square bfloat16 matrices, and TB/s that a copy reads and writes.
 
-    sizes: as ON_GPU and ELSEWHERE, which are the defaults on a GPU and elsewhere. Operands are random: a product of
-    zeros is faster (by an eighth on an H200).
+    sizes: by default ON_GPU on a GPU and ELSEWHERE on others. Operands are random: a product of zeros is faster (by an
+    eighth on an H200).
     """
     sizes = sizes or (ON_GPU if jax.default_backend() == "gpu" else ELSEWHERE)
     matrix, copied = sizes["matrix"], sizes["copied"]

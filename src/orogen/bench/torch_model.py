@@ -13,7 +13,8 @@ import numpy as np
 from orogen.bench.worker import seconds_a_run, serve
 
 WARM_UP = 2
-# Functions that transformers takes from other packages, by its name for them; without one it uses plain torch.
+# Fast kernels that transformers imports from other packages: its name, and the module. It replaces a missing one by
+# plain torch.
 FUNCTIONS = {
     "causal_conv1d_fn": "causal_conv1d",
     "mamba_chunk_scan_combined": "mamba_ssm.ops.triton.ssd_combined",
@@ -21,7 +22,7 @@ FUNCTIONS = {
 
 
 def kernels() -> dict[str, str]:
-    """Where each fast kernel comes from, or why it is missing."""
+    """The module of each fast kernel, or why it is missing."""
     found = {}
     for function, module in FUNCTIONS.items():
         try:
@@ -33,8 +34,8 @@ def kernels() -> dict[str, str]:
 
 
 def prepare(settings: dict[str, Any]) -> tuple[dict[str, Any], Callable[[Any], Any]]:
-    """Reads `folder` (weights in Hugging Face's form) and `tokens` (int32 (b, t), .npy); answers "loss" with the mean
-    nats per next token, and {"time": steps} with seconds and GB of forward and backward passes, in bfloat16."""
+    """Reads `folder` (weights in Hugging Face's format) and `tokens` (int32 (b, t), .npy). Answers "loss" with the mean
+    nats per next token, and {"time": steps} with the seconds and peak GB of forward and backward passes in bfloat16."""
     import torch  # pyright: ignore[reportMissingImports]
     import transformers  # pyright: ignore[reportMissingImports]
 
@@ -45,8 +46,8 @@ def prepare(settings: dict[str, Any]) -> tuple[dict[str, Any], Callable[[Any], A
     model, loading = loaded
     faults = {kind: sorted(map(str, names)) for kind, names in loading.items() if names}
     if faults:
-        raise RuntimeError(f"transformers did not read the weights as they were written: {faults}")
-    model = model.to(device).eval()  # its training form needs a compiled convolution; gradients are the same
+        raise RuntimeError(f"transformers did not load the weights as written: {faults}")
+    model = model.to(device).eval()  # training mode needs a compiled convolution; gradients are the same
     if device == "cuda":
         model.set_experts_implementation("grouped_mm")
     tokens_bt = torch.from_numpy(np.load(Path(settings["tokens"]))).to(device, torch.int64)
@@ -56,7 +57,7 @@ def prepare(settings: dict[str, Any]) -> tuple[dict[str, Any], Callable[[Any], A
         return torch.nn.functional.cross_entropy(logits_btv.flatten(0, 1).float(), tokens_bt[:, 1:].flatten())
 
     def step() -> Any:
-        """Begins a pass and returns an event that marks its end; on a CPU it has ended."""
+        """Starts a forward and backward pass. Returns an event that marks its end; None on a CPU, where it is over."""
         loss().backward()
         for parameter in model.parameters():
             parameter.grad = None

@@ -1,4 +1,4 @@
-"""torch's side of the benchmarks of operations: its arrays over our operands, and its functions as Programs.
+"""torch's side of the benchmarks of operations: our operands as torch tensors, and torch functions as Programs.
 
 Importing this does not import torch.
 """
@@ -33,8 +33,8 @@ def from_torch(result: Any) -> Any:
 def torch_program(function: Callable[[], Any], *, gradient: bool = False) -> Program:
     """`function` as a Program whose results are jax arrays.
 
-    gradient: whether it computes gradients itself; otherwise none are recorded. temporary_mb: the most that torch
-    allocated in its second call beyond what it held before and the results; None on a CPU.
+    gradient: whether `function` computes gradients itself; if not, torch records none. temporary_mb: torch's peak
+    allocation in the second call, less what was allocated before it and the results; None on a CPU.
     """
     import torch  # pyright: ignore[reportMissingImports]
 

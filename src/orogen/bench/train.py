@@ -1,8 +1,7 @@
 """A model on one GPU: time and memory of its forward and backward pass, or of whole steps with the optimizer.
 
 `python -m orogen.bench.train` does the same as a process that answers with its loss and times (see
-orogen.bench.worker).
-Letters: b batch, t time.
+orogen.bench.worker). Letters: b batch, t time.
 """
 
 import dataclasses
@@ -38,28 +37,28 @@ from orogen.train.state import create_state
 from orogen.train.step import batch_to_devices, gradients, make_step
 
 WARM_UP = 2
-# What the benchmark binds where the command does not.
+# Default bindings of the benchmark, which those of the command override.
 PASS = {
     **{f"PlanConfig.{field}": repr(kernel) for field, kernel in FOR_GPU.items()},
     "PlanConfig.unroll": "3", "PlanConfig.logit_rows": "4096",
     "PlanConfig.remat": "'elementwise'", "TrainConfig.compute_dtype": "'bfloat16'",
 }  # fmt: skip
-# A product in 8 bits as precision/fp8.py writes it, with its operands behind a barrier; and the function that XLA calls
-# for one.
+# In lowered text, an FP8 product as precision/fp8.py writes it, with its operands behind a barrier; in compiled text,
+# the custom call that XLA makes of one.
 FP8_ASKED = re.compile(
     r"optimization_barrier [^:]*: tensor<\S*xf8E\w+>, tensor<f32>, tensor<\S*xf8E\w+>, tensor<f32>\s"
 )
 FUNCTION, CALL = re.compile(r"func\.func (?:public|private) @([^(\s]+)\("), re.compile(r"\bcall @([^(\s]+)\(")
 FP8_PRODUCT = 'custom_call_target="__cublas$lt$matmul$f8"'
-# Fields that follow from options.
+# Fields that options set, so that bindings may not.
 OPTIONS = {
     "TrainConfig.sequence_length": "--sequence_length", "TrainConfig.batch_size": "--rows, and PlanConfig.microbatches",
 }  # fmt: skip
-# Tokens of a microbatch, if its rows are not given.
+# Tokens per microbatch, unless the number of its sequences is given.
 TOKENS = 16384
-# Where memory is short, in whole steps and with more than LONG tokens per microbatch, products are kept and cheap
-# intermediates are recomputed, by letter. R1 then keeps 12 GB, not 21, beside a state of 26 GB and sums of gradients;
-# hybrid_1b at 65,536 tokens keeps 59 GB, not 85, of a device's 80 (`cost/activations.py`).
+# In whole steps, and with more than LONG tokens per microbatch, memory is short: matrix products are kept and cheap
+# intermediates are recomputed, by letter. R1 then keeps 12 GB instead of 21, beside a state of 26 GB and accumulated
+# gradients; hybrid_1b at 65,536 tokens keeps 59 GB instead of 85, on a device that has 80 (`cost/activations.py`).
 LONG = 32768
 CHEAP = {
     "M": "M:norm,conv,gated_norm", "-": "-:norm,activation", "E": "E:norm,rows,expert_activation,shared_activation",
@@ -72,10 +71,12 @@ STEP = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What is timed: a file's stem in gin_configs/models, rows of a microbatch, tokens per row, gin bindings on top.
+    """What is timed.
 
-    rows: None takes as many as hold TOKENS, at least one. part: `forward_backward`, of one microbatch with working
-    copies as weights, or `whole_step`. Where the same bits are requested of XLA, attention works by blocks.
+    model: the stem of a file in gin_configs/models. rows: sequences per microbatch; None: as many as hold TOKENS, at
+    least one. sequence_length: tokens per sequence. part: `forward_backward`, of one microbatch with parameters in the
+    compute dtype, or `whole_step`. bindings: gin bindings that override the benchmark's. If XLA is asked for the same
+    bits in every run, attention is `blocked`.
     """
 
     model: str = "r1"
@@ -90,42 +91,45 @@ class Workload:
         return self.sequence_length * (self.rows or max(1, TOKENS // self.sequence_length))
 
     def config(self) -> RunConfig:
-        """The run of which the workload is a step. Raises ConfigError."""
+        """The configuration of a run with this workload as its step. Raises ConfigError."""
         file = CONFIGS / f"{self.model}.gin"
         if not file.is_file():
             raise ConfigError(f"--model {self.model!r}; expected the name of a file in {CONFIGS}")
         length = self.sequence_length
         fixed = {"TrainConfig.steps": 1000, "TrainConfig.seed": 0, "TrainConfig.sequence_length": length}
-        usual = {**PASS, **(STEP if self.part == "whole_step" else {}), **fixed}
+        defaults = {**PASS, **(STEP if self.part == "whole_step" else {}), **fixed}
         if asks_for_same_bits():
-            usual["PlanConfig.attention"] = "'blocked'"
-        # The batch depends on the number of microbatches, recomputation on the pattern; the bindings may change both.
-        first, _ = parse([file], [*_bindings(usual, self.bindings), f"TrainConfig.batch_size={2**20}"])
-        require(first.plan.devices == 1, first.plan, "devices", "1: the benchmark is of one device")
+            defaults["PlanConfig.attention"] = "'blocked'"
+        # The batch size depends on the number of microbatches, and recomputation on the pattern. The bindings may
+        # change both, so they are parsed first.
+        first, _ = parse([file], [*_bindings(defaults, self.bindings), f"TrainConfig.batch_size={2**20}"])
+        require(first.plan.devices == 1, first.plan, "devices", "1: the benchmark runs on one device")
         for setting in unread(first):  # kernels of layers that the model lacks
-            usual.pop(setting.name, None)
+            defaults.pop(setting.name, None)
         entries = tuple(entry for letter, entry in CHEAP.items() if letter in first.model.layers.main)
         if entries and (self.part == "whole_step" or self.tokens > LONG):
-            usual["PlanConfig.remat"] = repr(entries)
-        parts = first.plan.microbatches if self.part == "whole_step" else 1
-        usual["TrainConfig.batch_size"] = self.tokens // self.sequence_length * parts
-        return load([file], _bindings(usual, self.bindings))[0]
+            defaults["PlanConfig.remat"] = repr(entries)
+        microbatches = first.plan.microbatches if self.part == "whole_step" else 1
+        defaults["TrainConfig.batch_size"] = self.tokens // self.sequence_length * microbatches
+        return load([file], _bindings(defaults, self.bindings))[0]
 
 
-def _bindings(usual: dict[str, Any], asked: Sequence[str]) -> list[str]:
-    """`asked`, with the usual bindings of fields that it does not bind. Raises ConfigError if it binds a fixed
-    field."""
+def _bindings(defaults: dict[str, Any], asked: Sequence[str]) -> list[str]:
+    """`asked`, and before it the defaults that it does not override. Raises ConfigError if it binds a field that an
+    option sets."""
     taken = {binding.partition("=")[0].strip() for binding in asked}
     for name, option in OPTIONS.items():
         if name in taken:
             raise ConfigError(f"--gin_bindings {name}; expected {option}")
-    return [f"{name}={value}" for name, value in usual.items() if name not in taken] + list(asked)
+    return [f"{name}={value}" for name, value in defaults.items() if name not in taken] + list(asked)
 
 
 class Prepared(NamedTuple):
-    """A compiled workload. start: begins it once and returns an array that is ready when it is done; loss: mean nats
-    per next token of the first run; tokens: of one run; memory: see `_memory`; same_bits: whether another run repeats
-    the first, None if not compared.
+    """A compiled workload.
+
+    start: begins one run and returns arrays that are ready when it is done. loss: mean nats per next token in the first
+    run. tokens: tokens per run. memory: see `_memory`. same_bits: whether a second run gave the bits of the first; None
+    if not compared.
     """
 
     start: Callable[[], Any]
@@ -136,9 +140,10 @@ class Prepared(NamedTuple):
 
 
 def bench(work: Workload, *, steps: int, deterministic: bool = False, profile: Path | None = None) -> dict[str, Any]:
-    """Times of `steps` runs of the workload, with random weights. `profile`: a folder for the trace of one more run.
+    """Times `steps` runs of the workload, with random weights.
 
-    MFU follows the convention of `cost/flops.py`. deterministic: two runs are compared to the bit.
+    deterministic: compare two runs to the bit. profile: a folder for the trace of one more run. MFU follows the
+    convention of `cost/flops.py`.
     """
     config = work.config()
     prepared = prepare(work, config, deterministic=deterministic)
@@ -177,7 +182,7 @@ def require_gpu(plan: PlanConfig) -> None:
 
 
 def prepare(work: Workload, config: RunConfig, *, deterministic: bool = False, export: Path | None = None) -> Prepared:
-    """Compiles the workload and runs it once. export: a folder to write the weights to, in Hugging Face's form."""
+    """Compiles the workload and runs it once. export: a folder to write the weights to, in Hugging Face's format."""
     require_gpu(config.plan)
     plan, built = make_plan(config.plan, config.model), build(config.model)
     batch = batch_to_devices(_batch(work, config), plan)
@@ -218,18 +223,18 @@ def _whole_step(built: Any, config: RunConfig, plan: Plan, batch: Any) -> Prepar
 
 
 def _compiled(lowered: Any, plan: Plan) -> Any:
-    """The program. Raises ConfigError if on a GPU it computes a product of 8 bits in more bits, which only its speed
-    would show."""
+    """The compiled program. Raises ConfigError if XLA on a GPU computes an FP8 product in more bits, which only the
+    speed would show."""
     program = lowered.compile()
     if plan.config.linear == "fp8" and jax.default_backend() == "gpu":
         asked, found = _fp8_asked(lowered.as_text()), program.as_text().count(FP8_PRODUCT)
-        expected = f"plain: {jax.devices()[0].device_kind} compiled {found} of {asked} products in 8 bits"
+        expected = f"plain: {jax.devices()[0].device_kind} compiled {found} of {asked} products in FP8"
         require(0 < asked <= found, plan.config, "linear", expected)
     return program
 
 
 def _fp8_asked(text: str) -> int:
-    """Products of 8 bits in a lowered program; those of a function count at each of its calls."""
+    """The number of FP8 products in a lowered program; those of a function count at each of its calls."""
     name_and_body = FUNCTION.split(text)[1:]
     bodies = dict(zip(name_and_body[::2], name_and_body[1::2], strict=True))
 
@@ -241,12 +246,12 @@ def _fp8_asked(text: str) -> int:
 
 
 def _batch(work: Workload, config: RunConfig) -> Any:
-    """A batch with one document per row, the first microbatch's rows first."""
+    """A batch with one document per sequence; the sequences of the first microbatch come first."""
     return random_batch(config.model.vocab_size, config.train.batch_size, work.sequence_length)
 
 
 def _working_state(model: ModelConfig, plan: Plan, dtype: str) -> tuple[Any, Any]:
-    """Random parameters in the dtype of computation, and buffers."""
+    """Random parameters in the compute dtype, and buffers."""
 
     def create() -> tuple[Any, Any]:
         params, buffers = initial_state(model, 0)
@@ -266,7 +271,7 @@ def _same_bits(first: Any, second: Any) -> bool:
 
 
 def timed(start: Callable[[], Any], steps: int) -> list[float]:
-    """Seconds of each run after the first few."""
+    """Seconds of each of `steps` runs, after WARM_UP runs that are not timed."""
     for _ in range(WARM_UP):
         jax.block_until_ready(start())
     return seconds_a_run(start, jax.block_until_ready, steps)
@@ -291,15 +296,15 @@ def rates(seconds: Sequence[float], tokens: int, model: ModelConfig, length: int
 
 
 def _memory(compiled: Any) -> dict[str, float]:
-    """GB that the program holds at most: arguments, results that replace no argument, and temporaries."""
+    """GB that the program holds at most: arguments, results that alias no argument, and temporaries."""
     plan = compiled.memory_analysis()
     held = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes + plan.temp_size_in_bytes
     return {"gb": round(held / 1e9, 2), "temporary_gb": round(plan.temp_size_in_bytes / 1e9, 2)}
 
 
 def _serve(settings: dict[str, Any]) -> tuple[dict[str, Any], Callable[[Any], Any]]:
-    """The process: its settings are those of a Workload, where to write weights and tokens (or None), and what to
-    compare."""
+    """The process's side, for `serve`. settings: `work`, the fields of a Workload; `weights` and `tokens`, where to
+    write them, or None; `deterministic`, as in `prepare`."""
     work = Workload(**{**settings["work"], "bindings": tuple(settings["work"]["bindings"])})
     config = work.config()
     if settings["tokens"] is not None:

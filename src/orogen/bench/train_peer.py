@@ -1,6 +1,6 @@
 """Our forward and backward pass beside transformers', on the same weights and tokens, each in its own process.
 
-One GPU does not hold both at once, so they take turns by blocks of steps, and our process ends after each.
+One GPU does not hold both at once, so they alternate in blocks of passes, and our process ends after each block.
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ from orogen.bench.train import Workload
 from orogen.bench.worker import Worker
 from orogen.config.checks import ConfigError
 
-MOST_APART = 1e-2  # of the two losses, nats per token
-OURS = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # the peer's weights lie on the same GPU
+MOST_APART = 1e-2  # largest difference of the two losses, in nats per token
+OURS = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # the peer's weights are on the same GPU
 
 
 class UnequalError(Exception):
@@ -23,15 +23,17 @@ class UnequalError(Exception):
 
 
 def compare(work: Workload, *, peer: str, steps: int, turns: int, deterministic: bool = False) -> dict[str, Any]:
-    """Both programs' losses, then `turns` blocks of `steps` passes of each in turn, and the ratio of the medians.
+    """Compares both losses, then times alternating blocks of `steps` passes, `turns` of each program.
+
+    ratio: how many times faster ours is, the median over the turns of the ratio of a turn's median times.
 
     Raises ConfigError on a peer that is not installed and on what either process refuses, UnequalError if the losses
     are further apart than MOST_APART.
     """
     require_peer(peer)
     if work.part != "forward_backward":
-        raise ConfigError(f"--peer {peer} with --whole_step; expected one of them: the peer does passes only")
-    work.config()  # refused here, in one line
+        raise ConfigError(f"--peer {peer} with --whole_step; expected one of them: the peer has no optimizer")
+    work.config()  # refuses a wrong workload here, before any process starts
     with tempfile.TemporaryDirectory() as folder:
         weights, tokens = str(Path(folder) / "weights"), str(Path(folder) / "tokens.npy")
         settings = {"work": dataclasses.asdict(work), "deterministic": deterministic, "tokens": None, "weights": None}

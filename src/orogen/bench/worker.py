@@ -1,4 +1,4 @@
-"""A program in its own process, with requests and answers as lines of JSON; and how long its runs take."""
+"""A program in its own process, with requests and answers as lines of JSON; and a timer for its runs."""
 
 import itertools
 import json
@@ -15,8 +15,8 @@ from orogen.config.checks import ConfigError
 class Worker:
     """A process that runs `python -m MODULE`, reads `settings` first and then answers requests.
 
-    facts: its first answer. Use it as a context manager, or `close` it, which waits for its end.
-    Raises ConfigError if the process refuses with one, RuntimeError if it ends before it answers.
+    facts: the answer to `settings`. Use it as a context manager, or call `close`, which waits for the process to end.
+    Raises ConfigError if the process raises one, RuntimeError if the process ends before it answers.
     """
 
     def __init__(self, module: str, settings: Any, environment: Mapping[str, str] | None = None):
@@ -42,7 +42,7 @@ class Worker:
         if not answer:
             raise RuntimeError(
                 f"the process of {self._process.args[-1]} ended with status {self._process.wait()}; "  # pyright: ignore
-                "its own words are above"
+                "its own output is above"
             )
         told = json.loads(answer)
         if "refused" in told:
@@ -50,7 +50,7 @@ class Worker:
         return told["answer"]
 
     def close(self) -> None:
-        """Lets the process end."""
+        """Closes the pipes, which ends the process, and waits for its end."""
         self._questions.close()
         self._answers.close()
         self._process.wait()
@@ -65,7 +65,7 @@ class Worker:
 def serve(prepare: Callable[[Any], tuple[dict[str, Any], Callable[[Any], Any]]]) -> None:
     """The process's side: `prepare` takes the settings and returns the facts and a function that answers each question.
 
-    A line is {"answer": …}, or {"refused": …} with the message of a ConfigError, after which the process ends.
+    Each reply is a line {"answer": …}; a ConfigError is sent as {"refused": MESSAGE} and ends the process.
     """
     answers, sys.stdout = sys.stdout, sys.stderr  # nothing but answers may reach the pipe
 
@@ -82,10 +82,10 @@ def serve(prepare: Callable[[Any], tuple[dict[str, Any], Callable[[Any], Any]]])
 
 
 def seconds_a_run(start: Callable[[], Any], wait: Callable[[Any], Any], runs: int) -> list[float]:
-    """Seconds from the end of one run to the end of the next, of `runs` in a row.
+    """Seconds from the end of each run to the end of the next, for `runs` runs in a row.
 
-    `start` begins a run and `wait` returns when its result is done. Each run is started while the previous one is at
-    work, as in a training loop, so that the host's preparation overlaps with the device's work.
+    `start` begins a run; `wait` returns once its result is ready. Each run is started while the previous one is still
+    running, as in a training loop, so that the host's preparation overlaps with the device's work.
     """
     ends, running = [], start()
     for _ in range(runs + 1):
