@@ -1,6 +1,7 @@
-"""Run folders that release 0.8.0 wrote open to the bit, and go on within rounding.
+"""Run folders that release 0.8.0 wrote open to the bit, and resume within rounding.
 
-Its own reader gave the hashes of their leaves, and its own run of four steps the losses (fixtures/checkpoints).
+The hashes of their leaves come from that release's reader, the losses from its run of four steps
+(fixtures/checkpoints).
 """
 
 import hashlib
@@ -30,13 +31,13 @@ pytestmark = [several_devices, pytest.mark.parametrize("name", BINDINGS)]
 
 @pytest.fixture
 def run_dir(name, tmp_path, monkeypatch) -> Path:
-    """A copy of the run folder, where the corpus is at hand."""
+    """A copy of the run folder; the working directory is that of the corpus."""
     monkeypatch.chdir(FOLDER)
     return Path(shutil.copytree(FOLDER / name, tmp_path / "run"))
 
 
 def hashes(tree) -> dict[str, str]:
-    """Of the bytes of each leaf, by its name in the files."""
+    """The hash of each leaf's bytes, by the leaf's name in the files."""
     name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")  # noqa: E731
     digest = lambda leaf: hashlib.sha256(np.ascontiguousarray(leaf).tobytes()).hexdigest()  # noqa: E731
     return {name(path): digest(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
@@ -66,8 +67,8 @@ def test_it_resumes(name, run_dir):
     assert losses_after(run_dir) == pytest.approx(MADE[name]["losses"], rel=1e-6)
 
 
-def test_it_resumes_laid_out_anew(name, run_dir):
-    """What was whole, on stages, and what was in stages, on one device."""
+def test_it_resumes_in_another_layout(name, run_dir):
+    """A whole model resumes on stages, and one in stages on one device."""
     plan = STAGES if name == "whole" else []
     bindings = [*(line for line in BINDINGS[name] if line not in STAGES), *plan, "TrainConfig.steps=4"]
     train(*load([FOLDER / "recipe.gin"], bindings), run_dir, PRETRAINING, resume=True, log=print)

@@ -1,4 +1,4 @@
-"""What a fresh export says: every option of every family as transformers reads it, or a refusal by name."""
+"""Exports without a Hugging Face origin: transformers reads every option of every family, or it is refused by name."""
 
 import dataclasses
 import json
@@ -28,8 +28,8 @@ from orogen.layers.documents import documents
 BASES = (
     "nemotron_h", "mamba2", "mamba", "deepseek_v3", "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "nemotron", "gpt2",
 )  # fmt: skip
-YARN = {"yarn_factor": 4.0, "yarn_original_positions": 4096}  # so long that few pairs turn as without it
-# Other values of every field that a checkpoint may differ in without other sizes.
+YARN = {"yarn_factor": 4.0, "yarn_original_positions": 4096}  # so long that YaRN changes most pairs
+# Other values of the fields in which checkpoints of a family may differ.
 OPTIONS: dict[str, dict] = {
     "tied or not": {"tie_word_embeddings": "other"},
     "mlp_bias": {"mlp_bias": "other"},
@@ -88,12 +88,12 @@ PATTERNS: dict[str, Callable[[str], str]] = {
 
 
 def as_it_is(base: str) -> ModelConfig:
-    """A family's case."""
+    """The stored case of a family, without MTP."""
     return dataclasses.replace(read_config(stored()[base]["config"])[1], mtp_depths=0)
 
 
 def with_option(base: str, config: ModelConfig, option: str) -> ModelConfig | None:
-    """The model with an option; None where there is none, where it reads the same, or where the family refuses it."""
+    """The model with an option; None if no layer reads the change, or if the family refuses it."""
     changes = dict(OPTIONS[option])
     for field, value in changes.items():
         if value == "other":
@@ -109,7 +109,7 @@ def with_option(base: str, config: ModelConfig, option: str) -> ModelConfig | No
 
 
 def together(base: str) -> tuple[ModelConfig, list[str]]:
-    """A family's case with all of COMPUTED that go together, and which those are."""
+    """A family's case with those options of COMPUTED that are compatible, and their names."""
     config, taken = as_it_is(base), []
     for option in COMPUTED:
         if (base, option) != UPPER_LIMIT and (found := with_option(base, config, option)) is not None:
@@ -135,7 +135,7 @@ def write_ours(folder: Path, config: ModelConfig, family: str) -> None:
 
 
 def logits(folder: Path, tokens_bt: np.ndarray) -> np.ndarray:
-    """Of each position, computed by Orogen."""
+    """The logits of each position, computed by Orogen."""
     loaded = open_model(folder)
     lm = nnx.merge(loaded.built.graph, loaded.params, loaded.buffers)
     compute = jax.jit(lambda tokens: lm.logits(tokens, documents(jnp.ones_like(tokens)), loaded.plan))
@@ -169,11 +169,11 @@ def refused(base: str, **fields) -> str:
         ("qwen3_moe", {"attention_bias": "qkv"}, "ModelConfig.attention_bias is 'qkv'"),
     ],
 )
-def test_what_a_family_s_class_lacks_is_refused(base, fields, message):
+def test_what_the_class_of_a_family_lacks_is_refused(base, fields, message):
     assert refused(base, **fields).startswith(message)
 
 
-def test_an_option_that_is_off_does_not_come_back_as_the_class_s_default():
+def test_an_option_that_is_off_does_not_come_back_as_the_default():
     """DeepSeek-V3's class has a query latent, shared experts and an MTP block unless the file says otherwise."""
     config = read_config(stored()["deepseek_v3_plain"]["config"])[1]
     written = write_config("deepseek_v3", dataclasses.replace(config, q_lora_rank=None))
@@ -188,7 +188,7 @@ def tied_nemotron_h(tmp_path: Path) -> ModelConfig:
 
 
 def test_a_tied_nemotron_h_is_exported_with_its_head(tmp_path):
-    """transformers' class ties nothing: without the tensor it draws a head at random."""
+    """transformers' class does not tie: without the tensor it initialises a head at random."""
     config = tied_nemotron_h(tmp_path)
     export(tmp_path / "ours", tmp_path / "hf")
     tensors = read(tmp_path / "hf")
@@ -201,7 +201,7 @@ def test_a_tied_nemotron_h_is_exported_with_its_head(tmp_path):
     assert "lm_head.weight" in read(tmp_path / "with")
 
 
-def test_a_nemotron_h_that_says_tied_and_has_two_tensors_has_a_head_of_its_own(tmp_path):
+def test_a_tied_nemotron_h_with_two_different_tensors_is_untied(tmp_path):
     tied_nemotron_h(tmp_path)
     export(tmp_path / "ours", tmp_path / "hf")
     tensors = read(tmp_path / "hf")
@@ -227,7 +227,7 @@ def test_only_families_that_lack_the_tie_write_the_head_twice(tmp_path):
 def test_the_context_length_is_stated(base):
     config = read_config(stored()[base]["config"])[1]
     written = write_config(base, config, context=777)
-    if base == "gpt2":  # as many as it has position vectors
+    if base == "gpt2":  # always the number of its position vectors
         assert written["n_positions"] == config.learned_positions and "max_position_embeddings" not in written
         return
     assert written["max_position_embeddings"] == 777
@@ -237,8 +237,8 @@ def test_the_context_length_is_stated(base):
     assert read_config(written)[1] == read_config(kept)[1]
 
 
-def test_a_longer_context_does_not_move_yarn_s_original_one():
-    """Without one of its own, YaRN's is max_position_embeddings."""
+def test_a_longer_context_does_not_change_the_original_one_of_yarn():
+    """If it is not stated, YaRN's original context is max_position_embeddings."""
     rope = {"rope_type": "yarn", "factor": 4.0}
     kept = stored()["mixtral"]["config"] | {"max_position_embeddings": 64, "rope_parameters": rope}
     config = read_config(kept)[1]
@@ -247,7 +247,7 @@ def test_a_longer_context_does_not_move_yarn_s_original_one():
     assert config.yarn_original_positions == 64
 
 
-# What is computed with, in an order in which many go together; the other options change names and shapes.
+# Options that change the computation, in an order in which many are compatible; the others change names and shapes.
 COMPUTED = (
     "mlp_bias shared", "partial rotary", "interleaved", "yarn untruncated", "yarn mscale", "limit", "renormalised",
     "groups", "scaled", "epsilon", "windows", "steps at least", "steps at most", "rank", "gelu", "one group", "one key",
@@ -256,14 +256,14 @@ UPPER_LIMIT = ("nemotron_h", "steps at most")  # transformers 5.23 ignores it th
 
 
 def exported(folder: Path, config: ModelConfig, family: str) -> Path:
-    """A Hugging Face folder of the model, beside Orogen's own folder of it."""
+    """A Hugging Face folder of the model, written beside Orogen's own folder of it."""
     write_ours(folder, config, family)
     export(folder, folder.with_name(f"{folder.name}_hf"))
     return folder.with_name(f"{folder.name}_hf")
 
 
 def read_by_transformers(folder: Path) -> tuple[Any, dict[str, list[str]]]:
-    """The model that transformers makes of the folder, and the names with which it finds fault."""
+    """The model that transformers loads from the folder, and the names of tensors that it reports, by kind of fault."""
     import torch
     import transformers
 
@@ -273,10 +273,10 @@ def read_by_transformers(folder: Path) -> tuple[Any, dict[str, list[str]]]:
 
 
 def off(ours: Path, theirs: Any, tokens_bt: np.ndarray) -> float:
-    """The largest difference of logits, of their range."""
+    """The largest difference of logits, relative to their range."""
     import torch
 
-    theirs.set_experts_implementation("eager")  # torch's grouped product takes no rows of odd lengths
+    theirs.set_experts_implementation("eager")  # torch's grouped product refuses odd widths
     with torch.no_grad():
         expected = theirs.eval()(torch.tensor(tokens_bt)).logits.numpy()
     return float(np.abs(logits(ours, tokens_bt) - expected).max() / np.ptp(expected))
@@ -285,7 +285,7 @@ def off(ours: Path, theirs: Any, tokens_bt: np.ndarray) -> float:
 @pytest.mark.peer
 @pytest.mark.parametrize("base", BASES)
 def test_transformers_finds_every_tensor_of_every_option(base, tmp_path):
-    """No key is missing and none unexpected, tied and untied."""
+    """No key is missing or unexpected, tied or untied."""
     pytest.importorskip("torch"), pytest.importorskip("transformers")
     models = {option: found for option in OPTIONS if (found := with_option(base, as_it_is(base), option)) is not None}
     wrong = {}
@@ -300,7 +300,7 @@ def test_transformers_finds_every_tensor_of_every_option(base, tmp_path):
     assert {"tied or not", "epsilon"} <= models.keys()
 
 
-# How many options go together, so that none is left out unseen.
+# The number of compatible options, so that none is dropped unnoticed.
 TOGETHER = {
     "nemotron_h": 9, "mamba2": 4, "mamba": 2, "deepseek_v3": 8, "mixtral": 5, "qwen2_moe": 7, "qwen3_moe": 6,
     "gpt_oss": 6, "nemotron": 5, "gpt2": 2,
@@ -339,7 +339,7 @@ def shallow() -> ModelConfig:
     return dataclasses.replace(read_config(stored()["deepseek_v3"]["config"])[1], pattern="+-+E/+E", mtp_depths=1)
 
 
-def test_a_line_says_what_transformers_makes_otherwise(tmp_path, capsys):
+def test_a_line_says_what_transformers_does_differently(tmp_path, capsys):
     exported(tmp_path / "deep", dataclasses.replace(shallow(), **DEEP), "deepseek_v3")
     assert capsys.readouterr().err == ""
     exported(tmp_path / "shallow", shallow(), "deepseek_v3")
@@ -352,7 +352,7 @@ def test_a_line_says_what_transformers_makes_otherwise(tmp_path, capsys):
 
 
 @pytest.mark.peer
-def test_transformers_does_not_know_just_those(tmp_path):
+def test_transformers_reports_just_those_tensors(tmp_path):
     pytest.importorskip("torch"), pytest.importorskip("transformers")
     faults = read_by_transformers(exported(tmp_path / "ours", shallow(), "deepseek_v3"))[1]
     assert faults.keys() == {"unexpected_keys"} and len(faults["unexpected_keys"]) > 20
@@ -360,7 +360,7 @@ def test_transformers_does_not_know_just_those(tmp_path):
 
 
 def test_deepseek_without_shared_experts_has_them_without_columns(tmp_path):
-    """As its class has them, which cannot be without."""
+    """transformers' class always has shared experts."""
     config = dataclasses.replace(shallow(), moe_shared_expert_intermediate_size=None)
     tensors = read(exported(tmp_path / "ours", config, "deepseek_v3"))
     assert tensors["model.layers.1.mlp.shared_experts.down_proj.weight"].shape == (config.hidden_size, 0)

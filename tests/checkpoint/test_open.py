@@ -52,12 +52,12 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 
 def numbers(orogen: Path) -> dict[str, np.ndarray]:
-    """What the folders hold, read by another reader than Orogen's."""
+    """The numbers that the folders hold, read without Orogen."""
     return load_file(orogen / "model.safetensors")
 
 
 def save_run(folder: Path, orogen: Path, plan: PlanConfig) -> None:
-    """A run folder with the numbers of an Orogen folder, saved after step 3 as the plan has them."""
+    """A run folder with the numbers of an Orogen folder, saved after step 3 in the plan's layout."""
     model = load([orogen / "config.gin"])[0].model
     folder.mkdir()
     (folder / "config.gin").write_text(model_text(model))
@@ -73,7 +73,7 @@ def save_run(folder: Path, orogen: Path, plan: PlanConfig) -> None:
 
 @several_devices
 class TestOpenModel:
-    """The same facts of every kind of folder, plan and dtype."""
+    """The same checks for every kind of folder, plan and dtype."""
 
     @pytest.mark.parametrize(
         ("kind", "plan", "dtype"),
@@ -93,7 +93,7 @@ class TestOpenModel:
             strict=True,
         ):
             assert (leaf.shape, leaf.sharding) == (wanted.shape, sharding)
-        for leaf in leaves_of(opened.params).values():  # rows that the plan adds
+        for leaf in leaves_of(opened.params).values():  # the plan's padding rows
             if (dim := vocab_dim(leaf)) is not None:
                 rows = np.moveaxis(np.asarray(leaf.get_value()), dim, 0)
                 assert len(rows) == built.vocab_rows and not rows[WORDS:].any()
@@ -108,7 +108,7 @@ class TestOpenModel:
         assert not held
 
     @pytest.mark.parametrize("dtype", ["int8", "float64", "half"])
-    def test_a_dtype_that_does_not_compute_is_refused(self, folders, dtype):
+    def test_an_unsupported_dtype_is_refused(self, folders, dtype):
         with pytest.raises(ConfigError, match=f"dtype is '{dtype}'; expected float32, bfloat16, float16"):
             open_model(folders["orogen"], None, dtype)
 
@@ -134,7 +134,7 @@ def test_a_folder_of_no_kind_is_refused(tmp_path):
 
 
 @several_devices
-def test_a_run_is_another_models_where_its_config_says_so(folders, tmp_path):
+def test_a_run_whose_config_states_another_model_is_refused(folders, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(folders["staged run"], folder)
     model = load([folder / "config.gin"])[0].model

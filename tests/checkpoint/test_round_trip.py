@@ -28,7 +28,7 @@ WITH_MTP = (("nemotron_h", True), ("deepseek_v3", True))
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(("case", "mtp"), [*((case, False) for case in CASES), *WITH_MTP])
-def test_there_and_back_is_exact(tmp_path, case, mtp, dtype):
+def test_round_trip_is_exact(tmp_path, case, mtp, dtype):
     config, tensors = shapes(case, mtp=mtp)
     before = write(tmp_path / "hf", config, tensors, dtype)
     from_hf(tmp_path / "hf", tmp_path / "ours")
@@ -72,8 +72,8 @@ def test_parameters_are_the_models_and_keep_their_dtype(tmp_path):
     np.testing.assert_array_equal(ours["backbone.children.1.mixer.experts.up"][3], expert.T)
 
 
-def test_fused_tensors_are_cut_where_they_should_be(tmp_path):
-    """kv_b by head, c_attn by column block, gpt-oss's gate and up in turns, Mamba-1's x_proj by rows."""
+def test_fused_tensors_are_split_in_the_right_places(tmp_path):
+    """kv_b by head, c_attn by column block, gpt-oss's interleaved gate and up, Mamba-1's x_proj by rows."""
     found = {}
     for case in ("deepseek_v3", "gpt2", "gpt_oss", "mamba"):
         before = write(tmp_path / case, *shapes(case))
@@ -90,10 +90,10 @@ def test_fused_tensors_are_cut_where_they_should_be(tmp_path):
     np.testing.assert_array_equal(ours["backbone.children.0.children.0.mixer.value"][1], columns[:, 64:])
     np.testing.assert_array_equal(ours["backbone.children.0.children.1.mixer.down"][2], before["transformer.h.2.mlp.c_proj.weight"])  # fmt: skip # noqa: E501
     before, ours = found["gpt_oss"]
-    turns = before["model.layers.3.mlp.experts.gate_up_proj"]  # `wE*E` twice: layer 3 is the second repetition's last
+    interleaved = before["model.layers.3.mlp.experts.gate_up_proj"]  # `wE*E` twice: layer 3 ends the second repetition
     path = "backbone.children.0.children.3.mixer.experts"
-    np.testing.assert_array_equal(ours[f"{path}.gate"][1], turns[..., 0::2])
-    np.testing.assert_array_equal(ours[f"{path}.up"][1], turns[..., 1::2])
+    np.testing.assert_array_equal(ours[f"{path}.gate"][1], interleaved[..., 0::2])
+    np.testing.assert_array_equal(ours[f"{path}.up"][1], interleaved[..., 1::2])
     before, ours = found["mamba"]
     rows = before["backbone.layers.2.mixer.x_proj.weight"]  # rank 3, B and C of 6 states
     for name, block in {"dt_down": rows[:3], "B": rows[3:9], "C": rows[9:]}.items():
@@ -111,7 +111,7 @@ def test_mixed_dtypes_come_back_as_they_were(tmp_path):
     assert same(before, read(tmp_path / "back"))
 
 
-def test_asking_for_a_dtype_leaves_correction_biases_alone(tmp_path):
+def test_a_requested_dtype_leaves_correction_biases_alone(tmp_path):
     before = write(tmp_path / "hf", *shapes("nemotron_h"), "float32")
     from_hf(tmp_path / "hf", tmp_path / "ours")
     export(tmp_path / "ours", tmp_path / "back", dtype="bfloat16")
@@ -148,7 +148,7 @@ def test_old_names_and_buffers_of_gpt2_are_understood(tmp_path):
 
 
 def refusal(folder, target) -> str:
-    """Why a folder is not converted; nothing may be written."""
+    """Why a folder is refused; nothing may have been written."""
     before = sorted(folder.parent.rglob("*"))
     with pytest.raises(ConfigError) as error:
         from_hf(folder, target)
@@ -277,7 +277,7 @@ def test_a_kill_leaves_nothing_that_loads_and_the_next_try_succeeds(tmp_path):
 
 
 def test_one_tensor_is_in_memory_at_a_time(tmp_path, monkeypatch):
-    """Counted in bytes that the reader hands out and that are still alive."""
+    """The peak of traced allocations is that of one tensor and its copy."""
     import tracemalloc
 
     size, vocabulary = 256, 20_000

@@ -1,4 +1,4 @@
-"""Checkpoints that are not as they were written: found, named, and told apart from those before them."""
+"""Damaged checkpoints are found and named, and so is the latest undamaged one before them."""
 
 import hashlib
 import itertools
@@ -16,7 +16,7 @@ from orogen.config.model import ModelConfig
 from orogen.model.layout import Whole
 from orogen.train.state import TrainState, items
 
-# Of a model that no stages split.
+# The layout of a model that is not split into stages.
 WHOLE = Whole("", "")
 POSITION = {"position": {"row": 3}, "identity": {"seed": 1}}
 
@@ -33,7 +33,7 @@ def steps(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> Path:
-    """A run folder whose checkpoints 4 and 8 are left of three."""
+    """A run folder with checkpoints 4 and 8, the last two of three."""
     folder = tmp_path_factory.mktemp("written") / "run"
     (folder / "tokenizer").mkdir(parents=True)
     (folder / "tokenizer" / "tokenizer.json").write_text("{}")
@@ -69,7 +69,7 @@ def refusal(folder: Path, how: str = "restore") -> str:
     return str(caught.value)
 
 
-def test_a_few_are_kept_and_the_last_is_read(written):
+def test_the_newest_are_kept_and_the_last_is_read(written):
     assert steps(written) == ["4", "8"]
     restore(written)
 
@@ -92,39 +92,39 @@ def test_one_flipped_bit_in_any_file_is_found_and_named(copy, how):
     files = [path for path in newest.rglob("*") if path.is_file()]
     assert len(files) > 15
     for number, path in enumerate(files):
-        honest = path.read_bytes()
-        place = number * 7919 % len(honest)
-        path.write_bytes(honest[:place] + bytes([honest[place] ^ 1 << number % 8]) + honest[place + 1 :])
-        said = refusal(copy, how)
-        assert str(path) in said and f"{copy / 'checkpoints' / '4'} is whole" in said
-        path.write_bytes(honest)
+        original = path.read_bytes()
+        byte = number * 7919 % len(original)
+        path.write_bytes(original[:byte] + bytes([original[byte] ^ 1 << number % 8]) + original[byte + 1 :])
+        message = refusal(copy, how)
+        assert str(path) in message and f"{copy / 'checkpoints' / '4'} is undamaged" in message
+        path.write_bytes(original)
     restore(copy)
 
 
-@pytest.mark.parametrize("damage", ["half", "zeros", "empty", "gone"])
-def test_files_that_are_cut_zeroed_or_gone_are_named(copy, damage):
+@pytest.mark.parametrize("damage", ["half", "zeros", "empty", "missing"])
+def test_files_that_are_truncated_zeroed_or_missing_are_named(copy, damage):
     newest = copy / "checkpoints" / "8"
     for path in [path for path in newest.rglob("*") if path.is_file() and path.name != MARKER]:
-        honest = path.read_bytes()
-        if damage == "gone":
+        original = path.read_bytes()
+        if damage == "missing":
             path.unlink()
         else:
-            size = len(honest)
-            path.write_bytes({"half": honest[: size // 2], "zeros": bytes(size), "empty": b""}[damage])
+            size = len(original)
+            path.write_bytes({"half": original[: size // 2], "zeros": bytes(size), "empty": b""}[damage])
         assert str(path) in refusal(copy)
-        path.write_bytes(honest)
+        path.write_bytes(original)
 
 
-def test_without_a_whole_one_before_it_that_is_said(copy):
+def test_the_lack_of_an_undamaged_checkpoint_is_stated(copy):
     for step in ("4", "8"):
         (copy / "checkpoints" / step / "data" / "metadata").write_text("{}")
-    assert refusal(copy).endswith("no checkpoint before it is whole")
+    assert refusal(copy).endswith("no checkpoint before it is undamaged")
 
 
-def test_orbaxs_marker_is_not_what_makes_a_checkpoint_whole(copy):
+def test_orbaxs_marker_does_not_make_a_checkpoint_complete(copy):
     newest = copy / "checkpoints" / "8"
     (newest / MARKER).unlink()
-    restore(copy)  # its checksums say so
+    restore(copy)  # its checksums do
     (newest / "model" / "_METADATA").write_bytes(b"{")
     assert "_METADATA is damaged" in refusal(copy)
 
@@ -132,7 +132,7 @@ def test_orbaxs_marker_is_not_what_makes_a_checkpoint_whole(copy):
 def test_a_checkpoint_of_an_earlier_release_is_read_and_one_line_says_so(copy, capsys):
     newest = copy / "checkpoints" / "8"
     (newest / checksums.NAME).unlink()
-    assert f"{newest / checksums.NAME} is missing" in refusal(copy)  # of this one, which says that it has a list
+    assert f"{newest / checksums.NAME} is missing" in refusal(copy)  # `about` says that it has them
     for item in ("layout", "about"):
         shutil.rmtree(newest / item)
     capsys.readouterr()
@@ -147,15 +147,15 @@ def test_a_checkpoint_of_an_earlier_release_is_read_and_one_line_says_so(copy, c
     "data",
     ["[]", "3", "{", "null", "[" * 100_000],
 )
-def test_positions_that_are_none_are_refused(copy, data):
+def test_malformed_positions_are_refused(copy, data):
     without_checksums(copy, "data", data)
     assert str(copy / "checkpoints" / "8" / "data" / "metadata") in refusal(copy)
 
 
 @pytest.mark.parametrize("earlier", [False, True])
 @pytest.mark.parametrize("stages", [{"patterns": 3}, 7, "x", {"patterns": ["M"], "mtp": "", "stages": 2}], ids=str)
-def test_stages_that_are_none_are_refused(copy, stages, earlier):
-    """In the layout, and where an earlier release kept it."""
+def test_malformed_stages_are_refused(copy, stages, earlier):
+    """In the layout, and where an earlier release kept them."""
     without_checksums(copy, "layout", json.dumps({"stages": stages}))
     if earlier:
         without_checksums(copy, "data", json.dumps(POSITION | {"stages": stages}))
@@ -165,12 +165,12 @@ def test_stages_that_are_none_are_refused(copy, stages, earlier):
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", "{", '{"vocab_size": 0}', '{"vocab_size": "many"}'])
-def test_layouts_that_are_none_are_refused(copy, content):
+def test_malformed_layouts_are_refused(copy, content):
     without_checksums(copy, "layout", content)
     assert str(copy / "checkpoints" / "8") in refusal(copy, "layout")
 
 
-def test_a_layout_that_is_missing_is_missed(copy):
+def test_a_missing_layout_is_refused(copy):
     without_checksums(copy, "data", json.dumps(POSITION))
     for step in ("4", "8"):
         shutil.rmtree(copy / "checkpoints" / step / "layout")
@@ -178,7 +178,7 @@ def test_a_layout_that_is_missing_is_missed(copy):
 
 
 def without_checksums(folder: Path, item: str, content: str) -> None:
-    """Rewrites an item of both checkpoints, so that only its reader can see it; the data's item as 0.8.0 wrote it."""
+    """Rewrites an item of both checkpoints and removes their checksums, so that only the item's reader can notice."""
     for step in ("4", "8"):
         checkpoint = folder / "checkpoints" / step
         (checkpoint / checksums.NAME).unlink(missing_ok=True)
@@ -190,7 +190,7 @@ def without_checksums(folder: Path, item: str, content: str) -> None:
     "content", ["", "{}", "[]", "null", '{"tree_metadata": 3}', '{"tree_metadata": {"a": []}}', "["]
 )
 @pytest.mark.parametrize("name", ["model/_METADATA", "trainer/_METADATA", "_CHECKPOINT_METADATA"])
-def test_metadata_of_another_kind_are_refused_without_checksums_too(copy, content, name):
+def test_malformed_metadata_are_refused_without_checksums_too(copy, content, name):
     newest = copy / "checkpoints" / "8"
     (newest / checksums.NAME).unlink()
     for item in ("layout", "about"):
@@ -202,7 +202,7 @@ def test_metadata_of_another_kind_are_refused_without_checksums_too(copy, conten
 
 
 def test_a_state_is_not_restored_into_another_model(tmp_path):
-    """Although the run's config.gin says the same as the run that goes on."""
+    """Although config.gin states the model of the run that goes on."""
     sizes = {"pattern": "-", "vocab_size": 6, "hidden_size": 2, "intermediate_size": 3}
     models = [ModelConfig(**sizes, mlp_hidden_act=name) for name in ("relu2", "gelu_tanh")]
     with Checkpoints(tmp_path, model=models[0]) as checkpoints:
@@ -212,7 +212,7 @@ def test_a_state_is_not_restored_into_another_model(tmp_path):
             checkpoints.restore(items(state(0)))
 
 
-def test_what_a_killed_process_left_is_no_checkpoint_and_goes(copy):
+def test_what_a_killed_process_left_is_ignored_and_removed(copy):
     folder = copy / "checkpoints"
     for left in ("12.partial", "12.partial.orbax-checkpoint-tmp", "2.removed", "12.orbax-checkpoint-tmp-3"):
         shutil.copytree(folder / "4", folder / left)
@@ -233,7 +233,7 @@ def test_a_checkpoint_that_was_moved_away_stays(copy):
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: out of memory")])
-def test_a_lack_of_memory_is_no_damage(copy, monkeypatch, error):
+def test_a_lack_of_memory_is_not_reported_as_damage(copy, monkeypatch, error):
     def fail(*arguments):
         raise error
 

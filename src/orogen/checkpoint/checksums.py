@@ -1,6 +1,6 @@
-"""Checksums of every file of a folder, kept beside them in the format of `sha256sum`.
+"""Checksums of all files in a folder, stored beside them in the format of `sha256sum`.
 
-The first line holds the checksum of the lines below it, so that a byte that flips in the list itself is found too.
+The first line holds the checksum of the lines below it, so that a flipped bit in the list itself is found too.
 """
 
 import hashlib
@@ -13,25 +13,25 @@ from orogen.config.files import write_atomically
 
 NAME = "checksums.sha256"
 HEAD = "# sha256 of the lines below: "
-# hashlib releases Python's lock: files are hashed side by side until the disk is the limit.
+# hashlib releases the GIL: files are hashed in parallel until the disk is the limit.
 THREADS = 8
 
 
 def write(folder: Path) -> None:
-    """Writes the list of all files now in `folder`, last and atomically."""
+    """Writes the checksums of all files now in `folder`, atomically."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     lines = "".join(f"{digest}  {name}\n" for name, digest in _digests(folder, names).items())
     write_atomically(folder / NAME, f"{HEAD}{hashlib.sha256(lines.encode()).hexdigest()}\n{lines}".encode())
 
 
 def check(folder: Path, *, optional: str | None = None) -> None:
-    """Raises ConfigError naming the first file that is missing, unreadable or not as it was written.
+    """Raises ConfigError naming the first file that is missing, unreadable or damaged.
 
-    optional: a file that may be missing. Files that are not in the list are not read.
+    optional: a file that may be missing. Files that the list does not name are not read.
     """
     wanted = _read(folder / NAME)
-    there = [name for name in wanted if name != optional or (folder / name).exists()]
-    for name, digest in _digests(folder, there).items():
+    present = [name for name in wanted if name != optional or (folder / name).exists()]
+    for name, digest in _digests(folder, present).items():
         if digest != wanted[name]:
             expected = f"expected {wanted[name][:16]}…"
             raise ConfigError(f"{folder / name} is damaged: its sha256 is {digest[:16]}…; {expected}")
@@ -44,7 +44,7 @@ def _read(file: Path) -> dict[str, str]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} cannot be read ({type(error).__name__}); expected a list of checksums") from None
     if head != f"{HEAD}{hashlib.sha256(lines.encode()).hexdigest()}":
-        raise ConfigError(f"{file} is damaged: its first line is not the checksum of the others; expected it to be")
+        raise ConfigError(f"{file} is damaged: its first line is not the checksum of the lines below; expected it")
     return {name: digest for digest, _, name in (line.partition("  ") for line in lines.splitlines())}
 
 
@@ -59,6 +59,6 @@ def digest(file: Path) -> str:
         with file.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except FileNotFoundError:
-        raise ConfigError(f"{file} is missing; expected it in a whole checkpoint") from None
+        raise ConfigError(f"{file} is missing; expected it in a complete checkpoint") from None
     except OSError as error:
-        raise ConfigError(f"{file} cannot be read ({error.strerror}); expected it in a whole checkpoint") from None
+        raise ConfigError(f"{file} cannot be read ({error.strerror}); expected it in a complete checkpoint") from None

@@ -1,4 +1,4 @@
-"""What a checkpoint's JSON items say: how the model lies, what it is of, and where the source of batches was.
+"""A checkpoint's JSON items: the model's layout, what the checkpoint is of, and the source's position in the data.
 
 Release 0.8.0 wrote the layout into the item `data`, and no `about`.
 """
@@ -16,7 +16,7 @@ from orogen.model.stages import Stages
 
 # Keys of the layout: how stages split the model, null if they do not, and its vocabulary.
 STAGES, VOCABULARY = "stages", "vocab_size"
-# Of what a checkpoint says about itself: that there are checksums, the tokenizer's files and the model's config.
+# Keys of `about`: the file of checksums, the tokenizer's files and the model's config.
 LISTED, TOKENIZER, MODEL = "checksums", "tokenizer_files", "model_config"
 ITEMS = {"layout": (STAGES, VOCABULARY), "about": (LISTED, TOKENIZER, MODEL)}
 
@@ -26,7 +26,7 @@ class AnotherModelError(ConfigError):
 
 
 def layout_facts(layout: Layout, vocab_size: int | None) -> dict[str, Any]:
-    """The item `layout` of a model of `vocab_size` words, whatever rows its plan pads them to."""
+    """The item `layout` of a model with a vocabulary of `vocab_size`, padding rows not counted."""
     facts = {STAGES: dataclasses.asdict(layout) if isinstance(layout, Stages) else None}
     return facts if vocab_size is None else facts | {VOCABULARY: vocab_size}
 
@@ -38,21 +38,21 @@ def about_facts(run_dir: Path, model: ModelConfig | None) -> dict[str, Any]:
 
 
 def read_facts(folder: Path, item: str) -> dict[str, Any]:
-    """The item `layout` or `about` of the checkpoint in `folder`; where it has neither, what 0.8.0 wrote beside the
-    data's position. Raises ConfigError."""
+    """The item `layout` or `about` of the checkpoint in `folder`; if it has neither, the item `data`, in which 0.8.0
+    wrote these facts. Raises ConfigError."""
     present = [name for name in ITEMS if (folder / name).exists()]
     found = _read_json(folder, item if present else "data")
     if present and not found.keys() & set(ITEMS[item]):
         raise ConfigError(f"{folder / item / 'metadata'} has none of {', '.join(ITEMS[item])}; expected them there")
-    words = found.get(VOCABULARY)
-    if words is not None and (type(words) is not int or words < 1):
+    size = found.get(VOCABULARY)
+    if size is not None and (type(size) is not int or size < 1):
         file = folder / (item if present else "data") / "metadata"
-        raise ConfigError(f"{file} has {VOCABULARY} {words!r}; expected a positive integer")
+        raise ConfigError(f"{file} has {VOCABULARY} {size!r}; expected a positive integer")
     return found
 
 
 def read_layout(folder: Path, whole: Whole) -> Layout:
-    """How the layers `whole` lie in the checkpoint in `folder`: as they are, or in stages. Raises ConfigError, also if
+    """The layout of the layers `whole` in the checkpoint in `folder`: whole, or in stages. Raises ConfigError, also if
     the stages are of other layers."""
     saved = read_facts(folder, "layout").get(STAGES)
     if saved is None:
@@ -73,7 +73,7 @@ def read_layout(folder: Path, whole: Whole) -> Layout:
 
 
 def read_position(folder: Path) -> dict[str, Any]:
-    """Where the source of batches was at the checkpoint in `folder`, as it said. Raises ConfigError."""
+    """The position that the source of batches reported at the checkpoint in `folder`. Raises ConfigError."""
     data = _read_json(folder, "data")
     if any((folder / item).exists() for item in ITEMS):
         return data
@@ -109,7 +109,7 @@ def _read_json(folder: Path, item: str) -> dict[str, Any]:
     try:
         found = json.loads(file.read_bytes())
     except FileNotFoundError:
-        raise ConfigError(f"{file} is missing; expected it in a whole checkpoint") from None
+        raise ConfigError(f"{file} is missing; expected it in a complete checkpoint") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file} cannot be read ({type(error).__name__}); expected a JSON object") from None
     if not isinstance(found, dict):

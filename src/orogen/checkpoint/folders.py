@@ -1,7 +1,7 @@
 """The three kinds of folder that hold a model: run folders, Orogen folders and Hugging Face folders.
 
 An Orogen checkpoint folder holds config.gin, the parameters in safetensors files under our names, tokenizer/, and
-huggingface.json: what the Hugging Face folder said that a ModelConfig does not.
+huggingface.json, which keeps what the Hugging Face folder said beyond a ModelConfig.
 """
 
 import dataclasses
@@ -52,8 +52,8 @@ TOKENIZER_FILES = (
 class Folder(Protocol):
     """A folder that holds a model. Use as a context manager.
 
-    plan: that of the run; None elsewhere. masters: whether the parameters are a run's float32 masters, which an export
-    writes in a narrower dtype unless it is told another.
+    plan: the run's; None for other folders. masters: whether the parameters are a run's float32 master weights, which
+    an export writes in a narrower dtype by default.
     """
 
     config: ModelConfig
@@ -69,13 +69,13 @@ class Folder(Protocol):
         ...
 
     def read(self, built: Built, plan: Plan, dtype: str) -> tuple[nnx.State, nnx.State]:
-        """Parameters and buffers as `built` has them, in the shardings of the plan, to the bit as they are in the
-        folder if `dtype` is theirs. Parameters that compute in float32 stay float32, and so do all buffers. Raises
+        """Parameters and buffers in the layout of `built` and the shardings of the plan; exact to the bit if `dtype` is
+        theirs in the folder. Parameters that are used in float32 stay float32, and so do all buffers. Raises
         ConfigError with every parameter that is missing, surplus or of another shape."""
         ...
 
     def keep(self, run_dir: Path) -> None:
-        """Gives a run that starts here what it takes to become a Hugging Face folder like this one's."""
+        """Copies into a run folder that starts from this one what its export to Hugging Face will need."""
         ...
 
 
@@ -97,22 +97,22 @@ class RunFolder:
 
     @property
     def row_length(self) -> int:
-        """How many tokens a row had in training."""
+        """Tokens per sequence in training."""
         return self._run.need("train").train.sequence_length
 
     def tokenizer(self) -> Tokenizer | None:
-        """See `Folder.tokenizer`. Its files are as the checkpoint says, and bos is before prompts as in training."""
+        """See `Folder.tokenizer`. Its files are checked against the checkpoint; prompts get a bos, as documents did."""
         with Checkpoints(self.folder) as checkpoints:
             checkpoints.check_tokenizer()
         found = read_tokenizer(self.folder / "tokenizer")
         return None if found is None else found.as_in_training()
 
     def read(self, built: Built, plan: Plan, dtype: str) -> tuple[nnx.State, nnx.State]:
-        """See `Folder.read`. Arrays that lie in other stages are restored onto the devices, and laid out there."""
+        """See `Folder.read`. Arrays in another layout are restored onto the devices and converted there."""
 
         def target(saved: Layout) -> dict[str, Any]:
-            there = built if saved == built.layout else build(self.config, saved, built.vocab_rows)
-            trees = {"params": in_dtype(there.params, dtype), "buffers": there.buffers}
+            stored = built if saved == built.layout else build(self.config, saved, built.vocab_rows)
+            trees = {"params": in_dtype(stored.params, dtype), "buffers": stored.buffers}
             return with_shardings(trees, shardings_of(trees, saved, built, plan))
 
         with Checkpoints(self.folder, vocab_size=self.config.vocab_size) as checkpoints:
@@ -128,8 +128,8 @@ class RunFolder:
 class OrogenFolder:
     """The parameters of an Orogen checkpoint folder.
 
-    Raises ConfigError, naming the file, if one is not as the folder's checksums have it once parameters are read;
-    earlier releases wrote none.
+    The first read of parameters compares all files with the folder's checksums (earlier releases wrote none) and raises
+    ConfigError with the name of a damaged file.
     """
 
     plan: PlanConfig | None = None
@@ -147,7 +147,7 @@ class OrogenFolder:
 
     @functools.cached_property
     def reader(self) -> TensorReader:
-        """Of the folder's tensors, whose files are checked first."""
+        """A reader of the folder's tensors; the files are checked first."""
         if (self.folder / checksums.NAME).exists():
             checksums.check(self.folder)
         return TensorReader(self.folder)
@@ -161,11 +161,11 @@ class OrogenFolder:
         return {tuple(key_of(part) for part in name.split(".")): spec for name, spec in self.reader.specs.items()}
 
     def parameter(self, path: names.Path, spec: Spec) -> np.ndarray:
-        """A parameter."""
+        """A parameter, whole."""
         return self.piece(path, ())
 
     def piece(self, path: names.Path, index: tuple[int, ...]) -> np.ndarray:
-        """What a parameter holds at `index` of its leading axes."""
+        """A parameter at `index` of its leading axes."""
         return self.reader.read(dotted(path), index)
 
     def read(self, built: Built, plan: Plan, dtype: str) -> tuple[nnx.State, nnx.State]:
@@ -180,7 +180,8 @@ class OrogenFolder:
 class HuggingFaceFolder:
     """The tensors of a Hugging Face folder, checked against the table of its family.
 
-    Raises ConfigError with every tensor that is missing, surplus, of another shape, or an unequal copy.
+    Raises ConfigError with every tensor that is missing, surplus or of another shape, or with a copy that differs from
+    its original.
     """
 
     plan: PlanConfig | None = None
@@ -217,7 +218,8 @@ class HuggingFaceFolder:
                 raise ConfigError(f"{folder}: {name} is not equal to {original}; expected a copy of it")
 
     def _untied(self, config: ModelConfig) -> ModelConfig:
-        """The model with a head of its own where the family's class has one in spite of tie_word_embeddings."""
+        """The model, untied if its head differs from its embedding and the family's class ignores
+        tie_word_embeddings."""
         family, (head, embedding) = names.FAMILIES[self.family], names.head_and_embedding(self.family)
         both = head in self.stored and embedding in self.stored
         if family.ties or not config.tie_word_embeddings or not both:
@@ -241,7 +243,7 @@ class HuggingFaceFolder:
         return self.reader.specs[self.stored[name]].dtype
 
     def parameters(self) -> dict[names.Path, Spec]:
-        """Shape and dtype of every parameter: the narrowest that holds all its pieces."""
+        """Shape and dtype of every parameter; the dtype is the narrowest that holds all its pieces."""
         dtypes: dict[names.Path, np.dtype] = {}
         for name, tensor in self.table.items():
             for piece in tensor.pieces:
@@ -249,7 +251,7 @@ class HuggingFaceFolder:
         return {path: Spec(shape, dtypes[path]) for path, shape in names.leaf_shapes(self.table).items()}
 
     def parameter(self, path: names.Path, spec: Spec) -> np.ndarray:
-        """A parameter, put together from its pieces."""
+        """A parameter, assembled from its pieces."""
         array = np.empty(spec.shape, spec.dtype)
         for name, piece in self._pieces[path]:
             array[piece.index] = piece.take(self.tensor(name))
@@ -279,7 +281,7 @@ class HuggingFaceFolder:
 
 
 def read_run_config(folder: Path) -> RunConfig:
-    """What config.gin of a run folder or of an Orogen checkpoint folder says, a model at least. Raises ConfigError."""
+    """The config.gin of a run folder or an Orogen checkpoint folder, with at least a model. Raises ConfigError."""
     try:
         config = load_saved(folder / CONFIG)
     except ConfigError as error:
@@ -293,7 +295,7 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
 
 
 def copy_files(files: Iterable[str], source: Path, target: Path) -> None:
-    """Copies those of the files that are there."""
+    """Copies those of the files that exist."""
     for file in files:
         if (source / file).is_file():
             target.mkdir(exist_ok=True)

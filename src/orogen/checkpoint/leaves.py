@@ -1,4 +1,4 @@
-"""A model's parameters one by one: their names in files, their shapes, and their way onto a plan."""
+"""A model's parameters one by one: their names in files, their shapes, and their placement on a plan."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -47,7 +47,7 @@ def dotted(path: Iterable[str | int]) -> str:
 
 
 def key_of(part: str) -> str | int:
-    """The inverse, of one part of such a name."""
+    """The key of a path that one part of such a name stands for."""
     return int(part) if part.isascii() and part.isdecimal() and len(part) < 10 else part
 
 
@@ -67,7 +67,7 @@ def check_shapes(
 
 
 def read_leaves(source: Leaves, built: Built, plan: Plan, dtype: str) -> tuple[nnx.State, nnx.State]:
-    """`Folder.read` of a whole model, of which one parameter is in memory at a time."""
+    """`Folder.read` of a folder with a whole model; one parameter is in the host's memory at a time."""
     whole, have = build(source.config), source.parameters()
     want = {dotted(path): leaf.get_value().shape for path, leaf in leaves_of(whole.params, whole.buffers).items()}
     check_shapes(source.folder, {dotted(path): spec.shape for path, spec in have.items()}, want)
@@ -75,7 +75,7 @@ def read_leaves(source: Leaves, built: Built, plan: Plan, dtype: str) -> tuple[n
     def put(path: names.Path, leaf: Any, sharding: Any) -> nnx.Variable:
         array, wanted = source.parameter(path, have[path]), leaf.get_value()
         check_fits(f"{source.folder}: {dotted(path)}", array, wanted.dtype)
-        if array.shape != wanted.shape:  # rows that the plan adds to a vocabulary
+        if array.shape != wanted.shape:  # padding rows of the vocabulary
             array = np.pad(array, [(0, more - size) for size, more in zip(array.shape, wanted.shape, strict=True)])
         part = lambda index: np.ascontiguousarray(array[index], wanted.dtype)  # noqa: E731
         return leaf.replace(jax.make_array_from_callback(wanted.shape, sharding, part))
@@ -90,8 +90,8 @@ def read_leaves(source: Leaves, built: Built, plan: Plan, dtype: str) -> tuple[n
 
 
 def check_finite(folder: Path, params: nnx.State) -> None:
-    """Raises ConfigError if a number became infinite in the dtype that parameters were restored to: a run saves none
-    that is. (`check_fits` sees it before the cast, which orbax makes as it reads.)"""
+    """Raises ConfigError if a number became infinite in the dtype that parameters were restored to; a run saves only
+    finite ones. (`check_fits` looks before the cast, but orbax casts as it reads.)"""
     leaves = {path: leaf.get_value() for path, leaf in leaves_of(params).items()}
     narrow = {path: leaf for path, leaf in leaves.items() if leaf.dtype != jnp.float32}
     if not narrow:
@@ -108,7 +108,7 @@ def _any_infinite(tree: Any) -> Any:
 
 
 def in_dtype(params: nnx.State, dtype: str) -> nnx.State:
-    """Abstract parameters in `dtype`, except those that stay float32 in computation."""
+    """Abstract parameters in `dtype`, except those that are used in float32."""
 
     def cast(leaf: nnx.Variable) -> nnx.Variable:
         kept = jnp.float32 if leaf.get_metadata().get("float32") else jnp.dtype(dtype)
@@ -118,12 +118,12 @@ def in_dtype(params: nnx.State, dtype: str) -> nnx.State:
 
 
 def shardings_of(tree: Any, layout: Layout, built: Built, plan: Plan) -> Any:
-    """Shardings of a model that lies as `layout` says: the plan's, or spread until it is laid out as `built`."""
+    """Shardings of a model in `layout`: the plan's if `built` has that layout, else spread over all devices."""
     return placement.shardings(tree, plan) if layout == built.layout else placement.spread(tree, plan)
 
 
 def laid_out(model: tuple[nnx.State, nnx.State], layout: Layout, built: Built, plan: Plan) -> Any:
-    """Parameters and buffers that lie as `layout` says, as `built` has them."""
+    """Converts parameters and buffers from `layout` to the layout of `built`, in the plan's shardings."""
     if layout == built.layout:
         return model
     there = placement.shardings((built.params, built.buffers), plan)

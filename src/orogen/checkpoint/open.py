@@ -1,4 +1,4 @@
-"""Any checkpoint as a model in memory, on any plan and in any dtype."""
+"""Opens any checkpoint as a model in memory, on any plan and in any dtype."""
 
 import dataclasses
 from pathlib import Path
@@ -19,7 +19,7 @@ from orogen.parallel.plan import Plan, single_device_plan
 
 
 class Opened(NamedTuple):
-    """A model as it lies on a plan, with its tokenizer if it has one."""
+    """A model on a plan, with its tokenizer if it has one."""
 
     config: ModelConfig
     plan: Plan
@@ -29,7 +29,7 @@ class Opened(NamedTuple):
     tokenizer: Tokenizer | None
 
     def require_one_device(self) -> None:
-        """Raises ConfigError unless the plan is of one device that drops no token and multiplies in no other format."""
+        """Raises ConfigError unless the plan has one device, drops no tokens and computes plain matrix products."""
         plan = self.plan.config
         require(plan.devices == 1, plan, "data, context, tensor, stage", "1: this runs on one device")
         require(plan.capacity_factor is None, plan, "capacity_factor", "None: no token is dropped here")
@@ -59,27 +59,29 @@ def open_model(
 def read_model(
     folder: Folder, plan: PlanConfig | None = None, dtype: str = "float32", *, tokenizer: bool = True
 ) -> Opened:
-    """The model of an open folder on `plan`; None: on one device, with kernels that run everywhere and no dropped
-    tokens. dtype: of the parameters, except those that stay float32 in computation. tokenizer: False leaves the
-    folder's unread. Raises ConfigError."""
+    """The model of an open folder on `plan`. Raises ConfigError.
+
+    plan: None: one device, with kernels that run on any backend and no dropped tokens. dtype: of the parameters, except
+    those that are used in float32. tokenizer: whether to read the folder's tokenizer.
+    """
     if dtype not in WEIGHTS:
         raise ConfigError(f"dtype is {dtype!r}; expected {', '.join(WEIGHTS)}")
-    words = folder.tokenizer() if tokenizer else None
-    if words is not None:
-        check_rows(words, folder.config.vocab_size)
+    loaded = folder.tokenizer() if tokenizer else None
+    if loaded is not None:
+        check_rows(loaded, folder.config.vocab_size)
     if plan is not None:
         RunConfig(model=folder.config, plan=plan).check()
         plan.require_half_precision(dtype)
     if plan is None:
-        laid, built = single_device_plan(_on_one_device(folder.plan), folder.config), build(folder.config)
+        target, built = single_device_plan(_on_one_device(folder.plan), folder.config), build(folder.config)
     else:
-        laid, built = assemble(folder.config, plan)
-    params, buffers = folder.read(built, laid, dtype)
-    return Opened(folder.config, laid, built, params, buffers, words)
+        target, built = assemble(folder.config, plan)
+    params, buffers = folder.read(built, target, dtype)
+    return Opened(folder.config, target, built, params, buffers, loaded)
 
 
 def _on_one_device(plan: PlanConfig | None) -> PlanConfig:
-    """What a run's plan chooses that one device can do: kernels and products that run everywhere, no offloading."""
+    """What one device keeps of a run's plan: kernels and products that run on any backend, no offloading."""
     if plan is None:
         return PlanConfig(dispatch="allgather")
     kernels = {field: getattr(PlanConfig, field) for field in FOR_GPU if getattr(plan, field) == FOR_GPU[field]}

@@ -1,11 +1,11 @@
-"""Checkpoints: written by orbax beside the run, complete only with their list of checksums, a few kept.
+"""A run's checkpoints: written by orbax in the background, complete once they have their checksums; a few are kept.
 
-A checkpoint is the folder `checkpoints/STEP` with the items model, trainer, layout, about and data. The model is an
-item of its own, so that a reader can take it without the optimizer. Arrays are saved as they lie on the devices, and a
-vocabulary with the rows to which the plan padded it; the layout says how. Rows are added or dropped when arrays are
-read. about: the model's config and the tokenizer's files. data: where the source of batches was, and nothing else.
-A folder under its own name is complete: orbax writes into `STEP.partial`, which is renamed once the checksums are in
-it. Folders of release 0.8.0 have the layout within data, and no checksums; they count if orbax's marker is there.
+A checkpoint is the folder `checkpoints/STEP` with the items model, trainer, layout, about and data. The model is a
+separate item, so that a reader can restore it without the optimizer. Arrays are saved in the layout that they have on
+the devices, which `layout` describes, and with the padding rows of the vocabulary; a restore adds or drops such rows.
+about: the model's config and the tokenizer's files. data: the position of the source of batches, and nothing else.
+A folder named STEP is complete: orbax writes into `STEP.partial`, which is renamed once it has its checksums. Folders
+of release 0.8.0 have the layout within data, and no checksums; orbax's marker shows that they are complete.
 """
 
 import re
@@ -27,20 +27,20 @@ from orogen.config.streams import say
 from orogen.model.layout import Layout, Whole
 from orogen.model.vocabulary import vocab_dim
 
-# By name, the trees of arrays that a checkpoint holds apart from each other; the model's has a name that readers know.
+# The trees of arrays that a checkpoint holds as separate items, by name. Readers rely on the name of the model's.
 Items = Mapping[str, Any]
 MODEL_ITEM = "model"
 MARKER = "commit_success.txt"
 PARTIAL, REMOVED = ".partial", ".removed"
-# What a killed process may leave; any other folder is the user's, such as a damaged checkpoint that was moved away.
+# What a killed process may leave behind; other folders are the user's, such as a damaged checkpoint moved away.
 LEFT = re.compile(rf"\d+({re.escape(PARTIAL)}|{re.escape(REMOVED)}|\.orbax-checkpoint-tmp.*)+")
 
 
 class Checkpoints:
     """The checkpoints of a run folder. Use as a context manager: leaving it waits for pending writes.
 
-    keep: how many stay, all if None. model: written into each; `restore_model` compares it. vocab_size: of the model
-    that is saved and restored, whatever rows plans pad it to; None: that of `model`, or else of its arrays.
+    keep: how many checkpoints to keep; None: all. model: its config is written into each checkpoint, and `restore`
+    compares it. vocab_size: the model's, padding rows not counted; None: that of `model`, else that of the arrays.
     """
 
     def __init__(
@@ -80,19 +80,20 @@ class Checkpoints:
         return max(self._steps(), default=None)
 
     def layout(self, whole: Whole) -> Layout:
-        """How the layers `whole` lie in the latest checkpoint. Raises ConfigError without one, or if it has others."""
+        """The layout of the layers `whole` in the latest checkpoint. Raises ConfigError if there is no checkpoint, or
+        if it is of other layers."""
         return self._read(lambda step: facts.read_layout(self.folder / str(step), whole))
 
     def save(self, step: int, items: Items, position: dict[str, Any], layout: Layout) -> None:
-        """Starts writing the items after step `step`, which lie as `layout` says, and the position of the data; no-op
-        if that step is there."""
+        """Starts writing the items after step `step`, which are in the layout `layout`, and the position of the data.
+        Does nothing if the latest checkpoint is of that step."""
         self.wait()
         if step in (self.latest, self._written):
             return
-        about = facts.about_facts(self.run_dir, self._model)  # first: a tokenizer that cannot be read leaves nothing
+        about = facts.about_facts(self.run_dir, self._model)  # first: an unreadable tokenizer leaves no folder
         if self._writer is None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for left in self.folder.iterdir():  # by a process that was killed
+            for left in self.folder.iterdir():  # left by a process that was killed
                 if LEFT.fullmatch(left.name) and left.is_dir():
                     shutil.rmtree(left)
             self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
@@ -115,7 +116,7 @@ class Checkpoints:
 
     def restore(self, items: Items) -> tuple[dict[str, Any], dict[str, Any]]:
         """The items of the latest checkpoint, and the position of the data. items: abstract arrays with the shardings
-        to restore onto, and the dtypes to restore to. Raises ConfigError, also if they are of another model."""
+        and dtypes to restore to. Raises ConfigError, also if the checkpoint is of another model."""
 
         def read(step: int) -> tuple[dict[str, Any], dict[str, Any]]:
             if self._model is not None:
@@ -127,7 +128,8 @@ class Checkpoints:
 
     def restore_model(self, config: ModelConfig, target: Callable[[Layout], Any]) -> tuple[Layout, Any]:
         """The layout of the latest checkpoint, and its model item alone. config: the model that the run folder's config
-        states. target: gives, for that layout, what `restore` takes. Raises ConfigError if it is of another model."""
+        states. target: maps the layout to abstract arrays as in `restore`. Raises ConfigError, also if the checkpoint
+        is of another model."""
 
         def read(step: int) -> tuple[Layout, Any]:
             facts.check_model(self.folder / str(step), config, self.run_dir / "config.gin")
@@ -142,7 +144,7 @@ class Checkpoints:
             self._read(lambda step: facts.check_tokenizer(self.folder / str(step), self.run_dir / "tokenizer"))
 
     def _finish(self, partial: Path, step: int) -> None:
-        """Turns the folder that orbax is writing into a checkpoint, then removes the oldest."""
+        """Turns the folder that orbax is writing into a checkpoint, then removes the oldest checkpoints."""
         assert self._writer is not None
         self._writer.wait_until_finished()
         checksums.write(partial)
@@ -158,8 +160,8 @@ class Checkpoints:
         return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal() and path.is_dir())
 
     def _read(self, read: Callable[[int], Any]) -> Any:
-        """`read` of the latest checkpoint once it was found undamaged. Raises ConfigError that names the damaged file
-        and the latest undamaged checkpoint before it."""
+        """Checks the latest checkpoint for damage, then calls `read` with its step. Raises ConfigError that names the
+        damaged file and the latest undamaged checkpoint before it."""
         while True:
             step = self.latest
             if step is None:
@@ -170,13 +172,14 @@ class Checkpoints:
             except (AnotherModelError, MemoryError):
                 raise
             except Exception as error:  # orbax, tensorstore and jax raise errors of any type on a damaged file
-                if self.latest != step:  # a run that continues has removed it meanwhile
+                if self.latest != step:  # a run in progress has removed it meanwhile
                     continue
-                if "RESOURCE_EXHAUSTED" in str(error):  # jax's own MemoryError: the files are not to blame
+                if "RESOURCE_EXHAUSTED" in str(error):  # jax's out-of-memory error: the files are not to blame
                     raise
                 folder, reason = self.folder / str(step), " ".join(str(error).split())[:300]
                 if not isinstance(error, ConfigError):
-                    reason = f"{folder} cannot be read ({type(error).__name__}: {reason}); expected a whole checkpoint"
+                    kind = type(error).__name__
+                    reason = f"{folder} cannot be read ({kind}: {reason}); expected a complete checkpoint"
                 raise ConfigError(f"{reason}; {self._before(step)}") from error
 
     def _before(self, step: int) -> str:
@@ -186,36 +189,38 @@ class Checkpoints:
                     self._check_whole(earlier)
                 except ConfigError:
                     continue
-                return f"{self.folder / str(earlier)} is whole and counts once {self.folder / str(step)} is moved away"
-        return "no checkpoint before it is whole"
+                undamaged, damaged = self.folder / str(earlier), self.folder / str(step)
+                return f"{undamaged} is undamaged and is used once {damaged} is moved away"
+        return "no checkpoint before it is undamaged"
 
     def _check_whole(self, step: int) -> None:
-        """Raises ConfigError naming the first file of checkpoint `step` that is not as it was written."""
+        """Raises ConfigError naming the first file of checkpoint `step` that is missing or damaged."""
         if step in self._checked:
             return
         folder = self.folder / str(step)
         if (folder / checksums.NAME).exists():
             checksums.check(folder, optional=MARKER)
         elif facts.LISTED in facts.read_facts(folder, "about"):
-            raise ConfigError(f"{folder / checksums.NAME} is missing; expected it in a whole checkpoint")
+            raise ConfigError(f"{folder / checksums.NAME} is missing; expected it in a complete checkpoint")
         elif not (folder / MARKER).is_file():
-            raise ConfigError(f"{folder} has neither {checksums.NAME} nor {MARKER}; expected one in a whole checkpoint")
+            expected = "expected one in a complete checkpoint"
+            raise ConfigError(f"{folder} has neither {checksums.NAME} nor {MARKER}; {expected}")
         else:
-            say(f"{folder} has no checksums, as an earlier release wrote it: its bytes are not checked")
+            say(f"{folder} has no checksums, since an earlier release wrote it; its bytes are not checked")
         self._checked.add(step)
 
     def _item(self, step: int, item: str, target: Any) -> Any:
-        """The arrays of an item, onto the tree `target` of abstract arrays."""
+        """Restores the arrays of an item onto the tree `target` of abstract arrays."""
         self._check(step, item, target)
-        # Not strict: rows of the vocabulary are zeros where there are more of them here, or are left out.
+        # Not strict: padding rows of the vocabulary that the checkpoint lacks become zeros, surplus ones are dropped.
         arguments = ocp.args.StandardRestore(_named(target), strict=False)
         folder: Any = self.folder / str(step) / item  # typed as a path of etils
         leaves: Any = ocp.StandardCheckpointHandler().restore(folder, args=arguments)
         return jax.tree_util.tree_map_with_path(lambda path, _: leaves[_name(path)], target)
 
     def _check(self, step: int, item: str, target: Any) -> None:
-        """Raises ConfigError naming the first array that is missing, surplus or of another shape, apart from the rows
-        to which plans pad a vocabulary."""
+        """Raises ConfigError naming the first array that is missing, surplus or of another shape; padding rows of the
+        vocabulary do not count."""
         folder: Any = self.folder / str(step) / item
         saved: Any = ocp.StandardCheckpointHandler().metadata(folder)
         saved, wanted, dims = getattr(saved, "tree", saved), _named(target), _vocab_dims(target)
@@ -228,13 +233,13 @@ class Checkpoints:
 
 
 def _vocab_dims(tree: Any) -> dict[str, int | None]:
-    """By the name of a leaf, its dimension over the vocabulary, counted from the last."""
+    """The dimension of each leaf over the vocabulary, counted from the last, or None, by the leaf's name."""
     found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
     return {_name(path): vocab_dim(leaf) if isinstance(leaf, nnx.Variable) else None for path, leaf in found}
 
 
 def _filled_from(shape: Sequence[int], dim: int | None, vocab_size: int | None) -> tuple[int, ...]:
-    """The shape without the rows beyond a vocabulary of `vocab_size`, if that is known and there are any."""
+    """The shape without padding rows beyond `vocab_size`, if that is known."""
     kept = list(shape)
     if dim is not None and vocab_size is not None:
         kept[dim] = min(kept[dim], vocab_size)

@@ -1,4 +1,4 @@
-"""Hugging Face folders made of Orogen checkpoint folders and of runs, and the way back, a tensor at a time."""
+"""Converts Orogen checkpoint folders and runs to Hugging Face folders, and back, one tensor at a time."""
 
 import json
 import math
@@ -37,17 +37,18 @@ from orogen.data.tokenizer import Tokenizer
 
 KEPT_FORM = Record({}, {"config": dict, "dtypes": MapOf(str), "copies": ListOf(str)})
 
-THREADS = 2  # and as many tensors in memory
+THREADS = 2  # as many tensors are in memory at a time
 
 Read = Callable[[names.Path, tuple[int, ...]], np.ndarray]
-Fits = Callable[[str, int], None]  # of the largest tensor's name and the bytes of memory that it takes
+# Takes the largest tensor's name and its bytes; raises ConfigError if memory cannot hold it.
+Fits = Callable[[str, int], None]
 
 
 def from_hf(source: Path, target: Path, *, fits: Fits = lambda tensor, held: None) -> None:
-    """Makes the Orogen checkpoint folder `target` of a Hugging Face folder, in the dtypes that its files have.
+    """Converts a Hugging Face folder into the Orogen checkpoint folder `target`, in the dtypes of its files.
 
-    Holds THREADS tensors in memory at a time. fits: raises ConfigError for what memory cannot hold. Raises ConfigError
-    before anything is written; what is interrupted leaves no `target`. Its files get checksums, as a run's do.
+    Holds THREADS tensors in memory at a time. fits: see Fits. Raises ConfigError before anything is written; an
+    interrupted conversion leaves no `target`. The files get checksums, as a run's do.
     """
     with HuggingFaceFolder(source) as folder:
         fits(*max(((name, spec.nbytes) for name, spec in folder.reader.specs.items()), key=lambda item: item[1]))
@@ -82,13 +83,13 @@ def to_hf(
     context: int | None = None,
     fits: Fits = lambda tensor, held: None,
 ) -> None:
-    """Makes the Hugging Face folder `target` of parameters; the inverse of `from_hf` if `dtype` is None.
+    """Writes parameters into the Hugging Face folder `target`; the inverse of `from_hf` if `dtype` is None.
 
-    specs, read: the parameters, by path and index in their leading axes. source: the folder that has the tokenizer and
-    huggingface.json, if there is one. dtype: of every tensor but the routers' correction biases, which stay float32;
-    None: as the parameters have it. context: tokens of a row in training, if that is known. fits: as `from_hf`'s.
-    Lines on stderr name what transformers makes otherwise. Raises ConfigError, also for a number that is too large for
-    its tensor's dtype, and leaves no `target` then.
+    specs, read: the parameters, by path and index in their leading axes. source: the folder with the tokenizer and
+    huggingface.json, if it has them. dtype: of every tensor except the routers' correction biases, which stay float32;
+    None: those of the parameters. context: tokens per sequence in training, if known. fits: see Fits. Lines on stderr
+    name what transformers computes differently. Raises ConfigError, also for a number too large for its tensor's dtype,
+    and then leaves no `target`.
     """
     kept = read_json(source / KEPT, KEPT_FORM) if (source / KEPT).is_file() else {}
     values: dict[str, Any] = kept.get("config", {})
@@ -98,7 +99,7 @@ def to_hf(
     wanted = names.leaf_shapes(table)
     check_shapes(source, {dotted(p): s.shape for p, s in specs.items()}, {dotted(p): s for p, s in wanted.items()})
     copies = kept.get("copies", [n for n, t in table.items() if t.optional and t.written])
-    if not names.FAMILIES[family].ties:  # its class would draw at random a head that the files lack
+    if not names.FAMILIES[family].ties:  # its class would initialise a missing head at random
         copies = [*copies, names.HEAD]
     table = {n: t for n, t in table.items() if not t.optional or n in copies}
     dtypes = _target_dtypes(table, {path: spec.dtype for path, spec in specs.items()}, dtype, kept.get("dtypes", {}))
@@ -108,7 +109,7 @@ def to_hf(
         written = {**written, **_special_ids(source / "tokenizer")}
     with new_folder(target) as scratch:
         with TensorWriter(scratch, {name: Spec(t.shape, dtypes[name]) for name, t in table.items()}) as writer:
-            for name, tensor in table.items():  # not by threads: a tensor is in memory twice here
+            for name, tensor in table.items():  # without threads: a tensor is in memory twice here
                 array = np.empty(tensor.shape, dtypes[name])
                 for piece in table[tensor.copy_of].pieces if tensor.copy_of else tensor.pieces:
                     part = read(piece.path, piece.index)
@@ -125,7 +126,7 @@ def to_hf(
 def export(source: Path, target: Path, *, dtype: str | None = None, fits: Fits = lambda tensor, held: None) -> None:
     """`to_hf` of a run folder or an Orogen checkpoint folder.
 
-    dtype: None keeps what an Orogen checkpoint folder has, and writes a run's float32 masters as bfloat16.
+    dtype: None keeps the dtypes of an Orogen checkpoint folder, and writes a run's float32 masters as bfloat16.
     """
     with open_folder(source) as folder:
         if isinstance(folder, HuggingFaceFolder):
@@ -149,8 +150,8 @@ def model_tensors(params: nnx.State, buffers: nnx.State) -> tuple[dict[names.Pat
 
 
 def _for_each(work: Callable[[str], None], tensors: list[str]) -> None:
-    """`work` on every tensor's name. While one thread transposes a tensor, which releases Python's lock, another reads
-    or writes."""
+    """Calls `work` with every tensor's name. While one thread transposes a tensor, which releases the GIL, another
+    reads or writes."""
     with ThreadPoolExecutor(THREADS) as pool:
         try:
             for _ in pool.map(work, tensors):
@@ -161,8 +162,8 @@ def _for_each(work: Callable[[str], None], tensors: list[str]) -> None:
 
 
 def _tensor_dtypes(table: names.Table, leaves: Mapping[names.Path, np.dtype]) -> dict[str, np.dtype]:
-    """The dtype of each tensor as its pieces have it; copies are as what they repeat, those of no numbers as the first
-    tensor."""
+    """The dtype of each tensor: the narrowest that holds its pieces. A copy has that of its original; an optional
+    tensor without numbers has that of the first tensor."""
     found = {n: promoted(leaves[p.path] for p in t.pieces) for n, t in table.items() if t.pieces}
     first = next(iter(found.values()))
     return found | {n: found.get(t.copy_of or "", first) for n, t in table.items() if t.optional}
@@ -179,7 +180,7 @@ def _target_dtypes(
 
 
 def _with_dtype(written: dict[str, Any], before: dict[str, Any], dtypes: Iterable[np.dtype]) -> dict[str, Any]:
-    """The config with the dtype that most tensors have, under the name it has there; unchanged if it says so."""
+    """The config with the dtype of most tensors, under the key that the config before had; unchanged if it agrees."""
     counts: dict[str, int] = {}
     for dtype in dtypes:
         counts[dtype.name] = counts.get(dtype.name, 0) + 1
