@@ -1,4 +1,4 @@
-"""What is written beside each field of a config, and how `orogen plan --fields` prints it."""
+"""The meanings that config fields declare, and how `orogen plan --fields` prints them."""
 
 import dataclasses
 import json
@@ -65,13 +65,13 @@ def test_meanings_say_something_of_their_own(capsys):
 
 @pytest.mark.parametrize(("kind", "field"), FIELDS, ids=[f"{kind.__name__}.{field}" for kind, field in FIELDS])
 def test_a_meaning_names_every_choice(capsys, kind, field):
-    """The choices are those of the refusal of a word that is none."""
+    """The choices are those that the refusal of an unknown word lists."""
     good = GOOD[kind]
     try:
         kind(**{**good, field: "no such word"})
     except ConfigError as error:
         choices = re.fullmatch(rf"{kind.__name__}\.{field} is 'no such word'; expected one of (.*)", str(error))
-        if choices is None or field == "remat":  # whose words and names config/remat.py explains
+        if choices is None or field == "remat":  # its words and names are in config/remat.py
             return
         (row,) = (row for row in json.loads(printed(capsys, "--json"))[kind.__name__] if row["name"] == field)
         words = set(re.findall(r"[\w.]+", row["meaning"]))

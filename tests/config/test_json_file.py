@@ -1,4 +1,4 @@
-"""JSON from outside: what is read, and each kind of refusal in one line that names the place."""
+"""JSON from outside: what is read, and each kind of refusal, in one line that names the place."""
 
 import json
 import re
@@ -15,10 +15,10 @@ from orogen.config.json_file import ListOf, MapOf, Record, Whole, check_form, pa
     [
         {"a": [1, 2.5, None, True, "é\u0000🙂"], "b": {}},
         {"model_max_length": int(1e30), "low": float("-inf")},
-        {"text": '[[{"' * 1000 + "\\"},  # brackets in texts are no depth
+        {"text": '[[{"' * 1000 + "\\"},  # brackets in strings add no depth
     ],
 )
-def test_what_json_can_say_is_read(tmp_path, value):
+def test_all_of_json_is_read(tmp_path, value):
     file = tmp_path / "a.json"
     file.write_text(json.dumps(value))
     assert read_json(file) == value
@@ -44,7 +44,7 @@ def test_what_json_can_say_is_read(tmp_path, value):
         (b"[1]", "holds list; expected a JSON object"),
     ],
 )
-def test_what_is_no_json_is_refused_in_one_line(tmp_path, data, message):
+def test_malformed_json_is_refused_in_one_line(tmp_path, data, message):
     file = tmp_path / "a.json"
     file.write_bytes(data)
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:
@@ -52,19 +52,19 @@ def test_what_is_no_json_is_refused_in_one_line(tmp_path, data, message):
     assert str(caught.value).startswith(str(file)) and "\n" not in str(caught.value)
 
 
-def test_a_text_without_an_end_takes_no_time_by_its_square():
+def test_an_unterminated_string_does_not_take_quadratic_time():
     data = b'["", {}' + b"{}" * 64 + b'"' + b'\\"' * 200_000
     before = time.process_time()
     with pytest.raises(ConfigError, match="expected JSON"):
         parse_json(data, where="x")
-    assert time.process_time() - before < 5  # 10 minutes by its square
+    assert time.process_time() - before < 5  # quadratic time would be 10 minutes
 
 
-def test_equal_values_of_one_name_are_one(tmp_path):
+def test_a_name_may_repeat_with_equal_values(tmp_path):
     assert parse_json(b'{"a": [1], "a": [1]}', where="x") == {"a": [1]}
 
 
-def test_a_file_that_is_too_large_is_not_read_whole(tmp_path, monkeypatch):
+def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr("orogen.config.json_file.MAX_BYTES", 10)
     (tmp_path / "a.json").write_text('{"abcdefgh": 1}')
     with pytest.raises(ConfigError, match="has 15 bytes; expected at most 10"):
@@ -95,7 +95,7 @@ def test_types_are_checked(value, message):
         check_form(value, FORM, where="here")
 
 
-def test_null_beside_a_list_or_an_object_leaves_the_place_in_the_message():
+def test_a_nullable_list_or_object_keeps_the_place_in_the_message():
     form = Record({}, {"a": (ListOf(Record({"b": int})), None), "c": (str, ListOf(int))})
     messages = {
         "a[0].b is missing": {"a": [{}]},
@@ -109,7 +109,7 @@ def test_null_beside_a_list_or_an_object_leaves_the_place_in_the_message():
     check_form({"a": None}, form, where="here")
 
 
-def test_what_fits_is_let_pass():
+def test_what_fits_is_accepted():
     check_form({"shape": [0, 9], "kind": None, "ends": [1, 2.5], "map": {"a": "b"}, "more": object()}, FORM, where="")
     check_form([1], (str, ListOf(int)), where="")
     with pytest.raises(ConfigError, match=r"it is \['a'\]; expected a text or a list of a whole number"):

@@ -1,4 +1,4 @@
-"""The gin loader: what it builds, and that everything gin passes over in silence is refused in one line."""
+"""The gin loader: what it builds, and that it refuses, in one line, everything that gin silently ignores."""
 
 import dataclasses
 import logging
@@ -34,7 +34,7 @@ CLASSES = "ModelConfig, PlanConfig, DataConfig, TrainConfig, OptimizerConfig"
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes a file below a folder of the test's own, two levels deep so that no parent is shared."""
+    """Writes a file into a folder of the test's own, two levels deep, so that tests share no parent folder."""
 
     def write_file(text: str, name: str = "home/run.gin") -> Path:
         file = tmp_path / name
@@ -56,7 +56,7 @@ def refusal(*files: Path, bindings: tuple[str, ...] = ()) -> str:
 def test_a_model_alone_leaves_the_other_parts_none(write):
     config, _ = load([write(MAMBA)])
     assert config.model.hidden_size == 12
-    assert config.plan == PlanConfig()  # every field of it has a default
+    assert config.plan == PlanConfig()  # all its fields have defaults
     assert config.data is config.train is config.optimizer is None
 
 
@@ -136,7 +136,7 @@ def test_a_config_built_in_python_ignores_what_was_loaded(write):
     assert PlanConfig().data == 1
 
 
-def test_a_macro_is_one_number_for_many_fields(write):
+def test_a_macro_sets_several_fields(write):
     text = "WIDTH = 24\n" + MAMBA.replace("= 12", "= %WIDTH") + "ModelConfig.chunk_size = %WIDTH\n"
     config, _ = load([write(text)], ["WIDTH = 36"])
     assert config.model.hidden_size == config.model.chunk_size == 36
@@ -166,8 +166,8 @@ REFUSED = {
     ),
     "misspelt class": ("ModelKonfig.hidden_size = 3", "gin: No configurable matching 'ModelKonfig'."),
     "class that no file may bind": ("RunConfig.model = None", "gin: No configurable matching 'RunConfig'."),
-    "macro nobody uses": ("WIDHT = 3", f"bindings that nothing read: WIDHT; expected fields of {CLASSES}"),
-    "macro nobody defines": (
+    "unused macro": ("WIDHT = 3", f"bindings that nothing read: WIDHT; expected fields of {CLASSES}"),
+    "undefined macro": (
         "ModelConfig.chunk_size = %WIDTH",
         "gin: No bindings specified for 'WIDTH/gin.macro'",
     ),
@@ -205,7 +205,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("line", "message"), REFUSED.values(), ids=REFUSED)
-def test_refused_in_a_file_and_on_the_command_line(write, line, message):
+def test_bindings_are_refused_in_a_file_and_on_the_command_line(write, line, message):
     assert refusal(write(MAMBA + line + "\n")) == message
     assert refusal(write(MAMBA), bindings=(line,)) == message
 
@@ -215,7 +215,7 @@ UNREADABLE = {
         "PlanConfig.fsdp = parameters",
         "cannot read the value parameters; expected a number, a quoted string, True, False, None or a list",
     ),
-    # Of an open bracket or quote Python's own tokenizer tells gin, in other words since Python 3.12.
+    # Open brackets and quotes are found by Python's tokenizer, whose messages differ since Python 3.12.
     "open bracket": (
         "TrainConfig.sample_prompts = ('a',",
         ("EOF in multi-line statement", "unexpected EOF in multi-line statement"),
@@ -237,7 +237,7 @@ def test_bad_syntax_is_refused_in_one_line_with_its_file(write, line, message):
     assert begins(refusal(write(MAMBA), bindings=(line,)), "gin")
 
 
-def test_bytes_that_are_no_text_are_refused(write):
+def test_bytes_that_are_not_text_are_refused(write):
     file = write("")
     file.write_bytes(b"\xff\xfe")
     assert refusal(file).startswith(f"{file}: 'utf-8' codec can't decode byte 0xff")
@@ -277,11 +277,11 @@ def test_an_import_is_refused(write):
         (("A = 2\nA = 3",), "A is bound twice; expected once"),
     ],
 )
-def test_bindings_of_the_command_line_are_checked_as_files_are(write, bindings, message):
+def test_bindings_of_the_command_line_are_checked_like_files(write, bindings, message):
     assert refusal(write(MAMBA), bindings=bindings) == f"gin bindings: {message}"
 
 
-def test_a_folder_is_no_gin_file(tmp_path):
+def test_a_folder_is_refused_as_a_gin_file(tmp_path):
     assert refusal(tmp_path) == f"gin file {str(tmp_path)!r} is not a file"
 
 
@@ -301,7 +301,7 @@ def test_an_include_from_the_parent_folder_logs_nothing(write, caplog):
     assert caplog.records == []
 
 
-def test_a_loop_of_includes_is_refused(write):
+def test_an_include_loop_is_refused(write):
     file = write("include 'back.gin'\n")
     back = write("include 'run.gin'\n", "home/back.gin")
     assert refusal(file) == f"{back}, line 1: include 'run.gin' leads back to itself"
@@ -333,7 +333,7 @@ NESTED = {
 
 
 @pytest.mark.parametrize("line", NESTED.values(), ids=NESTED)
-def test_values_without_end_are_refused_in_a_short_line(write, line):
+def test_endless_values_are_refused_in_a_short_line(write, line):
     file = write(MAMBA.replace("ModelConfig.pattern = 'M'\n", "") + line + "\n")
     assert len(refusal(file)) < 1500
 
@@ -343,20 +343,20 @@ def test_a_gin_file_that_is_too_large_is_refused(write):
     assert refusal(file) == f"{file} has 100001 bytes; expected a gin file of at most 100000"
 
 
-def test_includes_without_end_are_refused(write):
+def test_endless_includes_are_refused(write):
     for number in range(30):  # each twice: 2**30 files
         write(f"include '{number + 1}.gin'\n" * 2, f"home/{number}.gin")
     file = write(MAMBA, "home/30.gin").with_name("0.gin")
     assert refusal(file) == f"{file} includes more than 100 files; expected fewer"
 
 
-def test_an_engine_and_its_plan_by_bindings_alone():
+def test_bindings_alone_give_an_engine_and_its_plan():
     assert load_engine([]) == (None, EngineConfig())
     plan, engine = load_engine(["PlanConfig.tensor = 2", "PlanConfig.data = 3", "EngineConfig.queue = 5"])
     assert (plan, engine) == (PlanConfig(tensor=2, data=3), EngineConfig(queue=5))
 
 
-def test_what_is_not_bound_of_an_engine_follows_from_what_it_is_for():
+def test_unbound_slots_and_length_follow_from_the_requests():
     assert load_engine([], rows=3, length=77)[1] == EngineConfig(slots=3, max_length=77)
     bindings = ["PlanConfig.tensor = 2", "PlanConfig.data = 2", "EngineConfig.max_length = 5"]
     assert load_engine(bindings, rows=3, length=77)[1] == EngineConfig(slots=4, max_length=5)
@@ -374,11 +374,11 @@ def test_what_is_not_bound_of_an_engine_follows_from_what_it_is_for():
         (["include 'x.gin'"], "include 'x.gin'; expected bindings only"),
     ],
 )
-def test_bindings_of_an_engine_that_are_refused(bindings, message):
+def test_bad_bindings_of_an_engine_are_refused(bindings, message):
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         load_engine(bindings)
     assert "\n" not in str(caught.value)
 
 
-def test_an_engine_is_no_part_of_a_run(write):
+def test_an_engine_is_not_part_of_a_run(write):
     assert "bindings that nothing read: EngineConfig.slots" in refusal(write(MAMBA + "EngineConfig.slots = 3\n"))

@@ -1,11 +1,11 @@
-"""What a gin file means that leaves a field of ModelConfig out."""
+"""The meaning of a gin file that leaves fields of ModelConfig out."""
 
 import dataclasses
 
 from orogen.config.model import ModelConfig
 
-# Nemotron-H's config.json (nvidia/Nemotron-H-8B-Base-8K) and Nemotron 3's where it has the field; YaRN's are its
-# paper's (arXiv:2309.00071), DeepSeek-V3's weights of the losses (arXiv:2412.19437, 4.2) beside them.
+# The values of Nemotron-H's config.json (nvidia/Nemotron-H-8B-Base-8K), and of Nemotron 3's for fields that it has;
+# YaRN's are its paper's (arXiv:2309.00071), the weights of the losses DeepSeek-V3's (arXiv:2412.19437, 4.2).
 MEANT = {
     "norm": "rms", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": False, "attention_bias": "none",
     "qk_norm": False, "attention_sinks": False, "partial_rotary_factor": 1.0, "rope_interleave": False,
@@ -19,7 +19,7 @@ MEANT = {
 }  # fmt: skip
 
 
-def test_fields_that_are_left_out_mean_what_they_always_did():
+def test_defaults_never_change():
     defaults = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
     assert {name: defaults[name] for name in MEANT} == MEANT
     absent = {name for name, value in defaults.items() if value is dataclasses.MISSING}

@@ -43,7 +43,7 @@ def test_pattern_without_a_layer_is_refused(text):
 
 
 @pytest.mark.parametrize("text", ["M/", "M/*E/", "M//*E", "M/*E/E*", "M/*/**", "M/*|E", "M/*|E/*|E"])
-def test_parts_after_the_slash_must_be_equal_and_whole(text):
+def test_parts_after_the_slash_must_be_equal_and_not_empty(text):
     with pytest.raises(ConfigError) as caught:
         parse_pattern(text)
     expected = "expected the parts after / to be equal, not empty, without |"
@@ -54,7 +54,7 @@ letters = st.text("M*-E", min_size=1, max_size=6)
 
 
 @given(st.lists(letters, min_size=1, max_size=4), letters, st.integers(0, 4))
-def test_what_was_put_together_comes_apart(segments, mtp, parts):
+def test_parsing_inverts_joining(segments, mtp, parts):
     parsed = parse_pattern("/".join(["|".join(segments), *[mtp] * parts]))
     assert parsed == Pattern("".join(segments), tuple(segments), mtp if parts else "", parts)
 

@@ -1,4 +1,4 @@
-"""Settings that nothing reads are refused by name; each field's condition is tried on both sides of its border."""
+"""Settings that nothing reads are refused by name; each field's condition is tested on both sides of its boundary."""
 
 import dataclasses
 import sys
@@ -44,7 +44,7 @@ PARTS_OF: dict[str, dict[str, Any]] = {
 
 
 def a_run(pattern: str = "M", **bound: Any) -> RunConfig:
-    """A run of a model with the pattern and no setting that it does not read, then what is `bound`: part__field."""
+    """A run of a model with the pattern, without unread settings, and with the fields `bound` as part__field."""
     model = {k: v for k, v in SIZES.items() if k not in ("router_aux_loss_coef", "router_z_loss_coef")}
     parts = {"model": dataclasses.asdict(plain_model(ModelConfig(**{**model, "pattern": pattern}))), **PARTS_OF}
     parts = {part: dict(fields) for part, fields in parts.items()}
@@ -54,7 +54,7 @@ def a_run(pattern: str = "M", **bound: Any) -> RunConfig:
     return RunConfig(**{part: PARTS[part](**fields) for part, fields in parts.items()})
 
 
-# (field, value, what a run that reads it has, what one that does not has, why it does not)
+# (field, value, settings of a run that reads it, settings of one that does not, why it does not)
 NO = "the model has no layers of "
 ATTENTION = NO + "attention (*) or sliding-window attention (w) or multi-head latent attention (+)"
 HEADS = NO + "attention (*) or sliding-window attention (w)"
@@ -130,7 +130,7 @@ BORDERS: list[tuple[str, Any, dict, dict, str]] = [
     ("plan__logit_rows", 8, {}, {"plan__cross_entropy": "full"}, "PlanConfig.cross_entropy is not 'chunked'"),
     ("plan__quantize", "triton", {"pattern": "M-M", "plan__linear": "fp8"}, {}, "PlanConfig.linear is not 'fp8'"),
     ("plan__linear", "fp8", {"pattern": "M-M"}, {"pattern": "M-/-"},
-     "no layer but the first and the last, which compute nothing in 8 bits, has a dense product"),
+     "no layer other than the first and the last, which never use FP8, has a dense product"),
     ("plan__rms_norm", "triton", {"model__norm": "layer"}, {"pattern": "*", "model__norm": "layer"},
      "ModelConfig.norm is not 'rms', and the model has no layers of Mamba-2 (M)"),
     ("plan__fsdp_size", 2, {"plan__fsdp": "optimizer"}, {}, "PlanConfig.fsdp is 'none'"),
@@ -152,12 +152,12 @@ BORDERS: list[tuple[str, Any, dict, dict, str]] = [
     ("optimizer__min_ratio", 0.2, {"optimizer__schedule": "wsd", "optimizer__decay_steps": 3},
      {"optimizer__schedule": "constant"}, "OptimizerConfig.schedule is 'constant'"),
 ]  # fmt: skip
-# A config refuses these by itself where nothing reads them.
+# Where nothing reads these, their config itself refuses them.
 REFUSED_BEFORE = ("plan__fsdp_size", "plan__buffer_factor", "model__topk_group", "model__mtp_depths")
 
 
 @pytest.mark.parametrize(("name", "value", "reading", "idle", "why"), BORDERS)
-def test_a_setting_is_refused_where_nothing_reads_it_and_nowhere_else(name, value, reading, idle, why):
+def test_a_setting_is_refused_only_if_nothing_reads_it(name, value, reading, idle, why):
     part, field = name.split("__")
     default = PARTS[part].__dataclass_fields__[field].default
     assert value != default
@@ -178,7 +178,7 @@ def test_a_setting_is_refused_where_nothing_reads_it_and_nowhere_else(name, valu
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_every_field_is_read_always_or_on_a_condition(part):
+def test_every_field_is_read_always_or_conditionally(part):
     always = ALWAYS[part].split()
     conditional = {field for reader in READERS[part] for field in reader.fields.split()}
     assert not conditional & set(always) and len(always) == len(set(always))
@@ -188,7 +188,7 @@ def test_every_field_is_read_always_or_on_a_condition(part):
 
 
 def recording(config: Any) -> tuple[Any, set[str]]:
-    """`config` and the names of the fields that will have been read of it, but for copies."""
+    """A copy of `config`, and a set that collects the fields that are read of it, other than by copies and checks."""
     fields, read = {field.name for field in dataclasses.fields(config)}, set()
 
     class Recorder(type(config)):
@@ -204,20 +204,20 @@ def recording(config: Any) -> tuple[Any, set[str]]:
     return recorder, read
 
 
-# Read by the losses alone; and read without effect, since they are 0 or 1 where the table says that nothing reads them.
+# Read by the losses alone; and read without effect, since they are neutral if the table says that nothing reads them.
 OF_LOSSES = {"mtp_loss_scale", "router_aux_loss_coef", "router_z_loss_coef"}
-IN_VAIN = {"mtp_depths", "topk_group", "yarn_factor"}
+WITHOUT_EFFECT = {"mtp_depths", "topk_group", "yarn_factor"}
 HELD_TO_THE_DEFAULT = {"partial_rotary_factor"}  # by the config itself, where latent attention would not read it
 KERNELS = {"attention", "ssd", "selective_scan", "causal_conv1d", "grouped_matmul", "permutation"}
 
 
-def said_to_be_read(run: RunConfig, part: str) -> set[str]:
+def declared_as_read(run: RunConfig, part: str) -> set[str]:
     idle = {f for reader in READERS[part] if not reader.holds(run) for f in reader.fields.split()}
     return {field.name for field in dataclasses.fields(PARTS[part])} - idle
 
 
 @pytest.mark.parametrize("letter", LAYERS)
-def test_a_layers_forward_pass_reads_what_is_said_to_be_read(letter):
+def test_a_forward_pass_reads_the_fields_that_are_declared_as_read(letter):
     run = a_run(letter, **({"model__rope_theta": 10.0} if letter in "*w+" else {}))
     (model, of_model), (sizes, of_plan) = recording(run.model), recording(run.plan)
     plan = dataclasses.replace(single_device_plan(run.plan, run.model), config=sizes)
@@ -227,13 +227,13 @@ def test_a_layers_forward_pass_reads_what_is_said_to_be_read(letter):
         return LanguageModel(model, nnx.Rngs(0)).logits(tokens_bt, documents(tokens_bt + 1), plan)
 
     jax.eval_shape(forward)
-    elsewhere = OF_LOSSES | IN_VAIN | (HELD_TO_THE_DEFAULT if letter == "+" else set())
-    assert of_model - elsewhere == said_to_be_read(run, "model") - elsewhere
-    assert of_plan & KERNELS == said_to_be_read(run, "plan") & KERNELS
+    elsewhere = OF_LOSSES | WITHOUT_EFFECT | (HELD_TO_THE_DEFAULT if letter == "+" else set())
+    assert of_model - elsewhere == declared_as_read(run, "model") - elsewhere
+    assert of_plan & KERNELS == declared_as_read(run, "plan") & KERNELS
 
 
 def test_muon_leaves_parameters_to_adamw_which_reads_its_own_settings():
-    """So these are no settings that nothing reads: the embedding's update hangs on them, a matrix's does not."""
+    """So these settings are read: the embedding's update depends on them, a matrix's does not."""
     built = build(a_run("-").model)
     params = jax.tree.map(lambda x: jnp.linspace(0.1, 1, x.size).reshape(x.shape), built.params)
 
@@ -261,8 +261,8 @@ def test_warm_up_ends_within_the_run():
     assert str(caught.value) == f"OptimizerConfig.warmup_steps is 11; expected {expected}"
 
 
-def test_what_is_missing_reads_nothing_and_refuses_nothing():
-    """A plan file alone may be of any model."""
+def test_a_missing_part_refuses_nothing():
+    """A plan file alone may be for any model."""
     require_read(RunConfig(plan=PlanConfig(expert=2, dispatch="alltoall")))
     require_read(RunConfig(plan=PlanConfig(), train=TrainConfig(**PARTS_OF["train"], ngram_order=3)))
 
@@ -318,11 +318,11 @@ def test_an_override_back_to_the_default_makes_a_plan_for_experts_legal(file):
     assert load([file, plan], ["PlanConfig.expert = 1"])[0].plan == PlanConfig(data=2)
 
 
-def test_a_saved_file_with_an_idle_setting_is_read_without_it(file):
-    """Earlier versions let one pass, and wrote it into the run's folder."""
-    usual = load([file])[0]
+def test_a_saved_file_with_an_unread_setting_is_read_without_it(file):
+    """Earlier versions accepted such settings and saved them in the run's folder."""
+    without = load([file])[0]
     file.write_text(file.read_text() + "ModelConfig.head_dim = 3\nPlanConfig.virtual = 1\n")
-    assert load_saved(file) == usual
+    assert load_saved(file) == without
 
 
 def test_an_include_that_overrides_a_binding_above_it_is_refused(file):

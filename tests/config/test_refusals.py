@@ -1,4 +1,4 @@
-"""Every setting that cannot be is refused by a ConfigError that names field, value and what was expected."""
+"""Every illegal setting is refused by a ConfigError that names the field, its value and what was expected."""
 
 import dataclasses
 
@@ -115,7 +115,7 @@ def refusal(kind: type, **changes) -> str:
 
 
 @pytest.mark.parametrize("kind", GOOD)
-def test_the_settings_that_the_bad_ones_differ_from_are_accepted(kind):
+def test_the_settings_that_bad_ones_are_derived_from_are_accepted(kind):
     kind(**GOOD[kind])
 
 
@@ -137,7 +137,7 @@ def test_a_rate_that_is_not_finite_is_refused(value):
 
 
 @pytest.mark.parametrize("field", ["weight_decay", "min_ratio", "beta1"])
-def test_nan_lies_in_no_range(field):
+def test_nan_is_in_no_range(field):
     assert refusal(OptimizerConfig, **{field: float("nan")}).startswith(f"OptimizerConfig.{field} is nan; expected ")
 
 
@@ -166,7 +166,7 @@ def test_configs_are_frozen_and_keyword_only():
 
 
 def test_the_type_check_reaches_every_field():
-    """An object of no config's type is refused in whichever field it stands."""
+    """An object of a foreign type is refused in every field."""
     for kind, good in GOOD.items():
         for field in dataclasses.fields(kind):
             config = kind(**good)
@@ -189,7 +189,7 @@ LETTERS = {
     "M": ("Mamba-2", ("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size")),
     "E": ("mixture of experts", ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")),
 }
-# Of layers that the small hybrid does not have.
+# Sizes of layers that the small hybrid does not have.
 LATENT = {"kv_lora_rank": 9, "qk_nope_head_dim": 5, "qk_rope_head_dim": 6, "v_head_dim": 3, "rope_theta": 1e4}
 SIZES = {**HYBRID, **LATENT, "sliding_window": 7}
 NEEDED = [(letter, layer, field) for letter, (layer, fields) in LETTERS.items() for field in fields]
@@ -221,12 +221,12 @@ def test_a_layer_after_the_slash_needs_its_sizes_too():
         ("*", "head_dim", 2**16 + 2, "at most 65,536 with rotary positions"),
         ("+", "qk_rope_head_dim", 2**16 + 2, "at most 65,536"),
         ("+", "attention_bias", "qkv", "none or all: the pattern has + layers"),
-        ("+", "partial_rotary_factor", 0.5, "1.0: the pattern has + layers, which turn the whole of qk_rope_head_dim"),
+        ("+", "partial_rotary_factor", 0.5, "1.0: the pattern has + layers, which rotate all of qk_rope_head_dim"),
         ("+", "qk_norm", True, "False: the pattern has + layers, which have none"),
         ("+", "attention_sinks", True, "False: the pattern has + layers, which have none"),
     ],
 )
-def test_attention_refuses_what_it_would_not_do(letter, field, value, expected):
+def test_attention_refuses_settings_that_it_would_not_follow(letter, field, value, expected):
     sizes = {name: SIZES[name] for name in ("vocab_size", "hidden_size", *LETTERS[letter][1])}
     with pytest.raises(ConfigError) as caught:
         ModelConfig(**{"pattern": letter, "rope_theta": 1e4, **sizes, field: value})
@@ -240,7 +240,7 @@ def test_yarn_needs_the_original_context(letter):
         ModelConfig(**{"pattern": letter, "rope_theta": 1e4, **sizes, "yarn_factor": 4.0})
 
 
-def test_experts_within_reach_shrink_with_the_routers_groups():
+def test_the_routers_groups_limit_the_experts_per_token():
     ModelConfig(**{**HYBRID, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 12})
     with pytest.raises(ConfigError, match="num_experts_per_tok is 13; expected at most 12"):
         ModelConfig(**{**HYBRID, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 13})
@@ -276,8 +276,8 @@ def test_sequence_must_divide_over_tensor():
 
 
 @pytest.mark.parametrize(("pattern", "expected"), [("M*-", None), ("M/E", "1 x 5"), ("ME", "1 x 5")])
-def test_a_stream_that_every_rank_holds_whole_divides_only_over_experts(pattern, expected):
-    """Each rank routes tokens of its own."""
+def test_a_whole_stream_must_divide_over_tensor_only_with_experts(pattern, expected):
+    """Each rank routes its own share of the tokens."""
     config = run({"tensor": 5, "stream": "whole"}, sequence_length=21)
     config = dataclasses.replace(config, model=hybrid(pattern=pattern, mtp_depths=int("/" in pattern)))
     if expected is None:
@@ -290,7 +290,7 @@ def test_a_stream_that_every_rank_holds_whole_divides_only_over_experts(pattern,
 
 
 @pytest.mark.parametrize(("tensor", "pieces"), [(1, 2), (2, 2), (5, 10)])
-def test_sequence_must_divide_into_two_parts_a_context_rank(tensor, pieces):
+def test_sequence_must_divide_into_two_parts_per_context_rank(tensor, pieces):
     plan = {"context": 3, "tensor": tensor}
     run(plan, sequence_length=3 * pieces).check()
     with pytest.raises(ConfigError) as caught:
@@ -302,7 +302,7 @@ def test_sequence_must_divide_into_two_parts_a_context_rank(tensor, pieces):
 
 
 @pytest.mark.parametrize(("changes", "reach"), [({}, 3), ({"mtp_depths": 4}, 5), ({"conv_kernel": 8}, 7)])
-def test_parts_must_be_as_long_as_tokens_reach(changes, reach):
+def test_parts_must_be_as_long_as_the_reach_of_tokens(changes, reach):
     def reaching(length: int) -> RunConfig:
         config = run({"context": 2}, sequence_length=length)
         return dataclasses.replace(config, model=ModelConfig(**{**HYBRID, **changes}))
@@ -317,7 +317,7 @@ def test_parts_must_be_as_long_as_tokens_reach(changes, reach):
 
 
 @pytest.mark.parametrize("field", ["sequence_length", "sample_tokens"])
-def test_rows_longer_than_the_learned_positions(field):
+def test_sequences_longer_than_the_learned_positions_are_refused(field):
     def learned(positions: int) -> RunConfig:
         config = run({}, **{"sequence_length": 20, "sample_tokens": 20, field: 24})
         return dataclasses.replace(config, model=ModelConfig(**{**HYBRID, "learned_positions": positions}))
@@ -329,7 +329,7 @@ def test_rows_longer_than_the_learned_positions(field):
 
 
 @pytest.mark.parametrize(("field", "kernel"), [("attention", "cudnn"), ("grouped_matmul", "mosaic")])
-def test_kernels_of_half_precision(field, kernel):
+def test_kernels_of_half_precision_refuse_float32(field, kernel):
     run({field: kernel}, compute_dtype="bfloat16").check()
     with pytest.raises(ConfigError) as caught:
         run({field: kernel}, compute_dtype="float32").check()

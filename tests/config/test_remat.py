@@ -1,4 +1,4 @@
-"""Which names the entries of PlanConfig.remat choose, and which entries are refused."""
+"""The names that entries of PlanConfig.remat choose, and the entries that are refused."""
 
 import pytest
 from tests.helpers import run_config
@@ -9,43 +9,43 @@ from orogen.config.plan import PlanConfig
 from orogen.config.remat import EVERY, MODULES, NAMES, SELECTIVE, Remat, check_layers
 
 
-def again(remat, letter: str) -> set[str]:
+def recomputed(remat, letter: str) -> set[str]:
     found = PlanConfig(remat=remat).layer_remat(letter)
     assert found.kind == "names"
     return set(found.again)
 
 
 @pytest.mark.parametrize("word", ("none", "full", "elementwise"))
-def test_a_word_for_a_whole_layer_is_for_every_layer(word):
+def test_a_word_for_whole_layers_applies_to_every_layer(word):
     assert {PlanConfig(remat=word).layer_remat(letter) for letter in EVERY} == {Remat(word)}
 
 
-def test_a_name_is_for_the_layers_that_have_it_and_the_others_recompute_nothing():
-    assert again("conv", "M") == again(("conv",), "m") == {"conv"}
+def test_a_name_applies_to_the_layers_that_have_it_and_others_recompute_nothing():
+    assert recomputed("conv", "M") == recomputed(("conv",), "m") == {"conv"}
     assert PlanConfig(remat="conv").layer_remat("*") == Remat("none")
 
 
 def test_letters_before_a_colon_choose_layers():
     remat = ("M:conv,gated_norm", "*w:core", "E:full")
-    assert again(remat, "M") == {"conv", "gated_norm"}
-    assert again(remat, "*") == again(remat, "w") == {"core"}
+    assert recomputed(remat, "M") == {"conv", "gated_norm"}
+    assert recomputed(remat, "*") == recomputed(remat, "w") == {"core"}
     assert PlanConfig(remat=remat).layer_remat("E") == Remat("full")
     assert PlanConfig(remat=remat).layer_remat("m") == Remat("none")
 
 
 def test_words_and_names_add_up():
-    assert again(("selective", "norm"), "*") == {"core", "norm"}
-    assert again(("paper", "M:conv"), "M") == {"conv"}
-    assert again("paper", "E") == again("selective", "-") == set()
-    assert all(again("selective", letter) == names for letter, names in SELECTIVE.items())
+    assert recomputed(("selective", "norm"), "*") == {"core", "norm"}
+    assert recomputed(("paper", "M:conv"), "M") == {"conv"}
+    assert recomputed("paper", "E") == recomputed("selective", "-") == set()
+    assert all(recomputed("selective", letter) == names for letter, names in SELECTIVE.items())
 
 
 def test_megatrons_modules_are_names():
-    assert again("mla_up_proj", "+") == {"query", "key", "value"}
+    assert recomputed("mla_up_proj", "+") == {"query", "key", "value"}
     assert PlanConfig(remat="mla_up_proj").layer_remat("*") == Remat("none")
-    assert again("moe_act", "E") == {"expert_activation"}
-    assert again("layernorm", "-") == {"norm"}
-    assert "rows" in again("moe", "E") and PlanConfig(remat="moe").layer_remat("+") == Remat("none")
+    assert recomputed("moe_act", "E") == {"expert_activation"}
+    assert recomputed("layernorm", "-") == {"norm"}
+    assert "rows" in recomputed("moe", "E") and PlanConfig(remat="moe").layer_remat("+") == Remat("none")
     assert all(set(names) <= set(NAMES) for names in MODULES.values())
 
 
@@ -58,13 +58,13 @@ def test_megatrons_modules_are_names():
         ((), None),
         ("", "not ''"),
         ("X:conv", "expected letters of Mm*w+-E before the colon, not 'X'"),
-        ("M*:conv", "expected of layers * one of norm, query, key, value, core, attention, not 'conv'"),
+        ("M*:conv", "expected one of norm, query, key, value, core, attention for layers *, not 'conv'"),
         (("M:full", "conv"), "expected one choice for layers M, not conv and full"),
         (("full", "E:none"), "expected one choice for layers E, not full and none"),
         (7, "a value of type str | tuple[str, ...]"),
     ],
 )
-def test_an_entry_that_means_nothing_is_refused_with_what_is_known(remat, expected):
+def test_a_meaningless_entry_is_refused_with_the_known_ones(remat, expected):
     if expected is None:
         assert PlanConfig(remat=remat).layer_remat("M") == Remat("none")
         return
@@ -77,11 +77,13 @@ def test_an_entry_that_means_nothing_is_refused_with_what_is_known(remat, expect
 
 def test_names_of_layers_that_the_model_lacks_are_refused_with_those_it_has():
     run_config(plan={"remat": ("M:conv", "core")}).check()
-    with pytest.raises(ConfigError, match=r"expected what the model's layers M\*-E have, norm, .*; not layers m"):
+    with pytest.raises(
+        ConfigError, match=r"expected names that the model's layers M\*-E have \(norm, .*\), not layers m"
+    ):
         run_config(plan={"remat": "m:conv"}).check()
     with pytest.raises(ConfigError, match=r"not 'scan_states'"):
         run_config(plan={"remat": ("core", "scan_states")}).check()
-    with pytest.raises(ConfigError, match=r"layers - have, norm, up, activation; not 'core'"):
+    with pytest.raises(ConfigError, match=r"layers - have \(norm, up, activation\), not 'core'"):
         check_layers("remat", "core", "-")
 
 
@@ -104,7 +106,7 @@ def test_offload_takes_names_of_the_models_layers():
     assert PlanConfig(offload=("conv",)).layer_remat("M") == Remat("names", frozenset(), frozenset({"conv"}))
     assert PlanConfig(offload=("conv",)).layer_remat("*") == Remat("none")
     assert PlanConfig(offload=("conv",), remat="full").layer_remat("M").kind == "full"
-    with pytest.raises(ConfigError, match=r"PlanConfig.offload is \('selective',\); expected names of input, norm, "):
+    with pytest.raises(ConfigError, match=r"PlanConfig.offload is \('selective',\); expected some of input, norm, "):
         PlanConfig(offload=("selective",))
-    with pytest.raises(ConfigError, match=r"PlanConfig.offload is \('scan',\); expected what .* not 'scan'"):
+    with pytest.raises(ConfigError, match=r"PlanConfig.offload is \('scan',\); expected names that .* not 'scan'"):
         run_config(plan={"offload": ("scan",)}).check()

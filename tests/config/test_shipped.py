@@ -1,4 +1,4 @@
-"""Gin files that come with Orogen are found wherever a command runs, and a wheel holds them."""
+"""Gin files that come with Orogen are found from any working directory, and a wheel holds them."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def test_a_recipe_is_found_outside_the_checkout(tmp_path, monkeypatch):
     assert find(Path(QUICKSTART)) == SHIPPED / "recipes" / "quickstart.gin"
 
 
-def test_a_file_that_is_there_comes_first(tmp_path, monkeypatch):
+def test_an_existing_file_comes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     own = Path(QUICKSTART)
     own.parent.mkdir(parents=True)
@@ -30,16 +30,16 @@ def test_a_file_that_is_there_comes_first(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["gin_configs/recipes/none.gin", "recipes/quickstart.gin", "gin_configs"])
-def test_another_name_is_not_there(tmp_path, monkeypatch, name: str):
+def test_other_names_do_not_exist(tmp_path, monkeypatch, name: str):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=f"gin file '{name}' does not exist"):
         load([name])
 
 
 def test_a_wheel_holds_every_gin_file():
-    """By the packages and patterns that setuptools reads, since building a wheel takes seconds."""
-    told = read_configuration(ROOT / "pyproject.toml")["tool"]["setuptools"]
-    packages, patterns = set(told["packages"]), told["package-data"][""]  # of every package
+    """Checked by the packages and patterns that setuptools reads, since building a wheel takes seconds."""
+    settings = read_configuration(ROOT / "pyproject.toml")["tool"]["setuptools"]
+    packages, patterns = set(settings["packages"]), settings["package-data"][""]  # "" stands for every package
     held = {file.relative_to(ROOT / "gin_configs") for file in (ROOT / "gin_configs").rglob("*.gin")}
     assert len(held) > 30
     for file in held:

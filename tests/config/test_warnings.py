@@ -1,10 +1,10 @@
-"""What a model of legal fields is warned of."""
+"""Warnings about models whose fields are legal."""
 
 from orogen.config.model import ModelConfig
 
 
-def test_a_single_renormalised_expert_is_warned_of():
-    """Its weight is 1 whatever the router says; without renormalisation it is the score."""
+def test_a_single_renormalised_expert_gives_a_warning():
+    """Its weight is always 1; without renormalisation it is the router's score."""
     sizes = {"vocab_size": 7, "hidden_size": 6, "n_routed_experts": 5, "moe_intermediate_size": 3}
     warn = lambda k=1, pattern="E", **fields: ModelConfig(  # noqa: E731
         pattern=pattern, num_experts_per_tok=k, **sizes, **fields

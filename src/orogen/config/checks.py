@@ -1,4 +1,4 @@
-"""Checks that every config makes of itself: types, ranges and names, each with a message of one line."""
+"""Checks that configs make when they are built: types, ranges and names, each with a one-line message."""
 
 import dataclasses
 import math
@@ -8,8 +8,8 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
-# The default of a field that only some configs need. It has the type of every field: code that reads the field has
-# checked that it is there.
+# The default of a field that only some configs need. Its type is Any, so that it fits every field: code that reads the
+# field has checked that it is set.
 ABSENT: Any = None
 
 
@@ -64,24 +64,24 @@ def is_unicode(text: str) -> bool:
 def check_types(config: Any) -> None:
     """Raises ConfigError unless every field of the dataclass `config` has the type it declares.
 
-    An int passes for a float, a bool never passes for a number: gin itself takes '1e-3' for a float silently.
+    An int passes for a float, a bool never passes for a number. gin itself would accept '1e-3' for a float silently.
     """
     hints = field_types(type(config))
     for field in dataclasses.fields(config):
         value, hint = getattr(config, field.name), hints[field.name]
         absent = value is None and field.default is None
         require(absent or _matches(value, hint), config, field.name, f"a value of type {type_name(hint)}")
-        # The config is written down in UTF-8.
+        # The config is saved in UTF-8.
         require(not isinstance(value, str) or is_unicode(value), config, field.name, "valid Unicode")
 
 
 def field_types(kind: type) -> dict[str, Any]:
-    """The type that each field of the dataclass declares, without the meaning that `Annotated` puts beside it."""
+    """The type that each field of the dataclass declares, without the meaning that `Annotated` adds."""
     return typing.get_type_hints(kind)
 
 
 def type_name(hint: Any) -> str:
-    """A type as it is written."""
+    """A type as it is written in source code."""
     return str(hint) if typing.get_origin(hint) else getattr(hint, "__name__", str(hint))
 
 
@@ -94,7 +94,7 @@ def _matches(value: Any, hint: Any) -> bool:
         if not isinstance(value, tuple | list):
             return False
         if last is ...:
-            if set(map(type, value)) <= {kinds[0]}:  # a prompt has thousands; one by one they take milliseconds
+            if set(map(type, value)) <= {kinds[0]}:  # a prompt has thousands of ids; checking each takes milliseconds
                 return True
             return all(_matches(v, kinds[0]) for v in value)
         return len(value) == len(kinds) + 1 and all(map(_matches, value, (*kinds, last)))

@@ -10,17 +10,17 @@ BYTE_VOCAB_SIZE = 256 + 3  # every byte, and <pad>, <bos>, <eos>
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """A corpus and how it becomes tokens. Raises ConfigError for what cannot be.
+    """A corpus and how it becomes tokens. Raises ConfigError if fields are out of range or contradict each other.
 
-    corpus: "stdlib" needs no download. Files are .txt (a file is a document), .jsonl, .jsonl.gz, .jsonl.zst or .parquet
-    (a line or row is one). tokenizer: "bpe" is a byte-level BPE.
+    corpus: "stdlib" needs no download. Files are .txt (each file is a document), .jsonl, .jsonl.gz, .jsonl.zst or
+    .parquet (each line or row is a document). tokenizer: "bpe" is a byte-level BPE.
     """
 
     corpus: Annotated[str, "stdlib (the running Python's own library), or the path of a file or folder"]
     tokenizer: Annotated[str, "byte, bpe (trained on the train split), or the path of a tokenizer.json"]
-    vocab_size: Annotated[int | None, "entries of the tokenizer, specials included: required for bpe, else a check"] = (
-        None
-    )
+    vocab_size: Annotated[
+        int | None, "tokens of the tokenizer, specials included: required for bpe, else only checked"
+    ] = None
     text_field: Annotated[str, "the key (jsonl) or column (Parquet) that holds the text"] = "text"
     heldout_fraction: Annotated[float, "expected share of the documents kept for evaluation; 0 makes no such split"] = (
         0.05
@@ -28,7 +28,7 @@ class DataConfig:
     tuning_fraction: Annotated[
         float, "expected share of the documents kept for choosing hyperparameters; 0 makes no such split"
     ] = 0.02
-    seed: Annotated[int, "decides which document falls in which split; TrainConfig.seed decides the order"] = 0
+    seed: Annotated[int, "decides the split of each document; TrainConfig.seed decides the order"] = 0
     shuffle: Annotated[bool, "False trains in the order of the document keys"] = True
 
     def __post_init__(self) -> None:

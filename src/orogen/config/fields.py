@@ -1,4 +1,4 @@
-"""The fields of every config, each with the meaning that is written beside it as `Annotated[type, "meaning"]`."""
+"""The fields of every config, with the meaning that each declares as `Annotated[type, "meaning"]`."""
 
 import dataclasses
 import typing
@@ -9,7 +9,7 @@ from orogen.config.run import PARTS
 
 
 def describe_fields() -> dict[str, list[dict[str, Any]]]:
-    """By class, one dict per field: name, type, default (absent where the field is required) and meaning."""
+    """By class, one dict per field: name, type, default (absent if the field is required) and meaning."""
     return {kind.__name__: _fields(kind) for kind in PARTS.values()}
 
 

@@ -1,11 +1,11 @@
-"""Files that are there whole or not at all."""
+"""Files that are written atomically."""
 
 import os
 from pathlib import Path
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader, or a crash, meets the whole of the old one or the whole of the new one."""
+    """Writes a file so that a reader, even after a crash, finds either all of the old content or all of the new."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         file.write(content)

@@ -1,7 +1,7 @@
-"""JSON from elsewhere: parsed within bounds, its types checked against a description before anything reads it.
+"""JSON from outside: parsed within limits, and its types checked against a description before anything reads it.
 
 A description is a type (str, bool, int, float, None, dict, list), a `Whole`, a `Number`, a `ListOf`, a `MapOf`, a
-`Record`, or a tuple of these, of which one must fit. An int fits float; a bool fits neither.
+`Record`, or a tuple of alternatives. An int fits float; a bool fits neither.
 """
 
 import json
@@ -17,7 +17,7 @@ MAX_BYTES = 10**8  # of a file: the largest released tokenizer.json has 35 MB
 MAX_DEPTH = 64  # of nested lists and objects
 MAX_DIGITS = 100  # of an integer, so that a float holds it; transformers writes int(1e30) for "no limit"
 
-# An unterminated string matches too, and nothing is tried twice: otherwise a long one would take quadratic time.
+# An unterminated string matches too, and nothing backtracks: otherwise a long one would take quadratic time.
 _BRACKETS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[{]|[\]}]', re.DOTALL)
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _MISSING = object()
@@ -36,7 +36,7 @@ class Number(NamedTuple):
 
 
 class ListOf(NamedTuple):
-    """A list whose items all fit `item`; `length`: how many it has, None for any number."""
+    """A list whose items all fit `item`; `length`: the number of items, None for any."""
 
     item: Any
     length: int | None = None
@@ -49,7 +49,7 @@ class MapOf(NamedTuple):
 
 
 class Record(NamedTuple):
-    """An object with the fields `required`; those of the fields `optional` that are there fit. It may have others."""
+    """An object with the fields `required`; fields `optional` must fit if present. It may have other fields."""
 
     required: Mapping[str, Any]
     optional: Mapping[str, Any] = {}
@@ -61,7 +61,7 @@ _CONTAINERS = {ListOf: list, MapOf: dict, Record: dict}
 def parse_json(data: bytes, *, where: str) -> Any:
     """The value of a JSON text. Infinity and NaN are numbers, as Python's own `json` writes them.
 
-    Raises ConfigError in one line for what is no JSON in UTF-8, nests deeper than MAX_DEPTH, has an integer of more
+    Raises ConfigError in one line if the text is not JSON in UTF-8, nests deeper than MAX_DEPTH, has an integer of more
     than MAX_DIGITS digits, or an object that gives one name two different values.
     """
     if data.startswith(_BYTE_ORDER_MARKS):
@@ -79,9 +79,9 @@ def parse_json(data: bytes, *, where: str) -> Any:
 
 
 def read_json(file: Path, form: Any = dict) -> dict[str, Any]:
-    """The JSON object of a file, which fits `form`; its texts are valid Unicode.
+    """The JSON object of a file, which fits `form`; its strings are valid Unicode.
 
-    Raises ConfigError if the file holds none or more than MAX_BYTES, OSError if it cannot be read.
+    Raises ConfigError if the file holds no such object or more than MAX_BYTES, OSError if it cannot be read.
     """
     if (size := file.stat().st_size) > MAX_BYTES:
         raise ConfigError(f"{file} has {size} bytes; expected at most {MAX_BYTES}")
@@ -89,7 +89,7 @@ def read_json(file: Path, form: Any = dict) -> dict[str, Any]:
 
 
 def read_object(data: bytes, form: Any = dict, *, where: str) -> dict[str, Any]:
-    """The JSON object of a text, which fits `form`; its texts are valid Unicode. Raises ConfigError."""
+    """The JSON object of a text, which fits `form`; its strings are valid Unicode. Raises ConfigError."""
     value = parse_json(data, where=where)
     if not isinstance(value, dict):
         raise ConfigError(f"{where} holds {type(value).__name__}; expected a JSON object")
@@ -125,7 +125,7 @@ def _misfits(value: Any, form: Any, name: str) -> Iterator[tuple[str, Any, Any]]
             if key in value or key in form.required:
                 yield from _misfits(value.get(key, _MISSING), inner, f"{name}.{key}" if name else key)
     elif type(form) is tuple and form[1:] == (None,) and isinstance(value, _CONTAINERS.get(type(form[0]), ())):
-        yield from _misfits(value, form[0], name)  # which tells the place within
+        yield from _misfits(value, form[0], name)  # which names the place inside
     elif not _is_one(value, form):
         yield name, value, form
 
@@ -165,7 +165,7 @@ def described(form: Any) -> str:
 
 
 def _check_depth(data: bytes, where: str) -> None:
-    """json recurses as deep as the text nests, and raises RecursionError at a depth that depends on its caller."""
+    """json recurses as deeply as the text nests, and raises RecursionError at a depth that depends on the caller."""
     if data.count(b"[") + data.count(b"{") <= MAX_DEPTH:
         return
     depth = 0
@@ -193,7 +193,7 @@ def _integer(digits: str) -> int:
 
 
 def _lone_surrogate(value: Any) -> str | None:
-    """The first text in `value` that UTF-8 cannot encode."""
+    """A string in `value` that UTF-8 cannot encode, None without one."""
     left = [value]
     while left:
         item = left.pop()

@@ -32,42 +32,42 @@ for _part in (*PARTS.values(), EngineConfig):
 def load(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[RunConfig, str]:
     """The RunConfig of `files` with `bindings` on top, and its operative text, which loads to an equal config.
 
-    A part is built if any binding names it, or if none of its fields is required. A file `gin_configs/...` that is not
-    there is the one that comes with Orogen. Includes are looked up beside the
-    file of `files` that they come from, and in its parent folder. Raises ConfigError in one line on anything gin
-    refuses (unknown class, field or file), on a field's own refusal, on a key bound twice in one file or in `bindings`,
-    on an import, on bindings that an include overrides or that nothing read, and on settings that nothing reads
-    (config/reads.py): gin itself is silent on misspelt macros, unused scopes and duplicate keys.
+    A part is built if any binding names it, or if none of its fields is required. A file `gin_configs/...` that does
+    not exist is looked up among those that come with Orogen. Includes are looked up in the folder of the file in
+    `files` that they come from, and in the parent of that folder. Raises ConfigError in one line on anything gin
+    refuses (unknown class, field or file), on a value that its field refuses, on a key bound twice in one file or in
+    `bindings`, on an import, on bindings that an include overrides or that nothing read, and on settings that nothing
+    reads (config/reads.py): gin itself is silent on misspelt macros, unused scopes and duplicate keys.
     """
     config, text = parse(files, bindings)
     return require_read(config), text
 
 
 def load_saved(file: Path) -> RunConfig:
-    """The RunConfig of a `config.gin` that was written for a folder. A setting that nothing reads has its default: no
-    user binds these files' fields, and older versions wrote such settings down."""
+    """The RunConfig of a `config.gin` that Orogen saved in a folder. Settings that nothing reads get their defaults
+    instead of a refusal: no user wrote these files, and older versions saved such settings."""
     return without_unread(parse([file])[0])
 
 
 def load_engine(
     bindings: Sequence[str], *, rows: int | None = None, length: int | None = None
 ) -> tuple[PlanConfig | None, EngineConfig]:
-    """The plan that bindings choose for an inference engine, None if they name none, and the engine's own config.
+    """The plan that bindings choose for an inference engine, None if they bind none, and the engine's own config.
 
-    rows, length: where no binding says otherwise, the engine has the fewest slots for so many requests on that plan,
-    and max_length is `length`. Raises ConfigError as `load` does.
+    rows, length: unless bound, slots is the fewest for `rows` requests on that plan, and max_length is `length`. Raises
+    ConfigError as `load` does.
     """
     parts, _ = _parts((), bindings, {"plan": PlanConfig, "engine": EngineConfig})
     bound = {tuple(key.split(".")[-2:]) for key in _keys(gin.config_str())}
     plan = parts["plan"] if any(key[0] == PlanConfig.__name__ for key in bound) else None
-    ways = 1 if plan is None else plan.data * plan.tensor
-    usual = {"slots": None if rows is None else -(-rows // ways) * ways, "max_length": length}
-    chosen = {k: v for k, v in usual.items() if v is not None and (EngineConfig.__name__, k) not in bound}
+    ranks = 1 if plan is None else plan.data * plan.tensor
+    defaults = {"slots": None if rows is None else -(-rows // ranks) * ranks, "max_length": length}
+    chosen = {k: v for k, v in defaults.items() if v is not None and (EngineConfig.__name__, k) not in bound}
     return plan, dataclasses.replace(parts["engine"], **chosen)
 
 
 def parse(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[RunConfig, str]:
-    """What `load` returns, without its check that settings are read. Raises ConfigError on everything else that it
+    """Like `load`, but without the check that settings are read. Raises ConfigError on everything else that `load`
     refuses."""
     parts, text = _parts(files, bindings, PARTS)
     return RunConfig(**parts).check(), text
@@ -158,9 +158,9 @@ def _check_bindings(bindings: Sequence[str]) -> None:
 
 
 def _check_statements(file: Path, folders: Sequence[Path], above: tuple[Path, ...], read: list[Path]) -> set[str]:
-    """The keys that `file` and what it includes bind. Refuses what gin accepts in them: a key bound twice, an import,
-    a loop, endless includes, an include that overrides what its file bound above it. Of two includes the later one
-    wins, as of two files. read: the files so far, each as often as it is included.
+    """The keys that `file` and its includes bind. Refuses what gin accepts in them: a key bound twice, an import, a
+    loop of includes, too many includes, an include that overrides a binding above it. The later of two includes wins,
+    as the later of two files does. read: the files so far, each as often as it is included.
     """
     read.append(file)
     if len(read) > MAX_FILES:
@@ -191,7 +191,7 @@ def _check_statements(file: Path, folders: Sequence[Path], above: tuple[Path, ..
 
 
 def _check_once(statement: BindingStatement, seen: set[str], where: str) -> None:
-    """Adds the statement's key to `seen`. Raises ConfigError if it is there."""
+    """Adds the statement's key to `seen`. Raises ConfigError if it is there already."""
     key = ".".join(filter(None, (statement.selector.split(".")[-1], statement.arg_name)))
     key = f"{statement.scope}/{key}" if statement.scope else key
     if key in seen:
@@ -220,7 +220,8 @@ class _Delegate:
 
 
 def _first_line(error: BaseException) -> str:
-    """The message of `error` in one line: gin appends where it was. A value gin cannot read is on its second line."""
+    """The message of `error` in one line, without the location that gin appends; gin names a value that it cannot read
+    on the second line."""
     text = str(error.args[0]) if isinstance(error, tokenize.TokenError) else str(error).split(" in config string:")[0]
     if token := re.search(r"Failed to parse token '(.*)'", text):
         value = token[1][:MESSAGE]

@@ -26,7 +26,7 @@ LAYERS = {
 NORMS = ("rms", "rms_cast_first", "layer", "layer_1p")
 ACTIVATIONS = ("relu2", "relu", "silu", "gelu", "gelu_tanh")
 ATTENTION_BIASES = ("none", "qkv", "all")
-MAX_LAYERS = 1024  # the deepest trained models have 1,000; the time to fold a pattern grows with the square
+MAX_LAYERS = 1024  # the deepest trained models have 1,000; the time to fold a pattern grows with its square
 MAX_ROTATED = 2**16  # one frequency per pair is computed on the host wherever a model is built
 MOE_BIASES = ("routed", "shared")
 ROUTER_SCORES = ("sigmoid", "softmax", "softmax_topk")
@@ -38,7 +38,7 @@ class Pattern:
     """A parsed layer pattern.
 
     main: one letter per residual layer; segments: the same letters, split at `|` into pipeline segments;
-    mtp: the letters of the multi-token-prediction block ("" without one); mtp_parts: how often it was written.
+    mtp: the letters of the multi-token-prediction block ("" without one); mtp_parts: how many times it is written.
     """
 
     main: str
@@ -73,48 +73,42 @@ def parse_pattern(text: str) -> Pattern:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A hybrid model. Fields that only one layer type reads may stay None when the pattern has no such layer.
+    """A hybrid model. Fields that only one layer type reads may stay None if the pattern has no such layer.
 
-    norm: rms_cast_first casts to the compute dtype before it multiplies by the weight (Llama, Qwen) and not after
-    (Nemotron); layer_1p stores its weight minus one.
+    norm: rms_cast_first casts to the compute dtype before it multiplies by the weight (Llama, Qwen), the others after
+    it (Nemotron); layer_1p stores its weight minus one.
     swiglu_limit: with limit c the gated MLP is gpt-oss's (clip(up x, ±c) + 1) · g · sigmoid(1.702 g), where
     g = min(gate x, c).
-    moe_bias: where mlp_bias is set, biases are those of the routed experts' maps (gpt-oss), or those of the shared
-    expert's and the latent projections' (nemotron_h).
+    moe_bias: with mlp_bias, either the routed experts' projections have biases (gpt-oss), or the shared expert's and
+    the latent projections do (nemotron_h).
     router_bias is part of the logits; router_correction_bias is not, and gets no gradient.
     router_balance: row and global are Megatron's seq_aux_loss and global_aux_loss.
     """
 
     pattern: Annotated[str, "one letter per layer, `|` between pipeline segments, the MTP block after `/`: `MEM*E/*E`"]
-    vocab_size: Annotated[int, "rows of embedding and head"]
+    vocab_size: Annotated[int, "tokens of the vocabulary: rows of embedding and head"]
     hidden_size: Annotated[int, "width of the residual stream"]
     norm: Annotated[
         str, "rms, rms_cast_first, layer or layer_1p: of every residual layer, the final norm and attention's own"
     ] = "rms"
-    layer_norm_epsilon: Annotated[float, "added to the variance in norms; those of MLA's latent vectors have 1e-6"] = (
+    layer_norm_epsilon: Annotated[float, "added to the variance in norms; those of MLA's latent vectors add 1e-6"] = (
         1e-5
     )
     tie_word_embeddings: Annotated[bool, "whether the head is the transposed embedding"] = False
-    learned_positions: Annotated[int, "how many position vectors are added to the embeddings; None adds none"] = ABSENT
+    learned_positions: Annotated[int, "number of learned position embeddings; None: none"] = ABSENT
     # attention (*, w, +)
     num_attention_heads: Annotated[int, "query heads"] = ABSENT
-    num_key_value_heads: Annotated[int, "key heads, each shared by as many query heads"] = ABSENT
+    num_key_value_heads: Annotated[int, "key heads, each shared by equally many query heads"] = ABSENT
     head_dim: Annotated[int, "width of a query, key or value head"] = ABSENT
     attention_bias: Annotated[str, "which projections have a bias: none, qkv or all"] = "none"
     qk_norm: Annotated[bool, "whether queries and keys are normalised per head"] = False
-    attention_sinks: Annotated[bool, "whether each head has a learned logit that only takes part in the softmax"] = (
-        False
-    )
-    sliding_window: Annotated[int, "how many tokens `w` layers look back, their own included"] = ABSENT
+    attention_sinks: Annotated[bool, "whether each head has a learned logit in the softmax's denominator"] = False
+    sliding_window: Annotated[int, "how many tokens a token in a `w` layer sees, its own included"] = ABSENT
     # rotary positions
-    rope_theta: Annotated[float, "base of the rotary frequencies; None leaves attention without rotary positions"] = (
-        ABSENT
-    )
+    rope_theta: Annotated[float, "base of the rotary frequencies; None: attention has no rotary positions"] = ABSENT
     partial_rotary_factor: Annotated[float, "share of head_dim that is rotated"] = 1.0
-    rope_interleave: Annotated[bool, "whether a rotated pair is two neighbours, not one from each half"] = False
-    yarn_factor: Annotated[
-        float, "how many times the context is stretched by YaRN (arXiv:2309.00071); None stretches nothing"
-    ] = ABSENT
+    rope_interleave: Annotated[bool, "whether a rotated pair is two neighbours instead of one from each half"] = False
+    yarn_factor: Annotated[float, "factor by which YaRN (arXiv:2309.00071) extends the context; None: no YaRN"] = ABSENT
     yarn_original_positions: Annotated[int, "context length before YaRN"] = ABSENT
     yarn_beta_fast: Annotated[float, "rotations over the original context above which a frequency is kept"] = 32.0
     yarn_beta_slow: Annotated[
@@ -135,8 +129,8 @@ class ModelConfig:
     intermediate_size: Annotated[int, "hidden units of the dense MLP"] = ABSENT
     mlp_hidden_act: Annotated[str, "relu2, relu, silu, gelu or gelu_tanh, in experts too"] = "relu2"
     mlp_gated: Annotated[bool, "down(act(gate x) · up x) in place of down(act(up x)), in experts too"] = False
-    mlp_bias: Annotated[bool, "whether the maps have biases; moe_bias says which in an expert layer"] = False
-    swiglu_limit: Annotated[float, "bound of gpt-oss's clipped SwiGLU; None clips nothing"] = ABSENT
+    mlp_bias: Annotated[bool, "whether projections have biases; moe_bias says which ones in an expert layer"] = False
+    swiglu_limit: Annotated[float, "bound of gpt-oss's clipped SwiGLU; None: no bound"] = ABSENT
     # Mamba-2 (M)
     mamba_num_heads: Annotated[int, "heads of Mamba-2"] = ABSENT
     mamba_head_dim: Annotated[int, "width of a Mamba-2 head"] = ABSENT
@@ -149,7 +143,7 @@ class ModelConfig:
     mamba_intermediate_size: Annotated[int, "channels of Mamba-1"] = ABSENT
     time_step_rank: Annotated[int, "rank of Mamba-1's time-step projection"] = ABSENT
     # both Mambas
-    ssm_state_size: Annotated[int, "size of a channel's or head's state"] = ABSENT
+    ssm_state_size: Annotated[int, "state size per channel"] = ABSENT
     conv_kernel: Annotated[int, "taps of the causal convolution"] = 4
     use_conv_bias: Annotated[bool, "whether the convolution has a bias"] = True
     mamba_proj_bias: Annotated[bool, "whether the input and output projections have biases"] = False
@@ -157,32 +151,35 @@ class ModelConfig:
     n_routed_experts: Annotated[int, "experts that the router chooses from"] = ABSENT
     num_experts_per_tok: Annotated[int, "experts that each token is sent to"] = ABSENT
     moe_intermediate_size: Annotated[int, "hidden units of a routed expert"] = ABSENT
-    moe_shared_expert_intermediate_size: Annotated[int, "hidden units of the shared expert; None has none"] = ABSENT
+    moe_shared_expert_intermediate_size: Annotated[int, "hidden units of the shared expert; None: no shared expert"] = (
+        ABSENT
+    )
     moe_shared_expert_gate: Annotated[bool, "whether a sigmoid gate weighs the shared expert's output"] = False
     moe_latent_size: Annotated[
         int, "width that tokens are projected to for the routed experts (LatentMoE); None: hidden_size"
     ] = ABSENT
     moe_bias: Annotated[
-        str, "which maps mlp_bias gives biases: routed (experts'), or shared (shared expert's and latent's)"
+        str,
+        "which projections mlp_bias gives biases: routed (of experts), or shared (of the shared expert and the latent)",
     ] = "routed"
     router_score: Annotated[str, "sigmoid, softmax, or softmax_topk: a softmax over the chosen logits alone"] = (
         "sigmoid"
     )
     router_bias: Annotated[bool, "whether the logits have a learned bias"] = False
-    router_correction_bias: Annotated[bool, "whether a bias, updated from the load, takes part in the choice alone"] = (
-        True
-    )
+    router_correction_bias: Annotated[
+        bool, "whether a bias, updated from the load, counts in the choice of experts only"
+    ] = True
     norm_topk_prob: Annotated[bool, "whether the weights of the chosen experts are divided by their sum"] = True
     routed_scaling_factor: Annotated[float, "factor of the weights of the chosen experts"] = 1.0
     n_group: Annotated[int, "groups of experts; each token's experts are in topk_group of them"] = 1
     topk_group: Annotated[int, "how many of the n_group groups the router chooses for a token"] = 1
     router_aux_loss_coef: Annotated[float, "weight of the balance loss"] = 1e-4
     router_balance: Annotated[
-        str, "over what the balance loss is taken: each row of the batch, or global, all rows and microbatches"
+        str, "what the balance loss is taken over: row (each sequence), or global (all sequences and microbatches)"
     ] = "row"
     router_z_loss_coef: Annotated[float, "weight of the loss on the router's squared log-sum-exp"] = 0.0
     # multi-token prediction
-    mtp_depths: Annotated[int, "how often the one block after `/` is applied"] = 0
+    mtp_depths: Annotated[int, "how many times the one block after `/` is applied"] = 0
     mtp_loss_scale: Annotated[float, "weight of the mean MTP loss"] = 0.3
 
     def __post_init__(self) -> None:
@@ -216,7 +213,7 @@ class ModelConfig:
         return parse_pattern(self.pattern)
 
     def warnings(self) -> list[str]:
-        """What is legal but hardly meant, one line each."""
+        """What is legal but probably not meant, one line each."""
         whole = self.router_score == "softmax_topk" or self.norm_topk_prob
         if self.num_experts_per_tok != 1 or not whole or "E" not in self.layers.main + self.layers.mtp:
             return []
@@ -233,7 +230,7 @@ class ModelConfig:
 
     @property
     def output_init_std(self) -> float:
-        """Standard deviation for projections back into the residual stream: init_std / sqrt(number of residual layers).
+        """Standard deviation of projections back into the residual stream: init_std / sqrt(number of residual layers).
 
         Megatron divides by sqrt(m·L) with m = 1 for hybrids, whose L counts residual layers, and m = 2 for pure
         transformers, whose L counts pairs of them: the same number.
@@ -247,18 +244,18 @@ class ModelConfig:
 
     @property
     def routed_expert_bias(self) -> bool:
-        """Whether the routed experts' maps have biases."""
+        """Whether the routed experts' projections have biases."""
         return self.mlp_bias and self.moe_bias == "routed"
 
     @property
     def shared_expert_bias(self) -> bool:
-        """Whether the maps of the shared expert and the latent projections have biases."""
+        """Whether the projections of the shared expert, and into and out of the latent, have biases."""
         return self.mlp_bias and self.moe_bias == "shared"
 
     @property
     def reach(self) -> int:
-        """The most tokens by which a position reads ahead or back, except through attention and states: ahead the
-        targets of the deepest prediction, back the convolution's taps."""
+        """How many tokens ahead or back a position reads at most, other than through attention and states: ahead the
+        targets of the deepest MTP depth, back the convolution's taps."""
         taps = self.conv_kernel - 1 if set("Mm") & set(self.layers.main + self.layers.mtp) else 0
         return max(self.mtp_depths + 1, taps)
 
@@ -297,7 +294,7 @@ class ModelConfig:
             require(self.qk_rope_head_dim <= MAX_ROTATED, self, "qk_rope_head_dim", f"at most {MAX_ROTATED:,}")
             self._check_yarn()
             require(self.attention_bias != "qkv", self, "attention_bias", "none or all: the pattern has + layers")
-            expected = "1.0: the pattern has + layers, which turn the whole of qk_rope_head_dim"
+            expected = "1.0: the pattern has + layers, which rotate all of qk_rope_head_dim"
             require(self.partial_rotary_factor == 1, self, "partial_rotary_factor", expected)
             for field in ("qk_norm", "attention_sinks"):
                 require(not getattr(self, field), self, field, "False: the pattern has + layers, which have none")

@@ -7,7 +7,7 @@ from typing import Annotated
 from orogen.config.checks import check_types, require, require_choice, require_positive
 from orogen.config.remat import Remat, check_offload, check_remat, layer_remat
 
-# The implementation of each operation that needs an NVIDIA GPU; and the operations whose GPU kernel lacks float32.
+# By operation, the implementation that needs an NVIDIA GPU; and the operations whose GPU kernel lacks float32.
 FOR_GPU = {
     "attention": "cudnn",
     "ssd": "triton",
@@ -18,7 +18,7 @@ FOR_GPU = {
     "quantize": "triton",
 }
 IN_HALF_PRECISION = ("attention", "grouped_matmul")
-# How tokens reach their experts, by name: what `moe.dispatch` does and what `cost.collectives` counts.
+# How tokens reach their experts, by name: `moe.dispatch` implements these and `cost.collectives` counts their bytes.
 DISPATCHES = ["allgather", "alltoall", "ragged"]
 # The plainest implementation of each operation, with which `verify` compares a plan.
 PLAINEST = {
@@ -36,44 +36,42 @@ PLAINEST = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """Sizes of the parallel axes and the named choices that change where work happens, never what is computed.
+    """Sizes of the parallel axes, and choices by name that change where and how work is done, not what is computed.
 
     Dense layers run on stage x data x context x tensor devices; expert layers run on the same devices seen as
     stage x expert_data x expert x expert_tensor (MoE Parallel Folding, arXiv:2504.14960).
 
     fsdp: dense parameters are sharded over (data, context), experts over expert_data. `optimizer` shards master weights
-    and the optimizer's state, and scatters gradients once per step; `gradients` scatters them after each microbatch;
-    `parameters` also shards the parameters, which are gathered layer by layer.
-    buffer_factor: a step that needs more room is reported and changes nothing.
-    schedule: all microbatches forward first (gpipe), each backward as soon as it can be (1f1b), or that with several
-    chunks of the model on each stage (interleaved). Stages are split at the `|` of the pattern, or balanced by FLOPs
-    where it has none; the first embeds, the last computes the heads and the MTP block.
-    stream: with `whole`, norms and biases are computed on every tensor rank, and outputs of layers are summed over them
-    by all-reduce instead of reduce-scatter and all-gather: as many bytes, more activations. Routed experts still take
-    tokens of each rank's own.
-    remat: recomputed are all of a layer's activations (full), those that no matrix product or fused kernel makes
-    (elementwise), those large and cheap (selective), those that the formulas of arXiv:2205.05198 do not count (paper);
-    or entries that choose by name, 'name,name' or 'LETTERS:name,name', in which one of these words may stand as well:
-    ('M:conv,gated_norm', '*:core', 'E:full'). Layers that no entry mentions recompute nothing. config/remat.py has the
-    names, Megatron's modules among them, and which layers have them.
-    offload, offload_optimizer: refused where the backend has no separate host memory; offload is refused with stages,
-    too. A layer with an offloaded activation recomputes everything that no name stands for.
-    linear: fp8 is not used in the model's first and last layer, nor where the result is too narrow to gain. It alone
-    changes results by more than rounding in the dtype of computation.
-    unroll: writing out takes longer to compile and runs faster: a loop copies what it keeps for the backward pass, and
-    gradients, into stacks. Two are a tenth faster on CPU and as quick to compile.
-    logit_rows: each group of tokens adds to the head's whole gradient.
-    Implementations: the defaults run everywhere; `orogen.kernels` says which are fast on a GPU.
+    and the optimizer's state, and reduce-scatters gradients once per step; `gradients` does so after each microbatch;
+    `parameters` also shards the parameters, which are all-gathered layer by layer.
+    buffer_factor: a step that overflows the buffers is reported and leaves the state as it was.
+    schedule: all microbatches forward first (gpipe), each backward as soon as possible (1f1b), or 1f1b with several
+    chunks of the model on each stage (interleaved). Stages are split at the `|` of the pattern, or balanced by FLOPs if
+    it has none; the first stage has the embedding, the last one the heads and the MTP block.
+    stream: with `whole`, norms and biases are computed on every tensor rank, and outputs of layers are summed over the
+    ranks by all-reduce instead of reduce-scatter and all-gather: as many bytes, more activations. Each rank still sends
+    its own share of the tokens to routed experts.
+    remat: the backward pass recomputes all activations of a layer (full), all except outputs of matrix products and
+    fused kernels (elementwise), the large and cheap ones (selective), or those that the formulas of arXiv:2205.05198 do
+    not count (paper). Entries choose by name instead, 'name,name' or 'LETTERS:name,name', and take these words too:
+    ('M:conv,gated_norm', '*:core', 'E:full'). Layers that no entry mentions recompute nothing. config/remat.py lists
+    the names, Megatron's modules among them, and the layers that have them.
+    offload, offload_optimizer: refused if the backend has no separate host memory; offload is refused with stages,
+    too. A layer with an offloaded activation recomputes all arrays that have no name.
+    linear: fp8 is not used in the first layer, the last layer and the MTP block, nor where the output is too narrow to
+    gain. It is the only choice that changes results by more than rounding in the compute dtype.
+    unroll: unrolled layers take longer to compile and run faster: a loop copies residuals and gradients into stacks.
+    Two repetitions are a tenth faster on CPU and as quick to compile.
+    logit_rows: each block of so many tokens adds to the head's whole gradient.
+    Implementations: the defaults run on any backend; `orogen.kernels` says which are fast on a GPU.
     """
 
     # sizes of the parallel axes
-    data: Annotated[int, "data-parallel ranks: each takes its share of the batch's rows"] = 1
-    context: Annotated[
-        int, "context-parallel ranks: where there are several, each holds two parts of every sequence"
-    ] = 1
+    data: Annotated[int, "data-parallel ranks: each takes its share of the batch's sequences"] = 1
+    context: Annotated[int, "context-parallel ranks: if there are several, each holds two parts of every sequence"] = 1
     tensor: Annotated[int, "tensor-parallel ranks: they split heads, hidden units, groups and the vocabulary"] = 1
     stream: Annotated[
-        str, "between layers each tensor rank holds its time of the activations (sequence parallelism) or the whole"
+        str, "what a tensor rank holds between layers: time (its share of the tokens: sequence parallelism) or whole"
     ] = "time"
     stage: Annotated[int, "pipeline stages: each holds segments of the pattern"] = 1
     expert: Annotated[int, "expert-parallel ranks: each holds its share of the routed experts"] = 1
@@ -82,58 +80,60 @@ class PlanConfig:
     fsdp: Annotated[str, "what is sharded: none, optimizer (ZeRO-1), gradients (ZeRO-2) or parameters (ZeRO-3)"] = (
         "none"
     )
-    fsdp_size: Annotated[
-        int | None, "over how many neighbours of (data, context), each group with a whole copy; None: all"
-    ] = None
+    fsdp_size: Annotated[int | None, "neighbouring ranks of (data, context) that share one copy; None: all ranks"] = (
+        None
+    )
     # experts
     dispatch: Annotated[
         str, "how tokens reach their experts: allgather, alltoall (padded to capacity) or ragged (no padding)"
     ] = "allgather"
     capacity_factor: Annotated[
-        float | None, "rows an expert takes from one source rank, over an even share; None drops nothing"
+        float | None, "most assignments an expert takes per source rank, relative to an even share; None drops nothing"
     ] = None
-    drop_policy: Annotated[str, "which assignments stay: the first by position, or the largest by probs"] = "position"
+    drop_policy: Annotated[
+        str, "which assignments are kept: the first ones (position), or those of largest weight (probs)"
+    ] = "position"
     buffer_factor: Annotated[
-        float | None, "rows a rank has room for in the ragged dispatch, over an even share; None: enough for all"
+        float | None, "most assignments a rank can receive in the ragged dispatch, relative to an even share; None: all"
     ] = None
     # context
     context_attention: Annotated[
-        str, "ring, allgather (keys and values) or alltoall (heads in exchange for sequence)"
+        str, "ring, allgather (of keys and values) or alltoall (splits heads instead of the sequence)"
     ] = "ring"
-    context_ssm: Annotated[str, "state (passed from rank to rank) or heads (in exchange for sequence)"] = "state"
-    shift: Annotated[str, "how arrays go from one rank to the next: permute or alltoall"] = "permute"
+    context_ssm: Annotated[str, "state (passed from rank to rank) or heads (split instead of the sequence)"] = "state"
+    shift: Annotated[str, "how arrays are sent from one rank to the next: permute or alltoall"] = "permute"
     # pipeline and microbatches
     schedule: Annotated[str, "the order of a pipeline's passes: gpipe, 1f1b or interleaved"] = "1f1b"
     virtual: Annotated[
-        int | None, "chunks of the model per stage; None: as the pattern's `|` say, else two if interleaved, else one"
+        int | None, "chunks of the model per stage; None: by the pattern's `|`, else two if interleaved, else one"
     ] = None
-    microbatches: Annotated[int, "parts that a batch is processed in, one after another"] = 1
+    microbatches: Annotated[int, "parts of a batch that are processed one after another"] = 1
     # memory and compilation
-    unroll: Annotated[int, "repetitions of layers up to this many are written out, not looped over"] = 2
+    unroll: Annotated[int, "up to this many repetitions of layers are unrolled, not looped over"] = 2
     logit_rows: Annotated[int, "tokens whose logits the chunked loss computes at once on one device"] = 1024
     remat: Annotated[
         str | tuple[str, ...],
         "what the backward pass recomputes: none, full, elementwise, selective, paper, or names by letter",
     ] = "none"
     offload: Annotated[
-        tuple[str, ...], "names of activations that wait in the host's memory for the backward pass"
+        tuple[str, ...], "names of activations that are kept in the host's memory until the backward pass"
     ] = ()
     offload_optimizer: Annotated[bool, "whether the optimizer's state lives in the host's memory between updates"] = (
         False
     )
     # implementations
-    linear: Annotated[
-        str, "dense products in the dtype of computation (plain) or of operands rounded to 8 bits (fp8)"
-    ] = "plain"
+    linear: Annotated[str, "dense products in the compute dtype (plain), or with operands rounded to 8 bits (fp8)"] = (
+        "plain"
+    )
     attention: Annotated[str, "full (all scores at once), blocked or cudnn"] = "full"
     ssd: Annotated[str, "recurrence (token by token), chunked or triton"] = "chunked"
     selective_scan: Annotated[str, "reference (token by token) or chunked"] = "chunked"
     causal_conv1d: Annotated[str, "taps (a sum of shifted products) or triton"] = "taps"
-    rms_norm: Annotated[str, "plain or triton, also of the gated norm"] = "plain"
+    rms_norm: Annotated[str, "plain or triton, for the gated norm too"] = "plain"
     grouped_matmul: Annotated[
-        str, "reference, blocks, ragged_dot, mosaic, or for few rows small_blocks, triton_small"
+        str, "reference, blocks, ragged_dot, mosaic; for few tokens small_blocks, triton_small"
     ] = "blocks"
-    permutation: Annotated[str, "how tokens are copied to their experts' rows and back: gather or triton"] = "gather"
+    permutation: Annotated[str, "how tokens are permuted to their experts and back: gather or triton"] = "gather"
     quantize: Annotated[str, "what rounds the operands of fp8: plain or triton"] = "plain"
     cross_entropy: Annotated[str, "full (all logits at once) or chunked"] = "chunked"
 
@@ -148,7 +148,10 @@ class PlanConfig:
         several = self.virtual is None or self.virtual == 1 or self.schedule == "interleaved"
         require(several, self, "virtual", f"1 or None where schedule is {self.schedule}")
         require(
-            self.stage == 1 or not self.offload, self, "offload", "() where stage is above 1: the stash stays there"
+            self.stage == 1 or not self.offload,
+            self,
+            "offload",
+            "() where stage is above 1: the stash stays on the device",
         )
         waits = self.stage > 1 and self.context > 1 and self.shift == "permute"
         require(not waits, self, "shift", "alltoall where stage and context are above 1: stages do not shift together")
@@ -197,7 +200,7 @@ class PlanConfig:
         return dataclasses.replace(self, capacity_factor=None, buffer_factor=None, dispatch="allgather")
 
     def plainest(self) -> "PlanConfig":
-        """The plan with the plainest implementation of each operation, one batch, and nothing recomputed, written out
+        """The plan with the plainest implementation of each operation, one microbatch, and nothing recomputed, unrolled
         or offloaded. Its capacity stays."""
         plain = {"linear": "plain", "quantize": "plain", "microbatches": 1, "unroll": 1, "remat": "none", "offload": ()}
         return dataclasses.replace(self, **PLAINEST, **plain, offload_optimizer=False, buffer_factor=None)
@@ -212,8 +215,8 @@ class PlanConfig:
         return -(-vocab_size // self.tensor) * self.tensor
 
     def sequence_pieces(self, *, routed: bool) -> int:
-        """What a context rank's share of the sequence must be a multiple of: one piece per tensor rank, unless each
-        holds the whole stream and none of it is `routed` to experts, and two equal parts if there are several context
-        ranks."""
+        """The number of which a context rank's share of the sequence must be a multiple: one piece per tensor rank
+        (unless each holds the whole stream and no tokens are `routed` to experts), and two equal parts if there are
+        several context ranks."""
         shared = 1 if self.stream == "whole" and not routed else self.tensor
         return math.lcm(2, shared) if self.context > 1 else shared

@@ -1,8 +1,8 @@
 """When each field of a config is read, and the settings of a run that nothing reads.
 
-A setting is a value that differs from its field's default. Whether a file binds the field is not asked: a dataclass
-reads all of its fields, so gin's operative text lists every default as bound, and a saved `config.gin` must load again.
-A binding equal to the default changes nothing either way.
+A setting is a value that differs from its field's default. Whether a file binds the field does not matter: gin's
+operative text binds every field of a dataclass, defaults included, and a saved `config.gin` must load again. A binding
+equal to the default changes nothing either way.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ from orogen.config.run import PARTS, RunConfig
 
 
 class Reader(NamedTuple):
-    """Fields that are read only if `holds`. needs: the parts of the run that `holds` looks at; where one is missing,
-    the fields are not judged. otherwise: the reason in a run that does not read them."""
+    """Fields that are read only if `holds`. needs: the parts of the run that `holds` looks at; if one is missing, the
+    fields are not checked. otherwise: why a run does not read them if `holds` is False."""
 
     fields: str
     needs: tuple[str, ...]
@@ -28,7 +28,7 @@ class Reader(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """A field that nothing reads though its value is not the default."""
+    """A field that nothing reads, with a value other than its default."""
 
     part: str
     field: str
@@ -90,8 +90,8 @@ ALWAYS = {
     # With Muon, AdamW's beta1, beta2 and epsilon are those of the parameters that Muon leaves to it.
     "optimizer": "name learning_rate schedule warmup_steps beta1 beta2 epsilon weight_decay clip_norm moment_dtype",
 }
-# By part, the others. A field may be in several lines, which must all hold. The model's depend on the model alone,
-# since one model file serves many plans.
+# The other fields, by part. A field may have several readers, which must all hold. Those of the model depend on the
+# model alone, since one model file serves many plans.
 READERS: dict[str, tuple[Reader, ...]] = {
     "model": (
         *(_by_letters(read_by, fields) for read_by, fields in MODEL_LETTERS.items()),
@@ -156,7 +156,7 @@ READERS: dict[str, tuple[Reader, ...]] = {
         _of_model(
             "linear",
             lambda model: _has_dense_products(model),
-            "no layer but the first and the last, which compute nothing in 8 bits, has a dense product",
+            "no layer other than the first and the last, which never use FP8, has a dense product",
         ),
         _of_model(
             "rms_norm",
@@ -168,7 +168,8 @@ READERS: dict[str, tuple[Reader, ...]] = {
         Reader(
             "text_field",
             ("data",),
-            # For a file or folder only its reader knows, and refuses it (data/corpora.py).
+            # Only the reader of a file or folder knows whether it has fields, and refuses the setting if it has none
+            # (data/corpora.py).
             lambda run: run.data.corpus != "stdlib",
             "DataConfig.corpus is 'stdlib', plain text without fields",
         ),
@@ -217,7 +218,7 @@ READERS: dict[str, tuple[Reader, ...]] = {
 
 
 def _has_dense_products(model: ModelConfig) -> bool:
-    """Whether a layer that 8 bits may change has a product with a weight matrix that is not an expert's."""
+    """Whether a layer that may use FP8 has a product with a weight matrix other than a routed expert's."""
     recipes = layer_recipes(PlanConfig(linear=FP8), model)
     pattern = model.layers.main + model.layers.mtp
     inner = {letter for letter, recipe in zip(pattern, recipes, strict=True) if FP8 in recipe.linear.names()}
@@ -226,7 +227,7 @@ def _has_dense_products(model: ModelConfig) -> bool:
 
 
 def layers_read(pattern: str, field: str) -> bool:
-    """Whether a layer of the pattern reads the field of ModelConfig; a field without letters is read by all."""
+    """Whether a layer of the pattern reads the field of ModelConfig; all layers read a field without letters."""
     return bool(set(LETTERS.get(field, pattern)) & set(pattern))
 
 
@@ -270,7 +271,7 @@ def _refusal(settings: list[Setting], otherwise: str) -> str:
 
 
 def without_unread(run: RunConfig) -> RunConfig:
-    """The run with the default of every field that nothing reads: equal in all that it does."""
+    """The run with the default for every field that nothing reads; it behaves the same."""
     while settings := unread(run):  # another field's reader may depend on the changed default
         changed: dict[str, Any] = {}
         for part in {setting.part for setting in settings}:
@@ -281,5 +282,5 @@ def without_unread(run: RunConfig) -> RunConfig:
 
 
 def plain_model(model: ModelConfig) -> ModelConfig:
-    """The model with the default of every field that it does not read, so that equal models compare equal."""
+    """The model with the default for every field that it does not read, so that equal models compare equal."""
     return without_unread(RunConfig(model=model, plan=PlanConfig())).model

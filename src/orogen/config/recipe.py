@@ -6,7 +6,7 @@ from orogen.config.checks import require, require_choice
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 
-# Formats of a product's operands: the dtype of computation, or 8 bits scaled by tensor.
+# Formats of a product's operands: the compute dtype, or 8 bits with one scale per tensor.
 PLAIN, FP8 = "plain", "fp8"
 
 
@@ -38,7 +38,7 @@ class Formats:
         return self.input_gradient, self.weight_gradient
 
     def names(self) -> set[str]:
-        """The formats that occur."""
+        """The formats in use."""
         return {*self.of_input, *self.of_gradient}
 
 
@@ -48,8 +48,8 @@ IN_FP8 = Formats(forward=FP8, input_gradient=FP8, weight_gradient=FP8)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The formats of one layer's products, by kind of weight: `linear` matrices, `grouped` ones of routed experts, and
-    the `head`, for what is not inside a layer. Products of the last two exist in the dtype of computation alone."""
+    """The formats of one layer's products, by kind of weight: `linear` matrices, the `grouped` ones of routed experts,
+    and the `head`, which is outside the layers. The last two are implemented in the compute dtype only."""
 
     linear: Formats = IN_PLAIN
     grouped: Formats = IN_PLAIN
@@ -57,11 +57,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for kind in ("grouped", "head"):
-            expected = f"{IN_PLAIN}: no other product of this kind exists"
+            expected = f"{IN_PLAIN}: no other product of this kind is implemented"
             require(getattr(self, kind) == IN_PLAIN, self, kind, expected)
 
     def names(self) -> set[str]:
-        """The formats that occur."""
+        """The formats in use."""
         return self.linear.names() | self.grouped.names() | self.head.names()
 
 
@@ -70,8 +70,8 @@ RECIPES = {PLAIN: Recipe(), FP8: Recipe(linear=IN_FP8)}
 
 
 def layer_recipes(config: PlanConfig, model: ModelConfig) -> tuple[Recipe, ...]:
-    """The recipe of each layer of the pattern, then of each of the multi-token-prediction block. The first layer, the
-    last and the block compute in the dtype of computation."""
+    """The recipe of each layer of the pattern, then of each layer of the multi-token-prediction block. The first layer,
+    the last and the block use the compute dtype."""
     inner, outer = RECIPES[config.linear], RECIPES[PLAIN]
     last = len(model.layers.main) - 1
     main = (outer if index in (0, last) else inner for index in range(last + 1))

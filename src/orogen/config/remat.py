@@ -1,8 +1,8 @@
-"""What a layer keeps for its backward pass and what that recomputes, by the names of the layer's intermediates.
+"""What a layer keeps for its backward pass, and what that pass recomputes, by the names of the layer's intermediates.
 
-A name is given to what a matrix product or a fused kernel makes, and to what is large. A layer whose recomputation is
-chosen by name keeps its input and every name but those chosen; what has no name is recomputed from these by elementwise
-work. So the kept names are all that a layer keeps.
+The outputs of matrix products and fused kernels have names, and so do large arrays. A layer whose recomputation is
+chosen by name keeps its input and every named array that was not chosen; arrays without a name are recomputed from
+these by elementwise work. So a layer keeps named arrays only.
 """
 
 import dataclasses
@@ -22,19 +22,19 @@ class Intermediate(NamedTuple):
     holds: str
 
 
-# Where a layer has several arrays of one kind they share a name.
+# Several arrays of one kind in a layer share a name.
 NAMES = {
-    "input": Intermediate(EVERY, "the residual stream as it enters the layer; always kept, so for offload alone"),
-    "norm": Intermediate(EVERY, "the layer's normalised input, of this rank's piece of the sequence"),
+    "input": Intermediate(EVERY, "the residual stream as it enters the layer; always kept, so only for offload"),
+    "norm": Intermediate(EVERY, "the layer's normalised input, for this rank's piece of the sequence"),
     "query": Intermediate(ATTENTION, "queries as projected, before their norm and rotation"),
     "key": Intermediate(ATTENTION, "keys as projected"),
     "value": Intermediate(ATTENTION, "values as projected"),
-    "latent": Intermediate("+E", "what projections into a latent width give: of MLA, of a latent MoE"),
-    "core": Intermediate(ATTENTION, "softmax's output in the compute dtype, by the implementation `full`"),
+    "latent": Intermediate("+E", "the outputs of projections into a latent: MLA's, and a latent MoE's"),
+    "core": Intermediate(ATTENTION, "the softmax's output in the compute dtype, with the implementation `full`"),
     "attention": Intermediate(ATTENTION, "the attention core's output, and log-sum-exps of a fused or ring core"),
     "in_proj": Intermediate("Mm", "the projections of the input: gate, x, and of Mamba-2 B, C and dt"),
     "conv": Intermediate("Mm", "the convolutions' outputs, activated"),
-    "ssd": Intermediate("M", "what the SSD's other tokens add to each output, or all of it by `triton`"),
+    "ssd": Intermediate("M", "what other tokens contribute to the SSD's outputs; with `triton` the whole outputs"),
     "ssd_states": Intermediate("M", "the states that enter the chunks"),
     "gated_norm": Intermediate("M", "the gated norm's output"),
     "x_proj": Intermediate("m", "the time step, B and C as projected from x"),
@@ -44,11 +44,11 @@ NAMES = {
     "up": Intermediate("-", "the hidden units before the activation, those of a gate too"),
     "activation": Intermediate("-", "the hidden units"),
     "router": Intermediate("E", "the router's logits, float32"),
-    "routing": Intermediate("E", "who goes where: experts, places of rows, group sizes"),
+    "routing": Intermediate("E", "where assignments go: experts, positions in the exchange, group sizes"),
     "rows": Intermediate("E", "tokens permuted and sent to this rank's experts"),
     "expert_up": Intermediate("E", "the experts' hidden units before the activation"),
     "expert_activation": Intermediate("E", "the experts' hidden units"),
-    "expert_out": Intermediate("E", "the experts' outputs, back at the ranks that weigh them"),
+    "expert_out": Intermediate("E", "the experts' outputs, sent back to the ranks that weight them"),
     "combined": Intermediate("E", "the weighted sums of the experts' outputs"),
     "shared_up": Intermediate("E", "the shared expert's hidden units before the activation"),
     "shared_activation": Intermediate("E", "the shared expert's hidden units"),
@@ -58,8 +58,8 @@ NAMES = {
 # Choices for a whole layer, and what `selective` recomputes: large and cheap intermediates. For attention that is
 # section 5 of arXiv:2205.05198.
 WHOLE = ("none", "full", "elementwise")
-# What `elementwise` keeps by name: fused kernels' outputs, the largest array that a kernel reads again, the router's
-# logits, since their product is three times as wide, and the scales of FP8, each of which took a pass over a tensor.
+# What `elementwise` keeps by name: outputs of fused kernels, the largest array that a kernel reads again, the router's
+# logits, since their product is three times as wide, and FP8's scales, each of which costs a pass over a tensor.
 FUSED = ("attention", "router", "expert_activation", "fp8_scale")
 BY_NAME = ("selective", "paper")
 SELECTIVE = {
@@ -83,9 +83,12 @@ MODULE_LETTERS = {"mla_up_proj": "+", "moe": "E"}
 
 
 class Remat(NamedTuple):
-    """What one layer type keeps: `none` what autodiff keeps, `full` only the input, `elementwise` the results of
-    products and fused kernels, `names` all names but `again`. `host`: names that wait in the host's memory, whether
-    they would otherwise be kept or recomputed."""
+    """What layers of one type keep.
+
+    kind: `none` keeps what autodiff keeps, `full` only the input, `elementwise` the outputs of products and fused
+    kernels, `names` all names except `again`, which are recomputed. host: names that are offloaded to the host's
+    memory, whether they would otherwise be kept or recomputed.
+    """
 
     kind: str
     again: frozenset[str] = frozenset()
@@ -94,7 +97,7 @@ class Remat(NamedTuple):
     def keeps(self, name: str) -> bool:
         """Whether the intermediate is kept for the backward pass and not recomputed."""
         if self.kind == "names":
-            return name not in self.again and name != "input"  # an argument, and so kept anyway
+            return name not in self.again and name != "input"  # the input is an argument, and kept anyway
         return self.kind == "none" or (self.kind == "elementwise" and name in FUSED)
 
 
@@ -112,10 +115,10 @@ def names_of(letters: Iterable[str]) -> list[str]:
 
 
 def layer_remat(remat: str | Sequence[str], offload: Sequence[str], letter: str) -> Remat:
-    """What layers of `letter` keep, by checked values of PlanConfig.remat and .offload."""
+    """What layers of `letter` keep, given valid values of PlanConfig.remat and .offload."""
     host = frozenset(name for name in offload if letter in NAMES[name].letters)
     found = _layer_remat(remat, letter)
-    # Offloaded arrays have to be told from the rest by name.
+    # Offloaded arrays are told from the rest by name.
     return found._replace(kind="names" if host and found.kind == "none" else found.kind, host=host)
 
 
@@ -140,7 +143,7 @@ def check_remat(remat: str | Sequence[str]) -> None:
             for choice in entry.choices:
                 if letter not in _letters(choice):
                     names = ", ".join(name for name in names_of(letter) if name != "input")
-                    raise _refusal(remat, f"of layers {letter} one of {names}, not {choice!r}")
+                    raise _refusal(remat, f"one of {names} for layers {letter}, not {choice!r}")
     for letter in EVERY:
         chosen = {c for entry in _entries(remat) for c in entry.choices if letter in _applies(entry, c)}
         if chosen & set(WHOLE) and len(chosen) > 1:
@@ -148,10 +151,10 @@ def check_remat(remat: str | Sequence[str]) -> None:
 
 
 def check_offload(offload: Sequence[str]) -> None:
-    """Raises ConfigError if an entry is no name."""
+    """Raises ConfigError if an entry is not a name of an intermediate."""
     for name in offload:
         if name not in NAMES:
-            raise _refusal(offload, f"names of {', '.join(NAMES)}, not {name!r}", "offload")
+            raise _refusal(offload, f"some of {', '.join(NAMES)}, not {name!r}", "offload")
 
 
 def check_layers(field: str, value: str | Sequence[str], letters: str) -> None:
@@ -163,7 +166,7 @@ def check_layers(field: str, value: str | Sequence[str], letters: str) -> None:
                 what = f"layers {missing[0]}" if missing else repr(choice)
                 names = ", ".join(name for name in names_of(letters) if name != "input" or field == "offload")
                 have = "".join(letter for letter in EVERY if letter in letters)
-                raise _refusal(value, f"what the model's layers {have} have, {names}; not {what}", field)
+                raise _refusal(value, f"names that the model's layers {have} have ({names}), not {what}", field)
 
 
 def _refusal(value: Any, expected: str, field: str = "remat") -> ConfigError:
@@ -187,7 +190,7 @@ def _letters(choice: str) -> str:
 
 
 def _applies(entry: Entry, choice: str) -> str:
-    """The letters for which this choice of the entry is made."""
+    """The letters to which this choice of the entry applies."""
     return "".join(letter for letter in _letters(choice) if not entry.letters or letter in entry.letters)
 
 

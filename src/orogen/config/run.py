@@ -19,7 +19,7 @@ from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.remat import check_layers
 
-# Most tokens of a generated text and its prompt: each costs a pass over the whole sequence, so more would take weeks.
+# The most tokens of a prompt with its continuation: each costs a pass over the whole sequence; more would take weeks.
 MAX_LENGTH = 2**20
 
 
@@ -27,28 +27,29 @@ MAX_LENGTH = 2**20
 class TrainConfig:
     """Length and bookkeeping of a training run.
 
-    compute_dtype: master weights and sums of gradients are float32 always.
-    carry_states: Mamba's states and convolutions continue from row to row, without a gradient between rows; attention,
-    the multi-token-prediction block and the held-out loss see each row alone.
-    ngram_order: the Witten-Bell byte model is fitted on the very text trained on.
+    compute_dtype: master weights and accumulated gradients are always float32.
+    carry_states: Mamba's states and convolutions continue from each sequence to the one in the same row of the next
+    batch, without a gradient between them; attention, the multi-token-prediction block and the held-out loss see each
+    sequence alone.
+    ngram_order: the Witten-Bell byte model is fitted on the text that the run trained on.
     """
 
     steps: Annotated[int, "optimizer steps in all"]
-    batch_size: Annotated[int, "rows of the global batch"]
-    sequence_length: Annotated[int, "tokens per row"]
+    batch_size: Annotated[int, "sequences of the global batch"]
+    sequence_length: Annotated[int, "tokens per sequence"]
     seed: Annotated[int, "seeds the parameters and the order of the data"]
     compute_dtype: Annotated[str, "dtype of activations and the weights' working copies: float32 or bfloat16"] = (
         "float32"
     )
     carry_states: Annotated[
-        bool, "whether each row continues the same row of the batch before, with Mamba's states"
+        bool, "whether each sequence continues the one in its row of the previous batch, with Mamba's states"
     ] = False
     router_bias_update_rate: Annotated[float, "how far one step moves the router's correction bias"] = 1e-3
     evaluate_every: Annotated[int, "steps between evaluations"] = 200
-    evaluate_rows: Annotated[int, "held-out rows per evaluation; the last one reads the whole split"] = 64
+    evaluate_rows: Annotated[int, "held-out sequences per evaluation; the last evaluation reads the whole split"] = 64
     checkpoint_every: Annotated[int, "steps between checkpoints"] = 500
     keep_checkpoints: Annotated[int, "how many checkpoints stay on disk"] = 2
-    max_skipped_steps: Annotated[int, "non-finite steps in a row after which the run stops"] = 10
+    max_skipped_steps: Annotated[int, "consecutive non-finite steps after which the run stops"] = 10
     sample_prompts: Annotated[tuple[str, ...], "texts that the final samples continue"] = ("",)
     sample_tokens: Annotated[int, "tokens per sample"] = 128
     ngram_order: Annotated[int, "order of the byte n-gram model fitted for comparison; 0 fits none"] = 0
@@ -83,17 +84,17 @@ class TrainConfig:
 class OptimizerConfig:
     """The optimizer and its learning-rate schedule.
 
-    name: muon takes the weight matrices, scaled to AdamW's step size, and AdamW everything else: vectors, embedding,
-    head, convolutions. schedule: wsd holds the peak and falls over the last decay_steps as 1 - sqrt(progress)
-    (Megatron's minus_sqrt). moment_dtype: arithmetic with moments is in float32 always.
+    name: muon updates the weight matrices, scaled to AdamW's step size, and AdamW everything else: vectors, embedding,
+    head, convolutions. schedule: wsd holds the peak and decays over the last decay_steps as 1 - sqrt(progress)
+    (Megatron's minus_sqrt). moment_dtype: arithmetic with moments is always in float32.
     """
 
     name: Annotated[str, "adamw, or muon for the weight matrices and AdamW for everything else"] = "adamw"
     learning_rate: Annotated[float, "peak of the schedule, the same for both optimizers"]
     schedule: Annotated[str, "cosine to min_ratio x peak, wsd (holds, then 1 - sqrt(progress)) or constant"] = "cosine"
     warmup_steps: Annotated[int, "steps of the linear rise to the peak"] = 0
-    decay_steps: Annotated[int, "last steps, over which wsd falls"] = 0
-    min_ratio: Annotated[float, "where cosine and wsd end, as a share of the peak"] = 0.1
+    decay_steps: Annotated[int, "number of last steps, over which wsd decays"] = 0
+    min_ratio: Annotated[float, "final rate of cosine and wsd, as a share of the peak"] = 0.1
     beta1: Annotated[float, "AdamW's decay of the first moment"] = 0.9
     beta2: Annotated[float, "AdamW's decay of the second moment"] = 0.95
     epsilon: Annotated[float, "AdamW's, added to the root of the second moment"] = 1e-8
@@ -126,7 +127,7 @@ class RunConfig:
     optimizer: OptimizerConfig = ABSENT
 
     def need(self, *parts: str) -> "RunConfig":
-        """Itself, if every one of `parts` is there. Raises ConfigError naming the class that has no bindings."""
+        """This config, if it has all of `parts`. Raises ConfigError naming the class that has no bindings."""
         for part in parts:
             if getattr(self, part) is None:
                 raise ConfigError(
@@ -135,11 +136,11 @@ class RunConfig:
         return self
 
     def check(self) -> "RunConfig":
-        """Itself, if its parts fit together. Raises ConfigError."""
+        """This config, if its parts fit together. Raises ConfigError."""
         if self.train is not None:
-            rows = self.plan.data * self.plan.microbatches
+            parts = self.plan.data * self.plan.microbatches
             require(
-                self.train.batch_size % rows == 0,
+                self.train.batch_size % parts == 0,
                 self.train,
                 "batch_size",
                 f"a multiple of data x microbatches = {self.plan.data} x {self.plan.microbatches}",
@@ -170,18 +171,18 @@ class RunConfig:
                 expected = "1: TrainConfig.carry_states is True"
                 require(getattr(self.plan, axis) == 1, self.plan, axis, expected)
             if self.model is not None:
-                expected = "False: ModelConfig.learned_positions has none beyond a row"
+                expected = "False: ModelConfig.learned_positions has none beyond a sequence"
                 require(self.model.learned_positions is None, self.train, "carry_states", expected)
         if self.train is not None and self.data is not None and self.data.heldout_fraction == 0:
             expected = "0: DataConfig.heldout_fraction is 0, so there is nothing to compare on"
             require(self.train.ngram_order == 0, self.train, "ngram_order", expected)
         if self.train is not None and self.optimizer is not None:
-            rising, steps = self.optimizer.warmup_steps, self.train.steps
+            warmup, steps = self.optimizer.warmup_steps, self.train.steps
             expected = f"at most TrainConfig.steps = {steps}: the rate would not reach its peak"
-            require(rising <= steps, self.optimizer, "warmup_steps", expected)
+            require(warmup <= steps, self.optimizer, "warmup_steps", expected)
             if self.optimizer.schedule == "wsd":
-                expected = f"at most steps - warmup_steps = {steps} - {rising}"
-                require(rising + self.optimizer.decay_steps <= steps, self.optimizer, "decay_steps", expected)
+                expected = f"at most steps - warmup_steps = {steps} - {warmup}"
+                require(warmup + self.optimizer.decay_steps <= steps, self.optimizer, "decay_steps", expected)
         return self
 
 
