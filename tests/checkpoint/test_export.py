@@ -348,7 +348,7 @@ def test_a_line_says_what_transformers_does_differently(tmp_path, capsys):
     limited = dataclasses.replace(read_config(stored()["nemotron_h"]["config"])[1], time_step_max=0.4)
     exported(tmp_path / "limited", limited, "nemotron_h")
     (line,) = capsys.readouterr().err.splitlines()
-    assert "no upper limit of time steps, which is 0.4 here" in line
+    assert "no upper limit on time steps, which is 0.4 here" in line
 
 
 @pytest.mark.peer

@@ -181,13 +181,13 @@ def test_copies_that_differ_are_refused(tmp_path):
     )
 
 
-def test_files_that_are_cut_off_are_refused(tmp_path):
+def test_truncated_files_are_refused(tmp_path):
     write(tmp_path / "hf", *shapes("mixtral"))
     file = tmp_path / "hf" / "model.safetensors"
     whole = file.read_bytes()
     for size in (0, 5, 100, len(whole) - 1):
         file.write_bytes(whole[:size])
-        assert "cut off" in refusal(tmp_path / "hf", tmp_path / "ours")
+        assert "truncated" in refusal(tmp_path / "hf", tmp_path / "ours")
     file.write_bytes(b"\x10" + bytes(7) + b"not json at all!")
     assert "has no safetensors header" in refusal(tmp_path / "hf", tmp_path / "ours")
     file.unlink()

@@ -1,5 +1,5 @@
-"""Every field of every family's config.json left out, null or under its other name, and what transformers 5.23 makes of
-that: written down in fixtures/convert/defaults.json, which `make test-peer` holds against transformers."""
+"""Every field of every family's config.json left out, null or under its other name, and how transformers 5.23 reads
+that: recorded in fixtures/convert/defaults.json, which `make test-peer` compares with transformers."""
 
 import functools
 import json
@@ -10,7 +10,7 @@ from tests.convert.synthetic import CASES, stored
 
 FILE = Path(__file__).parent.parent / "fixtures" / "convert" / "defaults.json"
 YARN = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 64}
-# Where the case itself leaves a default without effect.
+# For defaults that have no effect in the case itself.
 VARIANTS = {
     "qwen2_moe windowed": {
         "use_sliding_window": True,
@@ -75,19 +75,19 @@ def edits(base: dict) -> Iterator[tuple[str, dict]]:
 
 
 def changed(values: dict, changes: dict) -> dict:
-    """`values` with `changes`, of which those to GONE take a field away."""
+    """`values` with `changes`; a field changed to GONE is removed."""
     return {k: v for k, v in (values | changes).items() if v != GONE}
 
 
 @functools.cache
-def written_down() -> dict[str, dict[str, dict | None]]:
-    """For each base: how transformers completes it, and how the completed config of each edit differs from that; None
-    where transformers refuses."""
+def recorded() -> dict[str, dict[str, dict | None]]:
+    """For each base, how transformers completes it, and how the completed config of each edit differs from that; None
+    if transformers refuses it."""
     return json.loads(FILE.read_text())
 
 
 def complete(base: dict, load: Callable[[dict], dict]) -> dict[str, dict | None]:
-    """What `written_down` says of one base, by asking transformers; load: completes a config.json as it does."""
+    """The record of one base, made by transformers. load: completes a config.json as transformers does."""
     names, found, before = edits(base), {}, base
     for name, values in names:
         try:

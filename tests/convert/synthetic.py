@@ -1,5 +1,5 @@
-"""Tiny Hugging Face folders with random numbers, whose names and shapes transformers 5.23 has written down
-(fixtures/convert/tensors.json), and the multi-token-prediction blocks that transformers leaves out."""
+"""Tiny Hugging Face folders with random numbers. Their names and shapes were recorded with transformers 5.23
+(fixtures/convert/tensors.json), except those of multi-token-prediction blocks, which transformers drops."""
 
 import functools
 import json
@@ -40,7 +40,7 @@ for _expert in range(EXPERTS):
 
 @functools.cache
 def stored() -> dict:
-    """Everything that is written down."""
+    """The recorded cases, by name."""
     return json.loads(FILE.read_text())
 
 
@@ -54,7 +54,7 @@ def shapes(case: str, *, mtp: bool = False) -> tuple[dict, dict[str, list[int]]]
 
 
 def _deepseek_mtp(tensors: dict[str, list[int]]) -> dict[str, list[int]]:
-    """Layer 4 is like layer 3, and has six tensors more, two of them copies."""
+    """Layer 4 has the tensors of layer 3 and six more, two of them copies."""
     last, block = "model.layers.3.", "model.layers.4."
     found = {block + name.removeprefix(last): s for name, s in tensors.items() if name.startswith(last)}
     found |= {f"{block}{name}.weight": [D] for name in ("enorm", "hnorm", "shared_head.norm")}
@@ -63,7 +63,7 @@ def _deepseek_mtp(tensors: dict[str, list[int]]) -> dict[str, list[int]]:
 
 
 def write(folder: Path, config: dict, tensors: dict[str, list[int]], dtype: str = "bfloat16") -> dict[str, np.ndarray]:
-    """Writes the folder, with correction biases in float32 and copies that are copies; returns its tensors."""
+    """Writes the folder, with correction biases in float32 and true copies; returns its tensors."""
     draw = np.random.default_rng(0)
     arrays = {}
     for name, shape in tensors.items():

@@ -38,7 +38,7 @@ OptimizerConfig.learning_rate = {rate}
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory) -> Path:
-    """A Hugging Face folder of 259 tokens, with a tokenizer."""
+    """A Hugging Face folder with a vocabulary of 259 tokens, and a tokenizer."""
     folder = tmp_path_factory.mktemp("hub") / "hf"
     config, tensors = shapes("nemotron_h")
     vocabulary = {"backbone.embeddings.weight": [259, 32], "lm_head.weight": [259, 32]}
@@ -101,12 +101,12 @@ def test_what_memory_cannot_hold_is_not_converted(refused, hub, tmp_path, monkey
     monkeypatch.setattr(command, "free_memory", lambda: Memory(largest, None))
     monkeypatch.setattr(command, "answer", lambda *_: None)
     run("convert", "to-hf", ours, target)
-    (ours / "checkpoints").mkdir()  # a run's model is there whole
+    (ours / "checkpoints").mkdir()  # a run's model is held in memory whole
     message = refused("convert", "to-hf", ours, tmp_path / "other")
     assert "expected less: conversion needs at least" in message and "for parameters" in message
 
 
-def test_a_folder_has_checksums_that_are_minded(refused, hub, tmp_path):
+def test_checksums_of_a_folder_are_checked(refused, hub, tmp_path):
     ours = tmp_path / "ours"
     from_hf(hub, ours)
     np.save(tmp_path / "in.npy", np.zeros((1, 3), np.int32))
@@ -161,15 +161,15 @@ def test_score_equals_transformers(scored):
 
 
 def test_left_padding_and_packing_do_not_change_scores(scored):
-    folder, rows = FIXTURES / "nemotron_h_moe", np.random.default_rng(0).integers(0, 96, (2, 11))
-    alone = scored(folder, rows)
+    folder, tokens = FIXTURES / "nemotron_h_moe", np.random.default_rng(0).integers(0, 96, (2, 11))
+    alone = scored(folder, tokens)
     padded, segments = np.zeros((2, 19), np.int64), np.zeros((2, 19), np.int64)
-    padded[:, 8:], segments[:, 8:] = rows, 1
+    padded[:, 8:], segments[:, 8:] = tokens, 1
     found = scored(folder, padded, segments)
     np.testing.assert_allclose(found["logits"][:, 8:], alone["logits"], atol=1e-5 * np.ptp(alone["logits"]))
     np.testing.assert_allclose(found["logprobs"][:, 8:], alone["logprobs"], atol=2e-5 * np.ptp(alone["logits"]))
     assert (found["logprobs"][:, :8] == 0).all()
-    packed = scored(folder, rows.reshape(1, 22), np.repeat([[3, 4]], 11, 1))
+    packed = scored(folder, tokens.reshape(1, 22), np.repeat([[3, 4]], 11, 1))
     np.testing.assert_allclose(
         packed["logits"].reshape(alone["logits"].shape), alone["logits"], atol=1e-5 * np.ptp(alone["logits"])
     )
@@ -177,10 +177,10 @@ def test_left_padding_and_packing_do_not_change_scores(scored):
 
 
 def test_scores_in_several_parts_are_the_same(scored, monkeypatch):
-    rows = np.random.default_rng(0).integers(0, 96, (3, 10))
-    whole = scored(FIXTURES / "nemotron_h_dense", rows)
+    tokens = np.random.default_rng(0).integers(0, 96, (3, 10))
+    whole = scored(FIXTURES / "nemotron_h_dense", tokens)
     monkeypatch.setattr("orogen.infer.score.TOKENS_AT_ONCE", 20)
-    parts = scored(FIXTURES / "nemotron_h_dense", rows)
+    parts = scored(FIXTURES / "nemotron_h_dense", tokens)
     np.testing.assert_allclose(parts["logits"], whole["logits"], atol=1e-5 * np.ptp(whole["logits"]))
 
 
@@ -233,7 +233,7 @@ def test_generate_reads_every_kind_of_folder_alike(hub, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def padded(tmp_path_factory) -> Path:
-    """A Hugging Face folder of 300 rows whose tokenizer has 259 tokens."""
+    """A Hugging Face folder whose vocabulary has 300 rows and whose tokenizer has 259 tokens."""
     folder = tmp_path_factory.mktemp("padded") / "hf"
     config, tensors = shapes("nemotron_h")
     vocabulary = {"backbone.embeddings.weight": [300, 32], "lm_head.weight": [300, 32]}
@@ -243,7 +243,7 @@ def padded(tmp_path_factory) -> Path:
 
 
 def test_rows_without_a_token_are_never_sampled(padded):
-    """A hot model: 400 even draws of 300 rows miss the 41 without a token with probability 1e-26."""
+    """At a high temperature: 400 uniform draws from 300 rows miss the 41 without a token with probability 1e-26."""
     hot = [Sampling(temperature=1e9, seed=seed) for seed in range(10)]
     requests = [Request(prompt=(97, 98), max_tokens=40, sampling=each, ignore_eos=True) for each in hot]
     answers = Engine(open_model(padded), engine_for(rows=10, length=42)).run(requests)
@@ -252,7 +252,7 @@ def test_rows_without_a_token_are_never_sampled(padded):
     assert len(set(ids)) > 150  # one random key for all steps would draw ten
 
 
-def test_every_end_of_the_folder_ends_a_text(padded, tmp_path):
+def test_every_eos_id_of_the_folder_ends_a_text(padded, tmp_path):
     loaded = open_model(padded)
     (whole,) = generate(loaded, ["ab"], tokens=12, temperature=1e9, seed=3)
     ids = loaded.tokenizer.encode(whole).tolist()
@@ -294,7 +294,7 @@ def test_training_starts_from_a_checkpoint_and_goes_back(hub, tmp_path, kind, sc
     before, after = read(hub), read(tmp_path / "back")
     assert before.keys() == after.keys()
     for name in before:
-        tolerance = 2e-3 if name.endswith("e_score_correction_bias") else 1e-6  # the bias moves by 1e-3 a step
+        tolerance = 2e-3 if name.endswith("e_score_correction_bias") else 1e-6  # the bias moves by 1e-3 per step
         np.testing.assert_allclose(after[name], before[name], atol=tolerance)
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert config["bos_token_id"] == 17  # kept through the run
@@ -321,7 +321,7 @@ def test_a_run_becomes_bfloat16_with_float32_biases(hub, tmp_path):
         assert array.dtype.name == ("float32" if name.endswith("e_score_correction_bias") else "bfloat16")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert (config["model_type"], config["dtype"]) == ("nemotron_h", "bfloat16")
-    assert config["max_position_embeddings"] == 24  # the rows of its training
+    assert config["max_position_embeddings"] == 24  # the sequence length of its training
     assert [config[f"{role}_token_id"] for role in ("pad", "bos", "eos")] == [0, 1, 2]
     assert (tmp_path / "hf" / "tokenizer.json").is_file()
     run("convert", "from-hf", tmp_path / "hf", tmp_path / "ours")

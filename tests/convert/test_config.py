@@ -1,4 +1,4 @@
-"""config.json as ModelConfig and back: every generation of writing, and a refusal for what we do not compute."""
+"""config.json to ModelConfig and back: every generation of its fields, and a refusal for what we do not implement."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from orogen.convert.names import table
 
 
 def changed(case: str, **fields) -> dict:
-    """A case's config.json with some fields replaced; None takes one away."""
+    """A case's config.json with some fields replaced; None removes one."""
     values = shapes(case)[0] | fields
     return {name: value for name, value in values.items() if value is not None}
 
@@ -32,7 +32,7 @@ def test_table_names_what_transformers_writes(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_there_and_back(case):
+def test_round_trip(case):
     values = stored()[case]["config"]
     family, config = read_config(values)
     assert family == values["model_type"] == family_of(config)
@@ -47,8 +47,8 @@ def test_gin_text_loads_to_an_equal_config(case, tmp_path):
     assert load([tmp_path / "config.gin"])[0].model == config
 
 
-def test_what_the_family_is_about():
-    """By hand, one line per family: the fields whose loss no shape would show."""
+def test_fields_that_no_shape_shows():
+    """By hand, per case: the fields whose loss would change no shape."""
     facts = {case: dataclasses.asdict(read_config(stored()[case]["config"])[1]) for case in CASES}
     expected = {
         "nemotron_h": {"norm": "rms", "router_score": "sigmoid", "routed_scaling_factor": 2.5, "time_step_min": None},
@@ -160,7 +160,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("case", "fields", "message"), REFUSED)
-def test_effects_that_we_do_not_compute_are_refused(case, fields, message):
+def test_effects_that_we_do_not_implement_are_refused(case, fields, message):
     with pytest.raises(ConfigError) as error:
         read(case, **fields)
     assert str(error.value).startswith("config.json: ") and message in str(error.value)
@@ -179,17 +179,19 @@ def test_what_changed_is_written_and_the_rest_is_kept():
     assert read_config(after)[1] == read_config(write_config("nemotron_h", config))[1]
 
 
-def test_what_depends_on_training_alone_is_no_difference():
+def test_settings_of_training_make_no_difference():
     config = read("nemotron_h")
     trained = dataclasses.replace(config, router_z_loss_coef=0.5, pattern="MEM*|-EME")
     assert read_config(write_config("nemotron_h", trained))[1] == config
     assert difference(config, dataclasses.replace(config, norm="layer")) == "norm"
-    assert difference(config, dataclasses.replace(config, sliding_window=8)) is None  # no `w` reads it
+    assert (
+        difference(config, dataclasses.replace(config, sliding_window=8)) is None
+    )  # the model has no `w` layer to read it
 
 
 def test_a_model_that_no_family_holds_is_refused():
     config = dataclasses.replace(read("nemotron_h"), router_bias=True)
-    with pytest.raises(ConfigError, match=r"ModelConfig.router_bias is True; expected what .* nemotron_h can have"):
+    with pytest.raises(ConfigError, match=r"ModelConfig.router_bias is True; expected what .* nemotron_h can hold"):
         family_of(config)
     with pytest.raises(ConfigError, match="ModelConfig.pattern is 'MEM"):
         write_config("mixtral", dataclasses.replace(read("mixtral"), pattern="MEM*", **MAMBA))

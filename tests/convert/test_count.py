@@ -10,8 +10,8 @@ from orogen.convert.count import count_exported
 
 MODELS = Path(__file__).resolve().parents[2] / "gin_configs" / "models"
 
-# Total (with the MTP block where the released checkpoint has one), active, active without the input embedding.
-# Sources: model cards and papers; where they round, the formulas below.
+# Total (with the MTP block if the released checkpoint has one), active, active without the input embedding.
+# Sources: model cards and papers, and the formulas below where these round.
 COUNTS = {
     "nemotron_h_4b": (4_489_223_040, 4_489_223_040, None),
     "nemotron_h_8b": (8_100_852_736, 8_100_852_736, None),

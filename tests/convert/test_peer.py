@@ -1,4 +1,4 @@
-"""Folders that transformers writes, through Orogen and back to transformers."""
+"""Folders that transformers writes go through Orogen and back to transformers."""
 
 import json
 import math
@@ -41,7 +41,7 @@ def drawn(tmp_path):
 def without_clamp(model):
     """nemotron_h without the clamp of dt at time_step_min, which training never had (transformers#48989).
 
-    Experts run one by one: torch's grouped product takes no rows of odd lengths.
+    Experts run one by one: torch's grouped product refuses odd widths.
     """
     model.set_experts_implementation("eager")
     for part in model.modules():
@@ -97,7 +97,7 @@ def test_scores_and_greedy_decoding_are_the_same(drawn, tmp_path, case):
 
 
 def greedy(folder, prompt_bt: np.ndarray) -> np.ndarray:
-    """The prompt and the STEPS likeliest next tokens, one after another."""
+    """The prompt and STEPS greedily decoded tokens."""
     import jax
     from flax import nnx
 

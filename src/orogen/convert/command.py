@@ -9,10 +9,10 @@ from orogen.config.dtype import WEIGHTS
 
 
 def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("direction", choices=("from-hf", "to-hf"), help="from-hf reads a Hugging Face folder")
+    parser.add_argument("direction", choices=("from-hf", "to-hf"), help="from or to Hugging Face's format")
     parser.add_argument("source", type=Path, metavar="SRC", help="to-hf: an Orogen checkpoint folder or a run folder")
     parser.add_argument("target", type=Path, metavar="DST", help="a new folder")
-    parser.add_argument("--dtype", choices=WEIGHTS, help="of to-hf; a run's weights become bfloat16 without it")
+    parser.add_argument("--dtype", choices=WEIGHTS, help="with to-hf only; by default a run's weights become bfloat16")
 
 
 def params(options: argparse.Namespace) -> int:
@@ -38,13 +38,11 @@ def convert(options: argparse.Namespace) -> int:
 
     if options.direction == "from-hf":
         if options.dtype:
-            raise ConfigError(
-                f"--dtype {options.dtype}; expected it with to-hf only: from-hf keeps what the files have"
-            )
+            raise ConfigError(f"--dtype {options.dtype}; expected it with to-hf only: from-hf keeps the files' dtypes")
         from_hf(options.source, options.target, fits=fits)
     else:
         with open_folder(options.source) as source:
-            if source.masters:  # a run's, in memory whole
+            if source.masters:  # a run's model is held in memory whole
                 require_export_fits(source.config, memory)
         export(options.source, options.target, dtype=options.dtype, fits=fits)
     answer(options, {"target": str(options.target)}, [f"written: {options.target}"])

@@ -1,6 +1,6 @@
 """A Hugging Face config.json as a ModelConfig, and back, for each family of `names`.
 
-What has an effect that we do not implement is refused; what has none is ignored, and kept for the way back.
+Fields with an effect that we do not implement are refused; fields without effect are ignored, and kept for the export.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from orogen.convert.defaults import NULLS
 from orogen.convert.fields import Fields
 from orogen.convert.forms import FORMS
 
-# What no config.json states and no output depends on: how a model trains, and the segments of its pipeline.
+# Fields on which a model's outputs do not depend: settings of training and of computation.
 FREE = (
     "router_aux_loss_coef", "router_balance", "router_z_loss_coef", "mtp_loss_scale", "mtp_depths", "chunk_size",
 )  # fmt: skip
@@ -23,8 +23,8 @@ WITH_MTP = ("nemotron_h", "deepseek_v3")
 
 
 def difference(first: ModelConfig, second: ModelConfig, *, free: Iterable[str] = ()) -> str | None:
-    """The first field in which two models differ, None where they are the same; segments of a pipeline
-    and fields that nothing reads make no difference."""
+    """The first field in which two models differ, None if they are the same. Pipeline segments and fields that nothing
+    reads make no difference."""
     first, second = plain_model(first), plain_model(second)
     for field in dataclasses.fields(ModelConfig):
         a, b = getattr(first, field.name), getattr(second, field.name)
@@ -38,7 +38,7 @@ def difference(first: ModelConfig, second: ModelConfig, *, free: Iterable[str] =
 def read_config(values: dict[str, Any], *, mtp: bool = True) -> tuple[str, ModelConfig]:
     """The family and the model that a config.json describes. Raises ConfigError.
 
-    mtp: whether its files hold a multi-token-prediction block: transformers loses the block and keeps the field.
+    mtp: whether its files hold a multi-token-prediction block; transformers drops the block and keeps the field.
     """
     fields = Fields(values)
     family = fields.family
@@ -56,7 +56,7 @@ def read_config(values: dict[str, Any], *, mtp: bool = True) -> tuple[str, Model
 
 
 def mtp_blocks(values: dict[str, Any]) -> int:
-    """How many multi-token-prediction blocks a config.json says its files hold, if they hold any."""
+    """How many multi-token-prediction blocks a config.json states, at least one: the count in files that hold any."""
     fields = Fields(values)
     return max(1, fields.get("num_nextn_predict_layers")) if fields.family in WITH_MTP else 1
 
@@ -64,10 +64,10 @@ def mtp_blocks(values: dict[str, Any]) -> int:
 def write_config(
     family: str, config: ModelConfig, kept: dict[str, Any] | None = None, *, context: int | None = None
 ) -> dict[str, Any]:
-    """The config.json of a model: `kept`, the one it came with, with what it says of the model brought up to date.
+    """The config.json of a model: `kept`, the one it came with, with its statements about the model updated.
 
-    context: how many tokens the rows had that it was trained on, which the config states unless `kept` states more;
-    None: unknown. Raises ConfigError, naming the field, if the family cannot hold such a model.
+    context: tokens per sequence in training, which the config states unless `kept` states more; None: unknown. Raises
+    ConfigError, naming the field, if the family cannot hold such a model.
     """
     if kept is not None and kept.get("model_type") == family:
         same = kept | _context(family, kept, context)
@@ -84,7 +84,7 @@ def write_config(
     field = difference(config, read_config(fresh)[1], free=FREE)
     if field is not None:
         raise ConfigError(
-            f"ModelConfig.{field} is {getattr(config, field)!r}; expected what Hugging Face's {family} can have"
+            f"ModelConfig.{field} is {getattr(config, field)!r}; expected what Hugging Face's {family} can hold"
         )
     reader = Fields({**(kept or {}), "model_type": family})
     for theirs in form.names.values():
@@ -95,7 +95,7 @@ def write_config(
 
 
 def _context(family: str, kept: dict[str, Any], context: int | None) -> dict[str, int]:
-    """The field for the context length, where it is to change. GPT-2's is the number of its position vectors."""
+    """The field of the context length, if it is to change. GPT-2's is always the number of its position vectors."""
     stated = kept.get(CONTEXT)
     if context is None or family == "gpt2" or (isinstance(stated, int) and stated >= context):
         return {}
@@ -103,7 +103,7 @@ def _context(family: str, kept: dict[str, Any], context: int | None) -> dict[str
 
 
 def family_of(config: ModelConfig) -> str:
-    """The family whose checkpoints can hold the model. Raises ConfigError: why nemotron_h cannot, if none can."""
+    """The first family whose checkpoints can hold the model. Raises ConfigError if none can: why nemotron_h cannot."""
     refusals = []
     for family in FORMS:
         try:

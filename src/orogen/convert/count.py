@@ -1,4 +1,4 @@
-"""How large a model's Hugging Face checkpoint is, from the abstract parameter tree and the table of names."""
+"""The size of a model's Hugging Face checkpoint, from the abstract parameter tree and the table of names."""
 
 import math
 
@@ -14,11 +14,11 @@ from orogen.model.lm import build
 
 
 def count_exported(config: ModelConfig) -> dict[str, int | None]:
-    """`model.count.count` of what a Hugging Face checkpoint holds, its number of tensors, and their bytes: bfloat16,
-    but for the correction biases, which are float32.
+    """`model.count.count` of the Hugging Face checkpoint, its number of tensors, and their bytes in bfloat16
+    (correction biases: float32).
 
-    An MTP block counts with the copies of embedding and head that DeepSeek's files give it. A model that no family of
-    Hugging Face's can hold has tensors and bytes None.
+    The MTP block includes the copies of embedding and head that DeepSeek's files give it. tensors and bytes are None if
+    no Hugging Face family can hold the model.
     """
     built = build(config)
     counts = count(config, built)
@@ -29,7 +29,7 @@ def count_exported(config: ModelConfig) -> dict[str, int | None]:
     tensors = table(family, config)
     tree = {path: v.get_value().shape for part in (built.params, built.buffers) for path, v in nnx.to_flat_state(part)}
     if tree != leaf_shapes(tensors):
-        raise ValueError(f"the names of {family} are not those of the model's parameters")
+        raise ValueError(f"the names of {family} do not cover the model's parameters")
     written = {name: tensor for name, tensor in tensors.items() if tensor.written}
     sizes = {name: math.prod(tensor.shape) for name, tensor in written.items()}
     is_mtp = mtp_name(family, config)

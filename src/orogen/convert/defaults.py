@@ -1,4 +1,4 @@
-"""What each family's config class in transformers 5.23.0 makes of a field that config.json leaves out.
+"""The defaults of each family's config class in transformers 5.23.0, for fields that config.json leaves out.
 
 Every field that a `Form` reads is here, so that none has a second default elsewhere.
 """
@@ -134,7 +134,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "attention_bias": False,
         "tie_word_embeddings": False,
         "num_nextn_predict_layers": 1,
-        # Not in the class of transformers, which has no other way; other readers of these files do.
+        # transformers' class lacks these fields, since it implements nothing else; other readers have them.
         "topk_method": "noaux_tc",
         "scoring_func": "sigmoid",
         "moe_layer_freq": 1,
@@ -233,8 +233,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-# NULLS: what a null in the file means where that is neither the default nor refused. (A theta in rope_parameters comes
-# before rope_theta, which then may be null.)
+# NULLS: what a null in the file means, if that is neither the default nor refused. (A theta in rope_parameters has
+# precedence over rope_theta, which then may be null.)
 NULLS: dict[str, dict[str, Any]] = {
     "mixtral": {"rope_theta": None},
     "nemotron": {"rope_theta": None},
@@ -250,7 +250,7 @@ NULLS: dict[str, dict[str, Any]] = {
     "gpt_oss": {"rope_theta": None, "rope_parameters": _YARN, "sliding_window": None},
 }
 
-# ALIASES: other names of a field: those of the class's attribute_map, and of older or NVIDIA's own files.
+# ALIASES: other names of a field: those of the class's attribute_map, of older files, and of NVIDIA's own.
 ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
     "nemotron_h": {
         "layers_block_type": ("layer_types",),

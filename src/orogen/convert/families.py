@@ -1,4 +1,4 @@
-"""What takes more than a name in each family's config.json: patterns, sizes that follow from others, and the like."""
+"""Fields of each family's config.json that need more than another name: patterns, derived sizes, and the like."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -9,7 +9,7 @@ from orogen.convert.fields import ACTIVATION_NAMES, Fields, rotary, rotary_field
 
 
 def _heads(fields: Fields) -> dict[str, Any]:
-    """Attention's sizes, of which two may be left to the others."""
+    """Attention's sizes, two of which default to values derived from the others."""
     heads = fields.get("num_attention_heads")
     return {
         "num_attention_heads": heads,
@@ -70,7 +70,7 @@ def _write_nemotron_h(c: ModelConfig) -> dict[str, Any]:
         "num_nextn_predict_layers": 1 if c.layers.mtp else 0,
         "attention_bias": False,
         "time_step_limit": _limits(c),
-        # transformers 5.23.0 clips the steps at time_step_min in place of the limits' first; elsewhere it only draws.
+        # transformers 5.23.0 clips steps at time_step_min instead of the lower limit; elsewhere it only initialises.
         "time_step_min": c.time_step_min or LEAST_STEP,
         "n_shared_experts": 1,
         "mlp_hidden_act": ACTIVATION_NAMES[c.mlp_hidden_act],
@@ -92,7 +92,7 @@ def _read_mamba2(f: Fields) -> dict[str, Any]:
     f.expect("hidden_act", "silu", "swish")
     inner = f.get("num_heads") * f.get("head_dim")
     if f.get("expand") * f.get("hidden_size") != inner:
-        f.refuse("expand", f.get("expand"), f"num_heads * head_dim / hidden_size, with {inner} above the line")
+        f.refuse("expand", f.get("expand"), f"num_heads * head_dim / hidden_size, with {inner} as the numerator")
     return {"pattern": "M" * f.get("num_hidden_layers")} | f.limits("time_step_limit")
 
 
@@ -119,7 +119,7 @@ def _write_mamba(c: ModelConfig) -> dict[str, Any]:
     return found | _attributes(c, "time_step_rank")
 
 
-# The transformer families: attention and MLP or experts in turn
+# The transformer families: attention and MLP or experts, alternating
 
 
 def _alternating(attention: Iterable[str], mlp: Iterable[str]) -> str:
@@ -135,7 +135,7 @@ def _sliding(letters: str) -> list[str]:
 
 
 def _kinds(f: Fields, letters: str) -> str:
-    """The letters of layer_types, or `letters` where the file has none."""
+    """The letters of layer_types, or `letters` if the file has none."""
     types = f.get("layer_types") or _sliding(letters)
     unknown = [kind for kind in types if kind not in ("sliding_attention", "full_attention")]
     if unknown or len(types) != len(letters):
@@ -285,7 +285,7 @@ def _write_gpt2(c: ModelConfig) -> dict[str, Any]:
 
 
 class Rest(NamedTuple):
-    """Our fields of a config.json, and back."""
+    """Functions that read our fields from a config.json, and write them."""
 
     read: Callable[[Fields], dict[str, Any]]
     write: Callable[[ModelConfig], dict[str, Any]]

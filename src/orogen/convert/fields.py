@@ -1,4 +1,4 @@
-"""The fields of a Hugging Face config.json: read with their refusals, and rotary positions, which several share."""
+"""Reads the fields of a Hugging Face config.json and refuses bad ones; and the rotary fields, which families share."""
 
 import math
 from typing import Any, NoReturn
@@ -19,11 +19,11 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 ACTIVATION_NAMES = {"relu2": "relu2", "relu": "relu", "silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_new"}
-UNBOUNDED = 1e300  # some files hold the largest float in the place of infinity
+UNBOUNDED = 1e300  # some files hold the largest float in place of infinity
 
 
 class Fields:
-    """A config.json, and which of its fields were read. Refusals name the field and its value."""
+    """A config.json, and the names of the fields that were read. Refusals name the field and its value."""
 
     def __init__(self, values: dict[str, Any]):
         self.values = values
@@ -35,9 +35,9 @@ class Fields:
         self._aliases = ALIASES.get(self.family, {})
 
     def get(self, name: str) -> Any:
-        """The field under this name or another of its names; where the file leaves it out, the family's default.
+        """The field under this name or one of its aliases; if the file leaves it out, the family's default.
 
-        A null is what the family's class makes of it, and refused where that is an error.
+        A null means what it means to the family's class, and is refused if that is an error there.
         """
         names = (name, *self._aliases.get(name, ()))
         self.read |= {*names}
@@ -57,7 +57,7 @@ class Fields:
         return found[first]
 
     def expect(self, name: str, *allowed: Any) -> None:
-        """Refuses the field where it is present and not one of `allowed`."""
+        """Refuses the field if it is present and not one of `allowed`."""
         self.read.add(name)
         value = self.values.get(name)
         if value is not None and value not in allowed:
@@ -68,14 +68,14 @@ class Fields:
         raise ConfigError(f"config.json: {name} is {shown(value)}; expected {expected}")
 
     def activation(self, name: str) -> str:
-        """An activation under our name."""
+        """The activation's name in ModelConfig."""
         value = self.get(name)
         if value not in ACTIVATIONS:
             self.refuse(name, value, " or ".join(map(repr, ACTIVATIONS)))
         return ACTIVATIONS[value]
 
     def limits(self, name: str) -> dict[str, float]:
-        """A range of time steps as time_step_min and time_step_max, None where it bounds nothing."""
+        """A range of time steps as time_step_min and time_step_max, None for an end without a bound."""
         value = self.get(name)
         numbers = [number(v) for v in value] if isinstance(value, list | tuple) else []
         if len(numbers) != 2 or any(v is None for v in numbers):
@@ -85,7 +85,7 @@ class Fields:
 
 
 def _check_kind(name: str, key: str, value: Any, default: Any) -> None:
-    """Raises ConfigError unless `value`, under one of the field's names, is of the field's kind."""
+    """Raises ConfigError unless `value`, which the file has under the name `key`, fits the form of the field `name`."""
     if (kind := kind_of(name, default)) is not None:
         try:
             check_form({key: value}, Record({key: kind}), where="config.json")
@@ -103,10 +103,10 @@ def number(value: Any) -> Any:
 
 
 def rotary(fields: Fields, *, partly: bool = False) -> dict[str, Any]:
-    """ModelConfig's fields of rotary positions: of rope_parameters, or of the older rope_theta and rope_scaling.
+    """ModelConfig's rotary fields, from rope_parameters or from the older rope_theta and rope_scaling.
 
-    partly: whether the family's class leaves a part of each head as it is; the others ignore partial_rotary_factor,
-    but for YaRN's frequencies, which then are too few for its heads.
+    partly: whether the family's class can rotate a part of each head. Other classes ignore partial_rotary_factor,
+    except in YaRN's frequencies, which are then too few for their heads.
     """
     whole, stated = fields.get("partial_rotary_factor"), _stated(fields)
     kind = stated.pop("rope_type", stated.pop("type", "default"))
@@ -125,7 +125,7 @@ def rotary(fields: Fields, *, partly: bool = False) -> dict[str, Any]:
 
 
 def _stated(fields: Fields) -> dict[str, Any]:
-    """rope_scaling, which transformers takes before rope_parameters, if the file has both."""
+    """rope_scaling, which has precedence in transformers, or rope_parameters."""
     stated = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
     fields.get("rope_parameters")
     return dict(stated)
@@ -148,7 +148,7 @@ def _yarn(fields: Fields, stated: dict[str, Any]) -> dict[str, Any]:
 
 
 def rotary_fields(config: ModelConfig, *, partly: bool = False) -> dict[str, Any]:
-    """The inverse: rope_parameters, as transformers 5 writes it."""
+    """The inverse of `rotary`: rope_parameters, as transformers 5 writes it."""
     found: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.yarn_factor is not None:
         found |= {

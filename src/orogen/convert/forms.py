@@ -1,4 +1,4 @@
-"""What each family calls our fields in its config.json, and which of ours it implies."""
+"""Each family's names for our fields in its config.json, and the fields whose values it implies."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,9 +9,9 @@ from orogen.convert.fields import Fields
 
 
 class Form(NamedTuple):
-    """How a family writes a model down.
+    """How a family states a model in its config.json.
 
-    names: our field and theirs; fixed: ours that the family implies; read and write: the rest.
+    names: their name for each of our fields; fixed: our fields that the family implies; read and write: the rest.
     """
 
     architecture: str

@@ -1,4 +1,4 @@
-"""What each field of a config.json must be before a family's reader computes with it."""
+"""The form of each field of a config.json, which is checked before a family's reader computes with it."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from orogen.config.json_file import ListOf, Number, Record, Whole
 from orogen.config.model import MAX_LAYERS
 
 SIZE, COUNT = Whole(1), Whole(0)
-MAX_EXPERTS = 2**16  # a table lists the tensors of each
+MAX_EXPERTS = 2**16  # the table of names lists the tensors of each expert
 NUMBER = Number()
 
 ROTARY = Record(
@@ -37,7 +37,7 @@ KINDS: dict[str, Any] = (
 
 
 def kind_of(name: str, default: Any) -> Any:
-    """What the field must be: its entry in KINDS, else of the type of its default; None where that says nothing."""
+    """The form of a field: its entry in KINDS, else the type of its default; None if that has no such type."""
     if name in KINDS:
         return KINDS[name]
     return type(default) if isinstance(default, bool | int | float | str | dict | list) else None

@@ -1,6 +1,6 @@
 """The tensors of one layer in Hugging Face's checkpoints, by mixer: their names, shapes and parts.
 
-PyTorch stores a linear map as (out, in), ours is (in, out); GPT-2 and gpt-oss's experts have ours.
+PyTorch stores a linear map as (out, in), Orogen as (in, out); so do GPT-2 and gpt-oss's experts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +13,7 @@ Shape = tuple[int, ...]
 
 
 class Part(NamedTuple):
-    """A parameter in its layer, where it lies in the tensor, its shape before it is transposed, and its expert."""
+    """A parameter of the layer: its path, where it lies in the tensor, its shape there, and the index of its expert."""
 
     path: Path
     slices: tuple[slice, ...]
@@ -22,7 +22,8 @@ class Part(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """A tensor of one layer: its name there, its shape, the shape under which it is sliced, and its parts."""
+    """A tensor of one layer: its name after the layer's prefix, its shape, the shape in which it is sliced, its parts,
+    whether these are transposed in the model, and whether it stays float32."""
 
     name: str
     shape: Shape
@@ -54,7 +55,7 @@ def _matrix(name: str, path: Path, out: int, into: int, *, index: tuple[int, ...
 def _rows(
     name: str, blocks: Sequence[tuple[Path, int]], *rest: int, transposed: bool = False, shape: Shape = ()
 ) -> Rule:
-    """A tensor whose rows are one block after another; `shape`: how it is stored, if not as (rows, *rest)."""
+    """A tensor whose rows are consecutive blocks; `shape`: its shape in the file, if not (rows, *rest)."""
     start, parts = 0, []
     for path, size in blocks:
         parts.append(Part(path, (slice(start, start + size), *(ALL for _ in rest)), (size, *rest)))
@@ -63,7 +64,7 @@ def _rows(
 
 
 def _interleaved(name: str, paths: Sequence[Path], lead: Shape, size: int) -> Rule:
-    """A tensor whose last axis takes turns between the parameters of `paths`."""
+    """A tensor whose last axis interleaves the parameters of `paths`."""
     parts = (
         Part(path, (*(ALL for _ in (*lead, size)), slice(i, i + 1)), (*lead, size)) for i, path in enumerate(paths)
     )
@@ -166,7 +167,7 @@ def latent_attention(c: ModelConfig) -> Rules:
 
 
 class _MLPNames(NamedTuple):
-    """What a family calls an MLP's linear maps; gate is missing in one that has none."""
+    """A family's names for an MLP's linear maps; gate is empty if there is none."""
 
     up: str
     down: str
@@ -232,7 +233,7 @@ def nemotron_h_experts(c: ModelConfig) -> Rules:
 
 
 def deepseek_experts(c: ModelConfig) -> Rules:
-    """Routed and shared experts of DeepSeek-V3; transformers' class without shared ones has them without columns."""
+    """Experts of DeepSeek-V3. Without shared ones, transformers' class still has their tensors, with no columns."""
     yield from _router(c, "mlp.gate")
     yield from _experts(c, "mlp.experts", GATE_UP_DOWN)
     yield from _shared(c, "mlp.shared_experts", GATE_UP_DOWN)
@@ -242,20 +243,20 @@ def deepseek_experts(c: ModelConfig) -> Rules:
 
 
 def qwen_experts(c: ModelConfig) -> Rules:
-    """Those of Qwen2-MoE, whose shared expert has a gate, and Qwen3-MoE."""
+    """Experts of Qwen2-MoE, whose shared expert has a gate, and of Qwen3-MoE."""
     yield from _router(c, "mlp.gate")
     yield from _experts(c, "mlp.experts", GATE_UP_DOWN)
     yield from _shared(c, "mlp.shared_expert", GATE_UP_DOWN)
 
 
 def mixtral_experts(c: ModelConfig) -> Rules:
-    """Those of Mixtral: w1 is the gate, w2 leads down, w3 up."""
+    """Experts of Mixtral: w1 is gate, w2 is down, w3 is up."""
     yield from _router(c, "block_sparse_moe.gate")
     yield from _experts(c, "block_sparse_moe.experts", _MLPNames(up="w3", down="w2", gate="w1"))
 
 
 def gpt_oss_experts(c: ModelConfig) -> Rules:
-    """gate and up take turns on the last axis; experts are stacked and (in, out) there too."""
+    """Experts of gpt-oss: gate and up are interleaved on the last axis; experts are stacked and (in, out), as ours."""
     experts, width, hidden = c.n_routed_experts, c.expert_width, c.moe_intermediate_size
     part = lambda name: ("mixer", "experts", name)  # noqa: E731
     yield _matrix("mlp.router", ("mixer", "router", "gate"), experts, c.hidden_size)
@@ -267,7 +268,7 @@ def gpt_oss_experts(c: ModelConfig) -> Rules:
 
 
 def gpt2_attention(c: ModelConfig) -> Rules:
-    """q, k and v are column blocks of one map, which is (in, out) there too."""
+    """GPT-2's attention: q, k and v are column blocks of one map, which is (in, out), as ours."""
     d, paths = c.hidden_size, [("mixer", name) for name in ("query", "key", "value")]
     weights = (Part(path, (ALL, slice(i, i + 1), ALL), (d, d)) for i, path in enumerate(paths))
     yield Rule("attn.c_attn.weight", (d, 3 * d), (d, 3, d), tuple(weights))
@@ -277,7 +278,7 @@ def gpt2_attention(c: ModelConfig) -> Rules:
 
 
 def gpt2_mlp(c: ModelConfig) -> Rules:
-    """GPT-2's MLP, (in, out) there too."""
+    """GPT-2's MLP, (in, out), as ours."""
     d, hidden = c.hidden_size, c.intermediate_size
     for name, ours, into, out in (("c_fc", "up", d, hidden), ("c_proj", "down", hidden, d)):
         yield _whole(f"mlp.{name}.weight", ("mixer", ours), (into, out))

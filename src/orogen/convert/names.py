@@ -1,6 +1,6 @@
-"""Where every tensor of a Hugging Face checkpoint lies in a LanguageModel: one table for both directions.
+"""The place of every tensor of a Hugging Face checkpoint in a LanguageModel: one table for both directions.
 
-Fused tensors are split into blocks, experts and the layers of a Repeat are stacked along leading axes. Every rule is
+Fused tensors are split into blocks; experts, and the layers of a Repeat, are stacked along leading axes. Every rule is
 linear and invertible.
 """
 
@@ -36,8 +36,8 @@ from orogen.model.block import places, repeats
 
 
 class Piece(NamedTuple):
-    """A part of a tensor and its place in a parameter: `slices` of the tensor seen as `view`, reshaped to `shape` and
-    transposed if so, what the parameter `path` holds at `index` of its leading axes."""
+    """A part of a tensor and its place in a parameter. The `slices` of the tensor reshaped to `view`, themselves
+    reshaped to `shape`, and transposed if `transposed`, are the parameter `path` at `index` of its leading axes."""
 
     path: Path
     index: tuple[int, ...]
@@ -48,16 +48,16 @@ class Piece(NamedTuple):
 
     @property
     def own_shape(self) -> Shape:
-        """The shape in the parameter, after the leading axes."""
+        """The part's shape in the parameter, after the leading axes."""
         return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.transposed else self.shape
 
     def take(self, tensor: np.ndarray) -> np.ndarray:
-        """What the parameter holds at `index`, of the tensor: a view of it where that is possible."""
+        """The parameter's part, from the tensor: a view of it if possible."""
         part = tensor.reshape(self.view)[self.slices].reshape(self.shape)
         return part.swapaxes(-1, -2) if self.transposed else part
 
     def put(self, tensor: np.ndarray, part: np.ndarray) -> None:
-        """The inverse: writes the parameter's part into the contiguous `tensor`."""
+        """The inverse of `take`: writes the parameter's part into the contiguous `tensor`."""
         target = tensor.reshape(self.view)[self.slices]
         target[...] = (part.swapaxes(-1, -2) if self.transposed else part).reshape(target.shape)
 
@@ -65,8 +65,8 @@ class Piece(NamedTuple):
 class Tensor(NamedTuple):
     """A tensor's shape, its pieces, and whether it stays float32 when the others are written in another dtype.
 
-    copy_of: the tensor that it repeats, whose pieces it then has not; such a tensor may be missing, as one of no
-    numbers may. written: whether transformers writes that copy.
+    copy_of: the tensor that it repeats; a copy has no pieces. Tensors without pieces (copies, and those without
+    numbers) may be missing from a folder. written: whether transformers writes the copy.
     """
 
     shape: Shape
@@ -91,9 +91,9 @@ HEAD = "lm_head.weight"
 class Family(NamedTuple):
     """A Hugging Face model type: its mixers by letter of the pattern, and the names around them.
 
-    norms: of the residual layers that one numbered layer holds, in order. old: names in older files, as (start, new
-    start); ignored: ends of names that older files have and that hold no parameter. ties: whether its class in
-    transformers makes the head of the embeddings where tie_word_embeddings says so, and needs no copy.
+    norms: the norms of the residual layers in one numbered layer, in order. old: prefixes of names in older files, as
+    (old, new). ignored: suffixes of names that older files have and that hold no parameter. ties: whether its class in
+    transformers follows tie_word_embeddings, so that it needs no copy of the head.
     """
 
     mixers: Mapping[str, Callable[[ModelConfig], Rules]]
@@ -107,7 +107,7 @@ class Family(NamedTuple):
     ties: bool = True
 
     def canonical(self, name: str) -> str | None:
-        """The name in the table of a tensor called `name` in a file; None for one that is ignored."""
+        """The table's name for a tensor called `name` in a file; None if it is ignored."""
         if name.endswith(self.ignored):
             return None
         return next((new + name.removeprefix(old) for old, new in self.old if name.startswith(old)), name)
@@ -156,7 +156,7 @@ FAMILIES: dict[str, Family] = {
 def table(family: str, config: ModelConfig, *, mtp_blocks: int = 1) -> Table:
     """Every tensor of a checkpoint of `family` that holds a model of `config`, by name.
 
-    mtp_blocks: how often the multi-token-prediction block is written; all but the first are copies.
+    mtp_blocks: how many times the multi-token-prediction block is written; all but the first are copies.
     """
     names, found = FAMILIES[family], {}
     found[f"{names.embedding}.weight"] = _outer(("embedding", "weight"), (config.vocab_size, config.hidden_size))
@@ -181,7 +181,7 @@ def table(family: str, config: ModelConfig, *, mtp_blocks: int = 1) -> Table:
 
 
 def ignored(family: object) -> Callable[[str], bool]:
-    """Whether a tensor's name is one that holds no parameter in files of this family; never, if it is none."""
+    """Whether a tensor of this name holds no parameter in files of the family; always False for an unknown family."""
     known = FAMILIES.get(family) if isinstance(family, str) else None
     return lambda name: known is not None and known.canonical(name) is None
 
@@ -216,7 +216,7 @@ def _norm(config: ModelConfig, path: Path) -> Tensor:
 
 
 def _stack(family: Family, config: ModelConfig, letters: str, path: Path, *, prefix: str, first: int) -> Table:
-    """The layers of the Stack at `path`, numbered from `first`."""
+    """The tensors of the layers of the Stack at `path`, numbered from `first`."""
     found: Table = {}
     for number, (letter, place) in enumerate(zip(letters, places(repeats(letters)), strict=True)):
         layer, norm = divmod(number, len(family.norms))
@@ -249,7 +249,7 @@ def _layer(family: Family, config: ModelConfig, letter: str, norm: str) -> Rules
 
 
 def _nemotron_h_mtp(config: ModelConfig, block: int) -> Table:
-    """Its own tensors lie in its first layer and its last."""
+    """The block's own tensors are in its first layer and its last."""
     d, letters = config.hidden_size, config.layers.mtp
     first, last = block * len(letters), (block + 1) * len(letters) - 1
     found = _stack(FAMILIES["nemotron_h"], config, letters, ("mtp", "layers"), prefix="mtp.layers", first=first)
@@ -292,19 +292,19 @@ def mtp_name(family: str, config: ModelConfig) -> Callable[[str], bool]:
     return lambda name: name.startswith(start)
 
 
-DEEPSEEK_MTP_LAYER = 61  # the number of DeepSeek-V3's own: transformers' class knows the block under no other
+DEEPSEEK_MTP_LAYER = 61  # DeepSeek-V3's own; transformers' class recognises no other number
 
 
 def remarks(family: str, config: ModelConfig, *, mtp_blocks: int) -> list[str]:
-    """What transformers 5.23 makes otherwise of an export, one line each."""
+    """What transformers 5.23 does differently with an export, one line each."""
     found = []
     if family == "nemotron_h" and config.time_step_max is not None:
-        found.append(f"transformers has no upper limit of time steps, which is {config.time_step_max} here")
+        found.append(f"transformers has no upper limit on time steps, which is {config.time_step_max} here")
     first = len(config.layers.main) // 2
     blocks = range(first, first + mtp_blocks) if family == "deepseek_v3" and config.layers.mtp else ()
     if others := [f"model.layers.{number}.*" for number in blocks if number != DEEPSEEK_MTP_LAYER]:
         found.append(
-            f"{', '.join(others)} hold the multi-token-prediction block, which transformers knows as layer "
-            f"{DEEPSEEK_MTP_LAYER} alone: it leaves them out as unexpected"
+            f"{', '.join(others)} hold the multi-token-prediction block, which transformers recognises only as "
+            f"layer {DEEPSEEK_MTP_LAYER}: it drops them as unexpected"
         )
     return found

@@ -1,4 +1,4 @@
-"""Folders of safetensors files, read and written piece by piece: no mapping, no whole file in memory.
+"""Folders of safetensors files, read and written piece by piece: no mmap, no whole file in memory.
 
 The format: 8 bytes of header length, the header (JSON: dtype, shape and byte range of each tensor), the bytes.
 Source: https://github.com/huggingface/safetensors#format.
@@ -33,19 +33,19 @@ MAX_HEADER_BYTES = 10**8  # the limit of safetensors itself
 INDEX_FORM = Record({"weight_map": MapOf(str)})
 ENTRY_FORM = Record({"dtype": str, "shape": ListOf(Whole()), "data_offsets": ListOf(Whole(), 2)})
 MAX_AXES = 64  # the limit of numpy
-PANEL_BYTES = 1 << 20  # of a strided array made contiguous at a time: it stays in a core's cache
-CHECKED = 1 << 17  # numbers that are looked at at a time
+PANEL_BYTES = 1 << 20  # of a strided array that are made contiguous at a time; they stay in a core's cache
+CHECKED = 1 << 17  # numbers that are checked at a time
 
 
 class Spec(NamedTuple):
-    """What a file says of a tensor."""
+    """A tensor's shape and dtype in a file."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
 
     @property
     def nbytes(self) -> int:
-        """The bytes it takes."""
+        """Its size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -56,10 +56,10 @@ class _Place(NamedTuple):
 
 
 class TensorReader:
-    """The tensors of a folder, read with pread, by several threads if need be. Use as a context manager.
+    """The tensors of a folder, read with pread, which several threads may do at once. Use as a context manager.
 
-    ignored: whether a tensor is passed over, whatever its dtype; no Spec and no bytes of it are read.
-    Raises ConfigError if the folder has no safetensors files, or one that is cut off, malformed or quantised.
+    ignored: whether to skip the tensor of this name, whatever its dtype: it has no Spec and is never read.
+    Raises ConfigError if the folder has no safetensors files, or one that is truncated, malformed or quantised.
     """
 
     def __init__(self, folder: Path, *, ignored: Callable[[str], bool] = lambda name: False):
@@ -81,7 +81,7 @@ class TensorReader:
             os.close(descriptor)
 
     def read(self, name: str, index: tuple[int, ...] = ()) -> np.ndarray:
-        """A new array of the tensor, or of what it holds at `index` of its leading axes."""
+        """A new array of the tensor, or of its part at `index` of its leading axes."""
         place = self._places[name]
         shape, dtype = place.spec
         strides = [int(np.prod(shape[axis + 1 :], dtype=np.int64)) for axis in range(len(shape))]
@@ -117,11 +117,11 @@ class TensorReader:
 
 
 class TensorWriter:
-    """Safetensors files of known tensors, whose contents come in any order, from several threads if need be. Use as a
+    """Safetensors files of known tensors, whose contents may come in any order and from several threads. Use as a
     context manager.
 
-    Headers are written first, so that every part of a tensor has its place. No more than `shard_bytes` go in a file
-    with more than one tensor; several files have an index beside them.
+    Headers are written first, which fixes the offset of every part of a tensor. A file with several tensors holds at
+    most `shard_bytes`; several files get an index.
     """
 
     def __init__(self, folder: Path, specs: Mapping[str, Spec], *, shard_bytes: int = SHARD_BYTES):
@@ -154,7 +154,7 @@ class TensorWriter:
                 os.close(descriptor)
 
     def write(self, name: str, array: np.ndarray, index: tuple[int, ...] = ()) -> None:
-        """Writes what the tensor holds at `index` of its leading axes, in the tensor's dtype."""
+        """Writes the tensor's part at `index` of its leading axes, cast to the tensor's dtype."""
         place = self._places[name]
         shape, dtype = place.spec
         rest = shape[len(index) :]
@@ -177,7 +177,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ConfigError(f"{str(folder)!r} exists; expected a new folder")
     scratch = folder.with_name(f".{folder.name}.partial")
-    if scratch.exists():  # what a conversion left that was killed
+    if scratch.exists():  # left by a conversion that was killed
         shutil.rmtree(scratch)
     scratch.mkdir(parents=True)
     try:
@@ -191,14 +191,14 @@ def new_folder(folder: Path) -> Iterator[Path]:
 def check_fits(name: str, array: np.ndarray, dtype: np.dtype) -> None:
     """Raises ConfigError if a finite number of `array` would become infinite in `dtype`.
 
-    Infinities and NaNs that are there already stay what they are, and small numbers are rounded, if need be to zero.
+    Infinities and NaNs in `array` are kept, and small numbers are rounded, if need be to zero.
     """
     if dtype == array.dtype or jnp.finfo(dtype).max >= jnp.finfo(array.dtype).max:
         return
     flat_n = array.reshape(-1)
     for start in range(0, len(flat_n), CHECKED):
         part_n = flat_n[start : start + CHECKED]
-        with np.errstate(over="ignore"):  # what the cast may say is said here
+        with np.errstate(over="ignore"):  # reported below
             lost_n = np.isfinite(part_n) & ~np.isfinite(part_n.astype(dtype))
         if lost_n.any():
             value, largest = float(part_n[lost_n][0]), float(jnp.finfo(dtype).max)
@@ -207,7 +207,7 @@ def check_fits(name: str, array: np.ndarray, dtype: np.dtype) -> None:
 
 
 def _panels(array: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """`array` in order, contiguous and in `dtype`, a few rows at a time unless it is so already."""
+    """`array` as contiguous pieces in `dtype`: whole if it already is that, else a few rows at a time."""
     if array.flags.c_contiguous and array.dtype == dtype:
         yield array
         return
@@ -217,7 +217,7 @@ def _panels(array: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:
 
 
 def _bytes(array_n: Any) -> memoryview:
-    """The memory of an array of bytes; on Python 3.11 numpy's types do not say that an array has one."""
+    """The memory of an array of bytes; on Python 3.11 numpy's annotations do not declare the buffer protocol."""
     return memoryview(array_n)
 
 
@@ -234,8 +234,8 @@ def _files(folder: Path) -> list[Path]:
             _check_name(folder, name)
         missing = [name for name in names if not (folder / name).is_file()]
         if missing or not names:
-            what = shown(missing) if missing else "none at all"
-            raise ConfigError(f"{folder / INDEX} names files that are not there: {what}")
+            what = f"names files that do not exist: {shown(missing)}" if missing else "names no files"
+            raise ConfigError(f"{folder / INDEX} {what}; expected the shards of its folder")
         for name in names:
             _check_link(folder, name)
         return [folder / name for name in names]
@@ -246,16 +246,16 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _check_name(folder: Path, name: str) -> None:
-    """Raises ConfigError unless `name`, which comes from elsewhere, is that of a file directly in a folder."""
+    """Raises ConfigError unless `name`, which is untrusted, is that of a file directly in a folder."""
     if name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name:
         raise ConfigError(f"{folder / INDEX} names {shown(name)}; expected a file of its folder, without a path")
 
 
 def _check_link(folder: Path, name: str) -> None:
-    """Raises ConfigError if a file that an index names is a link to somewhere that is no place of its files.
+    """Raises ConfigError if a file that an index names is a link out of its folder, other than into a cache.
 
-    Hugging Face's cache keeps `models--owner--name/blobs/HASH` and links to them from `snapshots/COMMIT/`, and so do
-    folders that were downloaded through it, wherever they are. Other links leave the folder, and are refused.
+    Hugging Face's cache keeps files as `models--owner--name/blobs/HASH`, and links to them from `snapshots/COMMIT/` and
+    from folders that were downloaded through it, wherever they are.
     """
     target, here = (folder / name).resolve(), folder.resolve()
     store = target.parent
@@ -269,7 +269,7 @@ def _header(file: Path, ignored: Callable[[str], bool]) -> dict[str, _Place]:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or not 0 < length <= min(size - 8, MAX_HEADER_BYTES):
-            raise ConfigError(f"{file} is no safetensors file, or was cut off")
+            raise ConfigError(f"{file} is not a safetensors file, or is truncated")
         try:
             header = read_object(stream.read(length), where="its JSON")
             header.pop("__metadata__", None)
@@ -281,7 +281,7 @@ def _header(file: Path, ignored: Callable[[str], bool]) -> dict[str, _Place]:
         start, stop = entry["data_offsets"]
         spec = None if ignored(name) else _spec(f"{file}: {name}", entry)
         if 8 + length + stop > size:
-            raise ConfigError(f"{file} was cut off: {name} lies at {start} to {stop} of {size - 8 - length} bytes")
+            raise ConfigError(f"{file} is truncated: {name} lies at {start} to {stop} of {size - 8 - length} bytes")
         if spec is None and stop < start:
             raise ConfigError(f"{file}: {name} lies at {start} to {stop}; expected its end after its start")
         if spec is not None and stop - start != spec.nbytes:
@@ -298,7 +298,7 @@ def _header(file: Path, ignored: Callable[[str], bool]) -> dict[str, _Place]:
 
 
 def _spec(where: str, entry: dict[str, Any]) -> Spec:
-    """Shape and dtype of a header's entry. Raises ConfigError for what no array here has."""
+    """Shape and dtype of a header's entry. Raises ConfigError for an unsupported dtype or too many axes."""
     if entry["dtype"] not in DTYPES:
         raise ConfigError(f"{where} is {entry['dtype']}; expected one of {', '.join(DTYPES)}, not quantised weights")
     if len(entry["shape"]) > MAX_AXES:
