@@ -1,4 +1,4 @@
-"""What a plan's collectives cost: the analytic table is what the step is written to send, and what XLA compiles.
+"""Costs of a plan's collectives: the analytic table equals what the traced step sends, and what XLA compiles.
 
 A collective that the table lacks fails, and so does one that only the table has.
 """
@@ -28,7 +28,7 @@ from orogen.train.next_token import NEXT_TOKENS
 from orogen.train.step import gradients
 
 WORK = Workload(rows=2, tokens=20)
-# Every letter; and the same letters with all that adds parameters or communicates otherwise.
+# Every letter; and layers with all options that add parameters or change communication.
 EVERY = hybrid(
     pattern="ME*-mw+", mtp_depths=0, mamba_intermediate_size=40, time_step_rank=3, sliding_window=5, kv_lora_rank=16,
     q_lora_rank=24, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=6, rope_theta=1e4,
@@ -54,7 +54,7 @@ PLANS = {
     "three-ranks": {"context": 3, "tensor": 2, "expert": 2},
     "whole": {"data": 2, "tensor": 2, "expert": 4, "dispatch": "alltoall", "stream": "whole"},
 }  # fmt: skip
-# XLA:CPU takes equal exchanges of segments and targets as one, and those that remat repeats: the program may send less.
+# XLA:CPU merges equal exchanges of segments and targets, and those that remat repeats: the program may send less.
 MERGED = {
     "ring": {"context": 4, "tensor": 2, "expert": 2, "remat": "full"},
     "ring-by-alltoall": {"context": 3, "tensor": 2, "shift": "alltoall"},
@@ -62,7 +62,7 @@ MERGED = {
     "heads": {"context": 2, "tensor": 4, "context_attention": "alltoall", "context_ssm": "heads",
               "remat": "elementwise"},
 }  # fmt: skip
-# The ragged exchange, which XLA:CPU lacks, and so gathers.
+# The ragged exchange, which XLA:CPU lacks and replaces by all-gathers.
 RAGGED = {
     "ragged": {"data": 4, "tensor": 2, "expert": 4, "dispatch": "ragged", "remat": "full"},
     "ragged-shared": {"data": 2, "context": 2, "tensor": 2, "expert": 2, "expert_tensor": 2, "dispatch": "ragged",
@@ -78,7 +78,7 @@ def same(found, expected):
 
 
 def at_most(found, expected):
-    """Nothing that is not expected, and no more of it."""
+    """Only what is expected, and no more of it."""
     for key, traffic in found.items():
         assert key in expected, key
         assert traffic.count <= expected[key].count, key
@@ -86,17 +86,17 @@ def at_most(found, expected):
 
 
 def inside(records: list[Collective]) -> list[Collective]:
-    """Those that the step itself writes: the partitioner gathers ZeRO-1's masters."""
+    """The records that the step itself states; XLA's partitioner adds the gathers of ZeRO-1's masters."""
     return [record for record in records if record.part != "masters"]
 
 
-# The program that XLA makes of a unit takes longer than its trace: it is made for plans that together have every axis,
-# dispatch and way to shard.
+# Compiling a unit takes longer than tracing it: only these plans are compiled, which together have every axis, dispatch
+# and way to shard.
 COMPILED = {"data-tensor", "copies", "capacity", "zero-2", "shared-alltoall", "state"}
 CASES = [(name, EVERY) for name in PLANS] + [(name, FULLER) for name in ("data-tensor", "copies")]
 
 
-def test_what_is_compiled_has_every_axis_dispatch_and_way_to_shard():
+def test_compiled_plans_have_every_axis_dispatch_and_way_to_shard():
     compared = [PlanConfig(**PLANS[name]) for name in COMPILED]
     for field in ("data", "context", "tensor", "expert", "expert_tensor"):
         assert any(getattr(plan, field) > 1 for plan in compared), field
@@ -131,13 +131,13 @@ def test_sequences_over_ranks_send_what_the_table_says(name):
         at_most(compiled(built, plan), expected)
 
 
-def test_windows_that_ranks_share_are_sent_once_a_step():
-    """Two groups on four ranks of tensor; the step as written, less the same step whose rows are alone."""
+def test_windows_that_ranks_share_are_sent_once_per_step():
+    """Two groups on four ranks of tensor: what the traced step sends, less what it sends without carried states."""
     model, config = hybrid(pattern="MEM", mtp_depths=0), PlanConfig(data=2, tensor=4, expert=2, microbatches=3)
     plan, built = make_plan(config, model), build(model)
-    rows, length = config.data * config.microbatches * WORK.rows, WORK.tokens
-    train = TrainConfig(steps=1, batch_size=rows, sequence_length=length, seed=0, carry_states=True)
-    ids_bt, numbers_bt = (jax.ShapeDtypeStruct((rows, length), dtype) for dtype in (jnp.int32, jnp.float32))
+    size, length = config.data * config.microbatches * WORK.rows, WORK.tokens
+    train = TrainConfig(steps=1, batch_size=size, sequence_length=length, seed=0, carry_states=True)
+    ids_bt, numbers_bt = (jax.ShapeDtypeStruct((size, length), dtype) for dtype in (jnp.int32, jnp.float32))
     batch = Batch(ids_bt, ids_bt, ids_bt, numbers_bt, {NEXT: ids_bt, NEXT_WEIGHT: numbers_bt})
 
     def sent(carried):
@@ -152,14 +152,14 @@ def test_windows_that_ranks_share_are_sent_once_a_step():
     assert {key: size for key, size in more.items() if size} == {
         key: traffic.bytes for key, traffic in table_of(records, config, model).items()
     }
-    # 6 rows of a rank, 3 earlier tokens, 5 float32 numbers, B and C, 2 layers; an all-reduce of 2 ranks sends all once.
+    # 6 sequences per rank, 3 earlier tokens, 5 float32 numbers, B and C, 2 layers; 2 ranks' all-reduce sends all once.
     assert sum(r.bytes for r in records) == 6 * 3 * 5 * 4 * 2 * 2
     assert not [r for r in analytic(model, config, WORK)["M"] if r.part == "windows"]
 
 
 @pytest.mark.parametrize("name", RAGGED)
 def test_ragged_exchanges_send_what_the_table_says(name):
-    """As written, what accelerators run; in the program for CPUs, gathers of as many buffers in place of them."""
+    """The trace has what accelerators run; the program for CPUs has all-gathers of as many buffers instead."""
     config = PlanConfig(**RAGGED[name])
     plan = make_plan(config, EVERY)
     expected = table_of(unit_collectives("E", EVERY, config, WORK), config, EVERY)
@@ -173,7 +173,7 @@ def test_ragged_exchanges_send_what_the_table_says(name):
     same(program, expected)
 
 
-# Layers that find what a collective gave kept by name do not send it again.
+# Layers that keep the result of a collective by name do not repeat the collective.
 NAMED = [
     ("ring", "*wMm+", "paper"),
     ("ring", "*M", "attention"),
@@ -197,8 +197,8 @@ def test_what_is_kept_by_name_is_not_sent_again(name, units, remat):
         same(traced(unit_of(unit, EVERY, plan, WORK), plan), expected)
 
 
-# The whole model, which recomputes, accumulates and predicts deeper. XLA:CPU takes equal gathers of one parameter as
-# one, and so undoes recomputation: the program is not compared.
+# The whole model, with recomputation, accumulation and deeper predictions. XLA:CPU merges equal gathers of one
+# parameter, which undoes recomputation: the program is not compared.
 STEPS = [
     (hybrid(pattern="ME*-/*E", mtp_depths=2, tie_word_embeddings=True), "float32",
      {"data": 2, "tensor": 4, "expert": 4, "fsdp": "parameters", "microbatches": 3}),
@@ -206,7 +206,7 @@ STEPS = [
      {"data": 2, "tensor": 2, "expert": 2, "dispatch": "alltoall", "remat": "full", "fsdp": "parameters"}),
     (EVERY, "bfloat16", {"data": 4, "tensor": 2, "expert": 8, "remat": "elementwise"}),
     (FULLER, "bfloat16", {"data": 4, "tensor": 2, "expert": 2, "fsdp": "gradients", "fsdp_size": 2, "microbatches": 2}),
-    # With biases of projections Mamba-2's time step has two, whose equal gradients XLA sums as one: not in FULLER.
+    # With projection biases Mamba-2's time step has two biases, whose equal gradients XLA sums once: not in FULLER.
     (dataclasses.replace(FULLER, mamba_proj_bias=True), "bfloat16",
      {"data": 2, "tensor": 2, "expert": 4, "fsdp": "parameters", "remat": "full"}),
     (hybrid(pattern="ME*-/*E", mtp_depths=2), "bfloat16",
@@ -247,8 +247,8 @@ def test_a_step_sends_what_its_layers_do(model, dtype, sizes):
     ids=["gpipe", "interleaved-tied", "gpipe-whole"],
 )  # fmt: skip
 def test_stages_pass_on_what_the_table_says(choices, changes, over):
-    """Each tick passes a microbatch's residual stream both ways; what is on every stage is summed over them, but not
-    an embedding and a head that have a stage each."""
+    """Each tick passes a microbatch's residual stream both ways; gradients of what every stage holds are summed over
+    the stages, except those of an embedding and a head on different stages."""
     config = PlanConfig(stage=2, tensor=2, data=2, microbatches=4, **choices)
     model = dataclasses.replace(EVERY, pattern="ME*-", **changes)
     found = step_collectives(model, make_plan(config, model), config.data * 4 * WORK.rows, WORK.tokens)
@@ -259,7 +259,7 @@ def test_stages_pass_on_what_the_table_says(choices, changes, over):
     assert found[key] == passed[key]
     summed = table_of([r for r in table[ENDS] if r.part == "gradients"], config, model)
     assert {axes for _, axes in summed} == over
-    # Layers sum over data too, as do statistics of every tick: what is the vocabulary's grows with it.
+    # Layers sum over data too, as do statistics of every tick; the vocabulary's part is what grows with its size.
     wider = dataclasses.replace(model, vocab_size=2 * model.vocab_size)
     more = step_collectives(wider, make_plan(config, wider), config.data * 4 * WORK.rows, WORK.tokens)
     grown = table_of([r for r in analytic(wider, config, WORK)[ENDS] if r.part == "gradients"], config, wider)
@@ -316,7 +316,7 @@ def test_crossing_from_dense_layers_to_experts_gathers_nothing():
 
 
 def test_a_collective_that_the_table_lacks_is_found(monkeypatch):
-    """An MLP that sums its output over all ranks, and then takes its piece, has an all-reduce too many."""
+    """An MLP that sums its output over all ranks, and then takes its piece, has one all-reduce too many."""
     from orogen.parallel.plan import Plan
 
     monkeypatch.setattr(Plan, "leave", lambda self, y: self.own(self.sum(y, "tensor")))
@@ -352,7 +352,7 @@ def test_facts_are_json_and_lines_name_every_unit():
 
 
 @pytest.mark.parametrize("shift", ["permute", "alltoall"])
-def test_targets_of_a_context_rank_are_its_neighbours(shift):
+def test_a_context_rank_gets_targets_from_its_neighbours(shift):
     config = PlanConfig(context=2, tensor=2, shift=shift)
     plan = make_plan(config, EVERY, abstract=True)
     expected = table_of(unit_collectives(ENDS, EVERY, config, WORK), config, EVERY)

@@ -1,4 +1,4 @@
-"""FLOPs of each layer, worked on paper with small unequal numbers."""
+"""FLOPs of each layer, worked out by hand with small unequal numbers."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def test_attention():
     assert layers("*", **ATTENTION) == 480 + 432
 
 
-def test_attention_grows_with_the_row_and_projections_do_not():
+def test_attention_grows_with_the_sequence_and_projections_do_not():
     assert layers("*", length=2 * T, **ATTENTION) == 480 + 2 * 432
 
 
@@ -88,7 +88,7 @@ def test_mamba1():
     assert layers("m", **sizes) == 270 + 324 + 72 + 378
 
 
-def test_a_chunk_is_no_longer_than_the_row():
+def test_a_chunk_is_no_longer_than_the_sequence():
     assert layers("M", length=T, **MAMBA, chunk_size=128) == layers("M", length=T, **MAMBA, chunk_size=T)
 
 
@@ -111,7 +111,7 @@ def test_training_is_three_forward_passes():
 
 
 def test_r1_as_counted_by_hand():
-    # d 2048, rows of 8192. Mamba-2, inner 64·64 = 4096, states 8·128 = 1024:
+    # d 2048, sequences of 8192. Mamba-2, inner 64·64 = 4096, states 8·128 = 1024:
     #   into z 4096, x 4096, B 1024, C 1024, dt 64 = 10,304 columns: 2 · 2048 · 10,304 = 42,205,184
     #   out 2 · 4096 · 2048 = 16,777,216; convolution 2 · 4 · (4096 + 2 · 1024) = 49,152
     #   in a chunk of 128, half of it: 2 · (1024 + 4096) · 64 = 655,360; state in and out 4 · 4096 · 128 = 2,097,152

@@ -1,4 +1,4 @@
-"""The parameters of each part of a model as its modules make them: shapes, axes and dtypes by hand."""
+"""The parameters of each part of a model, as its modules create them: shapes, axes and dtypes by hand."""
 
 import math
 import random
@@ -21,7 +21,7 @@ def vector(size: int, axis: str | None) -> Weight:
 
 
 def same(found: Iterable[Weight], expected: Iterable[Weight]) -> None:
-    """In any order."""
+    """Equal, in any order."""
     assert sorted(found, key=str) == sorted(expected, key=str)
 
 
@@ -57,7 +57,7 @@ def test_embedding_norm_and_head(tied):
     assert parts == {"embedding": (positions, tokens), "norm": (vector(D, "norm"),), **head}
 
 
-def test_rows_of_the_vocabulary_that_a_plan_has_padded():
+def test_a_vocabulary_that_a_plan_pads():
     parts = weights(DENSE, 12).parts
     assert [parts[name][0].shape for name in ("embedding", "head")] == [(12, D), (D, 12)]
 
@@ -70,7 +70,7 @@ def test_the_mtp_block_without_its_layers():
     assert Weight((D, 6), ("embed", "kv_heads")) in found.layers["*"]
 
 
-def test_a_thousand_layers_in_no_order_are_read_as_one_of_each(monkeypatch):
+def test_a_thousand_layers_in_random_order_are_read_as_one_of_each(monkeypatch):
     traced = []
 
     def recorded(model: ModelConfig, **options: int | None) -> Built:
@@ -89,7 +89,7 @@ def test_a_thousand_layers_in_no_order_are_read_as_one_of_each(monkeypatch):
 
 
 def test_sizes_that_no_machine_holds_are_counted():
-    """Their numbers are drawn nowhere, so that no limit of a generator is met."""
+    """No numbers are drawn, so that no limit of a generator applies."""
     vast = 10**15
     model = changed(DENSE, hidden_size=vast, intermediate_size=2 * vast, vocab_size=3 * vast)
     assert count(model) == 2 * 2 * vast**2 + 2 * vast + 2 * 3 * vast**2

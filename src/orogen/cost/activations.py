@@ -22,7 +22,7 @@ from orogen.precision.policy import DTYPES, working_copy
 
 # Names for arrays without one: computed from activations, from documents alone, or from weights alone.
 UNNAMED, DOCUMENTS, WEIGHTS = "unnamed", "documents", "weights"
-# Operations whose result has the bytes of their operand; XLA makes no second array for them.
+# Operations whose result has the bytes of their operand; XLA allocates no second array for them.
 SAME = ("reshape", "reduce_precision", "pvary", "pcast", "squeeze", "expand_dims", "copy", "copy_p", "device_put")
 
 
@@ -39,11 +39,10 @@ class Kept(NamedTuple):
 
 
 def kept_by_layer(letter: str, model: ModelConfig, plan: Plan, work: Workload, *, dtype: str) -> list[Kept]:
-    """The arrays that one device keeps for one layer, of the plan's own recipe, and microbatch, each once. Nothing is
-    allocated.
+    """The arrays that one device keeps for one layer, with the plan's own recipe, and one microbatch, each once.
 
-    The weights' working copies and the documents, which a device has once for all layers, are not among them. WEIGHTS
-    are computed from weights: gathered copies of those that FSDP shards, or casts.
+    Nothing is allocated. The weights' working copies and the documents, which a device holds once for all layers, are
+    not among them. WEIGHTS are computed from weights: gathered copies of those that FSDP shards, or casts.
     """
     graph, params, buffers = _split(letter, model)
     plan = plan.with_recipes(None)
@@ -58,9 +57,9 @@ def kept_by_layer(letter: str, model: ModelConfig, plan: Plan, work: Workload, *
         back = jax.vjp(apply, plan.vary(params), x_btd)[1]
         return [leaf.reshape(1, 1, -1) for leaf in jax.tree.leaves(back)]
 
-    rows, length = plan.config.data * work.rows, plan.config.context * work.tokens
-    x_btd = jax.ShapeDtypeStruct((rows, length, model.hidden_size), DTYPES[dtype])
-    docs_bt: Any = jax.ShapeDtypeStruct((rows, length), "int32")
+    batch, length = plan.config.data * work.rows, plan.config.context * work.tokens
+    x_btd = jax.ShapeDtypeStruct((batch, length, model.hidden_size), DTYPES[dtype])
+    docs_bt: Any = jax.ShapeDtypeStruct((batch, length), "int32")
     arguments = (params, buffers, x_btd, Documents(docs_bt, docs_bt))
     specs = plan.specs(params), plan.specs(buffers), plan.spec(*STREAM, None), plan.spec("batch", "context")
     run = plan.run(residuals, inputs=specs, outputs=plan.spec("batch", "context", "tensor"))
@@ -70,7 +69,7 @@ def kept_by_layer(letter: str, model: ModelConfig, plan: Plan, work: Workload, *
 
 
 def bytes_by_name(kept: Sequence[Kept]) -> dict[str, int]:
-    """Bytes of each name, largest first, with WEIGHTS, which are no activations, last."""
+    """Bytes of each name, largest first; WEIGHTS, which are not activations, come last."""
     total: dict[str, int] = {}
     for array in kept:
         total[array.name] = total.get(array.name, 0) + array.bytes
@@ -88,7 +87,7 @@ def _split(letter: str, model: ModelConfig) -> tuple[Any, Any, Any]:
 
 
 def _shard_body(jaxpr: core.Jaxpr, kinds: Sequence[str]) -> tuple[core.Jaxpr, list[str]]:
-    """The body of the one shard_map and the kinds of its arguments, which constants may precede."""
+    """The body of the one shard_map, and the kinds of its arguments; constants may precede them."""
     (equation,) = (e for e in jaxpr.eqns if e.primitive.name == "shard_map")
     body: Any = equation.params["jaxpr"]
     kinds_of = dict(zip(jaxpr.invars, kinds, strict=True))
@@ -96,7 +95,7 @@ def _shard_body(jaxpr: core.Jaxpr, kinds: Sequence[str]) -> tuple[core.Jaxpr, li
 
 
 class _Origin(NamedTuple):
-    """Where an array comes from: the outer jaxpr's variable that holds it, its name if it has one, what made it."""
+    """Where an array comes from: the outer jaxpr's variable that holds it, its name if any, and the operation."""
 
     variable: Any
     name: str | None
@@ -124,7 +123,7 @@ def _kept(jaxpr: core.Jaxpr, kinds: Sequence[str]) -> Iterator[Kept]:
 
 
 def _kinds(jaxpr: core.Jaxpr, kinds: Sequence[str]) -> dict[Any, str]:
-    """What each variable is computed from: the input if any of it is, else documents, else weights."""
+    """What each variable is computed from: the input if any operand is, else documents if any is, else weights."""
     order = ("input", DOCUMENTS, WEIGHTS)
     found = dict(zip(jaxpr.invars, kinds, strict=True)) | dict.fromkeys(jaxpr.constvars, DOCUMENTS)
     for equation in jaxpr.eqns:
@@ -135,7 +134,7 @@ def _kinds(jaxpr: core.Jaxpr, kinds: Sequence[str]) -> dict[Any, str]:
 
 
 def _origin(variable: Any, makers: Mapping[Any, core.JaxprEqn], jaxpr: core.Jaxpr) -> _Origin:
-    """Follows `variable` back through operations that only pass it on. The variable found is one of `jaxpr`."""
+    """Follows `variable` back through operations that only pass it on, to a variable of `jaxpr`."""
     equation = makers.get(variable) if isinstance(variable, core.Var) else None
     if equation is None:
         return _Origin(variable, None, "argument")

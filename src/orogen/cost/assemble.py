@@ -1,4 +1,4 @@
-"""A plan over devices, and a model as it lies on them."""
+"""A plan over devices, and a model laid out for it."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from orogen.model.stages import Stages
 from orogen.parallel.plan import Plan, make_plan
 from orogen.parallel.schedule import segments
 
-# Row length for which stages are balanced where no batch gives it.
+# Sequence length for which stages are balanced if no batch gives it.
 TYPICAL_LENGTH = 4096
 
 
@@ -25,17 +25,17 @@ class Assembled(NamedTuple):
 def assemble(
     model: ModelConfig, config: PlanConfig, *, length: int = TYPICAL_LENGTH, abstract: bool = False
 ) -> Assembled:
-    """The plan of `config`, and the model laid out for it on rows of `length` tokens. Nothing is allocated.
+    """The plan of `config`, and the model laid out for it, for sequences of `length` tokens. Nothing is allocated.
 
-    abstract: over no devices. Raises ConfigError as `make_plan` does.
+    abstract: a plan over no devices. Raises ConfigError as `make_plan` does.
     """
     plan = make_plan(config, model, abstract=abstract)
     return Assembled(plan, build(model, layout(model, plan, length), config.vocab_rows(model.vocab_size)))
 
 
 def layout(model: ModelConfig, plan: Plan, length: int = TYPICAL_LENGTH) -> Layout:
-    """How the layers lie on the plan's devices. Where it has stages and the pattern has no |, segments take about
-    equally many operations on rows of `length` tokens."""
+    """The layout of the layers on the plan's devices. If the plan has stages and the pattern has no |, segments take
+    about equally many FLOPs for sequences of `length` tokens."""
     if plan.schedule is None:
         return Whole(model.layers.main, model.layers.mtp)
     patterns = segments(

@@ -7,20 +7,20 @@ from orogen.cost.ledger import CONTEXT, FLOAT32, INT32, Ledger
 
 
 def block(ledger: Ledger, part: str = "sequence", *, needed: bool = False, name: str = "") -> None:
-    """A layer split over `tensor`: its input enters from the residual stream, the sum of the ranks' outputs leaves."""
+    """A layer split over `tensor`: its input enters from the residual stream, the ranks' summed output leaves to it."""
     enter(ledger, part)
     leave(ledger, part, needed=needed, name=name)
 
 
 def enter(ledger: Ledger, part: str) -> None:
-    """What `Plan.enter` sends: the other ranks' pieces of the residual stream; nothing where each holds all of it."""
+    """What `Plan.enter` sends: the other ranks' pieces of the residual stream; nothing if each holds all of it."""
     if ledger.plan.stream == "time":
         ledger.gather(part, ("tensor",), ledger.stream / ledger.plan.tensor)
 
 
 def leave(ledger: Ledger, part: str, *, needed: bool = False, name: str = "") -> None:
-    """What `Plan.leave` sends: the ranks' parts are summed, and each keeps its piece of the sum, or all of it. In the
-    second case their gradients are summed in the backward pass."""
+    """What `Plan.leave` sends: the ranks' partial outputs are summed, and each keeps its piece of the sum, or all of
+    it. In the second case their gradients are summed in the backward pass."""
     if ledger.plan.stream == "time":
         ledger.scatter(part, ("tensor",), ledger.stream, needed=needed, name=name)
     else:
@@ -36,21 +36,23 @@ def _attention(ledger: Ledger) -> None:
     else:
         key_heads, key, value = ledger.own(model.num_key_value_heads, "kv_heads"), model.head_dim, model.head_dim
     keys, values = ledger.numbers * key_heads * key, ledger.numbers * key_heads * value
-    masks = "core" if plan.attention == "full" else ""  # kept probabilities are zero where nothing is seen
+    masks = "core" if plan.attention == "full" else ""  # kept probabilities are zero outside the mask
     if plan.context_attention == "allgather":
         ledger.gather("keys", CONTEXT, keys)
         ledger.gather("keys", CONTEXT, values)
         ledger.gather("keys", CONTEXT, ledger.segments, gradient=False, name=masks)
     elif plan.context_attention == "alltoall":
-        shared, alike = math.lcm(heads, plan.context), math.lcm(key_heads, plan.context)  # few heads are repeated
+        # Fewer heads than ranks are repeated.
+        shared, alike = math.lcm(heads, plan.context), math.lcm(key_heads, plan.context)
         ledger.both("heads", "all-to-all", CONTEXT, ledger.numbers * (shared * key + alike * (key + value)))
         ledger.gather("heads", CONTEXT, ledger.segments, gradient=False, name=masks)
         ledger.both("heads", "all-to-all", CONTEXT, ledger.numbers * heads * value, name="attention")
     else:
-        turns, places = plan.context - 1, ledger.work.tokens * INT32
-        # Around the ring, and once more for the gradients, which travel with the keys in float32 and one rank further.
+        turns, positions = plan.context - 1, ledger.work.tokens * INT32
+        # Once around the ring, and once more in the backward pass, where the gradients travel with the keys, in float32
+        # and one rank further.
         for phase in ("forward", "backward"):
-            for held in (keys, values, ledger.segments, places, INT32):  # the last names their owner
+            for held in (keys, values, ledger.segments, positions, INT32):  # the last is their owner's rank
                 ledger.shift("ring", CONTEXT, held, turns, phase=phase, name="attention")
         for held in (keys, values):
             ledger.shift("ring", CONTEXT, held // itemsize * FLOAT32, turns + 1, phase="backward")
@@ -64,13 +66,13 @@ def _halos(ledger: Ledger, channels: int) -> None:
 
 
 def _entering(ledger: Ledger, decays: int, states: int, *, name: str) -> None:
-    """What `parallel.context.entering` sends for this many numbers per row: by doubling, over the ranks' first parts
-    and over their second parts, and last the state to the next rank."""
-    rounds, rows = (ledger.plan.context - 1).bit_length(), ledger.work.rows
-    ledger.shift("states", CONTEXT, rows * INT32, 2)  # does a part continue the segment before it?
-    ledger.shift("states", CONTEXT, rows * decays * FLOAT32, 2 * rounds - 1, gradient=True)
-    ledger.shift("states", CONTEXT, rows * states * FLOAT32, 2 * rounds, gradient=True)
-    ledger.shift("states", CONTEXT, rows * states * FLOAT32, 2, gradient=True, name=name)
+    """What `parallel.context.entering` sends for so many numbers per sequence: rounds of doubling over the ranks' first
+    parts and over their second parts, and finally the state to the next rank."""
+    rounds, sequences = (ledger.plan.context - 1).bit_length(), ledger.work.rows
+    ledger.shift("states", CONTEXT, sequences * INT32, 2)  # does a part continue the segment before it?
+    ledger.shift("states", CONTEXT, sequences * decays * FLOAT32, 2 * rounds - 1, gradient=True)
+    ledger.shift("states", CONTEXT, sequences * states * FLOAT32, 2 * rounds, gradient=True)
+    ledger.shift("states", CONTEXT, sequences * states * FLOAT32, 2, gradient=True, name=name)
 
 
 def _mamba2(ledger: Ledger) -> None:
@@ -80,17 +82,18 @@ def _mamba2(ledger: Ledger) -> None:
     head, state = model.mamba_head_dim, model.ssm_state_size
     _halos(ledger, heads * head + 2 * groups * state)
     if plan.context_ssm == "heads":
-        shared, alike = math.lcm(heads, plan.context), math.lcm(groups, plan.context)  # few groups are repeated
+        # Fewer groups than ranks are repeated.
+        shared, alike = math.lcm(heads, plan.context), math.lcm(groups, plan.context)
         ledger.both("heads", "all-to-all", CONTEXT, ledger.numbers * (shared * (head + 1) + 2 * alike * state))
         ledger.gather("heads", CONTEXT, ledger.segments, gradient=False)
         ledger.both("heads", "all-to-all", CONTEXT, ledger.numbers * heads * head)
     else:
         _entering(ledger, heads, heads * head * state, name="ssd_states")
-    if ledger.work.carried:  # the windows of B and C, which ranks that share a group all have
-        rows, taps = ledger.work.rows * plan.microbatches, model.conv_kernel - 1
-        window = rows * taps * groups * state * ledger.work.itemsize
+    if ledger.work.carried:  # convolution windows of B and C, which all ranks that share a group hold
+        sequences, taps = ledger.work.rows * plan.microbatches, model.conv_kernel - 1
+        window = sequences * taps * groups * state * ledger.work.itemsize
         ledger.add("windows", "update", "all-reduce", ("groups_copies",), window, count=2)
-    # A group of the norm over several ranks: one sum of squares per token and rank, and its gradient.
+    # If a norm group spans several ranks: one sum of squares per token and rank, and its gradient.
     squares = ledger.work.rows * ledger.work.tokens * FLOAT32
     ledger.both("norm peers", "all-reduce", ("norm_groups_copies",), squares)
 
@@ -100,7 +103,7 @@ def _mamba1(ledger: Ledger) -> None:
     model, channels = ledger.model, ledger.own(ledger.model.mamba_intermediate_size)
     state = model.ssm_state_size
     _halos(ledger, channels)
-    # The time step's low rank, B and C read all channels: sums forward, and of their gradients.
+    # The low-rank time step, B and C read all channels: sums over the ranks, forward and of their gradients.
     ledger.both("low rank", "all-reduce", ("tensor",), ledger.numbers * model.time_step_rank, name="x_proj")
     ledger.both("low rank", "all-reduce", ("tensor",), ledger.numbers * state, 2, name="x_proj")
     if ledger.plan.context_ssm == "heads":  # each channel is a head, and all read the same B and C
@@ -109,7 +112,7 @@ def _mamba1(ledger: Ledger) -> None:
         for _ in range(2):
             ledger.gather("heads", CONTEXT, ledger.numbers * state)
         ledger.gather("heads", CONTEXT, ledger.segments, gradient=False)
-        ledger.both("heads", "all-to-all", CONTEXT, in_float32 * channels)  # what the scan gives
+        ledger.both("heads", "all-to-all", CONTEXT, in_float32 * channels)  # the scan's output
     else:
         _entering(ledger, channels * state, channels * state, name="scan_states")
 
@@ -121,19 +124,19 @@ def _experts(ledger: Ledger) -> None:
         ledger.gather("combine", ("tensor",), ledger.stream / plan.tensor, needed=False)
     if model.moe_shared_expert_intermediate_size:
         block(ledger, "shared expert", needed=model.moe_shared_expert_gate, name="shared_out")
-    experts, rows = model.n_routed_experts, ledger.work.rows
+    experts, sequences = model.n_routed_experts, ledger.work.rows
     sequence, everywhere = ("context", "tensor"), ("data", "context", "tensor")
     statistic = lambda axes, numbers, needed=False, name="": ledger.add(  # noqa: E731
         "router statistics", "forward", "all-reduce", axes, numbers * FLOAT32, needed=needed, name=name
     )
-    # For the balance loss: probabilities and counts per expert, tokens per row. Sums have no gradient to send.
+    # For the balance loss: probabilities and counts per expert, tokens per sequence. Gradients of sums send nothing.
     if model.router_balance == "global":
         statistic(everywhere, experts)
         statistic(everywhere, experts)
     else:
-        statistic(sequence, rows * experts)
-        statistic(sequence, rows * experts, needed=True, name="routing")
-        statistic(sequence, rows, needed=True)
+        statistic(sequence, sequences * experts)
+        statistic(sequence, sequences * experts, needed=True, name="routing")
+        statistic(sequence, sequences, needed=True)
         statistic(("data",), 1)
     statistic(everywhere, 1)  # the z-loss
 
@@ -149,33 +152,33 @@ def _gathered_tokens(ledger: Ledger) -> None:
     ledger.scatter("combine", axes, width * ledger.ranks(axes), needed=projected, name="combined")
 
 
-def _exchanged_rows(ledger: Ledger) -> None:
+def _exchanged_assignments(ledger: Ledger) -> None:
     model, tokens, factor = ledger.model, ledger.own_tokens, ledger.plan.capacity_factor
     even = tokens * model.num_experts_per_tok / model.n_routed_experts
     capacity = tokens if factor is None else math.ceil(min(tokens, even * factor))
-    rows = model.n_routed_experts * capacity * model.expert_width * ledger.work.itemsize
-    ledger.both("dispatch", "all-to-all", ("expert",), rows, name="rows")
-    _shared_rows(ledger, rows)
-    ledger.both("combine", "all-to-all", ("expert",), rows, name="expert_out")
+    buffers = model.n_routed_experts * capacity * model.expert_width * ledger.work.itemsize
+    ledger.both("dispatch", "all-to-all", ("expert",), buffers, name="rows")
+    _split_experts(ledger, buffers)
+    ledger.both("combine", "all-to-all", ("expert",), buffers, name="expert_out")
 
 
-def _ragged_rows(ledger: Ledger) -> None:
+def _ragged_assignments(ledger: Ledger) -> None:
     model, plan, sent = ledger.model, ledger.plan, ledger.own_tokens * ledger.model.num_experts_per_tok
     room = ledger.own_tokens * plan.expert * min(model.num_experts_per_tok, model.n_routed_experts // plan.expert)
     room = room if plan.buffer_factor is None else math.ceil(min(room, sent * plan.buffer_factor))
-    counted, row = model.n_routed_experts * INT32, model.expert_width * ledger.work.itemsize
+    counted, width = model.n_routed_experts * INT32, model.expert_width * ledger.work.itemsize
     ledger.gather("dispatch", ("expert",), counted, gradient=False, name="routing")
-    ledger.both("dispatch", "ragged-all-to-all", ("expert",), min(sent, room) * row, name="rows")
+    ledger.both("dispatch", "ragged-all-to-all", ("expert",), min(sent, room) * width, name="rows")
     ledger.gather("dispatch", ("expert_tensor",), counted, gradient=False, name="routing")
-    _shared_rows(ledger, room * row)
-    ledger.both("combine", "ragged-all-to-all", ("expert",), min(sent, room) * row, name="expert_out")
+    _split_experts(ledger, room * width)
+    ledger.both("combine", "ragged-all-to-all", ("expert",), min(sent, room) * width, name="expert_out")
 
 
-def _shared_rows(ledger: Ledger, rows: int) -> None:
-    """Ranks that split an expert's hidden units each take the rows of all, and sum their partial outputs."""
+def _split_experts(ledger: Ledger, held: int) -> None:
+    """Ranks that split an expert's hidden units gather each other's assignments and sum their partial outputs."""
     axes = ("expert_tensor",)
-    ledger.gather("dispatch", axes, rows, name="rows")
-    ledger.scatter("combine", axes, rows * ledger.ranks(axes), needed=True, name="expert_out")
+    ledger.gather("dispatch", axes, held, name="rows")
+    ledger.scatter("combine", axes, held * ledger.ranks(axes), needed=True, name="expert_out")
 
 
 def ends(ledger: Ledger) -> None:
@@ -197,24 +200,25 @@ def ends(ledger: Ledger) -> None:
 
 
 def embedded(ledger: Ledger, depth: int) -> None:
-    """The tokens of a prediction `depth` deep; their positions and documents come from a rank's neighbours, too."""
+    """The embedding of the tokens at MTP depth `depth`. The tokens beyond a rank's part, their positions and their
+    documents come from its neighbours."""
     leave(ledger, "embedding")
     ledger.shift("targets", ("context",), ledger.work.rows * depth * FLOAT32, 3 * 2)
 
 
-def _counts(ledger: Ledger, rows: int, depths: int) -> None:
-    """Counts of targets, tokens and rows over the whole batch; a row counts where any context rank holds a token of
-    it."""
+def _counts(ledger: Ledger, sequences: int, depths: int) -> None:
+    """Counts of targets, tokens and sequences over the whole batch; a sequence counts if any context rank holds one of
+    its tokens."""
     for depth in range(depths):
-        ledger.shift("counts", ("context",), rows * (depth + 1) * FLOAT32, 2 * 2, phase="update")
-        ledger.shift("counts", ("context",), rows * depth * FLOAT32, 2, phase="update")
+        ledger.shift("counts", ("context",), sequences * (depth + 1) * FLOAT32, 2 * 2, phase="update")
+        ledger.shift("counts", ("context",), sequences * depth * FLOAT32, 2, phase="update")
     ledger.add("counts", "update", "all-reduce", ("data", "context"), depths * FLOAT32, count=2)
-    ledger.add("counts", "update", "all-reduce", ("context",), rows * FLOAT32, count=depths)
+    ledger.add("counts", "update", "all-reduce", ("context",), sequences * FLOAT32, count=depths)
     ledger.add("counts", "update", "all-reduce", ("data",), depths * FLOAT32)
 
 
 def load(ledger: Ledger) -> None:
-    """Each expert's load, and what was dropped, of all layers."""
+    """Each expert's load in every layer, and the numbers of dropped assignments."""
     pattern, everywhere = ledger.model.layers, ("data", "context", "tensor")
     layers = (pattern.main + pattern.mtp).count("E")
     if layers:
@@ -225,15 +229,15 @@ def load(ledger: Ledger) -> None:
         )
 
 
-# By name of `PlanConfig.dispatch`: what a layer's tokens on their way to the experts and back add to its ledger.
+# By name of `PlanConfig.dispatch`: records what it takes to send a layer's tokens to their experts and back.
 DISPATCH_COLLECTIVES: dict[str, Callable[[Ledger], None]] = {
     "allgather": _gathered_tokens,
-    "alltoall": _exchanged_rows,
-    "ragged": _ragged_rows,
+    "alltoall": _exchanged_assignments,
+    "ragged": _ragged_assignments,
 }
-# Those whose buffers may lack room for a row, which is counted.
+# Dispatches whose buffers may lack room for an assignment, which is counted.
 BUFFERED = {"ragged"}
-# By letter: what enters the ledger of one layer beside its weights.
+# By letter: records the collectives of one layer, except those of its weights.
 LAYER_COLLECTIVES: dict[str, Callable[[Ledger], None]] = {
     "M": _mamba2,
     "m": _mamba1,

@@ -52,17 +52,17 @@ def _ends(ledger: Ledger) -> list[Collective]:
         each += [weight for weight in parts["embedding"] if "vocab" in weight.axes]
     for weight in each * (1 + ledger.model.mtp_depths):
         ledger.gathered(weight)
-    # A stage holds the one or the other of a pair.
+    # If embedding and head are paired, each stage holds one of the two.
     ledger.summed([w for name, part in parts.items() if not (name == "head" and ledger.paired) for w in part])
     return ledger.records
 
 
 def step_collectives(model: ModelConfig, plan: PlanConfig, work: Workload) -> dict[str, list[Collective]]:
-    """{unit: the collectives of all its applications in one step}, `work` being one of the plan's microbatches.
+    """{unit: the collectives of all its applications in one step}, where `work` is one of the plan's microbatches.
 
-    For a pipeline these are the average stage's, so counts may be fractions. The multi-token-prediction block is
+    For a pipeline these are those of the average stage, so counts may be fractions. The multi-token-prediction block is
     applied once per depth, and sums its gradients once. Layers that the model's stack repeats in a loop share one
-    collective for their counts: the program then has fewer collectives than this table, of the same bytes.
+    collective for their counts: the program then has fewer collectives than this table, with the same bytes.
     """
     pattern, depths = model.layers, model.mtp_depths
     units = [*dict.fromkeys(pattern.main + pattern.mtp), *([MTP] if depths else []), ENDS, LOAD]
@@ -73,7 +73,7 @@ def step_collectives(model: ModelConfig, plan: PlanConfig, work: Workload) -> di
             main, deeper = int(unit != MTP), int(unit == MTP)
         turns = (main + depths * deeper) * plan.microbatches / plan.stage
         records = unit_collectives(unit, model, plan, work)
-        # Units that are no layers are on every stage.
+        # Units other than layers are on every stage.
         updates = (main + deeper) / (1 if unit in (ENDS, MTP) else plan.stage)
         found[unit] = [_times(r, updates if r.phase == "update" else turns) for r in records]
     if plan.stage > 1:
@@ -86,9 +86,8 @@ def step_collectives(model: ModelConfig, plan: PlanConfig, work: Workload) -> di
 def _counting(
     model: ModelConfig, plan: PlanConfig, work: Workload, step: dict[str, list[Collective]]
 ) -> list[Collective]:
-    """The collectives of the pass over all microbatches that counts assignments, where routers are balanced over the
-    global batch: the forward collectives of `step` without those that only losses need. A pipeline's pass has these
-    too."""
+    """The collectives of the pass over all microbatches that counts assignments if routers are balanced over the global
+    batch: the forward collectives of `step`, without those that only losses need. A pipeline's pass has these too."""
     ledger = Ledger(COUNTING, plan, model, work)
     uses = model.layers.main.count("E") + model.mtp_depths * model.layers.mtp.count("E")
     everywhere = ("data", "context", "tensor")
@@ -121,18 +120,18 @@ def describe_collectives(model: ModelConfig, plan: PlanConfig, work: Workload) -
 
 
 def collective_lines(facts: dict[str, Any]) -> list[str]:
-    """The facts of `describe_collectives` for a person: one line per part of a unit, operation and axes."""
-    rows: dict[tuple[str, ...], dict[str, float]] = {}
+    """The facts of `describe_collectives` for a person: one line per unit, part, operation and axes."""
+    table: dict[tuple[str, ...], dict[str, float]] = {}
     for unit, records in facts["units"].items():
         for r in records:
             key = unit, r["part"], r["operation"], " x ".join(r["axes"])
-            sent = rows.setdefault(key, dict.fromkeys(("forward", "recompute", "backward", "update"), 0))
+            sent = table.setdefault(key, dict.fromkeys(("forward", "recompute", "backward", "update"), 0))
             sent[r["phase"]] += r["bytes"]
     lines = [
-        f"bytes that one device sends for {facts['rows']} rows of {facts['tokens']} tokens, per microbatch and layer:",
+        f"bytes sent by one device per microbatch ({facts['rows']} sequences of {facts['tokens']} tokens) and layer:",
         f"{'':5} {'':18} {'':18} {'':28} {'forward':>9} {'recompute':>9} {'backward':>9} {'update':>9}",
     ]
-    for (unit, part, operation, axes), sent in rows.items():
+    for (unit, part, operation, axes), sent in table.items():
         numbers = " ".join(f"{_short(n):>9}" for n in sent.values())
         lines.append(f"{unit:5} {part:18} {operation:18} {axes:28} {numbers}")
     total = ", ".join(f"{axes} {_short(size)}" for axes, size in facts["step_bytes"].items())

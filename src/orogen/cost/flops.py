@@ -1,9 +1,9 @@
 """Floating-point operations of a model, and peaks of devices, for MFU.
 
 Convention: a multiply-add is two operations; causal attention and the SSD's causal part inside a chunk count half; a
-window counts the tokens that the average query of a row sees, its own by half; experts count by the active width,
+window counts the tokens that the average query of a sequence sees, its own by half; experts count by the active width,
 convolutions exactly, norms, biases and activations not at all. Training is three times the forward pass, without
-recomputation. Documents that share a row count as rows of their own, and padding as nothing.
+recomputation. Documents packed into one sequence count as sequences of their own, and padding counts nothing.
 """
 
 import functools
@@ -31,7 +31,7 @@ def training_flops(config: ModelConfig, lengths: np.ndarray) -> float:
 
 @functools.cache
 def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
-    """Forward and backward operations for one token of a row of `sequence_length` tokens, one document."""
+    """Forward and backward operations for one token of a sequence of `sequence_length` tokens, one document."""
     return 3 * forward_flops_per_token(config, sequence_length)
 
 
@@ -50,7 +50,7 @@ def head_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
 
 
 def layer_flops_per_token(letter: str, config: ModelConfig, length: int) -> float:
-    """Operations of one layer of the kind `letter` for one token of a row of `length` tokens."""
+    """Operations of one layer of the kind `letter` for one token of a sequence of `length` tokens."""
     return LAYER_FLOPS[letter](config, length)
 
 
@@ -73,7 +73,7 @@ def _expert_flops(config: ModelConfig, _: int) -> float:
 
 
 def _matrices(config: ModelConfig) -> int:
-    """Of an MLP or an expert."""
+    """The number of matrices of an MLP or an expert."""
     return 3 if config.mlp_gated else 2
 
 
@@ -112,7 +112,7 @@ def _mamba2_flops(config: ModelConfig, length: int) -> float:
     return projections + convolution + inside + across
 
 
-# By letter: operations of one layer for one token of a row of so many tokens.
+# By letter: operations of one layer for one token of a sequence of so many tokens.
 LAYER_FLOPS: dict[str, Callable[[ModelConfig, int], float]] = {
     "M": _mamba2_flops,
     "m": _mamba1_flops,

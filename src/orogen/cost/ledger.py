@@ -2,8 +2,8 @@
 
 Convention: bytes are what one device sends. Over n ranks an all-gather of a piece s sends (n - 1) s; a reduce-scatter
 of S sends (n - 1) S / n, an all-reduce twice that (a ring of both), an all-to-all (n - 1) S / n, and a shift s. A
-ragged all-to-all counts all rows that could leave and find room, spread evenly over the ranks. Activations and the
-parameters of FSDP travel in the compute dtype, sums of gradients in float32.
+ragged all-to-all counts all assignments that could leave and find room, spread evenly over the ranks. Activations and
+the parameters of FSDP travel in the compute dtype, sums of gradients in float32.
 
 Phases: forward, backward and, with remat, the part of the forward pass that the backward pass repeats (recompute)
 happen once per microbatch and application of the layer; update happens once per step.
@@ -19,7 +19,7 @@ from orogen.config.remat import Remat
 from orogen.cost.weights import Weight
 from orogen.parallel.fold import expert_shards
 
-# Units beside the letters of the pattern: embedding, final norm, head and loss, at every depth of prediction; the
+# Units other than the letters of the pattern: embedding, final norm, head and loss, at every depth of prediction; the
 # projection and norms of the multi-token-prediction block; and each expert's load, counted for the whole batch.
 # PIPELINE is what stages send at every tick, in both directions, whether or not it is used.
 # COUNTING is a pass that only counts assignments.
@@ -29,8 +29,8 @@ CONTEXT = ("context",)
 
 
 class Workload(NamedTuple):
-    """One microbatch on one device before the sequence is split over `tensor`: rows, tokens per row, and bytes per
-    number in the compute dtype. carried: whether its rows go on with the states of the last batch's."""
+    """One microbatch on one device, before the sequence is split over `tensor`: sequences (rows), tokens per sequence,
+    and bytes per number in the compute dtype. carried: whether its sequences continue the previous batch's states."""
 
     rows: int
     tokens: int
@@ -39,9 +39,9 @@ class Workload(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """`count` collectives over the ranks of all of `axes` together, with which one device sends `bytes` in all.
+    """`count` collectives over the ranks of all of `axes` together; one device sends `bytes` in all of them.
 
-    part: what is moved; axes: names of parallel/fold.py, only those above size one.
+    part: what is moved; axes: names of parallel/fold.py, only those of size above one.
     """
 
     part: str
@@ -113,14 +113,15 @@ class Ledger:
     ) -> None:
         """`count` collectives of operands of `held` bytes each; nothing over axes of size one.
 
-        needed: by the gradient of what follows, so that recomputation repeats it, unless the layer keeps `name`.
+        needed: whether a later gradient needs the result, so that recomputation repeats the collective unless the layer
+        keeps the array `name`.
         """
         axes = tuple(axis for axis in axes if self.sizes[axis] > 1)
         if axes and held and count:
             size = count * sent_bytes(operation, held, self.ranks(axes))
             self.records.append(Collective(part, phase, operation, axes, count, size))
-            again = self.remat.kind != "none" and not (name and self.remat.keeps(name))
-            if phase == "forward" and needed and again:
+            recomputed = self.remat.kind != "none" and not (name and self.remat.keeps(name))
+            if phase == "forward" and needed and recomputed:
                 self.records.append(Collective(part, "recompute", operation, axes, count, size))
 
     def gather(
@@ -147,7 +148,7 @@ class Ledger:
         gradient: bool = False,
         name: str = "",
     ) -> None:
-        """`count` arrays from each rank to another, as the plan sends them, and with `gradient` their gradients
+        """Sends `count` arrays from each rank to another, as the plan does, and with `gradient` their gradients
         back."""
         operation, size = ("collective-permute", held)
         if self.plan.shift == "alltoall":
@@ -165,11 +166,11 @@ class Ledger:
         self.add(part, "backward", operation, axes, held, count=count)
 
     def ranks(self, axes: Iterable[str]) -> int:
-        """Devices over which `axes` split."""
+        """The number of ranks over `axes`."""
         return math.prod(self.sizes[axis] for axis in axes)
 
     def own(self, pieces: int, axis: str = "tensor") -> int:
-        """How many of the heads, channels or groups this device has; at least one."""
+        """How many of `pieces` heads, channels or groups this device has; at least one."""
         return pieces // self.ranks((axis,))
 
     @property
@@ -189,7 +190,7 @@ class Ledger:
 
     @property
     def own_stream(self) -> int:
-        """Bytes of what this device holds of the residual stream."""
+        """Bytes of this device's part of the residual stream."""
         return self.stream if self.plan.stream == "whole" else self.stream // self.plan.tensor
 
     @property
@@ -199,11 +200,11 @@ class Ledger:
 
     @property
     def paired(self) -> bool:
-        """Whether embedding and head are one array, of which a stage holds the one or the other."""
+        """Whether embedding and head are one array, of which each stage holds one of the two."""
         return self.plan.stage > 1 and not self.model.tie_word_embeddings and not self.model.layers.mtp
 
     def gathered(self, weight: Weight) -> None:
-        """FSDP: gathers the weight's pieces before its product, and scatters its gradient, in float32, after it."""
+        """FSDP: all-gathers the weight before its product, and reduce-scatters its gradient, in float32, after it."""
         axes = self._sharded(weight)
         if self.plan.fsdp == "parameters" and axes:
             piece = self._held(weight)
@@ -217,8 +218,8 @@ class Ledger:
     def summed(self, weights: Iterable[Weight]) -> None:
         """Sums each gradient over the devices that store the same piece of the parameter.
 
-        Where masters are sharded and parameters are not (ZeRO-1, ZeRO-2), masters are gathered first, and gradients
-        scattered: once per step, or once per microbatch.
+        If masters are sharded and parameters are not, masters are all-gathered once per step, and gradients are
+        reduce-scattered once per step (ZeRO-1) or once per microbatch (ZeRO-2).
         """
         for weight in weights if self.plan.fsdp in ("optimizer", "gradients") else ():
             axes = self._sharded(weight)
@@ -244,7 +245,7 @@ class Ledger:
         return math.prod(weight.shape) // (ways * sharded)
 
     def _copies(self, weight: Weight) -> tuple[str, ...]:
-        """The axes over which the parameter is the same."""
+        """The axes over which the parameter is replicated."""
         split = {name for axis in weight.axes for name in SPLIT.get(axis or "", ())}
         sharded = self.plan.fsdp != "none" and self._sharded(weight)
         if "expert" in weight.axes:

@@ -33,7 +33,7 @@ class Weights(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def weights(model: ModelConfig, vocab_rows: int | None = None) -> Weights:
-    """The parameters of `model`. vocab_rows: rows of the vocabulary that a plan has padded; None: not padded."""
+    """The parameters of `model`. vocab_rows: rows of the vocabulary with a plan's padding; None: not padded."""
     letters = "".join(dict.fromkeys(model.layers.main + model.layers.mtp))
     once = changed(model, pattern=letters + ("/" + letters[0] if model.layers.mtp else ""))
     parts: dict[str, Any] = dict(build(once, vocab_rows=vocab_rows).params)
@@ -47,7 +47,7 @@ def weights(model: ModelConfig, vocab_rows: int | None = None) -> Weights:
 
 
 def changed(model: ModelConfig, **fields: Any) -> ModelConfig:
-    """The model with other values, which are not checked: its parameters can be counted even where it cannot run."""
+    """The model with other values, which are not checked: its parameters can be counted even if it cannot run."""
     found = copy.copy(model)
     for name, value in fields.items():
         object.__setattr__(found, name, value)
