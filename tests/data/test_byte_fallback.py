@@ -1,4 +1,4 @@
-"""Vocabularies with byte fallback: the ids of a text, its very bytes, and what the training data make of them."""
+"""Vocabularies with byte fallback: the ids of a text, its exact bytes, and their use in training data."""
 
 import numpy as np
 import pytest
@@ -59,7 +59,7 @@ def test_every_text_survives_to_the_byte(name, text):
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_they_are_read_for_training(name):
+def test_they_are_accepted_for_training(name):
     TOKENIZERS[name].check_lossless()
 
 
@@ -83,7 +83,7 @@ def test_ids(name, text):
     assert TOKENIZERS[name].encode(text).tolist() == IDS[name, text]
 
 
-def test_a_first_space_that_the_pipeline_swallows_is_a_byte_in_documents():
+def test_a_leading_space_that_the_pipeline_swallows_is_a_byte_in_documents():
     assert TOKENIZERS["metaspace first"].encode_document(" ab").tolist() == [0x20 + 3, 268]
 
 
@@ -94,15 +94,15 @@ def test_a_continuation_keeps_its_first_space():
     assert tokenizer.decode([268], after=[1]) == "ab"
 
 
-def test_bytes_that_are_no_character_are_one_sign_each():
-    """As the ByteFallback decoder has it; a byte-level vocabulary has one sign for a character's part."""
+def test_each_byte_of_an_incomplete_character_decodes_to_a_replacement_character():
+    """As the ByteFallback decoder does; a byte-level vocabulary has one for the whole part of a character."""
     assert TOKENIZERS["replace"].decode([0xE6 + 3, 0xBC + 3, 260]) == "��a"
     assert byte_tokenizer().decode([0xE6 + 3, 0xBC + 3, ord("a") + 3]) == "�a"
 
 
 @pytest.mark.parametrize("name", ["dummy prefix", "metaspace first", "replace"])
 def test_training_counts_the_documents_bytes(name, tmp_path):
-    """Packed rows shorter than some documents: neither the sample's bytes nor its text have the prefix's space."""
+    """Rows are shorter than some documents; neither the counted bytes nor the text have the dummy prefix's space."""
     (tmp_path / "text").mkdir()
     texts = ["ab a", " a", "", "a" * 40, "x ▁ y", "  "]
     for number, text in enumerate(texts):
@@ -170,7 +170,7 @@ LOSSY = {
 
 
 @pytest.mark.parametrize("name", LOSSY)
-def test_what_changes_text_is_refused(name):
+def test_tokenizers_that_change_text_are_refused(name):
     backend = LOSSY[name]
     pad, bos, eos = ("<pad>", "<bos>", "<eos>") if backend.token_to_id("<eos>") is not None else ("</s>", "<s>", "</s>")
     with pytest.raises(ConfigError, match="to train with"):
@@ -190,7 +190,7 @@ def test_a_document_that_a_rare_rule_changes_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("normalizer", [normalizers.Sequence([]), normalizers.Sequence([normalizers.Sequence([])])])
-def test_an_empty_sequence_of_normalizers_is_none(normalizer):
+def test_an_empty_sequence_of_normalizers_is_accepted(normalizer):
     tokenizer = Tokenizer(changed(normalizer=normalizer), pad="<pad>", bos="<bos>", eos="<eos>")
     tokenizer.check_lossless()
     text = "Å e\u0301 ﬁ  a \n\n"

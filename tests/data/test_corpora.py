@@ -26,7 +26,7 @@ def test_the_embedded_corpus_is_the_library_without_tests(stdlib):
     assert 5e6 < sum(len(document.text) for document in stdlib) < 20e6
 
 
-def test_the_embedded_corpus_leaves_out_what_it_must(stdlib):
+def test_the_embedded_corpus_leaves_out_tests_and_build_files(stdlib):
     left_out = re.compile(
         r"(^|/)(test|tests|idle_test|site-packages|dist-packages|encodings|pydoc_data|__pycache__)/|_sysconfigdata|config-"
     )
@@ -39,7 +39,7 @@ def test_the_embedded_corpus_is_sorted_and_names_no_machine(stdlib):
     assert not any(key.startswith("/") for key in keys)
 
 
-def test_the_hash_sees_keys_texts_and_borders():
+def test_the_hash_sees_keys_texts_and_boundaries():
     base = [Document("a", "bc"), Document("d", "e")]
     variants = [
         base,
@@ -60,7 +60,7 @@ def test_splits_are_disjoint_complete_and_near_their_fractions():
     assert 40 <= sizes["heldout"] <= 80 and 15 <= sizes["tuning"] <= 45
 
 
-def test_another_document_moves_none():
+def test_an_added_document_moves_no_other():
     before = {d.key: name for name, split in split_documents(DOCUMENTS, config=CONFIG).items() for d in split}
     more = [Document("a new one.txt", "x"), *DOCUMENTS]
     after = {d.key: name for name, split in split_documents(more, config=CONFIG).items() for d in split}
@@ -107,7 +107,7 @@ def test_a_corpus_without_text_is_refused(tmp_path, texts):
         corpus_documents(config)
 
 
-def test_a_field_of_texts_without_fields_is_refused(tmp_path):
+def test_a_text_field_for_plain_text_is_refused(tmp_path):
     for name, text in (("a.txt", "abc\n"), ("b.txt", "de\n")):
         (tmp_path / name).write_text(text)
     corpus = dataclasses.replace(CONFIG, corpus=str(tmp_path))

@@ -1,4 +1,4 @@
-"""DataConfig refuses what cannot be, by name, value and expectation; the gin files build."""
+"""DataConfig refuses illegal values by name, value and expectation; the gin files build."""
 
 import dataclasses
 import pathlib

@@ -1,4 +1,4 @@
-"""Lanes: rows that follow one another, through whole documents, and their position."""
+"""Lanes: rows that continue one another through whole documents, and their saved position."""
 
 import itertools
 
@@ -47,7 +47,7 @@ def test_each_lane_reads_whole_documents_one_after_another(lengths, lanes):
             np.testing.assert_array_equal(row.extras[NEXT][start:end], following)
             np.testing.assert_array_equal(row.extras[NEXT_WEIGHT][start:end], np.not_equal(following, NOTHING))
             taken.append(int(np.flatnonzero([d is document for d in documents])[0]))
-    # The first documents of the endless order, each as often as any other but for the last round.
+    # Lanes take the documents in their endless order: each as often as any other, up to the last round.
     counts = np.bincount(taken, minlength=len(documents))
     assert counts.max() - counts.min() <= 1
 
@@ -61,7 +61,7 @@ def test_rows_have_no_padding_and_number_their_documents_from_one():
 
 
 @pytest.mark.parametrize("taken", [0, 1, 7])
-def test_a_saved_position_goes_on_to_the_same_rows(taken):
+def test_a_saved_position_continues_with_the_same_rows(taken):
     documents = streams([3, 11, 1, 6, 25])
     first = loader(documents, seed=4)
     for _ in range(taken):

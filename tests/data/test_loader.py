@@ -59,7 +59,7 @@ def _streams(count):
 
 
 def _document_order(loader, documents, epochs):
-    """Tokens of the documents in the order of the batches, cut into epochs."""
+    """Tokens of the documents in the order of the batches, split into epochs."""
     order = []
     while len(order) < documents * epochs:
         tokens_bt = next(loader).tokens_bt
@@ -67,7 +67,7 @@ def _document_order(loader, documents, epochs):
     return [order[i * documents : (i + 1) * documents] for i in range(epochs)]
 
 
-def test_batches_have_the_shape_asked_for(corpus):
+def test_batches_have_the_requested_shape(corpus):
     batch = next(corpus.train_loader(**SHAPE))
     assert [x_bt.shape for x_bt in batch[:4]] == [(6, 32)] * 4
     assert [x_bt.dtype for x_bt in batch[:4]] == [np.int32, np.int32, np.int32, np.float32]
@@ -94,7 +94,7 @@ def test_without_shuffle_documents_come_in_key_order(config):
 
 
 def _short_windows(corpus):
-    """A loader whose windows of 64 rows end inside batches and go across epochs."""
+    """A loader whose windows of 64 rows end inside batches and cross epochs."""
     return make_loader(corpus.splits["train"], **SHAPE, pad_id=0, shuffle_seed=9, window_tokens=1)
 
 
@@ -110,14 +110,14 @@ def stream_and_states(corpus):
 
 
 def test_the_stream_crosses_epochs(corpus, stream_and_states):
-    """What makes the next tests mean something: windows end inside batches, and epochs inside windows."""
+    """The condition that gives the next tests their meaning: windows end inside batches, and epochs inside windows."""
     _, states = stream_and_states
     starts = sorted({state["position"]["parent"]["next_index"] for state in states})
     epoch = len(corpus.splits["train"])
     assert starts[-1] > epoch
     assert any(start // epoch != (end - 1) // epoch for start, end in itertools.pairwise(starts))
-    borders = [row for row in (state["position"]["row"] for state in states) if row < SHAPE["batch_size"]]
-    assert any(borders)
+    first_rows = [row for row in (state["position"]["row"] for state in states) if row < SHAPE["batch_size"]]
+    assert any(first_rows)
 
 
 @settings(max_examples=12, deadline=None)
@@ -131,11 +131,11 @@ def test_restore_at_any_step_is_bit_equal(corpus, stream_and_states, step):
         assert _same(one, other)
 
 
-def test_restore_at_every_window_border_is_bit_equal(corpus, stream_and_states):
+def test_restore_at_every_window_boundary_is_bit_equal(corpus, stream_and_states):
     batches, states = stream_and_states
-    borders = [i for i in range(1, 399) if states[i]["position"]["window"] != states[i - 1]["position"]["window"]]
-    assert borders
-    for step in itertools.chain.from_iterable((i - 1, i, i + 1) for i in borders):
+    boundaries = [i for i in range(1, 399) if states[i]["position"]["window"] != states[i - 1]["position"]["window"]]
+    assert boundaries
+    for step in itertools.chain.from_iterable((i - 1, i, i + 1) for i in boundaries):
         loader = _short_windows(corpus)
         loader.restore(states[step])
         assert _same(batches[step], next(loader))
@@ -151,7 +151,7 @@ def test_restore_goes_back_in_a_loader_that_has_run_on(corpus, stream_and_states
 
 
 @pytest.mark.parametrize("state", [{}, {"position": {}}, {"identity": {}}, {"position": 1, "identity": {}}], ids=str)
-def test_what_is_no_position_is_refused(corpus, state):
+def test_malformed_positions_are_refused(corpus, state):
     with pytest.raises(ValueError, match="the saved data position has no object"):
         _short_windows(corpus).restore(state)
 
@@ -195,7 +195,7 @@ def test_a_position_in_another_corpus_or_tokenizer_is_refused(config, corpus):
 
 
 @pytest.mark.parametrize("process_count", [2, 3])
-def test_processes_share_out_the_rows_of_the_same_batch(corpus, process_count):
+def test_processes_divide_the_rows_of_the_same_batch(corpus, process_count):
     whole = _take(corpus.train_loader(**SHAPE), 20)
     parts = [
         _take(corpus.train_loader(**SHAPE, process_index=i, process_count=process_count), 20)
@@ -222,10 +222,10 @@ def test_an_epoch_holds_every_document_once_and_the_next_is_in_another_order():
 
 
 def test_a_seeds_second_epoch_is_not_the_next_seeds_first():
-    """By the documents in the first half of each, which the order of rows within a window leaves alone."""
+    """Compared by the documents in the first half of each epoch, which no order of rows within a window changes."""
     halves = {}
     for seed in (0, 1):
-        # 128 documents of a row each in windows of 64 rows: two windows an epoch.
+        # 128 documents of a row each in windows of 64 rows: two windows per epoch.
         loader = make_loader(
             _streams(128), batch_size=4, sequence_length=3, pad_id=0, shuffle_seed=seed, window_tokens=1
         )
@@ -238,7 +238,7 @@ def test_a_window_is_wide_enough_to_fill_rows():
     assert next(loader).segments_bt.min() == 1  # ten documents of three tokens fill a row
 
 
-def test_windows_with_the_same_rows_order_them_anew():
+def test_windows_with_the_same_rows_order_them_differently():
     one = document_stream(np.arange(10, 649), bos_id=1, eos_id=2)
     loader = make_loader([one], batch_size=64, sequence_length=11, pad_id=0, shuffle_seed=0, window_tokens=1)
     first, second = next(loader).tokens_bt, next(loader).tokens_bt
@@ -254,7 +254,7 @@ def test_rows_of_a_window_are_mixed():
 
 
 def test_whole_epochs_are_the_documents_text(corpus):
-    """Counted in bytes, which no order of the pieces changes; batches of one row end where a window ends."""
+    """Compared by counts of bytes, which no order of the pieces changes; batches of one row end with each window."""
     loader = corpus.train_loader(batch_size=1, sequence_length=32)
     batches, documents = [], corpus.splits["train"].documents
     while loader.state()["position"]["parent"]["next_index"] < len(documents) or not batches:
@@ -283,7 +283,7 @@ def test_a_heldout_pass_predicts_every_byte_and_eos_once(corpus, split):
     batches = list(heldout)
     assert {batch.tokens_bt.shape for batch in batches} == {(7, 32)}
     assert heldout.byte_count == sum(len(document.text.encode()) for document in documents)
-    # Byte tokens: one target a byte, and eos.
+    # Byte tokens: one target per byte, and eos.
     assert sum(batch.weights_bt.sum() for batch in batches) == heldout.byte_count + len(documents)
     assert sum(target_byte_count(batch, corpus.tokenizer.byte_length_v) for batch in batches) == heldout.byte_count
 
@@ -341,7 +341,7 @@ def test_a_corpus_describes_itself(corpus, folder):
         ({"process_count": 4}, "batch_size = 6: expected a multiple of process_count = 4"),
     ],
 )
-def test_shapes_that_cannot_be_are_refused(corpus, arguments, message):
+def test_impossible_shapes_are_refused(corpus, arguments, message):
     with pytest.raises(ValueError, match=message):
         corpus.train_loader(**{**SHAPE, **arguments})
     with pytest.raises(ValueError, match=message):

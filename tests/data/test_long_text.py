@@ -1,4 +1,4 @@
-"""Long texts in pieces: the ids of the whole, and no run of characters that the library cannot take."""
+"""Long texts in pieces: they have the ids of the whole, and no run of characters makes the library fail."""
 
 import json
 import random
@@ -59,13 +59,13 @@ def test_long_runs_survive(small, name):
         assert max(map(len, made._cutter.pieces(text))) <= 1200
 
 
-def test_a_run_that_has_no_safe_place_is_parted_at_the_most(small):
-    """No letter of a BPE without words is safe where some token joins two of them."""
+def test_a_run_without_a_safe_place_is_split_at_the_most(small):
+    """In a BPE without words, no place between two letters that some token joins is safe."""
     made = tokenizer("dummy prefix")
     assert [len(piece) for piece in made._cutter.pieces("b" * 500 + " " * 3000)][2:4] == [1200, 1200]
 
 
-def test_training_a_vocabulary_takes_long_runs(small):
+def test_training_a_vocabulary_accepts_long_runs(small):
     texts = ["ab " * 400 + " " * 4000, "the ab the ab " * 200]
     assert train_bpe(texts, vocab_size=265).vocab_size == 265
 
@@ -78,8 +78,8 @@ def test_a_vocabulary_of_long_texts_is_that_of_the_whole(monkeypatch):
     assert train_bpe(texts, vocab_size=290).fingerprint == whole
 
 
-def test_a_text_that_the_library_cannot_take_is_one_error_with_the_documents_name(tmp_path):
-    """A pattern that goes back over the whole run for every character: Oniguruma gives up, and the library panics."""
+def test_a_text_that_makes_the_library_panic_is_one_error_with_the_documents_name(tmp_path):
+    """The pattern backtracks over the whole run for every character: Oniguruma gives up, and the library panics."""
     backend = byte_tokenizer()._backend
     content = json.loads(backend.to_str())
     content["pre_tokenizer"] = {

@@ -1,4 +1,4 @@
-"""Cutting, packing and text out of batches: nothing lost, nothing twice, nothing across a border."""
+"""Splitting, packing, and text from batches: nothing lost, nothing twice, nothing across a boundary."""
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ def test_every_token_but_bos_is_predicted_exactly_once_from_its_predecessor(leng
     counted &= batch.weights_bt[:, 1:] > 0
     pairs = sorted(zip(batch.tokens_bt[:, :-1][counted], batch.tokens_bt[:, 1:][counted], strict=True))
     assert pairs == expected
-    # No weight lies where the loss would not look for it.
+    # No weight lies where the loss would not read it.
     assert batch.weights_bt.sum() == len(expected)
 
 
@@ -98,8 +98,8 @@ def test_target_weights_are_kept_except_on_first_tokens():
     (first, second) = in_pieces(stream, sequence_length=4)
     assert first.weights_t.tolist() == [0, 0, 0.5, 1] and second.weights_t.tolist() == [0, 1, 0]
     assert stream.weights_t[0] == 9  # the caller's array is left alone
-    uncut = pack([stream], sequence_length=6, pad_id=0)
-    assert uncut.weights_bt.tolist() == [[0, 0, 0.5, 1, 1, 0]]
+    whole = pack([stream], sequence_length=6, pad_id=0)
+    assert whole.weights_bt.tolist() == [[0, 0, 0.5, 1, 1, 0]]
 
 
 def test_best_fit_takes_the_fullest_row_with_room():
@@ -119,7 +119,7 @@ def test_best_fit_overfills_no_row_and_stays_near_the_least(lengths):
     assert fill.max() <= 20 and fill.min() > 0
     # Best-fit decreasing needs at most 11/9 of the optimum plus 6/9 (Dósa 2007, for first-fit decreasing as well).
     assert len(fill) <= 11 / 9 * max(-(-sum(lengths) // 20), sum(x > 10 for x in lengths)) + len(lengths) / 3 + 1
-    # No two rows could be one: the later would have gone into the earlier.
+    # No two rows could be merged: the later one would have gone into the earlier.
     assert len(fill) < 2 or np.sort(fill)[:2].sum() > 20
 
 
@@ -130,7 +130,7 @@ def test_pieces_that_fit_no_row_are_refused(length):
         pack([piece], sequence_length=8, pad_id=0)
 
 
-def test_a_segment_whose_id_comes_back_is_a_text_of_its_own():
+def test_a_segment_that_repeats_an_id_is_a_separate_text():
     tokens_bt = np.array([[9, *TOKENIZER.encode("ab"), 9, *TOKENIZER.encode("c"), 9, *TOKENIZER.encode("de"), 9]])
     segments_bt = np.array([[1, 1, 1, 2, 2, 1, 1, 1, 0]])
     batch = Batch(tokens_bt, segments_bt, segments_bt, segments_bt)
@@ -151,14 +151,14 @@ def test_trained_text_is_the_documents(texts):
     streams = [document_stream(TOKENIZER.encode(text), bos_id=1, eos_id=2) for text in texts]
     _, whole = _pack(streams, 200)
     assert sorted(piece_texts([whole], TOKENIZER)) == sorted(text.encode() for text in texts)
-    # Cut finely, pieces lie apart, but their bytes are the documents' bytes.
+    # Split finely, pieces lie apart, but their bytes are the documents' bytes.
     _, fine = _pack(streams, 3)
     assert sorted(trained_text([fine], TOKENIZER)) == sorted("".join(texts).encode())
     assert target_byte_count(fine, TOKENIZER.byte_length_v) == len("".join(texts).encode())
 
 
-def test_trained_text_of_one_cut_document_is_that_document():
-    text = "A document, cut in pieces that overlap by a token: é🙂.\r\n"
+def test_trained_text_of_one_split_document_is_that_document():
+    text = "A document, split into pieces that overlap by a token: é🙂.\r\n"
     _, batch = _pack([document_stream(TOKENIZER.encode(text), bos_id=1, eos_id=2)], 7)
     # All pieces but the last fill a row, so rows are in document order.
     assert trained_text([batch], TOKENIZER) == text.encode()

@@ -1,4 +1,4 @@
-"""All file kinds read alike, exactly, and refuse by file and line."""
+"""All kinds of files are read alike and exactly, and refused by file and line."""
 
 import gzip
 import hashlib
@@ -63,7 +63,7 @@ def test_a_txt_file_is_a_document_to_the_byte(tmp_path):
     ]
 
 
-def test_other_files_are_passed_over_and_counted(tmp_path):
+def test_other_files_are_skipped_and_counted(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "README.md").write_text("no")
     (tmp_path / "b.json").write_text("no")
@@ -71,7 +71,7 @@ def test_other_files_are_passed_over_and_counted(tmp_path):
     assert unread_files(tmp_path) == 2
 
 
-def test_blank_lines_are_no_documents_but_count_as_lines(tmp_path):
+def test_blank_lines_are_not_documents_but_count_as_lines(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "one"}\n\n  \n{"text": "four"}')
     assert _read(file) == [Document("a.jsonl:1", "one"), Document("a.jsonl:4", "four")]
@@ -150,7 +150,7 @@ def test_zstd_of_any_window_and_number_of_frames_is_read(tmp_path, window):
     assert [document.text for document in _read(file)] == TEXTS
 
 
-def test_zstd_and_gzip_that_end_early_or_go_on_are_refused(tmp_path):
+def test_zstd_and_gzip_that_are_truncated_or_continue_are_refused(tmp_path):
     lines = b'{"text": "a"}\n' * 12_000
     whole = zstandard.ZstdCompressor().compress(lines)
     # A frame's blocks have 128 KiB of text each, so a reader that stopped after the first would see whole lines.
@@ -168,7 +168,7 @@ def test_zstd_and_gzip_that_end_early_or_go_on_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("pack", [lambda data: data, gzip.compress, zstandard.compress])
-def test_a_line_without_end_is_refused_before_it_is_in_memory(tmp_path, monkeypatch, pack):
+def test_an_endless_line_is_refused_before_it_fills_memory(tmp_path, monkeypatch, pack):
     monkeypatch.setattr("orogen.data.sources.MAX_LINE_BYTES", 100)
     suffix = {gzip.compress: ".gz", zstandard.compress: ".zst"}.get(pack, "")
     file = tmp_path / f"a.jsonl{suffix}"

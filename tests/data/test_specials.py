@@ -45,7 +45,7 @@ def test_the_folder_says_what_is_put_around_a_prompt(tmp_path, name):
 
 
 @pytest.mark.parametrize("pad", [True, False])
-def test_what_cuts_or_pads_texts_is_not_put_around_a_prompt(tmp_path, pad):
+def test_truncation_and_padding_do_not_change_prompts(tmp_path, pad):
     backend = vocabularies.bpe(vocabularies.DUMMY_PREFIX, strip=True)
     backend.post_processor = template("<s>", "</s>")
     if pad:
@@ -67,7 +67,7 @@ def test_a_post_processor_that_drops_the_text_or_panics_is_refused(tmp_path, sin
         Tokenizer.load(folder)
 
 
-def test_a_prompt_of_no_token_is_bos(tmp_path):
+def test_an_empty_prompt_is_bos(tmp_path):
     assert Tokenizer.load(folder_of(tmp_path, BOTH)).prompt_ids("") == [1]
     assert Tokenizer.load(folder_of(tmp_path, {"eos_token": "</s>"})).prompt_ids("") == [2]
 
@@ -88,7 +88,7 @@ POST = {
 
 
 @pytest.mark.parametrize("name", POST)
-def test_a_run_s_saved_tokenizer_puts_bos_in_front_for_other_readers_too(name, tmp_path):
+def test_the_saved_tokenizer_of_a_run_puts_bos_in_front_for_other_readers_too(name, tmp_path):
     before = Tokenizer.load(folder_of(tmp_path, BOTH, POST[name])).as_in_training()
     before.save(tmp_path / "saved")
     backend = tokenizers.Tokenizer.from_file(str(tmp_path / "saved" / "tokenizer.json"))
@@ -128,7 +128,7 @@ def test_a_run_puts_bos_in_front_whatever_its_tokenizer_came_from(tmp_path):
 PLACES = {
     "the tokenizer's own": (BOTH, {}, 2, 1, 2, {2}),
     "special_tokens_map.json": ({}, {"special_tokens_map": BOTH}, 2, 1, 2, {2}),
-    "the map counts more": (
+    "the map has precedence": (
         {"eos_token": "<unk>"},
         {"special_tokens_map": {"eos_token": {"content": "</s>"}}},
         2,
@@ -176,7 +176,7 @@ def test_a_checkpoint_folder_keeps_the_ends_above_its_tokenizer(tmp_path):
 
 
 @pytest.mark.parametrize("value", ["x", 2.0, True, [2, "x"], {"a": 1}])
-def test_ids_that_are_none_are_refused(tmp_path, value):
+def test_malformed_ids_are_refused(tmp_path, value):
     folder = folder_of(tmp_path, BOTH, generation_config={"eos_token_id": value})
     with pytest.raises(ConfigError, match=r"generation_config\.json: eos_token_id is .*: expected a token's id"):
         Tokenizer.load(folder)
@@ -191,6 +191,6 @@ def test_malformed_files_beside_are_refused(tmp_path, name, text):
         Tokenizer.load(folder)
 
 
-def test_no_end_named_anywhere_is_refused(tmp_path):
+def test_a_folder_that_names_no_eos_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"tokenizer_config\.json: eos_token is None: expected the name of a token"):
         Tokenizer.load(folder_of(tmp_path, {"bos_token": "<s>"}))

@@ -74,7 +74,7 @@ def test_specials_are_0_1_2_and_decode_to_nothing(tokenizer):
     assert tokenizer.byte_length_v[:3].tolist() == [0, 0, 0]
 
 
-def test_a_parted_character_decodes_to_its_bytes(tokenizer):
+def test_a_split_character_decodes_to_its_bytes(tokenizer):
     ids = tokenizer.encode("🙂")
     assert len(ids) == 4
     assert tokenizer.decode_bytes(ids[:2]) == "🙂".encode()[:2]
@@ -95,7 +95,7 @@ def test_the_byte_lookup_agrees_with_its_tokenizers_file(text):
     assert [tokenizer.bos_id, *tokenizer.encode(text).tolist()] == tokenizer._backend.encode(text).ids
 
 
-def test_bpe_has_the_size_asked_for_and_merges(tokenizer):
+def test_bpe_has_the_requested_size_and_merges(tokenizer):
     bpe = TOKENIZERS["bpe"]
     assert bpe.vocab_size == 330
     assert len(bpe.encode(TEXTS[0])) < len(TEXTS[0]) / 2
@@ -130,7 +130,7 @@ def test_specials_are_named_by_the_config_beside_the_file(tmp_path):
 
 @pytest.mark.parametrize("role", ["pad_token", "bos_token", "eos_token"])
 @pytest.mark.parametrize("name", [["x"], 7, {"content": ["x"]}])
-def test_a_special_whose_name_is_no_text_is_refused(tmp_path, role, name):
+def test_a_special_whose_name_is_not_a_string_is_refused(tmp_path, role, name):
     byte_tokenizer().save(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>", role: name}))
     with pytest.raises(ConfigError, match=rf"tokenizer_config\.json: {role} is .*: expected the name of a token"):
@@ -138,7 +138,7 @@ def test_a_special_whose_name_is_no_text_is_refused(tmp_path, role, name):
 
 
 def test_training_twice_gives_one_file():
-    """In two more processes: hash seeds, which order Python's and Rust's tables, differ there."""
+    """In two more processes, whose hash seeds, which order Python's and Rust's tables, differ."""
     command = (
         "import sys, json; from orogen.data.vocabulary import train_bpe;"
         "print(train_bpe(json.load(sys.stdin), vocab_size=330).fingerprint)"
@@ -169,7 +169,7 @@ def test_a_tokenizer_path_checks_vocab_size(tmp_path):
         make_tokenizer(DataConfig(corpus="stdlib", tokenizer=str(tmp_path), vocab_size=331), [])
 
 
-def test_loading_refuses_what_is_no_byte_level_tokenizer(tmp_path):
+def test_files_without_a_byte_level_tokenizer_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"absent.*expected 'byte', 'bpe' or a tokenizer.json"):
         Tokenizer.load(tmp_path / "absent")
     (tmp_path / "broken.json").write_text("{")
@@ -205,7 +205,7 @@ CHANGING = {
 
 
 @pytest.mark.parametrize("changes", CHANGING.values(), ids=CHANGING)
-def test_a_file_that_asks_to_cut_pad_or_drop_is_not_obeyed(tmp_path, changes):
+def test_truncation_padding_and_dropout_in_a_file_are_ignored(tmp_path, changes):
     tokenizer = edited(tmp_path, **changes)
     for ids in (tokenizer.encode(TEXTS[0]), *tokenizer.encode_batch([TEXTS[0]])):
         assert ids.tolist() == TOKENIZERS["bpe"].encode(TEXTS[0]).tolist()

@@ -1,4 +1,4 @@
-"""Ids of prompts and texts of ids against transformers' AutoTokenizer, on tokenizers made here."""
+"""Encoding and decoding against transformers' AutoTokenizer, with tokenizers made here."""
 
 import pytest
 from tests.data import vocabularies
@@ -7,7 +7,7 @@ from tests.data.test_specials import RULES
 from orogen.data.tokenizer import Tokenizer
 
 TEXTS = ["ab", " ab", "  ab c", "a b\r\n\tc ", "é 漢 🙂 x", "abc" * 9, "   ", "don't , stop ."]
-# Without a post-processor transformers 5.23 does not read the settings that a folder has.
+# Rules that transformers 5.23 ignores: without a post-processor it does not read these settings of a folder.
 OURS = ("add_bos_token", "add_eos_token", "both")
 SEQUENCES = [[268, 259, 260], [264, 0xE6 + 3, 0xBC + 3, 260, 0xA9 + 3], [1, 266, 265, 2], [0xE2 + 3]]
 

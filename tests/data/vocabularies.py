@@ -26,7 +26,7 @@ def bpe(normalizer=None, pre_tokenizer=None, *, strip: bool) -> Tokenizer:
 
 
 def unigram(normalizer=None, pre_tokenizer=None, *, strip: bool) -> Tokenizer:
-    """The same ids as `bpe`, segmented by likelihood; byte tokens are likely, as where they were given score 0."""
+    """The same ids as `bpe`, segmented by likelihood; byte tokens are likely, since they have score 0."""
     scores = [(token, 0.0) for token in (*SPECIALS, *BYTES)] + [(p, -float(i + 2)) for i, p in enumerate(PIECES)]
     return _piped(Tokenizer(models.Unigram(scores, 0, byte_fallback=True)), normalizer, pre_tokenizer, strip=strip)
 
@@ -46,7 +46,7 @@ def metaspace(scheme: str) -> pre_tokenizers.PreTokenizer:
 
 
 def pipelines() -> dict[str, Tokenizer]:
-    """One of each way in which models with byte fallback treat spaces."""
+    """A tokenizer for each way in which models with byte fallback treat spaces."""
     to_space = normalizers.Replace(" ", "▁")
     return {
         "dummy prefix": bpe(DUMMY_PREFIX, strip=True),

@@ -1,4 +1,4 @@
-"""Byte baselines: Witten-Bell on paper and against a dictionary version, and the compressors' sizes."""
+"""Byte baselines: Witten-Bell by hand and against a version with dictionaries, and the compressors' sizes."""
 
 import collections
 import lzma
@@ -12,7 +12,7 @@ from orogen.evaluate import ngram
 
 
 def brute_force(text: bytes, order: int, document: bytes, position: int) -> float:
-    """P(document[position]) from the recursion and counted dictionaries, one byte at a time."""
+    """P(document[position]) from the recursion and dictionaries of counts, one byte at a time."""
     probability = 1 / 256
     for length in range(1, min(order, position + 1) + 1):
         history, byte = document[position - length + 1 : position], document[position]
@@ -29,7 +29,7 @@ def random_text(*, length: int, letters: int, seed: int) -> bytes:
     return np.random.default_rng(seed).integers(0, letters, length, np.uint8).tobytes()
 
 
-def test_abab_worked_on_paper():
+def test_abab_by_hand():
     """Text "abab": c(a) = c(b) = 2, T = 2; after a comes b twice, T(a) = 1; after b comes a once, T(b) = 1."""
     model = ngram.fit(b"abab", order=2)
     first = (2 + 2 / 256) / (4 + 2)  # P_1(a) = P_1(b)
@@ -74,7 +74,7 @@ def test_equals_the_dictionary_version(order: int, letters: int):
 
 
 def test_bytes_above_127_keep_keys_positive():
-    """Seven bytes of 255 fill 56 bits: with a sign bit, the shifts and the sorted search would go wrong."""
+    """Seven bytes of 255 fill 56 bits; if they reached the sign bit, shifts and sorted search would go wrong."""
     text = b"\xff" * 50
     document = b"\xff" * 9
     expected = [brute_force(text, 7, document, i) for i in range(9)]

@@ -1,4 +1,4 @@
-"""What a run is compared with: the n-gram sees the very text that the model was trained on, once."""
+"""A run's baselines: the n-gram is fitted on exactly the text that the model was trained on, once."""
 
 import math
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from orogen.evaluate.summary import baselines
 
 
 def test_the_ngram_is_fitted_on_the_text_of_the_batches_taken(tmp_path):
-    """In the order of the keys; a document fills a row, so three batches of two rows hold the first six."""
+    """Documents come in the order of their keys; each fills a row, so three batches of two rows hold the first six."""
     for number in range(30):
         (tmp_path / f"{number:02}.txt").write_text("".join("abcde"[number * k % 5] for k in range(1, 15)))
     data = DataConfig(corpus=str(tmp_path), tokenizer="byte", heldout_fraction=0.3, tuning_fraction=0.0, shuffle=False)

@@ -7,8 +7,9 @@ pieces of at most the sequence length, which overlap by one token so that every 
 packed best-fit (arXiv:2404.10830). Attention, convolution windows, SSM states and MTP shifts stop at document
 boundaries.
 
-Tokenizers are byte-level, or SentencePiece-like with byte fallback. One that changes text (a normalizer, a byte it has
-no token for) serves `generate` but not `train`, whose bits per byte would be those of another text.
+Tokenizers are byte-level, or SentencePiece-like with byte fallback. One that changes text (by a normalizer, or because
+it lacks a token for some byte) works for `generate` but not for `train`, whose bits per byte would be those of another
+text.
 
 Text and tokens of a corpus stay in memory.
 """

@@ -20,7 +20,7 @@ _STDLIB_LOCAL = ("_sysconfigdata", "config-", "sitecustomize", "usercustomize")
 
 
 def corpus_documents(config: DataConfig) -> list[Document]:
-    """Every document of the corpus, in the order of its keys' files. Raises ConfigError if there is no text."""
+    """Every document of the corpus, in the order of the files' paths. Raises ConfigError if there is no text."""
     if config.corpus == "stdlib":
         documents = list(stdlib_documents())
     else:
@@ -69,17 +69,17 @@ def key_bytes(key: str) -> bytes:
 def split_of(key: str, *, config: DataConfig) -> str:
     """The split of the document with this key: a function of (seed, key) alone, so other documents do not change it."""
     digest = hashlib.sha256(key_bytes(f"{config.seed}:{key}")).digest()
-    place = int.from_bytes(digest[:8], "little") / 2**64
-    if place < config.heldout_fraction:
+    point = int.from_bytes(digest[:8], "little") / 2**64
+    if point < config.heldout_fraction:
         return "heldout"
     # Tuning is taken from the far end: changing one fraction moves no document between the other two splits.
-    return "tuning" if place >= 1 - config.tuning_fraction else "train"
+    return "tuning" if point >= 1 - config.tuning_fraction else "train"
 
 
 def split_documents(documents: Sequence[Document], *, config: DataConfig) -> dict[str, list[Document]]:
     """The documents by split, each in the given order.
 
-    A fraction is the probability of one document, so the share in bytes is near it, not equal to it.
+    A fraction is the probability that a document falls into the split, so the split's share in bytes is only near it.
     Raises ConfigError if a split with a fraction above 0, or the train split, gets no text.
     """
     by_split: dict[str, list[Document]] = {name: [] for name in SPLITS}

@@ -1,4 +1,4 @@
-"""Rows that follow one another: each row of a batch, a lane, goes on where the same row of the batch before ended.
+"""Rows that continue: each row of a batch, a lane, begins where the same row of the previous batch ended.
 
 Legend: b batch (lanes), t time.
 """
@@ -15,9 +15,9 @@ _BY_LANE = ("document", "read")
 
 
 class LaneRows(grain.IterDataset):
-    """Endless batches of `lanes` rows over `documents`, a dataset without an end. Each lane reads one document to its
-    last token, then the next that no lane has taken; nothing is padded, and every token but a document's first is
-    predicted once, by NEXT, with its weight. Positions count from a document's first token, wherever its rows begin."""
+    """Endless batches of `lanes` rows over `documents`, an endless dataset. Each lane reads one document to its last
+    token, then the next one that no lane has taken. Nothing is padded, and every token except a document's first is
+    predicted once, by NEXT, with its weight. Positions count from a document's first token, across rows."""
 
     def __init__(self, documents: grain.MapDataset[Stream], *, lanes: int, sequence_length: int) -> None:
         super().__init__()
@@ -28,12 +28,12 @@ class LaneRows(grain.IterDataset):
 
 
 class _LaneIterator(grain.DatasetIterator):
-    """Its state is each lane's document, the tokens that it has read of it, and the next document to take."""
+    """Its state is each lane's document, the number of tokens read of it, and the next document to take."""
 
     def __init__(self, documents: grain.MapDataset[Stream], lanes: int, sequence_length: int) -> None:
         super().__init__()
         self._documents, self._lanes, self._sequence_length = documents, lanes, sequence_length
-        # Lane b begins with document b, of which it has read nothing.
+        # Lane b begins at the first token of document b.
         self._document, self._read, self._next = list(range(lanes)), [0] * lanes, lanes
         self._held: dict[int, Stream] = {}
 
@@ -80,7 +80,7 @@ class _LaneIterator(grain.DatasetIterator):
             used += length
 
     def _stream(self, lane: int) -> Stream:
-        """The lane's document, which is made once however many rows it has."""
+        """The lane's document, which is built once, however many rows it fills."""
         if lane not in self._held:
             stream: Any = self._documents[self._document[lane]]
             self._held[lane] = stream

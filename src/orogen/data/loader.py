@@ -1,4 +1,4 @@
-"""An open corpus, and the batches that come out of it: shuffled, packed, sharded over processes, resumable.
+"""An open corpus, and its batches: shuffled, packed, sharded over processes, resumable.
 
 Legend: b batch (rows), t time.
 """
@@ -42,8 +42,8 @@ class TokenizedSplit(Sequence[Stream]):
         return document_stream(self._ids[index], bos_id=self._tokenizer.bos_id, eos_id=self._tokenizer.eos_id)
 
     def _encode(self, document: Document) -> np.ndarray:
-        """The ids of a document, which stand for exactly its bytes. Raises ConfigError that names it if the tokenizer
-        has none."""
+        """Ids that stand for exactly the document's bytes. Raises ConfigError that names the document if there are
+        none."""
         try:
             return self._tokenizer.encode_document(document.text)
         except ConfigError as error:
@@ -67,7 +67,7 @@ class Corpus:
         self.splits = {name: TokenizedSplit(documents[name], tokenizer) for name in corpora.SPLITS}
 
     def describe(self) -> dict[str, Any]:
-        """What a run should record of its data: hash, vocabulary, documents and bytes by split, files passed over."""
+        """What a run should record of its data: hash, vocabulary, documents and bytes by split, skipped files."""
         embedded = self.config.corpus == "stdlib"
         return {
             "corpus": self.config.corpus,
@@ -126,8 +126,8 @@ class Corpus:
 def open_corpus(config: DataConfig, *, tokenizer: Tokenizer | None = None) -> Corpus:
     """Reads the corpus, splits it, and trains or loads its tokenizer; a resumed run passes the one it saved.
 
-    Raises FileNotFoundError or ValueError for what cannot be read, an empty split, a vocabulary out of reach, or a
-    tokenizer that does not keep every byte.
+    Raises FileNotFoundError or ValueError for files that cannot be read, an empty split, a vocabulary larger than the
+    text allows, or a tokenizer that does not keep every byte.
     """
     documents = corpora.corpus_documents(config)
     by_split = corpora.split_documents(documents, config=config)
@@ -167,7 +167,7 @@ class Loader:
         """Continues after the batch at which `state` was taken. Raises ConfigError if it is from other data."""
         for field in ("position", "identity"):
             if not isinstance(state.get(field), dict):
-                raise ConfigError(f"the saved data position has no object {field!r}; expected one: where the data was")
+                raise ConfigError(f"the saved data position has no object {field!r}; expected one")
         for name, value in self._identity.items():
             if state["identity"].get(name) != value:
                 raise ConfigError(
@@ -202,10 +202,10 @@ def make_loader(
 ) -> Loader:
     """Endless batches of the streams, each epoch in a new order; `shuffle_seed` None keeps their order.
 
-    Rows are packed, or, with `lanes`, each continues the same row of the batch before: see `LaneRows`.
+    Rows are packed, or, with `lanes`, each continues the same row of the previous batch: see `LaneRows`.
     Every process packs the same global batches and keeps its own rows, so that neither the data nor a saved
     position depends on the number of processes. `identity` is what a saved position must agree on.
-    Raises ConfigError if there is no stream, a row has no room for a target, or the processes do not share a batch.
+    Raises ConfigError if there is no stream, a row has no room for a target, or processes cannot share a batch evenly.
     """
     if not len(streams):
         raise ConfigError("streams is empty: expected at least one document")
@@ -234,7 +234,7 @@ def make_loader(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeldoutPass:
-    """One unshuffled pass over documents; each `iter` starts it again. The last batch is padded with empty rows.
+    """One unshuffled pass over documents; each `iter` starts it anew. The last batch is padded with empty rows.
 
     bits per byte = sum of nats / ln 2 / `byte_count`. Predicting eos costs nats and adds no byte, so a model pays
     for knowing where a document ends; `byte_count` is of the whole pass, over all processes.
@@ -272,7 +272,7 @@ def _rows_taker(rows: slice) -> Callable[[Batch], Batch]:
 
 
 def _process_rows(batch_size: int, sequence_length: int, process_index: int, process_count: int) -> slice:
-    """The rows of a global batch that belong to one process. Raises ConfigError for a shape that cannot be."""
+    """The rows of a global batch that belong to one process. Raises ConfigError for an impossible shape."""
     if sequence_length < 2:
         raise ConfigError(f"sequence_length = {sequence_length}: expected at least 2, a token and its target")
     if batch_size < 1:

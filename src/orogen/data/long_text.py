@@ -1,5 +1,5 @@
-"""Splits long texts into pieces that tokenize like the whole, with which the library would run out of memory or
-panic."""
+"""Splits long texts, on which the `tokenizers` library would run out of memory or panic, into pieces that tokenize like
+the whole."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -11,14 +11,15 @@ import tokenizers
 # Characters that are tokenized together. A word longer than MOST, which natural text does not have, is split: the
 # regular expressions of tokenizers 0.23 panic on a run of 10 million spaces (the retry limit of its Oniguruma).
 USUAL, MOST = 2**20, 2**22
-# Words this near to the end of a window may end elsewhere in the whole text.
+# Words so near to the end of a window may end elsewhere in the whole text.
 MARGIN = 2**10
 
 
 class Cutter:
-    """Finds places where the tokens on both sides do not depend on the other side.
+    """Finds safe places, where the tokens on each side do not depend on the other side.
 
-    backend: adds no space before a text. text_v: the bytes of each token. added: texts that are one token each.
+    backend: a tokenizer that adds no space before a text. text_v: the bytes of each token. added: the texts of added
+    tokens.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, text_v: Sequence[bytes], added: Sequence[str]) -> None:
@@ -28,9 +29,9 @@ class Cutter:
         self._margin = max([MARGIN, *(len(text) for text in added)])
 
     def pieces(self, text: str) -> Iterator[str]:
-        """The text in order, in pieces of about USUAL characters; their tokens follow one another as the whole's.
+        """The text in order, in pieces of about USUAL characters whose tokens together are those of the whole.
 
-        Where MOST characters have no such place, they are split anyway.
+        MOST characters without a safe place are split anyway.
         """
         start = 0
         while len(text) - start > USUAL:
@@ -44,7 +45,7 @@ class Cutter:
             yield text[start:]
 
     def _last_place(self, window: str) -> int | None:
-        """The last good place in a window, above 0 and not near its end."""
+        """The last safe place in a window, above 0 and not near its end."""
         last = len(window) - self._margin
         places = self._between_words(window, last)
         for place in places[::-1]:
@@ -53,7 +54,7 @@ class Cutter:
         return None
 
     def _between_words(self, window: str, last: int) -> np.ndarray:
-        """Good places up to `last`, ascending: where words begin, or no token holds the bytes on both sides."""
+        """Safe places up to `last`, ascending: where words begin, or where no token holds the bytes on both sides."""
         normalizer, splitter = self._backend.normalizer, self._backend.pre_tokenizer
         seen = window if normalizer is None else normalizer.normalize_str(window)
         if len(seen) != len(window):  # the offsets of its words are not those of the text

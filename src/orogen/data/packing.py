@@ -1,4 +1,4 @@
-"""Token streams are split into pieces, pieces are packed into rows of equal length. Pure numpy.
+"""Splits token streams into pieces, and packs pieces into rows of equal length. Pure numpy.
 
 Legend: b batch (rows), t time, n pieces. A *stream* is one document's tokens; a *piece* is at most one row of it.
 """
@@ -20,12 +20,12 @@ class Stream(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Rows of documents. Position i predicts token i + 1, with weight weights[i + 1], where both are of one segment.
+    """Rows of documents. Position i predicts token i + 1, with weight weights[i + 1], if both are in one segment.
 
     tokens_bt int32; segments_bt int32, 1, 2, … along the row and 0 on padding: a segment is a run of equal ids;
-    positions_bt int32, from 0 in each segment but one that continues another batch's; weights_bt float32, the loss
-    weight of the token as a target, 0 where its position is 0 and on padding. extras: further arrays (b, t) by name;
-    see NEXT.
+    positions_bt int32, from 0 in each segment, except one that continues the previous batch's; weights_bt float32, the
+    loss weight of the token as a target, 0 where its position is 0 and on padding. extras: further arrays (b, t) by
+    name; see NEXT.
     """
 
     tokens_bt: Any  # arrays of numpy here, of jax inside a step
@@ -35,14 +35,14 @@ class Batch(NamedTuple):
     extras: Mapping[str, Any] = {}
 
     def map(self, function: Callable[..., Any], *others: "Batch") -> "Batch":
-        """What the function makes of each array, with those of the same name in the other batches."""
+        """The function applied to each array, together with those of the same name in the other batches."""
         arrays = (function(*columns) for columns in zip(*(batch[:4] for batch in (self, *others)), strict=True))
         extras = {name: function(x, *(o.extras[name] for o in others)) for name, x in self.extras.items()}
         return Batch(*arrays, extras=extras)
 
 
-# The extras of batches whose rows continue those of the batch before: the token that each position predicts, int32, for
-# a row's last position the first token of the next row, NOTHING after a document's last token; and its loss weight.
+# Extras of batches whose rows continue those of the previous batch: the token that each position predicts, int32, and
+# its loss weight. A row's last position predicts the first token of its next row, a document's last token NOTHING.
 NEXT, NEXT_WEIGHT, NOTHING = "next", "next_weight", -1
 
 
@@ -55,7 +55,7 @@ class _Decoder(Protocol):
 
 
 def document_stream(ids_t: np.ndarray, *, bos_id: int, eos_id: int) -> Stream:
-    """[bos, ids, eos], all of weight 1: `in_pieces` takes it from bos."""
+    """[bos, ids, eos], all of weight 1; `in_pieces` sets that of bos to 0."""
     tokens_t = np.concatenate([[bos_id], ids_t, [eos_id]]).astype(np.int32)
     return Stream(tokens_t, np.ones(len(tokens_t), np.float32))
 
@@ -143,10 +143,10 @@ def empty_batch(rows: int, *, sequence_length: int, pad_id: int) -> Batch:
 
 
 def piece_texts(batches: Iterable[Batch], tokenizer: _Decoder) -> Iterator[bytes]:
-    """The text bytes of each segment that are targets in it, in row order: its first token is context, and left out.
-    With NEXT, the bytes that the segment predicts: the last of them may begin the next row."""
+    """The text bytes of each segment's targets, in row order; its first token is context, and left out. With NEXT, the
+    bytes that the segment predicts, the last of which may begin the next row."""
     for batch in batches:
-        # Without NEXT a position predicts the token after it, of its own segment.
+        # Without NEXT a position predicts the token after it, if that is in its own segment.
         tokens_bt, segments_bt = np.asarray(batch.tokens_bt), np.asarray(batch.segments_bt)
         alone = np.where(np.diff(segments_bt, axis=1, append=0) == 0, np.roll(tokens_bt, -1, axis=1), NOTHING)
         for tokens_t, segments_t, next_t in zip(tokens_bt, segments_bt, batch.extras.get(NEXT, alone), strict=True):

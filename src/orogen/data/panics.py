@@ -1,4 +1,4 @@
-"""Panics of the `tokenizers` library, which is written in Rust, as errors of the input."""
+"""Reports panics of the `tokenizers` library, which is written in Rust, as errors of the input."""
 
 import contextlib
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What the steps of a tokenizer's file do to a text before its words become tokens, and to these tokens after."""
+"""The steps in a tokenizer's file that change a text before its words become tokens, and the tokens afterwards."""
 
 from typing import Any
 
@@ -6,12 +6,12 @@ from orogen.data.token_bytes import SPACE
 
 
 def normalizers_of(file: dict[str, Any]) -> list[dict[str, Any]]:
-    """The normalizers of a tokenizer's file, those inside sequences one by one; an empty sequence has none."""
+    """The normalizers of a tokenizer's file, with all sequences flattened."""
     return _flat(file["normalizer"])
 
 
 def only_spaces(normalizer: dict[str, Any]) -> bool:
-    """Whether it does only what decoding undoes: spaces become "▁", and one is put before the text."""
+    """Whether the normalizer only does what decoding undoes: it replaces spaces by "▁", or puts one before the text."""
     return normalizer in (
         {"type": "Prepend", "prepend": SPACE},
         {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
@@ -19,7 +19,7 @@ def only_spaces(normalizer: dict[str, Any]) -> bool:
 
 
 def without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A normalizer or pre-tokenizer that puts nothing before the text."""
+    """The normalizer or pre-tokenizer, changed so that it puts nothing before the text."""
     if part is None or part["type"] == "Prepend":
         return None
     if part["type"] == "Sequence":
@@ -31,7 +31,7 @@ def without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def with_bos(post_processor: dict[str, Any] | None, bos: str, bos_id: int) -> dict[str, Any]:
-    """A post-processor that puts bos before every text and nothing else around it; one of offsets alone is kept."""
+    """A post-processor that puts bos before every text and nothing else around it; steps that only set offsets stay."""
     token = lambda segment: {"SpecialToken": {"id": bos, "type_id": segment}}  # noqa: E731
     text = lambda name, segment: {"Sequence": {"id": name, "type_id": segment}}  # noqa: E731
     template = {

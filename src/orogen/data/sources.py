@@ -15,7 +15,7 @@ from orogen.data.zstd import ZstdFrames
 
 # Errors that a damaged file raises.
 DAMAGE = (EOFError, ValueError, zlib.error, gzip.BadGzipFile)
-MAX_LINE_BYTES = 2**28  # of a .jsonl: bounds the memory of a small file that unpacks without end
+MAX_LINE_BYTES = 2**28  # of a .jsonl: bounds the memory that a small file can expand to
 
 
 class Document(NamedTuple):
@@ -44,20 +44,20 @@ def read_documents(path: str | Path, *, text_field: str) -> Iterator[Document]:
 
 
 def has_fields(path: str | Path) -> bool:
-    """Whether a file that `read_documents` would read names its texts: all but .txt do."""
+    """Whether any file that `read_documents` would read has fields: all but .txt do."""
     return any(_suffix(file) != ".txt" for file in _supported_files(Path(path)))
 
 
 def unread_files(path: str | Path) -> int:
-    """How many entries below a folder `read_documents` skips: files of other kinds, links to folders, broken links, and
-    entries that are no files."""
+    """The number of entries below a folder that `read_documents` skips: files of other kinds, links to folders, broken
+    links, and entries that are not files."""
     root = Path(path)
     files, others = _walk(root)
     return sum(_suffix(file) is None for file in files) + len(others)
 
 
 def linked_folders(path: str | Path) -> int:
-    """How many of those are links to folders. They are not followed: a link may lead back to its own folder."""
+    """The number of those that are links to folders. They are not followed: a link may lead back to its own folder."""
     return sum(other.is_dir() for other in _walk(Path(path))[1])
 
 
@@ -84,7 +84,8 @@ def _walk(root: Path) -> tuple[list[Path], list[Path]]:
     """The files below a folder in the order of their paths, or the file itself, and the entries that are neither file
     nor folder.
 
-    A link to a file is a file; a link to a folder is no folder. Raises OSError for a folder that cannot be listed.
+    A link to a file counts as a file; a link to a folder does not count as a folder. Raises OSError for a folder that
+    cannot be listed.
     """
     if not root.is_dir():
         return [root], []
@@ -168,7 +169,7 @@ def _read_parquet(file: Path, key: str, text_field: str) -> Iterator[Document]:
         yield from _rows(file, key, text_field)
     except pyarrow.ArrowException as error:
         raise ValueError(str(error)) from error
-    except OSError as error:  # of pyarrow, where it has no number: a damaged file
+    except OSError as error:  # pyarrow's own, which have no errno, mean a damaged file
         raise error if error.errno else ValueError(str(error)) from error
 
 

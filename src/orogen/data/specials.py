@@ -1,4 +1,4 @@
-"""A folder's special tokens: their names, which of them end a text, and which are put around one."""
+"""A folder's special tokens: their names, which of them end a text, and which are put around a prompt."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,17 +27,17 @@ class Specials(NamedTuple):
 def read_specials(folder: Path, backend: tokenizers.Tokenizer) -> Specials:
     """The specials of the tokenizer in `folder`.
 
-    Names come from tokenizer_config.json and special_tokens_map.json (which counts more, unless the former lists
+    Names come from tokenizer_config.json and special_tokens_map.json (which has precedence, unless the former lists
     `added_tokens_decoder`, as in transformers); else from ids in generation_config.json and config.json; else they are
-    `<pad>`, `<bos>`, `<eos>`. A tokenizer without bos or pad uses its eos there: neither is ever predicted.
-    Raises ConfigError for files that are no JSON objects, names that are no text, and ids of no token.
+    `<pad>`, `<bos>`, `<eos>`. A tokenizer without bos or pad uses its eos instead: neither is ever predicted.
+    Raises ConfigError for files that are not JSON objects, names that are not strings, and malformed ids.
     """
     settings = _read_object(folder / SETTINGS)
     named = _named(folder, settings)
     ids = _model_ids(folder)
     names = {role: named[role] or _name_of(ids[role], role, backend) for role in named}
-    told = (folder / SETTINGS).is_file() or any(names.values())
-    if not told:
+    stated = (folder / SETTINGS).is_file() or any(names.values())
+    if not stated:
         names = {"pad": PAD, "bos": BOS, "eos": EOS}
     if names["eos"] is None:
         raise ConfigError(f"{folder / SETTINGS}: eos_token is None: expected the name of a token")
@@ -70,8 +70,8 @@ def _first_name(role: str, sources: list[tuple[Path, dict[str, Any]]]) -> str | 
 def _around(
     settings: dict[str, Any], named: dict[str, str | None], backend: tokenizers.Tokenizer
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What is put before and after a text: the post-processor decides, as in transformers 5.23, which reads
-    add_bos_token and add_eos_token for no tokenizer.json; they decide here where there is no post-processor."""
+    """The ids that are put before and after a text. The post-processor decides, as in transformers 5.23, which ignores
+    add_bos_token and add_eos_token for any tokenizer.json; here they decide if there is no post-processor."""
     if backend.post_processor is not None:
         return ids_around(backend)
     chosen = [named[role] if settings.get(f"add_{role}_token") else None for role in ("bos", "eos")]
@@ -88,7 +88,7 @@ def ids_around(backend: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[in
         whole = backend.encode("a", add_special_tokens=True).ids
     start = next((i for i in range(len(whole)) if whole[i : i + len(text)] == text), None)
     if start is None or not text:
-        raise ConfigError(f"the tokenizer's post-processor makes {whole} of the ids {text}; expected ids around them")
+        raise ConfigError(f"the tokenizer's post-processor turns the ids {text} into {whole}; expected ids around them")
     return tuple(whole[:start]), tuple(whole[start + len(text) :])
 
 
@@ -132,10 +132,10 @@ def special_id(backend: tokenizers.Tokenizer, name: str) -> int:
 
 
 def begins_after(file: str, name: str) -> bool:
-    """Whether a tokenizer, given as its file's text, encodes what follows the special `name` as it does the beginning
-    of a text: some pipelines put a space before either, others before the latter alone."""
+    """Whether a tokenizer, given as its file's text, encodes what follows the special `name` like the beginning of a
+    text: some pipelines put a space before both, others only before the latter."""
     with panics_refused("a text after a special token"):
-        backend = tokenizers.Tokenizer.from_str(file)  # one of its own, for it finds specials in texts
+        backend = tokenizers.Tokenizer.from_str(file)  # a separate one, which finds specials in texts
         after, first = (backend.encode(text, add_special_tokens=False).ids for text in (f"{name}a", "a"))
     return after[1:] == first
 

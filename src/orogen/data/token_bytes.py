@@ -81,7 +81,8 @@ def _byte_level(token: str, token_id: int) -> bytes:
 
 
 def decoded(data: bytes, *, one_by_one: bool) -> str:
-    """UTF-8, else U+FFFD: for every byte of a run of byte tokens, as the ByteFallback decoder has it."""
+    """The text of UTF-8 bytes, with U+FFFD for invalid ones; `one_by_one`: for every byte, as the ByteFallback decoder
+    does for a run of byte tokens."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:

@@ -51,10 +51,10 @@ _PROBES = (
 class Tokenizer:
     """A byte-level tokenizer, or a SentencePiece-like one with byte fallback: every token stands for known bytes.
 
-    Text never becomes a special token, also where it spells one. `byte_length_v` (v,) int32 is the number of bytes of
-    each token, 0 for specials; `is_token_v` (v,) bool is False for ids without a token. `end_ids` end a text. To read
-    alone: `bytes_of_token` of each id, `fallback_of_byte`, ids of byte tokens in a vocabulary with byte fallback, and
-    `specials` by id, of which `special_names` names three by role.
+    Text never becomes a special token, even where it spells one. `byte_length_v` (v,) int32 is the number of bytes of
+    each token, 0 for specials; `is_token_v` (v,) bool is False for ids without a token. `end_ids` end a text. Read-only
+    are `bytes_of_token` of each id; `fallback_of_byte`, the ids of byte tokens in a vocabulary with byte fallback;
+    `specials` by id; and `special_names`, the names of pad, bos and eos by role.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Tokenizer:
         names = map(str, self.specials.values())
         self._misread = re.compile("|".join([_MISREAD, *(f"{re.escape(s[0])}(?={re.escape(s[1:])})" for s in names)]))
         self._token_of_byte = self._byte_table()
-        # SentencePiece's dummy prefix, which the pipeline puts before a text; no part of it. To read alone.
+        # SentencePiece's dummy prefix, which the pipeline puts before a text and which is no part of it. Read-only.
         self.prefix = b" " if self.fallback_of_byte and self.decode_bytes(self._ids("a"))[:1] == b" " else b""
 
     @property
@@ -100,11 +100,10 @@ class Tokenizer:
         return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids (n,) int32 of a text, without bos and eos: those of transformers, up to three differences.
+        """Token ids (n,) int32 of a text, without bos and eos: those of transformers, with three differences.
 
-
-        Specials in the text are text. What a vocabulary with byte fallback would read as something else, a "▁" (a
-        space), "<0x41>" (an "A") or "<s>" (no text), is spelled in bytes. Texts of more than `long_text.USUAL`
+        Text that spells a special is encoded as text. Text that a vocabulary with byte fallback would misread, "▁" (as
+        a space), "<0x41>" (as "A") or "<s>" (as no text), is spelled in bytes. Texts of more than `long_text.USUAL`
         characters are tokenized in pieces, and words of more than `long_text.MOST` without a safe place are split.
         Raises ConfigError if the `tokenizers` library fails.
         """
@@ -113,13 +112,13 @@ class Tokenizer:
         return self._encode_exactly(text, first=True)
 
     def encode_inside(self, text: str, *, special: bool = False) -> np.ndarray:
-        """`encode` of a text that follows other text, or a special: the pipeline puts no space before the former."""
+        """`encode` of a text that follows other text, before which the pipeline puts no space, or a special token."""
         return self._encode_exactly(text, first=special and self._begins_after_specials)
 
     def encode_document(self, text: str) -> np.ndarray:
         """`encode` for training: ids (n,) int32 whose bytes are exactly the text's.
 
-        A first space that the pipeline takes for its own dummy prefix is spelled in bytes.
+        A leading space that the pipeline takes for its own dummy prefix is spelled in bytes.
         Raises ConfigError if the tokenizer changes the text.
         """
         ids = self.encode(text)
@@ -129,17 +128,17 @@ class Tokenizer:
             ids = np.concatenate([self._spelled(" "), self._encode_exactly(text, first=False)])
             if self.text_bytes(ids) == data:
                 return ids
-        there, found = _first_difference(text, self.decode(self.encode(text)))
-        raise ConfigError(f"the tokenizer turns {there!r} into {found!r}; expected no change, to train with")
+        given, found = _first_difference(text, self.decode(self.encode(text)))
+        raise ConfigError(f"the tokenizer turns {given!r} into {found!r}; expected no change, to train with")
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of each text."""
         return [self.encode(text) for text in texts]
 
     def prompt_ids(self, text: str) -> list[int]:
-        """The ids that a model continues: `encode` with what the tokenizer's folder puts around a text.
+        """The ids that a model continues: `encode`, with the ids that the tokenizer's folder puts around a text.
 
-        If that is nothing at all, bos: a model needs a token to begin with.
+        If there are none at all, bos: a model needs a token to begin with.
         """
         front, back = self._around
         return [*front, *self.encode(text).tolist(), *back] or [self.bos_id]
@@ -147,7 +146,7 @@ class Tokenizer:
     def as_in_training(self) -> "Tokenizer":
         """The tokenizer with bos before prompts, as `document_stream` puts it before the documents of every run.
 
-        Its post-processor says so too, which is what `tokenizers` and transformers go by.
+        Its post-processor puts bos there too, for `tokenizers` and transformers.
         """
         other = copy.copy(self)
         other._around = ((self.bos_id,), ())
@@ -158,7 +157,7 @@ class Tokenizer:
         return other
 
     def marker_ids(self, text: str) -> list[int]:
-        """The one token that is written so, special or not; else the tokens of `text` where it follows other text."""
+        """The id of the token `text`, special or not; without such a token, the ids of `text` after other text."""
         own = self._backend.token_to_id(text)
         return self.encode_inside(text).tolist() if own is None else [own]
 
@@ -170,13 +169,13 @@ class Tokenizer:
         return b"".join(map(self.bytes_of_token.__getitem__, ids))
 
     def text_bytes(self, ids: Iterable[int]) -> bytes:
-        """`decode_bytes` of tokens that begin a text: without the space that the tokenizer put before it."""
+        """`decode_bytes` of tokens that begin a text, without the space that the tokenizer put before it."""
         return self.decode_bytes(ids).removeprefix(self.prefix)
 
     def decode(self, ids: Iterable[int], *, after: Iterable[int] = ()) -> str:
         """The text that the tokens add to the text of the tokens `after`, which they follow.
 
-        Bytes that are not UTF-8, as where a split parts a character, become U+FFFD, as transformers has them.
+        Bytes that are not UTF-8, such as a part of a character, become U+FFFD, as in transformers.
         """
         before, ids = list(after), [int(i) for i in ids]
         if not self.fallback_of_byte:
@@ -188,9 +187,9 @@ class Tokenizer:
         return text if self.decode_bytes(before) else text.removeprefix(self.prefix.decode())
 
     def check_lossless(self) -> None:
-        """Raises ConfigError if some text would not survive `encode_document`: bits per byte would leave its bytes out.
+        """Raises ConfigError if some text would not survive `encode_document`: bits per byte would miss its bytes.
 
-        The tokenizer may pass and still change a text that is not tried here: `encode_document` refuses that text.
+        A tokenizer that passes may still change a text that is not tried here; `encode_document` refuses that text.
         """
         for normalizer in normalizers_of(self._file):
             if not (self.fallback_of_byte and only_spaces(normalizer)):
@@ -209,10 +208,10 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         names: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special_names}
-        front, back = self._around  # for readers that take this before the post-processor of tokenizer.json
+        front, back = self._around  # for readers that prefer this to the post-processor of tokenizer.json
         names |= {"add_bos_token": front == (self.bos_id,), "add_eos_token": back == (self.eos_id,)}
         names["clean_up_tokenization_spaces"] = False  # true would drop spaces before punctuation on decoding
-        # The names come first: a folder that has a tokenizer.json is complete.
+        # The names are written first: a folder that has a tokenizer.json is complete.
         write_atomically(folder / SETTINGS, (json.dumps(names, indent=2) + "\n").encode())
         write_atomically(folder / "tokenizer.json", (self._backend.to_str(pretty=True) + "\n").encode())
 
@@ -220,7 +219,7 @@ class Tokenizer:
     def load(cls, path: str | Path) -> "Tokenizer":
         """Reads a tokenizer.json, or the folder that holds one, written by `save` or by Hugging Face.
 
-        Specials and what is put around a prompt are as the files beside it say; see `read_specials`.
+        The files beside it name the specials and what is put around a prompt; see `read_specials`.
         Raises FileNotFoundError, or ConfigError if a file is malformed or a token stands for no bytes.
         """
         file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
@@ -236,7 +235,7 @@ class Tokenizer:
             return self._backend.encode(text, add_special_tokens=False).ids
 
     def _encode_exactly(self, text: str, *, first: bool) -> np.ndarray:
-        """Ids of a text, with what a vocabulary with byte fallback would misread in bytes."""
+        """Ids of a text, in which what a vocabulary with byte fallback would misread is spelled in bytes."""
         places = [match.start() for match in self._misread.finditer(text)] if self.fallback_of_byte else []
         ids = self._encode_long(text, first=first)
         if not places or (self.text_bytes(ids) if first else self.decode_bytes(ids)) == text.encode():
@@ -247,7 +246,7 @@ class Tokenizer:
         return np.concatenate(parts)
 
     def _encode_long(self, text: str, *, first: bool) -> np.ndarray:
-        """Ids of a text of any length; `first`: it begins a document, where the pipeline may put a space."""
+        """Ids of a text of any length; `first`: whether it begins a document, where the pipeline may put a space."""
         if not text:
             return np.array([], np.int32)
         if first and len(text) <= long_text.USUAL:
@@ -261,7 +260,7 @@ class Tokenizer:
 
     @cached_property
     def _continuing(self) -> tokenizers.Tokenizer:
-        """The pipeline for what follows other text: it puts no space before it."""
+        """The pipeline for text that follows other text, before which it puts no space."""
         file = copy.deepcopy(self._file)
         file["normalizer"] = without_prefix(file["normalizer"])
         file["pre_tokenizer"] = without_prefix(file["pre_tokenizer"])
@@ -283,7 +282,7 @@ class Tokenizer:
             raise ConfigError(f"the tokenizer has no token for byte {error}; expected all 256") from None
 
     def _byte_table(self) -> np.ndarray | None:
-        """The id of each byte (256,) int32 when every token is a byte: then a lookup encodes; else None."""
+        """The id of each byte (256,) int32 if every token is a byte, so that a lookup encodes; else None."""
         plain = self._file["model"].get("merges") == [] and not self.fallback_of_byte and not self._added
         split = self._file["pre_tokenizer"]
         if not plain or self._file["normalizer"] or not split or split.get("add_prefix_space", True):
@@ -300,7 +299,7 @@ def check_vocab_size(tokenizer: Tokenizer, vocab_size: int, *, name: str = "Mode
 
 
 def check_rows(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raises ConfigError if a model of `vocab_size` rows has none for some token; released models have more rows."""
+    """Raises ConfigError if a model of `vocab_size` rows lacks one for some token; released models may have more."""
     if vocab_size < tokenizer.vocab_size:
         expected = f"at least {tokenizer.vocab_size}, the size of the checkpoint's tokenizer"
         raise ConfigError(f"ModelConfig.vocab_size is {vocab_size}; expected {expected}")
@@ -323,8 +322,8 @@ def _as_text(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 def _read_backend(file: Path) -> tokenizers.Tokenizer:
     """The tokenizer of a file. Raises ConfigError.
 
-    From its bytes, for tokenizers takes no name that is not UTF-8; what would make it panic or take memory without end
-    is refused before.
+    It is made from the file's bytes, since tokenizers accepts only UTF-8 names of files. A file that would make it
+    panic or exhaust memory is refused first.
     """
     expected = "expected a Hugging Face tokenizer.json"
     try:
@@ -340,7 +339,7 @@ def _read_backend(file: Path) -> tokenizers.Tokenizer:
 
 
 def _first_difference(text: str, found: str) -> tuple[str, str]:
-    """A few characters of both from the first that differs, or a little before."""
+    """A few characters of both texts around the first that differs."""
     pairs = zip(text, found, strict=False)
     place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(text), len(found)))
     around = slice(max(0, place - 4), place + 8)

@@ -1,4 +1,4 @@
-"""The tokenizer of a new run: the 256 bytes, byte-pair encoding learnt from its texts, or one that is there already."""
+"""The tokenizer of a new run: the 256 bytes, a byte-pair encoding trained on its texts, or an existing one."""
 
 from collections.abc import Iterable
 
@@ -34,7 +34,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
-    """Byte-level BPE learnt from the texts: specials, 256 bytes, then merges. The same texts give the same file.
+    """Byte-level BPE trained on the texts: specials, 256 bytes, then merges. The same texts give the same file.
 
     Raises ConfigError if the texts have too few repeated pairs for `vocab_size`. Source: arXiv:1508.07909.
     """
@@ -53,7 +53,7 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(BYTE_OF_CHARACTER),
         show_progress=False,
     )
-    # Of a copy: the library locks a tokenizer while it trains, and the texts are split meanwhile.
+    # The cutter has a copy: the library locks a tokenizer while it trains, and the texts are split meanwhile.
     cutter = long_text.Cutter(tokenizers.Tokenizer.from_str(backend.to_str()), [], [])
     with panics_refused():
         backend.train_from_iterator((piece for text in texts for piece in cutter.pieces(text)), trainer)

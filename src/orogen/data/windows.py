@@ -1,4 +1,4 @@
-"""Packed rows out of a stream of documents, window by window, so that a position in them is small and can be saved.
+"""Packs a stream of documents into rows, window by window, so that a position in it is small and can be saved.
 
 Legend: b batch (rows), t time.
 """
@@ -31,7 +31,8 @@ class PackedRows(grain.IterDataset):
 
 
 class _Iterator(grain.DatasetIterator):
-    """Its state is where the window began upstream, the window's number and the next row: the rest is replayed."""
+    """Its state is the upstream position at which the window began, the window's number and the next row; the window
+    itself is packed again."""
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class _Iterator(grain.DatasetIterator):
     def __next__(self) -> Batch:
         if self._window is None:
             self._window = self._next_window()
-            if self._row >= len(self._window.tokens_bt):  # only if a saved position says so
+            if self._row >= len(self._window.tokens_bt):  # possible only for a saved position
                 rows = len(self._window.tokens_bt)
                 raise ConfigError(f"the saved data position has row = {self._row}; expected below {rows}")
         row = self._window.map(lambda x_bt: x_bt[self._row])
@@ -77,7 +78,7 @@ class _Iterator(grain.DatasetIterator):
         return row
 
     def _next_window(self) -> Batch:
-        """The next documents, packed. A window holds at most one epoch; otherwise a tiny corpus would be read many
+        """The next documents, packed. A window holds at most one epoch; otherwise it would read a tiny corpus many
         times."""
         pieces: list[Stream] = []
         tokens = documents = 0

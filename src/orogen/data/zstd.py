@@ -1,4 +1,4 @@
-"""Zstandard files of any window and any number of frames, unpacked piece by piece.
+"""Reads Zstandard files of any window and any number of frames, decompressing piece by piece.
 
 Format: https://www.rfc-editor.org/rfc/rfc8878.
 """
@@ -7,14 +7,14 @@ import io
 from typing import Any, BinaryIO
 
 MAX_WINDOW_BYTES = 2**31  # the largest that `zstd --long=31` writes; memory is allocated as the text fills it
-# Packed bytes read at a time. A block of 4 bytes may unpack to 128 KiB, so this is at most 32 MiB of text.
+# Compressed bytes read at a time. A block of 4 bytes may expand to 128 KiB, so this is at most 32 MiB of text.
 PACKED_BYTES = 1 << 10
 
 
 class ZstdFrames(io.RawIOBase):
-    """The text of all frames of a stream, one after the other; frames to be skipped have none.
+    """The text of all frames of a stream, one after the other; skippable frames have none.
 
-    Reading raises ValueError where the stream is damaged or ends inside a frame.
+    Reading raises ValueError if the stream is damaged or ends inside a frame.
     """
 
     def __init__(self, stream: BinaryIO):
@@ -27,7 +27,7 @@ class ZstdFrames(io.RawIOBase):
         self._packed = self._text = memoryview(b"")
 
     def readable(self) -> bool:
-        """True: it can be read, and not be written."""
+        """True: the stream is for reading."""
         return True
 
     def readinto(self, buffer: Any) -> int:

@@ -1,1 +1,1 @@
-"""What a trained model is measured by, and the baselines it has to beat."""
+"""Evaluation of trained models, and the baselines that they have to beat."""

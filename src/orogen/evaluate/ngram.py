@@ -123,6 +123,6 @@ def _interpolate(level: Level, keys_n: NDArray[np.int64], lower_n: NDArray[np.fl
 
 
 def _find(sorted_g: NDArray[np.int64], keys_n: NDArray[np.int64]) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
-    """Where each key is, and whether it is there at all (the index of an absent key is valid but meaningless)."""
+    """The index of each key, and whether it is present (the index of an absent key is valid but meaningless)."""
     at_n = np.minimum(np.searchsorted(sorted_g, keys_n), len(sorted_g) - 1)
     return at_n, sorted_g[at_n] == keys_n

@@ -1,4 +1,4 @@
-"""What a finished run leaves for its reader: baselines, samples and the report."""
+"""The summary of a finished run: baselines, samples and the report."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def summarise(trained: Trained, config: RunConfig, text: str, run_dir: Path) -> 
 
 
 def baselines(trained: Trained, config: RunConfig) -> dict[str, float]:
-    """Bits per byte of the held-out documents under an n-gram fitted on the text trained on, and under zlib and xz."""
+    """Bits per byte of the held-out documents under an n-gram fitted on the training text, and under zlib and xz."""
     order = config.train.ngram_order
     if not order:
         return {}
