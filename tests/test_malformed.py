@@ -53,11 +53,11 @@ def _indexed(folder: Path, weights: object) -> None:
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ([A], f"weight_map is ['{A}']; expected an object whose values are a text"),
+        ([A], f"weight_map is ['{A}']; expected an object whose values are a string"),
         (None, "weight_map is None"),
         (3, "weight_map is 3"),
-        ({"w0": 3}, "weight_map.w0 is 3; expected a text"),
-        ({"w0": {A: 1}}, "weight_map.w0 is {'a.safetensors': 1}; expected a text"),
+        ({"w0": 3}, "weight_map.w0 is 3; expected a string"),
+        ({"w0": {A: 1}}, "weight_map.w0 is {'a.safetensors': 1}; expected a string"),
         ({"w0": None}, "weight_map.w0 is None"),
         ({}, "names no files"),
         ({"w0": "c.safetensors"}, "names files that do not exist: ['c.safetensors']"),
@@ -124,7 +124,7 @@ GOOD = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
         ({"w": GOOD | {"shape": "23"}}, "w.shape is '23'"),
         ({"w": GOOD | {"shape": [2**40, 2**40]}}, "takes 4835703278458516698824704 bytes"),
         ({"w": GOOD | {"shape": [1] * 65}}, "w has 65 axes; expected at most 64"),
-        ({"w": GOOD | {"dtype": ["F32"]}}, "w.dtype is ['F32']; expected a text"),
+        ({"w": GOOD | {"dtype": ["F32"]}}, "w.dtype is ['F32']; expected a string"),
         ({"w": GOOD | {"dtype": "I4"}}, "w is I4; expected one of F64"),
         ({"w": {"dtype": "F32", "shape": [2, 3]}}, "w.data_offsets is missing"),
         ({"w": [GOOD]}, "expected an object with dtype, shape, data_offsets"),
@@ -175,7 +175,7 @@ def test_a_name_twice_in_a_header_is_refused(tmp_path):
     entry = json.dumps(GOOD)
     text = f'{{"w": {entry}, "w": {entry.replace("[2, 3]", "[3, 2]")}}}'.encode()
     (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(24))
-    with pytest.raises(ConfigError, match="'w' is there twice, with different values"):
+    with pytest.raises(ConfigError, match="'w' occurs twice with different values"):
         TensorReader(tmp_path)
 
 

@@ -38,7 +38,7 @@ def test_all_of_json_is_read(tmp_path, value):
         (b'{"a": ' + b"[" * 65 + b"]" * 65 + b"}", "nests more than 64 deep"),
         (b'{"a": ' * 10**5, "nests more than 64 deep"),
         (b'{"a": ' + b"7" * 5000 + b"}", "an integer has 5000 digits"),
-        (b'{"a": 1, "a": 2}', "'a' is there twice"),
+        (b'{"a": 1, "a": 2}', "'a' occurs twice"),
         (b'{"a": "\\udc80"}', "lone surrogate"),
         (b'{"\\uD83D": 1}', "lone surrogate"),
         (b"[1]", "holds list; expected a JSON object"),
@@ -83,9 +83,9 @@ FORM = Record({"shape": ListOf(Whole(0, 9)), "kind": (str, None)}, {"ends": List
         ({"shape": [True], "kind": "a"}, "shape[0] is True; expected a whole number"),
         ({"shape": [10], "kind": "a"}, "shape[0] is 10; expected a whole number from 0 to 9"),
         ({"shape": [-1], "kind": "a"}, "shape[0] is -1; expected"),
-        ({"shape": [], "kind": ["a"]}, "kind is ['a']; expected a text or null"),
+        ({"shape": [], "kind": ["a"]}, "kind is ['a']; expected a string or null"),
         ({"shape": [], "kind": "a", "ends": [1]}, "ends is [1]; expected a list of 2, each a number"),
-        ({"shape": [], "kind": "a", "map": {"x": None}}, "map.x is None; expected a text"),
+        ({"shape": [], "kind": "a", "map": {"x": None}}, "map.x is None; expected a string"),
         ({"shape": [], "kind": "x" * 10**6, "map": {"x": "y" * 10**6 and 1}}, "map.x is 1"),
         ([], "it is []; expected an object with shape, kind"),
     ],
@@ -101,7 +101,7 @@ def test_a_nullable_list_or_object_keeps_the_place_in_the_message():
         "a[0].b is missing": {"a": [{}]},
         "a[0].b is 'x'; expected a whole": {"a": [{"b": "x"}]},
         "a is {}; expected a list": {"a": {}},
-        "c is ['x']; expected a text or a list": {"c": ["x"]},
+        "c is ['x']; expected a string or a list": {"c": ["x"]},
     }
     for message, value in messages.items():
         with pytest.raises(ConfigError, match=re.escape(message)):
@@ -112,7 +112,7 @@ def test_a_nullable_list_or_object_keeps_the_place_in_the_message():
 def test_what_fits_is_accepted():
     check_form({"shape": [0, 9], "kind": None, "ends": [1, 2.5], "map": {"a": "b"}, "more": object()}, FORM, where="")
     check_form([1], (str, ListOf(int)), where="")
-    with pytest.raises(ConfigError, match=r"it is \['a'\]; expected a text or a list of a whole number"):
+    with pytest.raises(ConfigError, match=r"it is \['a'\]; expected a string or a list of a whole number"):
         check_form(["a"], (str, ListOf(int)), where="here")
 
 

@@ -109,7 +109,7 @@ BROKEN = {
     '{"max_tokens": 3}': "it has no prompt and messages; expected one of them",
     '{"prompt": "a", "messages": []}': "it has both prompt and messages; expected one of them",
     '{"messages": [{"role": "user", "content": "a"}]}': "the checkpoint no chat template; expected a prompt",
-    '{"prompt": [1, -2]}': "line 2: prompt is [1, -2]; expected a text or a list of a whole number from 0",
+    '{"prompt": [1, -2]}': "line 2: prompt is [1, -2]; expected a string or a list of a whole number from 0",
     '{"prompt": [1, true]}': "prompt is [1, True]; expected",
     '{"prompt": []}': "Request.prompt is (); expected at least one token",
     '{"prompt": "a", "temprature": 1}': "'temprature' is no field of a request; expected some of budget,",
@@ -118,7 +118,7 @@ BROKEN = {
     '{"prompt": "a", "max_tokens": 1.5}': "Request.max_tokens is 1.5; expected a value of type int",
     '{"prompt": "a", "budget": {"tokns": 5}}': "budget is {'tokns': 5}; expected an object of form, tokens",
     '{"prompt": "a", "budget": 5}': "Request.budget is 5; expected",
-    '{"prompt": "a", "id": NaN}': "id is nan; expected a text or a whole number or null",
+    '{"prompt": "a", "id": NaN}': "id is nan; expected a string or a whole number or null",
     '{"prompt": "a", "id": "\\ud800"}': "has a lone surrogate",
     '{"prompt": "0123456789"}': "a prompt of 10 tokens; expected at most 9",
 }

@@ -180,7 +180,7 @@ def test_which_template_a_checkpoint_has(tmp_path, renderer):
         find_template(tmp_path, tokenizer(), "absent")
     (tmp_path / "chat_template.jinja").unlink()
     settings.write_text(json.dumps({"chat_template": [{"name": "a"}]}))
-    with pytest.raises(ConfigError, match="expected a text, or a list"):
+    with pytest.raises(ConfigError, match="expected a string, or a list"):
         find_template(tmp_path, tokenizer())
 
 

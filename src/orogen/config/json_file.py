@@ -160,7 +160,7 @@ def described(form: Any) -> str:
         return f"an object with {', '.join(form.required) or 'named fields'}"
     if isinstance(form, tuple):
         return " or ".join(map(described, form))
-    words = {str: "a text", bool: "true or false", int: "a whole number", float: "a number", dict: "an object"}
+    words = {str: "a string", bool: "true or false", int: "a whole number", float: "a number", dict: "an object"}
     return "null" if form is None else words.get(form, f"a {form.__name__}")
 
 
@@ -182,7 +182,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: dict[str, Any] = {}
         for name, value in pairs:
             if seen.setdefault(name, value) != value:
-                raise ConfigError(f"{shown(name)} is there twice, with different values; expected it once")
+                raise ConfigError(f"{shown(name)} occurs twice with different values; expected once")
     return found
 
 

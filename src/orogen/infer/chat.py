@@ -191,5 +191,7 @@ def _named(found: Any, file: Path) -> str | dict[str, str]:
     listed = found if isinstance(found, list) else [{"name": "default", "template": found}]
     fits = all(isinstance(one, dict) and {"name", "template"} <= one.keys() for one in listed)
     if not fits or not all(isinstance(one[key], str) for one in listed for key in ("name", "template")):
-        raise ConfigError(f"{file}: chat_template is {shown(found)}; expected a text, or a list of names and templates")
+        raise ConfigError(
+            f"{file}: chat_template is {shown(found)}; expected a string, or a list of names and templates"
+        )
     return {one["name"]: one["template"] for one in listed}

@@ -161,7 +161,7 @@ def _ids_of(body: dict[str, Any], parts: Parts) -> list[int]:
         return chat.prompt(
             check_messages(body["messages"]), tools=body.get("tools"), options=options, generate=generate
         ).ids
-    tokenizer = parts.need_tokenizer("prompt is a text")
+    tokenizer = parts.need_tokenizer("prompt is a string")
     around = body.get("add_special_tokens", True)
     return tokenizer.prompt_ids(body["prompt"]) if around else tokenizer.encode(body["prompt"]).tolist()
 

@@ -109,7 +109,7 @@ def _prompts(body: dict[str, Any], parts: Parts) -> list[tuple[tuple[int, ...], 
     if not listed:
         raise bad("prompt is []; expected at least one")
     if isinstance(listed[0], str):
-        tokenizer = parts.need_tokenizer("prompt is a text")
+        tokenizer = parts.need_tokenizer("prompt is a string")
         try:
             return [(tuple(tokenizer.prompt_ids(text)), text) for text in listed]
         except ConfigError as error:

@@ -26,7 +26,7 @@ def _checked(message: dict[str, Any], where: str) -> dict[str, Any]:
     found: dict[str, Any] = {"role": role, "content": _text(message.get("content"), f"{where}.content")}
     calls = message.get("tool_calls") or []
     if found["content"] is None and role != "assistant":
-        raise ConfigError(f"{where}.content is missing; expected a text")
+        raise ConfigError(f"{where}.content is missing; expected a string")
     if role == "assistant":
         reasoning = message.get("reasoning_content") or message.get("reasoning")
         if reasoning:
