@@ -1,4 +1,4 @@
-"""Benchmarks, one per file, some beside a peer: a program that nobody here wrote.
+"""Benchmarks, one per file, some of which also time a peer: a program that nobody here wrote.
 
 `orogen bench cpu_train` times whole training steps on this CPU. `train` times forward and backward passes of a model on
 one GPU, or whole steps with the optimizer (`--whole_step`). `ssd`, `grouped_matmul` and `attention` time one operation

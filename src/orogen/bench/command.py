@@ -179,7 +179,7 @@ def _train(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
 
 BENCH = Command(
     name="bench",
-    help="time Orogen, if asked beside a peer in the same run",
+    help="time Orogen, alone or beside a peer",
     examples=(
         "orogen bench cpu_train --peer torch",
         "orogen bench ssd --implementations triton --shape nano --peer torch",

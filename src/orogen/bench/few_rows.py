@@ -57,7 +57,7 @@ def draw(shape: Shape, seed: int) -> Operands:
 
 
 def works(shape: Shape) -> dict[str, Work]:
-    """Each expert that has an assignment reads its weights once; inputs are read and outputs written once."""
+    """The weights of each expert that has an assignment are read once, as are inputs; outputs are written once."""
     n, d, f, layers = shape["b"] * shape["k"], shape["d"], shape["f"], shape["layers"]
     used = sum(int((sizes_e > 0).sum()) for sizes_e in choices(shape))
     one = Work(2.0 * layers * n * d * f, 2.0 * (used * d * f + layers * n * (d + f)))

@@ -135,7 +135,7 @@ def _bench_shape(
             raise ConfigError(f"{label} at {_sizes(shape)}: {error}") from error
         results = {work: program.read(program.start()) for work, program in made.items()}
         errors[label] = {key: _digits(e) for key, e in operation.check(shape, operands, results).items()}
-        if all(error <= TOLERANCE for error in errors[label].values()):  # NaN is not
+        if all(error <= TOLERANCE for error in errors[label].values()):  # False for NaN
             programs |= {(label, work): program for work, program in made.items()}
         else:
             yield {"implementation": label, "correct": False, "errors": errors[label]}

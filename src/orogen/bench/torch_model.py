@@ -13,8 +13,8 @@ import numpy as np
 from orogen.bench.worker import seconds_a_run, serve
 
 WARM_UP = 2
-# Fast kernels that transformers imports from other packages: its name, and the module. It replaces a missing one by
-# plain torch.
+# Fast kernels that transformers imports from other packages, and the module of each; it replaces missing ones by plain
+# torch.
 FUNCTIONS = {
     "causal_conv1d_fn": "causal_conv1d",
     "mamba_chunk_scan_combined": "mamba_ssm.ops.triton.ssd_combined",

@@ -25,7 +25,7 @@ class UnequalError(Exception):
 def compare(work: Workload, *, peer: str, steps: int, turns: int, deterministic: bool = False) -> dict[str, Any]:
     """Compares both losses, then times alternating blocks of `steps` passes, `turns` of each program.
 
-    ratio: how many times faster ours is, the median over the turns of the ratio of a turn's median times.
+    ratio: how many times faster ours is, the median over turns of the peer's median time over ours.
 
     Raises ConfigError on a peer that is not installed and on what either process refuses, UnequalError if the losses
     are further apart than MOST_APART.
@@ -33,7 +33,7 @@ def compare(work: Workload, *, peer: str, steps: int, turns: int, deterministic:
     require_peer(peer)
     if work.part != "forward_backward":
         raise ConfigError(f"--peer {peer} with --whole_step; expected one of them: the peer has no optimizer")
-    work.config()  # refuses a wrong workload here, before any process starts
+    work.config()  # refuses a bad workload before any process starts
     with tempfile.TemporaryDirectory() as folder:
         weights, tokens = str(Path(folder) / "weights"), str(Path(folder) / "tokens.npy")
         settings = {"work": dataclasses.asdict(work), "deterministic": deterministic, "tokens": None, "weights": None}

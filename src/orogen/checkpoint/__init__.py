@@ -19,7 +19,7 @@ misshapen tensors are refused, all in one list, before anything is written.
 
 **One protocol for all folders** (`Folder`): a config, a tokenizer, and `read`, which places the parameters as a plan
 shards them. Orogen and Hugging Face folders are read one parameter at a time. A run's checkpoint is restored in its
-saved layout; if the plan's layout (whole, or in pipeline stages) is another, it is restored spread over all devices and
+saved layout; if the plan's layout (whole, or in pipeline stages) differs, it is restored spread over all devices and
 converted there. The rows with which a plan pads the vocabulary are zeros.
 
 **A run's checkpoints are named trees of arrays** (`steps.py`, which knows nothing else about them). `facts.py` reads

@@ -44,7 +44,7 @@ def _read(file: Path) -> dict[str, str]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} cannot be read ({type(error).__name__}); expected a list of checksums") from None
     if head != f"{HEAD}{hashlib.sha256(lines.encode()).hexdigest()}":
-        raise ConfigError(f"{file} is damaged: its first line is not the checksum of the lines below; expected it")
+        raise ConfigError(f"{file} is damaged: its first line does not match the lines below; expected their checksum")
     return {name: digest for digest, _, name in (line.partition("  ") for line in lines.splitlines())}
 
 

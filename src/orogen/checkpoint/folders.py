@@ -75,7 +75,7 @@ class Folder(Protocol):
         ...
 
     def keep(self, run_dir: Path) -> None:
-        """Copies into a run folder that starts from this one what its export to Hugging Face will need."""
+        """Copies to the folder of a run that starts from this one what its export to Hugging Face will need."""
         ...
 
 

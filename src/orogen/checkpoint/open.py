@@ -73,11 +73,11 @@ def read_model(
         RunConfig(model=folder.config, plan=plan).check()
         plan.require_half_precision(dtype)
     if plan is None:
-        target, built = single_device_plan(_on_one_device(folder.plan), folder.config), build(folder.config)
+        chosen, built = single_device_plan(_on_one_device(folder.plan), folder.config), build(folder.config)
     else:
-        target, built = assemble(folder.config, plan)
-    params, buffers = folder.read(built, target, dtype)
-    return Opened(folder.config, target, built, params, buffers, loaded)
+        chosen, built = assemble(folder.config, plan)
+    params, buffers = folder.read(built, chosen, dtype)
+    return Opened(folder.config, chosen, built, params, buffers, loaded)
 
 
 def _on_one_device(plan: PlanConfig | None) -> PlanConfig:

@@ -75,8 +75,8 @@ def parse_pattern(text: str) -> Pattern:
 class ModelConfig:
     """A hybrid model. Fields that only one layer type reads may stay None if the pattern has no such layer.
 
-    norm: rms_cast_first casts to the compute dtype before it multiplies by the weight (Llama, Qwen), the others after
-    it (Nemotron); layer_1p stores its weight minus one.
+    norm: rms_cast_first casts to the compute dtype before it multiplies by the weight (Llama, Qwen), rms after it
+    (Nemotron); layer_1p stores its weight minus one.
     swiglu_limit: with limit c the gated MLP is gpt-oss's (clip(up x, ±c) + 1) · g · sigmoid(1.702 g), where
     g = min(gate x, c).
     moe_bias: with mlp_bias, either the routed experts' projections have biases (gpt-oss), or the shared expert's and
@@ -167,7 +167,7 @@ class ModelConfig:
     )
     router_bias: Annotated[bool, "whether the logits have a learned bias"] = False
     router_correction_bias: Annotated[
-        bool, "whether a bias, updated from the load, counts in the choice of experts only"
+        bool, "whether a bias, updated from the load, is added to the scores that choose experts"
     ] = True
     norm_topk_prob: Annotated[bool, "whether the weights of the chosen experts are divided by their sum"] = True
     routed_scaling_factor: Annotated[float, "factor of the weights of the chosen experts"] = 1.0

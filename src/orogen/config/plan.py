@@ -215,8 +215,8 @@ class PlanConfig:
         return -(-vocab_size // self.tensor) * self.tensor
 
     def sequence_pieces(self, *, routed: bool) -> int:
-        """The number of which a context rank's share of the sequence must be a multiple: one piece per tensor rank
-        (unless each holds the whole stream and no tokens are `routed` to experts), and two equal parts if there are
-        several context ranks."""
+        """A context rank's share of the sequence must be a multiple of this: one piece per tensor rank (unless each
+        holds the whole stream and no tokens are `routed` to experts), and two equal parts if there are several context
+        ranks."""
         shared = 1 if self.stream == "whole" and not routed else self.tensor
         return math.lcm(2, shared) if self.context > 1 else shared

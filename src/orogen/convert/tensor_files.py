@@ -33,7 +33,7 @@ MAX_HEADER_BYTES = 10**8  # the limit of safetensors itself
 INDEX_FORM = Record({"weight_map": MapOf(str)})
 ENTRY_FORM = Record({"dtype": str, "shape": ListOf(Whole()), "data_offsets": ListOf(Whole(), 2)})
 MAX_AXES = 64  # the limit of numpy
-PANEL_BYTES = 1 << 20  # of a strided array that are made contiguous at a time; they stay in a core's cache
+PANEL_BYTES = 1 << 20  # made contiguous at a time from a strided array, so that they stay in a core's cache
 CHECKED = 1 << 17  # numbers that are checked at a time
 
 

@@ -7,10 +7,10 @@ stages balanced by `flops`, with which training also reports its utilisation. Th
 **Shapes are stated once**, where a module makes its parameters; `weights` reads them there, with their logical axes.
 
 **Communication is counted twice.** `communication` is an analytic table: for each kind of layer the operations, axes
-and bytes, forward, recomputed, backward and once per step. Tests hold it against the jaxpr of every unit, which is
-equal, with each context method and dispatch; and against the compiled program, which sends at most as much, except that
-a pipeline's backward passes exchange parts of the batch again. XLA:CPU merges equal exchanges (of segments, or repeated
-by remat), and all-gathers instead of the ragged all-to-all that it lacks; any other difference fails a test.
+and bytes, forward, recomputed, backward and once per step. Tests compare it with the jaxpr of every unit, which must
+be equal, with each context method and dispatch; and with the compiled program, which may send at most as much, except
+that a pipeline's backward passes exchange parts of the batch again. XLA:CPU merges equal exchanges (of segments, or
+repeated by remat), and all-gathers instead of the ragged all-to-all that it lacks; any other difference fails a test.
 
 **What is kept** for the backward pass is read from the trace of a layer, by name (`activations`).
 """

@@ -52,7 +52,7 @@ def _ends(ledger: Ledger) -> list[Collective]:
         each += [weight for weight in parts["embedding"] if "vocab" in weight.axes]
     for weight in each * (1 + ledger.model.mtp_depths):
         ledger.gathered(weight)
-    # If embedding and head are paired, each stage holds one of the two.
+    # If embedding and head are paired, a stage holds the one or the other.
     ledger.summed([w for name, part in parts.items() if not (name == "head" and ledger.paired) for w in part])
     return ledger.records
 

@@ -200,7 +200,7 @@ class Ledger:
 
     @property
     def paired(self) -> bool:
-        """Whether embedding and head are one array, of which each stage holds one of the two."""
+        """Whether embedding and head are one array over the stages, so that a stage holds the one or the other."""
         return self.plan.stage > 1 and not self.model.tie_word_embeddings and not self.model.layers.mtp
 
     def gathered(self, weight: Weight) -> None:
