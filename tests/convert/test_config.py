@@ -184,9 +184,8 @@ def test_settings_of_training_make_no_difference():
     trained = dataclasses.replace(config, router_z_loss_coef=0.5, pattern="MEM*|-EME")
     assert read_config(write_config("nemotron_h", trained))[1] == config
     assert difference(config, dataclasses.replace(config, norm="layer")) == "norm"
-    assert (
-        difference(config, dataclasses.replace(config, sliding_window=8)) is None
-    )  # the model has no `w` layer to read it
+    # No layer of the model reads the window.
+    assert difference(config, dataclasses.replace(config, sliding_window=8)) is None
 
 
 def test_a_model_that_no_family_holds_is_refused():

@@ -44,10 +44,10 @@ class Worker:
                 f"the process of {self._process.args[-1]} ended with status {self._process.wait()}; "  # pyright: ignore
                 "its own output is above"
             )
-        told = json.loads(answer)
-        if "refused" in told:
-            raise ConfigError(told["refused"])
-        return told["answer"]
+        reply = json.loads(answer)
+        if "refused" in reply:
+            raise ConfigError(reply["refused"])
+        return reply["answer"]
 
     def close(self) -> None:
         """Closes the pipes, which ends the process, and waits for its end."""
@@ -69,8 +69,8 @@ def serve(prepare: Callable[[Any], tuple[dict[str, Any], Callable[[Any], Any]]])
     """
     answers, sys.stdout = sys.stdout, sys.stderr  # nothing but answers may reach the pipe
 
-    def tell(**told: Any) -> None:
-        print(json.dumps(told), file=answers, flush=True)
+    def tell(**reply: Any) -> None:
+        print(json.dumps(reply), file=answers, flush=True)
 
     try:
         facts, answer = prepare(json.loads(sys.stdin.readline()))
