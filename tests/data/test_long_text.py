@@ -59,8 +59,8 @@ def test_long_runs_survive(small, name):
         assert max(map(len, made._cutter.pieces(text))) <= 1200
 
 
-def test_a_run_without_a_safe_place_is_split_at_the_most(small):
-    """In a BPE without words, no place between two letters that some token joins is safe."""
+def test_a_run_without_a_safe_split_point_is_split_at_the_maximum(small):
+    """In a BPE without words, no split point between two letters that some token joins is safe."""
     made = tokenizer("dummy prefix")
     assert [len(piece) for piece in made._cutter.pieces("b" * 500 + " " * 3000)][2:4] == [1200, 1200]
 

@@ -49,7 +49,7 @@ class Spec(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class _Place(NamedTuple):
+class _Location(NamedTuple):
     file: Path
     start: int
     spec: Spec
@@ -63,15 +63,15 @@ class TensorReader:
     """
 
     def __init__(self, folder: Path, *, ignored: Callable[[str], bool] = lambda name: False):
-        self._places: dict[str, _Place] = {}
+        self._locations: dict[str, _Location] = {}
         self._open: dict[Path, int] = {}
         self._lock = threading.Lock()
         for file in _files(folder):
-            for name, place in _header(file, ignored).items():
-                if name in self._places:
-                    raise ConfigError(f"{file}: {name} is in {self._places[name].file.name} too; expected it once")
-                self._places[name] = place
-        self.specs: Mapping[str, Spec] = {name: place.spec for name, place in self._places.items()}
+            for name, location in _header(file, ignored).items():
+                if name in self._locations:
+                    raise ConfigError(f"{file}: {name} is in {self._locations[name].file.name} too; expected it once")
+                self._locations[name] = location
+        self.specs: Mapping[str, Spec] = {name: location.spec for name, location in self._locations.items()}
 
     def __enter__(self) -> "TensorReader":
         return self
@@ -82,17 +82,17 @@ class TensorReader:
 
     def read(self, name: str, index: tuple[int, ...] = ()) -> np.ndarray:
         """A new array of the tensor, or of its part at `index` of its leading axes."""
-        place = self._places[name]
-        shape, dtype = place.spec
+        location = self._locations[name]
+        shape, dtype = location.spec
         strides = [int(np.prod(shape[axis + 1 :], dtype=np.int64)) for axis in range(len(shape))]
         offset = sum(i * stride for i, stride in zip(index, strides, strict=False))
         array = np.empty(shape[len(index) :], dtype)
-        self._fill(place, offset * dtype.itemsize, array.reshape(-1).view(np.uint8))
+        self._fill(location, offset * dtype.itemsize, array.reshape(-1).view(np.uint8))
         return array
 
     def equal(self, first: str, second: str) -> bool:
         """Whether two tensors are the same bytes, compared a panel at a time."""
-        a, b = self._places[first], self._places[second]
+        a, b = self._locations[first], self._locations[second]
         if a.spec != b.spec:
             return False
         for start in range(0, a.spec.nbytes, PANEL_BYTES):
@@ -104,15 +104,15 @@ class TensorReader:
                 return False
         return True
 
-    def _fill(self, place: _Place, offset: int, bytes_n: np.ndarray) -> None:
+    def _fill(self, location: _Location, offset: int, bytes_n: np.ndarray) -> None:
         with self._lock:
-            if place.file not in self._open:
-                self._open[place.file] = os.open(place.file, os.O_RDONLY)
-        descriptor, view, done = self._open[place.file], _bytes(bytes_n), 0
+            if location.file not in self._open:
+                self._open[location.file] = os.open(location.file, os.O_RDONLY)
+        descriptor, view, done = self._open[location.file], _bytes(bytes_n), 0
         while done < len(view):
-            count = os.preadv(descriptor, [view[done:]], place.start + offset + done)
+            count = os.preadv(descriptor, [view[done:]], location.start + offset + done)
             if not count:
-                raise ConfigError(f"{place.file} ends early; expected {place.spec.nbytes} bytes of a tensor")
+                raise ConfigError(f"{location.file} ends early; expected {location.spec.nbytes} bytes of a tensor")
             done += count
 
 
@@ -127,7 +127,7 @@ class TensorWriter:
     def __init__(self, folder: Path, specs: Mapping[str, Spec], *, shard_bytes: int = SHARD_BYTES):
         shards = _shards(specs, shard_bytes)
         names = [SINGLE] if len(shards) == 1 else _shard_names(len(shards))
-        self._places: dict[str, _Place] = {}
+        self._locations: dict[str, _Location] = {}
         self._open: dict[Path, int] = {}
         for name, shard in zip(names, shards, strict=True):
             file = folder / name
@@ -135,10 +135,10 @@ class TensorWriter:
             self._open[file] = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             os.ftruncate(self._open[file], len(header) + sum(spec.nbytes for spec in shard.values()))
             _write_all(self._open[file], memoryview(header), 0)
-            self._places |= {key: _Place(file, len(header) + ranges[key], spec) for key, spec in shard.items()}
+            self._locations |= {key: _Location(file, len(header) + ranges[key], spec) for key, spec in shard.items()}
         if len(shards) > 1:
             total = sum(spec.nbytes for spec in specs.values())
-            where = {key: place.file.name for key, place in sorted(self._places.items())}
+            where = {key: location.file.name for key, location in sorted(self._locations.items())}
             index = {"metadata": {"total_size": total}, "weight_map": where}
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
@@ -155,16 +155,16 @@ class TensorWriter:
 
     def write(self, name: str, array: np.ndarray, index: tuple[int, ...] = ()) -> None:
         """Writes the tensor's part at `index` of its leading axes, cast to the tensor's dtype."""
-        place = self._places[name]
-        shape, dtype = place.spec
+        location = self._locations[name]
+        shape, dtype = location.spec
         rest = shape[len(index) :]
         if array.shape != rest:
             raise ValueError(f"{name}{list(index)} is {array.shape}; expected {rest}")
         strides = [int(np.prod(shape[axis + 1 :], dtype=np.int64)) for axis in range(len(shape))]
-        offset = place.start + dtype.itemsize * sum(i * s for i, s in zip(index, strides, strict=False))
+        offset = location.start + dtype.itemsize * sum(i * s for i, s in zip(index, strides, strict=False))
         for panel in _panels(array, dtype):
             view = _bytes(panel.reshape(-1).view(np.uint8))
-            _write_all(self._open[place.file], view, offset)
+            _write_all(self._open[location.file], view, offset)
             offset += len(view)
 
 
@@ -264,7 +264,7 @@ def _check_link(folder: Path, name: str) -> None:
         raise ConfigError(f"{folder / name} is a link to {target}; expected a file of its folder or a cache's blob")
 
 
-def _header(file: Path, ignored: Callable[[str], bool]) -> dict[str, _Place]:
+def _header(file: Path, ignored: Callable[[str], bool]) -> dict[str, _Location]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -276,7 +276,7 @@ def _header(file: Path, ignored: Callable[[str], bool]) -> dict[str, _Place]:
             check_form(header, MapOf(ENTRY_FORM), where="its JSON")
         except ConfigError as error:
             raise ConfigError(f"{file} has no safetensors header: {error}") from None
-    places, end = {}, 0
+    locations, end = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         start, stop = entry["data_offsets"]
         spec = None if ignored(name) else _spec(f"{file}: {name}", entry)
@@ -290,11 +290,11 @@ def _header(file: Path, ignored: Callable[[str], bool]) -> dict[str, _Place]:
         if start != end:
             raise ConfigError(f"{file}: {name} begins at byte {start}; expected {end}, where the tensor before it ends")
         if spec is not None:
-            places[name] = _Place(file, 8 + length + start, spec)
+            locations[name] = _Location(file, 8 + length + start, spec)
         end = stop
     if 8 + length + end != size:
         raise ConfigError(f"{file} has {size - 8 - length} bytes of tensors; expected {end}, as its header says")
-    return places
+    return locations
 
 
 def _spec(where: str, entry: dict[str, Any]) -> Spec:

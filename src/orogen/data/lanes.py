@@ -67,11 +67,11 @@ class _LaneIterator(grain.DatasetIterator):
                 self._next += 1
                 continue
             length = min(len(tokens_t) - read, self._sequence_length - used)
-            place, segment = slice(used, used + length), segment + 1
-            row.tokens_bt[place] = tokens_t[read : read + length]
-            row.segments_bt[place] = segment
-            row.positions_bt[place] = np.arange(read, read + length)
-            row.weights_bt[place] = np.where(row.positions_bt[place] > 0, weights_t[read : read + length], 0)
+            span, segment = slice(used, used + length), segment + 1
+            row.tokens_bt[span] = tokens_t[read : read + length]
+            row.segments_bt[span] = segment
+            row.positions_bt[span] = np.arange(read, read + length)
+            row.weights_bt[span] = np.where(row.positions_bt[span] > 0, weights_t[read : read + length], 0)
             following = slice(read + 1, read + length + 1)
             predicting = slice(used, used + len(tokens_t[following]))
             row.extras[NEXT][predicting] = tokens_t[following]

@@ -16,7 +16,7 @@ MARGIN = 2**10
 
 
 class Cutter:
-    """Finds safe places, where the tokens on each side do not depend on the other side.
+    """Finds safe split points, where the tokens on each side do not depend on the other side.
 
     backend: a tokenizer that adds no space before a text. text_v: the bytes of each token. added: the texts of added
     tokens.
@@ -31,7 +31,7 @@ class Cutter:
     def pieces(self, text: str) -> Iterator[str]:
         """The text in order, in pieces of about USUAL characters whose tokens together are those of the whole.
 
-        MOST characters without a safe place are split anyway.
+        MOST characters without a safe split point are split anyway.
         """
         start = 0
         while len(text) - start > USUAL:
@@ -45,7 +45,7 @@ class Cutter:
             yield text[start:]
 
     def _last_place(self, window: str) -> int | None:
-        """The last safe place in a window, above 0 and not near its end."""
+        """The last safe split point in a window, above 0 and not near its end."""
         last = len(window) - self._margin
         places = self._between_words(window, last)
         for place in places[::-1]:
@@ -54,7 +54,7 @@ class Cutter:
         return None
 
     def _between_words(self, window: str, last: int) -> np.ndarray:
-        """Safe places up to `last`, ascending: where words begin, or where no token holds the bytes on both sides."""
+        """Safe split points up to `last`, ascending: where words begin, or where no token spans the point."""
         normalizer, splitter = self._backend.normalizer, self._backend.pre_tokenizer
         seen = window if normalizer is None else normalizer.normalize_str(window)
         if len(seen) != len(window):  # the offsets of its words are not those of the text
@@ -64,7 +64,7 @@ class Cutter:
         return places[(places > 0) & (places <= last)]
 
     def _between_pairs(self, text: str) -> np.ndarray:
-        """Places where no token of the vocabulary holds both the byte before and the byte after."""
+        """Split points where no token of the vocabulary holds both the byte before and the byte after."""
         data = np.frombuffer(text.encode(), np.uint8)
         begins = (data & 0xC0) != 0x80  # a character's first byte
         free = np.zeros(len(data), bool)

@@ -120,13 +120,13 @@ def pack(pieces: Sequence[Stream], *, sequence_length: int, pad_id: int) -> Batc
     used_b = np.zeros(len(batch.tokens_bt), np.int64)
     segment_b = np.zeros(len(batch.tokens_bt), np.int64)
     for row, piece, length in zip(row_n, pieces, lengths_n, strict=True):
-        place = (row, slice(used_b[row], used_b[row] + length))
+        span = (row, slice(used_b[row], used_b[row] + length))
         segment_b[row] += 1
         used_b[row] += length
-        batch.tokens_bt[place] = piece.tokens_t
-        batch.segments_bt[place] = segment_b[row]
-        batch.positions_bt[place] = np.arange(length)
-        batch.weights_bt[place] = piece.weights_t
+        batch.tokens_bt[span] = piece.tokens_t
+        batch.segments_bt[span] = segment_b[row]
+        batch.positions_bt[span] = np.arange(length)
+        batch.weights_bt[span] = piece.weights_t
     batch.weights_bt[batch.positions_bt == 0] = 0
     return batch
 

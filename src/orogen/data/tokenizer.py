@@ -104,8 +104,8 @@ class Tokenizer:
 
         Text that spells a special is encoded as text. Text that a vocabulary with byte fallback would misread, "▁" (as
         a space), "<0x41>" (as "A") or "<s>" (as no text), is spelled in bytes. Texts of more than `long_text.USUAL`
-        characters are tokenized in pieces, and words of more than `long_text.MOST` without a safe place are split.
-        Raises ConfigError if the `tokenizers` library fails.
+        characters are tokenized in pieces, and words of more than `long_text.MOST` without a safe split point are split
+        anyway. Raises ConfigError if the `tokenizers` library fails.
         """
         if self._token_of_byte is not None:
             return self._token_of_byte[np.frombuffer(text.encode(), np.uint8)]
@@ -236,13 +236,13 @@ class Tokenizer:
 
     def _encode_exactly(self, text: str, *, first: bool) -> np.ndarray:
         """Ids of a text, in which what a vocabulary with byte fallback would misread is spelled in bytes."""
-        places = [match.start() for match in self._misread.finditer(text)] if self.fallback_of_byte else []
+        starts = [match.start() for match in self._misread.finditer(text)] if self.fallback_of_byte else []
         ids = self._encode_long(text, first=first)
-        if not places or (self.text_bytes(ids) if first else self.decode_bytes(ids)) == text.encode():
+        if not starts or (self.text_bytes(ids) if first else self.decode_bytes(ids)) == text.encode():
             return ids
-        parts = [self._encode_long(text[: places[0]], first=first)]
-        for place, end in itertools.pairwise((*places, len(text))):
-            parts += [self._spelled(text[place]), self._encode_long(text[place + 1 : end], first=False)]
+        parts = [self._encode_long(text[: starts[0]], first=first)]
+        for start, end in itertools.pairwise((*starts, len(text))):
+            parts += [self._spelled(text[start]), self._encode_long(text[start + 1 : end], first=False)]
         return np.concatenate(parts)
 
     def _encode_long(self, text: str, *, first: bool) -> np.ndarray:
@@ -341,6 +341,6 @@ def _read_backend(file: Path) -> tokenizers.Tokenizer:
 def _first_difference(text: str, found: str) -> tuple[str, str]:
     """A few characters of both texts around the first that differs."""
     pairs = zip(text, found, strict=False)
-    place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(text), len(found)))
-    around = slice(max(0, place - 4), place + 8)
+    start = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(text), len(found)))
+    around = slice(max(0, start - 4), start + 8)
     return text[around], found[around]
