@@ -80,9 +80,9 @@ class PlanConfig:
     fsdp: Annotated[str, "what is sharded: none, optimizer (ZeRO-1), gradients (ZeRO-2) or parameters (ZeRO-3)"] = (
         "none"
     )
-    fsdp_size: Annotated[int | None, "neighbouring ranks of (data, context) that share one copy; None: all ranks"] = (
-        None
-    )
+    fsdp_size: Annotated[
+        int | None, "number of neighbouring ranks of (data, context) that share one copy; None: all"
+    ] = None
     # experts
     dispatch: Annotated[
         str, "how tokens reach their experts: allgather, alltoall (padded to capacity) or ragged (no padding)"
