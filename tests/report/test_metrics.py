@@ -64,7 +64,7 @@ def test_a_line_torn_by_a_kill_is_removed(tmp_path, bytes_left):
     assert run(tmp_path / "cut", range(7, 10), resume_step=6) == whole
 
 
-def test_a_last_line_that_lacks_only_its_newline_is_kept(tmp_path):
+def test_a_last_line_that_lacks_only_its_end_is_kept(tmp_path):
     whole = run(tmp_path / "whole", range(1, 8))
     content = run(tmp_path / "cut", range(1, 6))
     (tmp_path / "cut" / "metrics.jsonl").write_bytes(content[:-1])

@@ -64,7 +64,7 @@ def test_the_first_step_of_one_device_by_hand():
     ("optimizer", "each"),
     [({}, 16), ({"moment_dtype": "bfloat16"}, 12), ({"name": "muon"}, 12)],
 )
-def test_moments_count_in_the_dtype_that_keeps_them(optimizer, each):
+def test_moments_count_as_they_are_kept(optimizer, each):
     total = each * PARAMETERS + 16 * 6
     require_training_fits(*training(memory=Memory(total, None), optimizer=optimizer))
     refusal(require_training_fits, *training(memory=Memory(total - 1, None), optimizer=optimizer))

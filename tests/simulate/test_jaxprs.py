@@ -17,21 +17,21 @@ def test_a_product_and_a_batch_of_them():
     assert of(jnp.matmul, (11, 3, 5), (11, 5, 7)) == 11 * 2 * 3 * 5 * 7
 
 
-def test_a_scan_counts_each_iteration():
+def test_a_scan_counts_each_turn():
     def loop(x, w):
         return lax.scan(lambda x, _: (x @ w, None), x, None, length=4)[0]
 
     assert of(loop, (3, 5), (5, 5)) == 4 * 2 * 3 * 5 * 5
 
 
-def test_the_heaviest_branch_of_a_choice_counts():
+def test_of_a_choice_the_heaviest_branch_counts():
     def choose(x, w):
         return lax.cond(x[0, 0] > 0, lambda: x @ w, lambda: x @ w @ w)
 
     assert of(choose, (3, 5), (5, 5)) == 2 * 2 * 3 * 5 * 5
 
 
-def test_each_row_is_multiplied_by_the_matrix_of_its_group():
+def test_rows_of_groups_meet_one_matrix_each():
     def grouped(x, w):
         return lax.ragged_dot(x, w, jnp.asarray([4, 7], jnp.int32))
 
@@ -41,7 +41,7 @@ def test_each_row_is_multiplied_by_the_matrix_of_its_group():
     assert of(gradient, (11, 3), (2, 3, 5)) in (2 * one, 3 * one)  # the forward product may be eliminated
 
 
-def test_a_loop_with_an_unknown_trip_count_is_refused():
+def test_a_loop_of_unknown_length_is_refused():
     def loop(x, w):
         return lax.while_loop(lambda x: x[0, 0] > 0, lambda x: x @ w, x)
 

@@ -24,7 +24,7 @@ def facts():
     return describe_memory(config, Workload(ROWS, TOKENS, 2))
 
 
-def test_state_is_the_stored_shards(facts):
+def test_state_is_the_stored_pieces(facts):
     masters = 4 * (MATRICES // 2 + VECTORS)
     assert facts["devices"] == 2
     assert facts["state"] == {
@@ -48,7 +48,7 @@ def test_activations_are_those_of_each_layer(facts):
     assert facts["activation_bytes"] == 2 * tokens * (2 * F + 4 * D + 2 * HEADS + 2 * 8)
 
 
-def test_the_compiled_step_takes_the_state_and_a_batch_and_returns_the_state(facts):
+def test_the_compiled_step_takes_the_state_and_a_batch_and_gives_the_state_back(facts):
     state, compiled = facts["state"], facts["compiled"]
     held = state["parameters"] + state["optimizer"] + 3 * 4
     assert compiled["arguments"] == held + 3 * ROWS * TOKENS * 4  # no layer here reads positions
