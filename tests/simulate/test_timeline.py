@@ -60,8 +60,7 @@ def test_in_lockstep_a_mixed_tick_takes_the_longer_pass():
 
 @given(schedules(), st.integers(1, 5), st.integers(1, 5))
 def test_in_lockstep_only_1f1b_loses(schedule: Schedule, forward: int, backward: int):
-    """GPipe and interleaved chunks never mix passes in a tick, so their bubble is the formula's; 1F1B nearly always
-    does."""
+    """GPipe and interleaved chunks never mix passes in a tick, so their bubble is the formula's; 1F1B mostly does."""
     ticks = schedule.microbatches * schedule.virtual + schedule.stages - 1
     taken = lockstep_time(schedule, forward=forward, backward=backward)
     if schedule.kind == "gpipe" or schedule.virtual > 1 or schedule.stages == 1:
