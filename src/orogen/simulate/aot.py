@@ -105,7 +105,7 @@ def _step_jaxpr(model: ModelConfig, plan: Plan, batch_size: int, length: int, dt
 def step_flops(model: ModelConfig, plan: Plan, batch_size: int, length: int) -> int:
     """FLOPs of one device's matrix products in one step of `plan`, recomputation and padding included.
 
-    Experts count at full capacity, as if routing filled every slot.
+    Experts count every row that their buffers have room for, as if routing filled them.
     """
     plan = dataclasses.replace(plan, config=dataclasses.replace(plan.config, grouped_matmul="ragged_dot"))
     jaxpr = _step_jaxpr(model, plan, batch_size, length, "float32")

@@ -187,16 +187,17 @@ def _activations(config: RunConfig) -> list[Need]:
     """What one microbatch's forward and backward pass hold on one device, beside the state."""
     plan, model, train = config.plan, config.model, config.train
     itemsize = BYTES[train.compute_dtype]
-    rows, tokens = max(1, train.batch_size // (plan.data * plan.microbatches)), train.sequence_length // plan.context
+    sequences = max(1, train.batch_size // (plan.data * plan.microbatches))
+    tokens = train.sequence_length // plan.context
     layers = 0 if "input" in plan.offload else len(model.layers.main)
     shares = 1 if plan.stream == "whole" else plan.tensor
-    inputs = rows * tokens * model.hidden_size * itemsize * layers // (shares * plan.stage)
-    chunk = rows * tokens if plan.cross_entropy == "full" else min(plan.logit_rows, rows * tokens)
+    inputs = sequences * tokens * model.hidden_size * itemsize * layers // (shares * plan.stage)
+    chunk = sequences * tokens if plan.cross_entropy == "full" else min(plan.logit_rows, sequences * tokens)
     logits = chunk * model.vocab_size // plan.tensor * itemsize
     settings = _batch_settings(train)
     wide = {"ModelConfig.vocab_size": model.vocab_size}
     wide |= settings if plan.cross_entropy == "full" else {"PlanConfig.logit_rows": chunk}
-    scores = _scores(model, rows, tokens, settings, itemsize) if plan.attention == "full" else None
+    scores = _scores(model, sequences, tokens, settings, itemsize) if plan.attention == "full" else None
     # A ring multiplies half of one rank's queries with half of another's keys.
     shared = 4 * plan.tensor if plan.context > 1 else plan.tensor
     found = [

@@ -147,8 +147,8 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _this_process() -> dict[str, Any]:
-    """This process as a lock records it. machine: equal exactly for processes that see each other's ids; a host name is
-    not."""
+    """This process as a lock records it. machine: equal only for processes that see each other's ids, unlike a host
+    name."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         machine = f"{boot} {os.readlink('/proc/self/ns/pid')}"

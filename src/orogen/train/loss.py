@@ -231,7 +231,7 @@ def _router_loss(
 
     assigned: see `loss_share`; by layer.
     """
-    rows, tokens = (jnp.maximum(count[depth], 1) for count in (counts.rows, counts.tokens))
+    sequences, tokens = (jnp.maximum(count[depth], 1) for count in (counts.rows, counts.tokens))
     loss = jnp.zeros(())
     for index, stats in enumerate(layers):
         balance: Any = stats.losses.balance
@@ -241,7 +241,7 @@ def _router_loss(
             balanced = global_balance(known, found.mass, tokens, k=config.num_experts_per_tok)
         else:
             total, z = plan.total((balance.sum(), stats.losses.z.sum()))
-            balanced = total / rows
+            balanced = total / sequences
         loss += config.router_aux_loss_coef * balanced / applications
         loss += config.router_z_loss_coef * z / tokens / applications
     return loss

@@ -1,5 +1,5 @@
-"""The optimizer and its schedule, from optax. A parameter's own axes decide whether weight decay and whether Muon apply
-to it."""
+"""The optimizer and its schedule, from optax. A parameter's own axes decide whether it is decayed and whether Muon
+updates it."""
 
 from typing import Any
 

@@ -26,7 +26,7 @@ from orogen.precision.policy import DTYPES, working_copy
 from orogen.train.loss import Assigned, Counts, Passed, Sums, embed, lost, map_moe, run_backbone, run_head
 from orogen.train.task import Computation
 
-# Slices of per-stack lists: the backbone's part, and the MTP block's, once per depth.
+# Slices of lists by stack: the backbone's entry, and those of the MTP block, one per depth.
 _FIRST_AND_REST = slice(1), slice(1, None)
 
 
@@ -224,10 +224,10 @@ def _count(items: Any) -> int:
     return sum(item.count * _count(item.items) if not isinstance(item, str) else item == MOE for item in items)
 
 
-def _set(chunk: Array, microbatch: Array, total: Array, rows_r: Array) -> Array:
+def _set(chunk: Array, microbatch: Array, total: Array, used_r: Array) -> Array:
     zero = jnp.zeros_like(chunk)
-    start = (zero, chunk, zero, microbatch) + (zero,) * (rows_r.ndim - 1)
-    return lax.dynamic_update_slice(total, rows_r[None, None, :, None], start)
+    start = (zero, chunk, zero, microbatch) + (zero,) * (used_r.ndim - 1)
+    return lax.dynamic_update_slice(total, used_r[None, None, :, None], start)
 
 
 def _read(chunk: Array, microbatch: Array, start: int, count: int, replay: Array) -> Array:

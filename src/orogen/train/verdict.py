@@ -37,7 +37,7 @@ class Verdict(NamedTuple):
     load_error: the largest difference in an expert's load, in dropped tokens, in a router bias after the update and in
     counters; these are counts and signs, so it is 0 or the plan is wrong.
     flips: tokens whose own choice of experts or drops differed from the replayed one; flip_margin: the largest margin
-    of such a choice. zero_leaves: parameters whose gradient is zero.
+    of such a choice. zero_leaves: parameters whose gradient is zero up to rounding.
     overflow_rows: assignments that did not fit into a buffer; their contribution is missing, so the plan does not pass.
     tolerances: the bound of each error, by the error's name. shared: implementations that both sides use, as
     field=name; the check says nothing about them.

@@ -134,7 +134,7 @@ def _steps(side: Side, objective: Objective, start: Any, batches: list[Batch], r
         for number, batch in enumerate(batches):
             replay = () if replays is None else (replays[number],)
             state, reported, choices = program(state, batch_to_devices(batch, plan), *replay)
-            # Fetched at once: few programs over simulated devices may be in flight.
+            # Fetched at once, so that only one program over simulated devices is in flight.
             metrics.append(jax.device_get(reported))
             chosen.append(jax.device_get(choices))
     layers = config.model.layers
@@ -177,7 +177,7 @@ def _first_moments(optimizer: Any) -> dict[str, np.ndarray]:
 
 def _movement_error(start: Any, alone: Any, folded: Any) -> float:
     """The largest difference in a parameter, less what rounding it at each step may add, relative to the change that
-    the steps made to it; for one that they did not change, relative to the change in all."""
+    the steps made to it; for one that they did not change, relative to the change in all parameters."""
     leaves = zip(*(jax.tree.leaves(tree) for tree in (start, alone, folded)), strict=True)
     norm = lambda x: float(np.linalg.norm(np.asarray(x, np.float64)))  # noqa: E731
     facts = [(norm(np.asarray(b, np.float64) - a), norm(np.asarray(a, np.float64) - s), norm(a)) for s, a, b in leaves]
