@@ -5,7 +5,7 @@ ARGS :=#          further arguments of pytest
 
 SUITABLE := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))
 
-# The first that runs and is new enough: a shim for a version that is not activated exists, but fails.
+# The first one that runs and is new enough: the shim of a version that is not activated exists, but fails.
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
 	$$p -c '$(SUITABLE)' 2>/dev/null && { echo $$p; break; }; done)
 
@@ -21,7 +21,7 @@ help:
 	@echo 'make test         the tests            [WORKERS=2] [ARGS="-k moe"]'
 	@echo 'make test-peer    the tests against PyTorch and transformers; the first run installs both'
 	@echo 'make lint         ruff and pyright'
-	@echo 'make lock         resolve requirements.lock anew'
+	@echo 'make lock         resolve requirements.lock again'
 	@echo 'make clean        remove the virtual environment and caches'
 	@echo 'Everywhere: PYTHON=python3.12 chooses the interpreter of a new environment, VENV=DIR its folder.'
 
@@ -39,8 +39,8 @@ lint: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
-# Installs the locked versions, hashes checked, then the package itself, editable. uv does it in seconds; pip does
-# the same where uv cannot (no wheel of it, or an index that only pip's settings know).
+# Installs the locked versions, with hashes checked, then the package itself, editable. uv takes seconds; pip does the
+# same where uv cannot run (no wheel for it, or an index that only pip's settings name).
 $(READY): requirements.lock pyproject.toml
 	@test -x $(BIN)/python || { \
 	  test -n "$(PYTHON)" || { echo 'No Python 3.11 to 3.14 found; name one with PYTHON=/path/to/python3.' >&2; exit 1; }; \
@@ -60,8 +60,8 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	@touch $@
 
-# By pip, which unlike uv reads the machine's pip settings: set an index of CPU builds there, as PyPI's Linux build
-# of torch brings CUDA libraries along. What the lock installed satisfies the rest and stays.
+# With pip, which unlike uv reads the machine's pip settings: name an index of CPU builds there, because PyPI's Linux
+# build of torch brings CUDA libraries along. Packages from the lock satisfy the other requirements and stay.
 $(PEER): $(READY)
 	$(BIN)/python -m pip install --no-build-isolation --editable '.[peer]'
 	@touch $@

@@ -34,7 +34,7 @@ def _shades(count: int) -> list[Any]:
 
 
 def _table(axes: Axes, records: Sequence[Record]) -> None:
-    """Each model's rows relative to its row `tensor`, as in the paper's figure 7."""
+    """Each model's techniques relative to its `tensor`, as in the paper's figure 7."""
     models = list(dict.fromkeys(r["model"] for r in records))
     found = {(r["model"], r["technique"]): r for r in records}
     for index, (technique, colour) in enumerate(zip(TABLE, _shades(len(TABLE)), strict=True)):
@@ -47,7 +47,7 @@ def _table(axes: Axes, records: Sequence[Record]) -> None:
         label = "formula with dropout" if technique == "full" else None
         axes.plot(places, share("formula_with_dropout"), "_", color=LIGHT.ink, markersize=10, label=label)
     axes.set_xticks(range(len(models)), labels=models)
-    axes.set_ylabel("% of the row `tensor`")
+    axes.set_ylabel("% of `tensor`")
     axes.set_ylim(0, 135)
     axes.set_title(
         "what a Transformer layer keeps, tensor 8 (traced; equal to the formula without dropout)", fontsize=10
@@ -68,41 +68,41 @@ def _names(axes: Axes, records: Sequence[Record]) -> None:
     labels = [f"{model} {letter}: {policy}" for model, letter, policy in bars]
     axes.set_yticks(range(len(bars)), labels=labels, fontsize=7)
     axes.invert_yaxis()
-    axes.set_xlabel("MiB a layer keeps of one row")
+    axes.set_xlabel("MiB that a layer keeps per sequence")
     axes.set_title("by name, other layers at their true width (traced)", fontsize=9)
     axes.legend(fontsize=7, ncols=1, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _compiled(axes: Axes, records: Sequence[Record]) -> None:
-    """Temporary bytes that one more repetition adds in the compiled stack, in sbh of 16-bit numbers."""
+    """The temporary bytes that one more repetition adds to the compiled stack, in sbh of 16-bit numbers."""
     groups = list(dict.fromkeys((r["model"], r["width"]) for r in records))
     policies = list(dict.fromkeys(r["remat"] for r in records))
     for index, (policy, colour) in enumerate(zip(policies, _shades(len(policies)), strict=True)):
-        rows = [next(r for r in records if (r["model"], r["width"], r["remat"]) == (*g, policy)) for g in groups]
+        found = [next(r for r in records if (r["model"], r["width"], r["remat"]) == (*g, policy)) for g in groups]
         places = [place + 0.16 * (index - 2) for place in range(len(groups))]
-        boxes = axes.bar(places, [r["temporary"] / 2 / r["sbh"] for r in rows], 0.15, color=colour, label=policy)
+        boxes = axes.bar(places, [r["temporary"] / 2 / r["sbh"] for r in found], 0.15, color=colour, label=policy)
         axes.bar_label(boxes, fmt="%.1f", fontsize=7)
         label = "traced" if policy == policies[-1] else None
-        axes.plot(places, [r["traced"] / r["sbh"] for r in rows], "_", color=LIGHT.ink, markersize=10, label=label)
+        axes.plot(places, [r["traced"] / r["sbh"] for r in found], "_", color=LIGHT.ink, markersize=10, label=label)
     axes.set_xticks(range(len(groups)), labels=[f"{model},\n{width} width" for model, width in groups])
     axes.set_ylabel("bytes / sbh, halved for float32")
-    axes.set_title("temporary bytes that XLA allots for one more layer of a scanned stack", fontsize=9)
+    axes.set_title("temporary bytes that XLA allocates for one more layer of a scanned stack", fontsize=9)
     axes.legend(fontsize=7, ncols=3)
 
 
 def _cost(axes: Axes, records: Sequence[Record]) -> None:
-    """Bytes spared against operations added, each policy of each layer a point."""
+    """Bytes saved against operations added, one point per policy and layer."""
     layers = list(dict.fromkeys((r["model"], r["letter"]) for r in records))
     plain = {(r["model"], r["letter"]): r["bytes"] for r in records if r["remat"] == "none"}
     marks = {"paper": "s", "selective": "o", "elementwise": "^", "full": "D"}
     for (model, letter), colour in zip(layers, _shades(len(layers)), strict=True):
         for r in records:
             if (r["model"], r["letter"]) == (model, letter) and r["remat"] != "none":
-                spared = 100 * (1 - r["bytes"] / plain[model, letter])
+                saved = 100 * (1 - r["bytes"] / plain[model, letter])
                 mark = marks.get(r["remat"], "x")
                 label = f"{model} {letter}" if r["remat"] == "selective" else None
-                axes.plot(spared, 100 * r["flops_added"], mark, color=colour, label=label)
-    axes.set_xlabel("% of the bytes of `none` spared")
+                axes.plot(saved, 100 * r["flops_added"], mark, color=colour, label=label)
+    axes.set_xlabel("% of the bytes of `none` saved")
     axes.set_ylabel("% of matrix products added")
     axes.set_title(
         "squares: paper, circles: selective, crosses: by names, triangles: elementwise, diamonds: full", fontsize=10
@@ -111,5 +111,5 @@ def _cost(axes: Axes, records: Sequence[Record]) -> None:
 
 
 def _distinct(count: int) -> list:
-    """Colours, no two alike: those of one map, then of another."""
+    """Distinct colours: those of one map, then of another."""
     return [colormaps["tab20"](i) if i < 20 else colormaps["Dark2"](i - 20) for i in range(count)]

@@ -1,4 +1,4 @@
-"""What layers keep and multiply under a policy, from their traces, and what XLA allots for stacks of them.
+"""What layers keep and multiply under a policy, from their traces, and what XLA allocates for stacks of them.
 
 Letters: b batch, t time, d model.
 """
@@ -21,7 +21,7 @@ from orogen.parallel.plan import make_plan
 from orogen.simulate.jaxprs import product_flops
 from orogen.simulate.units import unit_of
 
-DEPTHS = (4, 8)  # of compiled stacks: both loops, and one layer's share is a quarter of the difference
+DEPTHS = (4, 8)  # of compiled stacks: both are loops, and one layer's share is a quarter of the difference
 
 
 def kept_bytes(
@@ -37,7 +37,7 @@ def kept_bytes(
 
 
 def multiplied(letters: str, model: ModelConfig, work: Workload, *, remat: Any) -> int:
-    """Operations of the matrix products of one layer of each letter, forward and backward."""
+    """FLOPs of the matrix products of one layer per letter, forward and backward."""
     plan = make_plan(PlanConfig(remat=remat, grouped_matmul="ragged_dot"), model, abstract=True)
     total = 0
     for letter in letters:
@@ -47,11 +47,12 @@ def multiplied(letters: str, model: ModelConfig, work: Workload, *, remat: Any) 
 
 
 def compiled(letters: str, model: ModelConfig, work: Workload, *, remat: Any, run: bool) -> dict[str, float]:
-    """Of one repetition of `letters` in a scanned stack, in float32 on one device: the temporary bytes that it adds,
-    its operations as XLA counts them, and if they are run seconds of forward and backward of four and their gradients.
+    """For one repetition of `letters` in a scanned stack, in float32 on one device: the temporary bytes that it adds
+    and its operations as XLA counts them; with `run`, the seconds that four take forward and backward, and their
+    gradients' norm.
 
-    In float32, since XLA:CPU carries bfloat16 arrays through loops as float32. A loop, since XLA:CPU of jax 0.10 undoes
-    recomputation in straight-line code; XLA counts a loop's body once.
+    In float32, because XLA:CPU carries bfloat16 arrays through loops as float32. In a loop, because XLA:CPU of jax 0.10
+    undoes recomputation in straight-line code; XLA counts a loop's body once.
     """
     programs = [_program(letters, model, work, remat, depth) for depth in DEPTHS]
     (small, arguments), (large, _) = programs
@@ -83,7 +84,7 @@ def _program(letters: str, model: ModelConfig, work: Workload, remat: Any, depth
 
 
 def _run(program: Any, arguments: Any) -> dict[str, float]:
-    """Seconds of a second run, and the norm of all gradients, of weights drawn by numpy."""
+    """Seconds of a second run, and the norm of all gradients, with weights drawn by numpy."""
     rng = np.random.default_rng(0)
 
     def draw(a: Any) -> np.ndarray:

@@ -1,8 +1,8 @@
-"""Times a training step, and reads its bytes, with activations and optimizer state on the GPU and in the host's memory.
+"""Times a training step, and reads its bytes, with activations and optimizer state on the GPU or in the host's memory.
 
 `python experiments/activation_memory/offload.py` on a machine with one GPU writes offload.jsonl beside itself;
-`--layers N` and `--length T` make it smaller. The model is the first layers of R1; named activations that
-no layer of them has are refused.
+`--layers N` and `--length T` make the model smaller. It is the first layers of R1; names of activations that none of
+these layers has are refused.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--rows", type=int, default=2)
-    parser.add_argument("--case", action="append", choices=CASES, help="may be given more than once; all without it")
+    parser.add_argument("--case", action="append", choices=CASES, help="repeatable; default: all cases")
     parser.add_argument("--kernels", default="cudnn,triton,mosaic", help="of attention, SSD and experts")
     options = parser.parse_args()
     configure(None)
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def measure(model: ModelConfig, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A record a case: the compiled step's bytes on the device and in the host's memory, and its median seconds."""
+    """One record per case: the compiled step's bytes on the device and in the host's memory, and its median seconds."""
     kernels = dict(zip(("attention", "ssd", "grouped_matmul"), options.kernels.split(","), strict=True))
     train = TrainConfig(
         steps=100, batch_size=options.rows, sequence_length=options.length, seed=0, compute_dtype="bfloat16"
@@ -75,7 +75,7 @@ def measure(model: ModelConfig, options: argparse.Namespace) -> Iterator[dict[st
 
 
 def step_facts(config: RunConfig, *, steps: int = 8) -> dict[str, Any]:
-    """Bytes and the median seconds of a step; the first two are not counted."""
+    """The bytes and the median seconds of a step; the first two steps are not counted."""
     plan, built = make_plan(config.plan, config.model), build(config.model)
     optimizer = make_optimizer(config.optimizer, config.train.steps, built.params)
     state = create_state(config.model, built, optimizer, plan, 0)

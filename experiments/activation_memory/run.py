@@ -1,4 +1,4 @@
-"""Counts what layers keep for their backward pass under each policy of recomputation, and draws the figure.
+"""Counts what layers keep for their backward pass under each recomputation policy, and draws the figure.
 
 `python experiments/activation_memory/run.py` writes results.jsonl and figure.png beside itself.
 """
@@ -19,7 +19,7 @@ from orogen.parallel.runtime import configure
 
 FOLDER = Path(__file__).parent
 LENGTH, RANKS = 2048, 8
-# The paper's models (table 3) and rows of a microbatch.
+# The paper's models (table 3) and the sequences per microbatch.
 PAPER = {"GPT 22B": ("gpt_22b", 4), "GPT 175B": ("gpt_175b", 1), "GPT 530B": ("gpt_530b", 1), "GPT 1T": ("gpt_1t", 1)}
 # Table 2's rows: remat, tensor ranks, and how they hold the residual stream (by time: sequence parallelism).
 TECHNIQUES = {
@@ -31,7 +31,7 @@ TECHNIQUES = {
     "full": ("full", RANKS, "time"),
 }
 POLICIES = ("none", "paper", "selective", "elementwise", "full")
-# Layers of other kinds at their true width: file, letters, length. And a choice that spares the SSD a second run.
+# Layers of other kinds at their true width: file, letters, length. CHEAP: policies that recompute no matrix product.
 HYBRID = {
     "Nemotron-H 8B": ("nemotron_h_8b", "M*-", 8192),
     "Nemotron-3 Nano": ("nemotron3_nano_30b_a3b", "M*E", 8192),
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def traced(models: dict[str, ModelConfig]) -> Iterator[dict[str, Any]]:
-    """The paper's table for its own layers at their true width, from traces."""
+    """The paper's table for its own models at their true width, from traces."""
     from layers import kept_bytes, multiplied
 
     for name, (_, rows) in PAPER.items():
@@ -71,8 +71,8 @@ def traced(models: dict[str, ModelConfig]) -> Iterator[dict[str, Any]]:
 
 
 def formula(technique: str, model: ModelConfig, rows: int, *, dropout: bool) -> float:
-    """Bytes of a layer on one rank by arXiv:2205.05198, table 2; its 5as/h and 34 without dropout's masks are 2as/h and
-    32, its 10 is 8. `full` is the layers' inputs, split over the ranks: here two, of attention and of the MLP."""
+    """Bytes of a layer on one rank by arXiv:2205.05198, table 2. Without dropout's masks, its 5as/h, 34 and 10 are
+    2as/h, 32 and 8. `full` keeps the layers' inputs, split over the ranks: here two, of attention and of the MLP."""
     sbh = LENGTH * rows * model.hidden_size
     scores = (5 if dropout else 2) * model.num_attention_heads * LENGTH / model.hidden_size
     shared, t = 10 if dropout else 8, RANKS
@@ -88,7 +88,7 @@ def formula(technique: str, model: ModelConfig, rows: int, *, dropout: bool) -> 
 
 
 def hybrid(models: dict[str, ModelConfig]) -> Iterator[dict[str, Any]]:
-    """Layers of other kinds, one row, on one rank."""
+    """Layers of other kinds, one sequence, on one rank."""
     from layers import kept_bytes, multiplied
 
     for name, (_, letters, length) in HYBRID.items():
@@ -105,7 +105,7 @@ def hybrid(models: dict[str, ModelConfig]) -> Iterator[dict[str, Any]]:
 
 
 def compiled_layers(models: dict[str, ModelConfig]) -> Iterator[dict[str, Any]]:
-    """Stacks as XLA compiles them: at true width, and at a thirty-second of it, where one of them runs."""
+    """Stacks as XLA compiles them: at the true width, and at a thirty-second of it, where one of them runs."""
     from layers import compiled, kept_bytes
 
     for name in ("GPT 22B", "GPT 175B"):
@@ -122,7 +122,7 @@ def compiled_layers(models: dict[str, ModelConfig]) -> Iterator[dict[str, Any]]:
 
 
 def reduced(model: ModelConfig) -> ModelConfig:
-    """The model at a thirty-second of its width, with as many heads fewer."""
+    """The model at a thirty-second of its width and heads."""
     shrink = lambda field: getattr(model, field) // SHRINK  # noqa: E731
     fields = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
     return dataclasses.replace(model, **{field: shrink(field) for field in fields})

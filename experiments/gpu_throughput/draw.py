@@ -1,6 +1,6 @@
-"""Draws a roofline of each benchmark of one operation in peers.jsonl: python experiments/gpu_throughput/draw.py
+"""Draws a roofline for each benchmark of one operation in peers.jsonl: python experiments/gpu_throughput/draw.py
 
-Lines of one benchmark share a picture, with the last one's ceilings.
+Lines of the same benchmark share a figure, with the ceilings of the last one.
 """
 
 import json
@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
-    """One picture a benchmark."""
+    """Draws one figure per benchmark."""
     drawn: dict[str, dict[str, Any]] = {}
     for line in (HERE / "peers.jsonl").read_text().splitlines():
         facts = json.loads(line)

@@ -1,4 +1,4 @@
-"""One mixture-of-experts layer of toy width, compiled for a layout: what its program sends, beside what was counted."""
+"""One mixture-of-experts layer of toy width, compiled for a layout: the bytes that its program sends, and the count."""
 
 from typing import Any
 
@@ -12,13 +12,13 @@ from orogen.parallel.plan import make_plan
 from orogen.simulate.aot import compiled
 from orogen.simulate.units import unit_of
 
-TOKENS = 256  # of one device: with 22 of 512 experts the fewest of which each expert's even share is a whole number
+TOKENS = 256  # of one device: the fewest that give each of 512 experts, 22 per token, a whole even share
 FLOAT32 = 4  # XLA:CPU carries 16-bit collectives as float32
 EXCHANGES = ("all-to-all", "all-gather", "reduce-scatter")
 
 
 def toy(model: ModelConfig) -> ModelConfig:
-    """One layer with the same experts and choice, narrow, without a shared expert."""
+    """One narrow layer with the same experts and routing, without a shared expert."""
     latent: dict[str, Any] = {"moe_latent_size": 16} if model.moe_latent_size else {}
     return ModelConfig(
         pattern="E",
@@ -35,10 +35,10 @@ def toy(model: ModelConfig) -> ModelConfig:
 
 
 def plan_of(layout: Layout) -> PlanConfig:
-    """Orogen's plan of a layout. With one context rank the unfolded one, of experts inside data that are split over
-    tensor as dense layers are, is a folded one with expert_tensor."""
+    """Orogen's plan for a layout. With one context rank, the unfolded layout, in which experts lie inside data and are
+    split over tensor like dense layers, is a folded layout with expert_tensor."""
     if not layout.folded and (layout.context, layout.expert_tensor) != (1, layout.tensor):
-        raise ValueError(f"{layout}; expected a folded one, or context 1 and expert_tensor as many as tensor")
+        raise ValueError(f"{layout}; expected a folded one, or context 1 and expert_tensor equal to tensor")
     return PlanConfig(
         data=layout.data,
         context=layout.context,
@@ -51,9 +51,9 @@ def plan_of(layout: Layout) -> PlanConfig:
 
 
 def compare(model: ModelConfig, layout: Layout) -> dict[str, Any]:
-    """Bytes that a device sends in the forward and backward pass of the toy layer, by link: counted and compiled.
+    """The bytes that a device sends in the forward and backward pass of the toy layer, by link: counted and compiled.
 
-    groups: of each operation's groups in the program, how many lie inside a node and how many do not.
+    groups: for each operation of the program, the number of groups inside a node and of others.
     Raises AssertionError if the compiled sends differ from the counted ones.
     """
     narrow, config = toy(model), plan_of(layout)

@@ -12,7 +12,7 @@ Record = Mapping[str, Any]
 
 PALE = "#e9a77f"
 MAPPINGS = {"folded": LIGHT.strong, "unfolded": LIGHT.accent, "unfolded, same memory": PALE}
-DEVICES = 1024  # the largest world, on which every layout exists
+DEVICES = 1024  # the largest number, with which every layout exists
 
 
 def draw(records: Sequence[Record]) -> bytes:
@@ -35,9 +35,9 @@ def _dense(record: Record) -> str:
 
 
 def _inside(axes: Axes, records: Sequence[Record]) -> None:
-    """Experts over 8 devices. Over more no group fits into a node, which the title would say wrongly if it changed."""
+    """Experts over 8 devices. The title says that no group over more devices fits into a node; this is checked."""
     if any(r["share_in_node"] for r in records if r["split"] > 8):
-        raise ValueError("an expert group in a node though its experts are over more devices; expected none")
+        raise ValueError("an expert group over more than 8 devices lies in one node; expected none")
     for index, (mapping, colour) in enumerate(MAPPINGS.items()):
         cases = [r for r in records if r["mapping"] == mapping and r["model"] == "Mixtral-8x22B"]
         places = [place + 0.27 * (index - 1) for place in range(len(cases))]
@@ -57,7 +57,7 @@ def _bytes(axes: Axes, records: Sequence[Record]) -> None:
         near, far = ([case[link] / 1e6 for case in cases] for link in ("in_node", "between"))
         axes.bar(places, near, 0.25, color=colour, alpha=0.45, label=f"{mapping}: in the node")
         axes.bar(places, far, 0.25, bottom=near, color=colour, hatch="///", edgecolor="white", label="between nodes")
-    _label(axes, records, "Mixtral-8x22B, experts over 8: bytes one device sends, a layer, a sequence", "MB")
+    _label(axes, records, "Mixtral-8x22B, experts over 8: bytes that a device sends per layer and sequence", "MB")
     axes.set_ylim(0, 540)
     axes.legend(fontsize=8, ncols=3, loc="upper center")
 
@@ -65,7 +65,7 @@ def _bytes(axes: Axes, records: Sequence[Record]) -> None:
 def _ratios(axes: Axes, records: Sequence[Record]) -> None:
     for mapping, line in (("unfolded", "-"), ("unfolded, same memory", "--")):
         for split, marker in ((8, "o"), (64, "s")):
-            # All models have the same ratios: every collective sends a fixed multiple of one device's rows.
+            # All models have the same ratios: every collective sends a fixed multiple of one device's assignments.
             cases = [r for r in records if r["mapping"] == mapping and r["split"] == split]
             cases = [r for r in cases if r["model"] == "Qwen2-57B-A14B"]
             colour = LIGHT.strong if split == 8 else LIGHT.accent
@@ -85,7 +85,7 @@ def _ratios(axes: Axes, records: Sequence[Record]) -> None:
 def _published(axes: Axes, records: Sequence[Record]) -> None:
     bars = (
         (-0.27, lambda r: r["gain_measured"], LIGHT.strong, "measured by the paper"),
-        (0.0, lambda r: r["gain_counted"]["copied"], LIGHT.accent, "counted, experts copied over context"),
+        (0.0, lambda r: r["gain_counted"]["copied"], LIGHT.accent, "counted, experts replicated over context"),
         (0.27, lambda r: r["gain_counted"]["spread"], PALE, "counted, experts spread over data x context"),
     )
     for offset, gain, colour, label in bars:

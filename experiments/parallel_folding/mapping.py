@@ -1,6 +1,6 @@
-"""Which devices share the experts, with folding and without, and what a mixture-of-experts layer sends over which link.
+"""Which devices share the experts, with and without folding, and what a mixture-of-experts layer sends over each link.
 
-A device sends to itself for nothing. Within a node it uses NVLink, to another node its own network card.
+Sending to itself costs a device nothing. Inside a node it uses NVLink, between nodes its own network card.
 Letters: g groups, r ranks of a group.
 """
 
@@ -21,7 +21,7 @@ Groups = NDArray[np.int64]
 
 
 class Layout(NamedTuple):
-    """Dense layers on data x context x tensor; experts `folded` over the innermost devices, or not."""
+    """Dense layers on data x context x tensor; experts over the innermost devices if `folded`."""
 
     devices: int
     context: int
@@ -36,14 +36,14 @@ class Layout(NamedTuple):
 
 
 class Sent(NamedTuple):
-    """Bytes that each device sends to others of its node, and to other nodes."""
+    """The bytes that each device sends to others in its node, and to other nodes."""
 
     in_node: float
     between: float
 
 
 def obstacle(layout: Layout) -> str | None:
-    """Why the layout cannot be had on so few devices; None if it can."""
+    """Why the layout is impossible on its number of devices; None if it is possible."""
     if layout.devices % (layout.context * layout.tensor):
         return f"{layout.devices} devices; context {layout.context} x tensor {layout.tensor} does not divide them"
     ways, name = (layout.devices, "devices") if layout.folded else (layout.data, "data ranks")
@@ -51,11 +51,11 @@ def obstacle(layout: Layout) -> str | None:
 
 
 def expert_groups(layout: Layout) -> dict[str, Groups]:
-    """{axis: its groups (g, r)} for expert, expert_tensor and the experts' copies; each family is checked to be a
-    partition of the devices, and the three together to place every piece of every copy on one device.
+    """{axis: its groups (g, r)} for expert, expert_tensor and the experts' replicas. Checks that each family partitions
+    the devices, and that the three together place every shard of every replica on one device.
 
-    Unfolded is Megatron's order without folding: expert is a part of data, whose stride is tensor x context; experts
-    are split over tensor as dense layers are, and copied over context.
+    Unfolded is Megatron's order without folding: expert is part of data, whose stride is tensor x context; experts are
+    split over tensor like dense layers, and replicated over context.
     """
     sizes = {"data": layout.data, "context": layout.context, "tensor": layout.tensor}
     if layout.folded:
@@ -78,7 +78,7 @@ def expert_groups(layout: Layout) -> dict[str, Groups]:
 
 
 def groups_over(folding: Folding, axes: Sequence[str]) -> Groups:
-    """(g, r): the devices that differ along these mesh axes only."""
+    """(g, r): groups of devices that differ only along these mesh axes."""
     names, sizes = [name for name, _ in folding.axes], [size for _, size in folding.axes]
     inner = [names.index(name) for name in axes]
     outer = [dim for dim in range(len(names)) if dim not in inner]
@@ -92,20 +92,21 @@ def _check_partitions(found: Mapping[str, Groups], layout: Layout) -> None:
     place = {}
     for name, groups in found.items():
         if groups.shape[1] != expected[name] or sorted(groups.flat) != list(range(layout.devices)):
-            raise AssertionError(f"{name} groups of {layout} are no partition into groups of {expected[name]}")
+            raise AssertionError(f"{name} groups of {layout} do not partition its devices by {expected[name]}")
         place[name] = np.empty(layout.devices, int)
         place[name][groups] = np.arange(groups.shape[1])
     if len(set(zip(*place.values(), strict=True))) != layout.devices:
-        raise AssertionError(f"{layout}: two devices hold the same piece of the same copy")
+        raise AssertionError(f"{layout}: two devices hold the same shard of the same replica")
 
 
 def share_in_node(groups_gr: Groups) -> float:
-    """Of the groups, how many lie inside one node."""
+    """The share of the groups that lie inside one node."""
     return float((groups_gr // NODE == groups_gr[:, :1] // NODE).all(1).mean())
 
 
 def sent(groups_gr: Groups, to_each: float) -> Sent:
-    """Of `to_each` bytes to every other rank of the group. Raises ValueError if devices differ."""
+    """The bytes by link if each rank sends `to_each` bytes to every other rank of its group. Raises ValueError if
+    devices differ."""
     node_gr = groups_gr // NODE
     near = np.unique((node_gr[:, :, None] == node_gr[:, None, :]).sum(2) - 1)
     if len(near) > 1:
@@ -114,8 +115,8 @@ def sent(groups_gr: Groups, to_each: float) -> Sent:
 
 
 def rows_to_each(model: ModelConfig, layout: Layout, tokens: int, *, capacity: float | None) -> float:
-    """Rows that a device of `tokens` tokens sends to each rank of its expert group: by capacity factor, or if nothing
-    is dropped the expectation under uniform routing."""
+    """The assignments that a device with `tokens` tokens sends to each rank of its expert group: by the capacity factor
+    or, if nothing is dropped, the expectation under uniform routing."""
     experts, k = model.n_routed_experts, model.num_experts_per_tok
     if capacity is None:
         return tokens * k / layout.expert
@@ -125,10 +126,10 @@ def rows_to_each(model: ModelConfig, layout: Layout, tokens: int, *, capacity: f
 def layer_traffic(
     model: ModelConfig, layout: Layout, tokens: int, *, capacity: float | None, itemsize: int = 2
 ) -> dict[str, Sent]:
-    """What each of a layer's collectives sends; the forward pass has these four, the backward pass their transposes,
-    which send as much.
+    """What each collective of a layer sends. The forward pass has these four, the backward pass their transposes, which
+    send as much.
 
-    Every rank of expert_tensor needs the rows of all (all-gather), and each gets its own rows' sums back
+    Each rank of expert_tensor needs the tokens of all its ranks (all-gather) and gets the sums for its own tokens back
     (reduce-scatter).
     """
     groups = expert_groups(layout)
@@ -144,5 +145,5 @@ def total(traffic: Mapping[str, Sent]) -> Sent:
 
 
 def link_seconds(traffic: Mapping[str, Sent]) -> float:
-    """Forward and backward: one collective after the other, each as long as the slower of the two links takes."""
+    """Forward and backward: one collective after the other, each as long as its slower link takes."""
     return 2 * sum(max(s.in_node / NVLINK, s.between / NETWORK) for s in traffic.values())

@@ -1,4 +1,4 @@
-"""Counts what folding saves a mixture-of-experts layer, compiles part of it, and draws the figure.
+"""Counts what folding saves in a mixture-of-experts layer, compiles some of the cases, and draws the figure.
 
 `python experiments/parallel_folding/run.py` writes results.jsonl and figure.png beside itself.
 """
@@ -37,16 +37,17 @@ DENSE = ((2, 1), (2, 2), (4, 1), (8, 1), (2, 4), (4, 4))  # tensor x context
 LENGTH = 4096
 PEAK = 989.5e12  # H100, dense bfloat16
 
-# Beyond the question's grid: the configurations of arXiv:2504.14960, tables 3 and 5, and the MFU (%) that it measured.
-# devices, stages, length, then (context, tensor, expert, expert_tensor, MFU) without and with folding.
+# Outside the grid: the configurations of arXiv:2504.14960, tables 3 and 5, and the MFU (%) that it measured. devices,
+# stages, length, then (context, tensor, expert, expert_tensor, MFU) without and with folding.
 PUBLISHED = (
     (128, 8, 4096, (1, 2, 4, 2, 46.3), (1, 2, 8, 1, 49.3)),
     (128, 8, 16384, (4, 2, 4, 2, 45.3), (4, 2, 8, 1, 47.6)),
     (512, 8, 65536, (16, 2, 4, 2, 42.6), (8, 4, 8, 1, 44.5)),
 )
-MIXTRAL_ACTIVE = 39_161_468_928  # parameters a token meets, of the model's gin file
+MIXTRAL_ACTIVE = 39_161_468_928  # active parameters, from the model's gin file
 
-# Compiled folded: model, devices, tensor, context, expert. Then unfolded, with expert_tensor as many as tensor.
+# Compiled cases. Folded: model, devices, tensor, context, expert. Unfolded: model, devices, tensor, expert, with
+# expert_tensor equal to tensor.
 COMPILED = (
     *(("Mixtral-8x22B", devices, 2, 2, 8) for devices in (8, 16, 32, 64)),
     ("Mixtral-8x22B", 64, 4, 4, 8),
@@ -74,10 +75,10 @@ def main() -> None:
 
 
 def counted(models: dict[str, ModelConfig]) -> Iterator[dict[str, Any]]:
-    """Every number of devices, dense layout, model and split of its experts, by three mappings.
+    """Every number of devices, dense layout, model and split of its experts, under three mappings.
 
-    `split` devices share one copy of the experts when folded. Unfolded, either expert is as large (and the experts are
-    split further over tensor: a device holds 1/tensor of the weights), or expert x expert_tensor is.
+    If folded, `split` devices share one replica of the experts. Unfolded, either `expert` is equal to `split` (and the
+    experts are split further over tensor: a device holds 1/tensor of the weights), or expert x expert_tensor is.
     """
     for devices, (tensor, context), (name, model) in itertools.product(WORLDS, DENSE, models.items()):
         for split in (8,) if model.n_routed_experts == 8 else (8, 16, 64):
@@ -96,16 +97,16 @@ def counted(models: dict[str, ModelConfig]) -> Iterator[dict[str, Any]]:
 
 
 def _count(model: ModelConfig, layout: Layout, length: int = LENGTH) -> dict[str, Any]:
-    """Bytes and seconds of one layer, forward and backward, for one sequence on each data rank."""
+    """Bytes and seconds of one layer, forward and backward, for one sequence per data rank."""
     if reason := obstacle(layout):
         return {"refused": reason}
     tokens = length // (layout.context * layout.tensor)
     traffic = layer_traffic(model, layout, tokens, capacity=1.0)
     dropless = layer_traffic(model, layout, tokens, capacity=None)
-    rows = tokens * model.num_experts_per_tok  # that a device multiplies, all its weights' pieces together
-    assert rows == layout.expert * rows_to_each(model, layout, tokens, capacity=None)
+    assigned = tokens * model.num_experts_per_tok  # assignments per device, as if it held whole experts
+    assert assigned == layout.expert * rows_to_each(model, layout, tokens, capacity=None)
     matrices = 3 if model.mlp_gated else 2
-    flops = 6 * rows * matrices * model.expert_width * model.moe_intermediate_size
+    flops = 6 * assigned * matrices * model.expert_width * model.moe_intermediate_size
     groups = expert_groups(layout)["expert"]
     return {
         "groups": len(groups),
@@ -120,10 +121,10 @@ def _count(model: ModelConfig, layout: Layout, length: int = LENGTH) -> dict[str
 
 
 def published(model: ModelConfig) -> Iterator[dict[str, Any]]:
-    """The paper's own pairs of configurations: the step's gain if nothing but these bytes changed, none overlapped.
+    """The paper's own pairs of configurations: the gain of a step if only these bytes changed and none overlapped.
 
-    `copied` takes experts without folding as copied over context, `spread` as spread over data x context at stride
-    tensor; both are split over tensor.
+    Without folding, `copied` assumes experts replicated over context, `spread` experts spread over data x context at
+    stride tensor; both split experts over tensor.
     """
     for devices, stages, length, plain, folding in PUBLISHED:
         after, _ = _side(model, devices // stages, length, folding, True)
@@ -142,8 +143,8 @@ def published(model: ModelConfig) -> Iterator[dict[str, Any]]:
 def _side(
     model: ModelConfig, devices: int, length: int, sizes: tuple[int, int, int, int, float], folded: bool
 ) -> tuple[dict[str, Any], float]:
-    """The count of one published configuration, and the seconds that its MFU makes of one pair of layers: attention,
-    with scores and their product with values at half, being causal, and experts."""
+    """The count for one published configuration, and the seconds of one pair of layers at its MFU: attention, whose
+    products with keys and values count half because it is causal, and experts."""
     context, tensor, expert, expert_tensor, mfu = sizes
     scores = 6 * length * model.num_attention_heads * model.head_dim
     flops = length / (context * tensor) * (6 * MIXTRAL_ACTIVE / (len(model.layers.main) / 2) + scores)
@@ -152,7 +153,7 @@ def _side(
 
 
 def compiled_layers(models: dict[str, ModelConfig]) -> Iterator[dict[str, Any]]:
-    """The compiled program of one toy layer on fake devices, beside the count."""
+    """The compiled program of one toy layer on simulated devices, beside the count."""
     from compiled import compare  # imports jax, which `configure` has to precede
 
     cases = [

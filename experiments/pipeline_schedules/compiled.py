@@ -1,6 +1,6 @@
-"""Compiles whole gradient passes of a hybrid on four simulated stages, and draws what memory each schedule needs.
+"""Compiles whole gradient passes of a hybrid on four simulated stages, and draws the memory that each schedule needs.
 
-`python compiled.py` measures (compiled.jsonl; ten minutes of one CPU core) and draws memory.png from that file;
+`python compiled.py` writes compiled.jsonl (ten minutes on one CPU core) and draws memory.png from that file;
 `python compiled.py --draw` only draws. Nothing runs: the numbers are XLA's plan for one device.
 """
 
@@ -24,7 +24,7 @@ STAGES, ROWS, LENGTH = 4, 1, 512
 SCHEDULES = (("gpipe", 1), ("1f1b", 1), ("interleaved", 2))
 MICROBATCHES = (8, 16, 32)
 REMAT = ("none", "full")
-# Sixteen layers of the toy model's sizes but its vocabulary, whose head would outweigh a stage.
+# Sixteen layers with the sizes of the toy model, except its vocabulary, whose head would outweigh a stage.
 BINDINGS = (
     "ModelConfig.pattern = 'M-*-M-*-M-*-M-*-'", "ModelConfig.mtp_depths = 0", "ModelConfig.vocab_size = 512",
     "ModelConfig.hidden_size = 256",
@@ -34,7 +34,7 @@ Run = dict[str, Any]
 
 
 def measure(kind: str, virtual: int, microbatches: int, remat: str) -> Run:
-    """Bytes of temporaries of one device, and operations of all devices against those of one."""
+    """Bytes of one device's temporaries, and the FLOPs of all devices against those of one."""
     import jax
     import jax.numpy as jnp
 
@@ -43,7 +43,7 @@ def measure(kind: str, virtual: int, microbatches: int, remat: str) -> Run:
     from orogen.simulate.aot import flops_overhead
     from orogen.train.step import BATCH_AXES, gradients
 
-    # Nothing reads the sizes of the toy's experts here, which `load` would refuse.
+    # Parsed without `load`, which would refuse the sizes of experts that these layers do not read.
     model = parse([HERE.parents[1] / "gin_configs/models/nemotron3_toy.gin"], BINDINGS)[0].model
     setting = {"schedule": kind, "virtual": virtual, "microbatches": microbatches, "remat": remat}
     config = PlanConfig(stage=STAGES, **setting)
@@ -64,13 +64,13 @@ def measure(kind: str, virtual: int, microbatches: int, remat: str) -> Run:
 
 
 def draw(runs: list[Run], path: pathlib.Path) -> None:
-    """Memory against microbatches, a panel a choice of rematerialisation."""
+    """Memory against microbatches, one panel per choice of rematerialisation."""
     figure = Figure(figsize=(10, 3.8), dpi=150, layout="constrained")
     colours = {"gpipe": "#6b7280", "1f1b": LIGHT.strong, "interleaved": LIGHT.accent}
     for axes, remat in zip(figure.subplots(1, 2), REMAT, strict=True):
         for kind, virtual in SCHEDULES:
             mine = [run for run in runs if (run["schedule"], run["remat"]) == (kind, remat)]
-            label = kind + (f", {virtual} chunks a stage" if virtual > 1 else "")
+            label = kind + (f", {virtual} chunks per stage" if virtual > 1 else "")
             sizes = [run["temporary_bytes"] / 2**20 for run in mine]
             axes.plot([run["microbatches"] for run in mine], sizes, marker="o", color=colours[kind], label=label)
         axes.set_title(f"Temporary MiB of one of {STAGES} stages, remat {remat}", loc="left", fontsize=10)

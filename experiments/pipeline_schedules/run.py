@@ -1,4 +1,4 @@
-"""Measures pipeline schedules from their tables, writes results.jsonl, and draws every picture from that file alone."""
+"""Measures pipeline schedules from their tables, writes results.jsonl, and draws every figure from that file alone."""
 
 import hashlib
 import json
@@ -32,7 +32,8 @@ Run = dict[str, Any]
 
 
 def measure(kind: str, virtual: int, stages: int, microbatches: int) -> Run:
-    """One run. Times are in forward passes of a stage, of which a chunk's is 1 / virtual; backward takes twice that."""
+    """One run. The unit of time is a stage's forward pass; a chunk takes 1 / virtual of it, a backward pass twice
+    that."""
     setting = {"schedule": kind, "virtual": virtual, "stages": stages, "microbatches": microbatches}
     schedule = make_schedule(kind, stages=stages, microbatches=microbatches, virtual=virtual)
     chunk = Fraction(1, virtual)
@@ -59,7 +60,7 @@ def measure(kind: str, virtual: int, stages: int, microbatches: int) -> Run:
 
 
 def _cells(schedule: Schedule) -> list[Work]:
-    """The table as passes of one tick each."""
+    """The table's entries as passes of one tick each."""
     operation_ts, microbatch_ts, chunk_ts = (table.tolist() for table in schedule.tables[:3])
     return [
         Work(stage, operation_ts[t][stage], microbatch_ts[t][stage], chunk_ts[t][stage], t, t + 1)
@@ -78,7 +79,7 @@ def name_of(run: Run) -> str:
 
 
 def draw_timelines(runs: list[Run], field: str, *, unit: str, xlabel: str, path: pathlib.Path) -> None:
-    """One panel a schedule, one row a stage, one cell a pass with its microbatch's number."""
+    """One panel per schedule, one row per stage, one cell per pass with the number of its microbatch."""
     drawn = [run for run in runs if field in run]
     longest = max(work[5] for run in drawn for work in run[field])
     figure = Figure(figsize=(13, 2.0 * len(drawn) + 0.9), dpi=150, layout="constrained")
@@ -96,7 +97,7 @@ def draw_timelines(runs: list[Run], field: str, *, unit: str, xlabel: str, path:
         end = max(work[5] for work in run[field])
         title = f"{_long_name(run)}: {end:g} {unit}, bubble {run['bubble']}"
         axes.set_title(title, loc="left", fontsize=10, color=LIGHT.ink)
-        axes.axvspan(end, 2 * longest, color="white", zorder=0)  # what is after the step is not idle
+        axes.axvspan(end, 2 * longest, color="white", zorder=0)  # the time after the step is not idle
         axes.axvline(end, color=LIGHT.ink, linewidth=1, linestyle=(0, (3, 2)))
         _style(axes)
         axes.set_facecolor("#eef0f3")
@@ -117,12 +118,12 @@ def draw_timelines(runs: list[Run], field: str, *, unit: str, xlabel: str, path:
 
 
 def _long_name(run: Run) -> str:
-    names = {"gpipe": "GPipe", "1f1b": "1F1B", "interleaved": f"Interleaved 1F1B, {run['virtual']} chunks a stage"}
+    names = {"gpipe": "GPipe", "1f1b": "1F1B", "interleaved": f"Interleaved 1F1B, {run['virtual']} chunks per stage"}
     return names[run["schedule"]]
 
 
 def draw_summary(runs: list[Run], path: pathlib.Path) -> None:
-    """Bubbles against their formula, activations held by each stage, and the cost of lockstep; eight stages."""
+    """Bubbles against their formula, activations held by each stage, and the cost of lockstep, for eight stages."""
     eight = [run for run in runs if run["stages"] == max(STAGES)]
     figure = Figure(figsize=(13, 4.3), dpi=150, layout="constrained")
     bubbles, held, lockstep = figure.subplots(1, 3)
@@ -148,7 +149,7 @@ def draw_summary(runs: list[Run], path: pathlib.Path) -> None:
         axes.set_xticks(MICROBATCHES, [str(count) for count in MICROBATCHES])
         axes.set(xlabel="microbatches", ylim=(0, 1.3))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    held.set_title(f"Most of 32 microbatches held, {max(STAGES)} stages", loc="left", fontsize=10, color=LIGHT.ink)
+    held.set_title(f"Peak of microbatches held, of 32, {max(STAGES)} stages", loc="left", fontsize=10, color=LIGHT.ink)
     held.set(xlabel="stage", ylim=(0, 34))
     held.set_xticks(range(max(STAGES)))
     for axes in (bubbles, held, lockstep):
@@ -167,7 +168,7 @@ def _style(axes: Axes) -> None:
 
 def print_table(runs: list[Run]) -> None:
     hops = " | ".join(f"hop {hop}" for hop in HOPS)
-    print(f"| schedule | p | m | v | ticks | bubble | formula | backward twice | lockstep | {hops} | held, by stage |")
+    print(f"| schedule | p | m | v | ticks | bubble | formula | backward twice | lockstep | {hops} | held per stage |")
     print("|---" * (10 + len(HOPS)) + "|")
     for run in runs:
         held = " ".join(f"{count / run['virtual']:g}" for count in run["in_flight"])
@@ -181,9 +182,9 @@ def main() -> None:
     settings = [(*kind, p, m) for p in STAGES for m in MICROBATCHES for kind in KINDS]
     RESULTS.write_text("".join(json.dumps(measure(*setting)) + "\n" for setting in settings))
     runs = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    ticks = "tick: one pass of a chunk, which is half a stage where it has two; microbatches are counted from 1"
+    ticks = "tick: one pass of a chunk (half a stage where a stage has two chunks); microbatches are counted from 1"
     draw_timelines(runs, "work_ticks", unit="ticks", xlabel=ticks, path=HERE / "ticks.png")
-    times = "time, in forward passes of a stage; backward takes twice as long as forward; no stage waits without need"
+    times = "time, in forward passes of a stage; backward takes twice as long as forward; stages wait only for data"
     draw_timelines(runs, "work_backward_twice", unit="units", xlabel=times, path=HERE / "timelines.png")
     draw_summary(runs, HERE / "figure.png")
     print_table(runs)

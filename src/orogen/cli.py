@@ -1,5 +1,5 @@
 # PYTHON_ARGCOMPLETE_OK
-"""The one entry point: `orogen TASK …`. Every package declares its own tasks in its `command.py`."""
+"""The entry point: `orogen TASK …`. Each package declares its tasks in its `command.py`."""
 
 import argparse
 import errno
@@ -21,20 +21,20 @@ from orogen.train.command import TRAIN, VERIFY
 from orogen.train.stop import INTERRUPTED
 
 COMMANDS = (TRAIN, PARAMS, PLAN, VERIFY, GENERATE, SCORE, SERVE, CONVERT, BENCH)
-# None: raised by our own code, with the name of a file that is missing.
+# None: an error that our own code raises, which names a missing file.
 PATH_ERRORS = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one task. Returns 0 when done, 2 on bad input (one line on stderr), 1 if the task found a fault, 130 after
+    """Runs one task. Returns 0 on success, 2 on bad input (one line on stderr), 1 on any other failure, 130 after
     Ctrl-C."""
     parser = make_parser()
-    if "_ARGCOMPLETE" in os.environ:  # the shell asks for what may come next; this ends the process
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks for completions; this ends the process
         import argcomplete
 
         argcomplete.autocomplete(parser)
     options = parser.parse_args(arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # so that it can print a file name that is not UTF-8
+    if isinstance(sys.stdout, io.TextIOWrapper):  # file names need not be UTF-8
         sys.stdout.reconfigure(errors="surrogateescape")
     try:
         configure(options.fake_devices, options.xla)
@@ -47,12 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_FAILURE
     except ConfigError as error:
         return fail(error, EXIT_BAD_INPUT)
-    except OSError as error:  # a path that cannot be is bad input; a full disk is not
+    except OSError as error:  # a wrong path is bad input; a full disk is not
         return fail(error, EXIT_BAD_INPUT if error.errno in PATH_ERRORS else EXIT_FAILURE)
 
 
 class _Version(argparse.Action):
-    """Prints the installed version, which is looked up only then."""
+    """Prints the installed version; looks it up only on demand."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         from importlib.metadata import PackageNotFoundError, version
@@ -60,12 +60,12 @@ class _Version(argparse.Action):
         try:
             print(f"orogen {version('orogen')}")
         except PackageNotFoundError:
-            parser.error("orogen has no version here; expected an installed package, not its source alone")
+            parser.error("orogen has no version; expected an installed package, not its source alone")
         parser.exit()
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line; `run_task` among its results is the function to call with them."""
+    """The parser of the whole command line. `run_task` of the parsed options is the function to call with them."""
     parser = argparse.ArgumentParser(
         prog="orogen",
         description="Hybrid Mamba-Transformer mixture-of-experts language models, on one device or a mesh of them.",

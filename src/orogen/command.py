@@ -1,6 +1,6 @@
-"""What the commands of all packages share: how each is described, the options that every one has, how it answers.
+"""What all commands share: how each is described, the options that all of them take, and how they report.
 
-A package's own commands are in its `command.py`, which imports what computes only when it runs.
+A package's own commands are in its `command.py`, which imports jax only when a command runs.
 """
 
 import argparse
@@ -21,7 +21,7 @@ class Command(NamedTuple):
     """One command of `orogen`.
 
     help: one line. examples: whole command lines, shown below the options. run: takes the parsed options and returns
-    the exit status; it may raise what `cli.main` reports.
+    the exit status; it may raise the errors that `cli.main` reports.
     """
 
     name: str
@@ -32,27 +32,28 @@ class Command(NamedTuple):
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, *, instead: Sequence[tuple[str, str]] = ()) -> None:
-    """The gin files and bindings on top of them. instead: switches with their help, of which one may take the place of
-    the files."""
+    """Adds the options for gin files and for bindings that override them. instead: switches with their help; one of
+    them may replace the files."""
     choice = parser.add_mutually_exclusive_group(required=True) if instead else parser
     choice.add_argument(
         "--gin_file",
         action="append",
         required=not instead,
         metavar="F",
-        help="may be given more than once; a file gin_configs/... that is not there is the one that comes with Orogen",
+        help="a gin file; repeatable; a gin_configs/... path that does not exist means the file shipped with Orogen",
     )
     for switch, text in instead:
         choice.add_argument(switch, action="store_true", help=text)
-    parser.add_argument("--gin_bindings", action="append", default=[], metavar="X.y=1", help="on top of the files")
+    parser.add_argument("--gin_bindings", action="append", default=[], metavar="X.y=1",
+                        help="a binding that overrides the files; repeatable")  # fmt: skip
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that every command has."""
+    """Adds the options that every command takes."""
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     parser.add_argument("--fake_devices", type=positive, metavar="N", help="simulate N devices on this CPU")
     parser.add_argument("--xla", type=lambda text: text.split(","), default=[], metavar="A,B",
-                        help=f"sets of XLA's flags: {', '.join(XLA_FLAGS)}")  # fmt: skip
+                        help=f"sets of XLA flags, separated by commas: {', '.join(XLA_FLAGS)}")  # fmt: skip
 
 
 def positive(text: str) -> int:
@@ -71,24 +72,24 @@ def load_config(options: argparse.Namespace, *parts: str) -> tuple[RunConfig, st
 
 
 def answer(options: argparse.Namespace, facts: dict[str, Any], lines: Sequence[str]) -> None:
-    """Prints the facts as one JSON object with --json, the lines without."""
+    """Prints `facts` as one JSON object with --json, `lines` without."""
     print(json.dumps(facts) if options.json else "\n".join(lines))
 
 
 def fail(error: object, status: int) -> int:
-    """Says what was wrong in one line on stderr. Returns the status."""
+    """Prints the error in one line on stderr. Returns the status."""
     say(f"orogen: {' '.join(str(error).split())}")
     return status
 
 
 def warn(model: ModelConfig) -> None:
-    """Says what is legal but hardly meant, one line each, on stderr."""
+    """Prints one line on stderr for each setting that is legal but probably a mistake."""
     for line in model.warnings():
         say(f"orogen: warning: {line}")
 
 
 def free_memory() -> Any:
-    """What the host and each device have left."""
+    """The memory that the host and each device have left."""
     from orogen.parallel.capacity import device_bytes, host_bytes
     from orogen.simulate.fit import Memory
 

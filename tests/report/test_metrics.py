@@ -1,4 +1,4 @@
-"""What a run writes as it goes: metrics.jsonl and its resume, TensorBoard events, the progress line."""
+"""What a run writes as it goes: metrics.jsonl and how it resumes, TensorBoard events, the progress line."""
 
 import io
 import json
@@ -54,7 +54,7 @@ def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path, killed_at):
 
 @pytest.mark.parametrize("bytes_left", [1, 20, -2])
 def test_a_line_torn_by_a_kill_is_removed(tmp_path, bytes_left):
-    """Cuts the line of step 7 after its first bytes, or just before its closing brace."""
+    """The line of step 7 is cut after its first bytes, or just before its closing brace."""
     whole = run(tmp_path / "whole", range(1, 10))
     run(tmp_path / "cut", range(1, 7))
     torn = whole.splitlines(keepends=True)[6][:bytes_left]
@@ -114,7 +114,7 @@ def test_a_broken_line_in_the_middle_is_an_error_and_changes_nothing(tmp_path):
 
 def test_a_fresh_writer_refuses_a_used_folder(tmp_path):
     content = run(tmp_path, range(1, 3))
-    with pytest.raises(FileExistsError, match="has metrics already, expected none or a resume_step"):
+    with pytest.raises(FileExistsError, match="has metrics already; expected none, or a resume_step"):
         MetricsWriter(tmp_path)
     assert (tmp_path / "metrics.jsonl").read_bytes() == content
 
@@ -156,7 +156,7 @@ def test_the_reserved_key_is_refused(tmp_path):
 
 
 def events(run_dir: pathlib.Path) -> list[tuple[int, str, float]]:
-    """(step, tag, value) of every scalar. A record is 8 bytes of length, 4 of checksum, the event, 4 of checksum."""
+    """(step, tag, value) of every scalar. A TFRecord is 8 bytes of length, 4 of checksum, the event, 4 of checksum."""
     from tensorboardX.proto.event_pb2 import Event
 
     found = []
@@ -194,7 +194,7 @@ def test_a_resume_within_the_second_keeps_earlier_events(tmp_path):
 
 
 class Clock:
-    """Seconds that pass only when a test says so."""
+    """A clock that a test moves by hand."""
 
     now = 0.0
 
@@ -234,7 +234,7 @@ def test_time_left_of_a_resumed_run_counts_only_its_own_steps():
 
 
 class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
+    """A stream that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True

@@ -1,4 +1,4 @@
-"""The page of a run: what it says, what it leaves out, and the series its pictures are drawn from."""
+"""The page of a run: what it says, what it leaves out, and the series that its pictures show."""
 
 import base64
 import html.parser
@@ -20,7 +20,7 @@ BASELINES = {"Witten-Bell 5-gram": 1.9, "zlib of the held-out text alone": 3.0}
 
 
 def sparse_records(steps: int = 40) -> list[dict[str, object]]:
-    """Two MoE layers of three experts, a loss that falls, held-out text scored every tenth step."""
+    """Two MoE layers of three experts, a falling loss, held-out text scored every tenth step."""
     records = []
     for step in range(1, steps + 1):
         record = {"step": step, "loss": 2 + 6 / step, "tokens": 100, "tokens_per_second": 5000 + step}
@@ -48,7 +48,7 @@ def pngs_beside(run_dir: pathlib.Path) -> set[str]:
 
 
 class Page(html.parser.HTMLParser):
-    """Checks that tags close in order; keeps what the page would load, and its headline."""
+    """Checks that tags close in order; collects what the page would load, and its headline."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -116,7 +116,7 @@ def test_the_headline_holds_the_runs_numbers(full):
     expected = {
         "held-out bits per byte": "1.500",
         "held-out loss, nats per token": "3.000",
-        "training loss, nats per token": "2.150",  # 2 + 6/40: at 40 records the running mean spans one
+        "training loss, nats per token": "2.150",  # 2 + 6/40: over 40 records the running mean's window is one
         "tokens": "4k",
         "steps": "40",
         "parameters, total": "31.6M",
@@ -206,7 +206,7 @@ def test_baselines_are_drawn_at_their_values_and_named():
     assert [line.get_ydata()[0] for line in axes.lines[3:]] == [1.9, 3.0]
     assert [text.get_text() for text in axes.texts] == [f"{name} {value:.2f}" for name, value in BASELINES.items()]
     low, high = axes.get_ylim()
-    assert low < 1.075 and 3.0 < high < 4.0  # all of the end of the run, not the first step's 4 bits per byte
+    assert low < 1.075 and 3.0 < high < 4.0  # shows the whole end of the run, not the first step's 4 bits per byte
 
 
 def test_names_of_close_baselines_do_not_overlap():

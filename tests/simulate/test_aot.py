@@ -1,4 +1,4 @@
-"""Matrix products of a plan beside those of one device, worked on paper."""
+"""Matrix products of a plan against those of one device, worked out by hand."""
 
 import pytest
 from tests.helpers import hybrid
@@ -11,12 +11,12 @@ MLP = hybrid(pattern="-", mtp_depths=0)
 
 
 def test_dividing_work_costs_nothing():
-    """Rows over data, hidden columns and the vocabulary over tensor."""
+    """Sequences over data; hidden columns and the vocabulary over tensor."""
     assert flops_overhead(MLP, PlanConfig(data=2, tensor=4), 4, 40) == 0
 
 
 def test_what_every_tensor_rank_computes_is_overhead():
-    """Two key heads on four ranks: each of the two is computed twice, key and value, forward and twice backward."""
+    """Two key heads on four ranks: each key and value is computed twice, in the forward product and both gradients."""
     model = hybrid(pattern="*", mtp_depths=0)
     tokens, keys = 4 * 40, 2 * 4
     once = 3 * 2 * 2 * tokens * D * keys

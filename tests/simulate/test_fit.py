@@ -1,4 +1,4 @@
-"""What cannot fit into memory is refused before anything is built, by a bound that is never above what is held."""
+"""What cannot fit into memory is refused before anything is built, by a bound that never exceeds what is held."""
 
 import dataclasses
 
@@ -50,7 +50,7 @@ def test_parameters_are_counted_as_the_model_has_them(changes):
 
 
 def test_the_first_step_of_one_device_by_hand():
-    """Masters and two moments, then gradients beside them; the batch is 16 bytes a token."""
+    """Master parameters, two moments and gradients; the batch takes 16 bytes per token."""
     state, gradients, batch = 12 * PARAMETERS, 4 * PARAMETERS, 16 * 6
     total = state + gradients + batch
     require_training_fits(*training(memory=Memory(total, None)))
@@ -143,7 +143,7 @@ def test_verification_names_the_plan_that_its_own_batch_follows_from(axis):
 
 
 def test_inference_holds_weights_caches_snapshots_and_logits():
-    """Of 3 Mamba-2 layers and 1 of attention; the numbers by hand."""
+    """Three Mamba-2 layers and one attention layer; the numbers by hand."""
     model = hybrid(pattern="MM*M", mtp_depths=0)
     engine = EngineConfig(slots=4, max_length=100, page=16, chunk=16, prefill_tokens=16, snapshots=5)
     heads, size = model.mamba_num_heads, model.mamba_head_dim
@@ -162,9 +162,9 @@ def test_inference_holds_weights_caches_snapshots_and_logits():
     fits(total)
     message = refusal(fits, total - 1)
     assert f"inference needs at least {total:,} bytes" in message and f"has {total - 1:,}" in message
-    # Half of the weights' bytes in bfloat16, and of what is neither a state nor a table or logits.
+    # bfloat16 halves the bytes of weights, pages and windows, not those of states, tables and logits.
     half = dataclasses.replace(engine, compute_dtype="bfloat16", snapshots=0, prefix_cache=False)
-    windows = 3 * 2 * (model.conv_kernel - 1) * channels  # what is saved in those of 3 layers
+    windows = 3 * 2 * (model.conv_kernel - 1) * channels  # the bytes saved in the windows of 3 layers
     one = 3 * state + page + 4 * 1  # without a prefix cache
     halved = 2 * count(model) + caches + one - 5 * windows - (pages + 1) * page // 2 + logits
     fits(halved, half)

@@ -38,6 +38,6 @@ def test_programs_that_cannot_be_read_are_refused():
         hlo_collectives(PROGRAM.replace("%GROUPS%", "?"), {"a": 3, "b": 2})
     with pytest.raises(ValueError, match="no mesh axes"):
         hlo_collectives(PROGRAM.replace("%GROUPS%", "{{0,3},{1,2},{4,5}}"), {"a": 3, "b": 2})
-    with pytest.raises(ValueError, match="unknown length"):
+    with pytest.raises(ValueError, match="unknown trip count"):
         text = PROGRAM.replace("%GROUPS%", "{}").replace("known_trip_count", "known")
         hlo_collectives(text, {"a": 3, "b": 2})

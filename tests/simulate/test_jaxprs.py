@@ -1,4 +1,4 @@
-"""Matrix products of traced programs, worked on paper."""
+"""Matrix products of traced programs, worked out by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def test_rows_of_groups_meet_one_matrix_each():
     gradient = jax.grad(lambda x, w: grouped(x, w).sum(), argnums=(0, 1))
     one = 2 * 11 * 3 * 5
     assert of(grouped, (11, 3), (2, 3, 5)) == one
-    assert of(gradient, (11, 3), (2, 3, 5)) in (2 * one, 3 * one)  # the forward product may be left out
+    assert of(gradient, (11, 3), (2, 3, 5)) in (2 * one, 3 * one)  # the forward product may be eliminated
 
 
 def test_a_loop_of_unknown_length_is_refused():

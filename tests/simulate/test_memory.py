@@ -1,4 +1,4 @@
-"""What a device holds: counted by hand, and found again in the compiled step."""
+"""What a device holds: counted by hand, and confirmed by the compiled step."""
 
 import json
 
@@ -12,13 +12,13 @@ from orogen.simulate.memory import describe_memory, memory_lines
 D, F, VOCABULARY, HEADS = 48, 72, 96, 24 * 4
 ATTENTION = D * HEADS + 2 * D * 2 * 4 + HEADS * D
 MATRICES = VOCABULARY * D * 2 + 2 * D * F + ATTENTION
-VECTORS = 3 * D  # two layers' norms and the last one
+VECTORS = 3 * D  # the norms of two layers and the final norm
 ROWS, TOKENS = 2, 24
 
 
 @pytest.fixture(scope="module")
 def facts():
-    """An MLP and an attention layer on two ranks of data that share masters and optimizer state, in bfloat16."""
+    """An MLP and an attention layer in bfloat16, on two data ranks that shard master parameters and optimizer state."""
     plan = {"data": 2, "fsdp": "optimizer", "remat": "*:core"}
     config = run_config(hybrid(pattern="-*", mtp_depths=0), plan=plan, compute_dtype="bfloat16")
     return describe_memory(config, Workload(ROWS, TOKENS, 2))
@@ -30,7 +30,7 @@ def test_state_is_the_stored_pieces(facts):
     assert facts["state"] == {
         "parameters": masters,
         "working": 2 * MATRICES,
-        "gradients": 4 * (MATRICES + VECTORS),  # scattered once a step, at its end
+        "gradients": 4 * (MATRICES + VECTORS),  # scattered once per step, at its end
         "optimizer": 2 * masters + 2 * 4,  # two moments and two counts
         "buffers": 0,
     }
@@ -51,13 +51,13 @@ def test_activations_are_those_of_each_layer(facts):
 def test_the_compiled_step_takes_the_state_and_a_batch_and_gives_the_state_back(facts):
     state, compiled = facts["state"], facts["compiled"]
     held = state["parameters"] + state["optimizer"] + 3 * 4
-    assert compiled["arguments"] == held + 3 * ROWS * TOKENS * 4  # nothing reads positions here
+    assert compiled["arguments"] == held + 3 * ROWS * TOKENS * 4  # no layer here reads positions
     assert compiled["aliased"] == held
     assert compiled["temporary"] > facts["activation_bytes"]
 
 
 def test_a_stage_holds_its_own_layers_and_a_slot_for_each_microbatch_in_flight():
-    """Two stages of an MLP and an attention layer each: half the layers, embedding or head, the norm, two slots."""
+    """Two stages, each an MLP and an attention layer: half the layers, embedding or head, the norm, two slots."""
     plan = {"stage": 2, "microbatches": 4}
     config = run_config(hybrid(pattern="-*|-*", mtp_depths=0), plan=plan, batch_size=4 * ROWS)
     facts = describe_memory(config, Workload(ROWS, TOKENS, 4))

@@ -1,4 +1,4 @@
-"""How long schedules take: against their tables, against numbers worked by hand, and against formulas."""
+"""How long schedules take: against their tables, numbers worked out by hand, and formulas."""
 
 import numpy as np
 from hypothesis import given
@@ -31,7 +31,7 @@ def test_the_timeline_keeps_to_the_order_of_the_table(schedule: Schedule):
 
 
 def test_stages_may_cost_differently():
-    """Stage 0: F 0-1, 1-2, B 13-15, 19-21. Stage 1, three times as dear: F 1-4, 4-7, B 7-13, 13-19."""
+    """Stage 0: F 0-1, 1-2, B 13-15, 19-21. Stage 1, three times as slow: F 1-4, 4-7, B 7-13, 13-19."""
     work = timeline(made("gpipe", 2, 2), forward=[[1, 3]])
     assert [(w.start, w.end) for w in work if w.stage == 0] == [(0, 1), (1, 2), (13, 15), (19, 21)]
     assert [(w.start, w.end) for w in work if w.stage == 1] == [(1, 4), (4, 7), (7, 13), (13, 19)]
@@ -45,7 +45,7 @@ def test_chunks_may_cost_differently():
 
 
 def test_a_hop_delays_every_stage_but_the_sender():
-    """F 0-1, hop, F 1.5-2.5, B 2.5-4.5, hop, B 5-7; the second forward pass follows the first at once."""
+    """F 0-1, hop, F 1.5-2.5, B 2.5-4.5, hop, B 5-7; the second forward pass starts as soon as the first ends."""
     work = timeline(made("1f1b", 2, 1), hop=0.5)
     assert [(w.start, w.end) for w in work] == [(0, 1), (1.5, 2.5), (2.5, 4.5), (5, 7)]
     assert timeline(made("gpipe", 2, 2), hop=0.5)[1].start == 1
@@ -60,7 +60,7 @@ def test_in_lockstep_a_mixed_tick_takes_the_longer_pass():
 
 @given(schedules(), st.integers(1, 5), st.integers(1, 5))
 def test_in_lockstep_only_1f1b_loses(schedule: Schedule, forward: int, backward: int):
-    """GPipe and chunks in turn never mix a tick, so that their bubble is the formula's; 1f1b mixes nearly all."""
+    """GPipe and interleaved chunks never mix passes in a tick, so their bubble is the formula's; 1F1B mostly does."""
     ticks = schedule.microbatches * schedule.virtual + schedule.stages - 1
     taken = lockstep_time(schedule, forward=forward, backward=backward)
     if schedule.kind == "gpipe" or schedule.virtual > 1 or schedule.stages == 1:

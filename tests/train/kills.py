@@ -1,8 +1,8 @@
-"""Runs that a signal ends at a random moment, each held against one that nobody interrupted.
+"""Runs that a signal ends at a random moment, each compared with an uninterrupted run.
 
-`python -m tests.train.kills --count 40 --seed 1 --out kills.jsonl` tries that many and says what it saw. `make test`
-has a kill and a SIGTERM of its own in test_run.py: each trial here is two runs. Every run is a fork of one process that
-has imported everything.
+`python -m tests.train.kills --count 40 --seed 1 --out kills.jsonl` makes that many trials and reports what it saw. Each
+trial takes two runs, so `make test` has only one kill and one SIGTERM, in test_run.py. Every run is a fork of one
+process that has imported everything.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SIGNALS = {"SIGTERM": 0, "SIGHUP": 0, "SIGINT": 130, "SIGKILL": -9}  # and the status that each ends with
-# Where a signal falls: a function, the last call of it that may be chosen, and the most seconds after that call began.
+SIGNALS = {"SIGTERM": 0, "SIGHUP": 0, "SIGINT": 130, "SIGKILL": -9}  # and the exit status after each
+# Where a signal falls: a function, the last call of it that may be chosen, and the longest delay after that call began.
 MOMENTS: dict[str, tuple[str, str, int, float]] = {
     "loading": ("orogen.train.pretraining", "open_corpus", 1, 0.2),
     "compiling": ("orogen.train.loop", "batch_to_devices", 1, 1.0),
@@ -79,7 +79,7 @@ def write_recipe(folder: Path) -> Path:
 
 
 def run(recipe: Path, run_dir: Path, prepare: Callable[[], None] = lambda: None) -> tuple[int, str]:
-    """The exit status of `orogen train --resume` in a process of its own, and what it said."""
+    """The exit status of `orogen train --resume` in a process of its own, and its output."""
     said = run_dir.with_suffix(".log")
     child = os.fork()
     if not child:
@@ -102,7 +102,7 @@ def run(recipe: Path, run_dir: Path, prepare: Callable[[], None] = lambda: None)
 
 
 def interrupt(moment: str, name: str, call: int, seconds: float) -> None:
-    """Arranges for this process to get the signal `name`, `seconds` after the given call of the moment's function."""
+    """Makes this process receive the signal `name`, `seconds` after the given call of the moment's function."""
     import importlib
 
     module, path, _, _ = MOMENTS[moment]
@@ -123,20 +123,20 @@ def interrupt(moment: str, name: str, call: int, seconds: float) -> None:
 
 
 def facts_of(run_dir: Path) -> dict[str, Any]:
-    """What must be equal to the bit: every step's metrics but what a clock put in, and the samples."""
+    """What must be equal to the bit: the samples, and every step's metrics except timings."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     curve = [{key: value for key, value in line.items() if key not in TIMED} for line in lines]
     return {"curve": curve, "samples": (run_dir / "samples.txt").read_text()}
 
 
 def leftovers(run_dir: Path) -> list[str]:
-    """Files that only an unfinished run has."""
+    """Files that only an unfinished run may have."""
     names = [path.relative_to(run_dir).as_posix() for path in run_dir.rglob("*")]
     return [name for name in names if name.endswith((".tmp", ".partial", ".removed")) or "run.lock" in name]
 
 
 def trial(rng: random.Random, number: int, recipe: Path, folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
-    """One run, ended and gone on with; `wrong` says what was not as it should be."""
+    """One run, interrupted and resumed; `wrong` lists what was not as it should be."""
     from orogen.checkpoint import checksums
 
     name, moment = rng.choice(list(SIGNALS)), list(MOMENTS)[number % len(MOMENTS)]
@@ -170,19 +170,19 @@ def trial(rng: random.Random, number: int, recipe: Path, folder: Path, expected:
 
 
 def main() -> int:
-    """Tries random moments one after another; a line of JSON each. Exit status 1 if one is wrong."""
+    """Tries random moments one after another; writes a JSON line for each. Exit status 1 if one is wrong."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--first", type=int, default=0, help="number of the first; the moments take turns")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    # Before the forks, which then need not import them, and run what there is now if the files change meanwhile.
+    # Imported before the forks: they need not import again, and run this code even if the files change meanwhile.
     import orogen.cli
     import orogen.evaluate.summary
     import orogen.train.loop  # noqa: F401
 
-    for name in SIGNALS.keys() - {"SIGKILL"}:  # a shell's background jobs ignore some
+    for name in SIGNALS.keys() - {"SIGKILL"}:  # background jobs of a shell ignore some of them
         usual = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
         signal.signal(signal.Signals[name], usual)
 

@@ -1,6 +1,6 @@
-"""Random legal plans, each held against one device.
+"""Random legal plans, each compared with one device.
 
-`python -m tests.train.plans --count 200 --devices 16 --seed 1 --out plans.jsonl` checks that many and says what it saw;
+`python -m tests.train.plans --count 200 --devices 16 --seed 1 --out plans.jsonl` checks that many and reports each;
 `make test` runs eight of them on 8 devices.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from orogen.parallel.runtime import configure
 
-# Every layer type, in patterns that repeat and that do not; each with what its letters need.
+# Every layer kind, in patterns with and without repetition; each with the fields that its letters need.
 MODELS: dict[str, dict] = {
     "each layer": {"pattern": "ME*-/*E", "mtp_depths": 1},
     "repeated": {},
@@ -32,8 +32,8 @@ MODELS: dict[str, dict] = {
         "router_balance": "global",
     },
 }  # fmt: skip
-# Shorter patterns of the same models, of every letter among them, for tests: nearly all the time of a check is that of
-# compiling its layers, and a repeated one is compiled once.
+# Shorter patterns of the same models, which together have every letter, for tests: nearly all the time of a check goes
+# into compiling layers, and a repeated layer is compiled once.
 SHORT = {
     "each layer": "ME-/*", "repeated": "E*-E*-/E", "both Mambas": "mMmM*E", "windows and sinks": "wE/*",
     "latent attention": "+E",
@@ -52,7 +52,7 @@ CHOICES: dict[str, tuple] = {
     "remat": ("none", "full"),
     "attention": ("full", "blocked"),
 }
-# The last two are divided by none of the sizes of `tensor` above 1, or by one.
+# No size of `tensor` above 1 divides 95, and only one divides 94.
 VOCABULARIES = (96, 95, 94)
 PIPELINE: dict[str, tuple] = {
     "stage": (2, 2, 4),
@@ -64,8 +64,8 @@ PIPELINE: dict[str, tuple] = {
 
 
 def random_run(rng: random.Random, devices: int, *, stages: bool = False, short: bool = False) -> tuple[str, Any]:
-    """The name of a model of MODELS, or of SHORT, and a run of it on a legal plan of 2 to `devices` devices, or, with
-    `stages`, of a pipeline of two or more."""
+    """The name of a model in MODELS, or in SHORT, and a run of it on a legal plan of 2 to `devices` devices; with
+    `stages`, on a pipeline of two or more stages."""
     from tests.helpers import hybrid, run_config
 
     from orogen.config.checks import ConfigError
@@ -97,19 +97,19 @@ def random_run(rng: random.Random, devices: int, *, stages: bool = False, short:
 
 
 def random_runs(count: int, *, seed: int, devices: int, **kinds: bool) -> list[tuple[str, Any]]:
-    """`count` of them. kinds: `stages` and `short`."""
+    """`count` random runs. kinds: `stages` and `short`, as `random_run` takes them."""
     rng = random.Random(seed)
     return [random_run(rng, devices, **kinds) for _ in range(count)]
 
 
 def describe(plan: Any) -> dict[str, Any]:
-    """The fields of a plan that differ from a plan of one device."""
+    """The fields in which a plan differs from a plan of one device."""
     default = type(plan)()
     return {field: value for field, value in vars(plan).items() if value != getattr(default, field)}
 
 
 def main() -> int:
-    """Verifies random plans one after another; a line of JSON each. Exit status 1 if one fails."""
+    """Verifies random plans one after another; writes a JSON line for each. Exit status 1 if one fails."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--devices", type=int, default=16)
@@ -133,7 +133,7 @@ def main() -> int:
             try:
                 verdict = verify(run)
                 facts |= {"passed": verdict.passed, **verdict._asdict()}
-            except Exception as error:  # a plan that does not run is a finding like one that is wrong
+            except Exception as error:  # a plan that does not run is a finding too
                 facts |= {"passed": False, "error": f"{type(error).__name__}: {str(error)[:500]}"}
             failed += not facts["passed"]
             facts["seconds"] = round(time.monotonic() - start, 1)

@@ -1,4 +1,4 @@
-"""States carried from one batch's rows to the next: against rows as long as both, over plans, through a stop."""
+"""States carried from batch to batch: against sequences as long as both, under plans, and through a stop."""
 
 import dataclasses
 
@@ -29,15 +29,15 @@ from orogen.train.step import batch_to_devices, gradients
 from orogen.train.verify import verify
 
 ROWS, LENGTH = 4, 8
-# Two rows of LENGTH each, one after the other. A document over both; one that ends with the first row; one that begins
-# with its last token; several.
+# Two rows of LENGTH each, one after the other: a document across both; one that ends with the first row; one that
+# begins at that row's last token; several.
 SEGMENTS = np.array(
     [[1] * 16, [1] * 8 + [2] * 8, [1] * 7 + [2] * 9, [1, 1, 2, 2, 2, 3, 3, 3, 3, 3, 4, 4, 4, 4, 4, 4]], np.int32
 )
 
 
 def lanes(model, count: int = 2) -> tuple[Batch, list[Batch]]:
-    """Rows of 2 LENGTH tokens, and the same in so many batches."""
+    """A batch with rows of 2 LENGTH tokens, and the same tokens in `count` batches."""
     tokens_bt = np.random.default_rng(1).integers(model.vocab_size, size=SEGMENTS.shape, dtype=np.int32)
     positions_bt = np.asarray(documents(SEGMENTS).positions_bt)
     weights_bt = (positions_bt > 0).astype(np.float32)
@@ -50,8 +50,8 @@ def lanes(model, count: int = 2) -> tuple[Batch, list[Batch]]:
 
 @pytest.mark.parametrize(("microbatches", "pieces"), [(1, 2), (2, 8)])
 def test_rows_one_after_another_have_the_nats_of_one_row(microbatches, pieces):
-    """Without attention, which sees each row alone; a scanned repetition and both Mambas; rows shorter than the
-    convolutions' windows."""
+    """A scanned repetition and both Mambas, also with rows shorter than the convolutions' windows; no attention, which
+    would see each row alone."""
     model = config(pattern="MM-m", mtp_depths=0, chunk_size=3)
     plan, built = one_device(model, microbatches=microbatches), build(model)
     _, params, buffers = model_parts(model)
@@ -71,7 +71,7 @@ def test_rows_one_after_another_have_the_nats_of_one_row(microbatches, pieces):
 
 
 def test_gradients_are_those_of_a_row_with_the_states_that_it_is_given():
-    """By a finite difference of the parameters, the states of the first row held."""
+    """By a finite difference in the parameters, with the states of the first row held fixed."""
     model = config(pattern="M", mtp_depths=0, vocab_size=11)
     plan, built = one_device(model), build(model)
     _, params, buffers = model_parts(model)
@@ -97,8 +97,8 @@ def test_gradients_are_those_of_a_row_with_the_states_that_it_is_given():
     ids=str,
 )
 def test_a_plan_carries_what_one_device_does(plan, monkeypatch):
-    """Fewer groups than ranks of tensor: their windows are the same on several ranks. A CPU has one memory, which here
-    is the host's, too."""
+    """There are fewer groups than tensor ranks, so several ranks hold the same windows. A CPU has a single memory,
+    which stands for the host's too."""
     monkeypatch.setattr("orogen.parallel.placement.HOST", "device")
     monkeypatch.setattr("orogen.parallel.mesh.HAS_HOST_MEMORY", ("cpu",))
     changes = {"router_balance": "global", "mamba_intermediate_size": 16, "time_step_rank": 3}
@@ -112,13 +112,13 @@ def test_a_plan_carries_what_one_device_does(plan, monkeypatch):
     ("change", "near"), [({"linear": "fp8"}, 0.25), ({"offload": ("input", "conv")}, 2e-6)], ids=str
 )
 def test_states_are_carried_under_fp8_and_offloading(change, near):
-    """A batch's loss and gradient from given states, and the states that it leaves, are those without the change. In 8
-    bits a gradient is rounded by up to an eighth."""
+    """Loss and gradient of a batch from given states, and the states that it leaves, are the same as without the
+    change. In 8 bits a gradient is rounded by up to an eighth."""
     model = hybrid(pattern="MMmM", mtp_depths=0, mamba_intermediate_size=48, time_step_rank=3)
     built, (_, params, buffers) = build(model), model_parts(model)
     settings = TrainConfig(steps=1, batch_size=ROWS, sequence_length=LENGTH, seed=0, carry_states=True)
     abstract, plain = carry.abstract(settings, built), one_device(model)
-    # Not asked whether the backend has a memory of its own: on a CPU moving to the host's is no move.
+    # Built without make_plan's check that devices have a memory of their own: on a CPU, offloading moves nothing.
     recipes = make_plan(PlanConfig(linear=change.get("linear", "plain")), model).recipes
     changed = dataclasses.replace(plain, config=PlanConfig(**change), recipes=recipes)
     first, second = (batch_to_devices(half, plain) for half in lanes(model)[1])
@@ -147,7 +147,7 @@ def test_nothing_is_carried_past_a_step_that_was_skipped():
 
 
 def test_a_run_goes_on_with_its_states(tmp_path):
-    """Bit for bit, in bfloat16, and with the text of every row in order."""
+    """To the bit, in bfloat16, with the text of every row in order."""
     (tmp_path / "text").mkdir()
     for number in range(5):
         (tmp_path / "text" / f"{number}.txt").write_text(f"{number} " * (30 + 40 * number))
@@ -178,7 +178,7 @@ def test_what_is_carried_is_part_of_a_plans_memory():
     found = describe_memory(config, Workload(rows=2, tokens=24))["state"]["carried"]
     rows, model = config.train.batch_size // 2, config.model
     inner, states = model.mamba_num_heads * model.mamba_head_dim, 2 * model.n_groups * model.ssm_state_size
-    window = (model.conv_kernel - 1) * (inner + states + 1)  # and the windows' documents
+    window = (model.conv_kernel - 1) * (inner + states + 1)  # and the document ids of the windows
     assert found == 2 * rows * 4 * (window + inner * model.ssm_state_size)
 
 

@@ -1,4 +1,4 @@
-"""Held-out scores: which rows, which bytes, and what is dropped of them, by a model taken apart."""
+"""Held-out scores: which sequences, which bytes, and no drops, against scores computed from logits."""
 
 import dataclasses
 import math
@@ -19,13 +19,13 @@ from orogen.train.heldout import Heldout
 from orogen.train.optimizer import make_optimizer
 from orogen.train.state import create_state
 
-# Room for a token of a rank, an expert: evaluation with it would drop most.
+# Room for one token per rank and expert: an evaluation with this capacity would drop most assignments.
 DROPPING = {"capacity_factor": 0.1}
 ROWS = 3
 
 
 class Scored:
-    """A corpus of texts of bytes of one to three a letter, a random model and its scores."""
+    """A corpus whose letters take one to three bytes, a random model and its scores."""
 
     def __init__(self, folder: Path):
         words = ("strata ", "Größe ", "→ ", "fold\n")
@@ -46,7 +46,7 @@ class Scored:
         self.rows = first.map(lambda *parts: np.concatenate(parts), *others)
 
     def nats_and_targets(self, rows: list[int]) -> tuple[float, int]:
-        """Of the next tokens in these rows, by logits of the whole model on a plan that drops none."""
+        """Of the next tokens in these rows, from logits of the whole model on a plan without drops."""
         plan = make_plan(dataclasses.replace(self.config.plan, capacity_factor=None), self.config.model)
         batch = self.rows.map(lambda x: x[rows])
         model = nnx.merge(self.built.graph, self.state.params, self.state.buffers)
@@ -82,7 +82,7 @@ def test_the_whole_split_is_scored_by_all_its_bytes_and_nothing_is_dropped(score
 
 
 def test_a_sample_is_of_spread_rows_and_scored_by_their_own_bytes(scored):
-    """Three requested rows are four in batches of two, at each quarter of those that are not padding."""
+    """A request for three rows takes four, in batches of two: at each quarter of the rows that are not padding."""
     kept = int((scored.rows.segments_bt != 0).any(1).sum())
     rows = [i * kept // 4 for i in range(4)]
     assert kept > 8 and rows != [0, 1, 2, 3]

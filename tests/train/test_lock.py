@@ -1,4 +1,4 @@
-"""The lock of a run folder: who holds it, who is gone, and who is told so."""
+"""The lock of a run folder: who holds it, whose is stale, and what a second process is told."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from orogen.train.lock import NAME, STALE_SECONDS, RunLock, check_free
 
 
 def holder(run_dir, **changes) -> None:
-    """Puts a lock there as this process would, with `changes`."""
+    """Writes a lock there as this process would, with `changes`."""
     lines: list[str] = []
     with RunLock(run_dir, log=lines.append) as lock:
         record = json.loads(lock.path.read_text())
@@ -50,7 +50,7 @@ def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path):
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     with pytest.raises(ConfigError, match=f"pid {process.pid}, "):
         check_free(tmp_path)
-    process.kill()  # not waited for: a zombie is gone too
+    process.kill()  # not waited for: a zombie counts as dead too
     while "Z" not in open(f"/proc/{process.pid}/stat").read().rpartition(")")[2].split()[0]:
         time.sleep(0.01)
     lines: list[str] = []
@@ -99,4 +99,4 @@ def test_a_holder_touches_its_lock_and_notices_another(tmp_path):
         while lock.beating:
             assert time.monotonic() < end
             time.sleep(0.01)
-    assert (tmp_path / NAME).read_text() == "{}"  # another's is left alone
+    assert (tmp_path / NAME).read_text() == "{}"  # another process's lock is left alone

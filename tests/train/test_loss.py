@@ -14,7 +14,7 @@ from orogen.parallel.context import later
 from orogen.train.loss import batch_counts, loss_share
 from orogen.train.next_token import LOSS, MTP_LOSS, NEXT_TOKENS, target_weights
 
-# Documents of three and two tokens and one of padding. The weights of first tokens must play no part.
+# Documents of three and two tokens, and one token of padding. The weights of first tokens must not matter.
 SEGMENTS_BT = jnp.array([[1, 1, 1, 2, 2, 0]])
 WEIGHTS_BT = jnp.array([[9.0, 1.0, 0.5, 9.0, 2.0, 9.0]])
 BATCH = Batch(jnp.array([[3, 1, 4, 1, 5, 9]]), SEGMENTS_BT, jnp.array([[0, 1, 2, 0, 1, 0]]), WEIGHTS_BT)
@@ -55,7 +55,7 @@ def test_counts_by_hand():
 
 
 def test_objective_is_the_sum_of_its_terms():
-    # Rows of odd length: packed with padding, one document, padding alone, and documents too short for a second depth.
+    # Sequences of odd length: packed with padding, one document, only padding, and documents too short for depth 2.
     model_config = config(pattern="-E/E")
     plan = one_device(model_config)
     rng = np.random.default_rng(0)
@@ -84,7 +84,7 @@ def test_objective_is_the_sum_of_its_terms():
                 nats_by_hand[depth] -= batch.weights_bt[b, target] * likelihood_btv[b, t, tokens_bt[b, target]]
     np.testing.assert_allclose(sums.metrics[LOSS], nats_by_hand[0], rtol=1e-6)
     np.testing.assert_allclose(sums.metrics[MTP_LOSS], nats_by_hand[1:], rtol=1e-6)
-    # Of 24 tokens, 5 documents: each loses `depth` tokens. The third row counts nowhere, the fourth not at depth 2.
+    # 24 tokens in 5 documents, each of which loses `depth` tokens. Row 3 counts nowhere, row 4 not at depth 2.
     np.testing.assert_array_equal(counts.tokens, [24, 19, 14])
     np.testing.assert_array_equal(counts.rows, [3, 3, 2])
     shares = nats_by_hand / [counts.metrics[LOSS], *counts.metrics[MTP_LOSS]]

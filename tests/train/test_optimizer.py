@@ -1,4 +1,4 @@
-"""Schedules by hand; who is decayed and who is Muon's."""
+"""Schedules by hand; which parameters are decayed, and which Muon updates."""
 
 import functools
 import math
@@ -36,7 +36,7 @@ def test_constant_stays():
     assert rate(0) == rate(9) == 2.0
 
 
-# Each kind of layer, all of them stacked.
+# Every kind of layer, all of them stacked.
 MODEL = hybrid(pattern="E*-ME*-M", mtp_depths=0)
 
 
@@ -46,16 +46,16 @@ def parameters() -> nnx.State:
 
 
 def full(value: float, tree: nnx.State) -> nnx.State:
-    """Arrays like those of the tree, all `value`, on the host: an operation on each would be a program for each."""
+    """Arrays like those of the tree, filled with `value` on the host: jax would compile a program for each."""
     return jax.tree.map(lambda p: np.full(p.shape, value, np.float32), tree)
 
 
 @functools.cache
 def first_update(config: OptimizerConfig, model: ModelConfig, without: str = ""):
-    """A function (gradients, parameters) -> the first update, and the optimizer's state after it; compiled without some
+    """A function (gradients, parameters) -> the first update and the optimizer's state after it; compiled without some
     of XLA's passes."""
     tx = make_optimizer(config, 10, build(model).params)
-    # Two programs, so that XLA does not know the moments to be zeros.
+    # Two programs, so that XLA does not know that the moments are zero.
     start = jax.jit(tx.init)
     update = jax.jit(
         lambda grads, state, params: tx.update(grads, state, params, grad_norm=optax.tree.norm(grads)),
@@ -65,12 +65,12 @@ def first_update(config: OptimizerConfig, model: ModelConfig, without: str = "")
 
 
 def apply(config: OptimizerConfig, grads: nnx.State):
-    """The first update of the model's parameters from `grads`, and the optimizer's state after it."""
+    """The first update of the model's parameters from `grads` and the optimizer's state after it."""
     return first_update(config, MODEL)(grads, parameters())
 
 
 def update(config: OptimizerConfig, *, gradient: float):
-    """Each parameter's update by its path, from gradients that are all `gradient`."""
+    """The update of each parameter by its path, when all gradients are `gradient`."""
     params = parameters()
     updates, _ = apply(config, full(gradient, params))
     flat = jax.tree_util.tree_leaves_with_path(updates, is_leaf=lambda x: isinstance(x, nnx.Variable))
@@ -103,7 +103,7 @@ def test_decay_rates_of_mamba1_are_a_vector_to_decay_and_to_muon(name):
     np.testing.assert_array_equal(decayed["A_log"], 0)
     np.testing.assert_array_equal(decayed["D"], 0)
     assert (decayed["B"] != 0).all()
-    np.testing.assert_allclose(updates(1.0)["A_log"], -1, rtol=1e-5)  # AdamW's first step; Muon's has not this size
+    np.testing.assert_allclose(updates(1.0)["A_log"], -1, rtol=1e-5)  # AdamW's first step; Muon's has another size
 
 
 def test_biases_of_experts_are_vectors_to_decay_and_positions_are_not():
@@ -172,7 +172,7 @@ def test_moments_are_kept_in_their_dtype_and_computed_with_in_float32(name):
     results = []
     for dtype in ("float32", "bfloat16"):
         config = OptimizerConfig(name=name, learning_rate=1e-2, schedule="constant", moment_dtype=dtype)
-        # What is fused, as a moment's cast may be, decides where XLA rounds a product that it adds to something.
+        # Fusion decides where XLA rounds a product before adding it, and a moment's cast may change what is fused.
         results.append(first_update(config, model, without="fusion")(grads, params))
     (wide_updates, wide), (updates, narrow) = results
     # The first update is computed before anything is rounded.
@@ -188,7 +188,7 @@ def test_moments_are_kept_in_their_dtype_and_computed_with_in_float32(name):
 
 
 def test_moments_follow_in_bfloat16_too():
-    """Of ten equal gradients the second moment is (1 - 0.95^10) g², to the rounding of ten additions."""
+    """After ten equal gradients the second moment is (1 - 0.95^10) g², up to the rounding of ten additions."""
     config = OptimizerConfig(learning_rate=1e-2, schedule="constant", moment_dtype="bfloat16", clip_norm=1e9)
     tx, params = make_optimizer(config, 10, build(MODEL).params), parameters()
     grads = full(0.5, params)

@@ -24,7 +24,7 @@ from orogen.train.next_token import NEXT_TOKENS
 from orogen.train.step import BATCH_AXES, batch_to_devices, gradients
 from orogen.train.verify import OPTIMIZERS, packed_batch, verify
 
-# Fewer than plans without stages, of which CI asks for more: each compiles a program per kind of segment.
+# Fewer than the plans without stages, and more in CI: each compiles a program per kind of segment.
 THREE, SEED = 3, 14
 COUNT = max(THREE, int(os.environ.get("OROGEN_PLANS", 0)) // 4)
 RUNS = random_runs(COUNT, seed=SEED, devices=8, stages=True, short=True)
@@ -63,7 +63,7 @@ def test_the_sample_covers_every_schedule():
     ids=["eight", "four", "four-chunks"],
 )
 def test_stages_equal_one_device(schedule, stage, pattern, tied):
-    """One to four chunks a stage, uneven and empty segments, two depths of prediction on the last stage."""
+    """One to four chunks per stage, uneven and empty segments, two depths of prediction on the last stage."""
     model = {"pattern": pattern, "mtp_depths": 2, "tie_word_embeddings": tied}
     verified(model, stage=stage, schedule=schedule, microbatches=4)
 
@@ -73,7 +73,7 @@ def test_stages_equal_one_device(schedule, stage, pattern, tied):
     [("optimizer", "none", "ME*/-"), ("gradients", "full", "ME*-"), ("parameters", "none", "ME*/-")],
 )
 def test_stages_that_shard_over_data_equal_one_device(fsdp, remat, pattern):
-    """The embedding is on both stages, or, without a deeper prediction, on the first alone."""
+    """The embedding is on both stages or, without a deeper prediction, only on the first."""
     model = {"pattern": pattern, "mtp_depths": int("/" in pattern)}
     verified(model, stage=2, data=2, tensor=2, expert=4, fsdp=fsdp, microbatches=3, remat=remat, optimizers=OPTIMIZERS)
 
@@ -91,14 +91,14 @@ def test_stages_that_recompute_some_equal_one_device(remat):
 
 @pytest.mark.parametrize(("stage", "virtual"), [(2, 2), (4, 2), (4, 4), (8, 2), (8, 4)])
 def test_every_depth_of_interleaving_equals_one_device(stage, virtual):
-    """Of the shortest pattern that gives each chunk something; the others are above."""
+    """With the shortest pattern that gives every chunk a layer; other patterns are above."""
     chunks = ["-", "*"] * (stage * virtual // 2)
     model = {"pattern": "|".join(chunks), "mtp_depths": 0, "tie_word_embeddings": virtual == 2}
     verified(model, stage=stage, schedule="interleaved", virtual=virtual, microbatches=stage)
 
 
 def test_experts_balanced_over_the_global_batch():
-    """Each microbatch's loss weighs by the choices of all, in the backbone's segments and at both depths."""
+    """The choices of all microbatches weight each one's loss, in the backbone's segments and at both depths."""
     model = {"pattern": "E|-E/E", "mtp_depths": 2, "router_balance": "global", "router_aux_loss_coef": 3.0}
     verified(model, stage=2, data=2, microbatches=3)
 
@@ -109,7 +109,7 @@ def exact() -> tuple[float, list[np.ndarray]]:
 
 
 def computed(pattern: str, plan: dict, dtype: str) -> tuple[float, list[np.ndarray]]:
-    """Loss and gradients of the whole model on a plan."""
+    """Loss and gradients of the whole model under a plan."""
     run = run_config(hybrid(pattern=pattern, mtp_depths=0), plan=plan, batch_size=8, sequence_length=24)
     laid, built = assemble(run.model, run.plan, length=24)
     state = tuple(map(built.laid, initial_state(run.model, jnp.asarray(3))))
@@ -121,7 +121,7 @@ def computed(pattern: str, plan: dict, dtype: str) -> tuple[float, list[np.ndarr
 
 @pytest.mark.parametrize("linear", ["plain", "fp8"])
 def test_stages_in_few_bits_are_as_near_to_float32_as_one_device(linear):
-    """XLA rounds elsewhere where it fuses otherwise, so that neither is the other's reference."""
+    """Different fusion rounds in different places, so neither can be the other's reference."""
     plan = {"microbatches": 4, "linear": linear}
     stages = {"stage": 2, "schedule": "interleaved", "virtual": 3}
     loss, grads = exact()
@@ -133,7 +133,7 @@ def test_stages_in_few_bits_are_as_near_to_float32_as_one_device(linear):
 
 
 def test_a_slot_of_many_elements_is_cut_before_its_offsets_wrap():
-    """A slot of 5 · 2³⁰ elements takes three buffers, in which nothing overlaps; another program's lie in the same."""
+    """A slot of 5 · 2³⁰ elements takes three buffers without overlap, which another program's slots share."""
     layout = _Layout()
     kept = layout.place([jax.core.ShapedArray((2**15, 2**15), jnp.bfloat16)] * 5)
     assert [place.buffer for place in kept] == [0, 1, 2, 3, 4]
@@ -146,7 +146,7 @@ def test_fewer_microbatches_than_stages():
 
 
 def stashed(run: RunConfig) -> int:
-    """Bytes of temporaries that one device needs at most in a step."""
+    """The peak bytes of temporaries that one device needs in a step."""
     plan, built = assemble(run.model, run.plan, length=run.train.sequence_length)
     sharding = plan.sharding(*BATCH_AXES)
     shape = run.train.batch_size, run.train.sequence_length
@@ -172,7 +172,7 @@ def test_1f1b_holds_as_many_microbatches_as_stages_and_gpipe_all(remat, most):
 @pytest.mark.parametrize("remat", ["none", "full"])
 @pytest.mark.parametrize(("schedule", "virtual"), [("1f1b", 1), ("interleaved", 2)])
 def test_passes_compute_nothing_twice(schedule, virtual, remat):
-    """Matrix products of all stages are those of one device with the same rematerialisation."""
+    """All stages together compute the matrix products of one device with the same rematerialisation."""
     model = hybrid(pattern="ME*-M*-E/*E", mtp_depths=2)
     plan = run_config(
         plan={"stage": 2, "schedule": schedule, "virtual": virtual, "microbatches": 4, "remat": remat}

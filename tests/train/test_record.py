@@ -1,4 +1,4 @@
-"""What a step writes down of itself, by hand. Letters: b batch, t time."""
+"""The record of a step, worked out by hand. Letters: b batch, t time."""
 
 import dataclasses
 import math
@@ -21,7 +21,7 @@ from orogen.train.step import StepMetrics, batch_to_devices, make_step
 from orogen.train.task import Metric
 
 SMALL = {"vocab_size": 11, "hidden_size": 8, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 3}
-# Documents of 5, 2 and 3 tokens (the third one of the first row has the first one's number) and of 12; 2 are padding.
+# Documents of 5, 2 and 3 tokens (the third has the number of the first) and one of 12; 2 tokens are padding.
 SEGMENTS_BT = np.array([[1, 1, 1, 1, 1, 2, 2, 1, 1, 1, 0, 0], [7] * 12], np.int32)
 LENGTHS = (5, 2, 3, 12)
 PEAK, SECONDS = 1e6, 0.25
@@ -46,7 +46,7 @@ def record(model: dict, plan: dict, segments_bt: np.ndarray = SEGMENTS_BT) -> di
 
 
 def keys_seen(length: int, window: int) -> float:
-    """By the tokens of one document in all: a token sees itself by half."""
+    """The keys that all tokens of a document see; each counts itself by half."""
     return sum(min(place, window - 1) + 0.5 if place < window else window for place in range(length))
 
 
@@ -54,8 +54,8 @@ def keys_seen(length: int, window: int) -> float:
 @pytest.mark.parametrize(("letter", "window"), [("*", 99), ("w", 3)])
 def test_mfu_counts_what_documents_see_on_every_device(letter, window, plan):
     found = record({"pattern": letter, "mtp_depths": 0, "sliding_window": 3 if letter == "w" else None}, plan)
-    # A multiply-add is two: query and out 8 x 12, key and value 8 x 6, the head 8 x 11; then 12 numbers of a key and of
-    # a value for each key that a token sees. Three passes.
+    # A multiply-add counts as two: query and out 8 x 12, key and value 8 x 6, head 8 x 11; then 12 numbers of a key and
+    # of a value per key that a token sees. Three passes.
     per_token = 2 * (2 * 8 * 12 + 2 * 8 * 6 + 8 * 11)
     pairs = sum(keys_seen(length, window) for length in LENGTHS)
     operations = 3 * (22 * per_token + 4 * 12 * pairs)
@@ -92,7 +92,7 @@ def test_a_device_without_a_known_peak_has_no_mfu():
 
 
 def test_the_learning_rate_is_that_of_the_update_which_the_step_makes():
-    """Of warm-up over 8 updates after 7 batches of which 2 were skipped: the sixth update takes 6/8 of the peak."""
+    """Warm-up takes 8 updates. After 7 batches, 2 of them skipped, the sixth update takes 6/8 of the peak."""
     config = run_config(hybrid(**SMALL, pattern="-", mtp_depths=0, intermediate_size=5))
     settings = {"learning_rate": 0.8, "schedule": "constant", "warmup_steps": 8, "weight_decay": 0.0}
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, **settings))
@@ -100,13 +100,13 @@ def test_the_learning_rate_is_that_of_the_update_which_the_step_makes():
     optimizer = make_optimizer(config.optimizer, 10, built.params)
     state = create_state(config.model, built, optimizer, plan, 0)
     counters = {"step": 7, "skipped": 2, "skipped_in_row": 0}
-    updates = jax.tree.map(lambda x: x + 5 if x.ndim == 0 else x, state.optimizer)  # five were made
+    updates = jax.tree.map(lambda x: x + 5 if x.ndim == 0 else x, state.optimizer)  # five updates so far
     state = state._replace(**{n: np.asarray(v, np.int32) for n, v in counters.items()}, optimizer=updates)
     before = jax.device_get(state.params)
     step = make_step(built, NEXT_TOKENS, config, plan, optimizer)
     after, found = step(state, batch_to_devices(packed_batch(config, config.train), plan))
     assert float(found.learning_rate) == pytest.approx(0.6, rel=1e-6)
-    # Moments are zero, so that AdamW's sixth update is of (1 - 0.9) / (1 - 0.9^6) over the root of the same for 0.95.
+    # Moments are zero, so AdamW's sixth update is (1 - 0.9) / (1 - 0.9^6) over the root of the same for 0.95.
     moved = np.abs(np.asarray(after.params["head"]["weight"][...]) - before["head"]["weight"][...]).max()
     ratio = (1 - 0.9) / (1 - 0.9**6) / np.sqrt((1 - 0.95) / (1 - 0.95**6))
     assert moved == pytest.approx(0.6 * ratio, rel=1e-2)

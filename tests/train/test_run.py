@@ -1,4 +1,4 @@
-"""A run folder: what it holds, kill and resume, SIGTERM, another mesh, who may enter."""
+"""A run folder: what it holds, kill and resume, SIGTERM, another mesh, which runs may use it."""
 
 import dataclasses
 import json
@@ -83,13 +83,13 @@ def run(recipe: Path, run_dir: Path, *bindings: str, resume: bool = False):
 
 
 def curve(run_dir: Path) -> list[dict]:
-    """The metrics of every step without what a clock put in."""
+    """The metrics of every step, without timings."""
     return [{k: v for k, v in record.items() if k not in TIMED} for record in read_metrics(run_dir)]
 
 
 @pytest.fixture(scope="module")
 def whole(recipe, tmp_path_factory) -> Path:
-    """The folder of a run that nobody interrupted."""
+    """The folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     run(recipe, folder)
     return folder
@@ -123,7 +123,7 @@ def test_every_step_has_its_metrics(whole):
 def test_expert_load_counts_every_assignment(whole):
     for record in read_metrics(whole)[:3]:
         backbone, mtp = record["expert_load"]
-        assert sum(backbone) == 2 * record["tokens"]  # two experts a token
+        assert sum(backbone) == 2 * record["tokens"]  # two experts per token
         assert 0 < sum(mtp) < sum(backbone)  # no document's last token has a later one
 
 
@@ -176,8 +176,8 @@ def test_a_run_goes_on_after_a_stop_on_another_mesh(recipe, whole, tmp_path):
 
 
 def test_a_run_goes_on_on_stages_and_off_them(recipe, tmp_path):
-    """Parameters and moments, Muon's and for vectors AdamW's, are laid out anew; a pipeline's checkpoint is also read
-    whole, by `generate`."""
+    """Parameters and moments (Muon's and, for vectors, AdamW's) change their layout; `generate` also reads a pipeline's
+    checkpoint as a whole model."""
     model = ("OptimizerConfig.name='muon'", "ModelConfig.pattern='M-*/E'", "TrainConfig.evaluate_every=16")
     alone, folder = tmp_path / "alone", tmp_path / "run"
     run(recipe, alone, "TrainConfig.steps=16", *model)
@@ -252,21 +252,21 @@ def test_a_row_of_steps_that_are_not_finite_is_one_line(recipe, tmp_path, caplog
     with pytest.raises(NonFiniteError):
         train(*load([recipe], wild), tmp_path / "run", PRETRAINING, log=lines.append)
     assert len(lines) == 1 and lines[0].startswith("step 2 was skipped and changed nothing: the loss is ")
-    assert not [record for record in caplog.records if "NaN" in record.getMessage()]  # TensorBoard's writer's own
+    assert not [record for record in caplog.records if "NaN" in record.getMessage()]  # TensorBoard's writer warns
 
 
 def test_a_run_that_stops_before_its_last_evaluation_goes_on_to_it(recipe, whole, tmp_path, monkeypatch):
-    """And one that stops in an evaluation on the way evaluates that step when it goes on."""
+    """One that stops in an earlier evaluation repeats it when it is resumed."""
     from orogen.train.heldout import Heldout
 
     folder, tokenizer = tmp_path / "run", tmp_path / "run" / "tokenizer" / "tokenizer.json"
     for method, step in (("sample", 10), ("full", STEPS)):
         with monkeypatch.context() as patched:
             patched.setattr(Heldout, method, lambda *_: signal.raise_signal(signal.SIGTERM))
-            if method == "sample":  # as an earlier release saved it, without a post-processor
+            if method == "sample":  # as an earlier release saved it: without a post-processor
                 patched.setattr(Tokenizer, "as_in_training", lambda self: self)
             stopped = run(recipe, folder, resume=True)
-        assert json.loads(tokenizer.read_text())["post_processor"] is None  # a checkpoint has the sum of its bytes
+        assert json.loads(tokenizer.read_text())["post_processor"] is None  # a checkpoint has its checksum
         assert (int(stopped.state.step), stopped.finished) == (step, False)
         assert "heldout_loss" not in read_metrics(folder)[-1]
     finished = run(recipe, folder, resume=True)
@@ -285,10 +285,10 @@ def test_steps_that_overflow_a_buffer_stop_the_run_and_say_what_to_do(recipe, tm
         run(recipe, tmp_path / "run", *plan, "TrainConfig.max_skipped_steps=2")
     records = read_metrics(tmp_path / "run")
     assert [record["skipped_steps"] for record in records] == [1, 2]
-    rows = records[-1]["overflow_rows"]
-    assert rows > 0
+    lost = records[-1]["overflow_rows"]
+    assert lost > 0
     assert str(caught.value) == (
-        f"step 2: 2 steps in a row were not whole ({rows} rows found no room with PlanConfig.buffer_factor = 0.25; "
+        f"step 2: 2 steps in a row were skipped ({lost} assignments did not fit with PlanConfig.buffer_factor = 0.25; "
         "raise it); expected fewer than TrainConfig.max_skipped_steps = 2"
     )
 
@@ -304,9 +304,9 @@ def test_nothing_is_saved_while_steps_are_not_finite(recipe, tmp_path):
 @pytest.mark.parametrize("damage", ["_METADATA", "manifest.ocdbt", "d", "data", "model"])
 @pytest.mark.parametrize("read", ["resume", "open_model"])
 def test_a_damaged_checkpoint_is_refused_in_one_line(recipe, whole, tmp_path, damage, read):
-    """Truncated files, or an item that is gone."""
+    """Truncated files, or a missing item."""
     if (damage, read) == ("data", "open_model"):
-        return  # it reads the model alone
+        return  # it reads only the model
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
     newest = folder / "checkpoints" / str(STEPS)
@@ -323,7 +323,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(recipe, whole, tmp_path, da
 
 
 def test_step_times_add_up_to_the_time_that_the_steps_took(recipe, tmp_path, monkeypatch):
-    """Also where a step's metrics are read long after it, and two steps' right after another."""
+    """Even if a step's metrics are read long after it, and those of two steps right after each other."""
     from orogen.train import loop
 
     honest = loop.make_step
@@ -390,7 +390,7 @@ def test_generation_past_the_learned_positions_is_refused(whole):
 
 
 def environment() -> dict[str, str]:
-    """Of a child process: one device, as the tests of this process that it is compared with."""
+    """The environment of a child process: one device, like the test process that it is compared with."""
     return {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
 
 

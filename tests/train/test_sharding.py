@@ -45,17 +45,17 @@ def test_the_sample_covers_every_axis_and_choice():
 SHARDED = [("none", None), *itertools.product(("optimizer", "gradients", "parameters"), (None, 2))]
 
 
-# Every kind with three microbatches, whose sums it must keep apart; with one, each level of sharding, and AdamW alone.
+# Every kind with three microbatches, whose sums must stay apart; with one, each level of sharding, and only AdamW.
 @pytest.mark.parametrize(
     ("fsdp", "fsdp_size", "microbatches"),
     [*((*kind, 3) for kind in SHARDED), *((*SHARDED[i], 1) for i in (1, 4, 6))],
     ids=str,
 )
 def test_what_is_sharded_over_data_changes_no_gradient_and_no_update(fsdp, fsdp_size, microbatches):
-    # With three microbatches, each expert has two replicas within a run of two data ranks; else a run is narrower.
+    # With three microbatches, each expert has two replicas within a run of two data ranks; otherwise runs are narrower.
     plan = {"data": 4, "tensor": 2, "expert": 4 if microbatches == 1 else 2, "microbatches": microbatches}
     plan |= {"fsdp": fsdp, "fsdp_size": fsdp_size}
-    # A parameter of each way to be split is in fewer layers than in all: nearly all the time is that of compiling them.
+    # A few layers have parameters for every kind of split; more would only take longer to compile.
     model = hybrid(pattern="ME*/-" if microbatches == 1 else "*E/-", mtp_depths=1)
     run = run_config(model, plan=plan, batch_size=4 * microbatches, sequence_length=40)
     verdict = verify(run, optimizers=OPTIMIZERS[: 1 + (microbatches > 1)])
@@ -77,7 +77,7 @@ def test_mamba_layers_with_biases_equal_one_device(plan):
     assert not verdict.zero_leaves
 
 
-# Experts, routers, norms and embeddings of other families, on plans that split all of them.
+# Experts, routers, norms and embeddings of other families, on plans that shard all of them.
 FAMILIES = {
     "gpt-oss": {
         "pattern": "*E-", "norm": "rms_cast_first", "mlp_gated": True, "mlp_hidden_act": "silu", "mlp_bias": True,
@@ -128,7 +128,7 @@ FAMILIES = {
             "nemotron",
             {"data": 2, "tensor": 2, "expert": 2, "expert_tensor": 2, "fsdp": "parameters", "dispatch": "alltoall"},
         ),
-        # What random plans do not draw.
+        # Choices that random plans do not make.
         (
             "deepseek",
             {"data": 2, "context": 2, "tensor": 2, "remat": "elementwise", "cross_entropy": "full", "microbatches": 2},
@@ -216,5 +216,5 @@ def test_verify_needs_a_token_with_a_target():
     with pytest.raises(ConfigError) as caught:
         verify(run_config(sequence_length=2))
     assert str(caught.value) == (
-        "TrainConfig.sequence_length is 2; expected a longer one: no token of the rows that are checked has a target"
+        "TrainConfig.sequence_length is 2; expected a longer one: no token of the batches to check has a target"
     )

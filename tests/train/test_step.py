@@ -1,4 +1,4 @@
-"""The training step: accumulation, the routers' biases, steps that are not finite, masters in float32."""
+"""The training step: accumulation, router biases, steps that are not finite, float32 master parameters."""
 
 import dataclasses
 import json
@@ -59,7 +59,7 @@ def test_ten_losses_are_those_on_record(fresh):
     np.testing.assert_allclose(losses, json.loads(GOLDEN.read_text()), rtol=1e-5)
 
 
-# Experts so unlike that a balance loss over parts of the batch would show.
+# Experts so unequally loaded that a balance loss over parts of the batch would show.
 BALANCED = {"pattern": "E*/E", "mtp_depths": 2, "router_balance": "global", "router_aux_loss_coef": 3.0}
 
 
@@ -134,9 +134,9 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(fresh):
 
 
 def test_an_offloaded_optimizer_updates_as_one_on_the_device_does(monkeypatch):
-    """A CPU has one memory, so both names are of it: what is tested is the update, and that a bad step makes none.
+    """A CPU has one memory, which both names mean: this tests the update, and that a bad step makes none.
 
-    Epsilon is large beside rounding: without it an element whose gradient is next to nothing moves by its sign."""
+    Epsilon is large beside rounding: otherwise an element with a tiny gradient would move by its sign."""
     monkeypatch.setattr("orogen.parallel.placement.HOST", "device")
     monkeypatch.setattr("orogen.parallel.mesh.HAS_HOST_MEMORY", ("cpu",))
     configs = [run_config(hybrid(pattern="*E", mtp_depths=0), plan={"offload_optimizer": o}) for o in (True, False)]
@@ -163,7 +163,7 @@ def test_a_step_that_overflows_a_buffer_changes_nothing_and_is_counted():
     run = Run(run_config(plan={"dispatch": "ragged", "buffer_factor": 0.5}))
     before = jax.device_get(run.state)
     after, metrics = run.step(run.state, run.batch)
-    # 4 x 24 tokens with 3 experts each: room for 144 rows in each of 2 layers and of the MTP block's 2 depths.
+    # 4 x 24 tokens with 3 experts each: room for 144 assignments in each of 2 layers and at each of 2 MTP depths.
     assert int(metrics.overflow) == int(metrics.load_le.sum()) - 4 * 144 > 0
     assert (int(after.step), int(after.skipped), int(after.skipped_in_row)) == (1, 1, 1)
     assert int(metrics.worst_leaf) == -1 and np.isfinite(metrics.loss)
@@ -182,7 +182,7 @@ def test_bfloat16_computes_with_float32_masters(fresh):
 
 
 def test_the_state_keeps_its_layout_so_that_nothing_recompiles(monkeypatch):
-    """Nor is a step traced twice, whatever the batch holds; a trace without a compilation would only cost time."""
+    """No step is traced twice either, whatever the batch holds: a trace without a compilation would waste time."""
     plan = {"data": 2, "tensor": 2, "expert": 4, "fsdp": "optimizer"}
     run = Run(run_config(hybrid(pattern="ME*/-", mtp_depths=1), plan=plan))
     chex.clear_trace_counter()
@@ -248,8 +248,8 @@ def test_routers_without_correction_bias_train_count_loads_and_are_restored(tmp_
 
 
 def reductions(fsdp: str, microbatches: int) -> tuple[list[int], list[int], int]:
-    """Sizes of what each reduce-scatter gives and of what each all-reduce sums, as often as it runs, and bytes of
-    temporary memory, of the compiled gradients of one MLP between an embedding and a head, over four data ranks."""
+    """The result size of each reduce-scatter and the operand size of each all-reduce, once per execution, and the bytes
+    of temporaries, of the compiled gradients of one MLP between an embedding and a head, over four data ranks."""
     sizes = {"data": 4, "tensor": 2, "fsdp": fsdp, "microbatches": microbatches}
     config = run_config(hybrid(**MATRICES), plan=sizes, batch_size=4 * microbatches)
     plan, built = make_plan(config.plan, config.model), build(config.model)
@@ -261,7 +261,7 @@ def reductions(fsdp: str, microbatches: int) -> tuple[list[int], list[int], int]
         .lower(built.params, built.buffers, batch)
         .compile()
     )
-    # The model has no repeated layer, so the only loops with such operations are those over microbatches.
+    # The model has no repeated layer, so such operations are only in loops over microbatches.
     found, text = {name: [] for name in ("reduce-scatter", "all-reduce")}, compiled.as_text()
     for computation in filter(None, text.split("\n\n")):
         times = microbatches if f"body={computation.split(maxsplit=1)[0]}" in text else 1
@@ -286,6 +286,6 @@ def test_gradients_are_scattered_once_a_step_or_once_a_microbatch(fsdp, microbat
 
 
 def test_scattering_each_microbatch_keeps_a_piece_of_the_gradient_and_not_the_whole():
-    """Of both matrices' float32 sums a quarter stays, and a quarter is what the microbatch adds to it."""
+    """A device keeps a quarter of both matrices' float32 sums, and a microbatch adds a quarter to it."""
     whole, piece = (reductions(fsdp, 6)[2] for fsdp in ("optimizer", "gradients"))
     assert whole - piece >= 2 * (1 - 2 / 4) * 4 * LARGE

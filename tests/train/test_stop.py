@@ -1,4 +1,4 @@
-"""What signals do to a run, and to what else takes long."""
+"""What signals do to a run, and to other commands that take long."""
 
 import errno
 import importlib
@@ -52,7 +52,7 @@ class _Finalizer:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_inside_a_finalizer_is_not_lost(number, capfd):
-    """Python drops what is raised there."""
+    """Python drops exceptions that are raised there."""
     with Stop() as stop, pytest.raises(StoppedEarlyError) as caught:
         _Finalizer(number)
         time.sleep(10)

@@ -32,7 +32,7 @@ PENALTY = 0.25
 
 
 def counts(batch, depths, plan):
-    """Tokens that the policy chose, whatever their advantages; of the divergence, all tokens."""
+    """The tokens that the policy chose, whatever their advantages; for the divergence, all tokens."""
     chosen = batch.extras[CHOSEN].sum()
     tokens = (batch.segments_bt != 0).sum()
     return {"policy": chosen, "divergence": tokens, "likelihood": chosen, "size": chosen}
@@ -50,7 +50,7 @@ def sums(model, hidden, batch, plan):
         "policy": of_chosen(-batch.extras[ADVANTAGE] * ratio_bt),
         "divergence": of_chosen(jnp.exp(apart_bt) - apart_bt - 1),
         "likelihood": of_chosen(found_bt),
-        # By the tokens that this rank alone holds of the hidden states.
+        # Over the hidden states of the tokens that this rank alone holds.
         "size": jnp.where(plan.deal(plan.own(chosen_bt)), jnp.square(plan.deal(hidden[0])).mean(-1), 0).sum(),
     }
 
@@ -59,7 +59,7 @@ POLICY = Objective(counts=counts, sums=sums, shares=lambda config, depths: {"pol
 
 
 def policy_batches(config, count):
-    """Packed rows, of which random positions were chosen by a policy."""
+    """Packed sequences in which a policy chose the tokens at random positions."""
     made = []
     for seed, batch in enumerate(packed_batches(config, count)):
         rng = np.random.default_rng(seed)
@@ -77,7 +77,7 @@ def policy_batches(config, count):
 
 
 def test_a_policy_gradient_by_hand():
-    """An MLP that adds nothing, between embeddings that the norm leaves as they are and a head of 0 and ln 2 / 2: the
+    """An MLP that adds nothing, between embeddings that the norm does not change and a head of 0 and ln 2 / 2: the
     likelihoods of 0, 1, 2 are (2, 1, 1) / 4 after 0, (1, 2, 1) / 4 after 1 and (2, 1, 2) / 5 after 2."""
     model = ModelConfig(pattern="-", vocab_size=3, hidden_size=2, intermediate_size=3, layer_norm_epsilon=1e-12)
     plan, built = make_plan(PlanConfig(), model), build(model)
@@ -104,7 +104,7 @@ def test_a_policy_gradient_by_hand():
     assert float(counted.metrics["policy"]) == 3 and float(counted.metrics["divergence"]) == 4
     assert float(found.metrics["size"]) == pytest.approx(3, rel=1e-6)
     assert float(found.metrics["likelihood"]) == pytest.approx(np.log(1 / 4 * 1 / 4 * 2 / 5), rel=1e-6)
-    # Of each token -A π/π_old / 3 · h (one-hot - π)ᵀ: -2/3 (1, 1)ᵀ (-1/2, 3/4, -1/4) + 2/3 (1, -1)ᵀ (-1/4, -1/2, 3/4)
+    # Per token, -A π/π_old / 3 · h (one-hot - π)ᵀ: -2/3 (1, 1)ᵀ (-1/2, 3/4, -1/4) + 2/3 (1, -1)ᵀ (-1/4, -1/2, 3/4)
     # - 1/3 (-1, 1)ᵀ (3/5, -1/5, -2/5); and of the divergence of the first (1 - e^x) / 16 (1, 1)ᵀ (-1/2, 3/4, -1/4).
     expected = np.array([[11 / 30, -9 / 10, 8 / 15], [3 / 10, -1 / 10, -1 / 5]])
     expected += np.array([-1 / 2, 3 / 4, -1 / 4]) / 32
@@ -134,10 +134,10 @@ def test_a_policy_gradient_under_a_plan_equals_one_device(model, plan, deeper):
 
 @several_devices
 def test_counts_that_do_not_add_up_over_rows_are_refused():
-    """On one device they would be right."""
+    """On one device they would be correct."""
     config = run_config(hybrid(pattern="-", mtp_depths=0), plan={"data": 2})
     rows = lambda batch, depths, plan: counts(batch, depths, plan) | {"policy": jnp.float32(len(batch.tokens_bt))}  # noqa: E731
-    with pytest.raises(ValueError, match="'policy' does not differ between the ranks of"):
+    with pytest.raises(ValueError, match="'policy' is equal on the ranks of"):
         verify(config, objective=dataclasses.replace(POLICY, counts=rows), batches=policy_batches)
     fewer = lambda batch, depths, plan: {"policy": counts(batch, depths, plan)["policy"]}  # noqa: E731
     with pytest.raises(ValueError, match="expected the names and shapes of its counts"):
@@ -146,7 +146,7 @@ def test_counts_that_do_not_add_up_over_rows_are_refused():
 
 @several_devices
 def test_a_sum_of_copies_does_not_pass():
-    """Of hidden states that were gathered, each rank of tensor has all."""
+    """Each tensor rank holds all hidden states that were gathered."""
 
     def copies(model, hidden, batch, plan):
         size = jnp.square(plan.enter(hidden[0])).mean(-1)
@@ -160,8 +160,8 @@ def test_a_sum_of_copies_does_not_pass():
 
 @several_devices
 def test_a_loss_whose_terms_cancel_has_the_error_of_its_terms():
-    """The policy has not moved, so that each ratio is 1, and advantages add up to 0 but for rounding, as the loss does.
-    That rounding is no error; a wrong advantage is one."""
+    """The policy has not moved, so each ratio is 1. The advantages, and with them the loss, add up to 0 except for
+    rounding. That rounding is no error; a wrong advantage is."""
 
     def centred(config, count):
         found = policy_batches(config, count)
@@ -191,7 +191,7 @@ def test_a_loss_whose_terms_cancel_has_the_error_of_its_terms():
 
 
 def test_the_size_of_a_loss_by_hand():
-    """Two names of two rows: 6 - 2 over 4 and (3, -1) over (2, 8), at shares 1 and 1/2, beside routers' 0.25."""
+    """Two names, two rows: 6 - 2 over 4, and (3, -1) over (2, 8), with shares 1 and 1/2; router losses of 0.25."""
     metrics = {"a": Metric(4.0, 4.0), "b": Metric(np.array([2.0, 3.0]), np.array([2.0, 8.0]))}
     rows = {"a": [[6.0], [-2.0]], "b": [[3.0, 1.0], [-1.0, 2.0]]}
     metrics |= {
@@ -223,7 +223,7 @@ def test_without_the_mtp_block_its_parameters_have_no_gradient():
 
 
 class Rollouts:
-    """A source that reads the weights which are about to train on its batch, as one that samples from them does."""
+    """A source that reads the weights about to train on its batch, like one that samples from them."""
 
     def __init__(self, config, corpus):
         self.loader, self.episode = train_loader(config, corpus), 0
@@ -248,7 +248,7 @@ class Rollouts:
 
 
 class Rewards:
-    """An evaluation of scores by other names than pretraining's."""
+    """An evaluation whose scores have other names than pretraining's."""
 
     sampled, whole = ("reward",), ("whole_reward",)
 
@@ -283,4 +283,4 @@ def test_a_second_task_trains_stops_and_goes_on_to_the_bit(tmp_path):
     file = tmp_path / "parts" / "metrics.jsonl"
     before = file.read_bytes()
     run("parts", "TrainConfig.steps = 4", resume=True)
-    assert file.read_bytes() == before  # nothing is owed
+    assert file.read_bytes() == before  # no evaluation is missing

@@ -1,4 +1,4 @@
-"""What `verify` compares with what, and that it sees what is wrong: in whole steps, in evaluation and in bfloat16."""
+"""What `verify` compares, and that it notices faults: in whole steps, in evaluation and in bfloat16."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from orogen.train import step, verdict, verify_step, whole
 from orogen.train.sides import Side, reference_plan, replayed
 from orogen.train.verify import verify
 
-# One layer of a kind, on a plan with what a single device has none of: ranks, microbatches, loops, drops.
+# One layer of each kind, on a plan with all that the single device lacks: ranks, microbatches, loops, drops.
 MODEL = {"pattern": "E", "mtp_depths": 0, "moe_latent_size": None, "moe_shared_expert_intermediate_size": None}
 PLAN = {"data": 2, "microbatches": 2, "capacity_factor": 1.0, "expert": 2, "dispatch": "alltoall"}
 
@@ -54,7 +54,7 @@ def test_what_the_model_has_not_is_not_named():
 
 
 def test_choices_of_a_batch_are_replayed_where_its_rows_go():
-    """Rows 0 to 11, of which two data ranks take six each, in three microbatches of two."""
+    """Rows 0 to 11: each of two data ranks takes six, in three microbatches of two."""
     config = small(microbatches=3)
     plan = type("Plan", (), {"config": config.plan, "size": lambda self, axis: 1})()
     rows_btk = np.broadcast_to(np.arange(12)[:, None, None], (12, 5, 3))
@@ -71,7 +71,7 @@ def test_drops_of_microbatches_and_ranks_are_those_of_one_batch():
 
 
 def test_a_fault_of_adding_up_microbatches_is_seen(monkeypatch):
-    """Microbatches, recomputation and kernels are on one side only: what they alone get wrong differs."""
+    """Only one side has microbatches, recomputation and kernels, so their faults show as differences."""
     honest = whole._accumulated
 
     def shrinks(*arguments):
@@ -95,7 +95,7 @@ def test_whole_steps_equal_one_device(name, plan):
 
 
 def broken_step(name: str):
-    """`apply_gradients` with a fault on several devices."""
+    """`apply_gradients` with a fault that only several devices show."""
     honest = step.apply_gradients
 
     def apply(state, grads, load, optimizer, plan, **settings):
@@ -136,7 +136,7 @@ def test_bfloat16_has_tolerances_of_its_own(what):
     assert 1e-5 < found.loss_error <= found.tolerances["loss_error"] < 0.05
 
 
-# Every letter on ranks of tensor that hold the whole stream, with what else splits or sums it.
+# Every letter on tensor ranks that hold the whole stream, with everything else that splits or sums it.
 WHOLE = [
     ({"pattern": "wE/*", "mtp_depths": 1, "sliding_window": 7, "mlp_bias": True, "tie_word_embeddings": True,
       "learned_positions": 24, "moe_shared_expert_gate": True, "attention_bias": "all", "rope_theta": 100.0},

@@ -1,4 +1,4 @@
-"""A vocabulary that `tensor` does not divide: the rows that a plan fills it up with are zeros and change nothing."""
+"""A vocabulary that `tensor` does not divide: the rows with which a plan pads it are zeros and change nothing."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ SIZE = 93
 FOUR, TWO, STAGES = {"tensor": 4}, {"tensor": 2, "data": 2}, {"stage": 2, "tensor": 2, "microbatches": 2}
 
 
-POSITION = {"position": {"row": 7}, "identity": {}}  # of the data
+POSITION = {"position": {"row": 7}, "identity": {}}  # of the data source
 
 
 def model_of(**changes):
@@ -63,7 +63,7 @@ def vocabularies(tree) -> list[np.ndarray]:
 
 
 def restored(run_dir, model, sizes: dict):
-    """The state saved there, on a plan of the same stages."""
+    """The state saved there, restored onto a plan with the same stages."""
     _, plan, built, optimizer = laid_out(model, sizes)
     target = abstract_state(built, optimizer)
     with Checkpoints(run_dir, vocab_size=SIZE) as checkpoints:
@@ -109,7 +109,7 @@ def test_a_plan_equals_one_device(model, sizes):
 
 
 def logits_of(model, sizes: dict, tokens_bt: np.ndarray) -> np.ndarray:
-    """Of initial parameters, as `LanguageModel.logits` gives them inside a step."""
+    """The logits of initial parameters, as `LanguageModel.logits` computes them inside a step."""
     _, plan, built, _ = laid_out(model, sizes)
     params = trained(model, sizes, 0).params
 
@@ -150,7 +150,7 @@ def test_a_checkpoint_is_restored_with_other_rows_bit_for_bit(tmp_path, sizes):
 
 @pytest.mark.parametrize("size", [SIZE - 1, SIZE + 1])
 def test_a_checkpoint_of_another_vocabulary_is_refused(tmp_path, size):
-    """Although an array with as many rows could hold either."""
+    """Even if an array with as many rows could hold either."""
     with Checkpoints(tmp_path, vocab_size=SIZE) as checkpoints:
         checkpoints.save(0, items(trained(model_of(), FOUR, 0)), POSITION, laid_out(model_of(), FOUR)[2].layout)
     other = dataclasses.replace(model_of(), vocab_size=size)

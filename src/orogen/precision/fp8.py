@@ -1,12 +1,11 @@
-"""Products of two matrices in 8-bit floating point, scaled by tensor.
+"""Matrix products in 8-bit floating point, with one scale per tensor.
 
-Each operand is divided by a scale that maps its largest magnitude to the format's, and rounded. The product is written
-as one of operands converted back and multiplied by their scales; XLA turns it into one FP8 call of cuBLASLt on a Hopper
-GPU. On
-other devices the same program computes the same numbers, up to the order of sums, and gains nothing.
-Forward operands are E4M3, gradients of outputs E5M2, each scaled by its current values (arXiv:2209.05433, section 3).
+Each operand is divided by a scale that brings its largest magnitude into the format's range, and rounded. The program
+multiplies the dequantized operands; on a Hopper GPU XLA turns this into one FP8 call of cuBLASLt. On other devices the
+same program computes the same numbers, up to the order of sums, and gains nothing.
+Forward operands are E4M3, output gradients E5M2, each scaled by its current values (arXiv:2209.05433, section 3).
 
-Letters: n tokens, d width in, f width out of all weights together.
+Letters: n tokens, d input width, f output width of all weights together.
 """
 
 import functools
@@ -30,8 +29,8 @@ FRACTION, EXPONENT = 0x007FFFFF, 0x7F800000  # bits of a float32
 
 
 class Rounded(NamedTuple):
-    """A matrix over its scale in 8 bits, as it is and transposed, both row-major: FP8 products read each operand along
-    the axis that they sum over."""
+    """A matrix divided by its scale, in 8 bits, as it is (`rows`) and transposed (`columns`), both row-major: FP8
+    products read each operand along the contracted axis."""
 
     rows: Array
     columns: Array
@@ -39,19 +38,19 @@ class Rounded(NamedTuple):
 
 
 def scale_of(parts: Sequence[Array], kind: Any) -> Array:
-    """The least power of two, float32, by which `parts` may be divided to fit into `kind`; NaN unless all are finite.
+    """The smallest power of two, float32, such that `parts` divided by it fit into `kind`; NaN unless all are finite.
 
-    A power of two divides without rounding, and is the same number in bfloat16.
+    Division by a power of two does not round, and bfloat16 holds the scale exactly.
     """
     largest = functools.reduce(jnp.maximum, (jnp.max(jnp.abs(part)) for part in parts)).astype(jnp.float32)
     ratio = jnp.maximum(largest / float(jnp.finfo(kind).max), SMALLEST_SCALE)
     bits = lax.bitcast_convert_type(ratio, jnp.int32)
-    power = lax.bitcast_convert_type((bits + FRACTION) & EXPONENT, jnp.float32)  # the fraction is rounded up, away
+    power = lax.bitcast_convert_type((bits + FRACTION) & EXPONENT, jnp.float32)  # rounded up to a power of two
     return jnp.where(jnp.isfinite(largest), power, jnp.nan)
 
 
 def rounded(parts: Sequence[Array], kind: Any, *, implementation: str) -> Rounded:
-    """`parts`, side by side, in `kind`, by an implementation of kernels/quantize."""
+    """`parts` side by side, rounded to `kind` by an implementation of kernels/quantize."""
     scale = checkpoint_name(scale_of(parts, kind), "fp8_scale")
     return Rounded(*quantize(parts, scale, kind, implementation=implementation), scale)
 
@@ -64,12 +63,12 @@ def dequantize(x: Array, scale: Array, dtype: Any) -> Array:
 def fp8_matmul(
     x_nd: Array, weights_df: Sequence[Array], *, quantize: str, formats: Formats = IN_FP8
 ) -> tuple[Array, ...]:
-    """x w (n, f_i) in x's dtype for each weight (d, f_i), of operands rounded to E4M3. In the backward pass the
-    outputs' gradients are rounded to E5M2. The weights count as columns of one matrix: they share a scale, and so do
-    their outputs' gradients.
+    """x w (n, f_i) in x's dtype for each weight (d, f_i), with operands rounded to E4M3. The backward pass rounds the
+    output gradients to E5M2. The weights count as columns of one matrix: they share a scale, and so do their output
+    gradients.
 
-    An operand that is not finite everywhere makes all products with it NaN. quantize: a name of kernels/quantize.
-    formats: which of the three products round their operands. Raises ValueError if the operands' types differ.
+    A single non-finite element makes every product of its operand NaN. quantize: a name of kernels/quantize.
+    formats: which of the three products round their operands. Raises ValueError if the operands' dtypes differ.
     """
     if any(w_df.dtype != x_nd.dtype for w_df in weights_df):
         raise ValueError(f"weights of {[str(w.dtype) for w in weights_df]}: expected x's {x_nd.dtype}")
@@ -89,7 +88,7 @@ def _forward(quantize, formats, x_nd, weights_df):
         y_nf = tuple(_product((x.rows, x.scale), (part_fd, w.scale), x_nd.dtype) for part_fd in columns_fd)
     else:
         y_nf = tuple(x_nd @ w_df for w_df in weights_df)
-    # Kept in 8 bits, each in the one layout that the backward pass reads.
+    # Residuals stay in 8 bits, each in the one layout that the backward pass reads.
     kept_x = (x.columns, x.scale) if formats.weight_gradient == FP8 else x_nd
     kept_w = (w.rows, w.scale) if formats.input_gradient == FP8 else jnp.concatenate(weights_df, axis=1)
     return y_nf, (kept_x, kept_w)
@@ -114,15 +113,14 @@ _matmul.defvjp(_forward, _backward)
 
 
 def _bounds(parts: Sequence[Array]) -> list[int]:
-    """Where each part but the first begins in their matrix."""
+    """The columns of the joint matrix at which the parts after the first begin."""
     return np.cumsum([part.shape[1] for part in parts])[:-1].tolist()
 
 
 def _product(left: tuple[Array, Array], right: tuple[Array, Array], dtype: Any) -> Array:
-    """left (m, k) times right (n, k) over their last axes, each with its scale; summed in float32, in `dtype`."""
-    # Behind a barrier, or XLA:GPU finds no product of 8 bits (observed with jax 0.11.2): it drops a conversion there
-    # and back where it may keep excess precision, splits weights after their conversion, and joins products that share
-    # x.
+    """left (m, k) times right (n, k), contracted over k, each operand with its scale; returned in `dtype`."""
+    # Without this barrier XLA:GPU finds no 8-bit product (observed with jax 0.11.2): it removes round-trip conversions
+    # where it may keep excess precision, splits weights after their conversion, and joins products that share x.
     operands = lax.optimization_barrier((left, right))
     left_mk, right_nk = (dequantize(values, scale, dtype) for values, scale in operands)
     return lax.dot_general(left_mk, right_nk, (((1,), (1,)), ((), ())), preferred_element_type=dtype)

@@ -1,1 +1,1 @@
-"""What a run leaves for its reader: the numbers of each step as they are made, pictures of them, and one page."""
+"""What a run reports: the metrics of each step as it trains, pictures of them, and one page."""

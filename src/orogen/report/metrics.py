@@ -1,24 +1,25 @@
-"""The numbers of a run as they are made: `metrics.jsonl`, TensorBoard events, and a progress line for people.
+"""The metrics of a run, step by step: `metrics.jsonl`, TensorBoard events, and a progress line for people.
 
-One line of `metrics.jsonl` is one JSON object, one for each step, steps strictly increasing. Its keys:
+Each line of `metrics.jsonl` is the JSON object of one step; steps strictly increase. Its keys:
 
     step                  optimizer steps done, from 1
-    objective             what the step minimised, the routers' losses included
-    loss                  nats per predicted token of this step's batch; `mtp_loss` likewise, a list over depths; the
-                          metrics of another task have names of their own
-    tokens                tokens of this step's batch; their sum over the lines is what the run has trained on
+    objective             what the step minimised, router losses included
+    loss                  nats per predicted token of this step's batch; `mtp_loss` likewise, a list over depths; other
+                          tasks have metrics of their own
+    tokens                tokens of this step's batch; summed over all lines, what the run has trained on
     tokens_per_second, step_ms, grad_norm, learning_rate
-    mfu                   0 to 1, of every device: operations of the batch's documents, each as a row of its own
-    expert_load           [MoE layer][expert]: (token, expert) assignments the router made in this step, drops included
+    mfu                   0 to 1, over all devices; counts the operations of each document as if it were alone in its
+                          sequence
+    expert_load           [MoE layer][expert]: (token, expert) assignments of the router in this step, drops included
     dropped_tokens        how many of those assignments no expert computed; a number, or a list over MoE layers
-    heldout_loss          nats per token of a fixed sample of the held-out text, in the steps that evaluate
+    heldout_loss          nats per token of a fixed sample of the held-out text; only in steps that evaluate
     heldout_bits_per_byte the same in bits per byte of that text
-    whole_heldout_loss, whole_heldout_bits_per_byte: of all of it, in the run's last step
-    overflow_rows         assignments that found no room in a ragged buffer; a step with any is skipped
-    skipped_steps         updates refused since the run began
+    whole_heldout_loss, whole_heldout_bits_per_byte: of the whole held-out text; only in the run's last step
+    overflow_rows         assignments that did not fit into a ragged buffer; a step with any is skipped
+    skipped_steps         steps skipped since the run began
 
-Only `step` is required and any other key may be added. JSON has no NaN or infinity: such a number is written as null
-and named in the key `nonfinite`, a list of [key, index, …, "nan" | "inf" | "-inf"].
+Only `step` is required, and any other key may be added. JSON has no NaN or infinity: such a number is written as null
+and listed under the key `nonfinite`, a list of [key, index, …, "nan" | "inf" | "-inf"].
 """
 
 import json
@@ -40,12 +41,12 @@ NONFINITE = "nonfinite"
 
 
 class MetricsWriter:
-    """Appends to `metrics.jsonl` and to TensorBoard events under `run_dir/tensorboard`; for one process of a run.
+    """Appends to `metrics.jsonl` and to TensorBoard events under `run_dir/tensorboard`. For one process per run.
 
-    With `resume_step` s, lines of later steps and a last line torn by a kill are removed first, so that the file ends
-    up equal to that of an uninterrupted run; every line of a step ≤ s stays as it is, byte for byte.
+    With `resume_step` s, it first removes the lines of later steps, and a last line torn by a kill: the file ends up
+    equal to that of an uninterrupted run, and every line of a step ≤ s stays the same, byte for byte.
     Raises FileExistsError if there are lines already and `resume_step` is None, and ConfigError if a line other than
-    the last cannot be read. last: the record written last, None without one.
+    the last cannot be read. last: the last record; None if there is none.
     """
 
     def __init__(self, run_dir: str | Path, *, resume_step: int | None = None):
@@ -56,12 +57,12 @@ class MetricsWriter:
         if resume_step is not None:
             self.last = _truncate(path, resume_step)
         elif path.exists() and path.stat().st_size:
-            raise FileExistsError(f"{path} has metrics already, expected none or a resume_step")
+            raise FileExistsError(f"{path} has metrics already; expected none, or a resume_step")
         else:
             self.last = None
         self._path = path
         self._file = path.open("a", encoding="utf-8")
-        # tensorboardX names a file by the second it was made in: without a suffix, a quick resume would overwrite it.
+        # tensorboardX names a file by the current second: without a suffix, a quick resume would overwrite it.
         self._events = SummaryWriter(
             str(path.parent / "tensorboard"),
             purge_step=None if resume_step is None else resume_step + 1,
@@ -84,7 +85,7 @@ class MetricsWriter:
         self._draw(step, record)
 
     def amend(self, metrics: Mapping[str, Any]) -> None:
-        """Adds `metrics` to the last record, which is written anew."""
+        """Adds `metrics` to the last record and rewrites its line."""
         assert self.last is not None
         lines = self._path.read_bytes().splitlines(keepends=True)
         added = {key: _plain(value) for key, value in metrics.items()}
@@ -96,7 +97,7 @@ class MetricsWriter:
 
     def _draw(self, step: int, record: Mapping[str, Any]) -> None:
         for tag, value in _scalars(record):
-            if math.isfinite(value):  # TensorBoard draws no other, and tensorboardX warns of each
+            if math.isfinite(value):  # TensorBoard draws no others, and tensorboardX warns about each
                 self._events.add_scalar(tag, value, step)
 
     def close(self) -> None:
@@ -120,10 +121,10 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
 
 
 class Progress:
-    """How far a run is: a bar on a terminal, elsewhere a line every `every_seconds`; always on stderr.
+    """Shows how far a run is, on stderr: a bar on a terminal, elsewhere a line every `every_seconds`.
 
-    with Progress(steps) as progress: … progress.update(step, metrics). `first_step` is the last step done before,
-    when a run resumes. unit: what the steps are. `stream` and `clock` (seconds) are there for tests.
+    with Progress(steps) as progress: … progress.update(step, metrics). first_step: the last step that was done before
+    the run resumed. unit: the name of a step. stream, clock (in seconds): for tests.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class Progress:
         self._total, self._first_step, self._every_seconds, self._clock = total_steps, first_step, every_seconds, clock
         self._unit = unit
         self._stream = sys.stderr if stream is None else stream
-        self._origin: tuple[int, float] | None = None  # the first step seen, and when: compilation lies before it
+        self._origin: tuple[int, float] | None = None  # the first step seen, and when; compilation came before
         self._printed_at = -math.inf
         console = rich.console.Console(file=self._stream)
         self._bar = _bar(console) if console.is_terminal and not console.is_dumb_terminal else None
@@ -157,7 +158,7 @@ class Progress:
             self._bar.stop()
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Shows this step. A line also comes when held-out text was scored, even above a bar, and for the last step."""
+        """Shows this step. Held-out scores always get a line, above a bar too; without a bar so does the last step."""
         now = self._clock()
         self._origin = self._origin or (step, now)
         left = _clock_face(self._seconds_left(step, now))
@@ -182,7 +183,7 @@ _HELDOUT = {"heldout_loss": "held-out loss {:.4f}", "heldout_bits_per_byte": "he
 
 
 def _summary(metrics: Mapping[str, Any], formats: Mapping[str, str]) -> str:
-    """Those of the numbers that are there; of a task without a loss by that name, what its step minimised."""
+    """The metrics that are there, as text; with the objective if the task has no metric called `loss`."""
     formats = formats if "loss" in metrics else {"objective": "objective {:.4f}", **formats}
     return "  ".join(text.format(float(metrics[key])) for key, text in formats.items() if metrics.get(key) is not None)
 
@@ -204,7 +205,7 @@ def _clock_face(seconds: float | None) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Python numbers and lists of NumPy's or JAX's."""
+    """`value` with Python numbers and lists in place of NumPy and JAX arrays."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, list | tuple):
@@ -217,7 +218,7 @@ def _plain(value: Any) -> Any:
 def _encode(record: Mapping[str, Any]) -> str:
     """One line of JSON, non-finite numbers moved to `nonfinite`."""
     if NONFINITE in record:
-        raise ValueError(f"metrics have the key {NONFINITE!r}, which is reserved, expected another name")
+        raise ValueError(f"metrics have the key {NONFINITE!r}, which is reserved; expected another name")
     found: list[list[Any]] = []
     clean = {key: _without_nonfinite(value, [key], found) for key, value in record.items()}
     if found:
@@ -247,7 +248,7 @@ def _restore(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Each line without its end, and what it says; stops before a torn last line."""
+    """Each line without its newline, and its record; stops before a torn last line."""
     lines = path.read_bytes().split(b"\n")
     if not lines[-1]:
         lines.pop()
@@ -264,7 +265,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 
 def _truncate(path: Path, step: int) -> dict[str, Any] | None:
-    """Removes a torn last line and the lines after `step`; returns the last record kept, None without one."""
+    """Removes a torn last line and the lines after `step`; returns the last record kept, or None."""
     if not path.exists():
         return None
     kept = [(line, record) for line, record in _lines(path) if record["step"] <= step]
@@ -273,7 +274,7 @@ def _truncate(path: Path, step: int) -> dict[str, Any] | None:
 
 
 def _scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """What TensorBoard gets: numbers, lists of numbers, and how far each MoE layer's fullest expert is over even."""
+    """What TensorBoard draws: numbers, lists of numbers, and the load of each MoE layer's fullest expert over even."""
     for key, value in record.items():
         if key == "expert_load":
             for layer, load in enumerate(value or []):

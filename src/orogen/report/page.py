@@ -38,7 +38,7 @@ def write_report(
     """Writes `report.html` and its PNG files from `metrics.jsonl`; returns the page's path.
 
     `baselines` are bits per byte of the held-out text, by name. `environment` is shown as it is; if it has
-    `parameters` (a number, or numbers by name, such as total and active), they join the headline.
+    `parameters` (a number, or numbers by name, such as total and active), the headline shows them too.
     Raises FileNotFoundError if the run has no metrics file.
     """
     run_dir, records = Path(run_dir), read_metrics(run_dir)
@@ -62,7 +62,7 @@ def write_report(
 
 
 def _headline(records: Records, environment: Mapping[str, Any]) -> dict[str, str]:
-    """The numbers people ask for first, by label, without those the run did not record."""
+    """The numbers that people ask for first, by label; what the run did not record is left out."""
     dropped_n = dropped_share(records)[1]
     facts = [
         ("held-out bits per byte", _whole_heldout(records), "{:.3f}".format),
@@ -89,7 +89,7 @@ def _parameters(environment: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def _whole_heldout(records: Records) -> float | None:
-    """Bits per byte of the whole held-out text, scored at the end; of the last sample of it in a run without."""
+    """Bits per byte of the whole held-out text, scored at the end; without that score, of the last sample of it."""
     whole = _last(column(records, "whole_heldout_bits_per_byte"))
     return _last(column(records, "heldout_bits_per_byte")) if whole is None else whole
 
@@ -118,11 +118,12 @@ def _headline_html(facts: Mapping[str, str]) -> str:
 
 
 def _baselines_html(model: float | None, baselines: Mapping[str, float]) -> str:
-    """A table of the model among its baselines, best first, each with how many bits the model saves of it."""
+    """A table of the model among its baselines, best first, and the share of each one's bits that the model saves."""
     if not baselines:
         return ""
-    rows = {**baselines, **({} if model is None else {"this model": model})}
-    body = "".join(_baseline_row(name, value, model) for name, value in sorted(rows.items(), key=lambda row: row[1]))
+    scores = {**baselines, **({} if model is None else {"this model": model})}
+    best_first = sorted(scores.items(), key=lambda score: score[1])
+    body = "".join(_baseline_row(name, value, model) for name, value in best_first)
     heads = '<th>on the held-out text</th><th class="number">bits per byte</th><th class="number">model saves</th>'
     return f"<table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
 
@@ -137,7 +138,7 @@ def _baseline_row(name: str, value: float, model: float | None) -> str:
 
 
 def _figure_html(run_dir: Path, picture: Picture) -> str:
-    """Draws the picture in both themes, writes the light one as a file, and returns its part of the page."""
+    """Draws the picture in both themes, writes the light one to a file, and returns its part of the page."""
     light, dark = png(picture.draw(LIGHT)), png(picture.draw(DARK))
     write_atomically(run_dir / f"{picture.name}.png", light)
     heading = html.escape(picture.heading)

@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 WIDTH = 10.0  # inches
 DOTS_PER_INCH = 130
-MAX_COLUMNS = 320  # of the heat maps side by side: more could not be told apart on a page
-OCTAVES = 2.0  # a heat map's colours reach from 1/4 to 4 times an even share
+MAX_COLUMNS = 320  # of all heat maps in one line of the page: narrower columns could not be told apart
+OCTAVES = 2.0  # a heat map's colours span 1/4 to 4 times an even share
 
 
 class Theme(NamedTuple):
-    """Colours of a picture; `loads` run from few to many tokens, the middle one, an even share, near the ground."""
+    """Colours of a picture. `loads` go from few tokens to many; the middle one, an even share, is close to `ground`."""
 
     ground: str
     ink: str
@@ -78,7 +78,7 @@ class Picture(NamedTuple):
 
 
 def pictures(records: Records, baselines: Mapping[str, float]) -> list[Picture]:
-    """The pictures this run has the numbers for, in reading order. `baselines` are held-out bits per byte, by name."""
+    """The pictures that this run has numbers for, in reading order. `baselines`: held-out bits per byte, by name."""
     makers = (functools.partial(_loss, baselines=baselines), _throughput, _expert_load, _dropped)
     return [picture for picture in (make(records) for make in makers) if picture is not None]
 
@@ -108,7 +108,7 @@ def _loss(records: Records, *, baselines: Mapping[str, float]) -> Picture | None
     factor = bits_per_nat(records)
     if factor is not None:
         caption += (
-            f" Training loss is put on the axis with the held-out text's {factor:.4f} bits per byte for each nat per "
+            f" Training loss is converted by the held-out text's ratio, {factor:.4f} bits per byte for each nat per "
             "token."
         )
         if baselines:
@@ -129,7 +129,7 @@ def _draw_loss(records: Records, baselines: Mapping[str, float], theme: Theme) -
         axes.plot(
             tokens_n[scored], heldout_n[scored], "o-", color=theme.accent, markersize=4, linewidth=1.4, label=label
         )
-    settled_n = mean_n[len(mean_n) // 33 :]  # without the fall from a random start, which would flatten the rest
+    settled_n = mean_n[len(mean_n) // 33 :]  # without the initial drop, which would flatten the rest
     shown = np.concatenate([settled_n, heldout_n[len(heldout_n) // 33 :], list(lines.values())])
     if len(shown := shown[np.isfinite(shown)]):
         margin = 0.05 * np.ptp(shown) or 0.1
@@ -142,7 +142,7 @@ def _draw_loss(records: Records, baselines: Mapping[str, float], theme: Theme) -
 
 
 def _draw_baselines(axes: "Axes", lines: Mapping[str, float], theme: Theme) -> None:
-    """Dashed lines, named in the right margin; names that are too close together are moved up as far as needed."""
+    """Dashed lines, labelled in the right margin; labels that would overlap are moved up."""
     low, high = axes.get_ylim()
     floor = -math.inf
     for name, value in sorted(lines.items(), key=lambda line: line[1]):
@@ -159,8 +159,8 @@ def _throughput(records: Records) -> Picture | None:
     if not np.isfinite(column(records, "tokens_per_second")).any():
         return None
     caption = (
-        "Tokens trained on per second of each step; the dashed line is the median. The first step carries compilation, "
-        "and regular dips are pauses such as checkpoints; a slope means that something leaks or throttles."
+        "Tokens per second in each step; the dashed line is the median. The first step includes compilation, and "
+        "regular dips are pauses such as checkpoints; a slope means that something leaks or throttles."
     )
     return Picture("throughput", "Throughput", caption, functools.partial(_draw_throughput, records))
 
@@ -183,8 +183,8 @@ def _dropped(records: Records) -> Picture | None:
     if not len(steps_n):
         return None
     caption = (
-        "Share of the router's (token, expert) assignments that no expert computed, because its capacity was full. It "
-        "should fall as the router balances its load; a dispatch without capacity keeps it at zero."
+        "Share of the router's (token, expert) assignments dropped because the expert's capacity was full. It should "
+        "fall as the router balances its load; a dispatch without capacity keeps it at zero."
     )
     return Picture("dropped_tokens", "Dropped tokens", caption, functools.partial(_draw_dropped, steps_n, share_n))
 
@@ -214,7 +214,7 @@ def _expert_load(records: Records) -> Picture | None:
     idle = sum(int((load == 0).sum()) for load in loads)
     caption = (
         "One panel per MoE layer, counted from the input side; one row per expert. The background's colour is an even "
-        "share, orange more, blue less; a row that stays strongly coloured is an expert the router does not balance. "
+        "share, orange more, blue less; a row that stays strongly coloured is an expert that is not balanced. "
         f"In the last tenth of the run the fullest expert got {loads[layer].max():.2f} times an even share (layer "
         f"{layer}, expert {int(loads[layer].argmax())}), and {idle} of {sum(map(len, loads))} experts got nothing."
     )
@@ -295,7 +295,7 @@ def _style(axes: "Axes", theme: Theme, *, grid: bool) -> None:
 
 
 def _draw_series(axes: "Axes", x_n: Floats, y_n: Floats, theme: Theme, *, label: str) -> Floats:
-    """Each record faint, their running mean strong; returns the mean."""
+    """Draws each record faintly and the running mean strongly; returns the mean."""
     mean_n = running_mean(y_n)
     marker = "o" if len(y_n) == 1 else None  # a line through one point is invisible
     axes.plot(x_n, y_n, color=theme.faint, linewidth=0.8)

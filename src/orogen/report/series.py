@@ -1,4 +1,4 @@
-"""The series that a run's pictures and headline show, from the records of its metrics.
+"""The series behind a run's pictures and headline, computed from the records of its metrics.
 
 Letters: n records, e experts, c spans of steps.
 """
@@ -24,7 +24,7 @@ def tokens_seen(records: Records) -> Floats:
 
 
 def running_mean(values_n: Floats) -> Floats:
-    """Centred mean of the finite values over a fiftieth of the records; the span is shorter at both ends."""
+    """Centred mean of the finite values over a fiftieth of the records; the window is shorter at both ends."""
     if not len(values_n):
         return values_n
     finite_n = np.isfinite(values_n)
@@ -35,14 +35,14 @@ def running_mean(values_n: Floats) -> Floats:
 
 
 def bits_per_nat(records: Records) -> float | None:
-    """Held-out bits per byte over held-out nats per token: turns a loss per token into bits per byte."""
+    """Held-out bits per byte over held-out nats per token: converts a loss per token into bits per byte."""
     scored = [r for r in records if r.get("heldout_loss") and r.get("heldout_bits_per_byte") is not None]
     ratio_n = column(scored, "heldout_bits_per_byte") / column(scored, "heldout_loss")
     return float(np.nanmedian(ratio_n)) if np.isfinite(ratio_n).any() else None
 
 
 def dropped_share(records: Records) -> tuple[Floats, Floats]:
-    """Steps, and dropped over routed assignments, where both were recorded."""
+    """The steps that recorded both, and their dropped assignments over all assignments."""
     counted = [r for r in records if r.get("expert_load") and r.get("dropped_tokens") is not None]
     routed_n = np.array([sum(map(sum, r["expert_load"])) for r in counted], np.float64)
     dropped_n = np.array([np.sum(r["dropped_tokens"]) for r in counted], np.float64)
@@ -50,9 +50,9 @@ def dropped_share(records: Records) -> tuple[Floats, Floats]:
 
 
 def load_over_even(records: Records, layer: int, edges_c: Floats) -> Floats:
-    """(e, c): experts' loads in each span of steps over an even share; NaN where there is no record.
+    """(e, c): each expert's load in each span of steps, over an even share; NaN in spans without a record.
 
-    Span c holds the steps edges_c[c] ≤ step < edges_c[c+1]; every record has to lie in one.
+    Span c holds the steps edges_c[c] ≤ step < edges_c[c+1]; every record must lie in one.
     """
     load_ne = np.array([r["expert_load"][layer] for r in records], np.float64)
     column_n = np.searchsorted(edges_c, column(records, "step"), side="right") - 1

@@ -1,8 +1,8 @@
-"""What parts of a training step, and a whole one, cost as they are written and as XLA compiles them on a plan:
-collectives and matrix products.
+"""The collectives and matrix products of a training step, and of parts of it: as traced, and as XLA compiles them for a
+plan.
 
-Nothing is allocated and nothing runs; compiling needs as many devices as the plan, which may be simulated. Compile in
-float32: XLA:CPU carries bfloat16 collectives as float32.
+Nothing is allocated and nothing runs. Compiling needs as many devices as the plan has; they may be simulated. Compile
+in float32: XLA:CPU carries bfloat16 collectives as float32.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from orogen.train.step import gradients
 
 
 def table_of(collectives: Iterable[Collective], config: PlanConfig, model: ModelConfig) -> Table:
-    """The analytic records as a table over mesh axes, for comparison with a trace or a program."""
+    """The analytic records as a table by mesh axes, to compare with a trace or a compiled program."""
     folding, table = fold_plan(config, model), {}
     for record in collectives:
         axes = {name for axis in record.axes for name in folding.logical[axis]}
@@ -43,7 +43,7 @@ def table_of(collectives: Iterable[Collective], config: PlanConfig, model: Model
 
 
 def traced(unit: Unit, plan: Plan) -> Table:
-    """The collectives of `unit` as written, from its jaxpr: those inside `Plan.run`."""
+    """The collectives of `unit` as traced, from its jaxpr: those inside `Plan.run`."""
     return jaxpr_collectives(jax.make_jaxpr(unit.function)(*unit.arguments).jaxpr, dict(plan.mesh.shape))
 
 
@@ -55,8 +55,8 @@ def compiled(unit: Unit, plan: Plan) -> Table:
 
 
 def compare(model: ModelConfig, config: PlanConfig, work: Workload, letters: Iterable[str]) -> dict[str, Any]:
-    """{unit: one row per operation over the same mesh axes, with analytic and compiled count and bytes}, in float32,
-    for one microbatch; for a pipeline, on the devices of one stage."""
+    """{unit: one record per operation and mesh axes, with analytic and compiled counts and bytes}, in float32, for one
+    microbatch; for a pipeline, on the devices of one stage."""
     config = dataclasses.replace(config, stage=1, microbatches=1)
     model, work, facts = without_mtp(model), work._replace(itemsize=FLOAT32), {}
     plan = make_plan(config, model)
@@ -77,20 +77,20 @@ def compare(model: ModelConfig, config: PlanConfig, work: Workload, letters: Ite
 
 
 def compared_lines(facts: dict[str, Any]) -> list[str]:
-    """The facts of `compare` for a person."""
+    """The facts of `compare` as lines of text."""
     lines = ["compiled in float32: collectives and bytes per layer, analytic and compiled"]
-    for unit, rows in facts.items():
-        for row in rows:
-            analytic, program = (row[name] for name in ("analytic", "compiled"))
+    for unit, records in facts.items():
+        for record in records:
+            analytic, program = (record[name] for name in ("analytic", "compiled"))
             sizes = (
                 f"{analytic['count']:>4} {analytic['bytes']:>14,.0f}  {program['count']:>4} {program['bytes']:>14,.0f}"
             )
-            lines.append(f"{unit:5} {row['operation']:18} {' x '.join(row['mesh_axes']):28} {sizes}")
+            lines.append(f"{unit:5} {record['operation']:18} {' x '.join(record['mesh_axes']):28} {sizes}")
     return lines
 
 
 def step_collectives(model: ModelConfig, plan: Plan, batch_size: int, length: int, *, dtype: str = "float32") -> Table:
-    """The collectives of a whole step as written, except the gathers of sharded masters."""
+    """The collectives of a whole step as traced, except the all-gathers of sharded master parameters."""
     return jaxpr_collectives(_step_jaxpr(model, plan, batch_size, length, dtype), dict(plan.mesh.shape))
 
 
@@ -103,9 +103,9 @@ def _step_jaxpr(model: ModelConfig, plan: Plan, batch_size: int, length: int, dt
 
 
 def step_flops(model: ModelConfig, plan: Plan, batch_size: int, length: int) -> int:
-    """Matrix-product operations of one device in one step of `plan`, its recomputation and padding included.
+    """FLOPs of one device's matrix products in one step of `plan`, recomputation and padding included.
 
-    Experts count every row that they have room for, as if routing filled all of them.
+    Experts count every row that their buffers have room for, as if routing filled them.
     """
     plan = dataclasses.replace(plan, config=dataclasses.replace(plan.config, grouped_matmul="ragged_dot"))
     jaxpr = _step_jaxpr(model, plan, batch_size, length, "float32")
@@ -114,11 +114,11 @@ def step_flops(model: ModelConfig, plan: Plan, batch_size: int, length: int) -> 
 
 
 def _stage_flops(jaxpr: core.Jaxpr, plan: Plan, stages: Stages) -> int:
-    """The same for the average stage of a pipeline, which at each tick takes the branch that the schedule names."""
+    """The same, averaged over a pipeline's stages. At each tick a stage takes the branch that the schedule names."""
     schedule: Any = plan.schedule
     kinds = stages.kinds(plan.recipes)
     branch_ts = branches_ts(schedule.tables, stages.kind_vp(plan.recipes), len(kinds))
-    choices = [e for turns, e in equations(jaxpr, product) if e.primitive.name == "cond" and turns == schedule.ticks]
+    choices = [e for times, e in equations(jaxpr, product) if e.primitive.name == "cond" and times == schedule.ticks]
     (choice,) = [e for e in choices if len(e.params["branches"]) == 1 + 2 * len(kinds)]
     flops = np.array([product_flops(opened(branch)) for branch in choice.params["branches"]])
     others = product_flops(jaxpr) - schedule.ticks * int(flops.max())
@@ -126,8 +126,8 @@ def _stage_flops(jaxpr: core.Jaxpr, plan: Plan, stages: Stages) -> int:
 
 
 def flops_overhead(model: ModelConfig, config: PlanConfig, batch_size: int, length: int) -> float:
-    """Operations of all the plan's devices over those of a single device without the plan, less one: what the plan
-    computes twice or for padding. Both have the same microbatches and implementations."""
+    """FLOPs of all the plan's devices over those of a single device, less one: the share that the plan duplicates or
+    spends on padding. Both use the same microbatches and implementations."""
     plan = make_plan(config, model, abstract=True)
     alone = step_flops(model, single_device_plan(config, model), batch_size, length)
     return config.devices * step_flops(model, plan, batch_size, length) / alone - 1

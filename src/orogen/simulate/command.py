@@ -15,10 +15,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     fields = ("--fields", "list every field that a gin file may bind: type, default, meaning")
     add_config_arguments(parser, instead=[fields])
     parser.add_argument(
-        "--compile", action="store_true", help="what one layer of each type sends, as XLA compiles it, too"
+        "--compile", action="store_true", help="also show what one layer of each kind sends, as XLA compiles it"
     )
     parser.add_argument(
-        "--memory", action="store_true", help="what a device holds: state, activations by name, the compiled step's"
+        "--memory", action="store_true", help="also show what a device holds: state, activations, the compiled step"
     )
 
 
@@ -50,14 +50,14 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def _collectives(options: argparse.Namespace, config: RunConfig) -> tuple[dict[str, Any], list[str]]:
-    """What the plan's devices send by formula and, with --compile, in XLA's programs for simulated devices; and, with
-    --memory, what they hold."""
+    """What the plan's devices send, by formula and, with --compile, in XLA's programs for simulated devices; with
+    --memory, also what they hold."""
     from orogen.cost.communication import collective_lines, describe_collectives
     from orogen.cost.ledger import Workload
 
     sizes, train, model = config.plan, config.train, config.model
-    rows, tokens = train.batch_size // (sizes.data * sizes.microbatches), train.sequence_length // sizes.context
-    work = Workload(rows, tokens, BYTES[train.compute_dtype], train.carry_states)
+    sequences, tokens = train.batch_size // (sizes.data * sizes.microbatches), train.sequence_length // sizes.context
+    work = Workload(sequences, tokens, BYTES[train.compute_dtype], train.carry_states)
     facts: dict[str, Any] = {"collectives": describe_collectives(model, sizes, work)}
     lines = collective_lines(facts["collectives"])
     if (options.compile or options.memory) and not options.fake_devices:
@@ -73,14 +73,14 @@ def _collectives(options: argparse.Namespace, config: RunConfig) -> tuple[dict[s
         letters = dict.fromkeys(model.layers.main + model.layers.mtp)
         facts["compiled"] = compare(model, sizes, work, letters)
         facts["flops_overhead"] = flops_overhead(model, sizes, train.batch_size, train.sequence_length)
-        overhead = f"matrix products of all devices against those of one: {100 * facts['flops_overhead']:+.2f} %"
+        overhead = f"matrix products of all devices over those of one: {100 * facts['flops_overhead']:+.2f} %"
         lines += ["", *compared_lines(facts["compiled"]), "", overhead]
     return facts, lines
 
 
 PLAN = Command(
     name="plan",
-    help="show the mesh, where each parameter lives and what is sent; needs no devices",
+    help="show the mesh, where each parameter lives, and what each layer sends; needs no devices",
     examples=(
         "orogen plan --gin_file gin_configs/recipes/quickstart.gin",
         "orogen plan --gin_file gin_configs/recipes/quickstart.gin --compile --memory",

@@ -1,7 +1,7 @@
-"""Whether a task can fit into the memory that exists: analytic lower bounds, before anything is allocated.
+"""Whether a task can fit into the available memory: analytic lower bounds, checked before anything is allocated.
 
-Only arrays that are certainly held at once are counted, so nothing that fits is refused; what is accepted may still not
-fit.
+Only arrays that are certainly live at the same time count, so nothing that fits is refused; what is accepted may still
+not fit.
 """
 
 import math
@@ -24,22 +24,22 @@ from orogen.infer.sizes import sizes_of
 FLOAT32 = BYTES["float32"]
 # Tokens, segments and positions are int32, weights float32.
 BATCH = 4 * 4
-# Scoring batches rows up to this many tokens.
+# Scoring batches sequences up to this many tokens.
 SCORED_AT_ONCE = 8192
 PREFIX = "ModelConfig."
 ONE_DEVICE = PlanConfig(dispatch="allgather")
 
 
 class Memory(NamedTuple):
-    """Bytes that are still available: on the host, and on each device; None where devices use the host's memory."""
+    """Bytes still available on the host and on each device; device: None where devices use the host's memory."""
 
     host: int
     device: int | None
 
 
 class Need(NamedTuple):
-    """The least bytes needed, what they are for, and the settings that they grow with; for parameters also their model,
-    with whose pattern and fields they grow."""
+    """The minimum bytes needed, what they are for, and the settings that they grow with. model: for parameters, which
+    also grow with its pattern and fields."""
 
     what: str
     size: int
@@ -48,23 +48,23 @@ class Need(NamedTuple):
 
     @property
     def cause(self) -> tuple[str, int]:
-        """The largest setting that it grows with, and its value. A model is traced anew for each field that is looked
-        at, so this is for what is refused."""
+        """The largest setting that the need grows with, and its value. Slow: it traces the model once per candidate
+        field. Called only to explain a refusal."""
         model = self.model
         settings = self.settings if model is None else {**_sizes(model), **self.settings}
         largest_first = sorted(settings.items(), key=lambda item: -item[1])
         return next(s for s in largest_first if model is None or s[0] in self.settings or _dominates(s[0], model))
 
     def times(self, factor: int) -> "Need":
-        """The same on `factor` devices."""
+        """The same need of `factor` devices together."""
         return self._replace(size=self.size * factor)
 
 
 def require_training_fits(config: RunConfig, memory: Memory) -> None:
-    """Raises ConfigError if the batch on the host, or a device's part of the first step, exceeds the memory."""
+    """Raises ConfigError if the host cannot hold the batch, or a device its part of the first step."""
     batch = _batch(config.train)
     device = _training(config)
-    if memory.device is not None:  # otherwise it is the host's
+    if memory.device is not None:  # otherwise the host's need covers it
         device.append(batch._replace(size=batch.size // (config.plan.data * config.plan.context)))
     _require("training", [batch], device, config.plan.devices, memory)
     tokens = config.train.sample_tokens
@@ -76,12 +76,12 @@ def require_training_fits(config: RunConfig, memory: Memory) -> None:
 def require_verification_fits(config: RunConfig, train: TrainConfig, *, host: int) -> None:
     """Raises ConfigError if checking the plan on simulated devices takes more than `host` bytes.
 
-    train: the batch that is checked. Parameters and one device's gradient are held whole, in float32, and beside them
-    the gradient on each of the plan's devices.
+    train: describes the batch of the check. The host holds the whole parameters and the single device's gradient, in
+    float32, and the gradient of each of the plan's devices.
     """
     plan, batch = config.plan, _batch(train)
     axes = {f"PlanConfig.{name}": getattr(plan, name) for name in ("data", "context", "tensor", "microbatches")}
-    if config.train is None:  # its rows follow from the plan
+    if config.train is None:  # the plan decides its batch size
         batch = batch._replace(settings=axes)
     whole = _parameters("parameters and their gradient", config.model, 2 * FLOAT32 * count(config.model))
     copies = Need("the devices' gradients", FLOAT32 * _stored(config.model, plan), axes, config.model)
@@ -92,15 +92,15 @@ def require_inference_fits(
     model: ModelConfig, plan: PlanConfig | None, engine: EngineConfig, memory: Memory, *, settings: dict[str, int]
 ) -> None:
     """Raises ConfigError if an engine's weights, caches and logits exceed the memory of a device. plan: None for one
-    device. settings: by name, what decided fields of the engine's config that nobody bound."""
+    device. settings: by name, the values from which unbound fields of the engine's config were derived."""
     plan = plan or ONE_DEVICE
     _require("inference", [], _serving(model, plan, engine, settings), plan.devices, memory)
 
 
 def require_scoring_fits(model: ModelConfig, memory: Memory, *, blocked: bool, rows: int, tokens: int) -> None:
-    """Raises ConfigError if a pass over the rows that are scored at once exceeds the memory of one device, or if all
-    rows' logits, which wait on the host, exceed the host's. blocked: whether attention goes by blocks and does not hold
-    all scores."""
+    """Raises ConfigError if a pass over one batch of sequences exceeds the memory of one device, or the logits of all
+    sequences, which the host collects, exceed the host's. blocked: whether attention works in blocks and never holds
+    all its scores."""
     settings = {"rows of --tokens": rows, "length of --tokens": tokens}
     logits = Need("logits", rows * tokens * model.vocab_size * FLOAT32, settings)
     together = min(rows, max(1, SCORED_AT_ONCE // tokens))
@@ -108,23 +108,23 @@ def require_scoring_fits(model: ModelConfig, memory: Memory, *, blocked: bool, r
 
 
 def require_conversion_fits(memory: Memory, *, tensor: str, held: int) -> None:
-    """Raises ConfigError if the `held` bytes that the host needs at once for a checkpoint's largest tensor exceed the
-    memory."""
+    """Raises ConfigError if `held`, the bytes that the host needs at once for a checkpoint's largest tensor, exceeds
+    the memory."""
     _require("conversion", [Need("one tensor", held, {f"the size of {tensor}": held})], [], 1, memory)
 
 
 def require_export_fits(model: ModelConfig, memory: Memory) -> None:
-    """Raises ConfigError if a run's model, which an export holds whole and in float32, exceeds a device's memory."""
+    """Raises ConfigError if the run's model exceeds a device's memory: an export holds all of it in float32."""
     _require("conversion", [], [_parameters("parameters", model, count(model) * FLOAT32)], 1, memory)
 
 
 def count(model: ModelConfig) -> int:
-    """How many parameters the model has, from its config alone."""
+    """The number of parameters, from the model's config alone."""
     return sum(repeated * math.prod(weight.shape) for weight, repeated in _weights(model))
 
 
 def _weights(model: ModelConfig) -> list[tuple[Weight, int]]:
-    """Each parameter, and how many layers have it."""
+    """Each parameter, and the number of layers that have it."""
     pattern, found = model.layers, weights(model)
     once = [*(weight for part in found.parts.values() for weight in part), *found.mtp]
     repeated = {letter: (pattern.main + pattern.mtp).count(letter) for letter in found.layers}
@@ -137,7 +137,7 @@ def _parameters(what: str, model: ModelConfig, size: int) -> Need:
 
 
 def _sizes(model: ModelConfig) -> dict[str, int]:
-    """The length of the pattern, and every size that the model has."""
+    """The length of the pattern, and every integer field of the model that is not zero, by name."""
     pattern = model.layers
     fields = {name: getattr(model, name) for name, kind in field_types(ModelConfig).items() if kind is int}
     sizes = {f"{PREFIX}{name}": value for name, value in fields.items() if value}
@@ -145,7 +145,7 @@ def _sizes(model: ModelConfig) -> dict[str, int]:
 
 
 def _dominates(name: str, model: ModelConfig) -> bool:
-    """Whether doubling the setting gives at least 1.5 times the parameters; the pattern counts always."""
+    """Whether doubling the setting gives at least 1.5 times the parameters; always true of the pattern."""
     field = name.removeprefix(PREFIX)
     return field == "pattern" or count(changed(model, **{field: 2 * getattr(model, field)})) >= 1.5 * count(model)
 
@@ -159,21 +159,21 @@ def _batch_settings(train: TrainConfig) -> dict[str, int]:
 
 
 def _training(config: RunConfig) -> list[Need]:
-    """What one device holds: masters and moments, and beside them either all gradients, or a microbatch's layer inputs,
-    scores of one attention layer and logits of one chunk, whichever is more."""
+    """What one device holds: master parameters and moments, plus the larger of two: all gradients; or one microbatch's
+    layer inputs, the scores of one attention layer and the logits of one chunk."""
     plan, optimizer = config.plan, config.optimizer
     stored = _stored(config.model, plan)
     # Muon keeps one moment per matrix, AdamW two of everything.
     moments = (2 if optimizer.name == "adamw" else 1) * BYTES[optimizer.moment_dtype]
     state = stored * (FLOAT32 + (0 if plan.offload_optimizer else moments))
     gradients = _parameters("gradients", config.model, stored * FLOAT32)
-    passing = _passing(config)
-    more = passing if sum(need.size for need in passing) > gradients.size else [gradients]
+    activations = _activations(config)
+    more = activations if sum(need.size for need in activations) > gradients.size else [gradients]
     return [_parameters("parameters and the optimizer's state", config.model, state), *more]
 
 
 def _stored(model: ModelConfig, plan: PlanConfig) -> int:
-    """Parameters that one device stores, if all of them split as far as any does."""
+    """The parameters that one device stores, if every one is sharded as far as the plan allows."""
     ranks = plan.data * plan.context
     dense = plan.tensor * (1 if plan.fsdp == "none" else plan.fsdp_size or ranks)
     experts = plan.expert * plan.expert_tensor if plan.fsdp == "none" else ranks * plan.tensor
@@ -183,21 +183,22 @@ def _stored(model: ModelConfig, plan: PlanConfig) -> int:
     )
 
 
-def _passing(config: RunConfig) -> list[Need]:
-    """What a microbatch's forward and backward pass hold on one device beside the state."""
+def _activations(config: RunConfig) -> list[Need]:
+    """What one microbatch's forward and backward pass hold on one device, beside the state."""
     plan, model, train = config.plan, config.model, config.train
     itemsize = BYTES[train.compute_dtype]
-    rows, tokens = max(1, train.batch_size // (plan.data * plan.microbatches)), train.sequence_length // plan.context
+    sequences = max(1, train.batch_size // (plan.data * plan.microbatches))
+    tokens = train.sequence_length // plan.context
     layers = 0 if "input" in plan.offload else len(model.layers.main)
     shares = 1 if plan.stream == "whole" else plan.tensor
-    inputs = rows * tokens * model.hidden_size * itemsize * layers // (shares * plan.stage)
-    chunk = rows * tokens if plan.cross_entropy == "full" else min(plan.logit_rows, rows * tokens)
+    inputs = sequences * tokens * model.hidden_size * itemsize * layers // (shares * plan.stage)
+    chunk = sequences * tokens if plan.cross_entropy == "full" else min(plan.logit_rows, sequences * tokens)
     logits = chunk * model.vocab_size // plan.tensor * itemsize
     settings = _batch_settings(train)
     wide = {"ModelConfig.vocab_size": model.vocab_size}
     wide |= settings if plan.cross_entropy == "full" else {"PlanConfig.logit_rows": chunk}
-    scores = _scores(model, rows, tokens, settings, itemsize) if plan.attention == "full" else None
-    # A ring takes a half of a rank's queries with a half of another's keys.
+    scores = _scores(model, sequences, tokens, settings, itemsize) if plan.attention == "full" else None
+    # A ring multiplies half of one rank's queries with half of another's keys.
     shared = 4 * plan.tensor if plan.context > 1 else plan.tensor
     found = [
         Need("the layers' inputs", inputs, {**settings, "ModelConfig.hidden_size": model.hidden_size}),
@@ -207,14 +208,14 @@ def _passing(config: RunConfig) -> list[Need]:
 
 
 def _scores(model: ModelConfig, rows: int, tokens: int, settings: dict[str, int], itemsize: int) -> Need | None:
-    """The scores of one attention layer that holds all of them."""
+    """The scores of one attention layer that materialises all of them."""
     if not set("*w+") & set(model.layers.main):
         return None
     return Need("scores of attention", rows * model.num_attention_heads * tokens**2 * itemsize, settings)
 
 
 def _serving(model: ModelConfig, plan: PlanConfig, engine: EngineConfig, settings: dict[str, int]) -> list[Need]:
-    """What an engine holds on one device: weights, what its slots keep, snapshots of that, and logits of a step."""
+    """What an engine holds on one device: weights, the caches of its slots, snapshots of those, and a step's logits."""
     sizes = sizes_of(model, plan, engine)
     laid, built = assemble(model, plan, abstract=True)
     opened = Opened(model, laid, built, built.params, built.buffers, None)
@@ -233,7 +234,7 @@ def _serving(model: ModelConfig, plan: PlanConfig, engine: EngineConfig, setting
 
 
 def _inference(model: ModelConfig, whole: bool, rows: int, tokens: int, settings: dict[str, int]) -> list[Need]:
-    """What a forward pass in float32 holds on one device. whole: whether attention holds all scores."""
+    """What a float32 forward pass holds on one device. whole: whether attention materialises all scores."""
     hidden = Need("hidden states", rows * tokens * model.hidden_size * FLOAT32, settings)
     scores = _scores(model, rows, tokens, settings, FLOAT32) if whole else None
     needs = [_parameters("parameters", model, count(model) * FLOAT32), hidden]

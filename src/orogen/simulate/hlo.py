@@ -1,4 +1,4 @@
-"""Reads the collectives of a compiled program: how many of each operation over which mesh axes, and what they send."""
+"""Reads the collectives of a compiled program: the count of each operation per mesh axes, and the bytes it sends."""
 
 import itertools
 import math
@@ -12,14 +12,14 @@ from orogen.cost.ledger import sent_bytes
 
 
 class Traffic(NamedTuple):
-    """Collectives of one operation over the same mesh axes: their number, and the bytes that one device sends in
-    all."""
+    """Collectives of one operation over the same mesh axes: their count, and the bytes that one device sends in
+    total."""
 
     count: float
     bytes: float
 
 
-# (operation, mesh axes in the mesh's order): what one device sends by it.
+# {(operation, mesh axes in the mesh's order): what one device sends}.
 Table = dict[tuple[str, tuple[str, ...]], Traffic]
 
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4,
@@ -34,23 +34,23 @@ BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}"
 
 
 def add(table: Table, key: tuple[str, tuple[str, ...]], count: float, size: float) -> None:
-    """Adds collectives of one operation to those over the same axes."""
+    """Adds `count` collectives, which send `size` bytes in total, to the entry `key`."""
     before = table.get(key, Traffic(0, 0))
     table[key] = Traffic(before.count + count, before.bytes + size)
 
 
 def hlo_collectives(text: str, sizes: Mapping[str, int]) -> Table:
-    """The collectives of a compiled program, each counted as often as the loops around it iterate.
+    """The collectives of a compiled program, each counted once per iteration of the loops around it.
 
-    sizes: of the mesh axes, outermost first; partition ids count through them. Raises ValueError on an operation,
-    group or loop that it cannot read: an overlooked collective would look like a free one.
+    sizes: of the mesh axes, outermost first, as partition ids enumerate them. Raises ValueError on an operation, group
+    or loop that it cannot read: an overlooked collective would look free.
     """
     table: Table = {}
     lines = list(_lines(text))
-    turns = _turns(lines)
+    runs = _runs(lines)
     for name, line in lines:
         match = INSTRUCTION.match(line)
-        if match is None or not turns.get(name):
+        if match is None or not runs.get(name):
             continue
         operation, groups = match["operation"], _groups(line)
         ranks = math.prod(sizes.values()) if not groups else len(groups[0])
@@ -59,9 +59,9 @@ def hlo_collectives(text: str, sizes: Mapping[str, int]) -> Table:
         if ranks > 1:
             cycles = operation == "collective-permute"
             key = operation, _axes(groups or [tuple(range(ranks))], sizes, cycles=cycles)
-            # XLA sums several arrays at once, and exchanges one as a piece for each rank.
+            # XLA joins several arrays in one all-reduce, but lists one array of an all-to-all as a piece per rank.
             arrays = max(len(results) // ranks, 1) if operation == "all-to-all" else len(results)
-            add(table, key, turns[name] * arrays, turns[name] * sent_bytes(operation, held, ranks))
+            add(table, key, runs[name] * arrays, runs[name] * sent_bytes(operation, held, ranks))
     return table
 
 
@@ -74,25 +74,25 @@ def _lines(text: str) -> Iterator[tuple[str, str]]:
         yield name, line
 
 
-def _turns(lines: list[tuple[str, str]]) -> dict[str, int]:
-    """How often each computation runs; a branch counts once."""
+def _runs(lines: list[tuple[str, str]]) -> dict[str, int]:
+    """How often each computation runs. Each branch of a conditional counts as if it were taken."""
     calls: dict[str, list[tuple[str, int]]] = {}
     collective = {name for name, line in lines if INSTRUCTION.match(line)}
     for name, line in lines:
         count = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
         if " while(" in line and count is None and set(CALLED.findall(line)) & collective:
-            raise ValueError(f"a loop with collectives, of unknown length: {line.strip()[:200]}")
+            raise ValueError(f"a loop with collectives and an unknown trip count: {line.strip()[:200]}")
         called = [*CALLED.findall(line), *(b.strip(" %") for m in BRANCHES.findall(line) for b in m.split(","))]
         calls.setdefault(name, []).extend((each, int(count[1]) if count else 1) for each in called)
-    turns: dict[str, int] = {}
+    runs: dict[str, int] = {}
 
     def visit(name: str, times: int) -> None:
-        turns[name] = turns.get(name, 0) + times
+        runs[name] = runs.get(name, 0) + times
         for each, count in calls.get(name, []):
             visit(each, times * count)
 
     visit("ENTRY", 1)
-    return turns
+    return runs
 
 
 def _sizes(result: str) -> list[int]:
@@ -102,7 +102,7 @@ def _sizes(result: str) -> list[int]:
 
 
 def _groups(line: str) -> list[tuple[int, ...]]:
-    """The partitions that take part together: groups, or the cycles of a permutation; empty for all."""
+    """The partitions that communicate: groups, or the cycles of a permutation; empty for one group of all."""
     if match := re.search(r"source_target_pairs=\{(.*?)\}\}", line):
         return _cycles([tuple(map(int, pair.split(","))) for pair in re.findall(r"\{([\d,]+)", "{" + match[1])])
     if match := re.search(r"replica_groups=\{(\{.*?\})\}", line):
@@ -114,7 +114,7 @@ def _groups(line: str) -> list[tuple[int, ...]]:
     if match := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\S+)\))? \{([^}]*)\}", line):
         axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match[1])}
         groups = _mesh_groups(axes, re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", match[3]))
-        # Devices in another order are listed, or enumerated as those of groups are.
+        # Devices in another order are written as a list or in the iota form of groups.
         whole = f"[1,{math.prod(axes.values())}]<={match[2]}" if "[" in (match[2] or "") else f"{{{{{match[2]}}}}}"
         (ids,) = _groups(f"replica_groups={whole}") if match[2] else (None,)
         return [tuple(ids[i] for i in group) for group in groups] if ids else groups
@@ -124,7 +124,7 @@ def _groups(line: str) -> list[tuple[int, ...]]:
 
 
 def _mesh_groups(axes: dict[str, int], taken: Sequence[tuple[str, str, str]]) -> list[tuple[int, ...]]:
-    """Groups along whole axes of a mesh, or along parts of one: (axis, ranks outside the part, its size)."""
+    """Groups along whole mesh axes or parts of axes. taken: (axis, ranks outside the part, size of the part)."""
     shape, moved = [], []
     for name, size in axes.items():
         own = [(int(before), int(part)) if part else (1, size) for axis, before, part in taken if axis == name]
@@ -139,7 +139,7 @@ def _mesh_groups(axes: dict[str, int], taken: Sequence[tuple[str, str, str]]) ->
 
 
 def _cycles(pairs: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """The devices that a permutation connects, as sets of equal reach."""
+    """The connected components of a permutation: sets of devices that reach one another."""
     joined = {device: {device} for pair in pairs for device in pair}
     for source, target in pairs:
         union = joined[source] | joined[target]
@@ -149,11 +149,11 @@ def _cycles(pairs: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
 
 
 def _axes(groups: list[tuple[int, ...]], sizes: Mapping[str, int], *, cycles: bool) -> tuple[str, ...]:
-    """The mesh axes along which the members of a group differ. Raises ValueError if they are not all along those
-    axes; in cycles, of shifts by more than one rank, they need not be."""
+    """The mesh axes along which the members of a group differ. Raises ValueError if a group does not span these axes
+    whole; cycles need not: a shift by more than one rank may split an axis into several."""
     shape = tuple(sizes.values())
-    places = [np.stack(np.unravel_index(np.asarray(group), shape), 1) for group in groups]
-    differ = np.any([(place != place[:1]).any(0) for place in places], axis=0)
+    coordinates = [np.stack(np.unravel_index(np.asarray(group), shape), 1) for group in groups]
+    differ = np.any([(each != each[:1]).any(0) for each in coordinates], axis=0)
     axes = tuple(itertools.compress(sizes, differ))
     if not cycles and any(len(group) != math.prod(sizes[name] for name in axes) for group in groups):
         raise ValueError(f"groups {groups[:2]} are no mesh axes of {dict(sizes)}")

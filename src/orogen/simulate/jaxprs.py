@@ -1,5 +1,5 @@
-"""Reads what a traced program sends and multiplies: the collectives and matrix products of its jaxpr, those of loops as
-often as they iterate."""
+"""Reads the collectives and matrix products of a traced program from its jaxpr; those in loops count once per
+iteration."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,7 +10,7 @@ from jax.extend import core
 from orogen.cost.ledger import sent_bytes
 from orogen.simulate.hlo import Table, add
 
-# JAX primitives that communicate, by the HLO operation that each becomes.
+# JAX primitives that communicate, and the HLO operation that each becomes.
 PRIMITIVES = {
     "psum": "all-reduce",
     "psum_invariant": "all-reduce",
@@ -27,14 +27,14 @@ RAGGED = PRIMITIVES["ragged_all_to_all"]
 
 
 def jaxpr_collectives(jaxpr: core.Jaxpr, sizes: Mapping[str, int]) -> Table:
-    """The collectives in `jaxpr`, each counted as often as the loops around it iterate. sizes: of the mesh axes."""
+    """The collectives in `jaxpr`, each counted once per iteration of the loops around it. sizes: of the mesh axes."""
     table: Table = {}
-    for turns, equation in equations(jaxpr, lambda e: _sent(e, sizes)):
+    for times, equation in equations(jaxpr, lambda e: _sent(e, sizes)):
         operation = PRIMITIVES.get(equation.primitive.name)
         if operation is not None:
             key = operation, tuple(name for name in sizes if name in _named(equation))
             count = 1 if operation == RAGGED else len(equation.invars)
-            add(table, key, turns * count, turns * _sent(equation, sizes))
+            add(table, key, times * count, times * _sent(equation, sizes))
     return table
 
 
@@ -54,25 +54,25 @@ def _named(equation: core.JaxprEqn) -> tuple[str, ...]:
 
 
 def _operands(equation: core.JaxprEqn) -> Sequence[Any]:
-    """The operands that are sent; of a ragged exchange also the one written to, not those that say what goes where."""
+    """The operands that are sent; of a ragged exchange the data and the output, not the offsets and sizes."""
     return equation.invars[:2] if equation.primitive.name == "ragged_all_to_all" else equation.invars
 
 
 def product_flops(jaxpr: core.Jaxpr) -> int:
-    """Operations of the matrix products in `jaxpr`, a multiply-add as two, each counted as often as the loops around it
-    iterate."""
-    return sum(turns * product(equation) for turns, equation in equations(jaxpr, product))
+    """FLOPs of the matrix products in `jaxpr`, two per multiply-add; each product counts once per iteration of the
+    loops around it."""
+    return sum(times * product(equation) for times, equation in equations(jaxpr, product))
 
 
 def product(equation: core.JaxprEqn) -> int:
-    """Operations of one matrix product; 0 of what is none."""
+    """FLOPs of a matrix product; 0 for any other equation."""
     if equation.primitive.name not in ("dot_general", "ragged_dot_general"):
         return 0
     left, right = (_shape(v) for v in equation.invars[:2])
     if equation.primitive.name == "dot_general":
         (contracted, _), _ = equation.params["dimension_numbers"]
         return 2 * math.prod(_shape(equation.outvars[0])) * math.prod(left[i] for i in contracted)
-    # Each row meets one group's matrix, whether rows are kept (r, m) or summed over (g, k, m).
+    # Each row is multiplied by one group's matrix, whether the result keeps rows (r, m) or sums over them (g, k, m).
     numbers = equation.params["ragged_dot_dimension_numbers"]
     (_, contracted), _ = numbers.dot_dimension_numbers
     shared = {*contracted, *numbers.rhs_group_dimensions}
@@ -80,32 +80,32 @@ def product(equation: core.JaxprEqn) -> int:
 
 
 def _shape(variable: Any) -> tuple[int, ...]:
-    """The shape of a jaxpr's variable; empty for none and for what is no array."""
+    """The shape of a jaxpr's variable; () for None and for anything but an array."""
     return getattr(getattr(variable, "aval", None), "shape", ())
 
 
 def equations(
-    jaxpr: core.Jaxpr, weigh: Callable[[core.JaxprEqn], float], turns: int = 1
+    jaxpr: core.Jaxpr, weigh: Callable[[core.JaxprEqn], float], times: int = 1
 ) -> Iterator[tuple[int, core.JaxprEqn]]:
-    """(times it runs, equation) for every equation, inner jaxprs included; of a choice only the heaviest branch, and
-    of a choice by platform the branch of accelerators if it weighs anything.
+    """(how often it runs, equation) for every equation, inner jaxprs included. Of a cond, only the heaviest branch; of
+    a choice by platform, the accelerators' branch if anything in it has weight.
 
-    Raises ValueError on a loop with an unknown number of iterations, if anything in it weighs something.
+    Raises ValueError on a while loop, whose trip count is unknown, if anything in it has weight.
     """
     weight = lambda inner: sum(times * weigh(e) for times, e in equations(inner, weigh))  # noqa: E731
     for equation in jaxpr.eqns:
         name, inner = equation.primitive.name, [opened(j) for j in _inner(equation)]
-        yield turns, equation
+        yield times, equation
         if name == "cond":
-            # In a choice by platform the last branch is for all platforms but the named ones: for accelerators.
+            # In a choice by platform the last branch is for the platforms that are not named: accelerators.
             by_platform = equation.params.get("branches_platforms") and weight(inner[-1])
             inner = [inner[-1] if by_platform else max(inner, key=weight)]
         if name == "while" and any(weight(j) for j in inner):
             raise ValueError(
-                "a while loop that communicates or multiplies matrices; expected a scan: its turns are known"
+                "a while loop that communicates or multiplies matrices; expected a scan, whose trip count is known"
             )
         for each in inner:
-            yield from equations(each, weigh, turns * (equation.params["length"] if name == "scan" else 1))
+            yield from equations(each, weigh, times * (equation.params["length"] if name == "scan" else 1))
 
 
 def _inner(equation: core.JaxprEqn) -> Iterator[Any]:
@@ -119,5 +119,5 @@ def _inner(equation: core.JaxprEqn) -> Iterator[Any]:
 
 
 def opened(jaxpr: Any) -> core.Jaxpr:
-    """The jaxpr of one that may come with its constants."""
+    """The bare jaxpr of a Jaxpr or a ClosedJaxpr."""
     return jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr

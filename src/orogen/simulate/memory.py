@@ -1,5 +1,5 @@
-"""What one device holds during a training step: state by the plan's shardings, activations by name from the layers'
-traces, and what XLA allocates in the compiled step."""
+"""What one device holds during a training step: state, from the plan's shardings; activations by name, from traces of
+the layers; and what XLA allocates for the compiled step."""
 
 import dataclasses
 import math
@@ -25,7 +25,7 @@ from orogen.train.optimizer import make_optimizer
 from orogen.train.state import TrainState, abstract_state, state_shardings
 from orogen.train.step import BATCH_AXES, make_step
 
-# XLA's names of a program's memory, and ours.
+# Our names for the parts of a program's memory, and XLA's.
 COMPILED = {
     "arguments": "argument_size_in_bytes",
     "outputs": "output_size_in_bytes",
@@ -39,9 +39,9 @@ def describe_memory(config: RunConfig, work: Workload) -> dict[str, Any]:
     """Bytes on one device. Nothing is allocated; compiling needs as many devices as the plan, which may be simulated.
 
     parameters: float32 masters as they are stored; working: the copies that the step computes with; gradients: float32
-    sums, laid out as the masters unless they are scattered at the step's end (fsdp optimizer); optimizer: its state.
-    activations: {letter: layers, bytes of one layer by name}, of one microbatch, whose layers are all kept at once.
-    compiled: of the whole step, which donates the state.
+    sums, sharded like the masters unless they are scattered only at the end of the step (fsdp='optimizer'); optimizer:
+    its state. activations: {letter: layers, bytes of one layer by name}, of one microbatch, with all its layers live at
+    once. compiled: XLA's numbers for the whole step, which donates the state.
     """
     config.need("model", "train", "optimizer")
     plan, built = assemble(config.model, config.plan, length=config.train.sequence_length)
@@ -69,8 +69,8 @@ def describe_memory(config: RunConfig, work: Workload) -> dict[str, Any]:
 def activations(
     model: ModelConfig, sizes: PlanConfig, work: Workload, *, dtype: str, layout: Layout
 ) -> dict[str, dict[str, Any]]:
-    """{letter: how many layers are kept at once, those of the MTP block once per depth, and bytes of one by name}, of a
-    microbatch; for a pipeline those of the fullest chunk, once per slot of the stash."""
+    """{letter: the layers live at once, with those of the MTP block once per depth, and one layer's bytes by name}, of
+    a microbatch; for a pipeline, of the fullest chunk, once per slot of the stash."""
     pattern, found = model.layers, {}
     plan, one_stage = (make_plan(c, model, abstract=True) for c in (sizes, dataclasses.replace(sizes, stage=1)))
     for letter in dict.fromkeys(pattern.main + pattern.mtp):
@@ -87,7 +87,7 @@ def _placed(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
 
 
 def _held(tree: Any) -> int:
-    """Bytes of one device's pieces."""
+    """Bytes of one device's shards."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
@@ -101,7 +101,7 @@ def _working(built: Built, plan: Plan, dtype: str) -> int:
 
 
 def _in_step(built: Built, plan: Plan) -> Any:
-    """The parameters, float32, as they lie inside the step."""
+    """The float32 parameters, sharded as inside the step."""
     shardings = jax.tree.map(lambda spec: jax.sharding.NamedSharding(plan.mesh, spec), plan.specs(built.params))
     return jax.tree.map(_placed, built.params, shardings)
 
@@ -118,14 +118,14 @@ def _compiled(config: RunConfig, plan: Plan, built: Built, optimizer: Any, state
 
 
 def memory_lines(facts: Mapping[str, Any]) -> list[str]:
-    """The facts of `describe_memory` for a person."""
+    """The facts of `describe_memory` as lines of text."""
     state, compiled = facts["state"], facts["compiled"]
     lines = [f"bytes on each of {facts['devices']} devices"]
     lines += [_row("state", name, size) for name, size in state.items()]
     for letter, each in facts["activations"].items():
         kept = each["bytes"].items() if each["layers"] else ()
         lines += [_row(f"{letter} x {each['layers']}", name, each["layers"] * n) for name, n in kept]
-    lines.append(_row("layers", "activations in all", facts["activation_bytes"]))
+    lines.append(_row("layers", "all activations", facts["activation_bytes"]))
     return lines + [_row("step, compiled", name, size) for name, size in compiled.items()]
 
 

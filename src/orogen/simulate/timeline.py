@@ -1,4 +1,4 @@
-"""How long a pipeline's step takes by its schedule: each pass as soon as it can be, or all stages tick by tick.
+"""How long a pipeline's step takes under its schedule: each pass as early as possible, or all stages in lockstep.
 
 Legend: t tick, s stage, c chunk.
 """
@@ -27,17 +27,17 @@ class Work(NamedTuple):
 def timeline(
     schedule: Schedule, *, forward: ArrayLike = 1.0, backward: ArrayLike | None = None, hop: float = 0.0
 ) -> list[Work]:
-    """Every pass in order of its start, if each begins as soon as its stage is free and its input has arrived.
+    """Every pass, in order of start, if each begins as soon as its stage is free and its input has arrived.
 
-    forward, backward: time of a pass, one number or (virtual, stages); None: backward takes twice as long as forward.
+    forward, backward: the time of a pass, one number or (virtual, stages). backward None: twice as long as forward.
     hop: time from the end of a pass until another stage has its output; the sender continues meanwhile.
     """
     cost = _costs(schedule, forward, backward)
     orders = []
     for stage in range(schedule.stages):
         columns = (table[:, stage] for table in schedule.tables[:3])
-        rows = (row for row in zip(*columns, strict=True) if row[0] != IDLE)
-        orders.append([Pass(int(o), int(m), int(c) * schedule.stages + stage) for o, m, c in rows])
+        passes = (entry for entry in zip(*columns, strict=True) if entry[0] != IDLE)
+        orders.append([Pass(int(o), int(m), int(c) * schedule.stages + stage) for o, m, c in passes])
     played = _play(orders, lambda step: cost[step.operation].flat[step.segment], hop=hop)
     work = [
         Work(step.segment % schedule.stages, step.operation, step.microbatch, step.segment // schedule.stages, *span)
@@ -47,25 +47,24 @@ def timeline(
 
 
 def lockstep_time(schedule: Schedule, *, forward: ArrayLike = 1.0, backward: ArrayLike | None = None) -> float:
-    """Time of the step if no stage begins a tick before all have ended the previous one, as in a loop with blocking
-    sends.
+    """The time of a step if no stage begins a tick before all stages have finished the previous one, as in a loop with
+    blocking sends.
 
     Arguments as in `timeline`. A tick in which some stages go forward and others backward takes the longer pass.
     """
     cost = _costs(schedule, forward, backward)
     operation_ts, _, chunk_ts = schedule.tables[:3]
     stage_s = np.arange(schedule.stages)
-    taken_ts = np.zeros(operation_ts.shape)
+    time_ts = np.zeros(operation_ts.shape)
     for operation in STEP:
-        taken_ts = np.where(operation_ts == operation, cost[operation][chunk_ts, stage_s], taken_ts)
-    return float(taken_ts.max(axis=1).sum())
+        time_ts = np.where(operation_ts == operation, cost[operation][chunk_ts, stage_s], time_ts)
+    return float(time_ts.max(axis=1).sum())
 
 
 def _play(
     orders: Sequence[Sequence[Pass]], cost: Callable[[Pass], float], *, hop: float
 ) -> list[tuple[Pass, float, float]]:
-    """(pass, start, end) of every pass, with each stage keeping to its order and starting each pass as soon as it
-    can."""
+    """(pass, start, end) of every pass. Each stage keeps its order and starts each pass as early as possible."""
     stages, last = len(orders), last_segment(orders)
     end, free, played = {}, [0.0] * stages, []
     waiting = [collections.deque(order) for order in orders]
@@ -81,7 +80,7 @@ def _play(
 
 
 def _costs(schedule: Schedule, forward: ArrayLike, backward: ArrayLike | None) -> dict[int, NDArray[np.float64]]:
-    """Time of a pass by operation, each (virtual, stages)."""
+    """The time of a pass by operation, (virtual, stages) each."""
     backward = 2 * np.asarray(forward) if backward is None else backward
     shape = schedule.virtual, schedule.stages
     return {FORWARD: np.broadcast_to(forward, shape), BACKWARD: np.broadcast_to(backward, shape)}

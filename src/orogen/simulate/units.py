@@ -1,7 +1,7 @@
 """Parts of a training step as functions of abstract arguments, to be traced or compiled on their own.
 
-A *unit* is one layer of a letter of the pattern, or ENDS (embedding, final norm, head and loss):
-forward and backward pass, with its parameters' gradients summed.
+A *unit* is the forward and backward pass, gradient sums over devices included, of one layer of a pattern letter, or of
+ENDS: embedding, final norm, head and loss.
 
 Letters: b batch, t time, d model.
 """
@@ -34,7 +34,7 @@ from orogen.train.step import BATCH_AXES
 
 
 class Unit(NamedTuple):
-    """A part of the step: a function of abstract arguments, and where these and its results live."""
+    """A part of the step: a function, its abstract arguments, and the shardings of arguments and results."""
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
@@ -43,14 +43,14 @@ class Unit(NamedTuple):
 
 
 def unit_of(letter: str, model: ModelConfig, plan: Plan, work: Workload, *, dtype: str = "float32") -> Unit:
-    """The unit of a letter of the pattern, by the plan's own recipe, or of ENDS at the first depth, without the deeper
-    ones."""
+    """The unit of a letter of the pattern under the plan's own recipe, or of ENDS without the deeper predictions of
+    MTP."""
     model, plan = without_mtp(model), plan.with_recipes(None)
     return _ends(model, plan, work, dtype) if letter == ENDS else _layer(letter, model, plan, work, dtype)
 
 
 def without_mtp(model: ModelConfig) -> ModelConfig:
-    """The model that predicts the next token alone."""
+    """The model that predicts only the next token."""
     return dataclasses.replace(model, pattern=model.pattern.split("/")[0], mtp_depths=0)
 
 
@@ -149,10 +149,10 @@ def _reduced(grads: Any, plan: Plan) -> Any:
 
 
 def _stream(plan: Plan, work: Workload, model: ModelConfig, dtype: str) -> Any:
-    """The residual stream of all devices, split as TOKENS are. Where each rank of `tensor` holds all of it, they hold
-    copies, one after the other in time: as one array they would have to be compared to become one again."""
-    rows, time = plan.stream_shape(work.rows, work.tokens)
-    shape = plan.config.data * rows, plan.size(TOKENS[1]) * time, model.hidden_size
+    """The residual stream of all devices, split as TOKENS are. Where each rank of `tensor` holds all of it, the copies
+    lie side by side along time: as one replicated array they would have to be proved equal."""
+    sequences, time = plan.stream_shape(work.rows, work.tokens)
+    shape = plan.config.data * sequences, plan.size(TOKENS[1]) * time, model.hidden_size
     return jax.ShapeDtypeStruct(shape, DTYPES[dtype])
 
 
@@ -162,5 +162,5 @@ def _documents(plan: Plan, work: Workload) -> Documents:
 
 
 def _specs(plan: Plan) -> tuple[Any, Any, Any]:
-    """The specs of a batch's integers, of the residual stream, and of arrays that every device holds whole."""
+    """The specs of a batch's integers, of the residual stream, and of replicated arrays."""
     return plan.spec(*BATCH_AXES), plan.spec(*TOKENS, None), plan.spec()

@@ -1,22 +1,22 @@
-"""Training: loss, optimizer, step, loop, and what a run folder holds.
+"""Training: loss, optimizer, step, loop, and the contents of a run folder.
 
-**`orogen verify` compares a plan with one device** that has the plainest kernels, one batch and no recomputation. Its
-single device stands for the plan's ranks and microbatches when it counts capacity. The plan replays which experts the
-single device chose and what it dropped, since rounding flips ties; `verify` reports how many tokens would have fared
-otherwise and by what margin.
+**`orogen verify` compares a plan with one device** that uses the plainest kernels, one batch and no recomputation. That
+device counts expert capacity as the plan's ranks and microbatches would. The plan replays the single device's choices
+of experts and its drops, because rounding flips ties; `verify` reports how many tokens would have chosen otherwise, and
+by what margin.
 
-**Add a task.** What pretraining, fine-tuning, distillation and reinforcement learning do each in its own way is one
-value, a `Task` (`task.py`); step, loop, pipeline and `verify` are the same for all. Its `Objective` names sums and what
-they are divided by, both of one device's rows: the loss is a weighted sum of these means, so it is the same under every
-plan and any number of microbatches, which is why a loss is never written as a mean. `sums` is given the final hidden
-states and reads the head by `orogen.model.heads`: weighted nats, or each token's log-likelihood. What the loss needs
-beside tokens and weights (advantages, a teacher's log-likelihoods) comes with the batch, as `Batch.extras` by name,
-arrays (b, t, …). `source` gives batches and can be stopped and restored to the bit; `evaluation` scores a state.
-`pretraining.py` is the task of `orogen train`; `tests/train/test_task.py` writes another, a policy gradient, works its
-numbers by hand, and holds it against one device under several plans.
+**Add a task.** What differs between pretraining, fine-tuning, distillation and reinforcement learning is one value, a
+`Task` (`task.py`); step, loop, pipeline and `verify` are the same for all. Its `Objective` computes named sums and
+their denominators over one device's tokens. The loss is a weighted sum of the resulting means, so it is the same under
+every plan and any number of microbatches; for that reason an objective never takes a mean itself. `sums` receives the
+final hidden states and reads the head through `orogen.model.heads`, as weighted nats or as each token's log-likelihood.
+What the loss needs beside tokens and weights (advantages, a teacher's log-likelihoods) comes with the batch, in
+`Batch.extras`: named arrays (b, t, …). `source` yields batches, and its position can be saved and restored to the bit;
+`evaluation` scores a state. `pretraining.py` is the task of `orogen train`. `tests/train/test_task.py` defines another,
+a policy gradient, works out its numbers by hand, and compares several plans with one device.
 
 **Muon** is scaled to AdamW's update size (0.2·√max(in, out), arXiv:2502.16982), so one learning rate serves both.
 
-**An offloaded optimizer frees memory between steps, hardly within one**: XLA:GPU fetches all of it when the step
-begins, in whatever order the program asks (experiments/activation_memory).
+**An offloaded optimizer frees memory between steps, hardly within one**: XLA:GPU fetches all of it at the start of the
+step, in whatever order the program asks for it (experiments/activation_memory).
 """

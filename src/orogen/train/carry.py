@@ -1,7 +1,7 @@
-"""States that layers carry from one batch to the next, where each row goes on with the same row of the last batch.
+"""States that layers carry from one batch to the next: each row of a batch continues the same row of the last batch.
 
 The gradient stops at a row's first token (truncated backpropagation through time, doi:10.1162/neco.1990.2.4.490), so
-what is carried is data of the step: a tree of variables with logical axes, kept with the training state.
+the carried states are input data of a step: a tree of variables with logical axes, kept with the training state.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from orogen.parallel.plan import Plan
 
 
 def abstract(train: TrainConfig, built: Built) -> Any:
-    """What a run of `built` carries, over the global batch: a tree like the backbone's layers; None for nothing."""
+    """What a run of `built` carries for the global batch: a tree like the backbone's layers; None if nothing."""
     if not train.carry_states:
         return None
 
@@ -34,7 +34,7 @@ def abstract(train: TrainConfig, built: Built) -> Any:
 
 
 def parts(carried: Any, count: int, sources: int) -> Any:
-    """Arrays (m, …) of what the rows of each of `count` microbatches carry; rows as in `step.microbatches`."""
+    """Arrays (m, …): what each of `count` microbatches carries, with the rows that `step.microbatches` gives it."""
 
     def split(variable: nnx.Variable) -> Array:
         array, dim = variable[...], _batch_dim(variable)
@@ -46,7 +46,7 @@ def parts(carried: Any, count: int, sources: int) -> Any:
 
 
 def joined(carried: Any, left: Any, sources: int, plan: Plan) -> Any:
-    """What the microbatches `left`, arrays as `parts` gives them, as the variables `carried`."""
+    """The inverse of `parts`: what the microbatches `left`, as variables like those of `carried`."""
 
     def join(variable: nnx.Variable, array: Array) -> nnx.Variable:
         dim = _batch_dim(variable)
@@ -60,19 +60,18 @@ def joined(carried: Any, left: Any, sources: int, plan: Plan) -> Any:
 
 
 def after(left: Any, finite: Array) -> Any:
-    """What the next batch is given: what this one `left`, or nothing after a skipped step, whose states may not be
-    finite; those before it belong to text that the next rows do not continue."""
-
+    """The states for the next batch: those that this one `left`, or empty ones after a skipped step, whose states may
+    not be finite. States from before that step belong to text that the next batch does not continue."""
     return jax.tree.map(lambda a, b: jnp.where(finite, a, b), left, emptied(left))
 
 
 def emptied(carried: Any) -> Any:
-    """Of the same shapes, whether `carried` is abstract or not, before the first row."""
+    """The states before any text, with the shapes of `carried`, which may be abstract."""
     return map_layers(lambda one: one and one.emptied(), carried)
 
 
 def _room(train: TrainConfig) -> Rows:
-    return Rows(train.batch_size, 1)  # states do not grow with the row
+    return Rows(train.batch_size, 1)  # states do not grow with the sequence
 
 
 def _is_variable(leaf: Any) -> bool:
@@ -80,5 +79,5 @@ def _is_variable(leaf: Any) -> bool:
 
 
 def _batch_dim(variable: nnx.Variable) -> int:
-    """Which dimension runs over rows: the first that has a name, after those of repeated layers."""
+    """The batch dimension: the first that has a name, after those of repeated layers."""
     return variable.get_value().ndim - len(variable.get_metadata()["axes"])

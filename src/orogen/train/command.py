@@ -39,20 +39,20 @@ def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
     parser.add_argument(
         "--what", choices=("gradients", "step", "evaluation"), default="gradients",
-        help="loss, every gradient and one update (the default); several whole training steps, one of them not finite; "
-        "or held-out losses",
+        help="gradients: loss, every gradient and one update (the default); step: several whole training steps, one of "
+        "them not finite; evaluation: held-out losses",
     )  # fmt: skip
     parser.add_argument(
         "--dtype", choices=COMPUTE, default="float32",
-        help="in which the plan computes; the one device computes in float32 always, by the plainest kernels",
+        help="the dtype of the plan; the one device always computes in float32, with the plainest kernels",
     )  # fmt: skip
 
 
 def _load_with_checkpoint(
     options: argparse.Namespace, held: contextlib.ExitStack
 ) -> tuple[RunConfig, str, "Folder | None"]:
-    """The gin files' config, its model that of --checkpoint if they have none, and the folder that the run starts from,
-    open until the end of `held`."""
+    """The config of the gin files, its text, and the folder that the run starts from, open until `held` exits. If the
+    files have no model, it is that of --checkpoint."""
     config, text = load_config(options)
     if options.checkpoint is None:
         return config, text, None
@@ -71,7 +71,7 @@ def _load_with_checkpoint(
 
 def train(options: argparse.Namespace) -> int:
     """`orogen train`."""
-    # Until the report is written: the folder is this run's, and signals are minded.
+    # Until the report is written, the folder stays locked and signals are handled.
     with contextlib.ExitStack() as held:
         config, text, origin = _load_with_checkpoint(options, held)
         config.need("model", "data", "train", "optimizer")
@@ -98,7 +98,7 @@ def train(options: argparse.Namespace) -> int:
 
 
 def _finish_run(options: argparse.Namespace, config: RunConfig, text: str, trained: Any) -> int:
-    """Reports on a run that is at its end, or says that it stopped before."""
+    """Reports on a finished run, or says that it stopped early."""
     from orogen.evaluate.summary import summarise
 
     step, report = int(trained.state.step), options.run / "report.html"
@@ -106,7 +106,7 @@ def _finish_run(options: argparse.Namespace, config: RunConfig, text: str, train
         answer(options, {"step": step, "finished": False}, [f"stopped after step {step}; --resume continues"])
         return trained.stop.status
     if trained.steps == 0 and report.is_file():
-        answer(options, {"step": step, "finished": True, "report": str(report)}, [f"done already: see {report}"])
+        answer(options, {"step": step, "finished": True, "report": str(report)}, [f"already done: see {report}"])
         return 0
     facts = summarise(trained, config, text, options.run)
     answer(options, facts, [f"{key}: {value}" for key, value in facts.items()])
@@ -114,7 +114,7 @@ def _finish_run(options: argparse.Namespace, config: RunConfig, text: str, train
 
 
 def verify(options: argparse.Namespace) -> int:
-    """`orogen verify`: simulates the devices of the plan unless --fake_devices names a number."""
+    """`orogen verify`: simulates the devices of the plan unless --fake_devices gives a number."""
     config, _ = load_config(options, "model")
     from orogen.parallel.capacity import host_bytes
     from orogen.simulate.fit import require_verification_fits

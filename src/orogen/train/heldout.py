@@ -31,9 +31,9 @@ class Score(NamedTuple):
 
 
 class Heldout:
-    """Scores the held-out split: a fixed, evenly spread sample of its rows, or all of it.
+    """Scores the held-out split: a fixed, evenly spread sample of its sequences, or all of it.
 
-    Experts never drop a token here, whatever capacity the run trains with.
+    Experts drop no token here, whatever capacity the run trains with.
     """
 
     sampled = "heldout_loss", "heldout_bits_per_byte"
@@ -49,15 +49,15 @@ class Heldout:
         self._measured = measure(built, NEXT_TOKEN, config.model, self.plan, config.train.compute_dtype)
 
     def sample(self, state: TrainState) -> dict[str, float]:
-        """The scores of about `evaluate_rows` rows."""
+        """The scores of a sample of about `evaluate_rows` sequences."""
         if not self._sample:
             first, *others = self.split
-            rows = first.map(lambda *parts: np.concatenate(parts), *others)
-            kept = int((rows.segments_bt != 0).any(1).sum())
+            whole = first.map(lambda *parts: np.concatenate(parts), *others)
+            kept = int((whole.segments_bt != 0).any(1).sum())
             size = self.train.batch_size
             wanted = math.ceil(min(self.train.evaluate_rows, kept) / size) * size
-            chosen = np.arange(wanted) * kept // wanted if wanted <= kept else np.arange(wanted) % len(rows.tokens_bt)
-            self._sample = [rows.map(lambda x, i=i: x[chosen[i : i + size]]) for i in range(0, wanted, size)]
+            chosen = np.arange(wanted) * kept // wanted if wanted <= kept else np.arange(wanted) % len(whole.tokens_bt)
+            self._sample = [whole.map(lambda x, i=i: x[chosen[i : i + size]]) for i in range(0, wanted, size)]
             tokenizer = self.corpus.tokenizer
             self._sample_bytes = sum(
                 target_byte_count(b, tokenizer.byte_length_v) - prefix_byte_count(b, tokenizer) for b in self._sample
@@ -73,15 +73,15 @@ class Heldout:
         params = jax.jit(placement.working, static_argnums=1)(state.params, self.plan)
         nats = count = 0.0
         for batch in batches:
-            # Fetched one by one: XLA:CPU runs out of threads, and its collectives wait for ever, when many programs
-            # over simulated devices are in flight (observed with jax 0.10.1).
+            # Fetched one by one: with many programs over simulated devices in flight, XLA:CPU runs out of threads and
+            # its collectives wait forever (observed with jax 0.10.1).
             found = jax.device_get(self._measured(params, state.buffers, batch_to_devices(batch, self.plan)))[LOSS]
             nats, count = nats + float(found.sum), count + float(found.count)
         return Score(nats / max(count, 1), nats / math.log(2) / max(n_bytes, 1))
 
 
 def heldout_plan(config: RunConfig) -> Plan:
-    """The run's plan as evaluation has it: without drops, and in one part unless stages need several."""
+    """The run's plan for evaluation: no drops, and one microbatch unless pipeline stages need several."""
     parts = config.plan.microbatches if config.plan.stage > 1 else 1
     return make_plan(dataclasses.replace(config.plan.dropping_none(), microbatches=parts), config.model)
 
@@ -89,7 +89,7 @@ def heldout_plan(config: RunConfig) -> Plan:
 def measure(
     built: Built, objective: Objective, config: ModelConfig, plan: Plan, dtype: str
 ) -> Callable[[nnx.State, nnx.State, Batch], dict[str, Metric]]:
-    """The jitted function (parameters as `placement.working` gives them, buffers, batch) -> the objective's metrics,
+    """The jitted function (parameters from `placement.working`, buffers, batch) -> the objective's metrics, computed
     by forward passes alone."""
 
     def metrics(params: nnx.State, buffers: nnx.State, batch: Batch) -> dict[str, Metric]:

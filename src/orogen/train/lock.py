@@ -1,8 +1,8 @@
 """The lock of a run folder: one process trains there at a time, on this host or another that shares the disk.
 
-The lock is a file that names its holder, made by a hard link, which is atomic on NFS too (flock is missing there or
-works on one host alone). The holder touches it every BEAT_SECONDS. On the holder's host its id and start time tell
-whether it is alive; on another host it counts as dead once nobody has touched the lock for STALE_SECONDS.
+The lock is a file that names its holder. It is created by a hard link, which is atomic on NFS too (flock is missing
+there, or works within one host only). The holder touches it every BEAT_SECONDS. On the holder's host, its process id
+and start time tell whether it is alive; on another host it counts as dead once the lock is untouched for STALE_SECONDS.
 """
 
 import datetime
@@ -19,20 +19,20 @@ from orogen.config.checks import ConfigError
 
 NAME = "run.lock"
 BEAT_SECONDS = 15.0
-STALE_SECONDS = 180.0  # more than the minute for which NFS clients may keep a file's times
+STALE_SECONDS = 180.0  # more than the minute for which NFS clients may cache a file's times
 
 
 class RunLock:
     """Holds the lock of `run_dir` from `__enter__` to `__exit__`, or to `release`. Creates the folder if needed.
 
-    Raises ConfigError, naming the holder, if a living process has it. log: gets a line if a dead one had it.
+    Raises ConfigError, naming the holder, if a living process holds it. log: gets a line if a dead one held it.
     """
 
     def __init__(self, run_dir: Path, *, log: Callable[[str], None], beat_seconds: float = BEAT_SECONDS):
         self.path, self._log, self._beat_seconds = run_dir / NAME, log, beat_seconds
         self._mine = _this_process() | {"token": uuid.uuid4().hex}
         self._released = threading.Event()
-        self.beating = True  # until the file turns out to be another's
+        self.beating = True  # until the file turns out to name another process
 
     def __enter__(self) -> "RunLock":
         self._made = not self.path.parent.exists()
@@ -69,7 +69,7 @@ class RunLock:
 
     def _take_over(self, draft: Path) -> None:
         """Replaces a dead holder's lock. A second link keeps two processes from doing so at once."""
-        now = draft.stat().st_mtime  # by the clock of the disk's server, as the lock's own time is
+        now = draft.stat().st_mtime  # by the file server's clock, like the lock's own time
         check_free(self.path.parent, now=now)
         turn = self.path.with_name(NAME + ".taking")
         if not _link(draft, turn):
@@ -93,19 +93,19 @@ class RunLock:
                 self.beating = self.mine
                 if self.beating:
                     os.utime(self.path)
-            except OSError:  # a disk that is unreachable for a while
+            except OSError:  # the disk is unreachable for now
                 continue  # the next beat may reach it
 
 
 def check_free(run_dir: Path, *, now: float | None = None) -> None:
-    """Raises ConfigError if a living process holds the lock. now: by the disk's clock; by this host's if None."""
+    """Raises ConfigError if a living process holds the lock. now: by the file server's clock; None: this host's."""
     holder = _living(run_dir / NAME, now)
     if holder is not None:
         raise ConfigError(_refusal(run_dir, holder))
 
 
 def _link(draft: Path, path: Path) -> bool:
-    """Links `draft` to `path` unless that exists; whether it did."""
+    """Links `draft` to `path` unless that exists; returns whether it did."""
     try:
         os.link(draft, path)
     except FileExistsError:
@@ -120,7 +120,7 @@ def _link(draft: Path, path: Path) -> bool:
 
 
 def _living(path: Path, now: float | None) -> dict[str, Any] | None:
-    """The lock's record of its holder, None if there is no lock or its holder is gone."""
+    """The lock's record of its holder; None if there is no lock or its holder is dead."""
     try:
         touched = path.stat().st_mtime
     except FileNotFoundError:
@@ -136,7 +136,7 @@ def _living(path: Path, now: float | None) -> dict[str, Any] | None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """The record in a lock, None if there is no lock, {} if it holds something else."""
+    """The record in a lock; None if there is no lock, {} if the file holds something else."""
     try:
         record = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -147,7 +147,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _this_process() -> dict[str, Any]:
-    """This process as a lock records it. machine: equal for processes that see each other's ids, unlike a host's
+    """This process as a lock records it. machine: equal only for processes that see each other's ids, unlike a host
     name."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -164,7 +164,7 @@ def _started(pid: Any) -> str | None:
     if type(pid) is not int or pid < 1:
         return None
     try:
-        # Field 22 of proc(5), counted after the name in parentheses, which may hold spaces; a zombie is gone.
+        # Field 22 of proc(5), counted after the name in parentheses, which may hold spaces. A zombie counts as dead.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if fields[0] in "ZX" else fields[19]
     except FileNotFoundError:

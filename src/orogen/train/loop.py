@@ -40,12 +40,12 @@ from orogen.train.task import Task
 
 
 class NonFiniteError(RuntimeError):
-    """Too many steps in a row had a loss or gradient that is not finite."""
+    """Too many steps in a row were skipped: a loss or gradient was not finite, or a buffer overflowed."""
 
 
 class Trained(NamedTuple):
-    """What a run leaves in memory for its report: whether it is at its end, the number of steps of this call, and the
-    watch for signals."""
+    """What a run leaves in memory for its report. finished: whether it took its last step; steps: those of this call;
+    stop: its signal handling."""
 
     state: TrainState
     corpus: Corpus
@@ -67,10 +67,10 @@ def train(
 ) -> Trained:
     """Trains `config` on the task, in `run_dir`, until `TrainConfig.steps` or a SIGTERM, SIGINT or SIGHUP, and saves.
 
-    origin: whose weights and tokenizer a run without a checkpoint of its own starts from, with a fresh optimizer.
-    until: a stack whose end releases the folder and the signals, for a caller that still writes there; this call's end
-    if None. Everything that can be refused is refused before the folder is touched. Raises ConfigError,
-    NonFiniteError, StoppedEarlyError.
+    origin: the folder whose weights and tokenizer a run without a checkpoint of its own starts from, with a fresh
+    optimizer. until: a stack that releases the folder and the signals when it exits, for a caller that still writes
+    there; None: they are released at the end of this call. Everything that can be refused is refused before the folder
+    is touched. Raises ConfigError, NonFiniteError, StoppedEarlyError.
     """
     with contextlib.ExitStack() as stack:
         return _train(config, text, run_dir, task, resume=resume, origin=origin, log=log, held=until or stack)
@@ -87,7 +87,7 @@ def _train(
     log: Callable[[str], None],
     held: contextlib.ExitStack,
 ) -> Trained:
-    """`train`; the lock and the signals are released at the end of `held`."""
+    """`train`; `held` releases the lock and the signals when it exits."""
     stop = held.enter_context(Stop())
     config.need("model", "data", "train", "optimizer")
     plan, built = assemble(config.model, config.plan, length=config.train.sequence_length)
@@ -104,17 +104,17 @@ def _train(
         check_rows(known, config.model.vocab_size)
     lock = held.enter_context(RunLock(run_dir, log=log))
     stop.at_once = lock.release
-    check_folder(run_dir, config, resume=resume)  # once more: another process may have been here meanwhile
+    check_folder(run_dir, config, resume=resume)  # again: another process may have been here meanwhile
     with Checkpoints(run_dir, keep=config.train.keep_checkpoints, model=config.model) as checkpoints:
         run = _Run(
             task, config, plan=plan, built=built, corpus=corpus, checkpoints=checkpoints, stop=stop, lock=lock, log=log
         )
         state = run.start(origin)
         facts = _facts(config, plan, corpus)
-        describe_run(run_dir, text, facts)  # first: it makes the folder this run's
+        describe_run(run_dir, text, facts)  # first, because it makes the folder this run's
         if linked := facts["data"].get("linked_folders"):
-            log(f"corpus {config.data.corpus!r}: {linked} linked folders are passed over")
-        if not (saved / "tokenizer.json").is_file():  # checkpoints hold its checksum: it stays as it is
+            log(f"corpus {config.data.corpus!r}: {linked} linked folders are skipped")
+        if not (saved / "tokenizer.json").is_file():  # checkpoints hold its checksum, so it is never rewritten
             corpus.tokenizer.save(saved)
         if origin is not None:
             origin.keep(run_dir)
@@ -123,24 +123,24 @@ def _train(
         elif orphans := keep_orphaned_metrics(run_dir):
             log(f"{run_dir} has no checkpoint: starting over; the metrics there are kept as {orphans.name}")
         if run.first_step < config.train.steps:
-            (run_dir / "report.html").unlink(missing_ok=True)  # it is of an earlier step
+            (run_dir / "report.html").unlink(missing_ok=True)  # it describes an earlier step
         with MetricsWriter(run_dir, resume_step=run.first_step) as writer:
             run.evaluate_last(state, writer)
             state = run.steps(state, writer)
         run.save(state)
     step = int(state.step)
-    stop.working = False  # all is saved
+    stop.working = False  # everything is saved
     return Trained(state, corpus, step >= config.train.steps and not stop.asked, step - run.first_step, stop)
 
 
 def _facts(config: RunConfig, plan: Plan, corpus: Corpus) -> dict[str, Any]:
-    """What `env.json` says of this run."""
+    """What `env.json` says about this run."""
     mesh = {name: int(size) for name, size in plan.mesh.shape.items()}
     return environment(seed=config.train.seed, data=corpus.describe(), parameters=count(config.model), mesh=mesh)
 
 
 class _Run:
-    """One run's moving parts."""
+    """The parts of one run that work together from step to step."""
 
     def __init__(
         self,
@@ -170,7 +170,7 @@ class _Run:
         self.peak = peak_flops(jax.devices()[0].device_kind)
 
     def start(self, origin: Folder | None) -> TrainState:
-        """A new state, from `origin` if there is one, or the last one saved, with the data where it was."""
+        """The last state saved, with the data's position restored; or a new state, from `origin` if there is one."""
         if not self.first_step and origin is not None:
             given = origin.read(self.built, self.plan, "float32")
             return start_state(*given, self.built, self.optimizer, self.plan, carried=self.carried)
@@ -182,7 +182,7 @@ class _Run:
         return state
 
     def _restored(self) -> tuple[TrainState, dict[str, Any]]:
-        """The last state saved, laid out as this plan's stages keep it, and the data's position."""
+        """The last state saved, laid out for this plan's stages, and the data's position."""
         layers, after = self.config.model.layers, self.built.layout
         before = self.checkpoints.layout(Whole(layers.main, layers.mtp))
         target = abstract_state(self.built, self.optimizer, self.carried)
@@ -192,7 +192,7 @@ class _Run:
         saved = build(self.config.model, before, self.built.vocab_rows)
         optimizer = make_optimizer(self.config.optimizer, self.config.train.steps, saved.params)
         target = abstract_state(saved, optimizer, self.carried)
-        # Restored onto the devices, where it is laid out for these stages.
+        # Restored onto the devices in the layout that was saved, then laid out there for this plan's stages.
         state, position = self._restore(target, placement.spread(target, self.plan))
         return jax.jit(lambda state: relaid(state, before, after), out_shardings=there)(state), position
 
@@ -201,11 +201,11 @@ class _Run:
         return from_items(found), position
 
     def save(self, state: TrainState) -> None:
-        """Starts writing the state, and where the data was."""
+        """Starts writing the state and the data's position."""
         self.checkpoints.save(int(state.step), items(state), self.position, self.built.layout)
 
     def evaluate_last(self, state: TrainState, writer: MetricsWriter) -> None:
-        """Evaluates the step that was saved last, if a stop came before its evaluation was done."""
+        """Evaluates the step that was saved last, if a stop prevented its evaluation."""
         train, last, number = self.config.train, writer.last, self.first_step
         if last is None or last["step"] != number:
             return
@@ -216,13 +216,13 @@ class _Run:
             writer.amend(self._scores(number, state))
 
     def steps(self, state: TrainState, writer: MetricsWriter) -> TrainState:
-        """Runs to the end or to a stop. A step's metrics are read after the next is on its way."""
+        """Runs to the end or to a stop. A step's metrics are read only after the next step has been dispatched."""
         train, pending, stop = self.config.train, None, self.stop
         self.clock = time.perf_counter()
         with Progress(train.steps, first_step=self.first_step) as progress, ThreadPoolExecutor(1) as fetcher:
             for number in range(self.first_step + 1, train.steps + 1):
                 if not self.lock.beating:
-                    raise ConfigError(f"another process took {self.lock.path} over; expected it to stay this run's")
+                    raise ConfigError(f"another process took over {self.lock.path}; expected this run to keep it")
                 batch = self.source.take(state)
                 self.position = self.source.state()
                 state, metrics = self.step(state, batch_to_devices(batch, self.plan))
@@ -235,7 +235,7 @@ class _Run:
                     scored = not stop.asked and (number == train.steps or due(train.evaluate_every))
                     finite = self._report(*pending, writer, progress, scored=state if scored else None)
                     pending = None
-                    if last or stop.asked:  # during the evaluation, too: then it is repeated when the run continues
+                    if last or stop.asked:  # a stop may also come during the evaluation, which the resumed run repeats
                         break
                     if due(train.checkpoint_every) and finite:
                         self.save(state)
@@ -251,7 +251,7 @@ class _Run:
         *,
         scored: TrainState | None = None,
     ) -> bool:
-        """Records step `number` on `batch`, with the held-out loss of the state `scored` if there is one.
+        """Records step `number` on `batch`, with the scores of the state `scored` if it is given.
 
         Returns whether the step was finite. Raises NonFiniteError if too many in a row were not.
         """
@@ -261,13 +261,12 @@ class _Run:
         if scored is not None:
             record = _joined(record, self._scores(number, scored))
         writer.write(record)
-        if fetched.skipped_in_row == 1:  # the first of several in a row speaks for all
+        if fetched.skipped_in_row == 1:  # several in a row are reported once
             self.log(f"step {number} was skipped and changed nothing: {self._culprit(fetched)}")
         progress.update(number, record)
         if fetched.skipped_in_row >= self.config.train.max_skipped_steps:
-            kind = "whole" if fetched.overflow else "finite"
             raise NonFiniteError(
-                f"step {number}: {fetched.skipped_in_row} steps in a row were not {kind} "
+                f"step {number}: {fetched.skipped_in_row} steps in a row were skipped "
                 f"({self._culprit(fetched)}); expected fewer than "
                 f"TrainConfig.max_skipped_steps = {self.config.train.max_skipped_steps}"
             )
@@ -277,8 +276,8 @@ class _Run:
         return finite
 
     def _scores(self, number: int, state: TrainState) -> dict[str, float]:
-        """The task's scores after step `number`; none if it has nothing to score, or if a stop comes before the end:
-        then the run evaluates when it continues."""
+        """The task's scores after step `number`. Empty if there is nothing to score, or if a stop interrupts the
+        evaluation, which the resumed run then repeats."""
         evaluation = self.evaluation
         if evaluation is None:
             return {}
@@ -290,13 +289,13 @@ class _Run:
         return self.stop.unless_asked(evaluate) or {}
 
     def _culprit(self, metrics: StepMetrics) -> str:
-        """Why a step was skipped. With a loss that is not finite, no gradient is, and then no leaf is to blame."""
+        """Why a step was skipped. If the loss is not finite, no gradient is, so no single leaf is to blame."""
         if metrics.overflow:
             factor = self.config.plan.buffer_factor
-            return f"{int(metrics.overflow)} rows found no room with PlanConfig.buffer_factor = {factor}; raise it"
+            return f"{int(metrics.overflow)} assignments did not fit with PlanConfig.buffer_factor = {factor}; raise it"
         if not np.isfinite(metrics.loss):
             return f"the loss is {float(metrics.loss)}"
-        return f"first in the gradient of {leaf_name(self.built.params, int(metrics.worst_leaf))}"
+        return f"the gradient of {leaf_name(self.built.params, int(metrics.worst_leaf))} is not finite"
 
     def _record(self, number: int, batch: Batch, metrics: StepMetrics, seconds: float) -> dict[str, Any]:
         tokens = int(metrics.tokens)
@@ -322,14 +321,14 @@ class _Run:
 
 
 def _joined(record: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """Both. Raises ValueError if they share a name, of which one would be lost."""
+    """The union of both. Raises ValueError if they share a name."""
     if shared := record.keys() & more.keys():
-        raise ValueError(f"a task's metric or score is named {sorted(shared)[0]!r}, as another number of the step is")
+        raise ValueError(f"a task's metric or score is named {sorted(shared)[0]!r}; expected a name that is not taken")
     return record | more
 
 
 def _fetch(metrics: StepMetrics) -> tuple[StepMetrics, float]:
-    """The metrics on the host, and when they arrived: the loop may read them much later."""
+    """The metrics on the host, and the time at which they arrived: the loop may read them much later."""
     return jax.device_get(metrics), time.perf_counter()
 
 

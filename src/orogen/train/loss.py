@@ -1,5 +1,5 @@
-"""The loss of a batch, as sums and counts over this device's rows: an objective's on the model's hidden states, and the
-routers'.
+"""The loss of a batch, as sums and counts over this device's tokens: an objective of the model's hidden states, and the
+router losses.
 
 Letters: b batch, t time, d model, e experts.
 """
@@ -28,8 +28,8 @@ from orogen.train.task import ByName, Objective
 
 
 class Counts(NamedTuple):
-    """Denominators over the whole global batch. metrics: the objective's, by name; tokens, rows: tokens and non-empty
-    rows, one entry for the backbone and one for each deeper prediction."""
+    """Denominators over the global batch. metrics: the objective's, by name; tokens, rows: numbers of tokens and of
+    sequences that have any, one entry for the backbone and one per deeper prediction."""
 
     metrics: ByName
     tokens: Array
@@ -37,10 +37,10 @@ class Counts(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What a batch adds up to. metrics: the objective's sums; load: assignments by expert, in the order of the buffers'
-    leaves; dropped: assignments beyond an expert's capacity; overflow: beyond a buffer's room; choices: for each depth
-    a tree like the stack's statistics, with a Choice where an MoE layer is; carried: the backbone's states after the
-    rows, if it was given those before them."""
+    """The sums of a batch. metrics: the objective's; load: assignments per expert, in the order of the buffers' leaves;
+    dropped: assignments beyond an expert's capacity; overflow: assignments that did not fit into a buffer; choices: per
+    depth, a tree like the stack's statistics with a Choice for each MoE layer; carried: the backbone's states after the
+    batch, if it was given states to continue."""
 
     metrics: ByName
     load: list[Array]
@@ -51,24 +51,25 @@ class Sums(NamedTuple):
 
 
 def batch_counts(batch: Batch, objective: Objective, depths: int, plan: Plan) -> Counts:
-    """The counts of `batch`, this device's rows, summed over all devices."""
+    """The counts of `batch`, this device's part of the global batch, summed over all devices."""
     segments = [shifted_segments(batch.segments_bt, depth, plan) for depth in range(depths + 1)]
     tokens = jnp.stack([jnp.sum(s != 0, dtype=jnp.float32) for s in segments])
-    # A row counts once, even if several context ranks hold tokens of it.
+    # A sequence counts once, even if several context ranks hold tokens of it.
     rows = jnp.stack([jnp.sum(plan.max((s != 0).any(1).astype(jnp.float32), "context")) for s in segments])
     return Counts(_total(objective.counts(batch, depths, plan), plan), *plan.total((tokens, rows)))
 
 
 def _total(values: ByName, plan: Plan) -> ByName:
-    """`Plan.total` of them in float32, those that vary over the same axes in one message.
+    """`Plan.total` of the values in float32; those that vary over the same axes share one collective.
 
-    Raises ValueError if one is equal on ranks that hold other rows: it would not be added up over them.
+    Raises ValueError if a value is replicated over ranks that hold different sequences: it would not be summed over
+    them.
     """
     groups: dict[frozenset[str], ByName] = {}
     for name in sorted(values):
         axes = varying_axes(values[name])
         if missing := sorted(set(plan.rules["batch"]) - axes):
-            raise ValueError(f"{name!r} does not differ between the ranks of {missing}; expected a sum over their rows")
+            raise ValueError(f"{name!r} is equal on the ranks of {missing}; expected a sum over each rank's tokens")
         groups.setdefault(axes, {})[name] = jnp.asarray(values[name], jnp.float32)
     found = {}
     for group in groups.values():
@@ -77,15 +78,15 @@ def _total(values: ByName, plan: Plan) -> ByName:
     return found
 
 
-# For each stack in the order in which they run, and each of its MoE layers, arrays (…, e) as `Balance.counts`.
+# Per stack in the order in which they run, and per MoE layer of it: arrays (…, e) like `Balance.counts`.
 Assigned = list[list[Array]]
 
 
 class Passed(NamedTuple):
-    """What layers make of a batch. x_btd: the residual stream after them, or, after the head, the normed hidden
-    state; loss: this batch's share of the global batch's, over all devices of a stage, as are metrics, the objective's
-    sums, 0 before the head; stats: those of each stack of layers, in the order in which they ran;
-    carried: see Sums."""
+    """The results of some of the layers on a batch. x_btd: the residual stream after them or, after the head, the final
+    hidden states; loss: this batch's share of the global loss; metrics: the objective's sums, 0 before the head (both
+    summed over the devices of a stage); stats: of each stack of layers, in the order in which they ran; carried: see
+    Sums."""
 
     x_btd: Array
     loss: Array
@@ -108,9 +109,9 @@ def loss_share(
 ) -> tuple[Array, Sums]:
     """This batch's share of the loss of the global batch that `counts` describes, and its sums.
 
-    Shares of microbatches add up to the loss. Metrics and loads are already summed over devices. assigned: of the
-    global batch, where routers are balanced over it; None: this batch is all of it. carried: the backbone's states
-    after the rows that this batch's go on with; None: each row is alone.
+    Shares of microbatches add up to the loss. Metrics and loads are already summed over devices. assigned: the
+    assignments of the global batch, for routers that are balanced over it; None: this batch is all of it. carried: the
+    backbone's states that this batch's sequences continue; None: every sequence starts afresh.
     """
     x_btd = embed(model, batch, plan)
     common: Any = {"config": config, "plan": plan}
@@ -131,7 +132,7 @@ def loss_share(
 
 
 def _no_load(items: tuple[str | Repeat, ...], experts: int, stacked: tuple[int, ...] = ()) -> list[Array]:
-    """The load of a stack that does not run."""
+    """The load of a stack that does not run: zeros."""
     found = []
     for item in items:
         if isinstance(item, Repeat):
@@ -158,7 +159,7 @@ def run_backbone(
     assigned: Assigned | None = None,
     carried: Any = None,
 ) -> Passed:
-    """The backbone's layers, with their routers' losses."""
+    """The results of the backbone's layers, with the losses of their routers."""
     docs = Documents(batch.segments_bt, batch.positions_bt)
     given = both(replay and replay[0], _resumed(carried, batch))
     x_btd, kept = model.backbone(x_btd, docs, plan, given)
@@ -169,7 +170,7 @@ def run_backbone(
 
 
 def _resumed(carried: Any, batch: Batch) -> Any:
-    """`carried` as the layers are given it: with this batch's ids of the documents that its rows go on with."""
+    """`carried` as the layers take it: continued documents have the ids that they have in this batch."""
     first_b, continues_b = batch.segments_bt[:, 0], batch.positions_bt[:, 0] > 0
     return map_layers(lambda states: states and states.renamed(first_b, continues_b), carried)
 
@@ -186,9 +187,9 @@ def run_head(
     replay: Any,
     assigned: Assigned | None = None,
 ) -> Passed:
-    """`passed` with what comes after the last layer: the final norm, the MTP block's depths, and the losses.
+    """`passed` with what follows the last layer: the final norm, the MTP block's depths, and the losses.
 
-    loss = the objective's + the routers' (balance averaged over rows, or of the global batch; z over tokens; both
+    loss = the objective's + the routers' (balance averaged over sequences, or of the global batch; z over tokens; both
     averaged over the depths of a repeated block). Sources: arXiv:2412.19437, eq. 24-25; arXiv:2512.20856.
     """
     docs = Documents(batch.segments_bt, batch.positions_bt)
@@ -208,7 +209,7 @@ def run_head(
 
 
 def lost(stats: tuple[Any, ...], plan: Plan) -> tuple[Array, Array]:
-    """Assignments beyond an expert's capacity, and beyond a buffer's room, over all devices of a stage."""
+    """Assignments beyond an expert's capacity, and those that did not fit into a buffer, over a stage's devices."""
     dropped, overflow = (
         plan.total(sum((getattr(s, field).sum() for s in moe_stats(stats)), start=jnp.zeros(())))
         for field in ("dropped", "overflow")
@@ -226,11 +227,11 @@ def _router_loss(
     config: ModelConfig,
     assigned: list[Array] | None,
 ) -> Array:
-    """The routers' losses of a stack that is applied so many times, of which this is one, to the tokens of `depth`.
+    """The router losses of one of `applications` applications of a stack, that to the tokens of `depth`.
 
-    assigned: see `loss_share`, by layer.
+    assigned: see `loss_share`; by layer.
     """
-    rows, tokens = (jnp.maximum(count[depth], 1) for count in (counts.rows, counts.tokens))
+    sequences, tokens = (jnp.maximum(count[depth], 1) for count in (counts.rows, counts.tokens))
     loss = jnp.zeros(())
     for index, stats in enumerate(layers):
         balance: Any = stats.losses.balance
@@ -240,7 +241,7 @@ def _router_loss(
             balanced = global_balance(known, found.mass, tokens, k=config.num_experts_per_tok)
         else:
             total, z = plan.total((balance.sum(), stats.losses.z.sum()))
-            balanced = total / rows
+            balanced = total / sequences
         loss += config.router_aux_loss_coef * balanced / applications
         loss += config.router_z_loss_coef * z / tokens / applications
     return loss
@@ -249,7 +250,7 @@ def _router_loss(
 def assignments(
     model: LanguageModel, batch: Batch, plan: Plan, *, deeper: bool, replay: Any = None, carried: Any = None
 ) -> Assigned:
-    """The assignments of `batch` by expert, over all devices, as `loss_share` is given them; by a forward pass without
+    """The assignments of `batch` per expert, over all devices, as `loss_share` takes them; from a forward pass without
     heads. deeper: whether the MTP block runs."""
     docs = Documents(batch.segments_bt, batch.positions_bt)
     h_btd, kept = model.hidden(batch.tokens_bt, docs, plan, both(replay and replay[0], _resumed(carried, batch)))
@@ -258,18 +259,18 @@ def assignments(
 
 
 def counted(stats: Any) -> list[Array]:
-    """The assignments that balance over the global batch counts, of each MoE layer of a stack."""
+    """Per MoE layer of a stack, the assignments that balancing over the global batch counts."""
     shares: list[Any] = [layer.losses.balance for layer in moe_stats(stats)]
     return [share.counts for share in shares]
 
 
 def moe_stats(stats: Any) -> list[MoEStats]:
-    """Those in the tree, in its order; other layers may keep statistics of their own."""
+    """The MoEStats in the tree, in its order; other layers may keep other statistics."""
     return [x for x in jax.tree.leaves(stats, is_leaf=_is_moe) if _is_moe(x)]
 
 
 def map_moe(function: Callable[[MoEStats], Any], stats: Any) -> Any:
-    """`stats` with the function of each MoE layer's, and None for what other layers keep."""
+    """`stats` with `function` applied to each MoE layer's, and None for other layers' statistics."""
     return jax.tree.map(lambda x: function(x) if _is_moe(x) else None, stats, is_leaf=_is_moe)
 
 

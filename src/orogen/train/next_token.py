@@ -23,12 +23,12 @@ LOSS, MTP_LOSS = "loss", "mtp_loss"
 
 
 def targets(batch: Batch, depth: int, plan: Plan) -> Array:
-    """The token (b, t) that position t predicts at this depth: t + 1 + depth, by NEXT if the batch names it."""
+    """The token (b, t) that position t predicts at this depth: token t + 1 + depth, from NEXT if the batch has it."""
     return batch.extras[NEXT] if depth == 0 and NEXT in batch.extras else later(batch.tokens_bt, depth + 1, plan)
 
 
 def target_weights(batch: Batch, depth: int, plan: Plan) -> Array:
-    """Weight (b, t) of predicting token t + 1 + depth from position t: the token's own, inside one document only."""
+    """Weight (b, t) of predicting token t + 1 + depth from position t: that token's own, or 0 in another document."""
     if depth == 0 and NEXT in batch.extras:
         return batch.extras[NEXT_WEIGHT]
     inside_bt = shifted_segments(batch.segments_bt, depth + 1, plan) != 0
@@ -61,5 +61,5 @@ def _shares(config: ModelConfig, depths: int) -> Mapping[str, float]:
 
 
 NEXT_TOKENS = Objective(counts=_counts, sums=_sums, shares=_shares)
-# Of evaluation: without the MTP block.
+# For evaluation, without the MTP block.
 NEXT_TOKEN = dataclasses.replace(NEXT_TOKENS, deeper=False)

@@ -1,5 +1,5 @@
-"""The optimizer and its schedule, from optax. A parameter's own axes decide whether it decays and whether Muon takes
-it."""
+"""The optimizer and its schedule, from optax. A parameter's own axes decide whether it is decayed and whether Muon
+updates it."""
 
 from typing import Any
 
@@ -13,13 +13,13 @@ from optax import contrib
 from orogen.config.run import OptimizerConfig
 from orogen.precision.policy import DTYPES
 
-# Update RMS that Muon is scaled to, AdamW's typical one, so that one learning rate serves both (arXiv:2502.16982).
+# The update RMS that Muon is scaled to: AdamW's typical one, so that one learning rate serves both (arXiv:2502.16982).
 MUON_RMS = 0.2
 MOMENTS = ("mu", "nu")  # the fields of optax's states that hold them
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """The rate of update i of `steps`, from 0. Warm-up is (i + 1) / warmup_steps of the peak: no update is idle.
+    """The rate of update i of `steps`, from 0. Warm-up is (i + 1) / warmup_steps of the peak: no update is zero.
 
     wsd: peak until steps - decay_steps, then min + (peak - min)(1 - sqrt(progress)).
     """
@@ -45,11 +45,11 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int, params: nnx.State) -> optax.GradientTransformationExtraArgs:
-    """Clipping by global norm, which `update` is given as `grad_norm`, then AdamW, or Muon for matrices and AdamW for
+    """Clipping by the global norm, which `update` takes as `grad_norm`, then AdamW, or Muon for matrices and AdamW for
     the rest.
 
-    params: abstract or real, with axis names: stacking gives a norm two dimensions, but its axes still say that it is a
-    vector.
+    params: abstract or real, with axis names: a norm that is stacked has two dimensions, but its axes still say that it
+    is a vector.
     """
     rate = learning_rate(config, steps)
     decayed = _by_axes(params, lambda axes: _dimensions(axes) > 1)
@@ -74,8 +74,8 @@ def make_optimizer(config: OptimizerConfig, steps: int, params: nnx.State) -> op
 def keep_in(dtype: str, optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """The optimizer with its moments kept in `dtype` and its arithmetic in float32.
 
-    Moments are rounded to nearest: a moment that would move by less than half a unit in its last place stays where it
-    is, so a bfloat16 moment with a decay above 1 - 2⁻⁸ = 0.996 hardly follows its gradients.
+    Moments are rounded to nearest: one that would change by less than half a unit in the last place stays as it is, so
+    a bfloat16 moment with a decay above 1 - 2⁻⁸ = 0.996 hardly follows its gradients.
     """
     wide = optax.with_extra_args_support(optimizer)
     if dtype == "float32":
@@ -93,7 +93,7 @@ def keep_in(dtype: str, optimizer: optax.GradientTransformation) -> optax.Gradie
 
 
 def _clip(limit: float) -> optax.GradientTransformationExtraArgs:
-    """optax.clip_by_global_norm for a known norm, which it would recompute by a pass over every gradient."""
+    """optax.clip_by_global_norm for a known norm, which optax would recompute in a pass over every gradient."""
 
     def update(updates, state, params=None, **extra):
         factor = limit / jnp.maximum(extra["grad_norm"], limit)
@@ -105,8 +105,8 @@ def _clip(limit: float) -> optax.GradientTransformationExtraArgs:
 def square_sums(tree: Any) -> Array:
     """The sum of squares of each leaf, float32; not finite where the leaf is not.
 
-    They are products of rows with themselves: otherwise XLA:CPU writes the squares to memory before it adds them (jax
-    0.10.1).
+    Rows are multiplied with themselves by dot products: otherwise XLA:CPU writes the squares to memory before it adds
+    them (jax 0.10.1).
     """
     rows = [jnp.einsum("...i,...i->...", g, g, precision="highest") for g in jax.tree.leaves(tree)]
     return jnp.stack([row.sum() for row in rows])
@@ -118,13 +118,13 @@ def is_matrix(axes: tuple[str | None, ...]) -> bool:
 
 
 def _dimensions(axes: tuple[str | None, ...]) -> int:
-    """How many dimensions the parameter has in the mathematics. The expert axis stacks, as repeated layers do, so
+    """How many dimensions the parameter has in the mathematics. The expert axis only stacks, as repeated layers do, so
     experts' biases are vectors; Mamba-1's A_log is one decay rate per element of the state, a vector like Mamba-2's."""
     return sum(axis not in ("expert", "state") for axis in axes)
 
 
 def _by_axes(params: nnx.State, choose) -> nnx.State:
-    """`params` with `choose(own axes)` for each array."""
+    """`params` with `choose(its own axes)` in place of each array."""
     return jax.tree.map(
         lambda v: v.replace(choose(v.get_metadata()["axes"])), params, is_leaf=lambda x: isinstance(x, nnx.Variable)
     )

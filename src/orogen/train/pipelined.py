@@ -1,6 +1,7 @@
 """Loss and gradient of a model split into pipeline stages.
 
-Letters: m microbatches, b batch, t time, k experts per token, r rows, e experts, p stages, v chunks per stage.
+Letters: m microbatches, b batch, t time, k experts per token, r uses of MoE layers, e experts, p stages, v chunks per
+stage.
 """
 
 import copy
@@ -25,16 +26,16 @@ from orogen.precision.policy import DTYPES, working_copy
 from orogen.train.loss import Assigned, Counts, Passed, Sums, embed, lost, map_moe, run_backbone, run_head
 from orogen.train.task import Computation
 
-# Keys of what belongs to each stack: the backbone and the MTP block.
+# Slices of lists by stack: the backbone's entry, and those of the MTP block, one per depth.
 _FIRST_AND_REST = slice(1), slice(1, None)
 
 
 class Pipeline:
-    """A split model on one device of a plan, inside `Plan.run`: the programs of its segments over a batch (m, b, t).
+    """A model split into stages, on one device of a plan, inside `Plan.run`: runs its segments over a batch (m, b, t).
 
     buffers: as this device's stage keeps them. replay: choices to use in place of the routers' own, laid out likewise.
-    record: whether every token's choice is reported. assigned: of all microbatches (1, v, r, e), one row r per use of a
-    layer, as `assigned` gives them, for balance over the global batch.
+    record: whether every token's choice is reported. assigned: the assignments of all microbatches (1, v, r, e), as the
+    method `assigned` returns them, for balance over the global batch.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Pipeline:
         self.tally, self.known = False, assigned
 
     def gradients(self, params: Any) -> tuple[Array, Any, Sums]:
-        """The loss, and the gradients and loads of this device's stage; scattered if the plan keeps gradients so."""
+        """Loss, and gradients and Sums of this device's stage; gradients are scattered if the plan keeps them so."""
         stored = jax.eval_shape(self._kept, params)
         zeros = self.plan.vary(jax.tree.map(lambda g: jnp.zeros(g.shape, g.dtype), stored))
         found = self._run(params, zeros)
@@ -59,7 +60,7 @@ class Pipeline:
         return self._sums(self._run(params, None).reports).metrics
 
     def assigned(self, params: Any) -> Array:
-        """The assignments by expert of each use of an MoE layer of this stage, by forward passes alone."""
+        """The assignments per expert of each use of an MoE layer of this stage, by forward passes alone."""
         tallying = copy.copy(self)
         tallying.tally = True
         return tallying._run(params, None).reports["assigned"]
@@ -100,6 +101,8 @@ class Pipeline:
         def give(total: Any, grads: Any, chunk: Array) -> Any:
             return add(total, self._kept(grads), segment, chunk)
 
+        # Only the parts that the segment computes with are differentiated: `forward` adds the others, which complete
+        # the graph, without a gradient.
         def pieces(params: Any, chunk: Array) -> nnx.State:
             return nnx.State({name: part for name, part in take(params, segment, chunk).items() if used(name)})
 
@@ -119,7 +122,7 @@ class Pipeline:
         return run_head(model, passed, batch, self.counts, objective=self.objective, **rest, **common)
 
     def _kept(self, grads: Any) -> Any:
-        """The gradients of one microbatch, sharded as they are kept until the others are added."""
+        """The gradients of one microbatch, sharded as their sum over microbatches is kept."""
         return placement.scatter_gradients(grads, self.plan) if self.plan.config.fsdp == "gradients" else grads
 
     def _items(self, segment: Segment) -> list[Any]:
@@ -128,8 +131,8 @@ class Pipeline:
         return [main] + [deeper] * (self.depths if segment.last else 0)
 
     def _report(self, passed: Passed, segment: Segment) -> dict[str, Any]:
-        """What this segment's pass adds to the sums: loads (r, e) of its layers, and choices (r, b, t, …) per use of
-        each."""
+        """What this segment's pass adds to the sums: loads (r, e) of its layers, and choices (r, b, t, …) of each use
+        of a layer."""
         report = {"metrics": passed.metrics, "lost": lost(passed.stats, self.plan)}
         of = lambda field, stats, items: by_letter(map_moe(lambda s: getattr(s, field), stats), items)  # noqa: E731
         loads = [of("load", *pair) for pair in zip(passed.stats, self._items(segment), strict=True)]
@@ -155,7 +158,7 @@ class Pipeline:
         return total | summed
 
     def _nothing(self, size: int, time: int) -> dict[str, Any]:
-        """Empty reports. Loads are (1, v, r, e), choices (1, v, r, m, b, t, …)."""
+        """Reports of zeros. Loads are (1, v, r, e), choices (1, v, r, m, b, t, …)."""
         zero = jnp.zeros(())
         reports: dict[str, Any] = {
             "metrics": jax.tree.map(jnp.zeros_like, self.counts.metrics), "lost": (zero, zero),
@@ -193,7 +196,7 @@ class Pipeline:
         return tuple(trees)
 
     def _known(self, segment: Segment, chunk: Array) -> Assigned:
-        """The assignments of all microbatches, of each layer of each stack that the segment runs."""
+        """The assignments of all microbatches, per layer of each stack that the segment runs."""
         stacks, start = [], 0
         for items in self._items(segment):
             count = _count(items)
@@ -205,7 +208,7 @@ class Pipeline:
 
 
 def _graph(segment: Segment, config: ModelConfig) -> nnx.GraphDef:
-    """The static part of a model that has the segment's layers alone."""
+    """The static part of a model with only the segment's layers."""
 
     def make() -> LanguageModel:
         model = LanguageModel(config, nnx.Rngs(0))
@@ -221,10 +224,10 @@ def _count(items: Any) -> int:
     return sum(item.count * _count(item.items) if not isinstance(item, str) else item == MOE for item in items)
 
 
-def _set(chunk: Array, microbatch: Array, total: Array, rows_r: Array) -> Array:
+def _set(chunk: Array, microbatch: Array, total: Array, used_r: Array) -> Array:
     zero = jnp.zeros_like(chunk)
-    start = (zero, chunk, zero, microbatch) + (zero,) * (rows_r.ndim - 1)
-    return lax.dynamic_update_slice(total, rows_r[None, None, :, None], start)
+    start = (zero, chunk, zero, microbatch) + (zero,) * (used_r.ndim - 1)
+    return lax.dynamic_update_slice(total, used_r[None, None, :, None], start)
 
 
 def _read(chunk: Array, microbatch: Array, start: int, count: int, replay: Array) -> Array:

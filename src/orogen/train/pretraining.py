@@ -1,4 +1,4 @@
-"""The task of `orogen train`: the next tokens of a corpus, packed into rows, scored on documents held out."""
+"""The task of `orogen train`: the next tokens of a corpus, packed into rows, scored on held-out documents."""
 
 import itertools
 from collections.abc import Iterator

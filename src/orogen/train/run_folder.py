@@ -1,4 +1,4 @@
-"""The run folder: whose it is, and what describes it (`config.gin`, `env.json`)."""
+"""The run folder: which run may use it, and the files that describe it (`config.gin`, `env.json`)."""
 
 import dataclasses
 import itertools
@@ -17,7 +17,7 @@ from orogen.config.load import load_saved
 from orogen.config.run import RunConfig
 from orogen.train.lock import NAME as LOCK
 
-# What a run may change when it goes on: where it runs, for how long, and what it writes down.
+# What a resumed run may change: how long it trains, and what it records. The plan may change too.
 FREE_TRAIN_FIELDS = (
     "steps",
     "evaluate_every",
@@ -35,7 +35,7 @@ def check_folder(run_dir: Path, config: RunConfig, *, resume: bool) -> None:
     """Raises ConfigError unless `run_dir` may become, or stay, the folder of this run. Changes nothing.
 
     A folder with a run in it is taken only with `resume`, and only if its config differs in nothing but the plan,
-    the number of steps and what is written down.
+    the number of steps and what is recorded.
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run folder {str(run_dir)!r} is a file; expected a folder or a new name")
@@ -65,7 +65,7 @@ def describe_run(run_dir: Path, text: str, facts: dict[str, Any]) -> None:
 
 
 def keep_orphaned_metrics(run_dir: Path) -> Path | None:
-    """Renames the metrics of a run that has no checkpoint to go on from; returns the new name, None without any."""
+    """Renames the metrics of a run that has no checkpoint to resume from; returns the new path, or None."""
     metrics = run_dir / "metrics.jsonl"
     if not metrics.is_file():
         return None
@@ -85,7 +85,7 @@ def _differences(saved: RunConfig, wanted: RunConfig) -> list[str]:
     for part in ("model", "data", "train", "optimizer"):
         before, now = getattr(saved, part), getattr(wanted, part)
         if (before is None) != (now is None):
-            found.append(f"{part} is {'missing' if before is None else 'there'}")
+            found.append(f"{part} is {'missing' if before is None else 'present'}")
             continue
         for field in dataclasses.fields(now) if now is not None else ():
             old, new = getattr(before, field.name), getattr(now, field.name)

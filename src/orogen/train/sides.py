@@ -1,4 +1,4 @@
-"""The two sides of a check: a plan, and one device that computes the same by the plainest implementations.
+"""The two sides of a check: a plan, and one device that computes the same with the plainest implementations.
 
 Letters: m microbatches, b batch, t time, k experts per token.
 """
@@ -26,7 +26,7 @@ Batches = Callable[[RunConfig, int], list[Batch]]
 
 
 class Side(NamedTuple):
-    """A plan, the model as it keeps it, and the run's config with the dtype in which this side computes."""
+    """A plan, the model as laid out for it, and the run's config with this side's compute dtype."""
 
     config: RunConfig
     plan: Plan
@@ -34,7 +34,7 @@ class Side(NamedTuple):
 
 
 class Sides(NamedTuple):
-    """One device, the plan, and the whole model's parameters and buffers on the host, from which both start."""
+    """One device, the plan, and the parameters and buffers of the whole model, on the host, from which both start."""
 
     alone: Side
     folded: Side
@@ -46,21 +46,21 @@ def sides(config: RunConfig) -> Sides:
     folded = assemble(config.model, config.plan, length=config.train.sequence_length)
     alone = reference_plan(config.plan, config.model), build(config.model)
     exact = dataclasses.replace(config, train=dataclasses.replace(config.train, compute_dtype="float32"))
-    # Not under jit: compiled as one, the drawing of every parameter takes longer than a small model's gradients.
+    # Not under jit: compiling the initialisation of every parameter takes longer than a small model's gradients.
     start = jax.device_get(initial_state(config.model, config.train.seed))
     return Sides(Side(exact, *alone), Side(config, *folded), start)
 
 
 def reference_plan(config: PlanConfig, model: ModelConfig) -> Plan:
-    """One device that takes the whole batch at once by the plainest implementations. Capacity counts per source rank
-    and microbatch, so it stands for every rank's part of every microbatch: they are neighbouring rows of the batch."""
+    """One device that takes the whole batch at once, with the plainest implementations. Capacity counts per source rank
+    and microbatch, so its sources are each rank's part of each microbatch, which are neighbouring rows of the batch."""
     sources = (config.data * config.microbatches, config.context, config.tensor)
     return single_device_plan(config.plainest(), model, sources=sources)
 
 
 def replayed(choices: Any, folded: Side) -> Any:
-    """One device's `choices` (1, …, b, t, k) of a whole batch, laid out for replay on the plan: (m, …, b / m, t, k),
-    where each data rank's run of rows has one run per microbatch, and tokens are in the order of the ranks."""
+    """One device's `choices` (1, …, b, t, k) for a whole batch, laid out for replay on the plan: (m, …, b / m, t, k).
+    Each data rank's run of rows is split into one run per microbatch; tokens are in the order of the context ranks."""
     ranks, parts = folded.plan.config.data, folded.plan.config.microbatches
 
     def lay(choice: np.ndarray) -> np.ndarray:
@@ -73,8 +73,9 @@ def replayed(choices: Any, folded: Side) -> Any:
 
 
 def packed_batch(config: RunConfig, train: TrainConfig) -> Batch:
-    """Random tokens in documents of uneven lengths, several per row, with padding at the end of some rows. At most half
-    a row is padding: with a token or two, some gradients are sums that cancel, and only rounding is left to compare."""
+    """Random tokens in documents of uneven lengths, several per sequence; some sequences end in padding. At most half
+    of one is padding: with a token or two, some gradients are sums that cancel, and only rounding is left to
+    compare."""
     rng = np.random.default_rng(train.seed)
     shape = (train.batch_size, train.sequence_length)
     segments_bt = np.zeros(shape, np.int32)
@@ -92,7 +93,8 @@ def packed_batch(config: RunConfig, train: TrainConfig) -> Batch:
     tokens_bt = rng.integers(0, config.model.vocab_size, shape, dtype=np.int32)
     if not train.carry_states:
         return Batch(tokens_bt, segments_bt, positions_bt, weights_bt)
-    # Each row continues the last batch's, but for its first position's target all as in a row alone.
+    # Each sequence continues one of the previous batch: its first document is already `sequence_length` tokens long,
+    # and its last position has a target too, here an arbitrary token.
     positions_bt += np.where(segments_bt == 1, train.sequence_length, 0).astype(np.int32)
     ends_bt = np.diff(segments_bt, axis=1, append=segments_bt[:, -1:]) != 0
     next_bt = np.where(ends_bt, NOTHING, np.roll(tokens_bt, -1, axis=1)).astype(np.int32)
@@ -104,13 +106,13 @@ def packed_batches(config: RunConfig, count: int) -> list[Batch]:
     """`count` different packed batches. Raises ConfigError if one has no target."""
     seeds = ((config.train.seed + i) % 2**31 for i in range(count))
     batches = [packed_batch(config, dataclasses.replace(config.train, seed=seed)) for seed in seeds]
-    expected = "a longer one: no token of the rows that are checked has a target"
+    expected = "a longer one: no token of the batches to check has a target"
     require(all(batch.weights_bt.any() for batch in batches), config.train, "sequence_length", expected)
     return batches
 
 
 def default_train(config: RunConfig) -> TrainConfig:
-    """A batch that every axis of the plan divides, with an odd number of tokens per row and rank."""
+    """A batch that every axis of the plan divides, with at least 13 tokens per sequence and rank."""
     plan = config.plan
     unit = plan.context * plan.sequence_pieces(routed=True)
     tokens = max(13 * unit, 52, 2 * plan.context * config.model.reach)

@@ -1,4 +1,4 @@
-"""What training carries from step to step, born on the plan's mesh."""
+"""The training state, created on the plan's mesh."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -21,8 +21,8 @@ from orogen.train.carry import emptied
 class TrainState(NamedTuple):
     """Float32 master parameters, the routers' correction biases, optimizer state and counters (int32).
 
-    step: batches taken; skipped: how many of them were not finite and changed nothing; skipped_in_row: just now.
-    carried: states of layers after the last batch's rows, for `TrainConfig.carry_states`; see `train.carry`.
+    step: batches taken; skipped: steps that were skipped and changed nothing; skipped_in_row: those since the last
+    update. carried: the layers' states after the last batch, for `TrainConfig.carry_states`; see `train.carry`.
     """
 
     step: Array
@@ -35,7 +35,7 @@ class TrainState(NamedTuple):
 
 
 def items(state: TrainState) -> dict[str, dict[str, Any]]:
-    """The state as a checkpoint holds it: what a reader of the model needs, and what only training does. Files are
+    """The state as a checkpoint holds it: what a reader of the model needs, and what only training needs. Files are
     keyed by these names."""
     trainer = state._asdict()
     model = {name: trainer.pop(name) for name in ("params", "buffers")}
@@ -71,8 +71,8 @@ def create_state(
     *,
     carried: Any = None,
 ) -> TrainState:
-    """The initial state, each array made where it will live: optimizer state too, which jit would else put on one
-    device. carried: as `carry.abstract` gives it."""
+    """The initial state, each array created where it will live; without shardings, jit would put the optimizer's state
+    on one device. carried: as `carry.abstract` gives it."""
     shardings = state_shardings(abstract_state(built, optimizer, carried), plan)
 
     def create(seed: Array) -> TrainState:
@@ -91,8 +91,8 @@ def start_state(
     *,
     carried: Any = None,
 ) -> TrainState:
-    """The initial state of given parameters and buffers, which lie as `built` has them where the plan keeps them, and
-    are consumed. carried: as `carry.abstract` gives it."""
+    """The initial state of given parameters and buffers, which are laid out like `built`'s, sharded as the plan keeps
+    them, and donated. carried: as `carry.abstract` gives it."""
     shardings = state_shardings(abstract_state(built, optimizer, carried), plan)
     create = partial(fresh_state, optimizer=optimizer, carried=carried)
     return jax.jit(create, out_shardings=shardings, donate_argnums=(0, 1))(params, buffers)
@@ -101,7 +101,7 @@ def start_state(
 def fresh_state(
     params: nnx.State, buffers: nnx.State, optimizer: optax.GradientTransformation, carried: Any = None
 ) -> TrainState:
-    """The state before the first step, of parameters and buffers laid out as the optimizer's are to be. carried: as
-    `carry.abstract` gives it."""
+    """The state before the first step; optimizer state is laid out like `params`. carried: as `carry.abstract` gives
+    it."""
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, zero, zero, params, buffers, optimizer.init(params), emptied(carried))

@@ -36,9 +36,9 @@ BATCH_AXES = ("batch", "context")
 
 
 class StepMetrics(NamedTuple):
-    """What a step reports. metrics: the objective's, by name; load has one row per MoE layer, in the order of the
-    pattern, then the MTP block's. worst_leaf: the first gradient leaf that is not finite, or -1.
-    overflow: rows that found no room in a buffer; with any, the step is skipped."""
+    """What a step reports. metrics: the objective's, by name; load_le: one row per MoE layer, in the order of the
+    pattern, then those of the MTP block; worst_leaf: index of the first gradient leaf that is not finite, or -1;
+    overflow: assignments that did not fit into a buffer: with any, the step is skipped."""
 
     loss: Array
     metrics: dict[str, Metric]
@@ -67,16 +67,16 @@ def gradients(
     """A function (params, buffers, batch, replay, carried) -> loss, gradients, Counts, Sums of a global batch.
 
     Gradients are sharded as parameters are stored.
-    The batch's rows are taken in `plan.config.microbatches` parts, whose gradients add up to those of the whole.
+    The batch is split into `plan.config.microbatches` parts, whose gradients add up to those of the whole.
     record: Sums.choices holds every token's experts and drops. replaying: routers take the choices passed as `replay`,
-    which is None otherwise. carried: what the batches carry, as `carry.abstract` gives it; of None, so is the argument.
+    which is None otherwise. carried: what batches carry, as `carry.abstract` gives it; if None, so is the argument.
     """
     parts, sources = plan.config.microbatches, plan.sources[0]
     depths = objective.depths(config)
 
     def device_step(params, buffers, batch, replay, before):
-        # Of all microbatches at once: their exchanges in a loop of their own, which the model does not wait for, were
-        # seen to lock with its first ones on XLA:CPU (jax 0.10.1), where devices take the two in different orders.
+        # Counted for all microbatches at once. Collectives of a counting loop, on which the model does not depend, were
+        # seen to deadlock with the model's first ones on XLA:CPU (jax 0.10.1): devices ran the two in different orders.
         counts = batch_counts(batch, objective, depths, plan)
         batch = jax.tree.map(lambda x: microbatches(x, parts, sources), batch)
         settings: Any = {"replay": replay}
@@ -97,14 +97,14 @@ def gradients(
 
 
 def skeleton(built: Built) -> Callable[..., WholePass | Pipeline]:
-    """The class that runs a model of this layout. Both take the same arguments after their first."""
+    """The constructor of what runs a model of this layout. Both kinds take the same arguments."""
     if isinstance(built.layout, Stages):
         return partial(Pipeline, built.layout)
     return partial(WholePass, built.graph)
 
 
 def _counts_first(config: ModelConfig, depths: int, parts: int) -> bool:
-    """Whether a pass over all microbatches must count assignments before the first has a gradient: each one's balance
+    """Whether a pass over all microbatches must count assignments before the first gradient: each microbatch's balance
     loss is weighted by how often the global batch chooses an expert."""
     balanced = config.router_balance == "global" and config.router_aux_loss_coef > 0
     return balanced and MOE in config.layers.main + config.layers.mtp * (depths > 0) and parts > 1
@@ -130,12 +130,12 @@ def _shard(
 
 
 def replay_of(choices: Any) -> Any:
-    """What replays each Choice in the tree."""
+    """The Replay of each Choice in the tree."""
     return jax.tree.map(lambda c: c.replay, choices, is_leaf=lambda x: isinstance(x, Choice))
 
 
 def microbatches(x_bt: Array, parts: int, sources: int) -> Array:
-    """(m, b / m, t, …): each of `sources` source ranks gives every microbatch an equal run of its rows."""
+    """(m, b / m, t, …): each of `sources` source ranks contributes an equal run of its rows to every microbatch."""
     rows, *others = x_bt.shape
     split = x_bt.reshape(sources, parts, rows // (sources * parts), *others)
     return split.swapaxes(0, 1).reshape(parts, rows // parts, *others)
@@ -158,8 +158,8 @@ def apply_gradients(
     finite: Array,
     left: Any = None,
 ) -> TrainState:
-    """The state after one update, or, unless `finite`, the same state with the step counted as skipped. left: what the
-    batch leaves to carry."""
+    """The state after one update or, unless `finite`, the same state with the step counted as skipped. left: the states
+    that the batch leaves to carry."""
     grads = lax.with_sharding_constraint(grads, placement.shardings(grads, plan))
 
     def update(params: nnx.State, buffers: nnx.State, opt_state: optax.OptState) -> tuple[Any, ...]:
@@ -170,11 +170,11 @@ def apply_gradients(
         return optax.apply_updates(params, updates), jax.tree.unflatten(structure, biases), opt_state
 
     if plan.config.offload_optimizer:
-        # What was fetched is a copy already, of which a condition makes another.
+        # The fetched state is a copy already; a condition would make another.
         old = state.params, state.buffers, placement.fetched(state.optimizer, plan)
         kept = jax.tree.map(lambda new, kept: jnp.where(finite, new, kept), update(*old), old)
     else:
-        # A condition, since choosing between the old and new values of each element copies the old moments first.
+        # A condition, because an elementwise choice between old and new values copies the old moments first.
         kept = lax.cond(finite, update, lambda *old: old, state.params, state.buffers, state.optimizer)
     missed = 1 - finite.astype(jnp.int32)
     counters = state.step + 1, state.skipped + missed, (state.skipped_in_row + 1) * missed
@@ -211,8 +211,8 @@ def step_function(
     record: bool = False,
     replaying: bool = False,
 ) -> Callable[..., tuple[TrainState, StepMetrics, Any]]:
-    """The training step to be jitted: (state, batch[, replay]) -> state, metrics, and choices as `gradients` has them,
-    whose flags these are."""
+    """The training step before jit: (state, batch[, replay]) -> state, metrics, choices. record, replaying: see
+    `gradients`."""
     gradient = gradients(
         built, objective, config.model, plan, config.train.compute_dtype, record=record, replaying=replaying,
         carried=carry.abstract(config.train, built),
@@ -225,7 +225,7 @@ def step_function(
         loss, grads, counts, sums = gradient(params, state.buffers, batch, replay, state.carried)
         squares = square_sums(grads)
         finite_leaves = jnp.isfinite(squares)
-        # What overflows a buffer is missing from loss and gradient: the step is as bad as one that is not finite.
+        # Assignments that overflow a buffer are missing from loss and gradient: the step counts as not finite.
         finite = finite_leaves.all() & jnp.isfinite(loss) & (sums.overflow == 0)
         grad_norm = jnp.sqrt(squares.sum())
         new = apply_gradients(
@@ -251,7 +251,7 @@ def step_function(
 
 
 def batch_to_devices(batch: Batch, plan: Plan) -> Batch:
-    """The global batch on the plan's devices. Documents are numbered here, where rows are whole."""
+    """The global batch on the plan's devices. Documents are numbered here, where sequences are still whole."""
     sharding = plan.sharding(*BATCH_AXES)
     batch = batch._replace(segments_bt=numbered(np.asarray(batch.segments_bt)))
     return jax.tree.map(lambda x: jax.device_put(in_rank_order(x, plan, axis=1), sharding), batch)

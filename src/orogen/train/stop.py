@@ -1,4 +1,4 @@
-"""What a run does when it is told to stop: by SIGTERM, by Ctrl-C (SIGINT) or by a terminal that closes (SIGHUP)."""
+"""How a run stops on a signal: SIGTERM, Ctrl-C (SIGINT), or a terminal that closes (SIGHUP)."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-INTERRUPTED = 128 + signal.SIGINT  # the exit status that shells give a process which Ctrl-C ended
+INTERRUPTED = 128 + signal.SIGINT  # the exit status that shells report for a process ended by Ctrl-C
 
 
 T = TypeVar("T")
@@ -31,12 +31,12 @@ class _CutShortError(BaseException):
 
 
 class Stop:
-    """A flag that signals raise, so that a run can finish its step, save and leave. Use as a context manager.
+    """A flag that signals set, so that a run can finish its step, save and exit. Use as a context manager.
 
-    Unless `working` is set there is nothing to save, and a signal raises StoppedEarlyError; the compilation of one
-    program is not interrupted. A second SIGINT calls `at_once` and ends the process. An ignored signal stays ignored,
-    as SIGHUP is under nohup. A signal that comes inside a finalizer or a callback of the garbage collector, where
-    Python drops exceptions, is repeated a moment later.
+    Unless `working` is set, there is nothing to save, and a signal raises StoppedEarlyError, though only after the
+    program that is being compiled. A second SIGINT calls `at_once` and ends the process. A signal that was ignored
+    stays ignored, as SIGHUP is under nohup. If a signal comes inside a finalizer or a callback of the garbage
+    collector, where Python drops exceptions, it is sent again a moment later.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class Stop:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._repeat is not None:  # what it would repeat is in `asked` and `by`
+        if self._repeat is not None:  # `asked` and `by` hold what it would repeat
             self._repeat.cancel()
             self._repeat.join()
         sys.unraisablehook = self._unraisable
@@ -75,12 +75,12 @@ class Stop:
                 return None if self.asked else work()
             finally:
                 self._cutting = False
-        except _CutShortError:  # also one between the lines above
+        except _CutShortError:  # raised in `work` or between the lines above
             self._cutting = False
             return None
 
     def _dropped(self, dropped: Any) -> None:
-        """Python's hook for exceptions that it drops."""
+        """The hook that Python calls for exceptions that it drops."""
         if not isinstance(dropped.exc_value, StoppedEarlyError | _CutShortError):
             return self._unraisable(dropped)
         self._repeat = threading.Timer(0.02, os.kill, (os.getpid(), self.by))
@@ -94,7 +94,7 @@ class Stop:
         self._interrupts += number == signal.SIGINT and repeated is None
         if self._interrupts > 1:
             self.at_once()
-            try:  # past Python's buffers, which the signal may have interrupted half-written
+            try:  # past Python's buffers: the signal may have interrupted a write to them
                 os.write(2, b"orogen: ended at once; what was not saved is lost\n")
             finally:
                 os._exit(INTERRUPTED)

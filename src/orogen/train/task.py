@@ -1,4 +1,4 @@
-"""A task: what pretraining, fine-tuning, distillation and reinforcement learning do each in its own way.
+"""A task: all that differs between pretraining, fine-tuning, distillation and reinforcement learning.
 
 The step takes its `Objective`, the loop all of it. Neither knows which task it runs.
 """
@@ -20,7 +20,7 @@ from orogen.data.tokenizer import Tokenizer
 from orogen.model.lm import Built, LanguageModel
 from orogen.parallel.plan import Plan
 
-# By name, float32 arrays of shape () or (n,): sums, or what they are divided by.
+# By name, float32 arrays of shape () or (n,): sums, or their denominators.
 ByName = dict[str, Array]
 
 
@@ -42,17 +42,18 @@ class Objective:
 
         loss = Σ_name share[name] · Σ_i sum[name]_i / max(count[name]_i, 1) + the routers' losses
 
-    Sums and counts are added up over devices before they are divided, by the count of the global batch: so a batch has
-    one loss under every plan and any number of microbatches.
+    Sums and counts are added up over devices, and each sum is divided by the count of the global batch: a batch has the
+    same loss under every plan and any number of microbatches.
 
-    counts: (batch, depths, plan) -> what each sum is divided by. They may ignore the signs of weights, or weights.
-    sums: (model, hidden, batch, plan) -> the sums, of the same names and shapes. hidden: the final-normed hidden states
-    (b, t, d) laid out as the residual stream, the backbone's and one for each of the `depths` predicted deeper.
-    Both are sums over tokens that this device alone holds: its rows and its context rank's part of them, as the arrays
-    of the batch and what `model.heads` gives have them. Hidden states of tokens that it alone holds are
-    `plan.deal(h_btd)`, beside `plan.deal(plan.own(x_bt))` of an array of the batch; what `plan.enter` gathers is equal
-    on the ranks of `tensor`, and would be added once for each.
-    shares: (config, depths) -> the share of each name in the loss. A name without one is measured alone, and has no
+    counts: (batch, depths, plan) -> the denominator of each sum. They may ignore weights, or the signs of weights.
+    sums: (model, hidden, batch, plan) -> the sums, with the same names and shapes. hidden: hidden states (b, t, d)
+    after the final norm, laid out as the residual stream: the backbone's, then one for each of the `depths` deeper
+    ones.
+    Both sum over the tokens that this device alone holds: its sequences, and its context rank's part of them. Arrays of
+    the batch and the results of `model.heads` cover just these. For hidden states, take `plan.deal(h_btd)` and, of an
+    array of the batch beside them, `plan.deal(plan.own(x_bt))`: what `plan.enter` gathers is equal on the ranks of
+    `tensor` and would be added once per rank.
+    shares: (config, depths) -> the share of each name in the loss. A name without a share is only measured and has no
     gradient.
     deeper: whether the MTP block runs. Without it, `depths` is 0, its parameters have a gradient of zero (weight decay
     still shrinks them), and its routers keep their biases.
@@ -64,11 +65,11 @@ class Objective:
     deeper: bool = True
 
     def depths(self, config: ModelConfig) -> int:
-        """How many tokens after the next are predicted."""
+        """The number of tokens predicted after the next one."""
         return config.mtp_depths if self.deeper else 0
 
     def loss(self, totals: ByName, counts: ByName, config: ModelConfig) -> Array:
-        """The loss, without the routers', of sums over all devices; of a microbatch's, its part of the loss."""
+        """The loss without the routers', from sums over all devices; from those of a microbatch, its share of it."""
         shares = self.shares(config, self.depths(config))
         means = {name: share * totals[name] / jnp.maximum(counts[name], 1) for name, share in shares.items()}
         return jnp.sum(ravel_pytree(means)[0])
@@ -95,12 +96,12 @@ class Source(Protocol):
         ...
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on after the batch at which `state` was taken. Raises ConfigError if it is from another source."""
+        """Continues after the batch at which `state` was saved. Raises ConfigError if it is from another source."""
         ...
 
 
 class Evaluation(Protocol):
-    """Scores of a state, by the names under which they are reported: `sampled` those of `sample`, `whole` of `full`."""
+    """Scores a state. `sampled` and `whole` are the names of the scores that `sample` and `full` return."""
 
     @property
     def sampled(self) -> tuple[str, ...]: ...
@@ -109,11 +110,11 @@ class Evaluation(Protocol):
     def whole(self) -> tuple[str, ...]: ...
 
     def sample(self, state: Any) -> dict[str, float]:
-        """The scores that are reported along the way."""
+        """The scores that are reported during training."""
         ...
 
     def full(self, state: Any) -> dict[str, float]:
-        """The scores that are reported at the end, beside those of `sample`."""
+        """The scores that are reported at the end, in addition to those of `sample`."""
         ...
 
 
@@ -121,8 +122,8 @@ class Evaluation(Protocol):
 class Task:
     """An objective, the data that it is computed on, and how its outcome is scored.
 
-    open: reads the data; a run that goes on passes the tokenizer that it saved. source: the batches to train on.
-    evaluation: of a model as it lies on the run's plan; None where the data has nothing to score.
+    open: opens the data; a resumed run passes the tokenizer that it saved. source: the batches to train on.
+    evaluation: of a model laid out for the run's plan; None if the data has nothing to score.
     """
 
     objective: Objective

@@ -1,6 +1,6 @@
-"""How large a loss is before its terms cancel: the scale of its error where weights, or objectives, have both signs.
+"""The size of a loss before its terms cancel: the scale of its error where weights, or objectives, have both signs.
 
-Letters: b batch, t time, d model, r rows.
+Letters: b batch, t time, d model, r rows (sequences).
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ from orogen.model.lm import LanguageModel
 from orogen.parallel.plan import Plan
 from orogen.train.task import ByName, Metric, Objective
 
-ROWS = "rows of "  # before the name of a metric, that of its sums by row
+ROWS = "rows of "  # prefixed to a metric's name, names its sums by row
 
 
 def by_row(objective: Objective) -> Objective:
-    """`objective` that also measures each of its sums row by row: (r, …) under ROWS + name, with the whole batch's
-    counts. For one device, which has all rows."""
+    """`objective`, which also measures each of its sums row by row: (r, …) under ROWS + name, with the counts of the
+    whole batch. For a single device, which has all rows."""
 
     def counts(batch: Batch, depths: int, plan: Plan) -> ByName:
         found, rows = objective.counts(batch, depths, plan), len(batch.tokens_bt)
@@ -42,13 +42,13 @@ def by_row(objective: Objective) -> Objective:
 
 
 def without_rows(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
-    """The metrics that `objective` has without `by_row`."""
+    """The metrics without those that `by_row` adds."""
     return {name: metric for name, metric in metrics.items() if not name.startswith(ROWS)}
 
 
 def loss_size(loss: float, metrics: Mapping[str, Metric], objective: Objective, config: ModelConfig) -> float:
-    """The sum of the magnitudes of the loss's terms, of an objective `by_row`: the mean of each row times its share,
-    and the routers' losses, which are not negative. Exactly |loss| where no row's term is negative."""
+    """The sum of the magnitudes of the loss's terms, for an objective of `by_row`: each row's means times their shares,
+    and the router losses, which are never negative. Exactly |loss| if no row's term is negative."""
     shares = objective.shares(config, objective.depths(config))
     routers = loss - sum(share * float(np.sum(metrics[name].mean)) for name, share in shares.items())
     rows = [share * _rows(metrics, name).ravel() for name, share in shares.items()]
@@ -56,8 +56,8 @@ def loss_size(loss: float, metrics: Mapping[str, Metric], objective: Objective, 
 
 
 def mean_sizes(metrics: Mapping[str, Metric]) -> dict[str, np.ndarray]:
-    """By name, the sum of the magnitudes of what the rows add to a metric's mean, of an objective `by_row`. Exactly
-    |mean| where no two of these differ in sign."""
+    """By name, the sum of the magnitudes of what each row adds to a metric's mean, for an objective of `by_row`.
+    Exactly |mean| if all have the same sign."""
     return {name: _size(metric.mean, _rows(metrics, name)) for name, metric in without_rows(metrics).items()}
 
 
@@ -66,7 +66,6 @@ def _rows(metrics: Mapping[str, Metric], name: str) -> np.ndarray:
 
 
 def _size(total: np.ndarray | float, terms: np.ndarray) -> np.ndarray:
-    """The sum of the magnitudes of `terms` (r, …), whose sum is `total`: |total| and, twice, what
-    cancels."""
+    """The sum of the magnitudes of `terms` (r, …), whose sum is `total`: |total| plus twice what cancels."""
     positive, negative = (np.where(sign * terms > 0, sign * terms, 0).sum(0) for sign in (1, -1))
     return np.abs(total) + 2 * np.minimum(positive, negative)

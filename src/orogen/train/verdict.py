@@ -20,27 +20,27 @@ from orogen.train.task import Metric
 LOSS, GRADIENT, PARAMETER = 1e-5, 1e-4, 1e-6
 # A token's own top-k, and its drops, may differ from the replayed ones only where the margin is below this.
 MARGIN = 1e-5
-# A leaf this small beside the whole gradient is zero up to rounding, and is compared with the whole.
+# A leaf this small beside the whole gradient is zero up to rounding; its error is relative to the whole.
 NEGLIGIBLE = 1e-7
-# Roundings of one layer that reach a result, forward and backward: operands, products, norms, activations and sums.
+# Roundings per layer that reach a result, forward and backward: operands, products, norms, activations and sums.
 ROUNDINGS = 16
-# By what factor an update may be further off than its gradients: Muon's iterations magnify small singular values.
+# The factor by which an update's error may exceed its gradients': Muon's iterations magnify small singular values.
 UPDATED = {"adamw": 2, "muon": 20}
 
 
 class Verdict(NamedTuple):
-    """Relative errors of a plan against one device; None where that was not compared.
+    """Relative errors of a plan against one device; None for what was not compared.
 
     loss_error: the largest over all batches. max_gradient_error: of the worst gradient or, for steps, of the worst
-    first moment. max_parameter_error: of the worst parameter, relative to itself after one update from equal gradients
-    by each optimizer or, for steps, relative to what they changed in it.
-    load_error: the largest difference of an expert's load, of the dropped tokens, of a router bias after the update and
-    of counters; these are counts and signs, so it is 0 or the plan is wrong.
+    first moment. max_parameter_error: of the worst parameter: after one update by each optimizer from equal gradients,
+    relative to the parameter; for steps, relative to its change.
+    load_error: the largest difference in an expert's load, in dropped tokens, in a router bias after the update and in
+    counters; these are counts and signs, so it is 0 or the plan is wrong.
     flips: tokens whose own choice of experts or drops differed from the replayed one; flip_margin: the largest margin
-    of such a choice. zero_leaves had no gradient to compare.
-    overflow_rows found no room in a buffer: their contribution is missing, so the plan does not pass.
-    tolerances: the bound of each error, by the error's name. shared: implementations that are the same on both sides,
-    as field=name, about which the check says nothing.
+    of such a choice. zero_leaves: parameters whose gradient is zero up to rounding.
+    overflow_rows: assignments that did not fit into a buffer; their contribution is missing, so the plan does not pass.
+    tolerances: the bound of each error, by the error's name. shared: implementations that both sides use, as
+    field=name; the check says nothing about them.
     """
 
     loss_error: float
@@ -60,7 +60,7 @@ class Verdict(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        """Whether every error is inside its tolerance."""
+        """Whether every error is within its tolerance."""
         errors = {name: getattr(self, name) for name in self.tolerances}
         inside = all(error is None or error <= self.tolerances[name] for name, error in errors.items())
         return inside and self.load_error == 0 and self.overflow_rows == 0
@@ -80,8 +80,8 @@ def conditions(what: str, config: RunConfig, reference: PlanConfig) -> dict[str,
 def tolerances(what: str, config: RunConfig) -> dict[str, float]:
     """The bound of each error of a `Verdict`, for a plan that computes in `TrainConfig.compute_dtype`, against float32.
 
-    In fewer bits than float32, independent roundings by at most u each add up to u · sqrt(their number) of a result;
-    there are ROUNDINGS per layer. Source: Higham and Mary, SIAM J. Sci. Comput. 41(5), 2019.
+    Below float32, n independent roundings by at most u each add up to a relative error of u · sqrt(n); there are
+    ROUNDINGS per layer. Source: Higham and Mary, SIAM J. Sci. Comput. 41(5), 2019.
     """
     noise = unit_roundoff(config) * math.sqrt(ROUNDINGS * depth(config.model))
     exact = config.train.compute_dtype == "float32" and config.plan.linear == "plain"
@@ -109,14 +109,14 @@ def depth(model: ModelConfig) -> int:
 
 
 def shared(config: PlanConfig, reference: PlanConfig, model: ModelConfig) -> list[str]:
-    """The model's operations that plan and reference compute alike, as field=name."""
+    """The implementations of the model's operations that plan and reference share, as field=name."""
     used = (field for field in PLAINEST if plan_read(model, config, field))
     same = (field for field in used if getattr(config, field) == getattr(reference, field))
     return [f"{field}={getattr(config, field)}" for field in same]
 
 
 def leaf_errors(reference: Any, other: Any) -> tuple[np.ndarray, list[int]]:
-    """Relative error of each leaf, and which leaves are zero in the reference."""
+    """The relative error of each leaf, and the indices of leaves that are zero in the reference."""
     pairs = list(zip(jax.tree.leaves(reference), jax.tree.leaves(other), strict=True))
     norms = np.array([np.linalg.norm(np.asarray(a, np.float64)) for a, _ in pairs])
     whole = np.linalg.norm(norms)
@@ -126,15 +126,15 @@ def leaf_errors(reference: Any, other: Any) -> tuple[np.ndarray, list[int]]:
 
 
 def flips(choices: Any) -> tuple[int, float]:
-    """How many tokens were replayed against their own choice, and the largest margin of one."""
+    """The number of tokens replayed against their own choice, and the largest margin among them."""
     found = jax.tree.leaves(choices, is_leaf=lambda x: isinstance(x, Choice))
     count = sum(int(c.flipped.sum()) for c in found)
     return count, largest(c.margin[c.flipped].max() for c in found if c.flipped.any())
 
 
 def metric_error(reference: Mapping[str, Metric], other: Mapping[str, Metric]) -> float:
-    """The largest error of a metric's sum, relative to the sum, or to the count where signs cancel most of it; and of a
-    count, relative to it."""
+    """The largest error of a metric's sum, relative to the sum or, where signs cancel most of it, to the count; and of
+    a count, relative to itself."""
     errors = []
     for name, (total, count) in reference.items():
         size = np.maximum(np.abs(total), np.abs(count)) + np.finfo(float).tiny
@@ -143,11 +143,11 @@ def metric_error(reference: Mapping[str, Metric], other: Mapping[str, Metric]) -
 
 
 def largest_difference(reference: Any, other: Any) -> float:
-    """The largest difference of two numbers in the same place of two trees."""
+    """The largest difference between corresponding numbers of two trees."""
     pairs = zip(jax.tree.leaves(reference), jax.tree.leaves(other), strict=True)
     return largest(np.abs(np.asarray(a) - b).max(initial=0) for a, b in pairs)
 
 
 def largest(values: Iterable[Any]) -> float:
-    """The largest value; 0 if there are none; NaN if one is, which Python's max may pass over."""
+    """The largest value; 0 if there are none; NaN if one is NaN, which Python's max may miss."""
     return float(np.max([0.0, *values]))

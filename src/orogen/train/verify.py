@@ -54,15 +54,15 @@ def verify(
     """`config.plan`, computing in `dtype`, against one device in float32, from equal states and packed batches.
 
     The one device takes the whole batch at once, with the plainest implementation of each operation, and recomputes
-    nothing; `Verdict.shared` names implementations that the plan has too. what: `gradients` compares one loss, every
-    gradient, and one update by each optimizer from equal gradients; `step` several training steps, one of them not
-    finite; `evaluation` held-out losses. objective, batches: of another task, whose batches are packed ones with extras
-    or weights of its own. optimizers: whose updates `gradients` compares. Needs as many devices as the plan. Raises
-    ConfigError.
+    nothing; `Verdict.shared` names the implementations that the plan uses too. what: `gradients` compares one loss,
+    every gradient, and one update by each optimizer from equal gradients; `step` several training steps, one of them
+    not finite; `evaluation` held-out losses. objective, batches: those of another task, whose packed batches have
+    extras or weights of their own. optimizers: those whose updates `gradients` compares. Needs as many devices as the
+    plan. Raises ConfigError.
     """
     config.plan.require_half_precision(dtype)
     train = config.train
-    if train is None:  # a given one was checked when it was loaded
+    if train is None:  # otherwise it was checked when it was loaded
         train = default_train(config)
         dataclasses.replace(config, train=train).check()
     optimizer = dataclasses.replace(
@@ -90,7 +90,7 @@ def verify_gradients(
     errors, zero = leaf_errors(alone.grads, folded.grads)
     worst = int(np.argmax(errors))
     flipped, margin = flips(folded.sums.choices)
-    # Both from the one device's gradients, but each with the loads that its own run counted.
+    # Both sides update from the one device's gradients, but each with the loads that its own run counted.
     updated = [
         [_updated(side, name, start, alone.grads, step.sums.load) for name in optimizers]
         for side, step in ((one, alone), (other, folded))
@@ -119,7 +119,7 @@ def verify_gradients(
 
 
 class _Step(NamedTuple):
-    """Loss, metrics, gradients and loads (l, e) of the whole model, however it is laid out; sums as the step returns
+    """Loss, metrics, gradients and loads (l, e) of the whole model, independent of its layout; sums as the step returns
     them."""
 
     loss: float
@@ -152,7 +152,7 @@ def _gradients(
 
 
 def _placed(state: tuple[Any, ...], side: Side) -> tuple[Any, ...]:
-    """(parameters, buffers) of the whole model on the side's devices, laid out as it keeps them."""
+    """(parameters, buffers) of a whole model, on the side's devices in its layout."""
     built, plan = side.built, side.plan
     laid = tuple(jax.jit(lambda part: built.laid(part))(part) for part in state)
     return jax.device_put(laid, placement.shardings((built.params, built.buffers), plan))

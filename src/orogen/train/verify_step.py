@@ -23,13 +23,13 @@ from orogen.train.task import Metric, Objective
 from orogen.train.terms import by_row, loss_size, mean_sizes, without_rows
 from orogen.train.verdict import Verdict, conditions, flips, largest, largest_difference, leaf_errors, metric_error
 
-# Steps of a check, and the one that is made not finite: by then there is a state to lose, and a step follows.
+# Steps of a check, and the one that is made not finite: earlier steps leave a state to lose, and one more follows.
 STEPS, BROKEN = 4, 2
-SCORED = 2  # batches of held-out rows
+SCORED = 2  # held-out batches
 
 
 class _Steps(NamedTuple):
-    """Metrics of each step, the state of the whole model after the last one, and each step's choices; on the host."""
+    """Each step's metrics, the whole model's state after the last step, and each step's choices; on the host."""
 
     metrics: list[StepMetrics]
     state: TrainState
@@ -38,7 +38,7 @@ class _Steps(NamedTuple):
 
 def verify_steps(config: RunConfig, objective: Objective, batches: Batches) -> Verdict:
     """Several of the steps that `make_step` compiles: gradients, clipping, optimizer, routers' biases and counters,
-    with the plan's shardings from step to step; one batch has a weight that is no number, so that its step is skipped.
+    with the plan's shardings from step to step; one batch has a NaN weight, so that its step is skipped.
 
     The plan replays one device's choices. AdamW's epsilon is raised to the size of a typical clipped gradient;
     otherwise an element that is zero up to rounding would move by the whole learning rate, in either direction.
@@ -54,7 +54,7 @@ def verify_steps(config: RunConfig, objective: Objective, batches: Batches) -> V
     worst_leaf, gradient_error, zero = _moment_error(alone.state, folded.state)
     found = [flips(choices) for choices in folded.choices]
     if not alone.metrics[BROKEN].skipped_in_row:
-        raise ValueError(f"step {BROKEN} was not skipped; expected its batch's numbers that are none to reach the loss")
+        raise ValueError(f"step {BROKEN} was not skipped; expected its batch's NaN to reach the loss")
     pairs = [pair for step, pair in enumerate(zip(alone.metrics, folded.metrics, strict=True)) if step != BROKEN]
     measured = (metric_error(without_rows(a.metrics), b.metrics) for a, b in pairs)
     rate_error = _metric_error(alone, folded, "learning_rate")
@@ -75,8 +75,8 @@ def verify_steps(config: RunConfig, objective: Objective, batches: Batches) -> V
 
 
 def verify_evaluation(config: RunConfig, objective: Objective, batches: Batches) -> Verdict:
-    """Compares the program that measures the objective on held-out rows, without the MTP block, on the plan of
-    evaluation, which drops no token."""
+    """Compares the program that measures the objective on held-out data, without the MTP block, under the evaluation
+    plan, which drops no token."""
     objective = dataclasses.replace(objective, deeper=False)
     scored = batches(config, SCORED)
     one, other, start = sides(config)
@@ -104,7 +104,7 @@ def verify_evaluation(config: RunConfig, objective: Objective, batches: Batches)
 
 
 def _one_not_finite(batch: Batch) -> Batch:
-    """The batch with one target's weight made NaN, and one number that is not 0 of each extra that is not whole."""
+    """The batch with one target's weight, and one nonzero element of each floating-point extra, replaced by NaN."""
 
     def broken(x: np.ndarray) -> np.ndarray:
         if not np.issubdtype(x.dtype, np.floating):
@@ -117,7 +117,7 @@ def _one_not_finite(batch: Batch) -> Batch:
 
 
 def _steps(side: Side, objective: Objective, start: Any, batches: list[Batch], replays: list[Any] | None) -> _Steps:
-    """One step after another from `start`, a whole model's; each side's program is compiled once."""
+    """Takes one step after another from `start`, a whole model's; each side's program is compiled once."""
     built, plan, config = side.built, side.plan, side.config
     optimizer = make_optimizer(config.optimizer, config.train.steps, built.params)
     function = step_function(built, objective, config, plan, optimizer, record=True, replaying=replays is not None)
@@ -134,7 +134,7 @@ def _steps(side: Side, objective: Objective, start: Any, batches: list[Batch], r
         for number, batch in enumerate(batches):
             replay = () if replays is None else (replays[number],)
             state, reported, choices = program(state, batch_to_devices(batch, plan), *replay)
-            # Fetched at once: programs over simulated devices must not be many in flight.
+            # Fetched at once, so that only one program over simulated devices is in flight.
             metrics.append(jax.device_get(reported))
             chosen.append(jax.device_get(choices))
     layers = config.model.layers
@@ -144,8 +144,8 @@ def _steps(side: Side, objective: Objective, start: Any, batches: list[Batch], r
 
 
 def _metric_error(alone: _Steps, folded: _Steps, name: str, sizes: list[float] | None = None) -> float:
-    """The largest error of this metric in any step, relative to `sizes`, or to itself; infinite where one side alone is
-    not finite."""
+    """The largest error of this metric in any step, relative to `sizes` or to itself; infinite if only one side is not
+    finite."""
 
     def error(a: float, b: float, size: float) -> float:
         if np.isfinite(a) != np.isfinite(b):
@@ -157,7 +157,7 @@ def _metric_error(alone: _Steps, folded: _Steps, name: str, sizes: list[float] |
 
 
 def _moment_error(alone: TrainState, folded: TrainState) -> tuple[str, float, list[str]]:
-    """The parameter whose first moment, a mean of its clipped gradients, is furthest off, and by how much; and the
+    """The parameter whose first moment, a mean of its clipped gradients, has the largest error, and that error; and the
     parameters whose first moment is zero up to rounding."""
     one, other = (_first_moments(state.optimizer) for state in (alone, folded))
     errors, zero = leaf_errors(list(one.values()), [other[name] for name in one])
@@ -166,7 +166,7 @@ def _moment_error(alone: TrainState, folded: TrainState) -> tuple[str, float, li
 
 
 def _first_moments(optimizer: Any) -> dict[str, np.ndarray]:
-    """The first moments by the path of their parameter."""
+    """The first moments, by the paths of their parameters."""
     found = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(optimizer):
         names = [jax.tree_util.keystr((part,), simple=True) for part in path]
@@ -176,8 +176,8 @@ def _first_moments(optimizer: Any) -> dict[str, np.ndarray]:
 
 
 def _movement_error(start: Any, alone: Any, folded: Any) -> float:
-    """The largest difference of a parameter relative to what the steps changed in it, less what rounding the parameter
-    at each step may add; for one that they did not change, relative to what they changed in all."""
+    """The largest difference in a parameter, less what rounding it at each step may add, relative to the change that
+    the steps made to it; for one that they did not change, relative to the change in all parameters."""
     leaves = zip(*(jax.tree.leaves(tree) for tree in (start, alone, folded)), strict=True)
     norm = lambda x: float(np.linalg.norm(np.asarray(x, np.float64)))  # noqa: E731
     facts = [(norm(np.asarray(b, np.float64) - a), norm(np.asarray(a, np.float64) - s), norm(a)) for s, a, b in leaves]
@@ -190,7 +190,7 @@ def _movement_error(start: Any, alone: Any, folded: Any) -> float:
 
 
 def _counted(steps: _Steps) -> Any:
-    """What must be exactly equal: counters, counts, and biases, which move by signs of counts."""
+    """What must be exactly equal: counters, counts, and biases, whose updates are signs of counts."""
     state = steps.state
     counters = (state.step, state.skipped, state.skipped_in_row)
     metrics = [(m.load_le, m.dropped, m.tokens, m.skipped, m.skipped_in_row) for m in steps.metrics]

@@ -24,8 +24,8 @@ class WholePass:
     """A whole model on one device of a plan, inside `Plan.run`, over a batch (m, b, t); the counterpart of `Pipeline`.
 
     replay: choices (m, …) to use in place of the routers' own. record: whether every token's choice is reported.
-    assigned: the assignments of all microbatches, as `assigned` gives them. carried: what the rows of each microbatch
-    go on with, as `carry.parts` gives it; None: each row is alone.
+    assigned: the assignments of all microbatches, as the method `assigned` returns them. carried: the states that each
+    microbatch continues, as `carry.parts` gives them; None: every sequence starts afresh.
     """
 
     def __init__(
@@ -39,16 +39,16 @@ class WholePass:
         self.parts = len(batch.tokens_bt)
 
     def gradients(self, params: Any) -> tuple[Array, Any, Sums]:
-        """Loss, gradients and Sums of this device, added up over microbatches; scattered if the plan keeps gradients
-        so."""
+        """Loss, gradients and Sums of this device, added up over microbatches; gradients are scattered if the plan
+        keeps them so."""
         scattered = self.plan.config.fsdp == "gradients"
 
         def gradient(*arguments):
             result, grads = jax.value_and_grad(self._share, has_aux=True)(*arguments)
             return result, placement.scatter_gradients(grads, self.plan) if scattered else grads
 
-        # Marked varying out here, gradients are sums over this device's tokens alone; over devices they are added up
-        # once a step, or, where only the piece that this device stores is kept, once a microbatch.
+        # Parameters are marked varying here, so gradients sum over this device's tokens alone. They are summed over
+        # devices once per step or, if a device keeps only the shard that it stores, once per microbatch.
         varied = self.plan.vary(params)
         if self.parts == 1:
             (loss, sums), grads = gradient(varied, *jax.tree.map(lambda x: x[0], self.inputs))
@@ -61,7 +61,7 @@ class WholePass:
         return self._summed(lambda *inputs: self._share(params, *inputs)[1].metrics)
 
     def assigned(self, params: Any) -> Assigned:
-        """The assignments by expert of each use of an MoE layer, by forward passes alone."""
+        """The assignments per expert of each use of an MoE layer, by forward passes alone."""
         deeper = self.objective.deeper
 
         def assigned_by(part, replay, carried):
@@ -80,7 +80,7 @@ class WholePass:
         return nnx.merge(self.graph, working_copy(params, self.dtype), self.buffers)
 
     def _summed(self, function: Callable) -> Any:
-        """The sum of what the function makes of each microbatch's inputs."""
+        """The sum of the function's results over microbatches."""
         first, rest = (jax.tree.map(lambda x, i=i: x[i], self.inputs) for i in (0, slice(1, None)))
         if self.parts == 1:
             return function(*first)
@@ -89,13 +89,13 @@ class WholePass:
 
 
 def _of_each(sums: Sums) -> dict[str, Any]:
-    """What is kept of each microbatch, instead of added up."""
+    """What is kept per microbatch instead of summed."""
     return {"choices": sums.choices, "carried": sums.carried}
 
 
 def _accumulated(gradient: Callable, varied: Any, inputs: Any) -> tuple[Any, dict[str, Any]]:
-    """Sums of loss, Sums and gradients over microbatches, and what is kept of each."""
-    gradient = jax.jit(gradient)  # so that the shapes of its results take no second trace
+    """Loss, Sums and gradients, summed over microbatches, and what is kept of each."""
+    gradient = jax.jit(gradient)  # so that finding the shapes of its results takes no second trace
 
     def split(result):
         (loss, sums), grads = result
@@ -107,6 +107,6 @@ def _accumulated(gradient: Callable, varied: Any, inputs: Any) -> tuple[Any, dic
 
     first = jax.tree.map(lambda x: x[0], inputs)
     made, _ = split(jax.eval_shape(gradient, varied, *first))
-    # The loop begins with zeros, not with the first microbatch's sums: the model is compiled once.
+    # The loop starts from zeros, not from the first microbatch's sums, so the model is compiled only once.
     zeros = jax.tree.map(lambda x: vary_like(jnp.zeros(x.shape, x.dtype), x), made)
     return lax.scan(body, zeros, inputs)
