@@ -152,7 +152,7 @@ class TestAllAtOnce:
 @pytest.mark.parametrize(
     ("name", "text", "line"),
     [
-        ("replay", "l=4,c=3,t=2", "l=4; expected at least c . t = 5 slots"),
+        ("replay", "l=4,c=3,t=2", "l=4; expected at least c . t = 5 entries"),
         ("paged_attention", "t=3,c=2", "t=3; expected at most c=2"),
         ("few_rows", "k=9,e=8", "k=9; expected at most e=8"),
     ],

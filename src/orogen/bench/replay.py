@@ -1,6 +1,6 @@
 """Mamba-2 decoding by replay, and its flush, at the sizes of R1.
 
-Letters: b batch, t new tokens, l slots of the ring, c slots in use, h heads, p head size, g groups, n state.
+Letters: b batch, t new tokens, l entries of the ring, c entries in use, h heads, p head size, g groups, n state.
 """
 
 from typing import Any, NamedTuple
@@ -38,7 +38,7 @@ class Operands(NamedTuple):
 
 def draw(shape: Shape, seed: int) -> Operands:
     """Random operands; step sizes and decay rates are distributed as after initialisation."""
-    b, t, slots, h, p, g, n, layers = (shape[key] for key in ("b", "t", "l", "h", "p", "g", "n", "layers"))
+    b, t, entries, h, p, g, n, layers = (shape[key] for key in ("b", "t", "l", "h", "p", "g", "n", "layers"))
     draw_one = draws(seed)
     half = lambda *size: draw_one(*size).astype(jnp.bfloat16)  # noqa: E731
 
@@ -50,7 +50,7 @@ def draw(shape: Shape, seed: int) -> Operands:
     return Operands(
         tuple(draw_one(b, h, p, n) for _ in every),
         tuple(-jnp.exp(draw_one(h)) for _ in every),
-        tuple(inputs(slots) for _ in every),
+        tuple(inputs(entries) for _ in every),
         tuple(inputs(t) for _ in every),
         tuple(half(b, t, g, n) for _ in every),
         jnp.full(b, shape["c"], jnp.int32),
@@ -58,11 +58,11 @@ def draw(shape: Shape, seed: int) -> Operands:
 
 
 def works(shape: Shape) -> dict[str, Work]:
-    """A replay reads the state, the slots in use, the piece and C, and writes the piece and y. A flush reads the slots
-    in use, and reads and writes the state. Raises ConfigError if the piece does not fit into the ring."""
-    b, t, slots, c, h, p, g, n = (shape[key] for key in "btlchpgn")
-    if not c + t <= slots:
-        raise ConfigError(f"l={slots}; expected at least c + t = {c + t} slots")
+    """A replay reads the state, the entries in use, the piece and C, and writes the piece and y. A flush reads the
+    entries in use, and reads and writes the state. Raises ConfigError if the piece does not fit into the ring."""
+    b, t, entries, c, h, p, g, n = (shape[key] for key in "btlchpgn")
+    if not c + t <= entries:
+        raise ConfigError(f"l={entries}; expected at least c + t = {c + t} entries")
     states, state, token, c_and_y = b * shape["layers"], h * p * n, 2 * h * p + 2 * g * n + 4 * h, 2 * (h * p + g * n)
     # Each new token takes a product with the state; each pair with an earlier token, B . C once per group and x once.
     pairs = t * c + t * (t + 1) / 2
