@@ -29,7 +29,7 @@ GPU = {"rms_norm": "triton", "ssd": "triton", "attention": "blocked", "grouped_m
 def prompts(run: Path, opened: Opened, count: int, length: int) -> list[tuple[int, ...]]:
     """The first tokens of held-out documents that have as many, again from the first one if they are too few."""
     streams = open_corpus(load_saved(run / "config.gin").data, tokenizer=opened.tokenizer).splits["heldout"]
-    found = [tuple(stream.tokens[:length].tolist()) for stream in streams if len(stream.tokens) > length]
+    found = [tuple(stream.tokens_t[:length].tolist()) for stream in streams if len(stream.tokens_t) > length]
     return [found[number % len(found)] for number in range(count)]
 
 
