@@ -14,6 +14,7 @@ from tests.kernels.lowering import kernels, lowered, lowered_on_two
 from tests.kernels.rounding import assert_close
 
 from orogen.kernels.grouped_matmul import few_rows, grouped_matmul
+from orogen.kernels.grouped_matmul.operands import RowGroups
 
 
 @pytest.mark.parametrize(
@@ -28,8 +29,9 @@ from orogen.kernels.grouped_matmul import few_rows, grouped_matmul
     ids=str,
 )
 def test_few_rows_of_many_groups(rows, sizes, monkeypatch):
-    """Several steps along d and blocks of columns, both of which overhang."""
+    """Several steps and splits of d, of which the last one is empty, and blocks of columns; both overhang."""
     monkeypatch.setattr(few_rows, "TILE", 32 * 16 * 4)
+    monkeypatch.setattr(few_rows, "COLUMNS", 32)
     rng, (width, out, groups) = np.random.default_rng(1), (37, 70, 64)
     rows_nd, weights_edf = rng.normal(size=(rows, width)), rng.normal(size=(groups, width, out))
     sizes_e = np.array([sizes.get(group, 0) for group in range(groups)])
@@ -40,19 +42,39 @@ def test_few_rows_of_many_groups(rows, sizes, monkeypatch):
     weights_edf[sizes_e == 0] = np.nan  # which are not to be read
     inputs = (jnp.asarray(a, jnp.float32) for a in (rows_nd, weights_edf))
     launch = few_rows.choose_launch(rows_nd, weights_edf.astype(np.float32))
-    assert (launch.depth, launch.columns) == (16, 32)
+    assert (launch.depth, launch.columns, launch.splits) == (16, 32, 4)
     actual = grouped_matmul(*inputs, jnp.asarray(sizes_e, jnp.int32), implementation="triton_small_interpreted")
     assert_close(actual, wanted, terms=width)
 
 
+@pytest.mark.parametrize("implementation", ["triton_small_interpreted", "reference"])
+def test_rows_that_name_their_groups(implementation, monkeypatch):
+    """Three results a row, some of no group; columns and splits as above."""
+    monkeypatch.setattr(few_rows, "TILE", 32 * 16 * 4)
+    monkeypatch.setattr(few_rows, "COLUMNS", 32)
+    rng, (width, out, groups) = np.random.default_rng(2), (37, 70, 9)
+    rows_nd, weights_edf = rng.normal(size=(4, width)), rng.normal(size=(groups, width, out))
+    group_r = np.array([3, 9, 0, 3, 8, 9, 9, 9, 9, 4, 4, 2])
+    rows_nd[2] = np.nan  # whose results are all of no group
+    if implementation != "reference":
+        weights_edf[[1, 5, 6, 7]] = np.nan  # which are not to be read
+    wanted = np.zeros((12, out))
+    for result, group in enumerate(group_r):
+        if group < groups:
+            wanted[result] = rows_nd[result // 3] @ weights_edf[group]
+    inputs = (jnp.asarray(a, jnp.float32) for a in (rows_nd, weights_edf))
+    actual = grouped_matmul(*inputs, RowGroups(jnp.asarray(group_r)), implementation=implementation)
+    assert_close(actual, wanted, terms=width)
+
+
 @pytest.mark.parametrize(
-    ("rows", "block", "columns"), [(6, 16, 32), (96, 16, 128), (384, 16, 128), (1536, 32, 128), (98304, 64, 128)]
+    ("rows", "block", "splits"), [(6, 16, 4), (48, 16, 4), (96, 16, 4), (384, 16, 1), (1536, 32, 1), (98304, 64, 1)]
 )
-def test_tiles_of_64_experts(rows, block, columns):
-    """At 1, 16, 64, 256 and 16,384 tokens of 6 experts."""
+def test_tiles_of_64_experts(rows, block, splits):
+    """At 1, 8, 16, 64, 256 and 16,384 tokens of 6 experts."""
     array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)  # noqa: E731
     launch = few_rows.choose_launch(array(rows, 2048), array(64, 2048, 1024))
-    assert (launch.rows, launch.columns) == (block, columns)
+    assert (launch.rows, launch.columns, launch.splits) == (block, 128, splits)
     assert launch.blocks == min(rows, rows // block + 65)
 
 
@@ -62,6 +84,8 @@ def test_is_one_kernel_on_a_gpu(rows):
     run = partial(grouped_matmul, implementation="triton_small")
     text = lowered(run, array(rows, 2048), array(64, 2048, 1024), jax.ShapeDtypeStruct((64,), jnp.int32))
     assert kernels(text) == 1
+    named = RowGroups(jax.ShapeDtypeStruct((6 * rows,), jnp.int32))
+    assert kernels(lowered(run, array(rows, 2048), array(64, 2048, 1024), named)) == 1
 
 
 def test_types_inside_shard_map():
@@ -81,7 +105,9 @@ def test_every_row_is_in_one_block(seed):
     rng = np.random.default_rng(seed)
     sizes_e = rng.multinomial(rng.integers(1, 200), rng.dirichlet(np.full(9, 0.4)))
     rows = int(sizes_e.sum() + rng.integers(0, 40))
-    launch = few_rows.Launch(rows=16, columns=32, depth=16, blocks=rows // 16 + 10, sizes=(5, 7, 9, rows))
+    launch = few_rows.Launch(
+        rows=16, columns=32, depth=16, splits=1, blocks=rows // 16 + 10, share=0, sizes=(5, 7, 9, rows)
+    )
 
     def kernel(sizes_ref, found_ref):
         for k, number in enumerate(few_rows._block(sizes_ref, launch)):

@@ -17,6 +17,7 @@ from tests.kernels.rounding import assert_close
 
 from orogen.kernels.grouped_matmul import IMPLEMENTATIONS, grouped_matmul, mosaic
 from orogen.kernels.grouped_matmul.blocks import grouped_matmul_blocks, split_groups
+from orogen.kernels.grouped_matmul.operands import RowGroups
 
 ROWS, WIDTH, OUT, GROUPS = 29, 5, 7, 4
 
@@ -300,6 +301,10 @@ def test_refusals(monkeypatch):
         grouped_matmul(rows_nd, weights_edf, 7, implementation="blocks")
     with pytest.raises(ValueError, match=r"group_sizes has shape \(3,\)"):
         grouped_matmul(rows_nd, weights_edf, sizes[1:], implementation="blocks")
+    with pytest.raises(ValueError, match="implementation='blocks', rows that name their group: expected"):
+        grouped_matmul(rows_nd, weights_edf, RowGroups(sizes), implementation="blocks")
+    with pytest.raises(ValueError, match=r"group_r has shape \(4,\): expected \(r,\), a multiple of the 29 rows"):
+        grouped_matmul(rows_nd, weights_edf, RowGroups(sizes), implementation="reference")
     if jax.default_backend() != "gpu":
         with pytest.raises(ValueError, match="implementation='mosaic' needs a Hopper GPU and finds 'cpu'"):
             grouped_matmul(rows_nd, weights_edf, sizes, implementation="mosaic")

@@ -172,6 +172,22 @@ def test_biases_of_empty_experts_have_no_gradient(dispatch):
         np.testing.assert_array_equal(np.abs(grad_ef).sum(1) == 0, expected.load_e == 0)
 
 
+@pytest.mark.parametrize(("form", "mesh"), [("clamped", "8folded"), ("gated", "4sliced"), ("biased", "8shared")])
+def test_rows_that_name_their_expert_equal_reference(form, mesh, monkeypatch):
+    """As those of a few tokens do on a GPU, which are not sorted."""
+    asked = []
+    prefers = lambda implementation, results: asked.append((implementation, results)) or True  # noqa: E731
+    monkeypatch.setattr(dispatches, "prefers_named", prefers)
+    plan = PlanConfig(**MESHES[mesh], capacity_factor=0.75, grouped_matmul="reference")
+    model = config(**FORMS[form], moe_intermediate_size=12)
+    given, data = weights(model, 4), inputs(model, 5, rows=ROWS, length=LENGTH)
+    capacity = -(-ROWS * LENGTH // plan.devices * 3 * 3 // (8 * 4))
+    expected = reference_result(model, given, data, sources=(plan.data, plan.tensor), capacity=capacity)
+    assert expected.dropped > 0
+    assert_equal(layer_result(model, plan, given, data), expected)
+    assert set(asked) == {("reference", ROWS * LENGTH * 3 // plan.devices * plan.expert * plan.expert_tensor)}
+
+
 @pytest.mark.parametrize("dispatch", DISPATCHES)
 def test_every_token_may_go_to_every_expert(dispatch):
     model = config(n_routed_experts=4, num_experts_per_tok=4, n_group=2, topk_group=2, moe_latent_size=None)

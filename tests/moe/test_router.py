@@ -14,7 +14,8 @@ from flax import nnx
 
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
-from orogen.moe.router import Router, expert_counts, global_balance, route, router_losses
+from orogen.moe import router
+from orogen.moe.router import Router, _top, expert_counts, global_balance, route, router_losses
 from orogen.parallel.plan import make_plan
 from orogen.precision.policy import working_copy
 from orogen.train.step import update_bias
@@ -230,6 +231,25 @@ def test_ties_go_to_the_lower_index():
     )
     np.testing.assert_array_equal(routing.experts, [[1, 3, 0, 2]] * 3)
     np.testing.assert_array_equal(routing.margin, 0)
+
+
+@pytest.mark.parametrize("k", [1, 5, 19, 20])
+def test_the_best_of_few_scores_are_those_of_a_sort(k, monkeypatch):
+    """With ties, both zeros, infinities, and what is no number."""
+    values = np.random.default_rng(0).normal(size=(6, 3, 20)).astype(np.float32)
+    values[0, 0, :5], values[0, 0, 3] = 0, -0.0
+    values[1, 0, [4, 9]] = np.nan
+    values[2, 1, :4], values[2, 2, :9] = np.inf, -np.inf
+    values[3] = 1
+    compared = _top(jnp.asarray(values), k)
+    monkeypatch.setattr(router, "FEW", 0)
+    order = np.asarray(jax.lax.top_k(values, 20)[1])
+    for index, margin in (compared, _top(jnp.asarray(values), k)):
+        np.testing.assert_array_equal(index, order[..., :k])
+        best = np.take_along_axis(values, order, -1)
+        with np.errstate(invalid="ignore"):  # of two infinities
+            expected = best[..., k - 1] - best[..., k] if k < 20 else np.full((6, 3), np.inf)
+        np.testing.assert_array_equal(margin, expected)
 
 
 def test_ties_between_groups_go_to_the_lower_group():

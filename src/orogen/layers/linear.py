@@ -15,6 +15,7 @@ from jax import Array, lax
 
 from orogen.config.recipe import FP8, IN_PLAIN, PLAIN
 from orogen.kernels.grouped_matmul import grouped_matmul
+from orogen.kernels.grouped_matmul.operands import RowGroups
 from orogen.parallel.plan import Plan
 from orogen.parallel.varying import vary_like
 from orogen.precision.fp8 import fp8_matmul
@@ -50,7 +51,7 @@ def linear_float32(x_btd: Array, weight: nnx.Param, plan: Plan) -> Array:
     return multiply_float32(x_btd, plan.weight(weight))
 
 
-def grouped(x_rd: Array, weight: nnx.Param, group_sizes: Array | int, plan: Plan) -> Array:
+def grouped(x_rd: Array, weight: nnx.Param, group_sizes: Array | RowGroups | int, plan: Plan) -> Array:
     """x w_e for the rows of each expert e, in the formats of the recipe. group_sizes: see `grouped_matmul`."""
     product = GROUPED[plan.recipe.grouped]
     return product(x_rd, plan.weight(weight), group_sizes, implementation=plan.config.grouped_matmul)

@@ -104,9 +104,10 @@ class Recurrent(NamedTuple):
         windows, state = jax.tree.map(jnp.zeros_like, (self.windows, self.state))
         return Recurrent(windows, state, jax.tree.map(lambda a: jnp.full_like(a, EMPTY), self.segments_bk))
 
-    def window_segments(self, docs: Documents) -> Array:
-        """The documents (b, k) of the windows' tokens."""
-        return self.segments_bk
+    def halos(self, before: int, docs: Documents) -> list[tuple[Array, Array]]:
+        """Of each convolution the inputs (b, before, c) of the tokens before a piece, oldest first, and the documents
+        (b, before) of these."""
+        return [(window_bkc[:, -before:], self.segments_bk[:, -before:]) for window_bkc in self.windows]
 
     def entering(self, docs: Documents) -> Array:
         """The state that a piece begins with: zero in rows whose first token is of another document."""

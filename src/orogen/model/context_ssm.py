@@ -47,8 +47,8 @@ def convolve(
     before, segments_bt = convs[0].taps - 1, docs.segments_bt
     if given is not None and before:
         return [
-            conv(x_btc, segments_bt, plan, window_bkc[:, -before:], given.window_segments(docs)[:, -before:])
-            for conv, x_btc, window_bkc in zip(convs, arrays, given.windows, strict=True)
+            conv(x_btc, segments_bt, plan, halo_bkc, halo_segments_bk)
+            for conv, x_btc, (halo_bkc, halo_segments_bk) in zip(convs, arrays, given.halos(before, docs), strict=True)
         ]
     if plan.size("context") == 1 or not before:
         return [conv(x_btc, segments_bt, plan) for conv, x_btc in zip(convs, arrays, strict=True)]

@@ -2,9 +2,9 @@
 
 A piece is right-padded: of its `t` tokens, a row has the first few, with segment 1; the rest, with segment 0, leaves no
 trace. A row may have none. The tokens' positions are `Documents.positions_bt`, which continue from those before. Keys
-and values are in pages that several rows may share (arXiv:2309.06180) or, under a window, in a ring; the caches hold no
-lengths, so a token is rolled back by feeding another one at its position. States are rolled back by `rolled_back`, by
-up to `Slots.drafts` tokens.
+and values are in pages that several rows may share (arXiv:2309.06180) or, under a window, in a ring, as are the inputs
+of convolutions; the caches hold no lengths, so a token is rolled back by feeding another one at its position. States
+are rolled back by `rolled_back`, by up to `Slots.drafts` tokens.
 
 Letters: b rows, t time of a piece, p pages per row, s positions that are read, k tokens of a convolution's window, r
 entries of a ring, l tokens whose inputs are kept.
@@ -163,16 +163,19 @@ class Ringed(NamedTuple):
 
 
 class SlotState(NamedTuple):
-    """What a state-space mixer needs of earlier tokens: the last inputs (b, k, c) of each convolution, oldest first;
-    and the SSM's state, in float32 or in randomly rounded float16, or what it is computed from (`Replayed`)."""
+    """What a state-space mixer needs of earlier tokens: the last inputs (b, k, c) of each convolution, in a ring where
+    position i has entry i modulo k; and the SSM's state, in float32 or in randomly rounded float16, or what it is
+    computed from (`Replayed`)."""
 
     windows: Any
     state: Any
 
-    def window_segments(self, docs: Documents) -> Array:
-        """1, like a piece's tokens: before the first token windows are zero, and zero is what a convolution reads
-        there."""
-        return jnp.ones((len(docs.segments_bt), self.windows[0].shape[1]), jnp.int32)
+    def halos(self, before: int, docs: Documents) -> list[tuple[Array, Array]]:
+        """The inputs (b, before, c) of each convolution before a piece, oldest first, and their segments: 1, like a
+        piece's. Before the first token the inputs are zero, and zero is what a convolution reads there."""
+        position_bk = docs.positions_bt[:, :1] - before + jnp.arange(before)
+        segments_bk = jnp.ones_like(position_bk)
+        return [(_at_positions(window, position_bk), segments_bk) for window in self.windows]
 
     def ssd(
         self, operands: Sequence[Array], docs: Documents, plan: Plan, *, skip_h: Array, **settings: Any
@@ -254,26 +257,15 @@ class SlotState(NamedTuple):
 
     def with_piece(self, inputs: Sequence[Array], state: Any, docs: Documents) -> "SlotState":
         """The cache after a piece whose convolutions read `inputs` (b, t, c), and which left `state`."""
-        count_b = counts(docs)
-        windows = tuple(
-            _rows_from(jnp.concatenate([window, new.astype(window.dtype)], 1), count_b, window.shape[1])
-            for window, new in zip(self.windows, inputs, strict=True)
+        return SlotState(
+            tuple(_written(window, new, docs) for window, new in zip(self.windows, inputs, strict=True)), state
         )
-        return SlotState(windows, state)
 
     def rolled_back(self, count_b: Array) -> "SlotState":
-        """The cache without each row's last `count_b` tokens. What then fills the front of a window is never read."""
-
-        def back(window: Array) -> Array:
-            tokens = window.shape[-2]
-            index_bk = jnp.maximum(jnp.arange(tokens) - count_b[:, None], 0)
-            index = index_bk.reshape(*(1,) * (window.ndim - 3), *index_bk.shape, 1)
-            return jnp.take_along_axis(window, index, axis=-2)
-
-        state = self.state
-        if isinstance(state, Replayed):
-            state = state._replace(cursor_b=state.cursor_b - count_b)
-        return SlotState(jax.tree.map(back, self.windows), state)
+        """The cache without each row's last `count_b` tokens."""
+        if not isinstance(self.state, Replayed):
+            return self
+        return self._replace(state=self.state._replace(cursor_b=self.state.cursor_b - count_b))
 
 
 def with_tables(caches: Any, table_bp: Array) -> Any:
@@ -315,10 +307,26 @@ def _without_padding(dt: Array, docs: Documents) -> Array:
     return jnp.where(docs.segments_bt[..., None] != 0, dt, 0)
 
 
-def _rows_from(x_btc: Array, start_b: Array, length: int) -> Array:
-    """(b, length, c): the part of each row that begins at its own start."""
-    index_bk = start_b[:, None] + jnp.arange(length)
-    return jnp.take_along_axis(x_btc, index_bk[..., None], axis=1, mode="clip")
+def _at_positions(ring_bkc: Array, position_bs: Array) -> Array:
+    """(b, s, c): a ring's entries for each row's positions."""
+    return jnp.take_along_axis(ring_bkc, (position_bs % ring_bkc.shape[1])[..., None], axis=1)
+
+
+def _written(ring_bkc: Array, new_btc: Array, docs: Documents) -> Array:
+    """The ring with a piece's tokens at their positions."""
+    tokens, size = new_btc.shape[1], ring_bkc.shape[1]
+    start_b1, count_b1 = docs.positions_bt[:, :1], counts(docs)[:, None]
+    entry_k, new_btc = jnp.arange(size), new_btc.astype(ring_bkc.dtype)
+    if tokens <= FEW:  # with selects alone, which XLA computes in place: it would copy the ring for a gather
+        for number in range(tokens):
+            here_bk = ((start_b1 + number) % size == entry_k) & (number < count_b1)
+            ring_bkc = jnp.where(here_bk[..., None], new_btc[:, number : number + 1], ring_bkc)
+        return ring_bkc
+    last_b1 = start_b1 + count_b1 - 1
+    # The index in the piece of the latest token of each entry; negative if that token came before the piece.
+    index_bk = last_b1 - (last_b1 - entry_k) % size - start_b1
+    latest_bkc = jnp.take_along_axis(new_btc, jnp.maximum(index_bk, 0)[..., None], axis=1)
+    return jnp.where((index_bk >= 0)[..., None], latest_bkc, ring_bkc)
 
 
 def _flat(x: Array) -> Array:

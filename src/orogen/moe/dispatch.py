@@ -1,7 +1,8 @@
 """Moves tokens to the ranks that hold their experts, and the experts' outputs back.
 
 The dispatches are chosen by name and run inside the plan's shard_map. They share one contract:
-`dispatch(x_nd, idx_nk, keep_nk, plan, n_experts=, capacity=) -> rows, group_sizes, ticket` and
+`dispatch(x_nd, idx_nk, keep_nk, plan, n_experts=, capacity=) -> rows, group_sizes, ticket`, with group sizes as
+`grouped_matmul` takes them, and
 `combine(rows, w_nk, ticket, plan) -> y_nd`. Assignments that `keep_nk` masks out reach no expert and add nothing; the
 caller, which makes the mask, counts them.
 
@@ -20,6 +21,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
+from orogen.kernels.grouped_matmul import prefers_named
+from orogen.kernels.grouped_matmul.operands import RowGroups
 from orogen.kernels.permutation import sum_rows, take_rows
 from orogen.parallel.plan import Plan
 from orogen.parallel.ragged import Runs
@@ -122,12 +125,17 @@ class AllGather:
 
     @staticmethod
     def dispatch(x_nd: Array, idx_nk: Array, keep_nk: Array, plan: Plan, *, n_experts: int, capacity: int):
-        """Rows (m · min(k, local experts), d) sorted by expert, group sizes (local experts,), ticket."""
+        """Rows (m · min(k, local experts), d) sorted by expert, group sizes (local experts,), ticket; for few tokens,
+        where the product of experts prefers it, the tokens (m, d) and the expert of each assignment (m · k,)."""
         x_md, idx_mk, keep_mk = (plan.gather(a, "expert_ranks", dim=0) for a in (x_nd, idx_nk, keep_nk))
         local = n_experts // plan.size("expert")
         idx_mk = idx_mk - plan.index("expert") * local
         here_mk = keep_mk & (idx_mk >= 0) & (idx_mk < local)
         flat = jnp.where(here_mk, idx_mk, local).reshape(-1)
+        if prefers_named(plan.config.grouped_matmul, flat.size):
+            source_r = jnp.where(flat < local, jnp.arange(flat.size, dtype=jnp.int32), flat.size)
+            slots_mk, source_r, flat = _routing((source_r.reshape(here_mk.shape), source_r, flat))
+            return x_md, RowGroups(flat), Ticket(slots_mk, source_r)
         n_rows = idx_mk.shape[0] * min(idx_mk.shape[1], local)
         places = _places(flat)
         slots_mk = jnp.where(here_mk, places.reshape(here_mk.shape), n_rows)

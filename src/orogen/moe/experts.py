@@ -7,6 +7,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from orogen.config.model import ModelConfig
 from orogen.kernels.grouped_matmul import grouped_matmul
+from orogen.kernels.grouped_matmul.operands import RowGroups
 from orogen.layers.linear import grouped
 from orogen.layers.mlp import activate
 from orogen.layers.parameter import normal, parameter
@@ -31,8 +32,9 @@ class Experts(nnx.Module):
         self.gate_bias = vector(hidden, "expert_mlp") if bias and gated else None
         self.down_bias = vector(width, "norm") if bias else None
 
-    def __call__(self, rows_rw: Array, group_sizes: Array | int, plan: Plan) -> Array:
-        """(r, w). group_sizes: rows per expert of this rank; an int if all have the same number."""
+    def __call__(self, rows_rw: Array, group_sizes: Array | RowGroups | int, plan: Plan) -> Array:
+        """(r, w). group_sizes: rows per expert of this rank; an int if all have the same number; or each result's
+        expert."""
 
         def project(x_rw: Array, weight: nnx.Param, bias: nnx.Param | None, *, counts: Array | bool = True) -> Array:
             y_rf = grouped(x_rw, weight, group_sizes, plan)

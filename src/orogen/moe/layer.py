@@ -112,7 +112,7 @@ class MoE(nnx.Module):
                 flat(u_btw), flat(routing.experts), flat(keep_btk), plan, n_experts=self.n_experts, capacity=capacity
             )
             rows = checkpoint_name(rows, "rows")
-            if not isinstance(group_sizes, int):
+            if isinstance(group_sizes, Array):
                 group_sizes = checkpoint_name(group_sizes, "routing")
             y_nw = dispatcher.combine(self.experts(rows, group_sizes, plan), flat(routing.weights), ticket, plan)
             y_nw = checkpoint_name(y_nw, "combined")

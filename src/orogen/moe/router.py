@@ -19,6 +19,9 @@ from orogen.parallel.plan import Plan
 
 # Keeps a token whose scores all underflow from dividing by zero; the value is Hugging Face's and Megatron's.
 EPSILON = 1e-20
+# Up to so many comparisons, the largest scores are found by comparing all pairs: on a GPU two small kernels, which take
+# less time than a sort.
+FEW = 2**18
 
 
 class Routing(NamedTuple):
@@ -92,10 +95,28 @@ def _choose(choice_ne: Array, k: int, n_group: int, topk_group: int) -> tuple[Ar
 
 
 def _top(values_ni: Array, k: int) -> tuple[Array, Array]:
-    """Indices (n, k) of the k largest, and by how much (n) the last of them beat the next."""
-    best, index = lax.top_k(values_ni, min(k + 1, values_ni.shape[-1]))
+    """Indices (n, k) of the k largest, the first of equal ones first, and by how much (n) the last of them beat the
+    next."""
+    count = min(k + 1, values_ni.shape[-1])
+    if values_ni.size * values_ni.shape[-1] <= FEW:
+        index = _places(values_ni, count)
+        best = jnp.take_along_axis(values_ni, index, axis=-1)
+    else:
+        best, index = lax.top_k(values_ni, count)
     margin_n = best[..., k - 1] - best[..., k] if best.shape[-1] > k else jnp.full(best.shape[:-1], jnp.inf)
     return index[..., :k], margin_n
+
+
+def _places(values_ni: Array, count: int) -> Array:
+    """As `lax.top_k`'s indices, from the place of each value, which comparing all pairs tells."""
+    bits_ni = lax.bitcast_convert_type(values_ni, jnp.int32)
+    order_ni = jnp.where(bits_ni < 0, bits_ni ^ 0x7FFFFFFF, bits_ni)  # the same order, with what is no number in it
+    index = jnp.arange(values_ni.shape[-1], dtype=jnp.int32)
+    mine, other = order_ni[..., :, None], order_ni[..., None, :]
+    before = (other > mine) | ((other == mine) & (index < index[:, None]))
+    place_ni = jnp.sum(before, axis=-1, dtype=jnp.int32)
+    held = place_ni[..., None, :] == jnp.arange(count, dtype=jnp.int32)[:, None]
+    return jnp.sum(jnp.where(held, index, 0), axis=-1)
 
 
 class Balance(NamedTuple):

@@ -1,6 +1,6 @@
 """The product of each group of rows with its own weight, as experts need it, by implementation name.
 
-Axes: n rows, d width in, f width out, e groups.
+Axes: n rows, d width in, f width out, e groups, r results of rows that name their groups.
 """
 
 import functools
@@ -12,6 +12,7 @@ from orogen.kernels.checks import chosen
 from orogen.kernels.grouped_matmul.blocks import grouped_matmul_blocks, grouped_matmul_small_blocks
 from orogen.kernels.grouped_matmul.few_rows import grouped_matmul_few_rows
 from orogen.kernels.grouped_matmul.mosaic import grouped_matmul_mosaic
+from orogen.kernels.grouped_matmul.operands import RowGroups
 from orogen.kernels.grouped_matmul.ragged_dot import grouped_matmul_ragged_dot
 from orogen.kernels.grouped_matmul.reference import grouped_matmul_masked
 from orogen.parallel.varying import vary_like
@@ -25,14 +26,25 @@ IMPLEMENTATIONS = {
     "triton_small": grouped_matmul_few_rows,
     "triton_small_interpreted": functools.partial(grouped_matmul_few_rows, interpret=True),
 }
+# Implementations whose rows may name their groups, and up to how many results that costs less than sorting rows: a
+# weight is read for each of its results.
+NAMED = {"reference": 0, "triton_small": 64, "triton_small_interpreted": 64}
 
 
-def grouped_matmul(rows_nd: Array, weights_edf: Array, group_sizes: Array | int, *, implementation: str) -> Array:
+def prefers_named(implementation: str, results: int) -> bool:
+    """Whether the rows of so few results had better name their groups than be sorted by them."""
+    return results <= NAMED.get(implementation, 0)
+
+
+def grouped_matmul(
+    rows_nd: Array, weights_edf: Array, group_sizes: Array | RowGroups | int, *, implementation: str
+) -> Array:
     """Rows (n, f) in the rows' dtype: row i times the weight of its group, accumulated in float32.
 
     The rows are sorted by group. `group_sizes` is int32 (e,), each at least 0, with a sum of at most n: rows beyond
     the sum give zeros and get zero gradients, whatever they hold. If it is a Python int, every group has that many
-    rows, and every implementation computes one batched product.
+    rows, and every implementation computes one batched product. If it is `RowGroups`, the rows name their groups, in
+    any order: the results are (r, f), the implementations those in NAMED, and only the reference has a gradient.
 
     Raises ValueError if shapes or sizes disagree, the name is unknown, or the implementation cannot run here.
     """
@@ -44,7 +56,13 @@ def grouped_matmul(rows_nd: Array, weights_edf: Array, group_sizes: Array | int,
         if rows != groups * group_sizes:
             raise ValueError(f"group_sizes={group_sizes}: expected {groups} groups to make up the {rows} rows")
         return _multiply_equal(rows_nd, weights_edf)
-    if group_sizes.shape != (groups,):
+    if isinstance(group_sizes, RowGroups):
+        if implementation not in NAMED:
+            raise ValueError(f"implementation={implementation!r}, rows that name their group: expected {list(NAMED)}")
+        results = group_sizes.group_r
+        if results.ndim != 1 or not rows or results.size % rows:
+            raise ValueError(f"group_r has shape {results.shape}: expected (r,), a multiple of the {rows} rows")
+    elif group_sizes.shape != (groups,):
         raise ValueError(f"group_sizes has shape {group_sizes.shape}: expected {(groups,)}, one for each weight")
     if not rows:
         return jnp.zeros((0, weights_edf.shape[2]), rows_nd.dtype)

@@ -5,11 +5,13 @@ Axes: n rows, d width in, f width out, e groups, i blocks of rows, r rows of a b
 When tokens are decoded, an expert has a row or some dozens, and its weights are all there is to read. A group is split
 into blocks of at most r rows, as few as the hardware multiplies, or as many as a group has on average; so the weights
 of each group that has rows are read once, or again from the cache by the blocks beside it, and those of others never.
+Results that name their group are a block each: up to some dozens, sorting their rows would take longer.
 
-Tiling: the grid is (blocks, blocks of columns). A program finds its group in the table of sizes by itself, since a
-kernel that prepared that would take as long as the product; it holds r rows of its columns in registers and walks over
-d. With few blocks, columns are cut finer, until the programs keep every multiprocessor loading. Rows of no group are
-blocks of one more group, whose walk has no step.
+Tiling: the grid is (blocks, blocks of columns, splits of d). A program of sorted rows finds its group in the table of
+sizes by itself, since a kernel that prepared that would take as long as the product; it holds r rows of its columns in
+registers and walks over its split of d. With few blocks, d is split until the programs keep every multiprocessor
+loading; what reads the product adds the splits up, always in the same order. Rows of no group are blocks of one more
+group, whose walk has no step.
 """
 
 import functools
@@ -21,37 +23,45 @@ from jax import numpy as jnp
 from jax.experimental import pallas as pl
 
 from orogen.kernels.grouped_matmul.blocks import grouped_matmul_blocks
+from orogen.kernels.grouped_matmul.operands import RowGroups
 from orogen.kernels.pallas_triton import SMALLEST_TILE, both, call, dot, inside, load, require_gpu, store, tile
 
 PROGRAMS = 264  # wanted: two on each multiprocessor of an H100
+FILLED = 8  # of so many rows one is expected to have a group: slots are empty, and padding fills them
 MOST_ROWS = 64  # of a block
-COLUMNS = (128, 64, 32)  # of a program; fewer would read less than 64 bytes in a row
+COLUMNS = 128  # of a program: 256 contiguous bytes of a row of weights
+SPLITS = (1, 2, 4)  # of d
 TILE = 2**14  # bytes of the weights that are taken at once
 WARPS, STAGES = 4, 4
 
 
 class Launch(NamedTuple):
-    """Tile sizes: rows and columns of a program, and how much of d it takes at once. blocks: as many as there may be.
+    """Tile sizes: rows and columns of a program, and how much of d it takes at once. splits: parts into which d is cut.
+    blocks: as many as there may be. share: 0, or how many results in turn, each of a group that it names, have one row.
 
-    sizes: of d, f, e and n.
+    sizes: of d, f, e and the results.
     """
 
     rows: int
     columns: int
     depth: int
+    splits: int
     blocks: int
+    share: int
     sizes: tuple[int, int, int, int]
 
 
 def grouped_matmul_few_rows(
-    rows_nd: Array, weights_edf: Array, group_sizes: Array, *, interpret: bool = False
+    rows_nd: Array, weights_edf: Array, group_sizes: Array | RowGroups, *, interpret: bool = False
 ) -> Array:
     """`grouped_matmul` on an NVIDIA GPU, for up to some dozens of rows per group; right, but slow, with more.
 
-    `interpret` runs the same kernel anywhere, slowly. Its gradients are those of `blocks`.
-    Raises ValueError if there is no GPU and `interpret` is False.
+    `interpret` runs the same kernel anywhere, slowly. Its gradients are those of `blocks`; rows that name their group
+    have none. Raises ValueError if there is no GPU and `interpret` is False.
     """
     require_gpu(interpret=interpret, implementation="triton_small")
+    if isinstance(group_sizes, RowGroups):
+        return _forward(rows_nd, weights_edf, group_sizes, interpret)[0]
     return _multiply(rows_nd, weights_edf, group_sizes, interpret)  # pyright: ignore[reportReturnType]
 
 
@@ -61,24 +71,35 @@ def _multiply(rows_nd: Array, weights_edf: Array, group_sizes: Array, interpret:
 
 
 def _forward(rows_nd, weights_edf, group_sizes, interpret):
-    launch = choose_launch(rows_nd, weights_edf)
+    named = isinstance(group_sizes, RowGroups)
+    results = len(group_sizes.group_r) if named else None
+    launch = choose_launch(rows_nd, weights_edf, results)
     width, out, groups, rows = launch.sizes
     padded_d = pl.cdiv(width, launch.depth) * launch.depth
-    results = call(
+    kind = rows_nd.dtype if launch.splits == 1 else jnp.float32
+    table = group_sizes.group_r if named else group_sizes
+    # Of groups that are named a program reads one, of groups' sizes all.
+    table_spec = pl.BlockSpec((None,), lambda i, f, s: (i,))
+    if not named:
+        table_spec = pl.BlockSpec((pl.next_power_of_2(groups + 1),), lambda i, f, s: (0,))
+    out_spec = pl.BlockSpec((None, rows, launch.columns), lambda i, f, s: (s, 0, f))
+    parts = call(
         functools.partial(_kernel, launch=launch),
-        [rows_nd, weights_edf, group_sizes.astype(jnp.int32)],
+        [rows_nd, weights_edf, table.astype(jnp.int32)],
         [
-            pl.BlockSpec((rows, padded_d), lambda i, f: (0, 0)),
-            pl.BlockSpec((groups, padded_d, launch.columns), lambda i, f: (0, 0, f)),
-            pl.BlockSpec((pl.next_power_of_2(groups + 1),), lambda i, f: (0,)),
+            pl.BlockSpec((len(rows_nd), padded_d), lambda i, f, s: (0, 0)),
+            pl.BlockSpec((groups, padded_d, launch.columns), lambda i, f, s: (0, 0, f)),
+            table_spec,
         ],
-        {"out": ((rows, out), rows_nd.dtype, pl.BlockSpec((rows, launch.columns), lambda i, f: (0, f)))},
-        grid=(launch.blocks, pl.cdiv(out, launch.columns)),
+        {"out": ((launch.splits, rows, out), kind, out_spec)},
+        grid=(launch.blocks, pl.cdiv(out, launch.columns), launch.splits),
         warps=WARPS,
         stages=STAGES,
         interpret=interpret,
     )
-    return results["out"], (rows_nd, weights_edf, group_sizes)
+    # Term by term: XLA computes this where the product is read, and a reduction in a kernel of its own.
+    sum_nf = functools.reduce(jnp.add, parts["out"])
+    return sum_nf.astype(rows_nd.dtype), (rows_nd, weights_edf, group_sizes)
 
 
 def _backward(interpret, residuals, grad_nf):
@@ -91,15 +112,20 @@ def _backward(interpret, residuals, grad_nf):
 _multiply.defvjp(_forward, _backward)
 
 
-def choose_launch(rows_nd: Array, weights_edf: Array) -> Launch:
-    """Tile sizes for these shapes."""
-    rows, (groups, width, out) = len(rows_nd), weights_edf.shape
+def choose_launch(rows_nd: Array, weights_edf: Array, results: int | None = None) -> Launch:
+    """Tile sizes for these shapes. results: how many there are if each names its group; None: rows are sorted."""
+    groups, width, out = weights_edf.shape
+    rows, share = len(rows_nd), 0
     block = min(tile(pl.cdiv(rows, groups)), MOST_ROWS)
     blocks = min(rows, rows // block + groups + 1)
-    enough = [columns for columns in COLUMNS if blocks * pl.cdiv(out, columns) >= PROGRAMS]
-    columns = min(tile(out), enough[0] if enough else COLUMNS[-1])
-    depth = max(SMALLEST_TILE, TILE // (columns * weights_edf.dtype.itemsize))
-    return Launch(block, columns, min(depth, tile(width)), blocks, (width, out, groups, rows))
+    if results is not None:
+        rows, share, block, blocks = results, results // rows, SMALLEST_TILE, results
+    columns = min(tile(out), COLUMNS)
+    depth = min(max(SMALLEST_TILE, TILE // (columns * weights_edf.dtype.itemsize)), tile(width))
+    filled = min(groups, pl.cdiv(rows, FILLED)) * pl.cdiv(out, columns)  # programs of one split that have work
+    enough = [splits for splits in SPLITS if filled * splits >= PROGRAMS]
+    splits = min(enough[0] if enough else SPLITS[-1], pl.next_power_of_2(pl.cdiv(width, depth)))
+    return Launch(block, columns, depth, splits, blocks, share, (width, out, groups, rows))
 
 
 def _block(sizes_ref, launch: Launch) -> tuple[Array, Array, Array]:
@@ -119,10 +145,15 @@ def _block(sizes_ref, launch: Launch) -> tuple[Array, Array, Array]:
     return group, jnp.where(exists, start, 0), jnp.where(exists, jnp.minimum(start + launch.rows, end), 0)
 
 
-def _kernel(rows_ref, weights_ref, sizes_ref, out_ref, *, launch: Launch):
+def _kernel(rows_ref, weights_ref, table_ref, out_ref, *, launch: Launch):
     width, out, groups, _ = launch.sizes
-    group, start, stop = _block(sizes_ref, launch)
-    here_r = pl.ds(start, launch.rows)
+    if launch.share:
+        number = pl.program_id(0)
+        group, start, stop, first_row = table_ref[...], number, number + 1, lax.div(number, launch.share)
+    else:
+        group, start, stop = _block(table_ref, launch)
+        first_row = start
+    here_r, out_r = pl.ds(first_row, launch.rows), pl.ds(start, launch.rows)
     in_r = start + jnp.arange(launch.rows) < stop
     in_f = inside(pl.program_id(1) * launch.columns + jnp.arange(launch.columns), out, launch.columns)
     used = jnp.minimum(group, groups - 1)
@@ -136,7 +167,10 @@ def _kernel(rows_ref, weights_ref, sizes_ref, out_ref, *, launch: Launch):
         weight_df = load(weights_ref.at[used, here_d, :], both(in_d, in_f))
         return sum_rf + dot(rows_rd.astype(kind), weight_df.astype(kind), 1, 0)
 
+    every = pl.cdiv(width, launch.depth)
+    share = pl.cdiv(every, launch.splits)
+    first = pl.program_id(2) * share
     # Not by `where` of two Python numbers, which Pallas lowers to a boolean for Triton.
-    steps = (group < groups).astype(jnp.int32) * pl.cdiv(width, launch.depth)
-    sum_rf = lax.fori_loop(0, steps, step, jnp.zeros((launch.rows, launch.columns), jnp.float32))
-    store(out_ref.at[here_r, :], sum_rf, both(in_r, in_f))
+    last = first + (group < groups).astype(jnp.int32) * jnp.clip(every - first, 0, share)
+    sum_rf = lax.fori_loop(first, last, step, jnp.zeros((launch.rows, launch.columns), jnp.float32))
+    store(out_ref.at[out_r, :], sum_rf, both(in_r, in_f))
