@@ -51,7 +51,8 @@ class Arrays:
         reach = self._reach(max(piece.start + piece.count for piece in pieces) + self._sizes.drafts)
         rows = [row for own in per_rank for row in (*own, *[None] * (width - len(own)))]
         count = len(rows)
-        tokens_rt, table_rp = np.zeros((count, length), np.int32), np.zeros((count, reach), np.int32)
+        # Padding is no token of the vocabulary, and is embedded as zeros: any token's numbers could be infinite.
+        tokens_rt, table_rp = np.full((count, length), NONE, np.int32), np.zeros((count, reach), np.int32)
         slot_r, next_r, start_r, count_r = (np.full(count, fill, np.int32) for fill in (each, NONE, 0, 0))
         for row, piece in enumerate(rows):
             if piece is None:
@@ -67,6 +68,7 @@ class Arrays:
         """The slots that decode. fed: the most tokens that each will read."""
         count, drafts = self._config.slots, self._sizes.drafts
         small_3b = np.zeros((3, count), np.int32)
+        small_3b[0] = NONE  # of slots that do not decode, as padding in `pieces`
         rows = [(slot.generated[-1], slot.place, slot.left) for slot in map(slots.__getitem__, decoding)]
         small_3b[:, decoding] = np.array(rows, np.int32).T
         token_b, place_b, left_b = small_3b
