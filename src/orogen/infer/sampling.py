@@ -104,7 +104,7 @@ def choose(
         token_b = jnp.where(knobs.temperature_b > 0, _drawn(shaped_bv, knobs, rows.number_b, features), token_b)
     thought = rows.thought
     if features.budgets:
-        token_b, thought = settle(token_b, knobs.budget_b, knobs.grace_b, thought, markers)
+        token_b, thought = settle(token_b, knobs.budget_b, knobs.grace_b, thought, markers, once_b=knobs.once_b)
     after = Rows(rows.number_b + 1, _counted(rows.counts_bv, token_b), rows.prompt_bv, thought)
     if live_b is not None:
         after = jax.tree.map(lambda a, b: jnp.where(jnp.expand_dims(live_b, range(1, a.ndim)), a, b), after, rows)
