@@ -60,7 +60,7 @@ def test_numbers_that_are_none_in_other_pages_reach_nobody(pattern, changes, siz
     ],
 )
 def test_padding_reaches_nobody(pattern, plan):
-    """Padding is fed as token 0. Where that token's embedding is NaN, texts without it are what they were."""
+    """Where the embedding of token 0 is NaN, texts without it are what they were."""
     sizes = {"vocab_size": 24, "moe_latent_size": 8, "n_groups": 2}
     sound = opened(pattern, **sizes)
     model = changed(opened(pattern, plan, **sizes), ("embedding", "weight"), lambda a: a.at[0].set(jnp.nan))

@@ -1,6 +1,7 @@
 """What an engine's programs are called with, as arrays that the host builds.
 
-Letters: b slots, r rows that are read, t time, n drafts, p pages of a row, e ids that end a text.
+Letters: b slots, r rows that are read, t time, n drafts, p pages of a row, e ids that end a text, d data ranks,
+l tokens of a text.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -90,6 +91,12 @@ class Arrays:
                 _fill(ends_be[number], slot.ends)
             self._ends = self._put(ends_be)
         return Control(token_b, place_b, left_b, drafts_bn, self._ends, self._tables[reach])
+
+    def text(self, prompt: Sequence[int], length: int) -> np.ndarray:
+        """The prompt for every data rank, so long as a slot's text."""
+        text_dl = np.full((self._sizes.ranks, length), NONE, np.int32)
+        text_dl[:, : len(prompt)] = prompt
+        return text_dl
 
     def slot_row(self, slot: int) -> np.ndarray:
         """The slot's row in the caches of its data rank, and none in the others'."""

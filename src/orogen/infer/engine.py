@@ -31,15 +31,15 @@ from orogen.model.lm import written_out
 
 @dataclasses.dataclass
 class Stats:
-    """Totals since the engine was made. steps: of decoding, over all slots. accepted: of the drafts of each depth.
-    host_seconds: of rounds, without what waits for devices."""
+    """Totals since the engine was made. steps: of decoding, over all slots. drafted: drafts of each depth that could
+    have been kept; accepted: those that were. host_seconds: of rounds, without what waits for devices."""
 
     requests: int = 0
     read_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
     steps: int = 0
-    drafted: int = 0
+    drafted: list[int] = dataclasses.field(default_factory=list)
     accepted: list[int] = dataclasses.field(default_factory=list)
     host_seconds: float = 0.0
     device_seconds: float = 0.0
@@ -65,7 +65,7 @@ class Engine:
         self._texts = Texts(opened.tokenizer) if opened.tokenizer is not None else None
         self._constraints: Any = None
         self._seeds = np.random.default_rng(config.seed)
-        self.stats = Stats(accepted=[0] * sizes.drafts)
+        self.stats = Stats(drafted=[0] * sizes.drafts, accepted=[0] * sizes.drafts)
 
     @property
     def length(self) -> int:
@@ -187,6 +187,9 @@ class Engine:
         source = self._arrays.snapshot_row(admission.slot, admission.row)
         into = self._arrays.slot_row(admission.slot)
         self._caches = self.programs.copy(self._caches, self._snapshots, into, source)
+        if self.programs.keeps_text:  # the whole prompt: what comes from the prefix cache is not read
+            text_dl = self._arrays.text(request.prompt, self.programs.text_length)
+            self._caches = self.programs.write(self._caches, text_dl, into)
         self._changed()
         self.stats.cached_tokens += admission.length
 
@@ -234,10 +237,10 @@ class Engine:
     def _tell(self, slots: Sequence[int], emitted: Emitted) -> None:
         """What a call emitted becomes outputs, and requests that have ended leave."""
         began = time.perf_counter()
-        report, drafts_bn, bad_b = jax.device_get(tuple(emitted))
+        report, drafts_bn, bad_b, offered_bn = jax.device_get(tuple(emitted))
         self.stats.device_seconds += time.perf_counter() - began
         if report.token.ndim == 3:
-            self._count(report.token[list(slots)])
+            self._count(report.token[list(slots)], offered_bn[list(slots)])
         bad, ids = bad_b.tolist(), report.token.reshape(len(bad_b), -1).tolist()
         for number in slots:
             slot = self._slots[number]
@@ -251,12 +254,13 @@ class Engine:
                 self._leave(number)
             self._outputs.append(output)
 
-    def _count(self, tokens_bsn: np.ndarray) -> None:
-        """Steps of slots, and the drafts that were kept."""
+    def _count(self, tokens_bsn: np.ndarray, offered_bn: np.ndarray) -> None:
+        """Steps of slots, the drafts that were there, and those that were kept."""
         steps, *accepted = (tokens_bsn != NONE).sum((0, 1)).tolist()
+        add = lambda old, new: [a + b for a, b in zip(old, new, strict=True)]  # noqa: E731
         self.stats.steps += steps
-        self.stats.drafted += steps * self.sizes.drafts
-        self.stats.accepted = [old + new for old, new in zip(self.stats.accepted, accepted, strict=True)]
+        self.stats.drafted = add(self.stats.drafted, offered_bn.sum(0).tolist())
+        self.stats.accepted = add(self.stats.accepted, accepted)
 
     def _sampler(self) -> tuple[Features, Sampler]:
         """Settings and state of every slot's sampling. Made anew when requests come or go: the host knows all that was

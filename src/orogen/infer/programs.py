@@ -33,11 +33,13 @@ from orogen.parallel.plan import Plan
 
 class Emitted(NamedTuple):
     """What a call emitted: tokens (b,), or (b, steps, n + 1), with what was asked for of each; drafts (b, n) of the
-    next; and slots (b,) whose logits were no numbers or had no possible token."""
+    next; slots (b,) whose logits were no numbers or had no possible token; and how many drafts of each depth (b, n)
+    were there to be kept."""
 
     report: Report
     drafts_bn: Array
     bad_b: Array
+    offered_bn: Array
 
 
 class Layout(NamedTuple):
@@ -83,7 +85,7 @@ class Programs:
         axes = Caches(
             model.backbone.cache_axes(room),
             self._mtp(model) and self._mtp(model).cache_axes(room),
-            ("batch", None) if self._keeps_text else None,
+            ("batch", None) if self.keeps_text else None,
         )
         leads = jax.tree.map(lambda array, names: array.ndim - len(names), self._shapes(room), axes)
         specs = jax.tree.map(lambda lead, names: self.plan.spec(*(None,) * lead, *names), leads, axes)
@@ -148,6 +150,18 @@ class Programs:
         return jitted(copy, self.plan, inputs=inputs, outputs=outputs)
 
     @functools.cached_property
+    def write(self) -> Callable[[Caches, Any, Any], Caches]:
+        """(caches, text_dl, row_d): the caches, with a text in one row of each data rank; a number beyond the last:
+        in none."""
+
+        def write(caches: Caches, text_dl: Array, row_d: Array) -> Caches:
+            text_bl = self.plan.vary(caches.text_bl).at[row_d].set(text_dl, mode="drop")
+            return caches._replace(text_bl=self.plan.agreed(text_bl, *self.layout.axes.text_bl))
+
+        rank = self.plan.spec("batch")
+        return jitted(write, self.plan, inputs=(self.layout.specs, rank, rank), outputs=self.layout.specs)
+
+    @functools.cached_property
     def _weights(self) -> list[Array]:
         """Parameters and buffers as a flat list: each call takes that apart in far less time than nested states."""
         return jax.tree.leaves((self.opened.params, self.opened.buffers))
@@ -171,7 +185,7 @@ class Programs:
             caches = self._of_rows(put, self._pooled(caches, mine), mine)
             slots = len(sampler.rows.number_b)
             spread = lambda a: put(jnp.full((slots, *a.shape[1:]), nothing(a.dtype), a.dtype), a, 0)  # noqa: E731
-            emitted = jax.tree.map(spread, self.plan.vary(Emitted(report, drafts_rn, bad_r)))
+            emitted = jax.tree.map(spread, self.plan.vary(Emitted(report, drafts_rn, bad_r, jnp.zeros_like(drafts_rn))))
             rows_b = jax.tree.map(lambda old, new: put(old, new, 0), sampler.rows, self.plan.vary(rows_r))
             return self._settled(caches), self._agreed(rows_b), self._agreed(emitted)
 
@@ -188,17 +202,20 @@ class Programs:
             alive = lambda control: plan.max(jnp.any(control.left_b > 0).astype(jnp.int32), "batch")  # noqa: E731
 
             def body(carry):
-                step, _, (caches, rows, control, report, bad_b) = carry
+                step, _, (caches, rows, control, report, bad_b, offered_bn) = carry
+                offered_bn += control.offered_bn
                 caches, rows, control, now, bad_now_b = forward.step(caches, control, sampler._replace(rows=rows))
                 report = jax.tree.map(lambda a, new: a.at[:, step].set(new), report, now)
-                return step + 1, alive(control), plan.vary((caches, rows, control, report, bad_b | bad_now_b))
+                state = caches, rows, control, report, bad_b | bad_now_b, offered_bn
+                return step + 1, alive(control), plan.vary(state)
 
             report = forward.blank((slots, self.config.steps, self.drafts + 1))
-            state = paged, sampler.rows, control, report, jnp.zeros(slots, bool)
+            state = paged, sampler.rows, control, report, jnp.zeros(slots, bool), jnp.zeros_like(control.drafts_bn)
             start = jnp.int32(0), alive(control), plan.vary(state)
             goes_on = lambda carry: (carry[0] < steps) & (carry[1] > 0)  # noqa: E731
-            _, _, (paged, rows, control, report, bad_b) = lax.while_loop(goes_on, body, start)
-            emitted = Emitted(report, control.drafts_bn, bad_b)
+            _, _, (paged, rows, control, *told) = lax.while_loop(goes_on, body, start)
+            report, bad_b, offered_bn = told
+            emitted = Emitted(report, control.drafts_bn, bad_b, offered_bn)
             # Not with this call's tables, whose width would make the caches those of another program.
             caches = self._of_rows(lambda _, new, lead: new, self._pooled(caches, paged), paged)
             return self._settled(caches), self._agreed(rows), self._agreed(emitted)
@@ -228,12 +245,17 @@ class Programs:
 
     def _empty(self, model: LanguageModel, room: Slots) -> Caches:
         mtp, dtype = self._mtp(model), jnp.dtype(self.config.compute_dtype)
-        length = -(-self.length // self.config.chunk) * self.config.chunk
-        text_bl = jnp.zeros((room.rows, length), jnp.int32) if self._keeps_text else None
+        text_bl = jnp.zeros((room.rows, self.text_length), jnp.int32) if self.keeps_text else None
         return Caches(model.backbone.start(room, dtype), mtp and mtp.start(room, dtype), text_bl)
 
     @property
-    def _keeps_text(self) -> bool:
+    def text_length(self) -> int:
+        """Tokens of a slot's text: whole chunks."""
+        return -(-self.length // self.config.chunk) * self.config.chunk
+
+    @property
+    def keeps_text(self) -> bool:
+        """Whether slots know the tokens of their texts."""
         return self.config.exact or self.config.drafter == "lookup"
 
     def _decode_plan(self) -> Plan:
