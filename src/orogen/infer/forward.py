@@ -285,11 +285,6 @@ class Forward:
         return jnp.argmax(logits_b1v, -1).astype(jnp.int32)
 
 
-def nothing(dtype: Any) -> Any:
-    """What stands in a report where no token was emitted."""
-    return NONE if dtype == jnp.int32 else 0
-
-
 def look_up(text_bl: Array, end_b: Array, count: int) -> Array:
     """(b, count) int32: what followed the last tokens of each text where they last occurred before, the longest such
     end of at most LONGEST tokens; NONE where they did not, or beyond the text. end_b: the last token's place.

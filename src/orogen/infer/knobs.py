@@ -33,6 +33,16 @@ class Features:
     budgets: bool = False
     logprobs: int | None = None
 
+    @property
+    def values(self) -> tuple[bool | int | None, ...]:
+        """In the order of the fields."""
+        return dataclasses.astuple(self)
+
+    @property
+    def without_penalties(self) -> "Features":
+        """All but those."""
+        return dataclasses.replace(self, penalties=False)
+
 
 class Knobs(NamedTuple):
     """The settings of each row, float32 unless said otherwise. A row without a request has those that do nothing.

@@ -6,6 +6,7 @@ each call; the devices keep caches and what sampling counts.
 Letters: b slots, r rows that are read, t time, n drafts.
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -22,7 +23,7 @@ from orogen.checkpoint.open import Opened
 from orogen.config.engine import EngineConfig
 from orogen.infer.budget import Markers, markers_of
 from orogen.infer.exact import COMPILER_OPTIONS
-from orogen.infer.forward import Caches, Control, Exact, Forward, Pieces, Report, Sampler, nothing, with_pages
+from orogen.infer.forward import Caches, Control, Exact, Forward, Pieces, Report, Sampler, with_pages
 from orogen.infer.knobs import Features
 from orogen.model.cache import map_layers
 from orogen.model.lm import LanguageModel
@@ -62,6 +63,11 @@ class Programs:
     drafts: int
     length: int
     is_token_v: Any
+
+    @functools.cached_property
+    def traces(self) -> collections.Counter[str]:
+        """How many programs of each kind were compiled."""
+        return collections.Counter()
 
     @functools.cached_property
     def markers(self) -> Markers:
@@ -126,15 +132,23 @@ class Programs:
 
     def read(self, caches: Caches, pieces: tuple[Any, Pieces], sampler: Sampler, *, features: Features):
         """Reads pieces of the prompts of some slots (r,), numbered in their ranks; a number beyond the last: of none.
-        Returns caches, rows, and what was emitted, one token of each slot whose prompt ends."""
-        return self._program("read", features)(caches, self._weights, pieces, sampler)
+        sampler: of these rows. Returns caches, and what was emitted, one token of each row whose prompt ends."""
+        return self.reader(features)(*self.read_inputs(caches, pieces, sampler))
+
+    def read_inputs(self, caches: Caches, pieces: tuple[Any, Pieces], sampler: Sampler) -> tuple[Any, ...]:
+        """What `reader`'s program takes."""
+        return caches, self._weights, pieces, sampler
 
     def decode(self, caches: Caches, control: Control, sampler: Sampler, *, features: Features, steps: int):
         """Decodes for `steps` steps, or until no slot has tokens left. Returns caches, rows, and what was emitted."""
-        return self._program("decode", features)(caches, self._weights, (control, sampler), np.int32(steps))
+        return self.decoder(features)(*self.decode_inputs(caches, control, sampler, steps))
+
+    def decode_inputs(self, caches: Caches, control: Control, sampler: Sampler, steps: int) -> tuple[Any, ...]:
+        """What `decoder`'s program takes."""
+        return caches, self._weights, (control, sampler), np.int32(steps)
 
     @functools.cached_property
-    def copy(self) -> Callable[[Caches, Caches, Any, Any], Caches]:
+    def copy(self) -> Any:
         """(into, source, into_d, source_d): `into`, with what one row of `source` keeps beside pages in one of its own,
         in each data rank; a number beyond the last: nothing is copied there, or zeros from there."""
 
@@ -150,7 +164,7 @@ class Programs:
         return jitted(copy, self.plan, inputs=inputs, outputs=outputs)
 
     @functools.cached_property
-    def write(self) -> Callable[[Caches, Any, Any], Caches]:
+    def write(self) -> Any:
         """(caches, text_dl, row_d): the caches, with a text in one row of each data rank; a number beyond the last:
         in none."""
 
@@ -167,10 +181,14 @@ class Programs:
         return jax.tree.leaves((self.opened.params, self.opened.buffers))
 
     @functools.cached_property
-    def _program(self) -> Callable[[str, Features], Callable[..., Any]]:
-        """(name, features): the jitted program, kept as long as this."""
-        make = {"read": self._reading, "decode": self._decoding}
-        return functools.lru_cache(None)(lambda name, features: make[name](features))
+    def reader(self) -> Callable[[Features], Any]:
+        """The jitted program of `read`, by features; kept as long as this."""
+        return functools.lru_cache(None)(self._reading)
+
+    @functools.cached_property
+    def decoder(self) -> Callable[[Features], Any]:
+        """That of `decode`."""
+        return functools.lru_cache(None)(self._decoding)
 
     def _reading(self, features: Features) -> Callable[..., Any]:
         def read(caches, params, buffers, numbered, sampler):
@@ -180,16 +198,13 @@ class Programs:
             take = lambda a, _, lead: jnp.take(a, slot_r, axis=lead, mode="clip")  # noqa: E731
             put = lambda old, new, lead: old.at[(slice(None),) * lead + (slot_r,)].set(new, mode="drop")  # noqa: E731
             mine = self._of_rows(take, caches, caches)
-            sampler_r = jax.tree.map(lambda a: take(a, a, 0), sampler)
-            mine, rows_r, report, drafts_rn, bad_r = forward.read(mine, pieces, sampler_r)
+            mine, _, *told = forward.read(mine, pieces, sampler)
             caches = self._of_rows(put, self._pooled(caches, mine), mine)
-            slots = len(sampler.rows.number_b)
-            spread = lambda a: put(jnp.full((slots, *a.shape[1:]), nothing(a.dtype), a.dtype), a, 0)  # noqa: E731
-            emitted = jax.tree.map(spread, self.plan.vary(Emitted(report, drafts_rn, bad_r, jnp.zeros_like(drafts_rn))))
-            rows_b = jax.tree.map(lambda old, new: put(old, new, 0), sampler.rows, self.plan.vary(rows_r))
-            return self._settled(caches), self._agreed(rows_b), self._agreed(emitted)
+            report, drafts_rn, bad_r = told
+            emitted = Emitted(report, drafts_rn, bad_r, jnp.zeros_like(drafts_rn))
+            return self._settled(caches), self._agreed(self.plan.vary(emitted))
 
-        return self._compiled(read, inputs=(self.plan.spec("batch"),) * 2)
+        return self._compiled(read, inputs=(self.plan.spec("batch"),) * 2, outputs=1)
 
     def _decoding(self, features: Features) -> Callable[..., Any]:
         def decode(caches, params, buffers, inputs, steps):
@@ -220,17 +235,22 @@ class Programs:
             caches = self._of_rows(lambda _, new, lead: new, self._pooled(caches, paged), paged)
             return self._settled(caches), self._agreed(rows), self._agreed(emitted)
 
-        return self._compiled(decode, inputs=(self.plan.spec("batch"), self.plan.spec()))
+        return self._compiled(decode, inputs=(self.plan.spec("batch"), self.plan.spec()), outputs=2)
 
-    def _compiled(self, program: Callable[..., Any], *, inputs: tuple[Any, ...]) -> Callable[..., Any]:
-        """The program, jitted, of caches, the list of weights, and inputs so laid out."""
+    def _compiled(self, program: Callable[..., Any], *, inputs: tuple[Any, ...], outputs: int) -> Callable[..., Any]:
+        """The program, jitted, of caches, the list of weights, and inputs so laid out; so many trees over rows come out
+        beside the caches."""
         opened, batch = self.opened, self.plan.spec("batch")
         model = self.plan.specs(opened.params), self.plan.specs(opened.buffers)
         nested = jax.tree.structure((opened.params, opened.buffers))
-        flat = lambda caches, weights, *rest: program(caches, *jax.tree.unflatten(nested, weights), *rest)  # noqa: E731
-        inputs, outputs = (self.layout.specs, jax.tree.leaves(model), *inputs), (self.layout.specs, batch, batch)
-        options = COMPILER_OPTIONS if self.config.exact else None
-        return jitted(flat, self.plan, inputs=inputs, outputs=outputs, options=options)
+
+        def flat(caches: Caches, weights: list[Array], *rest: Any) -> Any:
+            self.traces[program.__name__] += 1
+            return program(caches, *jax.tree.unflatten(nested, weights), *rest)
+
+        laid = {"inputs": (self.layout.specs, jax.tree.leaves(model), *inputs)}
+        laid["outputs"] = (self.layout.specs, *(batch,) * outputs)
+        return jitted(flat, self.plan, **laid, options=COMPILER_OPTIONS if self.config.exact else None)
 
     def _forward(self, params: Any, buffers: Any, plan: Plan, features: Features) -> Forward:
         is_token_v = jnp.asarray(self.is_token_v)

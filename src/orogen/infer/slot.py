@@ -10,6 +10,8 @@ from orogen.infer.forward import NONE, Report
 from orogen.infer.request import ERROR, LENGTH, STOP, Chosen, Output, Request
 from orogen.infer.text import TextStream
 
+MOST_ENDS = 16  # ids that end a text which the devices know; further ones are looked for here
+
 
 class _Plain(dict[int, Chosen]):
     """Tokens without log-probabilities by their ids: most requests ask for none, and one object stands for all."""
@@ -52,7 +54,8 @@ class Slot:
             chosen = chosen[:-1]
         kept, text, finish, error = [], "", None, None
         # What may end the text before its last token is looked for token by token.
-        step = 1 if self.matcher is not None or self.request.stop else max(len(chosen), 1)
+        each = self.matcher is not None or self.request.stop or len(self.ends) > MOST_ENDS
+        step = 1 if each else max(len(chosen), 1)
         for first in range(0, len(chosen), step):
             some = chosen[first : first + step]
             kept += some
