@@ -34,7 +34,8 @@ class Buckets:
         """tensor: ranks that share the tokens and the rows of a call. tables_cost_nothing: decoding reads no more of a
         wide page table than of a narrow one."""
         self._sizes, self._tensor, self._exact = sizes, tensor, config.exact
-        self._most, self._page = config.prefill_tokens, config.page
+        self._tokens = config.prefill_tokens
+        self._most, self._page = min(config.prefill_tokens, sizes.length), config.page
         # What is read row by row takes any number of tokens, and no time for rows without any.
         smallest = self._most if config.exact else SMALLEST_PIECE
         self.lengths = tuple(_multiple(n, tensor) for n in _fractions(self._most, smallest))
@@ -44,7 +45,7 @@ class Buckets:
 
     def rows(self, length: int) -> tuple[int, ...]:
         """How many rows of each data rank a call of this length may have."""
-        most = min(self._sizes.slots, max(1, self._most // length))
+        most = min(self._sizes.slots, max(1, self._tokens // length))
         if self._exact:
             return (self._sizes.slots,)
         powers = [FACTOR**n for n in range(most.bit_length()) if FACTOR**n <= most]
