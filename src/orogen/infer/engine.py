@@ -21,12 +21,12 @@ from orogen.infer.buckets import Buckets
 from orogen.infer.forward import NONE, Caches
 from orogen.infer.knobs import check_ids
 from orogen.infer.programs import Emitted, Programs
-from orogen.infer.request import CANCELLED, Output, Request
+from orogen.infer.request import CANCELLED, ERROR, EngineFailed, Output, Request
 from orogen.infer.samplers import Samplers
 from orogen.infer.schedule import Admission, Piece, Scheduler
 from orogen.infer.sizes import Sizes, sizes_of
 from orogen.infer.slot import Slot, plain, reported
-from orogen.infer.text import Texts
+from orogen.infer.text import Texts, TextStream
 from orogen.infer.warm import compiling, run_all
 from orogen.model.lm import written_out
 
@@ -50,7 +50,12 @@ class Stats:
 
 
 class Engine:
-    """Answers requests by one model. Not thread-safe. Raises ConfigError for a plan or model that it cannot serve."""
+    """Answers requests by one model. Not thread-safe. Raises ConfigError for a plan or model that it cannot serve.
+
+    What fails on the host for one request, as its text or grammar, ends that request alone, with ERROR. What fails
+    otherwise ends the engine, for its programs own the caches that they are given: the step raises, all that was held
+    is given back, no request has an output any more, and whatever is asked of the engine then raises EngineFailed.
+    """
 
     def __init__(self, opened: Opened, config: EngineConfig | None = None):
         self.config = config = config or EngineConfig()
@@ -65,7 +70,8 @@ class Engine:
         # With a page that nobody uses: jax forgets how arrays of no element are laid over devices.
         self._snapshots: Caches = self.programs.start(max(sizes.snapshots, 1), min(sizes.pages, 1))
         self._slots: dict[int, Slot] = {}
-        self._waiting: dict[int, tuple[Request, Any]] = {}
+        self._waiting: dict[int, tuple[Request, TextStream | None, Any]] = {}
+        self._failure: str | None = None
         self._outputs: list[Output] = []
         self._texts = Texts(opened.tokenizer) if opened.tokenizer is not None else None
         self._constraints: Any = None
@@ -85,11 +91,13 @@ class Engine:
     def submit(self, request: Request, *, salt: str = "") -> int:
         """Queues a request and returns its number. Requests of different salts share no cached prefix.
 
-        Raises ConfigError for one that this engine can never answer, Full if too many wait.
+        Raises ConfigError for one that this engine can never answer, Full if too many wait, EngineFailed.
         """
+        self._require_sound()
         self._check(request)
         number = self.scheduler.submit(request, salt=salt)
         try:
+            text = self._texts and self._texts.stream(after=request.prompt, stops=request.stop, shown=request.shown)
             matcher = self._matcher(request)
         except BaseException:  # its grammar is refused
             self.scheduler.cancel(number)
@@ -97,7 +105,7 @@ class Engine:
         if request.sampling.seed is None:  # drawn last, so that seeds do not depend on what was refused
             seed = int(self._seeds.integers(2**63))
             request = dataclasses.replace(request, sampling=dataclasses.replace(request.sampling, seed=seed))
-        self._waiting[number] = request, matcher
+        self._waiting[number] = request, text, matcher
         self.stats.requests += 1
         return number
 
@@ -108,14 +116,24 @@ class Engine:
         except KeyError:
             return
         self._waiting.pop(number, None)
-        text = ""
+        output = Output(number, finish=CANCELLED)
         if place is not None:
-            slot = self._leave(place)
-            text = "" if slot.text is None else slot.text.finish()
-        self._outputs.append(Output(number, text=text, finish=CANCELLED))
+            output = self._leave(place).cancelled()
+        self._outputs.append(output)
 
     def step(self) -> list[Output]:
-        """One round: admits, reads pieces of prompts, and decodes. Returns what there is to tell."""
+        """One round: admits, reads pieces of prompts, and decodes. Returns what there is to tell.
+
+        Raises EngineFailed after a step that raised anything.
+        """
+        self._require_sound()
+        try:
+            return self._round()
+        except BaseException as error:
+            self._fail(error)
+            raise
+
+    def _round(self) -> list[Output]:
         began, waited = time.perf_counter(), self.stats.device_seconds
         plan = self.scheduler.round()
         for admission in plan.admitted:
@@ -156,6 +174,23 @@ class Engine:
         if self._constraints is not None:
             self._constraints.close()
 
+    def _fail(self, error: BaseException) -> None:
+        """Gives back all that requests hold, and what the prefix cache does: nobody knows what the caches are now."""
+        self._failure = f"{type(error).__name__}: {error}".splitlines()[0]
+        for number in (*self._waiting, *self.scheduler.running.values()):
+            self.scheduler.cancel(number)
+        for rank in self.scheduler.ranks:
+            if rank.prefix is not None:
+                rank.prefix.clear()
+        self._waiting.clear()
+        self._slots.clear()
+        self._outputs.clear()
+        self._changed()
+
+    def _require_sound(self) -> None:
+        if self._failure is not None:
+            raise EngineFailed(f"the engine has failed: {self._failure}")
+
     def _check(self, request: Request) -> None:
         """Raises ConfigError for what this engine can never answer."""
         size = self.opened.config.vocab_size
@@ -187,12 +222,11 @@ class Engine:
         return self._constraints.matcher(request.grammar, prompt=request.prompt)
 
     def _admit(self, admission: Admission) -> None:
-        request, matcher = self._waiting.pop(admission.number)
+        request, text, matcher = self._waiting.pop(admission.number)
         tokenizer = self.opened.tokenizer
         ends = request.stop_ids
         if tokenizer is not None and not request.ignore_eos:
             ends = (*ends, *sorted(tokenizer.end_ids))
-        text = self._texts and self._texts.stream(after=request.prompt, stops=request.stop, shown=request.shown)
         self._slots[admission.slot] = Slot(admission.number, request, admission.pages, ends, text, matcher)
         source = self._arrays.snapshot_row(admission.slot, admission.row)
         into = self._arrays.slot_row(admission.slot)
@@ -266,10 +300,11 @@ class Engine:
             most = slot.request.logprobs
             chosen = plain(ids[row]) if most is None else reported(report, row, most)
             slot.drafts = drafts_bn[row]
-            output = slot.advance(chosen, bad=bad[row])
+            output = slot.told(chosen, bad=bad[row])
             self.stats.generated_tokens += len(output.tokens)
             if output.finish is not None:
-                self.scheduler.finished(number, committed=slot.generated[:-1])
+                committed = () if output.finish == ERROR else slot.generated[:-1]
+                self.scheduler.finished(number, committed=committed)
                 self._leave(number)
             self._outputs.append(output)
 
