@@ -41,11 +41,13 @@ class EngineConfig:
     ] = None
     state_dtype: Annotated[str, "dtype of Mamba's states: float32, or float16 with stochastic rounding"] = "float32"
     compute_dtype: Annotated[str, "dtype of activations, weights and keys and values: float32 or bfloat16"] = "float32"
-    kernels: Annotated[str, "those that only decoding uses: reference, or triton on an NVIDIA GPU"] = "reference"
-    written_out: Annotated[bool, "whether each layer is compiled for itself, so that no loop copies weights"] = True
-    exact: Annotated[bool, "whether answers are the same to the bit however they are computed"] = False
+    kernels: Annotated[str, "implementation of what only decoding uses: reference, or triton on an NVIDIA GPU"] = (
+        "reference"
+    )
+    written_out: Annotated[bool, "whether layers are unrolled, so that no loop copies weights"] = True
+    exact: Annotated[bool, "whether answers are the same to the bit however requests are batched"] = False
     warm: Annotated[bool, "whether a server compiles every program before it takes requests"] = True
-    seed: Annotated[int, "draws the seeds of requests that name none"] = 0
+    seed: Annotated[int, "draws the seeds of requests that give none"] = 0
 
     def __post_init__(self) -> None:
         check_types(self)
