@@ -274,8 +274,8 @@ def serve(options: argparse.Namespace) -> int:
     with listen(options.host, options.port) as bound:  # before the model is read, which may take minutes
         opened, config = _open(options.checkpoint, [*options.gin_bindings, *bindings])
         words, chat = opened.tokenizer, _chat(options, opened.tokenizer)
-        engine = Engine(opened, config)
-        del opened  # the engine has its weights, laid out anew
+        engine = Engine(opened, config, release=True)
+        del opened  # what it still had of the weights
         if config.warm:
             _warm(engine)
         service = Service(engine, limit=config.slots + config.queue)

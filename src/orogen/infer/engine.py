@@ -57,10 +57,11 @@ class Engine:
     is given back, no request has an output any more, and whatever is asked of the engine then raises EngineFailed.
     """
 
-    def __init__(self, opened: Opened, config: EngineConfig | None = None):
+    def __init__(self, opened: Opened, config: EngineConfig | None = None, *, release: bool = False):
+        """release: the engine takes over the model's arrays, which `opened` then has no more; see `written_out`."""
         self.config = config = config or EngineConfig()
         self.sizes = sizes = sizes_of(opened.config, opened.plan.config, config)
-        self.opened = opened = _prepared(opened, config)
+        self.opened = opened = _prepared(opened, config, release=release)
         self.scheduler = Scheduler(sizes.capacity(config))
         self.programs = Programs(opened, config, sizes.drafts, sizes.length, _is_token(opened))
         self.buckets = _buckets(opened, config, sizes)
@@ -317,12 +318,13 @@ class Engine:
         self.stats.accepted = add(self.stats.accepted, accepted)
 
 
-def _prepared(opened: Opened, config: EngineConfig) -> Opened:
+def _prepared(opened: Opened, config: EngineConfig, *, release: bool) -> Opened:
     """The model as the engine runs it."""
     plan = dataclasses.replace(opened.plan, decode_kernels=config.kernels)
     if not config.written_out:
         return opened._replace(plan=plan)
-    built, (params, buffers) = written_out(opened.config, opened.built, opened.params, opened.buffers)
+    states = opened.params, opened.buffers
+    built, (params, buffers) = written_out(opened.config, opened.built, *states, release=release)
     return opened._replace(plan=plan, built=built, params=params, buffers=buffers)
 
 
