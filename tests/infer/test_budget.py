@@ -15,7 +15,7 @@ from orogen.data.tokenizer import Tokenizer
 from orogen.data.vocabulary import byte_tokenizer
 from orogen.infer.budget import Markers, markers_of, settle, thought_of
 from orogen.infer.knobs import features_of, knobs_of
-from orogen.infer.request import GRACE, Budget, Request, Sampling
+from orogen.infer.request import GRACE, Budget, Grammar, Request, Sampling
 from orogen.infer.sampling import choose, rows_of
 
 ALPHABET = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
@@ -101,24 +101,25 @@ def emitted(tokenizer: Tokenizer, prompt, wanted, budget: Budget | None) -> list
 
 
 @partial(jax.jit, static_argnums=0)
-def _run(count, wanted_tb, budget_b, grace_b, thought, markers):
+def _run(count, wanted_tb, budget_b, grace_b, once_b, thought, markers):
     def step(thought, sampled_b):
-        token_b, thought = settle(sampled_b, budget_b, grace_b, thought, markers)
+        token_b, thought = settle(sampled_b, budget_b, grace_b, thought, markers, once_b=once_b)
         return thought, (token_b, thought)
 
     return lax.scan(step, thought, wanted_tb, length=count)
 
 
-def run(tokenizer, prompts, wanted_tb, budgets):
+def run(tokenizer, prompts, wanted_tb, budgets, grammar=None):
     """Tokens (t, b) of rows that would choose `wanted_tb`; the state is also what the tokens so far say."""
     markers = jax.tree.map(np.asarray, markers_of(tokenizer, tokenizer.vocab_size + 5))
     requests = [
-        Request(prompt=tuple(p), max_tokens=9, budget=b, sampling=Sampling(seed=0))
+        Request(prompt=tuple(p), max_tokens=9, budget=b, sampling=Sampling(seed=0), grammar=grammar)
         for p, b in zip(prompts, budgets, strict=True)
     ]
     knobs = knobs_of(requests, features_of(requests))
     thought = thought_of(requests, [()] * len(requests), markers)
-    _, (tokens_tb, states) = _run(len(wanted_tb), wanted_tb, knobs.budget_b, knobs.grace_b, thought, markers)
+    budget = knobs.budget_b, knobs.grace_b, knobs.once_b
+    _, (tokens_tb, states) = _run(len(wanted_tb), wanted_tb, *budget, thought, markers)
     for count in range(1, len(wanted_tb) + 1, 7 if len(wanted_tb) < 100 else 97):
         again = thought_of(requests, np.asarray(tokens_tb[:count]).T.tolist(), markers)
         np.testing.assert_array_equal(again, [state_tb[count - 1] for state_tb in states])
@@ -182,6 +183,25 @@ def test_a_thought_that_ends_by_itself_is_left_alone_and_a_new_one_has_the_whole
     wanted = [x, opening, x, x, closing, x, x, x, x, opening, x, x, x, x, x]
     tokens_tb = run(tokenizer, [[x]], np.array(wanted, np.int32)[:, None], [Budget(tokens=3)])
     assert tokens_tb[:, 0].tolist() == [*wanted[:13], closing, x]
+
+
+@pytest.mark.parametrize("name", sorted(TOKENIZERS))
+def test_nothing_is_forced_into_a_grammars_text(name):
+    """It begins after the prompt's thought, whose budget is as ever; `<think>` in a JSON string begins none."""
+    tokenizer = TOKENIZERS[name]
+    opening, closing, x = (tokenizer.marker_ids(t) for t in ("<think>", "</think>", "x"))
+    text = [*x, *opening, *x * 6]
+    begun = [5, *opening]
+    longer = [*x * 3, *closing, *text]
+    for tokens, prompt, wanted, expected in (
+        (2, x, text, text),
+        (2, [5, *opening[:-1]], [*opening[-1:], *x * 6], [*opening[-1:], *x * 6]),
+        (3 + len(closing), begun, longer, longer),
+        (2, begun, longer, [*x * 2, *closing, *longer[2 + len(closing) :]]),
+    ):
+        wanted_tb = np.array(wanted, np.int32)[:, None]
+        grammar = Grammar(kind="regex", text=".*")
+        assert run(tokenizer, [prompt], wanted_tb, [Budget(tokens=tokens)], grammar)[:, 0].tolist() == expected
 
 
 def test_the_chosen_token_is_the_forced_one():

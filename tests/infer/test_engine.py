@@ -1,8 +1,5 @@
 """The engine: the tokens of each request are those of the model alone, whatever runs beside it."""
 
-import itertools
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -156,28 +153,6 @@ def test_what_may_stop_a_text(hybrid):
     assert ids(short) == whole[:1] and short[-1].finish == LENGTH
     at_once = engine.run([asked(prompt, 9, stop_ids=(whole[0],))])[0]
     assert ids(at_once) == whole[:1] and at_once[-1].finish == STOP
-
-
-def test_other_prompts_compile_nothing(hybrid):
-    model, _ = hybrid
-    engine, compiled = engine_of(model, snapshots=2), []
-
-    def listen(event: str, duration: float, **_) -> None:
-        compiled.extend([duration] * (event == "/jax/core/compile/backend_compile_duration"))
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        lengths = (4, 8, 12, 16, 20, 24)
-        for n, pair in enumerate([*itertools.product(lengths, lengths), *zip(lengths)]):
-            engine.run([asked(random_prompt(50 + n + length, length), 5) for length in pair])
-        before = len(compiled)
-        rng = np.random.default_rng(0)
-        for _ in range(6):
-            prompts = [random_prompt(1000 + n, n) for n in rng.integers(1, 25, 4).tolist()]
-            engine.run([asked(prompt, int(rng.integers(1, 9))) for prompt in prompts])
-        assert 4 < before == len(compiled)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_refusals(hybrid):

@@ -47,7 +47,8 @@ def test_tokens_are_those_of_plain_decoding(pattern, drafter, drafts, changes):
         ours, theirs = ([t.logprob for output in outputs for t in output.tokens] for outputs in (one, other))
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
     stats = engine.stats
-    assert len(stats.accepted) == drafts and stats.drafted == drafts * stats.steps
+    assert len(stats.accepted) == len(stats.drafted) == drafts
+    assert all(kept <= offered <= stats.steps for kept, offered in zip(stats.accepted, stats.drafted, strict=True))
     assert stats.accepted[0] > 0 and stats.accepted == sorted(stats.accepted, reverse=True)
     assert stats.generated_tokens == plain.stats.generated_tokens // 2
     assert leaked(engine) == [0, 0]
@@ -93,11 +94,15 @@ def test_drafts_that_are_all_right_are_all_counted():
     (found,) = answers(engine, asked(prompt, 13))
     assert found == [n % 5 for n in range(9, 22)]
     stats = engine.stats
-    assert (stats.steps, stats.drafted, stats.accepted) == (3, 9, [3, 3, 3])
+    assert (stats.steps, stats.drafted, stats.accepted) == (3, [3, 3, 3], [3, 3, 3])
     # A text that never had its end before has no draft.
     (found,) = answers(engine, asked((2,), 3))
     assert found == [3, 4, 0]
-    assert (stats.steps, stats.accepted) == (5, [3, 3, 3])
+    assert (stats.steps, stats.drafted, stats.accepted) == (5, [3, 3, 3], [3, 3, 3])
+    # Two tokens are left after the first, of which one may be a draft's.
+    (found,) = answers(engine, asked(prompt, 3))
+    assert found == [4, 0, 1]
+    assert (stats.steps, stats.drafted, stats.accepted) == (6, [4, 3, 3], [4, 3, 3])
 
 
 def test_a_budget_and_drafts():
@@ -115,3 +120,17 @@ def test_a_budget_and_drafts():
     )
     assert [text(outputs) for outputs in drafting] == [text(outputs) for outputs in plain]
     assert text(drafting[1]).index("</think>") == 3
+
+
+def test_drafts_are_looked_up_in_a_cached_beginning():
+    """Of a model that has attention alone, whose pages know no text."""
+    engine = engine_of(opened("*", vocab_size=5), page=8, chunk=8, drafter="lookup", drafts=2, prefill_tokens=32)
+    prompt, stats = random_prompt(1, 23, 5), engine.stats
+    before, found = np.zeros(5, int), []
+    for _ in range(2):
+        answers(engine, asked(prompt, 9))
+        after = np.array([stats.steps, *stats.drafted, *stats.accepted])
+        found.append((after - before).tolist())
+        before = after
+    assert found[0] == found[1] and found[0][1] > 0
+    assert stats.cached_tokens == 16

@@ -1,5 +1,6 @@
 """Rows in slots, of different ages, in padded pieces, equal whole rows without a cache. Letters: b rows, t time."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -122,3 +123,30 @@ def test_pieces_of_rows_equal_the_rows(pattern, replay, dtype):
     for row, length in enumerate(LENGTHS):
         expected_td = np.asarray(rig.expected_btd[row, :length], np.float32)
         assert relative_error(found[row].astype(np.float32), expected_td) < TOLERANCE[dtype], row
+
+
+def test_a_kernel_that_reads_pages_sees_nothing_beyond_a_rows_last_token():
+    """Pieces of which rows have three, one, no and all of their four tokens; everything else in the pages is NaN."""
+    rng, counts_b, first_b = np.random.default_rng(2), np.array([3, 1, 0, 4]), np.array([5, 0, 0, 2])
+    rows, tokens, groups, share, size, page = 4, 4, 2, 3, 8, 2
+    table_bp = rng.permutation(rows * 5).reshape(rows, 5).astype(np.int32)
+    k_bsgk, v_bsgk = rng.normal(size=(2, rows, 10, groups, size)).astype(np.float32)
+    known_bs = np.arange(10) < (first_b + counts_b)[:, None]
+    pools = []
+    for a_bsgk in (k_bsgk, v_bsgk):
+        pool = np.full((rows * 5, page, groups, size), np.nan, np.float32)
+        pool[table_bp] = np.where(known_bs[..., None, None], a_bsgk, np.nan).reshape(rows, 5, page, groups, size)
+        pools.append(jnp.asarray(pool))
+    q_bthk = rng.normal(size=(rows, tokens, groups * share, size)).astype(np.float32)
+    valid_bt = np.arange(tokens) < counts_b[:, None]
+    docs = Documents(jnp.asarray(valid_bt, jnp.int32), jnp.asarray(first_b[:, None] + np.arange(tokens), jnp.int32))
+    plan = dataclasses.replace(one_device(config(pattern="*", mtp_depths=0)), decode_kernels="triton_interpreted")
+    cache = Paged(tuple(pools), jnp.asarray(table_bp))
+    y_bthk = cache.attend(jnp.asarray(q_bthk), docs, plan, sinks_h=None, window=None, scale=0.3)
+    for row, time in zip(*np.nonzero(valid_bt), strict=True):
+        seen = first_b[row] + time + 1
+        for head in range(groups * share):
+            score_s = 0.3 * k_bsgk[row, :seen, head // share] @ q_bthk[row, time, head]
+            weight_s = np.exp(score_s - score_s.max())
+            expected_k = weight_s @ v_bsgk[row, :seen, head // share] / weight_s.sum()
+            np.testing.assert_allclose(y_bthk[row, time, head], expected_k, atol=2e-6)

@@ -1,6 +1,7 @@
 """What an engine's programs are called with, as arrays that the host builds.
 
-Letters: b slots, r rows that are read, t time, n drafts, p pages of a row, e ids that end a text.
+Letters: b slots, r rows that are read, t time, n drafts, p pages of a row, e ids that end a text, d data ranks,
+l tokens of a text.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,21 +10,21 @@ from typing import Any
 import numpy as np
 
 from orogen.config.engine import EngineConfig
+from orogen.infer.buckets import Buckets, Call
 from orogen.infer.forward import NONE, Control, Pieces
 from orogen.infer.schedule import Piece
 from orogen.infer.sizes import Sizes
-from orogen.infer.slot import Slot
+from orogen.infer.slot import MOST_ENDS, Slot
 
 BEYOND = 2**30  # a row that no cache has
-SMALLEST_PIECE = 16  # tokens to which the last pieces of prompts are padded at least: a program each would be too many
 
 
 class Arrays:
-    """Builds the arrays of one engine's calls. Their shapes take few values, so that there are few programs."""
+    """Builds the arrays of one engine's calls, whose shapes the buckets say."""
 
-    def __init__(self, config: EngineConfig, sizes: Sizes, *, tensor: int, put: Callable[[Any], Any]) -> None:
-        """tensor: ranks that share the rows of a call. put: lays arrays over slots on the devices."""
-        self._config, self._sizes, self._tensor, self._put = config, sizes, tensor, put
+    def __init__(self, config: EngineConfig, sizes: Sizes, buckets: Buckets, *, put: Callable[[Any], Any]) -> None:
+        """put: lays arrays over slots on the devices."""
+        self._config, self._sizes, self._buckets, self._put = config, sizes, buckets, put
         # What does not change with the tokens: ids that end texts, and pages by the width of their table.
         self._ends: Any = None
         self._tables: dict[int, Any] = {}
@@ -33,25 +34,23 @@ class Arrays:
         self._ends = None
         self._tables.clear()
 
-    def padded(self, count: int) -> int:
-        """The length of the array for a piece of so many tokens."""
-        config = self._config
-        if config.exact:
-            return config.chunk * min(_power(-(-count // config.chunk)), config.prefill_tokens // config.chunk)
-        return _multiple(min(max(_power(count), SMALLEST_PIECE), config.prefill_tokens), self._tensor)
-
-    def pieces(self, pieces: Sequence[Piece], slots: Mapping[int, Slot], length: int) -> tuple[np.ndarray, Pieces]:
-        """The pieces, padded to `length`, and the slot of each in its rank: as many rows for every data rank, a power
-        of two that the ranks of `tensor` can share."""
+    def pieces(
+        self, call: Call, slots: Mapping[int, Slot], reach: int | None = None
+    ) -> tuple[list[Piece | None], tuple[np.ndarray, Pieces]]:
+        """The piece of each row, None: of none; and the slot of each row in its rank, with the arrays. reach: pages of
+        the table; None: as many as the pieces need."""
         each = self._sizes.slots
         per_rank: list[list[Piece]] = [[] for _ in range(self._sizes.ranks)]
-        for piece in pieces:
+        for piece in call.pieces:
             per_rank[piece.slot // each].append(piece)
-        width = _multiple(_power(max(map(len, per_rank))), self._tensor)
-        reach = self._reach(max(piece.start + piece.count for piece in pieces) + self._sizes.drafts)
+        if reach is None:
+            most = max(piece.start + piece.count for piece in call.pieces) + self._sizes.drafts
+            reach = self._buckets.reach(most, self._buckets.reaches)
+        length, width = call.length, call.rows
         rows = [row for own in per_rank for row in (*own, *[None] * (width - len(own)))]
         count = len(rows)
-        tokens_rt, table_rp = np.zeros((count, length), np.int32), np.zeros((count, reach), np.int32)
+        # Padding is no token of the vocabulary, and is embedded as zeros: any token's numbers could be infinite.
+        tokens_rt, table_rp = np.full((count, length), NONE, np.int32), np.zeros((count, reach), np.int32)
         slot_r, next_r, start_r, count_r = (np.full(count, fill, np.int32) for fill in (each, NONE, 0, 0))
         for row, piece in enumerate(rows):
             if piece is None:
@@ -61,14 +60,17 @@ class Arrays:
             slot_r[row], start_r[row], count_r[row] = piece.slot % each, piece.start, piece.count
             next_r[row] = NONE if piece.last else slot.request.prompt[end]
             _fill(table_rp[row], slot.pages)
-        return slot_r, Pieces(tokens_rt, next_r, start_r, count_r, table_rp)
+        return rows, (slot_r, Pieces(tokens_rt, next_r, start_r, count_r, table_rp))
 
-    def control(self, decoding: Sequence[int], slots: Mapping[int, Slot], fed: int) -> Control:
-        """The slots that decode. fed: the most tokens that each will read."""
+    def control(
+        self, decoding: Sequence[int], slots: Mapping[int, Slot], fed: int, reach: int | None = None
+    ) -> Control:
+        """The slots that decode. fed: the most tokens that each will read. reach: as in `pieces`."""
         count, drafts = self._config.slots, self._sizes.drafts
         small_3b = np.zeros((3, count), np.int32)
+        small_3b[0] = NONE  # of slots that do not decode, as padding in `pieces`
         rows = [(slot.generated[-1], slot.place, slot.left) for slot in map(slots.__getitem__, decoding)]
-        small_3b[:, decoding] = np.array(rows, np.int32).T
+        small_3b[:, decoding] = np.array(rows, np.int32).reshape(-1, 3).T
         token_b, place_b, left_b = small_3b
         drafts_bn = np.full((count, drafts), NONE, np.int32)
         for number in decoding if drafts else ():
@@ -76,18 +78,26 @@ class Arrays:
             if slot.drafts is not None and slot.matcher is None:
                 drafts_bn[number] = slot.drafts
         fed += max(drafts - 1, 0)  # the block that drafts reads drafts too
-        reach = self._reach(max(place + min(fed, left + drafts) for _, place, left in rows))
+        if reach is None:
+            most = max(place + min(fed, left + drafts) for _, place, left in rows)
+            reach = self._buckets.reach(most, self._buckets.decode_reaches)
         if reach not in self._tables:
             table_bp = np.zeros((count, reach), np.int32)
             for number, slot in slots.items():
                 _fill(table_bp[number], slot.pages)
             self._tables[reach] = self._put(table_bp)
         if self._ends is None:
-            ends_be = np.full((count, _power(max(len(slot.ends) for slot in slots.values()))), NONE, np.int32)
+            ends_be = np.full((count, MOST_ENDS), NONE, np.int32)
             for number, slot in slots.items():
                 _fill(ends_be[number], slot.ends)
             self._ends = self._put(ends_be)
         return Control(token_b, place_b, left_b, drafts_bn, self._ends, self._tables[reach])
+
+    def text(self, prompt: Sequence[int], length: int) -> np.ndarray:
+        """The prompt for every data rank, so long as a slot's text."""
+        text_dl = np.full((self._sizes.ranks, length), NONE, np.int32)
+        text_dl[:, : len(prompt)] = prompt
+        return text_dl
 
     def slot_row(self, slot: int) -> np.ndarray:
         """The slot's row in the caches of its data rank, and none in the others'."""
@@ -96,11 +106,6 @@ class Arrays:
     def snapshot_row(self, slot: int, row: int | None) -> np.ndarray:
         """A row of the snapshots of the slot's data rank, and none of the others'; None: none of any."""
         return self._row(slot, BEYOND if row is None else row)
-
-    def _reach(self, tokens: int) -> int:
-        """How many pages of a row a program reads, of which a text has so many tokens: a power of two, if not all."""
-        most = self._sizes.reach
-        return most if self._config.exact else min(_power(-(-tokens // self._config.page)), most)
 
     def _row(self, slot: int, row: int) -> np.ndarray:
         rows = np.full(self._sizes.ranks, BEYOND, np.int32)
@@ -111,13 +116,3 @@ class Arrays:
 def _fill(row: np.ndarray, values: Sequence[int]) -> None:
     count = min(len(row), len(values))
     row[:count] = values[:count]
-
-
-def _power(count: int) -> int:
-    """The next power of two."""
-    return 1 << max(count - 1, 0).bit_length()
-
-
-def _multiple(count: int, of: int) -> int:
-    """The next multiple."""
-    return -(-count // of) * of

@@ -86,19 +86,21 @@ def thought_of(
 
 
 def settle(
-    sampled_b: Array, budget_b: Array, grace_b: Array, thought: Thought, markers: Markers
+    sampled_b: Array, budget_b: Array, grace_b: Array, thought: Thought, markers: Markers, *, once_b: Array
 ) -> tuple[Array, Thought]:
     """The token that each row emits, given what it would, and the state after it.
 
     After `budget_b` tokens that follow `<think>`, `</think>` is forced, in the next tokens; with `grace_b`, after the
     first token beyond them that ends a line, and after that many beyond them at the latest. Tokens of a prompt do not
-    count. A row that closes by itself is left alone, and a new `<think>` has the whole budget. budget_b -1: none.
+    count. A row that closes by itself is left alone, and a new `<think>` has the whole budget, but not where `once_b`
+    says that it would be part of a grammar's text. budget_b -1: none.
     """
     closing_n, count = jnp.asarray(markers.closing_n), len(markers.closing_n)
     forced_b = thought.forced_b
     token_b = jnp.where(forced_b >= 0, closing_n[jnp.maximum(forced_b, 0)], sampled_b)
     ended_b = forced_b == count - 1
     reader_b = jnp.asarray(markers.next_sv)[thought.reader_b, token_b].astype(jnp.int32)
+    reader_b = jnp.where(once_b & (thought.reader_b < markers.thinking), 0, reader_b)
     thinks_b = reader_b >= markers.thinking
     used_b = jnp.where(thinks_b & (thought.reader_b >= markers.thinking), thought.used_b + 1, 0)
     line_b = (used_b > budget_b) & jnp.asarray(markers.ends_line_v)[token_b]
@@ -133,11 +135,25 @@ def read(markers: Markers, ids: Sequence[int], reader: int = 0) -> tuple[int, in
 
 def _replayed(request: Request, generated: Sequence[int], markers: Markers) -> tuple[int, int, int]:
     """What `settle` makes of one row, from the tokens of its prompt and those it emitted."""
-    reader, used = read(markers, generated, read(markers, request.prompt)[0])
+    reader, _ = read(markers, request.prompt)
+    if request.grammar is None:
+        reader, used = read(markers, generated, reader)
+    else:
+        reader, used = _first_thought(markers, generated, reader)
     if reader < markers.thinking:
         return reader, 0, -1
     last = _last(request.budget, markers.ends_line_v[np.asarray(generated[len(generated) - used :], np.int64)])
     return reader, used, -1 if last is None or used < last else used - last
+
+
+def _first_thought(markers: Markers, ids: Sequence[int], reader: int) -> tuple[int, int]:
+    """As `read`, where no thought begins after the prompt's."""
+    used = 0
+    for token in ids:
+        if reader < markers.thinking:
+            return 0, 0
+        reader, used = int(markers.next_sv[reader, token]), used + 1
+    return (reader, used) if reader >= markers.thinking else (0, 0)
 
 
 def _last(budget: Budget | None, lines_n: np.ndarray) -> int | None:

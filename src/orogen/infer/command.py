@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from orogen.command import CHECKPOINT, EXIT_FAILURE, Command, answer, fail, free
 from orogen.config.checks import ConfigError
 from orogen.config.engine import EngineConfig
 from orogen.config.plan import PlanConfig
+from orogen.config.streams import say
 from orogen.infer.options import add_request_options, fields_of
 from orogen.infer.request import ERROR
 
@@ -272,8 +274,10 @@ def serve(options: argparse.Namespace) -> int:
     with listen(options.host, options.port) as bound:  # before the model is read, which may take minutes
         opened, config = _open(options.checkpoint, [*options.gin_bindings, *bindings])
         words, chat = opened.tokenizer, _chat(options, opened.tokenizer)
-        engine = Engine(opened, config)
-        del opened  # the engine has its weights, laid out anew
+        engine = Engine(opened, config, release=True)
+        del opened  # what it still had of the weights
+        if config.warm:
+            _warm(engine)
         service = Service(engine, limit=config.slots + config.queue)
         name = options.name or options.checkpoint.resolve().name
         settings = Settings(name=name, most=engine.length, key=key, timeout=options.timeout)
@@ -285,6 +289,14 @@ def serve(options: argparse.Namespace) -> int:
         app = make_app(service, settings, tokenizer=words, chat=chat)
         with contextlib.closing(engine):
             return run(make_server(app, service, drain_seconds=options.drain_seconds, ready=ready), bound)
+
+
+def _warm(engine: Any) -> None:
+    """Compiles an engine's programs, and says so: for a large model that takes minutes the first time."""
+    say("orogen: compiling every program; EngineConfig.warm = False leaves each to its first request")
+    began = time.perf_counter()
+    count = engine.warm()
+    say(f"orogen: compiled {count} programs in {time.perf_counter() - began:.0f} s")
 
 
 def _goes_by_blocks(plan: PlanConfig | None) -> bool:

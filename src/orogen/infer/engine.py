@@ -17,55 +17,67 @@ from orogen.checkpoint.open import Opened
 from orogen.config.checks import ConfigError
 from orogen.config.engine import EngineConfig
 from orogen.infer.arrays import Arrays
-from orogen.infer.forward import NONE, Caches, Sampler
-from orogen.infer.knobs import Features, check_ids, features_of, knobs_of, words_of_mask
+from orogen.infer.buckets import Buckets
+from orogen.infer.forward import NONE, Caches
+from orogen.infer.knobs import check_ids
 from orogen.infer.programs import Emitted, Programs
-from orogen.infer.request import CANCELLED, Output, Request
-from orogen.infer.sampling import rows_of
+from orogen.infer.request import CANCELLED, ERROR, EngineFailed, Output, Request
+from orogen.infer.samplers import Samplers
 from orogen.infer.schedule import Admission, Piece, Scheduler
-from orogen.infer.sizes import sizes_of
+from orogen.infer.sizes import Sizes, sizes_of
 from orogen.infer.slot import Slot, plain, reported
-from orogen.infer.text import Texts
+from orogen.infer.text import Texts, TextStream
+from orogen.infer.warm import compiling, run_all
 from orogen.model.lm import written_out
+
+Placed = list[tuple[int, int]]  # rows of a call, and the slots that they are
 
 
 @dataclasses.dataclass
 class Stats:
-    """Totals since the engine was made. steps: of decoding, over all slots. accepted: of the drafts of each depth.
-    host_seconds: of rounds, without what waits for devices."""
+    """Totals since the engine was made. steps: of decoding, over all slots. drafted: drafts of each depth that could
+    have been kept; accepted: those that were. host_seconds: of rounds, without what waits for devices."""
 
     requests: int = 0
     read_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
     steps: int = 0
-    drafted: int = 0
+    drafted: list[int] = dataclasses.field(default_factory=list)
     accepted: list[int] = dataclasses.field(default_factory=list)
     host_seconds: float = 0.0
     device_seconds: float = 0.0
 
 
 class Engine:
-    """Answers requests by one model. Not thread-safe. Raises ConfigError for a plan or model that it cannot serve."""
+    """Answers requests by one model. Not thread-safe. Raises ConfigError for a plan or model that it cannot serve.
 
-    def __init__(self, opened: Opened, config: EngineConfig | None = None):
+    What fails on the host for one request, as its text or grammar, ends that request alone, with ERROR. What fails
+    otherwise ends the engine, for its programs own the caches that they are given: the step raises, all that was held
+    is given back, no request has an output any more, and whatever is asked of the engine then raises EngineFailed.
+    """
+
+    def __init__(self, opened: Opened, config: EngineConfig | None = None, *, release: bool = False):
+        """release: the engine takes over the model's arrays, which `opened` then has no more; see `written_out`."""
         self.config = config = config or EngineConfig()
         self.sizes = sizes = sizes_of(opened.config, opened.plan.config, config)
-        self.opened = opened = _prepared(opened, config)
+        self.opened = opened = _prepared(opened, config, release=release)
         self.scheduler = Scheduler(sizes.capacity(config))
         self.programs = Programs(opened, config, sizes.drafts, sizes.length, _is_token(opened))
-        self._arrays = Arrays(config, sizes, tensor=opened.plan.size("tensor"), put=self.programs.put)
+        self.buckets = _buckets(opened, config, sizes)
+        self._arrays = Arrays(config, sizes, self.buckets, put=self.programs.put)
+        self._samplers = Samplers(self.programs)
         self._caches: Caches = self.programs.start(sizes.slots, sizes.pages)
         # With a page that nobody uses: jax forgets how arrays of no element are laid over devices.
         self._snapshots: Caches = self.programs.start(max(sizes.snapshots, 1), min(sizes.pages, 1))
         self._slots: dict[int, Slot] = {}
-        self._waiting: dict[int, tuple[Request, Any]] = {}
-        self._sampling: tuple[Features, Sampler] | None = None  # of those that run; None: they have changed
+        self._waiting: dict[int, tuple[Request, TextStream | None, Any]] = {}
+        self._failure: str | None = None
         self._outputs: list[Output] = []
         self._texts = Texts(opened.tokenizer) if opened.tokenizer is not None else None
         self._constraints: Any = None
         self._seeds = np.random.default_rng(config.seed)
-        self.stats = Stats(accepted=[0] * sizes.drafts)
+        self.stats = Stats(drafted=[0] * sizes.drafts, accepted=[0] * sizes.drafts)
 
     @property
     def length(self) -> int:
@@ -80,11 +92,13 @@ class Engine:
     def submit(self, request: Request, *, salt: str = "") -> int:
         """Queues a request and returns its number. Requests of different salts share no cached prefix.
 
-        Raises ConfigError for one that this engine can never answer, Full if too many wait.
+        Raises ConfigError for one that this engine can never answer, Full if too many wait, EngineFailed.
         """
+        self._require_sound()
         self._check(request)
         number = self.scheduler.submit(request, salt=salt)
         try:
+            text = self._texts and self._texts.stream(after=request.prompt, stops=request.stop, shown=request.shown)
             matcher = self._matcher(request)
         except BaseException:  # its grammar is refused
             self.scheduler.cancel(number)
@@ -92,7 +106,7 @@ class Engine:
         if request.sampling.seed is None:  # drawn last, so that seeds do not depend on what was refused
             seed = int(self._seeds.integers(2**63))
             request = dataclasses.replace(request, sampling=dataclasses.replace(request.sampling, seed=seed))
-        self._waiting[number] = request, matcher
+        self._waiting[number] = request, text, matcher
         self.stats.requests += 1
         return number
 
@@ -103,25 +117,33 @@ class Engine:
         except KeyError:
             return
         self._waiting.pop(number, None)
-        text = ""
+        output = Output(number, finish=CANCELLED)
         if place is not None:
-            slot = self._leave(place)
-            text = "" if slot.text is None else slot.text.finish()
-        self._outputs.append(Output(number, text=text, finish=CANCELLED))
+            output = self._leave(place).cancelled()
+        self._outputs.append(output)
 
     def step(self) -> list[Output]:
-        """One round: admits, reads pieces of prompts, and decodes. Returns what there is to tell."""
+        """One round: admits, reads pieces of prompts, and decodes. Returns what there is to tell.
+
+        Raises EngineFailed after a step that raised anything.
+        """
+        self._require_sound()
+        try:
+            return self._round()
+        except BaseException as error:
+            self._fail(error)
+            raise
+
+    def _round(self) -> list[Output]:
         began, waited = time.perf_counter(), self.stats.device_seconds
         plan = self.scheduler.round()
         for admission in plan.admitted:
             self._admit(admission)
-        emitted: list[tuple[Sequence[int], Emitted]] = []
-        if plan.pieces:
-            emitted += self._read(plan.pieces)
+        emitted = self._read(plan.pieces)
         if plan.decoding:
-            emitted.append((plan.decoding, self._decode(plan.decoding)))
-        for slots, each in emitted:
-            self._tell(slots, each)
+            emitted.append(([(slot, slot) for slot in plan.decoding], self._decode(plan.decoding)))
+        for placed, each in emitted:
+            self._tell(placed, each)
         outputs, self._outputs = self._outputs, []
         self.stats.host_seconds += time.perf_counter() - began - (self.stats.device_seconds - waited)
         return outputs
@@ -141,10 +163,34 @@ class Engine:
         for output in self.step():
             found[output.number].append(output)
 
+    def warm(self) -> int:
+        """Compiles every program that requests can need, which then wait for none. Returns how many there are."""
+        stores = self._caches, self._snapshots
+        jobs = compiling(self.programs, self.buckets, self._arrays, self._samplers, stores)
+        run_all(jobs)
+        return len(jobs)
+
     def close(self) -> None:
         """Ends the process that compiles grammars, if there is one."""
         if self._constraints is not None:
             self._constraints.close()
+
+    def _fail(self, error: BaseException) -> None:
+        """Gives back all that requests hold, and what the prefix cache does: nobody knows what the caches are now."""
+        self._failure = f"{type(error).__name__}: {error}".splitlines()[0]
+        for number in (*self._waiting, *self.scheduler.running.values()):
+            self.scheduler.cancel(number)
+        for rank in self.scheduler.ranks:
+            if rank.prefix is not None:
+                rank.prefix.clear()
+        self._waiting.clear()
+        self._slots.clear()
+        self._outputs.clear()
+        self._changed()
+
+    def _require_sound(self) -> None:
+        if self._failure is not None:
+            raise EngineFailed(f"the engine has failed: {self._failure}")
 
     def _check(self, request: Request) -> None:
         """Raises ConfigError for what this engine can never answer."""
@@ -177,16 +223,18 @@ class Engine:
         return self._constraints.matcher(request.grammar, prompt=request.prompt)
 
     def _admit(self, admission: Admission) -> None:
-        request, matcher = self._waiting.pop(admission.number)
+        request, text, matcher = self._waiting.pop(admission.number)
         tokenizer = self.opened.tokenizer
         ends = request.stop_ids
         if tokenizer is not None and not request.ignore_eos:
             ends = (*ends, *sorted(tokenizer.end_ids))
-        text = self._texts and self._texts.stream(after=request.prompt, stops=request.stop, shown=request.shown)
         self._slots[admission.slot] = Slot(admission.number, request, admission.pages, ends, text, matcher)
         source = self._arrays.snapshot_row(admission.slot, admission.row)
         into = self._arrays.slot_row(admission.slot)
         self._caches = self.programs.copy(self._caches, self._snapshots, into, source)
+        if self.programs.keeps_text:  # the whole prompt: what comes from the prefix cache is not read
+            text_dl = self._arrays.text(request.prompt, self.programs.text_length)
+            self._caches = self.programs.write(self._caches, text_dl, into)
         self._changed()
         self.stats.cached_tokens += admission.length
 
@@ -196,98 +244,96 @@ class Engine:
 
     def _changed(self) -> None:
         """Requests came or went: what was made for those that ran is made anew."""
-        self._sampling = None
+        self._samplers.changed()
         self._arrays.changed()
 
-    def _read(self, pieces: Sequence[Piece]) -> list[tuple[Sequence[int], Emitted]]:
-        """Reads the pieces, those of one padded length together."""
-        found = []
-        lengths = [self._arrays.padded(piece.count) for piece in pieces]
-        for length in sorted(set(lengths)):
-            together = [piece for piece, padded in zip(pieces, lengths, strict=True) if padded == length]
-            features, sampler = self._sampler()
-            slot_r, arrays = self._arrays.pieces(together, self._slots, length)
-            inputs = (slot_r, arrays), sampler
-            self._caches, rows, emitted = self.programs.read(self._caches, *inputs, features=features)
-            self._sampling = features, sampler._replace(rows=rows)
-            found.append(([piece.slot for piece in together if piece.last], emitted))
-            for piece in together:
-                if piece.row is not None:
-                    into = self._arrays.snapshot_row(piece.slot, piece.row)
-                    source = self._arrays.slot_row(piece.slot)
-                    self._snapshots = self.programs.copy(self._snapshots, self._caches, into, source)
-                self.scheduler.prefilled(piece.slot, piece.count)
-                self.stats.read_tokens += piece.count
+    def _read(self, pieces: Sequence[Piece]) -> list[tuple[Placed, Emitted]]:
+        """Reads the pieces. Returns what was emitted by calls in which prompts ended."""
+        planned, found = {piece.slot: piece for piece in pieces}, []
+        for call in self.buckets.calls(pieces):
+            rows, inputs = self._arrays.pieces(call, self._slots)
+            sampler = self._samplers.reading([piece and self._slots[piece.slot] for piece in rows])
+            features = self._samplers.everything
+            self._caches, emitted = self.programs.read(self._caches, inputs, sampler, features=features)
+            placed = [(row, piece.slot) for row, piece in enumerate(rows) if piece and piece.last]
+            if placed:
+                found.append((placed, emitted))
+            for piece in call.pieces:
+                whole = planned[piece.slot]
+                if piece.start + piece.count == whole.start + whole.count:
+                    self._has_read(whole)
         return found
+
+    def _has_read(self, piece: Piece) -> None:
+        """Keeps what is to be kept behind a piece, and reports it."""
+        if piece.row is not None:
+            into = self._arrays.snapshot_row(piece.slot, piece.row)
+            source = self._arrays.slot_row(piece.slot)
+            self._snapshots = self.programs.copy(self._snapshots, self._caches, into, source)
+        self.scheduler.prefilled(piece.slot, piece.count)
+        self.stats.read_tokens += piece.count
 
     def _decode(self, decoding: Sequence[int]) -> Emitted:
         """Some steps of the slots: one at a time where grammars say what may come next."""
-        features, sampler = self._sampler()
-        steps = 1 if features.masks else self.config.steps
+        features, sampler = self._samplers.decoding(self._slots)
+        constrained = any(self._slots[slot].matcher is not None for slot in decoding)
+        steps = 1 if constrained else self.config.steps
         control = self._arrays.control(decoding, self._slots, steps * (self.sizes.drafts + 1))
         self._caches, rows, emitted = self.programs.decode(
             self._caches, control, sampler, features=features, steps=steps
         )
-        self._sampling = features, sampler._replace(rows=rows)
+        self._samplers.advanced(rows)
         return emitted
 
-    def _tell(self, slots: Sequence[int], emitted: Emitted) -> None:
-        """What a call emitted becomes outputs, and requests that have ended leave."""
+    def _tell(self, placed: Placed, emitted: Emitted) -> None:
+        """What a call emitted in these rows becomes outputs, and requests that have ended leave."""
         began = time.perf_counter()
-        report, drafts_bn, bad_b = jax.device_get(tuple(emitted))
+        report, drafts_bn, bad_b, offered_bn = jax.device_get(tuple(emitted))
         self.stats.device_seconds += time.perf_counter() - began
         if report.token.ndim == 3:
-            self._count(report.token[list(slots)])
+            slots = [slot for _, slot in placed]
+            self._count(report.token[slots], offered_bn[slots])
+        else:
+            self._samplers.changed()  # what read its prompt decodes from now on
         bad, ids = bad_b.tolist(), report.token.reshape(len(bad_b), -1).tolist()
-        for number in slots:
+        for row, number in placed:
             slot = self._slots[number]
             most = slot.request.logprobs
-            chosen = plain(ids[number]) if most is None else reported(report, number, most)
-            slot.drafts = drafts_bn[number]
-            output = slot.advance(chosen, bad=bad[number])
+            chosen = plain(ids[row]) if most is None else reported(report, row, most)
+            slot.drafts = drafts_bn[row]
+            output = slot.told(chosen, bad=bad[row])
             self.stats.generated_tokens += len(output.tokens)
             if output.finish is not None:
-                self.scheduler.finished(number, committed=slot.generated[:-1])
+                committed = () if output.finish == ERROR else slot.generated[:-1]
+                self.scheduler.finished(number, committed=committed)
                 self._leave(number)
             self._outputs.append(output)
 
-    def _count(self, tokens_bsn: np.ndarray) -> None:
-        """Steps of slots, and the drafts that were kept."""
+    def _count(self, tokens_bsn: np.ndarray, offered_bn: np.ndarray) -> None:
+        """Steps of slots, the drafts that were there, and those that were kept."""
         steps, *accepted = (tokens_bsn != NONE).sum((0, 1)).tolist()
+        add = lambda old, new: [a + b for a, b in zip(old, new, strict=True)]  # noqa: E731
         self.stats.steps += steps
-        self.stats.drafted += steps * self.sizes.drafts
-        self.stats.accepted = [old + new for old, new in zip(self.stats.accepted, accepted, strict=True)]
-
-    def _sampler(self) -> tuple[Features, Sampler]:
-        """Settings and state of every slot's sampling. Made anew when requests come or go: the host knows all that was
-        generated."""
-        if self._sampling is None:
-            running = [self._slots.get(number) for number in range(self.config.slots)]
-            requests = [slot and slot.request for slot in running]
-            generated = [slot.generated if slot else () for slot in running]
-            features = features_of(request for request in requests if request)
-            size, markers = self.opened.config.vocab_size, self.programs.markers if features.budgets else None
-            rows = rows_of(requests, features, vocab_size=size, markers=markers, generated=generated)
-            knobs, rows = self.programs.put((knobs_of(requests, features), rows))
-            self._sampling = features, Sampler(knobs, rows, None)
-        features, sampler = self._sampling
-        return features, sampler._replace(mask_bw=self._masks()) if features.masks else sampler
-
-    def _masks(self) -> np.ndarray:
-        mask_bw = np.full((self.config.slots, words_of_mask(self.opened.config.vocab_size)), 2**32 - 1, np.uint32)
-        for number, slot in self._slots.items():
-            if slot.matcher is not None:
-                slot.matcher.mask_into(mask_bw[number])
-        return mask_bw
+        self.stats.drafted = add(self.stats.drafted, offered_bn.sum(0).tolist())
+        self.stats.accepted = add(self.stats.accepted, accepted)
 
 
-def _prepared(opened: Opened, config: EngineConfig) -> Opened:
+def _prepared(opened: Opened, config: EngineConfig, *, release: bool) -> Opened:
     """The model as the engine runs it."""
     plan = dataclasses.replace(opened.plan, decode_kernels=config.kernels)
     if not config.written_out:
         return opened._replace(plan=plan)
-    built, (params, buffers) = written_out(opened.config, opened.built, opened.params, opened.buffers)
+    states = opened.params, opened.buffers
+    built, (params, buffers) = written_out(opened.config, opened.built, *states, release=release)
     return opened._replace(plan=plan, built=built, params=params, buffers=buffers)
+
+
+def _buckets(opened: Opened, config: EngineConfig, sizes: Sizes) -> Buckets:
+    """The shapes of its programs."""
+    layers = opened.config.layers
+    latent = "+" in layers.main + (layers.mtp if config.drafter == "mtp" else "")
+    by_kernel = config.kernels == "triton" and not latent and not config.exact
+    return Buckets(config, sizes, tensor=opened.plan.size("tensor"), tables_cost_nothing=by_kernel)
 
 
 def _is_token(opened: Opened) -> np.ndarray:

@@ -41,7 +41,8 @@ class Caches(NamedTuple):
 
 class Control(NamedTuple):
     """Slots before a call, int32. token_b: the last token, which the model has not read; place_b: its place; left_b:
-    tokens that may still come, 0 where nothing is decoded; drafts_bn; ends_be: ids that end the text; table_bp."""
+    tokens that may still come, 0 where nothing is decoded; drafts_bn: NONE from the first depth on that has none;
+    ends_be: ids that end the text; table_bp."""
 
     token_b: Any
     place_b: Any
@@ -49,6 +50,13 @@ class Control(NamedTuple):
     drafts_bn: Any
     ends_be: Any
     table_bp: Any
+
+    @property
+    def offered_bn(self) -> Array:
+        """(b, n) bool: drafts that the next step could keep. One more token comes with each, so that the last tokens
+        of an answer leave no room for as many."""
+        depth_n = jnp.arange(1, self.drafts_bn.shape[1] + 1)
+        return (self.drafts_bn != NONE) & (depth_n < self.left_b[:, None])
 
 
 class Pieces(NamedTuple):
@@ -108,8 +116,6 @@ class Forward:
         valid_bt = time_t < pieces.count_b[:, None]
         docs = Documents(valid_bt.astype(jnp.int32), pieces.start_b[:, None] + time_t)
         caches = with_pages(caches, pieces.table_bp)
-        if caches.text_bl is not None:
-            caches = caches._replace(text_bl=_written(caches.text_bl, pieces.tokens_bt, docs))
         last_b = jnp.maximum(pieces.count_b - 1, 0)
         ends_b = (pieces.next_b == NONE) & (pieces.count_b > 0)
         if self.exact is not None:
@@ -133,14 +139,16 @@ class Forward:
         tokens_bt = jnp.concatenate([control.token_b[:, None], control.drafts_bn], axis=1)
         fed = tokens_bt.shape[1]
         positions_bt = control.place_b[:, None] + jnp.arange(fed)
-        docs = Documents(jnp.broadcast_to(live_b[:, None], tokens_bt.shape).astype(jnp.int32), positions_bt)
+        # A place without a draft is padding, which leaves no trace.
+        there_bt = live_b[:, None] & ((tokens_bt != NONE) | (jnp.arange(fed) == 0))
+        docs = Documents(there_bt.astype(jnp.int32), positions_bt)
         if self.exact is not None:
             return self._step_exactly(caches, control, sampler, docs)
         h_btd, kept = self.model.hidden(tokens_bt, docs, self.plan, caches.backbone)
         logits_btv = self.model.project(self.plan.enter(h_btd), self.plan)
         rows, left_b, report, bad_b = self._accept(logits_btv, control, sampler)
         count_b = jnp.sum(report.token != NONE, axis=1, dtype=jnp.int32)
-        backbone = rolled_back(caches_of(kept), jnp.where(live_b, fed - count_b, 0)) if self.drafts else caches_of(kept)
+        backbone = rolled_back(caches_of(kept), counts(docs) - count_b) if self.drafts else caches_of(kept)
         last_b = jnp.maximum(count_b - 1, 0)
         token_b = jnp.where(live_b, _at(report.token, last_b)[:, 0], control.token_b)
         known = docs._replace(segments_bt=(jnp.arange(fed) < count_b[:, None]).astype(jnp.int32))
@@ -275,11 +283,6 @@ class Forward:
         """(b, 1) int32: the most likely next token."""
         logits_b1v = jnp.where(self.is_token_v, self.model.project(h_b1d, self.plan), -jnp.inf)
         return jnp.argmax(logits_b1v, -1).astype(jnp.int32)
-
-
-def nothing(dtype: Any) -> Any:
-    """What stands in a report where no token was emitted."""
-    return NONE if dtype == jnp.int32 else 0
 
 
 def look_up(text_bl: Array, end_b: Array, count: int) -> Array:

@@ -33,6 +33,16 @@ class Features:
     budgets: bool = False
     logprobs: int | None = None
 
+    @property
+    def values(self) -> tuple[bool | int | None, ...]:
+        """In the order of the fields."""
+        return dataclasses.astuple(self)
+
+    @property
+    def without_penalties(self) -> "Features":
+        """All but those."""
+        return dataclasses.replace(self, penalties=False)
+
 
 class Knobs(NamedTuple):
     """The settings of each row, float32 unless said otherwise. A row without a request has those that do nothing.
@@ -40,7 +50,8 @@ class Knobs(NamedTuple):
     temperature_b: 0, or a normal number of float32: greedy below the smallest, which devices flush to 0. top_k_b int32.
     key_b2 uint32: threefry key of the request's seed. bias_ids_bk int32, bias_values_bk: padded with the id -1 and
     the value 0; k is 0 without the feature `biases`. budget_b int32: tokens between the markers of thinking, -1 without
-    a budget; grace_b int32: how many more while no line ends.
+    a budget; grace_b int32: how many more while no line ends. once_b bool: what follows the prompt's thought is no text
+    in which another could begin, for a grammar says what it is.
     """
 
     temperature_b: Any
@@ -55,6 +66,7 @@ class Knobs(NamedTuple):
     bias_values_bk: Any
     budget_b: Any
     grace_b: Any
+    once_b: Any
 
 
 def features_of(requests: Iterable[Request]) -> Features:
@@ -109,6 +121,7 @@ def knobs_of(requests: Sequence[Request | None], features: Features) -> Knobs:
         budget_b=np.array([min(b.tokens, _ALL) if b else -1 for b in budgets], np.int32),
         # A budget of 0 asks for no thought at all, in both forms.
         grace_b=np.array([GRACE if b and b.form == "grace" and b.tokens else 0 for b in budgets], np.int32),
+        once_b=np.array([r is not None and r.grammar is not None for r in requests], bool),
     )
 
 

@@ -6,6 +6,7 @@ each call; the devices keep caches and what sampling counts.
 Letters: b slots, r rows that are read, t time, n drafts.
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -22,7 +23,7 @@ from orogen.checkpoint.open import Opened
 from orogen.config.engine import EngineConfig
 from orogen.infer.budget import Markers, markers_of
 from orogen.infer.exact import COMPILER_OPTIONS
-from orogen.infer.forward import Caches, Control, Exact, Forward, Pieces, Report, Sampler, nothing, with_pages
+from orogen.infer.forward import Caches, Control, Exact, Forward, Pieces, Report, Sampler, with_pages
 from orogen.infer.knobs import Features
 from orogen.model.cache import map_layers
 from orogen.model.lm import LanguageModel
@@ -33,11 +34,13 @@ from orogen.parallel.plan import Plan
 
 class Emitted(NamedTuple):
     """What a call emitted: tokens (b,), or (b, steps, n + 1), with what was asked for of each; drafts (b, n) of the
-    next; and slots (b,) whose logits were no numbers or had no possible token."""
+    next; slots (b,) whose logits were no numbers or had no possible token; and how many drafts of each depth (b, n)
+    were there to be kept."""
 
     report: Report
     drafts_bn: Array
     bad_b: Array
+    offered_bn: Array
 
 
 class Layout(NamedTuple):
@@ -62,6 +65,11 @@ class Programs:
     is_token_v: Any
 
     @functools.cached_property
+    def traces(self) -> collections.Counter[str]:
+        """How many programs of each kind were compiled."""
+        return collections.Counter()
+
+    @functools.cached_property
     def markers(self) -> Markers:
         """Of thinking, for requests with a budget. Raises ConfigError if the tokenizer has none."""
         return markers_of(self.opened.tokenizer, self.opened.config.vocab_size)
@@ -83,7 +91,7 @@ class Programs:
         axes = Caches(
             model.backbone.cache_axes(room),
             self._mtp(model) and self._mtp(model).cache_axes(room),
-            ("batch", None) if self._keeps_text else None,
+            ("batch", None) if self.keeps_text else None,
         )
         leads = jax.tree.map(lambda array, names: array.ndim - len(names), self._shapes(room), axes)
         specs = jax.tree.map(lambda lead, names: self.plan.spec(*(None,) * lead, *names), leads, axes)
@@ -124,15 +132,23 @@ class Programs:
 
     def read(self, caches: Caches, pieces: tuple[Any, Pieces], sampler: Sampler, *, features: Features):
         """Reads pieces of the prompts of some slots (r,), numbered in their ranks; a number beyond the last: of none.
-        Returns caches, rows, and what was emitted, one token of each slot whose prompt ends."""
-        return self._program("read", features)(caches, self._weights, pieces, sampler)
+        sampler: of these rows. Returns caches, and what was emitted, one token of each row whose prompt ends."""
+        return self.reader(features)(*self.read_inputs(caches, pieces, sampler))
+
+    def read_inputs(self, caches: Caches, pieces: tuple[Any, Pieces], sampler: Sampler) -> tuple[Any, ...]:
+        """What `reader`'s program takes."""
+        return caches, self._weights, pieces, sampler
 
     def decode(self, caches: Caches, control: Control, sampler: Sampler, *, features: Features, steps: int):
         """Decodes for `steps` steps, or until no slot has tokens left. Returns caches, rows, and what was emitted."""
-        return self._program("decode", features)(caches, self._weights, (control, sampler), np.int32(steps))
+        return self.decoder(features)(*self.decode_inputs(caches, control, sampler, steps))
+
+    def decode_inputs(self, caches: Caches, control: Control, sampler: Sampler, steps: int) -> tuple[Any, ...]:
+        """What `decoder`'s program takes."""
+        return caches, self._weights, (control, sampler), np.int32(steps)
 
     @functools.cached_property
-    def copy(self) -> Callable[[Caches, Caches, Any, Any], Caches]:
+    def copy(self) -> Any:
         """(into, source, into_d, source_d): `into`, with what one row of `source` keeps beside pages in one of its own,
         in each data rank; a number beyond the last: nothing is copied there, or zeros from there."""
 
@@ -148,15 +164,31 @@ class Programs:
         return jitted(copy, self.plan, inputs=inputs, outputs=outputs)
 
     @functools.cached_property
+    def write(self) -> Any:
+        """(caches, text_dl, row_d): the caches, with a text in one row of each data rank; a number beyond the last:
+        in none."""
+
+        def write(caches: Caches, text_dl: Array, row_d: Array) -> Caches:
+            text_bl = self.plan.vary(caches.text_bl).at[row_d].set(text_dl, mode="drop")
+            return caches._replace(text_bl=self.plan.agreed(text_bl, *self.layout.axes.text_bl))
+
+        rank = self.plan.spec("batch")
+        return jitted(write, self.plan, inputs=(self.layout.specs, rank, rank), outputs=self.layout.specs)
+
+    @functools.cached_property
     def _weights(self) -> list[Array]:
         """Parameters and buffers as a flat list: each call takes that apart in far less time than nested states."""
         return jax.tree.leaves((self.opened.params, self.opened.buffers))
 
     @functools.cached_property
-    def _program(self) -> Callable[[str, Features], Callable[..., Any]]:
-        """(name, features): the jitted program, kept as long as this."""
-        make = {"read": self._reading, "decode": self._decoding}
-        return functools.lru_cache(None)(lambda name, features: make[name](features))
+    def reader(self) -> Callable[[Features], Any]:
+        """The jitted program of `read`, by features; kept as long as this."""
+        return functools.lru_cache(None)(self._reading)
+
+    @functools.cached_property
+    def decoder(self) -> Callable[[Features], Any]:
+        """That of `decode`."""
+        return functools.lru_cache(None)(self._decoding)
 
     def _reading(self, features: Features) -> Callable[..., Any]:
         def read(caches, params, buffers, numbered, sampler):
@@ -166,16 +198,13 @@ class Programs:
             take = lambda a, _, lead: jnp.take(a, slot_r, axis=lead, mode="clip")  # noqa: E731
             put = lambda old, new, lead: old.at[(slice(None),) * lead + (slot_r,)].set(new, mode="drop")  # noqa: E731
             mine = self._of_rows(take, caches, caches)
-            sampler_r = jax.tree.map(lambda a: take(a, a, 0), sampler)
-            mine, rows_r, report, drafts_rn, bad_r = forward.read(mine, pieces, sampler_r)
+            mine, _, *told = forward.read(mine, pieces, sampler)
             caches = self._of_rows(put, self._pooled(caches, mine), mine)
-            slots = len(sampler.rows.number_b)
-            spread = lambda a: put(jnp.full((slots, *a.shape[1:]), nothing(a.dtype), a.dtype), a, 0)  # noqa: E731
-            emitted = jax.tree.map(spread, self.plan.vary(Emitted(report, drafts_rn, bad_r)))
-            rows_b = jax.tree.map(lambda old, new: put(old, new, 0), sampler.rows, self.plan.vary(rows_r))
-            return self._settled(caches), self._agreed(rows_b), self._agreed(emitted)
+            report, drafts_rn, bad_r = told
+            emitted = Emitted(report, drafts_rn, bad_r, jnp.zeros_like(drafts_rn))
+            return self._settled(caches), self._agreed(self.plan.vary(emitted))
 
-        return self._compiled(read, inputs=(self.plan.spec("batch"),) * 2)
+        return self._compiled(read, inputs=(self.plan.spec("batch"),) * 2, outputs=1)
 
     def _decoding(self, features: Features) -> Callable[..., Any]:
         def decode(caches, params, buffers, inputs, steps):
@@ -188,32 +217,40 @@ class Programs:
             alive = lambda control: plan.max(jnp.any(control.left_b > 0).astype(jnp.int32), "batch")  # noqa: E731
 
             def body(carry):
-                step, _, (caches, rows, control, report, bad_b) = carry
+                step, _, (caches, rows, control, report, bad_b, offered_bn) = carry
+                offered_bn += control.offered_bn
                 caches, rows, control, now, bad_now_b = forward.step(caches, control, sampler._replace(rows=rows))
                 report = jax.tree.map(lambda a, new: a.at[:, step].set(new), report, now)
-                return step + 1, alive(control), plan.vary((caches, rows, control, report, bad_b | bad_now_b))
+                state = caches, rows, control, report, bad_b | bad_now_b, offered_bn
+                return step + 1, alive(control), plan.vary(state)
 
             report = forward.blank((slots, self.config.steps, self.drafts + 1))
-            state = paged, sampler.rows, control, report, jnp.zeros(slots, bool)
+            state = paged, sampler.rows, control, report, jnp.zeros(slots, bool), jnp.zeros_like(control.drafts_bn)
             start = jnp.int32(0), alive(control), plan.vary(state)
             goes_on = lambda carry: (carry[0] < steps) & (carry[1] > 0)  # noqa: E731
-            _, _, (paged, rows, control, report, bad_b) = lax.while_loop(goes_on, body, start)
-            emitted = Emitted(report, control.drafts_bn, bad_b)
+            _, _, (paged, rows, control, *told) = lax.while_loop(goes_on, body, start)
+            report, bad_b, offered_bn = told
+            emitted = Emitted(report, control.drafts_bn, bad_b, offered_bn)
             # Not with this call's tables, whose width would make the caches those of another program.
             caches = self._of_rows(lambda _, new, lead: new, self._pooled(caches, paged), paged)
             return self._settled(caches), self._agreed(rows), self._agreed(emitted)
 
-        return self._compiled(decode, inputs=(self.plan.spec("batch"), self.plan.spec()))
+        return self._compiled(decode, inputs=(self.plan.spec("batch"), self.plan.spec()), outputs=2)
 
-    def _compiled(self, program: Callable[..., Any], *, inputs: tuple[Any, ...]) -> Callable[..., Any]:
-        """The program, jitted, of caches, the list of weights, and inputs so laid out."""
+    def _compiled(self, program: Callable[..., Any], *, inputs: tuple[Any, ...], outputs: int) -> Callable[..., Any]:
+        """The program, jitted, of caches, the list of weights, and inputs so laid out; so many trees over rows come out
+        beside the caches."""
         opened, batch = self.opened, self.plan.spec("batch")
         model = self.plan.specs(opened.params), self.plan.specs(opened.buffers)
         nested = jax.tree.structure((opened.params, opened.buffers))
-        flat = lambda caches, weights, *rest: program(caches, *jax.tree.unflatten(nested, weights), *rest)  # noqa: E731
-        inputs, outputs = (self.layout.specs, jax.tree.leaves(model), *inputs), (self.layout.specs, batch, batch)
-        options = COMPILER_OPTIONS if self.config.exact else None
-        return jitted(flat, self.plan, inputs=inputs, outputs=outputs, options=options)
+
+        def flat(caches: Caches, weights: list[Array], *rest: Any) -> Any:
+            self.traces[program.__name__] += 1
+            return program(caches, *jax.tree.unflatten(nested, weights), *rest)
+
+        laid = {"inputs": (self.layout.specs, jax.tree.leaves(model), *inputs)}
+        laid["outputs"] = (self.layout.specs, *(batch,) * outputs)
+        return jitted(flat, self.plan, **laid, options=COMPILER_OPTIONS if self.config.exact else None)
 
     def _forward(self, params: Any, buffers: Any, plan: Plan, features: Features) -> Forward:
         is_token_v = jnp.asarray(self.is_token_v)
@@ -228,12 +265,17 @@ class Programs:
 
     def _empty(self, model: LanguageModel, room: Slots) -> Caches:
         mtp, dtype = self._mtp(model), jnp.dtype(self.config.compute_dtype)
-        length = -(-self.length // self.config.chunk) * self.config.chunk
-        text_bl = jnp.zeros((room.rows, length), jnp.int32) if self._keeps_text else None
+        text_bl = jnp.zeros((room.rows, self.text_length), jnp.int32) if self.keeps_text else None
         return Caches(model.backbone.start(room, dtype), mtp and mtp.start(room, dtype), text_bl)
 
     @property
-    def _keeps_text(self) -> bool:
+    def text_length(self) -> int:
+        """Tokens of a slot's text: whole chunks."""
+        return -(-self.length // self.config.chunk) * self.config.chunk
+
+    @property
+    def keeps_text(self) -> bool:
+        """Whether slots know the tokens of their texts."""
         return self.config.exact or self.config.drafter == "lookup"
 
     def _decode_plan(self) -> Plan:

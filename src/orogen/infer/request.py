@@ -19,6 +19,10 @@ class Full(Exception):
     """The queue has no room for a request now; later it may."""
 
 
+class EngineFailed(Exception):
+    """The engine has failed before, and takes nothing more."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How tokens of a request are chosen. The defaults sample from the model's own distribution.

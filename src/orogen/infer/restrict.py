@@ -5,6 +5,8 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import Array, lax
 
+from orogen.parallel.varying import vary_like
+
 # Bits of a threshold that one pass over the vocabulary decides. A pass compares with 2**BITS - 1 thresholds: more
 # arithmetic, fewer passes.
 BITS = 1
@@ -57,5 +59,5 @@ def _smallest(reaches: Callable[[Array], Array], bits: int, rows: int) -> Array:
         reached = [reaches(low_b + unit * digit - 1) for digit in range(1, 2**BITS)]
         return low_b + unit * sum((~r).astype(jnp.uint32) for r in reached)
 
-    passes = -(-bits // BITS)
-    return lax.fori_loop(0, passes, pass_over, jnp.zeros(rows, jnp.uint32))
+    passes, none_b = -(-bits // BITS), jnp.zeros(rows, jnp.uint32)
+    return lax.fori_loop(0, passes, pass_over, vary_like(none_b, reaches(none_b)))

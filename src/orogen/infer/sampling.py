@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from orogen.infer.budget import Markers, settle, thought_of
 from orogen.infer.knobs import MASK_BITS, Features, Knobs
 from orogen.infer.request import Request
 from orogen.infer.restrict import restricted
+from orogen.parallel.varying import vary_like
 
 
 class Rows(NamedTuple):
@@ -104,7 +105,7 @@ def choose(
         token_b = jnp.where(knobs.temperature_b > 0, _drawn(shaped_bv, knobs, rows.number_b, features), token_b)
     thought = rows.thought
     if features.budgets:
-        token_b, thought = settle(token_b, knobs.budget_b, knobs.grace_b, thought, markers)
+        token_b, thought = settle(token_b, knobs.budget_b, knobs.grace_b, thought, markers, once_b=knobs.once_b)
     after = Rows(rows.number_b + 1, _counted(rows.counts_bv, token_b), rows.prompt_bv, thought)
     if live_b is not None:
         after = jax.tree.map(lambda a, b: jnp.where(jnp.expand_dims(live_b, range(1, a.ndim)), a, b), after, rows)
@@ -138,7 +139,10 @@ def _drawn(shaped_bv: Array, knobs: Knobs, number_b: Array, features: Features) 
     below_bv = _below(shaped_bv)
     scaled_bv = jnp.where(below_bv == -jnp.inf, -jnp.inf, below_bv / temperature_b[:, None])
     if features.restricts:
-        scaled_bv = restricted(scaled_bv, knobs.top_k_b, knobs.top_p_b, knobs.min_p_b)
+        limits = knobs.top_k_b, knobs.top_p_b, knobs.min_p_b
+        some = jnp.any((knobs.top_k_b < scaled_bv.shape[1]) | (knobs.top_p_b < 1) | (knobs.min_p_b > 0))
+        start_bv = vary_like(scaled_bv, (scaled_bv, limits))
+        scaled_bv = lax.cond(some, lambda a_bv: restricted(a_bv, *limits), lambda a_bv: a_bv, start_bv)
     noise_bv = jax.vmap(lambda key_2, number: _gumbel(key_2, number, shaped_bv.shape[1]))(knobs.key_b2, number_b)
     return _first_largest(scaled_bv + noise_bv)
 

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 
 from orogen.infer.forward import NONE, Report
-from orogen.infer.request import ERROR, LENGTH, STOP, Chosen, Output, Request
+from orogen.infer.request import CANCELLED, ERROR, LENGTH, STOP, Chosen, Output, Request
 from orogen.infer.text import TextStream
+
+MOST_ENDS = 16  # ids that end a text which the devices know; further ones are looked for here
 
 
 class _Plain(dict[int, Chosen]):
@@ -45,6 +47,22 @@ class Slot:
         """Tokens that may still come."""
         return self.request.max_tokens - len(self.generated)
 
+    def told(self, chosen: Sequence[Chosen], *, bad: bool) -> Output:
+        """As `advance`; what goes wrong with its text or its grammar ends this request."""
+        before = len(self.generated)
+        try:
+            return self.advance(chosen, bad=bad)
+        except Exception as error:
+            kept = tuple(chosen[: len(self.generated) - before])
+            return Output(self.number, kept, finish=ERROR, error=_failure(error))
+
+    def cancelled(self) -> Output:
+        """What there is to tell of a request that ends here."""
+        try:
+            return Output(self.number, text="" if self.text is None else self.text.finish(), finish=CANCELLED)
+        except Exception as error:
+            return Output(self.number, finish=ERROR, error=_failure(error))
+
     def advance(self, chosen: Sequence[Chosen], *, bad: bool) -> Output:
         """Takes new tokens, of which only the last may end the text by its id or `max_tokens`, and returns what there
         is to tell. bad: the last one was chosen from logits that are no numbers, or allow no token."""
@@ -52,7 +70,8 @@ class Slot:
             chosen = chosen[:-1]
         kept, text, finish, error = [], "", None, None
         # What may end the text before its last token is looked for token by token.
-        step = 1 if self.matcher is not None or self.request.stop else max(len(chosen), 1)
+        each = self.matcher is not None or self.request.stop or len(self.ends) > MOST_ENDS
+        step = 1 if each else max(len(chosen), 1)
         for first in range(0, len(chosen), step):
             some = chosen[first : first + step]
             kept += some
@@ -77,6 +96,10 @@ class Slot:
             error = self.matcher.advance(ids[-1])
             finish = ERROR if error else STOP if self.matcher.finished else None
         return text, LENGTH if finish is None and not self.left else finish, error
+
+
+def _failure(error: Exception) -> str:
+    return f"the request failed: {type(error).__name__}: {error}".splitlines()[0]
 
 
 def plain(ids: Sequence[int]) -> list[Chosen]:

@@ -20,6 +20,7 @@ from orogen.model.layout import Layout, Whole
 from orogen.model.mtp import MTPBlock, shifted
 from orogen.model.vocabulary import resized
 from orogen.parallel.context import later
+from orogen.parallel.placement import Released
 from orogen.parallel.plan import Plan
 
 
@@ -106,9 +107,15 @@ def build(config: ModelConfig, layout: Layout | None = None, vocab_rows: int | N
     return whole._replace(params=laid[0], buffers=laid[1])
 
 
-def written_out(config: ModelConfig, built: Built, *states: nnx.State) -> tuple[Built, tuple[nnx.State, ...]]:
+def written_out(
+    config: ModelConfig, built: Built, *states: nnx.State, release: bool = False
+) -> tuple[Built, tuple[nnx.State, ...]]:
     """The same model, laid out whole, with every layer separate, and its parameters or buffers in that form: a loop
-    over layers would copy each one's weights out of their stack, which takes as long as a step of decoding."""
+    over layers would copy each one's weights out of their stack, which takes as long as a step of decoding.
+
+    release: the arrays of repeated layers move to the host, are deleted, and come back layer by layer, so that the
+    devices never hold more than the weights once; the states given cannot be used any more.
+    """
     model = jax.eval_shape(lambda: LanguageModel(config, nnx.Rngs(0), repeated=False))
     graph = nnx.split(model)[0]
 
@@ -123,6 +130,10 @@ def written_out(config: ModelConfig, built: Built, *states: nnx.State) -> tuple[
     abstract = built._replace(
         graph=graph, params=jax.eval_shape(apart, built.params), buffers=jax.eval_shape(apart, built.buffers)
     )
+    if release:
+        states = tuple(jax.tree.map(Released, state) for state in states)
+        taken = lambda a: a.whole() if isinstance(a, Released) else a  # noqa: E731
+        return abstract, tuple(jax.tree.map(taken, apart(state)) for state in states)
     return abstract, tuple(apart(state) for state in states)
 
 

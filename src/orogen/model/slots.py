@@ -118,14 +118,19 @@ class Paged(NamedTuple):
         window, or if the plan has no such kernel."""
         if plan.decode_kernels == "reference" or q_bthk.shape[1] > FEW or window is not None:
             return None
-        # Padding is not written, but counts here, so that each query has its position; causality hides what is read at
-        # the positions of padding.
-        length_b = jnp.where(counts(docs) > 0, docs.positions_bt[:, -1] + 1, 0)
+        count_b, tokens = counts(docs), q_bthk.shape[1]
+        # The kernel takes a row's last tokens. Padding therefore moves to the front, and the length ends with the last
+        # token that is there: what lies beyond it may be no number, which a weight of zero does not hide.
+        moved_bt = (jnp.arange(tokens) + count_b[:, None]) % tokens
+        back_bt = (jnp.arange(tokens) - count_b[:, None]) % tokens
+        turned = lambda a, index_bt: a if tokens == 1 else _at_times(a, index_bt)  # noqa: E731
+        length_b = jnp.where(count_b > 0, docs.positions_bt[:, 0] + count_b, 0)
         k_nsgk, v_nsgk = self.values
-        return paged_attention(
-            q_bthk, k_nsgk, v_nsgk, self.table_bp, length_b, sinks_h=sinks_h, scale=scale,
+        y_bthk = paged_attention(
+            turned(q_bthk, moved_bt), k_nsgk, v_nsgk, self.table_bp, length_b, sinks_h=sinks_h, scale=scale,
             implementation=plan.decode_kernels,
         )  # fmt: skip
+        return turned(y_bthk, back_bt)
 
     def reading(self, docs: Documents) -> Reading:
         """Every position of the rows' pages; causality hides those after a query. Positions beyond a row's last token
@@ -327,6 +332,11 @@ def _written(ring_bkc: Array, new_btc: Array, docs: Documents) -> Array:
     index_bk = last_b1 - (last_b1 - entry_k) % size - start_b1
     latest_bkc = jnp.take_along_axis(new_btc, jnp.maximum(index_bk, 0)[..., None], axis=1)
     return jnp.where((index_bk >= 0)[..., None], latest_bkc, ring_bkc)
+
+
+def _at_times(x_bthk: Array, index_bt: Array) -> Array:
+    """Each row's tokens in this order."""
+    return jnp.take_along_axis(x_bthk, index_bt[..., None, None], axis=1)
 
 
 def _flat(x: Array) -> Array:

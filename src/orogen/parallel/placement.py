@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
-from jax import lax
+from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from orogen.parallel.axes import SHARDED, full_axes, map_variables, spec_of
@@ -83,6 +84,29 @@ def working(tree: Any, plan: Plan) -> Any:
 
 
 # For gradients, inside the step.
+
+
+class Released:
+    """An array of a device that is taken over: whole, or by parts, and then deleted there."""
+
+    def __init__(self, array: Array) -> None:
+        self._array, self._sharding = array, array.sharding
+        self._host: np.ndarray | None = None
+
+    def whole(self) -> Array:
+        """The array itself, of which no part was taken."""
+        return self._array
+
+    def __getitem__(self, index: tuple[int, ...]) -> "Array | Released":
+        if not index:
+            return self
+        if self._host is None:
+            self._host = np.array(self._array)
+            self._array.delete()
+        sharding = self._sharding
+        if isinstance(sharding, NamedSharding):  # repeated layers are not split over devices
+            sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[len(index) :]))
+        return jax.device_put(self._host[index], sharding)
 
 
 def scatter_gradients(grads: Any, plan: Plan) -> Any:

@@ -1,0 +1,113 @@
+"""The shapes of an engine's programs: so few that all of them can be compiled before the first request.
+
+Pieces of prompts are padded to one of a few lengths, calls to one of a few numbers of rows, and page tables to one of a
+few widths, each about FACTOR times the next smaller one. Where padding would more than double a piece or a call, it
+goes in two instead.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from orogen.config.engine import EngineConfig
+from orogen.infer.schedule import Piece
+from orogen.infer.sizes import Sizes
+
+FACTOR = 4
+SMALLEST_PIECE, SMALLEST_TABLE = 32, 256  # tokens
+
+
+class Call(NamedTuple):
+    """Pieces that one call reads, padded to `length` tokens, in `rows` rows of each data rank."""
+
+    pieces: tuple[Piece, ...]
+    length: int
+    rows: int
+
+
+class Buckets:
+    """The shapes of one engine. lengths, rows (of a length) and reaches, pages of a row, ascend.
+
+    reaches: of what reads prompts; decode_reaches: of what decodes.
+    """
+
+    def __init__(self, config: EngineConfig, sizes: Sizes, *, tensor: int, tables_cost_nothing: bool) -> None:
+        """tensor: ranks that share the tokens and the rows of a call. tables_cost_nothing: decoding reads no more of a
+        wide page table than of a narrow one."""
+        self._sizes, self._tensor, self._exact = sizes, tensor, config.exact
+        self._tokens = config.prefill_tokens
+        self._most, self._page = min(config.prefill_tokens, sizes.length), config.page
+        # What is read row by row takes any number of tokens, and no time for rows without any.
+        smallest = self._most if config.exact else SMALLEST_PIECE
+        self.lengths = tuple(_multiple(n, tensor) for n in _fractions(self._most, smallest))
+        narrow = -(-SMALLEST_TABLE // config.page)
+        self.reaches = _fractions(sizes.reach, sizes.reach if config.exact else narrow)
+        self.decode_reaches = self.reaches[-1:] if tables_cost_nothing else self.reaches
+
+    def rows(self, length: int) -> tuple[int, ...]:
+        """How many rows of each data rank a call of this length may have."""
+        most = min(self._sizes.slots, max(1, self._tokens // length))
+        if self._exact:
+            return (self._sizes.slots,)
+        powers = [FACTOR**n for n in range(most.bit_length()) if FACTOR**n <= most]
+        return tuple(dict.fromkeys(_multiple(n, self._tensor) for n in powers))
+
+    def reads(self) -> Iterator[tuple[int, int, int]]:
+        """Rows, length and reach of every call that reads prompts."""
+        for place, length in enumerate(self.lengths):
+            shortest = 1 if place == 0 else length // 2 + 1  # see `_cut`
+            for reach in self.reaches:
+                if reach * self._page >= min(shortest, self._sizes.reach * self._page):
+                    yield from ((rows, length, reach) for rows in self.rows(length))
+
+    def reach(self, tokens: int, reaches: Sequence[int]) -> int:
+        """The least of the reaches that has room for so many tokens; the last one if none has."""
+        return next((r for r in reaches if r * self._page >= tokens), reaches[-1])
+
+    def calls(self, pieces: Sequence[Piece]) -> Iterator[Call]:
+        """The calls that read these pieces, each piece in order."""
+        parts = [list(self._cut(piece)) for piece in pieces]
+        for turn in range(max(map(len, parts), default=0)):
+            now = [each[turn] for each in parts if turn < len(each)]
+            for length in sorted({length for _, length in now}):
+                yield from self._together([piece for piece, padded in now if padded == length], length)
+
+    def _together(self, pieces: Sequence[Piece], length: int) -> Iterator[Call]:
+        """Calls of pieces of one length: as many rows as are at least half used."""
+        ranks: list[list[Piece]] = [[] for _ in range(self._sizes.ranks)]
+        for piece in pieces:
+            ranks[piece.slot // self._sizes.slots].append(piece)
+        while any(ranks):
+            count, buckets = max(map(len, ranks)), self.rows(length)
+            fitting = [rows for rows in buckets if rows < 2 * count]
+            rows = next((r for r in fitting if r >= count), (fitting or buckets)[-1 if fitting else 0])
+            yield Call(tuple(piece for rank in ranks for piece in rank[:rows]), length, rows)
+            ranks = [rank[rows:] for rank in ranks]
+
+    def _cut(self, piece: Piece) -> Iterator[tuple[Piece, int]]:
+        """Parts of a piece with the lengths that they are padded to, each but the shortest at least half used."""
+        start, left = piece.start, piece.count
+        while left:
+            length = next(n for n in self.lengths if n >= left)
+            shorter = max((n for n in self.lengths if n < length), default=length)
+            if left <= 2 * shorter:
+                length = shorter
+            count = min(left, length)
+            ends = count == left
+            yield (
+                piece._replace(start=start, count=count, last=piece.last and ends, row=piece.row if ends else None),
+                length,
+            )
+            start, left = start + count, left - count
+
+
+def _fractions(most: int, least: int) -> tuple[int, ...]:
+    """`most` and its FACTOR-th parts, rounded up, down to `least` at the lowest."""
+    found = [most]
+    while found[0] > 1 and -(-found[0] // FACTOR) >= least:
+        found.insert(0, -(-found[0] // FACTOR))
+    return tuple(found)
+
+
+def _multiple(count: int, of: int) -> int:
+    """The next multiple."""
+    return -(-count // of) * of

@@ -1,0 +1,55 @@
+"""Compiles every program that an engine can need, so that none is compiled while requests wait."""
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from orogen.infer.arrays import Arrays
+from orogen.infer.buckets import Buckets, Call
+from orogen.infer.forward import Caches
+from orogen.infer.programs import Programs
+from orogen.infer.samplers import Samplers
+
+WORKERS = 8  # that compile at a time: each holds a program's whole text, and XLA has threads of its own
+
+
+def compiling(
+    programs: Programs, buckets: Buckets, arrays: Arrays, samplers: Samplers, stores: tuple[Caches, Caches]
+) -> list[Callable[[], Any]]:
+    """One function per program of an engine, which compiles it; they may run at the same time. stores: caches of slots
+    and of snapshots."""
+    jobs = [*_reads(programs, buckets, arrays, samplers, stores[0])]
+    jobs += _decodes(programs, buckets, arrays, samplers, stores[0])
+    into, none = arrays.slot_row(0), arrays.snapshot_row(0, None)
+    for one, other in (stores, stores[::-1]):
+        jobs.append((programs.copy, (one, other, into, none)))
+    if programs.keeps_text:
+        jobs.append((programs.write, (stores[0], arrays.text((), programs.text_length), into)))
+    return [lambda run=run, inputs=inputs: run.lower(*inputs).compile() for run, inputs in jobs]
+
+
+def run_all(jobs: list[Callable[[], Any]]) -> None:
+    """Runs them in threads; XLA compiles without Python's lock. Raises what one of them raises."""
+    with ThreadPoolExecutor(min(WORKERS, os.cpu_count() or 1)) as pool:
+        for done in [pool.submit(job) for job in jobs]:
+            done.result()
+
+
+def _reads(
+    programs: Programs, buckets: Buckets, arrays: Arrays, samplers: Samplers, caches: Caches
+) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    run = programs.reader(samplers.everything)
+    for rows, length, reach in buckets.reads():
+        numbered, pieces = arrays.pieces(Call((), length, rows), {}, reach)
+        yield run, programs.read_inputs(caches, pieces, samplers.reading(numbered))
+
+
+def _decodes(
+    programs: Programs, buckets: Buckets, arrays: Arrays, samplers: Samplers, caches: Caches
+) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    for features in samplers.kinds:
+        for reach in buckets.decode_reaches:
+            control = arrays.control((), {}, 0, reach)
+            yield programs.decoder(features), programs.decode_inputs(caches, control, samplers.idle(features), 1)
+    arrays.changed()
