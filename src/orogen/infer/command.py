@@ -16,7 +16,7 @@ from orogen.config.checks import ConfigError
 from orogen.config.engine import EngineConfig
 from orogen.config.plan import PlanConfig
 from orogen.infer.options import add_request_options, fields_of
-from orogen.infer.request import ERROR
+from orogen.infer.request import ERROR, held_back
 
 if TYPE_CHECKING:
     from orogen.data.tokenizer import Tokenizer
@@ -134,7 +134,8 @@ def _generate_text(options: argparse.Namespace, fields: dict[str, Any]) -> int:
     ids = opened.tokenizer.prompt_ids(prompt)
     check_length(opened, len(ids), tokens)
     _, config = load_engine(options.gin_bindings, rows=1, length=rounded(len(ids) + tokens))
-    (outputs,) = Engine(opened, config).run([request_of(ids, fields | {"max_tokens": tokens})])
+    request = held_back(request_of(ids, fields | {"max_tokens": tokens}), opened.tokenizer.end_ids)
+    (outputs,) = Engine(opened, config).run([request])
     text, chosen = "".join(o.text for o in outputs), [c for o in outputs for c in o.tokens]
     finish, error = outputs[-1].finish or "", outputs[-1].error
     answer(options, {"prompt": prompt, **told(chosen=chosen, text=text, finish=finish)}, [prompt + text])
@@ -154,11 +155,12 @@ def _generate_lines(options: argparse.Namespace, fields: dict[str, Any]) -> int:
     defaults = fields | {"max_tokens": fields["max_tokens"] or TOKENS}
     seed = defaults.pop("seed")
     opened, config = _open(options.checkpoint, options.gin_bindings)
-    encode = None if opened.tokenizer is None else opened.tokenizer.prompt_ids
+    words = opened.tokenizer
+    encode, ends = (None, ()) if words is None else (words.prompt_ids, words.end_ids)
     chat = _chat(options, opened.tokenizer)
     with contextlib.nullcontext() if chat is None else contextlib.closing(chat):
         render = None if chat is None else lambda asked: _rendered(chat, asked)
-        reader = LineReader(defaults, encode=encode, render=render, seed=seed)
+        reader = LineReader(defaults, encode=encode, render=render, ends=ends, seed=seed)
         template = "" if chat is None else chat.calls
         settings = json.dumps([str(options.checkpoint.resolve()), defaults, seed, config.compute_dtype, template])
         done = run_batch(Engine(opened, config), options.input, options.out, reader=reader, settings=settings)
@@ -177,12 +179,14 @@ def _converse(options: argparse.Namespace, fields: dict[str, Any]) -> int:
     opened, config = _open(options.checkpoint, options.gin_bindings, rows=1)
     if opened.tokenizer is None:
         raise ConfigError("the checkpoint has no tokenizer.json; expected one, to read what is typed")
-    words, chat = Words(opened.tokenizer.prompt_ids), _chat(options, opened.tokenizer)
+    words, chat = opened.tokenizer, _chat(options, opened.tokenizer)
+    spoken = Words(words.prompt_ids, ends=words.end_ids)
     with contextlib.nullcontext() if chat is None else contextlib.closing(chat):
         if chat is not None:
             _require_installed(SERVE_NEEDS)
-            words = Words(words.encode, lambda asked: chat.prompt(asked).ids, {"shown": chat.shown_ids()})
-        return converse(Engine(opened, config), words, fields, source=sys.stdin, out=sys.stdout)
+            render = lambda asked: chat.prompt(asked).ids  # noqa: E731
+            spoken = spoken._replace(render=render, fields={"shown": chat.shown_ids()})
+        return converse(Engine(opened, config), spoken, fields, source=sys.stdin, out=sys.stdout)
 
 
 def _chat(options: argparse.Namespace, words: "Tokenizer | None") -> "Chat | None":
