@@ -34,10 +34,14 @@ TRIED = 4
 
 def compiled(library: Any, tokenizer: Any, kind: str, text: str) -> tuple[Any, str]:
     """llguidance's matcher of a grammar, and what is wrong with the grammar; empty if nothing is."""
+    convert = importlib.import_module("llguidance.gbnf_to_lark")
     try:
-        make = library.LLMatcher.grammar_from_regex if kind == "regex" else library.LLMatcher.grammar_from_json_schema
-        grammar = make(text)
-    except ValueError as error:
+        grammar = {
+            "regex": library.LLMatcher.grammar_from_regex,
+            "json_schema": library.LLMatcher.grammar_from_json_schema,
+            "grammar": lambda text: library.LLMatcher.grammar_from_lark(convert.any_to_lark(text)),
+        }[kind](text)
+    except (ValueError, RecursionError, convert.GbnfToLarkError) as error:
         return None, one_line(str(error))
     matcher = library.LLMatcher(tokenizer, grammar, log_level=0, limits=library.LLParserLimits(**LIMITS))
     if not matcher.is_error():

@@ -66,14 +66,15 @@ class Budget:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Grammar:
-    """What a request's text must match: a JSON schema, or a regular expression, as text."""
+    """What a request's text must match, as text: a JSON schema, a regular expression, or a grammar, which is written as
+    Lark does, with the first rule `start`, or as GBNF does, with `root`."""
 
     kind: str
     text: str
 
     def __post_init__(self) -> None:
         check_types(self)
-        require_choice(self, "kind", ("json_schema", "regex"))
+        require_choice(self, "kind", ("json_schema", "regex", "grammar"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

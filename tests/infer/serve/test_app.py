@@ -85,6 +85,8 @@ def test_tokenize_and_detokenize():
     reply = ask("POST", "/tokenize", {"prompt": "the é"}, words=True).json
     assert reply == {"count": len(ids) + 1, "max_model_len": 4000, "tokens": [tokenizer().bos_id, *ids]}
     assert ask("POST", "/tokenize", {"prompt": "the é", "add_special_tokens": False}, words=True).json["tokens"] == ids
+    named = ask("POST", "/tokenize", {"prompt": "the", "return_token_strs": True}, words=True).json
+    assert named["token_strs"] == ["<s>", *(backend().decode([i]) for i in named["tokens"][1:])]
     assert ask("POST", "/detokenize", {"tokens": ids}, words=True).json == {"prompt": "the é"}
     chat = {"messages": [{"role": "user", "content": "hi"}], "chat_template_kwargs": {"enable_thinking": False}}
     tokens = ask("POST", "/tokenize", chat, words=True).json["tokens"]

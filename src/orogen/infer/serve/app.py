@@ -22,7 +22,7 @@ from orogen.infer.serve.body import read_body
 from orogen.infer.serve.chats import chats
 from orogen.infer.serve.completions import completions
 from orogen.infer.serve.errors import HttpError, answer_error, answer_fault, answer_http, bad
-from orogen.infer.serve.exchange import Parts, Settings
+from orogen.infer.serve.exchange import Parts, Settings, token_text
 from orogen.infer.serve.measures import Measures
 from orogen.infer.serve.messages import check_messages
 from orogen.infer.service import Service
@@ -151,7 +151,10 @@ async def _tokenize(request: HttpRequest) -> Response:
         ids = await asyncio.get_running_loop().run_in_executor(parts.prompts, _ids_of, body, parts)
     except ConfigError as error:
         raise bad(error) from None
-    return JSONResponse({"count": len(ids), "max_model_len": parts.settings.most, "tokens": ids})
+    found = {"count": len(ids), "max_model_len": parts.settings.most, "tokens": ids}
+    if body.get("return_token_strs", False):
+        found["token_strs"] = [token_text(parts.tokenizer, i)[0] for i in ids]
+    return JSONResponse(found)
 
 
 def _ids_of(body: dict[str, Any], parts: Parts) -> list[int]:

@@ -6,7 +6,7 @@ import json
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -17,10 +17,20 @@ from orogen.data.tokenizer import Tokenizer
 from orogen.infer.answer import Answer, Part
 from orogen.infer.chat import THOUGHT, Chat, Prompt
 from orogen.infer.request import STOP, Chosen, Grammar, Output, Request
-from orogen.infer.serve import forms
+from orogen.infer.serve import forms, structured
 from orogen.infer.serve.body import ignored, read_body
 from orogen.infer.serve.errors import bad
-from orogen.infer.serve.exchange import Answers, Parts, check_end, ids_of, respond, token_text, usage
+from orogen.infer.serve.exchange import (
+    Answers,
+    Parts,
+    check_end,
+    ids_of,
+    reasoning_tokens,
+    respond,
+    token_text,
+    told_logprob,
+    usage,
+)
 from orogen.infer.serve.messages import check_messages
 from orogen.infer.tool_calls import Call, beginning, schemas_of
 
@@ -37,6 +47,7 @@ class Choice:
     calls: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     tokens: list[Chosen] = dataclasses.field(default_factory=list)
     finish: str | None = None
+    stop: str | int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +68,8 @@ async def chats(request: HttpRequest) -> Response:
     chat, loop = parts.need_chat(), asyncio.get_running_loop()
     asked = await loop.run_in_executor(parts.prompts, _asked, body, chat)
     requests = await asyncio.to_thread(_requests, body, asked, parts)
-    answers, stream = Answers(parts, requests), body.get("stream", False)
-    return await respond(request, answers, _Form(parts, body, asked), stream=stream, headers=ignored(unknown))
+    form, stream = _Form(parts, body, asked), forms.streams(body)
+    return await respond(request, Answers(parts, requests), form, stream=stream, headers=ignored(unknown))
 
 
 class _Form:
@@ -67,7 +78,7 @@ class _Form:
     def __init__(self, parts: Parts, body: dict[str, Any], asked: Asked) -> None:
         self._parts, self._body, self._asked = parts, body, asked
         make = lambda: Answer(thinks=asked.prompt.thinks, tools=asked.tools, called=asked.called)  # noqa: E731
-        self._choices = [Choice(make()) for _ in range(forms.choices(body))]
+        self._choices = [Choice(make()) for _ in range(body.get("n", 1))]
         self._same = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "object": "chat.completion",
@@ -88,33 +99,39 @@ class _Form:
 
     async def events(self, answers: Answers) -> AsyncIterator[dict[str, Any]]:
         """Chunks of each choice, then the counts if they are wanted."""
-        counts = self._body.get("stream_options", {}).get("include_usage", False)
-        same = {**self._same, "object": "chat.completion.chunk", **({"usage": None} if counts else {})}
+        counts = forms.Counts(self._body, self._counted)
+        same = {**self._same, "object": "chat.completion.chunk"}
         for number in range(len(self._choices)):
-            yield {**same, **self._prompt, "choices": [_chunk(number, {"role": "assistant", "content": ""})]}
+            begun = {"role": "assistant", "content": ""}
+            yield {**same, **self._prompt, "choices": [_chunk(number, begun)], **counts.of_chunk()}
         async for number, output in answers:
             check_end(output)
-            choice = self._choices[number]
-            deltas = self._take(choice, output)
-            known = self._known(output.tokens)
-            if known and not deltas:
-                deltas = [{"content": ""}]  # what is known of tokens whose text waits
-            for place, delta in enumerate(deltas):
-                yield {**same, "choices": [{**_chunk(number, delta), **({} if place else known)}]}
-            if output.finish is not None:
-                yield {**same, "choices": [_chunk(number, {}, choice.finish)]}
-        if counts:
+            for chunk in self._chunks(number, output):
+                yield {**same, "choices": [chunk], **counts.of_chunk()}
+        if counts.wanted:
             yield {**same, "choices": [], "usage": self._usage()}
+
+    def _chunks(self, number: int, output: Output) -> Iterator[dict[str, Any]]:
+        """What an output adds to a choice, as a stream tells it."""
+        choice = self._choices[number]
+        deltas, known = self._take(choice, output), self._known(output.tokens)
+        if known and not deltas:
+            deltas = [{"content": ""}]  # what is known of tokens whose text waits
+        for place, delta in enumerate(deltas):
+            yield {**_chunk(number, delta), **({} if place else known)}
+        if output.finish is not None:
+            yield {**_chunk(number, {}, choice.finish), "stop_reason": choice.stop}
 
     def _take(self, choice: Choice, output: Output) -> list[dict[str, Any]]:
         """Adds an output to a choice. Returns the deltas that tell what it adds."""
         choice.tokens += output.tokens
-        found = choice.answer.push(output.text)
+        found = choice.answer.push(forms.said(self._body, output))
         if output.finish is not None:
             found += choice.answer.finish()
         deltas = [delta for part in found for delta in self._add(choice, part)]
         if output.finish is not None:
             choice.finish = "tool_calls" if choice.calls and output.finish == STOP else output.finish
+            choice.stop = output.stop
         return deltas
 
     def _add(self, choice: Choice, part: Part) -> list[dict[str, Any]]:
@@ -142,14 +159,20 @@ class _Form:
 
     def _message(self, number: int, choice: Choice) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": choice.content or (None if choice.calls else "")}
-        message["reasoning_content"] = choice.reasoning or None
+        message |= {"reasoning_content": choice.reasoning or None, "refusal": None}
         if choice.calls:
             message["tool_calls"] = choice.calls
         known = {"logprobs": None, **self._known(choice.tokens)}
-        return {"index": number, "message": message, **known, "finish_reason": choice.finish}
+        ended = {"finish_reason": choice.finish, "stop_reason": choice.stop}
+        return {"index": number, "message": message, **known, **ended}
 
-    def _usage(self) -> dict[str, int]:
+    def _counted(self) -> dict[str, Any]:
         return usage(len(self._asked.prompt.ids), sum(len(choice.tokens) for choice in self._choices))
+
+    def _usage(self) -> dict[str, Any]:
+        thinking = [choice for choice in self._choices if choice.reasoning]
+        thought = sum(reasoning_tokens(self._parts.tokenizer, choice.tokens) for choice in thinking)
+        return {**self._counted(), "completion_tokens_details": {"reasoning_tokens": thought}}
 
 
 def _chunk(number: int, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
@@ -173,7 +196,7 @@ def _logprobs(tokens: Sequence[Chosen], tokenizer: Tokenizer | None) -> dict[str
 
     def told(token_id: int, logprob: float | None) -> dict[str, Any]:
         text, data = token_text(tokenizer, token_id)
-        return {"token": text, "logprob": logprob, "bytes": data}
+        return {"token": text, "logprob": told_logprob(logprob), "bytes": data}
 
     tops = [[told(*one) for one in chosen.top] for chosen in tokens]
     listed = [{**told(c.id, c.logprob), "top_logprobs": top} for c, top in zip(tokens, tops, strict=True)]
@@ -184,14 +207,15 @@ def _asked(body: dict[str, Any], chat: Chat) -> Asked:
     """The prompt of a body. A call that must be made is begun in it, after the end of thinking."""
     choice, tools = _chosen_tools(body)
     begun = beginning([tool["function"]["name"] for tool in tools or []], chat.calls) if choice == "called" else None
-    grammar, options = forms.grammar(body), _options(body)
+    grammar, options = structured.grammar(body), _options(body)
     if begun and grammar:
         raise bad("tool_choice asks for a call beside an answer of a given form; expected one of them")
-    if begun or grammar:
-        # Neither a call nor a grammar has room for thinking.
-        if options.get("enable_thinking"):
-            what = "a call that must be made" if begun else "an answer of a given form"
-            raise bad(f"chat_template_kwargs.enable_thinking is True beside {what}; expected false")
+    thinks = options.get("enable_thinking")
+    if begun and thinks:
+        raise bad("chat_template_kwargs.enable_thinking is True beside a call that must be made; expected false")
+    # A grammar begins after the thought, which is then asked for by name: a model that goes on thinking would say
+    # nothing of the form that a client waits for.
+    if begun or (grammar and not thinks and "reasoning_budget" not in options):
         options["enable_thinking"] = False
     if begun and begun.rest:
         grammar = Grammar(kind="regex", text=begun.rest)
@@ -231,17 +255,33 @@ def _chosen_tools(body: dict[str, Any]) -> tuple[str, list[dict[str, Any]] | Non
             raise bad(f"tools[{number}].type is {shown(tool['type'])}; expected function")
         if not _NAME.fullmatch(name := tool["function"]["name"]):
             raise bad(f"tools[{number}].function.name is {shown(name)}; expected letters, digits, _, -, . and /")
+    if isinstance(choice, dict) and choice["type"] == "allowed_tools":
+        choice, tools = _allowed(choice, tools)
     if isinstance(choice, str):
         if choice not in ("auto", "none", "required"):
             raise bad(f"tool_choice is {shown(choice)}; expected auto, none, required or a function")
         if choice == "required" and not tools:
             raise bad("tool_choice is 'required' without tools; expected tools")
         return "called" if choice == "required" else choice, tools if choice != "none" and tools else None
-    name = choice["function"]["name"]
-    named = [tool for tool in tools or [] if tool["function"]["name"] == name]
+    named = _of_names(tools, [choice])
     if choice["type"] != "function" or not named:
         raise bad(f"tool_choice is {shown(choice)}; expected a function among tools")
     return "called", named[:1]
+
+
+def _allowed(choice: dict[str, Any], tools: list[dict[str, Any]] | None) -> tuple[str, list[dict[str, Any]]]:
+    """The mode of OpenAI's `allowed_tools`, and the tools that are among them. Raises HttpError."""
+    allowed = choice.get("allowed_tools", {"mode": None, "tools": []})
+    named = _of_names(tools, allowed["tools"])
+    if allowed["mode"] not in ("auto", "required") or not named:
+        raise bad(f"tool_choice is {shown(choice)}; expected the mode auto or required, and functions among tools")
+    return allowed["mode"], named
+
+
+def _of_names(tools: list[dict[str, Any]] | None, references: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The tools to which there is a reference."""
+    names = [reference["function"]["name"] for reference in references if "function" in reference]
+    return [tool for tool in tools or [] if tool["function"]["name"] in names]
 
 
 def _requests(body: dict[str, Any], asked: Asked, parts: Parts) -> list[Request]:
@@ -256,11 +296,12 @@ def _requests(body: dict[str, Any], asked: Asked, parts: Parts) -> list[Request]
             body,
             tuple(asked.prompt.ids),
             number,
+            parts.ends,
             max_tokens=tokens,
             logprobs=body.get("top_logprobs", 0) if body.get("logprobs") else None,
             budget=budget if asked.prompt.thinks is not False else None,
             shown=chat.shown_ids(),
             grammar=asked.grammar,
         )
-        for number in range(forms.choices(body))
+        for number in range(body.get("n", 1))
     ]

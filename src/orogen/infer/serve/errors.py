@@ -29,7 +29,8 @@ class HttpError(Exception):
 def bad(message: object) -> HttpError:
     """What is wrong with a body."""
     # Configs name a field as `Sampling.top_p`; who sent the body knows it as `top_p`.
-    return HttpError(400, re.sub(r"^(Sampling|Request|Budget|Grammar)\.", "", str(message)))
+    named = str(message).replace("Grammar.text", "the grammar")
+    return HttpError(400, re.sub(r"^(Sampling|Request|Budget)\.", "", named))
 
 
 def answer_error(_: Request, error: Exception) -> Response:

@@ -15,14 +15,16 @@ from starlette.types import Receive, Scope, Send
 
 from orogen.config.checks import ConfigError
 from orogen.data.tokenizer import Tokenizer
-from orogen.infer.chat import Chat
+from orogen.infer.chat import THOUGHT, Chat
 from orogen.infer.request import CANCELLED, ERROR, Chosen, Full, Output, Request
 from orogen.infer.serve.errors import HttpError, bad
 from orogen.infer.serve.measures import Measures
 from orogen.infer.service import ClosedError, Service, Stream
 
 T = TypeVar("T")
+_THOUGHT = THOUGHT.encode()
 LAST_SECONDS = 5.0  # for the end of a stream to reach its client
+LEAST_LOGPROB = -9999.0  # vLLM's, in place of -infinity, which JSON has not
 GONE = 499  # nginx's status for a client that closed the connection; nobody reads it
 
 
@@ -50,6 +52,11 @@ class Parts:
     # A thread of their own for prompts of chats: a template that takes its time holds up no other request.
     prompts: ThreadPoolExecutor = dataclasses.field(default_factory=lambda: ThreadPoolExecutor(1, "prompts"))
     started: int = dataclasses.field(default_factory=lambda: int(time.time()))
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end a text."""
+        return frozenset() if self.tokenizer is None else self.tokenizer.end_ids
 
     def check_model(self, body: dict[str, Any]) -> None:
         """Raises HttpError unless the body names this server's model, or none."""
@@ -191,6 +198,23 @@ def token_text(tokenizer: Tokenizer | None, chosen: int) -> tuple[str, list[int]
         return str(tokenizer.specials[chosen]), []
     data = tokenizer.decode_bytes([chosen]) if chosen < tokenizer.vocab_size else b""
     return data.decode(errors="replace"), list(data)
+
+
+def told_logprob(logprob: float | None) -> float | None:
+    """A log-probability as JSON can tell it."""
+    return None if logprob is None else max(logprob, LEAST_LOGPROB)
+
+
+def reasoning_tokens(tokenizer: Tokenizer | None, tokens: Sequence[Chosen]) -> int:
+    """How many tokens of an answer that begins with a thought belong to it, `</think>` included."""
+    text = bytearray()
+    for number, chosen in enumerate(tokens, 1):
+        name, data = token_text(tokenizer, chosen.id)
+        piece = bytes(data) or name.encode()  # a special has no bytes
+        text += piece
+        if _THOUGHT in text[-len(_THOUGHT) - len(piece) :]:
+            return number
+    return len(tokens)
 
 
 def ids_of(tokens: Sequence[Chosen]) -> list[int]:
