@@ -262,6 +262,7 @@ def score(options: argparse.Namespace) -> int:
 def serve(options: argparse.Namespace) -> int:
     """`orogen serve`."""
     _require_installed(SERVE_NEEDS)
+    from orogen.infer.constrain import Constraints
     from orogen.infer.engine import Engine
     from orogen.infer.serve.app import make_app
     from orogen.infer.serve.exchange import Settings
@@ -276,6 +277,8 @@ def serve(options: argparse.Namespace) -> int:
     with listen(options.host, options.port) as bound:  # before the model is read, which may take minutes
         opened, config = _open(options.checkpoint, [*options.gin_bindings, *bindings])
         words, chat = opened.tokenizer, _chat(options, opened.tokenizer)
+        compiles = words is not None and importlib.util.find_spec("llguidance") is not None
+        constraints = Constraints(words, opened.config.vocab_size) if compiles else None
         engine = Engine(opened, config)
         del opened  # the engine has its weights, laid out anew
         service = Service(engine, limit=config.slots + config.queue)
@@ -286,7 +289,7 @@ def serve(options: argparse.Namespace) -> int:
             if options.json:
                 print(json.dumps({"host": host, "port": port, "model": name}), flush=True)
 
-        app = make_app(service, settings, tokenizer=words, chat=chat)
+        app = make_app(service, settings, tokenizer=words, chat=chat, constraints=constraints)
         with contextlib.closing(engine):
             return run(make_server(app, service, drain_seconds=options.drain_seconds, ready=ready), bound)
 

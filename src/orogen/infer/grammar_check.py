@@ -28,6 +28,9 @@ LIMITS = {
     "max_lexer_states": 20_000,
     "verbose_errors": False,
 }
+# Between the parts of a JSON text: nothing, a space, or a line end with its indentation. The library's default is any
+# space at all, of which models are known to write without an end.
+SPACES = {"whitespace_pattern": r"( |\n[ \t]{0,32})?"}
 # Steps that are tried: some expressions explode at the first token.
 TRIED = 4
 
@@ -38,7 +41,7 @@ def compiled(library: Any, tokenizer: Any, kind: str, text: str) -> tuple[Any, s
     try:
         grammar = {
             "regex": library.LLMatcher.grammar_from_regex,
-            "json_schema": library.LLMatcher.grammar_from_json_schema,
+            "json_schema": lambda text: _schema_grammar(library, text),
             "grammar": lambda text: library.LLMatcher.grammar_from_lark(convert.any_to_lark(text)),
         }[kind](text)
     except (ValueError, RecursionError, convert.GbnfToLarkError) as error:
@@ -47,6 +50,12 @@ def compiled(library: Any, tokenizer: Any, kind: str, text: str) -> tuple[Any, s
     if not matcher.is_error():
         matcher.compute_bitmask()  # a grammar that matches nothing, or is too large to begin with, fails here
     return matcher, one_line(matcher.get_error())
+
+
+def _schema_grammar(library: Any, text: str) -> str:
+    # The library takes options for objects alone; `true` and `false` are schemas too.
+    options = {"defaults": SPACES} if text.lstrip().startswith("{") else {}
+    return library.LLMatcher.grammar_from_json_schema(text, **options)
 
 
 def tried(matcher: Any) -> str:

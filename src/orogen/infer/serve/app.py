@@ -17,12 +17,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from orogen.config.checks import ConfigError
 from orogen.data.tokenizer import Tokenizer
 from orogen.infer.chat import Chat
+from orogen.infer.constrain import Constraints
 from orogen.infer.serve import forms
 from orogen.infer.serve.body import read_body
 from orogen.infer.serve.chats import chats
 from orogen.infer.serve.completions import completions
 from orogen.infer.serve.errors import HttpError, answer_error, answer_fault, answer_http, bad
 from orogen.infer.serve.exchange import Parts, Settings, token_text
+from orogen.infer.serve.grammars import Grammars
 from orogen.infer.serve.measures import Measures
 from orogen.infer.serve.messages import check_messages
 from orogen.infer.service import Service
@@ -33,9 +35,15 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inli
 
 
 def make_app(
-    service: Service, settings: Settings, *, tokenizer: Tokenizer | None = None, chat: Chat | None = None
-) -> Starlette:
-    """The application around a service, which is started and closed with it."""
+    service: Service, settings: Settings, *, tokenizer: Tokenizer | None = None, chat: Chat | None = None,
+    constraints: Constraints | None = None,
+) -> Starlette:  # fmt: skip
+    """The application around a service, which is started and closed with it.
+
+    constraints: those that compile grammars, of the engine's tokenizer; None: the engine does, while its other requests
+    wait.
+    """
+    grammars = None if constraints is None else Grammars(constraints)
 
     @contextlib.asynccontextmanager
     async def life(_: Starlette) -> AsyncIterator[None]:
@@ -47,6 +55,8 @@ def make_app(
             app.state.parts.prompts.shutdown(wait=False)
             if chat is not None:
                 chat.close()
+            if grammars is not None:
+                grammars.close()
 
     app = Starlette(
         routes=[
@@ -63,7 +73,7 @@ def make_app(
         lifespan=life,
         exception_handlers={HttpError: answer_error, HTTPException: answer_http, Exception: answer_fault},
     )
-    app.state.parts = Parts(service, settings, tokenizer, chat, Measures())
+    app.state.parts = Parts(service, settings, tokenizer, chat, Measures(), grammars)
     app.add_middleware(_Gate, parts=app.state.parts)
     return app
 

@@ -18,6 +18,7 @@ from orogen.data.tokenizer import Tokenizer
 from orogen.infer.chat import THOUGHT, Chat
 from orogen.infer.request import CANCELLED, ERROR, Chosen, Full, Output, Request
 from orogen.infer.serve.errors import HttpError, bad
+from orogen.infer.serve.grammars import Grammars
 from orogen.infer.serve.measures import Measures
 from orogen.infer.service import ClosedError, Service, Stream
 
@@ -49,6 +50,7 @@ class Parts:
     tokenizer: Tokenizer | None
     chat: Chat | None
     measures: Measures
+    grammars: Grammars | None = None
     # A thread of their own for prompts of chats: a template that takes its time holds up no other request.
     prompts: ThreadPoolExecutor = dataclasses.field(default_factory=lambda: ThreadPoolExecutor(1, "prompts"))
     started: int = dataclasses.field(default_factory=lambda: int(time.time()))
@@ -105,14 +107,15 @@ class Answers:
         self._last = [self._since] * len(self._requests)
         self._parts.measures.waiting.inc(self._left)
         try:
+            await self._prepare_grammars()
             taken = await asyncio.gather(*map(self._submit, range(len(self._requests))), return_exceptions=True)
             if errors := [one for one in taken if one is not None]:
-                raise _told(errors[0])
-        except BaseException:
+                raise errors[0]
+        except BaseException as error:
             self._parts.measures.waiting.dec(self._left)
             self._left = 0  # a refused request is not one that ended
             self.close()
-            raise
+            raise _told(error) from None
         self._parts.measures.prompt_tokens.inc(sum(len(request.prompt) for request in self._requests))
         return self
 
@@ -136,6 +139,11 @@ class Answers:
         if self._left:
             self._parts.measures.finished.labels(CANCELLED).inc(self._left)
         self._begun, self._left = set(), 0
+
+    async def _prepare_grammars(self) -> None:
+        if self._parts.grammars is not None:
+            for grammar in {request.grammar for request in self._requests if request.grammar is not None}:
+                await self._parts.grammars.prepare(grammar)
 
     async def _submit(self, number: int) -> None:
         stream = await self._parts.service.submit(self._requests[number], self._arrived)
