@@ -141,7 +141,7 @@ def test_a_client_that_vanishes_takes_its_requests_along(stream):
 
 def test_a_client_that_reads_nothing_holds_no_slot(monkeypatch):
     """Its connection takes no more, so that sending never ends: the stream's time ends it."""
-    monkeypatch.setattr("orogen.infer.serve.exchange.LAST_SECONDS", 0.5)
+    monkeypatch.setattr("orogen.infer.serve.events.LAST_SECONDS", 0.5)
     engine = FakeEngine(wait=0.01)
 
     async def use(client):

@@ -27,9 +27,14 @@ from orogen.infer.serve.exchange import Parts, Settings, token_text
 from orogen.infer.serve.grammars import Grammars
 from orogen.infer.serve.measures import Measures
 from orogen.infer.serve.messages import check_messages
+from orogen.infer.serve.responses import responses
 from orogen.infer.service import Service
 
 OPEN = ("/", "/health", "/metrics")  # without the key
+# Those that are counted by name; what others there are is the client's choice.
+KNOWN = (
+    "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/models", "/tokenize", "/detokenize", *OPEN,
+)  # fmt: skip
 # The page needs nothing from elsewhere, and nothing may be put into it from elsewhere.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 
@@ -67,6 +72,7 @@ def make_app(
             Route("/v1/models/{name:path}", _model),
             Route("/v1/completions", completions, methods=["POST"]),
             Route("/v1/chat/completions", chats, methods=["POST"]),
+            Route("/v1/responses", responses, methods=["POST"]),
             Route("/tokenize", _tokenize, methods=["POST"]),
             Route("/detokenize", _detokenize, methods=["POST"]),
         ],
@@ -87,8 +93,7 @@ class _Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        known = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/tokenize", "/detokenize", *OPEN)
-        path = scope["path"] if scope["path"] in known else "other"
+        path = scope["path"] if scope["path"] in KNOWN else "other"
 
         async def counting(message: Message) -> None:
             if message["type"] == "http.response.start":

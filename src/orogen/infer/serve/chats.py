@@ -66,8 +66,8 @@ async def chats(request: HttpRequest) -> Response:
     body, unknown = await read_body(request, forms.CHAT)
     parts.check_model(body)
     chat, loop = parts.need_chat(), asyncio.get_running_loop()
-    asked = await loop.run_in_executor(parts.prompts, _asked, body, chat)
-    requests = await asyncio.to_thread(_requests, body, asked, parts)
+    asked = await loop.run_in_executor(parts.prompts, asked_of, body, chat)
+    requests = await asyncio.to_thread(requests_of, body, asked, parts)
     form, stream = _Form(parts, body, asked), forms.streams(body)
     return await respond(request, Answers(parts, requests), form, stream=stream, headers=ignored(unknown))
 
@@ -140,7 +140,7 @@ class _Form:
         if part.call is not None:
             if choice.calls and not self._body.get("parallel_tool_calls", True):
                 return []
-            deltas = _call_deltas(part.call, len(choice.calls))
+            deltas = call_deltas(part.call, len(choice.calls))
             whole = dict(deltas[0]["tool_calls"][0])
             del whole["index"]
             arguments = "".join(delta["tool_calls"][0]["function"]["arguments"] for delta in deltas)
@@ -152,7 +152,7 @@ class _Form:
         """What is told of tokens, beside their text."""
         known: dict[str, Any] = {}
         if self._body.get("logprobs") and tokens:
-            known["logprobs"] = _logprobs(tokens, self._parts.tokenizer)
+            known["logprobs"] = {"content": logprobs_of(tokens, self._parts.tokenizer), "refusal": None}
         if self._shows_ids and tokens:
             known["token_ids"] = ids_of(tokens)
         return known
@@ -179,7 +179,7 @@ def _chunk(number: int, delta: dict[str, Any], finish: str | None = None) -> dic
     return {"index": number, "delta": delta, "logprobs": None, "finish_reason": finish}
 
 
-def _call_deltas(call: Call, number: int) -> list[dict[str, Any]]:
+def call_deltas(call: Call, number: int) -> list[dict[str, Any]]:
     """A call as a stream tells it: its name, then each argument as a piece of a JSON object."""
     named = {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function"}
     deltas: list[dict[str, Any]] = [{"index": number, **named, "function": {"name": call.name, "arguments": ""}}]
@@ -191,20 +191,20 @@ def _call_deltas(call: Call, number: int) -> list[dict[str, Any]]:
     return [{"tool_calls": [delta]} for delta in deltas]
 
 
-def _logprobs(tokens: Sequence[Chosen], tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """In the form of OpenAI's chats."""
+def logprobs_of(tokens: Sequence[Chosen], tokenizer: Tokenizer | None) -> list[dict[str, Any]]:
+    """Log-probabilities in the form of OpenAI's chats."""
 
     def told(token_id: int, logprob: float | None) -> dict[str, Any]:
         text, data = token_text(tokenizer, token_id)
         return {"token": text, "logprob": told_logprob(logprob), "bytes": data}
 
     tops = [[told(*one) for one in chosen.top] for chosen in tokens]
-    listed = [{**told(c.id, c.logprob), "top_logprobs": top} for c, top in zip(tokens, tops, strict=True)]
-    return {"content": listed, "refusal": None}
+    return [{**told(c.id, c.logprob), "top_logprobs": top} for c, top in zip(tokens, tops, strict=True)]
 
 
-def _asked(body: dict[str, Any], chat: Chat) -> Asked:
-    """The prompt of a body. A call that must be made is begun in it, after the end of thinking."""
+def asked_of(body: dict[str, Any], chat: Chat) -> Asked:
+    """The prompt of a body, and what is to be made of its answer. A call that must be made is begun in the prompt,
+    after the end of thinking. Raises HttpError."""
     choice, tools = _chosen_tools(body)
     begun = beginning([tool["function"]["name"] for tool in tools or []], chat.calls) if choice == "called" else None
     grammar, options = structured.grammar(body), _options(body)
@@ -284,7 +284,8 @@ def _of_names(tools: list[dict[str, Any]] | None, references: list[dict[str, Any
     return [tool for tool in tools or [] if tool["function"]["name"] in names]
 
 
-def _requests(body: dict[str, Any], asked: Asked, parts: Parts) -> list[Request]:
+def requests_of(body: dict[str, Any], asked: Asked, parts: Parts) -> list[Request]:
+    """What the engine is asked, a request per choice. Raises HttpError."""
     chat = parts.need_chat()
     if body.get("top_logprobs") and not body.get("logprobs"):
         raise bad(f"top_logprobs is {body['top_logprobs']} without logprobs; expected logprobs true")

@@ -2,29 +2,26 @@
 
 import asyncio
 import dataclasses
-import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
-import anyio
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Scope, Send
 
 from orogen.config.checks import ConfigError
 from orogen.data.tokenizer import Tokenizer
 from orogen.infer.chat import THOUGHT, Chat
 from orogen.infer.request import CANCELLED, ERROR, Chosen, Full, Output, Request
 from orogen.infer.serve.errors import HttpError, bad
+from orogen.infer.serve.events import PLAIN, Events, Framing, ended, vanished
 from orogen.infer.serve.grammars import Grammars
 from orogen.infer.serve.measures import Measures
 from orogen.infer.service import ClosedError, Service, Stream
 
 T = TypeVar("T")
 _THOUGHT = THOUGHT.encode()
-LAST_SECONDS = 5.0  # for the end of a stream to reach its client
 LEAST_LOGPROB = -9999.0  # vLLM's, in place of -infinity, which JSON has not
 GONE = 499  # nginx's status for a client that closed the connection; nobody reads it
 
@@ -233,7 +230,7 @@ def ids_of(tokens: Sequence[Chosen]) -> list[int]:
 async def attended(request: HttpRequest, timeout: float, work: Callable[[], Awaitable[T]]) -> T | Response:
     """`work()`, cancelled when the client vanishes or time is up. Raises HttpError for the latter."""
     task = asyncio.ensure_future(work())
-    gone = asyncio.ensure_future(_vanished(request.receive))
+    gone = asyncio.ensure_future(vanished(request.receive))
     try:
         done, _ = await asyncio.wait({task, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if task in done:
@@ -242,19 +239,7 @@ async def attended(request: HttpRequest, timeout: float, work: Callable[[], Awai
             return Response(status_code=GONE)
         raise HttpError(504, f"the request took more than {timeout:g} s", kind="timeout_error")
     finally:
-        await _ended(task, gone)
-
-
-async def _vanished(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        continue
-
-
-async def _ended(*tasks: "asyncio.Future[Any]") -> None:
-    """Cancels tasks and waits for them; what they raise has been told or has no one to hear it."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.wait(tasks)
+        await ended(task, gone)
 
 
 class Form(Protocol):
@@ -270,63 +255,14 @@ class Form(Protocol):
 
 
 async def respond(
-    request: HttpRequest, answers: Answers, form: Form, *, stream: bool, headers: dict[str, str]
-) -> Response:
+    request: HttpRequest, answers: Answers, form: Form, *, stream: bool, headers: dict[str, str],
+    framing: Framing = PLAIN,
+) -> Response:  # fmt: skip
     """The response with the answers in a route's form. Raises HttpError for what is refused."""
     timeout = request.app.state.parts.settings.timeout
     if stream:
         await answers.__aenter__()  # a refusal has a status of its own, so it comes before the stream begins
-        return Events(form.events(answers), timeout=timeout, close=answers.close, headers=headers)
+        events = form.events(answers)
+        return Events(events, timeout=timeout, close=answers.close, headers=headers, framing=framing)
     found = await attended(request, timeout, lambda: form.whole(answers))
     return found if isinstance(found, Response) else JSONResponse(found, headers=headers)
-
-
-class Events(Response):
-    """Server-sent events. events: the objects to send, before `[DONE]`; an HttpError that they raise is sent as one
-    too. close: called at the end, whatever happened."""
-
-    def __init__(
-        self, events: AsyncIterator[dict[str, Any]], *, timeout: float, close: Callable[[], None],
-        headers: dict[str, str] | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})})
-        del self.headers["content-length"]
-        self.headers["content-type"] = "text/event-stream; charset=utf-8"
-        self._events, self._timeout, self._close = events, timeout, close
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends until the events end, the client vanishes or time is up."""
-        work, gone = asyncio.ensure_future(self._send(send)), asyncio.ensure_future(_vanished(receive))
-        try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                work.result()
-        finally:
-            self._close()
-            await _ended(work, gone)
-
-    async def _send(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        try:
-            async with asyncio.timeout(self._timeout):
-                async for event in self._events:
-                    await _send_event(send, json.dumps(event, ensure_ascii=False))
-            await self._end(send)
-        except TimeoutError:
-            late = HttpError(504, f"the request took more than {self._timeout:g} s", kind="timeout_error")
-            await self._end(send, late)
-        except HttpError as error:
-            await self._end(send, error)
-
-    async def _end(self, send: Send, error: HttpError | None = None) -> None:
-        self._close()
-        # A client that reads nothing any more may be what took so long.
-        with anyio.move_on_after(LAST_SECONDS):
-            if error is not None:
-                await _send_event(send, json.dumps(error.body()))
-            await _send_event(send, "[DONE]")
-            await send({"type": "http.response.body", "body": b""})
-
-
-async def _send_event(send: Send, data: str) -> None:
-    await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
