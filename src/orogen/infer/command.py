@@ -289,7 +289,8 @@ def serve(options: argparse.Namespace) -> int:
             if options.json:
                 print(json.dumps({"host": host, "port": port, "model": name}), flush=True)
 
-        app = make_app(service, settings, tokenizer=words, chat=chat, constraints=constraints)
+        beside = {"constraints": constraints, "scheduler": engine.scheduler}
+        app = make_app(service, settings, tokenizer=words, chat=chat, **beside)
         with contextlib.closing(engine):
             return run(make_server(app, service, drain_seconds=options.drain_seconds, ready=ready), bound)
 

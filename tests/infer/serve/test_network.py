@@ -12,32 +12,9 @@ import pytest
 from tests.infer.chats import WEATHER
 from tests.infer.fake_engine import FakeEngine
 from tests.infer.serve.harness import saying, worded
-from tests.infer.serve.live import post, serving
+from tests.infer.serve.live import ids_in, post, serving, stream
 
 STREAMS = 200
-
-
-async def stream(port: int, body: dict, *, leave_after: int | None = None) -> list[tuple[float, dict]]:
-    """The events of a stream with the times at which they came; the client leaves after so many."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    data, found = json.dumps({**body, "stream": True}).encode(), []
-    writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n%s" % (len(data), data))
-    try:
-        while line := await reader.readline():
-            if line.startswith(b"HTTP/1.1") and b" 200 " not in line:
-                raise AssertionError(line)
-            if line.startswith(b"data: [DONE]") or leave_after is not None and len(found) >= leave_after:
-                return found
-            if line.startswith(b"data: "):
-                found.append((time.monotonic(), json.loads(line[6:])))
-        raise AssertionError("the stream ended without [DONE]")
-    finally:
-        writer.close()
-
-
-def ids_in(events: list[tuple[float, dict]]) -> list[int]:
-    assert all("error" not in event for _, event in events), events
-    return [i for _, event in events for choice in event["choices"] for i in choice["token_ids"]]
 
 
 def test_two_hundred_streams_at_once_get_their_own_tokens_and_fair_turns():

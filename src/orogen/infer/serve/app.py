@@ -18,6 +18,7 @@ from orogen.config.checks import ConfigError
 from orogen.data.tokenizer import Tokenizer
 from orogen.infer.chat import Chat
 from orogen.infer.constrain import Constraints
+from orogen.infer.schedule import Scheduler
 from orogen.infer.serve import forms
 from orogen.infer.serve.body import read_body
 from orogen.infer.serve.chats import chats
@@ -41,13 +42,16 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inli
 
 def make_app(
     service: Service, settings: Settings, *, tokenizer: Tokenizer | None = None, chat: Chat | None = None,
-    constraints: Constraints | None = None,
+    constraints: Constraints | None = None, scheduler: Scheduler | None = None,
 ) -> Starlette:  # fmt: skip
     """The application around a service, which is started and closed with it.
 
     constraints: those that compile grammars, of the engine's tokenizer; None: the engine does, while its other requests
-    wait.
+    wait. scheduler: the engine's, of which /metrics tells what is held; None: it does not.
     """
+    measures = Measures()
+    if scheduler is not None:
+        measures.watch(scheduler)
     grammars = None if constraints is None else Grammars(constraints)
 
     @contextlib.asynccontextmanager
@@ -79,7 +83,7 @@ def make_app(
         lifespan=life,
         exception_handlers={HttpError: answer_error, HTTPException: answer_http, Exception: answer_fault},
     )
-    app.state.parts = Parts(service, settings, tokenizer, chat, Measures(), grammars)
+    app.state.parts = Parts(service, settings, tokenizer, chat, measures, grammars)
     app.add_middleware(_Gate, parts=app.state.parts)
     return app
 
