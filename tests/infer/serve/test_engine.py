@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import jax.numpy as jnp
 import pytest
-from tests.infer.chats import WEATHER, backend, tokenizer
+from tests.infer.chats import backend, tokenizer
 from tests.infer.engines import changed
 from tests.infer.serve.live import ids_in, post, serving, stream
 
@@ -69,12 +69,17 @@ def test_answers_of_a_given_form(port):
     assert choice["finish_reason"] == "length" or json.loads(choice["message"]["content"])["a"] in (1, 2)
 
 
-def test_a_call_that_must_be_made_begins_with_a_tools_name(port):
+def test_a_call_that_must_be_made_is_made(port):
+    """By a model that learnt nothing."""
     pytest.importorskip("llguidance")
-    tools = [WEATHER, {"type": "function", "function": {"name": "stop"}}]
-    content = chat(port, tools=tools, tool_choice="required")["message"]["content"]
-    # A model that learnt nothing calls nothing: what it begins comes back as text.
-    assert content.startswith(("<tool_call>\n<function=weather>", "<tool_call>\n<function=stop>"))
+    count = {"type": "object", "properties": {"n": {"enum": [3, 5]}}, "required": ["n"]}
+    tools = [{"type": "function", "function": {"name": "count", "parameters": count}},
+             {"type": "function", "function": {"name": "stop"}}]  # fmt: skip
+    choice = chat(port, tools=tools, tool_choice="required", max_tokens=99)
+    (call,) = choice["message"]["tool_calls"]
+    assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] is None
+    expected = {"count": [{"n": 3}, {"n": 5}], "stop": [{}]}
+    assert json.loads(call["function"]["arguments"]) in expected[call["function"]["name"]]
 
 
 def test_streams_beside_each_other_are_those_alone(port):

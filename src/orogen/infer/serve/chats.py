@@ -16,6 +16,7 @@ from orogen.config.checks import ConfigError, shown
 from orogen.data.tokenizer import Tokenizer
 from orogen.infer.answer import Answer, Part
 from orogen.infer.chat import THOUGHT, Chat, Prompt
+from orogen.infer.forced_call import beginning
 from orogen.infer.request import STOP, Chosen, Grammar, Output, Request
 from orogen.infer.serve import forms, structured
 from orogen.infer.serve.body import ignored, read_body
@@ -32,7 +33,7 @@ from orogen.infer.serve.exchange import (
     usage,
 )
 from orogen.infer.serve.messages import check_messages
-from orogen.infer.tool_calls import Call, beginning, schemas_of
+from orogen.infer.tool_calls import Call, schemas_of
 
 _NAME = re.compile(r"[\w./-]{1,256}", re.ASCII)
 
@@ -206,7 +207,7 @@ def asked_of(body: dict[str, Any], chat: Chat) -> Asked:
     """The prompt of a body, and what is to be made of its answer. A call that must be made is begun in the prompt,
     after the end of thinking. Raises HttpError."""
     choice, tools = _chosen_tools(body)
-    begun = beginning([tool["function"]["name"] for tool in tools or []], chat.calls) if choice == "called" else None
+    begun = beginning(tools, chat.calls) if choice == "called" and tools else None
     grammar, options = structured.grammar(body), _options(body)
     if begun and grammar:
         raise bad("tool_choice asks for a call beside an answer of a given form; expected one of them")
@@ -217,8 +218,8 @@ def asked_of(body: dict[str, Any], chat: Chat) -> Asked:
     # nothing of the form that a client waits for.
     if begun or (grammar and not thinks and "reasoning_budget" not in options):
         options["enable_thinking"] = False
-    if begun and begun.rest:
-        grammar = Grammar(kind="regex", text=begun.rest)
+    if begun:
+        grammar = begun.rest
     try:
         messages = check_messages(body["messages"])
         given = {"tools": tools, "options": options, "generate": body.get("add_generation_prompt", True)}
