@@ -116,6 +116,14 @@ def test_the_openai_client():
         assert whole.choices[0].text == "the weather" and whole.choices[0].token_ids
         parts = client.completions.create(model="tiny", prompt=[5, 6], max_tokens=4, stream=True)
         assert "".join(part.choices[0].text for part in parts) == "x"
+        with client.responses.stream(model="tiny", input="hi", reasoning={"effort": "none"}) as stream:
+            kinds = [event.type for event in stream]
+            assert stream.get_final_response().output_text == "x"
+        assert kinds[0] == "response.created" and kinds[-1] == "response.completed"
+        kept = {"model": "tiny", "input": "hi", "instructions": "Be kind.", "store": False}
+        assert client.responses.create(**kept, reasoning={"effort": "none"}).output_text == "x"
+        with pytest.raises(openai.BadRequestError, match="previous_response_id is 'resp_1'; this server keeps nothing"):
+            client.responses.create(**kept, previous_response_id="resp_1")
         with pytest.raises(openai.BadRequestError, match="temperature is -1.0; expected 0 or more"):
             client.completions.create(model="tiny", prompt="a", temperature=-1)
         with pytest.raises(openai.NotFoundError, match="expected 'tiny'"):
