@@ -125,7 +125,7 @@ def _generate_text(options: argparse.Namespace, fields: dict[str, Any]) -> int:
     from orogen.infer.generate import check_length, rounded
     from orogen.infer.lines import request_of, told
 
-    prompt, tokens = options.prompt or "", fields["max_tokens"] or TOKENS
+    prompt, tokens = options.prompt or "", _most(fields)
     opened, _ = _open(
         options.checkpoint, options.gin_bindings, rows=1, length=rounded(tokens + 1), settings={"--tokens": tokens}
     )
@@ -135,11 +135,20 @@ def _generate_text(options: argparse.Namespace, fields: dict[str, Any]) -> int:
     check_length(opened, len(ids), tokens)
     _, config = load_engine(options.gin_bindings, rows=1, length=rounded(len(ids) + tokens))
     request = held_back(request_of(ids, fields | {"max_tokens": tokens}), opened.tokenizer.end_ids)
-    (outputs,) = Engine(opened, config).run([request])
+    try:
+        (outputs,) = Engine(opened, config).run([request])
+    except ConfigError as error:
+        option = "--regex" if options.json_schema is None else f"--json_schema {options.json_schema}"
+        raise ConfigError(str(error).replace("Grammar.text", option)) from None
     text, chosen = "".join(o.text for o in outputs), [c for o in outputs for c in o.tokens]
     finish, error = outputs[-1].finish or "", outputs[-1].error
     answer(options, {"prompt": prompt, **told(chosen=chosen, text=text, finish=finish)}, [prompt + text])
     return fail(error, EXIT_FAILURE) if finish == ERROR else 0
+
+
+def _most(fields: Mapping[str, Any]) -> int:
+    """The most new tokens where there is no conversation."""
+    return fields["max_tokens"] or max(TOKENS, fields.get("min_tokens", 0))
 
 
 def _generate_lines(options: argparse.Namespace, fields: dict[str, Any]) -> int:
@@ -152,7 +161,7 @@ def _generate_lines(options: argparse.Namespace, fields: dict[str, Any]) -> int:
     from orogen.infer.engine import Engine
     from orogen.infer.lines import LineReader
 
-    defaults = fields | {"max_tokens": fields["max_tokens"] or TOKENS}
+    defaults = fields | {"max_tokens": _most(fields)}
     seed = defaults.pop("seed")
     opened, config = _open(options.checkpoint, options.gin_bindings)
     words = opened.tokenizer

@@ -99,6 +99,8 @@ def fields_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _read(file: Path) -> str:
+    if not file.is_file():
+        raise ConfigError(f"--json_schema {str(file)!r} is no file; expected one with a JSON schema")
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
