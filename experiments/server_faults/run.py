@@ -46,7 +46,8 @@ MODEL = ModelConfig(
     head_dim=8, mamba_num_heads=4, mamba_head_dim=8, n_groups=2, ssm_state_size=16, conv_kernel=4, chunk_size=32,
 )  # fmt: skip
 LENGTH = 512
-GREEDY = {"temperature": 0, "ignore_eos": True, "return_token_ids": True}
+# Nobody chooses the token that is NaN: only a prompt that has it reads it.
+GREEDY = {"temperature": 0, "ignore_eos": True, "return_token_ids": True, "logit_bias": {str(POISON): -100}}
 
 
 def checkpoint(folder: Path) -> Path:
