@@ -23,7 +23,7 @@ from orogen.infer.serve import forms
 from orogen.infer.serve.body import read_body
 from orogen.infer.serve.chats import chats
 from orogen.infer.serve.completions import completions
-from orogen.infer.serve.errors import HttpError, answer_error, answer_fault, answer_http, bad
+from orogen.infer.serve.errors import HttpError, answer_error, answer_fault, answer_http, bad, response_to
 from orogen.infer.serve.exchange import Parts, Settings, token_text
 from orogen.infer.serve.grammars import Grammars
 from orogen.infer.serve.measures import Measures
@@ -108,14 +108,14 @@ class _Gate:
         if path not in OPEN and not self._has_key(request):
             wrong = HttpError(401, "the API key is missing or wrong; expected `Authorization: Bearer KEY`",
                               code="invalid_api_key", headers={"www-authenticate": "Bearer"})  # fmt: skip
-            return await answer_error(request, wrong)(scope, receive, counting)
+            return await response_to(wrong)(scope, receive, counting)
         length = request.headers.get("content-length", "")
         if length.isascii() and length.isdigit() and int(length[:20]) > self._parts.settings.most_body:
             most = self._parts.settings.most_body
             large = HttpError(
                 413, f"the body has {length[:20]} bytes; expected at most {most}", headers={"connection": "close"}
             )
-            return await answer_error(request, large)(scope, receive, counting)
+            return await response_to(large)(scope, receive, counting)
         await self._app(scope, receive, counting)
 
     def _has_key(self, request: HttpRequest) -> bool:
