@@ -1,6 +1,7 @@
 """The server on a socket: many streams at once, clients that vanish, SIGTERM under load, the `openai` client."""
 
 import asyncio
+import http.client
 import json
 import os
 import signal
@@ -34,6 +35,18 @@ def test_two_hundred_streams_at_once_get_their_own_tokens_and_fair_turns():
     # Whoever came first does not end long before the rest began, and no stream is held up.
     assert ends[0] > begins[STREAMS // 2]
     assert spans[-1] < 4 * spans[STREAMS // 2] + 1, spans
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_who_sends_too_much_hears_so(chunked):
+    """Not only that the connection was closed."""
+    body = b'{"prompt": "' + b"a" * 2**23 + b'"}'
+    with serving(FakeEngine(), most_body=1000) as (port, _):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        connection.request("POST", "/v1/completions", iter([body]) if chunked else body, encode_chunked=chunked,
+                           headers={"transfer-encoding": "chunked"} if chunked else {})  # fmt: skip
+        response = connection.getresponse()
+        assert response.status == 413 and "expected at most" in json.load(response)["error"]["message"]
 
 
 def test_vanished_clients_free_their_slots():

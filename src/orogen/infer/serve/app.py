@@ -20,7 +20,7 @@ from orogen.infer.chat import Chat
 from orogen.infer.constrain import Constraints
 from orogen.infer.schedule import Scheduler
 from orogen.infer.serve import forms
-from orogen.infer.serve.body import read_body
+from orogen.infer.serve.body import discard, read_body
 from orogen.infer.serve.chats import chats
 from orogen.infer.serve.completions import completions
 from orogen.infer.serve.errors import HttpError, answer_error, answer_fault, answer_http, bad, response_to
@@ -115,6 +115,8 @@ class _Gate:
             large = HttpError(
                 413, f"the body has {length[:20]} bytes; expected at most {most}", headers={"connection": "close"}
             )
+            if "expect" not in request.headers:  # whoever sends that waits for the answer first
+                await discard(request)
             return await response_to(large)(scope, receive, counting)
         await self._app(scope, receive, counting)
 
