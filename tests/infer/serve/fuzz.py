@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 from tests.infer.chats import WEATHER, tokenizer
-from tests.infer.serve.harness import RENDERER, Client, Reply, lifespan, worded
+from tests.infer.serve.harness import RENDERER, Client, Reply, lifespan, saying, worded
 
 from orogen.infer.chat import Chat, own_template
 from orogen.infer.serve.app import make_app
@@ -120,7 +120,7 @@ def fault(reply: Reply) -> str | None:
 
 async def run(first: int, count: int) -> tuple[list[str], collections.Counter]:
     """Faults, and how often each status came, over bodies `first` to `first + count`."""
-    service = Service(worded(slots=16), limit=500)
+    service = Service(worded(slots=16, script=saying("hm</think>yes")), limit=500)
     chat = Chat(tokenizer(), own_template("nemotron_3_nano"), RENDERER)
     app = make_app(service, Settings(name="tiny", most=4000, most_body=10**5), tokenizer=tokenizer(), chat=chat)
     faults, statuses = [], collections.Counter()

@@ -230,6 +230,8 @@ def test_unknown_fields_are_named_and_ignored():
     assert reply.status == 200
     assert reply.headers["x-ignored-fields"] == '"temprature", "\\u00e9"'
     assert "x-ignored-fields" not in complete(prompt=[5]).headers
+    reply = complete(prompt=[5], max_completion_tokens=[])
+    assert (reply.status, reply.headers["x-ignored-fields"]) == (200, '"max_completion_tokens"')
 
 
 def test_another_model_is_not_found():
@@ -237,6 +239,7 @@ def test_another_model_is_not_found():
     assert reply.status == 404 and reply.json["error"]["code"] == "model_not_found"
     assert reply.error == "the model 'other' does not exist; expected 'tiny'"
     assert complete(prompt=[5], model="tiny").status == 200
+    assert len(complete(prompt=[5], model="x" * 10**4).error) < 3000
 
 
 def test_a_request_that_fails():

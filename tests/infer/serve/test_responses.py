@@ -8,6 +8,7 @@ from tests.infer.fake_engine import FakeEngine
 from tests.infer.serve.harness import saying, with_client, worded
 
 from orogen.infer.request import Budget, Grammar
+from orogen.infer.serve.conversation import chat_of
 
 TOOL = {"type": "function", **WEATHER["function"]}
 CALL = "<tool_call>\n<function=weather>\n<parameter=city>\nRome\n</parameter>\n</function>\n</tool_call>"
@@ -86,6 +87,10 @@ def test_earlier_answers_are_messages_of_their_own():
              {"role": "assistant", "content": "b"}, {"role": "user", "content": "y"}]  # fmt: skip
     respond(engine=engine, input=items)
     assert prompt_of(engine).count("<|im_start|>assistant") == 3
+    thought = {"type": "reasoning", "content": "R"}
+    assert chat_of({"input": [thought, items[1]]})["messages"] == [
+        {"role": "assistant", "reasoning_content": "R", "content": "a"}
+    ]
 
 
 @pytest.mark.parametrize("text", ["hm é\n</think>\nyes 🙂", f"hm</think>Look.\n{CALL}\n{CALL}", "a </thin", "</think>"])

@@ -137,8 +137,9 @@ def _message(item: dict[str, Any], where: str) -> dict[str, Any]:
     if kind == "message":
         return {"role": _field(item, "role", where), "content": _text(item.get("content"), f"{where}.content")}
     if kind == "reasoning":
-        parts = item.get("content") or item.get("summary") or []
-        return {"role": "assistant", "reasoning_content": "\n".join(part.get("text") or "" for part in parts)}
+        said = item.get("content") or item.get("summary") or ""
+        text = said if isinstance(said, str) else "\n".join(part.get("text") or "" for part in said)
+        return {"role": "assistant", "reasoning_content": text}
     if kind == "function_call":
         function = {name: _field(item, name, where) for name in ("name", "arguments")}
         call = {"id": _field(item, "call_id", where), "type": "function", "function": function}

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from orogen.config.checks import ConfigError
+from orogen.config.checks import ConfigError, shown
 from orogen.data.tokenizer import Tokenizer
 from orogen.infer.chat import THOUGHT, Chat
 from orogen.infer.request import CANCELLED, ERROR, Chosen, Full, Output, Request
@@ -60,7 +60,7 @@ class Parts:
     def check_model(self, body: dict[str, Any]) -> None:
         """Raises HttpError unless the body names this server's model, or none."""
         if (name := body.get("model", self.settings.name)) != self.settings.name:
-            message = f"the model {name!r} does not exist; expected {self.settings.name!r}"
+            message = f"the model {shown(name)} does not exist; expected {self.settings.name!r}"
             raise HttpError(404, message, code="model_not_found")
 
     def check_length(self, prompt: int, new: int) -> None:

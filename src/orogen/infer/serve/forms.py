@@ -111,8 +111,10 @@ def read(data: bytes, form: Record) -> tuple[dict[str, Any], list[str]]:
     for name, neutral in NOT_OFFERED.items():
         if name in body and not any(type(body[name]) is type(n) and body[name] == n for n in neutral):
             raise bad(f"{name} is {shown(body[name])}; this server does not offer it")
-    known = {*form.required, *form.optional, *TOLD, *NOT_OFFERED}
-    return {k: v for k, v in body.items() if v is not None}, sorted(body.keys() - known)
+    fields = {*form.required, *form.optional}
+    # What no form has checked goes no further.
+    found = {name: value for name, value in body.items() if name in fields and value is not None}
+    return found, sorted(body.keys() - fields - TOLD - NOT_OFFERED.keys())
 
 
 def sampling(body: dict[str, Any], number: int) -> Sampling:
