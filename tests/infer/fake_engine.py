@@ -43,7 +43,9 @@ class FakeEngine:
         wait: float = 0.0,
         fails: int = -1,
         breaks: int = -1,
+        logprob: Callable[[int], float] = lambda token: -0.5,
     ):
+        self.logprob = logprob
         self.slots, self.queue, self.most, self.vocab, self.end = slots, queue, most, vocab, end
         self.decode, self.script, self.pace, self.wait, self.fails, self.breaks = (
             decode,
@@ -99,14 +101,14 @@ class FakeEngine:
         ids = one.answer[one.done : one.done + self.pace][: request.max_tokens - one.done]
         one.done += len(ids)
         text = self.decode(request, one.answer[: one.done])
-        finish = None
+        finish = stopped = None
         if ids and (ids[-1] == self.end or ids[-1] in request.stop_ids) and not request.ignore_eos:
             finish = STOP
         elif one.done >= request.max_tokens or one.done >= len(one.answer):
             finish = LENGTH
         for stop in request.stop:
             if stop in text:
-                text, finish = text[: text.index(stop)], STOP
+                text, finish, stopped = text[: text.index(stop)], STOP, stop
         if finish:
             del self.running[number]
         else:  # half a character waits, and what may begin a stop string
@@ -114,5 +116,5 @@ class FakeEngine:
             text = text[: len(text) - max((len(stop) - 1 for stop in request.stop), default=0)]
         new, one.said = text[one.said :], max(one.said, len(text))
         top = tuple((i, -float(i + 1)) for i in range(request.logprobs or 0))
-        chosen = tuple(Chosen(i, None if request.logprobs is None else -0.5, top) for i in ids)
-        return Output(number, chosen, new, finish)
+        chosen = tuple(Chosen(i, None if request.logprobs is None else self.logprob(i), top) for i in ids)
+        return Output(number, chosen, new, finish, stop=stopped)

@@ -154,6 +154,14 @@ def test_hostile_templates_are_refused_in_time(template, message):
     renderer.close()
 
 
+def test_nothing_of_one_text_stays_for_the_next(renderer):
+    template = (
+        "{% if seen is defined %}seen{% endif %}{% set seen = 1 %}{% set n = namespace(x=0) %}{% set n.x = n.x + 1 %}"
+        "{% set turn = cycler('a', 'b') %}{{ turn.next() }}{{ n.x }}{{ given }}"
+    )
+    assert [renderer.render(template, {"given": given}) for given in (1, 2)] == ["a11", "a12"]
+
+
 def test_closing_ends_the_process():
     renderer = Renderer()
     renderer.render("a", {})

@@ -48,10 +48,11 @@ def test_every_setting_of_a_request_has_an_option(tmp_path):
         "--max_tokens", "7", "--temperature", "0.5", "--top_k", "3", "--top_p", "0.25", "--min_p", "0.125",
         "--presence_penalty", "1", "--frequency_penalty", "-1", "--repetition_penalty", "1.5", "--logit_bias", "4=-2",
         "--logit_bias", "5=1.5", "--seed", "9", "--stop", "a", "--stop", "b", "--stop_ids", "6", "--ignore_eos",
-        "--logprobs", "2", "--budget", "8", "--budget_form", "grace", "--json_schema", str(tmp_path / "schema.json"),
+        "--min_tokens", "3", "--logprobs", "2", "--budget", "8", "--budget_form", "grace",
+        "--json_schema", str(tmp_path / "schema.json"),
     )  # fmt: skip
     assert request_of([1], json.loads(json.dumps(fields))) == Request(
-        prompt=(1,), max_tokens=7, stop=("a", "b"), stop_ids=(6,), ignore_eos=True, logprobs=2,
+        prompt=(1,), max_tokens=7, stop=("a", "b"), stop_ids=(6,), min_tokens=3, ignore_eos=True, logprobs=2,
         budget=Budget(tokens=8, form="grace"), grammar=Grammar(kind="json_schema", text='{"type": "integer"}'),
         sampling=Sampling(
             temperature=0.5, top_k=3, top_p=0.25, min_p=0.125, presence_penalty=1, frequency_penalty=-1,
@@ -80,6 +81,7 @@ def test_options_that_are_not_given():
         (["--stop", ""], "--stop is ('',); expected at most 16 texts, not empty"),
         (["--stop", "\udcff"], "--stop '\\udcff'; expected valid UTF-8"),
         (["--top_k", "-1"], "--top_k is -1; expected 0 or more"),
+        (["--min_tokens", "9", "--max_tokens", "8"], "--min_tokens is 9; expected 0 to max_tokens, 8"),
     ],
 )
 def test_options_that_say_nothing_sensible(options, message):
@@ -100,7 +102,7 @@ def test_options_that_say_nothing_sensible(options, message):
             "bindings that nothing read: ModelConfig.vocab_size; expected",
         ),
         (["--gin_bindings", "EngineConfig.slots='a'"], "EngineConfig.slots is 'a'; expected a value of type int"),
-        (["--json_schema", "none.json"], "[Errno 2] No such file or directory: 'none.json'"),
+        (["--json_schema", "none.json"], "--json_schema 'none.json' is no file; expected one with a JSON schema"),
     ],
 )
 def test_what_is_refused_before_a_model_is_read(refused, options, message):

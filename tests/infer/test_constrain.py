@@ -96,6 +96,39 @@ def test_texts_are_objects_of_the_schema(grammars, name):
         assert 1 <= len(found["list"]) <= 2 and {type(x) for x in found["list"]} == {bool}
 
 
+@pytest.mark.parametrize("text", ['root ::= "a" b+\nb ::= [0-9] | "é"', 'start: "a" B+\nB: /[0-9]/ | "é"'])
+def test_texts_follow_a_grammar(grammars, text):
+    for seed in range(6):
+        found, ended = drawn(grammars["bpe"].matcher(Grammar(kind="grammar", text=text)), TOKENIZERS["bpe"], seed)
+        assert re.fullmatch("a[0-9é]+", found) if ended else re.fullmatch("a[0-9é]*.?", found)
+
+
+def test_space_within_json_ends():
+    """Random choices would else write spaces for most of a text."""
+    text = json.dumps({"list": [{"count": 1}]}, indent="\t")
+    tokenizer = TOKENIZERS["byte"]
+    constraints = Constraints(tokenizer, 300)
+    for layout in (text, json.dumps({"list": [{"count": 1}]}, indent=8), '{"list":[{"count":1}]}', '{"list": []}'):
+        matcher = constraints.matcher(schema({"type": "object"}))
+        assert [matcher.advance(token) for token in tokenizer.encode(layout).tolist()] == [None] * len(layout)
+        assert tokenizer.eos_id in allowed(matcher, 230)
+    matcher = constraints.matcher(schema({"type": "object"}))
+    for byte in b"{ ":
+        assert matcher.advance(byte + 3) is None
+    assert not {ord(space) + 3 for space in " \n\t\r"} & {*allowed(matcher, 230)}
+
+
+def test_what_another_object_compiled_is_there_at_once(grammars, monkeypatch):
+    """A server's thread compiles for its engine, which must not wait."""
+    tokenizer = TOKENIZERS["bpe"]
+    one, other = Constraints(tokenizer, 300), Constraints(tokenizer, 345)
+    one.prepare(regex("a{3}b"))
+    monkeypatch.setattr("orogen.infer.grammar_check.GrammarCheck.check", None)
+    assert allowed(other.matcher(regex("a{3}b")), 275) == [tokenizer.encode("a")[0]]
+    with pytest.raises(TypeError):
+        other.matcher(regex("a{4}b"))
+
+
 def test_a_text_that_cannot_go_on_is_finished_and_may_only_end(grammars):
     matcher = grammars["byte"].matcher(regex("ab?"))
     assert allowed(matcher, 259) == [97 + 3]
@@ -146,13 +179,16 @@ BAD = [
     (regex("[^\x00-\U0010ffff]"), "expected a regex that can be matched"),
     (regex("(a{1000}){1000}"), "too many expressions"),
     (regex("a" * (MOST_TEXT + 1)), f"Grammar.text has {MOST_TEXT + 1} characters; expected at most {MOST_TEXT}"),
-    (Grammar(kind="json_schema", text='{"type": '), "expected value at line 1"),
+    (Grammar(kind="json_schema", text='{"type": '), "EOF while parsing a value at line 1"),
     (Grammar(kind="json_schema", text="3"), "schema must be an object or boolean"),
     (schema({"type": "foo"}), "Invalid type: foo"),
     (schema({"allOf": [{"type": "string"}, {"type": "integer"}]}), "Unsatisfiable"),
     (schema({"$ref": "http://example.com/schema"}), "not present"),
     (schema({"$ref": "#"}), "expected a json_schema that can be matched"),
     (schema({"not": {"type": "string"}}), "Unimplemented keys"),
+    (Grammar(kind="grammar", text="root ::= ((("), r"Grammar.text 'root ::= \(\(\(': Expected '\)' at line 1"),
+    (Grammar(kind="grammar", text="start: other"), "unknown name.*; expected a grammar that can be matched"),
+    (Grammar(kind="grammar", text="root ::= " + "(" * 5000 + '"a"' + ")" * 5000), "recursion|takes more than"),
 ]
 
 
@@ -181,7 +217,7 @@ def test_grammars_that_take_too_much_are_refused_and_others_go_on(grammars, name
 
 
 def test_an_interrupted_question_leaves_no_answer_to_the_next(grammars, monkeypatch):
-    check = grammars["byte"]._check
+    check = grammars["byte"]._compiler.check
 
     def interrupted(process, question, seconds):
         process.stdin.write('["regex", "("]\n')
@@ -200,7 +236,7 @@ def test_threads_check_one_after_another(grammars):
 
     def ask(pattern: str, bad: bool) -> None:
         try:
-            grammars["byte"]._check.check("regex", pattern)
+            grammars["byte"]._compiler.check.check("regex", pattern)
             failed.append(bad)
         except ConfigError:
             failed.append(not bad)

@@ -7,7 +7,7 @@ from tests.infer.engines import asked, engine_of, ids, leaked, opened, text
 
 from orogen.config.checks import ConfigError
 from orogen.data.vocabulary import byte_tokenizer
-from orogen.infer.request import LENGTH, STOP, Budget, Grammar, Sampling
+from orogen.infer.request import LENGTH, STOP, Budget, Grammar, Sampling, held_back
 
 TOKENIZER = byte_tokenizer()
 (EOS,) = TOKENIZER.end_ids
@@ -43,6 +43,12 @@ def test_stop_strings_and_ends(engine):
     assert (ids(ended), text(ended), ended[-1].finish) == ([EOS], "", STOP)
     assert (ids(ignored), ignored[-1].finish) == ([EOS] * 5, LENGTH)
     assert leaked(engine) == [0, 0]
+
+
+def test_ends_are_held_back_for_as_long_as_was_asked(engine):
+    ends = ((EOS, 100.0),)
+    (held,) = engine.run([held_back(wanted("abc", 7, ends, min_tokens=4), [EOS])])
+    assert ids(held).index(EOS) == 4 and (held[-1].finish, held[-1].stop) == (STOP, None)
 
 
 def test_grammars_and_budgets_beside_free_requests(engine):

@@ -260,6 +260,20 @@ def test_rows_of_the_vocabulary_without_a_token_are_never_chosen():
     assert choice.top_logprobs_bn[0, 5:].tolist() == [-np.inf] * (V - 5)
 
 
+def test_held_tokens_come_after_the_first_so_many():
+    logits_v = [9.0, 8.0, 1.0, *[0.0] * 7, 8.5]
+    early, plain = (dataclasses.replace(asked(temperature=0), min_tokens=least, held=(0, 10)) for least in (3, 0))
+    rows = [early] * 4 + [plain]
+    generated = [(), (1, 1), (1, 1, 1), (1,) * 5, ()]
+    assert features_of(rows).holds and not features_of([plain]).holds
+    assert chosen([logits_v] * 5, rows, generated=generated)[0].token_b.tolist() == [1, 1, 0, 0, 0]
+    drawn = asked(temperature=100.0)
+    counts = frequencies(logits_v, dataclasses.replace(drawn, max_tokens=9**5, min_tokens=9**5, held=(0, 10)))
+    assert counts[[0, 10]].tolist() == [0, 0] and counts.min(where=np.arange(V) % 10 > 0, initial=1) > 0
+    with pytest.raises(ConfigError, match="Request.held has token id 11; expected 0 to 10"):
+        check_ids(dataclasses.replace(early, held=(11,)), V)
+
+
 @pytest.mark.parametrize("temperature", [0, 1])
 @pytest.mark.parametrize("place", [0, 5, V - 1])
 def test_a_nan_fails_its_own_row_alone(temperature, place):

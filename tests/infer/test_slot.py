@@ -17,8 +17,8 @@ def ids(text: str) -> list[int]:
     return TOKENIZER.encode(text).tolist()
 
 
-def slot(*, tokens: int = 9, stop: tuple[str, ...] = (), ends: tuple[int, ...] = (), matcher=None) -> Slot:
-    request = Request(prompt=(1, *ids("p")), max_tokens=tokens, stop=stop)
+def slot(*, tokens: int = 9, stop: tuple[str, ...] = (), ends: tuple[int, ...] = (), matcher=None, **fields) -> Slot:
+    request = Request(prompt=(1, *ids("p")), max_tokens=tokens, stop=stop, **fields)
     return Slot(4, request, (0,), ends, Texts(TOKENIZER).stream(after=request.prompt, stops=stop), matcher)
 
 
@@ -41,6 +41,20 @@ def test_the_end_is_the_same_however_many_tokens_come_at_a_time(each):
     assert told(slot(tokens=5), "abcde", each=each) == ("abcde", "abcde", LENGTH, None)
     assert told(slot(stop=("cd",)), "abcdef", each=each)[1:] == ("ab", STOP, None)
     assert told(slot(tokens=4, stop=("de",)), "abcd", each=each) == ("abcd", "abcd", LENGTH, None)
+
+
+@pytest.mark.parametrize("each", [1, 2, 5])
+def test_no_stop_string_is_looked_for_in_the_first_tokens(each):
+    assert told(slot(stop=("b", "bc"), min_tokens=3), "abcabcd", each=each)[1:] == ("abca", STOP, None)
+    assert told(slot(stop=("cd",), min_tokens=3), "abcd", each=each)[1:] == ("abcd", None, None), "it begins before"
+
+
+def test_what_ended_a_text_is_told():
+    (stop_id,) = ids("c")
+    assert slot(stop=("x", "bc")).advance(plain(ids("abc")), bad=False).stop == "bc"
+    assert slot(ends=(stop_id,), stop_ids=(stop_id,)).advance(plain(ids("abc")), bad=False).stop == stop_id
+    assert slot(ends=(stop_id,)).advance(plain(ids("abc")), bad=False).stop is None, "an end of the model's own"
+    assert slot(tokens=2).advance(plain(ids("ab")), bad=False).stop is None
 
 
 def test_a_token_that_ends_the_text_is_no_part_of_it():

@@ -18,7 +18,7 @@ from orogen.config.engine import EngineConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.streams import say
 from orogen.infer.options import add_request_options, fields_of
-from orogen.infer.request import ERROR
+from orogen.infer.request import ERROR, held_back
 
 if TYPE_CHECKING:
     from orogen.data.tokenizer import Tokenizer
@@ -127,7 +127,7 @@ def _generate_text(options: argparse.Namespace, fields: dict[str, Any]) -> int:
     from orogen.infer.generate import check_length, rounded
     from orogen.infer.lines import request_of, told
 
-    prompt, tokens = options.prompt or "", fields["max_tokens"] or TOKENS
+    prompt, tokens = options.prompt or "", _most(fields)
     opened, _ = _open(
         options.checkpoint, options.gin_bindings, rows=1, length=rounded(tokens + 1), settings={"--tokens": tokens}
     )
@@ -136,11 +136,21 @@ def _generate_text(options: argparse.Namespace, fields: dict[str, Any]) -> int:
     ids = opened.tokenizer.prompt_ids(prompt)
     check_length(opened, len(ids), tokens)
     _, config = load_engine(options.gin_bindings, rows=1, length=rounded(len(ids) + tokens))
-    (outputs,) = Engine(opened, config).run([request_of(ids, fields | {"max_tokens": tokens})])
+    request = held_back(request_of(ids, fields | {"max_tokens": tokens}), opened.tokenizer.end_ids)
+    try:
+        (outputs,) = Engine(opened, config).run([request])
+    except ConfigError as error:
+        option = "--regex" if options.json_schema is None else f"--json_schema {options.json_schema}"
+        raise ConfigError(str(error).replace("Grammar.text", option)) from None
     text, chosen = "".join(o.text for o in outputs), [c for o in outputs for c in o.tokens]
     finish, error = outputs[-1].finish or "", outputs[-1].error
     answer(options, {"prompt": prompt, **told(chosen=chosen, text=text, finish=finish)}, [prompt + text])
     return fail(error, EXIT_FAILURE) if finish == ERROR else 0
+
+
+def _most(fields: Mapping[str, Any]) -> int:
+    """The most new tokens where there is no conversation."""
+    return fields["max_tokens"] or max(TOKENS, fields.get("min_tokens", 0))
 
 
 def _generate_lines(options: argparse.Namespace, fields: dict[str, Any]) -> int:
@@ -153,14 +163,15 @@ def _generate_lines(options: argparse.Namespace, fields: dict[str, Any]) -> int:
     from orogen.infer.engine import Engine
     from orogen.infer.lines import LineReader
 
-    defaults = fields | {"max_tokens": fields["max_tokens"] or TOKENS}
+    defaults = fields | {"max_tokens": _most(fields)}
     seed = defaults.pop("seed")
     opened, config = _open(options.checkpoint, options.gin_bindings)
-    encode = None if opened.tokenizer is None else opened.tokenizer.prompt_ids
+    words = opened.tokenizer
+    encode, ends = (None, ()) if words is None else (words.prompt_ids, words.end_ids)
     chat = _chat(options, opened.tokenizer)
     with contextlib.nullcontext() if chat is None else contextlib.closing(chat):
         render = None if chat is None else lambda asked: _rendered(chat, asked)
-        reader = LineReader(defaults, encode=encode, render=render, seed=seed)
+        reader = LineReader(defaults, encode=encode, render=render, ends=ends, seed=seed)
         template = "" if chat is None else chat.calls
         settings = json.dumps([str(options.checkpoint.resolve()), defaults, seed, config.compute_dtype, template])
         done = run_batch(Engine(opened, config), options.input, options.out, reader=reader, settings=settings)
@@ -179,12 +190,14 @@ def _converse(options: argparse.Namespace, fields: dict[str, Any]) -> int:
     opened, config = _open(options.checkpoint, options.gin_bindings, rows=1)
     if opened.tokenizer is None:
         raise ConfigError("the checkpoint has no tokenizer.json; expected one, to read what is typed")
-    words, chat = Words(opened.tokenizer.prompt_ids), _chat(options, opened.tokenizer)
+    words, chat = opened.tokenizer, _chat(options, opened.tokenizer)
+    spoken = Words(words.prompt_ids, ends=words.end_ids)
     with contextlib.nullcontext() if chat is None else contextlib.closing(chat):
         if chat is not None:
             _require_installed(SERVE_NEEDS)
-            words = Words(words.encode, lambda asked: chat.prompt(asked).ids, {"shown": chat.shown_ids()})
-        return converse(Engine(opened, config), words, fields, source=sys.stdin, out=sys.stdout)
+            render = lambda asked: chat.prompt(asked).ids  # noqa: E731
+            spoken = spoken._replace(render=render, fields={"shown": chat.shown_ids()})
+        return converse(Engine(opened, config), spoken, fields, source=sys.stdin, out=sys.stdout)
 
 
 def _chat(options: argparse.Namespace, words: "Tokenizer | None") -> "Chat | None":
@@ -260,6 +273,7 @@ def score(options: argparse.Namespace) -> int:
 def serve(options: argparse.Namespace) -> int:
     """`orogen serve`."""
     _require_installed(SERVE_NEEDS)
+    from orogen.infer.constrain import Constraints
     from orogen.infer.engine import Engine
     from orogen.infer.serve.app import make_app
     from orogen.infer.serve.exchange import Settings
@@ -274,6 +288,8 @@ def serve(options: argparse.Namespace) -> int:
     with listen(options.host, options.port) as bound:  # before the model is read, which may take minutes
         opened, config = _open(options.checkpoint, [*options.gin_bindings, *bindings])
         words, chat = opened.tokenizer, _chat(options, opened.tokenizer)
+        compiles = words is not None and importlib.util.find_spec("llguidance") is not None
+        constraints = Constraints(words, opened.config.vocab_size) if compiles else None
         engine = Engine(opened, config, release=True)
         del opened  # what it still had of the weights
         if config.warm:
@@ -286,7 +302,8 @@ def serve(options: argparse.Namespace) -> int:
             if options.json:
                 print(json.dumps({"host": host, "port": port, "model": name}), flush=True)
 
-        app = make_app(service, settings, tokenizer=words, chat=chat)
+        beside = {"constraints": constraints, "scheduler": engine.scheduler}
+        app = make_app(service, settings, tokenizer=words, chat=chat, **beside)
         with contextlib.closing(engine):
             return run(make_server(app, service, drain_seconds=options.drain_seconds, ready=ready), bound)
 

@@ -3,8 +3,10 @@
 Letters: w words of a mask.
 """
 
+import functools
 import importlib
 import importlib.util
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +25,7 @@ KEPT = 64  # compiled grammars that are kept for further requests
 
 
 class Constraints:
-    """Compiles the grammars of requests for one tokenizer, whose trie is built once, and a model of so many rows.
+    """Matchers of the grammars of requests, for one tokenizer and a model of so many rows.
 
     Raises ConfigError for a model without a tokenizer, and if llguidance is not installed.
     """
@@ -33,36 +35,63 @@ class Constraints:
             raise ConfigError("the checkpoint has no tokenizer.json; expected one, for a grammar: it constrains text")
         if importlib.util.find_spec("llguidance") is None:
             raise ConfigError("llguidance is not installed; expected it for a grammar: pip install 'orogen[serve]'")
-        self._library: Any = importlib.import_module("llguidance")
-        ends, encode = tokenizer.end_ids, lambda text: tokenizer.encode_inside(text).tolist()
-        self._trie = trie(self._library, tokenizer.bytes_of_token, ends, encode)
         self._words = words_of_mask(vocab_size)
+        self._compiler = _compiler(tokenizer)
         self._markers = markers_of(tokenizer, vocab_size)
-        self._kept: OrderedDict[Grammar, Any] = OrderedDict()
-        self._check = GrammarCheck()
+
+    def prepare(self, grammar: Grammar) -> None:
+        """Compiles a grammar, in this thread, whichever it is. `matcher` then finds it, of this object or of another
+        one for the same tokenizer: a server compiles, and its engine, which must not wait, uses what is there.
+
+        Raises ConfigError as `matcher` does.
+        """
+        self._compiler.compiled(grammar)
 
     def matcher(self, grammar: Grammar, *, prompt: Sequence[int] = ()) -> "Matcher":
         """The matcher of a new request. Where `prompt` ends inside `<think>`, the grammar begins after `</think>`.
 
         Raises ConfigError for a grammar that is malformed, unsupported, matches nothing or takes too much.
         """
-        if grammar not in self._kept:
-            if len(grammar.text) > MOST_TEXT:
-                raise ConfigError(f"Grammar.text has {len(grammar.text)} characters; expected at most {MOST_TEXT}")
-            self._check.check(grammar.kind, grammar.text)
-            matcher, error = compiled(self._library, self._trie, grammar.kind, grammar.text)
-            if error:
-                raise ConfigError(f"Grammar.text {shown(grammar.text[:80])}: {error[:400]}; expected a simpler one")
-            self._kept[grammar] = matcher
-        self._kept.move_to_end(grammar)
-        while len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
         reader, _ = read(self._markers, prompt)
-        return Matcher(self._kept[grammar].deep_copy(), self._words, self._markers, reader)
+        return Matcher(self._compiler.compiled(grammar).deep_copy(), self._words, self._markers, reader)
 
     def close(self) -> None:
-        """Ends the process that compiles grammars first."""
-        self._check.close()
+        """Ends the process that compiles grammars first; a further grammar starts another one."""
+        self._compiler.check.close()
+
+
+class _Compiler:
+    """Compiled grammars of one tokenizer. For any thread."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._library: Any = importlib.import_module("llguidance")
+        ends, encode = tokenizer.end_ids, lambda text: tokenizer.encode_inside(text).tolist()
+        self._trie = trie(self._library, tokenizer.bytes_of_token, ends, encode)
+        self._kept: OrderedDict[Grammar, Any] = OrderedDict()
+        self._lock = threading.Lock()  # of what is kept; nothing is compiled under it
+        self.check = GrammarCheck()
+
+    def compiled(self, grammar: Grammar) -> Any:
+        """The matcher of a grammar, to be copied. Raises ConfigError."""
+        with self._lock:
+            if grammar in self._kept:
+                self._kept.move_to_end(grammar)
+                return self._kept[grammar]
+        if len(grammar.text) > MOST_TEXT:
+            raise ConfigError(f"Grammar.text has {len(grammar.text)} characters; expected at most {MOST_TEXT}")
+        self.check.check(grammar.kind, grammar.text)
+        matcher, error = compiled(self._library, self._trie, grammar.kind, grammar.text)
+        if error:
+            raise ConfigError(f"Grammar.text {shown(grammar.text[:80])}: {error[:400]}; expected a simpler one")
+        with self._lock:
+            self._kept[grammar] = matcher
+            while len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        return matcher
+
+
+# The trie of 131,072 tokens takes 0.6 s and tens of megabytes: a server and its engine share one.
+_compiler = functools.lru_cache(maxsize=1)(_Compiler)
 
 
 class Matcher:

@@ -28,21 +28,34 @@ LIMITS = {
     "max_lexer_states": 20_000,
     "verbose_errors": False,
 }
+# Between the parts of a JSON text: nothing, a space, or a line end with its indentation. The library's default is any
+# space at all, of which models are known to write without an end.
+SPACES = {"whitespace_pattern": r"( |\n[ \t]{0,32})?"}
 # Steps that are tried: some expressions explode at the first token.
 TRIED = 4
 
 
 def compiled(library: Any, tokenizer: Any, kind: str, text: str) -> tuple[Any, str]:
     """llguidance's matcher of a grammar, and what is wrong with the grammar; empty if nothing is."""
+    convert = importlib.import_module("llguidance.gbnf_to_lark")
     try:
-        make = library.LLMatcher.grammar_from_regex if kind == "regex" else library.LLMatcher.grammar_from_json_schema
-        grammar = make(text)
-    except ValueError as error:
+        grammar = {
+            "regex": library.LLMatcher.grammar_from_regex,
+            "json_schema": lambda text: _schema_grammar(library, text),
+            "grammar": lambda text: library.LLMatcher.grammar_from_lark(convert.any_to_lark(text)),
+        }[kind](text)
+    except (ValueError, RecursionError, convert.GbnfToLarkError) as error:
         return None, one_line(str(error))
     matcher = library.LLMatcher(tokenizer, grammar, log_level=0, limits=library.LLParserLimits(**LIMITS))
     if not matcher.is_error():
         matcher.compute_bitmask()  # a grammar that matches nothing, or is too large to begin with, fails here
     return matcher, one_line(matcher.get_error())
+
+
+def _schema_grammar(library: Any, text: str) -> str:
+    # The library takes options for objects alone; `true` and `false` are schemas too.
+    options = {"defaults": SPACES} if text.lstrip().startswith("{") else {}
+    return library.LLMatcher.grammar_from_json_schema(text, **options)
 
 
 def tried(matcher: Any) -> str:

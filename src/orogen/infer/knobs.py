@@ -1,6 +1,6 @@
 """What a batch of requests asks of the sampler, as arrays that the host builds. Importing this does not import jax.
 
-Letters: b batch (rows), v vocabulary, k biases, w words of a mask.
+Letters: b batch (rows), v vocabulary, k biases, n tokens that are held back, w words of a mask.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from orogen.config.checks import ConfigError
-from orogen.infer.request import GRACE, MOST_BIASES, MOST_LOGPROBS, Request
+from orogen.infer.request import GRACE, MOST_BIASES, MOST_HELD, MOST_LOGPROBS, Request
 
 MASK_BITS = 32
 _SMALLEST, _LARGEST = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
@@ -21,8 +21,8 @@ _ALL = np.iinfo(np.int32).max
 class Features:
     """What a compiled program must be able to do; what no request of the batch asks for costs nothing.
 
-    draws: some temperature is above 0. restricts: some top_k, top_p or min_p. logprobs: None, or how many of the most
-    likely tokens are reported: 0 or MOST_LOGPROBS, so that there are few programs.
+    draws: some temperature is above 0. restricts: some top_k, top_p or min_p. holds: some min_tokens. logprobs: None,
+    or how many of the most likely tokens are reported: 0 or MOST_LOGPROBS, so that there are few programs.
     """
 
     draws: bool = False
@@ -30,6 +30,7 @@ class Features:
     penalties: bool = False
     biases: bool = False
     masks: bool = False
+    holds: bool = False
     budgets: bool = False
     logprobs: int | None = None
 
@@ -51,7 +52,8 @@ class Knobs(NamedTuple):
     key_b2 uint32: threefry key of the request's seed. bias_ids_bk int32, bias_values_bk: padded with the id -1 and
     the value 0; k is 0 without the feature `biases`. budget_b int32: tokens between the markers of thinking, -1 without
     a budget; grace_b int32: how many more while no line ends. once_b bool: what follows the prompt's thought is no text
-    in which another could begin, for a grammar says what it is.
+    in which another could begin, for a grammar says what it is. least_b int32: how many tokens come before any of
+    held_ids_bn int32, padded with -1; n is 0 without the feature `holds`.
     """
 
     temperature_b: Any
@@ -67,6 +69,8 @@ class Knobs(NamedTuple):
     budget_b: Any
     grace_b: Any
     once_b: Any
+    least_b: Any
+    held_ids_bn: Any
 
 
 def features_of(requests: Iterable[Request]) -> Features:
@@ -81,16 +85,18 @@ def features_of(requests: Iterable[Request]) -> Features:
         penalties=any(s.presence_penalty or s.frequency_penalty or s.repetition_penalty != 1 for s in samplings),
         biases=any(s.logit_bias for s in samplings),
         masks=any(r.grammar is not None for r in requests),
+        holds=any(r.min_tokens and r.held for r in requests),
         budgets=any(r.budget is not None for r in requests),
         logprobs=(MOST_LOGPROBS if max(asked) else 0) if asked else None,
     )
 
 
 def check_ids(request: Request, vocab_size: int) -> None:
-    """Raises ConfigError unless every biased token is one of the vocabulary's."""
-    for token, _ in request.sampling.logit_bias:
-        if not 0 <= token < vocab_size:
-            raise ConfigError(f"Sampling.logit_bias has token id {token}; expected 0 to {vocab_size - 1}")
+    """Raises ConfigError unless every token that is biased or held back is one of the vocabulary's."""
+    biased = [token for token, _ in request.sampling.logit_bias]
+    for name, ids in (("Sampling.logit_bias", biased), ("Request.held", request.held)):
+        if odd := [token for token in ids if not 0 <= token < vocab_size]:
+            raise ConfigError(f"{name} has token id {odd[0]}; expected 0 to {vocab_size - 1}")
 
 
 def knobs_of(requests: Sequence[Request | None], features: Features) -> Knobs:
@@ -122,6 +128,8 @@ def knobs_of(requests: Sequence[Request | None], features: Features) -> Knobs:
         # A budget of 0 asks for no thought at all, in both forms.
         grace_b=np.array([GRACE if b and b.form == "grace" and b.tokens else 0 for b in budgets], np.int32),
         once_b=np.array([r is not None and r.grammar is not None for r in requests], bool),
+        least_b=np.array([min(r.min_tokens, _ALL) if r else 0 for r in requests], np.int32),
+        held_ids_bn=_held(requests, MOST_HELD if features.holds else 0),
     )
 
 
@@ -138,6 +146,14 @@ def _biases(requests: Sequence[Request | None], width: int) -> tuple[np.ndarray,
         for place, (token, value) in enumerate(request.sampling.logit_bias if request else ()):
             ids_bk[row, place], values_bk[row, place] = token, value
     return ids_bk, values_bk
+
+
+def _held(requests: Sequence[Request | None], width: int) -> np.ndarray:
+    held_ids_bn = np.full((len(requests), width), -1, np.int32)
+    for row, request in enumerate(requests):
+        held = request.held[:width] if request else ()
+        held_ids_bn[row, : len(held)] = held
+    return held_ids_bn
 
 
 def words_of_mask(vocab_size: int) -> int:

@@ -22,15 +22,15 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from orogen.config.checks import ConfigError, shown
 from orogen.config.json_file import ListOf, Record, Whole, check_form, fits, read_object
-from orogen.infer.request import SEEDS, Budget, Chosen, Grammar, Request, Sampling
+from orogen.infer.request import SEEDS, Budget, Chosen, Grammar, Request, Sampling, held_back
 
 _SAMPLING = {field.name for field in dataclasses.fields(Sampling)}
-_REQUEST = {field.name for field in dataclasses.fields(Request)} - {"sampling"}
+_REQUEST = {field.name for field in dataclasses.fields(Request)} - {"sampling", "held"}
 _OBJECTS = {"budget": Budget, "grammar": Grammar}
 # What a template of messages is given besides them.
 _CHAT = ("messages", "tools", "chat_template_kwargs")
@@ -51,8 +51,8 @@ class LineReader:
 
     defaults: fields that a line need not have. encode: the token ids of a prompt's text; None without a tokenizer.
     render: those of an object of `messages`, and of `tools` and `chat_template_kwargs` if it has them; None without
-    a chat template. seed: of the whole batch; a line without a seed of its own gets one made of this and its number, so
-    that it does not depend on where a run was interrupted.
+    a chat template. ends: the tokenizer's tokens that end a text. seed: of the whole batch; a line without a seed of
+    its own gets one made of this and its number, so that it does not depend on where a run was interrupted.
     """
 
     def __init__(
@@ -61,9 +61,11 @@ class LineReader:
         *,
         encode: Callable[[str], Sequence[int]] | None = None,
         render: Callable[[Mapping[str, Any]], Sequence[int]] | None = None,
+        ends: Iterable[int] = (),
         seed: int = 0,
     ):
         self._defaults, self._encode, self._render, self._seed = dict(defaults), encode, render, seed
+        self._ends = tuple(ends)
 
     def read(self, line: Line) -> Request:
         """The line's request. Raises ConfigError, which begins with the line's number."""
@@ -81,7 +83,8 @@ class LineReader:
             expected = ", ".join(sorted(_SAMPLING | _REQUEST | {"id", "messages"}))
             raise ConfigError(f"{shown(min(unknown))} is no field of a request; expected some of {expected}")
         given = {key: value for key, value in fields.items() if value is not None and key not in ("id", *_CHAT)}
-        return request_of(prompt, {"seed": self._seed_of(number)} | self._defaults | given)
+        request = request_of(prompt, {"seed": self._seed_of(number)} | self._defaults | given)
+        return held_back(request, self._ends)
 
     def _prompt(self, fields: dict[str, Any]) -> tuple[int, ...]:
         if ("prompt" in fields) == ("messages" in fields):

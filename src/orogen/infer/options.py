@@ -36,6 +36,7 @@ OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
         "--stop_ids",
         {"action": "append", "type": int, "metavar": "ID", "help": "a token that ends the text; may be repeated"},
     ),
+    ("--min_tokens", {"type": int, "metavar": "N", "help": "so many tokens come before the first that ends the text"}),
     ("--ignore_eos", {"action": "store_true", "default": None, "help": "tokens that end a text are as any other"}),
     ("--logprobs", {"type": int, "metavar": "N", "help": "log-probabilities of tokens and of the N likeliest ones"}),
     ("--budget", {"type": int, "metavar": "N", "help": "tokens between <think> and </think>, which is then forced"}),
@@ -73,7 +74,13 @@ def fields_of(options: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError("--regex and --json_schema: expected one of them")
     if options.budget_form is not None and options.budget is None:
         raise ConfigError(f"--budget_form {options.budget_form} without --budget; expected both")
-    names = [f.name for f in dataclasses.fields(Sampling)] + ["stop", "stop_ids", "ignore_eos", "logprobs"]
+    names = [f.name for f in dataclasses.fields(Sampling)] + [
+        "min_tokens",
+        "stop",
+        "stop_ids",
+        "ignore_eos",
+        "logprobs",
+    ]
     fields = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     fields["max_tokens"] = options.tokens
     if options.budget is not None:
@@ -83,7 +90,8 @@ def fields_of(options: argparse.Namespace) -> dict[str, Any]:
     if options.json_schema is not None:
         fields["grammar"] = {"kind": "json_schema", "text": _read(options.json_schema)}
     try:  # before a model is read
-        request_of([0], fields | {"max_tokens": options.tokens or 1})
+        most = options.tokens or max(1, options.min_tokens or 0)
+        request_of([0], fields | {"max_tokens": most})
     except ConfigError as error:
         message = str(error).replace("Budget.tokens", "--budget")
         raise ConfigError(message.replace("Sampling.", "--").replace("Request.", "--")) from None
@@ -91,6 +99,8 @@ def fields_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _read(file: Path) -> str:
+    if not file.is_file():
+        raise ConfigError(f"--json_schema {str(file)!r} is no file; expected one with a JSON schema")
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Annotated
 
 from orogen.config.checks import check_types, require, require_choice
@@ -11,7 +12,7 @@ from orogen.config.checks import check_types, require, require_choice
 BUDGETS, GRACE = ("hard", "grace"), 500
 # Why a request ended: an end token or stop string, its `max_tokens`, its client, or a fault that `Output.error` names.
 STOP, LENGTH, CANCELLED, ERROR = "stop", "length", "cancelled", "error"
-MOST_LOGPROBS, MOST_BIASES, MOST_STOPS = 20, 300, 16
+MOST_LOGPROBS, MOST_BIASES, MOST_STOPS, MOST_HELD = 20, 300, 16, 32
 SEEDS = 2**63
 
 
@@ -69,14 +70,15 @@ class Budget:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Grammar:
-    """What a request's text must match: a JSON schema, or a regular expression, as text."""
+    """What a request's text must match, as text: a JSON schema, a regular expression, or a grammar, which is written as
+    Lark does, with the first rule `start`, or as GBNF does, with `root`."""
 
     kind: str
     text: str
 
     def __post_init__(self) -> None:
         check_types(self)
-        require_choice(self, "kind", ("json_schema", "regex"))
+        require_choice(self, "kind", ("json_schema", "regex", "grammar"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,11 +88,14 @@ class Request:
     stop: the text ends before the first of these strings. stop_ids: token ids that end it, besides the model's own,
     which `ignore_eos` makes tokens like any other. logprobs: how many most likely tokens are reported with each chosen
     one; None: none, and no log-probability. shown: special tokens whose names the text shows, as `<think>`; others add
-    no text. priority: lower goes first, then who came first.
+    no text. priority: lower goes first, then who came first. min_tokens: the tokens `held`, such as the model's own
+    ends, are not among the first so many, and no stop string is looked for in them.
     """
 
     prompt: tuple[int, ...]
     max_tokens: int
+    min_tokens: int = 0
+    held: tuple[int, ...] = ()
     sampling: Sampling = Sampling()
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
@@ -105,9 +110,19 @@ class Request:
         check_types(self)
         require(len(self.prompt) > 0, self, "prompt", "at least one token")
         require(self.max_tokens > 0, self, "max_tokens", "a number above 0")
+        require(0 <= self.min_tokens <= self.max_tokens, self, "min_tokens", f"0 to max_tokens, {self.max_tokens}")
+        require(len(self.held) <= MOST_HELD, self, "held", f"at most {MOST_HELD} tokens")
         require(len(self.stop) <= MOST_STOPS and all(self.stop), self, "stop", f"at most {MOST_STOPS} texts, not empty")
         fits = self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS
         require(fits, self, "logprobs", f"None, or from 0 to {MOST_LOGPROBS}")
+
+
+def held_back(request: Request, ends: Iterable[int]) -> Request:
+    """The request with all that may end it held back until its `min_tokens`. ends: the tokenizer's."""
+    if not request.min_tokens:
+        return request
+    own = () if request.ignore_eos else sorted(ends)
+    return dataclasses.replace(request, held=(*request.held, *request.stop_ids, *own))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +141,8 @@ class Output:
 
     number: of the request. tokens: new ones. text: what they add, as far as it can be told (bytes of a character that
     is not yet complete, or what may begin a stop string, wait for the next). finish: why it ended, None while it goes
-    on. error: what was wrong, where `finish` is ERROR.
+    on. stop: the stop string, or the one of `Request.stop_ids`, that ended it. error: what was wrong, where `finish` is
+    ERROR.
     """
 
     number: int
@@ -134,3 +150,4 @@ class Output:
     text: str = ""
     finish: str | None = None
     error: str | None = None
+    stop: str | int | None = None

@@ -103,7 +103,14 @@ def _everything(programs: Programs) -> Features:
         budgets = False
     masks = budgets and importlib.util.find_spec("llguidance") is not None
     return Features(
-        draws=True, restricts=True, penalties=True, biases=True, masks=masks, budgets=budgets, logprobs=MOST_LOGPROBS
+        draws=True,
+        restricts=True,
+        penalties=True,
+        biases=True,
+        masks=masks,
+        holds=True,
+        budgets=budgets,
+        logprobs=MOST_LOGPROBS,
     )
 
 

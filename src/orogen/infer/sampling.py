@@ -86,10 +86,10 @@ def choose(
 ) -> tuple[Choice, Rows]:
     """The next token of each row, and the rows after it.
 
-    The order: rows of the vocabulary without a token and what a grammar forbids are left out; logit biases; the
-    penalties for repetition (of prompt and output: positive logits are divided, others multiplied; arXiv:1909.05858),
-    frequency and presence (of the output); temperature; top_k, top_p and min_p; a draw. A budget of reasoning may then
-    replace the token. Ties go to the lower index.
+    The order: rows of the vocabulary without a token, what a grammar forbids and what is held back until `min_tokens`
+    are left out; logit biases; the penalties for repetition (of prompt and output: positive logits are divided, others
+    multiplied; arXiv:1909.05858), frequency and presence (of the output); temperature; top_k, top_p and min_p; a draw.
+    A budget of reasoning may then replace the token. Ties go to the lower index.
 
     Token number i of a request is drawn with the key fold_in(its seed's, i). mask_bw uint32, with the feature `masks`:
     allowed tokens. markers, with `budgets`: Markers. live_b: rows whose state goes on; None: all.
@@ -98,7 +98,10 @@ def choose(
     allowed_bv = is_token_v[None]
     if features.masks:
         allowed_bv = allowed_bv & unpacked(mask_bw, logits_bv.shape[1])
-    shaped_bv = _shaped(jnp.where(allowed_bv, logits_bv, -jnp.inf), knobs, rows, features)
+    left_bv = jnp.where(allowed_bv, logits_bv, -jnp.inf)
+    if features.holds:
+        left_bv = _held_back(left_bv, knobs, rows)
+    shaped_bv = _shaped(left_bv, knobs, rows, features)
     token_b = _first_largest(shaped_bv)
     bad_b = jnp.isnan(logits_bv.max(-1)) | (shaped_bv.max(-1) == -jnp.inf)
     if features.draws:
@@ -116,6 +119,14 @@ def unpacked(mask_bw: Array, size: int) -> Array:
     """(b, size) bool: the bits of the mask, lowest first."""
     bits = jnp.arange(MASK_BITS, dtype=jnp.uint32)
     return ((mask_bw[:, :, None] >> bits) & 1).astype(bool).reshape(len(mask_bw), -1)[:, :size]
+
+
+def _held_back(logits_bv: Array, knobs: Knobs, rows: Rows) -> Array:
+    """Logits with -inf for the tokens that may not come yet."""
+    early_b1 = (rows.number_b < knobs.least_b)[:, None]
+    ids_bn = jnp.asarray(knobs.held_ids_bn)
+    taken_bn = jnp.where(early_b1 & (ids_bn >= 0), -jnp.inf, 0)  # padding adds 0 to the last
+    return logits_bv.at[jnp.arange(len(logits_bv))[:, None], ids_bn].add(taken_bn)
 
 
 def _shaped(logits_bv: Array, knobs: Knobs, rows: Rows, features: Features) -> Array:

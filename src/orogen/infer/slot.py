@@ -84,13 +84,20 @@ class Slot:
             error = f"the logits of token {len(self.generated)} are not numbers, or allow no token"
         if finish is not None and self.text is not None and not self.text.stopped:
             text += self.text.finish()
-        return Output(self.number, tuple(kept), text, finish, error)
+        return Output(self.number, tuple(kept), text, finish, error, self._stop() if finish == STOP else None)
+
+    def _stop(self) -> str | int | None:
+        """What of the request ended it; None: an end of the model's own, or a grammar that is complete."""
+        if self.text is not None and self.text.stopped:
+            return self.text.stop
+        return self.generated[-1] if self.generated[-1] in self.request.stop_ids else None
 
     def _take(self, ids: list[int]) -> tuple[str, str | None, str | None]:
         """The text of these tokens, why it ends with the last one, None if it does not, and what is wrong."""
         self.generated += ids
         ended = ids[-1] in self.ends
-        text = "" if self.text is None else self.text.push(ids[:-1] if ended else ids)
+        searched = len(self.generated) > self.request.min_tokens
+        text = "" if self.text is None else self.text.push(ids[:-1] if ended else ids, searched=searched)
         finish, error = STOP if ended or (self.text is not None and self.text.stopped) else None, None
         if self.matcher is not None and finish is None:
             error = self.matcher.advance(ids[-1])

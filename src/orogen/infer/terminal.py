@@ -4,14 +4,14 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TextIO
 
 from orogen.config.checks import ConfigError
 from orogen.config.streams import say
 from orogen.infer.batch import Stepped
 from orogen.infer.lines import request_of
-from orogen.infer.request import CANCELLED, ERROR, SEEDS
+from orogen.infer.request import CANCELLED, ERROR, SEEDS, held_back
 
 NEW = "/new"  # a line that begins another conversation
 _CONTROLS = {*range(0x20), *range(0x7F, 0xA0)} - {ord("\n"), ord("\t")}
@@ -35,11 +35,12 @@ class Cancelling(Stepped, Protocol):
 class Words(NamedTuple):
     """How texts become prompts. encode: the ids of a text to continue. render: those of a chat's messages, each with a
     role and a content; None without a chat template: every line is then continued by itself. fields: of each request
-    besides the user's, which the template needs."""
+    besides the user's, which the template needs. ends: tokens that end a text."""
 
     encode: Callable[[str], Sequence[int]]
     render: Callable[[list[dict[str, str]]], Sequence[int]] | None = None
     fields: Mapping[str, Any] = {}
+    ends: Iterable[int] = ()
 
 
 class Answer(NamedTuple):
@@ -82,7 +83,7 @@ def converse(engine: Cancelling, words: Words, fields: Mapping[str, Any], *, sou
             if room < 1:
                 raise ConfigError(f"{len(prompt)} tokens so far; expected fewer than {engine.length}: try {NEW}")
             most = {"max_tokens": fields.get("max_tokens") or room, "seed": seed}
-            request = request_of(prompt, {**fields, **words.fields, **most})
+            request = held_back(request_of(prompt, {**fields, **words.fields, **most}), words.ends)
             number = engine.submit(request)
         except ConfigError as error:
             say(f"orogen: {error}")

@@ -55,15 +55,26 @@ class TextStream:
     def __init__(self, pieces: "_Bytes | _Runs", search: "StopSearch | None") -> None:
         self._pieces = pieces
         self._search = search
-        self.stopped = False
 
-    def push(self, ids: Iterable[int]) -> str:
+    @property
+    def stop(self) -> str | None:
+        """The stop string that has ended the text."""
+        return None if self._search is None else self._search.found
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has ended the text."""
+        return self.stop is not None
+
+    def push(self, ids: Iterable[int], *, searched: bool = True) -> str:
         """The text that is certain now, and was not before. Raises ConfigError for an id outside the vocabulary.
 
         What may still change is held back: bytes of a character that is not complete, the beginning of a stop string
         and, in a vocabulary with byte fallback, a run of byte tokens, which one wrong byte makes U+FFFD as a whole.
+        searched: whether a stop string may begin in it; text that is not searched comes before all that is.
         """
-        return self._shown(self._pieces.push(ids))
+        text = self._pieces.push(ids)
+        return self._shown(text) if searched else text
 
     def finish(self) -> str:
         """What was held back, at the end of the text."""
@@ -73,16 +84,14 @@ class TextStream:
     def _shown(self, text: str) -> str:
         if self._search is None or self.stopped:
             return "" if self.stopped else text
-        shown = self._search.feed(text)
-        self.stopped = self._search.found
-        return shown
+        return self._search.feed(text)
 
 
 class StopSearch:
     """Finds the stop string that is complete first; of several that are complete at once, the longest.
 
     Each is followed by Knuth, Morris and Pratt's automaton, whose state is how much of it the text ends in: linear
-    time, whatever the text and however it is split.
+    time, whatever the text and however it is split. found: it, None before.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -90,7 +99,7 @@ class StopSearch:
         self._failures = [_failures(stop) for stop in self._stops]
         self._states = [0] * len(self._stops)
         self._first = frozenset(stop[0] for stop in self._stops)
-        self.found = False
+        self.found: str | None = None
 
     @property
     def held(self) -> str:
@@ -104,22 +113,22 @@ class StopSearch:
             return text  # the usual case, and much faster
         held = max(zip(self._states, self._stops, strict=True))
         for place, character in enumerate(text):
-            if length := self._read(character):
-                self.found = True
-                return _without(held, text[: place + 1], length)
+            if (stop := self._read(character)) is not None:
+                self.found = stop
+                return _without(held, text[: place + 1], len(stop))
         return _without(held, text, max(self._states))
 
-    def _read(self, character: str) -> int:
-        """The length of the longest stop string that this character completes; 0 for none."""
-        longest = 0
+    def _read(self, character: str) -> str | None:
+        """The longest stop string that this character completes."""
+        longest = None
         for number, stop in enumerate(self._stops):
             state, failures = self._states[number], self._failures[number]
             while state and stop[state] != character:
                 state = failures[state - 1]
             state += stop[state] == character
             self._states[number] = state
-            if state == len(stop):
-                longest = max(longest, state)
+            if state == len(stop) and (longest is None or state > len(longest)):
+                longest = stop
         return longest
 
 

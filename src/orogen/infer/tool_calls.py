@@ -6,7 +6,6 @@ Nano 2 and Hermes write it.
 """
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -34,27 +33,6 @@ def schemas_of(tools: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         properties = (tool["function"].get("parameters") or {}).get("properties")
         found[tool["function"]["name"]] = properties if isinstance(properties, dict) else {}
     return found
-
-
-class Beginning(NamedTuple):
-    """How a call begins, so far as it is certain, and a regular expression that the rest matches, None for any rest."""
-
-    text: str
-    rest: str | None
-
-
-def beginning(names: Sequence[str], template: str) -> Beginning:
-    """The beginning of a call of one of the tools `names`, in the form that a chat template shows."""
-    if "<TOOLCALL>" in template:
-        begin, end = '<TOOLCALL>[{"name": "', '", "arguments": '
-    elif _FUNCTION in template:
-        begin, end = f"<tool_call>\n{_FUNCTION}", ">\n"
-    else:
-        begin, end = '<tool_call>\n{"name": "', '", "arguments": '
-    if len(names) == 1:
-        return Beginning(f"{begin}{names[0]}{end}", None)
-    # Any text may follow the name: the form of a call is the model's to keep.
-    return Beginning(begin, f"({'|'.join(map(re.escape, names))}){re.escape(end[0])}[\\s\\S]*")
 
 
 def read_calls(block: str, tools: Mapping[str, Mapping[str, Any]]) -> list[Call]:
@@ -116,7 +94,7 @@ def _value(text: str) -> tuple[str, str]:
 
 def typed(text: str, schema: Any) -> Any:
     """A value as its JSON schema types it; the text itself where that says `string`, nothing, or what it is not."""
-    kinds = _kinds(schema)
+    kinds = kinds_of(schema)
     if not kinds or kinds == {"string"}:
         return text
     word = text.strip()
@@ -131,7 +109,7 @@ def typed(text: str, schema: Any) -> Any:
     return value if _kind(value) & kinds else text
 
 
-def _kinds(schema: Any) -> set[str]:
+def kinds_of(schema: Any) -> set[str]:
     """The types that a schema allows, through `anyOf` and `oneOf`."""
     if not isinstance(schema, dict):
         return set()
@@ -139,7 +117,7 @@ def _kinds(schema: Any) -> set[str]:
     kinds = {k for k in (kind if isinstance(kind, list) else [kind]) if isinstance(k, str)}
     for key in ("anyOf", "oneOf"):
         for option in schema[key] if isinstance(schema.get(key), list) else []:
-            kinds |= _kinds(option)
+            kinds |= kinds_of(option)
     return kinds
 
 

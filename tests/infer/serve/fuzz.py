@@ -14,10 +14,11 @@ import time
 from typing import Any
 
 from tests.infer.chats import WEATHER, tokenizer
-from tests.infer.serve.harness import RENDERER, Client, Reply, lifespan, worded
+from tests.infer.serve.harness import RENDERER, Client, Reply, lifespan, saying, worded
 
 from orogen.infer.chat import Chat, own_template
 from orogen.infer.serve.app import make_app
+from orogen.infer.serve.conversation import RESPONSE
 from orogen.infer.serve.exchange import Settings
 from orogen.infer.serve.forms import CHAT, COMPLETION, NOT_OFFERED
 from orogen.infer.service import Service
@@ -40,6 +41,12 @@ FULL = {
                              "top_logprobs": 1, "chat_template_kwargs": {"enable_thinking": True},
                               "reasoning_budget": 3,
                              "response_format": {"type": "text"}},
+    "/v1/responses": {"input": [SAYS, {"type": "function_call", "call_id": "a", "name": "weather", "arguments": "{}"},
+                      {"type": "function_call_output", "call_id": "a", "output": "b"}, {"type": "reasoning",
+                      "content": [{"type": "reasoning_text", "text": "é"}]}], "instructions": "a",
+                      "tools": [{"type": "function", "name": "weather", "parameters": {}}], "tool_choice": "auto",
+                      "max_output_tokens": 2, "top_logprobs": 1, "text": {"format": {"type": "text"}},
+                      "reasoning": {"effort": "low"}, "include": ["message.output_text.logprobs"], "store": False},
     "/tokenize": {"messages": [SAYS], "tools": [WEATHER], "chat_template_kwargs": {}},
     "/detokenize": {"tokens": [1, 2, 3]},
 }  # fmt: skip
@@ -51,7 +58,8 @@ ODD: list[Any] = [
     {"type": "function", "function": {"name": "x"}}, {"type": "json_schema"}, {"role": "user"}, "x" * 10**4, [1] * 300,
     {str(i): i for i in range(400)}, {"a": {"b": [{"c": None}]}}, [SAYS] * 3, [{**SAYS, "role": "\n"}], ["a"] * 200,
 ]  # fmt: skip
-NAMES = sorted({*COMPLETION.optional, *COMPLETION.required, *CHAT.optional, *CHAT.required, *NOT_OFFERED, "other", "é"})
+NAMES = sorted({*COMPLETION.optional, *COMPLETION.required, *CHAT.optional, *CHAT.required, *RESPONSE.optional,
+                *RESPONSE.required, *NOT_OFFERED, "other", "é"})  # fmt: skip
 
 
 def malformed(draw: random.Random) -> tuple[str, bytes]:
@@ -99,7 +107,10 @@ def fault(reply: Reply) -> str | None:
     if reply.status not in ALLOWED:
         return f"status {reply.status}: {reply.text[:300]}"
     if reply.headers["content-type"].startswith("text/event-stream"):
-        bad = [event for event in reply.events if "error" in event]
+        named = reply.text.startswith("event: ")
+        data = [line[6:] for line in reply.text.split("\n") if line.startswith("data: ")]
+        events = [json.loads(line) for line in data] if named else reply.events
+        bad = [event for event in events if event.get("error") or event.get("type") in ("error", "response.failed")]
         return f"an error in a stream: {bad[0]}" if bad else None
     answer = reply.json
     if reply.status != 200 and ("\n" in answer["error"]["message"] or not 10 < len(answer["error"]["message"]) < 3000):
@@ -109,7 +120,7 @@ def fault(reply: Reply) -> str | None:
 
 async def run(first: int, count: int) -> tuple[list[str], collections.Counter]:
     """Faults, and how often each status came, over bodies `first` to `first + count`."""
-    service = Service(worded(slots=16), limit=500)
+    service = Service(worded(slots=16, script=saying("hm</think>yes")), limit=500)
     chat = Chat(tokenizer(), own_template("nemotron_3_nano"), RENDERER)
     app = make_app(service, Settings(name="tiny", most=4000, most_body=10**5), tokenizer=tokenizer(), chat=chat)
     faults, statuses = [], collections.Counter()

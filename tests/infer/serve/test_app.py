@@ -9,6 +9,8 @@ from tests.infer.chats import backend, tokenizer
 from tests.infer.fake_engine import FakeEngine
 from tests.infer.serve.harness import with_client, worded
 
+from orogen.config.checks import ConfigError
+
 
 def ask(method: str, path: str, body=None, engine=None, headers=None, **settings):
     data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -85,6 +87,8 @@ def test_tokenize_and_detokenize():
     reply = ask("POST", "/tokenize", {"prompt": "the é"}, words=True).json
     assert reply == {"count": len(ids) + 1, "max_model_len": 4000, "tokens": [tokenizer().bos_id, *ids]}
     assert ask("POST", "/tokenize", {"prompt": "the é", "add_special_tokens": False}, words=True).json["tokens"] == ids
+    named = ask("POST", "/tokenize", {"prompt": "the", "return_token_strs": True}, words=True).json
+    assert named["token_strs"] == ["<s>", *(backend().decode([i]) for i in named["tokens"][1:])]
     assert ask("POST", "/detokenize", {"tokens": ids}, words=True).json == {"prompt": "the é"}
     chat = {"messages": [{"role": "user", "content": "hi"}], "chat_template_kwargs": {"enable_thinking": False}}
     tokens = ask("POST", "/tokenize", chat, words=True).json["tokens"]
@@ -137,7 +141,7 @@ def test_a_client_that_vanishes_takes_its_requests_along(stream):
 
 def test_a_client_that_reads_nothing_holds_no_slot(monkeypatch):
     """Its connection takes no more, so that sending never ends: the stream's time ends it."""
-    monkeypatch.setattr("orogen.infer.serve.exchange.LAST_SECONDS", 0.5)
+    monkeypatch.setattr("orogen.infer.serve.events.LAST_SECONDS", 0.5)
     engine = FakeEngine(wait=0.01)
 
     async def use(client):
@@ -171,6 +175,58 @@ def test_a_slow_template_holds_up_no_other_route():
 
     reply, took = with_client(worded(), use, words=True)
     assert reply.status == 200 and took < 0.5
+
+
+class Compiler:
+    """Takes its time to compile, or refuses to."""
+
+    def __init__(self, seconds: float = 0.0, error: str = "") -> None:
+        self.seconds, self.error, self.seen, self.closed = seconds, error, [], False
+
+    def prepare(self, grammar) -> None:
+        time.sleep(self.seconds)
+        self.seen.append(grammar.text)
+        if self.error:
+            raise ConfigError(self.error)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_slow_grammar_holds_up_nobody_else():
+    compiler = Compiler(seconds=0.4)
+
+    async def use(client):
+        slow = asyncio.create_task(client.complete(prompt=[5], guided_regex="a", n=2))
+        await asyncio.sleep(0.05)
+        begin = time.perf_counter()
+        reply = await client.complete(prompt=[5])
+        took = time.perf_counter() - begin
+        assert not slow.done()
+        return reply, took, await slow
+
+    reply, took, slow = with_client(FakeEngine(), use, constraints=compiler)
+    assert reply.status == slow.status == 200 and took < 0.3
+    assert compiler.seen == ["a"], "once for all choices"
+    assert compiler.closed
+
+
+def test_a_grammar_that_is_refused_reaches_no_engine():
+    engine = FakeEngine()
+    compiler = Compiler(error="Grammar.text 'a(' is not closed; expected a regex")
+    reply = with_client(engine, lambda c: c.complete(prompt=[5], guided_regex="a(", stream=True), constraints=compiler)
+    assert (reply.status, reply.error) == (400, "the grammar 'a(' is not closed; expected a regex")
+    assert engine.seen == []
+
+
+def test_too_many_grammars(monkeypatch):
+    monkeypatch.setattr("orogen.infer.serve.grammars.MOST_WAITING", 2)
+
+    async def use(client):
+        return await asyncio.gather(*(client.complete(prompt=[5], guided_regex="a" * n) for n in range(1, 5)))
+
+    replies = with_client(FakeEngine(), use, constraints=Compiler(seconds=0.05))
+    assert [reply.status for reply in replies] == [200, 200, 429, 429]
 
 
 def test_a_full_queue():

@@ -53,17 +53,22 @@ def joined(events: list, number: int = 0) -> dict:
 def test_reasoning_and_content():
     engine = worded(script=saying("hm é\n</think>\nyes"))
     reply = chat(engine=engine, text="the user?")
-    assert message(reply) == {"role": "assistant", "content": "yes", "reasoning_content": "hm é"}
+    assert message(reply) == {"role": "assistant", "content": "yes", "reasoning_content": "hm é", "refusal": None}
     assert reply.json["object"] == "chat.completion" and reply.json["choices"][0]["finish_reason"] == "stop"
     assert prompt_of(engine).endswith("<|im_start|>user\nthe user?<|im_end|>\n<|im_start|>assistant\n<think>\n")
     assert engine.seen[-1].max_tokens == 4000 - len(engine.seen[-1].prompt), "as far as the model goes"
     counted = len(engine.seen[-1].prompt), len(backend().encode("hm é\n</think>\nyes").ids) + 1
-    assert tuple(reply.json["usage"].values()) == (*counted, sum(counted))
+    *told, details = reply.json["usage"].values()
+    assert told == [*counted, sum(counted)]
+    assert details == {"reasoning_tokens": len(backend().encode("hm é\n</think>").ids)}
 
 
 def test_thinking_that_does_not_end_is_reasoning():
     assert message(chat("hm <b"))["reasoning_content"] == "hm <b"
-    assert message(chat("hm <b"))["content"] == ""
+    reply = chat("hm <b")
+    assert message(reply)["content"] == ""
+    usage = reply.json["usage"]
+    assert usage["completion_tokens_details"]["reasoning_tokens"] == usage["completion_tokens"]
 
 
 def test_thinking_is_turned_off_and_budgeted():
@@ -85,7 +90,7 @@ def test_a_call():
     reply = chat(f"hm\n</think>\nLet me look.\n{CALL}", tools=[WEATHER, STOP_TOOL])
     found = message(reply)
     (call,) = found.pop("tool_calls")
-    assert found == {"role": "assistant", "content": "Let me look.", "reasoning_content": "hm"}
+    assert found == {"role": "assistant", "content": "Let me look.", "reasoning_content": "hm", "refusal": None}
     assert call["type"] == "function" and call["id"].startswith("call_") and call["function"]["name"] == "weather"
     assert json.loads(call["function"]["arguments"]) == ARGUMENTS
     assert reply.json["choices"][0]["finish_reason"] == "tool_calls"
@@ -127,7 +132,7 @@ def test_a_call_that_must_be_made_is_begun_in_the_prompt(template, begin, rest):
     ):
         engine = worded(script=saying(rest))
         found = message(chat(engine=engine, _template=template, **body))
-        assert prompt_of(engine).endswith(begin) and engine.seen[-1].grammar is None
+        assert prompt_of(engine).endswith(begin) and engine.seen[-1].grammar.kind == "grammar"
         assert [(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in found["tool_calls"]] == [
             ("weather", ARGUMENTS)
         ]
@@ -138,7 +143,7 @@ def test_of_several_tools_the_grammar_knows_the_names():
     engine = worded(script=saying(CALL.partition("<function=")[2]))
     found = message(chat(engine=engine, tools=[WEATHER, STOP_TOOL], tool_choice="required"))
     assert prompt_of(engine).endswith("<think></think><tool_call>\n<function=")
-    assert engine.seen[-1].grammar == Grammar(kind="regex", text="(weather|stop)>[\\s\\S]*")
+    assert all(f'"{name}>\\n"' in engine.seen[-1].grammar.text for name in ("weather", "stop"))
     assert found["tool_calls"][0]["function"]["name"] == "weather"
 
 
@@ -147,6 +152,33 @@ def test_an_answer_of_a_given_form_is_not_thought_about():
     assert message(chat(engine=engine, response_format={"type": "json_object"}))["content"] == "{}"
     assert engine.seen[-1].grammar == Grammar(kind="json_schema", text='{"type": "object"}')
     assert prompt_of(engine).endswith("<think></think>")
+
+
+@pytest.mark.parametrize("more", [{"chat_template_kwargs": {"enable_thinking": True}}, {"reasoning_budget": 9}])
+def test_an_answer_of_a_given_form_after_a_thought(more):
+    engine = worded(script=saying("hm</think>{}"))
+    found = message(chat(engine=engine, response_format={"type": "json_object"}, **more))
+    assert (found["reasoning_content"], found["content"]) == ("hm", "{}")
+    assert prompt_of(engine).endswith("<think>\n") and engine.seen[-1].grammar is not None
+
+
+@pytest.mark.parametrize(("mode", "begun"), [("auto", "<think>\n"), ("required", "<tool_call>\n<function=stop>\n")])
+def test_some_tools_are_allowed(mode, begun):
+    engine = worded(script=saying(f"</think>{CALL}"))
+    allowed = {"mode": mode, "tools": [{"type": "function", "function": {"name": "stop"}}]}
+    choice = {"type": "allowed_tools", "allowed_tools": allowed}
+    assert "tool_calls" not in message(chat(engine=engine, tools=[WEATHER, STOP_TOOL], tool_choice=choice))
+    assert prompt_of(engine).endswith(begun) and "weather" not in prompt_of(engine)
+
+
+def test_a_stop_string_is_told_and_shown_if_asked_for():
+    for more, text in (({}, "the "), ({"include_stop_str_in_output": True}, "the city")):
+        ask = {"stop": ["user", "city"], "chat_template_kwargs": {"enable_thinking": False}, **more}
+        reply = chat("the city of", **ask)
+        assert message(reply)["content"] == text and reply.json["choices"][0]["stop_reason"] == "city"
+        chunks = [c for event in chat("the city of", **ask, stream=True).events for c in event["choices"]]
+        assert "".join(c["delta"].get("content", "") for c in chunks) == text
+        assert chunks[-1]["stop_reason"] == "city"
 
 
 def test_tool_results_and_calls_go_back_to_the_model():
@@ -225,7 +257,9 @@ def test_text_streams_as_it_comes():
          "tool_choice asks for a call beside an answer"),
         ({"tools": [STOP_TOOL], "tool_choice": "required", "chat_template_kwargs": {"enable_thinking": True}},
          "enable_thinking is True beside a call that must be made; expected false"),
-        ({"guided_regex": "a", "chat_template_kwargs": {"enable_thinking": True}}, "beside an answer of a given form"),
+        ({"tools": [STOP_TOOL], "tool_choice": {"type": "allowed_tools"}}, "expected the mode auto or required"),
+        ({"tools": [STOP_TOOL], "tool_choice": {"type": "function"}}, "expected a function among tools"),
+        ({"stream_options": {"include_usage": True}}, "stream_options is given without stream; expected stream true"),
         ({"chat_template_kwargs": {"enable_thinking": "no"}}, "enable_thinking is 'no'; expected true or false"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages; expected it as a field"),
         ({"chat_template_kwargs": {"reasoning_budget": -1}},

@@ -1,5 +1,7 @@
 """`/v1/completions`, without a network: forms, streams, refusals; a model without a tokenizer serves too."""
 
+import math
+
 import pytest
 from tests.infer.chats import backend, tokenizer
 from tests.infer.fake_engine import FakeEngine
@@ -20,8 +22,8 @@ def test_token_ids_in_and_out_without_a_tokenizer():
     answer = reply.json
     assert answer["object"] == "text_completion" and answer["model"] == "tiny" and answer["id"].startswith("cmpl-")
     (choice,) = answer["choices"]
-    assert choice == {"index": 0, "text": "", "logprobs": None, "finish_reason": "length", "token_ids": [5, 6, 5, 6, 5],
-                      "prompt_token_ids": [5, 6]}  # fmt: skip
+    assert choice == {"index": 0, "text": "", "logprobs": None, "finish_reason": "length", "stop_reason": None,
+                      "token_ids": [5, 6, 5, 6, 5], "prompt_token_ids": [5, 6]}  # fmt: skip
     assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 5, "total_tokens": 7}
 
 
@@ -83,6 +85,55 @@ def test_schemas_by_every_name(body):
     engine = FakeEngine()
     assert complete(engine, prompt=[5], **body).status == 200
     assert engine.seen[0].grammar == Grammar(kind="json_schema", text='{"type": "object"}')
+
+
+@pytest.mark.parametrize(
+    ("body", "grammar"),
+    [
+        ({"guided_choice": ["a b", "c*"]}, Grammar(kind="regex", text=r"a\ b|c\*")),
+        ({"structured_outputs": {"choice": ["é"]}}, Grammar(kind="regex", text="é")),
+        ({"guided_grammar": 'root ::= "a"'}, Grammar(kind="grammar", text='root ::= "a"')),
+        ({"structured_outputs": {"grammar": 'start: "a"'}}, Grammar(kind="grammar", text='start: "a"')),
+        ({"structured_outputs": {"json_object": True}}, Grammar(kind="json_schema", text='{"type": "object"}')),
+        ({"structured_outputs": {"json_object": False, "json": None}, "guided_json": None}, None),
+        ({"guided_json": {}}, Grammar(kind="json_schema", text="{}")),
+    ],
+)
+def test_other_forms_of_answers(body, grammar):
+    engine = FakeEngine()
+    assert complete(engine, prompt=[5], **body).status == 200
+    assert engine.seen[0].grammar == grammar
+
+
+def test_the_best_of_several():
+    """The likeliest by the mean log-probability of their tokens."""
+    answers = iter([[5, 5, 5], [6, 6, 6], [5, 6, 6], [6, 5, 5]])
+    engine = FakeEngine(script=lambda request: next(answers), logprob=lambda i: -0.25 if i == 6 else -2.0)
+    answer = complete(engine, prompt=[5], n=2, best_of=4).json
+    assert [c["token_ids"] for c in answer["choices"]] == [[6, 6, 6], [5, 6, 6]]
+    assert [c["index"] for c in answer["choices"]] == [0, 1] and answer["choices"][0]["logprobs"] is None
+    assert answer["usage"] == {"prompt_tokens": 1, "completion_tokens": 12, "total_tokens": 13}
+    assert [request.logprobs for request in engine.seen] == [0] * 4
+
+
+def test_the_first_tokens_are_no_ends():
+    engine = worded()
+    ask = {"prompt": "a", "min_tokens": 2, "stop_token_ids": [9], "_words": True}
+    assert complete(engine, **ask).status == complete(engine, **ask, ignore_eos=True).status == 200
+    ends = sorted(tokenizer().end_ids)
+    assert [(request.min_tokens, request.held) for request in engine.seen] == [(2, (9, *ends)), (2, (9,))]
+
+
+def test_counts_of_each_chunk():
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, last = complete(prompt=[5], stream=True, stream_options=options).events
+    assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 2, 3]
+    assert last["usage"] == chunks[-1]["usage"]
+
+
+def test_a_token_without_probability_is_told_in_json():
+    reply = complete(FakeEngine(logprob=lambda i: -math.inf), prompt=[5], logprobs=0, max_tokens=1)
+    assert reply.json["choices"][0]["logprobs"]["token_logprobs"] == [-9999.0]
 
 
 def test_logprobs():
@@ -147,14 +198,18 @@ def test_a_stream_that_echoes_begins_with_the_prompt():
         ({"prompt": [5], "stop": "x"}, "stop is 'x'; expected token ids", "stop"),
         ({"prompt": [5], "n": 129}, "n is 129", "n"),
         ({"prompt": [[5]] * 65, "n": 2}, "n is 2 for 65 prompts; expected 128 answers at most", "n"),
-        ({"prompt": [5], "best_of": 2}, "best_of is 2; expected n, 1", "best_of"),
+        ({"prompt": [5], "best_of": 2, "n": 3}, "best_of is 2; expected n, 3, or more", "best_of"),
+        ({"prompt": [5], "best_of": 2, "stream": True}, "best_of is 2 beside stream; expected n, 1", "best_of"),
+        ({"prompt": [[5]] * 65, "best_of": 2}, "best_of is 2 for 65 prompts; expected 128 answers", "best_of"),
         ({"prompt": [5], "echo": True, "logprobs": 1}, "echo is true beside logprobs; expected one of them", "echo"),
         ({"prompt": [5], "logprobs": 21}, "logprobs is 21", "logprobs"),
         ({"prompt": [5], "suffix": "x"}, "suffix is 'x'; this server does not offer it", "suffix"),
-        ({"prompt": [5], "min_tokens": 3}, "min_tokens is 3; this server does not offer it", "min_tokens"),
+        ({"prompt": [5], "min_tokens": 4}, "min_tokens is 4; expected 0 to max_tokens, 3", "min_tokens"),
         ({"prompt": [5], "guided_regex": "a", "guided_json": {}}, "guided_json and guided_regex; expected one", None),
-        ({"prompt": [5], "structured_outputs": {"choice": ["a"]}},
-         "structured_outputs is of choice; expected json or", None),
+        ({"prompt": [5], "structured_outputs": {"structural_tag": "a"}},
+         "structured_outputs is of structural_tag; expected one of json, regex", None),
+        ({"prompt": [5], "guided_choice": []}, "guided_choice is []; expected at least one text", "guided_choice"),
+        ({"prompt": [5], "stream_options": {"include_usage": True}}, "stream_options is given without stream", None),
         ({"prompt": [5], "response_format": {"type": "xml"}}, "response_format.type is 'xml'", "response_format.type"),
         ({"prompt": [5], "response_format": {"type": "json_schema"}}, "json_schema is missing", None),
         ({"prompt": [5], "stream_options": []}, "stream_options is []", "stream_options"),
@@ -175,6 +230,8 @@ def test_unknown_fields_are_named_and_ignored():
     assert reply.status == 200
     assert reply.headers["x-ignored-fields"] == '"temprature", "\\u00e9"'
     assert "x-ignored-fields" not in complete(prompt=[5]).headers
+    reply = complete(prompt=[5], max_completion_tokens=[])
+    assert (reply.status, reply.headers["x-ignored-fields"]) == (200, '"max_completion_tokens"')
 
 
 def test_another_model_is_not_found():
@@ -182,6 +239,7 @@ def test_another_model_is_not_found():
     assert reply.status == 404 and reply.json["error"]["code"] == "model_not_found"
     assert reply.error == "the model 'other' does not exist; expected 'tiny'"
     assert complete(prompt=[5], model="tiny").status == 200
+    assert len(complete(prompt=[5], model="x" * 10**4).error) < 3000
 
 
 def test_a_request_that_fails():

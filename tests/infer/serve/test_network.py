@@ -1,6 +1,7 @@
 """The server on a socket: many streams at once, clients that vanish, SIGTERM under load, the `openai` client."""
 
 import asyncio
+import http.client
 import json
 import os
 import signal
@@ -12,32 +13,9 @@ import pytest
 from tests.infer.chats import WEATHER
 from tests.infer.fake_engine import FakeEngine
 from tests.infer.serve.harness import saying, worded
-from tests.infer.serve.live import post, serving
+from tests.infer.serve.live import ids_in, post, serving, stream
 
 STREAMS = 200
-
-
-async def stream(port: int, body: dict, *, leave_after: int | None = None) -> list[tuple[float, dict]]:
-    """The events of a stream with the times at which they came; the client leaves after so many."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    data, found = json.dumps({**body, "stream": True}).encode(), []
-    writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n%s" % (len(data), data))
-    try:
-        while line := await reader.readline():
-            if line.startswith(b"HTTP/1.1") and b" 200 " not in line:
-                raise AssertionError(line)
-            if line.startswith(b"data: [DONE]") or leave_after is not None and len(found) >= leave_after:
-                return found
-            if line.startswith(b"data: "):
-                found.append((time.monotonic(), json.loads(line[6:])))
-        raise AssertionError("the stream ended without [DONE]")
-    finally:
-        writer.close()
-
-
-def ids_in(events: list[tuple[float, dict]]) -> list[int]:
-    assert all("error" not in event for _, event in events), events
-    return [i for _, event in events for choice in event["choices"] for i in choice["token_ids"]]
 
 
 def test_two_hundred_streams_at_once_get_their_own_tokens_and_fair_turns():
@@ -57,6 +35,18 @@ def test_two_hundred_streams_at_once_get_their_own_tokens_and_fair_turns():
     # Whoever came first does not end long before the rest began, and no stream is held up.
     assert ends[0] > begins[STREAMS // 2]
     assert spans[-1] < 4 * spans[STREAMS // 2] + 1, spans
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_who_sends_too_much_hears_so(chunked):
+    """Not only that the connection was closed."""
+    body = b'{"prompt": "' + b"a" * 2**23 + b'"}'
+    with serving(FakeEngine(), most_body=1000) as (port, _):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        connection.request("POST", "/v1/completions", iter([body]) if chunked else body, encode_chunked=chunked,
+                           headers={"transfer-encoding": "chunked"} if chunked else {})  # fmt: skip
+        response = connection.getresponse()
+        assert response.status == 413 and "expected at most" in json.load(response)["error"]["message"]
 
 
 def test_vanished_clients_free_their_slots():
@@ -139,6 +129,14 @@ def test_the_openai_client():
         assert whole.choices[0].text == "the weather" and whole.choices[0].token_ids
         parts = client.completions.create(model="tiny", prompt=[5, 6], max_tokens=4, stream=True)
         assert "".join(part.choices[0].text for part in parts) == "x"
+        with client.responses.stream(model="tiny", input="hi", reasoning={"effort": "none"}) as stream:
+            kinds = [event.type for event in stream]
+            assert stream.get_final_response().output_text == "x"
+        assert kinds[0] == "response.created" and kinds[-1] == "response.completed"
+        kept = {"model": "tiny", "input": "hi", "instructions": "Be kind.", "store": False}
+        assert client.responses.create(**kept, reasoning={"effort": "none"}).output_text == "x"
+        with pytest.raises(openai.BadRequestError, match="previous_response_id is 'resp_1'; this server keeps nothing"):
+            client.responses.create(**kept, previous_response_id="resp_1")
         with pytest.raises(openai.BadRequestError, match="temperature is -1.0; expected 0 or more"):
             client.completions.create(model="tiny", prompt="a", temperature=-1)
         with pytest.raises(openai.NotFoundError, match="expected 'tiny'"):

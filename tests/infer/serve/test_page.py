@@ -101,6 +101,13 @@ def test_stop_and_settings():
         assert find(driver, "#go").get_attribute("aria-label") == "Send"
         from tests.infer.chats import backend
 
+        say(driver, "more")
+        until(lambda: any("city" in text for text in texts(driver, ".turn.assistant:last-child > .text")))
+        find(driver, "#anew").click()
+        until(lambda: service.open == 0 and find(driver, "#go").get_attribute("aria-label") == "Send")
+        say(driver, "hi")
+        until(lambda: len(engine.seen) == 3)
+        assert engine.seen[2].prompt == engine.seen[0].prompt, "a new chat holds nothing of the answer that was stopped"
         prompt = backend().decode(list(engine.seen[0].prompt), skip_special_tokens=False)
         assert "system\nBe kind.<|im_end|>" in prompt and prompt.endswith("<think></think>")
 

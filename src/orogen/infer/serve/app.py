@@ -17,25 +17,42 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from orogen.config.checks import ConfigError
 from orogen.data.tokenizer import Tokenizer
 from orogen.infer.chat import Chat
+from orogen.infer.constrain import Constraints
+from orogen.infer.schedule import Scheduler
 from orogen.infer.serve import forms
-from orogen.infer.serve.body import read_body
+from orogen.infer.serve.body import discard, read_body
 from orogen.infer.serve.chats import chats
 from orogen.infer.serve.completions import completions
-from orogen.infer.serve.errors import HttpError, answer_error, answer_fault, answer_http, bad
-from orogen.infer.serve.exchange import Parts, Settings
+from orogen.infer.serve.errors import HttpError, answer_error, answer_fault, answer_http, bad, response_to
+from orogen.infer.serve.exchange import Parts, Settings, token_text
+from orogen.infer.serve.grammars import Grammars
 from orogen.infer.serve.measures import Measures
 from orogen.infer.serve.messages import check_messages
+from orogen.infer.serve.responses import responses
 from orogen.infer.service import Service
 
 OPEN = ("/", "/health", "/metrics")  # without the key
+# Those that are counted by name; what others there are is the client's choice.
+KNOWN = (
+    "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/models", "/tokenize", "/detokenize", *OPEN,
+)  # fmt: skip
 # The page needs nothing from elsewhere, and nothing may be put into it from elsewhere.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 
 
 def make_app(
-    service: Service, settings: Settings, *, tokenizer: Tokenizer | None = None, chat: Chat | None = None
-) -> Starlette:
-    """The application around a service, which is started and closed with it."""
+    service: Service, settings: Settings, *, tokenizer: Tokenizer | None = None, chat: Chat | None = None,
+    constraints: Constraints | None = None, scheduler: Scheduler | None = None,
+) -> Starlette:  # fmt: skip
+    """The application around a service, which is started and closed with it.
+
+    constraints: those that compile grammars, of the engine's tokenizer; None: the engine does, while its other requests
+    wait. scheduler: the engine's, of which /metrics tells what is held; None: it does not.
+    """
+    measures = Measures()
+    if scheduler is not None:
+        measures.watch(scheduler)
+    grammars = None if constraints is None else Grammars(constraints)
 
     @contextlib.asynccontextmanager
     async def life(_: Starlette) -> AsyncIterator[None]:
@@ -47,6 +64,8 @@ def make_app(
             app.state.parts.prompts.shutdown(wait=False)
             if chat is not None:
                 chat.close()
+            if grammars is not None:
+                grammars.close()
 
     app = Starlette(
         routes=[
@@ -57,13 +76,14 @@ def make_app(
             Route("/v1/models/{name:path}", _model),
             Route("/v1/completions", completions, methods=["POST"]),
             Route("/v1/chat/completions", chats, methods=["POST"]),
+            Route("/v1/responses", responses, methods=["POST"]),
             Route("/tokenize", _tokenize, methods=["POST"]),
             Route("/detokenize", _detokenize, methods=["POST"]),
         ],
         lifespan=life,
         exception_handlers={HttpError: answer_error, HTTPException: answer_http, Exception: answer_fault},
     )
-    app.state.parts = Parts(service, settings, tokenizer, chat, Measures())
+    app.state.parts = Parts(service, settings, tokenizer, chat, measures, grammars)
     app.add_middleware(_Gate, parts=app.state.parts)
     return app
 
@@ -77,8 +97,7 @@ class _Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        known = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/tokenize", "/detokenize", *OPEN)
-        path = scope["path"] if scope["path"] in known else "other"
+        path = scope["path"] if scope["path"] in KNOWN else "other"
 
         async def counting(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -89,14 +108,16 @@ class _Gate:
         if path not in OPEN and not self._has_key(request):
             wrong = HttpError(401, "the API key is missing or wrong; expected `Authorization: Bearer KEY`",
                               code="invalid_api_key", headers={"www-authenticate": "Bearer"})  # fmt: skip
-            return await answer_error(request, wrong)(scope, receive, counting)
+            return await response_to(wrong)(scope, receive, counting)
         length = request.headers.get("content-length", "")
         if length.isascii() and length.isdigit() and int(length[:20]) > self._parts.settings.most_body:
             most = self._parts.settings.most_body
             large = HttpError(
                 413, f"the body has {length[:20]} bytes; expected at most {most}", headers={"connection": "close"}
             )
-            return await answer_error(request, large)(scope, receive, counting)
+            if "expect" not in request.headers:  # whoever sends that waits for the answer first
+                await discard(request)
+            return await response_to(large)(scope, receive, counting)
         await self._app(scope, receive, counting)
 
     def _has_key(self, request: HttpRequest) -> bool:
@@ -151,7 +172,10 @@ async def _tokenize(request: HttpRequest) -> Response:
         ids = await asyncio.get_running_loop().run_in_executor(parts.prompts, _ids_of, body, parts)
     except ConfigError as error:
         raise bad(error) from None
-    return JSONResponse({"count": len(ids), "max_model_len": parts.settings.most, "tokens": ids})
+    found = {"count": len(ids), "max_model_len": parts.settings.most, "tokens": ids}
+    if body.get("return_token_strs", False):
+        found["token_strs"] = [token_text(parts.tokenizer, i)[0] for i in ids]
+    return JSONResponse(found)
 
 
 def _ids_of(body: dict[str, Any], parts: Parts) -> list[int]:

@@ -1,6 +1,7 @@
 """The bytes of a body, within bounds."""
 
 import asyncio
+import contextlib
 import json
 from typing import Any
 
@@ -10,6 +11,9 @@ from orogen.config.json_file import Record
 from orogen.infer.serve import forms
 from orogen.infer.serve.errors import HttpError
 
+# Of a body that is refused, so many bytes are read: who still sends when a connection is closed hears no answer.
+MOST_DISCARDED, DISCARD_SECONDS = 2**27, 10.0
+
 
 async def read_body(request: Request, form: Record) -> tuple[dict[str, Any], list[str]]:
     """The fields of a request's body, and the names of those that are unknown. See `forms.read`.
@@ -17,19 +21,34 @@ async def read_body(request: Request, form: Record) -> tuple[dict[str, Any], lis
     Raises HttpError with status 400, 408 or 413.
     """
     settings = request.app.state.parts.settings
-    most, data = settings.most_body, bytearray()
+    most, count, data = settings.most_body, 0, bytearray()
     try:
         async with asyncio.timeout(settings.timeout):
             async for piece in request.stream():
-                data += piece
-                if len(data) > most:
-                    raise HttpError(413, f"the body has more than {most} bytes; expected at most that")
+                count += len(piece)
+                if count > most + MOST_DISCARDED:
+                    break
+                if count <= most:
+                    data += piece
     except TimeoutError:
         raise HttpError(408, f"the body took more than {settings.timeout:g} s", kind="timeout_error") from None
     except ClientDisconnect:
         raise HttpError(400, "the client left within the body") from None
+    if count > most:
+        raise HttpError(413, f"the body has more than {most} bytes; expected at most that")
     # A thread: what a large body takes to parse, and its prompts to encode, must not hold up the other streams.
     return await asyncio.to_thread(forms.read, bytes(data), form)
+
+
+async def discard(request: Request) -> None:
+    """Reads a body that is refused, within bounds."""
+    count = 0
+    with contextlib.suppress(ClientDisconnect, TimeoutError):
+        async with asyncio.timeout(DISCARD_SECONDS):
+            async for piece in request.stream():
+                count += len(piece)
+                if count > MOST_DISCARDED:
+                    return
 
 
 def ignored(names: list[str]) -> dict[str, str]:

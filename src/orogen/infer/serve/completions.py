@@ -12,11 +12,11 @@ from starlette.responses import Response
 
 from orogen.config.checks import ConfigError
 from orogen.data.tokenizer import Tokenizer
-from orogen.infer.request import Chosen, Request
-from orogen.infer.serve import forms
+from orogen.infer.request import Chosen, Output, Request
+from orogen.infer.serve import forms, structured
 from orogen.infer.serve.body import ignored, read_body
 from orogen.infer.serve.errors import bad
-from orogen.infer.serve.exchange import Answers, Parts, check_end, ids_of, respond, token_text, usage
+from orogen.infer.serve.exchange import Answers, Parts, check_end, ids_of, respond, token_text, told_logprob, usage
 
 DEFAULT_TOKENS = 16  # OpenAI's
 
@@ -29,6 +29,12 @@ class Choice:
     text: str
     tokens: list[Chosen] = dataclasses.field(default_factory=list)
     finish: str | None = None
+    stop: str | int | None = None
+
+    @property
+    def mean_logprob(self) -> float:
+        """Of its tokens, by which the best of several is found; there are no NaNs among them."""
+        return sum(chosen.logprob or 0.0 for chosen in self.tokens) / max(1, len(self.tokens))
 
 
 async def completions(request: HttpRequest) -> Response:
@@ -37,8 +43,8 @@ async def completions(request: HttpRequest) -> Response:
     body, unknown = await read_body(request, forms.COMPLETION)
     parts.check_model(body)
     choices, requests = await asyncio.to_thread(_asked, body, parts)
-    answers, stream = Answers(parts, requests), body.get("stream", False)
-    return await respond(request, answers, _Form(parts, body, choices), stream=stream, headers=ignored(unknown))
+    form = _Form(parts, body, choices)
+    return await respond(request, Answers(parts, requests), form, stream=forms.streams(body), headers=ignored(unknown))
 
 
 class _Form:
@@ -54,51 +60,74 @@ class _Form:
         }
         # A model without a tokenizer has nothing else to answer with.
         self._shows_ids = body.get("return_token_ids", False) or parts.tokenizer is None
+        self._n, self._of = _counts(body)
         # One prompt of several choices is counted once.
-        self._prompt_tokens = sum(len(choice.prompt) for choice in choices) // forms.choices(body)
+        self._prompt_tokens = sum(len(choice.prompt) for choice in choices) // self._of
 
     async def whole(self, answers: Answers) -> dict[str, Any]:
         """All of it at once."""
         async with answers:
             async for number, output in answers:
                 choice = self._choices[number]
-                choice.text += output.text
+                choice.text += forms.said(self._body, output)
                 choice.tokens += output.tokens
-                choice.finish = output.finish
+                choice.finish, choice.stop = output.finish, output.stop
                 check_end(output)
-        found = [self._choice(i, c.text, c.tokens, c.finish, first=True, offset=0) for i, c in enumerate(self._choices)]
+        kept = self._best() if self._of > self._n else self._choices
+        found = [self._choice(i, c, c.text, c.tokens, first=True, offset=0) for i, c in enumerate(kept)]
         return {**self._same, "choices": found, "usage": self._usage()}
+
+    def _best(self) -> list[Choice]:
+        """The likeliest choices of each prompt, by the mean log-probability of a token, best first."""
+        of = [self._choices[i : i + self._of] for i in range(0, len(self._choices), self._of)]
+        ranked = [sorted(some, key=lambda choice: choice.mean_logprob, reverse=True) for some in of]
+        return [choice for some in ranked for choice in some[: self._n]]
 
     async def events(self, answers: Answers) -> AsyncIterator[dict[str, Any]]:
         """A chunk per step and choice, then the counts if they are wanted."""
-        counts = self._body.get("stream_options", {}).get("include_usage", False)
-        blank = {"usage": None} if counts else {}
+        counts = forms.Counts(self._body, self._usage)
         async for number, output in answers:
             check_end(output)
-            choice = self._choices[number]
-            first = not choice.tokens
-            text, offset = (choice.text + output.text, 0) if first else (output.text, len(choice.text))
-            choice.text += output.text
-            choice.tokens += output.tokens
-            found = self._choice(number, text, output.tokens, output.finish, first=first, offset=offset)
-            yield {**self._same, "choices": [found], **blank}
-        if counts:
+            yield {**self._same, "choices": [self._taken(number, output)], **counts.of_chunk()}
+        if counts.wanted:
             yield {**self._same, "choices": [], "usage": self._usage()}
+
+    def _taken(self, number: int, output: Output) -> dict[str, Any]:
+        """What an output adds to a choice, as a stream tells it."""
+        choice, text = self._choices[number], forms.said(self._body, output)
+        first = not choice.tokens
+        shown, offset = (choice.text + text, 0) if first else (text, len(choice.text))
+        choice.text += text
+        choice.tokens += output.tokens
+        choice.finish, choice.stop = output.finish, output.stop
+        return self._choice(number, choice, shown, output.tokens, first=first, offset=offset)
 
     def _usage(self) -> dict[str, int]:
         return usage(self._prompt_tokens, sum(len(choice.tokens) for choice in self._choices))
 
     def _choice(
-        self, number: int, text: str, tokens: Sequence[Chosen], finish: str | None, *, first: bool, offset: int
+        self, number: int, choice: Choice, text: str, tokens: Sequence[Chosen], *, first: bool, offset: int
     ) -> dict[str, Any]:
-        found: dict[str, Any] = {"index": number, "text": text, "logprobs": None, "finish_reason": finish}
+        found: dict[str, Any] = {"index": number, "text": text, "logprobs": None}
+        found |= {"finish_reason": choice.finish, "stop_reason": choice.stop}
         if "logprobs" in self._body:
             found["logprobs"] = _logprobs(tokens, self._parts.tokenizer, offset)
         if self._shows_ids:
             found["token_ids"] = ids_of(tokens)
             if first:
-                found["prompt_token_ids"] = list(self._choices[number].prompt)
+                found["prompt_token_ids"] = list(choice.prompt)
         return found
+
+
+def _counts(body: dict[str, Any]) -> tuple[int, int]:
+    """How many answers there are for each prompt, and of how many they are the best. Raises HttpError."""
+    n = body.get("n", 1)
+    of = body.get("best_of", n)
+    if of < n:
+        raise bad(f"best_of is {of}; expected n, {n}, or more")
+    if of > n and body.get("stream", False):
+        raise bad(f"best_of is {of} beside stream; expected n, {n}: the best is known at the end")
+    return n, of
 
 
 def _prompts(body: dict[str, Any], parts: Parts) -> list[tuple[tuple[int, ...], str]]:
@@ -126,20 +155,22 @@ def _echoed(ids: Sequence[int], tokenizer: Tokenizer | None) -> str:
 
 def _asked(body: dict[str, Any], parts: Parts) -> tuple[list[Choice], list[Request]]:
     """The choices of a body, and what the engine is asked for each."""
-    n, tokens = forms.choices(body), forms.most_new(body, DEFAULT_TOKENS)
+    (n, of), tokens = _counts(body), forms.most_new(body, DEFAULT_TOKENS)
     if body.get("echo") and "logprobs" in body:
         raise bad("echo is true beside logprobs; expected one of them: the prompt's are not computed")
     if stops := forms.stops(body):
         parts.need_tokenizer(f"stop is {stops[0]!r}")
     prompts = _prompts(body, parts)
-    if n * len(prompts) > forms.MOST_CHOICES:
-        raise bad(f"n is {n} for {len(prompts)} prompts; expected {forms.MOST_CHOICES} answers at most")
+    if of * len(prompts) > forms.MOST_CHOICES:
+        name = "n" if of == n else "best_of"
+        raise bad(f"{name} is {of} for {len(prompts)} prompts; expected {forms.MOST_CHOICES} answers at most")
+    logprobs = body.get("logprobs", None if of == n else 0)
+    fields = {"max_tokens": tokens, "logprobs": logprobs, "grammar": structured.grammar(body)}
     choices, requests = [], []
     for prompt, text in prompts:
         parts.check_length(len(prompt), tokens)
-        for number in range(n):
-            fields = {"logprobs": body.get("logprobs"), "grammar": forms.grammar(body)}
-            requests.append(forms.request(body, prompt, number, max_tokens=tokens, **fields))
+        for number in range(of):
+            requests.append(forms.request(body, prompt, number, parts.ends, **fields))
             choices.append(Choice(prompt, text if body.get("echo") else ""))
     return choices, requests
 
@@ -149,6 +180,6 @@ def _logprobs(tokens: Sequence[Chosen], tokenizer: Tokenizer | None, offset: int
     texts = [token_text(tokenizer, chosen.id)[0] for chosen in tokens]
     places = [offset + sum(map(len, texts[:i])) for i in range(len(texts))]
     # The chosen one is always among them.
-    tops = [{token_text(tokenizer, i)[0]: p for i, p in (*c.top, (c.id, c.logprob))} for c in tokens]
-    logprobs = [chosen.logprob for chosen in tokens]
+    tops = [{token_text(tokenizer, i)[0]: told_logprob(p) for i, p in (*c.top, (c.id, c.logprob))} for c in tokens]
+    logprobs = [told_logprob(chosen.logprob) for chosen in tokens]
     return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": places}

@@ -29,21 +29,30 @@ class HttpError(Exception):
 def bad(message: object) -> HttpError:
     """What is wrong with a body."""
     # Configs name a field as `Sampling.top_p`; who sent the body knows it as `top_p`.
-    return HttpError(400, re.sub(r"^(Sampling|Request|Budget|Grammar)\.", "", str(message)))
+    named = str(message).replace("Grammar.text", "the grammar")
+    return HttpError(400, re.sub(r"^(Sampling|Request|Budget)\.", "", named))
 
 
-def answer_error(_: Request, error: Exception) -> Response:
-    """The response to an HttpError."""
-    assert isinstance(error, HttpError)
+def response_to(error: HttpError) -> Response:
+    """The response that tells an error."""
     return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
 
 
-def answer_http(request: Request, error: Any) -> Response:
+# Coroutines, for starlette would run plain functions in a thread each.
+
+
+async def answer_error(_: Request, error: Exception) -> Response:
+    """The response to an HttpError."""
+    assert isinstance(error, HttpError)
+    return response_to(error)
+
+
+async def answer_http(request: Request, error: Any) -> Response:
     """The response where no route fits."""
     message = f"{request.method} {request.url.path}: {error.detail}"
-    return answer_error(request, HttpError(error.status_code, message, headers=dict(error.headers or {})))
+    return response_to(HttpError(error.status_code, message, headers=dict(error.headers or {})))
 
 
-def answer_fault(request: Request, error: Exception) -> Response:
+async def answer_fault(_: Request, error: Exception) -> Response:
     """The response to an error of our own."""
-    return answer_error(request, HttpError(500, f"{type(error).__name__}: {error}", kind="server_error"))
+    return response_to(HttpError(500, f"{type(error).__name__}: {error}", kind="server_error"))

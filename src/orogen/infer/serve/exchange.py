@@ -2,27 +2,27 @@
 
 import asyncio
 import dataclasses
-import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
-import anyio
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Scope, Send
 
-from orogen.config.checks import ConfigError
+from orogen.config.checks import ConfigError, shown
 from orogen.data.tokenizer import Tokenizer
-from orogen.infer.chat import Chat
+from orogen.infer.chat import THOUGHT, Chat
 from orogen.infer.request import CANCELLED, ERROR, Chosen, Full, Output, Request
 from orogen.infer.serve.errors import HttpError, bad
+from orogen.infer.serve.events import PLAIN, Events, Framing, ended, vanished
+from orogen.infer.serve.grammars import Grammars
 from orogen.infer.serve.measures import Measures
 from orogen.infer.service import ClosedError, Service, Stream
 
 T = TypeVar("T")
-LAST_SECONDS = 5.0  # for the end of a stream to reach its client
+_THOUGHT = THOUGHT.encode()
+LEAST_LOGPROB = -9999.0  # vLLM's, in place of -infinity, which JSON has not
 GONE = 499  # nginx's status for a client that closed the connection; nobody reads it
 
 
@@ -47,14 +47,20 @@ class Parts:
     tokenizer: Tokenizer | None
     chat: Chat | None
     measures: Measures
+    grammars: Grammars | None = None
     # A thread of their own for prompts of chats: a template that takes its time holds up no other request.
     prompts: ThreadPoolExecutor = dataclasses.field(default_factory=lambda: ThreadPoolExecutor(1, "prompts"))
     started: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
+    @property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end a text."""
+        return frozenset() if self.tokenizer is None else self.tokenizer.end_ids
+
     def check_model(self, body: dict[str, Any]) -> None:
         """Raises HttpError unless the body names this server's model, or none."""
         if (name := body.get("model", self.settings.name)) != self.settings.name:
-            message = f"the model {name!r} does not exist; expected {self.settings.name!r}"
+            message = f"the model {shown(name)} does not exist; expected {self.settings.name!r}"
             raise HttpError(404, message, code="model_not_found")
 
     def check_length(self, prompt: int, new: int) -> None:
@@ -98,14 +104,15 @@ class Answers:
         self._last = [self._since] * len(self._requests)
         self._parts.measures.waiting.inc(self._left)
         try:
+            await self._prepare_grammars()
             taken = await asyncio.gather(*map(self._submit, range(len(self._requests))), return_exceptions=True)
             if errors := [one for one in taken if one is not None]:
-                raise _told(errors[0])
-        except BaseException:
+                raise errors[0]
+        except BaseException as error:
             self._parts.measures.waiting.dec(self._left)
             self._left = 0  # a refused request is not one that ended
             self.close()
-            raise
+            raise _told(error) from None
         self._parts.measures.prompt_tokens.inc(sum(len(request.prompt) for request in self._requests))
         return self
 
@@ -129,6 +136,11 @@ class Answers:
         if self._left:
             self._parts.measures.finished.labels(CANCELLED).inc(self._left)
         self._begun, self._left = set(), 0
+
+    async def _prepare_grammars(self) -> None:
+        if self._parts.grammars is not None:
+            for grammar in {request.grammar for request in self._requests if request.grammar is not None}:
+                await self._parts.grammars.prepare(grammar)
 
     async def _submit(self, number: int) -> None:
         stream = await self._parts.service.submit(self._requests[number], self._arrived)
@@ -193,6 +205,23 @@ def token_text(tokenizer: Tokenizer | None, chosen: int) -> tuple[str, list[int]
     return data.decode(errors="replace"), list(data)
 
 
+def told_logprob(logprob: float | None) -> float | None:
+    """A log-probability as JSON can tell it."""
+    return None if logprob is None else max(logprob, LEAST_LOGPROB)
+
+
+def reasoning_tokens(tokenizer: Tokenizer | None, tokens: Sequence[Chosen]) -> int:
+    """How many tokens of an answer that begins with a thought belong to it, `</think>` included."""
+    text = bytearray()
+    for number, chosen in enumerate(tokens, 1):
+        name, data = token_text(tokenizer, chosen.id)
+        piece = bytes(data) or name.encode()  # a special has no bytes
+        text += piece
+        if _THOUGHT in text[-len(_THOUGHT) - len(piece) :]:
+            return number
+    return len(tokens)
+
+
 def ids_of(tokens: Sequence[Chosen]) -> list[int]:
     """The ids of generated tokens."""
     return [chosen.id for chosen in tokens]
@@ -201,7 +230,7 @@ def ids_of(tokens: Sequence[Chosen]) -> list[int]:
 async def attended(request: HttpRequest, timeout: float, work: Callable[[], Awaitable[T]]) -> T | Response:
     """`work()`, cancelled when the client vanishes or time is up. Raises HttpError for the latter."""
     task = asyncio.ensure_future(work())
-    gone = asyncio.ensure_future(_vanished(request.receive))
+    gone = asyncio.ensure_future(vanished(request.receive))
     try:
         done, _ = await asyncio.wait({task, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if task in done:
@@ -210,19 +239,7 @@ async def attended(request: HttpRequest, timeout: float, work: Callable[[], Awai
             return Response(status_code=GONE)
         raise HttpError(504, f"the request took more than {timeout:g} s", kind="timeout_error")
     finally:
-        await _ended(task, gone)
-
-
-async def _vanished(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        continue
-
-
-async def _ended(*tasks: "asyncio.Future[Any]") -> None:
-    """Cancels tasks and waits for them; what they raise has been told or has no one to hear it."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.wait(tasks)
+        await ended(task, gone)
 
 
 class Form(Protocol):
@@ -238,63 +255,14 @@ class Form(Protocol):
 
 
 async def respond(
-    request: HttpRequest, answers: Answers, form: Form, *, stream: bool, headers: dict[str, str]
-) -> Response:
+    request: HttpRequest, answers: Answers, form: Form, *, stream: bool, headers: dict[str, str],
+    framing: Framing = PLAIN,
+) -> Response:  # fmt: skip
     """The response with the answers in a route's form. Raises HttpError for what is refused."""
     timeout = request.app.state.parts.settings.timeout
     if stream:
         await answers.__aenter__()  # a refusal has a status of its own, so it comes before the stream begins
-        return Events(form.events(answers), timeout=timeout, close=answers.close, headers=headers)
+        events = form.events(answers)
+        return Events(events, timeout=timeout, close=answers.close, headers=headers, framing=framing)
     found = await attended(request, timeout, lambda: form.whole(answers))
     return found if isinstance(found, Response) else JSONResponse(found, headers=headers)
-
-
-class Events(Response):
-    """Server-sent events. events: the objects to send, before `[DONE]`; an HttpError that they raise is sent as one
-    too. close: called at the end, whatever happened."""
-
-    def __init__(
-        self, events: AsyncIterator[dict[str, Any]], *, timeout: float, close: Callable[[], None],
-        headers: dict[str, str] | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})})
-        del self.headers["content-length"]
-        self.headers["content-type"] = "text/event-stream; charset=utf-8"
-        self._events, self._timeout, self._close = events, timeout, close
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends until the events end, the client vanishes or time is up."""
-        work, gone = asyncio.ensure_future(self._send(send)), asyncio.ensure_future(_vanished(receive))
-        try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                work.result()
-        finally:
-            self._close()
-            await _ended(work, gone)
-
-    async def _send(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        try:
-            async with asyncio.timeout(self._timeout):
-                async for event in self._events:
-                    await _send_event(send, json.dumps(event, ensure_ascii=False))
-            await self._end(send)
-        except TimeoutError:
-            late = HttpError(504, f"the request took more than {self._timeout:g} s", kind="timeout_error")
-            await self._end(send, late)
-        except HttpError as error:
-            await self._end(send, error)
-
-    async def _end(self, send: Send, error: HttpError | None = None) -> None:
-        self._close()
-        # A client that reads nothing any more may be what took so long.
-        with anyio.move_on_after(LAST_SECONDS):
-            if error is not None:
-                await _send_event(send, json.dumps(error.body()))
-            await _send_event(send, "[DONE]")
-            await send({"type": "http.response.body", "body": b""})
-
-
-async def _send_event(send: Send, data: str) -> None:
-    await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})

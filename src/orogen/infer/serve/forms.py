@@ -1,26 +1,26 @@
 """Bodies of requests: their forms, and what of them goes to the engine."""
 
-import json
+from collections.abc import Callable
 from typing import Any
 
 from orogen.config.checks import ConfigError, shown
 from orogen.config.json_file import ListOf, MapOf, Number, Record, Whole, fits, read_object
-from orogen.infer.request import SEEDS, Budget, Grammar, Request, Sampling
+from orogen.infer.request import SEEDS, Budget, Output, Request, Sampling, held_back
 from orogen.infer.serve.errors import bad
+from orogen.infer.serve.structured import FIELDS
 
 MOST_CHOICES = 128
 _ID = Whole(0, 2**31 - 1)
 _IDS = ListOf(_ID)
 _FLAG, _NUMBER, _TEXT = (bool, None), (Number(), None), (str, None)
-_FORMAT = Record({"type": str}, {"json_schema": (Record({"schema": dict}), None)})
 
 SAMPLED = {
     "model": _TEXT,
     "max_tokens": (Whole(1, 2**31 - 1), None),
+    "min_tokens": (Whole(0, 2**31 - 1), None),
     "n": (Whole(1, MOST_CHOICES), None),
-    "best_of": (Whole(1, MOST_CHOICES), None),
     "stream": _FLAG,
-    "stream_options": (Record({}, {"include_usage": _FLAG}), None),
+    "stream_options": (Record({}, {"include_usage": _FLAG, "continuous_usage_stats": _FLAG}), None),
     "temperature": _NUMBER,
     "top_p": _NUMBER,
     "top_k": (Whole(-1, 2**31 - 1), None),
@@ -35,14 +35,12 @@ SAMPLED = {
     "ignore_eos": _FLAG,
     "return_token_ids": _FLAG,
     "priority": (Whole(-(2**31), 2**31 - 1), None),
-    "guided_json": (dict, str, None),
-    "guided_regex": _TEXT,
-    "structured_outputs": (Record({}, {"json": (dict, str, None), "regex": _TEXT}), None),
-    "response_format": (_FORMAT, None),
+    "include_stop_str_in_output": _FLAG,
+    **FIELDS,
 }
 COMPLETION = Record(
     {"prompt": (str, ListOf(str), _IDS, ListOf(_IDS))},
-    {**SAMPLED, "echo": _FLAG, "logprobs": (Whole(0, 20), None)},
+    {**SAMPLED, "best_of": (Whole(1, MOST_CHOICES), None), "echo": _FLAG, "logprobs": (Whole(0, 20), None)},
 )
 _CALL = Record({"function": Record({"name": str, "arguments": str})}, {"id": _TEXT})
 _MESSAGE = Record(
@@ -54,6 +52,9 @@ _MESSAGE = Record(
         "tool_calls": (ListOf(_CALL), None),
     },
 )
+_NAMED = Record({"name": str})
+_ALLOWED = Record({"mode": str, "tools": ListOf(Record({"type": str}, {"function": _NAMED}))})
+_CHOICE = Record({"type": str}, {"function": _NAMED, "allowed_tools": _ALLOWED})
 _TOOL = Record({"type": str, "function": Record({"name": str}, {"description": _TEXT, "parameters": (dict, None)})})
 CONVERSATION = {
     "tools": (ListOf(_TOOL), None),
@@ -68,7 +69,7 @@ CHAT = Record(
         "max_completion_tokens": (Whole(1, 2**31 - 1), None),
         "logprobs": _FLAG,
         "top_logprobs": (Whole(0, 20), None),
-        "tool_choice": (str, Record({"type": str, "function": Record({"name": str})}), None),
+        "tool_choice": (str, _CHOICE, None),
         "parallel_tool_calls": _FLAG,
         "reasoning_effort": _TEXT,
         "reasoning_budget": (Whole(0, 2**31 - 1), None),
@@ -76,7 +77,9 @@ CHAT = Record(
     },
 )
 MESSAGES = {"messages": (ListOf(_MESSAGE), None), **CONVERSATION}
-TOKENIZE = Record({}, {"model": _TEXT, "prompt": _TEXT, "add_special_tokens": _FLAG, **MESSAGES})
+TOKENIZE = Record(
+    {}, {"model": _TEXT, "prompt": _TEXT, "add_special_tokens": _FLAG, "return_token_strs": _FLAG, **MESSAGES}
+)
 DETOKENIZE = Record({"tokens": _IDS}, {"model": _TEXT})
 
 # Told about the client or its bill, or a default of other servers: nothing about the answer depends on them.
@@ -86,12 +89,12 @@ TOLD = {
 }  # fmt: skip
 # What other servers offer and this one does not, with the values that ask for nothing.
 NOT_OFFERED: dict[str, tuple[Any, ...]] = {
-    "suffix": (None, ""), "use_beam_search": (None, False), "min_tokens": (None, 0), "prompt_logprobs": (None,),
-    "bad_words": (None, []), "allowed_token_ids": (None,), "include_stop_str_in_output": (None, False),
+    "suffix": (None, ""), "use_beam_search": (None, False), "prompt_logprobs": (None,),
+    "bad_words": (None, []), "allowed_token_ids": (None,),
     "truncate_prompt_tokens": (None,), "length_penalty": (None, 1, 1.0), "functions": (None,), "function_call": (None,),
-    "guided_choice": (None,), "guided_grammar": (None,), "prompt_embeds": (None,),
+    "prompt_embeds": (None,),
     "continue_final_message": (None, False), "chat_template": (None,), "documents": (None,), "audio": (None,),
-     "web_search_options": (None,),
+    "web_search_options": (None,),
     "logits_processors": (None, []),
 }  # fmt: skip
 
@@ -108,8 +111,10 @@ def read(data: bytes, form: Record) -> tuple[dict[str, Any], list[str]]:
     for name, neutral in NOT_OFFERED.items():
         if name in body and not any(type(body[name]) is type(n) and body[name] == n for n in neutral):
             raise bad(f"{name} is {shown(body[name])}; this server does not offer it")
-    known = {*form.required, *form.optional, *TOLD, *NOT_OFFERED}
-    return {k: v for k, v in body.items() if v is not None}, sorted(body.keys() - known)
+    fields = {*form.required, *form.optional}
+    # What no form has checked goes no further.
+    found = {name: value for name, value in body.items() if name in fields and value is not None}
+    return found, sorted(body.keys() - fields - TOLD - NOT_OFFERED.keys())
 
 
 def sampling(body: dict[str, Any], number: int) -> Sampling:
@@ -131,12 +136,12 @@ def sampling(body: dict[str, Any], number: int) -> Sampling:
         raise bad(error) from None
 
 
-def request(body: dict[str, Any], prompt: tuple[int, ...], number: int, *, max_tokens: int, **fields: Any) -> Request:
-    """Choice `number` of a body. fields: further ones of Request. Raises HttpError."""
+def request(body: dict[str, Any], prompt: tuple[int, ...], number: int, ends: frozenset[int], **fields: Any) -> Request:
+    """Choice `number` of a body. ends: the tokenizer's. fields: further ones of Request. Raises HttpError."""
     try:
-        return Request(
+        asked = Request(
             prompt=prompt,
-            max_tokens=max_tokens,
+            min_tokens=body.get("min_tokens", 0),
             sampling=sampling(body, number),
             stop=stops(body),
             stop_ids=tuple(body.get("stop_token_ids", ())),
@@ -144,8 +149,16 @@ def request(body: dict[str, Any], prompt: tuple[int, ...], number: int, *, max_t
             priority=body.get("priority", 0),
             **fields,
         )
+        return held_back(asked, ends)
     except ConfigError as error:
         raise bad(error) from None
+
+
+def streams(body: dict[str, Any]) -> bool:
+    """Whether the answer is a stream. Raises HttpError for options of a stream that there is not."""
+    if not (stream := body.get("stream", False)) and "stream_options" in body:
+        raise bad("stream_options is given without stream; expected stream true")
+    return stream
 
 
 def most_new(body: dict[str, Any], default: int) -> int:
@@ -159,47 +172,24 @@ def stops(body: dict[str, Any]) -> tuple[str, ...]:
     return (stop,) if isinstance(stop, str) else tuple(stop)
 
 
-def choices(body: dict[str, Any]) -> int:
-    """How many answers are asked for. Raises HttpError for `best_of`: none is thrown away here."""
-    n = body.get("n", 1)
-    if body.get("best_of", n) != n:
-        raise bad(f"best_of is {body['best_of']}; expected n, {n}: this server throws no answer away")
-    return n
+class Counts:
+    """What the chunks of a stream tell of counted tokens. wanted: whether a last chunk tells them. usage: as counted by
+    then."""
+
+    def __init__(self, body: dict[str, Any], usage: Callable[[], dict[str, Any]]) -> None:
+        options = body.get("stream_options", {})
+        self.wanted = bool(options.get("include_usage"))
+        self._always, self._usage = self.wanted and bool(options.get("continuous_usage_stats")), usage
+
+    def of_chunk(self) -> dict[str, Any]:
+        """The field of a chunk before the last, which has one only where counts are wanted."""
+        return {"usage": self._usage() if self._always else None} if self.wanted else {}
 
 
-def grammar(body: dict[str, Any]) -> Grammar | None:
-    """What an answer must match. Raises HttpError for more than one, and for kinds that are not offered."""
-    outputs = body.get("structured_outputs", {})
-    if other := [name for name, value in outputs.items() if name not in ("json", "regex") and value is not None]:
-        raise bad(f"structured_outputs is of {', '.join(other)}; expected json or regex")
-    form = body.get("response_format", {"type": "text"})
-    found: list[tuple[str, str, Any]] = [
-        ("guided_json", "json_schema", body.get("guided_json")),
-        ("guided_regex", "regex", body.get("guided_regex")),
-        ("structured_outputs.json", "json_schema", outputs.get("json")),
-        ("structured_outputs.regex", "regex", outputs.get("regex")),
-        ("response_format", "json_schema", _schema(form)),
-    ]
-    given = [(kind, value) for _, kind, value in found if value is not None]
-    if len(given) > 1:
-        raise bad(f"{' and '.join(name for name, _, value in found if value is not None)}; expected one of them")
-    if not given:
-        return None
-    kind, value = given[0]
-    try:
-        return Grammar(kind=kind, text=value if isinstance(value, str) else json.dumps(value))
-    except ConfigError as error:
-        raise bad(error) from None
-
-
-def _schema(form: dict[str, Any]) -> dict[str, Any] | None:
-    if form["type"] == "json_schema":
-        if not form.get("json_schema"):
-            raise bad("response_format.json_schema is missing; expected an object with a schema")
-        return form["json_schema"]["schema"]
-    if form["type"] not in ("text", "json_object"):
-        raise bad(f"response_format.type is {shown(form['type'])}; expected text, json_object or json_schema")
-    return {"type": "object"} if form["type"] == "json_object" else None
+def said(body: dict[str, Any], output: Output) -> str:
+    """The text that an output adds, with the stop string that ended it if the body asks for that."""
+    stop = output.stop if body.get("include_stop_str_in_output") and isinstance(output.stop, str) else ""
+    return output.text + stop
 
 
 def budget(body: dict[str, Any]) -> Budget | None:

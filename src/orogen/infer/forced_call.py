@@ -1,0 +1,90 @@
+"""A call of a tool that must be made: how it begins, and a grammar that the rest follows.
+
+The grammar is Lark's as llguidance reads it. It ends with the call, before the tag that closes it, which is a special
+token of most tokenizers and no text.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from orogen.infer.request import Grammar
+from orogen.infer.tool_calls import kinds_of
+
+# What the values of an argument look like that is no text; an array or object is JSON of any form.
+_WORDS = {
+    "integer": "/-?(0|[1-9][0-9]{0,18})/",
+    "number": r"/-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?/",
+    "boolean": '("true" | "false")',
+    "null": '"null"',
+}
+_END = "\n</parameter>\n"
+# Ends with the first end of a parameter, so that a value may hold anything else.
+_TEXT = f"text[suffix={json.dumps(_END)}]: /(?s:.*)/"
+
+
+class Beginning(NamedTuple):
+    """How a call begins, so far as it is certain, and what follows."""
+
+    text: str
+    rest: Grammar
+
+
+def beginning(tools: Sequence[Mapping[str, Any]], template: str) -> Beginning:
+    """The beginning of a call of one of the tools, in the form that a chat template shows."""
+    if "<TOOLCALL>" in template:
+        begin, middle, end = '<TOOLCALL>[{"name": "', '", "arguments": ', "}]"
+    elif "<function=" in template:
+        begin, middle, end = "<tool_call>\n<function=", ">\n", "</function>"
+    else:
+        begin, middle, end = '<tool_call>\n{"name": "', '", "arguments": ', "}"
+    named = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
+    if len(named) == 1:
+        begin, names = f"{begin}{next(iter(named))}{middle}", [""]
+    else:
+        names = [_quoted(name + middle) for name in named]
+    rule = _elements if end == "</function>" else _json
+    lines = ["start: " + " | ".join(f"call{number}" for number in range(len(named)))]
+    for number, (name, schema) in enumerate(zip(names, named.values(), strict=True)):
+        arguments, rules = rule(schema, f"call{number}")
+        lines += [f"call{number}: {name} {arguments} {_quoted(end)}", *rules]
+    return Beginning(begin, Grammar(kind="grammar", text="\n".join([*lines, _TEXT])))
+
+
+def _json(schema: Mapping[str, Any], call: str) -> tuple[str, list[str]]:
+    """What stands for the arguments of a call, JSON of a schema, and its rules."""
+    whole = {"type": "object", **schema} if schema else {"type": "object", "maxProperties": 0}
+    return f"{call}_0", [f"{call}_0: %json {json.dumps(whole)}"]
+
+
+def _elements(schema: Mapping[str, Any], call: str) -> tuple[str, list[str]]:
+    """The same where each argument is an element, in the order of the schema."""
+    properties, required = schema.get("properties"), schema.get("required")
+    if not isinstance(properties, dict):
+        if not schema or schema.get("additionalProperties") is False:
+            return "", []
+        return f"{call}_0*", [f'{call}_0: "<parameter=" /[^<>\\n]+/ ">\\n" text']  # any arguments
+    uses, rules = [], []
+    for place, (name, described) in enumerate(properties.items()):
+        rules.append(f"{call}_{place}: {_quoted(f'<parameter={name}>' + chr(10))} {_value(described)}")
+        must = isinstance(required, list) and name in required
+        uses.append(f"{call}_{place}" + ("" if must else "?"))
+    return " ".join(uses), rules
+
+
+def _value(schema: Any) -> str:
+    """The value of an argument and what ends it."""
+    end = _quoted(_END)
+    options = schema.get("enum") if isinstance(schema, dict) else None
+    if isinstance(options, list) and options:
+        words = " | ".join(_quoted(o if isinstance(o, str) else json.dumps(o)) for o in options)
+        return f"({words}) {end}"
+    kinds = kinds_of(schema)
+    if not kinds or not kinds <= _WORDS.keys():
+        return "text"
+    return f"({' | '.join(_WORDS[kind] for kind in sorted(kinds))}) {end}"
+
+
+def _quoted(text: str) -> str:
+    """A string of Lark, which is one of JSON."""
+    return json.dumps(text, ensure_ascii=False)
