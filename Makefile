@@ -29,10 +29,10 @@ quickstart: $(READY)
 	$(BIN)/orogen train --fake_devices 8 --gin_file gin_configs/recipes/quickstart.gin --run runs/quickstart --resume
 
 test: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-peer: $(PEER)
-	$(BIN)/python -m pytest -m peer -n $(WORKERS) $(ARGS)
+	$(BIN)/python -m pytest -m peer -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check
@@ -40,7 +40,8 @@ lint: $(READY)
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 # Installs the locked versions, with hashes checked, then the package itself, editable. uv takes seconds; pip does the
-# same where uv cannot run (no wheel for it, or an index that only pip's settings name).
+# same where uv cannot run (no wheel for it, or an index that only pip's settings name). Both compile what they install
+# to bytecode: where PYTHONDONTWRITEBYTECODE is set, every command would compile its imports again.
 $(READY): requirements.lock pyproject.toml
 	@test -x $(BIN)/python || { \
 	  test -n "$(PYTHON)" || { echo 'No Python 3.11 to 3.14 found; name one with PYTHON=/path/to/python3.' >&2; exit 1; }; \
@@ -55,7 +56,7 @@ $(READY): requirements.lock pyproject.toml
 	  echo '$(VENV) has no pip and cannot get one; remove it with: make clean' >&2; exit 1; }
 	@sed -n '/^uv==/,/[^\\]$$/p' requirements.lock >$(VENV)/uv.lock
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r $(VENV)/uv.lock && \
-	  $(BIN)/uv pip install --python $(BIN)/python --require-hashes -r requirements.lock || \
+	  $(BIN)/uv pip install --python $(BIN)/python --compile-bytecode --require-hashes -r requirements.lock || \
 	  $(BIN)/python -m pip install --require-hashes -r requirements.lock
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	@touch $@

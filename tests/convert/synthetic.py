@@ -3,6 +3,7 @@
 
 import functools
 import json
+import re
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -51,6 +52,20 @@ def shapes(case: str, *, mtp: bool = False) -> tuple[dict, dict[str, list[int]]]
         config["num_nextn_predict_layers"] = 1
         tensors |= NEMOTRON_MTP if case == "nemotron_h" else _deepseek_mtp(tensors)
     return config, tensors
+
+
+def short_nemotron_h(rows: int) -> tuple[dict, dict[str, list[int]]]:
+    """Layers 1 to 4 of nemotron_h, one of each type, with a vocabulary of `rows`."""
+    config, tensors = shapes("nemotron_h")
+    config |= {"layers_block_type": config["layers_block_type"][1:5], "vocab_size": rows}
+    found = {"backbone.embeddings.weight": [rows, D], "lm_head.weight": [rows, D]}
+    for name, shape in tensors.items():
+        layer = re.fullmatch(r"backbone\.layers\.(\d)\.(.+)", name)
+        if not layer:
+            found.setdefault(name, shape)
+        elif 1 <= int(layer[1]) <= 4:
+            found[f"backbone.layers.{int(layer[1]) - 1}.{layer[2]}"] = shape
+    return config, found
 
 
 def _deepseek_mtp(tensors: dict[str, list[int]]) -> dict[str, list[int]]:

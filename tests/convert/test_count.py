@@ -1,5 +1,6 @@
 """Counts of every model of `gin_configs/models` against published ones, and against formulas worked out by hand."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -66,9 +67,15 @@ def model(name: str) -> ModelConfig:
     return config.need("model").model
 
 
+@functools.cache
+def counted(name: str) -> dict:
+    """Of the model of this name."""
+    return count_exported(model(name))
+
+
 @pytest.mark.parametrize("name", COUNTS)
 def test_counts_are_the_published_ones(name):
-    found = count_exported(model(name))
+    found = counted(name)
     total, active, without_embedding = COUNTS[name]
     assert found["total"] == total
     assert active is None or found["active"] == active
@@ -107,7 +114,7 @@ def test_counts_follow_the_formula_of_a_nemotron(name):
     mtp = sum(nemotron_layer(letter, c) for letter in c.layers.mtp)
     mtp += 2 * c.hidden_size**2 + 3 * c.hidden_size if c.layers.mtp else 0
     outer = 2 * c.vocab_size * c.hidden_size + c.hidden_size
-    assert count_exported(c)["total"] == outer + layers + mtp
+    assert counted(name)["total"] == outer + layers + mtp
 
 
 @pytest.mark.parametrize("name", [name for name in COUNTS if name.startswith("gpt_") and "oss" not in name])
@@ -115,4 +122,4 @@ def test_counts_follow_the_formula_of_a_gpt(name):
     c = model(name)
     h, depth = c.hidden_size, len(c.layers.main) // 2
     expected = 12 * depth * h * h + 13 * depth * h + 2 * h + (c.vocab_size + c.learned_positions) * h
-    assert count_exported(c)["total"] == expected
+    assert counted(name)["total"] == expected

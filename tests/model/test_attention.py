@@ -37,12 +37,14 @@ def config(letter: str, **changes: Any) -> ModelConfig:
 
 def built(model: ModelConfig, seed: int = 0) -> nnx.Module:
     """The mixer of the model's one layer, with random weights and biases."""
-    graph, params = nnx.split(Layer(model.pattern, model, nnx.Rngs(0)).mixer)
+    graph, params = nnx.split(jax.eval_shape(lambda: Layer(model.pattern, model, nnx.Rngs(0)).mixer))
     return nnx.merge(graph, jax.tree.map(jnp.asarray, randomised(params, np.random.default_rng(seed))))
 
 
 def apply(mixer: Any, x_btd, docs: Documents, model: ModelConfig, **plan):
-    return mixer(jnp.asarray(x_btd), docs, one_device(model, **plan))[0]
+    graph, state = nnx.split(mixer)
+    laid = one_device(model, **plan)
+    return jax.jit(lambda state, x_btd, docs: nnx.merge(graph, state)(x_btd, docs, laid)[0])(state, x_btd, docs)
 
 
 def inputs(seed: int = 1) -> np.ndarray:
@@ -181,7 +183,8 @@ def test_yarn_enlarges_the_scores_of_latent_attention():
 def test_initial_values():
     for letter, changes in (CHOICES["all"], CHOICES["latent queries"]):
         model = config(letter, **changes, hidden_size=64, num_attention_heads=256, num_key_value_heads=256)
-        for path, variable in nnx.to_flat_state(nnx.state(Layer(letter, model, nnx.Rngs(0)).mixer)):
+        drawn = jax.jit(lambda letter=letter, model=model: nnx.state(Layer(letter, model, nnx.Rngs(0)).mixer))()
+        for path, variable in nnx.to_flat_state(drawn):
             if path[-1].endswith("bias") or path[-1] == "weight":
                 assert (variable[...] == (path[-1] == "weight")).all()
             else:

@@ -218,9 +218,13 @@ def test_elementwise_runs_no_kernel_for_gpus_twice(letter, linear):
         return {name: turns for name, turns in found.items() if name in FUSED or "attention" in name}
 
     model = every(letter, **(heads if letter in "*+" else {}))
-    once, twice = count("none"), count("full")
+    once = count("none")
     assert count("elementwise") == once
-    assert all(twice[name] > once[name] for name in set(once) & {"pallas_call", "dot_product_attention_fwd_wrapper"})
+    if linear == "plain":
+        twice = count("full")
+        assert all(
+            twice[name] > once[name] for name in set(once) & {"pallas_call", "dot_product_attention_fwd_wrapper"}
+        )
 
 
 @pytest.mark.usefixtures("gpu_kernels")
@@ -283,19 +287,20 @@ def test_what_is_selected_is_large(letter):
     )
 
 
-REMATS = (
-    "full", "elementwise", "selective", "paper", "norm", ("core", "M:conv,ssd_states", "-:activation"),
-    ("moe", "mla_up_proj"), ("-:layernorm", "E:full"),
-)  # fmt: skip
+# With each pattern, what recomputes something in its layers.
+REMATS = {
+    "*M": ("full", "elementwise", "selective", "paper", "norm", ("core", "M:conv,ssd_states")),
+    "mE": ("full", "elementwise", "selective", "paper", "moe", ("m:layernorm", "E:full")),
+    "w+-": ("full", "elementwise", "selective", "paper", ("mla_up_proj", "-:activation,layernorm")),
+}
 
 
-@pytest.mark.parametrize("pattern", ("*M", "mE", "w+-"))
+@pytest.mark.parametrize("pattern", REMATS)
 def test_gradients_are_the_same_whatever_is_recomputed(pattern):
     model = dataclasses.replace(config(**(EXTRA if "w" in pattern else {})), pattern=pattern, mtp_depths=0)
-    _, params, buffers = nnx.split(Stack(tuple(pattern), model, nnx.Rngs(0)), nnx.Param, ...)
-    graph = nnx.split(Stack(tuple(pattern), model, nnx.Rngs(0)), nnx.Param, ...)[0]
+    graph, *states = nnx.split(jax.eval_shape(lambda: Stack(tuple(pattern), model, nnx.Rngs(0))), nnx.Param, ...)
     rng = jax.random.key(1)
-    params, buffers = (jax.tree.map(jnp.asarray, randomised(s, np.random.default_rng(0))) for s in (params, buffers))
+    params, buffers = (jax.tree.map(jnp.asarray, randomised(s, np.random.default_rng(0))) for s in states)
     x_btd = jax.random.normal(rng, (2, 9, 12))
     docs = documents(jnp.asarray([[1, 1, 1, 2, 2, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 2, 2, 2]]))
 
@@ -309,7 +314,7 @@ def test_gradients_are_the_same_whatever_is_recomputed(pattern):
         return jax.jit(jax.grad(total, argnums=(0, 1)))(params, x_btd)
 
     plain = grads("none")
-    for remat in REMATS:
+    for remat in REMATS[pattern]:
         assert relative_error(grads(remat), plain) < 2e-6, remat
     assert relative_error(grads("none", offload=("norm", "input")), plain) < 2e-6
 

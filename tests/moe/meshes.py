@@ -21,6 +21,29 @@ from orogen.moe.reference import Options, Weights, balance_loss, mixture, z_loss
 from orogen.parallel.axes import STREAM
 from orogen.parallel.plan import make_plan
 
+# The expert axis is over nothing; data and tensor together; part of data with tensor; part of tensor; the outer half of
+# tensor with expert_tensor inside; half of data with expert_tensor over tensor; expert_tensor over half of data; none,
+# with expert_tensor over tensor.
+MESHES = {
+    "1": {},
+    "4both": {"data": 2, "tensor": 2, "expert": 4},
+    "8folded": {"data": 4, "tensor": 2, "expert": 4, "fsdp": "parameters"},
+    "8tensor": {"data": 2, "tensor": 4, "expert": 2, "fsdp": "parameters"},
+    "8shared": {"data": 2, "tensor": 4, "expert": 2, "expert_tensor": 2, "fsdp": "parameters"},
+    "8wide": {"data": 4, "tensor": 2, "expert": 2, "expert_tensor": 2},
+    "8cut": {"data": 4, "tensor": 2, "expert": 2, "expert_tensor": 4, "fsdp": "parameters"},
+    "4cut": {"data": 4, "expert": 2, "expert_tensor": 2},
+    "4sliced": {"data": 2, "tensor": 2, "expert_tensor": 2},
+}
+ROWS, LENGTH = 4, 12
+DISPATCHES = ("allgather", "alltoall", "ragged")
+# Correction biases: none to speak of; three experts that every token goes to, and five empty; two empty ones.
+BIASES = {
+    "spread": [0.1, 0, 0, -0.1, 0.2, 0, 0, 0],
+    "three full": [0, 3, 0, 0, 0, 3, 3, 0],
+    "two empty": [0.1, -3, 0, 0, 0.1, 0, -3, 0],
+}
+
 BALANCE, Z = 0.3, 0.02  # weights of the router's losses in the scalar that is differentiated
 
 

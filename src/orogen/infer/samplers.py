@@ -101,7 +101,7 @@ def _everything(programs: Programs) -> Features:
         budgets = bool(programs.markers)
     except ConfigError:  # a request for a budget is refused with this message
         budgets = False
-    masks = budgets and importlib.util.find_spec("llguidance") is not None
+    masks = programs.opened.tokenizer is not None and importlib.util.find_spec("llguidance") is not None
     return Features(
         draws=True,
         restricts=True,
