@@ -68,24 +68,28 @@ def make_app(
                 grammars.close()
 
     app = Starlette(
-        routes=[
-            Route("/", _page),
-            Route("/health", _health),
-            Route("/metrics", _metrics),
-            Route("/v1/models", _models),
-            Route("/v1/models/{name:path}", _model),
-            Route("/v1/completions", completions, methods=["POST"]),
-            Route("/v1/chat/completions", chats, methods=["POST"]),
-            Route("/v1/responses", responses, methods=["POST"]),
-            Route("/tokenize", _tokenize, methods=["POST"]),
-            Route("/detokenize", _detokenize, methods=["POST"]),
-        ],
+        routes=_routes(),
         lifespan=life,
         exception_handlers={HttpError: answer_error, HTTPException: answer_http, Exception: answer_fault},
     )
     app.state.parts = Parts(service, settings, tokenizer, chat, measures, grammars)
     app.add_middleware(_Gate, parts=app.state.parts)
     return app
+
+
+def _routes() -> list[Route]:
+    return [
+        Route("/", _page),
+        Route("/health", _health),
+        Route("/metrics", _metrics),
+        Route("/v1/models", _models),
+        Route("/v1/models/{name:path}", _model),
+        Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/chat/completions", chats, methods=["POST"]),
+        Route("/v1/responses", responses, methods=["POST"]),
+        Route("/tokenize", _tokenize, methods=["POST"]),
+        Route("/detokenize", _detokenize, methods=["POST"]),
+    ]
 
 
 class _Gate:

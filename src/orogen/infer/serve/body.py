@@ -1,7 +1,6 @@
 """The bytes of a body, within bounds."""
 
 import asyncio
-import contextlib
 import json
 from typing import Any
 
@@ -43,12 +42,14 @@ async def read_body(request: Request, form: Record) -> tuple[dict[str, Any], lis
 async def discard(request: Request) -> None:
     """Reads a body that is refused, within bounds."""
     count = 0
-    with contextlib.suppress(ClientDisconnect, TimeoutError):
+    try:
         async with asyncio.timeout(DISCARD_SECONDS):
             async for piece in request.stream():
                 count += len(piece)
                 if count > MOST_DISCARDED:
                     return
+    except (ClientDisconnect, TimeoutError):
+        return  # it is refused all the same
 
 
 def ignored(names: list[str]) -> dict[str, str]:
