@@ -229,6 +229,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bodies", type=int, default=10_000)
     parser.add_argument("--streams", type=int, default=200)
+    parser.add_argument(
+        "--repeats", type=int, default=6, help="of what is to be seen once nothing is compiled any more"
+    )
     parser.add_argument("--out", type=Path, default=HERE / "results.jsonl")
     options = parser.parse_args()
     os.environ["JAX_NUM_CPU_DEVICES"] = "1"
@@ -237,14 +240,18 @@ def main() -> None:
         with serving(checkpoint(Path(folder) / "model"), slots) as (port, process):
             bodies = greedy(options.streams)
             expected = alone(port, bodies)
-            kinds = {
-                "NaN logits": lambda: poisoned(port), "streams, compiling": lambda: streams(port, bodies, expected),
-                "streams": lambda: streams(port, bodies, expected), "clients vanish": lambda: vanishing(port, 400),
-                "refusals": lambda: refused(port), "a full queue": lambda: crowded(port, slots),
-                "fuzzed bodies": lambda: fuzzed(port, options.bodies), "NaN logits, again": lambda: poisoned(port),
-                "clients vanish, again": lambda: vanishing(port, 400),
-            }  # fmt: skip
-            for name, run in kinds.items():
+            once = [
+                ("NaN logits", lambda: poisoned(port)),
+                ("refusals", lambda: refused(port)),
+                ("a full queue", lambda: crowded(port, slots)),
+                ("fuzzed bodies", lambda: fuzzed(port, options.bodies)),
+            ]
+            again = [
+                ("streams", lambda: streams(port, bodies, expected)),
+                ("clients vanish", lambda: vanishing(port, 400)),
+                ("NaN logits", lambda: poisoned(port)),
+            ]
+            for name, run in [*once, *(one for one in again for _ in range(options.repeats))]:
                 began = time.monotonic()
                 found = {"kind": name, **run(), "took_seconds": round(time.monotonic() - began, 1)}
                 found["after"] = held(port, process)

@@ -154,7 +154,7 @@ def test_settings_reach_the_engine():
         ({"background": True}, "background is True; this server keeps nothing"),
         ({"truncation": "auto"}, "truncation is 'auto'; expected disabled"),
         ({"input": []}, "input is []; expected at least one item"),
-        ({"input": 3}, "the body: input is 3; expected a text or a list"),
+        ({"input": 3}, "the body: input is 3; expected a string or a list"),
         ({"input": [{"type": "item_reference", "id": "a"}]}, "input[0].type is 'item_reference'; expected message,"),
         ({"input": [{"content": "a"}]}, "input[0].role is missing; expected a text"),
         ({"input": [{"role": "user"}]}, "input[0].content is missing; expected a text"),
