@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import importlib.util
 import json
-import math
 import os
 import sys
 import time
@@ -17,7 +16,7 @@ from orogen.config.checks import ConfigError
 from orogen.config.engine import EngineConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.streams import say
-from orogen.infer.options import add_request_options, fields_of
+from orogen.infer.options import add_request_options, fields_of, port, seconds
 from orogen.infer.request import ERROR, held_back
 
 if TYPE_CHECKING:
@@ -76,33 +75,17 @@ def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         default="127.0.0.1",
         help="address to listen on (default: %(default)s, which only this machine reaches)",
     )
-    add("--port", type=_port, default=8000, metavar="P", help="port to listen on; 0: any (default: %(default)s)")
+    add("--port", type=port, default=8000, metavar="P", help="port to listen on; 0: any (default: %(default)s)")
     add("--api_key", metavar="KEY", help=f"what clients must send; better in {API_KEY}, for others see command lines")
     add("--name", help="the model's name for clients (default: the checkpoint's folder)")
     add("--chat_template", metavar="T", help=TEMPLATE)
     add("--slots", type=positive, metavar="N", help="requests that run at a time: EngineConfig.slots")
     add("--max_length", type=positive, metavar="N", help="tokens of a prompt and its answer: EngineConfig.max_length")
     add("--queue", type=positive, metavar="N", help="requests that may wait: EngineConfig.queue")
-    add("--timeout", type=_seconds, default=600.0, metavar="S", help="seconds per request (default: %(default)g)")
-    add("--drain_seconds", type=_seconds, default=30.0, metavar="S",
+    add("--timeout", type=seconds, default=600.0, metavar="S", help="seconds per request (default: %(default)g)")
+    add("--drain_seconds", type=seconds, default=30.0, metavar="S",
         help="after SIGTERM, time for requests to end (default: %(default)g)")  # fmt: skip
     add("--gin_bindings", action="append", default=[], metavar="X.y=1", help=BINDINGS)
-
-
-def _port(text: str) -> int:
-    if not (text.isdigit() and text.isascii()) or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r}; expected a port, 0 to 65535")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r}; expected a number above 0")
-    return value
 
 
 def generate(options: argparse.Namespace) -> int:

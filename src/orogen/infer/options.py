@@ -1,7 +1,8 @@
-"""Options of a request on the command line. Importing this does not import jax."""
+"""Options of a request and of a server on the command line. Importing this does not import jax."""
 
 import argparse
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -105,3 +106,21 @@ def _read(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: byte {error.start} is not UTF-8; expected a JSON schema") from None
+
+
+def port(text: str) -> int:
+    """A port, for argparse."""
+    if not (text.isdigit() and text.isascii()) or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a port, 0 to 65535")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    """A time above 0, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a number above 0")
+    return value
