@@ -3,8 +3,8 @@
 One process, one model with random weights, one set of requests with drawn lengths of prompts and answers; each ends at
 its `max_tokens` alone. `static` submits as many as there are slots, and the next as many when all of those have ended;
 `steady` is what static batching could reach at best: batches in which all prompts and all answers have the same, mean
-length. `offered` at most lets all wait from the start; a number is the rate of Poisson arrivals, as a share of the
-engine's own throughput so measured.
+length. `offered` is what the engine does: with all requests waiting from the start, then with Poisson arrivals, whose
+rate is given as a share of the requests per second so measured.
 
     python experiments/decode_throughput/arrivals.py --model bench_dense --slots 8                     # CPU
     python experiments/decode_throughput/arrivals.py --model r1 --slots 64 --kernels triton \\
@@ -12,9 +12,10 @@ engine's own throughput so measured.
 """
 
 import argparse
+import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,26 +101,23 @@ def static(engine: Engine, requests: Sequence[Request]) -> dict[str, Any]:
     return {"tokens_per_s": round(sum(request.max_tokens for request in requests) / seconds, 1)}
 
 
-def measured(engine: Engine, options: argparse.Namespace) -> list[dict[str, Any]]:
+def measured(engine: Engine, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One record per way to serve the requests."""
     size, lengths = engine.opened.config.vocab_size, {"prompt": options.prompt, "tokens": options.tokens}
     requests = drawn(size, options.requests, **lengths)
-    prompts = [request.prompt * 3 for request in requests]
     even = [
-        Request(
-            prompt=prompt[: options.prompt], max_tokens=options.tokens, sampling=Sampling(temperature=0),
-            ignore_eos=True,
-        )
-        for prompt in prompts
-    ]  # fmt: skip
-    records = [{"work": "steady", **static(engine, even)}, {"work": "static", **static(engine, requests)}]
-    records.append({"work": "offered", "load": "all", **Run(engine, requests, [0.0] * len(requests)).finish()})
-    rate = records[-1]["requests_per_s"]
+        dataclasses.replace(request, prompt=(request.prompt * 3)[: options.prompt], max_tokens=options.tokens)
+        for request in requests
+    ]
+    steady = static(engine, even)
+    share = lambda record: {**record, "of_steady": round(record["tokens_per_s"] / steady["tokens_per_s"], 3)}  # noqa: E731
+    yield {"work": "steady", **steady}
+    yield share({"work": "static", **static(engine, requests)})
+    most = Run(engine, requests, [0.0] * len(requests)).finish()
+    yield share({"work": "offered", "load": "all", **most})
     for load in map(float, options.loads.split(",")):
-        gaps = np.random.default_rng(1).exponential(1 / (load * rate), len(requests))
-        records.append({"work": "offered", "load": load, **Run(engine, requests, np.cumsum(gaps).tolist()).finish()})
-    for record in records:
-        record["of_steady"] = round(record["tokens_per_s"] / records[0]["tokens_per_s"], 3)
-    return records
+        gaps = np.random.default_rng(1).exponential(1 / (load * most["requests_per_s"]), len(requests))
+        yield share({"work": "offered", "load": load, **Run(engine, requests, np.cumsum(gaps).tolist()).finish()})
 
 
 def main() -> None:
@@ -158,6 +156,7 @@ def main() -> None:
         for record in measured(engine, options):
             print(line := json.dumps(facts | record), flush=True)
             file.write(line + "\n")
+            file.flush()
     if dict(engine.programs.traces) != before:
         raise RuntimeError(f"programs {dict(engine.programs.traces)}; expected none beyond {before}")
 
