@@ -134,3 +134,17 @@ def test_drafts_are_looked_up_in_a_cached_beginning():
         before = after
     assert found[0] == found[1] and found[0][1] > 0
     assert stats.cached_tokens == 16
+
+
+def test_rings_shorter_than_drafts_lose_nothing():
+    """A window of one token, and pieces that are hardly longer than what is drafted beyond them: the block's ring of
+    five places goes round with every step. Its drafts are those of an engine whose rings hold whole texts."""
+    model = opened("w/w", sliding_window=1, vocab_size=5)
+    requests = [asked(random_prompt(n, n, 5), 12) for n in (1, 3, 5, 9, 14)]
+    sizes = {"page": 2, "chunk": 4, "prefill_tokens": 4}, {**ROOM, "slots": 2}
+    small, large = (engine_of(model, **each, drafter="mtp", drafts=3) for each in sizes)
+    for asked_now in (requests, requests[3:]):
+        assert answers(small, *asked_now) == answers(large, *asked_now)
+    assert small.stats.cached_tokens > 0
+    found = [(e.stats.steps, e.stats.drafted, e.stats.accepted) for e in (small, large)]
+    assert found[0] == found[1] and found[0][2][0] > 0

@@ -198,9 +198,8 @@ class Programs:
             take = lambda a, _, lead: jnp.take(a, slot_r, axis=lead, mode="clip")  # noqa: E731
             put = lambda old, new, lead: old.at[(slice(None),) * lead + (slot_r,)].set(new, mode="drop")  # noqa: E731
             mine = self._of_rows(take, caches, caches)
-            mine, _, *told = forward.read(mine, pieces, sampler)
+            mine, _, report, drafts_rn, bad_r = forward.read(mine, pieces, sampler)
             caches = self._of_rows(put, self._pooled(caches, mine), mine)
-            report, drafts_rn, bad_r = told
             emitted = Emitted(report, drafts_rn, bad_r, jnp.zeros_like(drafts_rn))
             return self._settled(caches), self._agreed(self.plan.vary(emitted))
 
@@ -248,9 +247,9 @@ class Programs:
             self.traces[program.__name__] += 1
             return program(caches, *jax.tree.unflatten(nested, weights), *rest)
 
-        laid = {"inputs": (self.layout.specs, jax.tree.leaves(model), *inputs)}
-        laid["outputs"] = (self.layout.specs, *(batch,) * outputs)
-        return jitted(flat, self.plan, **laid, options=COMPILER_OPTIONS if self.config.exact else None)
+        laid = self.layout.specs, jax.tree.leaves(model), *inputs
+        options = COMPILER_OPTIONS if self.config.exact else None
+        return jitted(flat, self.plan, inputs=laid, outputs=(self.layout.specs, *(batch,) * outputs), options=options)
 
     def _forward(self, params: Any, buffers: Any, plan: Plan, features: Features) -> Forward:
         is_token_v = jnp.asarray(self.is_token_v)

@@ -41,8 +41,8 @@ def _reads(
 ) -> Iterator[tuple[Any, tuple[Any, ...]]]:
     run = programs.reader(samplers.everything)
     for rows, length, reach in buckets.reads():
-        numbered, pieces = arrays.pieces(Call((), length, rows), {}, reach)
-        yield run, programs.read_inputs(caches, pieces, samplers.reading(numbered))
+        none, pieces = arrays.pieces(Call((), length, rows), {}, reach)
+        yield run, programs.read_inputs(caches, pieces, samplers.reading([None] * len(none)))
 
 
 def _decodes(
