@@ -1,5 +1,6 @@
 """The README and the other pages that it links to: short, and true of the command line and the files."""
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -40,3 +41,13 @@ def test_commands_of_the_readme_are_commands(command):
 def test_the_readme_names_every_task():
     (tasks,) = (action for action in make_parser()._actions if action.dest == "==SUPPRESS==" and action.choices)
     assert COMMANDS and [task for task in tasks.choices if f"`orogen {task} " not in README] == []
+
+
+def test_the_tables_of_cache_parity_are_those_of_its_results():
+    folder = ROOT / "experiments/cache_parity"
+    spec = importlib.util.spec_from_file_location("cache_parity", folder / "run.py")
+    assert spec is not None and spec.loader is not None
+    run = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(run)
+    rows, page = run.read(), (folder / "README.md").read_text()
+    assert rows and all(run.table(rows, exact=exact) in page for exact in (False, True))

@@ -5,42 +5,40 @@ what is timed are whole calls of the engine in which every request decodes, or t
 
     python experiments/decode_throughput/run.py --model bench_dense --batches 1,8 --peer       # CPU
     python experiments/decode_throughput/run.py --model r1 --batches 1,64 --kernels triton     # one NVIDIA GPU
+    python experiments/decode_throughput/run.py contexts --help                                # see contexts.py
 """
 
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import contexts
 import jax
+import models
 import numpy as np
 
 from orogen.bench.weights import export_weights
-from orogen.checkpoint.open import Opened
 from orogen.config.engine import EngineConfig
-from orogen.config.load import parse
 from orogen.config.model import ModelConfig
-from orogen.config.plan import PlanConfig
 from orogen.infer.engine import Engine
 from orogen.infer.request import Request, Sampling
-from orogen.model.lm import build, initial_state
-from orogen.parallel.plan import make_plan
-from orogen.precision.policy import working_copy
 
 HERE = Path(__file__).parent
-GPU = {"rms_norm": "triton", "ssd": "triton", "attention": "blocked", "grouped_matmul": "mosaic"}
 
 
-def opened(model: ModelConfig, plan: PlanConfig, dtype: str) -> Opened:
-    def make() -> Any:
-        params, buffers = initial_state(model, 0)
-        return working_copy(params, dtype), buffers
+class Sizes(NamedTuple):
+    """Of a run: requests, tokens of their prompts and answers, and of a call."""
 
-    params, buffers = jax.jit(make)()
-    return Opened(model, make_plan(plan, model), build(model), params, buffers, None)
+    batch: int
+    length: int
+    tokens: int
+    steps: int
 
 
 def prompts(model: ModelConfig, batch: int, length: int) -> list[tuple[int, ...]]:
@@ -48,47 +46,50 @@ def prompts(model: ModelConfig, batch: int, length: int) -> list[tuple[int, ...]
     return [tuple(draw.integers(0, model.vocab_size, length).tolist()) for _ in range(batch)]
 
 
-def decode(engine: Engine, batch: int, length: int, tokens: int) -> dict[str, Any]:
-    """Seconds per token of calls in which all requests decode; the first answer of each; time to the first token."""
+def decode(engine: Engine, batch: int, length: int, tokens: int, told: dict[str, Any]) -> Iterator[float]:
+    """Seconds per token of each call in which all requests decode. Tells the requests' tokens, and the time to the
+    first one."""
     for prompt in prompts(engine.opened.config, batch, length):
         engine.submit(Request(prompt=prompt, max_tokens=tokens, sampling=Sampling(temperature=0), ignore_eos=True))
-    began, first, seconds, found = time.perf_counter(), None, [], {}
+    began, found = time.perf_counter(), {}
     while engine.busy:
         before, started = engine.stats.generated_tokens, time.perf_counter()
         outputs = engine.step()
         passed, made = time.perf_counter() - started, engine.stats.generated_tokens - before
         for output in outputs:
             found.setdefault(output.number, []).extend(token.id for token in output.tokens)
-        if first is None and outputs:
-            first = time.perf_counter() - began
+        if "first_s" not in told and outputs:
+            told["first_s"] = time.perf_counter() - began
         if made == engine.config.steps * batch:
-            seconds.append(passed / engine.config.steps)
-    return {"seconds": seconds, "first_s": first, "ids": [ids for _, ids in sorted(found.items())]}
+            yield passed / engine.config.steps
+    told["ids"] = [ids for _, ids in sorted(found.items())]
 
 
-def peer_decode(folder: Path, model: ModelConfig, batch: int, length: int, tokens: int) -> dict[str, Any]:
-    """The same by transformers, in the dtype of the folder."""
+def peer_decode(folder: Path, config: ModelConfig, sizes: Sizes, told: dict[str, Any]) -> Iterator[float]:
+    """The same by transformers, in the dtype of the folder, of as many tokens at a time as the engine's calls make."""
     import torch
     import transformers
 
     net = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     net = net.to("cuda" if torch.cuda.is_available() else "cpu")
-    ids = torch.tensor(prompts(model, batch, length), device=net.device)
-    seconds, found = [], []
+    ids = torch.tensor(prompts(config, sizes.batch, sizes.length), device=net.device)
+    found = []
     with torch.inference_mode():
         out = net(input_ids=ids, use_cache=True)
-        for step in range(tokens):
-            chosen = out.logits[:, -1].argmax(-1, keepdim=True)
-            found.append(chosen[:, 0].tolist())
-            started = time.perf_counter()
-            out = net(
-                input_ids=chosen, past_key_values=out.past_key_values, use_cache=True,
-                cache_position=torch.tensor([length + step], device=net.device),
-            )  # fmt: skip
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - started)
-    return {"seconds": seconds[2:], "ids": [list(row) for row in zip(*found, strict=True)]}
+    for first in range(0, sizes.tokens - sizes.steps + 1, sizes.steps):
+        started = time.perf_counter()
+        with torch.inference_mode():
+            for step in range(first, first + sizes.steps):
+                chosen = out.logits[:, -1].argmax(-1, keepdim=True)
+                found.append(chosen[:, 0].tolist())
+                out = net(
+                    input_ids=chosen, past_key_values=out.past_key_values, use_cache=True,
+                    cache_position=torch.tensor([sizes.length + step], device=net.device),
+                )  # fmt: skip
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        told["ids"] = [list(row) for row in zip(*found, strict=True)]
+        yield (time.perf_counter() - started) / sizes.steps
 
 
 def main() -> None:
@@ -98,17 +99,14 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=1024, help="tokens")
     parser.add_argument("--tokens", type=int, default=257, help="of each answer")
     parser.add_argument("--steps", type=int, default=32, help="of decoding in one call")
-    parser.add_argument("--kernels", choices=("reference", "triton"), default="reference")
+    parser.add_argument("--kernels", choices=models.PLANS, default="reference")
     parser.add_argument("--dtype", default=None, help="bfloat16 with triton, else float32, unless given")
     parser.add_argument("--replay", type=int, default=0)
     parser.add_argument("--peer", action="store_true", help="transformers, in turn")
     parser.add_argument("--out", type=Path, default=HERE / "results.jsonl")
     options = parser.parse_args()
-    model = parse([f"gin_configs/models/{options.model}.gin"], [])[0].model
-    assert model is not None
-    dtype = options.dtype or ("bfloat16" if options.kernels == "triton" else "float32")
-    plan = PlanConfig(**GPU) if options.kernels == "triton" else PlanConfig(attention="blocked")
-    model_opened = opened(model, plan, dtype)
+    model, dtype = models.named(options.model), options.dtype or models.DTYPES[options.kernels]
+    model_opened = models.opened(model, models.PLANS[options.kernels], dtype)
     for batch in map(int, options.batches.split(",")):
         config = EngineConfig(
             # Fewer rows than 8 are slower on a GPU: XLA makes sums of their products, at a third of the bandwidth.
@@ -117,34 +115,43 @@ def main() -> None:
             steps=options.steps, snapshots=0, prefix_cache=False, compute_dtype=dtype, kernels=options.kernels,
             replay=options.replay,
         )  # fmt: skip
-        engine = Engine(model_opened, config)
-        decode(engine, batch, options.prompt, options.steps + 1)  # compiles
+        engine, told = Engine(model_opened, config), {}
+        turns = lambda tokens: decode(engine, batch, options.prompt, tokens, told)  # noqa: E731, B023
+        list(turns(options.steps + 1))  # compiles
+        told.clear()
         record: dict[str, Any] = {
             "model": options.model, "batch": batch, "prompt": options.prompt, "dtype": dtype,
             "kernels": options.kernels, "replay": options.replay, "device": jax.devices()[0].device_kind,
             "jax": jax.__version__,
         }  # fmt: skip
-        turns = [decode(engine, batch, options.prompt, options.tokens)]
         if options.peer:
+            sizes, theirs = Sizes(batch, options.prompt, options.tokens, options.steps), {}
             with tempfile.TemporaryDirectory() as folder:
                 weights = Path(folder) / "weights"
                 export_weights(model, model_opened.params, model_opened.buffers, weights)
-                theirs = peer_decode(weights, model, batch, options.prompt, options.tokens)
-            same = [a[:16] == b[:16] for a, b in zip(turns[0]["ids"], theirs["ids"], strict=True)]
-            record |= {"peer_tokens_per_s": batch / statistics.median(theirs["seconds"]), "peer_same_16": sum(same)}
-            turns.append(decode(engine, batch, options.prompt, options.tokens))  # once more after the peer
-        seconds = [second for turn in turns for second in turn["seconds"]]
+                # In turn, call by call, so that both meet the same neighbours.
+                pairs = list(zip(turns(options.tokens), peer_decode(weights, model, sizes, theirs), strict=False))
+            seconds, peer_seconds = ([pair[side] for pair in pairs] for side in (0, 1))
+            low, middle, high = statistics.quantiles([b / a for a, b in pairs], n=4)
+            same = [a[:16] == b[:16] for a, b in zip(told["ids"], theirs["ids"], strict=True)]
+            record |= {
+                "peer_tokens_per_s": batch / statistics.median(peer_seconds), "peer_same_16": sum(same),
+                "pairs": len(pairs), "ratio": middle, "ratio_quartiles": [low, high],
+            }  # fmt: skip
+        else:
+            seconds = list(turns(options.tokens))
         record |= {
             "step_ms": 1e3 * statistics.median(seconds),
             "tokens_per_s": batch / statistics.median(seconds),
-            "first_token_ms": 1e3 * turns[0]["first_s"],
+            "first_token_ms": 1e3 * told["first_s"],
         }
-        if options.peer:
-            record["ratio"] = record["tokens_per_s"] / record["peer_tokens_per_s"]
         print(json.dumps(record), flush=True)
         with options.out.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["contexts"]:
+        contexts.main(sys.argv[2:])
+    else:
+        main()
