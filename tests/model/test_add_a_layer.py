@@ -10,6 +10,7 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from tests.helpers import hybrid, run_config, several_devices
+from tests.model.small import randomised
 
 from orogen.config import remat
 from orogen.config.model import LAYERS, ModelConfig
@@ -91,7 +92,7 @@ def test_fields_and_intermediates_are_of_known_letters():
 
 @several_devices
 def test_a_new_letter_trains_under_two_plans(toy):
-    model = hybrid(pattern="tMtMt", mtp_depths=0)
+    model = hybrid(pattern="t-t-t", mtp_depths=0)
     losses = []
     for sizes in ({}, {"tensor": 2, "data": 2, "fsdp": "parameters", "remat": "t:toy"}):
         config = run_config(model, plan=sizes, batch_size=4, sequence_length=16)
@@ -128,15 +129,20 @@ def test_a_new_letter_is_counted(toy):
 def test_a_new_letter_starts_beside_layers_with_memory(toy):
     model = hybrid(pattern="tM", mtp_depths=0)
     plan = make_plan(PlanConfig(), model)
-    stack = Stack(repeats("tM"), model, nnx.Rngs(0))
-    x_btd = jax.random.normal(jax.random.key(0), (2, 6, model.hidden_size))
-    docs = documents(np.ones((2, 6), np.int32))
-    whole_btd, _ = stack(x_btd, docs, plan)
-    room = Rows(2, 6)
-    given, pieces = stack.start(room, jnp.float32), []
-    assert given[0] is None and len(stack.cache_axes(room)) == 2
-    for part in (slice(0, 2), slice(2, 6)):
-        piece = jax.tree.map(lambda a, part=part: a[:, part], (x_btd, docs))
-        y_btd, kept = stack(*piece, plan, given)
-        given, pieces = caches(kept), [*pieces, y_btd]
-    np.testing.assert_allclose(jnp.concatenate(pieces, 1), whole_btd, rtol=1e-5, atol=1e-6)
+    graph, abstract = nnx.split(jax.eval_shape(lambda: Stack(repeats("tM"), model, nnx.Rngs(0))))
+    state, room = randomised(abstract, np.random.default_rng(0)), Rows(2, 6)
+    x_btd = np.random.default_rng(1).normal(size=(2, 6, model.hidden_size)).astype(np.float32)
+
+    @jax.jit
+    def run(state, x_btd):
+        stack, docs = nnx.merge(graph, state), documents(jnp.ones((2, 6), jnp.int32))
+        given, pieces = stack.start(room, jnp.float32), []
+        assert given[0] is None and len(stack.cache_axes(room)) == 2
+        for part in (slice(0, 2), slice(2, 6)):
+            piece = jax.tree.map(lambda a, part=part: a[:, part], (x_btd, docs))
+            y_btd, kept = stack(*piece, plan, given)
+            given, pieces = caches(kept), [*pieces, y_btd]
+        return stack(x_btd, docs, plan)[0], jnp.concatenate(pieces, 1)
+
+    whole_btd, pieces_btd = run(state, x_btd)
+    np.testing.assert_allclose(pieces_btd, whole_btd, rtol=1e-5, atol=1e-6)

@@ -22,8 +22,8 @@ from orogen.parallel.plan import make_plan
 
 ATTENTION = [{"context_attention": method} for method in ("ring", "allgather", "alltoall")]
 SSM = [{"context_ssm": method} for method in ("state", "heads")]
-SIZES = [{"context": 2}, {"context": 4, "tensor": 2}, {"context": 8, "shift": "alltoall"}, {"context": 2, "data": 2}]
-BATCH, LENGTH = 2, 16 * 9  # parts of 36, 18, 9 and 36 tokens
+SIZES = [{"context": 2, "data": 2}, {"context": 4, "tensor": 2}, {"context": 8, "shift": "alltoall"}]
+BATCH, LENGTH = 2, 16 * 9  # parts of 36, 18 and 9 tokens
 MAMBA1 = {"mamba_intermediate_size": 48, "time_step_rank": 3, "mamba_proj_bias": True, "mamba_norm_groups": 1}
 EXTRAS = {"sliding_window": 11, "attention_sinks": True, "qk_norm": True, "rope_theta": 100.0}
 LATENT = {

@@ -1,5 +1,7 @@
 """A model split into stages holds every layer once, where its segment is, and is put together again to the bit."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -20,9 +22,22 @@ MODEL = hybrid(pattern="MEMEM*EE-M*-/*E", mtp_depths=2)
 SEGMENTS = [("MEM", "EM*EE", "-M", "*-"), ("", "MEMEM*EE-M*-", "", ""), ("MEMEM*", "EE-M*-")]
 
 
-@pytest.fixture(scope="module")
-def state() -> tuple[nnx.State, nnx.State]:
+@functools.cache
+def whole() -> tuple[nnx.State, nnx.State]:
+    """Parameters and buffers of MODEL."""
     return jax.jit(lambda: initial_state(MODEL, 0))()
+
+
+@pytest.fixture
+def state() -> tuple[nnx.State, nnx.State]:
+    return whole()
+
+
+@functools.cache
+def laid_out(patterns: tuple[str, ...], stages: int) -> tuple[nnx.State, nnx.State]:
+    """The same, split."""
+    split = Stages(patterns, "*E", stages).split
+    return jax.jit(lambda trees: tuple(split(tree) for tree in trees))(whole())
 
 
 @pytest.mark.parametrize("stages", [1, 2, 4])
@@ -30,15 +45,14 @@ def state() -> tuple[nnx.State, nnx.State]:
 def test_what_is_split_joins_to_the_bit(state, patterns, stages):
     if len(patterns) % stages:
         stages = len(patterns)
-    stages_of = Stages(patterns, "*E", stages)
-    for tree in state:
-        chex.assert_trees_all_equal(stages_of.join(stages_of.split(tree)), tree)
+    join = Stages(patterns, "*E", stages).join
+    joined = jax.jit(lambda trees: tuple(join(tree) for tree in trees))(laid_out(patterns, stages))
+    chex.assert_trees_all_equal(joined, state)
 
 
 def test_a_layer_lies_where_its_segment_is(state):
     """Segment g is chunk g // p of stage g % p, the MTP block's layers after those of the last."""
-    stages_of = Stages(SEGMENTS[0], "*E", 2)
-    split, keys = stages_of.split(state[0]), state[0]
+    split, keys = laid_out(SEGMENTS[0], 2)[0], state[0]
     heads_pvrd = split["layers"]["*"]["mixer"]["query"][...]
     assert heads_pvrd.shape[:3] == (2, 2, 2)
     places = _leaves(keys, "query")
@@ -54,7 +68,7 @@ def test_every_layer_has_an_address_under_every_layout(state, patterns):
     """Parameters and buffers of each, against the place that the fold of the pattern gives it."""
     whole, stages = Whole(MODEL.layers.main, MODEL.layers.mtp), Stages(patterns, "*E", len(patterns) // 2)
     numbers = dict.fromkeys("ME*-", 0)
-    split = [stages.split(tree) for tree in state]
+    split = laid_out(patterns, len(patterns) // 2)
     stacks = [by_letter(state[0]["backbone"], repeats(MODEL.layers.main))]
     stacks.append(by_letter(state[0]["mtp"]["layers"], repeats(MODEL.layers.mtp)))
     for number, letter in enumerate(MODEL.layers.main + MODEL.layers.mtp):
@@ -79,17 +93,10 @@ def _leaves(params: nnx.State, name: str) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("patterns", SEGMENTS, ids=str)
-def test_taking_every_segment_and_adding_it_up_gives_the_split_model(state, patterns):
+def test_taking_every_segment_and_adding_it_up_gives_the_split_model(patterns):
     stages_of = Stages(patterns, "*E", len(patterns) // 2)
-    split = stages_of.split(state[0])
-    total = jax.tree.map(jnp.zeros_like, split)
-    for number, segment in enumerate(stages_of.segments):
-        chunk, stage = jnp.int32(number // stages_of.stages), number % stages_of.stages
-        of_stage = lambda tree, s=stage: _of_stage(tree, s)  # noqa: E731
-        taken = take(of_stage(split), segment, chunk)
-        used = nnx.State({n: p for n, p in taken.items() if segment.uses(n, tied=False)})
-        added = add(of_stage(total), used, segment, chunk)
-        total = _put_back(total, added, stage)
+    split = laid_out(patterns, len(patterns) // 2)[0]
+    total = jax.jit(lambda split: _added_up(stages_of, split)[0])(split)
     for name, part in split.items():
         # A deeper prediction embeds on the last stage what the first does for the next token.
         times = 2 if name == "embedding" else 1
@@ -97,26 +104,36 @@ def test_taking_every_segment_and_adding_it_up_gives_the_split_model(state, patt
             assert np.array_equal(a, times * b), name
 
 
+def _added_up(stages_of: Stages, split: nnx.State) -> tuple[nnx.State, list[nnx.State]]:
+    """The sum of every segment's parameters in the places that they were taken from, and what was taken of each."""
+    total, found = jax.tree.map(jnp.zeros_like, split), []
+    for number, segment in enumerate(stages_of.segments):
+        chunk, stage = jnp.int32(number // stages_of.stages), number % stages_of.stages
+        taken = take(_of_stage(split, stage), segment, chunk)
+        used = nnx.State({n: p for n, p in taken.items() if segment.uses(n, tied=False)})
+        total = _put_back(total, add(_of_stage(total, stage), used, segment, chunk), stage)
+        found.append(taken)
+    return total, found
+
+
 def test_embedding_and_head_are_one_array_where_no_stage_needs_both():
     """Of three stages the first has the embedding, the last the head as rows, and the one between them nothing; what
     they add up from their own gradients joins to a whole model's."""
     model = hybrid(pattern="M*-", mtp_depths=0, learned_positions=7)
     stages_of, (params, _) = Stages(("M", "*", "-"), "", 3), jax.jit(lambda: initial_state(model, 0))()
-    split = stages_of.split(params)
+    split = jax.jit(stages_of.split)(params)
     assert "head" not in split and set(split["embedding"]) == {"positions"}
     vocabulary = split["vocabulary"]
     assert vocabulary.get_metadata()["staged"] and vocabulary.get_metadata()["axes"] == ("vocab", "embed")
     assert np.array_equal(vocabulary[0], params["embedding"]["weight"][...])
     assert np.array_equal(vocabulary[2], params["head"]["weight"][...].T)
     assert not np.any(vocabulary[1])
-    chex.assert_trees_all_equal(stages_of.join(split), params)
-    total = jax.tree.map(jnp.zeros_like, split)
-    for stage, segment in enumerate(stages_of.segments):
-        taken = take(_of_stage(split, stage), segment, jnp.int32(0))
-        assert taken["head"]["weight"].get_metadata()["axes"] == ("embed", "vocab")
-        used = nnx.State({n: p for n, p in taken.items() if segment.uses(n, tied=False)})
-        total = _put_back(total, add(_of_stage(total, stage), used, segment, jnp.int32(0)), stage)
-    chex.assert_trees_all_equal(stages_of.join(total), params)
+    join = jax.jit(stages_of.join)
+    chex.assert_trees_all_equal(join(split), params)
+    total, taken = jax.jit(lambda split: _added_up(stages_of, split))(split)
+    for part in taken:
+        assert part["head"]["weight"].get_metadata()["axes"] == ("embed", "vocab")
+    chex.assert_trees_all_equal(join(total), params)
 
 
 @pytest.mark.parametrize("changes", [{"tie_word_embeddings": True}, {"pattern": "M*/*", "mtp_depths": 1}], ids=str)
@@ -139,9 +156,9 @@ def _put_back(tree: nnx.State, part: nnx.State, stage: int) -> nnx.State:
     return nnx.State({name: put(name, tree[name], part[name]) for name in tree})
 
 
-def test_a_taken_segment_is_a_model_of_its_layers(state):
-    stages_of = Stages(SEGMENTS[0], "*E", 4)
-    taken = take(_of_stage(stages_of.split(state[0]), 1), stages_of.segments[1], jnp.int32(0))
+def test_a_taken_segment_is_a_model_of_its_layers():
+    segment = Stages(SEGMENTS[0], "*E", 4).segments[1]
+    taken = jax.jit(lambda split: take(_of_stage(split, 1), segment, jnp.int32(0)))(laid_out(SEGMENTS[0], 4)[0])
     expected = build(hybrid(pattern="EM*EE", mtp_depths=0)).params
     found = {name: jax.tree.map(jnp.shape, part) for name, part in taken.items()}
     assert jax.tree.leaves(found["backbone"]) == jax.tree.leaves(jax.tree.map(jnp.shape, expected["backbone"]))
