@@ -109,8 +109,8 @@ def main() -> None:
     model_opened = models.opened(model, models.PLANS[options.kernels], dtype)
     for batch in map(int, options.batches.split(",")):
         config = EngineConfig(
-            # Fewer rows than 8 are slower on a GPU: XLA makes sums of their products, at a third of the bandwidth.
-            slots=max(batch, 8) if options.kernels == "triton" else batch,
+            # One row is slower than four on a GPU: XLA makes sums of its products, at a third of the bandwidth.
+            slots=max(batch, 4) if options.kernels == "triton" else batch,
             max_length=options.prompt + options.tokens, page=64, chunk=256, prefill_tokens=max(options.prompt, 4096),
             steps=options.steps, snapshots=0, prefix_cache=False, compute_dtype=dtype, kernels=options.kernels,
             replay=options.replay,
