@@ -54,42 +54,47 @@ def test_the_sample_covers_every_schedule():
 
 
 @pytest.mark.parametrize(
-    ("schedule", "stage", "pattern", "tied"),
+    ("schedule", "stage", "model"),
     [
-        ("1f1b", 8, "-|-|*|-||-|*|E/*", True),
-        ("gpipe", 4, "ME|*||-/E", False),
-        ("interleaved", 2, "-|ME|-|*|-|*||-/*", True),
+        ("1f1b", 8, {"pattern": "-|-|*|-||-|*|-/E", "mtp_depths": 2, "tie_word_embeddings": True}),
+        ("gpipe", 4, {"pattern": "ME|*||-/-", "mtp_depths": 1}),
+        ("interleaved", 2, {"pattern": "-|-E|-|*|-|*||-", "mtp_depths": 0, "tie_word_embeddings": True}),
     ],
     ids=["eight", "four", "four-chunks"],
 )
-def test_stages_equal_one_device(schedule, stage, pattern, tied):
-    """One to four chunks per stage, uneven and empty segments, two depths of prediction on the last stage."""
-    model = {"pattern": pattern, "mtp_depths": 2, "tie_word_embeddings": tied}
+def test_stages_equal_one_device(schedule, stage, model):
+    """One to four chunks per stage, uneven and empty segments, no, one and two depths of prediction on the last."""
     verified(model, stage=stage, schedule=schedule, microbatches=4)
 
 
 @pytest.mark.parametrize(
-    ("fsdp", "remat", "pattern"),
-    [("optimizer", "none", "ME*/-"), ("gradients", "full", "ME*-"), ("parameters", "none", "ME*/-")],
-)
-def test_stages_that_shard_over_data_equal_one_device(fsdp, remat, pattern):
+    ("fsdp", "remat", "pattern", "optimizer"),
+    [
+        ("optimizer", "none", "E*/-", "muon"), ("gradients", "full", "*E", "adamw"),
+        ("parameters", "none", "M|E/-", "muon"),
+    ],
+)  # fmt: skip
+def test_stages_that_shard_over_data_equal_one_device(fsdp, remat, pattern, optimizer):
     """The embedding is on both stages or, without a deeper prediction, only on the first."""
     model = {"pattern": pattern, "mtp_depths": int("/" in pattern)}
-    verified(model, stage=2, data=2, tensor=2, expert=4, fsdp=fsdp, microbatches=3, remat=remat, optimizers=OPTIMIZERS)
+    plan = {"stage": 2, "data": 2, "tensor": 2, "expert": 4, "fsdp": fsdp, "microbatches": 3, "remat": remat}
+    verified(model, optimizers=(optimizer,), **plan)
 
 
 def test_stages_without_experts_equal_one_device():
-    verified({"pattern": "M*|-*/-", "mtp_depths": 1}, stage=2, microbatches=2)
+    verified({"pattern": "*|-/-", "mtp_depths": 1}, stage=2, microbatches=2)
 
 
 @pytest.mark.parametrize(
-    "remat", ["elementwise", ("M:conv,gated_norm", "*:core", "E:rows")], ids=["elementwise", "names"]
+    ("remat", "pattern"),
+    [("elementwise", "E|*"), (("M:conv,gated_norm", "*:core", "E:rows"), "ME|*")],
+    ids=["elementwise", "names"],
 )
-def test_stages_that_recompute_some_equal_one_device(remat):
-    verified({"pattern": "ME|*-", "mtp_depths": 0}, stage=2, microbatches=2, remat=remat)
+def test_stages_that_recompute_some_equal_one_device(remat, pattern):
+    verified({"pattern": pattern, "mtp_depths": 0}, stage=2, microbatches=2, remat=remat)
 
 
-@pytest.mark.parametrize(("stage", "virtual"), [(2, 2), (4, 2), (4, 4), (8, 2), (8, 4)])
+@pytest.mark.parametrize(("stage", "virtual"), [(2, 4), (4, 2), (8, 4)])
 def test_every_depth_of_interleaving_equals_one_device(stage, virtual):
     """With the shortest pattern that gives every chunk a layer; other patterns are above."""
     chunks = ["-", "*"] * (stage * virtual // 2)
@@ -99,13 +104,13 @@ def test_every_depth_of_interleaving_equals_one_device(stage, virtual):
 
 def test_experts_balanced_over_the_global_batch():
     """The choices of all microbatches weight each one's loss, in the backbone's segments and at both depths."""
-    model = {"pattern": "E|-E/E", "mtp_depths": 2, "router_balance": "global", "router_aux_loss_coef": 3.0}
+    model = {"pattern": "E|E/E", "mtp_depths": 2, "router_balance": "global", "router_aux_loss_coef": 3.0}
     verified(model, stage=2, data=2, microbatches=3)
 
 
 @functools.cache
 def exact() -> tuple[float, list[np.ndarray]]:
-    return computed("M*-M-*", {"microbatches": 4}, "float32")
+    return computed("M*-*", {"microbatches": 4}, "float32")
 
 
 def computed(pattern: str, plan: dict, dtype: str) -> tuple[float, list[np.ndarray]]:
@@ -123,10 +128,10 @@ def computed(pattern: str, plan: dict, dtype: str) -> tuple[float, list[np.ndarr
 def test_stages_in_few_bits_are_as_near_to_float32_as_one_device(linear):
     """Different fusion rounds in different places, so neither can be the other's reference."""
     plan = {"microbatches": 4, "linear": linear}
-    stages = {"stage": 2, "schedule": "interleaved", "virtual": 3}
+    stages = {"stage": 2, "schedule": "interleaved", "virtual": 2}
     loss, grads = exact()
-    alone, alone_grads = computed("M*-M-*", plan, "bfloat16")
-    staged, staged_grads = computed("M|*|-|M|-|*", {**plan, **stages}, "bfloat16")
+    alone, alone_grads = computed("M*-*", plan, "bfloat16")
+    staged, staged_grads = computed("M|*|-|*", {**plan, **stages}, "bfloat16")
     assert abs(staged - loss) <= 1.5 * abs(alone - loss)
     for true, one, other in zip(grads, alone_grads, staged_grads, strict=True):
         assert np.linalg.norm(other - true) <= 1.5 * np.linalg.norm(one - true)
@@ -142,7 +147,7 @@ def test_a_slot_of_many_elements_is_cut_before_its_offsets_wrap():
 
 
 def test_fewer_microbatches_than_stages():
-    verified({"pattern": "-|M|E|*", "mtp_depths": 0}, stage=4, microbatches=1)
+    verified({"pattern": "-|E|-|-", "mtp_depths": 0}, stage=4, microbatches=1)
 
 
 def stashed(run: RunConfig) -> int:
@@ -173,7 +178,7 @@ def test_1f1b_holds_as_many_microbatches_as_stages_and_gpipe_all(remat, most):
 @pytest.mark.parametrize(("schedule", "virtual"), [("1f1b", 1), ("interleaved", 2)])
 def test_passes_compute_nothing_twice(schedule, virtual, remat):
     """All stages together compute the matrix products of one device with the same rematerialisation."""
-    model = hybrid(pattern="ME*-M*-E/*E", mtp_depths=2)
+    model = hybrid(pattern="ME*-/*", mtp_depths=2)
     plan = run_config(
         plan={"stage": 2, "schedule": schedule, "virtual": virtual, "microbatches": 4, "remat": remat}
     ).plan

@@ -85,15 +85,16 @@ def verify_gradients(
     """
     (batch,) = batches(config, 1)
     one, other, start = sides(config)
-    alone = _gradients(one, by_row(objective), start, batch, None)
-    folded = _gradients(other, objective, start, batch, replayed(alone.sums.choices, other))
+    placed = [_placed(start, side) for side in (one, other)]
+    alone = _gradients(one, by_row(objective), placed[0], batch, None)
+    folded = _gradients(other, objective, placed[1], batch, replayed(alone.sums.choices, other))
     errors, zero = leaf_errors(alone.grads, folded.grads)
     worst = int(np.argmax(errors))
     flipped, margin = flips(folded.sums.choices)
     # Both sides update from the one device's gradients, but each with the loads that its own run counted.
     updated = [
-        [_updated(side, name, start, alone.grads, step.sums.load) for name in optimizers]
-        for side, step in ((one, alone), (other, folded))
+        [_updated(side, name, state, alone.grads, step.sums.load) for name in optimizers]
+        for side, state, step in zip((one, other), placed, (alone, folded), strict=True)
     ]
     size = loss_size(alone.loss, alone.metrics, objective, config.model)
     return Verdict(
@@ -130,11 +131,10 @@ class _Step(NamedTuple):
 
 
 def _gradients(
-    side: Side, objective: Objective, start: tuple[nnx.State, nnx.State], batch: Batch, replay: Any
+    side: Side, objective: Objective, placed: tuple[nnx.State, nnx.State], batch: Batch, replay: Any
 ) -> _Step:
-    """One loss and gradient, fetched to the host."""
+    """One loss and gradient, fetched to the host. placed: as `_placed` returns it."""
     built, plan, model = side.built, side.plan, side.config.model
-    params, buffers = _placed(start, side)
     dtype = side.config.train.compute_dtype
     function = gradients(built, objective, model, plan, dtype, record=True, replaying=replay is not None)
 
@@ -147,20 +147,20 @@ def _gradients(
     choices = () if replay is None else (replay,)
     with jax.default_matmul_precision("highest"):
         program = jax.jit(step, compiler_options=plan.compiler_options)
-        result = jax.device_get(program(params, buffers, batch_to_devices(batch, plan), *choices))
+        result = jax.device_get(program(*placed, batch_to_devices(batch, plan), *choices))
     return result._replace(loss=float(result.loss))
 
 
-def _placed(state: tuple[Any, ...], side: Side) -> tuple[Any, ...]:
-    """(parameters, buffers) of a whole model, on the side's devices in its layout."""
+def _placed(start: tuple[nnx.State, nnx.State], side: Side) -> tuple[nnx.State, nnx.State]:
+    """Parameters and buffers of a whole model, on the side's devices in its layout."""
     built, plan = side.built, side.plan
-    laid = tuple(jax.jit(lambda part: built.laid(part))(part) for part in state)
+    laid = jax.jit(lambda parts: tuple(built.laid(part) for part in parts))(start)
     return jax.device_put(laid, placement.shardings((built.params, built.buffers), plan))
 
 
-def _updated(side: Side, name: str, start: Any, grads: nnx.State, load: Any) -> tuple[nnx.State, nnx.State]:
-    """Parameters and router biases of the whole model after one update by the optimizer `name`, on the host. grads: of
-    the whole model; load: as the side's step returns it."""
+def _updated(side: Side, name: str, placed: Any, grads: nnx.State, load: Any) -> tuple[nnx.State, nnx.State]:
+    """Parameters and router biases of the whole model after one update by the optimizer `name`, on the host. placed: as
+    `_placed` returns it; grads: of the whole model; load: as the side's step returns it."""
     built, train = side.built, side.config.train
     rule = make_optimizer(dataclasses.replace(side.config.optimizer, name=name), train.steps, built.params)
 
@@ -180,4 +180,4 @@ def _updated(side: Side, name: str, start: Any, grads: nnx.State, load: Any) -> 
         return built.whole(new.params), built.whole(new.buffers)
 
     with jax.default_matmul_precision("highest"):
-        return jax.device_get(jax.jit(update)(*_placed(start, side), grads, load))
+        return jax.device_get(jax.jit(update)(*placed, grads, load))
