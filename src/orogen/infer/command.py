@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,6 @@ from orogen.command import CHECKPOINT, EXIT_FAILURE, Command, answer, fail, free
 from orogen.config.checks import ConfigError
 from orogen.config.engine import EngineConfig
 from orogen.config.plan import PlanConfig
-from orogen.config.streams import say
 from orogen.infer.options import add_request_options, fields_of, port, seconds
 from orogen.infer.request import ERROR, held_back
 
@@ -262,6 +260,7 @@ def serve(options: argparse.Namespace) -> int:
     from orogen.infer.serve.exchange import Settings
     from orogen.infer.serve.run import listen, make_server, run
     from orogen.infer.service import Service
+    from orogen.infer.warm import warm_aloud
 
     key = os.environ.get(API_KEY) if options.api_key is None else options.api_key
     if key is not None and not (key.isascii() and key.isprintable() and key.strip()):
@@ -276,7 +275,7 @@ def serve(options: argparse.Namespace) -> int:
         engine = Engine(opened, config, release=True)
         del opened  # what it still had of the weights
         if config.warm:
-            _warm(engine)
+            warm_aloud(engine)
         service = Service(engine, limit=config.slots + config.queue)
         name = options.name or options.checkpoint.resolve().name
         settings = Settings(name=name, most=engine.length, key=key, timeout=options.timeout)
@@ -289,14 +288,6 @@ def serve(options: argparse.Namespace) -> int:
         app = make_app(service, settings, tokenizer=words, chat=chat, **beside)
         with contextlib.closing(engine):
             return run(make_server(app, service, drain_seconds=options.drain_seconds, ready=ready), bound)
-
-
-def _warm(engine: Any) -> None:
-    """Compiles an engine's programs, and says so: for a large model that takes minutes the first time."""
-    say("orogen: compiling every program; EngineConfig.warm = False leaves each to its first request")
-    began = time.perf_counter()
-    count = engine.warm()
-    say(f"orogen: compiled {count} programs in {time.perf_counter() - began:.0f} s")
 
 
 def _goes_by_blocks(plan: PlanConfig | None) -> bool:

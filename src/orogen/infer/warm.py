@@ -1,10 +1,12 @@
 """Compiles every program that an engine can need, so that none is compiled while requests wait."""
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from orogen.config.streams import say
 from orogen.infer.arrays import Arrays
 from orogen.infer.buckets import Buckets, Call
 from orogen.infer.forward import Caches
@@ -34,6 +36,14 @@ def run_all(jobs: list[Callable[[], Any]]) -> None:
     with ThreadPoolExecutor(min(WORKERS, os.cpu_count() or 1)) as pool:
         for done in [pool.submit(job) for job in jobs]:
             done.result()
+
+
+def warm_aloud(engine: Any) -> None:
+    """Compiles an engine's programs, and says so: for a large model that takes minutes the first time."""
+    say("orogen: compiling every program; EngineConfig.warm = False leaves each to its first request")
+    began = time.perf_counter()
+    count = engine.warm()
+    say(f"orogen: compiled {count} programs in {time.perf_counter() - began:.0f} s")
 
 
 def _reads(
