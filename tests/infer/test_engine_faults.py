@@ -20,7 +20,7 @@ class Text:
     def __init__(self, pushes: int):
         self.left = pushes
 
-    def push(self, _) -> str:
+    def push(self, _, *, searched: bool = True) -> str:
         self.left -= 1
         if self.left < 0:
             raise ValueError("no such character\nsecond line")

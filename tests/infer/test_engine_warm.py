@@ -89,9 +89,10 @@ def mixed(draw, tokenizer, *, grammars: bool):
         None, Grammar(kind="regex", text="[ab]{3}"), Grammar(kind="json_schema", text=json.dumps({"type": "integer"}))
     )
     return asked(
-        tokenizer.encode_inside(text).tolist(), int(draw.integers(1, 9)), sampling, logprobs=one(None, 0, 2),
+        tokenizer.encode_inside(text).tolist(), int(draw.integers(1, 7)), sampling, logprobs=one(None, 0, 2),
         budget=one(None, Budget(tokens=2)), grammar=grammar if grammars else None, ignore_eos=one(True, False),
         stop=one((), ("ab",)), stop_ids=one((), (5,), tuple(range(6, 40))),
+        min_tokens=one(0, 1), held=one((), (5, 97)),
     )  # fmt: skip
 
 
