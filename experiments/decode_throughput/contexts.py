@@ -48,28 +48,29 @@ class Point:
     def pages(self) -> int:
         return self.slots * -(-self.context // PAGE)
 
-    def inputs(self) -> tuple[tuple[Control, Sampler], np.int32]:
-        """Every slot in pages of its own, with as many tokens to come as the program has steps."""
+    def inputs(self, caches: Any) -> tuple[Any, ...]:
+        """What the program takes: every slot in pages of its own, with as many tokens to come as there are steps."""
         steps, row = self.programs.config.steps, np.ones(self.slots, np.int32)
         table_bp = np.arange(self.pages, dtype=np.int32).reshape(self.slots, -1)
         ends_b1, drafts_b0 = np.full((self.slots, 1), NONE, np.int32), np.zeros((self.slots, 0), np.int32)
         control = Control(row, (self.context - steps) * row, steps * row, drafts_b0, ends_b1, table_bp)
         nobody, size = [None] * self.slots, self.programs.opened.config.vocab_size
-        return (control, Sampler(knobs_of(nobody, GREEDY), rows_of(nobody, GREEDY, vocab_size=size), None)), steps
+        sampler = Sampler(knobs_of(nobody, GREEDY), rows_of(nobody, GREEDY, vocab_size=size), None)
+        return self.programs.decode_inputs(caches, control, sampler, steps)
 
     def lowered(self) -> Any:
         """The program, traced for these sizes."""
         caches = jax.eval_shape(lambda: self.programs.start(self.slots, self.pages))
-        inputs, steps = self.inputs()
-        return self.programs._program("decode", GREEDY).lower(caches, self.programs._weights, inputs, np.int32(steps))
+        return self.programs.decoder(GREEDY).lower(*self.inputs(caches))
 
     def measure(self, program: Any, *, calls: int) -> dict[str, Any]:
         """Seconds per step of `calls` calls, after one that is not counted."""
-        caches, (inputs, steps) = filled(self.programs.start(self.slots, self.pages)), self.inputs()
+        caches, steps = filled(self.programs.start(self.slots, self.pages)), self.programs.config.steps
         seconds = []
         for _ in range(calls + 1):
+            inputs = self.inputs(caches)
             began = time.perf_counter()
-            caches, _, emitted = program(caches, self.programs._weights, inputs, np.int32(steps))
+            caches, _, emitted = program(*inputs)
             tokens = np.asarray(emitted.report.token)
             seconds.append((time.perf_counter() - began) / steps)
             if (tokens == NONE).any() or np.asarray(emitted.bad_b).any():
@@ -104,7 +105,7 @@ def most_slots(programs: Programs, context: int, memory: int) -> int:
     pages = -(-context // PAGE)
     one, two = (programs.bytes_per_device(slots, slots * pages) for slots in (1, 2))
     each = two - one + 4 * 4 * programs.opened.config.vocab_size  # and logits, some copies of them
-    slots = int((USED * memory - bytes_of(programs._weights)) // each)
+    slots = int((USED * memory - bytes_of((programs.opened.params, programs.opened.buffers))) // each)
     return slots if slots < 8 else slots // 8 * 8
 
 
