@@ -1,6 +1,7 @@
 """An engine has few programs, and once it is warm it compiles nothing, whatever it is asked."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from orogen.infer.buckets import Buckets
 from orogen.infer.request import CANCELLED, Budget, Grammar, Sampling
 from orogen.infer.schedule import Piece
 from orogen.infer.sizes import Sizes
+from orogen.infer.warm import warm_aloud
 
 
 def buckets(*, tensor: int = 1, ranks: int = 1, by_kernel: bool = False, **config) -> Buckets:
@@ -124,3 +126,15 @@ def test_a_warm_engine_compiles_nothing():
     assert sorted(output.number for output in ended) == numbers
     assert any(output.finish == CANCELLED for output in ended) and engine.stats.cached_tokens
     assert leaked(engine) == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("asked", "backend", "warms"), [(None, "cpu", 0), (None, "gpu", 1), (True, "cpu", 1), (False, "gpu", 0)]
+)
+def test_a_server_on_a_cpu_compiles_what_it_needs_alone(asked, backend, warms, monkeypatch, capsys):
+    compiled = []
+    engine = SimpleNamespace(config=EngineConfig(warm=asked), warm=lambda: compiled.append(1) or 28)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    warm_aloud(engine)
+    assert len(compiled) == warms
+    assert ("orogen: compiled 28 programs" in capsys.readouterr().err) == bool(warms)

@@ -46,7 +46,7 @@ class EngineConfig:
     )
     written_out: Annotated[bool, "whether layers are unrolled, so that no loop copies weights"] = True
     exact: Annotated[bool, "whether answers are the same to the bit however requests are batched"] = False
-    warm: Annotated[bool, "whether a server compiles every program before it takes requests"] = True
+    warm: Annotated[bool | None, "whether a server compiles every program first; None: unless it runs on a CPU"] = None
     seed: Annotated[int, "draws the seeds of requests that give none"] = 0
 
     def __post_init__(self) -> None:

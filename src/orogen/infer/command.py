@@ -274,8 +274,7 @@ def serve(options: argparse.Namespace) -> int:
         constraints = Constraints(words, opened.config.vocab_size) if compiles else None
         engine = Engine(opened, config, release=True)
         del opened  # what it still had of the weights
-        if config.warm:
-            warm_aloud(engine)
+        warm_aloud(engine)
         service = Service(engine, limit=config.slots + config.queue)
         name = options.name or options.checkpoint.resolve().name
         settings = Settings(name=name, most=engine.length, key=key, timeout=options.timeout)

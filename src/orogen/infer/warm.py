@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import jax
+
 from orogen.config.streams import say
 from orogen.infer.arrays import Arrays
 from orogen.infer.buckets import Buckets, Call
@@ -39,7 +41,14 @@ def run_all(jobs: list[Callable[[], Any]]) -> None:
 
 
 def warm_aloud(engine: Any) -> None:
-    """Compiles an engine's programs, and says so: for a large model that takes minutes the first time."""
+    """Compiles an engine's programs if its config asks for that, and says so: it takes minutes the first time.
+
+    By default not on a CPU: there a request waits some seconds for a program that it is the first to need, and most
+    servers need few of them.
+    """
+    asked = engine.config.warm
+    if not (jax.default_backend() != "cpu" if asked is None else asked):
+        return
     say("orogen: compiling every program; EngineConfig.warm = False leaves each to its first request")
     began = time.perf_counter()
     count = engine.warm()
