@@ -1,6 +1,5 @@
 """The engine: the tokens of each request are those of the model alone, whatever runs beside it."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -55,19 +54,6 @@ def test_greedy_tokens_are_those_of_the_training_forward(name):
     engine = engine_of(model, page=16, chunk=16)
     requests = [asked(random_prompt(n, n), 7) for n in (1, 17, 25)]
     check_greedy(model, requests, engine.run(requests), LENGTH_OF_TEXTS)
-
-
-def test_experts_lie_apart_where_a_stack_of_them_would_be_copied(hybrid):
-    """But not where there are too many, and never for exact answers; biases and the shared expert stay as they are."""
-    model, engine = hybrid
-    stacked = lambda opened: [a.shape for a in jax.tree.leaves(opened.params) if a.shape[:1] == (6,) and a.ndim == 3]  # noqa: E731
-    (up, down) = stacked(model)
-    assert stacked(engine.opened) == [] and stacked(engine_of(model, exact=True).opened) == [up, down]
-    shapes = [a.shape for a in jax.tree.leaves(engine.opened.params)]
-    assert shapes.count(up[1:]) >= 6 and shapes.count(down[1:]) >= 6
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("orogen.infer.engine.MOST_APART", 5)
-        assert stacked(engine_of(model).opened) == [up, down]
 
 
 def test_tokens_do_not_depend_on_neighbours(hybrid):

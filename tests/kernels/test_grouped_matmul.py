@@ -16,7 +16,7 @@ from tests.helpers import implementations, several_devices
 from tests.kernels.rounding import assert_close
 
 from orogen.kernels.grouped_matmul import IMPLEMENTATIONS, grouped_matmul, mosaic
-from orogen.kernels.grouped_matmul.blocks import grouped_matmul_apart, grouped_matmul_blocks, split_groups
+from orogen.kernels.grouped_matmul.blocks import grouped_matmul_blocks, split_groups
 from orogen.kernels.grouped_matmul.operands import RowGroups
 
 ROWS, WIDTH, OUT, GROUPS = 29, 5, 7, 4
@@ -265,42 +265,6 @@ class TestBlocksOfMosaic:
             assert (group_n[start:stop] == group).all()
             seen += range(start, stop)
         assert seen == list(range(rows))
-
-
-class TestApart:
-    """Weights that are an array each: with several blocks a group (29 rows, blocks of 16), one, or as many as rows."""
-
-    run = staticmethod(jax.jit(grouped_matmul_apart))
-
-    @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-    def test_equals_loops(self, sizes):
-        rows_nd, weights_edf, grad_nf = operands()
-        wanted = expected(rows_nd, weights_edf, grad_nf, sizes)[0]
-        assert_close(self.run(rows_nd, list(weights_edf), jnp.array(sizes)), wanted, terms=WIDTH)
-
-    def test_few_rows_and_none(self):
-        rows_nd, weights_edf, grad_nf = operands(rows=2)
-        wanted = expected(rows_nd, weights_edf, grad_nf, (0, 1, 0, 1))[0]
-        assert_close(self.run(rows_nd, list(weights_edf), jnp.array((0, 1, 0, 1))), wanted, terms=WIDTH)
-        assert self.run(rows_nd[:0], list(weights_edf), jnp.zeros(GROUPS, jnp.int32)).shape == (0, OUT)
-
-    def test_bfloat16_is_accumulated_in_float32(self):
-        rows_nd, weights_edf, grad_nf = operands(jnp.bfloat16, rows=60)
-        wanted = expected(rows_nd, weights_edf, grad_nf, (2, 48, 0, 10))[0]
-        found_nf = self.run(rows_nd, list(weights_edf), jnp.array((2, 48, 0, 10)))
-        assert found_nf.dtype == jnp.bfloat16
-        np.testing.assert_allclose(np.asarray(found_nf, np.float64), wanted, rtol=2.0**-8, atol=1e-6)
-
-    def test_rows_of_no_group_may_hold_anything(self):
-        rows_nd, weights_edf, _ = operands()
-        sizes = SIZES["rows left over"]
-        found_nf = self.run(rows_nd.at[sum(sizes) :].set(jnp.nan), list(weights_edf), jnp.array(sizes))
-        assert not found_nf[sum(sizes) :].any() and jnp.isfinite(found_nf).all()
-
-    def test_equal_groups_by_one_number(self):
-        rows_nd, weights_edf, grad_nf = operands(rows=12)
-        wanted = expected(rows_nd, weights_edf, grad_nf, (3, 3, 3, 3))[0]
-        assert_close(grouped_matmul_apart(rows_nd, list(weights_edf), 3), wanted, terms=WIDTH)
 
 
 def test_equal_groups_by_one_number():

@@ -28,9 +28,7 @@ from orogen.infer.sizes import Sizes, sizes_of
 from orogen.infer.slot import Slot, plain, reported
 from orogen.infer.text import Texts, TextStream
 from orogen.infer.warm import compiling, run_all
-from orogen.model.lm import experts_apart, written_out
-
-MOST_APART = 32  # experts of a layer: a program has a branch for each, so it grows with their number
+from orogen.model.lm import written_out
 
 Placed = list[tuple[int, int]]  # rows of a call, and the slots that they are
 
@@ -327,9 +325,6 @@ def _prepared(opened: Opened, config: EngineConfig, *, release: bool) -> Opened:
         return opened._replace(plan=plan)
     states = opened.params, opened.buffers
     built, (params, buffers) = written_out(opened.config, opened.built, *states, release=release)
-    one_cpu = plan.config.devices == 1 and jax.default_backend() == "cpu" and plan.config.grouped_matmul == "blocks"
-    if one_cpu and not config.exact and 0 < (opened.config.n_routed_experts or 0) <= MOST_APART:
-        built, (params, buffers) = experts_apart(built, params, buffers, release=release)
     return opened._replace(plan=plan, built=built, params=params, buffers=buffers)
 
 

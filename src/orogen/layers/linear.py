@@ -15,7 +15,6 @@ from jax import Array, lax
 
 from orogen.config.recipe import FP8, IN_PLAIN, PLAIN
 from orogen.kernels.grouped_matmul import grouped_matmul
-from orogen.kernels.grouped_matmul.blocks import grouped_matmul_apart
 from orogen.kernels.grouped_matmul.operands import RowGroups
 from orogen.parallel.plan import Plan
 from orogen.parallel.varying import vary_like
@@ -52,14 +51,8 @@ def linear_float32(x_btd: Array, weight: nnx.Param, plan: Plan) -> Array:
     return multiply_float32(x_btd, plan.weight(weight))
 
 
-def grouped(
-    x_rd: Array, weight: nnx.Param | Sequence[nnx.Param], group_sizes: Array | RowGroups | int, plan: Plan
-) -> Array:
-    """x w_e for the rows of each expert e, in the formats of the recipe. weight: one parameter of all experts, or one
-    per expert, multiplied in the dtype of computation. group_sizes: see `grouped_matmul`."""
-    if not isinstance(weight, nnx.Variable):
-        assert not isinstance(group_sizes, RowGroups)  # these are for kernels on a GPU
-        return grouped_matmul_apart(x_rd, [plan.weight(each) for each in weight], group_sizes)
+def grouped(x_rd: Array, weight: nnx.Param, group_sizes: Array | RowGroups | int, plan: Plan) -> Array:
+    """x w_e for the rows of each expert e, in the formats of the recipe. group_sizes: see `grouped_matmul`."""
     product = GROUPED[plan.recipe.grouped]
     return product(x_rd, plan.weight(weight), group_sizes, implementation=plan.config.grouped_matmul)
 

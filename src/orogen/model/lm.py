@@ -19,7 +19,6 @@ from orogen.model.by_letter import plain, state_of
 from orogen.model.layout import Layout, Whole
 from orogen.model.mtp import MTPBlock, shifted
 from orogen.model.vocabulary import resized
-from orogen.moe.experts import Experts
 from orogen.parallel.context import later
 from orogen.parallel.placement import Released
 from orogen.parallel.plan import Plan
@@ -136,25 +135,6 @@ def written_out(
         taken = lambda a: a.whole() if isinstance(a, Released) else a  # noqa: E731
         return abstract, tuple(jax.tree.map(taken, apart(state)) for state in states)
     return abstract, tuple(apart(state) for state in states)
-
-
-def experts_apart(
-    built: Built, params: nnx.State, buffers: nnx.State, *, release: bool = False
-) -> tuple[Built, tuple[nnx.State, nnx.State]]:
-    """The same model, written out, with each expert's matrices as parameters of their own; see `grouped_matmul_apart`.
-    release: as in `written_out`."""
-
-    def apart(params: nnx.State, buffers: nnx.State, *, release: bool) -> LanguageModel:
-        model = nnx.merge(built.graph, params, buffers)
-        for _, module in nnx.iter_modules(model):
-            if isinstance(module, Experts):
-                module.take_apart(release=release)
-        return model
-
-    shapes = jax.eval_shape(lambda *states: apart(*states, release=False), built.params, built.buffers)
-    graph, abstract_params, abstract_buffers = nnx.split(shapes, nnx.Param, ...)
-    _, params, buffers = nnx.split(apart(params, buffers, release=release), nnx.Param, ...)
-    return built._replace(graph=graph, params=abstract_params, buffers=abstract_buffers), (params, buffers)
 
 
 def initial_state(config: ModelConfig, seed: int | Array) -> tuple[nnx.State, nnx.State]:

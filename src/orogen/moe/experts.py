@@ -1,7 +1,5 @@
 """The routed experts' weights. Letters: e experts, r rows sorted by expert, w expert width, f hidden."""
 
-from typing import Any
-
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -34,23 +32,11 @@ class Experts(nnx.Module):
         self.gate_bias = vector(hidden, "expert_mlp") if bias and gated else None
         self.down_bias = vector(width, "norm") if bias else None
 
-    def take_apart(self, *, release: bool) -> None:
-        """Makes each expert's matrices parameters of their own; see `grouped_matmul_apart`. release: the stacks are
-        deleted, one after another."""
-        for name in ("up", "down", "gate"):
-            weight = getattr(self, name)
-            if weight is None:
-                continue
-            stack_edf, axes = weight[...], weight.get_metadata()["axes"][1:]
-            setattr(self, name, nnx.List([parameter(weight_df, axes) for weight_df in stack_edf]))
-            if release:
-                stack_edf.delete()
-
     def __call__(self, rows_rw: Array, group_sizes: Array | RowGroups | int, plan: Plan) -> Array:
         """(r, w). group_sizes: rows per expert of this rank; an int if all have the same number; or each result's
         expert."""
 
-        def project(x_rw: Array, weight: Any, bias: nnx.Param | None, *, counts: Array | bool = True) -> Array:
+        def project(x_rw: Array, weight: nnx.Param, bias: nnx.Param | None, *, counts: Array | bool = True) -> Array:
             y_rf = grouped(x_rw, weight, group_sizes, plan)
             if bias is None:
                 return y_rf

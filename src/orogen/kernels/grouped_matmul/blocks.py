@@ -6,7 +6,6 @@ with the wrong weight and masked. Only blocks that hold a row are visited.
 Axes: n rows, d width in, f width out, e groups, r rows of a block, i blocks.
 """
 
-from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -37,32 +36,8 @@ def grouped_matmul_small_blocks(rows_nd: Array, weights_edf: Array, group_sizes:
     """The same for a few rows per group, as experts have in decoding: blocks of about twice as many, since all rows of
     a block are multiplied. On 2 CPU cores 16 rows over 8 weights of 512 x 512 take 0.69 ms by blocks of 4 and 1.0 ms by
     blocks of 16, 128 rows 1.9 ms by blocks of 8 and 2.9 ms by blocks of 128."""
-    return grouped_matmul_blocks(rows_nd, weights_edf, group_sizes, block=_small(len(rows_nd), len(weights_edf)))
-
-
-def grouped_matmul_apart(rows_nd: Array, weights_df: Sequence[Array], group_sizes: Array | int) -> Array:
-    """`grouped_matmul` by weights that are an array each: a loop whose turns choose one of them among branches, so that
-    none is copied out of a stack. XLA:CPU makes that copy before each product, and it takes longer than the product:
-    two rows over two of eight weights of 512 x 512 take 0.08 ms, and 0.43 ms where the weights are a stack. Without
-    gradients; its program grows with the number of weights.
-    """
-    if isinstance(group_sizes, int):
-        rows_ecd = rows_nd.reshape(len(weights_df), group_sizes, -1)
-        products = [_product(rows_cd, w_df, 0) for rows_cd, w_df in zip(rows_ecd, weights_df, strict=True)]
-        return jnp.concatenate(products).astype(rows_nd.dtype)
-    rows = len(rows_nd)
-    if not rows:
-        return jnp.zeros((0, weights_df[0].shape[1]), rows_nd.dtype)
-    block = min(_small(rows, len(weights_df)), rows)
-    branches = [partial(_product, weight_df=weight_df, contract=0) for weight_df in weights_df]
-    out_nf = vary_like(jnp.zeros((rows, weights_df[0].shape[1]), rows_nd.dtype), (rows_nd, weights_df))
-    blocks = split_groups(group_sizes, rows=rows, block=block)
-    return _loop(lambda group, rows_rd: lax.switch(group, branches, rows_rd), rows_nd, out_nf, blocks, block=block)
-
-
-def _small(rows: int, groups: int) -> int:
-    """Rows of a block: about twice as many as a group has."""
-    return min(1 << max(2, (2 * rows // groups - 1).bit_length()), BLOCK)
+    block = 1 << max(2, (2 * len(rows_nd) // len(weights_edf) - 1).bit_length())
+    return grouped_matmul_blocks(rows_nd, weights_edf, group_sizes, block=min(block, BLOCK))
 
 
 def split_groups(group_sizes: Array, *, rows: int, block: int) -> Blocks:
@@ -98,29 +73,20 @@ _multiply.defvjp(_forward, _backward)
 
 def _loop_rows(rows_nd: Array, weights_edf: Array, blocks: Blocks, *, block: int, contract: int) -> Array:
     """Each row times its group's weight, contracted over that axis of a weight: 0 forward, 1 for the gradient."""
-    out_nf = jnp.zeros((len(rows_nd), weights_edf.shape[2 - contract]), rows_nd.dtype)
-    multiply = lambda group, rows_rd: _product(rows_rd, weights_edf[group], contract)  # noqa: E731
-    return _loop(multiply, rows_nd, vary_like(out_nf, (rows_nd, weights_edf)), blocks, block=block)
-
-
-def _product(rows_rd: Array, weight_df: Array, contract: int) -> Array:
-    dims = (((1,), (contract,)), ((), ()))
-    return lax.dot_general(rows_rd, weight_df, dims, preferred_element_type=jnp.float32)
-
-
-def _loop(
-    multiply: Callable[[Array, Array], Array], rows_nd: Array, out_nf: Array, blocks: Blocks, *, block: int
-) -> Array:
-    """`out_nf` with the product of each block's rows. multiply: of a group's number and a block's rows."""
 
     def step(i: Array, out_nf: Array) -> Array:
         at, valid_r1 = _place(blocks, i, rows=len(rows_nd), block=block)
-        product_rf = multiply(blocks.group_i[i], lax.dynamic_slice_in_dim(rows_nd, at, block))
+        rows_rd = lax.dynamic_slice_in_dim(rows_nd, at, block)
+        weight_df = weights_edf[blocks.group_i[i]]
+        product_rf = lax.dot_general(
+            rows_rd, weight_df, (((1,), (contract,)), ((), ())), preferred_element_type=jnp.float32
+        )
         old_rf = lax.dynamic_slice_in_dim(out_nf, at, block)
         new_rf = jnp.where(valid_r1, product_rf.astype(out_nf.dtype), old_rf)
         return lax.dynamic_update_slice_in_dim(out_nf, new_rf, at, 0)
 
-    return lax.fori_loop(0, blocks.count, step, out_nf)
+    out_nf = jnp.zeros((len(rows_nd), weights_edf.shape[2 - contract]), rows_nd.dtype)
+    return lax.fori_loop(0, blocks.count, step, vary_like(out_nf, (rows_nd, weights_edf)))
 
 
 def _loop_weights(rows_nd: Array, grad_nf: Array, weights_edf: Array, blocks: Blocks, *, block: int) -> Array:
