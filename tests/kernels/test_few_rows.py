@@ -63,8 +63,18 @@ def test_rows_that_name_their_groups(implementation, monkeypatch):
         if group < groups:
             wanted[result] = rows_nd[result // 3] @ weights_edf[group]
     inputs = (jnp.asarray(a, jnp.float32) for a in (rows_nd, weights_edf))
-    actual = grouped_matmul(*inputs, RowGroups(jnp.asarray(group_r)), implementation=implementation)
+    run = partial(grouped_matmul, group_sizes=RowGroups(jnp.asarray(group_r)), implementation=implementation)
+    actual, gradients = jax.vjp(run, *inputs)
     assert_close(actual, wanted, terms=width)
+    dy_rf = rng.normal(size=(12, out))
+    dx_nd, dw_edf = np.zeros((4, width)), np.zeros((groups, width, out))
+    for result, group in enumerate(group_r):
+        if group < groups:
+            dx_nd[result // 3] += weights_edf[group] @ dy_rf[result]
+            dw_edf[group] += np.outer(rows_nd[result // 3], dy_rf[result])
+    if implementation == "reference":  # which multiplies every weight, with zeros
+        assert_close(gradients(jnp.asarray(dy_rf, jnp.float32))[0], dx_nd, terms=3 * out)
+    assert_close(gradients(jnp.asarray(dy_rf, jnp.float32))[1], dw_edf, terms=3)
 
 
 @pytest.mark.parametrize(

@@ -241,10 +241,10 @@ def test_the_best_of_few_scores_are_those_of_a_sort(k, monkeypatch):
     values[1, 0, [4, 9]] = np.nan
     values[2, 1, :4], values[2, 2, :9] = np.inf, -np.inf
     values[3] = 1
-    compared = _top(jnp.asarray(values), k)
+    compared = _top(jnp.asarray(values), k, by_pairs=True)
     monkeypatch.setattr(router, "FEW", 0)
     order = np.asarray(jax.lax.top_k(values, 20)[1])
-    for index, margin in (compared, _top(jnp.asarray(values), k)):
+    for index, margin in (compared, _top(jnp.asarray(values), k, by_pairs=True)):
         np.testing.assert_array_equal(index, order[..., :k])
         best = np.take_along_axis(values, order, -1)
         with np.errstate(invalid="ignore"):  # of two infinities

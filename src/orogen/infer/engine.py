@@ -29,6 +29,7 @@ from orogen.infer.slot import Slot, plain, reported
 from orogen.infer.text import Texts, TextStream
 from orogen.infer.warm import compiling, run_all
 from orogen.model.lm import written_out
+from orogen.model.slots import FEW
 
 Placed = list[tuple[int, int]]  # rows of a call, and the slots that they are
 
@@ -178,7 +179,7 @@ class Engine:
     def _fail(self, error: BaseException) -> None:
         """Gives back all that requests hold, and what the prefix cache does: nobody knows what the caches are now."""
         self._failure = f"{type(error).__name__}: {error}".splitlines()[0]
-        for number in (*self._waiting, *self.scheduler.running.values()):
+        for number in dict.fromkeys((*self._waiting, *self.scheduler.running.values())):  # some may be in both
             self.scheduler.cancel(number)
         for rank in self.scheduler.ranks:
             if rank.prefix is not None:
@@ -332,7 +333,7 @@ def _buckets(opened: Opened, config: EngineConfig, sizes: Sizes) -> Buckets:
     """The shapes of its programs."""
     layers = opened.config.layers
     latent = "+" in layers.main + (layers.mtp if config.drafter == "mtp" else "")
-    by_kernel = config.kernels == "triton" and not latent and not config.exact
+    by_kernel = config.kernels == "triton" and not latent and not config.exact and sizes.drafts < FEW
     return Buckets(config, sizes, tensor=opened.plan.size("tensor"), tables_cost_nothing=by_kernel)
 
 

@@ -96,7 +96,7 @@ def _with_inverse(slots_nk: Array, n_rows: int) -> tuple[Array, Array]:
     """The slots, and per row the flat assignment (token · k + choice) that fills it; the number of assignments if
     none does."""
     flat = slots_nk.reshape(-1)
-    if flat.size <= FEW:
+    if flat.size * n_rows <= FEW**2:
         held_rf = flat == jnp.arange(n_rows)[:, None]
         source_r = jnp.min(jnp.where(held_rf, jnp.arange(flat.size, dtype=jnp.int32), flat.size), axis=1)
         return _routing((slots_nk, source_r))

@@ -19,8 +19,8 @@ from orogen.parallel.plan import Plan
 
 # Keeps a token whose scores all underflow from dividing by zero; the value is Hugging Face's and Megatron's.
 EPSILON = 1e-20
-# Up to so many comparisons, the largest scores are found by comparing all pairs: on a GPU two small kernels, which take
-# less time than a sort.
+# Up to so many comparisons, decoding on a GPU finds the largest scores by comparing all pairs: two small kernels, which
+# take less time than a sort. On a CPU they take five times as long.
 FEW = 2**18
 
 
@@ -52,6 +52,7 @@ def route(
     normalise: bool,
     scaling: float,
     experts_nk: Array | None = None,
+    by_pairs: bool = False,
 ) -> Routing:
     """Top-k experts by score + bias; weights are the scores themselves.
 
@@ -59,14 +60,14 @@ def route(
     a softmax over the chosen ones. The correction bias, if any, affects only the choice. With n_group > 1,
     only the topk_group groups with the largest sum of their best two biased scores are eligible. Weights are divided by
     their sum if `normalise` (those of softmax_topk add up to one anyway), then multiplied by `scaling`. Ties go to the
-    lower index. `experts_nk` replays a choice. Float32 throughout.
+    lower index. `experts_nk` replays a choice. by_pairs: how a few scores are compared. Float32 throughout.
     Sources: arXiv:2408.15664 (bias), arXiv:2412.19437, eq. 12-16; arXiv:2401.04088, section 2.1 (softmax_topk).
     """
     logits_ne = logits_ne.astype(jnp.float32)
     scores_ne = jax.nn.sigmoid(logits_ne) if score == "sigmoid" else jax.nn.softmax(logits_ne, -1)
     weighing_ne = logits_ne if score == "softmax_topk" else scores_ne
     choice_ne = lax.stop_gradient(weighing_ne) + (0 if bias_e is None else bias_e)
-    own_nk, margin_n = _choose(choice_ne, k, n_group, topk_group)
+    own_nk, margin_n = _choose(choice_ne, k, n_group, topk_group, by_pairs=by_pairs)
     chosen_nk: Any = checkpoint_name(own_nk, "routing") if experts_nk is None else experts_nk
     flipped_n = jnp.any(jnp.sort(own_nk) != jnp.sort(chosen_nk), -1)
     weights_nk = jnp.take_along_axis(weighing_ne, chosen_nk, axis=-1)
@@ -80,26 +81,26 @@ def route(
     return Routing(chosen_nk, weights_nk * scaling, scores_ne, margin_n, flipped_n)
 
 
-def _choose(choice_ne: Array, k: int, n_group: int, topk_group: int) -> tuple[Array, Array]:
+def _choose(choice_ne: Array, k: int, n_group: int, topk_group: int, *, by_pairs: bool) -> tuple[Array, Array]:
     """The top k (n, k) inside each token's best groups, and the margin (n): the smaller of the experts' and groups'."""
     margin_n = jnp.full(choice_ne.shape[:-1], jnp.inf)
     if n_group > 1:
         grouped = choice_ne.reshape(*choice_ne.shape[:-1], n_group, -1)
         best_two = lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(-1)
-        groups, margin_n = _top(best_two, topk_group)
+        groups, margin_n = _top(best_two, topk_group, by_pairs=by_pairs)
         kept = jax.nn.one_hot(groups, n_group, dtype=jnp.bool_).any(-2)
         # Not 0, which would beat a negative bias.
         choice_ne = jnp.where(kept[..., None], grouped, -jnp.inf).reshape(choice_ne.shape)
-    chosen_nk, margin_of_experts_n = _top(choice_ne, k)
+    chosen_nk, margin_of_experts_n = _top(choice_ne, k, by_pairs=by_pairs)
     return chosen_nk, jnp.minimum(margin_n, margin_of_experts_n)
 
 
-def _top(values_ni: Array, k: int) -> tuple[Array, Array]:
+def _top(values_ni: Array, k: int, *, by_pairs: bool) -> tuple[Array, Array]:
     """Indices (n, k) of the k largest, the first of equal ones first, and by how much (n) the last of them beat the
     next."""
     count = min(k + 1, values_ni.shape[-1])
-    if values_ni.size * values_ni.shape[-1] <= FEW:
-        index = _places(values_ni, count)
+    if by_pairs and values_ni.size * values_ni.shape[-1] <= FEW:
+        index = _by_pairs(values_ni, count)
         best = jnp.take_along_axis(values_ni, index, axis=-1)
     else:
         best, index = lax.top_k(values_ni, count)
@@ -107,15 +108,15 @@ def _top(values_ni: Array, k: int) -> tuple[Array, Array]:
     return index[..., :k], margin_n
 
 
-def _places(values_ni: Array, count: int) -> Array:
-    """As `lax.top_k`'s indices, from the place of each value, which comparing all pairs tells."""
+def _by_pairs(values_ni: Array, count: int) -> Array:
+    """The indices of `lax.top_k`, from the rank of each value, which comparing all pairs tells."""
     bits_ni = lax.bitcast_convert_type(values_ni, jnp.int32)
     order_ni = jnp.where(bits_ni < 0, bits_ni ^ 0x7FFFFFFF, bits_ni)  # the same order, with what is no number in it
     index = jnp.arange(values_ni.shape[-1], dtype=jnp.int32)
     mine, other = order_ni[..., :, None], order_ni[..., None, :]
     before = (other > mine) | ((other == mine) & (index < index[:, None]))
-    place_ni = jnp.sum(before, axis=-1, dtype=jnp.int32)
-    held = place_ni[..., None, :] == jnp.arange(count, dtype=jnp.int32)[:, None]
+    rank_ni = jnp.sum(before, axis=-1, dtype=jnp.int32)
+    held = rank_ni[..., None, :] == jnp.arange(count, dtype=jnp.int32)[:, None]
     return jnp.sum(jnp.where(held, index, 0), axis=-1)
 
 
@@ -201,5 +202,6 @@ class Router(nnx.Module):
             normalise=self.normalise,
             scaling=self.scaling,
             experts_nk=experts_btk,
+            by_pairs=plan.decode_kernels == "triton",
         )
         return logits_bte, routing

@@ -32,7 +32,7 @@ NAMED = {"reference": 0, "triton_small": 64, "triton_small_interpreted": 64}
 
 
 def prefers_named(implementation: str, results: int) -> bool:
-    """Whether the rows of so few results had better name their groups than be sorted by them."""
+    """Whether rows of so few results should name their groups instead of being sorted by them."""
     return results <= NAMED.get(implementation, 0)
 
 
@@ -44,7 +44,7 @@ def grouped_matmul(
     The rows are sorted by group. `group_sizes` is int32 (e,), each at least 0, with a sum of at most n: rows beyond
     the sum give zeros and get zero gradients, whatever they hold. If it is a Python int, every group has that many
     rows, and every implementation computes one batched product. If it is `RowGroups`, the rows name their groups, in
-    any order: the results are (r, f), the implementations those in NAMED, and only the reference has a gradient.
+    any order: the results are (r, f), and the implementations those in NAMED.
 
     Raises ValueError if shapes or sizes disagree, the name is unknown, or the implementation cannot run here.
     """

@@ -24,10 +24,11 @@ from jax.experimental import pallas as pl
 
 from orogen.kernels.grouped_matmul.blocks import grouped_matmul_blocks
 from orogen.kernels.grouped_matmul.operands import RowGroups
+from orogen.kernels.grouped_matmul.reference import grouped_matmul_masked
 from orogen.kernels.pallas_triton import SMALLEST_TILE, both, call, dot, inside, load, require_gpu, store, tile
 
 PROGRAMS = 264  # wanted: two on each multiprocessor of an H100
-FILLED = 8  # of so many rows one is expected to have a group: slots are empty, and padding fills them
+FILLED = 8  # one row in so many is expected to have a group: the others belong to slots without a request
 MOST_ROWS = 64  # of a block
 COLUMNS = 128  # of a program: 256 contiguous bytes of a row of weights
 SPLITS = (1, 2, 4)  # of d
@@ -56,12 +57,10 @@ def grouped_matmul_few_rows(
 ) -> Array:
     """`grouped_matmul` on an NVIDIA GPU, for up to some dozens of rows per group; right, but slow, with more.
 
-    `interpret` runs the same kernel anywhere, slowly. Its gradients are those of `blocks`; rows that name their group
-    have none. Raises ValueError if there is no GPU and `interpret` is False.
+    `interpret` runs the same kernel anywhere, slowly. Its gradients are those of `blocks`, and of the reference where
+    rows name their groups. Raises ValueError if there is no GPU and `interpret` is False.
     """
     require_gpu(interpret=interpret, implementation="triton_small")
-    if isinstance(group_sizes, RowGroups):
-        return _forward(rows_nd, weights_edf, group_sizes, interpret)[0]
     return _multiply(rows_nd, weights_edf, group_sizes, interpret)  # pyright: ignore[reportReturnType]
 
 
@@ -78,7 +77,7 @@ def _forward(rows_nd, weights_edf, group_sizes, interpret):
     padded_d = pl.cdiv(width, launch.depth) * launch.depth
     kind = rows_nd.dtype if launch.splits == 1 else jnp.float32
     table = group_sizes.group_r if named else group_sizes
-    # Of groups that are named a program reads one, of groups' sizes all.
+    # A program of a result that names its group reads that number; one of sorted rows reads the whole table of sizes.
     table_spec = pl.BlockSpec((None,), lambda i, f, s: (i,))
     if not named:
         table_spec = pl.BlockSpec((pl.next_power_of_2(groups + 1),), lambda i, f, s: (0,))
@@ -97,7 +96,7 @@ def _forward(rows_nd, weights_edf, group_sizes, interpret):
         stages=STAGES,
         interpret=interpret,
     )
-    # Term by term: XLA computes this where the product is read, and a reduction in a kernel of its own.
+    # XLA fuses these sums into what reads the product; a reduction would be a kernel of its own.
     sum_nf = functools.reduce(jnp.add, parts["out"])
     return sum_nf.astype(rows_nd.dtype), (rows_nd, weights_edf, group_sizes)
 
@@ -105,7 +104,8 @@ def _forward(rows_nd, weights_edf, group_sizes, interpret):
 def _backward(interpret, residuals, grad_nf):
     del interpret
     rows_nd, weights_edf, group_sizes = residuals
-    run = lambda rows_nd, weights_edf: grouped_matmul_blocks(rows_nd, weights_edf, group_sizes)  # noqa: E731
+    product = grouped_matmul_masked if isinstance(group_sizes, RowGroups) else grouped_matmul_blocks
+    run = lambda rows_nd, weights_edf: product(rows_nd, weights_edf, group_sizes)  # noqa: E731
     return *jax.vjp(run, rows_nd, weights_edf)[1](grad_nf), None
 
 
