@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import models
 import numpy as np
-from run import GPU, opened
 
 from orogen.config.engine import EngineConfig
 from orogen.config.load import parse
-from orogen.config.plan import PlanConfig
 from orogen.infer.engine import Engine
 from orogen.infer.request import Request, Sampling
 
@@ -136,14 +135,14 @@ def main() -> None:
     model = parse([f"gin_configs/models/{options.model}.gin"], [])[0].model
     assert model is not None
     dtype = "bfloat16" if options.kernels == "triton" else "float32"
-    plan = PlanConfig(**GPU) if options.kernels == "triton" else PlanConfig(attention="blocked")
+    plan = models.PLANS[options.kernels]
     longest = 3 * (options.prompt + options.tokens) // 2 + 2
     config = EngineConfig(
         slots=options.slots, max_length=longest, page=32, chunk=128, prefill_tokens=options.prefill_tokens,
         steps=options.steps, snapshots=0, prefix_cache=False, queue=options.requests, compute_dtype=dtype,
         kernels=options.kernels,
     )  # fmt: skip
-    engine, began = Engine(opened(model, plan, dtype), config), time.perf_counter()
+    engine, began = Engine(models.opened(model, plan, dtype), config), time.perf_counter()
     facts = {
         "model": options.model, "slots": options.slots, "prompt": options.prompt, "tokens": options.tokens,
         "requests": options.requests, "steps": options.steps, "prefill_tokens": options.prefill_tokens,

@@ -128,8 +128,8 @@ def points(model: Opened, options: argparse.Namespace) -> Iterator[Point]:
         )  # fmt: skip
         programs = Programs(model, config, 0, context, np.ones(model.config.vocab_size, bool))
         most = most_slots(programs, context, options.memory_bytes)
-        # See run.py: a GPU is slower with fewer rows than 8.
-        least = 8 if options.kernels == "triton" else 1
+        # See run.py: one row is slower than four on a GPU.
+        least = 4 if options.kernels == "triton" else 1
         wanted = [most if batch == "max" else max(int(batch), least) for batch in options.batches]
         for slots in sorted(set(wanted)):
             if 0 < slots <= most:

@@ -131,6 +131,8 @@ def main() -> None:
                 export_weights(model, model_opened.params, model_opened.buffers, weights)
                 # In turn, call by call, so that both meet the same neighbours.
                 pairs = list(zip(turns(options.tokens), peer_decode(weights, model, sizes, theirs), strict=False))
+            if len(pairs) < 2:
+                raise SystemExit(f"--tokens {options.tokens}: {len(pairs)} pairs of calls; expected at least 2")
             seconds, peer_seconds = ([pair[side] for pair in pairs] for side in (0, 1))
             low, middle, high = statistics.quantiles([b / a for a, b in pairs], n=4)
             same = [a[:16] == b[:16] for a, b in zip(told["ids"], theirs["ids"], strict=True)]

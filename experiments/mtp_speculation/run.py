@@ -2,7 +2,7 @@
 
 Prompts are the beginnings of held-out documents of the run's corpus; answers are greedy.
 
-    orogen train --gin_file experiments/mtp_speculation/model.gin --run runs/mtp --gin_bindings ...   # one GPU
+    orogen train --gin_file gin_configs/data/stdlib.gin --gin_file experiments/mtp_speculation/model.gin --run runs/mtp
     python experiments/mtp_speculation/run.py --run runs/mtp --kernels triton
 """
 

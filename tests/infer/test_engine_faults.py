@@ -52,6 +52,20 @@ def test_a_text_that_fails_ends_its_request_alone(model):
     check_greedy(model, requests, engine.run(requests), 32)
 
 
+def test_an_engine_that_fails_while_several_requests_are_admitted_says_why(model):
+    engine = engine_of(model, slots=3)
+    for n in range(3):
+        engine.submit(asked(random_prompt(n, 9), 4))
+
+    def fail(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no memory")
+
+    object.__setattr__(engine.programs, "copy", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no memory"):
+        engine.step()
+    assert not engine.busy and leaked(engine) == [0, 0] and not engine._slots and not engine._waiting
+
+
 @pytest.mark.parametrize("where", ["read", "decode", "copy"])
 def test_a_program_that_fails_ends_the_engine(model, where, monkeypatch):
     """In its second round, with requests that wait, read and decode."""

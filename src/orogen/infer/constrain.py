@@ -37,7 +37,12 @@ class Constraints:
             raise ConfigError("llguidance is not installed; expected it for a grammar: pip install 'orogen[serve]'")
         self._words = words_of_mask(vocab_size)
         self._compiler = _compiler(tokenizer)
-        self._markers = markers_of(tokenizer, vocab_size)
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+
+    @functools.cached_property
+    def _markers(self) -> Markers:
+        """Of thinking. Raises ConfigError if the tokenizer changes them."""
+        return markers_of(self._tokenizer, self._vocab_size)
 
     def prepare(self, grammar: Grammar) -> None:
         """Compiles a grammar, in this thread, whichever it is. `matcher` then finds it, of this object or of another
