@@ -95,7 +95,7 @@ class TestEveryImplementation:
         o = o._replace(initial_b=jnp.zeros_like(o.initial_b))
         chex.assert_trees_all_equal(plain, recurrence.run(o, jnp.full((2, 29), 7), implementation=implementation))
 
-    @pytest.mark.parametrize("boundary", [8, 21])
+    @pytest.mark.parametrize("boundary", [1, 8, 21])
     def test_two_pieces_chain(self, recurrence: Recurrence, implementation: str, boundary: int):
         """The first piece's final state is the second's initial one, and its gradient goes back the same way."""
         o = recurrence.operands()
