@@ -18,6 +18,17 @@ from orogen.config.streams import lasting_streams, say
 from orogen.train.stop import Stop, StoppedEarlyError
 
 
+@pytest.fixture(autouse=True)
+def signals_are_not_ignored():
+    """Nor in child processes, which inherit that: a shell ignores SIGINT in its background jobs, and nohup SIGHUP."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", 0), ("SIGHUP", 0), ("SIGINT", 130)])
 def test_a_signal_asks_and_gives_its_status(name, status):
     before = signal.getsignal(signal.Signals[name])
