@@ -14,6 +14,7 @@ CALL = (
     "</function>\n</tool_call>"
 )
 ARGUMENTS = {"city": "Rome é", "days": 3}
+DEEP = '{"a": ' + "[" * 600 + "]" * 600 + "}"
 
 
 def chat(*answers: str, engine=None, **body):
@@ -245,6 +246,8 @@ def test_text_streams_as_it_comes():
          "[0].content[0].type is 'image_url'; expected text"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "["}}]}]},
          "messages[0].tool_calls[0].function.arguments is '['; expected a JSON object"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": DEEP}}]}]},
+         "expected a JSON object (it nests more than 64 deep"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "has a lone surrogate; expected valid Unicode"),
         ({"tools": [{"type": "web"}]}, "tools[0].function is missing"),
         ({"tools": [{"type": "web", "function": {"name": "a"}}]}, "tools[0].type is 'web'; expected function"),
