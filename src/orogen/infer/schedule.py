@@ -115,6 +115,11 @@ class Scheduler:
         return {slot: job.number for slot, job in self._running.items()}
 
     @property
+    def occupied(self) -> int:
+        """How many requests have a slot. Any thread may ask, unlike for `running`."""
+        return len(self._running)
+
+    @property
     def busy(self) -> bool:
         """Whether anything waits or runs."""
         return bool(self._waiting or self._running)

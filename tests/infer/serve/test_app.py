@@ -7,9 +7,13 @@ import time
 import pytest
 from tests.infer.chats import backend, tokenizer
 from tests.infer.fake_engine import FakeEngine
+from tests.infer.scheduled import capacity
 from tests.infer.serve.harness import with_client, worded
 
 from orogen.config.checks import ConfigError
+from orogen.infer.request import Request
+from orogen.infer.schedule import Scheduler
+from orogen.infer.serve.measures import Measures
 
 
 def ask(method: str, path: str, body=None, engine=None, headers=None, **settings):
@@ -280,3 +284,18 @@ def test_the_page():
     assert reply.status == 200 and reply.headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in reply.headers["content-security-policy"]
     assert "http://" not in reply.text.replace("http://www.w3.org/2000/svg", "") and "https://" not in reply.text
+
+
+def test_metrics_count_slots_while_the_engine_changes_them():
+    class Changing(dict):
+        def __iter__(self):
+            raise RuntimeError("dictionary changed size during iteration")
+
+        items = values = keys = __iter__
+
+    scheduler, measures = Scheduler(capacity()), Measures()
+    measures.watch(scheduler)
+    scheduler.submit(Request(prompt=(1, 2, 3), max_tokens=1))
+    scheduler.round()
+    scheduler._running = Changing(scheduler._running)
+    assert b"orogen_slots_used 1.0" in measures.text()
