@@ -95,3 +95,12 @@ def test_of_several_tools_one_is_called(constraints, template):
     assert found == [[Call("add", {"a": 3})], [Call("stop", {})], [Call("add.more", {"x y": "[1]"})]]
     assert made(constraints, tools, template, texts[0].replace("add", "sub")) is None
     assert made(constraints, tools, template, texts[1].replace("stop", "stop" + "s")) is None
+
+
+@pytest.mark.parametrize(("template", "end"), [(JSON, "}]"), (HERMES, "}")])
+def test_space_within_json_ends(constraints, template, end):
+    tools = [tool("add", properties(a={"type": "integer"}))]
+    for space in ("", " ", "\n  "):
+        assert made(constraints, tools, template, f'{{"a":{space}3}}{end}') == [Call("add", {"a": 3})]
+    for space in ("  ", "\n\n", "\n" + " " * 33):
+        assert made(constraints, tools, template, f'{{"a":{space}3}}{end}') is None

@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from orogen.infer.grammar_check import SPACES
 from orogen.infer.request import Grammar
 from orogen.infer.tool_calls import kinds_of
 
@@ -54,7 +55,7 @@ def beginning(tools: Sequence[Mapping[str, Any]], template: str) -> Beginning:
 def _json(schema: Mapping[str, Any], call: str) -> tuple[str, list[str]]:
     """What stands for the arguments of a call, JSON of a schema, and its rules."""
     whole = {"type": "object", **schema} if schema else {"type": "object", "maxProperties": 0}
-    return f"{call}_0", [f"{call}_0: %json {json.dumps(whole)}"]
+    return f"{call}_0", [f"{call}_0: {_held(whole)}"]
 
 
 def _elements(schema: Mapping[str, Any], call: str) -> tuple[str, list[str]]:
@@ -83,6 +84,11 @@ def _value(schema: Any) -> str:
     if not kinds or not kinds <= _WORDS.keys():
         return "text"
     return f"({' | '.join(_WORDS[kind] for kind in sorted(kinds))}) {end}"
+
+
+def _held(schema: Mapping[str, Any]) -> str:
+    """JSON of a schema, with no more space than other answers in JSON may have."""
+    return f"%json {json.dumps({**schema, 'x-guidance': SPACES})}"
 
 
 def _quoted(text: str) -> str:
