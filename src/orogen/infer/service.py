@@ -66,7 +66,7 @@ class Service:
     """
 
     def __init__(self, engine: Served, *, limit: int) -> None:
-        self._engine, self._limit = engine, limit
+        self._engine, self.limit = engine, limit
         self._commands: collections.deque[Callable[[], None] | None] = collections.deque()
         self._wake = threading.Condition()
         self._streams: dict[int, Stream] = {}
@@ -96,8 +96,8 @@ class Service:
         """
         if self.draining or self.failure is not None:
             raise ClosedError("the server is shutting down" if self.draining else "the engine failed")
-        if self.open >= self._limit:
-            raise Full(f"{self.open} requests are open; expected at most {self._limit}")
+        if self.open >= self.limit:
+            raise Full(f"{self.open} requests are open; expected at most {self.limit}")
         stream = Stream(self, arrived)
         taken: Future[int] = Future()
         self._opening.add(stream)

@@ -247,9 +247,26 @@ def test_a_full_queue():
 
 def test_answers_to_one_body_come_together_or_not_at_all():
     engine = FakeEngine(wait=0.01)
-    reply = with_client(engine, lambda client: client.complete(prompt=[5], n=5, max_tokens=50), limit=3)
-    assert reply.status == 429
+
+    async def use(client):
+        running = asyncio.create_task(client.complete(prompt=[6], max_tokens=20))
+        await asyncio.sleep(0.05)
+        refused = await client.complete(prompt=[5], n=3, max_tokens=50)
+        return refused, await running
+
+    refused, whole = with_client(engine, use, limit=3)
+    assert (refused.status, whole.status) == (429, 200)
     assert not engine.busy
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_more_answers_than_can_ever_be_open_are_no_full_queue(stream):
+    engine = FakeEngine()
+    reply = with_client(engine, lambda c: c.complete(prompt=[[5], [6]], n=2, stream=stream), limit=3)
+    assert (reply.status, reply.error) == (
+        400, "n, over all prompts, asks for 4 answers; expected 3 at most, all that can be open",
+    )  # fmt: skip
+    assert "retry-after" not in reply.headers and engine.seen == []
 
 
 def test_draining_refuses_and_lets_end():

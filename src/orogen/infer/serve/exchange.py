@@ -100,6 +100,10 @@ class Answers:
         self._left = len(requests)
 
     async def __aenter__(self) -> "Answers":
+        if self._left > (most := self._parts.service.limit):  # to try again would be in vain
+            raise bad(
+                f"n, over all prompts, asks for {self._left} answers; expected {most} at most, all that can be open"
+            )
         self._since = time.perf_counter()
         self._last = [self._since] * len(self._requests)
         self._parts.measures.waiting.inc(self._left)
