@@ -316,3 +316,21 @@ def test_metrics_count_slots_while_the_engine_changes_them():
     scheduler.round()
     scheduler._running = Changing(scheduler._running)
     assert b"orogen_slots_used 1.0" in measures.text()
+
+
+def test_the_salt_of_a_body_reaches_the_engine_with_each_of_its_requests():
+    engine = worded()
+
+    async def use(client):
+        replies = [
+            await client.complete(prompt=[5], n=2, cache_salt="é"),
+            await client.chat(cache_salt="b", max_tokens=1, stream=True),
+            await client.post("/v1/responses", {"input": "a", "cache_salt": "c", "max_output_tokens": 1}),
+            await client.complete(prompt=[5], cache_salt=None),
+        ]
+        wrong = await client.complete(prompt=[5], cache_salt=3)
+        return [(reply.status, reply.headers.get("x-ignored-fields")) for reply in replies], wrong
+
+    replies, wrong = with_client(engine, use, words=True)
+    assert replies == [(200, None)] * 4 and engine.salts == ["é", "é", "b", "c", ""]
+    assert wrong.status == 400 and "cache_salt is 3; expected a string" in wrong.error

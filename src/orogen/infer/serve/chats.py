@@ -70,7 +70,8 @@ async def chats(request: HttpRequest) -> Response:
     asked = await loop.run_in_executor(parts.prompts, asked_of, body, chat)
     requests = await asyncio.to_thread(requests_of, body, asked, parts)
     form, stream = _Form(parts, body, asked), forms.streams(body)
-    return await respond(request, Answers(parts, requests), form, stream=stream, headers=ignored(unknown))
+    answers = Answers(parts, requests, salt=forms.salt(body))
+    return await respond(request, answers, form, stream=stream, headers=ignored(unknown))
 
 
 class _Form:

@@ -45,7 +45,8 @@ async def completions(request: HttpRequest) -> Response:
     parts.check_model(body)
     choices, requests = await asyncio.to_thread(_asked, body, parts)
     form = _Form(parts, body, choices)
-    return await respond(request, Answers(parts, requests), form, stream=forms.streams(body), headers=ignored(unknown))
+    answers = Answers(parts, requests, salt=forms.salt(body))
+    return await respond(request, answers, form, stream=forms.streams(body), headers=ignored(unknown))
 
 
 class _Form:

@@ -40,8 +40,10 @@ async def responses(request: HttpRequest) -> Response:
     asked = await loop.run_in_executor(parts.prompts, asked_of, asked_body, chat)
     requests = await asyncio.to_thread(requests_of, asked_body, asked, parts)
     form, stream = _Form(parts, body, asked, logprobs=asked_body.get("logprobs", False)), body.get("stream", False)
-    answers, headers, framing = Answers(parts, requests), ignored(unknown), Framing(_event, form.failure, "")
-    return await respond(request, answers, form, stream=stream, headers=headers, framing=framing)
+    answers, headers = Answers(parts, requests, salt=forms.salt(body)), ignored(unknown)
+    return await respond(
+        request, answers, form, stream=stream, headers=headers, framing=Framing(_event, form.failure, "")
+    )
 
 
 def _event(event: dict[str, Any]) -> str:
