@@ -267,3 +267,13 @@ def test_log_probabilities_of_a_long_answer_take_linear_time():
     size = len(found["tokens"][0])
     assert found["text_offset"] == [3 + size * i for i in range(count)]
     assert _logprobs([], None, 3)["text_offset"] == []
+
+
+def test_more_stop_ids_than_can_be_held_back_are_named():
+    stops = list(range(3, 34))  # and the tokenizer's two
+    fields = {"prompt": [5], "min_tokens": 1, "max_tokens": 2, "_words": True}
+    assert complete(worded(), **fields, stop_token_ids=stops[:-1]).status == 200
+    reply = complete(worded(), **fields, stop_token_ids=stops)
+    assert reply.status == 400 and reply.json["error"]["param"] == "stop_token_ids"
+    assert reply.error.startswith("stop_token_ids is (3, 4")
+    assert reply.error.endswith("expected at most 30 beside min_tokens")

@@ -152,7 +152,7 @@ def request(body: dict[str, Any], prompt: tuple[int, ...], number: int, ends: fr
         )
         return held_back(asked, ends)
     except ConfigError as error:
-        raise bad(error) from None
+        raise bad(str(error).replace("Request.stop_ids", "stop_token_ids")) from None
 
 
 def streams(body: dict[str, Any]) -> bool:
