@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 import time
 
 import pytest
@@ -334,3 +335,18 @@ def test_the_salt_of_a_body_reaches_the_engine_with_each_of_its_requests():
     replies, wrong = with_client(engine, use, words=True)
     assert replies == [(200, None)] * 4 and engine.salts == ["é", "é", "b", "c", ""]
     assert wrong.status == 400 and "cache_salt is 3; expected a string" in wrong.error
+
+
+def test_prompts_that_wait_when_the_server_ends_are_not_rendered():
+    go = threading.Event()
+
+    async def use(client):
+        prompts = client.app.state.parts.prompts
+        return prompts.submit(go.wait, 10), prompts.submit(lambda: None)
+
+    try:
+        first, waiting = with_client(FakeEngine(), use)
+        assert waiting.cancelled()
+    finally:
+        go.set()
+    assert first.result()
