@@ -6,6 +6,7 @@ Nano 2 and Hermes write it.
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -50,7 +51,7 @@ def read_calls(block: str, tools: Mapping[str, Mapping[str, Any]]) -> list[Call]
 
 def _json_calls(text: str) -> Iterator[Call]:
     try:
-        found = json.loads(text)
+        found = _json(text)
     except (ValueError, RecursionError) as error:
         raise BrokenError(str(error)) from None
     for one in found if isinstance(found, list) else [found]:
@@ -103,7 +104,7 @@ def typed(text: str, schema: Any) -> Any:
     if "null" in kinds and word.lower() in ("null", "none"):
         return None
     try:
-        value = json.loads(word, parse_constant=_no_constant)
+        value = _json(word)
     except (ValueError, RecursionError):
         return text
     return value if _kind(value) & kinds else text
@@ -132,5 +133,13 @@ def _kind(value: Any) -> set[str]:
     return {names[type(value)]}
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
+def _json(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError, also for numbers that are not finite: who gets a call could not read
+    them."""
+    return json.loads(text, parse_constant=_finite, parse_float=_finite)
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is not finite")
+    return number
