@@ -9,6 +9,7 @@ from tests.infer.serve.harness import saying, with_client, worded
 from orogen.infer.request import Budget, Grammar
 
 STOP_TOOL = {"type": "function", "function": {"name": "stop"}}
+NAMED_BADLY = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a<b": {}}}}}
 CALL = (
     "<tool_call>\n<function=weather>\n<parameter=city>\nRome é\n</parameter>\n<parameter=days>\n3\n</parameter>\n"
     "</function>\n</tool_call>"
@@ -262,6 +263,7 @@ def test_text_streams_as_it_comes():
          "enable_thinking is True beside a call that must be made; expected false"),
         ({"tools": [STOP_TOOL], "tool_choice": {"type": "allowed_tools"}}, "expected the mode auto or required"),
         ({"tools": [STOP_TOOL], "tool_choice": {"type": "function"}}, "expected a function among tools"),
+        ({"tools": [NAMED_BADLY], "tool_choice": "required"}, "properties has 'a<b'; expected a name without"),
         ({"stream_options": {"include_usage": True}}, "stream_options is given without stream; expected stream true"),
         ({"chat_template_kwargs": {"enable_thinking": "no"}}, "enable_thinking is 'no'; expected true or false"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages; expected it as a field"),

@@ -208,7 +208,10 @@ def asked_of(body: dict[str, Any], chat: Chat) -> Asked:
     """The prompt of a body, and what is to be made of its answer. A call that must be made is begun in the prompt,
     after the end of thinking. Raises HttpError."""
     choice, tools = _chosen_tools(body)
-    begun = beginning(tools, chat.calls) if choice == "called" and tools else None
+    try:
+        begun = beginning(tools, chat.calls) if choice == "called" and tools else None
+    except ConfigError as error:
+        raise bad(error) from None
     grammar, options = structured.grammar(body), _options(body)
     if begun and grammar:
         raise bad("tool_choice asks for a call beside an answer of a given form; expected one of them")
