@@ -58,6 +58,7 @@ class FakeEngine:
         self.waiting: dict[int, Running] = {}
         self.running: dict[int, Running] = {}
         self.seen: list[Request] = []
+        self.salts: list[str] = []
         self.cancelled: list[int] = []
         self._next = 0
 
@@ -65,7 +66,7 @@ class FakeEngine:
     def busy(self) -> bool:
         return bool(self.waiting or self.running)
 
-    def submit(self, request: Request) -> int:
+    def submit(self, request: Request, *, salt: str = "") -> int:
         if len(request.prompt) + request.max_tokens > self.most:
             whole = f"{len(request.prompt)} prompt tokens and {request.max_tokens} new ones"
             raise ConfigError(f"{whole}; expected at most {self.most}")
@@ -79,6 +80,7 @@ class FakeEngine:
             answer = [request.prompt[i % len(request.prompt)] for i in range(request.max_tokens)]
         self.waiting[self._next] = Running(request, list(answer))
         self.seen.append(request)
+        self.salts.append(salt)
         return self._next
 
     def cancel(self, number: int) -> None:

@@ -99,6 +99,9 @@ def test_calls(text, content, calls, size):
         '<tool_call>{"name": "stop"',
         '<tool_call>[{"name": 3}]</tool_call>',
         "<tool_call>" + "[" * 10**5 + "</tool_call>",
+        '<tool_call>{"name": "stop", "arguments": {"a": NaN}}</tool_call>',
+        '<tool_call>{"name": "stop", "arguments": {"a": [1e999]}}</tool_call>',
+        '<tool_call>{"name": "stop", "arguments": {"a": -Infinity}}</tool_call>',
         "<tool_",
         "text \n",
     ],
@@ -143,6 +146,7 @@ def test_text_comes_as_soon_as_it_is_certain():
         ("yes", {"type": "boolean"}, "yes"), ("null", {"type": ["string", "null"]}, None),
         ("7", {"type": ["string", "null"]}, "7"), ('{"a": [1]}', {"type": "object"}, {"a": [1]}),
         ("[1, 2", {"type": "array"}, "[1, 2"), ("NaN", {"type": "number"}, "NaN"), ("1", {"type": "boolean"}, "1"),
+        ("1e999", {"type": "number"}, "1e999"), ("[-1e999]", {"type": "array"}, "[-1e999]"),
         ("None", {"anyOf": [{"type": "number"}, {"type": "null"}]}, None), (" a\n b ", {"type": "string"}, " a\n b "),
     ],
 )  # fmt: skip

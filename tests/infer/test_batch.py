@@ -15,6 +15,7 @@ from orogen.config.checks import ConfigError
 from orogen.infer.batch import Summary, run_batch
 from orogen.infer.lines import Line, LineReader, digest
 from orogen.infer.request import Budget, Chosen, Full, Grammar, Output, Request, Sampling
+from orogen.infer.serve.messages import check_messages
 
 
 class Echo:
@@ -361,3 +362,18 @@ def test_progress_counts_in_its_unit():
     with Progress(3, unit="line", stream=stream) as progress:
         progress.update(3, {"tokens_per_second": 1234.5})
     assert stream.getvalue().startswith("line 3/3  1,234 tokens/s")
+
+
+def test_arguments_that_nest_too_deeply_end_no_batch(tmp_path):
+    def render(asked) -> list[int]:
+        return [len(check_messages(asked["messages"]))]
+
+    def line(depth: int) -> str:
+        function = {"name": "a", "arguments": '{"a": ' + "[" * depth + "]" * depth + "}"}
+        return json.dumps({"messages": [{"role": "assistant", "tool_calls": [{"function": function}]}]})
+
+    (tmp_path / "in.jsonl").write_text("\n".join([line(600), line(63)]) + "\n")
+    reader = LineReader({"max_tokens": 7}, render=render)
+    assert run_batch(Echo(), tmp_path / "in.jsonl", tmp_path / "out.jsonl", reader=reader, settings="") == (2, 1, 0)
+    first, second = answers(tmp_path)
+    assert "it nests more than 64 deep" in first["error"] and second["finish"] == "stop"

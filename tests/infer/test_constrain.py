@@ -1,7 +1,10 @@
 """Constrained output: every text that random choices within the masks make matches, and hostile grammars end alone."""
 
 import json
+import os
 import re
+import resource
+import subprocess
 import threading
 
 import numpy as np
@@ -12,6 +15,7 @@ from orogen.config.checks import ConfigError
 from orogen.data.tokenizer import Tokenizer
 from orogen.data.vocabulary import byte_tokenizer, train_bpe
 from orogen.infer.constrain import MOST_TEXT, Constraints
+from orogen.infer.grammar_check import _asked
 from orogen.infer.knobs import words_of_mask
 from orogen.infer.request import Grammar
 
@@ -255,3 +259,17 @@ def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"llguidance is not installed; .*pip install 'orogen\[serve\]'"):
         Constraints(TOKENIZERS["byte"], 300)
+
+
+def test_a_server_with_many_connections_still_asks():
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(limits[1], 4096), limits[1]))
+    taken = [os.open(os.devnull, os.O_RDONLY) for _ in range(1024)]
+    try:
+        with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as echo:
+            assert echo.stdout.fileno() > 1024
+            assert _asked(echo, '"x"', 5.0) == "x"
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)

@@ -5,6 +5,7 @@ import json
 import pytest
 from tests.infer.chats import WEATHER, tokenizer
 
+from orogen.config.checks import ConfigError
 from orogen.infer.chat import own_template
 from orogen.infer.constrain import Constraints
 from orogen.infer.forced_call import beginning
@@ -56,14 +57,15 @@ CITY = "<parameter=city>\nRome é\n</parameter>\n"
     ("text", "arguments"),
     [
         (f"{CITY}</function>", {"city": "Rome é"}),
-        (f"{CITY}<parameter=unit>\né\n</parameter>\n<parameter=days>\n-3\n</parameter>\n</function>",
-         {"city": "Rome é", "unit": "é", "days": -3}),
+        (f"{CITY}<parameter=unit>\né\n</parameter>\n<parameter=days>\n3\n</parameter>\n</function>",
+         {"city": "Rome é", "unit": "é", "days": 3}),
         (f"{CITY}<parameter=days>\nnull\n</parameter>\n</function>", {"city": "Rome é", "days": None}),
         ("<parameter=city>\na</parameter> <b>\n</p\n</parameter>\n</function>", {"city": "a</parameter> <b>\n</p"}),
         ("<parameter=city>\n\n</parameter>\n</function>", {"city": ""}),
         ("</function>", None),
         (f"{CITY}<parameter=unit>\nF\n</parameter>\n</function>", None),
         (f"{CITY}<parameter=days>\nthree\n</parameter>\n</function>", None),
+        (f"{CITY}<parameter=days>\n-3\n</parameter>\n</function>", None),
         (f"{CITY}<parameter=other>\n3\n</parameter>\n</function>", None),
         (f"{CITY}</function>\n", None),
     ],
@@ -95,3 +97,60 @@ def test_of_several_tools_one_is_called(constraints, template):
     assert found == [[Call("add", {"a": 3})], [Call("stop", {})], [Call("add.more", {"x y": "[1]"})]]
     assert made(constraints, tools, template, texts[0].replace("add", "sub")) is None
     assert made(constraints, tools, template, texts[1].replace("stop", "stop" + "s")) is None
+
+
+@pytest.mark.parametrize(("template", "end"), [(JSON, "}]"), (HERMES, "}")])
+def test_space_within_json_ends(constraints, template, end):
+    tools = [tool("add", properties(a={"type": "integer"}))]
+    for space in ("", " ", "\n  "):
+        assert made(constraints, tools, template, f'{{"a":{space}3}}{end}') == [Call("add", {"a": 3})]
+    for space in ("  ", "\n\n", "\n" + " " * 33):
+        assert made(constraints, tools, template, f'{{"a":{space}3}}{end}') is None
+
+
+POINT = {
+    "type": "object",
+    "properties": {"x": {"$ref": "#/$defs/size"}},
+    "required": ["x"],
+    "additionalProperties": False,
+}
+DEFINED = {"size": {"type": "number", "minimum": 0}, "point": POINT, "kind": {"enum": ["a", 3]}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "value"),
+    [
+        ({"type": "array", "items": {"type": "integer"}}, "[1, 2]", [1, 2]),
+        ({"type": "array", "items": {"type": "integer"}}, '["a"]', None),
+        ({"$ref": "#/$defs/point"}, '{"x": 1.5}', {"x": 1.5}),
+        ({"$ref": "#/$defs/point"}, '{"x": -1.5}', None),
+        ({"$ref": "#/$defs/point"}, "a text", None),
+        ({"type": "array", "items": {"$ref": "#/$defs/point"}}, '[{"x": 1}]', [{"x": 1}]),
+        ({"$ref": "#/$defs/kind"}, "a", "a"), ({"$ref": "#/$defs/kind"}, "3", 3), ({"$ref": "#/$defs/kind"}, "b", None),
+        ({"enum": ["a", 3, True]}, "true", True), ({"enum": ["a", 3, True]}, "4", None),
+        ({"const": "a b"}, "a b", "a b"), ({"const": 7}, "7", 7), ({"const": 7}, "8", None),
+        ({"type": "number", "maximum": 5}, "2.5", 2.5), ({"type": "number", "maximum": 5}, "7", None),
+        ({"type": "number"}, "NaN", None), ({"type": "boolean"}, "true", True), ({"type": "boolean"}, "True", None),
+        ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, "null", "none"),
+        ({"type": ["string", "object"]}, "any text", "any text"), ({"$ref": "#/$defs/other"}, "any text", "any text"),
+    ],
+)  # fmt: skip
+def test_arguments_that_are_no_text_are_json_of_their_schema(constraints, schema, text, value):
+    parameters = {**properties(a=schema), "$defs": DEFINED}
+    found = made(constraints, [tool("f", parameters)], ELEMENTS, f"<parameter=a>\n{text}\n</parameter>\n</function>")
+    assert found == (None if value is None else [Call("f", {"a": None if value == "none" else value})])
+
+
+def test_definitions_in_circles_end():
+    parameters = {**properties(a={"$ref": "#/$defs/b"}), "$defs": {"b": {"anyOf": [{"$ref": "#/$defs/b"}] * 2}}}
+    assert schemas_of([tool("f", parameters)])["f"]["a"]["$defs"] == parameters["$defs"]
+    assert "text" in beginning([tool("f", parameters)], ELEMENTS).rest.text
+
+
+@pytest.mark.parametrize("name", ["a<b", "a>", "a\nb", "a\x7f", " a"])
+def test_names_that_a_tag_cannot_hold_are_refused(name):
+    tools = [tool("f", {"type": "object", "properties": {name: {"type": "string"}}})]
+    with pytest.raises(ConfigError, match="parameters.properties has .*; expected a name without <, >") as raised:
+        beginning(tools, ELEMENTS)
+    assert "\n" not in str(raised.value)
+    assert beginning(tools, JSON).rest.text

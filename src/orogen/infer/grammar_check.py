@@ -156,8 +156,9 @@ def _asked(process: "subprocess.Popen[str]", question: str, seconds: float) -> s
         process.stdin.flush()
     except BrokenPipeError:
         return None
-    readable, _, _ = select.select([process.stdout], [], [], seconds)
-    line = process.stdout.readline() if readable else ""
+    waiting = select.poll()  # unlike `select`, takes descriptors above 1024
+    waiting.register(process.stdout, select.POLLIN)
+    line = process.stdout.readline() if waiting.poll(seconds * 1000) else ""
     return json.loads(line) if line else None
 
 

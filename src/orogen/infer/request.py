@@ -118,10 +118,15 @@ class Request:
 
 
 def held_back(request: Request, ends: Iterable[int]) -> Request:
-    """The request with all that may end it held back until its `min_tokens`. ends: the tokenizer's."""
+    """The request with all that may end it held back until its `min_tokens`. ends: the tokenizer's.
+
+    Raises ConfigError for more `stop_ids` than can be.
+    """
     if not request.min_tokens:
         return request
     own = () if request.ignore_eos else sorted(ends)
+    most = max(0, MOST_HELD - len(request.held) - len(own))
+    require(len(request.stop_ids) <= most, request, "stop_ids", f"at most {most} beside min_tokens")
     return dataclasses.replace(request, held=(*request.held, *request.stop_ids, *own))
 
 

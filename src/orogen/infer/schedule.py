@@ -115,6 +115,11 @@ class Scheduler:
         return {slot: job.number for slot, job in self._running.items()}
 
     @property
+    def occupied(self) -> int:
+        """How many requests have a slot. Any thread may ask, unlike for `running`."""
+        return len(self._running)
+
+    @property
     def busy(self) -> bool:
         """Whether anything waits or runs."""
         return bool(self._waiting or self._running)
@@ -146,10 +151,9 @@ class Scheduler:
         if number in self._waiting:
             self._queue.remove(self._waiting.pop(number).order)
             return None
-        for slot, running in self.running.items():
-            if running == number:
-                self.finished(slot)
-                return slot
+        if slots := [slot for slot, job in self._running.items() if job.number == number]:
+            self.finished(slots[0])
+            return slots[0]
         raise KeyError(f"request {number} neither waits nor runs")
 
     def round(self) -> Round:
@@ -249,8 +253,7 @@ class Scheduler:
         """The first of the queue, one by one, until one has no room."""
         while self._queue:
             number = self._queue[0][1]
-            admission = None if number == self._stuck else self._admit(self._waiting[number])
-            if admission is None:
+            if number == self._stuck or (admission := self._admit(self._waiting[number])) is None:
                 return
             del self._waiting[number], self._queue[0]
             yield admission

@@ -18,6 +18,10 @@ from orogen.infer.request import CANCELLED, ERROR, Full, Output, Request
 class Served(Stepped, Protocol):
     """What the service needs of an engine; `infer/engine.py` has it."""
 
+    def submit(self, request: Request, *, salt: str = "") -> int:
+        """As a batch needs it. Requests of different salts share no cached prefix."""
+        ...
+
     def cancel(self, number: int) -> None:
         """Ends a request; one that has ended already is no error."""
         ...
@@ -66,7 +70,7 @@ class Service:
     """
 
     def __init__(self, engine: Served, *, limit: int) -> None:
-        self._engine, self._limit = engine, limit
+        self._engine, self.limit = engine, limit
         self._commands: collections.deque[Callable[[], None] | None] = collections.deque()
         self._wake = threading.Condition()
         self._streams: dict[int, Stream] = {}
@@ -87,23 +91,26 @@ class Service:
         """How many requests are open."""
         return len(self._streams) + len(self._opening)
 
-    async def submit(self, request: Request, arrived: "asyncio.Queue[Output] | None" = None) -> Stream:
+    async def submit(
+        self, request: Request, arrived: "asyncio.Queue[Output] | None" = None, *, salt: str = ""
+    ) -> Stream:
         """The stream of a request that the engine has taken.
 
         arrived: where its outputs go in place of a queue of its own, as for several requests whose outputs are merged.
+        salt: requests of different ones share no cached prefix.
         Raises ConfigError for one that can never run, Full if too many are open, ClosedError while the service drains
         and after its engine failed, and what else the engine raises.
         """
         if self.draining or self.failure is not None:
             raise ClosedError("the server is shutting down" if self.draining else "the engine failed")
-        if self.open >= self._limit:
-            raise Full(f"{self.open} requests are open; expected at most {self._limit}")
+        if self.open >= self.limit:
+            raise Full(f"{self.open} requests are open; expected at most {self.limit}")
         stream = Stream(self, arrived)
         taken: Future[int] = Future()
         self._opening.add(stream)
         self._idle.clear()
         try:
-            self._command(lambda: self._take(request, stream, taken))
+            self._command(lambda: self._take(request, salt, stream, taken))
             # Shielded: a client that vanishes here must not leave a request behind that nobody knows of.
             await asyncio.shield(asyncio.wrap_future(taken))
         except asyncio.CancelledError:
@@ -177,11 +184,11 @@ class Service:
     def _runs(self) -> bool:
         return self.failure is None and self._engine.busy
 
-    def _take(self, request: Request, stream: Stream, taken: "Future[int]") -> None:
+    def _take(self, request: Request, salt: str, stream: Stream, taken: "Future[int]") -> None:
         if self.failure is not None:
             return taken.set_exception(ClosedError("the engine failed"))
         try:
-            number = self._engine.submit(request)
+            number = self._engine.submit(request, salt=salt)
         except Exception as error:  # a request that is not taken changes nothing for the others
             return taken.set_exception(error)
         # Comes before any output of it, for the loop calls in order.

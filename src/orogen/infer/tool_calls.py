@@ -6,12 +6,14 @@ Nano 2 and Hermes write it.
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 # What a call stands between, by what opens it.
 CLOSED_BY = {"<tool_call>": "</tool_call>", "<TOOLCALL>": "</TOOLCALL>"}
 _FUNCTION, _END = "<function=", "</function>"
+_DEFINITIONS = ("$defs", "definitions")
 _PARAMETER, _PARAMETER_END = "<parameter=", "</parameter>"
 
 
@@ -28,11 +30,18 @@ class BrokenError(ValueError):
 
 def schemas_of(tools: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """By the name of each tool, the schemas of its parameters."""
-    found = {}
-    for tool in tools:
-        properties = (tool["function"].get("parameters") or {}).get("properties")
-        found[tool["function"]["name"]] = properties if isinstance(properties, dict) else {}
-    return found
+    named = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
+    return {name: properties_of(parameters) or {} for name, parameters in named.items()}
+
+
+def properties_of(parameters: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The schema of each property, with the definitions to which it refers; None if no properties are described."""
+    properties = parameters.get("properties")
+    if not isinstance(properties, dict):
+        return None
+    shared = {key: parameters[key] for key in _DEFINITIONS if isinstance(parameters.get(key), dict)}
+    refers = lambda schema: isinstance(schema, dict) and '"$ref"' in json.dumps(schema)  # noqa: E731
+    return {name: {**schema, **shared} if refers(schema) else schema for name, schema in properties.items()}
 
 
 def read_calls(block: str, tools: Mapping[str, Mapping[str, Any]]) -> list[Call]:
@@ -50,7 +59,7 @@ def read_calls(block: str, tools: Mapping[str, Mapping[str, Any]]) -> list[Call]
 
 def _json_calls(text: str) -> Iterator[Call]:
     try:
-        found = json.loads(text)
+        found = _json(text)
     except (ValueError, RecursionError) as error:
         raise BrokenError(str(error)) from None
     for one in found if isinstance(found, list) else [found]:
@@ -103,22 +112,52 @@ def typed(text: str, schema: Any) -> Any:
     if "null" in kinds and word.lower() in ("null", "none"):
         return None
     try:
-        value = json.loads(word, parse_constant=_no_constant)
+        value = _json(word)
     except (ValueError, RecursionError):
         return text
     return value if _kind(value) & kinds else text
 
 
 def kinds_of(schema: Any) -> set[str]:
-    """The types that a schema allows, through `anyOf` and `oneOf`."""
+    """The types that a schema allows, through `anyOf`, `oneOf`, `allOf` and references to its definitions; those of its
+    `enum` or `const` where it says nothing else."""
+    return _kinds(schema, schema, set())
+
+
+def _kinds(schema: Any, root: Any, seen: set[str]) -> set[str]:
+    """seen: references that have been followed, each once: definitions may go in circles."""
     if not isinstance(schema, dict):
         return set()
     kind = schema.get("type")
     kinds = {k for k in (kind if isinstance(kind, list) else [kind]) if isinstance(k, str)}
-    for key in ("anyOf", "oneOf"):
+    for key in ("anyOf", "oneOf", "allOf"):
         for option in schema[key] if isinstance(schema.get(key), list) else []:
-            kinds |= kinds_of(option)
-    return kinds
+            kinds |= _kinds(option, root, seen)
+    if not kinds and isinstance(reference := schema.get("$ref"), str) and reference not in seen:
+        seen.add(reference)
+        kinds = _kinds(_definition(root, reference), root, seen)
+    return kinds or {kind for option in _options(schema) for kind in _kind(option)}
+
+
+def options_of(schema: Any) -> list[Any]:
+    """The values of a schema's `enum` or `const`, or of the definition to which it refers; none if it has neither."""
+    if isinstance(schema, dict) and isinstance(reference := schema.get("$ref"), str):
+        return _options(_definition(schema, reference))
+    return _options(schema)
+
+
+def _options(schema: Any) -> list[Any]:
+    if not isinstance(schema, dict):
+        return []
+    options = [schema["const"]] if "const" in schema else schema.get("enum")
+    return options if isinstance(options, list) else []
+
+
+def _definition(root: Any, reference: str) -> Any:
+    """What a reference names among the definitions of a schema; None if there is no such one."""
+    start, key, name = (*reference.split("/", 2), "", "")[:3]
+    found = root.get(key) if start == "#" and key in _DEFINITIONS else None
+    return found.get(name.replace("~1", "/").replace("~0", "~")) if isinstance(found, dict) else None
 
 
 def _kind(value: Any) -> set[str]:
@@ -132,5 +171,13 @@ def _kind(value: Any) -> set[str]:
     return {names[type(value)]}
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
+def _json(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError, also for numbers that are not finite: who gets a call could not read
+    them."""
+    return json.loads(text, parse_constant=_finite, parse_float=_finite)
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is not finite")
+    return number

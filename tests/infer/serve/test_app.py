@@ -2,14 +2,19 @@
 
 import asyncio
 import json
+import threading
 import time
 
 import pytest
 from tests.infer.chats import backend, tokenizer
 from tests.infer.fake_engine import FakeEngine
+from tests.infer.scheduled import capacity
 from tests.infer.serve.harness import with_client, worded
 
 from orogen.config.checks import ConfigError
+from orogen.infer.request import Request
+from orogen.infer.schedule import Scheduler
+from orogen.infer.serve.measures import Measures
 
 
 def ask(method: str, path: str, body=None, engine=None, headers=None, **settings):
@@ -243,9 +248,26 @@ def test_a_full_queue():
 
 def test_answers_to_one_body_come_together_or_not_at_all():
     engine = FakeEngine(wait=0.01)
-    reply = with_client(engine, lambda client: client.complete(prompt=[5], n=5, max_tokens=50), limit=3)
-    assert reply.status == 429
+
+    async def use(client):
+        running = asyncio.create_task(client.complete(prompt=[6], max_tokens=20))
+        await asyncio.sleep(0.05)
+        refused = await client.complete(prompt=[5], n=3, max_tokens=50)
+        return refused, await running
+
+    refused, whole = with_client(engine, use, limit=3)
+    assert (refused.status, whole.status) == (429, 200)
     assert not engine.busy
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_more_answers_than_can_ever_be_open_are_no_full_queue(stream):
+    engine = FakeEngine()
+    reply = with_client(engine, lambda c: c.complete(prompt=[[5], [6]], n=2, stream=stream), limit=3)
+    assert (reply.status, reply.error) == (
+        400, "n, over all prompts, asks for 4 answers; expected 3 at most, all that can be open",
+    )  # fmt: skip
+    assert "retry-after" not in reply.headers and engine.seen == []
 
 
 def test_draining_refuses_and_lets_end():
@@ -280,3 +302,51 @@ def test_the_page():
     assert reply.status == 200 and reply.headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in reply.headers["content-security-policy"]
     assert "http://" not in reply.text.replace("http://www.w3.org/2000/svg", "") and "https://" not in reply.text
+
+
+def test_metrics_count_slots_while_the_engine_changes_them():
+    class Changing(dict):
+        def __iter__(self):
+            raise RuntimeError("dictionary changed size during iteration")
+
+        items = values = keys = __iter__
+
+    scheduler, measures = Scheduler(capacity()), Measures()
+    measures.watch(scheduler)
+    scheduler.submit(Request(prompt=(1, 2, 3), max_tokens=1))
+    scheduler.round()
+    scheduler._running = Changing(scheduler._running)
+    assert b"orogen_slots_used 1.0" in measures.text()
+
+
+def test_the_salt_of_a_body_reaches_the_engine_with_each_of_its_requests():
+    engine = worded()
+
+    async def use(client):
+        replies = [
+            await client.complete(prompt=[5], n=2, cache_salt="é"),
+            await client.chat(cache_salt="b", max_tokens=1, stream=True),
+            await client.post("/v1/responses", {"input": "a", "cache_salt": "c", "max_output_tokens": 1}),
+            await client.complete(prompt=[5], cache_salt=None),
+        ]
+        wrong = await client.complete(prompt=[5], cache_salt=3)
+        return [(reply.status, reply.headers.get("x-ignored-fields")) for reply in replies], wrong
+
+    replies, wrong = with_client(engine, use, words=True)
+    assert replies == [(200, None)] * 4 and engine.salts == ["é", "é", "b", "c", ""]
+    assert wrong.status == 400 and "cache_salt is 3; expected a string" in wrong.error
+
+
+def test_prompts_that_wait_when_the_server_ends_are_not_rendered():
+    go = threading.Event()
+
+    async def use(client):
+        prompts = client.app.state.parts.prompts
+        return prompts.submit(go.wait, 10), prompts.submit(lambda: None)
+
+    try:
+        first, waiting = with_client(FakeEngine(), use)
+        assert waiting.cancelled()
+    finally:
+        go.set()
+    assert first.result()

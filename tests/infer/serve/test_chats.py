@@ -9,11 +9,13 @@ from tests.infer.serve.harness import saying, with_client, worded
 from orogen.infer.request import Budget, Grammar
 
 STOP_TOOL = {"type": "function", "function": {"name": "stop"}}
+NAMED_BADLY = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a<b": {}}}}}
 CALL = (
     "<tool_call>\n<function=weather>\n<parameter=city>\nRome é\n</parameter>\n<parameter=days>\n3\n</parameter>\n"
     "</function>\n</tool_call>"
 )
 ARGUMENTS = {"city": "Rome é", "days": 3}
+DEEP = '{"a": ' + "[" * 600 + "]" * 600 + "}"
 
 
 def chat(*answers: str, engine=None, **body):
@@ -245,6 +247,8 @@ def test_text_streams_as_it_comes():
          "[0].content[0].type is 'image_url'; expected text"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "["}}]}]},
          "messages[0].tool_calls[0].function.arguments is '['; expected a JSON object"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": DEEP}}]}]},
+         "expected a JSON object (it nests more than 64 deep"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "has a lone surrogate; expected valid Unicode"),
         ({"tools": [{"type": "web"}]}, "tools[0].function is missing"),
         ({"tools": [{"type": "web", "function": {"name": "a"}}]}, "tools[0].type is 'web'; expected function"),
@@ -259,6 +263,7 @@ def test_text_streams_as_it_comes():
          "enable_thinking is True beside a call that must be made; expected false"),
         ({"tools": [STOP_TOOL], "tool_choice": {"type": "allowed_tools"}}, "expected the mode auto or required"),
         ({"tools": [STOP_TOOL], "tool_choice": {"type": "function"}}, "expected a function among tools"),
+        ({"tools": [NAMED_BADLY], "tool_choice": "required"}, "properties has 'a<b'; expected a name without"),
         ({"stream_options": {"include_usage": True}}, "stream_options is given without stream; expected stream true"),
         ({"chat_template_kwargs": {"enable_thinking": "no"}}, "enable_thinking is 'no'; expected true or false"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages; expected it as a field"),

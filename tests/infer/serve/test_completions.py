@@ -1,13 +1,15 @@
 """`/v1/completions`, without a network: forms, streams, refusals; a model without a tokenizer serves too."""
 
 import math
+import time
 
 import pytest
 from tests.infer.chats import backend, tokenizer
 from tests.infer.fake_engine import FakeEngine
 from tests.infer.serve.harness import saying, with_client, worded
 
-from orogen.infer.request import Grammar, Sampling
+from orogen.infer.request import Chosen, Grammar, Sampling
+from orogen.infer.serve.completions import _logprobs
 
 
 def complete(engine=None, **body):
@@ -256,3 +258,22 @@ def test_time_is_up():
     assert reply.status == 504 and reply.error == "the request took more than 0.15 s"
     *begun, late = complete(FakeEngine(wait=0.02), **slow, stream=True).events
     assert begun and late["error"]["message"] == "the request took more than 0.15 s"
+
+
+def test_log_probabilities_of_a_long_answer_take_linear_time():
+    count, began = 20_000, time.perf_counter()
+    found = _logprobs([Chosen(5, -0.5)] * count, None, 3)
+    assert time.perf_counter() - began < 2  # in quadratic time, ten or more
+    size = len(found["tokens"][0])
+    assert found["text_offset"] == [3 + size * i for i in range(count)]
+    assert _logprobs([], None, 3)["text_offset"] == []
+
+
+def test_more_stop_ids_than_can_be_held_back_are_named():
+    stops = list(range(3, 34))  # and the tokenizer's two
+    fields = {"prompt": [5], "min_tokens": 1, "max_tokens": 2, "_words": True}
+    assert complete(worded(), **fields, stop_token_ids=stops[:-1]).status == 200
+    reply = complete(worded(), **fields, stop_token_ids=stops)
+    assert reply.status == 400 and reply.json["error"]["param"] == "stop_token_ids"
+    assert reply.error.startswith("stop_token_ids is (3, 4")
+    assert reply.error.endswith("expected at most 30 beside min_tokens")

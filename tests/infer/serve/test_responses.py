@@ -185,9 +185,22 @@ def test_a_request_that_fails_and_one_that_takes_too_long():
         worded(wait=0.02, script=saying("the user" * 50)),
         lambda c: c.post("/v1/responses", {"input": "a", "stream": True}), words=True, timeout=0.15,
     )  # fmt: skip
-    last = json.loads(slow.text.strip().rpartition("data: ")[2])
-    assert (last["type"], last["code"]) == ("error", "timeout_error") and "more than 0.15 s" in last["message"]
+    *_, last = named(slow)
+    assert (last["type"], last["code"]) == ("error", "timeout_error")
+    assert "more than 0.15 s" in last["message"]
 
 
 def test_a_model_without_a_template():
     assert "no chat template" in respond(engine=FakeEngine(), _words=False).error
+
+
+def test_thoughts_in_a_row_are_one_and_later_ones_go_with_what_they_led_to():
+    first, second = ({"type": "reasoning", "content": [{"type": "reasoning_text", "text": text}]} for text in "ab")
+    said, call = {"role": "assistant", "content": "c"}, {"type": "function_call", "name": "f", "arguments": "{}"}
+    calls = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+    messages = lambda *items: chat_of({"input": list(items)})["messages"]  # noqa: E731
+    assert messages(first, second, said) == [{"role": "assistant", "reasoning_content": "a\nb", "content": "c"}]
+    assert messages(first, said, second, {**call, "call_id": "1"}) == [
+        {"role": "assistant", "reasoning_content": "a", "content": "c"},
+        {"role": "assistant", "reasoning_content": "b", "tool_calls": calls},
+    ]

@@ -61,7 +61,7 @@ def make_app(
             yield
         finally:
             await service.close()
-            app.state.parts.prompts.shutdown(wait=False)
+            app.state.parts.prompts.shutdown(wait=False, cancel_futures=True)
             if chat is not None:
                 chat.close()
             if grammars is not None:

@@ -70,7 +70,8 @@ async def chats(request: HttpRequest) -> Response:
     asked = await loop.run_in_executor(parts.prompts, asked_of, body, chat)
     requests = await asyncio.to_thread(requests_of, body, asked, parts)
     form, stream = _Form(parts, body, asked), forms.streams(body)
-    return await respond(request, Answers(parts, requests), form, stream=stream, headers=ignored(unknown))
+    answers = Answers(parts, requests, salt=forms.salt(body))
+    return await respond(request, answers, form, stream=stream, headers=ignored(unknown))
 
 
 class _Form:
@@ -207,7 +208,10 @@ def asked_of(body: dict[str, Any], chat: Chat) -> Asked:
     """The prompt of a body, and what is to be made of its answer. A call that must be made is begun in the prompt,
     after the end of thinking. Raises HttpError."""
     choice, tools = _chosen_tools(body)
-    begun = beginning(tools, chat.calls) if choice == "called" and tools else None
+    try:
+        begun = beginning(tools, chat.calls) if choice == "called" and tools else None
+    except ConfigError as error:
+        raise bad(error) from None
     grammar, options = structured.grammar(body), _options(body)
     if begun and grammar:
         raise bad("tool_choice asks for a call beside an answer of a given form; expected one of them")

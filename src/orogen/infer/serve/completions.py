@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import itertools
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -44,7 +45,8 @@ async def completions(request: HttpRequest) -> Response:
     parts.check_model(body)
     choices, requests = await asyncio.to_thread(_asked, body, parts)
     form = _Form(parts, body, choices)
-    return await respond(request, Answers(parts, requests), form, stream=forms.streams(body), headers=ignored(unknown))
+    answers = Answers(parts, requests, salt=forms.salt(body))
+    return await respond(request, answers, form, stream=forms.streams(body), headers=ignored(unknown))
 
 
 class _Form:
@@ -178,7 +180,7 @@ def _asked(body: dict[str, Any], parts: Parts) -> tuple[list[Choice], list[Reque
 def _logprobs(tokens: Sequence[Chosen], tokenizer: Tokenizer | None, offset: int) -> dict[str, Any]:
     """In the form of OpenAI's completions."""
     texts = [token_text(tokenizer, chosen.id)[0] for chosen in tokens]
-    places = [offset + sum(map(len, texts[:i])) for i in range(len(texts))]
+    places = list(itertools.accumulate(map(len, texts[:-1]), initial=offset)) if texts else []
     # The chosen one is always among them.
     tops = [{token_text(tokenizer, i)[0]: told_logprob(p) for i, p in (*c.top, (c.id, c.logprob))} for c in tokens]
     logprobs = [told_logprob(chosen.logprob) for chosen in tokens]

@@ -121,14 +121,31 @@ def _messages(body: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 yield turn
             turn = {}
             yield message
-        elif "content" in turn and "content" in message:
+        elif _begins(turn, message):
             yield turn
             turn = message
         else:
-            calls = [*turn.get("tool_calls", []), *message.get("tool_calls", [])]
-            turn |= message | ({"tool_calls": calls} if calls else {})
+            turn = _joined(turn, message)
     if turn:
         yield turn
+
+
+def _begins(turn: dict[str, Any], message: dict[str, Any]) -> bool:
+    """Whether a further part of an assistant's turn is a message of its own: a second text, or a second thought after
+    what the first led to."""
+    if "reasoning_content" in turn and "reasoning_content" in message:
+        return "content" in turn or "tool_calls" in turn
+    return "content" in turn and "content" in message
+
+
+def _joined(turn: dict[str, Any], message: dict[str, Any]) -> dict[str, Any]:
+    """One message of both; thoughts in a row are lines of one."""
+    found = turn | message
+    if calls := [*turn.get("tool_calls", []), *message.get("tool_calls", [])]:
+        found["tool_calls"] = calls
+    if "reasoning_content" in turn and "reasoning_content" in message:
+        found["reasoning_content"] = f"{turn['reasoning_content']}\n{message['reasoning_content']}"
+    return found
 
 
 def _message(item: dict[str, Any], where: str) -> dict[str, Any]:

@@ -88,11 +88,12 @@ class Answers:
     """The outputs of several requests, each with the number of its request, until all have ended.
 
     Use as an asynchronous context manager, which hands the requests over and, at its end, cancels what still runs. The
-    requests run together or not at all. Raises HttpError for what the engine or the service refuses.
+    requests run together or not at all. salt: requests of different ones share no cached prefix. Raises HttpError for
+    what the engine or the service refuses.
     """
 
-    def __init__(self, parts: Parts, requests: Sequence[Request]) -> None:
-        self._parts, self._requests = parts, requests
+    def __init__(self, parts: Parts, requests: Sequence[Request], *, salt: str) -> None:
+        self._parts, self._requests, self._salt = parts, requests, salt
         self._arrived: asyncio.Queue[Output] = asyncio.Queue()
         self._streams: list[Stream] = []
         self._place: dict[int, int] = {}
@@ -100,6 +101,10 @@ class Answers:
         self._left = len(requests)
 
     async def __aenter__(self) -> "Answers":
+        if self._left > (most := self._parts.service.limit):  # to try again would be in vain
+            raise bad(
+                f"n, over all prompts, asks for {self._left} answers; expected {most} at most, all that can be open"
+            )
         self._since = time.perf_counter()
         self._last = [self._since] * len(self._requests)
         self._parts.measures.waiting.inc(self._left)
@@ -143,7 +148,7 @@ class Answers:
                 await self._parts.grammars.prepare(grammar)
 
     async def _submit(self, number: int) -> None:
-        stream = await self._parts.service.submit(self._requests[number], self._arrived)
+        stream = await self._parts.service.submit(self._requests[number], self._arrived, salt=self._salt)
         # At once: if this request's client vanishes now, `close` must find the stream.
         self._streams.append(stream)
         assert stream.number is not None

@@ -34,6 +34,7 @@ SAMPLED = {
     "stop_token_ids": (_IDS, None),
     "ignore_eos": _FLAG,
     "return_token_ids": _FLAG,
+    "cache_salt": _TEXT,
     "priority": (Whole(-(2**31), 2**31 - 1), None),
     "include_stop_str_in_output": _FLAG,
     **FIELDS,
@@ -85,7 +86,7 @@ DETOKENIZE = Record({"tokens": _IDS}, {"model": _TEXT})
 # Told about the client or its bill, or a default of other servers: nothing about the answer depends on them.
 TOLD = {
     "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "verbosity", "modalities",
-    "request_id", "cache_salt",
+    "request_id",
 }  # fmt: skip
 # What other servers offer and this one does not, with the values that ask for nothing.
 NOT_OFFERED: dict[str, tuple[Any, ...]] = {
@@ -151,7 +152,7 @@ def request(body: dict[str, Any], prompt: tuple[int, ...], number: int, ends: fr
         )
         return held_back(asked, ends)
     except ConfigError as error:
-        raise bad(error) from None
+        raise bad(str(error).replace("Request.stop_ids", "stop_token_ids")) from None
 
 
 def streams(body: dict[str, Any]) -> bool:
@@ -159,6 +160,12 @@ def streams(body: dict[str, Any]) -> bool:
     if not (stream := body.get("stream", False)) and "stream_options" in body:
         raise bad("stream_options is given without stream; expected stream true")
     return stream
+
+
+def salt(body: dict[str, Any]) -> str:
+    """What keeps the body's cached prefixes apart from those of other salts, so that the time of an answer tells nobody
+    else what was asked."""
+    return body.get("cache_salt", "")
 
 
 def most_new(body: dict[str, Any], default: int) -> int:

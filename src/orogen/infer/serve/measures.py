@@ -37,7 +37,7 @@ class Measures:
         that two of them may be of different moments."""
         ranks = scheduler.ranks
         self._gauge("slots", "Requests that can run at a time.", lambda: sum(len(rank.slots) for rank in ranks))
-        self._gauge("slots_used", "Slots that have a request.", lambda: len(scheduler.running))
+        self._gauge("slots_used", "Slots that have a request.", lambda: scheduler.occupied)
         for what in ("pages", "snapshots"):
             pools = [pool for rank in ranks if (pool := getattr(rank, what)) is not None]
             caches = [rank.prefix for rank in ranks if rank.prefix is not None]

@@ -1,9 +1,9 @@
 """Messages of a chat as chat templates expect them."""
 
-import json
 from typing import Any
 
 from orogen.config.checks import ConfigError, shown
+from orogen.config.json_file import read_object
 
 # Newer models of OpenAI call a system's text a developer's.
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
@@ -52,10 +52,11 @@ def _text(content: Any, where: str) -> str | None:
 
 def _call(call: dict[str, Any], where: str) -> dict[str, Any]:
     function = call["function"]
+    given, place = function["arguments"], f"{where}.function.arguments"
     try:
-        arguments = json.loads(function["arguments"] or "{}")
-    except (ValueError, RecursionError):
-        arguments = None
-    if not isinstance(arguments, dict):
-        raise ConfigError(f"{where}.function.arguments is {shown(function['arguments'])}; expected a JSON object")
+        # With a limit of its own: within the body it is a string, whose depth nothing has seen.
+        arguments = read_object((given or "{}").encode(), where=place)
+    except ConfigError as error:
+        reason = str(error).removeprefix(place).lstrip(": ")
+        raise ConfigError(f"{place} is {shown(given)}; expected a JSON object ({reason})") from None
     return {"id": call.get("id"), "type": "function", "function": {"name": function["name"], "arguments": arguments}}

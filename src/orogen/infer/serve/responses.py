@@ -26,7 +26,7 @@ _ECHOED = {
     "instructions": None, "max_output_tokens": None, "max_tool_calls": None, "metadata": {},
     "parallel_tool_calls": True, "reasoning": {"effort": None, "summary": None}, "temperature": 1.0,
     "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [], "top_logprobs": 0, "top_p": 1.0,
-    "truncation": "disabled", "user": None,
+    "truncation": "disabled",
 }  # fmt: skip
 
 
@@ -40,20 +40,14 @@ async def responses(request: HttpRequest) -> Response:
     asked = await loop.run_in_executor(parts.prompts, asked_of, asked_body, chat)
     requests = await asyncio.to_thread(requests_of, asked_body, asked, parts)
     form, stream = _Form(parts, body, asked, logprobs=asked_body.get("logprobs", False)), body.get("stream", False)
-    answers, headers = Answers(parts, requests), ignored(unknown)
-    return await respond(request, answers, form, stream=stream, headers=headers, framing=FRAMING)
+    answers, headers = Answers(parts, requests, salt=forms.salt(body)), ignored(unknown)
+    return await respond(
+        request, answers, form, stream=stream, headers=headers, framing=Framing(_event, form.failure, "")
+    )
 
 
 def _event(event: dict[str, Any]) -> str:
     return f"event: {event['type']}\ndata: {json.dumps(event, ensure_ascii=False)}\n\n"
-
-
-def _failure(error: HttpError) -> dict[str, Any]:
-    told = error.body()["error"]
-    return {"type": "error", "code": told["code"] or told["type"], "message": told["message"], "param": told["param"]}
-
-
-FRAMING = Framing(_event, _failure, "")
 
 
 class _Form:
@@ -101,6 +95,12 @@ class _Form:
                 yield event
         whole = self._response(finish)
         yield self._numbered(f"response.{whole['status']}", response=whole)
+
+    def failure(self, error: HttpError) -> dict[str, Any]:
+        """The event that tells an error, the last of its stream."""
+        told = error.body()["error"]
+        code = told["code"] or told["type"]
+        return self._numbered("error", code=code, message=told["message"], param=told["param"])
 
     def _numbered(self, kind: str, **fields: Any) -> dict[str, Any]:
         self._number += 1
