@@ -15,7 +15,7 @@ group, whose walk has no step.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax import Array, lax
@@ -104,7 +104,7 @@ def _forward(rows_nd, weights_edf, group_sizes, interpret):
 def _backward(interpret, residuals, grad_nf):
     del interpret
     rows_nd, weights_edf, group_sizes = residuals
-    product = grouped_matmul_masked if isinstance(group_sizes, RowGroups) else grouped_matmul_blocks
+    product: Any = grouped_matmul_masked if isinstance(group_sizes, RowGroups) else grouped_matmul_blocks
     run = lambda rows_nd, weights_edf: product(rows_nd, weights_edf, group_sizes)  # noqa: E731
     return *jax.vjp(run, rows_nd, weights_edf)[1](grad_nf), None
 
