@@ -29,7 +29,7 @@ from orogen.kernels.grouped_matmul.operands import RowGroups
     ids=str,
 )
 def test_few_rows_of_many_groups(rows, sizes, monkeypatch):
-    """Several steps and splits of d, of which the last one is empty, and blocks of columns; both overhang."""
+    """Several steps along d, an empty last split, and several blocks of columns, whose tiles overhang."""
     monkeypatch.setattr(few_rows, "TILE", 32 * 16 * 4)
     monkeypatch.setattr(few_rows, "COLUMNS", 32)
     rng, (width, out, groups) = np.random.default_rng(1), (37, 70, 64)

@@ -2,7 +2,7 @@
 
 Pieces of prompts are padded to one of a few lengths, calls to one of a few numbers of rows, and page tables to one of a
 few widths, each about FACTOR times the next smaller one. Where padding would more than double a piece or a call, it
-goes in two instead.
+is split instead.
 """
 
 from collections.abc import Iterator, Sequence

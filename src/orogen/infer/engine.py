@@ -31,7 +31,7 @@ from orogen.infer.warm import compiling, run_all
 from orogen.model.lm import written_out
 from orogen.model.slots import FEW
 
-Placed = list[tuple[int, int]]  # rows of a call, and the slots that they are
+Placed = list[tuple[int, int]]  # (row of a call, its slot) pairs
 
 
 @dataclasses.dataclass
