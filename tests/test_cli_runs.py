@@ -117,7 +117,7 @@ def test_a_run_killed_in_its_first_compilation_starts_again(recipe, tmp_path, mo
 
     command = ["train", "--gin_file", str(recipe), "--run", str(tmp_path / "run")]
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(loop._Run, "start", killed)
+        patch.setattr(loop.Loop, "start", killed)
         main(command)
     assert not (tmp_path / "run" / "config.gin").exists()
     assert main([*command, *(["--resume"] if resume else [])]) == 0

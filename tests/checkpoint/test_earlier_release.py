@@ -18,8 +18,8 @@ from orogen.checkpoint.open import open_model
 from orogen.config.load import load
 from orogen.config.plan import PlanConfig
 from orogen.report.metrics import read_metrics
-from orogen.train.loop import train
 from orogen.train.pretraining import PRETRAINING
+from orogen.train.run import train
 
 FOLDER = Path(__file__).parent.parent / "fixtures" / "checkpoints"
 MADE = json.loads((FOLDER / "leaves.json").read_text())

@@ -32,7 +32,7 @@ MOMENTS: dict[str, tuple[str, str, int, float]] = {
     "hashing": ("orogen.checkpoint.checksums", "write", 3, 0.01),
     "sampling": ("orogen.evaluate.summary", "sample_text", 1, 0.2),
     "reporting": ("orogen.evaluate.summary", "write_report", 1, 0.2),
-    "any time": ("orogen.train.loop", "_train", 1, 8.0),
+    "any time": ("orogen.train.run", "_train", 1, 8.0),
 }
 TIMED = ("step_ms", "tokens_per_second")
 RECIPE = """
@@ -180,7 +180,7 @@ def main() -> int:
     # Imported before the forks: they need not import again, and run this code even if the files change meanwhile.
     import orogen.cli
     import orogen.evaluate.summary
-    import orogen.train.loop  # noqa: F401
+    import orogen.train.run  # noqa: F401
 
     for name in SIGNALS.keys() - {"SIGKILL"}:  # background jobs of a shell ignore some of them
         usual = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL

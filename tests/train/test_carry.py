@@ -22,9 +22,9 @@ from orogen.parallel.plan import make_plan
 from orogen.report.metrics import read_metrics
 from orogen.simulate.memory import describe_memory
 from orogen.train import carry
-from orogen.train.loop import train
 from orogen.train.next_token import LOSS, NEXT_TOKENS
 from orogen.train.pretraining import PRETRAINING
+from orogen.train.run import train
 from orogen.train.step import batch_to_devices, gradients
 from orogen.train.verify import verify
 

@@ -12,7 +12,7 @@ from tests.helpers import hybrid, run_config
 from orogen.data.packing import Batch
 from orogen.model.lm import build
 from orogen.parallel.plan import make_plan
-from orogen.train.loop import _Run
+from orogen.train.loop import Loop
 from orogen.train.next_token import LOSS, MTP_LOSS, NEXT_TOKENS
 from orogen.train.optimizer import make_optimizer
 from orogen.train.sides import packed_batch
@@ -42,7 +42,7 @@ def metrics(**changes) -> StepMetrics:
 def record(model: dict, plan: dict, segments_bt: np.ndarray = SEGMENTS_BT) -> dict:
     config = run_config(hybrid(**SMALL, **model), plan=plan)
     run = SimpleNamespace(config=config, plan=make_plan(config.plan, config.model, abstract=True), peak=PEAK)
-    return _Run._record(run, 3, batch(segments_bt), metrics(), SECONDS)
+    return Loop._record(run, 3, batch(segments_bt), metrics(), SECONDS)
 
 
 def keys_seen(length: int, window: int) -> float:
@@ -88,7 +88,7 @@ def test_losses_and_rates_by_hand():
 def test_a_device_without_a_known_peak_has_no_mfu():
     config = run_config(hybrid(**SMALL, pattern="-", mtp_depths=0))
     run = SimpleNamespace(config=config, plan=make_plan(config.plan, config.model), peak=None)
-    assert "mfu" not in _Run._record(run, 3, batch(SEGMENTS_BT), metrics(), SECONDS)
+    assert "mfu" not in Loop._record(run, 3, batch(SEGMENTS_BT), metrics(), SECONDS)
 
 
 def test_the_learning_rate_is_that_of_the_update_which_the_step_makes():

@@ -24,8 +24,9 @@ from orogen.data.tokenizer import Tokenizer
 from orogen.infer.generate import generate
 from orogen.report.metrics import read_metrics
 from orogen.train.lock import RunLock
-from orogen.train.loop import NonFiniteError, train
+from orogen.train.loop import NonFiniteError
 from orogen.train.pretraining import PRETRAINING
+from orogen.train.run import train
 
 MODEL = {
     "pattern": "'ME*-/*E'",

@@ -19,8 +19,8 @@ from orogen.model.lm import build
 from orogen.parallel.context import later
 from orogen.parallel.plan import make_plan
 from orogen.report.metrics import read_metrics
-from orogen.train.loop import train
 from orogen.train.pretraining import PRETRAINING, train_loader
+from orogen.train.run import train
 from orogen.train.sides import packed_batches
 from orogen.train.step import batch_to_devices, gradients
 from orogen.train.task import Metric, Objective, Task

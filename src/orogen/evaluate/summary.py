@@ -13,8 +13,8 @@ from orogen.infer.generate import generate
 from orogen.model.count import count
 from orogen.report.metrics import read_metrics
 from orogen.report.page import write_report
-from orogen.train.loop import Trained
 from orogen.train.pretraining import batches_until
+from orogen.train.run import Trained
 
 SAMPLE_TEMPERATURE, SAMPLE_TOP_P = 0.7, 0.9
 

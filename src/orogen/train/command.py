@@ -77,8 +77,8 @@ def train(options: argparse.Namespace) -> int:
         config.need("model", "data", "train", "optimizer")
         from orogen.simulate.fit import require_training_fits
         from orogen.train.loop import NonFiniteError
-        from orogen.train.loop import train as run
         from orogen.train.pretraining import PRETRAINING
+        from orogen.train.run import train as run
         from orogen.train.stop import StoppedEarlyError
 
         require_training_fits(config, free_memory())

@@ -3,36 +3,30 @@
 Letters: b batch, t time.
 """
 
-import contextlib
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
-from orogen.checkpoint.folders import Folder, read_tokenizer
+from orogen.checkpoint.folders import Folder
 from orogen.checkpoint.steps import Checkpoints, with_shardings
 from orogen.config.checks import ConfigError, require
 from orogen.config.run import RunConfig
-from orogen.cost.assemble import assemble
 from orogen.cost.flops import peak_flops, training_flops
 from orogen.data.loader import Corpus
 from orogen.data.packing import Batch, document_lengths
-from orogen.data.tokenizer import check_rows, check_vocab_size
-from orogen.model.count import count
 from orogen.model.layout import Whole, relaid
 from orogen.model.lm import Built, build
 from orogen.parallel import placement
 from orogen.parallel.plan import Plan
 from orogen.report.metrics import MetricsWriter, Progress
 from orogen.train import carry
-from orogen.train.lock import RunLock, check_free
+from orogen.train.lock import RunLock
 from orogen.train.optimizer import make_optimizer
-from orogen.train.run_folder import check_folder, describe_run, environment, keep_orphaned_metrics
 from orogen.train.state import TrainState, abstract_state, create_state, from_items, items, start_state, state_shardings
 from orogen.train.step import StepMetrics, batch_to_devices, make_step
 from orogen.train.stop import Stop
@@ -43,103 +37,7 @@ class NonFiniteError(RuntimeError):
     """Too many steps in a row were skipped: a loss or gradient was not finite, or a buffer overflowed."""
 
 
-class Trained(NamedTuple):
-    """What a run leaves in memory for its report. finished: whether it took its last step; steps: those of this call;
-    stop: its signal handling."""
-
-    state: TrainState
-    corpus: Corpus
-    finished: bool
-    steps: int
-    stop: Stop
-
-
-def train(
-    config: RunConfig,
-    text: str,
-    run_dir: Path,
-    task: Task,
-    *,
-    resume: bool = False,
-    origin: Folder | None = None,
-    log: Callable[[str], None] = print,
-    until: contextlib.ExitStack | None = None,
-) -> Trained:
-    """Trains `config` on the task, in `run_dir`, until `TrainConfig.steps` or a SIGTERM, SIGINT or SIGHUP, and saves.
-
-    origin: the folder whose weights and tokenizer a run without a checkpoint of its own starts from, with a fresh
-    optimizer. until: a stack that releases the folder and the signals when it exits, for a caller that still writes
-    there; None: they are released at the end of this call. Everything that can be refused is refused before the folder
-    is touched. Raises ConfigError, NonFiniteError, StoppedEarlyError.
-    """
-    with contextlib.ExitStack() as stack:
-        return _train(config, text, run_dir, task, resume=resume, origin=origin, log=log, held=until or stack)
-
-
-def _train(
-    config: RunConfig,
-    text: str,
-    run_dir: Path,
-    task: Task,
-    *,
-    resume: bool,
-    origin: Folder | None,
-    log: Callable[[str], None],
-    held: contextlib.ExitStack,
-) -> Trained:
-    """`train`; `held` releases the lock and the signals when it exits."""
-    stop = held.enter_context(Stop())
-    config.need("model", "data", "train", "optimizer")
-    plan, built = assemble(config.model, config.plan, length=config.train.sequence_length)
-    check_folder(run_dir, config, resume=resume)
-    check_free(run_dir)
-    saved = run_dir / "tokenizer"
-    known = read_tokenizer(saved)
-    if known is None and origin is not None and (given := origin.tokenizer()) is not None:
-        known = given.as_in_training()
-    corpus = task.open(config, known)
-    if known is None or origin is None:
-        check_vocab_size(corpus.tokenizer, config.model.vocab_size)
-    else:
-        check_rows(known, config.model.vocab_size)
-    lock = held.enter_context(RunLock(run_dir, log=log))
-    stop.at_once = lock.release
-    check_folder(run_dir, config, resume=resume)  # again: another process may have been here meanwhile
-    with Checkpoints(run_dir, keep=config.train.keep_checkpoints, model=config.model) as checkpoints:
-        run = _Run(
-            task, config, plan=plan, built=built, corpus=corpus, checkpoints=checkpoints, stop=stop, lock=lock, log=log
-        )
-        state = run.start(origin)
-        facts = _facts(config, plan, corpus)
-        describe_run(run_dir, text, facts)  # first, because it makes the folder this run's
-        if linked := facts["data"].get("linked_folders"):
-            log(f"corpus {config.data.corpus!r}: {linked} linked folders are skipped")
-        if not (saved / "tokenizer.json").is_file():  # checkpoints hold its checksum, so it is never rewritten
-            corpus.tokenizer.save(saved)
-        if origin is not None:
-            origin.keep(run_dir)
-        if run.first_step:
-            log(f"continuing {run_dir} after step {run.first_step}")
-        elif orphans := keep_orphaned_metrics(run_dir):
-            log(f"{run_dir} has no checkpoint: starting over; the metrics there are kept as {orphans.name}")
-        if run.first_step < config.train.steps:
-            (run_dir / "report.html").unlink(missing_ok=True)  # it describes an earlier step
-        with MetricsWriter(run_dir, resume_step=run.first_step) as writer:
-            run.evaluate_last(state, writer)
-            state = run.steps(state, writer)
-        run.save(state)
-    step = int(state.step)
-    stop.working = False  # everything is saved
-    return Trained(state, corpus, step >= config.train.steps and not stop.asked, step - run.first_step, stop)
-
-
-def _facts(config: RunConfig, plan: Plan, corpus: Corpus) -> dict[str, Any]:
-    """What `env.json` says about this run."""
-    mesh = {name: int(size) for name, size in plan.mesh.shape.items()}
-    return environment(seed=config.train.seed, data=corpus.describe(), parameters=count(config.model), mesh=mesh)
-
-
-class _Run:
+class Loop:
     """The parts of one run that work together from step to step."""
 
     def __init__(
