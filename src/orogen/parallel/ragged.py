@@ -3,6 +3,7 @@
 Letters: r ranks, n rows sent, m rows received, d width.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -11,6 +12,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from orogen.parallel.varying import vary_like
+
+# Of `in_chunks`, relative to an even share of the rows: how many rows go to each rank at once, and in each later round.
+FIRST, LATER = 9 / 8, 1 / 8
 
 
 class Runs(NamedTuple):
@@ -43,8 +47,9 @@ def _exchange(x_nd: Array, runs: Runs, rows: int, axes: tuple[str, ...]) -> Arra
     empty_md = vary_like(jnp.zeros((rows, x_nd.shape[1]), x_nd.dtype), x_nd)
     # Chosen when the program is lowered, so a program compiled for another platform uses that platform's operation.
     return lax.platform_dependent(
-        x_nd, empty_md, runs, cpu=partial(emulated, axes=axes), default=partial(_native, axes=axes)
-    )
+        x_nd, empty_md, runs, cpu=partial(emulated, axes=axes), cuda=partial(in_chunks, axes=axes),
+        default=partial(_native, axes=axes),
+    )  # fmt: skip
 
 
 def _forward(x_nd: Array, runs: Runs, rows: int, axes: tuple[str, ...]) -> tuple[Array, tuple[Runs, int]]:
@@ -61,6 +66,32 @@ _exchange.defvjp(_forward, _backward)
 
 def _native(x_nd: Array, empty_md: Array, runs: Runs, *, axes: tuple[str, ...]) -> Array:
     return lax.ragged_all_to_all(x_nd, empty_md, runs.starts, runs.sizes, runs.lands, runs.received, axis_name=axes)
+
+
+def in_chunks(x_nd: Array, empty_md: Array, runs: Runs, *, axes: tuple[str, ...]) -> Array:
+    """The exchange by all-to-alls of equal chunks, in as many rounds as the longest run of all ranks needs.
+
+    For NVIDIA GPUs: XLA's own operation took 77 ms for the 400 MB that an all-to-all exchanges in 0.8 ms (two H100,
+    jax 0.11.2). The first round has a little more than an even share of the rows, so it usually suffices.
+    """
+    ranks, rows = len(runs.sizes), len(empty_md)
+    even = len(x_nd) / ranks
+    first, later = math.ceil(even * FIRST), math.ceil(even * LATER)
+
+    def round_of(y_md: Array, start: Array | int, length: int) -> Array:
+        """`y_md` with the rows `start` to `start + length` of every run."""
+        row_c = start + jnp.arange(length, dtype=jnp.int32)
+        from_rc = runs.starts[:, None] + row_c
+        sent_rcd = jnp.take(x_nd, from_rc, axis=0, mode="clip")
+        # In two dimensions, as `Plan.exchange` does.
+        here = lax.all_to_all(sent_rcd.reshape(ranks, -1), axes, 0, 0, tiled=True).reshape(-1, x_nd.shape[1])
+        to_rc = jnp.where(row_c < runs.received[:, None], runs.arrives[:, None] + row_c, rows)
+        return y_md.at[to_rc.reshape(-1)].set(here, mode="drop", unique_indices=True)
+
+    longest = lax.pmax(jnp.max(runs.sizes), axes)
+    rounds = -(-jnp.maximum(longest - first, 0) // later)
+    more = lambda i, y_md: round_of(y_md, first + i * later, later)  # noqa: E731
+    return lax.fori_loop(0, rounds, more, round_of(empty_md, 0, first))
 
 
 def emulated(x_nd: Array, empty_md: Array, runs: Runs, *, axes: tuple[str, ...]) -> Array:
