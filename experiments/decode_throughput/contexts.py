@@ -32,7 +32,7 @@ from orogen.infer.sampling import rows_of
 from orogen.model.count import count
 
 PAGE, GREEDY = 64, Features()
-USED = 0.85  # of the memory: the rest is for logits, activations and what the allocator loses
+USED = 0.6  # of the memory: the rest is for copies of a layer's states, activations and what the allocator loses
 GIB = 2**30
 
 
@@ -153,6 +153,11 @@ def measure(config: ModelConfig, kind: str, options: argparse.Namespace) -> None
     with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
         compiled = list(pool.map(lambda each: each.compile(), lowered))
     for point, program in zip(all_points, compiled, strict=True):
+        sizes = program.memory_analysis()
+        needed = weights + sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
+        if needed > options.memory_bytes:
+            print(f"{point.slots} slots of {point.context} tokens: the program takes {needed / GIB:.1f} GiB", flush=True)
+            continue
         record = {
             "model": options.model, "mixers": kind, "parameters": parameters, "weight_bytes": weights,
             "dtype": options.dtype, "kernels": options.kernels, "device": jax.devices()[0].device_kind,

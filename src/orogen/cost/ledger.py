@@ -204,7 +204,7 @@ class Ledger:
         return self.plan.stage > 1 and not self.model.tie_word_embeddings and not self.model.layers.mtp
 
     def gathered(self, weight: Weight) -> None:
-        """FSDP: all-gathers the weight before its product, and reduce-scatters its gradient, in float32, after it."""
+        """FSDP: all-gathers the weight before its product, and sums and scatters its gradient after it."""
         axes = self._sharded(weight)
         if self.plan.fsdp == "parameters" and axes:
             piece = self._held(weight)
@@ -213,25 +213,32 @@ class Ledger:
             if self.plan.stage > 1 and self.remat.kind == "none" and self.unit not in (ENDS, MTP):
                 # A pipeline does not keep gathered weights from a microbatch's forward to its backward pass.
                 self.add("weights", "recompute", "all-gather", axes, piece * itemsize)
-            self.add("weights", "backward", "reduce-scatter", axes, piece * self.ranks(axes) * FLOAT32)
+            self.scattered("weights", "backward", axes, piece, itemsize)
 
     def summed(self, weights: Iterable[Weight]) -> None:
         """Sums each gradient over the devices that store the same piece of the parameter.
 
-        If masters are sharded and parameters are not, masters are all-gathered once per step, and gradients are
-        reduce-scattered once per step (ZeRO-1) or once per microbatch (ZeRO-2).
+        If masters are sharded and parameters are not, working copies are all-gathered once per step, and gradients are
+        scattered once per step (ZeRO-1) or once per microbatch (ZeRO-2).
         """
         for weight in weights if self.plan.fsdp in ("optimizer", "gradients") else ():
-            axes = self._sharded(weight)
+            axes, piece = self._sharded(weight), self._held(weight, stored=True)
             phase = "update" if self.plan.fsdp == "optimizer" else "backward"
-            piece = self._held(weight, stored=True) * FLOAT32
-            self.add("masters", "update", "all-gather", axes, piece)
-            self.add("gradients", phase, "reduce-scatter", axes, piece * self.ranks(axes))
+            itemsize = FLOAT32 if weight.float32 else self.work.itemsize
+            self.add("masters", "update", "all-gather", axes, piece * itemsize)
+            # Those of several microbatches are summed first.
+            summed = phase == "update" and (self.plan.microbatches > 1 or self.plan.stage > 1)
+            self.scattered("gradients", phase, axes, piece, FLOAT32 if summed else itemsize)
         total: dict[tuple[str, ...], list[int]] = {}
         for weight in weights:
             total.setdefault(self._copies(weight), []).append(self._held(weight, stored=True) * FLOAT32)
         for axes, held in total.items():
             self.add("gradients", "update", "all-reduce", axes, sum(held) / len(held), count=len(held))
+
+    def scattered(self, part: str, phase: str, axes: Sequence[str], piece: int, itemsize: int) -> None:
+        """What `parallel.plan.scatter_sum` sends, for a rank's piece of so many numbers."""
+        operation = "reduce-scatter" if itemsize == FLOAT32 else "all-to-all"
+        self.add(part, phase, operation, axes, piece * self.ranks(axes) * itemsize)
 
     def _sharded(self, weight: Weight) -> tuple[str, ...]:
         dims = {"embed": ("fsdp",), "expert_embed": ("expert_fsdp",)}

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array, lax
@@ -78,7 +79,8 @@ def fetched(tree: Any, plan: Plan) -> Any:
 
 
 def working(tree: Any, plan: Plan) -> Any:
-    """`tree` with its arrays constrained to their shardings inside the step (ZeRO-1 gathers its masters here)."""
+    """`tree` with its arrays constrained to their shardings inside the step (ZeRO-1 gathers its parameters here, in
+    the dtype that they have)."""
     placed = map_variables(lambda v: NamedSharding(plan.mesh, spec_of(plan.rules, full_axes(v))), tree)
     return lax.with_sharding_constraint(tree, placed)
 
@@ -125,12 +127,12 @@ def scatter_gradients(grads: Any, plan: Plan) -> Any:
 
 
 def sum_gradients(grads: Any, plan: Plan) -> Any:
-    """Scattered `grads`, summed over every mesh axis that does not split their parameter in storage."""
+    """Scattered `grads`, summed in float32 over every mesh axis that does not split their parameter in storage."""
 
     def summed(variable: nnx.Variable) -> Any:
         split = {name for axis in full_axes(variable) if axis is not None for name in plan.storage[axis]}
         copies = tuple(sorted(varying_axes(variable[...]) - split))
-        return lax.psum(variable[...], copies) if copies else variable[...]
+        return lax.psum(variable[...].astype(jnp.float32), copies) if copies else variable[...]
 
     return map_variables(summed, grads)
 

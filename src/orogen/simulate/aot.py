@@ -25,6 +25,7 @@ from orogen.model.stages import Stages
 from orogen.parallel.mesh import fold_plan
 from orogen.parallel.pipeline import branches_ts
 from orogen.parallel.plan import Plan, make_plan, single_device_plan
+from orogen.precision.policy import working_copy
 from orogen.simulate.hlo import Table, Traffic, add, hlo_collectives
 from orogen.simulate.jaxprs import equations, jaxpr_collectives, opened, product, product_flops
 from orogen.simulate.units import Unit, unit_of, without_mtp
@@ -99,7 +100,8 @@ def _step_jaxpr(model: ModelConfig, plan: Plan, batch_size: int, length: int, dt
     tokens_bt = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
     batch = Batch(tokens_bt, tokens_bt, tokens_bt, jax.ShapeDtypeStruct(tokens_bt.shape, jnp.float32))
     step = gradients(built, NEXT_TOKENS, model, plan, dtype)
-    return jax.make_jaxpr(step)(built.params, built.buffers, batch).jaxpr
+    params = jax.eval_shape(lambda params: working_copy(params, dtype), built.params)
+    return jax.make_jaxpr(step)(params, built.buffers, batch).jaxpr
 
 
 def step_flops(model: ModelConfig, plan: Plan, batch_size: int, length: int) -> int:

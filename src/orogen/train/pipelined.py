@@ -51,7 +51,7 @@ class Pipeline:
     def gradients(self, params: Any) -> tuple[Array, Any, Sums]:
         """Loss, and gradients and Sums of this device's stage; gradients are scattered if the plan keeps them so."""
         stored = jax.eval_shape(self._kept, params)
-        zeros = self.plan.vary(jax.tree.map(lambda g: jnp.zeros(g.shape, g.dtype), stored))
+        zeros = self.plan.vary(jax.tree.map(lambda g: jnp.zeros(g.shape, jnp.float32), stored))
         found = self._run(params, zeros)
         return found.loss, found.grads, self._sums(found.reports)
 

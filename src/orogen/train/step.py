@@ -24,6 +24,7 @@ from orogen.moe.layer import Choice
 from orogen.parallel import placement
 from orogen.parallel.context import zigzag
 from orogen.parallel.plan import Plan
+from orogen.precision.policy import working_copy
 from orogen.train import carry
 from orogen.train.loss import Sums, batch_counts
 from orogen.train.optimizer import learning_rate, square_sums
@@ -66,7 +67,8 @@ def gradients(
 ) -> Callable[..., Any]:
     """A function (params, buffers, batch, replay, carried) -> loss, gradients, Counts, Sums of a global batch.
 
-    Gradients are sharded as parameters are stored.
+    Gradients are sharded as parameters are stored. They are float32 if they are sums over microbatches or devices,
+    else in the dtype of the parameters, which may be masters or the working copies of `dtype`.
     The batch is split into `plan.config.microbatches` parts, whose gradients add up to those of the whole.
     record: Sums.choices holds every token's experts and drops. replaying: routers take the choices passed as `replay`,
     which is None otherwise. carried: what batches carry, as `carry.abstract` gives it; if None, so is the argument.
@@ -221,8 +223,9 @@ def step_function(
     rate = learning_rate(config.optimizer, config.train.steps)
 
     def step(state: TrainState, batch: Batch, replay: Any = None) -> tuple[TrainState, StepMetrics, Any]:
-        params = placement.working(state.params, plan)
+        params = placement.working(working_copy(state.params, config.train.compute_dtype), plan)
         loss, grads, counts, sums = gradient(params, state.buffers, batch, replay, state.carried)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         squares = square_sums(grads)
         finite_leaves = jnp.isfinite(squares)
         # Assignments that overflow a buffer are missing from loss and gradient: the step counts as not finite.

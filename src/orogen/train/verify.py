@@ -14,6 +14,7 @@ from flax import nnx
 from orogen.config.run import OptimizerConfig, RunConfig
 from orogen.data.packing import Batch
 from orogen.parallel import placement
+from orogen.precision.policy import working_copy
 from orogen.train.loop import leaf_name
 from orogen.train.next_token import NEXT_TOKENS
 from orogen.train.optimizer import make_optimizer, square_sums
@@ -139,7 +140,9 @@ def _gradients(
     function = gradients(built, objective, model, plan, dtype, record=True, replaying=replay is not None)
 
     def step(params, buffers, batch, *replay):
-        loss, grads, counts, sums = function(placement.working(params, plan), buffers, batch, *replay)
+        copies = placement.working(working_copy(params, dtype), plan)
+        loss, grads, counts, sums = function(copies, buffers, batch, *replay)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         load_le = built.layout.loads(sums.load)
         metrics = {name: Metric(total, counts.metrics[name]) for name, total in sums.metrics.items()}
         return _Step(loss, metrics, built.whole(grads), load_le, sums)

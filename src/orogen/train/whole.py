@@ -94,19 +94,20 @@ def _of_each(sums: Sums) -> dict[str, Any]:
 
 
 def _accumulated(gradient: Callable, varied: Any, inputs: Any) -> tuple[Any, dict[str, Any]]:
-    """Loss, Sums and gradients, summed over microbatches, and what is kept of each."""
+    """Loss, Sums and gradients, in float32, summed over microbatches, and what is kept of each."""
     gradient = jax.jit(gradient)  # so that finding the shapes of its results takes no second trace
 
-    def split(result):
-        (loss, sums), grads = result
+    def split(*arguments):
+        (loss, sums), grads = gradient(*arguments)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         return (loss, sums._replace(choices=(), carried=None), grads), _of_each(sums)
 
     def body(total, part):
-        added, of_each = split(gradient(varied, *part))
+        added, of_each = split(varied, *part)
         return jax.tree.map(jnp.add, total, added), of_each
 
     first = jax.tree.map(lambda x: x[0], inputs)
-    made, _ = split(jax.eval_shape(gradient, varied, *first))
+    made, _ = jax.eval_shape(split, varied, *first)
     # The loop starts from zeros, not from the first microbatch's sums, so the model is compiled only once.
     zeros = jax.tree.map(lambda x: vary_like(jnp.zeros(x.shape, x.dtype), x), made)
     return lax.scan(body, zeros, inputs)
