@@ -41,7 +41,8 @@ lint: $(READY)
 
 # Installs the locked versions, with hashes checked, then the package itself, editable. uv takes seconds; pip does the
 # same where uv cannot run (no wheel for it, or an index that only pip's settings name). Both compile what they install
-# to bytecode: where PYTHONDONTWRITEBYTECODE is set, every command would compile its imports again.
+# to bytecode, and the package is compiled too: where PYTHONDONTWRITEBYTECODE is set, every command would compile its
+# imports again.
 $(READY): requirements.lock pyproject.toml
 	@test -x $(BIN)/python || { \
 	  test -n "$(PYTHON)" || { echo 'No Python 3.11 to 3.14 found; name one with PYTHON=/path/to/python3.' >&2; exit 1; }; \
@@ -59,6 +60,7 @@ $(READY): requirements.lock pyproject.toml
 	  $(BIN)/uv pip install --python $(BIN)/python --compile-bytecode --require-hashes -r requirements.lock || \
 	  $(BIN)/python -m pip install --require-hashes -r requirements.lock
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	$(BIN)/python -m compileall -q src
 	@touch $@
 
 # With pip, which unlike uv reads the machine's pip settings: name an index of CPU builds there, because PyPI's Linux

@@ -4,6 +4,7 @@ After a change that is meant, `python tests/test_configs.py --write` records ane
 """
 
 import difflib
+import functools
 import json
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ RECIPES = sorted((CONFIGS / "recipes").glob("*.gin"))
 COMMAND = "python tests/test_configs.py --write"
 
 stem = lambda file: file.stem  # noqa: E731
+parameters = functools.cache(lambda model: build(model).params)  # the largest take seconds, and recipes share some
 recipes = pytest.mark.parametrize("recipe", RECIPES, ids=stem)
 
 
@@ -30,7 +32,7 @@ def table(recipe: Path) -> dict[str, Any]:
     """Mesh, logical axes and every parameter's shapes under the recipe's plan; needs no devices."""
     config, _ = load([recipe])
     plan = make_plan(config.plan, config.need("model").model, abstract=True)
-    return describe_plan(plan, build(config.model).params)
+    return describe_plan(plan, parameters(config.model))
 
 
 def json_lines(facts: dict[str, Any]) -> str:
@@ -64,7 +66,7 @@ def check(file: Path, text: str) -> None:
 def test_model_builds_abstractly(file):
     config, _ = load([file])
     assert config.model is not None and config.data is config.train is config.optimizer is None
-    assert build(config.model).params
+    assert parameters(config.model)
 
 
 @pytest.mark.parametrize("file", sorted((CONFIGS / "plans").glob("*.gin")), ids=stem)

@@ -27,9 +27,8 @@ REQUESTS = [
 @pytest.mark.parametrize(
     ("pattern", "drafter", "drafts", "changes"),
     [
-        ("M*/*", "mtp", 1, {}),
         ("mw/M", "mtp", 2, {"sliding_window": 3}),
-        ("*E/w", "mtp", 3, {"sliding_window": 3}),
+        ("M*E/*w", "mtp", 3, {"sliding_window": 3}),
         ("Mm", "lookup", 2, {}),
     ],
 )

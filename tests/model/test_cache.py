@@ -36,7 +36,7 @@ PATTERNS: dict[str, dict[str, Any]] = {
     "*-E": ROTARY | {"qk_norm": True, "head_dim": 6},
     "M*M*": {},
 }
-PIECES = (1, 4, 5, 2)
+PIECES = (1, 4, 7)
 
 
 def model_of(pattern: str) -> ModelConfig:

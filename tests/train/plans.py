@@ -35,7 +35,7 @@ MODELS: dict[str, dict] = {
 # Shorter patterns of the same models, which together have every letter, for tests: nearly all the time of a check goes
 # into compiling layers, and a repeated layer is compiled once.
 SHORT = {
-    "each layer": "ME-/*", "repeated": "E*-E*-/E", "both Mambas": "mMmM*E", "windows and sinks": "wE/*",
+    "each layer": "ME/*", "repeated": "E-E-/*", "both Mambas": "mMmME", "windows and sinks": "wE/*",
     "latent attention": "+E",
 }  # fmt: skip
 AXES = ("data", "context", "tensor", "expert", "expert_tensor")

@@ -81,10 +81,6 @@ def test_stages_that_shard_over_data_equal_one_device(fsdp, remat, pattern, opti
     verified(model, optimizers=(optimizer,), **plan)
 
 
-def test_stages_without_experts_equal_one_device():
-    verified({"pattern": "*|-/-", "mtp_depths": 1}, stage=2, microbatches=2)
-
-
 @pytest.mark.parametrize(
     ("remat", "pattern"),
     [("elementwise", "E|*"), (("M:conv,gated_norm", "*:core", "E:rows"), "ME|*")],
@@ -96,9 +92,9 @@ def test_stages_that_recompute_some_equal_one_device(remat, pattern):
 
 @pytest.mark.parametrize(("stage", "virtual"), [(2, 4), (4, 2), (8, 4)])
 def test_every_depth_of_interleaving_equals_one_device(stage, virtual):
-    """With the shortest pattern that gives every chunk a layer; other patterns are above."""
-    chunks = ["-", "*"] * (stage * virtual // 2)
-    model = {"pattern": "|".join(chunks), "mtp_depths": 0, "tie_word_embeddings": virtual == 2}
+    """With the shortest pattern that gives every chunk a layer, and no experts; other patterns are above."""
+    chunks, deeper = ["-", "*"] * (stage * virtual // 2), int(stage == 2)
+    model = {"pattern": "|".join(chunks) + "/-" * deeper, "mtp_depths": deeper, "tie_word_embeddings": virtual == 2}
     verified(model, stage=stage, schedule="interleaved", virtual=virtual, microbatches=stage)
 
 
@@ -169,13 +165,14 @@ def layers(schedule: str, microbatches: int, remat: str) -> RunConfig:
 
 @pytest.mark.parametrize(("remat", "most"), [("none", 0.55), ("full", 0.45)])
 def test_1f1b_holds_as_many_microbatches_as_stages_and_gpipe_all(remat, most):
-    few, many = (stashed(layers("1f1b", microbatches, remat)) for microbatches in (8, 32))
+    few, many = (stashed(layers("1f1b", microbatches, remat)) for microbatches in (8, 16))
     assert many <= 1.05 * few
-    assert stashed(layers("1f1b", 16, remat)) <= most * stashed(layers("gpipe", 16, remat))
+    assert many <= most * stashed(layers("gpipe", 16, remat))
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-@pytest.mark.parametrize(("schedule", "virtual"), [("1f1b", 1), ("interleaved", 2)])
+@pytest.mark.parametrize(
+    ("schedule", "virtual", "remat"), [("1f1b", 1, "full"), ("interleaved", 2, "none"), ("interleaved", 2, "full")]
+)
 def test_passes_compute_nothing_twice(schedule, virtual, remat):
     """All stages together compute the matrix products of one device with the same rematerialisation."""
     model = hybrid(pattern="ME*-/*", mtp_depths=2)

@@ -45,34 +45,42 @@ def test_the_sample_covers_every_axis_and_choice():
 SHARDED = [("none", None), *itertools.product(("optimizer", "gradients", "parameters"), (None, 2))]
 
 
-# Every kind with three microbatches, whose sums must stay apart; with one, each level of sharding, and only AdamW.
+# Every kind with three microbatches, whose sums must stay apart; with one, each level of sharding, and only AdamW. Muon
+# updates at each level, and where runs have two ranks.
 @pytest.mark.parametrize(
-    ("fsdp", "fsdp_size", "microbatches"),
-    [*((*kind, 3) for kind in SHARDED), *((*SHARDED[i], 1) for i in (1, 4, 6))],
+    ("fsdp", "fsdp_size", "microbatches", "optimizer"),
+    [
+        *((*kind, 3, OPTIMIZERS[i in (2, 3, 6)]) for i, kind in enumerate(SHARDED)),
+        *((*SHARDED[i], 1, "adamw") for i in (1, 4, 6)),
+    ],
     ids=str,
 )
-def test_what_is_sharded_over_data_changes_no_gradient_and_no_update(fsdp, fsdp_size, microbatches):
+@pytest.mark.usefixtures("one_device_once")
+def test_what_is_sharded_over_data_changes_no_gradient_and_no_update(fsdp, fsdp_size, microbatches, optimizer):
     # With three microbatches, each expert has two replicas within a run of two data ranks; otherwise runs are narrower.
     plan = {"data": 4, "tensor": 2, "expert": 4 if microbatches == 1 else 2, "microbatches": microbatches}
     plan |= {"fsdp": fsdp, "fsdp_size": fsdp_size}
     # A few layers have parameters for every kind of split; more would only take longer to compile.
     model = hybrid(pattern="ME*/-" if microbatches == 1 else "*E/-", mtp_depths=1)
     run = run_config(model, plan=plan, batch_size=4 * microbatches, sequence_length=40)
-    verdict = verify(run, optimizers=OPTIMIZERS[: 1 + (microbatches > 1)])
+    verdict = verify(run, optimizers=(optimizer,))
     assert verdict.passed, verdict
     assert not verdict.zero_leaves
 
 
 @pytest.mark.parametrize(
-    "plan", [{"tensor": 2}, {"data": 2, "tensor": 4, "fsdp": "parameters", "remat": "full"}], ids=str
+    ("plan", "optimizer"),
+    [({"tensor": 2}, "adamw"), ({"data": 2, "tensor": 4, "fsdp": "parameters", "remat": "full"}, "muon")],
+    ids=str,
 )
-def test_mamba_layers_with_biases_equal_one_device(plan):
+@pytest.mark.usefixtures("one_device_once")
+def test_mamba_layers_with_biases_equal_one_device(plan, optimizer):
     """Both Mambas, biased; the gated norm's one group spans ranks that B's and C's two groups do not."""
     model = hybrid(
         pattern="mM", mtp_depths=0, mamba_intermediate_size=40, time_step_rank=3, mamba_proj_bias=True,
         mamba_norm_groups=1, time_step_min=0.002, time_step_max=0.09,
     )  # fmt: skip
-    verdict = verify(run_config(model, plan=plan, batch_size=2 * plan.get("data", 1), sequence_length=40))
+    verdict = verify(run_config(model, plan=plan, batch_size=4, sequence_length=40), optimizers=(optimizer,))
     assert verdict.passed, verdict
     assert not verdict.zero_leaves
 
@@ -136,11 +144,10 @@ FAMILIES = {
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(str(v) for v in value.values()),
 )
+@pytest.mark.usefixtures("one_device_once")
 def test_a_plan_equals_one_device_for_every_family(family, plan):
-    rows = 2 * plan.get("data", 1)
-    verdict = verify(
-        run_config(hybrid(**FAMILIES[family]), plan=plan, batch_size=rows, sequence_length=40), optimizers=("adamw",)
-    )
+    run = run_config(hybrid(**FAMILIES[family]), plan=plan, batch_size=8, sequence_length=40)
+    verdict = verify(run, optimizers=("adamw",))
     assert verdict.passed, verdict
     assert not verdict.zero_leaves
     assert (verdict.dropped_tokens > 0) == ("capacity_factor" in plan)
@@ -164,7 +171,7 @@ def test_verify_notices_a_gradient_summed_over_the_wrong_ranks(monkeypatch):
         return call
 
     monkeypatch.setattr("orogen.train.verify.gradients", doubled)
-    verdict = verify(run_config(hybrid(pattern="-", mtp_depths=0), plan={"tensor": 2}))
+    verdict = verify(run_config(hybrid(pattern="-", mtp_depths=0), plan={"tensor": 2}), optimizers=("adamw",))
     assert not verdict.passed
     assert verdict.worst_leaf == "norm.weight"
     assert verdict.max_gradient_error == pytest.approx(1)
@@ -172,7 +179,7 @@ def test_verify_notices_a_gradient_summed_over_the_wrong_ranks(monkeypatch):
 
 def test_a_plan_that_overflows_a_buffer_does_not_pass():
     plan = {"data": 2, "expert": 2, "dispatch": "ragged", "buffer_factor": 0.25}
-    verdict = verify(run_config(hybrid(pattern="E", mtp_depths=0), plan=plan))
+    verdict = verify(run_config(hybrid(pattern="E", mtp_depths=0), plan=plan), optimizers=("adamw",))
     assert verdict.overflow_rows > 0 and not verdict.passed
     equal = dict.fromkeys(("loss_error", "max_gradient_error", "max_parameter_error", "load_error", "flip_margin"), 0)
     assert not verdict._replace(**equal).passed
@@ -207,7 +214,7 @@ def test_verify_notices_an_expert_counted_twice(monkeypatch):
         return call
 
     monkeypatch.setattr("orogen.train.verify.gradients", miscounting)
-    verdict = verify(run_config(hybrid(pattern="E", mtp_depths=0), plan={"tensor": 2}))
+    verdict = verify(run_config(hybrid(pattern="E", mtp_depths=0), plan={"tensor": 2}), optimizers=("adamw",))
     assert not verdict.passed and verdict.load_error > 0
     assert verdict.loss_error <= LOSS and verdict.max_gradient_error <= GRADIENT
 

@@ -157,7 +157,8 @@ def _gradients(
 def _placed(start: tuple[nnx.State, nnx.State], side: Side) -> tuple[nnx.State, nnx.State]:
     """Parameters and buffers of a whole model, on the side's devices in its layout."""
     built, plan = side.built, side.plan
-    laid = jax.jit(lambda parts: tuple(built.laid(part) for part in parts))(start)
+    # From the host each device gets its part; from one device, a program per shape would cut the parts out.
+    laid = jax.device_get(jax.jit(lambda parts: tuple(built.laid(part) for part in parts))(start))
     return jax.device_put(laid, placement.shardings((built.params, built.buffers), plan))
 
 
