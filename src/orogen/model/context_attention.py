@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 from orogen.kernels.attention import attention
@@ -117,6 +117,8 @@ def _backward(plan, options, saved, cotangents):
     """Sees all keys once more; the gradients of keys and values end on their own rank."""
     q_bthk, *keys, segments_bt, y_bthk, lse_bth = saved
     dy_bthk, dlse_bth = cotangents
+    # Else XLA may merge the exchanges of both passes, and hold other ranks' keys from one to the other.
+    keys, segments_bt, dy_bthk = lax.optimization_barrier((keys, segments_bt, dy_bthk))
     time, method = q_bthk.shape[1], _method(plan, options)
     queries = Queries(q_bthk, segments_bt, places(time, plan))
     delta_bth = jnp.sum(dy_bthk.astype(jnp.float32) * y_bthk.astype(jnp.float32), -1) - dlse_bth
