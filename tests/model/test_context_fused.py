@@ -5,12 +5,14 @@ Letters: b batch, t queries, s keys, h query heads, g key heads, k head size.
 
 import dataclasses
 import functools
+import re
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from tests.helpers import hybrid
 
 from orogen.config.plan import PlanConfig
@@ -159,3 +161,65 @@ def test_whole_rows_of_one_document_need_no_lengths(method, monkeypatch):
     monkeypatch.setitem(context_fused.KERNELS, "cudnn", (spoilt(attend_slowly), spoilt(pull_slowly)))
     check("one document each", context=2, context_attention=method)
     assert np.isnan(found("two crossing, and one", context=2, context_attention=method)[0]).any()
+
+
+def abstract(time: int, size: int):
+    shapes = [(1, time, n, size) for n in (HEADS, GROUPS, GROUPS, HEADS)]
+    return *(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes), jax.ShapeDtypeStruct((1, time), jnp.int32)
+
+
+@pytest.mark.usefixtures("slow_kernel")
+def test_no_keys_wait_for_attention():
+    """So that they can be on their way while a rank attends: of what two ranks send, only the gradients, in float32,
+    come out of attention."""
+    run, _ = on_ranks(context_fused.KERNELS["cudnn"], (("context", 2), ("context_attention", "ring")))
+    jaxpr = jax.make_jaxpr(run)(*abstract(72, SIZE)).jaxpr
+    while not any(e.primitive.name == "ppermute" for e in jaxpr.eqns):
+        (jaxpr,) = (getattr(e.params["jaxpr"], "jaxpr", e.params["jaxpr"]) for e in jaxpr.eqns if "jaxpr" in e.params)
+    late, waits = set(), []
+    for equation in jaxpr.eqns:
+        follows = any(v in late for v in equation.invars if not hasattr(v, "val"))
+        if equation.primitive.name == "ppermute":
+            waits.append((follows, str(equation.outvars[0].aval.dtype)))
+        if follows or equation.primitive.name == "cond":
+            late.update(equation.outvars)
+    sent = ["bfloat16", "bfloat16", "int32"]
+    assert [dtype for follows, dtype in waits if not follows] == 2 * sent
+    assert [dtype for follows, dtype in waits if follows] == 4 * ["float32"]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("method", METHODS)
+def test_cudnn_lowers_for_a_gpu(method, ranks, monkeypatch):
+    """Four calls each way, of which two run: own tokens and pairs, with and without lengths. A ring of more than two
+    ranks has its last turn outside its loop."""
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda *_: 91400)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda *_: True)
+    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda *_: False)
+    run, _ = on_ranks(context_fused.KERNELS["cudnn"], (("context", ranks), ("context_attention", method)))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    text = run.trace(*abstract(256, 16)).lower(lowering_platforms=("cuda",)).as_text()
+    calls = 6 if (method, ranks) == ("ring", 4) else 4
+    assert text.count("@__cudnn$fmhaSoftmax(") == text.count("@__cudnn$fmhaSoftmaxBackward(") == calls
+    masks = re.findall(r"mask_type[^A-Z]+([A-Z_]+)", text)
+    assert set(masks) == {"CAUSAL", "PADDING_CAUSAL", "NO_MASK", "PADDING"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_the_kernel_lacks_is_refused(method, monkeypatch):
+    plan = make_plan(PlanConfig(context=2, context_attention=method), hybrid())
+    plan = dataclasses.replace(plan, config=dataclasses.replace(plan.config, attention="cudnn"))
+    given = operands("padding")
+
+    def refusal(**options) -> str:
+        device = lambda segments_bt, *qkv: context_attention.attend(*qkv, segments_bt, plan, scale=SCALE, **options)  # noqa: E731
+        tokens = plan.spec("batch", "context")
+        with pytest.raises(ValueError, match="implementation='cudnn'") as caught:
+            jax.eval_shape(plan.run(device, inputs=(tokens,) * 4, outputs=tokens), given.segments_bt, *given.qkv)
+        return str(caught.value)
+
+    assert refusal(window=3) == "implementation='cudnn' with window=3 or sinks: expected neither"
+    assert refusal(sinks_h=jnp.zeros(HEADS)) == "implementation='cudnn' with window=None or sinks: expected neither"
+    assert refusal().startswith("implementation='cudnn' needs a GPU and finds 'cpu'")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert refusal().endswith("with q of float32: expected all bfloat16 or all float16")

@@ -1,10 +1,10 @@
 """Keys of other context ranks: how they come to this rank, and which of them its queries see.
 
-Each rank's tokens are two parts, the first early and the second late in the sequence (`parallel.context`). So of the
-four pairs of one of this rank's parts with one of another's, exactly two are visible, and all of each: the second part's
-queries always see the first part's keys; and either the first part's queries see them too (if the keys' rank is before
-this one), or the second part's queries see the second part's keys as well. Among a rank's own tokens, in their order,
-the mask is causal.
+Each rank's tokens are two parts, the first early and the second late in the sequence (`parallel.context`). Of the four
+pairs of one of this rank's parts with one of another's, exactly two are visible, each of them whole. The second part's
+queries always see the first part's keys. If the keys' rank is before this one, the first part's queries see them too;
+else the second part's queries also see the second part's keys. Among a rank's own tokens, in their order, the mask is
+causal.
 """
 
 from collections.abc import Callable
