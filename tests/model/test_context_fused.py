@@ -113,7 +113,7 @@ def on_ranks(kernels, choices: tuple):
 
     def device(q, k, v, cotangent, segments_bt):
         assert context_fused.KERNELS["cudnn"] == kernels
-        run = lambda *qkv: context_attention.attend(*qkv, segments_bt, plan, scale=SCALE)  # noqa: E731
+        run = lambda q, k, v: context_attention.attend(q, k, v, segments_bt, plan, scale=SCALE)  # noqa: E731
         y_bthk, pull = jax.vjp(run, q, k, v)
         return y_bthk, *pull(cotangent)
 
@@ -212,10 +212,10 @@ def test_what_the_kernel_lacks_is_refused(method, monkeypatch):
     given = operands("padding")
 
     def refusal(**options) -> str:
-        device = lambda segments_bt, *qkv: context_attention.attend(*qkv, segments_bt, plan, scale=SCALE, **options)  # noqa: E731
+        device = lambda q, k, v, s: context_attention.attend(q, k, v, s, plan, scale=SCALE, **options)  # noqa: E731
         tokens = plan.spec("batch", "context")
         with pytest.raises(ValueError, match="implementation='cudnn'") as caught:
-            jax.eval_shape(plan.run(device, inputs=(tokens,) * 4, outputs=tokens), given.segments_bt, *given.qkv)
+            jax.eval_shape(plan.run(device, inputs=(tokens,) * 4, outputs=tokens), *given.qkv, given.segments_bt)
         return str(caught.value)
 
     assert refusal(window=3) == "implementation='cudnn' with window=3 or sinks: expected neither"

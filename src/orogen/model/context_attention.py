@@ -93,19 +93,20 @@ def _by_parts(operands: tuple[Array, ...], plan: Plan, options: _Options) -> tup
 
 
 def _forward(operands, plan, options):
-    q_bthk, *keys, segments_bt = operands
+    q_bthk, k_btgk, v_btgk, segments_bt = operands
     time, method = q_bthk.shape[1], _method(plan, options)
     queries = Queries(q_bthk, segments_bt, places(time, plan))
+    own = k_btgk, v_btgk, segments_bt
 
-    def step(parts: tuple[Sums, Sums], keys: tuple[Array, ...], owner: Array):
-        (first, second), keys = parts, Keys(*keys, places(time, plan, owner))
-        one, other, ahead = visible(queries, keys, owner, plan)
+    def step(parts: tuple[Sums, Sums], keys: tuple[Array, Array, Array], owner: Array):
+        first, second = parts
+        one, other, ahead = visible(queries, Keys(*keys, places(time, plan, owner)), owner, plan)
         a, b = method.attend_pairs(one, other)
         first = merge(first, unseen_unless(ahead, a))
         return (first, merge(merge(second, unseen_unless(~ahead, a)), b)), ()
 
-    own = method.attend_own(queries, Keys(*keys, segments_bt, queries.index_t))
-    parts, _ = _visits(plan)(step, halves(own), (*keys, segments_bt), (), plan)
+    sums = method.attend_own(queries, Keys(*own, queries.index_t))
+    parts, _ = _visits(plan)(step, halves(sums), own, (), plan)
     y_bthk, lse_bth = rejoined(*parts)
     if plan.config.attention in KERNELS:
         y_bthk = y_bthk.astype(q_bthk.dtype)
@@ -115,18 +116,19 @@ def _forward(operands, plan, options):
 
 def _backward(plan, options, saved, cotangents):
     """Sees all keys once more; the gradients of keys and values end on their own rank."""
-    q_bthk, *keys, segments_bt, y_bthk, lse_bth = saved
+    q_bthk, *own, y_bthk, lse_bth = saved
     dy_bthk, dlse_bth = cotangents
     # Else XLA may merge the exchanges of both passes, and hold other ranks' keys from one to the other.
-    keys, segments_bt, dy_bthk = lax.optimization_barrier((keys, segments_bt, dy_bthk))
+    (k_btgk, v_btgk, segments_bt), dy_bthk = lax.optimization_barrier((own, dy_bthk))
+    own = k_btgk, v_btgk, segments_bt
     time, method = q_bthk.shape[1], _method(plan, options)
     queries = Queries(q_bthk, segments_bt, places(time, plan))
     delta_bth = jnp.sum(dy_bthk.astype(jnp.float32) * y_bthk.astype(jnp.float32), -1) - dlse_bth
     query_side = queries, Given(y_bthk, dy_bthk, lse_bth, delta_bth)
 
-    def step(dq: tuple[Array, Array], keys: tuple[Array, ...], owner: Array):
-        (dq_first, dq_second), keys = dq, Keys(*keys, places(time, plan, owner))
-        one, other, ahead = visible(query_side, keys, owner, plan)
+    def step(dq: tuple[Array, Array], keys: tuple[Array, Array, Array], owner: Array):
+        dq_first, dq_second = dq
+        one, other, ahead = visible(query_side, Keys(*keys, places(time, plan, owner)), owner, plan)
         (dq_a, d_a), (dq_b, d_b) = method.pull_pairs(one, other)
         dq_first += jnp.where(ahead, dq_a, 0)
         dq_second += jnp.where(ahead, dq_b, dq_a + dq_b)
@@ -136,10 +138,10 @@ def _backward(plan, options, saved, cotangents):
 
         return (dq_first, dq_second), jax.tree.map(share, d_a, d_b)
 
-    dq_bthk, dkv = method.pull_own(query_side, Keys(*keys, segments_bt, queries.index_t))
-    dq, dkv = _visits(plan)(step, halves(dq_bthk), (*keys, segments_bt), dkv, plan)
-    gradients = (rejoined(*dq), *dkv)
-    return ((*(d.astype(a.dtype) for d, a in zip(gradients, (q_bthk, *keys), strict=True)), None),)
+    dq_bthk, dkv = method.pull_own(query_side, Keys(*own, queries.index_t))
+    dq, (dk_btgk, dv_btgk) = _visits(plan)(step, halves(dq_bthk), own, dkv, plan)
+    dq_bthk = rejoined(*dq)
+    return ((dq_bthk.astype(q_bthk.dtype), dk_btgk.astype(k_btgk.dtype), dv_btgk.astype(v_btgk.dtype), None),)
 
 
 _by_parts.defvjp(_forward, _backward)

@@ -37,7 +37,8 @@ def fused(implementation: str, scale: float) -> Method:
         return _gradients(*_own(gradient, queries, keys, _softmax(given)))
 
     def attend_pairs(one: tuple[Queries, Keys], other: tuple[Queries, Keys]):
-        return _unstacked(_sums(*_later(attention, *_stacked(one, other), None)))
+        queries, keys = _stacked(one, other)
+        return _unstacked(_sums(*_later(attention, queries, keys, None)))
 
     def pull_pairs(one, other):
         (queries, given), keys = _stacked(one, other)
