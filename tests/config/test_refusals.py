@@ -141,14 +141,6 @@ def test_nan_is_in_no_range(field):
     assert refusal(OptimizerConfig, **{field: float("nan")}).startswith(f"OptimizerConfig.{field} is nan; expected ")
 
 
-@pytest.mark.parametrize("method", ["ring", "allgather"])
-def test_attention_by_cudnn_needs_whole_sequences(method):
-    expected = f"full or blocked where context is 2 and context_attention {method}"
-    message = refusal(PlanConfig, attention="cudnn", context=2, context_attention=method)
-    assert message == f"PlanConfig.attention is 'cudnn'; expected {expected}"
-    PlanConfig(attention="cudnn", context=2, context_attention="alltoall")
-
-
 def test_int_passes_for_float():
     assert OptimizerConfig(learning_rate=1).learning_rate == 1
 

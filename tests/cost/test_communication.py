@@ -9,6 +9,7 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from tests.helpers import hybrid
 
 from orogen.config.plan import PlanConfig
@@ -119,7 +120,8 @@ def test_each_unit_sends_what_the_table_says(name, model):
         same(traced(built, plan), table_of(inside(records), config, model))
         if name not in COMPILED:
             continue
-        check = at_most if unit == ENDS and config.context > 1 else same
+        # XLA:CPU drops the barrier between the two passes around a ring and merges their first turns, which are equal.
+        check = at_most if unit in (ENDS, *"*w+") and config.context > 1 else same
         check(compiled(built, plan), table_of(records, config, model))
 
 
@@ -132,6 +134,22 @@ def test_sequences_over_ranks_send_what_the_table_says(name):
         built = unit_of(unit, EVERY, plan, WORK)
         same(traced(built, plan), expected)
         at_most(compiled(built, plan), expected)
+
+
+@pytest.mark.parametrize("remat", ["none", "elementwise", "full"])
+@pytest.mark.parametrize("method", ["ring", "allgather"])
+def test_keys_for_a_fused_kernel_are_sent_in_both_passes(method, remat, monkeypatch):
+    """Keys, values and segments in each pass, and their gradients in float32."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # the kernel is traced, not run
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda *_: 91400)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda *_: True)
+    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda *_: False)
+    config = PlanConfig(context=4, tensor=2, attention="cudnn", context_attention=method, remat=remat)
+    model, work = dataclasses.replace(EVERY, head_dim=8), WORK._replace(itemsize=2)
+    plan = make_plan(config, model, abstract=True)
+    built = unit_of("*", model, plan, work, dtype="bfloat16")
+    records = unit_collectives("*", model, config, work)
+    same(traced(built, plan), table_of(records, config, model))
 
 
 def test_windows_that_ranks_share_are_sent_once_per_step():

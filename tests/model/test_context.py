@@ -98,7 +98,7 @@ def test_latent_attention(method):
 
 
 def test_ring_by_blocks_of_queries(monkeypatch):
-    monkeypatch.setattr("orogen.model.context_attention.BLOCK", 8)
+    monkeypatch.setattr("orogen.model.context_blocks.BLOCK", 8)
     check("w", {"context": 4, "attention": "blocked"}, **EXTRAS)
 
 

@@ -169,9 +169,6 @@ class PlanConfig:
         object.__setattr__(self, "offload", tuple(self.offload))
         require_choice(self, "linear", ("plain", "fp8"))
         require_choice(self, "attention", ("full", "blocked", "cudnn"))
-        whole = self.context == 1 or self.context_attention == "alltoall"
-        expected = f"full or blocked where context is {self.context} and context_attention {self.context_attention}"
-        require(whole or self.attention != "cudnn", self, "attention", expected)
         require_choice(self, "ssd", ("recurrence", "chunked", "triton"))
         require_choice(self, "causal_conv1d", ("taps", "triton"))
         require_choice(self, "rms_norm", ("plain", "triton"))

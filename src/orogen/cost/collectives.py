@@ -37,7 +37,14 @@ def _attention(ledger: Ledger) -> None:
         key_heads, key, value = ledger.own(model.num_key_value_heads, "kv_heads"), model.head_dim, model.head_dim
     keys, values = ledger.numbers * key_heads * key, ledger.numbers * key_heads * value
     masks = "core" if plan.attention == "full" else ""  # kept probabilities are zero outside the mask
-    if plan.context_attention == "allgather":
+    if plan.context_attention == "allgather" and plan.attention == "cudnn":
+        # Gathered again for the gradient, whose shares are summed in float32.
+        for phase in ("forward", "backward"):
+            for held in (keys, values, ledger.segments):
+                ledger.add("keys", phase, "all-gather", CONTEXT, held, name="attention")
+        for held in (keys, values):
+            ledger.add("keys", "backward", "reduce-scatter", CONTEXT, held // itemsize * FLOAT32 * plan.context)
+    elif plan.context_attention == "allgather":
         ledger.gather("keys", CONTEXT, keys)
         ledger.gather("keys", CONTEXT, values)
         ledger.gather("keys", CONTEXT, ledger.segments, gradient=False, name=masks)
@@ -48,11 +55,11 @@ def _attention(ledger: Ledger) -> None:
         ledger.gather("heads", CONTEXT, ledger.segments, gradient=False, name=masks)
         ledger.both("heads", "all-to-all", CONTEXT, ledger.numbers * heads * value, name="attention")
     else:
-        turns, positions = plan.context - 1, ledger.work.tokens * INT32
+        turns = plan.context - 1
         # Once around the ring, and once more in the backward pass, where the gradients travel with the keys, in float32
         # and one rank further.
         for phase in ("forward", "backward"):
-            for held in (keys, values, ledger.segments, positions, INT32):  # the last is their owner's rank
+            for held in (keys, values, ledger.segments):
                 ledger.shift("ring", CONTEXT, held, turns, phase=phase, name="attention")
         for held in (keys, values):
             ledger.shift("ring", CONTEXT, held // itemsize * FLOAT32, turns + 1, phase="backward")

@@ -25,12 +25,12 @@ def zigzag(length: int, ranks: int) -> np.ndarray:
     return np.concatenate([np.concatenate([chunks[r], chunks[-1 - r]]) for r in range(ranks)])
 
 
-def places(length: int, plan: Plan) -> Array:
-    """(t,) int32: the positions in the sequence of this rank's `length` tokens."""
+def places(length: int, plan: Plan, rank: Array | int | None = None) -> Array:
+    """(t,) int32: the positions in the sequence of the `length` tokens of a rank (None: of this one)."""
     ranks = plan.size("context")
     if ranks == 1:
         return jnp.arange(length, dtype=jnp.int32)
-    rank, half = plan.index("context"), jnp.arange(length // 2, dtype=jnp.int32)
+    rank, half = plan.index("context") if rank is None else rank, jnp.arange(length // 2, dtype=jnp.int32)
     return jnp.concatenate([rank * len(half) + half, (2 * ranks - 1 - rank) * len(half) + half])
 
 

@@ -32,16 +32,27 @@ def attention_cudnn(o: Operands, *, scale: float, window: int | None) -> Array:
     is computed in blocks, which is correct but slow.
     Raises ValueError for what cuDNN does not support: a window, sinks, keys of another length, other dtypes, no GPU.
     """
-    if jax.default_backend() != "gpu":
-        raise ValueError(f"implementation='cudnn' needs a GPU and finds {jax.default_backend()!r}: expected 'blocked'")
+    require_gpu()
     if window is not None or o.sinks_h is not None:
         raise ValueError(f"implementation='cudnn' with window={window} or sinks: expected neither, or 'blocked'")
     if o.q_bthk.shape[1] != o.k_bsgk.shape[1] or o.q_bthk.shape[-1] != o.v_bsgk.shape[-1]:
         raise ValueError(f"implementation='cudnn' with q {o.q_bthk.shape}, v {o.v_bsgk.shape}: expected equal t and k")
-    if o.q_bthk.dtype not in (jnp.bfloat16, jnp.float16) or not o.q_bthk.dtype == o.k_bsgk.dtype == o.v_bsgk.dtype:
-        raise ValueError(f"implementation='cudnn' with q of {o.q_bthk.dtype}: expected all bfloat16 or all float16")
+    require_half_precision(o.q_bthk, o.k_bsgk, o.v_bsgk)
     # The caller has checked that the keys' segments and both indices are the queries' own.
     return _attend(o.q_bthk, o.k_bsgk, o.v_bsgk, o.segments_bt, scale)
+
+
+def require_gpu() -> None:
+    """Raises ValueError if the backend is no GPU's."""
+    if jax.default_backend() != "gpu":
+        raise ValueError(f"implementation='cudnn' needs a GPU and finds {jax.default_backend()!r}: expected 'blocked'")
+
+
+def require_half_precision(*qkv: Array) -> None:
+    """Raises ValueError if queries, keys and values are not all bfloat16 or all float16."""
+    dtypes = {a.dtype for a in qkv}
+    if len(dtypes) > 1 or qkv[0].dtype not in (jnp.bfloat16, jnp.float16):
+        raise ValueError(f"implementation='cudnn' with q of {qkv[0].dtype}: expected all bfloat16 or all float16")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
