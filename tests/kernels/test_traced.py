@@ -17,6 +17,7 @@ from orogen.kernels.grouped_matmul import grouped_matmul, mosaic
 from orogen.kernels.permutation import sum_rows, take_rows
 from orogen.kernels.rms_norm import rms_norm
 from orogen.kernels.ssd import ssd
+from orogen.precision.fp8 import fp8_matmul
 
 TRITON = {"implementation": "triton"}
 PLACES = {"slots_nk": jnp.zeros((4, 2), jnp.int32), "source_r": jnp.zeros(8, jnp.int32)}
@@ -26,6 +27,8 @@ CASES = {
     "rms_norm": (functools.partial(rms_norm, group_size=4, epsilon=1e-5, **TRITON), [(3, 8), (8,), (3, 8)], 2),
     "take_rows": (functools.partial(take_rows, **PLACES, **TRITON), [(4, 8)], 2),
     "sum_rows": (functools.partial(sum_rows, **PLACES, **TRITON), [(8, 8), (4, 2)], 2),
+    # Operands are rounded once forward, x and the weight, and the gradient once backward.
+    "fp8_matmul": (lambda x, w: fp8_matmul(x, (w,), quantize="triton")[0], [(4, 8), (8, 3)], 3),
     "ssd": (
         lambda *operands: ssd(*operands, chunk_size=16, **TRITON)[0],
         [(1, 4, 2, 3), (1, 4, 2), (2,), (1, 4, 1, 5), (1, 4, 1, 5)],
