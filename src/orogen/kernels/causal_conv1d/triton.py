@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 
 from orogen.kernels.causal_conv1d.operands import Operands
 from orogen.kernels.pallas_triton import call, inside, load, require_gpu, sigmoid, store
+from orogen.kernels.traced import traced_once
 
 # The fastest of those tried on an H100 at 2 x 8192 tokens of 4096 and 1024 channels.
 TOKENS = 64  # per program
@@ -62,12 +63,14 @@ def _convolve(launch: Launch, x_btc: Array, w_kc: Array, bias_c: Array, reach_bt
     return _forward(launch, x_btc, w_kc, bias_c, reach_bt)[0]
 
 
+@traced_once("launch")
 def _forward(launch, x_btc, w_kc, bias_c, reach_bt):
     outputs = {"y": (x_btc.shape, x_btc.dtype, _specs(launch, x_btc, w_kc)[0])}
     operands = (x_btc, w_kc, bias_c, reach_bt)
     return _call(_forward_kernel, launch, operands, outputs)["y"], operands
 
 
+@traced_once("launch")
 def _backward(launch, operands, dy_btc):
     x_btc, w_kc, _, _ = operands
     batch, time, channels = x_btc.shape

@@ -27,6 +27,7 @@ from orogen.kernels.grouped_matmul.mosaic_program import (
     Work,
     run,
 )
+from orogen.kernels.traced import traced_once
 
 
 class Blocks(NamedTuple):
@@ -40,6 +41,7 @@ class Blocks(NamedTuple):
     count: Array
 
 
+@traced_once("transpose", "tile")
 def multiply_rows(rows_nd: Array, weights_edf: Array, blocks: Blocks, *, transpose: bool, tile: Tile) -> Array:
     """Each block of rows times its group's weight, (n, f); with `transpose` rows (n, f) times its transpose, (n, d).
 
@@ -78,6 +80,7 @@ def multiply_rows(rows_nd: Array, weights_edf: Array, blocks: Blocks, *, transpo
     return call(rows_nd, weights_edf, *blocks)
 
 
+@traced_once("tile")
 def multiply_weights(left_nd: Array, right_nf: Array, start_e: Array, stop_e: Array, *, tile: Tile) -> Array:
     """leftᵀ right (e, d, f) over each group's rows, from its start up to its stop; zeros if the group is empty."""
     groups, width, out = len(start_e), left_nd.shape[1], right_nf.shape[1]

@@ -21,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
 from orogen.kernels.pallas_triton import call, inside, load, require_gpu, store
+from orogen.kernels.traced import traced_once
 
 COLUMNS = 1024  # per load: 16 bytes per thread for two-byte elements
 WARPS = 4
@@ -77,6 +78,7 @@ def _sum_rows_backward(interpret, residuals, g_nd):
 _sum_rows.defvjp(_sum_rows_forward, _sum_rows_backward)
 
 
+@traced_once("interpret")
 def _spread(
     x_nd: Array, w_nk: Array | None, other_rd: Array | None, slots_nk: Array, source_r: Array, *, interpret: bool
 ) -> dict[str, Array]:
@@ -90,6 +92,7 @@ def _spread(
     return _call(_spread_kernel, operands, outputs, tokens=tokens, interpret=interpret)
 
 
+@traced_once("interpret")
 def _collect(rows_rd: Array, w_nk: Array | None, slots_nk: Array, *, interpret: bool) -> Array:
     """y_n = Σ_k w · rows[slots_nk], in the rows' dtype; w is 1 if None."""
     operands = {"rows": rows_rd, "w": w_nk, "slots": slots_nk}

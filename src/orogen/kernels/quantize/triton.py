@@ -14,6 +14,7 @@ from jax import numpy as jnp
 from jax.experimental import pallas as pl
 
 from orogen.kernels.pallas_triton import both, call, inside, load, require_gpu, store
+from orogen.kernels.traced import traced_once
 
 # Per program. Of the tiles tried on an H100, this one has the least total time over 2048, 4096 and 10,240 columns of
 # 16,384 rows.
@@ -28,6 +29,11 @@ def quantize_triton(
     Raises ValueError if there is no GPU and `interpret` is False.
     """
     require_gpu(interpret=interpret)
+    return _quantize(parts, scale, kind=kind, interpret=interpret)
+
+
+@traced_once("kind", "interpret")
+def _quantize(parts: tuple[Array, ...], scale: Array, *, kind: Any, interpret: bool) -> tuple[Array, Array]:
     widths, rows = tuple(part.shape[1] for part in parts), len(parts[0])
     width = sum(widths)
     whole = lambda *shape: pl.BlockSpec(shape, lambda f, n: (0,) * len(shape))  # noqa: E731

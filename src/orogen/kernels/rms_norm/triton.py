@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from orogen.kernels.pallas_triton import both, call, inside, load, require_gpu, sigmoid, store
 from orogen.kernels.rms_norm.reference import Reduce
 from orogen.kernels.tiny import LEAST_EPSILON
+from orogen.kernels.traced import traced_once
 
 # The fastest of those tried on an H100 at 16,384 tokens of 8 groups of 512 channels and of one group of 2048.
 TOKENS = 16  # per program
@@ -68,11 +69,13 @@ def _normalise(launch: Launch, x_nc: Array, weight_c: Array, gate_nc: Array | No
     return _forward(launch, x_nc, weight_c, gate_nc)[0]
 
 
+@traced_once("launch")
 def _forward(launch, x_nc, weight_c, gate_nc):
     operands = {"x": x_nc, "weight": weight_c, "z": gate_nc}
     return _call(_forward_kernel, launch, operands, {"y": x_nc})["y"], (x_nc, weight_c, gate_nc)
 
 
+@traced_once("launch")
 def _backward(launch, operands, dy_nc):
     x_nc, weight_c, gate_nc = operands
     operands = {"x": x_nc, "weight": weight_c, "z": gate_nc, "dy": dy_nc}

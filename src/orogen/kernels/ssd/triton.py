@@ -21,6 +21,7 @@ from orogen.kernels.ssd import sums
 from orogen.kernels.ssd.operands import Operands
 from orogen.kernels.ssd.triton_gradients import FarGradients, NearGradients, States, far, near
 from orogen.kernels.ssd.triton_kernels import ByChunk, Launch, Walk, scan
+from orogen.kernels.traced import traced_once
 
 MULTIPROCESSORS = 132  # of an H100
 SHARED_MEMORY = 215_000  # bytes of a multiprocessor's 232,448 that operands may take; the rest is scratch
@@ -118,6 +119,7 @@ def _forward_walk(o: ByChunk) -> Walk:
     return Walk(o.c_btgn, o.b_btgn, o.x_bthp, o.initial_bhpn, reverse=False)
 
 
+@traced_once("launch")
 def _forward(launch: Launch, o: ByChunk) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
     """The outputs, and what `_backward` needs."""
     sums_bhcq = _sums(launch, o)
@@ -126,6 +128,7 @@ def _forward(launch: Launch, o: ByChunk) -> tuple[tuple[Array, Array], tuple[Any
     return (y_bthp, final_bhpn), (o, sums_bhcq, states_bhcnp)
 
 
+@traced_once("launch")
 def _backward(launch: Launch, saved: tuple[Any, ...], gradients: tuple[Array, Array]) -> tuple[ByChunk]:
     """The gradient of every operand, from `dy` of the outputs and `dfinal` of the final state."""
     (o, sums_bhcq, states_bhcnp), (dy_bthp, dfinal_bhpn) = saved, gradients
