@@ -71,7 +71,8 @@ def check_types(config: Any) -> None:
     for field in dataclasses.fields(config):
         value, hint = getattr(config, field.name), hints[field.name]
         absent = value is None and field.default is None
-        require(absent or _matches(value, hint), config, field.name, f"a value of type {type_name(hint)}")
+        if not absent and not _matches(value, hint):
+            require(False, config, field.name, f"a value of type {type_name(hint)}")
         # The config is saved in UTF-8.
         require(not isinstance(value, str) or is_unicode(value), config, field.name, "valid Unicode")
 

@@ -3,7 +3,7 @@
 Letters: b slots, r rows that are read, t time, p pages of a row, d data ranks, l tokens of a text.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,9 +66,10 @@ class Arrays:
             _fill(entries.ends_re[row], slot.ends)
         return entries
 
-    def table(self, length: int) -> Any:
-        """The page table of decoding, on the devices, for texts of at most so many tokens."""
-        return self.table_of(self._buckets.reach(length, self._buckets.decode_reaches))
+    def table(self, lengths: Iterable[int]) -> Any:
+        """The page table of decoding, on the devices, for texts of these lengths."""
+        reaches = self._buckets.decode_reaches
+        return self.table_of(reaches[0] if len(reaches) == 1 else self._buckets.reach(max(lengths), reaches))
 
     def table_of(self, reach: int) -> Any:
         """The same, of so many pages."""

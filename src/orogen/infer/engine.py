@@ -18,7 +18,7 @@ from orogen.checkpoint.open import Opened
 from orogen.config.checks import ConfigError
 from orogen.config.engine import EngineConfig
 from orogen.infer.arrays import Arrays
-from orogen.infer.forward import Caches
+from orogen.infer.forward import Caches, Report
 from orogen.infer.knobs import check_ids
 from orogen.infer.packing import pack
 from orogen.infer.prepare import buckets_of, is_token, prepared
@@ -33,7 +33,7 @@ from orogen.infer.stats import Stats
 from orogen.infer.text import Texts, TextStream
 from orogen.infer.warm import compiling, run_all
 
-SHORT = 2  # steps of a call while requests wait for a slot, which is free only when the host has heard of its end
+SHORT = 4  # steps of a call while requests wait for a slot, which is free only when the host has heard of its end
 
 
 class Dispatched(NamedTuple):
@@ -273,9 +273,17 @@ class Engine:
             return
         for _, slot in call.placed:
             slot.ahead += call.steps or 1
+        call = call._replace(emitted=self._wanted(call))
         for array in jax.tree.leaves(call.emitted):
             array.copy_to_host_async()
         self._dispatched.append(call)
+
+    def _wanted(self, call: Dispatched) -> Emitted:
+        """What the host reads of what a call emitted: each array takes a transfer."""
+        report, bad_b, offered_bn = call.emitted
+        if all(slot.request.logprobs is None for _, slot in call.placed):
+            report = Report(report.token, None, None, None)
+        return Emitted(report, bad_b, offered_bn if self.sizes.drafts else None)
 
     def _has_read(self, piece: Piece) -> None:
         """Keeps what is to be kept behind a piece, and reports it."""
@@ -292,7 +300,7 @@ class Engine:
         for slot in running:
             runs_b[slot.seat] = ON if slot.matcher is None else UNDRAFTED
         features, packed_bw, mask_bw = self._samplers.decoding(self._slots, runs_b)
-        table_bp = self._arrays.table(max(slot.length_after(steps, self.sizes.drafts) for slot in running))
+        table_bp = self._arrays.table(slot.length_after(steps, self.sizes.drafts) for slot in running)
         inputs = packed_bw, table_bp, mask_bw
         held, emitted = self.programs.decode(Held(self._caches, self._state), inputs, features=features, steps=steps)
         self._dispatch(held, Dispatched([(slot.seat, slot) for slot in running], emitted, steps))
@@ -306,13 +314,13 @@ class Engine:
         """What a call emitted becomes outputs, and requests that have ended leave. Those that had left before have no
         part in it."""
         began = time.perf_counter()
-        report, bad_b, offered_bn = jax.device_get(tuple(call.emitted))
+        report, bad_b, offered_bn = jax.device_get(call.emitted)
         self.stats.device_seconds += time.perf_counter() - began
         placed = [(row, slot) for row, slot in call.placed if self._slots.get(slot.seat) is slot]
         if call.steps:
             report = jax.tree.map(lambda a: a[:, : call.steps], report)
             rows = [row for row, _ in placed]
-            self.stats.count(report.token[rows], offered_bn[rows])
+            self.stats.count(report.token[rows], None if offered_bn is None else offered_bn[rows])
         bad, ids = bad_b.tolist(), report.token.reshape(len(bad_b), -1).tolist()
         for row, slot in placed:
             slot.ahead -= call.steps or 1

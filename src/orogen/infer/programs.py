@@ -33,11 +33,12 @@ from orogen.parallel.plan import Plan
 
 class Emitted(NamedTuple):
     """What a call emitted: tokens (b,), or (b, steps, n + 1), with what was asked for of each; slots (b,) whose logits
-    were no numbers or had no possible token; and how many drafts of each depth (b, n) were there to be kept."""
+    were no numbers or had no possible token; and how many drafts of each depth (b, n) were there to be kept, None where
+    nobody reads that."""
 
     report: Report
     bad_b: Array
-    offered_bn: Array
+    offered_bn: Array | None
 
 
 class Held(NamedTuple):

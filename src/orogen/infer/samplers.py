@@ -4,6 +4,7 @@ Programs that decode come in three kinds, and each call takes the least that can
 reads prompts can do everything, for a call chooses few tokens there.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -117,6 +118,7 @@ def _seats(slots: Sequence[Slot | None], features: Features) -> Seats:
     return seats._replace(knobs=knobs_of(requests, features))
 
 
+@functools.cache
 def _does(kind: Features, wanted: Features) -> bool:
     """Whether programs of this kind do all that is wanted."""
     none = lambda value: -1 if value is None else int(value)  # noqa: E731

@@ -22,10 +22,11 @@ class Stats:
     host_seconds: float = 0.0
     device_seconds: float = 0.0
 
-    def count(self, tokens_bsn: np.ndarray, offered_bn: np.ndarray) -> None:
-        """Steps of slots, the drafts that were there, and those that were kept."""
+    def count(self, tokens_bsn: np.ndarray, offered_bn: np.ndarray | None) -> None:
+        """Steps of slots, the drafts that were there, None without a drafter, and those that were kept."""
         steps, *accepted = (tokens_bsn != NONE).sum((0, 1)).tolist()
         add = lambda old, new: [a + b for a, b in zip(old, new, strict=True)]  # noqa: E731
         self.steps += steps
-        self.drafted = add(self.drafted, offered_bn.sum(0).tolist())
+        if offered_bn is not None:
+            self.drafted = add(self.drafted, offered_bn.sum(0).tolist())
         self.accepted = add(self.accepted, accepted)
