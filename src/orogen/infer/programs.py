@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import functools
 import importlib.util
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -52,15 +53,12 @@ class Held(NamedTuple):
 class Programs(Stores):
     """The programs of one model on its plan. Each compiles once per shape and features.
 
-    is_token_v: which rows of the vocabulary a tokenizer has.
+    is_token_v: which rows of the vocabulary a tokenizer has. traces: how many programs of each kind were traced.
     """
 
     is_token_v: Any
-
-    @functools.cached_property
-    def traces(self) -> collections.Counter[str]:
-        """How many programs of each kind were compiled."""
-        return collections.Counter()
+    traces: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter, init=False)
+    _tracing: threading.Lock = dataclasses.field(default_factory=threading.Lock, init=False)
 
     @functools.cached_property
     def markers(self) -> Markers:
@@ -183,7 +181,8 @@ class Programs(Stores):
         nested = jax.tree.structure((opened.params, opened.buffers))
 
         def flat(held: Held, weights: list[Array], *rest: Any) -> Any:
-            self.traces[program.__name__] += 1
+            with self._tracing:  # several may compile at the same time
+                self.traces[program.__name__] += 1
             return program(held, *jax.tree.unflatten(nested, weights), *rest)
 
         held = Held(self.layout.specs, batch)

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 import jax
@@ -36,10 +36,14 @@ def compiling(
 
 
 def run_all(jobs: list[Callable[[], Any]]) -> None:
-    """Runs them in threads; XLA compiles without Python's lock. Raises what one of them raises."""
-    with ThreadPoolExecutor(min(WORKERS, os.cpu_count() or 1)) as pool:
-        for done in [pool.submit(job) for job in jobs]:
+    """Runs them in threads; XLA compiles without Python's lock. Raises what one of them raises, or Ctrl-C, without
+    waiting for the others: those that have not begun never do."""
+    pool = ThreadPoolExecutor(min(WORKERS, os.cpu_count() or 1), "warm")
+    try:
+        for done in as_completed([pool.submit(job) for job in jobs]):
             done.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def warm_aloud(engine: Any) -> None:
