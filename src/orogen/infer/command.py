@@ -136,9 +136,9 @@ def _most(fields: Mapping[str, Any]) -> int:
 
 def _generate_lines(options: argparse.Namespace, fields: dict[str, Any]) -> int:
     """`orogen generate --input IN.jsonl --out OUT.jsonl`."""
-    if not options.input.is_file() or not options.out.parent.is_dir():
+    if not options.input.exists() or options.input.is_dir() or not options.out.parent.is_dir():
         raise ConfigError(
-            f"--input {options.input} --out {options.out}; expected a file, and one in a folder that exists"
+            f"--input {options.input} --out {options.out}; expected a file or a pipe, and a file in a folder that exists"
         )
     from orogen.infer.batch import run_batch
     from orogen.infer.engine import Engine
