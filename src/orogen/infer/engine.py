@@ -234,7 +234,7 @@ class Engine:
         ends = request.stop_ids
         if tokenizer is not None and not request.ignore_eos:
             ends = (*ends, *sorted(tokenizer.end_ids))
-        slot = Slot(admission.number, request, admission.pages, ends, text, matcher, seat=admission.slot)
+        slot = Slot(admission.number, request, admission.pages, ends, text, matcher, admission.slot, admission.length)
         self._slots[slot.seat] = slot
         source = self._arrays.snapshot_row(admission.slot, admission.row)
         into = self._arrays.slot_row(admission.slot)

@@ -32,8 +32,8 @@ LIMITS = {
 # Between the parts of a JSON text: nothing, a space, or a line end with its indentation. The library's default is any
 # space at all, of which models are known to write without an end.
 SPACES = {"whitespace_pattern": r"( |\n[ \t]{0,32})?"}
-# What tells a grammar in Lark's form from GBNF, whose rules are written with `::=`. The library overlooks `?start`, which
-# Lark has for a rule whose only child takes its place.
+# What tells a grammar in Lark's form from GBNF, whose rules are written with `::=`. The library itself overlooks
+# `?start`, a rule whose only child takes its place.
 _LARK = re.compile(r"^\s*(%llguidance\b|[?!]*start(\.-?\d+)?\s*:(?!:=))", re.MULTILINE)
 # Steps that are tried: some expressions explode at the first token.
 TRIED = 4

@@ -25,6 +25,7 @@ DRAWN = Features(draws=True, restricts=True, logprobs=0)
 class Samplers:
     """The samplers of one engine's calls.
 
+    What may be kept on the devices always comes from there: jax compiles a program once more for the host's arrays.
     Settings of slots are kept as the host packs them and as the devices have them. When a request enters or leaves a
     slot, that row alone is packed anew; with nothing changed, a call takes no transfer.
     """
@@ -67,7 +68,8 @@ class Samplers:
     def idle(self, features: Features) -> tuple[Any, Any]:
         """Packed seats and masks of a call of decoding in which no slot runs."""
         packed_bw = pack(no_seats(self._programs.config.slots, features))
-        return packed_bw, self._masks([None] * len(packed_bw)) if features.masks else None
+        masks = self._masks([None] * len(packed_bw)) if features.masks else None
+        return self._programs.put(packed_bw), masks
 
     def reading(self, rows: Sequence[Slot | None]) -> tuple[Entries, Rows, Any]:
         """For a call that reads: `Entries` with the settings of the rows whose prompts end in it, None for the others;
@@ -85,7 +87,7 @@ class Samplers:
         if any(slot is not None and slot.features.penalties for slot in rows):
             requests = [slot and slot.request for slot in rows]
             made = rows_of(requests, Features(penalties=True), vocab_size=self._size)
-            return made.counts_bv, made.prompt_bv
+            return self._programs.put((made.counts_bv, made.prompt_bv))
         if len(rows) not in self._blank:
             shape = len(rows), self._size
             self._blank[len(rows)] = self._programs.put((np.zeros(shape, np.int32), np.zeros(shape, bool)))
@@ -103,7 +105,7 @@ class Samplers:
         mask_bw = np.full(shape, 2**32 - 1, np.uint32)
         for row, matcher in matched:
             matcher.mask_into(mask_bw[row])
-        return mask_bw
+        return self._programs.put(mask_bw)
 
 
 def _seats(slots: Sequence[Slot | None], features: Features) -> Seats:

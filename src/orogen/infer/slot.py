@@ -26,7 +26,8 @@ _PLAIN = _Plain()
 
 @dataclasses.dataclass
 class Slot:
-    """A request that runs. seat: the slot that it has. pages: its own, in order. ends: ids that end it. text,
+    """A request that runs. seat: the slot that it has. cached: tokens of its prompt that were. pages: its own, in
+    order. ends: ids that end it. text,
     matcher: None without. generated: all ids that have been told. ahead: steps that were dispatched and not told, each
     of which gives a token at least, if the text goes on."""
 
@@ -37,6 +38,7 @@ class Slot:
     text: TextStream | None
     matcher: Any
     seat: int = 0
+    cached: int = 0
     generated: list[int] = dataclasses.field(default_factory=list)
     ahead: int = 0
 
@@ -83,6 +85,7 @@ class Slot:
         if bad:
             chosen = chosen[:-1]
         kept, text, finish, error = [], "", None, None
+        cached = None if self.generated else self.cached
         # What may end the text before its last token is looked for token by token.
         each = self.matcher is not None or self.request.stop or len(self.ends) > MOST_ENDS
         step = 1 if each else max(len(chosen), 1)
@@ -98,7 +101,8 @@ class Slot:
             error = f"the logits of token {len(self.generated)} are not numbers, or allow no token"
         if finish is not None and self.text is not None and not self.text.stopped:
             text += self.text.finish()
-        return Output(self.number, tuple(kept), text, finish, error, self._stop() if finish == STOP else None)
+        stop = self._stop() if finish == STOP else None
+        return Output(self.number, tuple(kept), text, finish, error, stop, cached)
 
     def _stop(self) -> str | int | None:
         """What of the request ended it; None: an end of the model's own, or a grammar that is complete."""
