@@ -134,7 +134,7 @@ class Programs(Stores):
             sampler = Sampler(entries.knobs, rows, mask_rw)
             mine, rows, report, drafts_rn, bad_r = forward.read(mine, entries.pieces(tokens_rt, table_rp), sampler)
             caches = self.of_rows(put, self.pooled(caches, mine), mine)
-            state = entered(state, entries, report.token, drafts_rn, bad_r, rows)
+            state = entered(state, entries, report.token, drafts_rn, bad_r=bad_r, rows=rows)
             emitted = Emitted(report, bad_r, jnp.zeros_like(drafts_rn))
             return self._given_back(caches, state), self._agreed(self.plan.vary(emitted))
 

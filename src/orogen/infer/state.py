@@ -85,8 +85,9 @@ def no_state(slots: int, features: Features, *, vocab_size: int, drafts: int) ->
     return State(whole(NONE), whole(0), whole(0), drafts_bn, rows._replace(thought=thought))
 
 
-def entered(state: State, entries: Entries, token_r: Array, drafts_rn: Array, bad_r: Array, rows: Rows) -> State:
-    """The state after rows were read: with the slots whose prompts end, of which each has one token."""
+def entered(state: State, entries: Entries, token_r: Array, drafts_rn: Array, *, bad_r: Array, rows: Rows) -> State:
+    """The state after rows were read: with the slots whose prompts end, of which each has one token. bad_r: as in
+    `Emitted`. rows: after these tokens."""
     ends_r = (entries.next_r == NONE) & (entries.count_r > 0)
     ended_r = jnp.any(token_r[:, None] == entries.ends_re, axis=1) | bad_r
     place_r, left_r = entries.start_r + entries.count_r, jnp.where(ended_r, 0, entries.left_r)
