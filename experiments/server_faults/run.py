@@ -237,7 +237,8 @@ def main() -> None:
     os.environ["JAX_NUM_CPU_DEVICES"] = "1"
     partial = options.out.with_name(options.out.name + ".partial")  # a run that fails leaves the last results alone
     with tempfile.TemporaryDirectory() as folder, partial.open("w") as out:
-        slots, room = options.streams, 3 * options.streams  # `serving` has a queue of twice the slots
+        # Of requests that come at once: the queue of `serving`, for they wait there until a round gives them slots.
+        slots, room = options.streams, 2 * options.streams
         with serving(checkpoint(Path(folder) / "model"), slots) as (port, process):
             bodies = greedy(options.streams)
             expected = alone(port, bodies)
