@@ -4,7 +4,8 @@ One process, one model with random weights, one set of requests with drawn lengt
 its `max_tokens` alone. `static` submits as many as there are slots, and the next as many when all of those have ended;
 `steady` is what static batching could reach at best: batches in which all prompts and all answers have the same, mean
 length. `offered` is what the engine does: with all requests waiting from the start, then with Poisson arrivals, whose
-rate is given as a share of the requests per second so measured.
+rate is given as a share of the requests per second so measured. `host_share` is the time of rounds in which the host
+did not wait, most of it while the devices computed; `host_cpu` is the processor's time that the engine's thread took.
 
     python experiments/decode_throughput/arrivals.py --model bench_dense --slots 8                     # CPU
     python experiments/decode_throughput/arrivals.py --model r1 --slots 64 --kernels triton \\
@@ -70,9 +71,11 @@ class Run:
         """Until all have ended: tokens per second, and percentiles of waiting for the first token and, of what streams
         tell at a time, for each further one."""
         stats = self.engine.stats
-        host, device = stats.host_seconds, stats.device_seconds
+        host, device, cpu, rounds = stats.host_seconds, stats.device_seconds, time.thread_time(), 0
         while self.waiting or self.engine.busy:
             self.step()
+            rounds += 1
+        cpu = time.thread_time() - cpu  # what other programs take of the machine does not count
         seconds = time.perf_counter() - self.began
         first = [each[0][0] - self.arrived[number] for number, each in self.told.items()]
         gaps = [
@@ -87,6 +90,8 @@ class Run:
             "tokens_per_s": round(tokens / seconds, 1), "requests_per_s": round(len(first) / seconds, 3),
             "first_p50_ms": ms(first, 50), "first_p99_ms": ms(first, 99), "next_p50_ms": ms(gaps, 50),
             "next_p99_ms": ms(gaps, 99), "host_share": round((stats.host_seconds - host) / seconds, 4),
+            "host_cpu_ms_per_round": round(1e3 * cpu / rounds, 3),
+            "host_cpu_us_per_token": round(1e6 * cpu / tokens, 1),
             "device_share": round((stats.device_seconds - device) / seconds, 4),
         }  # fmt: skip
 

@@ -25,10 +25,11 @@ from orogen.checkpoint.open import Opened
 from orogen.config.engine import EngineConfig
 from orogen.config.model import ModelConfig
 from orogen.infer.engine import Engine
-from orogen.infer.forward import NONE, Control, Sampler
-from orogen.infer.knobs import Features, knobs_of
-from orogen.infer.programs import Programs
-from orogen.infer.sampling import rows_of
+from orogen.infer.forward import NONE
+from orogen.infer.knobs import Features
+from orogen.infer.packing import pack
+from orogen.infer.programs import Held, Programs
+from orogen.infer.state import ON, State, no_seats, no_state
 from orogen.model.count import count
 
 PAGE, GREEDY = 64, Features()
@@ -48,29 +49,34 @@ class Point:
     def pages(self) -> int:
         return self.slots * -(-self.context // PAGE)
 
-    def inputs(self, caches: Any) -> tuple[Any, ...]:
+    def inputs(self, held: Held) -> tuple[Any, ...]:
         """What the program takes: every slot in pages of its own, with as many tokens to come as there are steps."""
         steps, row = self.programs.config.steps, np.ones(self.slots, np.int32)
         table_bp = np.arange(self.pages, dtype=np.int32).reshape(self.slots, -1)
-        ends_b1, drafts_b0 = np.full((self.slots, 1), NONE, np.int32), np.zeros((self.slots, 0), np.int32)
-        control = Control(row, (self.context - steps) * row, steps * row, drafts_b0, ends_b1, table_bp)
-        nobody, size = [None] * self.slots, self.programs.opened.config.vocab_size
-        sampler = Sampler(knobs_of(nobody, GREEDY), rows_of(nobody, GREEDY, vocab_size=size), None)
-        return self.programs.decode_inputs(caches, control, sampler, steps)
+        rows = held.state.rows._replace(number_b=row)
+        state = State(row, (self.context - steps) * row, steps * row, np.zeros((self.slots, 0), np.int32), rows)
+        seats = no_seats(self.slots, GREEDY)._replace(runs_b=ON * row)
+        return self.programs.decode_inputs(Held(held.caches, state), (pack(seats), table_bp, None), steps)
 
     def lowered(self) -> Any:
         """The program, traced for these sizes."""
         caches = jax.eval_shape(lambda: self.programs.start(self.slots, self.pages))
-        return self.programs.decoder(GREEDY).lower(*self.inputs(caches))
+        return self.programs.decoder(GREEDY).lower(*self.inputs(Held(caches, self.state())))
+
+    def state(self) -> State:
+        """Of the program's slots."""
+        size = self.programs.opened.config.vocab_size
+        return self.programs.put(no_state(self.slots, self.programs.everything, vocab_size=size, drafts=0))
 
     def measure(self, program: Any, *, calls: int) -> dict[str, Any]:
         """Seconds per step of `calls` calls, after one that is not counted."""
-        caches, steps = filled(self.programs.start(self.slots, self.pages)), self.programs.config.steps
+        held = Held(filled(self.programs.start(self.slots, self.pages)), self.state())
+        steps = self.programs.config.steps
         seconds = []
         for _ in range(calls + 1):
-            inputs = self.inputs(caches)
+            inputs = self.inputs(held)
             began = time.perf_counter()
-            caches, _, emitted = program(*inputs)
+            held, emitted = program(*inputs)
             tokens = np.asarray(emitted.report.token)
             seconds.append((time.perf_counter() - began) / steps)
             if (tokens == NONE).any() or np.asarray(emitted.bad_b).any():

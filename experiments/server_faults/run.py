@@ -193,10 +193,10 @@ def crowded(port: int, slots: int) -> dict[str, Any]:
     return {"statuses": dict(sorted(Counter(asyncio.run(use())).items()))}
 
 
-def poisoned(port: int) -> dict[str, Any]:
-    """Requests with the token whose embedding is NaN, among others."""
-    sound = [{"prompt": [9, n + 3, 12], "max_tokens": 24, **GREEDY} for n in range(30)]
-    bad = [{**body, "prompt": [9, POISON, n + 3]} for n, body in enumerate(sound[:10])]
+def poisoned(port: int, room: int) -> dict[str, Any]:
+    """Requests with the token whose embedding is NaN, a third as many as there are others."""
+    sound = [{"prompt": [9, n + 3, 12], "max_tokens": 24, **GREEDY} for n in range(min(30, room * 3 // 4))]
+    bad = [{**body, "prompt": [9, POISON, n + 3]} for n, body in enumerate(sound[: len(sound) // 3])]
     alone = [ids_in(asyncio.run(stream(port, body))) for body in sound]
     found = asyncio.run(together(port, [*sound, *bad]))
     messages = Counter(events[-1][1]["error"]["message"] for events in found[len(sound) :])
@@ -204,12 +204,12 @@ def poisoned(port: int) -> dict[str, Any]:
     return {"sound": len(sound), "equal_to_their_own_run": equal, "poisoned": dict(messages)}
 
 
-def terminated(port: int, process: subprocess.Popen[str]) -> dict[str, Any]:
+def terminated(port: int, process: subprocess.Popen[str], count: int) -> dict[str, Any]:
     """SIGTERM while streams run."""
     children = psutil.Process(process.pid).children(recursive=True)
 
     async def use() -> tuple[list[Any], int]:
-        bodies = [{"prompt": [9, n % 50 + 3], "max_tokens": 200, **GREEDY} for n in range(60)]
+        bodies = [{"prompt": [9, n % 50 + 3], "max_tokens": 200, **GREEDY} for n in range(count)]
         running = asyncio.create_task(together(port, bodies))
         await asyncio.sleep(1.0)
         process.send_signal(signal.SIGTERM)
@@ -222,7 +222,7 @@ def terminated(port: int, process: subprocess.Popen[str]) -> dict[str, Any]:
     status = process.wait(60)
     gone = [not child.is_running() or child.status() == psutil.STATUS_ZOMBIE for child in children]
     left = f"{len(gone) - sum(gone)} of {len(gone)}"
-    return {"streams": 60, "whole": whole, "late": late, "exit_status": status, "children_left": left}
+    return {"streams": count, "whole": whole, "late": late, "exit_status": status, "children_left": left}
 
 
 def main() -> None:
@@ -235,21 +235,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results.jsonl")
     options = parser.parse_args()
     os.environ["JAX_NUM_CPU_DEVICES"] = "1"
-    with tempfile.TemporaryDirectory() as folder, options.out.open("w") as out:
-        slots = options.streams
+    partial = options.out.with_name(options.out.name + ".partial")  # a run that fails leaves the last results alone
+    with tempfile.TemporaryDirectory() as folder, partial.open("w") as out:
+        # Of requests that come at once: the queue of `serving`, for they wait there until a round gives them slots.
+        slots, room = options.streams, 2 * options.streams
         with serving(checkpoint(Path(folder) / "model"), slots) as (port, process):
             bodies = greedy(options.streams)
             expected = alone(port, bodies)
             once = [
-                ("NaN logits", lambda: poisoned(port)),
+                ("NaN logits", lambda: poisoned(port, room)),
                 ("refusals", lambda: refused(port)),
                 ("a full queue", lambda: crowded(port, slots)),
                 ("fuzzed bodies", lambda: fuzzed(port, options.bodies)),
             ]
             again = [
                 ("streams", lambda: streams(port, bodies, expected)),
-                ("clients vanish", lambda: vanishing(port, 400)),
-                ("NaN logits", lambda: poisoned(port)),
+                ("clients vanish", lambda: vanishing(port, min(400, room))),
+                ("NaN logits", lambda: poisoned(port, room)),
             ]
             for name, run in [*once, *(one for one in again for _ in range(options.repeats))]:
                 began = time.monotonic()
@@ -257,9 +259,10 @@ def main() -> None:
                 found["after"] = held(port, process)
                 print(json.dumps(found), flush=True)
                 print(json.dumps(found), file=out, flush=True)
-            found = {"kind": "SIGTERM", **terminated(port, process)}
+            found = {"kind": "SIGTERM", **terminated(port, process, min(60, room))}
             print(json.dumps(found))
             print(json.dumps(found), file=out)
+    partial.replace(options.out)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ class FakeEngine:
 
     script: the answer to a prompt, ending with `end` if it is to end before `max_tokens`; None: the prompt, repeated.
     pace: tokens per request and step. wait: seconds per step. A prompt that begins with `fails` ends with an error, one
-    that begins with `breaks` makes the step raise.
+    that begins with `breaks` makes the step raise. cached: tokens of each prompt that a prefix cache has.
     """
 
     def __init__(
@@ -44,8 +44,9 @@ class FakeEngine:
         fails: int = -1,
         breaks: int = -1,
         logprob: Callable[[int], float] = lambda token: -0.5,
+        cached: int = 0,
     ):
-        self.logprob = logprob
+        self.logprob, self.cached = logprob, cached
         self.slots, self.queue, self.most, self.vocab, self.end = slots, queue, most, vocab, end
         self.decode, self.script, self.pace, self.wait, self.fails, self.breaks = (
             decode,
@@ -101,6 +102,7 @@ class FakeEngine:
             del self.running[number]
             return Output(number, finish=ERROR, error="the logits of this request are not finite")
         ids = one.answer[one.done : one.done + self.pace][: request.max_tokens - one.done]
+        cached = None if one.done else self.cached
         one.done += len(ids)
         text = self.decode(request, one.answer[: one.done])
         finish = stopped = None
@@ -119,4 +121,4 @@ class FakeEngine:
         new, one.said = text[one.said :], max(one.said, len(text))
         top = tuple((i, -float(i + 1)) for i in range(request.logprobs or 0))
         chosen = tuple(Chosen(i, None if request.logprobs is None else self.logprob(i), top) for i in ids)
-        return Output(number, chosen, new, finish, stop=stopped)
+        return Output(number, chosen, new, finish, stop=stopped, cached=cached)

@@ -128,6 +128,19 @@ def test_thinking_then_a_call():
     assert split(f"hm\n</think>\n{CALL}\n", [5], thinks=True, tools=TOOLS) == ("hm", "", [FOUND])
 
 
+@pytest.mark.parametrize(("begun", "thinks", "space"), [("", None, " \n"), ("a", True, "\n"), ("a", False, "\t\n")])
+def test_space_that_waits_is_not_looked_at_again(begun, thinks, space):
+    """Else a text of n spaces takes n**2 steps."""
+    answer = Answer(thinks=thinks, tools=TOOLS)
+    parts = answer.push(begun)
+    for _ in range(500):
+        parts += answer.push(space)
+        assert len(answer._text) < len(space) + 12
+    parts += [*answer.push("<"), *answer.push("b"), *answer.finish()]
+    text = f"{begun}{space * 500}<b"
+    assert "".join(part.reasoning if thinks else part.content for part in parts) == text
+
+
 def test_text_comes_as_soon_as_it_is_certain():
     answer = Answer(thinks=True, tools=TOOLS)
     assert answer.push("a b") == [Part(reasoning="a b")]

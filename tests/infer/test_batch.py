@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -259,10 +260,24 @@ def test_two_runs_do_not_write_one_output(tmp_path):
             batch(tmp_path, *LINES)
 
 
-def test_a_pipe_is_no_input(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ConfigError, match="pipe is no regular file"):
-        run_batch(Echo(), tmp_path / "pipe", tmp_path / "out.jsonl", reader=LineReader({}), settings="")
+def test_a_pipe_is_read_to_its_end_first(tmp_path, capsys):
+    """And names itself in messages; a file with its lines continues what was begun from it."""
+    pipe, out = tmp_path / "pipe", tmp_path / "out.jsonl"
+    os.mkfifo(pipe)
+    data = b'{"prompt": [1, 2]}\n\nno line\n{"prompt": [3]}'
+    writer = threading.Thread(target=pipe.write_bytes, args=(data,))
+    writer.start()
+    assert run_batch(Echo(), pipe, out, reader=LineReader({"max_tokens": 5}), settings="") == Summary(3, 1, 0)
+    writer.join()
+    assert [json.loads(line)["line"] for line in out.read_text().splitlines()] == [1, 3, 4]
+    assert f"orogen: {pipe} line 3" in capsys.readouterr().err
+    (tmp_path / "in.jsonl").write_bytes(data)
+    assert run_batch(Echo(), tmp_path / "in.jsonl", out, reader=LineReader({"max_tokens": 5}), settings="").lines == 3
+
+
+def test_what_cannot_be_read_is_no_input(tmp_path):
+    with pytest.raises(ConfigError, match="Is a directory; expected a file or a pipe of lines"):
+        run_batch(Echo(), tmp_path, tmp_path / "out.jsonl", reader=LineReader({}), settings="")
 
 
 def test_the_command_answers_lines_by_an_engine(tmp_path, capsys, monkeypatch):

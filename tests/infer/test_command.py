@@ -102,7 +102,10 @@ def test_options_that_say_nothing_sensible(options, message):
             "bindings that nothing read: ModelConfig.vocab_size; expected",
         ),
         (["--gin_bindings", "EngineConfig.slots='a'"], "EngineConfig.slots is 'a'; expected a value of type int"),
-        (["--json_schema", "none.json"], "--json_schema 'none.json' is no file; expected one with a JSON schema"),
+        (
+            ["--json_schema", "none.json"],
+            "--json_schema 'none.json': No such file or directory; expected a file with a JSON schema",
+        ),
     ],
 )
 def test_what_is_refused_before_a_model_is_read(refused, options, message):

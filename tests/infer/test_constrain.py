@@ -1,5 +1,6 @@
 """Constrained output: every text that random choices within the masks make matches, and hostile grammars end alone."""
 
+import contextlib
 import json
 import os
 import re
@@ -100,7 +101,14 @@ def test_texts_are_objects_of_the_schema(grammars, name):
         assert 1 <= len(found["list"]) <= 2 and {type(x) for x in found["list"]} == {bool}
 
 
-@pytest.mark.parametrize("text", ['root ::= "a" b+\nb ::= [0-9] | "é"', 'start: "a" B+\nB: /[0-9]/ | "é"'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        'root ::= "a" b+\nb ::= [0-9] | "é"',
+        'start: "a" B+\nB: /[0-9]/ | "é"',
+        '// a comment\n ?start: "a" B+\nB: /[0-9]/ | "é"',
+    ],
+)
 def test_texts_follow_a_grammar(grammars, text):
     for seed in range(6):
         found, ended = drawn(grammars["bpe"].matcher(Grammar(kind="grammar", text=text)), TOKENIZERS["bpe"], seed)
@@ -131,6 +139,20 @@ def test_what_another_object_compiled_is_there_at_once(grammars, monkeypatch):
     assert allowed(other.matcher(regex("a{3}b")), 275) == [tokenizer.encode("a")[0]]
     with pytest.raises(TypeError):
         other.matcher(regex("a{4}b"))
+
+
+def test_a_grammar_that_is_held_is_found_though_many_come_after_it(grammars, monkeypatch):
+    one, other = (Constraints(TOKENIZERS["bpe"], size) for size in (300, 345))
+    monkeypatch.setattr("orogen.infer.constrain.KEPT", 2)
+    held = one.prepare(regex("a{5}b"))
+    for others in ((6, 7, 8), (9, 10)):
+        for number in others:
+            one.prepare(regex(f"a{{{number}}}b"))
+        with monkeypatch.context() as patch:
+            patch.setattr("orogen.infer.grammar_check.GrammarCheck.check", None)
+            with contextlib.nullcontext() if held else pytest.raises(TypeError):
+                assert allowed(other.matcher(regex("a{5}b")), 275) == [TOKENIZERS["bpe"].encode("a")[0]]
+        held = None
 
 
 def test_a_text_that_cannot_go_on_is_finished_and_may_only_end(grammars):

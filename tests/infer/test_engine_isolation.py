@@ -18,8 +18,9 @@ def plant(engine) -> None:
     """NaN in every place of every page that no running request has, or has but has not come to."""
     page, pages = engine.config.page, engine.sizes.pages
     own_ns = np.zeros((pages, page), bool)
+    place_b = np.asarray(engine._state.place_b)  # the host may not have been told of the last tokens
     for slot in engine._slots.values():
-        known = len(slot.request.prompt) + len(slot.generated)
+        known = place_b[slot.seat] + 1 if slot.generated or slot.ahead else len(slot.request.prompt)
         for number, there in enumerate(slot.pages):
             own_ns[there] |= np.arange(page) + number * page < known
 

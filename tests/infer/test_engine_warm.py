@@ -1,6 +1,7 @@
 """An engine has few programs, and once it is warm it compiles nothing, whatever it is asked."""
 
 import json
+import threading
 from types import SimpleNamespace
 
 import jax
@@ -14,7 +15,7 @@ from orogen.infer.buckets import Buckets
 from orogen.infer.request import CANCELLED, Budget, Grammar, Sampling
 from orogen.infer.schedule import Piece
 from orogen.infer.sizes import Sizes
-from orogen.infer.warm import warm_aloud
+from orogen.infer.warm import WORKERS, run_all, warm_aloud
 
 
 def buckets(*, tensor: int = 1, ranks: int = 1, by_kernel: bool = False, **config) -> Buckets:
@@ -126,6 +127,25 @@ def test_a_warm_engine_compiles_nothing():
     assert sorted(output.number for output in ended) == numbers
     assert any(output.finish == CANCELLED for output in ended) and engine.stats.cached_tokens
     assert leaked(engine) == [0, 0]
+
+
+def test_an_interruption_waits_for_no_program():
+    """Of those that compile, and of those that have not begun."""
+    go, begun = threading.Event(), []
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    def compiles() -> None:
+        begun.append(1)
+        go.wait(20)
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_all([interrupted, *[compiles] * 40])
+        assert not go.is_set() and len(begun) <= WORKERS + 1
+    finally:
+        go.set()
 
 
 @pytest.mark.parametrize(

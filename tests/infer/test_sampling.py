@@ -270,6 +270,9 @@ def test_held_tokens_come_after_the_first_so_many():
     drawn = asked(temperature=100.0)
     counts = frequencies(logits_v, dataclasses.replace(drawn, max_tokens=9**5, min_tokens=9**5, held=(0, 10)))
     assert counts[[0, 10]].tolist() == [0, 0] and counts.min(where=np.arange(V) % 10 > 0, initial=1) > 0
+    infinite_v = np.where(np.arange(V) == 10, np.inf, logits_v)
+    choice, _ = chosen([infinite_v] * 2, [early, plain])
+    assert choice.token_b[0] not in (0, 10) and choice.token_b[1] == 10 and not choice.bad_b.any()
     with pytest.raises(ConfigError, match="Request.held has token id 11; expected 0 to 10"):
         check_ids(dataclasses.replace(early, held=(11,)), V)
 

@@ -142,7 +142,7 @@ def test_verification_names_the_plan_that_its_own_batch_follows_from(axis):
     assert message.startswith(f"PlanConfig.{axis} is 1000000000; expected less: verification needs at least ")
 
 
-def test_inference_holds_weights_caches_snapshots_and_logits():
+def test_inference_holds_weights_caches_snapshots_logits_and_counts():
     """Three Mamba-2 layers and one attention layer; the numbers by hand."""
     model = hybrid(pattern="MM*M", mtp_depths=0)
     engine = EngineConfig(slots=4, max_length=100, page=16, chunk=16, prefill_tokens=16, snapshots=5)
@@ -154,7 +154,8 @@ def test_inference_holds_weights_caches_snapshots_and_logits():
     caches = 4 * 3 * state + pages * page + 4 * 4 * 1  # and a page table of one page per slot
     snapshots = 5 * 3 * state + page + 5 * 4 * 1  # with a page of its own
     logits = 4 * 4 * model.vocab_size
-    total = 4 * count(model) + caches + snapshots + logits
+    counts = (4 + 1) * 5 * model.vocab_size  # of 4 slots, and of one prompt that is read at a time
+    total = 4 * count(model) + caches + snapshots + logits + counts
 
     def fits(memory: int, engine: EngineConfig = engine, plan: PlanConfig | None = None, **settings: int) -> None:
         require_inference_fits(model, plan, engine, Memory(0, memory), settings=settings)
@@ -166,7 +167,7 @@ def test_inference_holds_weights_caches_snapshots_and_logits():
     half = dataclasses.replace(engine, compute_dtype="bfloat16", snapshots=0, prefix_cache=False)
     windows = 3 * 2 * (model.conv_kernel - 1) * channels  # the bytes saved in the windows of 3 layers
     one = 3 * state + page + 4 * 1  # without a prefix cache
-    halved = 2 * count(model) + caches + one - 5 * windows - (pages + 1) * page // 2 + logits
+    halved = 2 * count(model) + caches + one - 5 * windows - (pages + 1) * page // 2 + logits + counts
     fits(halved, half)
     refusal(fits, halved - 1, half)
 

@@ -30,7 +30,8 @@ class Answer:
         self, *, thinks: bool | None, tools: Mapping[str, Mapping[str, Any]] | None = None, called: str | None = None
     ) -> None:
         self._tools = tools
-        self._text = ""  # not given out yet
+        self._space: list[str] = []  # not given out yet, whether it is space before a tag or not
+        self._text = ""  # nor this, which follows it
         self._opened = ""  # the tag of the call that is being read
         self._gap = ""  # the space before it
         self._searched = 0  # of the text, for the end of the call
@@ -61,23 +62,43 @@ class Answer:
     def _begin(self, last: bool) -> bool:
         """Whether it is known by now if the answer begins with `<think>`."""
         start = self._text.lstrip()
+        self._hold(len(self._text) - len(start))
         if not last and THINK.startswith(start):
             return False
         self._thinking = self._fresh = start.startswith(THINK)
         if self._thinking:
             self._text = start.removeprefix(THINK)
+            self._space.clear()
         return True
+
+    def _hold(self, count: int) -> None:
+        """Lets the first characters of the text, which are space, wait where they are not looked at again."""
+        if count:
+            self._space.append(self._text[:count])
+            self._text = self._text[count:]
+
+    def _held(self) -> str:
+        """The space that waits, which then waits no more."""
+        space = "".join(self._space)
+        self._space.clear()
+        return space
 
     def _reasoning(self, last: bool) -> Iterator[Part]:
         place = self._text.find(THOUGHT)
         closed = place >= 0
         if not closed:
             # What may begin the tag waits, with the line ends before it.
-            whole = self._text if last else self._text[: len(self._text) - _begun(self._text, (THOUGHT,))]
-            place = len(whole if last else whole.rstrip("\n"))
-        said, self._text = self._text[:place], self._text[place:]
+            place = len(self._text) if last else len(self._text) - _begun(self._text, (THOUGHT,))
+        ends_here = last and not closed
+        said = self._text[:place] if ends_here else self._text[:place].rstrip("\n")
+        self._text = self._text[len(said) :]
+        lines = place - len(said)
+        if said or ends_here:
+            said = self._held() + said
+        self._hold(lines)
         if closed:
-            said, self._text = said.rstrip("\n"), self._text.removeprefix(THOUGHT)
+            self._space.clear()
+            self._text = self._text.removeprefix(THOUGHT)
         said = said.lstrip("\n") if self._fresh else said
         if said:
             self._fresh = False
@@ -97,21 +118,24 @@ class Answer:
             place, tag = _first(self._text, CLOSED_BY if self._tools is not None else ())
             if tag is None:
                 break
-            said = self._text[:place].rstrip()
-            self._opened, self._gap, self._searched = tag, self._text[len(said) : place], 0
-            self._text = self._text[place + len(tag) :]
+            said = self._given(place)
+            self._opened, self._gap, self._searched = tag, self._held(), 0
+            self._text = self._text[len(tag) :]
             yield from self._said(said)
-        kept = 0 if last else self._waits()
-        said, self._text = self._text[: len(self._text) - kept], self._text[len(self._text) - kept :]
+        if last or self._tools is None:
+            said, self._text = self._held() + self._text, ""
+        else:  # what may belong to a tag waits, with the space before it
+            said = self._given(len(self._text) - _begun(self._text, tuple(CLOSED_BY)))
         yield from self._said(said)
 
-    def _waits(self) -> int:
-        """How many last characters may belong to a tag, or to the space before one."""
-        if self._tools is None:
-            return 0
-        begun = _begun(self._text, tuple(CLOSED_BY))
-        before = self._text[: len(self._text) - begun]
-        return begun + len(before) - len(before.rstrip())
+    def _given(self, place: int) -> str:
+        """What is before this place of the text, but for the space at its end, which waits."""
+        before = self._text[:place]
+        said = before.rstrip()
+        whole = self._held() + said if said else ""
+        self._text = self._text[len(said) :]
+        self._hold(place - len(said))
+        return whole
 
     def _said(self, text: str) -> Iterator[Part]:
         text = text.lstrip("\n") if self._fresh else text

@@ -1,22 +1,20 @@
 """What an engine's programs are called with, as arrays that the host builds.
 
-Letters: b slots, r rows that are read, t time, n drafts, p pages of a row, e ids that end a text, d data ranks,
-l tokens of a text.
+Letters: b slots, r rows that are read, t time, p pages of a row, d data ranks, l tokens of a text.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from orogen.config.engine import EngineConfig
 from orogen.infer.buckets import Buckets, Call
-from orogen.infer.forward import NONE, Control, Pieces
+from orogen.infer.forward import NONE
 from orogen.infer.schedule import Piece
 from orogen.infer.sizes import Sizes
-from orogen.infer.slot import MOST_ENDS, Slot
-
-BEYOND = 2**30  # a row that no cache has
+from orogen.infer.slot import Slot
+from orogen.infer.state import BEYOND, Entries
 
 
 class Arrays:
@@ -24,74 +22,60 @@ class Arrays:
 
     def __init__(self, config: EngineConfig, sizes: Sizes, buckets: Buckets, *, put: Callable[[Any], Any]) -> None:
         """put: lays arrays over slots on the devices."""
-        self._config, self._sizes, self._buckets, self._put = config, sizes, buckets, put
-        # What does not change with the tokens: ids that end texts, and pages by the width of their table.
-        self._ends: Any = None
-        self._tables: dict[int, Any] = {}
+        self._sizes, self._buckets, self._put = sizes, buckets, put
+        self._table_bp = np.zeros((config.slots, max(buckets.decode_reaches)), np.int32)
+        self._tables: dict[int, Any] = {}  # its first columns as the devices have them, by their number
 
-    def changed(self) -> None:
-        """A request came or went."""
-        self._ends = None
+    def joined(self, slot: Slot) -> None:
+        """A request has entered a slot. What leaves one needs no call: nothing reads its pages any more."""
+        _fill(self._table_bp[slot.seat], slot.pages)
         self._tables.clear()
 
-    def pieces(
-        self, call: Call, slots: Mapping[int, Slot], reach: int | None = None
-    ) -> tuple[list[Piece | None], tuple[np.ndarray, Pieces]]:
-        """The piece of each row, None: of none; and the slot of each row in its rank, with the arrays. reach: pages of
-        the table; None: as many as the pieces need."""
-        each = self._sizes.slots
+    def rows(self, call: Call) -> list[Piece | None]:
+        """The piece of each row of a call, None: of none."""
         per_rank: list[list[Piece]] = [[] for _ in range(self._sizes.ranks)]
         for piece in call.pieces:
-            per_rank[piece.slot // each].append(piece)
+            per_rank[piece.slot // self._sizes.slots].append(piece)
+        return [row for own in per_rank for row in (*own, *[None] * (call.rows - len(own)))]
+
+    def pieces(
+        self, rows: Sequence[Piece | None], length: int, slots: Mapping[int, Slot], reach: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens (r, t) and pages of rows. reach: pages of the table; None: as many as the pieces need."""
         if reach is None:
-            most = max(piece.start + piece.count for piece in call.pieces) + self._sizes.drafts
+            most = max(piece.start + piece.count for piece in rows if piece) + self._sizes.drafts
             reach = self._buckets.reach(most, self._buckets.reaches)
-        length, width = call.length, call.rows
-        rows = [row for own in per_rank for row in (*own, *[None] * (width - len(own)))]
-        count = len(rows)
         # Padding is no token of the vocabulary, and is embedded as zeros: any token's numbers could be infinite.
-        tokens_rt, table_rp = np.full((count, length), NONE, np.int32), np.zeros((count, reach), np.int32)
-        slot_r, next_r, start_r, count_r = (np.full(count, fill, np.int32) for fill in (each, NONE, 0, 0))
+        tokens_rt, table_rp = np.full((len(rows), length), NONE, np.int32), np.zeros((len(rows), reach), np.int32)
+        for row, piece in enumerate(rows):
+            if piece is not None:
+                slot = slots[piece.slot]
+                tokens_rt[row, : piece.count] = slot.request.prompt[piece.start : piece.start + piece.count]
+                _fill(table_rp[row], slot.pages)
+        return tokens_rt, table_rp
+
+    def entries(self, entries: Entries, rows: Sequence[Piece | None], slots: Mapping[int, Slot]) -> Entries:
+        """`entries`, of nothing, with what the pieces of rows and their slots say."""
         for row, piece in enumerate(rows):
             if piece is None:
                 continue
             slot, end = slots[piece.slot], piece.start + piece.count
-            tokens_rt[row, : piece.count] = slot.request.prompt[piece.start : end]
-            slot_r[row], start_r[row], count_r[row] = piece.slot % each, piece.start, piece.count
-            next_r[row] = NONE if piece.last else slot.request.prompt[end]
-            _fill(table_rp[row], slot.pages)
-        return rows, (slot_r, Pieces(tokens_rt, next_r, start_r, count_r, table_rp))
+            entries.slot_r[row], entries.start_r[row] = piece.slot % self._sizes.slots, piece.start
+            entries.count_r[row], entries.left_r[row] = piece.count, slot.request.max_tokens - 1
+            entries.next_r[row] = NONE if piece.last else slot.request.prompt[end]
+            _fill(entries.ends_re[row], slot.ends)
+        return entries
 
-    def control(
-        self, decoding: Sequence[int], slots: Mapping[int, Slot], fed: int, reach: int | None = None
-    ) -> Control:
-        """The slots that decode. fed: the most tokens that each will read. reach: as in `pieces`."""
-        count, drafts = self._config.slots, self._sizes.drafts
-        small_3b = np.zeros((3, count), np.int32)
-        small_3b[0] = NONE  # of slots that do not decode, as padding in `pieces`
-        rows = [(slot.generated[-1], slot.place, slot.left) for slot in map(slots.__getitem__, decoding)]
-        small_3b[:, decoding] = np.array(rows, np.int32).reshape(-1, 3).T
-        token_b, place_b, left_b = small_3b
-        drafts_bn = np.full((count, drafts), NONE, np.int32)
-        for number in decoding if drafts else ():
-            slot = slots[number]
-            if slot.drafts is not None and slot.matcher is None:
-                drafts_bn[number] = slot.drafts
-        fed += max(drafts - 1, 0)  # the block that drafts reads drafts too
-        if reach is None:
-            most = max(place + min(fed, left + drafts) for _, place, left in rows)
-            reach = self._buckets.reach(most, self._buckets.decode_reaches)
+    def table(self, lengths: Iterable[int]) -> Any:
+        """The page table of decoding, on the devices, for texts of these lengths."""
+        reaches = self._buckets.decode_reaches
+        return self.table_of(reaches[0] if len(reaches) == 1 else self._buckets.reach(max(lengths), reaches))
+
+    def table_of(self, reach: int) -> Any:
+        """The same, of so many pages."""
         if reach not in self._tables:
-            table_bp = np.zeros((count, reach), np.int32)
-            for number, slot in slots.items():
-                _fill(table_bp[number], slot.pages)
-            self._tables[reach] = self._put(table_bp)
-        if self._ends is None:
-            ends_be = np.full((count, MOST_ENDS), NONE, np.int32)
-            for number, slot in slots.items():
-                _fill(ends_be[number], slot.ends)
-            self._ends = self._put(ends_be)
-        return Control(token_b, place_b, left_b, drafts_bn, self._ends, self._tables[reach])
+            self._tables[reach] = self._put(self._table_bp[:, :reach].copy())  # a CPU would use the host's own
+        return self._tables[reach]
 
     def text(self, prompt: Sequence[int], length: int) -> np.ndarray:
         """The prompt for every data rank, so long as a slot's text."""

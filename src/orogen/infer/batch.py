@@ -10,9 +10,12 @@ A line that cannot be read, or that can never be run, is answered by what was wr
 on. Exit status: 2 if there was such a line, else 1 if a request failed in the engine, else 0.
 """
 
+import contextlib
 import fcntl
 import json
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,13 +62,16 @@ class Summary(NamedTuple):
 
 
 def run_batch(engine: Stepped, source: Path, out: Path, *, reader: LineReader, settings: str) -> Summary:
-    """Answers the lines of `source` in `out`; blank ones have none.
+    """Answers the lines of `source` in `out`; blank ones have none. A pipe is read to its end first.
 
     settings: all that answers depend on besides their lines, as text. Raises ConfigError if `out` or its journal has
     answers to other lines or settings, or if another process is at work on it, before anything is computed.
     """
-    if source.exists() and not source.is_file():  # a pipe cannot be read twice
-        raise ConfigError(f"{source} is no regular file; expected one")
+    with _twice_readable(source) as lines:
+        return _run_batch(engine, lines, out, reader=reader, settings=settings)
+
+
+def _run_batch(engine: Stepped, source: "_Source", out: Path, *, reader: LineReader, settings: str) -> Summary:
     lines = sum(1 for _ in _lines(source, settings))
     if out.exists():
         with out.open("rb") as file:
@@ -84,6 +90,32 @@ def run_batch(engine: Stepped, source: Path, out: Path, *, reader: LineReader, s
             _Run(engine, source, journal, reader, progress).answer_all(settings, done)
         _finish(journal, done, out)
     return _summary(done, lines)
+
+
+class _Source(NamedTuple):
+    """A file of lines, and its name in messages."""
+
+    path: Path
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@contextlib.contextmanager
+def _twice_readable(path: Path) -> Iterator[_Source]:
+    """The file, or a copy of what a pipe gives: lines are read once for their digests, and again for their requests."""
+    if path.is_file() or not path.exists():
+        yield _Source(path, str(path))
+        return
+    with tempfile.NamedTemporaryFile("wb", prefix="orogen-", suffix=".jsonl") as copy:
+        try:
+            with path.open("rb") as pipe:
+                shutil.copyfileobj(pipe, copy)
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}; expected a file or a pipe of lines") from None
+        copy.flush()
+        yield _Source(Path(copy.name), str(path))
 
 
 class _Place(NamedTuple):
@@ -108,7 +140,7 @@ class _Open:
 class _Run:
     """One pass over the input, whose answers go to the journal."""
 
-    def __init__(self, engine: Stepped, source: Path, journal: IO[bytes], reader: LineReader, progress: Progress):
+    def __init__(self, engine: Stepped, source: _Source, journal: IO[bytes], reader: LineReader, progress: Progress):
         self._engine, self._source, self._journal = engine, source, journal
         self._reader, self._progress = reader, progress
         self._open: dict[int, _Open] = {}
@@ -184,9 +216,9 @@ def _journal_of(out: Path) -> Path:
     return out.with_name(out.name + ".journal")
 
 
-def _lines(source: Path, settings: str) -> Iterator[Line]:
+def _lines(source: _Source, settings: str) -> Iterator[Line]:
     """The lines that have an answer: those that are not blank."""
-    with source.open("rb") as file:
+    with source.path.open("rb") as file:
         for number, data in enumerate(file, 1):
             if data := data.strip():
                 yield Line(number, data, digest(data, settings))
@@ -220,7 +252,7 @@ def _index(file: IO[bytes], path: Path) -> dict[int, _Place]:
     return places
 
 
-def _require_same(done: dict[int, _Place], source: Path, path: Path, settings: str) -> None:
+def _require_same(done: dict[int, _Place], source: _Source, path: Path, settings: str) -> None:
     """Raises ConfigError if an answer is not of this input under these settings."""
     digests = {line.number: line.digest for line in _lines(source, settings)} if done else {}
     for number, place in done.items():

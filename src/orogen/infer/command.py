@@ -83,6 +83,7 @@ def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add("--timeout", type=seconds, default=600.0, metavar="S", help="seconds per request (default: %(default)g)")
     add("--drain_seconds", type=seconds, default=30.0, metavar="S",
         help="after SIGTERM, time for requests to end (default: %(default)g)")  # fmt: skip
+    add("--priorities", action="store_true", help="let clients say which of their requests go before those of others")
     add("--gin_bindings", action="append", default=[], metavar="X.y=1", help=BINDINGS)
 
 
@@ -136,9 +137,9 @@ def _most(fields: Mapping[str, Any]) -> int:
 
 def _generate_lines(options: argparse.Namespace, fields: dict[str, Any]) -> int:
     """`orogen generate --input IN.jsonl --out OUT.jsonl`."""
-    if not options.input.is_file() or not options.out.parent.is_dir():
+    if not options.input.exists() or options.input.is_dir() or not options.out.parent.is_dir():
         raise ConfigError(
-            f"--input {options.input} --out {options.out}; expected a file, and one in a folder that exists"
+            f"--input {options.input} --out {options.out}; expected a file or pipe, and a file in a folder that exists"
         )
     from orogen.infer.batch import run_batch
     from orogen.infer.engine import Engine
@@ -277,7 +278,8 @@ def serve(options: argparse.Namespace) -> int:
         warm_aloud(engine)
         service = Service(engine, limit=config.slots + config.queue)
         name = options.name or options.checkpoint.resolve().name
-        settings = Settings(name=name, most=engine.length, key=key, timeout=options.timeout)
+        chosen = {"key": key, "timeout": options.timeout, "priorities": options.priorities}
+        settings = Settings(name=name, most=engine.length, **chosen)
 
         def ready(host: str, port: int) -> None:
             if options.json:

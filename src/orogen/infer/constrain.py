@@ -10,6 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from orogen.infer.knobs import words_of_mask
 from orogen.infer.request import Grammar
 
 MOST_TEXT = 2**16  # characters of a grammar
-KEPT = 64  # compiled grammars that are kept for further requests
+KEPT = 64  # compiled grammars that are kept for further requests, beside those of requests that are on their way
 
 
 class Constraints:
@@ -44,13 +45,14 @@ class Constraints:
         """Of thinking. Raises ConfigError if the tokenizer changes them."""
         return markers_of(self._tokenizer, self._vocab_size)
 
-    def prepare(self, grammar: Grammar) -> None:
-        """Compiles a grammar, in this thread, whichever it is. `matcher` then finds it, of this object or of another
-        one for the same tokenizer: a server compiles, and its engine, which must not wait, uses what is there.
+    def prepare(self, grammar: Grammar) -> "Compiled":
+        """Compiles a grammar, in this thread, whichever it is. As long as somebody holds what this returns, `matcher`
+        finds it, of this object or of another one for the same tokenizer: a server compiles, and its engine, which must
+        not wait, uses what is there.
 
         Raises ConfigError as `matcher` does.
         """
-        self._compiler.compiled(grammar)
+        return self._compiler.compiled(grammar)
 
     def matcher(self, grammar: Grammar, *, prompt: Sequence[int] = ()) -> "Matcher":
         """The matcher of a new request. Where `prompt` ends inside `<think>`, the grammar begins after `</think>`.
@@ -58,30 +60,37 @@ class Constraints:
         Raises ConfigError for a grammar that is malformed, unsupported, matches nothing or takes too much.
         """
         reader, _ = read(self._markers, prompt)
-        return Matcher(self._compiler.compiled(grammar).deep_copy(), self._words, self._markers, reader)
+        return Matcher(self._compiler.compiled(grammar).matcher.deep_copy(), self._words, self._markers, reader)
 
     def close(self) -> None:
         """Ends the process that compiles grammars first; a further grammar starts another one."""
         self._compiler.check.close()
 
 
+class Compiled:
+    """A compiled grammar. matcher: llguidance's, to be copied."""
+
+    def __init__(self, matcher: Any) -> None:
+        self.matcher = matcher
+
+
 class _Compiler:
-    """Compiled grammars of one tokenizer. For any thread."""
+    """Compiled grammars of one tokenizer: the last ones, and all that somebody holds. For any thread."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._library: Any = importlib.import_module("llguidance")
         ends, encode = tokenizer.end_ids, lambda text: tokenizer.encode_inside(text).tolist()
         self._trie = trie(self._library, tokenizer.bytes_of_token, ends, encode)
-        self._kept: OrderedDict[Grammar, Any] = OrderedDict()
+        self._kept: OrderedDict[Grammar, Compiled] = OrderedDict()
+        self._held: WeakValueDictionary[Grammar, Compiled] = WeakValueDictionary()
         self._lock = threading.Lock()  # of what is kept; nothing is compiled under it
         self.check = GrammarCheck()
 
-    def compiled(self, grammar: Grammar) -> Any:
-        """The matcher of a grammar, to be copied. Raises ConfigError."""
+    def compiled(self, grammar: Grammar) -> Compiled:
+        """The grammar, compiled. Raises ConfigError."""
         with self._lock:
-            if grammar in self._kept:
-                self._kept.move_to_end(grammar)
-                return self._kept[grammar]
+            if (found := self._held.get(grammar)) is not None:
+                return self._keep(grammar, found)
         if len(grammar.text) > MOST_TEXT:
             raise ConfigError(f"Grammar.text has {len(grammar.text)} characters; expected at most {MOST_TEXT}")
         self.check.check(grammar.kind, grammar.text)
@@ -89,10 +98,14 @@ class _Compiler:
         if error:
             raise ConfigError(f"Grammar.text {shown(grammar.text[:80])}: {error[:400]}; expected a simpler one")
         with self._lock:
-            self._kept[grammar] = matcher
-            while len(self._kept) > KEPT:
-                self._kept.popitem(last=False)
-        return matcher
+            return self._keep(grammar, Compiled(matcher))
+
+    def _keep(self, grammar: Grammar, found: Compiled) -> Compiled:
+        self._kept[grammar] = self._held[grammar] = found
+        self._kept.move_to_end(grammar)
+        while len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
+        return found
 
 
 # The trie of 131,072 tokens takes 0.6 s and tens of megabytes: a server and its engine share one.

@@ -5,10 +5,11 @@ What a request gets depends on nothing that runs beside it: a slot's tokens are 
 all, and every request draws with a key of its own.
 """
 
+import collections
 import dataclasses
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,37 +18,30 @@ from orogen.checkpoint.open import Opened
 from orogen.config.checks import ConfigError
 from orogen.config.engine import EngineConfig
 from orogen.infer.arrays import Arrays
-from orogen.infer.buckets import Buckets
-from orogen.infer.forward import NONE, Caches
+from orogen.infer.forward import Caches, Report
 from orogen.infer.knobs import check_ids
-from orogen.infer.programs import Emitted, Programs
+from orogen.infer.packing import pack
+from orogen.infer.prepare import buckets_of, is_token, prepared
+from orogen.infer.programs import Emitted, Held, Programs
 from orogen.infer.request import CANCELLED, ERROR, EngineFailed, Output, Request
 from orogen.infer.samplers import Samplers
 from orogen.infer.schedule import Admission, Piece, Scheduler
-from orogen.infer.sizes import Sizes, sizes_of
+from orogen.infer.sizes import sizes_of
 from orogen.infer.slot import Slot, plain, reported
+from orogen.infer.state import OFF, ON, UNDRAFTED
+from orogen.infer.stats import Stats
 from orogen.infer.text import Texts, TextStream
 from orogen.infer.warm import compiling, run_all
-from orogen.model.lm import written_out
-from orogen.model.slots import FEW
 
-Placed = list[tuple[int, int]]  # (row of a call, its slot) pairs
+SHORT = 4  # steps of a call while requests wait for a slot, which is free only when the host has heard of its end
 
 
-@dataclasses.dataclass
-class Stats:
-    """Totals since the engine was made. steps: of decoding, over all slots. drafted: drafts of each depth that could
-    have been kept; accepted: those that were. host_seconds: of rounds, without what waits for devices."""
+class Dispatched(NamedTuple):
+    """A call whose outputs are not told yet: the row of each request, and most steps; 0 for one that read."""
 
-    requests: int = 0
-    read_tokens: int = 0
-    cached_tokens: int = 0
-    generated_tokens: int = 0
-    steps: int = 0
-    drafted: list[int] = dataclasses.field(default_factory=list)
-    accepted: list[int] = dataclasses.field(default_factory=list)
-    host_seconds: float = 0.0
-    device_seconds: float = 0.0
+    placed: list[tuple[int, Slot]]
+    emitted: Emitted
+    steps: int
 
 
 class Engine:
@@ -62,17 +56,19 @@ class Engine:
         """release: the engine takes over the model's arrays, which `opened` then has no more; see `written_out`."""
         self.config = config = config or EngineConfig()
         self.sizes = sizes = sizes_of(opened.config, opened.plan.config, config)
-        self.opened = opened = _prepared(opened, config, release=release)
+        self.opened = opened = prepared(opened, config, release=release)
         self.scheduler = Scheduler(sizes.capacity(config))
-        self.programs = Programs(opened, config, sizes.drafts, sizes.length, _is_token(opened))
-        self.buckets = _buckets(opened, config, sizes)
+        self.programs = Programs(opened, config, sizes.drafts, sizes.length, is_token(opened))
+        self.buckets = buckets_of(opened, config, sizes)
         self._arrays = Arrays(config, sizes, self.buckets, put=self.programs.put)
         self._samplers = Samplers(self.programs)
         self._caches: Caches = self.programs.start(sizes.slots, sizes.pages)
+        self._state = self.programs.state()
         # With a page that nobody uses: jax forgets how arrays of no element are laid over devices.
         self._snapshots: Caches = self.programs.start(max(sizes.snapshots, 1), min(sizes.pages, 1))
         self._slots: dict[int, Slot] = {}
         self._waiting: dict[int, tuple[Request, TextStream | None, Any]] = {}
+        self._dispatched: collections.deque[Dispatched] = collections.deque()
         self._failure: str | None = None
         self._outputs: list[Output] = []
         self._texts = Texts(opened.tokenizer) if opened.tokenizer is not None else None
@@ -136,18 +132,29 @@ class Engine:
             raise
 
     def _round(self) -> list[Output]:
+        """Dispatches what there is to do, then tells what came of it: all but this round's decoding, which goes on
+        while the host prepares the next round. A grammar must see a token before it says what may come next, so that
+        with one nothing is dispatched ahead."""
         began, waited = time.perf_counter(), self.stats.device_seconds
         plan = self.scheduler.round()
         for admission in plan.admitted:
             self._admit(admission)
-        emitted = self._read(plan.pieces)
-        if plan.decoding:
-            emitted.append(([(slot, slot) for slot in plan.decoding], self._decode(plan.decoding)))
-        for placed, each in emitted:
-            self._tell(placed, each)
+        self._read(plan.pieces)
+        constrained = any(slot.matcher is not None for slot in self._slots.values())
+        if constrained:
+            self._tell_all_but(0)
+        ready = (*plan.decoding, *(piece.slot for piece in plan.pieces if piece.last))
+        running = [slot for seat in ready if (slot := self._slots.get(seat)) and slot.undispatched > 0]
+        if running:
+            self._decode(running, 1 if constrained else self._steps())
+        self._tell_all_but(1 if running and not constrained else 0)
         outputs, self._outputs = self._outputs, []
         self.stats.host_seconds += time.perf_counter() - began - (self.stats.device_seconds - waited)
         return outputs
+
+    def _steps(self) -> int:
+        """Of the next call of decoding."""
+        return min(self.config.steps, SHORT) if self.scheduler.queued else self.config.steps
 
     def run(self, requests: Iterable[Request]) -> list[list[Output]]:
         """Answers the requests, together, and returns the outputs of each. Nothing else may be under way."""
@@ -166,7 +173,7 @@ class Engine:
 
     def warm(self) -> int:
         """Compiles every program that requests can need, which then wait for none. Returns how many there are."""
-        stores = self._caches, self._snapshots
+        stores = Held(self._caches, self._state), self._snapshots
         jobs = compiling(self.programs, self.buckets, self._arrays, self._samplers, stores)
         run_all(jobs)
         return len(jobs)
@@ -184,10 +191,8 @@ class Engine:
         for rank in self.scheduler.ranks:
             if rank.prefix is not None:
                 rank.prefix.clear()
-        self._waiting.clear()
-        self._slots.clear()
-        self._outputs.clear()
-        self._changed()
+        for kept in (self._waiting, self._slots, self._outputs, self._dispatched):
+            kept.clear()
 
     def _require_sound(self) -> None:
         if self._failure is not None:
@@ -229,41 +234,56 @@ class Engine:
         ends = request.stop_ids
         if tokenizer is not None and not request.ignore_eos:
             ends = (*ends, *sorted(tokenizer.end_ids))
-        self._slots[admission.slot] = Slot(admission.number, request, admission.pages, ends, text, matcher)
+        slot = Slot(admission.number, request, admission.pages, ends, text, matcher, admission.slot, admission.length)
+        self._slots[slot.seat] = slot
         source = self._arrays.snapshot_row(admission.slot, admission.row)
         into = self._arrays.slot_row(admission.slot)
         self._caches = self.programs.copy(self._caches, self._snapshots, into, source)
         if self.programs.keeps_text:  # the whole prompt: what comes from the prefix cache is not read
             text_dl = self._arrays.text(request.prompt, self.programs.text_length)
             self._caches = self.programs.write(self._caches, text_dl, into)
-        self._changed()
+        self._samplers.changed(slot.seat)
+        self._arrays.joined(slot)
         self.stats.cached_tokens += admission.length
 
-    def _leave(self, slot: int) -> Slot:
-        self._changed()
-        return self._slots.pop(slot)
+    def _leave(self, seat: int) -> Slot:
+        self._samplers.changed(seat)
+        return self._slots.pop(seat)
 
-    def _changed(self) -> None:
-        """Requests came or went: what was made for those that ran is made anew."""
-        self._samplers.changed()
-        self._arrays.changed()
-
-    def _read(self, pieces: Sequence[Piece]) -> list[tuple[Placed, Emitted]]:
-        """Reads the pieces. Returns what was emitted by calls in which prompts ended."""
-        planned, found = {piece.slot: piece for piece in pieces}, []
+    def _read(self, pieces: Sequence[Piece]) -> None:
+        """Dispatches calls that read the pieces."""
+        planned = {piece.slot: piece for piece in pieces}
         for call in self.buckets.calls(pieces):
-            rows, inputs = self._arrays.pieces(call, self._slots)
-            sampler = self._samplers.reading([piece and self._slots[piece.slot] for piece in rows])
-            features = self._samplers.everything
-            self._caches, emitted = self.programs.read(self._caches, inputs, sampler, features=features)
-            placed = [(row, piece.slot) for row, piece in enumerate(rows) if piece and piece.last]
-            if placed:
-                found.append((placed, emitted))
+            rows = self._arrays.rows(call)
+            ending = [self._slots[piece.slot] if piece and piece.last else None for piece in rows]
+            entries, counted, mask_rw = self._samplers.reading(ending)
+            packed_rw = pack(self._arrays.entries(entries, rows, self._slots))
+            inputs = packed_rw, *self._arrays.pieces(rows, call.length, self._slots), counted, mask_rw
+            held, emitted = self.programs.read(Held(self._caches, self._state), inputs)
+            self._dispatch(held, Dispatched([(row, slot) for row, slot in enumerate(ending) if slot], emitted, 0))
             for piece in call.pieces:
                 whole = planned[piece.slot]
                 if piece.start + piece.count == whole.start + whole.count:
                     self._has_read(whole)
-        return found
+
+    def _dispatch(self, held: Held, call: Dispatched) -> None:
+        """Takes what a call gives back, and notes whose tokens it emits."""
+        self._caches, self._state = held
+        if not call.placed:
+            return
+        for _, slot in call.placed:
+            slot.ahead += call.steps or 1
+        call = call._replace(emitted=self._wanted(call))
+        for array in jax.tree.leaves(call.emitted):
+            array.copy_to_host_async()
+        self._dispatched.append(call)
+
+    def _wanted(self, call: Dispatched) -> Emitted:
+        """What the host reads of what a call emitted: each array takes a transfer."""
+        report, bad_b, offered_bn = call.emitted
+        if all(slot.request.logprobs is None for _, slot in call.placed):
+            report = Report(report.token, None, None, None)
+        return Emitted(report, bad_b, offered_bn if self.sizes.drafts else None)
 
     def _has_read(self, piece: Piece) -> None:
         """Keeps what is to be kept behind a piece, and reports it."""
@@ -274,73 +294,44 @@ class Engine:
         self.scheduler.prefilled(piece.slot, piece.count)
         self.stats.read_tokens += piece.count
 
-    def _decode(self, decoding: Sequence[int]) -> Emitted:
-        """Some steps of the slots: one at a time where grammars say what may come next."""
-        features, sampler = self._samplers.decoding(self._slots)
-        constrained = any(self._slots[slot].matcher is not None for slot in decoding)
-        steps = 1 if constrained else self.config.steps
-        control = self._arrays.control(decoding, self._slots, steps * (self.sizes.drafts + 1))
-        self._caches, rows, emitted = self.programs.decode(
-            self._caches, control, sampler, features=features, steps=steps
-        )
-        self._samplers.advanced(rows)
-        return emitted
+    def _decode(self, running: Sequence[Slot], steps: int) -> None:
+        """Dispatches so many steps of these slots."""
+        runs_b = np.full(self.config.slots, OFF, np.int32)
+        for slot in running:
+            runs_b[slot.seat] = ON if slot.matcher is None else UNDRAFTED
+        features, packed_bw, mask_bw = self._samplers.decoding(self._slots, runs_b)
+        table_bp = self._arrays.table(slot.length_after(steps, self.sizes.drafts) for slot in running)
+        inputs = packed_bw, table_bp, mask_bw
+        held, emitted = self.programs.decode(Held(self._caches, self._state), inputs, features=features, steps=steps)
+        self._dispatch(held, Dispatched([(slot.seat, slot) for slot in running], emitted, steps))
 
-    def _tell(self, placed: Placed, emitted: Emitted) -> None:
-        """What a call emitted in these rows becomes outputs, and requests that have ended leave."""
+    def _tell_all_but(self, count: int) -> None:
+        """Tells what was dispatched but the last so many calls."""
+        while len(self._dispatched) > count:
+            self._tell(self._dispatched.popleft())
+
+    def _tell(self, call: Dispatched) -> None:
+        """What a call emitted becomes outputs, and requests that have ended leave. Those that had left before have no
+        part in it."""
         began = time.perf_counter()
-        report, drafts_bn, bad_b, offered_bn = jax.device_get(tuple(emitted))
+        report, bad_b, offered_bn = jax.device_get(call.emitted)
         self.stats.device_seconds += time.perf_counter() - began
-        if report.token.ndim == 3:
-            slots = [slot for _, slot in placed]
-            self._count(report.token[slots], offered_bn[slots])
-        else:
-            self._samplers.changed()  # what read its prompt decodes from now on
+        placed = [(row, slot) for row, slot in call.placed if self._slots.get(slot.seat) is slot]
+        if call.steps:
+            report = jax.tree.map(lambda a: a[:, : call.steps], report)
+            rows = [row for row, _ in placed]
+            self.stats.count(report.token[rows], None if offered_bn is None else offered_bn[rows])
         bad, ids = bad_b.tolist(), report.token.reshape(len(bad_b), -1).tolist()
-        for row, number in placed:
-            slot = self._slots[number]
+        for row, slot in placed:
+            slot.ahead -= call.steps or 1
             most = slot.request.logprobs
             chosen = plain(ids[row]) if most is None else reported(report, row, most)
-            slot.drafts = drafts_bn[row]
+            if not chosen and not bad[row]:
+                continue  # it has ended, which is told already
             output = slot.told(chosen, bad=bad[row])
             self.stats.generated_tokens += len(output.tokens)
             if output.finish is not None:
                 committed = () if output.finish == ERROR else slot.generated[:-1]
-                self.scheduler.finished(number, committed=committed)
-                self._leave(number)
+                self.scheduler.finished(slot.seat, committed=committed)
+                self._leave(slot.seat)
             self._outputs.append(output)
-
-    def _count(self, tokens_bsn: np.ndarray, offered_bn: np.ndarray) -> None:
-        """Steps of slots, the drafts that were there, and those that were kept."""
-        steps, *accepted = (tokens_bsn != NONE).sum((0, 1)).tolist()
-        add = lambda old, new: [a + b for a, b in zip(old, new, strict=True)]  # noqa: E731
-        self.stats.steps += steps
-        self.stats.drafted = add(self.stats.drafted, offered_bn.sum(0).tolist())
-        self.stats.accepted = add(self.stats.accepted, accepted)
-
-
-def _prepared(opened: Opened, config: EngineConfig, *, release: bool) -> Opened:
-    """The model as the engine runs it."""
-    plan = dataclasses.replace(opened.plan, decode_kernels=config.kernels)
-    if not config.written_out:
-        return opened._replace(plan=plan)
-    states = opened.params, opened.buffers
-    built, (params, buffers) = written_out(opened.config, opened.built, *states, release=release)
-    return opened._replace(plan=plan, built=built, params=params, buffers=buffers)
-
-
-def _buckets(opened: Opened, config: EngineConfig, sizes: Sizes) -> Buckets:
-    """The shapes of its programs."""
-    layers = opened.config.layers
-    latent = "+" in layers.main + (layers.mtp if config.drafter == "mtp" else "")
-    by_kernel = config.kernels == "triton" and not latent and not config.exact and sizes.drafts < FEW
-    return Buckets(config, sizes, tensor=opened.plan.size("tensor"), tables_cost_nothing=by_kernel)
-
-
-def _is_token(opened: Opened) -> np.ndarray:
-    """(v,) whether a token may be chosen: rows of the vocabulary beyond the tokenizer's stand for nothing."""
-    is_token_v = np.ones(opened.config.vocab_size, bool)
-    if opened.tokenizer is not None:
-        is_token_v[:] = False
-        is_token_v[: opened.tokenizer.vocab_size] = opened.tokenizer.is_token_v
-    return is_token_v

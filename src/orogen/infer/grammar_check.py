@@ -7,6 +7,7 @@ compiles here, with a quarter of the usual stack, compiles in the engine.
 import importlib
 import json
 import os
+import re
 import resource
 import select
 import subprocess
@@ -31,6 +32,9 @@ LIMITS = {
 # Between the parts of a JSON text: nothing, a space, or a line end with its indentation. The library's default is any
 # space at all, of which models are known to write without an end.
 SPACES = {"whitespace_pattern": r"( |\n[ \t]{0,32})?"}
+# What tells a grammar in Lark's form from GBNF, whose rules are written with `::=`. The library itself overlooks
+# `?start`, a rule whose only child takes its place.
+_LARK = re.compile(r"^\s*(%llguidance\b|[?!]*start(\.-?\d+)?\s*:(?!:=))", re.MULTILINE)
 # Steps that are tried: some expressions explode at the first token.
 TRIED = 4
 
@@ -42,7 +46,9 @@ def compiled(library: Any, tokenizer: Any, kind: str, text: str) -> tuple[Any, s
         grammar = {
             "regex": library.LLMatcher.grammar_from_regex,
             "json_schema": lambda text: _schema_grammar(library, text),
-            "grammar": lambda text: library.LLMatcher.grammar_from_lark(convert.any_to_lark(text)),
+            "grammar": lambda text: library.LLMatcher.grammar_from_lark(
+                text if _LARK.search(text) else convert.gbnf_to_lark(text)
+            ),
         }[kind](text)
     except (ValueError, RecursionError, convert.GbnfToLarkError) as error:
         return None, one_line(str(error))

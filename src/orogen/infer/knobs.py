@@ -4,6 +4,7 @@ Letters: b batch (rows), v vocabulary, k biases, n tokens that are held back, w 
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -34,15 +35,10 @@ class Features:
     budgets: bool = False
     logprobs: int | None = None
 
-    @property
+    @functools.cached_property
     def values(self) -> tuple[bool | int | None, ...]:
         """In the order of the fields."""
         return dataclasses.astuple(self)
-
-    @property
-    def without_penalties(self) -> "Features":
-        """All but those."""
-        return dataclasses.replace(self, penalties=False)
 
 
 class Knobs(NamedTuple):

@@ -100,10 +100,12 @@ def fields_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _read(file: Path) -> str:
-    if not file.is_file():
-        raise ConfigError(f"--json_schema {str(file)!r} is no file; expected one with a JSON schema")
-    try:
+    try:  # a pipe is as good as a file
         return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"--json_schema {str(file)!r}: {error.strerror}; expected a file with a JSON schema"
+        ) from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: byte {error.start} is not UTF-8; expected a JSON schema") from None
 

@@ -1,7 +1,7 @@
 """What an engine runs on its devices: caches made, prompts read, tokens decoded, rows of caches copied.
 
-Arrays over slots are over those of all data ranks, a rank's own one after another. All control comes from the host with
-each call; the devices keep caches and what sampling counts.
+Arrays over slots are over those of all data ranks, a rank's own one after another. The devices keep caches, and where
+each slot is in its text (`state.py`); the host says with each call which slots go on.
 
 Letters: b slots, r rows that are read, t time, n drafts.
 """
@@ -9,171 +9,103 @@ Letters: b slots, r rows that are read, t time, n drafts.
 import collections
 import dataclasses
 import functools
-import math
+import importlib.util
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array, lax
 
-from orogen.checkpoint.open import Opened
-from orogen.config.engine import EngineConfig
+from orogen.config.checks import ConfigError
 from orogen.infer.budget import Markers, markers_of
 from orogen.infer.exact import COMPILER_OPTIONS
-from orogen.infer.forward import Caches, Control, Exact, Forward, Pieces, Report, Sampler, with_pages
+from orogen.infer.forward import Caches, Exact, Forward, Report, Sampler, with_pages
 from orogen.infer.knobs import Features
-from orogen.model.cache import map_layers
-from orogen.model.lm import LanguageModel
-from orogen.model.slots import Paged, Slots, with_pools
+from orogen.infer.packing import unpack
+from orogen.infer.request import MOST_LOGPROBS
+from orogen.infer.state import State, carried, controlled, entered, no_entries, no_seats, no_state, rows_for
+from orogen.infer.stores import Stores
 from orogen.parallel.placement import jitted
 from orogen.parallel.plan import Plan
 
 
 class Emitted(NamedTuple):
-    """What a call emitted: tokens (b,), or (b, steps, n + 1), with what was asked for of each; drafts (b, n) of the
-    next; slots (b,) whose logits were no numbers or had no possible token; and how many drafts of each depth (b, n)
-    were there to be kept."""
+    """What a call emitted: tokens (b,), or (b, steps, n + 1), with what was asked for of each; slots (b,) whose logits
+    were no numbers or had no possible token; and how many drafts of each depth (b, n) were there to be kept, None where
+    nobody reads that."""
 
     report: Report
-    drafts_bn: Array
     bad_b: Array
-    offered_bn: Array
+    offered_bn: Array | None
 
 
-class Layout(NamedTuple):
-    """How the caches of a model lie: specs of arrays, and how many axes of repeated layers each has in front."""
+class Held(NamedTuple):
+    """What a call is given and gives back changed, in place: caches, and `State`."""
 
-    specs: Any
-    leads: Any
-    axes: Any
+    caches: Caches
+    state: State
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Programs:
+class Programs(Stores):
     """The programs of one model on its plan. Each compiles once per shape and features.
 
-    drafts: as in `config`, 0 if nothing drafts. length: most tokens of a text.
+    is_token_v: which rows of the vocabulary a tokenizer has. traces: how many programs of each kind were traced.
     """
 
-    opened: Opened
-    config: EngineConfig
-    drafts: int
-    length: int
     is_token_v: Any
-
-    @functools.cached_property
-    def traces(self) -> collections.Counter[str]:
-        """How many programs of each kind were compiled."""
-        return collections.Counter()
+    traces: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter, init=False)
+    _tracing: threading.Lock = dataclasses.field(default_factory=threading.Lock, init=False)
 
     @functools.cached_property
     def markers(self) -> Markers:
         """Of thinking, for requests with a budget. Raises ConfigError if the tokenizer has none."""
         return markers_of(self.opened.tokenizer, self.opened.config.vocab_size)
 
-    @property
-    def plan(self) -> Plan:
-        """Of reading; that of decoding splits rows."""
-        return self.opened.plan
-
-    @property
-    def ranks(self) -> int:
-        """Data ranks, each with slots, pages and snapshots of its own."""
-        return self.plan.size("batch")
-
     @functools.cached_property
-    def layout(self) -> Layout:
-        """Of the caches."""
-        room, model = self._room(1, 1), self._abstract
-        axes = Caches(
-            model.backbone.cache_axes(room),
-            self._mtp(model) and self._mtp(model).cache_axes(room),
-            ("batch", None) if self.keeps_text else None,
-        )
-        leads = jax.tree.map(lambda array, names: array.ndim - len(names), self._shapes(room), axes)
-        specs = jax.tree.map(lambda lead, names: self.plan.spec(*(None,) * lead, *names), leads, axes)
-        return Layout(specs, leads, axes)
+    def everything(self) -> Features:
+        """All that a request can ask of the model: text only where there is a tokenizer."""
+        try:
+            budgets = bool(self.markers)
+        except ConfigError:  # a request for a budget is refused with this message
+            budgets = False
+        masks = self.opened.tokenizer is not None and importlib.util.find_spec("llguidance") is not None
+        each = dict.fromkeys(("draws", "restricts", "penalties", "biases", "holds"), True)
+        return Features(**each, masks=masks, budgets=budgets, logprobs=MOST_LOGPROBS)
 
-    def bytes_per_device(self, slots: int, pages: int) -> int:
-        """What `start` takes on each device, from shapes alone."""
-        made, bytes_of = self._shapes(self._room(slots, pages)), lambda a: a.size * a.dtype.itemsize
-        ways = lambda names: math.prod(self.plan.size(n) for n in names if n not in (None, "batch"))  # noqa: E731
-        return sum(jax.tree.leaves(jax.tree.map(lambda a, n: bytes_of(a) // ways(n), made, self.layout.axes)))
-
-    def _shapes(self, room: Slots) -> Caches:
-        """The arrays of one data rank's caches, whole, without their numbers."""
-        built = self.opened.built
-        start = lambda params, buffers: self._empty(self._merged(params, buffers), room)  # noqa: E731
-        return jax.eval_shape(start, built.params, built.buffers)
-
-    @property
-    def _abstract(self) -> LanguageModel:
-        built = self.opened.built
-        return nnx.merge(built.graph, built.params, built.buffers)
-
-    def start(self, slots: int, pages: int) -> Caches:
-        """Empty caches of so many slots and pages in each data rank."""
-
-        def make(params: Any, buffers: Any) -> Caches:
-            made = self._empty(self._merged(params, buffers), self._room(slots, pages))
-            return self._settled(self.plan.vary(made))
-
-        opened = self.opened
-        inputs = self.plan.specs(opened.params), self.plan.specs(opened.buffers)
-        run = self.plan.run(make, inputs=inputs, outputs=self.layout.specs)
-        return jax.jit(run)(opened.params, opened.buffers)
+    def state(self) -> State:
+        """Of slots without requests."""
+        size = self.opened.config.vocab_size
+        return self.put(no_state(self.config.slots, self.everything, vocab_size=size, drafts=self.drafts))
 
     def put(self, tree: Any) -> Any:
         """Arrays over slots, laid on the devices."""
         return jax.device_put(tree, self.plan.sharding("batch"))
 
-    def read(self, caches: Caches, pieces: tuple[Any, Pieces], sampler: Sampler, *, features: Features):
-        """Reads pieces of the prompts of some slots (r,), numbered in their ranks; a number beyond the last: of none.
-        sampler: of these rows. Returns caches, and what was emitted, one token of each row whose prompt ends."""
-        return self.reader(features)(*self.read_inputs(caches, pieces, sampler))
+    def read(self, held: Held, inputs: tuple[Any, ...]) -> tuple[Held, Emitted]:
+        """Reads pieces of the prompts of some slots (r,). Returns what was emitted beside, one token of each row whose
+        prompt ends.
 
-    def read_inputs(self, caches: Caches, pieces: tuple[Any, Pieces], sampler: Sampler) -> tuple[Any, ...]:
-        """What `reader`'s program takes."""
-        return caches, self._weights, pieces, sampler
+        inputs: packed `Entries`; tokens (r, t) and pages of the pieces; `Rows` with counts and prompts alone; masks or
+        None.
+        """
+        return self.reader(*self.read_inputs(held, inputs))
 
-    def decode(self, caches: Caches, control: Control, sampler: Sampler, *, features: Features, steps: int):
-        """Decodes for `steps` steps, or until no slot has tokens left. Returns caches, rows, and what was emitted."""
-        return self.decoder(features)(*self.decode_inputs(caches, control, sampler, steps))
+    def read_inputs(self, held: Held, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What `reader` takes."""
+        return held, self._weights, inputs
 
-    def decode_inputs(self, caches: Caches, control: Control, sampler: Sampler, steps: int) -> tuple[Any, ...]:
+    def decode(self, held: Held, inputs: tuple[Any, ...], *, features: Features, steps: int) -> tuple[Held, Emitted]:
+        """Decodes for `steps` steps, or until no slot has tokens left. inputs: packed `Seats` of all slots, their page
+        table, and masks or None. Returns what was emitted beside."""
+        return self.decoder(features)(*self.decode_inputs(held, inputs, steps))
+
+    def decode_inputs(self, held: Held, inputs: tuple[Any, ...], steps: int) -> tuple[Any, ...]:
         """What `decoder`'s program takes."""
-        return caches, self._weights, (control, sampler), np.int32(steps)
-
-    @functools.cached_property
-    def copy(self) -> Any:
-        """(into, source, into_d, source_d): `into`, with what one row of `source` keeps beside pages in one of its own,
-        in each data rank; a number beyond the last: nothing is copied there, or zeros from there."""
-
-        def copy(into: Caches, source: Caches, into_d: Array, source_d: Array) -> Caches:
-            def put(old: Array, new: Array, lead: int) -> Array:
-                row = jnp.take(new, source_d, axis=lead, mode="fill", fill_value=0)
-                return old.at[(slice(None),) * lead + (into_d,)].set(row, mode="drop")
-
-            return self._settled(self.plan.vary(self._of_rows(put, into, source)))
-
-        rank = self.plan.spec("batch")
-        inputs, outputs = (self.layout.specs,) * 2 + (rank,) * 2, self.layout.specs
-        return jitted(copy, self.plan, inputs=inputs, outputs=outputs)
-
-    @functools.cached_property
-    def write(self) -> Any:
-        """(caches, text_dl, row_d): the caches, with a text in one row of each data rank; a number beyond the last:
-        in none."""
-
-        def write(caches: Caches, text_dl: Array, row_d: Array) -> Caches:
-            text_bl = self.plan.vary(caches.text_bl).at[row_d].set(text_dl, mode="drop")
-            return caches._replace(text_bl=self.plan.agreed(text_bl, *self.layout.axes.text_bl))
-
-        rank = self.plan.spec("batch")
-        return jitted(write, self.plan, inputs=(self.layout.specs, rank, rank), outputs=self.layout.specs)
+        return held, self._weights, inputs, np.int32(steps)
 
     @functools.cached_property
     def _weights(self) -> list[Array]:
@@ -181,38 +113,42 @@ class Programs:
         return jax.tree.leaves((self.opened.params, self.opened.buffers))
 
     @functools.cached_property
-    def reader(self) -> Callable[[Features], Any]:
-        """The jitted program of `read`, by features; kept as long as this."""
-        return functools.lru_cache(None)(self._reading)
-
-    @functools.cached_property
     def decoder(self) -> Callable[[Features], Any]:
-        """That of `decode`."""
+        """The jitted program of `decode`, by features; kept as long as this."""
         return functools.lru_cache(None)(self._decoding)
 
-    def _reading(self, features: Features) -> Callable[..., Any]:
-        def read(caches, params, buffers, numbered, sampler):
-            slot_r, pieces = numbered
+    @functools.cached_property
+    def reader(self) -> Callable[..., Any]:
+        """That of `read`, which can do everything: it chooses few tokens."""
+        features, like = self.everything, no_entries(1, self.everything)
+
+        def read(held, params, buffers, inputs):
             forward = self._forward(params, buffers, self.plan, features)
-            caches, slot_r, pieces, sampler = self.plan.vary((caches, slot_r, pieces, sampler))
+            (caches, state), (packed_rw, tokens_rt, table_rp, rows, mask_rw) = self.plan.vary((held, inputs))
+            entries = unpack(packed_rw, like)
+            slot_r = entries.slot_r
             take = lambda a, _, lead: jnp.take(a, slot_r, axis=lead, mode="clip")  # noqa: E731
             put = lambda old, new, lead: old.at[(slice(None),) * lead + (slot_r,)].set(new, mode="drop")  # noqa: E731
-            mine = self._of_rows(take, caches, caches)
-            mine, _, report, drafts_rn, bad_r = forward.read(mine, pieces, sampler)
-            caches = self._of_rows(put, self._pooled(caches, mine), mine)
-            emitted = Emitted(report, drafts_rn, bad_r, jnp.zeros_like(drafts_rn))
-            return self._settled(caches), self._agreed(self.plan.vary(emitted))
+            mine = self.of_rows(take, caches, caches)
+            rows = rows._replace(number_b=jnp.zeros_like(slot_r), thought=entries.thought)
+            sampler = Sampler(entries.knobs, rows, mask_rw)
+            mine, rows, report, drafts_rn, bad_r = forward.read(mine, entries.pieces(tokens_rt, table_rp), sampler)
+            caches = self.of_rows(put, self.pooled(caches, mine), mine)
+            state = entered(state, entries, report.token, drafts_rn, bad_r=bad_r, rows=rows)
+            emitted = Emitted(report, bad_r, jnp.zeros_like(drafts_rn))
+            return self._given_back(caches, state), self._agreed(self.plan.vary(emitted))
 
-        return self._compiled(read, inputs=(self.plan.spec("batch"),) * 2, outputs=1)
+        return self._compiled(read, inputs=(self.plan.spec("batch"),))
 
     def _decoding(self, features: Features) -> Callable[..., Any]:
-        def decode(caches, params, buffers, inputs, steps):
-            control, sampler = inputs
+        like = no_seats(1, features)
+
+        def decode(held, params, buffers, inputs, steps):
             plan = self._decode_plan()
             forward = self._forward(params, buffers, plan, features)
-            caches, control, sampler = plan.vary((caches, control, sampler))
-            paged = with_pages(caches, control.table_bp)
-            slots = len(control.token_b)
+            (caches, state), (packed_bw, table_bp, mask_bw) = plan.vary((held, inputs))
+            seats = unpack(packed_bw, like)
+            control, sampler = controlled(state, seats, table_bp), Sampler(seats.knobs, None, mask_bw)
             alive = lambda control: plan.max(jnp.any(control.left_b > 0).astype(jnp.int32), "batch")  # noqa: E731
 
             def body(carry):
@@ -223,59 +159,47 @@ class Programs:
                 state = caches, rows, control, report, bad_b | bad_now_b, offered_bn
                 return step + 1, alive(control), plan.vary(state)
 
+            slots = len(control.token_b)
             report = forward.blank((slots, self.config.steps, self.drafts + 1))
-            state = paged, sampler.rows, control, report, jnp.zeros(slots, bool), jnp.zeros_like(control.drafts_bn)
-            start = jnp.int32(0), alive(control), plan.vary(state)
+            told = report, jnp.zeros(slots, bool), jnp.zeros_like(control.drafts_bn)
+            loop = with_pages(caches, table_bp), rows_for(state.rows, features), control, *told
+            start = jnp.int32(0), alive(control), plan.vary(loop)
             goes_on = lambda carry: (carry[0] < steps) & (carry[1] > 0)  # noqa: E731
-            _, _, (paged, rows, control, *told) = lax.while_loop(goes_on, body, start)
-            report, bad_b, offered_bn = told
-            emitted = Emitted(report, control.drafts_bn, bad_b, offered_bn)
+            _, _, (paged, rows, after, *told) = lax.while_loop(goes_on, body, start)
             # Not with this call's tables, whose width would make the caches those of another program.
-            caches = self._of_rows(lambda _, new, lead: new, self._pooled(caches, paged), paged)
-            return self._settled(caches), self._agreed(rows), self._agreed(emitted)
+            caches = self.of_rows(lambda _, new, lead: new, self.pooled(caches, paged), paged)
+            state = carried(state, control, after, rows)
+            return self._given_back(caches, state), self._agreed(Emitted(*told))
 
-        return self._compiled(decode, inputs=(self.plan.spec("batch"), self.plan.spec()), outputs=2)
+        return self._compiled(decode, inputs=(self.plan.spec("batch"), self.plan.spec()))
 
-    def _compiled(self, program: Callable[..., Any], *, inputs: tuple[Any, ...], outputs: int) -> Callable[..., Any]:
-        """The program, jitted, of caches, the list of weights, and inputs so laid out; so many trees over rows come out
-        beside the caches."""
+    def _compiled(self, program: Callable[..., Any], *, inputs: tuple[Any, ...]) -> Callable[..., Any]:
+        """The program, jitted, of what is held, the list of weights, and inputs so laid out; what it emits, over rows,
+        comes out beside what is held."""
         opened, batch = self.opened, self.plan.spec("batch")
         model = self.plan.specs(opened.params), self.plan.specs(opened.buffers)
         nested = jax.tree.structure((opened.params, opened.buffers))
 
-        def flat(caches: Caches, weights: list[Array], *rest: Any) -> Any:
-            self.traces[program.__name__] += 1
-            return program(caches, *jax.tree.unflatten(nested, weights), *rest)
+        def flat(held: Held, weights: list[Array], *rest: Any) -> Any:
+            with self._tracing:  # several may compile at the same time
+                self.traces[program.__name__] += 1
+            return program(held, *jax.tree.unflatten(nested, weights), *rest)
 
-        laid = self.layout.specs, jax.tree.leaves(model), *inputs
+        held = Held(self.layout.specs, batch)
         options = COMPILER_OPTIONS if self.config.exact else None
-        return jitted(flat, self.plan, inputs=laid, outputs=(self.layout.specs, *(batch,) * outputs), options=options)
+        laid = held, jax.tree.leaves(model), *inputs
+        return jitted(flat, self.plan, inputs=laid, outputs=(held, batch), options=options)
+
+    def _given_back(self, caches: Caches, state: State) -> Held:
+        return Held(self.settled(caches), self._agreed(state))
 
     def _forward(self, params: Any, buffers: Any, plan: Plan, features: Features) -> Forward:
         is_token_v = jnp.asarray(self.is_token_v)
         lookup = self.config.drafter == "lookup"
         exact = Exact(self.config.chunk, self.layout.leads.backbone) if self.config.exact else None
-        model = self._merged(params, buffers)
+        model = self.merged(params, buffers)
         markers = self.markers if features.budgets else None
         return Forward(model, plan, self.drafts, lookup, exact, features, is_token_v, markers)
-
-    def _merged(self, params: Any, buffers: Any) -> LanguageModel:
-        return nnx.merge(self.opened.built.graph, params, buffers)
-
-    def _empty(self, model: LanguageModel, room: Slots) -> Caches:
-        mtp, dtype = self._mtp(model), jnp.dtype(self.config.compute_dtype)
-        text_bl = jnp.zeros((room.rows, self.text_length), jnp.int32) if self.keeps_text else None
-        return Caches(model.backbone.start(room, dtype), mtp and mtp.start(room, dtype), text_bl)
-
-    @property
-    def text_length(self) -> int:
-        """Tokens of a slot's text: whole chunks."""
-        return -(-self.length // self.config.chunk) * self.config.chunk
-
-    @property
-    def keeps_text(self) -> bool:
-        """Whether slots know the tokens of their texts."""
-        return self.config.exact or self.config.drafter == "lookup"
 
     def _decode_plan(self) -> Plan:
         """Of decoding: rows are split, and products of experts are those for few rows."""
@@ -289,37 +213,6 @@ class Programs:
         # Norms of a few rows are part of what XLA fuses around them; a kernel for each takes longer than all of that.
         few = dataclasses.replace(plan.config, grouped_matmul="triton_small", rms_norm="plain")
         return dataclasses.replace(plan, config=few)
-
-    def _mtp(self, model: LanguageModel) -> Any:
-        """The layers of the block that drafts; None if it does not."""
-        return model.mtp.layers if self.config.drafter == "mtp" and model.mtp is not None else None
-
-    def _room(self, slots: int, pages: int) -> Slots:
-        config = self.config
-        piece = config.chunk if config.exact else config.prefill_tokens  # exact sums over a ring need one length of it
-        return Slots(
-            slots, pages, config.page, 1, piece, self.drafts, config.replayed,
-            jnp.dtype(config.state_dtype),
-        )  # fmt: skip
-
-    def _of_rows(self, function: Callable[..., Array], one: Caches, other: Caches) -> Caches:
-        """The function of each array of `one` that has slots, with that of `other` and how many axes it has in front;
-        pages as in `one`."""
-
-        def each(a: Any, b: Any, lead: Any) -> Any:
-            return a if isinstance(a, Paged) else jax.tree.map(function, a, b, lead)
-
-        return Caches(*(map_layers(each, *fields) for fields in zip(one, other, self.layout.leads, strict=True)))
-
-    def _pooled(self, caches: Caches, other: Caches) -> Caches:
-        """The caches with the pages of others."""
-        return Caches(*(with_pools(*fields) for fields in zip(caches, other, strict=True)))
-
-    def _settled(self, caches: Caches) -> Caches:
-        """The caches as they leave a program: equal arrays of several ranks are one."""
-        axes, leads = self.layout.axes, self.layout.leads
-        agreed = lambda a, lead, names: self.plan.agreed(a, *(None,) * lead, *names)  # noqa: E731
-        return jax.tree.map(agreed, caches, leads, axes)
 
     def _agreed(self, tree: Any) -> Any:
         """Arrays over slots that are equal on the ranks of other axes, as one."""

@@ -147,7 +147,7 @@ class Output:
     number: of the request. tokens: new ones. text: what they add, as far as it can be told (bytes of a character that
     is not yet complete, or what may begin a stop string, wait for the next). finish: why it ended, None while it goes
     on. stop: the stop string, or the one of `Request.stop_ids`, that ended it. error: what was wrong, where `finish` is
-    ERROR.
+    ERROR. cached: tokens of the prompt that the prefix cache had, in the first output alone.
     """
 
     number: int
@@ -156,3 +156,4 @@ class Output:
     finish: str | None = None
     error: str | None = None
     stop: str | int | None = None
+    cached: int | None = None

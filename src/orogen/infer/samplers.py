@@ -4,116 +4,123 @@ Programs that decode come in three kinds, and each call takes the least that can
 reads prompts can do everything, for a call chooses few tokens there.
 """
 
-import importlib.util
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from orogen.config.checks import ConfigError
-from orogen.infer.forward import Sampler
-from orogen.infer.knobs import Features, features_of, knobs_of, words_of_mask
+from orogen.infer.budget import thought_of
+from orogen.infer.knobs import Features, knobs_of, words_of_mask
+from orogen.infer.packing import pack
 from orogen.infer.programs import Programs
-from orogen.infer.request import MOST_LOGPROBS
-from orogen.infer.sampling import rows_of
+from orogen.infer.sampling import Rows, rows_of
 from orogen.infer.slot import Slot
+from orogen.infer.state import MOST_ENDS, Entries, Seats, no_entries, no_seats
 
 GREEDY = Features()
 DRAWN = Features(draws=True, restricts=True, logprobs=0)
 
 
 class Samplers:
-    """The samplers of one engine's calls."""
+    """The samplers of one engine's calls.
+
+    What may be kept on the devices always comes from there: jax compiles a program once more for the host's arrays.
+    Settings of slots are kept as the host packs them and as the devices have them. When a request enters or leaves a
+    slot, that row alone is packed anew; with nothing changed, a call takes no transfer.
+    """
 
     def __init__(self, programs: Programs) -> None:
         self._programs, config = programs, programs.config
-        self._slots, self._size = config.slots, programs.opened.config.vocab_size
-        self.everything = _everything(programs)
+        self._size = programs.opened.config.vocab_size
+        self.everything = programs.everything
         # Answers that are the same to the bit come from one program.
         self.kinds = (self.everything,) if config.exact else (GREEDY, DRAWN, self.everything)
-        self._decoding: tuple[Features, Sampler] | None = None  # of those that run; None: they have changed
+        self._packed_bw = {kind: pack(no_seats(config.slots, kind)) for kind in self.kinds}
+        self._changed: dict[Features, set[int]] = {kind: set() for kind in self.kinds}  # rows that are not packed yet
+        self._laid: dict[Features, Any] = {}
         self._blank: dict[int, tuple[Any, Any]] = {}  # by rows: counts and prompts where nobody is penalised
+        self._unmasked: dict[int, Any] = {}  # by rows
 
-    def changed(self) -> None:
-        """What decodes is other than it was, or has other tokens than what a call left."""
-        self._decoding = None
+    def changed(self, slot: int) -> None:
+        """A request has entered or left the slot."""
+        for changed in self._changed.values():
+            changed.add(slot)
 
-    def advanced(self, rows: Any) -> None:
-        """A call of decoding has left these rows."""
-        assert self._decoding is not None
-        features, sampler = self._decoding
-        self._decoding = features, sampler._replace(rows=rows)
+    def decoding(self, slots: Mapping[int, Slot], runs_b: np.ndarray) -> tuple[Features, Any, Any]:
+        """For a call of decoding: what its program must be able to do, the packed `Seats` of all slots, and masks.
+        runs_b: as in `Seats`."""
+        running = [slots.get(number) if runs else None for number, runs in enumerate(runs_b.tolist())]
+        wanted = {slot.features for slot in running if slot}
+        kind = next(kind for kind in self.kinds if all(_does(kind, each) for each in wanted))
+        packed_bw = self._packed_bw[kind]
+        if changed := sorted(self._changed[kind]):
+            packed_bw[changed] = pack(_seats([slots.get(number) for number in changed], kind))
+            self._changed[kind].clear()
+            self._laid.pop(kind, None)
+        if (packed_bw[:, 0] != runs_b).any():
+            packed_bw[:, 0] = runs_b
+            self._laid.pop(kind, None)
+        if kind not in self._laid:
+            self._laid[kind] = self._programs.put(packed_bw.copy())  # a CPU would use the host's own
+        return kind, self._laid[kind], self._masks(running) if kind.masks else None
 
-    def decoding(self, slots: Mapping[int, Slot]) -> tuple[Features, Sampler]:
-        """Of every slot. Made anew after `changed`: the host knows all that was generated."""
-        running = [slot if (slot := slots.get(number)) and slot.generated else None for number in range(self._slots)]
-        if self._decoding is None:
-            wanted = features_of(slot.request for slot in running if slot)
-            kind = next(kind for kind in self.kinds if _does(kind, wanted))
-            self._decoding = kind, self._made(running, kind)
-        features, sampler = self._decoding
-        return features, sampler._replace(mask_bw=self._masks(running)) if features.masks else sampler
+    def idle(self, features: Features) -> tuple[Any, Any]:
+        """Packed seats and masks of a call of decoding in which no slot runs."""
+        packed_bw = pack(no_seats(self._programs.config.slots, features))
+        masks = self._masks([None] * len(packed_bw)) if features.masks else None
+        return self._programs.put(packed_bw), masks
 
-    def idle(self, features: Features) -> Sampler:
-        """Of a call of decoding in which no slot runs."""
-        none: list[Slot | None] = [None] * self._slots
-        sampler = self._made(none, features)
-        return sampler._replace(mask_bw=self._masks(none)) if features.masks else sampler
+    def reading(self, rows: Sequence[Slot | None]) -> tuple[Entries, Rows, Any]:
+        """For a call that reads: `Entries` with the settings of the rows whose prompts end in it, None for the others;
+        their counts and prompts; and masks."""
+        features, requests = self.everything, [slot and slot.request for slot in rows]
+        entries = no_entries(len(rows), features)._replace(knobs=knobs_of(requests, features))
+        if features.budgets and any(requests):
+            entries = entries._replace(thought=thought_of(requests, [()] * len(rows), self._programs.markers))
+        counts = self._counts(rows)
+        return entries, Rows(None, *counts, None), self._masks(rows) if features.masks else None
 
-    def reading(self, rows: Sequence[Slot | None]) -> Sampler:
-        """Of rows whose prompts are read, None: of none."""
-        sampler = self._made(rows, self.everything)
-        return sampler._replace(mask_bw=self._masks(rows)) if self.everything.masks else sampler
+    def _counts(self, rows: Sequence[Slot | None]) -> tuple[Any, Any]:
+        """What `Rows` has counted; of rows that pay no attention to it, what was made before, for it is as large as the
+        logits."""
+        if any(slot is not None and slot.features.penalties for slot in rows):
+            requests = [slot and slot.request for slot in rows]
+            made = rows_of(requests, Features(penalties=True), vocab_size=self._size)
+            return self._programs.put((made.counts_bv, made.prompt_bv))
+        if len(rows) not in self._blank:
+            shape = len(rows), self._size
+            self._blank[len(rows)] = self._programs.put((np.zeros(shape, np.int32), np.zeros(shape, bool)))
+        return self._blank[len(rows)]
 
-    def _made(self, rows: Sequence[Slot | None], features: Features) -> Sampler:
-        requests = [slot and slot.request for slot in rows]
-        generated = [slot.generated if slot else () for slot in rows]
-        markers = self._programs.markers if features.budgets else None
-        penalised = features_of(request for request in requests if request).penalties
-        made = rows_of(
-            requests, features if penalised else features.without_penalties, vocab_size=self._size, markers=markers,
-            generated=generated,
-        )  # fmt: skip
-        knobs, made = self._programs.put((knobs_of(requests, features), made))
-        if features.penalties and not penalised:
-            counts_bv, prompt_bv = self._unpenalised(len(rows))
-            made = made._replace(counts_bv=counts_bv, prompt_bv=prompt_bv)
-        return Sampler(knobs, made, None)
-
-    def _unpenalised(self, rows: int) -> tuple[Any, Any]:
-        """Counts and prompts of rows that pay no attention to them, kept: they are as large as the logits."""
-        if rows not in self._blank:
-            shape = rows, self._size
-            self._blank[rows] = self._programs.put((np.zeros(shape, np.int32), np.zeros(shape, bool)))
-        return self._blank[rows]
-
-    def _masks(self, rows: Sequence[Slot | None]) -> np.ndarray:
-        mask_bw = np.full((len(rows), words_of_mask(self._size)), 2**32 - 1, np.uint32)
-        for row, slot in enumerate(rows):
-            if slot is not None and slot.matcher is not None:
-                slot.matcher.mask_into(mask_bw[row])
-        return mask_bw
-
-
-def _everything(programs: Programs) -> Features:
-    """All that a request can ask of the model: text only where there is a tokenizer."""
-    try:
-        budgets = bool(programs.markers)
-    except ConfigError:  # a request for a budget is refused with this message
-        budgets = False
-    masks = programs.opened.tokenizer is not None and importlib.util.find_spec("llguidance") is not None
-    return Features(
-        draws=True,
-        restricts=True,
-        penalties=True,
-        biases=True,
-        masks=masks,
-        holds=True,
-        budgets=budgets,
-        logprobs=MOST_LOGPROBS,
-    )
+    def _masks(self, rows: Sequence[Slot | None]) -> Any:
+        matched = [
+            (row, slot.matcher) for row, slot in enumerate(rows) if slot is not None and slot.matcher is not None
+        ]
+        shape = len(rows), words_of_mask(self._size)
+        if not matched:
+            if len(rows) not in self._unmasked:
+                self._unmasked[len(rows)] = self._programs.put(np.full(shape, 2**32 - 1, np.uint32))
+            return self._unmasked[len(rows)]
+        mask_bw = np.full(shape, 2**32 - 1, np.uint32)
+        for row, matcher in matched:
+            matcher.mask_into(mask_bw[row])
+        return self._programs.put(mask_bw)
 
 
+def _seats(slots: Sequence[Slot | None], features: Features) -> Seats:
+    """What is told of these slots, none of which runs yet. Settings that a program has no room for are left out: it
+    does not run while they are asked for."""
+    seats, requests = no_seats(len(slots), features), [None if slot is None else slot.request for slot in slots]
+    for row, slot in enumerate(slots):
+        if slot is not None:
+            ends = slot.ends[:MOST_ENDS]
+            seats.ends_be[row, : len(ends)] = ends
+            requests[row] = slot.request if _does(features, slot.features) else None
+    return seats._replace(knobs=knobs_of(requests, features))
+
+
+@functools.cache
 def _does(kind: Features, wanted: Features) -> bool:
     """Whether programs of this kind do all that is wanted."""
     none = lambda value: -1 if value is None else int(value)  # noqa: E731

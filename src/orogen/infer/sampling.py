@@ -125,8 +125,8 @@ def _held_back(logits_bv: Array, knobs: Knobs, rows: Rows) -> Array:
     """Logits with -inf for the tokens that may not come yet."""
     early_b1 = (rows.number_b < knobs.least_b)[:, None]
     ids_bn = jnp.asarray(knobs.held_ids_bn)
-    taken_bn = jnp.where(early_b1 & (ids_bn >= 0), -jnp.inf, 0)  # padding adds 0 to the last
-    return logits_bv.at[jnp.arange(len(logits_bv))[:, None], ids_bn].add(taken_bn)
+    most_bn = jnp.where(early_b1 & (ids_bn >= 0), -jnp.inf, jnp.inf)  # padding leaves the last as it is
+    return logits_bv.at[jnp.arange(len(logits_bv))[:, None], ids_bn].min(most_bn)
 
 
 def _shaped(logits_bv: Array, knobs: Knobs, rows: Rows, features: Features) -> Array:

@@ -1,16 +1,17 @@
 """A request that runs, and what is told of the tokens that a call emitted for it."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from orogen.infer.forward import NONE, Report
+from orogen.infer.knobs import Features, features_of
 from orogen.infer.request import CANCELLED, ERROR, LENGTH, STOP, Chosen, Output, Request
+from orogen.infer.state import MOST_ENDS
 from orogen.infer.text import TextStream
-
-MOST_ENDS = 16  # ids that end a text which the devices know; further ones are looked for here
 
 
 class _Plain(dict[int, Chosen]):
@@ -25,8 +26,10 @@ _PLAIN = _Plain()
 
 @dataclasses.dataclass
 class Slot:
-    """A request that runs. pages: its own, in order. ends: ids that end it. text, matcher: None without. generated: all
-    ids so far. drafts (n,): of the next ones, None before the first."""
+    """A request that runs. seat: the slot that it has. cached: tokens of its prompt that were. pages: its own, in
+    order. ends: ids that end it. text,
+    matcher: None without. generated: all ids that have been told. ahead: steps that were dispatched and not told, each
+    of which gives a token at least, if the text goes on."""
 
     number: int
     request: Request
@@ -34,18 +37,31 @@ class Slot:
     ends: tuple[int, ...]
     text: TextStream | None
     matcher: Any
+    seat: int = 0
+    cached: int = 0
     generated: list[int] = dataclasses.field(default_factory=list)
-    drafts: Any = None
+    ahead: int = 0
 
-    @property
-    def place(self) -> int:
-        """Of the last token, which the model has not read."""
-        return len(self.request.prompt) + len(self.generated) - 1
+    @functools.cached_property
+    def features(self) -> Features:
+        """What it asks of the sampler."""
+        return features_of([self.request])
 
     @property
     def left(self) -> int:
-        """Tokens that may still come."""
+        """Tokens that may still be told."""
         return self.request.max_tokens - len(self.generated)
+
+    @property
+    def undispatched(self) -> int:
+        """The most tokens that may come of further calls."""
+        return self.left - self.ahead
+
+    def length_after(self, steps: int, drafts: int) -> int:
+        """The most tokens of its text, drafts included, that the model may have read after so many more steps."""
+        read = len(self.request.prompt) + len(self.generated) - 1
+        fed = (self.ahead + steps) * (drafts + 1) + max(drafts - 1, 0)  # the block that drafts reads drafts too
+        return read + min(fed, self.left + drafts)
 
     def told(self, chosen: Sequence[Chosen], *, bad: bool) -> Output:
         """As `advance`; what goes wrong with its text or its grammar ends this request."""
@@ -69,6 +85,7 @@ class Slot:
         if bad:
             chosen = chosen[:-1]
         kept, text, finish, error = [], "", None, None
+        cached = None if self.generated else self.cached
         # What may end the text before its last token is looked for token by token.
         each = self.matcher is not None or self.request.stop or len(self.ends) > MOST_ENDS
         step = 1 if each else max(len(chosen), 1)
@@ -84,7 +101,8 @@ class Slot:
             error = f"the logits of token {len(self.generated)} are not numbers, or allow no token"
         if finish is not None and self.text is not None and not self.text.stopped:
             text += self.text.finish()
-        return Output(self.number, tuple(kept), text, finish, error, self._stop() if finish == STOP else None)
+        stop = self._stop() if finish == STOP else None
+        return Output(self.number, tuple(kept), text, finish, error, stop, cached)
 
     def _stop(self) -> str | int | None:
         """What of the request ended it; None: an end of the model's own, or a grammar that is complete."""

@@ -18,10 +18,12 @@ from orogen.config.run import RunConfig, TrainConfig
 from orogen.cost.assemble import assemble
 from orogen.cost.weights import Weight, changed, weights
 from orogen.infer.generate import engine_for
+from orogen.infer.prepare import buckets_of
 from orogen.infer.programs import Programs
 from orogen.infer.sizes import sizes_of
 
 FLOAT32 = BYTES["float32"]
+COUNTED = 5  # bytes per row and token that penalties keep: an int32 count, and whether the prompt has it
 # Tokens, segments and positions are int32, weights float32.
 BATCH = 4 * 4
 # Scoring batches sequences up to this many tokens.
@@ -225,11 +227,15 @@ def _serving(model: ModelConfig, plan: PlanConfig, engine: EngineConfig, setting
     caches = programs.bytes_per_device(sizes.slots, sizes.pages)
     snapshots = programs.bytes_per_device(max(sizes.snapshots, 1), min(sizes.pages, 1))
     logits = sizes.slots * (sizes.drafts + 1) * model.vocab_size * FLOAT32 // plan.tensor
+    buckets = buckets_of(opened, engine, sizes)  # each number of rows that a call reads has its own
+    counting = sizes.slots + sum({rows for length in buckets.lengths for rows in buckets.rows(length)})
+    wide = slots | {"ModelConfig.vocab_size": model.vocab_size}
     return [
         _parameters("parameters", model, _stored(model, plan) * BYTES[engine.compute_dtype]),
         Need("caches of slots", caches, slots | (settings or pages)),
         Need("snapshots of the prefix cache", snapshots, {"EngineConfig.snapshots": engine.snapshots}),
-        Need("logits", logits, slots | {"ModelConfig.vocab_size": model.vocab_size}),
+        Need("logits", logits, wide),
+        Need("counts of tokens for penalties", counting * model.vocab_size * COUNTED, wide),
     ]
 
 

@@ -14,7 +14,14 @@ from tests.infer.serve.harness import with_client, worded
 from orogen.config.checks import ConfigError
 from orogen.infer.request import Request
 from orogen.infer.schedule import Scheduler
+from orogen.infer.serve import exchange
 from orogen.infer.serve.measures import Measures
+
+BODIES = {
+    "/v1/completions": {"prompt": [5]},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}]},
+    "/v1/responses": {"input": "hi"},
+}
 
 
 def ask(method: str, path: str, body=None, engine=None, headers=None, **settings):
@@ -338,15 +345,93 @@ def test_the_salt_of_a_body_reaches_the_engine_with_each_of_its_requests():
 
 
 def test_prompts_that_wait_when_the_server_ends_are_not_rendered():
-    go = threading.Event()
+    go, rendered = threading.Event(), []
 
     async def use(client):
-        prompts = client.app.state.parts.prompts
-        return prompts.submit(go.wait, 10), prompts.submit(lambda: None)
+        run = client.app.state.parts.preparing.run_chat
+        tasks = [asyncio.create_task(run(work, 10)) for work in (go.wait, rendered.append)]
+        await asyncio.sleep(0.01)
+        return tasks
 
     try:
         first, waiting = with_client(FakeEngine(), use)
         assert waiting.cancelled()
     finally:
         go.set()
-    assert first.result()
+    assert not rendered
+
+
+@pytest.mark.parametrize("path", [*BODIES, "/tokenize"])
+def test_work_before_the_engine_is_bounded(path, monkeypatch):
+    """Three bodies whose prompts take their time, and a fourth; each has its time, and counts until its thread ends."""
+    go = threading.Event()
+    body = {"prompt": "a"} if path in ("/v1/completions", "/tokenize") else BODIES[path]
+
+    async def use(client):
+        slow = lambda *_, **__: go.wait(10)  # noqa: E731
+        parts = client.app.state.parts
+        monkeypatch.setattr(parts.chat, "prompt", slow)
+        monkeypatch.setattr(parts.tokenizer, "prompt_ids", slow)
+        held = [asyncio.create_task(client.post(path, body)) for _ in range(3)]
+        await asyncio.sleep(0.1)
+        more = await client.post(path, body)
+        late = await asyncio.gather(*held)
+        still = await client.post("/v1/completions", {"prompt": [5]})
+        go.set()
+        for _ in range(500):
+            if (reply := await client.post("/v1/completions", {"prompt": [5]})).status == 200:
+                break
+            await asyncio.sleep(0.01)
+        return more, late, still, reply
+
+    try:
+        more, late, still, after = with_client(worded(), use, words=True, limit=3, timeout=0.5)
+    finally:
+        go.set()
+    assert (more.status, more.json["error"]["code"], more.headers["retry-after"]) == (429, "queue_full", "1")
+    assert more.error == "the queue is full: 3 requests are being prepared; expected at most 3"
+    assert [(reply.status, reply.error) for reply in late] == [(504, "the request took more than 0.5 s to prepare")] * 3
+    one_thread = "prompt" not in body  # whose other two have never begun
+    assert (still.status, after.status) == (200 if one_thread else 429, 200)
+
+
+def test_the_time_to_a_first_token_begins_with_the_body(monkeypatch):
+    async def use(client):
+        prompt_ids = client.app.state.parts.tokenizer.prompt_ids
+        monkeypatch.setattr(
+            client.app.state.parts.tokenizer, "prompt_ids", lambda text: time.sleep(0.3) or prompt_ids(text)
+        )
+        await client.complete(prompt="a")
+        return (await client.get("/metrics")).text
+
+    text = with_client(worded(), use, words=True)
+    (line,) = (line for line in text.splitlines() if line.startswith("orogen_time_to_first_token_seconds_sum"))
+    assert float(line.split()[1]) > 0.3
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_priorities_are_for_a_server_that_offers_them(path):
+    body = BODIES[path] | {"priority": -1}
+    reply = ask("POST", path, body, words=True)
+    assert (reply.status, reply.error) == (400, "priority is -1; expected 0, or a server with --priorities")
+    assert reply.json["error"]["param"] == "priority"
+    assert ask("POST", path, body | {"priority": 0}, words=True).status == 200
+    engine = worded()
+    assert ask("POST", path, body, engine, words=True, priorities=True).status == 200
+    assert [request.priority for request in engine.seen] == [-1]
+
+
+@pytest.mark.parametrize(("tokens", "inside"), [(3, True), (3000, False)])
+def test_large_answers_are_written_beside_the_event_loop(tokens, inside, monkeypatch):
+    threads = []
+
+    class Noted(exchange.JSONResponse):
+        def render(self, content):
+            threads.append(threading.current_thread() is threading.main_thread())
+            return super().render(content)
+
+    monkeypatch.setattr(exchange, "JSONResponse", Noted)
+    for path, body in BODIES.items():
+        body = body | {"max_output_tokens" if "input" in body else "max_tokens": tokens}
+        assert ask("POST", path, body, worded(pace=500), words=True).status == 200
+    assert threads == [inside] * 3

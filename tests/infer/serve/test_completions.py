@@ -66,7 +66,7 @@ def test_every_setting_reaches_the_engine():
     body = {"temperature": 0.5, "top_k": 7, "top_p": 0.9, "min_p": 0.1, "presence_penalty": 1, "frequency_penalty": -1,
             "repetition_penalty": 1.5, "logit_bias": {"3": 2, "4": -1.5}, "seed": 11}  # fmt: skip
     extra = {"ignore_eos": True, "stop_token_ids": [8, 9], "priority": -2, "guided_regex": "a+", "n": 2, "logprobs": 2}
-    assert complete(engine, prompt=[5], **body, **extra).status == 200
+    assert complete(engine, prompt=[5], **body, **extra, _priorities=True).status == 200
     first, second = engine.seen
     expected = Sampling(temperature=0.5, top_k=7, top_p=0.9, min_p=0.1, presence_penalty=1.0, frequency_penalty=-1.0,
                         repetition_penalty=1.5, logit_bias=((3, 2.0), (4, -1.5)), seed=11)  # fmt: skip

@@ -39,7 +39,7 @@ def prompt_of(engine) -> str:
 
 
 def test_reasoning_and_a_message():
-    engine = worded(script=saying("hm é</think>\nyes"))
+    engine = worded(script=saying("hm é</think>\nyes"), cached=7)
     answer = respond(engine=engine, instructions="Be kind.", max_output_tokens=99, metadata={"a": "b"}).json
     assert (answer["object"], answer["status"], answer["model"]) == ("response", "completed", "tiny")
     assert answer["id"].startswith("resp_") and answer["metadata"] == {"a": "b"} and answer["store"] is False
@@ -50,7 +50,7 @@ def test_reasoning_and_a_message():
     assert message["content"] == [{"type": "output_text", "text": "yes", "annotations": [], "logprobs": []}]
     ids = backend().encode("hm é</think>\nyes").ids
     assert answer["usage"] == {
-        "input_tokens": len(engine.seen[0].prompt), "input_tokens_details": {"cached_tokens": 0},
+        "input_tokens": len(engine.seen[0].prompt), "input_tokens_details": {"cached_tokens": 7},
         "output_tokens": len(ids) + 1, "total_tokens": len(engine.seen[0].prompt) + len(ids) + 1,
         "output_tokens_details": {"reasoning_tokens": len(backend().encode("hm é</think>").ids)},
     }  # fmt: skip

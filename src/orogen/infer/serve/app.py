@@ -1,6 +1,5 @@
 """The routes."""
 
-import asyncio
 import contextlib
 import hmac
 from collections.abc import AsyncIterator
@@ -61,7 +60,7 @@ def make_app(
             yield
         finally:
             await service.close()
-            app.state.parts.prompts.shutdown(wait=False, cancel_futures=True)
+            app.state.parts.preparing.close()
             if chat is not None:
                 chat.close()
             if grammars is not None:
@@ -172,8 +171,13 @@ async def _tokenize(request: HttpRequest) -> Response:
     parts.check_model(body)
     if ("prompt" in body) == ("messages" in body):
         raise bad("prompt and messages; expected one of them")
+    run = parts.preparing.run_chat if "messages" in body else parts.preparing.run
+    return await run(_tokenized, body, parts)
+
+
+def _tokenized(body: dict[str, Any], parts: Parts) -> Response:
     try:
-        ids = await asyncio.get_running_loop().run_in_executor(parts.prompts, _ids_of, body, parts)
+        ids = _ids_of(body, parts)
     except ConfigError as error:
         raise bad(error) from None
     found = {"count": len(ids), "max_model_len": parts.settings.most, "tokens": ids}
@@ -198,8 +202,11 @@ async def _detokenize(request: HttpRequest) -> Response:
     parts: Parts = request.app.state.parts
     body, _ = await read_body(request, forms.DETOKENIZE)
     parts.check_model(body)
-    tokenizer = parts.need_tokenizer("detokenize")
+    return await parts.preparing.run(_detokenized, body["tokens"], parts.need_tokenizer("detokenize"))
+
+
+def _detokenized(ids: list[int], tokenizer: Tokenizer) -> Response:
     try:
-        return JSONResponse({"prompt": tokenizer.decode(body["tokens"])})
+        return JSONResponse({"prompt": tokenizer.decode(ids)})
     except ConfigError as error:
         raise bad(error) from None

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -15,11 +16,13 @@ MOST_DISCARDED, DISCARD_SECONDS = 2**27, 10.0
 
 
 async def read_body(request: Request, form: Record) -> tuple[dict[str, Any], list[str]]:
-    """The fields of a request's body, and the names of those that are unknown. See `forms.read`.
+    """The fields of a request's body, and the names of those that are unknown. See `forms.read`. Notes in the request's
+    state when it arrived.
 
-    Raises HttpError with status 400, 408 or 413.
+    Raises HttpError with status 400, 408, 413, 429 or 504.
     """
     settings = request.app.state.parts.settings
+    request.state.arrived = time.perf_counter()
     most, count, data = settings.most_body, 0, bytearray()
     try:
         async with asyncio.timeout(settings.timeout):
@@ -35,8 +38,7 @@ async def read_body(request: Request, form: Record) -> tuple[dict[str, Any], lis
         raise HttpError(400, "the client left within the body") from None
     if count > most:
         raise HttpError(413, f"the body has more than {most} bytes; expected at most that")
-    # A thread: what a large body takes to parse, and its prompts to encode, must not hold up the other streams.
-    return await asyncio.to_thread(forms.read, bytes(data), form)
+    return await request.app.state.parts.preparing.run(forms.read, bytes(data), form)
 
 
 async def discard(request: Request) -> None:

@@ -1,6 +1,5 @@
 """`/v1/chat/completions`: chats with reasoning, tools and streams."""
 
-import asyncio
 import dataclasses
 import json
 import re
@@ -65,12 +64,11 @@ async def chats(request: HttpRequest) -> Response:
     """The route."""
     parts: Parts = request.app.state.parts
     body, unknown = await read_body(request, forms.CHAT)
-    parts.check_model(body)
-    chat, loop = parts.need_chat(), asyncio.get_running_loop()
-    asked = await loop.run_in_executor(parts.prompts, asked_of, body, chat)
-    requests = await asyncio.to_thread(requests_of, body, asked, parts)
+    parts.check_body(body)
+    asked = await parts.preparing.run_chat(asked_of, body, parts.need_chat())
+    requests = await parts.preparing.run(requests_of, body, asked, parts)
     form, stream = _Form(parts, body, asked), forms.streams(body)
-    answers = Answers(parts, requests, salt=forms.salt(body))
+    answers = Answers(parts, requests, salt=forms.salt(body), since=request.state.arrived)
     return await respond(request, answers, form, stream=stream, headers=ignored(unknown))
 
 
@@ -90,12 +88,15 @@ class _Form:
         self._shows_ids = body.get("return_token_ids", False)
         self._prompt = {"prompt_token_ids": asked.prompt.ids} if self._shows_ids else {}
 
-    async def whole(self, answers: Answers) -> dict[str, Any]:
-        """All of it at once."""
+    async def collect(self, answers: Answers) -> None:
+        """Takes all outputs."""
         async with answers:
             async for number, output in answers:
                 check_end(output)
                 self._take(self._choices[number], output)
+
+    def whole(self) -> dict[str, Any]:
+        """All of it at once."""
         found = [self._message(number, choice) for number, choice in enumerate(self._choices)]
         return {**self._same, **self._prompt, "choices": found, "usage": self._usage()}
 

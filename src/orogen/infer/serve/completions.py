@@ -1,6 +1,5 @@
 """`/v1/completions`: prompts, as text or as token ids, continued."""
 
-import asyncio
 import dataclasses
 import itertools
 import time
@@ -42,10 +41,10 @@ async def completions(request: HttpRequest) -> Response:
     """The route."""
     parts: Parts = request.app.state.parts
     body, unknown = await read_body(request, forms.COMPLETION)
-    parts.check_model(body)
-    choices, requests = await asyncio.to_thread(_asked, body, parts)
+    parts.check_body(body)
+    choices, requests = await parts.preparing.run(_asked, body, parts)
     form = _Form(parts, body, choices)
-    answers = Answers(parts, requests, salt=forms.salt(body))
+    answers = Answers(parts, requests, salt=forms.salt(body), since=request.state.arrived)
     return await respond(request, answers, form, stream=forms.streams(body), headers=ignored(unknown))
 
 
@@ -66,8 +65,8 @@ class _Form:
         # One prompt of several choices is counted once.
         self._prompt_tokens = sum(len(choice.prompt) for choice in choices) // self._of
 
-    async def whole(self, answers: Answers) -> dict[str, Any]:
-        """All of it at once."""
+    async def collect(self, answers: Answers) -> None:
+        """Takes all outputs."""
         async with answers:
             async for number, output in answers:
                 choice = self._choices[number]
@@ -75,6 +74,9 @@ class _Form:
                 choice.tokens += output.tokens
                 choice.finish, choice.stop = output.finish, output.stop
                 check_end(output)
+
+    def whole(self) -> dict[str, Any]:
+        """All of it at once."""
         kept = self._best() if self._of > self._n else self._choices
         found = [self._choice(i, c, c.text, c.tokens, first=True, offset=0) for i, c in enumerate(kept)]
         return {**self._same, "choices": found, "usage": self._usage()}

@@ -6,6 +6,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from orogen.infer.request import Full
+
 # The place of a body that a message of `config/json_file.py` begins with.
 _PARAMETER = re.compile(r"(?:the body: )?([\w.\[\]]+) is ")
 
@@ -31,6 +33,12 @@ def bad(message: object) -> HttpError:
     # Configs name a field as `Sampling.top_p`; who sent the body knows it as `top_p`.
     named = str(message).replace("Grammar.text", "the grammar")
     return HttpError(400, re.sub(r"^(Sampling|Request|Budget)\.", "", named))
+
+
+def full(error: Full) -> HttpError:
+    """What is told where there is no room for a request now."""
+    message = f"the queue is full: {error}"
+    return HttpError(429, message, kind="rate_limit_error", code="queue_full", headers={"retry-after": "1"})
 
 
 def response_to(error: HttpError) -> Response:

@@ -2,9 +2,9 @@
 
 import asyncio
 import dataclasses
+import functools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request as HttpRequest
@@ -13,29 +13,34 @@ from starlette.responses import JSONResponse, Response
 from orogen.config.checks import ConfigError, shown
 from orogen.data.tokenizer import Tokenizer
 from orogen.infer.chat import THOUGHT, Chat
+from orogen.infer.constrain import Compiled
 from orogen.infer.request import CANCELLED, ERROR, Chosen, Full, Output, Request
-from orogen.infer.serve.errors import HttpError, bad
+from orogen.infer.serve.errors import HttpError, bad, full
 from orogen.infer.serve.events import PLAIN, Events, Framing, ended, vanished
 from orogen.infer.serve.grammars import Grammars
 from orogen.infer.serve.measures import Measures
+from orogen.infer.serve.preparing import Preparing
 from orogen.infer.service import ClosedError, Service, Stream
 
 T = TypeVar("T")
 _THOUGHT = THOUGHT.encode()
 LEAST_LOGPROB = -9999.0  # vLLM's, in place of -infinity, which JSON has not
+LARGE = 1000  # tokens of an answer that is written in a thread, since the event loop would be late for all streams
 GONE = 499  # nginx's status for a client that closed the connection; nobody reads it
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What a server goes by. name: of its model. most: tokens of a prompt and its answer. key: of clients, None for
-    none. timeout: seconds per request. most_body: bytes."""
+    none. timeout: seconds per request, and for what is done before the engine has it. most_body: bytes. priorities:
+    whether clients may say which requests go first."""
 
     name: str
     most: int
     key: str | None = None
     timeout: float = 600.0
     most_body: int = 8 * 2**20
+    priorities: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,14 +53,23 @@ class Parts:
     chat: Chat | None
     measures: Measures
     grammars: Grammars | None = None
-    # A thread of their own for prompts of chats: a template that takes its time holds up no other request.
-    prompts: ThreadPoolExecutor = dataclasses.field(default_factory=lambda: ThreadPoolExecutor(1, "prompts"))
     started: int = dataclasses.field(default_factory=lambda: int(time.time()))
+
+    @functools.cached_property
+    def preparing(self) -> Preparing:
+        """What is done before the engine has a request; as many may be there as the engine may have."""
+        return Preparing(limit=self.service.limit, seconds=self.settings.timeout)
 
     @property
     def ends(self) -> frozenset[int]:
         """The tokens that end a text."""
         return frozenset() if self.tokenizer is None else self.tokenizer.end_ids
+
+    def check_body(self, body: dict[str, Any]) -> None:
+        """Raises HttpError for a body that this server takes from nobody."""
+        self.check_model(body)
+        if (priority := body.get("priority", 0)) and not self.settings.priorities:
+            raise bad(f"priority is {priority}; expected 0, or a server with --priorities")
 
     def check_model(self, body: dict[str, Any]) -> None:
         """Raises HttpError unless the body names this server's model, or none."""
@@ -88,12 +102,15 @@ class Answers:
     """The outputs of several requests, each with the number of its request, until all have ended.
 
     Use as an asynchronous context manager, which hands the requests over and, at its end, cancels what still runs. The
-    requests run together or not at all. salt: requests of different ones share no cached prefix. Raises HttpError for
-    what the engine or the service refuses.
+    requests run together or not at all. salt: requests of different ones share no cached prefix. since: when they
+    arrived, by `time.perf_counter`. size: of what was answered, in tokens, likely ones that are reported included.
+    Raises HttpError for what the engine or the service refuses.
     """
 
-    def __init__(self, parts: Parts, requests: Sequence[Request], *, salt: str) -> None:
-        self._parts, self._requests, self._salt = parts, requests, salt
+    def __init__(self, parts: Parts, requests: Sequence[Request], *, salt: str, since: float) -> None:
+        self._parts, self._requests, self._salt, self._since = parts, requests, salt, since
+        self._grammars: list[Compiled] = []  # held until the engine has made matchers of them
+        self.size = 0
         self._arrived: asyncio.Queue[Output] = asyncio.Queue()
         self._streams: list[Stream] = []
         self._place: dict[int, int] = {}
@@ -105,12 +122,12 @@ class Answers:
             raise bad(
                 f"n, over all prompts, asks for {self._left} answers; expected {most} at most, all that can be open"
             )
-        self._since = time.perf_counter()
         self._last = [self._since] * len(self._requests)
         self._parts.measures.waiting.inc(self._left)
         try:
             await self._prepare_grammars()
             taken = await asyncio.gather(*map(self._submit, range(len(self._requests))), return_exceptions=True)
+            self._grammars.clear()
             if errors := [one for one in taken if one is not None]:
                 raise errors[0]
         except BaseException as error:
@@ -145,7 +162,7 @@ class Answers:
     async def _prepare_grammars(self) -> None:
         if self._parts.grammars is not None:
             for grammar in {request.grammar for request in self._requests if request.grammar is not None}:
-                await self._parts.grammars.prepare(grammar)
+                self._grammars.append(await self._parts.grammars.prepare(grammar))
 
     async def _submit(self, number: int) -> None:
         stream = await self._parts.service.submit(self._requests[number], self._arrived, salt=self._salt)
@@ -156,6 +173,7 @@ class Answers:
 
     def _measure(self, number: int, output: Output) -> None:
         measures, now = self._parts.measures, time.perf_counter()
+        self.size += len(output.tokens) * (1 + (self._requests[number].logprobs or 0))
         if output.tokens:
             measures.tokens.inc(len(output.tokens))
             if number not in self._begun:
@@ -177,8 +195,7 @@ class Answers:
 def _told(error: Any) -> BaseException:
     """An error of the service as the client hears it."""
     if isinstance(error, Full):
-        return HttpError(429, f"the queue is full: {error}", kind="rate_limit_error", code="queue_full",
-                         headers={"retry-after": "1"})  # fmt: skip
+        return full(error)
     if isinstance(error, ClosedError):
         return HttpError(503, str(error), kind="server_error", headers={"retry-after": "5"})
     if isinstance(error, ConfigError):
@@ -250,8 +267,12 @@ async def attended(request: HttpRequest, timeout: float, work: Callable[[], Awai
 class Form(Protocol):
     """How a route tells answers: all at once, or event by event."""
 
-    async def whole(self, answers: Answers) -> dict[str, Any]:
-        """The response's JSON object, once all have ended."""
+    async def collect(self, answers: Answers) -> None:
+        """Waits until all have ended."""
+        ...
+
+    def whole(self) -> dict[str, Any]:
+        """The response's JSON object after that. Any thread may ask."""
         ...
 
     def events(self, answers: Answers) -> AsyncIterator[dict[str, Any]]:
@@ -269,5 +290,10 @@ async def respond(
         await answers.__aenter__()  # a refusal has a status of its own, so it comes before the stream begins
         events = form.events(answers)
         return Events(events, timeout=timeout, close=answers.close, headers=headers, framing=framing)
-    found = await attended(request, timeout, lambda: form.whole(answers))
-    return found if isinstance(found, Response) else JSONResponse(found, headers=headers)
+
+    async def answered() -> Response:
+        await form.collect(answers)
+        made = lambda: JSONResponse(form.whole(), headers=headers)  # noqa: E731
+        return await asyncio.to_thread(made) if answers.size > LARGE else made()
+
+    return await attended(request, timeout, answered)

@@ -3,7 +3,7 @@
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
-from orogen.infer.constrain import Constraints
+from orogen.infer.constrain import Compiled, Constraints
 from orogen.infer.request import Full, Grammar
 
 MOST_WAITING = 64  # grammars, each of which may take some seconds
@@ -17,14 +17,14 @@ class Grammars:
         self._thread = ThreadPoolExecutor(1, "grammars")
         self._waiting = 0
 
-    async def prepare(self, grammar: Grammar) -> None:
-        """Compiles a grammar for the engine to find. Raises ConfigError for one that is wrong or takes too much, Full
-        if too many wait."""
+    async def prepare(self, grammar: Grammar) -> Compiled:
+        """Compiles a grammar. The engine finds it as long as the caller holds it. Raises ConfigError for one that is
+        wrong or takes too much, Full if too many wait."""
         if self._waiting >= MOST_WAITING:
             raise Full(f"{self._waiting} grammars wait; expected at most {MOST_WAITING}")
         self._waiting += 1
         try:
-            await asyncio.get_running_loop().run_in_executor(self._thread, self._constraints.prepare, grammar)
+            return await asyncio.get_running_loop().run_in_executor(self._thread, self._constraints.prepare, grammar)
         finally:
             self._waiting -= 1
 

@@ -1,6 +1,5 @@
 """`/v1/responses`: chats as items and as a stream of named events. Nothing is kept between requests."""
 
-import asyncio
 import json
 import time
 import uuid
@@ -34,13 +33,13 @@ async def responses(request: HttpRequest) -> Response:
     """The route."""
     parts: Parts = request.app.state.parts
     body, unknown = await read_body(request, RESPONSE)
-    parts.check_model(body)
-    chat, loop = parts.need_chat(), asyncio.get_running_loop()
-    asked_body = chat_of(body)
-    asked = await loop.run_in_executor(parts.prompts, asked_of, asked_body, chat)
-    requests = await asyncio.to_thread(requests_of, asked_body, asked, parts)
+    parts.check_body(body)
+    chat = parts.need_chat()
+    asked_body = await parts.preparing.run(chat_of, body)
+    asked = await parts.preparing.run_chat(asked_of, asked_body, chat)
+    requests = await parts.preparing.run(requests_of, asked_body, asked, parts)
     form, stream = _Form(parts, body, asked, logprobs=asked_body.get("logprobs", False)), body.get("stream", False)
-    answers, headers = Answers(parts, requests, salt=forms.salt(body)), ignored(unknown)
+    answers, headers = Answers(parts, requests, salt=forms.salt(body), since=request.state.arrived), ignored(unknown)
     return await respond(
         request, answers, form, stream=stream, headers=headers, framing=Framing(_event, form.failure, "")
     )
@@ -60,21 +59,25 @@ class _Form:
         self._said = 0  # tokens whose log-probabilities have been told, or that belong to the thought
         self._items: list[dict[str, Any]] = []
         self._number = -1  # of the last event
+        self._cached = 0
+        self._finish: str | None = None
         same = {"id": f"resp_{uuid.uuid4().hex}", "object": "response", "created_at": int(time.time())}
         told = {name: body.get(name, default) for name, default in _ECHOED.items()}
         self._same = {**same, "model": parts.settings.name, **told, "background": False, "store": False}
         self._same |= {"previous_response_id": None, "service_tier": "default"}
 
-    async def whole(self, answers: Answers) -> dict[str, Any]:
-        """All of it at once."""
-        finish = None
+    async def collect(self, answers: Answers) -> None:
+        """Takes all outputs."""
         async with answers:
             async for _, output in answers:
                 check_end(output)
-                finish = output.finish
+                self._finish = output.finish
                 for _ in self._take(output):
                     continue
-        return self._response(finish)
+
+    def whole(self) -> dict[str, Any]:
+        """All of it at once."""
+        return self._response(self._finish)
 
     async def events(self, answers: Answers) -> AsyncIterator[dict[str, Any]]:
         """Named events, each with its number."""
@@ -113,7 +116,7 @@ class _Form:
         thought = reasoning_tokens(self._parts.tokenizer, self._tokens) if self._is("reasoning", first=True) else 0
         read, made = len(self._asked.prompt.ids), len(self._tokens)
         usage = {
-            "input_tokens": read, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": made,
+            "input_tokens": read, "input_tokens_details": {"cached_tokens": self._cached}, "output_tokens": made,
             "output_tokens_details": {"reasoning_tokens": thought}, "total_tokens": read + made,
         }  # fmt: skip
         return {**self._same, **ended, "incomplete_details": details, "output": self._items, "usage": usage}
@@ -121,6 +124,7 @@ class _Form:
     def _take(self, output: Output) -> Iterator[dict[str, Any]]:
         """The events of what an output adds, which they have added once they are all read."""
         self._tokens += output.tokens
+        self._cached = self._cached if output.cached is None else output.cached
         found = self._answer.push(forms.said(self._body, output))
         if output.finish is not None:
             found += self._answer.finish()

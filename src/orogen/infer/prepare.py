@@ -1,0 +1,39 @@
+"""What an engine makes of a model before it runs: its layers, its shapes, and which tokens it may choose."""
+
+import dataclasses
+
+import numpy as np
+
+from orogen.checkpoint.open import Opened
+from orogen.config.engine import EngineConfig
+from orogen.infer.buckets import Buckets
+from orogen.infer.sizes import Sizes
+from orogen.model.lm import written_out
+from orogen.model.slots import FEW
+
+
+def prepared(opened: Opened, config: EngineConfig, *, release: bool) -> Opened:
+    """The model as the engine runs it."""
+    plan = dataclasses.replace(opened.plan, decode_kernels=config.kernels)
+    if not config.written_out:
+        return opened._replace(plan=plan)
+    states = opened.params, opened.buffers
+    built, (params, buffers) = written_out(opened.config, opened.built, *states, release=release)
+    return opened._replace(plan=plan, built=built, params=params, buffers=buffers)
+
+
+def buckets_of(opened: Opened, config: EngineConfig, sizes: Sizes) -> Buckets:
+    """The shapes of its programs."""
+    layers = opened.config.layers
+    latent = "+" in layers.main + (layers.mtp if config.drafter == "mtp" else "")
+    by_kernel = config.kernels == "triton" and not latent and not config.exact and sizes.drafts < FEW
+    return Buckets(config, sizes, tensor=opened.plan.size("tensor"), tables_cost_nothing=by_kernel)
+
+
+def is_token(opened: Opened) -> np.ndarray:
+    """(v,) whether a token may be chosen: rows of the vocabulary beyond the tokenizer's stand for nothing."""
+    is_token_v = np.ones(opened.config.vocab_size, bool)
+    if opened.tokenizer is not None:
+        is_token_v[:] = False
+        is_token_v[: opened.tokenizer.vocab_size] = opened.tokenizer.is_token_v
+    return is_token_v
