@@ -5,9 +5,7 @@ import json
 import pytest
 from tests.report.traces import program, write_trace
 
-from orogen.config.checks import ConfigError
-from orogen.report.profile import Scope, render, scope_of, step_table
-from orogen.report.trace import read_trace
+from orogen.report.profile import Scope, scope_of, step_table
 
 BODY = "jit(step)/shard_map/while/body/closed_call/jit(gradient)"
 STEP = program(

@@ -24,6 +24,7 @@ LOWEST = float(jnp.finfo(jnp.float32).min)
 BLOCK = 64
 
 
+@jax.named_scope("core")
 def attend(
     q_bthk: Array,
     k_btgk: Array,

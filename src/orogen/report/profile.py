@@ -17,10 +17,11 @@ from orogen.report.trace import Event, read_trace
 # Outermost named scopes, and those inside them; `tests/report/test_profile.py` compares them with the code's.
 KINDS = (
     "Mamba2", "Mamba1", "Attention", "LatentAttention", "MoE", "MLP", "embedding", "final_norm", "cross_entropy",
-    "reduce_gradients", "gather_parameters", "optimizer",
+    "send", "reduce_gradients", "gather_parameters", "gradient_norm", "optimizer",
 )  # fmt: skip
 PARTS = (
-    "conv", "ssd", "gated_norm", "selective_scan", "gate", "router", "experts", "shared_expert",
+    "norm", "in_proj", "conv", "ssd", "gated_norm", "selective_scan", "gate", "core", "out_proj", "up", "activation",
+    "down", "router", "experts", "dispatch", "combine", "shared_expert", "weight", "send",
 )  # fmt: skip
 OTHER = "other"
 MTP = re.compile(r"mtp_\d+")
@@ -29,8 +30,8 @@ WRAPPED = re.compile(r"^(?:\w+\()*([\w.]*)\)*$")
 
 
 class Scope(NamedTuple):
-    """Where an instruction comes from. kind: of the layer, or the part of the step. part: of the layer, or empty.
-    phase: forward, backward, or recomputed in the backward pass."""
+    """Where an instruction comes from. kind: of the layer, or the part of the step. part: of the layer, the outer
+    first, such as experts/dispatch, or empty. phase: forward, backward, or recomputed in the backward pass."""
 
     kind: str
     part: str
@@ -39,19 +40,19 @@ class Scope(NamedTuple):
 
 def scope_of(op_name: str) -> Scope:
     """The scope in an op_name such as `jit(step)/shard_map/transpose(jvp(MoE))/router/dot_general`."""
-    kind, part = "", ""
+    kind, parts = "", []
     for name in (WRAPPED.sub(r"\1", piece) for piece in op_name.split("/")):
         if not kind and name in KINDS:
             kind = name
-        elif kind and not part and name in PARTS:
-            part = name
+        elif kind and name in PARTS and name not in parts:
+            parts.append(name)
     mtp = MTP.search(op_name)
     phase = FORWARD
     if "rematted_computation" in op_name:
         phase = RECOMPUTED
     elif "transpose(" in op_name:
         phase = BACKWARD
-    return Scope((f"{mtp[0]} " if mtp else "") + (kind or OTHER), part, phase)
+    return Scope((f"{mtp[0]} " if mtp else "") + (kind or OTHER), "/".join(parts), phase)
 
 
 class Row(NamedTuple):
