@@ -25,6 +25,7 @@ PARTS = (
 )  # fmt: skip
 OTHER = "other"
 MTP = re.compile(r"mtp_\d+")
+ARGUMENT = re.compile(r"(state\.)?params\b")
 BACKWARD, RECOMPUTED, FORWARD = "backward", "recomputed", "forward"
 WRAPPED = re.compile(r"^(?:\w+\()*([\w.]*)\)*$")
 
@@ -40,6 +41,8 @@ class Scope(NamedTuple):
 
 def scope_of(op_name: str) -> Scope:
     """The scope in an op_name such as `jit(step)/shard_map/transpose(jvp(MoE))/router/dot_general`."""
+    if ARGUMENT.match(op_name):  # a collective that XLA inserts between an argument's sharding and its use
+        return Scope("gather_parameters", "", FORWARD)
     kind, parts = "", []
     for name in (WRAPPED.sub(r"\1", piece) for piece in op_name.split("/")):
         if not kind and name in KINDS:
@@ -223,42 +226,7 @@ def _add(times: collections.Counter, active: Mapping[Row, int], passed: float) -
         times[row] += passed * number / total
 
 
-# As text.
-
-
-def render(table: Mapping[str, Any], *, least: float = 0.0005) -> list[str]:
-    """The table as lines. Rows of less than `least` of a step are put together."""
-    devices = table["devices"]
-    step = sum(d["step_ms"] for d in devices.values()) / len(devices)
-    lines = [f"{table['steps']} steps; milliseconds per step", ""]
-    fields = ("step_ms", "compute_ms", "exposed_ms", "waiting_ms", "hidden_ms", "idle_ms")
-    lines += _columns([("device", *(f.removesuffix("_ms") for f in fields)),
-                       *((name, *(f"{d[f]:.2f}" for f in fields)) for name, d in devices.items())])  # fmt: skip
-    compute, small = _large(table["compute"], "ms", least * step)
-    rows = [("compute", "part", "pass", "ms", "share")]
-    rows += [(r["kind"], r["part"], r["phase"], f"{r['ms']:.3f}", f"{r['ms'] / step:.1%}") for r in compute]
-    lines += ["", *_columns([*rows, ("rest", "", "", f"{small:.3f}", f"{small / step:.1%}")])]
-    if table["communication"]:
-        rows = [("communication", "of", "part", "pass", "exposed", "waiting", "hidden", "count")]
-        for r in table["communication"]:
-            times = (f"{r[f]:.3f}" for f in ("exposed_ms", "waiting_ms", "hidden_ms"))
-            rows.append((r["operation"], r["kind"], r["part"], r["phase"], *times, f"{r['count']:g}"))
-        lines += ["", *_columns(rows)]
-    lines += ["", "longest outside all scopes, on the first device:"]
-    return lines + [f"  {r['ms']:.3f}  {r['kernel']}" for r in table["unknown"]]
-
-
-def _large(rows: Sequence[dict[str, Any]], field: str, least: float) -> tuple[list[dict[str, Any]], float]:
-    large = [row for row in rows if row[field] >= least]
-    return large, sum(row[field] for row in rows) - sum(row[field] for row in large)
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    number = [all(re.match(r"[-\d]", row[i]) for row in rows[1:] if row[i]) for i in range(len(widths))]
-    align = lambda text, i: text.rjust(widths[i]) if number[i] else text.ljust(widths[i])  # noqa: E731
-    return ["  ".join(align(text, i) for i, text in enumerate(row)).rstrip() for row in rows]
-
-
 if __name__ == "__main__":
-    print("\n".join(render(step_table(Path(sys.argv[1]), steps=int(sys.argv[2]) if sys.argv[2:] else None))))
+    from orogen.report.profile_page import lines
+
+    print("\n".join(lines(step_table(Path(sys.argv[1]), steps=int(sys.argv[2]) if sys.argv[2:] else None))))

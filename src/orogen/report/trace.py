@@ -160,13 +160,25 @@ def _programs(content: bytes) -> tuple[dict[int, Program], dict[str, Program]]:
     return by_id, by_name
 
 
+class _Written(NamedTuple):
+    """An HloInstructionProto. called: numbers of the computations that it runs; operands: ids of instructions."""
+
+    name: str
+    opcode: str
+    op_name: str
+    id: int
+    operands: list[int]
+    called: list[int]
+
+
 def read_program(module: bytes | memoryview) -> dict[str, Instruction]:
     """The instructions of an HloModuleProto, by name and by the name of their kernel on a GPU.
 
-    A fusion, or another instruction that runs a computation, has that one's collective, if any; and if it has no op_name
-    itself, the one that most of the computation's instructions begin with.
+    A fusion, or another instruction that runs a computation, has that one's collective, if any. One without an op_name
+    of its own (XLA adds copies and rewrites products) has the one that most instructions of its computation begin with,
+    or else that of its nearest operand that has one.
     """
-    computations: dict[int, list[tuple[str, str, str, list[int]]]] = {}
+    computations: dict[int, list[_Written]] = {}
     for computation in _all(module, 3):  # HloModuleProto.computations
         number, found = 0, []
         for field, value in messages(computation):
@@ -175,31 +187,34 @@ def read_program(module: bytes | memoryview) -> dict[str, Instruction]:
             elif field == 2:  # HloComputationProto.instructions
                 found.append(_instruction(value))
         computations[number] = found
-    program = {}
-    for name, opcode, op_name, called in (entry for found in computations.values() for entry in found):
-        collective = _collective(opcode)
-        if opcode not in CONTAINERS:
-            inner = [entry for number in called for entry in computations.get(number, ())]
-            collective = collective or next(filter(None, (_collective(entry[1]) for entry in inner)), None)
-            op_name = op_name or _commonest([entry[2] for entry in inner])
-        program[name] = program[_plain(name)] = Instruction(opcode, op_name, collective)
+    program: dict[str, Instruction] = {}
+    for found in computations.values():
+        names: dict[int, str] = {}
+        for written in found:  # operands come first
+            inner = [entry for number in written.called for entry in computations.get(number, ())]
+            own, collective = written.op_name, _collective(written.opcode)
+            if written.opcode not in CONTAINERS:
+                collective = collective or next(filter(None, (_collective(entry.opcode) for entry in inner)), None)
+                own = own or _commonest([entry.op_name for entry in inner])
+            names[written.id] = own or next((names[id] for id in written.operands if names.get(id)), "")
+            instruction = Instruction(written.opcode, names[written.id], collective)
+            program[written.name] = program[_plain(written.name)] = instruction
     return program
 
 
-def _instruction(message: memoryview) -> tuple[str, str, str, list[int]]:
-    """(name, opcode, op_name, numbers of the computations that it runs) of an HloInstructionProto."""
-    name = opcode = op_name = ""
-    called: list[int] = []
+def _instruction(message: memoryview) -> _Written:
+    texts, numbers = {1: "", 2: "", 7: ""}, {36: [], 38: []}  # operand_ids, called_computation_ids: packed or not
+    id = 0
     for field, value in messages(message):
-        if field == 1:
-            name = bytes(value).decode()
-        elif field == 2:
-            opcode = bytes(value).decode()
+        if field in (1, 2):
+            texts[field] = bytes(value).decode()
         elif field == 7:  # OpMetadata.op_name
-            op_name = _text(value, 2)
-        elif field == 38:  # called_computation_ids, packed or not
-            called += [value] if isinstance(value, int) else _varints(value)
-    return name, opcode, op_name, called
+            texts[field] = _text(value, 2)
+        elif field == 35:
+            id = value
+        elif field in numbers:
+            numbers[field] += [value] if isinstance(value, int) else _varints(value)
+    return _Written(texts[1], texts[2], texts[7], id, numbers[36], numbers[38])
 
 
 def _commonest(op_names: list[str]) -> str:
