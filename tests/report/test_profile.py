@@ -1,11 +1,18 @@
 """The table of a step's time, on traces made by hand and on a real one of a CPU."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
-from tests.report.traces import program, write_trace
+from tests.report.traces import module, program, write_trace
 
-from orogen.report.profile import Scope, scope_of, step_table
+import orogen.report.profile
+from orogen.config.checks import ConfigError
+from orogen.model.block import MIXERS
+from orogen.report.profile import KINDS, PARTS, Scope, scope_of, step_table
+from orogen.report.profile_page import lines
+from orogen.report.trace import messages, read_program
 
 BODY = "jit(step)/shard_map/while/body/closed_call/jit(gradient)"
 STEP = program(
@@ -124,3 +131,112 @@ def test_kernels_that_run_at_once_share_the_time(tmp_path):
 )
 def test_scopes_of_op_names(op_name, scope):
     assert scope_of(op_name) == Scope(*scope)
+
+
+def test_lines_of_text(tmp_path):
+    text = lines(step_table(two_gpus(tmp_path), steps=2))
+    assert text[:5] == [
+        "2 steps; milliseconds per step", "",
+        "device  step  compute  exposed  waiting  hidden  idle",
+        "GPU:0   0.10     0.06     0.03     0.01    0.01  0.01",
+        "GPU:1   0.10     0.06     0.03     0.00    0.01  0.01",
+    ]  # fmt: skip
+    assert "Mamba2   ssd      backward  0.035  35.0%" in text
+
+
+def test_collectives_whose_runs_cannot_be_matched_do_not_wait(tmp_path):
+    """A device that ran one more often may have begun any of them late."""
+    events = {
+        "/device:GPU:0": [kernel(17, "psum.4", 0, 30)],
+        "/device:GPU:1": [kernel(17, "psum.4", 20, 30), kernel(17, "psum.4", 40, 50)],
+    }
+    table = step_table(write_trace(tmp_path, events, {"jit_step(3)": STEP}), steps=1)
+    assert [row["waiting_ms"] for row in table["communication"]] == [0]
+    assert [row["exposed_ms"] for row in table["communication"]] == [0.025]
+
+
+def test_without_the_program_events_tell_their_own_path(tmp_path):
+    """As on a GPU whose trace has no programs: the path, less what all paths of the module begin with; NCCL's kernels
+    are known by their names, as are instructions of collectives."""
+    own = {"hlo_module": "jit_f", "prefix": "jit(f)/"}
+    events = [
+        kernel(13, "fusion.1", 0, 10, **own, program_id=9),
+        ("Stream #14(Kernel)", "ncclKernel_ReduceScatter_RING_LL_Sum", 10, 30, {"hlo_op": "wrapped", **own}),
+        ("Stream #14(MemcpyP2P)", "MemcpyP2P", 30, 35, {"hlo_op": "collective-permute-start.2", **own}),
+        ("Stream #13(Kernel)", "loop_fusion", 40, 45, {"hlo_op": "f.3", "name": "jvp(MLP)/down/mul", **own}),
+    ]
+    table = step_table(write_trace(tmp_path, {"/device:GPU:0": events}), steps=1)
+    assert {(row["kind"], row["part"]): row["ms"] for row in table["compute"]} == {
+        ("other", ""): 0.01, ("MLP", "down"): 0.005,
+    }  # fmt: skip
+    assert {row["operation"]: row["exposed_ms"] for row in table["communication"]} == {
+        "reduce-scatter": 0.02, "collective-permute": 0.005,
+    }  # fmt: skip
+
+
+def test_an_instruction_without_an_op_name_has_the_commonest_inside_or_an_operands(tmp_path):
+    written = [
+        ("dot", "dot", f"{BODY}/jvp(MLP)/up/dot_general", []),
+        ("copy.1", "copy", "", [], [1]),
+        ("copy.2", "copy", "", [], [2]),
+        ("fused", "fusion", "", [7], [1]),
+    ]
+    inside = [
+        ("a", "add", f"{BODY}/jvp(MoE)/router/add", []),
+        ("b", "add", f"{BODY}/jvp(Attention)/core/add", []),
+        ("c", "add", f"{BODY}/jvp(Attention)/core/mul", []),
+    ]
+    names = read_program(module("jit_f", (1, written), (7, inside)))
+    assert {name: scope_of(names[name].op_name).kind for name in ("copy.1", "copy.2", "fused")} == {
+        "copy.1": "MLP", "copy.2": "MLP", "fused": "Attention",
+    }  # fmt: skip
+
+
+def test_a_cpu_reports_loops_and_their_instructions(tmp_path):
+    """A loop's own event, from 0 to 100, covers those inside, which alone count; a device has several threads."""
+    loop = program("jit_f", (1, [("while.3", "while", "jit(f)/while", []), ("dot", "dot", "jit(f)/jvp(MLP)/dot", [])]))
+    stats = {"hlo_module": "jit_f", "program_id": 4}
+    events = [
+        ("worker/1", "while.3", 0, 100, {"hlo_op": "while.3", "device_ordinal": 1, **stats}),
+        ("worker/1", "dot", 10, 20, {"hlo_op": "dot", "device_ordinal": 1, **stats}),
+        ("worker/1", "end: dot", 20, 20, {"hlo_op": "dot", "device_ordinal": 1, **stats}),
+        ("worker/2", "dot", 50, 60, {"hlo_op": "dot", "device_ordinal": 1, **stats}),
+        ("worker/2", "ThunkExecutor::Execute", 0, 200, {}),
+    ]
+    table = step_table(write_trace(tmp_path, {"/host:CPU": events}, {"jit_f(4)": loop}), steps=1)
+    assert table["devices"] == {
+        "CPU:1": {
+            "step_ms": 0.05, "compute_ms": 0.02, "exposed_ms": 0, "waiting_ms": 0, "hidden_ms": 0, "idle_ms": 0.03,
+        },
+    }  # fmt: skip
+
+
+def test_the_last_trace_of_a_folder_is_read(tmp_path):
+    for name, end in (("2026_01_02", 10), ("2026_01_03", 20)):
+        events = {"/device:GPU:0": [kernel(13, "gemm", 0, end)]}
+        folder = write_trace(tmp_path / name, events) / "plugins" / "profile"
+        (tmp_path / "profile").mkdir(exist_ok=True)
+        (folder / "2026_01_02").rename(tmp_path / "profile" / name)
+    assert step_table(tmp_path / "profile", steps=1)["devices"]["GPU:0"]["step_ms"] == 0.02
+
+
+def test_folders_without_a_trace_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="expected a folder with a trace"):
+        step_table(tmp_path)
+    with pytest.raises(ConfigError, match="expected a trace with events of devices"):
+        step_table(write_trace(tmp_path, {"/host:CPU": [("python", "call", 0, 5, {})]}))
+
+
+@pytest.mark.parametrize("cut", [b"\x0a\x05ab", b"\x80", b"\x0b", b"\x09\x01"])
+def test_what_is_no_protocol_buffer_is_an_error(cut):
+    with pytest.raises(ValueError, match="not a protocol buffer"):
+        list(messages(cut))
+
+
+def test_every_scope_of_the_code_is_known():
+    """A scope that the table does not know would count as its surroundings."""
+    source = Path(orogen.report.profile.__file__).parents[1]
+    text = "".join(file.read_text() for file in source.rglob("*.py"))
+    scopes = set(re.findall(r'jax\.named_scope\("(\w+)"\)', text))
+    mixers = {mixer.__name__ for mixer in MIXERS.values() if isinstance(mixer, type)} | {"MLP"}
+    assert scopes | mixers == set(KINDS) | set(PARTS)

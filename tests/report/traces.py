@@ -8,8 +8,9 @@ from jax.profiler import ProfileData
 
 # (line, kernel, start in microseconds, end in microseconds, stats) of an event.
 Made = tuple[str, str, float, float, Mapping[str, str | int]]
-# (name, opcode, op_name, numbers of computations that it runs) of an instruction.
-Written = tuple[str, str, str, Sequence[int]]
+# (name, opcode, op_name, numbers of computations that it runs, and possibly the places, from 1, of its operands in its
+# own computation) of an instruction.
+Written = tuple[str, str, str, Sequence[int]] | tuple[str, str, str, Sequence[int], Sequence[int]]
 
 
 def write_trace(
@@ -54,17 +55,22 @@ def _metadata(programs: Mapping[str, bytes]) -> str:
 
 def program(name: str, *computations: tuple[int, Sequence[Written]]) -> bytes:
     """An HloProto with a module of these computations, by number."""
-    module = _field(1, name.encode())
+    return _field(1, module(name, *computations))
+
+
+def module(name: str, *computations: tuple[int, Sequence[Written]]) -> bytes:
+    """An HloModuleProto of these computations, by number."""
+    message = _field(1, name.encode())
     for number, instructions in computations:
         inside = _field(5, number)
-        for own, opcode, op_name, called in instructions:
-            metadata = _field(1, b"type") + _field(2, op_name.encode())
-            packed = b"".join(map(_varint, called))
-            inside += _field(
-                2, _field(1, own.encode()) + _field(2, opcode.encode()) + _field(7, metadata) + _field(38, packed)
-            )
-        module += _field(3, inside)
-    return _field(1, module)
+        for id, (own, opcode, op_name, called, *operands) in enumerate(instructions, 100 * number + 1):
+            named = _field(1, own.encode()) + _field(2, opcode.encode())
+            metadata = _field(7, _field(1, b"type") + _field(2, op_name.encode()))
+            read = [_varint(100 * number + operand) for numbers in operands for operand in numbers]
+            lists = _field(36, b"".join(read)) + _field(38, b"".join(map(_varint, called)))
+            inside += _field(2, named + metadata + _field(35, id) + lists)
+        message += _field(3, inside)
+    return message
 
 
 def _field(number: int, value: int | bytes) -> bytes:

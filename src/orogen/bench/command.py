@@ -175,7 +175,12 @@ def _train(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     if options.peer is None:
         if options.turns is not None:
             raise ConfigError(f"--turns {options.turns} without --peer; expected both")
-        return run(work, steps=options.steps, deterministic=deterministic, profile=options.profile), True
+        facts = run(work, steps=options.steps, deterministic=deterministic, profile=options.profile)
+        if options.profile is not None:
+            from orogen.report.profile_page import lines
+
+            print("\n".join(lines(facts["profile"])), file=sys.stderr)
+        return facts, True
     if options.profile is not None:
         raise ConfigError("--profile with --peer; expected one of them: a trace slows both programs")
     try:

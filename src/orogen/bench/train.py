@@ -31,6 +31,7 @@ from orogen.parallel import placement
 from orogen.parallel.plan import Plan
 from orogen.parallel.runtime import configure
 from orogen.precision.policy import working_copy
+from orogen.report.profile import step_table
 from orogen.train import carry
 from orogen.train.next_token import LOSS, NEXT_TOKENS
 from orogen.train.optimizer import make_optimizer
@@ -67,8 +68,8 @@ class Prepared(NamedTuple):
 def bench(work: Workload, *, steps: int, deterministic: bool = False, profile: Path | None = None) -> dict[str, Any]:
     """Times `steps` runs of the workload, with random weights.
 
-    deterministic: compare two runs to the bit. profile: a folder for the trace of one more run. MFU follows the
-    convention of `cost/flops.py`.
+    deterministic: compare two runs to the bit. profile: a folder for the trace of one more run, whose table is added.
+    MFU follows the convention of `cost/flops.py`.
     """
     config = work.config()
     prepared = prepare(work, config, deterministic=deterministic)
@@ -76,7 +77,8 @@ def bench(work: Workload, *, steps: int, deterministic: bool = False, profile: P
     if profile:
         with jax.profiler.trace(str(profile)):
             jax.block_until_ready(prepared.start())
-    return {**describe(work, config), work.part: summarise(prepared, seconds, config)}
+    facts = {**describe(work, config), work.part: summarise(prepared, seconds, config)}
+    return {**facts, "profile": step_table(profile, steps=1)} if profile else facts
 
 
 def describe(work: Workload, config: RunConfig) -> dict[str, Any]:

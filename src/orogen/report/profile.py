@@ -24,6 +24,7 @@ PARTS = (
     "down", "router", "experts", "dispatch", "combine", "shared_expert", "weight", "send",
 )  # fmt: skip
 OTHER = "other"
+TABLE = "table.json"  # in the folder of a run's trace
 MTP = re.compile(r"mtp_\d+")
 ARGUMENT = re.compile(r"(state\.)?params\b")
 BACKWARD, RECOMPUTED, FORWARD = "backward", "recomputed", "forward"

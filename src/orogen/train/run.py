@@ -16,6 +16,7 @@ from orogen.parallel.plan import Plan
 from orogen.report.metrics import MetricsWriter
 from orogen.train.lock import RunLock, check_free
 from orogen.train.loop import Loop
+from orogen.train.profiled import StepProfile, Steps
 from orogen.train.run_folder import check_folder, describe_run, environment, keep_orphaned_metrics
 from orogen.train.state import TrainState
 from orogen.train.stop import Stop
@@ -41,18 +42,20 @@ def train(
     *,
     resume: bool = False,
     origin: Folder | None = None,
+    profile: Steps | None = None,
     log: Callable[[str], None] = print,
     until: contextlib.ExitStack | None = None,
 ) -> Trained:
     """Trains `config` on the task, in `run_dir`, until `TrainConfig.steps` or a SIGTERM, SIGINT or SIGHUP, and saves.
 
     origin: the folder whose weights and tokenizer a run without a checkpoint of its own starts from, with a fresh
-    optimizer. until: a stack that releases the folder and the signals when it exits, for a caller that still writes
-    there; None: they are released at the end of this call. Everything that can be refused is refused before the folder
-    is touched. Raises ConfigError, NonFiniteError, StoppedEarlyError.
+    optimizer. profile: steps to trace; see `train.profiled`. until: a stack that releases the folder and the signals
+    when it exits, for a caller that still writes there; None: they are released at the end of this call. Everything
+    that can be refused is refused before the folder is touched. Raises ConfigError, NonFiniteError, StoppedEarlyError.
     """
     with contextlib.ExitStack() as stack:
-        return _train(config, text, run_dir, task, resume=resume, origin=origin, log=log, held=until or stack)
+        profiled, held = StepProfile(profile, run_dir, log), until or stack
+        return _train(config, text, run_dir, task, resume=resume, origin=origin, profile=profiled, log=log, held=held)
 
 
 def _train(
@@ -63,6 +66,7 @@ def _train(
     *,
     resume: bool,
     origin: Folder | None,
+    profile: StepProfile,
     log: Callable[[str], None],
     held: contextlib.ExitStack,
 ) -> Trained:
@@ -86,8 +90,9 @@ def _train(
     check_folder(run_dir, config, resume=resume)  # again: another process may have been here meanwhile
     with Checkpoints(run_dir, keep=config.train.keep_checkpoints, model=config.model) as checkpoints:
         run = Loop(
-            task, config, plan=plan, built=built, corpus=corpus, checkpoints=checkpoints, stop=stop, lock=lock, log=log
-        )
+            task, config, plan=plan, built=built, corpus=corpus, checkpoints=checkpoints, stop=stop, lock=lock,
+            profile=profile, log=log,
+        )  # fmt: skip
         state = run.start(origin)
         facts = _facts(config, plan, corpus)
         describe_run(run_dir, text, facts)  # first, because it makes the folder this run's
