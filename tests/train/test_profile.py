@@ -19,10 +19,12 @@ def recipe(tmp_path) -> Path:
 
 
 @pytest.fixture
-def own_scopes(monkeypatch):
+def own_scopes():
     """Programs from the persistent cache have the scopes of the code that they were compiled from, unless these are
     part of the key."""
-    monkeypatch.setattr(jax.config, "jax_compilation_cache_include_metadata_in_key", True)
+    jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
+    yield
+    jax.config.update("jax_compilation_cache_include_metadata_in_key", False)
 
 
 @several_devices

@@ -1,6 +1,7 @@
 """A run from its config to its last checkpoint: folder, corpus, first state, loop."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from orogen.data.loader import Corpus
 from orogen.data.tokenizer import check_rows, check_vocab_size
 from orogen.model.count import count
 from orogen.parallel.plan import Plan
+from orogen.report.loggers import require_loggers
 from orogen.report.metrics import MetricsWriter
 from orogen.train.lock import RunLock, check_free
 from orogen.train.loop import Loop
@@ -73,6 +75,7 @@ def _train(
     """`train`; `held` releases the lock and the signals when it exits."""
     stop = held.enter_context(Stop())
     config.need("model", "data", "train", "optimizer")
+    require_loggers(config.train.loggers)
     plan, built = assemble(config.model, config.plan, length=config.train.sequence_length)
     check_folder(run_dir, config, resume=resume)
     check_free(run_dir)
@@ -108,7 +111,8 @@ def _train(
             log(f"{run_dir} has no checkpoint: starting over; the metrics there are kept as {orphans.name}")
         if run.first_step < config.train.steps:
             (run_dir / "report.html").unlink(missing_ok=True)  # it describes an earlier step
-        with MetricsWriter(run_dir, resume_step=run.first_step) as writer:
+        watched = {"loggers": config.train.loggers, "config": dataclasses.asdict(config), "log": log}
+        with MetricsWriter(run_dir, resume_step=run.first_step, **watched) as writer:
             run.evaluate_last(state, writer)
             state = run.steps(state, writer)
         run.save(state)
