@@ -94,10 +94,10 @@ def step_table(path: Path, *, steps: int | None = None) -> dict[str, Any]:
 
 def count_steps(events: Sequence[Event]) -> int:
     """How often the program with the most time ran: as often as its rarest instruction."""
-    times = collections.Counter()
+    times: dict[str, float] = collections.defaultdict(float)
     for event in events:
         times[event.module] += event.end - event.start
-    largest = times.most_common(1)[0][0]
+    largest = max(times, key=lambda module: times[module])
     return min(collections.Counter(event.operation for event in events if event.module == largest).values())
 
 
@@ -140,11 +140,12 @@ def _device(found: Share, per_step: Callable[[float], float]) -> dict[str, float
 
 def _unknown(devices: Iterable[Sequence[Event]], per_step: Callable[[float], float]) -> list[dict[str, Any]]:
     """The kernels of the first device outside all scopes that take longest."""
-    times: collections.Counter[str] = collections.Counter()
+    times: dict[str, float] = collections.defaultdict(float)
     for event in next(iter(devices)):
         if event.collective is None and scope_of(event.op_name).kind == OTHER:
             times[f"{event.operation or event.kernel} {event.op_name}".strip()] += event.end - event.start
-    return [{"kernel": name, "ms": per_step(ns)} for name, ns in times.most_common(8)]
+    longest = sorted(times.items(), key=lambda item: -item[1])[:8]
+    return [{"kernel": name, "ms": per_step(ns)} for name, ns in longest]
 
 
 def last_starts(devices: Iterable[Sequence[Event]]) -> dict[tuple[str, str, int], float]:
@@ -188,7 +189,7 @@ def share(events: Sequence[Event], begun: Mapping[tuple[str, str, int], float]) 
 
 
 def _swept(edges: Sequence[tuple[float, int, Row, bool]], counts: dict[Row, int]) -> Share:
-    alone, waiting, hidden = (collections.Counter() for _ in range(3))
+    alone, waiting, hidden = (collections.defaultdict[Row, float](float) for _ in range(3))
     computing: collections.Counter[Row] = collections.Counter()
     sending: collections.Counter[tuple[Row, bool]] = collections.Counter()
     idle, before = 0.0, edges[0][0] if edges else 0.0
@@ -220,7 +221,7 @@ def _rows(pairs: Mapping[tuple[Row, bool], int]) -> dict[Row, int]:
     return dict(rows)
 
 
-def _add(times: collections.Counter, active: Mapping[Row, int], passed: float) -> None:
+def _add(times: dict[Row, float], active: Mapping[Row, int], passed: float) -> None:
     """Adds `passed` to the rows that are active, in proportion to how often each is."""
     total = sum(active.values())
     for row, number in active.items():

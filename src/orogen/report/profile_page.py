@@ -23,11 +23,11 @@ def tables(table: Mapping[str, Any]) -> list[Rows]:
     rest = sum(row["ms"] for row in table["compute"]) - sum(row["ms"] for row in large)
     rows = [(row["kind"], row["part"], row["phase"], f"{row['ms']:.3f}", share(row["ms"])) for row in large]
     found.append([("compute", "part", "pass", "ms", "share"), *rows, ("rest", "", "", f"{rest:.3f}", share(rest))])
-    rows = [("communication", "of", "part", "pass", "exposed", "waiting", "hidden", "count")]
+    sent: Rows = [("communication", "of", "part", "pass", "exposed", "waiting", "hidden", "count")]
     for row in table["communication"]:
         times = (f"{row[field]:.3f}" for field in ("exposed_ms", "waiting_ms", "hidden_ms"))
-        rows.append((row["operation"], row["kind"], row["part"], row["phase"], *times, f"{row['count']:g}"))
-    return found + ([rows] if table["communication"] else [])
+        sent.append((row["operation"], row["kind"], row["part"], row["phase"], *times, f"{row['count']:g}"))
+    return found + ([sent] if table["communication"] else [])
 
 
 def lines(table: Mapping[str, Any]) -> list[str]:

@@ -104,7 +104,8 @@ def _read(file: Path) -> dict[str, list[Event]]:
                     stats = dict(event.stats)
                     if not gpu and ("hlo_op" not in stats or event.name.startswith("end: ")):
                         continue
-                    program = by_id.get(stats.get("program_id"), by_name.get(stats.get("hlo_module"), {}))
+                    named = by_name.get(str(stats.get("hlo_module")), {})
+                    program = by_id.get(int(stats.get("program_id", -1)), named)
                     device = plane.name.removeprefix("/device:") if gpu else f"CPU:{stats.get('device_ordinal', 0)}"
                     if (found := _event(event, stats, program, kernels=gpu)) is not None:
                         devices[device].append(found)
