@@ -3,6 +3,9 @@
 At each moment a device computes, or it only communicates ("exposed"), or it is idle: the three add up to the time from
 its first event to its last. Communication beside computation is hidden. A collective waits until its last device has
 begun; the rest of it is transfer.
+
+A GPU's kernels are launched one by one while a trace is taken, even if XLA has put them into CUDA graphs
+(`xla_enable_command_buffers_during_profiling` is off by default): small kernels then have more idle time between them.
 """
 
 import collections

@@ -37,7 +37,8 @@ class StepProfile:
 
     steps: None traces nothing. The device is idle when the trace begins and when it ends. The table is written to
     RUN/profile/table.json after the last step; a trace that cannot be written or read is reported by `log` and does not
-    stop the run.
+    stop the run. Of several processes each traces its own devices, in a folder of its own; the first one's table is
+    written.
     """
 
     def __init__(self, steps: Steps | None, run_dir: Path, log: Callable[[str], None]):
@@ -60,7 +61,7 @@ class StepProfile:
         jax.block_until_ready(state)
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # every call of a Python function would be an event
-        jax.profiler.start_trace(str(self._folder), profiler_options=options)
+        jax.profiler.start_trace(str(self._traced), profiler_options=options)
         self._running = True
 
     def after(self, number: int, state: Any) -> None:
@@ -70,14 +71,21 @@ class StepProfile:
         jax.block_until_ready(state)
         try:
             self._end()
-            table = step_table(self._folder, steps=self._steps.last - self._steps.first + 1)
+            if jax.process_index() > 0:
+                return
+            table = step_table(self._traced, steps=self._steps.last - self._steps.first + 1)
             write_atomically(self._folder / TABLE, json.dumps(table, indent=2).encode())
         except (OSError, ValueError, RuntimeError) as error:  # ConfigError is a ValueError
             self._log(f"--profile: no table of steps {self._steps.first} to {number}: {error}")
             return
-        self._log(f"steps {self._steps.first} to {number} are traced in {self._folder}")
+        self._log(f"steps {self._steps.first} to {number} are traced in {self._traced}")
         for line in lines(table):
             self._log(line)
+
+    @property
+    def _traced(self) -> Path:
+        # A trace is named after the host, which may run several processes.
+        return self._folder / f"process_{jax.process_index()}" if jax.process_count() > 1 else self._folder
 
     def _end(self) -> None:
         self._running = False
