@@ -10,8 +10,8 @@ import pytest
 from tests.helpers import hybrid
 
 from orogen.bench import train, train_peer, worker
-from orogen.bench.train import Workload
 from orogen.bench.worker import Worker, seconds_a_run
+from orogen.bench.workload import Workload
 from orogen.cli import main
 from orogen.config.checks import ConfigError
 from orogen.config.model import ModelConfig
@@ -60,6 +60,52 @@ def test_tokens_of_a_step_are_those_of_all_microbatches():
     assert train.prepare(work, work.config()).tokens == 4 * 48
 
 
+@pytest.mark.parametrize(
+    ("part", "plan"),
+    [
+        ("forward_backward", {"PlanConfig.data": 2, "PlanConfig.fsdp": "'optimizer'"}),
+        ("forward_backward", {"PlanConfig.stage": 2, "PlanConfig.microbatches": 2, "ModelConfig.pattern": "'M|*E'"}),
+        ("whole_step", {"PlanConfig.data": 2, "PlanConfig.expert": 2, "PlanConfig.fsdp": "'parameters'"}),
+    ],
+)
+def test_several_devices_compute_the_loss_of_one(part, plan):
+    """`rows` counts the global batch, so a plan changes neither the tokens nor the loss; only a pipeline's pass has all
+    of its microbatches."""
+    small = {"ModelConfig.pattern": "'M*E'", "TrainConfig.compute_dtype": "'float32'"}
+    work = tiny(part, **{**small, "PlanConfig.microbatches": 1, **plan})
+    runs = 2 if "PlanConfig.stage" in plan else 1
+    alone = dataclasses.replace(tiny(**small), rows=runs * 2)
+    config = work.config()
+    found = train.prepare(work, config)
+    assert found.tokens == runs * 48
+    assert found.loss == pytest.approx(train.prepare(alone, alone.config()).loss, rel=1e-5)
+    assert all(len(a.sharding.device_set) == 2 for a in jax.tree.leaves(found.start()))
+    facts = train.describe(work, config) | train.summarise(found, [0.5], config)
+    assert (facts["devices"], facts["rows"], facts["sequence_length"]) == (2, 2, 24)
+    assert (facts["tokens_per_second"], facts["tokens_per_second_per_device"]) == (runs * 96, runs * 48)
+    assert "dropped" not in facts  # nothing was
+
+
+def test_weak_scaling_gives_each_device_as_much_under_every_plan():
+    """Six devices: 2 sequences of 24 tokens become 12, or 144 tokens long."""
+    six = {"PlanConfig.data": 3, "PlanConfig.context": 2, "PlanConfig.microbatches": 4}
+    work = tiny("whole_step", **six)
+    expected = {"rows": (4 * 12, 24), "length": (4 * 2, 144)}
+    for name, (rows, length) in expected.items():
+        scaled = dataclasses.replace(work, weak_scaling=name, rows=2 if name == "rows" else 3).config().train
+        assert (scaled.batch_size, scaled.sequence_length) == (rows if name == "rows" else 4 * 3, length)
+    assert dataclasses.replace(tiny(), weak_scaling="rows").config().train.batch_size == 2
+
+
+def test_assignments_that_are_lost_are_reported():
+    """Each expert has room for at most half of an even share, so at least half of all assignments are dropped."""
+    half = {
+        "ModelConfig.pattern": "'M*E'", "PlanConfig.dispatch": "'alltoall'", "PlanConfig.capacity_factor": 0.5,
+    }  # fmt: skip
+    found = train.bench(tiny(**half), steps=1)["forward_backward"]
+    assert 0.5 <= found["dropped"] < 1 and found["overflow"] == 0
+
+
 def test_rates_by_hand(monkeypatch):
     """A token takes 160 FLOPs forward in an MLP 5 x 8 x 5 and 110 in a head 5 x 11, and three times that in all."""
     model = ModelConfig(pattern="-", vocab_size=11, hidden_size=5, intermediate_size=8)
@@ -69,6 +115,9 @@ def test_rates_by_hand(monkeypatch):
         "ms": 500.0, "best_ms": 250.0, "worst_ms": 1500.0, "tokens_per_second": 2 * 10**12, "tflops": 1620.0,
         "mfu": 0.25,
     }  # fmt: skip
+    both = train.rates([0.5, 0.25, 1.5], 10**12, model, 7, devices=2)
+    each = {"tokens_per_second_per_device": 10**12, "tflops": 810.0, "mfu": 0.125}
+    assert both == found | each
 
 
 def test_memory_counts_results_that_alias_arguments_once():
@@ -119,7 +168,7 @@ def test_kernels_of_a_gpu_are_refused_elsewhere(refused):
 @pytest.mark.parametrize(
     ("binding", "message"),
     [
-        ("PlanConfig.data=2", "PlanConfig.devices is 2; expected 1: the benchmark runs on one device"),
+        ("PlanConfig.data=16", "--rows 2; expected a multiple of PlanConfig.data = 16"),
         ("TrainConfig.sequence_length=12", "--gin_bindings TrainConfig.sequence_length; expected --sequence_length"),
         ("TrainConfig.batch_size=2", "--gin_bindings TrainConfig.batch_size; expected --rows, and PlanConfig.micro"),
     ],
@@ -132,6 +181,12 @@ def test_a_peer_with_whole_steps_is_refused(monkeypatch):
     monkeypatch.setattr(train_peer, "require_peer", lambda name: None)
     with pytest.raises(ConfigError, match="--peer torch with --whole_step; expected one of them"):
         train_peer.compare(tiny("whole_step"), peer="torch", steps=1, turns=1)
+
+
+def test_a_peer_with_several_devices_is_refused(monkeypatch):
+    monkeypatch.setattr(train_peer, "require_peer", lambda name: None)
+    with pytest.raises(ConfigError, match="PlanConfig.devices is 2; expected 1 with --peer torch"):
+        train_peer.compare(tiny(**{"PlanConfig.data": 2}), peer="torch", steps=1, turns=1)
 
 
 def test_a_process_that_fails_is_an_error():

@@ -75,6 +75,8 @@ REFUSED = [
     (TrainConfig, "seed", -1, "an integer from 0 to 2**31 - 1"),
     (TrainConfig, "seed", 2**31, "an integer from 0 to 2**31 - 1"),
     (TrainConfig, "ngram_order", 8, "a number from 0 to 7"),
+    (TrainConfig, "loggers", ("tensorboard", "comet"), "some of tensorboard, wandb, trackio, each once"),
+    (TrainConfig, "loggers", ("wandb", "wandb"), "some of tensorboard, wandb, trackio, each once"),
     (TrainConfig, "ngram_order", -1, "a number from 0 to 7"),
     (TrainConfig, "sample_prompts", (), "at least one, which may be empty"),
     (TrainConfig, "sample_prompts", ("a", "b\ud800"), "valid Unicode, without lone surrogates"),

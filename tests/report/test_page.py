@@ -2,6 +2,7 @@
 
 import base64
 import html.parser
+import json
 import math
 import pathlib
 import re
@@ -286,3 +287,28 @@ def test_drawing_imports_no_pyplot():
     )
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert out == "True False\n"
+
+
+def test_the_table_of_a_step_is_shown_if_there_is_one(tmp_path):
+    row = {"part": "", "phase": "forward", "exposed_ms": 1.5, "waiting_ms": 0.25, "hidden_ms": 0.125, "count": 2}
+    table = {
+        "steps": 3,
+        "devices": {
+            "GPU:<0>": {"step_ms": 8.0, "compute_ms": 6.0, "exposed_ms": 1.5, "waiting_ms": 0.25, "hidden_ms": 0.125,
+                        "idle_ms": 0.5},
+        },
+        "compute": [{"kind": "MoE", "part": "experts", "phase": "backward", "ms": 5.997},
+                    {"kind": "MLP", "part": "up", "phase": "forward", "ms": 0.003}],
+        "communication": [{"operation": "all-reduce", "kind": "optimizer", **row}],
+        "unknown": [],
+    }  # fmt: skip
+    (tmp_path / "profile").mkdir()
+    (tmp_path / "profile" / "table.json").write_text(json.dumps(table))
+    text = write(tmp_path, [{"step": 1}])
+    cells = Page(text).cells
+    start = cells.index("GPU:<0>")
+    assert cells[start : start + 7] == ["GPU:<0>", "8.00", "6.00", "1.50", "0.25", "0.12", "0.50"]
+    assert cells[start + 7 :][:8] == ["MoE", "experts", "backward", "5.997", "75.0%", "rest", "0.003", "0.0%"]
+    assert cells[start + 15 :][:7] == ["all-reduce", "optimizer", "forward", "1.500", "0.250", "0.125", "2"]
+    assert "Means over 3 steps" in text
+    assert "Where a step" not in write(tmp_path / "other", [{"step": 1}])

@@ -30,8 +30,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         for name, default in OPERATIONS.items()
     },
     "train": {
-        "model": "r1", "rows": None, "sequence_length": 8192, "whole_step": False, "turns": None, "gin_bindings": (),
-        "profile": None,
+        "model": "r1", "rows": None, "sequence_length": 8192, "whole_step": False, "weak_scaling": None, "turns": None,
+        "gin_bindings": (), "profile": None,
     },
 }  # fmt: skip
 
@@ -42,7 +42,7 @@ def _add_arguments(task: argparse.ArgumentParser) -> None:
         choices=NAMES,
         help="cpu_train: whole training steps on this CPU; ssd, grouped_matmul, attention: one operation at "
         "sizes of large models; state_update, replay, paged_attention, few_rows: one operation of decoding; decode: "
-        "all four; train: forward and backward passes, or whole steps, of a model on one GPU",
+        "all four; train: forward and backward passes, or whole steps, of a model on the devices of a plan",
     )
     task.add_argument(
         "--peer", choices=("torch",), help="also time torch, or transformers on it, in turn; needs the extra `peer`"
@@ -61,9 +61,18 @@ def _add_arguments(task: argparse.ArgumentParser) -> None:
     one.add_argument("--roofline", type=Path, metavar="FILE.png", help="draw achieved rates under measured ceilings")
     whole = group("train")
     whole.add_argument("--model", metavar="NAME", help="name of a file in gin_configs/models")
-    whole.add_argument("--rows", type=positive, help="sequences per microbatch; default: as many as hold 16,384 tokens")
+    whole.add_argument(
+        "--rows",
+        type=positive,
+        help="sequences per microbatch of the global batch; default: as many as hold 16,384 tokens",
+    )
     whole.add_argument("--sequence_length", type=positive, metavar="T", help="tokens per sequence")
     whole.add_argument("--whole_step", action="store_true", help="time whole steps, with microbatches and optimizer")
+    whole.add_argument(
+        "--weak_scaling",
+        choices=("rows", "length"),
+        help="multiply --rows, or --sequence_length, by the plan's devices",
+    )
     whole.add_argument("--turns", type=positive, help="with --peer: blocks of steps of each program")
     whole.add_argument("--gin_bindings", action="append", metavar="X.y=1", help="override the benchmark's bindings")
 
@@ -153,19 +162,25 @@ def _operation(options: argparse.Namespace) -> dict[str, Any]:
 def _train(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     # A whole step of R1 takes 65.7 GB of an H100's 85; jax's default limit is three quarters.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
-    from orogen.bench.train import Workload
     from orogen.bench.train import bench as run
     from orogen.bench.train_peer import UnequalError, compare
+    from orogen.bench.workload import Workload
 
     work = Workload(
         model=options.model, rows=options.rows, sequence_length=options.sequence_length,
-        part="whole_step" if options.whole_step else "forward_backward", bindings=tuple(options.gin_bindings),
+        part="whole_step" if options.whole_step else "forward_backward", weak_scaling=options.weak_scaling,
+        bindings=tuple(options.gin_bindings),
     )  # fmt: skip
     deterministic = asks_for_same_bits()
     if options.peer is None:
         if options.turns is not None:
             raise ConfigError(f"--turns {options.turns} without --peer; expected both")
-        return run(work, steps=options.steps, deterministic=deterministic, profile=options.profile), True
+        facts = run(work, steps=options.steps, deterministic=deterministic, profile=options.profile)
+        if options.profile is not None:
+            from orogen.report.profile_page import lines
+
+            print("\n".join(lines(facts["profile"])), file=sys.stderr)
+        return facts, True
     if options.profile is not None:
         raise ConfigError("--profile with --peer; expected one of them: a trace slows both programs")
     try:
@@ -186,6 +201,7 @@ BENCH = Command(
         "orogen bench attention --shape b=2,t=8192",
         "orogen bench decode --implementations triton,triton_small --json",
         "orogen bench train --whole_step",
+        "orogen bench train --whole_step --weak_scaling rows --gin_bindings PlanConfig.data=2",
     ),
     add_arguments=_add_arguments,
     run=bench,

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from orogen.bench.peers import require_peer
-from orogen.bench.train import Workload
 from orogen.bench.worker import Worker
-from orogen.config.checks import ConfigError
+from orogen.bench.workload import Workload
+from orogen.config.checks import ConfigError, require
 
 MOST_APART = 1e-2  # largest difference of the two losses, in nats per token
 OURS = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # the peer's weights are on the same GPU
@@ -33,7 +33,8 @@ def compare(work: Workload, *, peer: str, steps: int, turns: int, deterministic:
     require_peer(peer)
     if work.part != "forward_backward":
         raise ConfigError(f"--peer {peer} with --whole_step; expected one of them: the peer has no optimizer")
-    work.config()  # refuses a bad workload before any process starts
+    config = work.config()  # refuses a bad workload before any process starts
+    require(config.plan.devices == 1, config.plan, "devices", f"1 with --peer {peer}, which runs on one device")
     with tempfile.TemporaryDirectory() as folder:
         weights, tokens = str(Path(folder) / "weights"), str(Path(folder) / "tokens.npy")
         settings = {"work": dataclasses.asdict(work), "deterministic": deterministic, "tokens": None, "weights": None}
@@ -57,7 +58,8 @@ def compare(work: Workload, *, peer: str, steps: int, turns: int, deterministic:
                 ours.close()
                 others.append(theirs.ask({"time": steps}))
     medians = [statistics.median(block["seconds"]) for block in others]
-    rate = work.tokens / statistics.median(second for block in others for second in block["seconds"])
+    tokens = facts["rows"] * facts["sequence_length"]
+    rate = tokens / statistics.median(second for block in others for second in block["seconds"])
     return {
         **facts, "turns": turns, work.part: blocks,
         peer: {

@@ -86,7 +86,7 @@ ALWAYS = {
     "plan": "data context tensor stage fsdp microbatches unroll remat offload offload_optimizer cross_entropy",
     "data": "corpus tokenizer vocab_size heldout_fraction tuning_fraction shuffle",
     "train": "steps batch_size sequence_length seed compute_dtype checkpoint_every keep_checkpoints max_skipped_steps "
-    "sample_prompts sample_tokens",
+    "sample_prompts sample_tokens loggers",
     # With Muon, AdamW's beta1, beta2 and epsilon are those of the parameters that Muon leaves to it.
     "optimizer": "name learning_rate schedule warmup_steps beta1 beta2 epsilon weight_decay clip_norm moment_dtype",
 }

@@ -21,6 +21,7 @@ from orogen.config.remat import check_layers
 
 # The most tokens of a prompt with its continuation: each costs a pass over the whole sequence; more would take weeks.
 MAX_LENGTH = 2**20
+LOGGERS = ("tensorboard", "wandb", "trackio")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,8 @@ class TrainConfig:
     batch, without a gradient between them; attention, the multi-token-prediction block and the held-out loss see each
     sequence alone.
     ngram_order: the Witten-Bell byte model is fitted on the text that the run trained on.
+    loggers: beside metrics.jsonl, which is always written. wandb (Weights & Biases) and trackio are extras of their
+    names; they work offline as their own environment variables say, such as WANDB_MODE=offline (report/loggers.py).
     """
 
     steps: Annotated[int, "optimizer steps in all"]
@@ -52,6 +55,9 @@ class TrainConfig:
     max_skipped_steps: Annotated[int, "consecutive non-finite steps after which the run stops"] = 10
     sample_prompts: Annotated[tuple[str, ...], "texts that the final samples continue"] = ("",)
     sample_tokens: Annotated[int, "tokens per sample"] = 128
+    loggers: Annotated[tuple[str, ...], "where people look at metrics: some of tensorboard, wandb and trackio"] = (
+        "tensorboard",
+    )
     ngram_order: Annotated[int, "order of the byte n-gram model fitted for comparison; 0 fits none"] = 0
 
     def __post_init__(self) -> None:
@@ -77,6 +83,9 @@ class TrainConfig:
         for prompt in self.sample_prompts:
             require(is_unicode(prompt), self, "sample_prompts", "valid Unicode, without lone surrogates")
         require_choice(self, "compute_dtype", COMPUTE)
+        object.__setattr__(self, "loggers", tuple(self.loggers))
+        known = all(name in LOGGERS for name in self.loggers) and len(set(self.loggers)) == len(self.loggers)
+        require(known, self, "loggers", f"some of {', '.join(LOGGERS)}, each once")
         object.__setattr__(self, "sample_prompts", tuple(self.sample_prompts))  # gin may give a list
 
 

@@ -3,6 +3,7 @@
 Letters: b batch, t time, d model, v vocabulary, p positions.
 """
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -22,6 +23,7 @@ class Embedding(nnx.Module):
         self.weight = normal(rngs, (config.vocab_size, size), ("vocab", "embed"), std=std)
         self.positions = normal(rngs, (positions, size), ("positions", "embed"), std=std) if positions else None
 
+    @jax.named_scope("embedding")
     def __call__(self, tokens_bt: Array, docs: Documents, plan: Plan) -> Array:
         """(b, t, d), laid out as the residual stream. A token outside the vocabulary gives zeros, a position outside
         the table NaN; padding takes position 0."""

@@ -80,15 +80,18 @@ class MLP(nnx.Module):
 
     def transform(self, x_btd: Array, plan: Plan) -> Array:
         """y (b, t, d)."""
-        h_btd = plan.enter(x_btd)
         weights = [w for w in (self.up, self.gate) if w is not None]
         biases = (self.up_bias, self.gate_bias)[: len(weights)]
-        up_btf, *gates_btf = (
-            checkpoint_name(add_bias(y_btf, bias), f"{self.prefix}up")
-            for y_btf, bias in zip(linears(h_btd, weights, plan), biases, strict=True)
-        )
-        gate_btf = gates_btf[0] if gates_btf else None
-        hidden_btf = activate(up_btf, gate_btf, name=self.activation, limit=self.limit)
-        hidden_btf = checkpoint_name(hidden_btf, f"{self.prefix}activation")
-        # The ranks' partial products are summed first, so that the bias is added once.
-        return add_bias(plan.leave(linear(hidden_btf, self.down, plan)), self.down_bias)
+        with jax.named_scope("up"):
+            h_btd = plan.enter(x_btd)
+            up_btf, *gates_btf = (
+                checkpoint_name(add_bias(y_btf, bias), f"{self.prefix}up")
+                for y_btf, bias in zip(linears(h_btd, weights, plan), biases, strict=True)
+            )
+        with jax.named_scope("activation"):
+            gate_btf = gates_btf[0] if gates_btf else None
+            hidden_btf = activate(up_btf, gate_btf, name=self.activation, limit=self.limit)
+            hidden_btf = checkpoint_name(hidden_btf, f"{self.prefix}activation")
+        with jax.named_scope("down"):
+            # The ranks' partial products are summed first, so that the bias is added once.
+            return add_bias(plan.leave(linear(hidden_btf, self.down, plan)), self.down_bias)

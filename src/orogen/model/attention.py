@@ -5,6 +5,7 @@ Letters: b batch, t time, d model, s all tokens so far, h query heads, g key hea
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -56,8 +57,9 @@ class Attention(nnx.Module):
     def __call__(self, x_btd: Array, docs: Documents, plan: Plan, given: Any = None) -> tuple[Array, Any]:
         """y (b, t, d); given a cache of earlier tokens' keys and values, attends to them too and returns it updated."""
         require_one_context_rank(plan, given)
-        h_btd = plan.enter(x_btd)
-        q_btf, k_btf, v_btf = linears(h_btd, (self.query, self.key, self.value), plan)
+        with jax.named_scope("in_proj"):
+            h_btd = plan.enter(x_btd)
+            q_btf, k_btf, v_btf = linears(h_btd, (self.query, self.key, self.value), plan)
         q_bthk = self._heads("query", q_btf, self.query_bias)
         k_btgk = self._heads("key", k_btf, self.key_bias)
         v_btgk = self._heads("value", v_btf, self.value_bias)
@@ -159,6 +161,7 @@ class LatentAttention(nnx.Module):
         """The logical axes of what `start` makes."""
         return room.key_value_axes(((None,), (None, None)))
 
+    @jax.named_scope("in_proj")
     def _queries(self, h_btd: Array, docs: Documents, plan: Plan) -> Array:
         if self.direct:
             q_btf = linear(h_btd, self.query, plan)
@@ -180,6 +183,7 @@ def _split(x_btf: Array, size: int) -> Array:
     return x_btf.reshape(*x_btf.shape[:2], -1, size)
 
 
+@jax.named_scope("out_proj")
 def _join(y_bthk: Array, out: nnx.Param, bias: nnx.Param | None, plan: Plan) -> Array:
     """The heads' outputs projected and summed over ranks; the bias is added once, to the sum."""
     y_btd = plan.leave(linear(y_bthk.reshape(*y_bthk.shape[:2], -1), out, plan))

@@ -124,7 +124,8 @@ class Layer(nnx.Module):
     def __call__(self, x_btd: Array, docs: Documents, plan: Plan, given: Any = None) -> tuple[Array, Any]:
         """The residual stream after this layer, and what its mixer keeps."""
         with jax.named_scope(type(self.mixer).__name__):
-            h_btd = checkpoint_name(self.norm(checkpoint_name(x_btd, "input"), plan), "norm")
+            with jax.named_scope("norm"):
+                h_btd = checkpoint_name(self.norm(checkpoint_name(x_btd, "input"), plan), "norm")
             y_btd, kept = self.mixer(h_btd, docs, plan, given)
         return x_btd + y_btd, kept
 

@@ -23,6 +23,7 @@ from orogen.parallel.plan import Plan
 from orogen.parallel.varying import vary_like
 
 
+@jax.named_scope("core")
 def attend(
     q_bthk: Array,
     k_btgk: Array,

@@ -41,7 +41,8 @@ class LanguageModel(nnx.Module):
         """The final-normed hidden state (b, t, d), laid out as the residual stream, and what the layers keep."""
         x_btd = self.embedding(tokens_bt, docs, plan)
         x_btd, kept = self.backbone(x_btd, docs, plan, given)
-        return self.norm(x_btd, plan), kept
+        with jax.named_scope("final_norm"):
+            return self.norm(x_btd, plan), kept
 
     def deeper(
         self, h_btd: Array, tokens_bt: Array, docs: Documents, plan: Plan, given: Any = None

@@ -54,9 +54,10 @@ class Mamba1(nnx.Module):
     def __call__(self, x_btd: Array, docs: Documents, plan: Plan, given: Any = None) -> tuple[Array, Any]:
         """y (b, t, d); given a cache of earlier tokens' window and state, continues from it and returns it updated."""
         require_one_context_rank(plan, given)
-        h_btd = plan.enter(x_btd)
-        projected = zip(linears(h_btd, (self.x, self.z), plan), (self.x_bias, self.z_bias), strict=True)
-        x_bti, z_bti = (checkpoint_name(add_bias(y_bti, bias), "in_proj") for y_bti, bias in projected)
+        with jax.named_scope("in_proj"):
+            h_btd = plan.enter(x_btd)
+            projected = zip(linears(h_btd, (self.x, self.z), plan), (self.x_bias, self.z_bias), strict=True)
+            x_bti, z_bti = (checkpoint_name(add_bias(y_bti, bias), "in_proj") for y_bti, bias in projected)
         with jax.named_scope("conv"):
             inputs = (x_bti,)
             (x_bti,) = convolve((self.conv,), inputs, docs, plan, given)
@@ -65,8 +66,9 @@ class Mamba1(nnx.Module):
         with jax.named_scope("gate"):
             gated = lambda y_bti, z_bti: (y_bti * jax.nn.silu(z_bti.astype(jnp.float32))).astype(x_btd.dtype)  # noqa: E731
             y_bti = checkpoint_name(from_inputs(gated)(y_bti, z_bti), "gated")
-        # The ranks' partial products are summed first, so that the bias is added once.
-        y_btd = add_bias(plan.leave(linear(y_bti, self.out, plan)), self.out_bias)
+        with jax.named_scope("out_proj"):
+            # The ranks' partial products are summed first, so that the bias is added once.
+            y_btd = add_bias(plan.leave(linear(y_bti, self.out, plan)), self.out_bias)
         return y_btd, None if given is None else given.with_piece(inputs, state, docs)
 
     def start(self, room: Any, dtype: Any) -> Any:

@@ -92,16 +92,17 @@ class Mamba2(nnx.Module):
     def __call__(self, x_btd: Array, docs: Documents, plan: Plan, given: Any = None) -> tuple[Array, Any]:
         """y (b, t, d); given a cache of earlier tokens' windows and state, continues from it and returns it updated."""
         require_one_context_rank(plan, given)
-        h_btd = plan.enter(x_btd)
-        # dt has one column per head, too few for FP8 to gain anything, and decays are exponentials of it.
-        projected = (
-            *linears(h_btd, (self.z, self.x, self.B, self.C), plan),
-            linear_plain(h_btd, self.dt, plan),
-        )
-        biases = (self.z_bias, self.x_bias, self.B_bias, self.C_bias, self.dt_proj_bias)
-        z_bti, x_bti, B_btc, C_btc, dt_bth = (
-            checkpoint_name(add_bias(y, bias), "in_proj") for y, bias in zip(projected, biases, strict=True)
-        )
+        with jax.named_scope("in_proj"):
+            h_btd = plan.enter(x_btd)
+            # dt has one column per head, too few for FP8 to gain anything, and decays are exponentials of it.
+            projected = (
+                *linears(h_btd, (self.z, self.x, self.B, self.C), plan),
+                linear_plain(h_btd, self.dt, plan),
+            )
+            biases = (self.z_bias, self.x_bias, self.B_bias, self.C_bias, self.dt_proj_bias)
+            z_bti, x_bti, B_btc, C_btc, dt_bth = (
+                checkpoint_name(add_bias(y, bias), "in_proj") for y, bias in zip(projected, biases, strict=True)
+            )
         with jax.named_scope("conv"):
             convs, inputs = (self.conv_x, self.conv_B, self.conv_C), (x_bti, B_btc, C_btc)
             x_bti, B_btc, C_btc = convolve(convs, inputs, docs, plan, given)
@@ -109,8 +110,9 @@ class Mamba2(nnx.Module):
             y_bti, state = self._scan((x_bti, B_btc, C_btc, dt_bth), docs, plan, given)
         with jax.named_scope("gated_norm"):
             y_bti = checkpoint_name(self.norm(y_bti, z_bti, plan), "gated_norm")
-        # The ranks' partial products are summed first, so that the bias is added once.
-        y_btd = add_bias(plan.leave(linear(y_bti, self.out, plan)), self.out_bias)
+        with jax.named_scope("out_proj"):
+            # The ranks' partial products are summed first, so that the bias is added once.
+            y_btd = add_bias(plan.leave(linear(y_bti, self.out, plan)), self.out_bias)
         return y_btd, None if given is None else given.with_piece(inputs, state, docs)
 
     def start(self, room: Any, dtype: Any) -> Any:

@@ -108,13 +108,17 @@ class MoE(nnx.Module):
                 u_btw = add_bias(linear(x_btd, self.latent_down, plan), self.latent_down_bias)
                 u_btw = checkpoint_name(u_btw, "latent")
             dispatcher = DISPATCHES[plan.config.dispatch]
-            rows, group_sizes, ticket = dispatcher.dispatch(
-                flat(u_btw), flat(routing.experts), flat(keep_btk), plan, n_experts=self.n_experts, capacity=capacity
-            )
+            with jax.named_scope("dispatch"):
+                sent = flat(u_btw), flat(routing.experts), flat(keep_btk)
+                rows, group_sizes, ticket = dispatcher.dispatch(
+                    *sent, plan, n_experts=self.n_experts, capacity=capacity
+                )
             rows = checkpoint_name(rows, "rows")
             if isinstance(group_sizes, Array):
                 group_sizes = checkpoint_name(group_sizes, "routing")
-            y_nw = dispatcher.combine(self.experts(rows, group_sizes, plan), flat(routing.weights), ticket, plan)
+            returned = self.experts(rows, group_sizes, plan)
+            with jax.named_scope("combine"):
+                y_nw = dispatcher.combine(returned, flat(routing.weights), ticket, plan)
             y_nw = checkpoint_name(y_nw, "combined")
             stats = stats._replace(overflow=stats.overflow + ticket.overflow)
             y_btd = y_nw.reshape(u_btw.shape)

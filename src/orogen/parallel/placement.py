@@ -78,6 +78,7 @@ def fetched(tree: Any, plan: Plan) -> Any:
     return jax.tree.map(fetch, tree, shardings(tree, plan))
 
 
+@jax.named_scope("gather_parameters")
 def working(tree: Any, plan: Plan) -> Any:
     """`tree` with its arrays constrained to their shardings inside the step (ZeRO-1 gathers its parameters here, in
     the dtype that they have)."""
@@ -111,6 +112,7 @@ class Released:
         return jax.device_put(self._host[index], sharding)
 
 
+@jax.named_scope("reduce_gradients")
 def scatter_gradients(grads: Any, plan: Plan) -> Any:
     """For each of `grads`, the gradients of varied parameters, the piece that this rank stores, summed in float32 over
     the ranks that store the other pieces. The gradient of a parameter that is stored as it is used stays as it is:
@@ -126,6 +128,7 @@ def scatter_gradients(grads: Any, plan: Plan) -> Any:
     return map_variables(scattered, grads)
 
 
+@jax.named_scope("reduce_gradients")
 def sum_gradients(grads: Any, plan: Plan) -> Any:
     """Scattered `grads`, summed in float32 over every mesh axis that does not split their parameter in storage."""
 

@@ -162,6 +162,7 @@ class Plan:
 
     # Other methods for use inside `run`.
 
+    @jax.named_scope("weight")
     def weight(self, parameter: nnx.Variable) -> Array:
         """The parameter, gathered along the axes that FSDP shards; its gradient is reduce-scattered in float32."""
         value: Any = parameter[...]
@@ -225,6 +226,7 @@ class Plan:
         sent = jnp.zeros((ranks, *x.shape), x.dtype).at[(self.index(axis) + by) % ranks].set(x)
         return self.exchange(sent, axis)[(self.index(axis) - by) % ranks]
 
+    @jax.named_scope("send")
     def pass_on(self, x: Array, axis: str, by: int) -> Array:
         """`shift` by a permutation, which every device of the mesh must reach at once."""
         ranks = self.size(axis)

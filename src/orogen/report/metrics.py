@@ -1,4 +1,4 @@
-"""The metrics of a run, step by step: `metrics.jsonl`, TensorBoard events, and a progress line for people.
+"""The metrics of a run, step by step: `metrics.jsonl`, loggers such as TensorBoard, and a progress line for people.
 
 Each line of `metrics.jsonl` is the JSON object of one step; steps strictly increase. Its keys:
 
@@ -26,7 +26,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -35,23 +35,33 @@ import rich.progress
 
 from orogen.config.checks import ConfigError
 from orogen.config.files import write_atomically
+from orogen.config.streams import say
+from orogen.report.loggers import OPENERS, Background, Run, run_id
 
 FILE_NAME = "metrics.jsonl"
 NONFINITE = "nonfinite"
 
 
 class MetricsWriter:
-    """Appends to `metrics.jsonl` and to TensorBoard events under `run_dir/tensorboard`. For one process per run.
+    """Appends to `metrics.jsonl` and sends the same to loggers. For one process per run.
 
+    loggers: `tensorboard` (events under `run_dir/tensorboard`), `wandb`, `trackio`; see `report.loggers` for the last
+    two, which are shown `config` and report failures by `log`.
     With `resume_step` s, it first removes the lines of later steps, and a last line torn by a kill: the file ends up
     equal to that of an uninterrupted run, and every line of a step ≤ s stays the same, byte for byte.
     Raises FileExistsError if there are lines already and `resume_step` is None, and ConfigError if a line other than
     the last cannot be read. last: the last record; None if there is none.
     """
 
-    def __init__(self, run_dir: str | Path, *, resume_step: int | None = None):
-        from tensorboardX import SummaryWriter  # protobuf is slow to import, and reading metrics does not need it
-
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        resume_step: int | None = None,
+        loggers: Sequence[str] = ("tensorboard",),
+        config: Mapping[str, Any] | None = None,
+        log: Callable[[str], None] = say,
+    ):
         path = Path(run_dir) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         if resume_step is not None:
@@ -62,12 +72,12 @@ class MetricsWriter:
             self.last = None
         self._path = path
         self._file = path.open("a", encoding="utf-8")
-        # tensorboardX names a file by the current second: without a suffix, a quick resume would overwrite it.
-        self._events = SummaryWriter(
-            str(path.parent / "tensorboard"),
-            purge_step=None if resume_step is None else resume_step + 1,
-            filename_suffix=f".{time.time_ns()}",
-        )
+        self._loggers: list[Background | _TensorBoard] = []
+        if "tensorboard" in loggers:
+            self._loggers.append(_TensorBoard(path.parent, resume_step))
+        if others := [name for name in loggers if name in OPENERS]:
+            run = Run(path.parent, run_id(path.parent, resumed=bool(resume_step)), config or {})
+            self._loggers += [Background(name, run, log) for name in others]
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Writes one step and flushes it. Numbers may be Python's, NumPy's or arrays that have `tolist`.
@@ -96,20 +106,45 @@ class MetricsWriter:
         self._draw(self.last["step"], added)
 
     def _draw(self, step: int, record: Mapping[str, Any]) -> None:
-        for tag, value in _scalars(record):
-            if math.isfinite(value):  # TensorBoard draws no others, and tensorboardX warns about each
-                self._events.add_scalar(tag, value, step)
+        # TensorBoard draws no others, and tensorboardX warns about each.
+        finite = {tag: value for tag, value in _scalars(record) if math.isfinite(value)}
+        for logger in self._loggers:
+            logger.write(step, finite)
 
     def close(self) -> None:
-        """Flushes and closes both files."""
+        """Flushes and closes the file, and waits for the loggers."""
         self._file.close()
-        self._events.close()
+        for logger in self._loggers:
+            logger.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+class _TensorBoard:
+    """TensorBoard events of a run."""
+
+    def __init__(self, run_dir: Path, resume_step: int | None):
+        from tensorboardX import SummaryWriter  # protobuf is slow to import, and reading metrics does not need it
+
+        # tensorboardX names a file by the current second: without a suffix, a quick resume would overwrite it.
+        self._events = SummaryWriter(
+            str(run_dir / "tensorboard"),
+            purge_step=None if resume_step is None else resume_step + 1,
+            filename_suffix=f".{time.time_ns()}",
+        )
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Adds the numbers of one step."""
+        for tag, value in scalars.items():
+            self._events.add_scalar(tag, value, step)
+
+    def close(self) -> None:
+        """Flushes and closes the file."""
+        self._events.close()
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:

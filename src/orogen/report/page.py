@@ -15,6 +15,8 @@ import numpy as np
 from orogen.config.files import write_atomically
 from orogen.report.metrics import read_metrics
 from orogen.report.pictures import DARK, LIGHT, Picture, pictures, png
+from orogen.report.profile import TABLE
+from orogen.report.profile_page import section
 from orogen.report.series import (
     Floats,
     Records,
@@ -44,6 +46,7 @@ def write_report(
     run_dir, records = Path(run_dir), read_metrics(run_dir)
     figures = [_figure_html(run_dir, picture) for picture in pictures(records, baselines)]
     texts = [
+        _profile_html(run_dir / "profile" / TABLE),
         _text_html("Samples", samples, state="open"),
         _text_html("Configuration", config_text, state=""),
         _text_html("Environment", json.dumps(environment, indent=2, default=str), state=""),
@@ -148,6 +151,11 @@ def _figure_html(run_dir: Path, picture: Picture) -> str:
         f'<img src="{_data_url(light)}" alt="{heading}">'
         f"</picture><figcaption>{html.escape(picture.caption)}</figcaption></figure></section>"
     )
+
+
+def _profile_html(file: Path) -> str:
+    """Where a step's time goes, if some were traced."""
+    return section(json.loads(file.read_text())) if file.is_file() else ""
 
 
 def _data_url(content: bytes) -> str:

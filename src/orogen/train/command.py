@@ -32,6 +32,9 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="the run folder")
     parser.add_argument("--resume", action="store_true", help="continue the run in DIR, if there is one")
+    parser.add_argument(
+        "--profile", metavar="STEPS", help="trace these steps, such as 10:13, and report where their time goes"
+    )
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help=f"start from the weights of {CHECKPOINT}")
 
 
@@ -78,16 +81,19 @@ def train(options: argparse.Namespace) -> int:
         from orogen.simulate.fit import require_training_fits
         from orogen.train.loop import NonFiniteError
         from orogen.train.pretraining import PRETRAINING
+        from orogen.train.profiled import Steps
         from orogen.train.run import train as run
         from orogen.train.stop import StoppedEarlyError
 
+        profile = None if options.profile is None else Steps.of(options.profile)
         require_training_fits(config, free_memory())
         warn(config.model)
         held.enter_context(lasting_streams())
         try:
             trained = run(
-                config, text, options.run, PRETRAINING, resume=options.resume, origin=origin, log=say, until=held
-            )
+                config, text, options.run, PRETRAINING, resume=options.resume, origin=origin, profile=profile, log=say,
+                until=held,
+            )  # fmt: skip
             status = _finish_run(options, config, text, trained)
         except NonFiniteError as error:
             status = fail(error, EXIT_FAILURE)

@@ -27,6 +27,7 @@ from orogen.report.metrics import MetricsWriter, Progress
 from orogen.train import carry
 from orogen.train.lock import RunLock
 from orogen.train.optimizer import make_optimizer
+from orogen.train.profiled import StepProfile
 from orogen.train.state import TrainState, abstract_state, create_state, from_items, items, start_state, state_shardings
 from orogen.train.step import StepMetrics, batch_to_devices, make_step
 from orogen.train.stop import Stop
@@ -51,10 +52,11 @@ class Loop:
         checkpoints: Checkpoints,
         stop: Stop,
         lock: RunLock,
+        profile: StepProfile,
         log: Callable[[str], None],
     ):
         self.config, self.plan, self.built, self.corpus, self.checkpoints = config, plan, built, corpus, checkpoints
-        self.stop, self.lock, self.log = stop, lock, log
+        self.stop, self.lock, self.profile, self.log = stop, lock, profile, log
         train = config.train
         self.optimizer = make_optimizer(config.optimizer, train.steps, built.params)
         self.step = make_step(built, task.objective, config, plan, self.optimizer)
@@ -65,6 +67,7 @@ class Loop:
         self.first_step = checkpoints.latest or 0
         expected = f"at least {self.first_step}, the step that the run has reached"
         require(train.steps >= self.first_step, train, "steps", expected)
+        profile.check(self.first_step, train.steps)
         self.peak = peak_flops(jax.devices()[0].device_kind)
 
     def start(self, origin: Folder | None) -> TrainState:
@@ -117,14 +120,17 @@ class Loop:
         """Runs to the end or to a stop. A step's metrics are read only after the next step has been dispatched."""
         train, pending, stop = self.config.train, None, self.stop
         self.clock = time.perf_counter()
-        with Progress(train.steps, first_step=self.first_step) as progress, ThreadPoolExecutor(1) as fetcher:
+        progress = Progress(train.steps, first_step=self.first_step)
+        with progress, ThreadPoolExecutor(1) as fetcher, self.profile as profile:
             for number in range(self.first_step + 1, train.steps + 1):
                 if not self.lock.beating:
                     raise ConfigError(f"another process took over {self.lock.path}; expected this run to keep it")
+                profile.before(number, state)
                 batch = self.source.take(state)
                 self.position = self.source.state()
                 state, metrics = self.step(state, batch_to_devices(batch, self.plan))
                 stop.working = True
+                profile.after(number, state)
                 if pending is not None:
                     self._report(*pending, writer, progress)
                 pending = number, batch, fetcher.submit(_fetch, metrics)

@@ -193,7 +193,8 @@ def run_head(
     averaged over the depths of a repeated block). Sources: arXiv:2412.19437, eq. 24-25; arXiv:2512.20856.
     """
     docs = Documents(batch.segments_bt, batch.positions_bt)
-    h_btd = model.norm(passed.x_btd, plan)
+    with jax.named_scope("final_norm"):
+        h_btd = model.norm(passed.x_btd, plan)
     deeper = model.deeper(h_btd, batch.tokens_bt, docs, plan, replay) if objective.deeper else []
     metrics = _total(objective.sums(model, [h_btd, *(h for h, _ in deeper)], batch, plan), plan)
     made, counted = (jax.tree.map(jnp.shape, values) for values in (metrics, counts.metrics))

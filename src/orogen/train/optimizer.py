@@ -102,6 +102,7 @@ def _clip(limit: float) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
+@jax.named_scope("gradient_norm")
 def square_sums(tree: Any) -> Array:
     """The sum of squares of each leaf, float32; not finite where the leaf is not.
 

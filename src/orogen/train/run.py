@@ -1,6 +1,7 @@
 """A run from its config to its last checkpoint: folder, corpus, first state, loop."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +14,11 @@ from orogen.data.loader import Corpus
 from orogen.data.tokenizer import check_rows, check_vocab_size
 from orogen.model.count import count
 from orogen.parallel.plan import Plan
+from orogen.report.loggers import require_loggers
 from orogen.report.metrics import MetricsWriter
 from orogen.train.lock import RunLock, check_free
 from orogen.train.loop import Loop
+from orogen.train.profiled import StepProfile, Steps
 from orogen.train.run_folder import check_folder, describe_run, environment, keep_orphaned_metrics
 from orogen.train.state import TrainState
 from orogen.train.stop import Stop
@@ -41,18 +44,20 @@ def train(
     *,
     resume: bool = False,
     origin: Folder | None = None,
+    profile: Steps | None = None,
     log: Callable[[str], None] = print,
     until: contextlib.ExitStack | None = None,
 ) -> Trained:
     """Trains `config` on the task, in `run_dir`, until `TrainConfig.steps` or a SIGTERM, SIGINT or SIGHUP, and saves.
 
     origin: the folder whose weights and tokenizer a run without a checkpoint of its own starts from, with a fresh
-    optimizer. until: a stack that releases the folder and the signals when it exits, for a caller that still writes
-    there; None: they are released at the end of this call. Everything that can be refused is refused before the folder
-    is touched. Raises ConfigError, NonFiniteError, StoppedEarlyError.
+    optimizer. profile: steps to trace; see `train.profiled`. until: a stack that releases the folder and the signals
+    when it exits, for a caller that still writes there; None: they are released at the end of this call. Everything
+    that can be refused is refused before the folder is touched. Raises ConfigError, NonFiniteError, StoppedEarlyError.
     """
     with contextlib.ExitStack() as stack:
-        return _train(config, text, run_dir, task, resume=resume, origin=origin, log=log, held=until or stack)
+        profiled, held = StepProfile(profile, run_dir, log), until or stack
+        return _train(config, text, run_dir, task, resume=resume, origin=origin, profile=profiled, log=log, held=held)
 
 
 def _train(
@@ -63,12 +68,14 @@ def _train(
     *,
     resume: bool,
     origin: Folder | None,
+    profile: StepProfile,
     log: Callable[[str], None],
     held: contextlib.ExitStack,
 ) -> Trained:
     """`train`; `held` releases the lock and the signals when it exits."""
     stop = held.enter_context(Stop())
     config.need("model", "data", "train", "optimizer")
+    require_loggers(config.train.loggers)
     plan, built = assemble(config.model, config.plan, length=config.train.sequence_length)
     check_folder(run_dir, config, resume=resume)
     check_free(run_dir)
@@ -86,8 +93,9 @@ def _train(
     check_folder(run_dir, config, resume=resume)  # again: another process may have been here meanwhile
     with Checkpoints(run_dir, keep=config.train.keep_checkpoints, model=config.model) as checkpoints:
         run = Loop(
-            task, config, plan=plan, built=built, corpus=corpus, checkpoints=checkpoints, stop=stop, lock=lock, log=log
-        )
+            task, config, plan=plan, built=built, corpus=corpus, checkpoints=checkpoints, stop=stop, lock=lock,
+            profile=profile, log=log,
+        )  # fmt: skip
         state = run.start(origin)
         facts = _facts(config, plan, corpus)
         describe_run(run_dir, text, facts)  # first, because it makes the folder this run's
@@ -103,7 +111,8 @@ def _train(
             log(f"{run_dir} has no checkpoint: starting over; the metrics there are kept as {orphans.name}")
         if run.first_step < config.train.steps:
             (run_dir / "report.html").unlink(missing_ok=True)  # it describes an earlier step
-        with MetricsWriter(run_dir, resume_step=run.first_step) as writer:
+        watched = {"loggers": config.train.loggers, "config": dataclasses.asdict(config), "log": log}
+        with MetricsWriter(run_dir, resume_step=run.first_step, **watched) as writer:
             run.evaluate_last(state, writer)
             state = run.steps(state, writer)
         run.save(state)

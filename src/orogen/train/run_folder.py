@@ -27,6 +27,7 @@ FREE_TRAIN_FIELDS = (
     "sample_prompts",
     "sample_tokens",
     "ngram_order",
+    "loggers",
 )
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 

@@ -148,6 +148,7 @@ def update_bias(bias: Array, load: Array, rate: float) -> Array:
     return bias + rate * jnp.sign(load.mean(-1, keepdims=True) - load)
 
 
+@jax.named_scope("optimizer")
 def apply_gradients(
     state: TrainState,
     grads: nnx.State,

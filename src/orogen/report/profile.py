@@ -1,0 +1,237 @@
+"""Where a step's time goes, by named scopes: `python -m orogen.report.profile TRACE_DIR [STEPS]`.
+
+At each moment a device computes, or it only communicates ("exposed"), or it is idle: the three add up to the time from
+its first event to its last. Communication beside computation is hidden. A collective waits until its last device has
+begun; the rest of it is transfer.
+
+A GPU's kernels are launched one by one while a trace is taken, even if XLA has put them into CUDA graphs
+(`xla_enable_command_buffers_during_profiling` is off by default): small kernels then have more idle time between them.
+"""
+
+import collections
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from orogen.report.trace import Event, read_trace
+
+# Outermost named scopes, and those inside them; `tests/report/test_profile.py` compares them with the code's.
+KINDS = (
+    "Mamba2", "Mamba1", "Attention", "LatentAttention", "MoE", "MLP", "embedding", "final_norm", "cross_entropy",
+    "send", "reduce_gradients", "gather_parameters", "gradient_norm", "optimizer",
+)  # fmt: skip
+PARTS = (
+    "norm", "in_proj", "conv", "ssd", "gated_norm", "selective_scan", "gate", "core", "out_proj", "up", "activation",
+    "down", "router", "experts", "dispatch", "combine", "shared_expert", "weight", "send",
+)  # fmt: skip
+OTHER = "other"
+TABLE = "table.json"  # in the folder of a run's trace
+MTP = re.compile(r"mtp_\d+")
+ARGUMENT = re.compile(r"(state\.)?params\b")
+BACKWARD, RECOMPUTED, FORWARD = "backward", "recomputed", "forward"
+WRAPPED = re.compile(r"^(?:\w+\()*([\w.]*)\)*$")
+
+
+class Scope(NamedTuple):
+    """Where an instruction comes from. kind: of the layer, or the part of the step. part: of the layer, the outer
+    first, such as experts/dispatch, or empty. phase: forward, backward, or recomputed in the backward pass."""
+
+    kind: str
+    part: str
+    phase: str
+
+
+def scope_of(op_name: str) -> Scope:
+    """The scope in an op_name such as `jit(step)/shard_map/transpose(jvp(MoE))/router/dot_general`."""
+    if ARGUMENT.match(op_name):  # a collective that XLA inserts between an argument's sharding and its use
+        return Scope("gather_parameters", "", FORWARD)
+    kind, parts = "", []
+    for name in (WRAPPED.sub(r"\1", piece) for piece in op_name.split("/")):
+        if not kind and name in KINDS:
+            kind = name
+        elif kind and name in PARTS and name not in parts:
+            parts.append(name)
+    mtp = MTP.search(op_name)
+    phase = FORWARD
+    if "rematted_computation" in op_name:
+        phase = RECOMPUTED
+    elif "transpose(" in op_name:
+        phase = BACKWARD
+    return Scope((f"{mtp[0]} " if mtp else "") + (kind or OTHER), "/".join(parts), phase)
+
+
+class Row(NamedTuple):
+    """What a moment of a device is counted as. collective: the operation, or None for computation."""
+
+    scope: Scope
+    collective: str | None
+
+
+class Share(NamedTuple):
+    """Nanoseconds of one device. alone: of each row while nothing but its kind ran: computation, or communication with
+    no computation beside it, split equally between rows that ran at once. waiting: what of that passed before a
+    collective's last device had begun. hidden: communication beside computation. counts: events. window: from the first
+    event to the last; idle: what of it nothing ran in."""
+
+    alone: dict[Row, float]
+    waiting: dict[Row, float]
+    hidden: dict[Row, float]
+    counts: dict[Row, int]
+    window: float
+    idle: float
+
+
+def step_table(path: Path, *, steps: int | None = None) -> dict[str, Any]:
+    """Where the time of a step goes, in milliseconds per step; of rows, means over devices.
+
+    path: a folder of jax.profiler.trace. steps: how many the trace has; None: as often as the instruction of the
+    largest program ran that ran least often. Raises ConfigError if there is no trace.
+    """
+    devices = read_trace(path)
+    if steps is None:
+        steps = count_steps(next(iter(devices.values())))
+    return tabulate(devices, steps)
+
+
+def count_steps(events: Sequence[Event]) -> int:
+    """How often the program with the most time ran: as often as its rarest instruction."""
+    times: dict[str, float] = collections.defaultdict(float)
+    for event in events:
+        times[event.module] += event.end - event.start
+    largest = max(times, key=lambda module: times[module])
+    return min(collections.Counter(event.operation for event in events if event.module == largest).values())
+
+
+def tabulate(devices: Mapping[str, Sequence[Event]], steps: int) -> dict[str, Any]:
+    """`step_table` of the events of each device."""
+    begun = last_starts(devices.values())
+    shares = {name: share(events, begun) for name, events in devices.items()}
+    per_step = lambda ns: round(ns / steps / 1e6, 4)  # noqa: E731
+    mean = lambda field, row: per_step(sum(getattr(s, field).get(row, 0) for s in shares.values()) / len(shares))  # noqa: E731
+    rows = list(dict.fromkeys(row for s in shares.values() for row in s.counts))
+    compute = [{**row.scope._asdict(), "ms": mean("alone", row)} for row in rows if row.collective is None]
+    communication = [
+        {
+            "operation": row.collective, **row.scope._asdict(), "exposed_ms": mean("alone", row),
+            "waiting_ms": mean("waiting", row), "hidden_ms": mean("hidden", row),
+            "count": round(sum(s.counts.get(row, 0) for s in shares.values()) / len(shares) / steps, 2),
+        }
+        for row in rows if row.collective is not None
+    ]  # fmt: skip
+    return {
+        "steps": steps,
+        "devices": {name: _device(s, per_step) for name, s in shares.items()},
+        "compute": sorted(compute, key=lambda r: -r["ms"]),
+        "communication": sorted(communication, key=lambda r: (-r["exposed_ms"], -r["hidden_ms"])),
+        "unknown": _unknown(devices.values(), per_step),
+    }
+
+
+def _device(found: Share, per_step: Callable[[float], float]) -> dict[str, float]:
+    total = lambda times, wanted: per_step(sum(ns for row, ns in times.items() if wanted(row)))  # noqa: E731
+    return {
+        "step_ms": per_step(found.window),
+        "compute_ms": total(found.alone, lambda row: row.collective is None),
+        "exposed_ms": total(found.alone, lambda row: row.collective is not None),
+        "waiting_ms": total(found.waiting, lambda row: True),
+        "hidden_ms": total(found.hidden, lambda row: True),
+        "idle_ms": per_step(found.idle),
+    }
+
+
+def _unknown(devices: Iterable[Sequence[Event]], per_step: Callable[[float], float]) -> list[dict[str, Any]]:
+    """The kernels of the first device outside all scopes that take longest."""
+    times: dict[str, float] = collections.defaultdict(float)
+    for event in next(iter(devices)):
+        if event.collective is None and scope_of(event.op_name).kind == OTHER:
+            times[f"{event.operation or event.kernel} {event.op_name}".strip()] += event.end - event.start
+    longest = sorted(times.items(), key=lambda item: -item[1])[:8]
+    return [{"kernel": name, "ms": per_step(ns)} for name, ns in longest]
+
+
+def last_starts(devices: Iterable[Sequence[Event]]) -> dict[tuple[str, str, int], float]:
+    """When the last device began each run of each collective, by program, instruction and the number of the run. Those
+    that not all devices ran equally often are left out, since their runs cannot be matched."""
+    starts: dict[tuple[str, str], list[list[float]]] = collections.defaultdict(list)
+    total = 0
+    for events in devices:
+        total += 1
+        own: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
+        for event in events:
+            if event.collective is not None and event.operation:
+                own[event.module, event.operation].append(event.start)
+        for key, times in own.items():
+            starts[key].append(times)
+    found = {}
+    for (module, operation), runs in starts.items():
+        if len(runs) == total and len({len(times) for times in runs}) == 1:
+            found |= {(module, operation, run): max(times) for run, times in enumerate(zip(*runs, strict=True))}
+    return found
+
+
+def share(events: Sequence[Event], begun: Mapping[tuple[str, str, int], float]) -> Share:
+    """How the time of one device is spent. events: in order of start. begun: see `last_starts`."""
+    edges: list[tuple[float, int, Row, bool]] = []  # time, +1 or -1, row, whether it waits
+    counts: collections.Counter[Row] = collections.Counter()
+    runs: collections.Counter[tuple[str, str]] = collections.Counter()
+    scopes: dict[str, Scope] = {}
+    for event in events:
+        scope = scopes.get(event.op_name) or scopes.setdefault(event.op_name, scope_of(event.op_name))
+        row, middle = Row(scope, event.collective), event.start
+        counts[row] += 1
+        if event.collective is not None:
+            key = event.module, event.operation
+            middle = min(max(begun.get((*key, runs[key]), event.start), event.start), event.end)
+            runs[key] += 1
+        for start, end, waits in ((event.start, middle, True), (middle, event.end, False)):
+            if end > start:
+                edges += [(start, 1, row, waits), (end, -1, row, waits)]
+    return _swept(sorted(edges, key=lambda edge: edge[:2]), counts)
+
+
+def _swept(edges: Sequence[tuple[float, int, Row, bool]], counts: dict[Row, int]) -> Share:
+    alone, waiting, hidden = (collections.defaultdict[Row, float](float) for _ in range(3))
+    computing: collections.Counter[Row] = collections.Counter()
+    sending: collections.Counter[tuple[Row, bool]] = collections.Counter()
+    idle, before = 0.0, edges[0][0] if edges else 0.0
+    for time, change, row, waits in edges:
+        passed = time - before
+        if passed > 0 and computing:
+            _add(alone, computing, passed)
+            _add(hidden, _rows(sending), passed)
+        elif passed > 0 and sending:
+            _add(alone, _rows(sending), passed)
+            late = {pair: n for pair, n in sending.items() if pair[1]}
+            _add(waiting, _rows(late), passed * sum(late.values()) / sum(sending.values()))
+        else:
+            idle += passed
+        before = time
+        active: Any = sending if row.collective is not None else computing
+        key: Any = (row, waits) if row.collective is not None else row
+        active[key] += change
+        if not active[key]:
+            del active[key]
+    window = edges[-1][0] - edges[0][0] if edges else 0.0
+    return Share(dict(alone), dict(waiting), dict(hidden), dict(counts), window, idle)
+
+
+def _rows(pairs: Mapping[tuple[Row, bool], int]) -> dict[Row, int]:
+    rows: collections.Counter[Row] = collections.Counter()
+    for (row, _), number in pairs.items():
+        rows[row] += number
+    return dict(rows)
+
+
+def _add(times: dict[Row, float], active: Mapping[Row, int], passed: float) -> None:
+    """Adds `passed` to the rows that are active, in proportion to how often each is."""
+    total = sum(active.values())
+    for row, number in active.items():
+        times[row] += passed * number / total
+
+
+if __name__ == "__main__":
+    from orogen.report.profile_page import lines
+
+    print("\n".join(lines(step_table(Path(sys.argv[1]), steps=int(sys.argv[2]) if sys.argv[2:] else None))))
