@@ -290,8 +290,7 @@ def test_a_full_disk_keeps_what_is_there_and_a_later_write_succeeds(copy):
 def test_the_best_and_the_last_regular_checkpoint_stay_beside_the_last_ones(tmp_path):
     with Checkpoints(tmp_path, keep=1, every=4) as checkpoints:
         for step in (3, 4, 5, 6):
-            checkpoints.best = 3 if step < 6 else 6
-            checkpoints.save(step, items(state(step)), POSITION, WHOLE)
+            checkpoints.save(step, items(state(step)), POSITION, WHOLE, best=step in (3, 6))
             checkpoints.wait()
             assert steps(tmp_path) == {3: ["3"], 4: ["3", "4"], 5: ["3", "4", "5"], 6: ["4", "6"]}[step]
         assert (checkpoints.regular(4), checkpoints.regular(3), checkpoints.regular(5)) == (4, 6, 0)

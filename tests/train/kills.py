@@ -34,7 +34,7 @@ MOMENTS: dict[str, tuple[str, str, int, float]] = {
     "reporting": ("orogen.evaluate.summary", "write_report", 1, 0.2),
     "any time": ("orogen.train.run", "_train", 1, 8.0),
 }
-TIMED = ("step_ms", "tokens_per_second")
+TIMED = ("step_ms", "tokens_per_second", "compile_seconds", "evaluate_seconds", "save_seconds", "start_seconds")
 RECIPE = """
 ModelConfig.pattern = 'ME'
 ModelConfig.vocab_size = 259

@@ -46,8 +46,8 @@ class Checkpoints:
 
     keep: how many of the last checkpoints to keep; None: all. every: if given, the last checkpoint of a step that is a
     multiple of it stays too. model: its config is written into each checkpoint, and `restore` compares it. vocab_size:
-    the model's, padding rows not counted; None: that of `model`, else that of the arrays. best: the step of a
-    checkpoint that stays until another is named; the caller sets it.
+    the model's, padding rows not counted; None: that of `model`, else that of the arrays. best: the step of the best
+    checkpoint, which stays until a better one is complete.
     """
 
     def __init__(
@@ -93,9 +93,10 @@ class Checkpoints:
         if it is of other layers."""
         return self._read(lambda step: facts.read_layout(self.folder / str(step), whole))
 
-    def save(self, step: int, items: Items, position: dict[str, Any], layout: Layout) -> None:
+    def save(self, step: int, items: Items, position: dict[str, Any], layout: Layout, *, best: bool = False) -> None:
         """Starts writing the items after step `step`, which are in the layout `layout`, and the position of the data:
-        returns once the arrays are copied to the host and the write before this one is finished.
+        returns once the arrays are copied to the host and the write before this one is finished. best: whether it is
+        better than the checkpoint `best`.
 
         Does nothing if the latest checkpoint is of that step. Raises NotSavedError if this write cannot be started or
         the one before it failed.
@@ -120,7 +121,7 @@ class Checkpoints:
         except OSError as error:
             raise self._not_saved(step, error) from error
         self._written = step
-        self._finishing = self._finisher.submit(self._finish, partial, step)
+        self._finishing = self._finisher.submit(self._finish, partial, step, best)
 
     def wait(self) -> None:
         """Waits for pending writes. Raises NotSavedError if one fails; what it left is removed."""
@@ -132,6 +133,10 @@ class Checkpoints:
         except Exception as error:  # orbax and tensorstore raise errors of any type
             step, self._written = self._written, None
             raise self._not_saved(step, error) from error
+
+    def has(self, step: int) -> bool:
+        """Whether the checkpoint of this step is complete or being written."""
+        return step == self._written or (self.folder / str(step)).is_dir()
 
     def remove_after(self, step: int) -> None:
         """Removes the checkpoints of later steps, the last one first."""
@@ -174,12 +179,13 @@ class Checkpoints:
         if self.latest is not None:
             self._read(lambda step: facts.check_tokenizer(self.folder / str(step), self.run_dir / "tokenizer"))
 
-    def _finish(self, partial: Path, step: int) -> None:
+    def _finish(self, partial: Path, step: int, best: bool) -> None:
         """Turns the folder that orbax is writing into a checkpoint, then removes the oldest checkpoints."""
         assert self._writer is not None
         self._writer.wait_until_finished()
         checksums.write(partial)
         partial.rename(self.folder / str(step))
+        self.best = step if best else self.best
         kept = {self.best, self.regular(self._every) if self._every else None}
         # The newest, which is complete, is never removed.
         for old in self._steps()[: -self._keep] if self._keep else ():

@@ -57,8 +57,10 @@ class TrainConfig:
     max_skipped_steps: Annotated[int, "consecutive non-finite steps after which the run stops"] = 10
     spike_deviations: Annotated[float, "robust standard deviations above which a loss is a spike; 0: none is"] = 0.0
     spike_window: Annotated[int, "last good steps whose losses bound the next one"] = 64
-    roll_back_after: Annotated[int, "consecutive bad steps after which the run goes back, past their data; 0: never"] = 0
-    repeat_bad_steps: Annotated[bool, "whether bad steps are computed twice first: other bits mean bad hardware"] = False
+    roll_back_after: Annotated[int, "consecutive bad steps after which the run goes back and past them; 0: never"] = 0
+    repeat_bad_steps: Annotated[bool, "whether bad steps are first computed again: other bits mean bad hardware"] = (
+        False
+    )
     max_roll_backs: Annotated[int, "roll-backs to one checkpoint after which the run stops"] = 3
     hang_minutes: Annotated[float, "minutes without a step after which the process ends as hung; 0: never"] = 10.0
     sample_prompts: Annotated[tuple[str, ...], "texts that the final samples continue"] = ("",)

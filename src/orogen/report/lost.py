@@ -4,7 +4,7 @@
 
     to        the step whose checkpoint the run went on from; 0: it started over
     until     the last step that was lost
-    seconds   the work lost: those steps, with the compiling, evaluating and saving between them
+    seconds   the work lost: those steps, with the starting, compiling, evaluating and saving between them
     cause     "end" of the process; "repeat" of a bad step, to see whether it gives the same bits; "roll_back"
     position  only after a roll-back: the position of the data from which the run went on after step `to`
 """
@@ -20,7 +20,7 @@ from orogen.report.metrics import FILE_NAME, read_metrics
 
 NAME = "lost.jsonl"
 END, REPEAT, ROLL_BACK = "end", "repeat", "roll_back"
-SECONDS = ("compile_seconds", "evaluate_seconds", "save_seconds")
+SECONDS = ("compile_seconds", "evaluate_seconds", "save_seconds", "start_seconds")
 
 
 class Lost(NamedTuple):
@@ -34,7 +34,7 @@ class Lost(NamedTuple):
 
 
 def seconds_of(record: Mapping[str, Any]) -> float:
-    """The seconds that a step took, with the compiling, evaluating and saving that its record states."""
+    """The seconds that a step took, with what was done beside it, as its record states."""
     return record.get("step_ms", 0.0) / 1e3 + sum(record.get(key, 0.0) for key in SECONDS)
 
 

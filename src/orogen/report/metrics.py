@@ -50,8 +50,6 @@ class MetricsWriter:
     """
 
     def __init__(self, run_dir: str | Path, *, resume_step: int | None = None):
-        from tensorboardX import SummaryWriter  # protobuf is slow to import, and reading metrics does not need it
-
         path = Path(run_dir) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         if resume_step is not None:
@@ -61,13 +59,24 @@ class MetricsWriter:
         else:
             self.last = None
         self._path = path
-        self._file = path.open("a", encoding="utf-8")
+        self._open(resume_step)
+
+    def _open(self, resume_step: int | None) -> None:
+        from tensorboardX import SummaryWriter  # protobuf is slow to import, and reading metrics does not need it
+
+        self._file = self._path.open("a", encoding="utf-8")
         # tensorboardX names a file by the current second: without a suffix, a quick resume would overwrite it.
         self._events = SummaryWriter(
-            str(path.parent / "tensorboard"),
+            str(self._path.parent / "tensorboard"),
             purge_step=None if resume_step is None else resume_step + 1,
             filename_suffix=f".{time.time_ns()}",
         )
+
+    def rewind(self, step: int) -> None:
+        """Removes the records of later steps: the run goes on after `step`, as if it resumed there."""
+        self.close()
+        self.last = _truncate(self._path, step)
+        self._open(step)
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Writes one step and flushes it. Numbers may be Python's, NumPy's or arrays that have `tolist`.

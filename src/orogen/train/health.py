@@ -7,9 +7,13 @@ from typing import Any
 
 from orogen.config.run import TrainConfig
 
-# The standard deviation of a normal distribution, in medians of absolute deviations (doi:10.1080/01621459.1993.10476408).
+# A normal distribution's standard deviation over its median absolute deviation (doi:10.1080/01621459.1993.10476408).
 DEVIATION = 1.4826
 SPIKE = "spike_bound"
+
+
+class NonFiniteError(RuntimeError):
+    """Too many bad steps: losses, gradients or buffers that made the run skip them, or spikes."""
 
 
 class Health:
@@ -50,5 +54,5 @@ class Health:
             self.bad_in_row += 1
         else:
             self.bad_in_row = 0
-            self._losses.append(record["objective"])
+            self._losses.append(record["objective"])  # finite, or the step would have been skipped
         self._skipped = skipped

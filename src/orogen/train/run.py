@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 from orogen.checkpoint.folders import Folder, read_tokenizer
 from orogen.checkpoint.steps import Checkpoints
 from orogen.config.run import RunConfig
@@ -13,7 +15,9 @@ from orogen.data.loader import Corpus
 from orogen.data.tokenizer import check_rows, check_vocab_size
 from orogen.model.count import count
 from orogen.parallel.plan import Plan
+from orogen.report.lost import END, add_lost
 from orogen.report.metrics import MetricsWriter
+from orogen.train.goodput import Clock
 from orogen.train.lock import RunLock, check_free
 from orogen.train.loop import Loop
 from orogen.train.run_folder import check_folder, describe_run, environment, keep_orphaned_metrics
@@ -49,7 +53,7 @@ def train(
     origin: the folder whose weights and tokenizer a run without a checkpoint of its own starts from, with a fresh
     optimizer. until: a stack that releases the folder and the signals when it exits, for a caller that still writes
     there; None: they are released at the end of this call. Everything that can be refused is refused before the folder
-    is touched. Raises ConfigError, NonFiniteError, StoppedEarlyError.
+    is touched. Raises ConfigError, StoppedEarlyError, NonFiniteError, FaultyHardwareError, NotSavedError.
     """
     with contextlib.ExitStack() as stack:
         return _train(config, text, run_dir, task, resume=resume, origin=origin, log=log, held=until or stack)
@@ -67,7 +71,7 @@ def _train(
     held: contextlib.ExitStack,
 ) -> Trained:
     """`train`; `held` releases the lock and the signals when it exits."""
-    stop = held.enter_context(Stop())
+    clock, stop = Clock(), held.enter_context(Stop())
     config.need("model", "data", "train", "optimizer")
     plan, built = assemble(config.model, config.plan, length=config.train.sequence_length)
     check_folder(run_dir, config, resume=resume)
@@ -84,10 +88,12 @@ def _train(
     lock = held.enter_context(RunLock(run_dir, log=log))
     stop.at_once = lock.release
     check_folder(run_dir, config, resume=resume)  # again: another process may have been here meanwhile
-    with Checkpoints(run_dir, keep=config.train.keep_checkpoints, model=config.model) as checkpoints:
+    every = config.train.checkpoint_every if config.train.roll_back_after else None
+    with Checkpoints(run_dir, keep=config.train.keep_checkpoints, every=every, model=config.model) as checkpoints:
         run = Loop(
-            task, config, plan=plan, built=built, corpus=corpus, checkpoints=checkpoints, stop=stop, lock=lock, log=log
-        )
+            task, config, plan=plan, built=built, corpus=corpus, checkpoints=checkpoints, stop=stop, lock=lock, log=log,
+            clock=clock,
+        )  # fmt: skip
         state = run.start(origin)
         facts = _facts(config, plan, corpus)
         describe_run(run_dir, text, facts)  # first, because it makes the folder this run's
@@ -97,6 +103,8 @@ def _train(
             corpus.tokenizer.save(saved)
         if origin is not None:
             origin.keep(run_dir)
+        if jax.process_index() == 0:
+            add_lost(run_dir, run.first_step, END)  # before the lines of lost steps are removed
         if run.first_step:
             log(f"continuing {run_dir} after step {run.first_step}")
         elif orphans := keep_orphaned_metrics(run_dir):
@@ -106,7 +114,7 @@ def _train(
         with MetricsWriter(run_dir, resume_step=run.first_step) as writer:
             run.evaluate_last(state, writer)
             state = run.steps(state, writer)
-        run.save(state)
+            run.finish(state, writer)
     step = int(state.step)
     stop.working = False  # everything is saved
     return Trained(state, corpus, step >= config.train.steps and not stop.asked, step - run.first_step, stop)
