@@ -35,15 +35,19 @@ from orogen.train.saving import Saver
 from orogen.train.state import TrainState, abstract_state, create_state, from_items, items, start_state, state_shardings
 from orogen.train.step import StepMetrics, batch_to_devices, make_step
 from orogen.train.stop import Stop
+from orogen.train.stragglers import Pace
 from orogen.train.task import Task
+from orogen.train.watch import Watch
 
 
 class _Pending(NamedTuple):
-    """A step that is dispatched and not yet reported. position: of the data, after its batch."""
+    """A step that is dispatched and not yet reported. position: of the data, after its batch; host_seconds: until it
+    was dispatched."""
 
     number: int
     batch: Batch
     position: dict[str, Any]
+    host_seconds: float
     fetching: Future[tuple[StepMetrics, float]]
 
 
@@ -63,16 +67,20 @@ class Loop:
         lock: RunLock,
         log: Callable[[str], None],
         clock: Clock,
+        watch: Watch,
     ):
         self.config, self.plan, self.built, self.corpus, self.checkpoints = config, plan, built, corpus, checkpoints
-        self.stop, self.lock, self.log, self.clock = stop, lock, log, clock
+        self.stop, self.lock, self.log, self.clock, self.watch = stop, lock, log, clock, watch
+        self.pace = Pace(log)
         train = config.train
         self.back = Back(train, checkpoints.run_dir, checkpoints, log)
         self.optimizer = make_optimizer(config.optimizer, train.steps, built.params)
         self.step = make_step(built, task.objective, config, plan, self.optimizer)
         self.carried = carry.abstract(train, built)
         self.evaluation = task.evaluation(config, built, corpus)
-        score = self.evaluation.sampled[0] if self.evaluation is not None else None
+        score = None
+        if self.evaluation is not None:
+            score, self.evaluation.progress = self.evaluation.sampled[0], watch.progress
         self.saver = Saver(train, checkpoints, score=score, clock=clock, log=log)
         self.source = task.source(config, corpus)
         self.position: dict[str, Any] = self.source.state()
@@ -174,13 +182,15 @@ class Loop:
             for number in range(self.first_step + 1, train.steps + 1):
                 if not self.lock.beating:
                     raise ConfigError(f"another process took over {self.lock.path}; expected this run to keep it")
+                began = time.perf_counter()
                 batch = self.source.take(state)
                 self.position = self.source.state()
                 state, metrics = self._dispatch(state, batch)
+                host_seconds = time.perf_counter() - began
                 stop.working = True
                 if pending is not None:
                     self._report(pending, writer, progress)
-                pending = _Pending(number, batch, self.position, fetcher.submit(_fetch, metrics))
+                pending = _Pending(number, batch, self.position, host_seconds, fetcher.submit(_fetch, metrics))
                 last, due = number == train.steps or stop.asked, lambda every, n=number: n % every == 0
                 save = self.saver.due(number)
                 if last or save or due(train.evaluate_every):
@@ -191,6 +201,7 @@ class Loop:
                         break
                     best = self.saver.is_best(record)
                     if (save or best) and not (self._may_go_back or self._skipped):
+                        self.watch.expect_longer()
                         self.saver.save_on_the_way(state, self.position, self.built.layout, best=best)
         return state
 
@@ -198,6 +209,7 @@ class Loop:
         """The step's results, which the devices may still be computing. The first call also compiles the step."""
         if self._compiled:
             return self.step(state, batch_to_devices(batch, self.plan))
+        self.watch.expect_longer()
         with self.clock.aside(COMPILING):
             result = self.step(state, batch_to_devices(batch, self.plan))
         self._compiled = True
@@ -211,12 +223,14 @@ class Loop:
         Raises BadStepsError if the run has to go back, and NonFiniteError if too many steps in a row were skipped.
         """
         fetched, done = pending.fetching.result()
-        number = pending.number
-        record = self._record(number, pending.batch, fetched, self.clock.step(done))
+        number, seconds = pending.number, self.clock.step(done)
+        self.watch.progress(seconds)
+        self.pace.add(seconds, pending.host_seconds)
+        record = self._record(number, pending.batch, fetched, seconds)
         self.back.compare(record)
         record = self.health.judged(record)
         if scored is not None:
-            record = _joined(record, self._scores(number, scored))
+            record = _joined(record, self._scores(number, scored) | self.pace.compared())
         record = _joined(record, self.clock.spent())
         writer.write(record)
         progress.update(number, record)
@@ -253,6 +267,7 @@ class Loop:
             scores = evaluation.sample(state)
             return scores | evaluation.full(state) if number == self.config.train.steps else scores
 
+        self.watch.expect_longer()
         with self.clock.aside(EVALUATING):
             return self.stop.unless_asked(evaluate) or {}
 

@@ -24,6 +24,7 @@ from orogen.train.run_folder import check_folder, describe_run, environment, kee
 from orogen.train.state import TrainState
 from orogen.train.stop import Stop
 from orogen.train.task import Task
+from orogen.train.watch import Watch
 
 
 class Trained(NamedTuple):
@@ -90,9 +91,10 @@ def _train(
     check_folder(run_dir, config, resume=resume)  # again: another process may have been here meanwhile
     every = config.train.checkpoint_every if config.train.roll_back_after else None
     with Checkpoints(run_dir, keep=config.train.keep_checkpoints, every=every, model=config.model) as checkpoints:
+        watch = Watch(run_dir, config.train.hang_minutes, process=jax.process_index(), log=log)
         run = Loop(
             task, config, plan=plan, built=built, corpus=corpus, checkpoints=checkpoints, stop=stop, lock=lock, log=log,
-            clock=clock,
+            clock=clock, watch=watch,
         )  # fmt: skip
         state = run.start(origin)
         facts = _facts(config, plan, corpus)
@@ -111,7 +113,7 @@ def _train(
             log(f"{run_dir} has no checkpoint: starting over; the metrics there are kept as {orphans.name}")
         if run.first_step < config.train.steps:
             (run_dir / "report.html").unlink(missing_ok=True)  # it describes an earlier step
-        with MetricsWriter(run_dir, resume_step=run.first_step) as writer:
+        with MetricsWriter(run_dir, resume_step=run.first_step) as writer, watch:
             run.evaluate_last(state, writer)
             state = run.steps(state, writer)
             run.finish(state, writer)
