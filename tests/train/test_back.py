@@ -4,7 +4,6 @@ The batches named by BAD make the loss of whatever step takes them not finite, o
 """
 
 import dataclasses
-import functools
 import re
 import signal
 from pathlib import Path
@@ -72,15 +71,36 @@ def numbers(recipe) -> list[int]:
     return found
 
 
-@functools.cache
+def _poisoned(model, hidden, batch, plan):
+    """The sums of the next token, times the factor with which a bad batch is marked: the weight, negated, of its first
+    token, which nothing predicts."""
+    mark = -batch.weights_bt[0, 0]
+    times = jnp.where(mark > 0, mark, 1.0)
+    return {name: times * x for name, x in NEXT_TOKENS.sums(model, hidden, batch, plan).items()}
+
+
+POISONED = dataclasses.replace(NEXT_TOKENS, sums=_poisoned)
+
+
 def task_with(factor: float, *bad: int):
     """Pretraining whose loss is multiplied by `factor` on batches with one of the numbers `bad`."""
 
-    def poisoned(model, hidden, batch, plan):
-        times = jnp.where(jnp.isin(number_of(batch), jnp.asarray(bad)), factor, 1.0)
-        return {name: times * x for name, x in NEXT_TOKENS.sums(model, hidden, batch, plan).items()}
+    def source(config, corpus):
+        loader = PRETRAINING.source(config, corpus)
+        honest = loader.take
 
-    return dataclasses.replace(PRETRAINING, objective=dataclasses.replace(NEXT_TOKENS, sums=poisoned))
+        def take(state):
+            batch = honest(state)
+            if int(number_of(batch)) in bad:
+                weights_bt = batch.weights_bt.copy()
+                weights_bt[0, 0] = -factor
+                batch = batch._replace(weights_bt=weights_bt)
+            return batch
+
+        loader.take = take
+        return loader
+
+    return dataclasses.replace(PRETRAINING, objective=POISONED, source=source)
 
 
 def skipping(task, after: int, count: int):
@@ -116,17 +136,17 @@ def curve(folder: Path) -> list[dict]:
 def whole(recipe, numbers, tmp_path_factory) -> Path:
     """A run that goes back once: batches 7 and 8 are bad, steps 7 and 8 of the first try."""
     folder, lines = tmp_path_factory.mktemp("whole") / "run", []
-    run(recipe, folder, task_with(np.nan, *numbers[6:8]), *AFTER_TWO, lines=lines)
+    run(recipe, folder, task_with(np.inf, *numbers[6:8]), *AFTER_TWO, lines=lines)
     assert lines == [
-        "step 7 was skipped and changed nothing: the loss is nan",
-        "step 8: the loss is nan; going back to checkpoint 6, past the batches of steps 7 to 8",
+        "step 7 was skipped and changed nothing: the loss is inf",
+        "step 8: the loss is inf; going back to checkpoint 6, past the batches of steps 7 to 8",
     ]
     return folder
 
 
 def test_a_run_goes_on_behind_the_bad_batches(recipe, numbers, whole, tmp_path):
     """As a run that never saw them."""
-    run(recipe, tmp_path / "run", skipping(task_with(np.nan, *numbers[6:8]), 6, 2), *AFTER_TWO)
+    run(recipe, tmp_path / "run", skipping(task_with(np.inf, *numbers[6:8]), 6, 2), *AFTER_TWO)
     assert curve(tmp_path / "run") == curve(whole)
     assert [record["step"] for record in curve(whole)] == list(range(1, STEPS + 1))
     assert curve(whole)[-1]["skipped_steps"] == 0
@@ -139,8 +159,6 @@ def killed_at(monkeypatch, moment: str) -> None:
     owner, name, call, before = {
         "before": (Back, "go", 1, True),
         "between": (Back, "go", 1, False),
-        "restoring": (Loop, "start", 2, True),
-        "truncating": (MetricsWriter, "rewind", 1, True),
         "a step later": (MetricsWriter, "write", 9, False),
     }[moment]
     honest, calls = getattr(owner, name), [0]
@@ -157,9 +175,9 @@ def killed_at(monkeypatch, moment: str) -> None:
     monkeypatch.setattr(owner, name, watched)
 
 
-@pytest.mark.parametrize("moment", ["before", "between", "restoring", "truncating", "a step later"])
+@pytest.mark.parametrize("moment", ["before", "between", "a step later"])
 def test_a_kill_around_a_roll_back_changes_no_bit(recipe, numbers, whole, tmp_path, monkeypatch, moment):
-    task, folder = task_with(np.nan, *numbers[6:8]), tmp_path / "run"
+    task, folder = task_with(np.inf, *numbers[6:8]), tmp_path / "run"
     with monkeypatch.context() as patched, pytest.raises(Killed):
         killed_at(patched, moment)
         run(recipe, folder, task, *AFTER_TWO)
@@ -171,10 +189,10 @@ def test_a_kill_around_a_roll_back_changes_no_bit(recipe, numbers, whole, tmp_pa
     assert len(skips) == 1 and skips[0].position == read_lost(whole)[0].position
 
 
-@pytest.mark.parametrize("step", [2, 7, 8])
+@pytest.mark.parametrize("step", [2, 8])
 def test_a_stop_does_not_change_where_a_run_goes_back_to(recipe, numbers, whole, tmp_path, monkeypatch, step):
     """Stopped at step 2 it has a checkpoint of its own there; stopped among bad steps, none."""
-    task, folder, honest = task_with(np.nan, *numbers[6:8]), tmp_path / "run", Loop._record
+    task, folder, honest = task_with(np.inf, *numbers[6:8]), tmp_path / "run", Loop._record
 
     def record(run, number, *arguments):
         if number == step:
@@ -189,7 +207,7 @@ def test_a_stop_does_not_change_where_a_run_goes_back_to(recipe, numbers, whole,
 
 
 def test_before_the_first_checkpoint_a_run_goes_back_to_its_beginning(recipe, numbers, tmp_path):
-    task = task_with(np.nan, *numbers[1:2])
+    task = task_with(np.inf, *numbers[1:2])
     once = (*FIELDS, "TrainConfig.roll_back_after=1")
     run(recipe, tmp_path / "run", task, *once)
     run(recipe, tmp_path / "without", skipping(task, 0, 2), *once)
@@ -209,7 +227,7 @@ def test_a_spike_is_gone_back_from_too(recipe, numbers, tmp_path):
 
 def test_bad_steps_that_repeat_to_the_bit_are_the_datas_fault(recipe, numbers, whole, tmp_path):
     lines = []
-    task, repeat = task_with(np.nan, *numbers[6:8]), "TrainConfig.repeat_bad_steps=True"
+    task, repeat = task_with(np.inf, *numbers[6:8]), "TrainConfig.repeat_bad_steps=True"
     run(recipe, tmp_path / "run", task, *AFTER_TWO, repeat, lines=lines)
     assert curve(tmp_path / "run") == curve(whole)
     assert [loss.cause for loss in read_lost(tmp_path / "run")] == ["repeat", "roll_back"]
@@ -228,14 +246,14 @@ def test_a_step_that_repeats_with_other_bits_is_the_hardwares_fault(recipe, numb
     monkeypatch.setattr(Loop, "_record", record)
     fields = (*AFTER_TWO, "TrainConfig.repeat_bad_steps=True")
     with pytest.raises(FaultyHardwareError, match=r"step 7, repeated .* has grad_norm = .* one of cpu 0 \(process 0\)"):
-        run(recipe, tmp_path / "run", task_with(np.nan, *numbers[6:8]), *fields)
-    assert seen == [1, 2, 3, 4, 5, 6, 7, 8, 7]
+        run(recipe, tmp_path / "run", task_with(np.inf, *numbers[7:9]), *fields)
+    assert seen == [1, 2, 3, 4, 5, 6, 7, 8, 9, 7]
 
 
 def test_a_run_that_stays_bad_is_given_up(recipe, numbers, tmp_path):
-    task = task_with(np.nan, *numbers[3:])
+    task = task_with(np.inf, *numbers[3:])
     fields = (*FIELDS, "TrainConfig.roll_back_after=1", "TrainConfig.max_roll_backs=2")
-    with pytest.raises(NonFiniteError, match="step 4: the loss is nan, after 2 roll-backs to checkpoint 3; expected"):
+    with pytest.raises(NonFiniteError, match="step 4: the loss is inf, after 2 roll-backs to checkpoint 3; expected"):
         run(recipe, tmp_path / "run", task, *fields)
     assert len(read_lost(tmp_path / "run")) == 2
 

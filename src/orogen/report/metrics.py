@@ -17,6 +17,13 @@ Each line of `metrics.jsonl` is the JSON object of one step; steps strictly incr
     whole_heldout_loss, whole_heldout_bits_per_byte: of the whole held-out text; only in the run's last step
     overflow_rows         assignments that did not fit into a ragged buffer; a step with any is skipped
     skipped_steps         steps skipped since the run began
+    spike_bound           the loss exceeds this bound: it is a spike (`train.health`); only in such steps
+    start_seconds         from the start of the process, or a roll-back, to the first step; only in that step
+    compile_seconds       tracing, lowering and compiling the step; only in the first of a process
+    evaluate_seconds      the evaluation after this step
+    save_seconds          how long writing checkpoints held the run up since the last step
+    host_ms, device_ms    by process, with several: median time to dispatch a step, and of a product on its devices
+    slow_processes        those whose times are far above the others' (`train.stragglers`)
 
 Only `step` is required, and any other key may be added. JSON has no NaN or infinity: such a number is written as null
 and listed under the key `nonfinite`, a list of [key, index, …, "nan" | "inf" | "-inf"].
@@ -35,6 +42,7 @@ import rich.progress
 
 from orogen.config.checks import ConfigError
 from orogen.config.files import write_atomically
+from orogen.report.files import Appended, Events
 
 FILE_NAME = "metrics.jsonl"
 NONFINITE = "nonfinite"
@@ -62,15 +70,9 @@ class MetricsWriter:
         self._open(resume_step)
 
     def _open(self, resume_step: int | None) -> None:
-        from tensorboardX import SummaryWriter  # protobuf is slow to import, and reading metrics does not need it
-
-        self._file = self._path.open("a", encoding="utf-8")
-        # tensorboardX names a file by the current second: without a suffix, a quick resume would overwrite it.
-        self._events = SummaryWriter(
-            str(self._path.parent / "tensorboard"),
-            purge_step=None if resume_step is None else resume_step + 1,
-            filename_suffix=f".{time.time_ns()}",
-        )
+        self._file = Appended(self._path)
+        purge_step = None if resume_step is None else resume_step + 1
+        self._events = Events(self._path.parent / "tensorboard", purge_step=purge_step)
 
     def rewind(self, step: int) -> None:
         """Removes the records of later steps: the run goes on after `step`, as if it resumed there."""
@@ -79,17 +81,17 @@ class MetricsWriter:
         self._open(step)
 
     def write(self, metrics: Mapping[str, Any]) -> None:
-        """Writes one step and flushes it. Numbers may be Python's, NumPy's or arrays that have `tolist`.
+        """Writes one step at once. Numbers may be Python's, NumPy's or arrays that have `tolist`.
 
-        Raises ValueError unless `step` is greater than the last one written.
+        Raises ValueError unless `step` is greater than the last one written. A disk that refuses the line does not
+        raise: see `report.files`.
         """
         record = {key: _plain(value) for key, value in metrics.items()}
         step = record.get("step")
         before = -1 if self.last is None else self.last["step"]
         if not isinstance(step, int) or step <= before:
             raise ValueError(f"step is {step!r}, expected an integer above {before}")
-        self._file.write(_encode(record) + "\n")
-        self._file.flush()
+        self._file.write(f"{_encode(record)}\n".encode())
         self.last = record
         self._draw(step, record)
 
@@ -101,16 +103,15 @@ class MetricsWriter:
         self.last = self.last | added
         self._file.close()
         write_atomically(self._path, b"".join(lines[:-1]) + f"{_encode(self.last)}\n".encode())
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = Appended(self._path)
         self._draw(self.last["step"], added)
 
     def _draw(self, step: int, record: Mapping[str, Any]) -> None:
-        for tag, value in _scalars(record):
-            if math.isfinite(value):  # TensorBoard draws no others, and tensorboardX warns about each
-                self._events.add_scalar(tag, value, step)
+        # TensorBoard draws no others, and tensorboardX warns about each.
+        self._events.write(step, {tag: value for tag, value in _scalars(record) if math.isfinite(value)})
 
     def close(self) -> None:
-        """Flushes and closes both files."""
+        """Closes both files. Raises OSError if the disk has refused some of their content until now."""
         self._file.close()
         self._events.close()
 
