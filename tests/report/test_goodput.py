@@ -18,7 +18,7 @@ LOSSES = [Lost(2, 6, 3.0, "end"), Lost(2, 4, 1.5, "roll_back", {"at": 9}), Lost(
 def test_the_time_is_split():
     spent = time_spent(RECORDS, LOSSES)
     assert list(spent.values()) == pytest.approx([5.0, 4.0, 9.0, 2.0, 0.5, 5.0])
-    assert list(spent)[-1] == "lost: 7 steps computed in vain, 1 roll-backs"
+    assert list(spent)[-1] == "lost: 7 steps computed in vain; roll-backs: 1"
     assert goodput(spent) == pytest.approx(5 / 25.5)
     assert list(time_spent(RECORDS, []))[-1] == "lost: 0 steps computed in vain"
 

@@ -63,7 +63,7 @@ class Events:
     """
 
     def __init__(self, folder: Path, *, purge_step: int | None):
-        from tensorboardX.proto.event_pb2 import SessionLog
+        from tensorboardX.proto.event_pb2 import SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
         folder.mkdir(parents=True, exist_ok=True)
         # Unlike tensorboardX's own names, those of two starts within a second differ.
@@ -86,7 +86,8 @@ class Events:
 
 def _record(**event: object) -> bytes:
     """An event as a TFRecord: its length and its bytes, each with a checksum."""
-    from tensorboardX.proto.event_pb2 import Event  # protobuf is slow to import, and readers of metrics do not need it
+    # Here, because protobuf is slow to import, and readers of metrics do not need it. Its classes are made at run time.
+    from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
     from tensorboardX.record_writer import masked_crc32c
 
     data = Event(wall_time=time.time(), **event).SerializeToString()

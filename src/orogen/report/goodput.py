@@ -36,4 +36,4 @@ def lost_row(losses: Iterable[Lost]) -> str:
     losses = list(losses)
     steps = sum(loss.until - loss.to for loss in losses)
     backs = sum(loss.cause == ROLL_BACK for loss in losses)
-    return f"lost: {steps} steps computed in vain" + (f", {backs} roll-backs" if backs else "")
+    return f"lost: {steps} steps computed in vain" + (f"; roll-backs: {backs}" if backs else "")

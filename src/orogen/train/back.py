@@ -60,7 +60,9 @@ class Back:
     def compare(self, record: Mapping[str, Any]) -> None:
         """Raises FaultyHardwareError if the step was computed before and gave other bits."""
         before = self._expected.get(record["step"])
-        for key in COMPARED if before is not None else ():
+        if before is None:
+            return
+        for key in COMPARED:
             now, then = (np.float64(one[key]) for one in (record, before))
             if now.tobytes() != then.tobytes() and not (np.isnan(now) and np.isnan(then)):
                 again = f"step {record['step']}, repeated from the same state and batch, has {key} = {now} after {then}"

@@ -39,9 +39,9 @@ class Saver:
     def start(self, records: Iterable[Mapping[str, Any]]) -> None:
         """The run is about to go on after these records."""
         self._saved_at = time.monotonic()
-        if self._score is not None:
-            found = {record["step"]: record[self._score] for record in records if self._score in record}
-            self._scores = {step: score for step, score in found.items() if not math.isnan(score)}
+        if (name := self._score) is not None:
+            found = {record["step"]: record[name] for record in records if name in record}
+            self._scores = {step: score for step, score in found.items() if math.isfinite(score)}
             there = [step for step in self._scores if self._checkpoints.has(step)]
             self._checkpoints.best = min(there, key=lambda step: self._scores[step], default=None)
 
