@@ -199,6 +199,7 @@ def trial(
 
 def prepare() -> None:
     """Makes this process ready to be forked."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # as `orogen` sets it, before it imports jax
     # Imported before the forks: they need not import again, and run this code even if the files change meanwhile.
     import orogen.cli
     import orogen.evaluate.summary

@@ -138,6 +138,7 @@ class Loop:
         """Starts writing the state after the last step of this call. Not after a stop among bad steps from which the
         run may yet go back: a resumed run computes them again. Raises NotSavedError."""
         if int(state.step) == self.config.train.steps or not self._may_go_back:
+            self.watch.expect_longer()
             best = self.saver.is_best(writer.last or {})
             self.saver.save(state, self.position, self.built.layout, best=best)
 
@@ -160,7 +161,9 @@ class Loop:
     def steps(self, state: TrainState, writer: MetricsWriter) -> TrainState:
         """Runs to the end or to a stop, going back past bad steps on the way."""
         while True:
-            records = read_metrics(self.checkpoints.run_dir)
+            # Another process may not yet have removed the records of later steps.
+            records = read_metrics(self.checkpoints.run_dir) if self.first_step else []
+            records = [record for record in records if record["step"] <= self.first_step]
             self.health = Health(self.config.train, records)
             self.saver.start(records)
             try:
@@ -170,6 +173,7 @@ class Loop:
             # Here, where no frame of the failed steps holds their state: two states may not fit on the devices.
             del state
             bad.__traceback__ = None
+            self.watch.expect_longer()
             self.first_step = self.back.go(bad)
             state = self.start(self.origin)
             writer.rewind(self.first_step)

@@ -58,8 +58,13 @@ class Saver:
         return all(score < other for other in others)
 
     def save(self, state: TrainState, position: dict[str, Any], layout: Layout, *, best: bool = False) -> None:
-        """Starts writing the state and the data's position. Raises NotSavedError."""
+        """Starts writing the state and the data's position. Raises NotSavedError; that the write before this one failed
+        is only said."""
         with self._clock.aside(SAVING):
+            try:
+                self._checkpoints.wait()
+            except NotSavedError as error:
+                self._log(f"{error}; training goes on")
             self._checkpoints.save(int(state.step), items(state), position, layout, best=best)
         self._saved_at = time.monotonic()
 
