@@ -25,7 +25,7 @@ def test_traces_of_all_threads_are_written_once(tmp_path):
     said, ended = watched(tmp_path, 0.05 / 60, lambda watch, over: over.wait(10))
     assert ended == [1]
     (line,) = said
-    assert line.startswith("no step for 0 s: the run hangs") and str(tmp_path / "hang.3.txt") in line
+    assert line.startswith("process 3 hangs: no step for 0 s") and str(tmp_path / "hang.3.txt") in line
     text = (tmp_path / "hang.3.txt").read_text()
     assert "in wait" in text and "in _hung" in text and text.count("hread 0x") >= 2
 

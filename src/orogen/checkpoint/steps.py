@@ -138,11 +138,11 @@ class Checkpoints:
         """Whether the checkpoint of this step is complete or being written."""
         return step == self._written or (self.folder / str(step)).is_dir()
 
-    def remove_after(self, step: int) -> None:
-        """Removes the checkpoints of later steps, the last one first."""
+    def remove_after(self, step: int, *, files: bool = True) -> None:
+        """Removes the checkpoints of later steps, the last one first. files: False if another process removes them."""
         self.wait()
         self._written = None
-        for later in reversed(self._steps()):
+        for later in reversed(self._steps()) if files else ():
             if later > step:
                 self._remove(later)
 

@@ -29,6 +29,7 @@ from orogen.train.health import NonFiniteError
 
 # What a repeated step must give to the bit.
 COMPARED = ("objective", "grad_norm")
+SHOWN = 8  # devices that a message names
 
 
 class BadStepsError(Exception):
@@ -93,9 +94,11 @@ class Back:
                     f"TrainConfig.max_roll_backs = {self._train.max_roll_backs}"
                 )
             self._log(f"{bad}; going back to {place}, past the batches of steps {to + 1} to {bad.step}")
-        if jax.process_index() == 0:
-            # A kill between these two makes the run compute the bad steps again.
-            self._checkpoints.remove_after(to)
+        _together("before a roll-back changes what others read")
+        first = jax.process_index() == 0
+        # A kill between these two makes the run compute the bad steps again.
+        self._checkpoints.remove_after(to, files=first)
+        if first:
             add_lost(self._run_dir, to, REPEAT if repeat else ROLL_BACK, None if repeat else bad.position)
         _together("after a roll-back")
         return to
@@ -108,4 +111,6 @@ def _together(moment: str) -> None:
 
 
 def _devices() -> str:
-    return ", ".join(f"{device.device_kind} {device.id} (process {device.process_index})" for device in jax.devices())
+    devices = jax.devices()
+    named = [f"{device.device_kind} {device.id} (process {device.process_index})" for device in devices[:SHOWN]]
+    return ", ".join([*named, *([f"{len(devices) - SHOWN} others"] if len(devices) > SHOWN else [])])

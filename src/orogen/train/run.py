@@ -91,7 +91,7 @@ def _train(
     check_folder(run_dir, config, resume=resume)  # again: another process may have been here meanwhile
     every = config.train.checkpoint_every if config.train.roll_back_after else None
     with Checkpoints(run_dir, keep=config.train.keep_checkpoints, every=every, model=config.model) as checkpoints:
-        watch = Watch(run_dir, config.train.hang_minutes, process=jax.process_index(), log=log)
+        watch = Watch(run_dir, config.train.hang_minutes, process=jax.process_index())
         run = Loop(
             task, config, plan=plan, built=built, corpus=corpus, checkpoints=checkpoints, stop=stop, lock=lock, log=log,
             clock=clock, watch=watch,

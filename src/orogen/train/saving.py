@@ -51,7 +51,8 @@ class Saver:
 
     def is_best(self, record: Mapping[str, Any]) -> bool:
         """Whether no checkpoint has a score as low as that of the record."""
-        if self._score not in record or not math.isfinite(score := record[self._score]):
+        name = self._score
+        if name is None or name not in record or not math.isfinite(score := record[name]):
             return False
         self._scores[record["step"]] = score
         others = [s for step, s in self._scores.items() if step != record["step"] and self._checkpoints.has(step)]

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+from orogen.config.streams import say
+
 # A run is hung after this many times its usual step.
 USUAL_STEPS = 10
 # What may compile first or write to a slow disk may take this many times `hang_minutes`.
@@ -34,12 +36,12 @@ class Watch:
         minutes: float,
         *,
         process: int,
-        log: Callable[[str], None],
+        log: Callable[[str], None] = say,
         tick_seconds: float = 1.0,
         end: Callable[[int], None] = os._exit,
     ):
         self.path = run_dir / f"hang.{process}.txt"
-        self._minutes, self._log, self._end, self._tick = minutes, log, end, tick_seconds
+        self._process, self._minutes, self._log, self._end, self._tick = process, minutes, log, end, tick_seconds
         self._steps: deque[float] = deque(maxlen=KEPT_STEPS)
         self._count = 0  # of calls; only the run's own thread writes it, and only the watching thread reads it
         self._longer = 1
@@ -92,5 +94,5 @@ class Watch:
             traces = f"stack traces are in {self.path}"
         except OSError as error:
             traces = f"stack traces could not be written to {self.path} ({error.strerror})"
-        self._log(f"no step for {limit:.0f} s: the run hangs and is ended; {traces}; --resume continues")
+        self._log(f"process {self._process} hangs: no step for {limit:.0f} s; {traces}; it ends, --resume continues")
         self._end(EXIT_STATUS)
