@@ -16,11 +16,23 @@ from typing import Any
 
 from tests.train import kills
 
+from orogen.report import page
+
 KILLS = ("SIGKILL", "SIGTERM")
 MOMENTS = ("compiling", "stepping", "evaluating", "saving", "hashing")
 
 
 Facts = dict[str, Any]
+
+
+def small_recipe(folder: Path) -> Path:
+    """That of the tests, with one MLP as the model: it compiles in the shortest time."""
+    file = kills.write_recipe(folder)
+    of_others = "mamba", "n_groups", "ssm_state", "chunk_size", "n_routed", "num_experts", "moe_intermediate"
+    lines = [line for line in file.read_text().splitlines() if not any(name in line for name in of_others)]
+    text = "\n".join([*lines, "ModelConfig.intermediate_size = 10", ""])
+    file.write_text(text.replace("pattern = 'ME'", "pattern = '-'"))
+    return file
 
 
 def kill_trials(count: int, seed: int, recipe: Path, folder: Path, expected: Facts) -> Iterator[Facts]:
@@ -85,20 +97,22 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.jsonl")
     options = parser.parse_args()
     kills.prepare()
+    # Drawing takes a third of a run's time here, and no part in what is asked.
+    page.pictures = lambda *_: []  # pyright: ignore[reportPrivateImportUsage]
     wrong = 0
     with tempfile.TemporaryDirectory() as scratch, options.out.open("w") as out:
         folder = Path(scratch)
-        recipe = kills.write_recipe(folder)
+        recipe = small_recipe(folder)
         status, said = kills.run(recipe, folder / "whole")
         if status:
             raise SystemExit(f"the run that nobody interrupts ended with status {status}: {said}")
         expected = kills.facts_of(folder / "whole")
 
         def trials() -> Iterator[Facts]:
-            yield from kill_trials(options.count, options.seed, recipe, folder, expected)
-            for room in (0.5, 1.5, 2.5):
+            for room in (0.5, 1.5):
                 yield disk_trial(room, recipe, folder / f"disk{room}", folder / "whole", expected)
             yield read_only_trial(recipe, folder / "read_only", folder / "whole")
+            yield from kill_trials(options.count, options.seed, recipe, folder, expected)
 
         for facts in trials():
             wrong += bool(facts["wrong"])
