@@ -162,7 +162,9 @@ def measure(config: ModelConfig, kind: str, options: argparse.Namespace) -> None
         sizes = program.memory_analysis()
         needed = weights + sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
         if needed > options.memory_bytes:
-            print(f"{point.slots} slots of {point.context} tokens: the program takes {needed / GIB:.1f} GiB", flush=True)
+            print(
+                f"{point.slots} slots of {point.context} tokens: the program takes {needed / GIB:.1f} GiB", flush=True
+            )
             continue
         record = {
             "model": options.model, "mixers": kind, "parameters": parameters, "weight_bytes": weights,

@@ -3,14 +3,17 @@
 import hashlib
 import itertools
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from orogen.checkpoint import checksums
-from orogen.checkpoint.steps import MARKER, Checkpoints
+from orogen.checkpoint.steps import MARKER, Checkpoints, NotSavedError
 from orogen.config.checks import ConfigError
 from orogen.config.model import ModelConfig
 from orogen.model.layout import Whole
@@ -247,7 +250,51 @@ def test_a_write_that_fails_is_raised_and_removes_nothing(copy, monkeypatch):
     def fail(folder):
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="No space left"), Checkpoints(copy, keep=1) as checkpoints:
-        monkeypatch.setattr(checksums, "write", fail)
-        checkpoints.save(12, items(state(12)), POSITION, WHOLE)
-    assert {"4", "8"} <= set(steps(copy)) and "12" not in steps(copy)
+    said = "checkpoint 12 could not be written to .*/checkpoints: No space left on device; checkpoint 8 is the last"
+    with Checkpoints(copy, keep=1) as checkpoints:
+        with monkeypatch.context() as patched:
+            patched.setattr(checksums, "write", fail)
+            checkpoints.save(12, items(state(12)), POSITION, WHOLE)
+            with pytest.raises(NotSavedError, match=said):
+                checkpoints.wait()
+        assert steps(copy) == ["4", "8"]
+        checkpoints.save(12, items(state(12)), POSITION, WHOLE)  # the same step again, once there is space
+    assert steps(copy) == ["12"]
+
+
+def test_a_full_disk_keeps_what_is_there_and_a_later_write_succeeds(copy):
+    """A real one, of which the second write finds too little left."""
+    mount = copy / "small"
+    mount.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", mount], capture_output=True).returncode:
+        pytest.skip("mounts a small file system: run this test as root, with the right to mount")
+    large = {"model": {"w": jnp.asarray(np.random.default_rng(0).normal(size=2**18), jnp.float32)}}  # 1 MiB
+    try:
+        with Checkpoints(mount) as checkpoints:
+            checkpoints.save(1, large, POSITION, WHOLE)
+            checkpoints.wait()
+            free = os.statvfs(mount).f_bavail * os.statvfs(mount).f_frsize
+            (mount / "filler").write_bytes(bytes(free - 2**19))
+            checkpoints.save(2, large, POSITION, WHOLE)
+            with pytest.raises(NotSavedError, match=r"checkpoint 2 .*: No space left on device; checkpoint 1 is"):
+                checkpoints.wait()
+            assert steps(mount) == ["1"]
+            (mount / "filler").unlink()
+            checkpoints.save(2, large, POSITION, WHOLE)
+        assert steps(mount) == ["1", "2"]
+        checksums.check(mount / "checkpoints" / "1")
+    finally:
+        subprocess.run(["umount", mount], check=True)
+
+
+def test_the_best_and_the_last_regular_checkpoint_stay_beside_the_last_ones(tmp_path):
+    with Checkpoints(tmp_path, keep=1, every=4) as checkpoints:
+        for step in (3, 4, 5, 6):
+            checkpoints.save(step, items(state(step)), POSITION, WHOLE, best=step in (3, 6))
+            checkpoints.wait()
+            assert steps(tmp_path) == {3: ["3"], 4: ["3", "4"], 5: ["3", "4", "5"], 6: ["4", "6"]}[step]
+        assert (checkpoints.regular(4), checkpoints.regular(3), checkpoints.regular(5)) == (4, 6, 0)
+        checkpoints.remove_after(5)
+        assert steps(tmp_path) == ["4"] and checkpoints.latest == 4
+        checkpoints.save(6, items(state(6)), POSITION, WHOLE)
+    assert steps(tmp_path) == ["4", "6"]

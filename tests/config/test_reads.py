@@ -147,6 +147,11 @@ BORDERS: list[tuple[str, Any, dict, dict, str]] = [
      FEW),
     *((f"train__{f}", 3, {}, NO_HELDOUT, "DataConfig.heldout_fraction is 0: there is nothing to evaluate on")
       for f in ("evaluate_every", "evaluate_rows", "ngram_order")),
+    ("train__keep_best", True, {}, NO_HELDOUT, "DataConfig.heldout_fraction is 0: there is nothing to evaluate on"),
+    ("train__spike_window", 9, {"train__spike_deviations": 8.0}, {},
+     "TrainConfig.spike_deviations is 0: no loss is a spike"),
+    *((f"train__{f}", v, {"train__roll_back_after": 1}, {}, "TrainConfig.roll_back_after is 0: the run never goes back")
+      for f, v in (("repeat_bad_steps", True), ("max_roll_backs", 5))),
     *(("optimizer__decay_steps", 3, {"optimizer__schedule": "wsd"}, {"optimizer__schedule": s},
        "OptimizerConfig.schedule is not 'wsd'") for s in ("cosine", "constant")),
     ("optimizer__min_ratio", 0.2, {"optimizer__schedule": "wsd", "optimizer__decay_steps": 3},

@@ -27,12 +27,12 @@ POSITIVE = {
     "routed_scaling_factor",
     PlanConfig: "data context tensor stage expert expert_tensor microbatches capacity_factor",
     TrainConfig: "steps batch_size sequence_length evaluate_every evaluate_rows checkpoint_every keep_checkpoints "
-    "max_skipped_steps sample_tokens",
+    "max_skipped_steps max_roll_backs sample_tokens",
     OptimizerConfig: "learning_rate epsilon clip_norm",
 }
 NOT_NEGATIVE = {
     ModelConfig: "router_aux_loss_coef router_z_loss_coef mtp_loss_scale",
-    TrainConfig: "router_bias_update_rate",
+    TrainConfig: "router_bias_update_rate checkpoint_minutes spike_deviations roll_back_after hang_minutes",
     OptimizerConfig: "warmup_steps decay_steps weight_decay",
 }
 REFUSED = [

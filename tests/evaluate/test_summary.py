@@ -20,7 +20,7 @@ def test_the_ngram_is_fitted_on_the_text_of_the_batches_taken(tmp_path):
     config = run_config(hybrid(vocab_size=259), data=data, batch_size=2, sequence_length=16, ngram_order=3)
     corpus = open_corpus(data)
     seen = b"".join(document.text.encode() for document in list(corpus.splits["train"].documents)[:6])
-    found = baselines(SimpleNamespace(state=SimpleNamespace(step=3), corpus=corpus), config)
+    found = baselines(SimpleNamespace(state=SimpleNamespace(step=3), corpus=corpus), config, {})
     heldout = [document.text.encode() for document in corpus.splits["heldout"].documents]
     bits = [-math.log2(brute_force(seen, 3, text, place)) for text in heldout for place in range(len(text))]
     assert len(heldout) > 3 and len(seen) == 6 * 14

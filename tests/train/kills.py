@@ -34,7 +34,7 @@ MOMENTS: dict[str, tuple[str, str, int, float]] = {
     "reporting": ("orogen.evaluate.summary", "write_report", 1, 0.2),
     "any time": ("orogen.train.run", "_train", 1, 8.0),
 }
-TIMED = ("step_ms", "tokens_per_second")
+TIMED = ("step_ms", "tokens_per_second", "compile_seconds", "evaluate_seconds", "save_seconds", "start_seconds")
 RECIPE = """
 ModelConfig.pattern = 'ME'
 ModelConfig.vocab_size = 259
@@ -78,9 +78,12 @@ def write_recipe(folder: Path) -> Path:
     return file
 
 
-def run(recipe: Path, run_dir: Path, prepare: Callable[[], None] = lambda: None) -> tuple[int, str]:
-    """The exit status of `orogen train --resume` in a process of its own, and its output."""
-    said = run_dir.with_suffix(".log")
+def run(
+    recipe: Path, run_dir: Path, prepare: Callable[[], None] = lambda: None, *, log: Path | None = None
+) -> tuple[int, str]:
+    """The exit status of `orogen train --resume` in a process of its own, and its output, which goes to the file
+    `log`; None: a file beside the run folder."""
+    said = run_dir.with_suffix(".log") if log is None else log
     child = os.fork()
     if not child:
         status = 70
@@ -135,11 +138,34 @@ def leftovers(run_dir: Path) -> list[str]:
     return [name for name in names if name.endswith((".tmp", ".partial", ".removed")) or "run.lock" in name]
 
 
-def trial(rng: random.Random, number: int, recipe: Path, folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
-    """One run, interrupted and resumed; `wrong` lists what was not as it should be."""
+def going_on(run_dir: Path) -> dict[str, Any]:
+    """What a kill lost, as (step gone back to, last step lost); the first step of the last process; and the seconds
+    from that process's start, once it has imported everything, to the end of that step."""
+    from orogen.report.lost import read_lost
+
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    facts: dict[str, Any] = {"lost": [(loss.to, loss.until) for loss in read_lost(run_dir)]}
+    for line in lines:
+        if "start_seconds" in line:
+            seconds = line["start_seconds"] + line.get("compile_seconds", 0.0) + line["step_ms"] / 1e3
+            facts |= {"first_step": line["step"], "going_on_s": round(seconds, 2)}
+    return facts
+
+
+def trial(
+    rng: random.Random,
+    number: int,
+    recipe: Path,
+    folder: Path,
+    expected: dict[str, Any],
+    *,
+    name: str | None = None,
+    moment: str | None = None,
+) -> dict[str, Any]:
+    """One run, interrupted by a signal and resumed; `wrong` lists what was not as it should be."""
     from orogen.checkpoint import checksums
 
-    name, moment = rng.choice(list(SIGNALS)), list(MOMENTS)[number % len(MOMENTS)]
+    name, moment = name or rng.choice(list(SIGNALS)), moment or list(MOMENTS)[number % len(MOMENTS)]
     _, _, calls, longest = MOMENTS[moment]
     facts: dict[str, Any] = {"number": number, "signal": name, "moment": moment}
     facts |= {"call": rng.randint(1, calls), "seconds": round(rng.uniform(0, longest), 3)}
@@ -158,7 +184,9 @@ def trial(rng: random.Random, number: int, recipe: Path, folder: Path, expected:
     for checkpoint in sorted((run_dir / "checkpoints").glob("*[0-9]")):
         if checkpoint.name.isdecimal():
             checksums.check(checkpoint)
+    before = time.monotonic()
     status, said = run(recipe, run_dir)
+    facts |= going_on(run_dir) | {"second_run_s": round(time.monotonic() - before, 1)}
     if status:
         wrong.append(f"going on ended with status {status}: {said}")
     elif facts_of(run_dir) != expected:
@@ -169,14 +197,9 @@ def trial(rng: random.Random, number: int, recipe: Path, folder: Path, expected:
     return facts | {"too late": done, "wrong": wrong}
 
 
-def main() -> int:
-    """Tries random moments one after another; writes a JSON line for each. Exit status 1 if one is wrong."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--count", type=int, default=40)
-    parser.add_argument("--first", type=int, default=0, help="number of the first; the moments take turns")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
+def prepare() -> None:
+    """Makes this process ready to be forked."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # as `orogen` sets it, before it imports jax
     # Imported before the forks: they need not import again, and run this code even if the files change meanwhile.
     import orogen.cli
     import orogen.evaluate.summary
@@ -186,6 +209,16 @@ def main() -> int:
         usual = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
         signal.signal(signal.Signals[name], usual)
 
+
+def main() -> int:
+    """Tries random moments one after another; writes a JSON line for each. Exit status 1 if one is wrong."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--count", type=int, default=40)
+    parser.add_argument("--first", type=int, default=0, help="number of the first; the moments take turns")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    prepare()
     wrong = late = 0
     with tempfile.TemporaryDirectory() as scratch, options.out.open("a") as out:
         folder = Path(scratch)

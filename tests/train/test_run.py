@@ -47,7 +47,7 @@ MODEL = {
     "moe_latent_size": 8,
 }
 STEPS = 24
-TIMED = ("step_ms", "tokens_per_second")
+TIMED = ("step_ms", "tokens_per_second", "compile_seconds", "evaluate_seconds", "save_seconds", "start_seconds")
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ A folder named STEP is complete: orbax writes into `STEP.partial`, which is rena
 of release 0.8.0 have the layout within data, and no checksums; orbax's marker shows that they are complete.
 """
 
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -36,11 +37,17 @@ PARTIAL, REMOVED = ".partial", ".removed"
 LEFT = re.compile(rf"\d+({re.escape(PARTIAL)}|{re.escape(REMOVED)}|\.orbax-checkpoint-tmp.*)+")
 
 
+class NotSavedError(RuntimeError):
+    """A checkpoint could not be written, for example to a full disk. Those before it are as they were."""
+
+
 class Checkpoints:
     """The checkpoints of a run folder. Use as a context manager: leaving it waits for pending writes.
 
-    keep: how many checkpoints to keep; None: all. model: its config is written into each checkpoint, and `restore`
-    compares it. vocab_size: the model's, padding rows not counted; None: that of `model`, else that of the arrays.
+    keep: how many of the last checkpoints to keep; None: all. every: if given, the last checkpoint of a step that is a
+    multiple of it stays too. model: its config is written into each checkpoint, and `restore` compares it. vocab_size:
+    the model's, padding rows not counted; None: that of `model`, else that of the arrays. best: the step of the best
+    checkpoint, which stays until a better one is complete.
     """
 
     def __init__(
@@ -48,6 +55,7 @@ class Checkpoints:
         run_dir: str | Path,
         *,
         keep: int | None = None,
+        every: int | None = None,
         model: ModelConfig | None = None,
         vocab_size: int | None = None,
     ):
@@ -56,7 +64,8 @@ class Checkpoints:
         self.folder = self.run_dir / "checkpoints"
         if not is_unicode(str(self.folder)):  # tensorstore accepts no others
             raise ConfigError(f"run folder {str(run_dir)!r}; expected a path in UTF-8")
-        self._keep, self._model = keep, model
+        self._keep, self._every, self._model = keep, every, model
+        self.best: int | None = None
         self._writer: ocp.AsyncCheckpointer | None = None
         self._finisher = ThreadPoolExecutor(1)
         self._finishing: Future[None] | None = None
@@ -84,19 +93,18 @@ class Checkpoints:
         if it is of other layers."""
         return self._read(lambda step: facts.read_layout(self.folder / str(step), whole))
 
-    def save(self, step: int, items: Items, position: dict[str, Any], layout: Layout) -> None:
-        """Starts writing the items after step `step`, which are in the layout `layout`, and the position of the data.
-        Does nothing if the latest checkpoint is of that step."""
+    def save(self, step: int, items: Items, position: dict[str, Any], layout: Layout, *, best: bool = False) -> None:
+        """Starts writing the items after step `step`, which are in the layout `layout`, and the position of the data:
+        returns once the arrays are copied to the host and the write before this one is finished. best: whether it is
+        better than the checkpoint `best`.
+
+        Does nothing if the latest checkpoint is of that step. Raises NotSavedError if this write cannot be started or
+        the one before it failed.
+        """
         self.wait()
         if step in (self.latest, self._written):
             return
         about = facts.about_facts(self.run_dir, self._model)  # first: an unreadable tokenizer leaves no folder
-        if self._writer is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for left in self.folder.iterdir():  # left by a process that was killed
-                if LEFT.fullmatch(left.name) and left.is_dir():
-                    shutil.rmtree(left)
-            self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         partial = self.folder / f"{step}{PARTIAL}"
         args = ocp.args.Composite(
             **{name: ocp.args.StandardSave(_named(tree)) for name, tree in items.items()},
@@ -104,15 +112,43 @@ class Checkpoints:
             about=ocp.args.JsonSave(about),
             data=ocp.args.JsonSave(position),
         )
-        self._writer.save(partial, args=args)
+        try:
+            if self._writer is None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._remove_left()  # by a process that was killed
+                self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+            self._writer.save(partial, args=args)
+        except OSError as error:
+            raise self._not_saved(step, error) from error
         self._written = step
-        self._finishing = self._finisher.submit(self._finish, partial, step)
+        self._finishing = self._finisher.submit(self._finish, partial, step, best)
 
     def wait(self) -> None:
-        """Waits for pending writes. Raises what went wrong in them."""
-        if self._finishing is not None:
-            finishing, self._finishing = self._finishing, None
+        """Waits for pending writes. Raises NotSavedError if one fails; what it left is removed."""
+        if self._finishing is None:
+            return
+        finishing, self._finishing = self._finishing, None
+        try:
             finishing.result()
+        except Exception as error:  # orbax and tensorstore raise errors of any type
+            step, self._written = self._written, None
+            raise self._not_saved(step, error) from error
+
+    def has(self, step: int) -> bool:
+        """Whether the checkpoint of this step is complete or being written."""
+        return step == self._written or (self.folder / str(step)).is_dir()
+
+    def remove_after(self, step: int, *, files: bool = True) -> None:
+        """Removes the checkpoints of later steps, the last one first. files: False if another process removes them."""
+        self.wait()
+        self._written = None
+        for later in reversed(self._steps()) if files else ():
+            if later > step:
+                self._remove(later)
+
+    def regular(self, every: int) -> int:
+        """The last step with a complete checkpoint that is a multiple of `every`; 0 without one."""
+        return max((step for step in self._steps() if step % every == 0), default=0)
 
     def restore(self, items: Items) -> tuple[dict[str, Any], dict[str, Any]]:
         """The items of the latest checkpoint, and the position of the data. items: abstract arrays with the shardings
@@ -143,16 +179,33 @@ class Checkpoints:
         if self.latest is not None:
             self._read(lambda step: facts.check_tokenizer(self.folder / str(step), self.run_dir / "tokenizer"))
 
-    def _finish(self, partial: Path, step: int) -> None:
+    def _finish(self, partial: Path, step: int, best: bool) -> None:
         """Turns the folder that orbax is writing into a checkpoint, then removes the oldest checkpoints."""
         assert self._writer is not None
         self._writer.wait_until_finished()
         checksums.write(partial)
         partial.rename(self.folder / str(step))
+        self.best = step if best else self.best
+        kept = {self.best, self.regular(self._every) if self._every else None}
         # The newest, which is complete, is never removed.
         for old in self._steps()[: -self._keep] if self._keep else ():
-            removed = (self.folder / str(old)).rename(self.folder / f"{old}{REMOVED}")
-            shutil.rmtree(removed)
+            if old not in kept:
+                self._remove(old)
+
+    def _remove(self, step: int) -> None:
+        shutil.rmtree((self.folder / str(step)).rename(self.folder / f"{step}{REMOVED}"))
+
+    def _remove_left(self) -> None:
+        """Removes what writes that did not end have left."""
+        for left in self.folder.iterdir():
+            if LEFT.fullmatch(left.name) and left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)  # on a disk that is not writable, it is ignored as it is
+
+    def _not_saved(self, step: int | None, error: Exception) -> NotSavedError:
+        if self.folder.is_dir():
+            self._remove_left()
+        kept = f"checkpoint {self.latest} is the last" if self.latest else "there is none before it"
+        return NotSavedError(f"checkpoint {step} could not be written to {self.folder}: {_reason(error)}; {kept}")
 
     def _steps(self) -> list[int]:
         if not self.folder.is_dir():
@@ -230,6 +283,14 @@ class Checkpoints:
             want = _filled_from(wanted[name].shape, dims.get(name), self.vocab_size) if name in wanted else "nothing"
             if have != want:
                 raise AnotherModelError(f"{self.folder} is of another model: {name} is {have}; expected {want}")
+
+
+def _reason(error: Exception) -> str:
+    """Why a write failed, in a few words. tensorstore states the system's error by its number, in a long text."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (found := re.search(r"os_error_code='(\d+)'", str(error))):
+        number = int(found[1])
+    return os.strerror(number) if number else f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _vocab_dims(tree: Any) -> dict[str, int | None]:

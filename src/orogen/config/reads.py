@@ -85,8 +85,8 @@ ALWAYS = {
     "model": "pattern vocab_size hidden_size norm layer_norm_epsilon tie_word_embeddings learned_positions",
     "plan": "data context tensor stage fsdp microbatches unroll remat offload offload_optimizer cross_entropy",
     "data": "corpus tokenizer vocab_size heldout_fraction tuning_fraction shuffle",
-    "train": "steps batch_size sequence_length seed compute_dtype checkpoint_every keep_checkpoints max_skipped_steps "
-    "sample_prompts sample_tokens loggers",
+    "train": "steps batch_size sequence_length seed compute_dtype checkpoint_every checkpoint_minutes keep_checkpoints "
+    "max_skipped_steps spike_deviations roll_back_after hang_minutes sample_prompts sample_tokens loggers",
     # With Muon, AdamW's beta1, beta2 and epsilon are those of the parameters that Muon leaves to it.
     "optimizer": "name learning_rate schedule warmup_steps beta1 beta2 epsilon weight_decay clip_norm moment_dtype",
 }
@@ -194,7 +194,19 @@ READERS: dict[str, tuple[Reader, ...]] = {
             "the model has no routers (E) with ModelConfig.router_correction_bias",
         ),
         Reader(
-            "evaluate_every evaluate_rows ngram_order",
+            "spike_window",
+            ("train",),
+            lambda run: run.train.spike_deviations > 0,
+            "TrainConfig.spike_deviations is 0: no loss is a spike",
+        ),
+        Reader(
+            "repeat_bad_steps max_roll_backs",
+            ("train",),
+            lambda run: run.train.roll_back_after > 0,
+            "TrainConfig.roll_back_after is 0: the run never goes back",
+        ),
+        Reader(
+            "evaluate_every evaluate_rows ngram_order keep_best",
             ("data",),
             lambda run: run.data.heldout_fraction > 0,
             "DataConfig.heldout_fraction is 0: there is nothing to evaluate on",

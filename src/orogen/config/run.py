@@ -32,6 +32,9 @@ class TrainConfig:
     carry_states: Mamba's states and convolutions continue from each sequence to the one in the same row of the next
     batch, without a gradient between them; attention, the multi-token-prediction block and the held-out loss see each
     sequence alone.
+    keep_best: every evaluation with the lowest loss so far writes a checkpoint, which replaces the last best one.
+    spike_deviations: see `train.health`. roll_back_after: bad steps are those that were skipped or whose loss is a
+    spike; see `train.back`. hang_minutes: or ten times the usual step, if that is longer; see `train.watch`.
     ngram_order: the Witten-Bell byte model is fitted on the text that the run trained on.
     loggers: beside metrics.jsonl, which is always written. wandb (Weights & Biases) and trackio are extras of their
     names; they work offline as their own environment variables say, such as WANDB_MODE=offline (report/loggers.py).
@@ -51,8 +54,18 @@ class TrainConfig:
     evaluate_every: Annotated[int, "steps between evaluations"] = 200
     evaluate_rows: Annotated[int, "held-out sequences per evaluation; the last evaluation reads the whole split"] = 64
     checkpoint_every: Annotated[int, "steps between checkpoints"] = 500
+    checkpoint_minutes: Annotated[float, "minutes after which a checkpoint is written besides; 0: none"] = 0.0
     keep_checkpoints: Annotated[int, "how many checkpoints stay on disk"] = 2
+    keep_best: Annotated[bool, "whether the checkpoint with the lowest held-out loss is written and stays too"] = False
     max_skipped_steps: Annotated[int, "consecutive non-finite steps after which the run stops"] = 10
+    spike_deviations: Annotated[float, "robust standard deviations above which a loss is a spike; 0: none is"] = 0.0
+    spike_window: Annotated[int, "last good steps whose losses bound the next one"] = 64
+    roll_back_after: Annotated[int, "consecutive bad steps after which the run goes back and past them; 0: never"] = 0
+    repeat_bad_steps: Annotated[bool, "whether bad steps are first computed again: other bits mean bad hardware"] = (
+        False
+    )
+    max_roll_backs: Annotated[int, "roll-backs to one checkpoint after which the run stops"] = 3
+    hang_minutes: Annotated[float, "minutes without a step after which the process ends as hung; 0: never"] = 10.0
     sample_prompts: Annotated[tuple[str, ...], "texts that the final samples continue"] = ("",)
     sample_tokens: Annotated[int, "tokens per sample"] = 128
     loggers: Annotated[tuple[str, ...], "where people look at metrics: some of tensorboard, wandb and trackio"] = (
@@ -72,13 +85,18 @@ class TrainConfig:
             "checkpoint_every",
             "keep_checkpoints",
             "max_skipped_steps",
+            "max_roll_backs",
             "sample_tokens",
         )
         require(self.sequence_length > 1, self, "sequence_length", "at least 2: a token and its target")
         require(self.sample_tokens < MAX_LENGTH, self, "sample_tokens", f"at most {MAX_LENGTH - 1}")
         require(0 <= self.seed < 2**31, self, "seed", "an integer from 0 to 2**31 - 1")
         require(0 <= self.ngram_order <= 7, self, "ngram_order", "a number from 0 to 7")
-        require_not_negative(self, "router_bias_update_rate")
+        require_not_negative(self, "router_bias_update_rate", "checkpoint_minutes", "hang_minutes")
+        require_not_negative(self, "spike_deviations", "roll_back_after")
+        require(self.spike_window > 1, self, "spike_window", "at least 2: one loss has no deviation")
+        expected = f"at most TrainConfig.max_skipped_steps = {self.max_skipped_steps}, after which the run stops"
+        require(self.roll_back_after <= self.max_skipped_steps, self, "roll_back_after", expected)
         require(len(self.sample_prompts) > 0, self, "sample_prompts", "at least one, which may be empty")
         for prompt in self.sample_prompts:
             require(is_unicode(prompt), self, "sample_prompts", "valid Unicode, without lone surrogates")

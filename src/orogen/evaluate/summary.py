@@ -1,6 +1,7 @@
 """The summary of a finished run: baselines, samples and the report."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from orogen.data.packing import trained_text
 from orogen.evaluate import ngram
 from orogen.infer.generate import generate
 from orogen.model.count import count
+from orogen.report.lost import jumps, read_lost
 from orogen.report.metrics import read_metrics
 from orogen.report.page import write_report
 from orogen.train.pretraining import batches_until
@@ -23,7 +25,7 @@ def summarise(trained: Trained, config: RunConfig, text: str, run_dir: Path) -> 
     """Writes samples.txt and report.html; returns the headline numbers."""
     samples = sample_text(open_model(run_dir), config)
     write_atomically(run_dir / "samples.txt", samples.encode())
-    compared = baselines(trained, config)
+    compared = baselines(trained, config, jumps(read_lost(run_dir)))
     environment = json.loads((run_dir / "env.json").read_text())
     environment["parameters"] = count(config.model)
     report = write_report(
@@ -35,13 +37,15 @@ def summarise(trained: Trained, config: RunConfig, text: str, run_dir: Path) -> 
     return {**facts, **{f"{name} bits per byte": value for name, value in compared.items()}, "report": str(report)}
 
 
-def baselines(trained: Trained, config: RunConfig) -> dict[str, float]:
-    """Bits per byte of the held-out documents under an n-gram fitted on the training text, and under zlib and xz."""
+def baselines(trained: Trained, config: RunConfig, skips: Mapping[int, dict[str, Any]]) -> dict[str, float]:
+    """Bits per byte of the held-out documents under an n-gram fitted on the training text, and under zlib and xz.
+    skips: where the data went on after roll-backs."""
     order = config.train.ngram_order
     if not order:
         return {}
     heldout = [document.text.encode() for document in trained.corpus.splits["heldout"].documents]
-    seen = trained_text(batches_until(config, trained.corpus, int(trained.state.step)), trained.corpus.tokenizer)
+    batches = batches_until(config, trained.corpus, int(trained.state.step), skips)
+    seen = trained_text(batches, trained.corpus.tokenizer)
     order = min(order, len(seen))  # a run of a few bytes has no longer n-grams
     score = ngram.bits_per_byte(ngram.fit(seen, order), heldout)
     return {f"Witten-Bell {order}-gram": score, **ngram.compressed_bits_per_byte(heldout)}

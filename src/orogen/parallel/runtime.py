@@ -53,7 +53,7 @@ def configure(fake_devices: int | None = None, xla: Sequence[str] = ()) -> None:
     import jax
 
     _keep_freed_memory()
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every file it writes
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax reports every file it writes, and raises what fails
     if fake_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", fake_devices)

@@ -17,6 +17,13 @@ Each line of `metrics.jsonl` is the JSON object of one step; steps strictly incr
     whole_heldout_loss, whole_heldout_bits_per_byte: of the whole held-out text; only in the run's last step
     overflow_rows         assignments that did not fit into a ragged buffer; a step with any is skipped
     skipped_steps         steps skipped since the run began
+    spike_bound           the loss exceeds this bound: it is a spike (`train.health`); only in such steps
+    start_seconds         from the start of the process, or a roll-back, to the first step; only in that step
+    compile_seconds       tracing, lowering and compiling the step; only in the first of a process
+    evaluate_seconds      the evaluation after this step
+    save_seconds          how long writing checkpoints held the run up since the last step
+    host_ms, device_ms    by process, with several: median time to dispatch a step, and of a product on its devices
+    slow_processes        those whose times are far above the others' (`train.stragglers`)
 
 Only `step` is required, and any other key may be added. JSON has no NaN or infinity: such a number is written as null
 and listed under the key `nonfinite`, a list of [key, index, …, "nan" | "inf" | "-inf"].
@@ -36,6 +43,7 @@ import rich.progress
 from orogen.config.checks import ConfigError
 from orogen.config.files import write_atomically
 from orogen.config.streams import say
+from orogen.report.files import Appended, Events
 from orogen.report.loggers import OPENERS, Background, Run, run_id
 
 FILE_NAME = "metrics.jsonl"
@@ -71,26 +79,37 @@ class MetricsWriter:
         else:
             self.last = None
         self._path = path
-        self._file = path.open("a", encoding="utf-8")
-        self._loggers: list[Background | _TensorBoard] = []
-        if "tensorboard" in loggers:
-            self._loggers.append(_TensorBoard(path.parent, resume_step))
+        self._tensorboard, self._others = "tensorboard" in loggers, []
         if others := [name for name in loggers if name in OPENERS]:
             run = Run(path.parent, run_id(path.parent, resumed=bool(resume_step)), config or {})
-            self._loggers += [Background(name, run, log) for name in others]
+            self._others = [Background(name, run, log) for name in others]
+        self._open(resume_step)
+
+    def _open(self, resume_step: int | None) -> None:
+        self._file, self._events = Appended(self._path), None
+        if self._tensorboard:
+            purge_step = None if resume_step is None else resume_step + 1
+            self._events = Events(self._path.parent / "tensorboard", purge_step=purge_step)
+
+    def rewind(self, step: int) -> None:
+        """Removes the records of later steps: the run goes on after `step`, as if it resumed there. Loggers other than
+        TensorBoard keep what they were sent."""
+        self._close_files()
+        self.last = _truncate(self._path, step)
+        self._open(step)
 
     def write(self, metrics: Mapping[str, Any]) -> None:
-        """Writes one step and flushes it. Numbers may be Python's, NumPy's or arrays that have `tolist`.
+        """Writes one step at once. Numbers may be Python's, NumPy's or arrays that have `tolist`.
 
-        Raises ValueError unless `step` is greater than the last one written.
+        Raises ValueError unless `step` is greater than the last one written. A disk that refuses the line does not
+        raise: see `report.files`.
         """
         record = {key: _plain(value) for key, value in metrics.items()}
         step = record.get("step")
         before = -1 if self.last is None else self.last["step"]
         if not isinstance(step, int) or step <= before:
             raise ValueError(f"step is {step!r}, expected an integer above {before}")
-        self._file.write(_encode(record) + "\n")
-        self._file.flush()
+        self._file.write(f"{_encode(record)}\n".encode())
         self.last = record
         self._draw(step, record)
 
@@ -102,49 +121,36 @@ class MetricsWriter:
         self.last = self.last | added
         self._file.close()
         write_atomically(self._path, b"".join(lines[:-1]) + f"{_encode(self.last)}\n".encode())
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = Appended(self._path)
         self._draw(self.last["step"], added)
 
     def _draw(self, step: int, record: Mapping[str, Any]) -> None:
         # TensorBoard draws no others, and tensorboardX warns about each.
         finite = {tag: value for tag, value in _scalars(record) if math.isfinite(value)}
-        for logger in self._loggers:
+        for logger in ([] if self._events is None else [self._events]) + self._others:
             logger.write(step, finite)
 
+    def _close_files(self) -> None:
+        try:
+            self._file.close()
+        finally:
+            if self._events is not None:
+                self._events.close()
+
     def close(self) -> None:
-        """Flushes and closes the file, and waits for the loggers."""
-        self._file.close()
-        for logger in self._loggers:
-            logger.close()
+        """Closes the files, and waits for the loggers. Raises OSError if the disk has refused some of the files'
+        content until now."""
+        try:
+            self._close_files()
+        finally:
+            for logger in self._others:
+                logger.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-class _TensorBoard:
-    """TensorBoard events of a run."""
-
-    def __init__(self, run_dir: Path, resume_step: int | None):
-        from tensorboardX import SummaryWriter  # protobuf is slow to import, and reading metrics does not need it
-
-        # tensorboardX names a file by the current second: without a suffix, a quick resume would overwrite it.
-        self._events = SummaryWriter(
-            str(run_dir / "tensorboard"),
-            purge_step=None if resume_step is None else resume_step + 1,
-            filename_suffix=f".{time.time_ns()}",
-        )
-
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Adds the numbers of one step."""
-        for tag, value in scalars.items():
-            self._events.add_scalar(tag, value, step)
-
-    def close(self) -> None:
-        """Flushes and closes the file."""
-        self._events.close()
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:

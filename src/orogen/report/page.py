@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from orogen.config.files import write_atomically
+from orogen.report.goodput import goodput, time_spent
+from orogen.report.lost import read_lost
 from orogen.report.metrics import read_metrics
 from orogen.report.pictures import DARK, LIGHT, Picture, pictures, png
 from orogen.report.profile import TABLE
@@ -44,6 +46,7 @@ def write_report(
     Raises FileNotFoundError if the run has no metrics file.
     """
     run_dir, records = Path(run_dir), read_metrics(run_dir)
+    spent = time_spent(records, read_lost(run_dir))
     figures = [_figure_html(run_dir, picture) for picture in pictures(records, baselines)]
     texts = [
         _profile_html(run_dir / "profile" / TABLE),
@@ -54,8 +57,9 @@ def write_report(
     page = _PAGE.format(
         title=html.escape(title),
         style=_STYLE,
-        headline=_headline_html(_headline(records, environment)),
+        headline=_headline_html(_headline(records, environment) | _goodput(spent)),
         baselines=_baselines_html(_whole_heldout(records), baselines),
+        spent=_spent_html(spent),
         figures="\n".join(figures),
         texts="\n".join(texts),
     )
@@ -82,6 +86,11 @@ def _headline(records: Records, environment: Mapping[str, Any]) -> dict[str, str
         ("steps whose loss is not finite", _count_lost(records) or None, "{:,.0f}".format),
     ]
     return {label: show(value) for label, value, show in facts if value is not None}
+
+
+def _goodput(spent: Mapping[str, float]) -> dict[str, str]:
+    share = goodput(spent)
+    return {} if share is None else {"goodput: time in steps that were kept": f"{share:.1%}"}
 
 
 def _parameters(environment: Mapping[str, Any]) -> dict[str, float | None]:
@@ -128,6 +137,20 @@ def _baselines_html(model: float | None, baselines: Mapping[str, float]) -> str:
     best_first = sorted(scores.items(), key=lambda score: score[1])
     body = "".join(_baseline_row(name, value, model) for name, value in best_first)
     heads = '<th>on the held-out text</th><th class="number">bits per byte</th><th class="number">model saves</th>'
+    return f"<table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _spent_html(spent: Mapping[str, float]) -> str:
+    """A table of where the time went."""
+    if not spent:
+        return ""
+    total = sum(spent.values())
+    body = "".join(
+        f'<tr><td>{html.escape(what)}</td><td class="number">{seconds:,.1f}</td>'
+        f'<td class="number">{seconds / total:.1%}</td></tr>'
+        for what, seconds in spent.items()
+    )
+    heads = '<th>where the time went</th><th class="number">seconds</th><th class="number">share</th>'
     return f"<table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
 
 
@@ -210,6 +233,7 @@ _PAGE = """<!doctype html>
 {headline}
 {baselines}
 {figures}
+{spent}
 {texts}
 </body>
 </html>

@@ -78,8 +78,10 @@ def train(options: argparse.Namespace) -> int:
     with contextlib.ExitStack() as held:
         config, text, origin = _load_with_checkpoint(options, held)
         config.need("model", "data", "train", "optimizer")
+        from orogen.checkpoint.steps import NotSavedError
         from orogen.simulate.fit import require_training_fits
-        from orogen.train.loop import NonFiniteError
+        from orogen.train.back import FaultyHardwareError
+        from orogen.train.health import NonFiniteError
         from orogen.train.pretraining import PRETRAINING
         from orogen.train.profiled import Steps
         from orogen.train.run import train as run
@@ -95,7 +97,7 @@ def train(options: argparse.Namespace) -> int:
                 until=held,
             )  # fmt: skip
             status = _finish_run(options, config, text, trained)
-        except NonFiniteError as error:
+        except (NonFiniteError, FaultyHardwareError, NotSavedError) as error:
             status = fail(error, EXIT_FAILURE)
         except StoppedEarlyError as stopped:
             answer(options, {"finished": False}, ["stopped with nothing new to save; --resume continues"])

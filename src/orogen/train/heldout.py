@@ -41,6 +41,7 @@ class Heldout:
 
     def __init__(self, config: RunConfig, built: Built, corpus: Corpus):
         self.train, self.corpus = config.train, corpus
+        self.progress: Callable[[], None] = lambda: None
         self.plan = heldout_plan(config)
         self.split = corpus.heldout_batches(
             "heldout", batch_size=config.train.batch_size, sequence_length=config.train.sequence_length
@@ -77,6 +78,7 @@ class Heldout:
             # its collectives wait forever (observed with jax 0.10.1).
             found = jax.device_get(self._measured(params, state.buffers, batch_to_devices(batch, self.plan)))[LOSS]
             nats, count = nats + float(found.sum), count + float(found.count)
+            self.progress()
         return Score(nats / max(count, 1), nats / math.log(2) / max(n_bytes, 1))
 
 

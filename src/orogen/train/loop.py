@@ -3,10 +3,11 @@
 Letters: b batch, t time.
 """
 
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,19 +24,32 @@ from orogen.model.layout import Whole, relaid
 from orogen.model.lm import Built, build
 from orogen.parallel import placement
 from orogen.parallel.plan import Plan
-from orogen.report.metrics import MetricsWriter, Progress
+from orogen.report.metrics import MetricsWriter, Progress, read_metrics
 from orogen.train import carry
+from orogen.train.back import Back, BadStepsError
+from orogen.train.goodput import COMPILING, EVALUATING, Clock
+from orogen.train.health import SPIKE, Health, NonFiniteError
 from orogen.train.lock import RunLock
 from orogen.train.optimizer import make_optimizer
 from orogen.train.profiled import StepProfile
+from orogen.train.saving import Saver
 from orogen.train.state import TrainState, abstract_state, create_state, from_items, items, start_state, state_shardings
 from orogen.train.step import StepMetrics, batch_to_devices, make_step
 from orogen.train.stop import Stop
+from orogen.train.stragglers import Pace
 from orogen.train.task import Task
+from orogen.train.watch import Watch
 
 
-class NonFiniteError(RuntimeError):
-    """Too many steps in a row were skipped: a loss or gradient was not finite, or a buffer overflowed."""
+class _Pending(NamedTuple):
+    """A step that is dispatched and not yet reported. position: of the data, after its batch; host_seconds: until it
+    was dispatched."""
+
+    number: int
+    batch: Batch
+    position: dict[str, Any]
+    host_seconds: float
+    fetching: Future[tuple[StepMetrics, float]]
 
 
 class Loop:
@@ -54,16 +68,26 @@ class Loop:
         lock: RunLock,
         profile: StepProfile,
         log: Callable[[str], None],
+        clock: Clock,
+        watch: Watch,
     ):
         self.config, self.plan, self.built, self.corpus, self.checkpoints = config, plan, built, corpus, checkpoints
         self.stop, self.lock, self.profile, self.log = stop, lock, profile, log
+        self.clock, self.watch, self.pace = clock, watch, Pace(log)
         train = config.train
+        self.back = Back(train, checkpoints.run_dir, checkpoints, log)
         self.optimizer = make_optimizer(config.optimizer, train.steps, built.params)
         self.step = make_step(built, task.objective, config, plan, self.optimizer)
         self.carried = carry.abstract(train, built)
         self.evaluation = task.evaluation(config, built, corpus)
+        score = None
+        if self.evaluation is not None:
+            score, self.evaluation.progress = self.evaluation.sampled[0], watch.progress
+        self.saver = Saver(train, checkpoints, score=score, clock=clock, log=log)
         self.source = task.source(config, corpus)
         self.position: dict[str, Any] = self.source.state()
+        self._beginning = self.position
+        self._compiled = False
         self.first_step = checkpoints.latest or 0
         expected = f"at least {self.first_step}, the step that the run has reached"
         require(train.steps >= self.first_step, train, "steps", expected)
@@ -71,16 +95,28 @@ class Loop:
         self.peak = peak_flops(jax.devices()[0].device_kind)
 
     def start(self, origin: Folder | None) -> TrainState:
-        """The last state saved, with the data's position restored; or a new state, from `origin` if there is one."""
-        if not self.first_step and origin is not None:
+        """The last state saved, with the data's position restored; or a new state, from `origin` if there is one. After
+        a roll-back to this state, the position is the one behind the bad batches."""
+        self.origin = origin
+        if self.first_step:
+            state, self.position = self._restored()
+        else:
+            state, self.position = self._new(origin), self._beginning
+        if (position := self.back.position(self.first_step)) is not None:
+            self.position = position
+            if state.carried is not None:  # states of other text than that of the next batch
+                there = jax.tree.map(lambda x: x.sharding, state.carried)
+                state = state._replace(carried=jax.jit(carry.emptied, out_shardings=there)(state.carried))
+        if self.position != self.source.state():
+            self.source.restore(self.position)
+        return state
+
+    def _new(self, origin: Folder | None) -> TrainState:
+        if origin is not None:
             given = origin.read(self.built, self.plan, "float32")
             return start_state(*given, self.built, self.optimizer, self.plan, carried=self.carried)
-        if not self.first_step:
-            seed = self.config.train.seed
-            return create_state(self.config.model, self.built, self.optimizer, self.plan, seed, carried=self.carried)
-        state, self.position = self._restored()
-        self.source.restore(self.position)
-        return state
+        seed = self.config.train.seed
+        return create_state(self.config.model, self.built, self.optimizer, self.plan, seed, carried=self.carried)
 
     def _restored(self) -> tuple[TrainState, dict[str, Any]]:
         """The last state saved, laid out for this plan's stages, and the data's position."""
@@ -101,9 +137,17 @@ class Loop:
         found, position = self.checkpoints.restore(items(with_shardings(target, shardings)))
         return from_items(found), position
 
-    def save(self, state: TrainState) -> None:
-        """Starts writing the state and the data's position."""
-        self.checkpoints.save(int(state.step), items(state), self.position, self.built.layout)
+    def finish(self, state: TrainState, writer: MetricsWriter) -> None:
+        """Starts writing the state after the last step of this call. Not after a stop among bad steps from which the
+        run may yet go back: a resumed run computes them again. Raises NotSavedError."""
+        if int(state.step) == self.config.train.steps or not self._may_go_back:
+            self.watch.expect_longer()
+            best = self.saver.is_best(writer.last or {})
+            self.saver.save(state, self.position, self.built.layout, best=best)
+
+    @property
+    def _may_go_back(self) -> bool:
+        return self.config.train.roll_back_after > 0 and self.health.bad_in_row > 0
 
     def evaluate_last(self, state: TrainState, writer: MetricsWriter) -> None:
         """Evaluates the step that was saved last, if a stop prevented its evaluation."""
@@ -114,70 +158,113 @@ class Loop:
             return
         owed = number % train.evaluate_every == 0 and not set(self.evaluation.sampled) <= last.keys()
         if owed or (number == train.steps and not set(self.evaluation.whole) <= last.keys()):
-            writer.amend(self._scores(number, state))
+            scores = self._scores(number, state)
+            writer.amend(scores | self.clock.spent())
 
     def steps(self, state: TrainState, writer: MetricsWriter) -> TrainState:
-        """Runs to the end or to a stop. A step's metrics are read only after the next step has been dispatched."""
+        """Runs to the end or to a stop, going back past bad steps on the way."""
+        while True:
+            # Another process may not yet have removed the records of later steps.
+            records = read_metrics(self.checkpoints.run_dir) if self.first_step else []
+            records = [record for record in records if record["step"] <= self.first_step]
+            self.health = Health(self.config.train, records)
+            self.saver.start(records)
+            try:
+                return self._steps(state, writer)
+            except BadStepsError as error:
+                bad = error
+            # Here, where no frame of the failed steps holds their state: two states may not fit on the devices.
+            del state
+            bad.__traceback__ = None
+            self.watch.expect_longer()
+            self.first_step = self.back.go(bad)
+            state = self.start(self.origin)
+            writer.rewind(self.first_step)
+
+    def _steps(self, state: TrainState, writer: MetricsWriter) -> TrainState:
+        """`steps` until BadStepsError. A step's metrics are read only after the next step has been dispatched."""
         train, pending, stop = self.config.train, None, self.stop
-        self.clock = time.perf_counter()
+        self.clock.start()
         progress = Progress(train.steps, first_step=self.first_step)
         with progress, ThreadPoolExecutor(1) as fetcher, self.profile as profile:
             for number in range(self.first_step + 1, train.steps + 1):
                 if not self.lock.beating:
                     raise ConfigError(f"another process took over {self.lock.path}; expected this run to keep it")
                 profile.before(number, state)
+                began = time.perf_counter()
                 batch = self.source.take(state)
                 self.position = self.source.state()
-                state, metrics = self.step(state, batch_to_devices(batch, self.plan))
+                state, metrics = self._dispatch(state, batch)
+                host_seconds = time.perf_counter() - began
                 stop.working = True
                 profile.after(number, state)
                 if pending is not None:
-                    self._report(*pending, writer, progress)
-                pending = number, batch, fetcher.submit(_fetch, metrics)
+                    self._report(pending, writer, progress)
+                pending = _Pending(number, batch, self.position, host_seconds, fetcher.submit(_fetch, metrics))
                 last, due = number == train.steps or stop.asked, lambda every, n=number: n % every == 0
-                if last or due(train.evaluate_every) or due(train.checkpoint_every):
+                save = self.saver.due(number)
+                if last or save or due(train.evaluate_every):
                     scored = not stop.asked and (number == train.steps or due(train.evaluate_every))
-                    finite = self._report(*pending, writer, progress, scored=state if scored else None)
+                    record = self._report(pending, writer, progress, scored=state if scored else None)
                     pending = None
                     if last or stop.asked:  # a stop may also come during the evaluation, which the resumed run repeats
                         break
-                    if due(train.checkpoint_every) and finite:
-                        self.save(state)
+                    best = self.saver.is_best(record)
+                    if (save or best) and not (self._may_go_back or self._skipped):
+                        self.watch.expect_longer()
+                        self.saver.save_on_the_way(state, self.position, self.built.layout, best=best)
         return state
 
-    def _report(
-        self,
-        number: int,
-        batch: Batch,
-        fetching: Future[tuple[StepMetrics, float]],
-        writer: MetricsWriter,
-        progress: Progress,
-        *,
-        scored: TrainState | None = None,
-    ) -> bool:
-        """Records step `number` on `batch`, with the scores of the state `scored` if it is given.
+    def _dispatch(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        """The step's results, which the devices may still be computing. The first call also compiles the step."""
+        if self._compiled:
+            return self.step(state, batch_to_devices(batch, self.plan))
+        self.watch.expect_longer()
+        with self.clock.aside(COMPILING):
+            result = self.step(state, batch_to_devices(batch, self.plan))
+        self._compiled = True
+        return result
 
-        Returns whether the step was finite. Raises NonFiniteError if too many in a row were not.
+    def _report(
+        self, pending: _Pending, writer: MetricsWriter, progress: Progress, *, scored: TrainState | None = None
+    ) -> dict[str, Any]:
+        """Records a step, with the scores of the state `scored` if it is given, and returns the record.
+
+        Raises BadStepsError if the run has to go back, and NonFiniteError if too many steps in a row were skipped.
         """
-        fetched, done = fetching.result()
-        record = self._record(number, batch, fetched, done - self.clock)
-        self.clock = done
+        fetched, done = pending.fetching.result()
+        number, seconds = pending.number, self.clock.step(done)
+        self.watch.progress(seconds)
+        self.pace.add(seconds, pending.host_seconds)
+        record = self._record(number, pending.batch, fetched, seconds)
+        self.back.compare(record)
+        record = self.health.judged(record)
         if scored is not None:
-            record = _joined(record, self._scores(number, scored))
+            record = _joined(record, self._scores(number, scored) | self.pace.compared())
+        record = _joined(record, self.clock.spent())
         writer.write(record)
-        if fetched.skipped_in_row == 1:  # several in a row are reported once
-            self.log(f"step {number} was skipped and changed nothing: {self._culprit(fetched)}")
         progress.update(number, record)
-        if fetched.skipped_in_row >= self.config.train.max_skipped_steps:
+        self._react(pending, fetched, record)
+        return record
+
+    def _react(self, pending: _Pending, fetched: StepMetrics, record: dict[str, Any]) -> None:
+        """Says which steps are bad, and raises what follows from it."""
+        train, in_row = self.config.train, self.health.bad_in_row
+        self._skipped = int(fetched.skipped_in_row)
+        if not in_row:
+            return
+        spike = f"the loss is {record['objective']:.6g}, a spike above {record.get(SPIKE, math.nan):.6g}"
+        reason = self._culprit(fetched) if self._skipped else spike
+        if in_row == 1:  # several in a row are reported once
+            changed = "was skipped and changed nothing" if self._skipped else "is bad"
+            self.log(f"step {pending.number} {changed}: {reason}")
+        if 0 < train.roll_back_after <= in_row:
+            raise BadStepsError(pending.number, pending.position, reason)
+        if self._skipped >= train.max_skipped_steps:
             raise NonFiniteError(
-                f"step {number}: {fetched.skipped_in_row} steps in a row were skipped "
-                f"({self._culprit(fetched)}); expected fewer than "
-                f"TrainConfig.max_skipped_steps = {self.config.train.max_skipped_steps}"
+                f"step {pending.number}: {self._skipped} steps in a row were skipped ({reason}); expected fewer than "
+                f"TrainConfig.max_skipped_steps = {train.max_skipped_steps}"
             )
-        finite = not fetched.skipped_in_row
-        if scored is not None:
-            self.clock = time.perf_counter()
-        return finite
 
     def _scores(self, number: int, state: TrainState) -> dict[str, float]:
         """The task's scores after step `number`. Empty if there is nothing to score, or if a stop interrupts the
@@ -190,7 +277,9 @@ class Loop:
             scores = evaluation.sample(state)
             return scores | evaluation.full(state) if number == self.config.train.steps else scores
 
-        return self.stop.unless_asked(evaluate) or {}
+        self.watch.expect_longer()
+        with self.clock.aside(EVALUATING):
+            return self.stop.unless_asked(evaluate) or {}
 
     def _culprit(self, metrics: StepMetrics) -> str:
         """Why a step was skipped. If the loss is not finite, no gradient is, so no single leaf is to blame."""

@@ -1,7 +1,7 @@
 """The task of `orogen train`: the next tokens of a corpus, packed into rows, scored on held-out documents."""
 
-import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from orogen.config.run import RunConfig
 from orogen.data.loader import Corpus, Loader, open_corpus
@@ -26,9 +26,16 @@ def train_loader(config: RunConfig, corpus: Corpus) -> Loader:
     )  # fmt: skip
 
 
-def batches_until(config: RunConfig, corpus: Corpus, step: int) -> Iterator[Batch]:
-    """The batches that the first `step` steps of the run took."""
-    return itertools.islice(train_loader(config, corpus), step)
+def batches_until(
+    config: RunConfig, corpus: Corpus, step: int, jumps: Mapping[int, dict[str, Any]] | None = None
+) -> Iterator[Batch]:
+    """The batches that the first `step` steps of the run took. jumps: by step, where the data went on after a
+    roll-back to it; see `report.lost`."""
+    loader = train_loader(config, corpus)
+    for done in range(step):
+        if jumps and done in jumps:
+            loader.restore(jumps[done])
+        yield next(loader)
 
 
 def _evaluation(config: RunConfig, built: Built, corpus: Corpus) -> Heldout | None:

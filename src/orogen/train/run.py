@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 from orogen.checkpoint.folders import Folder, read_tokenizer
 from orogen.checkpoint.steps import Checkpoints
 from orogen.config.run import RunConfig
@@ -15,7 +17,9 @@ from orogen.data.tokenizer import check_rows, check_vocab_size
 from orogen.model.count import count
 from orogen.parallel.plan import Plan
 from orogen.report.loggers import require_loggers
+from orogen.report.lost import END, add_lost
 from orogen.report.metrics import MetricsWriter
+from orogen.train.goodput import Clock
 from orogen.train.lock import RunLock, check_free
 from orogen.train.loop import Loop
 from orogen.train.profiled import StepProfile, Steps
@@ -23,6 +27,11 @@ from orogen.train.run_folder import check_folder, describe_run, environment, kee
 from orogen.train.state import TrainState
 from orogen.train.stop import Stop
 from orogen.train.task import Task
+from orogen.train.watch import Watch
+
+
+# The folder of the tokenizer, in that of the run.
+TOKENIZER = "tokenizer"
 
 
 class Trained(NamedTuple):
@@ -53,7 +62,8 @@ def train(
     origin: the folder whose weights and tokenizer a run without a checkpoint of its own starts from, with a fresh
     optimizer. profile: steps to trace; see `train.profiled`. until: a stack that releases the folder and the signals
     when it exits, for a caller that still writes there; None: they are released at the end of this call. Everything
-    that can be refused is refused before the folder is touched. Raises ConfigError, NonFiniteError, StoppedEarlyError.
+    that can be refused is refused before the folder is touched. Raises ConfigError, StoppedEarlyError, NonFiniteError,
+    FaultyHardwareError, NotSavedError.
     """
     with contextlib.ExitStack() as stack:
         profiled, held = StepProfile(profile, run_dir, log), until or stack
@@ -73,38 +83,34 @@ def _train(
     held: contextlib.ExitStack,
 ) -> Trained:
     """`train`; `held` releases the lock and the signals when it exits."""
-    stop = held.enter_context(Stop())
+    clock, stop = Clock(), held.enter_context(Stop())
     config.need("model", "data", "train", "optimizer")
     require_loggers(config.train.loggers)
     plan, built = assemble(config.model, config.plan, length=config.train.sequence_length)
     check_folder(run_dir, config, resume=resume)
     check_free(run_dir)
-    saved = run_dir / "tokenizer"
-    known = read_tokenizer(saved)
-    if known is None and origin is not None and (given := origin.tokenizer()) is not None:
-        known = given.as_in_training()
-    corpus = task.open(config, known)
-    if known is None or origin is None:
-        check_vocab_size(corpus.tokenizer, config.model.vocab_size)
-    else:
-        check_rows(known, config.model.vocab_size)
+    corpus = _open_corpus(task, config, run_dir, origin)
     lock = held.enter_context(RunLock(run_dir, log=log))
     stop.at_once = lock.release
     check_folder(run_dir, config, resume=resume)  # again: another process may have been here meanwhile
-    with Checkpoints(run_dir, keep=config.train.keep_checkpoints, model=config.model) as checkpoints:
+    every = config.train.checkpoint_every if config.train.roll_back_after else None
+    with Checkpoints(run_dir, keep=config.train.keep_checkpoints, every=every, model=config.model) as checkpoints:
+        watch = Watch(run_dir, config.train.hang_minutes, process=jax.process_index())
         run = Loop(
             task, config, plan=plan, built=built, corpus=corpus, checkpoints=checkpoints, stop=stop, lock=lock,
-            profile=profile, log=log,
+            profile=profile, log=log, clock=clock, watch=watch,
         )  # fmt: skip
         state = run.start(origin)
         facts = _facts(config, plan, corpus)
         describe_run(run_dir, text, facts)  # first, because it makes the folder this run's
         if linked := facts["data"].get("linked_folders"):
             log(f"corpus {config.data.corpus!r}: {linked} linked folders are skipped")
-        if not (saved / "tokenizer.json").is_file():  # checkpoints hold its checksum, so it is never rewritten
-            corpus.tokenizer.save(saved)
+        if not (run_dir / TOKENIZER / "tokenizer.json").is_file():  # never rewritten: checkpoints hold its checksum
+            corpus.tokenizer.save(run_dir / TOKENIZER)
         if origin is not None:
             origin.keep(run_dir)
+        if jax.process_index() == 0:
+            add_lost(run_dir, run.first_step, END)  # before the lines of lost steps are removed
         if run.first_step:
             log(f"continuing {run_dir} after step {run.first_step}")
         elif orphans := keep_orphaned_metrics(run_dir):
@@ -112,13 +118,27 @@ def _train(
         if run.first_step < config.train.steps:
             (run_dir / "report.html").unlink(missing_ok=True)  # it describes an earlier step
         watched = {"loggers": config.train.loggers, "config": dataclasses.asdict(config), "log": log}
-        with MetricsWriter(run_dir, resume_step=run.first_step, **watched) as writer:
+        with MetricsWriter(run_dir, resume_step=run.first_step, **watched) as writer, watch:
             run.evaluate_last(state, writer)
             state = run.steps(state, writer)
-        run.save(state)
+            run.finish(state, writer)
     step = int(state.step)
     stop.working = False  # everything is saved
     return Trained(state, corpus, step >= config.train.steps and not stop.asked, step - run.first_step, stop)
+
+
+def _open_corpus(task: Task, config: RunConfig, run_dir: Path, origin: Folder | None) -> Corpus:
+    """The task's corpus, with the tokenizer that the run has, or that of `origin`, or a new one. Raises ConfigError if
+    the model has no rows for some of its tokens."""
+    known = read_tokenizer(run_dir / TOKENIZER)
+    if known is None and origin is not None and (given := origin.tokenizer()) is not None:
+        known = given.as_in_training()
+    corpus = task.open(config, known)
+    if known is None or origin is None:
+        check_vocab_size(corpus.tokenizer, config.model.vocab_size)
+    else:
+        check_rows(known, config.model.vocab_size)
+    return corpus
 
 
 def _facts(config: RunConfig, plan: Plan, corpus: Corpus) -> dict[str, Any]:

@@ -17,13 +17,22 @@ from orogen.config.load import load_saved
 from orogen.config.run import RunConfig
 from orogen.train.lock import NAME as LOCK
 
-# What a resumed run may change: how long it trains, and what it records. The plan may change too.
+# What a resumed run may change: how long it trains, what it records, and what it does about bad steps. The plan may
+# change too.
 FREE_TRAIN_FIELDS = (
     "steps",
     "evaluate_every",
     "evaluate_rows",
     "checkpoint_every",
+    "checkpoint_minutes",
     "keep_checkpoints",
+    "keep_best",
+    "spike_deviations",
+    "spike_window",
+    "roll_back_after",
+    "repeat_bad_steps",
+    "max_roll_backs",
+    "hang_minutes",
     "sample_prompts",
     "sample_tokens",
     "ngram_order",

@@ -101,7 +101,12 @@ class Source(Protocol):
 
 
 class Evaluation(Protocol):
-    """Scores a state. `sampled` and `whole` are the names of the scores that `sample` and `full` return."""
+    """Scores a state. `sampled` and `whole` are the names of the scores that `sample` and `full` return.
+
+    progress: called after every batch, so that a long evaluation is not taken for one that hangs.
+    """
+
+    progress: Callable[[], None]
 
     @property
     def sampled(self) -> tuple[str, ...]: ...

@@ -1,0 +1,47 @@
+"""Where the time of a run goes: its steps, and everything between them."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+COMPILING, EVALUATING, SAVING, STARTING = "compile_seconds", "evaluate_seconds", "save_seconds", "start_seconds"
+
+
+class Clock:
+    """Splits the time from one step's end to the next into the step's own and what was done aside.
+
+    It starts when it is made. All times are of the host, in seconds.
+    """
+
+    def __init__(self) -> None:
+        self._since = time.perf_counter()
+        self._aside = 0.0
+        self._spent: dict[str, float] = {}
+
+    def start(self) -> None:
+        """The first step is about to begin: all time so far was spent on starting."""
+        now = time.perf_counter()
+        self._spent = {STARTING: now - self._since - self._aside, **self._spent}
+        self._since, self._aside = now, 0.0
+
+    @contextlib.contextmanager
+    def aside(self, kind: str) -> Iterator[None]:
+        """Counts the time of the body as `kind` and not as the step's."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - start
+            self._aside += seconds
+            self._spent[kind] = self._spent.get(kind, 0.0) + seconds
+
+    def step(self, done: float) -> float:
+        """The seconds of the step that was done at `done`, as `time.perf_counter` counts."""
+        seconds = done - self._since - self._aside
+        self._since, self._aside = done, 0.0
+        return seconds
+
+    def spent(self) -> dict[str, float]:
+        """The seconds spent aside since the last call, by kind."""
+        found, self._spent = self._spent, {}
+        return found
