@@ -29,7 +29,6 @@ from orogen.train.stop import Stop
 from orogen.train.task import Task
 from orogen.train.watch import Watch
 
-
 # The folder of the tokenizer, in that of the run.
 TOKENIZER = "tokenizer"
 
