@@ -24,6 +24,7 @@ from orogen.parallel.plan import make_plan
 
 BATCH, HEADS, GROUPS, SIZE, SCALE = 2, 6, 2, 5, 0.37
 METHODS = ("ring", "allgather")
+PLANS = {"2": {"context": 2}, "4": {"context": 4}, "4 gathered": {"context": 4, "context_attention": "allgather"}}
 # Lengths of each row's documents, by name; the last ends in padding where the name says so.
 ROWS = {
     "one document each": ((72,), (72,)),
@@ -136,21 +137,19 @@ def check(rows: str, **choices) -> None:
 
 
 @pytest.mark.usefixtures("slow_kernel")
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("rows", ROWS)
-def test_equals_one_device(rows, ranks, method):
-    check(rows, context=ranks, context_attention=method)
+def test_equals_one_device(rows, plan):
+    check(rows, **PLANS[plan])
 
 
 @pytest.mark.usefixtures("slow_kernel")
-def test_of_odd_rows_and_ranks():
+def test_three_ranks():
     """Parts of 12 tokens on three ranks, with both rows on ranks of their own."""
     check("padding", context=3, data=2)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_whole_rows_of_one_document_need_no_lengths(method, monkeypatch):
+def test_whole_rows_of_one_document_need_no_lengths(monkeypatch):
     def spoilt(function):
         def run(*inputs, **options):
             results = function(*inputs, **options)
@@ -159,8 +158,8 @@ def test_whole_rows_of_one_document_need_no_lengths(method, monkeypatch):
         return run
 
     monkeypatch.setitem(context_fused.KERNELS, "cudnn", (spoilt(attend_slowly), spoilt(pull_slowly)))
-    check("one document each", context=2, context_attention=method)
-    assert np.isnan(found("two crossing, and one", context=2, context_attention=method)[0]).any()
+    check("one document each", context=2)
+    assert np.isnan(found("two crossing, and one", context=2)[0]).any()
 
 
 def abstract(time: int, size: int):
@@ -188,8 +187,7 @@ def test_no_keys_wait_for_attention():
     assert [dtype for follows, dtype in waits if follows] == 4 * ["float32"]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "ranks"), [("ring", 4), ("allgather", 2)])
 def test_cudnn_lowers_for_a_gpu(method, ranks, monkeypatch):
     """Four calls each way, of which two run: own tokens and pairs, with and without lengths. A ring of more than two
     ranks has its last turn outside its loop."""
