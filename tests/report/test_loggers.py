@@ -157,15 +157,20 @@ def test_a_library_that_is_missing_is_refused_before_anything_is_written(tmp_pat
 
 
 def offline_records(file):
-    """The records of a wandb file: after 7 bytes, each has a checksum of 4, a length of 2 and a kind, 1 if whole."""
+    """The records of a wandb file: after 7 bytes, each has a checksum of 4, a length of 2 and a kind, 1 if whole. A
+    process of wandb's own writes them, and may still do so after `finish` until the last one, `exit`, is there."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    content = file.read_bytes()[7:]
-    while content:
-        size = int.from_bytes(content[4:6], "little")
-        assert content[6] == 1
-        yield Record.FromString(content[7 : 7 + size])
-        content = content[7 + size :]
+    for _ in range(300):
+        content, records = file.read_bytes()[7:], []
+        while len(content) >= 7 and len(content) >= 7 + (size := int.from_bytes(content[4:6], "little")):
+            assert content[6] == 1
+            records.append(Record.FromString(content[7 : 7 + size]))
+            content = content[7 + size :]
+        if records and records[-1].WhichOneof("record_type") == "exit":
+            return records
+        time.sleep(0.1)
+    raise AssertionError(f"{file} does not end")
 
 
 def test_wandb_offline(tmp_path, monkeypatch, capfd):

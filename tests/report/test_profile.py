@@ -10,7 +10,7 @@ from tests.report.traces import module, program, write_trace
 import orogen.report.profile
 from orogen.config.checks import ConfigError
 from orogen.model.block import MIXERS
-from orogen.report.profile import KINDS, PARTS, Scope, scope_of, step_table
+from orogen.report.profile import KINDS, PARTS, Scope, main, scope_of, step_table
 from orogen.report.profile_page import lines
 from orogen.report.trace import messages, read_program
 
@@ -57,7 +57,7 @@ def two_gpus(folder):
             kernel(13, "gemm", 50, 80, "sm90_xmma_gemm"),
             kernel(17, "psum.4", begin, 60, "ncclDevKernel_AllReduce_Sum_f32_RING_LL(args)"),
             kernel(13, "loop_fusion.2", 100, 120),
-            kernel(17, "gather.9", 120, 170, "ncclDevKernel_AllGather_RING_LL(args)"),
+            kernel(17, "gather.9", 120, 170, "kernel_without_a_known_name"),
             kernel(13, "gemm", 160, 200, "sm90_xmma_gemm"),
             # XLA repeats kernels by module and by scope, on lines of their own.
             ("XLA Modules", "jit_step", 0, 200, {}),
@@ -218,6 +218,19 @@ def test_the_last_trace_of_a_folder_is_read(tmp_path):
         (tmp_path / "profile").mkdir(exist_ok=True)
         (folder / "2026_01_02").rename(tmp_path / "profile" / name)
     assert step_table(tmp_path / "profile", steps=1)["devices"]["GPU:0"]["step_ms"] == 0.02
+
+
+def test_the_command(tmp_path, capsys):
+    folder = str(two_gpus(tmp_path))
+    assert main([folder, "2"]) == 0
+    assert capsys.readouterr().out.splitlines() == lines(step_table(tmp_path, steps=2))
+    for arguments, message in (
+        ([], "arguments ''; expected TRACE_DIR [STEPS]"),
+        ([folder, "0"], f"arguments '{folder} 0'; expected TRACE_DIR [STEPS]"),
+        ([f"{folder}/none"], f"{folder}/none; expected a folder with a trace (*.xplane.pb)"),
+    ):
+        assert main(arguments) == 2
+        assert capsys.readouterr() == ("", f"orogen: {message}\n")
 
 
 def test_folders_without_a_trace_are_refused(tmp_path):

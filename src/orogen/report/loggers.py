@@ -23,7 +23,8 @@ from orogen.config.files import write_atomically
 
 ID_FILE = "run_id"
 WAITING = 10_000  # steps that may wait to be sent
-FINISH_SECONDS = 60.0  # how long the end of a run waits for them
+# How long the end of a run waits for them. SLURM and Kubernetes kill a process 30 s after they ask it to stop.
+FINISH_SECONDS = 20.0
 
 
 class Run(NamedTuple):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from orogen.config.checks import ConfigError
 from orogen.report.trace import Event, read_trace
 
 # Outermost named scopes, and those inside them; `tests/report/test_profile.py` compares them with the code's.
@@ -153,11 +154,9 @@ def _unknown(devices: Iterable[Sequence[Event]], per_step: Callable[[float], flo
 
 def last_starts(devices: Iterable[Sequence[Event]]) -> dict[tuple[str, str, int], float]:
     """When the last device began each run of each collective, by program, instruction and the number of the run. Those
-    that not all devices ran equally often are left out, since their runs cannot be matched."""
+    that devices did not run equally often are left out, since their runs cannot be matched."""
     starts: dict[tuple[str, str], list[list[float]]] = collections.defaultdict(list)
-    total = 0
     for events in devices:
-        total += 1
         own: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
         for event in events:
             if event.collective is not None and event.operation:
@@ -166,7 +165,7 @@ def last_starts(devices: Iterable[Sequence[Event]]) -> dict[tuple[str, str, int]
             starts[key].append(times)
     found = {}
     for (module, operation), runs in starts.items():
-        if len(runs) == total and len({len(times) for times in runs}) == 1:
+        if len({len(times) for times in runs}) == 1:
             found |= {(module, operation, run): max(times) for run, times in enumerate(zip(*runs, strict=True))}
     return found
 
@@ -231,7 +230,21 @@ def _add(times: dict[Row, float], active: Mapping[Row, int], passed: float) -> N
         times[row] += passed * number / total
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str]) -> int:
+    """Prints the table of the folder that is named first, with the number of steps that may be named second. Returns 0,
+    or 2 on bad input."""
     from orogen.report.profile_page import lines
 
-    print("\n".join(lines(step_table(Path(sys.argv[1]), steps=int(sys.argv[2]) if sys.argv[2:] else None))))
+    try:
+        if not 1 <= len(arguments) <= 2 or (arguments[1:] and not re.fullmatch(r"[1-9]\d*", arguments[1])):
+            raise ConfigError(f"arguments {' '.join(arguments)!r}; expected TRACE_DIR [STEPS]")
+        table = step_table(Path(arguments[0]), steps=int(arguments[1]) if arguments[1:] else None)
+    except ConfigError as error:
+        print(f"orogen: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(lines(table)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

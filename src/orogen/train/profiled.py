@@ -56,7 +56,7 @@ class StepProfile:
 
     def before(self, number: int, state: Any) -> None:
         """Starts the trace if step `number`, which `state` enters, is the first one."""
-        if self._steps is None or number != self._steps.first:
+        if self._steps is None or number != self._steps.first or self._running:  # a run may go back to earlier steps
             return
         jax.block_until_ready(state)
         options = jax.profiler.ProfileOptions()
