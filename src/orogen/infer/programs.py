@@ -148,7 +148,8 @@ class Programs(Stores):
             forward = self._forward(params, buffers, plan, features)
             (caches, state), (packed_bw, table_bp, mask_bw) = plan.vary((held, inputs))
             seats = unpack(packed_bw, like)
-            control, sampler = controlled(state, seats, table_bp), Sampler(seats.knobs, None, mask_bw)
+            control = controlled(state, seats, table_bp)
+            sampler = Sampler(seats.knobs, rows_for(state.rows, features), mask_bw)
             alive = lambda control: plan.max(jnp.any(control.left_b > 0).astype(jnp.int32), "batch")  # noqa: E731
 
             def body(carry):
@@ -162,7 +163,7 @@ class Programs(Stores):
             slots = len(control.token_b)
             report = forward.blank((slots, self.config.steps, self.drafts + 1))
             told = report, jnp.zeros(slots, bool), jnp.zeros_like(control.drafts_bn)
-            loop = with_pages(caches, table_bp), rows_for(state.rows, features), control, *told
+            loop = with_pages(caches, table_bp), sampler.rows, control, *told
             start = jnp.int32(0), alive(control), plan.vary(loop)
             goes_on = lambda carry: (carry[0] < steps) & (carry[1] > 0)  # noqa: E731
             _, _, (paged, rows, after, *told) = lax.while_loop(goes_on, body, start)
@@ -176,7 +177,8 @@ class Programs(Stores):
     def _compiled(self, program: Callable[..., Any], *, inputs: tuple[Any, ...]) -> Callable[..., Any]:
         """The program, jitted, of what is held, the list of weights, and inputs so laid out; what it emits, over rows,
         comes out beside what is held."""
-        opened, batch = self.opened, self.plan.spec("batch")
+        opened = self.opened
+        batch: Any = self.plan.spec("batch")  # of every array of a tree
         model = self.plan.specs(opened.params), self.plan.specs(opened.buffers)
         nested = jax.tree.structure((opened.params, opened.buffers))
 

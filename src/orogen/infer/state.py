@@ -115,5 +115,10 @@ def carried(state: State, before: Control, after: Control, rows: Rows) -> State:
     """The state after a call of decoding, which changed only the slots that had tokens left before it."""
     kept = {name: old if (new := getattr(rows, name)) is None else new for name, old in state.rows._asdict().items()}
     chosen = lambda new, old: jnp.where(jnp.expand_dims(before.left_b > 0, range(1, new.ndim)), new, old)  # noqa: E731
-    mine = after.token_b, after.place_b, after.left_b, after.drafts_bn
-    return State(*map(chosen, mine, state[:-1]), Rows(**kept))
+    return State(
+        chosen(after.token_b, state.token_b),
+        chosen(after.place_b, state.place_b),
+        chosen(after.left_b, state.left_b),
+        chosen(after.drafts_bn, state.drafts_bn),
+        Rows(**kept),
+    )
