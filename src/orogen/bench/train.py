@@ -109,14 +109,18 @@ def require_gpu(plan: PlanConfig) -> None:
         )
 
 
-def prepare(work: Workload, config: RunConfig, *, deterministic: bool = False, export: Path | None = None) -> Prepared:
-    """Compiles the workload and runs it once. export: a folder to write the weights to, in Hugging Face's format."""
+def prepare(
+    work: Workload, config: RunConfig, *, deterministic: bool = False, export: Path | None = None,
+    ready: Callable[[], None] = lambda: None,
+) -> Prepared:  # fmt: skip
+    """Compiles the workload and runs it once. export: a folder to write the weights to, in Hugging Face's format.
+    ready: called when a whole step is compiled and its state is there, before it runs."""
     require_gpu(config.plan)
     chosen = dataclasses.replace(config.plan, microbatches=work.microbatches(config.plan))
     plan, built = assemble(config.model, chosen, length=config.train.sequence_length)
     batch = batch_to_devices(_batch(config), plan)
     if work.part == "whole_step":
-        return _whole_step(built, config, plan, batch)
+        return _whole_step(built, config, plan, batch, ready=ready)
     params, buffers = _working_state(config.model, built, plan, config.train.compute_dtype)
     if export is not None:
         export_weights(config.model, params, buffers, export)
@@ -137,11 +141,14 @@ def prepare(work: Workload, config: RunConfig, *, deterministic: bool = False, e
     return Prepared(start, loss, _tokens(config), _memory(program), same, lost)
 
 
-def _whole_step(built: Built, config: RunConfig, plan: Plan, batch: Any) -> Prepared:
+def _whole_step(
+    built: Built, config: RunConfig, plan: Plan, batch: Any, *, ready: Callable[[], None]
+) -> Prepared:  # fmt: skip
     optimizer = make_optimizer(config.optimizer, config.train.steps, built.params)
     carried = carry.abstract(config.train, built)
     state = create_state(config.model, built, optimizer, plan, config.train.seed, carried=carried)
     program = _compiled(make_step(built, NEXT_TOKENS, config, plan, optimizer).lower(state, batch), plan)
+    ready()
     state, metrics = program(state, batch)
     loss, lost = _mean_nats(*metrics.metrics[LOSS]), _lost(metrics.load_le, metrics)
 
