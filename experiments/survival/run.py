@@ -66,13 +66,13 @@ def disk_trial(room: float, recipe: Path, folder: Path, whole: Path, expected: F
     with small_disk(folder, 64 * 1024) as disk:
         filler = disk / "filler"
         filler.write_bytes(bytes(1024 * (64 * 1024 - rest - int(room * one))))
-        status, said = kills.run(recipe, disk / "run")
+        status, said = kills.run(recipe, disk / "run", log=folder.with_suffix(".log"))
         kept = sorted(int(path.name) for path in (disk / "run" / "checkpoints").iterdir() if path.name.isdecimal())
         facts = {"kind": "full disk", "room": room, "status": status, "checkpoints": kept}
         facts["said"] = [line for line in said.splitlines() if "could not be" in line or "cannot be" in line]
         wrong = [said] if "Traceback" in said else []
         filler.unlink()
-        again, said = kills.run(recipe, disk / "run")
+        again, said = kills.run(recipe, disk / "run", log=folder.with_suffix(".log"))
         if again or kills.facts_of(disk / "run") != expected:
             wrong.append(f"status {again}, or other bits: {said[-300:]}")
         return facts | kills.going_on(disk / "run") | {"wrong": wrong}

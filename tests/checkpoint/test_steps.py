@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -298,3 +300,14 @@ def test_the_best_and_the_last_regular_checkpoint_stay_beside_the_last_ones(tmp_
         assert steps(tmp_path) == ["4"] and checkpoints.latest == 4
         checkpoints.save(6, items(state(6)), POSITION, WHOLE)
     assert steps(tmp_path) == ["4", "6"]
+
+
+def test_only_tensorstores_echoes_of_a_failed_write_are_silent(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sys, "unraisablehook", seen.append)
+    before = sys.unraisablehook
+    echo, other = (SimpleNamespace(exc_value=RuntimeError(text)) for text in ("Event loop is closed", "another"))
+    with Checkpoints(tmp_path):
+        sys.unraisablehook(echo)
+        sys.unraisablehook(other)
+    assert seen == [other] and sys.unraisablehook == before

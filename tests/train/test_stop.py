@@ -178,6 +178,14 @@ def test_a_full_disk_is_no_closed_terminal(monkeypatch):
         print("x")
 
 
+def test_a_full_disk_under_the_log_does_not_end_a_run(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", _FullDisk())
+    say("x")
+    with lasting_streams():
+        print("x", file=sys.stderr, flush=True)
+        say("x")
+
+
 def test_without_stderr_there_is_nothing_to_say(monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
     say("x")

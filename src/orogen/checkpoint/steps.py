@@ -11,6 +11,7 @@ of release 0.8.0 have the layout within data, and no checksums; orbax's marker s
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -73,6 +74,7 @@ class Checkpoints:
         self._checked: set[int] = set()
 
     def __enter__(self) -> "Checkpoints":
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -82,6 +84,14 @@ class Checkpoints:
             self._finisher.shutdown()
             if self._writer is not None:
                 self._writer.close()
+            sys.unraisablehook = self._hook
+
+    def _unraisable(self, dropped: Any) -> None:
+        """The hook that Python calls for exceptions that nobody can catch."""
+        # After one write of a checkpoint has failed, orbax closes its event loop, and tensorstore reports each of the
+        # others with a traceback (observed with orbax 0.12.8). `wait` raises the failure itself.
+        if not isinstance(dropped.exc_value, RuntimeError) or str(dropped.exc_value) != "Event loop is closed":
+            self._hook(dropped)
 
     @property
     def latest(self) -> int | None:

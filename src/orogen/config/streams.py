@@ -8,13 +8,18 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 GONE = (errno.EPIPE, errno.EIO)  # errors of a closed pipe and of a closed terminal
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class _Lasting:
-    """A text stream that switches to /dev/null, file descriptor included, once its reader is gone."""
+    """A text stream that switches to /dev/null, file descriptor included, once its reader is gone.
 
-    def __init__(self, stream: TextIO):
-        self._stream = stream
+    lost_if: errors after which only the text at hand is lost. A full disk must not end a run because its progress is
+    written there; an answer on stdout is another matter.
+    """
+
+    def __init__(self, stream: TextIO, *, lost_if: tuple[int, ...] = ()):
+        self._stream, self._lost_if = stream, lost_if
 
     def write(self, text: str) -> int:
         with self._dropped_if_gone():
@@ -33,9 +38,10 @@ class _Lasting:
         try:
             yield
         except OSError as error:  # another error, such as a full disk's, loses output that someone would want
-            if error.errno not in GONE:
+            if error.errno in GONE:
+                self._redirect()
+            elif error.errno not in self._lost_if:
                 raise
-            self._redirect()
 
     def _redirect(self) -> None:
         """Redirects the stream's file descriptor, if it has one, to /dev/null."""
@@ -49,17 +55,20 @@ class _Lasting:
 
 
 def say(line: str) -> None:
-    """Prints a line on stderr. It is lost if the terminal is closed, or if the process has no stderr."""
+    """Prints a line on stderr. It is lost if the terminal is closed, if the process has no stderr, or if that is a file
+    on a full disk."""
     if sys.stderr is not None:
-        _Lasting(sys.stderr).write(line + "\n")
-        _Lasting(sys.stderr).flush()
+        lasting = _Lasting(sys.stderr, lost_if=FULL)
+        lasting.write(line + "\n")
+        lasting.flush()
 
 
 @contextlib.contextmanager
 def lasting_streams() -> Iterator[None]:
     """Makes stdout and stderr outlive their readers, while the body runs and when their buffers are flushed at exit."""
     before = sys.stdout, sys.stderr
-    lasting = [_Lasting(stream or open(os.devnull, "w")) for stream in before]
+    stdout, stderr = (stream or open(os.devnull, "w") for stream in before)
+    lasting = [_Lasting(stdout), _Lasting(stderr, lost_if=FULL)]
     sys.stdout, sys.stderr = lasting  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
