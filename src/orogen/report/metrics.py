@@ -153,31 +153,6 @@ class MetricsWriter:
         self.close()
 
 
-class SilentWriter:
-    """Stands for the `MetricsWriter` of another process, whose last record was `last`, and writes nothing."""
-
-    def __init__(self, last: dict[str, Any] | None):
-        self.last = last
-
-    def write(self, metrics: Mapping[str, Any]) -> None:
-        """Remembers that the step was written elsewhere."""
-        self.last = dict(metrics)
-
-    def amend(self, metrics: Mapping[str, Any]) -> None:
-        """Remembers that the last record was completed elsewhere."""
-        self.last = {**(self.last or {}), **metrics}
-
-    def rewind(self, step: int) -> None:
-        """Forgets the last record: the file lost those after `step`."""
-        self.last = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """There is nothing to close."""
-
-
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """The records as they were written, NaN and infinities included. A torn last line is left out.
 

@@ -24,7 +24,8 @@ from orogen.model.layout import Whole, relaid
 from orogen.model.lm import Built, build
 from orogen.parallel import distributed, placement
 from orogen.parallel.plan import Plan
-from orogen.report.metrics import MetricsWriter, Progress, SilentWriter, read_metrics
+from orogen.report.metrics import MetricsWriter, Progress, read_metrics
+from orogen.report.silent import SilentWriter
 from orogen.train import carry
 from orogen.train.back import Back, BadStepsError
 from orogen.train.goodput import COMPILING, EVALUATING, Clock

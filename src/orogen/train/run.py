@@ -24,7 +24,8 @@ from orogen.parallel import distributed
 from orogen.parallel.plan import Plan
 from orogen.report.loggers import require_loggers
 from orogen.report.lost import END, add_lost
-from orogen.report.metrics import MetricsWriter, SilentWriter
+from orogen.report.metrics import MetricsWriter
+from orogen.report.silent import SilentWriter
 from orogen.train.goodput import Clock
 from orogen.train.lock import RunLock, check_free
 from orogen.train.loop import Loop
