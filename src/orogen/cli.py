@@ -7,6 +7,7 @@ import io
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,12 +16,15 @@ from orogen.command import EXIT_BAD_INPUT, EXIT_FAILURE, add_common_arguments, f
 from orogen.config.checks import ConfigError
 from orogen.convert.command import CONVERT, PARAMS
 from orogen.infer.command import GENERATE, SCORE, SERVE
+from orogen.launch.command import LAUNCH
+from orogen.parallel import distributed
+from orogen.parallel.cluster import VARIABLE, read_cluster
 from orogen.parallel.runtime import configure
 from orogen.simulate.command import PLAN
 from orogen.train.command import TRAIN, VERIFY
 from orogen.train.stop import INTERRUPTED
 
-COMMANDS = (TRAIN, PARAMS, PLAN, VERIFY, GENERATE, SCORE, SERVE, CONVERT, BENCH)
+COMMANDS = (TRAIN, PARAMS, PLAN, VERIFY, GENERATE, SCORE, SERVE, CONVERT, BENCH, LAUNCH)
 # None: an error that our own code raises, which names a missing file.
 PATH_ERRORS = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 
@@ -37,7 +41,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names need not be UTF-8
         sys.stdout.reconfigure(errors="surrogateescape")
     try:
-        configure(options.fake_devices, options.xla)
+        return distributed.leave(_run(options))
+    except Exception as error:
+        if distributed.count() == 1:
+            raise
+        traceback.print_exception(error)
+        return distributed.leave(EXIT_FAILURE)
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Runs the task, as one of several processes if the options or the environment say so. Returns the exit status."""
+    try:
+        if not options.bare:
+            configure(options.fake_devices, options.xla)
+        if options.joins:
+            distributed.start(read_cluster(options.cluster or os.environ.get(VARIABLE), os.environ))
         return options.run_task(options)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the process at once, without a traceback
@@ -78,9 +96,10 @@ def make_parser() -> argparse.ArgumentParser:
             command.name, help=command.help, description=f"{command.help[0].upper()}{command.help[1:]}.",
             epilog="\n  ".join(("examples:", *command.examples)), formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
-        task.set_defaults(run_task=command.run)
+        task.set_defaults(run_task=command.run, joins=command.joins, bare=command.bare)
         command.add_arguments(task)
-        add_common_arguments(task)
+        if not command.bare:
+            add_common_arguments(task)
     return parser
 
 

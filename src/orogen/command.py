@@ -21,7 +21,8 @@ class Command(NamedTuple):
     """One command of `orogen`.
 
     help: one line. examples: whole command lines, shown below the options. run: takes the parsed options and returns
-    the exit status; it may raise the errors that `cli.main` reports.
+    the exit status; it may raise the errors that `cli.main` reports. joins: whether it can be one of several processes;
+    then its options have `cluster`. bare: whether it runs without jax, and takes none of the options for it.
     """
 
     name: str
@@ -29,6 +30,8 @@ class Command(NamedTuple):
     examples: tuple[str, ...]
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
+    joins: bool = False
+    bare: bool = False
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, *, instead: Sequence[tuple[str, str]] = ()) -> None:

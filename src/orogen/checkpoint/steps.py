@@ -28,6 +28,7 @@ from orogen.config.model import ModelConfig
 from orogen.config.streams import say
 from orogen.model.layout import Layout, Whole
 from orogen.model.vocabulary import vocab_dim
+from orogen.parallel import distributed
 
 # The trees of arrays that a checkpoint holds as separate items, by name. Readers rely on the name of the model's.
 Items = Mapping[str, Any]
@@ -49,6 +50,7 @@ class Checkpoints:
     multiple of it stays too. model: its config is written into each checkpoint, and `restore` compares it. vocab_size:
     the model's, padding rows not counted; None: that of `model`, else that of the arrays. best: the step of the best
     checkpoint, which stays until a better one is complete.
+    together: whether all processes of the run call each method at once, as `save` requires if there are several.
     """
 
     def __init__(
@@ -59,13 +61,14 @@ class Checkpoints:
         every: int | None = None,
         model: ModelConfig | None = None,
         vocab_size: int | None = None,
+        together: bool = False,
     ):
         self.run_dir = Path(run_dir).resolve()
         self.vocab_size = model.vocab_size if vocab_size is None and model is not None else vocab_size
         self.folder = self.run_dir / "checkpoints"
         if not is_unicode(str(self.folder)):  # tensorstore accepts no others
             raise ConfigError(f"run folder {str(run_dir)!r}; expected a path in UTF-8")
-        self._keep, self._every, self._model = keep, every, model
+        self._keep, self._every, self._model, self._together = keep, every, model, together
         self.best: int | None = None
         self._writer: ocp.AsyncCheckpointer | None = None
         self._finisher = ThreadPoolExecutor(1)
@@ -112,7 +115,7 @@ class Checkpoints:
         the one before it failed.
         """
         self.wait()
-        if step in (self.latest, self._written):
+        if self._agreed(lambda: step in (self.latest, self._written)):
             return
         about = facts.about_facts(self.run_dir, self._model)  # first: an unreadable tokenizer leaves no folder
         partial = self.folder / f"{step}{PARTIAL}"
@@ -124,14 +127,14 @@ class Checkpoints:
         )
         try:
             if self._writer is None:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self._remove_left()  # by a process that was killed
+                self._agreed(self._clear)
                 self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
             self._writer.save(partial, args=args)
         except OSError as error:
             raise self._not_saved(step, error) from error
         self._written = step
-        self._finishing = self._finisher.submit(self._finish, partial, step, best)
+        done = distributed.fresh_name("checkpoint") if self._together else ""
+        self._finishing = self._finisher.submit(self._finish, partial, step, best, done)
 
     def wait(self) -> None:
         """Waits for pending writes. Raises NotSavedError if one fails; what it left is removed."""
@@ -189,10 +192,28 @@ class Checkpoints:
         if self.latest is not None:
             self._read(lambda step: facts.check_tokenizer(self.folder / str(step), self.run_dir / "tokenizer"))
 
-    def _finish(self, partial: Path, step: int, best: bool) -> None:
-        """Turns the folder that orbax is writing into a checkpoint, then removes the oldest checkpoints."""
+    def _agreed(self, work: Callable[[], Any]) -> Any:
+        """`work()`, done by the first process for all of them if they are here together."""
+        return distributed.from_first(work) if self._together else work()
+
+    def _clear(self) -> None:
+        """Makes the folder, and removes what a killed process left there."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._remove_left()
+
+    def _finish(self, partial: Path, step: int, best: bool, done: str) -> None:
+        """Turns the folder that orbax is writing into a checkpoint, then removes the oldest checkpoints. Of several
+        processes, the first does, once orbax has the parts of all, and settles `done`; the others wait for that."""
         assert self._writer is not None
         self._writer.wait_until_finished()
+        if not distributed.first():
+            distributed.wait_until_settled(done)
+            return
+        self._complete(partial, step, best)
+        if distributed.count() > 1:
+            distributed.propose(done, step)
+
+    def _complete(self, partial: Path, step: int, best: bool) -> None:
         checksums.write(partial)
         partial.rename(self.folder / str(step))
         self.best = step if best else self.best
@@ -226,11 +247,11 @@ class Checkpoints:
         """Checks the latest checkpoint for damage, then calls `read` with its step. Raises ConfigError that names the
         damaged file and the latest undamaged checkpoint before it."""
         while True:
-            step = self.latest
+            step = self._agreed(lambda: self.latest)
             if step is None:
                 raise ConfigError(f"{self.folder} holds no complete checkpoint; expected at least one")
             try:
-                self._check_whole(step)
+                self._agreed(lambda step=step: self._check_whole(step))
                 return read(step)
             except (AnotherModelError, MemoryError):
                 raise

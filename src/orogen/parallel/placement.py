@@ -14,6 +14,7 @@ from flax import nnx
 from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from orogen.parallel import distributed
 from orogen.parallel.axes import SHARDED, full_axes, map_variables, spec_of
 from orogen.parallel.plan import Plan, scatter_sum
 from orogen.parallel.varying import varying_axes
@@ -86,6 +87,13 @@ def working(tree: Any, plan: Plan) -> Any:
     return lax.with_sharding_constraint(tree, placed)
 
 
+def from_host(x: np.ndarray, sharding: NamedSharding) -> Array:
+    """`x`, which every process has whole, on the devices of all of them: each process supplies what its own hold."""
+    if distributed.count() == 1:
+        return jax.device_put(x, sharding)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
 # For gradients, inside the step.
 
 
@@ -138,6 +146,34 @@ def sum_gradients(grads: Any, plan: Plan) -> Any:
         return lax.psum(variable[...].astype(jnp.float32), copies) if copies else variable[...]
 
     return map_variables(summed, grads)
+
+
+def square_sums(grads: Any, plan: Plan) -> Array:
+    """The sum of squares of each of `grads`, outside the step, where they are as they are stored: float32, one value
+    per leaf; not finite where the leaf is not.
+
+    Rows are multiplied with themselves by dot products: otherwise XLA:CPU writes the squares to memory before it adds
+    them (jax 0.10.1). The sums over devices are explicit, so that `rank_order` reaches them.
+    """
+
+    def summed(grads: Any) -> Array:
+        found: list[Array] = []
+        map_variables(lambda v: found.append(_square_sum(v[...], [_ranks(plan, axis) for axis in full_axes(v)])), grads)
+        return jnp.stack(found)
+
+    return plan.run(summed, inputs=(stored_specs(grads, plan),), outputs=plan.spec())(grads)
+
+
+def _square_sum(x: Array, split: list[tuple[str, ...]]) -> Array:
+    """The sum of squares of an array of which this device holds a piece. split: the mesh axes of each dimension."""
+    inner, outer = split[-1], tuple(name for part in split[:-1] for name in part)
+    rows = jnp.einsum("...i,...i->...", x, x, precision="highest")
+    total = (lax.psum(rows, inner) if inner else rows).sum()
+    return lax.psum(total, outer) if outer else total
+
+
+def _ranks(plan: Plan, axis: str | None) -> tuple[str, ...]:
+    return () if axis is None else plan.storage[axis]
 
 
 def _stored(axes: tuple[str | None, ...], plan: Plan) -> NamedSharding:

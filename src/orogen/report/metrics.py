@@ -165,7 +165,7 @@ class Progress:
     """Shows how far a run is, on stderr: a bar on a terminal, elsewhere a line every `every_seconds`.
 
     with Progress(steps) as progress: … progress.update(step, metrics). first_step: the last step that was done before
-    the run resumed. unit: the name of a step. stream, clock (in seconds): for tests.
+    the run resumed. unit: the name of a step. shown: whether anything is. stream, clock (in seconds): for tests.
     """
 
     def __init__(
@@ -175,6 +175,7 @@ class Progress:
         first_step: int = 0,
         unit: str = "step",
         every_seconds: float = 10.0,
+        shown: bool = True,
         stream: IO[str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -184,7 +185,8 @@ class Progress:
         self._origin: tuple[int, float] | None = None  # the first step seen, and when; compilation came before
         self._printed_at = -math.inf
         console = rich.console.Console(file=self._stream)
-        self._bar = _bar(console) if console.is_terminal and not console.is_dumb_terminal else None
+        self._bar = _bar(console) if shown and console.is_terminal and not console.is_dumb_terminal else None
+        self._shown = shown
 
     def __enter__(self) -> Self:
         if self._bar is not None:
@@ -208,7 +210,7 @@ class Progress:
             self._bar.update(self._task, completed=step, numbers=_summary(metrics, _LIVE), left=left)
             if scored:
                 self._bar.console.print(f"{self._unit} {step}  {scored}", markup=False, highlight=False)
-        elif scored or step >= self._total or now - self._printed_at >= self._every_seconds:
+        elif self._shown and (scored or step >= self._total or now - self._printed_at >= self._every_seconds):
             self._printed_at = now
             numbers = _summary(metrics, _LIVE | _HELDOUT)
             print(f"{self._unit} {step}/{self._total}  {numbers}  {left} left", file=self._stream, flush=True)

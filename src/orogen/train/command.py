@@ -20,6 +20,7 @@ from orogen.config.checks import ConfigError
 from orogen.config.dtype import COMPUTE
 from orogen.config.run import RunConfig
 from orogen.config.streams import lasting_streams, say
+from orogen.parallel import cluster, distributed
 from orogen.parallel.runtime import configure
 
 if TYPE_CHECKING:
@@ -36,6 +37,11 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
         "--profile", metavar="STEPS", help="trace these steps, such as 10:13, and report where their time goes"
     )
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help=f"start from the weights of {CHECKPOINT}")
+    parser.add_argument(
+        "--cluster", metavar="HOW",
+        help=f"run as one of several processes: {cluster.FORMS}; by default, what {cluster.VARIABLE} says in the "
+        "environment, where `orogen launch` puts it",
+    )  # fmt: skip
 
 
 def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,20 +95,36 @@ def train(options: argparse.Namespace) -> int:
 
         profile = None if options.profile is None else Steps.of(options.profile)
         require_training_fits(config, free_memory())
-        warn(config.model)
+        if distributed.first():
+            warn(config.model)
         held.enter_context(lasting_streams())
+        log = say if distributed.first() else lambda line: None
         try:
             trained = run(
-                config, text, options.run, PRETRAINING, resume=options.resume, origin=origin, profile=profile, log=say,
+                config, text, options.run, PRETRAINING, resume=options.resume, origin=origin, profile=profile, log=log,
                 until=held,
             )  # fmt: skip
-            status = _finish_run(options, config, text, trained)
+            status = _finish_together(options, config, text, trained)
         except (NonFiniteError, FaultyHardwareError, NotSavedError) as error:
             status = fail(error, EXIT_FAILURE)
         except StoppedEarlyError as stopped:
-            answer(options, {"finished": False}, ["stopped with nothing new to save; --resume continues"])
+            if distributed.first():
+                answer(options, {"finished": False}, ["stopped with nothing new to save; --resume continues"])
             status = stopped.status
     return status
+
+
+def _finish_together(options: argparse.Namespace, config: RunConfig, text: str, trained: Any) -> int:
+    """Lets the first process report, and the others wait for it: they hold the runtime that it needs."""
+    done = distributed.fresh_name("report")
+    if not distributed.first():
+        distributed.wait_until_settled(done)
+        return 0 if trained.finished else trained.stop.status
+    try:
+        return _finish_run(options, config, text, trained)
+    finally:
+        if distributed.count() > 1:
+            distributed.propose(done, 1)
 
 
 def _finish_run(options: argparse.Namespace, config: RunConfig, text: str, trained: Any) -> int:
@@ -149,6 +171,7 @@ TRAIN = Command(
     ),
     add_arguments=_add_train_arguments,
     run=train,
+    joins=True,
 )
 VERIFY = Command(
     name="verify",

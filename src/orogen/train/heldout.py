@@ -14,7 +14,7 @@ from orogen.config.run import RunConfig
 from orogen.data.loader import Corpus
 from orogen.data.packing import Batch, prefix_byte_count, target_byte_count
 from orogen.model.lm import Built
-from orogen.parallel import placement
+from orogen.parallel import distributed, placement
 from orogen.parallel.plan import Plan, make_plan
 from orogen.train.loss import batch_counts
 from orogen.train.next_token import LOSS, NEXT_TOKEN
@@ -47,7 +47,8 @@ class Heldout:
             "heldout", batch_size=config.train.batch_size, sequence_length=config.train.sequence_length
         )
         self._sample: list[Batch] = []
-        self._measured = measure(built, NEXT_TOKEN, config.model, self.plan, config.train.compute_dtype)
+        measured = measure(built, NEXT_TOKEN, config.model, self.plan, config.train.compute_dtype)
+        self._measured = distributed.compiled_together(measured)
 
     def sample(self, state: TrainState) -> dict[str, float]:
         """The scores of a sample of about `evaluate_rows` sequences."""

@@ -22,9 +22,10 @@ from orogen.data.loader import Corpus
 from orogen.data.packing import Batch, document_lengths
 from orogen.model.layout import Whole, relaid
 from orogen.model.lm import Built, build
-from orogen.parallel import placement
+from orogen.parallel import distributed, placement
 from orogen.parallel.plan import Plan
 from orogen.report.metrics import MetricsWriter, Progress, read_metrics
+from orogen.report.silent import SilentWriter
 from orogen.train import carry
 from orogen.train.back import Back, BadStepsError
 from orogen.train.goodput import COMPILING, EVALUATING, Clock
@@ -35,7 +36,7 @@ from orogen.train.profiled import StepProfile
 from orogen.train.saving import Saver
 from orogen.train.state import TrainState, abstract_state, create_state, from_items, items, start_state, state_shardings
 from orogen.train.step import StepMetrics, batch_to_devices, make_step
-from orogen.train.stop import Stop
+from orogen.train.stop import Stop, StopTogether
 from orogen.train.stragglers import Pace
 from orogen.train.task import Task
 from orogen.train.watch import Watch
@@ -77,7 +78,7 @@ class Loop:
         train = config.train
         self.back = Back(train, checkpoints.run_dir, checkpoints, log)
         self.optimizer = make_optimizer(config.optimizer, train.steps, built.params)
-        self.step = make_step(built, task.objective, config, plan, self.optimizer)
+        self.step = distributed.compiled_together(make_step(built, task.objective, config, plan, self.optimizer))
         self.carried = carry.abstract(train, built)
         self.evaluation = task.evaluation(config, built, corpus)
         score = None
@@ -88,7 +89,7 @@ class Loop:
         self.position: dict[str, Any] = self.source.state()
         self._beginning = self.position
         self._compiled = False
-        self.first_step = checkpoints.latest or 0
+        self.first_step = distributed.from_first(lambda: checkpoints.latest) or 0
         expected = f"at least {self.first_step}, the step that the run has reached"
         require(train.steps >= self.first_step, train, "steps", expected)
         profile.check(self.first_step, train.steps)
@@ -137,7 +138,7 @@ class Loop:
         found, position = self.checkpoints.restore(items(with_shardings(target, shardings)))
         return from_items(found), position
 
-    def finish(self, state: TrainState, writer: MetricsWriter) -> None:
+    def finish(self, state: TrainState, writer: MetricsWriter | SilentWriter) -> None:
         """Starts writing the state after the last step of this call. Not after a stop among bad steps from which the
         run may yet go back: a resumed run computes them again. Raises NotSavedError."""
         if int(state.step) == self.config.train.steps or not self._may_go_back:
@@ -149,7 +150,7 @@ class Loop:
     def _may_go_back(self) -> bool:
         return self.config.train.roll_back_after > 0 and self.health.bad_in_row > 0
 
-    def evaluate_last(self, state: TrainState, writer: MetricsWriter) -> None:
+    def evaluate_last(self, state: TrainState, writer: MetricsWriter | SilentWriter) -> None:
         """Evaluates the step that was saved last, if a stop prevented its evaluation."""
         train, last, number = self.config.train, writer.last, self.first_step
         if last is None or last["step"] != number:
@@ -161,7 +162,7 @@ class Loop:
             scores = self._scores(number, state)
             writer.amend(scores | self.clock.spent())
 
-    def steps(self, state: TrainState, writer: MetricsWriter) -> TrainState:
+    def steps(self, state: TrainState, writer: MetricsWriter | SilentWriter) -> TrainState:
         """Runs to the end or to a stop, going back past bad steps on the way."""
         while True:
             # Another process may not yet have removed the records of later steps.
@@ -181,15 +182,16 @@ class Loop:
             state = self.start(self.origin)
             writer.rewind(self.first_step)
 
-    def _steps(self, state: TrainState, writer: MetricsWriter) -> TrainState:
+    def _steps(self, state: TrainState, writer: MetricsWriter | SilentWriter) -> TrainState:
         """`steps` until BadStepsError. A step's metrics are read only after the next step has been dispatched."""
-        train, pending, stop = self.config.train, None, self.stop
+        train, pending, stop, together = self.config.train, None, self.stop, StopTogether(self.stop)
         self.clock.start()
-        progress = Progress(train.steps, first_step=self.first_step)
+        progress = Progress(train.steps, first_step=self.first_step, shown=distributed.first())
         with progress, ThreadPoolExecutor(1) as fetcher, self.profile as profile:
             for number in range(self.first_step + 1, train.steps + 1):
                 if not self.lock.beating:
                     raise ConfigError(f"another process took over {self.lock.path}; expected this run to keep it")
+                together.before(number)
                 profile.before(number, state)
                 began = time.perf_counter()
                 batch = self.source.take(state)
@@ -201,13 +203,15 @@ class Loop:
                 if pending is not None:
                     self._report(pending, writer, progress)
                 pending = _Pending(number, batch, self.position, host_seconds, fetcher.submit(_fetch, metrics))
-                last, due = number == train.steps or stop.asked, lambda every, n=number: n % every == 0
+                stopped, due = together.after(number), lambda every, n=number: n % every == 0
+                last = number == train.steps or stopped
                 save = self.saver.due(number)
                 if last or save or due(train.evaluate_every):
-                    scored = not stop.asked and (number == train.steps or due(train.evaluate_every))
+                    scored = not stopped and (number == train.steps or due(train.evaluate_every))
                     record = self._report(pending, writer, progress, scored=state if scored else None)
                     pending = None
-                    if last or stop.asked:  # a stop may also come during the evaluation, which the resumed run repeats
+                    # A stop may also come during the evaluation, which the resumed run repeats.
+                    if last or together.after(number):
                         break
                     best = self.saver.is_best(record)
                     if (save or best) and not (self._may_go_back or self._skipped):
@@ -226,7 +230,12 @@ class Loop:
         return result
 
     def _report(
-        self, pending: _Pending, writer: MetricsWriter, progress: Progress, *, scored: TrainState | None = None
+        self,
+        pending: _Pending,
+        writer: MetricsWriter | SilentWriter,
+        progress: Progress,
+        *,
+        scored: TrainState | None = None,
     ) -> dict[str, Any]:
         """Records a step, with the scores of the state `scored` if it is given, and returns the record.
 

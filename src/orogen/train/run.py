@@ -1,8 +1,12 @@
-"""A run from its config to its last checkpoint: folder, corpus, first state, loop."""
+"""A run from its config to its last checkpoint: folder, corpus, first state, loop.
+
+Of several processes, each runs all of this; the first one alone locks and describes the folder and writes metrics.
+"""
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,22 +14,25 @@ import jax
 
 from orogen.checkpoint.folders import Folder, read_tokenizer
 from orogen.checkpoint.steps import Checkpoints
+from orogen.config.checks import ConfigError
 from orogen.config.run import RunConfig
 from orogen.cost.assemble import assemble
 from orogen.data.loader import Corpus
 from orogen.data.tokenizer import check_rows, check_vocab_size
 from orogen.model.count import count
+from orogen.parallel import distributed
 from orogen.parallel.plan import Plan
 from orogen.report.loggers import require_loggers
 from orogen.report.lost import END, add_lost
 from orogen.report.metrics import MetricsWriter
+from orogen.report.silent import SilentWriter
 from orogen.train.goodput import Clock
 from orogen.train.lock import RunLock, check_free
 from orogen.train.loop import Loop
 from orogen.train.profiled import StepProfile, Steps
 from orogen.train.run_folder import check_folder, describe_run, environment, keep_orphaned_metrics
 from orogen.train.state import TrainState
-from orogen.train.stop import Stop
+from orogen.train.stop import Stop, StoppedEarlyError
 from orogen.train.task import Task
 from orogen.train.watch import Watch
 
@@ -86,44 +93,40 @@ def _train(
     config.need("model", "data", "train", "optimizer")
     require_loggers(config.train.loggers)
     plan, built = assemble(config.model, config.plan, length=config.train.sequence_length)
-    check_folder(run_dir, config, resume=resume)
-    check_free(run_dir)
+    _check_devices(config)
+    checked = functools.partial(check_folder, run_dir, config, resume=resume)
+    distributed.from_first(lambda: (checked(), check_free(run_dir)))
     corpus = _open_corpus(task, config, run_dir, origin)
-    lock = held.enter_context(RunLock(run_dir, log=log))
-    stop.at_once = lock.release
-    check_folder(run_dir, config, resume=resume)  # again: another process may have been here meanwhile
+    _check_corpora(corpus)
+    lock = RunLock(run_dir, log=log)
+
+    def take() -> None:
+        held.enter_context(lock)
+        stop.at_once = lock.release
+        checked()  # again: another run may have been here meanwhile
+
+    distributed.from_first(take)
+    distributed.require_shared(lock.path)
     every = config.train.checkpoint_every if config.train.roll_back_after else None
-    with Checkpoints(run_dir, keep=config.train.keep_checkpoints, every=every, model=config.model) as checkpoints:
-        watch = Watch(run_dir, config.train.hang_minutes, process=jax.process_index())
+    kept = {"keep": config.train.keep_checkpoints, "every": every}
+    with Checkpoints(run_dir, **kept, model=config.model, together=True) as checkpoints:
+        watch = Watch(run_dir, config.train.hang_minutes, process=distributed.index())
         run = Loop(
             task, config, plan=plan, built=built, corpus=corpus, checkpoints=checkpoints, stop=stop, lock=lock,
             profile=profile, log=log, clock=clock, watch=watch,
         )  # fmt: skip
         state = run.start(origin)
-        facts = _facts(config, plan, corpus)
-        describe_run(run_dir, text, facts)  # first, because it makes the folder this run's
-        if linked := facts["data"].get("linked_folders"):
-            log(f"corpus {config.data.corpus!r}: {linked} linked folders are skipped")
-        if not (run_dir / TOKENIZER / "tokenizer.json").is_file():  # never rewritten: checkpoints hold its checksum
-            corpus.tokenizer.save(run_dir / TOKENIZER)
-        if origin is not None:
-            origin.keep(run_dir)
-        if jax.process_index() == 0:
-            add_lost(run_dir, run.first_step, END)  # before the lines of lost steps are removed
-        if run.first_step:
-            log(f"continuing {run_dir} after step {run.first_step}")
-        elif orphans := keep_orphaned_metrics(run_dir):
-            log(f"{run_dir} has no checkpoint: starting over; the metrics there are kept as {orphans.name}")
-        if run.first_step < config.train.steps:
-            (run_dir / "report.html").unlink(missing_ok=True)  # it describes an earlier step
-        watched = {"loggers": config.train.loggers, "config": dataclasses.asdict(config), "log": log}
-        with MetricsWriter(run_dir, resume_step=run.first_step, **watched) as writer, watch:
+        distributed.from_first(functools.partial(_describe, run, text, run_dir, origin))
+        with _writer(run_dir, run) as writer, watch:
+            if not stop.alone and any(distributed.from_all(stop.asked)):
+                raise StoppedEarlyError(stop.status)
             run.evaluate_last(state, writer)
             state = run.steps(state, writer)
             run.finish(state, writer)
     step = int(state.step)
-    stop.working = False  # everything is saved
-    return Trained(state, corpus, step >= config.train.steps and not stop.asked, step - run.first_step, stop)
+    asked = any(distributed.from_all(stop.asked))
+    stop.working, stop.alone = False, True  # everything is saved
+    return Trained(state, corpus, step >= config.train.steps and not asked, step - run.first_step, stop)
 
 
 def _open_corpus(task: Task, config: RunConfig, run_dir: Path, origin: Folder | None) -> Corpus:
@@ -140,7 +143,60 @@ def _open_corpus(task: Task, config: RunConfig, run_dir: Path, origin: Folder | 
     return corpus
 
 
+def _check_devices(config: RunConfig) -> None:
+    """Raises ConfigError if a process would take no part in the plan."""
+    if distributed.count() > 1 and config.plan.devices != jax.device_count():
+        raise ConfigError(
+            f"PlanConfig asks for {config.plan.devices} devices; expected the {jax.device_count()} that the "
+            f"{distributed.count()} processes have"
+        )
+
+
+def _check_corpora(corpus: Corpus) -> None:
+    """Raises ConfigError if another process has read other documents, or has another tokenizer."""
+    have = distributed.from_all([corpus.content_hash, corpus.tokenizer.fingerprint])
+    for number, one in enumerate(have):
+        if one != have[0]:
+            part = "documents" if one[0] != have[0][0] else "tokenizer"
+            raise ConfigError(f"process {number} has another corpus or {part} than process 0; expected the same")
+
+
+def _describe(run: Loop, text: str, run_dir: Path, origin: Folder | None) -> None:
+    """Writes what the folder says about the run before its first step."""
+    config, log = run.config, run.log
+    facts, saved = _facts(config, run.plan, run.corpus), run_dir / TOKENIZER
+    describe_run(run_dir, text, facts)  # first, because it makes the folder this run's
+    if linked := facts["data"].get("linked_folders"):
+        log(f"corpus {config.data.corpus!r}: {linked} linked folders are skipped")
+    if not (saved / "tokenizer.json").is_file():  # checkpoints hold its checksum, so it is never rewritten
+        run.corpus.tokenizer.save(saved)
+    if origin is not None:
+        origin.keep(run_dir)
+    add_lost(run_dir, run.first_step, END)  # before the lines of lost steps are removed
+    if run.first_step:
+        log(f"continuing {run_dir} after step {run.first_step}")
+    elif orphans := keep_orphaned_metrics(run_dir):
+        log(f"{run_dir} has no checkpoint: starting over; the metrics there are kept as {orphans.name}")
+    if run.first_step < config.train.steps:
+        (run_dir / "report.html").unlink(missing_ok=True)  # it describes an earlier step
+
+
+@contextlib.contextmanager
+def _writer(run_dir: Path, run: Loop) -> Iterator[MetricsWriter | SilentWriter]:
+    """What writes the run's metrics: on the first process, for all."""
+    watched = {"loggers": run.config.train.loggers, "config": dataclasses.asdict(run.config), "log": run.log}
+    with contextlib.ExitStack() as stack:
+        writer = None
+        if distributed.first():
+            writer = stack.enter_context(MetricsWriter(run_dir, resume_step=run.first_step, **watched))
+        last = distributed.from_first(lambda: writer and writer.last)
+        yield writer or SilentWriter(last)
+
+
 def _facts(config: RunConfig, plan: Plan, corpus: Corpus) -> dict[str, Any]:
     """What `env.json` says about this run."""
     mesh = {name: int(size) for name, size in plan.mesh.shape.items()}
-    return environment(seed=config.train.seed, data=corpus.describe(), parameters=count(config.model), mesh=mesh)
+    return environment(
+        seed=config.train.seed, data=corpus.describe(), parameters=count(config.model), mesh=mesh,
+        processes=distributed.count(),
+    )  # fmt: skip

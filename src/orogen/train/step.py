@@ -27,7 +27,7 @@ from orogen.parallel.plan import Plan
 from orogen.precision.policy import working_copy
 from orogen.train import carry
 from orogen.train.loss import Sums, batch_counts
-from orogen.train.optimizer import learning_rate, square_sums
+from orogen.train.optimizer import learning_rate
 from orogen.train.pipelined import Pipeline
 from orogen.train.state import TrainState, abstract_state, state_shardings
 from orogen.train.task import Computation, Metric, Objective
@@ -227,7 +227,7 @@ def step_function(
         params = placement.working(working_copy(state.params, config.train.compute_dtype), plan)
         loss, grads, counts, sums = gradient(params, state.buffers, batch, replay, state.carried)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-        squares = square_sums(grads)
+        squares = placement.square_sums(grads, plan)
         finite_leaves = jnp.isfinite(squares)
         # Assignments that overflow a buffer are missing from loss and gradient: the step counts as not finite.
         finite = finite_leaves.all() & jnp.isfinite(loss) & (sums.overflow == 0)
@@ -255,10 +255,14 @@ def step_function(
 
 
 def batch_to_devices(batch: Batch, plan: Plan) -> Batch:
-    """The global batch on the plan's devices. Documents are numbered here, where sequences are still whole."""
+    """The global batch on the plan's devices. Documents are numbered here, where sequences are still whole.
+
+    Each process has packed the whole batch, because rows are packed in one order, and supplies what its devices hold:
+    a part of every row if `context` crosses processes, the same rows as another process if `tensor` or `stage` does.
+    """
     sharding = plan.sharding(*BATCH_AXES)
     batch = batch._replace(segments_bt=numbered(np.asarray(batch.segments_bt)))
-    return jax.tree.map(lambda x: jax.device_put(in_rank_order(x, plan, axis=1), sharding), batch)
+    return jax.tree.map(lambda x: placement.from_host(in_rank_order(x, plan, axis=1), sharding), batch)
 
 
 def in_rank_order(x: Any, plan: Plan, *, axis: int) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""How a run stops on a signal: SIGTERM, Ctrl-C (SIGINT), or a terminal that closes (SIGHUP)."""
+"""How a run stops on a signal: SIGTERM, Ctrl-C (SIGINT), or a terminal that closes (SIGHUP).
+
+A run of several processes stops after one step on all of them, whichever of them got the signal.
+"""
 
 import os
 import signal
@@ -7,6 +10,8 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, TypeVar
+
+from orogen.parallel import distributed
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 INTERRUPTED = 128 + signal.SIGINT  # the exit status that shells report for a process ended by Ctrl-C
@@ -37,9 +42,13 @@ class Stop:
     program that is being compiled. A second SIGINT calls `at_once` and ends the process. A signal that was ignored
     stays ignored, as SIGHUP is under nohup. If a signal comes inside a finalizer or a callback of the garbage
     collector, where Python drops exceptions, it is sent again a moment later.
+
+    alone: whether this process may end by itself. One of several may not while the others expect it: then a signal only
+    sets the flag, for `StopTogether`.
     """
 
     def __init__(self) -> None:
+        self.alone = distributed.count() == 1
         self.asked = self.working = self._cutting = False
         self.by: int | None = None
         self.at_once: Callable[[], None] = lambda: None
@@ -68,11 +77,11 @@ class Stop:
         return INTERRUPTED if self.by == signal.SIGINT else 0
 
     def unless_asked(self, work: Callable[[], T]) -> T | None:
-        """`work()`, or None if a signal came before its end."""
+        """`work()`, or None if a signal came before its end and this process may act on it alone."""
         try:
             try:
                 self._cutting = True
-                return None if self.asked else work()
+                return None if self.asked and self.alone else work()
             finally:
                 self._cutting = False
         except _CutShortError:  # raised in `work` or between the lines above
@@ -100,7 +109,33 @@ class Stop:
                 os._exit(INTERRUPTED)
         first = not self.asked or repeated is not None
         self.asked, self.by = True, self.by or number
-        if first and self._cutting:
+        if first and self._cutting and self.alone:
             raise _CutShortError
-        if first and not self.working:
+        if first and not self.working and self.alone:
             raise StoppedEarlyError(self.status)
+
+
+class StopTogether:
+    """The step after which a run stops on a signal: the same one on all of its processes.
+
+    One that was asked to stop before it dispatches step n settles on step n + 1 through the runtime's key-value store,
+    if no process has settled on another yet. Every process looks there once it has the metrics of step n, for which
+    all processes have dispatched step n: so it finds what was settled before. No collective is added to the step.
+    """
+
+    def __init__(self, stop: Stop):
+        self._stop, self._name, self._proposed = stop, distributed.fresh_name("stop"), False
+
+    def before(self, number: int) -> None:
+        """Call this before step `number` is dispatched."""
+        if self._stop.asked and not self._stop.alone and not self._proposed:
+            distributed.propose(self._name, number + 1)
+            self._proposed = True
+
+    def after(self, number: int) -> bool:
+        """Whether to stop after step `number`, which is dispatched. The metrics of the step before it have been read,
+        unless it is the first of this call."""
+        if self._stop.alone:
+            return self._stop.asked
+        last = distributed.settled(self._name)
+        return last is not None and number >= last

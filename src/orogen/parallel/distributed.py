@@ -1,0 +1,213 @@
+"""Many processes on JAX's multi-controller runtime: how they start, what they agree on, and how one leaves.
+
+Every process runs the same program. The first one (number 0) alone writes what describes the run; the others learn
+from it through the runtime's key-value store what they must know to do the same. In a run of one process all of this
+is the identity. Importing this module does not import jax.
+"""
+
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from orogen.config.checks import ConfigError
+from orogen.parallel.cluster import Cluster
+from orogen.parallel.roll_call import call_roll
+
+START_SECONDS = 50.0  # of waiting for all processes, unless the environment has another number
+START_VARIABLE = "OROGEN_START_SECONDS"
+# A process that is not heard of for this long counts as dead, and the runtime ends the others.
+HEARTBEAT_SECONDS = 40
+# Of waiting, when a process is done, for others that are not.
+SHUTDOWN_SECONDS = 60
+POLL_MILLISECONDS = 500  # between looks at signals while this process waits for another
+LAST_SECONDS = 1.0
+
+_processes: list[Cluster] = []  # this one, once it has started as one of several
+_numbers = itertools.count()  # of what is agreed on, in the order of the program, which is the same on all processes
+
+
+def start(cluster: Cluster | None) -> None:
+    """Joins the other processes of `cluster`. Call it before jax makes its devices. Raises ConfigError if one of them
+    does not start in time; see `call_roll`."""
+    if cluster is None or cluster.count == 1:
+        return
+    call_roll(cluster, _seconds())
+    import jax
+
+    # Its handler of SIGTERM would replace the run's own.
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    _keep_stdout_to_python()
+    jax.distributed.initialize(
+        cluster.coordinator,
+        num_processes=cluster.count,
+        process_id=cluster.index,
+        local_device_ids=cluster.accelerator,
+        cluster_detection_method="deactivate",
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+    )
+    from orogen.parallel.rank_order import sum_in_rank_order
+
+    sum_in_rank_order()
+    _processes.append(cluster)
+
+
+def count() -> int:
+    """The number of processes of this run."""
+    return _processes[0].count if _processes else 1
+
+
+def index() -> int:
+    """The number of this process, from 0."""
+    return _processes[0].index if _processes else 0
+
+
+def first() -> bool:
+    """Whether this process is the one that writes for all."""
+    return index() == 0
+
+
+def from_first(work: Callable[[], Any]) -> Any:
+    """`work()`, which the first process alone does; all processes return its value, plain JSON. If it raises
+    ConfigError, they all do."""
+    if count() == 1:
+        return work()
+    key = f"orogen/first/{next(_numbers)}"
+    if not first():
+        told = json.loads(_wait(key))
+        if "wrong" in told:
+            raise ConfigError(told["wrong"])
+        return told["value"]
+    try:
+        value = work()
+    except ConfigError as error:
+        _client().key_value_set(key, json.dumps({"wrong": str(error)}))
+        raise
+    _client().key_value_set(key, json.dumps({"value": value}))
+    return value
+
+
+def from_all(value: Any) -> list[Any]:
+    """Every process's `value`, plain JSON, in the order of the processes. Returns once all have called it."""
+    if count() == 1:
+        return [value]
+    key = f"orogen/all/{next(_numbers)}"
+    _client().key_value_set(f"{key}/{index()}", json.dumps(value))
+    return [json.loads(_wait(f"{key}/{number}")) for number in range(count())]
+
+
+def propose(name: str, value: int) -> None:
+    """Settles what `name` is, unless a process has done so before."""
+    import jax
+
+    try:
+        _client().key_value_set(f"orogen/settled/{name}", str(value))
+    except jax.errors.JaxRuntimeError as error:
+        if "ALREADY_EXISTS" not in str(error):
+            raise
+
+
+def settled(name: str) -> int | None:
+    """What `name` is, if a process has settled it. Whatever was proposed before this call is seen."""
+    import jax
+
+    try:
+        return int(_client().key_value_try_get(f"orogen/settled/{name}"))
+    except jax.errors.JaxRuntimeError as error:
+        if "NOT_FOUND" not in str(error):
+            raise
+        return None
+
+
+def wait_until_settled(name: str) -> int:
+    """What `name` is, once a process settles it."""
+    return int(_wait(f"orogen/settled/{name}"))
+
+
+def fresh_name(what: str) -> str:
+    """A name that this process has not used, and that is the same on all of them if they all call this in the same
+    order."""
+    return f"{what}/{next(_numbers)}"
+
+
+def compiled_together(function: Any) -> Callable[..., Any]:
+    """A jitted function of arrays whose shapes never change, which no process runs before all have compiled it: gloo
+    gives up on ranks that are more than 30 seconds late, and one process may find the program in its cache."""
+    if count() == 1:
+        return function
+    compiled: list[Any] = []
+
+    def call(*arguments: Any) -> Any:
+        if not compiled:
+            compiled.append(function.lower(*arguments).compile())
+            from_all(None)
+        return function(*arguments)
+
+    return call
+
+
+def require_shared(path: Path, seconds: float = START_SECONDS) -> None:
+    """Raises ConfigError, on all processes, if one of them does not see `path`, which the first has made, within
+    `seconds`: a file server may take some time."""
+    deadline = time.monotonic() + seconds
+    while not (seen := path.exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    blind = [number for number, sees in enumerate(from_all(seen)) if not sees]
+    if blind:
+        raise ConfigError(
+            f"process {blind[0]} of {count()} does not see {path}; expected a run folder on a disk that all share"
+        )
+
+
+def leave(status: int) -> int:
+    """The exit status of this process. If it is an error, a process of several ends here and now: a normal exit would
+    wait for the others, who may wait for this one."""
+    if count() == 1 or status == 0:
+        return status
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    if first():
+        time.sleep(LAST_SECONDS)  # the others, if they have the same error, say so before its loss ends them
+    os._exit(status)
+
+
+def _seconds() -> float:
+    text = os.environ.get(START_VARIABLE)
+    if text is None:
+        return START_SECONDS
+    if not text.isdecimal() or not int(text):
+        raise ConfigError(f"{START_VARIABLE} is {text!r}; expected a number of seconds above 0")
+    return float(text)
+
+
+def _client() -> Any:
+    from jax._src.distributed import global_state  # jax exports its key-value store to nobody
+
+    return global_state.client
+
+
+def _wait(key: str) -> str:
+    import jax
+
+    while True:
+        try:
+            return _client().blocking_key_value_get(key, POLL_MILLISECONDS)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+
+
+def _keep_stdout_to_python() -> None:
+    """Sends what libraries print to /dev/null: gloo reports each group of ranks on stdout, where an answer in JSON may
+    be expected. Python's own output goes where it went."""
+    sys.stdout.flush()
+    own, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+    sys.stdout = os.fdopen(own, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors, buffering=1)
