@@ -139,7 +139,9 @@ def links(scratch: Path, *, cases: Sequence[str]) -> list[dict[str, Any]]:
     from orogen.bench.timing import compiled, time_in_turn
 
     mesh = jax.make_mesh((2,), ("r",), devices=jax.devices()[:2])
-    x = jax.device_put(jnp.zeros((2, LINK_BYTES // 2), jnp.bfloat16), jax.sharding.NamedSharding(mesh, PartitionSpec("r")))
+    x = jax.device_put(
+        jnp.zeros((2, LINK_BYTES // 2), jnp.bfloat16), jax.sharding.NamedSharding(mesh, PartitionSpec("r"))
+    )
     functions = {
         "all-gather": lambda a: lax.all_gather(a[0], "r", tiled=True)[None, :1],
         "reduce-scatter": lambda a: lax.psum_scatter(a[0], "r", tiled=True)[None],
