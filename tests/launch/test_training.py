@@ -41,7 +41,10 @@ OptimizerConfig.learning_rate = 1e-2
 OptimizerConfig.schedule = 'constant'
 OptimizerConfig.clip_norm = 0.1
 """
-TIMED = {"step_ms", "tokens_per_second"}
+TIMED = {
+    "step_ms", "tokens_per_second", "start_seconds", "compile_seconds", "evaluate_seconds", "save_seconds", "host_ms",
+    "device_ms", "slow_processes",
+}  # fmt: skip
 
 
 @pytest.fixture

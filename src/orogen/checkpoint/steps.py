@@ -49,8 +49,8 @@ class Checkpoints:
     keep: how many of the last checkpoints to keep; None: all. every: if given, the last checkpoint of a step that is a
     multiple of it stays too. model: its config is written into each checkpoint, and `restore` compares it. vocab_size:
     the model's, padding rows not counted; None: that of `model`, else that of the arrays. best: the step of the best
-    checkpoint, which stays until a better one is complete.
-    together: whether all processes of the run call each method at once, as `save` requires if there are several.
+    checkpoint, which stays until a better one is complete. together: whether all processes call each method at once, as
+    `save` requires if there are several.
     """
 
     def __init__(
@@ -109,10 +109,8 @@ class Checkpoints:
     def save(self, step: int, items: Items, position: dict[str, Any], layout: Layout, *, best: bool = False) -> None:
         """Starts writing the items after step `step`, which are in the layout `layout`, and the position of the data:
         returns once the arrays are copied to the host and the write before this one is finished. best: whether it is
-        better than the checkpoint `best`.
-
-        Does nothing if the latest checkpoint is of that step. Raises NotSavedError if this write cannot be started or
-        the one before it failed.
+        better than the checkpoint `best`. Does nothing if the latest checkpoint is of that step. Raises NotSavedError
+        if this write cannot be started or the one before it failed.
         """
         self.wait()
         if self._agreed(lambda: step in (self.latest, self._written)):
