@@ -299,7 +299,9 @@ def test_the_command_refuses_half_of_it(refused, tmp_path):
     for options in (["--input", tmp_path / "in.jsonl"], ["--out", "out.jsonl"]):
         assert "expected one of them, the last two together" in refused("generate", "--checkpoint", tmp_path, *options)
     options = "--input", tmp_path / "none.jsonl", "--out", tmp_path / "out.jsonl"
-    assert "expected a file or pipe, and a file in a folder that exists" in refused("generate", "--checkpoint", tmp_path, *options)
+    assert "expected a file or pipe, and a file in a folder that exists" in refused(
+        "generate", "--checkpoint", tmp_path, *options
+    )
 
 
 def line(text: str, number: int = 1) -> Line:
