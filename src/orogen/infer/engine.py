@@ -140,10 +140,10 @@ class Engine:
         for admission in plan.admitted:
             self._admit(admission)
         self._read(plan.pieces)
-        constrained = any(slot.matcher is not None for slot in self._slots.values())
+        ready = (*plan.decoding, *(piece.slot for piece in plan.pieces if piece.last))
+        constrained = any((slot := self._slots.get(seat)) and slot.matcher is not None for seat in ready)
         if constrained:
             self._tell_all_but(0)
-        ready = (*plan.decoding, *(piece.slot for piece in plan.pieces if piece.last))
         running = [slot for seat in ready if (slot := self._slots.get(seat)) and slot.undispatched > 0]
         if running:
             self._decode(running, 1 if constrained else self._steps())

@@ -75,7 +75,7 @@ def in_chunks(x_nd: Array, empty_md: Array, runs: Runs, *, axes: tuple[str, ...]
     jax 0.11.2). The first round has a little more than an even share of the rows, so it usually suffices.
     """
     ranks, rows = len(runs.sizes), len(empty_md)
-    even = len(x_nd) / ranks
+    even = min(len(x_nd), rows) / ranks  # a buffer with room for the worst case is never full
     first, later = math.ceil(even * FIRST), math.ceil(even * LATER)
 
     def round_of(y_md: Array, start: Array | int, length: int) -> Array:
@@ -85,7 +85,8 @@ def in_chunks(x_nd: Array, empty_md: Array, runs: Runs, *, axes: tuple[str, ...]
         sent_rcd = jnp.take(x_nd, from_rc, axis=0, mode="clip")
         # In two dimensions, as `Plan.exchange` does.
         here = lax.all_to_all(sent_rcd.reshape(ranks, -1), axes, 0, 0, tiled=True).reshape(-1, x_nd.shape[1])
-        to_rc = jnp.where(row_c < runs.received[:, None], runs.arrives[:, None] + row_c, rows)
+        unused_rc = rows + jnp.arange(ranks * length, dtype=jnp.int32).reshape(ranks, -1)  # distinct, and past the end
+        to_rc = jnp.where(row_c < runs.received[:, None], runs.arrives[:, None] + row_c, unused_rc)
         return y_md.at[to_rc.reshape(-1)].set(here, mode="drop", unique_indices=True)
 
     longest = lax.pmax(jnp.max(runs.sizes), axes)
