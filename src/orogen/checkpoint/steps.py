@@ -200,16 +200,14 @@ class Checkpoints:
         self._remove_left()
 
     def _finish(self, partial: Path, step: int, best: bool, done: str) -> None:
-        """Turns the folder that orbax is writing into a checkpoint, then removes the oldest checkpoints. Of several
-        processes, the first does, once orbax has the parts of all, and settles `done`; the others wait for that."""
+        """Completes a checkpoint. Of several processes, the first does and settles `done`; the others wait."""
         assert self._writer is not None
         self._writer.wait_until_finished()
-        if not distributed.first():
-            distributed.wait_until_settled(done)
-            return
-        self._complete(partial, step, best)
-        if distributed.count() > 1:
+        if distributed.first():
+            self._complete(partial, step, best)
             distributed.propose(done, step)
+        else:
+            distributed.wait_until_settled(done)
 
     def _complete(self, partial: Path, step: int, best: bool) -> None:
         checksums.write(partial)

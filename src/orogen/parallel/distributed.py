@@ -103,7 +103,9 @@ def from_all(value: Any) -> list[Any]:
 
 
 def propose(name: str, value: int) -> None:
-    """Settles what `name` is, unless a process has done so before."""
+    """Settles what `name` is, unless a process has done so before. One process alone has nobody to tell."""
+    if count() == 1:
+        return
     import jax
 
     try:

@@ -123,8 +123,7 @@ def _finish_together(options: argparse.Namespace, config: RunConfig, text: str, 
     try:
         return _finish_run(options, config, text, trained)
     finally:
-        if distributed.count() > 1:
-            distributed.propose(done, 1)
+        distributed.propose(done, 1)
 
 
 def _finish_run(options: argparse.Namespace, config: RunConfig, text: str, trained: Any) -> int:
