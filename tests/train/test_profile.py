@@ -60,11 +60,18 @@ def test_other_steps_are_refused(recipe, tmp_path, refused, text, message):
     assert refused("train", "--gin_file", recipe, "--run", tmp_path / "run", "--profile", text) == message
 
 
-def test_steps_of_a_resumed_run_are_those_that_it_takes(tmp_path):
-    profile = StepProfile(Steps.of("7"), tmp_path, print)
-    profile.check(5, 7)
-    with pytest.raises(ValueError, match="--profile 7:7; expected steps from 8"):
-        profile.check(6, 9)
+def test_steps_that_a_resumed_run_has_passed_are_one_line_and_no_error(tmp_path):
+    """A launcher starts it again with the command that began it."""
+    said = []
+    for text, done in (("7", 5), ("7:8", 6), ("7:8", 7), ("7:8", 9)):
+        StepProfile(Steps.of(text), tmp_path, said.append).check(done, 9)
+    assert said == [f"--profile 7:8: no trace, since the run is at step {done}" for done in (6, 7, 9)]
+    with pytest.raises(ValueError, match="--profile 7:10; expected steps from 8, .* to 9"):
+        StepProfile(Steps.of("7:10"), tmp_path, print).check(6, 9)
+    passed = StepProfile(Steps.of("7"), tmp_path, said.append)
+    passed.check(6, 9)
+    passed.before(7, ())
+    assert not (tmp_path / "profile").exists()
 
 
 def test_a_stop_on_the_way_ends_the_trace(tmp_path):

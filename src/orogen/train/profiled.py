@@ -47,7 +47,11 @@ class StepProfile:
 
     def check(self, done: int, last: int) -> None:
         """Raises ConfigError unless a call that goes on after step `done`, up to step `last`, takes the steps, and at
-        least one before, which compiles."""
+        least one before, which compiles. A resumed run, whose command may be the one that began it, only says by `log`
+        that it has passed them, and traces nothing."""
+        if self._steps is not None and 0 < done and self._steps.first <= done + 1 and self._steps.last <= last:
+            self._log(f"--profile {self._steps.first}:{self._steps.last}: no trace, since the run is at step {done}")
+            self._steps = None
         if self._steps is not None and not done + 1 < self._steps.first <= self._steps.last <= last:
             raise ConfigError(
                 f"--profile {self._steps.first}:{self._steps.last}; expected steps from {done + 2}, since the one "
