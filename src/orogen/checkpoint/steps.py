@@ -8,7 +8,6 @@ A folder named STEP is complete: orbax writes into `STEP.partial`, which is rena
 of release 0.8.0 have the layout within data, and no checksums; orbax's marker shows that they are complete.
 """
 
-import os
 import re
 import shutil
 import sys
@@ -21,7 +20,7 @@ import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from orogen.checkpoint import checksums, facts
+from orogen.checkpoint import checksums, facts, outcome
 from orogen.checkpoint.facts import AnotherModelError
 from orogen.config.checks import ConfigError, is_unicode
 from orogen.config.model import ModelConfig
@@ -113,6 +112,8 @@ class Checkpoints:
         if this write cannot be started or the one before it failed.
         """
         self.wait()
+        if self._together:
+            distributed.from_all(None)  # a process on which the last write failed early meets the others here
         if self._agreed(lambda: step in (self.latest, self._written)):
             return
         about = facts.about_facts(self.run_dir, self._model)  # first: an unreadable tokenizer leaves no folder
@@ -123,15 +124,16 @@ class Checkpoints:
             about=ocp.args.JsonSave(about),
             data=ocp.args.JsonSave(position),
         )
+        done = distributed.fresh_name("checkpoint") if self._together else ""  # on all, whatever fails
         try:
             if self._writer is None:
                 self._agreed(self._clear)
                 self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
             self._writer.save(partial, args=args)
         except OSError as error:
+            outcome.failed(done)
             raise self._not_saved(step, error) from error
         self._written = step
-        done = distributed.fresh_name("checkpoint") if self._together else ""
         self._finishing = self._finisher.submit(self._finish, partial, step, best, done)
 
     def wait(self) -> None:
@@ -200,14 +202,13 @@ class Checkpoints:
         self._remove_left()
 
     def _finish(self, partial: Path, step: int, best: bool, done: str) -> None:
-        """Completes a checkpoint. Of several processes, the first does and settles `done`; the others wait."""
+        """Turns the folder that orbax is writing into a checkpoint, then removes the oldest checkpoints. Of several
+        processes, the first does, once orbax has the parts of all; the others wait for that."""
         assert self._writer is not None
-        self._writer.wait_until_finished()
-        if distributed.first():
-            self._complete(partial, step, best)
-            distributed.propose(done, step)
-        else:
-            distributed.wait_until_settled(done)
+        with outcome.shared(done, step):
+            self._writer.wait_until_finished()
+            if distributed.first():
+                self._complete(partial, step, best)
 
     def _complete(self, partial: Path, step: int, best: bool) -> None:
         checksums.write(partial)
@@ -229,10 +230,12 @@ class Checkpoints:
                 shutil.rmtree(left, ignore_errors=True)  # on a disk that is not writable, it is ignored as it is
 
     def _not_saved(self, step: int | None, error: Exception) -> NotSavedError:
-        if self.folder.is_dir():
+        if distributed.first() and self.folder.is_dir():
             self._remove_left()
         kept = f"checkpoint {self.latest} is the last" if self.latest else "there is none before it"
-        return NotSavedError(f"checkpoint {step} could not be written to {self.folder}: {_reason(error)}; {kept}")
+        return NotSavedError(
+            f"checkpoint {step} could not be written to {self.folder}: {outcome.reason(error)}; {kept}"
+        )
 
     def _steps(self) -> list[int]:
         if not self.folder.is_dir():
@@ -310,14 +313,6 @@ class Checkpoints:
             want = _filled_from(wanted[name].shape, dims.get(name), self.vocab_size) if name in wanted else "nothing"
             if have != want:
                 raise AnotherModelError(f"{self.folder} is of another model: {name} is {have}; expected {want}")
-
-
-def _reason(error: Exception) -> str:
-    """Why a write failed, in a few words. tensorstore states the system's error by its number, in a long text."""
-    number = error.errno if isinstance(error, OSError) else None
-    if number is None and (found := re.search(r"os_error_code='(\d+)'", str(error))):
-        number = int(found[1])
-    return os.strerror(number) if number else f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _vocab_dims(tree: Any) -> dict[str, int | None]:

@@ -74,23 +74,45 @@ def first() -> bool:
 
 
 def from_first(work: Callable[[], Any]) -> Any:
-    """`work()`, which the first process alone does; all processes return its value, plain JSON. If it raises
-    ConfigError, they all do."""
+    """`work()`, which the first process alone does; all processes return its value, plain JSON. If it raises,
+    they all do: ConfigError and OSError in kind, what else the first process raises as RuntimeError on the others."""
     if count() == 1:
         return work()
     key = f"orogen/first/{next(_numbers)}"
     if not first():
         told = json.loads(_wait(key))
-        if "wrong" in told:
-            raise ConfigError(told["wrong"])
+        if "error" in told:
+            raise _raised(told["error"], told["message"], told["number"])
         return told["value"]
     try:
         value = work()
-    except ConfigError as error:
-        _client().key_value_set(key, json.dumps({"wrong": str(error)}))
+        answer = json.dumps({"value": value})
+    except BaseException as error:  # whatever it is, the others wait for it
+        _client().key_value_set(key, json.dumps(_told(error)))
         raise
-    _client().key_value_set(key, json.dumps({"value": value}))
+    _client().key_value_set(key, answer)
     return value
+
+
+def _told(error: BaseException) -> dict[str, Any]:
+    """What `_raised` takes, by name. number: the system's, of an OSError."""
+    if isinstance(error, ConfigError):
+        return {"error": ConfigError.__name__, "message": str(error), "number": None}
+    if isinstance(error, OSError):
+        message = error.strerror if error.errno is not None and error.strerror else str(error)
+        if error.errno is not None and error.filename is not None:
+            message = f"{message}: {str(error.filename)!r}"
+        return {"error": OSError.__name__, "message": message, "number": error.errno}
+    return {"error": type(error).__name__, "message": str(error), "number": None}
+
+
+def _raised(name: str, message: str, number: int | None) -> Exception:
+    """The exception of the first process, in kind."""
+    if name == ConfigError.__name__:
+        return ConfigError(message)
+    if name == OSError.__name__:
+        return OSError(message) if number is None else OSError(number, message)
+    return RuntimeError(f"process 0 failed with {name}: {message}")
 
 
 def from_all(value: Any) -> list[Any]:

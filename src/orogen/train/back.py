@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from orogen.checkpoint.steps import Checkpoints, NotSavedError
 from orogen.config.checks import ConfigError
 from orogen.config.run import TrainConfig
+from orogen.parallel import distributed
 from orogen.parallel.runtime import asks_for_same_bits
 from orogen.report.lost import REPEAT, ROLL_BACK, add_lost, jumps, read_lost
 from orogen.report.metrics import read_metrics
@@ -56,7 +57,7 @@ class Back:
 
     def position(self, step: int) -> dict[str, Any] | None:
         """The position of the data after checkpoint `step` if the run rolled back to it; else None."""
-        return jumps(read_lost(self._run_dir)).get(step)
+        return distributed.from_first(lambda: jumps(read_lost(self._run_dir)).get(step))
 
     def compare(self, record: Mapping[str, Any]) -> None:
         """Raises FaultyHardwareError if the step was computed before and gave other bits."""
@@ -79,15 +80,15 @@ class Back:
         except NotSavedError as error:
             self._log(str(error))
         _together("before a roll-back")
-        to = self._checkpoints.regular(self._train.checkpoint_every)
+        to = distributed.from_first(lambda: self._checkpoints.regular(self._train.checkpoint_every))
         place = f"checkpoint {to}" if to else "the beginning"
         repeat = self._train.repeat_bad_steps and bad.step not in self._expected
         if repeat:
-            self._expected = {r["step"]: r for r in read_metrics(self._run_dir) if r["step"] > to}
+            self._expected = {r["step"]: r for r in distributed.from_first(lambda: self._computed_after(to))}
             self._log(f"{bad}; going back to {place} to see whether steps {to + 1} to {bad.step} repeat to the bit")
         else:
             self._expected = {}
-            before = sum(loss.to == to and loss.cause == ROLL_BACK for loss in read_lost(self._run_dir))
+            before = distributed.from_first(lambda: self._roll_backs(to))
             if before >= self._train.max_roll_backs:
                 raise NonFiniteError(
                     f"{bad}, after {before} roll-backs to {place}; expected better steps within "
@@ -102,6 +103,14 @@ class Back:
             add_lost(self._run_dir, to, REPEAT if repeat else ROLL_BACK, None if repeat else bad.position)
         _together("after a roll-back")
         return to
+
+    def _computed_after(self, step: int) -> list[dict[str, Any]]:
+        """What the steps after `step` have to give again."""
+        later = (record for record in read_metrics(self._run_dir) if record["step"] > step)
+        return [{key: record[key] for key in ("step", *COMPARED)} for record in later]
+
+    def _roll_backs(self, step: int) -> int:
+        return sum(loss.to == step and loss.cause == ROLL_BACK for loss in read_lost(self._run_dir))
 
 
 def _together(moment: str) -> None:

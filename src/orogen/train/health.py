@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from orogen.config.run import TrainConfig
+from orogen.parallel import distributed
 
 # A normal distribution's standard deviation over its median absolute deviation (doi:10.1080/01621459.1993.10476408).
 DEVIATION = 1.4826
@@ -23,6 +24,8 @@ class Health:
     A loss is a spike if it exceeds median + spike_deviations · 1.4826 · MAD of the losses of the last `spike_window`
     good steps, where MAD is their median absolute deviation from the median; both ignore outliers
     (doi:10.1016/j.jesp.2013.03.013). Until there are that many, no loss is a spike.
+
+    records: of several processes, the first one's count for all.
     """
 
     def __init__(self, train: TrainConfig, records: Iterable[Mapping[str, Any]] = ()):
@@ -31,6 +34,8 @@ class Health:
         self._skipped = self.bad_in_row = 0
         for record in records:
             self._add(record)
+        read = distributed.from_first(lambda: [list(self._losses), self._skipped, self.bad_in_row])
+        self._losses, (self._skipped, self.bad_in_row) = collections.deque(read[0], train.spike_window), read[1:]
 
     @property
     def bound(self) -> float | None:
@@ -38,7 +43,9 @@ class Health:
         if not self._deviations or len(self._losses) < (self._losses.maxlen or 0):
             return None
         middle = statistics.median(self._losses)
-        return middle + self._deviations * DEVIATION * statistics.median(abs(loss - middle) for loss in self._losses)
+        deviation = statistics.median(abs(loss - middle) for loss in self._losses)
+        # If most losses are equal, the bound would be their value, and the last bit a spike.
+        return middle + self._deviations * DEVIATION * deviation if deviation else None
 
     def judged(self, record: dict[str, Any]) -> dict[str, Any]:
         """The record of the next step, with the bound under the key `spike_bound` if its loss is a spike."""

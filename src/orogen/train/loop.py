@@ -165,8 +165,8 @@ class Loop:
     def steps(self, state: TrainState, writer: MetricsWriter | SilentWriter) -> TrainState:
         """Runs to the end or to a stop, going back past bad steps on the way."""
         while True:
-            # Another process may not yet have removed the records of later steps.
-            records = read_metrics(self.checkpoints.run_dir) if self.first_step else []
+            # The first process has removed the records of later steps, and judges by the others for all.
+            records = read_metrics(self.checkpoints.run_dir) if self.first_step and distributed.first() else []
             records = [record for record in records if record["step"] <= self.first_step]
             self.health = Health(self.config.train, records)
             self.saver.start(records)

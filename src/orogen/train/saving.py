@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 from orogen.checkpoint.steps import Checkpoints, NotSavedError
 from orogen.config.run import TrainConfig
 from orogen.model.layout import Layout
+from orogen.parallel import distributed
 from orogen.train.goodput import SAVING, Clock
 from orogen.train.state import TrainState, items
 
@@ -50,7 +51,11 @@ class Saver:
         return step % self._train.checkpoint_every == 0 or self._minutes_passed(step)
 
     def is_best(self, record: Mapping[str, Any]) -> bool:
-        """Whether no checkpoint has a score as low as that of the record."""
+        """Whether no checkpoint has a score as low as that of the record: on all processes what the first one finds,
+        which alone needs the records of `start`."""
+        return distributed.from_first(lambda: self._is_best(record))
+
+    def _is_best(self, record: Mapping[str, Any]) -> bool:
         name = self._score
         if name is None or name not in record or not math.isfinite(score := record[name]):
             return False
