@@ -215,6 +215,20 @@ def test_before_the_first_checkpoint_a_run_goes_back_to_its_beginning(recipe, nu
     assert [(loss.to, loss.until) for loss in read_lost(tmp_path / "run")] == [(0, 2)]
 
 
+def test_a_run_that_would_start_over_keeps_its_checkpoints(recipe, numbers, tmp_path):
+    """None of them is of a step that `checkpoint_every` names now."""
+    task, folder = task_with(np.inf, *numbers[7:8]), tmp_path / "run"
+    fields = lambda steps, every: (  # noqa: E731
+        f"TrainConfig.steps={steps}", f"TrainConfig.checkpoint_every={every}", "TrainConfig.roll_back_after=1"
+    )  # fmt: skip
+    run(recipe, folder, task, *fields(7, 3))
+    before = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    with pytest.raises(NonFiniteError, match=r"step 8: .*; there is checkpoint 7, .*checkpoint_every = 4"):
+        run(recipe, folder, task, *fields(10, 4))
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == before
+    assert not (folder / "lost.jsonl").exists()
+
+
 def test_a_spike_is_gone_back_from_too(recipe, numbers, tmp_path):
     task, lines = task_with(40.0, *numbers[7:8]), []
     spikes = ("TrainConfig.roll_back_after=1", "TrainConfig.spike_deviations=20.0", "TrainConfig.spike_window=4")

@@ -73,7 +73,7 @@ class Back:
     def go(self, bad: BadStepsError) -> int:
         """Removes the checkpoints after the step to go back to, records the loss, and returns that step.
 
-        Raises NonFiniteError after `max_roll_backs` to the same step.
+        Raises NonFiniteError after `max_roll_backs` to the same step, and if there is no regular checkpoint left.
         """
         try:
             self._checkpoints.wait()
@@ -81,6 +81,7 @@ class Back:
             self._log(str(error))
         _together("before a roll-back")
         to = distributed.from_first(lambda: self._checkpoints.regular(self._train.checkpoint_every))
+        self._require_regular(to, bad)
         place = f"checkpoint {to}" if to else "the beginning"
         repeat = self._train.repeat_bad_steps and bad.step not in self._expected
         if repeat:
@@ -103,6 +104,16 @@ class Back:
             add_lost(self._run_dir, to, REPEAT if repeat else ROLL_BACK, None if repeat else bad.position)
         _together("after a roll-back")
         return to
+
+    def _require_regular(self, to: int, bad: BadStepsError) -> None:
+        """Raises NonFiniteError if the run would start over although it has passed a regular checkpoint: it was saved
+        under another checkpoint_every, and starting over would remove what it has."""
+        latest, every = distributed.from_first(lambda: self._checkpoints.latest) or 0, self._train.checkpoint_every
+        if not to and latest >= every:
+            raise NonFiniteError(
+                f"{bad}; there is checkpoint {latest}, but to go back the run needs one of a multiple of "
+                f"TrainConfig.checkpoint_every = {every}"
+            )
 
     def _computed_after(self, step: int) -> list[dict[str, Any]]:
         """What the steps after `step` have to give again."""
