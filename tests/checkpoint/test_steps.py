@@ -265,7 +265,7 @@ def test_a_write_that_fails_is_raised_and_removes_nothing(copy, monkeypatch):
 
 
 def test_a_full_disk_keeps_what_is_there_and_a_later_write_succeeds(copy):
-    """A real one, of which the second write finds too little left."""
+    """A real one; the second checkpoint does not fit on it."""
     mount = copy / "small"
     mount.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", mount], capture_output=True).returncode:

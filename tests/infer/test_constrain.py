@@ -203,7 +203,7 @@ BAD = [
     (regex("a("), r"Grammar.text 'a\(': .*unclosed group.*; expected a regex that can be matched"),
     (regex("a(?=b)"), "look-around"),
     (regex("[^\x00-\U0010ffff]"), "expected a regex that can be matched"),
-    (regex("(a{1000}){1000}"), "too many expressions|takes more than"),
+    (regex("(a{1000}){1000}"), "too many expressions"),
     (regex("a" * (MOST_TEXT + 1)), f"Grammar.text has {MOST_TEXT + 1} characters; expected at most {MOST_TEXT}"),
     (Grammar(kind="json_schema", text='{"type": '), "EOF while parsing a value at line 1"),
     (Grammar(kind="json_schema", text="3"), "schema must be an object or boolean"),
