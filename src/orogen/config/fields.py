@@ -6,11 +6,12 @@ from typing import Any
 
 from orogen.config.checks import field_types, type_name
 from orogen.config.run import PARTS
+from orogen.config.sweep import SweepConfig
 
 
 def describe_fields() -> dict[str, list[dict[str, Any]]]:
     """By class, one dict per field: name, type, default (absent if the field is required) and meaning."""
-    return {kind.__name__: _fields(kind) for kind in PARTS.values()}
+    return {kind.__name__: _fields(kind) for kind in (*PARTS.values(), SweepConfig)}
 
 
 def _fields(kind: type) -> list[dict[str, Any]]:

@@ -20,12 +20,13 @@ from orogen.config.plan import PlanConfig
 from orogen.config.reads import require_read, without_unread
 from orogen.config.run import PARTS, RunConfig
 from orogen.config.shipped import find
+from orogen.config.sweep import Arm, SweepConfig
 
 MAX_BYTES = 10**5  # of a gin file; ours have 3,000, and gin's time grows with the square for adjacent strings
 MAX_FILES = 100
 MESSAGE = 1000  # characters shown of an unreadable value
 
-for _part in (*PARTS.values(), EngineConfig):
+for _part in (*PARTS.values(), EngineConfig, SweepConfig):
     gin.register(_part)
 
 
@@ -64,6 +65,26 @@ def load_engine(
     defaults = {"slots": None if rows is None else -(-rows // ranks) * ranks, "max_length": length}
     chosen = {k: v for k, v in defaults.items() if v is not None and (EngineConfig.__name__, k) not in bound}
     return plan, dataclasses.replace(parts["engine"], **chosen)
+
+
+def load_sweep(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[SweepConfig, str]:
+    """The sweep that the files describe, and the operative text of all that they bind. Raises ConfigError as `load`
+    does, or if they bind no SweepConfig."""
+    parts, text = _parts(files, bindings, {**PARTS, "sweep": SweepConfig})
+    if parts["sweep"] is None:
+        raise ConfigError("the gin files have no bindings of SweepConfig; expected some, with its fields")
+    return parts["sweep"], text
+
+
+def load_arm(files: Sequence[str | Path], bindings: Sequence[str], arm: Arm) -> RunConfig:
+    """The RunConfig of one arm of the sweep that the files describe. Raises ConfigError as `load` does, naming the
+    arm."""
+    try:
+        parts, _ = _parts(files, [*bindings, *arm.bindings], {**PARTS, "sweep": SweepConfig})
+        del parts["sweep"]
+        return require_read(RunConfig(**parts).check())
+    except ConfigError as error:
+        raise ConfigError(f"arm {arm.name}: {error}") from None
 
 
 def parse(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[RunConfig, str]:
@@ -123,6 +144,13 @@ def model_bindings(config: ModelConfig) -> list[str]:
 def model_text(config: ModelConfig) -> str:
     """The text of a gin file that loads to an equal config."""
     return "\n".join(model_bindings(config)) + "\n"
+
+
+def run_text(config: RunConfig) -> str:
+    """The text of a gin file that loads to an equal config."""
+    parts = [getattr(config, name) for name in PARTS]
+    lines = (f"{type(p).__name__}.{f.name} = {getattr(p, f.name)!r}" for p in parts if p for f in dataclasses.fields(p))
+    return "\n".join(lines) + "\n"
 
 
 def _wanted(kind: type, bound: Iterable[str]) -> bool:

@@ -64,7 +64,7 @@ class Child:
         self.number, self.shown, self.line = number, shown, b""
         self.process = subprocess.Popen(
             command, env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            start_new_session=True, preexec_fn=_end_with_parent,
+            start_new_session=True, preexec_fn=end_with_parent,
         )  # fmt: skip
         streams = ((self.process.stdout, "out", sys.stdout), (self.process.stderr, "err", sys.stderr))
         self._copies = [
@@ -220,14 +220,21 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def visible_gpus(environment: Mapping[str, str], devices: Path = Path("/dev")) -> list[str]:
+    """The numbers of this host's GPUs that a process sees; none if JAX is told to use another platform."""
+    if environment.get("JAX_PLATFORMS", "cuda").split(",")[0] not in ("cuda", "gpu"):
+        return []
+    if (given := environment.get(GPUS)) is not None:
+        return given.split(",") if given else []
+    found = (path.name for path in devices.glob("nvidia*"))
+    return [str(number) for number in sorted(int(name[6:]) for name in found if re.fullmatch(r"nvidia\d+", name))]
+
+
 def shared_gpus(processes: int, environment: Mapping[str, str], devices: Path = Path("/dev")) -> list[dict[str, str]]:
     """For each process, the variable that gives it its part of this host's GPUs; nothing if there is none, or if JAX is
     told to use another platform. Raises ConfigError unless the processes can share them evenly."""
-    if environment.get("JAX_PLATFORMS", "cuda").split(",")[0] not in ("cuda", "gpu"):
-        return [{}] * processes
-    found = sorted(int(path.name[6:]) for path in devices.glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name))
-    visible = environment[GPUS].split(",") if environment.get(GPUS) else [str(number) for number in found]
-    if not visible or environment.get(GPUS) == "":
+    visible = visible_gpus(environment, devices)
+    if not visible:
         return [{}] * processes
     if len(visible) % processes:
         raise ConfigError(
@@ -240,7 +247,7 @@ def shared_gpus(processes: int, environment: Mapping[str, str], devices: Path = 
 _LIBC = ctypes.CDLL(None)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Lets the system send SIGTERM to this process when its parent is gone."""
     if hasattr(_LIBC, "prctl"):  # Linux
         _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,94 @@
+"""A sweep: runs that differ in named bindings and in their seeds, and how they are compared."""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, NamedTuple
+
+from orogen.config.checks import check_types, require, require_choice, require_not_negative, require_positive
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,=-]*")
+MAX_ARMS = 10**4
+
+
+class Arm(NamedTuple):
+    """One cell of the matrix: its value on each axis, and their bindings in the order of the axes."""
+
+    values: tuple[str, ...]
+    bindings: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The values, joined by `+`: part of the names of its runs."""
+        return "+".join(self.values)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """Runs of one recipe that differ in bindings and seeds.
+
+    matrix: {axis: {value: [binding, ...]}}; an arm takes one value of each axis. budget: what all arms have equal, by
+    the number of their steps: tokens; flops, by `cost.flops`, of the forward and backward passes; or steps, which then
+    are as each arm binds them. Warm-up and decay keep their shares of the steps. learning_rates: each arm first trains
+    once with each of them for search_share of its steps, and then runs with the one whose metric is best.
+    """
+
+    matrix: Annotated[dict, "by axis, by value, the bindings of that value"]
+    control: Annotated[tuple[str, ...], "the control's value on each axis, in their order"]
+    seeds: Annotated[tuple[int, ...], "values of TrainConfig.seed: each arm runs once with each of them"]
+    budget: Annotated[str, "what the arms have equal: tokens, flops or steps"] = "tokens"
+    parameters_within: Annotated[
+        float, "largest difference of an arm's parameters from the control's, as a share of these; 0: any"
+    ] = 0.0
+    learning_rates: Annotated[tuple[float, ...], "peaks to choose from for each arm; none: as bound"] = ()
+    search_share: Annotated[float, "share of an arm's steps that each run of the search takes"] = 0.25
+    search_seed: Annotated[int, "TrainConfig.seed of the search, which no run has"] = 10**6
+    metric: Annotated[str, "the number in metrics.jsonl that arms are compared by: the last one"] = "whole_heldout_loss"
+    lower_is_better: Annotated[bool, "whether a smaller metric is better"] = True
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for field in ("control", "seeds", "learning_rates"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        self._check_matrix()
+        require_choice(self, "budget", ("tokens", "flops", "steps"))
+        require(len(self.seeds) > 0 and len(set(self.seeds)) == len(self.seeds), self, "seeds", "different numbers")
+        require(self.search_seed not in self.seeds, self, "search_seed", "a number that is not among the seeds")
+        require_not_negative(self, "parameters_within")
+        require_positive(self, "search_share")
+        require(self.search_share <= 1, self, "search_share", "at most 1")
+        rates = self.learning_rates
+        require(all(rate > 0 for rate in rates) and len(set(rates)) == len(rates), self, "learning_rates",
+                "different numbers above 0")  # fmt: skip
+        require(len(rates) != 1, self, "learning_rates", "none, or at least two to choose from")
+        require(self.metric != "", self, "metric", "the name of a number in metrics.jsonl")
+
+    def _check_matrix(self) -> None:
+        expected = "{axis: {value: [binding, ...]}} with names of letters, digits and _ . , = -"
+        axes = self.matrix.values()
+        good = len(self.matrix) > 0 and all(isinstance(axis, dict) and axis for axis in axes)
+        good = good and all(_is_name(name) for name in (*self.matrix, *itertools.chain(*axes)))
+        good = good and all(_are_bindings(bindings) for axis in axes for bindings in axis.values())
+        require(good, self, "matrix", expected)
+        size = len(self.control)
+        expected = f"one value for each of the axes {', '.join(self.matrix)}"
+        known = size == len(self.matrix) and all(v in axis for v, axis in zip(self.control, axes, strict=False))
+        require(known, self, "control", expected)
+        count = 1
+        for axis in axes:
+            count *= len(axis)
+        require(count <= MAX_ARMS, self, "matrix", f"at most {MAX_ARMS} arms")
+
+    def arms(self) -> Iterator[Arm]:
+        """All arms; the last axis varies fastest."""
+        for cell in itertools.product(*(axis.items() for axis in self.matrix.values())):
+            yield Arm(tuple(value for value, _ in cell), tuple(b for _, bindings in cell for b in bindings))
+
+
+def _is_name(name: Any) -> bool:
+    return isinstance(name, str) and _NAME.fullmatch(name) is not None
+
+
+def _are_bindings(bindings: Any) -> bool:
+    return isinstance(bindings, list | tuple) and all(isinstance(b, str) and "=" in b for b in bindings)

@@ -1,0 +1,8 @@
+"""`orogen sweep`: a matrix of runs, compared seed by seed.
+
+A sweep is a recipe and a `SweepConfig`. Each arm of its matrix trains once per seed, as `orogen train` in a folder of
+its own, with the budget that all arms have equal. `plan` makes the runs and checks the budgets before anything
+starts; `runner` runs them, several at a time; `results.jsonl` gets a line for each run that is done, and a sweep that
+is called again runs only what has none, each from its last checkpoint. `effects` compares the arms: differences from
+the control are paired by seed, since runs of one seed share the order of their data.
+"""

@@ -1,0 +1,130 @@
+"""The table and the picture of a sweep, drawn from its results alone."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from orogen.config.files import write_atomically
+from orogen.config.sweep import SweepConfig
+from orogen.report.pictures import LIGHT, png
+from orogen.report.series import short_number
+from orogen.sweep.effects import CONFIDENCE, Effect, main_effects, paired
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Values = Mapping[tuple[str, ...], Mapping[int, float]]
+
+
+class Row(NamedTuple):
+    """One arm: its results by seed, and its effect against the control; None for the control itself, and while they
+    share no seed."""
+
+    values: tuple[str, ...]
+    results: Mapping[int, Mapping[str, Any]]
+    effect: Effect | None
+
+    @property
+    def name(self) -> str:
+        """The arm's name."""
+        return "+".join(self.values)
+
+    @property
+    def metric_n(self) -> np.ndarray:
+        """The metric of each seed."""
+        return np.array([result["value"] for result in self.results.values()], np.float64)
+
+
+def rows(sweep: SweepConfig, results: Mapping[tuple[str, ...], Mapping[int, Mapping[str, Any]]]) -> list[Row]:
+    """A row per arm that has a result, the control first. results: by the arm's values, by seed."""
+    values = values_of(results)
+    control = values.get(sweep.control, {})
+    arms = sorted(results, key=lambda arm: arm != sweep.control)
+    return [
+        Row(arm, results[arm], None if arm == sweep.control else paired(values[arm], control))
+        for arm in arms if results[arm]
+    ]  # fmt: skip
+
+
+def values_of(results: Mapping[tuple[str, ...], Mapping[int, Mapping[str, Any]]]) -> Values:
+    """The metric alone, by arm and seed."""
+    return {arm: {seed: r["value"] for seed, r in by_seed.items()} for arm, by_seed in results.items()}
+
+
+def markdown(sweep: SweepConfig, table: Sequence[Row]) -> str:
+    """The table, and below it the main effects if the matrix has several axes."""
+    metric = sweep.metric
+    lines = [
+        f"| arm | parameters | steps | tokens | FLOPs | learning rate | {metric}, mean ± sd (seeds) "
+        f"| difference from {'+'.join(sweep.control)} [{CONFIDENCE:.0%}] | detectable | verdict | seconds |",
+        "|---" * 11 + "|",
+    ]
+    for row in table:
+        one = next(iter(row.results.values()))
+        spread = f" ± {row.metric_n.std(ddof=1):.4f}" if len(row.metric_n) > 1 else ""
+        cells = [
+            row.name, short_number(one["parameters"]), f"{one['steps']:,}", short_number(one["tokens"]),
+            f"{one['flops']:.3g}", f"{one['learning_rate']:g}",
+            f"{row.metric_n.mean():.4f}{spread} ({len(row.metric_n)})", *_cells(row.effect, sweep),
+            f"{sum(r['seconds'] for r in row.results.values()):.0f}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, *_main_lines(sweep, table)]) + "\n"
+
+
+def _main_lines(sweep: SweepConfig, table: Sequence[Row]) -> list[str]:
+    if len(sweep.matrix) < 2:
+        return []
+    values = {row.values: {seed: r["value"] for seed, r in row.results.items()} for row in table}
+    axes = list(sweep.matrix)
+    lines = [
+        "",
+        f"| main effect, all else equal | difference [{CONFIDENCE:.0%}] | detectable | verdict |",
+        "|---" * 4 + "|",
+    ]
+    for (axis, value), effect in main_effects(values, sweep.control).items():
+        name = f"{axes[axis]}: {value} against {sweep.control[axis]}"
+        lines.append("| " + " | ".join([name, *_cells(effect, sweep)]) + " |")
+    return lines
+
+
+def _cells(effect: Effect | None, sweep: SweepConfig) -> list[str]:
+    if effect is None:
+        return ["–", "–", "–"]
+    if not math.isfinite(effect.low):
+        return [f"{effect.difference:+.4f} [one pair]", "–", "cannot be told"]
+    interval = f"{effect.difference:+.4f} [{effect.low:+.4f}, {effect.high:+.4f}]"
+    return [interval, f"{effect.detectable:.4f}", effect.verdict(lower_is_better=sweep.lower_is_better)]
+
+
+def draw(path: Path, sweep: SweepConfig, table: Sequence[Row]) -> None:
+    """Writes a PNG: left each seed's metric by arm, right the differences from the control with their intervals."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 1.4 + 0.42 * len(table)), dpi=130, layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    places = np.arange(len(table))[::-1]
+    for place, row in zip(places, table, strict=True):
+        left.plot(row.metric_n, [place] * len(row.metric_n), "o", color=LIGHT.faint, markersize=6)
+        left.plot(row.metric_n.mean(), place, "|", color=LIGHT.strong, markersize=16, markeredgewidth=2)
+        if row.effect is not None:
+            _draw_effect(right, row.effect, place)
+    right.axvline(0, color=LIGHT.ink, linewidth=0.8)
+    left.set_yticks(places, [row.name for row in table])
+    better = "lower" if sweep.lower_is_better else "higher"
+    left.set(xlabel=f"{sweep.metric} ({better} is better); | is the mean")
+    right.set(xlabel=f"difference from {'+'.join(sweep.control)}, paired by seed, {CONFIDENCE:.0%} interval")
+    for axes in (left, right):
+        axes.grid(axis="x", color=LIGHT.grid)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    write_atomically(path, png(figure))
+
+
+def _draw_effect(axes: "Axes", effect: Effect, place: float) -> None:
+    if math.isfinite(effect.low):
+        axes.plot([effect.low, effect.high], [place, place], color=LIGHT.strong, linewidth=2)
+    axes.plot(effect.difference, place, "o", color=LIGHT.accent, markersize=6)

@@ -1,0 +1,188 @@
+"""Runs of a sweep: each once, whatever ends in between. The program is a script that writes a run's files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from tests.helpers import bound, run_config, write_recipe
+
+from orogen.cli import main
+from orogen.config.checks import ConfigError
+from orogen.config.sweep import Arm
+from orogen.sweep.plan import Run
+from orogen.sweep.results import Results
+from orogen.sweep.runner import Runner, environments
+
+# What a run leaves behind, one line per start in the file `starts`; the name of the run says how it ends.
+PROGRAM = """
+import json, pathlib, sys, time
+words = sys.argv[1:]
+folder = pathlib.Path(words[words.index("--run") + 1])
+with open(folder.parents[1] / "starts", "a") as starts:
+    starts.write(folder.name + "\\\\n")
+if words[0] == "launch":
+    sys.exit(0)
+if "bad" in folder.name:
+    sys.exit("a reason")
+if "slow" in folder.name:
+    time.sleep(60)
+folder.mkdir(exist_ok=True)
+record = {"step": 10, "loss": 2.0, "score": len(folder.name), "step_ms": 500.0}
+(folder / "metrics.jsonl").write_text(json.dumps(record) + "\\\\n")
+facts = {"parameters": {"total": 7}, "commit": None, "packages": {}, "devices": {}}
+(folder / "env.json").write_text(json.dumps(facts))
+(folder / "report.html").write_text("")
+"""
+
+
+def runs(*names):
+    return [Run(Arm((name,), ()), name, run_config(steps=10, seed=n)) for n, name in enumerate(names)]
+
+
+@pytest.fixture
+def runner(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.replace("\\\\", "\\"))
+
+    def make(at_once=2, **options):
+        return Runner(
+            tmp_path, Results(tmp_path), metric="score", at_once=at_once, environments=[{}], log=lambda line: None,
+            program=(sys.executable, "-S", str(program)), **options,
+        )  # fmt: skip
+
+    make.starts = lambda: (tmp_path / "starts").read_text().split()
+    return make
+
+
+def test_each_run_is_run_once(runner, tmp_path):
+    first, both = runs("a", "bb"), runs("a", "bb", "ccc")
+    runner().run(first)
+    runner().run(both)
+    assert sorted(runner.starts()) == ["a", "bb", "ccc"]
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert {line["run"]: line["value"] for line in lines} == {"a": 1, "bb": 2, "ccc": 3}
+    assert lines[0]["seconds"] == 0.5 and lines[0]["parameters"] == 7 and lines[0]["tokens"] == 10 * 4 * 24
+
+
+def test_a_run_that_ended_unwatched_is_not_run_again(runner, tmp_path):
+    runner().run(runs("a"))
+    (tmp_path / "results.jsonl").unlink()
+    again = runner()
+    again.run(runs("a"))
+    assert runner.starts() == ["a"] and Results(tmp_path).of(*runs("a"))["value"] == 1
+
+
+def test_half_a_line_of_a_killed_sweep_is_no_result(runner, tmp_path):
+    runner().run(runs("a", "bb"))
+    file = tmp_path / "results.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-5])
+    results = Results(tmp_path)
+    assert file.read_bytes() == whole[: whole.index(b"\n") + 1]
+    assert sum(results.of(run) is not None for run in runs("a", "bb")) == 1
+
+
+def test_a_failure_is_named_and_the_others_go_on(runner):
+    made = runner(at_once=1)
+    made.run(runs("bad", "a"))
+    assert made.failures == [("bad", "status 1: a reason")] and runner.starts() == ["bad", "a"]
+    runner().run(runs("bad", "a"))
+    assert runner.starts() == ["bad", "a", "bad"]
+
+
+def test_a_result_of_another_config_is_refused(runner):
+    runner().run(runs("a"))
+    (other,) = runs("a")
+    other = other._replace(config=run_config(steps=11))
+    with pytest.raises(ConfigError, match="a result of a with another config"):
+        runner().run([other])
+
+
+def test_a_metric_that_no_record_has_is_named(runner):
+    made = runner()
+    made._metric = "wrong"
+    with pytest.raises(ConfigError, match=r"no number 'wrong'; expected one of \['loss', 'score'"):
+        made.run(runs("a"))
+
+
+def test_a_submitted_run_is_not_submitted_again(runner):
+    for _ in range(2):
+        made = runner(launcher="slurm --processes 1")
+        made.run(runs("a"))
+        assert made.submitted == ["a"] and not made.failures
+    assert runner.starts() == ["a"]
+
+
+def test_ctrl_c_ends_the_runs(tmp_path):
+    script = tmp_path / "sweep.py"
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.replace("\\\\", "\\"))
+    script.write_text(
+        "import sys; from pathlib import Path; from tests.sweep.test_runner import *\n"
+        "folder = Path(sys.argv[1])\n"
+        "r = Runner(folder, Results(folder), metric='score', at_once=2, environments=[{}], log=print,\n"
+        "           program=(sys.executable, '-S', sys.argv[2]))\n"
+        "r.run(runs('slow1', 'slow2'))\n"
+    )
+    command = [sys.executable, str(script), str(tmp_path), str(program)]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+                               stderr=subprocess.DEVNULL)  # fmt: skip
+    starts = tmp_path / "starts"
+    while not (starts.exists() and len(starts.read_text().split()) == 2):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) != 0
+    left = subprocess.run(["pgrep", "-f", str(program)], capture_output=True, text=True, check=False).stdout
+    assert left == ""
+
+
+def test_runs_at_a_time_share_the_gpus():
+    assert environments(3, []) == [{}]
+    assert environments(2, ["0", "1"]) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
+    share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.460"}
+    assert environments(3, ["4", "5"]) == [{"CUDA_VISIBLE_DEVICES": gpu, **share} for gpu in ("4", "5", "4")]
+
+
+STUDY = """
+SweepConfig.matrix = {'rows': {'4': [], '2': ['TrainConfig.batch_size = 2']}}
+SweepConfig.control = ('4',)
+SweepConfig.seeds = (0,)
+TrainConfig.sample_tokens = 1
+"""
+
+
+def test_a_sweep_trains_and_compares(tmp_path, capsys):
+    file = tmp_path / "study.gin"
+    file.write_text(f"include '{write_recipe(tmp_path).name}'\n{STUDY}")
+    command = ["sweep", "--gin_file", str(file), "--run", str(tmp_path / "sweep"), "--at_once", "2", "--json"]
+    assert main(command) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["finished"] and [arm["arm"] for arm in answer["arms"]] == ["4", "2"]
+    lines = [json.loads(line) for line in (tmp_path / "sweep" / "results.jsonl").read_text().splitlines()]
+    assert {(line["arm"][0], line["steps"], line["tokens"]) for line in lines} == {("4", 2, 192), ("2", 4, 192)}
+    one = {line["arm"][0]: line["value"] for line in lines}
+    assert answer["arms"][1]["difference"] == pytest.approx(one["2"] - one["4"])
+    table = (tmp_path / "sweep" / "table.md").read_text()
+    assert f"{one['2'] - one['4']:+.4f} [one pair]" in table and "cannot be told" in table
+    assert (tmp_path / "sweep" / "figure.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("binding", "message"),
+    [
+        ("SweepConfig.budget = 'time'", "SweepConfig.budget is 'time'; expected one of tokens, flops, steps"),
+        ("SweepConfig.seeds = ()", "SweepConfig.seeds is"),
+        ("TrainConfig.batch_size = 3", "arm 2: gin bindings: TrainConfig.batch_size is bound twice"),
+    ],
+)
+def test_a_wrong_sweep_is_refused_in_one_line(tmp_path, capsys, binding, message):
+    file = tmp_path / "study.gin"
+    file.write_text(f"include '{write_recipe(tmp_path).name}'\n{STUDY}")
+    assert main(["sweep", "--gin_file", str(file), "--run", str(tmp_path / "sweep"), *bound(binding)]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1 and not (tmp_path / "sweep").exists()
