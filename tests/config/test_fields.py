@@ -10,8 +10,9 @@ from tests.config.test_refusals import GOOD
 from orogen.cli import main
 from orogen.config.checks import ConfigError
 from orogen.config.run import PARTS
+from orogen.config.sweep import SweepConfig
 
-KINDS = list(PARTS.values())
+KINDS = [*PARTS.values(), SweepConfig]
 FIELDS = [(kind, field.name) for kind in KINDS for field in dataclasses.fields(kind)]
 
 

@@ -10,6 +10,7 @@ from orogen.config.data import DataConfig
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.run import OptimizerConfig, RunConfig, TrainConfig
+from orogen.config.sweep import SweepConfig
 
 GOOD = {
     ModelConfig: HYBRID,
@@ -17,7 +18,9 @@ GOOD = {
     TrainConfig: {"steps": 5, "batch_size": 12, "sequence_length": 20, "seed": 0},
     OptimizerConfig: {"learning_rate": 1e-3},
     DataConfig: {"corpus": "stdlib", "tokenizer": "byte"},
-}
+    SweepConfig: {"matrix": {"rate": {"low": [], "high": ["OptimizerConfig.learning_rate=1"]}}, "control": ("low",),
+                  "seeds": (0, 1)},
+}  # fmt: skip
 
 # (class, field, bad value, words of what was expected)
 POSITIVE = {
