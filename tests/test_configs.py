@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from orogen.config.load import load
+from orogen.config.load import load, load_part
+from orogen.config.upcycle import UpcycleConfig
 from orogen.model.lm import build
 from orogen.parallel.describe import describe_plan
 from orogen.parallel.plan import make_plan
@@ -77,6 +78,11 @@ def test_plan_file_holds_a_plan_alone(file):
     assert "PlanConfig" in text
 
 
+@pytest.mark.parametrize("file", sorted((CONFIGS / "upcycle").glob("*.gin")), ids=stem)
+def test_upcycle_file_says_how_a_model_is_upcycled(file):
+    assert load_part(UpcycleConfig, [file]).experts > 1
+
+
 @pytest.mark.parametrize("file", sorted((CONFIGS / "data").glob("*.gin")), ids=stem)
 def test_data_file_holds_data_alone(file):
     config, _ = load([file])
@@ -116,7 +122,9 @@ def test_no_record_outlives_its_recipe():
 
 
 def test_every_gin_file_is_of_a_known_kind():
-    known = [file for kind in ("models", "plans", "data", "recipes") for file in (CONFIGS / kind).glob("*.gin")]
+    known = [
+        file for kind in ("models", "plans", "data", "recipes", "upcycle") for file in (CONFIGS / kind).glob("*.gin")
+    ]
     assert sorted(known) == sorted(CONFIGS.rglob("*.gin"))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from orogen.bench.command import BENCH
 from orogen.command import EXIT_BAD_INPUT, EXIT_FAILURE, add_common_arguments, fail
+from orogen.compress.command import UPCYCLE
 from orogen.config.checks import ConfigError
 from orogen.convert.command import CONVERT, PARAMS
 from orogen.infer.command import GENERATE, SCORE, SERVE
@@ -25,7 +26,7 @@ from orogen.sweep.command import SWEEP
 from orogen.train.command import TRAIN, VERIFY
 from orogen.train.stop import INTERRUPTED
 
-COMMANDS = (TRAIN, PARAMS, PLAN, VERIFY, GENERATE, SCORE, SERVE, CONVERT, BENCH, LAUNCH, SWEEP)
+COMMANDS = (TRAIN, PARAMS, PLAN, VERIFY, GENERATE, SCORE, SERVE, CONVERT, BENCH, LAUNCH, SWEEP, UPCYCLE)
 # None: an error that our own code raises, which names a missing file.
 PATH_ERRORS = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 

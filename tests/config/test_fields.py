@@ -11,8 +11,9 @@ from orogen.cli import main
 from orogen.config.checks import ConfigError
 from orogen.config.run import PARTS
 from orogen.config.sweep import SweepConfig
+from orogen.config.upcycle import UpcycleConfig
 
-KINDS = [*PARTS.values(), SweepConfig]
+KINDS = [*PARTS.values(), SweepConfig, UpcycleConfig]
 FIELDS = [(kind, field.name) for kind in KINDS for field in dataclasses.fields(kind)]
 
 

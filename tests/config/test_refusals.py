@@ -11,6 +11,7 @@ from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.run import OptimizerConfig, RunConfig, TrainConfig
 from orogen.config.sweep import SweepConfig
+from orogen.config.upcycle import UpcycleConfig
 
 GOOD = {
     ModelConfig: HYBRID,
@@ -20,6 +21,7 @@ GOOD = {
     DataConfig: {"corpus": "stdlib", "tokenizer": "byte"},
     SweepConfig: {"matrix": {"rate": {"low": [], "high": ["OptimizerConfig.learning_rate=1"]}}, "control": ("low",),
                   "seeds": (0, 1)},
+    UpcycleConfig: {"expansion": 4, "top_k": 2},
 }  # fmt: skip
 
 # (class, field, bad value, words of what was expected)

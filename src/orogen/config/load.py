@@ -7,7 +7,7 @@ import re
 import tokenize
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import gin
 from gin.config import _LOCATION_PREFIXES
@@ -21,12 +21,14 @@ from orogen.config.reads import require_read, without_unread
 from orogen.config.run import PARTS, RunConfig
 from orogen.config.shipped import find
 from orogen.config.sweep import Arm, SweepConfig
+from orogen.config.upcycle import UpcycleConfig
 
+Part = TypeVar("Part")
 MAX_BYTES = 10**5  # of a gin file; ours have 3,000, and gin's time grows with the square for adjacent strings
 MAX_FILES = 100
 MESSAGE = 1000  # characters shown of an unreadable value
 
-for _part in (*PARTS.values(), EngineConfig, SweepConfig):
+for _part in (*PARTS.values(), EngineConfig, SweepConfig, UpcycleConfig):
     gin.register(_part)
 
 
@@ -65,6 +67,14 @@ def load_engine(
     defaults = {"slots": None if rows is None else -(-rows // ranks) * ranks, "max_length": length}
     chosen = {k: v for k, v in defaults.items() if v is not None and (EngineConfig.__name__, k) not in bound}
     return plan, dataclasses.replace(parts["engine"], **chosen)
+
+
+def load_part(kind: type[Part], files: Sequence[str | Path], bindings: Sequence[str] = ()) -> Part:
+    """The one config, of `kind`, that the files bind. Raises ConfigError as `load` does, or if they bind none."""
+    part = _parts(files, bindings, {"part": kind})[0]["part"]
+    if part is None:
+        raise ConfigError(f"the gin files have no bindings of {kind.__name__}; expected some, with its fields")
+    return part
 
 
 def load_sweep(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[SweepConfig, str]:
