@@ -9,7 +9,7 @@ import time
 import pytest
 
 from orogen.config.checks import ConfigError
-from orogen.train.lock import NAME, STALE_SECONDS, RunLock, check_free
+from orogen.train.lock import NAME, STALE_SECONDS, RunLock, await_free, check_free
 
 
 def holder(run_dir, **changes) -> None:
@@ -66,23 +66,55 @@ def test_another_process_with_the_holders_id_is_not_the_holder(tmp_path):
         assert lock.mine
 
 
-@pytest.mark.parametrize(("age", "free"), [(STALE_SECONDS - 60, False), (STALE_SECONDS + 5, True)])
-def test_another_hosts_lock_counts_while_it_is_touched(tmp_path, age, free):
-    holder(tmp_path, host="elsewhere", machine="elsewhere", pid=1)
-    os.utime(tmp_path / NAME, (time.time() - age,) * 2)
-    if free:
-        with RunLock(tmp_path, log=lambda line: None) as lock:
-            assert lock.mine
-    else:
+def from_elsewhere(run_dir, age: float) -> None:
+    """A lock of another host, last touched `age` seconds ago."""
+    holder(run_dir, host="elsewhere", machine="elsewhere", pid=1)
+    os.utime(run_dir / NAME, (time.time() - age,) * 2)
+
+
+def test_an_old_lock_of_another_host_is_taken_over_at_once(tmp_path):
+    from_elsewhere(tmp_path, STALE_SECONDS + 5)
+    lines: list[str] = []
+    await_free(tmp_path, log=lines.append)
+    with RunLock(tmp_path, log=lines.append) as lock:
+        assert lock.mine
+    assert len(lines) == 1 and "took over" in lines[0]
+
+
+def test_a_run_waits_until_the_lock_of_another_host_is_old(tmp_path, monkeypatch):
+    """As after a requeue: the job that held it was killed a moment ago."""
+    monkeypatch.setattr("orogen.train.lock.LOOK_SECONDS", 0.01)
+    for wait in (lambda log: await_free(tmp_path, log=log), lambda log: RunLock(tmp_path, log=log).__enter__()):
+        from_elsewhere(tmp_path, STALE_SECONDS - 0.5)
+        lines, began = [], time.monotonic()
+        wait(lines.append)
+        assert 0.3 < time.monotonic() - began < 20
+        assert "is locked (host elsewhere, pid 1" in lines[0] and "waiting 180 s at most for a sign of life" in lines[0]
+    assert len(lines) == 2 and json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
+
+
+def test_a_touched_lock_of_another_host_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr("orogen.train.lock.LOOK_SECONDS", 0.01)
+    from_elsewhere(tmp_path, STALE_SECONDS - 60)
+    beat = lambda line: os.utime(tmp_path / NAME, (time.time() - 5,) * 2)  # noqa: E731 - while the other waits
+    for wait in (lambda: await_free(tmp_path, log=beat), lambda: RunLock(tmp_path, log=beat).__enter__()):
         with pytest.raises(ConfigError, match="host elsewhere, pid 1"):
-            RunLock(tmp_path, log=print).__enter__()
+            wait()
+        os.utime(tmp_path / NAME, (time.time() - 120,) * 2)
+
+
+def test_clocks_of_hosts_may_differ(tmp_path, monkeypatch):
+    monkeypatch.setattr("orogen.train.lock.LOOK_SECONDS", 0.01)
+    monkeypatch.setattr("orogen.train.lock.STALE_SECONDS", 0.2)
+    from_elsewhere(tmp_path, -3600)
+    await_free(tmp_path, log=lambda line: None)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "nonsense", '{"pid": "x"}'])
 def test_a_lock_that_names_nobody_counts_until_it_is_old(tmp_path, content):
     (tmp_path / NAME).write_text(content)
     with pytest.raises(ConfigError, match="in use"):
-        RunLock(tmp_path, log=print).__enter__()
+        check_free(tmp_path)
     os.utime(tmp_path / NAME, (0, 0))
     with RunLock(tmp_path, log=lambda line: None) as lock:
         assert lock.mine

@@ -3,6 +3,8 @@
 The lock is a file that names its holder. It is created by a hard link, which is atomic on NFS too (flock is missing
 there, or works within one host only). The holder touches it every BEAT_SECONDS. On the holder's host, its process id
 and start time tell whether it is alive; on another host it counts as dead once the lock is untouched for STALE_SECONDS.
+A process that finds the lock of another host waits until it is touched or that old: a job that was put back into a
+queue may start again, elsewhere, seconds after it was killed.
 """
 
 import datetime
@@ -10,6 +12,7 @@ import json
 import os
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -20,12 +23,14 @@ from orogen.config.checks import ConfigError
 NAME = "run.lock"
 BEAT_SECONDS = 15.0
 STALE_SECONDS = 180.0  # more than the minute for which NFS clients may cache a file's times
+LOOK_SECONDS = 1.0  # between looks at another host's lock
 
 
 class RunLock:
     """Holds the lock of `run_dir` from `__enter__` to `__exit__`, or to `release`. Creates the folder if needed.
 
-    Raises ConfigError, naming the holder, if a living process holds it. log: gets a line if a dead one held it.
+    Raises ConfigError, naming the holder, if a living process holds it. log: gets a line if a dead one held it, and one
+    if that takes time to find out.
     """
 
     def __init__(self, run_dir: Path, *, log: Callable[[str], None], beat_seconds: float = BEAT_SECONDS):
@@ -69,8 +74,8 @@ class RunLock:
 
     def _take_over(self, draft: Path) -> None:
         """Replaces a dead holder's lock. A second link keeps two processes from doing so at once."""
-        now = draft.stat().st_mtime  # by the file server's clock, like the lock's own time
-        check_free(self.path.parent, now=now)
+        _require_dead(self.path, lambda: _clock(draft), self._log)
+        now = _clock(draft)
         turn = self.path.with_name(NAME + ".taking")
         if not _link(draft, turn):
             if (other := _living(turn, now)) is not None:
@@ -81,7 +86,6 @@ class RunLock:
         try:
             check_free(self.path.parent, now=now)
             before = _read(self.path)
-            os.utime(draft)
             draft.replace(self.path)
         finally:
             turn.unlink(missing_ok=True)
@@ -102,6 +106,41 @@ def check_free(run_dir: Path, *, now: float | None = None) -> None:
     holder = _living(run_dir / NAME, now)
     if holder is not None:
         raise ConfigError(_refusal(run_dir, holder))
+
+
+def await_free(run_dir: Path, *, log: Callable[[str], None]) -> None:
+    """`check_free`, once it is known whether a holder on another host is alive, which takes up to STALE_SECONDS. log:
+    gets a line before that."""
+    _require_dead(run_dir / NAME, lambda: datetime.datetime.now().timestamp(), log)
+
+
+def _require_dead(path: Path, clock: Callable[[], float], log: Callable[[str], None]) -> None:
+    """Raises ConfigError if a living process holds the lock at `path`. If its holder is on another host, this waits
+    until the lock is touched, is removed or is old. clock: should be the file server's, but need not be right."""
+    before, said, deadline = _touched(path), False, time.monotonic() + STALE_SECONDS
+    while (holder := _living(path, clock())) is not None:
+        if holder.get("machine") == _this_process()["machine"] or _touched(path) not in (before, None):
+            raise ConfigError(_refusal(path.parent, holder))
+        if time.monotonic() > deadline:
+            return
+        if not said:
+            log(f"{path.parent} is locked ({_described(holder)}); waiting {STALE_SECONDS:g} s at most for a sign of life")
+        said = True
+        time.sleep(LOOK_SECONDS)
+
+
+def _clock(file: Path) -> float:
+    """The time by the clock of the server of `file`, which is touched. Locks have their times from the same clock."""
+    os.utime(file)
+    return file.stat().st_mtime
+
+
+def _touched(path: Path) -> float | None:
+    """When the file was last changed, by the file server's clock; None if there is none."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return None
 
 
 def _link(draft: Path, path: Path) -> bool:

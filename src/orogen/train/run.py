@@ -27,7 +27,7 @@ from orogen.report.lost import END, add_lost
 from orogen.report.metrics import MetricsWriter
 from orogen.report.silent import SilentWriter
 from orogen.train.goodput import Clock
-from orogen.train.lock import RunLock, check_free
+from orogen.train.lock import RunLock, await_free
 from orogen.train.loop import Loop
 from orogen.train.profiled import StepProfile, Steps
 from orogen.train.run_folder import check_folder, describe_run, environment, keep_orphaned_metrics
@@ -95,7 +95,7 @@ def _train(
     plan, built = assemble(config.model, config.plan, length=config.train.sequence_length)
     _check_devices(config)
     checked = functools.partial(check_folder, run_dir, config, resume=resume)
-    distributed.from_first(lambda: (checked(), check_free(run_dir)))
+    distributed.from_first(lambda: (checked(), await_free(run_dir, log=log)))
     corpus = _open_corpus(task, config, run_dir, origin)
     _check_corpora(corpus)
     lock = RunLock(run_dir, log=log)
