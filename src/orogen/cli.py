@@ -18,8 +18,10 @@ from orogen.config.checks import ConfigError
 from orogen.convert.command import CONVERT, PARAMS
 from orogen.infer.command import GENERATE, SCORE, SERVE
 from orogen.launch.command import LAUNCH
+from orogen.launch.verdict import tell
 from orogen.parallel import distributed
 from orogen.parallel.cluster import VARIABLE, read_cluster
+from orogen.parallel.roll_call import AbsentError
 from orogen.parallel.runtime import configure
 from orogen.simulate.command import PLAN
 from orogen.sweep.command import SWEEP
@@ -39,12 +41,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import argcomplete
 
         argcomplete.autocomplete(parser)
-    options = parser.parse_args(arguments)
+    try:
+        options = parser.parse_args(arguments)
+    except SystemExit as ended:
+        tell(ended.code)
+        raise
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names need not be UTF-8
         sys.stdout.reconfigure(errors="surrogateescape")
     try:
-        return distributed.leave(_run(options))
+        return distributed.leave(tell(_run(options)))
     except Exception as error:
+        tell(EXIT_FAILURE)
         if distributed.count() == 1:
             raise
         traceback.print_exception(error)
@@ -65,6 +72,8 @@ def _run(options: argparse.Namespace) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILURE
+    except AbsentError as error:
+        return fail(error, EXIT_FAILURE)
     except ConfigError as error:
         return fail(error, EXIT_BAD_INPUT)
     except OSError as error:  # a wrong path is bad input; a full disk is not

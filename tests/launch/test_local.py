@@ -1,6 +1,9 @@
 """Processes that are watched: trivial ones, since what they run is not the watcher's concern."""
 
 import contextlib
+import errno
+import io
+import itertools
 import os
 import signal
 import subprocess
@@ -12,6 +15,7 @@ import pytest
 
 from orogen.config.checks import ConfigError
 from orogen.launch.local import Ended, Watcher, shared_gpus
+from orogen.report.files import Appended
 
 # What every process below can do: its number, a file for each process that it makes when it is ready, patience.
 PRELUDE = """
@@ -100,6 +104,51 @@ def test_a_process_that_ignores_sigterm_is_killed(watch, monkeypatch, tmp_path):
     assert watch(code) == 1
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+@pytest.mark.parametrize("refuses", ["opening", "some writes", "all writes", "with another error"])
+def test_output_that_cannot_be_kept_does_not_hold_a_process_up(watch, tmp_path, monkeypatch, capfd, refuses):
+    """It writes more than a pipe holds."""
+    kind = errno.ESTALE if refuses == "with another error" else errno.ENOSPC
+    tries = {"opening": 1, "some writes": 2}.get(refuses, 1000)
+
+    class Refusing(Appended):
+        def __init__(self, path):
+            if refuses == "opening" and path.name == "process_1.out" and next(left) < tries:
+                raise OSError(kind, os.strerror(kind))
+            super().__init__(path)
+            if path.name == "process_1.out":
+                self._file = Disk(self._file)
+
+    class Disk:
+        def __init__(self, file):
+            self.write = lambda content: refuse(file, content)
+            self.close = file.close
+
+    def refuse(file, content):
+        if refuses != "opening" and next(left) < tries:
+            raise OSError(kind, os.strerror(kind))
+        return file.write(content)
+
+    left = itertools.count()
+    monkeypatch.setattr("orogen.launch.local.Appended", Refusing)
+    assert watch("sys.stdout.write(number * 300_000 * 'x')") == 0
+    lines, kept = capfd.readouterr().err.splitlines(), tmp_path / "logs" / "process_1.out"
+    reason = {"some writes": "kept until it can"}.get(refuses, f"lacks output: it cannot be written ({os.strerror(kind)}")
+    assert any("process_1.out" in line and reason in line for line in lines)
+    assert len(lines) == (1 if refuses in ("opening", "with another error") else 2)
+    if refuses == "some writes":
+        assert kept.stat().st_size == 300_000
+
+
+def test_a_terminal_that_fails_does_not_hold_a_process_up(watch, tmp_path, monkeypatch):
+    class Failing(io.StringIO):
+        def flush(self):
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(sys, "stdout", Failing())
+    assert watch("sys.stdout.write(300_000 * 'x')", processes=1) == 0
+    assert (tmp_path / "logs" / "process_0.out").stat().st_size == 300_000
 
 
 def test_one_that_does_not_end_with_the_others(watch, monkeypatch, capfd):

@@ -126,6 +126,25 @@ def test_one_number_twice(place):
     assert set(found) == {"two processes have the number 1; expected each of 0 to 2 once"}
 
 
+def test_what_is_missing_may_be_there_at_another_start(place):
+    with pytest.raises(roll_call.AbsentError):
+        call_roll(Cluster(place, 2, 1), 0.3)
+    told: list[type] = []
+
+    def call(index: int, count: int) -> None:
+        try:
+            call_roll(Cluster(place, count, index), 0.7)
+        except ConfigError as error:
+            told.append(type(error))
+
+    for one, other in (((0, 3), (1, 3)), ((0, 2), (1, 3))):  # process 2 is missing; two are of different runs
+        thread = threading.Thread(target=call, args=other)
+        thread.start()
+        call(*one)
+        thread.join()
+    assert told == [roll_call.AbsentError] * 2 + [ConfigError] * 2
+
+
 def test_another_number_of_processes(place):
     found = called(Cluster(place, 2, 0), Cluster(place, 3, 1), seconds=3)
     assert set(found) == {"process 1 was started for 3 processes; expected 2, as process 0 was"}

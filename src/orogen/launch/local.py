@@ -26,6 +26,7 @@ from orogen.command import EXIT_BAD_INPUT, EXIT_FAILURE
 from orogen.config.checks import ConfigError
 from orogen.config.streams import say
 from orogen.parallel.cluster import VARIABLE
+from orogen.report.files import Appended
 
 GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL, after one process did not end well
 LATE_SECONDS = 120.0  # for the others, once one has ended well
@@ -94,20 +95,49 @@ class Child:
         try:
             terminal.write(chunk.decode(errors="replace"))
             terminal.flush()
-        except BrokenPipeError:  # nobody reads; the files have it
+        except OSError:  # nobody reads, or it goes to a file on a full disk; the files in `folder` have it
             self.shown = False
 
     def _copy(self, source: IO[bytes], file: Path, terminal: Any) -> None:
-        part = b""
-        with source, file.open("ab") as log:
+        part, kept = b"", _Kept(file)
+        with source:
             while chunk := os.read(source.fileno(), CHUNK):
-                log.write(chunk)
-                log.flush()
+                kept.write(chunk)
                 if self.shown:
                     self._show(chunk, terminal)
                 if file.suffix == ".err":
                     *lines, part = (part + chunk).splitlines(keepends=True)[-2:] or [b""]
                     self.line = next((line for line in (part, *reversed(lines)) if line.strip()), self.line)
+        kept.close()
+
+
+class _Kept:
+    """A file of output. No error of its disk is raised: whoever writes the output would then wait for its reader."""
+
+    def __init__(self, path: Path):
+        self._path, self._file, self._said = path, None, False
+
+    def write(self, chunk: bytes) -> None:
+        """Adds the chunk, or says that it is lost. What a full disk refuses is kept for later."""
+        try:
+            if self._file is None:
+                self._file = Appended(self._path)
+            self._file.write(chunk)
+        except OSError as error:
+            self._lost(error)
+
+    def close(self) -> None:
+        """Closes the file; says so if some of its content is lost."""
+        try:
+            if self._file is not None:
+                self._file.close()
+        except OSError as error:
+            self._lost(error)
+
+    def _lost(self, error: OSError) -> None:
+        if not self._said:
+            say(f"orogen: {self._path} lacks output: it cannot be written ({error.strerror})")
+        self._said = True
 
 
 class Watcher:

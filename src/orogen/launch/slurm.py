@@ -3,10 +3,7 @@
 The job's script starts one process per node, or more that share its GPUs, by srun. It lets SLURM tell it 120 seconds
 before the time limit, tells the processes, which save and end, and puts the job back into the queue, where it
 continues. A job that fails goes back too, a limited number of times, unless its input is bad; one whose node fails is
-put back by SLURM.
-
-Tried with SLURM 22.05, two nodes on one machine (`slurmd -N n1` and `-N n2`, each with a port of its own, the names n1
-and n2 in /etc/hosts): after SIGKILL of a task, and after the signal that comes before the time limit, the run went on.
+put back by SLURM. Failures are counted in a file beside the logs, since SLURM's own count includes the time limits.
 """
 
 import re
@@ -19,6 +16,7 @@ from typing import NamedTuple
 from orogen.command import EXIT_BAD_INPUT
 from orogen.config.checks import ConfigError
 from orogen.launch.task import command, job_name, resuming
+from orogen.launch.verdict import VARIABLE as VERDICT
 from orogen.parallel.cluster import SLURM, VARIABLE
 
 SUBMIT = "sbatch"
@@ -26,37 +24,56 @@ BEFORE_LIMIT_SECONDS = 120
 # Characters of options that sbatch reads from comments of the script, where nothing quotes.
 PLAIN = re.compile(r"[\w.,:@%/+=\[\]*-]+")
 
-# USR1 comes from --signal alone; TERM would also come from scancel, after which a job should not come back.
+# USR1 comes from --signal alone; TERM would also come from scancel, after which a job should not come back. The handler
+# only notes it, so that it may come at any time. The loop tells the tasks, by scancel since srun would kill them, and
+# more than once since srun may not have started them yet. A task that TERM ends (143) was starting, or had saved.
 SCRIPT = """\
 #!/bin/bash
 {options}
 
+ending=0
+trap 'ending=1' USR1
+failures={logs}/slurm-$SLURM_JOB_ID.failures
+export {verdict}={logs}/slurm-$SLURM_JOB_ID.status  # of the first task that failed by itself
+rm -f "${verdict}"
 export {variable}={system}
 {setup}task=({task})
 if [ "${{SLURM_RESTART_COUNT:-0}}" -gt 0 ]; then
   task=({continued})
 fi
 
-ending=0
-trap 'ending=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1  # to the tasks: srun would kill them instead
-srun --kill-on-bad-exit=1 --label "${{task[@]}}" &
-step=$!
-wait "$step"
-status=$?
-while kill -0 "$step" 2>/dev/null; do  # a signal ended the wait
+status=0
+if [ "$ending" = 0 ]; then
+  srun --kill-on-bad-exit=1 --label{srun} "${{task[@]}}" &
+  step=$!
+  next=0
+  while kill -0 "$step" 2>/dev/null; do
+    if [ "$ending" = 1 ] && [ "$SECONDS" -ge "$next" ]; then
+      scancel --signal=TERM "$SLURM_JOB_ID"
+      next=$((SECONDS + {again}))
+    fi
+    sleep 1
+  done
   wait "$step"
   status=$?
-done
+fi
 
-if [ "$ending" = 1 ] && [ "$status" = 0 ]; then
+if [ -e "${verdict}" ]; then
+  status=$(cat "${verdict}")
+fi
+if [ "$ending" = 1 ] && {{ [ "$status" = 0 ] || [ "$status" = 143 ]; }}; then
   echo "orogen: the time limit is near; the job goes back to the queue"
   scontrol requeue "$SLURM_JOB_ID"
-elif [ "$status" != 0 ] && [ "$status" != {bad_input} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {restarts} ]; then
-  echo "orogen: the step ended with status $status; the job goes back to the queue"
-  scontrol requeue "$SLURM_JOB_ID"
+elif [ "$status" != 0 ] && [ "$status" != {bad_input} ]; then
+  failed=$(( $(cat "$failures" 2>/dev/null || echo 0) + 1 ))
+  if [ "$failed" -le {restarts} ] && echo "$failed" >"$failures"; then
+    echo "orogen: the step ended with status $status; the job goes back to the queue, failure $failed of {restarts}"
+    scontrol requeue "$SLURM_JOB_ID"
+  fi
 fi
 exit "$status"
 """
+AGAIN_SECONDS = 30  # longer than a task that has saved takes to end
 
 
 class Job(NamedTuple):
@@ -98,14 +115,19 @@ def render(job: Job, task: Sequence[str], logs: Path) -> str:
     for line in (*lines, *job.options):
         if PLAIN.fullmatch(line) is None:
             raise ConfigError(f"option {line!r} of {SUBMIT}; expected letters, digits and {'.,:@%/+=[]*-_'!r} alone")
+    beside = shlex.quote(str(logs.absolute()))
     return SCRIPT.format(
+        logs=beside,
+        srun="" if job.cpus is None else f" --cpus-per-task={job.cpus}",  # since 22.05 not taken over from sbatch
+        again=AGAIN_SECONDS,
+        verdict=VERDICT,
+        bad_input=EXIT_BAD_INPUT,
         options="\n".join(f"#SBATCH {line}" for line in (*lines, "--requeue", *job.options)),
         variable=VARIABLE,
         system=SLURM,
         setup="".join(f"{line}\n" for line in job.setup),
         task=shlex.join(command(task)),
         continued=shlex.join(command(resuming(task))),
-        bad_input=EXIT_BAD_INPUT,
         restarts=job.restarts,
     )
 

@@ -32,8 +32,8 @@ _numbers = itertools.count()  # of what is agreed on, in the order of the progra
 
 
 def start(cluster: Cluster | None) -> None:
-    """Joins the other processes of `cluster`. Call it before jax makes its devices. Raises ConfigError if one of them
-    does not start in time; see `call_roll`."""
+    """Joins the other processes of `cluster`. Call it before jax makes its devices. Raises AbsentError if one of them
+    does not start in time, and ConfigError; see `call_roll`."""
     if cluster is None or cluster.count == 1:
         return
     call_roll(cluster, _seconds())

@@ -27,9 +27,13 @@ LONGEST_LINE = 4096
 NAMED = 16  # missing processes in a message
 
 
+class AbsentError(ConfigError):
+    """Another process is not there. Unlike what else is wrong, that may change when the task is started again."""
+
+
 def call_roll(cluster: Cluster, seconds: float) -> None:
-    """Returns once every process has called this. Raises ConfigError on all of them if one does not within `seconds`,
-    if two have one number, or if they expect different numbers of processes."""
+    """Returns once every process has called this. Raises AbsentError on all of them if one does not within `seconds`,
+    and ConfigError if two have one number, or if they expect different numbers of processes."""
     if cluster.index:
         _answer(cluster, seconds)
     else:
@@ -40,7 +44,7 @@ def _call(cluster: Cluster, seconds: float) -> None:
     """The part of process 0."""
     deadline = time.monotonic() + seconds
     present: dict[int, socket.socket] = {}
-    wrong = ""
+    wrong, absent = "", False
     with contextlib.ExitStack() as held:
         server = held.enter_context(_server(cluster.coordinator))
         while len(present) < cluster.count - 1 and not wrong:
@@ -48,7 +52,7 @@ def _call(cluster: Cluster, seconds: float) -> None:
             try:
                 connection = held.enter_context(server.accept()[0])
             except TimeoutError:
-                wrong = _missing(cluster, present.keys(), seconds)
+                wrong, absent = _missing(cluster, present.keys(), seconds), True
                 break
             connection.settimeout(LINE_SECONDS)
             said = _line(connection)
@@ -59,9 +63,9 @@ def _call(cluster: Cluster, seconds: float) -> None:
                 else:
                     present[index] = connection
         for connection in present.values():
-            _send(connection, {"wrong": wrong})
+            _send(connection, {"wrong": wrong, "absent": absent})
     if wrong:
-        raise ConfigError(wrong)
+        raise AbsentError(wrong) if absent else ConfigError(wrong)
 
 
 def _answer(cluster: Cluster, seconds: float) -> None:
@@ -71,11 +75,12 @@ def _answer(cluster: Cluster, seconds: float) -> None:
         # Process 0 may have started later than this one, and has a limit of its own.
         connection.settimeout(max(deadline - time.monotonic(), 0) + GRACE_SECONDS)
         _send(connection, {"process": cluster.index, "processes": cluster.count})
-        wrong = _line(connection).get("wrong")
+        said = _line(connection)
+    wrong = said.get("wrong")
     if not isinstance(wrong, str):
         _refuse(cluster, f"did not answer within {seconds + GRACE_SECONDS:g} s; expected process 0 of this run there")
     if wrong:
-        raise ConfigError(wrong)
+        raise AbsentError(wrong) if said.get("absent") else ConfigError(wrong)
 
 
 def _connected(cluster: Cluster, seconds: float) -> socket.socket:
@@ -139,4 +144,4 @@ def _missing(cluster: Cluster, present: Any, seconds: float) -> str:
 
 
 def _refuse(cluster: Cluster, what: str) -> NoReturn:
-    raise ConfigError(f"process {cluster.index} of {cluster.count}: the coordinator {cluster.coordinator} {what}")
+    raise AbsentError(f"process {cluster.index} of {cluster.count}: the coordinator {cluster.coordinator} {what}")

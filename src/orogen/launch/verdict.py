@@ -1,0 +1,27 @@
+"""How a task tells the script that started it with which exit status its first process failed.
+
+srun does not: if one process ends with status 2, it ends the others, and returns 143 or 137 for them.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from orogen.config.streams import say
+
+VARIABLE = "OROGEN_VERDICT"  # of the environment: a file that the first process to fail makes
+
+
+def tell(status: Any) -> Any:
+    """The exit status of this process, which is written into the file if it is not 0 and no other process has failed
+    before. One that is killed tells nothing."""
+    path = os.environ.get(VARIABLE)
+    if path and status:
+        try:
+            with Path(path).open("x") as file:
+                file.write(f"{status}\n")
+        except FileExistsError:
+            pass
+        except OSError as error:
+            say(f"orogen: {path} cannot be written ({error.strerror}); the task may be started again")
+    return status
