@@ -37,6 +37,19 @@ def test_a_loss_is_counted_once_if_a_kill_falls_before_its_lines_are_removed(tmp
     assert len(read_lost(tmp_path)) == 1
 
 
+def test_a_roll_back_counts_though_the_disk_refused_the_lines_of_its_steps(tmp_path):
+    """Without it the run would go on with the batches that it goes back from."""
+    write_steps(tmp_path, 4)
+    place = {"position": {"epoch": 1}}
+    assert add_lost(tmp_path, 4, "roll_back", place, until=6) == Lost(4, 6, 0, "roll_back", place)
+    assert add_lost(tmp_path, 4, "roll_back", {"position": 2}, until=6) == Lost(4, 6, 0, "roll_back", {"position": 2})
+    assert add_lost(tmp_path, 4, "end") is None
+    write_steps(tmp_path, 5)
+    assert add_lost(tmp_path, 4, "roll_back", place, until=6) == Lost(4, 6, pytest.approx(0.75), "roll_back", place)
+    assert add_lost(tmp_path, 4, "end").cause == "roll_back"  # a kill before its lines were removed
+    assert [loss.cause for loss in read_lost(tmp_path)] == ["roll_back"] * 3
+
+
 def test_jumps_are_those_of_the_steps_that_were_kept():
     a, b, c = {"at": 9}, {"at": 15}, {"at": 30}
     back = lambda to, position: Lost(to, to + 5, 1.0, "roll_back", position)  # noqa: E731

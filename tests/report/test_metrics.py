@@ -1,11 +1,13 @@
 """What a run writes as it goes: metrics.jsonl and how it resumes, TensorBoard events, the progress line."""
 
+import errno
 import io
 import json
 import math
 import pathlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -259,3 +261,23 @@ def test_progress_goes_to_stderr(capsys):
         progress.update(1, {"loss": 2.0})
     captured = capsys.readouterr()
     assert captured.out == "" and "step 1/2  loss 2.0000" in captured.err
+
+
+def test_a_record_whose_line_the_disk_refuses_is_not_amended(tmp_path, monkeypatch):
+    """The last line of the file is that of another step."""
+
+    def refuse(content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    writer = MetricsWriter(tmp_path, loggers=())
+    writer.write({"step": 1, "loss": 1.0})
+    disk = writer._file._file
+    writer._file._file = SimpleNamespace(write=refuse, close=disk.close)
+    writer.write({"step": 2, "loss": 2.0})
+    with pytest.raises(OSError, match="No space left on device"):
+        writer.amend({"save_seconds": 3.0})
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 1.0}] and writer.last == {"step": 2, "loss": 2.0}
+    writer._file._file = disk
+    writer.amend({"save_seconds": 3.0})
+    writer.close()
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0, "save_seconds": 3.0}]

@@ -6,18 +6,22 @@ The batches named by BAD make the loss of whatever step takes them not finite, o
 import dataclasses
 import re
 import signal
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tests.train.kills import TIMED, write_recipe
 
+from orogen.checkpoint import checksums
 from orogen.config.load import load
 from orogen.report.lost import read_lost
 from orogen.report.metrics import MetricsWriter, read_metrics
 from orogen.train import loop
 from orogen.train.back import Back, FaultyHardwareError
+from orogen.train.goodput import Clock
 from orogen.train.health import NonFiniteError
 from orogen.train.loop import Loop
 from orogen.train.next_token import NEXT_TOKENS
@@ -270,6 +274,33 @@ def test_a_run_that_stays_bad_is_given_up(recipe, numbers, tmp_path):
     with pytest.raises(NonFiniteError, match="step 4: the loss is inf, after 2 roll-backs to checkpoint 3; expected"):
         run(recipe, tmp_path / "run", task, *fields)
     assert len(read_lost(tmp_path / "run")) == 2
+
+
+def test_the_last_checkpoint_counts_as_time_spent_saving(recipe, tmp_path, monkeypatch):
+    """The step's own record is written before."""
+
+    def write(folder):
+        time.sleep(0.4)
+        honest(folder)
+
+    honest = checksums.write
+    monkeypatch.setattr(checksums, "write", write)
+    run(recipe, tmp_path / "run", task_with(np.inf), "TrainConfig.steps=2", "TrainConfig.checkpoint_every=3")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert [record.get("save_seconds", 0) >= 0.4 for record in read_metrics(tmp_path / "run")] == [False, True]
+    run(recipe, tmp_path / "run", task_with(np.inf), "TrainConfig.steps=2", "TrainConfig.checkpoint_every=3")
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before  # nothing was done
+
+
+def test_seconds_that_become_known_later_are_added(tmp_path):
+    clock = Clock()
+    with MetricsWriter(tmp_path) as writer:
+        writer.write({"step": 1, "evaluate_seconds": 5.0, "start_seconds": 1.0})
+        clock._spent = {"evaluate_seconds": 2.0, "save_seconds": 3.0}
+        Loop._amend(SimpleNamespace(clock=clock), writer, {"heldout_loss": 1.5})
+    (record,) = read_metrics(tmp_path)
+    expected = {"evaluate_seconds": 7.0, "start_seconds": 1.0, "save_seconds": 3.0, "heldout_loss": 1.5}
+    assert record == {"step": 1} | expected
 
 
 def test_the_batches_of_a_run_are_those_that_it_was_trained_on(recipe, numbers, whole):

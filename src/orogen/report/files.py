@@ -36,12 +36,17 @@ class Appended:
         elif before is not None and self._refused is None:
             self._log(f"{self.path} is written again")
 
+    def settle(self) -> None:
+        """Writes what is left. Raises OSError if the disk still refuses some of it."""
+        if (refused := self._drain()) is not None:
+            raise OSError(refused.errno, refused.strerror, str(self.path))
+
     def close(self) -> None:
         """Closes the file. Raises OSError if the disk still refuses some bytes."""
-        refused = self._drain()
-        self._file.close()
-        if refused is not None:
-            raise OSError(refused.errno, refused.strerror, str(self.path))
+        try:
+            self.settle()
+        finally:
+            self._file.close()
 
     def _drain(self) -> OSError | None:
         try:

@@ -53,20 +53,24 @@ def read_lost(run_dir: Path) -> list[Lost]:
         raise ConfigError(f"{run_dir / NAME} is damaged; {expected}") from None
 
 
-def add_lost(run_dir: Path, to: int, cause: str, position: dict[str, Any] | None = None) -> Lost | None:
-    """Records that the steps after `to` in metrics.jsonl are lost; returns None if there are none.
+def add_lost(
+    run_dir: Path, to: int, cause: str, position: dict[str, Any] | None = None, *, until: int = 0
+) -> Lost | None:
+    """Records that the steps after `to` in metrics.jsonl are lost, and those up to `until`, whose lines the disk may
+    have refused; returns None if there are none.
 
     Call it before those lines are removed: if the process is killed between the two, the next one finds the loss
     recorded already, and does not count it twice.
     """
-    if not (run_dir / FILE_NAME).is_file():
-        return None
-    gone = [record for record in read_metrics(run_dir) if record["step"] > to]
-    if not gone:
+    records = read_metrics(run_dir) if (run_dir / FILE_NAME).is_file() else []
+    gone = [record for record in records if record["step"] > to]
+    last = max([record["step"] for record in gone], default=0)
+    if max(last, until) <= to:
         return None
     before = read_lost(run_dir)
-    loss = Lost(to, gone[-1]["step"], sum(map(seconds_of, gone)), cause, position)
-    if before and before[-1][:3] == loss[:3]:
+    loss = Lost(to, max(last, until), sum(map(seconds_of, gone)), cause, position)
+    # What a process finds at its start, a roll-back may have recorded: with more steps if lines are missing.
+    if cause == END and before and before[-1].to == to and before[-1].until >= last and before[-1][2] == loss.seconds:
         return before[-1]
     write_atomically(run_dir / NAME, "".join(map(_line, [*before, loss])).encode())
     return loss

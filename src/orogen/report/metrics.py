@@ -21,7 +21,8 @@ Each line of `metrics.jsonl` is the JSON object of one step; steps strictly incr
     start_seconds         from the start of the process, or a roll-back, to the first step; only in that step
     compile_seconds       tracing, lowering and compiling the step; only in the first of a process
     evaluate_seconds      the evaluation after this step
-    save_seconds          how long writing checkpoints held the run up since the last step
+    save_seconds          how long writing checkpoints held the run up since the last step; in the last step of a
+                          process also how long it then waited for the last one
     host_ms, device_ms    by process, with several: median time to dispatch a step, and of a product on its devices
     slow_processes        those whose times are far above the others' (`train.stragglers`)
 
@@ -114,13 +115,16 @@ class MetricsWriter:
         self._draw(step, record)
 
     def amend(self, metrics: Mapping[str, Any]) -> None:
-        """Adds `metrics` to the last record and rewrites its line."""
+        """Adds `metrics` to the last record and rewrites its line. Raises OSError if the disk refuses it; then the file
+        is as it was."""
         assert self.last is not None
-        lines = self._path.read_bytes().splitlines(keepends=True)
         added = {key: _plain(value) for key, value in metrics.items()}
-        self.last = self.last | added
+        amended = self.last | added
+        self._file.settle()  # or the last line is not there
+        lines = self._path.read_bytes().splitlines(keepends=True)
+        write_atomically(self._path, b"".join(lines[:-1]) + f"{_encode(amended)}\n".encode())
+        self.last = amended
         self._file.close()
-        write_atomically(self._path, b"".join(lines[:-1]) + f"{_encode(self.last)}\n".encode())
         self._file = Appended(self._path)
         self._draw(self.last["step"], added)
 

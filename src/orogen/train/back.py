@@ -101,7 +101,8 @@ class Back:
         # A kill between these two makes the run compute the bad steps again.
         self._checkpoints.remove_after(to, files=first)
         if first:
-            add_lost(self._run_dir, to, REPEAT if repeat else ROLL_BACK, None if repeat else bad.position)
+            cause, position = (REPEAT, None) if repeat else (ROLL_BACK, bad.position)
+            add_lost(self._run_dir, to, cause, position, until=bad.step)
         _together("after a roll-back")
         return to
 

@@ -138,6 +138,21 @@ class Loop:
         found, position = self.checkpoints.restore(items(with_shardings(target, shardings)))
         return from_items(found), position
 
+    def complete(self, state: TrainState, writer: MetricsWriter | SilentWriter) -> None:
+        """Waits for the write that `finish` started, and adds to the last record how long that took. Raises
+        NotSavedError."""
+        self.saver.wait()
+        if int(state.step) > self.first_step:
+            try:
+                self._amend(writer, {})
+            except OSError as error:
+                self.log(f"the seconds of the last checkpoint are not in the metrics ({error.strerror})")
+
+    def _amend(self, writer: MetricsWriter | SilentWriter, scores: dict[str, float]) -> None:
+        """Adds to the last record what became known after it was written. Seconds add up."""
+        last = writer.last or {}
+        writer.amend(scores | {key: last.get(key, 0.0) + seconds for key, seconds in self.clock.spent().items()})
+
     def finish(self, state: TrainState, writer: MetricsWriter | SilentWriter) -> None:
         """Starts writing the state after the last step of this call. Not after a stop among bad steps from which the
         run may yet go back: a resumed run computes them again. Raises NotSavedError."""
@@ -159,8 +174,7 @@ class Loop:
             return
         owed = number % train.evaluate_every == 0 and not set(self.evaluation.sampled) <= last.keys()
         if owed or (number == train.steps and not set(self.evaluation.whole) <= last.keys()):
-            scores = self._scores(number, state)
-            writer.amend(scores | self.clock.spent())
+            self._amend(writer, self._scores(number, state))
 
     def steps(self, state: TrainState, writer: MetricsWriter | SilentWriter) -> TrainState:
         """Runs to the end or to a stop, going back past bad steps on the way."""

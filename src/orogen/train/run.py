@@ -117,12 +117,14 @@ def _train(
         )  # fmt: skip
         state = run.start(origin)
         distributed.from_first(functools.partial(_describe, run, text, run_dir, origin))
-        with _writer(run_dir, run) as writer, watch:
-            if not stop.alone and any(distributed.from_all(stop.asked)):
-                raise StoppedEarlyError(stop.status)
-            run.evaluate_last(state, writer)
-            state = run.steps(state, writer)
-            run.finish(state, writer)
+        with _writer(run_dir, run) as writer:
+            with watch:
+                if not stop.alone and any(distributed.from_all(stop.asked)):
+                    raise StoppedEarlyError(stop.status)
+                run.evaluate_last(state, writer)
+                state = run.steps(state, writer)
+                run.finish(state, writer)
+            run.complete(state, writer)
     step = int(state.step)
     asked = any(distributed.from_all(stop.asked))
     stop.working, stop.alone = False, True  # everything is saved

@@ -74,6 +74,11 @@ class Saver:
             self._checkpoints.save(int(state.step), items(state), position, layout, best=best)
         self._saved_at = time.monotonic()
 
+    def wait(self) -> None:
+        """Waits for the last write. Raises NotSavedError."""
+        with self._clock.aside(SAVING):
+            self._checkpoints.wait()
+
     def save_on_the_way(self, state: TrainState, position: dict[str, Any], layout: Layout, *, best: bool) -> None:
         """`save`, after which training goes on even if it fails: there may be room on the disk for a later one."""
         try:
