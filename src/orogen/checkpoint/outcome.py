@@ -1,13 +1,21 @@
-"""How the write of a checkpoint ended, which all processes of a run see alike."""
+"""How the write of a checkpoint ended, which all processes of a run see alike, and soon.
+
+By itself, orbax lets a process wait for one whose part failed: 5 minutes for folders that are not made, 20 for arrays
+that are not written.
+"""
 
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+import orbax.checkpoint as ocp
+from orbax.checkpoint._src.futures import future, synchronization  # what orbax waits for, which it exports to nobody
 
 from orogen.parallel import distributed
 
 FAILED = -1  # settled in place of the step
+ELSEWHERE = "another process could not do its part"
 
 
 class ElsewhereError(RuntimeError):
@@ -18,9 +26,6 @@ class ElsewhereError(RuntimeError):
 def shared(done: str, step: int) -> Iterator[None]:
     """Around each process's part of the write of checkpoint `step`; that of the first completes it. However a part
     ends, the others learn it through `done`, a name that all have: ElsewhereError is raised if another one failed."""
-    if distributed.count() == 1:
-        yield
-        return
     ended = FAILED
     try:
         yield
@@ -28,8 +33,31 @@ def shared(done: str, step: int) -> Iterator[None]:
     finally:
         if distributed.first() or ended == FAILED:
             distributed.propose(done, ended)
-    if distributed.wait_until_settled(done) == FAILED:
-        raise ElsewhereError("another process could not do its part")
+        if ended == FAILED:
+            _release()
+    if distributed.count() > 1 and distributed.wait_until_settled(done) == FAILED:
+        raise ElsewhereError(ELSEWHERE)
+
+
+def new_writer(done: Callable[[], str]) -> ocp.AsyncCheckpointer:
+    """A writer of checkpoints, on all processes. done: the name of the outcome of the write that is on the way, as
+    `shared` has it. A barrier between the parts of that write raises ElsewhereError as soon as one of them has failed.
+    """
+
+    def meet(*, key: str, timeout_ms: int) -> None:
+        name = done()
+        if not distributed.meet(f"{name}/{key}", timeout_ms / 1e3, lambda: distributed.settled(name) == FAILED):
+            raise ElsewhereError(ELSEWHERE)
+
+    options = ocp.options.AsyncOptions(barrier_sync_fn=meet if distributed.count() > 1 else None)
+    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
+
+
+def _release() -> None:
+    """Lets the threads of all processes go on that wait for orbax to make the folders of the write that has failed.
+    What they write then is removed with what else it leaves."""
+    contract, number = future.AwaitableSignalsContract, synchronization.OperationIdGenerator.get_current_operation_id()
+    future.set_signals(contract.get_awaitable_signals_from_contract(number), operation_id=number)
 
 
 def failed(done: str) -> None:

@@ -73,6 +73,7 @@ class Checkpoints:
         self._finisher = ThreadPoolExecutor(1)
         self._finishing: Future[None] | None = None
         self._written: int | None = None
+        self._done, self._unclean = "", True
         self._checked: set[int] = set()
 
     def __enter__(self) -> "Checkpoints":
@@ -126,12 +127,15 @@ class Checkpoints:
         )
         done = distributed.fresh_name("checkpoint") if self._together else ""  # on all, whatever fails
         try:
-            if self._writer is None:
+            if self._unclean:
                 self._agreed(self._clear)
-                self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+                self._unclean = False
+            self._writer = self._writer or outcome.new_writer(lambda: self._done)
+            self._done = done
             self._writer.save(partial, args=args)
         except OSError as error:
             outcome.failed(done)
+            self._unclean = True
             raise self._not_saved(step, error) from error
         self._written = step
         self._finishing = self._finisher.submit(self._finish, partial, step, best, done)
@@ -144,7 +148,7 @@ class Checkpoints:
         try:
             finishing.result()
         except Exception as error:  # orbax and tensorstore raise errors of any type
-            step, self._written = self._written, None
+            step, self._written, self._unclean = self._written, None, True
             raise self._not_saved(step, error) from error
 
     def has(self, step: int) -> bool:

@@ -149,6 +149,20 @@ def settled(name: str) -> int | None:
         return None
 
 
+def meet(name: str, seconds: float, interrupted: Callable[[], bool]) -> bool:
+    """Waits until all processes have called this with `name`, which is used once, and returns True; False as soon as
+    `interrupted` says so. Raises TimeoutError after `seconds`."""
+    deadline = time.monotonic() + seconds
+    _client().key_value_set(f"orogen/met/{name}/{index()}", "")
+    for number in range(count()):
+        while _soon(f"orogen/met/{name}/{number}") is None:
+            if interrupted():
+                return False
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"process {number} did not come to {name} within {seconds:.0f} s")
+    return True
+
+
 def wait_until_settled(name: str) -> int:
     """What `name` is, once a process settles it."""
     return int(_wait(f"orogen/settled/{name}"))
@@ -217,14 +231,21 @@ def _client() -> Any:
 
 
 def _wait(key: str) -> str:
+    while (value := _soon(key)) is None:
+        pass
+    return value
+
+
+def _soon(key: str) -> str | None:
+    """The value of the key if it has one, or gets one within a moment."""
     import jax
 
-    while True:
-        try:
-            return _client().blocking_key_value_get(key, POLL_MILLISECONDS)
-        except jax.errors.JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" not in str(error):
-                raise
+    try:
+        return _client().blocking_key_value_get(key, POLL_MILLISECONDS)
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+            raise
+        return None
 
 
 def _keep_stdout_to_python() -> None:
