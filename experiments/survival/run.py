@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from experiments.survival import launched
 from tests.train import kills
 
 from orogen.report import page
@@ -23,16 +24,6 @@ MOMENTS = ("compiling", "stepping", "evaluating", "saving", "hashing")
 
 
 Facts = dict[str, Any]
-
-
-def small_recipe(folder: Path) -> Path:
-    """That of the tests, with one MLP as the model: it compiles in the shortest time."""
-    file = kills.write_recipe(folder)
-    of_others = "mamba", "n_groups", "ssm_state", "chunk_size", "n_routed", "num_experts", "moe_intermediate"
-    lines = [line for line in file.read_text().splitlines() if not any(name in line for name in of_others)]
-    text = "\n".join([*lines, "ModelConfig.intermediate_size = 10", ""])
-    file.write_text(text.replace("pattern = 'ME'", "pattern = '-'"))
-    return file
 
 
 def kill_trials(count: int, seed: int, recipe: Path, folder: Path, expected: Facts) -> Iterator[Facts]:
@@ -92,33 +83,43 @@ def read_only_trial(recipe: Path, folder: Path, whole: Path) -> Facts:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=20, help="kills; 0 tries only the disks")
+    parser.add_argument("--what", choices=("one", "two"), default="one", help="processes of a run")
+    parser.add_argument("--count", type=int, default=20, help="kills; 0 tries only the disks, or missing processes")
+    parser.add_argument("--first", type=int, default=0, help="number of the first kill of one of two processes")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.jsonl")
     options = parser.parse_args()
-    kills.prepare()
-    # Drawing takes a third of a run's time here, and no part in what is asked.
-    page.pictures = lambda *_: []  # pyright: ignore[reportPrivateImportUsage]
-    wrong = 0
-    with tempfile.TemporaryDirectory() as scratch, options.out.open("w") as out:
-        folder = Path(scratch)
-        recipe = small_recipe(folder)
-        status, said = kills.run(recipe, folder / "whole")
-        if status:
-            raise SystemExit(f"the run that nobody interrupts ended with status {status}: {said}")
-        expected = kills.facts_of(folder / "whole")
-
-        def trials() -> Iterator[Facts]:
-            for room in (0.5, 1.5):
-                yield disk_trial(room, recipe, folder / f"disk{room}", folder / "whole", expected)
-            yield read_only_trial(recipe, folder / "read_only", folder / "whole")
-            yield from kill_trials(options.count, options.seed, recipe, folder, expected)
-
-        for facts in trials():
+    with tempfile.TemporaryDirectory() as scratch, options.out.open("a") as out:
+        recipe = kills.write_recipe(Path(scratch), kills.MLP)
+        wrong = 0
+        for facts in (of_one if options.what == "one" else of_two)(options, recipe, Path(scratch)):
             wrong += bool(facts["wrong"])
             print(json.dumps(facts), file=out, flush=True)
     print(f"{wrong} trials are wrong")
     return int(wrong > 0)
+
+
+def of_two(options: argparse.Namespace, recipe: Path, folder: Path) -> Iterator[Facts]:
+    """The trials of two processes."""
+    if options.count:
+        yield from launched.trials(options.count, options.first, options.seed, recipe, folder)
+    else:
+        yield from launched.nobody_there(recipe, folder)
+
+
+def of_one(options: argparse.Namespace, recipe: Path, folder: Path) -> Iterator[Facts]:
+    """The trials of one process."""
+    kills.prepare()
+    # Drawing takes a third of a run's time here, and no part in what is asked.
+    page.pictures = lambda *_: []  # pyright: ignore[reportPrivateImportUsage]
+    status, said = kills.run(recipe, folder / "whole")
+    if status:
+        raise SystemExit(f"the run that nobody interrupts ended with status {status}: {said}")
+    expected = kills.facts_of(folder / "whole")
+    for room in (0.5, 1.5):
+        yield disk_trial(room, recipe, folder / f"disk{room}", folder / "whole", expected)
+    yield read_only_trial(recipe, folder / "read_only", folder / "whole")
+    yield from kill_trials(options.count, options.seed, recipe, folder, expected)
 
 
 if __name__ == "__main__":

@@ -134,7 +134,9 @@ def test_output_that_cannot_be_kept_does_not_hold_a_process_up(watch, tmp_path, 
     monkeypatch.setattr("orogen.launch.local.Appended", Refusing)
     assert watch("sys.stdout.write(number * 300_000 * 'x')") == 0
     lines, kept = capfd.readouterr().err.splitlines(), tmp_path / "logs" / "process_1.out"
-    reason = {"some writes": "kept until it can"}.get(refuses, f"lacks output: it cannot be written ({os.strerror(kind)}")
+    reason = {"some writes": "kept until it can"}.get(
+        refuses, f"lacks output: it cannot be written ({os.strerror(kind)}"
+    )
     assert any("process_1.out" in line and reason in line for line in lines)
     assert len(lines) == (1 if refuses in ("opening", "with another error") else 2)
     if refuses == "some writes":

@@ -1,12 +1,11 @@
-"""A run on two processes is the run on one: the same metrics and checkpoints, to the bit.
+"""A run on two processes is the run on one: the same metrics and checkpoints, to the bit; and what else takes two.
 
-All runs here are processes of their own, compiled as users' are: under the flags with which other tests compile fast,
-XLA:CPU does not compile the optimizer's update to the same code in both kinds of run (observed with jax 0.10.1).
+The processes are compiled as users' are: under the flags with which other tests compile fast, XLA:CPU does not compile
+the optimizer's update to the same code in both kinds of run (observed with jax 0.10.1).
 """
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,73 +14,60 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from tests.launch import pair
+from tests.train.kills import write_recipe
 
-RECIPE = """
+from orogen.cli import main
+from orogen.launch import command as launcher
+from orogen.report.lost import read_lost
+
+MODEL = """
 ModelConfig.pattern = 'E*'
-ModelConfig.vocab_size = 259
-ModelConfig.hidden_size = 12
 ModelConfig.num_attention_heads = 4
 ModelConfig.num_key_value_heads = 2
 ModelConfig.head_dim = 4
 ModelConfig.n_routed_experts = 4
 ModelConfig.num_experts_per_tok = 2
 ModelConfig.moe_intermediate_size = 10
-DataConfig.corpus = {corpus!r}
-DataConfig.tokenizer = 'byte'
-DataConfig.heldout_fraction = 0.2
-DataConfig.tuning_fraction = 0.0
-TrainConfig.batch_size = 4
-TrainConfig.sequence_length = 24
-TrainConfig.seed = 1
-TrainConfig.evaluate_every = 2
-TrainConfig.evaluate_rows = 4
-TrainConfig.checkpoint_every = 2
-TrainConfig.sample_prompts = ('a',)
-TrainConfig.sample_tokens = 3
-TrainConfig.ngram_order = 0
-OptimizerConfig.learning_rate = 1e-2
-OptimizerConfig.schedule = 'constant'
-OptimizerConfig.clip_norm = 0.1
 """
 TIMED = ("_ms", "_seconds", "_per_second", "_processes")  # how the names of metrics of time end
+ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def recipe(tmp_path) -> Path:
-    corpus = tmp_path / "text"
-    corpus.mkdir()
-    for number in range(12):
-        text = f"document {number}: " + " ".join(str(number * k % 97) for k in range(1, 40))
-        (corpus / f"{number:02}.txt").write_text(text)
-    file = tmp_path / "tiny.gin"
-    file.write_text(RECIPE.format(corpus=str(corpus)))
-    return file
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where both programs of `pair` have left what they did. The two processes are started by `orogen launch local`."""
+    folder = tmp_path_factory.mktemp("pair")
+    recipe = write_recipe(folder, MODEL)
+    program = lambda name: [sys.executable, "-m", "tests.launch.pair", name, str(recipe), str(folder)]  # noqa: E731
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("XLA_FLAGS", "NPROC"):
+            patched.delenv(name, raising=False)
+        patched.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        patched.setattr(launcher, "command", lambda task, resume=False: program("together"))
+        one = subprocess.Popen(program("alone"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        words = [
+            "launch",
+            "local",
+            "--processes",
+            "2",
+            "--logs",
+            str(folder / "logs"),
+            "--",
+            "train",
+            "--fake_devices=2",
+        ]
+        status = main(words)
+        said = one.communicate()[1]
+    assert status == 0, (folder / "logs" / "process_0.err").read_text() + said
+    assert one.returncode == 0, said
+    return folder
 
 
-def words(recipe: Path, run: Path, steps: int, plan: dict) -> list[str]:
-    """The task up to step `steps`."""
-    settings = {"TrainConfig.steps": steps, **{f"PlanConfig.{name}": value for name, value in plan.items()}}
-    bindings = [word for name, value in settings.items() for word in ("--gin_bindings", f"{name}={value!r}")]
-    return ["train", "--gin_file", str(recipe), "--run", str(run), "--resume", *bindings]
-
-
-def orogen(*words: str) -> subprocess.CompletedProcess:
-    """The command line, in a process of its own."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC")}
-    command = [sys.executable, "-m", "orogen.cli", *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode in (0, 2), done.stderr
-    return done
-
-
-def on_one(task: list[str]) -> None:
-    """Runs the task on one process with four devices."""
-    assert orogen(*task, "--fake_devices", "4").returncode == 0
-
-
-def on_two(task: list[str]) -> subprocess.CompletedProcess:
-    """Runs the task on two processes with two devices each."""
-    return orogen("launch", "local", "--processes", "2", "--", *task, "--fake_devices", "2")
+@pytest.fixture(scope="module")
+def facts(folder) -> list[dict]:
+    """What each process saw."""
+    return [json.loads((folder / f"facts.{number}").read_text()) for number in (0, 1)]
 
 
 def metrics(run: Path) -> list[dict]:
@@ -109,37 +95,71 @@ def arrays(run: Path, step: int) -> dict[str, bytes]:
 def assert_same(one: Path, two: Path, step: int) -> None:
     """Whole scores of the last step of a part are left out: an uninterrupted run does not have them."""
     sampled = lambda run: [{k: v for k, v in one.items() if not k.startswith("whole")} for one in metrics(run)]  # noqa: E731
-    assert sampled(one) == sampled(two)
+    assert sampled(one) == sampled(two) and len(sampled(one)) == step
     a, b = arrays(one, step), arrays(two, step)
     assert [name for name in a if a[name] != b[name]] == [] and a.keys() == b.keys()
 
 
-def test_two_processes_begin_as_one_and_one_goes_on(recipe, tmp_path):
-    """`tensor` crosses the processes: both supply the same rows. Sums have four terms."""
-    plan = {"tensor": 4, "expert": 4, "dispatch": "alltoall"}
-    alone, shared = tmp_path / "alone", tmp_path / "shared"
-    on_one(words(recipe, alone, 3, plan))
-    done = on_two([*words(recipe, shared, 2, plan), "--json"])
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["step"] == 2  # one process answers, and gloo is silent
-    assert json.loads((shared / "env.json").read_text())["processes"] == 2
-    assert (shared / "report.html").is_file() and (shared / "samples.txt").is_file()
-    on_one(words(recipe, shared, 3, plan))
-    assert_same(alone, shared, 3)
+def test_two_processes_begin_as_one_and_one_goes_on(folder, facts):
+    assert [one["began"] for one in facts] == [0, 0]
+    assert_same(folder / "crossing.alone", folder / "crossing", 3)
+    assert (folder / "crossing" / "report.html").is_file() and (folder / "crossing" / "samples.txt").is_file()
+    assert json.loads((folder / "mixed" / "env.json").read_text())["processes"] == 2
 
 
-def test_one_process_begins_and_two_go_on(recipe, tmp_path):
-    plan = {"data": 2, "tensor": 2, "expert": 2, "dispatch": "alltoall", "fsdp": "parameters"}
-    alone, shared = tmp_path / "alone", tmp_path / "shared"
-    on_one(words(recipe, alone, 2, plan))
-    shutil.copytree(alone, shared)
-    on_one(words(recipe, alone, 3, plan))
-    done = on_two(words(recipe, shared, 3, plan))
-    assert done.returncode == 0, done.stderr
-    assert_same(alone, shared, 3)
+def test_one_process_answers_and_gloo_is_silent(folder):
+    (said, *others) = (folder / "logs" / "process_0.out").read_text().splitlines()
+    assert json.loads(said)["step"] == 2 and all(
+        line.startswith(("report: ", "step: ")) or ": " in line for line in others
+    )
+    assert (folder / "logs" / "process_1.out").read_text() == ""
 
 
-def test_a_plan_that_leaves_a_process_without_a_part(recipe, tmp_path):
-    done = on_two(words(recipe, tmp_path / "run", 2, {"data": 2}))
-    assert done.returncode == 2
-    assert "PlanConfig asks for 2 devices; expected the 4 that the 2 processes have" in done.stderr
+def test_one_process_begins_and_two_go_on(folder, facts):
+    assert [one["went on"] for one in facts] == [0, 0]
+    assert_same(folder / "mixed.alone", folder / "mixed", 3)
+
+
+def test_a_plan_that_leaves_a_process_without_a_part(folder, facts):
+    assert [one["refused"] for one in facts] == [2, 2]
+    said = (folder / "logs" / "process_0.err").read_text()
+    assert "PlanConfig asks for 2 devices; expected the 4 that the 2 processes have" in said
+
+
+def test_two_processes_go_back_past_a_bad_batch_as_one_does(folder, facts):
+    assert_same(folder / "back.alone", folder / "back", 4)
+    (loss,) = read_lost(folder / "back")
+    assert (loss.to, loss.until, loss.cause) == (0, 3, "roll_back")
+    assert loss.position == read_lost(folder / "back.alone")[0].position
+    assert facts[0]["lines"][-2:] == facts[1]["lines"][-2:]  # both tell the same, though users see the first's alone
+    assert facts[0]["lines"][-1].endswith("going back to the beginning, past the batches of steps 1 to 3")
+
+
+def test_the_slow_process_is_named(folder):
+    records = [json.loads(line) for line in (folder / "back" / "metrics.jsonl").read_text().splitlines()]
+    compared = [record for record in records if "slow_processes" in record]
+    assert [record["step"] for record in compared] == [2, 4]
+    for record in compared:
+        assert record["slow_processes"] == [pair.SLOW]
+        assert len(record["device_ms"]) == 2 and record["host_ms"][pair.SLOW] > 1e3 * pair.SLOW_SECONDS
+
+
+def test_the_minutes_of_the_first_process_count(folder):
+    """Each step is a checkpoint, though none is of a step that `checkpoint_every` names but the third's."""
+    kept = sorted(int(path.name) for path in (folder / "back" / "checkpoints").iterdir())
+    assert kept[-3:] == [2, 3, 4]
+
+
+@pytest.mark.parametrize(("name", "process"), pair.FAULTS.items())
+def test_a_write_that_fails_on_one_process_fails_on_both_at_once(facts, name, process):
+    """And the next checkpoint is whole."""
+    for number, one in enumerate(facts):
+        found = one["saves"][name]
+        assert "could not be written" in found["error"] and found["seconds"] < 20
+        elsewhere = "another process could not do its part" in found["error"]
+        assert elsewhere == (number != process and name != "the folder")
+        assert found["whole"] and found["folders"] == [str(found["step"])]
+
+
+def test_no_thread_of_a_failed_write_is_left(facts):
+    assert [one["saves"]["threads"] for one in facts] == [[], []]

@@ -34,11 +34,11 @@ MOMENTS: dict[str, tuple[str, str, int, float]] = {
     "reporting": ("orogen.evaluate.summary", "write_report", 1, 0.2),
     "any time": ("orogen.train.run", "_train", 1, 8.0),
 }
-TIMED = ("step_ms", "tokens_per_second", "compile_seconds", "evaluate_seconds", "save_seconds", "start_seconds")
-RECIPE = """
+TIMED = ("step_ms", "tokens_per_second", "compile_seconds", "evaluate_seconds", "save_seconds", "start_seconds",
+         "host_ms", "device_ms", "slow_processes")  # fmt: skip
+# The model of the trials, and one that compiles in the shortest time.
+HYBRID = """
 ModelConfig.pattern = 'ME'
-ModelConfig.vocab_size = 259
-ModelConfig.hidden_size = 12
 ModelConfig.mamba_num_heads = 2
 ModelConfig.mamba_head_dim = 4
 ModelConfig.n_groups = 1
@@ -47,6 +47,14 @@ ModelConfig.chunk_size = 8
 ModelConfig.n_routed_experts = 4
 ModelConfig.num_experts_per_tok = 2
 ModelConfig.moe_intermediate_size = 10
+"""
+MLP = """
+ModelConfig.pattern = '-'
+ModelConfig.intermediate_size = 10
+"""
+RECIPE = """
+ModelConfig.vocab_size = 259
+ModelConfig.hidden_size = 12
 DataConfig.corpus = {corpus!r}
 DataConfig.tokenizer = 'byte'
 DataConfig.heldout_fraction = 0.2
@@ -66,15 +74,15 @@ OptimizerConfig.schedule = 'constant'
 """
 
 
-def write_recipe(folder: Path) -> Path:
-    """A gin file that trains a tiny hybrid on a few documents."""
+def write_recipe(folder: Path, model: str = HYBRID) -> Path:
+    """A gin file that trains a tiny model on a few documents."""
     corpus = folder / "text"
     corpus.mkdir(parents=True)
     for number in range(30):
         line = f"document {number}: " + " ".join(str(number * k % 97) for k in range(1, 40))
         (corpus / f"{number:02}.txt").write_text(line)
     file = folder / "tiny.gin"
-    file.write_text(RECIPE.format(corpus=str(corpus)))
+    file.write_text(model + RECIPE.format(corpus=str(corpus)))
     return file
 
 
@@ -104,8 +112,9 @@ def run(
     return status, said.read_text()
 
 
-def interrupt(moment: str, name: str, call: int, seconds: float) -> None:
-    """Makes this process receive the signal `name`, `seconds` after the given call of the moment's function."""
+def interrupt(moment: str, name: str, call: int, seconds: float, *, before: Callable[[], None] = lambda: None) -> None:
+    """Makes this process receive the signal `name`, `seconds` after the given call of the moment's function. before:
+    is called then."""
     import importlib
 
     module, path, _, _ = MOMENTS[moment]
@@ -119,7 +128,7 @@ def interrupt(moment: str, name: str, call: int, seconds: float) -> None:
     def watched(*arguments: Any, **named: Any) -> Any:
         calls[0] += 1
         if calls[0] == call:
-            threading.Timer(seconds, os.kill, (os.getpid(), signal.Signals[name])).start()
+            threading.Timer(seconds, lambda: (before(), os.kill(os.getpid(), signal.Signals[name]))).start()
         return honest(*arguments, **named)
 
     setattr(owner, last, watched)

@@ -116,6 +116,7 @@ class _Kept:
 
     def __init__(self, path: Path):
         self._path, self._file, self._said = path, None, False
+        self.write(b"")
 
     def write(self, chunk: bytes) -> None:
         """Adds the chunk, or says that it is lost. What a full disk refuses is kept for later."""

@@ -124,7 +124,8 @@ def _require_dead(path: Path, clock: Callable[[], float], log: Callable[[str], N
         if time.monotonic() > deadline:
             return
         if not said:
-            log(f"{path.parent} is locked ({_described(holder)}); waiting {STALE_SECONDS:g} s at most for a sign of life")
+            waiting = f"waiting {STALE_SECONDS:g} s at most for a sign of life"
+            log(f"{path.parent} is locked ({_described(holder)}); {waiting}")
         said = True
         time.sleep(LOOK_SECONDS)
 
