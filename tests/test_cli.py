@@ -114,7 +114,7 @@ REFUSED = {
     ),
     "pipeline": (
         "PlanConfig.schedule = '2f2b'",
-        "PlanConfig.schedule is '2f2b'; expected one of gpipe, 1f1b, interleaved",
+        "PlanConfig.schedule is '2f2b'; expected one of gpipe, 1f1b, eager_1f1b, interleaved",
     ),
     "no quotes": (
         "PlanConfig.fsdp = parameters",

@@ -19,9 +19,11 @@ from orogen.launch.local import free_port
 
 ROOT = Path(__file__).parents[2]
 MOMENTS = ("loading", "compiling", "stepping", "evaluating", "saving")
-SITE = (
-    "import os\nif 'OROGEN_CLUSTER' in os.environ:\n    from experiments.survival import launched\n    launched.arm()\n"
-)
+SITE = """import os
+if 'OROGEN_CLUSTER' in os.environ:
+    from experiments.survival import launched
+    launched.arm()
+"""
 PLAN = "PlanConfig.data=2"
 COMMAND = (sys.executable, "-m", "orogen.cli")
 NOBODY = {

@@ -66,6 +66,7 @@ CASES = {
     "tensor 2": Case(4, plan={"tensor": 2}),
     "tensor 2, expert 2, allgather": Case(4, plan={"tensor": 2, "expert": 2}),
     "stage 2, 1F1B, 8 microbatches": Case(2, 8, plan={"stage": 2}),
+    "stage 2, eager 1F1B, 8 microbatches": Case(2, 8, plan={"stage": 2, "schedule": "eager_1f1b"}),
     "stage 2, interleaved, 8 microbatches": Case(2, 8, plan=STAGES, pattern=SEGMENTS),
     "stage 2, interleaved, 16 microbatches": Case(2, 16, plan=STAGES, pattern=SEGMENTS),
     # Last, when no other state is left: these need the most memory.

@@ -53,7 +53,7 @@ REFUSED = [
     (ModelConfig, "topk_group", 2, "at most n_group = 1"),
     (ModelConfig, "num_experts_per_tok", 25, "at most 24, the experts in topk_group groups"),
     (ModelConfig, "yarn_factor", 4.0, "None: rope_theta is None"),
-    (PlanConfig, "schedule", "2f2b", "one of gpipe, 1f1b, interleaved"),
+    (PlanConfig, "schedule", "2f2b", "one of gpipe, 1f1b, eager_1f1b, interleaved"),
     (PlanConfig, "virtual", 0, "a number above 0"),
     (PlanConfig, "fsdp", "full", "one of none, optimizer, gradients, parameters"),
     (PlanConfig, "dispatch", "ring", "one of allgather, alltoall, ragged"),

@@ -21,25 +21,26 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-PATIENCE_SECONDS = 240
+PATIENCE_SECONDS = 400
 # `tensor` crosses the processes: both supply the same rows. Sums have four terms.
 CROSSING = {"tensor": 4, "expert": 4, "dispatch": "alltoall"}
 MIXED = {"data": 2, "tensor": 2, "expert": 2, "dispatch": "alltoall", "fsdp": "parameters"}
-TRAIN = {"batch_size": 4, "evaluate_every": 2, "checkpoint_every": 2}
-# Of the run that goes back past batch 3, on a process that is slow.
+# checkpoint_minutes: each step is a checkpoint as soon as the clocks are asked.
+TRAIN = {"batch_size": 4, "evaluate_every": 2, "checkpoint_every": 2, "checkpoint_minutes": 1e-6, "roll_back_after": 1}
+# The batch from which the mixed run goes back, and the process that is slow.
 BAD, SLOW, SLOW_SECONDS = 3, 1, 0.4
 FAULTS = {"the folder": 0, "the checksums": 0, "orbax's folders": 0, "the arrays": 0, "the arrays elsewhere": 1}
 LARGEST_FILE = 8192  # less than a part of an array, more than what else is written
 
 
-def bindings(steps: int, plan: dict[str, Any], **train: Any) -> list[str]:
-    settings = {f"PlanConfig.{name}": value for name, value in plan.items()} | {"TrainConfig.steps": steps}
-    settings |= {f"TrainConfig.{name}": value for name, value in (TRAIN | train).items()}
+def bindings(steps: int, plan: dict[str, Any]) -> list[str]:
+    settings = {f"PlanConfig.{name}": value for name, value in plan.items()}
+    settings |= {f"TrainConfig.{name}": value for name, value in {"steps": steps, **TRAIN}.items()}
     return [f"{name}={value!r}" for name, value in ({"OptimizerConfig.clip_norm": 0.1} | settings).items()]
 
 
-def orogen(recipe: Path, run: Path, steps: int, plan: dict[str, Any], *more: str) -> int:
-    """The exit status of the task up to step `steps`, in this process."""
+def command(recipe: Path, run: Path, steps: int, plan: dict[str, Any], *more: str) -> int:
+    """The exit status of the command up to step `steps`, in this process."""
     from orogen.cli import _run, make_parser
 
     bound = [word for binding in bindings(steps, plan) for word in ("--gin_bindings", binding)]
@@ -47,45 +48,39 @@ def orogen(recipe: Path, run: Path, steps: int, plan: dict[str, Any], *more: str
     return _run(make_parser().parse_args(words))
 
 
-def wait_for(file: Path) -> None:
-    """Waits for what the other program makes."""
-    while not file.exists():
-        time.sleep(0.05)
-
-
-def going_back(recipe: Path, run: Path, **train: Any) -> list[str]:
-    """A run whose batch `BAD` gives no number; on one of several processes it is slow. Returns what the run says."""
+def trained(recipe: Path, run: Path, steps: int, plan: dict[str, Any], *, bad: bool = False) -> list[str]:
+    """A run without its report, whose batch `BAD` gives no number if `bad`. Returns what it says."""
     import numpy as np
 
     from orogen.config.load import load
     from orogen.parallel import distributed
     from orogen.train.pretraining import PRETRAINING, train_loader
-    from orogen.train.run import train as run_to_end
+    from orogen.train.run import train
 
     def source(config: Any, corpus: Any) -> Any:
         loader, fresh = train_loader(config, corpus), train_loader(config, corpus)
         for _ in range(BAD - 1):
             next(fresh)
-        bad, honest = fresh.state(), loader.take
+        place, honest = fresh.state(), loader.take
 
         def take(state: Any) -> Any:
             if distributed.count() > 1 and distributed.index() == SLOW:
                 time.sleep(SLOW_SECONDS)
-            weights = np.inf if loader.state() == bad else 1
+            weight = np.float32(np.inf if bad and loader.state() == place else 1)
             batch = honest(state)
-            return batch._replace(weights_bt=batch.weights_bt * np.float32(weights))
+            return batch._replace(weights_bt=batch.weights_bt * weight)
 
         loader.take = take
         return loader
 
     lines: list[str] = []
-    config, text = load([recipe], bindings(4, MIXED, roll_back_after=1, **train))
-    run_to_end(config, text, run, dataclasses.replace(PRETRAINING, source=source), resume=True, log=lines.append)
+    task = dataclasses.replace(PRETRAINING, source=source)
+    train(*load([recipe], bindings(steps, plan)), run, task, resume=True, log=lines.append)
     return lines
 
 
 def by_minutes(recipe: Path, run: Path) -> list[str]:
-    """`going_back`, with a checkpoint whenever a moment has passed on the first process; the other's clock stands."""
+    """The end of the mixed run on two processes, where only the first one's clock runs."""
     from orogen.parallel import distributed
     from orogen.train import saving
 
@@ -93,7 +88,13 @@ def by_minutes(recipe: Path, run: Path) -> list[str]:
         patched.enter_context(mock.patch.object(saving, "STEPS_BETWEEN_CLOCKS", 1))
         if not distributed.first():
             patched.enter_context(mock.patch.object(saving, "time", SimpleNamespace(monotonic=lambda: 0.0)))
-        return going_back(recipe, run, checkpoint_every=3, checkpoint_minutes=1e-6)
+        return trained(recipe, run, 4, MIXED, bad=True)
+
+
+def wait_for(file: Path) -> None:
+    """Waits for what the other program makes."""
+    while not file.exists():
+        time.sleep(0.05)
 
 
 @contextlib.contextmanager
@@ -171,26 +172,24 @@ def together(recipe: Path, folder: Path) -> None:
     from orogen.parallel.cluster import VARIABLE, read_cluster
 
     distributed.start(read_cluster(os.environ.pop(VARIABLE), os.environ))
-    facts: dict[str, Any] = {"refused": orogen(recipe, folder / "refused", 2, {"data": 2})}
-    facts["began"] = orogen(recipe, folder / "crossing", 2, CROSSING, "--json")
+    facts: dict[str, Any] = {"refused": command(recipe, folder / "refused", 2, {"data": 2})}
+    facts["began"] = command(recipe, folder / "crossing", 2, CROSSING, "--json")
     (folder / "crossing.begun").touch()
-    facts["lines"] = by_minutes(recipe, folder / "back")
-    facts["saves"] = failing_saves(folder / "saves")
     wait_for(folder / "mixed.begun")
-    facts["went on"] = orogen(recipe, folder / "mixed", 3, MIXED)
+    facts["lines"] = by_minutes(recipe, folder / "mixed")
+    facts["saves"] = failing_saves(folder / "saves")
     (folder / f"facts.{distributed.index()}").write_text(json.dumps(facts))
 
 
 def alone(recipe: Path, folder: Path) -> None:
     """The program of the single process."""
-    orogen(recipe, folder / "mixed.alone", 2, MIXED)
+    trained(recipe, folder / "mixed.alone", 2, MIXED)
     shutil.copytree(folder / "mixed.alone", folder / "mixed")
     (folder / "mixed.begun").touch()
-    orogen(recipe, folder / "mixed.alone", 3, MIXED)
-    going_back(recipe, folder / "back.alone", checkpoint_every=3)
-    orogen(recipe, folder / "crossing.alone", 3, CROSSING)
+    trained(recipe, folder / "mixed.alone", 4, MIXED, bad=True)
+    trained(recipe, folder / "crossing.alone", 3, CROSSING)
     wait_for(folder / "crossing.begun")
-    orogen(recipe, folder / "crossing", 3, CROSSING)
+    trained(recipe, folder / "crossing", 3, CROSSING)
 
 
 def main() -> None:

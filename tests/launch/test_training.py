@@ -22,16 +22,14 @@ from orogen.launch import command as launcher
 from orogen.report.lost import read_lost
 
 MODEL = """
-ModelConfig.pattern = 'E*'
-ModelConfig.num_attention_heads = 4
-ModelConfig.num_key_value_heads = 2
-ModelConfig.head_dim = 4
+ModelConfig.pattern = 'E'
 ModelConfig.n_routed_experts = 4
 ModelConfig.num_experts_per_tok = 2
 ModelConfig.moe_intermediate_size = 10
 """
 TIMED = ("_ms", "_seconds", "_per_second", "_processes")  # how the names of metrics of time end
 ROOT = Path(__file__).parents[2]
+FLAGS = "--xla_backend_optimization_level=1"
 
 
 @pytest.fixture(scope="module")
@@ -41,23 +39,13 @@ def folder(tmp_path_factory) -> Path:
     recipe = write_recipe(folder, MODEL)
     program = lambda name: [sys.executable, "-m", "tests.launch.pair", name, str(recipe), str(folder)]  # noqa: E731
     with pytest.MonkeyPatch.context() as patched:
-        for name in ("XLA_FLAGS", "NPROC"):
-            patched.delenv(name, raising=False)
+        patched.setenv("XLA_FLAGS", FLAGS)
+        patched.delenv("NPROC", raising=False)
         patched.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
         patched.setattr(launcher, "command", lambda task, resume=False: program("together"))
         one = subprocess.Popen(program("alone"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        words = [
-            "launch",
-            "local",
-            "--processes",
-            "2",
-            "--logs",
-            str(folder / "logs"),
-            "--",
-            "train",
-            "--fake_devices=2",
-        ]
-        status = main(words)
+        words = ["--processes", "2", "--logs", str(folder / "logs"), "--", "train", "--fake_devices=2"]
+        status = main(["launch", "local", *words])
         said = one.communicate()[1]
     assert status == 0, (folder / "logs" / "process_0.err").read_text() + said
     assert one.returncode == 0, said
@@ -104,20 +92,11 @@ def test_two_processes_begin_as_one_and_one_goes_on(folder, facts):
     assert [one["began"] for one in facts] == [0, 0]
     assert_same(folder / "crossing.alone", folder / "crossing", 3)
     assert (folder / "crossing" / "report.html").is_file() and (folder / "crossing" / "samples.txt").is_file()
-    assert json.loads((folder / "mixed" / "env.json").read_text())["processes"] == 2
 
 
 def test_one_process_answers_and_gloo_is_silent(folder):
-    (said, *others) = (folder / "logs" / "process_0.out").read_text().splitlines()
-    assert json.loads(said)["step"] == 2 and all(
-        line.startswith(("report: ", "step: ")) or ": " in line for line in others
-    )
+    assert json.loads((folder / "logs" / "process_0.out").read_text())["step"] == 2
     assert (folder / "logs" / "process_1.out").read_text() == ""
-
-
-def test_one_process_begins_and_two_go_on(folder, facts):
-    assert [one["went on"] for one in facts] == [0, 0]
-    assert_same(folder / "mixed.alone", folder / "mixed", 3)
 
 
 def test_a_plan_that_leaves_a_process_without_a_part(folder, facts):
@@ -126,27 +105,25 @@ def test_a_plan_that_leaves_a_process_without_a_part(folder, facts):
     assert "PlanConfig asks for 2 devices; expected the 4 that the 2 processes have" in said
 
 
-def test_two_processes_go_back_past_a_bad_batch_as_one_does(folder, facts):
-    assert_same(folder / "back.alone", folder / "back", 4)
-    (loss,) = read_lost(folder / "back")
-    assert (loss.to, loss.until, loss.cause) == (0, 3, "roll_back")
-    assert loss.position == read_lost(folder / "back.alone")[0].position
-    assert facts[0]["lines"][-2:] == facts[1]["lines"][-2:]  # both tell the same, though users see the first's alone
-    assert facts[0]["lines"][-1].endswith("going back to the beginning, past the batches of steps 1 to 3")
+def test_one_process_begins_and_two_go_on_and_back_past_a_bad_batch(folder, facts):
+    assert json.loads((folder / "mixed" / "env.json").read_text())["processes"] == 2
+    assert_same(folder / "mixed.alone", folder / "mixed", 4)
+    (loss,), (expected,) = read_lost(folder / "mixed"), read_lost(folder / "mixed.alone")
+    assert (loss.to, loss.until, loss.cause) == (2, 3, "roll_back")
+    assert loss.position == expected.position is not None
+    back = "going back to checkpoint 2, past the batches of steps 3 to 3"
+    assert all(sum(line.endswith(back) for line in one["lines"]) == 1 for one in facts)
 
 
 def test_the_slow_process_is_named(folder):
-    records = [json.loads(line) for line in (folder / "back" / "metrics.jsonl").read_text().splitlines()]
-    compared = [record for record in records if "slow_processes" in record]
-    assert [record["step"] for record in compared] == [2, 4]
-    for record in compared:
-        assert record["slow_processes"] == [pair.SLOW]
-        assert len(record["device_ms"]) == 2 and record["host_ms"][pair.SLOW] > 1e3 * pair.SLOW_SECONDS
+    *_, last = [json.loads(line) for line in (folder / "mixed" / "metrics.jsonl").read_text().splitlines()]
+    assert last["slow_processes"] == [pair.SLOW] and len(last["device_ms"]) == 2
+    assert last["host_ms"][pair.SLOW] > 1e3 * pair.SLOW_SECONDS > last["host_ms"][0]
 
 
 def test_the_minutes_of_the_first_process_count(folder):
-    """Each step is a checkpoint, though none is of a step that `checkpoint_every` names but the third's."""
-    kept = sorted(int(path.name) for path in (folder / "back" / "checkpoints").iterdir())
+    """The other's clock stands. `checkpoint_every` does not name step 3."""
+    kept = sorted(int(path.name) for path in (folder / "mixed" / "checkpoints").iterdir())
     assert kept[-3:] == [2, 3, 4]
 
 

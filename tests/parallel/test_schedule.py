@@ -65,6 +65,26 @@ def test_1f1b_has_the_order_of_the_figure():
     assert order_of(schedule, 3) == "F1 B1 F2 B2 F3 B3 F4 B4 F5 B5 F6 B6 F7 B7 F8 B8"
 
 
+def test_eager_1f1b_warms_up_twice_as_long():
+    """By hand. Every tick is forward or backward for all stages."""
+    schedule = made("eager_1f1b", 3, 6)
+    assert ticks_of(schedule, 0) == "F1 F2 F3 . F4 . F5 B1 F6 B2 . B3 . B4 B5 B6"
+    assert ticks_of(schedule, 1) == ". F1 F2 . F3 B1 F4 B2 F5 B3 F6 B4 . B5 B6 ."
+    assert ticks_of(schedule, 2) == ". . F1 B1 F2 B2 F3 B3 F4 B4 F5 B5 F6 B6 . ."
+
+
+@given(schedules(kinds=("eager_1f1b",)))
+def test_eager_1f1b_mixes_no_tick(schedule: Schedule):
+    for row in schedule.tables.operation:
+        assert len(set(row.tolist()) - {IDLE}) == 1
+
+
+@given(schedules(kinds=("eager_1f1b",)))
+def test_eager_1f1b_holds_almost_twice_what_1f1b_holds(schedule: Schedule):
+    left = (schedule.stages - stage for stage in range(schedule.stages))
+    assert schedule.in_flight == tuple(min(2 * n - 1, schedule.microbatches) for n in left)
+
+
 def test_interleaved_has_the_order_of_the_figure():
     schedule = made("interleaved", 4, 8, virtual=2)
     assert order_of(schedule, 0) == (
@@ -225,7 +245,7 @@ def test_the_first_interleaved_stage_holds_what_the_paper_says():
     assert Fraction(held, 3) == 4 * (1 + Fraction(3, 4 * 3))
 
 
-@pytest.mark.parametrize(("kind", "virtual"), [("1f1b", 1), ("interleaved", 3)])
+@pytest.mark.parametrize(("kind", "virtual"), [("1f1b", 1), ("eager_1f1b", 1), ("interleaved", 3)])
 def test_buffers_do_not_grow_with_microbatches(kind: str, virtual: int):
     few, many = (made(kind, 4, microbatches, virtual) for microbatches in (8, 32))
     for field in ("stash_slots", "forward_slots", "backward_slots"):
@@ -246,7 +266,7 @@ def test_one_slot_of_each_inbox_is_enough(schedule: Schedule):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("dualpipe", 4, 8), "PlanConfig.schedule is 'dualpipe'; expected one of gpipe, 1f1b, interleaved"),
+        (("dualpipe", 4, 8), "PlanConfig.schedule is 'dualpipe'; expected one of gpipe, 1f1b, eager_1f1b, interleaved"),
         (
             ("interleaved", 4, 10, 2),
             "PlanConfig.microbatches is 10; expected a multiple of stage = 4 for the schedule interleaved, the nearest "

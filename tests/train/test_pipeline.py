@@ -58,9 +58,10 @@ def test_the_sample_covers_every_schedule():
     [
         ("1f1b", 8, {"pattern": "-|-|*|-||-|*|-/E", "mtp_depths": 2, "tie_word_embeddings": True}),
         ("gpipe", 4, {"pattern": "ME|*||-/-", "mtp_depths": 1}),
+        ("eager_1f1b", 2, {"pattern": "-|*E/-", "mtp_depths": 1}),
         ("interleaved", 2, {"pattern": "-|-E|-|*|-|*||-/*", "mtp_depths": 1, "tie_word_embeddings": True}),
     ],
-    ids=["eight", "four", "four-chunks"],
+    ids=["eight", "four", "two-eager", "four-chunks"],
 )
 def test_stages_equal_one_device(schedule, stage, model):
     """One to four chunks per stage, uneven and empty segments, one and two depths of prediction on the last."""

@@ -45,8 +45,9 @@ class PlanConfig:
     and the optimizer's state, and reduce-scatters gradients once per step; `gradients` does so after each microbatch;
     `parameters` also shards the parameters, which are all-gathered layer by layer.
     buffer_factor: a step that overflows the buffers is reported and leaves the state as it was.
-    schedule: all microbatches forward first (gpipe), each backward as soon as possible (1f1b), or 1f1b with several
-    chunks of the model on each stage (interleaved). Stages are split at the `|` of the pattern, or balanced by FLOPs if
+    schedule: all microbatches forward first (gpipe), each backward as soon as possible (1f1b), 1f1b with twice as many
+    forward passes to warm up (eager_1f1b), which holds up to twice as many microbatches and never runs a forward pass
+    beside a longer backward pass, or 1f1b with several chunks of the model on each stage (interleaved). Stages are split at the `|` of the pattern, or balanced by FLOPs if
     it has none; the first stage has the embedding, the last one the heads and the MTP block.
     stream: with `whole`, norms and biases are computed on every tensor rank, and outputs of layers are summed over the
     ranks by all-reduce instead of reduce-scatter and all-gather: as many bytes, more activations. Each rank still sends
@@ -103,7 +104,7 @@ class PlanConfig:
     context_ssm: Annotated[str, "state (passed from rank to rank) or heads (split instead of the sequence)"] = "state"
     shift: Annotated[str, "how arrays are sent from one rank to the next: permute or alltoall"] = "permute"
     # pipeline and microbatches
-    schedule: Annotated[str, "the order of a pipeline's passes: gpipe, 1f1b or interleaved"] = "1f1b"
+    schedule: Annotated[str, "the order of a pipeline's passes: gpipe, 1f1b, eager_1f1b or interleaved"] = "1f1b"
     virtual: Annotated[
         int | None, "chunks of the model per stage; None: by the pattern's `|`, else two if interleaved, else one"
     ] = None
@@ -143,7 +144,7 @@ class PlanConfig:
         require_positive(self, "unroll", "logit_rows")
         require_positive(self, "fsdp_size", "capacity_factor", "buffer_factor")
         require_choice(self, "stream", ("time", "whole"))
-        require_choice(self, "schedule", ("gpipe", "1f1b", "interleaved"))
+        require_choice(self, "schedule", ("gpipe", "1f1b", "eager_1f1b", "interleaved"))
         require_positive(self, "virtual")
         several = self.virtual is None or self.virtual == 1 or self.schedule == "interleaved"
         require(several, self, "virtual", f"1 or None where schedule is {self.schedule}")

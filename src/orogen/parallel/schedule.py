@@ -22,7 +22,8 @@ from orogen.config.checks import ConfigError
 from orogen.config.model import ModelConfig, Pattern
 from orogen.config.plan import PlanConfig
 
-SCHEDULES = ("gpipe", "1f1b", "interleaved")
+EAGER = "eager_1f1b"
+SCHEDULES = ("gpipe", "1f1b", EAGER, "interleaved")
 IDLE, FORWARD, BACKWARD = 0, 1, 2
 # A forward pass sends its output to the next segment, a backward pass its gradient to the one before.
 STEP = {FORWARD: 1, BACKWARD: -1}
@@ -115,6 +116,9 @@ def make_schedule(kind: str, *, stages: int, microbatches: int, virtual: int = 1
 
     gpipe: all forward, then all backward passes; every microbatch is in flight at once (arXiv:1811.06965).
     1f1b: a stage starts a backward pass as soon as it can, and holds at most stages - stage microbatches.
+    eager_1f1b: 1f1b with twice as many forward passes to warm up (arXiv:2211.05322, section 4). A tick is then forward
+    or backward for all stages, and no stage waits at an exchange for a longer pass of its neighbour; a stage holds at
+    most 2 (stages - stage) - 1 microbatches.
     interleaved: 1f1b over `virtual` chunks per stage in Megatron's order, which divides the bubble by `virtual`
     (both: arXiv:2104.04473, section 2.2). With two chunks or more, no tick mixes forward and backward passes.
     Raises ConfigError on an unknown kind, or on chunks or microbatches that it cannot schedule.
@@ -137,7 +141,7 @@ def plan_schedule(config: PlanConfig, model: ModelConfig) -> Schedule:
 
 
 def _assemble(kind: str, orders: Sequence[Sequence[Pass]], stages: int, microbatches: int, virtual: int) -> Schedule:
-    tick = _place(orders, mixed=virtual == 1)
+    tick = _place(orders, mixed=virtual == 1 and kind != EAGER)
     slot, slots = {}, {}
     for buffer, spans in _spans(tick, last=stages * virtual - 1).items():
         slot[buffer], slots[buffer] = _allocate(spans, stages)
@@ -207,7 +211,12 @@ def _order(kind: str, stage: int, stages: int, microbatches: int, virtual: int) 
     """
     total, after = microbatches * virtual, stages - stage - 1
     # With several chunks, the first backward pass waits until the last chunk's first microbatch has come around.
-    warm_up = total if kind == "gpipe" else after if virtual == 1 else 2 * after + (virtual - 1) * stages
+    if kind == "gpipe":
+        warm_up = total
+    elif virtual == 1:
+        warm_up = 2 * after if kind == EAGER else after
+    else:
+        warm_up = 2 * after + (virtual - 1) * stages
     warm_up = min(warm_up, total)
 
     forward, backward = [], []
