@@ -102,6 +102,19 @@ def test_a_pod_that_is_told_to_end_saves_and_counts_as_failed(shell, tmp_path):
     assert (tmp_path / "saved").exists()
 
 
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_signal_while_the_task_is_started_is_not_lost(shell, jobset, moment):
+    """The shell sends it to itself, and the task would run for long."""
+    start = '"$@" &\n'
+    signal = "kill -TERM $$\n"
+    (container,) = job_of(jobset)["template"]["spec"]["containers"]
+    text = container["command"][2]
+    assert text.count(start) == 1
+    container["command"][2] = text.replace(start, signal + start if moment == "before" else start + signal)
+    pod = shell("exec sleep 60")
+    assert pod.wait(20) == 143  # the task ended by the signal
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -47,8 +47,9 @@ class PlanConfig:
     buffer_factor: a step that overflows the buffers is reported and leaves the state as it was.
     schedule: all microbatches forward first (gpipe), each backward as soon as possible (1f1b), 1f1b with twice as many
     forward passes to warm up (eager_1f1b), which holds up to twice as many microbatches and never runs a forward pass
-    beside a longer backward pass, or 1f1b with several chunks of the model on each stage (interleaved). Stages are split at the `|` of the pattern, or balanced by FLOPs if
-    it has none; the first stage has the embedding, the last one the heads and the MTP block.
+    beside a longer backward pass, or 1f1b with several chunks of the model on each stage (interleaved). Stages are
+    split at the `|` of the pattern, or balanced by FLOPs if it has none; the first stage has the embedding, the last
+    one the heads and the MTP block.
     stream: with `whole`, norms and biases are computed on every tensor rank, and outputs of layers are summed over the
     ranks by all-reduce instead of reduce-scatter and all-gather: as many bytes, more activations. Each rank still sends
     its own share of the tokens to routed experts.

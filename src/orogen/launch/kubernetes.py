@@ -25,12 +25,16 @@ STOPPED = 75  # the exit status of a process that stopped because its pod was to
 NAME = re.compile(r"[a-z]([a-z0-9-]{0,40}[a-z0-9])?")  # pods add to it, and have names of 63 letters at most
 CLAIM = re.compile(r"([a-z0-9][a-z0-9.-]*):(/[^:]*)")
 
-# `$@` is the task. sh passes SIGTERM on, which ends `wait`, so that it waits again.
+# `$@` is the task. sh passes SIGTERM on, also one that comes before the task runs; it ends `wait`, so that sh waits
+# again. A signal that meets the task between fork and exec is lost, hence the second one after a moment.
 SHELL = f"""\
-[ "${{RESTART_ATTEMPT:-0}}" = 0 ] || set -- "$@" ${{CONTINUE:-}}
 asked=0
-trap 'asked=1; kill -TERM "$task"' TERM
+trap 'asked=1; [ -z "$!" ] || kill -TERM "$!"' TERM
+[ "${{RESTART_ATTEMPT:-0}}" = 0 ] || set -- "$@" ${{CONTINUE:-}}
+[ "$asked" = 0 ] || exit {STOPPED}
 "$@" &
+sleep 1
+[ "$asked" = 0 ] || kill -TERM "$!"
 task=$!
 wait "$task"
 status=$?

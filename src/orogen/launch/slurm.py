@@ -4,6 +4,10 @@ The job's script starts one process per node, or more that share its GPUs, by sr
 before the time limit, tells the processes, which save and end, and puts the job back into the queue, where it
 continues. A job that fails goes back too, a limited number of times, unless its input is bad; one whose node fails is
 put back by SLURM. Failures are counted in a file beside the logs, since SLURM's own count includes the time limits.
+
+Tried with SLURM 22.05, two nodes on one machine (`slurmd -N n1` and `-N n2`, each with a port of its own, the names n1
+and n2 in /etc/hosts): after SIGKILL of a task, and after the signal that comes before the time limit, whether it came
+during `setup` or while the tasks ran, the run went on; bad input of one task ended the job.
 """
 
 import re
