@@ -67,9 +67,10 @@ def said(tmp_path, name: str) -> list[str] | None:
 
 def test_the_task_arrives_as_it_was_written(ran, tmp_path):
     batch = ran(
-        Job(processes=1, cpus=3, setup=["export FROM_SETUP='x  y'"]),
+        Job(processes=1, setup=["export FROM_SETUP='x  y'"]),
         TASK,
         f'echo "$OROGEN_CLUSTER $FROM_SETUP" > {tmp_path}/env',
+        SLURM_CPUS_PER_TASK="3",
     )
     assert batch.wait(20) == 0
     options = ["--kill-on-bad-exit=1", "--label", "--cpus-per-task=3"]
@@ -80,7 +81,7 @@ def test_the_task_arrives_as_it_was_written(ran, tmp_path):
 
 def test_a_job_that_was_put_back_resumes(ran, tmp_path):
     assert ran(Job(processes=1), TASK, "", SLURM_RESTART_COUNT="1").wait(20) == 0
-    assert said(tmp_path, "srun")[-1] == "--resume"
+    assert said(tmp_path, "srun")[-1] == "--resume" and said(tmp_path, "srun")[2] == sys.executable
 
 
 def failures(tmp_path) -> int:

@@ -48,7 +48,8 @@ fi
 
 status=0
 if [ "$ending" = 0 ]; then
-  srun --kill-on-bad-exit=1 --label{srun} "${{task[@]}}" &
+  # Since 22.05, srun does not take this number over from sbatch.
+  srun --kill-on-bad-exit=1 --label ${{SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}} "${{task[@]}}" &
   step=$!
   next=0
   while kill -0 "$step" 2>/dev/null; do
@@ -119,10 +120,8 @@ def render(job: Job, task: Sequence[str], logs: Path) -> str:
     for line in (*lines, *job.options):
         if PLAIN.fullmatch(line) is None:
             raise ConfigError(f"option {line!r} of {SUBMIT}; expected letters, digits and {'.,:@%/+=[]*-_'!r} alone")
-    beside = shlex.quote(str(logs.absolute()))
     return SCRIPT.format(
-        logs=beside,
-        srun="" if job.cpus is None else f" --cpus-per-task={job.cpus}",  # since 22.05 not taken over from sbatch
+        logs=shlex.quote(str(logs.absolute())),
         again=AGAIN_SECONDS,
         verdict=VERDICT,
         bad_input=EXIT_BAD_INPUT,
