@@ -20,8 +20,8 @@ def tell(status: Any) -> Any:
         try:
             with Path(path).open("x") as file:
                 file.write(f"{status}\n")
-        except FileExistsError:
-            pass
+        except FileExistsError:  # another process failed before
+            return status
         except OSError as error:
             say(f"orogen: {path} cannot be written ({error.strerror}); the task may be started again")
     return status

@@ -2,7 +2,8 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 COMPILING, EVALUATING, SAVING, STARTING = "compile_seconds", "evaluate_seconds", "save_seconds", "start_seconds"
 
@@ -41,7 +42,7 @@ class Clock:
         self._since, self._aside = done, 0.0
         return seconds
 
-    def spent(self) -> dict[str, float]:
-        """The seconds spent aside since the last call, by kind."""
+    def spent(self, record: Mapping[str, Any] | None = None) -> dict[str, float]:
+        """The seconds spent aside since the last call, by kind; added to those that the record has, if one is given."""
         found, self._spent = self._spent, {}
-        return found
+        return {kind: seconds + (record or {}).get(kind, 0.0) for kind, seconds in found.items()}

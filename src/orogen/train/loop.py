@@ -144,14 +144,9 @@ class Loop:
         self.saver.wait()
         if int(state.step) > self.first_step:
             try:
-                self._amend(writer, {})
+                writer.amend(self.clock.spent(writer.last))
             except OSError as error:
                 self.log(f"the seconds of the last checkpoint are not in the metrics ({error.strerror})")
-
-    def _amend(self, writer: MetricsWriter | SilentWriter, scores: dict[str, float]) -> None:
-        """Adds to the last record what became known after it was written. Seconds add up."""
-        last = writer.last or {}
-        writer.amend(scores | {key: last.get(key, 0.0) + seconds for key, seconds in self.clock.spent().items()})
 
     def finish(self, state: TrainState, writer: MetricsWriter | SilentWriter) -> None:
         """Starts writing the state after the last step of this call. Not after a stop among bad steps from which the
@@ -174,7 +169,7 @@ class Loop:
             return
         owed = number % train.evaluate_every == 0 and not set(self.evaluation.sampled) <= last.keys()
         if owed or (number == train.steps and not set(self.evaluation.whole) <= last.keys()):
-            self._amend(writer, self._scores(number, state))
+            writer.amend(self._scores(number, state) | self.clock.spent(last))
 
     def steps(self, state: TrainState, writer: MetricsWriter | SilentWriter) -> TrainState:
         """Runs to the end or to a stop, going back past bad steps on the way."""
