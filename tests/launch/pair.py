@@ -133,6 +133,7 @@ def failing_saves(folder: Path) -> dict[str, Any]:
     """By fault: the error here, after how many seconds, and whether the next checkpoint is whole."""
     import jax
     import numpy as np
+    from orbax.checkpoint._src.futures import future
 
     from orogen.checkpoint.steps import Checkpoints, NotSavedError, with_shardings
     from orogen.model.layout import Whole
@@ -162,7 +163,7 @@ def failing_saves(folder: Path) -> dict[str, Any]:
             distributed.from_all(None)
             here = sorted(path.name for path in checkpoints.folder.iterdir())
             found[name] = {"error": error, "seconds": seconds, "whole": whole, "folders": here, "step": step}
-    found["threads"] = [thread.name for thread in threading.enumerate() if "async_save" in thread.name]
+    found["threads"] = [thread.name for thread in threading.enumerate() if isinstance(thread, future._SignalingThread)]
     return found
 
 

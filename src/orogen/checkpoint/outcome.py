@@ -7,6 +7,7 @@ that are not written.
 import contextlib
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator
 
 import orbax.checkpoint as ocp
@@ -15,6 +16,7 @@ from orbax.checkpoint._src.futures import future, synchronization  # what orbax 
 from orogen.parallel import distributed
 
 FAILED = -1  # settled in place of the step
+ABANDONED_SECONDS = 60  # of waiting for what is already being written
 ELSEWHERE = "another process could not do its part"
 
 
@@ -34,7 +36,7 @@ def shared(done: str, step: int) -> Iterator[None]:
         if distributed.first() or ended == FAILED:
             distributed.propose(done, ended)
         if ended == FAILED:
-            _release()
+            _abandon()
     if distributed.count() > 1 and distributed.wait_until_settled(done) == FAILED:
         raise ElsewhereError(ELSEWHERE)
 
@@ -53,11 +55,14 @@ def new_writer(done: Callable[[], str]) -> ocp.AsyncCheckpointer:
     return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
 
 
-def _release() -> None:
-    """Lets the threads of all processes go on that wait for orbax to make the folders of the write that has failed.
-    What they write then is removed with what else it leaves."""
+def _abandon() -> None:
+    """Lets the threads of all processes go on that wait for orbax to make the folders of the write that has failed, and
+    waits for those of this one: what they write is removed after that."""
     contract, number = future.AwaitableSignalsContract, synchronization.OperationIdGenerator.get_current_operation_id()
     future.set_signals(contract.get_awaitable_signals_from_contract(number), operation_id=number)
+    for thread in threading.enumerate():
+        if isinstance(thread, future._SignalingThread):
+            threading.Thread.join(thread, ABANDONED_SECONDS)  # orbax's own `join` raises what the thread raised
 
 
 def failed(done: str) -> None:
