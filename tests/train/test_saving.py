@@ -1,9 +1,12 @@
 """When checkpoints are written, and that a run outlives one that cannot be."""
 
 import concurrent.futures
+import threading
 
 import jax.numpy as jnp
 import pytest
+from orbax.checkpoint._src.futures import future
+from orbax.checkpoint._src.path import atomicity
 from tests.helpers import run_config
 
 from orogen.checkpoint import checksums
@@ -114,3 +117,22 @@ def test_training_goes_on_without_a_checkpoint_that_cannot_be_written(tmp_path, 
         f"checkpoint {step} could not be written to {tmp_path / 'checkpoints'}: {reason.format(last)}"
         for step, last in ((3, 1), (5, 4))
     ]
+
+
+def test_folders_that_cannot_be_made_leave_neither_threads_nor_files(tmp_path, monkeypatch):
+    """orbax's own would wait for the folders for minutes, and hold up the end of the process."""
+
+    async def full(*arguments, **named):
+        raise OSError(28, "No space left on device")
+
+    with Checkpoints(tmp_path) as checkpoints:
+        one = saver(checkpoints)
+        one.start([])
+        with monkeypatch.context() as patched, pytest.raises(NotSavedError, match="No space left on device"):
+            patched.setattr(atomicity, "_create_paths", full)
+            one.save(state(1), {}, WHOLE)
+            checkpoints.wait()
+        assert not [thread for thread in threading.enumerate() if isinstance(thread, future._SignalingThread)]
+        assert list(checkpoints.folder.iterdir()) == []
+        one.save(state(2), {}, WHOLE)
+        assert saved(checkpoints) == [2]
