@@ -18,7 +18,7 @@ from orogen.config.checks import ConfigError
 from orogen.parallel.cluster import Cluster
 from orogen.parallel.roll_call import call_roll
 
-START_SECONDS = 50.0  # of waiting for all processes, unless the environment has another number
+START_SECONDS = 40.0  # of waiting for all processes, unless the environment has another number; imports come first
 START_VARIABLE = "OROGEN_START_SECONDS"
 # A process that is not heard of for this long counts as dead, and the runtime ends the others.
 HEARTBEAT_SECONDS = 40
