@@ -17,6 +17,7 @@ from orogen.parallel import distributed
 
 FAILED = -1  # settled in place of the step
 ABANDONED_SECONDS = 60  # of waiting for what is already being written
+LOOK_SECONDS = 0.5  # between looks at the others, while this process writes
 ELSEWHERE = "another process could not do its part"
 
 
@@ -53,6 +54,26 @@ def new_writer(done: Callable[[], str]) -> ocp.AsyncCheckpointer:
 
     options = ocp.options.AsyncOptions(barrier_sync_fn=meet if distributed.count() > 1 else None)
     return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
+
+
+def wait(writer: ocp.AsyncCheckpointer, done: str) -> None:
+    """Waits for this process's part of what `writer` writes. Raises what it raises, and ElsewhereError if another part
+    has failed, for which orbax may wait much longer."""
+    if distributed.count() > 1:
+        while (thread := writer._async_manager._thread) is not None and thread.is_alive():
+            if distributed.settled(done) == FAILED:
+                _cancel()
+            thread.join(LOOK_SECONDS)
+    writer.wait_until_finished()
+    if distributed.count() > 1 and distributed.settled(done) == FAILED:
+        raise ElsewhereError(ELSEWHERE)
+
+
+def _cancel() -> None:
+    """Ends the threads of orbax that are at work: they may wait for what the part that failed does not do."""
+    for thread in threading.enumerate():
+        if isinstance(thread, future._SignalingThread) and getattr(thread, "main_task", None) is not None:
+            thread.cancel()
 
 
 def _abandon() -> None:

@@ -210,7 +210,7 @@ class Checkpoints:
         processes, the first does, once orbax has the parts of all; the others wait for that."""
         assert self._writer is not None
         with outcome.shared(done, step):
-            self._writer.wait_until_finished()
+            outcome.wait(self._writer, done)
             if distributed.first():
                 self._complete(partial, step, best)
 
