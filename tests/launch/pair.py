@@ -175,6 +175,7 @@ def together(recipe: Path, folder: Path) -> None:
     distributed.start(read_cluster(os.environ.pop(VARIABLE), os.environ))
     facts: dict[str, Any] = {"refused": command(recipe, folder / "refused", 2, {"data": 2})}
     facts["began"] = command(recipe, folder / "crossing", 2, CROSSING, "--json")
+    facts["wrote"] = [(folder / "crossing" / name).is_file() for name in ("report.html", "samples.txt")]
     (folder / "crossing.begun").touch()
     wait_for(folder / "mixed.begun")
     facts["lines"] = by_minutes(recipe, folder / "mixed")

@@ -1,7 +1,7 @@
 """A run on two processes is the run on one: the same metrics and checkpoints, to the bit; and what else takes two.
 
-The processes are compiled as users' are: under the flags with which other tests compile fast, XLA:CPU does not compile
-the optimizer's update to the same code in both kinds of run (observed with jax 0.10.1).
+The processes are compiled with less optimisation than users' are. Under all of the flags with which other tests compile
+fast, XLA:CPU does not compile the optimizer's update to the same code in both kinds of run (observed with jax 0.10.1).
 """
 
 import json
@@ -91,7 +91,7 @@ def assert_same(one: Path, two: Path, step: int) -> None:
 def test_two_processes_begin_as_one_and_one_goes_on(folder, facts):
     assert [one["began"] for one in facts] == [0, 0]
     assert_same(folder / "crossing.alone", folder / "crossing", 3)
-    assert (folder / "crossing" / "report.html").is_file() and (folder / "crossing" / "samples.txt").is_file()
+    assert facts[0]["wrote"] == [True, True]  # the report and the samples, before the other program went on
 
 
 def test_one_process_answers_and_gloo_is_silent(folder):
@@ -122,9 +122,8 @@ def test_the_slow_process_is_named(folder):
 
 
 def test_the_minutes_of_the_first_process_count(folder):
-    """The other's clock stands. `checkpoint_every` does not name step 3."""
-    kept = sorted(int(path.name) for path in (folder / "mixed" / "checkpoints").iterdir())
-    assert kept[-3:] == [2, 3, 4]
+    """The other's clock stands. `checkpoint_every` does not name step 3; the last two checkpoints are kept."""
+    assert sorted(int(path.name) for path in (folder / "mixed" / "checkpoints").iterdir()) == [3, 4]
 
 
 @pytest.mark.parametrize(("name", "process"), pair.FAULTS.items())
