@@ -21,7 +21,7 @@ from orogen.cost.collectives import LAYER_COLLECTIVES, block
 from orogen.cost.communication import step_collectives
 from orogen.cost.flops import LAYER_FLOPS, forward_flops_per_token
 from orogen.cost.ledger import Workload
-from orogen.cost.weights import Weight, weights
+from orogen.cost.weights import LAYER_WEIGHTS, Weight, weights
 from orogen.layers.documents import Documents, documents
 from orogen.layers.linear import linear
 from orogen.layers.parameter import normal
@@ -41,6 +41,7 @@ TABLES: dict[str, dict[str, Any]] = {
     "MIXERS": MIXERS,
     "LAYER_FLOPS": LAYER_FLOPS,
     "LAYER_COLLECTIVES": LAYER_COLLECTIVES,
+    "LAYER_WEIGHTS": LAYER_WEIGHTS,
 }  # fmt: skip
 WIDTH = 32
 
@@ -70,6 +71,10 @@ def toy(monkeypatch):
         "MIXERS": Toy,
         "LAYER_FLOPS": lambda model, _: 4 * model.hidden_size * WIDTH,
         "LAYER_COLLECTIVES": block,
+        "LAYER_WEIGHTS": lambda model: [
+            Weight((WIDTH, model.hidden_size), ("mlp", "embed")),
+            Weight((model.hidden_size, WIDTH), ("embed", "mlp")),
+        ],
     }
     monkeypatch.setitem(LAYERS, "t", "toy")
     monkeypatch.setattr(remat, "EVERY", "".join(LAYERS))  # as it would be, were the letter there at import
