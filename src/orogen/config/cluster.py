@@ -45,7 +45,9 @@ class ClusterConfig:
         object.__setattr__(self, "constants", tuple(self.constants))
         for entry in self.constants:
             _, equals, value = entry.partition("=")
-            require(bool(equals) and _is_number(value), self, "constants", "entries name=value with a number of 0 or more")
+            require(
+                bool(equals) and _is_number(value), self, "constants", "entries name=value with a number of 0 or more"
+            )
 
 
 def _is_number(text: str) -> bool:

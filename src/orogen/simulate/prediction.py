@@ -114,4 +114,10 @@ class Prediction:
         found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for name in ("memory", "rooflines", "communication", "timeline"):
             found[name] = [entry._asdict() for entry in found[name]]
-        return {**found, "flops": dict(self.flops), "seconds": dict(self.seconds), "budget": dict(self.budget), "fits": self.fits}
+        return {
+            **found,
+            "flops": dict(self.flops),
+            "seconds": dict(self.seconds),
+            "budget": dict(self.budget),
+            "fits": self.fits,
+        }
