@@ -1,0 +1,180 @@
+"""What one device holds during a training step, stage by stage, from configs alone.
+
+State is exact for this code; `orogen plan --memory` reads the same from shardings and compares it with the compiled
+step. Letters: r rows of a letter in a chunk.
+"""
+
+import collections
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from orogen.config.dtype import BYTES
+from orogen.config.model import ModelConfig
+from orogen.config.plan import PlanConfig
+from orogen.config.run import OptimizerConfig
+from orogen.cost.kept import FLOAT32, kept_bytes, local, named_bytes
+from orogen.cost.ledger import ENDS, MTP, Ledger, Workload
+from orogen.cost.weights import Weight, Weights, weights
+from orogen.simulate.hardware import Software
+from orogen.simulate.pipeline import Played
+from orogen.simulate.prediction import StageMemory
+
+# Float32 copies of a block of logits that are live at once: logits, exponentials and their gradient.
+LOGITS = 3
+# Of the widest layer, arrays and their gradients.
+WIDEST = 2
+
+
+class Moments(NamedTuple):
+    """Bytes of the optimizer's state per parameter: of matrices, and of vectors and the vocabulary."""
+
+    matrix: float
+    other: float
+
+
+def moments(optimizer: OptimizerConfig | None) -> Moments:
+    """AdamW keeps two moments, Muon one per matrix. None: AdamW in float32."""
+    each = BYTES[optimizer.moment_dtype] if optimizer else FLOAT32
+    return Moments(each if optimizer and optimizer.name == "muon" else 2 * each, 2 * each)
+
+
+def stage_memory(
+    model: ModelConfig, plan: PlanConfig, work: Workload, optimizer: OptimizerConfig | None, software: Software,
+    patterns: Sequence[str], played: Played,
+) -> tuple[StageMemory, ...]:  # fmt: skip
+    """What a device of each stage holds. patterns: the layers of each segment; played: how many passes are in flight.
+
+    In lockstep programs (this code) all stages run one program: each holds as many rows of a letter as the fullest
+    chunk, and as many slots as the fullest stage.
+    """
+    found, held = weights(model, plan.vocab_rows(model.vocab_size)), _Held(model, plan, work, moments(optimizer))
+    alike = bool(software.one_program)
+    layers = {letter: _layer_bytes(letter, model, plan, work) for letter in found.layers}
+    memory = []
+    for stage in range(plan.stage):
+        chunks = patterns[stage :: plan.stage]
+        rows = _rows(patterns, stage, model, plan, alike)
+        parts = collections.Counter(held.of_layers(found, rows))
+        for name in _ends(stage, model, plan, alike):
+            parts.update(held.of(found.parts[name], name))
+        if model.layers.mtp and (alike or stage == plan.stage - 1):
+            parts.update(held.of(found.mtp, MTP))
+        kept, host = _activations(chunks, patterns, stage, model, plan, layers, played, alike)
+        parts["activations"] = kept
+        parts["temporary"] = _temporary(found, chunks, stage, model, plan, work, held)
+        optimizer_host = parts["optimizer"] if plan.offload_optimizer else 0
+        if optimizer_host:
+            parts["optimizer"] = 0
+        memory.append(StageMemory(stage, dict(parts), host + optimizer_host))
+    return tuple(memory)
+
+
+class _Held:
+    """Bytes of parameters and of what belongs to them, on one device."""
+
+    def __init__(self, model: ModelConfig, plan: PlanConfig, work: Workload, each: Moments):
+        self.model, self.plan, self.work, self.moments = model, plan, work, each
+        self.ledgers = {unit: Ledger(unit, plan, model, work) for unit in (ENDS, MTP)}
+        self.ledger = self.ledgers[ENDS]
+        summed = plan.microbatches > 1 or plan.data * plan.context > 1
+        self.gradient = FLOAT32 if summed else work.itemsize
+
+    def of(self, each: Sequence[Weight], unit: str = ENDS) -> dict[str, float]:
+        """By part, the bytes of these parameters, their working copies, gradients and moments."""
+        parts = collections.Counter()
+        for weight in each:
+            stored, inside = (self.ledger.held(weight, stored=s) for s in (True, False))
+            matrix = len(weight.shape) > 1 and "vocab" not in weight.axes
+            parts["parameters"] += FLOAT32 * stored
+            parts["optimizer"] += stored * (self.moments.matrix if matrix else self.moments.other)
+            if self.work.itemsize < FLOAT32 and not weight.float32:
+                parts["working"] += self.work.itemsize * inside
+            parts["gradients"] += self.gradient * (inside if self.plan.fsdp == "optimizer" else stored)
+        return dict(parts)
+
+    def of_layers(self, found: Weights, rows: dict[str, int]) -> dict[str, float]:
+        """The same for so many layers of each letter."""
+        parts = collections.Counter()
+        for letter, n in rows.items():
+            for part, size in self.of(found.layers[letter]).items():
+                parts[part] += n * size
+        return dict(parts)
+
+
+def _rows(patterns: Sequence[str], stage: int, model: ModelConfig, plan: PlanConfig, alike: bool) -> dict[str, int]:
+    """How many layers of each letter a stage holds, with room for those that another chunk has more of."""
+    mtp = [*[""] * (len(patterns) - 1), model.layers.mtp]
+    full = [pattern + block for pattern, block in zip(patterns, mtp, strict=True)]
+    letters = dict.fromkeys("".join(full))
+    if alike and plan.stage > 1:
+        virtual = len(patterns) // plan.stage
+        return {letter: virtual * max(chunk.count(letter) for chunk in full) for letter in letters}
+    mine = "".join(full[stage :: plan.stage])
+    return {letter: mine.count(letter) for letter in letters if letter in mine}
+
+
+def _ends(stage: int, model: ModelConfig, plan: PlanConfig, alike: bool) -> list[str]:
+    """The parts besides layers that a stage holds."""
+    tied, first, last = model.tie_word_embeddings, stage == 0, stage == plan.stage - 1
+    if plan.stage == 1:
+        return ["embedding", "norm", *([] if tied else ["head"])]
+    if alike:
+        both = tied or bool(model.layers.mtp)
+        return ["embedding", "norm", *(["head"] if both and not tied else [])]
+    found = ["embedding"] if first or (last and (tied or model.layers.mtp)) else []
+    return [*found, *(["norm", *([] if tied else ["head"])] if last else [])]
+
+
+def _layer_bytes(letter: str, model: ModelConfig, plan: PlanConfig, work: Workload) -> tuple[float, float]:
+    kept, host = kept_bytes(letter, model, plan, work)
+    return sum(kept.values()), host
+
+
+def _activations(
+    chunks: Sequence[str], patterns: Sequence[str], stage: int, model: ModelConfig, plan: PlanConfig,
+    layers: dict[str, tuple[float, float]], played: Played, alike: bool,
+) -> tuple[float, float]:  # fmt: skip
+    """Bytes of the activations of all passes in flight on the device, and on its host."""
+
+    def of(pattern: str, index: int) -> float:
+        block = model.layers.mtp * model.mtp_depths if pattern is patterns[-1] and stage == plan.stage - 1 else ""
+        return sum(layers[letter][index] for letter in pattern + block)
+
+    if plan.stage == 1:
+        return of(patterns[-1], 0), of(patterns[-1], 1)
+    if alike:
+        block = model.layers.mtp * model.mtp_depths
+        full = [*patterns[:-1], patterns[-1] + block]
+        most = max(sum(layers[letter][0] for letter in chunk) for chunk in full)
+        return most * max(played.slots), 0.0
+    # The first chunks are in flight longest; each pair in flight holds a chunk's activations.
+    mean = sum(of(chunk, 0) for chunk in chunks) / len(chunks)
+    host = sum(of(chunk, 1) for chunk in chunks) / len(chunks)
+    return mean * played.in_flight[stage], host * played.in_flight[stage]
+
+
+def _temporary(
+    found: Weights, chunks: Sequence[str], stage: int, model: ModelConfig, plan: PlanConfig, work: Workload,
+    held: _Held,
+) -> float:  # fmt: skip
+    """The larger of the loss and the widest layer in its backward pass, and two layers' gathered parameters."""
+    here = local(model, plan, work)
+    letters = "".join(chunks) + (model.layers.mtp if stage == plan.stage - 1 else "")
+    widest = max((sum(named_bytes(letter, here).values()) for letter in set(letters)), default=0.0)
+    rows = here.tokens if plan.cross_entropy == "full" else min(here.tokens, plan.logit_rows)
+    columns = plan.vocab_rows(model.vocab_size) // plan.tensor
+    loss = LOGITS * rows * columns * FLOAT32 if stage == plan.stage - 1 else 0.0
+    gathered = 0.0
+    if plan.fsdp == "parameters":
+        one = {letter: held.of(found.layers[letter]) for letter in set(letters)}
+        whole = held.ledger.sizes["fsdp"], held.ledger.sizes["expert_fsdp"]
+        gathered = 2 * max(
+            (sum(_gathered(weight, held, whole) for weight in found.layers[letter]) for letter in one), default=0.0
+        )
+    return max(WIDEST * widest, loss) + gathered
+
+
+def _gathered(weight: Weight, held: _Held, whole: tuple[int, int]) -> float:
+    axes = held.ledger.sharded(weight)
+    ways = held.ledger.ranks(axes) if axes else 1
+    return held.ledger.held(weight) * ways * (FLOAT32 if weight.float32 else held.work.itemsize)

@@ -1,0 +1,78 @@
+"""A pipeline's step as its schedule's table plays it.
+
+Legend: v chunks of a stage, s stages.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orogen.parallel.schedule import Schedule, make_schedule
+from orogen.simulate.timeline import Work, lockstep_passes, timeline
+
+# A table of more passes is played with fewer microbatches, and extended by its period: a steady state repeats after
+# `stages` microbatches.
+MOST_PASSES = 12_000
+
+
+class Played(NamedTuple):
+    """A played schedule: seconds, each stage's passes, and for each stage how many (microbatch, chunk) pairs it holds.
+
+    work: of the microbatches that were played, `played` of them.
+    """
+
+    seconds: float
+    work: tuple[Work, ...]
+    in_flight: tuple[int, ...]
+    slots: tuple[int, ...]
+    played: int
+
+
+def play(
+    kind: str, forward_vs: NDArray[np.float64], backward_vs: NDArray[np.float64], microbatches: int, *,
+    hop: float, lockstep: bool, most: int = MOST_PASSES,
+) -> Played:  # fmt: skip
+    """The step of `microbatches` under the schedule `kind`. hop: seconds until the next stage has what one sends.
+
+    Raises ConfigError as `make_schedule` does.
+    """
+    virtual, stages = forward_vs.shape
+    fewer = _fewer(kind, stages, microbatches, virtual, most)
+    counts = [microbatches] if fewer == microbatches else [fewer, fewer + stages]
+    found = [_play(kind, stages, count, virtual, (forward_vs, backward_vs), hop, lockstep) for count in counts]
+    seconds, work, schedule = found[-1]
+    if len(found) == 2:
+        seconds += (microbatches - counts[-1]) / stages * (seconds - found[0][0])
+    in_flight = schedule.in_flight
+    if kind == "gpipe":
+        in_flight = (microbatches * virtual,) * stages
+    slots = (microbatches * virtual,) * stages if kind == "gpipe" else schedule.stash_slots
+    return Played(seconds, tuple(work), in_flight, slots, counts[-1])
+
+
+@functools.lru_cache(maxsize=64)
+def _schedule(kind: str, stages: int, microbatches: int, virtual: int) -> Schedule:
+    return make_schedule(kind, stages=stages, microbatches=microbatches, virtual=virtual)
+
+
+def _fewer(kind: str, stages: int, microbatches: int, virtual: int, most: int) -> int:
+    """How many microbatches to play: all, or as many as fill the pipeline several times and leave the same rest."""
+    if 2 * stages * virtual * microbatches <= most:
+        return microbatches
+    least = 3 * stages + microbatches % stages
+    if kind == "interleaved" and microbatches % stages:  # refused, with the nearest numbers
+        return microbatches
+    return min(microbatches, least) if least + stages < microbatches else microbatches
+
+
+def _play(
+    kind: str, stages: int, count: int, virtual: int, costs: Sequence[NDArray[np.float64]], hop: float, lockstep: bool
+) -> tuple[float, list[Work], Schedule]:
+    schedule = _schedule(kind, stages, count, virtual)
+    forward_vs, backward_vs = costs
+    player = lockstep_passes if lockstep else timeline
+    work = player(schedule, forward=forward_vs, backward=backward_vs, hop=hop)
+    return max(w.end for w in work), work, schedule
