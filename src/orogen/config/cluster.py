@@ -6,15 +6,15 @@ from typing import Annotated
 
 from orogen.config.checks import ABSENT, check_types, require, require_choice, require_not_negative, require_positive
 
-SOFTWARE = ("orogen", "megatron")
+SOFTWARE = ("orogen", "megatron", "megatron2021")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
     """A cluster for `orogen simulate`. `orogen simulate --hardware` lists what is known of each kind, with sources.
 
-    software: orogen is this code, whose pipeline stages wait for each other at every tick; megatron stands for the
-    programs behind published tables, in which each stage runs as soon as it can.
+    software: orogen is this code, whose pipeline stages run one program; megatron and megatron2021 stand for the
+    programs behind published tables, now and before they hid the traffic of tensor parallelism.
     constants: entries `name=value` replace a constant of the hardware or the software, for example
     ('matmul=0.7', 'overlap_expert=0.93'); `orogen simulate --hardware` lists the names.
     straggler: every step waits for the slowest device, so its compute takes as much longer.
@@ -25,7 +25,7 @@ class ClusterConfig:
     devices: Annotated[int, "number of devices; None: as many as the plan has"] = ABSENT
     node_size: Annotated[int, "devices that share the fast links; None: the hardware's own"] = ABSENT
     memory_gib: Annotated[float, "memory of one device in GiB; None: the hardware's own"] = ABSENT
-    software: Annotated[str, "what trains: orogen, or megatron"] = "orogen"
+    software: Annotated[str, "what trains: orogen, megatron or megatron2021"] = "orogen"
     constants: Annotated[tuple[str, ...], "entries name=value that replace constants of the hardware or software"] = ()
     straggler: Annotated[float, "slowdown of the slowest device's compute; 0: none"] = 0.0
     mtbf_hours: Annotated[float, "mean time between failures of one device in hours; None: nothing fails"] = ABSENT

@@ -30,7 +30,8 @@ PRODUCTS = {
 
 class Local(NamedTuple):
     """The sizes of one microbatch on one device. tokens: those of its context rank; own: its part of the residual
-    stream; routed: those whose experts it chooses; length: the tokens of a whole sequence."""
+    stream; routed: those whose experts it chooses; length: the tokens of a whole sequence. dynamic: whether buffers of
+    rows have the size of what they hold, as in programs whose shapes need not be known when they are compiled."""
 
     model: ModelConfig
     plan: PlanConfig
@@ -40,18 +41,19 @@ class Local(NamedTuple):
     routed: int
     length: int
     itemsize: int
+    dynamic: bool = False
 
     def split(self, size: int) -> int:
         """This device's part of heads, channels or groups that `tensor` splits, at least one of them."""
         return max(1, size // self.plan.tensor)
 
 
-def local(model: ModelConfig, plan: PlanConfig, work: Workload) -> Local:
-    """The sizes of `work` on one device."""
+def local(model: ModelConfig, plan: PlanConfig, work: Workload, *, dynamic: bool = False) -> Local:
+    """The sizes of `work` on one device. dynamic: see `Local`."""
     tokens = work.rows * work.tokens
     own = tokens if plan.stream == "whole" else tokens // plan.tensor
     length = plan.context * work.tokens
-    return Local(model, plan, work.rows, tokens, own, tokens // plan.tensor, length, work.itemsize)
+    return Local(model, plan, work.rows, tokens, own, tokens // plan.tensor, length, work.itemsize, dynamic)
 
 
 def expert_rows(here: Local, imbalance: float = 1.0) -> tuple[float, float]:
@@ -69,15 +71,17 @@ def expert_rows(here: Local, imbalance: float = 1.0) -> tuple[float, float]:
         rows = model.n_routed_experts * capacity * plan.expert_tensor
         return rows, rows
     filled = min(sent * imbalance, most)
+    if here.dynamic:
+        return filled, filled
     if plan.dispatch == "ragged" and plan.buffer_factor is not None:
         room = math.ceil(min(most // plan.expert_tensor, here.routed * k * plan.buffer_factor)) * plan.expert_tensor
         return min(filled, room), room
     return filled, most
 
 
-def kept_bytes(letter: str, model: ModelConfig, plan: PlanConfig, work: Workload) -> tuple[dict[str, float], float]:
+def kept_bytes(letter: str, here: Local) -> tuple[dict[str, float], float]:
     """The bytes that one device keeps of one layer and microbatch, by name; and the bytes that it offloads."""
-    here, remat = local(model, plan, work), plan.layer_remat(letter)
+    model, remat = here.model, here.plan.layer_remat(letter)
     named = named_bytes(letter, here)
     held = {"input": named["input"]}
     if remat.kind == "elementwise":

@@ -12,7 +12,7 @@ from orogen.config.dtype import BYTES
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.run import OptimizerConfig
-from orogen.cost.kept import FLOAT32, kept_bytes, local, named_bytes
+from orogen.cost.kept import FLOAT32, Local, kept_bytes, local, named_bytes
 from orogen.cost.ledger import ENDS, MTP, Ledger, Workload
 from orogen.cost.weights import Weight, Weights, weights
 from orogen.simulate.hardware import Software
@@ -49,7 +49,8 @@ def stage_memory(
     """
     found, held = weights(model, plan.vocab_rows(model.vocab_size)), _Held(model, plan, work, moments(optimizer))
     alike = bool(software.one_program)
-    layers = {letter: _layer_bytes(letter, model, plan, work) for letter in found.layers}
+    here = local(model, plan, work, dynamic=bool(software.dynamic))
+    layers = {letter: _layer_bytes(letter, here) for letter in found.layers}
     memory = []
     for stage in range(plan.stage):
         chunks = patterns[stage :: plan.stage]
@@ -61,7 +62,7 @@ def stage_memory(
             parts.update(held.of(found.mtp, MTP))
         kept, host = _activations(chunks, patterns, stage, model, plan, layers, played, alike)
         parts["activations"] = kept
-        parts["temporary"] = _temporary(found, chunks, stage, model, plan, work, held)
+        parts["temporary"] = _temporary(found, chunks, stage, here, held)
         optimizer_host = parts["optimizer"] if plan.offload_optimizer else 0
         if optimizer_host:
             parts["optimizer"] = 0
@@ -125,8 +126,8 @@ def _ends(stage: int, model: ModelConfig, plan: PlanConfig, alike: bool) -> list
     return [*found, *(["norm", *([] if tied else ["head"])] if last else [])]
 
 
-def _layer_bytes(letter: str, model: ModelConfig, plan: PlanConfig, work: Workload) -> tuple[float, float]:
-    kept, host = kept_bytes(letter, model, plan, work)
+def _layer_bytes(letter: str, here: Local) -> tuple[float, float]:
+    kept, host = kept_bytes(letter, here)
     return sum(kept.values()), host
 
 
@@ -153,12 +154,9 @@ def _activations(
     return mean * played.in_flight[stage], host * played.in_flight[stage]
 
 
-def _temporary(
-    found: Weights, chunks: Sequence[str], stage: int, model: ModelConfig, plan: PlanConfig, work: Workload,
-    held: _Held,
-) -> float:  # fmt: skip
+def _temporary(found: Weights, chunks: Sequence[str], stage: int, here: Local, held: _Held) -> float:
     """The larger of the loss and the widest layer in its backward pass, and two layers' gathered parameters."""
-    here = local(model, plan, work)
+    model, plan = here.model, here.plan
     letters = "".join(chunks) + (model.layers.mtp if stage == plan.stage - 1 else "")
     widest = max((sum(named_bytes(letter, here).values()) for letter in set(letters)), default=0.0)
     rows = here.tokens if plan.cross_entropy == "full" else min(here.tokens, plan.logit_rows)

@@ -19,10 +19,11 @@ class Shares:
     matmul: Annotated[float, "share of the peak that large products of matrices reach"] = 0.80
     matmul_fp8: Annotated[float, "the same, of the FP8 peak, for products of operands in 8 bits"] = 0.62
     depth: Annotated[float, "contracted size at which a product reaches half of that share"] = 120.0
-    grouped: Annotated[float, "share of the peak that the experts' grouped products reach, padding included"] = 0.68
-    padding: Annotated[float, "rows to a multiple of which each expert's rows are padded"] = 128.0
-    attention_forward: Annotated[float, "share of the peak, fused attention, forward pass"] = 0.62
-    attention_backward: Annotated[float, "share of the peak, fused attention, backward pass of five products"] = 0.47
+    grouped: Annotated[float, "share of the peak that large grouped products of experts reach"] = 0.77
+    padding: Annotated[float, "rows that each expert's products cost beside its own, in padding and changes"] = 128.0
+    attention_forward: Annotated[float, "share of the peak, fused attention of long sequences, forward pass"] = 0.67
+    attention_backward: Annotated[float, "share of the peak, fused attention of long sequences, backward pass of five products"] = 0.54
+    attention_length: Annotated[float, "length at which fused attention reaches half of those shares"] = 1000.0
     scores: Annotated[float, "share of the peak, products of attention that writes its scores"] = 0.35
     ssd_forward: Annotated[float, "share of the memory bandwidth, SSD and scans, forward pass"] = 0.60
     ssd_backward: Annotated[float, "share of the memory bandwidth, SSD and scans, backward pass"] = 0.47
@@ -30,7 +31,8 @@ class Shares:
     launch: Annotated[float, "seconds that a kernel takes beside its work"] = 4e-6
     node: Annotated[float, "share of the node's links that large collectives reach"] = 0.80
     node_few: Annotated[float, "loss of that share with two devices, relative; with n devices 2/n of it"] = 0.28
-    network: Annotated[float, "share of the network between nodes that large collectives reach"] = 0.80
+    network: Annotated[float, "share of the network between nodes that large exchanges reach"] = 0.90
+    gathers: Annotated[float, "time of gathers and sums of parameters that are sharded layer by layer, over exchanges of as many bytes"] = 2.0
     node_latency: Annotated[float, "seconds before the first byte, within a node"] = 6e-6
     network_latency: Annotated[float, "seconds before the first byte, between nodes"] = 20e-6
     congestion: Annotated[float, "loss of the network's share per doubling of the nodes in a group, relative"] = 0.0
@@ -89,7 +91,7 @@ BLACKWELL = {
     "host_bandwidth": 200e9,
     "cores": 148,
     "tile": (128, 256),
-    "shares": Shares(node=0.62, node_few=0.0, matmul=0.75, matmul_fp8=0.60, grouped=0.55),
+    "shares": Shares(node=0.62, node_few=0.0, matmul=0.80, matmul_fp8=0.50, grouped=0.72, memory=0.65),
 }
 
 KINDS = {
@@ -100,7 +102,7 @@ KINDS = {
             memory_bytes=79.1 * GIB, bandwidth=2.039e12, node_size=8, node_bandwidth=300e9, network_bandwidth=25e9,
             host_bandwidth=25e9, cores=108, tile=(128, 256), watts=812,
             source="NVIDIA A100 data sheet; DGX A100 with eight HDR 200 Gb/s adapters (arXiv:2104.04473, section 5)",
-            fitted="the A100 rows of experiments/published_tables/fitted.json",
+            fitted="the A100 rows of experiments/published_tables/fitted.json", shares=Shares(gathers=1.4),
         ),
         Hardware(
             name="h100", title="NVIDIA H100 SXM 80 GB", memory_bytes=79.1 * GIB, bandwidth=3.35e12, watts=1275,
@@ -164,8 +166,9 @@ class Software:
     overlap_expert: Annotated[float, "share of the exchanges with experts that is hidden"] = 0.0
     overlap_data: Annotated[float, "share of gradients and sharded parameters that is hidden"] = 0.8
     overlap_stage: Annotated[float, "share of a pipeline's sends that is hidden"] = 0.0
-    contention: Annotated[float, "slowdown of the compute beside which something is sent"] = 0.2
+    contention: Annotated[float, "slowdown of the compute beside which something is sent"] = 0.6
     step_seconds: Annotated[float, "seconds of a step in which a device waits for its host"] = 5e-3
+    dynamic: Annotated[float, "1 if buffers of experts' rows have the size of what they hold, else 0"] = 0.0
     recompute_all: Annotated[float, "1 if a recomputed layer's last product is repeated, which no gradient needs"] = 0.0
     grouped_fp8: Annotated[float, "1 if FP8 applies to the experts' products too"] = 0.0
     once_per_node: Annotated[float, "1 if a token is sent once to each node that has some of its experts, else 0"] = 0.0
@@ -176,7 +179,8 @@ PROGRAMS = {
     "orogen": Software(
         one_program=1.0, tick_seconds=1.5e-3, overlap_tensor=0.2, overlap_context=0.5, overlap_expert=0.6, overlap_data=0.85, contention=0.7
     ),
-    "megatron": Software(recompute_all=1.0, grouped_fp8=1.0),
+    "megatron2021": Software(recompute_all=1.0),
+    "megatron": Software(recompute_all=1.0, grouped_fp8=1.0, dynamic=1.0, overlap_context=0.95, overlap_tensor=0.6),
 }
 
 

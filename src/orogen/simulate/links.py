@@ -46,8 +46,10 @@ class Links:
         latency = shares.network_latency
         others = (ranks - near) / (ranks - 1)
         if record.operation in ("all-gather", "reduce-scatter", "all-reduce"):
-            # Rings on as many rails as the group has devices in a node: each byte enters a node once.
-            crossing, within = record.bytes * others / near, record.bytes
+            # Rings run on as many rails as the group has devices in a node, so that each byte enters a node once. Many
+            # small gathers, one per layer, were measured as if each device received everything on its own.
+            crossing = record.bytes * others * (shares.gathers if record.part == "weights" else 1 / near)
+            within = record.bytes
         elif record.operation == "collective-permute":
             crossing, within = record.bytes, 0.0
         else:
@@ -59,10 +61,11 @@ class Links:
 
     def _copies(self, nodes: float) -> float:
         """Nodes that a token with evenly chosen experts is sent to, over its experts in other nodes."""
-        k = self.k
-        return (nodes - 1) * (1 - (1 - 1 / nodes) ** k) / (k * (1 - 1 / nodes))
+        reached = nodes * (1 - (1 - 1 / nodes) ** self.k)
+        reached = min(reached, max(1.0, nodes * self.groups))
+        return reached / self.k
 
-    k = 1
+    k, groups = 1, 1.0
 
 
 def kind_of(record: Collective) -> str:
@@ -74,6 +77,7 @@ def links_of(hardware: Hardware, software: Software, ledger: Ledger) -> Links:
     """The links of a ledger's plan; its sizes include axes for copies."""
     found = Links(hardware, software, ledger.plan, ledger.sizes)
     found.k = ledger.model.num_experts_per_tok or 1
+    found.groups = ledger.model.topk_group / ledger.model.n_group
     return found
 
 

@@ -20,7 +20,7 @@ class Operation(NamedTuple):
     kind: matmul, grouped, attention, scores, ssd or memory. flops, bytes: of the forward pass; back: of the backward
     pass. shape: (m, k, n) of a product, whose gradients have (m, n, k) and (k, m, n). makes: the name of what it
     computes (config/remat.py), "" if that has none. kernels: launches of the forward pass; the backward pass has twice
-    as many. last: whether no gradient needs its result.
+    as many. groups: experts of a grouped product. length: tokens that attention sees at most. last: whether no gradient needs its result.
     """
 
     name: str
@@ -32,6 +32,7 @@ class Operation(NamedTuple):
     makes: str = ""
     kernels: float = 1
     groups: float = 1
+    length: float = 1
     last: bool = False
 
 
@@ -104,7 +105,9 @@ def _core(here: Local, heads: int, key: int, value: int, window: int | None = No
     if here.plan.attention != "full" or here.plan.context > 1:
         flops = 2 * n * heads * (key + value) * seen_keys(length, window or length)
         # The backward pass computes the scores again: five products for two.
-        return [Operation("attention", "attention", flops, moved, (2.5 * flops, 2 * moved), makes="attention")]
+        back = 2.5 * flops, 2 * moved
+        most = min(length, window or length)
+        return [Operation("attention", "attention", flops, moved, back, makes="attention", length=most)]
     flops, scores = 2 * n * heads * (key + value) * length, n * heads * length * size
     forward, backward = (moved + passes * scores for passes in SCORE_PASSES)
     return [Operation("attention", "scores", flops, forward, (2 * flops, backward), makes="core", kernels=4)]

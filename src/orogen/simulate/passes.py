@@ -70,12 +70,13 @@ class Passes:
         self.model, self.plan, self.work, self.imbalance = model, plan, work, imbalance
         self.hardware, self.software = machine
         self.slower = 1 + straggler
+        self.here = local(model, plan, work, dynamic=bool(self.software.dynamic))
         self.clock = Clock(self.hardware, self.software, plan, dtype)
         self.links = links_of(self.hardware, self.software, Ledger(ENDS, plan, model, work))
         self.unit = functools.cache(self._unit)
 
     def _unit(self, name: str) -> Unit:
-        here = local(self.model, self.plan, self.work)
+        here = self.here
         if name in (EMBEDDING, HEAD):
             first, last = end_operations(here, 1 + self.model.mtp_depths)
             # The ledger has the two together. The embedding sends its output, the head all the rest.
@@ -96,7 +97,7 @@ class Passes:
         if plan.microbatches > 1:
             backward += numbers * (2 * FLOAT32 + self.work.itemsize)
         if plan.stage > 1 and self.software.one_program:
-            kept = 0.0 if name == MTP else sum(kept_bytes(name, self.model, plan, self.work)[0].values())
+            kept = 0.0 if name == MTP else sum(kept_bytes(name, self.here)[0].values())
             copied = 2 * numbers * self.work.itemsize + 2 * kept
             forward, backward = forward + copied, backward + copied
         return [memory("accumulate", forward, backward)] if forward + backward else []

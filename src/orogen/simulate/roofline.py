@@ -41,14 +41,13 @@ class Clock:
         if operation.kind == "grouped":
             share = shares.grouped * (shares.matmul_fp8 / shares.matmul if self.grouped == "fp8" else 1)
             rows = operation.shape[0] / operation.groups
-            padded = math.ceil(max(rows, 1e-9) / shares.padding) * shares.padding if rows < shares.padding else (
-                rows + shares.padding / 2
-            )
-            return flops / (peaks[self.grouped] * share) * padded / max(rows, 1e-9)
-        share = {
-            "attention": shares.attention_backward if backward else shares.attention_forward,
-            "scores": shares.scores,
-        }.get(operation.kind, shares.scores)
+            padded = rows + shares.padding
+            depth = operation.shape[1] / (operation.shape[1] + shares.depth)
+            return flops / (peaks[self.grouped] * share * depth) * padded / max(rows, 1e-9)
+        share = shares.scores
+        if operation.kind == "attention":
+            share = shares.attention_backward if backward else shares.attention_forward
+            share *= operation.length / (operation.length + shares.attention_length)
         return flops / (peaks[self.dtype] * share)
 
     def _shape_share(self, m: float, k: float, n: float) -> float:
