@@ -127,3 +127,8 @@ def _folds(config: PlanConfig, model: ModelConfig) -> bool:
     except FoldError:
         return False
     return True
+
+
+def fits(config: PlanConfig, model: ModelConfig) -> bool:
+    """Whether `fold_plan` accepts the plan; fast, since it looks for no others."""
+    return all(check.passes for check in _checks(config, model)) and _folds(config, model)

@@ -16,7 +16,7 @@ from orogen.cost.kept import FLOAT32, Local, kept_bytes, local, named_bytes
 from orogen.cost.ledger import ENDS, MTP, Ledger, Workload
 from orogen.cost.weights import Weight, Weights, weights
 from orogen.simulate.hardware import Software
-from orogen.simulate.pipeline import Played
+from orogen.simulate.pipeline import Flight
 from orogen.simulate.prediction import StageMemory
 
 # Float32 copies of a block of logits that are live at once: logits, exponentials and their gradient.
@@ -40,9 +40,10 @@ def moments(optimizer: OptimizerConfig | None) -> Moments:
 
 def stage_memory(
     model: ModelConfig, plan: PlanConfig, work: Workload, optimizer: OptimizerConfig | None, software: Software,
-    patterns: Sequence[str], played: Played,
+    patterns: Sequence[str], flight: Flight, *, ends: bool = False,
 ) -> tuple[StageMemory, ...]:  # fmt: skip
-    """What a device of each stage holds. patterns: the layers of each segment; played: how many passes are in flight.
+    """What a device of each stage holds. patterns: the layers of each segment; flight: how many passes are in flight.
+    ends: of the first and the last stage alone.
 
     In lockstep programs (this code) all stages run one program: each holds as many rows of a letter as the fullest
     chunk, and as many slots as the fullest stage.
@@ -52,7 +53,7 @@ def stage_memory(
     here = local(model, plan, work, dynamic=bool(software.dynamic))
     layers = {letter: _layer_bytes(letter, here) for letter in found.layers}
     memory = []
-    for stage in range(plan.stage):
+    for stage in dict.fromkeys((0, plan.stage - 1)) if ends else range(plan.stage):
         chunks = patterns[stage :: plan.stage]
         rows = _rows(patterns, stage, model, plan, alike)
         parts = collections.Counter(held.of_layers(found, rows))
@@ -60,7 +61,7 @@ def stage_memory(
             parts.update(held.of(found.parts[name], name))
         if model.layers.mtp and (alike or stage == plan.stage - 1):
             parts.update(held.of(found.mtp, MTP))
-        kept, host = _activations(chunks, patterns, stage, model, plan, layers, played, alike)
+        kept, host = _activations(chunks, patterns, stage, model, plan, layers, flight, alike)
         parts["activations"] = kept
         parts["temporary"] = _temporary(found, chunks, stage, here, held)
         optimizer_host = parts["optimizer"] if plan.offload_optimizer else 0
@@ -133,7 +134,7 @@ def _layer_bytes(letter: str, here: Local) -> tuple[float, float]:
 
 def _activations(
     chunks: Sequence[str], patterns: Sequence[str], stage: int, model: ModelConfig, plan: PlanConfig,
-    layers: dict[str, tuple[float, float]], played: Played, alike: bool,
+    layers: dict[str, tuple[float, float]], flight: Flight, alike: bool,
 ) -> tuple[float, float]:  # fmt: skip
     """Bytes of the activations of all passes in flight on the device, and on its host."""
 
@@ -147,11 +148,11 @@ def _activations(
         block = model.layers.mtp * model.mtp_depths
         full = [*patterns[:-1], patterns[-1] + block]
         most = max(sum(layers[letter][0] for letter in chunk) for chunk in full)
-        return most * max(played.slots), 0.0
+        return most * max(flight.slots), 0.0
     # The first chunks are in flight longest; each pair in flight holds a chunk's activations.
     mean = sum(of(chunk, 0) for chunk in chunks) / len(chunks)
     host = sum(of(chunk, 1) for chunk in chunks) / len(chunks)
-    return mean * played.in_flight[stage], host * played.in_flight[stage]
+    return mean * flight.in_flight[stage], host * flight.in_flight[stage]
 
 
 def _temporary(found: Weights, chunks: Sequence[str], stage: int, here: Local, held: _Held) -> float:

@@ -17,7 +17,7 @@ class Shares:
     """What a kind of hardware reaches of its peaks. Times are in seconds."""
 
     matmul: Annotated[float, "share of the peak that large products of matrices reach"] = 0.80
-    matmul_fp8: Annotated[float, "the same, of the FP8 peak, for products of operands in 8 bits"] = 0.62
+    matmul_fp8: Annotated[float, "the same, of the FP8 peak, for products of operands in 8 bits"] = 0.67
     depth: Annotated[float, "contracted size at which a product reaches half of that share"] = 120.0
     grouped: Annotated[float, "share of the peak that large grouped products of experts reach"] = 0.77
     padding: Annotated[float, "rows that each expert's products cost beside its own, in padding and changes"] = 128.0
@@ -91,7 +91,7 @@ BLACKWELL = {
     "host_bandwidth": 200e9,
     "cores": 148,
     "tile": (128, 256),
-    "shares": Shares(node=0.62, node_few=0.0, matmul=0.80, matmul_fp8=0.50, grouped=0.72, memory=0.65),
+    "shares": Shares(node=0.62, node_few=0.0, matmul=0.85, matmul_fp8=0.50, grouped=0.72, memory=0.55, padding=256.0),
 }
 
 KINDS = {

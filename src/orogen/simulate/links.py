@@ -14,6 +14,8 @@ KINDS = {
     "ring": "context", "keys": "context", "heads": "context", "states": "context", "halo": "context",
     "targets": "context", "stream": "stage",
 }  # fmt: skip
+# What `PlanConfig.shift` sends.
+SHIFTED = ("ring", "states", "halo", "targets", "counts")
 KIND_NAMES = ("tensor", "context", "expert", "data", "stage")
 
 
@@ -37,6 +39,8 @@ class Links:
     def seconds(self, record: Collective) -> tuple[float, str]:
         """The time of a record's collectives, and the link that bounds them: `node` or `network`."""
         ranks, near = self.group(record.axes)
+        if self._shifted(record):
+            record = record._replace(bytes=record.bytes / (ranks - 1))
         nodes = ranks / near
         shares, latency = self.shares, self.shares.node_latency
         inside = self.hardware.node_bandwidth * shares.node * (1 - shares.node_few * 2 / max(near, 2))
@@ -50,7 +54,7 @@ class Links:
             # small gathers, one per layer, were measured as if each device received everything on its own.
             crossing = record.bytes * others * (shares.gathers if record.part == "weights" else 1 / near)
             within = record.bytes
-        elif record.operation == "collective-permute":
+        elif record.operation == "collective-permute" or self._shifted(record):
             crossing, within = record.bytes, 0.0
         else:
             crossing, within = record.bytes * others, record.bytes * (near - 1) / (ranks - 1)
@@ -58,6 +62,10 @@ class Links:
                 crossing *= self._copies(nodes)
         slowest = max(crossing / outside, within / inside)
         return slowest + record.count * latency * math.log2(2 * nodes) / 2, "network"
+
+    def _shifted(self, record: Collective) -> bool:
+        """Whether an exchange only passes arrays to a neighbour, in a program that need not pad it (`Plan.shift`)."""
+        return record.operation == "all-to-all" and record.part in SHIFTED and not self.software.one_program
 
     def _copies(self, nodes: float) -> float:
         """Nodes that a token with evenly chosen experts is sent to, over its experts in other nodes."""

@@ -74,6 +74,7 @@ class Passes:
         self.clock = Clock(self.hardware, self.software, plan, dtype)
         self.links = links_of(self.hardware, self.software, Ledger(ENDS, plan, model, work))
         self.unit = functools.cache(self._unit)
+        self.of_counts = functools.cache(self._time)
 
     def _unit(self, name: str) -> Unit:
         here = self.here
@@ -129,10 +130,12 @@ class Passes:
 
     def time(self, units: Sequence[str], phase: str) -> Time:
         """A pass of one microbatch through `units`, one after another."""
-        counts = collections.Counter(units)
-        compute = self.slower * sum(n * self.unit(name).seconds(phase) for name, n in counts.items())
+        return self.of_counts(tuple(sorted(collections.Counter(units).items())), phase)
+
+    def _time(self, counts: tuple[tuple[str, int], ...], phase: str) -> Time:
+        compute = self.slower * sum(n * self.unit(name).seconds(phase) for name, n in counts)
         sent: dict[str, float] = dict.fromkeys(KIND_NAMES, 0.0)
-        for name, n in counts.items():
+        for name, n in counts:
             for one in self.unit(name).sent[phase]:
                 sent[one.kind] += n * one.seconds
         return self.hidden(compute, sent)
@@ -148,8 +151,9 @@ class Passes:
 
     def update(self, units: Iterable[str]) -> list[Sent]:
         """What a device sends once per step for these units."""
-        return [one for name in units for one in self.unit(name).update] + self._load()
+        return [one for name in units for one in self.unit(name).update] + self._load
 
+    @functools.cached_property
     def _load(self) -> list[Sent]:
         records = unit_collectives(LOAD, self.model, self.plan, self.work)
         return [Sent(r, "tensor", *reversed(self.links.seconds(r))) for r in records]

@@ -18,16 +18,23 @@ from orogen.simulate.timeline import Work, lockstep_passes, timeline
 MOST_PASSES = 12_000
 
 
+class Flight(NamedTuple):
+    """For each stage, the most (microbatch, chunk) pairs between their forward and backward passes, and the slots in
+    which one program of all stages keeps them."""
+
+    in_flight: tuple[int, ...]
+    slots: tuple[int, ...]
+
+
 class Played(NamedTuple):
-    """A played schedule: seconds, each stage's passes, and for each stage how many (microbatch, chunk) pairs it holds.
+    """A played schedule: seconds, each stage's passes, and what is in flight.
 
     work: of the microbatches that were played, `played` of them.
     """
 
     seconds: float
     work: tuple[Work, ...]
-    in_flight: tuple[int, ...]
-    slots: tuple[int, ...]
+    flight: Flight
     played: int
 
 
@@ -50,7 +57,25 @@ def play(
     if kind == "gpipe":
         in_flight = (microbatches * virtual,) * stages
     slots = (microbatches * virtual,) * stages if kind == "gpipe" else schedule.stash_slots
-    return Played(seconds, tuple(work), in_flight, slots, counts[-1])
+    return Played(seconds, tuple(work), Flight(in_flight, slots), counts[-1])
+
+
+def estimate(forward_vs: NDArray[np.float64], backward_vs: NDArray[np.float64], microbatches: int) -> float:
+    """About how long `play` takes, without playing: the busiest stage, and filling and emptying the pipeline. For
+    ranking alone."""
+    virtual, stages = forward_vs.shape
+    busy_s = (forward_vs + backward_vs).sum(axis=0)
+    return float(microbatches * busy_s.max() + (stages - 1) / virtual * busy_s.mean())
+
+
+def expected_flight(kind: str, stages: int, microbatches: int, virtual: int) -> Flight:
+    """What `play` finds in flight, by the number of forward passes with which each stage warms up (parallel/schedule)."""
+    total, found = microbatches * virtual, []
+    for stage in range(stages):
+        after = stages - stage - 1
+        warm_up = after if virtual == 1 else 2 * after + (virtual - 1) * stages
+        found.append(total if kind == "gpipe" else min(warm_up + 1, total))
+    return Flight(tuple(found), tuple(found))
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,6 +1,7 @@
 """The time and memory of a training step of a plan on a cluster, from configs alone; no jax."""
 
 import collections
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,17 +9,20 @@ import numpy as np
 from orogen.config.checks import ConfigError
 from orogen.config.cluster import ClusterConfig
 from orogen.config.dtype import BYTES
-from orogen.config.run import RunConfig
+from orogen.config.model import ModelConfig
+from orogen.config.plan import PlanConfig
+from orogen.config.run import RunConfig, TrainConfig
 from orogen.cost.conventions import CONVENTIONS, flops_per_token
 from orogen.cost.ledger import ENDS, MTP, Ledger, Workload
 from orogen.cost.split import stage_patterns
 from orogen.cost.weights import weights
 from orogen.parallel.legal import fold_plan
+from orogen.parallel.schedule import chunks_per_stage
 from orogen.simulate.budget import budget, goodput
 from orogen.simulate.footprint import moments, stage_memory
 from orogen.simulate.hardware import Hardware, Software, machine
-from orogen.simulate.passes import BACKWARD, EMBEDDING, FORWARD, HEAD, PHASES, Passes, Sent, Time, chunk_units
-from orogen.simulate.pipeline import MOST_PASSES, Played, play
+from orogen.simulate.passes import BACKWARD, FORWARD, HEAD, PHASES, Passes, Sent, Time, chunk_units
+from orogen.simulate.pipeline import MOST_PASSES, Played, estimate, play
 from orogen.simulate.prediction import TIME_PARTS, Prediction, Roofline, Traffic
 from orogen.simulate.routing import BALANCED, Routing
 
@@ -44,10 +48,10 @@ def predict(
             "None"
         )
     fold_plan(config.plan, config.model)
-    return _Step(config, cluster, hardware, software, routing, most).prediction()
+    return Step(config, cluster, hardware, software, routing, most).prediction()
 
 
-class _Step:
+class Step:
     """One step: the parts of a prediction as they are computed."""
 
     def __init__(
@@ -66,11 +70,7 @@ class _Step:
             self.model, self.plan, self.work, (hardware, software), dtype=train.compute_dtype,
             imbalance=self.imbalance, straggler=cluster.straggler,
         )  # fmt: skip
-        self.patterns = (
-            stage_patterns(self.model, self.plan, train.sequence_length)
-            if self.plan.stage > 1
-            else (self.model.layers.main,)
-        )
+        self.patterns = patterns(self.model, self.plan.stage, chunks_per_stage(self.plan, self.model), train)
         self.units = chunk_units(self.model, self.patterns)
         self.times = {phase: [self.passes.time(units, phase) for units in self.units] for phase in PHASES}
 
@@ -82,7 +82,7 @@ class _Step:
         length = train.sequence_length
         flops = {name: self.tokens * flops_per_token(name, self.model, length) for name in CONVENTIONS}
         memory = stage_memory(
-            self.model, self.plan, self.work, self.config.optimizer, self.software, self.patterns, played
+            self.model, self.plan, self.work, self.config.optimizer, self.software, self.patterns, played.flight
         )
         bubble, seconds = self._parts(played, update)
         good = goodput(self.cluster, devices)
@@ -111,6 +111,12 @@ class _Step:
             budget=budget(self.cluster, self.hardware, devices, train.steps * step / good),
         )
 
+    def estimate(self) -> float:
+        """About how many seconds the step takes, for ranking plans."""
+        shape = len(self.patterns) // self.plan.stage, self.plan.stage
+        forward_vs, backward_vs = (np.reshape([t.seconds for t in self.times[p]], shape) for p in PHASES)
+        return estimate(forward_vs, backward_vs, self.plan.microbatches) + sum(self._update().values())
+
     def _played(self) -> Played:
         plan, virtual = self.plan, len(self.patterns) // self.plan.stage
         hop = self.passes.hop()
@@ -130,13 +136,14 @@ class _Step:
     def _update(self) -> dict[str, float]:
         """Seconds of what happens once per step, by kind of traffic, `optimizer`, and `host`."""
         found = dict.fromkeys(("tensor", "context", "expert", "data", "stage"), 0.0)
-        for one in self._once():
+        for one in self._once:
             found[one.kind] += one.seconds
         # Gradients of the last microbatch are sent while its other layers are computed, and parameters likewise.
         last = max(t.compute for phase in PHASES for t in self.times[phase])
         time = self.passes.hidden(last, found)
         return {**time.exposed, "optimizer": self._optimizer() + time.contended, "host": self.software.step_seconds}
 
+    @functools.cached_property
     def _once(self) -> list[Sent]:
         """What the fullest stage sends once per step."""
         stages = [
@@ -152,9 +159,10 @@ class _Step:
         """Reading and writing parameters, gradients and moments, and writing the working copies."""
         ledger, each = Ledger(ENDS, self.plan, self.model, self.work), moments(self.config.optimizer)
         found = weights(self.model, self.plan.vocab_rows(self.model.vocab_size))
-        layers = self.model.layers.main + self.model.layers.mtp
-        stored = sum(ledger.held(w, stored=True) for letter in layers for w in found.layers[letter]) / self.plan.stage
-        stored += sum(ledger.held(w, stored=True) for part in (*found.parts.values(), found.mtp) for w in part)
+        layers = collections.Counter(self.model.layers.main + self.model.layers.mtp)
+        of = lambda part: sum(ledger.held(w, stored=True) for w in part)  # noqa: E731
+        stored = sum(n * of(found.layers[letter]) for letter, n in layers.items()) / self.plan.stage
+        stored += sum(of(part) for part in (*found.parts.values(), found.mtp))
         bytes_each = 2 * 4 + 4 + 2 * each.matrix + self.work.itemsize
         seconds = stored * bytes_each / (self.hardware.bandwidth * self.hardware.shares.memory)
         if self.plan.offload_optimizer:
@@ -201,7 +209,7 @@ class _Step:
                 for one in self.passes.unit(name).sent[phase]:
                     _add(table, one, n * m / self.plan.stage, shares[one.kind])
         update = _share(self._update_times())
-        for one in self._once():
+        for one in self._once:
             _add(table, one, 1, update[one.kind])
         if hop := self.passes.hop():
             turns = 2 * m * len(self.patterns) / self.plan.stage
@@ -210,7 +218,7 @@ class _Step:
 
     def _update_times(self) -> Time:
         found = dict.fromkeys(("tensor", "context", "expert", "data", "stage"), 0.0)
-        for one in self._once():
+        for one in self._once:
             found[one.kind] += one.seconds
         return self.passes.hidden(max(t.compute for phase in PHASES for t in self.times[phase]), found)
 
@@ -221,6 +229,15 @@ class _Step:
             sent.update(time.sent)
             exposed.update(time.exposed)
         return {kind: exposed[kind] / sent[kind] if sent[kind] else 0.0 for kind in sent}
+
+
+@functools.lru_cache(maxsize=256)
+def patterns(model: ModelConfig, stages: int, virtual: int, train: TrainConfig) -> tuple[str, ...]:
+    """The layers of each segment."""
+    if stages == 1:
+        return (model.layers.main,)
+    plan = PlanConfig(stage=stages, virtual=virtual, schedule="interleaved" if virtual > 1 else "1f1b")
+    return stage_patterns(model, plan, train.sequence_length)
 
 
 def _share(time: Time) -> dict[str, float]:
@@ -258,6 +275,3 @@ def _limit(seconds: dict[str, float], step: float, rooflines: Sequence[Roofline]
     most = max(work, key=lambda name: work[name])
     named = [f"{part} {100 * n / step:.0f} %" for n, part in ranked]
     return f"{', '.join(named)}; most of the compute: {most} {100 * work[most] / sum(work.values()):.0f} %"
-
-
-__all__ = ["EMBEDDING", "predict"]
