@@ -103,12 +103,12 @@ def load_cluster(
 ) -> tuple[RunConfig, ClusterConfig, EngineConfig]:
     """The RunConfig of `files` with `bindings` on top, the cluster that they name, and the engine that serves on it.
 
-    Raises ConfigError as `load` does.
+    Whether the parts of the run fit together is not checked. Raises ConfigError as `load` does for all else.
     """
     kinds = {**PARTS, "cluster": ClusterConfig, "engine": EngineConfig}
     parts, _ = _parts(files, bindings, kinds)
     cluster, engine = parts.pop("cluster"), parts.pop("engine")
-    return require_read(RunConfig(**parts).check()), cluster, engine
+    return require_read(RunConfig(**parts)), cluster, engine
 
 
 def parse(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[RunConfig, str]:

@@ -17,7 +17,7 @@ from orogen.cost.ledger import ENDS, MTP, Ledger, Workload
 from orogen.cost.weights import Weight, Weights, weights
 from orogen.simulate.hardware import Software
 from orogen.simulate.pipeline import Flight
-from orogen.simulate.prediction import StageMemory
+from orogen.simulate.prediction import MEMORY_PARTS, StageMemory
 
 # Float32 copies of a block of logits that are live at once: logits, exponentials and their gradient.
 LOGITS = 3
@@ -67,7 +67,8 @@ def stage_memory(
         optimizer_host = parts["optimizer"] if plan.offload_optimizer else 0
         if optimizer_host:
             parts["optimizer"] = 0
-        memory.append(StageMemory(stage, dict(parts), host + optimizer_host))
+        found_parts = {part: float(parts[part]) for part in MEMORY_PARTS}
+        memory.append(StageMemory(stage, found_parts, float(host + optimizer_host)))
     return tuple(memory)
 
 

@@ -71,6 +71,14 @@ class Step:
             imbalance=self.imbalance, straggler=cluster.straggler,
         )  # fmt: skip
         self.patterns = patterns(self.model, self.plan.stage, chunks_per_stage(self.plan, self.model), train)
+        # Traces of two stages of one program: with one chunk per stage a stage waits only for its data, with several,
+        # whose ticks are all forward or all backward, for the slowest stage of every tick.
+        self.lockstep = bool(software.one_program) and len(self.patterns) > self.plan.stage
+        hop = self.passes.hop()
+        self.hop_seconds = hop.seconds if hop else 0.0
+        # What a stage spends on a tick beside its pass.
+        self.held = software.tick_seconds if self.plan.stage > 1 else 0.0
+        self.held += 0.0 if self.lockstep else self.hop_seconds * (1 - software.overlap_stage)
         self.units = chunk_units(self.model, self.patterns)
         self.times = {phase: [self.passes.time(units, phase) for units in self.units] for phase in PHASES}
 
@@ -119,18 +127,11 @@ class Step:
 
     def _played(self) -> Played:
         plan, virtual = self.plan, len(self.patterns) // self.plan.stage
-        hop = self.passes.hop()
-        hop_seconds = hop.seconds if hop else 0.0
-        # Traces of two stages of one program: with one chunk per stage a stage waits only for its data, with several,
-        # whose ticks are all forward or all backward, for the slowest stage of every tick.
-        lockstep = bool(self.software.one_program) and virtual > 1
-        held = self.software.tick_seconds if plan.stage > 1 else 0.0
-        held += 0.0 if lockstep else hop_seconds * (1 - self.software.overlap_stage)
         shape = virtual, plan.stage
-        cost = {p: np.reshape([t.seconds + held for t in self.times[p]], shape) for p in PHASES}
+        cost = {p: np.reshape([t.seconds + self.held for t in self.times[p]], shape) for p in PHASES}
         return play(
             plan.schedule if plan.stage > 1 else "1f1b", cost[FORWARD], cost[BACKWARD], plan.microbatches,
-            hop=hop_seconds, lockstep=lockstep, most=self.most,
+            hop=self.hop_seconds, lockstep=self.lockstep, most=self.most,
         )  # fmt: skip
 
     def _update(self) -> dict[str, float]:
@@ -175,7 +176,7 @@ class Step:
         busy = []
         for stage in range(plan.stage):
             mine = [t for phase in PHASES for t in self.times[phase][stage :: plan.stage]]
-            busy.append((m * sum(t.seconds for t in mine), mine))
+            busy.append((m * sum(t.seconds + self.held for t in mine), mine))
         longest, times = max(busy, key=lambda entry: entry[0])
         total = sum(seconds for seconds, _ in busy) / plan.stage
         found = dict.fromkeys(TIME_PARTS, 0.0)
@@ -185,6 +186,7 @@ class Step:
             found["straggler"] += m * time.compute * (1 - 1 / slowed)
             for kind, seconds in time.exposed.items():
                 found[kind] += m * seconds
+        found["stage"] += m * len(times) * self.held
         found["bubble"] = played.seconds - longest
         for kind, seconds in update.items():
             found["optimizer" if kind == "host" else kind] += seconds

@@ -11,10 +11,11 @@ from orogen.config.engine import EngineConfig
 from orogen.config.load import load_cluster
 from orogen.config.run import RunConfig
 from orogen.simulate.decode import predict_inference
+from orogen.simulate.hardware import machine
 from orogen.simulate.predict import predict
 from orogen.simulate.prediction import Prediction
 from orogen.simulate.routing import Routing, read_routing
-from orogen.simulate.search import describe, explain, nearest_feasible, plan_text, search
+from orogen.simulate.search import MOST_DEVICES, describe, explain, nearest_feasible, plan_text, search
 from orogen.simulate.shown import hardware_facts, hardware_lines, inference_lines, prediction_lines
 
 GIB = 2**30
@@ -42,8 +43,7 @@ def run(options: argparse.Namespace) -> Answer:
     routing = read_routing(options.routing)
     if options.search:
         return _search(config, cluster, routing, options)
-    found = predict(config, cluster, routing=routing)
-    require_fits(found, config, cluster, routing)
+    found = _predicted(config, cluster, routing)
     facts, lines = found.facts(), prediction_lines(found)
     if options.compile:
         from orogen.simulate.compiled import compare, compared_lines
@@ -54,20 +54,30 @@ def run(options: argparse.Namespace) -> Answer:
     return facts, lines
 
 
-def require_fits(found: Prediction, config: RunConfig, cluster: ClusterConfig, routing: Routing) -> None:
-    """Raises ConfigError, with the nearest plan that fits, if a device has too little memory for the prediction."""
-    if found.fits:
-        return
-    near = nearest_feasible(config, cluster, routing=routing)
-    nearest = "no plan on up to 16,384 devices fits" if near is None else (
-        f"nearest that fits: {near.plan.devices} devices, {describe(near.plan)}, "
-        f"{near.prediction.device_memory_bytes / GIB:.1f} GiB"
-    )  # fmt: skip
-    fullest = max(found.memory, key=lambda stage: stage.total)
-    raise ConfigError(
-        f"the plan needs {found.device_memory_bytes / GIB:.1f} GiB on a device of stage {fullest.stage}; expected at "
-        f"most the {found.memory_limit_bytes / GIB:.1f} GiB of {found.hardware}; {nearest}"
-    )
+def _predicted(config: RunConfig, cluster: ClusterConfig, routing: Routing) -> Prediction:
+    """The prediction. Raises ConfigError, with the nearest plan that runs, if the plan is not legal or does not fit."""
+    machine(cluster)
+    devices = cluster.devices or config.plan.devices
+    try:
+        found = predict(config.check(), cluster, routing=routing)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; {_nearest(config, cluster, routing, devices)}") from None
+    if not found.fits:
+        fullest = max(found.memory, key=lambda stage: stage.total)
+        raise ConfigError(
+            f"the plan needs {found.device_memory_bytes / GIB:.1f} GiB on a device of stage {fullest.stage}; expected "
+            f"at most the {found.memory_limit_bytes / GIB:.1f} GiB of {found.hardware}; "
+            f"{_nearest(config, cluster, routing, devices)}"
+        )
+    return found
+
+
+def _nearest(config: RunConfig, cluster: ClusterConfig, routing: Routing, devices: int) -> str:
+    near = nearest_feasible(config, cluster, devices, routing=routing)
+    if near is None:
+        return f"no plan on up to {MOST_DEVICES:,} devices fits"
+    size = near.prediction.device_memory_bytes / GIB
+    return f"nearest that fits: {near.plan.devices} devices, {describe(near.plan)}, {size:.1f} GiB"
 
 
 def _search(config: RunConfig, cluster: ClusterConfig, routing: Routing, options: argparse.Namespace) -> Answer:

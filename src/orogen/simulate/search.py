@@ -36,6 +36,7 @@ LEAST_TOKENS = 4096
 FEW_PASSES, BEST = 2000, 24
 # Plans whose bubble alone takes longer than this, relative to their work, are legal but not predicted.
 FAR = 1.75
+MOST_DEVICES = 2**14
 SIZES = ("data", "context", "tensor", "stage", "expert", "microbatches")
 
 
@@ -171,26 +172,27 @@ def _lightest(config: RunConfig, plan: PlanConfig, hardware: Hardware, software:
 
 
 def nearest_feasible(
-    config: RunConfig, cluster: ClusterConfig, *, routing: Routing = BALANCED, most: int = 2**14
+    config: RunConfig, cluster: ClusterConfig, devices: int, *, routing: Routing = BALANCED
 ) -> Ranked | None:
-    """The plan closest to `config`'s that fits: on as many devices if any does, else on the fewest times two."""
-    devices = config.plan.devices
-    while devices <= most:
-        try:
-            found = search(config, cluster, devices, routing=routing).plans
-        except ConfigError as error:
-            if devices * 2 > most and not str(error):
-                raise
-            devices *= 2
-            continue
-        return min(found, key=lambda ranked: (_distance(ranked.plan, config.plan), -ranked.prediction.tokens_per_second))
-    return None
+    """The plan closest to `config`'s that fits: on so many devices if any does, else on the next power of two that has
+    one, up to MOST_DEVICES; None if there is none."""
+    found: list[PlanConfig] = []
+    hardware, software = machine(cluster)
+    config = dataclasses.replace(config, data=None)
+    while not found and devices <= MOST_DEVICES:
+        plans = sorted(candidates(config, hardware, devices), key=lambda plan: _distance(plan, config.plan))
+        lightest = (_lightest(config, plan, hardware, software) for plan in plans)
+        found = [plan for plan in lightest if plan][:1]
+        devices = 2 ** devices.bit_length()
+    if not found:
+        return None
+    tried = dataclasses.replace(config, plan=found[0])
+    return Ranked(found[0], predict(tried, dataclasses.replace(cluster, devices=None), routing=routing))
 
 
 def _distance(plan: PlanConfig, other: PlanConfig) -> float:
-    """How far apart two plans are: factors of two between their sizes, and other changed choices."""
-    sizes = sum(abs(math.log2(getattr(plan, name) / getattr(other, name))) for name in SIZES)
-    return sizes + sum(getattr(plan, name) != getattr(other, name) for name in ("fsdp", "remat", "schedule"))
+    """How far apart two plans are, in factors of two between their sizes."""
+    return sum(abs(math.log2(getattr(plan, name) / getattr(other, name))) for name in SIZES)
 
 
 def _none(config: RunConfig, devices: int, legal: int, hardware: Hardware) -> str:
@@ -238,7 +240,7 @@ def explain(ranking: Ranking) -> list[str]:
 def describe(plan: PlanConfig) -> str:
     """The plan in a few words."""
     axes = [f"{name} {n}" for name in ("data", "context", "tensor", "stage", "expert") if (n := getattr(plan, name)) > 1]
-    more = [f"{plan.microbatches} microbatches"]
+    more = [f"{plan.microbatches} microbatch{'es' * (plan.microbatches > 1)}"]
     if plan.stage > 1:
         more.append(plan.schedule + (f" x {plan.virtual}" if plan.virtual and plan.virtual > 1 else ""))
     more += [f"fsdp {plan.fsdp}"] if plan.fsdp != "none" else []
