@@ -36,7 +36,8 @@ def test_megatron2021_is_the_formula_of_its_paper(name, batch, layers, size):
 
 def test_the_conventions_differ_where_they_say():
     """One attention layer: all pairs of tokens, or half of them."""
-    model = ModelConfig(pattern="*", vocab_size=11, hidden_size=6, num_attention_heads=4, num_key_value_heads=2, head_dim=5)  # fmt: skip
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 5}
+    model = ModelConfig(pattern="*", vocab_size=11, hidden_size=6, **heads)
     products, pairs, head = 2 * 6 * (20 + 20 + 10 + 10), 4 * 20 * 14, 2 * 6 * 11
     for convention, share in (("megatron2021", 1), ("megatron2024", 0.5), ("orogen", 0.5)):
         assert flops_per_token(convention, model, 14) == 3 * (products + share * pairs + head)

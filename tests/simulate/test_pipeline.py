@@ -14,9 +14,7 @@ SHAPES = [("1f1b", 4, 1, 45), ("gpipe", 3, 1, 40), ("interleaved", 4, 2, 48), ("
 def test_a_table_extended_by_its_period_takes_as_long_as_the_whole_one(kind, stages, virtual, microbatches, lockstep):
     random = np.random.default_rng(0)
     costs = random.uniform(1, 3, (2, virtual, stages))
-    whole, short = (
-        play(kind, *costs, microbatches, hop=0.25, lockstep=lockstep, most=most) for most in (10**6, 10)
-    )
+    whole, short = (play(kind, *costs, microbatches, hop=0.25, lockstep=lockstep, most=most) for most in (10**6, 10))
     assert short.played < microbatches == whole.played
     assert short.seconds == pytest.approx(whole.seconds, rel=2e-2)
     assert short.flight == whole.flight

@@ -64,7 +64,9 @@ def test_the_imbalance_of_loads_is_that_of_the_busiest_rank():
     measured = Routing("measured", loads_le=((1, 3, 4, 0), (6, 0, 1, 1)))
     assert measured.imbalance(4, plan) == pytest.approx((1 + 6 / 4) / 2)
     assert Routing("zipf", 0.0).imbalance(4, plan) == 1
-    assert Routing("zipf", 2.0).imbalance(4, plan) == pytest.approx((1 + 1 / 4) / (1 + 1 / 4 + 1 / 9 + 1 / 16) * 2, rel=0.15)
+    assert Routing("zipf", 2.0).imbalance(4, plan) == pytest.approx(
+        (1 + 1 / 4) / (1 + 1 / 4 + 1 / 9 + 1 / 16) * 2, rel=0.15
+    )
     with pytest.raises(ConfigError, match="are of 4 experts; expected ModelConfig.n_routed_experts = 8"):
         measured.imbalance(8, plan)
 
@@ -73,7 +75,11 @@ def test_loads_are_read_from_a_runs_metrics(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "expert_load": [[1, 3]]}\n{"step": 2, "loss": 1}\n')
     assert read_routing(str(tmp_path)).loads_le == ((1, 3),)
     (tmp_path / "metrics.jsonl").write_text('{"step": 2, "loss": 1}\n')
-    for text, expected in ((str(tmp_path), "has no 'expert_load'"), ("zipf:-1", "zipf:EXPONENT"), ("x", "a run folder")):
+    for text, expected in (
+        (str(tmp_path), "has no 'expert_load'"),
+        ("zipf:-1", "zipf:EXPONENT"),
+        ("x", "a run folder"),
+    ):
         with pytest.raises(ConfigError, match=expected):
             read_routing(text)
 
@@ -94,7 +100,9 @@ def test_goodput_by_hand():
 def test_budget_by_hand():
     found = predict(nano(), ClusterConfig(dollars_per_hour=2.0, watts=1000.0))
     hours = 10 * found.step_seconds / 3600
-    assert found.budget == pytest.approx({"hours": hours, "device_hours": 16 * hours, "kwh": 16 * hours, "dollars": 32 * hours})
+    assert found.budget == pytest.approx(
+        {"hours": hours, "device_hours": 16 * hours, "kwh": 16 * hours, "dollars": 32 * hours}
+    )
 
 
 def test_refusals_name_what_is_wrong():

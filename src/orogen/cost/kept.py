@@ -12,7 +12,6 @@ from typing import NamedTuple
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.cost.ledger import Workload
-from orogen.cost.weights import weights
 
 FLOAT32 = INT32 = 4
 # Tokens per chunk of Mamba-1's scan (model/mamba1.py).

@@ -95,13 +95,13 @@ def _add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
     listed = ("--hardware", "list every kind of hardware and its constants, with sources")
     add_config_arguments(parser, instead=[listed])
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    parser.add_argument("--routing", default="balanced", metavar="R",
-                        help="how tokens choose experts: balanced, zipf:1.0, or a run folder with its loads")  # fmt: skip
+    routing = "how tokens choose experts: balanced, zipf:1.0, or a run folder with its loads"
+    parser.add_argument("--routing", default="balanced", metavar="R", help=routing)
     parser.add_argument("--search", action="store_true", help="rank the legal plans on --devices, explain the best two")
     parser.add_argument("--devices", type=positive, metavar="N", help="devices of --search; default: the plan's")
     parser.add_argument("--out", metavar="F", help="write the best plan of --search as a gin file")
-    parser.add_argument("--compile", action="store_true",
-                        help="also compile the real step on simulated devices, and compare memory and traffic")  # fmt: skip
+    compiled = "also compile the real step for simulated devices, and compare memory and traffic"
+    parser.add_argument("--compile", action="store_true", help=compiled)
     parser.add_argument("--inference", action="store_true", help="serve instead of train: EngineConfig's slots")
     parser.add_argument("--prompt_tokens", type=positive, default=1024, metavar="N", help="of --inference")
     parser.add_argument("--new_tokens", type=positive, default=1024, metavar="N", help="of --inference")

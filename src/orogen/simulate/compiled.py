@@ -1,7 +1,8 @@
 """The real step of a config, compiled for simulated devices, beside what the simulator predicts of it.
 
 Nothing is allocated. XLA:CPU multiplies and sends bfloat16 as float32, so both sides are of a float32 step, with the
-implementations that run on a CPU in place of GPU kernels.
+implementations that run on a CPU in place of GPU kernels, and padded exchanges with experts in place of the ragged
+all-to-all, for which XLA:CPU gathers everything.
 """
 
 import dataclasses
@@ -14,17 +15,23 @@ from orogen.config.plan import FOR_GPU, PlanConfig
 from orogen.config.run import RunConfig
 from orogen.cost.communication import step_collectives
 from orogen.cost.ledger import FLOAT32, Workload
-from orogen.parallel.runtime import configure
 from orogen.simulate.predict import predict
 
 GIB = 2**30
+# Of padded exchanges, if a ragged dispatch has no bound.
+CAPACITY = 1.25
 # What stands in for kernels that only a GPU has.
 ON_CPU = {**{name: getattr(PlanConfig(), name) for name in FOR_GPU}, "attention": "blocked"}
 
 
 def on_cpu(config: RunConfig) -> RunConfig:
     """The run in float32, with implementations that a CPU has, and nothing offloaded."""
-    changed = {name: ON_CPU[name] for name, kernel in FOR_GPU.items() if getattr(config.plan, name) == kernel}
+    changed: dict[str, Any] = {
+        name: ON_CPU[name] for name, kernel in FOR_GPU.items() if getattr(config.plan, name) == kernel
+    }
+    if config.plan.dispatch == "ragged":
+        factor = config.plan.buffer_factor or CAPACITY
+        changed |= {"dispatch": "alltoall", "capacity_factor": factor, "buffer_factor": None}
     plan = dataclasses.replace(config.plan, **changed, linear="plain", offload=(), offload_optimizer=False)
     train = dataclasses.replace(config.train, compute_dtype="float32")
     return dataclasses.replace(config, plan=plan, train=train, data=None)
@@ -32,9 +39,9 @@ def on_cpu(config: RunConfig) -> RunConfig:
 
 def compare(config: RunConfig) -> dict[str, Any]:
     """{memory: analytic and compiled bytes by part; traffic: analytic and compiled bytes by operation and mesh axes;
-    seconds: of tracing and compiling; peak_bytes: of this process's memory}."""
+    seconds: of tracing and compiling; peak_bytes: of this process's memory}. It needs as many devices as the plan has.
+    """
     config = on_cpu(config)
-    configure(config.plan.devices)
     from orogen.simulate.aot import table_of
     from orogen.simulate.hlo import Traffic, hlo_collectives
     from orogen.simulate.memory import compiled_bytes, compiled_step, placed_state, state_bytes

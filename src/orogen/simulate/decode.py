@@ -81,6 +81,30 @@ def cache_of(model: ModelConfig, plan: PlanConfig, engine: EngineConfig) -> Cach
     return Cache(token, states, ring)
 
 
+class Serving(NamedTuple):
+    """A model that an engine serves on a plan: `slots` requests per data rank, and what one device holds for each.
+
+    weights: bytes of the `routed` experts and of the `others`.
+    """
+
+    model: ModelConfig
+    plan: PlanConfig
+    engine: EngineConfig
+    slots: int
+    cache: Cache
+    weights: dict[str, float]
+
+    @property
+    def columns(self) -> int:
+        """The device's columns of the head."""
+        return self.plan.vocab_rows(self.model.vocab_size) // self.plan.tensor
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a weight or an activation."""
+        return BYTES[self.engine.compute_dtype]
+
+
 def predict_inference(
     model: ModelConfig, cluster: ClusterConfig | None = None, *, plan: PlanConfig | None = None,
     engine: EngineConfig | None = None, prompt: int = 1024, new: int = 1024,
@@ -98,13 +122,13 @@ def predict_inference(
     cluster = cluster or ClusterConfig()
     hardware, software = machine(cluster)
     fold_plan(plan, model)
-    slots = -(-engine.slots // plan.data)
-    cache, held = cache_of(model, plan, engine), _weights(model, plan, engine)
-    length = prompt + new
-    memory = _memory(model, plan, engine, cache, held, slots, length)
+    slots, length = -(-engine.slots // plan.data), prompt + new
+    cache = cache_of(model, plan, engine)
+    serving = Serving(model, plan, engine, slots, cache, _weights(model, plan, engine))
+    memory = _memory(serving, length)
     total = sum(memory.values())
-    step, limit = _step(model, plan, engine, cache, hardware, software, slots, prompt + new / 2)
-    reading = Workload(1, prompt, BYTES[engine.compute_dtype])
+    step, limit = _step(serving, (hardware, software), prompt + new / 2)
+    reading = Workload(1, prompt, serving.itemsize)
     passes = Passes(model, plan, reading, (hardware, software), dtype=engine.compute_dtype)
     first = passes.time([EMBEDDING, *model.layers.main, HEAD], FORWARD).seconds
     left = hardware.memory_bytes - total + cache.per_token * slots * length
@@ -139,35 +163,30 @@ def _weights(model: ModelConfig, plan: PlanConfig, engine: EngineConfig) -> dict
     return {"routed": routed, "others": sum(of(w) for w in every) - routed}
 
 
-def _memory(
-    model: ModelConfig, plan: PlanConfig, engine: EngineConfig, cache: Cache, held: dict[str, float], slots: int,
-    length: int,
-) -> dict[str, float]:  # fmt: skip
+def _memory(serving: Serving, length: int) -> dict[str, float]:
+    """Bytes on one device by part, with texts of `length` tokens in all slots."""
+    engine, cache, slots = serving.engine, serving.cache, serving.slots
     drafts = 0 if engine.drafter == "none" else engine.drafts
     snapshots = engine.snapshots if cache.states and engine.prefix_cache else 0
-    columns = plan.vocab_rows(model.vocab_size) // plan.tensor
     return {
-        "weights": held["routed"] + held["others"],
+        "weights": sum(serving.weights.values()),
         "key_values": cache.per_token * slots * length,
         "states": cache.states * slots,
         "ring": cache.ring * slots,
         "snapshots": cache.states * snapshots,
-        "logits": slots * (1 + drafts) * columns * FLOAT32,
+        "logits": slots * (1 + drafts) * serving.columns * FLOAT32,
     }
 
 
-def _step(
-    model: ModelConfig, plan: PlanConfig, engine: EngineConfig, cache: Cache, hardware: Hardware, software: Software, slots: int,
-    length: float,
-) -> tuple[float, str]:  # fmt: skip
+def _step(serving: Serving, machine: tuple[Hardware, Software], length: float) -> tuple[float, str]:
     """Seconds of one decoding step for every slot, and what takes most of them."""
-    held = _weights(model, plan, engine)
+    model, plan, engine, slots, cache, held = serving
+    hardware, _ = machine
     tokens = slots * plan.data if plan.expert > 1 else slots
     used = 1.0
     if model.n_routed_experts:  # distinct experts of so many tokens, evenly chosen
         used = 1 - (1 - model.num_experts_per_tok / model.n_routed_experts) ** tokens
-    columns = plan.vocab_rows(model.vocab_size) // plan.tensor
-    embedding = 0 if model.tie_word_embeddings else columns * model.hidden_size * BYTES[engine.compute_dtype]
+    embedding = 0 if model.tie_word_embeddings else serving.columns * model.hidden_size * serving.itemsize
     # Replayed states are written once per ring, and the ring is read with every token (ReplaySSM).
     states = cache.states * (2 if not engine.replayed else 1 + 2 / engine.replayed) + cache.ring
     read = {
@@ -177,20 +196,15 @@ def _step(
         "states": states * slots,
     }
     bandwidth = hardware.bandwidth * hardware.shares.memory
-    passes = Passes(
-        model, plan, Workload(slots, 1, BYTES[engine.compute_dtype]), (hardware, software), dtype=engine.compute_dtype
-    )
+    passes = Passes(model, plan, Workload(slots, 1, serving.itemsize), machine, dtype=engine.compute_dtype)
     units = [*model.layers.main, HEAD]
     # Kernels for few rows are bound by bytes; their products run at the usual share once there are enough rows.
     flops = sum(line.flops for unit in units for line in passes.unit(unit).work[FORWARD])
+    parts = {name: size / bandwidth for name, size in read.items()}
     compute = flops / (hardware.peak_flops[engine.compute_dtype] * hardware.shares.matmul)
-    sent = sum(one.seconds for unit in units for one in passes.unit(unit).sent[FORWARD])
-    kernels = len(units) * KERNELS * hardware.shares.launch
-    seconds = max(sum(read.values()) / bandwidth, compute) + sent + kernels
-    parts = {name: size / bandwidth for name, size in read.items()} | {"kernels": kernels, "communication": sent}
-    if compute > sum(read.values()) / bandwidth:
-        parts = {"products": compute, "kernels": kernels, "communication": sent}
-    most = max(parts, key=lambda name: parts[name])
+    if compute > sum(parts.values()):
+        parts = {"products": compute}
+    parts["kernels"] = len(units) * KERNELS * hardware.shares.launch
+    parts["communication"] = sum(one.seconds for unit in units for one in passes.unit(unit).sent[FORWARD])
+    seconds, most = sum(parts.values()), max(parts, key=lambda name: parts[name])
     return seconds, f"{most} {100 * parts[most] / seconds:.0f} %"
-
-

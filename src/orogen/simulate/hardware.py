@@ -22,7 +22,9 @@ class Shares:
     grouped: Annotated[float, "share of the peak that large grouped products of experts reach"] = 0.77
     padding: Annotated[float, "rows that each expert's products cost beside its own, in padding and changes"] = 128.0
     attention_forward: Annotated[float, "share of the peak, fused attention of long sequences, forward pass"] = 0.67
-    attention_backward: Annotated[float, "share of the peak, fused attention of long sequences, backward pass of five products"] = 0.54
+    attention_backward: Annotated[
+        float, "share of the peak, fused attention of long sequences, backward pass of five products"
+    ] = 0.54
     attention_length: Annotated[float, "length at which fused attention reaches half of those shares"] = 1000.0
     scores: Annotated[float, "share of the peak, products of attention that writes its scores"] = 0.35
     ssd_forward: Annotated[float, "share of the memory bandwidth, SSD and scans, forward pass"] = 0.60
@@ -32,7 +34,9 @@ class Shares:
     node: Annotated[float, "share of the node's links that large collectives reach"] = 0.80
     node_few: Annotated[float, "loss of that share with two devices, relative; with n devices 2/n of it"] = 0.28
     network: Annotated[float, "share of the network between nodes that large exchanges reach"] = 0.90
-    gathers: Annotated[float, "time of gathers and sums of parameters that are sharded layer by layer, over exchanges of as many bytes"] = 2.0
+    gathers: Annotated[
+        float, "time of gathers and sums of parameters that are sharded layer by layer, over exchanges of as many bytes"
+    ] = 2.0
     node_latency: Annotated[float, "seconds before the first byte, within a node"] = 6e-6
     network_latency: Annotated[float, "seconds before the first byte, between nodes"] = 20e-6
     congestion: Annotated[float, "loss of the network's share per doubling of the nodes in a group, relative"] = 0.0
@@ -177,7 +181,13 @@ class Software:
 PROGRAMS = {
     # From traces of experiments/two_gpus: exposed over all communication, by plan.
     "orogen": Software(
-        one_program=1.0, tick_seconds=1.5e-3, overlap_tensor=0.2, overlap_context=0.5, overlap_expert=0.6, overlap_data=0.85, contention=0.7
+        one_program=1.0,
+        tick_seconds=1.5e-3,
+        overlap_tensor=0.2,
+        overlap_context=0.5,
+        overlap_expert=0.6,
+        overlap_data=0.85,
+        contention=0.7,
     ),
     "megatron2021": Software(recompute_all=1.0),
     "megatron": Software(recompute_all=1.0, grouped_fp8=1.0, dynamic=1.0, overlap_context=0.95, overlap_tensor=0.6),

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from orogen.config.plan import PlanConfig
 from orogen.cost.ledger import Collective, Ledger

@@ -45,9 +45,7 @@ def describe_memory(config: RunConfig, work: Workload) -> dict[str, Any]:
     """
     config.need("model", "train", "optimizer")
     laid = placed_state(config)
-    layers = activations(
-        config.model, config.plan, work, dtype=config.train.compute_dtype, layout=laid.built.layout
-    )
+    layers = activations(config.model, config.plan, work, dtype=config.train.compute_dtype, layout=laid.built.layout)
     held = {name: _held(getattr(laid.state, name)) for name in ("buffers", "carried")}
     return {
         "devices": config.plan.devices,

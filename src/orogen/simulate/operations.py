@@ -6,7 +6,6 @@ Letters of dimensions: m rows, k contracted, n columns.
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from orogen.config.model import ModelConfig
 from orogen.cost.flops import seen_keys
 from orogen.cost.kept import FLOAT32, Local, expert_rows
 
@@ -20,7 +19,8 @@ class Operation(NamedTuple):
     kind: matmul, grouped, attention, scores, ssd or memory. flops, bytes: of the forward pass; back: of the backward
     pass. shape: (m, k, n) of a product, whose gradients have (m, n, k) and (k, m, n). makes: the name of what it
     computes (config/remat.py), "" if that has none. kernels: launches of the forward pass; the backward pass has twice
-    as many. groups: experts of a grouped product. length: tokens that attention sees at most. last: whether no gradient needs its result.
+    as many. groups: experts of a grouped product. length: tokens that attention sees at most. last: whether no gradient
+    needs its result.
     """
 
     name: str

@@ -81,7 +81,7 @@ class Passes:
         if name in (EMBEDDING, HEAD):
             first, last = end_operations(here, 1 + self.model.mtp_depths)
             # The ledger has the two together. The embedding sends its output, the head all the rest.
-            records = [r for r in unit_collectives(ENDS, self.model, self.plan, self.work)]
+            records = unit_collectives(ENDS, self.model, self.plan, self.work)
             mine = [r for r in records if (r.part == "embedding") == (name == EMBEDDING)]
             return self._made(name, first if name == EMBEDDING else last, mine)
         operations = mtp_operations(here) if name == MTP else layer_operations(name, here, self.imbalance)

@@ -69,7 +69,7 @@ def estimate(forward_vs: NDArray[np.float64], backward_vs: NDArray[np.float64], 
 
 
 def expected_flight(kind: str, stages: int, microbatches: int, virtual: int) -> Flight:
-    """What `play` finds in flight, by the number of forward passes with which each stage warms up (parallel/schedule)."""
+    """What `play` finds in flight, from the forward passes with which each stage warms up."""
     total, found = microbatches * virtual, []
     for stage in range(stages):
         after = stages - stage - 1

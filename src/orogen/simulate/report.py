@@ -8,6 +8,7 @@ from typing import Any
 from orogen.config.checks import ConfigError
 from orogen.config.cluster import ClusterConfig
 from orogen.config.engine import EngineConfig
+from orogen.config.files import write_atomically
 from orogen.config.load import load_cluster
 from orogen.config.run import RunConfig
 from orogen.simulate.decode import predict_inference
@@ -46,9 +47,11 @@ def run(options: argparse.Namespace) -> Answer:
     found = _predicted(config, cluster, routing)
     facts, lines = found.facts(), prediction_lines(found)
     if options.compile:
+        from orogen.parallel.runtime import configure
         from orogen.simulate.compiled import compare, compared_lines
 
         config.need("optimizer")
+        configure(config.plan.devices)
         facts["compiled"] = compare(config)
         lines += ["", *compared_lines(facts["compiled"])]
     return facts, lines
@@ -88,8 +91,6 @@ def _search(config: RunConfig, cluster: ClusterConfig, routing: Routing, options
     if options.out:
         rate = best.prediction.tokens_per_second
         text = plan_text(best.plan, f"{devices} x {best.prediction.hardware}: {rate:,.0f} tokens/s predicted")
-        from orogen.config.files import write_atomically
-
         write_atomically(Path(options.out), text.encode())
         lines.append(f"the winner is in {options.out}")
     facts = best.prediction.facts()
@@ -103,12 +104,14 @@ def _search(config: RunConfig, cluster: ClusterConfig, routing: Routing, options
         }
         for ranked in ranking.plans[:SHOWN]
     ]
-    return facts | {"legal": ranking.legal, "fitting": ranking.fitting}, [*lines, "", *prediction_lines(best.prediction)]
+    return facts | {"legal": ranking.legal, "fitting": ranking.fitting}, [
+        *lines,
+        "",
+        *prediction_lines(best.prediction),
+    ]
 
 
-def _inference(
-    config: RunConfig, cluster: ClusterConfig, engine: EngineConfig, options: argparse.Namespace
-) -> Answer:
+def _inference(config: RunConfig, cluster: ClusterConfig, engine: EngineConfig, options: argparse.Namespace) -> Answer:
     found = predict_inference(
         config.model, cluster, plan=config.plan, engine=engine, prompt=options.prompt_tokens, new=options.new_tokens
     )
@@ -118,4 +121,4 @@ def _inference(
             f"{found.device_memory_bytes / GIB:.1f} GiB on a device; expected at most "
             f"{found.memory_limit_bytes / GIB:.1f} GiB; longest context that fits: {found.longest_context:,} tokens"
         )
-    return dataclasses.asdict(found), inference_lines(found)
+    return found._asdict(), inference_lines(found)

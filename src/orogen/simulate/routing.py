@@ -62,7 +62,7 @@ BALANCED = Routing()
 
 
 def read_routing(text: str) -> Routing:
-    """`balanced`, `zipf:1.0`, or the run folder or metrics.jsonl whose last loads are to be used. Raises ConfigError."""
+    """`balanced`, `zipf:1.0`, or a run folder or metrics.jsonl, of which the last loads count. Raises ConfigError."""
     if text == BALANCED.kind:
         return BALANCED
     kind, _, exponent = text.partition(":")
@@ -72,7 +72,9 @@ def read_routing(text: str) -> Routing:
         except ValueError:
             value = -1.0
         if not 0 <= value < np.inf:
-            raise ConfigError(f"--routing is {text!r}; expected zipf:EXPONENT with a number of 0 or more, like zipf:1.0")
+            raise ConfigError(
+                f"--routing is {text!r}; expected zipf:EXPONENT with a number of 0 or more, like zipf:1.0"
+            )
         return Routing("zipf", exponent=value)
     return _measured(text)
 

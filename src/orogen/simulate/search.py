@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from orogen.config.checks import ConfigError
 from orogen.config.cluster import ClusterConfig
-from orogen.config.plan import PlanConfig
 from orogen.config.dtype import BYTES
+from orogen.config.plan import PlanConfig
 from orogen.config.run import RunConfig
 from orogen.cost.ledger import Workload
 from orogen.parallel.legal import fits
@@ -118,7 +118,11 @@ def _with_microbatches(
     """The plans of these sizes: for each number of sequences per microbatch, and each number of chunks per stage."""
     stage, share = sizes["stage"], config.train.batch_size // sizes["data"]
     fields: dict[str, Any] = {**sizes, "expert_tensor": 1, "virtual": None, "schedule": "1f1b", "remat": "none"}
-    fields |= {"offload": (), "fsdp_size": None, "fsdp": "optimizer" if sizes["data"] * sizes["context"] > 1 else "none"}
+    fields |= {
+        "offload": (),
+        "fsdp_size": None,
+        "fsdp": "optimizer" if sizes["data"] * sizes["context"] > 1 else "none",
+    }
     fields["shift"] = "alltoall" if stage > 1 and sizes["context"] > 1 else "permute"
     if sizes["expert"] > 1 and base.expert == 1 and base.dispatch == "allgather":
         fields["dispatch"] = "ragged"
@@ -239,7 +243,9 @@ def explain(ranking: Ranking) -> list[str]:
 
 def describe(plan: PlanConfig) -> str:
     """The plan in a few words."""
-    axes = [f"{name} {n}" for name in ("data", "context", "tensor", "stage", "expert") if (n := getattr(plan, name)) > 1]
+    axes = [
+        f"{name} {n}" for name in ("data", "context", "tensor", "stage", "expert") if (n := getattr(plan, name)) > 1
+    ]
     more = [f"{plan.microbatches} microbatch{'es' * (plan.microbatches > 1)}"]
     if plan.stage > 1:
         more.append(plan.schedule + (f" x {plan.virtual}" if plan.virtual and plan.virtual > 1 else ""))

@@ -15,8 +15,8 @@ def prediction_lines(found: Prediction) -> list[str]:
     devices, seconds = f"{found.devices} x {found.hardware}", found.step_seconds
     lines = [
         f"{devices}, routing {found.routing} (busiest expert rank {found.imbalance:.2f} of an even share)",
-        f"step {_time(seconds)}, {found.tokens_per_second:,.0f} tokens/s, {found.tokens_per_second_per_device:,.0f} per "
-        f"device, {100 * found.mfu:.1f} % MFU, {found.tflops_per_device:,.0f} TFLOP/s per device",
+        f"step {_time(seconds)}, {found.tokens_per_second:,.0f} tokens/s, "
+        f"{found.tokens_per_second_per_device:,.0f} per device, {100 * found.mfu:.1f} % MFU, {found.tflops_per_device:,.0f} TFLOP/s per device",
         "FLOPs per step: " + ", ".join(f"{name} {flops:.4g}" for name, flops in found.flops.items()),
         f"limited by {found.limit}",
         "",
@@ -117,16 +117,16 @@ def _rooflines(found: Prediction) -> list[str]:
     whole = sum(values[0] for values in table.values())
     ranked: Sequence = sorted(table.items(), key=lambda item: -item[1][0])[:12]
     return [
-        f"  {unit:10} {name:18} {_time(seconds):>10}  {100 * seconds / whole:>5.1f} %  {flops / max(seconds, 1e-12) / 1e12:>7,.0f} "
-        f"TFLOP/s  {moved / max(seconds, 1e-12) / 1e9:>7,.0f} GB/s  {bounds[unit, name]}"
+        f"  {unit:10} {name:18} {_time(seconds):>10}  {100 * seconds / whole:>5.1f} %  "
+        f"{flops / seconds / 1e12:>8,.3g} TFLOP/s  {moved / seconds / 1e9:>8,.4g} GB/s  {bounds[unit, name]}"
         for (unit, name), (seconds, flops, moved) in ranked
     ]
 
 
 def _traffic(found: Prediction) -> list[str]:
     return [
-        f"  {' x '.join(t.axes):24} {t.operation:18} {t.link:8} {t.bytes / 1e9:>10.4g} GB {_time(t.seconds):>10}, of which "
-        f"{_time(t.exposed_seconds)} exposed"
+        f"  {' x '.join(t.axes):24} {t.operation:18} {t.link:8} {t.bytes / 1e9:>10.4g} GB {_time(t.seconds):>10}, "
+        f"of which {_time(t.exposed_seconds)} exposed"
         for t in sorted(found.communication, key=lambda t: -t.seconds)
         if t.seconds > 0
     ]
