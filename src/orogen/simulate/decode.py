@@ -188,7 +188,7 @@ def _step(serving: Serving, machine: tuple[Hardware, Software], length: float) -
         used = 1 - (1 - model.num_experts_per_tok / model.n_routed_experts) ** tokens
     embedding = 0 if model.tie_word_embeddings else serving.columns * model.hidden_size * serving.itemsize
     # Replayed states are written once per ring, and the ring is read with every token (ReplaySSM).
-    states = cache.states * (2 if not engine.replayed else 1 + 2 / engine.replayed) + cache.ring
+    states = cache.states * (2 if not engine.replayed else 1 + 1 / engine.replayed) + cache.ring
     read = {
         "routed experts": held["routed"] * used,
         "other weights": held["others"] - embedding,

@@ -16,7 +16,8 @@ def prediction_lines(found: Prediction) -> list[str]:
     lines = [
         f"{devices}, routing {found.routing} (busiest expert rank {found.imbalance:.2f} of an even share)",
         f"step {_time(seconds)}, {found.tokens_per_second:,.0f} tokens/s, "
-        f"{found.tokens_per_second_per_device:,.0f} per device, {100 * found.mfu:.1f} % MFU, {found.tflops_per_device:,.0f} TFLOP/s per device",
+        f"{found.tokens_per_second_per_device:,.0f} per device, {100 * found.mfu:.1f} % MFU, "
+        f"{found.tflops_per_device:,.4g} TFLOP/s per device",
         "FLOPs per step: " + ", ".join(f"{name} {flops:.4g}" for name, flops in found.flops.items()),
         f"limited by {found.limit}",
         "",
