@@ -113,10 +113,10 @@ def _attention(here: Local) -> dict[str, float]:
 
 
 def _core(here: Local, out: int) -> dict[str, float]:
-    heads, parts = here.split(here.model.num_attention_heads), 1
-    held = {"attention": here.tokens * out * here.itemsize}
+    heads = here.split(here.model.num_attention_heads)
+    held: dict[str, float] = {"attention": here.tokens * out * here.itemsize}
     if here.plan.attention == "full" and here.plan.context == 1:
-        held["core"] = heads * here.tokens * here.length * here.itemsize / parts
+        held["core"] = heads * here.tokens * here.length * here.itemsize
     elif here.plan.attention == "cudnn" or here.plan.context > 1:
         held["attention"] += here.tokens * heads * FLOAT32  # the log-sum-exps
     return held

@@ -13,7 +13,7 @@ from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.run import OptimizerConfig
 from orogen.cost.kept import FLOAT32, Local, kept_bytes, local, named_bytes
-from orogen.cost.ledger import ENDS, MTP, Ledger, Workload
+from orogen.cost.ledger import ENDS, Ledger, Workload
 from orogen.cost.weights import Weight, Weights, weights
 from orogen.simulate.hardware import Software
 from orogen.simulate.pipeline import Flight
@@ -56,19 +56,17 @@ def stage_memory(
     for stage in dict.fromkeys((0, plan.stage - 1)) if ends else range(plan.stage):
         chunks = patterns[stage :: plan.stage]
         rows = _rows(patterns, stage, model, plan, alike)
-        parts = collections.Counter(held.of_layers(found, rows))
-        for name in _ends(stage, model, plan, alike):
-            parts.update(held.of(found.parts[name], name))
+        shared = [found.parts[name] for name in _ends(stage, model, plan, alike)]
         if model.layers.mtp and (alike or stage == plan.stage - 1):
-            parts.update(held.of(found.mtp, MTP))
-        kept, host = _activations(chunks, patterns, stage, model, plan, layers, flight, alike)
-        parts["activations"] = kept
+            shared.append(found.mtp)
+        held_here = [(n, held.of(found.layers[letter])) for letter, n in rows.items()]
+        held_here += [(1, held.of(part)) for part in shared]
+        parts = {part: float(sum(n * each.get(part, 0) for n, each in held_here)) for part in MEMORY_PARTS}
+        parts["activations"], host = _activations(chunks, patterns, stage, here, layers, flight, alike)
         parts["temporary"] = _temporary(found, chunks, stage, here, held)
-        optimizer_host = parts["optimizer"] if plan.offload_optimizer else 0
-        if optimizer_host:
-            parts["optimizer"] = 0
-        found_parts = {part: float(parts[part]) for part in MEMORY_PARTS}
-        memory.append(StageMemory(stage, found_parts, float(host + optimizer_host)))
+        if plan.offload_optimizer:
+            host, parts["optimizer"] = host + parts["optimizer"], 0.0
+        memory.append(StageMemory(stage, parts, float(host)))
     return tuple(memory)
 
 
@@ -77,14 +75,13 @@ class _Held:
 
     def __init__(self, model: ModelConfig, plan: PlanConfig, work: Workload, each: Moments):
         self.model, self.plan, self.work, self.moments = model, plan, work, each
-        self.ledgers = {unit: Ledger(unit, plan, model, work) for unit in (ENDS, MTP)}
-        self.ledger = self.ledgers[ENDS]
+        self.ledger = Ledger(ENDS, plan, model, work)
         summed = plan.microbatches > 1 or plan.data * plan.context > 1
         self.gradient = FLOAT32 if summed else work.itemsize
 
-    def of(self, each: Sequence[Weight], unit: str = ENDS) -> dict[str, float]:
+    def of(self, each: Sequence[Weight]) -> dict[str, float]:
         """By part, the bytes of these parameters, their working copies, gradients and moments."""
-        parts = collections.Counter()
+        parts: dict[str, float] = collections.defaultdict(float)
         for weight in each:
             stored, inside = (self.ledger.held(weight, stored=s) for s in (True, False))
             matrix = len(weight.shape) > 1 and "vocab" not in weight.axes
@@ -93,14 +90,6 @@ class _Held:
             if self.work.itemsize < FLOAT32 and not weight.float32:
                 parts["working"] += self.work.itemsize * inside
             parts["gradients"] += self.gradient * (inside if self.plan.fsdp == "optimizer" else stored)
-        return dict(parts)
-
-    def of_layers(self, found: Weights, rows: dict[str, int]) -> dict[str, float]:
-        """The same for so many layers of each letter."""
-        parts = collections.Counter()
-        for letter, n in rows.items():
-            for part, size in self.of(found.layers[letter]).items():
-                parts[part] += n * size
         return dict(parts)
 
 
@@ -134,10 +123,11 @@ def _layer_bytes(letter: str, here: Local) -> tuple[float, float]:
 
 
 def _activations(
-    chunks: Sequence[str], patterns: Sequence[str], stage: int, model: ModelConfig, plan: PlanConfig,
+    chunks: Sequence[str], patterns: Sequence[str], stage: int, here: Local,
     layers: dict[str, tuple[float, float]], flight: Flight, alike: bool,
 ) -> tuple[float, float]:  # fmt: skip
     """Bytes of the activations of all passes in flight on the device, and on its host."""
+    model, plan = here.model, here.plan
 
     def of(pattern: str, index: int) -> float:
         block = model.layers.mtp * model.mtp_depths if pattern is patterns[-1] and stage == plan.stage - 1 else ""
@@ -166,10 +156,10 @@ def _temporary(found: Weights, chunks: Sequence[str], stage: int, here: Local, h
     loss = LOGITS * rows * columns * FLOAT32 if stage == plan.stage - 1 else 0.0
     gathered = 0.0
     if plan.fsdp == "parameters":
-        one = {letter: held.of(found.layers[letter]) for letter in set(letters)}
         whole = held.ledger.sizes["fsdp"], held.ledger.sizes["expert_fsdp"]
         gathered = 2 * max(
-            (sum(_gathered(weight, held, whole) for weight in found.layers[letter]) for letter in one), default=0.0
+            (sum(_gathered(weight, held, whole) for weight in found.layers[letter]) for letter in set(letters)),
+            default=0.0,
         )
     return max(WIDEST * widest, loss) + gathered
 

@@ -156,7 +156,8 @@ class Passes:
     @functools.cached_property
     def _load(self) -> list[Sent]:
         records = unit_collectives(LOAD, self.model, self.plan, self.work)
-        return [Sent(r, "tensor", *reversed(self.links.seconds(r))) for r in records]
+        timed = [(record, *self.links.seconds(record)) for record in records]
+        return [Sent(record, "tensor", link, seconds) for record, seconds, link in timed]
 
     def hop(self) -> Sent | None:
         """What a stage sends to the next after a pass; None without stages."""

@@ -21,6 +21,7 @@ from orogen.parallel.schedule import chunks_per_stage
 from orogen.simulate.budget import budget, goodput
 from orogen.simulate.footprint import moments, stage_memory
 from orogen.simulate.hardware import Hardware, Software, machine
+from orogen.simulate.links import KIND_NAMES
 from orogen.simulate.passes import BACKWARD, FORWARD, HEAD, PHASES, Passes, Sent, Time, chunk_units
 from orogen.simulate.pipeline import MOST_PASSES, Played, estimate, play
 from orogen.simulate.prediction import TIME_PARTS, Prediction, Roofline, Traffic
@@ -136,7 +137,7 @@ class Step:
 
     def _update(self) -> dict[str, float]:
         """Seconds of what happens once per step, by kind of traffic, `optimizer`, and `host`."""
-        found = dict.fromkeys(("tensor", "context", "expert", "data", "stage"), 0.0)
+        found: dict[str, float] = dict.fromkeys(KIND_NAMES, 0.0)
         for one in self._once:
             found[one.kind] += one.seconds
         # Gradients of the last microbatch are sent while its other layers are computed, and parameters likewise.
@@ -179,7 +180,7 @@ class Step:
             busy.append((m * sum(t.seconds + self.held for t in mine), mine))
         longest, times = max(busy, key=lambda entry: entry[0])
         total = sum(seconds for seconds, _ in busy) / plan.stage
-        found = dict.fromkeys(TIME_PARTS, 0.0)
+        found: dict[str, float] = dict.fromkeys(TIME_PARTS, 0.0)
         slowed = self.passes.slower
         for time in times:
             found["compute"] += m * (time.compute / slowed + time.contended)
@@ -219,7 +220,7 @@ class Step:
         return tuple(Traffic(*key, *values) for key, values in table.items())
 
     def _update_times(self) -> Time:
-        found = dict.fromkeys(("tensor", "context", "expert", "data", "stage"), 0.0)
+        found: dict[str, float] = dict.fromkeys(KIND_NAMES, 0.0)
         for one in self._once:
             found[one.kind] += one.seconds
         return self.passes.hidden(max(t.compute for phase in PHASES for t in self.times[phase]), found)
@@ -271,7 +272,7 @@ def _once_each(units: Sequence[str], depths: int) -> list[str]:
 def _limit(seconds: dict[str, float], step: float, rooflines: Sequence[Roofline]) -> str:
     """The largest parts of the step in words, and within compute the largest kind of operation."""
     ranked = sorted(((n, part) for part, n in seconds.items() if n >= NOTABLE * step), reverse=True)
-    work: dict[str, float] = collections.Counter()
+    work: dict[str, float] = collections.defaultdict(float)
     for line in rooflines:
         work[f"{line.operation} ({line.bound})"] += line.seconds * line.count
     most = max(work, key=lambda name: work[name])
