@@ -55,7 +55,8 @@ def test_what_slows_a_step_is_seen(cluster, routing):
 
 def test_stragglers_slow_compute_alone():
     before, after = (predict(nano(), ClusterConfig(straggler=s)).seconds for s in (0.0, 0.5))
-    assert after["straggler"] == pytest.approx(0.5 * (before["compute"] - 0), rel=0.2)
+    assert before["straggler"] == 0
+    assert after["straggler"] == pytest.approx(0.5 * before["compute"], rel=0.2)  # compute has what sending slows
 
 
 def test_the_imbalance_of_loads_is_that_of_the_busiest_rank():
@@ -132,14 +133,14 @@ def of_measurement(record: dict) -> RunConfig:
 
 
 def test_our_measurements_are_met():
-    """13 plans on one and two H200s: the median within 7 %, the worst within 15 %."""
+    """13 plans on one and two H200s: the median within 5 %, the worst within 12 %."""
     errors = {
         case: predict(of_measurement(record), ClusterConfig(hardware="h200")).step_seconds * 1e3 / record["ms"] - 1
         for case, record in measured().items()
     }
     ranked = sorted(map(abs, errors.values()))
     assert len(ranked) == 13
-    assert ranked[6] < 0.07 and ranked[-1] < 0.15, errors
+    assert ranked[6] < 0.05 and ranked[-1] < 0.12, errors
 
 
 def test_small_runs_are_predicted_too():

@@ -115,7 +115,8 @@ KINDS = {
         ),
         Hardware(
             name="h200", title="NVIDIA H200 SXM 141 GB", memory_bytes=139.8 * GIB, bandwidth=4.8e12, watts=1275,
-            source="NVIDIA H200 data sheet; DGX H200 with eight 400 Gb/s adapters", fitted="as h100", **HOPPER,
+            source="NVIDIA H200 data sheet; DGX H200 with eight 400 Gb/s adapters",
+            fitted="experiments/two_gpus; the rest as h100", shares=Shares(matmul=0.75, grouped=0.73), **HOPPER,
         ),
         Hardware(
             name="gb200", title="NVIDIA GB200 NVL72", memory_bytes=184 * GIB, network_bandwidth=50e9, watts=1670,

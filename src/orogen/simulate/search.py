@@ -37,6 +37,11 @@ FEW_PASSES, BEST = 2000, 24
 # Plans whose bubble alone takes longer than this, relative to their work, are legal but not predicted.
 FAR = 1.75
 MOST_DEVICES = 2**14
+# The fields of a plan that the search sets.
+CHOSEN = (
+    "data", "context", "tensor", "stage", "expert", "microbatches", "expert_tensor", "fsdp", "fsdp_size", "dispatch",
+    "shift", "schedule", "virtual", "remat", "offload",
+)  # fmt: skip
 SIZES = ("data", "context", "tensor", "stage", "expert", "microbatches")
 
 
@@ -211,12 +216,13 @@ def _none(config: RunConfig, devices: int, legal: int, hardware: Hardware) -> st
 
 
 def plan_text(plan: PlanConfig, comment: str) -> str:
-    """A gin file with every field of the plan that differs from its default."""
+    """A gin file with every field of the plan that the search chose, or that differs from its default. It may follow
+    another with a plan."""
     defaults = PlanConfig()
     lines = [
         f"PlanConfig.{field.name} = {getattr(plan, field.name)!r}"
         for field in dataclasses.fields(plan)
-        if getattr(plan, field.name) != getattr(defaults, field.name)
+        if field.name in CHOSEN or getattr(plan, field.name) != getattr(defaults, field.name)
     ]
     return "\n".join([f"# {comment}", *lines]) + "\n"
 
