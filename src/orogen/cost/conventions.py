@@ -10,7 +10,7 @@ the config says, and leaves out the projection of the MTP block. Its numbers can
 from collections.abc import Callable
 
 from orogen.config.model import ModelConfig
-from orogen.cost.flops import training_flops_per_token
+from orogen.cost.flops import layer_flops_per_token, training_flops_per_token
 
 
 def flops_per_token(convention: str, model: ModelConfig, length: int) -> float:
@@ -42,6 +42,8 @@ def _layer(letter: str, model: ModelConfig, length: int, seen: float) -> float:
         routed = width * model.moe_intermediate_size * model.num_experts_per_tok
         shared = size * (model.moe_shared_expert_intermediate_size or 0)
         return 2 * matrices * (routed + shared) + 4 * size * latent
+    if letter not in "Mm":  # a letter that Megatron does not have
+        return layer_flops_per_token(letter, model, length)
     inner = 2 * size
     states = 2 * (model.n_groups or 1) * model.ssm_state_size
     heads = model.mamba_num_heads or 0
