@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 from tests.helpers import hybrid, run_config
@@ -115,3 +117,9 @@ def test_the_command_prints_all_parts(capsys):
     facts = json.loads(capsys.readouterr().out)
     assert set(facts["hardware"]) == {"a100", "h100", "h200", "gb200", "gb300", "tpu_v5p", "trillium", "cpu"}
     assert all(kind["source"] and kind["fitted"] for kind in facts["hardware"].values())
+
+
+def test_a_simulation_imports_no_jax():
+    """Importing jax takes longer than an answer may."""
+    program = "import sys, orogen.simulate.report; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

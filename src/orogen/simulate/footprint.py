@@ -12,10 +12,9 @@ from orogen.config.dtype import BYTES
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.run import OptimizerConfig
-from orogen.cost.kept import FLOAT32, Local, kept_bytes, local, named_bytes
+from orogen.cost.kept import FLOAT32, Local, kept_bytes, named_bytes
 from orogen.cost.ledger import ENDS, Ledger, Workload
 from orogen.cost.weights import Weight, Weights, weights
-from orogen.simulate.hardware import Software
 from orogen.simulate.pipeline import Flight
 from orogen.simulate.prediction import MEMORY_PARTS, StageMemory
 
@@ -39,22 +38,22 @@ def moments(optimizer: OptimizerConfig | None) -> Moments:
 
 
 def stage_memory(
-    model: ModelConfig, plan: PlanConfig, work: Workload, optimizer: OptimizerConfig | None, software: Software,
-    patterns: Sequence[str], flight: Flight, *, ends: bool = False,
+    here: Local, optimizer: OptimizerConfig | None, patterns: Sequence[str], flight: Flight, *, alike: bool,
+    ends: bool = False,
 ) -> tuple[StageMemory, ...]:  # fmt: skip
     """What a device of each stage holds. patterns: the layers of each segment; flight: how many passes are in flight.
     ends: of the first and the last stage alone.
 
-    In lockstep programs (this code) all stages run one program: each holds as many rows of a letter as the fullest
+    alike: whether all stages run one program, as in this code: each then holds as many rows of a letter as the fullest
     chunk, and as many slots as the fullest stage.
     """
-    found, held = weights(model, plan.vocab_rows(model.vocab_size)), _Held(model, plan, work, moments(optimizer))
-    alike = bool(software.one_program)
-    here = local(model, plan, work, dynamic=bool(software.dynamic))
+    model, plan = here.model, here.plan
+    found, held = weights(model, plan.vocab_rows(model.vocab_size)), _Held(here, moments(optimizer))
     layers = {letter: _layer_bytes(letter, here) for letter in found.layers}
+    chunks = [*patterns[:-1], patterns[-1] + model.layers.mtp * model.mtp_depths]
+    kept = [tuple(sum(layers[letter][i] for letter in chunk) for i in (0, 1)) for chunk in chunks]
     memory = []
     for stage in dict.fromkeys((0, plan.stage - 1)) if ends else range(plan.stage):
-        chunks = patterns[stage :: plan.stage]
         rows = _rows(patterns, stage, model, plan, alike)
         shared = [found.parts[name] for name in _ends(stage, model, plan, alike)]
         if model.layers.mtp and (alike or stage == plan.stage - 1):
@@ -62,8 +61,8 @@ def stage_memory(
         held_here = [(n, held.of(found.layers[letter])) for letter, n in rows.items()]
         held_here += [(1, held.of(part)) for part in shared]
         parts = {part: float(sum(n * each.get(part, 0) for n, each in held_here)) for part in MEMORY_PARTS}
-        parts["activations"], host = _activations(chunks, patterns, stage, here, layers, flight, alike)
-        parts["temporary"] = _temporary(found, chunks, stage, here, held)
+        parts["activations"], host = _activations(kept, stage, plan.stage, flight, alike=alike)
+        parts["temporary"] = _temporary(found, "".join(chunks[stage :: plan.stage]), stage, here, held)
         if plan.offload_optimizer:
             host, parts["optimizer"] = host + parts["optimizer"], 0.0
         memory.append(StageMemory(stage, parts, float(host)))
@@ -73,11 +72,12 @@ def stage_memory(
 class _Held:
     """Bytes of parameters and of what belongs to them, on one device."""
 
-    def __init__(self, model: ModelConfig, plan: PlanConfig, work: Workload, each: Moments):
-        self.model, self.plan, self.work, self.moments = model, plan, work, each
-        self.ledger = Ledger(ENDS, plan, model, work)
+    def __init__(self, here: Local, each: Moments):
+        self.plan, self.itemsize, self.moments = here.plan, here.itemsize, each
+        plan, work = here.plan, Workload(here.rows, here.tokens // here.rows, here.itemsize)
+        self.ledger = Ledger(ENDS, plan, here.model, work)
         summed = plan.microbatches > 1 or plan.data * plan.context > 1
-        self.gradient = FLOAT32 if summed else work.itemsize
+        self.gradient = FLOAT32 if summed else here.itemsize
 
     def of(self, each: Sequence[Weight]) -> dict[str, float]:
         """By part, the bytes of these parameters, their working copies, gradients and moments."""
@@ -87,8 +87,8 @@ class _Held:
             matrix = len(weight.shape) > 1 and "vocab" not in weight.axes
             parts["parameters"] += FLOAT32 * stored
             parts["optimizer"] += stored * (self.moments.matrix if matrix else self.moments.other)
-            if self.work.itemsize < FLOAT32 and not weight.float32:
-                parts["working"] += self.work.itemsize * inside
+            if self.itemsize < FLOAT32 and not weight.float32:
+                parts["working"] += self.itemsize * inside
             parts["gradients"] += self.gradient * (inside if self.plan.fsdp == "optimizer" else stored)
         return dict(parts)
 
@@ -123,33 +123,22 @@ def _layer_bytes(letter: str, here: Local) -> tuple[float, float]:
 
 
 def _activations(
-    chunks: Sequence[str], patterns: Sequence[str], stage: int, here: Local,
-    layers: dict[str, tuple[float, float]], flight: Flight, alike: bool,
-) -> tuple[float, float]:  # fmt: skip
-    """Bytes of the activations of all passes in flight on the device, and on its host."""
-    model, plan = here.model, here.plan
-
-    def of(pattern: str, index: int) -> float:
-        block = model.layers.mtp * model.mtp_depths if pattern is patterns[-1] and stage == plan.stage - 1 else ""
-        return sum(layers[letter][index] for letter in pattern + block)
-
-    if plan.stage == 1:
-        return of(patterns[-1], 0), of(patterns[-1], 1)
+    kept: Sequence[tuple[float, ...]], stage: int, stages: int, flight: Flight, *, alike: bool
+) -> tuple[float, float]:
+    """Bytes of the activations of all passes in flight on a stage's device, and on its host. kept: of each chunk."""
+    if stages == 1:
+        return kept[0][0], kept[0][1]
     if alike:
-        block = model.layers.mtp * model.mtp_depths
-        full = [*patterns[:-1], patterns[-1] + block]
-        most = max(sum(layers[letter][0] for letter in chunk) for chunk in full)
-        return most * max(flight.slots), 0.0
-    # The first chunks are in flight longest; each pair in flight holds a chunk's activations.
-    mean = sum(of(chunk, 0) for chunk in chunks) / len(chunks)
-    host = sum(of(chunk, 1) for chunk in chunks) / len(chunks)
-    return mean * flight.in_flight[stage], host * flight.in_flight[stage]
+        return max(device for device, _ in kept) * max(flight.slots), 0.0
+    # Each pair in flight holds one of the stage's chunks.
+    mine = kept[stage::stages]
+    device, host = (flight.in_flight[stage] * sum(chunk[i] for chunk in mine) / len(mine) for i in (0, 1))
+    return device, host
 
 
-def _temporary(found: Weights, chunks: Sequence[str], stage: int, here: Local, held: _Held) -> float:
+def _temporary(found: Weights, letters: str, stage: int, here: Local, held: _Held) -> float:
     """The larger of the loss and the widest layer in its backward pass, and two layers' gathered parameters."""
     model, plan = here.model, here.plan
-    letters = "".join(chunks) + (model.layers.mtp if stage == plan.stage - 1 else "")
     widest = max((sum(named_bytes(letter, here).values()) for letter in set(letters)), default=0.0)
     rows = here.tokens if plan.cross_entropy == "full" else min(here.tokens, plan.logit_rows)
     columns = plan.vocab_rows(model.vocab_size) // plan.tensor
@@ -167,4 +156,4 @@ def _temporary(found: Weights, chunks: Sequence[str], stage: int, here: Local, h
 def _gathered(weight: Weight, held: _Held, whole: tuple[int, int]) -> float:
     axes = held.ledger.sharded(weight)
     ways = held.ledger.ranks(axes) if axes else 1
-    return held.ledger.held(weight) * ways * (FLOAT32 if weight.float32 else held.work.itemsize)
+    return held.ledger.held(weight) * ways * (FLOAT32 if weight.float32 else held.itemsize)

@@ -189,14 +189,14 @@ def _experts(here: Local, imbalance: float) -> list[Operation]:
         product("router", n, model.hidden_size, model.n_routed_experts, size, makes="router"),
         memory("routing", 4 * scores, 4 * scores, makes="routing", kernels=10),
         memory("permute", sent, sent, makes="rows", kernels=2),
-        _grouped("expert_up", rows, width, gates * hidden, local, size, makes="expert_up"),
+        _grouped("expert_up", (rows, width, gates * hidden), local, size, makes="expert_up"),
         memory(
             "expert_activation",
             (1 + gates) * room * hidden * size,
             (1 + 2 * gates) * room * hidden * size,
             makes="expert_activation",
         ),
-        _grouped("expert_down", rows, hidden, width, local, size, makes="expert_out"),
+        _grouped("expert_down", (rows, hidden, width), local, size, makes="expert_out"),
         memory("combine", sent, 2 * sent, makes="combined", kernels=2),
     ]
     if latent := model.moe_latent_size:
@@ -207,10 +207,11 @@ def _experts(here: Local, imbalance: float) -> list[Operation]:
     return found
 
 
-def _grouped(name: str, m: float, k: float, n: float, groups: int, size: int, *, makes: str) -> Operation:
+def _grouped(name: str, shape: tuple[float, float, float], groups: int, size: int, *, makes: str) -> Operation:
     """The products of `groups` experts, with m rows in all, and their gradients."""
+    m, k, n = shape
     flops, moved = 2 * m * k * n, size * (m * k + groups * k * n + m * n)
-    return Operation(name, "grouped", flops, moved, (2 * flops, 2 * moved), (m, k, n), makes, groups=groups)
+    return Operation(name, "grouped", flops, moved, (2 * flops, 2 * moved), shape, makes, groups=groups)
 
 
 def names(operations: Iterable[Operation]) -> list[str]:

@@ -49,7 +49,10 @@ def play(
     virtual, stages = forward_vs.shape
     fewer = _fewer(kind, stages, microbatches, virtual, most)
     counts = [microbatches] if fewer == microbatches else [fewer, fewer + stages]
-    found = [_play(kind, stages, count, virtual, (forward_vs, backward_vs), hop, lockstep) for count in counts]
+    found = [
+        _play(_schedule(kind, stages, count, virtual), (forward_vs, backward_vs), hop=hop, lockstep=lockstep)
+        for count in counts
+    ]
     seconds, work, schedule = found[-1]
     if len(found) == 2:
         seconds += (microbatches - counts[-1]) / stages * (seconds - found[0][0])
@@ -94,9 +97,8 @@ def _fewer(kind: str, stages: int, microbatches: int, virtual: int, most: int) -
 
 
 def _play(
-    kind: str, stages: int, count: int, virtual: int, costs: Sequence[NDArray[np.float64]], hop: float, lockstep: bool
+    schedule: Schedule, costs: Sequence[NDArray[np.float64]], *, hop: float, lockstep: bool
 ) -> tuple[float, list[Work], Schedule]:
-    schedule = _schedule(kind, stages, count, virtual)
     forward_vs, backward_vs = costs
     player = lockstep_passes if lockstep else timeline
     work = player(schedule, forward=forward_vs, backward=backward_vs, hop=hop)

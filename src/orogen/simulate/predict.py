@@ -42,24 +42,24 @@ def predict(
     """
     config.need("model", "train")
     cluster = cluster or ClusterConfig()
-    hardware, software = machine(cluster)
+    on = machine(cluster)
     if cluster.devices not in (None, config.plan.devices):
         raise ConfigError(
             f"ClusterConfig.devices is {cluster.devices}; expected the {config.plan.devices} devices of the plan, or "
             "None"
         )
     fold_plan(config.plan, config.model)
-    return Step(config, cluster, hardware, software, routing, most).prediction()
+    return Step(config, cluster, on, routing, most).prediction()
 
 
 class Step:
     """One step: the parts of a prediction as they are computed."""
 
     def __init__(
-        self, config: RunConfig, cluster: ClusterConfig, hardware: Hardware, software: Software, routing: Routing,
-        most: int,
-    ):  # fmt: skip
-        self.config, self.cluster, self.hardware, self.software = config, cluster, hardware, software
+        self, config: RunConfig, cluster: ClusterConfig, machine: tuple[Hardware, Software], routing: Routing, most: int
+    ):
+        self.config, self.cluster = config, cluster
+        self.hardware, self.software = hardware, software = machine
         self.model, self.plan, train = config.model, config.plan, config.train
         self.tokens, self.routing, self.most = train.batch_size * train.sequence_length, routing, most
         rows = train.batch_size // (self.plan.data * self.plan.microbatches)
@@ -90,9 +90,8 @@ class Step:
         step = played.seconds + sum(update.values())
         length = train.sequence_length
         flops = {name: self.tokens * flops_per_token(name, self.model, length) for name in CONVENTIONS}
-        memory = stage_memory(
-            self.model, self.plan, self.work, self.config.optimizer, self.software, self.patterns, played.flight
-        )
+        alike = bool(self.software.one_program)
+        memory = stage_memory(self.passes.here, self.config.optimizer, self.patterns, played.flight, alike=alike)
         bubble, seconds = self._parts(played, update)
         good = goodput(self.cluster, devices)
         rate = self.tokens / step

@@ -14,6 +14,7 @@ from orogen.config.cluster import ClusterConfig
 from orogen.config.dtype import BYTES
 from orogen.config.plan import PlanConfig
 from orogen.config.run import RunConfig
+from orogen.cost.kept import local
 from orogen.cost.ledger import Workload
 from orogen.parallel.legal import fits
 from orogen.parallel.schedule import chunks_per_stage
@@ -77,7 +78,7 @@ def search(config: RunConfig, cluster: ClusterConfig, devices: int, *, routing: 
         lightest = _lightest(config, plan, hardware, software)
         if lightest is not None:
             tried = dataclasses.replace(config, plan=lightest)
-            step = Step(tried, cluster, hardware, software, routing, most=0)
+            step = Step(tried, cluster, (hardware, software), routing, most=0)
             estimated.append((step.estimate(), legal, lightest))
     if not estimated:
         raise ConfigError(_none(config, devices, legal, hardware))
@@ -171,7 +172,9 @@ def _lightest(config: RunConfig, plan: PlanConfig, hardware: Hardware, software:
     for fsdp in SHARDED if plan.fsdp != "none" and plan.stage == 1 else (plan.fsdp,):
         for remat in REMATS:
             tried = dataclasses.replace(plan, fsdp=fsdp, remat=remat)
-            memory = stage_memory(model, tried, work, config.optimizer, software, layers, flight, ends=True)
+            here = local(model, tried, work, dynamic=bool(software.dynamic))
+            alike = bool(software.one_program)
+            memory = stage_memory(here, config.optimizer, layers, flight, alike=alike, ends=True)
             if max(stage.total for stage in memory) <= hardware.memory_bytes:
                 return tried
             state = min(stage.total - stage.parts["activations"] - stage.parts["temporary"] for stage in memory)
