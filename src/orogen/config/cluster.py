@@ -6,6 +6,7 @@ from typing import Annotated
 
 from orogen.config.checks import ABSENT, check_types, require, require_choice, require_not_negative, require_positive
 
+HARDWARE = ("a100", "h100", "h200", "gb200", "gb300", "tpu_v5p", "trillium", "cpu")
 SOFTWARE = ("orogen", "megatron", "megatron2021")
 
 
@@ -41,6 +42,7 @@ class ClusterConfig:
         check_types(self)
         require_positive(self, "devices", "node_size", "memory_gib", "mtbf_hours", "checkpoint_minutes", "watts")
         require_not_negative(self, "straggler", "checkpoint_seconds", "restart_minutes", "dollars_per_hour")
+        require_choice(self, "hardware", HARDWARE)
         require_choice(self, "software", SOFTWARE)
         object.__setattr__(self, "constants", tuple(self.constants))
         for entry in self.constants:
