@@ -74,8 +74,9 @@ class Prediction:
     """A step of a plan on a cluster.
 
     flops: by convention (cost.conventions), the model's FLOPs of one step, all devices together, without recomputation;
-    mfu: that of the convention `orogen` over the bfloat16 peak. tflops_per_device: the same in TFLOP/s. routing: how tokens were assumed to choose experts, and `imbalance`, the busiest expert rank's share of the
-    rows over an even one. device_memory_bytes: the fullest stage's; memory_limit_bytes: what a device has.
+    mfu: that of the convention `orogen` over the bfloat16 peak. tflops_per_device: the same in TFLOP/s.
+    routing: how tokens were assumed to choose experts, and `imbalance`, the busiest expert rank's share of the rows
+    over an even one. device_memory_bytes: the fullest stage's; memory_limit_bytes: what a device has.
     bubble: idle share of the pipeline's time. timeline: each stage's passes, seconds from the start of the step; of a
     long schedule those of the microbatches that were played (simulate/pipeline.py).
     seconds: step_seconds by TIME_PARTS. limit: what limits the plan, in words.
