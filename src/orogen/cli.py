@@ -23,12 +23,12 @@ from orogen.parallel import distributed
 from orogen.parallel.cluster import VARIABLE, read_cluster
 from orogen.parallel.roll_call import AbsentError
 from orogen.parallel.runtime import configure
-from orogen.simulate.command import PLAN
+from orogen.simulate.command import PLAN, SIMULATE
 from orogen.sweep.command import SWEEP
 from orogen.train.command import TRAIN, VERIFY
 from orogen.train.stop import INTERRUPTED
 
-COMMANDS = (TRAIN, PARAMS, PLAN, VERIFY, GENERATE, SCORE, SERVE, CONVERT, BENCH, LAUNCH, SWEEP, UPCYCLE)
+COMMANDS = (TRAIN, PARAMS, PLAN, SIMULATE, VERIFY, GENERATE, SCORE, SERVE, CONVERT, BENCH, LAUNCH, SWEEP, UPCYCLE)
 # None: an error that our own code raises, which names a missing file.
 PATH_ERRORS = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 

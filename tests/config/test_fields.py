@@ -9,11 +9,12 @@ from tests.config.test_refusals import GOOD
 
 from orogen.cli import main
 from orogen.config.checks import ConfigError
+from orogen.config.cluster import ClusterConfig
 from orogen.config.run import PARTS
 from orogen.config.sweep import SweepConfig
 from orogen.config.upcycle import UpcycleConfig
 
-KINDS = [*PARTS.values(), SweepConfig, UpcycleConfig]
+KINDS = [*PARTS.values(), ClusterConfig, SweepConfig, UpcycleConfig]
 FIELDS = [(kind, field.name) for kind in KINDS for field in dataclasses.fields(kind)]
 
 

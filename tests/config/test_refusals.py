@@ -6,6 +6,7 @@ import pytest
 from tests.helpers import HYBRID, hybrid
 
 from orogen.config.checks import ConfigError, check_types
+from orogen.config.cluster import ClusterConfig
 from orogen.config.data import DataConfig
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
@@ -19,6 +20,7 @@ GOOD = {
     TrainConfig: {"steps": 5, "batch_size": 12, "sequence_length": 20, "seed": 0},
     OptimizerConfig: {"learning_rate": 1e-3},
     DataConfig: {"corpus": "stdlib", "tokenizer": "byte"},
+    ClusterConfig: {},
     SweepConfig: {"matrix": {"rate": {"low": [], "high": ["OptimizerConfig.learning_rate=1"]}}, "control": ("low",),
                   "seeds": (0, 1)},
     UpcycleConfig: {"expansion": 4, "top_k": 2},

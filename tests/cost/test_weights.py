@@ -1,15 +1,20 @@
-"""The parameters of each part of a model, as its modules create them: shapes, axes and dtypes by hand."""
+"""The parameters of each part of a model: shapes, axes and dtypes by hand, and as its modules create them."""
 
 import math
 import random
 from collections.abc import Iterable
+from typing import Any
 
+import jax
 import pytest
+from flax import nnx
 from tests.helpers import hybrid
 
+from orogen.config.load import load
 from orogen.config.model import MAX_LAYERS, ModelConfig
+from orogen.config.shipped import SHIPPED
 from orogen.cost.weights import Weight, changed, weights
-from orogen.model.lm import Built, build
+from orogen.model.lm import build
 from orogen.simulate.fit import count
 
 D, F, V = 5, 7, 11
@@ -54,7 +59,7 @@ def test_embedding_norm_and_head(tied):
     parts = weights(changed(DENSE, tie_word_embeddings=tied, learned_positions=3)).parts
     head = {} if tied else {"head": (Weight((D, V), ("embed", "vocab")),)}
     positions, tokens = Weight((3, D), ("positions", "embed")), Weight((V, D), ("vocab", "embed"))
-    assert parts == {"embedding": (positions, tokens), "norm": (vector(D, "norm"),), **head}
+    assert parts == {"embedding": (tokens, positions), "norm": (vector(D, "norm"),), **head}
 
 
 def test_a_vocabulary_that_a_plan_pads():
@@ -70,22 +75,63 @@ def test_the_mtp_block_without_its_layers():
     assert Weight((D, 6), ("embed", "kv_heads")) in found.layers["*"]
 
 
-def test_a_thousand_layers_in_random_order_are_read_as_one_of_each(monkeypatch):
-    traced = []
-
-    def recorded(model: ModelConfig, **options: int | None) -> Built:
-        traced.append(model.layers.main)
-        return build(model, **options)
-
-    monkeypatch.setattr("orogen.cost.weights.build", recorded)
+def test_a_thousand_layers_count_as_often_as_they_occur():
     pattern = "".join(random.Random(0).choices("ME*-", k=MAX_LAYERS))
     one = hybrid(pattern="ME*-", mtp_depths=0)
     found = weights(changed(one, pattern=pattern))
-    assert [sorted(letters) for letters in traced] == [sorted("ME*-")]
     assert found.layers == weights(one).layers and found.parts == weights(one).parts
     layers = {letter: sum(math.prod(w.shape) for w in each) for letter, each in found.layers.items()}
     difference = sum(layers[letter] for letter in pattern) - sum(layers.values())
     assert count(changed(one, pattern=pattern)) - count(one) == difference
+
+
+OPTIONS = [
+    {"pattern": "M", "mamba_proj_bias": True, "use_conv_bias": False},
+    {"pattern": "m", "mamba_intermediate_size": 20, "time_step_rank": 3, "mamba_proj_bias": True},
+    {"pattern": "m", "mamba_intermediate_size": 20, "time_step_rank": 3, "use_conv_bias": False},
+    {"pattern": "*-", "attention_bias": "qkv", "qk_norm": True, "norm": "layer", "mlp_bias": True, "mlp_gated": True},
+    {"pattern": "w-", "attention_bias": "all", "attention_sinks": True, "sliding_window": 3},
+    {"pattern": "E", "mlp_bias": True, "mlp_gated": True, "router_bias": True, "moe_latent_size": None},
+    {"pattern": "E", "mlp_bias": True, "moe_bias": "shared", "moe_latent_size": 6, "moe_shared_expert_gate": True},
+    {"pattern": "-", "tie_word_embeddings": True, "learned_positions": 9},
+    *(
+        {"pattern": "+", "attention_bias": bias, "q_lora_rank": rank, "kv_lora_rank": 7, "qk_nope_head_dim": 5,
+         "qk_rope_head_dim": 4, "v_head_dim": 3, "rope_theta": 1e4}
+        for bias, rank in (("none", None), ("all", None), ("all", 11))
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options.values()))[:40])
+def test_each_option_gives_what_the_modules_create(options):
+    same_as_modules(hybrid(**{"mtp_depths": 0, **options}))
+
+
+@pytest.mark.parametrize("file", sorted((SHIPPED / "models").glob("*.gin")), ids=lambda file: file.stem)
+def test_shipped_models_are_what_the_modules_create(file):
+    same_as_modules(load([file])[0].model)
+
+
+def same_as_modules(model: ModelConfig) -> None:
+    """Compares `weights` with the parameters of the abstract modules, one layer of each kind."""
+    letters = "".join(dict.fromkeys(model.layers.main + model.layers.mtp))
+    once = changed(model, pattern=letters + ("/" + letters[0] if model.layers.mtp else ""))
+    parts: dict[str, Any] = dict(build(once).params)
+    layers = parts.pop("backbone")["children"]
+    block = {name: part for name, part in parts.pop("mtp", {}).items() if name != "layers"}
+    found = weights(model)
+    assert list(found.layers) == list(letters) and set(found.parts) == set(parts)
+    for index, letter in enumerate(letters):
+        same(found.layers[letter], leaves(layers[index]))
+    for name, part in parts.items():
+        same(found.parts[name], leaves(part))
+    same(found.mtp, leaves(block))
+
+
+def leaves(tree: Any) -> list[Weight]:
+    """The parameters of a module."""
+    found = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return [Weight(v.get_value().shape, v.get_metadata()["axes"], v.get_metadata()["float32"]) for v in found]
 
 
 def test_sizes_that_no_machine_holds_are_counted():

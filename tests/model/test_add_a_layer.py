@@ -20,8 +20,9 @@ from orogen.config.remat import NAMES, Intermediate
 from orogen.cost.collectives import LAYER_COLLECTIVES, block
 from orogen.cost.communication import step_collectives
 from orogen.cost.flops import LAYER_FLOPS, forward_flops_per_token
+from orogen.cost.kept import LAYER_KEPT
 from orogen.cost.ledger import Workload
-from orogen.cost.weights import Weight, weights
+from orogen.cost.weights import LAYER_WEIGHTS, Weight, weights
 from orogen.layers.documents import Documents, documents
 from orogen.layers.linear import linear
 from orogen.layers.parameter import normal
@@ -31,6 +32,8 @@ from orogen.model.count import count
 from orogen.model.lm import build
 from orogen.parallel.plan import Plan, make_plan
 from orogen.simulate.fit import count as counted
+from orogen.simulate.operations import LAYER_OPERATIONS, product
+from orogen.simulate.predict import predict
 from orogen.train.next_token import NEXT_TOKENS
 from orogen.train.optimizer import make_optimizer
 from orogen.train.sides import packed_batch
@@ -41,6 +44,9 @@ TABLES: dict[str, dict[str, Any]] = {
     "MIXERS": MIXERS,
     "LAYER_FLOPS": LAYER_FLOPS,
     "LAYER_COLLECTIVES": LAYER_COLLECTIVES,
+    "LAYER_WEIGHTS": LAYER_WEIGHTS,
+    "LAYER_KEPT": LAYER_KEPT,
+    "LAYER_OPERATIONS": LAYER_OPERATIONS,
 }  # fmt: skip
 WIDTH = 32
 
@@ -70,6 +76,15 @@ def toy(monkeypatch):
         "MIXERS": Toy,
         "LAYER_FLOPS": lambda model, _: 4 * model.hidden_size * WIDTH,
         "LAYER_COLLECTIVES": block,
+        "LAYER_WEIGHTS": lambda model: [
+            Weight((WIDTH, model.hidden_size), ("mlp", "embed")),
+            Weight((model.hidden_size, WIDTH), ("embed", "mlp")),
+        ],
+        "LAYER_KEPT": lambda here: {"toy": here.tokens * here.split(WIDTH) * here.itemsize},
+        "LAYER_OPERATIONS": lambda here, _: [
+            product("up", here.tokens, here.model.hidden_size, here.split(WIDTH), here.itemsize, makes="toy"),
+            product("down", here.tokens, here.split(WIDTH), here.model.hidden_size, here.itemsize, last=True),
+        ],
     }
     monkeypatch.setitem(LAYERS, "t", "toy")
     monkeypatch.setattr(remat, "EVERY", "".join(LAYERS))  # as it would be, were the letter there at import
@@ -124,6 +139,7 @@ def test_a_new_letter_is_counted(toy):
     config = run_config(two, plan={"tensor": 2})
     units = step_collectives(two, config.plan, Workload(rows=4, tokens=16, itemsize=4))
     assert {record.operation for record in units["t"] if record.bytes} >= {"all-gather", "reduce-scatter"}
+    assert predict(config).step_seconds > predict(run_config(one, plan={"tensor": 2})).step_seconds
 
 
 def test_a_new_letter_starts_beside_layers_with_memory(toy):

@@ -14,6 +14,7 @@ from gin.config import _LOCATION_PREFIXES
 from gin.config_parser import BindingStatement, ConfigParser, ImportStatement, IncludeStatement
 
 from orogen.config.checks import ConfigError
+from orogen.config.cluster import ClusterConfig
 from orogen.config.engine import EngineConfig
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
@@ -28,7 +29,7 @@ MAX_BYTES = 10**5  # of a gin file; ours have 3,000, and gin's time grows with t
 MAX_FILES = 100
 MESSAGE = 1000  # characters shown of an unreadable value
 
-for _part in (*PARTS.values(), EngineConfig, SweepConfig, UpcycleConfig):
+for _part in (*PARTS.values(), ClusterConfig, EngineConfig, SweepConfig, UpcycleConfig):
     gin.register(_part)
 
 
@@ -95,6 +96,19 @@ def load_arm(files: Sequence[str | Path], bindings: Sequence[str], arm: Arm) -> 
         return require_read(RunConfig(**parts).check())
     except ConfigError as error:
         raise ConfigError(f"arm {arm.name}: {error}") from None
+
+
+def load_cluster(
+    files: Sequence[str | Path], bindings: Sequence[str] = ()
+) -> tuple[RunConfig, ClusterConfig, EngineConfig]:
+    """The RunConfig of `files` with `bindings` on top, the cluster that they name, and the engine that serves on it.
+
+    Whether the parts of the run fit together is not checked. Raises ConfigError as `load` does for all else.
+    """
+    kinds = {**PARTS, "cluster": ClusterConfig, "engine": EngineConfig}
+    parts, _ = _parts(files, bindings, kinds)
+    cluster, engine = parts.pop("cluster"), parts.pop("engine")
+    return require_read(RunConfig(**parts)), cluster, engine
 
 
 def parse(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[RunConfig, str]:

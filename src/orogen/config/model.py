@@ -1,6 +1,7 @@
 """What a model is: its layer pattern and its sizes, under the names of Hugging Face's `nemotron_h` config."""
 
 import dataclasses
+import functools
 from typing import Annotated
 
 from orogen.config.checks import (
@@ -47,6 +48,7 @@ class Pattern:
     mtp_parts: int
 
 
+@functools.lru_cache(maxsize=1024)
 def parse_pattern(text: str) -> Pattern:
     """Reads `main("|"main)*("/"mtp)*`, Megatron's hybrid layer pattern. A segment may be empty.
 

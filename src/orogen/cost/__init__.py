@@ -1,10 +1,11 @@
-"""What a layer computes, holds and sends, from configs and the model's abstract modules; no array is allocated.
+"""What a layer computes, holds and sends, from configs; no array is allocated.
 
 Training and checkpoints build on this package: `assemble` gives the plan of a config and the model laid out for it, in
 stages balanced by `flops`, with which training also reports its utilisation. The cost of a whole step or task is in
 `orogen.simulate`.
 
-**Shapes are stated once**, where a module makes its parameters; `weights` reads them there, with their logical axes.
+**Shapes are stated twice**: where a module makes its parameters, and in `weights`, which needs no jax. A test compares
+them for every shipped model and each option. `conventions` counts FLOPs as published tables do.
 
 **Communication is counted twice.** `communication` is an analytic table: for each kind of layer the operations, axes
 and bytes, forward, recomputed, backward and once per step. Tests compare it with the jaxpr of every unit, which must
@@ -12,5 +13,6 @@ be equal, with each context method and dispatch; and with the compiled program, 
 that a pipeline's backward passes exchange parts of the batch again. XLA:CPU merges equal exchanges (of segments, or
 repeated by remat), and all-gathers instead of the ragged all-to-all that it lacks; any other difference fails a test.
 
-**What is kept** for the backward pass is read from the trace of a layer, by name (`activations`).
+**What is kept** for the backward pass is read from the trace of a layer, by name (`activations`), and computed from
+the configs (`kept`); tests compare the two.
 """

@@ -4,15 +4,11 @@ from typing import NamedTuple
 
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
-from orogen.cost.flops import head_flops_per_token, layer_flops_per_token
+from orogen.cost.split import TYPICAL_LENGTH, stage_patterns
 from orogen.model.layout import Layout, Whole
 from orogen.model.lm import Built, build
 from orogen.model.stages import Stages
 from orogen.parallel.plan import Plan, make_plan
-from orogen.parallel.schedule import segments
-
-# Sequence length for which stages are balanced if no batch gives it.
-TYPICAL_LENGTH = 4096
 
 
 class Assembled(NamedTuple):
@@ -38,10 +34,4 @@ def layout(model: ModelConfig, plan: Plan, length: int = TYPICAL_LENGTH) -> Layo
     about equally many FLOPs for sequences of `length` tokens."""
     if plan.schedule is None:
         return Whole(model.layers.main, model.layers.mtp)
-    patterns = segments(
-        model.layers,
-        plan.schedule.stages * plan.schedule.virtual,
-        lambda letter: layer_flops_per_token(letter, model, length),
-        last=head_flops_per_token(model, length),
-    )
-    return Stages(patterns, model.layers.mtp, plan.schedule.stages)
+    return Stages(stage_patterns(model, plan.config, length), model.layers.mtp, plan.schedule.stages)

@@ -60,7 +60,7 @@ def _dense_flops(config: ModelConfig, _: int) -> float:
 
 def _attention_flops(config: ModelConfig, length: int, window: int | None = None) -> float:
     queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    seen = _seen(length, length if window is None else window)
+    seen = seen_keys(length, length if window is None else window)
     return 2 * config.hidden_size * (2 * queries + 2 * keys) + 4 * queries * seen
 
 
@@ -86,7 +86,7 @@ def _mamba1_flops(config: ModelConfig, _: int) -> float:
     return projections + 2 * config.conv_kernel * inner + scan
 
 
-def _seen(length: int, window: int) -> float:
+def seen_keys(length: int, window: int) -> float:
     """Keys that the average query of `length` tokens sees: a triangle, then `window` each, less half its own."""
     window = min(window, length)
     return window * (length - window / 2) / length
@@ -98,7 +98,7 @@ def _latent_attention_flops(config: ModelConfig, length: int) -> float:
     rank = config.q_lora_rank
     queries = size * heads * key if rank is None else rank * (size + heads * key)
     keys = size * (latent + config.qk_rope_head_dim) + latent * heads * (config.qk_nope_head_dim + value)
-    return 2 * (queries + keys + heads * value * size) + 2 * heads * (key + value) * _seen(length, length)
+    return 2 * (queries + keys + heads * value * size) + 2 * heads * (key + value) * seen_keys(length, length)
 
 
 def _mamba2_flops(config: ModelConfig, length: int) -> float:

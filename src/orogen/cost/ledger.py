@@ -205,9 +205,9 @@ class Ledger:
 
     def gathered(self, weight: Weight) -> None:
         """FSDP: all-gathers the weight before its product, and sums and scatters its gradient after it."""
-        axes = self._sharded(weight)
+        axes = self.sharded(weight)
         if self.plan.fsdp == "parameters" and axes:
-            piece = self._held(weight)
+            piece = self.held(weight)
             itemsize = FLOAT32 if weight.float32 else self.work.itemsize
             self.add("weights", "forward", "all-gather", axes, piece * itemsize)
             if self.plan.stage > 1 and self.remat.kind == "none" and self.unit not in (ENDS, MTP):
@@ -222,7 +222,7 @@ class Ledger:
         scattered once per step (ZeRO-1) or once per microbatch (ZeRO-2).
         """
         for weight in weights if self.plan.fsdp in ("optimizer", "gradients") else ():
-            axes, piece = self._sharded(weight), self._held(weight, stored=True)
+            axes, piece = self.sharded(weight), self.held(weight, stored=True)
             phase = "update" if self.plan.fsdp == "optimizer" else "backward"
             itemsize = FLOAT32 if weight.float32 else self.work.itemsize
             self.add("masters", "update", "all-gather", axes, piece * itemsize)
@@ -231,7 +231,7 @@ class Ledger:
             self.scattered("gradients", phase, axes, piece, FLOAT32 if summed else itemsize)
         total: dict[tuple[str, ...], list[int]] = {}
         for weight in weights:
-            total.setdefault(self._copies(weight), []).append(self._held(weight, stored=True) * FLOAT32)
+            total.setdefault(self._copies(weight), []).append(self.held(weight, stored=True) * FLOAT32)
         for axes, held in total.items():
             self.add("gradients", "update", "all-reduce", axes, sum(held) / len(held), count=len(held))
 
@@ -240,21 +240,22 @@ class Ledger:
         operation = "reduce-scatter" if itemsize == FLOAT32 else "all-to-all"
         self.add(part, phase, operation, axes, piece * self.ranks(axes) * itemsize)
 
-    def _sharded(self, weight: Weight) -> tuple[str, ...]:
+    def sharded(self, weight: Weight) -> tuple[str, ...]:
+        """The axes over which FSDP can shard the parameter."""
         dims = {"embed": ("fsdp",), "expert_embed": ("expert_fsdp",)}
         return next((dims[axis] for axis in weight.axes if axis in dims), ())
 
-    def _held(self, weight: Weight, *, stored: bool = False) -> int:
+    def held(self, weight: Weight, *, stored: bool = False) -> int:
         """How many numbers of the parameter one device holds, inside the step or between steps."""
         ways = self.ranks(name for axis in weight.axes for name in SPLIT.get(axis or "", ()))
         splits = self.plan.fsdp != "none" if stored else self.plan.fsdp == "parameters"
-        sharded = self.ranks(self._sharded(weight)) if splits else 1
+        sharded = self.ranks(self.sharded(weight)) if splits else 1
         return math.prod(weight.shape) // (ways * sharded)
 
     def _copies(self, weight: Weight) -> tuple[str, ...]:
         """The axes over which the parameter is replicated."""
         split = {name for axis in weight.axes for name in SPLIT.get(axis or "", ())}
-        sharded = self.plan.fsdp != "none" and self._sharded(weight)
+        sharded = self.plan.fsdp != "none" and self.sharded(weight)
         if "expert" in weight.axes:
             everywhere = ["expert_fsdp_copies" if sharded else "expert_data", "expert", "expert_tensor"]
         else:

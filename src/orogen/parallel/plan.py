@@ -30,7 +30,8 @@ from orogen.config.model import ModelConfig
 from orogen.config.plan import FOR_GPU, PlanConfig
 from orogen.config.recipe import FP8, PLAIN, RECIPES, Recipe, layer_recipes
 from orogen.parallel.axes import SHARDED, MeshAxes, full_axes, make_rules, map_variables, spec_of, stream_rules
-from orogen.parallel.mesh import fold_plan, make_mesh
+from orogen.parallel.legal import fold_plan
+from orogen.parallel.mesh import make_mesh
 from orogen.parallel.ragged import Runs, ragged_exchange
 from orogen.parallel.schedule import Schedule, plan_schedule
 from orogen.parallel.varying import vary, varying_axes

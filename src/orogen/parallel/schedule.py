@@ -130,6 +130,12 @@ def make_schedule(kind: str, *, stages: int, microbatches: int, virtual: int = 1
 
 def plan_schedule(config: PlanConfig, model: ModelConfig) -> Schedule:
     """The schedule of a plan for a model. Raises ConfigError if the pattern has another number of segments."""
+    virtual = chunks_per_stage(config, model)
+    return make_schedule(config.schedule, stages=config.stage, microbatches=config.microbatches, virtual=virtual)
+
+
+def chunks_per_stage(config: PlanConfig, model: ModelConfig) -> int:
+    """How many chunks of the model each stage has. Raises ConfigError if the pattern has another number of segments."""
     written = len(model.layers.segments)
     virtual = config.virtual or (
         max(written // config.stage, 1) if written > 1 else 2 if config.schedule == "interleaved" else 1
@@ -137,7 +143,7 @@ def plan_schedule(config: PlanConfig, model: ModelConfig) -> Schedule:
     expected = f"{config.stage * virtual}, stages times chunks per stage, or no |"
     if written > 1 and written != config.stage * virtual:
         raise ConfigError(f"ModelConfig.pattern is {model.pattern!r}, of {written} segments; expected {expected}")
-    return make_schedule(config.schedule, stages=config.stage, microbatches=config.microbatches, virtual=virtual)
+    return virtual
 
 
 def _assemble(kind: str, orders: Sequence[Sequence[Pass]], stages: int, microbatches: int, virtual: int) -> Schedule:

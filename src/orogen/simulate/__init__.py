@@ -1,9 +1,25 @@
 """What a run costs, computed before it starts and without allocating arrays.
 
-With a `TrainConfig`, `orogen plan` lists what one device sends, by the formulas of `orogen.cost`. `--compile` compiles
-one layer of each kind in float32 for simulated devices; it prints XLA's collectives beside that table, and the plan's
-matrix products against one device's. `--memory` compiles the whole step and prints what one device holds: parameters,
-gradients, optimizer state, activations by name, temporaries.
+**`orogen simulate`** predicts a training step of a plan on a cluster, or an engine's speed, from the configs alone; no
+jax, about a second. `predict` joins
+
+- `operations`: each layer's products and bytes on one device; `roofline` times them, `hardware` has peaks, links and
+  the shares of them that programs reach: one set of constants per kind of hardware, with sources and what they were
+  fitted on; `PROGRAMS` says what a program hides and waits for;
+- `links`: the ledger's collectives (`orogen.cost`) on nodes and the network between them, with experts folded;
+- `passes`: a microbatch through a chunk, with what of its traffic is exposed; `pipeline` plays the schedule's own
+  table, so that bubbles, uneven stages and the MTP block on the last stage come out of it;
+- `footprint`: what each stage's devices hold; `routing`: how evenly experts are chosen, which every prediction names;
+  `budget`: failures, hours, kWh, dollars; `decode`: inference.
+
+`search` ranks all legal plans; `compiled` compares a prediction with the real step, compiled for simulated devices.
+What the constants cannot know: a program's version (published steps of one model on the same devices differ by 1.5),
+and whatever a device does beside the step.
+
+**`orogen plan`**, with a `TrainConfig`, lists what one device sends, by the formulas of `orogen.cost`. `--compile`
+compiles one layer of each kind in float32 for simulated devices; it prints XLA's collectives beside that table, and the
+plan's matrix products against one device's. `--memory` compiles the whole step and prints what one device holds:
+parameters, gradients, optimizer state, activations by name, temporaries.
 
 `fit` refuses what cannot fit into memory, before anything is allocated.
 """

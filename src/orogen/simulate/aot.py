@@ -22,7 +22,7 @@ from orogen.cost.ledger import ENDS, FLOAT32, Collective, Workload
 from orogen.data.packing import Batch
 from orogen.model.lm import build
 from orogen.model.stages import Stages
-from orogen.parallel.mesh import fold_plan
+from orogen.parallel.legal import fold_plan
 from orogen.parallel.pipeline import branches_ts
 from orogen.parallel.plan import Plan, make_plan, single_device_plan
 from orogen.precision.policy import working_copy

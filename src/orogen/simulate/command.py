@@ -1,9 +1,9 @@
-"""`orogen plan`. Importing this does not import jax."""
+"""`orogen plan` and `orogen simulate`. Importing this does not import jax."""
 
 import argparse
 from typing import Any
 
-from orogen.command import Command, add_config_arguments, answer, load_config
+from orogen.command import Command, add_config_arguments, answer, load_config, positive
 from orogen.config.checks import ConfigError
 from orogen.config.dtype import BYTES
 from orogen.config.fields import describe_fields, field_lines
@@ -88,4 +88,49 @@ PLAN = Command(
     ),
     add_arguments=_add_arguments,
     run=plan,
+)
+
+
+def _add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
+    listed = ("--hardware", "list every kind of hardware and its constants, with sources")
+    add_config_arguments(parser, instead=[listed])
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    routing = "how tokens choose experts: balanced, zipf:1.0, or a run folder with its loads"
+    parser.add_argument("--routing", default="balanced", metavar="R", help=routing)
+    parser.add_argument("--search", action="store_true", help="rank the legal plans on --devices, explain the best two")
+    parser.add_argument("--devices", type=positive, metavar="N", help="devices of --search; default: the plan's")
+    parser.add_argument("--out", metavar="F", help="write the best plan of --search as a gin file")
+    compiled = "also compile the real step for simulated devices, and compare memory and traffic"
+    parser.add_argument("--compile", action="store_true", help=compiled)
+    parser.add_argument("--inference", action="store_true", help="serve instead of train: EngineConfig's slots")
+    parser.add_argument("--prompt_tokens", type=positive, default=1024, metavar="N", help="of --inference")
+    parser.add_argument("--new_tokens", type=positive, default=1024, metavar="N", help="of --inference")
+
+
+def simulate(options: argparse.Namespace) -> int:
+    """`orogen simulate`."""
+    from orogen.simulate.report import hardware_report, run
+
+    if options.hardware:
+        if options.gin_bindings:
+            raise ConfigError("--hardware lists all hardware; expected it without --gin_bindings")
+        facts, lines = hardware_report()
+    else:
+        facts, lines = run(options)
+    answer(options, facts, lines)
+    return 0
+
+
+SIMULATE = Command(
+    name="simulate",
+    help="predict step time, memory and cost of a plan on a cluster, or of serving a model; needs no devices",
+    examples=(
+        "orogen simulate --gin_file gin_configs/recipes/quickstart.gin --gin_bindings \"ClusterConfig.hardware='cpu'\"",
+        "orogen simulate --gin_file gin_configs/recipes/quickstart.gin --search --devices 16 --out plan.gin",
+        "orogen simulate --gin_file gin_configs/models/nemotron_nano_9b_v2.gin --inference --prompt_tokens 8192",
+        "orogen simulate --hardware",
+    ),
+    add_arguments=_add_simulate_arguments,
+    run=simulate,
+    bare=True,
 )

@@ -4,7 +4,7 @@ the layers; and what XLA allocates for the compiled step."""
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -44,25 +44,47 @@ def describe_memory(config: RunConfig, work: Workload) -> dict[str, Any]:
     once. compiled: XLA's numbers for the whole step, which donates the state.
     """
     config.need("model", "train", "optimizer")
-    plan, built = assemble(config.model, config.plan, length=config.train.sequence_length)
-    optimizer = make_optimizer(config.optimizer, config.train.steps, built.params)
-    state = abstract_state(built, optimizer, carry.abstract(config.train, built))
-    placed = jax.tree.map(_placed, state, state_shardings(state, plan))
-    held = {name: _held(getattr(placed, name)) for name in ("params", "buffers", "optimizer", "carried")}
-    layers = activations(config.model, config.plan, work, dtype=config.train.compute_dtype, layout=built.layout)
+    laid = placed_state(config)
+    layers = activations(config.model, config.plan, work, dtype=config.train.compute_dtype, layout=laid.built.layout)
+    held = {name: _held(getattr(laid.state, name)) for name in ("buffers", "carried")}
     return {
         "devices": config.plan.devices,
         "state": {
-            "parameters": held["params"],
-            "working": _working(built, plan, config.train.compute_dtype),
-            "gradients": _held(_in_step(built, plan)) if config.plan.fsdp == "optimizer" else held["params"],
-            "optimizer": held["optimizer"],
+            **state_bytes(config, laid),
             "buffers": held["buffers"],
             **({"carried": held["carried"]} if config.train.carry_states else {}),
         },
         "activations": layers,
         "activation_bytes": sum(each["layers"] * sum(each["bytes"].values()) for each in layers.values()),
-        "compiled": _compiled(config, plan, built, optimizer, placed),
+        "compiled": compiled_bytes(compiled_step(config, laid)),
+    }
+
+
+class Placed(NamedTuple):
+    """A plan, the model laid out for it, its optimizer, and the abstract state with its shardings."""
+
+    plan: Plan
+    built: Built
+    optimizer: Any
+    state: TrainState
+
+
+def placed_state(config: RunConfig) -> Placed:
+    """What a run trains, abstract; it needs as many devices as the plan has."""
+    plan, built = assemble(config.model, config.plan, length=config.train.sequence_length)
+    optimizer = make_optimizer(config.optimizer, config.train.steps, built.params)
+    state = abstract_state(built, optimizer, carry.abstract(config.train, built))
+    return Placed(plan, built, optimizer, jax.tree.map(_placed, state, state_shardings(state, plan)))
+
+
+def state_bytes(config: RunConfig, laid: Placed) -> dict[str, int]:
+    """Bytes of one device's parameters, working copies, gradients and optimizer state."""
+    plan, built, params = laid.plan, laid.built, _held(laid.state.params)
+    return {
+        "parameters": params,
+        "working": _working(built, plan, config.train.compute_dtype),
+        "gradients": _held(_in_step(built, plan)) if config.plan.fsdp == "optimizer" else params,
+        "optimizer": _held(laid.state.optimizer),
     }
 
 
@@ -106,14 +128,20 @@ def _in_step(built: Built, plan: Plan) -> Any:
     return jax.tree.map(_placed, built.params, shardings)
 
 
-def _compiled(config: RunConfig, plan: Plan, built: Built, optimizer: Any, state: TrainState) -> dict[str, int]:
+def compiled_step(config: RunConfig, laid: Placed) -> Any:
+    """The whole step as XLA compiles it."""
+    plan = laid.plan
     shape, sharding = (config.train.batch_size, config.train.sequence_length), plan.sharding(*BATCH_AXES)
     integers: Any = jax.ShapeDtypeStruct(shape, "int32", sharding=sharding)
     weights: Any = jax.ShapeDtypeStruct(shape, "float32", sharding=sharding)
-    step: Any = make_step(built, NEXT_TOKENS, config, plan, optimizer)
+    step: Any = make_step(laid.built, NEXT_TOKENS, config, plan, laid.optimizer)
     extras = {NEXT: integers, NEXT_WEIGHT: weights} if config.train.carry_states else {}
-    batch = Batch(integers, integers, integers, weights, extras)
-    analysis = step.lower(state, batch).compile().memory_analysis()
+    return step.lower(laid.state, Batch(integers, integers, integers, weights, extras)).compile()
+
+
+def compiled_bytes(program: Any) -> dict[str, int]:
+    """XLA's numbers for a compiled program, by the names of COMPILED."""
+    analysis = program.memory_analysis()
     return {name: int(getattr(analysis, field)) for name, field in COMPILED.items()}
 
 

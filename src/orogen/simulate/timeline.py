@@ -52,13 +52,35 @@ def lockstep_time(schedule: Schedule, *, forward: ArrayLike = 1.0, backward: Arr
 
     Arguments as in `timeline`. A tick in which some stages go forward and others backward takes the longer pass.
     """
+    return float(_lockstep(schedule, forward, backward).max(axis=1).sum())
+
+
+def lockstep_passes(
+    schedule: Schedule, *, forward: ArrayLike = 1.0, backward: ArrayLike | None = None, hop: float = 0.0
+) -> list[Work]:
+    """Every pass, in order of start, in lockstep as in `lockstep_time`; every tick ends with a send of `hop`."""
+    time_ts = _lockstep(schedule, forward, backward)
+    start_t = np.concatenate([[0.0], np.cumsum(time_ts.max(axis=1) + hop)])
+    operation_ts, microbatch_ts, chunk_ts = schedule.tables[:3]
+    work = [
+        Work(
+            int(s), int(operation_ts[t, s]), int(microbatch_ts[t, s]), int(chunk_ts[t, s]), float(start_t[t]),
+            float(start_t[t] + time_ts[t, s]),
+        )
+        for t, s in np.argwhere(operation_ts != IDLE)
+    ]  # fmt: skip
+    return sorted(work, key=lambda w: (w.start, w.stage))
+
+
+def _lockstep(schedule: Schedule, forward: ArrayLike, backward: ArrayLike | None) -> NDArray[np.float64]:
+    """(t, s): the time of each stage's pass at each tick, 0 where it idles."""
     cost = _costs(schedule, forward, backward)
     operation_ts, _, chunk_ts = schedule.tables[:3]
     stage_s = np.arange(schedule.stages)
     time_ts = np.zeros(operation_ts.shape)
     for operation in STEP:
         time_ts = np.where(operation_ts == operation, cost[operation][chunk_ts, stage_s], time_ts)
-    return float(time_ts.max(axis=1).sum())
+    return time_ts
 
 
 def _play(

@@ -1,0 +1,114 @@
+"""The real step of a config, compiled for simulated devices, beside what the simulator predicts of it.
+
+Nothing is allocated. XLA:CPU multiplies and sends bfloat16 as float32, so both sides are of a float32 step, with the
+implementations that run on a CPU in place of GPU kernels, and padded exchanges with experts in place of the ragged
+all-to-all, for which XLA:CPU gathers everything.
+"""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from orogen.config.cluster import ClusterConfig
+from orogen.config.plan import FOR_GPU, PlanConfig
+from orogen.config.run import RunConfig
+from orogen.cost.communication import step_collectives
+from orogen.cost.ledger import FLOAT32, Workload
+from orogen.simulate.predict import predict
+
+GIB = 2**30
+# Of padded exchanges, if a ragged dispatch has no bound.
+CAPACITY = 1.25
+# What stands in for kernels that only a GPU has.
+ON_CPU = {**{name: getattr(PlanConfig(), name) for name in FOR_GPU}, "attention": "blocked"}
+
+
+def on_cpu(config: RunConfig) -> RunConfig:
+    """The run in float32, with implementations that a CPU has, and nothing offloaded."""
+    changed: dict[str, Any] = {
+        name: ON_CPU[name] for name, kernel in FOR_GPU.items() if getattr(config.plan, name) == kernel
+    }
+    if config.plan.dispatch == "ragged":
+        factor = config.plan.buffer_factor or CAPACITY
+        changed |= {"dispatch": "alltoall", "capacity_factor": factor, "buffer_factor": None}
+    plan = dataclasses.replace(config.plan, **changed, linear="plain", offload=(), offload_optimizer=False)
+    train = dataclasses.replace(config.train, compute_dtype="float32")
+    return dataclasses.replace(config, plan=plan, train=train, data=None)
+
+
+def compare(config: RunConfig) -> dict[str, Any]:
+    """{memory: analytic and compiled bytes by part; traffic: analytic and compiled bytes by operation and mesh axes;
+    seconds: of tracing and compiling; peak_bytes: of this process's memory}. It needs as many devices as the plan has.
+    """
+    config = on_cpu(config)
+    from orogen.simulate.aot import table_of
+    from orogen.simulate.hlo import Traffic, hlo_collectives
+    from orogen.simulate.memory import compiled_bytes, compiled_step, placed_state, state_bytes
+
+    start = time.monotonic()
+    laid = placed_state(config)
+    program = compiled_step(config, laid)
+    seconds = time.monotonic() - start
+    found = predict(config, ClusterConfig())
+    work = Workload(
+        config.train.batch_size // (config.plan.data * config.plan.microbatches),
+        config.train.sequence_length // config.plan.context,
+        FLOAT32,
+        config.train.carry_states,
+    )
+    records = [r for each in step_collectives(config.model, config.plan, work).values() for r in each]
+    analytic = table_of(records, config.plan, config.model)
+    sent = hlo_collectives(program.as_text() or "", dict(laid.plan.mesh.shape))
+    nothing = Traffic(0, 0)
+    return {
+        "memory": {
+            "analytic": dict(max(found.memory, key=lambda stage: stage.total).parts),
+            "state": state_bytes(config, laid),
+            "compiled": compiled_bytes(program),
+        },
+        "traffic": [
+            {
+                "operation": operation,
+                "mesh_axes": list(axes),
+                "analytic": analytic.get((operation, axes), nothing).bytes,
+                "compiled": sent.get((operation, axes), nothing).bytes,
+            }
+            for operation, axes in sorted(analytic.keys() | sent.keys())
+        ],
+        "seconds": seconds,
+        "peak_bytes": _peak(),
+    }
+
+
+def whole(memory: Mapping[str, Mapping[str, float]]) -> tuple[float, float]:
+    """Analytic and compiled bytes of all that one device holds during the step."""
+    compiled = memory["compiled"]
+    return sum(memory["analytic"].values()), compiled["arguments"] + compiled["temporary"] + compiled["outputs"] - (
+        compiled["aliased"]
+    )
+
+
+def compared_lines(facts: Mapping[str, Any]) -> list[str]:
+    """The facts of `compare` as lines of text."""
+    memory = facts["memory"]
+    analytic, compiled = whole(memory)
+    state = memory["state"]
+    lines = [
+        f"compiled in float32 for simulated devices in {facts['seconds']:.0f} s, {facts['peak_bytes'] / GIB:.1f} GiB",
+        f"{'GiB on one device':20} {'analytic':>10} {'compiled':>10}",
+        *(f"{part:20} {memory['analytic'][part] / GIB:>10.4f} {state[part] / GIB:>10.4f}" for part in state),
+        f"{'all':20} {analytic / GIB:>10.4f} {compiled / GIB:>10.4f}  {100 * (analytic / compiled - 1):+.1f} %",
+        f"{'bytes sent':49} {'analytic':>16} {'compiled':>16}",
+    ]
+    for entry in facts["traffic"]:
+        axes = " x ".join(entry["mesh_axes"])
+        lines.append(f"{entry['operation']:20} {axes:28} {entry['analytic']:>16,.0f} {entry['compiled']:>16,.0f}")
+    return lines
+
+
+def _peak() -> int:
+    """The most memory that this process has held, bytes."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

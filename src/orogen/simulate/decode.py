@@ -1,0 +1,210 @@
+"""Inference on a plan: memory, time to the first token, tokens per second, and the longest context; no jax.
+
+Letters: s slots (requests at once).
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+from orogen.config.checks import ConfigError
+from orogen.config.cluster import ClusterConfig
+from orogen.config.dtype import BYTES
+from orogen.config.engine import EngineConfig
+from orogen.config.model import ModelConfig
+from orogen.config.plan import PlanConfig
+from orogen.cost.kept import FLOAT32, local
+from orogen.cost.ledger import ENDS, Ledger, Workload
+from orogen.cost.weights import Weight, weights
+from orogen.parallel.legal import fold_plan
+from orogen.simulate.hardware import Hardware, Software, machine
+from orogen.simulate.passes import EMBEDDING, FORWARD, HEAD, Passes
+
+INT32 = 4
+# More tokens than any text has: the longest context where nothing grows with it.
+LONGEST = 2**24
+# Kernels of a decoding layer that one program launches one after another.
+KERNELS = 8
+
+
+class Cache(NamedTuple):
+    """Bytes of one request on one device: per token of its text, and however long it is: states, the replay ring."""
+
+    per_token: float
+    states: float
+    ring: float
+
+
+class Inference(NamedTuple):
+    """An engine's predicted memory and speed on one device group.
+
+    slots: requests at once on all data ranks. device_memory_bytes by part: weights, key/values, states, ring, logits.
+    first_token_seconds: reading one prompt alone. tokens_per_second: of all requests while decoding, in the middle of
+    their answers. longest_context: tokens of a text that fit with these slots.
+    """
+
+    slots: int
+    prompt_tokens: int
+    new_tokens: int
+    first_token_seconds: float
+    step_seconds: float
+    tokens_per_second: float
+    memory: dict[str, float]
+    device_memory_bytes: float
+    memory_limit_bytes: float
+    longest_context: int
+    limit: str
+
+
+def cache_of(model: ModelConfig, plan: PlanConfig, engine: EngineConfig) -> Cache:
+    """What a request keeps on one device of `plan`: keys and values, and Mamba's states, windows and replay ring."""
+    here, size = local(model, plan, Workload(1, 1, BYTES[engine.compute_dtype])), BYTES[engine.compute_dtype]
+    state = 2 if engine.state_dtype == "float16" else FLOAT32
+    token = states = ring = 0.0
+    letters = model.layers.main + (model.layers.mtp if engine.drafter == "mtp" else "")
+    for letter in letters:
+        if letter in "*w":
+            kept = 2 * here.split(model.num_key_value_heads) * model.head_dim * size + INT32
+            token, states = (token + kept, states) if letter == "*" else (token, states + kept * model.sliding_window)
+        elif letter == "+":
+            token += (model.kv_lora_rank + model.qk_rope_head_dim) * size + INT32
+        elif letter == "M":
+            heads, shared = here.split(model.mamba_num_heads), here.split(model.n_groups) * model.ssm_state_size
+            inner = heads * model.mamba_head_dim
+            states += inner * model.ssm_state_size * state
+            states += (model.conv_kernel - 1) * (inner + 2 * shared) * size
+            ring += engine.replayed * ((inner + shared) * size + heads * FLOAT32)
+        elif letter == "m":
+            inner = here.split(model.mamba_intermediate_size)
+            states += inner * (model.ssm_state_size * state + (model.conv_kernel - 1) * size)
+            ring += engine.replayed * inner * (size + FLOAT32)
+    return Cache(token, states, ring)
+
+
+class Serving(NamedTuple):
+    """A model that an engine serves on a plan: `slots` requests per data rank, and what one device holds for each.
+
+    weights: bytes of the `routed` experts and of the `others`.
+    """
+
+    model: ModelConfig
+    plan: PlanConfig
+    engine: EngineConfig
+    slots: int
+    cache: Cache
+    weights: dict[str, float]
+
+    @property
+    def columns(self) -> int:
+        """The device's columns of the head."""
+        return self.plan.vocab_rows(self.model.vocab_size) // self.plan.tensor
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a weight or an activation."""
+        return BYTES[self.engine.compute_dtype]
+
+
+def predict_inference(
+    model: ModelConfig, cluster: ClusterConfig | None = None, *, plan: PlanConfig | None = None,
+    engine: EngineConfig | None = None, prompt: int = 1024, new: int = 1024,
+) -> Inference:  # fmt: skip
+    """The memory and speed of `engine` serving `model`, with prompts and answers of so many tokens in every slot.
+
+    plan: None for one device; only data, tensor and expert ranks are read. Decoding is bound by bytes: every step reads
+    the weights that its tokens use, their keys and values, and reads and writes states, or replays them. Raises
+    ConfigError for plans and hardware that do not exist.
+    """
+    engine = engine or EngineConfig(compute_dtype="bfloat16", slots=1, max_length=prompt + new)
+    plan = dataclasses.replace(plan or PlanConfig(), attention="blocked", ssd="triton", remat="none", microbatches=1)
+    if plan.stage * plan.context > 1:
+        raise ConfigError(f"PlanConfig.stage x context is {plan.stage} x {plan.context}; expected 1 for inference")
+    cluster = cluster or ClusterConfig()
+    hardware, software = machine(cluster)
+    fold_plan(plan, model)
+    slots, length = -(-engine.slots // plan.data), prompt + new
+    cache = cache_of(model, plan, engine)
+    serving = Serving(model, plan, engine, slots, cache, _weights(model, plan, engine))
+    memory = _memory(serving, length)
+    total = sum(memory.values())
+    step, limit = _step(serving, (hardware, software), prompt + new / 2)
+    reading = Workload(1, prompt, serving.itemsize)
+    passes = Passes(model, plan, reading, (hardware, software), dtype=engine.compute_dtype)
+    first = passes.time([EMBEDDING, *model.layers.main, HEAD], FORWARD).seconds
+    left = hardware.memory_bytes - total + cache.per_token * slots * length
+    longest = math.floor(left / (cache.per_token * slots)) if cache.per_token else LONGEST
+    return Inference(
+        slots=slots * plan.data, prompt_tokens=prompt, new_tokens=new, first_token_seconds=first, step_seconds=step,
+        tokens_per_second=slots * plan.data / step, memory=memory, device_memory_bytes=total,
+        memory_limit_bytes=hardware.memory_bytes, longest_context=max(0, min(longest, LONGEST)), limit=limit,
+    )  # fmt: skip
+
+
+def largest_context(
+    model: ModelConfig, cluster: ClusterConfig, *, plan: PlanConfig | None = None, engine: EngineConfig | None = None
+) -> int:
+    """The longest text, prompt and answer, that fits with the engine's slots; 0 if none does."""
+    return predict_inference(model, cluster, plan=plan, engine=engine, prompt=1, new=1).longest_context
+
+
+def _weights(model: ModelConfig, plan: PlanConfig, engine: EngineConfig) -> dict[str, float]:
+    """Bytes of the weights of one device: `routed` experts, and `others`."""
+    ledger, size = Ledger(ENDS, dataclasses.replace(plan, fsdp="none"), model, Workload(1, 1)), BYTES
+    found = weights(model, plan.vocab_rows(model.vocab_size))
+
+    def of(weight: Weight) -> float:
+        return ledger.held(weight) * (FLOAT32 if weight.float32 else size[engine.compute_dtype])
+
+    letters = model.layers.main + (model.layers.mtp if engine.drafter == "mtp" else "")
+    every = [w for letter in letters for w in found.layers[letter]]
+    every += [w for part in found.parts.values() for w in part]
+    every += list(found.mtp) if engine.drafter == "mtp" else []
+    routed = sum(of(w) for w in every if "expert" in w.axes)
+    return {"routed": routed, "others": sum(of(w) for w in every) - routed}
+
+
+def _memory(serving: Serving, length: int) -> dict[str, float]:
+    """Bytes on one device by part, with texts of `length` tokens in all slots."""
+    engine, cache, slots = serving.engine, serving.cache, serving.slots
+    drafts = 0 if engine.drafter == "none" else engine.drafts
+    snapshots = engine.snapshots if cache.states and engine.prefix_cache else 0
+    return {
+        "weights": sum(serving.weights.values()),
+        "key_values": cache.per_token * slots * length,
+        "states": cache.states * slots,
+        "ring": cache.ring * slots,
+        "snapshots": cache.states * snapshots,
+        "logits": slots * (1 + drafts) * serving.columns * FLOAT32,
+    }
+
+
+def _step(serving: Serving, machine: tuple[Hardware, Software], length: float) -> tuple[float, str]:
+    """Seconds of one decoding step for every slot, and what takes most of them."""
+    model, plan, engine, slots, cache, held = serving
+    hardware, _ = machine
+    tokens = slots * plan.data if plan.expert > 1 else slots
+    used = 1.0
+    if model.n_routed_experts:  # distinct experts of so many tokens, evenly chosen
+        used = 1 - (1 - model.num_experts_per_tok / model.n_routed_experts) ** tokens
+    embedding = 0 if model.tie_word_embeddings else serving.columns * model.hidden_size * serving.itemsize
+    # Replayed states are written once per ring, and the ring is read with every token (ReplaySSM).
+    states = cache.states * (2 if not engine.replayed else 1 + 1 / engine.replayed) + cache.ring
+    read = {
+        "routed experts": held["routed"] * used,
+        "other weights": held["others"] - embedding,
+        "keys and values": cache.per_token * slots * length,
+        "states": states * slots,
+    }
+    bandwidth = hardware.bandwidth * hardware.shares.memory
+    passes = Passes(model, plan, Workload(slots, 1, serving.itemsize), machine, dtype=engine.compute_dtype)
+    units = [*model.layers.main, HEAD]
+    # Kernels for few rows are bound by bytes; their products run at the usual share once there are enough rows.
+    flops = sum(line.flops for unit in units for line in passes.unit(unit).work[FORWARD])
+    parts = {name: size / bandwidth for name, size in read.items()}
+    compute = flops / (hardware.peak_flops[engine.compute_dtype] * hardware.shares.matmul)
+    if compute > sum(parts.values()):
+        parts = {"products": compute}
+    parts["kernels"] = len(units) * KERNELS * hardware.shares.launch
+    parts["communication"] = sum(one.seconds for unit in units for one in passes.unit(unit).sent[FORWARD])
+    seconds, most = sum(parts.values()), max(parts, key=lambda name: parts[name])
+    return seconds, f"{most} {100 * parts[most] / seconds:.0f} %"

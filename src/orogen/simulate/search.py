@@ -1,0 +1,267 @@
+"""All legal plans of a model on so many devices, ranked by tokens per second.
+
+Sizes, sharding, microbatches, the schedule and recomputation are searched; implementations, offloading and the batch
+are those of the config. Every combination of sizes is predicted with the least recomputation that fits into memory.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from orogen.config.checks import ConfigError
+from orogen.config.cluster import ClusterConfig
+from orogen.config.dtype import BYTES
+from orogen.config.plan import PlanConfig
+from orogen.config.run import RunConfig
+from orogen.cost.kept import local
+from orogen.cost.ledger import Workload
+from orogen.parallel.legal import fits
+from orogen.parallel.schedule import chunks_per_stage
+from orogen.simulate.footprint import stage_memory
+from orogen.simulate.hardware import Hardware, Software, machine
+from orogen.simulate.pipeline import expected_flight
+from orogen.simulate.predict import Step, patterns, predict
+from orogen.simulate.prediction import Prediction
+from orogen.simulate.routing import BALANCED, Routing
+
+# Recomputation from none to all, and what is sharded, from the least traffic to the least memory.
+REMATS = ("none", "selective", "full")
+SHARDED = ("optimizer", "parameters")
+# Sequences of a microbatch, and chunks of a stage.
+ROWS = (1, 2, 4)
+CHUNKS = (1, 2)
+# Ranks of context parallelism leave each rank at least so many tokens.
+LEAST_TOKENS = 4096
+# How many of the best are predicted in full, and with how many passes each.
+FEW_PASSES, BEST = 2000, 24
+# Plans whose bubble alone takes longer than this, relative to their work, are legal but not predicted.
+FAR = 1.75
+MOST_DEVICES = 2**14
+# The fields of a plan that the search sets.
+CHOSEN = (
+    "data", "context", "tensor", "stage", "expert", "microbatches", "expert_tensor", "fsdp", "fsdp_size", "dispatch",
+    "shift", "schedule", "virtual", "remat", "offload",
+)  # fmt: skip
+SIZES = ("data", "context", "tensor", "stage", "expert", "microbatches")
+
+
+class Ranked(NamedTuple):
+    """A plan and its prediction."""
+
+    plan: PlanConfig
+    prediction: Prediction
+
+
+class Ranking(NamedTuple):
+    """The best plans, fastest first; how many layouts were legal, and how many of those fit."""
+
+    plans: tuple[Ranked, ...]
+    legal: int
+    fitting: int
+
+
+def search(config: RunConfig, cluster: ClusterConfig, devices: int, *, routing: Routing = BALANCED) -> Ranking:
+    """Ranks the plans of `config`'s model and batch on so many devices. Raises ConfigError if none is legal or fits.
+
+    All plans that fit are ranked by an estimate; the BEST of them are predicted in full, and come first.
+    """
+    config.need("model", "train")
+    hardware, software = machine(cluster)
+    cluster = dataclasses.replace(cluster, devices=None)
+    config = dataclasses.replace(config, data=None)
+    estimated, legal = [], 0
+    for plan in candidates(config, hardware, devices):
+        legal += 1
+        if _bubble(plan) > FAR:
+            continue
+        lightest = _lightest(config, plan, hardware, software)
+        if lightest is not None:
+            tried = dataclasses.replace(config, plan=lightest)
+            step = Step(tried, cluster, (hardware, software), routing, most=0)
+            estimated.append((step.estimate(), legal, lightest))
+    if not estimated:
+        raise ConfigError(_none(config, devices, legal, hardware))
+    best = []
+    for _, _, plan in sorted(estimated):
+        found = predict(dataclasses.replace(config, plan=plan), cluster, routing=routing, most=FEW_PASSES)
+        best += [Ranked(plan, found)] * found.fits
+        if len(best) == BEST:
+            break
+    best.sort(key=lambda ranked: -ranked.prediction.tokens_per_second)
+    return Ranking(tuple(best), legal, len(estimated))
+
+
+def candidates(config: RunConfig, hardware: Hardware, devices: int) -> Iterator[PlanConfig]:
+    """Every legal plan on so many devices, with nothing recomputed, each with the least sharding that a group of data
+    ranks allows."""
+    model, batch, base = config.model, config.train.batch_size, config.plan
+    routed = "E" in model.layers.main + model.layers.mtp
+    layers = len(model.layers.main)
+    written = len(model.layers.segments)
+    for stage in _divisors(devices):
+        if stage > layers or (written > 1 and written % stage):
+            continue
+        for tensor in _divisors(devices // stage):
+            if tensor > hardware.node_size or tensor > 16:
+                continue
+            for context in _divisors(devices // stage // tensor):
+                if context > 1 and config.train.sequence_length // context < LEAST_TOKENS:
+                    continue
+                data = devices // stage // tensor // context
+                if batch % data:
+                    continue
+                for expert in _divisors(devices // stage) if routed else (1,):
+                    if routed and model.n_routed_experts % expert:
+                        continue
+                    sizes = {"stage": stage, "tensor": tensor, "context": context, "data": data, "expert": expert}
+                    yield from _with_microbatches(config, base, sizes, written)
+
+
+def _with_microbatches(
+    config: RunConfig, base: PlanConfig, sizes: dict[str, int], written: int
+) -> Iterator[PlanConfig]:
+    """The plans of these sizes: for each number of sequences per microbatch, and each number of chunks per stage."""
+    stage, share = sizes["stage"], config.train.batch_size // sizes["data"]
+    fields: dict[str, Any] = {**sizes, "expert_tensor": 1, "virtual": None, "schedule": "1f1b", "remat": "none"}
+    fields |= {
+        "offload": (),
+        "fsdp_size": None,
+        "fsdp": "optimizer" if sizes["data"] * sizes["context"] > 1 else "none",
+    }
+    fields["shift"] = "alltoall" if stage > 1 and sizes["context"] > 1 else "permute"
+    if sizes["expert"] > 1 and base.expert == 1 and base.dispatch == "allgather":
+        fields["dispatch"] = "ragged"
+    if not _legal(config, dataclasses.replace(base, **fields, microbatches=1)):
+        return
+    for rows in ROWS:
+        if share % rows:
+            continue
+        microbatches = share // rows
+        chunks = (written // stage,) if written > 1 else CHUNKS if stage > 1 else (1,)
+        for virtual in chunks:
+            if virtual > 1 and (microbatches % stage or virtual * stage > len(config.model.layers.main)):
+                continue
+            schedule = {"schedule": "interleaved", "virtual": virtual} if virtual > 1 else {}
+            yield dataclasses.replace(base, **{**fields, **schedule}, microbatches=microbatches)
+
+
+def _legal(config: RunConfig, plan: PlanConfig) -> bool:
+    if not fits(plan, config.model):
+        return False
+    try:
+        dataclasses.replace(config, plan=plan, data=None).check()
+    except ConfigError as error:
+        return str(error) == ""
+    return True
+
+
+def _bubble(plan: PlanConfig) -> float:
+    """The time of a balanced pipeline over that of its work alone."""
+    return 1 + (plan.stage - 1) / (plan.microbatches * (plan.virtual or 1))
+
+
+def _lightest(config: RunConfig, plan: PlanConfig, hardware: Hardware, software: Software) -> PlanConfig | None:
+    """The plan with the least sharding and recomputation with which it fits; None if it never does."""
+    train, model = config.train, config.model
+    rows, tokens = train.batch_size // (plan.data * plan.microbatches), train.sequence_length // plan.context
+    work = Workload(rows, tokens, BYTES[train.compute_dtype])
+    virtual = chunks_per_stage(plan, model)
+    flight = expected_flight(plan.schedule, plan.stage, plan.microbatches, virtual)
+    layers = patterns(model, plan.stage, virtual, train)
+    for fsdp in SHARDED if plan.fsdp != "none" and plan.stage == 1 else (plan.fsdp,):
+        for remat in REMATS:
+            tried = dataclasses.replace(plan, fsdp=fsdp, remat=remat)
+            here = local(model, tried, work, dynamic=bool(software.dynamic))
+            alike = bool(software.one_program)
+            memory = stage_memory(here, config.optimizer, layers, flight, alike=alike, ends=True)
+            if max(stage.total for stage in memory) <= hardware.memory_bytes:
+                return tried
+            state = min(stage.total - stage.parts["activations"] - stage.parts["temporary"] for stage in memory)
+            if state > hardware.memory_bytes:
+                break  # recomputation does not help
+    return None
+
+
+def nearest_feasible(
+    config: RunConfig, cluster: ClusterConfig, devices: int, *, routing: Routing = BALANCED
+) -> Ranked | None:
+    """The plan closest to `config`'s that fits: on so many devices if any does, else on the next power of two that has
+    one, up to MOST_DEVICES; None if there is none."""
+    found: list[PlanConfig] = []
+    hardware, software = machine(cluster)
+    config = dataclasses.replace(config, data=None)
+    while not found and devices <= MOST_DEVICES:
+        plans = sorted(candidates(config, hardware, devices), key=lambda plan: _distance(plan, config.plan))
+        lightest = (_lightest(config, plan, hardware, software) for plan in plans)
+        found = [plan for plan in lightest if plan][:1]
+        devices = 2 ** devices.bit_length()
+    if not found:
+        return None
+    tried = dataclasses.replace(config, plan=found[0])
+    return Ranked(found[0], predict(tried, dataclasses.replace(cluster, devices=None), routing=routing))
+
+
+def _distance(plan: PlanConfig, other: PlanConfig) -> float:
+    """How far apart two plans are, in factors of two between their sizes."""
+    return sum(abs(math.log2(getattr(plan, name) / getattr(other, name))) for name in SIZES)
+
+
+def _none(config: RunConfig, devices: int, legal: int, hardware: Hardware) -> str:
+    batch = config.train.batch_size
+    if not legal:
+        return (
+            f"no plan on {devices} devices is legal for the model with TrainConfig.batch_size = {batch}; expected "
+            "devices whose data-parallel part divides the batch"
+        )
+    gib = hardware.memory_bytes / 2**30
+    return f"none of {legal} legal plans on {devices} devices fits into {gib:.0f} GiB; expected more devices or memory"
+
+
+def plan_text(plan: PlanConfig, comment: str) -> str:
+    """A gin file with every field of the plan that the search chose, or that differs from its default. It may follow
+    another with a plan."""
+    defaults = PlanConfig()
+    lines = [
+        f"PlanConfig.{field.name} = {getattr(plan, field.name)!r}"
+        for field in dataclasses.fields(plan)
+        if field.name in CHOSEN or getattr(plan, field.name) != getattr(defaults, field.name)
+    ]
+    return "\n".join([f"# {comment}", *lines]) + "\n"
+
+
+def explain(ranking: Ranking) -> list[str]:
+    """The winner and the runner-up, what limits each, and why the one is faster."""
+    lines = [f"{ranking.fitting} of {ranking.legal} legal layouts fit"]
+    for name, ranked in zip(("winner", "runner-up"), ranking.plans, strict=False):
+        found = ranked.prediction
+        lines.append(
+            f"{name}: {describe(ranked.plan)}; {found.tokens_per_second:,.0f} tokens/s, {100 * found.mfu:.1f} % MFU, "
+            f"{found.device_memory_bytes / 2**30:.1f} GiB; {found.limit}"
+        )
+    if len(ranking.plans) > 1:
+        first, second = (ranked.prediction for ranked in ranking.plans[:2])
+        changes = {part: second.seconds[part] - seconds for part, seconds in first.seconds.items()}
+        most = max(changes, key=lambda part: changes[part])
+        lines.append(
+            f"the runner-up takes {100 * (second.step_seconds / first.step_seconds - 1):.1f} % longer, most of it in "
+            f"{most}: {second.seconds[most]:.3g} s instead of {first.seconds[most]:.3g} s per step"
+        )
+    return lines
+
+
+def describe(plan: PlanConfig) -> str:
+    """The plan in a few words."""
+    axes = [
+        f"{name} {n}" for name in ("data", "context", "tensor", "stage", "expert") if (n := getattr(plan, name)) > 1
+    ]
+    more = [f"{plan.microbatches} microbatch{'es' * (plan.microbatches > 1)}"]
+    if plan.stage > 1:
+        more.append(plan.schedule + (f" x {plan.virtual}" if plan.virtual and plan.virtual > 1 else ""))
+    more += [f"fsdp {plan.fsdp}"] if plan.fsdp != "none" else []
+    more += [f"remat {plan.remat}"] if plan.remat != "none" else []
+    return ", ".join([" x ".join(axes) or "one device", *more])
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

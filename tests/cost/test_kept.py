@@ -1,0 +1,78 @@
+"""What a layer keeps by formula is what its trace keeps, by name."""
+
+import pytest
+from tests.helpers import hybrid
+
+from orogen.config.plan import PlanConfig
+from orogen.cost.activations import WEIGHTS, bytes_by_name, kept_by_layer
+from orogen.cost.kept import expert_rows, kept_bytes, local
+from orogen.cost.ledger import Workload
+from orogen.parallel.plan import make_plan
+
+MODEL = hybrid(
+    pattern="ME*-m+", mtp_depths=0, mamba_num_heads=12, mamba_head_dim=10, ssm_state_size=7, num_attention_heads=6,
+    head_dim=14, hidden_size=52, intermediate_size=74, moe_intermediate_size=22, moe_latent_size=18,
+    moe_shared_expert_intermediate_size=34, mamba_intermediate_size=46, time_step_rank=3, q_lora_rank=11,
+    kv_lora_rank=7, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=3, rope_theta=1e4,
+)  # fmt: skip
+WORK = Workload(2, 32, 2)
+ROUTING = 0.03  # of an expert layer's bytes: groups of rows and counts, which the formula leaves out
+
+
+def traced(letter: str, plan: PlanConfig, model=MODEL) -> dict[str, int]:
+    """Bytes by name from the trace."""
+    found = bytes_by_name(kept_by_layer(letter, model, make_plan(plan, model, abstract=True), WORK, dtype="bfloat16"))
+    found.pop(WEIGHTS, None)
+    return found
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {"remat": "paper"},
+        {"remat": "selective"},
+        {"tensor": 2, "data": 2, "expert": 2, "dispatch": "alltoall", "capacity_factor": 1.5, "remat": "paper"},
+        {"tensor": 2, "stream": "whole", "remat": "paper"},
+    ],
+    ids=lambda plan: "-".join(map(str, plan.values())),
+)
+def test_named_arrays_are_exact(plan):
+    sizes = PlanConfig(**plan)
+    for letter in "ME*-":
+        by_trace, (by_formula, host) = traced(letter, sizes), kept_bytes(letter, local(MODEL, sizes, WORK))
+        for found in (by_trace, by_formula):
+            found.pop("routing", None)
+        assert by_formula == by_trace, letter
+        assert host == 0
+
+
+@pytest.mark.parametrize("letter", "m+")
+def test_mamba1_and_latent_attention_keep_their_names(letter):
+    sizes = PlanConfig(remat="paper")
+    assert kept_bytes(letter, local(MODEL, sizes, WORK))[0] == traced(letter, sizes)
+
+
+@pytest.mark.parametrize(("letter", "tolerance"), [("M", 0.01), ("E", 0.03), ("*", 0.12), ("-", 0.0), ("m", 0.05)])
+@pytest.mark.parametrize("remat", ["none", "elementwise", "full"])
+def test_the_sum_without_names_is_close(letter, tolerance, remat):
+    """Without remat autodiff also keeps masks and positions of documents."""
+    sizes = PlanConfig(remat=remat)
+    by_trace = sum(traced(letter, sizes).values())
+    by_formula = sum(kept_bytes(letter, local(MODEL, sizes, WORK))[0].values())
+    assert by_formula == pytest.approx(by_trace, rel=tolerance)
+
+
+def test_what_is_offloaded_is_on_the_host():
+    sizes = PlanConfig(remat="paper", offload=("up",))
+    held, host = kept_bytes("-", local(MODEL, sizes, WORK))
+    assert host == 2 * 74 * 64 and "up" not in held and held["activation"] == 2 * 74 * 64
+
+
+def test_rows_of_experts_by_hand():
+    """64 tokens with 3 of 24 experts each, on four expert ranks: 192 assignments are an even share."""
+    of = lambda **plan: expert_rows(local(MODEL, PlanConfig(expert=4, data=4, **plan), WORK), 1.25)  # noqa: E731
+    assert of(dispatch="ragged") == (240, 64 * 4 * 3)
+    assert of(dispatch="ragged", buffer_factor=1.5) == (240, 288)
+    assert of(dispatch="ragged", buffer_factor=1.0) == (192, 192)
+    assert of(dispatch="alltoall", capacity_factor=1.5) == (24 * 12, 24 * 12)
+    assert of(dispatch="alltoall") == (24 * 64, 24 * 64)

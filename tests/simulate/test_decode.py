@@ -1,0 +1,84 @@
+"""Inference: caches by hand and beside the engine's own, and our measurements of decoding."""
+
+import json
+
+import pytest
+from tests.helpers import hybrid
+
+from orogen.cli import main
+from orogen.config.checks import ConfigError
+from orogen.config.cluster import ClusterConfig
+from orogen.config.engine import EngineConfig
+from orogen.config.load import load
+from orogen.config.plan import PlanConfig
+from orogen.simulate.decode import cache_of, largest_context, predict_inference
+
+
+def model(name: str):
+    return load([f"gin_configs/models/{name}.gin"])[0].model
+
+
+def engine(**fields) -> EngineConfig:
+    return EngineConfig(**{"compute_dtype": "bfloat16", "prefix_cache": False, "slots": 1, **fields})
+
+
+def test_a_requests_cache_by_hand():
+    """Nano 2 9B: 4 attention layers of 8 heads of 128, 27 Mamba layers of 128 heads of 80, 8 groups, state 128."""
+    config = model("nemotron_nano_9b_v2")
+    found = cache_of(config, PlanConfig(), engine())
+    assert found.per_token == 4 * (2 * 8 * 128 * 2 + 4)
+    assert found.states == 27 * (128 * 80 * 128 * 4 + 3 * (128 * 80 + 2 * 8 * 128) * 2)
+    assert found.ring == 0
+    replayed = cache_of(config, PlanConfig(), engine(replay=16))
+    assert replayed.ring == 27 * 16 * ((128 * 80 + 8 * 128) * 2 + 128 * 4)
+    halves = cache_of(config, PlanConfig(tensor=2), engine())
+    assert halves.per_token == 4 * (2 * 4 * 128 * 2 + 4)
+    assert halves.states == found.states / 2
+
+
+def test_nano_2_reads_128k_tokens_on_a_card_of_22_gib():
+    """arXiv:2508.14444: the 9B model was pruned for 128k tokens on an A10G, the 12B model does not fit in bfloat16."""
+    card = ClusterConfig(memory_gib=22.0)
+    assert largest_context(model("nemotron_nano_9b_v2"), card, engine=engine()) >= 128 * 1024
+    assert largest_context(model("nemotron_nano_12b_v2"), card, engine=engine()) == 0
+
+
+@pytest.mark.parametrize(("slots", "measured"), [(1, 689), (64, 13_568)])
+def test_decoding_on_our_h100_is_met(slots, measured):
+    """experiments/decode_throughput: R1 after a prompt of 1,024 tokens."""
+    found = predict_inference(model("r1"), engine=engine(slots=slots), prompt=1024, new=128)
+    assert found.tokens_per_second == pytest.approx(measured, rel=0.1)
+
+
+def test_more_requests_and_longer_texts_take_longer():
+    config = model("nemotron3_nano_30b_a3b")
+    of = lambda slots, prompt: predict_inference(  # noqa: E731
+        config, ClusterConfig(hardware="h200"), engine=engine(slots=slots), prompt=prompt, new=64
+    )
+    few, many, long = of(1, 1024), of(64, 1024), of(64, 65536)
+    assert few.step_seconds < many.step_seconds < long.step_seconds
+    assert few.tokens_per_second < many.tokens_per_second
+    assert few.first_token_seconds < long.first_token_seconds
+    assert many.memory["key_values"] == 64 * (1024 + 64) * 6 * (2 * 2 * 128 * 2 + 4)
+    assert sum(many.memory.values()) == many.device_memory_bytes
+
+
+def test_a_context_of_its_longest_size_fits_exactly():
+    config = hybrid(mtp_depths=0, pattern="M*-E")
+    card = ClusterConfig(memory_gib=0.01)
+    longest = largest_context(config, card, engine=engine())
+    sizes = [predict_inference(config, card, engine=engine(), prompt=longest - 1, new=n) for n in (1, 2)]
+    assert [size.device_memory_bytes <= size.memory_limit_bytes for size in sizes] == [True, False]
+
+
+def test_refusals_and_the_command(capsys):
+    with pytest.raises(ConfigError, match="stage x context is 2 x 1; expected 1 for inference"):
+        predict_inference(hybrid(), plan=PlanConfig(stage=2))
+    file = "gin_configs/models/nemotron_nano_9b_v2.gin"
+    bindings = ["--gin_bindings", "EngineConfig.compute_dtype='bfloat16'", "--gin_bindings", "EngineConfig.slots=4"]
+    assert main(["simulate", "--gin_file", file, "--inference", *bindings, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["slots"] == 4 and facts["first_token_seconds"] > 0
+    small = ["--gin_bindings", "ClusterConfig.memory_gib=10.0"]
+    assert main(["simulate", "--gin_file", file, "--inference", *bindings, *small]) == 2
+    assert "longest context that fits: 0 tokens" in capsys.readouterr().err
