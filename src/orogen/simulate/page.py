@@ -1,0 +1,119 @@
+"""A predicted step on one page: numbers, pictures and assumptions in one file that needs no network."""
+
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from orogen.config.files import write_atomically
+from orogen.report.page import STYLE, headline_html, text_html
+from orogen.report.profile_page import Rows, table_html
+from orogen.report.series import short_number
+from orogen.report.svg import svg
+from orogen.simulate.pictures import Candidate, Drawn, Scaled, pictures
+from orogen.simulate.prediction import Prediction
+
+GIB = 2**30
+
+
+def write_page(
+    path: Path,
+    *,
+    title: str,
+    prediction: Prediction,
+    config_text: str,
+    scaled: Sequence[Scaled] = (),
+    candidates: Sequence[Candidate] = (),
+) -> None:
+    """Writes the page. config_text: the operative gin text that was simulated. Raises OSError."""
+    traffic = traffic_rows(prediction)
+    figures = (_figure_html(drawn) for drawn in pictures(prediction, scaled, candidates))
+    page = _PAGE.format(
+        title=html.escape(title),
+        style=STYLE + _MORE_STYLE,
+        headline=headline_html(headline(prediction)),
+        note=html.escape(_note(prediction)),
+        figures="\n".join(figures),
+        traffic=table_html(traffic) if len(traffic) > 1 else "",
+        flops=table_html(flops_rows(prediction.flops)),
+        config=text_html("Configuration", config_text, state=""),
+    )
+    write_atomically(path, page.encode())
+
+
+def headline(prediction: Prediction) -> dict[str, str]:
+    """The numbers that people ask for first, by label."""
+    memory, limit = prediction.device_memory_bytes / GIB, prediction.memory_limit_bytes / GIB
+    facts = {
+        "seconds per step": f"{prediction.step_seconds:,.3f}",
+        "tokens per second": short_number(prediction.tokens_per_second),
+        "tokens per second and device": f"{prediction.tokens_per_second_per_device:,.0f}",
+        "model FLOPs utilisation": f"{prediction.mfu:.1%}",
+        "TFLOP/s per device": f"{prediction.tflops_per_device:,.0f}",
+        "GiB of the fullest device": f"{memory:,.1f} of {limit:,.0f}" + ("" if prediction.fits else ": does not fit"),
+        "bubble": f"{prediction.bubble:.1%}",
+        "devices": f"{prediction.devices:,} {prediction.hardware}",
+    }
+    if prediction.goodput < 1:
+        facts["goodput: time that makes progress"] = f"{prediction.goodput:.1%}"
+    return facts | {name: f"{value:,.4g}" for name, value in prediction.budget.items()}
+
+
+def _note(prediction: Prediction) -> str:
+    routing = "" if prediction.routing == "none" else f" Routing is assumed to be {prediction.routing}"
+    if routing:
+        routing += f": the busiest expert rank has {prediction.imbalance:.2f} times its even share."
+    return f"Predicted from the config, not measured. {prediction.limit}{routing}"
+
+
+def traffic_rows(prediction: Prediction) -> Rows:
+    """What one device sends in a step, with heads; the longest first."""
+    heads = ("axes", "operation", "link", "GB", "ms", "ms exposed")
+    longest_first = sorted(prediction.communication, key=lambda traffic: -traffic.seconds)
+    rows = [
+        (
+            " + ".join(traffic.axes), traffic.operation, traffic.link, f"{traffic.bytes / 1e9:,.3f}",
+            f"{1e3 * traffic.seconds:,.2f}", f"{1e3 * traffic.exposed_seconds:,.2f}",
+        )
+        for traffic in longest_first
+    ]  # fmt: skip
+    return [heads, *rows]
+
+
+def flops_rows(flops: Mapping[str, float]) -> Rows:
+    """FLOPs of a step by convention, with heads."""
+    rows = [(name, f"{count / 1e15:,.3f}") for name, count in flops.items()]
+    return [("FLOPs of a step, by convention", "PFLOP"), *rows]
+
+
+def _figure_html(drawn: Drawn) -> str:
+    picture = svg(drawn.figure, name=drawn.name, tips=drawn.tips)
+    heading, caption = html.escape(drawn.heading), html.escape(drawn.caption)
+    return f"<section><h2>{heading}</h2><figure>{picture}<figcaption>{caption}</figcaption></figure></section>"
+
+
+_MORE_STYLE = """
+figure svg { display: block; width: 100%; height: auto; }
+figure svg text { font-family: system-ui, sans-serif !important; }
+.tip:hover { opacity: .55; }
+.note { color: var(--quiet); margin: 0 0 1.25rem; max-width: 52rem; }
+"""
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<h1>{title}</h1>
+{headline}
+<p class="note">{note}</p>
+{figures}
+{traffic}
+{flops}
+{config}
+</body>
+</html>
+"""
