@@ -20,12 +20,17 @@ from orogen.config.load import load
 from orogen.config.model import ModelConfig
 from orogen.config.plan import FOR_GPU, PlanConfig
 from orogen.config.run import OptimizerConfig, RunConfig, TrainConfig
+from orogen.simulate.prediction import Prediction
 
 FOLDER = Path(__file__).parent
 ROWS, FITTED = FOLDER / "rows.jsonl", FOLDER / "fitted.json"
 RULE = "of each table's judged rows, a third (rounded down): those whose ids have the smallest sha256"
 # The programs measured on these cards have fused attention; in 2021 scores were written to memory.
 UNFUSED = {"a100"}
+# What `options` mean, as constants of the cluster. Dispatchers that send a token once per node: arXiv:2603.07685; the
+# share of exchanges that one forward pass hides behind another's backward pass: the same, section 4.
+ONCE_PER_NODE = ("deepep", "hybridep")
+OVERLAPPED = "overlap_expert=0.93"
 KINDS = ("step", "layer")  # what is judged
 
 Row = Mapping[str, Any]
@@ -72,9 +77,17 @@ def config(row: Row) -> RunConfig:
     return RunConfig(model=model, plan=plan, train=train, optimizer=optimizer).check()
 
 
-def cluster(row: Row) -> ClusterConfig:
-    """The cluster that a row was measured on."""
-    return ClusterConfig(hardware=row["hardware"], devices=row["devices"], software="megatron")
+def cluster(row: Row, constants: Mapping[str, float] = {}) -> ClusterConfig:
+    """The cluster that a row was measured on, with the options of its program. constants: replace the hardware's."""
+    options = row.get("options", {})
+    entries = [f"{name}={value!r}" for name, value in constants.items()]
+    if options.get("dispatcher") in ONCE_PER_NODE:
+        entries.append("once_per_node=1")
+    if options.get("overlap") == "expert":
+        entries.append(OVERLAPPED)
+    return ClusterConfig(
+        hardware=row["hardware"], devices=row["devices"], software="megatron", constants=tuple(entries)
+    )
 
 
 def segmented(model: ModelConfig, layout: str) -> str:
@@ -92,6 +105,36 @@ def segmented(model: ModelConfig, layout: str) -> str:
         chunks.append(main[start : start + 2 * size])
         start += 2 * size
     return "|".join(chunks) + (f"/{model.layers.mtp}" if model.layers.mtp else "")
+
+
+def both_seconds(row: Row, model: ModelConfig, found: Prediction) -> tuple[float, float]:
+    """The predicted and the published time: of a step, or of one layer's passes."""
+    if row["kind"] == "layer":
+        return layer_seconds(found, len(model.layers.main) // 2), row["published"]["layer_ms"] / 1e3
+    return found.step_seconds, published_seconds(row, model, found.flops)
+
+
+def layer_seconds(found: Prediction, layers: int) -> float:
+    """Both passes of one Transformer layer: its attention and its MLP, and what they send over tensor ranks."""
+    computed = sum(line.seconds * line.count for line in found.rooflines if line.unit in ("*", "-"))
+    sent = sum(traffic.exposed_seconds for traffic in found.communication if traffic.axes == ("tensor",))
+    return (computed + sent) / layers
+
+
+def published_seconds(row: Row, model: ModelConfig, flops: Mapping[str, float]) -> float:
+    """The time of a step that the row's numbers amount to. flops: of the step, by convention, for rows that give no
+    time."""
+    found = row["published"]
+    if "step_seconds" in found:
+        return found["step_seconds"]
+    if "tokens_per_second_per_device" in found:
+        return row["batch"] * row["sequence"] / row["devices"] / found["tokens_per_second_per_device"]
+    if row["convention"] == "megatron2021_recomputed":
+        counted = gpt_flops(model, row["batch"], row["sequence"], recomputed=True)
+    else:
+        counted = flops[row["convention"]]
+    rate = found["mfu"] * found["peak_tflops"] if "mfu" in found else found["tflops_per_device"]
+    return counted / row["devices"] / rate / 1e12
 
 
 def gpt_flops(model: ModelConfig, batch: int, sequence: int, *, recomputed: bool) -> float:
