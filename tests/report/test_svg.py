@@ -26,3 +26,9 @@ def test_the_same_figure_gives_the_same_text():
 def test_a_tip_without_an_artist_is_refused():
     with pytest.raises(ValueError, match="dott"):
         svg(figure(), name="one", tips={"dott": "?"})
+
+
+def test_the_same_figure_under_another_name_has_other_ids():
+    """Those that something refers to: of clip paths and markers."""
+    ids = [set(re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', svg(figure(), name=name, tips={}))) for name in "ab"]
+    assert ids[0] and not ids[0] & ids[1]
