@@ -85,8 +85,9 @@ def cluster(row: Row, constants: Mapping[str, float] = {}) -> ClusterConfig:
         entries.append("once_per_node=1")
     if options.get("overlap") == "expert":
         entries.append(OVERLAPPED)
+    software = "megatron2021" if row["hardware"] in UNFUSED else "megatron"
     return ClusterConfig(
-        hardware=row["hardware"], devices=row["devices"], software="megatron", constants=tuple(entries)
+        hardware=row["hardware"], devices=row["devices"], software=software, constants=tuple(entries)
     )
 
 
