@@ -16,6 +16,7 @@ from measure import NEW, workload
 
 from orogen.bench.workload import Workload
 from orogen.config.cluster import ClusterConfig
+from orogen.config.plan import FOR_GPU
 from orogen.report.pictures import LIGHT
 from orogen.simulate.pictures import COLOURS
 from orogen.simulate.predict import predict
@@ -47,7 +48,9 @@ def known_runs() -> Iterator[tuple[str, Workload, str, float]]:
 
 
 def _workload(record: dict[str, Any], part: str) -> Workload:
-    bindings = [f"PlanConfig.{name}={value!r}" for name, value in record["plan"].items()]
+    # The benchmark names the kernels itself, those that the model has.
+    plan = {name: value for name, value in record["plan"].items() if FOR_GPU.get(name) != value}
+    bindings = [f"PlanConfig.{name}={value!r}" for name, value in plan.items()]
     if "pattern" in record:
         bindings.append(f"ModelConfig.pattern={record['pattern']!r}")
     return Workload(

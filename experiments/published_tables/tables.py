@@ -86,9 +86,7 @@ def cluster(row: Row, constants: Mapping[str, float] = {}) -> ClusterConfig:
     if options.get("overlap") == "expert":
         entries.append(OVERLAPPED)
     software = "megatron2021" if row["hardware"] in UNFUSED else "megatron"
-    return ClusterConfig(
-        hardware=row["hardware"], devices=row["devices"], software=software, constants=tuple(entries)
-    )
+    return ClusterConfig(hardware=row["hardware"], devices=row["devices"], software=software, constants=tuple(entries))
 
 
 def segmented(model: ModelConfig, layout: str) -> str:
