@@ -109,7 +109,7 @@ def test_texts_under_the_pointer_have_the_numbers(page):
 def test_the_headline():
     found = headline(prediction(budget={"dollars": 1234.5}))
     assert found["seconds per step"] == "0.500" and found["model FLOPs utilisation"] == "37.5%"
-    assert found["GiB of the fullest device"] == "3.0 of 80" and found["devices"] == "8 h100"
+    assert found["GiB of the fullest device"] == "3.0 of 80" and found["devices"] == "8 x h100"
     assert found["dollars"] == "1,234" and "goodput: time that makes progress" not in found
     full = headline(prediction(device_memory_bytes=81.0 * GIB, goodput=0.9))
     assert full["GiB of the fullest device"] == "81.0 of 80: does not fit"

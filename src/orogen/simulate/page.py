@@ -1,18 +1,67 @@
 """A predicted step on one page: numbers, pictures and assumptions in one file that needs no network."""
 
+import dataclasses
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from orogen.config.cluster import ClusterConfig
 from orogen.config.files import write_atomically
+from orogen.config.run import RunConfig
 from orogen.report.page import STYLE, headline_html, text_html
 from orogen.report.profile_page import Rows, table_html
 from orogen.report.series import short_number
 from orogen.report.svg import svg
 from orogen.simulate.pictures import Candidate, Drawn, Scaled, pictures
 from orogen.simulate.prediction import Prediction
+from orogen.simulate.routing import Routing
+from orogen.simulate.scaling import scale
+from orogen.simulate.search import Ranking, describe
 
 GIB = 2**30
+
+
+def write_simulation(
+    path: Path,
+    name: str,
+    config: RunConfig,
+    cluster: ClusterConfig,
+    prediction: Prediction,
+    *,
+    routing: Routing,
+    ranking: Ranking | None = None,
+) -> None:
+    """Writes the page of a run and of its scaling; with a ranking, the best plan among the others. name: of the run.
+
+    Raises OSError, and ConfigError as `predict` does.
+    """
+    plans = ranking.plans if ranking else ()
+    write_page(
+        path,
+        title=f"{name} on {prediction.devices:,} x {prediction.hardware}",
+        prediction=prediction,
+        config_text=config_text(config, cluster),
+        scaled=scale(config, cluster, routing=routing),
+        candidates=[
+            Candidate(
+                describe(ranked.plan), ranked.prediction.device_memory_bytes, ranked.prediction.tokens_per_second,
+                ranked.prediction is prediction,
+            )
+            for ranked in plans
+        ],
+    )  # fmt: skip
+
+
+def config_text(config: RunConfig, cluster: ClusterConfig) -> str:
+    """What was simulated as a gin file: the fields that differ from their defaults."""
+    parts = (config.model, config.plan, config.train, config.optimizer, cluster)
+    return "\n".join(
+        f"{type(part).__name__}.{field.name} = {value!r}"
+        for part in parts
+        if part is not None
+        for field in dataclasses.fields(part)
+        if (value := getattr(part, field.name)) != field.default
+    )
 
 
 def write_page(
@@ -51,7 +100,7 @@ def headline(prediction: Prediction) -> dict[str, str]:
         "TFLOP/s per device": f"{prediction.tflops_per_device:,.0f}",
         "GiB of the fullest device": f"{memory:,.1f} of {limit:,.0f}" + ("" if prediction.fits else ": does not fit"),
         "bubble": f"{prediction.bubble:.1%}",
-        "devices": f"{prediction.devices:,} {prediction.hardware}",
+        "devices": f"{prediction.devices:,} x {prediction.hardware}",
     }
     if prediction.goodput < 1:
         facts["goodput: time that makes progress"] = f"{prediction.goodput:.1%}"
@@ -59,10 +108,11 @@ def headline(prediction: Prediction) -> dict[str, str]:
 
 
 def _note(prediction: Prediction) -> str:
-    routing = "" if prediction.routing == "none" else f" Routing is assumed to be {prediction.routing}"
-    if routing:
-        routing += f": the busiest expert rank has {prediction.imbalance:.2f} times its even share."
-    return f"Predicted from the config, not measured. {prediction.limit}{routing}"
+    text = f"Predicted from the config, not measured. Limited by: {prediction.limit}."
+    if any(line.unit == "E" for line in prediction.rooflines):
+        share = f"the busiest expert rank has {prediction.imbalance:.2f} times its even share"
+        text += f" Routing is assumed to be {prediction.routing}: {share}."
+    return text
 
 
 def traffic_rows(prediction: Prediction) -> Rows:
