@@ -29,9 +29,9 @@ def asked(monkeypatch):
     return runs
 
 
-def run(**plan: int) -> RunConfig:
+def run(**plan: object) -> RunConfig:
     model = load(["gin_configs/models/nemotron3_toy.gin"])[0].model
-    train = TrainConfig(steps=1, batch_size=24, sequence_length=66, seed=0)
+    train = TrainConfig(steps=1, batch_size=48, sequence_length=66, seed=0)
     return RunConfig(model=model, plan=PlanConfig(**plan), train=train).check()
 
 
@@ -42,7 +42,7 @@ def test_weak_grows_the_batch_and_strong_divides_the_microbatches(asked, monkeyp
     monkeypatch.setattr(scaling, "DOUBLINGS", 3)
     points = scaling.scale(run(data=2, tensor=3, microbatches=4), CLUSTER)
     shapes = [(r.plan.data, r.plan.microbatches, r.train.batch_size) for r in asked]
-    assert shapes == [(2, 4, 24), (4, 4, 48), (8, 4, 96), (16, 4, 192), (2, 4, 24), (4, 2, 24), (8, 1, 24)]
+    assert shapes == [(2, 4, 48), (4, 4, 96), (8, 4, 192), (16, 4, 384), (2, 4, 48), (4, 2, 48), (8, 1, 48)]
     assert [(p.kind, p.devices) for p in points] == [
         *(("weak", n) for n in (6, 12, 24, 48)), *(("strong", n) for n in (6, 12, 24)),
     ]  # fmt: skip
@@ -68,6 +68,18 @@ def test_the_rest_of_the_run_stays(asked):
         same = dataclasses.replace(
             other,
             plan=dataclasses.replace(other.plan, data=2, microbatches=2),
-            train=dataclasses.replace(other.train, batch_size=24),
+            train=dataclasses.replace(other.train, batch_size=48),
         )
         assert same == given
+
+
+def test_ranks_that_cannot_share_the_parameters_end_the_curve(asked):
+    """The model is 128 wide."""
+    weak = [p.devices for p in scaling.scale(run(data=8, fsdp="optimizer"), CLUSTER) if p.kind == "weak"]
+    assert weak == [8, 16, 32, 64, 128]
+
+
+def test_an_interleaved_pipeline_keeps_a_microbatch_per_stage(asked):
+    plan = {"stage": 2, "schedule": "interleaved", "microbatches": 12, "virtual": 2}
+    strong = [p.devices for p in scaling.scale(run(**plan), CLUSTER) if p.kind == "strong"]
+    assert strong == [2, 4]  # then 3 microbatches
