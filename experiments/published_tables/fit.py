@@ -14,14 +14,13 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
-from tables import FOLDER, UNFUSED, Row, both_seconds, cluster, config, fitted, read_rows
+from tables import FOLDER, PASSES, UNFUSED, Row, both_seconds, cluster, config, fitted, read_rows
 
 from orogen.simulate.hardware import KINDS, PROGRAMS
 from orogen.simulate.predict import predict
 
 CONSTANTS = FOLDER / "constants.json"
 NOISE, SPREAD, STEP = 0.05, 0.15, 0.1
-PASSES = 2000  # of a pipeline that are played one by one: enough for its period
 # By hardware; kinds in one tuple share their constants.
 FREE = {
     ("a100",): ("matmul", "scores", "memory", "node", "network", "gathers"),

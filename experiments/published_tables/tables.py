@@ -32,6 +32,7 @@ UNFUSED = {"a100"}
 ONCE_PER_NODE = ("deepep", "hybridep")
 OVERLAPPED = "overlap_expert=0.93"
 KINDS = ("step", "layer")  # what is judged
+PASSES = 2000  # of a pipeline that are played one by one; the rest repeats with the period of its schedule
 
 Row = Mapping[str, Any]
 
