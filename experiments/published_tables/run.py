@@ -34,7 +34,8 @@ def compare(row: Row, constants: Mapping[str, float], *, chosen: bool) -> Result
         "id": row["id"], "table": row["table"], "hardware": row["hardware"], "devices": row["devices"],
         "fitted": chosen, "published_seconds": published, "predicted_seconds": seconds,
         "error": seconds / published - 1, "parts": {name: part for name, part in found.seconds.items() if part},
-        "gib": found.device_memory_bytes / 2**30, "constants": per_token(row, found), "took_seconds": round(took, 3),
+        "gib": found.device_memory_bytes / 2**30, "flops": found.flops["orogen"], "constants": per_token(row, found),
+        "took_seconds": round(took, 3),
     }  # fmt: skip
 
 
@@ -60,8 +61,8 @@ def _ranks(values: Sequence[float]) -> list[float]:
 
 
 def rate(result: Result, which: str) -> float:
-    """What the order of a table is judged by: steps per second and device."""
-    return 1 / (result[f"{which}_seconds"] * result["devices"])
+    """What the order of a table is judged by: FLOP/s per device, counted alike for both."""
+    return result["flops"] / result[f"{which}_seconds"] / result["devices"]
 
 
 def print_tables(results: Sequence[Result]) -> None:

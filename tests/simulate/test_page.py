@@ -109,8 +109,8 @@ def test_texts_under_the_pointer_have_the_numbers(page):
 def test_the_headline():
     found = headline(prediction(budget={"dollars": 1234.5}))
     assert found["seconds per step"] == "0.500" and found["model FLOPs utilisation"] == "37.5%"
-    assert found["GiB of the fullest device"] == "3.0 of 80" and found["devices"] == "8 x h100"
-    assert found["dollars"] == "1,234" and "goodput: time that makes progress" not in found
+    assert found["GiB of the fullest device"] == "3.0 of 80" and found["devices: h100"] == "8"
+    assert found["dollars, all steps"] == "1,234" and "goodput: time that makes progress" not in found
     full = headline(prediction(device_memory_bytes=81.0 * GIB, goodput=0.9))
     assert full["GiB of the fullest device"] == "81.0 of 80: does not fit"
     assert full["goodput: time that makes progress"] == "90.0%"

@@ -100,11 +100,15 @@ def headline(prediction: Prediction) -> dict[str, str]:
         "TFLOP/s per device": f"{prediction.tflops_per_device:,.0f}",
         "GiB of the fullest device": f"{memory:,.1f} of {limit:,.0f}" + ("" if prediction.fits else ": does not fit"),
         "bubble": f"{prediction.bubble:.1%}",
-        "devices": f"{prediction.devices:,} x {prediction.hardware}",
+        f"devices: {prediction.hardware}": f"{prediction.devices:,}",
     }
     if prediction.goodput < 1:
         facts["goodput: time that makes progress"] = f"{prediction.goodput:.1%}"
-    return facts | {name: f"{value:,.4g}" for name, value in prediction.budget.items()}
+    return facts | {f"{name.replace('_', ' ')}, all steps": _short(value) for name, value in prediction.budget.items()}
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _note(prediction: Prediction) -> str:
