@@ -2,12 +2,14 @@
 
 import dataclasses
 import itertools
+import json
 import random
 import re
 import xml.etree.ElementTree as ElementTree
 
 import pytest
 
+from orogen.cli import main
 from orogen.parallel.schedule import BACKWARD, FORWARD
 from orogen.simulate.page import headline, traffic_rows, write_page
 from orogen.simulate.pictures import MAX_PASSES, Candidate, Scaled, draw_memory, draw_timeline, pareto, pictures
@@ -163,3 +165,21 @@ def test_a_prediction_is_not_changed_by_drawing():
     before = prediction()
     pictures(before, SCALED, CANDIDATES)
     assert dataclasses.asdict(before) == dataclasses.asdict(prediction())
+
+
+RECIPE = ["simulate", "--gin_file", "gin_configs/recipes/quickstart.gin", "--json"]
+
+
+def test_the_command_writes_the_page_of_the_best_plan_among_the_others(tmp_path, capsys):
+    path = tmp_path / "plan.html"
+    assert main([*RECIPE, "--search", "--devices", "2", "--html", str(path)]) == 0
+    page, found = path.read_text(), json.loads(capsys.readouterr().out)
+    assert f"{found['step_seconds']:,.3f}" in page and "<h1>quickstart on 2 x " in page
+    assert "Speed against memory" in page and "TrainConfig.batch_size = " in page
+
+
+@pytest.mark.parametrize("more, message", [(["--inference"], "without --inference"), ([], "Is a directory")])
+def test_no_page_of_what_has_none(tmp_path, capsys, more, message):
+    assert main([*RECIPE, *more, "--html", str(tmp_path)]) == 2
+    answer = capsys.readouterr()
+    assert answer.out == "" and message in answer.err and answer.err.count("\n") == 1

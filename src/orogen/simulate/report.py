@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> Answer:
     found = _predicted(config, cluster, routing)
     facts, lines = found.facts(), prediction_lines(found)
     if options.html:
-        _write_page(config, cluster, found, routing, options)
+        _write_page(config, cluster, found, routing=routing, options=options)
     if options.compile:
         from orogen.parallel.runtime import configure
         from orogen.simulate.compiled import compare, compared_lines
@@ -98,7 +98,8 @@ def _search(config: RunConfig, cluster: ClusterConfig, routing: Routing, options
         write_atomically(Path(options.out), text.encode())
         lines.append(f"the winner is in {options.out}")
     if options.html:
-        _write_page(dataclasses.replace(config, plan=best.plan), cluster, best.prediction, routing, options, ranking)
+        chosen = dataclasses.replace(config, plan=best.plan)
+        _write_page(chosen, cluster, best.prediction, routing=routing, options=options, ranking=ranking)
     facts = best.prediction.facts()
     facts["plans"] = [
         {
@@ -118,7 +119,7 @@ def _search(config: RunConfig, cluster: ClusterConfig, routing: Routing, options
 
 
 def _write_page(
-    config: RunConfig, cluster: ClusterConfig, found: Prediction, routing: Routing, options: argparse.Namespace,
+    config: RunConfig, cluster: ClusterConfig, found: Prediction, *, routing: Routing, options: argparse.Namespace,
     ranking: Ranking | None = None,
 ) -> None:  # fmt: skip
     """Writes --html."""
