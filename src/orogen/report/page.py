@@ -6,7 +6,7 @@ The page needs no network and follows the browser's light or dark setting. What 
 import base64
 import html
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +54,9 @@ def write_report(
         text_html("Configuration", config_text, state=""),
         text_html("Environment", json.dumps(environment, indent=2, default=str), state=""),
     ]
-    page = _PAGE.format(
-        title=html.escape(title),
-        style=STYLE,
-        headline=headline_html(_headline(records, environment) | _goodput(spent)),
-        baselines=_baselines_html(_whole_heldout(records), baselines),
-        spent=_spent_html(spent),
-        figures="\n".join(figures),
-        texts="\n".join(texts),
-    )
+    headings = headline_html(_headline(records, environment) | _goodput(spent))
+    baseline = _baselines_html(_whole_heldout(records), baselines)
+    page = document(title, [headings, baseline, *figures, _spent_html(spent), *texts])
     path = run_dir / "report.html"
     write_atomically(path, page.encode())
     return path
@@ -122,6 +116,11 @@ def _count_lost(records: Records) -> int:
 def _duration(seconds: float) -> str:
     hours, rest = divmod(round(seconds), 3600)
     return f"{hours} h {rest // 60:02d} min" if hours else f"{rest // 60} min {rest % 60:02d} s"
+
+
+def document(title: str, parts: Sequence[str], *, style: str = "") -> str:
+    """A whole page of these parts, which are HTML. style: rules beside those that all pages have."""
+    return _PAGE.format(title=html.escape(title), style=STYLE + style, body="\n".join(parts))
 
 
 def headline_html(facts: Mapping[str, str]) -> str:
@@ -232,11 +231,7 @@ _PAGE = """<!doctype html>
 </head>
 <body>
 <h1>{title}</h1>
-{headline}
-{baselines}
-{figures}
-{spent}
-{texts}
+{body}
 </body>
 </html>
 """

@@ -8,7 +8,7 @@ from pathlib import Path
 from orogen.config.cluster import ClusterConfig
 from orogen.config.files import write_atomically
 from orogen.config.run import RunConfig
-from orogen.report.page import STYLE, headline_html, text_html
+from orogen.report.page import document, headline_html, text_html
 from orogen.report.profile_page import Rows, table_html
 from orogen.report.series import short_number
 from orogen.report.svg import svg
@@ -75,17 +75,15 @@ def write_page(
 ) -> None:
     """Writes the page. config_text: the operative gin text that was simulated. Raises OSError."""
     traffic = traffic_rows(prediction)
-    figures = (_figure_html(drawn) for drawn in pictures(prediction, scaled, candidates))
-    page = _PAGE.format(
-        title=html.escape(title),
-        style=STYLE + _MORE_STYLE,
-        headline=headline_html(headline(prediction)),
-        note=html.escape(_note(prediction)),
-        figures="\n".join(figures),
-        traffic=table_html(traffic) if len(traffic) > 1 else "",
-        flops=table_html(flops_rows(prediction.flops)),
-        config=text_html("Configuration", config_text, state=""),
-    )
+    parts = [
+        headline_html(headline(prediction)),
+        f'<p class="note">{html.escape(_note(prediction))}</p>',
+        *(_figure_html(drawn) for drawn in pictures(prediction, scaled, candidates)),
+        table_html(traffic) if len(traffic) > 1 else "",
+        table_html(flops_rows(prediction.flops)),
+        text_html("Configuration", config_text, state=""),
+    ]
+    page = document(title, parts, style=_STYLE)
     write_atomically(path, page.encode())
 
 
@@ -104,7 +102,10 @@ def headline(prediction: Prediction) -> dict[str, str]:
     }
     if prediction.goodput < 1:
         facts["goodput: time that makes progress"] = f"{prediction.goodput:.1%}"
-    return facts | {f"{name.replace('_', ' ')}, all steps": _short(value) for name, value in prediction.budget.items()}
+    return facts | {
+        f"{name.replace('_', ' ').replace('kwh', 'kWh')}, all steps": _short(value)
+        for name, value in prediction.budget.items()
+    }
 
 
 def _short(value: float) -> str:
@@ -145,29 +146,9 @@ def _figure_html(drawn: Drawn) -> str:
     return f"<section><h2>{heading}</h2><figure>{picture}<figcaption>{caption}</figcaption></figure></section>"
 
 
-_MORE_STYLE = """
+_STYLE = """
 figure svg { display: block; width: 100%; height: auto; }
 figure svg text { font-family: system-ui, sans-serif !important; }
 .tip:hover { opacity: .55; }
 .note { color: var(--quiet); margin: 0 0 1.25rem; max-width: 52rem; }
-"""
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<h1>{title}</h1>
-{headline}
-<p class="note">{note}</p>
-{figures}
-{traffic}
-{flops}
-{config}
-</body>
-</html>
 """

@@ -136,7 +136,7 @@ def draw_memory(prediction: Prediction) -> Drawn:
     axes.axvline(limit, color=LIGHT.ink, linewidth=1.2, linestyle=(0, (4, 3)))
     fullest = max(prediction.device_memory_bytes / GIB, limit)
     axes.set(xlabel="GiB", ylabel="stage", xlim=(0, 1.04 * fullest), ylim=(len(stages) - 0.4, -0.6))
-    axes.locator_params(axis="y", integer=True)
+    axes.set_yticks(range(0, len(stages), max(1, len(stages) // 16)))
     used = {part: max(stage.parts.get(part, 0.0) for stage in stages) for part in MEMORY_PARTS}
     _name_colours(figure, _used(used))
     caption = f"One device of each stage; the dashed line is what a device has, {limit:,.0f} GiB."
@@ -247,7 +247,8 @@ def draw_front(candidates: Sequence[Candidate], limit: float) -> Drawn:
     steps = [(plan.memory_bytes / GIB, plan.tokens_per_second) for plan in front]
     axes.step(*zip(*steps, strict=True), where="post", color=COLOURS[0], linewidth=1.2, zorder=0)
     axes.axvline(limit / GIB, color=LIGHT.ink, linewidth=1.2, linestyle=(0, (4, 3)))
-    axes.set(xlabel="GiB of the fullest device", ylabel="tokens/s", ylim=(0, None), xlim=(0, None))
+    axes.set(xlabel="GiB of the fullest device", ylabel="tokens/s", xlim=(0, None))
+    axes.set_ylim(0, 1.08 * max(plan.tokens_per_second for plan in candidates))
     axes.yaxis.set_major_formatter(short_number)
     colours = {"this plan": LIGHT.accent, "no other is both faster and smaller": COLOURS[0], "others": QUIET}
     _name_colours(figure, colours)
