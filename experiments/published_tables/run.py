@@ -49,6 +49,25 @@ def per_token(row: Row, found: Prediction) -> dict[str, float]:
     return {"published": published, "counted": counted, "error": counted / published - 1}
 
 
+# Parts of a device's memory as arXiv:2603.07685 adds them up; our parameters are its master weights.
+MEMORY = {
+    "weights-gradients": ("working", "gradients"), "master-optimizer": ("parameters", "optimizer"),
+    "activations": ("activations", "temporary"),
+}  # fmt: skip
+
+
+def print_memory(rows: Sequence[Row]) -> None:
+    """Of the rows about memory, GB on the fullest device beside what was published; they are not judged."""
+    print("\n| memory | published GB | predicted GB |\n|---|---|---|")
+    for row in rows:
+        if row["kind"] == "memory":
+            stages = predict(config(row), cluster(row), most=PASSES).memory
+            stage = max(stages, key=lambda stage: stage.total)
+            parts = MEMORY.get(row["published"]["part"], tuple(stage.parts))
+            held = sum(stage.parts[part] for part in parts) / 1e9
+            print(f"| {row['id']} | {row['published']['memory_gb']} | {held:.1f} |")
+
+
 def spearman(xs: Sequence[float], ys: Sequence[float]) -> float:
     """The rank correlation; equal numbers share the mean of their ranks. NaN with fewer than three."""
     if len(xs) < 3:
@@ -104,6 +123,7 @@ def main() -> None:
     results = [json.loads(line) for line in RESULTS.read_text().splitlines()]
     draw(results, FOLDER / "figure.png")
     print_tables(results)
+    print_memory(read_rows())
 
 
 if __name__ == "__main__":
