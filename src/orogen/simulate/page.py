@@ -12,13 +12,12 @@ from orogen.report.page import document, headline_html, text_html
 from orogen.report.profile_page import Rows, table_html
 from orogen.report.series import short_number
 from orogen.report.svg import svg
+from orogen.simulate.hardware import GIB
 from orogen.simulate.pictures import Candidate, Drawn, Scaled, pictures
 from orogen.simulate.prediction import Prediction
 from orogen.simulate.routing import Routing
 from orogen.simulate.scaling import scale
 from orogen.simulate.search import Ranking, describe
-
-GIB = 2**30
 
 
 def write_simulation(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from orogen.parallel.schedule import FORWARD
 from orogen.report.pictures import LIGHT, bare_figure, plain_figure, style_axes
 from orogen.report.series import short_number
+from orogen.simulate.hardware import GIB
 from orogen.simulate.prediction import MEMORY_PARTS, TIME_PARTS, Prediction, Roofline
 from orogen.simulate.timeline import Work
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_PASSES = 1600  # of a picture: more would be too narrow to see, and too many elements for a browser
-GIB = 2**30
 # Of categories; each is legible on a light and on a dark ground.
 COLOURS = ("#3a7fcd", "#e2773c", "#3f9e6d", "#8d6cc4", "#c9a227", "#c75b7a", "#5aa7b5", "#8a8f98", "#7a5c43")
 QUIET = "#8a8f98"
