@@ -6,7 +6,7 @@ The page needs no network and follows the browser's light or dark setting. What 
 import base64
 import html
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,19 +50,13 @@ def write_report(
     figures = [_figure_html(run_dir, picture) for picture in pictures(records, baselines)]
     texts = [
         _profile_html(run_dir / "profile" / TABLE),
-        _text_html("Samples", samples, state="open"),
-        _text_html("Configuration", config_text, state=""),
-        _text_html("Environment", json.dumps(environment, indent=2, default=str), state=""),
+        text_html("Samples", samples, state="open"),
+        text_html("Configuration", config_text, state=""),
+        text_html("Environment", json.dumps(environment, indent=2, default=str), state=""),
     ]
-    page = _PAGE.format(
-        title=html.escape(title),
-        style=_STYLE,
-        headline=_headline_html(_headline(records, environment) | _goodput(spent)),
-        baselines=_baselines_html(_whole_heldout(records), baselines),
-        spent=_spent_html(spent),
-        figures="\n".join(figures),
-        texts="\n".join(texts),
-    )
+    headings = headline_html(_headline(records, environment) | _goodput(spent))
+    baseline = _baselines_html(_whole_heldout(records), baselines)
+    page = document(title, [headings, baseline, *figures, _spent_html(spent), *texts])
     path = run_dir / "report.html"
     write_atomically(path, page.encode())
     return path
@@ -124,7 +118,13 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {rest // 60:02d} min" if hours else f"{rest // 60} min {rest % 60:02d} s"
 
 
-def _headline_html(facts: Mapping[str, str]) -> str:
+def document(title: str, parts: Sequence[str], *, style: str = "") -> str:
+    """A whole page of these parts, which are HTML. style: rules beside those that all pages have."""
+    return _PAGE.format(title=html.escape(title), style=STYLE + style, body="\n".join(parts))
+
+
+def headline_html(facts: Mapping[str, str]) -> str:
+    """The numbers that people ask for first, by label, as a part of a page."""
     cells = (f"<div><dt>{html.escape(label)}</dt><dd>{html.escape(value)}</dd></div>" for label, value in facts.items())
     return f'<dl class="headline">{"".join(cells)}</dl>'
 
@@ -185,13 +185,14 @@ def _data_url(content: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(content).decode()}"
 
 
-def _text_html(heading: str, text: str | None, *, state: str) -> str:
+def text_html(heading: str, text: str | None, *, state: str) -> str:
+    """A text under a heading that a click opens; state: `open` or empty."""
     if not text:
         return ""
     return f"<details {state}><summary>{heading}</summary><pre>{html.escape(text)}</pre></details>"
 
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --ground: #f6f7f9; --card: #ffffff; --ink: #24292f; --quiet: #59636e;
   --line: #dfe3e8; --accent: #1f5fae; }
 @media (prefers-color-scheme: dark) { :root { --ground: #0d1117; --card: #161b22; --ink: #d5dae1; --quiet: #9198a1;
@@ -230,11 +231,7 @@ _PAGE = """<!doctype html>
 </head>
 <body>
 <h1>{title}</h1>
-{headline}
-{baselines}
-{figures}
-{spent}
-{texts}
+{body}
 </body>
 </html>
 """

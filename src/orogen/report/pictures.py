@@ -121,7 +121,7 @@ def _draw_loss(records: Records, baselines: Mapping[str, float], theme: Theme) -
     unit, key = ("nats per token", "heldout_loss") if factor is None else ("bits per byte", "heldout_bits_per_byte")
     lines = {} if factor is None else {name: float(value) for name, value in baselines.items()}
     tokens_n, loss_n, heldout_n = tokens_seen(records), column(records, "loss"), column(records, key)
-    figure, axes = _figure(theme, height=4.4)
+    figure, axes = plain_figure(theme, height=4.4)
     mean_n = _draw_series(axes, tokens_n, loss_n * (factor or 1.0), theme, label="training, running mean")
     scored = np.isfinite(heldout_n)
     if scored.any():
@@ -137,7 +137,7 @@ def _draw_loss(records: Records, baselines: Mapping[str, float], theme: Theme) -
     _draw_baselines(axes, lines, theme)
     axes.set(xlabel="tokens", ylabel=unit)
     axes.xaxis.set_major_formatter(short_number)
-    _legend(axes, theme)
+    add_legend(axes, theme)
     return figure
 
 
@@ -169,12 +169,12 @@ def _draw_throughput(records: Records, theme: Theme) -> "Figure":
     steps_n, rate_n = column(records, "step"), column(records, "tokens_per_second")
     finite_n = rate_n[np.isfinite(rate_n)]
     median = float(np.median(finite_n))
-    figure, axes = _figure(theme, height=3.2)
+    figure, axes = plain_figure(theme, height=3.2)
     _draw_series(axes, steps_n, rate_n, theme, label="running mean")
     axes.axhline(median, color=theme.accent, linewidth=1.2, linestyle=(0, (4, 3)), label=f"median {median:,.0f}")
     axes.set(xlabel="step", ylabel="tokens per second", ylim=(0, 1.15 * np.quantile(finite_n, 0.99)))
     axes.yaxis.set_major_formatter(short_number)
-    _legend(axes, theme, loc="lower right")
+    add_legend(axes, theme, loc="lower right")
     return figure
 
 
@@ -192,11 +192,11 @@ def _dropped(records: Records) -> Picture | None:
 def _draw_dropped(steps_n: Floats, share_n: Floats, theme: Theme) -> "Figure":
     from matplotlib.ticker import PercentFormatter
 
-    figure, axes = _figure(theme, height=2.8)
+    figure, axes = plain_figure(theme, height=2.8)
     _draw_series(axes, steps_n, share_n, theme, label=f"running mean; whole run {share_n.mean():.2%}")
     axes.set(xlabel="step", ylabel="dropped", ylim=(0, max(0.01, 1.05 * share_n.max())))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    _legend(axes, theme)
+    add_legend(axes, theme)
     return figure
 
 
@@ -227,7 +227,7 @@ def _draw_load(routed: Records, theme: Theme) -> "Figure":
     rows = math.ceil(layers / across)
     experts = len(routed[0]["expert_load"][0])
     panel = min(2.5, max(1.5 if layers <= 8 else 0.95, 0.25 + experts / 110))  # inches; one dot per expert, up to 250
-    figure = _bare_figure(theme, height=0.8 + rows * panel)
+    figure = bare_figure(theme, height=0.8 + rows * panel)
     grid = figure.subplots(rows, across, sharex=True, sharey=True, squeeze=False)
     columns = min(MAX_COLUMNS // across, len(routed))
     edges_c = np.linspace(routed[0]["step"], routed[-1]["step"] + 1, columns + 1)
@@ -253,7 +253,7 @@ def _draw_layer(axes: "Axes", load_ec: Floats, edges_c: Floats, theme: Theme) ->
     colours = LinearSegmentedColormap.from_list("loads", theme.loads)
     image = axes.imshow(octaves_ec, cmap=colours, extent=extent, origin="lower", aspect="auto")
     image.set_clim(-OCTAVES, OCTAVES)
-    _style(axes, theme, grid=False)
+    style_axes(axes, theme, grid=False)
     axes.tick_params(labelsize=7)
     axes.locator_params(axis="both", nbins=4, integer=True)
     return image
@@ -270,20 +270,23 @@ def _draw_scale(figure: "Figure", image: Any, grid: NDArray[Any], theme: Theme) 
 # What the pictures share
 
 
-def _bare_figure(theme: Theme, *, height: float) -> "Figure":
+def bare_figure(theme: Theme, *, height: float) -> "Figure":
+    """A figure without axes, as wide as the page and `height` inches high."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(WIDTH, height), dpi=DOTS_PER_INCH, layout="constrained", facecolor=theme.ground)
 
 
-def _figure(theme: Theme, *, height: float) -> tuple["Figure", "Axes"]:
-    figure = _bare_figure(theme, height=height)
+def plain_figure(theme: Theme, *, height: float) -> tuple["Figure", "Axes"]:
+    """A figure of one panel with grid lines."""
+    figure = bare_figure(theme, height=height)
     axes = figure.subplots()
-    _style(axes, theme, grid=True)
+    style_axes(axes, theme, grid=True)
     return figure, axes
 
 
-def _style(axes: "Axes", theme: Theme, *, grid: bool) -> None:
+def style_axes(axes: "Axes", theme: Theme, *, grid: bool) -> None:
+    """Colours of a panel; without frame, and with grid lines or a filled ground."""
     axes.set_facecolor(theme.ground if grid else theme.grid)
     axes.tick_params(colors=theme.ink, labelsize=9, length=0 if grid else 2)
     axes.xaxis.label.set_color(theme.ink)
@@ -303,5 +306,6 @@ def _draw_series(axes: "Axes", x_n: Floats, y_n: Floats, theme: Theme, *, label:
     return mean_n
 
 
-def _legend(axes: "Axes", theme: Theme, *, loc: Literal["upper right", "lower right"] = "upper right") -> None:
+def add_legend(axes: "Axes", theme: Theme, *, loc: Literal["upper right", "lower right"] = "upper right") -> None:
+    """The legend of a panel."""
     axes.legend(loc=loc, fontsize=9, labelcolor=theme.ink, facecolor=theme.ground, edgecolor=theme.grid, framealpha=0.9)

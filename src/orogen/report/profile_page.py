@@ -54,11 +54,12 @@ def section(table: Mapping[str, Any]) -> str:
         f"Means over {table['steps']} steps, in milliseconds. A device computes, or it only communicates (exposed), or "
         "it is idle; communication beside computation is hidden. A collective waits until its last device has begun."
     )
-    inside = "".join(_table_html(rows) for rows in tables(table))
+    inside = "".join(table_html(rows) for rows in tables(table))
     return f"<section><h2>Where a step's time goes</h2>{inside}<figcaption>{html.escape(text)}</figcaption></section>"
 
 
-def _table_html(rows: Rows) -> str:
+def table_html(rows: Rows) -> str:
+    """A table as a part of a page; the first row has the heads, and columns of numbers are aligned right."""
     numbers = ["number" if number else "" for number in _numbers(rows)]
 
     def cells(tag: str, row: Sequence[str]) -> str:

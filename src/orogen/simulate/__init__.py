@@ -12,7 +12,8 @@ jax, about a second. `predict` joins
 - `footprint`: what each stage's devices hold; `routing`: how evenly experts are chosen, which every prediction names;
   `budget`: failures, hours, kWh, dollars; `decode`: inference.
 
-`search` ranks all legal plans; `compiled` compares a prediction with the real step, compiled for simulated devices.
+`search` ranks all legal plans; `page` draws a prediction, its `scaling` and a ranking on one page (`--html`);
+`compiled` compares a prediction with the real step, compiled for simulated devices.
 What the constants cannot know: a program's version (published steps of one model on the same devices differ by 1.5),
 and whatever a device does beside the step.
 

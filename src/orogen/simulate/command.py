@@ -100,6 +100,7 @@ def _add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--search", action="store_true", help="rank the legal plans on --devices, explain the best two")
     parser.add_argument("--devices", type=positive, metavar="N", help="devices of --search; default: the plan's")
     parser.add_argument("--out", metavar="F", help="write the best plan of --search as a gin file")
+    parser.add_argument("--html", metavar="F", help="write one page with pictures, which needs no network")
     compiled = "also compile the real step for simulated devices, and compare memory and traffic"
     parser.add_argument("--compile", action="store_true", help=compiled)
     parser.add_argument("--inference", action="store_true", help="serve instead of train: EngineConfig's slots")
@@ -128,6 +129,7 @@ SIMULATE = Command(
         "orogen simulate --gin_file gin_configs/recipes/quickstart.gin --gin_bindings \"ClusterConfig.hardware='cpu'\"",
         "orogen simulate --gin_file gin_configs/recipes/quickstart.gin --search --devices 16 --out plan.gin",
         "orogen simulate --gin_file gin_configs/models/nemotron_nano_9b_v2.gin --inference --prompt_tokens 8192",
+        "orogen simulate --gin_file gin_configs/recipes/quickstart.gin --html plan.html",
         "orogen simulate --hardware",
     ),
     add_arguments=_add_simulate_arguments,

@@ -16,7 +16,7 @@ from orogen.simulate.hardware import machine
 from orogen.simulate.predict import predict
 from orogen.simulate.prediction import Prediction
 from orogen.simulate.routing import Routing, read_routing
-from orogen.simulate.search import MOST_DEVICES, describe, explain, nearest_feasible, plan_text, search
+from orogen.simulate.search import MOST_DEVICES, Ranking, describe, explain, nearest_feasible, plan_text, search
 from orogen.simulate.shown import hardware_facts, hardware_lines, inference_lines, prediction_lines
 
 GIB = 2**30
@@ -38,6 +38,8 @@ def run(options: argparse.Namespace) -> Answer:
             raise ConfigError(f"--{switch} is {getattr(options, switch)}; expected it with --{needed}")
     config, cluster, engine = load_cluster(options.gin_file, options.gin_bindings)
     config.need("model")
+    if options.html and options.inference:
+        raise ConfigError(f"--html is {options.html!r}; expected it without --inference")
     if options.inference:
         return _inference(config, cluster, engine, options)
     config.need("train")
@@ -46,6 +48,8 @@ def run(options: argparse.Namespace) -> Answer:
         return _search(config, cluster, routing, options)
     found = _predicted(config, cluster, routing)
     facts, lines = found.facts(), prediction_lines(found)
+    if options.html:
+        _write_page(config, cluster, found, routing=routing, options=options)
     if options.compile:
         from orogen.parallel.runtime import configure
         from orogen.simulate.compiled import compare, compared_lines
@@ -93,6 +97,9 @@ def _search(config: RunConfig, cluster: ClusterConfig, routing: Routing, options
         text = plan_text(best.plan, f"{devices} x {best.prediction.hardware}: {rate:,.0f} tokens/s predicted")
         write_atomically(Path(options.out), text.encode())
         lines.append(f"the winner is in {options.out}")
+    if options.html:
+        chosen = dataclasses.replace(config, plan=best.plan)
+        _write_page(chosen, cluster, best.prediction, routing=routing, options=options, ranking=ranking)
     facts = best.prediction.facts()
     facts["plans"] = [
         {
@@ -109,6 +116,17 @@ def _search(config: RunConfig, cluster: ClusterConfig, routing: Routing, options
         "",
         *prediction_lines(best.prediction),
     ]
+
+
+def _write_page(
+    config: RunConfig, cluster: ClusterConfig, found: Prediction, *, routing: Routing, options: argparse.Namespace,
+    ranking: Ranking | None = None,
+) -> None:  # fmt: skip
+    """Writes --html."""
+    from orogen.simulate.page import write_simulation  # draws: matplotlib takes half a second to import
+
+    name = Path(options.gin_file[-1]).stem
+    write_simulation(Path(options.html), name, config, cluster, found, routing=routing, ranking=ranking)
 
 
 def _inference(config: RunConfig, cluster: ClusterConfig, engine: EngineConfig, options: argparse.Namespace) -> Answer:

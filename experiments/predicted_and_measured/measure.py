@@ -1,0 +1,71 @@
+"""Times the new runs on one GPU: `python experiments/predicted_and_measured/measure.py > measured.jsonl`.
+
+Each is compiled by a process of its own, all at once; then they are timed one after another, alone on the GPU.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+
+from orogen.bench.workload import Workload
+
+STEPS = 10
+PATIENCE = 300.0  # seconds
+# Widths of published models of which no run is in the other experiments, a few layers deep.
+NEW: dict[str, dict[str, Any]] = {
+    "Transformer 8B's widths, *-*-, 2 microbatches of 4 x 4,096, whole step": {
+        "model": "transformer_8b", "rows": 4, "sequence_length": 4096, "part": "whole_step",
+        "bindings": (
+            "ModelConfig.pattern='*-*-'", "ModelConfig.vocab_size=65536", "PlanConfig.microbatches=2",
+            "PlanConfig.unroll=2",
+        ),
+    },
+    "Nemotron-H 8B's widths, M-*-, 2 x 8,192, both passes": {
+        "model": "nemotron_h_8b", "rows": 2, "sequence_length": 8192,
+        "bindings": ("ModelConfig.pattern='M-*-'", "ModelConfig.vocab_size=65536"),
+    },
+    "Qwen3-30B-A3B's widths, *E*E, 4 x 4,096, both passes": {
+        "model": "qwen3_30b_a3b", "rows": 4, "sequence_length": 4096,
+        "bindings": ("ModelConfig.pattern='*E*E'", "ModelConfig.vocab_size=65536"),
+    },
+}  # fmt: skip
+
+
+def workload(name: str) -> Workload:
+    return Workload(**NEW[name])
+
+
+def time_one(name: str) -> dict[str, Any]:
+    """Compiles, says so on a line, waits for a line on stdin, and times."""
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    from orogen.bench.train import prepare, summarise, timed
+    from orogen.parallel.runtime import configure
+
+    configure()
+    work = workload(name)
+    prepared = prepare(work, work.config())
+    print("ready", flush=True)
+    sys.stdin.readline()
+    return {"name": name, **summarise(prepared, timed(prepared.start, STEPS), work.config())}
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        print(json.dumps(time_one(sys.argv[1])), flush=True)
+        return
+    began = time.monotonic()
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen([sys.executable, __file__, name], **pipes) for name in NEW]
+    for process in processes:
+        if process.stdout.readline() != "ready\n":
+            raise RuntimeError("a run ended before it was compiled")
+        print(f"compiled after {time.monotonic() - began:.0f} s", file=sys.stderr)
+    for process in processes:
+        print(process.communicate("go\n", timeout=PATIENCE)[0], end="", flush=True)
+
+
+if __name__ == "__main__":
+    main()
