@@ -15,6 +15,7 @@ from orogen.bench.command import BENCH
 from orogen.command import EXIT_BAD_INPUT, EXIT_FAILURE, add_common_arguments, fail
 from orogen.config.checks import ConfigError
 from orogen.convert.command import CONVERT, PARAMS
+from orogen.data.command import TOKENIZE
 from orogen.infer.command import GENERATE, SCORE, SERVE
 from orogen.launch.command import LAUNCH
 from orogen.parallel import distributed
@@ -24,7 +25,7 @@ from orogen.simulate.command import PLAN
 from orogen.train.command import TRAIN, VERIFY
 from orogen.train.stop import INTERRUPTED
 
-COMMANDS = (TRAIN, PARAMS, PLAN, VERIFY, GENERATE, SCORE, SERVE, CONVERT, BENCH, LAUNCH)
+COMMANDS = (TRAIN, TOKENIZE, PARAMS, PLAN, VERIFY, GENERATE, SCORE, SERVE, CONVERT, BENCH, LAUNCH)
 # None: an error that our own code raises, which names a missing file.
 PATH_ERRORS = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 

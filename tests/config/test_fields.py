@@ -9,9 +9,8 @@ from tests.config.test_refusals import GOOD
 
 from orogen.cli import main
 from orogen.config.checks import ConfigError
-from orogen.config.run import PARTS
+from orogen.config.fields import KINDS
 
-KINDS = list(PARTS.values())
 FIELDS = [(kind, field.name) for kind in KINDS for field in dataclasses.fields(kind)]
 
 

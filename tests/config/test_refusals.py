@@ -6,8 +6,9 @@ import pytest
 from tests.helpers import HYBRID, hybrid
 
 from orogen.config.checks import ConfigError, check_types
-from orogen.config.data import DataConfig
+from orogen.config.data import DataConfig, SourceConfig
 from orogen.config.model import ModelConfig
+from orogen.config.phases import PhaseConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.run import OptimizerConfig, RunConfig, TrainConfig
 
@@ -17,6 +18,8 @@ GOOD = {
     TrainConfig: {"steps": 5, "batch_size": 12, "sequence_length": 20, "seed": 0},
     OptimizerConfig: {"learning_rate": 1e-3},
     DataConfig: {"corpus": "stdlib", "tokenizer": "byte"},
+    SourceConfig: {"name": "web", "corpus": "stdlib", "weight": 0.5},
+    PhaseConfig: {"after": 3},
 }
 
 # (class, field, bad value, words of what was expected)

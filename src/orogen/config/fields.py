@@ -5,12 +5,17 @@ import typing
 from typing import Any
 
 from orogen.config.checks import field_types, type_name
+from orogen.config.data import SourceConfig
+from orogen.config.phases import PhaseConfig
 from orogen.config.run import PARTS
+
+# The parts of a run, and what their fields hold.
+KINDS = (*PARTS.values(), SourceConfig, PhaseConfig)
 
 
 def describe_fields() -> dict[str, list[dict[str, Any]]]:
     """By class, one dict per field: name, type, default (absent if the field is required) and meaning."""
-    return {kind.__name__: _fields(kind) for kind in PARTS.values()}
+    return {kind.__name__: _fields(kind) for kind in KINDS}
 
 
 def _fields(kind: type) -> list[dict[str, Any]]:

@@ -14,8 +14,10 @@ from gin.config import _LOCATION_PREFIXES
 from gin.config_parser import BindingStatement, ConfigParser, ImportStatement, IncludeStatement
 
 from orogen.config.checks import ConfigError
+from orogen.config.data import SourceConfig
 from orogen.config.engine import EngineConfig
 from orogen.config.model import ModelConfig
+from orogen.config.phases import PhaseConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.reads import require_read, without_unread
 from orogen.config.run import PARTS, RunConfig
@@ -25,7 +27,7 @@ MAX_BYTES = 10**5  # of a gin file; ours have 3,000, and gin's time grows with t
 MAX_FILES = 100
 MESSAGE = 1000  # characters shown of an unreadable value
 
-for _part in (*PARTS.values(), EngineConfig):
+for _part in (*PARTS.values(), SourceConfig, PhaseConfig, EngineConfig):
     gin.register(_part)
 
 

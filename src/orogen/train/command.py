@@ -94,7 +94,7 @@ def train(options: argparse.Namespace) -> int:
         from orogen.train.stop import StoppedEarlyError
 
         profile = None if options.profile is None else Steps.of(options.profile)
-        require_training_fits(config, free_memory())
+        require_training_fits(config.largest(), free_memory())
         if distributed.first():
             warn(config.model)
         held.enter_context(lasting_streams())

@@ -128,10 +128,12 @@ class Task:
     """An objective, the data that it is computed on, and how its outcome is scored.
 
     open: opens the data; a resumed run passes the tokenizer that it saved. source: the batches to train on.
-    evaluation: of a model laid out for the run's plan; None if the data has nothing to score.
+    evaluation: of a model laid out for the run's plan; None if the data has nothing to score. measures: what a position
+    of the source says for the record of the step that took the batch before it.
     """
 
     objective: Objective
     open: Callable[[RunConfig, Tokenizer | None], Corpus]
     source: Callable[[RunConfig, Corpus], Source]
     evaluation: Callable[[RunConfig, Built, Corpus], Evaluation | None]
+    measures: Callable[[dict[str, Any]], dict[str, float]] = lambda position: {}
