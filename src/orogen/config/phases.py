@@ -56,9 +56,7 @@ def stretches(
     for number, phase in enumerate(phases, 1):
         before = begun[-1]
         if phase.after <= before.after or phase.after >= steps:
-            expected = (
-                f"from {before.after + 1} to {steps - 1}: above that of the phase before, below TrainConfig.steps"
-            )
+            expected = f"above {before.after}, where the phase before begins, and below TrainConfig.steps = {steps}"
             raise ConfigError(f"PhaseConfig.after is {phase.after}; expected a number {expected}")
         if phase.weights is not None and (unknown := sorted(phase.weights.keys() - weights.keys())):
             expected = f"some of {sorted(weights)}, the names in DataConfig.sources"

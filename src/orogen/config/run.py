@@ -120,9 +120,7 @@ class TrainConfig:
             object.__setattr__(self, "batch_ramp", tuple(self.batch_ramp))
             first, increment, sequences = self.batch_ramp
             fits = 0 < first < self.batch_size and increment > 0 and (self.batch_size - first) % increment == 0
-            expected = (
-                f"numbers above 0, of which the second divides batch_size - the first = {self.batch_size} - {first}"
-            )
+            expected = f"numbers above 0, the second a divisor of batch_size - the first = {self.batch_size} - {first}"
             require(fits and sequences > 0, self, "batch_ramp", expected)
 
     @property
@@ -189,7 +187,7 @@ class RunConfig:
     def check(self) -> "RunConfig":
         """This config, if its parts fit together. Raises ConfigError."""
         if self.train is not None:
-            for shape in {(one.batch_size, one.sequence_length) for one in self.stretches()}:
+            for shape in dict.fromkeys((one.batch_size, one.sequence_length) for one in self.stretches()):
                 self._check_shape(*shape)
             self.plan.require_half_precision(self.train.compute_dtype)
         if self.model is not None:

@@ -55,20 +55,20 @@ def make_store(
     *,
     workers: int,
     progress: Callable[[dict[str, int], int, int], None] = lambda counts, done, units: None,
-    unit_bytes: int = UNIT_BYTES,
+    unit_bytes: int | None = None,
 ) -> dict[str, Any]:
     """Writes the store of `config.corpus` in `folder`, or the rest of it. Returns its manifest.
 
-    progress: called with the counts of each unit, the number of units that are done, and that of all. Raises
-    ConfigError if the folder holds something else, or was begun with other settings or code; OSError if it cannot be
-    written.
+    progress: called with the counts of each unit, the number of units that are done, and that of all. unit_bytes: about
+    the size of a unit; None: UNIT_BYTES. Raises ConfigError if the folder holds something else, or was begun with other
+    settings or code; OSError if it cannot be written.
     """
     if config.sources:
         raise ConfigError("DataConfig.sources is set; expected DataConfig.corpus: a store holds one source")
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         if not (folder / MANIFEST).exists():
-            plan = _plan(config, folder, unit_bytes)
+            plan = _plan(config, folder, unit_bytes or UNIT_BYTES)
             _tokenize_units(Job(folder, plan, Tokenizer.load(folder / TOKENIZER)), workers, progress)
             write_manifest(folder, plan)
         else:

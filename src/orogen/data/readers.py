@@ -174,7 +174,7 @@ def _read_warc(file: Path, key: str, text_field: str, part: Part | None) -> Iter
 
     del text_field, part
     with opened(file) as stream:
-        for number, found in read_warc(stream, file, MAX_TEXT_BYTES):
+        for number, found in read_warc(stream, file, max_bytes=MAX_TEXT_BYTES, damage=DAMAGE):
             name = f"{key}:{number}"
             try:
                 if isinstance(found, ConfigError):

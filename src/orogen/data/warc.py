@@ -6,24 +6,26 @@ of other status than 200, records of other types of content, requests and metada
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from orogen.config.checks import ConfigError
 
 HTML = ("text/html", "application/xhtml+xml")
 
 
-def read_warc(stream: BinaryIO, file: Path, max_bytes: int) -> Iterator[tuple[int, str | bytes | ConfigError]]:
+def read_warc(
+    stream: Any, file: Path, *, max_bytes: int, damage: tuple[type[Exception], ...]
+) -> Iterator[tuple[int, str | bytes | ConfigError]]:
     """The text of each record that has one (of plain text, its bytes), with the record's number in the file, from 1; a
-    ConfigError in place of one that cannot be used. Raises ValueError if the file is damaged, and ConfigError without
-    the library."""
+    ConfigError in place of one that cannot be used. damage: errors of a damaged stream, which is read up to
+    there. Raises them or ValueError if the file is damaged, and ConfigError without the library."""
     try:
         from fastwarc.warc import ArchiveIterator, WarcRecordType
     except ImportError:
         raise ConfigError(f"{file} needs fastwarc and resiliparse; expected pip install 'orogen[warc]'") from None
     kinds = WarcRecordType.conversion | WarcRecordType.resource | WarcRecordType.response
     failure: list[Exception] = []
-    kept: Any = _Kept(stream, failure)
+    kept: Any = _Kept(stream, failure, damage)
     number = 0
     try:
         for record in ArchiveIterator(kept, WarcRecordType.any_type):
@@ -33,25 +35,25 @@ def read_warc(stream: BinaryIO, file: Path, max_bytes: int) -> Iterator[tuple[in
                 if found is not None:
                     yield number, found
     except (OSError, ValueError) as error:
-        if failure:  # the stream's own error, which fastwarc has wrapped
-            raise failure[0] from None
-        raise ValueError(f"{error} after record {number}") from None
+        raise failure[0] if failure else ValueError(f"{error} after record {number}") from None
     if failure:
         raise failure[0]
 
 
 class _Kept:
-    """A stream that keeps the error of a read: fastwarc takes some for the end of the file."""
+    """A stream that ends where it is damaged, and keeps the error: the records before it are whole."""
 
-    def __init__(self, stream: BinaryIO, failure: list[Exception]):
-        self._stream, self._failure = stream, failure
+    def __init__(self, stream: Any, failure: list[Exception], damage: tuple[type[Exception], ...]):
+        self._stream, self._failure, self._damage = stream, failure, damage
 
     def read(self, size: int = -1) -> bytes:
+        if self._failure:
+            return b""
         try:
-            return self._stream.read(size)
-        except Exception as error:
+            return self._stream.read1(size)  # no more than one block, which the damage is in or not
+        except self._damage as error:
             self._failure.append(error)
-            raise
+            return b""
 
     def tell(self) -> int:
         return self._stream.tell()

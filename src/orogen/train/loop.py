@@ -199,6 +199,10 @@ class Loop:
                 began = time.perf_counter()
                 batch = self.source.take(state)
                 self.position = self.source.state()
+                if pending is not None and batch.tokens_bt.shape not in self._compiled:
+                    # First, so that its time does not contain the compilation for the new shape.
+                    self._report(pending, writer, progress)
+                    pending = None
                 state, metrics = self._dispatch(state, batch)
                 host_seconds = time.perf_counter() - began
                 stop.working = True
