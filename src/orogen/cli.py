@@ -21,11 +21,12 @@ from orogen.launch.command import LAUNCH
 from orogen.parallel import distributed
 from orogen.parallel.cluster import VARIABLE, read_cluster
 from orogen.parallel.runtime import configure
+from orogen.posttrain.command import SFT
 from orogen.simulate.command import PLAN
 from orogen.train.command import TRAIN, VERIFY
 from orogen.train.stop import INTERRUPTED
 
-COMMANDS = (TRAIN, TOKENIZE, PARAMS, PLAN, VERIFY, GENERATE, SCORE, SERVE, CONVERT, BENCH, LAUNCH)
+COMMANDS = (TRAIN, SFT, TOKENIZE, PARAMS, PLAN, VERIFY, GENERATE, SCORE, SERVE, CONVERT, BENCH, LAUNCH)
 # None: an error that our own code raises, which names a missing file.
 PATH_ERRORS = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 

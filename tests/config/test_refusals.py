@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 from tests.helpers import HYBRID, hybrid
 
+from orogen.config.chat import ChatConfig
 from orogen.config.checks import ConfigError, check_types
 from orogen.config.data import DataConfig, SourceConfig
 from orogen.config.model import ModelConfig
@@ -18,6 +19,7 @@ GOOD = {
     TrainConfig: {"steps": 5, "batch_size": 12, "sequence_length": 20, "seed": 0},
     OptimizerConfig: {"learning_rate": 1e-3},
     DataConfig: {"corpus": "stdlib", "tokenizer": "byte"},
+    ChatConfig: {"template": "nemotron_3_nano"},
     SourceConfig: {"name": "web", "corpus": "stdlib", "weight": 0.5},
     PhaseConfig: {"after": 3},
 }

@@ -88,6 +88,7 @@ ALWAYS = {
     "train": "steps batch_size sequence_length batch_ramp phases seed compute_dtype checkpoint_every "
     "checkpoint_minutes keep_checkpoints max_skipped_steps spike_deviations roll_back_after hang_minutes "
     "sample_prompts sample_tokens loggers",
+    "chat": "template too_long without_reasoning truncated",
     # With Muon, AdamW's beta1, beta2 and epsilon are those of the parameters that Muon leaves to it.
     "optimizer": "name learning_rate schedule warmup_steps beta1 beta2 epsilon weight_decay clip_norm moment_dtype",
 }
@@ -213,6 +214,7 @@ READERS: dict[str, tuple[Reader, ...]] = {
             "DataConfig.heldout_fraction is 0: there is nothing to evaluate on",
         ),
     ),
+    "chat": (),
     "optimizer": (
         Reader(
             "decay_steps",

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Annotated, Any
 
+from orogen.config.chat import ChatConfig
 from orogen.config.checks import (
     ABSENT,
     ConfigError,
@@ -174,6 +175,7 @@ class RunConfig:
     data: DataConfig = ABSENT
     train: TrainConfig = ABSENT
     optimizer: OptimizerConfig = ABSENT
+    chat: ChatConfig = ABSENT
 
     def need(self, *parts: str) -> "RunConfig":
         """This config, if it has all of `parts`. Raises ConfigError naming the class that has no bindings."""
@@ -270,4 +272,5 @@ PARTS: dict[str, Any] = {
     "data": DataConfig,
     "train": TrainConfig,
     "optimizer": OptimizerConfig,
+    "chat": ChatConfig,
 }
