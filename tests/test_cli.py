@@ -12,8 +12,10 @@ import pytest
 from tests.helpers import MODEL, bound, write_recipe
 
 from orogen.cli import COMMANDS, main, make_parser
+from orogen.config.run import PARTS
 
 ROOT = Path(__file__).resolve().parent.parent
+CLASSES = ", ".join(kind.__name__ for kind in PARTS.values())
 
 
 @pytest.fixture
@@ -100,13 +102,11 @@ REFUSED = {
     ),
     "misspelt macro": (
         "STPES = 3",
-        "bindings that nothing read: STPES; expected fields of ModelConfig, PlanConfig, DataConfig, TrainConfig, "
-        "OptimizerConfig",
+        f"bindings that nothing read: STPES; expected fields of {CLASSES}",
     ),
     "misspelt scope": (
         "vaild/DataConfig.seed = 3",
-        "bindings that nothing read: vaild/DataConfig.seed; expected fields of ModelConfig, PlanConfig, DataConfig, "
-        "TrainConfig, OptimizerConfig",
+        f"bindings that nothing read: vaild/DataConfig.seed; expected fields of {CLASSES}",
     ),
     "batch": (
         "PlanConfig.data = 3",

@@ -16,6 +16,7 @@ from orogen.command import EXIT_BAD_INPUT, EXIT_FAILURE, add_common_arguments, f
 from orogen.compress.command import UPCYCLE
 from orogen.config.checks import ConfigError
 from orogen.convert.command import CONVERT, PARAMS
+from orogen.data.command import TOKENIZE
 from orogen.infer.command import GENERATE, SCORE, SERVE
 from orogen.launch.command import LAUNCH
 from orogen.launch.verdict import tell
@@ -23,12 +24,15 @@ from orogen.parallel import distributed
 from orogen.parallel.cluster import VARIABLE, read_cluster
 from orogen.parallel.roll_call import AbsentError
 from orogen.parallel.runtime import configure
+from orogen.posttrain.command import SFT
 from orogen.simulate.command import PLAN, SIMULATE
 from orogen.sweep.command import SWEEP
 from orogen.train.command import TRAIN, VERIFY
 from orogen.train.stop import INTERRUPTED
 
-COMMANDS = (TRAIN, PARAMS, PLAN, SIMULATE, VERIFY, GENERATE, SCORE, SERVE, CONVERT, BENCH, LAUNCH, SWEEP, UPCYCLE)
+COMMANDS = (
+    TRAIN, SFT, TOKENIZE, PARAMS, PLAN, SIMULATE, VERIFY, GENERATE, SCORE, SERVE, CONVERT, UPCYCLE, BENCH, LAUNCH, SWEEP,
+)  # fmt: skip
 # None: an error that our own code raises, which names a missing file.
 PATH_ERRORS = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 

@@ -9,12 +9,8 @@ from tests.config.test_refusals import GOOD
 
 from orogen.cli import main
 from orogen.config.checks import ConfigError
-from orogen.config.cluster import ClusterConfig
-from orogen.config.run import PARTS
-from orogen.config.sweep import SweepConfig
-from orogen.config.upcycle import UpcycleConfig
+from orogen.config.fields import KINDS
 
-KINDS = [*PARTS.values(), ClusterConfig, SweepConfig, UpcycleConfig]
 FIELDS = [(kind, field.name) for kind in KINDS for field in dataclasses.fields(kind)]
 
 

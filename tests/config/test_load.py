@@ -13,6 +13,7 @@ from orogen.config.checks import ConfigError
 from orogen.config.engine import EngineConfig
 from orogen.config.load import load, load_engine
 from orogen.config.plan import PlanConfig
+from orogen.config.run import PARTS
 
 MAMBA = """
 ModelConfig.pattern = 'M'
@@ -29,7 +30,7 @@ TrainConfig.batch_size = 6
 TrainConfig.sequence_length = 8
 TrainConfig.seed = 1
 """
-CLASSES = "ModelConfig, PlanConfig, DataConfig, TrainConfig, OptimizerConfig"
+CLASSES = ", ".join(kind.__name__ for kind in PARTS.values())
 
 
 @pytest.fixture

@@ -5,10 +5,12 @@ import dataclasses
 import pytest
 from tests.helpers import HYBRID, hybrid
 
+from orogen.config.chat import ChatConfig
 from orogen.config.checks import ConfigError, check_types
 from orogen.config.cluster import ClusterConfig
-from orogen.config.data import DataConfig
+from orogen.config.data import DataConfig, SourceConfig
 from orogen.config.model import ModelConfig
+from orogen.config.phases import PhaseConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.run import OptimizerConfig, RunConfig, TrainConfig
 from orogen.config.sweep import SweepConfig
@@ -20,6 +22,9 @@ GOOD = {
     TrainConfig: {"steps": 5, "batch_size": 12, "sequence_length": 20, "seed": 0},
     OptimizerConfig: {"learning_rate": 1e-3},
     DataConfig: {"corpus": "stdlib", "tokenizer": "byte"},
+    ChatConfig: {"template": "nemotron_3_nano"},
+    SourceConfig: {"name": "web", "corpus": "stdlib", "weight": 0.5},
+    PhaseConfig: {"after": 3},
     ClusterConfig: {},
     SweepConfig: {"matrix": {"rate": {"low": [], "high": ["OptimizerConfig.learning_rate=1"]}}, "control": ("low",),
                   "seeds": (0, 1)},

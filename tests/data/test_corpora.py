@@ -8,7 +8,7 @@ import pytest
 
 from orogen.config.data import DataConfig
 from orogen.data.corpora import content_hash, corpus_documents, split_documents, split_of, stdlib_documents
-from orogen.data.sources import Document
+from orogen.data.readers import Document
 
 CONFIG = DataConfig(corpus="stdlib", tokenizer="byte", heldout_fraction=0.2, tuning_fraction=0.1, seed=5)
 DOCUMENTS = [Document(f"file{i}.txt", f"text {i}") for i in range(300)]

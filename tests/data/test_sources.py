@@ -16,7 +16,8 @@ from tests import fuzz
 from orogen.config.checks import ConfigError
 from orogen.config.data import DataConfig
 from orogen.data.corpora import content_hash, split_of
-from orogen.data.sources import Document, linked_folders, read_documents, unread_files
+from orogen.data.readers import Document
+from orogen.data.sources import linked_folders, read_documents, unread_files
 
 TEXTS = ["first\r\nline  ", "", "zwei é 🙂", "<bos>\ttab\x00"]
 
@@ -169,7 +170,7 @@ def test_zstd_and_gzip_that_are_truncated_or_continue_are_refused(tmp_path):
 
 @pytest.mark.parametrize("pack", [lambda data: data, gzip.compress, zstandard.compress])
 def test_an_endless_line_is_refused_before_it_fills_memory(tmp_path, monkeypatch, pack):
-    monkeypatch.setattr("orogen.data.sources.MAX_LINE_BYTES", 100)
+    monkeypatch.setattr("orogen.data.readers.MAX_LINE_BYTES", 100)
     suffix = {gzip.compress: ".gz", zstandard.compress: ".zst"}.get(pack, "")
     file = tmp_path / f"a.jsonl{suffix}"
     file.write_bytes(pack(b'{"text": "' + b"x" * 85 + b'"}\n\n{"text": "' + b"x" * 10**6))

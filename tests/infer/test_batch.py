@@ -15,8 +15,8 @@ from orogen.cli import main
 from orogen.config.checks import ConfigError
 from orogen.infer.batch import Summary, run_batch
 from orogen.infer.lines import Line, LineReader, digest
+from orogen.infer.messages import check_messages
 from orogen.infer.request import Budget, Chosen, Full, Grammar, Output, Request, Sampling
-from orogen.infer.serve.messages import check_messages
 
 
 class Echo:

@@ -11,7 +11,7 @@ from flax import nnx
 from tests.helpers import hybrid, run_config
 
 from orogen.config.data import DataConfig
-from orogen.data.loader import open_corpus
+from orogen.data.loader import ONLY, open_corpus
 from orogen.layers.documents import documents
 from orogen.model.lm import build
 from orogen.parallel.plan import make_plan
@@ -42,7 +42,7 @@ class Scored:
         self.state = create_state(model, self.built, optimizer, plan, 5)
         heldout = Heldout(self.config, self.built, self.corpus)
         self.sample, self.whole = heldout.sample(self.state), heldout.full(self.state)
-        first, *others = heldout.split
+        first, *others = heldout.passes[ONLY]
         self.rows = first.map(lambda *parts: np.concatenate(parts), *others)
 
     def nats_and_targets(self, rows: list[int]) -> tuple[float, int]:

@@ -101,6 +101,9 @@ def _matches(value: Any, hint: Any) -> bool:
                 return True
             return all(_matches(v, kinds[0]) for v in value)
         return len(value) == len(kinds) + 1 and all(map(_matches, value, (*kinds, last)))
+    if origin is dict:
+        keys, values = typing.get_args(hint)
+        return isinstance(value, dict) and all(_matches(k, keys) and _matches(v, values) for k, v in value.items())
     if hint in (int, float):
         return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
     return isinstance(value, hint)

@@ -3,20 +3,47 @@
 import dataclasses
 from typing import Annotated
 
-from orogen.config.checks import check_types, require, require_positive
+from orogen.config.checks import ABSENT, ConfigError, check_types, require, require_not_negative, require_positive
 
 BYTE_VOCAB_SIZE = 256 + 3  # every byte, and <pad>, <bos>, <eos>
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """A corpus and how it becomes tokens. Raises ConfigError if fields are out of range or contradict each other.
+class SourceConfig:
+    """One of the corpora of a blend. Its tokenizer, splits and text field are those of DataConfig.
 
-    corpus: "stdlib" needs no download. Files are .txt (each file is a document), .jsonl, .jsonl.gz, .jsonl.zst or
-    .parquet (each line or row is a document). tokenizer: "bpe" is a byte-level BPE.
+    weight: relative to those of the other sources; tokens are counted as the model sees them, padding left out. A
+    source that has reached max_epochs is left out, and the others keep their shares among each other.
     """
 
-    corpus: Annotated[str, "stdlib (the running Python's own library), or the path of a file or folder"]
+    name: Annotated[str, "by which phases and metrics know the source: letters, digits, _ and -"]
+    corpus: Annotated[str, "as DataConfig.corpus"]
+    weight: Annotated[float, "share of the tokens, relative to those of the other sources; 0: none before a phase"]
+    max_epochs: Annotated[float | None, "passes over its documents, at most; None: any number"] = None
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        known = self.name.isascii() and self.name.replace("-", "_").replace("_", "a").isalnum()
+        require(known, self, "name", "letters, digits, _ and -")
+        require(self.corpus != "", self, "corpus", "a non-empty string")
+        require_not_negative(self, "weight")
+        require_positive(self, "max_epochs")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """A corpus, or several, and how text becomes tokens. Raises ConfigError if fields are out of range or contradict
+    each other.
+
+    corpus: "stdlib" needs no download. Files are .txt (each file is a document), .jsonl or .parquet (each line or row),
+    .warc or .wet (each page); all but Parquet may end in .gz, .xz or .zst. The folder of a store, which `orogen
+    tokenize` wrote, is read by memory map. tokenizer: "bpe" is a byte-level BPE.
+    """
+
+    corpus: Annotated[
+        str, "stdlib (the running Python's own library), or the path of a file, a folder or a store; None: see sources"
+    ] = ABSENT
+    sources: Annotated[tuple[SourceConfig, ...], "the corpora of a blend, instead of corpus"] = ()
     tokenizer: Annotated[str, "byte, bpe (trained on the train split), or the path of a tokenizer.json"]
     vocab_size: Annotated[
         int | None, "tokens of the tokenizer, specials included: required for bpe, else only checked"
@@ -33,14 +60,25 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        object.__setattr__(self, "sources", tuple(self.sources))  # gin may give a list
         for field in ("corpus", "tokenizer", "text_field"):
             require(getattr(self, field) != "", self, field, "a non-empty string")
+        self._check_sources()
         for field in ("heldout_fraction", "tuning_fraction"):
             require(0 <= getattr(self, field) < 1, self, field, "a number from 0 to below 1")
         left = 1 - self.heldout_fraction
         require(self.tuning_fraction < left, self, "tuning_fraction", f"less than the {left:g} not held out")
         require(0 <= self.seed < 2**32, self, "seed", "an integer from 0 to 2**32 - 1")
         self._check_vocab_size()
+
+    def _check_sources(self) -> None:
+        expected = "a path, or None beside DataConfig.sources"
+        require((self.corpus is None) == bool(self.sources), self, "corpus", expected)
+        names = [source.name for source in self.sources]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"DataConfig.sources has the names {names}; expected each once")
+        if self.sources and not any(source.weight for source in self.sources):
+            raise ConfigError("DataConfig.sources has weights of 0 only; expected one above 0")
 
     def _check_vocab_size(self) -> None:
         size = self.vocab_size

@@ -6,14 +6,19 @@ from typing import Any
 
 from orogen.config.checks import field_types, type_name
 from orogen.config.cluster import ClusterConfig
+from orogen.config.data import SourceConfig
+from orogen.config.phases import PhaseConfig
 from orogen.config.run import PARTS
 from orogen.config.sweep import SweepConfig
 from orogen.config.upcycle import UpcycleConfig
 
+# The parts of a run, what their fields hold, and what other tasks read.
+KINDS = (*PARTS.values(), SourceConfig, PhaseConfig, ClusterConfig, SweepConfig, UpcycleConfig)
+
 
 def describe_fields() -> dict[str, list[dict[str, Any]]]:
     """By class, one dict per field: name, type, default (absent if the field is required) and meaning."""
-    return {kind.__name__: _fields(kind) for kind in (*PARTS.values(), ClusterConfig, SweepConfig, UpcycleConfig)}
+    return {kind.__name__: _fields(kind) for kind in KINDS}
 
 
 def _fields(kind: type) -> list[dict[str, Any]]:

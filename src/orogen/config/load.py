@@ -16,20 +16,20 @@ from gin.config_parser import BindingStatement, ConfigParser, ImportStatement, I
 from orogen.config.checks import ConfigError
 from orogen.config.cluster import ClusterConfig
 from orogen.config.engine import EngineConfig
+from orogen.config.fields import KINDS
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.reads import require_read, without_unread
 from orogen.config.run import PARTS, RunConfig
 from orogen.config.shipped import find
 from orogen.config.sweep import Arm, SweepConfig
-from orogen.config.upcycle import UpcycleConfig
 
 Part = TypeVar("Part")
 MAX_BYTES = 10**5  # of a gin file; ours have 3,000, and gin's time grows with the square for adjacent strings
 MAX_FILES = 100
 MESSAGE = 1000  # characters shown of an unreadable value
 
-for _part in (*PARTS.values(), ClusterConfig, EngineConfig, SweepConfig, UpcycleConfig):
+for _part in (*KINDS, EngineConfig):
     gin.register(_part)
 
 

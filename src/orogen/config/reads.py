@@ -84,9 +84,11 @@ LETTERS = {field: read_by for read_by, fields in MODEL_LETTERS.items() for field
 ALWAYS = {
     "model": "pattern vocab_size hidden_size norm layer_norm_epsilon tie_word_embeddings learned_positions",
     "plan": "data context tensor stage fsdp microbatches unroll remat offload offload_optimizer cross_entropy",
-    "data": "corpus tokenizer vocab_size heldout_fraction tuning_fraction shuffle",
-    "train": "steps batch_size sequence_length seed compute_dtype checkpoint_every checkpoint_minutes keep_checkpoints "
-    "max_skipped_steps spike_deviations roll_back_after hang_minutes sample_prompts sample_tokens loggers",
+    "data": "corpus sources tokenizer vocab_size heldout_fraction tuning_fraction shuffle",
+    "train": "steps batch_size sequence_length batch_ramp phases seed compute_dtype checkpoint_every "
+    "checkpoint_minutes keep_checkpoints max_skipped_steps spike_deviations roll_back_after hang_minutes "
+    "sample_prompts sample_tokens loggers",
+    "chat": "template too_long without_reasoning truncated",
     # With Muon, AdamW's beta1, beta2 and epsilon are those of the parameters that Muon leaves to it.
     "optimizer": "name learning_rate schedule warmup_steps beta1 beta2 epsilon weight_decay clip_norm moment_dtype",
 }
@@ -170,7 +172,7 @@ READERS: dict[str, tuple[Reader, ...]] = {
             ("data",),
             # Only the reader of a file or folder knows whether it has fields, and refuses the setting if it has none
             # (data/corpora.py).
-            lambda run: run.data.corpus != "stdlib",
+            lambda run: {run.data.corpus, *(one.corpus for one in run.data.sources)} - {None, "stdlib"} != set(),
             "DataConfig.corpus is 'stdlib', plain text without fields",
         ),
         Reader(
@@ -212,6 +214,7 @@ READERS: dict[str, tuple[Reader, ...]] = {
             "DataConfig.heldout_fraction is 0: there is nothing to evaluate on",
         ),
     ),
+    "chat": (),
     "optimizer": (
         Reader(
             "decay_steps",

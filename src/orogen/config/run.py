@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Annotated, Any
 
+from orogen.config.chat import ChatConfig
 from orogen.config.checks import (
     ABSENT,
     ConfigError,
@@ -16,6 +17,7 @@ from orogen.config.checks import (
 from orogen.config.data import DataConfig
 from orogen.config.dtype import COMPUTE
 from orogen.config.model import ModelConfig
+from orogen.config.phases import PhaseConfig, Stretch, stretches
 from orogen.config.plan import PlanConfig
 from orogen.config.remat import check_layers
 
@@ -35,6 +37,8 @@ class TrainConfig:
     keep_best: every evaluation with the lowest loss so far writes a checkpoint, which replaces the last best one.
     spike_deviations: see `train.health`. roll_back_after: bad steps are those that were skipped or whose loss is a
     spike; see `train.back`. hang_minutes: or ten times the usual step, if that is longer; see `train.watch`.
+    batch_ramp: such as (32, 32, 6_000_000): the batch begins with 32 sequences and grows by 32 at a time to batch_size
+    within 6 million sequences, as with Megatron-LM's --rampup-batch-size.
     ngram_order: the Witten-Bell byte model is fitted on the text that the run trained on.
     loggers: beside metrics.jsonl, which is always written. wandb (Weights & Biases) and trackio are extras of their
     names; they work offline as their own environment variables say, such as WANDB_MODE=offline (report/loggers.py).
@@ -43,6 +47,10 @@ class TrainConfig:
     steps: Annotated[int, "optimizer steps in all"]
     batch_size: Annotated[int, "sequences of the global batch"]
     sequence_length: Annotated[int, "tokens per sequence"]
+    batch_ramp: Annotated[
+        tuple[int, int, int] | None, "first batch size, increment, and sequences until it is batch_size; None: constant"
+    ] = None
+    phases: Annotated[tuple[PhaseConfig, ...], "changes on the way, in order"] = ()
     seed: Annotated[int, "seeds the parameters and the order of the data"]
     compute_dtype: Annotated[str, "dtype of activations and the weights' working copies: float32 or bfloat16"] = (
         "float32"
@@ -104,7 +112,22 @@ class TrainConfig:
         object.__setattr__(self, "loggers", tuple(self.loggers))
         known = all(name in LOGGERS for name in self.loggers) and len(set(self.loggers)) == len(self.loggers)
         require(known, self, "loggers", f"some of {', '.join(LOGGERS)}, each once")
-        object.__setattr__(self, "sample_prompts", tuple(self.sample_prompts))  # gin may give a list
+        for field in ("sample_prompts", "phases"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))  # gin may give a list
+        self._check_ramp()
+
+    def _check_ramp(self) -> None:
+        if self.batch_ramp is not None:
+            object.__setattr__(self, "batch_ramp", tuple(self.batch_ramp))
+            first, increment, sequences = self.batch_ramp
+            fits = 0 < first < self.batch_size and increment > 0 and (self.batch_size - first) % increment == 0
+            expected = f"numbers above 0, the second a divisor of batch_size - the first = {self.batch_size} - {first}"
+            require(fits and sequences > 0, self, "batch_ramp", expected)
+
+    @property
+    def rates(self) -> tuple[tuple[int, float], ...]:
+        """The learning rates of the phases that have one, each with the number of steps before it."""
+        return tuple((phase.after, phase.learning_rate) for phase in self.phases if phase.learning_rate is not None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,6 +175,7 @@ class RunConfig:
     data: DataConfig = ABSENT
     train: TrainConfig = ABSENT
     optimizer: OptimizerConfig = ABSENT
+    chat: ChatConfig = ABSENT
 
     def need(self, *parts: str) -> "RunConfig":
         """This config, if it has all of `parts`. Raises ConfigError naming the class that has no bindings."""
@@ -165,19 +189,8 @@ class RunConfig:
     def check(self) -> "RunConfig":
         """This config, if its parts fit together. Raises ConfigError."""
         if self.train is not None:
-            parts = self.plan.data * self.plan.microbatches
-            require(
-                self.train.batch_size % parts == 0,
-                self.train,
-                "batch_size",
-                f"a multiple of data x microbatches = {self.plan.data} x {self.plan.microbatches}",
-            )
-            routed = self.model is None or "E" in self.model.layers.main + self.model.layers.mtp
-            context, pieces = self.plan.context, self.plan.sequence_pieces(routed=routed)
-            shared = "tensor" if routed or self.plan.stream == "time" else "1"
-            name = shared if context == 1 else f"lcm(2, {shared})"
-            expected = f"a multiple of context x {name} = {context} x {pieces}"
-            require(self.train.sequence_length % (context * pieces) == 0, self.train, "sequence_length", expected)
+            for shape in dict.fromkeys((one.batch_size, one.sequence_length) for one in self.stretches()):
+                self._check_shape(*shape)
             self.plan.require_half_precision(self.train.compute_dtype)
         if self.model is not None:
             for field in ("remat", "offload"):
@@ -185,14 +198,6 @@ class RunConfig:
             windows = self.model.attention_sinks or set(self.model.layers.main + self.model.layers.mtp) & set("w+")
             expected = "full or blocked: the model has windows, sinks or latent attention"
             require(not windows or self.plan.attention != "cudnn", self.plan, "attention", expected)
-        if self.train is not None and self.model is not None and self.plan.context > 1:
-            context, reach = self.plan.context, self.model.reach
-            expected = f"at least 2 x context x {reach} = {2 * context * reach}: tokens read {reach} from another rank"
-            require(self.train.sequence_length >= 2 * context * reach, self.train, "sequence_length", expected)
-        if self.train is not None and self.model is not None and self.model.learned_positions is not None:
-            for field in ("sequence_length", "sample_tokens"):
-                expected = f"at most ModelConfig.learned_positions = {self.model.learned_positions}"
-                require(getattr(self.train, field) <= self.model.learned_positions, self.train, field, expected)
         if self.train is not None and self.train.carry_states:
             for axis in ("context", "stage"):
                 expected = "1: TrainConfig.carry_states is True"
@@ -200,6 +205,8 @@ class RunConfig:
             if self.model is not None:
                 expected = "False: ModelConfig.learned_positions has none beyond a sequence"
                 require(self.model.learned_positions is None, self.train, "carry_states", expected)
+            expected = "False: with phases, batch_ramp or DataConfig.sources, rows do not continue"
+            require(not self.varies, self.train, "carry_states", expected)
         if self.train is not None and self.data is not None and self.data.heldout_fraction == 0:
             expected = "0: DataConfig.heldout_fraction is 0, so there is nothing to compare on"
             require(self.train.ngram_order == 0, self.train, "ngram_order", expected)
@@ -207,10 +214,56 @@ class RunConfig:
             warmup, steps = self.optimizer.warmup_steps, self.train.steps
             expected = f"at most TrainConfig.steps = {steps}: the rate would not reach its peak"
             require(warmup <= steps, self.optimizer, "warmup_steps", expected)
+            if self.train.rates:
+                steps = self.train.rates[0][0]
             if self.optimizer.schedule == "wsd":
                 expected = f"at most steps - warmup_steps = {steps} - {warmup}"
                 require(warmup + self.optimizer.decay_steps <= steps, self.optimizer, "decay_steps", expected)
         return self
+
+    @property
+    def varies(self) -> bool:
+        """Whether the data has several sources, or changes its shapes or blend on the way."""
+        of_data = self.data is not None and bool(self.data.sources)
+        return of_data or self.train is not None and bool(self.train.phases or self.train.batch_ramp)
+
+    def stretches(self) -> list[Stretch]:
+        """The stretches of the run, in order: steps of equal shapes and blend. Raises ConfigError."""
+        train, sources = self.train, self.data.sources if self.data is not None else ()
+        weights = {source.name: source.weight for source in sources}
+        return stretches(
+            steps=train.steps, batch_size=train.batch_size, sequence_length=train.sequence_length,
+            ramp=train.batch_ramp, phases=train.phases, weights=weights,
+        )  # fmt: skip
+
+    def largest(self) -> "RunConfig":
+        """The run with the shape of its largest batch throughout, for estimates of memory."""
+        one = max(self.stretches(), key=lambda stretch: stretch.batch_size * stretch.sequence_length)
+        shape = {"batch_size": one.batch_size, "sequence_length": one.sequence_length}
+        return dataclasses.replace(self, train=dataclasses.replace(self.train, **shape, phases=(), batch_ramp=None))
+
+    def _check_shape(self, batch_size: int, sequence_length: int) -> None:
+        """Raises ConfigError unless plan and model can run a batch of this shape."""
+        train = dataclasses.replace(
+            self.train, batch_size=batch_size, sequence_length=sequence_length, phases=(), batch_ramp=None
+        )
+        parts = self.plan.data * self.plan.microbatches
+        expected = f"a multiple of data x microbatches = {self.plan.data} x {self.plan.microbatches}"
+        require(batch_size % parts == 0, train, "batch_size", expected)
+        routed = self.model is None or "E" in self.model.layers.main + self.model.layers.mtp
+        context, pieces = self.plan.context, self.plan.sequence_pieces(routed=routed)
+        shared = "tensor" if routed or self.plan.stream == "time" else "1"
+        name = shared if context == 1 else f"lcm(2, {shared})"
+        expected = f"a multiple of context x {name} = {context} x {pieces}"
+        require(sequence_length % (context * pieces) == 0, train, "sequence_length", expected)
+        if self.model is not None and context > 1:
+            reach = self.model.reach
+            expected = f"at least 2 x context x {reach} = {2 * context * reach}: tokens read {reach} from another rank"
+            require(sequence_length >= 2 * context * reach, train, "sequence_length", expected)
+        if self.model is not None and self.model.learned_positions is not None:
+            for field in ("sequence_length", "sample_tokens"):
+                expected = f"at most ModelConfig.learned_positions = {self.model.learned_positions}"
+                require(getattr(train, field) <= self.model.learned_positions, train, field, expected)
 
 
 PARTS: dict[str, Any] = {
@@ -219,4 +272,5 @@ PARTS: dict[str, Any] = {
     "data": DataConfig,
     "train": TrainConfig,
     "optimizer": OptimizerConfig,
+    "chat": ChatConfig,
 }

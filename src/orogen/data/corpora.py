@@ -2,12 +2,14 @@
 
 import hashlib
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from orogen.config.checks import ConfigError
 from orogen.config.data import DataConfig
-from orogen.data.sources import Document, has_fields, read_documents, read_text
+from orogen.data.readers import Document
+from orogen.data.sources import has_fields, key_in, read_documents, read_text, supported_files
 
 SPLITS = ("train", "heldout", "tuning")
 
@@ -24,17 +26,29 @@ def corpus_documents(config: DataConfig) -> list[Document]:
     if config.corpus == "stdlib":
         documents = list(stdlib_documents())
     else:
-        if config.text_field != DataConfig.text_field and not has_fields(config.corpus):
-            expected = (
-                f"{DataConfig.text_field!r}, since nothing reads it: {config.corpus!r} is plain text without fields"
-            )
-            raise ConfigError(f"DataConfig.text_field is {config.text_field!r}; expected {expected}")
+        _check_text_field(config)
         documents = list(read_documents(config.corpus, text_field=config.text_field))
     if not any(document.text for document in documents):
         raise ConfigError(
             f"corpus {config.corpus!r} has {len(documents)} documents and no text: expected at least one with text"
         )
     return documents
+
+
+def corpus_files(config: DataConfig) -> tuple[Path, list[str]]:
+    """The corpus's folder or only file, and the keys of its files, in order. Raises as `corpus_documents` does."""
+    if config.corpus == "stdlib":
+        root = Path(sysconfig.get_path("stdlib"))
+        return root, [file.relative_to(root).as_posix() for file in _stdlib_files(root)]
+    root = Path(config.corpus)
+    _check_text_field(config)
+    return root, [key_in(root, file) for file in supported_files(root)]
+
+
+def _check_text_field(config: DataConfig) -> None:
+    if config.text_field != DataConfig.text_field and not has_fields(config.corpus):
+        expected = f"{DataConfig.text_field!r}, since nothing reads it: {config.corpus!r} is plain text without fields"
+        raise ConfigError(f"DataConfig.text_field is {config.text_field!r}; expected {expected}")
 
 
 def stdlib_documents() -> Iterator[Document]:
@@ -44,21 +58,33 @@ def stdlib_documents() -> Iterator[Document]:
     versions: compare `content_hash` before comparing losses. Licence PSF-2.0.
     """
     root = Path(sysconfig.get_path("stdlib"))
+    for file in _stdlib_files(root):
+        yield Document(file.relative_to(root).as_posix(), read_text(file))
+
+
+def _stdlib_files(root: Path) -> Iterator[Path]:
     for file in sorted(root.rglob("*.py"), key=lambda f: f.relative_to(root).as_posix()):
         parts = file.relative_to(root).parts
         local = any(part.startswith(_STDLIB_LOCAL) for part in parts)
         if not local and _STDLIB_LEFT_OUT.isdisjoint(parts):
-            yield Document("/".join(parts), read_text(file))
+            yield file
 
 
 def content_hash(documents: Sequence[Document]) -> str:
     """SHA-256 over keys and texts, in order. Lengths are hashed too, so one text cannot pass for two."""
     digest = hashlib.sha256()
     for document in documents:
-        for part in (key_bytes(document.key), document.text.encode()):
-            digest.update(len(part).to_bytes(8, "little"))
-            digest.update(part)
+        add_to_hash(digest, document)
     return digest.hexdigest()
+
+
+def add_to_hash(digest: Any, document: Document) -> int:
+    """Adds a document to the hash. Returns the number of bytes of its text."""
+    key, text = key_bytes(document.key), document.text.encode()
+    for part in (key, text):
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return len(text)
 
 
 def key_bytes(key: str) -> bytes:
@@ -85,13 +111,20 @@ def split_documents(documents: Sequence[Document], *, config: DataConfig) -> dic
     by_split: dict[str, list[Document]] = {name: [] for name in SPLITS}
     for document in documents:
         by_split[split_of(document.key, config=config)].append(document)
+    text_bytes = {name: sum(len(one.text) for one in found) for name, found in by_split.items()}
+    check_splits(text_bytes, len(documents), config=config)
+    return by_split
+
+
+def check_splits(size: Mapping[str, int], count: int, *, config: DataConfig) -> None:
+    """Raises ConfigError if a split with a fraction above 0, or the train split, has no text. size: of the text of each
+    split; count: of all documents."""
     fractions = {"heldout": config.heldout_fraction, "tuning": config.tuning_fraction, "train": 1.0}
     for name, fraction in fractions.items():
-        if fraction > 0 and not any(document.text for document in by_split[name]):
+        if fraction > 0 and not size[name]:
             advice = "more documents" if name == "train" else f"more documents, or {name}_fraction larger or 0"
             raise ConfigError(
-                f"the {name} split of corpus {config.corpus!r} has no text ({len(documents)} documents, "
+                f"the {name} split of corpus {config.corpus!r} has no text ({count} documents, "
                 f"heldout_fraction={config.heldout_fraction}, tuning_fraction={config.tuning_fraction}, "
                 f"seed={config.seed}): expected {advice}"
             )
-    return by_split

@@ -45,12 +45,35 @@ class _Iterator(grain.DatasetIterator):
         window_documents: int,
     ) -> None:
         super().__init__(parent)
-        self._sequence_length = sequence_length
         self._pad_id = pad_id
         self._shuffle_seed = shuffle_seed
-        self._window_tokens = max(window_tokens, WINDOW_ROWS * sequence_length)
+        self._least_tokens = window_tokens
         self._window_documents = window_documents
+        self.resize(sequence_length)
         self._start_window(number=0, row=0)
+
+    def resize(self, sequence_length: int) -> None:
+        """Gives the windows from the next one on another sequence length."""
+        self._sequence_length = sequence_length
+        self._window_tokens = max(self._least_tokens, WINDOW_ROWS * sequence_length)
+
+    def leave_window(self) -> None:
+        """Goes to the beginning of the next window, unless no row of this one has been read."""
+        if self._row:
+            self._window = self._window or self._next_window()
+            self._start_window(number=self._number + 1, row=0)
+        elif self._window is not None:
+            self._parent.set_state(self._parent_state)
+            self._window = None
+
+    @property
+    def documents_read(self) -> int:
+        """Documents of the windows before this one, and of this one in proportion to the rows read."""
+        before = self._parent_state["next_index"]
+        if self._window is None:
+            return before
+        held = self._parent.get_state()["next_index"] - before
+        return before + held * self._row // len(self._window.tokens_bt)
 
     def _start_window(self, *, number: int, row: int) -> None:
         self._parent_state = self._parent.get_state()

@@ -43,7 +43,7 @@ def baselines(trained: Trained, config: RunConfig, skips: Mapping[int, dict[str,
     order = config.train.ngram_order
     if not order:
         return {}
-    heldout = [document.text.encode() for document in trained.corpus.splits["heldout"].documents]
+    heldout = list(trained.corpus.splits["heldout"].texts())
     batches = batches_until(config, trained.corpus, int(trained.state.step), skips)
     seen = trained_text(batches, trained.corpus.tokenizer)
     order = min(order, len(seen))  # a run of a few bytes has no longer n-grams

@@ -194,8 +194,8 @@ def _rendered(chat: "Chat", asked: Mapping[str, Any]) -> list[int]:
     """The ids of a line's messages. Raises ConfigError."""
     _require_installed(SERVE_NEEDS)
     from orogen.config.json_file import Record, check_form
+    from orogen.infer.messages import check_messages
     from orogen.infer.serve.forms import MESSAGES
-    from orogen.infer.serve.messages import check_messages
 
     check_form(dict(asked), Record({}, MESSAGES), where="it")
     options = asked.get("chat_template_kwargs")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from orogen.config.checks import ConfigError
 
-TASKS = ("train",)  # those that can be one of several processes
+TASKS = ("train", "sft")  # those that can be one of several processes
 RESUME, RUN, FAKE = "--resume", "--run", "--fake_devices"
 
 

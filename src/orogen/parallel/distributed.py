@@ -175,15 +175,18 @@ def fresh_name(what: str) -> str:
 
 
 def compiled_together(function: Any) -> Callable[..., Any]:
-    """A jitted function of arrays whose shapes never change, which no process runs before all have compiled it: gloo
-    gives up on ranks that are more than 30 seconds late, and one process may find the program in its cache."""
+    """A jitted function of arrays, which no process runs before all have compiled it for their shapes: gloo gives up on
+    ranks that are more than 30 seconds late, and one process may find the program in its cache."""
     if count() == 1:
         return function
-    compiled: list[Any] = []
+    import jax
+
+    compiled: dict[Any, Any] = {}
 
     def call(*arguments: Any) -> Any:
-        if not compiled:
-            compiled.append(function.lower(*arguments).compile())
+        shapes = tuple(x.shape for x in jax.tree.leaves(arguments))
+        if shapes not in compiled:
+            compiled[shapes] = function.lower(*arguments).compile()
             from_all(None)
         return function(*arguments)
 

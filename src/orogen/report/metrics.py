@@ -15,6 +15,9 @@ Each line of `metrics.jsonl` is the JSON object of one step; steps strictly incr
     heldout_loss          nats per token of a fixed sample of the held-out text; only in steps that evaluate
     heldout_bits_per_byte the same in bits per byte of that text
     whole_heldout_loss, whole_heldout_bits_per_byte: of the whole held-out text; only in the run's last step
+    heldout_loss/NAME, …  each of these four of one source, with several (DataConfig.sources)
+    phase, share/NAME, epochs/NAME: with several sources or phases, the phase, from 0; by source, its share of the
+                          tokens since the shares last changed, and how often its documents have been read
     overflow_rows         assignments that did not fit into a ragged buffer; a step with any is skipped
     skipped_steps         steps skipped since the run began
     spike_bound           the loss exceeds this bound: it is a spike (`train.health`); only in such steps
@@ -169,7 +172,8 @@ class Progress:
     """Shows how far a run is, on stderr: a bar on a terminal, elsewhere a line every `every_seconds`.
 
     with Progress(steps) as progress: … progress.update(step, metrics). first_step: the last step that was done before
-    the run resumed. unit: the name of a step. shown: whether anything is. stream, clock (in seconds): for tests.
+    the run resumed. unit: the name of a step. label: of the bar. shown: whether anything is. stream, clock (in
+    seconds): for tests.
     """
 
     def __init__(
@@ -179,12 +183,13 @@ class Progress:
         first_step: int = 0,
         unit: str = "step",
         every_seconds: float = 10.0,
+        label: str = "train",
         shown: bool = True,
         stream: IO[str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._total, self._first_step, self._every_seconds, self._clock = total_steps, first_step, every_seconds, clock
-        self._unit = unit
+        self._unit, self._label = unit, label
         self._stream = sys.stderr if stream is None else stream
         self._origin: tuple[int, float] | None = None  # the first step seen, and when; compilation came before
         self._printed_at = -math.inf
@@ -196,7 +201,7 @@ class Progress:
         if self._bar is not None:
             self._bar.start()
             self._task = self._bar.add_task(
-                "train", total=self._total, completed=self._first_step, numbers="", left="-:--:--"
+                self._label, total=self._total, completed=self._first_step, numbers="", left="-:--:--"
             )
         return self
 

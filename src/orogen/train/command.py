@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +26,13 @@ from orogen.parallel.runtime import configure
 
 if TYPE_CHECKING:
     from orogen.checkpoint.folders import Folder
+    from orogen.train.task import Task
 
 QUICKSTART = "--gin_file gin_configs/recipes/quickstart.gin"
 
 
-def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of a command that trains in a run folder."""
     add_config_arguments(parser)
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="the run folder")
     parser.add_argument("--resume", action="store_true", help="continue the run in DIR, if there is one")
@@ -80,28 +83,41 @@ def _load_with_checkpoint(
 
 def train(options: argparse.Namespace) -> int:
     """`orogen train`."""
+
+    def task() -> "Task":
+        from orogen.train.pretraining import PRETRAINING
+
+        return PRETRAINING
+
+    return run_task(options, task)
+
+
+def run_task(options: argparse.Namespace, make_task: Callable[[], "Task"], *parts: str) -> int:
+    """Trains on a task in a run folder. parts: those that its config needs beside a model, data, a length and an
+    optimizer."""
     # Until the report is written, the folder stays locked and signals are handled.
     with contextlib.ExitStack() as held:
         config, text, origin = _load_with_checkpoint(options, held)
-        config.need("model", "data", "train", "optimizer")
+        config.need("model", "data", "train", "optimizer", *parts)
+        if config.chat is not None and "chat" not in parts:
+            raise ConfigError("ChatConfig has bindings; expected none: this task reads no conversations")
         from orogen.checkpoint.steps import NotSavedError
         from orogen.simulate.fit import require_training_fits
         from orogen.train.back import FaultyHardwareError
         from orogen.train.health import NonFiniteError
-        from orogen.train.pretraining import PRETRAINING
         from orogen.train.profiled import Steps
         from orogen.train.run import train as run
         from orogen.train.stop import StoppedEarlyError
 
         profile = None if options.profile is None else Steps.of(options.profile)
-        require_training_fits(config, free_memory())
+        require_training_fits(config.largest(), free_memory())
         if distributed.first():
             warn(config.model)
         held.enter_context(lasting_streams())
         log = say if distributed.first() else lambda line: None
         try:
             trained = run(
-                config, text, options.run, PRETRAINING, resume=options.resume, origin=origin, profile=profile, log=log,
+                config, text, options.run, make_task(), resume=options.resume, origin=origin, profile=profile, log=log,
                 until=held,
             )  # fmt: skip
             status = _finish_together(options, config, text, trained)
@@ -168,7 +184,7 @@ TRAIN = Command(
         f"orogen train {QUICKSTART} --fake_devices 8 --run runs/mine --gin_bindings \"DataConfig.corpus='my_texts'\"",
         "orogen train --checkpoint HF_FOLDER --gin_file my_data_and_training.gin --run runs/tuned",
     ),
-    add_arguments=_add_train_arguments,
+    add_arguments=add_train_arguments,
     run=train,
     joins=True,
 )

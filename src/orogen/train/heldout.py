@@ -1,8 +1,9 @@
 """Held-out loss during and after training. Letters: b batch, t time."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ from flax import nnx
 
 from orogen.config.model import ModelConfig
 from orogen.config.run import RunConfig
+from orogen.data.batches import HeldoutPass
 from orogen.data.loader import Corpus
 from orogen.data.packing import Batch, prefix_byte_count, target_byte_count
 from orogen.model.lm import Built
@@ -30,48 +32,83 @@ class Score(NamedTuple):
     bits_per_byte: float
 
 
+class Totals(NamedTuple):
+    """Nats of all targets, the number of targets, and the bytes of text that they encode."""
+
+    nats: float
+    count: float
+    n_bytes: int
+
+    @property
+    def score(self) -> Score:
+        """The mean loss."""
+        return Score(self.nats / max(self.count, 1), self.nats / math.log(2) / max(self.n_bytes, 1))
+
+
+SCORES = "heldout_loss", "heldout_bits_per_byte"
+
+
 class Heldout:
-    """Scores the held-out split: a fixed, evenly spread sample of its sequences, or all of it.
+    """Scores the held-out split: a fixed, evenly spread sample of its sequences, or all of it. With several sources,
+    each is scored by itself (`heldout_loss/NAME`) and the sample has about equally many sequences of each.
 
     Experts drop no token here, whatever capacity the run trains with.
     """
-
-    sampled = "heldout_loss", "heldout_bits_per_byte"
-    whole = "whole_heldout_loss", "whole_heldout_bits_per_byte"
 
     def __init__(self, config: RunConfig, built: Built, corpus: Corpus):
         self.train, self.corpus = config.train, corpus
         self.progress: Callable[[], None] = lambda: None
         self.plan = heldout_plan(config)
-        self.split = corpus.heldout_batches(
-            "heldout", batch_size=config.train.batch_size, sequence_length=config.train.sequence_length
-        )
-        self._sample: list[Batch] = []
+        shape = {"batch_size": config.train.batch_size, "sequence_length": config.train.sequence_length}
+        self.passes = {
+            name: corpus.heldout_batches("heldout", source=name, **shape)
+            for name, source in corpus.sources.items()
+            if len(source.splits["heldout"])
+        }
+        several = len(corpus.sources) > 1
+        of_source = tuple(f"{score}/{name}" for name in self.passes for score in SCORES) if several else ()
+        self.sampled = (*SCORES, *of_source)
+        self.whole = tuple(f"whole_{name}" for name in self.sampled)
+        self._samples: dict[str, tuple[list[Batch], int]] = {}
         measured = measure(built, NEXT_TOKEN, config.model, self.plan, config.train.compute_dtype)
         self._measured = distributed.compiled_together(measured)
 
     def sample(self, state: TrainState) -> dict[str, float]:
         """The scores of a sample of about `evaluate_rows` sequences."""
-        if not self._sample:
-            first, *others = self.split
-            whole = first.map(lambda *parts: np.concatenate(parts), *others)
-            kept = int((whole.segments_bt != 0).any(1).sum())
-            size = self.train.batch_size
-            wanted = math.ceil(min(self.train.evaluate_rows, kept) / size) * size
-            chosen = np.arange(wanted) * kept // wanted if wanted <= kept else np.arange(wanted) % len(whole.tokens_bt)
-            self._sample = [whole.map(lambda x, i=i: x[chosen[i : i + size]]) for i in range(0, wanted, size)]
-            tokenizer = self.corpus.tokenizer
-            self._sample_bytes = sum(
-                target_byte_count(b, tokenizer.byte_length_v) - prefix_byte_count(b, tokenizer) for b in self._sample
-            )
-        return dict(zip(self.sampled, self.score(state, self._sample, self._sample_bytes), strict=True))
+        if not self._samples:
+            rows = math.ceil(self.train.evaluate_rows / len(self.passes))
+            self._samples = {name: self._sample(one, rows) for name, one in self.passes.items()}
+        return self._named(self.sampled, [self.totals(state, *one) for one in self._samples.values()])
 
     def full(self, state: TrainState) -> dict[str, float]:
         """The scores of the whole split."""
-        return dict(zip(self.whole, self.score(state, self.split, self.split.byte_count), strict=True))
+        return self._named(self.whole, [self.totals(state, one, one.byte_count) for one in self.passes.values()])
+
+    def _sample(self, heldout: HeldoutPass, rows: int) -> tuple[list[Batch], int]:
+        """About `rows` sequences, evenly spread over the pass, and the bytes that their targets encode."""
+        first, *others = heldout.thinned(rows)
+        whole = first.map(lambda *parts: np.concatenate(parts), *others)
+        kept = int((whole.segments_bt != 0).any(1).sum())
+        size = self.train.batch_size
+        wanted = math.ceil(min(rows, kept) / size) * size
+        chosen = np.arange(wanted) * kept // wanted if wanted <= kept else np.arange(wanted) % len(whole.tokens_bt)
+        batches = [whole.map(lambda x, i=i: x[chosen[i : i + size]]) for i in range(0, wanted, size)]
+        tokenizer = self.corpus.tokenizer
+        lengths = (target_byte_count(b, tokenizer.byte_length_v) - prefix_byte_count(b, tokenizer) for b in batches)
+        return batches, sum(lengths)
+
+    def _named(self, names: Sequence[str], totals: Sequence[Totals]) -> dict[str, float]:
+        """The scores of all sources together, then, with several, those of each."""
+        of_all = Totals(*(sum(column) for column in zip(*totals, strict=True)))
+        scores = [of_all.score, *(one.score for one in totals)] if len(names) > len(SCORES) else [of_all.score]
+        return dict(zip(names, itertools.chain.from_iterable(scores), strict=True))
 
     def score(self, state: TrainState, batches: Iterable[Batch], n_bytes: int) -> Score:
         """The scores of the batches, whose targets encode `n_bytes` bytes of text."""
+        return self.totals(state, batches, n_bytes).score
+
+    def totals(self, state: TrainState, batches: Iterable[Batch], n_bytes: int) -> Totals:
+        """`score`, as sums."""
         params = jax.jit(placement.working, static_argnums=1)(state.params, self.plan)
         nats = count = 0.0
         for batch in batches:
@@ -80,7 +117,7 @@ class Heldout:
             found = jax.device_get(self._measured(params, state.buffers, batch_to_devices(batch, self.plan)))[LOSS]
             nats, count = nats + float(found.sum), count + float(found.count)
             self.progress()
-        return Score(nats / max(count, 1), nats / math.log(2) / max(n_bytes, 1))
+        return Totals(nats, count, n_bytes)
 
 
 def heldout_plan(config: RunConfig) -> Plan:

@@ -18,6 +18,7 @@ from orogen.checkpoint.steps import Checkpoints, with_shardings
 from orogen.config.checks import ConfigError, require
 from orogen.config.run import RunConfig
 from orogen.cost.flops import peak_flops, training_flops
+from orogen.data.blend import at_step
 from orogen.data.loader import Corpus
 from orogen.data.packing import Batch, document_lengths
 from orogen.model.layout import Whole, relaid
@@ -77,9 +78,10 @@ class Loop:
         self.clock, self.watch, self.pace = clock, watch, Pace(log)
         train = config.train
         self.back = Back(train, checkpoints.run_dir, checkpoints, log)
-        self.optimizer = make_optimizer(config.optimizer, train.steps, built.params)
+        self.optimizer = make_optimizer(config.optimizer, train.steps, built.params, train.rates)
         self.step = distributed.compiled_together(make_step(built, task.objective, config, plan, self.optimizer))
         self.carried = carry.abstract(train, built)
+        self.measures = task.measures
         self.evaluation = task.evaluation(config, built, corpus)
         score = None
         if self.evaluation is not None:
@@ -88,7 +90,7 @@ class Loop:
         self.source = task.source(config, corpus)
         self.position: dict[str, Any] = self.source.state()
         self._beginning = self.position
-        self._compiled = False
+        self._compiled: set[tuple[int, ...]] = set()  # the shapes of batches that the step is compiled for
         self.first_step = distributed.from_first(lambda: checkpoints.latest) or 0
         expected = f"at least {self.first_step}, the step that the run has reached"
         require(train.steps >= self.first_step, train, "steps", expected)
@@ -104,7 +106,7 @@ class Loop:
         else:
             state, self.position = self._new(origin), self._beginning
         if (position := self.back.position(self.first_step)) is not None:
-            self.position = position
+            self.position = at_step(position, self.first_step)
             if state.carried is not None:  # states of other text than that of the next batch
                 there = jax.tree.map(lambda x: x.sharding, state.carried)
                 state = state._replace(carried=jax.jit(carry.emptied, out_shardings=there)(state.carried))
@@ -128,7 +130,8 @@ class Loop:
         if before == after:
             return self._restore(target, there)
         saved = build(self.config.model, before, self.built.vocab_rows)
-        optimizer = make_optimizer(self.config.optimizer, self.config.train.steps, saved.params)
+        train = self.config.train
+        optimizer = make_optimizer(self.config.optimizer, train.steps, saved.params, train.rates)
         target = abstract_state(saved, optimizer, self.carried)
         # Restored onto the devices in the layout that was saved, then laid out there for this plan's stages.
         state, position = self._restore(target, placement.spread(target, self.plan))
@@ -205,6 +208,10 @@ class Loop:
                 began = time.perf_counter()
                 batch = self.source.take(state)
                 self.position = self.source.state()
+                if pending is not None and batch.tokens_bt.shape not in self._compiled:
+                    # First, so that its time does not contain the compilation for the new shape.
+                    self._report(pending, writer, progress)
+                    pending = None
                 state, metrics = self._dispatch(state, batch)
                 host_seconds = time.perf_counter() - began
                 stop.working = True
@@ -229,13 +236,13 @@ class Loop:
         return state
 
     def _dispatch(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        """The step's results, which the devices may still be computing. The first call also compiles the step."""
-        if self._compiled:
+        """The step's results, which the devices may still be computing. The first call of a shape compiles the step."""
+        if batch.tokens_bt.shape in self._compiled:
             return self.step(state, batch_to_devices(batch, self.plan))
         self.watch.expect_longer()
         with self.clock.aside(COMPILING):
             result = self.step(state, batch_to_devices(batch, self.plan))
-        self._compiled = True
+        self._compiled.add(batch.tokens_bt.shape)
         return result
 
     def _report(
@@ -255,6 +262,7 @@ class Loop:
         self.watch.progress(seconds)
         self.pace.add(seconds, pending.host_seconds)
         record = self._record(number, pending.batch, fetched, seconds)
+        record = _joined(record, self.measures(pending.position))
         self.back.compare(record)
         record = self.health.judged(record)
         if scored is not None:

@@ -1,6 +1,7 @@
 """The optimizer and its schedule, from optax. A parameter's own axes decide whether it is decayed and whether Muon
 updates it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,11 +19,15 @@ MUON_RMS = 0.2
 MOMENTS = ("mu", "nu")  # the fields of optax's states that hold them
 
 
-def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+def learning_rate(config: OptimizerConfig, steps: int, rates: Sequence[tuple[int, float]] = ()) -> optax.Schedule:
     """The rate of update i of `steps`, from 0. Warm-up is (i + 1) / warmup_steps of the peak: no update is zero.
 
-    wsd: peak until steps - decay_steps, then min + (peak - min)(1 - sqrt(progress)).
+    wsd: peak until steps - decay_steps, then min + (peak - min)(1 - sqrt(progress)). rates: constant rates with the
+    update from which each holds (`TrainConfig.rates`); the schedule ends with the first of them.
     """
+    if rates:
+        schedule, constants = learning_rate(config, rates[0][0]), [optax.constant_schedule(rate) for _, rate in rates]
+        return optax.join_schedules([schedule, *constants], [first for first, _ in rates])
     peak, low = config.learning_rate, config.learning_rate * config.min_ratio
     body = max(steps - config.warmup_steps, 1)
     after: Any
@@ -44,14 +49,16 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([rising, after], [config.warmup_steps])
 
 
-def make_optimizer(config: OptimizerConfig, steps: int, params: nnx.State) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(
+    config: OptimizerConfig, steps: int, params: nnx.State, rates: Sequence[tuple[int, float]] = ()
+) -> optax.GradientTransformationExtraArgs:
     """Clipping by the global norm, which `update` takes as `grad_norm`, then AdamW, or Muon for matrices and AdamW for
     the rest.
 
     params: abstract or real, with axis names: a norm that is stacked has two dimensions, but its axes still say that it
     is a vector.
     """
-    rate = learning_rate(config, steps)
+    rate = learning_rate(config, steps, rates)
     decayed = _by_axes(params, lambda axes: _dimensions(axes) > 1)
     adamw = lambda mask: keep_in(  # noqa: E731
         config.moment_dtype,

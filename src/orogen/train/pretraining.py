@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from orogen.config.run import RunConfig
+from orogen.data.blend import at_step, measures
 from orogen.data.loader import Corpus, Loader, open_corpus
 from orogen.data.packing import Batch
 from orogen.data.tokenizer import Tokenizer
@@ -20,6 +21,8 @@ def _open(config: RunConfig, tokenizer: Tokenizer | None) -> Corpus:
 def train_loader(config: RunConfig, corpus: Corpus) -> Loader:
     """The run's stream of batches, from the beginning."""
     train = config.train
+    if config.varies:
+        return corpus.blend_loader(config.stretches(), shuffle_seed=train.seed)
     return corpus.train_loader(
         batch_size=train.batch_size, sequence_length=train.sequence_length, shuffle_seed=train.seed,
         lanes=train.carry_states,
@@ -34,7 +37,7 @@ def batches_until(
     loader = train_loader(config, corpus)
     for done in range(step):
         if jumps and done in jumps:
-            loader.restore(jumps[done])
+            loader.restore(at_step(jumps[done], done))
         yield next(loader)
 
 
@@ -42,4 +45,4 @@ def _evaluation(config: RunConfig, built: Built, corpus: Corpus) -> Heldout | No
     return Heldout(config, built, corpus) if len(corpus.splits["heldout"]) else None
 
 
-PRETRAINING = Task(objective=NEXT_TOKENS, open=_open, source=train_loader, evaluation=_evaluation)
+PRETRAINING = Task(objective=NEXT_TOKENS, open=_open, source=train_loader, evaluation=_evaluation, measures=measures)

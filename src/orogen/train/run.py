@@ -116,7 +116,7 @@ def _train(
             profile=profile, log=log, clock=clock, watch=watch,
         )  # fmt: skip
         state = run.start(origin)
-        distributed.from_first(functools.partial(_describe, run, text, run_dir, origin))
+        distributed.from_first(functools.partial(_describe, run, task, text, run_dir, origin))
         with _writer(run_dir, run) as writer:
             with watch:
                 if not stop.alone and any(distributed.from_all(stop.asked)):
@@ -163,7 +163,7 @@ def _check_corpora(corpus: Corpus) -> None:
             raise ConfigError(f"process {number} has another corpus or {part} than process 0; expected the same")
 
 
-def _describe(run: Loop, text: str, run_dir: Path, origin: Folder | None) -> None:
+def _describe(run: Loop, task: Task, text: str, run_dir: Path, origin: Folder | None) -> None:
     """Writes what the folder says about the run before its first step."""
     config, log = run.config, run.log
     facts, saved = _facts(config, run.plan, run.corpus), run_dir / TOKENIZER
@@ -174,6 +174,7 @@ def _describe(run: Loop, text: str, run_dir: Path, origin: Folder | None) -> Non
         run.corpus.tokenizer.save(saved)
     if origin is not None:
         origin.keep(run_dir)
+    task.keep(run.corpus, run_dir)
     add_lost(run_dir, run.first_step, END)  # before the lines of lost steps are removed
     if run.first_step:
         log(f"continuing {run_dir} after step {run.first_step}")

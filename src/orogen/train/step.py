@@ -221,7 +221,7 @@ def step_function(
         carried=carry.abstract(config.train, built),
     )  # fmt: skip
     bias_rate = config.train.router_bias_update_rate
-    rate = learning_rate(config.optimizer, config.train.steps)
+    rate = learning_rate(config.optimizer, config.train.steps, config.train.rates)
 
     def step(state: TrainState, batch: Batch, replay: Any = None) -> tuple[TrainState, StepMetrics, Any]:
         params = placement.working(working_copy(state.params, config.train.compute_dtype), plan)

@@ -5,6 +5,7 @@ The step takes its `Objective`, the loop all of it. Neither knows which task it 
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
@@ -128,10 +129,14 @@ class Task:
     """An objective, the data that it is computed on, and how its outcome is scored.
 
     open: opens the data; a resumed run passes the tokenizer that it saved. source: the batches to train on.
-    evaluation: of a model laid out for the run's plan; None if the data has nothing to score.
+    evaluation: of a model laid out for the run's plan; None if the data has nothing to score. measures: what a position
+    of the source says for the record of the step that took the batch before it. keep: writes to the run folder what the
+    model will need beside its weights and tokenizer.
     """
 
     objective: Objective
     open: Callable[[RunConfig, Tokenizer | None], Corpus]
     source: Callable[[RunConfig, Corpus], Source]
     evaluation: Callable[[RunConfig, Built, Corpus], Evaluation | None]
+    measures: Callable[[dict[str, Any]], dict[str, float]] = lambda position: {}
+    keep: Callable[[Corpus, Path], None] = lambda corpus, run_dir: None

@@ -17,6 +17,7 @@ from orogen.config.checks import ConfigError
 from orogen.data.tokenizer import Tokenizer
 from orogen.infer.chat import Chat
 from orogen.infer.constrain import Constraints
+from orogen.infer.messages import check_messages
 from orogen.infer.schedule import Scheduler
 from orogen.infer.serve import forms
 from orogen.infer.serve.body import discard, read_body
@@ -26,7 +27,6 @@ from orogen.infer.serve.errors import HttpError, answer_error, answer_fault, ans
 from orogen.infer.serve.exchange import Parts, Settings, token_text
 from orogen.infer.serve.grammars import Grammars
 from orogen.infer.serve.measures import Measures
-from orogen.infer.serve.messages import check_messages
 from orogen.infer.serve.responses import responses
 from orogen.infer.service import Service
 

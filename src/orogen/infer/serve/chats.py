@@ -16,6 +16,7 @@ from orogen.data.tokenizer import Tokenizer
 from orogen.infer.answer import Answer, Part
 from orogen.infer.chat import THOUGHT, Chat, Prompt
 from orogen.infer.forced_call import beginning
+from orogen.infer.messages import check_messages
 from orogen.infer.request import STOP, Chosen, Grammar, Output, Request
 from orogen.infer.serve import forms, structured
 from orogen.infer.serve.body import ignored, read_body
@@ -31,7 +32,6 @@ from orogen.infer.serve.exchange import (
     told_logprob,
     usage,
 )
-from orogen.infer.serve.messages import check_messages
 from orogen.infer.tool_calls import Call, schemas_of
 
 _NAME = re.compile(r"[\w./-]{1,256}", re.ASCII)

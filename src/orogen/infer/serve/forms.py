@@ -5,6 +5,7 @@ from typing import Any
 
 from orogen.config.checks import ConfigError, shown
 from orogen.config.json_file import ListOf, MapOf, Number, Record, Whole, fits, read_object
+from orogen.infer.messages import MESSAGE, TOOL
 from orogen.infer.request import SEEDS, Budget, Output, Request, Sampling, held_back
 from orogen.infer.serve.errors import bad
 from orogen.infer.serve.structured import FIELDS
@@ -43,27 +44,16 @@ COMPLETION = Record(
     {"prompt": (str, ListOf(str), _IDS, ListOf(_IDS))},
     {**SAMPLED, "best_of": (Whole(1, MOST_CHOICES), None), "echo": _FLAG, "logprobs": (Whole(0, 20), None)},
 )
-_CALL = Record({"function": Record({"name": str, "arguments": str})}, {"id": _TEXT})
-_MESSAGE = Record(
-    {"role": str},
-    {
-        "content": (str, ListOf(Record({"type": str}, {"text": str})), None),
-        "reasoning_content": _TEXT,
-        "reasoning": _TEXT,
-        "tool_calls": (ListOf(_CALL), None),
-    },
-)
 _NAMED = Record({"name": str})
 _ALLOWED = Record({"mode": str, "tools": ListOf(Record({"type": str}, {"function": _NAMED}))})
 _CHOICE = Record({"type": str}, {"function": _NAMED, "allowed_tools": _ALLOWED})
-_TOOL = Record({"type": str, "function": Record({"name": str}, {"description": _TEXT, "parameters": (dict, None)})})
 CONVERSATION = {
-    "tools": (ListOf(_TOOL), None),
+    "tools": (ListOf(TOOL), None),
     "chat_template_kwargs": (dict, None),
     "add_generation_prompt": _FLAG,
 }
 CHAT = Record(
-    {"messages": ListOf(_MESSAGE)},
+    {"messages": ListOf(MESSAGE)},
     {
         **SAMPLED,
         **CONVERSATION,
@@ -77,7 +67,7 @@ CHAT = Record(
         "reasoning_budget_form": _TEXT,
     },
 )
-MESSAGES = {"messages": (ListOf(_MESSAGE), None), **CONVERSATION}
+MESSAGES = {"messages": (ListOf(MESSAGE), None), **CONVERSATION}
 TOKENIZE = Record(
     {}, {"model": _TEXT, "prompt": _TEXT, "add_special_tokens": _FLAG, "return_token_strs": _FLAG, **MESSAGES}
 )

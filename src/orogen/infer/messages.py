@@ -3,8 +3,20 @@
 from typing import Any
 
 from orogen.config.checks import ConfigError, shown
-from orogen.config.json_file import read_object
+from orogen.config.json_file import ListOf, Record, read_object
 
+_TEXT = (str, None)
+_CALL = Record({"function": Record({"name": str, "arguments": str})}, {"id": _TEXT})
+MESSAGE = Record(
+    {"role": str},
+    {
+        "content": (str, ListOf(Record({"type": str}, {"text": str})), None),
+        "reasoning_content": _TEXT,
+        "reasoning": _TEXT,
+        "tool_calls": (ListOf(_CALL), None),
+    },
+)
+TOOL = Record({"type": str, "function": Record({"name": str}, {"description": _TEXT, "parameters": (dict, None)})})
 # Newer models of OpenAI call a system's text a developer's.
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 

@@ -1,0 +1,128 @@
+"""Token sequences in Megatron's `.bin` and `.idx` files, written once and read by memory map.
+
+`.bin` holds the tokens of one document after the other. `.idx` holds, little-endian: 9 bytes MMIDIDX, 0, 0; the version
+(uint64) 1; a code of the dtype (uint8); the number of sequences and that of document ends (uint64 each); the length of
+each sequence (int32); its place in `.bin`, in bytes (int64); the sequence at which each document begins, and the number
+of sequences (int64). A document is one sequence here. Source: Megatron-LM, megatron/core/datasets/indexed_dataset.py.
+
+Chosen against ArrayRecord, which grain reads: 200,000 documents, 166 million tokens of uint16 with Zipf's frequencies,
+read one by one in random order on one core. ArrayRecord 0.8.6 with group_size 1: 1,230 documents/s (compressed), 1,100
+(uncompressed); memory map: 140,000. Its compression saves 36 % of the disk (213 MB against 332 MB), 45 % with
+group_size 256. Training reads documents in random order and has to feed many times what a GPU consumes.
+"""
+
+import hashlib
+import mmap
+import os
+import struct
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from orogen.config.checks import ConfigError
+
+MAGIC, VERSION = b"MMIDIDX\x00\x00", 1
+DTYPES = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+HEADER = struct.Struct("<9sQBQQ")
+MAX_TOKENS = 2**31 - 1  # of a document: lengths are int32
+# Bytes of tokens read after which mapped pages are given back. They stay in the page cache, but a process that reads a
+# large file at random would otherwise come to have all of it resident.
+RESIDENT_BYTES = 2**26
+
+
+def dtype_for(vocab_size: int) -> np.dtype:
+    """The narrowest dtype of tokens: uint16 below 65,500, Megatron's own bound, else int32."""
+    return DTYPES[8] if vocab_size < 65500 else DTYPES[4]
+
+
+class IndexedWriter:
+    """Writes `PREFIX.bin` and `PREFIX.idx`, whole or not at all. Use as a context manager; `close` gives the facts."""
+
+    def __init__(self, prefix: Path, dtype: np.dtype):
+        self._prefix, self._dtype, self._lengths = prefix, dtype, []
+        self._temporary = prefix.with_name(f"{prefix.name}.bin.{os.getpid()}.tmp")
+        self._file, self._digest = self._temporary.open("wb"), hashlib.sha256()
+
+    def add(self, tokens_t: np.ndarray) -> None:
+        """Appends a document."""
+        data = tokens_t.astype(self._dtype).tobytes()
+        self._file.write(data)
+        self._digest.update(data)
+        self._lengths.append(len(tokens_t))
+
+    def close(self) -> dict[str, object]:
+        """Puts both files in place. Returns the number of documents and tokens, and the SHA-256 of both files."""
+        _finish(self._file)
+        lengths_n = np.array(self._lengths, "<i4")
+        starts_n = np.concatenate([[0], np.cumsum(lengths_n, dtype="<i8")])
+        head = HEADER.pack(MAGIC, VERSION, CODES[self._dtype], len(lengths_n), len(lengths_n) + 1)
+        places_n, ends_n = starts_n[:-1] * self._dtype.itemsize, np.arange(len(lengths_n) + 1)
+        index = head + lengths_n.tobytes() + places_n.astype("<i8").tobytes() + ends_n.astype("<i8").tobytes()
+        beside = self._temporary.with_name(self._temporary.name.replace(".bin.", ".idx."))
+        with beside.open("wb") as file:
+            file.write(index)
+            _finish(file)
+        self._temporary.replace(self._prefix.with_name(self._prefix.name + ".bin"))
+        beside.replace(self._prefix.with_name(self._prefix.name + ".idx"))
+        hashes = {"bin_sha256": self._digest.hexdigest(), "idx_sha256": hashlib.sha256(index).hexdigest()}
+        return {"documents": len(lengths_n), "tokens": int(starts_n[-1]), **hashes}
+
+    def __enter__(self) -> "IndexedWriter":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+class IndexedTokens:
+    """The documents of `PREFIX.bin` and `PREFIX.idx`. Nothing but the header is read until a document is.
+
+    Raises ConfigError for files that do not belong together, FileNotFoundError.
+    """
+
+    def __init__(self, prefix: Path):
+        self._bin, self._idx = (prefix.with_name(prefix.name + end) for end in (".bin", ".idx"))
+        with self._idx.open("rb") as file:
+            head = file.read(HEADER.size)
+            size = os.fstat(file.fileno()).st_size
+            if len(head) < HEADER.size or HEADER.unpack(head)[:2] != (MAGIC, VERSION):
+                raise ConfigError(f"{self._idx} begins with {head[:9]!r}; expected an index of Megatron's, version 1")
+            _, _, code, count, ends = HEADER.unpack(head)
+            if code not in DTYPES:
+                raise ConfigError(f"{self._idx} has tokens of dtype code {code}; expected one of {sorted(DTYPES)}")
+            if (expected := HEADER.size + 12 * count + 8 * ends) != size:
+                raise ConfigError(f"{self._idx} has {size} bytes; expected {expected} for {count} documents")
+            self._index = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._dtype, self._count, self._read = DTYPES[code], count, 0
+        self.length_n = np.frombuffer(self._index, "<i4", count, HEADER.size)
+        self._place_n = np.frombuffer(self._index, "<i8", count, HEADER.size + 4 * count)
+        end = int(self._place_n[-1]) + int(self.length_n[-1]) * self._dtype.itemsize if count else 0
+        with self._bin.open("rb") as file:
+            if (size := os.fstat(file.fileno()).st_size) != end:
+                raise ConfigError(f"{self._bin} has {size} bytes; expected {end}, as {self._idx.name} says")
+            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+        if isinstance(self._data, mmap.mmap):
+            self._data.madvise(mmap.MADV_RANDOM)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, index: int) -> np.ndarray:
+        """The tokens (t,) int32 of a document, in memory of their own."""
+        length = int(self.length_n[index])
+        tokens_t = np.frombuffer(self._data, self._dtype, length, int(self._place_n[index])).astype(np.int32)
+        self._read += length * self._dtype.itemsize
+        if self._read > RESIDENT_BYTES and isinstance(self._data, mmap.mmap):
+            self._data.madvise(mmap.MADV_DONTNEED)
+            self._index.madvise(mmap.MADV_DONTNEED)
+            self._read = 0
+        return tokens_t
+
+
+def _finish(file) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()

@@ -1,0 +1,262 @@
+"""Tokenizes a corpus into a store, unit by unit, on any number of processes; see `store` for what it holds.
+
+Each unit writes its shards, then `done/NUMBER.json`, which makes it count. A run that is killed leaves whole units and
+temporary files; the next one goes on with the units that are missing, and gives the same bytes. The manifest comes
+last. What cannot be used is left out, counted and named in `broken.jsonl`: a record that its reader refuses, a text
+with NUL characters (binary data, or UTF-16), one that the tokenizer would change, and a file that is damaged, gone, or
+another than when the store was begun.
+"""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from orogen.config.checks import ConfigError
+from orogen.config.data import DataConfig
+from orogen.config.files import write_atomically
+from orogen.data import corpora
+from orogen.data.indexed import MAX_TOKENS, IndexedWriter, dtype_for
+from orogen.data.readers import Broken, Document, Part, read_records
+from orogen.data.store import DONE, MANIFEST, PLAN, SETTINGS, TOKENIZER, code_hash, shard, write_manifest
+from orogen.data.tokenizer import Tokenizer
+from orogen.data.units import UNIT_BYTES, Slice, plan_units, stamp
+from orogen.data.vocabulary import make_tokenizer
+
+LOCK = "lock"
+BATCH_CHARACTERS, BATCH_DOCUMENTS = 2**20, 1024  # tokenized together
+
+
+class Job(NamedTuple):
+    """What a worker needs beside the number of its unit. plan: the content of plan.json."""
+
+    folder: Path
+    plan: dict[str, Any]
+    tokenizer: Tokenizer
+
+
+def make_store(
+    config: DataConfig,
+    folder: Path,
+    *,
+    workers: int,
+    progress: Callable[[dict[str, int], int, int], None] = lambda counts, done, units: None,
+    unit_bytes: int | None = None,
+) -> dict[str, Any]:
+    """Writes the store of `config.corpus` in `folder`, or the rest of it. Returns its manifest.
+
+    progress: called with the counts of each unit, the number of units that are done, and that of all. unit_bytes: about
+    the size of a unit; None: UNIT_BYTES. Raises ConfigError if the folder holds something else, or was begun with other
+    settings or code; OSError if it cannot be written.
+    """
+    if config.sources:
+        raise ConfigError("DataConfig.sources is set; expected DataConfig.corpus: a store holds one source")
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        if not (folder / MANIFEST).exists():
+            plan = _plan(config, folder, unit_bytes or UNIT_BYTES)
+            _tokenize_units(Job(folder, plan, Tokenizer.load(folder / TOKENIZER)), workers, progress)
+            write_manifest(folder, plan)
+        else:
+            _check_same(json.loads((folder / MANIFEST).read_text())["settings"], config, folder)
+        shutil.rmtree(folder / DONE, ignore_errors=True)
+        (folder / PLAN).unlink(missing_ok=True)
+        return json.loads((folder / MANIFEST).read_text())
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Raises ConfigError if another process writes there. The lock ends with the process that holds it."""
+    with (folder / LOCK).open("wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{str(folder)!r} is being written by another process; expected a free folder") from None
+        yield
+
+
+def _plan(config: DataConfig, folder: Path, unit_bytes: int) -> dict[str, Any]:
+    """The plan of a store that was begun, or a new one, with its tokenizer. plan.json is written last."""
+    path = folder / PLAN
+    if path.exists():
+        plan = json.loads(path.read_text())
+        _check_same(plan["settings"], config, folder)
+        if plan["code"] != code_hash():
+            raise ConfigError(f"{str(folder)!r} was begun by another version of this code; expected a new folder")
+        return plan
+    left = [p.name for p in folder.iterdir() if p.name not in (LOCK, TOKENIZER) and not p.name.endswith(".tmp")]
+    if left:
+        raise ConfigError(f"{str(folder)!r} holds {sorted(left)[0]!r}; expected a new folder or a store begun there")
+    root, keys = corpora.corpus_files(config)
+    stamps = [stamp(_path(root, key)) for key in keys]
+    units = plan_units([(key, _path(root, key)) for key in keys], unit_bytes=unit_bytes)
+    tokenizer = make_tokenizer(config, _train_texts(config, root, units))
+    tokenizer.check_lossless()
+    tokenizer.save(folder / TOKENIZER)
+    plan = {
+        "settings": {name: getattr(config, name) for name in SETTINGS},
+        "code": code_hash(),
+        "root": str(root.resolve()),
+        "tokenizer": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "stamps": dict(zip(keys, stamps, strict=True)),
+        "units": units,
+    }
+    write_atomically(path, json.dumps(plan).encode())
+    return plan
+
+
+def _check_same(begun: dict[str, Any], config: DataConfig, folder: Path) -> None:
+    for name, value in begun.items():
+        if getattr(config, name) != value:
+            raise ConfigError(
+                f"DataConfig.{name} is {getattr(config, name)!r}; expected {value!r}, with which {str(folder)!r} was "
+                "begun, or a new folder"
+            )
+
+
+def _path(root: Path, key: str) -> Path:
+    return root if root.is_file() else root / key
+
+
+def _train_texts(config: DataConfig, root: Path, units: list[list[Slice]]) -> Iterator[str]:
+    """The texts of the train split that can be read, for a tokenizer to be trained on."""
+    for one in itertools.chain.from_iterable(units):
+        for record in _records(root, one, config.text_field):
+            if isinstance(record, Document) and corpora.split_of(record.key, config=config) == "train":
+                yield record.text
+
+
+def _records(root: Path, one: Slice, text_field: str) -> Iterator[Document | Broken]:
+    """The records of a slice; a file that cannot be opened or read is one that is broken."""
+    path = _path(root, one.key)
+    try:
+        for record in read_records(path, one.key, text_field, form=one.form, part=one.part):
+            if isinstance(record, Document) and "\0" in record.text:
+                record = Broken(record.key, f"{record.key} holds NUL characters; expected text")
+            yield record
+    except OSError as error:
+        yield Broken(one.key, f"{path}: {error.strerror or error}; expected a file that can be read")
+
+
+def _tokenize_units(job: Job, workers: int, progress: Callable[[dict[str, int], int, int], None]) -> None:
+    done, total = job.folder / DONE, len(job.plan["units"])
+    done.mkdir(exist_ok=True)
+    for left in (*job.folder.glob("*.tmp"), *done.glob("*.tmp")):
+        left.unlink()
+    missing = [number for number in range(total) if not _marker(job.folder, number).exists()]
+    progress({}, total - len(missing), total)
+    if workers == 1 or len(missing) < 2:
+        for count, number in enumerate(missing, 1):
+            progress(_tokenize_unit(job, number), total - len(missing) + count, total)
+        return
+    with ProcessPoolExecutor(
+        min(workers, len(missing)), multiprocessing.get_context("spawn"), initializer=_start
+    ) as pool:
+        futures = [pool.submit(_tokenize_number, job.folder, number) for number in missing]
+        try:
+            for count, future in enumerate(as_completed(futures), 1):
+                progress(future.result(), total - len(missing) + count, total)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _start() -> None:
+    """Prepares a worker: one thread, and an end with its parent, which may be killed."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+@functools.cache  # once per worker
+def _job(folder: Path) -> Job:
+    return Job(folder, json.loads((folder / PLAN).read_text()), Tokenizer.load(folder / TOKENIZER))
+
+
+def _tokenize_number(folder: Path, number: int) -> dict[str, int]:
+    return _tokenize_unit(_job(folder), number)
+
+
+def _marker(folder: Path, number: int) -> Path:
+    return folder / DONE / f"{number:05}.json"
+
+
+def _tokenize_unit(job: Job, number: int) -> dict[str, int]:
+    """Writes the shards of a unit and its marker. Returns the counts of the unit."""
+    folder, dtype = job.folder, dtype_for(job.plan["vocab_size"])
+    config = DataConfig(**job.plan["settings"])
+    counts, digest, broken = Counter(), hashlib.sha256(), []
+    with contextlib.ExitStack() as stack:
+        writers: dict[str, IndexedWriter] = {}
+        text_bytes: Counter[str] = Counter()
+
+        def write(document: Document, ids: np.ndarray) -> None:
+            split = corpora.split_of(document.key, config=config)
+            if split not in writers:
+                writers[split] = stack.enter_context(IndexedWriter(shard(folder, split, number), dtype))
+            # With eos, as Megatron ends documents: none is empty.
+            writers[split].add(np.append(ids, job.tokenizer.eos_id))
+            size = corpora.add_to_hash(digest, document)
+            text_bytes[split] += size
+            counts.update(documents=1, bytes=size, tokens=len(ids), empty=int(size == 0))
+
+        for batch in _batches(_unit_records(job, number)):
+            documents = [record for record in batch if isinstance(record, Document)]
+            found = iter(job.tokenizer.encode_documents([document.text for document in documents]))
+            for record in batch:
+                if isinstance(record, Document):
+                    ids = next(found)
+                    if isinstance(ids, ConfigError):
+                        record = Broken(record.key, f"{record.key}: {ids}")
+                    elif len(ids) >= MAX_TOKENS:
+                        expected = f"expected fewer than {MAX_TOKENS}"
+                        record = Broken(record.key, f"{record.key} has {len(ids)} tokens; {expected}")
+                    else:
+                        write(record, ids)
+                        continue
+                broken.append(record)
+        shards = {split: {**writer.close(), "bytes": text_bytes[split]} for split, writer in sorted(writers.items())}
+    counts["broken"] = len(broken)
+    facts = {"shards": shards, "sha256": digest.hexdigest(), "counts": counts, "broken": broken}
+    write_atomically(_marker(folder, number), json.dumps(facts).encode())
+    return dict(counts)
+
+
+def _unit_records(job: Job, number: int) -> Iterator[Document | Broken]:
+    root = Path(job.plan["root"])
+    for key, form, part in job.plan["units"][number]:
+        path = _path(root, key)
+        if (there := stamp(path)) is not None and there != job.plan["stamps"][key]:
+            yield Broken(key, f"{path} has changed since the store was begun; expected the same file")
+        else:
+            yield from _records(root, Slice(key, form, part and Part(*part)), job.plan["settings"]["text_field"])
+
+
+def _batches(records: Iterator[Document | Broken]) -> Iterator[list[Document | Broken]]:
+    batch: list[Document | Broken] = []
+    held = 0
+    for record in records:
+        batch.append(record)
+        held += len(record.text) if isinstance(record, Document) else 0
+        if held >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch

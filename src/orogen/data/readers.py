@@ -1,0 +1,203 @@
+"""The records of one file: text, JSON lines, Parquet, WARC and WET, plain or compressed.
+
+A reader never stops at a record that it cannot use: it yields a `Broken` in its place. `sources.read_documents` raises
+at the first one; `orogen tokenize` counts and names them all.
+"""
+
+import contextlib
+import gzip
+import io
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from orogen.config.checks import ConfigError, shown
+from orogen.config.json_file import parse_json
+from orogen.data.zstd import ZstdFrames
+
+# Errors that a damaged file raises.
+DAMAGE = (EOFError, ValueError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
+# Both bound the memory that a small compressed file can expand to.
+MAX_LINE_BYTES = 2**28  # of a .jsonl
+MAX_TEXT_BYTES = 2**31  # of a .txt or a record of a WARC
+
+
+class Document(NamedTuple):
+    """One text and its permanent name: its path in the corpus, with `:line`, `:row` or `:record` inside a file."""
+
+    key: str
+    text: str
+
+
+class Broken(NamedTuple):
+    """A record, or the rest of a file, that cannot be used. reason: in one line, with the place and what was
+    expected."""
+
+    key: str
+    reason: str
+
+
+class Part(NamedTuple):
+    """A part of a file: bytes [start, stop) of a plain .jsonl, beginning with a line, or row groups of a Parquet file.
+    before: the lines or rows in front of it."""
+
+    start: int
+    stop: int
+    before: int
+
+
+Reader = Callable[[Path, str, str, Part | None], Iterator[Document | Broken]]
+
+
+def form_of(name: str) -> tuple[str, str] | None:
+    """The form of a file of this name, such as ".jsonl", and its compression, such as ".gz" or ""; None: it is of
+    another kind."""
+    packing = next((packing for packing in _OPENERS if name.endswith(packing)), "")
+    form = next((form for form in _READERS if name.removesuffix(packing).endswith(form)), None)
+    return None if form is None or (packing and form == _COMPRESSED_INSIDE) else (form, packing)
+
+
+def read_records(file: Path, key: str, text_field: str, *, form: str, part: Part | None = None) -> Iterator:
+    """The records of a file whose name in its corpus is `key`, each a Document or a Broken. Raises OSError."""
+    try:
+        yield from _READERS[form](file, key, text_field, part)
+    except ConfigError as error:
+        yield Broken(key, str(error))
+    except DAMAGE as error:
+        yield Broken(key, f"{file}: {error}: expected a whole, undamaged file")
+
+
+@contextlib.contextmanager
+def opened(file: Path) -> Iterator[BinaryIO]:
+    """A file's bytes, decompressed as its name says."""
+    packing = next((packing for packing in _OPENERS if file.name.endswith(packing)), None)
+    with file.open("rb") as stream:
+        if packing is None:
+            yield stream
+        else:
+            with _OPENERS[packing](stream) as lines:
+                yield lines
+
+
+def decode(data: bytes, *, where: str) -> str:
+    """The text of UTF-8. Raises ConfigError."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where}: byte {error.start} is not UTF-8: expected UTF-8 text") from error
+
+
+def _read_txt(file: Path, key: str, text_field: str, part: Part | None) -> Iterator[Document | Broken]:
+    del text_field, part  # the whole file is one text
+    with opened(file) as stream:
+        data = stream.read(MAX_TEXT_BYTES + 1)
+    if len(data) > MAX_TEXT_BYTES:
+        raise ConfigError(f"{file} has more than {MAX_TEXT_BYTES} bytes; expected a shorter text")
+    yield Document(key, decode(data, where=str(file)))
+
+
+def _read_jsonl(file: Path, key: str, text_field: str, part: Part | None) -> Iterator[Document | Broken]:
+    """One document per line; blank lines are not documents, but count in the line numbers of keys and messages."""
+    with opened(file) as lines:
+        number, stop = 0, None
+        if part is not None:
+            lines.seek(part.start)
+            number, stop = part.before, part.stop
+        while (stop is None or lines.tell() < stop) and (line := lines.readline(MAX_LINE_BYTES + 1)):
+            number += 1
+            where, name = f"{file}:{number}", f"{key}:{number}"
+            if len(line) > MAX_LINE_BYTES:
+                yield Broken(name, f"{where} has more than {MAX_LINE_BYTES} bytes; expected a shorter line")
+                while line and not line.endswith(b"\n"):
+                    line = lines.readline(MAX_LINE_BYTES)
+            elif line.strip():
+                try:
+                    yield Document(name, _text_of_line(line, text_field, where=where))
+                except ConfigError as error:
+                    yield Broken(name, str(error))
+
+
+def _text_of_line(line: bytes, text_field: str, *, where: str) -> str:
+    try:
+        record = parse_json(line, where=where)
+    except ConfigError as error:
+        raise ConfigError(f"{error}: expected one JSON object on the line") from None
+    if not isinstance(record, dict) or text_field not in record:
+        found = shown(sorted(record)) if isinstance(record, dict) else type(record).__name__
+        raise ConfigError(f"{where}: found {found}: expected a JSON object with the field {text_field!r}")
+    return _checked_text(record[text_field], text_field, where=where)
+
+
+def _checked_text(text: object, text_field: str, *, where: str) -> str:
+    if not isinstance(text, str):
+        raise ConfigError(f"{where}: {text_field!r} is {shown(text)}: expected a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell a lone surrogate, which UTF-8 cannot encode
+        raise ConfigError(f"{where}: {text_field!r} holds a lone surrogate: expected valid Unicode") from error
+    return text
+
+
+def _read_parquet(file: Path, key: str, text_field: str, part: Part | None) -> Iterator[Document | Broken]:
+    import pyarrow  # here, because importing it takes longer than reading most corpora
+
+    try:
+        yield from _rows(file, key, text_field, part)
+    except pyarrow.ArrowException as error:
+        raise ValueError(str(error)) from error
+    except OSError as error:  # pyarrow's own, which have no errno, mean a damaged file
+        raise error if error.errno else ValueError(str(error)) from error
+
+
+def _rows(file: Path, key: str, text_field: str, part: Part | None) -> Iterator[Document | Broken]:
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(file) as table:
+        names = table.schema_arrow.names
+        if text_field not in names:
+            raise ConfigError(f"{file}: found the columns {shown(names)}: expected a column {text_field!r}")
+        number, groups = (0, None) if part is None else (part.before, range(part.start, part.stop))
+        for chunk in table.iter_batches(columns=[text_field], row_groups=groups, batch_size=1024):
+            for value in chunk.column(0).to_pylist():
+                number += 1
+                name = f"{key}:{number}"
+                try:
+                    yield Document(name, _checked_text(value, text_field, where=f"{file}:{number}"))
+                except ConfigError as error:
+                    yield Broken(name, str(error))
+
+
+def _read_warc(file: Path, key: str, text_field: str, part: Part | None) -> Iterator[Document | Broken]:
+    from orogen.data.warc import read_warc  # here, so that only readers of WARC need its library
+
+    del text_field, part
+    with opened(file) as stream:
+        for number, found in read_warc(stream, file, max_bytes=MAX_TEXT_BYTES, damage=DAMAGE):
+            name = f"{key}:{number}"
+            try:
+                if isinstance(found, ConfigError):
+                    raise found
+                text = decode(found, where=f"{file}:{number}") if isinstance(found, bytes) else found
+                yield Document(name, text)
+            except ConfigError as error:
+                yield Broken(name, str(error))
+
+
+_OPENERS: dict[str, Callable] = {
+    ".gz": gzip.open,
+    ".xz": lzma.open,
+    ".zst": lambda stream: io.BufferedReader(ZstdFrames(stream)),
+}
+_READERS: dict[str, Reader] = {
+    ".txt": _read_txt,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+    ".warc": _read_warc,
+    ".wet": _read_warc,
+}
+_COMPRESSED_INSIDE = ".parquet"
+KINDS = ", ".join([form for form in _READERS if form != _COMPRESSED_INSIDE]) + (
+    f" (each also with {', '.join(_OPENERS)}), {_COMPRESSED_INSIDE}"
+)

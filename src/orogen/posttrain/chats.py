@@ -1,0 +1,192 @@
+"""Conversations of a corpus: read, split, rendered and kept as token sequences."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, SupportsIndex
+
+import numpy as np
+
+from orogen.config.chat import ChatConfig
+from orogen.config.checks import ConfigError
+from orogen.config.data import DataConfig
+from orogen.config.json_file import ListOf, Record, read_object
+from orogen.data import corpora
+from orogen.data.loader import ONLY, Corpus, Source
+from orogen.data.packing import Stream
+from orogen.data.readers import MAX_LINE_BYTES, Document, form_of, opened
+from orogen.data.sources import key_in, supported_files
+from orogen.data.tokenizer import Tokenizer
+from orogen.infer.chat import Chat
+from orogen.infer.messages import MESSAGE, TOOL, check_messages
+from orogen.infer.render import Renderer
+from orogen.posttrain.conversations import ASSISTANT, Conversation, cut_short, sequences, without_reasoning
+
+_LINE = Record({"messages": ListOf(MESSAGE)}, {"tools": (ListOf(TOOL), None)})
+RENDERERS = 4  # processes that render at a time
+
+
+class Told(NamedTuple):
+    """What became of the conversations of a corpus. dropped, cut: sequences that were too long."""
+
+    conversations: int
+    sequences: int
+    dropped: int
+    cut: int
+
+
+class ChatSplit(Sequence[Stream]):
+    """The sequences of a split's conversations, in their order."""
+
+    def __init__(self, streams: Sequence[Stream], tokenizer: Tokenizer):
+        self._streams, self._tokenizer = streams, tokenizer
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def __getitem__(self, index: SupportsIndex) -> Stream:  # type: ignore[override]  # grain indexes by number only
+        return self._streams[int(index)]
+
+    @property
+    def byte_count(self) -> int:
+        """UTF-8 bytes of the text that is learned."""
+        return sum(len(text) for text in self.texts())
+
+    @property
+    def token_count(self) -> int:
+        """Tokens of all sequences."""
+        return sum(len(stream.tokens_t) for stream in self._streams)
+
+    def texts(self) -> Iterator[bytes]:
+        """The text that is learned of each sequence, in UTF-8."""
+        for stream in self._streams:
+            yield self._tokenizer.decode_bytes(stream.tokens_t[stream.weights_t > 0])
+
+
+class ChatCorpus(Corpus):
+    """A corpus of conversations. told: what became of them; template: as `Chat` takes it."""
+
+    def __init__(self, told: Told, template: str | dict[str, str], **fields: Any):
+        super().__init__(**fields)
+        self.told, self.template = told, template
+
+    def describe(self) -> dict[str, Any]:
+        """As a corpus of text, with what became of the conversations."""
+        return {**super().describe(), **self.told._asdict()}
+
+
+def open_chats(
+    data: DataConfig, chat: ChatConfig, template: str | dict[str, str], tokenizer: Tokenizer, *, length: int
+) -> ChatCorpus:
+    """Reads, splits and renders the conversations of a corpus, for rows of `length` tokens.
+
+    Raises ConfigError with file and line for a malformed one, one whose assistant says nothing, what the template
+    refuses, or, if the config says so, one that is too long.
+    """
+    found = dict(_read(Path(data.corpus)))
+    documents = [Document(key, conversation.text) for key, conversation in found.items()]
+    split = corpora.split_documents(documents, config=data)
+    renderers = [Chat(tokenizer, template, Renderer()) for _ in range(RENDERERS)]
+    try:
+        rendered = _rendered(found, chat, renderers, seed=data.seed)
+    finally:
+        for one in renderers:
+            one.close()
+    fitted = {key: _fitting(streams, chat, length, key) for key, streams in rendered.items()}
+    kept = {key: streams for key, (streams, _) in fitted.items()}
+    splits = {name: ChatSplit([s for d in part for s in kept[d.key]], tokenizer) for name, part in split.items()}
+    if not len(splits["train"]):
+        raise ConfigError(
+            f"the train split of corpus {data.corpus!r} has no sequence of at most TrainConfig.sequence_length = "
+            f"{length} tokens; expected some, or ChatConfig.too_long = 'cut'"
+        )
+    long = sum(count for _, count in fitted.values())
+    every = sum(map(len, rendered.values()))
+    cut = chat.too_long == "cut"
+    told = Told(len(found), every, 0 if cut else long, long if cut else 0)
+    source = Source(corpora.content_hash(documents), splits, data.corpus)
+    return ChatCorpus(told, template, config=data, sources={ONLY: source}, tokenizer=tokenizer)
+
+
+def _read(path: Path) -> Iterator[tuple[str, Conversation]]:
+    for file in supported_files(path):
+        if (form_of(file.name) or ("",))[0] != ".jsonl":
+            raise ConfigError(f"{file}: expected conversations in .jsonl files")
+        with opened(file) as lines:
+            number = 0
+            while line := lines.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                if len(line) > MAX_LINE_BYTES:
+                    raise ConfigError(f"{file}:{number} has more than {MAX_LINE_BYTES} bytes; expected a shorter line")
+                if line.strip():
+                    yield f"{key_in(path, file)}:{number}", _conversation(line, where=f"{file}:{number}")
+
+
+def _conversation(line: bytes, *, where: str) -> Conversation:
+    """Raises ConfigError unless the line holds one that can be learned from."""
+    record = read_object(line, where=where)
+    for message in record.get("messages") or []:
+        for call in (message.get("tool_calls") or []) if isinstance(message, dict) else []:
+            _spell_arguments(call)
+    record = read_object(json.dumps(record).encode(), _LINE, where=where)
+    try:
+        messages = check_messages(record["messages"])
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    said = [(number, m) for number, m in enumerate(messages) if m["role"] == ASSISTANT]
+    if not said:
+        raise ConfigError(f"{where}: no message has the role assistant; expected at least one, to learn from")
+    for number, message in said:
+        if not (message["content"] or message.get("reasoning_content") or message.get("tool_calls")):
+            raise ConfigError(
+                f"{where}: messages[{number}] is empty; expected content, reasoning_content or tool_calls"
+            )
+    return Conversation(messages, record.get("tools") or [])
+
+
+def _spell_arguments(call: Any) -> None:
+    """Arguments of calls are text in OpenAI's form, and objects in most data sets."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if isinstance(function, dict) and isinstance(function.get("arguments"), dict):
+        function["arguments"] = json.dumps(function["arguments"])
+
+
+def _rendered(
+    found: Mapping[str, Conversation], config: ChatConfig, renderers: Sequence[Chat], *, seed: int
+) -> dict[str, list[Stream]]:
+    """The sequences of each conversation, by key."""
+    keys = list(found)
+    parts = [keys[n :: len(renderers)] for n in range(len(renderers))]
+
+    def render(part: Sequence[str], chat: Chat) -> dict[str, list[Stream]]:
+        return {key: _sequences(key, found[key], config, chat, seed) for key in part}
+
+    with ThreadPoolExecutor(len(renderers)) as pool:
+        made = {key: streams for part in pool.map(render, parts, renderers) for key, streams in part.items()}
+    return {key: made[key] for key in keys}
+
+
+def _sequences(key: str, conversation: Conversation, config: ChatConfig, chat: Chat, seed: int) -> list[Stream]:
+    draw, share = np.random.default_rng([seed, *corpora.key_bytes(key)]).random(2)
+    if draw < config.without_reasoning:
+        conversation = without_reasoning(conversation)
+    elif draw < config.without_reasoning + config.truncated:
+        conversation = cut_short(conversation, share, chat)
+    try:
+        return sequences(conversation, chat)
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from None
+
+
+def _fitting(streams: Sequence[Stream], config: ChatConfig, length: int, key: str) -> tuple[list[Stream], int]:
+    """The sequences that fit into a row, and how many did not."""
+    long = [stream for stream in streams if len(stream.tokens_t) > length]
+    if long and config.too_long == "refuse":
+        raise ConfigError(
+            f"{key} has a sequence of {len(long[0].tokens_t)} tokens; expected at most TrainConfig.sequence_length = "
+            f"{length}, or ChatConfig.too_long = 'drop' or 'cut'"
+        )
+    cut = config.too_long == "cut"
+    kept = [Stream(s.tokens_t[:length], s.weights_t[:length]) for s in streams if cut or len(s.tokens_t) <= length]
+    return [stream for stream in kept if stream.weights_t.any()], len(long)

@@ -1,0 +1,36 @@
+"""`orogen sft`. Importing this does not import jax."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orogen.command import Command
+from orogen.train.command import add_train_arguments, run_task
+
+if TYPE_CHECKING:
+    from orogen.train.task import Task
+
+
+def sft(options: argparse.Namespace) -> int:
+    """`orogen sft`."""
+
+    def task() -> "Task":
+        from orogen.posttrain.sft import make_sft
+
+        places: list[Path] = [options.run, *([options.checkpoint] if options.checkpoint else [])]
+        return make_sft(places)
+
+    return run_task(options, task, "chat")
+
+
+SFT = Command(
+    name="sft",
+    help="fine-tune a model on conversations",
+    examples=(
+        "orogen sft --checkpoint HF_FOLDER --gin_file my_chats_and_training.gin --run runs/sft",
+        "orogen sft --checkpoint runs/base --gin_file my_chats_and_training.gin --run runs/sft --resume",
+    ),
+    add_arguments=add_train_arguments,
+    run=sft,
+    joins=True,
+)

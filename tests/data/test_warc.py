@@ -1,0 +1,99 @@
+"""Texts of WARC and WET files, whole, compressed and damaged."""
+
+import gzip
+
+import pytest
+
+from orogen.config.checks import ConfigError
+from orogen.data.readers import Broken, read_records
+from orogen.data.sources import read_documents
+
+pytest.importorskip("fastwarc")
+
+
+def record(kind, content_type, body, length=None):
+    head = (
+        f"WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Target-URI: http://a/\r\nWARC-Record-ID: <urn:uuid:0>\r\n"
+        f"Content-Type: {content_type}\r\nContent-Length: {len(body) if length is None else length}\r\n\r\n"
+    )
+    return head.encode() + body + b"\r\n\r\n"
+
+
+def response(status, content_type, body):
+    head = f"HTTP/1.1 {status} X\r\nContent-Type: {content_type}\r\n\r\n".encode()
+    return record("response", "application/http; msgtype=response", head + body)
+
+
+PAGE = (
+    "<html><head><title>t</title></head><body><nav><a href='/'>home</a></nav>"
+    "<main><p>Größe of a page</p></main></body></html>"
+)
+INFO = record("warcinfo", "application/warc-fields", b"software: x\r\n")
+WET = [
+    INFO,
+    record("conversion", "text/plain", "erster Text\nzweite Zeile é".encode()),
+    record("conversion", "text/plain", b"bad \xff"),
+    record("conversion", "text/plain", b"third"),
+]
+WARC = [
+    INFO,
+    record("request", "application/http; msgtype=request", b"GET / HTTP/1.1\r\n\r\n"),
+    response(200, "text/html; charset=iso-8859-1", PAGE.encode("latin-1")),
+    response(404, "text/html", b"<p>not found</p>"),
+    response(200, "image/png", b"\x89PNG\0"),
+    response(200, "text/plain", b"plain page"),
+    record("metadata", "application/warc-fields", b"a: b"),
+]
+
+
+def found(path):
+    form = ".wet" if ".wet" in path.name else ".warc"
+    return [(r.key.split(":")[-1], r.reason if isinstance(r, Broken) else r.text)
+            for r in read_records(path, path.name, "text", form=form)]  # fmt: skip
+
+
+@pytest.mark.parametrize("packing", ["", ".gz", "whole.gz"])
+def test_texts_of_a_wet_have_the_numbers_of_their_records(tmp_path, packing):
+    path = tmp_path / f"CC-0.warc.wet{packing[-3:]}"
+    data = {"": b"".join(WET), ".gz": b"".join(map(gzip.compress, WET)), "whole.gz": gzip.compress(b"".join(WET))}
+    path.write_bytes(data[packing])
+    one, bad, three = found(path)
+    assert one == ("2", "erster Text\nzweite Zeile é") and three == ("4", "third")
+    assert bad[0] == "3" and bad[1].endswith(f"{path.name}:3: byte 4 is not UTF-8: expected UTF-8 text")
+
+
+def test_pages_give_their_main_text_and_other_records_none(tmp_path):
+    (tmp_path / "a.warc").write_bytes(b"".join(WARC))
+    assert found(tmp_path / "a.warc") == [("3", "Größe of a page"), ("6", "plain page")]
+
+
+def test_a_small_corpus_may_be_a_warc_and_stops_at_what_is_broken(tmp_path):
+    (tmp_path / "a.warc.gz").write_bytes(b"".join(map(gzip.compress, WARC)))
+    (tmp_path / "b.wet").write_bytes(b"".join(WET))
+    documents = read_documents(tmp_path, text_field="text")
+    assert [next(documents).key for _ in range(3)] == ["a.warc.gz:3", "a.warc.gz:6", "b.wet:2"]
+    with pytest.raises(ConfigError, match="b.wet:3: byte 4 is not UTF-8"):
+        next(documents)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "whole", "reason"),
+    [
+        ("cut.wet", b"".join(WET)[:-9], 1, "has 0 of the 5 bytes that it announces; expected a whole record"),
+        ("cut.wet.gz", b"".join(map(gzip.compress, WET))[:-30], 1, "expected a whole, undamaged file"),
+        ("garbage.wet", b"\x00\x01" * 500, 0, "Invalid WARC header after record 0: expected a whole, undamaged file"),
+        ("between.wet", WET[1] + b"garbage\r\n\r\n" + WET[3], 1, "Invalid WARC header after record 1: expected a"),
+        ("length.wet", record("conversion", "text/plain", b"hello", 2) + WET[3], 1, "Invalid WARC header after record"),
+        ("empty.wet", b"", 0, None),
+    ],
+)
+def test_damage_is_named_after_the_records_before_it(tmp_path, name, data, whole, reason):
+    (tmp_path / name).write_bytes(data)
+    records = list(read_records(tmp_path / name, name, "text", form=".wet"))
+    broken = [one for one in records if isinstance(one, Broken)]
+    good = [one for one in records if not isinstance(one, Broken)]
+    assert len(good) == whole
+    if reason is None:
+        assert not broken
+    else:
+        assert reason in broken[-1].reason
