@@ -226,6 +226,36 @@ READERS: dict[str, tuple[Reader, ...]] = {
             "OptimizerConfig.schedule is 'constant'",
         ),
     ),
+    "evaluate": (
+        Reader(
+            "lengths samples seed",
+            ("evaluate",),
+            lambda run: bool(run.evaluate.generated),
+            "EvaluateConfig.tasks has no generated suite",
+        ),
+        Reader(
+            "haystack",
+            ("evaluate",),
+            lambda run: "needle" in run.evaluate.tasks,
+            "EvaluateConfig.tasks has no 'needle'",
+        ),
+        Reader(
+            "limit shots",
+            ("evaluate",),
+            lambda run: run.evaluate.generated != run.evaluate.tasks or bool(run.evaluate.task_path),
+            "EvaluateConfig.tasks has no task of lm-eval",
+        ),
+        Reader("task_path", ("evaluate",), lambda run: bool(run.evaluate.tasks), "EvaluateConfig.tasks is empty"),
+        Reader(
+            "text_field method score_ends", ("evaluate",), lambda run: bool(run.evaluate.texts), "EvaluateConfig.texts is empty"
+        ),
+        Reader(
+            "stride",
+            ("evaluate",),
+            lambda run: bool(run.evaluate.texts) and run.evaluate.method == "windows",
+            "EvaluateConfig has no texts to read by method 'windows'",
+        ),
+    ),
 }
 
 

@@ -15,6 +15,7 @@ from orogen.config.checks import (
 )
 from orogen.config.data import DataConfig
 from orogen.config.dtype import COMPUTE
+from orogen.config.evaluate import EvaluateConfig
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.remat import check_layers
@@ -152,6 +153,7 @@ class RunConfig:
     data: DataConfig = ABSENT
     train: TrainConfig = ABSENT
     optimizer: OptimizerConfig = ABSENT
+    evaluate: EvaluateConfig = ABSENT
 
     def need(self, *parts: str) -> "RunConfig":
         """This config, if it has all of `parts`. Raises ConfigError naming the class that has no bindings."""
@@ -210,6 +212,12 @@ class RunConfig:
             if self.optimizer.schedule == "wsd":
                 expected = f"at most steps - warmup_steps = {steps} - {warmup}"
                 require(warmup + self.optimizer.decay_steps <= steps, self.optimizer, "decay_steps", expected)
+        if self.train is not None and self.evaluate is not None:
+            between = self.train.evaluate_every
+            expected = f"a multiple of TrainConfig.evaluate_every = {between}"
+            require((self.evaluate.every or between) % between == 0, self.evaluate, "every", expected)
+            expected = "above 0 with EvaluateConfig: a run evaluates together with its held-out loss"
+            require(self.data is None or self.data.heldout_fraction > 0, self.data, "heldout_fraction", expected)
         return self
 
 
@@ -219,4 +227,5 @@ PARTS: dict[str, Any] = {
     "data": DataConfig,
     "train": TrainConfig,
     "optimizer": OptimizerConfig,
+    "evaluate": EvaluateConfig,
 }

@@ -48,6 +48,11 @@ def has_fields(path: str | Path) -> bool:
     return any(_suffix(file) != ".txt" for file in _supported_files(Path(path)))
 
 
+def is_readable(file: Path) -> bool:
+    """Whether a file's name says that `read_documents` reads it."""
+    return _suffix(file) is not None
+
+
 def unread_files(path: str | Path) -> int:
     """The number of entries below a folder that `read_documents` skips: files of other kinds, links to folders, broken
     links, and entries that are not files."""
