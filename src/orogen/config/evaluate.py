@@ -41,7 +41,8 @@ class EvaluateConfig:
     stride: Annotated[int | None, "tokens that each further window predicts; None: half of max_length"] = None
     score_ends: Annotated[bool, "whether the token that ends a document is predicted too, as in training"] = False
     max_length: Annotated[
-        int | None, "tokens of a window, and the most of a request; None: 2048, or as many positions as are learned"
+        int | None,
+        "tokens of a window or piece, and the most of a request; None: 2048, or the positions that are learned; 512 of a piece",
     ] = None
     batch_tokens: Annotated[int, "tokens that are scored together"] = 8192
 

@@ -15,6 +15,7 @@ from gin.config_parser import BindingStatement, ConfigParser, ImportStatement, I
 
 from orogen.config.checks import ConfigError
 from orogen.config.engine import EngineConfig
+from orogen.config.evaluate import EvaluateConfig
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.reads import require_read, without_unread
@@ -95,6 +96,18 @@ def load_arm(files: Sequence[str | Path], bindings: Sequence[str], arm: Arm) -> 
         return require_read(RunConfig(**parts).check())
     except ConfigError as error:
         raise ConfigError(f"arm {arm.name}: {error}") from None
+
+
+def load_evaluation(bindings: Sequence[str]) -> tuple[PlanConfig | None, EngineConfig, EvaluateConfig]:
+    """The plan that bindings choose for an evaluation, None if they bind none, its engine, and what is evaluated.
+
+    Raises ConfigError as `load` does.
+    """
+    kinds = {"plan": PlanConfig, "engine": EngineConfig, "evaluate": EvaluateConfig}
+    parts, _ = _parts((), bindings, kinds)
+    bound = any(key.split(".")[-2] == PlanConfig.__name__ for key in _keys(gin.config_str()))
+    require_read(RunConfig(plan=PlanConfig(), evaluate=parts["evaluate"]))
+    return parts["plan"] if bound else None, parts["engine"], parts["evaluate"]
 
 
 def parse(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[RunConfig, str]:

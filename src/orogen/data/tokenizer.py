@@ -143,6 +143,11 @@ class Tokenizer:
         front, back = self._around
         return [*front, *self.encode(text).tolist(), *back] or [self.bos_id]
 
+    @property
+    def around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The ids that the tokenizer's folder puts before and after a prompt."""
+        return self._around
+
     def as_in_training(self) -> "Tokenizer":
         """The tokenizer with bos before prompts, as `document_stream` puts it before the documents of every run.
 

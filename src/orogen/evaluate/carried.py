@@ -27,6 +27,7 @@ from orogen.parallel import placement
 from orogen.precision.policy import working_copy
 
 ROWS = 4  # documents per data rank that are read beside one another
+PIECE = 512  # tokens that are read at once, where nobody says
 
 
 class Piece(NamedTuple):
@@ -60,7 +61,8 @@ class Carrier:
         size = max(map(lambda row: len(row.tokens_t), rows), default=0)
         require(longest is None or size <= longest, self._opened.config, "learned_positions", f"{size} or more")
         order = sorted(range(len(rows)), key=lambda number: -len(rows[number].tokens_t))
-        at_once, scores = ROWS * self._opened.plan.size("batch"), [Score(0.0, 0, 0)] * len(rows)
+        ranks, scores = self._opened.plan.size("batch"), [Score(0.0, 0, 0)] * len(rows)
+        at_once = ranks * min(ROWS, -(-len(rows) // ranks))
         for start in range(0, len(order), at_once):
             numbers = order[start : start + at_once]
             found = self._together([rows[number] for number in numbers], at_once, progress)

@@ -13,7 +13,7 @@ import numpy as np
 from orogen.config.checks import ConfigError
 from orogen.data.sources import Document, is_readable, read_documents, read_text
 from orogen.data.tokenizer import Tokenizer
-from orogen.evaluate.carried import Carrier
+from orogen.evaluate.carried import PIECE, Carrier
 from orogen.evaluate.likelihood import Row, Score
 from orogen.evaluate.subject import Subject
 
@@ -51,7 +51,7 @@ def measure_text(subject: Subject, path: str) -> dict[str, float]:
     config, total = subject.config, Measured()
     carrier = None
     if config.method == "carried":
-        carrier = Carrier(subject.opened, piece=subject.max_length, dtype=subject.scorer.dtype)
+        carrier = Carrier(subject.opened, piece=config.max_length or PIECE, dtype=subject.scorer.dtype)
     for documents in _batches(_documents(Path(path), config.text_field), subject.tokenizer):
         streams = [_stream(ids_t, subject.tokenizer, ends=config.score_ends) for _, ids_t in documents]
         if carrier is not None:

@@ -137,7 +137,7 @@ def _draw_loss(records: Records, baselines: Mapping[str, float], theme: Theme) -
     _draw_baselines(axes, lines, theme)
     axes.set(xlabel="tokens", ylabel=unit)
     axes.xaxis.set_major_formatter(short_number)
-    _legend(axes, theme)
+    legend(axes, theme)
     return figure
 
 
@@ -174,7 +174,7 @@ def _draw_throughput(records: Records, theme: Theme) -> "Figure":
     axes.axhline(median, color=theme.accent, linewidth=1.2, linestyle=(0, (4, 3)), label=f"median {median:,.0f}")
     axes.set(xlabel="step", ylabel="tokens per second", ylim=(0, 1.15 * np.quantile(finite_n, 0.99)))
     axes.yaxis.set_major_formatter(short_number)
-    _legend(axes, theme, loc="lower right")
+    legend(axes, theme, loc="lower right")
     return figure
 
 
@@ -196,7 +196,7 @@ def _draw_dropped(steps_n: Floats, share_n: Floats, theme: Theme) -> "Figure":
     _draw_series(axes, steps_n, share_n, theme, label=f"running mean; whole run {share_n.mean():.2%}")
     axes.set(xlabel="step", ylabel="dropped", ylim=(0, max(0.01, 1.05 * share_n.max())))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    _legend(axes, theme)
+    legend(axes, theme)
     return figure
 
 
@@ -227,7 +227,7 @@ def _draw_load(routed: Records, theme: Theme) -> "Figure":
     rows = math.ceil(layers / across)
     experts = len(routed[0]["expert_load"][0])
     panel = min(2.5, max(1.5 if layers <= 8 else 0.95, 0.25 + experts / 110))  # inches; one dot per expert, up to 250
-    figure = _bare_figure(theme, height=0.8 + rows * panel)
+    figure = bare_figure(theme, height=0.8 + rows * panel)
     grid = figure.subplots(rows, across, sharex=True, sharey=True, squeeze=False)
     columns = min(MAX_COLUMNS // across, len(routed))
     edges_c = np.linspace(routed[0]["step"], routed[-1]["step"] + 1, columns + 1)
@@ -253,7 +253,7 @@ def _draw_layer(axes: "Axes", load_ec: Floats, edges_c: Floats, theme: Theme) ->
     colours = LinearSegmentedColormap.from_list("loads", theme.loads)
     image = axes.imshow(octaves_ec, cmap=colours, extent=extent, origin="lower", aspect="auto")
     image.set_clim(-OCTAVES, OCTAVES)
-    _style(axes, theme, grid=False)
+    style(axes, theme, grid=False)
     axes.tick_params(labelsize=7)
     axes.locator_params(axis="both", nbins=4, integer=True)
     return image
@@ -270,20 +270,22 @@ def _draw_scale(figure: "Figure", image: Any, grid: NDArray[Any], theme: Theme) 
 # What the pictures share
 
 
-def _bare_figure(theme: Theme, *, height: float) -> "Figure":
+def bare_figure(theme: Theme, *, height: float) -> "Figure":
+    """A figure of a picture's width, in inches, without axes."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(WIDTH, height), dpi=DOTS_PER_INCH, layout="constrained", facecolor=theme.ground)
 
 
 def _figure(theme: Theme, *, height: float) -> tuple["Figure", "Axes"]:
-    figure = _bare_figure(theme, height=height)
+    figure = bare_figure(theme, height=height)
     axes = figure.subplots()
-    _style(axes, theme, grid=True)
+    style(axes, theme, grid=True)
     return figure, axes
 
 
-def _style(axes: "Axes", theme: Theme, *, grid: bool) -> None:
+def style(axes: "Axes", theme: Theme, *, grid: bool) -> None:
+    """Gives axes the theme's colours."""
     axes.set_facecolor(theme.ground if grid else theme.grid)
     axes.tick_params(colors=theme.ink, labelsize=9, length=0 if grid else 2)
     axes.xaxis.label.set_color(theme.ink)
@@ -303,5 +305,6 @@ def _draw_series(axes: "Axes", x_n: Floats, y_n: Floats, theme: Theme, *, label:
     return mean_n
 
 
-def _legend(axes: "Axes", theme: Theme, *, loc: Literal["upper right", "lower right"] = "upper right") -> None:
+def legend(axes: "Axes", theme: Theme, *, loc: Literal["upper right", "lower right", "best"] = "upper right") -> None:
+    """Adds a legend in the theme's colours."""
     axes.legend(loc=loc, fontsize=9, labelcolor=theme.ink, facecolor=theme.ground, edgecolor=theme.grid, framealpha=0.9)

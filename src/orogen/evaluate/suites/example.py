@@ -1,0 +1,113 @@
+"""What the suites are made of: examples, invented words, and how many items fit into a length."""
+
+import zlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from orogen.config.checks import ConfigError
+from orogen.data.tokenizer import Tokenizer
+from orogen.evaluate.likelihood import Row
+
+ONSETS, VOWELS, CODAS = "b d f g h k l m n p r s t v z br dr gr kl pl st tr".split(), "aeiou", ("", "n", "r", "s", "l")
+MANY = 2**40  # items; more would take longer to draw than anyone waits
+
+
+class Question(NamedTuple):
+    """A prompt, and the texts that must occur in its continuation of at most `tokens` tokens."""
+
+    prompt: str
+    answers: tuple[str, ...]
+    tokens: int
+
+
+class Draft(NamedTuple):
+    """A prompt and its answers, in order, before it is known whether they fit."""
+
+    prompt: str
+    answers: tuple[str, ...]
+
+
+def generator(*parts: int | str) -> np.random.Generator:
+    """Random numbers that are a function of the parts alone."""
+    return np.random.default_rng([part if isinstance(part, int) else zlib.crc32(part.encode()) for part in parts])
+
+
+def words(rng: np.random.Generator, *, syllables: int = 2) -> Iterator[str]:
+    """Endless invented words, each once; they get longer when there are none left of a length."""
+    seen: set[str] = set()
+    misses = 0
+    while True:
+        drawn = [(rng.choice(ONSETS), rng.choice(list(VOWELS)), rng.choice(CODAS)) for _ in range(syllables)]
+        word = "".join(part for syllable in drawn for part in syllable)
+        if word in seen:
+            misses += 1
+            syllables += misses % 100 == 0
+            continue
+        seen.add(word)
+        yield word
+
+
+def answer_ids(tokenizer: Tokenizer, draft: Draft) -> np.ndarray:
+    """The ids of the answers after the prompt: a space before each, commas between them."""
+    return tokenizer.encode_inside(" " + ", ".join(draft.answers))
+
+
+def row_of(tokenizer: Tokenizer, draft: Draft) -> Row:
+    """The prompt and its answers, which are asked for."""
+    prompt, answer = tokenizer.prompt_ids(draft.prompt), answer_ids(tokenizer, draft)
+    tokens_t = np.array([*prompt, *answer.tolist()], np.int32)
+    return Row(tokens_t, np.arange(len(tokens_t)) >= len(prompt))
+
+
+def question_of(tokenizer: Tokenizer, draft: Draft) -> Question:
+    """The draft as a question. The continuation has room for twice the answers and a few words around them."""
+    return Question(draft.prompt, draft.answers, room(tokenizer, draft))
+
+
+def room(tokenizer: Tokenizer, draft: Draft) -> int:
+    """Tokens of a continuation that is to hold the answers."""
+    return 2 * len(answer_ids(tokenizer, draft)) + 16
+
+
+class Fitted:
+    """Drafts with as many items as fit into a length. draw: (random numbers, items) -> a draft; it grows with them.
+
+    size: tokens of a draft with its answer. least: the fewest items. Raises ConfigError if these do not fit.
+    """
+
+    def __init__(
+        self, name: str, draw: Callable[[np.random.Generator, int], Draft], size: Callable[[Draft], int], *,
+        length: int, least: int = 1,
+    ):  # fmt: skip
+        self._name, self._draw, self._size, self._length, self._least = name, draw, size, length, least
+        self._usual: int | None = None
+
+    def make(self, seed: int, number: int) -> Draft:
+        """The draft of this number. The most items that fit are looked for once; a later draft starts from there."""
+        again = lambda items: self._draw(generator(seed, self._name, self._length, number), items)  # noqa: E731
+        if self._usual is None:
+            self._usual = self._most(lambda items: self._size(again(items)) <= self._length, again)
+        for items in range(self._usual, self._least - 1, -1):
+            draft = again(items)
+            if self._size(draft) <= self._length:
+                return draft
+        raise self._too_short(again)
+
+    def _most(self, fits: Callable[[int], bool], again: Callable[[int], Draft]) -> int:
+        if not fits(self._least):
+            raise self._too_short(again)
+        low, high = self._least, 2 * self._least
+        while high < MANY and fits(high):
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
+
+    def _too_short(self, again: Callable[[int], Draft]) -> ConfigError:
+        return ConfigError(
+            f"EvaluateConfig.lengths has {self._length}; expected at least {self._size(again(self._least))} for "
+            f"{self._name!r} with this tokenizer"
+        )
