@@ -54,16 +54,16 @@ def test_rows_are_scored_alone_whatever_their_length_and_order():
     # The likeliest token of the second row, so that something is a hit.
     best = logits_of(model, [made[1].tokens_t.tolist()], max(LENGTHS))[0, 0].argmax()
     made[1] = Row(np.array([made[1].tokens_t[0], best], np.int32), np.array([False, True]))
-    scorer = Scorer(model, batch_tokens=64)
+    scorer, weights = Scorer(model, batch_tokens=64), (model.params, model.buffers)
     wanted = expected(model, made)
     assert wanted[1][1] == 1 and sum(asked for *_, asked in wanted) > 30
-    check(scorer.score(made), wanted)
+    check(scorer.score(made, weights), wanted)
     programs = set(scorer.programs)
     assert programs == {(2, 32), (1, 64)}
-    check(scorer.score(made[::-1]), wanted[::-1])
-    check(scorer.score(made[:3]), wanted[:3])
+    check(scorer.score(made[::-1], weights), wanted[::-1])
+    check(scorer.score(made[:3], weights), wanted[:3])
     assert scorer.programs == programs
-    assert scorer.score([]) == []
+    assert scorer.score([], weights) == []
 
 
 @several_devices
@@ -72,11 +72,12 @@ def test_a_plan_scores_as_one_device(plan):
     pattern = "M*|E-" if "stage" in plan else "M*E" if "expert" in plan else "M*"
     alone = opened(pattern.replace("|", ""))
     made = rows(alone.config.vocab_size)
-    check(Scorer(opened(pattern, PlanConfig(**plan)), batch_tokens=128).score(made), expected(alone, made))
+    folded = opened(pattern, PlanConfig(**plan))
+    check(Scorer(folded, batch_tokens=128).score(made, (folded.params, folded.buffers)), expected(alone, made))
 
 
 def test_what_cannot_be_scored_is_refused():
-    scorer = Scorer(opened("-"))
+    model = opened("-")
     bad = [
         (Row(np.array([1, 2], np.int32), np.array([True, True])), "a text asks for its first token"),
         (Row(np.array([], np.int32), np.array([], bool)), "a text asks for its first token"),
@@ -84,6 +85,6 @@ def test_what_cannot_be_scored_is_refused():
     ]
     for row, message in bad:
         with pytest.raises(ConfigError, match=message):
-            scorer.score([row])
+            Scorer(model).score([row], (model.params, model.buffers))
     with pytest.raises(ConfigError, match="drops tokens"):
         Scorer(opened("E", PlanConfig(capacity_factor=1.0)))

@@ -53,10 +53,13 @@ class Carrier:
         require(plan.context == 1, plan, "context", "1: pieces are carried on one rank")
         unit = plan.sequence_pieces(routed="E" in opened.config.layers.main)
         self._opened, self._dtype, self._piece = opened, jnp.dtype(dtype), -(-piece // unit) * unit
-        self._params = jax.jit(placement.working, static_argnums=1)(opened.params, opened.plan)
+        self._working = jax.jit(placement.working, static_argnums=1)
 
-    def score(self, rows: Sequence[Row], progress: Callable[[], None] = lambda: None) -> list[Score]:
+    def score(
+        self, rows: Sequence[Row], weights: tuple[Any, Any], progress: Callable[[], None] = lambda: None
+    ) -> list[Score]:
         """The score of each row; see `Scorer.score`."""
+        weights = self._working(weights[0], self._opened.plan), weights[1]
         longest = self._opened.config.learned_positions
         size = max(map(lambda row: len(row.tokens_t), rows), default=0)
         require(longest is None or size <= longest, self._opened.config, "learned_positions", f"{size} or more")
@@ -65,18 +68,20 @@ class Carrier:
         at_once = ranks * min(ROWS, -(-len(rows) // ranks))
         for start in range(0, len(order), at_once):
             numbers = order[start : start + at_once]
-            found = self._together([rows[number] for number in numbers], at_once, progress)
+            found = self._together([rows[number] for number in numbers], at_once, weights, progress)
             for number, (nats, hits, asked) in zip(numbers, found.T.tolist(), strict=False):
                 scores[number] = Score(-nats, int(hits), int(asked))
         return scores
 
-    def _together(self, rows: Sequence[Row], at_once: int, progress: Callable[[], None]) -> np.ndarray:
+    def _together(
+        self, rows: Sequence[Row], at_once: int, weights: tuple[Any, Any], progress: Callable[[], None]
+    ) -> np.ndarray:
         """(3, b) float64: nats, hits and tokens that are asked for."""
         count = -(-max(len(row.tokens_t) for row in rows) // self._piece)
         room = 1 << (count - 1).bit_length()  # a power of two of pieces, so that documents share programs
-        kept, total = self._start(at_once, room), np.zeros((3, at_once))
+        kept, total = self._starter(at_once, room)(*weights), np.zeros((3, at_once))
         for number in range(count):
-            kept, sums = self._step(self._params, self._opened.buffers, kept, self._cut(rows, number, at_once))
+            kept, sums = self._step(*weights, kept, self._cut(rows, number, at_once))
             total += np.asarray(jax.device_get(sums), np.float64)
             progress()
         return total
@@ -91,7 +96,8 @@ class Carrier:
             arrays[3, place, : len(next_t)] = next_t
             arrays[4, place, : len(next_t)] = row.asked_t[start + 1 : start + 1 + size]
         arrays[2] = np.where(arrays[1], start + np.arange(size), 0)
-        return Piece(*jax.device_put(tuple(arrays), self._opened.plan.sharding("batch")))
+        sharding = self._opened.plan.sharding("batch")
+        return Piece(*(placement.from_host(array, sharding) for array in arrays))
 
     @functools.cached_property
     def _layout(self) -> tuple[Any, Any]:
@@ -114,12 +120,16 @@ class Carrier:
         return jax.tree.map(agreed, caches, leads, axes)
 
     @property
-    def _weights(self) -> tuple[Any, Any]:
+    def _weight_specs(self) -> tuple[Any, Any]:
         plan, built = self._opened.plan, self._opened.built
         return plan.specs(built.params), plan.specs(built.buffers)
 
-    def _start(self, rows: int, pieces: int) -> Any:
-        """Empty caches for documents of so many pieces."""
+    @functools.cached_property
+    def _starter(self) -> Callable[[int, int], Any]:
+        """By rows and pieces of their documents, the jitted (parameters, buffers) -> empty caches."""
+        return functools.cache(self._starting)
+
+    def _starting(self, rows: int, pieces: int) -> Any:
         plan, built = self._opened.plan, self._opened.built
         room = Rows(rows // plan.size("batch"), pieces * self._piece)
 
@@ -127,8 +137,8 @@ class Carrier:
             model = nnx.merge(built.graph, params, buffers)
             return self._settled(plan.vary(model.backbone.start(room, self._dtype)))
 
-        run = plan.run(make, inputs=self._weights, outputs=self._specs)
-        return jax.jit(run)(self._params, self._opened.buffers)
+        run = plan.run(make, inputs=self._weight_specs, outputs=self._specs)
+        return jax.jit(run)
 
     @functools.cached_property
     def _step(self) -> Any:
@@ -141,8 +151,9 @@ class Carrier:
             h_btd, after = model.hidden(piece.tokens_bt, docs, plan, kept)
             found, asked_bt = judge(h_btd, model, piece.next_bt, plan), piece.asked_bt != 0
             sums = jnp.where(asked_bt, jnp.stack([-found.log_likelihood, found.greedy, asked_bt]), 0).sum(2)
-            return self._settled(caches_of(after)), plan.agreed(sums, None, "batch")
+            # Whole on every process, which all read it.
+            return self._settled(caches_of(after)), plan.agreed(plan.gather(sums, "batch"))
 
-        inputs = (*self._weights, self._specs, plan.spec("batch"))
-        run = plan.run(step, inputs=inputs, outputs=(self._specs, plan.spec(None, "batch")))
+        inputs = (*self._weight_specs, self._specs, plan.spec("batch"))
+        run = plan.run(step, inputs=inputs, outputs=(self._specs, plan.spec()))
         return jax.jit(run, donate_argnums=2, compiler_options=plan.compiler_options)

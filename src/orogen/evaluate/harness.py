@@ -63,6 +63,11 @@ class Harness:
             results[task] |= model.facts(task)
         return results
 
+    @property
+    def writes(self) -> bool:
+        """Whether a task generates text."""
+        return self._writes
+
     def _has(self, task: str) -> bool:
         return bool(self._manager.match_tasks([task]))
 
@@ -70,7 +75,8 @@ class Harness:
         """Reads the tasks' data once, before a model answers anything. Raises ConfigError."""
         with _beside_stdout():
             try:
-                self._manager.load(list(self.tasks))
+                loaded: Any = self._manager.load(list(self.tasks))["tasks"]
+                self._writes = any(task.OUTPUT_TYPE == "generate_until" for task in loaded.values())
             except Exception as error:  # a task's YAML, data or Python may fail in any way
                 reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
                 names = ", ".join(self.tasks)
@@ -90,7 +96,7 @@ def require_installed() -> None:
 
 def metrics_of(entries: Mapping[str, Any]) -> dict[str, float]:
     """What lm-eval says of a task, numbers alone."""
-    numbers = {name: value for name, value in entries.items() if type(value) in (int, float)}
+    numbers = {name: value for name, value in entries.items() if "," in name and isinstance(value, int | float)}
     return {name.removesuffix(NO_FILTER): float(value) for name, value in numbers.items()}
 
 

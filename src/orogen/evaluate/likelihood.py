@@ -22,7 +22,7 @@ from orogen.config.checks import ConfigError
 from orogen.data.packing import Batch
 from orogen.model.heads import judge
 from orogen.model.lm import LanguageModel
-from orogen.parallel import placement
+from orogen.parallel import distributed, placement
 from orogen.parallel.plan import Plan
 from orogen.train.heldout import measure
 from orogen.train.next_token import target_weights, targets
@@ -58,31 +58,34 @@ class Score(NamedTuple):
 class Scorer:
     """Scores rows by a model on its plan. dtype: of the computation. batch_tokens: most tokens of a batch.
 
-    programs: the shapes (rows, length) that were compiled. Raises ConfigError for a plan that drops tokens.
+    Raises ConfigError for a plan that drops tokens.
     """
 
     def __init__(self, opened: Opened, *, dtype: str = "float32", batch_tokens: int = 8192):
         plan = opened.plan.config
         if plan.capacity_factor is not None or plan.buffer_factor is not None:
             raise ConfigError("the plan drops tokens; expected PlanConfig.dropping_none() for an evaluation")
-        self._opened, self.dtype, self._batch_tokens = opened, dtype, batch_tokens
-        self.programs: set[tuple[int, int]] = set()
+        self._opened, self._dtype, self._batch_tokens = opened, dtype, batch_tokens
+        self._programs: dict[tuple[int, int], Callable[..., Any]] = {}
         self._working = jax.jit(placement.working, static_argnums=1)
-        self.give(opened.params, opened.buffers)
 
-    def give(self, params: Any, buffers: Any) -> None:
-        """Takes other weights of the same model, as they are stored between steps."""
-        self._params, self._buffers = self._working(params, self._opened.plan), buffers
+    @property
+    def programs(self) -> set[tuple[int, int]]:
+        """The shapes (rows, length) that were compiled."""
+        return set(self._programs)
 
-    def score(self, rows: Sequence[Row], progress: Callable[[], None] = lambda: None) -> list[Score]:
-        """The score of each row. progress is called after each batch. Raises ConfigError for a row that is longer than
-        the model's learned positions, or has no token before one that is asked for."""
+    def score(
+        self, rows: Sequence[Row], weights: tuple[Any, Any], progress: Callable[[], None] = lambda: None
+    ) -> list[Score]:
+        """The score of each row. weights: parameters and buffers of the model, as they are stored between steps.
+        progress is called after each batch. Raises ConfigError for a row that is longer than the model's learned
+        positions, or that asks for its first token."""
         self._check(rows)
+        params = self._working(weights[0], self._opened.plan)
         scores: list[Score] = [Score(0.0, 0, 0)] * len(rows)
         for numbers, size, length in self._batches([len(row.tokens_t) for row in rows]):
-            self.programs.add((size, length))
             batch = self._batch([rows[number] for number in numbers], size, length)
-            found = jax.device_get(self._measured(size)(self._params, self._buffers, batch))
+            found = jax.device_get(self._program(size, length)(params, weights[1], batch))
             by_row = zip(*(np.asarray(found[name].sum, np.float64) for name in (NATS, HITS, ASKED)), strict=True)
             for number, (nats, hits, asked) in zip(numbers, by_row, strict=False):
                 scores[number] = Score(-float(nats), int(hits), int(asked))
@@ -140,16 +143,13 @@ class Scorer:
         batch = Batch(tokens_bt, segments_bt, positions_bt, weights_bt, {ROW: number_bt})
         return batch_to_devices(batch, self._opened.plan)
 
-    @functools.cached_property
-    def _measured(self) -> Callable[[int], Any]:
-        """The jitted function of batches of so many rows."""
-        opened = self._opened
-
-        @functools.cache
-        def made(size: int) -> Any:
-            return measure(opened.built, by_row(size), opened.config, opened.plan, self.dtype)
-
-        return made
+    def _program(self, size: int, length: int) -> Callable[..., Any]:
+        """The compiled function of batches of this shape."""
+        if (size, length) not in self._programs:
+            opened = self._opened
+            measured = measure(opened.built, by_row(size), opened.config, opened.plan, self._dtype)
+            self._programs[size, length] = distributed.compiled_together(measured)
+        return self._programs[size, length]
 
 
 def by_row(rows: int) -> Objective:

@@ -13,7 +13,6 @@ import numpy as np
 from orogen.config.checks import ConfigError
 from orogen.data.sources import Document, is_readable, read_documents, read_text
 from orogen.data.tokenizer import Tokenizer
-from orogen.evaluate.carried import PIECE, Carrier
 from orogen.evaluate.likelihood import Row, Score
 from orogen.evaluate.subject import Subject
 
@@ -49,13 +48,10 @@ def measure_text(subject: Subject, path: str) -> dict[str, float]:
     Raises ConfigError for what cannot be read, has no text, or is changed by the tokenizer, FileNotFoundError.
     """
     config, total = subject.config, Measured()
-    carrier = None
-    if config.method == "carried":
-        carrier = Carrier(subject.opened, piece=config.max_length or PIECE, dtype=subject.scorer.dtype)
     for documents in _batches(_documents(Path(path), config.text_field), subject.tokenizer):
         streams = [_stream(ids_t, subject.tokenizer, ends=config.score_ends) for _, ids_t in documents]
-        if carrier is not None:
-            scores = carrier.score([Row(s, np.arange(len(s)) > 0) for s in streams], subject.progress)
+        if config.method == "carried":
+            scores = subject.carry([Row(stream_t, np.arange(len(stream_t)) > 0) for stream_t in streams])
         else:
             scores = _by_windows(subject, streams)
         total = Measured(

@@ -1,6 +1,6 @@
 """Everything that a config asks of a model, and what comes of it by task and metric."""
 
-from orogen.config.evaluate import EvaluateConfig
+from orogen.config.evaluate import WRITTEN, EvaluateConfig
 from orogen.evaluate.harness import Harness, harness_of
 from orogen.evaluate.perplexity import measure_text
 from orogen.evaluate.subject import Subject
@@ -21,6 +21,11 @@ class Evaluation:
         """The tasks that are generated: a folder's task of the same name comes first."""
         theirs = () if self._harness is None else self._harness.tasks
         return tuple(task for task in self.config.generated if task not in theirs)
+
+    @property
+    def writes(self) -> bool:
+        """Whether a task generates text."""
+        return bool(set(self.suites) & set(WRITTEN)) or (self._harness is not None and self._harness.writes)
 
     def run(self, subject: Subject) -> Results:
         """The metrics by task; those of a text are under its path."""

@@ -1,14 +1,16 @@
 """The model that is evaluated: it scores given tokens and continues prompts, on its plan."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from orogen.checkpoint.open import Opened
 from orogen.config.checks import ConfigError
 from orogen.config.engine import EngineConfig
 from orogen.config.evaluate import EvaluateConfig
 from orogen.data.tokenizer import Tokenizer
+from orogen.evaluate.carried import PIECE, Carrier
 from orogen.evaluate.likelihood import Row, Score, Scorer
 from orogen.infer.engine import Engine
 from orogen.infer.generate import check_length, rounded
@@ -36,7 +38,17 @@ class Subject:
     ):
         self.opened, self.config, self.progress = opened, config, progress
         self.scorer = Scorer(opened, dtype=engine.compute_dtype, batch_tokens=config.batch_tokens)
-        self._settings, self._engine = engine, None
+        self._settings = engine
+        self._engine: Engine | None = None
+
+    def give(self, params: Any, buffers: Any) -> None:
+        """Takes other weights of the same model."""
+        self.opened = self.opened._replace(params=params, buffers=buffers)
+        self._engine = None
+
+    def release(self) -> None:
+        """Lets go of the weights, and of what was computed with them; what was compiled for scores stays."""
+        self.give(None, None)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -58,7 +70,15 @@ class Subject:
 
     def score(self, rows: Sequence[Row]) -> list[Score]:
         """See `Scorer.score`."""
-        return self.scorer.score(rows, self.progress)
+        return self.scorer.score(rows, (self.opened.params, self.opened.buffers), self.progress)
+
+    def carry(self, rows: Sequence[Row]) -> list[Score]:
+        """See `Carrier.score`."""
+        return self._carrier.score(rows, (self.opened.params, self.opened.buffers), self.progress)
+
+    @functools.cached_property
+    def _carrier(self) -> Carrier:
+        return Carrier(self.opened, piece=self.config.max_length or PIECE, dtype=self._settings.compute_dtype)
 
     def write(self, prompts: Sequence[Prompt]) -> list[str]:
         """The continuation of each prompt. Raises ConfigError for what the model has no room for, FloatingPointError if

@@ -15,6 +15,7 @@ Each line of `metrics.jsonl` is the JSON object of one step; steps strictly incr
     heldout_loss          nats per token of a fixed sample of the held-out text; only in steps that evaluate
     heldout_bits_per_byte the same in bits per byte of that text
     whole_heldout_loss, whole_heldout_bits_per_byte: of the whole held-out text; only in the run's last step
+    evaluate/TASK/METRIC  what the model achieves on a task of EvaluateConfig; only in steps that evaluate tasks
     overflow_rows         assignments that did not fit into a ragged buffer; a step with any is skipped
     skipped_steps         steps skipped since the run began
     spike_bound           the loss exceeds this bound: it is a spike (`train.health`); only in such steps

@@ -99,9 +99,14 @@ def train(options: argparse.Namespace) -> int:
             warn(config.model)
         held.enter_context(lasting_streams())
         log = say if distributed.first() else lambda line: None
+        task = PRETRAINING
+        if config.evaluate is not None:
+            from orogen.evaluate.during import with_tasks
+
+            task = with_tasks(PRETRAINING)
         try:
             trained = run(
-                config, text, options.run, PRETRAINING, resume=options.resume, origin=origin, profile=profile, log=log,
+                config, text, options.run, task, resume=options.resume, origin=origin, profile=profile, log=log,
                 until=held,
             )  # fmt: skip
             status = _finish_together(options, config, text, trained)
