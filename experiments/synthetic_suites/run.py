@@ -1,7 +1,7 @@
 """Trains models of one and two layers on generated suites and evaluates them on others of the same kind.
 
-    PYTHONPATH=src python experiments/synthetic_suites/run.py          trains and draws
-    PYTHONPATH=src python experiments/synthetic_suites/run.py --draw   draws results.jsonl
+PYTHONPATH=src python experiments/synthetic_suites/run.py          trains and draws
+PYTHONPATH=src python experiments/synthetic_suites/run.py --draw   draws results.jsonl
 """
 
 import argparse
@@ -31,7 +31,7 @@ HERE = Path(__file__).parent
 SUITES = {"mqar": mqar, "induction": induction}
 MODELS = {"*": 2, "**": 2, "MM, state 16": 16, "MM, state 2": 2, "M*, state 2": 2}
 WORDS, START, LENGTH, BATCH = np.arange(2, 130), 1, 64, 64
-STEPS, EVERY, HELD_OUT, ENOUGH = 3000, 250, 256, 0.995
+STEPS, EVERY, HELD_OUT, ENOUGH = 1000, 125, 256, 0.99
 TRAINING, TESTING = 0, 1  # seeds of the examples
 
 

@@ -73,8 +73,12 @@ def write_tasks(folder: Path, hugging_face) -> None:
             {"q": a, "options": [b, c, " " + c], "right": number % 3}
             for number, (a, b, c) in enumerate(zip(lines, lines[1:], lines[2:], strict=False))
         ],
-        "roll": [{"text": "\n".join(source)[start : start + size]} for start, size in ((0, 900), (900, 10), (950, 1700))],
-        "write": [{"q": q, "a": text + "!" * (n % 3 == 0)} for n, (q, text) in enumerate(zip(prompts, texts, strict=True))],
+        "roll": [
+            {"text": "\n".join(source)[start : start + size]} for start, size in ((0, 900), (900, 10), (950, 1700))
+        ],
+        "write": [
+            {"q": q, "a": text + "!" * (n % 3 == 0)} for n, (q, text) in enumerate(zip(prompts, texts, strict=True))
+        ],
     }
     forms = {
         "choose": "output_type: multiple_choice\ndoc_to_text: '{{q}} '\ndoc_to_choice: options\ndoc_to_target: right\n"
@@ -134,5 +138,7 @@ def test_each_answer_is_that_of_the_hugging_face_backend(model, hugging_face):
     assert ours.facts("task") == {"shortened": 1.0}
     texts = ["x = 1\n" * 60, "a", "word " * 96]
     rolling = [Instance("loglikelihood_rolling", {}, (text,), number) for number, text in enumerate(texts)]
-    for value, wanted in zip(ours.loglikelihood_rolling(rolling), hugging_face.loglikelihood_rolling(rolling), strict=True):
+    for value, wanted in zip(
+        ours.loglikelihood_rolling(rolling), hugging_face.loglikelihood_rolling(rolling), strict=True
+    ):
         assert value == pytest.approx(wanted, rel=1e-5)

@@ -55,14 +55,20 @@ class EvaluateConfig:
             values = getattr(self, field)
             require(len(set(values)) == len(values), self, field, "each once")
             require("" not in values, self, field, "names that are not empty")
-        require(bool(self.lengths) and min(self.lengths) > 1, self, "lengths", "at least one length of 2 tokens or more")
+        require(
+            bool(self.lengths) and min(self.lengths) > 1, self, "lengths", "at least one length of 2 tokens or more"
+        )
         require_positive(self, "every", "samples", "limit", "stride", "batch_tokens")
         require(self.shots is None or self.shots >= 0, self, "shots", "0 or more")
         require(0 <= self.seed < 2**32, self, "seed", "an integer from 0 to 2**32 - 1")
-        require(self.max_length is None or self.max_length > 1, self, "max_length", "at least 2: a token and its target")
+        require(
+            self.max_length is None or self.max_length > 1, self, "max_length", "at least 2: a token and its target"
+        )
         require_choice(self, "method", METHODS)
         within = self.max_length is None or self.stride is None or self.stride < self.max_length
-        require(within, self, "stride", f"less than max_length = {self.max_length}: a window's first token has no target")
+        require(
+            within, self, "stride", f"less than max_length = {self.max_length}: a window's first token has no target"
+        )
 
     @property
     def generated(self) -> tuple[str, ...]:

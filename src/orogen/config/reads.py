@@ -247,7 +247,10 @@ READERS: dict[str, tuple[Reader, ...]] = {
         ),
         Reader("task_path", ("evaluate",), lambda run: bool(run.evaluate.tasks), "EvaluateConfig.tasks is empty"),
         Reader(
-            "text_field method score_ends", ("evaluate",), lambda run: bool(run.evaluate.texts), "EvaluateConfig.texts is empty"
+            "text_field method score_ends",
+            ("evaluate",),
+            lambda run: bool(run.evaluate.texts),
+            "EvaluateConfig.texts is empty",
         ),
         Reader(
             "stride",

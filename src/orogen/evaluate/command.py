@@ -105,7 +105,9 @@ def _export(options: argparse.Namespace, config: EvaluateConfig) -> int:
     from orogen.evaluate.suites.run import export_suites
 
     if config.generated != config.tasks or not config.tasks or config.texts:
-        raise ConfigError(f"--export with tasks {config.tasks} and texts {config.texts}; expected generated tasks alone")
+        raise ConfigError(
+            f"--export with tasks {config.tasks} and texts {config.texts}; expected generated tasks alone"
+        )
     with open_folder(options.checkpoint) as folder:
         tokenizer = folder.tokenizer()
     if tokenizer is None:

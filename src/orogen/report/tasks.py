@@ -66,7 +66,9 @@ def task_pictures(records: Records) -> list[Picture]:
 
     def draw(theme: Theme) -> "Figure":
         figure = bare_figure(theme, height=0.4 + 2.6 * len(panels))
-        for axes, (metric, lines) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True):
+        for axes, (metric, lines) in zip(
+            figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True
+        ):
             _draw_lines(axes, metric, lines, theme)
             axes.set_xlabel("tokens")
             axes.xaxis.set_major_formatter(short_number)

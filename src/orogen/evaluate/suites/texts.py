@@ -84,7 +84,9 @@ def common_words(rng: np.random.Generator, items: int, *, often: int = 30, seldo
     order = rng.permutation(len(listed))
     text = " ".join(f"{number}. {listed[i]}" for number, i in enumerate(order, 1))
     question = f"Which {COMMON} words are the most common in the list?"
-    return Draft(f"Here is a list of words. Remember which ones come often.\n\n{text}\n\n{question}\nAnswer:", tuple(common))
+    return Draft(
+        f"Here is a list of words. Remember which ones come often.\n\n{text}\n\n{question}\nAnswer:", tuple(common)
+    )
 
 
 def frequent_words(rng: np.random.Generator, items: int) -> Draft:
@@ -102,7 +104,9 @@ def frequent_words(rng: np.random.Generator, items: int) -> Draft:
     listed = [word for word, count in zip(coded, count_n, strict=False) for _ in range(count)]
     text = " ".join(listed[i] for i in rng.permutation(len(listed)))
     question = f"The dots are noise. Which {FREQUENT} words are the most frequent?"
-    return Draft(f"Here is a coded text. Count its words.\n\n{text}\n\n{question}\nAnswer:", tuple(coded[1 : FREQUENT + 1]))
+    return Draft(
+        f"Here is a coded text. Count its words.\n\n{text}\n\n{question}\nAnswer:", tuple(coded[1 : FREQUENT + 1])
+    )
 
 
 def document_qa(rng: np.random.Generator, items: int) -> Draft:
