@@ -7,6 +7,7 @@ from tests.helpers import HYBRID, hybrid
 
 from orogen.config.checks import ConfigError, check_types
 from orogen.config.data import DataConfig
+from orogen.config.evaluate import EvaluateConfig
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.run import OptimizerConfig, RunConfig, TrainConfig
@@ -19,6 +20,7 @@ GOOD = {
     TrainConfig: {"steps": 5, "batch_size": 12, "sequence_length": 20, "seed": 0},
     OptimizerConfig: {"learning_rate": 1e-3},
     DataConfig: {"corpus": "stdlib", "tokenizer": "byte"},
+    EvaluateConfig: {"tasks": ("mqar",)},
     SweepConfig: {"matrix": {"rate": {"low": [], "high": ["OptimizerConfig.learning_rate=1"]}}, "control": ("low",),
                   "seeds": (0, 1)},
     UpcycleConfig: {"expansion": 4, "top_k": 2},
@@ -34,6 +36,7 @@ POSITIVE = {
     TrainConfig: "steps batch_size sequence_length evaluate_every evaluate_rows checkpoint_every keep_checkpoints "
     "max_skipped_steps max_roll_backs sample_tokens",
     OptimizerConfig: "learning_rate epsilon clip_norm",
+    EvaluateConfig: "every samples limit stride batch_tokens",
 }
 NOT_NEGATIVE = {
     ModelConfig: "router_aux_loss_coef router_z_loss_coef mtp_loss_scale",
@@ -92,6 +95,15 @@ REFUSED = [
     (OptimizerConfig, "beta1", -0.1, "a number from 0 to below 1"),
     (OptimizerConfig, "beta1", 1.0, "a number from 0 to below 1"),
     (OptimizerConfig, "beta2", 1.0, "a number from 0 to below 1"),
+    (EvaluateConfig, "tasks", (), "at least one, or EvaluateConfig.texts"),
+    (EvaluateConfig, "tasks", ("mqar", "mqar"), "each once"),
+    (EvaluateConfig, "texts", ("",), "names that are not empty"),
+    (EvaluateConfig, "lengths", (), "at least one length of 2 tokens or more"),
+    (EvaluateConfig, "lengths", (64, 1), "at least one length of 2 tokens or more"),
+    (EvaluateConfig, "method", "strided", "one of windows, carried"),
+    (EvaluateConfig, "max_length", 1, "at least 2: a token and its target"),
+    (EvaluateConfig, "shots", -1, "0 or more"),
+    (EvaluateConfig, "seed", 2**32, "an integer from 0 to 2**32 - 1"),
 ]
 
 WRONG_TYPE = [

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.peer
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A small hybrid of random weights in a Hugging Face folder, with a BPE tokenizer, and transformers' model of it."""
+    """A small random hybrid in a Hugging Face folder, with a BPE tokenizer, and transformers' model of it."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     pytest.importorskip("lm_eval")
     folder = tmp_path_factory.mktemp("hf")

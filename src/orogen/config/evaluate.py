@@ -21,7 +21,8 @@ class EvaluateConfig:
     task_path: a task's YAML may name Python functions, which lm-eval runs; a name that is found here is no other task.
     method: windows predicts each token from those before it in its own window; carried, from the whole document, whose
     states, keys and values are carried from piece to piece.
-    max_length: longer requests of lm-eval lose their beginning, as with its own models, and are counted.
+    max_length: longer requests of lm-eval lose their beginning, as with its own models, and are counted. None: as many
+    tokens as the model has learned positions, at most 2048; 512 for a piece.
     """
 
     tasks: Annotated[tuple[str, ...], "generated suites, and tasks of lm-eval"]
@@ -40,10 +41,9 @@ class EvaluateConfig:
     method: Annotated[str, "how texts longer than max_length are read: windows or carried"] = "windows"
     stride: Annotated[int | None, "tokens that each further window predicts; None: half of max_length"] = None
     score_ends: Annotated[bool, "whether the token that ends a document is predicted too, as in training"] = False
-    max_length: Annotated[
-        int | None,
-        "tokens of a window or piece, and the most of a request; None: 2048, or the positions that are learned; 512 of a piece",
-    ] = None
+    max_length: Annotated[int | None, "tokens of a window or piece, and the most of a request; None: see the class"] = (
+        None
+    )
     batch_tokens: Annotated[int, "tokens that are scored together"] = 8192
 
     def __post_init__(self) -> None:

@@ -89,6 +89,7 @@ ALWAYS = {
     "max_skipped_steps spike_deviations roll_back_after hang_minutes sample_prompts sample_tokens loggers",
     # With Muon, AdamW's beta1, beta2 and epsilon are those of the parameters that Muon leaves to it.
     "optimizer": "name learning_rate schedule warmup_steps beta1 beta2 epsilon weight_decay clip_norm moment_dtype",
+    "evaluate": "tasks every texts max_length batch_tokens",
 }
 # The other fields, by part. A field may have several readers, which must all hold. Those of the model depend on the
 # model alone, since one model file serves many plans.

@@ -61,7 +61,7 @@ class Carrier:
         """The score of each row; see `Scorer.score`."""
         weights = self._working(weights[0], self._opened.plan), weights[1]
         longest = self._opened.config.learned_positions
-        size = max(map(lambda row: len(row.tokens_t), rows), default=0)
+        size = max((len(row.tokens_t) for row in rows), default=0)
         require(longest is None or size <= longest, self._opened.config, "learned_positions", f"{size} or more")
         order = sorted(range(len(rows)), key=lambda number: -len(rows[number].tokens_t))
         ranks, scores = self._opened.plan.size("batch"), [Score(0.0, 0, 0)] * len(rows)

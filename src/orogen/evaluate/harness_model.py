@@ -81,7 +81,7 @@ class HarnessModel(TemplateLM):
         most = self._subject.max_length + 1
         if len(continuation) >= most:
             raise ConfigError(
-                f"a continuation has {len(continuation)} tokens; expected at most EvaluateConfig.max_length = {most - 1}"
+                f"a continuation of {len(continuation)} tokens; expected at most EvaluateConfig.max_length = {most - 1}"
             )
         tokens_t = np.array((context + continuation)[-most:], np.int32)
         return Row(tokens_t, np.arange(len(tokens_t)) >= len(tokens_t) - len(continuation))

@@ -123,8 +123,9 @@ def export_suites(folder: Path, tokenizer: Tokenizer, config: EvaluateConfig, ta
 def _task_text(name: str, file: Path) -> str:
     """A task of lm-eval."""
     metrics = "".join(f"  - metric: {metric}\n" for metric in ("acc", "perplexity"))
+    data = json.dumps(str(file.resolve()))
     return (
-        f"task: {name}\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {json.dumps(str(file.resolve()))}\n"
+        f"task: {name}\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {data}\n"
         f"test_split: test\noutput_type: loglikelihood\ndoc_to_text: prompt\ndoc_to_target: target\n"
         f'target_delimiter: ""\nmetric_list:\n{metrics}'
     )
