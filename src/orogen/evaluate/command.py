@@ -63,7 +63,7 @@ def _bindings(options: argparse.Namespace) -> list[str]:
     given = {OPTIONS.get(name, name): getattr(options, name, None) for name in fields}
     found = [f"EvaluateConfig.{name} = {value!r}" for name, value in given.items() if value is not None]
     names = [binding.split("=")[0].strip() for binding in options.gin_bindings]
-    if "tasks" not in given or given["tasks"] is None and "EvaluateConfig.tasks" not in names:
+    if given["tasks"] is None and "EvaluateConfig.tasks" not in names:
         found.append("EvaluateConfig.tasks = ()")
     return [*found, *options.gin_bindings]
 
@@ -79,18 +79,21 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.out is not None and options.out.exists() and not options.out.is_dir():
         raise ConfigError(f"--out {str(options.out)!r} is a file; expected a folder or a new name")
     from orogen.checkpoint.open import open_folder, read_model
-    from orogen.evaluate.likelihood import evaluation_plan
     from orogen.evaluate.results import plain, table, write_results
     from orogen.evaluate.run import Evaluation
     from orogen.evaluate.subject import Subject
-    from orogen.simulate.fit import require_inference_fits
+    from orogen.simulate.fit import require_evaluation_fits, require_inference_fits
 
     evaluation, began = Evaluation(config), time.monotonic()
     with open_folder(options.checkpoint) as folder:
-        if plan is None or (plan.stage == 1 and plan.context == 1):
+        if evaluation.writes:
             require_inference_fits(folder.config, plan, engine, free_memory(), settings={})
-        plan = plan and evaluation_plan(plan)
-        opened = read_model(folder, plan, engine.compute_dtype)
+        if plan is None or plan.devices == 1:
+            length = max(config.lengths) if evaluation.suites else 1
+            blocked = getattr(plan or folder.plan, "attention", "full") != "full"
+            scored = {"blocked": blocked, "batch_tokens": config.batch_tokens, "length": length}
+            require_evaluation_fits(folder.config, free_memory(), **scored)
+        opened = read_model(folder, plan and plan.evaluating(), engine.compute_dtype)
     results = evaluation.run(Subject(opened, config, engine))
     facts: dict[str, Any] = {"checkpoint": str(options.checkpoint), "seconds": round(time.monotonic() - began, 3)}
     written = write_results(options.out, results, facts) if options.out is not None else []

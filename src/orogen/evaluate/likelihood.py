@@ -7,7 +7,6 @@ and ZeRO included, and experts drop nothing.
 Letters: b rows, t time, n rows of a batch.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -64,7 +63,7 @@ class Scorer:
     def __init__(self, opened: Opened, *, dtype: str = "float32", batch_tokens: int = 8192):
         plan = opened.plan.config
         if plan.capacity_factor is not None or plan.buffer_factor is not None:
-            raise ConfigError("the plan drops tokens; expected PlanConfig.dropping_none() for an evaluation")
+            raise ConfigError("the plan drops tokens; expected PlanConfig.evaluating()")
         self._opened, self._dtype, self._batch_tokens = opened, dtype, batch_tokens
         self._programs: dict[tuple[int, int], Callable[..., Any]] = {}
         self._working = jax.jit(placement.working, static_argnums=1)
@@ -181,9 +180,3 @@ def _per_row(x_bt: Array, batch: Batch, rows: int) -> Array:
     """(n,) the sums of each global row, over this device's tokens of it."""
     mine_bn = batch.extras[ROW][:, :1] == jnp.arange(rows)
     return jnp.where(mine_bn, x_bt.sum(1)[:, None], 0).sum(0)
-
-
-def evaluation_plan(plan: Any) -> Any:
-    """A plan's config for evaluation: nothing is dropped, and one microbatch unless stages need several."""
-    parts = plan.microbatches if plan.stage > 1 else 1
-    return dataclasses.replace(plan.dropping_none(), microbatches=parts)

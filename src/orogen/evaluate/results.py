@@ -41,4 +41,4 @@ def write_results(folder: Path, results: Results, facts: Mapping[str, Any]) -> l
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if value == int(value if math.isfinite(value) else 0) and abs(value) > 1 else f"{value:.4f}"
+    return f"{value:,.0f}" if float(value).is_integer() and abs(value) > 1 else f"{value:.4f}"

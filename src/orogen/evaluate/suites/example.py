@@ -11,7 +11,9 @@ from orogen.data.tokenizer import Tokenizer
 from orogen.evaluate.likelihood import Row
 
 ONSETS, VOWELS, CODAS = "b d f g h k l m n p r s t v z br dr gr kl pl st tr".split(), "aeiou", ("", "n", "r", "s", "l")
-MANY = 2**40  # items; more would take longer to draw than anyone waits
+SYLLABLES = [onset + vowel + coda for onset in ONSETS for vowel in VOWELS for coda in CODAS]
+BLOCK = 64  # words that are drawn together
+PROBE = 32  # items more, by which the growth of a draft is measured
 
 
 class Question(NamedTuple):
@@ -37,16 +39,15 @@ def generator(*parts: int | str) -> np.random.Generator:
 def words(rng: np.random.Generator, *, syllables: int = 2) -> Iterator[str]:
     """Endless invented words, each once; they get longer when there are none left of a length."""
     seen: set[str] = set()
-    misses = 0
     while True:
-        drawn = [(rng.choice(ONSETS), rng.choice(list(VOWELS)), rng.choice(CODAS)) for _ in range(syllables)]
-        word = "".join(part for syllable in drawn for part in syllable)
-        if word in seen:
-            misses += 1
-            syllables += misses % 100 == 0
-            continue
-        seen.add(word)
-        yield word
+        before = len(seen)
+        # Drawn in blocks, of one size so that words do not depend on how many are taken.
+        for row in rng.integers(len(SYLLABLES), size=(BLOCK, syllables)).tolist():
+            word = "".join(SYLLABLES[number] for number in row)
+            if word not in seen:
+                seen.add(word)
+                yield word
+        syllables += len(seen) - before < BLOCK // 2
 
 
 def answer_ids(tokenizer: Tokenizer, draft: Draft) -> np.ndarray:
@@ -96,11 +97,18 @@ class Fitted:
         raise self._too_short(again)
 
     def _most(self, fits: Callable[[int], bool], again: Callable[[int], Draft]) -> int:
+        """The most items, from a guess by the growth of a draft: a long one takes seconds to draw."""
         if not fits(self._least):
             raise self._too_short(again)
-        low, high = self._least, 2 * self._least
-        while high < MANY and fits(high):
-            low, high = high, 2 * high
+        base, grown = (self._size(again(items)) for items in (self._least, self._least + PROBE))
+        guess = self._least + int((self._length - base) * PROBE / max(grown - base, 1))
+        step = 1 + guess // 64
+        low, high = self._least, max(guess, self._least + 1)
+        while fits(high):
+            low, high, step = high, high + step, 2 * step
+        while low < high - step and not fits(high - step):
+            high, step = high - step, 2 * step
+        low = max(low, high - step)
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(middle) else (low, middle)
