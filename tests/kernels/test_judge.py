@@ -1,4 +1,4 @@
-"""Whether a target is the most likely token: against numpy in float64, with ties, padding and the vocabulary over ranks.
+"""Whether a target is the most likely token, with ties, padding and the vocabulary over ranks; numpy in float64.
 
 Axes: n tokens, d model, v vocabulary.
 """

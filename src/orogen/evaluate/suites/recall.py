@@ -18,8 +18,8 @@ def mqar(rng: np.random.Generator, ids_v: np.ndarray, *, start: int, length: int
     is asked for.
 
     The example begins with `start` and has `length` tokens, one pair per PAIR_TOKENS. Queries are at even places after
-    the pairs, drawn without replacement with probability ∝ place^(GAP_POWER - 1), so that most are near; the tokens between
-    them are drawn from the values. Keys and values come from the two halves of the first MOST_WORDS of `ids_v`.
+    the pairs, drawn without replacement with probability ∝ place^(GAP_POWER - 1), so that most are near; the tokens
+    between them are drawn from the values. Keys and values come from the two halves of the first MOST_WORDS of `ids_v`.
     Source: arXiv:2312.04927 (Zoology), which has 64 tokens with 4 pairs, 128 with 8
     and 256 with 16.
     """
