@@ -19,9 +19,10 @@ NO_FILTER = ",none"  # what lm-eval appends to the name of a metric whose answer
 
 
 class Harness:
-    """The tasks of lm-eval that a config names. folders: whether they come from `EvaluateConfig.task_path`.
+    """The tasks of lm-eval that a config names. tasks: their names; writes: whether one of them generates text.
 
-    Raises ConfigError if lm-eval is not installed, for folders that do not exist, and for tasks that nobody has.
+    Raises ConfigError if lm-eval is not installed, for folders that do not exist, for tasks that nobody has, and for
+    those that cannot be loaded.
     """
 
     def __init__(self, config: EvaluateConfig):
@@ -42,7 +43,7 @@ class Harness:
                 f"EvaluateConfig.tasks has {unknown[0]!r}; expected a generated suite ({', '.join(SUITES)}) or a task "
                 f"{where}"
             )
-        self._load()
+        self.writes = bool(self.tasks) and self._load()
 
     def run(self, subject: Subject) -> dict[str, dict[str, float]]:
         """By task, and by group and subtask, the metrics by name; those after a filter are named `metric,filter`."""
@@ -63,20 +64,15 @@ class Harness:
             results[task] |= model.facts(task)
         return results
 
-    @property
-    def writes(self) -> bool:
-        """Whether a task generates text."""
-        return self._writes
-
     def _has(self, task: str) -> bool:
         return bool(self._manager.match_tasks([task]))
 
-    def _load(self) -> None:
-        """Reads the tasks' data once, before a model answers anything. Raises ConfigError."""
+    def _load(self) -> bool:
+        """Reads the tasks' data once, before a model answers anything. Returns whether a task generates text."""
         with _beside_stdout():
             try:
                 loaded: Any = self._manager.load(list(self.tasks))["tasks"]
-                self._writes = any(task.OUTPUT_TYPE == "generate_until" for task in loaded.values())
+                return any(task.OUTPUT_TYPE == "generate_until" for task in loaded.values())
             except Exception as error:  # a task's YAML, data or Python may fail in any way
                 reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
                 names = ", ".join(self.tasks)
