@@ -15,7 +15,7 @@ from orogen.config.engine import EngineConfig
 from orogen.config.evaluate import EvaluateConfig
 from orogen.data.corpora import stdlib_documents
 from orogen.data.vocabulary import make_tokenizer
-from orogen.evaluate.run import Evaluation
+from orogen.evaluate.run import Evaluator
 from orogen.evaluate.subject import Subject
 
 LENGTH = 96  # of windows: texts are longer
@@ -105,9 +105,9 @@ def test_numbers_are_those_of_the_hugging_face_backend(model, hugging_face, tmp_
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
     theirs = simple_evaluate(hugging_face, tasks=list(names), task_manager=manager, bootstrap_iters=100)["results"]
     config = EvaluateConfig(tasks=names, task_path=(str(tmp_path),), max_length=LENGTH, batch_tokens=1024)
-    evaluation = Evaluation(config)
+    evaluator = Evaluator(config)
     subject = Subject(open_model(model[0]), config, EngineConfig(slots=4, max_length=LENGTH))
-    ours = evaluation.run(subject)
+    ours = evaluator.run(subject)
     programs = set(subject.scorer.programs)
     compared = 0
     for task, metrics in theirs.items():
@@ -118,7 +118,7 @@ def test_numbers_are_those_of_the_hugging_face_backend(model, hugging_face, tmp_
     assert compared == 6
     print({task: ours[task] for task in names}, file=sys.stderr)
     assert 0 < ours["choose"]["acc"] < 1 and 0 < ours["write"]["exact_match"] < 1
-    assert evaluation.run(subject) == ours and subject.scorer.programs == programs
+    assert evaluator.run(subject) == ours and subject.scorer.programs == programs
 
 
 def test_each_answer_is_that_of_the_hugging_face_backend(model, hugging_face):

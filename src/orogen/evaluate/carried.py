@@ -18,7 +18,7 @@ from jax import Array
 
 from orogen.checkpoint.open import Opened
 from orogen.config.checks import require
-from orogen.evaluate.likelihood import Row, Score
+from orogen.evaluate.likelihood import Row, Score, at_work
 from orogen.layers.documents import Documents
 from orogen.model.cache import Rows
 from orogen.model.cache import caches as caches_of
@@ -53,13 +53,12 @@ class Carrier:
         require(plan.context == 1, plan, "context", "1: pieces are carried on one rank")
         unit = plan.sequence_pieces(routed="E" in opened.config.layers.main)
         self._opened, self._dtype, self._piece = opened, jnp.dtype(dtype), -(-piece // unit) * unit
-        self._working = jax.jit(placement.working, static_argnums=1)
 
     def score(
         self, rows: Sequence[Row], weights: tuple[Any, Any], progress: Callable[[], None] = lambda: None
     ) -> list[Score]:
         """The score of each row; see `Scorer.score`."""
-        weights = self._working(weights[0], self._opened.plan), weights[1]
+        weights = at_work(weights[0], self._opened.plan), weights[1]
         longest = self._opened.config.learned_positions
         size = max((len(row.tokens_t) for row in rows), default=0)
         require(longest is None or size <= longest, self._opened.config, "learned_positions", f"{size} or more")

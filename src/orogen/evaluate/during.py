@@ -9,12 +9,13 @@ from orogen.config.checks import ConfigError
 from orogen.config.engine import EngineConfig
 from orogen.config.run import RunConfig
 from orogen.data.loader import Corpus
-from orogen.evaluate.run import Evaluation
+from orogen.evaluate.likelihood import at_work
+from orogen.evaluate.run import Evaluator
 from orogen.evaluate.subject import Subject
 from orogen.infer.generate import SHORTEST
 from orogen.infer.sizes import sizes_of
 from orogen.model.lm import Built
-from orogen.parallel import distributed, placement
+from orogen.parallel import distributed
 from orogen.report.tasks import PREFIX
 from orogen.train.heldout import Heldout, heldout_plan
 from orogen.train.task import Task
@@ -42,9 +43,9 @@ class TaskScores:
         self._every = config.evaluate.every or config.train.evaluate_every
         # Without those of tasks, which not every evaluation has: the loop asks whether an evaluation is owed.
         self.sampled, self.whole = heldout.sampled, heldout.whole
-        self._evaluation = Evaluation(config.evaluate)
+        self._evaluator = Evaluator(config.evaluate)
         plan, engine = heldout_plan(config), _engine(config)
-        if self._evaluation.writes:
+        if self._evaluator.writes:
             sizes_of(config.model, plan.config, engine)
             if distributed.count() > 1:
                 raise ConfigError("EvaluateConfig.tasks generate text; expected a run of one process for these")
@@ -73,9 +74,9 @@ class TaskScores:
 
     def _tasks(self, state: Any) -> dict[str, float]:
         subject = self._subject
-        subject.give(placement.working(state.params, subject.opened.plan), state.buffers)
+        subject.give(at_work(state.params, subject.opened.plan), state.buffers)
         try:
-            results = self._evaluation.run(subject)
+            results = self._evaluator.run(subject)
         finally:
             subject.release()
         return {f"{PREFIX}{task}/{name}": value for task, metrics in results.items() for name, value in metrics.items()}

@@ -66,7 +66,6 @@ class Scorer:
             raise ConfigError("the plan drops tokens; expected PlanConfig.evaluating()")
         self._opened, self._dtype, self._batch_tokens = opened, dtype, batch_tokens
         self._programs: dict[tuple[int, int], Callable[..., Any]] = {}
-        self._working = jax.jit(placement.working, static_argnums=1)
 
     @property
     def programs(self) -> set[tuple[int, int]]:
@@ -80,7 +79,7 @@ class Scorer:
         progress is called after each batch. Raises ConfigError for a row that is longer than the model's learned
         positions, or that asks for its first token."""
         self._check(rows)
-        params = self._working(weights[0], self._opened.plan)
+        params = at_work(weights[0], self._opened.plan)
         scores: list[Score] = [Score(0.0, 0, 0)] * len(rows)
         for numbers, size, length in self._batches([len(row.tokens_t) for row in rows]):
             batch = self._batch([rows[number] for number in numbers], size, length)
@@ -149,6 +148,15 @@ class Scorer:
             measured = measure(opened.built, by_row(size), opened.config, opened.plan, self._dtype)
             self._programs[size, length] = distributed.compiled_together(measured)
         return self._programs[size, length]
+
+
+def at_work(params: Any, plan: Plan) -> Any:
+    """Parameters, as they are stored between steps, laid out as a pass reads them: the same arrays where nothing is
+    sharded further between steps, since a copy may not fit."""
+    return params if plan.config.fsdp == "none" else _gathered(params, plan)
+
+
+_gathered = jax.jit(placement.working, static_argnums=1)
 
 
 def by_row(rows: int) -> Objective:

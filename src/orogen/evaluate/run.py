@@ -9,7 +9,7 @@ from orogen.evaluate.suites.run import run_suites
 Results = dict[str, dict[str, float]]
 
 
-class Evaluation:
+class Evaluator:
     """What a config asks for, checked before a model is read. Raises ConfigError for tasks that nobody has."""
 
     def __init__(self, config: EvaluateConfig):

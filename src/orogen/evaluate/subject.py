@@ -11,7 +11,7 @@ from orogen.config.engine import EngineConfig
 from orogen.config.evaluate import EvaluateConfig
 from orogen.data.tokenizer import Tokenizer
 from orogen.evaluate.carried import PIECE, Carrier
-from orogen.evaluate.likelihood import Row, Score, Scorer
+from orogen.evaluate.likelihood import Row, Score, Scorer, at_work
 from orogen.infer.engine import Engine
 from orogen.infer.generate import check_length, rounded
 from orogen.infer.request import ERROR, MOST_STOPS, Request, Sampling
@@ -107,7 +107,8 @@ class Subject:
             settings = self._settings
             if settings.max_length < length:
                 settings = dataclasses.replace(settings, max_length=rounded(length))
-            self._engine = Engine(self.opened, settings)
+            params = at_work(self.opened.params, self.opened.plan)
+            self._engine = Engine(self.opened._replace(params=params), settings)
         return self._engine
 
 
