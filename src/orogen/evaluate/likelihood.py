@@ -153,7 +153,7 @@ class Scorer:
 def at_work(params: Any, plan: Plan) -> Any:
     """Parameters, as they are stored between steps, laid out as a pass reads them: the same arrays where nothing is
     sharded further between steps, since a copy may not fit."""
-    return params if plan.config.fsdp == "none" else _gathered(params, plan)
+    return params if plan.storage == plan.rules else _gathered(params, plan)
 
 
 _gathered = jax.jit(placement.working, static_argnums=1)
