@@ -19,18 +19,18 @@ TOKENS, WIDTH, VOCABULARY, PADDED = 13, 5, 10, 12
 def operands():
     """x, a head whose columns 3 and 8 are equal and whose padding is larger than all, and targets: the likeliest token
     of most, the second of two that are equally likely, and others."""
-    rng = np.random.default_rng(4)
-    x_nd, head_dv = rng.normal(size=(TOKENS, WIDTH)), rng.normal(size=(WIDTH, PADDED))
-    head_dv[:, 8] = head_dv[:, 3]
-    x_nd[1] = x_nd[2] = 4 * head_dv[:, 3]
-    logits_nv = x_nd @ head_dv[:, :VOCABULARY]
-    head_dv[:, VOCABULARY:] = 50 * head_dv[:, :2]
+    rng = np.random.default_rng(4)  # small integers: products are exact, so that equal columns have equal logits
+    x_nd, head_dv = rng.integers(-3, 4, (TOKENS, WIDTH)), rng.integers(-3, 4, (WIDTH, PADDED))
+    head_dv[:, 3] = head_dv[:, 8] = 5
+    x_nd[1] = x_nd[2] = 2
+    logits_nv = (x_nd @ head_dv[:, :VOCABULARY]).astype(np.float64)
+    head_dv[:, VOCABULARY:] = 40 * x_nd[3:5].T
     targets_n = logits_nv.argmax(1)
+    assert targets_n[1] == 3
     targets_n[2], targets_n[5:8] = 8, (targets_n[5:8] + 1) % VOCABULARY
     likelihood_nv = logits_nv - np.log(np.exp(logits_nv).sum(1, keepdims=True))
     greedy_n = np.ones(TOKENS, bool)
     greedy_n[[2, 5, 6, 7]] = False
-    assert targets_n[1] == 3
     wanted = likelihood_nv[np.arange(TOKENS), targets_n], greedy_n
     return (x_nd.astype(np.float32), head_dv.astype(np.float32), targets_n.astype(np.int32)), wanted
 
