@@ -32,7 +32,7 @@ class Harness:
             if not os.path.isdir(folder):
                 raise ConfigError(f"EvaluateConfig.task_path has {folder!r}; expected a folder that exists")
         with _beside_stdout():
-            from lm_eval.tasks import TaskManager
+            from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
             paths = list(config.task_path)
             self._manager = TaskManager(include_path=paths or None, include_defaults=not paths)
@@ -52,7 +52,7 @@ class Harness:
         from orogen.evaluate.harness_model import HarnessModel
 
         with _beside_stdout():
-            from lm_eval.evaluator import simple_evaluate
+            from lm_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
 
             model = HarnessModel(subject)
             found: Any = simple_evaluate(
