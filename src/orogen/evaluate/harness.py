@@ -5,6 +5,7 @@ lm-eval builds the requests and computes the metrics; the model answers them thr
 
 import contextlib
 import importlib.util
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,7 @@ class Harness:
     def __init__(self, config: EvaluateConfig):
         self._config = config
         require_installed()
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of each default that it takes
         for folder in config.task_path:
             if not os.path.isdir(folder):
                 raise ConfigError(f"EvaluateConfig.task_path has {folder!r}; expected a folder that exists")

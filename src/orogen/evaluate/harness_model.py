@@ -6,7 +6,6 @@ together with the context has beyond the context's own, an empty context is the 
 lose their beginning.
 """
 
-import logging
 from collections import Counter
 from typing import Any
 
@@ -34,7 +33,6 @@ class HarnessModel(TemplateLM):
         super().__init__()
         self._subject, self._words = subject, subject.tokenizer
         self.shortened: Counter[str] = Counter()
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
     @property
     def eot_token_id(self) -> int:
