@@ -171,6 +171,10 @@ def test_metrics_are_shares_of_examples_and_of_answers():
     assert found["variable_tracking"]["recall@900"] == pytest.approx((1 + 0.8) / 2)
     assert found["variable_tracking"]["accuracy@900"] == 0.5
     assert table(found)[1].split() == ["variable_tracking", "recall@600", "0.9000"]
-    assert accuracies([Score(-1.0, 2, 2), Score(-2.0, 1, 4)]) == {"accuracy": 0.5, "token_accuracy": 0.5, "nats": 0.5}
+    assert accuracies([Score(-1.0, 2, 2), Score(-5.0, 1, 6)]) == {
+        "accuracy": 0.5,
+        "token_accuracy": 0.375,
+        "nats": 0.75,
+    }
     assert share(("Ab", "c"), "xaBx") == 0.5 and share(("a",), "") == 0
     assert set(SCORED).isdisjoint(WRITTEN)
