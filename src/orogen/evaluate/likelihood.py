@@ -105,13 +105,13 @@ class Scorer:
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[tuple[list[int], int, int]]:
         """(numbers of rows, rows of the batch, its length), longest first, so that too little memory shows at once."""
-        order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
-        while order:
-            length = self._padded(lengths[order[0]])
-            size = self._rows(length)
-            taken = [number for number in order[:size] if self._padded(lengths[number]) == length]
-            order = order[len(taken) :]
-            yield taken, size, length
+        alike: dict[int, list[int]] = {}
+        for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+            alike.setdefault(self._padded(lengths[number]), []).append(number)
+        for length, numbers in alike.items():
+            size = self._rows(length, len(numbers))
+            for start in range(0, len(numbers), size):
+                yield numbers[start : start + size], size, length
 
     def _padded(self, length: int) -> int:
         """The next length of the list: the shortest that the plan can split, doubled as often as it takes."""
@@ -123,11 +123,13 @@ class Scorer:
             padded *= 2
         return padded
 
-    def _rows(self, length: int) -> int:
-        """Rows of a batch of this length: a multiple of what the plan splits them over."""
+    def _rows(self, length: int, count: int) -> int:
+        """Rows of a batch of this length: a multiple of what the plan splits them over, and of `count` rows that do not
+        fill a batch the next power of two."""
         plan = self._opened.plan.config
         unit = plan.data * plan.microbatches
-        return max(1, self._batch_tokens // length // unit) * unit
+        few = 1 << (-(-count // unit) - 1).bit_length()
+        return max(1, min(self._batch_tokens // length // unit, few)) * unit
 
     def _batch(self, rows: Sequence[Row], size: int, length: int) -> Batch:
         tokens_bt, segments_bt = np.zeros((2, size, length), np.int32)

@@ -90,10 +90,13 @@ class Fitted:
         again = lambda items: self._draw(generator(seed, self._name, self._length, number), items)  # noqa: E731
         if self._usual is None:
             self._usual = self._most(lambda items: self._size(again(items)) <= self._length, again)
-        for items in range(self._usual, self._least - 1, -1):
+        items = self._usual
+        while items >= self._least:
             draft = again(items)
-            if self._size(draft) <= self._length:
+            size = self._size(draft)
+            if size <= self._length:
                 return draft
+            items -= max(1, (size - self._length) * items // size)
         raise self._too_short(again)
 
     def _most(self, fits: Callable[[int], bool], again: Callable[[int], Draft]) -> int:
