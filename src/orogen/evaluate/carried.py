@@ -42,9 +42,10 @@ class Piece(NamedTuple):
 
 
 class Carrier:
-    """Scores rows of any length, by pieces of `piece` tokens. dtype: of the computation.
+    """Scores rows of any length, by pieces of `piece` tokens, or a few more that the plan can split. dtype: of the
+    computation.
 
-    Raises ConfigError for a plan with stages or context ranks, or whose tensor ranks do not divide a piece.
+    Raises ConfigError for a plan with stages or context ranks.
     """
 
     def __init__(self, opened: Opened, *, piece: int, dtype: str = "float32"):
@@ -64,7 +65,7 @@ class Carrier:
         require(longest is None or size <= longest, self._opened.config, "learned_positions", f"{size} or more")
         order = sorted(range(len(rows)), key=lambda number: -len(rows[number].tokens_t))
         ranks, scores = self._opened.plan.size("batch"), [Score(0.0, 0, 0)] * len(rows)
-        at_once = ranks * min(ROWS, -(-len(rows) // ranks))
+        at_once = ranks * min(ROWS, max(1, -(-len(rows) // ranks)))
         for start in range(0, len(order), at_once):
             numbers = order[start : start + at_once]
             found = self._together([rows[number] for number in numbers], at_once, weights, progress)
