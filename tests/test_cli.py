@@ -106,7 +106,7 @@ REFUSED = {
     "misspelt scope": (
         "vaild/DataConfig.seed = 3",
         "bindings that nothing read: vaild/DataConfig.seed; expected fields of ModelConfig, PlanConfig, DataConfig, "
-        "TrainConfig, OptimizerConfig",
+        "TrainConfig, OptimizerConfig, EvaluateConfig",
     ),
     "batch": (
         "PlanConfig.data = 3",
