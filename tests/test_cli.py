@@ -101,7 +101,7 @@ REFUSED = {
     "misspelt macro": (
         "STPES = 3",
         "bindings that nothing read: STPES; expected fields of ModelConfig, PlanConfig, DataConfig, TrainConfig, "
-        "OptimizerConfig",
+        "OptimizerConfig, EvaluateConfig",
     ),
     "misspelt scope": (
         "vaild/DataConfig.seed = 3",
