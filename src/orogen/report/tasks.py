@@ -95,7 +95,7 @@ def _length_axis(axes: "Axes", lines: Mapping[str, tuple[Any, Any]]) -> None:
     lengths = sorted({length for x, _ in lines.values() for length in x})
     if lengths[-1] > lengths[0]:
         axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths, labels=[short_number(length) for length in lengths])
+    axes.set_xticks(lengths, labels=[f"{length:,}" for length in lengths])
     axes.minorticks_off()
     axes.set_xlabel("tokens of an example")
 
