@@ -144,7 +144,7 @@ EVALUATE = Command(
     help="score a model on texts and tasks",
     examples=(
         "orogen evaluate --checkpoint runs/quickstart --text README.md --json",
-        "orogen evaluate --checkpoint runs/quickstart --tasks mqar,phonebook --lengths 128,256 --out results",
+        "orogen evaluate --checkpoint runs/quickstart --tasks mqar,phonebook --lengths 256,512 --out results",
         "orogen evaluate --checkpoint HF_FOLDER --task_path my_tasks --tasks my_task --limit 100",
         "orogen evaluate --checkpoint HF_FOLDER --text book.txt --method carried --gin_bindings 'PlanConfig.tensor=2' "
         "--gin_bindings \"EngineConfig.compute_dtype='bfloat16'\"",
