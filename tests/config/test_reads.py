@@ -40,6 +40,7 @@ PARTS_OF: dict[str, dict[str, Any]] = {
     "data": {"corpus": "stdlib", "tokenizer": "byte"},
     "train": {"steps": 10, "batch_size": 4, "sequence_length": 24, "seed": 3},
     "optimizer": {"learning_rate": 1e-3},
+    "evaluate": {"tasks": ("mqar", "needle", "hellaswag"), "texts": ("a.txt",)},
 }
 
 
@@ -156,6 +157,18 @@ BORDERS: list[tuple[str, Any, dict, dict, str]] = [
        "OptimizerConfig.schedule is not 'wsd'") for s in ("cosine", "constant")),
     ("optimizer__min_ratio", 0.2, {"optimizer__schedule": "wsd", "optimizer__decay_steps": 3},
      {"optimizer__schedule": "constant"}, "OptimizerConfig.schedule is 'constant'"),
+    *((f"evaluate__{f}", v, {}, {"evaluate__tasks": ("hellaswag",)}, "EvaluateConfig.tasks has no generated suite")
+      for f, v in (("lengths", (64,)), ("samples", 9), ("seed", 3))),
+    ("evaluate__haystack", "a.txt", {}, {"evaluate__tasks": ("mqar", "hellaswag")},
+     "EvaluateConfig.tasks has no 'needle'"),
+    *((f"evaluate__{f}", 2, {"evaluate__tasks": ("mqar",), "evaluate__task_path": ("tasks",)},
+       {"evaluate__tasks": ("mqar",)}, "EvaluateConfig.tasks has no task of lm-eval") for f in ("limit", "shots")),
+    ("evaluate__limit", 2, {}, {"evaluate__tasks": ("mqar",)}, "EvaluateConfig.tasks has no task of lm-eval"),
+    ("evaluate__task_path", ("tasks",), {}, {"evaluate__tasks": ()}, "EvaluateConfig.tasks is empty"),
+    *((f"evaluate__{f}", v, {}, {"evaluate__texts": ()}, "EvaluateConfig.texts is empty")
+      for f, v in (("text_field", "body"), ("method", "carried"), ("score_ends", True))),
+    *(("evaluate__stride", 9, {}, other, "EvaluateConfig has no texts to read by method 'windows'")
+      for other in ({"evaluate__texts": ()}, {"evaluate__method": "carried"})),
 ]  # fmt: skip
 # Where nothing reads these, their config itself refuses them.
 REFUSED_BEFORE = ("plan__fsdp_size", "plan__buffer_factor", "model__topk_group", "model__mtp_depths")

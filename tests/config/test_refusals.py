@@ -9,6 +9,7 @@ from orogen.config.chat import ChatConfig
 from orogen.config.checks import ConfigError, check_types
 from orogen.config.cluster import ClusterConfig
 from orogen.config.data import DataConfig, SourceConfig
+from orogen.config.evaluate import EvaluateConfig
 from orogen.config.model import ModelConfig
 from orogen.config.phases import PhaseConfig
 from orogen.config.plan import PlanConfig
@@ -26,6 +27,7 @@ GOOD = {
     SourceConfig: {"name": "web", "corpus": "stdlib", "weight": 0.5},
     PhaseConfig: {"after": 3},
     ClusterConfig: {},
+    EvaluateConfig: {"tasks": ("mqar",)},
     SweepConfig: {"matrix": {"rate": {"low": [], "high": ["OptimizerConfig.learning_rate=1"]}}, "control": ("low",),
                   "seeds": (0, 1)},
     UpcycleConfig: {"expansion": 4, "top_k": 2},
@@ -41,6 +43,7 @@ POSITIVE = {
     TrainConfig: "steps batch_size sequence_length evaluate_every evaluate_rows checkpoint_every keep_checkpoints "
     "max_skipped_steps max_roll_backs sample_tokens",
     OptimizerConfig: "learning_rate epsilon clip_norm",
+    EvaluateConfig: "every samples limit stride batch_tokens",
 }
 NOT_NEGATIVE = {
     ModelConfig: "router_aux_loss_coef router_z_loss_coef mtp_loss_scale",
@@ -99,6 +102,15 @@ REFUSED = [
     (OptimizerConfig, "beta1", -0.1, "a number from 0 to below 1"),
     (OptimizerConfig, "beta1", 1.0, "a number from 0 to below 1"),
     (OptimizerConfig, "beta2", 1.0, "a number from 0 to below 1"),
+    (EvaluateConfig, "tasks", (), "at least one, or EvaluateConfig.texts"),
+    (EvaluateConfig, "tasks", ("mqar", "mqar"), "each once"),
+    (EvaluateConfig, "texts", ("",), "names that are not empty"),
+    (EvaluateConfig, "lengths", (), "at least one length of 2 tokens or more"),
+    (EvaluateConfig, "lengths", (64, 1), "at least one length of 2 tokens or more"),
+    (EvaluateConfig, "method", "strided", "one of windows, carried"),
+    (EvaluateConfig, "max_length", 1, "at least 2: a token and its target"),
+    (EvaluateConfig, "shots", -1, "0 or more"),
+    (EvaluateConfig, "seed", 2**32, "an integer from 0 to 2**32 - 1"),
 ]
 
 WRONG_TYPE = [

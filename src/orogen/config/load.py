@@ -16,6 +16,7 @@ from gin.config_parser import BindingStatement, ConfigParser, ImportStatement, I
 from orogen.config.checks import ConfigError
 from orogen.config.cluster import ClusterConfig
 from orogen.config.engine import EngineConfig
+from orogen.config.evaluate import EvaluateConfig
 from orogen.config.fields import KINDS
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
@@ -109,6 +110,18 @@ def load_cluster(
     parts, _ = _parts(files, bindings, kinds)
     cluster, engine = parts.pop("cluster"), parts.pop("engine")
     return require_read(RunConfig(**parts)), cluster, engine
+
+
+def load_evaluation(bindings: Sequence[str]) -> tuple[PlanConfig | None, EngineConfig, EvaluateConfig]:
+    """The plan that bindings choose for an evaluation, None if they bind none, its engine, and what is evaluated.
+
+    Raises ConfigError as `load` does.
+    """
+    kinds = {"plan": PlanConfig, "engine": EngineConfig, "evaluate": EvaluateConfig}
+    parts, _ = _parts((), bindings, kinds)
+    bound = any(key.split(".")[-2] == PlanConfig.__name__ for key in _keys(gin.config_str()))
+    require_read(RunConfig(plan=PlanConfig(), evaluate=parts["evaluate"]))
+    return parts["plan"] if bound else None, parts["engine"], parts["evaluate"]
 
 
 def parse(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[RunConfig, str]:

@@ -198,6 +198,10 @@ class PlanConfig:
         """The plan with room for every token, for evaluation and inference."""
         return dataclasses.replace(self, capacity_factor=None, buffer_factor=None, dispatch="allgather")
 
+    def evaluating(self) -> "PlanConfig":
+        """The plan for forward passes alone: nothing is dropped, and one microbatch unless stages need several."""
+        return dataclasses.replace(self.dropping_none(), microbatches=self.microbatches if self.stage > 1 else 1)
+
     def plainest(self) -> "PlanConfig":
         """The plan with the plainest implementation of each operation, one microbatch, and nothing recomputed, unrolled
         or offloaded. Its capacity stays."""

@@ -91,6 +91,7 @@ ALWAYS = {
     "chat": "template too_long without_reasoning truncated",
     # With Muon, AdamW's beta1, beta2 and epsilon are those of the parameters that Muon leaves to it.
     "optimizer": "name learning_rate schedule warmup_steps beta1 beta2 epsilon weight_decay clip_norm moment_dtype",
+    "evaluate": "tasks every texts max_length batch_tokens",
 }
 # The other fields, by part. A field may have several readers, which must all hold. Those of the model depend on the
 # model alone, since one model file serves many plans.
@@ -227,6 +228,39 @@ READERS: dict[str, tuple[Reader, ...]] = {
             ("optimizer",),
             lambda run: run.optimizer.schedule != "constant",
             "OptimizerConfig.schedule is 'constant'",
+        ),
+    ),
+    "evaluate": (
+        Reader(
+            "lengths samples seed",
+            ("evaluate",),
+            lambda run: bool(run.evaluate.generated),
+            "EvaluateConfig.tasks has no generated suite",
+        ),
+        Reader(
+            "haystack",
+            ("evaluate",),
+            lambda run: "needle" in run.evaluate.tasks,
+            "EvaluateConfig.tasks has no 'needle'",
+        ),
+        Reader(
+            "limit shots",
+            ("evaluate",),
+            lambda run: run.evaluate.generated != run.evaluate.tasks or bool(run.evaluate.task_path),
+            "EvaluateConfig.tasks has no task of lm-eval",
+        ),
+        Reader("task_path", ("evaluate",), lambda run: bool(run.evaluate.tasks), "EvaluateConfig.tasks is empty"),
+        Reader(
+            "text_field method score_ends",
+            ("evaluate",),
+            lambda run: bool(run.evaluate.texts),
+            "EvaluateConfig.texts is empty",
+        ),
+        Reader(
+            "stride",
+            ("evaluate",),
+            lambda run: bool(run.evaluate.texts) and run.evaluate.method == "windows",
+            "EvaluateConfig has no texts to read by method 'windows'",
         ),
     ),
 }

@@ -16,6 +16,7 @@ from orogen.config.checks import (
 )
 from orogen.config.data import DataConfig
 from orogen.config.dtype import COMPUTE
+from orogen.config.evaluate import EvaluateConfig
 from orogen.config.model import ModelConfig
 from orogen.config.phases import PhaseConfig, Stretch, stretches
 from orogen.config.plan import PlanConfig
@@ -176,6 +177,7 @@ class RunConfig:
     train: TrainConfig = ABSENT
     optimizer: OptimizerConfig = ABSENT
     chat: ChatConfig = ABSENT
+    evaluate: EvaluateConfig = ABSENT
 
     def need(self, *parts: str) -> "RunConfig":
         """This config, if it has all of `parts`. Raises ConfigError naming the class that has no bindings."""
@@ -219,6 +221,12 @@ class RunConfig:
             if self.optimizer.schedule == "wsd":
                 expected = f"at most steps - warmup_steps = {steps} - {warmup}"
                 require(warmup + self.optimizer.decay_steps <= steps, self.optimizer, "decay_steps", expected)
+        if self.train is not None and self.evaluate is not None:
+            between = self.train.evaluate_every
+            expected = f"a multiple of TrainConfig.evaluate_every = {between}"
+            require((self.evaluate.every or between) % between == 0, self.evaluate, "every", expected)
+            expected = "above 0 with EvaluateConfig: a run evaluates together with its held-out loss"
+            require(self.data is None or self.data.heldout_fraction > 0, self.data, "heldout_fraction", expected)
         return self
 
     @property
@@ -273,4 +281,5 @@ PARTS: dict[str, Any] = {
     "train": TrainConfig,
     "optimizer": OptimizerConfig,
     "chat": ChatConfig,
+    "evaluate": EvaluateConfig,
 }

@@ -29,6 +29,11 @@ def has_fields(path: str | Path) -> bool:
     return any((form_of(file.name) or ("",))[0] in (".jsonl", ".parquet") for file in supported_files(Path(path)))
 
 
+def is_readable(file: Path) -> bool:
+    """Whether a file's name says that `read_documents` reads it."""
+    return form_of(file.name) is not None
+
+
 def unread_files(path: str | Path) -> int:
     """The number of entries below a folder that `read_documents` skips: files of other kinds, links to folders, broken
     links, and entries that are not files."""

@@ -47,7 +47,8 @@ class Tokenizer:
     Text never becomes a special token, even where it spells one. `byte_length_v` (v,) int32 is the number of bytes of
     each token, 0 for specials; `is_token_v` (v,) bool is False for ids without a token. `end_ids` end a text. Read-only
     are `bytes_of_token` of each id; `fallback_of_byte`, the ids of byte tokens in a vocabulary with byte fallback;
-    `specials` by id; and `special_names`, the names of pad, bos and eos by role.
+    `specials` by id; `special_names`, the names of pad, bos and eos by role; and `around`, the ids before and after a
+    prompt.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Tokenizer:
         self.special_names = {"pad_token": pad, "bos_token": bos, "eos_token": eos}
         self.pad_id, self.bos_id, self.eos_id = (special_id(backend, name) for name in (pad, bos, eos))
         self.end_ids = frozenset((self.eos_id, *ends))
-        self._around = ((self.bos_id,), ()) if around is None else around
+        self.around = ((self.bos_id,), ()) if around is None else around
         self.bytes_of_token, tokens, self.fallback_of_byte = token_bytes(backend, self._file["model"])
         self.byte_length_v = np.array([len(b) for b in self.bytes_of_token], np.int32)
         self.is_token_v = np.isin(np.arange(self.vocab_size), list(tokens))
@@ -156,7 +157,7 @@ class Tokenizer:
 
         If there are none at all, bos: a model needs a token to begin with.
         """
-        front, back = self._around
+        front, back = self.around
         return [*front, *self.encode(text).tolist(), *back] or [self.bos_id]
 
     def as_in_training(self) -> "Tokenizer":
@@ -165,8 +166,8 @@ class Tokenizer:
         Its post-processor puts bos there too, for `tokenizers` and transformers.
         """
         other = copy.copy(self)
-        other._around = ((self.bos_id,), ())
-        if ids_around(self._backend) != other._around:
+        other.around = ((self.bos_id,), ())
+        if ids_around(self._backend) != other.around:
             bos = self.special_names["bos_token"]
             other._file = {**self._file, "post_processor": with_bos(self._file["post_processor"], bos, self.bos_id)}
             other._backend = as_text(tokenizers.Tokenizer.from_str(json.dumps(other._file)))
@@ -224,7 +225,7 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         names: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special_names}
-        front, back = self._around  # for readers that prefer this to the post-processor of tokenizer.json
+        front, back = self.around  # for readers that prefer this to the post-processor of tokenizer.json
         names |= {"add_bos_token": front == (self.bos_id,), "add_eos_token": back == (self.eos_id,)}
         names["clean_up_tokenization_spaces"] = False  # true would drop spaces before punctuation on decoding
         # The names are written first: a folder that has a tokenizer.json is complete.

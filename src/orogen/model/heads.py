@@ -31,6 +31,15 @@ def log_likelihoods(h_btd: Array, model: LanguageModel, targets_bt: Array, plan:
         return cross_entropy.log_likelihoods(*operands, targets_bt.reshape(-1), **settings).reshape(targets_bt.shape)
 
 
+def judge(h_btd: Array, model: LanguageModel, targets_bt: Array, plan: Plan) -> cross_entropy.Judged:
+    """The log-likelihood (b, t) float32 of each target, and whether it is the most likely token; see `token_nats`."""
+    with jax.named_scope("cross_entropy"):
+        operands, settings = _read(h_btd, model, plan)
+        del settings["implementation"]  # there is one
+        found = cross_entropy.judge(*operands, targets_bt.reshape(-1), **settings)
+        return cross_entropy.Judged(*(x_n.reshape(targets_bt.shape) for x_n in found))
+
+
 def _read(h_btd: Array, model: LanguageModel, plan: Plan) -> tuple[tuple[Array, Array], dict[str, Any]]:
     """The operands and settings that the head's kernels share."""
     head_dv = model.head_matrix(plan)

@@ -18,6 +18,7 @@ Each line of `metrics.jsonl` is the JSON object of one step; steps strictly incr
     heldout_loss/NAME, …  each of these four of one source, with several (DataConfig.sources)
     phase, share/NAME, epochs/NAME: with several sources or phases, the phase, from 0; by source, its share of the
                           tokens since the shares last changed, and how often its documents have been read
+    evaluate/TASK/METRIC  what the model achieves on a task of EvaluateConfig; only in steps that evaluate tasks
     overflow_rows         assignments that did not fit into a ragged buffer; a step with any is skipped
     skipped_steps         steps skipped since the run began
     spike_bound           the loss exceeds this bound: it is a spike (`train.health`); only in such steps

@@ -28,6 +28,7 @@ from orogen.report.series import (
     short_number,
     tokens_seen,
 )
+from orogen.report.tasks import task_pictures
 
 
 def write_report(
@@ -47,7 +48,7 @@ def write_report(
     """
     run_dir, records = Path(run_dir), read_metrics(run_dir)
     spent = time_spent(records, read_lost(run_dir))
-    figures = [_figure_html(run_dir, picture) for picture in pictures(records, baselines)]
+    figures = [_figure_html(run_dir, picture) for picture in (*pictures(records, baselines), *task_pictures(records))]
     texts = [
         _profile_html(run_dir / "profile" / TABLE),
         text_html("Samples", samples, state="open"),

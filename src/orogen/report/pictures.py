@@ -306,6 +306,8 @@ def _draw_series(axes: "Axes", x_n: Floats, y_n: Floats, theme: Theme, *, label:
     return mean_n
 
 
-def add_legend(axes: "Axes", theme: Theme, *, loc: Literal["upper right", "lower right"] = "upper right") -> None:
+def add_legend(
+    axes: "Axes", theme: Theme, *, loc: Literal["upper right", "lower right", "best"] = "upper right"
+) -> None:
     """The legend of a panel."""
     axes.legend(loc=loc, fontsize=9, labelcolor=theme.ink, facecolor=theme.ground, edgecolor=theme.grid, framealpha=0.9)

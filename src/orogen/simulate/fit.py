@@ -109,6 +109,16 @@ def require_scoring_fits(model: ModelConfig, memory: Memory, *, blocked: bool, r
     _require("scoring", [logits], _inference(model, not blocked, together, tokens, settings), 1, memory)
 
 
+def require_evaluation_fits(
+    model: ModelConfig, memory: Memory, *, blocked: bool, batch_tokens: int, length: int
+) -> None:
+    """Raises ConfigError if a pass over texts of `length` tokens exceeds the memory of one device. blocked: see
+    `require_scoring_fits`."""
+    settings = {"EvaluateConfig.lengths": length, "EvaluateConfig.batch_tokens": batch_tokens}
+    together = max(1, batch_tokens // length)
+    _require("evaluation", [], _inference(model, not blocked, together, length, settings), 1, memory)
+
+
 def require_conversion_fits(memory: Memory, *, tensor: str, held: int) -> None:
     """Raises ConfigError if `held`, the bytes that the host needs at once for a checkpoint's largest tensor, exceeds
     the memory."""

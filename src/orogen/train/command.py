@@ -115,9 +115,14 @@ def run_task(options: argparse.Namespace, make_task: Callable[[], "Task"], *part
             warn(config.model)
         held.enter_context(lasting_streams())
         log = say if distributed.first() else lambda line: None
+        task = make_task()
+        if config.evaluate is not None:
+            from orogen.evaluate.during import with_tasks
+
+            task = with_tasks(task)
         try:
             trained = run(
-                config, text, options.run, make_task(), resume=options.resume, origin=origin, profile=profile, log=log,
+                config, text, options.run, task, resume=options.resume, origin=origin, profile=profile, log=log,
                 until=held,
             )  # fmt: skip
             status = _finish_together(options, config, text, trained)

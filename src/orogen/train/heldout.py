@@ -1,6 +1,5 @@
 """Held-out loss during and after training. Letters: b batch, t time."""
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -121,9 +120,8 @@ class Heldout:
 
 
 def heldout_plan(config: RunConfig) -> Plan:
-    """The run's plan for evaluation: no drops, and one microbatch unless pipeline stages need several."""
-    parts = config.plan.microbatches if config.plan.stage > 1 else 1
-    return make_plan(dataclasses.replace(config.plan.dropping_none(), microbatches=parts), config.model)
+    """The run's plan for evaluation."""
+    return make_plan(config.plan.evaluating(), config.model)
 
 
 def measure(

@@ -11,6 +11,7 @@ from jax import numpy as jnp
 
 from orogen.kernels.checks import chosen, require_shapes
 from orogen.kernels.cross_entropy.chunked import cross_entropy_chunked, log_likelihoods_chunked
+from orogen.kernels.cross_entropy.judged import Judged, judged_chunked
 from orogen.kernels.cross_entropy.operands import Operands, Reduce
 from orogen.kernels.cross_entropy.reference import cross_entropy_reference, log_likelihoods_reference
 from orogen.parallel.varying import vary_like
@@ -89,6 +90,26 @@ def log_likelihoods(
     x_nd, head_dv = vary_like((x_nd, head_dv), (x_nd, head_dv, targets_n, vocab_start))
     operands = Operands(x_nd, head_dv, targets_n - vocab_start, _present(head_dv, vocab_start, vocab_size))
     return run(operands, chunk=chunk, reduce=Reduce(reduce_max, reduce_sum))
+
+
+def judge(
+    x_nd: Array,
+    head_dv: Array,
+    targets_n: Array,
+    *,
+    chunk: int,
+    vocab_start: Array | int = 0,
+    vocab_size: int | None = None,
+    reduce_max: Callable[[Array], Array] = _alone,
+    reduce_sum: Callable[[Array], Array] = _alone,
+) -> Judged:
+    """The log-likelihood of each token's target, as `log_likelihoods` has it, and whether the target is the most likely
+    token; of several that are, the lowest. Has no gradient, and computes the logits once. Arguments and errors are
+    those of `cross_entropy`; `reduce_max` takes int32 too."""
+    _check(x_nd, head_dv, {"targets": targets_n}, chunk)
+    x_nd, head_dv = vary_like((x_nd, head_dv), (x_nd, head_dv, targets_n, vocab_start))
+    operands = Operands(x_nd, head_dv, targets_n - vocab_start, _present(head_dv, vocab_start, vocab_size))
+    return judged_chunked(operands, chunk=chunk, reduce=Reduce(reduce_max, reduce_sum))
 
 
 def _check(x_nd: Array, head_dv: Array, by_token: dict[str, Array], chunk: int) -> None:

@@ -33,7 +33,7 @@ def _loss(chunk: int, reduce: Reduce, o: Operands, weights_n: Array) -> Array:
         part, weights_n = _of_chunk(o, tokens)
         return None, jnp.sum(weights_n * softmax_parts(part, reduce).loss_n)
 
-    return jnp.sum(lax.scan(step, None, _split((o.x_nd, o.columns_n, weights_n), chunk))[1])
+    return jnp.sum(lax.scan(step, None, split((o.x_nd, o.columns_n, weights_n), chunk))[1])
 
 
 def _forward(chunk, reduce, o, weights_n):
@@ -46,7 +46,7 @@ def _forward(chunk, reduce, o, weights_n):
         return grad_head_dv + more_dv, (jnp.sum(weights_n * parts.loss_n), grad_x_nd)
 
     grad_head_dv = vary_like(jnp.zeros(o.head_dv.shape, jnp.float32), o.head_dv)
-    tokens = _split((o.x_nd, o.columns_n, weights_n), chunk)
+    tokens = split((o.x_nd, o.columns_n, weights_n), chunk)
     grad_head_dv, (losses_c, grad_x_cnd) = lax.scan(step, grad_head_dv, tokens)
     grad_x_nd = grad_x_cnd.reshape(-1, o.x_nd.shape[1])[: len(o.x_nd)]
     return jnp.sum(losses_c), (grad_x_nd, grad_head_dv.astype(o.head_dv.dtype))
@@ -71,7 +71,7 @@ def _log_likelihoods(chunk: int, reduce: Reduce, o: Operands) -> Array:
         x_nd, columns_n = tokens
         return None, -softmax_parts(o._replace(x_nd=x_nd, columns_n=columns_n), reduce).loss_n
 
-    return lax.scan(step, None, _split((o.x_nd, o.columns_n), chunk))[1].reshape(-1)[: len(o.x_nd)]
+    return lax.scan(step, None, split((o.x_nd, o.columns_n), chunk))[1].reshape(-1)[: len(o.x_nd)]
 
 
 def _log_likelihoods_forward(chunk, reduce, o):
@@ -85,7 +85,7 @@ def _log_likelihoods_backward(chunk, reduce, o, cotangent_n):
         return grad_head_dv + more_dv, grad_x_nd
 
     grad_head_dv = vary_like(jnp.zeros(o.head_dv.shape, jnp.float32), o.head_dv)
-    tokens = _split((o.x_nd, o.columns_n, cotangent_n), chunk)
+    tokens = split((o.x_nd, o.columns_n, cotangent_n), chunk)
     grad_head_dv, grad_x_cnd = lax.scan(step, grad_head_dv, tokens)
     grad_x_nd = grad_x_cnd.reshape(-1, o.x_nd.shape[1])[: len(o.x_nd)]
     return (Operands(grad_x_nd, grad_head_dv.astype(o.head_dv.dtype), None, None),)  # pyright: ignore[reportArgumentType]
@@ -110,11 +110,11 @@ def _of_chunk(o: Operands, tokens: tuple[Array, Array, Array]) -> tuple[Operands
     return o._replace(x_nd=x_nd, columns_n=columns_n), numbers_n
 
 
-def _split(operands: tuple[Array, ...], chunk: int) -> tuple[Array, ...]:
+def split(operands: tuple[Array, ...], chunk: int) -> tuple[Array, ...]:
     """Splits axis n into (c, n); the last chunk is padded with zeros, that is, with tokens of weight zero."""
 
-    def split(a_n: Array) -> Array:
+    def pieces(a_n: Array) -> Array:
         padding = [(0, -len(a_n) % chunk), *[(0, 0)] * (a_n.ndim - 1)]
         return jnp.pad(a_n, padding).reshape(-1, chunk, *a_n.shape[1:])
 
-    return jax.tree.map(split, operands)
+    return jax.tree.map(pieces, operands)

@@ -13,12 +13,14 @@ from orogen.kernels.cross_entropy.operands import Operands, Reduce
 
 
 class SoftmaxParts(NamedTuple):
-    """Each token's loss in nats, and the parts of its gradient: the softmax is exp_nv / total_n, the target hit_nv."""
+    """Each token's loss in nats, and the parts of its gradient: the softmax is exp_nv / total_n, the target hit_nv.
+    logits_nv: those of this rank's columns, -inf for padding."""
 
     loss_n: Array
     exp_nv: Array
     total_n: Array
     hit_nv: Array
+    logits_nv: Array
 
 
 def softmax_parts(o: Operands, reduce: Reduce) -> SoftmaxParts:
@@ -33,7 +35,7 @@ def softmax_parts(o: Operands, reduce: Reduce) -> SoftmaxParts:
     exp_nv = jnp.exp(logits_nv - max_n[:, None])
     target_n = reduce.sum(jnp.sum(jnp.where(hit_nv, logits_nv, 0.0), axis=1))
     total_n = reduce.sum(jnp.sum(exp_nv, axis=1))
-    return SoftmaxParts(jnp.log(total_n) + max_n - target_n, exp_nv, total_n, hit_nv)
+    return SoftmaxParts(jnp.log(total_n) + max_n - target_n, exp_nv, total_n, hit_nv, logits_nv)
 
 
 def cross_entropy_reference(o: Operands, weights_n: Array, *, chunk: int, reduce: Reduce) -> Array:
