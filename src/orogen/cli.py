@@ -16,6 +16,7 @@ from orogen.command import EXIT_BAD_INPUT, EXIT_FAILURE, add_common_arguments, f
 from orogen.compress.command import UPCYCLE
 from orogen.config.checks import ConfigError
 from orogen.convert.command import CONVERT, PARAMS
+from orogen.data.command import CURATE
 from orogen.infer.command import GENERATE, SCORE, SERVE
 from orogen.launch.command import LAUNCH
 from orogen.parallel import distributed
@@ -26,7 +27,7 @@ from orogen.sweep.command import SWEEP
 from orogen.train.command import TRAIN, VERIFY
 from orogen.train.stop import INTERRUPTED
 
-COMMANDS = (TRAIN, PARAMS, PLAN, VERIFY, GENERATE, SCORE, SERVE, CONVERT, BENCH, LAUNCH, SWEEP, UPCYCLE)
+COMMANDS = (TRAIN, PARAMS, PLAN, VERIFY, GENERATE, SCORE, SERVE, CONVERT, CURATE, BENCH, LAUNCH, SWEEP, UPCYCLE)
 # None: an error that our own code raises, which names a missing file.
 PATH_ERRORS = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 

@@ -5,6 +5,7 @@ import typing
 from typing import Any
 
 from orogen.config.checks import field_types, type_name
+from orogen.config.curate import CURATION
 from orogen.config.run import PARTS
 from orogen.config.sweep import SweepConfig
 from orogen.config.upcycle import UpcycleConfig
@@ -12,7 +13,7 @@ from orogen.config.upcycle import UpcycleConfig
 
 def describe_fields() -> dict[str, list[dict[str, Any]]]:
     """By class, one dict per field: name, type, default (absent if the field is required) and meaning."""
-    return {kind.__name__: _fields(kind) for kind in (*PARTS.values(), SweepConfig, UpcycleConfig)}
+    return {kind.__name__: _fields(kind) for kind in (*PARTS.values(), SweepConfig, UpcycleConfig, *CURATION)}
 
 
 def _fields(kind: type) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from gin.config import _LOCATION_PREFIXES
 from gin.config_parser import BindingStatement, ConfigParser, ImportStatement, IncludeStatement
 
 from orogen.config.checks import ConfigError
+from orogen.config.curate import CURATION, CurateConfig
 from orogen.config.engine import EngineConfig
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
@@ -28,7 +29,7 @@ MAX_BYTES = 10**5  # of a gin file; ours have 3,000, and gin's time grows with t
 MAX_FILES = 100
 MESSAGE = 1000  # characters shown of an unreadable value
 
-for _part in (*PARTS.values(), EngineConfig, SweepConfig, UpcycleConfig):
+for _part in (*PARTS.values(), EngineConfig, SweepConfig, UpcycleConfig, *CURATION):
     gin.register(_part)
 
 
@@ -95,6 +96,15 @@ def load_arm(files: Sequence[str | Path], bindings: Sequence[str], arm: Arm) -> 
         return require_read(RunConfig(**parts).check())
     except ConfigError as error:
         raise ConfigError(f"arm {arm.name}: {error}") from None
+
+
+def load_curation(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[CurateConfig, str]:
+    """The CurateConfig of `files` with `bindings` on top, and its operative text, which loads to an equal config.
+    Raises ConfigError as `load` does."""
+    parts, text = _parts(files, bindings, {"curate": CurateConfig})
+    if parts["curate"] is None:
+        raise ConfigError("the gin files have no bindings of CurateConfig; expected some, with its fields")
+    return parts["curate"], text
 
 
 def parse(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[RunConfig, str]:

@@ -52,13 +52,13 @@ def unread_files(path: str | Path) -> int:
     """The number of entries below a folder that `read_documents` skips: files of other kinds, links to folders, broken
     links, and entries that are not files."""
     root = Path(path)
-    files, others = _walk(root)
+    files, others = walk(root)
     return sum(_suffix(file) is None for file in files) + len(others)
 
 
 def linked_folders(path: str | Path) -> int:
     """The number of those that are links to folders. They are not followed: a link may lead back to its own folder."""
-    return sum(other.is_dir() for other in _walk(Path(path))[1])
+    return sum(other.is_dir() for other in walk(Path(path))[1])
 
 
 def read_text(file: Path) -> str:
@@ -77,10 +77,10 @@ def _supported_files(root: Path) -> list[Path]:
 
 
 def _files(root: Path) -> list[Path]:
-    return _walk(root)[0]
+    return walk(root)[0]
 
 
-def _walk(root: Path) -> tuple[list[Path], list[Path]]:
+def walk(root: Path) -> tuple[list[Path], list[Path]]:
     """The files below a folder in the order of their paths, or the file itself, and the entries that are neither file
     nor folder.
 
@@ -118,7 +118,7 @@ def _read_txt(file: Path, key: str, text_field: str) -> Iterator[Document]:
 
 def _read_jsonl(file: Path, key: str, text_field: str) -> Iterator[Document]:
     """One document per line; blank lines are not documents, but count in the line numbers of keys and messages."""
-    with _open_lines(file) as lines:
+    with open_lines(file) as lines:
         number = 0
         while line := lines.readline(MAX_LINE_BYTES + 1):
             number += 1
@@ -136,10 +136,10 @@ def _text_of_line(line: bytes, text_field: str, *, where: str) -> str:
     if not isinstance(record, dict) or text_field not in record:
         found = shown(sorted(record)) if isinstance(record, dict) else type(record).__name__
         raise ConfigError(f"{where}: found {found}: expected a JSON object with the field {text_field!r}")
-    return _checked_text(record[text_field], text_field, where=where)
+    return checked_text(record[text_field], text_field, where=where)
 
 
-def _checked_text(text: object, text_field: str, *, where: str) -> str:
+def checked_text(text: object, text_field: str, *, where: str) -> str:
     if not isinstance(text, str):
         raise ConfigError(f"{where}: {text_field!r} is {shown(text)}: expected a string")
     try:
@@ -150,7 +150,9 @@ def _checked_text(text: object, text_field: str, *, where: str) -> str:
 
 
 @contextlib.contextmanager
-def _open_lines(file: Path) -> Iterator[io.BufferedIOBase]:
+def open_lines(file: Path) -> Iterator[io.BufferedIOBase]:
+    """Opens a file's bytes, decompressed if its name ends in .gz or .zst. Reading raises one of DAMAGE if it is not
+    whole."""
     if file.name.endswith(".zst"):
         with file.open("rb") as stream, io.BufferedReader(ZstdFrames(stream)) as lines:
             yield lines
@@ -184,7 +186,7 @@ def _rows(file: Path, key: str, text_field: str) -> Iterator[Document]:
         for chunk in table.iter_batches(columns=[text_field]):
             for value in chunk.column(0).to_pylist():
                 number += 1
-                yield Document(f"{key}:{number}", _checked_text(value, text_field, where=f"{file}:{number}"))
+                yield Document(f"{key}:{number}", checked_text(value, text_field, where=f"{file}:{number}"))
 
 
 def _decode(data: bytes, *, where: str) -> str:

@@ -1,0 +1,106 @@
+"""`orogen curate`. Importing this imports neither jax nor datatrove."""
+
+import argparse
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from orogen.command import Command, add_config_arguments, answer, positive
+from orogen.config.checks import ConfigError
+from orogen.config.curate import CurateConfig, ExtractConfig, LanguageConfig
+
+EXECUTORS = ("local", "slurm", "ray")
+NEEDS = ("datatrove", "warcio", "cchardet", "magic", "pylibmagic", "scipy")
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR",
+                        help="a new folder, or one of a curation that was stopped, which goes on")  # fmt: skip
+    parser.add_argument("--workers", type=positive, metavar="N", help="tasks at a time; by default one per core")
+    parser.add_argument("--executor", choices=EXECUTORS, default="local", help="where tasks run; local by default")
+    parser.add_argument("--partition", metavar="NAME", help="SLURM: the partition")
+    parser.add_argument("--time", default="24:00:00", metavar="LIMIT", help="SLURM: time limit of a task")
+    parser.add_argument("--memory_gb", type=positive, default=4, metavar="N", help="SLURM and Ray: memory of a task")
+    parser.add_argument("--setup", metavar="LINE", help="SLURM: a line of shell to run before a task")
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object on stdout")
+
+
+def curate(options: argparse.Namespace) -> int:
+    """`orogen curate`."""
+    from orogen.config.load import load_curation
+
+    config, text = load_curation(options.gin_file, options.gin_bindings)
+    _require_packages(config)
+    from orogen.data.curate.execute import Place, cores
+    from orogen.data.curate.run import curate, is_whole, prepare, tidy
+    from orogen.data.curate.work import REPORT
+    from orogen.train.lock import RunLock
+
+    workers = options.workers or cores()
+    place = Place(
+        options.executor, workers, options.partition, options.time, options.memory_gb, setup=options.setup
+    )  # fmt: skip
+    work = prepare(config, text, options.out)
+    if not is_whole(options.out):
+        with RunLock(options.out, log=_say):
+            job = curate(config, work, place, show)
+        if job is not None:
+            answer(options, {"job": job}, [f"submitted; the last job is {job}"])
+            return 0
+    tidy(options.out)
+    facts = json.loads((options.out / REPORT).read_bytes())
+    answer(options, facts, _lines(facts, options.out))
+    return 0
+
+
+def show(out: Path, facts: dict[str, Any]) -> None:
+    """Makes the report's page; called by the last pass, wherever that runs."""
+    from orogen.report.curation import write_page
+
+    write_page(out, facts, config_text=(out / "config.gin").read_text())
+
+
+def _say(line: str) -> None:
+    from orogen.config.streams import say
+
+    say(line)
+
+
+def _require_packages(config: CurateConfig) -> None:
+    """Raises ConfigError if what the stages need is not installed."""
+    extract, language = config.stage(ExtractConfig), config.stage(LanguageConfig)
+    extractor = [extract.extractor] if isinstance(extract, ExtractConfig) else []
+    names = [*NEEDS, *extractor, *(["py3langid"] if language else [])]
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"orogen curate needs {', '.join(missing)}; expected pip install 'orogen[curate]'")
+
+
+def _lines(facts: dict[str, Any], out: Path) -> list[str]:
+    """One line per stage, and where the rest is."""
+    lines = []
+    for name, stage in facts["stages"].items():
+        left, removed = stage["left"], stage["removed"]
+        reasons = ", ".join(f"{reason} {found['documents']:,}" for reason, found in removed.items())
+        lines.append(f"{name:14}{left['documents']:>12,} documents {left['bytes']:>16,} bytes  {reasons}".rstrip())
+    broken = facts["broken"]
+    if broken["records"]:
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in broken["reasons"].items())
+        lines.append(f"broken: {broken['records']:,} ({reasons}); named in {out / 'broken.jsonl'}")
+    return [*lines, f"{out / 'documents'}, {out / 'report.html'}"]
+
+
+CURATE = Command(
+    name="curate",
+    help="documents to documents: text from HTML, language, quality, duplicates, evaluation text; with a report",
+    examples=(
+        "orogen curate --gin_file gin_configs/curation/web.gin --out runs/curated "
+        "--gin_bindings \"CurateConfig.sources=[('crawl', '/path/to/warc')]\"",
+        "orogen curate --gin_file gin_configs/curation/web.gin --out runs/curated --executor slurm --partition cpu",
+    ),
+    add_arguments=_add_arguments,
+    run=curate,
+    bare=True,
+)

@@ -1,0 +1,2 @@
+"""stub"""
+def write_page(out, facts, *, config_text): pass
