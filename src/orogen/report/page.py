@@ -47,17 +47,17 @@ def write_report(
     """
     run_dir, records = Path(run_dir), read_metrics(run_dir)
     spent = time_spent(records, read_lost(run_dir))
-    figures = [_figure_html(run_dir, picture) for picture in pictures(records, baselines)]
+    figures = [figure_html(run_dir, picture) for picture in pictures(records, baselines)]
     texts = [
         _profile_html(run_dir / "profile" / TABLE),
-        _text_html("Samples", samples, state="open"),
-        _text_html("Configuration", config_text, state=""),
-        _text_html("Environment", json.dumps(environment, indent=2, default=str), state=""),
+        text_html("Samples", samples, state="open"),
+        text_html("Configuration", config_text, state=""),
+        text_html("Environment", json.dumps(environment, indent=2, default=str), state=""),
     ]
-    page = _PAGE.format(
+    page = PAGE.format(
         title=html.escape(title),
-        style=_STYLE,
-        headline=_headline_html(_headline(records, environment) | _goodput(spent)),
+        style=STYLE,
+        headline=headline_html(_headline(records, environment) | _goodput(spent)),
         baselines=_baselines_html(_whole_heldout(records), baselines),
         spent=_spent_html(spent),
         figures="\n".join(figures),
@@ -124,7 +124,8 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {rest // 60:02d} min" if hours else f"{rest // 60} min {rest % 60:02d} s"
 
 
-def _headline_html(facts: Mapping[str, str]) -> str:
+def headline_html(facts: Mapping[str, str]) -> str:
+    """The numbers at the top of a page, by label."""
     cells = (f"<div><dt>{html.escape(label)}</dt><dd>{html.escape(value)}</dd></div>" for label, value in facts.items())
     return f'<dl class="headline">{"".join(cells)}</dl>'
 
@@ -163,7 +164,7 @@ def _baseline_row(name: str, value: float, model: float | None) -> str:
     )
 
 
-def _figure_html(run_dir: Path, picture: Picture) -> str:
+def figure_html(run_dir: Path, picture: Picture) -> str:
     """Draws the picture in both themes, writes the light one to a file, and returns its part of the page."""
     light, dark = png(picture.draw(LIGHT)), png(picture.draw(DARK))
     write_atomically(run_dir / f"{picture.name}.png", light)
@@ -185,13 +186,14 @@ def _data_url(content: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(content).decode()}"
 
 
-def _text_html(heading: str, text: str | None, *, state: str) -> str:
+def text_html(heading: str, text: str | None, *, state: str) -> str:
+    """A text that unfolds; state: "open" shows it at once. Nothing if there is none."""
     if not text:
         return ""
     return f"<details {state}><summary>{heading}</summary><pre>{html.escape(text)}</pre></details>"
 
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --ground: #f6f7f9; --card: #ffffff; --ink: #24292f; --quiet: #59636e;
   --line: #dfe3e8; --accent: #1f5fae; }
 @media (prefers-color-scheme: dark) { :root { --ground: #0d1117; --card: #161b22; --ink: #d5dae1; --quiet: #9198a1;
@@ -220,7 +222,7 @@ pre { font: .82rem/1.5 ui-monospace, monospace; margin: .8rem 0 0; overflow-x: a
   overflow-wrap: anywhere; }
 """
 
-_PAGE = """<!doctype html>
+PAGE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">

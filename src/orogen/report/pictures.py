@@ -121,7 +121,7 @@ def _draw_loss(records: Records, baselines: Mapping[str, float], theme: Theme) -
     unit, key = ("nats per token", "heldout_loss") if factor is None else ("bits per byte", "heldout_bits_per_byte")
     lines = {} if factor is None else {name: float(value) for name, value in baselines.items()}
     tokens_n, loss_n, heldout_n = tokens_seen(records), column(records, "loss"), column(records, key)
-    figure, axes = _figure(theme, height=4.4)
+    figure, axes = new_figure(theme, height=4.4)
     mean_n = _draw_series(axes, tokens_n, loss_n * (factor or 1.0), theme, label="training, running mean")
     scored = np.isfinite(heldout_n)
     if scored.any():
@@ -137,7 +137,7 @@ def _draw_loss(records: Records, baselines: Mapping[str, float], theme: Theme) -
     _draw_baselines(axes, lines, theme)
     axes.set(xlabel="tokens", ylabel=unit)
     axes.xaxis.set_major_formatter(short_number)
-    _legend(axes, theme)
+    legend(axes, theme)
     return figure
 
 
@@ -169,12 +169,12 @@ def _draw_throughput(records: Records, theme: Theme) -> "Figure":
     steps_n, rate_n = column(records, "step"), column(records, "tokens_per_second")
     finite_n = rate_n[np.isfinite(rate_n)]
     median = float(np.median(finite_n))
-    figure, axes = _figure(theme, height=3.2)
+    figure, axes = new_figure(theme, height=3.2)
     _draw_series(axes, steps_n, rate_n, theme, label="running mean")
     axes.axhline(median, color=theme.accent, linewidth=1.2, linestyle=(0, (4, 3)), label=f"median {median:,.0f}")
     axes.set(xlabel="step", ylabel="tokens per second", ylim=(0, 1.15 * np.quantile(finite_n, 0.99)))
     axes.yaxis.set_major_formatter(short_number)
-    _legend(axes, theme, loc="lower right")
+    legend(axes, theme, loc="lower right")
     return figure
 
 
@@ -192,11 +192,11 @@ def _dropped(records: Records) -> Picture | None:
 def _draw_dropped(steps_n: Floats, share_n: Floats, theme: Theme) -> "Figure":
     from matplotlib.ticker import PercentFormatter
 
-    figure, axes = _figure(theme, height=2.8)
+    figure, axes = new_figure(theme, height=2.8)
     _draw_series(axes, steps_n, share_n, theme, label=f"running mean; whole run {share_n.mean():.2%}")
     axes.set(xlabel="step", ylabel="dropped", ylim=(0, max(0.01, 1.05 * share_n.max())))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    _legend(axes, theme)
+    legend(axes, theme)
     return figure
 
 
@@ -276,7 +276,8 @@ def _bare_figure(theme: Theme, *, height: float) -> "Figure":
     return Figure(figsize=(WIDTH, height), dpi=DOTS_PER_INCH, layout="constrained", facecolor=theme.ground)
 
 
-def _figure(theme: Theme, *, height: float) -> tuple["Figure", "Axes"]:
+def new_figure(theme: Theme, *, height: float) -> tuple["Figure", "Axes"]:
+    """An empty figure of the page's width in the theme, and its axes. height: inches."""
     figure = _bare_figure(theme, height=height)
     axes = figure.subplots()
     _style(axes, theme, grid=True)
@@ -303,5 +304,9 @@ def _draw_series(axes: "Axes", x_n: Floats, y_n: Floats, theme: Theme, *, label:
     return mean_n
 
 
-def _legend(axes: "Axes", theme: Theme, *, loc: Literal["upper right", "lower right"] = "upper right") -> None:
+Corner = Literal["upper right", "lower right", "upper left"]
+
+
+def legend(axes: "Axes", theme: Theme, *, loc: Corner = "upper right") -> None:
+    """Draws the legend in the theme's colours."""
     axes.legend(loc=loc, fontsize=9, labelcolor=theme.ink, facecolor=theme.ground, edgecolor=theme.grid, framealpha=0.9)
