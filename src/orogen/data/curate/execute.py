@@ -64,8 +64,11 @@ def _executor(one: Pass, work: Work, place: Place) -> Any:
             one.steps, tasks=one.tasks, workers=place.workers, logging_dir=str(work.logs(one.name)),
             mem_per_cpu_gb=place.memory_gb,
         )  # fmt: skip
+    import multiprocess
     from datatrove.executor.local import LocalPipelineExecutor
 
+    # Workers are forked from a process that has imported what they need, instead of importing it once each per pass.
+    multiprocess.set_forkserver_preload(["orogen.data.curate.run"])
     workers = min(place.workers, one.tasks)
     return LocalPipelineExecutor(one.steps, tasks=one.tasks, workers=workers, logging_dir=str(work.logs(one.name)))
 

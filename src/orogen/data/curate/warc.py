@@ -22,7 +22,7 @@ def read_records(stream: io.BufferedIOBase, key: str, report: Callable[[str, str
     from warcio.archiveiterator import ArchiveIterator
     from warcio.exceptions import ArchiveLoadFailed
 
-    number, records = 0, iter(ArchiveIterator(stream))
+    number, records = 0, iter(ArchiveIterator(_Pieces(stream)))
     while True:
         try:
             record = next(records, None)
@@ -48,6 +48,18 @@ def read_records(stream: io.BufferedIOBase, key: str, report: Callable[[str, str
             yield Document(found["text"], f"{key}:{number}", metadata=metadata | _html(record))
         elif _is_text(record):
             report(str(number), "not text", "no character set decodes it")
+
+
+class _Pieces:
+    """Reads what one read of the file below gives. Of a damaged file, a read of a whole buffer would lose the records
+    in front of the damage."""
+
+    def __init__(self, stream: io.BufferedIOBase):
+        self._stream = stream
+
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes; none at the end."""
+        return self._stream.read1(size)
 
 
 def _html(record: Any) -> dict[str, bool]:
