@@ -1,10 +1,10 @@
 """Near-duplicates planted at known Jaccard indices, two versions of the standard library, and the loss after curation.
 
-    python experiments/curation/run.py curve
-    python experiments/curation/run.py stdlib --old /path/to/lib/python3.11 --new /path/to/lib/python3.12
-    python experiments/curation/run.py speed
-    python experiments/curation/run.py loss
-    python experiments/curation/run.py draw
+python experiments/curation/run.py curve
+python experiments/curation/run.py stdlib --old /path/to/lib/python3.11 --new /path/to/lib/python3.12
+python experiments/curation/run.py speed
+python experiments/curation/run.py loss
+python experiments/curation/run.py draw
 """
 
 import argparse
@@ -28,7 +28,6 @@ from orogen.data.curate.duplicates import band_pairs
 from orogen.data.curate.execute import Place, execute
 from orogen.data.curate.minhash import candidate_probability, signatures
 from orogen.data.curate.run import curate, passes, prepare
-from orogen.data.curate.store import read_records
 from orogen.data.curate.words import shingles
 
 HERE = Path(__file__).parent
@@ -44,7 +43,7 @@ def grams(text: str, n: int = 5) -> frozenset[tuple[str, ...]]:
 
 
 def similar_pairs(texts: list[str], least: float) -> dict[tuple[int, int], float]:
-    """Every pair with a Jaccard index of at least `least` > 0, by counting shared shingles of all pairs that share one."""
+    """Every pair with a Jaccard index of at least `least` > 0, by counting the shingles of pairs that share any."""
     sets = [grams(text) for text in texts]
     holders: dict[Any, list[int]] = defaultdict(list)
     shared: dict[tuple[int, int], int] = defaultdict(int)
@@ -120,7 +119,9 @@ def stdlib(old: Path, new: Path, record: Any) -> None:
     truth = similar_pairs(texts, 0.8)
     across = {(keys[i][1], keys[j][1]) for i, j in truth if keys[i][0] != keys[j][0]}
     alike = sum((name, name) in across for name in common)
-    record(part="stdlib", common=len(common), same=same, alike=alike, documents=len(texts), **compare(texts, DedupConfig()))
+    record(
+        part="stdlib", common=len(common), same=same, alike=alike, documents=len(texts), **compare(texts, DedupConfig())
+    )
     with tempfile.TemporaryDirectory() as folder:
         for version, files in versions.items():
             write(Path(folder, version, "modules.jsonl"), list(files.values()))
@@ -235,7 +236,9 @@ def loss(record: Any) -> None:
             config = CurateConfig(sources=(("raw", str(folder / "raw")),), stages=chosen)
             report = run(config, folder / arm)
             corpora[arm] = folder / arm / "documents"
-            record(part="corpus", arm=arm, read=report["stages"]["read"]["left"], left=report["stages"]["write"]["left"])
+            record(
+                part="corpus", arm=arm, read=report["stages"]["read"]["left"], left=report["stages"]["write"]["left"]
+            )
         for seed in SEEDS:
             for arm in ARMS:
                 out = folder / f"{arm}-{seed}"
@@ -287,7 +290,7 @@ def draw() -> None:
         for place, several in zip(at, values, strict=True):
             right.plot([place] * len(several), several, "_", color=line.get_color(), markersize=12)
     right.set_xticks(range(len(ARMS)), ARMS)
-    right.set_ylabel("nats per byte after 512,000 bytes")
+    right.set_ylabel("nats per byte after 327,680 bytes")
     right.grid(axis="y", alpha=0.3)
     right.legend()
     figure.savefig(HERE / "figure.png", dpi=110)

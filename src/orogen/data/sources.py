@@ -140,6 +140,7 @@ def _text_of_line(line: bytes, text_field: str, *, where: str) -> str:
 
 
 def checked_text(text: object, text_field: str, *, where: str) -> str:
+    """The value of a text field. Raises ConfigError if it is not a string, or not valid Unicode."""
     if not isinstance(text, str):
         raise ConfigError(f"{where}: {text_field!r} is {shown(text)}: expected a string")
     try:

@@ -147,8 +147,8 @@ def _pictures(facts: Facts) -> list[Picture]:
     ]  # fmt: skip
     if dedup := facts.get("dedup"):
         caption = (
-            f"Two documents become candidates if all {dedup['rows']} hashes of one of {dedup['bands']} bands agree. The "
-            "line is the probability; the dots are measured with this run's hash functions, on "
+            f"Two documents become candidates if all {dedup['rows']} hashes of one of {dedup['bands']} bands agree. "
+            "The line is the probability; the dots are measured with this run's hash functions, on "
             f"{dedup['pairs_per_point']} pairs of random sets each, whose index is planted; bars of two standard "
             "errors. Behind them: this run's candidates by estimated index. Those left of the dashed line are no "
             "duplicates."

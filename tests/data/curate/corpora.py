@@ -31,7 +31,9 @@ def nearly(text: str, *, seed: int = 0) -> str:
 def write_jsonl(path: Path, documents: list[Any]) -> Path:
     """One line per text, record, or bytes as they are; compressed if the name says so."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [d if isinstance(d, bytes) else json.dumps(d if isinstance(d, dict) else {"text": d}).encode() for d in documents]
+    lines = [
+        d if isinstance(d, bytes) else json.dumps(d if isinstance(d, dict) else {"text": d}).encode() for d in documents
+    ]
     content = b"".join(line + b"\n" for line in lines)
     if path.suffix == ".zst":
         import zstandard

@@ -69,5 +69,7 @@ def test_sets_of_shingles_have_the_jaccard_index_of_the_sets_of_words():
 
 
 def test_a_text_of_few_words_is_one_shingle_and_one_without_words_has_none():
-    assert len(shingles("a b c", 5)) == 1 and len(shingles("a b c d e", 5)) == 1 and len(shingles("a b c d e f", 5)) == 2
+    assert (
+        len(shingles("a b c", 5)) == 1 and len(shingles("a b c d e", 5)) == 1 and len(shingles("a b c d e f", 5)) == 2
+    )
     assert len(shingles("... !", 5)) == len(shingles("", 5)) == 0

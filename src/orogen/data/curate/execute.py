@@ -55,7 +55,7 @@ def _left(one: Pass, work: Work) -> int:
 def _executor(one: Pass, work: Work, place: Place) -> Any:
     if place.executor == "ray":
         try:
-            import ray  # noqa: F401
+            import ray  # noqa: F401  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise ConfigError("--executor ray needs Ray; expected pip install 'datatrove[ray]'") from None
         from datatrove.executor.ray import RayPipelineExecutor
@@ -68,7 +68,7 @@ def _executor(one: Pass, work: Work, place: Place) -> Any:
     from datatrove.executor.local import LocalPipelineExecutor
 
     # Workers are forked from a process that has imported what they need, instead of importing it once each per pass.
-    multiprocess.set_forkserver_preload(["orogen.data.curate.run"])
+    multiprocess.get_context("forkserver").set_forkserver_preload(["orogen.data.curate.run"])
     workers = min(place.workers, one.tasks)
     return LocalPipelineExecutor(one.steps, tasks=one.tasks, workers=workers, logging_dir=str(work.logs(one.name)))
 
@@ -84,7 +84,7 @@ def _submit(passes: Sequence[Pass], work: Work, place: Place) -> str:
         last = SlurmPipelineExecutor(
             one.steps, tasks=one.tasks, workers=place.workers, time=place.time, partition=place.partition,
             mem_per_cpu_gb=place.memory_gb, job_name=f"curate-{one.name}", logging_dir=str(folder),
-            slurm_logs_folder=str(folder / "slurm"), env_command=place.setup, depends=last, mail_type="NONE",
+            slurm_logs_folder=str(folder / "slurm"), env_command=place.setup or "", depends=last, mail_type="NONE",
         )  # fmt: skip
     assert last is not None
     last.run()

@@ -12,7 +12,9 @@ from orogen.data.sources import walk
 
 HTML = "orogen.html"  # the key of metadata that marks a text as HTML
 COMPRESSIONS = ("", ".gz", ".zst")
-SUFFIXES = tuple(f".{kind}{packed}" for kind in ("txt", "html", "htm", "jsonl", "warc", "wet") for packed in COMPRESSIONS)
+SUFFIXES = tuple(
+    f".{kind}{packed}" for kind in ("txt", "html", "htm", "jsonl", "warc", "wet") for packed in COMPRESSIONS
+)
 SUFFIXES += (".parquet",)
 
 

@@ -1,4 +1,4 @@
-"""Stages that judge one document at a time. A rule returns why the document is removed, or None; it may change the text.
+"""Stages that judge one document at a time. A rule returns why it is removed, or None, and may change its text.
 
 The rules of Gopher and C4 are datatrove's, with words found by a regular expression: its own tokenizer for English is
 spaCy's, 250 MB of packages.

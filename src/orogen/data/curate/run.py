@@ -41,7 +41,9 @@ def prepare(config: CurateConfig, text: str, out: Path) -> Work:
     if work.inputs.is_file() or manifest.is_file():
         before = load_inputs(work.inputs)[1] if work.inputs.is_file() else config_file.read_text()
         if before != text:
-            raise ConfigError(f"{str(out)!r} holds a curation with another config; expected the same, or another folder")
+            raise ConfigError(
+                f"{str(out)!r} holds a curation with another config; expected the same, or another folder"
+            )
         return work
     if out.exists() and (not out.is_dir() or any(entry.name != "run.lock" for entry in out.iterdir())):
         raise ConfigError(f"{str(out)!r} is not an empty folder, nor one of `orogen curate`; expected one of them")
@@ -116,7 +118,10 @@ class Finish(PipelineStep):
             "sources": [name for name, _ in self.config.sources],
             "files": sum(map(len, inputs.shards)),
             "skipped_files": inputs.skipped,
-            "broken": {"records": len(broken), "reasons": dict(sorted(Counter(why for _, _, why, _ in broken).items()))},
+            "broken": {
+                "records": len(broken),
+                "reasons": dict(sorted(Counter(why for _, _, why, _ in broken).items())),
+            },
             "stages": self._stages(first) | self._stages(last),
             **{name: found for name, found in others.items() if found},
         }

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 
@@ -41,7 +41,7 @@ class DocumentWriter:
     def __enter__(self) -> "DocumentWriter":
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = _Hashed(self._temporary.open("wb"))
-        self._stream = self._pack.stream_writer(self._file, closefd=False)
+        self._stream = self._pack.stream_writer(cast(BinaryIO, self._file), closefd=False)
         return self
 
     def write(self, record: dict[str, Any]) -> None:
