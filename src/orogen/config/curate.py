@@ -4,7 +4,7 @@ A gin file names the stages that run: `CurateConfig.stages = [@LanguageConfig(),
 """
 
 import dataclasses
-from typing import Annotated, TypeAlias
+from typing import Annotated, TypeAlias, TypeVar
 
 from orogen.config.checks import (
     check_types,
@@ -166,6 +166,7 @@ class DecontaminateConfig:
 Stage: TypeAlias = (
     ExtractConfig | LanguageConfig | GopherConfig | C4Config | ClassifyConfig | DedupConfig | DecontaminateConfig
 )
+Kind = TypeVar("Kind")
 STAGES: tuple[type, ...] = (
     ExtractConfig,
     LanguageConfig,
@@ -208,7 +209,7 @@ class CurateConfig:
         require_positive(self, "shard_bytes")
         require_not_negative(self, "examples")
 
-    def stage(self, kind: type) -> "Stage | None":
+    def stage(self, kind: type[Kind]) -> Kind | None:
         """The config of the stage of this kind, None if it does not run."""
         return next((stage for stage in self.stages if isinstance(stage, kind)), None)
 

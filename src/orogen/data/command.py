@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=positive, metavar="N", help="tasks at a time; by default one per core")
     parser.add_argument("--executor", choices=EXECUTORS, default="local", help="where tasks run; local by default")
     parser.add_argument("--partition", metavar="NAME", help="SLURM: the partition")
-    parser.add_argument("--time", default="24:00:00", metavar="LIMIT", help="SLURM: time limit of a task")
-    parser.add_argument("--memory_gb", type=positive, default=4, metavar="N", help="SLURM and Ray: memory of a task")
+    parser.add_argument("--time", metavar="LIMIT", help="SLURM: time limit of a task; 24:00:00 by default")
+    parser.add_argument("--memory_gb", type=positive, metavar="N", help="SLURM and Ray: memory of a task; 4 by default")
     parser.add_argument("--setup", metavar="LINE", help="SLURM: a line of shell to run before a task")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object on stdout")
 
@@ -33,15 +34,14 @@ def curate(options: argparse.Namespace) -> int:
 
     config, text = load_curation(options.gin_file, options.gin_bindings)
     _require_packages(config)
+    _check_place(options)
     from orogen.data.curate.execute import Place, cores
     from orogen.data.curate.run import curate, is_whole, prepare, tidy
     from orogen.data.curate.work import REPORT
     from orogen.train.lock import RunLock
 
-    workers = options.workers or cores()
-    place = Place(
-        options.executor, workers, options.partition, options.time, options.memory_gb, setup=options.setup
-    )  # fmt: skip
+    fields = {name: getattr(options, name) for name in Place._fields if getattr(options, name) is not None}
+    place = Place(**{"workers": cores(), **fields})
     work = prepare(config, text, options.out)
     if not is_whole(options.out):
         with RunLock(options.out, log=_say):
@@ -71,11 +71,26 @@ def _say(line: str) -> None:
 def _require_packages(config: CurateConfig) -> None:
     """Raises ConfigError if what the stages need is not installed."""
     extract, language = config.stage(ExtractConfig), config.stage(LanguageConfig)
-    extractor = [extract.extractor] if isinstance(extract, ExtractConfig) else []
+    extractor = [extract.extractor] if extract else []
     names = [*NEEDS, *extractor, *(["py3langid"] if language else [])]
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"orogen curate needs {', '.join(missing)}; expected pip install 'orogen[curate]'")
+
+
+def _check_place(options: argparse.Namespace) -> None:
+    """Raises ConfigError if the options do not fit the executor."""
+    readers = {"partition": ("slurm",), "time": ("slurm",), "setup": ("slurm",), "memory_gb": ("slurm", "ray")}
+    for name, executors in readers.items():
+        if getattr(options, name) is not None and options.executor not in executors:
+            expected = " or ".join(f"--executor {executor}" for executor in executors)
+            raise ConfigError(
+                f"--{name} is {getattr(options, name)!r}, which nothing reads; expected {expected} with it"
+            )
+    if options.executor == "slurm" and (options.partition is None or shutil.which("sbatch") is None):
+        raise ConfigError("--executor slurm submits with sbatch; expected --partition NAME, on a host of the cluster")
+    if options.executor == "ray" and importlib.util.find_spec("ray") is None:
+        raise ConfigError("--executor ray needs Ray; expected pip install 'datatrove[ray]'")
 
 
 def _lines(facts: dict[str, Any], out: Path) -> list[str]:

@@ -78,8 +78,8 @@ def _stages_html(stages: Facts) -> str:
     rows = []
     for name, stage in stages.items():
         entered, left = stage["entered"], stage["left"]
-        gone = sum(found["bytes"] for found in stage["removed"].values())
-        cells = (left["documents"], left["bytes"], entered["documents"] - left["documents"], gone)
+        gone, removed = (sum(found[key] for found in stage["removed"].values()) for key in ("bytes", "documents"))
+        cells = (left["documents"], left["bytes"], removed, gone)
         rows.append(_row(name, *cells, mark=' class="model"'))
         rows += [
             _row(f"· {reason}", None, None, found["documents"], found["bytes"])

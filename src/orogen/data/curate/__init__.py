@@ -13,7 +13,8 @@ extractors in a process of their own, and has the rules of Gopher and C4. Ours a
 - readers of the other formats (`read.py`): datatrove's skip broken records without a count, lose the rest of a file
   behind a byte that is not UTF-8, and end on a truncated one;
 - deduplication (`words.py`, `minhash.py`, `duplicates.py`, `match.py`): datatrove's hashes shingle by shingle, compares
-  signatures in Python, neither verifies candidates nor knows the priority of sources, and was ten times slower here;
+  signatures in Python, neither verifies candidates nor knows the priority of sources, and is slower
+  (`experiments/curation`);
 - decontamination (`contamination.py`): datatrove's drops whole documents, and indexes evaluation sets that lighteval
   downloads;
 - language identification by py3langid, whose model is in the package: datatrove downloads fastText's;
@@ -21,7 +22,8 @@ extractors in a process of their own, and has the rules of Gopher and C4. Ours a
 
 **Stops.** Every task writes its files under temporary names and renames them when they are whole; a second call goes on
 with the tasks that did not complete. `documents/` appears when all of its files are whole, `manifest.json` (counts and
-SHA-256 of every file) last. A config other than that of the folder is refused. One run at a time holds the folder.
+SHA-256 of every file) last. A config other than that of the folder is refused. One run at a time holds the folder. With
+SLURM, a call submits all passes; one after the last job prints the report and removes what only the passes needed.
 
 **Broken input** is never fatal and never silent: every record or file that cannot be read is in `broken.jsonl` with its
 reason, and counted in the report.

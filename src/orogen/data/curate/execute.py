@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from orogen.config.checks import ConfigError
 from orogen.config.streams import say
 from orogen.data.curate.work import Work
 
@@ -54,10 +53,6 @@ def _left(one: Pass, work: Work) -> int:
 
 def _executor(one: Pass, work: Work, place: Place) -> Any:
     if place.executor == "ray":
-        try:
-            import ray  # noqa: F401  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            raise ConfigError("--executor ray needs Ray; expected pip install 'datatrove[ray]'") from None
         from datatrove.executor.ray import RayPipelineExecutor
 
         return RayPipelineExecutor(
@@ -76,15 +71,15 @@ def _executor(one: Pass, work: Work, place: Place) -> Any:
 def _submit(passes: Sequence[Pass], work: Work, place: Place) -> str:
     from datatrove.executor.slurm import SlurmPipelineExecutor
 
-    if place.partition is None:
-        raise ConfigError("--executor slurm submits to a partition; expected --partition NAME")
+    assert place.partition is not None  # the command line asks for it
     last = None
     for one in passes:
         folder = work.logs(one.name)
         last = SlurmPipelineExecutor(
             one.steps, tasks=one.tasks, workers=place.workers, time=place.time, partition=place.partition,
             mem_per_cpu_gb=place.memory_gb, job_name=f"curate-{one.name}", logging_dir=str(folder),
-            slurm_logs_folder=str(folder / "slurm"), env_command=place.setup or "", depends=last, mail_type="NONE",
+            slurm_logs_folder=str(folder / "slurm"), env_command=place.setup or "", depends=last,
+            mail_type="NONE", qos="",
         )  # fmt: skip
     assert last is not None
     last.run()

@@ -24,7 +24,7 @@ from orogen.data.curate.read import Broken
 from orogen.data.curate.steps import IndexNgrams, Judge, Keep, Read, Train, Write, rules
 from orogen.data.curate.store import write_json, write_lines
 from orogen.data.curate.tally import merged
-from orogen.data.curate.work import BROKEN, CONFIG, DOCUMENTS, MANIFEST, REPORT, Work
+from orogen.data.curate.work import BROKEN, CONFIG, DOCUMENTS, MANIFEST, REPORT, WORK, Work
 
 VERSION = 1  # of the output folder
 Show = Callable[[Path, dict[str, Any]], None]
@@ -45,7 +45,8 @@ def prepare(config: CurateConfig, text: str, out: Path) -> Work:
                 f"{str(out)!r} holds a curation with another config; expected the same, or another folder"
             )
         return work
-    if out.exists() and (not out.is_dir() or any(entry.name != "run.lock" for entry in out.iterdir())):
+    # A kill between the first files of a run leaves these two.
+    if out.exists() and (not out.is_dir() or {entry.name for entry in out.iterdir()} - {CONFIG, WORK}):
         raise ConfigError(f"{str(out)!r} is not an empty folder, nor one of `orogen curate`; expected one of them")
     inputs = list_inputs(config)
     for kind, paths in _further_paths(config):
@@ -72,13 +73,13 @@ def passes(config: CurateConfig, work: Work, show: Show) -> list[Pass]:
     classify, dedup = config.stage(ClassifyConfig), config.stage(DedupConfig)
     decontaminate = config.stage(DecontaminateConfig)
     found = []
-    if isinstance(classify, ClassifyConfig):
+    if classify:
         found.append(Pass("train", [Train(work, classify, config.text_field)], 1))
-    if isinstance(decontaminate, DecontaminateConfig):
+    if decontaminate:
         found.append(Pass("index", [IndexNgrams(work, decontaminate)], 1))
     steps = [Read(work, config), *(Judge(rule, config) for rule in rules(work, config))]
     found.append(Pass("filter", [*steps, Keep(work, config, steps)], shards))
-    if isinstance(dedup, DedupConfig):
+    if dedup:
         found.append(Pass("gather", [Gather(work, dedup)], 1))
         found.append(Pass("match", [Match(work, dedup)], dedup.bands + 1))
         found.append(Pass("choose", [Choose(work, config, dedup)], 1))
@@ -88,12 +89,11 @@ def passes(config: CurateConfig, work: Work, show: Show) -> list[Pass]:
 
 
 def _further_paths(config: CurateConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
-    for stage in config.stages:
-        if isinstance(stage, ClassifyConfig):
-            yield "ClassifyConfig.good", stage.good
-            yield "ClassifyConfig.bad", stage.bad
-        if isinstance(stage, DecontaminateConfig):
-            yield "DecontaminateConfig.evaluation", stage.evaluation
+    if classify := config.stage(ClassifyConfig):
+        yield "ClassifyConfig.good", classify.good
+        yield "ClassifyConfig.bad", classify.bad
+    if decontaminate := config.stage(DecontaminateConfig):
+        yield "DecontaminateConfig.evaluation", decontaminate.evaluation
 
 
 class Finish(PipelineStep):

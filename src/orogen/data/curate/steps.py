@@ -3,7 +3,6 @@
 A step that is run again, by a resumed run or by a second worker, writes the same files.
 """
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +13,16 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from loguru import logger
 
-from orogen.config.curate import ClassifyConfig, CurateConfig, DecontaminateConfig, DedupConfig
+from orogen.config.curate import (
+    C4Config,
+    ClassifyConfig,
+    CurateConfig,
+    DecontaminateConfig,
+    DedupConfig,
+    ExtractConfig,
+    GopherConfig,
+    LanguageConfig,
+)
 from orogen.data.curate import contamination
 from orogen.data.curate.inputs import HTML, load_inputs
 from orogen.data.curate.minhash import signatures
@@ -97,7 +105,6 @@ class Keep(PipelineStep):
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
         """Consumes all documents of the shard."""
         dedup = self.config.stage(DedupConfig)
-        assert dedup is None or isinstance(dedup, DedupConfig)
         sketch = Sketch(dedup, [name for name, _ in self.config.sources]) if dedup else None
         with DocumentWriter(self.work.kept(rank)) as out:
             for document in data:
@@ -200,7 +207,7 @@ class Write(PipelineStep):
         if self.config.stage(DedupConfig):
             records = self._undoubled(records, rank, tallies.setdefault("dedup", Tally(self.config.examples)))
         stage = self.config.stage(DecontaminateConfig)
-        if isinstance(stage, DecontaminateConfig):
+        if stage:
             tally = tallies.setdefault("decontaminate", Tally(self.config.examples))
             records = decontaminated(records, stage, contamination.Index(read_ngrams(self.work)), tally)
         final = tallies["write"] = Tally(0)
@@ -265,12 +272,11 @@ def decontaminated(
 
 def rules(work: Work, config: CurateConfig) -> list[Rule]:
     """The stages of the config that judge documents one at a time."""
-    makers: dict[str, Any] = {
-        "ExtractConfig": Extract,
-        "LanguageConfig": Language,
-        "GopherConfig": Gopher,
-        "C4Config": C4,
-        "ClassifyConfig": lambda stage: Classify(stage, work.weights),
+    makers: dict[type, Any] = {
+        ExtractConfig: Extract,
+        LanguageConfig: Language,
+        GopherConfig: Gopher,
+        C4Config: C4,
+        ClassifyConfig: lambda stage: Classify(stage, work.weights),
     }
-    assert all(dataclasses.is_dataclass(stage) for stage in config.stages)
-    return [makers[type(stage).__name__](stage) for stage in config.stages if type(stage).__name__ in makers]
+    return [makers[type(stage)](stage) for stage in config.stages if type(stage) in makers]

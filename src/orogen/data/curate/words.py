@@ -1,8 +1,8 @@
 """Words of a text as 64-bit hashes, and n-grams of words hashed from them.
 
 A word is a run of letters, digits and underscores, in lower case. Its hash is a polynomial in the bytes of its UTF-8,
-mixed: the same in every process, and for ASCII computed from sums over the whole text, 10 times as fast as by a
-dictionary of words. Letters: c bytes, w words, g n-grams.
+mixed: the same in every process, and for ASCII computed from sums over the whole text, without an object per word.
+Letters: c bytes, w words, g n-grams.
 """
 
 import functools
