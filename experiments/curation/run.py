@@ -246,7 +246,8 @@ def noise(draw: random.Random) -> str:
     return "\n".join(lines)
 
 
-def loss(record: Any) -> None:
+def loss(record: Any, seeds: list[int]) -> None:
+    """Curates the corpus and trains on each result. The corpora are the same for every seed."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         heldout = corpus(folder)
@@ -264,7 +265,7 @@ def loss(record: Any) -> None:
             record(
                 part="corpus", arm=arm, read=report["stages"]["read"]["left"], left=report["stages"]["write"]["left"]
             )
-        for seed in SEEDS:
+        for seed in seeds:
             for arm in ARMS:
                 out = folder / f"{arm}-{seed}"
                 train(corpora[arm], seed, out)
@@ -326,6 +327,7 @@ def main() -> None:
     parser.add_argument("part", choices=("curve", "stdlib", "speed", "loss", "draw"))
     parser.add_argument("--old", type=Path, help="the library's folder of the older version")
     parser.add_argument("--new", type=Path, help="the library's folder of the newer version")
+    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="of the training runs")
     parser.add_argument("--out", type=Path, default=HERE / "results.jsonl")
     options = parser.parse_args()
 
@@ -338,8 +340,10 @@ def main() -> None:
         draw()
     elif options.part == "stdlib":
         stdlib(options.old, options.new, record)
+    elif options.part == "loss":
+        loss(record, [int(seed) for seed in options.seeds.split(",")])
     else:
-        {"curve": curve, "speed": speed, "loss": loss}[options.part](record)
+        {"curve": curve, "speed": speed}[options.part](record)
 
 
 if __name__ == "__main__":
