@@ -33,6 +33,7 @@ from orogen.data.curate.words import shingles
 HERE = Path(__file__).parent
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9)
 SEEDS = (0, 1, 2)
+STEPS = 160  # as in model.gin
 ARMS = ("raw", "dedup", "filter", "dedup+filter", "all")
 
 
@@ -246,7 +247,7 @@ def noise(draw: random.Random) -> str:
     return "\n".join(lines)
 
 
-def loss(record: Any, seeds: list[int]) -> None:
+def loss(record: Any, seeds: list[int], arms: list[str]) -> None:
     """Curates the corpus and trains on each result. The corpora are the same for every seed."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -266,7 +267,7 @@ def loss(record: Any, seeds: list[int]) -> None:
                 part="corpus", arm=arm, read=report["stages"]["read"]["left"], left=report["stages"]["write"]["left"]
             )
         for seed in seeds:
-            for arm in ARMS:
+            for arm in arms:
                 out = folder / f"{arm}-{seed}"
                 train(corpora[arm], seed, out)
                 losses = {kind: evaluate(out, texts) for kind, texts in heldout.items()}
@@ -278,7 +279,8 @@ def train(path: Path, seed: int, out: Path) -> None:
         ["train", "--gin_file", str(HERE / "model.gin"), "--run", str(out), "--gin_bindings",
          f"DataConfig.corpus = {str(path)!r}", "--gin_bindings", f"TrainConfig.seed = {seed}"]
     )  # fmt: skip
-    assert status == 0
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert status == 0 and last["step"] == STEPS, "the training was stopped"
 
 
 def evaluate(out: Path, texts: list[str]) -> float:
@@ -328,6 +330,7 @@ def main() -> None:
     parser.add_argument("--old", type=Path, help="the library's folder of the older version")
     parser.add_argument("--new", type=Path, help="the library's folder of the newer version")
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="of the training runs")
+    parser.add_argument("--arms", default=",".join(ARMS), help="the corpora that are trained on")
     parser.add_argument("--out", type=Path, default=HERE / "results.jsonl")
     options = parser.parse_args()
 
@@ -341,7 +344,7 @@ def main() -> None:
     elif options.part == "stdlib":
         stdlib(options.old, options.new, record)
     elif options.part == "loss":
-        loss(record, [int(seed) for seed in options.seeds.split(",")])
+        loss(record, [int(seed) for seed in options.seeds.split(",")], options.arms.split(","))
     else:
         {"curve": curve, "speed": speed}[options.part](record)
 
