@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 
-from orogen.config.load import load, load_part
+from orogen.config.load import load, load_curation, load_part
 from orogen.config.upcycle import UpcycleConfig
-from orogen.config.load import load, load_curation
 from orogen.model.lm import build
 from orogen.parallel.describe import describe_plan
 from orogen.parallel.plan import make_plan
@@ -131,10 +130,8 @@ def test_no_record_outlives_its_recipe():
 
 
 def test_every_gin_file_is_of_a_known_kind():
-    known = [
-        file for kind in ("models", "plans", "data", "recipes", "upcycle") for file in (CONFIGS / kind).glob("*.gin")
-        file for kind in ("models", "plans", "data", "recipes", "curation") for file in (CONFIGS / kind).glob("*.gin")
-    ]
+    kinds = ("models", "plans", "data", "recipes", "upcycle", "curation")
+    known = [file for kind in kinds for file in (CONFIGS / kind).glob("*.gin")]
     assert sorted(known) == sorted(CONFIGS.rglob("*.gin"))
 
 

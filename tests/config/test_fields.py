@@ -14,8 +14,7 @@ from orogen.config.run import PARTS
 from orogen.config.sweep import SweepConfig
 from orogen.config.upcycle import UpcycleConfig
 
-KINDS = [*PARTS.values(), SweepConfig, UpcycleConfig]
-KINDS = [*PARTS.values(), *CURATION]
+KINDS = [*PARTS.values(), SweepConfig, UpcycleConfig, *CURATION]
 GOOD = {kind: {} for kind in CURATION} | {
     CurateConfig: {"sources": (("a", "b"),)},
     ClassifyConfig: {"good": ("a",), "bad": ("b",)},
