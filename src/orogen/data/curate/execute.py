@@ -63,7 +63,8 @@ def _executor(one: Pass, work: Work, place: Place) -> Any:
     from datatrove.executor.local import LocalPipelineExecutor
 
     # Workers are forked from a process that has imported what they need, instead of importing it once each per pass.
-    multiprocess.get_context("forkserver").set_forkserver_preload(["orogen.data.curate.run"])
+    forkserver = multiprocess.get_context("forkserver")  # pyright: ignore[reportAttributeAccessIssue]
+    forkserver.set_forkserver_preload(["orogen.data.curate.run"])
     workers = min(place.workers, one.tasks)
     return LocalPipelineExecutor(one.steps, tasks=one.tasks, workers=workers, logging_dir=str(work.logs(one.name)))
 
