@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from orogen.config.load import load, load_part
+from orogen.config.load import load, load_curation, load_part
 from orogen.config.upcycle import UpcycleConfig
 from orogen.model.lm import build
 from orogen.parallel.describe import describe_plan
@@ -89,6 +89,14 @@ def test_data_file_holds_data_alone(file):
     assert config.data is not None and config.model is config.train is config.optimizer is None
 
 
+@pytest.mark.parametrize("file", sorted((CONFIGS / "curation").glob("*.gin")), ids=stem)
+def test_curation_file_loads_and_begins_with_its_command(file, tmp_path):
+    config, text = load_curation([file])
+    (tmp_path / "again.gin").write_text(text)
+    assert load_curation([tmp_path / "again.gin"])[0] == config
+    assert f"# orogen curate --gin_file gin_configs/curation/{file.name} --out " in file.read_text()
+
+
 @recipes
 def test_recipe_is_whole(recipe):
     config, _ = load([recipe])
@@ -122,9 +130,8 @@ def test_no_record_outlives_its_recipe():
 
 
 def test_every_gin_file_is_of_a_known_kind():
-    known = [
-        file for kind in ("models", "plans", "data", "recipes", "upcycle") for file in (CONFIGS / kind).glob("*.gin")
-    ]
+    kinds = ("models", "plans", "data", "recipes", "upcycle", "curation")
+    known = [file for kind in kinds for file in (CONFIGS / kind).glob("*.gin")]
     assert sorted(known) == sorted(CONFIGS.rglob("*.gin"))
 
 

@@ -5,12 +5,19 @@ import json
 import re
 
 import pytest
-from tests.config.test_refusals import GOOD
+from tests.config.test_refusals import GOOD as OF_RUNS
 
 from orogen.cli import main
 from orogen.config.checks import ConfigError
+from orogen.config.curate import CURATION, ClassifyConfig, CurateConfig, DecontaminateConfig
 from orogen.config.fields import KINDS
 
+GOOD = {kind: {} for kind in CURATION} | {
+    CurateConfig: {"sources": (("a", "b"),)},
+    ClassifyConfig: {"good": ("a",), "bad": ("b",)},
+    DecontaminateConfig: {"evaluation": ("a",)},
+    **OF_RUNS,
+}
 FIELDS = [(kind, field.name) for kind in KINDS for field in dataclasses.fields(kind)]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from orogen.config.checks import field_types, type_name
 from orogen.config.cluster import ClusterConfig
+from orogen.config.curate import CURATION
 from orogen.config.data import SourceConfig
 from orogen.config.phases import PhaseConfig
 from orogen.config.run import PARTS
@@ -13,7 +14,7 @@ from orogen.config.sweep import SweepConfig
 from orogen.config.upcycle import UpcycleConfig
 
 # The parts of a run, what their fields hold, and what other tasks read.
-KINDS = (*PARTS.values(), SourceConfig, PhaseConfig, ClusterConfig, SweepConfig, UpcycleConfig)
+KINDS = (*PARTS.values(), SourceConfig, PhaseConfig, ClusterConfig, SweepConfig, UpcycleConfig, *CURATION)
 
 
 def describe_fields() -> dict[str, list[dict[str, Any]]]:

@@ -15,6 +15,7 @@ from gin.config_parser import BindingStatement, ConfigParser, ImportStatement, I
 
 from orogen.config.checks import ConfigError
 from orogen.config.cluster import ClusterConfig
+from orogen.config.curate import CurateConfig
 from orogen.config.engine import EngineConfig
 from orogen.config.evaluate import EvaluateConfig
 from orogen.config.fields import KINDS
@@ -122,6 +123,15 @@ def load_evaluation(bindings: Sequence[str]) -> tuple[PlanConfig | None, EngineC
     bound = any(key.split(".")[-2] == PlanConfig.__name__ for key in _keys(gin.config_str()))
     require_read(RunConfig(plan=PlanConfig(), evaluate=parts["evaluate"]))
     return parts["plan"] if bound else None, parts["engine"], parts["evaluate"]
+
+
+def load_curation(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[CurateConfig, str]:
+    """The CurateConfig of `files` with `bindings` on top, and its operative text, which loads to an equal config.
+    Raises ConfigError as `load` does."""
+    parts, text = _parts(files, bindings, {"curate": CurateConfig})
+    if parts["curate"] is None:
+        raise ConfigError("the gin files have no bindings of CurateConfig; expected some, with its fields")
+    return parts["curate"], text
 
 
 def parse(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[RunConfig, str]:

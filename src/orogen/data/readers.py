@@ -127,10 +127,11 @@ def _text_of_line(line: bytes, text_field: str, *, where: str) -> str:
     if not isinstance(record, dict) or text_field not in record:
         found = shown(sorted(record)) if isinstance(record, dict) else type(record).__name__
         raise ConfigError(f"{where}: found {found}: expected a JSON object with the field {text_field!r}")
-    return _checked_text(record[text_field], text_field, where=where)
+    return checked_text(record[text_field], text_field, where=where)
 
 
-def _checked_text(text: object, text_field: str, *, where: str) -> str:
+def checked_text(text: object, text_field: str, *, where: str) -> str:
+    """The value of a text field. Raises ConfigError if it is not a string, or not valid Unicode."""
     if not isinstance(text, str):
         raise ConfigError(f"{where}: {text_field!r} is {shown(text)}: expected a string")
     try:
@@ -164,7 +165,7 @@ def _rows(file: Path, key: str, text_field: str, part: Part | None) -> Iterator[
                 number += 1
                 name = f"{key}:{number}"
                 try:
-                    yield Document(name, _checked_text(value, text_field, where=f"{file}:{number}"))
+                    yield Document(name, checked_text(value, text_field, where=f"{file}:{number}"))
                 except ConfigError as error:
                     yield Broken(name, str(error))
 

@@ -38,13 +38,13 @@ def unread_files(path: str | Path) -> int:
     """The number of entries below a folder that `read_documents` skips: files of other kinds, links to folders, broken
     links, and entries that are not files."""
     root = Path(path)
-    files, others = _walk(root)
+    files, others = walk(root)
     return sum(form_of(file.name) is None for file in files) + len(others)
 
 
 def linked_folders(path: str | Path) -> int:
     """The number of those that are links to folders. They are not followed: a link may lead back to its own folder."""
-    return sum(other.is_dir() for other in _walk(Path(path))[1])
+    return sum(other.is_dir() for other in walk(Path(path))[1])
 
 
 def read_text(file: Path) -> str:
@@ -61,14 +61,14 @@ def supported_files(root: Path) -> list[Path]:
     """The files of a corpus in the order of their paths. Raises FileNotFoundError, ConfigError if there is none."""
     if not root.exists():
         raise FileNotFoundError(f"corpus {str(root)!r} does not exist: expected 'stdlib', a file or a folder")
-    files = [file for file in _walk(root)[0] if form_of(file.name) is not None]
+    files = [file for file in walk(root)[0] if form_of(file.name) is not None]
     if not files:
         links = f" ({count} links to folders are not followed)" if (count := linked_folders(root)) else ""
         raise ConfigError(f"corpus {str(root)!r} has no file to read{links}: expected {KINDS}")
     return files
 
 
-def _walk(root: Path) -> tuple[list[Path], list[Path]]:
+def walk(root: Path) -> tuple[list[Path], list[Path]]:
     """The files below a folder in the order of their paths, or the file itself, and the entries that are neither file
     nor folder.
 

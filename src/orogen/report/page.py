@@ -48,7 +48,7 @@ def write_report(
     """
     run_dir, records = Path(run_dir), read_metrics(run_dir)
     spent = time_spent(records, read_lost(run_dir))
-    figures = [_figure_html(run_dir, picture) for picture in (*pictures(records, baselines), *task_pictures(records))]
+    figures = [figure_html(run_dir, picture) for picture in (*pictures(records, baselines), *task_pictures(records))]
     texts = [
         _profile_html(run_dir / "profile" / TABLE),
         text_html("Samples", samples, state="open"),
@@ -164,7 +164,7 @@ def _baseline_row(name: str, value: float, model: float | None) -> str:
     )
 
 
-def _figure_html(run_dir: Path, picture: Picture) -> str:
+def figure_html(run_dir: Path, picture: Picture) -> str:
     """Draws the picture in both themes, writes the light one to a file, and returns its part of the page."""
     light, dark = png(picture.draw(LIGHT)), png(picture.draw(DARK))
     write_atomically(run_dir / f"{picture.name}.png", light)
@@ -222,7 +222,7 @@ pre { font: .82rem/1.5 ui-monospace, monospace; margin: .8rem 0 0; overflow-x: a
   overflow-wrap: anywhere; }
 """
 
-_PAGE = """<!doctype html>
+PAGE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from orogen.report.pictures import Picture, Theme, bare_figure, legend, style
+from orogen.report.pictures import Picture, Theme, add_legend, bare_figure, style_axes
 from orogen.report.series import Records, column, short_number, tokens_seen
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def draw_results(results: Results, theme: Theme) -> "Figure":
     for axes, (metric, values) in zip(grid[len(by_length) :], single.items(), strict=False):
         _draw_dots(axes, metric, values, theme)
     if not panels:
-        style(grid[0], theme, grid=True)
+        style_axes(grid[0], theme, grid=True)
     return figure
 
 
@@ -80,7 +80,7 @@ def task_pictures(records: Records) -> list[Picture]:
 def _draw_lines(axes: "Axes", metric: str, lines: Mapping[str, tuple[Any, Any]], theme: Theme) -> None:
     from matplotlib import colormaps
 
-    style(axes, theme, grid=True)
+    style_axes(axes, theme, grid=True)
     colours = colormaps["tab10"]
     for number, (label, (x, y)) in enumerate(lines.items()):
         marker = MARKERS[number % len(MARKERS)]
@@ -88,7 +88,7 @@ def _draw_lines(axes: "Axes", metric: str, lines: Mapping[str, tuple[Any, Any]],
     axes.set_ylabel(metric)
     if all(0 <= value <= 1 for _, y in lines.values() for value in y) and metric != "nats":
         axes.set_ylim(-0.04, 1.04)
-    legend(axes, theme, loc="best")
+    add_legend(axes, theme, loc="best")
 
 
 def _length_axis(axes: "Axes", lines: Mapping[str, tuple[Any, Any]]) -> None:
@@ -101,7 +101,7 @@ def _length_axis(axes: "Axes", lines: Mapping[str, tuple[Any, Any]]) -> None:
 
 
 def _draw_dots(axes: "Axes", metric: str, values: Mapping[str, float], theme: Theme) -> None:
-    style(axes, theme, grid=True)
+    style_axes(axes, theme, grid=True)
     axes.plot(list(values.values()), list(values), "o", color=theme.strong)
     axes.set_xlabel(metric)
     axes.set_ylim(len(values) - 0.5, -0.5)
