@@ -303,6 +303,7 @@ class Engine:
         table_bp = self._arrays.table(slot.length_after(steps, self.sizes.drafts) for slot in running)
         inputs = packed_bw, table_bp, mask_bw
         held, emitted = self.programs.decode(Held(self._caches, self._state), inputs, features=features, steps=steps)
+        self.stats.called_steps += steps
         self._dispatch(held, Dispatched([(slot.seat, slot) for slot in running], emitted, steps))
 
     def _tell_all_but(self, count: int) -> None:

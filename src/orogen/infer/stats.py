@@ -9,7 +9,8 @@ from orogen.infer.forward import NONE
 
 @dataclasses.dataclass
 class Stats:
-    """Totals since the engine was made. steps: of decoding, over all slots. drafted: drafts of each depth that could
+    """Totals since the engine was made. steps: of decoding, over all slots; called_steps: that calls were made for, each
+    once for all slots together. drafted: drafts of each depth that could
     have been kept; accepted: those that were. host_seconds: of rounds, without what waits for devices."""
 
     requests: int = 0
@@ -17,6 +18,7 @@ class Stats:
     cached_tokens: int = 0
     generated_tokens: int = 0
     steps: int = 0
+    called_steps: int = 0
     drafted: list[int] = dataclasses.field(default_factory=list)
     accepted: list[int] = dataclasses.field(default_factory=list)
     host_seconds: float = 0.0
