@@ -9,9 +9,9 @@ from orogen.infer.forward import NONE
 
 @dataclasses.dataclass
 class Stats:
-    """Totals since the engine was made. steps: of decoding, over all slots; called_steps: that calls were made for, each
-    once for all slots together. drafted: drafts of each depth that could
-    have been kept; accepted: those that were. host_seconds: of rounds, without what waits for devices."""
+    """Totals since the engine was made. steps: of decoding, over all slots. called_steps: those that calls were
+    dispatched for, once for all slots. drafted: drafts of each depth that could have been kept; accepted: those that
+    were. host_seconds: of rounds, without what waits for devices."""
 
     requests: int = 0
     read_tokens: int = 0
