@@ -53,12 +53,13 @@ class Point:
     def pages(self) -> int:
         return self.slots * -(-self.context // PAGE)
 
-    def inputs(self, held: Held) -> tuple[Any, ...]:
-        """What the program takes: every slot in pages of its own, with as many tokens to come as there are steps."""
+    def inputs(self, held: Held, calls: int = 1) -> tuple[Any, ...]:
+        """What the program takes: every slot in pages of its own, with as many tokens to come as so many calls make."""
         steps, row = self.programs.config.steps, (np.arange(self.slots) < self._running).astype(np.int32)
         table_bp = np.arange(self.pages, dtype=np.int32).reshape(self.slots, -1)
         rows = held.state.rows._replace(number_b=np.ones(self.slots, np.int32))
-        state = State(row, (self.context - steps) * row, steps * row, np.zeros((self.slots, 0), np.int32), rows)
+        left = calls * steps
+        state = State(row, (self.context - left) * row, left * row, np.zeros((self.slots, 0), np.int32), rows)
         seats = no_seats(self.slots, GREEDY)._replace(runs_b=ON * row)
         return self.programs.decode_inputs(Held(held.caches, state), (pack(seats), table_bp, None), steps)
 
@@ -99,14 +100,16 @@ class Point:
     def alone(self, *, calls: int) -> float:
         """Seconds per step of `calls` calls that the host dispatches one after another and waits for at the end."""
         held = Held(filled(self.programs.start(self.slots, self.pages)), self.state())
-        steps, program = self.programs.config.steps, self.programs.decoder(GREEDY)
-        for turns in (1, calls):  # the first may compile
-            began = time.perf_counter()
-            for _ in range(turns):
-                held, emitted = program(*self.inputs(held))
-            jax.block_until_ready(emitted)
-            seconds = time.perf_counter() - began
-        return seconds / (calls * steps)
+        program = self.programs.decoder(GREEDY)
+        held, *given = self.inputs(held, calls + 1)
+        began, emitted = 0.0, None
+        for call in range(calls + 1):
+            if call == 1:  # the first may compile
+                jax.block_until_ready(emitted)
+                began = time.perf_counter()
+            held, emitted = program(held, *given)
+        jax.block_until_ready(emitted)
+        return (time.perf_counter() - began) / (calls * self.programs.config.steps)
 
 
 @jax.jit(donate_argnums=0, keep_unused=True)  # jax drops arguments whose values nothing reads, donated or not

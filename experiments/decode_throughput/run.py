@@ -143,6 +143,11 @@ def main() -> None:
             }  # fmt: skip
         else:
             seconds = list(turns(options.tokens))
+        if not seconds:
+            raise SystemExit(
+                f"--tokens {options.tokens}: no call in which all {batch} requests decode; expected more, since the "
+                "first ones end before the last ones have read their prompts"
+            )
         step_s = statistics.median(seconds)
         alone_s = contexts.Point(engine.programs, config.slots, config.max_length, running=batch).alone(calls=CALLS)
         record |= {
