@@ -28,6 +28,7 @@ from orogen.config.engine import EngineConfig
 from orogen.config.load import parse
 from orogen.infer.engine import Engine
 from orogen.infer.request import Request, Sampling
+from orogen.infer.stats import Stats
 
 HERE = Path(__file__).parent
 
@@ -71,7 +72,7 @@ class Run:
         """Until all have ended: tokens per second, and percentiles of waiting for the first token and, of what streams
         tell at a time, for each further one."""
         stats = self.engine.stats
-        host, device, cpu, rounds = stats.host_seconds, stats.device_seconds, time.thread_time(), 0
+        before, cpu, rounds = dataclasses.replace(stats), time.thread_time(), 0
         while self.waiting or self.engine.busy:
             self.step()
             rounds += 1
@@ -89,20 +90,29 @@ class Run:
         return {
             "tokens_per_s": round(tokens / seconds, 1), "requests_per_s": round(len(first) / seconds, 3),
             "first_p50_ms": ms(first, 50), "first_p99_ms": ms(first, 99), "next_p50_ms": ms(gaps, 50),
-            "next_p99_ms": ms(gaps, 99), "host_share": round((stats.host_seconds - host) / seconds, 4),
+            "next_p99_ms": ms(gaps, 99),
+            "host_share": round((stats.host_seconds - before.host_seconds) / seconds, 4),
             "host_cpu_ms_per_round": round(1e3 * cpu / rounds, 3),
             "host_cpu_us_per_token": round(1e6 * cpu / tokens, 1),
-            "device_share": round((stats.device_seconds - device) / seconds, 4),
+            "device_share": round((stats.device_seconds - before.device_seconds) / seconds, 4), "rounds": rounds,
+            "occupied": occupied(before, self.engine),
         }  # fmt: skip
+
+
+def occupied(before: Stats, engine: Engine) -> float:
+    """The share of the slots that calls of decoding computed tokens for."""
+    now, slots = engine.stats, engine.config.slots
+    return round((now.steps - before.steps) / ((now.called_steps - before.called_steps) * slots), 3)
 
 
 def static(engine: Engine, requests: Sequence[Request]) -> dict[str, Any]:
     """Batch after batch, each when the one before has ended."""
-    slots, began = engine.config.slots, time.perf_counter()
+    slots, before, began = engine.config.slots, dataclasses.replace(engine.stats), time.perf_counter()
     for first in range(0, len(requests), slots):
         engine.run(requests[first : first + slots])
     seconds = time.perf_counter() - began
-    return {"tokens_per_s": round(sum(request.max_tokens for request in requests) / seconds, 1)}
+    tokens = sum(request.max_tokens for request in requests)
+    return {"tokens_per_s": round(tokens / seconds, 1), "occupied": occupied(before, engine)}
 
 
 def measured(engine: Engine, options: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -8,6 +8,7 @@ out. `python experiments/decode_throughput/run.py contexts --help` lists the opt
 import argparse
 import concurrent.futures
 import dataclasses
+import functools
 import json
 import os
 import statistics
@@ -33,30 +34,38 @@ from orogen.infer.state import ON, State, no_seats, no_state
 from orogen.model.count import count
 
 PAGE, GREEDY = 64, Features()
-USED = 0.6  # of the memory: the rest is for copies of a layer's states, activations and what the allocator loses
+USED = 0.85  # of the memory: the rest is for activations, logits and what the allocator loses
 GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One decoding program: all slots have a text of `context` tokens when it has run."""
+    """One decoding program: all slots that run have a text of `context` tokens when it has run. running: how many of
+    the slots do; None: all."""
 
     programs: Programs
     slots: int
     context: int
+    running: int | None = None
+    shrinks: bool = False  # to as many slots as fit, if the compiled program takes more than there is
 
     @property
     def pages(self) -> int:
         return self.slots * -(-self.context // PAGE)
 
-    def inputs(self, held: Held) -> tuple[Any, ...]:
-        """What the program takes: every slot in pages of its own, with as many tokens to come as there are steps."""
-        steps, row = self.programs.config.steps, np.ones(self.slots, np.int32)
+    def inputs(self, held: Held, calls: int = 1) -> tuple[Any, ...]:
+        """What the program takes: every slot in pages of its own, with as many tokens to come as so many calls make."""
+        steps, row = self.programs.config.steps, (np.arange(self.slots) < self._running).astype(np.int32)
         table_bp = np.arange(self.pages, dtype=np.int32).reshape(self.slots, -1)
-        rows = held.state.rows._replace(number_b=row)
-        state = State(row, (self.context - steps) * row, steps * row, np.zeros((self.slots, 0), np.int32), rows)
+        rows = held.state.rows._replace(number_b=np.ones(self.slots, np.int32))
+        left = calls * steps
+        state = State(row, (self.context - left) * row, left * row, np.zeros((self.slots, 0), np.int32), rows)
         seats = no_seats(self.slots, GREEDY)._replace(runs_b=ON * row)
         return self.programs.decode_inputs(Held(held.caches, state), (pack(seats), table_bp, None), steps)
+
+    @property
+    def _running(self) -> int:
+        return self.slots if self.running is None else self.running
 
     def lowered(self) -> Any:
         """The program, traced for these sizes."""
@@ -79,7 +88,7 @@ class Point:
             held, emitted = program(*inputs)
             tokens = np.asarray(emitted.report.token)
             seconds.append((time.perf_counter() - began) / steps)
-            if (tokens == NONE).any() or np.asarray(emitted.bad_b).any():
+            if (tokens[: self._running] == NONE).any() or np.asarray(emitted.bad_b).any():
                 raise RuntimeError(f"{self.slots} slots at {self.context} tokens did not decode {steps} tokens each")
         step_s = statistics.median(seconds[1:])
         return {
@@ -88,10 +97,24 @@ class Point:
             "cache_bytes": self.programs.bytes_per_device(self.slots, self.pages),
         }  # fmt: skip
 
+    def alone(self, *, calls: int) -> float:
+        """Seconds per step of `calls` calls that the host dispatches one after another and waits for at the end."""
+        held = Held(filled(self.programs.start(self.slots, self.pages)), self.state())
+        program = self.programs.decoder(GREEDY)
+        held, *given = self.inputs(held, calls + 1)
+        began, emitted = 0.0, None
+        for call in range(calls + 1):
+            if call == 1:  # the first may compile
+                jax.block_until_ready(emitted)
+                began = time.perf_counter()
+            held, emitted = program(held, *given)
+        jax.block_until_ready(emitted)
+        return (time.perf_counter() - began) / (calls * self.programs.config.steps)
 
-@jax.jit(donate_argnums=0)
+
+@jax.jit(donate_argnums=0, keep_unused=True)  # jax drops arguments whose values nothing reads, donated or not
 def filled(caches: Any) -> Any:
-    """Caches of numbers from -1 to 1, computed in place: what is read takes power, zeros less of it."""
+    """Caches of numbers from -1 to 1, written over those given: what is read takes power, zeros less of it."""
 
     def fill(a: jax.Array) -> jax.Array:
         if not jnp.issubdtype(a.dtype, jnp.floating):
@@ -139,9 +162,26 @@ def points(model: Opened, options: argparse.Namespace) -> Iterator[Point]:
         wanted = [most if batch == "max" else max(int(batch), least) for batch in options.batches]
         for slots in sorted(set(wanted)):
             if 0 < slots <= most:
-                yield Point(programs, slots, context)
+                yield Point(programs, slots, context, shrinks=slots == most)
             else:
                 print(f"{slots} slots of {context} tokens do not fit: at most {most}", flush=True)
+
+
+def fitted(point: Point, lowered: Any, *, memory: int) -> tuple[Point, Any, int] | None:
+    """The point, its program and the bytes that this takes; of fewer slots if need be and the point allows it."""
+    while True:
+        program = lowered.compile()
+        sizes = program.memory_analysis()
+        given_back = sizes.output_size_in_bytes - sizes.alias_size_in_bytes  # what is not written over arguments
+        needed = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + given_back
+        if needed <= memory:
+            return point, program, needed
+        print(f"{point.slots} slots of {point.context} tokens: the program takes {needed / GIB:.1f} GiB", flush=True)
+        fewer = int(0.95 * point.slots * memory / needed) // 8 * 8
+        if not point.shrinks or not fewer:
+            return None
+        point = dataclasses.replace(point, slots=fewer)
+        lowered = point.lowered()
 
 
 def measure(config: ModelConfig, kind: str, options: argparse.Namespace) -> None:
@@ -157,19 +197,12 @@ def measure(config: ModelConfig, kind: str, options: argparse.Namespace) -> None
     all_points = list(points(model, options))
     lowered = [point.lowered() for point in all_points]
     with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
-        compiled = list(pool.map(lambda each: each.compile(), lowered))
-    for point, program in zip(all_points, compiled, strict=True):
-        sizes = program.memory_analysis()
-        needed = weights + sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
-        if needed > options.memory_bytes:
-            print(
-                f"{point.slots} slots of {point.context} tokens: the program takes {needed / GIB:.1f} GiB", flush=True
-            )
-            continue
+        fitting = list(pool.map(functools.partial(fitted, memory=options.memory_bytes), all_points, lowered))
+    for point, program, needed in filter(None, fitting):
         record = {
             "model": options.model, "mixers": kind, "parameters": parameters, "weight_bytes": weights,
             "dtype": options.dtype, "kernels": options.kernels, "device": jax.devices()[0].device_kind,
-            "jax": jax.__version__,
+            "jax": jax.__version__, "memory_bytes": options.memory_bytes, "program_bytes": needed,
         } | point.measure(program, calls=options.calls)  # fmt: skip
         print(json.dumps(record), flush=True)
         with options.out.open("a") as file:

@@ -30,6 +30,7 @@ from orogen.infer.engine import Engine
 from orogen.infer.request import Request, Sampling
 
 HERE = Path(__file__).parent
+CALLS = 6  # of the decoding program by itself
 
 
 class Sizes(NamedTuple):
@@ -142,9 +143,19 @@ def main() -> None:
             }  # fmt: skip
         else:
             seconds = list(turns(options.tokens))
+        if not seconds:
+            raise SystemExit(
+                f"--tokens {options.tokens}: no call in which all {batch} requests decode; expected more, since the "
+                "first ones end before the last ones have read their prompts"
+            )
+        step_s = statistics.median(seconds)
+        alone_s = contexts.Point(engine.programs, config.slots, config.max_length, running=batch).alone(calls=CALLS)
         record |= {
-            "step_ms": 1e3 * statistics.median(seconds),
-            "tokens_per_s": batch / statistics.median(seconds),
+            "step_ms": 1e3 * step_s,
+            # The same program without an engine around it; the rest of a step is time in which the device waits.
+            "alone_ms": 1e3 * alone_s,
+            "between_steps": max(0.0, 1 - alone_s / step_s),
+            "tokens_per_s": batch / step_s,
             "first_token_ms": 1e3 * told["first_s"],
         }
         print(json.dumps(record), flush=True)

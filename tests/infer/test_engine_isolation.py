@@ -17,8 +17,9 @@ LENGTH_OF_TEXTS = 32
 def plant(engine) -> None:
     """NaN in every place of every page that no running request has, or has but has not come to."""
     page, pages = engine.config.page, engine.sizes.pages
+    held, _ = engine._lane.settled()
     own_ns = np.zeros((pages, page), bool)
-    place_b = np.asarray(engine._state.place_b)  # the host may not have been told of the last tokens
+    place_b = np.asarray(held.state.place_b)  # the host may not have been told of the last tokens
     for slot in engine._slots.values():
         known = place_b[slot.seat] + 1 if slot.generated or slot.ahead else len(slot.request.prompt)
         for number, there in enumerate(slot.pages):
@@ -30,9 +31,10 @@ def plant(engine) -> None:
         mask = lambda a: own_ns[(..., *(None,) * (a.ndim - 2))]  # noqa: E731
         return one._replace(values=tuple(jnp.where(mask(a), a, jnp.nan) for a in one.values))
 
-    caches = engine._caches
+    caches = held.caches
     mtp = None if caches.mtp is None else map_layers(poisoned, caches.mtp)
-    engine._caches = caches._replace(backbone=map_layers(poisoned, caches.backbone), mtp=mtp)
+    caches = caches._replace(backbone=map_layers(poisoned, caches.backbone), mtp=mtp)
+    engine._lane._held = held._replace(caches=caches)
 
 
 @pytest.mark.parametrize(

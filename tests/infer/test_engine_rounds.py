@@ -1,5 +1,7 @@
 """What a round of the engine dispatches, when it tells what came of it, and what it sends to the devices."""
 
+import threading
+
 import pytest
 from tests.infer.engines import answers, asked, check_greedy, engine_of, ids, opened, random_prompt
 
@@ -15,15 +17,15 @@ def model():
 
 
 def noted(engine, *names: str) -> list[str]:
-    """Calls of the programs with these names, and `tell`, in their order."""
+    """Calls with these names that are queued for the devices, and `tell`, in their order."""
     events = []
 
     def note(owner, attribute: str, name: str) -> None:
         run = getattr(owner, attribute)
-        object.__setattr__(owner, attribute, lambda *a, **k: events.append(name) or run(*a, **k))
+        setattr(owner, attribute, lambda *a, **k: events.append(name) or run(*a, **k))
 
     for name in names:
-        note(engine.programs, name, name)
+        note(engine._lane, name, name)
     note(engine, "_tell", "tell")
     return events
 
@@ -54,10 +56,37 @@ def test_calls_are_short_while_requests_wait(model, monkeypatch):
     """A slot is free only when its end is told."""
     monkeypatch.setattr(engines, "SHORT", 2)
     engine, steps = engine_of(model, slots=1), []
-    run = engine.programs.decode
-    object.__setattr__(engine.programs, "decode", lambda *a, **k: steps.append(k["steps"]) or run(*a, **k))
+    run = engine._lane.decode
+    engine._lane.decode = lambda *a, **k: steps.append(k["steps"]) or run(*a, **k)
     engine.run([asked((5, 6), 7), asked((7,), 7)])
     assert steps == [2, 2, 2, 3, 3]
+
+
+def test_calls_are_short_while_prompts_are_read(model, monkeypatch):
+    """In three rounds, up to 8, 24 and 29 tokens, beside a slot that decodes."""
+    monkeypatch.setattr(engines, "SHORT", 2)
+    engine, steps = engine_of(model), []
+    run = engine._lane.decode
+    engine._lane.decode = lambda *a, **k: steps.append(k["steps"]) or run(*a, **k)
+    engine.run([asked((5, 6), 12, ignore_eos=True), asked(random_prompt(0, 29), 2, ignore_eos=True)])
+    assert steps == [2, 2, 3, 3, 3]
+
+
+def test_the_host_goes_on_while_a_call_is_dispatched(model):
+    """A GPU's dispatch of a loop takes as long as the loop. The call before is told meanwhile."""
+    engine = engine_of(model)
+    told, waited = threading.Event(), []
+    decode, tell = engine.programs.decode, engine._tell
+    engine._tell = lambda call: (tell(call), told.set())
+    object.__setattr__(
+        engine.programs, "decode", lambda *a, **k: waited.append(told.wait(timeout=20)) or decode(*a, **k)
+    )
+    engine.submit(asked((5, 6), 3, ignore_eos=True))
+    assert [len(ids([output])) for output in engine.step()] == [1]
+    assert engine.busy
+    while engine.busy:
+        engine.step()
+    assert waited == [True]
 
 
 def test_what_has_not_changed_is_not_sent_again(model):

@@ -2,9 +2,10 @@
 
 **The engine.** `engine.py` answers requests (`request.py`). In each round the host decides what is done
 (`schedule.py`, with `pages.py` and `prefix.py` for memory), the devices do it (`programs.py` compiles what `forward.py`
-describes), and the host tells what came of it. The forward pass is the training model's, with the caches of
-`model/slots.py` as what its layers are given: pages of keys and values, rings for windows, convolution windows and
-states that do not grow. Many steps of decoding run in one program; prompts are read in pieces between them.
+describes, and a thread in `lane.py` dispatches it), and the host tells what came of it. The forward pass is the
+training model's, with the caches of `model/slots.py` as what its layers are given: pages of keys and values, rings for
+windows, convolution windows and states that do not grow. Many steps of decoding run in one program; prompts are read in
+pieces between them.
 
 **What is promised.** A request's tokens depend on nothing beside it: what is no token of a row is masked, experts take
 all tokens, and a request draws with a key of its own (`sampling.py`). With `EngineConfig.exact`, answers and their

@@ -9,6 +9,7 @@ import collections
 import dataclasses
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import jax
@@ -18,11 +19,11 @@ from orogen.checkpoint.open import Opened
 from orogen.config.checks import ConfigError
 from orogen.config.engine import EngineConfig
 from orogen.infer.arrays import Arrays
-from orogen.infer.forward import Caches, Report
 from orogen.infer.knobs import check_ids
+from orogen.infer.lane import Lane
 from orogen.infer.packing import pack
 from orogen.infer.prepare import buckets_of, is_token, prepared
-from orogen.infer.programs import Emitted, Held, Programs
+from orogen.infer.programs import Emitted, Programs
 from orogen.infer.request import CANCELLED, ERROR, EngineFailed, Output, Request
 from orogen.infer.samplers import Samplers
 from orogen.infer.schedule import Admission, Piece, Scheduler
@@ -33,14 +34,16 @@ from orogen.infer.stats import Stats
 from orogen.infer.text import Texts, TextStream
 from orogen.infer.warm import compiling, run_all
 
-SHORT = 4  # steps of a call while requests wait for a slot, which is free only when the host has heard of its end
+# Steps of a call while requests wait for a slot, which is free only when the host has heard of its end; and while
+# prompts are read in several rounds, since slots that cannot decode yet stand empty in every step.
+SHORT = 4
 
 
 class Dispatched(NamedTuple):
     """A call whose outputs are not told yet: the row of each request, and most steps; 0 for one that read."""
 
     placed: list[tuple[int, Slot]]
-    emitted: Emitted
+    emitted: Future[Emitted]
     steps: int
 
 
@@ -62,10 +65,7 @@ class Engine:
         self.buckets = buckets_of(opened, config, sizes)
         self._arrays = Arrays(config, sizes, self.buckets, put=self.programs.put)
         self._samplers = Samplers(self.programs)
-        self._caches: Caches = self.programs.start(sizes.slots, sizes.pages)
-        self._state = self.programs.state()
-        # With a page that nobody uses: jax forgets how arrays of no element are laid over devices.
-        self._snapshots: Caches = self.programs.start(max(sizes.snapshots, 1), min(sizes.pages, 1))
+        self._lane = Lane(self.programs, sizes)
         self._slots: dict[int, Slot] = {}
         self._waiting: dict[int, tuple[Request, TextStream | None, Any]] = {}
         self._dispatched: collections.deque[Dispatched] = collections.deque()
@@ -146,15 +146,16 @@ class Engine:
             self._tell_all_but(0)
         running = [slot for seat in ready if (slot := self._slots.get(seat)) and slot.undispatched > 0]
         if running:
-            self._decode(running, 1 if constrained else self._steps())
+            self._decode(running, 1 if constrained else self._steps(unread=len(self._slots) > len(ready)))
         self._tell_all_but(1 if running and not constrained else 0)
+        self._end_round()
         outputs, self._outputs = self._outputs, []
         self.stats.host_seconds += time.perf_counter() - began - (self.stats.device_seconds - waited)
         return outputs
 
-    def _steps(self) -> int:
-        """Of the next call of decoding."""
-        return min(self.config.steps, SHORT) if self.scheduler.queued else self.config.steps
+    def _steps(self, *, unread: bool) -> int:
+        """Of the next call of decoding. unread: whether slots have more of their prompts to read."""
+        return min(self.config.steps, SHORT) if unread or self.scheduler.queued else self.config.steps
 
     def run(self, requests: Iterable[Request]) -> list[list[Output]]:
         """Answers the requests, together, and returns the outputs of each. Nothing else may be under way."""
@@ -173,8 +174,7 @@ class Engine:
 
     def warm(self) -> int:
         """Compiles every program that requests can need, which then wait for none. Returns how many there are."""
-        stores = Held(self._caches, self._state), self._snapshots
-        jobs = compiling(self.programs, self.buckets, self._arrays, self._samplers, stores)
+        jobs = compiling(self.programs, self.buckets, self._arrays, self._samplers, self._lane.settled())
         run_all(jobs)
         return len(jobs)
 
@@ -236,12 +236,10 @@ class Engine:
             ends = (*ends, *sorted(tokenizer.end_ids))
         slot = Slot(admission.number, request, admission.pages, ends, text, matcher, admission.slot, admission.length)
         self._slots[slot.seat] = slot
-        source = self._arrays.snapshot_row(admission.slot, admission.row)
         into = self._arrays.slot_row(admission.slot)
-        self._caches = self.programs.copy(self._caches, self._snapshots, into, source)
+        self._lane.restore(into, self._arrays.snapshot_row(admission.slot, admission.row))
         if self.programs.keeps_text:  # the whole prompt: what comes from the prefix cache is not read
-            text_dl = self._arrays.text(request.prompt, self.programs.text_length)
-            self._caches = self.programs.write(self._caches, text_dl, into)
+            self._lane.write(self._arrays.text(request.prompt, self.programs.text_length), into)
         self._samplers.changed(slot.seat)
         self._arrays.joined(slot)
         self.stats.cached_tokens += admission.length
@@ -259,38 +257,26 @@ class Engine:
             entries, counted, mask_rw = self._samplers.reading(ending)
             packed_rw = pack(self._arrays.entries(entries, rows, self._slots))
             inputs = packed_rw, *self._arrays.pieces(rows, call.length, self._slots), counted, mask_rw
-            held, emitted = self.programs.read(Held(self._caches, self._state), inputs)
-            self._dispatch(held, Dispatched([(row, slot) for row, slot in enumerate(ending) if slot], emitted, 0))
+            placed = [(row, slot) for row, slot in enumerate(ending) if slot]
+            self._dispatch(placed, self._lane.read(inputs, logprobs=_logprobs(placed)), 0)
             for piece in call.pieces:
                 whole = planned[piece.slot]
                 if piece.start + piece.count == whole.start + whole.count:
                     self._has_read(whole)
 
-    def _dispatch(self, held: Held, call: Dispatched) -> None:
-        """Takes what a call gives back, and notes whose tokens it emits."""
-        self._caches, self._state = held
-        if not call.placed:
+    def _dispatch(self, placed: list[tuple[int, Slot]], emitted: Future[Emitted], steps: int) -> None:
+        """Notes whose tokens a call emits."""
+        if not placed:
             return
-        for _, slot in call.placed:
-            slot.ahead += call.steps or 1
-        call = call._replace(emitted=self._wanted(call))
-        for array in jax.tree.leaves(call.emitted):
-            array.copy_to_host_async()
-        self._dispatched.append(call)
-
-    def _wanted(self, call: Dispatched) -> Emitted:
-        """What the host reads of what a call emitted: each array takes a transfer."""
-        report, bad_b, offered_bn = call.emitted
-        if all(slot.request.logprobs is None for _, slot in call.placed):
-            report = Report(report.token, None, None, None)
-        return Emitted(report, bad_b, offered_bn if self.sizes.drafts else None)
+        for _, slot in placed:
+            slot.ahead += steps or 1
+        self._dispatched.append(Dispatched(placed, emitted, steps))
 
     def _has_read(self, piece: Piece) -> None:
         """Keeps what is to be kept behind a piece, and reports it."""
         if piece.row is not None:
             into = self._arrays.snapshot_row(piece.slot, piece.row)
-            source = self._arrays.slot_row(piece.slot)
-            self._snapshots = self.programs.copy(self._snapshots, self._caches, into, source)
+            self._lane.keep(into, self._arrays.slot_row(piece.slot))
         self.scheduler.prefilled(piece.slot, piece.count)
         self.stats.read_tokens += piece.count
 
@@ -302,19 +288,26 @@ class Engine:
         features, packed_bw, mask_bw = self._samplers.decoding(self._slots, runs_b)
         table_bp = self._arrays.table(slot.length_after(steps, self.sizes.drafts) for slot in running)
         inputs = packed_bw, table_bp, mask_bw
-        held, emitted = self.programs.decode(Held(self._caches, self._state), inputs, features=features, steps=steps)
-        self._dispatch(held, Dispatched([(slot.seat, slot) for slot in running], emitted, steps))
+        placed = [(slot.seat, slot) for slot in running]
+        emitted = self._lane.decode(inputs, features=features, steps=steps, logprobs=_logprobs(placed))
+        self.stats.called_steps += steps
+        self._dispatch(placed, emitted, steps)
 
     def _tell_all_but(self, count: int) -> None:
         """Tells what was dispatched but the last so many calls."""
         while len(self._dispatched) > count:
             self._tell(self._dispatched.popleft())
 
+    def _end_round(self) -> None:
+        began = time.perf_counter()
+        self._lane.end_round()
+        self.stats.device_seconds += time.perf_counter() - began
+
     def _tell(self, call: Dispatched) -> None:
         """What a call emitted becomes outputs, and requests that have ended leave. Those that had left before have no
         part in it."""
         began = time.perf_counter()
-        report, bad_b, offered_bn = jax.device_get(call.emitted)
+        report, bad_b, offered_bn = jax.device_get(call.emitted.result())
         self.stats.device_seconds += time.perf_counter() - began
         placed = [(row, slot) for row, slot in call.placed if self._slots.get(slot.seat) is slot]
         if call.steps:
@@ -335,3 +328,8 @@ class Engine:
                 self.scheduler.finished(slot.seat, committed=committed)
                 self._leave(slot.seat)
             self._outputs.append(output)
+
+
+def _logprobs(placed: Sequence[tuple[int, Slot]]) -> bool:
+    """Whether any of these requests wants them."""
+    return any(slot.request.logprobs is not None for _, slot in placed)

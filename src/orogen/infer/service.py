@@ -27,6 +27,9 @@ class Served(Stepped, Protocol):
         ...
 
 
+CLOSING = "the server is shutting down"
+
+
 class ClosedError(Exception):
     """The service takes no more requests: it drains, or its engine failed."""
 
@@ -78,13 +81,18 @@ class Service:
         self._idle = asyncio.Event()
         self._idle.set()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self.draining = False
+        self.closing = asyncio.Event()  # what is prepared for the engine then is prepared in vain
         self.failure: BaseException | None = None
 
     def start(self) -> None:
         """Starts the engine's thread; outputs arrive on the running event loop."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
+
+    @property
+    def draining(self) -> bool:
+        """Whether no more requests are taken, since the server ends."""
+        return self.closing.is_set()
 
     @property
     def open(self) -> int:
@@ -102,7 +110,7 @@ class Service:
         and after its engine failed, and what else the engine raises.
         """
         if self.draining or self.failure is not None:
-            raise ClosedError("the server is shutting down" if self.draining else "the engine failed")
+            raise ClosedError(CLOSING if self.draining else "the engine failed")
         if self.open >= self.limit:
             raise Full(f"{self.open} requests are open; expected at most {self.limit}")
         stream = Stream(self, arrived)
@@ -130,7 +138,7 @@ class Service:
 
     async def drain(self, seconds: float) -> None:
         """Takes no more requests, waits up to `seconds` for those that run, then cancels what is left."""
-        self.draining = True
+        self.closing.set()
         try:
             async with asyncio.timeout(seconds):
                 await self._idle.wait()
@@ -141,7 +149,7 @@ class Service:
 
     async def close(self) -> None:
         """Ends the thread after its step."""
-        self.draining = True
+        self.closing.set()
         self._command(None)
         await asyncio.to_thread(self._thread.join)
 

@@ -9,14 +9,16 @@ from orogen.infer.forward import NONE
 
 @dataclasses.dataclass
 class Stats:
-    """Totals since the engine was made. steps: of decoding, over all slots. drafted: drafts of each depth that could
-    have been kept; accepted: those that were. host_seconds: of rounds, without what waits for devices."""
+    """Totals since the engine was made. steps: of decoding, over all slots. called_steps: those that calls were
+    dispatched for, once for all slots. drafted: drafts of each depth that could have been kept; accepted: those that
+    were. host_seconds: of rounds, without what waits for devices."""
 
     requests: int = 0
     read_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
     steps: int = 0
+    called_steps: int = 0
     drafted: list[int] = dataclasses.field(default_factory=list)
     accepted: list[int] = dataclasses.field(default_factory=list)
     host_seconds: float = 0.0

@@ -16,6 +16,13 @@ from orogen.infer.serve.app import make_app
 from orogen.infer.serve.exchange import Settings
 from orogen.infer.service import Service
 
+# Of the routes that ask the engine.
+BODIES = {
+    "/v1/completions": {"prompt": [5]},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}]},
+    "/v1/responses": {"input": "hi"},
+}
+
 
 class Kept(Renderer):
     """One process for all tests: it takes longer to start than a test."""

@@ -9,19 +9,13 @@ import pytest
 from tests.infer.chats import backend, tokenizer
 from tests.infer.fake_engine import FakeEngine
 from tests.infer.scheduled import capacity
-from tests.infer.serve.harness import with_client, worded
+from tests.infer.serve.harness import BODIES, with_client, worded
 
 from orogen.config.checks import ConfigError
 from orogen.infer.request import Request
 from orogen.infer.schedule import Scheduler
 from orogen.infer.serve import exchange
 from orogen.infer.serve.measures import Measures
-
-BODIES = {
-    "/v1/completions": {"prompt": [5]},
-    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}]},
-    "/v1/responses": {"input": "hi"},
-}
 
 
 def ask(method: str, path: str, body=None, engine=None, headers=None, **settings):
@@ -342,57 +336,6 @@ def test_the_salt_of_a_body_reaches_the_engine_with_each_of_its_requests():
     replies, wrong = with_client(engine, use, words=True)
     assert replies == [(200, None)] * 4 and engine.salts == ["é", "é", "b", "c", ""]
     assert wrong.status == 400 and "cache_salt is 3; expected a string" in wrong.error
-
-
-def test_prompts_that_wait_when_the_server_ends_are_not_rendered():
-    go, rendered = threading.Event(), []
-
-    async def use(client):
-        run = client.app.state.parts.preparing.run_chat
-        tasks = [asyncio.create_task(run(work, 10)) for work in (go.wait, rendered.append)]
-        await asyncio.sleep(0.01)
-        return tasks
-
-    try:
-        first, waiting = with_client(FakeEngine(), use)
-        assert waiting.cancelled()
-    finally:
-        go.set()
-    assert not rendered
-
-
-@pytest.mark.parametrize("path", [*BODIES, "/tokenize"])
-def test_work_before_the_engine_is_bounded(path, monkeypatch):
-    """Three bodies whose prompts take their time, and a fourth; each has its time, and counts until its thread ends."""
-    go = threading.Event()
-    body = {"prompt": "a"} if path in ("/v1/completions", "/tokenize") else BODIES[path]
-
-    async def use(client):
-        slow = lambda *_, **__: go.wait(10)  # noqa: E731
-        parts = client.app.state.parts
-        monkeypatch.setattr(parts.chat, "prompt", slow)
-        monkeypatch.setattr(parts.tokenizer, "prompt_ids", slow)
-        held = [asyncio.create_task(client.post(path, body)) for _ in range(3)]
-        await asyncio.sleep(0.1)
-        more = await client.post(path, body)
-        late = await asyncio.gather(*held)
-        still = await client.post("/v1/completions", {"prompt": [5]})
-        go.set()
-        for _ in range(500):
-            if (reply := await client.post("/v1/completions", {"prompt": [5]})).status == 200:
-                break
-            await asyncio.sleep(0.01)
-        return more, late, still, reply
-
-    try:
-        more, late, still, after = with_client(worded(), use, words=True, limit=3, timeout=0.5)
-    finally:
-        go.set()
-    assert (more.status, more.json["error"]["code"], more.headers["retry-after"]) == (429, "queue_full", "1")
-    assert more.error == "the queue is full: 3 requests are being prepared; expected at most 3"
-    assert [(reply.status, reply.error) for reply in late] == [(504, "the request took more than 0.5 s to prepare")] * 3
-    one_thread = "prompt" not in body  # whose other two have never begun
-    assert (still.status, after.status) == (200 if one_thread else 429, 200)
 
 
 def test_the_time_to_a_first_token_begins_with_the_body(monkeypatch):

@@ -65,8 +65,8 @@ async def chats(request: HttpRequest) -> Response:
     parts: Parts = request.app.state.parts
     body, unknown = await read_body(request, forms.CHAT)
     parts.check_body(body)
-    asked = await parts.preparing.run_chat(asked_of, body, parts.need_chat())
-    requests = await parts.preparing.run(requests_of, body, asked, parts)
+    with parts.preparing.place() as place:
+        asked, requests = await parts.preparing.run_chat(prepared, body, parts, place=place)
     form, stream = _Form(parts, body, asked), forms.streams(body)
     answers = Answers(parts, requests, salt=forms.salt(body), since=request.state.arrived)
     return await respond(request, answers, form, stream=stream, headers=ignored(unknown))
@@ -203,6 +203,12 @@ def logprobs_of(tokens: Sequence[Chosen], tokenizer: Tokenizer | None) -> list[d
 
     tops = [[told(*one) for one in chosen.top] for chosen in tokens]
     return [{**told(c.id, c.logprob), "top_logprobs": top} for c, top in zip(tokens, tops, strict=True)]
+
+
+def prepared(body: dict[str, Any], parts: Parts) -> tuple[Asked, list[Request]]:
+    """What is asked of the engine. Raises HttpError."""
+    asked = asked_of(body, parts.need_chat())
+    return asked, requests_of(body, asked, parts)
 
 
 def asked_of(body: dict[str, Any], chat: Chat) -> Asked:

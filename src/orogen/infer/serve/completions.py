@@ -42,7 +42,8 @@ async def completions(request: HttpRequest) -> Response:
     parts: Parts = request.app.state.parts
     body, unknown = await read_body(request, forms.COMPLETION)
     parts.check_body(body)
-    choices, requests = await parts.preparing.run(_asked, body, parts)
+    with parts.preparing.place() as place:
+        choices, requests = await parts.preparing.run(_asked, body, parts, place=place)
     form = _Form(parts, body, choices)
     answers = Answers(parts, requests, salt=forms.salt(body), since=request.state.arrived)
     return await respond(request, answers, form, stream=forms.streams(body), headers=ignored(unknown))

@@ -41,6 +41,11 @@ def full(error: Full) -> HttpError:
     return HttpError(429, message, kind="rate_limit_error", code="queue_full", headers={"retry-after": "1"})
 
 
+def closed(message: str) -> HttpError:
+    """What is told where no request is taken any more."""
+    return HttpError(503, message, kind="server_error", headers={"retry-after": "5"})
+
+
 def response_to(error: HttpError) -> Response:
     """The response that tells an error."""
     return JSONResponse(error.body(), status_code=error.status, headers=error.headers)

@@ -15,7 +15,7 @@ from orogen.data.tokenizer import Tokenizer
 from orogen.infer.chat import THOUGHT, Chat
 from orogen.infer.constrain import Compiled
 from orogen.infer.request import CANCELLED, ERROR, Chosen, Full, Output, Request
-from orogen.infer.serve.errors import HttpError, bad, full
+from orogen.infer.serve.errors import HttpError, bad, closed, full
 from orogen.infer.serve.events import PLAIN, Events, Framing, ended, vanished
 from orogen.infer.serve.grammars import Grammars
 from orogen.infer.serve.measures import Measures
@@ -58,7 +58,7 @@ class Parts:
     @functools.cached_property
     def preparing(self) -> Preparing:
         """What is done before the engine has a request; as many may be there as the engine may have."""
-        return Preparing(limit=self.service.limit, seconds=self.settings.timeout)
+        return Preparing(self.service, seconds=self.settings.timeout)
 
     @property
     def ends(self) -> frozenset[int]:
@@ -197,7 +197,7 @@ def _told(error: Any) -> BaseException:
     if isinstance(error, Full):
         return full(error)
     if isinstance(error, ClosedError):
-        return HttpError(503, str(error), kind="server_error", headers={"retry-after": "5"})
+        return closed(str(error))
     if isinstance(error, ConfigError):
         return bad(error)
     whole = not isinstance(error, Exception)  # such as a cancellation

@@ -7,7 +7,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from orogen.infer.request import Full
-from orogen.infer.serve.errors import HttpError, full
+from orogen.infer.serve.errors import HttpError, closed, full
+from orogen.infer.service import CLOSING, Service
 
 T = TypeVar("T")
 WORKERS = 4
@@ -16,44 +17,102 @@ WORKERS = 4
 class Preparing:
     """Threads for that work, which takes seconds for large bodies: the event loop must not wait for it.
 
-    limit: how many pieces of work may be under way or wait for a thread at a time. seconds: for each, waiting included.
-    A piece that is given up counts until its thread is done with it, for nothing can stop that.
+    seconds: for each piece of work, waiting included. As many pieces as the service may have requests may be under way
+    or wait, those with a chat template and the others each. A piece that is given up counts until its thread is done
+    with it, for nothing can stop that.
     """
 
-    def __init__(self, *, limit: int, seconds: float) -> None:
-        self._limit, self._seconds = limit, seconds
+    def __init__(self, service: Service, *, seconds: float) -> None:
+        self._service, self._seconds = service, seconds
         self._bodies = ThreadPoolExecutor(WORKERS, "bodies")
         # A thread of their own: a template that takes its time holds up no other route.
         self._chats = ThreadPoolExecutor(1, "prompts")
-        self._lock, self._open = threading.Lock(), 0
+        self._lock, self._under_way = threading.Lock(), {self._bodies: 0, self._chats: 0}
+        self._places: set[Place] = set()
 
-    async def run(self, work: Callable[..., T], *arguments: Any) -> T:
-        """`work(*arguments)`. Raises HttpError with status 429 if too much is under way, 504 if time is up."""
-        return await self._run(self._bodies, work, *arguments)
+    def place(self) -> "Place":
+        """Room among the engine's requests for one that is prepared."""
+        return Place(self)
 
-    async def run_chat(self, work: Callable[..., T], *arguments: Any) -> T:
+    async def run(self, work: Callable[..., T], *arguments: Any, place: "Place | None" = None) -> T:
+        """`work(*arguments)`, which takes the place as it begins. Raises HttpError with status 429 if too much is under
+        way, or there is no place; 503 as soon as the server shuts down; 504 if time is up."""
+        return await self._run(self._bodies, _with(place, work), *arguments)
+
+    async def run_chat(self, work: Callable[..., T], *arguments: Any, place: "Place | None" = None) -> T:
         """As `run`, for work with a chat template."""
-        return await self._run(self._chats, work, *arguments)
+        return await self._run(self._chats, _with(place, work), *arguments)
+
+    def take(self, place: "Place") -> None:
+        """Counts a place. Raises HttpError with status 429 if there is none."""
+        with self._lock:
+            if (count := self._service.open + len(self._places)) >= (limit := self._service.limit):
+                raise full(Full(f"{count} requests are open or prepared; expected at most {limit}"))
+            self._places.add(place)
+
+    def give_back(self, place: "Place") -> None:
+        """The engine has the request, or nobody wants it any more."""
+        with self._lock:
+            self._places.discard(place)
 
     async def _run(self, pool: ThreadPoolExecutor, work: Callable[..., T], *arguments: Any) -> T:
         with self._lock:
-            if self._open >= self._limit:
-                raise full(Full(f"{self._open} requests are being prepared; expected at most {self._limit}"))
-            self._open += 1
+            if (count := self._under_way[pool]) >= (limit := self._service.limit):
+                raise full(Full(f"{count} requests are being prepared; expected at most {limit}"))
+            self._under_way[pool] += 1
         future = pool.submit(work, *arguments)
-        future.add_done_callback(self._ended)
+        future.add_done_callback(lambda future: self._ended(pool, future))
+        wrapped, closing = asyncio.wrap_future(future), asyncio.ensure_future(self._service.closing.wait())
         try:
-            async with asyncio.timeout(self._seconds):
-                return await asyncio.wrap_future(future)
-        except TimeoutError:
-            message = f"the request took more than {self._seconds:g} s to prepare"
-            raise HttpError(504, message, kind="timeout_error") from None
+            done, _ = await asyncio.wait({wrapped, closing}, timeout=self._seconds, return_when=asyncio.FIRST_COMPLETED)
+            if wrapped in done:
+                return wrapped.result()
+        finally:
+            closing.cancel()
+            wrapped.cancel()  # what has not begun never does
+        if closing in done:
+            raise closed(CLOSING)
+        raise HttpError(504, f"the request took more than {self._seconds:g} s to prepare", kind="timeout_error")
 
-    def _ended(self, _: "Future[Any]") -> None:
+    def _ended(self, pool: ThreadPoolExecutor, _: "Future[Any]") -> None:
         with self._lock:
-            self._open -= 1
+            self._under_way[pool] -= 1
 
     def close(self) -> None:
         """Ends the threads after what they are at."""
         for pool in (self._bodies, self._chats):
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+class Place:
+    """Room among the engine's requests for one that is prepared, from the beginning of that work to the end of a `with`
+    block. Work that waits for a thread has none, so that it keeps no other route from the engine; and nobody waits for
+    a template to hear then that the queue is full.
+    """
+
+    def __init__(self, preparing: Preparing) -> None:
+        self._preparing, self._left = preparing, False
+
+    def take(self) -> None:
+        """In the thread that works. Raises HttpError with status 429 if there is no room."""
+        self._preparing.take(self)
+        if self._left:  # the client vanished as the work began
+            self._preparing.give_back(self)
+
+    def __enter__(self) -> "Place":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._left = True
+        self._preparing.give_back(self)
+
+
+def _with(place: Place | None, work: Callable[..., T]) -> Callable[..., T]:
+    if place is None:
+        return work
+
+    def placed(*arguments: Any) -> T:
+        place.take()
+        return work(*arguments)
+
+    return placed

@@ -13,7 +13,7 @@ from orogen.infer.answer import Answer, Part
 from orogen.infer.request import LENGTH, Chosen, Output
 from orogen.infer.serve import forms
 from orogen.infer.serve.body import ignored, read_body
-from orogen.infer.serve.chats import Asked, asked_of, call_deltas, logprobs_of, requests_of
+from orogen.infer.serve.chats import Asked, call_deltas, logprobs_of, prepared
 from orogen.infer.serve.conversation import RESPONSE, chat_of
 from orogen.infer.serve.errors import HttpError
 from orogen.infer.serve.events import Framing
@@ -34,10 +34,10 @@ async def responses(request: HttpRequest) -> Response:
     parts: Parts = request.app.state.parts
     body, unknown = await read_body(request, RESPONSE)
     parts.check_body(body)
-    chat = parts.need_chat()
+    parts.need_chat()
     asked_body = await parts.preparing.run(chat_of, body)
-    asked = await parts.preparing.run_chat(asked_of, asked_body, chat)
-    requests = await parts.preparing.run(requests_of, asked_body, asked, parts)
+    with parts.preparing.place() as place:
+        asked, requests = await parts.preparing.run_chat(prepared, asked_body, parts, place=place)
     form, stream = _Form(parts, body, asked, logprobs=asked_body.get("logprobs", False)), body.get("stream", False)
     answers, headers = Answers(parts, requests, salt=forms.salt(body), since=request.state.arrived), ignored(unknown)
     return await respond(

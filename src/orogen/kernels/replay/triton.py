@@ -2,8 +2,9 @@
 
 Axes: b batch, l entries of the ring, t new tokens, u new tokens that t reads, h heads, p head size, g groups, n state.
 
-Tiling: the grid of both is (blocks of a head's p, heads, batch); a program holds ELEMENTS numbers of a state in
-registers. In `replay` it also holds the ring and the piece (their x in its block of p, all of their B), and computes
+Tiling: the grid of both is (blocks of a head's p, heads, batch); a program holds so many numbers of a state in
+registers as ELEMENTS says, or ELEMENTS_OF_MANY where that leaves enough programs, since each reads the ring anew. In
+`replay` it also holds the ring and the piece (their x in its block of p, all of their B), and computes
 one new token after the other by the formula of `parallel`: products over 1 to 8 tokens are too thin for tensor cores,
 so all run in float32. Every program writes its block of the piece's x into the ring; the first program of a group also
 writes B, and the first of a head dt. No program reads an entry that another writes: the ring is read up to the cursor,
@@ -23,8 +24,10 @@ from orogen.kernels.pallas_triton import both, call, inside, load, require_gpu, 
 from orogen.kernels.replay.operands import FlushOperands, Operands, Ring
 from orogen.kernels.stochastic import random_bits, to_float16
 
-ELEMENTS = 4096  # of the state per program: about as many bytes as four rings of 16 inputs
-WARPS = 4
+# Of the state per program. Timed on an H200, R1's heads, a ring of 16: of 1,024 to 8,192 with 1 to 8 warps.
+ELEMENTS, ELEMENTS_OF_MANY, WARPS = 4096, 8192, 4
+MANY = 2048  # programs
+FLUSH_ELEMENTS, FLUSH_WARPS = 2048, 2
 STEP = 4  # entries of the ring that `flush` loads before it uses the first
 
 
@@ -46,7 +49,8 @@ def replay_triton(o: Operands, *, interpret: bool = False) -> tuple[Array, Ring]
     Raises ValueError if there is no GPU and `interpret` is False.
     """
     require_gpu(interpret=interpret)
-    sizes, spec = _specs(o.state_bhpn, o.ring, tokens=o.c_btgn.shape[1])
+    elements = ELEMENTS_OF_MANY if o.state_bhpn.size >= MANY * ELEMENTS_OF_MANY else ELEMENTS
+    sizes, spec = _specs(o.state_bhpn, o.ring, tokens=o.c_btgn.shape[1], elements=elements)
     operands = {
         "state": (o.state_bhpn, spec("state")),
         **{f"ring_{name}": (array, spec(f"ring_{name}")) for name, array in zip("xbd", o.ring, strict=True)},
@@ -59,14 +63,14 @@ def replay_triton(o: Operands, *, interpret: bool = False) -> tuple[Array, Ring]
     }
     outputs = {"y": (o.piece.x_blhp.shape, o.piece.x_blhp.dtype, spec("x"))}
     outputs |= {f"new_{k}": (a.shape, a.dtype, s) for k, (a, s) in operands.items() if k.startswith("ring")}
-    results = _call(_replay_kernel, operands, outputs, sizes, interpret=interpret)
+    results = _call(_replay_kernel, operands, outputs, sizes, warps=WARPS, interpret=interpret)
     return results["y"], Ring(*(results[f"new_ring_{name}"] for name in "xbd"))
 
 
 def flush_triton(o: FlushOperands, *, interpret: bool = False) -> Array:
     """`flush` on an NVIDIA GPU, as `replay_triton`."""
     require_gpu(interpret=interpret)
-    sizes, spec = _specs(o.state_bhpn, o.ring, tokens=0)
+    sizes, spec = _specs(o.state_bhpn, o.ring, tokens=0, elements=FLUSH_ELEMENTS)
     operands = {
         "state": (o.state_bhpn, spec("state")),
         **{f"ring_{name}": (array, spec(f"ring_{name}")) for name, array in zip("xbd", o.ring, strict=True)},
@@ -77,14 +81,14 @@ def flush_triton(o: FlushOperands, *, interpret: bool = False) -> Array:
     if o.seeds_b2 is not None:
         operands |= {f"seed{k}": (o.seeds_b2[:, k], spec("of_row")) for k in range(2)}
     outputs = {"new_state": (o.state_bhpn.shape, o.state_bhpn.dtype, spec("state"))}
-    return _call(_flush_kernel, operands, outputs, sizes, interpret=interpret)["new_state"]
+    return _call(_flush_kernel, operands, outputs, sizes, warps=FLUSH_WARPS, interpret=interpret)["new_state"]
 
 
-def _specs(state_bhpn: Array, ring: Ring, *, tokens: int) -> tuple[Sizes, Any]:
+def _specs(state_bhpn: Array, ring: Ring, *, tokens: int, elements: int) -> tuple[Sizes, Any]:
     """The sizes, and the block of each operand as a function of its name."""
     (_, heads, head, state), (_, entries, groups, _) = state_bhpn.shape, ring.b_blgn.shape
     power = pl.next_power_of_2
-    wide, block = power(state), min(power(head), max(1, ELEMENTS // power(state)))
+    wide, block = power(state), min(power(head), max(1, elements // power(state)))
     sizes = Sizes(entries, tokens, head, state, heads // groups, block)
 
     def spec(name: str) -> pl.BlockSpec:
@@ -102,7 +106,13 @@ def _specs(state_bhpn: Array, ring: Ring, *, tokens: int) -> tuple[Sizes, Any]:
 
 
 def _call(
-    kernel, operands: dict[str, tuple[Array, Any]], outputs: dict[str, Any], sizes: Sizes, *, interpret: bool
+    kernel,
+    operands: dict[str, tuple[Array, Any]],
+    outputs: dict[str, Any],
+    sizes: Sizes,
+    *,
+    warps: int,
+    interpret: bool,
 ) -> dict[str, Array]:
     """The outputs by name; an output called new_… overwrites the operand of that name."""
     batch, heads, *_ = operands["state"][0].shape
@@ -112,7 +122,7 @@ def _call(
         [spec for _, spec in operands.values()],
         outputs,
         grid=(pl.cdiv(sizes.head, sizes.block), heads, batch),
-        warps=WARPS,
+        warps=warps,
         in_place={k: list(operands).index(k.removeprefix("new_")) for k in outputs if k.startswith("new_")},
         interpret=interpret,
     )
