@@ -17,7 +17,9 @@ from orogen.config.data import DataConfig
 from orogen.config.dtype import COMPUTE
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
+from orogen.config.precision import PrecisionConfig
 from orogen.config.remat import check_layers
+from orogen.config.rounded import check_precision
 
 # The most tokens of a prompt with its continuation: each costs a pass over the whole sequence; more would take weeks.
 MAX_LENGTH = 2**20
@@ -152,6 +154,7 @@ class RunConfig:
     data: DataConfig = ABSENT
     train: TrainConfig = ABSENT
     optimizer: OptimizerConfig = ABSENT
+    precision: PrecisionConfig = PrecisionConfig()
 
     def need(self, *parts: str) -> "RunConfig":
         """This config, if it has all of `parts`. Raises ConfigError naming the class that has no bindings."""
@@ -183,6 +186,8 @@ class RunConfig:
             for field in ("remat", "offload"):
                 check_layers(field, getattr(self.plan, field), self.model.layers.main + self.model.layers.mtp)
             windows = self.model.attention_sinks or set(self.model.layers.main + self.model.layers.mtp) & set("w+")
+            length = None if self.train is None else self.train.sequence_length
+            check_precision(self.precision, self.model, self.plan, length)
             expected = "full or blocked: the model has windows, sinks or latent attention"
             require(not windows or self.plan.attention != "cudnn", self.plan, "attention", expected)
         if self.train is not None and self.model is not None and self.plan.context > 1:
@@ -219,4 +224,5 @@ PARTS: dict[str, Any] = {
     "data": DataConfig,
     "train": TrainConfig,
     "optimizer": OptimizerConfig,
+    "precision": PrecisionConfig,
 }

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from flax import nnx
+from jax import Array
 
 from orogen.config.model import ModelConfig
 from orogen.config.run import RunConfig
@@ -16,6 +17,8 @@ from orogen.data.packing import Batch, prefix_byte_count, target_byte_count
 from orogen.model.lm import Built
 from orogen.parallel import distributed, placement
 from orogen.parallel.plan import Plan, make_plan
+from orogen.precision.words import step_key
+from orogen.train.formats import in_formats, with_numbers
 from orogen.train.loss import batch_counts
 from orogen.train.next_token import LOSS, NEXT_TOKEN
 from orogen.train.state import TrainState
@@ -86,7 +89,8 @@ class Heldout:
 def heldout_plan(config: RunConfig) -> Plan:
     """The run's plan for evaluation: no drops, and one microbatch unless pipeline stages need several."""
     parts = config.plan.microbatches if config.plan.stage > 1 else 1
-    return make_plan(dataclasses.replace(config.plan.dropping_none(), microbatches=parts), config.model)
+    plan = make_plan(dataclasses.replace(config.plan.dropping_none(), microbatches=parts), config.model)
+    return in_formats(plan, config.precision, config.model)
 
 
 def measure(
@@ -95,11 +99,17 @@ def measure(
     """The jitted function (parameters from `placement.working`, buffers, batch) -> the objective's metrics, computed
     by forward passes alone."""
 
-    def metrics(params: nnx.State, buffers: nnx.State, batch: Batch) -> dict[str, Metric]:
+    def metrics(params: nnx.State, buffers: nnx.State, batch: Batch, key: Array) -> dict[str, Metric]:
+        here = plan.in_step(key, batch.tokens_bt)
         counts = batch_counts(batch, objective, objective.depths(config), plan)
         parts = jax.tree.map(lambda x: microbatches(x, plan.config.microbatches, plan.sources[0]), batch)
-        found = skeleton(built)(Computation(objective, config, plan, dtype), parts, counts, buffers).metrics(params)
+        found = skeleton(built)(Computation(objective, config, here, dtype), parts, counts, buffers).metrics(params)
         return {name: Metric(total, counts.metrics[name]) for name, total in found.items()}
 
-    inputs = (plan.specs(built.params), plan.specs(built.buffers), plan.spec(*BATCH_AXES))
-    return jax.jit(plan.run(metrics, inputs=inputs, outputs=plan.spec()), compiler_options=plan.compiler_options)
+    inputs = (plan.specs(built.params), plan.specs(built.buffers), plan.spec(*BATCH_AXES), plan.spec())
+    on_devices = plan.run(metrics, inputs=inputs, outputs=plan.spec())
+
+    def measured(params: nnx.State, buffers: nnx.State, batch: Batch) -> dict[str, Metric]:
+        return on_devices(params, buffers, with_numbers(batch, plan), step_key(0, 0))
+
+    return jax.jit(measured, compiler_options=plan.compiler_options)

@@ -31,11 +31,13 @@ from orogen.train.back import Back, BadStepsError
 from orogen.train.goodput import COMPILING, EVALUATING, Clock
 from orogen.train.health import SPIKE, Health, NonFiniteError
 from orogen.train.lock import RunLock
+from orogen.train.lost_numbers import described
 from orogen.train.optimizer import make_optimizer
 from orogen.train.profiled import StepProfile
+from orogen.train.programs import StepPrograms
 from orogen.train.saving import Saver
 from orogen.train.state import TrainState, abstract_state, create_state, from_items, items, start_state, state_shardings
-from orogen.train.step import StepMetrics, batch_to_devices, make_step
+from orogen.train.step import StepMetrics, batch_to_devices
 from orogen.train.stop import Stop, StopTogether
 from orogen.train.stragglers import Pace
 from orogen.train.task import Task
@@ -44,13 +46,14 @@ from orogen.train.watch import Watch
 
 class _Pending(NamedTuple):
     """A step that is dispatched and not yet reported. position: of the data, after its batch; host_seconds: until it
-    was dispatched."""
+    was dispatched; measured: see `StepPrograms`."""
 
     number: int
     batch: Batch
     position: dict[str, Any]
     host_seconds: float
     fetching: Future[tuple[StepMetrics, float]]
+    measured: dict[str, Any] | None
 
 
 class Loop:
@@ -78,7 +81,7 @@ class Loop:
         train = config.train
         self.back = Back(train, checkpoints.run_dir, checkpoints, log)
         self.optimizer = make_optimizer(config.optimizer, train.steps, built.params)
-        self.step = distributed.compiled_together(make_step(built, task.objective, config, plan, self.optimizer))
+        self.programs = StepPrograms(built, task.objective, config, plan, self.optimizer)
         self.carried = carry.abstract(train, built)
         self.evaluation = task.evaluation(config, built, corpus)
         score = None
@@ -88,7 +91,6 @@ class Loop:
         self.source = task.source(config, corpus)
         self.position: dict[str, Any] = self.source.state()
         self._beginning = self.position
-        self._compiled = False
         self.first_step = distributed.from_first(lambda: checkpoints.latest) or 0
         expected = f"at least {self.first_step}, the step that the run has reached"
         require(train.steps >= self.first_step, train, "steps", expected)
@@ -196,13 +198,15 @@ class Loop:
                 began = time.perf_counter()
                 batch = self.source.take(state)
                 self.position = self.source.state()
-                state, metrics = self._dispatch(state, batch)
+                state, metrics, measured = self._dispatch(number, state, batch)
                 host_seconds = time.perf_counter() - began
                 stop.working = True
                 profile.after(number, state)
                 if pending is not None:
                     self._report(pending, writer, progress)
-                pending = _Pending(number, batch, self.position, host_seconds, fetcher.submit(_fetch, metrics))
+                pending = _Pending(
+                    number, batch, self.position, host_seconds, fetcher.submit(_fetch, metrics), measured
+                )  # fmt: skip
                 stopped, due = together.after(number), lambda every, n=number: n % every == 0
                 last = number == train.steps or stopped
                 save = self.saver.due(number)
@@ -219,15 +223,19 @@ class Loop:
                         self.saver.save_on_the_way(state, self.position, self.built.layout, best=best)
         return state
 
-    def _dispatch(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        """The step's results, which the devices may still be computing. The first call also compiles the step."""
-        if self._compiled:
-            return self.step(state, batch_to_devices(batch, self.plan))
+    def _dispatch(
+        self, number: int, state: TrainState, batch: Batch
+    ) -> tuple[TrainState, StepMetrics, dict[str, Any] | None]:
+        """The step's results, which the devices may still be computing, and what it measured of its roundings. The
+        first call also compiles the step, as does the first after a change of recipe."""
+        placed = batch_to_devices(batch, self.plan)
+        measured = self.programs.measured(number, state, placed)
+        step, new = self.programs.step(number)
+        if not new:
+            return *step(state, placed), measured
         self.watch.expect_longer()
         with self.clock.aside(COMPILING):
-            result = self.step(state, batch_to_devices(batch, self.plan))
-        self._compiled = True
-        return result
+            return *step(state, placed), measured
 
     def _report(
         self,
@@ -246,6 +254,8 @@ class Loop:
         self.watch.progress(seconds)
         self.pace.add(seconds, pending.host_seconds)
         record = self._record(number, pending.batch, fetched, seconds)
+        if pending.measured is not None:
+            record = _joined(record, described(jax.device_get(pending.measured)))
         self.back.compare(record)
         record = self.health.judged(record)
         if scored is not None:

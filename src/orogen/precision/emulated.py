@@ -1,0 +1,212 @@
+"""Products of activations with weights whose operands are rounded first, as a recipe says (`config/rounded.py`).
+
+The values of rounded operands are exact in the compute dtype, so their products are exact too; sums are float32, and
+scales of tensors are multiplied last. A tensor of activations or gradients is one sequence, on however many ranks of
+context and tensor it lies.
+
+Letters: b batch, t time, d width in, f width out of one of several weights.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from orogen.config.rounded import Operand, Products
+from orogen.parallel.plan import Plan
+from orogen.parallel.varying import vary_like
+from orogen.precision.counts import COUNTS, add_up
+from orogen.precision.rounding import Encoded, encode, magnitude, transformed
+from orogen.precision.words import columns, operand_key, words
+
+# Numbers of the operands that random words tell apart, added to a product's own; 64 for each product.
+WEIGHT, ACTIVATION, GRADIENT, COLUMNS_OF = 0, 16, 32, 8
+
+
+class Places(NamedTuple):
+    """Where a product's operands lie in the whole tensors; what random words are made of. key: of the step; layer: its
+    number; number_bt: of each token; row: the first of this rank's rows of the weights; column_i: of each weight, the
+    first of this rank's columns."""
+
+    key: Array
+    layer: Array
+    number_bt: Array
+    row: Array
+    column_i: tuple[Array, ...]
+
+
+class How(NamedTuple):
+    """What does not depend on numbers. name: the product's own number, for random words; plan: without arrays."""
+
+    products: Products
+    plan: Plan
+    name: int
+    counted: bool
+
+
+def rounded_products(
+    x_btd: Array, weights_df: Sequence[Array], how: How, places: Places, probe: Array | None
+) -> tuple[Array, ...]:
+    """x w (b, t, f) in x's dtype for each weight (d, f). The weights share a tensor scale, as do the gradients of their
+    outputs. probe: (operands, counters) zeros whose gradient are the counters, if `how.counted`."""
+    probe = jnp.zeros(()) if probe is None else probe
+    operands = (x_btd, tuple(weights_df), probe, places)
+    return _products(how, *vary_like(operands, operands))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _products(how: How, x_btd: Array, weights_df: tuple[Array, ...], probe: Array, places: Places) -> Any:
+    return _forward(how, x_btd, weights_df, probe, places)[0]
+
+
+def _forward(how, x_btd, weights_df, probe, places):
+    pair, counted = how.products.forward, jnp.zeros((2, len(COUNTS)))
+    if pair is None:
+        y_btf = tuple((_flat(x_btd) @ w_df).reshape(*x_btd.shape[:2], -1) for w_df in weights_df)
+    else:
+        (x,), x_counts = _activations(how, (x_btd,), pair[0], 2, places, ACTIVATION)
+        found, w_counts = _weights(how, weights_df, pair[1], 0, places)
+        y_btf = tuple(_times(_contract(x.value, w.value, 0), (x, w), x_btd) for w in found)
+        counted = jnp.stack([x_counts, w_counts]) if how.counted else counted
+    return y_btf, (x_btd, weights_df, places, counted if how.counted else None)
+
+
+def _backward(how, kept, grads_btf):
+    x_btd, weights_df, places, counted = kept
+    dx_btd, dx_counts = _input_gradient(how, x_btd, weights_df, grads_btf, places)
+    dweights_df, dw_counts = _weight_gradient(how, x_btd, weights_df, grads_btf, places)
+    stats = jnp.concatenate([counted, dx_counts, dw_counts]) if how.counted else jnp.zeros(())
+    return dx_btd, dweights_df, vary_like(stats, (x_btd, weights_df)), None
+
+
+_products.defvjp(_forward, _backward)
+
+
+def _input_gradient(how, x_btd, weights_df, grads_btf, places):
+    pair = how.products.input_gradient
+    if pair is None:
+        terms = [_flat(g_btf) @ w_df.T for g_btf, w_df in zip(grads_btf, weights_df, strict=True)]
+        return sum(terms).reshape(x_btd.shape).astype(x_btd.dtype), jnp.zeros((2, len(COUNTS)))
+    grads, g_counts = _activations(how, grads_btf, pair[0], 2, places, GRADIENT)
+    found, w_counts = _weights(how, weights_df, pair[1], 1, places)
+    # One scale for all parts, so that it is multiplied after their sum.
+    total = sum(_contract(g.value, w.value, 1) for g, w in zip(grads, found, strict=True))
+    dx_btd = _times(total[:, : x_btd.shape[2]], (grads[0], found[0]), x_btd)
+    return dx_btd, jnp.stack([g_counts, w_counts]) if how.counted else None
+
+
+def _weight_gradient(how, x_btd, weights_df, grads_btf, places):
+    pair = how.products.weight_gradient
+    if pair is None:
+        found = (_flat(x_btd).T @ _flat(g_btf) for g_btf in grads_btf)
+        return tuple(dw.astype(w.dtype) for dw, w in zip(found, weights_df, strict=True)), jnp.zeros((2, len(COUNTS)))
+    (x,), x_counts = _activations(how, (x_btd,), pair[0], 1, places, ACTIVATION + COLUMNS_OF)
+    grads, g_counts = _activations(how, grads_btf, pair[1], 1, places, GRADIENT + COLUMNS_OF)
+    found = tuple(_sum_over_tokens(x, g).astype(w.dtype) for g, w in zip(grads, weights_df, strict=True))
+    return found, jnp.stack([x_counts, g_counts]) if how.counted else None
+
+
+def _sum_over_tokens(x: Encoded, grad: Encoded) -> Array:
+    """xᵀ dy (d, f) in float32, where each sequence has scales of its own."""
+    if len(x.scale) == len(grad.scale) == 1:
+        dims = (((0,), (0,)), ((), ()))
+        whole_df = jax.lax.dot_general(_flat(x.value), _flat(grad.value), dims, preferred_element_type=jnp.float32)
+        return whole_df * x.scale[0] * grad.scale[0]
+    dims = (((1,), (1,)), ((0,), (0,)))
+    each_bdf = jax.lax.dot_general(x.value, grad.value, dims, preferred_element_type=jnp.float32)
+    return jnp.sum(each_bdf * x.scale * grad.scale, axis=0)
+
+
+def _activations(
+    how: How, parts: Sequence[Array], operand: Operand, axis: int, places: Places, name: int
+) -> tuple[list[Encoded], Array | None]:
+    """Activations or gradients (b, t, f_i), rounded along `axis`, and their counters."""
+    dtype = parts[0].dtype
+    moved = [prepared(part, operand, axis) for part in parts]
+    largest = _largest(how.plan, moved, (1, 2), operand, ("context", "tensor"))
+    blocks = tuple(operand.block or 1 if i == axis else 1 for i in range(3))
+    found = []
+    for i, part in enumerate(moved):
+        random = None
+        if operand.stochastic:
+            key = operand_key(places.key, places.layer, how.name * 64 + name + i)
+            number_bt = _filled(places.number_bt, part.shape[1])
+            first = places.row if name < GRADIENT else places.column_i[i]
+            random = words(key, number_bt, columns(first, part.shape[2]))
+        found.append(encode(part, operand, blocks, largest, random))
+    counted = add_up(list(zip(moved, found, strict=True))) if how.counted else None
+    return [e._replace(value=e.value.astype(dtype)) for e in found], counted
+
+
+def _filled(number_bt: Array, length: int) -> Array:
+    """Numbers for the tokens of a sequence's last block too: a transform spreads numbers over what fills it up."""
+    more = jnp.arange(length - number_bt.shape[1], dtype=jnp.int32) + np.int32(1 << 30)
+    return jnp.concatenate([number_bt, number_bt[:, :1] + more], axis=1)
+
+
+def _weights(
+    how: How, parts: Sequence[Array], operand: Operand, axis: int, places: Places
+) -> tuple[list[Encoded], Array | None]:
+    """Weights (d, f_i), rounded along `axis`, and their counters."""
+    moved = [prepared(part, operand, axis) for part in parts]
+    largest = _largest(how.plan, moved, (0, 1), operand, ("tensor",))
+    blocks = tuple(operand.block or 1 if operand.square or i == axis else 1 for i in range(2))
+    found = []
+    for i, part in enumerate(moved):
+        random = None
+        if operand.stochastic:
+            key = operand_key(places.key, places.layer, how.name * 64 + WEIGHT + i)
+            random = words(key, columns(places.row, part.shape[0]), columns(places.column_i[i], part.shape[1]))
+        found.append(encode(part, operand, blocks, largest, random))
+    counted = add_up(list(zip(moved, found, strict=True))) if how.counted else None
+    return [e._replace(value=e.value.astype(parts[0].dtype)) for e in found], counted
+
+
+def prepared(x: Array, operand: Operand, axis: int) -> Array:
+    """x in float32, transformed along `axis` if the operand is; the axis is then filled up with zeros first."""
+    x = x.astype(jnp.float32)
+    if not operand.hadamard:
+        return x
+    unit = max(operand.hadamard, operand.block)
+    lacking = [(0, -x.shape[i] % unit if i == axis else 0) for i in range(x.ndim)]
+    return transformed(jnp.pad(x, lacking), operand.hadamard, axis)
+
+
+def _largest(
+    plan: Plan, parts: Sequence[Array], within: tuple[int, ...], operand: Operand, split: tuple[str, ...]
+) -> Array:
+    """The largest magnitude of the parts together along the axes `within`, which are split over `split`; infinite if a
+    number is not finite. Ones where no scale depends on it."""
+    if operand.scale == "power":
+        return jnp.ones([1] * parts[0].ndim)
+    each = [jnp.max(magnitude(part), axis=within, keepdims=True) for part in parts]
+    largest = finite_or_infinite(functools.reduce(jnp.maximum, each))
+    for axis in split:
+        largest = plan.max(largest, axis)
+    return largest
+
+
+def finite_or_infinite(largest: Array) -> Array:
+    """`largest` with infinity for NaN, which not every maximum over ranks would pass on."""
+    return jnp.where(jnp.isfinite(largest), largest, jnp.inf)
+
+
+def _contract(left_btk: Array, right: Array, axis: int) -> Array:
+    """left (b · t, k) times a matrix over its axis `axis`, in float32."""
+    dims = (((1,), (axis,)), ((), ()))
+    return jax.lax.dot_general(_flat(left_btk), right, dims, preferred_element_type=jnp.float32)
+
+
+def _times(y_nf: Array, operands: tuple[Encoded, Encoded], like_btd: Array) -> Array:
+    """A product times its operands' scales, as (b, t, f) in the dtype of `like_btd`."""
+    left, right = operands
+    y_btf = y_nf.reshape(*like_btd.shape[:2], -1)
+    return (y_btf * left.scale * right.scale[None]).astype(like_btd.dtype)
+
+
+def _flat(x_btd: Array) -> Array:
+    return x_btd.reshape(-1, x_btd.shape[-1])
