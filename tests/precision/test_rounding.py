@@ -13,8 +13,8 @@ from orogen.config.rounded import Operand
 from orogen.precision.rounding import encode, signs, transformed
 
 RNG = np.random.default_rng(0)
-# Uneven sizes, so that the last blocks are shorter; magnitudes over ten orders; multiples of a third, whose quotients lie
-# on midpoints or next to them.
+# Uneven sizes, so that the last blocks are shorter; magnitudes over ten orders; multiples of a third, whose quotients
+# lie on midpoints or next to them.
 DRAWN = (RNG.normal(size=(19, 37)) * np.exp(3 * RNG.normal(size=(19, 37)))).astype(np.float32)
 THIRDS = (RNG.integers(-12, 13, size=(19, 37)) / np.float32(3)).astype(np.float32)
 SPECIAL = DRAWN.copy()

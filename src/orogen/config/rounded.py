@@ -12,6 +12,7 @@ from orogen.config.plan import PlanConfig
 from orogen.config.precision import KINDS, PLAIN, ROLES, PrecisionConfig
 
 BLOCKS = {"fp8_tensorwise": 0, "fp8_blockwise": 128, "mxfp8": 32, "nvfp4": 16}
+MOST_TOKENS = 2**24  # of a batch, where experts' rows are rounded
 # The kinds of weight in a layer, by its letter; of experts, those of every model.
 LETTER_KINDS = {
     "M": ("mamba_in", "mamba_out"),
@@ -150,10 +151,12 @@ def _rounded(kinds: tuple[str, ...], precision: PrecisionConfig, switched: bool)
     return tuple(found)
 
 
-def check_precision(precision: PrecisionConfig, model: ModelConfig, plan: PlanConfig, length: int | None) -> None:
+def check_precision(
+    precision: PrecisionConfig, model: ModelConfig, plan: PlanConfig, *, length: int | None, rows: int | None
+) -> None:
     """Raises ConfigError if the recipe does not suit the model, or if the plan splits what is rounded together.
 
-    length: tokens per sequence; None if the run has none.
+    length, rows: tokens per sequence and sequences per batch; None if the run has none.
     """
     if not precision.rounds:
         return
@@ -171,8 +174,11 @@ def check_precision(precision: PrecisionConfig, model: ModelConfig, plan: PlanCo
     every = [pair for s in (False, True) for layer in layer_products(precision, model, switched=s) for pair in layer]
     for kind, used in dict.fromkeys(every):
         _check_widths(kind, used, model, plan)
-        if length is not None:
+        if length is not None and rows is not None:
             _check_tokens(kind, used, precision, plan, length)
+            if kind.startswith("routed") and rows * length >= MOST_TOKENS:
+                expected = f"fewer than {MOST_TOKENS} tokens in a batch, so that float32 holds their numbers"
+                raise ConfigError(f"TrainConfig.batch_size is {rows}; expected {expected}")
 
 
 def _check_widths(kind: str, used: Products, model: ModelConfig, plan: PlanConfig) -> None:

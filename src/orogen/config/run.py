@@ -186,8 +186,8 @@ class RunConfig:
             for field in ("remat", "offload"):
                 check_layers(field, getattr(self.plan, field), self.model.layers.main + self.model.layers.mtp)
             windows = self.model.attention_sinks or set(self.model.layers.main + self.model.layers.mtp) & set("w+")
-            length = None if self.train is None else self.train.sequence_length
-            check_precision(self.precision, self.model, self.plan, length)
+            shape = (self.train.sequence_length, self.train.batch_size) if self.train is not None else (None, None)
+            check_precision(self.precision, self.model, self.plan, length=shape[0], rows=shape[1])
             expected = "full or blocked: the model has windows, sinks or latent attention"
             require(not windows or self.plan.attention != "cudnn", self.plan, "attention", expected)
         if self.train is not None and self.model is not None and self.plan.context > 1:

@@ -19,7 +19,8 @@ Each line of `metrics.jsonl` is the JSON object of one step; steps strictly incr
     skipped_steps         steps skipped since the run began
     spike_bound           the loss exceeds this bound: it is a spike (`train.health`); only in such steps
     start_seconds         from the start of the process, or a roll-back, to the first step; only in that step
-    compile_seconds       tracing, lowering and compiling the step; only in the first of a process
+    compile_seconds       tracing, lowering and compiling the step; only in the first of a process, and where a recipe
+                          changes
     evaluate_seconds      the evaluation after this step
     save_seconds          how long writing checkpoints held the run up since the last step
     rounding_flushed, rounding_saturated, rounding_zeros, rounding_nonfinite: {operand: {layer: share}} of an operand's

@@ -3,6 +3,7 @@
 Letters: b batch, t time.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -228,13 +229,11 @@ class Loop:
     ) -> tuple[TrainState, StepMetrics, dict[str, Any] | None]:
         """The step's results, which the devices may still be computing, and what it measured of its roundings. The
         first call also compiles the step, as does the first after a change of recipe."""
-        placed = batch_to_devices(batch, self.plan)
+        placed, (step, new) = batch_to_devices(batch, self.plan), self.programs.step(number)
+        if new or self.programs.measures(number):
+            self.watch.expect_longer()
         measured = self.programs.measured(number, state, placed)
-        step, new = self.programs.step(number)
-        if not new:
-            return *step(state, placed), measured
-        self.watch.expect_longer()
-        with self.clock.aside(COMPILING):
+        with self.clock.aside(COMPILING) if new else contextlib.nullcontext():
             return *step(state, placed), measured
 
     def _report(

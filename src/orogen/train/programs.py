@@ -40,10 +40,14 @@ class StepPrograms:
             self._steps[switched] = distributed.compiled_together(made)
         return self._steps[switched], new
 
+    def measures(self, number: int) -> bool:
+        """Whether what rounding costs is due to be measured in step `number`."""
+        every = self.config.precision.health_every
+        return every > 0 and number % every == 0
+
     def measured(self, number: int, state: TrainState, batch: Batch) -> dict[str, Any] | None:
         """What rounding costs step `number`, still on the devices; None if nothing is measured there."""
-        every = self.config.precision.health_every
-        if not every or number % every:
+        if not self.measures(number):
             return None
         switched = is_switched(self.config.precision, number)
         if switched not in self._measures:
