@@ -122,9 +122,8 @@ def test_no_record_outlives_its_recipe():
 
 
 def test_every_gin_file_is_of_a_known_kind():
-    known = [
-        file for kind in ("models", "plans", "data", "recipes", "upcycle") for file in (CONFIGS / kind).glob("*.gin")
-    ]
+    kinds = ("models", "plans", "precision", "data", "recipes", "upcycle")
+    known = [file for kind in kinds for file in (CONFIGS / kind).glob("*.gin")]
     assert sorted(known) == sorted(CONFIGS.rglob("*.gin"))
 
 

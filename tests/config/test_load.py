@@ -29,7 +29,7 @@ TrainConfig.batch_size = 6
 TrainConfig.sequence_length = 8
 TrainConfig.seed = 1
 """
-CLASSES = "ModelConfig, PlanConfig, DataConfig, TrainConfig, OptimizerConfig"
+CLASSES = "ModelConfig, PlanConfig, DataConfig, TrainConfig, OptimizerConfig, PrecisionConfig"
 
 
 @pytest.fixture

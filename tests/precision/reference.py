@@ -46,10 +46,10 @@ def divided(largest, by):
     return np.float32(max(np.float64(largest) / by, 2.0**-117))
 
 
-def tensor_scaled(x, kind):
-    """(values, scale) of a whole tensor with one float32 scale."""
+def tensor_scaled(x, kind, largest=None):
+    """(values, scale) of a tensor with one float32 scale. largest: of the tensor, if x is a part of it."""
     x = flushed(x)
-    largest = np.abs(x).max()
+    largest = np.abs(x).max() if largest is None else largest
     if not np.isfinite(largest):
         return np.full(x.shape, np.nan), divided(0, LARGEST[kind])
     scale = divided(largest, LARGEST[kind])
@@ -79,10 +79,10 @@ def power_scaled(x, kind, blocks):
     return found
 
 
-def two_level(x, blocks, four_over_six=False):
-    """(values times their blocks' E4M3 scales, the tensor's scale) of NVFP4."""
+def two_level(x, blocks, four_over_six=False, largest=None):
+    """(values times their blocks' E4M3 scales, the tensor's scale) of NVFP4. largest: as above."""
     x, found = flushed(x), np.zeros(np.shape(x))
-    largest = np.abs(x).max()
+    largest = np.abs(x).max() if largest is None else largest
     tensor = divided(largest if np.isfinite(largest) else 0, 6 * (256 if four_over_six else 448))
     if not np.isfinite(largest):
         return np.full(x.shape, np.nan), tensor

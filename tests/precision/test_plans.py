@@ -69,7 +69,7 @@ def results(recipe, kind, **sizes):
 @several_devices
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_ranks_round_as_one_device_does(recipe):
-    for kind in KINDS:
+    for kind in KINDS if recipe in ("fp8_tensorwise", "nvfp4") else ("dense_up",):  # others have no maxima over ranks
         alone, alone_w = results(recipe, kind)
         folded, folded_w = results(recipe, kind, context=2, tensor=2)
         for mine, other in zip(folded + folded_w, alone + alone_w, strict=True):

@@ -90,7 +90,8 @@ def grouped(
     first = (plan.index("expert") * weight_edf.shape[0], _first(in_axis, weight_edf.shape[1], plan))
     places = RowPlaces(at.key, at.layer_l[0], *map(_word, (*first, _first(out_axis, weight_edf.shape[2], plan))))
     grouped_how = GroupedHow(how, rows[1], implementation)
-    return rounded_grouped(x_rd, weight_edf, group_sizes, rows[0], grouped_how, places, probe)
+    settings: Any = {"rows": rows[0], "how": grouped_how, "places": places, "probe": probe}
+    return rounded_grouped(x_rd, weight_edf, group_sizes, **settings)
 
 
 def rounds_experts(plan: Plan) -> bool:

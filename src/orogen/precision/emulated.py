@@ -68,7 +68,7 @@ def _forward(how, x_btd, weights_df, probe, places):
     if pair is None:
         y_btf = tuple((_flat(x_btd) @ w_df).reshape(*x_btd.shape[:2], -1) for w_df in weights_df)
     else:
-        (x,), x_counts = _activations(how, (x_btd,), pair[0], 2, places, ACTIVATION)
+        (x,), x_counts = _activations(how, (x_btd,), pair[0], 2, places, name=ACTIVATION)
         found, w_counts = _weights(how, weights_df, pair[1], 0, places)
         y_btf = tuple(_times(_contract(x.value, w.value, 0), (x, w), x_btd) for w in found)
         counted = jnp.stack([x_counts, w_counts]) if how.counted else counted
@@ -91,7 +91,7 @@ def _input_gradient(how, x_btd, weights_df, grads_btf, places):
     if pair is None:
         terms = [_flat(g_btf) @ w_df.T for g_btf, w_df in zip(grads_btf, weights_df, strict=True)]
         return sum(terms).reshape(x_btd.shape).astype(x_btd.dtype), jnp.zeros((2, len(COUNTS)))
-    grads, g_counts = _activations(how, grads_btf, pair[0], 2, places, GRADIENT)
+    grads, g_counts = _activations(how, grads_btf, pair[0], 2, places, name=GRADIENT)
     found, w_counts = _weights(how, weights_df, pair[1], 1, places)
     # One scale for all parts, so that it is multiplied after their sum.
     total = sum(_contract(g.value, w.value, 1) for g, w in zip(grads, found, strict=True))
@@ -104,8 +104,8 @@ def _weight_gradient(how, x_btd, weights_df, grads_btf, places):
     if pair is None:
         found = (_flat(x_btd).T @ _flat(g_btf) for g_btf in grads_btf)
         return tuple(dw.astype(w.dtype) for dw, w in zip(found, weights_df, strict=True)), jnp.zeros((2, len(COUNTS)))
-    (x,), x_counts = _activations(how, (x_btd,), pair[0], 1, places, ACTIVATION + COLUMNS_OF)
-    grads, g_counts = _activations(how, grads_btf, pair[1], 1, places, GRADIENT + COLUMNS_OF)
+    (x,), x_counts = _activations(how, (x_btd,), pair[0], 1, places, name=ACTIVATION + COLUMNS_OF)
+    grads, g_counts = _activations(how, grads_btf, pair[1], 1, places, name=GRADIENT + COLUMNS_OF)
     found = tuple(_sum_over_tokens(x, g).astype(w.dtype) for g, w in zip(grads, weights_df, strict=True))
     return found, jnp.stack([x_counts, g_counts]) if how.counted else None
 
@@ -122,7 +122,7 @@ def _sum_over_tokens(x: Encoded, grad: Encoded) -> Array:
 
 
 def _activations(
-    how: How, parts: Sequence[Array], operand: Operand, axis: int, places: Places, name: int
+    how: How, parts: Sequence[Array], operand: Operand, axis: int, places: Places, *, name: int
 ) -> tuple[list[Encoded], Array | None]:
     """Activations or gradients (b, t, f_i), rounded along `axis`, and their counters."""
     dtype = parts[0].dtype

@@ -90,9 +90,15 @@ class GroupedHow(NamedTuple):
 
 
 def rounded_grouped(
-    x_rd: Array, weights_edf: Array, group_sizes: Array | int, rows: Rows, how: GroupedHow, places: RowPlaces,
+    x_rd: Array,
+    weights_edf: Array,
+    group_sizes: Array | int,
+    *,
+    rows: Rows,
+    how: GroupedHow,
+    places: RowPlaces,
     probe: Array | None,
-) -> Array:  # fmt: skip
+) -> Array:
     """x w_e (r, f) in x's dtype for the rows of each expert; zero for rows of none. Every expert has a tensor scale of
     its own."""
     if isinstance(group_sizes, int):
@@ -114,7 +120,7 @@ def _forward(how, x_rd, weights_edf, probe, at):
     if pair is None:
         y_rf = multiply(x_rd, weights_edf, sizes)
     else:
-        x, x_counts = _features(how, x_rd, pair[0], rows, places, ACTIVATION)
+        x, x_counts = _features(how, x_rd, pair[0], at, name=ACTIVATION)
         w, w_counts = _weights(how, weights_edf, pair[1], 1, places)
         y_rf = _scaled(multiply(x.value, w.value, sizes), x, w, rows).astype(x_rd.dtype)
         counted = jnp.stack([x_counts, w_counts]) if how.how.counted else counted
@@ -139,7 +145,7 @@ def _input_gradient(how, weights_edf, grad_rf, at):
     multiply = functools.partial(grouped_matmul, implementation=how.implementation)
     if pair is None:
         return multiply(grad_rf, weights_edf.swapaxes(1, 2), sizes), jnp.zeros((2, len(COUNTS)))
-    grad, g_counts = _features(how, grad_rf, pair[0], rows, places, GRADIENT)
+    grad, g_counts = _features(how, grad_rf, pair[0], at, name=GRADIENT)
     w, w_counts = _weights(how, weights_edf, pair[1], 2, places)
     product_rd = multiply(grad.value, w.value.swapaxes(1, 2), sizes)[:, : weights_edf.shape[1]]
     return _scaled(product_rd, grad, w, rows), jnp.stack([g_counts, w_counts]) if how.how.counted else None
@@ -150,8 +156,8 @@ def _weight_gradient(how, x_rd, grad_rf, weights_edf, at):
     pair = how.how.products.weight_gradient
     if pair is None:
         return _outer(how, x_rd, grad_rf, weights_edf, sizes), jnp.zeros((2, len(COUNTS)))
-    x, x_counts = _over_rows(how, x_rd, pair[0], rows, places, ACTIVATION + COLUMNS_OF)
-    grad, g_counts = _over_rows(how, grad_rf, pair[1], rows, places, GRADIENT + COLUMNS_OF)
+    x, x_counts = _over_rows(how, x_rd, pair[0], at, name=ACTIVATION + COLUMNS_OF)
+    grad, g_counts = _over_rows(how, grad_rf, pair[1], at, name=GRADIENT + COLUMNS_OF)
     # Each tensor has scales of its own, and an expert's gradient sums over tensors.
     scaled_pf = grad.value * (x.scale * grad.scale)
     dw_edf = _outer(how, x.value, scaled_pf, weights_edf, rows.filled_e)
@@ -172,20 +178,19 @@ def _scaled(y_rf: Array, left: Encoded, weights: Encoded, rows: Rows) -> Array:
     return y_rf.astype(jnp.float32) * left.scale * scale_e[expert_r]
 
 
-def _features(
-    how: GroupedHow, x_rd: Array, operand: Operand, rows: Rows, places: RowPlaces, name: int
-) -> tuple[Encoded, Array | None]:
+def _features(how: GroupedHow, x_rd: Array, operand: Operand, at: Any, *, name: int) -> tuple[Encoded, Array | None]:
     """Rows rounded along their features, and the operand's counters."""
+    _, rows, places = at
     moved = prepared(x_rd, operand, 1)
-    random = _row_words(how, operand, (rows.number_r, rows.expert_r), places, name, moved.shape[1])
+    random = _row_words(how, operand, places, (rows.number_r, rows.expert_r), name=name, width=moved.shape[1])
     largest = _largest_of_tensor(how, moved, operand, rows.tensor_r)
-    return _encoded(how, moved, operand, (1, operand.block or 1), largest, random, x_rd.dtype)
+    found = encode(moved, operand, (1, operand.block or 1), largest, random)
+    return _kept(how, moved, found, x_rd.dtype)
 
 
-def _over_rows(
-    how: GroupedHow, x_rd: Array, operand: Operand, rows: Rows, places: RowPlaces, name: int
-) -> tuple[Encoded, Array | None]:
+def _over_rows(how: GroupedHow, x_rd: Array, operand: Operand, at: Any, *, name: int) -> tuple[Encoded, Array | None]:
     """Rows in order, filled up (p, d), rounded along the rows, and the operand's counters."""
+    _, rows, places = at
     source_p = vary_like(jnp.full(how.filled, len(x_rd), jnp.int32), rows.place_r)
     source_p = source_p.at[rows.place_r].set(jnp.arange(len(x_rd), dtype=jnp.int32), mode="drop")
     placed = lambda a, fill: jnp.take(a, source_p, axis=0, mode="fill", fill_value=fill)  # noqa: E731
@@ -196,14 +201,15 @@ def _over_rows(
     tensor_p = placed(rows.tensor_r, len(x_rd))[first_p]
     # The filling, too, has random words of its own, since a transform spreads numbers over it.
     number_p, expert_p = placed(rows.number_r, -1)[first_p], placed(rows.expert_r, 0)[first_p]
-    at = number_p + (jnp.arange(how.filled, dtype=jnp.int32) - first_p) * np.int32(1 << 24), expert_p
-    random = _row_words(how, operand, at, places, name, moved.shape[1])
+    number_p += (jnp.arange(how.filled, dtype=jnp.int32) - first_p) * np.int32(1 << 24)
+    random = _row_words(how, operand, places, (number_p, expert_p), name=name, width=moved.shape[1])
     largest = _largest_of_tensor(how, moved, operand, tensor_p)
-    return _encoded(how, moved, operand, (operand.block or 1, 1), largest, random, x_rd.dtype)
+    found = encode(moved, operand, (operand.block or 1, 1), largest, random)
+    return _kept(how, moved, found, x_rd.dtype)
 
 
-def _encoded(how, moved, operand, blocks, largest, random, dtype) -> tuple[Encoded, Array | None]:
-    found = encode(moved, operand, blocks, largest, random)
+def _kept(how: GroupedHow, moved: Array, found: Encoded, dtype: Any) -> tuple[Encoded, Array | None]:
+    """The operand as it is multiplied, and its counters."""
     counted = add_up([(moved, found)]) if how.how.counted else None
     return found._replace(value=found.value.astype(_dtype(how, dtype))), counted
 
@@ -224,13 +230,16 @@ def _weights(
     if operand.scale != "power":
         largest = finite_or_infinite(jnp.max(magnitude(moved), (1, 2), keepdims=True))
         largest = how.how.plan.max(largest, "expert_tensor")
-    return _encoded(how, moved, operand, blocks, largest, random, weights_edf.dtype)
+    return _kept(how, moved, encode(moved, operand, blocks, largest, random), weights_edf.dtype)
 
 
-def _row_words(how, operand, at, places, name, width) -> Array | None:
+def _row_words(
+    how: GroupedHow, operand: Operand, places: RowPlaces, tokens: tuple[Array, Array], *, name: int, width: int
+) -> Array | None:
+    """Random words for rows of `width` numbers, if the operand needs any. tokens: their numbers and their experts."""
     if not operand.stochastic:
         return None
-    number_r, expert_r = at
+    number_r, expert_r = tokens
     key = operand_key(places.key, places.layer, how.how.name * 64 + name)
     # A token has a row at each of its experts.
     expert_r = places.expert.astype(jnp.uint32) + expert_r.astype(jnp.uint32)

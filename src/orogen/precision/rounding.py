@@ -61,7 +61,8 @@ def encode(x: Array, operand: Operand, blocks: tuple[int, ...], largest: Array, 
     of its numbers is. Tensors change only between blocks. words: random uint32 of x's shape, for stochastic rounding.
     """
     form, shape = FORMATS[operand.element], x.shape
-    a, x, words = (None if y is None else _split(y, blocks) for y in (magnitude(x), x, words))
+    a, x = _split(magnitude(x), blocks), _split(x, blocks)
+    words = None if words is None else _split(words, blocks)
     inside = _inside(blocks)
     block = jnp.max(a, axis=inside, keepdims=True) if inside else a
     known, scale = _per_block(largest, blocks), jnp.ones_like(largest)

@@ -11,7 +11,7 @@ from jax import Array
 from orogen.kernels.stochastic import mix
 
 
-def step_key(seed: int, step: Array) -> Array:
+def step_key(seed: int, step: Array | int) -> Array:
     """The uint32 key of a step."""
     return mix(mix(jnp.asarray(step).astype(jnp.uint32) + np.uint32(0x9E3779B9)) ^ mix_number(seed))
 

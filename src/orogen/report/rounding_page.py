@@ -54,5 +54,6 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _row(cells: Sequence[str], tag: str) -> str:
-    marked = (f"<{tag}{' class="number"' if i else ''}>{html.escape(text)}</{tag}>" for i, text in enumerate(cells))
-    return f"<tr>{''.join(marked)}</tr>"
+    starts = (f"<{tag}>", *[f'<{tag} class="number">'] * (len(cells) - 1))
+    inside = "".join(f"{start}{html.escape(text)}</{tag}>" for start, text in zip(starts, cells, strict=True))
+    return f"<tr>{inside}</tr>"

@@ -51,8 +51,8 @@ def make_measure(
         zeros = probe.replace(jnp.zeros(probe_shape(count)))
         with_probe = nnx.State({**params, PROBES: zeros})
         rest = state.buffers, batch
-        _, grads, _, sums = rounded(with_probe, *rest, None, state.carried, state.step)
-        _, expected, _, _ = exact(params, *rest, replay_of(sums.choices), state.carried, state.step)
+        _, grads, _, sums = rounded(with_probe, *rest, None, state.carried, step=state.step)
+        _, expected, _, _ = exact(params, *rest, replay_of(sums.choices), state.carried, step=state.step)
         counts: Any = grads[PROBES]
         own = nnx.State({name: part for name, part in grads.items() if name != PROBES})
         pair = [built.whole(side) for side in (own, expected)]

@@ -96,7 +96,7 @@ class Pipeline:
             pieces, probe_l = counting(pieces)
             whole = nnx.State({**others, **pieces})
             model = nnx.merge(graph, whole, take(self.buffers, segment, chunk))
-            passed = self._pass(model, segment, x_btd, chunk, microbatch, probe_l)
+            passed = self._pass(model, segment, x_btd, chunk, microbatch, probe_l=probe_l)
             y_btd = jnp.zeros_like(x_btd) if segment.last else passed.x_btd
             return y_btd, passed.loss, self._report(passed, segment)
 
@@ -111,8 +111,8 @@ class Pipeline:
         return Program(take=pieces, forward=forward, give=give, note=self._note)
 
     def _pass(
-        self, model: LanguageModel, segment: Segment, x_btd: Array, chunk: Array, microbatch: Array,
-        probe_l: Array | None = None,
+        self, model: LanguageModel, segment: Segment, x_btd: Array, chunk: Array, microbatch: Array, *,
+        probe_l: Array | None,
     ) -> Passed:  # fmt: skip
         batch = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, microbatch, keepdims=False), self.batch)
         replay = None if self.replay is None else self._replayed(segment, chunk, microbatch)

@@ -80,7 +80,8 @@ def gradients(
     parts, sources = plan.config.microbatches, plan.sources[0]
     depths = objective.depths(config)
 
-    def device_step(params, buffers, batch, replay, before, key):
+    def device_step(params, buffers, batch, rest):
+        replay, before, key = rest
         # Counted for all microbatches at once. Collectives of a counting loop, on which the model does not depend, were
         # seen to deadlock with the model's first ones on XLA:CPU (jax 0.10.1): devices ran the two in different orders.
         counts = batch_counts(batch, objective, depths, plan)
@@ -131,11 +132,12 @@ def _shard(
     )  # fmt: skip
     replay = replay_of(choices) if replaying else None
     outputs = (replicated, placement.stored_specs(built.params, plan), replicated, sums)
-    inputs = (params, buffers, batch_spec, replay, carried, replicated)
+    inputs = (params, buffers, batch_spec, (replay, carried, replicated))
     on_devices = plan.run(device_step, inputs=inputs, outputs=outputs)
 
-    def run(params: Any, buffers: Any, batch: Batch, replay: Any = None, before: Any = None, step: Any = 0) -> Any:
-        return on_devices(params, buffers, with_numbers(batch, plan), replay, before, step_key(seed, step))
+    def run(params: Any, buffers: Any, batch: Batch, replay: Any = None, before: Any = None, *, step: Any = 0) -> Any:
+        rest = replay, before, step_key(seed, step)
+        return on_devices(params, buffers, with_numbers(batch, plan), rest)
 
     return run
 
@@ -234,7 +236,7 @@ def step_function(
 
     def step(state: TrainState, batch: Batch, replay: Any = None) -> tuple[TrainState, StepMetrics, Any]:
         params = placement.working(working_copy(state.params, config.train.compute_dtype), plan)
-        loss, grads, counts, sums = gradient(params, state.buffers, batch, replay, state.carried, state.step)
+        loss, grads, counts, sums = gradient(params, state.buffers, batch, replay, state.carried, step=state.step)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         squares = placement.square_sums(grads, plan)
         finite_leaves = jnp.isfinite(squares)
