@@ -25,7 +25,8 @@ HEAD = "head"
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:
     """The formats in which products with weights are computed. Any device computes the same numbers: operands are
-    rounded as the recipe defines, and multiplied in float32 (`orogen.precision`).
+    rounded as the recipe defines, and multiplied in float32 (`orogen.precision`). Training and its held-out loss follow
+    the recipe; a trained model is used in the compute dtype.
 
     recipe: fp8_tensorwise (E4M3 forward, E5M2 gradients, one current scale per tensor; Nemotron-H, arXiv:2504.03624),
     fp8_blockwise (E4M3, 128 x 128 weights and 1 x 128 activations and gradients; Nano 2, arXiv:2508.14444), mxfp8
