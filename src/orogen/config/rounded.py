@@ -5,6 +5,7 @@ The sources of the operands' tables are named in `config/precision.py`.
 
 import dataclasses
 import functools
+import math
 
 from orogen.config.checks import ConfigError, require
 from orogen.config.model import ModelConfig
@@ -42,6 +43,11 @@ class Operand:
     hadamard: int = 0
     four_over_six: bool = False
 
+    @property
+    def together(self) -> int:
+        """How many neighbours along the contracted axis are rounded together."""
+        return math.lcm(self.block or 1, self.hadamard or 1)
+
 
 # The two operands of a product; None: it is computed in the compute dtype.
 Pair = tuple[Operand, Operand] | None
@@ -58,13 +64,12 @@ class Products:
     @property
     def token_block(self) -> int:
         """How many neighbouring tokens are rounded together in the weight's gradient; 1 if none are."""
-        return max([1, *(max(o.block, o.hadamard) for o in self.weight_gradient or ())])
+        return math.lcm(*(o.together for o in self.weight_gradient or ()))
 
     @property
     def block(self) -> int:
         """How many neighbouring features are rounded together; 1 if none are."""
-        operands = (*(self.forward or ()), *(self.input_gradient or ()))
-        return max([1, *(max(o.block, o.hadamard) for o in operands)])
+        return math.lcm(*(o.together for o in (*(self.forward or ()), *(self.input_gradient or ()))))
 
 
 @functools.cache
@@ -162,6 +167,8 @@ def check_precision(
         return
     expected = f"plain: PrecisionConfig.recipe is {precision.recipe!r}, which rounds operands itself"
     require(plan.linear == PLAIN, plan, "linear", expected)
+    expected = "another implementation: with few rows it does not sort them by expert, as rounding needs"
+    require(plan.grouped_matmul != "triton_small", plan, "grouped_matmul", expected)
     layers = len(model.layers.main)
     kept = precision.first_layers + precision.last_layers
     expected = f"fewer than {layers} first and last layers together, as many as the pattern has"
@@ -183,26 +190,33 @@ def check_precision(
 
 def _check_widths(kind: str, used: Products, model: ModelConfig, plan: PlanConfig) -> None:
     """A block of features lies on one rank."""
-    head, routed = model.head_dim or 1, kind.startswith("routed")
-    widths = {
-        "dense_up": (model.intermediate_size,),
-        "shared_up": (model.moe_shared_expert_intermediate_size,),
-        "routed_up": (model.moe_intermediate_size,),
-        "attention_in": (model.num_attention_heads and model.num_attention_heads * head,),
-        "mamba_in": (
-            model.mamba_num_heads and model.mamba_num_heads * model.mamba_head_dim,
-            model.mamba_intermediate_size,
-        ),
-    }
-    same = {"dense_down": "dense_up", "shared_down": "shared_up", "routed_down": "routed_up"}
-    same |= {"attention_out": "attention_in", "mamba_out": "mamba_in"}
+    routed = kind.startswith("routed")
     field, ranks = ("expert_tensor", plan.expert_tensor) if routed else ("tensor", plan.tensor)
-    for width in filter(None, widths.get(same.get(kind, kind), ())):
-        if ranks > 1 and width // ranks % used.block:
+    for count, size in _split_columns(kind.split("_")[0], model):
+        local = max(count // ranks, 1) * size  # ranks share what there is less of
+        if ranks > 1 and local % used.block:
             raise ConfigError(
-                f"PlanConfig.{field} is {ranks}, so that a rank has {width // ranks} of {kind}'s {width} columns; "
+                f"PlanConfig.{field} is {ranks}, so that a rank has {local} of {kind}'s {count * size} columns; "
                 f"expected a multiple of the {used.block} that the recipe rounds together"
             )
+
+
+def _split_columns(group: str, model: ModelConfig) -> list[tuple[int, int]]:
+    """The columns, or rows, of a group's weights that ranks split: a number of parts that stay whole, and their
+    size."""
+    heads, keys, head = model.num_attention_heads, model.num_key_value_heads, model.head_dim
+    found: list[tuple[int | None, int | None]] = []
+    if group == "mamba":
+        found += [(model.mamba_num_heads, model.mamba_head_dim), (model.n_groups, model.ssm_state_size)]
+        found += [(model.mamba_intermediate_size, 1)]
+    elif group == "attention":
+        found += [(heads, head), (keys, head)]
+        nope, rope = model.qk_nope_head_dim, model.qk_rope_head_dim
+        found += [(heads, nope), (heads, model.v_head_dim), (heads, nope and rope and nope + rope)]
+    else:
+        hidden = {"dense": model.intermediate_size, "routed": model.moe_intermediate_size}
+        found += [({**hidden, "shared": model.moe_shared_expert_intermediate_size}.get(group), 1)]
+    return [(count, size) for count, size in found if count and size]
 
 
 def _check_tokens(kind: str, used: Products, precision: PrecisionConfig, plan: PlanConfig, length: int) -> None:

@@ -102,6 +102,7 @@ def rounds_experts(plan: Plan) -> bool:
 def token_numbers(x_btd: Array, plan: Plan) -> Array:
     """The number (b, t) of each token of x in the global batch; x may be the share of a rank of tensor."""
     number_bt = _rounding(plan).number_bt
+    assert number_bt is not None, "a part of the batch is known where layers run"
     return number_bt if number_bt.shape[1] == x_btd.shape[1] else plan.piece(number_bt, "tensor", dim=1)
 
 

@@ -130,9 +130,8 @@ class Plan:
             return self
         rows, length = (n * self.size(axis) for n, axis in zip(tokens_bt.shape, ("batch", "context"), strict=True))
         layer_l = jnp.asarray(np.arange(len(self.recipes), dtype=np.int32))
-        number_bt = jnp.zeros((0, 0), jnp.int32)
-        chunk = self.expert_tokens or length
-        return dataclasses.replace(self, rounding=Rounding(key, number_bt, rows * length, chunk, layer_l))
+        rounding = Rounding(key, rows * length, self.expert_tokens or length, layer_l)
+        return dataclasses.replace(self, rounding=rounding)
 
     def on_tokens(self, extras: Mapping[str, Array], probe_l: Array | None = None) -> "Plan":
         """The plan for a part of the step's batch with these extras. probe_l: see `Rounding`."""

@@ -12,17 +12,18 @@ NUMBER, PROBES = "number", "probes"
 class Rounding(NamedTuple):
     """On one device, of one step.
 
-    key: uint32, of the run's seed and the step. number_bt: int32, the number of each token of this data and context
-    rank in the global batch, row by row. tokens: of the global batch; length: of a sequence; chunk: see
-    `PrecisionConfig.expert_tokens`. layer_l: the numbers of the layers to come. probe_l: zeros (l, …) for each of them,
-    whose gradient is what `precision.counts` counts; None: nothing is counted.
+    key: uint32, of the run's seed and the step. tokens: of the global batch; chunk: see
+    `PrecisionConfig.expert_tokens`. layer_l: the numbers of the layers to come. number_bt: int32, the number of each
+    token of this data and context rank in the global batch, row by row; None until a part of the batch is known.
+    probe_l: zeros (l, …) for each of the layers to come, whose gradient is what `precision.counts` counts; None:
+    nothing is counted.
     """
 
     key: Array
-    number_bt: Array
     tokens: int
     chunk: int
     layer_l: Array
+    number_bt: Array | None = None
     probe_l: Array | None = None
 
     def of_layers(self, start: int, stop: int | None) -> "Rounding":

@@ -171,8 +171,7 @@ def prepared(x: Array, operand: Operand, axis: int) -> Array:
     x = x.astype(jnp.float32)
     if not operand.hadamard:
         return x
-    unit = max(operand.hadamard, operand.block)
-    lacking = [(0, -x.shape[i] % unit if i == axis else 0) for i in range(x.ndim)]
+    lacking = [(0, -x.shape[i] % operand.together if i == axis else 0) for i in range(x.ndim)]
     return transformed(jnp.pad(x, lacking), operand.hadamard, axis)
 
 

@@ -195,7 +195,7 @@ def _over_rows(how: GroupedHow, x_rd: Array, operand: Operand, at: Any, *, name:
     source_p = source_p.at[rows.place_r].set(jnp.arange(len(x_rd), dtype=jnp.int32), mode="drop")
     placed = lambda a, fill: jnp.take(a, source_p, axis=0, mode="fill", fill_value=fill)  # noqa: E731
     moved = prepared(placed(x_rd, 0), operand, 0)
-    unit = max(operand.block, operand.hadamard, 1)
+    unit = operand.together
     # A tensor's filling has its scale: the first row of what is rounded together is never filling.
     first_p = jnp.arange(how.filled, dtype=jnp.int32) // unit * unit
     tensor_p = placed(rows.tensor_r, len(x_rd))[first_p]

@@ -150,7 +150,7 @@ def _rounded(a: Array, block_scale: Array, scale: Array, form: Format, words: Ar
 
 
 def _divided(largest: Array, by: float) -> Array:
-    """The float32 nearest to largest / by, for whole numbers `by` of at most 12 bits; at least the smallest scale.
+    """The float32 nearest to largest / by, for whole numbers `by` with at most 12 significant bits; at least the smallest scale.
 
     Tensors of zeros, too, have that scale.
     """
@@ -193,6 +193,8 @@ def signs(size: int) -> list[float]:
 
 def _split(x: Array, blocks: tuple[int, ...]) -> Array:
     """x, filled up with zeros, with two axes, of blocks and of neighbours, for each axis that blocks split."""
+    # Other axes stay as they are: with an axis of one neighbour beside them, programs of XLA:CPU crashed (observed with
+    # jax 0.10.1; cause unknown).
     lacking = [(0, -size % b) for size, b in zip(x.shape, blocks, strict=True)]
     x = jnp.pad(x, lacking) if any(after for _, after in lacking) else x
     pairs = [(size // b, b) if b > 1 else (size,) for size, b in zip(x.shape, blocks, strict=True)]

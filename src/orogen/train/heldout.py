@@ -18,7 +18,7 @@ from orogen.model.lm import Built
 from orogen.parallel import distributed, placement
 from orogen.parallel.plan import Plan, make_plan
 from orogen.precision.words import step_key
-from orogen.train.formats import in_formats, with_numbers
+from orogen.train.formats import in_formats, is_switched, with_numbers
 from orogen.train.loss import batch_counts
 from orogen.train.next_token import LOSS, NEXT_TOKEN
 from orogen.train.state import TrainState
@@ -43,15 +43,18 @@ class Heldout:
     whole = "whole_heldout_loss", "whole_heldout_bits_per_byte"
 
     def __init__(self, config: RunConfig, built: Built, corpus: Corpus):
-        self.train, self.corpus = config.train, corpus
+        self.train, self.precision, self.corpus = config.train, config.precision, corpus
         self.progress: Callable[[], None] = lambda: None
         self.plan = heldout_plan(config)
         self.split = corpus.heldout_batches(
             "heldout", batch_size=config.train.batch_size, sequence_length=config.train.sequence_length
         )
         self._sample: list[Batch] = []
-        measured = measure(built, NEXT_TOKEN, config.model, self.plan, config.train.compute_dtype)
-        self._measured = distributed.compiled_together(measured)
+        self._measured: list[Callable[..., dict[str, Metric]]] = []
+        for switched in (False, True) if config.precision.switch_step is not None else (False,):
+            plan = in_formats(self.plan, config.precision, config.model, switched=switched)
+            measured = measure(built, NEXT_TOKEN, config.model, plan, config.train.compute_dtype)
+            self._measured.append(distributed.compiled_together(measured))
 
     def sample(self, state: TrainState) -> dict[str, float]:
         """The scores of a sample of about `evaluate_rows` sequences."""
@@ -76,11 +79,12 @@ class Heldout:
     def score(self, state: TrainState, batches: Iterable[Batch], n_bytes: int) -> Score:
         """The scores of the batches, whose targets encode `n_bytes` bytes of text."""
         params = jax.jit(placement.working, static_argnums=1)(state.params, self.plan)
+        measured = self._measured[is_switched(self.precision, int(state.step))]
         nats = count = 0.0
         for batch in batches:
             # Fetched one by one: with many programs over simulated devices in flight, XLA:CPU runs out of threads and
             # its collectives wait forever (observed with jax 0.10.1).
-            found = jax.device_get(self._measured(params, state.buffers, batch_to_devices(batch, self.plan)))[LOSS]
+            found = jax.device_get(measured(params, state.buffers, batch_to_devices(batch, self.plan)))[LOSS]
             nats, count = nats + float(found.sum), count + float(found.count)
             self.progress()
         return Score(nats / max(count, 1), nats / math.log(2) / max(n_bytes, 1))
@@ -89,8 +93,7 @@ class Heldout:
 def heldout_plan(config: RunConfig) -> Plan:
     """The run's plan for evaluation: no drops, and one microbatch unless pipeline stages need several."""
     parts = config.plan.microbatches if config.plan.stage > 1 else 1
-    plan = make_plan(dataclasses.replace(config.plan.dropping_none(), microbatches=parts), config.model)
-    return in_formats(plan, config.precision, config.model)
+    return make_plan(dataclasses.replace(config.plan.dropping_none(), microbatches=parts), config.model)
 
 
 def measure(

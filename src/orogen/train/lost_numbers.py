@@ -60,7 +60,7 @@ def make_measure(
         cosine_l, zeros_l, plain_l = (jnp.stack(column) for column in zip(*rows, strict=True))
         return {"counts": counts[...], "cosine": cosine_l, "zeros": zeros_l, "plain_zeros": plain_l}
 
-    return jax.jit(measure, compiler_options=plan.compiler_options)
+    return jax.jit(measure, out_shardings=plan.sharding(), compiler_options=plan.compiler_options)
 
 
 def _compared(grads: nnx.State, expected: nnx.State) -> tuple[Array, Array, Array]:
