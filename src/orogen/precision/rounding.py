@@ -150,9 +150,9 @@ def _rounded(a: Array, block_scale: Array, scale: Array, form: Format, words: Ar
 
 
 def _divided(largest: Array, by: float) -> Array:
-    """The float32 nearest to largest / by, for whole numbers `by` with at most 12 significant bits; at least the smallest scale.
+    """The float32 nearest to largest / by, for whole numbers `by` with at most 12 significant bits.
 
-    Tensors of zeros, too, have that scale.
+    At least the smallest scale, which tensors of zeros have, too.
     """
     near = jnp.maximum(jnp.where(jnp.isfinite(largest), largest, 0.0) / by, 2.0**SMALLEST_POWER)
 

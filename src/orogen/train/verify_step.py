@@ -83,9 +83,8 @@ def verify_evaluation(config: RunConfig, objective: Objective, batches: Batches)
     one, other, start = sides(config)
     single = dataclasses.replace(one.plan, config=one.plan.config.dropping_none(), sources=(1, 1, 1))
     alone = _scores(one._replace(plan=single), by_row(objective), start, scored)
-    folded = _scores(
-        other._replace(plan=in_formats(heldout_plan(config), config.precision, config.model)), objective, start, scored
-    )
+    plan = in_formats(heldout_plan(other.config), config.precision, config.model)
+    folded = _scores(other._replace(plan=plan), objective, start, scored)
     errors, miscounted = [], []
     for a, b in zip(alone, folded, strict=True):
         sizes = mean_sizes(a)
