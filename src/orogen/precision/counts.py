@@ -26,15 +26,11 @@ def probe_shape(layers: int) -> tuple[int, ...]:
     return layers, len(KINDS), len(NAMES), len(COUNTS)
 
 
-def count(x: Array, encoded: Encoded) -> Array:
-    """The counters of one operand, float32, in the order of COUNTS."""
+def count(x: Array, encoded: Encoded, *, filled: int = 0) -> Array:
+    """The counters of one operand, float32, in the order of COUNTS. filled: how many zeros of x only fill up blocks."""
     size = magnitude(x)
     found = [size == 0, (encoded.value == 0) & (size > 0), encoded.saturated, ~jnp.isfinite(x), encoded.unit > 0]
-    total = lambda a: jnp.sum(a, dtype=jnp.float32)  # noqa: E731
+    zeros, *others = (jnp.sum(a, dtype=jnp.float32) for a in found)
     scales = jnp.where(encoded.unit > 0, jnp.log2(jnp.where(encoded.unit > 0, encoded.unit, 1)), 0)
-    return jnp.stack([jnp.float32(x.size) + 0 * total(found[0]), *map(total, found), total(scales)])
-
-
-def add_up(parts: list[tuple[Array, Encoded]]) -> Array:
-    """The counters of an operand in several parts."""
-    return sum((count(*part) for part in parts), start=jnp.zeros(len(COUNTS)))
+    numbers = jnp.full_like(zeros, x.size - filled)
+    return jnp.stack([numbers, zeros - filled, *others, jnp.sum(scales, dtype=jnp.float32)])

@@ -19,12 +19,12 @@ from jax import Array
 from orogen.config.rounded import Operand, Products
 from orogen.parallel.plan import Plan
 from orogen.parallel.varying import vary_like
-from orogen.precision.counts import COUNTS, add_up
+from orogen.precision.counts import COUNTS, count
 from orogen.precision.rounding import Encoded, encode, magnitude, transformed
 from orogen.precision.words import columns, operand_key, words
 
 # Numbers of the operands that random words tell apart, added to a product's own; 64 for each product.
-WEIGHT, ACTIVATION, GRADIENT, COLUMNS_OF = 0, 16, 32, 8
+WEIGHT, ACTIVATION, GRADIENT, OVER_TOKENS = 0, 16, 32, 8
 
 
 class Places(NamedTuple):
@@ -47,6 +47,11 @@ class How(NamedTuple):
     name: int
     counted: bool
 
+    @property
+    def unit(self) -> int:
+        """How many neighbouring columns of the weights are rounded together."""
+        return self.products.block
+
 
 def rounded_products(
     x_btd: Array, weights_df: Sequence[Array], how: How, places: Places, probe: Array | None
@@ -68,9 +73,10 @@ def _forward(how, x_btd, weights_df, probe, places):
     if pair is None:
         y_btf = tuple((_flat(x_btd) @ w_df).reshape(*x_btd.shape[:2], -1) for w_df in weights_df)
     else:
-        (x,), x_counts = _activations(how, (x_btd,), pair[0], 2, places, name=ACTIVATION)
-        found, w_counts = _weights(how, weights_df, pair[1], 0, places)
-        y_btf = tuple(_times(_contract(x.value, w.value, 0), (x, w), x_btd) for w in found)
+        x, x_counts = _activations(how, Joined.of((x_btd,), 1), pair[0], 2, places, name=ACTIVATION)
+        joint = Joined.of(weights_df, how.unit)
+        w, w_counts = _weights(how, joint, pair[1], 0, places)
+        y_btf = joint.split(_times(_contract(x.value, w.value, 0), (x, w), x_btd))
         counted = jnp.stack([x_counts, w_counts]) if how.counted else counted
     return y_btf, (x_btd, weights_df, places, counted if how.counted else None)
 
@@ -91,12 +97,10 @@ def _input_gradient(how, x_btd, weights_df, grads_btf, places):
     if pair is None:
         terms = [_flat(g_btf) @ w_df.T for g_btf, w_df in zip(grads_btf, weights_df, strict=True)]
         return sum(terms).reshape(x_btd.shape).astype(x_btd.dtype), jnp.zeros((2, len(COUNTS)))
-    grads, g_counts = _activations(how, grads_btf, pair[0], 2, places, name=GRADIENT)
-    found, w_counts = _weights(how, weights_df, pair[1], 1, places)
-    # One scale for all parts, so that it is multiplied after their sum.
-    total = sum(_contract(g.value, w.value, 1) for g, w in zip(grads, found, strict=True))
-    dx_btd = _times(total[:, : x_btd.shape[2]], (grads[0], found[0]), x_btd)
-    return dx_btd, jnp.stack([g_counts, w_counts]) if how.counted else None
+    grad, g_counts = _activations(how, Joined.of(grads_btf, how.unit), pair[0], 2, places, name=GRADIENT)
+    w, w_counts = _weights(how, Joined.of(weights_df, how.unit), pair[1], 1, places)
+    product_nd = _contract(grad.value, w.value, 1)[:, : x_btd.shape[2]]
+    return _times(product_nd, (grad, w), x_btd), jnp.stack([g_counts, w_counts]) if how.counted else None
 
 
 def _weight_gradient(how, x_btd, weights_df, grads_btf, places):
@@ -104,9 +108,11 @@ def _weight_gradient(how, x_btd, weights_df, grads_btf, places):
     if pair is None:
         found = (_flat(x_btd).T @ _flat(g_btf) for g_btf in grads_btf)
         return tuple(dw.astype(w.dtype) for dw, w in zip(found, weights_df, strict=True)), jnp.zeros((2, len(COUNTS)))
-    (x,), x_counts = _activations(how, (x_btd,), pair[0], 1, places, name=ACTIVATION + COLUMNS_OF)
-    grads, g_counts = _activations(how, grads_btf, pair[1], 1, places, name=GRADIENT + COLUMNS_OF)
-    found = tuple(_sum_over_tokens(x, g).astype(w.dtype) for g, w in zip(grads, weights_df, strict=True))
+    joint = Joined.of(grads_btf, how.unit)
+    x, x_counts = _activations(how, Joined.of((x_btd,), 1), pair[0], 1, places, name=ACTIVATION + OVER_TOKENS)
+    grad, g_counts = _activations(how, joint, pair[1], 1, places, name=GRADIENT + OVER_TOKENS)
+    parts = joint.split(_sum_over_tokens(x, grad))
+    found = tuple(dw.astype(w.dtype) for dw, w in zip(parts, weights_df, strict=True))
     return found, jnp.stack([x_counts, g_counts]) if how.counted else None
 
 
@@ -121,49 +127,80 @@ def _sum_over_tokens(x: Encoded, grad: Encoded) -> Array:
     return jnp.sum(each_bdf * x.scale * grad.scale, axis=0)
 
 
+class Joined(NamedTuple):
+    """Matrices side by side, each filled up with zeros to whole blocks of columns, so that no block is of two."""
+
+    array: Array
+    widths: tuple[int, ...]
+    filled: tuple[int, ...]
+
+    @classmethod
+    def of(cls, parts: Sequence[Array], unit: int) -> "Joined":
+        """`parts`, whose columns are filled up to multiples of `unit`."""
+        widths = tuple(part.shape[-1] for part in parts)
+        filled = tuple(-(-width // unit) * unit for width in widths)
+        more = [f - w for f, w in zip(filled, widths, strict=True)]
+        wide = [jnp.pad(p, [(0, 0)] * (p.ndim - 1) + [(0, n)]) if n else p for p, n in zip(parts, more, strict=True)]
+        return cls(wide[0] if len(wide) == 1 else jnp.concatenate(wide, axis=-1), widths, filled)
+
+    def split(self, array: Array) -> tuple[Array, ...]:
+        """The parts of an array with these columns, without what fills them up."""
+        starts = np.cumsum([0, *self.filled[:-1]]).tolist()
+        return tuple(array[..., start : start + width] for start, width in zip(starts, self.widths, strict=True))
+
+    def columns(self, first_i: Sequence[Array]) -> Array:
+        """The places of the columns, of which each part's first ones are given; no two parts share a place."""
+        apart = [
+            columns(first + np.uint32(i << 26), n)
+            for i, (first, n) in enumerate(zip(first_i, self.filled, strict=True))
+        ]
+        return jnp.concatenate(apart)
+
+
 def _activations(
-    how: How, parts: Sequence[Array], operand: Operand, axis: int, places: Places, *, name: int
-) -> tuple[list[Encoded], Array | None]:
-    """Activations or gradients (b, t, f_i), rounded along `axis`, and their counters."""
-    dtype = parts[0].dtype
-    moved = [prepared(part, operand, axis) for part in parts]
-    largest = _largest(how.plan, moved, (1, 2), operand, ("context", "tensor"))
+    how: How, joint: Joined, operand: Operand, axis: int, places: Places, *, name: int
+) -> tuple[Encoded, Array | None]:
+    """Activations or gradients (b, t, f), rounded along `axis`, and their counters."""
+    x = prepared(joint.array, operand, axis)
+    largest = _largest(how.plan, x, (1, 2), operand, ("context", "tensor"))
+    random = None
+    if operand.stochastic:
+        key = operand_key(places.key, places.layer, how.name * 64 + name)
+        first_i = (places.row,) if name < GRADIENT else places.column_i
+        place_f = _filled(joint.columns(first_i), x.shape[2])
+        random = words(key, _filled(places.number_bt, x.shape[1]), place_f)
     blocks = tuple(operand.block or 1 if i == axis else 1 for i in range(3))
-    found = []
-    for i, part in enumerate(moved):
-        random = None
-        if operand.stochastic:
-            key = operand_key(places.key, places.layer, how.name * 64 + name + i)
-            number_bt = _filled(places.number_bt, part.shape[1])
-            first = places.row if name < GRADIENT else places.column_i[i]
-            random = words(key, number_bt, columns(first, part.shape[2]))
-        found.append(encode(part, operand, blocks, largest, random))
-    counted = add_up(list(zip(moved, found, strict=True))) if how.counted else None
-    return [e._replace(value=e.value.astype(dtype)) for e in found], counted
+    return _kept(how, joint, x, encode(x, operand, blocks, largest, random))
 
 
-def _filled(number_bt: Array, length: int) -> Array:
-    """Numbers for the tokens of a sequence's last block too: a transform spreads numbers over what fills it up."""
-    more = jnp.arange(length - number_bt.shape[1], dtype=jnp.int32) + np.int32(1 << 30)
-    return jnp.concatenate([number_bt, number_bt[:, :1] + more], axis=1)
-
-
-def _weights(
-    how: How, parts: Sequence[Array], operand: Operand, axis: int, places: Places
-) -> tuple[list[Encoded], Array | None]:
-    """Weights (d, f_i), rounded along `axis`, and their counters."""
-    moved = [prepared(part, operand, axis) for part in parts]
-    largest = _largest(how.plan, moved, (0, 1), operand, ("tensor",))
+def _weights(how: How, joint: Joined, operand: Operand, axis: int, places: Places) -> tuple[Encoded, Array | None]:
+    """Weights (d, f), rounded along `axis`, and their counters."""
+    w = prepared(joint.array, operand, axis)
+    largest = _largest(how.plan, w, (0, 1), operand, ("tensor",))
+    random = None
+    if operand.stochastic:
+        key = operand_key(places.key, places.layer, how.name * 64 + WEIGHT)
+        place_f = _filled(joint.columns(places.column_i), w.shape[1])
+        random = words(key, columns(places.row, w.shape[0]), place_f)
     blocks = tuple(operand.block or 1 if operand.square or i == axis else 1 for i in range(2))
-    found = []
-    for i, part in enumerate(moved):
-        random = None
-        if operand.stochastic:
-            key = operand_key(places.key, places.layer, how.name * 64 + WEIGHT + i)
-            random = words(key, columns(places.row, part.shape[0]), columns(places.column_i[i], part.shape[1]))
-        found.append(encode(part, operand, blocks, largest, random))
-    counted = add_up(list(zip(moved, found, strict=True))) if how.counted else None
-    return [e._replace(value=e.value.astype(parts[0].dtype)) for e in found], counted
+    return _kept(how, joint, w, encode(w, operand, blocks, largest, random))
+
+
+def _kept(how: How, joint: Joined, x: Array, found: Encoded) -> tuple[Encoded, Array | None]:
+    """An operand as it is multiplied, and its counters, in which zeros that fill up blocks do not count."""
+    counted = None
+    if how.counted:
+        zeros = joint.array.size // sum(joint.filled) * (sum(joint.filled) - sum(joint.widths))
+        counted = count(x, found, filled=zeros)
+    return found._replace(value=found.value.astype(joint.array.dtype)), counted
+
+
+def _filled(places: Array, length: int) -> Array:
+    """Places for what fills up the last block of the last axis too: a transform spreads numbers over it."""
+    if places.shape[-1] == length:
+        return places
+    more = jnp.arange(length - places.shape[-1], dtype=places.dtype) + np.asarray(1 << 30, places.dtype)
+    return jnp.concatenate([places, jnp.broadcast_to(more, (*places.shape[:-1], len(more))) + places[..., :1]], axis=-1)
 
 
 def prepared(x: Array, operand: Operand, axis: int) -> Array:
@@ -175,15 +212,12 @@ def prepared(x: Array, operand: Operand, axis: int) -> Array:
     return transformed(jnp.pad(x, lacking), operand.hadamard, axis)
 
 
-def _largest(
-    plan: Plan, parts: Sequence[Array], within: tuple[int, ...], operand: Operand, split: tuple[str, ...]
-) -> Array:
-    """The largest magnitude of the parts together along the axes `within`, which are split over `split`; infinite if a
-    number is not finite. Ones where no scale depends on it."""
+def _largest(plan: Plan, x: Array, within: tuple[int, ...], operand: Operand, split: tuple[str, ...]) -> Array:
+    """The largest magnitude along the axes `within`, which are split over `split`; infinite if a number is not finite.
+    Ones where no scale depends on it."""
     if operand.scale == "power":
-        return jnp.ones([1] * parts[0].ndim)
-    each = [jnp.max(magnitude(part), axis=within, keepdims=True) for part in parts]
-    largest = finite_or_infinite(functools.reduce(jnp.maximum, each))
+        return jnp.ones([1] * x.ndim)
+    largest = finite_or_infinite(jnp.max(magnitude(x), axis=within, keepdims=True))
     for axis in split:
         largest = plan.max(largest, axis)
     return largest

@@ -19,8 +19,8 @@ from orogen.config.plan import FOR_GPU
 from orogen.config.rounded import Operand
 from orogen.kernels.grouped_matmul import grouped_matmul
 from orogen.parallel.varying import vary_like
-from orogen.precision.counts import COUNTS, add_up
-from orogen.precision.emulated import ACTIVATION, COLUMNS_OF, GRADIENT, WEIGHT, How, finite_or_infinite, prepared
+from orogen.precision.counts import COUNTS, count
+from orogen.precision.emulated import ACTIVATION, GRADIENT, OVER_TOKENS, WEIGHT, How, finite_or_infinite, prepared
 from orogen.precision.rounding import Encoded, encode, magnitude
 from orogen.precision.words import columns, operand_key, words
 
@@ -156,8 +156,8 @@ def _weight_gradient(how, x_rd, grad_rf, weights_edf, at):
     pair = how.how.products.weight_gradient
     if pair is None:
         return _outer(how, x_rd, grad_rf, weights_edf, sizes), jnp.zeros((2, len(COUNTS)))
-    x, x_counts = _over_rows(how, x_rd, pair[0], at, name=ACTIVATION + COLUMNS_OF)
-    grad, g_counts = _over_rows(how, grad_rf, pair[1], at, name=GRADIENT + COLUMNS_OF)
+    x, x_counts = _over_rows(how, x_rd, pair[0], at, name=ACTIVATION + OVER_TOKENS)
+    grad, g_counts = _over_rows(how, grad_rf, pair[1], at, name=GRADIENT + OVER_TOKENS)
     # Each tensor has scales of its own, and an expert's gradient sums over tensors.
     scaled_pf = grad.value * (x.scale * grad.scale)
     dw_edf = _outer(how, x.value, scaled_pf, weights_edf, rows.filled_e)
@@ -210,7 +210,7 @@ def _over_rows(how: GroupedHow, x_rd: Array, operand: Operand, at: Any, *, name:
 
 def _kept(how: GroupedHow, moved: Array, found: Encoded, dtype: Any) -> tuple[Encoded, Array | None]:
     """The operand as it is multiplied, and its counters."""
-    counted = add_up([(moved, found)]) if how.how.counted else None
+    counted = count(moved, found) if how.how.counted else None
     return found._replace(value=found.value.astype(_dtype(how, dtype))), counted
 
 
