@@ -47,7 +47,9 @@ class PrecisionConfig:
     mtp: Annotated[bool, "whether the multi-token-prediction block follows the recipe too"] = False
     keep: Annotated[tuple[str, ...], "kinds of weight with another recipe: 'KIND:RECIPE' or 'KIND.ROLE:RECIPE'"] = ()
     switch_step: Annotated[int | None, "the first step that is computed by switch_to; None: none is"] = None
-    switch_to: Annotated[str, "the recipe from switch_step on"] = PLAIN
+    switch_to: Annotated[
+        str, "the recipe from switch_step on: plain, fp8_tensorwise, fp8_blockwise, mxfp8 or nvfp4"
+    ] = PLAIN
     switch_roles: Annotated[str, "which products change at switch_step: all or forward"] = "all"
     block: Annotated[int | None, "numbers that share a block scale; None: 128, 32 or 16 as the recipe defines"] = None
     expert_tokens: Annotated[
