@@ -4,7 +4,6 @@ Letters: b batch, t time.
 """
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +15,7 @@ from orogen.config.precision import PrecisionConfig
 from orogen.config.recipe import Recipe
 from orogen.config.rounded import layer_products
 from orogen.data.packing import Batch
+from orogen.model.by_letter import plain
 from orogen.parallel.context import zigzag
 from orogen.parallel.plan import Plan
 from orogen.parallel.rounding_state import NUMBER, PROBES
@@ -40,8 +40,8 @@ def counting(params: nnx.State) -> tuple[nnx.State, Array | None]:
     """The parameters of the model, and the zeros whose gradient counts what rounding loses, if they are among them."""
     if PROBES not in params:
         return params, None
-    probe: Any = params[PROBES]
-    return nnx.State({name: part for name, part in params.items() if name != PROBES}), probe[...]
+    parts = plain(params)
+    return nnx.State({name: part for name, part in parts.items() if name != PROBES}), parts[PROBES][...]
 
 
 def with_numbers(batch: Batch, plan: Plan) -> Batch:

@@ -16,6 +16,7 @@ from jax import Array
 from orogen.config.precision import KINDS
 from orogen.config.run import RunConfig
 from orogen.data.packing import Batch
+from orogen.model.by_letter import plain as plain_tree
 from orogen.model.layout import Whole
 from orogen.model.lm import Built
 from orogen.parallel import placement
@@ -41,7 +42,7 @@ def make_measure(
     layers = Whole(model.layers.main, model.layers.mtp)
     count = len(layers.main + layers.mtp)
     probe = nnx.Param(jax.ShapeDtypeStruct(probe_shape(count), jnp.float32), axes=(None,) * 4, float32=True)
-    counting = built._replace(params=nnx.State({**built.params, PROBES: probe}))
+    counting = built._replace(params=nnx.State({**plain_tree(built.params), PROBES: probe}))
     settings: Any = {"carried": carried, "seed": config.train.seed}
     rounded = gradients(counting, objective, model, plan, dtype, record=True, **settings)
     exact = gradients(built, objective, model, plain, dtype, replaying=True, **settings)
@@ -49,12 +50,12 @@ def make_measure(
     def measure(state: TrainState, batch: Batch) -> dict[str, Array]:
         params = placement.working(working_copy(state.params, dtype), plan)
         zeros = probe.replace(jnp.zeros(probe_shape(count)))
-        with_probe = nnx.State({**params, PROBES: zeros})
+        with_probe = nnx.State({**plain_tree(params), PROBES: zeros})
         rest = state.buffers, batch
         _, grads, _, sums = rounded(with_probe, *rest, None, state.carried, step=state.step)
         _, expected, _, _ = exact(params, *rest, replay_of(sums.choices), state.carried, step=state.step)
         counts: Any = grads[PROBES]
-        own = nnx.State({name: part for name, part in grads.items() if name != PROBES})
+        own = nnx.State({name: part for name, part in plain_tree(grads).items() if name != PROBES})
         pair = [built.whole(side) for side in (own, expected)]
         rows = [_compared(*(layers.layer(side, number) for side in pair)) for number in range(count)]
         cosine_l, zeros_l, plain_l = (jnp.stack(column) for column in zip(*rows, strict=True))
