@@ -64,7 +64,7 @@ def compare(
 ) -> dict[str, Any]:
     """Times `steps` training steps of `model`, each followed by one of the peer's. Times are seconds per step."""
     tokens = batch_size * sequence_length
-    shape = {"batch_size": batch_size, "sequence_length": sequence_length}
+    shape: dict[str, Any] = {"batch_size": batch_size, "sequence_length": sequence_length}
     started = time.perf_counter()
     step, parameters = training_step(model, **shape)
     step()
@@ -92,7 +92,7 @@ def training_step(
 ) -> tuple[Callable[[], None], int]:  # fmt: skip
     """A function that takes one training step on a fixed random batch, and the number of parameters. The function keeps
     the state for its next call."""
-    shape = {"batch_size": batch_size, "sequence_length": sequence_length}
+    shape: dict[str, Any] = {"batch_size": batch_size, "sequence_length": sequence_length}
     train = TrainConfig(steps=1000, **shape, seed=0, compute_dtype=dtype)
     optimizer_config = OptimizerConfig(learning_rate=1e-4, schedule="constant")
     precision = precision or PrecisionConfig()

@@ -80,7 +80,7 @@ def grouped(
     `rows_of_experts`, if the recipe rounds them."""
     weight_edf, implementation = plan.weight(weight), plan.config.grouped_matmul
     products = None if kind is None else plan.recipe.products(kind)
-    if products is None:
+    if kind is None or products is None:
         return GROUPED[plan.recipe.grouped](x_rd, weight_edf, group_sizes, implementation=implementation)
     if rows is None or isinstance(group_sizes, RowGroups):
         raise ValueError(f"{kind}: rows that name their experts cannot be rounded; expected rows sorted by expert")

@@ -77,8 +77,8 @@ def _forward(how, x_btd, weights_df, probe, places):
         joint = Joined.of(weights_df, how.unit)
         w, w_counts = _weights(how, joint, pair[1], 0, places)
         y_btf = joint.split(_times(_contract(x.value, w.value, 0), (x, w), x_btd))
-        counted = jnp.stack([x_counts, w_counts]) if how.counted else counted
-    return y_btf, (x_btd, weights_df, places, counted if how.counted else None)
+        counted = jnp.stack([x_counts, w_counts])
+    return y_btf, (x_btd, weights_df, places, counted)
 
 
 def _backward(how, kept, grads_btf):
@@ -95,12 +95,12 @@ _products.defvjp(_forward, _backward)
 def _input_gradient(how, x_btd, weights_df, grads_btf, places):
     pair = how.products.input_gradient
     if pair is None:
-        terms = [_flat(g_btf) @ w_df.T for g_btf, w_df in zip(grads_btf, weights_df, strict=True)]
-        return sum(terms).reshape(x_btd.shape).astype(x_btd.dtype), jnp.zeros((2, len(COUNTS)))
+        dx_nd = jnp.concatenate([_flat(g_btf) for g_btf in grads_btf], 1) @ jnp.concatenate(weights_df, 1).T
+        return dx_nd.reshape(x_btd.shape).astype(x_btd.dtype), jnp.zeros((2, len(COUNTS)))
     grad, g_counts = _activations(how, Joined.of(grads_btf, how.unit), pair[0], 2, places, name=GRADIENT)
     w, w_counts = _weights(how, Joined.of(weights_df, how.unit), pair[1], 1, places)
     product_nd = _contract(grad.value, w.value, 1)[:, : x_btd.shape[2]]
-    return _times(product_nd, (grad, w), x_btd), jnp.stack([g_counts, w_counts]) if how.counted else None
+    return _times(product_nd, (grad, w), x_btd), jnp.stack([g_counts, w_counts])
 
 
 def _weight_gradient(how, x_btd, weights_df, grads_btf, places):
@@ -113,7 +113,7 @@ def _weight_gradient(how, x_btd, weights_df, grads_btf, places):
     grad, g_counts = _activations(how, joint, pair[1], 1, places, name=GRADIENT + OVER_TOKENS)
     parts = joint.split(_sum_over_tokens(x, grad))
     found = tuple(dw.astype(w.dtype) for dw, w in zip(parts, weights_df, strict=True))
-    return found, jnp.stack([x_counts, g_counts]) if how.counted else None
+    return found, jnp.stack([x_counts, g_counts])
 
 
 def _sum_over_tokens(x: Encoded, grad: Encoded) -> Array:
@@ -159,7 +159,7 @@ class Joined(NamedTuple):
 
 def _activations(
     how: How, joint: Joined, operand: Operand, axis: int, places: Places, *, name: int
-) -> tuple[Encoded, Array | None]:
+) -> tuple[Encoded, Array]:
     """Activations or gradients (b, t, f), rounded along `axis`, and their counters."""
     x = prepared(joint.array, operand, axis)
     largest = _largest(how.plan, x, (1, 2), operand, ("context", "tensor"))
@@ -173,7 +173,7 @@ def _activations(
     return _kept(how, joint, x, encode(x, operand, blocks, largest, random))
 
 
-def _weights(how: How, joint: Joined, operand: Operand, axis: int, places: Places) -> tuple[Encoded, Array | None]:
+def _weights(how: How, joint: Joined, operand: Operand, axis: int, places: Places) -> tuple[Encoded, Array]:
     """Weights (d, f), rounded along `axis`, and their counters."""
     w = prepared(joint.array, operand, axis)
     largest = _largest(how.plan, w, (0, 1), operand, ("tensor",))
@@ -186,9 +186,9 @@ def _weights(how: How, joint: Joined, operand: Operand, axis: int, places: Place
     return _kept(how, joint, w, encode(w, operand, blocks, largest, random))
 
 
-def _kept(how: How, joint: Joined, x: Array, found: Encoded) -> tuple[Encoded, Array | None]:
+def _kept(how: How, joint: Joined, x: Array, found: Encoded) -> tuple[Encoded, Array]:
     """An operand as it is multiplied, and its counters, in which zeros that fill up blocks do not count."""
-    counted = None
+    counted = jnp.zeros(len(COUNTS))
     if how.counted:
         zeros = joint.array.size // sum(joint.filled) * (sum(joint.filled) - sum(joint.widths))
         counted = count(x, found, filled=zeros)

@@ -123,8 +123,8 @@ def _forward(how, x_rd, weights_edf, probe, at):
         x, x_counts = _features(how, x_rd, pair[0], at, name=ACTIVATION)
         w, w_counts = _weights(how, weights_edf, pair[1], 1, places)
         y_rf = _scaled(multiply(x.value, w.value, sizes), x, w, rows).astype(x_rd.dtype)
-        counted = jnp.stack([x_counts, w_counts]) if how.how.counted else counted
-    return y_rf, (x_rd, weights_edf, at, counted if how.how.counted else None)
+        counted = jnp.stack([x_counts, w_counts])
+    return y_rf, (x_rd, weights_edf, at, counted)
 
 
 def _backward(how, kept, grad_rf):
@@ -148,7 +148,7 @@ def _input_gradient(how, weights_edf, grad_rf, at):
     grad, g_counts = _features(how, grad_rf, pair[0], at, name=GRADIENT)
     w, w_counts = _weights(how, weights_edf, pair[1], 2, places)
     product_rd = multiply(grad.value, w.value.swapaxes(1, 2), sizes)[:, : weights_edf.shape[1]]
-    return _scaled(product_rd, grad, w, rows), jnp.stack([g_counts, w_counts]) if how.how.counted else None
+    return _scaled(product_rd, grad, w, rows), jnp.stack([g_counts, w_counts])
 
 
 def _weight_gradient(how, x_rd, grad_rf, weights_edf, at):
@@ -161,7 +161,7 @@ def _weight_gradient(how, x_rd, grad_rf, weights_edf, at):
     # Each tensor has scales of its own, and an expert's gradient sums over tensors.
     scaled_pf = grad.value * (x.scale * grad.scale)
     dw_edf = _outer(how, x.value, scaled_pf, weights_edf, rows.filled_e)
-    return dw_edf, jnp.stack([x_counts, g_counts]) if how.how.counted else None
+    return dw_edf, jnp.stack([x_counts, g_counts])
 
 
 def _outer(how: GroupedHow, x_rd: Array, grad_rf: Array, weights_edf: Array, sizes: Array) -> Array:
@@ -178,7 +178,7 @@ def _scaled(y_rf: Array, left: Encoded, weights: Encoded, rows: Rows) -> Array:
     return y_rf.astype(jnp.float32) * left.scale * scale_e[expert_r]
 
 
-def _features(how: GroupedHow, x_rd: Array, operand: Operand, at: Any, *, name: int) -> tuple[Encoded, Array | None]:
+def _features(how: GroupedHow, x_rd: Array, operand: Operand, at: Any, *, name: int) -> tuple[Encoded, Array]:
     """Rows rounded along their features, and the operand's counters."""
     _, rows, places = at
     moved = prepared(x_rd, operand, 1)
@@ -188,7 +188,7 @@ def _features(how: GroupedHow, x_rd: Array, operand: Operand, at: Any, *, name: 
     return _kept(how, moved, found, x_rd.dtype)
 
 
-def _over_rows(how: GroupedHow, x_rd: Array, operand: Operand, at: Any, *, name: int) -> tuple[Encoded, Array | None]:
+def _over_rows(how: GroupedHow, x_rd: Array, operand: Operand, at: Any, *, name: int) -> tuple[Encoded, Array]:
     """Rows in order, filled up (p, d), rounded along the rows, and the operand's counters."""
     _, rows, places = at
     source_p = vary_like(jnp.full(how.filled, len(x_rd), jnp.int32), rows.place_r)
@@ -208,15 +208,15 @@ def _over_rows(how: GroupedHow, x_rd: Array, operand: Operand, at: Any, *, name:
     return _kept(how, moved, found, x_rd.dtype)
 
 
-def _kept(how: GroupedHow, moved: Array, found: Encoded, dtype: Any) -> tuple[Encoded, Array | None]:
+def _kept(how: GroupedHow, moved: Array, found: Encoded, dtype: Any) -> tuple[Encoded, Array]:
     """The operand as it is multiplied, and its counters."""
-    counted = count(moved, found) if how.how.counted else None
+    counted = count(moved, found) if how.how.counted else jnp.zeros(len(COUNTS))
     return found._replace(value=found.value.astype(_dtype(how, dtype))), counted
 
 
 def _weights(
     how: GroupedHow, weights_edf: Array, operand: Operand, axis: int, places: RowPlaces
-) -> tuple[Encoded, Array | None]:
+) -> tuple[Encoded, Array]:
     """Weights rounded along `axis`, and the operand's counters."""
     moved = prepared(weights_edf, operand, axis)
     blocks = tuple(operand.block or 1 if (operand.square and i) or i == axis else 1 for i in range(3))
