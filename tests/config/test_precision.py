@@ -135,13 +135,15 @@ def test_settings_that_mean_nothing_are_refused(settings, message):
         ({}, {"grouped_matmul": "triton_small"}, "E", "PlanConfig.grouped_matmul is 'triton_small'; expected another"),
         ({"block": 4}, {"context": 2}, "E", "PrecisionConfig.expert_tokens is None; expected a divisor of the 8 "),
         ({"block": 4, "expert_tokens": 3}, {"context": 2}, "E", "expert_tokens is 3; expected a divisor"),
+        ({"block": 9, "mtp": True}, {"tensor": 2}, "-/-", "of the 9 that the recipe rounds together in gradients of mtp"),
         ({"block": 9}, {"context": 2}, "-", "which a rank holds 8 neighbouring tokens; expected a multiple of the 9"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_the_model_or_its_ranks_is_refused(settings, plan, pattern, message):
     precision = PrecisionConfig(recipe="mxfp8", **settings)
+    model = hybrid(pattern=pattern, mtp_depths=int("/" in pattern))
     with pytest.raises(ConfigError, match=re.escape(message)):
-        check_precision(precision, hybrid(pattern=pattern, mtp_depths=0), PlanConfig(**plan), length=32, rows=4)
+        check_precision(precision, model, PlanConfig(**plan), length=32, rows=4)
 
 
 def test_a_batch_of_too_many_tokens_is_refused():

@@ -229,7 +229,9 @@ def _check_tokens(kind: str, used: Products, precision: PrecisionConfig, plan: P
         expected = f"a divisor of the {part} neighbouring tokens that a rank of context and tensor routes"
         chunk = precision.expert_tokens
         require(chunk is not None and part % chunk == 0, precision, "expert_tokens", expected)
-    elif part % used.token_block and (plan.context > 1 or kind.startswith("latent")):
+    # The latent projections and the one in front of the MTP block read the rank's own tokens, others those of all ranks
+    # of tensor.
+    elif part % used.token_block and (plan.context > 1 or kind.startswith(("latent", "mtp"))):
         raise ConfigError(
             f"TrainConfig.sequence_length is {length}, of which a rank holds {part} neighbouring tokens; expected a "
             f"multiple of the {used.token_block} that the recipe rounds together in gradients of {kind}"
