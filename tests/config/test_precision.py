@@ -135,7 +135,7 @@ def test_settings_that_mean_nothing_are_refused(settings, message):
         ({}, {"grouped_matmul": "triton_small"}, "E", "PlanConfig.grouped_matmul is 'triton_small'; expected another"),
         ({"block": 4}, {"context": 2}, "E", "PrecisionConfig.expert_tokens is None; expected a divisor of the 8 "),
         ({"block": 4, "expert_tokens": 3}, {"context": 2}, "E", "expert_tokens is 3; expected a divisor"),
-        ({"block": 9, "mtp": True}, {"tensor": 2}, "-/-", "of the 9 that the recipe rounds together in gradients of mtp"),
+        ({"block": 9, "mtp": True}, {"tensor": 2}, "-/-", "the 9 that the recipe rounds together in gradients of mtp"),
         ({"block": 9}, {"context": 2}, "-", "which a rank holds 8 neighbouring tokens; expected a multiple of the 9"),
     ],
 )  # fmt: skip
