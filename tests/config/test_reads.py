@@ -41,6 +41,7 @@ PARTS_OF: dict[str, dict[str, Any]] = {
     "train": {"steps": 10, "batch_size": 4, "sequence_length": 24, "seed": 3},
     "optimizer": {"learning_rate": 1e-3},
     "evaluate": {"tasks": ("mqar", "needle", "hellaswag"), "texts": ("a.txt",)},
+    "precision": {},
 }
 
 
@@ -64,6 +65,7 @@ NO_ROPE, NO_YARN = {"pattern": "*", "model__rope_theta": None}, {"pattern": "*"}
 YARN = {"pattern": "*", "model__yarn_factor": 4.0, "model__yarn_original_positions": 64}
 FEW = "the model has no routers (E) with ModelConfig.router_correction_bias"
 NO_HELDOUT = {"data__heldout_fraction": 0.0}
+MXFP8 = {"precision__recipe": "mxfp8"}
 BORDERS: list[tuple[str, Any, dict, dict, str]] = [
     *((f"model__{f}", v, {"pattern": p}, {"pattern": "ME-"}, ATTENTION)
       for f, v, p in (("num_attention_heads", 2, "*"), ("attention_bias", "all", "+"), ("rope_theta", 10.0, "w"))),
@@ -169,6 +171,20 @@ BORDERS: list[tuple[str, Any, dict, dict, str]] = [
       for f, v in (("text_field", "body"), ("method", "carried"), ("score_ends", True))),
     *(("evaluate__stride", 9, {}, other, "EvaluateConfig has no texts to read by method 'windows'")
       for other in ({"evaluate__texts": ()}, {"evaluate__method": "carried"})),
+    *((f"precision__{f}", v, {"pattern": "M-E", **MXFP8}, {"pattern": "M-E"},
+       "no recipe of PrecisionConfig rounds operands")
+      for f, v in (("first_layers", 1), ("last_layers", 1), ("expert_tokens", 8), ("health_every", 5))),
+    ("precision__mtp", True, {"pattern": "M/-", "model__mtp_depths": 1, **MXFP8}, MXFP8,
+     "ModelConfig.pattern has no part after /"),
+    ("precision__expert_tokens", 8, {"pattern": "E", **MXFP8}, {"pattern": "M", **MXFP8}, EXPERTS),
+    *((f"precision__{f}", v, {**MXFP8, "precision__switch_step": 5}, MXFP8, "PrecisionConfig.switch_step is None")
+      for f, v in (("switch_to", "fp8_tensorwise"), ("switch_roles", "forward"))),
+    ("precision__block", 4, MXFP8, {"precision__recipe": "fp8_tensorwise"}, "no recipe of PrecisionConfig has blocks"),
+    *((f"precision__{f}", v, {"precision__recipe": "nvfp4"}, MXFP8, "no recipe of PrecisionConfig is 'nvfp4'")
+      for f, v in (("weight_blocks", "rows"), ("hadamard", 4), ("hadamard_roles", ("forward",)), ("stochastic", ()),
+                   ("four_over_six", "all"))),
+    ("precision__hadamard_roles", ("forward",), {"precision__recipe": "nvfp4"},
+     {"precision__recipe": "nvfp4", "precision__hadamard": 0}, "PrecisionConfig.hadamard is 0"),
 ]  # fmt: skip
 # Where nothing reads these, their config itself refuses them.
 REFUSED_BEFORE = ("plan__fsdp_size", "plan__buffer_factor", "model__topk_group", "model__mtp_depths")

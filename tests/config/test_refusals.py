@@ -13,6 +13,7 @@ from orogen.config.evaluate import EvaluateConfig
 from orogen.config.model import ModelConfig
 from orogen.config.phases import PhaseConfig
 from orogen.config.plan import PlanConfig
+from orogen.config.precision import PrecisionConfig
 from orogen.config.run import OptimizerConfig, RunConfig, TrainConfig
 from orogen.config.sweep import SweepConfig
 from orogen.config.upcycle import UpcycleConfig
@@ -31,6 +32,7 @@ GOOD = {
     SweepConfig: {"matrix": {"rate": {"low": [], "high": ["OptimizerConfig.learning_rate=1"]}}, "control": ("low",),
                   "seeds": (0, 1)},
     UpcycleConfig: {"expansion": 4, "top_k": 2},
+    PrecisionConfig: {},
 }  # fmt: skip
 
 # (class, field, bad value, words of what was expected)
@@ -44,11 +46,13 @@ POSITIVE = {
     "max_skipped_steps max_roll_backs sample_tokens",
     OptimizerConfig: "learning_rate epsilon clip_norm",
     EvaluateConfig: "every samples limit stride batch_tokens",
+    PrecisionConfig: "switch_step block expert_tokens",
 }
 NOT_NEGATIVE = {
     ModelConfig: "router_aux_loss_coef router_z_loss_coef mtp_loss_scale",
     TrainConfig: "router_bias_update_rate checkpoint_minutes spike_deviations roll_back_after hang_minutes",
     OptimizerConfig: "warmup_steps decay_steps weight_decay",
+    PrecisionConfig: "first_layers last_layers hadamard health_every",
 }
 REFUSED = [
     *((c, field, bad, "a number above 0") for c, f in POSITIVE.items() for field in f.split() for bad in (0, -3)),

@@ -41,4 +41,4 @@ def alone(side: Side) -> Hashable | None:
     if side.plan.config.devices > 1:
         return None
     sources = side.plan.sources if side.plan.config.capacity_factor else None
-    return side.config.model, side.config.train, side.plan.config, sources
+    return side.config.model, side.config.train, side.config.precision, side.plan.config, sources

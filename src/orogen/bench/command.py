@@ -19,7 +19,7 @@ DECODING = {
     "decode": "reference,parallel,blocks",
 }  # fmt: skip
 OPERATIONS = {"ssd": "chunked", "grouped_matmul": "blocks", "attention": "blocked", **DECODING}
-NAMES = ("cpu_train", *OPERATIONS, "train")
+NAMES = ("cpu_train", *OPERATIONS, "train", "precision")
 LARGEST_SEED = 2**31 - 1
 TURNS = 2  # default of --turns with a peer
 # Options that only some benchmarks have, with their defaults, by benchmark.
@@ -33,6 +33,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "model": "r1", "rows": None, "sequence_length": 8192, "whole_step": False, "weak_scaling": None, "turns": None,
         "gin_bindings": (), "profile": None,
     },
+    "precision": {"recipes": "fp8_tensorwise,fp8_blockwise,mxfp8,nvfp4", "model": "bench_dense"},
 }  # fmt: skip
 
 
@@ -42,7 +43,8 @@ def _add_arguments(task: argparse.ArgumentParser) -> None:
         choices=NAMES,
         help="cpu_train: whole training steps on this CPU; ssd, grouped_matmul, attention: one operation at "
         "sizes of large models; state_update, replay, paged_attention, few_rows: one operation of decoding; decode: "
-        "all four; train: forward and backward passes, or whole steps, of a model on the devices of a plan",
+        "all four; train: forward and backward passes, or whole steps, of a model on the devices of a plan; precision: "
+        "steps with emulated recipes beside steps in bfloat16",
     )
     task.add_argument(
         "--peer", choices=("torch",), help="also time torch, or transformers on it, in turn; needs the extra `peer`"
@@ -52,6 +54,7 @@ def _add_arguments(task: argparse.ArgumentParser) -> None:
         "--profile", type=Path, default=argparse.SUPPRESS, metavar="DIR", help="write a trace of the device to DIR"
     )
     group = functools.partial(task.add_argument_group, argument_default=argparse.SUPPRESS)  # DEFAULTS has them
+    group("precision").add_argument("--recipes", metavar="A,B", help="names of PrecisionConfig.recipe; default: all")
     cpu = group("cpu_train")
     cpu.add_argument("--models", metavar="A,B", help="dense, moe, or both, which is the default")
     one = group("one operation")
@@ -95,6 +98,13 @@ def _measure(options: argparse.Namespace) -> tuple[dict[str, Any], list[str], bo
     if options.name == "train":
         facts, correct = _train(options)
         return facts, json.dumps(facts, indent=2).splitlines(), correct
+    if options.name == "precision":
+        if options.peer is not None:
+            raise ConfigError(f"--peer {options.peer} with precision; expected none, since it has no peer")
+        from orogen.bench.precision import bench as emulated
+
+        facts = emulated(options.recipes.split(","), model=options.model, steps=options.steps)
+        return facts, json.dumps(facts, indent=2).splitlines(), True
     from orogen.bench.cpu_train import bench as run
 
     facts = run(options.models.split(","), peer=options.peer, steps=options.steps)
@@ -200,6 +210,7 @@ BENCH = Command(
         "orogen bench ssd --implementations triton --shape nano --peer torch",
         "orogen bench attention --shape b=2,t=8192",
         "orogen bench decode --implementations triton,triton_small --json",
+        "orogen bench precision --recipes mxfp8,nvfp4",
         "orogen bench train --whole_step",
         "orogen bench train --whole_step --weak_scaling rows --gin_bindings PlanConfig.data=2",
     ),

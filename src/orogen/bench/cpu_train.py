@@ -20,11 +20,13 @@ from orogen.config.checks import ConfigError
 from orogen.config.load import load
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
+from orogen.config.precision import PrecisionConfig
 from orogen.config.run import OptimizerConfig, RunConfig, TrainConfig
 from orogen.config.shipped import SHIPPED
 from orogen.data.packing import Batch
 from orogen.model.lm import build
 from orogen.parallel.plan import make_plan
+from orogen.train.formats import in_formats
 from orogen.train.next_token import NEXT_TOKENS
 from orogen.train.optimizer import make_optimizer
 from orogen.train.state import create_state
@@ -62,9 +64,9 @@ def compare(
 ) -> dict[str, Any]:
     """Times `steps` training steps of `model`, each followed by one of the peer's. Times are seconds per step."""
     tokens = batch_size * sequence_length
-    shape = {"batch_size": batch_size, "sequence_length": sequence_length}
+    shape: dict[str, Any] = {"batch_size": batch_size, "sequence_length": sequence_length}
     started = time.perf_counter()
-    step, parameters = _training_step(model, **shape)
+    step, parameters = training_step(model, **shape)
     step()
     compiled = time.perf_counter() - started
     with contextlib.ExitStack() as stack:
@@ -84,13 +86,18 @@ def compare(
     return facts
 
 
-def _training_step(model: ModelConfig, *, batch_size: int, sequence_length: int) -> tuple[Callable[[], None], int]:
+def training_step(
+    model: ModelConfig, *, batch_size: int, sequence_length: int, dtype: str = "float32",
+    precision: PrecisionConfig | None = None,
+) -> tuple[Callable[[], None], int]:  # fmt: skip
     """A function that takes one training step on a fixed random batch, and the number of parameters. The function keeps
     the state for its next call."""
-    train = TrainConfig(steps=1000, batch_size=batch_size, sequence_length=sequence_length, seed=0)
+    shape: dict[str, Any] = {"batch_size": batch_size, "sequence_length": sequence_length}
+    train = TrainConfig(steps=1000, **shape, seed=0, compute_dtype=dtype)
     optimizer_config = OptimizerConfig(learning_rate=1e-4, schedule="constant")
-    config = RunConfig(model=model, plan=PlanConfig(), train=train, optimizer=optimizer_config)
-    plan, built = make_plan(config.plan, model), build(model)
+    precision = precision or PrecisionConfig()
+    config = RunConfig(model=model, plan=PlanConfig(), train=train, optimizer=optimizer_config, precision=precision)
+    plan, built = in_formats(make_plan(config.plan, model), config.check().precision, model), build(model)
     optimizer = make_optimizer(optimizer_config, train.steps, built.params)
     run = make_step(built, NEXT_TOKENS, config, plan, optimizer)
     state = create_state(model, built, optimizer, plan, train.seed)

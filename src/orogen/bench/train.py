@@ -33,6 +33,7 @@ from orogen.parallel.runtime import configure
 from orogen.precision.policy import working_copy
 from orogen.report.profile import step_table
 from orogen.train import carry
+from orogen.train.formats import in_formats
 from orogen.train.next_token import LOSS, NEXT_TOKENS
 from orogen.train.optimizer import make_optimizer
 from orogen.train.state import create_state
@@ -118,6 +119,7 @@ def prepare(
     require_gpu(config.plan)
     chosen = dataclasses.replace(config.plan, microbatches=work.microbatches(config.plan))
     plan, built = assemble(config.model, chosen, length=config.train.sequence_length)
+    plan = in_formats(plan, config.precision, config.model)
     batch = batch_to_devices(_batch(config), plan)
     if work.part == "whole_step":
         return _whole_step(built, config, plan, batch, ready=ready)

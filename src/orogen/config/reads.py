@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from orogen.config.checks import ConfigError
 from orogen.config.model import LAYERS, ModelConfig
 from orogen.config.plan import PlanConfig
+from orogen.config.precision import PrecisionConfig
 from orogen.config.recipe import FP8, layer_recipes
 from orogen.config.run import PARTS, RunConfig
 
@@ -62,6 +63,10 @@ def _of_plan(fields: str, holds: Callable[[PlanConfig], bool], otherwise: str) -
     return Reader(fields, ("plan",), lambda run: holds(run.plan), otherwise)
 
 
+def _of_precision(fields: str, holds: Callable[[PrecisionConfig], bool], otherwise: str) -> Reader:
+    return Reader(fields, ("precision",), lambda run: holds(run.precision), otherwise)
+
+
 # The letters whose layers read a field of the model.
 MODEL_LETTERS = {
     "*w+": "num_attention_heads attention_bias rope_theta partial_rotary_factor rope_interleave yarn_factor "
@@ -92,6 +97,7 @@ ALWAYS = {
     # With Muon, AdamW's beta1, beta2 and epsilon are those of the parameters that Muon leaves to it.
     "optimizer": "name learning_rate schedule warmup_steps beta1 beta2 epsilon weight_decay clip_norm moment_dtype",
     "evaluate": "tasks every texts max_length batch_tokens",
+    "precision": "recipe keep switch_step",
 }
 # The other fields, by part. A field may have several readers, which must all hold. Those of the model depend on the
 # model alone, since one model file serves many plans.
@@ -262,6 +268,31 @@ READERS: dict[str, tuple[Reader, ...]] = {
             lambda run: bool(run.evaluate.texts) and run.evaluate.method == "windows",
             "EvaluateConfig has no texts to read by method 'windows'",
         ),
+    ),
+    "precision": (
+        _of_precision(
+            "first_layers last_layers mtp expert_tokens health_every",
+            lambda precision: precision.rounds,
+            "no recipe of PrecisionConfig rounds operands",
+        ),
+        _of_precision(
+            "switch_to switch_roles",
+            lambda precision: precision.switch_step is not None,
+            "PrecisionConfig.switch_step is None",
+        ),
+        _of_precision(
+            "block",
+            lambda precision: bool(precision.recipes - {"plain", "fp8_tensorwise"}),
+            "no recipe of PrecisionConfig has blocks",
+        ),
+        _of_precision(
+            "weight_blocks hadamard hadamard_roles stochastic four_over_six",
+            lambda precision: "nvfp4" in precision.recipes,
+            "no recipe of PrecisionConfig is 'nvfp4'",
+        ),
+        _of_precision("hadamard_roles", lambda precision: precision.hadamard > 0, "PrecisionConfig.hadamard is 0"),
+        _of_model("mtp", lambda model: bool(model.layers.mtp), "ModelConfig.pattern has no part after /"),
+        _by_letters("E", "expert_tokens"),
     ),
 }
 

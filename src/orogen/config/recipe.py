@@ -5,6 +5,7 @@ import dataclasses
 from orogen.config.checks import require, require_choice
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
+from orogen.config.rounded import Products
 
 # Formats of a product's operands: the compute dtype, or 8 bits with one scale per tensor.
 PLAIN, FP8 = "plain", "fp8"
@@ -49,11 +50,15 @@ IN_FP8 = Formats(forward=FP8, input_gradient=FP8, weight_gradient=FP8)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
     """The formats of one layer's products, by kind of weight: `linear` matrices, the `grouped` ones of routed experts,
-    and the `head`, which is outside the layers. The last two are implemented in the compute dtype only."""
+    and the `head`, which is outside the layers. The last two are implemented in the compute dtype only.
+
+    rounded: by kind of weight (`config/precision.py`), products whose operands are rounded first, on any device.
+    """
 
     linear: Formats = IN_PLAIN
     grouped: Formats = IN_PLAIN
     head: Formats = IN_PLAIN
+    rounded: tuple[tuple[str, Products], ...] = ()
 
     def __post_init__(self) -> None:
         for kind in ("grouped", "head"):
@@ -61,8 +66,12 @@ class Recipe:
             require(getattr(self, kind) == IN_PLAIN, self, kind, expected)
 
     def names(self) -> set[str]:
-        """The formats in use."""
+        """The formats in use, other than those of `rounded`."""
         return self.linear.names() | self.grouped.names() | self.head.names()
+
+    def products(self, kind: str) -> Products | None:
+        """How the products with weights of this kind round their operands; None if none does."""
+        return dict(self.rounded).get(kind)
 
 
 # By the names of `PlanConfig.linear`.

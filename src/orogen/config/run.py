@@ -20,7 +20,9 @@ from orogen.config.evaluate import EvaluateConfig
 from orogen.config.model import ModelConfig
 from orogen.config.phases import PhaseConfig, Stretch, stretches
 from orogen.config.plan import PlanConfig
+from orogen.config.precision import PrecisionConfig
 from orogen.config.remat import check_layers
+from orogen.config.rounded import check_precision
 
 # The most tokens of a prompt with its continuation: each costs a pass over the whole sequence; more would take weeks.
 MAX_LENGTH = 2**20
@@ -178,6 +180,7 @@ class RunConfig:
     optimizer: OptimizerConfig = ABSENT
     chat: ChatConfig = ABSENT
     evaluate: EvaluateConfig = ABSENT
+    precision: PrecisionConfig = PrecisionConfig()
 
     def need(self, *parts: str) -> "RunConfig":
         """This config, if it has all of `parts`. Raises ConfigError naming the class that has no bindings."""
@@ -198,6 +201,8 @@ class RunConfig:
             for field in ("remat", "offload"):
                 check_layers(field, getattr(self.plan, field), self.model.layers.main + self.model.layers.mtp)
             windows = self.model.attention_sinks or set(self.model.layers.main + self.model.layers.mtp) & set("w+")
+            shape = (self.train.sequence_length, self.train.batch_size) if self.train is not None else (None, None)
+            check_precision(self.precision, self.model, self.plan, length=shape[0], rows=shape[1])
             expected = "full or blocked: the model has windows, sinks or latent attention"
             require(not windows or self.plan.attention != "cudnn", self.plan, "attention", expected)
         if self.train is not None and self.train.carry_states:
@@ -282,4 +287,5 @@ PARTS: dict[str, Any] = {
     "optimizer": OptimizerConfig,
     "chat": ChatConfig,
     "evaluate": EvaluateConfig,
+    "precision": PrecisionConfig,
 }

@@ -21,11 +21,11 @@ def random_bits(seeds: tuple[Array, Array], element: Array) -> Array:
     By its data sheet, an H100 can do about as many in the time it takes to read and write one float16.
     """
     first, second = seeds
-    key = _mix(_mix(first + np.uint32(0x9E3779B9)) ^ second)  # the constant, since `_mix` maps zero to itself
-    return _mix(key ^ _mix(element.astype(jnp.uint32)))
+    key = mix(mix(first + np.uint32(0x9E3779B9)) ^ second)  # the constant, since `mix` maps zero to itself
+    return mix(key ^ mix(element.astype(jnp.uint32)))
 
 
-def _mix(bits: Array) -> Array:
+def mix(bits: Array) -> Array:
     """A bijection of 32-bit words; every output bit depends on every input bit (C. Wellons' `lowbias32`, 2018)."""
     bits = (bits ^ (bits >> np.uint32(16))) * np.uint32(0x7FEB352D)
     bits = (bits ^ (bits >> np.uint32(15))) * np.uint32(0x846CA68B)

@@ -1,37 +1,52 @@
 """Functions by which every weight is read for a product: `linear` for a matrix, `grouped` for experts, `head_matrix`.
 
-The current layer's recipe (`Plan.recipe`) names the formats. Products that no recipe changes have functions of their
-own.
+The current layer's recipe (`Plan.recipe`) names the formats, by the kind of the weight (`config/precision.py`); a
+product without a kind follows `PlanConfig.linear` alone. call: tells apart the products of one kind in one layer.
+Products that no recipe changes have functions of their own.
 
 Letters: b batch, t time, n tokens (b · t), d width in, f width out, e experts, r rows sorted by expert, v vocabulary.
 """
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
+from orogen.config.precision import GROUPS, KINDS
 from orogen.config.recipe import FP8, IN_PLAIN, PLAIN
+from orogen.config.rounded import Products
 from orogen.kernels.grouped_matmul import grouped_matmul
 from orogen.kernels.grouped_matmul.operands import RowGroups
+from orogen.parallel.axes import SHARDED
 from orogen.parallel.plan import Plan
+from orogen.parallel.rounding_state import Rounding
 from orogen.parallel.varying import vary_like
+from orogen.precision.emulated import How, Places, rounded_products
+from orogen.precision.expert_rows import GroupedHow, RowPlaces, Rows, expert_rows, rounded_grouped
 from orogen.precision.fp8 import fp8_matmul
 
 # For each choice of formats, the product of rows with their expert's matrix.
 GROUPED = {IN_PLAIN: grouped_matmul}
 
 
-def linear(x_btd: Array, weight: nnx.Param, plan: Plan) -> Array:
+def linear(x_btd: Array, weight: nnx.Param, plan: Plan, kind: str | None = None, *, call: int = 0) -> Array:
     """x w, in the formats of the recipe."""
-    return linears(x_btd, (weight,), plan)[0]
+    return linears(x_btd, (weight,), plan, kind, call=call)[0]
 
 
-def linears(x_btd: Array, weights: Sequence[nnx.Param], plan: Plan) -> tuple[Array, ...]:
-    """x w for each of several weights that a model could equally store as one: FP8 gives them a common scale."""
+def linears(
+    x_btd: Array, weights: Sequence[nnx.Param], plan: Plan, kind: str | None = None, *, call: int = 0
+) -> tuple[Array, ...]:
+    """x w for each of several weights that a model could equally store as one: a format with one scale per tensor gives
+    them a common one."""
     formats, weights_df = plan.recipe.linear, [plan.weight(w) for w in weights]
+    if kind is not None and (products := plan.recipe.products(kind)) is not None:
+        how, probe = _how(products, plan, kind, call)
+        return rounded_products(x_btd, weights_df, how, _places(x_btd, weights, plan), probe)
     if formats == IN_PLAIN:
         return tuple(multiply(x_btd, w_df) for w_df in weights_df)
     if unknown := formats.names() - {PLAIN, FP8}:
@@ -51,10 +66,83 @@ def linear_float32(x_btd: Array, weight: nnx.Param, plan: Plan) -> Array:
     return multiply_float32(x_btd, plan.weight(weight))
 
 
-def grouped(x_rd: Array, weight: nnx.Param, group_sizes: Array | RowGroups | int, plan: Plan) -> Array:
-    """x w_e for the rows of each expert e, in the formats of the recipe. group_sizes: see `grouped_matmul`."""
-    product = GROUPED[plan.recipe.grouped]
-    return product(x_rd, plan.weight(weight), group_sizes, implementation=plan.config.grouped_matmul)
+def grouped(
+    x_rd: Array,
+    weight: nnx.Param,
+    group_sizes: Array | RowGroups | int,
+    plan: Plan,
+    kind: str | None = None,
+    *,
+    call: int = 0,
+    rows: tuple[Rows, int] | None = None,
+) -> Array:
+    """x w_e for the rows of each expert e, in the formats of the recipe. group_sizes: see `grouped_matmul`; rows: from
+    `rows_of_experts`, if the recipe rounds them."""
+    weight_edf, implementation = plan.weight(weight), plan.config.grouped_matmul
+    products = None if kind is None else plan.recipe.products(kind)
+    if kind is None or products is None:
+        return GROUPED[plan.recipe.grouped](x_rd, weight_edf, group_sizes, implementation=implementation)
+    if rows is None or isinstance(group_sizes, RowGroups):
+        raise ValueError(f"{kind}: rows that name their experts cannot be rounded; expected rows sorted by expert")
+    how, probe = _how(products, plan, kind, call)
+    at = _rounding(plan)
+    in_axis, out_axis = weight.get_metadata()["axes"][-2:]
+    first = (plan.index("expert") * weight_edf.shape[0], _first(in_axis, weight_edf.shape[1], plan))
+    places = RowPlaces(at.key, at.layer_l[0], *map(_word, (*first, _first(out_axis, weight_edf.shape[2], plan))))
+    grouped_how = GroupedHow(how, rows[1], implementation)
+    settings: Any = {"rows": rows[0], "how": grouped_how, "places": places, "probe": probe}
+    return rounded_grouped(x_rd, weight_edf, group_sizes, **settings)
+
+
+def rounds_experts(plan: Plan) -> bool:
+    """Whether the recipe rounds the rows of experts."""
+    return any(plan.recipe.products(kind) is not None for kind in GROUPS["routed"])
+
+
+def token_numbers(x_btd: Array, plan: Plan) -> Array:
+    """The number (b, t) of each token of x in the global batch; x may be the share of a rank of tensor."""
+    number_bt = _rounding(plan).number_bt
+    assert number_bt is not None, "a part of the batch is known where layers run"
+    return number_bt if number_bt.shape[1] == x_btd.shape[1] else plan.piece(number_bt, "tensor", dim=1)
+
+
+def rows_of_experts(number_r: Array, group_sizes: Any, plan: Plan, *, experts: int) -> tuple[Rows, int]:
+    """How the rows of tokens with these numbers are rounded together; see `precision.expert_rows`."""
+    at = _rounding(plan)
+    units = [p.token_block for kind in GROUPS["routed"] if (p := plan.recipe.products(kind)) is not None]
+    settings = {"tokens": at.tokens, "chunk": at.chunk, "unit": max(units)}
+    return expert_rows(number_r, group_sizes, experts=experts, **settings)
+
+
+def _how(products: Products, plan: Plan, kind: str, call: int) -> tuple[How, Array | None]:
+    """What a rounded product does, and the zeros whose gradient are its counters, if there are any."""
+    probe_l, number = _rounding(plan).probe_l, KINDS.index(kind)
+    without_arrays = dataclasses.replace(plan, rounding=None)
+    how = How(products, without_arrays, 8 * number + call, probe_l is not None)
+    return how, None if probe_l is None else probe_l[0, number]
+
+
+def _places(x_btd: Array, weights: Sequence[nnx.Param], plan: Plan) -> Places:
+    at, axes = _rounding(plan), [weight.get_metadata()["axes"] for weight in weights]
+    shapes = [weight.get_value().shape for weight in weights]
+    column_i = tuple(_word(_first(out, shape[1], plan)) for (_, out), shape in zip(axes, shapes, strict=True))
+    row = _word(_first(axes[0][0], shapes[0][0], plan))
+    return Places(at.key, at.layer_l[0], token_numbers(x_btd, plan), row, column_i)
+
+
+def _first(axis: str | None, size: int, plan: Plan) -> Array | int:
+    """The place in the whole weight of the first of this rank's `size` rows or columns."""
+    return 0 if axis is None or axis in SHARDED else plan.index(axis) * size
+
+
+def _word(number: Array | int) -> Array:
+    return jnp.asarray(number, jnp.uint32)
+
+
+def _rounding(plan: Plan) -> Rounding:
+    if plan.rounding is None:
+        raise ValueError("a recipe rounds operands outside a training step; expected Plan.in_step")
+    return plan.rounding
 
 
 def head_matrix(embedding: nnx.Param, head: nnx.Param | None, plan: Plan) -> Array:

@@ -55,12 +55,14 @@ def activate(up: Array, gate: Array | None, *, name: str, limit: float | None = 
 class MLP(nnx.Module):
     """down(activate(up x, gate x)); hidden columns and their biases are sharded over `mlp`.
 
-    prefix: starts the checkpoint names of its intermediates, which remat policies use.
+    prefix: starts the checkpoint names of its intermediates, which remat policies use; that of an expert that
+    all tokens share is `shared_`.
     """
 
     def __init__(self, config: ModelConfig, hidden: int, *, bias: bool, rngs: nnx.Rngs, prefix: str = ""):
         size, std = config.hidden_size, config.init_std
         self.activation, self.limit, self.prefix = config.mlp_hidden_act, config.swiglu_limit, prefix
+        self.kind = "shared" if prefix else "dense"
         self.up = normal(rngs, (size, hidden), ("embed", "mlp"), std=std)
         self.down = normal(rngs, (hidden, size), ("mlp", "embed"), std=config.output_init_std)
         self.gate = normal(rngs, (size, hidden), ("embed", "mlp"), std=std) if config.mlp_gated else None
@@ -86,7 +88,7 @@ class MLP(nnx.Module):
             h_btd = plan.enter(x_btd)
             up_btf, *gates_btf = (
                 checkpoint_name(add_bias(y_btf, bias), f"{self.prefix}up")
-                for y_btf, bias in zip(linears(h_btd, weights, plan), biases, strict=True)
+                for y_btf, bias in zip(linears(h_btd, weights, plan, f"{self.kind}_up"), biases, strict=True)
             )
         with jax.named_scope("activation"):
             gate_btf = gates_btf[0] if gates_btf else None
@@ -94,4 +96,4 @@ class MLP(nnx.Module):
             hidden_btf = checkpoint_name(hidden_btf, f"{self.prefix}activation")
         with jax.named_scope("down"):
             # The ranks' partial products are summed first, so that the bias is added once.
-            return add_bias(plan.leave(linear(hidden_btf, self.down, plan)), self.down_bias)
+            return add_bias(plan.leave(linear(hidden_btf, self.down, plan, f"{self.kind}_down")), self.down_bias)

@@ -59,7 +59,7 @@ class Attention(nnx.Module):
         require_one_context_rank(plan, given)
         with jax.named_scope("in_proj"):
             h_btd = plan.enter(x_btd)
-            q_btf, k_btf, v_btf = linears(h_btd, (self.query, self.key, self.value), plan)
+            q_btf, k_btf, v_btf = linears(h_btd, (self.query, self.key, self.value), plan, "attention_in")
         q_bthk = self._heads("query", q_btf, self.query_bias)
         k_btgk = self._heads("key", k_btf, self.key_bias)
         v_btgk = self._heads("value", v_btf, self.value_bias)
@@ -130,7 +130,7 @@ class LatentAttention(nnx.Module):
         require_one_context_rank(plan, given)
         h_btd = plan.enter(x_btd)
         q_bthk = self._queries(h_btd, docs, plan)
-        latent_btr, shared_btk = linears(h_btd, (self.latent_down, self.key_rope), plan)
+        latent_btr, shared_btk = linears(h_btd, (self.latent_down, self.key_rope), plan, "attention_in", call=1)
         latent_btr = checkpoint_name(add_bias(latent_btr, self.latent_down_bias), "latent")
         latent_btr = self.latent_norm(latent_btr, plan)
         shared_btk = checkpoint_name(add_bias(shared_btk, self.key_rope_bias), "latent")
@@ -138,7 +138,7 @@ class LatentAttention(nnx.Module):
         kept = None if given is None else given.with_piece((latent_btr, shared_bt1k), docs)
         reading = None if kept is None else kept.reading(docs)
         latent_bsr, shared_bs1k = (latent_btr, shared_bt1k) if reading is None else reading.values
-        k_bsf, v_bsf = linears(latent_bsr, (self.key_up, self.value_up), plan)
+        k_bsf, v_bsf = linears(latent_bsr, (self.key_up, self.value_up), plan, "attention_in", call=2)
         k_bsf, v_bsf = checkpoint_name(k_bsf, "key"), checkpoint_name(v_bsf, "value")
         k_bshk = _split(k_bsf, self.nope)
         shared_bshk = jnp.broadcast_to(shared_bs1k, (*k_bshk.shape[:-1], self.rope))
@@ -164,11 +164,11 @@ class LatentAttention(nnx.Module):
     @jax.named_scope("in_proj")
     def _queries(self, h_btd: Array, docs: Documents, plan: Plan) -> Array:
         if self.direct:
-            q_btf = linear(h_btd, self.query, plan)
+            q_btf = linear(h_btd, self.query, plan, "attention_in")
         else:
-            latent_btr = add_bias(linear(h_btd, self.query_down, plan), self.query_down_bias)
+            latent_btr = add_bias(linear(h_btd, self.query_down, plan, "attention_in"), self.query_down_bias)
             latent_btr = self.query_norm(checkpoint_name(latent_btr, "latent"), plan)
-            q_btf = linear(latent_btr, self.query_up, plan)
+            q_btf = linear(latent_btr, self.query_up, plan, "attention_in", call=3)
         q_bthk = _split(checkpoint_name(q_btf, "query"), self.nope + self.rope)
         plain_bthk, rotary_bthk = q_bthk[..., : self.nope], q_bthk[..., self.nope :]
         return jnp.concatenate([plain_bthk, self.rotary(rotary_bthk, docs.positions_bt)], -1)
@@ -186,5 +186,5 @@ def _split(x_btf: Array, size: int) -> Array:
 @jax.named_scope("out_proj")
 def _join(y_bthk: Array, out: nnx.Param, bias: nnx.Param | None, plan: Plan) -> Array:
     """The heads' outputs projected and summed over ranks; the bias is added once, to the sum."""
-    y_btd = plan.leave(linear(y_bthk.reshape(*y_bthk.shape[:2], -1), out, plan))
+    y_btd = plan.leave(linear(y_bthk.reshape(*y_bthk.shape[:2], -1), out, plan, "attention_out"))
     return add_bias(y_btd, bias)

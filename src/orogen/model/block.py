@@ -215,15 +215,17 @@ def _scan(stack: Stack, x_btd: Array, docs: Documents, plan: Plan, given: Any) -
     turns = [plan.of_layers(turn * stack.size, (turn + 1) * stack.size) for turn in range(count)]
 
     def body(x_btd, inputs, plan=turns[0]):
-        state, given = inputs
-        return nnx.merge(graph, state)(x_btd, docs, plan, given)
+        state, given, each = inputs
+        return nnx.merge(graph, state)(x_btd, docs, plan.with_each(each), given)
 
+    apart = lambda a: a.reshape(count, stack.size, *a.shape[1:])  # noqa: E731
+    each = (None, None) if plan.rounding is None else jax.tree.map(apart, plan.rounding.each)
     if len({turn.recipes for turn in turns}) > 1:
         # Unrolled, since some turns differ: a loop over the others would first copy their weights out.
         kept = []
         for index, turn in enumerate(turns):
-            inputs = jax.tree.map(lambda a, index=index: a[index], (states, given))
+            inputs = jax.tree.map(lambda a, index=index: a[index], (states, given, each))
             x_btd, turn_kept = body(x_btd, inputs, turn)
             kept.append(turn_kept)
         return x_btd, jax.tree.map(lambda *parts: jnp.stack(parts), *kept)
-    return lax.scan(body, x_btd, (states, given), unroll=count <= plan.config.unroll)
+    return lax.scan(body, x_btd, (states, given, each), unroll=count <= plan.config.unroll)

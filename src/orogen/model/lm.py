@@ -58,7 +58,7 @@ class LanguageModel(nnx.Module):
                 moved = docs._replace(positions_bt=later(docs.positions_bt, depth, plan))
                 embedded_btd = self.embedding(later(tokens_bt, depth, plan), moved, plan)
                 inside = shifted(docs, depth, plan)
-                h_btd, kept = self.mtp(h_btd, embedded_btd, inside, plan, given and given[depth - 1])
+                h_btd, kept = self.mtp(h_btd, embedded_btd, inside, plan.at_depth(depth), given and given[depth - 1])
             depths.append((h_btd, kept))
         return depths
 

@@ -56,7 +56,7 @@ class Mamba1(nnx.Module):
         require_one_context_rank(plan, given)
         with jax.named_scope("in_proj"):
             h_btd = plan.enter(x_btd)
-            projected = zip(linears(h_btd, (self.x, self.z), plan), (self.x_bias, self.z_bias), strict=True)
+            projected = zip(linears(h_btd, (self.x, self.z), plan, "mamba_in"), (self.x_bias, self.z_bias), strict=True)
             x_bti, z_bti = (checkpoint_name(add_bias(y_bti, bias), "in_proj") for y_bti, bias in projected)
         with jax.named_scope("conv"):
             inputs = (x_bti,)
@@ -68,7 +68,7 @@ class Mamba1(nnx.Module):
             y_bti = checkpoint_name(from_inputs(gated)(y_bti, z_bti), "gated")
         with jax.named_scope("out_proj"):
             # The ranks' partial products are summed first, so that the bias is added once.
-            y_btd = add_bias(plan.leave(linear(y_bti, self.out, plan)), self.out_bias)
+            y_btd = add_bias(plan.leave(linear(y_bti, self.out, plan, "mamba_out")), self.out_bias)
         return y_btd, None if given is None else given.with_piece(inputs, state, docs)
 
     def start(self, room: Any, dtype: Any) -> Any:

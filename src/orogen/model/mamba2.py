@@ -96,7 +96,7 @@ class Mamba2(nnx.Module):
             h_btd = plan.enter(x_btd)
             # dt has one column per head, too few for FP8 to gain anything, and decays are exponentials of it.
             projected = (
-                *linears(h_btd, (self.z, self.x, self.B, self.C), plan),
+                *linears(h_btd, (self.z, self.x, self.B, self.C), plan, "mamba_in"),
                 linear_plain(h_btd, self.dt, plan),
             )
             biases = (self.z_bias, self.x_bias, self.B_bias, self.C_bias, self.dt_proj_bias)
@@ -112,7 +112,7 @@ class Mamba2(nnx.Module):
             y_bti = checkpoint_name(self.norm(y_bti, z_bti, plan), "gated_norm")
         with jax.named_scope("out_proj"):
             # The ranks' partial products are summed first, so that the bias is added once.
-            y_btd = add_bias(plan.leave(linear(y_bti, self.out, plan)), self.out_bias)
+            y_btd = add_bias(plan.leave(linear(y_bti, self.out, plan, "mamba_out")), self.out_bias)
         return y_btd, None if given is None else given.with_piece(inputs, state, docs)
 
     def start(self, room: Any, dtype: Any) -> Any:

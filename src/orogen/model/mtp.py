@@ -52,5 +52,5 @@ class MTPBlock(nnx.Module):
         """
         joined_btd = jnp.concatenate([self.embedding_norm(embedded_btd, plan), self.hidden_norm(h_btd, plan)], axis=-1)
         # The projection has the recipe of the block's first layer.
-        x_btd, kept = self.layers(linear(joined_btd, self.project, plan.of_layer()), docs, plan, given)
+        x_btd, kept = self.layers(linear(joined_btd, self.project, plan.of_layer(), "mtp_project"), docs, plan, given)
         return self.final_norm(x_btd, plan), kept

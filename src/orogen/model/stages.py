@@ -26,6 +26,7 @@ from orogen.model.by_letter import Items, Rows, add_rows, by_letter, concatenate
 from orogen.moe.layer import Choice, Replay
 from orogen.parallel.axes import TOKENS
 from orogen.parallel.plan import Plan
+from orogen.parallel.rounding_state import PROBES
 
 BACKBONE, MTP, LAYERS = "backbone", "mtp", "layers"
 EMBEDDING, HEAD, VOCABULARY, WEIGHT = "embedding", "head", "vocabulary", "weight"
@@ -46,7 +47,7 @@ class Segment(NamedTuple):
         """Whether it computes with the model's part `name`; tied: the embedding is also the head."""
         if name == EMBEDDING:
             return self.first or (self.last and (tied or bool(self.mtp)))
-        return self.last or name == BACKBONE
+        return self.last or name in (BACKBONE, PROBES)
 
     @property
     def items(self) -> tuple[Items, Items]:
@@ -85,6 +86,11 @@ class Stages:
         """(v, p) int: which of `kinds` chunk v of stage p is."""
         kinds = self.kinds(recipes)
         return np.reshape([kinds.index(s) for s in self._with_recipes(recipes)], (self.virtual, self.stages))
+
+    @functools.cached_property
+    def start_vp(self) -> np.ndarray:
+        """(v, p) int: the number along the pattern of the first layer of chunk v of stage p."""
+        return np.reshape(np.cumsum([0, *map(len, self.patterns[:-1])]), (self.virtual, self.stages))
 
     @property
     def chunks(self) -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 from orogen.config.model import ModelConfig
 from orogen.kernels.grouped_matmul import grouped_matmul
 from orogen.kernels.grouped_matmul.operands import RowGroups
-from orogen.layers.linear import grouped
+from orogen.layers.linear import grouped, rows_of_experts
 from orogen.layers.mlp import activate
 from orogen.layers.parameter import normal, parameter
 from orogen.parallel.plan import Plan
@@ -32,12 +32,20 @@ class Experts(nnx.Module):
         self.gate_bias = vector(hidden, "expert_mlp") if bias and gated else None
         self.down_bias = vector(width, "norm") if bias else None
 
-    def __call__(self, rows_rw: Array, group_sizes: Array | RowGroups | int, plan: Plan) -> Array:
+    def __call__(
+        self, rows_rw: Array, group_sizes: Array | RowGroups | int, plan: Plan, number_r: Array | None = None
+    ) -> Array:
         """(r, w). group_sizes: rows per expert of this rank; an int if all have the same number; or each result's
-        expert."""
+        expert. number_r: of each row's token in the global batch, if the recipe rounds rows; -1 for a row of none."""
+        placed = None
+        if number_r is not None:
+            placed = rows_of_experts(number_r, group_sizes, plan, experts=len(self.up[...]))
 
-        def project(x_rw: Array, weight: nnx.Param, bias: nnx.Param | None, *, counts: Array | bool = True) -> Array:
-            y_rf = grouped(x_rw, weight, group_sizes, plan)
+        def project(
+            x_rw: Array, weight: nnx.Param, bias: nnx.Param | None, *, counts: Array | bool = True,
+            kind: str = "routed_up", call: int = 0,
+        ) -> Array:  # fmt: skip
+            y_rf = grouped(x_rw, weight, group_sizes, plan, kind, call=call, rows=placed)
             if bias is None:
                 return y_rf
             # Each row's bias, as a product with ones: rows of no expert get none, and gradients sum in float32.
@@ -48,8 +56,9 @@ class Experts(nnx.Module):
         up_rf = checkpoint_name(project(rows_rw, self.up, self.up_bias), "expert_up")
         gate_rf = None
         if self.gate is not None:
-            gate_rf = checkpoint_name(project(rows_rw, self.gate, self.gate_bias), "expert_up")
+            gate_rf = checkpoint_name(project(rows_rw, self.gate, self.gate_bias, call=1), "expert_up")
         hidden_rf = activate(up_rf, gate_rf, name=self.activation, limit=self.limit)
         hidden_rf = checkpoint_name(hidden_rf, "expert_activation")
         # Every rank that shares an expert's hidden units adds a partial sum, and only one of them adds the bias.
-        return project(hidden_rf, self.down, self.down_bias, counts=plan.index("expert_tensor") == 0)
+        counts = plan.index("expert_tensor") == 0
+        return project(hidden_rf, self.down, self.down_bias, counts=counts, kind="routed_down")

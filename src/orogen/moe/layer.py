@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from orogen.config.model import ModelConfig
 from orogen.layers.documents import Documents
-from orogen.layers.linear import add_bias, linear, linear_plain
+from orogen.layers.linear import add_bias, linear, linear_plain, rounds_experts, token_numbers
 from orogen.layers.mlp import MLP
 from orogen.layers.parameter import normal, parameter
 from orogen.moe.dispatch import DISPATCHES, drop_margin, expert_capacity, within_capacity
@@ -105,7 +105,7 @@ class MoE(nnx.Module):
             flat = lambda a: a.reshape(-1, a.shape[-1])  # noqa: E731
             u_btw = x_btd
             if self.latent_down is not None:
-                u_btw = add_bias(linear(x_btd, self.latent_down, plan), self.latent_down_bias)
+                u_btw = add_bias(linear(x_btd, self.latent_down, plan, "latent_down"), self.latent_down_bias)
                 u_btw = checkpoint_name(u_btw, "latent")
             dispatcher = DISPATCHES[plan.config.dispatch]
             with jax.named_scope("dispatch"):
@@ -116,15 +116,29 @@ class MoE(nnx.Module):
             rows = checkpoint_name(rows, "rows")
             if isinstance(group_sizes, Array):
                 group_sizes = checkpoint_name(group_sizes, "routing")
-            returned = self.experts(rows, group_sizes, plan)
+            number_r = None
+            if rounds_experts(plan):
+                number_r = self._numbers(x_btd, routing, keep_btk, plan, capacity)
+            returned = self.experts(rows, group_sizes, plan, number_r)
             with jax.named_scope("combine"):
                 y_nw = dispatcher.combine(returned, flat(routing.weights), ticket, plan)
             y_nw = checkpoint_name(y_nw, "combined")
             stats = stats._replace(overflow=stats.overflow + ticket.overflow)
             y_btd = y_nw.reshape(u_btw.shape)
             if self.latent_up is not None:
-                y_btd = add_bias(linear(y_btd, self.latent_up, plan), self.latent_up_bias)
+                y_btd = add_bias(linear(y_btd, self.latent_up, plan, "latent_up"), self.latent_up_bias)
         return y_btd, stats
+
+    def _numbers(self, x_btd: Array, routing: Routing, keep_btk: Array, plan: Plan, capacity: int) -> Array:
+        """The number in the global batch of each row's token, as `dispatch` sends the rows; -1 for a row of none."""
+        flat = lambda a: a.reshape(-1, a.shape[-1])  # noqa: E731
+        # As float32, which every dispatch moves: exact, since a batch has fewer tokens (`check_precision`). Rows of no
+        # token are zero.
+        number_n1 = (token_numbers(x_btd, plan).reshape(-1, 1) + 1).astype(jnp.float32)
+        sent = number_n1, flat(routing.experts), flat(keep_btk)
+        dispatcher = DISPATCHES[plan.config.dispatch]
+        found, _, _ = dispatcher.dispatch(*sent, plan, n_experts=self.n_experts, capacity=capacity)
+        return found[:, 0].astype(jnp.int32) - 1
 
     def _shared(self, x_btd: Array, expert: MLP, plan: Plan) -> Array:
         y_btd = expert.transform(x_btd, plan)

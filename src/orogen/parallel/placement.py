@@ -16,7 +16,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from orogen.parallel import distributed
 from orogen.parallel.axes import SHARDED, full_axes, map_variables, spec_of
-from orogen.parallel.plan import Plan, scatter_sum
+from orogen.parallel.gathered import scatter_sum
+from orogen.parallel.plan import Plan
 from orogen.parallel.varying import varying_axes
 
 # JAX's names for an accelerator's own memory, and for host memory that the accelerator reads directly.

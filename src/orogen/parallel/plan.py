@@ -16,11 +16,11 @@ In all three, a layer whose weights are sharded over `tensor` reads `plan.enter(
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array, lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -30,9 +30,11 @@ from orogen.config.model import ModelConfig
 from orogen.config.plan import FOR_GPU, PlanConfig
 from orogen.config.recipe import FP8, PLAIN, RECIPES, Recipe, layer_recipes
 from orogen.parallel.axes import SHARDED, MeshAxes, full_axes, make_rules, map_variables, spec_of, stream_rules
+from orogen.parallel.gathered import gather_weight
 from orogen.parallel.legal import fold_plan
 from orogen.parallel.mesh import make_mesh
 from orogen.parallel.ragged import Runs, ragged_exchange
+from orogen.parallel.rounding_state import NUMBER, Rounding
 from orogen.parallel.schedule import Schedule, plan_schedule
 from orogen.parallel.varying import vary, varying_axes
 
@@ -55,6 +57,7 @@ class Plan:
     decode_kernels: the implementation of kernels that only decoding uses: reference, or triton on an NVIDIA GPU.
     recipe: the formats of products in the current layer. recipes: those of the layers to come, first the model's, then
     the multi-token-prediction block's; None: all have `recipe`.
+    rounding: what roundings of this step read; None where no recipe has any. expert_tokens: see PrecisionConfig.
     """
 
     mesh: Mesh | AbstractMesh
@@ -67,6 +70,13 @@ class Plan:
     decode_kernels: str = "reference"
     recipe: Recipe = RECIPES[PLAIN]
     recipes: tuple[Recipe, ...] | None = None
+    rounding: Rounding | None = None
+    expert_tokens: int | None = None
+
+    @property
+    def rounds(self) -> bool:
+        """Whether a recipe of some layer rounds operands."""
+        return any(recipe.rounded for recipe in (self.recipe, *(self.recipes or ())))
 
     @property
     def compiler_options(self) -> dict[str, Any]:
@@ -98,11 +108,52 @@ class Plan:
             return self
         if (stop or start) > len(self.recipes):
             raise ValueError(f"{stop or start} layers with {len(self.recipes)} recipes: expected one for each")
-        return self.with_recipes(self.recipes[start:stop])
+        rounding = self.rounding and self.rounding.of_layers(start, stop)
+        return dataclasses.replace(self, recipes=self.recipes[start:stop], rounding=rounding)
 
     def of_layer(self) -> "Plan":
         """The plan inside the first of the layers to come."""
-        return self if self.recipes is None else dataclasses.replace(self, recipe=self.recipes[0], recipes=None)
+        if self.recipes is None:
+            return self
+        rounding = self.rounding and self.rounding.of_layers(0, 1)
+        return dataclasses.replace(self, recipe=self.recipes[0], recipes=None, rounding=rounding)
+
+    def with_each(self, each: tuple[Array, Array | None]) -> "Plan":
+        """The plan with another `Rounding.each` for the layers to come, if it rounds."""
+        if self.rounding is None:
+            return self
+        layer_l, probe_l = each
+        return dataclasses.replace(self, rounding=self.rounding._replace(layer_l=layer_l, probe_l=probe_l))
+
+    def in_step(self, key: Array, tokens_bt: Array) -> "Plan":
+        """The plan of a step, if it rounds. key: see `Rounding`; tokens_bt: this device's part of the global batch."""
+        if not self.rounds or self.recipes is None:
+            return self
+        rows, length = (n * self.size(axis) for n, axis in zip(tokens_bt.shape, ("batch", "context"), strict=True))
+        layer_l = jnp.asarray(np.arange(len(self.recipes), dtype=np.int32))
+        rounding = Rounding(key, rows * length, self.expert_tokens or length, layer_l)
+        return dataclasses.replace(self, rounding=rounding)
+
+    def on_tokens(self, extras: Mapping[str, Array], probe_l: Array | None = None) -> "Plan":
+        """The plan for a part of the step's batch with these extras. probe_l: see `Rounding`."""
+        if self.rounding is None:
+            return self
+        rounding = self.rounding._replace(number_bt=extras[NUMBER], probe_l=probe_l)
+        return dataclasses.replace(self, rounding=rounding)
+
+    def from_layer(self, start: Array, count: int) -> "Plan":
+        """The plan for `count` layers, of which the first has this number; for layers whose recipes are set already."""
+        if self.rounding is None:
+            return self
+        taken = lambda a: lax.dynamic_slice_in_dim(a, start, count)  # noqa: E731
+        return self.with_each(jax.tree.map(taken, self.rounding.each))
+
+    def at_depth(self, depth: int) -> "Plan":
+        """The plan for the depth of the multi-token-prediction block's use: its layers have other random words."""
+        if self.rounding is None:
+            return self
+        rounding = self.rounding
+        return self.with_each((rounding.layer_l + (depth - 1) * len(rounding.layer_l), rounding.probe_l))
 
     def with_stream(self, stream: str) -> "Plan":
         """The plan whose ranks of `tensor` hold the residual stream by `time`, by `rows` or `whole`."""
@@ -169,7 +220,7 @@ class Plan:
         value: Any = parameter[...]
         for dim, axis in enumerate(full_axes(parameter)):
             if axis in SHARDED and self.rules[axis]:
-                value = _gather_weight(value, self.rules[axis], dim)
+                value = gather_weight(value, self.rules[axis], dim)
         return value
 
     def gather(self, x: Array, axis: str, *, dim: int = 1) -> Array:
@@ -257,38 +308,6 @@ class Plan:
     def vary(self, tree: Any) -> Any:
         """`tree` marked as differing on every device, so that a loop over it sums its gradient once, at the end."""
         return vary(tree, self.mesh.axis_names if self.config.devices > 1 else ())
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather_weight(x: Array, axes: MeshAxes, dim: int) -> Array:
-    """All pieces of `x`. Its gradient is summed over ranks in float32, whatever x's dtype is."""
-    return lax.all_gather(x, axes, axis=dim, tiled=True)
-
-
-def _gather_weight_forward(x: Array, axes: MeshAxes, dim: int) -> tuple[Array, None]:
-    return _gather_weight(x, axes, dim), None
-
-
-def _gather_weight_backward(axes: MeshAxes, dim: int, _: None, g: Array) -> tuple[Array]:
-    return (scatter_sum(g, axes, dim).astype(g.dtype),)
-
-
-def scatter_sum(x: Array, axes: MeshAxes, dim: int) -> Array:
-    """The sum of `x` over ranks, in float32; each keeps its piece of it along `dim`.
-
-    Numbers of 16 bits travel as they are, since every rank adds up its pieces itself: half the bytes of a
-    reduce-scatter in float32.
-    """
-    if x.dtype.itemsize >= 4:
-        return lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
-    ranks = lax.axis_size(axes)
-    pieces = jnp.moveaxis(x.reshape(*x.shape[:dim], ranks, -1, *x.shape[dim + 1 :]), dim, 0)
-    # In two dimensions, as `Plan.exchange` does.
-    pieces_rn = lax.all_to_all(pieces.reshape(ranks, -1), axes, 0, 0, tiled=True)
-    return jnp.sum(pieces_rn, axis=0, dtype=jnp.float32).reshape(pieces.shape[1:])
-
-
-_gather_weight.defvjp(_gather_weight_forward, _gather_weight_backward)
 
 
 def make_plan(config: PlanConfig, model: ModelConfig, *, abstract: bool = False) -> Plan:

@@ -23,10 +23,18 @@ Each line of `metrics.jsonl` is the JSON object of one step; steps strictly incr
     skipped_steps         steps skipped since the run began
     spike_bound           the loss exceeds this bound: it is a spike (`train.health`); only in such steps
     start_seconds         from the start of the process, or a roll-back, to the first step; only in that step
-    compile_seconds       tracing, lowering and compiling the step; only in the first of a process
+    compile_seconds       tracing, lowering and compiling the step; only in the first of a process, and where a recipe
+                          changes
     evaluate_seconds      the evaluation after this step
     save_seconds          how long writing checkpoints held the run up since the last step; in the last step of a
                           process also how long it then waited for the last one
+    rounding_flushed, rounding_saturated, rounding_zeros, rounding_nonfinite: {operand: {layer: share}} of an operand's
+                          numbers: turned into 0, beyond the largest number of their block, 0 before, not finite; only
+                          in steps that measure (`PrecisionConfig.health_every`), as are the next six
+    rounding_log2_scale   {operand: {layer: mean of log2 of its blocks' scales}}; null where all are 0
+    most_flushed, least_cosine: the largest of rounding_flushed, the least of gradient_cosine
+    gradient_cosine       [layer]: between the gradients of its matrices with rounded operands and without
+    gradient_zeros, plain_gradient_zeros: [layer]: the shares of their elements that are 0
     host_ms, device_ms    by process, with several: median time to dispatch a step, and of a product on its devices
     slow_processes        those whose times are far above the others' (`train.stragglers`)
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from orogen.config.files import write_atomically
+from orogen.report import rounding_page
 from orogen.report.goodput import goodput, time_spent
 from orogen.report.lost import read_lost
 from orogen.report.metrics import read_metrics
@@ -50,6 +51,7 @@ def write_report(
     spent = time_spent(records, read_lost(run_dir))
     figures = [figure_html(run_dir, picture) for picture in (*pictures(records, baselines), *task_pictures(records))]
     texts = [
+        rounding_page.section(records),
         _profile_html(run_dir / "profile" / TABLE),
         text_html("Samples", samples, state="open"),
         text_html("Configuration", config_text, state=""),
@@ -76,6 +78,8 @@ def _headline(records: Records, environment: Mapping[str, Any]) -> dict[str, str
         ("time in steps", _of_finite(np.sum, column(records, "step_ms") / 1000), _duration),
         ("tokens per second, median", _of_finite(np.median, column(records, "tokens_per_second")), "{:,.0f}".format),
         ("model FLOPs utilisation, median", _of_finite(np.median, column(records, "mfu")), "{:.1%}".format),
+        ("rounded to zero, worst operand and layer", _last(column(records, "most_flushed")), "{:.2%}".format),
+        ("cosine to the unrounded gradient, worst layer", _last(column(records, "least_cosine")), "{:.4f}".format),
         ("assignments dropped", _of_finite(np.mean, dropped_n), "{:.2%}".format),
         ("skipped steps", _last(column(records, "skipped_steps")), "{:,.0f}".format),
         ("steps whose loss is not finite", _count_lost(records) or None, "{:,.0f}".format),
@@ -222,7 +226,7 @@ pre { font: .82rem/1.5 ui-monospace, monospace; margin: .8rem 0 0; overflow-x: a
   overflow-wrap: anywhere; }
 """
 
-PAGE = """<!doctype html>
+_PAGE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">

@@ -79,7 +79,7 @@ class Picture(NamedTuple):
 
 def pictures(records: Records, baselines: Mapping[str, float]) -> list[Picture]:
     """The pictures that this run has numbers for, in reading order. `baselines`: held-out bits per byte, by name."""
-    makers = (functools.partial(_loss, baselines=baselines), _throughput, _expert_load, _dropped)
+    makers = (functools.partial(_loss, baselines=baselines), _throughput, _expert_load, _dropped, _rounding)
     return [picture for picture in (make(records) for make in makers) if picture is not None]
 
 
@@ -197,6 +197,32 @@ def _draw_dropped(steps_n: Floats, share_n: Floats, theme: Theme) -> "Figure":
     axes.set(xlabel="step", ylabel="dropped", ylim=(0, max(0.01, 1.05 * share_n.max())))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     add_legend(axes, theme)
+    return figure
+
+
+# What rounding costs
+
+
+def _rounding(records: Records) -> Picture | None:
+    measured = [r for r in records if r.get("gradient_cosine")]
+    if not measured:
+        return None
+    caption = (
+        "Faint: the cosine between each layer's gradient with rounded operands and without; strong: the layer where it "
+        "is least; coloured: the largest share of an operand's numbers that rounding turned into 0. A falling cosine "
+        "or a rising share means that gradients die."
+    )
+    return Picture("rounding", "Rounding", caption, functools.partial(_draw_rounding, measured))
+
+
+def _draw_rounding(measured: Records, theme: Theme) -> "Figure":
+    figure, axes = plain_figure(theme, height=3.2)
+    steps_n = column(measured, "step")
+    axes.plot(steps_n, [r["gradient_cosine"] for r in measured], color=theme.faint, linewidth=0.8)
+    axes.plot(steps_n, column(measured, "least_cosine"), ".-", color=theme.strong, label="least cosine of a layer")
+    axes.plot(steps_n, column(measured, "most_flushed"), ".-", color=theme.accent, label="most numbers flushed to 0")
+    axes.set(xlabel="step", ylim=(min(0.0, np.nanmin(column(measured, "least_cosine"))), 1.02))
+    add_legend(axes, theme, loc="lower right")
     return figure
 
 

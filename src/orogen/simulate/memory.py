@@ -20,6 +20,7 @@ from orogen.model.lm import Built
 from orogen.parallel.plan import Plan, make_plan
 from orogen.precision.policy import working_copy
 from orogen.train import carry
+from orogen.train.formats import in_formats
 from orogen.train.next_token import NEXT_TOKENS
 from orogen.train.optimizer import make_optimizer
 from orogen.train.state import TrainState, abstract_state, state_shardings
@@ -134,6 +135,7 @@ def compiled_step(config: RunConfig, laid: Placed) -> Any:
     shape, sharding = (config.train.batch_size, config.train.sequence_length), plan.sharding(*BATCH_AXES)
     integers: Any = jax.ShapeDtypeStruct(shape, "int32", sharding=sharding)
     weights: Any = jax.ShapeDtypeStruct(shape, "float32", sharding=sharding)
+    plan = in_formats(plan, config.precision, config.model)
     step: Any = make_step(laid.built, NEXT_TOKENS, config, plan, laid.optimizer)
     extras = {NEXT: integers, NEXT_WEIGHT: weights} if config.train.carry_states else {}
     return step.lower(laid.state, Batch(integers, integers, integers, weights, extras)).compile()

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from flax import nnx
+from jax import Array
 
 from orogen.config.model import ModelConfig
 from orogen.config.run import RunConfig
@@ -17,6 +18,8 @@ from orogen.data.packing import Batch, prefix_byte_count, target_byte_count
 from orogen.model.lm import Built
 from orogen.parallel import distributed, placement
 from orogen.parallel.plan import Plan, make_plan
+from orogen.precision.words import step_key
+from orogen.train.formats import in_formats, is_switched, with_numbers
 from orogen.train.loss import batch_counts
 from orogen.train.next_token import LOSS, NEXT_TOKEN
 from orogen.train.state import TrainState
@@ -55,7 +58,7 @@ class Heldout:
     """
 
     def __init__(self, config: RunConfig, built: Built, corpus: Corpus):
-        self.train, self.corpus = config.train, corpus
+        self.train, self.precision, self.corpus = config.train, config.precision, corpus
         self.progress: Callable[[], None] = lambda: None
         self.plan = heldout_plan(config)
         shape = {"batch_size": config.train.batch_size, "sequence_length": config.train.sequence_length}
@@ -69,8 +72,11 @@ class Heldout:
         self.sampled = (*SCORES, *of_source)
         self.whole = tuple(f"whole_{name}" for name in self.sampled)
         self._samples: dict[str, tuple[list[Batch], int]] = {}
-        measured = measure(built, NEXT_TOKEN, config.model, self.plan, config.train.compute_dtype)
-        self._measured = distributed.compiled_together(measured)
+        self._measured: list[Callable[..., dict[str, Metric]]] = []
+        for switched in (False, True) if config.precision.switch_step is not None else (False,):
+            plan = in_formats(self.plan, config.precision, config.model, switched=switched)
+            measured = measure(built, NEXT_TOKEN, config.model, plan, config.train.compute_dtype)
+            self._measured.append(distributed.compiled_together(measured))
 
     def sample(self, state: TrainState) -> dict[str, float]:
         """The scores of a sample of about `evaluate_rows` sequences."""
@@ -109,11 +115,12 @@ class Heldout:
     def totals(self, state: TrainState, batches: Iterable[Batch], n_bytes: int) -> Totals:
         """`score`, as sums."""
         params = jax.jit(placement.working, static_argnums=1)(state.params, self.plan)
+        measured = self._measured[is_switched(self.precision, int(state.step))]
         nats = count = 0.0
         for batch in batches:
             # Fetched one by one: with many programs over simulated devices in flight, XLA:CPU runs out of threads and
             # its collectives wait forever (observed with jax 0.10.1).
-            found = jax.device_get(self._measured(params, state.buffers, batch_to_devices(batch, self.plan)))[LOSS]
+            found = jax.device_get(measured(params, state.buffers, batch_to_devices(batch, self.plan)))[LOSS]
             nats, count = nats + float(found.sum), count + float(found.count)
             self.progress()
         return Totals(nats, count, n_bytes)
@@ -130,11 +137,17 @@ def measure(
     """The jitted function (parameters from `placement.working`, buffers, batch) -> the objective's metrics, computed
     by forward passes alone."""
 
-    def metrics(params: nnx.State, buffers: nnx.State, batch: Batch) -> dict[str, Metric]:
+    def metrics(params: nnx.State, buffers: nnx.State, batch: Batch, key: Array) -> dict[str, Metric]:
+        here = plan.in_step(key, batch.tokens_bt)
         counts = batch_counts(batch, objective, objective.depths(config), plan)
         parts = jax.tree.map(lambda x: microbatches(x, plan.config.microbatches, plan.sources[0]), batch)
-        found = skeleton(built)(Computation(objective, config, plan, dtype), parts, counts, buffers).metrics(params)
+        found = skeleton(built)(Computation(objective, config, here, dtype), parts, counts, buffers).metrics(params)
         return {name: Metric(total, counts.metrics[name]) for name, total in found.items()}
 
-    inputs = (plan.specs(built.params), plan.specs(built.buffers), plan.spec(*BATCH_AXES))
-    return jax.jit(plan.run(metrics, inputs=inputs, outputs=plan.spec()), compiler_options=plan.compiler_options)
+    inputs = (plan.specs(built.params), plan.specs(built.buffers), plan.spec(*BATCH_AXES), plan.spec())
+    on_devices = plan.run(metrics, inputs=inputs, outputs=plan.spec())
+
+    def measured(params: nnx.State, buffers: nnx.State, batch: Batch) -> dict[str, Metric]:
+        return on_devices(params, buffers, with_numbers(batch, plan), step_key(0, 0))
+
+    return jax.jit(measured, compiler_options=plan.compiler_options)

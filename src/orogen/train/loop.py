@@ -3,6 +3,7 @@
 Letters: b batch, t time.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -32,11 +33,13 @@ from orogen.train.back import Back, BadStepsError
 from orogen.train.goodput import COMPILING, EVALUATING, Clock
 from orogen.train.health import SPIKE, Health, NonFiniteError
 from orogen.train.lock import RunLock
+from orogen.train.lost_numbers import described
 from orogen.train.optimizer import make_optimizer
 from orogen.train.profiled import StepProfile
+from orogen.train.programs import StepPrograms
 from orogen.train.saving import Saver
 from orogen.train.state import TrainState, abstract_state, create_state, from_items, items, start_state, state_shardings
-from orogen.train.step import StepMetrics, batch_to_devices, make_step
+from orogen.train.step import StepMetrics, batch_to_devices
 from orogen.train.stop import Stop, StopTogether
 from orogen.train.stragglers import Pace
 from orogen.train.task import Task
@@ -45,13 +48,14 @@ from orogen.train.watch import Watch
 
 class _Pending(NamedTuple):
     """A step that is dispatched and not yet reported. position: of the data, after its batch; host_seconds: until it
-    was dispatched."""
+    was dispatched; measured: see `StepPrograms`."""
 
     number: int
     batch: Batch
     position: dict[str, Any]
     host_seconds: float
     fetching: Future[tuple[StepMetrics, float]]
+    measured: dict[str, Any] | None
 
 
 class Loop:
@@ -79,7 +83,7 @@ class Loop:
         train = config.train
         self.back = Back(train, checkpoints.run_dir, checkpoints, log)
         self.optimizer = make_optimizer(config.optimizer, train.steps, built.params, train.rates)
-        self.step = distributed.compiled_together(make_step(built, task.objective, config, plan, self.optimizer))
+        self.programs = StepPrograms(built, task.objective, config, plan, self.optimizer)
         self.carried = carry.abstract(train, built)
         self.measures = task.measures
         self.evaluation = task.evaluation(config, built, corpus)
@@ -212,13 +216,15 @@ class Loop:
                     # First, so that its time does not contain the compilation for the new shape.
                     self._report(pending, writer, progress)
                     pending = None
-                state, metrics = self._dispatch(state, batch)
+                state, metrics, measured = self._dispatch(number, state, batch)
                 host_seconds = time.perf_counter() - began
                 stop.working = True
                 profile.after(number, state)
                 if pending is not None:
                     self._report(pending, writer, progress)
-                pending = _Pending(number, batch, self.position, host_seconds, fetcher.submit(_fetch, metrics))
+                pending = _Pending(
+                    number, batch, self.position, host_seconds, fetcher.submit(_fetch, metrics), measured
+                )  # fmt: skip
                 stopped, due = together.after(number), lambda every, n=number: n % every == 0
                 last = number == train.steps or stopped
                 save = self.saver.due(number)
@@ -235,13 +241,18 @@ class Loop:
                         self.saver.save_on_the_way(state, self.position, self.built.layout, best=best)
         return state
 
-    def _dispatch(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        """The step's results, which the devices may still be computing. The first call of a shape compiles the step."""
-        if batch.tokens_bt.shape in self._compiled:
-            return self.step(state, batch_to_devices(batch, self.plan))
-        self.watch.expect_longer()
-        with self.clock.aside(COMPILING):
-            result = self.step(state, batch_to_devices(batch, self.plan))
+    def _dispatch(
+        self, number: int, state: TrainState, batch: Batch
+    ) -> tuple[TrainState, StepMetrics, dict[str, Any] | None]:
+        """The step's results, which the devices may still be computing, and what it measured of its roundings. The
+        first call of a shape also compiles the step, as does the first after a change of recipe."""
+        placed, (step, new) = batch_to_devices(batch, self.plan), self.programs.step(number)
+        new = new or batch.tokens_bt.shape not in self._compiled
+        if new or self.programs.measures(number):
+            self.watch.expect_longer()
+        measured = self.programs.measured(number, state, placed)
+        with self.clock.aside(COMPILING) if new else contextlib.nullcontext():
+            result = *step(state, placed), measured
         self._compiled.add(batch.tokens_bt.shape)
         return result
 
@@ -263,6 +274,8 @@ class Loop:
         self.pace.add(seconds, pending.host_seconds)
         record = self._record(number, pending.batch, fetched, seconds)
         record = _joined(record, self.measures(pending.position))
+        if pending.measured is not None:
+            record = _joined(record, described(jax.device_get(pending.measured)))
         self.back.compare(record)
         record = self.health.judged(record)
         if scored is not None:

@@ -23,6 +23,7 @@ from orogen.moe.layer import Choice, Replay
 from orogen.parallel import placement
 from orogen.parallel.pipeline import Program, run
 from orogen.precision.policy import DTYPES, working_copy
+from orogen.train.formats import counting
 from orogen.train.loss import Assigned, Counts, Passed, Sums, embed, lost, map_moe, run_backbone, run_head
 from orogen.train.task import Computation
 
@@ -92,9 +93,10 @@ class Pipeline:
 
         def forward(pieces: nnx.State, x_btd: Array, chunk: Array, microbatch: Array) -> tuple[Array, Array, Any]:
             others = nnx.State({name: part for name, part in taken(chunk).items() if not used(name)})
+            pieces, probe_l = counting(pieces)
             whole = nnx.State({**others, **pieces})
             model = nnx.merge(graph, whole, take(self.buffers, segment, chunk))
-            passed = self._pass(model, segment, x_btd, chunk, microbatch)
+            passed = self._pass(model, segment, x_btd, chunk, microbatch, probe_l=probe_l)
             y_btd = jnp.zeros_like(x_btd) if segment.last else passed.x_btd
             return y_btd, passed.loss, self._report(passed, segment)
 
@@ -108,11 +110,17 @@ class Pipeline:
 
         return Program(take=pieces, forward=forward, give=give, note=self._note)
 
-    def _pass(self, model: LanguageModel, segment: Segment, x_btd: Array, chunk: Array, microbatch: Array) -> Passed:
+    def _pass(
+        self, model: LanguageModel, segment: Segment, x_btd: Array, chunk: Array, microbatch: Array, *,
+        probe_l: Array | None,
+    ) -> Passed:  # fmt: skip
         batch = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, microbatch, keepdims=False), self.batch)
         replay = None if self.replay is None else self._replayed(segment, chunk, microbatch)
         known = None if self.known is None else self._known(segment, chunk)
-        common: Any = {"config": self.config, "plan": self.plan.with_recipes(segment.recipes)}
+        start = jnp.asarray(self.stages.start_vp, jnp.int32)[chunk, self.plan.index("stage")]
+        layers = start, len(segment.pattern + segment.mtp)
+        plan = self.plan.with_recipes(segment.recipes).on_tokens(batch.extras, probe_l).from_layer(*layers)
+        common: Any = {"config": self.config, "plan": plan}
         if segment.first:
             x_btd = embed(model, batch, self.plan)
         first, rest = ({"replay": replay and replay[i], "assigned": known and known[i]} for i in _FIRST_AND_REST)

@@ -38,6 +38,8 @@ FREE_TRAIN_FIELDS = (
     "ngram_order",
     "loggers",
 )
+# Of how it computes, when the recipe changes may be decided late.
+FREE_PRECISION_FIELDS = ("switch_step", "switch_to", "switch_roles", "health_every")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -92,14 +94,15 @@ def _saved_config(file: Path) -> RunConfig:
 
 def _differences(saved: RunConfig, wanted: RunConfig) -> list[str]:
     found = []
-    for part in ("model", "data", "train", "optimizer", "chat"):
+    for part in ("model", "data", "train", "optimizer", "precision", "chat"):
         before, now = getattr(saved, part), getattr(wanted, part)
         if (before is None) != (now is None):
             found.append(f"{part} is {'missing' if before is None else 'present'}")
             continue
         for field in dataclasses.fields(now) if now is not None else ():
             old, new = getattr(before, field.name), getattr(now, field.name)
-            if old != new and not (part == "train" and field.name in FREE_TRAIN_FIELDS):
+            free = {"train": FREE_TRAIN_FIELDS, "precision": FREE_PRECISION_FIELDS}.get(part, ())
+            if old != new and field.name not in free:
                 found.append(f"{type(now).__name__}.{field.name} is {old!r} there and {new!r} here")
     return found
 

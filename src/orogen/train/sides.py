@@ -19,6 +19,7 @@ from orogen.cost.assemble import assemble
 from orogen.data.packing import NEXT, NEXT_WEIGHT, NOTHING, Batch
 from orogen.model.lm import Built, build, initial_state
 from orogen.parallel.plan import Plan, single_device_plan
+from orogen.train.formats import in_formats
 from orogen.train.step import in_rank_order, replay_of
 
 # (config, n) -> n batches of the config's shape, for a check.
@@ -43,8 +44,10 @@ class Sides(NamedTuple):
 
 def sides(config: RunConfig) -> Sides:
     """Both sides of `config`, which has the plan's compute dtype; the one device computes in float32."""
-    folded = assemble(config.model, config.plan, length=config.train.sequence_length)
-    alone = reference_plan(config.plan, config.model), build(config.model)
+    plan, built = assemble(config.model, config.plan, length=config.train.sequence_length)
+    rounded = lambda plan: in_formats(plan, config.precision, config.model)  # noqa: E731
+    folded = rounded(plan), built
+    alone = rounded(reference_plan(config.plan, config.model)), build(config.model)
     exact = dataclasses.replace(config, train=dataclasses.replace(config.train, compute_dtype="float32"))
     # Not under jit: compiling the initialisation of every parameter takes longer than a small model's gradients.
     start = jax.device_get(initial_state(config.model, config.train.seed))

@@ -25,7 +25,9 @@ from orogen.parallel import placement
 from orogen.parallel.context import zigzag
 from orogen.parallel.plan import Plan
 from orogen.precision.policy import working_copy
+from orogen.precision.words import step_key
 from orogen.train import carry
+from orogen.train.formats import with_numbers
 from orogen.train.loss import Sums, batch_counts
 from orogen.train.optimizer import learning_rate
 from orogen.train.pipelined import Pipeline
@@ -64,27 +66,30 @@ def gradients(
     record: bool = False,
     replaying: bool = False,
     carried: Any = None,
+    seed: int = 0,
 ) -> Callable[..., Any]:
-    """A function (params, buffers, batch, replay, carried) -> loss, gradients, Counts, Sums of a global batch.
+    """A function (params, buffers, batch, replay, carried, step) -> loss, gradients, Counts, Sums of a global batch.
 
     Gradients are sharded as parameters are stored. They are float32 if they are sums over microbatches or devices,
     else in the dtype of the parameters, which may be masters or the working copies of `dtype`.
     The batch is split into `plan.config.microbatches` parts, whose gradients add up to those of the whole.
     record: Sums.choices holds every token's experts and drops. replaying: routers take the choices passed as `replay`,
     which is None otherwise. carried: what batches carry, as `carry.abstract` gives it; if None, so is the argument.
+    seed, step: of the run, and the number of steps before this one; stochastic rounding depends on them.
     """
     parts, sources = plan.config.microbatches, plan.sources[0]
     depths = objective.depths(config)
 
-    def device_step(params, buffers, batch, replay, before):
+    def device_step(params, buffers, batch, rest):
+        replay, before, key = rest
         # Counted for all microbatches at once. Collectives of a counting loop, on which the model does not depend, were
         # seen to deadlock with the model's first ones on XLA:CPU (jax 0.10.1): devices ran the two in different orders.
         counts = batch_counts(batch, objective, depths, plan)
+        computation = Computation(objective, config, plan.in_step(key, batch.tokens_bt), dtype)
         batch = jax.tree.map(lambda x: microbatches(x, parts, sources), batch)
         settings: Any = {"replay": replay}
         if before is not None:
             settings["carried"] = carry.parts(before, parts, sources)
-        computation = Computation(objective, config, plan, dtype)
         passes = partial(skeleton(built), computation, batch, counts, buffers, **settings)
         assigned = passes().assigned(params) if _counts_first(config, depths, parts) else None
         loss, grads, sums = passes(record=record, assigned=assigned).gradients(params)
@@ -94,7 +99,7 @@ def gradients(
             grads = placement.scatter_gradients(grads, plan)
         return loss, placement.sum_gradients(grads, plan), counts, sums
 
-    settings = {"depths": depths, "record": record, "replaying": replaying, "carried": carried}
+    settings = {"depths": depths, "record": record, "replaying": replaying, "carried": carried, "seed": seed}
     return _shard(device_step, built, config, plan, **settings)
 
 
@@ -114,7 +119,7 @@ def _counts_first(config: ModelConfig, depths: int, parts: int) -> bool:
 
 def _shard(
     device_step: Callable, built: Built, config: ModelConfig, plan: Plan, *, depths: int, record: bool,
-    replaying: bool, carried: Any,
+    replaying: bool, carried: Any, seed: int,
 ) -> Callable[..., Any]:  # fmt: skip
     batch_spec = plan.spec(*BATCH_AXES)
     replicated: Any = plan.spec()
@@ -127,8 +132,14 @@ def _shard(
     )  # fmt: skip
     replay = replay_of(choices) if replaying else None
     outputs = (replicated, placement.stored_specs(built.params, plan), replicated, sums)
-    step = plan.run(device_step, inputs=(params, buffers, batch_spec, replay, carried), outputs=outputs)
-    return lambda params, buffers, batch, replay=None, before=None: step(params, buffers, batch, replay, before)
+    inputs = (params, buffers, batch_spec, (replay, carried, replicated))
+    on_devices = plan.run(device_step, inputs=inputs, outputs=outputs)
+
+    def run(params: Any, buffers: Any, batch: Batch, replay: Any = None, before: Any = None, *, step: Any = 0) -> Any:
+        rest = replay, before, step_key(seed, step)
+        return on_devices(params, buffers, with_numbers(batch, plan), rest)
+
+    return run
 
 
 def replay_of(choices: Any) -> Any:
@@ -218,14 +229,14 @@ def step_function(
     `gradients`."""
     gradient = gradients(
         built, objective, config.model, plan, config.train.compute_dtype, record=record, replaying=replaying,
-        carried=carry.abstract(config.train, built),
+        carried=carry.abstract(config.train, built), seed=config.train.seed,
     )  # fmt: skip
     bias_rate = config.train.router_bias_update_rate
     rate = learning_rate(config.optimizer, config.train.steps, config.train.rates)
 
     def step(state: TrainState, batch: Batch, replay: Any = None) -> tuple[TrainState, StepMetrics, Any]:
         params = placement.working(working_copy(state.params, config.train.compute_dtype), plan)
-        loss, grads, counts, sums = gradient(params, state.buffers, batch, replay, state.carried)
+        loss, grads, counts, sums = gradient(params, state.buffers, batch, replay, state.carried, step=state.step)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         squares = placement.square_sums(grads, plan)
         finite_leaves = jnp.isfinite(squares)

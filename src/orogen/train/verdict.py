@@ -11,9 +11,11 @@ import numpy as np
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PLAINEST, PlanConfig
 from orogen.config.reads import plan_read
+from orogen.config.rounded import Operand, layer_products
 from orogen.config.run import RunConfig
 from orogen.moe.layer import Choice
 from orogen.precision.policy import DTYPES
+from orogen.precision.rounding import FORMATS
 from orogen.train.task import Metric
 
 # Relative tolerances in float32. A gradient leaf sums up to a few thousand products in another order.
@@ -84,7 +86,7 @@ def tolerances(what: str, config: RunConfig) -> dict[str, float]:
     ROUNDINGS per layer. Source: Higham and Mary, SIAM J. Sci. Comput. 41(5), 2019.
     """
     noise = unit_roundoff(config) * math.sqrt(ROUNDINGS * depth(config.model))
-    exact = config.train.compute_dtype == "float32" and config.plan.linear == "plain"
+    exact = config.train.compute_dtype == "float32" and config.plan.linear == "plain" and not config.precision.rounds
     loss, gradient, margin = (LOSS, GRADIENT, MARGIN) if exact else (noise, noise, noise)
     # Updates from equal gradients are float32 whatever the compute dtype.
     parameter = PARAMETER if what == "gradients" else gradient * UPDATED[config.optimizer.name]
@@ -100,7 +102,17 @@ def unit_roundoff(config: RunConfig) -> float:
     """The largest relative error of one rounding among the plan's formats."""
     formats = [DTYPES[config.train.compute_dtype]]
     formats += [jnp.float8_e4m3fn, jnp.float8_e5m2] * (config.plan.linear == "fp8")
-    return max(float(jnp.finfo(f).eps) / 2 for f in formats)
+    # Numbers next to a midpoint are rounded up on one side and down on the other.
+    rounded = [2.0 ** -(FORMATS[operand.element].fraction + 1) for operand in _operands(config)]
+    return max(*(float(jnp.finfo(f).eps) / 2 for f in formats), *rounded, 0.0)
+
+
+def _operands(config: RunConfig) -> list[Operand]:
+    """Every kind of operand that the run's products round."""
+    layers = layer_products(config.precision, config.model)
+    used = {products for layer in layers for _, products in layer}
+    pairs = (pair for p in used for pair in (p.forward, p.input_gradient, p.weight_gradient))
+    return [operand for pair in pairs for operand in pair or ()]
 
 
 def depth(model: ModelConfig) -> int:

@@ -14,6 +14,7 @@ from orogen.model.vocabulary import resized
 from orogen.parallel import placement
 from orogen.parallel.plan import Plan
 from orogen.train import carry
+from orogen.train.formats import in_formats
 from orogen.train.heldout import heldout_plan, measure
 from orogen.train.optimizer import make_optimizer
 from orogen.train.sides import Batches, Side, replayed, sides
@@ -82,7 +83,8 @@ def verify_evaluation(config: RunConfig, objective: Objective, batches: Batches)
     one, other, start = sides(config)
     single = dataclasses.replace(one.plan, config=one.plan.config.dropping_none(), sources=(1, 1, 1))
     alone = _scores(one._replace(plan=single), by_row(objective), start, scored)
-    folded = _scores(other._replace(plan=heldout_plan(other.config)), objective, start, scored)
+    plan = in_formats(heldout_plan(other.config), config.precision, config.model)
+    folded = _scores(other._replace(plan=plan), objective, start, scored)
     errors, miscounted = [], []
     for a, b in zip(alone, folded, strict=True):
         sizes = mean_sizes(a)

@@ -16,6 +16,7 @@ from orogen.model.lm import LanguageModel
 from orogen.parallel import placement
 from orogen.parallel.varying import vary_like
 from orogen.precision.policy import working_copy
+from orogen.train.formats import counting
 from orogen.train.loss import Assigned, Counts, Sums, assignments, loss_share
 from orogen.train.task import Computation
 
@@ -64,15 +65,19 @@ class WholePass:
         """The assignments per expert of each use of an MoE layer, by forward passes alone."""
         deeper = self.objective.deeper
 
+        params, _ = counting(params)
+
         def assigned_by(part, replay, carried):
-            return assignments(self._model(params), part, self.plan, deeper=deeper, replay=replay, carried=carried)
+            plan = self.plan.on_tokens(part.extras)
+            return assignments(self._model(params), part, plan, deeper=deeper, replay=replay, carried=carried)
 
         return self._summed(assigned_by)
 
     def _share(self, params: Any, part: Batch, replay: Any, carried: Any) -> tuple[Array, Sums]:
+        params, probe_l = counting(params)
         loss, sums = loss_share(
-            self._model(params), part, self.counts, objective=self.objective, config=self.config, plan=self.plan,
-            replay=replay, assigned=self.known, carried=carried,
+            self._model(params), part, self.counts, objective=self.objective, config=self.config,
+            plan=self.plan.on_tokens(part.extras, probe_l), replay=replay, assigned=self.known, carried=carried,
         )  # fmt: skip
         return loss, sums if self.record else sums._replace(choices=())
 

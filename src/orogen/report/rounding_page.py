@@ -1,0 +1,59 @@
+"""What rounding lost, as a part of a run's page: one row per operand, at the last step that was measured."""
+
+import html
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from orogen.report.series import Records
+
+HEADS = ("operand", "layers", "flushed to 0, worst", "of layer", "saturated, worst", "zero before", "log2 scale")
+TEXT = (
+    "Shares of an operand's numbers: those that rounding turned into 0 and those beyond the largest number of their "
+    "block, in the worst layer; those that were 0 before, and the scale, in the mean over layers. Gradients that are "
+    "flushed to 0 do not train: compare gradient_zeros with plain_gradient_zeros in metrics.jsonl."
+)
+
+
+def section(records: Records) -> str:
+    """The table as a part of a page; empty if no step was measured."""
+    measured = [record for record in records if record.get("rounding_flushed")]
+    if not measured:
+        return ""
+    rows = [HEADS, *_rows(measured[-1])]
+    cells = "".join(_row(row, "th" if i == 0 else "td") for i, row in enumerate(rows))
+    heading = f"Rounding at step {measured[-1]['step']}"
+    return (
+        f"<section><h2>{html.escape(heading)}</h2><table>{cells}</table>"
+        f"<figcaption>{html.escape(TEXT)}</figcaption></section>"
+    )
+
+
+def _rows(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    found = []
+    for operand, flushed in record["rounding_flushed"].items():
+        worst = max(flushed, key=lambda layer: flushed[layer])
+        saturated = record["rounding_saturated"][operand].values()
+        scales = [scale for scale in record["rounding_log2_scale"][operand].values() if scale is not None]
+        zeros = record["rounding_zeros"][operand].values()
+        found.append(
+            (
+                operand,
+                str(len(flushed)),
+                f"{flushed[worst]:.2%}",
+                worst,
+                f"{max(saturated):.2%}",
+                f"{_mean(list(zeros)):.2%}",
+                f"{_mean(scales):.1f}" if scales else "",
+            )  # fmt: skip
+        )
+    return found
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _row(cells: Sequence[str], tag: str) -> str:
+    starts = (f"<{tag}>", *[f'<{tag} class="number">'] * (len(cells) - 1))
+    inside = "".join(f"{start}{html.escape(text)}</{tag}>" for start, text in zip(starts, cells, strict=True))
+    return f"<tr>{inside}</tr>"

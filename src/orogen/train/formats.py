@@ -1,0 +1,54 @@
+"""The formats in which a run's steps compute: the plan of a step, and what roundings read from a batch.
+
+Letters: b batch, t time.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from orogen.config.model import ModelConfig
+from orogen.config.precision import PrecisionConfig
+from orogen.config.recipe import Recipe
+from orogen.config.rounded import layer_products
+from orogen.data.packing import Batch
+from orogen.model.by_letter import plain
+from orogen.parallel.context import zigzag
+from orogen.parallel.plan import Plan
+from orogen.parallel.rounding_state import NUMBER, PROBES
+
+
+def in_formats(plan: Plan, precision: PrecisionConfig, model: ModelConfig, *, switched: bool = False) -> Plan:
+    """The plan whose layers round operands as the run's precision says; the plan itself if none does. switched: from
+    `switch_step` on."""
+    rounded = layer_products(precision, model, switched=switched)
+    if not any(rounded) or plan.recipes is None:
+        return plan
+    recipes = tuple(dataclasses.replace(r, rounded=p) for r, p in zip(plan.recipes, rounded, strict=True))
+    return dataclasses.replace(plan, recipes=recipes, recipe=Recipe(), expert_tokens=precision.expert_tokens)
+
+
+def is_switched(precision: PrecisionConfig, step: int) -> bool:
+    """Whether this step, counted from 1, follows `switch_to`."""
+    return precision.switch_step is not None and step >= precision.switch_step
+
+
+def counting(params: nnx.State) -> tuple[nnx.State, Array | None]:
+    """The parameters of the model, and the zeros whose gradient counts what rounding loses, if they are among them."""
+    if PROBES not in params:
+        return params, None
+    parts = plain(params)
+    return nnx.State({name: part for name, part in parts.items() if name != PROBES}), parts[PROBES][...]
+
+
+def with_numbers(batch: Batch, plan: Plan) -> Batch:
+    """The global batch, whose tokens are in the order of the context ranks, with their numbers if the plan rounds."""
+    if not plan.rounds:
+        return batch
+    rows, length = batch.tokens_bt.shape
+    number_t = zigzag(length, plan.size("context")).astype(np.int32)
+    number_bt = jnp.arange(rows, dtype=jnp.int32)[:, None] * length + jnp.asarray(number_t)
+    return batch._replace(extras={**batch.extras, NUMBER: number_bt})
