@@ -15,7 +15,7 @@ from orogen.bench.command import BENCH
 from orogen.command import EXIT_BAD_INPUT, EXIT_FAILURE, add_common_arguments, fail
 from orogen.compress.command import UPCYCLE
 from orogen.config.checks import ConfigError
-from orogen.convert.command import CONVERT, PARAMS
+from orogen.convert.command import AVERAGE, CONVERT, PARAMS
 from orogen.data.command import CURATE, TOKENIZE
 from orogen.evaluate.command import EVALUATE
 from orogen.infer.command import GENERATE, SCORE, SERVE
@@ -32,8 +32,8 @@ from orogen.train.command import TRAIN, VERIFY
 from orogen.train.stop import INTERRUPTED
 
 COMMANDS = (
-    TRAIN, SFT, CURATE, TOKENIZE, PARAMS, PLAN, SIMULATE, VERIFY, GENERATE, SCORE, EVALUATE, SERVE, CONVERT, UPCYCLE,
-    BENCH, LAUNCH, SWEEP,
+    TRAIN, SFT, SWEEP, LAUNCH, GENERATE, SERVE, SCORE, EVALUATE, CURATE, TOKENIZE, CONVERT, AVERAGE, UPCYCLE, PARAMS, PLAN,
+    SIMULATE, VERIFY, BENCH,
 )  # fmt: skip
 # None: an error that our own code raises, which names a missing file.
 PATH_ERRORS = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)

@@ -29,7 +29,7 @@ from orogen.data import indexed, make_store, store
 from orogen.data.loader import open_corpus
 from orogen.data.packing import document_stream
 from orogen.data.readers import Broken, Document, read_records
-from orogen.data.units import plan_units
+from orogen.data.units import plan_units, unit_size
 from orogen.data.vocabulary import byte_tokenizer
 
 WORDS = "the of layer state 'x' é 🙂 <bos> \r\n return".split(" ")
@@ -207,7 +207,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_continues(config, whole, t
         "".join(f"DataConfig.{k} = {v!r}\n" for k, v in dataclasses.asdict(config).items() if k != "sources")
     )
     command = ["tokenize", "--gin_file", str(tmp_path / "a.gin"), "--out", str(tmp_path / "s"), "--workers", "1"]
-    monkeypatch.setattr(make_store, "UNIT_BYTES", UNIT)
+    monkeypatch.setattr(make_store, "unit_size", lambda total: UNIT)
     monkeypatch.setattr(
         make_store.make_store, "__kwdefaults__", {**make_store.make_store.__kwdefaults__, "unit_bytes": UNIT}
     )
@@ -321,6 +321,10 @@ def test_a_text_that_the_tokenizer_would_change_is_left_out_by_name(tmp_path, mo
     assert [ids.tolist() for ids in found] == [[100, 101], [], [198, 172]]
 
 
+def test_units_are_neither_too_few_nor_too_many():
+    assert [unit_size(total) for total in (0, 2**32, 2**33, 2**38, 2**40)] == [2**22, 2**22, 2**23, 2**28, 2**28]
+
+
 @pytest.mark.parametrize("unit_bytes", [1, 7, 100, 333, 5000])
 def test_units_divide_files_without_losing_or_renaming_a_record(folder, unit_bytes):
     """Against each file read whole."""
@@ -410,11 +414,23 @@ def test_a_token_outside_the_vocabulary_is_refused_when_it_is_read(whole, config
         corpus.splits["train"][0]
 
 
+def test_a_folder_of_texts_may_have_a_manifest_of_its_own(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"format": "another"}')
+    (tmp_path / "a.txt").write_text("text")
+    config = DataConfig(corpus=str(tmp_path), tokenizer="byte", heldout_fraction=0.0, tuning_fraction=0.0)
+    assert len(open_corpus(config).splits["train"]) == 1
+
+
 def test_only_a_new_folder_or_a_store_is_written_to(config, tmp_path):
     (tmp_path / "notes.md").write_text("mine")
     with pytest.raises(ConfigError, match=r"holds 'notes.md'; expected a new folder or a store begun there"):
         made(config, tmp_path)
-    assert (tmp_path / "notes.md").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.md"]
+    with pytest.raises(ConfigError, match="is a file; expected a folder or a new name"):
+        made(config, tmp_path / "notes.md")
+    with pytest.raises(FileNotFoundError, match="does not exist: expected 'stdlib'"):
+        made(dataclasses.replace(config, corpus="/nowhere"), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_one_process_writes_at_a_time(config, tmp_path):

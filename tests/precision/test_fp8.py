@@ -322,7 +322,8 @@ def test_steps_and_evaluation_are_compiled_without_products_in_16_bits(linear, e
     asked = []
     monkeypatch.setattr(jax, "jit", lambda function, **options: asked.append(options["compiler_options"]))
     make_step(built, NEXT_TOKENS, run, plan, optimizer)
-    corpus = SimpleNamespace(heldout_batches=lambda *_, **__: [])
+    source = SimpleNamespace(splits={"heldout": [0]})
+    corpus = SimpleNamespace(heldout_batches=lambda *_, **__: [], sources={"corpus": source})
     Heldout(run, built, corpus)
     assert asked == [expected, expected]
 

@@ -80,12 +80,12 @@ class Folder(Protocol):
 
 
 class RunFolder:
-    """The latest checkpoint of a run folder. Only its config is read until more is needed."""
+    """The latest checkpoint of a run folder, or that of `step`. Only its config is read until more is needed."""
 
     masters = True
 
-    def __init__(self, folder: Path):
-        self.folder, self._run = folder, read_run_config(folder)
+    def __init__(self, folder: Path, step: int | None = None):
+        self.folder, self._run, self._step = folder, read_run_config(folder), step
         self.config = self._run.model
         self.plan: PlanConfig | None = self._run.plan
 
@@ -102,7 +102,7 @@ class RunFolder:
 
     def tokenizer(self) -> Tokenizer | None:
         """See `Folder.tokenizer`. Its files are checked against the checkpoint; prompts get a bos, as documents did."""
-        with Checkpoints(self.folder) as checkpoints:
+        with Checkpoints(self.folder, only=self._step) as checkpoints:
             checkpoints.check_tokenizer()
         found = read_tokenizer(self.folder / "tokenizer")
         return None if found is None else found.as_in_training()
@@ -115,7 +115,7 @@ class RunFolder:
             trees = {"params": in_dtype(stored.params, dtype), "buffers": stored.buffers}
             return with_shardings(trees, shardings_of(trees, saved, built, plan))
 
-        with Checkpoints(self.folder, vocab_size=self.config.vocab_size) as checkpoints:
+        with Checkpoints(self.folder, vocab_size=self.config.vocab_size, only=self._step) as checkpoints:
             saved, model = checkpoints.restore_model(self.config, target)
         check_finite(self.folder, model["params"])
         return laid_out((model["params"], model["buffers"]), saved, built, plan)

@@ -37,7 +37,10 @@ class Opened(NamedTuple):
 
 
 def open_folder(folder: Path) -> RunFolder | OrogenFolder | HuggingFaceFolder:
-    """The run folder, Orogen checkpoint folder or Hugging Face folder. Raises ConfigError for any other."""
+    """The run folder, one checkpoint of it (RUN/checkpoints/STEP), Orogen checkpoint folder or Hugging Face folder.
+    Raises ConfigError for any other."""
+    if folder.parent.name == "checkpoints" and folder.name.isdecimal() and (folder.parents[1] / CONFIG).is_file():
+        return RunFolder(folder.parents[1], int(folder.name))
     if (folder / CONFIG).is_file():
         return RunFolder(folder) if (folder / "checkpoints").is_dir() else OrogenFolder(folder)
     if (folder / "config.json").is_file():

@@ -45,11 +45,11 @@ class NotSavedError(RuntimeError):
 class Checkpoints:
     """The checkpoints of a run folder. Use as a context manager: leaving it waits for pending writes.
 
-    keep: how many of the last checkpoints to keep; None: all. every: if given, the last checkpoint of a step that is a
-    multiple of it stays too. model: its config is written into each checkpoint, and `restore` compares it. vocab_size:
-    the model's, padding rows not counted; None: that of `model`, else that of the arrays. best: the step of the best
-    checkpoint, which stays until a better one is complete. together: whether all processes call each method at once, as
-    `save` requires if there are several.
+    keep: how many of the last checkpoints to keep; None: all. every: if given, the last checkpoint of a step that
+    is a multiple of it stays too. model: its config is written into each checkpoint, and `restore` compares it.
+    vocab_size: the model's, padding rows not counted; None: that of `model`, else that of the arrays. best: the
+    step of the best checkpoint, which stays until a better one is complete. only: the step to read, if it is not
+    the latest. together: whether all processes call each method at once, as `save` requires if there are several.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class Checkpoints:
         every: int | None = None,
         model: ModelConfig | None = None,
         vocab_size: int | None = None,
+        only: int | None = None,
         together: bool = False,
     ):
         self.run_dir = Path(run_dir).resolve()
@@ -68,7 +69,7 @@ class Checkpoints:
         if not is_unicode(str(self.folder)):  # tensorstore accepts no others
             raise ConfigError(f"run folder {str(run_dir)!r}; expected a path in UTF-8")
         self._keep, self._every, self._model, self._together = keep, every, model, together
-        self.best: int | None = None
+        self._only, self.best = only, None
         self._writer: ocp.AsyncCheckpointer | None = None
         self._finisher = ThreadPoolExecutor(1)
         self._finishing: Future[None] | None = None
@@ -98,8 +99,8 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The last step whose folder is complete, None without one."""
-        return max(self._steps(), default=None)
+        """The last step whose folder is complete, or `only`; None without one."""
+        return max((step for step in self._steps() if self._only in (None, step)), default=None)
 
     def layout(self, whole: Whole) -> Layout:
         """The layout of the layers `whole` in the latest checkpoint. Raises ConfigError if there is no checkpoint, or

@@ -1,9 +1,9 @@
-"""`orogen params` and `orogen convert`. Importing this does not import jax."""
+"""`orogen params`, `orogen convert` and `orogen average`. Importing this does not import jax."""
 
 import argparse
 from pathlib import Path
 
-from orogen.command import Command, add_config_arguments, answer, free_memory, load_config
+from orogen.command import CHECKPOINT, Command, add_config_arguments, answer, free_memory, load_config
 from orogen.config.checks import ConfigError
 from orogen.config.dtype import WEIGHTS
 
@@ -13,6 +13,31 @@ def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="SRC", help="to-hf: an Orogen checkpoint folder or a run folder")
     parser.add_argument("target", type=Path, metavar="DST", help="a new folder")
     parser.add_argument("--dtype", choices=WEIGHTS, help="with to-hf only; by default a run's weights become bfloat16")
+
+
+def _add_average_arguments(parser: argparse.ArgumentParser) -> None:
+    help_text = f"{CHECKPOINT}, or one checkpoint of a run, RUN/checkpoints/STEP"
+    parser.add_argument("sources", type=Path, nargs="+", metavar="SRC", help=help_text)
+    parser.add_argument("--out", type=Path, required=True, metavar="DST", help="a new Orogen checkpoint folder")
+    parser.add_argument(
+        "--weights", type=_numbers, metavar="A,B", help="relative weights of the sources; default: equal"
+    )
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected numbers separated by commas") from None
+
+
+def average(options: argparse.Namespace) -> int:
+    """`orogen average`."""
+    from orogen.checkpoint.average import average as write
+
+    write(options.sources, options.out, weights=options.weights)
+    answer(options, {"target": str(options.out)}, [f"written: {options.out}"])
+    return 0
 
 
 def params(options: argparse.Namespace) -> int:
@@ -65,4 +90,14 @@ CONVERT = Command(
     examples=("orogen convert from-hf HF_FOLDER OROGEN_FOLDER", "orogen convert to-hf runs/quickstart HF_FOLDER"),
     add_arguments=_add_convert_arguments,
     run=convert,
+)
+AVERAGE = Command(
+    name="average",
+    help="average the parameters of checkpoints",
+    examples=(
+        "orogen average runs/a/checkpoints/1000 runs/a/checkpoints/1500 runs/a --out averaged",
+        "orogen average runs/a/checkpoints/1000 runs/a --weights 1,3 --out averaged",
+    ),
+    add_arguments=_add_average_arguments,
+    run=average,
 )

@@ -15,6 +15,7 @@ import hashlib
 import mmap
 import os
 import struct
+import weakref
 from pathlib import Path
 from types import TracebackType
 
@@ -27,9 +28,10 @@ DTYPES = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 HEADER = struct.Struct("<9sQBQQ")
 MAX_TOKENS = 2**31 - 1  # of a document: lengths are int32
-# Bytes of tokens read after which mapped pages are given back. They stay in the page cache, but a process that reads a
-# large file at random would otherwise come to have all of it resident.
-RESIDENT_BYTES = 2**26
+# Mapped bytes after which a process gives all pages back. They stay in the page cache, but a process that reads large
+# files at random would otherwise come to have all of them resident. Each read maps its own pages and up to 64 KiB
+# around its first one (Linux's fault_around_bytes).
+RESIDENT_BYTES, AROUND_BYTES = 2**26, 2**16
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
@@ -77,6 +79,28 @@ class IndexedWriter:
         self._temporary.unlink(missing_ok=True)
 
 
+class Residence:
+    """Counts what the reads of this process have mapped, and gives pages back."""
+
+    def __init__(self) -> None:
+        self._mapped, self._maps = 0, weakref.WeakSet()
+
+    def add(self, tokens: "IndexedTokens") -> None:
+        """Files that will be read."""
+        self._maps.add(tokens)
+
+    def count(self, size: int) -> None:
+        """A read of `size` bytes is done."""
+        self._mapped += size + AROUND_BYTES
+        if self._mapped > RESIDENT_BYTES:
+            self._mapped = 0
+            for one in list(self._maps):
+                one.give_back()
+
+
+_RESIDENCE = Residence()
+
+
 class IndexedTokens:
     """The documents of `PREFIX.bin` and `PREFIX.idx`. Nothing but the header is read until a document is.
 
@@ -96,7 +120,7 @@ class IndexedTokens:
             if (expected := HEADER.size + 12 * count + 8 * ends) != size:
                 raise ConfigError(f"{self._idx} has {size} bytes; expected {expected} for {count} documents")
             self._index = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._dtype, self._count, self._read = DTYPES[code], count, 0
+        self._dtype, self._count = DTYPES[code], count
         self.length_n = np.frombuffer(self._index, "<i4", count, HEADER.size)
         self._place_n = np.frombuffer(self._index, "<i8", count, HEADER.size + 4 * count)
         end = int(self._place_n[-1]) + int(self.length_n[-1]) * self._dtype.itemsize if count else 0
@@ -106,6 +130,7 @@ class IndexedTokens:
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
         if isinstance(self._data, mmap.mmap):
             self._data.madvise(mmap.MADV_RANDOM)
+        _RESIDENCE.add(self)
 
     def __len__(self) -> int:
         return self._count
@@ -114,12 +139,14 @@ class IndexedTokens:
         """The tokens (t,) int32 of a document, in memory of their own."""
         length = int(self.length_n[index])
         tokens_t = np.frombuffer(self._data, self._dtype, length, int(self._place_n[index])).astype(np.int32)
-        self._read += length * self._dtype.itemsize
-        if self._read > RESIDENT_BYTES and isinstance(self._data, mmap.mmap):
-            self._data.madvise(mmap.MADV_DONTNEED)
-            self._index.madvise(mmap.MADV_DONTNEED)
-            self._read = 0
+        _RESIDENCE.count(2 * AROUND_BYTES + length * self._dtype.itemsize)  # of the two arrays of the index as well
         return tokens_t
+
+    def give_back(self) -> None:
+        """Unmaps all pages; the next reads map them again."""
+        self._index.madvise(mmap.MADV_DONTNEED)
+        if isinstance(self._data, mmap.mmap):
+            self._data.madvise(mmap.MADV_DONTNEED)
 
 
 def _finish(file) -> None:

@@ -34,7 +34,7 @@ from orogen.data.indexed import MAX_TOKENS, IndexedWriter, dtype_for
 from orogen.data.readers import Broken, Document, Part, read_records
 from orogen.data.store import DONE, MANIFEST, PLAN, SETTINGS, TOKENIZER, code_hash, shard, write_manifest
 from orogen.data.tokenizer import Tokenizer
-from orogen.data.units import UNIT_BYTES, Slice, plan_units, stamp
+from orogen.data.units import Slice, plan_units, stamp, unit_size
 from orogen.data.vocabulary import make_tokenizer
 
 LOCK = "lock"
@@ -59,16 +59,19 @@ def make_store(
 ) -> dict[str, Any]:
     """Writes the store of `config.corpus` in `folder`, or the rest of it. Returns its manifest.
 
-    progress: called with the counts of each unit, the number of units that are done, and that of all. unit_bytes: about
-    the size of a unit; None: UNIT_BYTES. Raises ConfigError if the folder holds something else, or was begun with other
-    settings or code; OSError if it cannot be written.
+    progress: called with the counts of each unit, the number of units that are done, and that of all. unit_bytes:
+    about the size of a unit; None: `unit_size`. Raises ConfigError if the folder holds something else, or was begun
+    with other settings or code; OSError if it cannot be written.
     """
     if config.sources:
         raise ConfigError("DataConfig.sources is set; expected DataConfig.corpus: a store holds one source")
+    _check_folder(folder)
+    if not folder.exists():
+        corpora.corpus_files(config)  # a refused corpus leaves no folder
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         if not (folder / MANIFEST).exists():
-            plan = _plan(config, folder, unit_bytes or UNIT_BYTES)
+            plan = _plan(config, folder, unit_bytes)
             _tokenize_units(Job(folder, plan, Tokenizer.load(folder / TOKENIZER)), workers, progress)
             write_manifest(folder, plan)
         else:
@@ -76,6 +79,17 @@ def make_store(
         shutil.rmtree(folder / DONE, ignore_errors=True)
         (folder / PLAN).unlink(missing_ok=True)
         return json.loads((folder / MANIFEST).read_text())
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises ConfigError if the folder is a file, or holds something else than a store or the beginning of one."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{str(folder)!r} is a file; expected a folder or a new name")
+    if not folder.exists() or (folder / PLAN).exists() or (folder / MANIFEST).exists():
+        return
+    left = [p.name for p in folder.iterdir() if p.name not in (LOCK, TOKENIZER) and not p.name.endswith(".tmp")]
+    if left:
+        raise ConfigError(f"{str(folder)!r} holds {sorted(left)[0]!r}; expected a new folder or a store begun there")
 
 
 @contextlib.contextmanager
@@ -89,7 +103,7 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _plan(config: DataConfig, folder: Path, unit_bytes: int) -> dict[str, Any]:
+def _plan(config: DataConfig, folder: Path, unit_bytes: int | None) -> dict[str, Any]:
     """The plan of a store that was begun, or a new one, with its tokenizer. plan.json is written last."""
     path = folder / PLAN
     if path.exists():
@@ -98,11 +112,9 @@ def _plan(config: DataConfig, folder: Path, unit_bytes: int) -> dict[str, Any]:
         if plan["code"] != code_hash():
             raise ConfigError(f"{str(folder)!r} was begun by another version of this code; expected a new folder")
         return plan
-    left = [p.name for p in folder.iterdir() if p.name not in (LOCK, TOKENIZER) and not p.name.endswith(".tmp")]
-    if left:
-        raise ConfigError(f"{str(folder)!r} holds {sorted(left)[0]!r}; expected a new folder or a store begun there")
     root, keys = corpora.corpus_files(config)
     stamps = [stamp(_path(root, key)) for key in keys]
+    unit_bytes = unit_bytes or unit_size(sum(one[0] for one in stamps if one is not None))
     units = plan_units([(key, _path(root, key)) for key in keys], unit_bytes=unit_bytes)
     tokenizer = make_tokenizer(config, _train_texts(config, root, units))
     tokenizer.check_lossless()

@@ -29,7 +29,8 @@ from orogen.data.tokenizer import Tokenizer
 from orogen.data.vocabulary import make_tokenizer
 
 MANIFEST, PLAN, DONE, TOKENIZER, BROKEN = "manifest.json", "plan.json", "done", "tokenizer", "broken.jsonl"
-FORMAT = "orogen tokens 1"
+FORMAT_NAME = "orogen tokens"
+FORMAT = f"{FORMAT_NAME} 1"
 # The fields of DataConfig that decide what a store holds.
 SETTINGS = ("corpus", "tokenizer", "vocab_size", "text_field", "heldout_fraction", "tuning_fraction", "seed")
 COUNT = Whole(0, 2**63 - 1)
@@ -87,11 +88,18 @@ def broken_records(folder: Path, count: int) -> list[dict[str, str]]:
 
 
 def is_store(path: str | Path) -> bool:
-    """Whether the path is a store. Raises ConfigError for one that is not whole yet."""
+    """Whether the path is a store, not a folder of texts with a manifest.json of its own. Raises ConfigError for a
+    store that is not whole yet."""
     folder = Path(path)
-    if (folder / PLAN).is_file() and not (folder / MANIFEST).is_file():
-        raise ConfigError(f"{str(path)!r} is a store that is not whole; expected `orogen tokenize` to have finished it")
-    return (folder / MANIFEST).is_file()
+    if path == "stdlib":
+        return False
+    if not (folder / MANIFEST).is_file():
+        if (folder / PLAN).is_file() and (folder / TOKENIZER).is_dir():
+            expected = "expected `orogen tokenize` to have finished it"
+            raise ConfigError(f"{str(path)!r} is a store that is not whole; {expected}")
+        return False
+    with (folder / MANIFEST).open("rb") as file:
+        return FORMAT_NAME.encode() in file.read(100)
 
 
 class StoredSplit(Sequence[Stream]):

@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 from orogen.data.readers import Part, form_of
 
-UNIT_BYTES = 2**26  # of source, about: some seconds of work, so that a kill costs little and workers end together
+# A corpus has about UNITS units, if they are of these sizes in bytes: small enough that workers end together and a kill
+# costs minutes at most, large enough that a terabyte is not a million files.
+UNITS, LEAST_BYTES, MOST_BYTES = 1024, 2**22, 2**28
 SCAN_BYTES = 2**20
 
 
@@ -23,7 +25,12 @@ class Slice(NamedTuple):
     part: Part | None
 
 
-def plan_units(paths: Sequence[tuple[str, Path]], *, unit_bytes: int = UNIT_BYTES) -> list[list[Slice]]:
+def unit_size(total: int) -> int:
+    """The size of a unit of a corpus of `total` bytes."""
+    return min(max(total // UNITS, LEAST_BYTES), MOST_BYTES)
+
+
+def plan_units(paths: Sequence[tuple[str, Path]], *, unit_bytes: int) -> list[list[Slice]]:
     """The units of the files, given by key and path, in order. A file that cannot be read stays whole: its unit says
     why."""
     units: list[list[Slice]] = [[]]
