@@ -32,8 +32,8 @@ from orogen.train.command import TRAIN, VERIFY
 from orogen.train.stop import INTERRUPTED
 
 COMMANDS = (
-    TRAIN, SFT, SWEEP, LAUNCH, GENERATE, SERVE, SCORE, EVALUATE, CURATE, TOKENIZE, CONVERT, AVERAGE, UPCYCLE, PARAMS, PLAN,
-    SIMULATE, VERIFY, BENCH,
+    TRAIN, SFT, SWEEP, LAUNCH, GENERATE, SERVE, SCORE, EVALUATE, CURATE, TOKENIZE, CONVERT, AVERAGE, UPCYCLE, PARAMS,
+    PLAN, SIMULATE, VERIFY, BENCH,
 )  # fmt: skip
 # None: an error that our own code raises, which names a missing file.
 PATH_ERRORS = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
