@@ -15,7 +15,8 @@ from orogen.config.checks import ConfigError
 from orogen.config.load import load, load_saved, model_text
 from orogen.config.model import LAYERS, ModelConfig
 from orogen.config.plan import PlanConfig
-from orogen.config.reads import ALWAYS, READERS, plain_model, require_read, unread, without_unread
+from orogen.config.readers import ALWAYS, READERS
+from orogen.config.reads import plain_model, require_read, unread, without_unread
 from orogen.config.run import PARTS, OptimizerConfig, RunConfig, TrainConfig
 from orogen.layers.documents import documents
 from orogen.model.lm import LanguageModel, build

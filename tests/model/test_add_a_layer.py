@@ -15,7 +15,7 @@ from tests.model.small import randomised
 from orogen.config import remat
 from orogen.config.model import LAYERS, ModelConfig
 from orogen.config.plan import PlanConfig
-from orogen.config.reads import LETTERS
+from orogen.config.readers import LETTERS
 from orogen.config.remat import NAMES, Intermediate
 from orogen.cost.collectives import LAYER_COLLECTIVES, block
 from orogen.cost.communication import step_collectives

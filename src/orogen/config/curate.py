@@ -127,7 +127,7 @@ class DedupConfig:
     """
 
     shingle: Annotated[int, "words per shingle"] = 5
-    bands: Annotated[int, "bands"] = 20
+    bands: Annotated[int, "groups of hashes"] = 20
     rows: Annotated[int, "hashes per band"] = 13
     jaccard: Annotated[float, "smallest estimated Jaccard index of duplicates; 0 takes every candidate"] = 0.8
     seed: Annotated[int, "chooses the hash functions"] = 0

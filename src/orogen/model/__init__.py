@@ -31,7 +31,7 @@ decodes; tests undo the former.
 Then give its letter a row in each table that has one per letter: its name in `LAYERS` (`config/model.py`), the mixer
 in `MIXERS` (`model/block.py`), `LAYER_FLOPS`, `LAYER_COLLECTIVES`, `LAYER_WEIGHTS` and `LAYER_KEPT` (`cost/flops.py`,
 `collectives.py`, `weights.py`, `kept.py`) and `LAYER_OPERATIONS` (`simulate/operations.py`); the fields that only it
-reads in `MODEL_LETTERS` (`config/reads.py`); the names of its intermediates in `NAMES` (`config/remat.py`); its
+reads in `MODEL_LETTERS` (`config/readers.py`); the names of its intermediates in `NAMES` (`config/remat.py`); its
 tensors' names in `convert/mixers.py` if checkpoints have it. A letter without a row is an error wherever it is looked
 up. Run `orogen verify` on a pattern that has it; `tests/model/test_add_a_layer.py` adds one in this way.
 """

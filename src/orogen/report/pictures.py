@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# Where a legend may be.
+Corner = Literal["upper left", "upper right", "lower right", "best"]
+
 WIDTH = 10.0  # inches
 DOTS_PER_INCH = 130
 MAX_COLUMNS = 320  # of all heat maps in one line of the page: narrower columns could not be told apart
@@ -332,8 +335,6 @@ def _draw_series(axes: "Axes", x_n: Floats, y_n: Floats, theme: Theme, *, label:
     return mean_n
 
 
-def add_legend(
-    axes: "Axes", theme: Theme, *, loc: Literal["upper right", "lower right", "best"] = "upper right"
-) -> None:
+def add_legend(axes: "Axes", theme: Theme, *, loc: Corner = "upper right") -> None:
     """The legend of a panel."""
     axes.legend(loc=loc, fontsize=9, labelcolor=theme.ink, facecolor=theme.ground, edgecolor=theme.grid, framealpha=0.9)

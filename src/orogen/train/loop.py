@@ -18,10 +18,10 @@ from orogen.checkpoint.folders import Folder
 from orogen.checkpoint.steps import Checkpoints, with_shardings
 from orogen.config.checks import ConfigError, require
 from orogen.config.run import RunConfig
-from orogen.cost.flops import peak_flops, training_flops
+from orogen.cost.flops import peak_flops
 from orogen.data.blend import at_step
 from orogen.data.loader import Corpus
-from orogen.data.packing import Batch, document_lengths
+from orogen.data.packing import Batch
 from orogen.model.layout import Whole, relaid
 from orogen.model.lm import Built, build
 from orogen.parallel import distributed, placement
@@ -37,6 +37,7 @@ from orogen.train.lost_numbers import described
 from orogen.train.optimizer import make_optimizer
 from orogen.train.profiled import StepProfile
 from orogen.train.programs import StepPrograms
+from orogen.train.record import joined, step_record
 from orogen.train.saving import Saver
 from orogen.train.state import TrainState, abstract_state, create_state, from_items, items, start_state, state_shardings
 from orogen.train.step import StepMetrics, batch_to_devices
@@ -94,7 +95,6 @@ class Loop:
         self.source = task.source(config, corpus)
         self.position: dict[str, Any] = self.source.state()
         self._beginning = self.position
-        self._compiled: set[tuple[int, ...]] = set()  # the shapes of batches that the step is compiled for
         self.first_step = distributed.from_first(lambda: checkpoints.latest) or 0
         expected = f"at least {self.first_step}, the step that the run has reached"
         require(train.steps >= self.first_step, train, "steps", expected)
@@ -212,7 +212,7 @@ class Loop:
                 began = time.perf_counter()
                 batch = self.source.take(state)
                 self.position = self.source.state()
-                if pending is not None and batch.tokens_bt.shape not in self._compiled:
+                if pending is not None and self.programs.compiles(number, batch):
                     # First, so that its time does not contain the compilation for the new shape.
                     self._report(pending, writer, progress)
                     pending = None
@@ -246,15 +246,12 @@ class Loop:
     ) -> tuple[TrainState, StepMetrics, dict[str, Any] | None]:
         """The step's results, which the devices may still be computing, and what it measured of its roundings. The
         first call of a shape also compiles the step, as does the first after a change of recipe."""
-        placed, (step, new) = batch_to_devices(batch, self.plan), self.programs.step(number)
-        new = new or batch.tokens_bt.shape not in self._compiled
+        placed, new = batch_to_devices(batch, self.plan), self.programs.compiles(number, batch)
         if new or self.programs.measures(number):
             self.watch.expect_longer()
         measured = self.programs.measured(number, state, placed)
         with self.clock.aside(COMPILING) if new else contextlib.nullcontext():
-            result = *step(state, placed), measured
-        self._compiled.add(batch.tokens_bt.shape)
-        return result
+            return *self.programs.step(number, batch)(state, placed), measured
 
     def _report(
         self,
@@ -272,15 +269,15 @@ class Loop:
         number, seconds = pending.number, self.clock.step(done)
         self.watch.progress(seconds)
         self.pace.add(seconds, pending.host_seconds)
-        record = self._record(number, pending.batch, fetched, seconds)
-        record = _joined(record, self.measures(pending.position))
+        record = step_record(pending.batch, fetched, seconds, config=self.config, peak=self.peak)
+        record = joined({"step": number, **record}, self.measures(pending.position))
         if pending.measured is not None:
-            record = _joined(record, described(jax.device_get(pending.measured)))
+            record = joined(record, described(jax.device_get(pending.measured)))
         self.back.compare(record)
         record = self.health.judged(record)
         if scored is not None:
-            record = _joined(record, self._scores(number, scored) | self.pace.compared())
-        record = _joined(record, self.clock.spent())
+            record = joined(record, self._scores(number, scored) | self.pace.compared())
+        record = joined(record, self.clock.spent())
         writer.write(record)
         progress.update(number, record)
         self._react(pending, fetched, record)
@@ -328,35 +325,6 @@ class Loop:
         if not np.isfinite(metrics.loss):
             return f"the loss is {float(metrics.loss)}"
         return f"the gradient of {leaf_name(self.built.params, int(metrics.worst_leaf))} is not finite"
-
-    def _record(self, number: int, batch: Batch, metrics: StepMetrics, seconds: float) -> dict[str, Any]:
-        tokens = int(metrics.tokens)
-        record = {
-            "step": number,
-            "objective": float(metrics.loss),
-            "tokens": tokens,
-            "tokens_per_second": tokens / seconds,
-            "step_ms": 1e3 * seconds,
-            "grad_norm": float(metrics.grad_norm),
-            "learning_rate": float(metrics.learning_rate),
-            "skipped_steps": int(metrics.skipped),
-        }
-        if metrics.load_le.size:
-            record |= {"expert_load": metrics.load_le.tolist(), "dropped_tokens": int(metrics.dropped)}
-            if self.config.plan.buffer_factor is not None:
-                record["overflow_rows"] = int(metrics.overflow)
-        if self.peak:
-            operations = training_flops(self.config.model, document_lengths(batch.segments_bt))
-            record["mfu"] = operations / seconds / self.plan.config.devices / self.peak
-        means = {name: np.asarray(metric.mean, np.float64).tolist() for name, metric in metrics.metrics.items()}
-        return _joined(record, means)
-
-
-def _joined(record: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """The union of both. Raises ValueError if they share a name."""
-    if shared := record.keys() & more.keys():
-        raise ValueError(f"a task's metric or score is named {sorted(shared)[0]!r}; expected a name that is not taken")
-    return record | more
 
 
 def _fetch(metrics: StepMetrics) -> tuple[StepMetrics, float]:

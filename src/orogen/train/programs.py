@@ -30,15 +30,24 @@ class StepPrograms:
     ):
         self.built, self.objective, self.config, self.plain, self.optimizer = built, objective, config, plan, optimizer
         self._steps: dict[bool, Callable[..., Any]] = {}
+        self._compiled: set[tuple[bool, tuple[int, ...]]] = set()
         self._measures: dict[bool, Callable[..., Any] | None] = {}
 
-    def step(self, number: int) -> tuple[Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]], bool]:
-        """What computes step `number`, counted from 1, and whether it still has to be compiled."""
-        switched = is_switched(self.config.precision, number)
-        if new := switched not in self._steps:
+    def compiles(self, number: int, batch: Batch) -> bool:
+        """Whether step `number`, counted from 1, still has to be compiled for batches of this shape."""
+        return self._key(number, batch) not in self._compiled
+
+    def step(self, number: int, batch: Batch) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+        """What computes step `number` on this batch."""
+        switched, _ = key = self._key(number, batch)
+        if switched not in self._steps:
             made = make_step(self.built, self.objective, self.config, self._plan(switched), self.optimizer)
             self._steps[switched] = distributed.compiled_together(made)
-        return self._steps[switched], new
+        self._compiled.add(key)
+        return self._steps[switched]
+
+    def _key(self, number: int, batch: Batch) -> tuple[bool, tuple[int, ...]]:
+        return is_switched(self.config.precision, number), batch.tokens_bt.shape
 
     def measures(self, number: int) -> bool:
         """Whether what rounding costs is due to be measured in step `number`."""

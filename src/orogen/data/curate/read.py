@@ -1,9 +1,8 @@
 """Documents of one input file. What cannot be read is reported and passed over; nothing in a file ends a run."""
 
-import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from datatrove.data import Document
 
@@ -129,7 +128,7 @@ def _parse(line: bytes) -> Any:
         raise Unreadable("malformed JSON", str(error)[:SHOWN]) from None
 
 
-def _skip_line(lines: io.BufferedIOBase, line: bytes) -> None:
+def _skip_line(lines: BinaryIO, line: bytes) -> None:
     while line and not line.endswith(b"\n"):
         line = lines.readline(PIECE)
 

@@ -1,6 +1,5 @@
 """Records of WARC and WET files, decoded by datatrove; what it would pass over silently is reported."""
 
-import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +10,7 @@ from orogen.data.curate.inputs import HTML
 KINDS = ("response", "conversion")  # pages of a WARC file, and texts of a WET file; other records are no documents
 
 
-def read_records(stream: io.BufferedIOBase, key: str, report: Callable[[str, str, str], None]) -> Iterator[Document]:
+def read_records(stream: BinaryIO, key: str, report: Callable[[str, str, str], None]) -> Iterator[Document]:
     """The pages and texts of an uncompressed stream of records; ids are `key:record`, which counts from 1.
 
     report: gets the number of a record, or an empty text for the rest of the file, the reason and the detail. Pages of
@@ -54,7 +53,7 @@ class _Pieces:
     """Reads what one read of the file below gives. Of a damaged file, a read of a whole buffer would lose the records
     in front of the damage."""
 
-    def __init__(self, stream: io.BufferedIOBase):
+    def __init__(self, stream: BinaryIO):
         self._stream = stream
 
     def read(self, size: int) -> bytes:

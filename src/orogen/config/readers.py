@@ -1,0 +1,283 @@
+"""The table of when each field of a config is read; `reads` checks runs by it."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from orogen.config.model import LAYERS, ModelConfig
+from orogen.config.plan import PlanConfig
+from orogen.config.precision import PrecisionConfig
+from orogen.config.recipe import FP8, layer_recipes
+from orogen.config.run import RunConfig
+
+
+class Reader(NamedTuple):
+    """Fields that are read only if `holds`. needs: the parts of the run that `holds` looks at; if one is missing, the
+    fields are not checked. otherwise: why a run does not read them if `holds` is False."""
+
+    fields: str
+    needs: tuple[str, ...]
+    holds: Callable[[RunConfig], bool]
+    otherwise: str
+
+
+def letters(model: ModelConfig) -> set[str]:
+    """The letters of the model's layers, those of the multi-token-prediction block included."""
+    return set(model.layers.main + model.layers.mtp)
+
+
+def _by_letters(read_by: str, fields: str) -> Reader:
+    names = " or ".join(f"{LAYERS[letter]} ({letter})" for letter in read_by)
+    return Reader(
+        fields, ("model",), lambda run: bool(set(read_by) & letters(run.model)), f"the model has no layers of {names}"
+    )
+
+
+def _of_model(fields: str, holds: Callable[[ModelConfig], bool], otherwise: str) -> Reader:
+    return Reader(fields, ("model",), lambda run: holds(run.model), otherwise)
+
+
+def _of_plan(fields: str, holds: Callable[[PlanConfig], bool], otherwise: str) -> Reader:
+    return Reader(fields, ("plan",), lambda run: holds(run.plan), otherwise)
+
+
+def _of_precision(fields: str, holds: Callable[[PrecisionConfig], bool], otherwise: str) -> Reader:
+    return Reader(fields, ("precision",), lambda run: holds(run.precision), otherwise)
+
+
+# The letters whose layers read a field of the model.
+MODEL_LETTERS = {
+    "*w+": "num_attention_heads attention_bias rope_theta partial_rotary_factor rope_interleave yarn_factor "
+    "yarn_original_positions yarn_beta_fast yarn_beta_slow yarn_mscale yarn_mscale_all_dim yarn_truncate",
+    "*w": "num_key_value_heads head_dim qk_norm attention_sinks",
+    "w": "sliding_window",
+    "+": "q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim",
+    "-": "intermediate_size",
+    "-E": "mlp_hidden_act mlp_gated mlp_bias swiglu_limit",
+    "M": "mamba_num_heads mamba_head_dim n_groups chunk_size mamba_norm_groups time_step_min time_step_max",
+    "m": "mamba_intermediate_size time_step_rank",
+    "Mm": "ssm_state_size conv_kernel use_conv_bias mamba_proj_bias",
+    "E": "n_routed_experts num_experts_per_tok moe_intermediate_size moe_shared_expert_intermediate_size "
+    "moe_shared_expert_gate moe_latent_size moe_bias router_score router_bias router_correction_bias norm_topk_prob "
+    "routed_scaling_factor n_group topk_group router_aux_loss_coef router_balance router_z_loss_coef",
+}
+LETTERS = {field: read_by for read_by, fields in MODEL_LETTERS.items() for field in fields.split()}
+
+# By part, the fields that are always read; what their values allow is checked by the configs themselves.
+ALWAYS = {
+    "model": "pattern vocab_size hidden_size norm layer_norm_epsilon tie_word_embeddings learned_positions",
+    "plan": "data context tensor stage fsdp microbatches unroll remat offload offload_optimizer cross_entropy",
+    "data": "corpus sources tokenizer vocab_size heldout_fraction tuning_fraction shuffle",
+    "train": "steps batch_size sequence_length batch_ramp phases seed compute_dtype checkpoint_every "
+    "checkpoint_minutes keep_checkpoints max_skipped_steps spike_deviations roll_back_after hang_minutes "
+    "sample_prompts sample_tokens loggers",
+    "chat": "template too_long without_reasoning truncated",
+    # With Muon, AdamW's beta1, beta2 and epsilon are those of the parameters that Muon leaves to it.
+    "optimizer": "name learning_rate schedule warmup_steps beta1 beta2 epsilon weight_decay clip_norm moment_dtype",
+    "evaluate": "tasks every texts max_length batch_tokens",
+    "precision": "recipe keep switch_step",
+}
+# The other fields, by part. A field may have several readers, which must all hold. Those of the model depend on the
+# model alone, since one model file serves many plans.
+READERS: dict[str, tuple[Reader, ...]] = {
+    "model": (
+        *(_by_letters(read_by, fields) for read_by, fields in MODEL_LETTERS.items()),
+        _of_model(
+            "partial_rotary_factor rope_interleave yarn_factor yarn_original_positions yarn_beta_fast yarn_beta_slow "
+            "yarn_mscale yarn_mscale_all_dim yarn_truncate",
+            lambda model: model.rope_theta is not None,
+            "ModelConfig.rope_theta is None",
+        ),
+        _of_model(
+            "yarn_original_positions yarn_beta_fast yarn_beta_slow yarn_mscale yarn_mscale_all_dim yarn_truncate",
+            lambda model: model.yarn_factor is not None,
+            "ModelConfig.yarn_factor is None",
+        ),
+        _of_model(
+            "yarn_mscale",
+            lambda model: model.yarn_mscale_all_dim is not None,
+            "ModelConfig.yarn_mscale_all_dim is None",
+        ),
+        _of_model(
+            "yarn_mscale_all_dim",
+            lambda model: model.yarn_mscale is not None or "+" in letters(model),
+            "ModelConfig.yarn_mscale is None, and the model has no layers of multi-head latent attention (+)",
+        ),
+        _of_model("moe_bias", lambda model: model.mlp_bias, "ModelConfig.mlp_bias is False"),
+        _of_model(
+            "norm_topk_prob",
+            lambda model: model.router_score != "softmax_topk",
+            "weights of ModelConfig.router_score = 'softmax_topk' add up to one anyway",
+        ),
+        _of_model(
+            "router_balance",
+            lambda model: model.router_aux_loss_coef > 0,
+            "ModelConfig.router_aux_loss_coef is 0: no balance loss",
+        ),
+        _of_model("topk_group", lambda model: model.n_group > 1, "ModelConfig.n_group is 1"),
+        _of_model(
+            "mtp_depths mtp_loss_scale", lambda model: bool(model.layers.mtp), "ModelConfig.pattern has no part after /"
+        ),
+    ),
+    "plan": (
+        _by_letters(
+            "E",
+            "expert expert_tensor dispatch capacity_factor drop_policy buffer_factor grouped_matmul permutation",
+        ),
+        _by_letters("*w+", "attention context_attention"),
+        _by_letters("M", "ssd"),
+        _by_letters("m", "selective_scan"),
+        _by_letters("Mm", "causal_conv1d context_ssm"),
+        _of_plan(
+            "drop_policy", lambda plan: plan.capacity_factor is not None, "PlanConfig.capacity_factor is None: no drops"
+        ),
+        _of_plan("buffer_factor", lambda plan: plan.dispatch == "ragged", "PlanConfig.dispatch is not 'ragged'"),
+        _of_plan("fsdp_size", lambda plan: plan.fsdp != "none", "PlanConfig.fsdp is 'none'"),
+        _of_plan("context_attention context_ssm shift", lambda plan: plan.context > 1, "PlanConfig.context is 1"),
+        _of_plan("stream", lambda plan: plan.tensor > 1, "PlanConfig.tensor is 1"),
+        _of_plan("schedule virtual", lambda plan: plan.stage > 1, "PlanConfig.stage is 1"),
+        _of_plan(
+            "logit_rows", lambda plan: plan.cross_entropy == "chunked", "PlanConfig.cross_entropy is not 'chunked'"
+        ),
+        _of_plan("quantize", lambda plan: plan.linear == "fp8", "PlanConfig.linear is not 'fp8'"),
+        _of_model(
+            "linear",
+            lambda model: _has_dense_products(model),
+            "no layer other than the first and the last, which never use FP8, has a dense product",
+        ),
+        _of_model(
+            "rms_norm",
+            lambda model: model.norm == "rms" or "M" in letters(model),
+            f"ModelConfig.norm is not 'rms', and the model has no layers of {LAYERS['M']} (M)",
+        ),
+    ),
+    "data": (
+        Reader(
+            "text_field",
+            ("data",),
+            # Only the reader of a file or folder knows whether it has fields, and refuses the setting if it has none
+            # (data/corpora.py).
+            lambda run: {run.data.corpus, *(one.corpus for one in run.data.sources)} - {None, "stdlib"} != set(),
+            "DataConfig.corpus is 'stdlib', plain text without fields",
+        ),
+        Reader(
+            "seed",
+            ("data",),
+            lambda run: run.data.heldout_fraction > 0 or run.data.tuning_fraction > 0,
+            "DataConfig.heldout_fraction and .tuning_fraction are 0: every document is trained on",
+        ),
+    ),
+    "train": (
+        Reader(
+            "carry_states",
+            ("model",),
+            lambda run: bool(set("Mm") & set(run.model.layers.main)),
+            f"the model has no layers of {LAYERS['M']} (M) or {LAYERS['m']} (m) before /",
+        ),
+        Reader(
+            "router_bias_update_rate",
+            ("model",),
+            lambda run: "E" in letters(run.model) and run.model.router_correction_bias,
+            "the model has no routers (E) with ModelConfig.router_correction_bias",
+        ),
+        Reader(
+            "spike_window",
+            ("train",),
+            lambda run: run.train.spike_deviations > 0,
+            "TrainConfig.spike_deviations is 0: no loss is a spike",
+        ),
+        Reader(
+            "repeat_bad_steps max_roll_backs",
+            ("train",),
+            lambda run: run.train.roll_back_after > 0,
+            "TrainConfig.roll_back_after is 0: the run never goes back",
+        ),
+        Reader(
+            "evaluate_every evaluate_rows ngram_order keep_best",
+            ("data",),
+            lambda run: run.data.heldout_fraction > 0,
+            "DataConfig.heldout_fraction is 0: there is nothing to evaluate on",
+        ),
+    ),
+    "chat": (),
+    "optimizer": (
+        Reader(
+            "decay_steps",
+            ("optimizer",),
+            lambda run: run.optimizer.schedule == "wsd",
+            "OptimizerConfig.schedule is not 'wsd'",
+        ),
+        Reader(
+            "min_ratio",
+            ("optimizer",),
+            lambda run: run.optimizer.schedule != "constant",
+            "OptimizerConfig.schedule is 'constant'",
+        ),
+    ),
+    "evaluate": (
+        Reader(
+            "lengths samples seed",
+            ("evaluate",),
+            lambda run: bool(run.evaluate.generated),
+            "EvaluateConfig.tasks has no generated suite",
+        ),
+        Reader(
+            "haystack",
+            ("evaluate",),
+            lambda run: "needle" in run.evaluate.tasks,
+            "EvaluateConfig.tasks has no 'needle'",
+        ),
+        Reader(
+            "limit shots",
+            ("evaluate",),
+            lambda run: run.evaluate.generated != run.evaluate.tasks or bool(run.evaluate.task_path),
+            "EvaluateConfig.tasks has no task of lm-eval",
+        ),
+        Reader("task_path", ("evaluate",), lambda run: bool(run.evaluate.tasks), "EvaluateConfig.tasks is empty"),
+        Reader(
+            "text_field method score_ends",
+            ("evaluate",),
+            lambda run: bool(run.evaluate.texts),
+            "EvaluateConfig.texts is empty",
+        ),
+        Reader(
+            "stride",
+            ("evaluate",),
+            lambda run: bool(run.evaluate.texts) and run.evaluate.method == "windows",
+            "EvaluateConfig has no texts to read by method 'windows'",
+        ),
+    ),
+    "precision": (
+        _of_precision(
+            "first_layers last_layers mtp expert_tokens health_every",
+            lambda precision: precision.rounds,
+            "no recipe of PrecisionConfig rounds operands",
+        ),
+        _of_precision(
+            "switch_to switch_roles",
+            lambda precision: precision.switch_step is not None,
+            "PrecisionConfig.switch_step is None",
+        ),
+        _of_precision(
+            "block",
+            lambda precision: bool(precision.recipes - {"plain", "fp8_tensorwise"}),
+            "no recipe of PrecisionConfig has blocks",
+        ),
+        _of_precision(
+            "weight_blocks hadamard hadamard_roles stochastic four_over_six",
+            lambda precision: "nvfp4" in precision.recipes,
+            "no recipe of PrecisionConfig is 'nvfp4'",
+        ),
+        _of_precision("hadamard_roles", lambda precision: precision.hadamard > 0, "PrecisionConfig.hadamard is 0"),
+        _of_model("mtp", lambda model: bool(model.layers.mtp), "ModelConfig.pattern has no part after /"),
+        _by_letters("E", "expert_tokens"),
+    ),
+}
+
+
+def _has_dense_products(model: ModelConfig) -> bool:
+    """Whether a layer that may use FP8 has a product with a weight matrix other than a routed expert's."""
+    recipes = layer_recipes(PlanConfig(linear=FP8), model)
+    pattern = model.layers.main + model.layers.mtp
+    inner = {letter for letter, recipe in zip(pattern, recipes, strict=True) if FP8 in recipe.linear.names()}
+    beside_experts = model.moe_latent_size or model.moe_shared_expert_intermediate_size
+    return bool(inner - {"E"}) or ("E" in inner and beside_experts is not None)
