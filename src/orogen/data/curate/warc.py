@@ -1,7 +1,7 @@
 """Records of WARC and WET files, decoded by datatrove; what it would pass over silently is reported."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 from datatrove.data import Document
 
