@@ -33,6 +33,9 @@ class HarnessModel(TemplateLM):
         super().__init__()
         self._subject, self._words = subject, subject.tokenizer
         self.shortened: Counter[str] = Counter()
+        # The tokens of a row: the last one is only predicted, but a row that is scored has a position for it too.
+        positions = subject.opened.config.learned_positions
+        self._most = min(subject.max_length + 1, positions or subject.max_length + 1)
 
     @property
     def eot_token_id(self) -> int:
@@ -76,10 +79,10 @@ class HarnessModel(TemplateLM):
 
     def _row(self, context: tuple[int, ...], continuation: tuple[int, ...]) -> Row:
         """As many tokens as the model may read predict the continuation: one less than the row has."""
-        most = self._subject.max_length + 1
+        most = self._most
         if len(continuation) >= most:
             raise ConfigError(
-                f"a continuation of {len(continuation)} tokens; expected at most EvaluateConfig.max_length = {most - 1}"
+                f"a continuation of {len(continuation)} tokens; expected at most {most - 1}, from EvaluateConfig.max_length"
             )
         tokens_t = np.array((context + continuation)[-most:], np.int32)
         return Row(tokens_t, np.arange(len(tokens_t)) >= len(tokens_t) - len(continuation))
@@ -90,7 +93,7 @@ class HarnessModel(TemplateLM):
             context, continuation = instance.args
             bare = 1 + len(self.tok_encode(continuation, False)) if not context else 0
             tokens = bare or len(self.tok_encode(context + continuation))
-            self._count(instance, tokens > self._subject.max_length + 1)
+            self._count(instance, tokens > self._most)
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -100,7 +103,7 @@ class HarnessModel(TemplateLM):
                 make_disjoint_window(pair)
                 for pair in get_rolling_token_windows(
                     token_list=self.tok_encode(instance.args[0]), prefix_token=self.prefix_token_id,
-                    max_seq_len=self._subject.max_length, context_len=1,
+                    max_seq_len=self._most - 1, context_len=1,
                 )
             ]
             for instance in requests
