@@ -140,3 +140,12 @@ def test_without_reasoning_a_message_is_as_if_it_never_had_any(nano):
 def test_the_text_tells_conversations_apart():
     one = conversation(say("user", "a"), say("assistant", "b"))
     assert one.text != dataclasses.replace(one, tools=[WEATHER]).text
+
+
+def test_a_call_whose_result_ends_the_conversation_is_learned(nano):
+    call = {"type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    (stream,) = sequences(
+        conversation(say("user", "Rain?"), say("assistant", None, tool_calls=[call]), say("tool", "dry")), nano
+    )
+    assert learned(stream) == ["</think>\n<tool_call>\n<function=weather>\n</function>\n</tool_call>\n<|im_end|>"]
+    assert "dry" not in spelled(stream.tokens_t)

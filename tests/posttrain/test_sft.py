@@ -55,6 +55,36 @@ def test_a_sequence_that_is_too_long_is_dropped_or_cut(tmp_path, too_long, kept,
     assert max(len(stream.tokens_t) for stream in streams(corpus)) <= 100
 
 
+def test_a_cut_that_leaves_nothing_to_learn_counts_as_dropped(tmp_path):
+    records = [line("x" * (300 if n == 7 else 3), f"answer {n}") for n in range(20)]
+    corpus = opened(write(tmp_path, *records), length=100, too_long="cut")
+    assert corpus.told == (20, 20, 1, 0) and len(streams(corpus)) == 19
+
+
+def test_another_template_is_another_corpus(tmp_path):
+    folder = write(tmp_path, *(line(f"question {n}", f"answer {n}") for n in range(20)))
+    data = DataConfig(corpus=str(folder), tokenizer="byte", heldout_fraction=0.3, tuning_fraction=0.0)
+    hashes = {
+        open_chats(data, ChatConfig(template="x"), template, tokenizer(), length=200).content_hash
+        for template in (NANO, NANO + " ")
+    }
+    assert len(hashes) == 2
+
+
+def test_a_split_whose_conversations_are_all_too_long_is_refused(tmp_path):
+    records = [line(f"question {n}", f"answer {n}") for n in range(20)]
+    with pytest.raises(ConfigError, match=r"split of corpus .* has no sequence of at most"):
+        opened(write(tmp_path, *records), length=5)
+
+
+def test_the_checkpoint_s_own_template_comes_before_ours(tmp_path):
+    from orogen.posttrain.sft import _template
+
+    (tmp_path / "chat_template.jinja").write_text("of the checkpoint")
+    assert _template("checkpoint", tmp_path, tokenizer()) == "of the checkpoint"
+    assert _template("nemotron_3_nano", tmp_path, tokenizer()) == NANO
+
+
 def test_shares_of_reasoning_are_drawn_the_same_way_in_every_run(tmp_path):
     records = [line("a", f"{n}", reasoning_content="think about it") for n in range(40)]
     folder = write(tmp_path, *records)

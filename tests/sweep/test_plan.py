@@ -4,7 +4,7 @@ import pytest
 from tests.helpers import write_recipe
 
 from orogen.config.checks import ConfigError
-from orogen.config.load import load, load_sweep
+from orogen.config.load import load, load_sweep, run_text
 from orogen.cost.flops import training_flops_per_token
 from orogen.model.count import count
 from orogen.sweep.plan import make_arms
@@ -93,6 +93,21 @@ def test_the_text_of_a_run_loads_to_its_config(study, tmp_path):
     file = tmp_path / "run.gin"
     file.write_text(run.text)
     assert load([file])[0] == run.config
+
+
+def test_the_text_of_a_blend_loads_to_its_config(tmp_path):
+    file = tmp_path / "blend.gin"
+    file.write_text(
+        "DataConfig.sources = [@a/SourceConfig(), @b/SourceConfig()]\nDataConfig.tokenizer = 'byte'\n"
+        "a/SourceConfig.name = 'a'\na/SourceConfig.corpus = 'stdlib'\na/SourceConfig.weight = 0.75\n"
+        "b/SourceConfig.name = 'b'\nb/SourceConfig.corpus = 'texts'\nb/SourceConfig.weight = 0.25\n"
+        "TrainConfig.phases = [@late/PhaseConfig()]\nlate/PhaseConfig.after = 3\nlate/PhaseConfig.batch_size = 2\n"
+        "TrainConfig.steps = 5\nTrainConfig.batch_size = 4\nTrainConfig.sequence_length = 8\nTrainConfig.seed = 1\n"
+    )
+    config = load([file])[0]
+    again = tmp_path / "again.gin"
+    again.write_text(run_text(config))
+    assert load([again])[0] == config
 
 
 ONE = {"SweepConfig.control": ("b",)}

@@ -37,7 +37,9 @@ def average(sources: Sequence[Path], target: Path, *, weights: Sequence[float] |
     if not all(0 <= weight < math.inf for weight in weights) or not sum(weights):
         raise ConfigError(f"the weights are {weights}; expected numbers from 0, one of them above 0")
     with contextlib.ExitStack() as stack:
+        scratch = stack.enter_context(new_folder(target))  # first, so that an existing one is refused at once
         first = stack.enter_context(open_folder(sources[0]))
+        words = first.tokenizer()
         totals: dict[tuple, np.ndarray] = {}
         for source, weight in zip(sources, weights, strict=True):
             with open_folder(source) as folder:
@@ -45,18 +47,21 @@ def average(sources: Sequence[Path], target: Path, *, weights: Sequence[float] |
                     here, there = getattr(folder.config, field), getattr(first.config, field)
                     expected = f"expected {there!r}, as {str(sources[0])!r} has it"
                     raise ConfigError(f"ModelConfig.{field} of {str(source)!r} is {here!r}; {expected}")
+                own = folder.tokenizer()
+                if words is not None and own is not None and own.fingerprint != words.fingerprint:
+                    expected = f"expected that of {str(sources[0])!r}"
+                    raise ConfigError(f"{str(source)!r} has a tokenizer of its own; {expected}")
                 opened = read_model(folder, tokenizer=False)
                 specs, read = model_tensors(opened.params, opened.buffers)
                 for path in specs:
                     part = np.asarray(jax.device_get(read(path, ())), np.float64) * (weight / sum(weights))
                     totals[path] = totals[path] + part if path in totals else part
-        with new_folder(target) as scratch:
-            wide = {dotted(path): Spec(total.shape, np.dtype(np.float32)) for path, total in totals.items()}
-            with TensorWriter(scratch, wide) as writer:
-                for path, total in totals.items():
-                    writer.write(dotted(path), total.astype(np.float32))
-            if (tokenizer := first.tokenizer()) is not None:
-                tokenizer.save(scratch / "tokenizer")
-            first.keep(scratch)
-            write_atomically(scratch / CONFIG, model_text(first.config).encode())
-            checksums.write(scratch)
+        wide = {dotted(path): Spec(total.shape, np.dtype(np.float32)) for path, total in totals.items()}
+        with TensorWriter(scratch, wide) as writer:
+            for path, total in totals.items():
+                writer.write(dotted(path), total.astype(np.float32))
+        if words is not None:
+            words.save(scratch / "tokenizer")
+        first.keep(scratch)
+        write_atomically(scratch / CONFIG, model_text(first.config).encode())
+        checksums.write(scratch)

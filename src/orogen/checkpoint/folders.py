@@ -97,8 +97,8 @@ class RunFolder:
 
     @property
     def row_length(self) -> int:
-        """Tokens per sequence in training."""
-        return self._run.need("train").train.sequence_length
+        """Tokens per sequence in training: of its longest phase."""
+        return max(one.sequence_length for one in self._run.need("train").stretches())
 
     def tokenizer(self) -> Tokenizer | None:
         """See `Folder.tokenizer`. Its files are checked against the checkpoint; prompts get a bos, as documents did."""

@@ -120,7 +120,7 @@ def load_evaluation(bindings: Sequence[str]) -> tuple[PlanConfig | None, EngineC
     """
     kinds = {"plan": PlanConfig, "engine": EngineConfig, "evaluate": EvaluateConfig}
     parts, _ = _parts((), bindings, kinds)
-    bound = any(key.split(".")[-2] == PlanConfig.__name__ for key in _keys(gin.config_str()))
+    bound = any(key.split(".")[-2:-1] == [PlanConfig.__name__] for key in _keys(gin.config_str()))
     require_read(RunConfig(plan=PlanConfig(), evaluate=parts["evaluate"]))
     return parts["plan"] if bound else None, parts["engine"], parts["evaluate"]
 
@@ -195,8 +195,19 @@ def model_text(config: ModelConfig) -> str:
 
 def run_text(config: RunConfig) -> str:
     """The text of a gin file that loads to an equal config."""
-    parts = [getattr(config, name) for name in PARTS]
-    lines = (f"{type(p).__name__}.{f.name} = {getattr(p, f.name)!r}" for p in parts if p for f in dataclasses.fields(p))
+    lines: list[str] = []
+    for part in (getattr(config, name) for name in PARTS):
+        for field in dataclasses.fields(part) if part is not None else ():
+            value, name = getattr(part, field.name), f"{type(part).__name__}.{field.name}"
+            if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+                scopes = [f"{field.name}_{number}" for number in range(len(value))]
+                lines.append(f"{name} = [{', '.join(f'@{s}/{type(value[0]).__name__}()' for s in scopes)}]")
+                lines += [
+                    f"{scope}/{type(one).__name__}.{f.name} = {getattr(one, f.name)!r}"
+                    for scope, one in zip(scopes, value, strict=True) for f in dataclasses.fields(one)
+                ]  # fmt: skip
+            else:
+                lines.append(f"{name} = {value!r}")
     return "\n".join(lines) + "\n"
 
 

@@ -156,13 +156,16 @@ READERS: dict[str, tuple[Reader, ...]] = {
             ("data",),
             # Only the reader of a file or folder knows whether it has fields, and refuses the setting if it has none
             # (data/corpora.py).
-            lambda run: {run.data.corpus, *(one.corpus for one in run.data.sources)} - {None, "stdlib"} != set(),
-            "DataConfig.corpus is 'stdlib', plain text without fields",
+            lambda run: (
+                run.chat is None
+                and {run.data.corpus, *(one.corpus for one in run.data.sources)} - {None, "stdlib"} != set()
+            ),
+            "DataConfig.corpus is 'stdlib', plain text without fields, or ChatConfig has conversations read",
         ),
         Reader(
             "seed",
             ("data",),
-            lambda run: run.data.heldout_fraction > 0 or run.data.tuning_fraction > 0,
+            lambda run: run.data.heldout_fraction > 0 or run.data.tuning_fraction > 0 or _draws_reasoning(run),
             "DataConfig.heldout_fraction and .tuning_fraction are 0: every document is trained on",
         ),
     ),
@@ -272,6 +275,10 @@ READERS: dict[str, tuple[Reader, ...]] = {
         _by_letters("E", "expert_tokens"),
     ),
 }
+
+
+def _draws_reasoning(run: RunConfig) -> bool:
+    return run.chat is not None and (run.chat.without_reasoning > 0 or run.chat.truncated > 0)
 
 
 def _has_dense_products(model: ModelConfig) -> bool:

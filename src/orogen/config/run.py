@@ -201,8 +201,10 @@ class RunConfig:
             for field in ("remat", "offload"):
                 check_layers(field, getattr(self.plan, field), self.model.layers.main + self.model.layers.mtp)
             windows = self.model.attention_sinks or set(self.model.layers.main + self.model.layers.mtp) & set("w+")
-            shape = (self.train.sequence_length, self.train.batch_size) if self.train is not None else (None, None)
-            check_precision(self.precision, self.model, self.plan, length=shape[0], rows=shape[1])
+            stretches = self.stretches() if self.train is not None else ()
+            shapes = dict.fromkeys((one.sequence_length, one.batch_size) for one in stretches) or {(None, None): None}
+            for length, rows in shapes:
+                check_precision(self.precision, self.model, self.plan, length=length, rows=rows)
             expected = "full or blocked: the model has windows, sinks or latent attention"
             require(not windows or self.plan.attention != "cudnn", self.plan, "attention", expected)
         if self.train is not None and self.train.carry_states:
@@ -218,13 +220,13 @@ class RunConfig:
             expected = "0: DataConfig.heldout_fraction is 0, so there is nothing to compare on"
             require(self.train.ngram_order == 0, self.train, "ngram_order", expected)
         if self.train is not None and self.optimizer is not None:
-            warmup, steps = self.optimizer.warmup_steps, self.train.steps
-            expected = f"at most TrainConfig.steps = {steps}: the rate would not reach its peak"
+            warmup, steps, end = self.optimizer.warmup_steps, self.train.steps, "TrainConfig.steps"
+            if self.train.rates:  # a phase with a rate of its own ends the schedule
+                steps, end = self.train.rates[0][0], "PhaseConfig.after of the first learning_rate"
+            expected = f"at most {end} = {steps}: the rate would not reach its peak"
             require(warmup <= steps, self.optimizer, "warmup_steps", expected)
-            if self.train.rates:
-                steps = self.train.rates[0][0]
             if self.optimizer.schedule == "wsd":
-                expected = f"at most steps - warmup_steps = {steps} - {warmup}"
+                expected = f"at most {end} - warmup_steps = {steps} - {warmup}"
                 require(warmup + self.optimizer.decay_steps <= steps, self.optimizer, "decay_steps", expected)
         if self.train is not None and self.evaluate is not None:
             between = self.train.evaluate_every

@@ -17,8 +17,8 @@ from orogen.infer.sizes import sizes_of
 from orogen.model.lm import Built
 from orogen.parallel import distributed
 from orogen.report.tasks import PREFIX
-from orogen.train.heldout import Heldout, heldout_plan
-from orogen.train.task import Task
+from orogen.train.heldout import heldout_plan
+from orogen.train.task import Evaluation, Task
 
 SLOTS = 8  # requests that are continued together, at least
 
@@ -27,7 +27,10 @@ def with_tasks(task: Task) -> Task:
     """The training task, evaluated on the run's EvaluateConfig too, which its config must have."""
 
     def evaluation(config: RunConfig, built: Built, corpus: Corpus) -> "TaskScores":
-        return TaskScores(Heldout(config, built, corpus), config, built, corpus)
+        heldout = task.evaluation(config, built, corpus)
+        if heldout is None:
+            raise ConfigError("EvaluateConfig evaluates together with the held-out text; expected a split with some")
+        return TaskScores(heldout, config, built, corpus)
 
     return dataclasses.replace(task, evaluation=evaluation)
 
@@ -38,7 +41,7 @@ class TaskScores:
     Raises ConfigError for tasks that nobody has, and for those that generate text on a plan that cannot.
     """
 
-    def __init__(self, heldout: Heldout, config: RunConfig, built: Built, corpus: Corpus):
+    def __init__(self, heldout: Evaluation, config: RunConfig, built: Built, corpus: Corpus):
         self._heldout, self._steps = heldout, config.train.steps
         self._every = config.evaluate.every or config.train.evaluate_every
         # Without those of tasks, which not every evaluation has: the loop asks whether an evaluation is owed.

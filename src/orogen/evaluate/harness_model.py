@@ -82,7 +82,7 @@ class HarnessModel(TemplateLM):
         most = self._most
         if len(continuation) >= most:
             raise ConfigError(
-                f"a continuation of {len(continuation)} tokens; expected at most {most - 1}, from EvaluateConfig.max_length"
+                f"a continuation of {len(continuation)} tokens; expected at most {most - 1} (EvaluateConfig.max_length)"
             )
         tokens_t = np.array((context + continuation)[-most:], np.int32)
         return Row(tokens_t, np.arange(len(tokens_t)) >= len(tokens_t) - len(continuation))

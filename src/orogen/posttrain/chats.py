@@ -1,5 +1,6 @@
 """Conversations of a corpus: read, split, rendered and kept as token sequences."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -94,18 +95,19 @@ def open_chats(
         for one in renderers:
             one.close()
     fitted = {key: _fitting(streams, chat, length, key) for key, streams in rendered.items()}
-    kept = {key: streams for key, (streams, _) in fitted.items()}
-    splits = {name: ChatSplit([s for d in part for s in kept[d.key]], tokenizer) for name, part in split.items()}
-    if not len(splits["train"]):
-        raise ConfigError(
-            f"the train split of corpus {data.corpus!r} has no sequence of at most TrainConfig.sequence_length = "
-            f"{length} tokens; expected some, or ChatConfig.too_long = 'cut'"
-        )
-    long = sum(count for _, count in fitted.values())
+    splits = {name: ChatSplit([s for d in part for s in fitted[d.key].kept], tokenizer) for name, part in split.items()}
+    for name, part in split.items():
+        if part and not len(splits[name]):
+            raise ConfigError(
+                f"the {name} split of corpus {data.corpus!r} has no sequence of at most TrainConfig.sequence_length = "
+                f"{length} tokens; expected some, or ChatConfig.too_long = 'cut'"
+            )
     every = sum(map(len, rendered.values()))
-    cut = chat.too_long == "cut"
-    told = Told(len(found), every, 0 if cut else long, long if cut else 0)
-    source = Source(corpora.content_hash(documents), splits, data.corpus)
+    dropped, cut = sum(one.dropped for one in fitted.values()), sum(one.cut for one in fitted.values())
+    told = Told(len(found), every, dropped, cut)
+    # The rows depend on the template too: a resumed run must have the same.
+    known = json.dumps([corpora.content_hash(documents), template], sort_keys=True)
+    source = Source(hashlib.sha256(known.encode()).hexdigest(), splits, data.corpus)
     return ChatCorpus(told, template, config=data, sources={ONLY: source}, tokenizer=tokenizer)
 
 
@@ -179,8 +181,15 @@ def _sequences(key: str, conversation: Conversation, config: ChatConfig, chat: C
         raise ConfigError(f"{key}: {error}") from None
 
 
-def _fitting(streams: Sequence[Stream], config: ChatConfig, length: int, key: str) -> tuple[list[Stream], int]:
-    """The sequences that fit into a row, and how many did not."""
+class _Fitted(NamedTuple):
+    """The sequences of a conversation that fit into a row, and how many were dropped, or cut to fit."""
+
+    kept: list[Stream]
+    dropped: int
+    cut: int
+
+
+def _fitting(streams: Sequence[Stream], config: ChatConfig, length: int, key: str) -> _Fitted:
     long = [stream for stream in streams if len(stream.tokens_t) > length]
     if long and config.too_long == "refuse":
         raise ConfigError(
@@ -188,5 +197,7 @@ def _fitting(streams: Sequence[Stream], config: ChatConfig, length: int, key: st
             f"{length}, or ChatConfig.too_long = 'drop' or 'cut'"
         )
     cut = config.too_long == "cut"
-    kept = [Stream(s.tokens_t[:length], s.weights_t[:length]) for s in streams if cut or len(s.tokens_t) <= length]
-    return [stream for stream in kept if stream.weights_t.any()], len(long)
+    fitted = [Stream(s.tokens_t[:length], s.weights_t[:length]) for s in streams if cut or len(s.tokens_t) <= length]
+    kept = [stream for stream in fitted if stream.weights_t.any()]  # a cut may leave nothing to learn
+    dropped = len(streams) - len(kept)
+    return _Fitted(kept, dropped, len(long) - dropped if cut else 0)

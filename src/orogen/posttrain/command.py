@@ -1,7 +1,6 @@
 """`orogen sft`. Importing this does not import jax."""
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orogen.command import Command
@@ -17,8 +16,9 @@ def sft(options: argparse.Namespace) -> int:
     def task() -> "Task":
         from orogen.posttrain.sft import make_sft
 
-        places: list[Path] = [options.run, *([options.checkpoint] if options.checkpoint else [])]
-        return make_sft(places)
+        # A run that is resumed has kept the template; before that its folder says nothing about one.
+        kept = any(options.run.glob("chat_template.*"))
+        return make_sft(options.run if kept else options.checkpoint)
 
     return run_task(options, task, "chat")
 

@@ -19,7 +19,7 @@ REASONING = ("reasoning_content", "thinking")
 class Conversation:
     """Messages as `infer.messages.check_messages` gives them, and the tools that they may call.
 
-    kept_thoughts: of a thought that was cut short, by the number of its message: the model must not learn to end it.
+    cut_thoughts: the numbers of the messages whose thought was cut short: the model must not learn to end it.
     """
 
     messages: Sequence[dict[str, Any]]
@@ -71,11 +71,16 @@ class _Rendered:
 
 
 def _turn_ends(messages: Sequence[dict[str, Any]]) -> Iterator[int]:
-    """The numbers of the messages after which the user speaks again, or nobody does, and the assistant just spoke."""
+    """The number of the last message of the assistant before each message of the user, and before the end."""
+    last = None
     for number, message in enumerate(messages):
-        last = number + 1 == len(messages)
-        if message["role"] == ASSISTANT and (last or messages[number + 1]["role"] == USER):
-            yield number
+        if message["role"] == USER and last is not None:
+            yield last
+            last = None
+        if message["role"] == ASSISTANT:
+            last = number
+    if last is not None:
+        yield last
 
 
 def _render(conversation: Conversation, end: int, chat: Chat) -> _Rendered:

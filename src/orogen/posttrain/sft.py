@@ -1,14 +1,13 @@
 """The task of `orogen sft`: what assistants say in conversations, scored on held-out ones."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from orogen.config.checks import ConfigError
 from orogen.config.files import write_atomically
 from orogen.config.run import RunConfig
 from orogen.data.loader import Corpus
-from orogen.data.tokenizer import Tokenizer
+from orogen.data.tokenizer import Tokenizer, check_vocab_size
 from orogen.data.vocabulary import make_tokenizer
 from orogen.infer.chat import find_template
 from orogen.posttrain.chats import ChatCorpus, open_chats
@@ -18,8 +17,8 @@ from orogen.train.task import Task
 OWN = "checkpoint"  # ChatConfig.template: that of the model
 
 
-def make_sft(places: Sequence[Path]) -> Task:
-    """The task. places: folders in which the model's own chat template may be, the first one first.
+def make_sft(origin: Path | None) -> Task:
+    """The task. origin: the folder in which the model's own chat template may be.
 
     Objective, batches and evaluation are those of pretraining, whose tokens have weights.
     """
@@ -32,7 +31,9 @@ def make_sft(places: Sequence[Path]) -> Task:
             if data.tokenizer == "bpe":
                 raise ConfigError("DataConfig.tokenizer is 'bpe'; expected one that exists: the model's own")
             tokenizer = make_tokenizer(data, ())
-        template = _template(chat.template, places, tokenizer)
+        template = _template(chat.template, origin, tokenizer)
+        if data.vocab_size is not None:
+            check_vocab_size(tokenizer, data.vocab_size, name="DataConfig.vocab_size")
         return open_chats(data, chat, template, tokenizer, length=config.train.sequence_length)
 
     return Task(
@@ -41,11 +42,11 @@ def make_sft(places: Sequence[Path]) -> Task:
     )  # fmt: skip
 
 
-def _template(name: str, places: Sequence[Path], tokenizer: Tokenizer) -> str | dict[str, str]:
+def _template(name: str, origin: Path | None, tokenizer: Tokenizer) -> str | dict[str, str]:
     if name != OWN:
         found = find_template(Path(), tokenizer, name)
     else:
-        found = next((t for place in places if (t := find_template(place, tokenizer)) is not None), None)
+        found = None if origin is None else find_template(origin, tokenizer)
     if found is None:
         raise ConfigError(
             "ChatConfig.template is 'checkpoint'; expected the name of a template: the checkpoint has none"

@@ -88,6 +88,12 @@ def make_arms(
     budget no number of steps meets.
     """
     bound = {arm: load_arm(files, bindings, arm).need("model", "data", "train", "optimizer") for arm in sweep.arms()}
+    for arm, config in bound.items():
+        if config.train.phases or config.train.batch_ramp:
+            raise ConfigError(
+                f"arm {arm.name}: TrainConfig.phases or batch_ramp is bound; expected neither: budgets are counted for "
+                "batches of one shape"
+            )
     control = next(config for arm, config in bound.items() if arm.values == sweep.control)
     if sweep.parameters_within:
         counts = parameters([control.model, *(config.model for config in bound.values())])
