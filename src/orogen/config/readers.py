@@ -156,12 +156,10 @@ READERS: dict[str, tuple[Reader, ...]] = {
             ("data",),
             # Only the reader of a file or folder knows whether it has fields, and refuses the setting if it has none
             # (data/corpora.py).
-            lambda run: (
-                run.chat is None
-                and {run.data.corpus, *(one.corpus for one in run.data.sources)} - {None, "stdlib"} != set()
-            ),
-            "DataConfig.corpus is 'stdlib', plain text without fields, or ChatConfig has conversations read",
+            lambda run: {run.data.corpus, *(one.corpus for one in run.data.sources)} - {None, "stdlib"} != set(),
+            "DataConfig.corpus is 'stdlib', plain text without fields",
         ),
+        Reader("text_field", ("chat",), lambda run: False, "ChatConfig: conversations have fields of their own"),
         Reader(
             "seed",
             ("data",),
