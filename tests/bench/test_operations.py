@@ -206,7 +206,7 @@ def test_refusals_of_the_command(refused, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("name", "option", "owners"),
     [
-        ("ssd", ["--model", "r2"], "train"),
+        ("ssd", ["--model", "r2"], "train, precision"),
         ("ssd", ["--whole_step"], "train"),
         ("attention", ["--turns", "2"], "train"),
         ("grouped_matmul", ["--models", "dense"], "cpu_train"),

@@ -18,7 +18,7 @@ from orogen.checkpoint import checksums
 from orogen.config.load import load
 from orogen.report.lost import read_lost
 from orogen.report.metrics import MetricsWriter, read_metrics
-from orogen.train import loop
+from orogen.train import programs
 from orogen.train.back import Back, FaultyHardwareError
 from orogen.train.goodput import Clock
 from orogen.train.health import NonFiniteError
@@ -49,14 +49,14 @@ def recipe(tmp_path_factory) -> Path:
 def steps_are_compiled_once():
     """Every run of one objective shares its step."""
     with pytest.MonkeyPatch.context() as patched:
-        honest, made = loop.make_step, {}
+        honest, made = programs.make_step, {}
 
         def make(built, objective, *arguments):
             if objective not in made:
                 made[objective] = honest(built, objective, *arguments)
             return made[objective]
 
-        patched.setattr(loop, "make_step", make)
+        patched.setattr(programs, "make_step", make)
         yield
 
 

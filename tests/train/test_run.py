@@ -325,9 +325,9 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(recipe, whole, tmp_path, da
 
 def test_step_times_add_up_to_the_time_that_the_steps_took(recipe, tmp_path, monkeypatch):
     """Even if a step's metrics are read long after it, and those of two steps right after each other."""
-    from orogen.train import loop
+    from orogen.train import programs
 
-    honest = loop.make_step
+    honest = programs.make_step
 
     def slow(*arguments):
         step = honest(*arguments)
@@ -339,7 +339,7 @@ def test_step_times_add_up_to_the_time_that_the_steps_took(recipe, tmp_path, mon
 
         return call
 
-    monkeypatch.setattr(loop, "make_step", slow)
+    monkeypatch.setattr(programs, "make_step", slow)
     run(recipe, tmp_path / "run", "TrainConfig.steps=9", "TrainConfig.evaluate_every=4")
     times = [record["step_ms"] for record in read_metrics(tmp_path / "run")]
     assert all(50 < seconds < 2000 for seconds in times[1:]), times

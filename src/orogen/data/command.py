@@ -65,8 +65,7 @@ TOKENIZE = Command(
     help="tokenize a corpus into a store that training reads by memory map",
     examples=(
         "orogen tokenize --gin_file gin_configs/data/stdlib.gin --out stores/stdlib",
-        "orogen train --gin_file gin_configs/recipes/quickstart.gin --fake_devices 8 --run runs/stored "
-        "--gin_bindings \"DataConfig.corpus='stores/stdlib'\"",
+        "orogen tokenize --gin_file gin_configs/data/stdlib.gin --out stores/stdlib --workers 2 --json",
     ),
     add_arguments=_add_tokenize_arguments,
     run=tokenize,
