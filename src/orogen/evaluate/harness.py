@@ -36,7 +36,7 @@ class Harness:
         with _beside_stdout():
             from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
-            paths = list(config.task_path)
+            paths: Any = list(config.task_path)
             self._manager = TaskManager(include_path=paths or None, include_defaults=not paths)
             self.tasks = tuple(task for task in config.tasks if self._has(task))
         if unknown := [task for task in config.tasks if task not in self.tasks and task not in SUITES]:

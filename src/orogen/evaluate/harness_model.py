@@ -90,7 +90,8 @@ class HarnessModel(TemplateLM):
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """The log-likelihood of each continuation, and whether greedy decoding would write it."""
         for instance in requests:
-            context, continuation = instance.args
+            args: Any = instance.args
+            context, continuation = args
             bare = 1 + len(self.tok_encode(continuation, False)) if not context else 0
             tokens = bare or len(self.tok_encode(context + continuation))
             self._count(instance, tokens > self._most)
@@ -117,7 +118,8 @@ class HarnessModel(TemplateLM):
         return self._subject.write(prompts)
 
     def _prompt(self, instance: Instance) -> Prompt:
-        context, settings = instance.args
+        args: Any = instance.args
+        context, settings = args
         kwargs: dict[str, Any] = dict(normalize_gen_kwargs(settings, MOST_NEW))
         until, tokens = kwargs.get("until") or [], kwargs["max_gen_toks"]
         if unknown := sorted(kwargs.keys() - {*SAMPLING, *IGNORED}):

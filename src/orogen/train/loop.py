@@ -269,8 +269,7 @@ class Loop:
         number, seconds = pending.number, self.clock.step(done)
         self.watch.progress(seconds)
         self.pace.add(seconds, pending.host_seconds)
-        record = step_record(pending.batch, fetched, seconds, config=self.config, peak=self.peak)
-        record = joined({"step": number, **record}, self.measures(pending.position))
+        record = joined(self._record(number, pending.batch, fetched, seconds), self.measures(pending.position))
         if pending.measured is not None:
             record = joined(record, described(jax.device_get(pending.measured)))
         self.back.compare(record)
@@ -282,6 +281,9 @@ class Loop:
         progress.update(number, record)
         self._react(pending, fetched, record)
         return record
+
+    def _record(self, number: int, batch: Batch, metrics: StepMetrics, seconds: float) -> dict[str, Any]:
+        return {"step": number, **step_record(batch, metrics, seconds, config=self.config, peak=self.peak)}
 
     def _react(self, pending: _Pending, fetched: StepMetrics, record: dict[str, Any]) -> None:
         """Says which steps are bad, and raises what follows from it."""

@@ -54,7 +54,7 @@ class _Pieces:
     in front of the damage."""
 
     def __init__(self, stream: BinaryIO):
-        self._stream = stream
+        self._stream: Any = stream
 
     def read(self, size: int) -> bytes:
         """At most `size` bytes; none at the end."""
