@@ -61,6 +61,64 @@ def test_stragglers_slow_compute_alone():
 
 def test_the_imbalance_of_loads_is_that_of_the_busiest_rank():
     """Four experts on two ranks: 1 + 3 and 4 + 0, and all alike: mean of 4/4 and of even."""
+def test_uneven_routing_takes_memory_where_buffers_are_dynamic():
+    def of(software: str, routing: Routing) -> float:
+        return predict(nano(remat="none"), ClusterConfig(software=software), routing=routing).device_memory_bytes
+
+    zipf = Routing("zipf", 1.0)
+    assert of("megatron", zipf) > 1.1 * of("megatron", Routing())
+    assert of("orogen", zipf) == of("orogen", Routing())
+
+
+def test_routers_compute_in_bfloat16_whatever_the_other_products_do():
+    """FP8 leaves the time of their products, and of the head's, as it is; those of the mixers take less."""
+    plain, eight = (
+        {line.operation: line.compute_seconds for line in predict(nano(linear=linear)).rooflines}
+        for linear in ("plain", "fp8")
+    )
+    assert eight["router"] == plain["router"] and eight["head"] == plain["head"]
+    assert eight["in_proj"] == pytest.approx(plain["in_proj"] * (0.80 * 989.4) / (0.67 * 1978.9))
+
+
+def test_the_imbalance_of_loads_is_that_of_the_busiest_rank():
+    """Four experts on two ranks: 1 + 3 and 4 + 0, and all alike: mean of 4/4 and of even."""
+def test_uneven_routing_takes_memory_where_buffers_are_dynamic():
+    def of(software: str, routing: Routing) -> float:
+        return predict(nano(remat="none"), ClusterConfig(software=software), routing=routing).device_memory_bytes
+
+    zipf = Routing("zipf", 1.0)
+    assert of("megatron", zipf) > 1.1 * of("megatron", Routing())
+    assert of("orogen", zipf) == of("orogen", Routing())
+
+
+def test_routers_compute_in_bfloat16_whatever_the_other_products_do():
+    """FP8 leaves the time of their products, and of the head's, as it is; those of the mixers take less."""
+    plain, eight = (
+        {line.operation: line.compute_seconds for line in predict(nano(linear=linear)).rooflines}
+        for linear in ("plain", "fp8")
+    )
+    assert eight["router"] == plain["router"] and eight["head"] == plain["head"]
+    assert eight["in_proj"] == pytest.approx(plain["in_proj"] * (0.80 * 989.4) / (0.67 * 1978.9))
+
+
+@pytest.mark.parametrize("hidden", [0.0, 0.25, 1.0])
+def test_a_send_delays_the_next_stage_once(hidden):
+    """One microbatch through two stages: both stages' passes one after another, and two sends."""
+    cluster = ClusterConfig(software="megatron", constants=(f"overlap_stage={hidden}",))
+    config = dataclasses.replace(nano(data=1, expert=1, stage=2, microbatches=1), train=SMALL)
+    step = Step(config, cluster, machine(cluster), Routing(), 10**6)
+    hop = step.passes.hop()
+    assert hop is not None and hop.seconds > 0
+    passes = sum(time.seconds for times in step.times.values() for time in times)
+    found = step.prediction()
+    assert max(work.end for work in found.timeline) == pytest.approx(passes + 2 * hop.seconds, rel=1e-12)
+    sent = [traffic for traffic in found.communication if traffic.axes == ("stage",)]
+    # A stage sends one stream on average: stage 0 its output, stage 1 its input's gradient.
+    assert hop.record.bytes == 8192 * NANO.hidden_size * 2
+    assert any(traffic.bytes == hop.record.bytes for traffic in sent)
+    assert sum(found.seconds.values()) == pytest.approx(found.step_seconds)
+
+
     plan = PlanConfig(data=2, expert=2)
     measured = Routing("measured", loads_le=((1, 3, 4, 0), (6, 0, 1, 1)))
     assert measured.imbalance(4, plan) == pytest.approx((1 + 6 / 4) / 2)

@@ -70,7 +70,7 @@ class Passes:
         self.model, self.plan, self.work, self.imbalance = model, plan, work, imbalance
         self.hardware, self.software = machine
         self.slower = 1 + straggler
-        self.here = local(model, plan, work, dynamic=bool(self.software.dynamic))
+        self.here = local(model, plan, work, dynamic=bool(self.software.dynamic), imbalance=imbalance)
         self.clock = Clock(self.hardware, self.software, plan, dtype)
         self.links = links_of(self.hardware, self.software, Ledger(ENDS, plan, model, work))
         self.unit = functools.cache(self._unit)
@@ -84,7 +84,7 @@ class Passes:
             records = unit_collectives(ENDS, self.model, self.plan, self.work)
             mine = [r for r in records if (r.part == "embedding") == (name == EMBEDDING)]
             return self._made(name, first if name == EMBEDDING else last, mine)
-        operations = mtp_operations(here) if name == MTP else layer_operations(name, here, self.imbalance)
+        operations = mtp_operations(here) if name == MTP else layer_operations(name, here)
         operations += self._kept_between(name)
         return self._made(name, operations, unit_collectives(name, self.model, self.plan, self.work))
 

@@ -65,8 +65,7 @@ class Step:
         rows = train.batch_size // (self.plan.data * self.plan.microbatches)
         length = train.sequence_length // self.plan.context
         self.work = Workload(rows, length, BYTES[train.compute_dtype], train.carry_states)
-        experts = self.model.n_routed_experts
-        self.imbalance = routing.imbalance(experts, self.plan) if "E" in _letters(config) else 1.0
+        self.imbalance = imbalance(routing, self.model, self.plan)
         self.passes = Passes(
             self.model, self.plan, self.work, (hardware, software), dtype=train.compute_dtype,
             imbalance=self.imbalance, straggler=cluster.straggler,
@@ -255,9 +254,11 @@ def _add(table: dict, one: Sent, times: float, exposed: float) -> None:
         shown + times * one.seconds * exposed,
     )
 
+def imbalance(routing: Routing, model: ModelConfig, plan: PlanConfig) -> float:
+    """Assignments of the busiest expert rank over an even share; 1 without experts."""
+    routed = "E" in model.layers.main + model.layers.mtp
+    return routing.imbalance(model.n_routed_experts, plan) if routed else 1.0
 
-def _letters(config: RunConfig) -> str:
-    return config.model.layers.main + config.model.layers.mtp
 
 
 def _once_each(units: Sequence[str], depths: int) -> list[str]:

@@ -21,7 +21,7 @@ from orogen.parallel.schedule import chunks_per_stage
 from orogen.simulate.footprint import stage_memory
 from orogen.simulate.hardware import Hardware, Software, machine
 from orogen.simulate.pipeline import expected_flight
-from orogen.simulate.predict import Step, patterns, predict
+from orogen.simulate.predict import Step, imbalance, patterns, predict
 from orogen.simulate.prediction import Prediction
 from orogen.simulate.routing import BALANCED, Routing
 
@@ -75,7 +75,7 @@ def search(config: RunConfig, cluster: ClusterConfig, devices: int, *, routing: 
         legal += 1
         if _bubble(plan) > FAR:
             continue
-        lightest = _lightest(config, plan, hardware, software)
+        lightest = _lightest(config, plan, (hardware, software), routing)
         if lightest is not None:
             tried = dataclasses.replace(config, plan=lightest)
             step = Step(tried, cluster, (hardware, software), routing, most=0)
@@ -161,18 +161,20 @@ def _bubble(plan: PlanConfig) -> float:
     return 1 + (plan.stage - 1) / (plan.microbatches * (plan.virtual or 1))
 
 
-def _lightest(config: RunConfig, plan: PlanConfig, hardware: Hardware, software: Software) -> PlanConfig | None:
+def _lightest(
+    config: RunConfig, plan: PlanConfig, machine: tuple[Hardware, Software], routing: Routing
+) -> PlanConfig | None:
     """The plan with the least sharding and recomputation with which it fits; None if it never does."""
-    train, model = config.train, config.model
+    train, model, (hardware, software) = config.train, config.model, machine
     rows, tokens = train.batch_size // (plan.data * plan.microbatches), train.sequence_length // plan.context
     work = Workload(rows, tokens, BYTES[train.compute_dtype])
     virtual = chunks_per_stage(plan, model)
     flight = expected_flight(plan.schedule, plan.stage, plan.microbatches, virtual)
-    layers = patterns(model, plan.stage, virtual, train)
+    layers, uneven = patterns(model, plan.stage, virtual, train), imbalance(routing, model, plan)
     for fsdp in SHARDED if plan.fsdp != "none" and plan.stage == 1 else (plan.fsdp,):
         for remat in REMATS:
             tried = dataclasses.replace(plan, fsdp=fsdp, remat=remat)
-            here = local(model, tried, work, dynamic=bool(software.dynamic))
+            here = local(model, tried, work, dynamic=bool(software.dynamic), imbalance=uneven)
             alike = bool(software.one_program)
             memory = stage_memory(here, config.optimizer, layers, flight, alike=alike, ends=True)
             if max(stage.total for stage in memory) <= hardware.memory_bytes:
@@ -193,7 +195,7 @@ def nearest_feasible(
     config = dataclasses.replace(config, data=None)
     while not found and devices <= MOST_DEVICES:
         plans = sorted(candidates(config, hardware, devices), key=lambda plan: _distance(plan, config.plan))
-        lightest = (_lightest(config, plan, hardware, software) for plan in plans)
+        lightest = (_lightest(config, plan, (hardware, software), routing) for plan in plans)
         found = [plan for plan in lightest if plan][:1]
         devices = 2 ** devices.bit_length()
     if not found:
