@@ -72,6 +72,14 @@ def end_operations(here: Local, depths: int) -> tuple[list[Operation], list[Oper
     return first, last * depths
 
 
+def logit_operations(here: Local) -> list[Operation]:
+    """The final norm of all tokens, and the head at one position of each sequence, as an engine applies it."""
+    model, plan = here.model, here.plan
+    stream, columns = here.own * model.hidden_size * here.itemsize, plan.vocab_rows(model.vocab_size) // plan.tensor
+    head = product("head", here.rows, model.hidden_size, columns, here.itemsize)
+    return [memory("norm", 2 * stream, 3 * stream), head]
+
+
 def mtp_operations(here: Local) -> list[Operation]:
     """What the multi-token-prediction block has beside its layers, for one depth."""
     size = here.model.hidden_size
