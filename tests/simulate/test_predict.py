@@ -14,11 +14,13 @@ from orogen.config.plan import PlanConfig
 from orogen.config.run import OptimizerConfig, RunConfig, TrainConfig
 from orogen.cost.flops import training_flops_per_token
 from orogen.simulate.budget import best_interval, goodput
-from orogen.simulate.predict import predict
+from orogen.simulate.hardware import machine
+from orogen.simulate.predict import Step, predict
 from orogen.simulate.routing import Routing, read_routing
 
 MEASURED = pathlib.Path(__file__).parents[2] / "experiments" / "two_gpus" / "results.jsonl"
 NANO = load(["gin_configs/models/nemotron3_nano_30b_a3b.gin"])[0].model
+SMALL = TrainConfig(steps=1, batch_size=1, sequence_length=8192, seed=0, compute_dtype="bfloat16")
 
 
 def nano(**plan) -> RunConfig:
@@ -59,29 +61,6 @@ def test_stragglers_slow_compute_alone():
     assert after["straggler"] == pytest.approx(0.5 * before["compute"], rel=0.2)  # compute has what sending slows
 
 
-def test_the_imbalance_of_loads_is_that_of_the_busiest_rank():
-    """Four experts on two ranks: 1 + 3 and 4 + 0, and all alike: mean of 4/4 and of even."""
-def test_uneven_routing_takes_memory_where_buffers_are_dynamic():
-    def of(software: str, routing: Routing) -> float:
-        return predict(nano(remat="none"), ClusterConfig(software=software), routing=routing).device_memory_bytes
-
-    zipf = Routing("zipf", 1.0)
-    assert of("megatron", zipf) > 1.1 * of("megatron", Routing())
-    assert of("orogen", zipf) == of("orogen", Routing())
-
-
-def test_routers_compute_in_bfloat16_whatever_the_other_products_do():
-    """FP8 leaves the time of their products, and of the head's, as it is; those of the mixers take less."""
-    plain, eight = (
-        {line.operation: line.compute_seconds for line in predict(nano(linear=linear)).rooflines}
-        for linear in ("plain", "fp8")
-    )
-    assert eight["router"] == plain["router"] and eight["head"] == plain["head"]
-    assert eight["in_proj"] == pytest.approx(plain["in_proj"] * (0.80 * 989.4) / (0.67 * 1978.9))
-
-
-def test_the_imbalance_of_loads_is_that_of_the_busiest_rank():
-    """Four experts on two ranks: 1 + 3 and 4 + 0, and all alike: mean of 4/4 and of even."""
 def test_uneven_routing_takes_memory_where_buffers_are_dynamic():
     def of(software: str, routing: Routing) -> float:
         return predict(nano(remat="none"), ClusterConfig(software=software), routing=routing).device_memory_bytes
@@ -119,6 +98,8 @@ def test_a_send_delays_the_next_stage_once(hidden):
     assert sum(found.seconds.values()) == pytest.approx(found.step_seconds)
 
 
+def test_the_imbalance_of_loads_is_that_of_the_busiest_rank():
+    """Four experts on two ranks: 1 + 3 and 4 + 0, and all alike: mean of 4/4 and of even."""
     plan = PlanConfig(data=2, expert=2)
     measured = Routing("measured", loads_le=((1, 3, 4, 0), (6, 0, 1, 1)))
     assert measured.imbalance(4, plan) == pytest.approx((1 + 6 / 4) / 2)
