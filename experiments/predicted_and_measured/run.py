@@ -92,7 +92,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
     axes.invert_yaxis()
     axes.axvspan(-5, 5, color=LIGHT.grid, zorder=0)
     axes.axvline(0, color=LIGHT.ink, linewidth=1)
-    axes.set(xlabel="predicted over measured, %, less 100 (band: 5 %; orange: predicted before it was measured)")
+    axes.set(xlabel="error of the prediction, % (band: 5 %; orange: before it was measured)")
     axes.spines[:].set_visible(False)
     figure.savefig(path)
 

@@ -1,7 +1,7 @@
 """Predicts every published row and compares: `python experiments/published_tables/run.py`.
 
 Writes `results.jsonl` and draws `figure.png` from it; `--draw` only draws. `--constants F` takes the constants of a
-file that `fit.py` wrote in place of the simulator's.
+file that `fit.py` wrote in place of the simulator's; it writes `results_fitted.jsonl` instead, and draws nothing.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from tables import FOLDER, PASSES, Row, both_seconds, cluster, config, fitted, j
 from orogen.simulate.predict import predict
 from orogen.simulate.prediction import Prediction
 
-RESULTS = FOLDER / "results.jsonl"
+RESULTS, WITH_CONSTANTS = FOLDER / "results.jsonl", FOLDER / "results_fitted.jsonl"
 Result = dict[str, Any]
 
 
@@ -109,9 +109,11 @@ def _summary(name: str, results: Sequence[Result], *, whole: bool = False) -> st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--draw", action="store_true")
-    parser.add_argument("--constants", type=Path)
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--draw", action="store_true")
+    either.add_argument("--constants", type=Path)
     options = parser.parse_args()
+    path = WITH_CONSTANTS if options.constants else RESULTS
     if not options.draw:
         by_hardware = json.loads(options.constants.read_text()) if options.constants else {}
         chosen = set(fitted())
@@ -119,9 +121,10 @@ def main() -> None:
             compare(row, by_hardware.get(row["hardware"], {}), chosen=row["id"] in chosen)
             for row in judged(read_rows())
         ]
-        RESULTS.write_text("".join(json.dumps(result) + "\n" for result in results))
-    results = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    draw(results, FOLDER / "figure.png")
+        path.write_text("".join(json.dumps(result) + "\n" for result in results))
+    results = [json.loads(line) for line in path.read_text().splitlines()]
+    if not options.constants:
+        draw(results, FOLDER / "figure.png")
     print_tables(results)
     print_memory(read_rows())
 

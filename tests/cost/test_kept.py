@@ -70,9 +70,20 @@ def test_what_is_offloaded_is_on_the_host():
 
 def test_rows_of_experts_by_hand():
     """64 tokens with 3 of 24 experts each, on four expert ranks: 192 assignments are an even share."""
-    of = lambda **plan: expert_rows(local(MODEL, PlanConfig(expert=4, data=4, **plan), WORK), 1.25)  # noqa: E731
+
+    def of(*, dynamic: bool = False, **plan):
+        return expert_rows(local(MODEL, PlanConfig(expert=4, data=4, **plan), WORK, dynamic=dynamic, imbalance=1.25))
+
+    assert of(dispatch="ragged", dynamic=True) == (240, 240)
     assert of(dispatch="ragged") == (240, 64 * 4 * 3)
     assert of(dispatch="ragged", buffer_factor=1.5) == (240, 288)
     assert of(dispatch="ragged", buffer_factor=1.0) == (192, 192)
     assert of(dispatch="alltoall", capacity_factor=1.5) == (24 * 12, 24 * 12)
     assert of(dispatch="alltoall") == (24 * 64, 24 * 64)
+
+
+def test_dynamic_buffers_keep_the_rows_of_the_busiest_rank():
+    """As above: 240 rows of 18 latent numbers and of 22 hidden ones, of 2 bytes each."""
+    sizes = PlanConfig(expert=4, data=4, dispatch="ragged", remat="none")
+    held, _ = kept_bytes("E", local(MODEL, sizes, WORK, dynamic=True, imbalance=1.25))
+    assert (held["rows"], held["expert_activation"]) == (240 * 18 * 2, 240 * 22 * 2)

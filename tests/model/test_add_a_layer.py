@@ -81,7 +81,7 @@ def toy(monkeypatch):
             Weight((model.hidden_size, WIDTH), ("embed", "mlp")),
         ],
         "LAYER_KEPT": lambda here: {"toy": here.tokens * here.split(WIDTH) * here.itemsize},
-        "LAYER_OPERATIONS": lambda here, _: [
+        "LAYER_OPERATIONS": lambda here: [
             product("up", here.tokens, here.model.hidden_size, here.split(WIDTH), here.itemsize, makes="toy"),
             product("down", here.tokens, here.split(WIDTH), here.model.hidden_size, here.itemsize, last=True),
         ],

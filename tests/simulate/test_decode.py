@@ -1,5 +1,6 @@
 """Inference: caches by hand and beside the engine's own, and our measurements of decoding."""
 
+import dataclasses
 import json
 
 import pytest
@@ -36,6 +37,41 @@ def test_a_requests_cache_by_hand():
     assert halves.states == found.states / 2
 
 
+def test_windows_keep_a_ring_that_is_read_up_to_the_text():
+    """gpt-oss-20b: 12 layers with a window of 128 tokens and 12 without, 8 key heads of 64 each."""
+    config, each = model("gpt_oss_20b"), 12 * (2 * 8 * 64 * 2 + 4)
+    cache = cache_of(config, PlanConfig(), engine())
+    assert (cache.per_token, cache.windowed, cache.states) == (each, each, 0)
+    of = lambda prompt: predict_inference(  # noqa: E731
+        config, engine=engine(slots=3, prefill_tokens=512), prompt=prompt, new=2
+    )
+    assert of(1000).memory["key_values"] == 3 * each * (1002 + 128 + 512)
+    assert of(1000).memory["states"] == 0
+    read = 3.35e12 * 0.8
+    inside, beyond = of(100).step_seconds - of(40).step_seconds, of(1000).step_seconds - of(400).step_seconds
+    assert inside == pytest.approx(3 * 2 * each * 60 / read) and beyond == pytest.approx(3 * each * 600 / read)
+
+
+def test_a_prompt_pays_for_the_logits_of_its_last_position_alone():
+    """Twice the vocabulary adds one read of 32,768 columns of 2,048 weights, an input row and the logits."""
+    config = model("r1")
+    narrow, wide = (
+        predict_inference(dataclasses.replace(config, vocab_size=size), engine=engine(), prompt=8192)
+        for size in (32768, 65536)
+    )
+    added = wide.first_token_seconds - narrow.first_token_seconds
+    assert added == pytest.approx(2 * 32768 * 2049 / (3.35e12 * 0.8), rel=1e-6)
+
+
+@pytest.mark.parametrize("plan", [PlanConfig(), PlanConfig(tensor=2)])
+def test_without_a_drafter_depths_of_mtp_take_no_time(plan):
+    found = [
+        predict_inference(hybrid(mtp_depths=depths), plan=plan, engine=engine(slots=4), prompt=64) for depths in (1, 3)
+    ]
+    assert found[0].first_token_seconds == found[1].first_token_seconds
+    assert found[0].step_seconds == found[1].step_seconds
+
+
 def test_nano_2_reads_128k_tokens_on_a_card_of_22_gib():
     """arXiv:2508.14444: the 9B model was pruned for 128k tokens on an A10G, the 12B model does not fit in bfloat16."""
     card = ClusterConfig(memory_gib=22.0)
@@ -43,10 +79,15 @@ def test_nano_2_reads_128k_tokens_on_a_card_of_22_gib():
     assert largest_context(model("nemotron_nano_12b_v2"), card, engine=engine()) == 0
 
 
-@pytest.mark.parametrize(("slots", "measured"), [(1, 689), (64, 13_568)])
-def test_decoding_on_our_h100_is_met(slots, measured):
+@pytest.mark.parametrize(
+    ("hardware", "slots", "measured"),
+    [("h100", 1, 817), ("h100", 64, 13_568), ("h200", 1, 917), ("h200", 4, 2_728), ("h200", 64, 18_635)],
+)
+def test_our_decoding_is_met(hardware, slots, measured):
     """experiments/decode_throughput: R1 after a prompt of 1,024 tokens."""
-    found = predict_inference(model("r1"), engine=engine(slots=slots), prompt=1024, new=128)
+    found = predict_inference(
+        model("r1"), ClusterConfig(hardware=hardware), engine=engine(slots=slots), prompt=1024, new=128
+    )
     assert found.tokens_per_second == pytest.approx(measured, rel=0.1)
 
 

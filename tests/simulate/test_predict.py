@@ -14,11 +14,13 @@ from orogen.config.plan import PlanConfig
 from orogen.config.run import OptimizerConfig, RunConfig, TrainConfig
 from orogen.cost.flops import training_flops_per_token
 from orogen.simulate.budget import best_interval, goodput
-from orogen.simulate.predict import predict
+from orogen.simulate.hardware import machine
+from orogen.simulate.predict import Step, predict
 from orogen.simulate.routing import Routing, read_routing
 
 MEASURED = pathlib.Path(__file__).parents[2] / "experiments" / "two_gpus" / "results.jsonl"
 NANO = load(["gin_configs/models/nemotron3_nano_30b_a3b.gin"])[0].model
+SMALL = TrainConfig(steps=1, batch_size=1, sequence_length=8192, seed=0, compute_dtype="bfloat16")
 
 
 def nano(**plan) -> RunConfig:
@@ -57,6 +59,43 @@ def test_stragglers_slow_compute_alone():
     before, after = (predict(nano(), ClusterConfig(straggler=s)).seconds for s in (0.0, 0.5))
     assert before["straggler"] == 0
     assert after["straggler"] == pytest.approx(0.5 * before["compute"], rel=0.2)  # compute has what sending slows
+
+
+def test_uneven_routing_takes_memory_where_buffers_are_dynamic():
+    def of(software: str, routing: Routing) -> float:
+        return predict(nano(remat="none"), ClusterConfig(software=software), routing=routing).device_memory_bytes
+
+    zipf = Routing("zipf", 1.0)
+    assert of("megatron", zipf) > 1.1 * of("megatron", Routing())
+    assert of("orogen", zipf) == of("orogen", Routing())
+
+
+def test_routers_compute_in_bfloat16_whatever_the_other_products_do():
+    """FP8 leaves the time of their products, and of the head's, as it is; those of the mixers take less."""
+    plain, eight = (
+        {line.operation: line.compute_seconds for line in predict(nano(linear=linear)).rooflines}
+        for linear in ("plain", "fp8")
+    )
+    assert eight["router"] == plain["router"] and eight["head"] == plain["head"]
+    assert eight["in_proj"] == pytest.approx(plain["in_proj"] * (0.80 * 989.4) / (0.67 * 1978.9))
+
+
+@pytest.mark.parametrize("hidden", [0.0, 0.25, 1.0])
+def test_a_send_delays_the_next_stage_once(hidden):
+    """One microbatch through two stages: both stages' passes one after another, and two sends."""
+    cluster = ClusterConfig(software="megatron", constants=(f"overlap_stage={hidden}",))
+    config = dataclasses.replace(nano(data=1, expert=1, stage=2, microbatches=1), train=SMALL)
+    step = Step(config, cluster, machine(cluster), Routing(), 10**6)
+    hop = step.passes.hop()
+    assert hop is not None and hop.seconds > 0
+    passes = sum(time.seconds for times in step.times.values() for time in times)
+    found = step.prediction()
+    assert max(work.end for work in found.timeline) == pytest.approx(passes + 2 * hop.seconds, rel=1e-12)
+    sent = [traffic for traffic in found.communication if traffic.axes == ("stage",)]
+    # A stage sends one stream on average: stage 0 its output, stage 1 its input's gradient.
+    assert hop.record.bytes == 8192 * NANO.hidden_size * 2
+    assert any(traffic.bytes == hop.record.bytes for traffic in sent)
+    assert sum(found.seconds.values()) == pytest.approx(found.step_seconds)
 
 
 def test_the_imbalance_of_loads_is_that_of_the_busiest_rank():

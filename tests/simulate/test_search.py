@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import types
 
 import pytest
 from tests.helpers import hybrid, run_config
@@ -13,6 +14,7 @@ from orogen.config.checks import ConfigError
 from orogen.config.cluster import HARDWARE, SOFTWARE, ClusterConfig
 from orogen.config.load import load
 from orogen.config.plan import PlanConfig
+from orogen.config.run import RunConfig
 from orogen.parallel.legal import fold_plan
 from orogen.simulate.hardware import machine
 from orogen.simulate.predict import predict
@@ -69,6 +71,33 @@ def test_less_memory_brings_more_recomputation_or_sharding():
         search(CONFIG, dataclasses.replace(CLUSTER, memory_gib=1e-6), 4)
     with pytest.raises(ConfigError, match="no plan on 13 devices is legal"):
         search(CONFIG, CLUSTER, 13)
+
+
+def test_plans_that_are_skipped_are_named():
+    """One sequence: every pipeline of four stages takes 4 times as long as its work, or 2.5 with two chunks."""
+    one = run_config(hybrid(), batch_size=1, sequence_length=48, compute_dtype="bfloat16")
+    ranking = search(one, CLUSTER, 4)
+    assert ranking.skipped > 0 and ranking.fitting + ranking.skipped <= ranking.legal
+    assert f"{ranking.skipped} were skipped" in explain(ranking)[0]
+    with pytest.raises(ConfigError) as refused:
+        search(one, dataclasses.replace(CLUSTER, memory_gib=1e-6), 4)
+    assert f"none of {ranking.legal - ranking.skipped} legal plans on 4 devices fits" in str(refused.value)
+    assert f"{ranking.skipped} legal plans were skipped" in str(refused.value)
+    assert str(refused.value).endswith("expected more devices or memory or a larger batch")
+
+
+def test_a_search_whose_estimates_fit_and_whose_predictions_do_not_is_refused(monkeypatch):
+    monkeypatch.setattr("orogen.simulate.search.predict", lambda *_, **__: types.SimpleNamespace(fits=False))
+    with pytest.raises(ConfigError, match=r"none of \d+ legal plans on 4 devices fits into 79 GiB"):
+        search(CONFIG, CLUSTER, 4)
+
+
+def test_a_plan_that_is_refused_without_a_word_is_not_legal(monkeypatch):
+    def refuse(_):
+        raise ConfigError("")
+
+    monkeypatch.setattr(RunConfig, "check", refuse)
+    assert not list(candidates(CONFIG, machine(CLUSTER)[0], 4))
 
 
 def test_the_nearest_plan_keeps_what_it_can():

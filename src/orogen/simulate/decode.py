@@ -18,19 +18,22 @@ from orogen.cost.ledger import ENDS, Ledger, Workload
 from orogen.cost.weights import Weight, weights
 from orogen.parallel.legal import fold_plan
 from orogen.simulate.hardware import Hardware, Software, machine
-from orogen.simulate.passes import EMBEDDING, FORWARD, HEAD, Passes
+from orogen.simulate.passes import FORWARD, LOGITS, TOKENS, Passes
 
 INT32 = 4
 # More tokens than any text has: the longest context where nothing grows with it.
 LONGEST = 2**24
-# Kernels of a decoding layer that one program launches one after another.
-KERNELS = 8
+# Kernels of a decoding layer that one program launches one after another: R1's step has 327 in 24 layers and the head
+# (experiments/decode_throughput).
+KERNELS = 13
 
 
 class Cache(NamedTuple):
-    """Bytes of one request on one device: per token of its text, and however long it is: states, the replay ring."""
+    """Bytes of one request on one device. per_token: keys and values per token of its text; windowed: those of layers
+    with a window, per token of their ring; states, ring (of replay): however long the text is."""
 
     per_token: float
+    windowed: float
     states: float
     ring: float
 
@@ -60,12 +63,12 @@ def cache_of(model: ModelConfig, plan: PlanConfig, engine: EngineConfig) -> Cach
     """What a request keeps on one device of `plan`: keys and values, and Mamba's states, windows and replay ring."""
     here, size = local(model, plan, Workload(1, 1, BYTES[engine.compute_dtype])), BYTES[engine.compute_dtype]
     state = 2 if engine.state_dtype == "float16" else FLOAT32
-    token = states = ring = 0.0
+    token = windowed = states = ring = 0.0
     letters = model.layers.main + (model.layers.mtp if engine.drafter == "mtp" else "")
     for letter in letters:
         if letter in "*w":
             kept = 2 * here.split(model.num_key_value_heads) * model.head_dim * size + INT32
-            token, states = (token + kept, states) if letter == "*" else (token, states + kept * model.sliding_window)
+            token, windowed = (token + kept, windowed) if letter == "*" else (token, windowed + kept)
         elif letter == "+":
             token += (model.kv_lora_rank + model.qk_rope_head_dim) * size + INT32
         elif letter == "M":
@@ -78,7 +81,7 @@ def cache_of(model: ModelConfig, plan: PlanConfig, engine: EngineConfig) -> Cach
             inner = here.split(model.mamba_intermediate_size)
             states += inner * (model.ssm_state_size * state + (model.conv_kernel - 1) * size)
             ring += engine.replayed * inner * (size + FLOAT32)
-    return Cache(token, states, ring)
+    return Cache(token, windowed, states, ring)
 
 
 class Serving(NamedTuple):
@@ -100,6 +103,14 @@ class Serving(NamedTuple):
         return self.plan.vocab_rows(self.model.vocab_size) // self.plan.tensor
 
     @property
+    def window_bytes(self) -> float:
+        """A request's keys and values of layers with a window: those tokens, and the piece of a prompt that is read
+        beside them (model/slots.py, `Ringed`)."""
+        engine = self.engine
+        piece = engine.chunk if engine.exact else engine.prefill_tokens
+        return self.cache.windowed * (self.model.sliding_window + piece) if self.cache.windowed else 0.0
+
+    @property
     def itemsize(self) -> int:
         """Bytes of a weight or an activation."""
         return BYTES[self.engine.compute_dtype]
@@ -112,8 +123,8 @@ def predict_inference(
     """The memory and speed of `engine` serving `model`, with prompts and answers of so many tokens in every slot.
 
     plan: None for one device; only data, tensor and expert ranks are read. Decoding is bound by bytes: every step reads
-    the weights that its tokens use, their keys and values, and reads and writes states, or replays them. Raises
-    ConfigError for plans and hardware that do not exist.
+    the weights that its tokens use, their keys and values (of a window, those within it), and reads and writes states,
+    or replays them. Raises ConfigError for plans and hardware that do not exist.
     """
     engine = engine or EngineConfig(compute_dtype="bfloat16", slots=1, max_length=prompt + new)
     plan = dataclasses.replace(plan or PlanConfig(), attention="blocked", ssd="triton", remat="none", microbatches=1)
@@ -130,7 +141,7 @@ def predict_inference(
     step, limit = _step(serving, (hardware, software), prompt + new / 2)
     reading = Workload(1, prompt, serving.itemsize)
     passes = Passes(model, plan, reading, (hardware, software), dtype=engine.compute_dtype)
-    first = passes.time([EMBEDDING, *model.layers.main, HEAD], FORWARD).seconds
+    first = passes.time([TOKENS, *model.layers.main, LOGITS], FORWARD).seconds
     left = hardware.memory_bytes - total + cache.per_token * slots * length
     longest = math.floor(left / (cache.per_token * slots)) if cache.per_token else LONGEST
     return Inference(
@@ -167,13 +178,13 @@ def _memory(serving: Serving, length: int) -> dict[str, float]:
     """Bytes on one device by part, with texts of `length` tokens in all slots."""
     engine, cache, slots = serving.engine, serving.cache, serving.slots
     drafts = 0 if engine.drafter == "none" else engine.drafts
-    snapshots = engine.snapshots if cache.states and engine.prefix_cache else 0
+    snapshots = engine.snapshots if engine.prefix_cache else 0
     return {
         "weights": sum(serving.weights.values()),
-        "key_values": cache.per_token * slots * length,
+        "key_values": (cache.per_token * length + serving.window_bytes) * slots,
         "states": cache.states * slots,
         "ring": cache.ring * slots,
-        "snapshots": cache.states * snapshots,
+        "snapshots": (cache.states + serving.window_bytes) * snapshots,
         "logits": slots * (1 + drafts) * serving.columns * FLOAT32,
     }
 
@@ -181,7 +192,7 @@ def _memory(serving: Serving, length: int) -> dict[str, float]:
 def _step(serving: Serving, machine: tuple[Hardware, Software], length: float) -> tuple[float, str]:
     """Seconds of one decoding step for every slot, and what takes most of them."""
     model, plan, engine, slots, cache, held = serving
-    hardware, _ = machine
+    shares, hardware = machine[0].shares, machine[0]
     tokens = slots * plan.data if plan.expert > 1 else slots
     used = 1.0
     if model.n_routed_experts:  # distinct experts of so many tokens, evenly chosen
@@ -189,22 +200,23 @@ def _step(serving: Serving, machine: tuple[Hardware, Software], length: float) -
     embedding = 0 if model.tie_word_embeddings else serving.columns * model.hidden_size * serving.itemsize
     # Replayed states are written once per ring, and the ring is read with every token (ReplaySSM).
     states = cache.states * (2 if not engine.replayed else 1 + 1 / engine.replayed) + cache.ring
+    # A window's keys and values are at most as many as the text has.
+    seen = min(length, model.sliding_window) if cache.windowed else 0
     read = {
-        "routed experts": held["routed"] * used,
         "other weights": held["others"] - embedding,
-        "keys and values": cache.per_token * slots * length,
+        "keys and values": (cache.per_token * length + cache.windowed * seen) * slots,
         "states": states * slots,
     }
-    bandwidth = hardware.bandwidth * hardware.shares.memory
+    parts = {name: size / (hardware.bandwidth * shares.memory) for name, size in read.items()}
+    parts["routed experts"] = held["routed"] * used / (hardware.bandwidth * shares.decode_experts)
     passes = Passes(model, plan, Workload(slots, 1, serving.itemsize), machine, dtype=engine.compute_dtype)
-    units = [*model.layers.main, HEAD]
+    units = [*model.layers.main, LOGITS]
     # Kernels for few rows are bound by bytes; their products run at the usual share once there are enough rows.
     flops = sum(line.flops for unit in units for line in passes.unit(unit).work[FORWARD])
-    parts = {name: size / bandwidth for name, size in read.items()}
-    compute = flops / (hardware.peak_flops[engine.compute_dtype] * hardware.shares.matmul)
+    compute = flops / (hardware.peak_flops[engine.compute_dtype] * shares.matmul)
     if compute > sum(parts.values()):
         parts = {"products": compute}
-    parts["kernels"] = len(units) * KERNELS * hardware.shares.launch
+    parts["kernels"] = len(units) * KERNELS * shares.decode_launch
     parts["communication"] = sum(one.seconds for unit in units for one in passes.unit(unit).sent[FORWARD])
     seconds, most = sum(parts.values()), max(parts, key=lambda name: parts[name])
     return seconds, f"{most} {100 * parts[most] / seconds:.0f} %"

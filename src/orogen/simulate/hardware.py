@@ -31,6 +31,8 @@ class Shares:
     ssd_backward: Annotated[float, "share of the memory bandwidth, SSD and scans, backward pass"] = 0.47
     memory: Annotated[float, "share of the memory bandwidth, elementwise kernels"] = 0.80
     launch: Annotated[float, "seconds that a kernel takes beside its work"] = 4e-6
+    decode_launch: Annotated[float, "the same in a decoding step, all of whose kernels one program launches"] = 2e-6
+    decode_experts: Annotated[float, "share of the memory bandwidth at which a decoding step reads experts"] = 0.63
     node: Annotated[float, "share of the node's links that large collectives reach"] = 0.80
     node_few: Annotated[float, "loss of that share with two devices, relative; with n devices 2/n of it"] = 0.28
     network: Annotated[float, "share of the network between nodes that large exchanges reach"] = 0.90
@@ -84,8 +86,8 @@ HOPPER = {
     "tile": (128, 256),
 }
 HOPPER_FITTED = (
-    "experiments/gpu_throughput and two_gpus; NCCL 2.29 and GEMM tables of aiconfigurator (h100_sxm); the rows of "
-    "experiments/published_tables/fitted.json"
+    "experiments/gpu_throughput, two_gpus and decode_throughput; NCCL 2.29 and GEMM tables of aiconfigurator "
+    "(h100_sxm); the rows of experiments/published_tables/fitted.json"
 )
 BLACKWELL = {
     "peak_flops": {"bfloat16": 2500e12, "float32": 1250e12, "fp8": 5000e12, "nvfp4": 10000e12},

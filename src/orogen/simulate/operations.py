@@ -47,14 +47,11 @@ def memory(name: str, forward: float, backward: float, *, makes: str = "", kerne
     return Operation(name, "memory", 0, forward, (0, backward), makes=makes, kernels=kernels)
 
 
-def layer_operations(letter: str, here: Local, imbalance: float) -> list[Operation]:
-    """All operations of a layer: its norm, its mixer, and the sum with the residual stream.
-
-    imbalance: rows of the busiest expert rank over an even share.
-    """
+def layer_operations(letter: str, here: Local) -> list[Operation]:
+    """All operations of a layer: its norm, its mixer, and the sum with the residual stream."""
     stream = here.own * here.model.hidden_size * here.itemsize
     around = [memory("norm", 2 * stream, 3 * stream, makes="norm"), memory("residual", 2 * stream, 2 * stream)]
-    return [*LAYER_OPERATIONS[letter](here, imbalance), *around]
+    return [*LAYER_OPERATIONS[letter](here), *around]
 
 
 def end_operations(here: Local, depths: int) -> tuple[list[Operation], list[Operation]]:
@@ -75,6 +72,14 @@ def end_operations(here: Local, depths: int) -> tuple[list[Operation], list[Oper
     return first, last * depths
 
 
+def logit_operations(here: Local) -> list[Operation]:
+    """The final norm of all tokens, and the head at one position of each sequence, as an engine applies it."""
+    model, plan = here.model, here.plan
+    stream, columns = here.own * model.hidden_size * here.itemsize, plan.vocab_rows(model.vocab_size) // plan.tensor
+    head = product("head", here.rows, model.hidden_size, columns, here.itemsize)
+    return [memory("norm", 2 * stream, 3 * stream), head]
+
+
 def mtp_operations(here: Local) -> list[Operation]:
     """What the multi-token-prediction block has beside its layers, for one depth."""
     size = here.model.hidden_size
@@ -83,7 +88,7 @@ def mtp_operations(here: Local) -> list[Operation]:
     return [norms, product("mtp_projection", here.own, 2 * size, size, here.itemsize)]
 
 
-def _attention(here: Local, _: float, window: int | None = None) -> list[Operation]:
+def _attention(here: Local, window: int | None = None) -> list[Operation]:
     model, n, size = here.model, here.tokens, here.itemsize
     heads, keys = here.split(model.num_attention_heads), here.split(model.num_key_value_heads)
     queries, width = heads * model.head_dim, (heads + 2 * keys) * model.head_dim
@@ -113,7 +118,7 @@ def _core(here: Local, heads: int, key: int, value: int, window: int | None = No
     return [Operation("attention", "scores", flops, forward, (2 * flops, backward), makes="core", kernels=4)]
 
 
-def _latent_attention(here: Local, _: float) -> list[Operation]:
+def _latent_attention(here: Local) -> list[Operation]:
     model, n, size = here.model, here.tokens, here.itemsize
     heads, rank, latent = here.split(model.num_attention_heads), model.q_lora_rank, model.kv_lora_rank
     key, rope = model.qk_nope_head_dim + model.qk_rope_head_dim, model.qk_rope_head_dim
@@ -132,7 +137,7 @@ def _latent_attention(here: Local, _: float) -> list[Operation]:
     ]
 
 
-def _mlp(here: Local, _: float, hidden: int | None = None, prefix: str = "") -> list[Operation]:
+def _mlp(here: Local, hidden: int | None = None, prefix: str = "") -> list[Operation]:
     model, n, size = here.model, here.tokens, here.itemsize
     width, gates = here.split(hidden or model.intermediate_size), 1 + model.mlp_gated
     inner = n * width * size
@@ -143,7 +148,7 @@ def _mlp(here: Local, _: float, hidden: int | None = None, prefix: str = "") -> 
     ]
 
 
-def _mamba2(here: Local, _: float) -> list[Operation]:
+def _mamba2(here: Local) -> list[Operation]:
     model, n, size = here.model, here.tokens, here.itemsize
     heads, groups = here.split(model.mamba_num_heads), here.split(model.n_groups)
     inner, states = heads * model.mamba_head_dim, groups * model.ssm_state_size
@@ -163,7 +168,7 @@ def _mamba2(here: Local, _: float) -> list[Operation]:
     ]
 
 
-def _mamba1(here: Local, _: float) -> list[Operation]:
+def _mamba1(here: Local) -> list[Operation]:
     model, n, size = here.model, here.tokens, here.itemsize
     inner, state, rank = here.split(model.mamba_intermediate_size), model.ssm_state_size, model.time_step_rank
     numbers, scan = n * inner * size, 6 * n * inner * state
@@ -178,9 +183,9 @@ def _mamba1(here: Local, _: float) -> list[Operation]:
     ]
 
 
-def _experts(here: Local, imbalance: float) -> list[Operation]:
+def _experts(here: Local) -> list[Operation]:
     model, plan, size = here.model, here.plan, here.itemsize
-    rows, room = expert_rows(here, imbalance)
+    rows, room = expert_rows(here)
     width, hidden, gates = model.expert_width, model.moe_intermediate_size // plan.expert_tensor, 1 + model.mlp_gated
     local, n = model.n_routed_experts // plan.expert, here.routed
     scores = n * model.n_routed_experts * FLOAT32
@@ -203,7 +208,7 @@ def _experts(here: Local, imbalance: float) -> list[Operation]:
         found.append(product("latent_down", n, model.hidden_size, latent, size, makes="latent"))
         found.append(product("latent_up", n, latent, model.hidden_size, size, last=True))
     if shared := model.moe_shared_expert_intermediate_size:
-        found += _mlp(here, imbalance, shared, "shared_")
+        found += _mlp(here, shared, "shared_")
     return found
 
 
@@ -220,11 +225,11 @@ def names(operations: Iterable[Operation]) -> list[str]:
 
 
 # By letter: the operations of its mixer.
-LAYER_OPERATIONS: dict[str, Callable[[Local, float], list[Operation]]] = {
+LAYER_OPERATIONS: dict[str, Callable[[Local], list[Operation]]] = {
     "M": _mamba2,
     "m": _mamba1,
     "*": _attention,
-    "w": lambda here, imbalance: _attention(here, imbalance, here.model.sliding_window),
+    "w": lambda here: _attention(here, here.model.sliding_window),
     "+": _latent_attention,
     "-": _mlp,
     "E": _experts,

@@ -8,13 +8,21 @@ from typing import NamedTuple
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.remat import FUSED
+from orogen.cost.collectives import embedded, enter
 from orogen.cost.communication import unit_collectives
 from orogen.cost.kept import FLOAT32, kept_bytes, local
 from orogen.cost.ledger import ENDS, LOAD, MTP, PIPELINE, Collective, Ledger, Workload
 from orogen.cost.weights import weights
 from orogen.simulate.hardware import Hardware, Software
 from orogen.simulate.links import KIND_NAMES, kind_of, links_of
-from orogen.simulate.operations import Operation, end_operations, layer_operations, memory, mtp_operations
+from orogen.simulate.operations import (
+    Operation,
+    end_operations,
+    layer_operations,
+    logit_operations,
+    memory,
+    mtp_operations,
+)
 from orogen.simulate.prediction import Roofline
 from orogen.simulate.roofline import Clock
 
@@ -22,6 +30,8 @@ FORWARD, BACKWARD = "forward", "backward"
 PHASES = (FORWARD, BACKWARD)
 # The units of the first and of the last segment beside their layers.
 EMBEDDING, HEAD = "embedding", "head"
+# In inference, in their place: the tokens' embedding, and logits of each sequence's last position.
+TOKENS, LOGITS = "tokens", "logits"
 
 
 class Sent(NamedTuple):
@@ -70,7 +80,7 @@ class Passes:
         self.model, self.plan, self.work, self.imbalance = model, plan, work, imbalance
         self.hardware, self.software = machine
         self.slower = 1 + straggler
-        self.here = local(model, plan, work, dynamic=bool(self.software.dynamic))
+        self.here = local(model, plan, work, dynamic=bool(self.software.dynamic), imbalance=imbalance)
         self.clock = Clock(self.hardware, self.software, plan, dtype)
         self.links = links_of(self.hardware, self.software, Ledger(ENDS, plan, model, work))
         self.unit = functools.cache(self._unit)
@@ -84,9 +94,22 @@ class Passes:
             records = unit_collectives(ENDS, self.model, self.plan, self.work)
             mine = [r for r in records if (r.part == "embedding") == (name == EMBEDDING)]
             return self._made(name, first if name == EMBEDDING else last, mine)
-        operations = mtp_operations(here) if name == MTP else layer_operations(name, here, self.imbalance)
+        if name in (TOKENS, LOGITS):
+            return self._served(name)
+        operations = mtp_operations(here) if name == MTP else layer_operations(name, here)
         operations += self._kept_between(name)
         return self._made(name, operations, unit_collectives(name, self.model, self.plan, self.work))
+
+    def _served(self, name: str) -> Unit:
+        """An end of the model in inference. The head sends the stream that it reads, and logits to every rank."""
+        ledger, plan, model = Ledger(ENDS, self.plan, self.model, self.work), self.plan, self.model
+        if name == TOKENS:
+            embedded(ledger, 0)
+            return self._made(name, end_operations(self.here, 1)[0], ledger.records)
+        enter(ledger, "head")
+        columns = plan.vocab_rows(model.vocab_size) // plan.tensor
+        ledger.add("logits", "forward", "all-gather", ("tensor",), self.work.rows * columns * FLOAT32)
+        return self._made(name, logit_operations(self.here), ledger.records)
 
     def _kept_between(self, name: str) -> list[Operation]:
         """What it takes to add up gradients over microbatches, and to keep a pipeline's chunks and residuals in arrays
@@ -108,7 +131,7 @@ class Passes:
         for operation in operations:
             work[FORWARD].append(self.clock.forward(name, operation))
             work[BACKWARD].append(self.clock.backward(name, operation))
-            if name not in (EMBEDDING, HEAD, MTP) and self._recomputed(name, operation):
+            if name not in (EMBEDDING, HEAD, TOKENS, LOGITS, MTP) and self._recomputed(name, operation):
                 work[BACKWARD].append(self.clock.forward(name, operation, "recompute"))
         sent: dict[str, list[Sent]] = collections.defaultdict(list)
         for record in records:

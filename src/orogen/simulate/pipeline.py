@@ -42,7 +42,8 @@ def play(
     kind: str, forward_vs: NDArray[np.float64], backward_vs: NDArray[np.float64], microbatches: int, *,
     hop: float, lockstep: bool, most: int = MOST_PASSES,
 ) -> Played:  # fmt: skip
-    """The step of `microbatches` under the schedule `kind`. hop: seconds until the next stage has what one sends.
+    """The step of `microbatches` under the schedule `kind`. hop: seconds from the end of a pass until the next stage
+    has its output.
 
     Raises ConfigError as `make_schedule` does.
     """

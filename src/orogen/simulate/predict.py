@@ -65,8 +65,7 @@ class Step:
         rows = train.batch_size // (self.plan.data * self.plan.microbatches)
         length = train.sequence_length // self.plan.context
         self.work = Workload(rows, length, BYTES[train.compute_dtype], train.carry_states)
-        experts = self.model.n_routed_experts
-        self.imbalance = routing.imbalance(experts, self.plan) if "E" in _letters(config) else 1.0
+        self.imbalance = imbalance(routing, self.model, self.plan)
         self.passes = Passes(
             self.model, self.plan, self.work, (hardware, software), dtype=train.compute_dtype,
             imbalance=self.imbalance, straggler=cluster.straggler,
@@ -76,12 +75,30 @@ class Step:
         # whose ticks are all forward or all backward, for the slowest stage of every tick.
         self.lockstep = bool(software.one_program) and len(self.patterns) > self.plan.stage
         hop = self.passes.hop()
-        self.hop_seconds = hop.seconds if hop else 0.0
-        # What a stage spends on a tick beside its pass.
-        self.held = software.tick_seconds if self.plan.stage > 1 else 0.0
-        self.held += 0.0 if self.lockstep else self.hop_seconds * (1 - software.overlap_stage)
+        hop_seconds = hop.seconds if hop else 0.0
+        # A send blocks its stage for the part that nothing hides, which therefore belongs to the pass (`_held`); the
+        # next stage has the output after the rest. In lockstep all stages wait for it, once per tick.
+        blocking = hop_seconds * (1 - software.overlap_stage)
+        self.blocking, self.travel = (0.0, blocking) if self.lockstep else (blocking, hop_seconds - blocking)
         self.units = chunk_units(self.model, self.patterns)
         self.times = {phase: [self.passes.time(units, phase) for units in self.units] for phase in PHASES}
+        self.held = {phase: self._held(phase) for phase in PHASES}
+
+    def _held(self, phase: str) -> list[float]:
+        """Seconds of a tick beside its pass, by segment."""
+        if self.plan.stage == 1:
+            return [0.0] * len(self.patterns)
+        return [self.software.tick_seconds + sends * self.blocking for sends in self._sends(phase)]
+
+    def _sends(self, phase: str) -> list[int]:
+        """Whether a segment's pass sends something, by segment: 1 or 0.
+
+        The last segment's forward pass and the first one's backward pass send nothing, unless all stages run one
+        program, in which every tick sends.
+        """
+        silent = len(self.patterns) - 1 if phase == FORWARD else 0
+        everywhere = bool(self.software.one_program)
+        return [int(everywhere or segment != silent) for segment in range(len(self.patterns))]
 
     def prediction(self) -> Prediction:
         """Everything put together."""
@@ -128,10 +145,13 @@ class Step:
     def _played(self) -> Played:
         plan, virtual = self.plan, len(self.patterns) // self.plan.stage
         shape = virtual, plan.stage
-        cost = {p: np.reshape([t.seconds + self.held for t in self.times[p]], shape) for p in PHASES}
+        cost = {
+            p: np.reshape([t.seconds + held for t, held in zip(self.times[p], self.held[p], strict=True)], shape)
+            for p in PHASES
+        }
         return play(
             plan.schedule if plan.stage > 1 else "1f1b", cost[FORWARD], cost[BACKWARD], plan.microbatches,
-            hop=self.hop_seconds, lockstep=self.lockstep, most=self.most,
+            hop=self.travel, lockstep=self.lockstep, most=self.most,
         )  # fmt: skip
 
     def _update(self) -> dict[str, float]:
@@ -176,9 +196,10 @@ class Step:
         busy = []
         for stage in range(plan.stage):
             mine = [t for phase in PHASES for t in self.times[phase][stage :: plan.stage]]
-            busy.append((m * sum(t.seconds + self.held for t in mine), mine))
-        longest, times = max(busy, key=lambda entry: entry[0])
-        total = sum(seconds for seconds, _ in busy) / plan.stage
+            held = sum(seconds for phase in PHASES for seconds in self.held[phase][stage :: plan.stage])
+            busy.append((m * (sum(t.seconds for t in mine) + held), m * held, mine))
+        longest, held, times = max(busy, key=lambda entry: entry[0])
+        total = sum(seconds for seconds, *_ in busy) / plan.stage
         found: dict[str, float] = dict.fromkeys(TIME_PARTS, 0.0)
         slowed = self.passes.slower
         for time in times:
@@ -186,7 +207,7 @@ class Step:
             found["straggler"] += m * time.compute * (1 - 1 / slowed)
             for kind, seconds in time.exposed.items():
                 found[kind] += m * seconds
-        found["stage"] += m * len(times) * self.held
+        found["stage"] += held
         found["bubble"] = played.seconds - longest
         for kind, seconds in update.items():
             found["optimizer" if kind == "host" else kind] += seconds
@@ -214,7 +235,7 @@ class Step:
         for one in self._once:
             _add(table, one, 1, update[one.kind])
         if hop := self.passes.hop():
-            turns = 2 * m * len(self.patterns) / self.plan.stage
+            turns = m * sum(sum(self._sends(phase)) for phase in PHASES) / self.plan.stage
             _add(table, hop, turns, 1 - self.software.overlap_stage)
         return tuple(Traffic(*key, *values) for key, values in table.items())
 
@@ -231,6 +252,12 @@ class Step:
             sent.update(time.sent)
             exposed.update(time.exposed)
         return {kind: exposed[kind] / sent[kind] if sent[kind] else 0.0 for kind in sent}
+
+
+def imbalance(routing: Routing, model: ModelConfig, plan: PlanConfig) -> float:
+    """Assignments of the busiest expert rank over an even share; 1 without experts."""
+    routed = "E" in model.layers.main + model.layers.mtp
+    return routing.imbalance(model.n_routed_experts, plan) if routed else 1.0
 
 
 @functools.lru_cache(maxsize=256)
@@ -254,10 +281,6 @@ def _add(table: dict, one: Sent, times: float, exposed: float) -> None:
         seconds + times * one.seconds,
         shown + times * one.seconds * exposed,
     )
-
-
-def _letters(config: RunConfig) -> str:
-    return config.model.layers.main + config.model.layers.mtp
 
 
 def _once_each(units: Sequence[str], depths: int) -> list[str]:

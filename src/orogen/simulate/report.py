@@ -111,7 +111,7 @@ def _search(config: RunConfig, cluster: ClusterConfig, routing: Routing, options
         }
         for ranked in ranking.plans[:SHOWN]
     ]
-    return facts | {"legal": ranking.legal, "fitting": ranking.fitting}, [
+    return facts | {"legal": ranking.legal, "fitting": ranking.fitting, "skipped": ranking.skipped}, [
         *lines,
         "",
         *prediction_lines(best.prediction),

@@ -34,8 +34,8 @@ class Clock:
         """Seconds of its products alone."""
         shares, peaks = self.shares, self.hardware.peak_flops
         if operation.kind == "matmul":
-            share = shares.matmul_fp8 if self.dense == "fp8" and operation.name != "head" else shares.matmul
             format_ = self.dense if operation.name not in ("head", "router") else self.dtype
+            share = shares.matmul_fp8 if format_ == "fp8" else shares.matmul
             each = flops / len(shapes) / (peaks[format_] * share)
             return sum(each / self._shape_share(*shape) for shape in shapes)
         if operation.kind == "grouped":

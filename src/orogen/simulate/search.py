@@ -21,7 +21,7 @@ from orogen.parallel.schedule import chunks_per_stage
 from orogen.simulate.footprint import stage_memory
 from orogen.simulate.hardware import Hardware, Software, machine
 from orogen.simulate.pipeline import expected_flight
-from orogen.simulate.predict import Step, patterns, predict
+from orogen.simulate.predict import Step, imbalance, patterns, predict
 from orogen.simulate.prediction import Prediction
 from orogen.simulate.routing import BALANCED, Routing
 
@@ -54,11 +54,13 @@ class Ranked(NamedTuple):
 
 
 class Ranking(NamedTuple):
-    """The best plans, fastest first; how many layouts were legal, and how many of those fit."""
+    """The best plans, fastest first; how many layouts were legal, how many of those fit, and how many were skipped,
+    neither tried nor predicted, because of their bubble."""
 
     plans: tuple[Ranked, ...]
     legal: int
     fitting: int
+    skipped: int
 
 
 def search(config: RunConfig, cluster: ClusterConfig, devices: int, *, routing: Routing = BALANCED) -> Ranking:
@@ -70,26 +72,27 @@ def search(config: RunConfig, cluster: ClusterConfig, devices: int, *, routing: 
     hardware, software = machine(cluster)
     cluster = dataclasses.replace(cluster, devices=None)
     config = dataclasses.replace(config, data=None)
-    estimated, legal = [], 0
+    estimated, legal, skipped = [], 0, 0
     for plan in candidates(config, hardware, devices):
         legal += 1
         if _bubble(plan) > FAR:
+            skipped += 1
             continue
-        lightest = _lightest(config, plan, hardware, software)
+        lightest = _lightest(config, plan, (hardware, software), routing)
         if lightest is not None:
             tried = dataclasses.replace(config, plan=lightest)
             step = Step(tried, cluster, (hardware, software), routing, most=0)
             estimated.append((step.estimate(), legal, lightest))
-    if not estimated:
-        raise ConfigError(_none(config, devices, legal, hardware))
     best = []
     for _, _, plan in sorted(estimated):
         found = predict(dataclasses.replace(config, plan=plan), cluster, routing=routing, most=FEW_PASSES)
         best += [Ranked(plan, found)] * found.fits
         if len(best) == BEST:
             break
+    if not best:
+        raise ConfigError(_none(config, devices, (legal, skipped), hardware))
     best.sort(key=lambda ranked: -ranked.prediction.tokens_per_second)
-    return Ranking(tuple(best), legal, len(estimated))
+    return Ranking(tuple(best), legal, len(estimated), skipped)
 
 
 def candidates(config: RunConfig, hardware: Hardware, devices: int) -> Iterator[PlanConfig]:
@@ -151,8 +154,8 @@ def _legal(config: RunConfig, plan: PlanConfig) -> bool:
         return False
     try:
         dataclasses.replace(config, plan=plan, data=None).check()
-    except ConfigError as error:
-        return str(error) == ""
+    except ConfigError:
+        return False
     return True
 
 
@@ -161,18 +164,20 @@ def _bubble(plan: PlanConfig) -> float:
     return 1 + (plan.stage - 1) / (plan.microbatches * (plan.virtual or 1))
 
 
-def _lightest(config: RunConfig, plan: PlanConfig, hardware: Hardware, software: Software) -> PlanConfig | None:
+def _lightest(
+    config: RunConfig, plan: PlanConfig, machine: tuple[Hardware, Software], routing: Routing
+) -> PlanConfig | None:
     """The plan with the least sharding and recomputation with which it fits; None if it never does."""
-    train, model = config.train, config.model
+    train, model, (hardware, software) = config.train, config.model, machine
     rows, tokens = train.batch_size // (plan.data * plan.microbatches), train.sequence_length // plan.context
     work = Workload(rows, tokens, BYTES[train.compute_dtype])
     virtual = chunks_per_stage(plan, model)
     flight = expected_flight(plan.schedule, plan.stage, plan.microbatches, virtual)
-    layers = patterns(model, plan.stage, virtual, train)
+    layers, uneven = patterns(model, plan.stage, virtual, train), imbalance(routing, model, plan)
     for fsdp in SHARDED if plan.fsdp != "none" and plan.stage == 1 else (plan.fsdp,):
         for remat in REMATS:
             tried = dataclasses.replace(plan, fsdp=fsdp, remat=remat)
-            here = local(model, tried, work, dynamic=bool(software.dynamic))
+            here = local(model, tried, work, dynamic=bool(software.dynamic), imbalance=uneven)
             alike = bool(software.one_program)
             memory = stage_memory(here, config.optimizer, layers, flight, alike=alike, ends=True)
             if max(stage.total for stage in memory) <= hardware.memory_bytes:
@@ -193,7 +198,7 @@ def nearest_feasible(
     config = dataclasses.replace(config, data=None)
     while not found and devices <= MOST_DEVICES:
         plans = sorted(candidates(config, hardware, devices), key=lambda plan: _distance(plan, config.plan))
-        lightest = (_lightest(config, plan, hardware, software) for plan in plans)
+        lightest = (_lightest(config, plan, (hardware, software), routing) for plan in plans)
         found = [plan for plan in lightest if plan][:1]
         devices = 2 ** devices.bit_length()
     if not found:
@@ -207,15 +212,25 @@ def _distance(plan: PlanConfig, other: PlanConfig) -> float:
     return sum(abs(math.log2(getattr(plan, name) / getattr(other, name))) for name in SIZES)
 
 
-def _none(config: RunConfig, devices: int, legal: int, hardware: Hardware) -> str:
-    batch = config.train.batch_size
+def _none(config: RunConfig, devices: int, counts: tuple[int, int], hardware: Hardware) -> str:
+    """Why no plan is left. counts: legal plans, and those of them that were skipped."""
+    batch, (legal, skipped) = config.train.batch_size, counts
     if not legal:
         return (
             f"no plan on {devices} devices is legal for the model with TrainConfig.batch_size = {batch}; expected "
             "devices whose data-parallel part divides the batch"
         )
-    gib = hardware.memory_bytes / 2**30
-    return f"none of {legal} legal plans on {devices} devices fits into {gib:.0f} GiB; expected more devices or memory"
+    gib, tried = hardware.memory_bytes / 2**30, legal - skipped
+    why = []
+    if tried:
+        why.append(f"none of {tried} legal plans on {devices} devices fits into {gib:.0f} GiB")
+    if skipped:
+        why.append(
+            f"{skipped} legal plans{'' if tried else f' on {devices} devices'} were skipped, since their pipelines "
+            f"would take more than {FAR:g} times as long as their work with batch_size = {batch}"
+        )
+    remedies = ["more devices or memory"] * bool(tried) + ["a larger batch"] * bool(skipped)
+    return f"{'; '.join(why)}; expected {' or '.join(remedies)}"
 
 
 def plan_text(plan: PlanConfig, comment: str) -> str:
@@ -233,6 +248,8 @@ def plan_text(plan: PlanConfig, comment: str) -> str:
 def explain(ranking: Ranking) -> list[str]:
     """The winner and the runner-up, what limits each, and why the one is faster."""
     lines = [f"{ranking.fitting} of {ranking.legal} legal layouts fit"]
+    if ranking.skipped:
+        lines[0] += f"; {ranking.skipped} were skipped: their bubbles exceed {100 * (FAR - 1):g} % of their work"
     for name, ranked in zip(("winner", "runner-up"), ranking.plans, strict=False):
         found = ranked.prediction
         lines.append(
