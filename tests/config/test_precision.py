@@ -80,6 +80,9 @@ def test_a_late_change_spares_what_is_kept_in_the_compute_dtype():
     assert half["mamba_in"].forward is None and half["mamba_in"].input_gradient == of("nvfp4").input_gradient
 
 
+LATENT = {"kv_lora_rank": 24, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 3, "rope_theta": 100.0}
+
+
 def model_precision(name, model):
     config, _ = load([ROOT / "precision" / f"{name}.gin", ROOT / "models" / f"{model}.gin"])
     return config.precision, config.model
@@ -135,15 +138,36 @@ def test_settings_that_mean_nothing_are_refused(settings, message):
         ({}, {"grouped_matmul": "triton_small"}, "E", "PlanConfig.grouped_matmul is 'triton_small'; expected another"),
         ({"block": 4}, {"context": 2}, "E", "PrecisionConfig.expert_tokens is None; expected a divisor of the 8 "),
         ({"block": 4, "expert_tokens": 3}, {"context": 2}, "E", "expert_tokens is 3; expected a divisor"),
+        ({"block": 4, "expert_tokens": 12}, {}, "E", "expert_tokens is 12; expected a divisor of the 32 neighbouring"),
+        ({"block": 4}, {"tensor": 4}, "*", "PlanConfig.tensor is 4; expected at most 2, ModelConfig.num_key_value"),
+        ({"block": 1}, {"tensor": 4}, "M", "PlanConfig.tensor is 4; expected at most 2, ModelConfig.n_groups, since"),
+        ({"block": 1}, {"tensor": 2}, "+", "PlanConfig.tensor is 2; expected at most 1, as all ranks compute the"),
+        ({"block": 1, "mtp": True}, {"tensor": 2, "stream": "whole"}, "-/-", "at most 1, as PlanConfig.stream is 'who"),
         ({"block": 9, "mtp": True}, {"tensor": 2}, "-/-", "the 9 that the recipe rounds together in gradients of mtp"),
         ({"block": 9}, {"context": 2}, "-", "which a rank holds 8 neighbouring tokens; expected a multiple of the 9"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_the_model_or_its_ranks_is_refused(settings, plan, pattern, message):
     precision = PrecisionConfig(recipe="mxfp8", **settings)
-    model = hybrid(pattern=pattern, mtp_depths=int("/" in pattern))
+    model = hybrid(pattern=pattern, mtp_depths=int("/" in pattern), **(LATENT if pattern == "+" else {}))
     with pytest.raises(ConfigError, match=re.escape(message)):
         check_precision(precision, model, PlanConfig(**plan), length=32, rows=4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "plan", "pattern"),
+    [
+        ({"expert_tokens": 16}, {}, "E"),
+        ({}, {"tensor": 2}, "M*"),
+        ({"keep": ("mamba_in.input_gradient:plain", "mamba_in.weight_gradient:plain")}, {"tensor": 4}, "M"),
+        ({"keep": ("attention:plain",)}, {"tensor": 4}, "*-"),
+        ({}, {"stream": "whole"}, "-/-"),
+    ],
+)
+def test_what_every_rank_rounds_whole_is_allowed(settings, plan, pattern):
+    precision = PrecisionConfig(recipe="mxfp8", block=1, mtp=True, **settings)
+    model = hybrid(pattern=pattern, mtp_depths=int("/" in pattern))
+    check_precision(precision, model, PlanConfig(**plan), length=32, rows=4)
 
 
 def test_a_batch_of_too_many_tokens_is_refused():

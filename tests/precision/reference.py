@@ -10,6 +10,8 @@ import ml_dtypes
 import numpy as np
 
 TYPES = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}
+# The first signs of the transform.
+SIGNS = (-1, -1, -1, 1, -1, 1, -1, 1, 1, -1, 1, 1, 1, -1, 1, -1)
 LARGEST = {"e4m3": 448, "e5m2": 57344, "e2m1": 6}
 
 

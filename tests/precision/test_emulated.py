@@ -12,10 +12,10 @@ from tests.precision import reference
 from orogen.config.precision import PrecisionConfig
 from orogen.config.rounded import Products, products
 from orogen.kernels.grouped_matmul import grouped_matmul
+from orogen.precision import expert_rows as rows_module
 from orogen.precision.counts import COUNTS, NAMES
 from orogen.precision.emulated import How, Places, rounded_products
 from orogen.precision.expert_rows import GroupedHow, RowPlaces, expert_rows, rounded_grouped
-from orogen.precision.rounding import signs
 from orogen.precision.words import step_key
 
 B, T, D = 2, 21, 40
@@ -63,7 +63,7 @@ def moved(x, operand, axis):
         return x
     size = operand.hadamard
     x = np.pad(x, [(0, -x.shape[i] % size if i == axis else 0) for i in range(2)])
-    matrix = np.kron(np.eye(x.shape[axis] // size), reference.hadamard(size, signs(size)))
+    matrix = np.kron(np.eye(x.shape[axis] // size), reference.hadamard(size, reference.SIGNS[:size]))
     return (matrix @ x if axis == 0 else x @ matrix.T).astype(np.float32)
 
 
@@ -144,6 +144,24 @@ def test_counters_leave_as_a_gradient():
     assert x["blocks"] == B * T * 3 and x["numbers"] == X.size
 
 
+def counters(counts, operand):
+    return dict(zip(COUNTS, np.asarray(counts)[NAMES.index(operand)].tolist(), strict=True))
+
+
+def test_what_fills_blocks_up_counts_only_where_a_transform_spreads_numbers():
+    """40 columns and 21 tokens fill up to 48 and 32, widths 24 and 11 to 32 and 16. A transform of 4 spreads 11 columns
+    over 12, and 21 tokens over 24; no number is 0 before the rounding."""
+    roles = ("forward", "input_gradient", "weight_gradient")
+    used = products("nvfp4", precision("nvfp4", stochastic=(), hadamard=4, hadamard_roles=roles))
+    *_, counts = run(used, True)(X, split(W), split(DY), places())
+    expected = {
+        "forward.x": B * T * 40, "forward.w": 40 * 35, "input_gradient.dy": B * T * 36, "input_gradient.w": 40 * 36,
+        "weight_gradient.x": B * 24 * 40, "weight_gradient.dy": B * 24 * 35,
+    }  # fmt: skip
+    assert {name: counters(counts, name)["numbers"] for name in NAMES} == expected
+    assert not any(counters(counts, name)["zeros"] for name in NAMES)
+
+
 E = 3
 
 
@@ -205,3 +223,59 @@ def test_experts_rows_are_rounded_by_tensor():
     for rows in (slice(0, 2), slice(2, 4)):
         values, scale = reference.two_level(x[rows], (1, 16))
         np.testing.assert_allclose(y[rows], values * float(scale), rtol=1e-6)
+
+
+def one_expert(used, x, dy, w, *, implementation="blocks"):
+    """(y, dx, dw, counters) of rows for tokens 0, 1, 10 and 11, by tensors of 10 tokens, and then rows of no token."""
+    number = jnp.asarray([0, 1, 10, 11] + [-1] * (len(x) - 4))
+    sizes = jnp.asarray([4])
+    at, filled = expert_rows(number, sizes, experts=1, tokens=20, chunk=10, unit=used.token_block)
+    how = GroupedHow(How(used, PLAN, 9, True), filled, implementation)
+    place = RowPlaces(step_key(3, jnp.int32(1)), jnp.int32(2), *(jnp.uint32(0),) * 3)
+
+    @jax.jit
+    def product(x, w, dy, probe):
+        settings = {"rows": at, "how": how, "places": place}
+        y, back = jax.vjp(lambda x, w, p: rounded_grouped(x, w, sizes, probe=p, **settings), x, w, probe)
+        return y, *back(dy)
+
+    return product(x, w, dy, jnp.zeros((len(NAMES), len(COUNTS))))
+
+
+def test_rows_of_no_token_and_those_that_fill_blocks_up_do_not_count():
+    """Two tokens of each tensor; a transform of 4 spreads them over 4 rows of a block of 16."""
+    used = products("nvfp4", precision("nvfp4", stochastic=(), hadamard=4))
+    x, dy = RNG.normal(size=(6, 32)).astype(np.float32), RNG.normal(size=(6, 16)).astype(np.float32)
+    *_, counts = one_expert(used, x, dy, RNG.normal(size=(1, 32, 16)).astype(np.float32))
+    numbers = {name: counters(counts, name)["numbers"] for name in NAMES}
+    assert numbers == {
+        "forward.x": 4 * 32, "forward.w": 32 * 16, "input_gradient.dy": 4 * 16, "input_gradient.w": 32 * 16,
+        "weight_gradient.x": 8 * 32, "weight_gradient.dy": 8 * 16,
+    }  # fmt: skip
+    assert not any(counters(counts, name)["zeros"] for name in NAMES)
+    assert counters(counts, "forward.x")["blocks"] == 4 * 2
+
+
+def test_a_kernel_without_float32_does_not_round_scales_into_gradients(monkeypatch):
+    """The gradient of weights by the kernel for GPUs, replaced here: with bfloat16 rows, that of rounded operands."""
+    seen = []
+
+    def replaced(rows, weights, sizes, *, implementation):
+        seen.append((implementation, rows.dtype.name, jax.config.jax_default_matmul_precision))
+        return grouped_matmul(rows, weights, sizes, implementation="reference")
+
+    monkeypatch.setattr(rows_module, "grouped_matmul", replaced)
+    used = products("fp8_tensorwise", precision("fp8_tensorwise"))
+    x, dy = (RNG.normal(size=(4, n)).astype(jnp.bfloat16) for n in (32, 16))
+    w = RNG.normal(size=(1, 32, 16)).astype(np.float32)
+    _, _, dw, _ = one_expert(used, x, dy, w, implementation="mosaic")
+    expected = 0
+    for rows in (slice(0, 2), slice(2, 4)):
+        (a, a_scale), (b, b_scale) = (
+            reference.tensor_scaled(np.asarray(part[rows], np.float32), kind)
+            for part, kind in ((x, "e4m3"), (dy, "e5m2"))
+        )
+        expected += (a * float(a_scale)).T @ (b * float(b_scale))
+    np.testing.assert_allclose(dw[0], expected, atol=1e-6 * np.abs(expected).max())
+    assert ("blocks", "float32", "highest") in seen
+    assert {kernel[:2] for kernel in seen} == {("mosaic", "bfloat16"), ("blocks", "float32")}

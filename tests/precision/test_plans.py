@@ -86,6 +86,14 @@ def test_a_scale_of_one_ranks_numbers_alone_would_be_found(monkeypatch):
     assert np.abs(folded[0] - alone[0]).max() > 1e-3 * np.abs(alone[0]).max()
 
 
+def test_a_plan_without_recipes_is_not_left_unrounded():
+    plan, precision = make_plan(PlanConfig(), MODEL), PrecisionConfig(recipe="mxfp8")
+    with pytest.raises(ValueError, match="expected one per layer"):
+        in_formats(plan.with_recipes(None), precision, MODEL)
+    with pytest.raises(ValueError, match="expected that of all layers"):
+        in_formats(plan, precision, MODEL).of_layer().in_step(step_key(3, 1), jnp.zeros((1, 4), jnp.int32))
+
+
 def test_nothing_is_rounded_outside_a_step():
     plan = in_formats(make_plan(PlanConfig(), MODEL), PrecisionConfig(recipe="mxfp8"), MODEL)
     weight = parameter(jnp.zeros((D, 32)), ("embed", "mlp"))

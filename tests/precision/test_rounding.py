@@ -107,11 +107,34 @@ def test_each_row_may_be_a_tensor_of_its_own():
 @pytest.mark.parametrize("size", [2, 16, 64])
 def test_the_transform_is_a_hadamard_matrix_and_keeps_products(size):
     x, y = RNG.normal(size=(2, 2 * size, 3))
-    matrix = np.kron(np.eye(2), reference.hadamard(size, signs(size)))
+    known = [*reference.SIGNS, *signs(size)[16:]][:size]
+    matrix = np.kron(np.eye(2), reference.hadamard(size, known))
     mine = [np.asarray(transformed(jnp.asarray(a, jnp.float32), size, 0)) for a in (x, y)]
     np.testing.assert_allclose(mine[0], matrix @ x, atol=2e-6)
     np.testing.assert_allclose(mine[0].T @ mine[1], x.T @ y, atol=1e-4)
-    assert {-1.0, 1.0} == set(signs(16))
+
+
+def test_the_signs_do_not_depend_on_a_generator():
+    assert signs(16) == list(reference.SIGNS) and len(signs(128)) == 128 and set(signs(128)) == {-1, 1}
+
+
+@pytest.mark.parametrize("operand", [MXFP8, NVFP4, Operand(element="e4m3", scale="tensor")])
+def test_zeros_alone_have_no_scale_to_count(operand):
+    x = np.zeros((2, 32), np.float32)
+    blocks = (1, operand.block or 1)
+    assert not encoded(x, operand, blocks).unit.any()
+    x[0, 3] = 3
+    used = np.asarray(encoded(x, operand, blocks).unit > 0)
+    assert used.sum() == 1 and used.flat[0]
+
+
+def test_a_draw_does_not_decide_between_four_and_six():
+    """Blocks scaled as the nearest numbers say. A choice between two draws would be by chance."""
+    operand = Operand(element="e2m1", scale="two_level", block=16, four_over_six=True)
+    words = jnp.asarray(RNG.integers(2**32, size=DRAWN.shape, dtype=np.uint32))
+    drawn, nearest = (encoded(DRAWN, operand, (1, 16), w) for w in (words, None))
+    np.testing.assert_array_equal(drawn.unit, nearest.unit)
+    assert (drawn.value != nearest.value).mean() > 0.1
 
 
 def test_stochastic_rounding_takes_both_neighbours_and_keeps_the_mean():

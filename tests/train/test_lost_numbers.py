@@ -74,7 +74,8 @@ def test_a_run_changes_its_recipe_and_reports_what_rounding_lost(tmp_path, capsy
     }  # fmt: skip
     assert all(set(layers) == {"0"} for layers in flushed.values())
     assert records[1]["gradient_cosine"] == [records[1]["least_cosine"]] and 0.5 < records[1]["least_cosine"] < 1
-    assert sum("compile_seconds" in record for record in records) == 2
+    # The step, what measures it, and the step after the change; step 4 has nothing to measure.
+    assert ["compile_seconds" in record for record in records] == [True, True, True, False]
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Rounding at step 2" in page and "dense_down.weight_gradient.dy" in page
     capsys.readouterr()

@@ -9,6 +9,7 @@ from tests.helpers import hybrid, run_config
 
 from orogen.cli import main
 from orogen.config.plan import PlanConfig
+from orogen.config.precision import RECIPE_NAMES, PrecisionConfig
 from orogen.model.layout import Whole
 from orogen.moe.layer import Choice, Replay
 from orogen.train import step, verdict, verify_step, whole
@@ -164,6 +165,19 @@ def test_fp8_is_held_against_products_that_are_not_rounded():
     assert found.passed and found.max_gradient_error > 1e-3, found
     exact = verify(dataclasses.replace(config, plan=dataclasses.replace(config.plan, linear="plain")))
     assert exact.tolerances["max_gradient_error"] == verdict.GRADIENT < found.tolerances["max_gradient_error"]
+
+
+@pytest.mark.parametrize("recipe", RECIPE_NAMES)
+def test_a_gradient_that_is_zero_never_passes(recipe):
+    config = dataclasses.replace(small({"pattern": "E*-" * 30}), precision=PrecisionConfig(recipe=recipe))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, compute_dtype="bfloat16"))
+    (error,), _ = verdict.leaf_errors([np.full(3, 2.0)], [np.zeros(3)])
+    alike = {"worst_leaf": None, "flips": 0, "zero_leaves": [], "dropped_tokens": 0, "overflow_rows": 0}
+    alike |= dict.fromkeys(("loss_error", "max_parameter_error", "load_error", "flip_margin"), 0.0)
+    of = lambda e: verdict.Verdict(  # noqa: E731
+        max_gradient_error=e, **alike, **verdict.conditions("gradients", config, config.plan)
+    )
+    assert not of(error).passed and of(1e-5).passed
 
 
 def test_the_command_says_what_was_compared(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""In which formats a run multiplies: a recipe by name, and what it leaves out. `config/recipe.py` makes the recipes."""
+"""The formats in which a run multiplies: a recipe by name, and what it omits. `config/rounded.py` makes recipes."""
 
 import dataclasses
 from typing import Annotated

@@ -181,6 +181,7 @@ def check_precision(
     every = [pair for s in (False, True) for layer in layer_products(precision, model, switched=s) for pair in layer]
     for kind, used in dict.fromkeys(every):
         _check_widths(kind, used, model, plan)
+        _check_gradients(kind, used, model, plan)
         if length is not None and rows is not None:
             _check_tokens(kind, used, precision, plan, length)
             if kind.startswith("routed") and rows * length >= MOST_TOKENS:
@@ -219,19 +220,45 @@ def _split_columns(group: str, model: ModelConfig) -> list[tuple[int, int]]:
     return [(count, size) for count, size in found if count and size]
 
 
-def _check_tokens(kind: str, used: Products, precision: PrecisionConfig, plan: PlanConfig, length: int) -> None:
-    """A block of tokens lies on one rank, and so do the tokens whose rows of an expert are rounded together."""
-    ranks = plan.context * plan.tensor
-    if ranks == 1:
+def _check_gradients(kind: str, used: Products, model: ModelConfig, plan: PlanConfig) -> None:
+    """No rank of tensor rounds its part of a gradient that is the sum over ranks.
+
+    That is the gradient of what several ranks compute alike from weights that they all hold: keys and values of a head,
+    B and C of a group, latent vectors, and in front of the multi-token-prediction block a stream that all hold whole.
+    """
+    if not (used.input_gradient or used.weight_gradient):
         return
+    letters = {*model.layers.main, *model.layers.mtp}
+    alike = []
+    if kind == "attention_in" and letters & set("*w"):
+        alike.append((model.num_key_value_heads, "ModelConfig.num_key_value_heads"))
+    if kind == "attention_in" and "+" in letters:
+        alike.append((1, "as all ranks compute the latent vectors"))
+    if kind == "mamba_in" and "M" in letters:
+        alike.append((model.n_groups, "ModelConfig.n_groups"))
+    if kind == "mtp_project" and plan.stream == "whole":
+        alike.append((1, "as PlanConfig.stream is 'whole'"))
+    for most, why in alike:
+        expected = (
+            f"at most {most}, {why}, since more ranks would each round a part of one gradient; or entries of "
+            f"PrecisionConfig.keep with which {kind}.input_gradient and {kind}.weight_gradient are plain"
+        )
+        require(most is None or plan.tensor <= most, plan, "tensor", expected)
+
+
+def _check_tokens(kind: str, used: Products, precision: PrecisionConfig, plan: PlanConfig, length: int) -> None:
+    """A block of tokens lies on one rank and in one sequence, and so do the tokens whose rows of an expert are rounded
+    together."""
+    ranks = plan.context * plan.tensor
     part = length // (plan.context * plan.sequence_pieces(routed=True))
     if kind.startswith("routed"):
         expected = f"a divisor of the {part} neighbouring tokens that a rank of context and tensor routes"
         chunk = precision.expert_tokens
-        require(chunk is not None and part % chunk == 0, precision, "expert_tokens", expected)
+        fits = ranks == 1 if chunk is None else part % chunk == 0
+        require(fits, precision, "expert_tokens", expected)
     # The latent projections and the one in front of the MTP block read the rank's own tokens, others those of all ranks
     # of tensor.
-    elif part % used.token_block and (plan.context > 1 or kind.startswith(("latent", "mtp"))):
+    elif ranks > 1 and part % used.token_block and (plan.context > 1 or kind.startswith(("latent", "mtp"))):
         raise ConfigError(
             f"TrainConfig.sequence_length is {length}, of which a rank holds {part} neighbouring tokens; expected a "
             f"multiple of the {used.token_block} that the recipe rounds together in gradients of {kind}"

@@ -125,7 +125,7 @@ class _Kept:
                 self._file = Appended(self._path)
             self._file.write(chunk)
         except OSError as error:
-            self._file = None  # which holds the chunk; the next one opens it again
+            self._file = None  # its unwritten bytes are lost; the next write opens the file again
             self._lost(error)
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ Letters: b batch, t time, n tokens (b · t), d width in, f width out, e experts,
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -110,12 +111,12 @@ def rows_of_experts(number_r: Array, group_sizes: Any, plan: Plan, *, experts: i
     """How the rows of tokens with these numbers are rounded together; see `precision.expert_rows`."""
     at = _rounding(plan)
     units = [p.token_block for kind in GROUPS["routed"] if (p := plan.recipe.products(kind)) is not None]
-    settings = {"tokens": at.tokens, "chunk": at.chunk, "unit": max(units)}
+    settings = {"tokens": at.tokens, "chunk": at.chunk, "unit": math.lcm(*units)}
     return expert_rows(number_r, group_sizes, experts=experts, **settings)
 
 
 def _how(products: Products, plan: Plan, kind: str, call: int) -> tuple[How, Array | None]:
-    """What a rounded product does, and the zeros whose gradient are its counters, if there are any."""
+    """What a rounded product does, and the zeros whose gradient is its counters, if there are any."""
     probe_l, number = _rounding(plan).probe_l, KINDS.index(kind)
     without_arrays = dataclasses.replace(plan, rounding=None)
     how = How(products, without_arrays, 8 * number + call, probe_l is not None)

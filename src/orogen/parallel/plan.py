@@ -126,9 +126,12 @@ class Plan:
         return dataclasses.replace(self, rounding=self.rounding._replace(layer_l=layer_l, probe_l=probe_l))
 
     def in_step(self, key: Array, tokens_bt: Array) -> "Plan":
-        """The plan of a step, if it rounds. key: see `Rounding`; tokens_bt: this device's part of the global batch."""
-        if not self.rounds or self.recipes is None:
+        """The plan of a step, if it rounds. key: see `Rounding`; tokens_bt: this device's part of the global batch.
+        Raises ValueError if the plan rounds but is that of a single layer."""
+        if not self.rounds:
             return self
+        if self.recipes is None:
+            raise ValueError("the plan of one layer, whose recipe rounds operands; expected that of all layers")
         rows, length = (n * self.size(axis) for n, axis in zip(tokens_bt.shape, ("batch", "context"), strict=True))
         layer_l = jnp.asarray(np.arange(len(self.recipes), dtype=np.int32))
         rounding = Rounding(key, rows * length, self.expert_tokens or length, layer_l)

@@ -1,19 +1,20 @@
 """Numeric formats: which numbers are kept, and which are multiplied, in how many bits.
 
-**Each layer has a recipe** (`config/recipe.py`): for each kind of weight, the formats of its three products, forward
-and for both gradients. `PlanConfig.linear` names the recipe of all layers except the first, the last and those of the
-multi-token-prediction block. Layers read weights through the functions of `layers/linear.py`, which look the recipe up.
+**Each layer has a recipe** (the class is in `config/recipe.py`): for each kind of weight, the formats of its three
+products, forward and for both gradients. `PlanConfig.linear` names the recipe of all layers except the first, the last
+and those of the multi-token-prediction block; `config/rounded.py` makes the emulated recipes of `PrecisionConfig`.
+Layers read weights through the functions of `layers/linear.py`, which look the recipe up.
 
 **Emulated recipes** (`PrecisionConfig`, files in `gin_configs/precision/`) round the operands of products as FP8 by
 tensor or by block, MXFP8 and NVFP4 define it, on any device, layer by layer, kind by kind and product by product.
-`config/rounded.py` has the operands of each recipe as data, `rounding.py` the formats, `emulated.py` and
-`expert_rows.py` the products. A number is rounded from exact comparisons, so that it equals the definition to the bit;
-it depends on nothing but its tensor, its place in it and, rounded at random, on seed, step and layer. So every plan,
-any number of microbatches, every pipeline and every recomputation round alike. Three things make that true: a tensor of
-activations is one sequence (of experts' rows, `expert_tokens` tokens of it); largest magnitudes are maxima over the
-ranks of context and tensor; experts' rows are rounded in the order of their tokens, however they arrive. Blocks that
-would lie across ranks are refused. Sums in another order still differ in the last bits of float32, and behind
-such a sum a number may move over the midpoint of its neighbours.
+`rounding.py` has the formats, `emulated.py` and `expert_rows.py` the products. A number is rounded from exact
+comparisons, so that it equals the definition to the bit; it depends on nothing but its tensor, its place in it and,
+rounded at random, on seed, step and layer. So every plan, any number of microbatches, every pipeline and every
+recomputation round alike. Three things make that true: a tensor of activations is one sequence (of experts' rows,
+`expert_tokens` tokens of it); largest magnitudes are maxima over the ranks of context and tensor; experts' rows are
+rounded in the order of their tokens, however they arrive. Blocks that would lie across ranks are refused, and so are
+gradients of which each rank would round a part before the sum. Sums in another order still differ in the last bits of
+float32, and behind such a sum a number may move over the midpoint of its neighbours.
 
 `PrecisionConfig.health_every = n` measures every n-th step: the numbers that each operand loses, by layer, and the
 cosine of each layer's gradient to the one without rounding (`train/lost_numbers.py`). It runs a program of its own;

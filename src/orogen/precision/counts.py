@@ -3,6 +3,9 @@
 So a loop over layers, recomputation, microbatches, pipelines and sums over devices treat them as they treat gradients.
 """
 
+import math
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from jax import Array
 
@@ -26,11 +29,26 @@ def probe_shape(layers: int) -> tuple[int, ...]:
     return layers, len(KINDS), len(NAMES), len(COUNTS)
 
 
-def count(x: Array, encoded: Encoded, *, filled: int = 0) -> Array:
-    """The counters of one operand, float32, in the order of COUNTS. filled: how many zeros of x only fill up blocks."""
-    size = magnitude(x)
-    found = [size == 0, (encoded.value == 0) & (size > 0), encoded.saturated, ~jnp.isfinite(x), encoded.unit > 0]
-    zeros, *others = (jnp.sum(a, dtype=jnp.float32) for a in found)
-    scales = jnp.where(encoded.unit > 0, jnp.log2(jnp.where(encoded.unit > 0, encoded.unit, 1)), 0)
-    numbers = jnp.full_like(zeros, x.size - filled)
-    return jnp.stack([numbers, zeros - filled, *others, jnp.sum(scales, dtype=jnp.float32)])
+def count(x: Array, encoded: Encoded, held: Sequence[Array]) -> Array:
+    """The counters of one operand, float32, in the order of COUNTS.
+
+    held: masks of what counts, since it is not there to fill up x, each along an axis of its own and of size 1 along
+    the others; a number counts if all masks hold it, a block if it is not of zeros alone.
+    """
+    size, inside = magnitude(x), math.prod(held, start=jnp.ones((), bool))
+    found = [size == 0, (encoded.value == 0) & (size > 0), encoded.saturated, ~jnp.isfinite(x)]
+    sums = [jnp.sum(a & inside, dtype=jnp.float32) for a in found]
+    used = encoded.unit > 0
+    scales = jnp.where(used, jnp.log2(jnp.where(used, encoded.unit, 1)), 0)
+    sums += [jnp.sum(a, dtype=jnp.float32) for a in (used, scales)]
+    # By axis, since a sum of ones in float32 may stay at 2^24.
+    whole = x.size // math.prod(mask.size for mask in held)
+    numbers = math.prod((jnp.sum(mask, dtype=jnp.float32) for mask in held), start=jnp.float32(whole))
+    return jnp.stack([numbers, *sums])
+
+
+def held_along(held: Array, length: int, hadamard: int) -> Array:
+    """The mask `held` of an operand's places along the axis of a product's sum, for the operand as it is rounded, which
+    is filled up to `length`: a transform of size `hadamard` spreads numbers over the filling beside them."""
+    held = jnp.pad(held, (0, length - len(held)))
+    return jnp.repeat(held.reshape(-1, hadamard).any(1), hadamard) if hadamard else held

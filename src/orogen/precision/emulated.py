@@ -1,8 +1,8 @@
 """Products of activations with weights whose operands are rounded first, as a recipe says (`config/rounded.py`).
 
 The values of rounded operands are exact in the compute dtype, so their products are exact too; sums are float32, and
-scales of tensors are multiplied last. A tensor of activations or gradients is one sequence, on however many ranks of
-context and tensor it lies.
+scales of tensors are multiplied last (except in the gradients of experts' weights, see `expert_rows.py`). A tensor of
+activations or gradients is one sequence, on however many ranks of context and tensor it lies.
 
 Letters: b batch, t time, d width in, f width out of one of several weights.
 """
@@ -19,7 +19,7 @@ from jax import Array
 from orogen.config.rounded import Operand, Products
 from orogen.parallel.plan import Plan
 from orogen.parallel.varying import vary_like
-from orogen.precision.counts import COUNTS, count
+from orogen.precision.counts import COUNTS, count, held_along
 from orogen.precision.rounding import Encoded, encode, magnitude, transformed
 from orogen.precision.words import columns, operand_key, words
 
@@ -57,7 +57,7 @@ def rounded_products(
     x_btd: Array, weights_df: Sequence[Array], how: How, places: Places, probe: Array | None
 ) -> tuple[Array, ...]:
     """x w (b, t, f) in x's dtype for each weight (d, f). The weights share a tensor scale, as do the gradients of their
-    outputs. probe: (operands, counters) zeros whose gradient are the counters, if `how.counted`."""
+    outputs. probe: (operands, counters) zeros whose gradient is the counters, if `how.counted`."""
     probe = jnp.zeros(()) if probe is None else probe
     operands = (x_btd, tuple(weights_df), probe, places)
     return _products(how, *vary_like(operands, operands))
@@ -99,8 +99,7 @@ def _input_gradient(how, x_btd, weights_df, grads_btf, places):
         return dx_nd.reshape(x_btd.shape).astype(x_btd.dtype), jnp.zeros((2, len(COUNTS)))
     grad, g_counts = _activations(how, Joined.of(grads_btf, how.unit), pair[0], 2, places, name=GRADIENT)
     w, w_counts = _weights(how, Joined.of(weights_df, how.unit), pair[1], 1, places)
-    product_nd = _contract(grad.value, w.value, 1)[:, : x_btd.shape[2]]
-    return _times(product_nd, (grad, w), x_btd), jnp.stack([g_counts, w_counts])
+    return _times(_contract(grad.value, w.value, 1), (grad, w), x_btd), jnp.stack([g_counts, w_counts])
 
 
 def _weight_gradient(how, x_btd, weights_df, grads_btf, places):
@@ -143,6 +142,12 @@ class Joined(NamedTuple):
         wide = [jnp.pad(p, [(0, 0)] * (p.ndim - 1) + [(0, n)]) if n else p for p, n in zip(parts, more, strict=True)]
         return cls(wide[0] if len(wide) == 1 else jnp.concatenate(wide, axis=-1), widths, filled)
 
+    @property
+    def held(self) -> Array:
+        """The mask of the columns that are of the parts."""
+        apart = [np.arange(f) < w for w, f in zip(self.widths, self.filled, strict=True)]
+        return jnp.asarray(np.concatenate(apart))
+
     def split(self, array: Array) -> tuple[Array, ...]:
         """The parts of an array with these columns, without what fills them up."""
         starts = np.cumsum([0, *self.filled[:-1]]).tolist()
@@ -170,7 +175,7 @@ def _activations(
         place_f = _filled(joint.columns(first_i), x.shape[2])
         random = words(key, _filled(places.number_bt, x.shape[1]), place_f)
     blocks = tuple(operand.block or 1 if i == axis else 1 for i in range(3))
-    return _kept(how, joint, x, encode(x, operand, blocks, largest, random))
+    return _kept(how, joint, x, encode(x, operand, blocks, largest, random), (operand, axis))
 
 
 def _weights(how: How, joint: Joined, operand: Operand, axis: int, places: Places) -> tuple[Encoded, Array]:
@@ -183,16 +188,25 @@ def _weights(how: How, joint: Joined, operand: Operand, axis: int, places: Place
         place_f = _filled(joint.columns(places.column_i), w.shape[1])
         random = words(key, columns(places.row, w.shape[0]), place_f)
     blocks = tuple(operand.block or 1 if operand.square or i == axis else 1 for i in range(2))
-    return _kept(how, joint, w, encode(w, operand, blocks, largest, random))
+    return _kept(how, joint, w, encode(w, operand, blocks, largest, random), (operand, axis))
 
 
-def _kept(how: How, joint: Joined, x: Array, found: Encoded) -> tuple[Encoded, Array]:
-    """An operand as it is multiplied, and its counters, in which zeros that fill up blocks do not count."""
+def _kept(how: How, joint: Joined, x: Array, found: Encoded, along: tuple[Operand, int]) -> tuple[Encoded, Array]:
+    """An operand as it is multiplied, and its counters, in which zeros that fill up blocks do not count. along: how it
+    was rounded, and along which axis."""
     counted = jnp.zeros(len(COUNTS))
     if how.counted:
-        zeros = joint.array.size // sum(joint.filled) * (sum(joint.filled) - sum(joint.widths))
-        counted = count(x, found, filled=zeros)
+        (operand, axis), last = along, x.ndim - 1
+        held = {last: joint.held}
+        mask = held.get(axis, jnp.ones(joint.array.shape[axis], bool))
+        held[axis] = held_along(mask, x.shape[axis], operand.hadamard)
+        counted = count(x, found, [along_axis(mask, i, x.ndim) for i, mask in held.items()])
     return found._replace(value=found.value.astype(joint.array.dtype)), counted
+
+
+def along_axis(mask: Array, axis: int, ndim: int) -> Array:
+    """The mask with size 1 along the other axes of an array of `ndim`."""
+    return mask.reshape([-1 if i == axis else 1 for i in range(ndim)])
 
 
 def _filled(places: Array, length: int) -> Array:

@@ -2,12 +2,15 @@
 
 A tensor is the rows of one expert from `expert_tokens` neighbouring tokens of a sequence, in the order of the tokens.
 So neither the order in which rows arrive nor the number of ranks changes how they are rounded. For the weights'
-gradient, whose blocks are of rows, each tensor's rows are filled up to whole blocks with zeros.
+gradient, whose blocks are of rows, each tensor's rows are filled up to whole blocks with zeros. That gradient sums over
+tensors, each with a scale of its own, which is multiplied in before the product: this one product is in float32
+throughout, on a GPU too.
 
 Letters: r rows sorted by expert, d width in, f width out, e experts of this rank, p filled up rows, s tensors.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,8 +22,17 @@ from orogen.config.plan import FOR_GPU
 from orogen.config.rounded import Operand
 from orogen.kernels.grouped_matmul import grouped_matmul
 from orogen.parallel.varying import vary_like
-from orogen.precision.counts import COUNTS, count
-from orogen.precision.emulated import ACTIVATION, GRADIENT, OVER_TOKENS, WEIGHT, How, finite_or_infinite, prepared
+from orogen.precision.counts import COUNTS, count, held_along
+from orogen.precision.emulated import (
+    ACTIVATION,
+    GRADIENT,
+    OVER_TOKENS,
+    WEIGHT,
+    How,
+    along_axis,
+    finite_or_infinite,
+    prepared,
+)
 from orogen.precision.rounding import Encoded, encode, magnitude
 from orogen.precision.words import columns, operand_key, words
 
@@ -147,8 +159,7 @@ def _input_gradient(how, weights_edf, grad_rf, at):
         return multiply(grad_rf, weights_edf.swapaxes(1, 2), sizes), jnp.zeros((2, len(COUNTS)))
     grad, g_counts = _features(how, grad_rf, pair[0], at, name=GRADIENT)
     w, w_counts = _weights(how, weights_edf, pair[1], 2, places)
-    product_rd = multiply(grad.value, w.value.swapaxes(1, 2), sizes)[:, : weights_edf.shape[1]]
-    return _scaled(product_rd, grad, w, rows), jnp.stack([g_counts, w_counts])
+    return _scaled(multiply(grad.value, w.value.swapaxes(1, 2), sizes), grad, w, rows), jnp.stack([g_counts, w_counts])
 
 
 def _weight_gradient(how, x_rd, grad_rf, weights_edf, at):
@@ -158,9 +169,13 @@ def _weight_gradient(how, x_rd, grad_rf, weights_edf, at):
         return _outer(how, x_rd, grad_rf, weights_edf, sizes), jnp.zeros((2, len(COUNTS)))
     x, x_counts = _over_rows(how, x_rd, pair[0], at, name=ACTIVATION + OVER_TOKENS)
     grad, g_counts = _over_rows(how, grad_rf, pair[1], at, name=GRADIENT + OVER_TOKENS)
-    # Each tensor has scales of its own, and an expert's gradient sums over tensors.
-    scaled_pf = grad.value * (x.scale * grad.scale)
-    dw_edf = _outer(how, x.value, scaled_pf, weights_edf, rows.filled_e)
+    # Each tensor has scales of its own, and an expert's gradient sums over tensors. Only float32 holds values times
+    # their scales, not bfloat16 or TF32.
+    x_pd, scaled_pf = x.value.astype(jnp.float32), grad.value.astype(jnp.float32) * (x.scale * grad.scale)
+    if how.implementation == FOR_GPU["grouped_matmul"]:
+        how = how._replace(implementation="blocks")  # since that kernel lacks float32
+    with jax.default_matmul_precision("highest"):
+        dw_edf = _outer(how, x_pd, scaled_pf, weights_edf, rows.filled_e)
     return dw_edf, jnp.stack([x_counts, g_counts])
 
 
@@ -185,7 +200,11 @@ def _features(how: GroupedHow, x_rd: Array, operand: Operand, at: Any, *, name: 
     random = _row_words(how, operand, places, (rows.number_r, rows.expert_r), name=name, width=moved.shape[1])
     largest = _largest_of_tensor(how, moved, operand, rows.tensor_r)
     found = encode(moved, operand, (1, operand.block or 1), largest, random)
-    return _kept(how, moved, found, x_rd.dtype)
+    # Rows of no token do not count, nor do their blocks: other ranks, or none, multiply them.
+    held_r = rows.tensor_r < len(x_rd)
+    found = found._replace(unit=jnp.where(along_axis(held_r, 0, found.unit.ndim), found.unit, 0))
+    held_d = held_along(jnp.ones(x_rd.shape[1], bool), moved.shape[1], operand.hadamard)
+    return _kept(how, moved, found, x_rd.dtype, (held_r[:, None], held_d[None]))
 
 
 def _over_rows(how: GroupedHow, x_rd: Array, operand: Operand, at: Any, *, name: int) -> tuple[Encoded, Array]:
@@ -205,12 +224,13 @@ def _over_rows(how: GroupedHow, x_rd: Array, operand: Operand, at: Any, *, name:
     random = _row_words(how, operand, places, (number_p, expert_p), name=name, width=moved.shape[1])
     largest = _largest_of_tensor(how, moved, operand, tensor_p)
     found = encode(moved, operand, (operand.block or 1, 1), largest, random)
-    return _kept(how, moved, found, x_rd.dtype)
+    held_p = held_along(source_p < len(x_rd), how.filled, operand.hadamard)
+    return _kept(how, moved, found, x_rd.dtype, (held_p[:, None],))
 
 
-def _kept(how: GroupedHow, moved: Array, found: Encoded, dtype: Any) -> tuple[Encoded, Array]:
-    """The operand as it is multiplied, and its counters."""
-    counted = count(moved, found) if how.how.counted else jnp.zeros(len(COUNTS))
+def _kept(how: GroupedHow, moved: Array, found: Encoded, dtype: Any, held: Sequence[Array]) -> tuple[Encoded, Array]:
+    """The operand as it is multiplied, and its counters; held: see `count`."""
+    counted = count(moved, found, held) if how.how.counted else jnp.zeros(len(COUNTS))
     return found._replace(value=found.value.astype(_dtype(how, dtype))), counted
 
 
@@ -230,7 +250,9 @@ def _weights(
     if operand.scale != "power":
         largest = finite_or_infinite(jnp.max(magnitude(moved), (1, 2), keepdims=True))
         largest = how.how.plan.max(largest, "expert_tensor")
-    return _kept(how, moved, encode(moved, operand, blocks, largest, random), weights_edf.dtype)
+    held = held_along(jnp.ones(weights_edf.shape[axis], bool), moved.shape[axis], operand.hadamard)
+    found = encode(moved, operand, blocks, largest, random)
+    return _kept(how, moved, found, weights_edf.dtype, (along_axis(held, axis, 3),))
 
 
 def _row_words(

@@ -23,6 +23,8 @@ FRACTION, BIAS = 0x007FFFFF, 127  # of a float32
 SMALLEST_POWER = -117  # exponent of the smallest scale
 # The largest block scale of nvfp4, and under four-over-six, which leaves room for scales 6/4 as large.
 LARGEST_SCALE, LARGEST_SCALE_OF_TWO = 448, 256
+# One bit per sign of the transform, the lowest bit first; 1 for -1. Drawn once, since numpy may change its generators.
+SIGNS = 0xF00D6BAC63F1EA9B9F653652A9C9A257
 BEYOND = 1 + 1e-5  # relative: a quotient by less above the largest number is rounding of the scale, not saturation
 
 
@@ -39,7 +41,8 @@ FORMATS = {"e4m3": Format(3, -6, 448.0), "e5m2": Format(2, -14, 57344.0), "e2m1"
 
 class Encoded(NamedTuple):
     """value · scale; see above. scale: of the shape of the largest magnitudes given. For counters: unit, the product of
-    a block's scales, and which elements of x were `saturated`, with axes of blocks and neighbours."""
+    a block's scales, 0 for zeros alone, with axes of blocks and neighbours; and which elements of x were `saturated`.
+    """
 
     value: Array
     scale: Array
@@ -81,8 +84,8 @@ def encode(x: Array, operand: Operand, blocks: tuple[int, ...], largest: Array, 
         block = jnp.where(jnp.isfinite(known), block, jnp.nan)
     factor = found.scale if operand.scale != "power" else tensor
     value = _signed(x, jnp.where(jnp.isfinite(block), found.value * factor, jnp.nan))
-    whole = value.reshape([-(-size // b) * b for size, b in zip(shape, blocks, strict=True)])
-    return Encoded(lax.slice(whole, [0] * len(shape), shape), scale, found.scale * tensor, found.saturated)
+    unit = jnp.where(block == 0, 0.0, found.scale * tensor)
+    return Encoded(_joined(value, shape, blocks), scale, unit, _joined(found.saturated, shape, blocks))
 
 
 class _Found(NamedTuple):
@@ -108,19 +111,22 @@ def _two_level(
     largest of each block, and the tensors' scales."""
     a, block, tensor = sizes
 
-    def by(target: float) -> _Found:
+    def by(target: float, words: Array | None) -> _Found:
         scale, _ = _rounded(block, jnp.full_like(block, target), tensor, FORMATS["e4m3"], None)
         return _Found(scale, *_rounded(a, scale, tensor, form, words))
 
     def error(found: _Found) -> Array:
         return jnp.sum((found.value * found.scale - a * _inverse(tensor)) ** 2, inside, keepdims=True)
 
-    six = by(form.largest)
     if not operand.four_over_six:
-        return six
-    four = by(4.0)
+        return by(form.largest, words)
+    # By the errors to the nearest, even if elements are drawn: choosing between two draws by their errors is biased.
+    four, six = by(4.0, None), by(form.largest, None)
     better = error(four) < error(six)
-    return _Found(*(jnp.where(better, *pair) for pair in zip(four, six, strict=True)))
+    if words is None:
+        return _Found(*(jnp.where(better, *pair) for pair in zip(four, six, strict=True)))
+    scale = jnp.where(better, four.scale, six.scale)
+    return _Found(scale, *_rounded(a, scale, tensor, form, words))
 
 
 def _rounded(a: Array, block_scale: Array, scale: Array, form: Format, words: Array | None) -> tuple[Array, Array]:
@@ -187,8 +193,8 @@ def transformed(x: Array, size: int, axis: int) -> Array:
 
 
 def signs(size: int) -> list[float]:
-    """The fixed random signs of the transform."""
-    return [1.0 - 2.0 * bit for bit in np.random.default_rng(16).integers(2, size=128)[:size]]
+    """The fixed random signs of the transform, at most 128."""
+    return [1.0 - 2.0 * (SIGNS >> i & 1) for i in range(size)]
 
 
 def _split(x: Array, blocks: tuple[int, ...]) -> Array:
@@ -199,6 +205,12 @@ def _split(x: Array, blocks: tuple[int, ...]) -> Array:
     x = jnp.pad(x, lacking) if any(after for _, after in lacking) else x
     pairs = [(size // b, b) if b > 1 else (size,) for size, b in zip(x.shape, blocks, strict=True)]
     return x.reshape([size for pair in pairs for size in pair])
+
+
+def _joined(x: Array, shape: tuple[int, ...], blocks: tuple[int, ...]) -> Array:
+    """The inverse of `_split`, for an x that had this shape."""
+    whole = x.reshape([-(-size // b) * b for size, b in zip(shape, blocks, strict=True)])
+    return lax.slice(whole, [0] * len(shape), shape)
 
 
 def _inside(blocks: tuple[int, ...]) -> tuple[int, ...]:

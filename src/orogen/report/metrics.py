@@ -7,7 +7,8 @@ Each line of `metrics.jsonl` is the JSON object of one step; steps strictly incr
     loss                  nats per predicted token of this step's batch; `mtp_loss` likewise, a list over depths; other
                           tasks have metrics of their own
     tokens                tokens of this step's batch; summed over all lines, what the run has trained on
-    tokens_per_second, step_ms, grad_norm, learning_rate
+    tokens_per_second, step_ms, grad_norm, learning_rate: in steps that measure what rounding loses, the time contains
+                          the measurement, which is two more forward and backward passes
     mfu                   0 to 1, over all devices; counts the operations of each document as if it were alone in its
                           sequence
     expert_load           [MoE layer][expert]: (token, expert) assignments of the router in this step, drops included
@@ -23,8 +24,8 @@ Each line of `metrics.jsonl` is the JSON object of one step; steps strictly incr
     skipped_steps         steps skipped since the run began
     spike_bound           the loss exceeds this bound: it is a spike (`train.health`); only in such steps
     start_seconds         from the start of the process, or a roll-back, to the first step; only in that step
-    compile_seconds       tracing, lowering and compiling the step; only in the first of a process, and where a recipe
-                          changes
+    compile_seconds       tracing, lowering and compiling the step, or what measures it; only in the first of a process,
+                          the first that measures, and where a recipe changes
     evaluate_seconds      the evaluation after this step
     save_seconds          how long writing checkpoints held the run up since the last step; in the last step of a
                           process also how long it then waited for the last one

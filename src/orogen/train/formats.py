@@ -23,10 +23,14 @@ from orogen.parallel.rounding_state import NUMBER, PROBES
 
 def in_formats(plan: Plan, precision: PrecisionConfig, model: ModelConfig, *, switched: bool = False) -> Plan:
     """The plan whose layers round operands as the run's precision says; the plan itself if none does. switched: from
-    `switch_step` on."""
+    `switch_step` on. Raises ValueError if the plan has no recipes of its layers to change."""
     rounded = layer_products(precision, model, switched=switched)
-    if not any(rounded) or plan.recipes is None:
+    if not any(rounded):
         return plan
+    if plan.recipes is None:
+        raise ValueError(
+            f"PrecisionConfig.recipe {precision.recipe!r} for a plan without recipes; expected one per layer"
+        )
     recipes = tuple(dataclasses.replace(r, rounded=p) for r, p in zip(plan.recipes, rounded, strict=True))
     return dataclasses.replace(plan, recipes=recipes, recipe=Recipe(), expert_tokens=precision.expert_tokens)
 

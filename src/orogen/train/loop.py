@@ -212,7 +212,7 @@ class Loop:
                 began = time.perf_counter()
                 batch = self.source.take(state)
                 self.position = self.source.state()
-                if pending is not None and self.programs.compiles(number, batch):
+                if pending is not None and self._compiles(number, batch):
                     # First, so that its time does not contain the compilation for the new shape.
                     self._report(pending, writer, progress)
                     pending = None
@@ -245,13 +245,21 @@ class Loop:
         self, number: int, state: TrainState, batch: Batch
     ) -> tuple[TrainState, StepMetrics, dict[str, Any] | None]:
         """The step's results, which the devices may still be computing, and what it measured of its roundings. The
-        first call of a shape also compiles the step, as does the first after a change of recipe."""
-        placed, new = batch_to_devices(batch, self.plan), self.programs.compiles(number, batch)
-        if new or self.programs.measures(number):
+        first call of a shape also compiles the step, as does the first after a change of recipe; so with what
+        measures."""
+        placed, programs = batch_to_devices(batch, self.plan), self.programs
+        if self._compiles(number, batch) or programs.measures(number):
             self.watch.expect_longer()
-        measured = self.programs.measured(number, state, placed)
-        with self.clock.aside(COMPILING) if new else contextlib.nullcontext():
-            return *self.programs.step(number, batch)(state, placed), measured
+        with self._compiling(programs.compiles_measure(number, batch)):
+            measured = programs.measured(number, state, placed)
+        with self._compiling(programs.compiles(number, batch)):
+            return *programs.step(number, batch)(state, placed), measured
+
+    def _compiles(self, number: int, batch: Batch) -> bool:
+        return self.programs.compiles(number, batch) or self.programs.compiles_measure(number, batch)
+
+    def _compiling(self, new: bool) -> contextlib.AbstractContextManager[None]:
+        return self.clock.aside(COMPILING) if new else contextlib.nullcontext()
 
     def _report(
         self,

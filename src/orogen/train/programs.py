@@ -32,10 +32,15 @@ class StepPrograms:
         self._steps: dict[bool, Callable[..., Any]] = {}
         self._compiled: set[tuple[bool, tuple[int, ...]]] = set()
         self._measures: dict[bool, Callable[..., Any] | None] = {}
+        self._compiled_measures: set[tuple[bool, tuple[int, ...]]] = set()
 
     def compiles(self, number: int, batch: Batch) -> bool:
         """Whether step `number`, counted from 1, still has to be compiled for batches of this shape."""
         return self._key(number, batch) not in self._compiled
+
+    def compiles_measure(self, number: int, batch: Batch) -> bool:
+        """Whether what measures step `number` still has to be compiled for batches of this shape."""
+        return self._measure(number) is not None and self._key(number, batch) not in self._compiled_measures
 
     def step(self, number: int, batch: Batch) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
         """What computes step `number` on this batch."""
@@ -56,6 +61,14 @@ class StepPrograms:
 
     def measured(self, number: int, state: TrainState, batch: Batch) -> dict[str, Any] | None:
         """What rounding costs step `number`, still on the devices; None if nothing is measured there."""
+        measure = self._measure(number)
+        if measure is None:
+            return None
+        self._compiled_measures.add(self._key(number, batch))
+        return measure(state, batch)
+
+    def _measure(self, number: int) -> Callable[..., Any] | None:
+        """What measures step `number`; None if nothing is due there, or nothing rounds."""
         if not self.measures(number):
             return None
         switched = is_switched(self.config.precision, number)
@@ -63,8 +76,7 @@ class StepPrograms:
             plan = self._plan(switched)
             parts = self.built, self.objective, self.config, plan, self.plain
             self._measures[switched] = distributed.compiled_together(make_measure(*parts)) if plan.rounds else None
-        measure = self._measures[switched]
-        return None if measure is None else measure(state, batch)
+        return self._measures[switched]
 
     def _plan(self, switched: bool) -> Plan:
         return in_formats(self.plain, self.config.precision, self.config.model, switched=switched)
