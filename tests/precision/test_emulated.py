@@ -268,7 +268,8 @@ def test_a_kernel_without_float32_does_not_round_scales_into_gradients(monkeypat
     used = products("fp8_tensorwise", precision("fp8_tensorwise"))
     x, dy = (RNG.normal(size=(4, n)).astype(jnp.bfloat16) for n in (32, 16))
     w = RNG.normal(size=(1, 32, 16)).astype(np.float32)
-    _, _, dw, _ = one_expert(used, x, dy, w, implementation="mosaic")
+    with jax.default_matmul_precision("default"):  # the suite's own is the highest
+        _, _, dw, _ = one_expert(used, x, dy, w, implementation="mosaic")
     expected = 0
     for rows in (slice(0, 2), slice(2, 4)):
         (a, a_scale), (b, b_scale) = (
@@ -277,5 +278,4 @@ def test_a_kernel_without_float32_does_not_round_scales_into_gradients(monkeypat
         )
         expected += (a * float(a_scale)).T @ (b * float(b_scale))
     np.testing.assert_allclose(dw[0], expected, atol=1e-6 * np.abs(expected).max())
-    assert ("blocks", "float32", "highest") in seen
-    assert {kernel[:2] for kernel in seen} == {("mosaic", "bfloat16"), ("blocks", "float32")}
+    assert set(seen) == {("mosaic", "bfloat16", "default"), ("blocks", "float32", "highest")}
