@@ -7,7 +7,6 @@ import gzip
 import hashlib
 import itertools
 import json
-import lzma
 import os
 import random
 import signal
@@ -19,18 +18,16 @@ import time
 import numpy as np
 import pyarrow as pa
 import pytest
-import zstandard
 from pyarrow import parquet
 
 from orogen.cli import main
 from orogen.config.checks import ConfigError
 from orogen.config.data import DataConfig
-from orogen.data import indexed, make_store, store
+from orogen.data import indexed, make_store
 from orogen.data.loader import open_corpus
 from orogen.data.packing import document_stream
-from orogen.data.readers import Broken, Document, read_records
+from orogen.data.readers import read_records
 from orogen.data.units import plan_units, unit_size
-from orogen.data.vocabulary import byte_tokenizer
 
 WORDS = "the of layer state 'x' é 🙂 <bos> \r\n return".split(" ")
 UNIT = 900  # bytes
@@ -219,106 +216,6 @@ def test_a_full_disk_is_one_line_and_the_same_command_continues(config, whole, t
     assert main([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["documents"] == 67
     assert content(tmp_path / "s") == content(whole[0])
-
-
-GOOD = [{"text": f"good {i} {'word ' * i}"} for i in range(40)]
-
-
-def bad_corpora():
-    """By name: the name and bytes of a file, how many records are broken, words of the reason, good documents."""
-    lines = "\n".join(json.dumps(one) for one in GOOD).encode()
-    noise = random.Random(0).randbytes(3000)
-    table = pa.BufferOutputStream()
-    parquet.write_table(pa.table({"text": ["x"] * 9 + [None] + ["y"] * 5}), table)
-    columns = pa.BufferOutputStream()
-    parquet.write_table(pa.table({"body": ["x"]}), columns)
-    rows = table.getvalue().to_pybytes()
-    numbers = lines + b'\n{"text": 7}\n{"body": "a"}\n["text"]\n{"text": "later"}\n{"text": "\\ud800"}'
-    yield "empty jsonl", "z.jsonl", b"", 0, None, 0
-    yield "empty text", "z.txt", b"", 0, None, 1
-    yield "NUL", "z.txt", b"a\0b", 1, "z.txt holds NUL characters; expected text", 0
-    yield "NUL in a line", "z.jsonl", b'{"text": "a\\u0000"}\n{"text": "b"}', 1, "z.jsonl:1 holds NUL characters", 1
-    yield "binary", "z.txt", b"\xff" + noise, 1, "byte 0 is not UTF-8: expected UTF-8 text", 0
-    yield (
-        "binary lines",
-        "z.jsonl",
-        b'{"text": "a"}\n"a\xe9\xfe"\n{"text": "b"}',
-        1,
-        "z.jsonl:2: byte 2 is not UTF-8",
-        2,
-    )
-    yield "changing schema", "z.jsonl", numbers, 4, "z.jsonl:41: 'text' is 7: expected a string", 41
-    yield (
-        "truncated gzip",
-        "z.jsonl.gz",
-        gzip.compress(lines + noise.hex().encode())[:-900],
-        None,
-        "undamaged file",
-        None,
-    )
-    yield "truncated zstd", "z.jsonl.zst", zstandard.compress(lines)[:-9], 1, "undamaged file", None
-    yield "truncated xz", "z.txt.xz", lzma.compress(lines)[:-30], 1, "expected a whole, undamaged file", 0
-    yield "not gzip", "z.txt.gz", b"plain", 1, "expected a whole, undamaged file", 0
-    yield "truncated Parquet", "z.parquet", rows[:-20], 1, "expected a whole, undamaged file", 0
-    yield "a null row", "z.parquet", rows, 1, "z.parquet:10: 'text' is None: expected a string", 14
-    yield "no column", "z.parquet", columns.getvalue().to_pybytes(), 1, "expected a column 'text'", 0
-    yield "truncated JSON", "z.jsonl", b'{"text": "a"}\n{"text": "b', 1, "z.jsonl:2: ", 1
-    yield "two compressed texts", "z.txt.xz", lzma.compress(b"one") + lzma.compress(b" text"), 0, None, 1
-
-
-@pytest.mark.parametrize("case", list(bad_corpora()), ids=lambda case: case[0])
-def test_broken_records_are_counted_and_named_and_the_others_stay(case, tmp_path):
-    _, name, data, broken, reason, documents = case
-    (tmp_path / "c").mkdir()
-    (tmp_path / "c" / "a.jsonl").write_text("\n".join(json.dumps(one) for one in GOOD))
-    (tmp_path / "c" / name).write_bytes(data)
-    config = DataConfig(corpus=str(tmp_path / "c"), tokenizer="byte", heldout_fraction=0.0, tuning_fraction=0.0)
-    counts = made(config, tmp_path / "s")["counts"]
-    named = [json.loads(line) for line in (tmp_path / "s" / "broken.jsonl").read_text().splitlines()]
-    assert counts["broken"] == len(named)
-    if broken is not None:
-        assert counts["broken"] == broken
-    if documents is not None:
-        assert counts["documents"] == len(GOOD) + documents
-    assert counts["documents"] >= len(GOOD)
-    if reason is not None:
-        assert reason in named[0]["reason"] and named[0]["key"].startswith(name)
-        assert "\n" not in named[0]["reason"]
-
-
-def test_files_that_vanish_or_change_between_planning_and_reading_are_named(tmp_path, monkeypatch):
-    (tmp_path / "c").mkdir()
-    for name in "abcd":
-        (tmp_path / "c" / f"{name}.txt").write_text(f"text {name} " * 100)
-    config = DataConfig(corpus=str(tmp_path / "c"), tokenizer="byte", heldout_fraction=0.0, tuning_fraction=0.0)
-    right = make_store._tokenize_units
-
-    def later(*arguments):
-        (tmp_path / "c" / "b.txt").unlink()
-        (tmp_path / "c" / "c.txt").write_text("another")
-        return right(*arguments)
-
-    monkeypatch.setattr(make_store, "_tokenize_units", later)
-    assert made(config, tmp_path / "s")["counts"] | {"bytes": 0, "tokens": 0} == {
-        "documents": 2, "broken": 2, "empty": 0, "bytes": 0, "tokens": 0,
-    }  # fmt: skip
-    reasons = [one["reason"] for one in store.broken_records(tmp_path / "s", 9)]
-    assert "b.txt: No such file or directory; expected a file that can be read" in reasons[0]
-    assert "c.txt has changed since the store was begun; expected the same file" in reasons[1]
-
-
-def test_a_line_that_is_too_long_is_skipped_to_its_end(tmp_path, monkeypatch):
-    monkeypatch.setattr("orogen.data.readers.MAX_LINE_BYTES", 50)
-    (tmp_path / "a.jsonl").write_text('{"text": "%s"}\n{"text": "b"}\n' % ("x" * 170))
-    one, two = read_records(tmp_path / "a.jsonl", "a.jsonl", "text", form=".jsonl")
-    assert isinstance(one, Broken) and "a.jsonl:1 has more than 50 bytes" in one.reason
-    assert two == Document("a.jsonl:2", "b")
-
-
-def test_a_text_that_the_tokenizer_would_change_is_left_out_by_name(tmp_path, monkeypatch):
-    tokenizer = byte_tokenizer()
-    found = tokenizer.encode_documents(["ab", "", "é"])
-    assert [ids.tolist() for ids in found] == [[100, 101], [], [198, 172]]
 
 
 def test_units_are_neither_too_few_nor_too_many():

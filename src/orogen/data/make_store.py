@@ -214,7 +214,7 @@ def _tokenize_unit(job: Job, number: int) -> dict[str, int]:
     """Writes the shards of a unit and its marker. Returns the counts of the unit."""
     folder, dtype = job.folder, dtype_for(job.plan["vocab_size"])
     config = DataConfig(**job.plan["settings"])
-    counts, digest, broken = Counter(), hashlib.sha256(), []
+    counts, digest, broken = Counter(documents=0, bytes=0, tokens=0, empty=0), hashlib.sha256(), []
     with contextlib.ExitStack() as stack:
         writers: dict[str, IndexedWriter] = {}
         text_bytes: Counter[str] = Counter()

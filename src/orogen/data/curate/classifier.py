@@ -33,7 +33,7 @@ def features(text: str, config: ClassifyConfig) -> NDArray[np.int64]:
 
 
 def train(texts: Sequence[str], good_n: NDArray[np.bool_], config: ClassifyConfig) -> Weights:
-    """The weights (f + 1,), of which the last is the constant term. Both kinds need at least one text."""
+    """The weights (f + 1,); the last one is the constant term. Both kinds need at least one text."""
     from scipy.optimize import minimize
 
     matrix_nf = _matrix([features(text, config) for text in texts], config)

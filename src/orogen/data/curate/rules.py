@@ -98,8 +98,9 @@ def _resiliparse(page: str) -> str:
 
 
 def _trafilatura(page: str) -> str | None:
+    extractor = _trafilatura_extractor()  # an import that fails is not the page's fault
     try:
-        return _trafilatura_extractor().extract(page)
+        return extractor.extract(page)
     except Exception as error:  # as above
         return _FAILED + type(error).__name__
 
