@@ -5,11 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tests.convert.synthetic import shapes, write
 from tests.helpers import bound
 
 from orogen.checkpoint import checksums
+from orogen.checkpoint.folders import HuggingFaceFolder
 from orogen.checkpoint.leaves import dotted, leaves_of
 from orogen.checkpoint.open import open_model
+from orogen.checkpoint.transfer import from_hf
 from orogen.cli import main
 from orogen.compress.upcycle import upcycled_config
 from orogen.config.checks import ConfigError
@@ -171,3 +174,35 @@ def test_a_mixture_is_not_upcycled_again(tmp_path, capsys):
 def test_a_config_is_refused_by_its_own_checks():
     with pytest.raises(ConfigError, match="UpcycleConfig.shared is 1; expected a multiple of granularity = 2"):
         UpcycleConfig(expansion=2, granularity=2, top_k=2, shared=1)
+
+
+def test_a_hugging_face_folder_is_read_as_its_conversion_is(tmp_path):
+    config, tensors = shapes("nemotron")
+    unbiased = {name: shape for name, shape in tensors.items() if not (".mlp." in name and name.endswith("bias"))}
+    write(tmp_path / "hf", config | {"mlp_bias": False}, unbiased, "float32")
+    from_hf(tmp_path / "hf", tmp_path / "ours")
+    for source in ("hf", "ours"):
+        assert upcycle(tmp_path / source, tmp_path / f"{source} upcycled", "UpcycleConfig.top_k = 2") == 0
+    found, expected = (load_file(tmp_path / f"{name} upcycled" / "model.safetensors") for name in ("hf", "ours"))
+    assert found.keys() == expected.keys()
+    for name in found:
+        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+
+
+def test_each_piece_of_a_hugging_face_folder_is_that_of_the_whole(tmp_path):
+    write(tmp_path / "hf", *shapes("nemotron_h"), "float32")
+    with HuggingFaceFolder(tmp_path / "hf") as folder:
+        for path, spec in folder.parameters().items():
+            whole = folder.parameter(path, spec)
+            for depth in range(min(3, len(spec.shape))):
+                index = (0,) * depth
+                np.testing.assert_array_equal(folder.piece(path, index), whole[index])
+
+
+def test_a_folder_that_lacks_a_parameter_is_refused_in_one_line(tmp_path, capsys):
+    dense = save(tmp_path / "dense", DENSE)
+    tensors = load_file(dense / "model.safetensors")
+    del tensors["head.weight"]
+    save_file(tensors, dense / "model.safetensors")
+    assert upcycle(dense, tmp_path / "sparse", "UpcycleConfig.top_k = 1") == 2
+    assert "head.weight is missing" in capsys.readouterr().err and not (tmp_path / "sparse").exists()

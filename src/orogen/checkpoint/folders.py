@@ -252,10 +252,24 @@ class HuggingFaceFolder:
 
     def parameter(self, path: names.Path, spec: Spec) -> np.ndarray:
         """A parameter, assembled from its pieces."""
-        array = np.empty(spec.shape, spec.dtype)
+        return self._assembled(path, (), spec)
+
+    def piece(self, path: names.Path, index: tuple[int, ...]) -> np.ndarray:
+        """A parameter at `index` of its leading axes, from the tensors that hold a part of it."""
+        return self._assembled(path, index, self._specs[path])
+
+    def _assembled(self, path: names.Path, index: tuple[int, ...], spec: Spec) -> np.ndarray:
+        depth = len(index)
+        array = np.empty(spec.shape[depth:], spec.dtype)
         for name, piece in self._pieces[path]:
-            array[piece.index] = piece.take(self.tensor(name))
+            if piece.index[:depth] == index[: len(piece.index)]:
+                part = piece.take(self.tensor(name))
+                array[piece.index[depth:]] = part[index[len(piece.index) :]]
         return array
+
+    @functools.cached_property
+    def _specs(self) -> dict[names.Path, Spec]:
+        return self.parameters()
 
     def tokenizer(self) -> Tokenizer | None:
         """See `Folder.tokenizer`."""

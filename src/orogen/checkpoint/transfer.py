@@ -19,6 +19,7 @@ from orogen.checkpoint.folders import (
     TOKENIZER_FILES,
     HuggingFaceFolder,
     OrogenFolder,
+    RunFolder,
     copy_files,
     promoted,
 )
@@ -132,14 +133,19 @@ def export(source: Path, target: Path, *, dtype: str | None = None, fits: Fits =
         if isinstance(folder, HuggingFaceFolder):
             expected = "expected a run or an Orogen checkpoint folder"
             raise ConfigError(f"{str(source)!r} is a Hugging Face folder; {expected}")
-        context = None
-        if isinstance(folder, OrogenFolder):
-            specs, read = folder.parameters(), folder.piece
-        else:
-            opened, context = read_model(folder, tokenizer=False), folder.row_length
-            specs, read = model_tensors(opened.params, opened.buffers)
+        context = folder.row_length if isinstance(folder, RunFolder) else None
+        specs, read = folder_tensors(folder)
         dtype = dtype or ("bfloat16" if folder.masters else None)
         to_hf(folder.config, specs, read, source, target, dtype=dtype, context=context, fits=fits)
+
+
+def folder_tensors(folder: RunFolder | OrogenFolder | HuggingFaceFolder) -> tuple[Mapping[names.Path, Spec], Read]:
+    """The parameters of a folder, as `to_hf` takes them. A run's are in memory whole, those of others are read on
+    demand."""
+    if isinstance(folder, RunFolder):
+        opened = read_model(folder, tokenizer=False)
+        return model_tensors(opened.params, opened.buffers)
+    return folder.parameters(), folder.piece
 
 
 def model_tensors(params: nnx.State, buffers: nnx.State) -> tuple[dict[names.Path, Spec], Read]:

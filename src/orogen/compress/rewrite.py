@@ -18,9 +18,8 @@ from orogen.checkpoint.folders import (
     copy_files,
     promoted,
 )
-from orogen.checkpoint.leaves import dotted, leaves_of
-from orogen.checkpoint.open import read_model
-from orogen.checkpoint.transfer import model_tensors
+from orogen.checkpoint.leaves import check_shapes, dotted, leaves_of
+from orogen.checkpoint.transfer import folder_tensors
 from orogen.config.checks import ConfigError
 from orogen.config.files import write_atomically
 from orogen.config.load import model_text
@@ -53,19 +52,18 @@ def homes(config: ModelConfig) -> list[Home]:
 
 
 class Source:
-    """The parameters of a checkpoint folder, by layer. A run's are in memory, those of other folders on disk."""
+    """The parameters of a checkpoint folder, by layer. A run's are in memory, those of other folders on disk.
+
+    Raises ConfigError unless they are those of its config.
+    """
 
     def __init__(self, folder: RunFolder | OrogenFolder | HuggingFaceFolder):
         self.config = folder.config
         self.homes = homes(self.config)
-        if isinstance(folder, RunFolder):
-            opened = read_model(folder, tokenizer=False)
-            self.specs, self._read = model_tensors(opened.params, opened.buffers)
-        elif isinstance(folder, OrogenFolder):
-            self.specs, self._read = folder.parameters(), folder.piece
-        else:
-            self.specs = folder.parameters()
-            self._read = lambda path, index: folder.parameter(path, self.specs[path])[index]
+        self.specs, self._read = folder_tensors(folder)
+        have, built = {dotted(path): spec.shape for path, spec in self.specs.items()}, build(self.config)
+        leaves = leaves_of(built.params, built.buffers)
+        check_shapes(folder.folder, have, {dotted(path): leaf.get_value().shape for path, leaf in leaves.items()})
 
     def layer(self, number: int) -> "LayerOf":
         """The parameters of a layer."""
