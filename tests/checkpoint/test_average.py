@@ -12,7 +12,9 @@ from orogen.checkpoint import checksums
 from orogen.checkpoint.open import open_model
 from orogen.checkpoint.transfer import from_hf
 from orogen.cli import main
+from orogen.config.data import DataConfig
 from orogen.config.plan import PlanConfig
+from orogen.data.vocabulary import make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +70,21 @@ def test_what_has_no_mean_is_refused_and_leaves_nothing(folders, tmp_path, capsy
     paths = [str(folders / one) if one[0].isalpha() else one for one in arguments]
     assert main(["average", *paths, "--out", str(tmp_path / "mean")]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "mean").exists()
+
+
+def test_models_of_other_tokenizers_have_no_mean(folders, tmp_path, capsys):
+    for name, text in (("a", "ab" * 9), ("b", "cd" * 9)):
+        shutil.copytree(folders / "one", tmp_path / name)
+        config = DataConfig(corpus="unread", tokenizer="bpe", vocab_size=260)
+        make_tokenizer(config, [text]).save(tmp_path / name / "tokenizer")
+    command = ["average", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "mean")]
+    assert main(command) == 2
+    assert "b' has a tokenizer of its own; expected that of" in capsys.readouterr().err
+    assert not (tmp_path / "mean").exists()
+
+
+def test_an_existing_folder_is_refused_before_anything_is_read(folders, tmp_path, capsys):
+    (tmp_path / "mean").mkdir()
+    (tmp_path / "mean" / "mine").touch()
+    assert main(["average", "no such folder", str(folders / "one"), "--out", str(tmp_path / "mean")]) == 2
+    assert "exists; expected a new folder" in capsys.readouterr().err and (tmp_path / "mean" / "mine").exists()

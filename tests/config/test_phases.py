@@ -9,7 +9,7 @@ from orogen.config.data import DataConfig, SourceConfig
 from orogen.config.load import load, load_saved
 from orogen.config.phases import PhaseConfig, stretches
 from orogen.config.plan import PlanConfig
-from orogen.config.run import RunConfig, TrainConfig
+from orogen.config.run import OptimizerConfig, RunConfig, TrainConfig
 
 RUN = {"steps": 100, "batch_size": 12, "sequence_length": 20, "ramp": None, "phases": (), "weights": {}}
 TRAIN = {"steps": 100, "batch_size": 12, "sequence_length": 20, "seed": 0}
@@ -151,3 +151,13 @@ def test_a_name_that_metrics_could_not_show_is_refused():
     for name in ("", "a/b", "a b", "é"):
         with pytest.raises(ConfigError, match="expected letters, digits, _ and -"):
             dataclasses.replace(SOURCES[0], name=name)
+
+
+def test_warm_up_ends_before_a_phase_with_a_rate_of_its_own():
+    train = TrainConfig(**TRAIN, phases=(PhaseConfig(after=10, learning_rate=1e-4),))
+    run = lambda warmup: RunConfig(  # noqa: E731
+        plan=PlanConfig(), train=train, optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=warmup)
+    )
+    run(10).check()
+    with pytest.raises(ConfigError, match="warmup_steps is 11; expected at most PhaseConfig.after of the first"):
+        run(11).check()

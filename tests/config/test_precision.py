@@ -1,13 +1,15 @@
 """The formats of a run: which layers and weights they reach, what the published recipes keep, and what is refused."""
 
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
-from tests.helpers import hybrid
+from tests.helpers import hybrid, run_config
 
 from orogen.config.checks import ConfigError
 from orogen.config.load import load
+from orogen.config.phases import PhaseConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.precision import PrecisionConfig
 from orogen.config.rounded import Operand, Products, check_precision, layer_products, products
@@ -177,3 +179,14 @@ def test_a_batch_of_too_many_tokens_is_refused():
     check_precision(precision, model, PlanConfig(), length=2**14, rows=2**10 - 1)
     with pytest.raises(ConfigError, match="TrainConfig.batch_size is 1024; expected fewer than 16777216 tokens in a"):
         check_precision(precision, model, PlanConfig(), length=2**14, rows=2**10)
+
+
+def test_every_phase_is_checked():
+    """The second one's sequences leave 6 neighbouring tokens to each of two ranks."""
+    phases = (PhaseConfig(after=3, sequence_length=24),)
+    model = hybrid(pattern="-", mtp_depths=0)
+    run = run_config(model, plan={"context": 2}, sequence_length=32, phases=phases)
+    run = dataclasses.replace(run, precision=PrecisionConfig(recipe="mxfp8", block=4))
+    with pytest.raises(ConfigError, match="sequence_length is 24, of which a rank holds 6 neighbouring tokens"):
+        run.check()
+    dataclasses.replace(run, train=dataclasses.replace(run.train, phases=())).check()

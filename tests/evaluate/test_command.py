@@ -1,15 +1,20 @@
 """`orogen evaluate`, and a run that is evaluated while it trains."""
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.helpers import bound, write_recipe
 
 from orogen.cli import main
+from orogen.config.checks import ConfigError
 from orogen.config.evaluate import SUITES
 from orogen.evaluate import harness
+from orogen.evaluate.during import with_tasks
 from orogen.report.metrics import read_metrics
+from orogen.train.pretraining import PRETRAINING
 
 LENGTHS = ("--lengths", "40,24", "--samples", "3")
 
@@ -116,3 +121,9 @@ def test_what_a_run_cannot_evaluate_is_refused(tmp_path, refused):
     ):  # fmt: skip
         line = refused("train", "--gin_file", recipe, "--run", tmp_path / "run", *bound(*bindings))
         assert line.startswith(message), line
+
+
+def test_a_run_without_held_out_text_is_not_evaluated_on_tasks():
+    task: Any = with_tasks(dataclasses.replace(PRETRAINING, evaluation=lambda *parts: None))
+    with pytest.raises(ConfigError, match="expected a split with some"):
+        task.evaluation(None, None, None)

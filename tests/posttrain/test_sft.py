@@ -71,6 +71,26 @@ def test_another_template_is_another_corpus(tmp_path):
     assert len(hashes) == 2
 
 
+def test_batches_go_on_to_the_bit_and_only_with_the_same_template(tmp_path):
+    folder = write(tmp_path, *(line(f"question {n}", f"answer {n}") for n in range(20)))
+    data = DataConfig(corpus=str(folder), tokenizer="byte", heldout_fraction=0.3, tuning_fraction=0.0)
+
+    def loader(template):
+        corpus = open_chats(data, ChatConfig(template="x"), template, tokenizer(), length=100)
+        return corpus.train_loader(batch_size=2, sequence_length=100, shuffle_seed=1)
+
+    whole, again = loader(NANO), loader(NANO)
+    for _ in range(3):
+        next(whole)
+    position = json.loads(json.dumps(whole.state()))
+    again.restore(position)
+    for _ in range(4):
+        for one, other in zip(next(whole)[:4], next(again)[:4], strict=True):
+            np.testing.assert_array_equal(one, other)
+    with pytest.raises(ConfigError):
+        loader(NANO + " ").restore(position)
+
+
 def test_a_split_whose_conversations_are_all_too_long_is_refused(tmp_path):
     records = [line(f"question {n}", f"answer {n}") for n in range(20)]
     with pytest.raises(ConfigError, match=r"split of corpus .* has no sequence of at most"):

@@ -95,6 +95,12 @@ def test_the_text_of_a_run_loads_to_its_config(study, tmp_path):
     assert load([file])[0] == run.config
 
 
+def test_a_growing_batch_is_refused(study):
+    """Its steps differ in tokens."""
+    with pytest.raises(ConfigError, match=r"arm 12\+4: TrainConfig.phases or batch_ramp is bound; expected neither"):
+        study({"TrainConfig.batch_ramp": (1, 1, 9)})
+
+
 def test_the_text_of_a_blend_loads_to_its_config(tmp_path):
     file = tmp_path / "blend.gin"
     file.write_text(

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,9 +13,9 @@ from tests.helpers import hybrid, run_config
 from orogen.data.packing import Batch
 from orogen.model.lm import build
 from orogen.parallel.plan import make_plan
+from orogen.train.loop import Loop
 from orogen.train.next_token import LOSS, MTP_LOSS, NEXT_TOKENS
 from orogen.train.optimizer import make_optimizer
-from orogen.train.record import step_record
 from orogen.train.sides import packed_batch
 from orogen.train.state import create_state
 from orogen.train.step import StepMetrics, batch_to_devices, make_step
@@ -40,7 +42,8 @@ def metrics(**changes) -> StepMetrics:
 
 def record(model: dict, plan: dict, segments_bt: np.ndarray = SEGMENTS_BT) -> dict:
     config = run_config(hybrid(**SMALL, **model), plan=plan)
-    return step_record(batch(segments_bt), metrics(), SECONDS, config=config, peak=PEAK)
+    run: Any = SimpleNamespace(config=config, peak=PEAK)
+    return Loop._record(run, 3, batch(segments_bt), metrics(), SECONDS)
 
 
 def keys_seen(length: int, window: int) -> float:
@@ -80,12 +83,13 @@ def test_losses_and_rates_by_hand():
     found = record({"pattern": "-/-", "mtp_depths": 2}, {"data": 2})
     assert found["loss"] == 1.5 and found["objective"] == 5.5
     assert found["mtp_loss"] == [3.0, 4.0]
-    assert found["tokens_per_second"] == 88.0 and found["step_ms"] == 250.0
+    assert found["tokens_per_second"] == 88.0 and found["step_ms"] == 250.0 and found["step"] == 3
 
 
 def test_a_device_without_a_known_peak_has_no_mfu():
     config = run_config(hybrid(**SMALL, pattern="-", mtp_depths=0))
-    assert "mfu" not in step_record(batch(SEGMENTS_BT), metrics(), SECONDS, config=config, peak=None)
+    run: Any = SimpleNamespace(config=config, peak=None)
+    assert "mfu" not in Loop._record(run, 3, batch(SEGMENTS_BT), metrics(), SECONDS)
 
 
 def test_the_learning_rate_is_that_of_the_update_which_the_step_makes():

@@ -145,7 +145,7 @@ class Plan:
         return dataclasses.replace(self, rounding=rounding)
 
     def from_layer(self, start: Array, count: int) -> "Plan":
-        """The plan for `count` layers, of which the first has this number; for layers whose recipes are set already."""
+        """The plan for `count` layers from this number on, for layers whose recipes are set already."""
         if self.rounding is None:
             return self
         taken = lambda a: lax.dynamic_slice_in_dim(a, start, count)  # noqa: E731

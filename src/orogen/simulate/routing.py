@@ -62,7 +62,7 @@ BALANCED = Routing()
 
 
 def read_routing(text: str) -> Routing:
-    """`balanced`, `zipf:1.0`, or a run folder or metrics.jsonl, of which the last loads count. Raises ConfigError."""
+    """`balanced`, `zipf:1.0`, or the last loads in a run folder or metrics.jsonl. Raises ConfigError."""
     if text == BALANCED.kind:
         return BALANCED
     kind, _, exponent = text.partition(":")
