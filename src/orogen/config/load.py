@@ -202,13 +202,18 @@ def run_text(config: RunConfig) -> str:
             if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
                 scopes = [f"{field.name}_{number}" for number in range(len(value))]
                 lines.append(f"{name} = [{', '.join(f'@{s}/{type(value[0]).__name__}()' for s in scopes)}]")
-                lines += [
-                    f"{scope}/{type(one).__name__}.{f.name} = {getattr(one, f.name)!r}"
-                    for scope, one in zip(scopes, value, strict=True) for f in dataclasses.fields(one)
-                ]  # fmt: skip
+                lines += [line for scope, one in zip(scopes, value, strict=True) for line in _scoped(scope, one)]
+            elif dataclasses.is_dataclass(value):
+                lines += [f"{name} = @{field.name}/{type(value).__name__}()", *_scoped(field.name, value)]
             else:
                 lines.append(f"{name} = {value!r}")
     return "\n".join(lines) + "\n"
+
+
+def _scoped(scope: str, config: Any) -> list[str]:
+    return [
+        f"{scope}/{type(config).__name__}.{f.name} = {getattr(config, f.name)!r}" for f in dataclasses.fields(config)
+    ]
 
 
 def _wanted(kind: type, bound: Iterable[str]) -> bool:

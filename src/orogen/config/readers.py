@@ -71,6 +71,7 @@ ALWAYS = {
     "checkpoint_minutes keep_checkpoints max_skipped_steps spike_deviations roll_back_after hang_minutes "
     "sample_prompts sample_tokens loggers",
     "chat": "template too_long without_reasoning truncated",
+    "distill": "divergence cross_entropy temperature top_k logits",
     # With Muon, AdamW's beta1, beta2 and epsilon are those of the parameters that Muon leaves to it.
     "optimizer": "name learning_rate schedule warmup_steps beta1 beta2 epsilon weight_decay clip_norm moment_dtype",
     "evaluate": "tasks every texts max_length batch_tokens",
@@ -200,6 +201,20 @@ READERS: dict[str, tuple[Reader, ...]] = {
         ),
     ),
     "chat": (),
+    "distill": (
+        Reader(
+            "rest",
+            ("distill",),
+            lambda run: run.distill.top_k is not None or run.distill.logits is not None,
+            "DistillConfig.top_k and .logits are None: no token is left out",
+        ),
+        Reader(
+            "teacher_plan",
+            ("distill",),
+            lambda run: run.distill.logits is None,
+            "DistillConfig.logits is set: the teacher does not run",
+        ),
+    ),
     "optimizer": (
         Reader(
             "decay_steps",

@@ -15,6 +15,7 @@ from orogen.config.checks import (
     require_positive,
 )
 from orogen.config.data import DataConfig
+from orogen.config.distill import DistillConfig
 from orogen.config.dtype import COMPUTE
 from orogen.config.evaluate import EvaluateConfig
 from orogen.config.model import ModelConfig
@@ -179,6 +180,7 @@ class RunConfig:
     train: TrainConfig = ABSENT
     optimizer: OptimizerConfig = ABSENT
     chat: ChatConfig = ABSENT
+    distill: DistillConfig = ABSENT
     evaluate: EvaluateConfig = ABSENT
     precision: PrecisionConfig = PrecisionConfig()
 
@@ -207,6 +209,9 @@ class RunConfig:
                 check_precision(self.precision, self.model, self.plan, length=length, rows=rows)
             expected = "full or blocked: the model has windows, sinks or latent attention"
             require(not windows or self.plan.attention != "cudnn", self.plan, "attention", expected)
+        if self.distill is not None and self.train is not None:
+            expected = "False: a teacher sees each sequence alone"
+            require(not self.train.carry_states, self.train, "carry_states", expected)
         if self.train is not None and self.train.carry_states:
             for axis in ("context", "stage"):
                 expected = "1: TrainConfig.carry_states is True"
@@ -288,6 +293,7 @@ PARTS: dict[str, Any] = {
     "train": TrainConfig,
     "optimizer": OptimizerConfig,
     "chat": ChatConfig,
+    "distill": DistillConfig,
     "evaluate": EvaluateConfig,
     "precision": PrecisionConfig,
 }

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 from jax import Array
 
-from orogen.kernels import cross_entropy
+from orogen.kernels import cross_entropy, divergence
+from orogen.kernels.cross_entropy.operands import Reduce
 from orogen.model.lm import LanguageModel
 from orogen.parallel.plan import Plan
 
@@ -38,6 +39,39 @@ def judge(h_btd: Array, model: LanguageModel, targets_bt: Array, plan: Plan) -> 
         del settings["implementation"]  # there is one
         found = cross_entropy.judge(*operands, targets_bt.reshape(-1), **settings)
         return cross_entropy.Judged(*(x_n.reshape(targets_bt.shape) for x_n in found))
+
+
+def distilled(
+    h_btd: Array,
+    model: LanguageModel,
+    teacher: divergence.Hidden | divergence.Likely,
+    targets_bt: Array,
+    weights_bt: Array,
+    *,
+    mix: divergence.Mix,
+    plan: Plan,
+) -> divergence.Distilled:
+    """Weighted sums of the divergence from a teacher and of the nats of the targets (b, t), for this device's rows and
+    context rank; see `token_nats`. teacher: of the same tokens, flattened as these, whole on every rank of `tensor`,
+    with this rank's columns of its head."""
+    with jax.named_scope("divergence"):
+        operands, settings = _read(h_btd, model, plan)
+        targets = targets_bt.reshape(-1), weights_bt.reshape(-1)
+        return divergence.distilled(*operands, teacher, *targets, mix=mix, **settings)
+
+
+def most_likely(h_btd: Array, model: LanguageModel, count: int, plan: Plan) -> divergence.Likely:
+    """The `count` most likely tokens (b, t, k) after each, for this device's rows and context rank; see `token_nats`.
+    Raises ValueError if the vocabulary has fewer."""
+    with jax.named_scope("most_likely"):
+        operands, settings = _read(h_btd, model, plan)
+        del settings["implementation"]  # there is one
+        reduce = Reduce(settings.pop("reduce_max"), settings.pop("reduce_sum"))
+        gather = lambda x_nk: plan.gather(x_nk, "vocab", dim=1)  # noqa: E731
+        found = divergence.most_likely(*operands, count, reduce=reduce, gather=gather, **settings)
+        rows = len(h_btd) if plan.stream != "rows" else len(h_btd) * plan.size("tensor")
+        apart = lambda x_nk: plan.agreed(x_nk.reshape(rows, -1, count), "batch", "context", None)  # noqa: E731
+        return divergence.Likely(*map(apart, found))
 
 
 def _read(h_btd: Array, model: LanguageModel, plan: Plan) -> tuple[tuple[Array, Array], dict[str, Any]]:

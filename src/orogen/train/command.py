@@ -2,7 +2,7 @@
 
 import argparse
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from orogen.command import (
 )
 from orogen.config.checks import ConfigError
 from orogen.config.dtype import COMPUTE
-from orogen.config.run import RunConfig
+from orogen.config.run import PARTS, RunConfig
 from orogen.config.streams import lasting_streams, say
 from orogen.parallel import cluster, distributed
 from orogen.parallel.runtime import configure
@@ -28,18 +28,23 @@ if TYPE_CHECKING:
     from orogen.checkpoint.folders import Folder
     from orogen.train.task import Task
 
+# Parts that only some tasks read.
+ONLY_SOME = {"chat": "reads no conversations", "distill": "has no teacher"}
 QUICKSTART = "--gin_file gin_configs/recipes/quickstart.gin"
 
 
-def add_train_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of a command that trains in a run folder."""
+def add_train_arguments(parser: argparse.ArgumentParser, *, checkpoint: str | None = None) -> None:
+    """Adds the options of a command that trains in a run folder. checkpoint: what its --checkpoint is, if it needs
+    one."""
     add_config_arguments(parser)
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="the run folder")
     parser.add_argument("--resume", action="store_true", help="continue the run in DIR, if there is one")
     parser.add_argument(
         "--profile", metavar="STEPS", help="trace these steps, such as 10:13, and report where their time goes"
     )
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help=f"start from the weights of {CHECKPOINT}")
+    start = f"start from the weights of {CHECKPOINT}"
+    needed = checkpoint is not None
+    parser.add_argument("--checkpoint", type=Path, required=needed, metavar="DIR", help=checkpoint or start)
     parser.add_argument(
         "--cluster", metavar="HOW",
         help=f"run as one of several processes: {cluster.FORMS}; by default, what {cluster.VARIABLE} says in the "
@@ -84,7 +89,7 @@ def _load_with_checkpoint(
 def train(options: argparse.Namespace) -> int:
     """`orogen train`."""
 
-    def task() -> "Task":
+    def task(_: RunConfig) -> "Task":
         from orogen.train.pretraining import PRETRAINING
 
         return PRETRAINING
@@ -92,15 +97,18 @@ def train(options: argparse.Namespace) -> int:
     return run_task(options, task)
 
 
-def run_task(options: argparse.Namespace, make_task: Callable[[], "Task"], *parts: str) -> int:
+def run_task(
+    options: argparse.Namespace, make_task: Callable[[RunConfig], "Task"], *parts: str, optional: Sequence[str] = ()
+) -> int:
     """Trains on a task in a run folder. parts: those that its config needs beside a model, data, a length and an
-    optimizer."""
+    optimizer; optional: those that it may have besides."""
     # Until the report is written, the folder stays locked and signals are handled.
     with contextlib.ExitStack() as held:
         config, text, origin = _load_with_checkpoint(options, held)
         config.need("model", "data", "train", "optimizer", *parts)
-        if config.chat is not None and "chat" not in parts:
-            raise ConfigError("ChatConfig has bindings; expected none: this task reads no conversations")
+        for part, why in ONLY_SOME.items():
+            if getattr(config, part) is not None and part not in (*parts, *optional):
+                raise ConfigError(f"{PARTS[part].__name__} has bindings; expected none: this task {why}")
         from orogen.checkpoint.steps import NotSavedError
         from orogen.simulate.fit import require_training_fits
         from orogen.train.back import FaultyHardwareError
@@ -115,7 +123,7 @@ def run_task(options: argparse.Namespace, make_task: Callable[[], "Task"], *part
             warn(config.model)
         held.enter_context(lasting_streams())
         log = say if distributed.first() else lambda line: None
-        task = make_task()
+        task = make_task(config)
         if config.evaluate is not None:
             from orogen.evaluate.during import with_tasks
 

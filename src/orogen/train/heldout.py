@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -80,10 +80,18 @@ class Heldout:
 
     def sample(self, state: TrainState) -> dict[str, float]:
         """The scores of a sample of about `evaluate_rows` sequences."""
+        return self._named(self.sampled, [self.totals(state, *one) for one in self._drawn().values()])
+
+    def sample_batches(self) -> list[Batch]:
+        """The batches of that sample."""
+        return [batch for batches, _ in self._drawn().values() for batch in batches]
+
+    def _drawn(self) -> dict[str, tuple[list[Batch], int]]:
+        """By source, the sample's batches and the bytes that their targets encode."""
         if not self._samples:
             rows = math.ceil(self.train.evaluate_rows / len(self.passes))
             self._samples = {name: self._sample(one, rows) for name, one in self.passes.items()}
-        return self._named(self.sampled, [self.totals(state, *one) for one in self._samples.values()])
+        return self._samples
 
     def full(self, state: TrainState) -> dict[str, float]:
         """The scores of the whole split."""
@@ -132,22 +140,24 @@ def heldout_plan(config: RunConfig) -> Plan:
 
 
 def measure(
-    built: Built, objective: Objective, config: ModelConfig, plan: Plan, dtype: str
-) -> Callable[[nnx.State, nnx.State, Batch], dict[str, Metric]]:
-    """The jitted function (parameters from `placement.working`, buffers, batch) -> the objective's metrics, computed
-    by forward passes alone."""
+    built: Built, objective: Objective, config: ModelConfig, plan: Plan, dtype: str, *, frozen: Any = None
+) -> Callable[..., dict[str, Metric]]:
+    """The jitted function (parameters from `placement.working`, buffers, batch[, frozen]) -> the objective's metrics,
+    computed by forward passes alone. frozen: the variables of the task's frozen model, which may be abstract."""
 
-    def metrics(params: nnx.State, buffers: nnx.State, batch: Batch, key: Array) -> dict[str, Metric]:
+    def metrics(params: nnx.State, buffers: nnx.State, batch: Batch, key: Array, known: Any) -> dict[str, Metric]:
         here = plan.in_step(key, batch.tokens_bt)
         counts = batch_counts(batch, objective, objective.depths(config), plan)
         parts = jax.tree.map(lambda x: microbatches(x, plan.config.microbatches, plan.sources[0]), batch)
-        found = skeleton(built)(Computation(objective, config, here, dtype), parts, counts, buffers).metrics(params)
+        computation = Computation(objective.knowing(known), config, here, dtype)
+        found = skeleton(built)(computation, parts, counts, buffers).metrics(params)
         return {name: Metric(total, counts.metrics[name]) for name, total in found.items()}
 
-    inputs = (plan.specs(built.params), plan.specs(built.buffers), plan.spec(*BATCH_AXES), plan.spec())
+    model = plan.specs(built.params), plan.specs(built.buffers)
+    inputs = (*model, plan.spec(*BATCH_AXES), plan.spec(), plan.specs(frozen))
     on_devices = plan.run(metrics, inputs=inputs, outputs=plan.spec())
 
-    def measured(params: nnx.State, buffers: nnx.State, batch: Batch) -> dict[str, Metric]:
-        return on_devices(params, buffers, with_numbers(batch, plan), step_key(0, 0))
+    def measured(params: nnx.State, buffers: nnx.State, batch: Batch, frozen: Any = None) -> dict[str, Metric]:
+        return on_devices(params, buffers, with_numbers(batch, plan), step_key(0, 0), frozen)
 
     return jax.jit(measured, compiler_options=plan.compiler_options)

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
 
 from orogen.checkpoint.folders import Folder
 from orogen.checkpoint.steps import Checkpoints, with_shardings
@@ -37,7 +36,7 @@ from orogen.train.lost_numbers import described
 from orogen.train.optimizer import make_optimizer
 from orogen.train.profiled import StepProfile
 from orogen.train.programs import StepPrograms
-from orogen.train.record import joined, step_record
+from orogen.train.record import joined, leaf_name, step_record
 from orogen.train.saving import Saver
 from orogen.train.state import TrainState, abstract_state, create_state, from_items, items, start_state, state_shardings
 from orogen.train.step import StepMetrics, batch_to_devices
@@ -84,7 +83,9 @@ class Loop:
         train = config.train
         self.back = Back(train, checkpoints.run_dir, checkpoints, log)
         self.optimizer = make_optimizer(config.optimizer, train.steps, built.params, train.rates)
-        self.programs = StepPrograms(built, task.objective, config, plan, self.optimizer)
+        self.frozen = task.frozen and task.frozen(config, plan)
+        known = self.frozen and self.frozen.variables
+        self.programs = StepPrograms(built, task.objective, config, plan, self.optimizer, frozen=known)
         self.carried = carry.abstract(train, built)
         self.measures = task.measures
         self.evaluation = task.evaluation(config, built, corpus)
@@ -250,6 +251,9 @@ class Loop:
         placed, programs = batch_to_devices(batch, self.plan), self.programs
         if self._compiles(number, batch) or programs.measures(number):
             self.watch.expect_longer()
+        if self.frozen is not None:
+            with self._compiling(programs.compiles(number, batch)):
+                placed = placed._replace(extras={**placed.extras, **self.frozen.extras(batch)})
         with self._compiling(programs.compiles_measure(number, batch)):
             measured = programs.measured(number, state, placed)
         with self._compiling(programs.compiles(number, batch)):
@@ -340,9 +344,3 @@ class Loop:
 def _fetch(metrics: StepMetrics) -> tuple[StepMetrics, float]:
     """The metrics on the host, and the time at which they arrived: the loop may read them much later."""
     return jax.device_get(metrics), time.perf_counter()
-
-
-def leaf_name(params: nnx.State, index: int) -> str:
-    """The path of the parameter that is leaf `index`."""
-    path, _ = jax.tree_util.tree_leaves_with_path(params)[index]
-    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")

@@ -31,9 +31,9 @@ from orogen.train.task import Objective
 
 
 def make_measure(
-    built: Built, objective: Objective, config: RunConfig, plan: Plan, plain: Plan
-) -> Callable[[TrainState, Batch], dict[str, Array]]:
-    """The jitted function (state, batch) -> counters (l, kinds, operands, counters) and, per layer, the cosine between
+    built: Built, objective: Objective, config: RunConfig, plan: Plan, plain: Plan, *, frozen: Any = None
+) -> Callable[..., dict[str, Array]]:
+    """The jitted function (state, batch[, frozen]) -> counters (l, kinds, operands, counters) and, per layer, the cosine between
     its gradient and that on `plain`, whose products round nothing, and the shares of their elements that are zero.
 
     Both gradients are of the same experts' choices. Vectors do not count: their products are not rounded.
@@ -43,17 +43,18 @@ def make_measure(
     count = len(layers.main + layers.mtp)
     probe = nnx.Param(jax.ShapeDtypeStruct(probe_shape(count), jnp.float32), axes=(None,) * 4, float32=True)
     counting = built._replace(params=nnx.State({**plain_tree(built.params), PROBES: probe}))
-    settings: Any = {"carried": carried, "seed": config.train.seed}
+    settings: Any = {"carried": carried, "frozen": frozen, "seed": config.train.seed}
     rounded = gradients(counting, objective, model, plan, dtype, record=True, **settings)
     exact = gradients(built, objective, model, plain, dtype, replaying=True, **settings)
 
-    def measure(state: TrainState, batch: Batch) -> dict[str, Array]:
+    def measure(state: TrainState, batch: Batch, frozen: Any = None) -> dict[str, Array]:
         params = placement.working(working_copy(state.params, dtype), plan)
         zeros = probe.replace(jnp.zeros(probe_shape(count)))
         with_probe = nnx.State({**plain_tree(params), PROBES: zeros})
         rest = state.buffers, batch
-        _, grads, _, sums = rounded(with_probe, *rest, None, state.carried, step=state.step)
-        _, expected, _, _ = exact(params, *rest, replay_of(sums.choices), state.carried, step=state.step)
+        at = {"step": state.step, "frozen": frozen}
+        _, grads, _, sums = rounded(with_probe, *rest, None, state.carried, **at)
+        _, expected, _, _ = exact(params, *rest, replay_of(sums.choices), state.carried, **at)
         counts: Any = grads[PROBES]
         own = nnx.State({name: part for name, part in plain_tree(grads).items() if name != PROBES})
         pair = [built.whole(side) for side in (own, expected)]

@@ -18,7 +18,8 @@ from orogen.train.task import Objective
 
 
 class StepPrograms:
-    """What computes each step. plan: without the formats of the run's precision."""
+    """What computes each step. plan: without the formats of the run's precision. frozen: the variables of the task's
+    frozen model, if it has one."""
 
     def __init__(
         self,
@@ -27,7 +28,10 @@ class StepPrograms:
         config: RunConfig,
         plan: Plan,
         optimizer: optax.GradientTransformationExtraArgs,
+        *,
+        frozen: Any = None,
     ):
+        self.frozen = frozen
         self.built, self.objective, self.config, self.plain, self.optimizer = built, objective, config, plan, optimizer
         self._steps: dict[bool, Callable[..., Any]] = {}
         self._compiled: set[tuple[bool, tuple[int, ...]]] = set()
@@ -46,10 +50,11 @@ class StepPrograms:
         """What computes step `number` on this batch."""
         switched, _ = key = self._key(number, batch)
         if switched not in self._steps:
-            made = make_step(self.built, self.objective, self.config, self._plan(switched), self.optimizer)
-            self._steps[switched] = distributed.compiled_together(made)
+            parts = self.built, self.objective, self.config, self._plan(switched), self.optimizer
+            self._steps[switched] = distributed.compiled_together(make_step(*parts, frozen=self.frozen))
         self._compiled.add(key)
-        return self._steps[switched]
+        step = self._steps[switched]
+        return lambda state, batch: step(state, batch, self.frozen)
 
     def _key(self, number: int, batch: Batch) -> tuple[bool, tuple[int, ...]]:
         return is_switched(self.config.precision, number), batch.tokens_bt.shape
@@ -65,7 +70,7 @@ class StepPrograms:
         if measure is None:
             return None
         self._compiled_measures.add(self._key(number, batch))
-        return measure(state, batch)
+        return measure(state, batch, self.frozen)
 
     def _measure(self, number: int) -> Callable[..., Any] | None:
         """What measures step `number`; None if nothing is due there, or nothing rounds."""
@@ -75,7 +80,8 @@ class StepPrograms:
         if switched not in self._measures:
             plan = self._plan(switched)
             parts = self.built, self.objective, self.config, plan, self.plain
-            self._measures[switched] = distributed.compiled_together(make_measure(*parts)) if plan.rounds else None
+            made = make_measure(*parts, frozen=self.frozen) if plan.rounds else None
+            self._measures[switched] = made and distributed.compiled_together(made)
         return self._measures[switched]
 
     def _plan(self, switched: bool) -> Plan:

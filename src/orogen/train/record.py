@@ -1,8 +1,10 @@
-"""What a step's record says: the numbers that every task has, and those of its metrics."""
+"""What a step's record says: the numbers that every task has, and those of its metrics; how parameters are named."""
 
 from typing import Any
 
+import jax
 import numpy as np
+from flax import nnx
 
 from orogen.config.run import RunConfig
 from orogen.cost.flops import training_flops
@@ -41,3 +43,9 @@ def joined(record: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     if shared := record.keys() & more.keys():
         raise ValueError(f"a task's metric or score is named {sorted(shared)[0]!r}; expected a name that is not taken")
     return record | more
+
+
+def leaf_name(params: nnx.State, index: int) -> str:
+    """The path of the parameter that is leaf `index`."""
+    path, _ = jax.tree_util.tree_leaves_with_path(params)[index]
+    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")

@@ -40,6 +40,9 @@ FREE_TRAIN_FIELDS = (
 )
 # Of how it computes, when the recipe changes may be decided late.
 FREE_PRECISION_FIELDS = ("switch_step", "switch_to", "switch_roles", "health_every")
+# Where the teacher runs, and where its log-probabilities lie; the data's position knows which ones they are.
+FREE_DISTILL_FIELDS = ("teacher_plan", "logits")
+FREE_FIELDS = {"train": FREE_TRAIN_FIELDS, "precision": FREE_PRECISION_FIELDS, "distill": FREE_DISTILL_FIELDS}
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -94,14 +97,14 @@ def _saved_config(file: Path) -> RunConfig:
 
 def _differences(saved: RunConfig, wanted: RunConfig) -> list[str]:
     found = []
-    for part in ("model", "data", "train", "optimizer", "precision", "chat"):
+    for part in ("model", "data", "train", "optimizer", "precision", "chat", "distill"):
         before, now = getattr(saved, part), getattr(wanted, part)
         if (before is None) != (now is None):
             found.append(f"{part} is {'missing' if before is None else 'present'}")
             continue
         for field in dataclasses.fields(now) if now is not None else ():
             old, new = getattr(before, field.name), getattr(now, field.name)
-            free = {"train": FREE_TRAIN_FIELDS, "precision": FREE_PRECISION_FIELDS}.get(part, ())
+            free = FREE_FIELDS.get(part, ())
             if old != new and field.name not in free:
                 found.append(f"{type(now).__name__}.{field.name} is {old!r} there and {new!r} here")
     return found

@@ -66,26 +66,29 @@ def gradients(
     record: bool = False,
     replaying: bool = False,
     carried: Any = None,
+    frozen: Any = None,
     seed: int = 0,
 ) -> Callable[..., Any]:
-    """A function (params, buffers, batch, replay, carried, step) -> loss, gradients, Counts, Sums of a global batch.
+    """A function (params, buffers, batch, replay, carried, step, frozen) -> loss, gradients, Counts, Sums of a global
+    batch.
 
     Gradients are sharded as parameters are stored. They are float32 if they are sums over microbatches or devices,
     else in the dtype of the parameters, which may be masters or the working copies of `dtype`.
     The batch is split into `plan.config.microbatches` parts, whose gradients add up to those of the whole.
     record: Sums.choices holds every token's experts and drops. replaying: routers take the choices passed as `replay`,
     which is None otherwise. carried: what batches carry, as `carry.abstract` gives it; if None, so is the argument.
+    frozen: the variables of the task's frozen model, which may be abstract; if None, so is the argument.
     seed, step: of the run, and the number of steps before this one; stochastic rounding depends on them.
     """
     parts, sources = plan.config.microbatches, plan.sources[0]
     depths = objective.depths(config)
 
     def device_step(params, buffers, batch, rest):
-        replay, before, key = rest
+        replay, before, known, key = rest
         # Counted for all microbatches at once. Collectives of a counting loop, on which the model does not depend, were
         # seen to deadlock with the model's first ones on XLA:CPU (jax 0.10.1): devices ran the two in different orders.
         counts = batch_counts(batch, objective, depths, plan)
-        computation = Computation(objective, config, plan.in_step(key, batch.tokens_bt), dtype)
+        computation = Computation(objective.knowing(known), config, plan.in_step(key, batch.tokens_bt), dtype)
         batch = jax.tree.map(lambda x: microbatches(x, parts, sources), batch)
         settings: Any = {"replay": replay}
         if before is not None:
@@ -100,7 +103,7 @@ def gradients(
         return loss, placement.sum_gradients(grads, plan), counts, sums
 
     settings = {"depths": depths, "record": record, "replaying": replaying, "carried": carried, "seed": seed}
-    return _shard(device_step, built, config, plan, **settings)
+    return _shard(device_step, built, config, plan, frozen=frozen, **settings)
 
 
 def skeleton(built: Built) -> Callable[..., WholePass | Pipeline]:
@@ -119,7 +122,7 @@ def _counts_first(config: ModelConfig, depths: int, parts: int) -> bool:
 
 def _shard(
     device_step: Callable, built: Built, config: ModelConfig, plan: Plan, *, depths: int, record: bool,
-    replaying: bool, carried: Any, seed: int,
+    replaying: bool, carried: Any, frozen: Any, seed: int,
 ) -> Callable[..., Any]:  # fmt: skip
     batch_spec = plan.spec(*BATCH_AXES)
     replicated: Any = plan.spec()
@@ -132,11 +135,14 @@ def _shard(
     )  # fmt: skip
     replay = replay_of(choices) if replaying else None
     outputs = (replicated, placement.stored_specs(built.params, plan), replicated, sums)
-    inputs = (params, buffers, batch_spec, (replay, carried, replicated))
+    inputs = (params, buffers, batch_spec, (replay, carried, plan.specs(frozen), replicated))
     on_devices = plan.run(device_step, inputs=inputs, outputs=outputs)
 
-    def run(params: Any, buffers: Any, batch: Batch, replay: Any = None, before: Any = None, *, step: Any = 0) -> Any:
-        rest = replay, before, step_key(seed, step)
+    def run(
+        params: Any, buffers: Any, batch: Batch, replay: Any = None, before: Any = None, *, step: Any = 0,
+        frozen: Any = None,
+    ) -> Any:  # fmt: skip
+        rest = replay, before, frozen, step_key(seed, step)
         return on_devices(params, buffers, with_numbers(batch, plan), rest)
 
     return run
@@ -201,13 +207,16 @@ def make_step(
     config: RunConfig,
     plan: Plan,
     optimizer: optax.GradientTransformationExtraArgs,
-) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """The jitted training step. It donates the state and returns it with the same shardings."""
-    function = step_function(built, objective, config, plan, optimizer)
+    *,
+    frozen: Any = None,
+) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    """The jitted training step: (state, batch[, frozen]) -> state, metrics. It donates the state and returns it with
+    the same shardings. frozen: see `gradients`."""
+    function = step_function(built, objective, config, plan, optimizer, frozen=frozen)
     carried = carry.abstract(config.train, built)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        return function(state, batch)[:2]
+    def step(state: TrainState, batch: Batch, frozen: Any = None) -> tuple[TrainState, StepMetrics]:
+        return function(state, batch, frozen=frozen)[:2]
 
     shardings = state_shardings(abstract_state(built, optimizer, carried), plan)
     return jax.jit(
@@ -224,19 +233,23 @@ def step_function(
     *,
     record: bool = False,
     replaying: bool = False,
+    frozen: Any = None,
 ) -> Callable[..., tuple[TrainState, StepMetrics, Any]]:
-    """The training step before jit: (state, batch[, replay]) -> state, metrics, choices. record, replaying: see
-    `gradients`."""
+    """The training step before jit: (state, batch[, replay, frozen]) -> state, metrics, choices. record, replaying,
+    frozen: see `gradients`."""
     gradient = gradients(
         built, objective, config.model, plan, config.train.compute_dtype, record=record, replaying=replaying,
-        carried=carry.abstract(config.train, built), seed=config.train.seed,
+        carried=carry.abstract(config.train, built), frozen=frozen, seed=config.train.seed,
     )  # fmt: skip
     bias_rate = config.train.router_bias_update_rate
     rate = learning_rate(config.optimizer, config.train.steps, config.train.rates)
 
-    def step(state: TrainState, batch: Batch, replay: Any = None) -> tuple[TrainState, StepMetrics, Any]:
+    def step(
+        state: TrainState, batch: Batch, replay: Any = None, frozen: Any = None
+    ) -> tuple[TrainState, StepMetrics, Any]:
         params = placement.working(working_copy(state.params, config.train.compute_dtype), plan)
-        loss, grads, counts, sums = gradient(params, state.buffers, batch, replay, state.carried, step=state.step)
+        at = {"step": state.step, "frozen": frozen}
+        loss, grads, counts, sums = gradient(params, state.buffers, batch, replay, state.carried, **at)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         squares = placement.square_sums(grads, plan)
         finite_leaves = jnp.isfinite(squares)

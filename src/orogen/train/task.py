@@ -5,6 +5,7 @@ The step takes its `Objective`, the loop all of it. Neither knows which task it 
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -18,7 +19,7 @@ from orogen.config.run import RunConfig
 from orogen.data.loader import Corpus
 from orogen.data.packing import Batch
 from orogen.data.tokenizer import Tokenizer
-from orogen.model.lm import Built, LanguageModel
+from orogen.model.lm import Built
 from orogen.parallel.plan import Plan
 
 # By name, float32 arrays of shape () or (n,): sums, or their denominators.
@@ -58,16 +59,21 @@ class Objective:
     gradient.
     deeper: whether the MTP block runs. Without it, `depths` is 0, its parameters have a gradient of zero (weight decay
     still shrinks them), and its routers keep their biases.
+    In a task with a `FrozenModel`, `sums` also takes this device's part of its `variables`, as `frozen`.
     """
 
     counts: Callable[[Batch, int, Plan], ByName]
-    sums: Callable[[LanguageModel, list[Array], Batch, Plan], ByName]
+    sums: Callable[..., ByName]
     shares: Callable[[ModelConfig, int], Mapping[str, float]]
     deeper: bool = True
 
     def depths(self, config: ModelConfig) -> int:
         """The number of tokens predicted after the next one."""
         return config.mtp_depths if self.deeper else 0
+
+    def knowing(self, frozen: Any) -> "Objective":
+        """The objective whose sums read these variables of a frozen model; None: there is none."""
+        return self if frozen is None else dataclasses.replace(self, sums=partial(self.sums, frozen=frozen))
 
     def loss(self, totals: ByName, counts: ByName, config: ModelConfig) -> Array:
         """The loss without the routers', from sums over all devices; from those of a microbatch, its share of it."""
@@ -101,6 +107,22 @@ class Source(Protocol):
         ...
 
 
+class FrozenModel(Protocol):
+    """A model that a task runs beside the one that it trains, such as a teacher. It never changes, and is neither in
+    the optimizer's state nor in checkpoints.
+
+    variables: what the objective reads of it, with logical axes, on the devices of the run's plan.
+    """
+
+    @property
+    def variables(self) -> Any: ...
+
+    def extras(self, batch: Batch) -> dict[str, Array]:
+        """What the objective reads of each token, by name (b, t, …), as the run's plan places a batch. batch: the
+        global batch, on the host."""
+        ...
+
+
 class Evaluation(Protocol):
     """Scores a state. `sampled` and `whole` are the names of the scores that `sample` and `full` return.
 
@@ -131,7 +153,8 @@ class Task:
     open: opens the data; a resumed run passes the tokenizer that it saved. source: the batches to train on.
     evaluation: of a model laid out for the run's plan; None if the data has nothing to score. measures: what a position
     of the source says for the record of the step that took the batch before it. keep: writes to the run folder what the
-    model will need beside its weights and tokenizer.
+    model will need beside its weights and tokenizer. frozen: opens the model that the objective reads beside the
+    trained one, on the devices of the run's plan, once and before `evaluation`.
     """
 
     objective: Objective
@@ -140,3 +163,4 @@ class Task:
     evaluation: Callable[[RunConfig, Built, Corpus], Evaluation | None]
     measures: Callable[[dict[str, Any]], dict[str, float]] = lambda position: {}
     keep: Callable[[Corpus, Path], None] = lambda corpus, run_dir: None
+    frozen: Callable[[RunConfig, Plan], FrozenModel] | None = None

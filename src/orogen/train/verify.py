@@ -15,9 +15,9 @@ from orogen.config.run import OptimizerConfig, RunConfig
 from orogen.data.packing import Batch
 from orogen.parallel import placement
 from orogen.precision.policy import working_copy
-from orogen.train.loop import leaf_name
 from orogen.train.next_token import NEXT_TOKENS
 from orogen.train.optimizer import make_optimizer, square_sums
+from orogen.train.record import leaf_name
 from orogen.train.sides import Batches, Side, default_train, packed_batch, packed_batches, replayed, sides
 from orogen.train.state import TrainState
 from orogen.train.step import apply_gradients, batch_to_devices, gradients

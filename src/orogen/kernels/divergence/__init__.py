@@ -58,9 +58,7 @@ def distilled(
     return Distilled(found.total, *jax.lax.stop_gradient(found[1:]))
 
 
-def _check(
-    x_nd: Array, head_dv: Array, teacher: Hidden | Likely, by_token: dict[str, Array], chunk: int
-) -> None:
+def _check(x_nd: Array, head_dv: Array, teacher: Hidden | Likely, by_token: dict[str, Array], chunk: int) -> None:
     if chunk < 1:
         raise ValueError(f"chunk={chunk}: expected at least 1")
     if x_nd.ndim != 2 or head_dv.ndim != 2 or x_nd.shape[1] != head_dv.shape[0]:

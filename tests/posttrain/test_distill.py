@@ -1,0 +1,240 @@
+"""Distillation: its loss and gradient under plans of student and teacher against all logits at once, and whole runs."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tests.helpers import RUN, hybrid, run_config, several_devices
+
+from orogen.checkpoint.open import open_model
+from orogen.cli import main
+from orogen.config.distill import DistillConfig
+from orogen.config.load import load, run_text
+from orogen.config.plan import PlanConfig
+from orogen.config.precision import PrecisionConfig
+from orogen.config.run import RunConfig
+from orogen.cost.assemble import assemble
+from orogen.layers.documents import Documents, numbered
+from orogen.model.lm import build, initial_state
+from orogen.parallel import placement
+from orogen.parallel.plan import single_device_plan
+from orogen.parallel.rounding_state import NUMBER
+from orogen.posttrain.distill import DISTILLATION, DIVERGENCE, make_objective
+from orogen.posttrain.teacher import HIDDEN, IDS, Teacher, teacher_plan
+from orogen.precision.words import step_key
+from orogen.report.metrics import read_metrics
+from orogen.train.formats import in_formats
+from orogen.train.sides import packed_batches
+from orogen.train.step import batch_to_devices, gradients
+
+# Odd, so that ranks of tensor pad the vocabulary. The teacher has other widths and another depth.
+STUDENT = hybrid(pattern="M*", vocab_size=97, mtp_depths=0)
+TEACHER = hybrid(pattern="*-M", vocab_size=97, mtp_depths=0, hidden_size=36, intermediate_size=40)
+FORWARD_ONLY = {"keep": tuple(f"{kind}.{role}:plain" for kind in ("mamba", "attention")
+                              for role in ("input_gradient", "weight_gradient"))}  # fmt: skip
+QAD = PrecisionConfig(recipe="fp8_tensorwise", **FORWARD_ONLY)
+SEED = 5
+
+
+class InMemory:
+    """A folder with a model that was never saved: initial parameters, those of matrices larger, so that its
+    distribution is far from uniform."""
+
+    plan, masters = None, False
+
+    def __init__(self, config):
+        self.config = config
+
+    def state(self):
+        params, buffers = initial_state(self.config, SEED)
+        return jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, params), buffers
+
+    def read(self, built, plan, dtype):
+        placed = tuple(built.laid(part) for part in self.state())
+        return jax.device_put(placed, placement.shardings((built.params, built.buffers), plan))
+
+
+def logits(config, state, batch, precision=None):
+    """(b, t, v) float32, of one device."""
+    plan = single_device_plan(PlanConfig(), config)
+    if precision is not None:
+        plan = in_formats(plan, precision, config).in_step(step_key(0, 0), batch.tokens_bt)
+        number_bt = jnp.arange(batch.tokens_bt.size, dtype=jnp.int32).reshape(batch.tokens_bt.shape)
+        plan = plan.on_tokens({NUMBER: number_bt})
+    docs = Documents(jnp.asarray(numbered(batch.segments_bt)), jnp.asarray(batch.positions_bt))
+    return nnx.merge(build(config).graph, *state).logits(jnp.asarray(batch.tokens_bt), docs, plan)
+
+
+def expected(config: RunConfig, batch):
+    """Loss and gradients of the whole student, from both models' logits."""
+    student, distill, t = initial_state(config.model, config.train.seed), config.distill, config.distill.temperature
+    segments_bt, weights_bt = batch.segments_bt, np.roll(batch.weights_bt, -1, 1)
+    weights_bt = np.where((np.roll(segments_bt, -1, 1) == segments_bt) & (segments_bt > 0), weights_bt, 0)
+    weights_bt[:, -1] = 0
+    known_btv = logits(TEACHER, InMemory(TEACHER).state(), batch)
+    precision = config.precision if config.precision.rounds else None
+
+    def loss(params):
+        z_btv, p_btv = logits(config.model, (params, student[1]), batch, precision), known_btv
+        nats_bt = -jnp.take_along_axis(jax.nn.log_softmax(z_btv), np.roll(batch.tokens_bt, -1, 1)[..., None], 2)[..., 0]
+        if distill.top_k is not None:
+            _, ids = jax.lax.top_k(p_btv, distill.top_k)
+            z_btv, p_btv = (jnp.take_along_axis(x, ids, 2) for x in (z_btv, p_btv))
+        p_btv, q_btv = (jax.nn.log_softmax(x / t) for x in (p_btv, z_btv))
+        apart_bt = jnp.sum(jnp.exp(p_btv) * (p_btv - q_btv), -1)
+        return jnp.sum(weights_bt * (distill.divergence * apart_bt + distill.cross_entropy * nats_bt)) / weights_bt.sum()
+
+    return jax.jit(jax.value_and_grad(loss))(student[0])
+
+
+CASES = {
+    "tensor and context, teacher on data": (
+        {"tensor": 2, "context": 2, "fsdp": "optimizer"},
+        {"divergence": 1.0, "teacher_plan": PlanConfig(data=2, context=2, fsdp="parameters", microbatches=2)},
+        {},
+    ),
+    "stages, the most likely": (
+        {"data": 2, "stage": 2, "microbatches": 2, "shift": "alltoall"},
+        {"divergence": 0.5, "cross_entropy": 0.25, "temperature": 2.0, "top_k": 7},
+        {},
+    ),
+    "data, under rounding": ({"data": 2, "fsdp": "parameters"}, {"divergence": 1.0}, {"precision": QAD}),
+}
+
+
+@several_devices
+@pytest.mark.parametrize("name", CASES)
+def test_loss_and_gradient_are_those_of_all_logits(name):
+    plan, distill, more = CASES[name]
+    config = run_config(STUDENT, plan=plan)
+    config = dataclasses.replace(config, distill=DistillConfig(**distill), **more).check()
+    (batch,) = packed_batches(config, 1)
+    laid, built = assemble(config.model, config.plan, length=config.train.sequence_length)
+    laid = in_formats(laid, config.precision, config.model)
+    teacher = Teacher(InMemory(TEACHER), config, laid, top_k=config.distill.top_k)
+    placed = batch_to_devices(batch, laid)
+    placed = placed._replace(extras=teacher.extras(batch))
+    assert set(placed.extras) == ({HIDDEN} if config.distill.top_k is None else {IDS, "teacher_log"})
+    objective, student = make_objective(config.distill), initial_state(config.model, config.train.seed)
+    function = gradients(built, objective, config.model, laid, "float32", frozen=teacher.variables)
+    start = jax.device_put(
+        tuple(built.laid(part) for part in student), placement.shardings((built.params, built.buffers), laid)
+    )
+
+    def step(params, buffers, batch, frozen):
+        loss, grads, counts, sums = function(placement.working(params, laid), buffers, batch, frozen=frozen)
+        return loss, built.whole(grads), counts.metrics, sums.metrics
+
+    with jax.default_matmul_precision("highest"):
+        loss, grads, counts, sums = jax.device_get(jax.jit(step)(*start, placed, teacher.variables))
+        wanted, wanted_grads = jax.device_get(expected(config, batch))
+    assert loss == pytest.approx(wanted, rel=2e-6) and wanted > 0.1
+    assert sums[DISTILLATION] / counts[DISTILLATION] == pytest.approx(loss, rel=1e-6)
+    assert (sums[DIVERGENCE] == sums[DISTILLATION]) == (config.distill.cross_entropy == 0)
+    for (path, got), want in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(wanted_grads), strict=True):
+        error = np.linalg.norm(got - want) / np.linalg.norm(want)
+        assert error < 2e-5, (jax.tree_util.keystr(path), error)
+
+
+def test_the_teacher_s_own_plan():
+    config = run_config(STUDENT, plan={"data": 2, "stage": 2, "microbatches": 2, "remat": "full"}, batch_size=8)
+    plan = teacher_plan(config, DistillConfig(divergence=1.0))
+    assert (plan.data, plan.stage, plan.microbatches, plan.remat) == (4, 1, 1, "none")
+    with pytest.raises(ValueError, match="teacher_plan has 2 devices; expected the run's 4"):
+        teacher_plan(config, DistillConfig(divergence=1.0, teacher_plan=PlanConfig(data=2)))
+    with pytest.raises(ValueError, match=r"PlanConfig.stage is 4; expected 1 for a teacher"):
+        teacher_plan(config, DistillConfig(divergence=1.0, teacher_plan=PlanConfig(stage=4)))
+    with pytest.raises(ValueError, match=r"batch_size is 8; expected a multiple of .* = 4 x 3"):
+        teacher_plan(config, DistillConfig(divergence=1.0, teacher_plan=PlanConfig(data=4, microbatches=3)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"divergence": 0.0}, "divergence is 0.0; expected above 0, since cross_entropy is 0"),
+        ({"divergence": -1.0}, "divergence is -1.0; expected 0 or more"),
+        ({"divergence": 1.0, "temperature": 0.0}, "temperature is 0.0; expected a number above 0"),
+        ({"divergence": 1.0, "rest": "drop"}, "rest is 'drop'; expected one of renormalize, bucket"),
+        ({"divergence": 1.0, "rest": "bucket", "temperature": 2.0}, "rest is 'bucket'; expected renormalize"),
+        ({"divergence": 1.0, "logits": ""}, "logits is ''; expected a folder"),
+    ],
+)
+def test_fields_are_checked(fields, message):
+    with pytest.raises(ValueError, match=message):
+        DistillConfig(**fields)
+
+
+RECIPE = (
+    RUN.replace("hidden_size = 12", "hidden_size = 10")
+    + """
+DistillConfig.divergence = 0.75
+DistillConfig.cross_entropy = 0.25
+DistillConfig.teacher_plan = @teacher/PlanConfig()
+teacher/PlanConfig.microbatches = 2
+TrainConfig.evaluate_every = 2
+"""
+)
+TIMED = ("tokens_per_second", "step_ms", "start_seconds", "compile_seconds", "evaluate_seconds", "save_seconds")
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    """A folder with a corpus, a trained teacher, and the gin file of a student."""
+    folder = tmp_path_factory.mktemp("taught")
+    (folder / "corpus").mkdir()
+    for number in range(20):
+        (folder / "corpus" / f"{number}.txt").write_text(f"document {number}\n")
+    for name, text in (("teacher", RUN), ("student", RECIPE)):
+        (folder / f"{name}.gin").write_text(text.format(corpus=str(folder / "corpus")))
+    assert main(["train", "--gin_file", str(folder / "teacher.gin"), "--run", str(folder / "teacher")]) == 0
+    return folder
+
+
+def distill(taught, run, *more):
+    """Runs the command; gives its records without times."""
+    arguments = ["--checkpoint", taught / "teacher", "--gin_file", taught / "student.gin", "--run", taught / run, *more]
+    assert main(["distill", *map(str, arguments)]) == 0
+    return [{k: v for k, v in line.items() if k not in TIMED} for line in read_metrics(taught / run)]
+
+
+def test_a_student_goes_on_to_the_bit_without_its_teacher_in_the_checkpoint(taught, refused):
+    steps = lambda count: ("--gin_bindings", f"TrainConfig.steps = {count}")  # noqa: E731
+    whole = distill(taught, "whole", *steps(4))
+    distill(taught, "parts", *steps(2))
+    parts = distill(taught, "parts", "--resume", *steps(4))
+    assert [line["loss"] for line in parts] == [line["loss"] for line in whole]
+    assert parts[3] == whole[3] and parts[3]["heldout_divergence"] > 0
+    assert all(
+        line["distillation"] == pytest.approx(0.75 * line["divergence"] + 0.25 * line["loss"]) for line in whole
+    )
+    opened = open_model(taught / "whole")
+    assert opened.config.hidden_size == 10
+    shapes = jax.tree.map(jnp.shape, opened.params)
+    assert shapes == jax.tree.map(jnp.shape, build(opened.config).params)
+    # Another teacher than that of the first steps.
+    other = ["distill", "--checkpoint", taught / "whole", "--gin_file", taught / "student.gin", "--resume", "--run"]
+    assert "teacher = " in refused(*other, taught / "parts", *steps(6))
+
+
+def test_a_run_s_config_is_written_with_the_teacher_s_plan(taught, tmp_path):
+    config, _ = load([taught / "student.gin"])
+    assert config.distill.teacher_plan == PlanConfig(microbatches=2)
+    (tmp_path / "again.gin").write_text(run_text(config))
+    assert load([tmp_path / "again.gin"])[0] == config
+
+
+def test_bad_input_is_one_line(taught, refused):
+    command = ["distill", "--checkpoint", taught / "teacher", "--run", taught / "new", "--gin_file"]
+    line = refused(*command, taught / "student.gin", "--gin_bindings", "ModelConfig.vocab_size = 300")
+    assert "ModelConfig.vocab_size is 300; expected 259, the teacher's" in line
+    assert "no bindings of DistillConfig" in refused(*command, taught / "teacher.gin")
+    line = refused("train", "--run", taught / "new", "--gin_file", taught / "student.gin")
+    assert "DistillConfig has bindings; expected none: this task has no teacher" in line
+    line = refused(*command, taught / "student.gin", "--gin_bindings", "DataConfig.tokenizer = 'bpe'",
+                   "--student", taught / "teacher")  # fmt: skip
+    assert "ModelConfig.hidden_size is 10; expected 12" in line
+    assert json.loads((taught / "teacher" / "env.json").read_text())["parameters"]["total"] > 0
