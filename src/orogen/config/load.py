@@ -23,6 +23,7 @@ from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.reads import require_read, without_unread
 from orogen.config.run import PARTS, RunConfig
+from orogen.config.search import SearchConfig
 from orogen.config.shipped import find
 from orogen.config.sweep import Arm, SweepConfig
 
@@ -111,6 +112,16 @@ def load_cluster(
     parts, _ = _parts(files, bindings, kinds)
     cluster, engine = parts.pop("cluster"), parts.pop("engine")
     return require_read(RunConfig(**parts)), cluster, engine
+
+
+def load_search(
+    files: Sequence[str | Path], bindings: Sequence[str] = ()
+) -> tuple[ModelConfig | None, SearchConfig, ClusterConfig, EngineConfig]:
+    """The model that the files name, None if they name none, the search for smaller ones, and the engine and the
+    hardware that it simulates. Raises ConfigError as `load` does."""
+    kinds = {"model": ModelConfig, "search": SearchConfig, "cluster": ClusterConfig, "engine": EngineConfig}
+    parts, _ = _parts(files, bindings, kinds)
+    return parts["model"], parts["search"], parts["cluster"], parts["engine"]
 
 
 def load_evaluation(bindings: Sequence[str]) -> tuple[PlanConfig | None, EngineConfig, EvaluateConfig]:

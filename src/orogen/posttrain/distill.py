@@ -92,7 +92,9 @@ class TaughtBatches:
         teacher."""
         known = state.get("identity", {}).get("teacher")
         if known != self._teacher:
-            raise ConfigError(f"the saved data position has teacher = {known!r}; expected {self._teacher!r}, this one's")
+            raise ConfigError(
+                f"the saved data position has teacher = {known!r}; expected {self._teacher!r}, this one's"
+            )
         self._loader.restore(state)
 
 

@@ -59,10 +59,10 @@ def teacher_plan(config: RunConfig, distill: DistillConfig) -> PlanConfig:
         parts = given.data * given.microbatches
         if one.batch_size % parts:
             expected = f"a multiple of the teacher's data x microbatches = {given.data} x {given.microbatches}"
-            raise ConfigError(f"TrainConfig.batch_size is {one.batch_size}; expected {expected}, or another teacher_plan")
-    return dataclasses.replace(
-        given.dropping_none(), remat="none", offload=(), offload_optimizer=False, linear="plain"
-    )
+            raise ConfigError(
+                f"TrainConfig.batch_size is {one.batch_size}; expected {expected}, or another teacher_plan"
+            )
+    return dataclasses.replace(given.dropping_none(), remat="none", offload=(), offload_optimizer=False, linear="plain")
 
 
 def require_same_vocabulary(teacher: ModelConfig, student: ModelConfig) -> None:

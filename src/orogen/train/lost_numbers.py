@@ -33,8 +33,9 @@ from orogen.train.task import Objective
 def make_measure(
     built: Built, objective: Objective, config: RunConfig, plan: Plan, plain: Plan, *, frozen: Any = None
 ) -> Callable[..., dict[str, Array]]:
-    """The jitted function (state, batch[, frozen]) -> counters (l, kinds, operands, counters) and, per layer, the cosine between
-    its gradient and that on `plain`, whose products round nothing, and the shares of their elements that are zero.
+    """The jitted function (state, batch[, frozen]) -> counters (l, kinds, operands, counters) and, per layer, the
+    cosine between its gradient and that on `plain`, whose products round nothing, and the shares of their elements that
+    are zero.
 
     Both gradients are of the same experts' choices. Vectors do not count: their products are not rounded.
     """

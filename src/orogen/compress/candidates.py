@@ -1,0 +1,145 @@
+"""The smaller models of a search, and what each costs; no jax.
+
+All costs but speed are linear in the numbers of layers of each kind, so they are computed once per width for all
+depths. Letters: n combinations of layer counts, k kinds of layer.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from orogen.config.checks import ConfigError
+from orogen.config.model import ModelConfig
+from orogen.config.search import SearchConfig
+from orogen.cost.weights import Weight, weights
+
+GIB = 2**30
+MOST_CANDIDATES = 10**7
+WINDOW_BITS = 16  # of the inputs that a convolution keeps
+
+
+class Costs(NamedTuple):
+    """Of a layer of a kind, or of the model's other parts: parameters, those that one token uses, and GiB."""
+
+    parameters: float
+    active: float
+    gib: float
+
+
+class Candidates(NamedTuple):
+    """Models of equal widths. model: with these widths and the parent's depth; counts_nk: layers of each kind; costs_n:
+    by name."""
+
+    model: ModelConfig
+    widths: dict[str, int]
+    counts_nk: np.ndarray
+    costs_n: dict[str, np.ndarray]
+
+
+def candidates(parent: ModelConfig, search: SearchConfig) -> Iterator[Candidates]:
+    """All candidates, by widths; widths that make no legal model are left out. Raises ConfigError if there are too
+    many, or none."""
+    widths, counts_nk = search.widths(parent), layer_counts(parent, search)
+    number = len(counts_nk) * math.prod(map(len, widths.values()))
+    if number > MOST_CANDIDATES:
+        raise ConfigError(f"SearchConfig has {number:,} candidates; expected at most {MOST_CANDIDATES:,}")
+    found, refusal = False, ""
+    for values in itertools.product(*widths.values()):
+        chosen = dict(zip(widths, values, strict=True))
+        try:
+            model = dataclasses.replace(parent, **chosen)
+        except ConfigError as error:  # such as heads that the groups do not divide
+            refusal = str(error)
+            continue
+        found = True
+        yield Candidates(model, chosen, counts_nk, total_costs(model, search, counts_nk))
+    if not found:
+        raise ConfigError(f"no widths of SearchConfig make a model: {refusal}")
+
+
+def layer_counts(parent: ModelConfig, search: SearchConfig) -> np.ndarray:
+    """(n, k): every combination of layer counts, k in the order in which the kinds come first in the parent's pattern.
+    Raises ConfigError if there is none."""
+    ranges = list(search.counts(parent).values())
+    number = math.prod(map(len, ranges))
+    if number > MOST_CANDIDATES:
+        raise ConfigError(f"SearchConfig.layers has {number:,} combinations; expected at most {MOST_CANDIDATES:,}")
+    counts_nk = np.array(list(itertools.product(*ranges)), np.int64).reshape(number, len(ranges))
+    if search.depth is not None:
+        least, most = search.depth
+        depth_n = counts_nk.sum(1)
+        inside = counts_nk[(depth_n >= least) & (depth_n <= most)]
+        if not len(inside):
+            nearest = depth_n[np.argmin(np.maximum(least - depth_n, depth_n - most))]
+            raise ConfigError(f"SearchConfig.depth is {search.depth}; expected a range with {nearest}, the nearest depth")
+        return inside
+    return counts_nk
+
+
+def total_costs(model: ModelConfig, search: SearchConfig, counts_nk: np.ndarray) -> dict[str, np.ndarray]:
+    """By name (n,): the costs of the model with such numbers of layers."""
+    other, by_kind = costs(model, search)
+    table = np.array([by_kind[letter] for letter in dict.fromkeys(model.layers.main)], np.float64)
+    totals = counts_nk @ table + np.array(other)
+    return dict(zip(Costs._fields, totals.T, strict=True))
+
+
+def costs(model: ModelConfig, search: SearchConfig) -> tuple[Costs, dict[str, Costs]]:
+    """The costs of all that is not a layer of the backbone, and of one layer of each kind."""
+    found = weights(model)
+    mtp = [w for letter in model.layers.mtp for w in found.layers[letter]] + list(found.mtp)
+    others = [w for part in found.parts.values() for w in part]
+    shared = _costs(others, model, search, kept=0.0)
+    # A token of the text does not use the block that predicts the tokens after the next one.
+    deeper = _costs(mtp, model, search, kept=sum(request_bits(letter, model, search) for letter in model.layers.mtp))
+    other = Costs(shared.parameters + deeper.parameters, shared.active, shared.gib + deeper.gib)
+    kinds = dict.fromkeys(model.layers.main)
+    return other, {
+        letter: _costs(found.layers[letter], model, search, kept=request_bits(letter, model, search))
+        for letter in kinds
+    }
+
+
+def request_bits(letter: str, model: ModelConfig, search: SearchConfig) -> float:
+    """What one layer keeps of one request of `context` tokens, in bits."""
+    length, cache, state = search.context, search.cache_bits, search.state_bits
+    if letter in "*w":
+        seen = length if letter == "*" else min(length, model.sliding_window)
+        return 2 * model.num_key_value_heads * model.head_dim * seen * cache
+    if letter == "+":
+        return (model.kv_lora_rank + model.qk_rope_head_dim) * length * cache
+    window = (model.conv_kernel - 1) * WINDOW_BITS if letter in "Mm" else 0
+    if letter == "M":
+        inner = model.mamba_num_heads * model.mamba_head_dim
+        return inner * model.ssm_state_size * state + (inner + 2 * model.n_groups * model.ssm_state_size) * window
+    if letter == "m":
+        return model.mamba_intermediate_size * (model.ssm_state_size * state + window)
+    return 0.0
+
+
+def _costs(parameters: Sequence[Weight], model: ModelConfig, search: SearchConfig, *, kept: float) -> Costs:
+    size = float(sum(math.prod(w.shape) for w in parameters))
+    routed = float(sum(math.prod(w.shape) for w in parameters if "expert" in w.axes))
+    used = routed / model.n_routed_experts * model.num_experts_per_tok if routed else 0.0
+    bits = size * search.weight_bits + search.requests * kept
+    return Costs(size, size - routed + used, bits / 8 / GIB)
+
+
+def pattern_of(parent: ModelConfig, kept: Mapping[str, int], removal: Sequence[int] = ()) -> str:
+    """The parent's pattern with so many layers of each kind. removal: the numbers of its layers in the order in which
+    they may be removed; of kinds that it does not name enough of, evenly spread layers stay."""
+    main, removed = parent.layers.main, set()
+    for letter, count in kept.items():
+        places = [place for place, one in enumerate(main) if one == letter]
+        excess = len(places) - count
+        named = [place for place in removal if main[place] == letter][:excess]
+        left = [place for place in places if place not in named]
+        stay = {left[(2 * i + 1) * len(left) // (2 * count)] for i in range(count)} if len(named) < excess else set(left)
+        removed |= set(places) - stay
+    pattern = "".join(letter for place, letter in enumerate(main) if place not in removed)
+    _, slash, mtp = parent.pattern.partition("/")
+    return pattern + slash + mtp

@@ -1,0 +1,229 @@
+"""MiniPuzzle: for each layer of a model the replacement that costs least in all, by integer programming; no jax.
+
+    minimise Σ_r z_r score_r   with z_r in {0, 1}, Σ_(r of layer l) z_r = 1 for each l, Σ_r z_r cost_r ≤ budget
+
+for each cost (arXiv:2411.19146, section 4.3; arXiv:2504.03624, section 4). Scores are taken to add up. A layer stays as
+it is with score 0, or is removed, or has another width; as all layers have one value of each width, one more variable
+per value joins their choices. Letters: l layers of the parent, r replacements.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from orogen.compress.candidates import Costs, costs
+from orogen.compress.search import Found, Ranking, unmet
+from orogen.compress.speed import with_pattern
+from orogen.config.checks import ConfigError
+from orogen.config.json_file import read_object
+from orogen.config.model import ModelConfig
+from orogen.config.reads import plain_model
+from orogen.config.search import WIDTHS, SearchConfig
+
+REMOVED = "removed"
+MAX_BYTES = 10**7  # of a file of scores; 1,024 layers with 100 widths take less
+NUMBERS = (int, float)
+
+
+class Replacement(NamedTuple):
+    """What may become of a layer. choice: None as it is, REMOVED, or the value of `field`."""
+
+    layer: int
+    field: str | None
+    choice: int | str | None
+    score: float
+
+
+def read_scores(file: Path, parent: ModelConfig) -> list[Replacement]:
+    """The scores of a file, one object a line. Raises ConfigError with the line's number for what is no score, for a
+    layer that the model lacks or that does not read the field, and for two scores of one replacement."""
+    if not file.is_file():
+        raise ConfigError(f"SearchConfig.scores is {str(file)!r}; expected a file")
+    if file.stat().st_size > MAX_BYTES:
+        raise ConfigError(f"{file} has {file.stat().st_size} bytes; expected at most {MAX_BYTES}")
+    found: dict[tuple[int, Any, Any], Replacement] = {}
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        one = _replacement(read_object(line, where=f"{file}:{number}"), parent, f"{file}:{number}")
+        if one[:3] in found:
+            raise ConfigError(f"{file}:{number}: layer {one.layer} has a score of this already; expected one")
+        found[one[:3]] = one
+    if not found:
+        raise ConfigError(f"{file} has no scores; expected one object a line")
+    return list(found.values())
+
+
+def _replacement(record: Mapping[str, Any], parent: ModelConfig, where: str) -> Replacement:
+    layer, score = record.get("layer"), record.get("score")
+    main = parent.layers.main
+    if type(layer) is not int or not 0 <= layer < len(main):
+        raise ConfigError(f"{where}: layer is {layer!r}; expected a number from 0 to {len(main) - 1}")
+    if type(score) not in NUMBERS or not np.isfinite(score):
+        raise ConfigError(f"{where}: score is {score!r}; expected a finite number")
+    rest = record.keys() - {"layer", "score"}
+    if rest == {REMOVED} and record[REMOVED] is True:
+        return Replacement(layer, None, REMOVED, float(score))
+    field = next(iter(rest), "")
+    if len(rest) != 1 or main[layer] not in WIDTHS.get(field, ""):
+        fields = [name for name, letters in WIDTHS.items() if main[layer] in letters]
+        expected = f"removed: true, or one of {', '.join(fields) or 'no width'}, beside layer and score"
+        raise ConfigError(f"{where}: layer {layer} has {sorted(rest)}; expected {expected}")
+    if type(record[field]) is not int or not 0 < record[field] < getattr(parent, field):
+        raise ConfigError(f"{where}: {field} is {record[field]!r}; expected a size below {getattr(parent, field)}")
+    return Replacement(layer, field, record[field], float(score))
+
+
+def removal_order(scores: Sequence[Replacement]) -> list[int]:
+    """The layers that have a score of their removal, the least important first."""
+    return [one.layer for one in sorted(scores, key=lambda one: one.score) if one.choice == REMOVED]
+
+
+def solve(parent: ModelConfig, search: SearchConfig, scores: Sequence[Replacement]) -> Ranking:
+    """The best replacements of all layers, then the next best, up to `SearchConfig.best`.
+
+    Raises ConfigError, with the nearest value that can be kept, if none keeps the budgets; and for budgets of what is
+    not linear in the layers, and for widths that the scores do not have.
+    """
+    _check(parent, search, scores)
+    program = _Program(parent, search, scores)
+    best: list[Found] = []
+    while len(best) < search.best:
+        chosen = program.best()
+        if chosen is None:
+            break
+        best.append(program.found(chosen))
+        program.forbid(chosen)
+    if not best:
+        raise ConfigError(program.refusal())
+    return Ranking(len(program.options), len(best), best)
+
+
+def _check(parent: ModelConfig, search: SearchConfig, scores: Sequence[Replacement]) -> None:
+    if search.simulates:
+        expected = "without scores: budgets of the simulator's speed do not add up over layers"
+        raise ConfigError(f"SearchConfig.least_tokens_per_second, fits or order simulates; expected it {expected}")
+    by_letter: dict[str, set[str]] = {}
+    for one in scores:
+        if one.field is not None:
+            by_letter.setdefault(parent.layers.main[one.layer], set()).add(one.field)
+    for letter, fields in by_letter.items():
+        if len(fields) > 1:
+            names = ", ".join(sorted(fields))
+            raise ConfigError(f"layers of {letter} have scores of {names}; expected those of one width")
+    if widths := search.widths(parent):
+        raise ConfigError(f"SearchConfig.{next(iter(widths))} has values; expected them in the file of scores alone")
+
+
+class _Program:
+    """The integer program. Variables: first one per option of each layer, then one per width and value."""
+
+    def __init__(self, parent: ModelConfig, search: SearchConfig, scores: Sequence[Replacement]):
+        self.parent, self.search = parent, search
+        layers = range(len(parent.layers.main))
+        self.options = [Replacement(layer, None, None, 0.0) for layer in layers] + list(scores)
+        fields = dict.fromkeys(one.field for one in scores if one.field is not None)
+        values = {f: {getattr(parent, f)} | {one.choice for one in scores if one.field == f} for f in fields}
+        self.widths = [(field, value) for field in fields for value in sorted(values[field], reverse=True)]
+        self.size = len(self.options) + len(self.widths)
+        self.other, _ = costs(parent, search)
+        self.table = np.array([self._costs(one) for one in self.options])
+        self.rows: list[np.ndarray] = []
+        self.low: list[float] = []
+        self.high: list[float] = []
+        self._constrain()
+
+    def _costs(self, one: Replacement) -> Costs:
+        if one.choice == REMOVED:
+            return Costs(0.0, 0.0, 0.0)
+        letter, changes = self.parent.layers.main[one.layer], {} if one.field is None else {one.field: one.choice}
+        return costs(dataclasses.replace(self.parent, **changes), self.search)[1][letter]
+
+    def _constrain(self) -> None:
+        of_options, of_layer = len(self.options), np.array([one.layer for one in self.options])
+        for layer in range(len(self.parent.layers.main)):
+            self._add(np.flatnonzero(of_layer == layer), 1.0, 1.0)
+        for field in dict.fromkeys(field for field, _ in self.widths):
+            self._add([of_options + i for i, width in enumerate(self.widths) if width[0] == field], 1.0, 1.0)
+        for number, one in enumerate(self.options):
+            for place, (field, value) in enumerate(self.widths):
+                reads = self.parent.layers.main[one.layer] in WIDTHS[field] and one.choice != REMOVED
+                if reads and (getattr(self.parent, field) if one.field is None else one.choice) == value:
+                    self._add([number], -np.inf, 0.0, minus=[of_options + place])
+        main, counts = self.parent.layers.main, self.search.counts(self.parent)
+        bounded = {entry[0] for entry in self.search.layers}
+        stays = [i for i, one in enumerate(self.options) if one.choice != REMOVED]
+        for letter in bounded:
+            of_letter = [i for i in stays if main[self.options[i].layer] == letter]
+            self._add(of_letter, counts[letter].start, counts[letter].stop - 1)
+        if self.search.depth is not None:
+            self._add(stays, *self.search.depth)
+        for name, most in self.search.budgets.items():
+            column = Costs._fields.index(name)
+            row = np.zeros(self.size)
+            # In units of the budget, so that the solver's tolerance is one of the budget.
+            row[:of_options] = self.table[:, column] / most
+            self._append(row, -np.inf, 1 - self.other[column] / most)
+
+    def _add(self, plus: Sequence[int], low: float, high: float, *, minus: Sequence[int] = ()) -> None:
+        row = np.zeros(self.size)
+        row[list(plus)], row[list(minus)] = 1.0, -1.0
+        self._append(row, low, high)
+
+    def _append(self, row: np.ndarray, low: float, high: float) -> None:
+        self.rows.append(row)
+        self.low.append(low)
+        self.high.append(high)
+
+    def best(self) -> list[int] | None:
+        """The numbers of the options that are chosen; None if nothing keeps the constraints."""
+        objective = np.zeros(self.size)
+        objective[: len(self.options)] = [one.score for one in self.options]
+        return self._solve(objective, range(len(self.rows)))
+
+    def _solve(self, objective: np.ndarray, rows: Sequence[int]) -> list[int] | None:
+        pick = list(rows)
+        bounds = LinearConstraint(np.array(self.rows)[pick], np.array(self.low)[pick], np.array(self.high)[pick])
+        found = milp(objective, constraints=bounds, integrality=np.ones(self.size), bounds=Bounds(0, 1))
+        if found.x is None:
+            return None
+        return [i for i in range(len(self.options)) if found.x[i] > 0.5]
+
+    def forbid(self, chosen: Sequence[int]) -> None:
+        """Leaves these choices out from now on."""
+        self._add(chosen, -np.inf, len(chosen) - 1)
+
+    def found(self, chosen: Sequence[int]) -> Found:
+        """The model with these choices, and their scores' sum."""
+        parts = [self.options[i] for i in chosen]
+        kept = sorted(one.layer for one in parts if one.choice != REMOVED)
+        widths: dict[str, int] = {}
+        for one in parts:
+            if one.choice != REMOVED:
+                widths |= {one.field: one.choice} if one.field is not None else {}
+        main, (_, slash, mtp) = self.parent.layers.main, self.parent.pattern.partition("/")
+        pattern = "".join(main[layer] for layer in kept)
+        model = plain_model(with_pattern(dataclasses.replace(self.parent, **widths), pattern + slash + mtp))
+        counts = {letter: pattern.count(letter) for letter in dict.fromkeys(main)}
+        total = self.table[list(chosen)].sum(0) + np.array(self.other)
+        score = float(sum(one.score for one in parts))
+        return Found(model, widths, counts, dict(zip(Costs._fields, map(float, total), strict=True)), score)
+
+    def refusal(self) -> str:
+        """The least of each cost that the choices can have, as the nearest feasible budget."""
+        budgets = self.search.budgets
+        rows = range(len(self.rows) - len(budgets))  # those of budgets come last
+        reached = {}
+        for name in budgets:
+            column = Costs._fields.index(name)
+            objective = np.concatenate([self.table[:, column], np.zeros(len(self.widths))])
+            chosen = self._solve(objective / max(objective.max(), 1), rows)
+            if chosen is None:
+                return "no choice of the scored replacements has so many layers; expected other SearchConfig.layers"
+            total = self.table[chosen].sum(0) + np.array(self.other)
+            reached = {n: np.append(reached.get(n, []), total[Costs._fields.index(n)]) for n in budgets}
+        return unmet(reached, budgets, len(self.options))
