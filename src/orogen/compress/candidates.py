@@ -18,7 +18,8 @@ from orogen.config.search import SearchConfig
 from orogen.cost.weights import Weight, weights
 
 GIB = 2**30
-MOST_CANDIDATES = 10**7
+# Widths take a third of a millisecond each, numbers of layers hardly any.
+MOST_CANDIDATES, MOST_WIDTHS = 10**7, 10**5
 WINDOW_BITS = 16  # of the inputs that a convolution keeps
 
 
@@ -44,7 +45,10 @@ def candidates(parent: ModelConfig, search: SearchConfig) -> Iterator[Candidates
     """All candidates, by widths; widths that make no legal model are left out. Raises ConfigError if there are too
     many, or none."""
     widths, counts_nk = search.widths(parent), layer_counts(parent, search)
-    number = len(counts_nk) * math.prod(map(len, widths.values()))
+    combined = math.prod(map(len, widths.values()))
+    if combined > MOST_WIDTHS:
+        raise ConfigError(f"SearchConfig has {combined:,} combinations of widths; expected at most {MOST_WIDTHS:,}")
+    number = len(counts_nk) * combined
     if number > MOST_CANDIDATES:
         raise ConfigError(f"SearchConfig has {number:,} candidates; expected at most {MOST_CANDIDATES:,}")
     found, refusal = False, ""
