@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from orogen.config.load import load, load_curation, load_part
+from orogen.config.load import load, load_curation, load_part, load_search
 from orogen.config.upcycle import UpcycleConfig
 from orogen.model.lm import build
 from orogen.parallel.describe import describe_plan
@@ -87,6 +87,24 @@ def test_upcycle_file_says_how_a_model_is_upcycled(file):
 def test_data_file_holds_data_alone(file):
     config, _ = load([file])
     assert config.data is not None and config.model is config.train is config.optimizer is None
+
+
+@pytest.mark.parametrize("file", sorted((CONFIGS / "posttrain").glob("*.gin")), ids=stem)
+def test_posttraining_file_suits_a_model_and_begins_with_its_command(file):
+    model = CONFIGS / "models" / "nemotron_nano_9b_v2.gin"
+    config, _ = load(
+        [model, file], [] if "OptimizerConfig" in file.read_text() else ["OptimizerConfig.learning_rate = 1e-4"]
+    )
+    command = file.read_text().splitlines()[0]
+    assert config.precision.rounds and f" --gin_file gin_configs/posttrain/{file.name} " in command
+    assert command.startswith("# orogen distill " if config.distill else "# orogen train ")
+
+
+@pytest.mark.parametrize("file", sorted((CONFIGS / "search").glob("*.gin")), ids=stem)
+def test_search_file_names_a_model_and_begins_with_its_command(file):
+    model, search, _, _ = load_search([file])
+    assert model is not None and search.budgets and search.widths(model)
+    assert file.read_text().startswith(f"# orogen search --gin_file gin_configs/search/{file.name}\n")
 
 
 @pytest.mark.parametrize("file", sorted((CONFIGS / "curation").glob("*.gin")), ids=stem)

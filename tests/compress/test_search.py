@@ -49,7 +49,10 @@ def test_costs_of_experts_windows_and_latents_by_hand():
     found = {name: float(value[0]) for name, value in total_costs(model, search, counts_of(model)).items()}
     expert = 24 * 20 * 2
     layer = 24 * expert + 48 * 24 + 2 * 48 * 24 + 2 * 48 * 24 + 48
-    attention, mamba = 48 * 96 * 2 + 48 * 8 * 2 + 48, 3 * 48 * 10 + 10 * 4 + 10 + 10 * (3 + 5 + 5) + 3 * 10 + 5 * 10 + 20 + 48
+    attention, mamba = (
+        48 * 96 * 2 + 48 * 8 * 2 + 48,
+        3 * 48 * 10 + 10 * 4 + 10 + 10 * (3 + 5 + 5) + 3 * 10 + 5 * 10 + 20 + 48,
+    )
     mtp = layer + 2 * 48 * 48 + 3 * 48
     total = 2 * 96 * 48 + 48 + attention + layer + mamba + mtp
     assert found["parameters"] == total
@@ -131,7 +134,9 @@ def test_speed_is_predicted_and_its_budget_kept():
     for one in found.best[:3]:
         assert one.speed["tokens_per_second"] == speed_of(search).predict(one.model).tokens_per_second
     middle = sorted(rates)[len(rates) // 2]
-    kept = search_models(PARENT, dataclasses.replace(search, least_tokens_per_second=middle * (1 - 1e-6)), speed_of(search))
+    kept = search_models(
+        PARENT, dataclasses.replace(search, least_tokens_per_second=middle * (1 - 1e-6)), speed_of(search)
+    )
     assert len(kept.best) == sum(rate >= middle * (1 - 1e-6) for rate in rates)
     with pytest.raises(ConfigError, match=r"least_tokens_per_second of at most \d"):
         search_models(PARENT, dataclasses.replace(search, least_tokens_per_second=1e9), speed_of(search))

@@ -236,7 +236,35 @@ def test_bad_input_is_one_line(taught, refused):
     assert "no bindings of DistillConfig" in refused(*command, taught / "teacher.gin")
     line = refused("train", "--run", taught / "new", "--gin_file", taught / "student.gin")
     assert "DistillConfig has bindings; expected none: this task has no teacher" in line
-    line = refused(*command, taught / "student.gin", "--gin_bindings", "DataConfig.tokenizer = 'bpe'",
+    line = refused(*command, taught / "student.gin", "--gin_bindings", "TrainConfig.seed = 1",
                    "--student", taught / "teacher")  # fmt: skip
     assert "ModelConfig.hidden_size is 10; expected 12" in line
     assert json.loads((taught / "teacher" / "env.json").read_text())["parameters"]["total"] > 0
+
+
+def test_stored_logits_train_as_the_living_teacher(taught, refused, capsys):
+    """The same run, once with the teacher and once with what it wrote, whose numbers are rounded to float16."""
+    top = ("--gin_bindings", "DistillConfig.top_k = 9", "--gin_bindings", "DistillConfig.rest = 'bucket'")
+    living = distill(taught, "living", *top)
+    command = ["distill", "--checkpoint", taught / "teacher", "--gin_file", taught / "student.gin"]
+    write = [*command, *top, "--write_logits", taught / "logits"]
+    assert main(list(map(str, write))) == 0
+    stored = f"DistillConfig.logits = {str(taught / 'logits')!r}"
+    # Without the plan of a teacher that does not run.
+    text = (taught / "student.gin").read_text().replace("DistillConfig.teacher_plan = @teacher/PlanConfig()\n", "")
+    (taught / "stored.gin").write_text(text.replace("teacher/PlanConfig.microbatches = 2\n", ""))
+    run = ["distill", "--gin_file", taught / "stored.gin", *top, "--gin_bindings", stored, "--run"]
+    assert main(list(map(str, [*run, taught / "read"]))) == 0
+    for one, other in zip(living, read_metrics(taught / "read"), strict=True):
+        for name in ("divergence", "loss"):
+            assert other[name] == pytest.approx(one[name], rel=2e-3)
+        assert "heldout_divergence" not in other
+    capsys.readouterr()
+    assert "exists; expected a new one" in refused(*write)
+    short = ("--gin_bindings", "TrainConfig.sequence_length = 12")
+    assert "sequence_length = 24; expected 12, that of this run" in refused(*run, taught / "new", *short)
+    more = ("--gin_bindings", "DistillConfig.top_k = 10")
+    assert "top_k is 10; expected at most 9" in refused(*run, taught / "new", *more)
+    other = ("--gin_bindings", "DataConfig.seed = 7")
+    assert "expected" in refused(*run[:-1], "--student", taught / "whole", "--run", taught / "new", *other)
+    assert "expected one of them" in refused(*command)

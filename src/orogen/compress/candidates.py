@@ -79,7 +79,9 @@ def layer_counts(parent: ModelConfig, search: SearchConfig) -> np.ndarray:
         inside = counts_nk[(depth_n >= least) & (depth_n <= most)]
         if not len(inside):
             nearest = depth_n[np.argmin(np.maximum(least - depth_n, depth_n - most))]
-            raise ConfigError(f"SearchConfig.depth is {search.depth}; expected a range with {nearest}, the nearest depth")
+            raise ConfigError(
+                f"SearchConfig.depth is {search.depth}; expected a range with {nearest}, the nearest depth"
+            )
         return inside
     return counts_nk
 
@@ -142,7 +144,9 @@ def pattern_of(parent: ModelConfig, kept: Mapping[str, int], removal: Sequence[i
         excess = len(places) - count
         named = [place for place in removal if main[place] == letter][:excess]
         left = [place for place in places if place not in named]
-        stay = {left[(2 * i + 1) * len(left) // (2 * count)] for i in range(count)} if len(named) < excess else set(left)
+        stay = (
+            {left[(2 * i + 1) * len(left) // (2 * count)] for i in range(count)} if len(named) < excess else set(left)
+        )
         removed |= set(places) - stay
     pattern = "".join(letter for place, letter in enumerate(main) if place not in removed)
     _, slash, mtp = parent.pattern.partition("/")

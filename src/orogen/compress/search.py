@@ -36,7 +36,7 @@ SORTED = {
 
 
 class Found(NamedTuple):
-    """A candidate. model: runnable; layers: by letter; costs: by name; score: of MiniPuzzle; speed: of the simulator."""
+    """A candidate. model: runnable; layers: by letter; costs: by name; score: MiniPuzzle's; speed: as simulated."""
 
     model: ModelConfig
     widths: dict[str, int]
@@ -78,9 +78,7 @@ def limits(search: SearchConfig, speed: Speed, parent: ModelConfig) -> dict[str,
     return found
 
 
-def search_models(
-    parent: ModelConfig, search: SearchConfig, speed: Speed, *, removal: Sequence[int] = ()
-) -> Ranking:
+def search_models(parent: ModelConfig, search: SearchConfig, speed: Speed, *, removal: Sequence[int] = ()) -> Ranking:
     """Ranks the candidates that keep the budgets. removal: see `pattern_of`.
 
     Speed and the engine's memory are estimated to rank candidates, and predicted for those that are listed: one whose

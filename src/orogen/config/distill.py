@@ -11,7 +11,7 @@ RESTS = ("renormalize", "bucket")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """Distillation (arXiv:1503.02531): divergence x KL(teacher || student) + cross_entropy x the usual loss, per target.
+    """Distillation (arXiv:1503.02531): divergence x KL(teacher || student) + cross_entropy x the nats of each target.
 
     Quantisation-aware distillation (arXiv:2601.20088) is divergence = 1 under a PrecisionConfig, which the teacher does
     not follow; quantisation-aware training is cross_entropy = 1 and divergence = 0. Both measure both.

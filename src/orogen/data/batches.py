@@ -204,6 +204,8 @@ class HeldoutPass:
         for batch in rows.batch(self.batch_size, drop_remainder=False, batch_fn=stack):
             missing = self.batch_size - len(batch.tokens_bt)
             padding = empty_batch(missing, sequence_length=self.sequence_length, pad_id=self.pad_id)
+            extras = {name: np.full((missing, *x.shape[1:]), -1, x.dtype) for name, x in batch.extras.items()}
+            padding = padding._replace(extras=extras)
             yield take(batch.map(lambda *parts: np.concatenate(parts), padding))
 
 

@@ -60,7 +60,7 @@ class _LaneIterator(grain.DatasetIterator):
         """Writes the lane's next row."""
         used, segment = 0, 0
         while used < self._sequence_length:
-            (tokens_t, weights_t), read = self._stream(lane), self._read[lane]
+            (tokens_t, weights_t, _), read = self._stream(lane), self._read[lane]
             if read == len(tokens_t):
                 self._held.pop(lane)
                 self._document[lane], self._read[lane] = self._next, 0

@@ -13,10 +13,12 @@ from orogen.config.checks import ConfigError
 
 
 class Stream(NamedTuple):
-    """Tokens in order, int32, and the loss weight of each token as a target, float32."""
+    """Tokens in order, int32, and the loss weight of each token as a target, float32. extras: further numbers of each
+    token (t,) from 0 on, by name, which `Batch.extras` then has, with -1 on padding."""
 
     tokens_t: np.ndarray
     weights_t: np.ndarray
+    extras: Mapping[str, np.ndarray] = {}
 
 
 class Batch(NamedTuple):
@@ -71,7 +73,8 @@ def in_pieces(stream: Stream, *, sequence_length: int) -> list[Stream]:
         window = slice(start, start + sequence_length)
         weights_t = stream.weights_t[window].copy()
         weights_t[0] = 0
-        pieces.append(Stream(stream.tokens_t[window], weights_t))
+        extras = {name: x_t[window] for name, x_t in stream.extras.items()}
+        pieces.append(Stream(stream.tokens_t[window], weights_t, extras))
     return pieces
 
 
@@ -117,6 +120,8 @@ def pack(pieces: Sequence[Stream], *, sequence_length: int, pad_id: int) -> Batc
         )
     row_n = best_fit(lengths_n, capacity=sequence_length)
     batch = empty_batch(int(row_n.max(initial=-1)) + 1, sequence_length=sequence_length, pad_id=pad_id)
+    extras = pieces[0].extras if pieces else {}
+    batch = batch._replace(extras={n: np.full(batch.tokens_bt.shape, -1, x.dtype) for n, x in extras.items()})
     used_b = np.zeros(len(batch.tokens_bt), np.int64)
     segment_b = np.zeros(len(batch.tokens_bt), np.int64)
     for row, piece, length in zip(row_n, pieces, lengths_n, strict=True):
@@ -127,6 +132,8 @@ def pack(pieces: Sequence[Stream], *, sequence_length: int, pad_id: int) -> Batc
         batch.segments_bt[span] = segment_b[row]
         batch.positions_bt[span] = np.arange(length)
         batch.weights_bt[span] = piece.weights_t
+        for name, x_bt in batch.extras.items():
+            x_bt[span] = piece.extras[name]
     batch.weights_bt[batch.positions_bt == 0] = 0
     return batch
 

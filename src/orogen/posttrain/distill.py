@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from orogen.checkpoint.folders import Folder
-from orogen.checkpoint.open import open_folder
 from orogen.config.checks import ConfigError
 from orogen.config.distill import DistillConfig
 from orogen.config.model import ModelConfig
@@ -25,7 +24,9 @@ from orogen.model.heads import distilled, token_nats
 from orogen.model.lm import Built, LanguageModel
 from orogen.parallel import distributed, placement
 from orogen.parallel.plan import Plan
+from orogen.posttrain.chats import ChatCorpus
 from orogen.posttrain.sft import make_sft
+from orogen.posttrain.stored_logits import StoredLogits
 from orogen.posttrain.teacher import Teacher, knowledge, require_same_vocabulary, teacher_plan
 from orogen.train.formats import in_formats
 from orogen.train.heldout import Heldout, heldout_plan, measure
@@ -33,7 +34,7 @@ from orogen.train.next_token import LOSS, MTP_LOSS, target_weights, targets
 from orogen.train.pretraining import PRETRAINING, train_loader
 from orogen.train.state import TrainState
 from orogen.train.step import batch_to_devices
-from orogen.train.task import ByName, Metric, Objective, Task
+from orogen.train.task import ByName, Evaluation, Metric, Objective, Task
 
 # Metrics: the mix that is minimised; nats of the divergence. LOSS is measured too.
 DISTILLATION, DIVERGENCE = "distillation", "divergence"
@@ -135,50 +136,61 @@ class Distance:
 
 
 class Distillation:
-    """The parts of the task that share a teacher. folder: that of the teacher, which stays open; student: that from
-    which the student starts, None for a new one; run_dir: of the run, which keeps a chat template once it has begun."""
+    """The parts of the task that share a teacher. folder: that of the teacher, which stays open, None if its logits are
+    stored; student: that from which the student starts, None for a new one; run_dir: of the run, which keeps a chat
+    template once it has begun."""
 
-    def __init__(self, folder: Folder, run_dir: Path, student: Path | None, distill: DistillConfig):
+    def __init__(self, folder: Folder | None, distill: DistillConfig, *, run_dir: Path, student: Path | None):
         self._folder, self._distill = folder, distill
         kept = any(run_dir.glob("chat_template.*"))
         self._chats = make_sft(run_dir if kept else student)
         self._objective = make_objective(distill)
         self._teacher: Teacher | None = None
+        self._stored: StoredLogits | None = None
 
     def task(self) -> Task:
         """The task itself."""
+        live = self._distill.logits is None
         return Task(
-            objective=self._objective, open=self._open, source=self._source, evaluation=self._evaluation,
-            measures=PRETRAINING.measures, keep=self._keep, frozen=self._frozen,
+            objective=self._objective, open=self.open, source=self._source, evaluation=self._evaluation,
+            measures=PRETRAINING.measures, keep=self._keep, frozen=self._frozen if live else None,
         )  # fmt: skip
 
-    def _open(self, config: RunConfig, tokenizer: Tokenizer | None) -> Corpus:
+    def open(self, config: RunConfig, tokenizer: Tokenizer | None) -> Corpus:
         """The data, as the student's tokenizer or, for a new student, the teacher's has them. Raises ConfigError if the
-        teacher does not suit the run."""
-        require_same_vocabulary(self._folder.config, config.model)
-        RunConfig(model=self._folder.config, plan=teacher_plan(config, self._distill), train=config.train).check()
-        of_teacher = self._folder.tokenizer()
+        teacher, or what is stored of it, does not suit the run."""
+        of_teacher = None
+        if self._folder is not None:
+            require_same_vocabulary(self._folder.config, config.model)
+            RunConfig(model=self._folder.config, plan=teacher_plan(config, self._distill), train=config.train).check()
+            of_teacher = self._folder.tokenizer()
         if tokenizer is None and of_teacher is not None:
             tokenizer = of_teacher.as_in_training()
         corpus = (PRETRAINING if config.chat is None else self._chats).open(config, tokenizer)
         if of_teacher is not None and of_teacher.as_in_training().fingerprint != corpus.tokenizer.fingerprint:
             raise ConfigError("the data have another tokenizer than the teacher; expected the teacher's")
+        if self._distill.logits is not None:
+            self._stored = StoredLogits(Path(self._distill.logits), config, corpus)
         return corpus
 
     def _keep(self, corpus: Corpus, run_dir: Path) -> None:
-        (PRETRAINING if not hasattr(corpus, "template") else self._chats).keep(corpus, run_dir)
+        (self._chats if isinstance(corpus, ChatCorpus) else PRETRAINING).keep(corpus, run_dir)
 
     def _frozen(self, config: RunConfig, plan: Plan) -> Teacher:
+        assert self._folder is not None
         self._teacher = Teacher(self._folder, config, plan, top_k=self._distill.top_k)
         return self._teacher
 
     def _source(self, config: RunConfig, corpus: Corpus) -> TaughtBatches:
+        if self._stored is not None:
+            loader = train_loader(config, self._stored.numbered(corpus))
+            return TaughtBatches(loader, self._stored.teacher, self._stored.add)
         assert self._teacher is not None
         return TaughtBatches(train_loader(config, corpus), self._teacher.fingerprint)
 
-    def _evaluation(self, config: RunConfig, built: Built, corpus: Corpus) -> Distance | None:
+    def _evaluation(self, config: RunConfig, built: Built, corpus: Corpus) -> Evaluation | None:
         heldout = PRETRAINING.evaluation(config, built, corpus)
-        if heldout is None:
-            return None
-        assert isinstance(heldout, Heldout) and self._teacher is not None
+        if heldout is None or self._teacher is None:
+            return heldout
+        assert isinstance(heldout, Heldout)
         return Distance(heldout, self._teacher, config, built, self._objective)

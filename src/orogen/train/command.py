@@ -33,18 +33,21 @@ ONLY_SOME = {"chat": "reads no conversations", "distill": "has no teacher"}
 QUICKSTART = "--gin_file gin_configs/recipes/quickstart.gin"
 
 
-def add_train_arguments(parser: argparse.ArgumentParser, *, checkpoint: str | None = None) -> None:
-    """Adds the options of a command that trains in a run folder. checkpoint: what its --checkpoint is, if it needs
-    one."""
+def add_train_arguments(
+    parser: argparse.ArgumentParser,
+    *,
+    checkpoint: str = f"start from the weights of {CHECKPOINT}",
+    needs_run: bool = True,
+) -> None:
+    """Adds the options of a command that trains in a run folder. checkpoint: what its --checkpoint is; needs_run:
+    whether it always needs the folder."""
     add_config_arguments(parser)
-    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="the run folder")
+    parser.add_argument("--run", type=Path, required=needs_run, metavar="DIR", help="the run folder")
     parser.add_argument("--resume", action="store_true", help="continue the run in DIR, if there is one")
     parser.add_argument(
         "--profile", metavar="STEPS", help="trace these steps, such as 10:13, and report where their time goes"
     )
-    start = f"start from the weights of {CHECKPOINT}"
-    needed = checkpoint is not None
-    parser.add_argument("--checkpoint", type=Path, required=needed, metavar="DIR", help=checkpoint or start)
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help=checkpoint)
     parser.add_argument(
         "--cluster", metavar="HOW",
         help=f"run as one of several processes: {cluster.FORMS}; by default, what {cluster.VARIABLE} says in the "
