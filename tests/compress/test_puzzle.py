@@ -104,7 +104,7 @@ def test_layers_go_in_the_order_of_their_scores(tmp_path):
     ("line", "message"),
     [
         ('{"layer": 9, "removed": true, "score": 1}', "1: layer is 9; expected a number from 0 to 6"),
-        ('{"layer": 0, "removed": true, "score": NaN}', "scores.jsonl:1"),
+        ('{"layer": 0, "removed": true, "score": NaN}', "score is nan; expected a finite number"),
         ('{"layer": 0, "removed": true}', "score is None; expected a finite number"),
         ('{"layer": 0, "removed": false, "score": 1}', "expected removed: true, or one of mamba_num_heads"),
         ('{"layer": 0, "intermediate_size": 36, "score": 1}', "one of mamba_num_heads, mamba_head_dim"),

@@ -253,7 +253,8 @@ def test_stored_logits_train_as_the_living_teacher(taught, refused, capsys):
     # Without the plan of a teacher that does not run.
     text = (taught / "student.gin").read_text().replace("DistillConfig.teacher_plan = @teacher/PlanConfig()\n", "")
     (taught / "stored.gin").write_text(text.replace("teacher/PlanConfig.microbatches = 2\n", ""))
-    run = ["distill", "--gin_file", taught / "stored.gin", *top, "--gin_bindings", stored, "--run"]
+    alone = ["distill", "--gin_file", taught / "stored.gin", "--gin_bindings", stored]
+    run = [*alone, *top, "--run"]
     assert main(list(map(str, [*run, taught / "read"]))) == 0
     for one, other in zip(living, read_metrics(taught / "read"), strict=True):
         for name in ("divergence", "loss"):
@@ -264,7 +265,7 @@ def test_stored_logits_train_as_the_living_teacher(taught, refused, capsys):
     short = ("--gin_bindings", "TrainConfig.sequence_length = 12")
     assert "sequence_length = 24; expected 12, that of this run" in refused(*run, taught / "new", *short)
     more = ("--gin_bindings", "DistillConfig.top_k = 10")
-    assert "top_k is 10; expected at most 9" in refused(*run, taught / "new", *more)
+    assert "top_k is 10; expected at most 9" in refused(*alone, *more, "--run", taught / "new")
     other = ("--gin_bindings", "DataConfig.seed = 7")
     assert "expected" in refused(*run[:-1], "--student", taught / "whole", "--run", taught / "new", *other)
     assert "expected one of them" in refused(*command)
