@@ -41,7 +41,7 @@ def every(search, found):
             for layer, (letter, stays) in enumerate(zip(main, kept, strict=True)):
                 choices = {"M": ("mamba_num_heads", heads, 24), "-": ("intermediate_size", hidden, 72)}
                 field, value, own = choices.get(letter, (None, None, None))
-                key = (layer, None, "removed") if not stays else (layer, field, value)
+                key = (layer, "removed", 0) if not stays else (layer, field, value)
                 if stays and value == own:
                     continue
                 legal &= key in table
@@ -96,7 +96,7 @@ def test_the_nearest_budget_is_that_of_the_smallest_choice(tmp_path):
 def test_layers_go_in_the_order_of_their_scores(tmp_path):
     found = scores(tmp_path / "scores.jsonl")
     order = removal_order(found)
-    by_layer = {one.layer: one.score for one in found if one.choice == "removed"}
+    by_layer = {one.layer: one.score for one in found if one.field == "removed"}
     assert sorted(order) == [0, 1, 3, 4, 5, 6] and [by_layer[n] for n in order] == sorted(by_layer.values())
 
 

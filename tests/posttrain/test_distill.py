@@ -96,7 +96,7 @@ def expected(config: RunConfig, batch):
 CASES = {
     "tensor and context, teacher on data": (
         {"tensor": 2, "context": 2, "fsdp": "optimizer"},
-        {"divergence": 1.0, "teacher_plan": PlanConfig(data=2, context=2, fsdp="parameters", microbatches=2)},
+        {"divergence": 1.0, "teacher_plan": PlanConfig(data=4, fsdp="parameters")},
         {},
     ),
     "stages, the most likely": (
@@ -104,7 +104,11 @@ CASES = {
         {"divergence": 0.5, "cross_entropy": 0.25, "temperature": 2.0, "top_k": 7},
         {},
     ),
-    "data, under rounding": ({"data": 2, "fsdp": "parameters"}, {"divergence": 1.0}, {"precision": QAD}),
+    "data, under rounding": (
+        {"data": 2, "fsdp": "parameters"},
+        {"divergence": 1.0, "teacher_plan": PlanConfig(data=2, microbatches=2)},
+        {"precision": QAD},
+    ),
 }
 
 

@@ -24,17 +24,17 @@ from orogen.config.model import ModelConfig
 from orogen.config.reads import plain_model
 from orogen.config.search import WIDTHS, SearchConfig
 
-REMOVED = "removed"
+KEPT, REMOVED = "kept", "removed"
 MAX_BYTES = 10**7  # of a file of scores; 1,024 layers with 100 widths take less
 NUMBERS = (int, float)
 
 
 class Replacement(NamedTuple):
-    """What may become of a layer. choice: None as it is, REMOVED, or the value of `field`."""
+    """What may become of a layer. field: KEPT as it is, REMOVED, or the width that gets another value."""
 
     layer: int
-    field: str | None
-    choice: int | str | None
+    field: str
+    value: int
     score: float
 
 
@@ -45,7 +45,7 @@ def read_scores(file: Path, parent: ModelConfig) -> list[Replacement]:
         raise ConfigError(f"SearchConfig.scores is {str(file)!r}; expected a file")
     if file.stat().st_size > MAX_BYTES:
         raise ConfigError(f"{file} has {file.stat().st_size} bytes; expected at most {MAX_BYTES}")
-    found: dict[tuple[int, Any, Any], Replacement] = {}
+    found: dict[tuple[int, str, int], Replacement] = {}
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
         if not line.strip():
             continue
@@ -67,7 +67,7 @@ def _replacement(record: Mapping[str, Any], parent: ModelConfig, where: str) -> 
         raise ConfigError(f"{where}: score is {score!r}; expected a finite number")
     rest = record.keys() - {"layer", "score"}
     if rest == {REMOVED} and record[REMOVED] is True:
-        return Replacement(layer, None, REMOVED, float(score))
+        return Replacement(layer, REMOVED, 0, float(score))
     field = next(iter(rest), "")
     if len(rest) != 1 or main[layer] not in WIDTHS.get(field, ""):
         fields = [name for name, letters in WIDTHS.items() if main[layer] in letters]
@@ -80,7 +80,7 @@ def _replacement(record: Mapping[str, Any], parent: ModelConfig, where: str) -> 
 
 def removal_order(scores: Sequence[Replacement]) -> list[int]:
     """The layers that have a score of their removal, the least important first."""
-    return [one.layer for one in sorted(scores, key=lambda one: one.score) if one.choice == REMOVED]
+    return [one.layer for one in sorted(scores, key=lambda one: one.score) if one.field == REMOVED]
 
 
 def solve(parent: ModelConfig, search: SearchConfig, scores: Sequence[Replacement]) -> Ranking:
@@ -109,7 +109,7 @@ def _check(parent: ModelConfig, search: SearchConfig, scores: Sequence[Replaceme
         raise ConfigError(f"SearchConfig.least_tokens_per_second, fits or order simulates; expected it {expected}")
     by_letter: dict[str, set[str]] = {}
     for one in scores:
-        if one.field is not None:
+        if one.field != REMOVED:
             by_letter.setdefault(parent.layers.main[one.layer], set()).add(one.field)
     for letter, fields in by_letter.items():
         if len(fields) > 1:
@@ -125,9 +125,10 @@ class _Program:
     def __init__(self, parent: ModelConfig, search: SearchConfig, scores: Sequence[Replacement]):
         self.parent, self.search = parent, search
         layers = range(len(parent.layers.main))
-        self.options = [Replacement(layer, None, None, 0.0) for layer in layers] + list(scores)
-        fields = dict.fromkeys(one.field for one in scores if one.field is not None)
-        values = {f: {getattr(parent, f)} | {one.choice for one in scores if one.field == f} for f in fields}
+        self.options = [Replacement(layer, KEPT, 0, 0.0) for layer in layers] + list(scores)
+        fields = dict.fromkeys(one.field for one in scores if one.field != REMOVED)
+        values: dict[str, set[int]]
+        values = {f: {getattr(parent, f)} | {one.value for one in scores if one.field == f} for f in fields}
         self.widths = [(field, value) for field in fields for value in sorted(values[field], reverse=True)]
         self.size = len(self.options) + len(self.widths)
         self.other, _ = costs(parent, search)
@@ -138,25 +139,25 @@ class _Program:
         self._constrain()
 
     def _costs(self, one: Replacement) -> Costs:
-        if one.choice == REMOVED:
+        if one.field == REMOVED:
             return Costs(0.0, 0.0, 0.0)
-        letter, changes = self.parent.layers.main[one.layer], {} if one.field is None else {one.field: one.choice}
+        letter, changes = self.parent.layers.main[one.layer], _changes(one)
         return costs(dataclasses.replace(self.parent, **changes), self.search)[1][letter]
 
     def _constrain(self) -> None:
         of_options, of_layer = len(self.options), np.array([one.layer for one in self.options])
         for layer in range(len(self.parent.layers.main)):
-            self._add(np.flatnonzero(of_layer == layer), 1.0, 1.0)
+            self._add(np.flatnonzero(of_layer == layer).tolist(), 1.0, 1.0)
         for field in dict.fromkeys(field for field, _ in self.widths):
             self._add([of_options + i for i, width in enumerate(self.widths) if width[0] == field], 1.0, 1.0)
         for number, one in enumerate(self.options):
             for place, (field, value) in enumerate(self.widths):
-                reads = self.parent.layers.main[one.layer] in WIDTHS[field] and one.choice != REMOVED
-                if reads and (getattr(self.parent, field) if one.field is None else one.choice) == value:
+                reads = self.parent.layers.main[one.layer] in WIDTHS[field] and one.field != REMOVED
+                if reads and (getattr(self.parent, field) if one.field == KEPT else one.value) == value:
                     self._add([number], -np.inf, 0.0, minus=[of_options + place])
         main, counts = self.parent.layers.main, self.search.counts(self.parent)
         bounded = {entry[0] for entry in self.search.layers}
-        stays = [i for i, one in enumerate(self.options) if one.choice != REMOVED]
+        stays = [i for i, one in enumerate(self.options) if one.field != REMOVED]
         for letter in bounded:
             of_letter = [i for i in stays if main[self.options[i].layer] == letter]
             self._add(of_letter, counts[letter].start, counts[letter].stop - 1)
@@ -187,8 +188,9 @@ class _Program:
 
     def _solve(self, objective: np.ndarray, rows: Sequence[int]) -> list[int] | None:
         pick = list(rows)
-        bounds = LinearConstraint(np.array(self.rows)[pick], np.array(self.low)[pick], np.array(self.high)[pick])
-        found = milp(objective, constraints=bounds, integrality=np.ones(self.size), bounds=Bounds(0, 1))
+        low, high = (np.array(side)[pick] for side in (self.low, self.high))
+        constraint: Any = LinearConstraint(np.array(self.rows)[pick], low, high)  # type: ignore[arg-type]  # per row
+        found = milp(objective, constraints=constraint, integrality=np.ones(self.size), bounds=Bounds(0, 1))
         if found.x is None:
             return None
         return [i for i in range(len(self.options)) if found.x[i] > 0.5]
@@ -200,11 +202,10 @@ class _Program:
     def found(self, chosen: Sequence[int]) -> Found:
         """The model with these choices, and their scores' sum."""
         parts = [self.options[i] for i in chosen]
-        kept = sorted(one.layer for one in parts if one.choice != REMOVED)
+        kept = sorted(one.layer for one in parts if one.field != REMOVED)
         widths: dict[str, int] = {}
         for one in parts:
-            if one.choice != REMOVED:
-                widths |= {one.field: one.choice} if one.field is not None else {}
+            widths |= _changes(one)
         main, (_, slash, mtp) = self.parent.layers.main, self.parent.pattern.partition("/")
         pattern = "".join(main[layer] for layer in kept)
         model = plain_model(with_pattern(dataclasses.replace(self.parent, **widths), pattern + slash + mtp))
@@ -227,3 +228,8 @@ class _Program:
             total = self.table[chosen].sum(0) + np.array(self.other)
             reached = {n: np.append(reached.get(n, []), total[Costs._fields.index(n)]) for n in budgets}
         return unmet(reached, budgets, len(self.options))
+
+
+def _changes(one: Replacement) -> dict[str, int]:
+    """The width that the replacement changes."""
+    return {} if one.field in (KEPT, REMOVED) else {one.field: one.value}

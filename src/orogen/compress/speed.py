@@ -20,8 +20,8 @@ class Speed:
 
     def predict(self, model: ModelConfig) -> Inference:
         """The prediction for one model. Raises ConfigError."""
-        texts = {"prompt": self._search.prompt_tokens, "new": self._search.new_tokens}
-        return predict_inference(model, self._cluster, engine=self._engine, **texts)
+        prompt, new = self._search.prompt_tokens, self._search.new_tokens
+        return predict_inference(model, self._cluster, engine=self._engine, prompt=prompt, new=new)
 
     def estimates(self, model: ModelConfig, counts_nk: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(n,): tokens per second and bytes on the device of the model with such numbers of layers.

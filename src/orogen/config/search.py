@@ -53,10 +53,10 @@ class SearchConfig:
     ] = ()
     moe_latent_size: Annotated[tuple[int, ...], "values of ModelConfig.moe_latent_size"] = ()
     # budgets
-    most_parameters: Annotated[float, "parameters; None: any"] = ABSENT
-    most_active: Annotated[float, "parameters that one token uses; None: any"] = ABSENT
-    most_gib: Annotated[float, "GiB of weights and of what requests keep; None: any"] = ABSENT
-    least_tokens_per_second: Annotated[float, "predicted tokens per second of all requests; None: any"] = ABSENT
+    most_parameters: Annotated[float, "the most parameters in all; None: any"] = ABSENT
+    most_active: Annotated[float, "the most parameters that one token uses; None: any"] = ABSENT
+    most_gib: Annotated[float, "the most GiB of weights and of what requests keep; None: any"] = ABSENT
+    least_tokens_per_second: Annotated[float, "the least tokens per second of all requests, as predicted; None: any"] = ABSENT
     fits: Annotated[bool, "whether the engine must fit into a device of ClusterConfig's hardware"] = False
     # what the bytes are of
     context: Annotated[int, "tokens of each request's text"] = 8192

@@ -172,7 +172,7 @@ def _begin(partial: Path, manifest: dict[str, Any], starts: np.ndarray) -> tuple
         return arrays, known["batches"]
     partial.mkdir(parents=True, exist_ok=True)
     np.save(partial / STARTS, starts)
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         name: np.lib.format.open_memmap(partial / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
         for name, dtype in DTYPES.items()
     }

@@ -28,6 +28,7 @@ from orogen.config.run import RunConfig
 from orogen.data.packing import Batch
 from orogen.kernels.divergence import Hidden, Likely
 from orogen.layers.documents import Documents
+from orogen.layers.linear import head_matrix
 from orogen.model.heads import most_likely
 from orogen.model.vocabulary import resized
 from orogen.parallel import distributed, placement
@@ -123,7 +124,7 @@ def knowledge(batch: Batch, frozen: Any, plan: Plan) -> Hidden | Likely:
     """What the objective knows of the teacher, of this device's tokens: from `Batch.extras`, whichever are there."""
     flat = lambda name: batch.extras[name].reshape(-1, batch.extras[name].shape[-1])  # noqa: E731
     if HIDDEN in batch.extras:
-        return Hidden(flat(HIDDEN), plan.weight(frozen[HEAD]))
+        return Hidden(flat(HIDDEN), head_matrix(frozen[HEAD], frozen[HEAD], plan))
     return Likely(flat(IDS), flat(LOG).astype(jnp.float32))
 
 

@@ -11,9 +11,10 @@ their denominators over one device's tokens. The loss is a weighted sum of the r
 every plan and any number of microbatches; for that reason an objective never takes a mean itself. `sums` receives the
 final hidden states and reads the head through `orogen.model.heads`, as weighted nats or as each token's log-likelihood.
 What the loss needs beside tokens and weights (advantages, a teacher's hidden states) comes with the batch, in
-`Batch.extras`: named arrays (b, t, …), from the source or from a `FrozenModel` that runs beside the trained one. `source` yields batches, and its position can be saved and restored to the bit;
-`evaluation` scores a state. `pretraining.py` is the task of `orogen train`. `tests/train/test_task.py` defines another,
-a policy gradient, works out its numbers by hand, and compares several plans with one device.
+`Batch.extras`: named arrays (b, t, …), from the source or from a `FrozenModel` that runs beside the trained one.
+`source` yields batches, and its position can be saved and restored to the bit; `evaluation` scores a state.
+`pretraining.py` is the task of `orogen train`. `tests/train/test_task.py` defines another, a policy gradient, works out
+its numbers by hand, and compares several plans with one device.
 
 **Muon** is scaled to AdamW's update size (0.2·√max(in, out), arXiv:2502.16982), so one learning rate serves both.
 

@@ -34,8 +34,10 @@ def terms(o: Operands, teacher: Hidden | Likely, first: Array | int, mix: Mix, r
     hit_nv = o.columns_n[:, None] == jnp.arange(o.head_dv.shape[1])
     student = _softmax(logits_nv, o.present_v, reduce)
     target_n = reduce.sum(jnp.sum(jnp.where(hit_nv, logits_nv, 0.0), axis=1))
-    divergence = _from_hidden if isinstance(teacher, Hidden) else _from_likely
-    divergence_n, gradient_nv = divergence(logits_nv, student, o.present_v, teacher, first, mix, reduce)
+    if isinstance(teacher, Hidden):
+        divergence_n, gradient_nv = _from_hidden(logits_nv, student, o.present_v, teacher, mix, reduce)
+    else:
+        divergence_n, gradient_nv = _from_likely(logits_nv, student, teacher, first, mix, reduce)
     gradient_nv = mix.divergence * gradient_nv + mix.cross_entropy * (student.probability_nv - hit_nv)
     return Terms(divergence_n, student.log_total_n - target_n, gradient_nv)
 
@@ -60,9 +62,8 @@ def _softmax(logits_nv: Array, present_v: Array | None, reduce: Reduce) -> _Soft
 
 
 def _from_hidden(
-    logits_nv: Array, student: _Softmax, present_v: Array | None, teacher: Hidden, _: Array | int, mix: Mix,
-    reduce: Reduce,
-) -> tuple[Array, Array]:  # fmt: skip
+    logits_nv: Array, student: _Softmax, present_v: Array | None, teacher: Hidden, mix: Mix, reduce: Reduce
+) -> tuple[Array, Array]:
     """Σ_v p_v (log p_v - log q_v), p the teacher's softmax and q the student's, both at the temperature."""
     cold_nv = jnp.matmul(teacher.x_ne, teacher.head_ev, preferred_element_type=jnp.float32) / mix.temperature
     known = _softmax(cold_nv, present_v, reduce)
@@ -77,9 +78,10 @@ def _from_hidden(
 
 
 def _from_likely(
-    logits_nv: Array, student: _Softmax, _: Array | None, teacher: Likely, first: Array | int, mix: Mix,
-    reduce: Reduce,
-) -> tuple[Array, Array]:  # fmt: skip
+    logits_nv: Array, student: _Softmax, teacher: Likely, first: Array | int, mix: Mix, reduce: Reduce
+) -> tuple[Array, Array]:
+    """The same over the k tokens, both renormalised to them, or over these and one for all others: then the gradient is
+    q - p of the k tokens and q (1 - rest of p / rest of q) of the others."""
     columns = logits_nv.shape[1]
     column_nk = teacher.ids_nk - first
     here_nk = (column_nk >= 0) & (column_nk < columns)
