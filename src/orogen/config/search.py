@@ -56,7 +56,9 @@ class SearchConfig:
     most_parameters: Annotated[float, "the most parameters in all; None: any"] = ABSENT
     most_active: Annotated[float, "the most parameters that one token uses; None: any"] = ABSENT
     most_gib: Annotated[float, "the most GiB of weights and of what requests keep; None: any"] = ABSENT
-    least_tokens_per_second: Annotated[float, "the least tokens per second of all requests, as predicted; None: any"] = ABSENT
+    least_tokens_per_second: Annotated[
+        float, "the least tokens per second of all requests, as predicted; None: any"
+    ] = ABSENT
     fits: Annotated[bool, "whether the engine must fit into a device of ClusterConfig's hardware"] = False
     # what the bytes are of
     context: Annotated[int, "tokens of each request's text"] = 8192

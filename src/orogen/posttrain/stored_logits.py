@@ -8,6 +8,7 @@ Letters: b batch, t time, k most likely tokens, r rows.
 """
 
 import copy
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,10 +31,9 @@ MANIFEST, PROGRESS, STARTS = "manifest.json", "progress.json", "starts.npy"
 FORMAT = "orogen logits 1"
 ROW = "row"  # of each token in the arrays, in `Batch.extras`
 COUNT = Whole(1, 2**62)
-FORM = Record(
-    {"format": str, "corpus": str, "tokenizer": str, "teacher": str, "sequence_length": COUNT, "vocab_size": COUNT,
-     "top_k": COUNT, "rows": COUNT}, {}
-)  # fmt: skip
+TEXTS = "format", "corpus", "documents", "tokenizer", "teacher"
+COUNTS = "sequence_length", "vocab_size", "top_k", "rows"
+FORM = Record({**dict.fromkeys(TEXTS, str), **dict.fromkeys(COUNTS, COUNT)}, {})
 DTYPES = {"ids": np.int32, "log": np.float16}
 FLUSHED = 64  # batches after which what is written so far is kept
 
@@ -152,9 +152,12 @@ def _train(corpus: Corpus) -> list[Split]:
 
 
 def _identity(corpus: Corpus, config: RunConfig) -> dict[str, Any]:
-    """What stored logits and a run must agree on."""
+    """What stored logits and a run must agree on. documents: how they become the train split's token streams."""
+    data = config.data
+    made = data.seed, data.heldout_fraction, data.tuning_fraction, config.chat
     return {
         "corpus": corpus.content_hash,
+        "documents": hashlib.sha256(repr(made).encode()).hexdigest(),
         "tokenizer": corpus.tokenizer.fingerprint,
         "sequence_length": config.train.sequence_length,
         "vocab_size": config.model.vocab_size,
