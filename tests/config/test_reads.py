@@ -43,6 +43,7 @@ PARTS_OF: dict[str, dict[str, Any]] = {
     "optimizer": {"learning_rate": 1e-3},
     "evaluate": {"tasks": ("mqar", "needle", "hellaswag"), "texts": ("a.txt",)},
     "precision": {},
+    "distill": {"divergence": 1.0},
 }
 
 
@@ -186,6 +187,10 @@ BORDERS: list[tuple[str, Any, dict, dict, str]] = [
                    ("four_over_six", "all"))),
     ("precision__hadamard_roles", ("forward",), {"precision__recipe": "nvfp4"},
      {"precision__recipe": "nvfp4", "precision__hadamard": 0}, "PrecisionConfig.hadamard is 0"),
+    *(("distill__rest", "bucket", reading, {}, "DistillConfig.top_k and .logits are None: no token is left out")
+      for reading in ({"distill__top_k": 4}, {"distill__logits": "folder"})),
+    ("distill__teacher_plan", PlanConfig(), {}, {"distill__logits": "folder"},
+     "DistillConfig.logits is set: the teacher does not run"),
 ]  # fmt: skip
 # Where nothing reads these, their config itself refuses them.
 REFUSED_BEFORE = ("plan__fsdp_size", "plan__buffer_factor", "model__topk_group", "model__mtp_depths")

@@ -19,6 +19,7 @@ from orogen.config.precision import PrecisionConfig
 from orogen.config.run import RunConfig
 from orogen.cost.assemble import assemble
 from orogen.layers.documents import Documents, numbered
+from orogen.model.count import count
 from orogen.model.lm import build, initial_state
 from orogen.parallel import placement
 from orogen.parallel.plan import single_device_plan
@@ -27,6 +28,7 @@ from orogen.posttrain.distill import DISTILLATION, DIVERGENCE, make_objective
 from orogen.posttrain.teacher import HIDDEN, IDS, Teacher, teacher_plan
 from orogen.precision.words import step_key
 from orogen.report.metrics import read_metrics
+from orogen.simulate.fit import Memory, require_distillation_fits
 from orogen.train.formats import in_formats
 from orogen.train.sides import packed_batches
 from orogen.train.step import batch_to_devices, gradients
@@ -156,6 +158,15 @@ def test_the_teacher_s_own_plan():
         teacher_plan(config, DistillConfig(divergence=1.0, teacher_plan=PlanConfig(stage=4)))
     with pytest.raises(ValueError, match=r"batch_size is 8; expected a multiple of .* = 4 x 3"):
         teacher_plan(config, DistillConfig(divergence=1.0, teacher_plan=PlanConfig(data=4, microbatches=3)))
+
+
+def test_a_teacher_that_does_not_fit_is_refused():
+    """Of the student 12 bytes per parameter and its gradients; the teacher's 4, and 24 tokens of 36 numbers."""
+    config = dataclasses.replace(run_config(STUDENT, batch_size=1), distill=DistillConfig(divergence=1.0))
+    least = 16 * count(STUDENT)["total"] + 4 * count(TEACHER)["total"] + 24 * 36 * 4
+    require_distillation_fits(config, TEACHER, PlanConfig(), Memory(10**9, least))
+    with pytest.raises(ValueError, match=f"distillation needs at least {least:,} bytes"):
+        require_distillation_fits(config, TEACHER, PlanConfig(), Memory(10**9, least - 1))
 
 
 @pytest.mark.parametrize(

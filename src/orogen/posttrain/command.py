@@ -5,7 +5,7 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orogen.command import CHECKPOINT, Command, answer
+from orogen.command import CHECKPOINT, Command, answer, free_memory
 from orogen.config.checks import ConfigError
 from orogen.config.run import RunConfig
 from orogen.config.streams import say
@@ -63,9 +63,14 @@ def distill(options: argparse.Namespace) -> int:
 
         def task(config: RunConfig) -> "Task":
             from orogen.posttrain.distill import Distillation
+            from orogen.posttrain.teacher import teacher_plan
+            from orogen.simulate.fit import require_distillation_fits
 
             if folder is None and config.distill.logits is None:
                 raise ConfigError("--checkpoint is missing; expected the teacher's, since DistillConfig.logits is None")
+            if folder is not None and config.distill.logits is None:
+                plan = teacher_plan(config, config.distill)
+                require_distillation_fits(config.largest(), folder.config, plan, free_memory())
             return Distillation(folder, config.distill, run_dir=options.run, student=options.student).task()
 
         # The run starts from the student; the teacher is the task's.

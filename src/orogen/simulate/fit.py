@@ -75,6 +75,18 @@ def require_training_fits(config: RunConfig, memory: Memory) -> None:
     _require("sampling", [], held, 1, memory)
 
 
+def require_distillation_fits(config: RunConfig, teacher: ModelConfig, plan: PlanConfig, memory: Memory) -> None:
+    """Raises ConfigError if a device cannot hold its part of the first step beside a teacher on `plan`: its parameters,
+    and its hidden states of the whole batch, or of the student's rank of it."""
+    train, itemsize = config.train, BYTES[config.train.compute_dtype]
+    tokens = train.batch_size * train.sequence_length // (config.plan.data * config.plan.context)
+    wide = {**_batch_settings(train), "the teacher's hidden_size": teacher.hidden_size}
+    beside = [_parameters("the teacher's parameters", teacher, _stored(teacher, plan) * itemsize)]
+    if config.distill.top_k is None:
+        beside.append(Need("the teacher's hidden states", tokens * teacher.hidden_size * itemsize, wide))
+    _require("distillation", [_batch(train)], [*_training(config), *beside], config.plan.devices, memory)
+
+
 def require_verification_fits(config: RunConfig, train: TrainConfig, *, host: int) -> None:
     """Raises ConfigError if checking the plan on simulated devices takes more than `host` bytes.
 
