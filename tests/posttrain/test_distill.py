@@ -24,12 +24,14 @@ from orogen.model.lm import build, initial_state
 from orogen.parallel import placement
 from orogen.parallel.plan import single_device_plan
 from orogen.parallel.rounding_state import NUMBER
-from orogen.posttrain.distill import DISTILLATION, DIVERGENCE, make_objective
+from orogen.posttrain.distill import DISTILLATION, DIVERGENCE, Distillation, make_objective
 from orogen.posttrain.teacher import HIDDEN, IDS, Teacher, teacher_plan
 from orogen.precision.words import step_key
 from orogen.report.metrics import read_metrics
 from orogen.simulate.fit import Memory, require_distillation_fits
 from orogen.train.formats import in_formats
+from orogen.train.pretraining import PRETRAINING
+from orogen.train.run import _open_corpus
 from orogen.train.sides import packed_batches
 from orogen.train.step import batch_to_devices, gradients
 
@@ -242,6 +244,16 @@ def test_a_run_s_config_is_written_with_the_teacher_s_plan(taught, tmp_path):
     assert config.distill.teacher_plan == PlanConfig(microbatches=2)
     (tmp_path / "again.gin").write_text(run_text(config))
     assert load([tmp_path / "again.gin"])[0] == config
+
+
+def test_a_new_student_may_have_as_many_rows_as_a_released_teacher(taught):
+    """The teacher's tokenizer has fewer tokens than the models have rows."""
+    config, _ = load([taught / "student.gin"], ["ModelConfig.vocab_size = 300"])
+    task = Distillation(InMemory(config.model), config.distill, run_dir=taught / "new", student=None).task()
+    task = dataclasses.replace(task, open=PRETRAINING.open)
+    assert _open_corpus(task, config, taught / "new", None).tokenizer.vocab_size == 259
+    with pytest.raises(ValueError, match="vocab_size = 300: expected 259"):
+        _open_corpus(dataclasses.replace(task, more_rows=False), config, taught / "new", None)
 
 
 def test_bad_input_is_one_line(taught, refused):

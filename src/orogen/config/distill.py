@@ -19,8 +19,8 @@ class DistillConfig:
     compares the models on the k tokens alone, as Megatron and Model-Optimizer do; bucket takes all others for one more
     token, so that the student also learns how much is left. logits: written by `orogen distill --write_logits`, with
     these data, tokenizer and sequence length; the teacher then does not run beside the student.
-    teacher_plan: such as @teacher/PlanConfig(). By default that of the run without its recomputation and rounding, with
-    stages as data ranks.
+    teacher_plan: such as @teacher/PlanConfig(), to which bindings of PlanConfig apply too. By default that of the run
+    without its recomputation and rounding, with stages as data ranks that share the parameters.
     """
 
     divergence: Annotated[float, "weight of the divergence from the teacher"]

@@ -154,6 +154,7 @@ class Distillation:
         return Task(
             objective=self._objective, open=self.open, source=self._source, evaluation=self._evaluation,
             measures=PRETRAINING.measures, keep=self._keep, frozen=self._frozen if live else None,
+            more_rows=self._folder is not None,
         )  # fmt: skip
 
     def open(self, config: RunConfig, tokenizer: Tokenizer | None) -> Corpus:

@@ -51,6 +51,7 @@ def teacher_plan(config: RunConfig, distill: DistillConfig) -> PlanConfig:
         rows = train.batch_size // (plan.data * plan.microbatches)  # that the student's devices take at a time
         shared = -(-train.batch_size // own["data"])
         own |= {"microbatches": shared // rows if shared % rows == 0 else 1}
+        own |= {"fsdp": "parameters"} if plan.stage > 1 else {}  # no device has room for all layers
         given = dataclasses.replace(plan.dropping_none(), **own)
     require(given.stage == 1, given, "stage", "1 for a teacher, whose pass is not split into stages")
     devices = given.devices

@@ -138,10 +138,10 @@ def _open_corpus(task: Task, config: RunConfig, run_dir: Path, origin: Folder | 
     if known is None and origin is not None and (given := origin.tokenizer()) is not None:
         known = given.as_in_training()
     corpus = task.open(config, known)
-    if known is None or origin is None:
-        check_vocab_size(corpus.tokenizer, config.model.vocab_size)
+    if task.more_rows or (known is not None and origin is not None):
+        check_rows(corpus.tokenizer, config.model.vocab_size)
     else:
-        check_rows(known, config.model.vocab_size)
+        check_vocab_size(corpus.tokenizer, config.model.vocab_size)
     return corpus
 
 

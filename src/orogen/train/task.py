@@ -154,7 +154,8 @@ class Task:
     evaluation: of a model laid out for the run's plan; None if the data has nothing to score. measures: what a position
     of the source says for the record of the step that took the batch before it. keep: writes to the run folder what the
     model will need beside its weights and tokenizer. frozen: opens the model that the objective reads beside the
-    trained one, on the devices of the run's plan, once and before `evaluation`.
+    trained one, on the devices of the run's plan, once and before `evaluation`. more_rows: whether a new model may have
+    more rows than its tokenizer has tokens, because the tokenizer is that of a released model that has.
     """
 
     objective: Objective
@@ -164,3 +165,4 @@ class Task:
     measures: Callable[[dict[str, Any]], dict[str, float]] = lambda position: {}
     keep: Callable[[Corpus, Path], None] = lambda corpus, run_dir: None
     frozen: Callable[[RunConfig, Plan], FrozenModel] | None = None
+    more_rows: bool = False
