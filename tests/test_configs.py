@@ -148,7 +148,7 @@ def test_no_record_outlives_its_recipe():
 
 
 def test_every_gin_file_is_of_a_known_kind():
-    kinds = ("models", "plans", "precision", "data", "recipes", "upcycle", "curation")
+    kinds = ("models", "plans", "precision", "data", "recipes", "upcycle", "curation", "posttrain", "search")
     known = [file for kind in kinds for file in (CONFIGS / kind).glob("*.gin")]
     assert sorted(known) == sorted(CONFIGS.rglob("*.gin"))
 

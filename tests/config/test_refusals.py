@@ -9,12 +9,14 @@ from orogen.config.chat import ChatConfig
 from orogen.config.checks import ConfigError, check_types
 from orogen.config.cluster import ClusterConfig
 from orogen.config.data import DataConfig, SourceConfig
+from orogen.config.distill import DistillConfig
 from orogen.config.evaluate import EvaluateConfig
 from orogen.config.model import ModelConfig
 from orogen.config.phases import PhaseConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.precision import PrecisionConfig
 from orogen.config.run import OptimizerConfig, RunConfig, TrainConfig
+from orogen.config.search import SearchConfig
 from orogen.config.sweep import SweepConfig
 from orogen.config.upcycle import UpcycleConfig
 
@@ -33,6 +35,8 @@ GOOD = {
                   "seeds": (0, 1)},
     UpcycleConfig: {"expansion": 4, "top_k": 2},
     PrecisionConfig: {},
+    DistillConfig: {"divergence": 1.0},
+    SearchConfig: {},
 }  # fmt: skip
 
 # (class, field, bad value, words of what was expected)

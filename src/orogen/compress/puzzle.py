@@ -59,7 +59,8 @@ def read_scores(file: Path, parent: ModelConfig) -> list[Replacement]:
 
 
 def _replacement(record: Mapping[str, Any], parent: ModelConfig, where: str) -> Replacement:
-    layer, score = record.get("layer"), record.get("score")
+    layer: Any = record.get("layer")
+    score: Any = record.get("score")
     main = parent.layers.main
     if type(layer) is not int or not 0 <= layer < len(main):
         raise ConfigError(f"{where}: layer is {layer!r}; expected a number from 0 to {len(main) - 1}")
