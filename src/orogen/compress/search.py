@@ -4,7 +4,6 @@ Sources: Minitron as Model-Optimizer has it (all that keep the budget, sorted by
 arXiv:2504.03624, section 4 (counts of layers by kind times a width, under the bytes of a long context).
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -201,8 +200,3 @@ def keeps(found: Found, allowed: dict[str, float]) -> bool:
     assert found.speed is not None
     held, rate = found.speed["device_memory_bytes"], found.speed["tokens_per_second"]
     return held <= allowed.get("device_bytes", np.inf) and 1 / rate <= allowed.get("seconds", np.inf)
-
-
-def checked(model: ModelConfig) -> ModelConfig:
-    """The model, built anew, so that every field is checked."""
-    return dataclasses.replace(model)
