@@ -21,6 +21,7 @@ from orogen.config.model import ModelConfig
 from orogen.config.phases import PhaseConfig, Stretch, stretches
 from orogen.config.plan import PlanConfig
 from orogen.config.precision import PrecisionConfig
+from orogen.config.preference import PreferenceConfig
 from orogen.config.remat import check_layers
 from orogen.config.rounded import check_precision
 
@@ -179,6 +180,7 @@ class RunConfig:
     train: TrainConfig = ABSENT
     optimizer: OptimizerConfig = ABSENT
     chat: ChatConfig = ABSENT
+    preference: PreferenceConfig = ABSENT
     evaluate: EvaluateConfig = ABSENT
     precision: PrecisionConfig = PrecisionConfig()
 
@@ -288,6 +290,7 @@ PARTS: dict[str, Any] = {
     "train": TrainConfig,
     "optimizer": OptimizerConfig,
     "chat": ChatConfig,
+    "preference": PreferenceConfig,
     "evaluate": EvaluateConfig,
     "precision": PrecisionConfig,
 }
