@@ -19,7 +19,7 @@ from orogen.command import (
 )
 from orogen.config.checks import ConfigError
 from orogen.config.dtype import COMPUTE
-from orogen.config.run import RunConfig
+from orogen.config.run import PARTS, RunConfig
 from orogen.config.streams import lasting_streams, say
 from orogen.parallel import cluster, distributed
 from orogen.parallel.runtime import configure
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from orogen.checkpoint.folders import Folder
     from orogen.train.task import Task
 
+    Adapt = Callable[[RunConfig, Folder], Folder]
+
+OF_TASKS = ("chat", "preference")  # parts of a config that only some tasks read
 QUICKSTART = "--gin_file gin_configs/recipes/quickstart.gin"
 
 
@@ -61,10 +64,10 @@ def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _load_with_checkpoint(
-    options: argparse.Namespace, held: contextlib.ExitStack
+    options: argparse.Namespace, held: contextlib.ExitStack, adapt: "Adapt | None"
 ) -> tuple[RunConfig, str, "Folder | None"]:
     """The config of the gin files, its text, and the folder that the run starts from, open until `held` exits. If the
-    files have no model, it is that of --checkpoint."""
+    files have no model, it is that of --checkpoint. adapt: see `run_task`."""
     config, text = load_config(options)
     if options.checkpoint is None:
         return config, text, None
@@ -72,7 +75,9 @@ def _load_with_checkpoint(
     from orogen.config.load import load, model_bindings
     from orogen.convert.config import difference
 
-    origin = held.enter_context(open_folder(options.checkpoint))
+    origin: Folder = held.enter_context(open_folder(options.checkpoint))
+    if adapt is not None:
+        origin = adapt(config, origin)
     if config.model is None:
         config, text = load(options.gin_file, [*options.gin_bindings, *model_bindings(origin.config)])
     elif (field := difference(config.model, origin.config)) is not None:
@@ -84,7 +89,7 @@ def _load_with_checkpoint(
 def train(options: argparse.Namespace) -> int:
     """`orogen train`."""
 
-    def task() -> "Task":
+    def task(config: RunConfig) -> "Task":
         from orogen.train.pretraining import PRETRAINING
 
         return PRETRAINING
@@ -92,15 +97,18 @@ def train(options: argparse.Namespace) -> int:
     return run_task(options, task)
 
 
-def run_task(options: argparse.Namespace, make_task: Callable[[], "Task"], *parts: str) -> int:
+def run_task(
+    options: argparse.Namespace, make_task: Callable[[RunConfig], "Task"], *parts: str, adapt: "Adapt | None" = None
+) -> int:
     """Trains on a task in a run folder. parts: those that its config needs beside a model, data, a length and an
-    optimizer."""
+    optimizer. adapt: makes of the config and the folder of --checkpoint one that gives the parameters to start from."""
     # Until the report is written, the folder stays locked and signals are handled.
     with contextlib.ExitStack() as held:
-        config, text, origin = _load_with_checkpoint(options, held)
+        config, text, origin = _load_with_checkpoint(options, held, adapt)
         config.need("model", "data", "train", "optimizer", *parts)
-        if config.chat is not None and "chat" not in parts:
-            raise ConfigError("ChatConfig has bindings; expected none: this task reads no conversations")
+        for part in OF_TASKS:
+            if getattr(config, part) is not None and part not in parts:
+                raise ConfigError(f"{PARTS[part].__name__} has bindings; expected none: this task does not read them")
         from orogen.checkpoint.steps import NotSavedError
         from orogen.simulate.fit import require_training_fits
         from orogen.train.back import FaultyHardwareError
@@ -115,7 +123,7 @@ def run_task(options: argparse.Namespace, make_task: Callable[[], "Task"], *part
             warn(config.model)
         held.enter_context(lasting_streams())
         log = say if distributed.first() else lambda line: None
-        task = make_task()
+        task = make_task(config)
         if config.evaluate is not None:
             from orogen.evaluate.during import with_tasks
 
