@@ -12,6 +12,7 @@ from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.data.tokenizer import Tokenizer
 from orogen.layers.embedding import ScoreHead
+from orogen.model.by_letter import plain
 from orogen.model.lm import Built, build
 from orogen.parallel import placement
 from orogen.parallel.plan import Plan
@@ -47,13 +48,12 @@ class _WithScore:
         """See `Folder.read`."""
         without = build(self._folder.config, built.layout, built.vocab_rows)
         params, buffers = self._folder.read(without, plan, dtype)
-        there = placement.shardings({SCORE: built.params[SCORE]}, plan)
+        there = placement.shardings(plain(built.params)[SCORE], plan)
 
-        def draw() -> dict[str, nnx.State]:
-            head = ScoreHead(self.config, nnx.Rngs(jax.random.key(self._seed)))
-            return {SCORE: nnx.state(head, nnx.Param)}
+        def draw() -> dict[str, nnx.Param]:
+            return {"weight": ScoreHead(self.config, nnx.Rngs(jax.random.key(self._seed))).weight}
 
-        return nnx.State({**params, **jax.jit(draw, out_shardings=there)()}), buffers
+        return nnx.State({**plain(params), SCORE: jax.jit(draw, out_shardings=there)()}), buffers
 
     def keep(self, run_dir: Path) -> None:
         """See `Folder.keep`."""

@@ -1,0 +1,124 @@
+"""`orogen dpo` on a tiny model and a few pairs: what it starts from, goes on with, and refuses."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from tests.helpers import bound, write_recipe
+from tests.posttrain.test_pairs import pair, write
+from tests.train.kills import TIMED
+
+from orogen.checkpoint.open import open_model
+from orogen.cli import main
+from orogen.report.metrics import read_metrics
+
+PAIRS = [
+    "PreferenceConfig.template = 'nemotron_3_nano'",
+    "TrainConfig.sequence_length = 280",
+    "TrainConfig.sample_tokens = 1",
+    "TrainConfig.evaluate_every = 2",
+    "OptimizerConfig.learning_rate = 1e-2",
+    "OptimizerConfig.schedule = 'constant'",
+    "ModelConfig.pattern = '-'",
+    "ModelConfig.num_attention_heads = None",
+    "ModelConfig.num_key_value_heads = None",
+    "ModelConfig.head_dim = None",
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run of four steps, and what repeats it in two parts: (whole, parts, run)."""
+    folder = tmp_path_factory.mktemp("dpo")
+    recipe = write_recipe(folder)
+    pairs = write(folder / "pairs", *(pair(n, good="short", bad="quite long and wrong") for n in range(24)))
+
+    def run(name, *bindings, resume=False, checkpoint=None):
+        more = [*(["--resume"] if resume else []), *(["--checkpoint", str(checkpoint)] if checkpoint else [])]
+        given = bound(*PAIRS, f"DataConfig.corpus = {str(pairs)!r}", *bindings)
+        return main(["dpo", "--gin_file", str(recipe), "--run", str(folder / name), "--json", *given, *more])
+
+    assert run("whole", "TrainConfig.steps = 4") == 0
+    return folder, run
+
+
+def lines(folder):
+    return [{k: v for k, v in line.items() if k not in TIMED} for line in read_metrics(folder)]
+
+
+def test_the_first_step_has_no_margin_and_later_ones_tell_the_answers_apart(runs):
+    folder, _ = runs
+    found = lines(folder / "whole")
+    assert found[0]["objective"] == pytest.approx(np.log(2), abs=1e-4) and abs(found[0]["margin"]) < 1e-4
+    assert found[-1]["accuracy"] == 1 and found[-1]["margin"] > 0.05 and found[-1]["heldout_accuracy"] == 1
+    assert found[-1]["whole_heldout_preference_loss"] < 0.69 and "loss" not in found[0]
+    facts = json.loads((folder / "whole" / "env.json").read_text())["data"]
+    assert facts["pairs"] == 24 and facts["equal"] == 0 and (folder / "whole" / "chat_template.jinja").is_file()
+
+
+def test_a_run_that_is_stopped_goes_on_to_the_bit_with_the_reference_it_kept(runs, capsys):
+    folder, run = runs
+    assert run("parts", "TrainConfig.steps = 2") == 0
+    (kept,) = (folder / "parts" / "reference").iterdir()
+    files = {file: file.stat().st_mtime_ns for file in kept.iterdir()}
+    assert {file.name for file in files} == {"train-00000.npy", "heldout-00000.npy"}
+    stopped = shutil.copytree(folder / "parts", folder / "without")
+    assert run("parts", "TrainConfig.steps = 4", resume=True) == 0
+    parts, whole = lines(folder / "parts"), lines(folder / "whole")
+    parts[1] = {name: value for name, value in parts[1].items() if not name.startswith("whole_")}  # its last step then
+    assert parts == whole and files == {file: file.stat().st_mtime_ns for file in kept.iterdir()}
+    # Without the file the run cannot know what the model said at first.
+    shutil.rmtree(stopped / "reference")
+    capsys.readouterr()
+    assert run("without", "TrainConfig.steps = 4", resume=True) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert "train-00000.npy is missing or broken, and the run has left the model" in last
+
+
+def test_a_run_that_starts_over_keeps_the_reference_only_of_the_same_model(runs):
+    folder, run = runs
+    over = shutil.copytree(folder / "whole", folder / "over")
+    shutil.rmtree(over / "checkpoints")
+    (kept,) = (over / "reference").iterdir()
+    before, untouched = np.load(kept / "train-00000.npy"), (kept / "heldout-00000.npy").stat().st_mtime_ns
+    np.save(kept / "train-00000.npy", before + 1)  # of another model
+    assert run("over", "TrainConfig.steps = 4", resume=True) == 0
+    np.testing.assert_array_equal(np.load(kept / "train-00000.npy"), before)
+    assert (kept / "heldout-00000.npy").stat().st_mtime_ns == untouched
+    assert lines(over) == lines(folder / "whole")
+
+
+def test_a_reward_model_starts_from_a_language_model_and_keeps_its_head(runs, capsys):
+    folder, run = runs
+    rewards = ("PreferenceConfig.loss = 'bradley_terry'", "ModelConfig.score_head = True")
+    assert run("reward", *rewards, "TrainConfig.steps = 2", checkpoint=folder / "whole") == 0
+    found = lines(folder / "reward")
+    assert found[0]["preference_loss"] > 0 and "sft_loss" not in found[0]
+    one, other = open_model(folder / "whole"), open_model(folder / "reward")
+    # The head of the vocabulary has no gradient, and weight decay of at most 1e-3.
+    np.testing.assert_allclose(
+        other.params["head"]["weight"][...], one.params["head"]["weight"][...], rtol=1e-2, atol=1e-6
+    )
+    assert np.std(other.params["score"]["weight"][...]) > 0.05 and not (folder / "reward" / "reference").exists()
+    assert not any(np.isnan(leaf).any() for leaf in jax.tree.leaves(other.params))
+
+
+@pytest.mark.parametrize(
+    ("bindings", "message"),
+    [
+        (["PreferenceConfig.loss = 'bradley_terry'"], "ModelConfig.score_head is False; expected True"),
+        (["PreferenceConfig.loss = 'simpo'"], "PreferenceConfig.loss is 'simpo'; expected one of dpo, ipo, bradley"),
+        (["PreferenceConfig.loss = 'ipo'", "PreferenceConfig.label_smoothing = 0.1"], "since nothing reads it"),
+        (["PreferenceConfig.preference_weight = 0.0"], "PreferenceConfig.preference_weight is 0.0; expected a number"),
+        (["PreferenceConfig.beta = 0.0"], "PreferenceConfig.beta is 0.0; expected a number above 0"),
+        (["TrainConfig.ngram_order = 2"], "TrainConfig.ngram_order is 2; expected 0 here"),
+        (["ChatConfig.template = 'nemotron_3_nano'"], "ChatConfig has bindings; expected none"),
+    ],
+)
+def test_what_dpo_cannot_use_is_refused_in_one_line(runs, capsys, bindings, message):
+    folder, run = runs
+    assert run("refused", *bindings) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1 and not (folder / "refused").exists()
