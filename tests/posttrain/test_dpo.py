@@ -6,12 +6,18 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from tests.helpers import bound, write_recipe
 from tests.posttrain.test_pairs import pair, write
 from tests.train.kills import TIMED
 
 from orogen.checkpoint.open import open_model
 from orogen.cli import main
+from orogen.config.checks import ConfigError
+from orogen.infer.chat import Chat, own_template
+from orogen.infer.messages import check_messages
+from orogen.layers.documents import documents as make_documents
+from orogen.posttrain.reward import RewardModel
 from orogen.report.metrics import read_metrics
 
 PAIRS = [
@@ -26,6 +32,7 @@ PAIRS = [
     "ModelConfig.num_key_value_heads = None",
     "ModelConfig.head_dim = None",
 ]
+REWARDS = ("PreferenceConfig.loss = 'bradley_terry'", "ModelConfig.score_head = True")
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +99,7 @@ def test_a_run_that_starts_over_keeps_the_reference_only_of_the_same_model(runs)
 
 def test_a_reward_model_starts_from_a_language_model_and_keeps_its_head(runs, capsys):
     folder, run = runs
-    rewards = ("PreferenceConfig.loss = 'bradley_terry'", "ModelConfig.score_head = True")
-    assert run("reward", *rewards, "TrainConfig.steps = 2", checkpoint=folder / "whole") == 0
+    assert run("reward", *REWARDS, "TrainConfig.steps = 2", checkpoint=folder / "whole") == 0
     found = lines(folder / "reward")
     assert found[0]["preference_loss"] > 0 and "sft_loss" not in found[0]
     one, other = open_model(folder / "whole"), open_model(folder / "reward")
@@ -122,3 +128,48 @@ def test_what_dpo_cannot_use_is_refused_in_one_line(runs, capsys, bindings, mess
     assert run("refused", *bindings) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1 and not (folder / "refused").exists()
+
+
+def test_rewards_of_conversations_and_the_best_of_several_answers(runs, capsys):
+    """Needs the reward model of an earlier test, or trains it."""
+    folder, run = runs
+    if not (folder / "reward").exists():
+        assert run("reward", *REWARDS, "TrainConfig.steps = 2", checkpoint=folder / "whole") == 0
+    said = [("a", "b"), ("question", "an answer that is longer"), ("a", "b")]
+    records = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in said]
+    write(folder / "said", *records)
+    files = ["--input", str(folder / "said" / "pairs.jsonl"), "--out", str(folder / "rewards.jsonl")]
+    capsys.readouterr()
+    assert main(["reward", "--checkpoint", str(folder / "reward"), *files, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["conversations"] == 3
+    rewards = [json.loads(text)["reward"] for text in (folder / "rewards.jsonl").read_text().splitlines()]
+    assert rewards[0] == pytest.approx(rewards[2], abs=1e-5) and rewards[0] != pytest.approx(rewards[1], abs=1e-5)
+    # The score by hand: the last token's final hidden state times the head.
+    opened = open_model(folder / "reward")
+    chat = Chat(opened.tokenizer, own_template("nemotron_3_nano"))
+    ids = chat.prompt(check_messages(records[1]["messages"]), generate=False).ids
+    chat.close()
+    model = nnx.merge(opened.built.graph, opened.params, opened.buffers)
+    tokens_bt = np.array([ids], np.int32)
+    hidden, _ = model.hidden(tokens_bt, make_documents(np.ones_like(tokens_bt)), opened.plan)
+    expected = np.float64(hidden[0, -1]) @ np.float64(opened.params["score"]["weight"][...])
+    assert rewards[1] == pytest.approx(expected, abs=1e-4)
+
+    write(folder / "asked", {"prompt": "question"}, {"messages": [{"role": "user", "content": "another"}]})
+    files = ["--input", str(folder / "asked" / "pairs.jsonl"), "--out", str(folder / "best.jsonl")]
+    asked = [*files, "--count", "3", "--tokens", "4", "--json"]
+    asked += bound("EngineConfig.max_length = 256", "EngineConfig.slots = 2")
+    assert main(["best_of", "--checkpoint", str(folder / "whole"), "--reward", str(folder / "reward"), *asked]) == 0
+    best = [json.loads(text) for text in (folder / "best.jsonl").read_text().splitlines()]
+    assert [one["line"] for one in best] == [1, 2]
+    for one in best:
+        assert len(one["rewards"]) == 3 and one["reward"] == max(r for r in one["rewards"] if r is not None)
+        assert one["message"]["role"] == "assistant"
+    assert main(["reward", "--checkpoint", str(folder / "whole"), *files[:2], "--out", str(folder / "x")]) == 2
+    assert "no message has the role assistant" in capsys.readouterr().err
+
+
+def test_a_model_without_scores_is_no_reward_model(runs):
+    folder, _ = runs
+    with pytest.raises(ConfigError, match="ModelConfig.score_head is False; expected True: a reward model"):
+        RewardModel(open_model(folder / "whole"), None)

@@ -86,7 +86,7 @@ def open_chats(
     Raises ConfigError with file and line for a malformed one, one whose assistant says nothing, what the template
     refuses, or, if the config says so, one that is too long.
     """
-    found = dict(read_lines(Path(data.corpus), _conversation))
+    found = dict(read_lines(Path(data.corpus), conversation_of))
     documents = [Document(key, conversation.text) for key, conversation in found.items()]
     split = corpora.split_documents(documents, config=data)
     render = lambda key, one, by: _sequences(key, one, chat, by, data.seed)  # noqa: E731
@@ -127,8 +127,8 @@ def read_lines(path: Path, parse: Callable[..., Read]) -> Iterator[tuple[str, Re
                     yield f"{key_in(path, file)}:{number}", parse(line, where=f"{file}:{number}")
 
 
-def _conversation(line: bytes, *, where: str) -> Conversation:
-    """Raises ConfigError unless the line holds one that can be learned from."""
+def conversation_of(line: bytes, *, where: str) -> Conversation:
+    """The conversation of a line. Raises ConfigError unless it can be learned from."""
     record = read_object(line, where=where)
     spell_arguments(record.get("messages"))
     record = read_object(json.dumps(record).encode(), _LINE, where=where)

@@ -160,11 +160,29 @@ def _compared(line: bytes, *, where: str) -> Compared:
     if prompt is None:
         prompt = _common(*sides, where=where)
     sides = [side[len(prompt) :] if side[: len(prompt)] == prompt else side for side in sides]
-    tools, before = record.get("tools") or [], _checked(prompt, f"{where}: prompt")
+    tools, before = record.get("tools") or [], _asked(prompt, where)
     after = [_answer(side, f"{where}: {name}") for side, name in zip(sides, ("chosen", "rejected"), strict=True)]
-    if before[-1]["role"] == ASSISTANT:
-        raise ConfigError(f"{where}: the prompt ends with the assistant; expected the user or a tool, who are answered")
     return Compared(*(Conversation([*before, *side], tools) for side in after), prompt=len(before))
+
+
+def prompt_of(line: bytes, *, where: str) -> Conversation:
+    """The conversation of a line that has a prompt alone, to be answered. Raises ConfigError."""
+    record = read_object(line, where=where)
+    for name in PROMPTS:
+        spell_arguments(record.get(name))
+    check_form(record, _LINE, where=where)
+    messages = _prompt(record)
+    if messages is None:
+        raise ConfigError(f"{where}: it has no prompt; expected one of {', '.join(PROMPTS)}")
+    return Conversation(_asked(messages, where), record.get("tools") or [])
+
+
+def _asked(messages: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
+    """The messages of a prompt. Raises ConfigError."""
+    checked = _checked(messages, f"{where}: prompt")
+    if checked[-1]["role"] == ASSISTANT:
+        raise ConfigError(f"{where}: the prompt ends with the assistant; expected the user or a tool, who are answered")
+    return checked
 
 
 def _prompt(record: Mapping[str, Any]) -> list[dict[str, Any]] | None:
