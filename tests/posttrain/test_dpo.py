@@ -1,7 +1,6 @@
 """`orogen dpo` on a tiny model and a few pairs: what it starts from, goes on with, and refuses."""
 
 import json
-import shutil
 
 import jax
 import numpy as np
@@ -27,10 +26,8 @@ PAIRS = [
     "TrainConfig.evaluate_every = 2",
     "OptimizerConfig.learning_rate = 1e-2",
     "OptimizerConfig.schedule = 'constant'",
-    "ModelConfig.pattern = '-'",
-    "ModelConfig.num_attention_heads = None",
-    "ModelConfig.num_key_value_heads = None",
-    "ModelConfig.head_dim = None",
+    "ModelConfig.pattern = '*'",
+    "ModelConfig.intermediate_size = None",
 ]
 REWARDS = ("PreferenceConfig.loss = 'bradley_terry'", "ModelConfig.score_head = True")
 
@@ -62,39 +59,22 @@ def test_the_first_step_has_no_margin_and_later_ones_tell_the_answers_apart(runs
     assert found[-1]["accuracy"] == 1 and found[-1]["margin"] > 0.05 and found[-1]["heldout_accuracy"] == 1
     assert found[-1]["whole_heldout_preference_loss"] < 0.69 and "loss" not in found[0]
     facts = json.loads((folder / "whole" / "env.json").read_text())["data"]
+    assert (folder / "whole" / "pairs.png").is_file() and "Pairs of answers" in (
+        folder / "whole" / "report.html"
+    ).read_text()
     assert facts["pairs"] == 24 and facts["equal"] == 0 and (folder / "whole" / "chat_template.jinja").is_file()
 
 
-def test_a_run_that_is_stopped_goes_on_to_the_bit_with_the_reference_it_kept(runs, capsys):
+def test_a_run_that_is_stopped_goes_on_to_the_bit_with_the_reference_it_kept(runs):
     folder, run = runs
     assert run("parts", "TrainConfig.steps = 2") == 0
     (kept,) = (folder / "parts" / "reference").iterdir()
     files = {file: file.stat().st_mtime_ns for file in kept.iterdir()}
     assert {file.name for file in files} == {"train-00000.npy", "heldout-00000.npy"}
-    stopped = shutil.copytree(folder / "parts", folder / "without")
     assert run("parts", "TrainConfig.steps = 4", resume=True) == 0
     parts, whole = lines(folder / "parts"), lines(folder / "whole")
     parts[1] = {name: value for name, value in parts[1].items() if not name.startswith("whole_")}  # its last step then
     assert parts == whole and files == {file: file.stat().st_mtime_ns for file in kept.iterdir()}
-    # Without the file the run cannot know what the model said at first.
-    shutil.rmtree(stopped / "reference")
-    capsys.readouterr()
-    assert run("without", "TrainConfig.steps = 4", resume=True) == 2
-    *_, last = capsys.readouterr().err.splitlines()
-    assert "train-00000.npy is missing or broken, and the run has left the model" in last
-
-
-def test_a_run_that_starts_over_keeps_the_reference_only_of_the_same_model(runs):
-    folder, run = runs
-    over = shutil.copytree(folder / "whole", folder / "over")
-    shutil.rmtree(over / "checkpoints")
-    (kept,) = (over / "reference").iterdir()
-    before, untouched = np.load(kept / "train-00000.npy"), (kept / "heldout-00000.npy").stat().st_mtime_ns
-    np.save(kept / "train-00000.npy", before + 1)  # of another model
-    assert run("over", "TrainConfig.steps = 4", resume=True) == 0
-    np.testing.assert_array_equal(np.load(kept / "train-00000.npy"), before)
-    assert (kept / "heldout-00000.npy").stat().st_mtime_ns == untouched
-    assert lines(over) == lines(folder / "whole")
 
 
 def test_a_reward_model_starts_from_a_language_model_and_keeps_its_head(runs, capsys):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from orogen.kernels import cross_entropy
+from orogen.layers import embedding
 from orogen.model.lm import LanguageModel
 from orogen.parallel.plan import Plan
 
@@ -38,9 +39,7 @@ def scores(h_btd: Array, model: LanguageModel, plan: Plan) -> Array:
     if model.score is None:
         raise ValueError("the model has no head for scores; expected ModelConfig.score_head = True")
     with jax.named_scope("score"):
-        piece_btd = plan.deal(h_btd).astype(jnp.float32)
-        weight_d = plan.weight(model.score.weight)
-        found_bt, ranks = jnp.sum(piece_btd * weight_d, axis=-1), plan.size("tensor")
+        found_bt, ranks = embedding.scores(plan.deal(h_btd), model.score, plan), plan.size("tensor")
         mine_t = jnp.repeat(jnp.arange(ranks), found_bt.shape[1]) == plan.index("tensor")
         # A sum with zeros, not a gather: it is one value on all ranks of tensor, and counts once.
         return plan.sum(jnp.where(mine_t, jnp.tile(found_bt, (1, ranks)), 0), "tensor")

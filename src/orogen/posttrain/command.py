@@ -86,7 +86,7 @@ def best_of(options: argparse.Namespace) -> int:
     prompts = [one for _, one in read_lines(options.input, prompt_of)]
     plan, config = load_engine(options.gin_bindings)
     with open_folder(options.checkpoint) as folder, contextlib.ExitStack() as held:
-        require_inference_fits(folder.config, plan, config, free_memory())
+        require_inference_fits(folder.config, plan, config, free_memory(), settings={})
         opened = read_model(folder, plan, config.compute_dtype)
         judge = open_model(options.reward, None if plan is None else plan.evaluating(), config.compute_dtype)
         chat = held.enter_context(contextlib.closing(_chat(options.checkpoint, opened, options.chat_template)))
@@ -177,7 +177,11 @@ DPO = Command(
 REWARD = Command(
     name="reward",
     help="score conversations by a reward model",
-    examples=("orogen reward --checkpoint runs/reward --input conversations.jsonl --out rewards.jsonl",),
+    examples=(
+        "orogen reward --checkpoint runs/reward --input conversations.jsonl --out rewards.jsonl",
+        "orogen reward --checkpoint runs/reward --input conversations.jsonl --out rewards.jsonl "
+        "--gin_bindings \"EngineConfig.compute_dtype='bfloat16'\"",
+    ),
     add_arguments=_add_reward_arguments,
     run=reward,
 )
@@ -186,6 +190,7 @@ BEST_OF = Command(
     help="answer prompts several times and keep the best answer by a reward model",
     examples=(
         "orogen best_of --checkpoint runs/sft --reward runs/reward --input prompts.jsonl --out best.jsonl --count 16",
+        "orogen best_of --checkpoint HF_FOLDER --reward runs/reward --input prompts.jsonl --out best.jsonl --tokens 99",
     ),
     add_arguments=_add_best_of_arguments,
     run=best_of,
