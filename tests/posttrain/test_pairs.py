@@ -77,8 +77,6 @@ def test_pairs_that_are_too_long_or_equal_are_counted(tmp_path):
     assert corpus.describe()["dropped"] == 1 and corpus.describe()["documents"]["train"] == 12
     with pytest.raises(ConfigError, match=r"pairs.jsonl:7 has two sequences of \d+ tokens; expected at most"):
         opened(tmp_path, too_long="refuse")
-    with pytest.raises(ConfigError, match="the train split of corpus .* has no pair"):
-        opened(tmp_path, length=20)
 
 
 @pytest.mark.parametrize(

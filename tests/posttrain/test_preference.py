@@ -182,14 +182,12 @@ def test_losses_and_gradients_worked_apart(fields):
 @pytest.mark.parametrize(
     ("model", "plan", "fields"),
     [
-        ({"pattern": "*", "mtp_depths": 0}, {"data": 2, "context": 2, "microbatches": 2, "fsdp": "parameters"},
+        ({"pattern": "*|-", "mtp_depths": 0}, {"stage": 2, "context": 2, "microbatches": 2, "shift": "alltoall"},
          {"sft_weight": 0.2, "average_log_probs": True}),
-        ({"pattern": "-|-", "mtp_depths": 0}, {"stage": 2, "context": 2, "microbatches": 2, "shift": "alltoall"},
-         {"loss": "ipo"}),
-        ({"pattern": "*", "mtp_depths": 0, "score_head": True}, {"tensor": 2, "context": 2, "fsdp": "gradients"},
-         {"loss": "bradley_terry", "center_weight": 0.01}),
+        ({"pattern": "*", "mtp_depths": 0, "score_head": True},
+         {"data": 2, "tensor": 2, "context": 2, "fsdp": "gradients"}, {"loss": "bradley_terry", "center_weight": 0.01}),
     ],
-    ids=["data, context", "stages, context", "rewards"],
+    ids=["stages, context", "rewards"],
 )  # fmt: skip
 def test_a_loss_of_pairs_under_a_plan_equals_one_device(model, plan, fields):
     run = run_config(hybrid(**model), plan=plan, sequence_length=48)

@@ -1,4 +1,4 @@
-"""The reference's log-probabilities in their files: written part by part, gone on with, and told from another model's."""
+"""The reference's log-probabilities in their files: written by parts, continued, and told from another model's."""
 
 from types import SimpleNamespace
 

@@ -26,7 +26,8 @@ from orogen.posttrain.conversations import ASSISTANT, Conversation, cut_short, s
 
 _LINE = Record({"messages": ListOf(MESSAGE)}, {"tools": (ListOf(TOOL), None)})
 RENDERERS = 4  # processes that render at a time
-Read, Rendered = TypeVar("Read"), TypeVar("Rendered")  # what a line holds, and what is rendered of it
+Read = TypeVar("Read")  # what a line holds
+Rendered = TypeVar("Rendered")  # what is rendered of it
 
 
 class Told(NamedTuple):

@@ -61,7 +61,7 @@ def read_judgement(text: str) -> Judgement | None:
         numbers = [value.get(name) for name in Judgement._fields]
         limits = (SCORES, SCORES, RANKS)
         if all(_within(n, *ends) for n, ends in zip(numbers, limits, strict=True)):
-            found = Judgement(*map(float, numbers))
+            found = Judgement(*(float(n) for n in numbers if n is not None))
     return found
 
 

@@ -46,7 +46,7 @@ def pair_batch(
     """A batch of `size` rows, which hold the pairs of these numbers; the last rows may be empty. Without references,
     the batch has none."""
     batch = empty_batch(size, sequence_length=length, pad_id=pad_id)
-    extras = {ROW: np.broadcast_to(np.arange(size, dtype=np.int32)[:, None], (size, length))}
+    extras: dict[str, np.ndarray] = {ROW: np.broadcast_to(np.arange(size, dtype=np.int32)[:, None], (size, length))}
     if references is not None:
         extras[REFERENCE] = np.zeros((size, length), np.float32)
     for row, numbers in enumerate(rows):
@@ -98,7 +98,7 @@ class PairSource:
             rng = np.random.default_rng([self._seed, epoch])
             order = rng.permutation(order)
         rows = packed([self._pairs[number] for number in order], length=self._shape["length"])
-        taken = range(len(rows)) if rng is None else rng.permutation(len(rows))
+        taken = list(range(len(rows))) if rng is None else rng.permutation(len(rows)).tolist()
         self._rows = [order[rows[number]].tolist() for number in taken]
         self._epoch, self._row = epoch, row
 
@@ -125,9 +125,9 @@ class PairSource:
         for name, value in self._identity.items():
             if identity.get(name) != value:
                 raise ConfigError(f"the saved data position has {name} = {identity.get(name)!r}; expected {value!r}")
-        whole = {name: position.get(name) for name in ("epoch", "row")}
-        if not all(type(value) is int and value >= 0 for value in whole.values()):
+        epoch, row = position.get("epoch"), position.get("row")
+        if type(epoch) is not int or type(row) is not int or min(epoch, row) < 0:
             raise ConfigError(f"the saved data position is {position!r}; expected an epoch and a row")
-        self._begin(**whole)
+        self._begin(epoch=epoch, row=row)
         if self._row > len(self._rows):
             raise ConfigError(f"the saved data position has row = {self._row}; expected at most {len(self._rows)}")

@@ -124,4 +124,6 @@ def _summed(losses: Mapping[str, Array], rewards: Pairs, batch: Batch, plan: Pla
     present_bp = _present(batch, plan)
     margin_bp = rewards.chosen - rewards.rejected
     measured = {ACCURACY: margin_bp > 0, MARGIN: margin_bp, CHOSEN: rewards.chosen, REJECTED: rewards.rejected}
-    return {name: jnp.where(present_bp, x_bp, 0).sum(dtype=jnp.float32) for name, x_bp in (losses | measured).items()}
+    return {
+        name: jnp.where(present_bp, x_bp, 0).sum(dtype=jnp.float32) for name, x_bp in {**losses, **measured}.items()
+    }

@@ -124,7 +124,12 @@ class Reference:
                     f"{file} is missing or broken, and the run has left the model that it holds log-probabilities of; "
                     "expected the file, or a run from the beginning"
                 )
-            if kept is not None and first and start == 0 and self._differ(state, some, np.float32(kept), progress):
+            if (
+                kept is not None
+                and first
+                and start == 0
+                and self._differ(state, some, np.asarray(kept, np.float32), progress)
+            ):
                 kept, stale = None, True
             if kept is None:
                 kept = self._numbers(state, some, progress)

@@ -137,10 +137,10 @@ class RewardModel:
             found.append(np.asarray(jax.device_get(metrics[SAID].sum)).reshape(size, count))
         return np.concatenate(found)
 
-    def _program(self, *shape: int) -> Callable[..., Any]:
-        """The compiled function of batches of `shape`: rows, their length, and documents of a row."""
+    def _program(self, rows: int, length: int, count: int) -> Callable[..., Any]:
+        """The compiled function of batches of this shape, with at most `count` documents in a row."""
+        shape = rows, length, count
         if shape not in self._programs:
-            rows, _, count = shape
             opened, objective = self._opened, by_document(rows, count, last_scores)
             measured = measure(opened.built, objective, opened.config, opened.plan, self._dtype)
             self._programs[shape] = distributed.compiled_together(measured)

@@ -40,7 +40,7 @@ def pair_pictures(records: Records) -> list[Picture]:
     """The picture of a run on pairs; none for other runs."""
     panels = pair_panels(records)
     caption = (
-        "Pairs of answers: the loss, the share of pairs whose chosen answer has the higher reward, and the mean rewards. "
-        "Lines of training are running means."
+        "Pairs of answers: the loss, the share of pairs whose chosen answer has the higher reward, and the mean "
+        "rewards. Lines of training are running means."
     )
     return [panels_picture("pairs", "Pairs of answers", caption, panels)] if panels else []
