@@ -14,7 +14,7 @@ ASKED = [Conversation([{"role": "user", "content": text}]) for text in ("one", "
 
 
 def test_the_highest_reward_is_kept_and_failures_are_counted():
-    said = ["a", "bbb</think>cc", "", "dd", "d", "dd", "", "e", "f"]
+    said = ["a", "bbb</think>cc", "", "dd", "d", "ee", "", "e", "f"]
     requests = []
 
     def run(given):
@@ -28,7 +28,7 @@ def test_the_highest_reward_is_kept_and_failures_are_counted():
 
     def reward(conversations):
         seen.extend(conversations)
-        values = {"a": 5.0, "cc": float("nan"), "dd": 2.0, "d": 1.0, "f": float("nan")}
+        values = {"a": 5.0, "cc": float("nan"), "dd": 2.0, "ee": 2.0, "d": 1.0, "f": float("nan")}
         last = [one.messages[-1] for one in conversations]
         return [values[m["content"] or m["reasoning_content"]] for m in last]
 
@@ -43,6 +43,7 @@ def test_the_highest_reward_is_kept_and_failures_are_counted():
     assert seen[1].messages[-1]["reasoning_content"] == "bbb" and seen[1].messages[0] == ASKED[0].messages[0]
     assert [one.rewards for one in found] == [(5.0, None, None), (2.0, 1.0, 2.0), (None, None, None)]
     assert found[0].message["reasoning_content"] == "a" and found[1].reward == 2.0
+    assert found[1].message["reasoning_content"] == "dd"  # the first of two that are equal
     assert found[2].message is None and found[2].reward is None
     lines = write_best(found).decode().splitlines()
     assert lines[2] == '{"line": 3, "message": null, "reward": null, "rewards": [null, null, null]}'

@@ -10,11 +10,20 @@ from orogen.config.checks import ConfigError
 from orogen.config.data import DataConfig
 from orogen.config.preference import PreferenceConfig
 from orogen.infer.chat import own_template
+from orogen.posttrain import chats
 from orogen.posttrain.pair_batches import ROW, PairSource, one_pass
 from orogen.posttrain.pairs import open_pairs
 from orogen.posttrain.preference import REFERENCE
 
 NANO = own_template("nemotron_3_nano")
+
+
+@pytest.fixture(autouse=True)
+def one_renderer(monkeypatch):
+    """Templates are rendered by one process: starting four takes longer than what they do here."""
+    monkeypatch.setattr(chats, "RENDERERS", 1)
+
+
 USER = {"role": "user", "content": "which?"}
 GOOD, BAD = ({"role": "assistant", "content": text} for text in ("this one", "no idea at all"))
 

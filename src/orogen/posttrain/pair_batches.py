@@ -93,13 +93,14 @@ class PairSource:
 
     def _begin(self, *, epoch: int, row: int) -> None:
         """Goes to a row of an epoch."""
-        order, rng = np.arange(len(self._pairs)), None
-        if self._seed is not None:
-            rng = np.random.default_rng([self._seed, epoch])
+        order = np.arange(len(self._pairs))
+        rng = None if self._seed is None else np.random.default_rng([self._seed, epoch])
+        if rng is not None:
             order = rng.permutation(order)
         rows = packed([self._pairs[number] for number in order], length=self._shape["length"])
-        taken = list(range(len(rows))) if rng is None else rng.permutation(len(rows)).tolist()
-        self._rows = [order[rows[number]].tolist() for number in taken]
+        if rng is not None:
+            rows = [rows[int(number)] for number in rng.permutation(len(rows))]
+        self._rows = [order[numbers].tolist() for numbers in rows]
         self._epoch, self._row = epoch, row
 
     def take(self, state: Any) -> Batch:
