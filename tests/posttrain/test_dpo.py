@@ -39,7 +39,7 @@ REWARDS = ("PreferenceConfig.loss = 'bradley_terry'", "ModelConfig.score_head = 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A run of four steps, and what repeats it in two parts: (whole, parts, run)."""
+    """The folder of a run of four steps, `whole`, and the function that makes runs there."""
     folder = tmp_path_factory.mktemp("dpo")
     recipe = write_recipe(folder)
     pairs = write(folder / "pairs", *(pair(n, good="short", bad="quite long and wrong") for n in range(24)))

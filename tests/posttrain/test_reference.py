@@ -2,12 +2,20 @@
 
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
+from tests.helpers import hybrid, run_config, several_devices
 
 from orogen.config.checks import ConfigError
+from orogen.cost.assemble import assemble
+from orogen.data.packing import Stream
+from orogen.model.lm import initial_state
+from orogen.parallel import placement
 from orogen.posttrain import reference
-from orogen.posttrain.reference import Reference
+from orogen.posttrain.documents import answer_log_probs
+from orogen.posttrain.pairs import Pair
+from orogen.posttrain.reference import DocumentNumbers, Reference
 
 FIRST, LATER = SimpleNamespace(step=0), SimpleNamespace(step=3)
 
@@ -81,3 +89,29 @@ def test_a_missing_or_broken_file_is_computed_again_at_first_and_refused_later(o
     numbers = Numbers()
     np.testing.assert_array_equal(open_reference(numbers).of("train", FIRST, quiet), whole)
     assert numbers.computed == [(3, 4, 5)]
+
+
+def answers(rng, size):
+    weights_t = (np.arange(size) >= size // 2).astype(np.float32)
+    return Stream(rng.integers(0, 96, size).astype(np.int32), weights_t)
+
+
+@several_devices
+def test_numbers_of_answers_under_a_plan_equal_those_of_one_device():
+    """Ranks of tensor and context share a row, whose numbers must count once."""
+    rng, model = np.random.default_rng(0), hybrid(pattern="*", mtp_depths=0)
+    pairs = [Pair(*(answers(rng, int(size)) for size in rng.integers(4, 20, 2))) for _ in range(11)]
+    start = jax.device_get(initial_state(model, 3))
+
+    def numbers(**plan):
+        config = run_config(model, plan=plan, sequence_length=48)
+        laid, built = assemble(model, config.plan, length=48)
+        there = placement.shardings((built.params, built.buffers), laid)
+        params, buffers = jax.device_put(tuple(built.laid(part) for part in start), there)
+        state, calls = SimpleNamespace(params=params, buffers=buffers), []
+        return DocumentNumbers(config, built, answer_log_probs, pad_id=0)(state, pairs, lambda: calls.append(1))
+
+    alone = numbers()
+    assert np.all(alone < -1)
+    split = {"data": 2, "context": 2, "tensor": 2, "microbatches": 2, "fsdp": "parameters"}
+    np.testing.assert_allclose(numbers(**split), alone, rtol=1e-5)

@@ -97,7 +97,7 @@ class PairSource:
         rng = None if self._seed is None else np.random.default_rng([self._seed, epoch])
         if rng is not None:
             order = rng.permutation(order)
-        rows = packed([self._pairs[number] for number in order], length=self._shape["length"])
+        rows = packed([self._pairs[number] for number in order.tolist()], length=self._shape["length"])
         if rng is not None:
             rows = [rows[int(number)] for number in rng.permutation(len(rows))]
         self._rows = [order[numbers].tolist() for numbers in rows]

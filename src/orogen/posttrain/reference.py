@@ -45,15 +45,17 @@ def by_document(rows: int, count: int, number: PerDocument) -> Objective:
     """An objective that only measures: `number` of each document, (r · n,), of a global batch whose rows are numbered
     in its extra ROW, together with the numbers of learned tokens."""
 
-    def whole(x_bn: Array, batch: Batch) -> Array:
-        zeros_rn = vary_like(jnp.zeros((rows, count), jnp.float32), (x_bn, batch.extras[ROW]))
-        return zeros_rn.at[batch.extras[ROW][:, 0]].add(x_bn).reshape(-1)
+    def whole(x_bn: Array, batch: Batch, plan: Plan) -> Array:
+        # The ranks that share a row all have its numbers, which count once.
+        row_b = plan.agreed(batch.extras[ROW][:, 0], "batch")
+        zeros_rn = vary_like(jnp.zeros((rows, count), jnp.float32), (x_bn, row_b))
+        return zeros_rn.at[row_b].add(x_bn).reshape(-1)
 
     def counts(batch: Batch, depths: int, plan: Plan) -> ByName:
-        return {SAID: whole(answer_lengths(batch, plan, count=count), batch)}
+        return {SAID: whole(answer_lengths(batch, plan, count=count), batch, plan)}
 
     def sums(model: LanguageModel, hidden: list[Array], batch: Batch, plan: Plan) -> ByName:
-        return {SAID: whole(number(hidden[0], model, batch, plan, count=count), batch)}
+        return {SAID: whole(number(hidden[0], model, batch, plan, count=count), batch, plan)}
 
     return Objective(counts=counts, sums=sums, shares=lambda config, depths: {}, deeper=False)
 
