@@ -97,9 +97,17 @@ def answers(rng, size):
 
 
 @several_devices
-def test_numbers_of_answers_under_a_plan_equal_those_of_one_device():
+@pytest.mark.parametrize(
+    "split",
+    [
+        {"data": 2, "context": 2, "tensor": 2, "microbatches": 2, "fsdp": "parameters"},
+        {"stage": 2, "context": 2, "microbatches": 2, "shift": "alltoall"},
+    ],
+    ids=["data, context, tensor", "stages, context"],
+)
+def test_numbers_of_answers_under_a_plan_equal_those_of_one_device(split):
     """Ranks of tensor and context share a row, whose numbers must count once."""
-    rng, model = np.random.default_rng(0), hybrid(pattern="*", mtp_depths=0)
+    rng, model = np.random.default_rng(0), hybrid(pattern="-|-", mtp_depths=0)
     pairs = [Pair(*(answers(rng, int(size)) for size in rng.integers(4, 20, 2))) for _ in range(11)]
     start = jax.device_get(initial_state(model, 3))
 
@@ -113,5 +121,4 @@ def test_numbers_of_answers_under_a_plan_equal_those_of_one_device():
 
     alone = numbers()
     assert np.all(alone < -1)
-    split = {"data": 2, "context": 2, "tensor": 2, "microbatches": 2, "fsdp": "parameters"}
     np.testing.assert_allclose(numbers(**split), alone, rtol=1e-5)

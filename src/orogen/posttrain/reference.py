@@ -46,8 +46,8 @@ def by_document(rows: int, count: int, number: PerDocument) -> Objective:
     in its extra ROW, together with the numbers of learned tokens."""
 
     def whole(x_bn: Array, batch: Batch, plan: Plan) -> Array:
-        # The ranks that share a row all have its numbers, which count once.
-        row_b = plan.agreed(batch.extras[ROW][:, 0], "batch")
+        # The ranks of context that share a row all have its numbers, which count once. Stages are not here together.
+        row_b = plan.agreed(batch.extras[ROW][:, 0], "batch", "stage")
         zeros_rn = vary_like(jnp.zeros((rows, count), jnp.float32), (x_bn, row_b))
         return zeros_rn.at[row_b].add(x_bn).reshape(-1)
 
