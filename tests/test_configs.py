@@ -83,6 +83,14 @@ def test_upcycle_file_says_how_a_model_is_upcycled(file):
     assert load_part(UpcycleConfig, [file]).experts > 1
 
 
+@pytest.mark.parametrize("file", sorted((CONFIGS / "posttrain").glob("*.gin")), ids=stem)
+def test_posttrain_file_needs_a_model_alone_and_begins_with_its_command(file):
+    config, _ = load([file])
+    config.need("data", "train", "optimizer")
+    assert config.model is None and (config.chat is None) != (config.preference is None)
+    assert file.read_text().startswith("# orogen ") and f"gin_configs/posttrain/{file.name} --run" in file.read_text()
+
+
 @pytest.mark.parametrize("file", sorted((CONFIGS / "data").glob("*.gin")), ids=stem)
 def test_data_file_holds_data_alone(file):
     config, _ = load([file])

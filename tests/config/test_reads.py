@@ -45,6 +45,7 @@ PARTS_OF: dict[str, dict[str, Any]] = {
     "precision": {},
     "distill": {"divergence": 1.0},
 }
+OF_TASKS = {"preference": {"template": "x"}}  # parts that only some tasks have
 
 
 def a_run(pattern: str = "M", **bound: Any) -> RunConfig:
@@ -54,7 +55,7 @@ def a_run(pattern: str = "M", **bound: Any) -> RunConfig:
     parts = {part: dict(fields) for part, fields in parts.items()}
     for name, value in bound.items():
         part, field = name.split("__")
-        parts[part][field] = value
+        parts.setdefault(part, dict(OF_TASKS.get(part, {})))[field] = value
     return RunConfig(**{part: PARTS[part](**fields) for part, fields in parts.items()})
 
 
@@ -161,6 +162,15 @@ BORDERS: list[tuple[str, Any, dict, dict, str]] = [
        "OptimizerConfig.schedule is not 'wsd'") for s in ("cosine", "constant")),
     ("optimizer__min_ratio", 0.2, {"optimizer__schedule": "wsd", "optimizer__decay_steps": 3},
      {"optimizer__schedule": "constant"}, "OptimizerConfig.schedule is 'constant'"),
+    *((f"preference__{f}", v, {"preference__sft_weight": 1.0}, {"preference__loss": "bradley_terry"},
+       "PreferenceConfig.loss is 'bradley_terry'")
+      for f, v in (("beta", 0.5), ("average_log_probs", True), ("preference_weight", 2.0), ("sft_weight", 0.5),
+                   ("sft_average_log_probs", True))),
+    ("preference__label_smoothing", 0.1, {}, {"preference__loss": "ipo"}, "PreferenceConfig.loss is not 'dpo'"),
+    ("preference__sft_average_log_probs", True, {"preference__sft_weight": 1.0}, {"preference__beta": 0.5},
+     "PreferenceConfig.sft_weight is 0"),
+    ("preference__center_weight", 0.1, {"preference__loss": "bradley_terry"}, {"preference__beta": 0.5},
+     "PreferenceConfig.loss is not 'bradley_terry'"),
     *((f"evaluate__{f}", v, {}, {"evaluate__tasks": ("hellaswag",)}, "EvaluateConfig.tasks has no generated suite")
       for f, v in (("lengths", (64,)), ("samples", 9), ("seed", 3))),
     ("evaluate__haystack", "a.txt", {}, {"evaluate__tasks": ("mqar", "hellaswag")},

@@ -15,6 +15,7 @@ from orogen.config.model import ModelConfig
 from orogen.config.phases import PhaseConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.precision import PrecisionConfig
+from orogen.config.preference import PreferenceConfig
 from orogen.config.run import OptimizerConfig, RunConfig, TrainConfig
 from orogen.config.search import SearchConfig
 from orogen.config.sweep import SweepConfig
@@ -27,6 +28,7 @@ GOOD = {
     OptimizerConfig: {"learning_rate": 1e-3},
     DataConfig: {"corpus": "stdlib", "tokenizer": "byte"},
     ChatConfig: {"template": "nemotron_3_nano"},
+    PreferenceConfig: {"template": "nemotron_3_nano"},
     SourceConfig: {"name": "web", "corpus": "stdlib", "weight": 0.5},
     PhaseConfig: {"after": 3},
     ClusterConfig: {},

@@ -93,7 +93,7 @@ OPTIONS = [
     {"pattern": "w-", "attention_bias": "all", "attention_sinks": True, "sliding_window": 3},
     {"pattern": "E", "mlp_bias": True, "mlp_gated": True, "router_bias": True, "moe_latent_size": None},
     {"pattern": "E", "mlp_bias": True, "moe_bias": "shared", "moe_latent_size": 6, "moe_shared_expert_gate": True},
-    {"pattern": "-", "tie_word_embeddings": True, "learned_positions": 9},
+    {"pattern": "-", "tie_word_embeddings": True, "learned_positions": 9, "score_head": True},
     *(
         {"pattern": "+", "attention_bias": bias, "q_lora_rank": rank, "kv_lora_rank": 7, "qk_nope_head_dim": 5,
          "qk_rope_head_dim": 4, "v_head_dim": 3, "rope_theta": 1e4}

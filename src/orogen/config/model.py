@@ -97,6 +97,7 @@ class ModelConfig:
         1e-5
     )
     tie_word_embeddings: Annotated[bool, "whether the head is the transposed embedding"] = False
+    score_head: Annotated[bool, "whether a scalar head, a reward model's, stands beside the head"] = False
     learned_positions: Annotated[int, "number of learned position embeddings; None: none"] = ABSENT
     # attention (*, w, +)
     num_attention_heads: Annotated[int, "query heads"] = ABSENT

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from orogen.config.model import LAYERS, ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.precision import PrecisionConfig
+from orogen.config.preference import BRADLEY_TERRY, DPO, PreferenceConfig
 from orogen.config.recipe import FP8, layer_recipes
 from orogen.config.run import RunConfig
 
@@ -44,6 +45,10 @@ def _of_precision(fields: str, holds: Callable[[PrecisionConfig], bool], otherwi
     return Reader(fields, ("precision",), lambda run: holds(run.precision), otherwise)
 
 
+def _of_preference(fields: str, holds: Callable[[PreferenceConfig], bool], otherwise: str) -> Reader:
+    return Reader(fields, ("preference",), lambda run: holds(run.preference), otherwise)
+
+
 # The letters whose layers read a field of the model.
 MODEL_LETTERS = {
     "*w+": "num_attention_heads attention_bias rope_theta partial_rotary_factor rope_interleave yarn_factor "
@@ -64,7 +69,7 @@ LETTERS = {field: read_by for read_by, fields in MODEL_LETTERS.items() for field
 
 # By part, the fields that are always read; what their values allow is checked by the configs themselves.
 ALWAYS = {
-    "model": "pattern vocab_size hidden_size norm layer_norm_epsilon tie_word_embeddings learned_positions",
+    "model": "pattern vocab_size hidden_size norm layer_norm_epsilon tie_word_embeddings learned_positions score_head",
     "plan": "data context tensor stage fsdp microbatches unroll remat offload offload_optimizer cross_entropy",
     "data": "corpus sources tokenizer vocab_size heldout_fraction tuning_fraction shuffle",
     "train": "steps batch_size sequence_length batch_ramp phases seed compute_dtype checkpoint_every "
@@ -72,6 +77,7 @@ ALWAYS = {
     "sample_prompts sample_tokens loggers",
     "chat": "template too_long without_reasoning truncated",
     "distill": "divergence cross_entropy temperature top_k logits",
+    "preference": "template too_long loss",
     # With Muon, AdamW's beta1, beta2 and epsilon are those of the parameters that Muon leaves to it.
     "optimizer": "name learning_rate schedule warmup_steps beta1 beta2 epsilon weight_decay clip_norm moment_dtype",
     "evaluate": "tasks every texts max_length batch_tokens",
@@ -161,6 +167,7 @@ READERS: dict[str, tuple[Reader, ...]] = {
             "DataConfig.corpus is 'stdlib', plain text without fields",
         ),
         Reader("text_field", ("chat",), lambda run: False, "ChatConfig: conversations have fields of their own"),
+        Reader("text_field", ("preference",), lambda run: False, "PreferenceConfig: pairs have fields of their own"),
         Reader(
             "seed",
             ("data",),
@@ -213,6 +220,24 @@ READERS: dict[str, tuple[Reader, ...]] = {
             ("distill",),
             lambda run: run.distill.logits is None,
             "DistillConfig.logits is set: the teacher does not run",
+        ),
+    ),
+    "preference": (
+        _of_preference(
+            "beta average_log_probs preference_weight sft_weight sft_average_log_probs",
+            lambda preference: preference.loss != BRADLEY_TERRY,
+            "PreferenceConfig.loss is 'bradley_terry'",
+        ),
+        _of_preference(
+            "label_smoothing", lambda preference: preference.loss == DPO, "PreferenceConfig.loss is not 'dpo'"
+        ),
+        _of_preference(
+            "sft_average_log_probs", lambda preference: preference.sft_weight > 0, "PreferenceConfig.sft_weight is 0"
+        ),
+        _of_preference(
+            "center_weight",
+            lambda preference: preference.loss == BRADLEY_TERRY,
+            "PreferenceConfig.loss is not 'bradley_terry'",
         ),
     ),
     "optimizer": (

@@ -22,6 +22,7 @@ from orogen.config.model import ModelConfig
 from orogen.config.phases import PhaseConfig, Stretch, stretches
 from orogen.config.plan import PlanConfig
 from orogen.config.precision import PrecisionConfig
+from orogen.config.preference import PreferenceConfig
 from orogen.config.remat import check_layers
 from orogen.config.rounded import check_precision
 
@@ -181,6 +182,7 @@ class RunConfig:
     optimizer: OptimizerConfig = ABSENT
     chat: ChatConfig = ABSENT
     distill: DistillConfig = ABSENT
+    preference: PreferenceConfig = ABSENT
     evaluate: EvaluateConfig = ABSENT
     precision: PrecisionConfig = PrecisionConfig()
 
@@ -294,6 +296,7 @@ PARTS: dict[str, Any] = {
     "optimizer": OptimizerConfig,
     "chat": ChatConfig,
     "distill": DistillConfig,
+    "preference": PreferenceConfig,
     "evaluate": EvaluateConfig,
     "precision": PrecisionConfig,
 }

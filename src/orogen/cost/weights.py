@@ -23,8 +23,9 @@ class Weight(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The parameters of one layer, its norm included, by letter; of the model's other parts (`embedding`, `norm`, and
-    `head` if it is not tied) by name; and of the multi-token-prediction block without its layers."""
+    """The parameters of one layer, its norm included, by letter; of the model's other parts (`embedding`, `norm`,
+    `head` if it is not tied, `score` of a reward model) by name; and of the multi-token-prediction block without its
+    layers."""
 
     layers: dict[str, tuple[Weight, ...]]
     parts: dict[str, tuple[Weight, ...]]
@@ -41,6 +42,8 @@ def weights(model: ModelConfig, vocab_rows: int | None = None) -> Weights:
     parts = {"embedding": (Weight((rows, size), ("vocab", "embed")), *learned), "norm": _norm(model)}
     if not model.tie_word_embeddings:
         parts["head"] = (Weight((size, rows), ("embed", "vocab")),)
+    if model.score_head:
+        parts["score"] = (_vector(size, "norm"),)
     block = (Weight((2 * size, size), (None, "embed")), *(3 * _norm(model))) if model.layers.mtp else ()
     return Weights({letter: (*LAYER_WEIGHTS[letter](model), *_norm(model)) for letter in letters}, parts, block)
 

@@ -29,6 +29,7 @@ class Loader:
 
     def __init__(self, batches: grain.IterDataset, *, identity: dict[str, Any]) -> None:
         self._identity = identity
+        self.progress: Callable[[], None] = lambda: None  # reading never takes long enough to call it
         # Kept so that the finalizer can drop it, at exit too: a prefetching iterator of grain 0.2.18 that outlives the
         # interpreter's modules prints a traceback.
         self._held = [iter(batches)]

@@ -32,7 +32,10 @@ def summarise(trained: Trained, config: RunConfig, text: str, run_dir: Path) -> 
         run_dir, title=run_dir.name, config_text=text, baselines=compared, samples=samples, environment=environment
     )
     last = read_metrics(run_dir)[-1]
-    keys = ("step", "loss", "whole_heldout_loss", "whole_heldout_bits_per_byte")
+    keys = (
+        "step", "loss", "whole_heldout_loss", "whole_heldout_bits_per_byte", "whole_heldout_preference_loss",
+        "whole_heldout_accuracy",
+    )  # fmt: skip
     facts = {key: last[key] for key in keys if key in last}
     return {**facts, **{f"{name} bits per byte": value for name, value in compared.items()}, "report": str(report)}
 

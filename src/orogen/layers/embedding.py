@@ -46,6 +46,18 @@ class Head(nnx.Module):
         self.weight = normal(rngs, shape, ("embed", "vocab"), std=config.init_std)
 
 
+class ScoreHead(nnx.Module):
+    """The vector of a reward model's scalar output, drawn from N(0, 1 / (d + 1)) (arXiv:2009.01325, appendix B)."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.weight = normal(rngs, (config.hidden_size,), ("norm",), std=(config.hidden_size + 1) ** -0.5)
+
+
+def scores(x_btd: Array, head: ScoreHead, plan: Plan) -> Array:
+    """x · head, (b, t) in float32."""
+    return jnp.sum(x_btd.astype(jnp.float32) * plan.weight(head.weight), axis=-1)
+
+
 def logits(x_btd: Array, head_dv: Array, plan: Plan) -> Array:
     """x · head, (b, t, v) in float32, whole on every rank. head_dv: this rank's columns of the vocabulary."""
     # Rows are flattened first: with an axis t of 1, XLA:CPU multiplies one row at a time and reads the head for each

@@ -6,10 +6,12 @@ Letters: b batch, t time, d model, v vocabulary.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from orogen.kernels import cross_entropy, divergence
 from orogen.kernels.cross_entropy.operands import Reduce
+from orogen.layers import embedding
 from orogen.model.lm import LanguageModel
 from orogen.parallel.plan import Plan
 
@@ -30,6 +32,18 @@ def log_likelihoods(h_btd: Array, model: LanguageModel, targets_bt: Array, plan:
     with jax.named_scope("cross_entropy"):
         operands, settings = _read(h_btd, model, plan)
         return cross_entropy.log_likelihoods(*operands, targets_bt.reshape(-1), **settings).reshape(targets_bt.shape)
+
+
+def scores(h_btd: Array, model: LanguageModel, plan: Plan) -> Array:
+    """A reward model's scalar (b, t) float32 at each token of this device's rows and context rank; see `token_nats`.
+    The ranks of tensor compute it for a piece of the tokens each. Raises ValueError for a model without such a head."""
+    if model.score is None:
+        raise ValueError("the model has no head for scores; expected ModelConfig.score_head = True")
+    with jax.named_scope("score"):
+        found_bt, ranks = embedding.scores(plan.deal(h_btd), model.score, plan), plan.size("tensor")
+        mine_t = jnp.repeat(jnp.arange(ranks), found_bt.shape[1]) == plan.index("tensor")
+        # A sum with zeros, not a gather: it is one value on all ranks of tensor, and counts once.
+        return plan.sum(jnp.where(mine_t, jnp.tile(found_bt, (1, ranks)), 0), "tensor")
 
 
 def judge(h_btd: Array, model: LanguageModel, targets_bt: Array, plan: Plan) -> cross_entropy.Judged:

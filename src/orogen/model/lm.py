@@ -11,7 +11,7 @@ from jax import Array
 
 from orogen.config.model import ModelConfig
 from orogen.layers.documents import Documents
-from orogen.layers.embedding import Embedding, Head, logits
+from orogen.layers.embedding import Embedding, Head, ScoreHead, logits
 from orogen.layers.linear import head_matrix
 from orogen.layers.norm import make_norm
 from orogen.model.block import Stack, repeats
@@ -35,6 +35,7 @@ class LanguageModel(nnx.Module):
         self.norm = make_norm(config)
         self.head = None if config.tie_word_embeddings else Head(config, rngs)
         self.mtp = MTPBlock(config, rngs, fold(config.layers.mtp)) if config.layers.mtp else None
+        self.score = ScoreHead(config, rngs) if config.score_head else None  # last: others draw the same numbers
         self.mtp_depths, self.vocab_size = config.mtp_depths, config.vocab_size
 
     def hidden(self, tokens_bt: Array, docs: Documents, plan: Plan, given: Any = None) -> tuple[Array, Any]:

@@ -14,4 +14,19 @@ dtype: tokens per data and context rank x the teacher's width.
 runs with these data and sequence length read them by memory map, in any order of documents, and need no teacher.
 Under a PrecisionConfig, which the teacher does not follow, this is quantisation-aware distillation, or with
 cross_entropy alone quantisation-aware training: `gin_configs/posttrain/`. Evaluations also measure the divergence.
+
+**Preferences** (`orogen dpo`): pairs of answers to one prompt (`pairs.py` lists the forms of a line), of which the
+chosen one is to become more likely than the rejected one: DPO, IPO, their averages over tokens and an SFT term, as in
+NeMo RL (`preference.py` has the formulas). Both answers of a pair are in one row, so a pair never crosses data ranks or
+microbatches; sums over a document are reduced over `context` before anything that is not linear (`documents.py`, for
+any loss of whole answers). `TrainConfig.batch_size` therefore counts rows, each with as many pairs as fit. The
+reference model is the run's own first state: its log-probabilities are computed before the first step and kept in
+RUN/reference (`reference.py`), so there is no second model in memory. The multi-token-prediction block is not trained,
+and weight decay would shrink it.
+
+**Reward models**: `PreferenceConfig.loss = 'bradley_terry'` trains a scalar head (`ModelConfig.score_head`) beside the
+head of the vocabulary, on the score at each conversation's last token; from a language model's checkpoint it begins
+with a new head. `orogen reward` scores conversations, `orogen best_of` keeps the best of several answers. `genrm.py`
+has what a generative reward model is shown and writes, its reward in training, and the rewards of answers that it
+compared.
 """

@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex, TypeVar
 
 import numpy as np
 
@@ -26,6 +26,8 @@ from orogen.posttrain.conversations import ASSISTANT, Conversation, cut_short, s
 
 _LINE = Record({"messages": ListOf(MESSAGE)}, {"tools": (ListOf(TOOL), None)})
 RENDERERS = 4  # processes that render at a time
+Read = TypeVar("Read")  # what a line holds
+Rendered = TypeVar("Rendered")  # what is rendered of it
 
 
 class Told(NamedTuple):
@@ -85,15 +87,11 @@ def open_chats(
     Raises ConfigError with file and line for a malformed one, one whose assistant says nothing, what the template
     refuses, or, if the config says so, one that is too long.
     """
-    found = dict(_read(Path(data.corpus)))
+    found = dict(read_lines(Path(data.corpus), conversation_of))
     documents = [Document(key, conversation.text) for key, conversation in found.items()]
     split = corpora.split_documents(documents, config=data)
-    renderers = [Chat(tokenizer, template, Renderer()) for _ in range(RENDERERS)]
-    try:
-        rendered = _rendered(found, chat, renderers, seed=data.seed)
-    finally:
-        for one in renderers:
-            one.close()
+    render = lambda key, one, by: _sequences(key, one, chat, by, data.seed)  # noqa: E731
+    rendered = rendered_each(found, render, template, tokenizer)
     fitted = {key: _fitting(streams, chat, length, key) for key, streams in rendered.items()}
     splits = {name: ChatSplit([s for d in part for s in fitted[d.key].kept], tokenizer) for name, part in split.items()}
     for name, part in split.items():
@@ -105,13 +103,18 @@ def open_chats(
     every = sum(map(len, rendered.values()))
     dropped, cut = sum(one.dropped for one in fitted.values()), sum(one.cut for one in fitted.values())
     told = Told(len(found), every, dropped, cut)
-    # The rows depend on the template too: a resumed run must have the same.
-    known = json.dumps([corpora.content_hash(documents), template], sort_keys=True)
-    source = Source(hashlib.sha256(known.encode()).hexdigest(), splits, data.corpus)
+    source = Source(rendered_hash(documents, template), splits, data.corpus)
     return ChatCorpus(told, template, config=data, sources={ONLY: source}, tokenizer=tokenizer)
 
 
-def _read(path: Path) -> Iterator[tuple[str, Conversation]]:
+def rendered_hash(documents: Sequence[Document], template: str | dict[str, str]) -> str:
+    """The hash of a corpus whose rows depend on the template too: a resumed run must have the same."""
+    known = json.dumps([corpora.content_hash(documents), template], sort_keys=True)
+    return hashlib.sha256(known.encode()).hexdigest()
+
+
+def read_lines(path: Path, parse: Callable[..., Read]) -> Iterator[tuple[str, Read]]:
+    """By key, what `parse(line, where=…)` makes of each line of the .jsonl files of a corpus. Raises ConfigError."""
     for file in supported_files(path):
         if (form_of(file.name) or ("",))[0] != ".jsonl":
             raise ConfigError(f"{file}: expected conversations in .jsonl files")
@@ -122,50 +125,61 @@ def _read(path: Path) -> Iterator[tuple[str, Conversation]]:
                 if len(line) > MAX_LINE_BYTES:
                     raise ConfigError(f"{file}:{number} has more than {MAX_LINE_BYTES} bytes; expected a shorter line")
                 if line.strip():
-                    yield f"{key_in(path, file)}:{number}", _conversation(line, where=f"{file}:{number}")
+                    yield f"{key_in(path, file)}:{number}", parse(line, where=f"{file}:{number}")
 
 
-def _conversation(line: bytes, *, where: str) -> Conversation:
-    """Raises ConfigError unless the line holds one that can be learned from."""
+def conversation_of(line: bytes, *, where: str) -> Conversation:
+    """The conversation of a line. Raises ConfigError unless it can be learned from."""
     record = read_object(line, where=where)
-    for message in record.get("messages") or []:
-        for call in (message.get("tool_calls") or []) if isinstance(message, dict) else []:
-            _spell_arguments(call)
+    spell_arguments(record.get("messages"))
     record = read_object(json.dumps(record).encode(), _LINE, where=where)
     try:
         messages = check_messages(record["messages"])
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
-    said = [(number, m) for number, m in enumerate(messages) if m["role"] == ASSISTANT]
-    if not said:
+    if not any(message["role"] == ASSISTANT for message in messages):
         raise ConfigError(f"{where}: no message has the role assistant; expected at least one, to learn from")
-    for number, message in said:
-        if not (message["content"] or message.get("reasoning_content") or message.get("tool_calls")):
-            raise ConfigError(
-                f"{where}: messages[{number}] is empty; expected content, reasoning_content or tool_calls"
-            )
+    check_said(messages, f"{where}: messages")
     return Conversation(messages, record.get("tools") or [])
 
 
-def _spell_arguments(call: Any) -> None:
-    """Arguments of calls are text in OpenAI's form, and objects in most data sets."""
-    function = call.get("function") if isinstance(call, dict) else None
-    if isinstance(function, dict) and isinstance(function.get("arguments"), dict):
-        function["arguments"] = json.dumps(function["arguments"])
+def check_said(messages: Sequence[dict[str, Any]], where: str) -> None:
+    """Raises ConfigError if the assistant says nothing in one of its messages."""
+    for number, message in enumerate(messages):
+        said = message["content"] or message.get("reasoning_content") or message.get("tool_calls")
+        if message["role"] == ASSISTANT and not said:
+            raise ConfigError(f"{where}[{number}] is empty; expected content, reasoning_content or tool_calls")
 
 
-def _rendered(
-    found: Mapping[str, Conversation], config: ChatConfig, renderers: Sequence[Chat], *, seed: int
-) -> dict[str, list[Stream]]:
-    """The sequences of each conversation, by key."""
+def spell_arguments(messages: Any) -> None:
+    """Makes the arguments of calls text, as OpenAI has them; they are objects in most data sets."""
+    for message in messages if isinstance(messages, list) else []:
+        for call in (message.get("tool_calls") or []) if isinstance(message, dict) else []:
+            function = call.get("function") if isinstance(call, dict) else None
+            if isinstance(function, dict) and isinstance(function.get("arguments"), dict):
+                function["arguments"] = json.dumps(function["arguments"])
+
+
+def rendered_each(
+    found: Mapping[str, Read],
+    render: Callable[[str, Read, Chat], Rendered],
+    template: str | dict[str, str],
+    tokenizer: Tokenizer,
+) -> dict[str, Rendered]:
+    """`render(key, one, chat)` of each, by key, with RENDERERS templates at a time."""
     keys = list(found)
-    parts = [keys[n :: len(renderers)] for n in range(len(renderers))]
+    parts = [keys[n::RENDERERS] for n in range(RENDERERS)]
+    chats = [Chat(tokenizer, template, Renderer()) for _ in parts]
 
-    def render(part: Sequence[str], chat: Chat) -> dict[str, list[Stream]]:
-        return {key: _sequences(key, found[key], config, chat, seed) for key in part}
+    def render_all(part: Sequence[str], chat: Chat) -> dict[str, Rendered]:
+        return {key: render(key, found[key], chat) for key in part}
 
-    with ThreadPoolExecutor(len(renderers)) as pool:
-        made = {key: streams for part in pool.map(render, parts, renderers) for key, streams in part.items()}
+    try:
+        with ThreadPoolExecutor(RENDERERS) as pool:
+            made = {key: one for part in pool.map(render_all, parts, chats) for key, one in part.items()}
+    finally:
+        for one in chats:
+            one.close()
     return {key: made[key] for key in keys}
 
 

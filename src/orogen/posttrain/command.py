@@ -1,32 +1,154 @@
-"""`orogen sft` and `orogen distill`. Importing this does not import jax."""
+"""`orogen sft`, `dpo`, `distill`, `reward` and `best_of`. Importing this does not import jax."""
 
 import argparse
 import contextlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orogen.command import CHECKPOINT, Command, answer, free_memory
+from orogen.command import CHECKPOINT, EXIT_FAILURE, Command, answer, free_memory, positive
 from orogen.config.checks import ConfigError
+from orogen.config.preference import BRADLEY_TERRY
 from orogen.config.run import RunConfig
 from orogen.config.streams import say
 from orogen.train.command import add_train_arguments, run_task
 
 if TYPE_CHECKING:
     from orogen.checkpoint.folders import Folder
+    from orogen.checkpoint.open import Opened
+    from orogen.infer.chat import Chat
     from orogen.train.task import Task
 
 
 def sft(options: argparse.Namespace) -> int:
     """`orogen sft`."""
 
-    def task(_: RunConfig) -> "Task":
+    def task(config: RunConfig) -> "Task":
         from orogen.posttrain.sft import make_sft
 
-        # A run that is resumed has kept the template; before that its folder says nothing about one.
-        kept = any(options.run.glob("chat_template.*"))
-        return make_sft(options.run if kept else options.checkpoint)
+        return make_sft(_of_template(options))
 
     return run_task(options, task, "chat")
+
+
+def dpo(options: argparse.Namespace) -> int:
+    """`orogen dpo`."""
+
+    def task(config: RunConfig) -> "Task":
+        from orogen.posttrain.dpo import make_dpo
+
+        return make_dpo(config, _of_template(options), options.run)
+
+    def adapt(config: RunConfig, origin: "Folder") -> "Folder":
+        from orogen.posttrain.reward import with_score
+
+        scores = config.need("preference", "train").preference.loss == BRADLEY_TERRY
+        return with_score(origin, seed=config.train.seed) if scores else origin
+
+    return run_task(options, task, "preference", adapt=adapt)
+
+
+def reward(options: argparse.Namespace) -> int:
+    """`orogen reward`."""
+    _check_files(options)
+    from orogen.checkpoint.open import open_model
+    from orogen.config.files import write_atomically
+    from orogen.config.load import load_engine
+    from orogen.posttrain.chats import conversation_of, read_lines
+    from orogen.posttrain.reward import RewardModel
+
+    conversations = [one for _, one in read_lines(options.input, conversation_of)]
+    plan, engine = load_engine(options.gin_bindings)
+    opened = open_model(options.checkpoint, plan, engine.compute_dtype)
+    with contextlib.closing(_chat(options.checkpoint, opened, options.chat_template)) as chat:
+        rewards = RewardModel(opened, chat, dtype=engine.compute_dtype).score(conversations)
+    lines = (json.dumps({"line": number, "reward": value}) + "\n" for number, value in enumerate(rewards, 1))
+    write_atomically(options.out, "".join(lines).encode())
+    mean = sum(rewards) / max(len(rewards), 1)
+    facts = {"out": str(options.out), "conversations": len(rewards), "mean": mean}
+    answer(options, facts, [f"{len(rewards)} rewards, {mean:.4f} on average, in {options.out}"])
+    return 0
+
+
+def best_of(options: argparse.Namespace) -> int:
+    """`orogen best_of`."""
+    _check_files(options)
+    from orogen.checkpoint.open import open_folder, open_model, read_model
+    from orogen.config.files import write_atomically
+    from orogen.config.load import load_engine
+    from orogen.infer.engine import Engine
+    from orogen.posttrain.best_of import best_of as run
+    from orogen.posttrain.best_of import write_best
+    from orogen.posttrain.chats import read_lines
+    from orogen.posttrain.pairs import prompt_of
+    from orogen.posttrain.reward import RewardModel
+    from orogen.simulate.fit import require_inference_fits
+
+    prompts = [one for _, one in read_lines(options.input, prompt_of)]
+    plan, config = load_engine(options.gin_bindings)
+    with open_folder(options.checkpoint) as folder, contextlib.ExitStack() as held:
+        require_inference_fits(folder.config, plan, config, free_memory(), settings={})
+        opened = read_model(folder, plan, config.compute_dtype)
+        judge = open_model(options.reward, None if plan is None else plan.evaluating(), config.compute_dtype)
+        chat = held.enter_context(contextlib.closing(_chat(options.checkpoint, opened, options.chat_template)))
+        judges = held.enter_context(contextlib.closing(_chat(options.reward, judge, None)))
+        score = RewardModel(judge, judges, dtype=config.compute_dtype).score
+        fields = {"max_tokens": options.tokens, "temperature": options.temperature, "top_p": options.top_p}
+        engine = held.enter_context(contextlib.closing(Engine(opened, config)))
+        found = run(engine, chat, prompts, score, count=options.count, fields=fields, seed=options.seed)
+    write_atomically(options.out, write_best(found))
+    failed = sum(one.message is None for one in found)
+    facts = {"out": str(options.out), "prompts": len(found), "failed": failed}
+    answer(options, facts, [f"{len(found)} prompts answered in {options.out}, of which {failed} failed"])
+    return EXIT_FAILURE if failed else 0
+
+
+def _check_files(options: argparse.Namespace) -> None:
+    if not options.out.parent.is_dir() or options.out.is_dir():
+        raise ConfigError(f"--out {str(options.out)!r}; expected a file in a folder that exists")
+
+
+def _chat(folder: Path, opened: "Opened", name: str | None) -> "Chat":
+    """The model's tokenizer with its chat template, or that of a name. Raises ConfigError without one."""
+    from orogen.infer.chat import Chat, find_template
+
+    if opened.tokenizer is None:
+        raise ConfigError(f"{str(folder)!r} has no tokenizer.json; expected one, to read messages with")
+    template = find_template(folder, opened.tokenizer, name)
+    if template is None:
+        raise ConfigError(f"{str(folder)!r} has no chat template; expected one, or --chat_template")
+    return Chat(opened.tokenizer, template)
+
+
+def _add_files(parser: argparse.ArgumentParser, asked: str) -> None:
+    bindings = "of PlanConfig and EngineConfig, such as EngineConfig.compute_dtype='bfloat16'; may be repeated"
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, metavar="DIR", help=CHECKPOINT)
+    add("--input", type=Path, required=True, metavar="IN.jsonl", help=asked)
+    add("--out", type=Path, required=True, metavar="OUT.jsonl", help="gets one line per line of --input")
+    add("--chat_template", metavar="T", help="a file, or one of ours, in place of the checkpoint's")
+    add("--gin_bindings", action="append", default=[], metavar="X.y=1", help=bindings)
+
+
+def _add_reward_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_files(parser, "conversations, as `orogen sft` reads them, whose ends are scored")
+
+
+def _add_best_of_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_files(parser, "prompts: a text or messages, by the name prompt or messages")
+    add, default = parser.add_argument, "(default: %(default)s)"
+    add("--reward", type=Path, required=True, metavar="DIR", help="the reward model, in such a folder")
+    add("--count", type=positive, default=8, metavar="N", help=f"answers per prompt {default}")
+    add("--tokens", type=positive, default=512, metavar="N", help=f"most new tokens {default}")
+    add("--temperature", type=float, default=1.0, metavar="X", help=f"of sampling {default}")
+    add("--top_p", type=float, default=1.0, metavar="X", help=f"likeliest tokens sampled from, by their sum {default}")
+    add("--seed", type=int, default=0, metavar="N", help=f"of the answers {default}")
+
+
+def _of_template(options: argparse.Namespace) -> Path | None:
+    """The folder of the model's own chat template. A run that is resumed has kept it; before that its folder says
+    nothing about one."""
+    return options.run if any(options.run.glob("chat_template.*")) else options.checkpoint
 
 
 SFT = Command(
@@ -120,4 +242,38 @@ DISTILL = Command(
     add_arguments=_add_distill_arguments,
     run=distill,
     joins=True,
+)
+DPO = Command(
+    name="dpo",
+    help="train a model on pairs of answers: direct preference optimisation, or a reward model",
+    examples=(
+        "orogen dpo --checkpoint runs/sft --gin_file gin_configs/posttrain/dpo.gin --run runs/dpo "
+        "--gin_bindings \"DataConfig.corpus='pairs'\"",
+        "orogen dpo --checkpoint runs/sft --gin_file gin_configs/posttrain/reward.gin --run runs/reward "
+        "--gin_bindings \"DataConfig.corpus='pairs'\"",
+    ),
+    add_arguments=add_train_arguments,
+    run=dpo,
+    joins=True,
+)
+REWARD = Command(
+    name="reward",
+    help="score conversations by a reward model",
+    examples=(
+        "orogen reward --checkpoint runs/reward --input conversations.jsonl --out rewards.jsonl",
+        "orogen reward --checkpoint runs/reward --input conversations.jsonl --out rewards.jsonl "
+        "--gin_bindings \"EngineConfig.compute_dtype='bfloat16'\"",
+    ),
+    add_arguments=_add_reward_arguments,
+    run=reward,
+)
+BEST_OF = Command(
+    name="best_of",
+    help="answer prompts several times and keep the best answer by a reward model",
+    examples=(
+        "orogen best_of --checkpoint runs/sft --reward runs/reward --input prompts.jsonl --out best.jsonl --count 16",
+        "orogen best_of --checkpoint HF_FOLDER --reward runs/reward --input prompts.jsonl --out best.jsonl --tokens 99",
+    ),
+    add_arguments=_add_best_of_arguments,
+    run=best_of,
 )

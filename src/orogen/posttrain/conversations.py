@@ -51,6 +51,12 @@ def sequences(conversation: Conversation, chat: Chat) -> list[Stream]:
     return [one.stream() for one in found]
 
 
+def answer(conversation: Conversation, first: int, chat: Chat) -> Stream:
+    """The whole conversation as one sequence whose loss is on what the assistant says from message `first` on, as
+    `sequences` has it. The user says nothing there. Raises ConfigError as `sequences` does."""
+    return _render(conversation, len(conversation.messages) - 1, chat, first=first).stream()
+
+
 class _Rendered:
     """The ids of a conversation up to a message, and the spans of them that are learned."""
 
@@ -83,11 +89,12 @@ def _turn_ends(messages: Sequence[dict[str, Any]]) -> Iterator[int]:
         yield last
 
 
-def _render(conversation: Conversation, end: int, chat: Chat) -> _Rendered:
-    """The conversation up to message `end`, learning the assistant's messages since the user spoke last."""
+def _render(conversation: Conversation, end: int, chat: Chat, *, first: int = 0) -> _Rendered:
+    """The conversation up to message `end`, learning the assistant's messages since the user spoke last, but none
+    before `first`."""
     messages = list(conversation.messages)
     users = [number for number in range(end) if messages[number]["role"] == USER]
-    begin = users[-1] + 1 if users else 0
+    begin = max(users[-1] + 1 if users else 0, first)
     ids = _ids(conversation, end + 1, chat)
     spans = []
     for number in range(begin, end + 1):

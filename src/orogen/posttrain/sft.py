@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from orogen.config.checks import ConfigError
+from orogen.config.data import DataConfig
 from orogen.config.files import write_atomically
 from orogen.config.run import RunConfig
 from orogen.data.loader import Corpus
@@ -11,6 +12,7 @@ from orogen.data.tokenizer import Tokenizer, check_vocab_size
 from orogen.data.vocabulary import make_tokenizer
 from orogen.infer.chat import find_template
 from orogen.posttrain.chats import ChatCorpus, open_chats
+from orogen.posttrain.pairs import PairCorpus
 from orogen.train.pretraining import PRETRAINING
 from orogen.train.task import Task
 
@@ -25,21 +27,32 @@ def make_sft(origin: Path | None) -> Task:
 
     def open_(config: RunConfig, tokenizer: Tokenizer | None) -> Corpus:
         data, chat = config.need("chat").data, config.chat
-        if data.sources:
-            raise ConfigError("DataConfig.sources is set; expected DataConfig.corpus, with conversations")
-        if tokenizer is None:
-            if data.tokenizer == "bpe":
-                raise ConfigError("DataConfig.tokenizer is 'bpe'; expected one that exists: the model's own")
-            tokenizer = make_tokenizer(data, ())
-        template = _template(chat.template, origin, tokenizer)
-        if data.vocab_size is not None:
-            check_vocab_size(tokenizer, data.vocab_size, name="DataConfig.vocab_size")
+        tokenizer, template = with_template(data, chat.template, origin, tokenizer)
         return open_chats(data, chat, template, tokenizer, length=config.train.sequence_length)
 
     return Task(
         objective=PRETRAINING.objective, open=open_, source=PRETRAINING.source, evaluation=PRETRAINING.evaluation,
-        measures=PRETRAINING.measures, keep=_keep,
+        measures=PRETRAINING.measures, keep=keep_template,
     )  # fmt: skip
+
+
+def with_template(
+    data: DataConfig, name: str, origin: Path | None, tokenizer: Tokenizer | None
+) -> tuple[Tokenizer, str | dict[str, str]]:
+    """The tokenizer of a corpus of messages, the known one if there is one, and the chat template of that name.
+
+    origin: see `make_sft`. Raises ConfigError.
+    """
+    if data.sources:
+        raise ConfigError("DataConfig.sources is set; expected DataConfig.corpus, with conversations")
+    if tokenizer is None:
+        if data.tokenizer == "bpe":
+            raise ConfigError("DataConfig.tokenizer is 'bpe'; expected one that exists: the model's own")
+        tokenizer = make_tokenizer(data, ())
+    template = _template(name, origin, tokenizer)
+    if data.vocab_size is not None:
+        check_vocab_size(tokenizer, data.vocab_size, name="DataConfig.vocab_size")
+    return tokenizer, template
 
 
 def _template(name: str, origin: Path | None, tokenizer: Tokenizer) -> str | dict[str, str]:
@@ -48,15 +61,13 @@ def _template(name: str, origin: Path | None, tokenizer: Tokenizer) -> str | dic
     else:
         found = None if origin is None else find_template(origin, tokenizer)
     if found is None:
-        raise ConfigError(
-            "ChatConfig.template is 'checkpoint'; expected the name of a template: the checkpoint has none"
-        )
+        raise ConfigError("the template is 'checkpoint'; expected the name of a template: the checkpoint has none")
     return found
 
 
-def _keep(corpus: Corpus, run_dir: Path) -> None:
+def keep_template(corpus: Corpus, run_dir: Path) -> None:
     """Puts the template where `orogen generate --chat` and `orogen serve` find it."""
-    assert isinstance(corpus, ChatCorpus)
+    assert isinstance(corpus, ChatCorpus | PairCorpus)
     if isinstance(corpus.template, str):
         write_atomically(run_dir / "chat_template.jinja", corpus.template.encode())
         return

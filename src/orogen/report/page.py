@@ -17,6 +17,7 @@ from orogen.report import rounding_page
 from orogen.report.goodput import goodput, time_spent
 from orogen.report.lost import read_lost
 from orogen.report.metrics import read_metrics
+from orogen.report.pairs import pair_pictures
 from orogen.report.pictures import DARK, LIGHT, Picture, pictures, png
 from orogen.report.profile import TABLE
 from orogen.report.profile_page import section
@@ -49,7 +50,8 @@ def write_report(
     """
     run_dir, records = Path(run_dir), read_metrics(run_dir)
     spent = time_spent(records, read_lost(run_dir))
-    figures = [figure_html(run_dir, picture) for picture in (*pictures(records, baselines), *task_pictures(records))]
+    drawn = (*pictures(records, baselines), *pair_pictures(records), *task_pictures(records))
+    figures = [figure_html(run_dir, picture) for picture in drawn]
     texts = [
         rounding_page.section(records),
         _profile_html(run_dir / "profile" / TABLE),

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 PREFIX = "evaluate/"  # of metrics of tasks in a run's records: evaluate/TASK/METRIC
 MARKERS = "osD^vP*X<>"
+MOST_MARKERS = 100  # points of a line above which they have none
 Results = Mapping[str, Mapping[str, float]]
 # By panel, lines: a label, and x and y of its points.
 Panels = dict[str, dict[str, tuple[Any, Any]]]
@@ -63,6 +64,11 @@ def task_pictures(records: Records) -> list[Picture]:
     if not panels:
         return []
     caption = "The tasks that the run was evaluated on while it trained, one panel per metric."
+    return [panels_picture("tasks", "Tasks", caption, panels)]
+
+
+def panels_picture(name: str, title: str, caption: str, panels: Panels) -> Picture:
+    """A picture of panels over the tokens seen."""
 
     def draw(theme: Theme) -> "Figure":
         figure = bare_figure(theme, height=0.4 + 2.6 * len(panels))
@@ -74,7 +80,7 @@ def task_pictures(records: Records) -> list[Picture]:
             axes.xaxis.set_major_formatter(short_number)
         return figure
 
-    return [Picture("tasks", "Tasks", caption, draw)]
+    return Picture(name, title, caption, draw)
 
 
 def _draw_lines(axes: "Axes", metric: str, lines: Mapping[str, tuple[Any, Any]], theme: Theme) -> None:
@@ -83,7 +89,7 @@ def _draw_lines(axes: "Axes", metric: str, lines: Mapping[str, tuple[Any, Any]],
     style_axes(axes, theme, grid=True)
     colours = colormaps["tab10"]
     for number, (label, (x, y)) in enumerate(lines.items()):
-        marker = MARKERS[number % len(MARKERS)]
+        marker = MARKERS[number % len(MARKERS)] if len(x) <= MOST_MARKERS else ""
         axes.plot(x, y, color=colours(number % 10), marker=marker, markersize=4, linewidth=1.4, label=label)
     axes.set_ylabel(metric)
     if all(0 <= value <= 1 for _, y in lines.values() for value in y) and metric != "nats":

@@ -108,13 +108,14 @@ def _rows(patterns: Sequence[str], stage: int, model: ModelConfig, plan: PlanCon
 def _ends(stage: int, model: ModelConfig, plan: PlanConfig, alike: bool) -> list[str]:
     """The parts besides layers that a stage holds."""
     tied, first, last = model.tie_word_embeddings, stage == 0, stage == plan.stage - 1
+    norm = ["norm", *(["score"] if model.score_head else [])]
     if plan.stage == 1:
-        return ["embedding", "norm", *([] if tied else ["head"])]
+        return ["embedding", *norm, *([] if tied else ["head"])]
     if alike:
         both = tied or bool(model.layers.mtp)
-        return ["embedding", "norm", *(["head"] if both and not tied else [])]
+        return ["embedding", *norm, *(["head"] if both and not tied else [])]
     found = ["embedding"] if first or (last and (tied or model.layers.mtp)) else []
-    return [*found, *(["norm", *([] if tied else ["head"])] if last else [])]
+    return [*found, *([*norm, *([] if tied else ["head"])] if last else [])]
 
 
 def _layer_bytes(letter: str, here: Local) -> tuple[float, float]:

@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from orogen.checkpoint.folders import Folder
     from orogen.train.task import Task
 
+    Adapt = Callable[[RunConfig, Folder], Folder]
+
 # Parts that only some tasks read.
-ONLY_SOME = {"chat": "reads no conversations", "distill": "has no teacher"}
+ONLY_SOME = {"chat": "reads no conversations", "distill": "has no teacher", "preference": "reads no pairs of answers"}
 QUICKSTART = "--gin_file gin_configs/recipes/quickstart.gin"
 
 
@@ -69,10 +71,10 @@ def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _load_with_checkpoint(
-    options: argparse.Namespace, held: contextlib.ExitStack
+    options: argparse.Namespace, held: contextlib.ExitStack, adapt: "Adapt | None"
 ) -> tuple[RunConfig, str, "Folder | None"]:
     """The config of the gin files, its text, and the folder that the run starts from, open until `held` exits. If the
-    files have no model, it is that of --checkpoint."""
+    files have no model, it is that of --checkpoint. adapt: see `run_task`."""
     config, text = load_config(options)
     if options.checkpoint is None:
         return config, text, None
@@ -80,7 +82,9 @@ def _load_with_checkpoint(
     from orogen.config.load import load, model_bindings
     from orogen.convert.config import difference
 
-    origin = held.enter_context(open_folder(options.checkpoint))
+    origin: Folder = held.enter_context(open_folder(options.checkpoint))
+    if adapt is not None:
+        origin = adapt(config, origin)
     if config.model is None:
         config, text = load(options.gin_file, [*options.gin_bindings, *model_bindings(origin.config)])
     elif (field := difference(config.model, origin.config)) is not None:
@@ -92,7 +96,7 @@ def _load_with_checkpoint(
 def train(options: argparse.Namespace) -> int:
     """`orogen train`."""
 
-    def task(_: RunConfig) -> "Task":
+    def task(config: RunConfig) -> "Task":
         from orogen.train.pretraining import PRETRAINING
 
         return PRETRAINING
@@ -101,13 +105,15 @@ def train(options: argparse.Namespace) -> int:
 
 
 def run_task(
-    options: argparse.Namespace, make_task: Callable[[RunConfig], "Task"], *parts: str, optional: Sequence[str] = ()
-) -> int:
+    options: argparse.Namespace, make_task: Callable[[RunConfig], "Task"], *parts: str, optional: Sequence[str] = (),
+    adapt: "Adapt | None" = None,
+) -> int:  # fmt: skip
     """Trains on a task in a run folder. parts: those that its config needs beside a model, data, a length and an
-    optimizer; optional: those that it may have besides."""
+    optimizer; optional: those that it may have besides. adapt: makes of the config and the folder of --checkpoint one
+    that gives the parameters to start from."""
     # Until the report is written, the folder stays locked and signals are handled.
     with contextlib.ExitStack() as held:
-        config, text, origin = _load_with_checkpoint(options, held)
+        config, text, origin = _load_with_checkpoint(options, held, adapt)
         config.need("model", "data", "train", "optimizer", *parts)
         for part, why in ONLY_SOME.items():
             if getattr(config, part) is not None and part not in (*parts, *optional):

@@ -94,6 +94,7 @@ class Loop:
             score, self.evaluation.progress = self.evaluation.sampled[0], watch.progress
         self.saver = Saver(train, checkpoints, score=score, clock=clock, log=log)
         self.source = task.source(config, corpus)
+        self.source.progress = watch.progress
         self.position: dict[str, Any] = self.source.state()
         self._beginning = self.position
         self.first_step = distributed.from_first(lambda: checkpoints.latest) or 0
@@ -203,6 +204,7 @@ class Loop:
         """`steps` until BadStepsError. A step's metrics are read only after the next step has been dispatched."""
         train, pending, stop, together = self.config.train, None, self.stop, StopTogether(self.stop)
         self.clock.start()
+        self.watch.expect_longer()  # a source may compile too
         progress = Progress(train.steps, first_step=self.first_step, shown=distributed.first())
         with progress, ThreadPoolExecutor(1) as fetcher, self.profile as profile:
             for number in range(self.first_step + 1, train.steps + 1):

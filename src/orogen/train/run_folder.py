@@ -97,7 +97,7 @@ def _saved_config(file: Path) -> RunConfig:
 
 def _differences(saved: RunConfig, wanted: RunConfig) -> list[str]:
     found = []
-    for part in ("model", "data", "train", "optimizer", "precision", "chat", "distill"):
+    for part in ("model", "data", "train", "optimizer", "precision", "chat", "distill", "preference"):
         before, now = getattr(saved, part), getattr(wanted, part)
         if (before is None) != (now is None):
             found.append(f"{part} is {'missing' if before is None else 'present'}")

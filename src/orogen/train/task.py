@@ -92,7 +92,12 @@ class Computation(NamedTuple):
 
 
 class Source(Protocol):
-    """An endless stream of global batches whose position can be saved and restored to the bit."""
+    """An endless stream of global batches whose position can be saved and restored to the bit.
+
+    progress: what a source that computes for long calls on the way, so that it is not taken for one that hangs.
+    """
+
+    progress: Callable[[], None]
 
     def take(self, state: Any) -> Batch:
         """The next batch. state: the `TrainState` that is about to train on it, for sources that sample from it."""
