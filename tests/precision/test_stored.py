@@ -96,6 +96,16 @@ def test_bytes_worked_by_hand():
     np.testing.assert_array_equal(decode(one), decode(other))
 
 
+def test_ties_go_to_even():
+    fp8, _ = encode(np.array([[1.0625, -1.1875, 2.0**-10, 3 * 2.0**-10]]), "fp8_tensor", scale=np.float32(1))
+    assert decode(fp8).tolist() == [[1, -1.25, 0, 2.0**-8]]
+    fp4, lost = encode(np.array([[0.25, 0.75, 1.25, -1.75, 2.5, 3.5, 5, 448 * 6]]), "nvfp4", global_scale=np.float32(1))
+    assert decode(fp4)[0, :7].tolist() == [0, 0, 0, -0.0, 0, 0, 0] and lost.flushed == 7
+    ones = np.array([[1.0]]).astype(E4M3)
+    fp4, _ = encode(np.array([[0.25, 0.75, 1.25, -1.75, 2.5, 3.5, 5]]), "nvfp4", scale=ones, global_scale=np.float32(1))
+    assert decode(fp4).tolist() == [[0, 1, 1, -2, 2, 4, 4]]
+
+
 def test_the_inverse_global_scale_divides():
     scale = inverse_scale(float32_scale(np.abs(DRAWN).max(), nvfp4_bound()))
     stored, _ = encode(DRAWN, "nvfp4", inverse=True)
