@@ -8,7 +8,7 @@ have no `.weight`, prefix the same suffixes: `M.gate_up_proj`, `M.gate_up_proj_w
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -72,7 +72,7 @@ class Parts(NamedTuple):
     def read(self, read: Callable[[str], np.ndarray]) -> Stored:
         """The weight as it is stored, (…, out, in), from a function that reads tensors."""
         kind, shapes = self.scheme.kind, self._shapes
-        found = {"values": read(self.values), "scale": read(self.scale)}
+        found: dict[str, Any] = {"values": read(self.values), "scale": read(self.scale)}
         if self.global_scale is not None:
             found["global_scale"] = read(self.global_scale)
         for name, array in found.items():
