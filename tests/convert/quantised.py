@@ -11,7 +11,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
-from tests.convert.synthetic import shapes
+from tests.convert.synthetic import shapes, short_nemotron_h
 
 E4M3, BF16 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.bfloat16)
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -42,7 +42,13 @@ class Case(NamedTuple):
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weights}))
 
 
-DTYPES = {"F8_E4M3": E4M3, "BF16": BF16, "U8": np.dtype(np.uint8), "F32": np.dtype(np.float32)}
+DTYPES = {
+    "F8_E4M3": E4M3,
+    "BF16": BF16,
+    "U8": np.dtype(np.uint8),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+}
 
 
 def read(folder):
@@ -258,6 +264,19 @@ def super_mixed():
     }
     stated = {"quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": "FP8", "quantized_layers": layers}
     return made.case(config, {"producer": PRODUCER, "quantization": stated})
+
+
+def short(make, kind):
+    """Experts, then Mamba: all linear maps but the head in one format of ModelOpt."""
+    config, tensors = short_nemotron_h(96)
+    config["layers_block_type"] = config["layers_block_type"][:2]
+    tensors = {
+        name: shape
+        for name, shape in tensors.items()
+        if not name.startswith(("backbone.layers.2", "backbone.layers.3"))
+    }
+    made = _Writer(tensors, lambda module: make if is_linear(module) else None)
+    return made.case(config, {"quantization": {"quant_algo": kind, "exclude_modules": ["lm_head"]}})
 
 
 def compressed(form, strategy, make, family="qwen3_moe"):

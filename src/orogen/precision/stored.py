@@ -189,7 +189,7 @@ def decode(stored: Stored, dtype: Any = FLOAT32) -> np.ndarray:
         values = unpack(stored.values, stored.shape[-1])
     else:
         values = stored.values.astype(np.float32)
-    scale = _spread(stored.scale.astype(np.float32), stored.format, stored.shape, stored.block)
+    scale = spread_scale(stored)
     with np.errstate(over="ignore", invalid="ignore"):  # NaN and infinite scales are decoded as such
         found = values * scale
         if stored.global_scale is not None:
@@ -253,6 +253,11 @@ def _spoiled(scale: np.ndarray, bad: np.ndarray, block: tuple[int, int]) -> np.n
     """nvfp4's scales, NaN for blocks with a number that is not finite: its elements have no NaN."""
     hit = _split(bad, *block).any(axis=(-3, -1))
     return np.where(hit, np.uint8(E4M3_NAN), scale.view(np.uint8)).view(E4M3)
+
+
+def spread_scale(stored: Stored) -> np.ndarray:
+    """The scales of FP8 by number, float32, broadcastable to the matrices' shape."""
+    return _spread(stored.scale.astype(np.float32), stored.format, stored.shape, stored.block)
 
 
 def _spread(scale: np.ndarray, kind: str, shape: tuple[int, ...], block: tuple[int, int]) -> np.ndarray:
