@@ -55,7 +55,7 @@ def from_hf(source: Path, target: Path, *, fits: Fits = lambda tensor, held: Non
         tensors = folder.tensors
         fits(*max(((name, spec.nbytes) for name, spec in tensors.reader.specs.items()), key=lambda item: item[1]))
         with new_folder(target) as scratch:
-            kept = _copy_stored(tensors, scratch) if tensors.parts else _write_parameters(tensors, scratch)
+            kept = _copy_stored(tensors, scratch) if tensors.quantization else _write_parameters(tensors, scratch)
             copy_files(TOKENIZER_FILES, source, scratch / "tokenizer")
             copy_files([GENERATION, QUANTIZATION], source, scratch)
             write_atomically(scratch / KEPT, (json.dumps({"config": folder.values} | kept, indent=2) + "\n").encode())
