@@ -24,8 +24,9 @@ decoded a tensor at a time, in float32, and become the requested dtype (`convert
 round no inputs; scales of inputs and of the key/value cache are kept and not used. `convert from-hf` copies their
 tensors, numbers and scales, into an Orogen folder, from which `to-hf` writes the same tensors and descriptions to the
 bit; `to-hf --dtype bfloat16` writes decoded ones. Where description and tensors contradict each other, the folder is
-refused. `quantised.py` writes such a folder from any other. With `EngineConfig.weights = 'fp8'`, `generate` and `serve` hold
-weights of products that are stored in FP8 as they are (`held.py`): one byte instead of two, and the same numbers.
+refused. `quantised.py` writes such a folder from any other. With `EngineConfig.weights = 'fp8'`, `generate` and
+`serve` hold weights of products that are stored in FP8 as they are (`held.py`): one byte instead of two, and the same
+numbers.
 
     orogen serve --checkpoint FP8_FOLDER --gin_bindings "EngineConfig.weights='fp8'" \
         --gin_bindings "EngineConfig.compute_dtype='bfloat16'"
