@@ -1,11 +1,10 @@
 """Converts Orogen checkpoint folders and runs to Hugging Face folders, and back, one tensor at a time."""
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +12,7 @@ from flax import nnx
 
 from orogen.checkpoint import checksums
 from orogen.checkpoint.folders import (
+    AS_STORED,
     CONFIG,
     GENERATION,
     KEPT,
@@ -21,22 +21,22 @@ from orogen.checkpoint.folders import (
     OrogenFolder,
     RunFolder,
     copy_files,
-    promoted,
+    read_kept,
 )
 from orogen.checkpoint.leaves import check_shapes, dotted, leaves_of
 from orogen.checkpoint.open import open_folder, read_model
+from orogen.checkpoint.tensors import HuggingFaceTensors, promoted, unquantised
 from orogen.config.checks import ConfigError
 from orogen.config.files import write_atomically
-from orogen.config.json_file import ListOf, MapOf, Record, read_json
+from orogen.config.json_file import read_json
 from orogen.config.load import model_text
 from orogen.config.model import ModelConfig
 from orogen.config.streams import say
 from orogen.convert import names
 from orogen.convert.config import family_of, mtp_blocks, write_config
+from orogen.convert.quantization import FILE as QUANTIZATION
 from orogen.convert.tensor_files import Spec, TensorWriter, check_fits, new_folder
 from orogen.data.tokenizer import Tokenizer
-
-KEPT_FORM = Record({}, {"config": dict, "dtypes": MapOf(str), "copies": ListOf(str)})
 
 THREADS = 2  # as many tensors are in memory at a time
 
@@ -52,25 +52,87 @@ def from_hf(source: Path, target: Path, *, fits: Fits = lambda tensor, held: Non
     interrupted conversion leaves no `target`. The files get checksums, as a run's do.
     """
     with HuggingFaceFolder(source) as folder:
-        fits(*max(((name, spec.nbytes) for name, spec in folder.reader.specs.items()), key=lambda item: item[1]))
-        specs = folder.parameters()
-        expected = _tensor_dtypes(folder.table, {path: spec.dtype for path, spec in specs.items()})
-        others = {n: folder.dtype(n).name for n in folder.stored if folder.dtype(n) != expected[n]}
-        kept = {"config": folder.values, "dtypes": others, "copies": folder.copies}
+        tensors = folder.tensors
+        fits(*max(((name, spec.nbytes) for name, spec in tensors.reader.specs.items()), key=lambda item: item[1]))
         with new_folder(target) as scratch:
-            with TensorWriter(scratch, {dotted(path): spec for path, spec in specs.items()}) as writer:
-
-                def write(name: str) -> None:
-                    array = folder.tensor(name)
-                    for piece in folder.table[name].pieces:
-                        writer.write(dotted(piece.path), piece.take(array), piece.index)
-
-                _for_each(write, [name for name, tensor in folder.table.items() if tensor.pieces])
+            kept = _copy_stored(tensors, scratch) if tensors.quantization else _write_parameters(tensors, scratch)
             copy_files(TOKENIZER_FILES, source, scratch / "tokenizer")
-            copy_files([GENERATION], source, scratch)
-            write_atomically(scratch / KEPT, (json.dumps(kept, indent=2) + "\n").encode())
+            copy_files([GENERATION, QUANTIZATION], source, scratch)
+            write_atomically(scratch / KEPT, (json.dumps({"config": folder.values} | kept, indent=2) + "\n").encode())
             write_atomically(scratch / CONFIG, model_text(folder.config).encode())
             checksums.write(scratch)
+
+
+def _write_parameters(tensors: HuggingFaceTensors, target: Path) -> dict[str, Any]:
+    """Writes the parameters under our names; returns what else the Hugging Face folder said."""
+    specs = tensors.parameters()
+    expected = _tensor_dtypes(tensors.table, {path: spec.dtype for path, spec in specs.items()})
+    others = {n: tensors.dtype(n).name for n in tensors.stored if tensors.dtype(n) != expected[n]}
+    with TensorWriter(target, {dotted(path): spec for path, spec in specs.items()}) as writer:
+
+        def write(name: str) -> None:
+            array = tensors.tensor(name)
+            for piece in tensors.table[name].pieces:
+                writer.write(dotted(piece.path), piece.take(array), piece.index)
+
+        _for_each(write, [name for name, tensor in tensors.table.items() if tensor.pieces])
+    return {"dtypes": others, "copies": tensors.copies}
+
+
+def _copy_stored(tensors: HuggingFaceTensors, target: Path) -> dict[str, Any]:
+    """Writes the tensors of a quantised folder as they are stored."""
+    specs = tensors.reader.specs
+    with TensorWriter(target, specs) as writer:
+        _for_each(lambda name: writer.write(name, tensors.reader.read(name)), list(specs))
+    return {"tensors": AS_STORED}
+
+
+class Layout(NamedTuple):
+    """A Hugging Face checkpoint that parameters can be written into: its config.json, the table of its tensors, their
+    shapes and dtypes, and a function that reads parameters."""
+
+    family: str
+    values: dict[str, Any]
+    table: names.Table
+    specs: dict[str, Spec]
+    read: Read
+
+    def tensor(self, name: str, dtype: np.dtype | None = None) -> np.ndarray:
+        """A tensor, assembled. Raises ConfigError for a number too large for its dtype."""
+        tensor, array = self.table[name], np.empty(self.specs[name].shape, dtype or self.specs[name].dtype)
+        for piece in self.table[tensor.copy_of].pieces if tensor.copy_of else tensor.pieces:
+            part = self.read(piece.path, piece.index)
+            check_fits(name, part, array.dtype)
+            piece.put(array, part)
+        return array
+
+
+def layout_of(
+    config: ModelConfig,
+    specs: Mapping[names.Path, Spec],
+    read: Read,
+    source: Path,
+    *,
+    dtype: str | None = None,
+    context: int | None = None,
+) -> Layout:
+    """The Hugging Face checkpoint of a model; arguments as in `to_hf`."""
+    kept = _kept(source)
+    values: dict[str, Any] = unquantised(kept.get("config", {}))
+    family = values.get("model_type") or family_of(config)
+    written = write_config(family, config, values or None, context=context)
+    table = names.table(family, config, mtp_blocks=mtp_blocks(written))
+    wanted = names.leaf_shapes(table)
+    check_shapes(source, {dotted(p): s.shape for p, s in specs.items()}, {dotted(p): s for p, s in wanted.items()})
+    copies = kept.get("copies", [n for n, t in table.items() if t.optional and t.written])
+    if not names.FAMILIES[family].ties:  # its class would initialise a missing head at random
+        copies = [*copies, names.HEAD]
+    table = {n: t for n, t in table.items() if not t.optional or n in copies}
+    dtypes = _target_dtypes(table, {path: spec.dtype for path, spec in specs.items()}, dtype, kept.get("dtypes", {}))
+    written = _with_dtype(written, values, dtypes.values())
+    if not values:
+        written = {**written, **_special_ids(source / "tokenizer")}
+    return Layout(family, written, table, {name: Spec(t.shape, dtypes[name]) for name, t in table.items()}, read)
 
 
 def to_hf(
@@ -92,51 +154,55 @@ def to_hf(
     name what transformers computes differently. Raises ConfigError, also for a number too large for its tensor's dtype,
     and then leaves no `target`.
     """
-    kept = read_json(source / KEPT, KEPT_FORM) if (source / KEPT).is_file() else {}
-    values: dict[str, Any] = kept.get("config", {})
-    family = values.get("model_type") or family_of(config)
-    written = write_config(family, config, values or None, context=context)
-    table = names.table(family, config, mtp_blocks=mtp_blocks(written))
-    wanted = names.leaf_shapes(table)
-    check_shapes(source, {dotted(p): s.shape for p, s in specs.items()}, {dotted(p): s for p, s in wanted.items()})
-    copies = kept.get("copies", [n for n, t in table.items() if t.optional and t.written])
-    if not names.FAMILIES[family].ties:  # its class would initialise a missing head at random
-        copies = [*copies, names.HEAD]
-    table = {n: t for n, t in table.items() if not t.optional or n in copies}
-    dtypes = _target_dtypes(table, {path: spec.dtype for path, spec in specs.items()}, dtype, kept.get("dtypes", {}))
-    fits(*max(((n, math.prod(t.shape) * dtypes[n].itemsize) for n, t in table.items()), key=lambda item: item[1]))
-    written = _with_dtype(written, values, dtypes.values())
-    if not values:
-        written = {**written, **_special_ids(source / "tokenizer")}
+    layout = layout_of(config, specs, read, source, dtype=dtype, context=context)
+    fits(*max(((name, spec.nbytes) for name, spec in layout.specs.items()), key=lambda item: item[1]))
     with new_folder(target) as scratch:
-        with TensorWriter(scratch, {name: Spec(t.shape, dtypes[name]) for name, t in table.items()}) as writer:
-            for name, tensor in table.items():  # without threads: a tensor is in memory twice here
-                array = np.empty(tensor.shape, dtypes[name])
-                for piece in table[tensor.copy_of].pieces if tensor.copy_of else tensor.pieces:
-                    part = read(piece.path, piece.index)
-                    check_fits(name, part, array.dtype)
-                    piece.put(array, part)
-                writer.write(name, array)
+        with TensorWriter(scratch, layout.specs) as writer:
+            for name in layout.table:  # without threads: a tensor is in memory twice here
+                writer.write(name, layout.tensor(name))
         copy_files(TOKENIZER_FILES, source / "tokenizer", scratch)
         copy_files([GENERATION], source, scratch)
-        write_atomically(scratch / "config.json", (json.dumps(written, indent=2) + "\n").encode())
-    for remark in names.remarks(family, config, mtp_blocks=mtp_blocks(written)):
+        write_atomically(scratch / "config.json", (json.dumps(layout.values, indent=2) + "\n").encode())
+    for remark in names.remarks(layout.family, config, mtp_blocks=mtp_blocks(layout.values)):
         say(f"{target}: {remark}")
+
+
+def _kept(source: Path) -> dict[str, Any]:
+    """What is kept of a Hugging Face folder, or the config of `source` if it is one."""
+    if (source / CONFIG).is_file() or not (source / "config.json").is_file():
+        return read_kept(source)
+    return {"config": read_json(source / "config.json")}
 
 
 def export(source: Path, target: Path, *, dtype: str | None = None, fits: Fits = lambda tensor, held: None) -> None:
     """`to_hf` of a run folder or an Orogen checkpoint folder.
 
-    dtype: None keeps the dtypes of an Orogen checkpoint folder, and writes a run's float32 masters as bfloat16.
+    dtype: None keeps the dtypes of an Orogen checkpoint folder, quantised tensors included, and writes a run's float32
+    masters as bfloat16. With a dtype, quantised tensors are decoded.
     """
     with open_folder(source) as folder:
         if isinstance(folder, HuggingFaceFolder):
-            expected = "expected a run or an Orogen checkpoint folder"
-            raise ConfigError(f"{str(source)!r} is a Hugging Face folder; {expected}")
+            if not folder.stored:
+                expected = "expected a run or an Orogen checkpoint folder"
+                raise ConfigError(f"{str(source)!r} is a Hugging Face folder; {expected}")
+            if dtype is None:
+                _export_stored(folder, target, fits)
+                return
         context = folder.row_length if isinstance(folder, RunFolder) else None
         specs, read = folder_tensors(folder)
         dtype = dtype or ("bfloat16" if folder.masters else None)
         to_hf(folder.config, specs, read, source, target, dtype=dtype, context=context, fits=fits)
+
+
+def _export_stored(folder: HuggingFaceFolder, target: Path, fits: Fits) -> None:
+    """Writes a quantised Orogen folder as the Hugging Face folder that it was, or would be."""
+    tensors, source = folder.tensors, folder.folder
+    fits(*max(((name, spec.nbytes) for name, spec in tensors.reader.specs.items()), key=lambda item: item[1]))
+    with new_folder(target) as scratch:
+        _copy_stored(tensors, scratch)
+        copy_files(TOKENIZER_FILES, source / "tokenizer", scratch)
+        copy_files([GENERATION, QUANTIZATION], source, scratch)
+        write_atomically(scratch / "config.json", (json.dumps(folder.values, indent=2) + "\n").encode())
 
 
 def folder_tensors(folder: RunFolder | OrogenFolder | HuggingFaceFolder) -> tuple[Mapping[names.Path, Spec], Read]:

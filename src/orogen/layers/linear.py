@@ -2,7 +2,8 @@
 
 The current layer's recipe (`Plan.recipe`) names the formats, by the kind of the weight (`config/precision.py`); a
 product without a kind follows `PlanConfig.linear` alone. call: tells apart the products of one kind in one layer.
-Products that no recipe changes have functions of their own.
+Products that no recipe changes have functions of their own. Weights that are held in 8 bits (`precision/scaled.py`) are
+decoded here.
 
 Letters: b batch, t time, n tokens (b · t), d width in, f width out, e experts, r rows sorted by expert, v vocabulary.
 """
@@ -29,6 +30,7 @@ from orogen.parallel.varying import vary_like
 from orogen.precision.emulated import How, Places, rounded_products
 from orogen.precision.expert_rows import GroupedHow, RowPlaces, Rows, expert_rows, rounded_grouped
 from orogen.precision.fp8 import fp8_matmul
+from orogen.precision.scaled import weight_for
 
 # For each choice of formats, the product of rows with their expert's matrix.
 GROUPED = {IN_PLAIN: grouped_matmul}
@@ -44,7 +46,7 @@ def linears(
 ) -> tuple[Array, ...]:
     """x w for each of several weights that a model could equally store as one: a format with one scale per tensor gives
     them a common one."""
-    formats, weights_df = plan.recipe.linear, [plan.weight(w) for w in weights]
+    formats, weights_df = plan.recipe.linear, [weight_for(x_btd, plan.weight(w)) for w in weights]
     if kind is not None and (products := plan.recipe.products(kind)) is not None:
         how, probe = _how(products, plan, kind, call)
         return rounded_products(x_btd, weights_df, how, _places(x_btd, weights, plan), probe)
@@ -59,7 +61,7 @@ def linears(
 def linear_plain(x_btd: Array, weight: nnx.Param, plan: Plan) -> Array:
     """x w in the compute dtype, whatever the recipe: for results that are too narrow to gain from another format, or
     that are exponentiated into decays."""
-    return multiply(x_btd, plan.weight(weight))
+    return multiply(x_btd, weight_for(x_btd, plan.weight(weight)))
 
 
 def linear_float32(x_btd: Array, weight: nnx.Param, plan: Plan) -> Array:
@@ -79,7 +81,7 @@ def grouped(
 ) -> Array:
     """x w_e for the rows of each expert e, in the formats of the recipe. group_sizes: see `grouped_matmul`; rows: from
     `rows_of_experts`, if the recipe rounds them."""
-    weight_edf, implementation = plan.weight(weight), plan.config.grouped_matmul
+    weight_edf, implementation = weight_for(x_rd, plan.weight(weight)), plan.config.grouped_matmul
     products = None if kind is None else plan.recipe.products(kind)
     if kind is None or products is None:
         return GROUPED[plan.recipe.grouped](x_rd, weight_edf, group_sizes, implementation=implementation)

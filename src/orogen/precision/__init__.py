@@ -28,5 +28,9 @@ they fuse a product with the conversions before it and multiply in 16 bits, whic
 `linear_qkv`, `linear_fc1`) share a scale. R1 is then 1.125 x as fast. FP8 products of experts were tried: rounding
 costs more than they save (experiments/gpu_throughput).
 
+**Weights as files store them** (`stored.py`): FP8 by tensor, channel or block and packed NVFP4, encoded and decoded in
+numpy to the bit as the formats define it, with counters of what an encoding loses; equal to the emulated numbers.
+`scaled.py` holds FP8 weights in memory for an engine (`EngineConfig.weights = 'fp8'`); products decode one at a time.
+
 `OptimizerConfig.moment_dtype = 'bfloat16'` halves the optimizer's state.
 """
