@@ -18,6 +18,7 @@ from flax import nnx
 from jax import Array, lax
 
 from orogen.config.precision import GROUPS, KINDS
+from orogen.config.quantize import Measured
 from orogen.config.recipe import FP8, IN_PLAIN, PLAIN
 from orogen.config.rounded import Products
 from orogen.kernels.grouped_matmul import grouped_matmul
@@ -26,6 +27,7 @@ from orogen.parallel.axes import SHARDED
 from orogen.parallel.plan import Plan
 from orogen.parallel.rounding_state import Rounding
 from orogen.parallel.varying import vary_like
+from orogen.precision.calibration import Place, measured_products
 from orogen.precision.emulated import How, Places, rounded_products
 from orogen.precision.expert_rows import GroupedHow, RowPlaces, Rows, expert_rows, rounded_grouped
 from orogen.precision.fp8 import fp8_matmul
@@ -45,6 +47,10 @@ def linears(
     """x w for each of several weights that a model could equally store as one: a format with one scale per tensor gives
     them a common one."""
     formats, weights_df = plan.recipe.linear, [plan.weight(w) for w in weights]
+    if (measured := plan.recipe.measures(kind)) is not None:
+        place = _place(weights[0], plan, kind, call)
+        apart = lambda x, weights_df: tuple(multiply(x, w_df) for w_df in weights_df)  # noqa: E731
+        return measured_products(x_btd, weights_df, apart, measured, place, plan)
     if kind is not None and (products := plan.recipe.products(kind)) is not None:
         how, probe = _how(products, plan, kind, call)
         return rounded_products(x_btd, weights_df, how, _places(x_btd, weights, plan), probe)
@@ -80,6 +86,8 @@ def grouped(
     """x w_e for the rows of each expert e, in the formats of the recipe. group_sizes: see `grouped_matmul`; rows: from
     `rows_of_experts`, if the recipe rounds them."""
     weight_edf, implementation = plan.weight(weight), plan.config.grouped_matmul
+    if (measured := plan.recipe.measures(kind)) is not None:
+        return _measured_rows(x_rd, weight, group_sizes, plan, measured, _place(weight, plan, kind, call))
     products = None if kind is None else plan.recipe.products(kind)
     if kind is None or products is None:
         return GROUPED[plan.recipe.grouped](x_rd, weight_edf, group_sizes, implementation=implementation)
@@ -93,6 +101,32 @@ def grouped(
     grouped_how = GroupedHow(how, rows[1], implementation)
     settings: Any = {"rows": rows[0], "how": grouped_how, "places": places, "probe": probe}
     return rounded_grouped(x_rd, weight_edf, group_sizes, **settings)
+
+
+def _measured_rows(
+    x_rd: Array, weight: nnx.Param, group_sizes: Array | RowGroups | int, plan: Plan, measured: Measured, place: Place
+) -> Array:
+    """`grouped`, measured. Candidates are scored where the experts' outputs are combined (`moe/layer.py`)."""
+    if isinstance(group_sizes, RowGroups):
+        raise ValueError("rows that name their experts cannot be measured; expected rows sorted by expert")
+    product = GROUPED[plan.recipe.grouped]
+    held = True if isinstance(group_sizes, int) else (jnp.arange(len(x_rd)) < jnp.sum(group_sizes))[:, None]
+
+    def rows(x_rd: Array, weights_edf: Sequence[Array]) -> tuple[Array, ...]:
+        return (product(x_rd, weights_edf[0], group_sizes, implementation=plan.config.grouped_matmul),)
+
+    alone = dataclasses.replace(measured, candidates=())
+    return measured_products(x_rd, (plan.weight(weight),), rows, alone, place, plan, counted=held)[0]
+
+
+def _place(weight: nnx.Param, plan: Plan, kind: str | None, call: int) -> Place:
+    assert kind is not None, "only weights of a kind are measured"
+    split = [axis if axis not in (None, *SHARDED) and plan.rules[axis] else None for axis in _axes(weight)]
+    return Place(KINDS.index(kind), call, *split)
+
+
+def _axes(weight: nnx.Param) -> Sequence[str | None]:
+    return weight.get_metadata()["axes"][-2:]
 
 
 def rounds_experts(plan: Plan) -> bool:
