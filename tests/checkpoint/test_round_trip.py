@@ -198,8 +198,9 @@ def test_quantised_and_missing_folders_are_refused(tmp_path):
     config, tensors = shapes("mixtral")
     before = write(tmp_path / "hf", config, tensors)
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"quantization_config": {"bits": 4}}))
-    assert refusal(tmp_path / "hf", tmp_path / "ours").startswith(
-        "config.json: quantization_config is {'bits': 4}; expected nothing"
+    expected = "expected one of modelopt, compressed-tensors, fp8"
+    assert refusal(tmp_path / "hf", tmp_path / "ours") == (
+        f"config.json: quantization_config.quant_method is None; {expected}"
     )
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
     before["model.norm.weight"] = before["model.norm.weight"].astype(jnp.float8_e4m3fn)

@@ -145,7 +145,12 @@ REFUSED = [
     ("mamba", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; expected 'silu'"),
     ("deepseek_v3", {"topk_method": "greedy"}, "topk_method is 'greedy'; expected 'noaux_tc'"),
     ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func is 'softmax'; expected 'sigmoid'"),
-    ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config is {'quant_method': 'fp8'}"),
+    ("deepseek_v3", {"quantization_config": {"quant_method": "awq"}}, "quantization_config.quant_method is 'awq'"),
+    (
+        "deepseek_v3",
+        {"quantization_config": {"quant_method": "fp8"}},
+        "weight_block_size is None; expected two",
+    ),
     ("mixtral", {"rope_parameters": {"rope_type": "llama3"}}, "rope_type is 'llama3'; expected 'default' or 'yarn'"),
     (
         "mixtral",

@@ -1,24 +1,22 @@
 """The three kinds of folder that hold a model: run folders, Orogen folders and Hugging Face folders.
 
 An Orogen checkpoint folder holds config.gin, the parameters in safetensors files under our names, tokenizer/, and
-huggingface.json, which keeps what the Hugging Face folder said beyond a ModelConfig.
+huggingface.json, which keeps what the Hugging Face folder said beyond a ModelConfig. A quantised one holds the tensors
+of a Hugging Face folder instead (`HuggingFaceFolder.stored`).
 """
 
-import dataclasses
 import functools
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from orogen.checkpoint import checksums
 from orogen.checkpoint.leaves import (
     check_finite,
-    check_shapes,
     dotted,
     in_dtype,
     key_of,
@@ -27,15 +25,15 @@ from orogen.checkpoint.leaves import (
     shardings_of,
 )
 from orogen.checkpoint.steps import Checkpoints, with_shardings
+from orogen.checkpoint.tensors import HuggingFaceTensors, unquantised
 from orogen.config.checks import ConfigError
 from orogen.config.files import write_atomically
-from orogen.config.json_file import read_json
+from orogen.config.json_file import ListOf, MapOf, Record, read_json
 from orogen.config.load import load_saved
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.run import RunConfig
 from orogen.convert import names
-from orogen.convert.config import mtp_blocks, read_config
 from orogen.convert.tensor_files import Spec, TensorReader
 from orogen.data.tokenizer import Tokenizer
 from orogen.model.layout import Layout
@@ -43,6 +41,9 @@ from orogen.model.lm import Built, build
 from orogen.parallel.plan import Plan
 
 CONFIG, KEPT, GENERATION = "config.gin", "huggingface.json", "generation_config.json"
+# Of huggingface.json. tensors: AS_STORED if the folder keeps the Hugging Face folder's tensors, as quantised ones do.
+KEPT_FORM = Record({}, {"config": dict, "dtypes": MapOf(str), "copies": ListOf(str), "tensors": str})
+AS_STORED = "huggingface"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
@@ -148,8 +149,7 @@ class OrogenFolder:
     @functools.cached_property
     def reader(self) -> TensorReader:
         """A reader of the folder's tensors; the files are checked first."""
-        if (self.folder / checksums.NAME).exists():
-            checksums.check(self.folder)
+        check_files(self.folder)
         return TensorReader(self.folder)
 
     def tokenizer(self) -> Tokenizer | None:
@@ -178,120 +178,80 @@ class OrogenFolder:
 
 
 class HuggingFaceFolder:
-    """The tensors of a Hugging Face folder, checked against the table of its family.
+    """Parameters as the tensors of a Hugging Face folder, checked against the table of its family, and decoded if they
+    are quantised.
 
-    Raises ConfigError with every tensor that is missing, surplus or of another shape, or with a copy that differs from
-    its original.
+    stored: whether it is an Orogen checkpoint folder that is quantised. Such a folder keeps the tensors, numbers and
+    scales, of the Hugging Face folder, since several parameters may share a scale; its config.json is in
+    huggingface.json, and its files are checked as those of an OrogenFolder. Raises ConfigError with every tensor that
+    is missing, surplus or of another shape, or with a copy that differs from its original.
     """
 
     plan: PlanConfig | None = None
     masters = False
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, *, stored: bool = False):
+        self.folder, self.stored = folder, stored
+        if stored:
+            self.values: dict[str, Any] = read_kept(folder).get("config", {})
+            self.config = read_run_config(folder).model
+            return
         if not (folder / "config.json").is_file():
             raise ConfigError(f"{str(folder)!r} has no config.json; expected a Hugging Face folder")
         self.values = read_json(folder / "config.json")
-        self.reader = TensorReader(folder, ignored=names.ignored(self.values.get("model_type")))
-        try:
-            self._match(folder)
-        except BaseException:
-            self.reader.__exit__()
-            raise
+        self.config = self.tensors.config
 
-    def _match(self, folder: Path) -> None:
-        self.family, config = read_config(self.values)
-        canonical = names.FAMILIES[self.family].canonical
-        self.stored = {found: name for name in self.reader.specs if (found := canonical(name)) is not None}
-        if config.layers.mtp and not any(map(names.mtp_name(self.family, config), self.stored)):
-            self.family, config = read_config(self.values, mtp=False)
-        config = self._untied(config)
-        self.config = config
-        self.table = names.table(self.family, config, mtp_blocks=mtp_blocks(self.values))
-        have = {name: self.reader.specs[stored].shape for name, stored in self.stored.items()}
-        optional = {name for name, tensor in self.table.items() if tensor.optional}
-        check_shapes(folder, have, {name: tensor.shape for name, tensor in self.table.items()}, optional)
-        self.copies = sorted(optional & have.keys())
-        for name in self.copies:
-            original = self.table[name].copy_of
-            if original is not None and not self.reader.equal(self.stored[name], self.stored[original]):
-                raise ConfigError(f"{folder}: {name} is not equal to {original}; expected a copy of it")
-
-    def _untied(self, config: ModelConfig) -> ModelConfig:
-        """The model, untied if its head differs from its embedding and the family's class ignores
-        tie_word_embeddings."""
-        family, (head, embedding) = names.FAMILIES[self.family], names.head_and_embedding(self.family)
-        both = head in self.stored and embedding in self.stored
-        if family.ties or not config.tie_word_embeddings or not both:
-            return config
-        if self.reader.equal(self.stored[head], self.stored[embedding]):
-            return config
-        return dataclasses.replace(config, tie_word_embeddings=False)
+    @functools.cached_property
+    def tensors(self) -> HuggingFaceTensors:
+        """The folder's tensors."""
+        if not self.stored:
+            return HuggingFaceTensors(self.folder, self.values)
+        check_files(self.folder)
+        return HuggingFaceTensors(self.folder, self.values, self.config)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.reader.__exit__(*exception)
-
-    def tensor(self, name: str) -> np.ndarray:
-        """A tensor, by its name in the table."""
-        return self.reader.read(self.stored[name])
-
-    def dtype(self, name: str) -> np.dtype:
-        """A tensor's dtype in the file."""
-        return self.reader.specs[self.stored[name]].dtype
+        if "tensors" in vars(self):
+            self.tensors.close()
 
     def parameters(self) -> dict[names.Path, Spec]:
-        """Shape and dtype of every parameter; the dtype is the narrowest that holds all its pieces."""
-        dtypes: dict[names.Path, np.dtype] = {}
-        for name, tensor in self.table.items():
-            for piece in tensor.pieces:
-                dtypes[piece.path] = promoted([self.dtype(name), *filter(None, [dtypes.get(piece.path)])])
-        return {path: Spec(shape, dtypes[path]) for path, shape in names.leaf_shapes(self.table).items()}
+        """Shape and dtype of every parameter."""
+        return self.tensors.parameters()
 
     def parameter(self, path: names.Path, spec: Spec) -> np.ndarray:
         """A parameter, assembled from its pieces."""
-        return self._assembled(path, (), spec)
+        return self.tensors.assembled(path, (), spec)
 
     def piece(self, path: names.Path, index: tuple[int, ...]) -> np.ndarray:
         """A parameter at `index` of its leading axes, from the tensors that hold a part of it."""
-        return self._assembled(path, index, self._specs[path])
-
-    def _assembled(self, path: names.Path, index: tuple[int, ...], spec: Spec) -> np.ndarray:
-        depth = len(index)
-        array = np.empty(spec.shape[depth:], spec.dtype)
-        for name, piece in self._pieces[path]:
-            if piece.index[:depth] == index[: len(piece.index)]:
-                part = piece.take(self.tensor(name))
-                array[piece.index[depth:]] = part[index[len(piece.index) :]]
-        return array
-
-    @functools.cached_property
-    def _specs(self) -> dict[names.Path, Spec]:
-        return self.parameters()
+        return self.tensors.piece(path, index)
 
     def tokenizer(self) -> Tokenizer | None:
         """See `Folder.tokenizer`."""
-        return read_tokenizer(self.folder)
+        return read_tokenizer(self.folder / "tokenizer" if self.stored else self.folder)
 
     def read(self, built: Built, plan: Plan, dtype: str) -> tuple[nnx.State, nnx.State]:
         """See `Folder.read`."""
         return read_leaves(self, built, plan, dtype)
 
     def keep(self, run_dir: Path) -> None:
-        """See `Folder.keep`."""
+        """See `Folder.keep`. The run's parameters are not quantised."""
         copy_files([GENERATION], self.folder, run_dir)
-        kept = {"config": self.values}
+        kept = {"config": unquantised(self.values)}
         write_atomically(run_dir / KEPT, (json.dumps(kept, indent=2) + "\n").encode())
 
-    @functools.cached_property
-    def _pieces(self) -> dict[names.Path, list[tuple[str, names.Piece]]]:
-        found: dict[names.Path, list[tuple[str, names.Piece]]] = {}
-        for name, tensor in self.table.items():
-            for piece in tensor.pieces:
-                found.setdefault(piece.path, []).append((name, piece))
-        return found
+
+def read_kept(folder: Path) -> dict[str, Any]:
+    """What an Orogen or run folder keeps of a Hugging Face folder. Raises ConfigError."""
+    return read_json(folder / KEPT, KEPT_FORM) if (folder / KEPT).is_file() else {}
+
+
+def check_files(folder: Path) -> None:
+    """Compares an Orogen folder's files with its checksums, if it has any. Raises ConfigError."""
+    if (folder / checksums.NAME).exists():
+        checksums.check(folder)
 
 
 def read_run_config(folder: Path) -> RunConfig:
@@ -314,11 +274,3 @@ def copy_files(files: Iterable[str], source: Path, target: Path) -> None:
         if (source / file).is_file():
             target.mkdir(exist_ok=True)
             write_atomically(target / file, (source / file).read_bytes())
-
-
-def promoted(dtypes: Iterable[np.dtype]) -> np.dtype:
-    """The narrowest dtype that holds all of them."""
-    first, *rest = set(dtypes)
-    for dtype in rest:
-        first = np.dtype(jnp.promote_types(first, dtype))
-    return first

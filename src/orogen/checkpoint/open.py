@@ -6,7 +6,15 @@ from typing import NamedTuple
 
 from flax import nnx
 
-from orogen.checkpoint.folders import CONFIG, Folder, HuggingFaceFolder, OrogenFolder, RunFolder
+from orogen.checkpoint.folders import (
+    AS_STORED,
+    CONFIG,
+    Folder,
+    HuggingFaceFolder,
+    OrogenFolder,
+    RunFolder,
+    read_kept,
+)
 from orogen.config.checks import ConfigError, require
 from orogen.config.dtype import WEIGHTS
 from orogen.config.model import ModelConfig
@@ -42,7 +50,10 @@ def open_folder(folder: Path) -> RunFolder | OrogenFolder | HuggingFaceFolder:
     if folder.parent.name == "checkpoints" and folder.name.isdecimal() and (folder.parents[1] / CONFIG).is_file():
         return RunFolder(folder.parents[1], int(folder.name))
     if (folder / CONFIG).is_file():
-        return RunFolder(folder) if (folder / "checkpoints").is_dir() else OrogenFolder(folder)
+        if (folder / "checkpoints").is_dir():
+            return RunFolder(folder)
+        stored = read_kept(folder).get("tensors") == AS_STORED
+        return HuggingFaceFolder(folder, stored=True) if stored else OrogenFolder(folder)
     if (folder / "config.json").is_file():
         return HuggingFaceFolder(folder)
     raise ConfigError(

@@ -13,6 +13,7 @@ from flax import nnx
 
 from orogen.checkpoint import checksums
 from orogen.checkpoint.folders import (
+    AS_STORED,
     CONFIG,
     GENERATION,
     KEPT,
@@ -21,22 +22,21 @@ from orogen.checkpoint.folders import (
     OrogenFolder,
     RunFolder,
     copy_files,
-    promoted,
+    read_kept,
 )
 from orogen.checkpoint.leaves import check_shapes, dotted, leaves_of
 from orogen.checkpoint.open import open_folder, read_model
+from orogen.checkpoint.tensors import HuggingFaceTensors, promoted, unquantised
 from orogen.config.checks import ConfigError
 from orogen.config.files import write_atomically
-from orogen.config.json_file import ListOf, MapOf, Record, read_json
 from orogen.config.load import model_text
 from orogen.config.model import ModelConfig
 from orogen.config.streams import say
 from orogen.convert import names
 from orogen.convert.config import family_of, mtp_blocks, write_config
+from orogen.convert.quantization import FILE as QUANTIZATION
 from orogen.convert.tensor_files import Spec, TensorWriter, check_fits, new_folder
 from orogen.data.tokenizer import Tokenizer
-
-KEPT_FORM = Record({}, {"config": dict, "dtypes": MapOf(str), "copies": ListOf(str)})
 
 THREADS = 2  # as many tensors are in memory at a time
 
@@ -52,25 +52,39 @@ def from_hf(source: Path, target: Path, *, fits: Fits = lambda tensor, held: Non
     interrupted conversion leaves no `target`. The files get checksums, as a run's do.
     """
     with HuggingFaceFolder(source) as folder:
-        fits(*max(((name, spec.nbytes) for name, spec in folder.reader.specs.items()), key=lambda item: item[1]))
-        specs = folder.parameters()
-        expected = _tensor_dtypes(folder.table, {path: spec.dtype for path, spec in specs.items()})
-        others = {n: folder.dtype(n).name for n in folder.stored if folder.dtype(n) != expected[n]}
-        kept = {"config": folder.values, "dtypes": others, "copies": folder.copies}
+        tensors = folder.tensors
+        fits(*max(((name, spec.nbytes) for name, spec in tensors.reader.specs.items()), key=lambda item: item[1]))
         with new_folder(target) as scratch:
-            with TensorWriter(scratch, {dotted(path): spec for path, spec in specs.items()}) as writer:
-
-                def write(name: str) -> None:
-                    array = folder.tensor(name)
-                    for piece in folder.table[name].pieces:
-                        writer.write(dotted(piece.path), piece.take(array), piece.index)
-
-                _for_each(write, [name for name, tensor in folder.table.items() if tensor.pieces])
+            kept = _copy_stored(tensors, scratch) if tensors.parts else _write_parameters(tensors, scratch)
             copy_files(TOKENIZER_FILES, source, scratch / "tokenizer")
-            copy_files([GENERATION], source, scratch)
-            write_atomically(scratch / KEPT, (json.dumps(kept, indent=2) + "\n").encode())
+            copy_files([GENERATION, QUANTIZATION], source, scratch)
+            write_atomically(scratch / KEPT, (json.dumps({"config": folder.values} | kept, indent=2) + "\n").encode())
             write_atomically(scratch / CONFIG, model_text(folder.config).encode())
             checksums.write(scratch)
+
+
+def _write_parameters(tensors: HuggingFaceTensors, target: Path) -> dict[str, Any]:
+    """Writes the parameters under our names; returns what else the Hugging Face folder said."""
+    specs = tensors.parameters()
+    expected = _tensor_dtypes(tensors.table, {path: spec.dtype for path, spec in specs.items()})
+    others = {n: tensors.dtype(n).name for n in tensors.stored if tensors.dtype(n) != expected[n]}
+    with TensorWriter(target, {dotted(path): spec for path, spec in specs.items()}) as writer:
+
+        def write(name: str) -> None:
+            array = tensors.tensor(name)
+            for piece in tensors.table[name].pieces:
+                writer.write(dotted(piece.path), piece.take(array), piece.index)
+
+        _for_each(write, [name for name, tensor in tensors.table.items() if tensor.pieces])
+    return {"dtypes": others, "copies": tensors.copies}
+
+
+def _copy_stored(tensors: HuggingFaceTensors, target: Path) -> dict[str, Any]:
+    """Writes the tensors of a quantised folder as they are stored."""
+    specs = tensors.reader.specs
+    with TensorWriter(target, specs) as writer:
+        _for_each(lambda name: writer.write(name, tensors.reader.read(name)), list(specs))
+    return {"tensors": AS_STORED}
 
 
 def to_hf(
@@ -92,8 +106,8 @@ def to_hf(
     name what transformers computes differently. Raises ConfigError, also for a number too large for its tensor's dtype,
     and then leaves no `target`.
     """
-    kept = read_json(source / KEPT, KEPT_FORM) if (source / KEPT).is_file() else {}
-    values: dict[str, Any] = kept.get("config", {})
+    kept = read_kept(source)
+    values: dict[str, Any] = unquantised(kept.get("config", {}))
     family = values.get("model_type") or family_of(config)
     written = write_config(family, config, values or None, context=context)
     table = names.table(family, config, mtp_blocks=mtp_blocks(written))
@@ -127,16 +141,32 @@ def to_hf(
 def export(source: Path, target: Path, *, dtype: str | None = None, fits: Fits = lambda tensor, held: None) -> None:
     """`to_hf` of a run folder or an Orogen checkpoint folder.
 
-    dtype: None keeps the dtypes of an Orogen checkpoint folder, and writes a run's float32 masters as bfloat16.
+    dtype: None keeps the dtypes of an Orogen checkpoint folder, quantised tensors included, and writes a run's float32
+    masters as bfloat16. With a dtype, quantised tensors are decoded.
     """
     with open_folder(source) as folder:
         if isinstance(folder, HuggingFaceFolder):
-            expected = "expected a run or an Orogen checkpoint folder"
-            raise ConfigError(f"{str(source)!r} is a Hugging Face folder; {expected}")
+            if not folder.stored:
+                expected = "expected a run or an Orogen checkpoint folder"
+                raise ConfigError(f"{str(source)!r} is a Hugging Face folder; {expected}")
+            if dtype is None:
+                _export_stored(folder, target, fits)
+                return
         context = folder.row_length if isinstance(folder, RunFolder) else None
         specs, read = folder_tensors(folder)
         dtype = dtype or ("bfloat16" if folder.masters else None)
         to_hf(folder.config, specs, read, source, target, dtype=dtype, context=context, fits=fits)
+
+
+def _export_stored(folder: HuggingFaceFolder, target: Path, fits: Fits) -> None:
+    """Writes a quantised Orogen folder as the Hugging Face folder that it was, or would be."""
+    tensors, source = folder.tensors, folder.folder
+    fits(*max(((name, spec.nbytes) for name, spec in tensors.reader.specs.items()), key=lambda item: item[1]))
+    with new_folder(target) as scratch:
+        _copy_stored(tensors, scratch)
+        copy_files(TOKENIZER_FILES, source / "tokenizer", scratch)
+        copy_files([GENERATION, QUANTIZATION], source, scratch)
+        write_atomically(scratch / "config.json", (json.dumps(folder.values, indent=2) + "\n").encode())
 
 
 def folder_tensors(folder: RunFolder | OrogenFolder | HuggingFaceFolder) -> tuple[Mapping[names.Path, Spec], Read]:

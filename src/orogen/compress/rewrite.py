@@ -16,9 +16,9 @@ from orogen.checkpoint.folders import (
     OrogenFolder,
     RunFolder,
     copy_files,
-    promoted,
 )
 from orogen.checkpoint.leaves import check_shapes, dotted, leaves_of
+from orogen.checkpoint.tensors import promoted
 from orogen.checkpoint.transfer import folder_tensors
 from orogen.config.checks import ConfigError
 from orogen.config.files import write_atomically

@@ -13,6 +13,7 @@ from orogen.config.reads import layers_read, plain_model
 from orogen.convert.defaults import NULLS
 from orogen.convert.fields import Fields
 from orogen.convert.forms import FORMS
+from orogen.convert.quantization import read_quantization
 
 # Fields on which a model's outputs do not depend: settings of training and of computation.
 FREE = (
@@ -42,7 +43,7 @@ def read_config(values: dict[str, Any], *, mtp: bool = True) -> tuple[str, Model
     """
     fields = Fields(values)
     family = fields.family
-    fields.expect("quantization_config")
+    read_quantization(values)
     form = FORMS[family]
     found = {ours: fields.get(theirs) for ours, theirs in form.names.items()}
     found |= form.fixed

@@ -26,7 +26,9 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+PACKED = np.dtype(np.uint8)
+QUANTISED = {"F8_E4M3": np.dtype(jnp.float8_e4m3fn), "U8": PACKED}  # only in quantised checkpoints
+NAMES = {dtype: name for name, dtype in (DTYPES | QUANTISED).items()}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 MAX_HEADER_BYTES = 10**8  # the limit of safetensors itself
@@ -59,15 +61,16 @@ class TensorReader:
     """The tensors of a folder, read with pread, which several threads may do at once. Use as a context manager.
 
     ignored: whether to skip the tensor of this name, whatever its dtype: it has no Spec and is never read.
-    Raises ConfigError if the folder has no safetensors files, or one that is truncated, malformed or quantised.
+    quantised: whether numbers of 8 bits are allowed. Raises ConfigError if the folder has no safetensors files, or one
+    that is truncated, malformed or of other dtypes.
     """
 
-    def __init__(self, folder: Path, *, ignored: Callable[[str], bool] = lambda name: False):
+    def __init__(self, folder: Path, *, ignored: Callable[[str], bool] = lambda name: False, quantised: bool = False):
         self._locations: dict[str, _Location] = {}
         self._open: dict[Path, int] = {}
         self._lock = threading.Lock()
         for file in _files(folder):
-            for name, location in _header(file, ignored).items():
+            for name, location in _header(file, ignored, DTYPES | QUANTISED if quantised else DTYPES).items():
                 if name in self._locations:
                     raise ConfigError(f"{file}: {name} is in {self._locations[name].file.name} too; expected it once")
                 self._locations[name] = location
@@ -264,7 +267,7 @@ def _check_link(folder: Path, name: str) -> None:
         raise ConfigError(f"{folder / name} is a link to {target}; expected a file of its folder or a cache's blob")
 
 
-def _header(file: Path, ignored: Callable[[str], bool]) -> dict[str, _Location]:
+def _header(file: Path, ignored: Callable[[str], bool], dtypes: Mapping[str, np.dtype]) -> dict[str, _Location]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -279,7 +282,7 @@ def _header(file: Path, ignored: Callable[[str], bool]) -> dict[str, _Location]:
     locations, end = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         start, stop = entry["data_offsets"]
-        spec = None if ignored(name) else _spec(f"{file}: {name}", entry)
+        spec = None if ignored(name) else _spec(f"{file}: {name}", entry, dtypes)
         if 8 + length + stop > size:
             raise ConfigError(f"{file} is truncated: {name} lies at {start} to {stop} of {size - 8 - length} bytes")
         if spec is None and stop < start:
@@ -297,13 +300,14 @@ def _header(file: Path, ignored: Callable[[str], bool]) -> dict[str, _Location]:
     return locations
 
 
-def _spec(where: str, entry: dict[str, Any]) -> Spec:
+def _spec(where: str, entry: dict[str, Any], dtypes: Mapping[str, np.dtype]) -> Spec:
     """Shape and dtype of a header's entry. Raises ConfigError for an unsupported dtype or too many axes."""
-    if entry["dtype"] not in DTYPES:
-        raise ConfigError(f"{where} is {entry['dtype']}; expected one of {', '.join(DTYPES)}, not quantised weights")
+    if entry["dtype"] not in dtypes:
+        but = ", not quantised weights" if dtypes is DTYPES else ""
+        raise ConfigError(f"{where} is {entry['dtype']}; expected one of {', '.join(dtypes)}{but}")
     if len(entry["shape"]) > MAX_AXES:
         raise ConfigError(f"{where} has {len(entry['shape'])} axes; expected at most {MAX_AXES}")
-    return Spec(tuple(entry["shape"]), DTYPES[entry["dtype"]])
+    return Spec(tuple(entry["shape"]), dtypes[entry["dtype"]])
 
 
 def _make_header(specs: Mapping[str, Spec]) -> tuple[bytes, dict[str, int]]:
