@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from orogen.config.load import load, load_curation, load_part
+from orogen.config.load import load, load_curation, load_part, load_quantization
 from orogen.config.upcycle import UpcycleConfig
 from orogen.model.lm import build
 from orogen.parallel.describe import describe_plan
@@ -83,6 +83,15 @@ def test_upcycle_file_says_how_a_model_is_upcycled(file):
     assert load_part(UpcycleConfig, [file]).experts > 1
 
 
+@pytest.mark.parametrize("file", sorted((CONFIGS / "quantize").glob("*.gin")), ids=stem)
+def test_quantize_file_suits_the_published_models(file):
+    _, _, config = load_quantization([file], [])
+    for name in ("nemotron3_nano_30b_a3b", "nemotron3_super_120b_a12b"):
+        model = load([CONFIGS / "models" / f"{name}.gin"])[0].model
+        assert any(names != ("plain",) for layer in config.choices(model) for names in layer.values())
+    assert f"# orogen quantize --checkpoint HF_FOLDER --gin_file gin_configs/quantize/{file.name} " in file.read_text()
+
+
 @pytest.mark.parametrize("file", sorted((CONFIGS / "data").glob("*.gin")), ids=stem)
 def test_data_file_holds_data_alone(file):
     config, _ = load([file])
@@ -130,7 +139,7 @@ def test_no_record_outlives_its_recipe():
 
 
 def test_every_gin_file_is_of_a_known_kind():
-    kinds = ("models", "plans", "precision", "data", "recipes", "upcycle", "curation")
+    kinds = ("models", "plans", "precision", "data", "recipes", "upcycle", "quantize", "curation")
     known = [file for kind in kinds for file in (CONFIGS / kind).glob("*.gin")]
     assert sorted(known) == sorted(CONFIGS.rglob("*.gin"))
 

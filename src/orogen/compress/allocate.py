@@ -87,7 +87,9 @@ def summary(units: Sequence[Unit], formats: Sequence[str]) -> Allocation:
     """The bits and the score of a choice."""
     counted = sum(unit.counted for unit in units)
     bits = sum(BITS[name] * unit.counted for unit, name in zip(units, formats, strict=True)) / counted
-    score = sum(0.0 if name == PLAIN else unit.scores.get(name, math.nan) for unit, name in zip(units, formats, strict=True))
+    score = sum(
+        0.0 if name == PLAIN else unit.scores.get(name, math.nan) for unit, name in zip(units, formats, strict=True)
+    )
     return Allocation(list(formats), bits, score)
 
 

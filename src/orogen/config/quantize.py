@@ -140,7 +140,7 @@ class QuantizeConfig:
         inner = range(self.first_layers, len(main) - self.last_layers)
         present = {kind for letter in main for kind in kinds_of(letter, model)}
         usual = self.candidates if self.format == AUTO else (self.format,)
-        named = {kind: usual for kind in KINDS}
+        named = dict.fromkeys(KINDS, usual)
         for entry in self.keep:
             kind, _, names = entry.partition(":")
             named |= dict.fromkeys(GROUPS.get(kind, (kind,)), tuple(names.split("|")))

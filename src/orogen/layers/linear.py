@@ -48,9 +48,7 @@ def linears(
     them a common one."""
     formats, weights_df = plan.recipe.linear, [plan.weight(w) for w in weights]
     if (measured := plan.recipe.measures(kind)) is not None:
-        place = _place(weights[0], plan, kind, call)
-        apart = lambda x, weights_df: tuple(multiply(x, w_df) for w_df in weights_df)  # noqa: E731
-        return measured_products(x_btd, weights_df, apart, measured, place, plan)
+        return _measured(x_btd, weights, plan, measured, _place(weights[0], plan, kind, call))
     if kind is not None and (products := plan.recipe.products(kind)) is not None:
         how, probe = _how(products, plan, kind, call)
         return rounded_products(x_btd, weights_df, how, _places(x_btd, weights, plan), probe)
@@ -62,9 +60,11 @@ def linears(
     return tuple(y_nf.reshape(*x_btd.shape[:-1], -1) for y_nf in parts_nf)
 
 
-def linear_plain(x_btd: Array, weight: nnx.Param, plan: Plan) -> Array:
+def linear_plain(x_btd: Array, weight: nnx.Param, plan: Plan, kind: str | None = None, *, call: int = 0) -> Array:
     """x w in the compute dtype, whatever the recipe: for results that are too narrow to gain from another format, or
-    that are exponentiated into decays."""
+    that are exponentiated into decays. kind: of a weight that quantised models store with those of this kind."""
+    if (measured := plan.recipe.measures(kind)) is not None:
+        return _measured(x_btd, (weight,), plan, measured, _place(weight, plan, kind, call))[0]
     return multiply(x_btd, plan.weight(weight))
 
 
@@ -101,6 +101,17 @@ def grouped(
     grouped_how = GroupedHow(how, rows[1], implementation)
     settings: Any = {"rows": rows[0], "how": grouped_how, "places": places, "probe": probe}
     return rounded_grouped(x_rd, weight_edf, group_sizes, **settings)
+
+
+def _measured(
+    x_btd: Array, weights: Sequence[nnx.Param], plan: Plan, measured: Measured, place: Place
+) -> tuple[Array, ...]:
+    """`linears`, measured."""
+
+    def product(x_btd: Array, weights_df: Sequence[Array]) -> tuple[Array, ...]:
+        return tuple(multiply(x_btd, w_df) for w_df in weights_df)
+
+    return measured_products(x_btd, [plan.weight(w) for w in weights], product, measured, place, plan)
 
 
 def _measured_rows(

@@ -118,7 +118,9 @@ def _backward(where, kept, grads):
     once = 1.0 if where.partial is None else where.plan.index(where.partial) == 0
     scores = []
     for error in errors:
-        squares = (jnp.square(jnp.clip(g.astype(jnp.float32) * e, -CLIP, CLIP)) for g, e in zip(grads, error, strict=True))
+        squares = (
+            jnp.square(jnp.clip(g.astype(jnp.float32) * e, -CLIP, CLIP)) for g, e in zip(grads, error, strict=True)
+        )
         scores.append(where.plan.total(sum((jnp.sum(s) for s in squares), start=jnp.zeros(())) * once))
     nothing = [jnp.zeros(())] * (len(probe) - 1 - len(scores))
     return grads, jnp.stack([largest, *scores, *nothing]), None, None
@@ -141,23 +143,28 @@ def _applied(
     target = measured.applied
     assert target is not None, "the caller looked"
     if not measured.weights:
-        return _rounded_input(x, target, largest), weights
+        return _rounded_input(x, target, place, plan, largest), weights
     return _rounded_pair(x, weights, target, place, plan, largest)
 
 
 def _rounded_pair(
     x: Array, weights: Sequence[Array], target: Target, place: Place, plan: Plan, largest: Array | None
 ) -> tuple[Array, Sequence[Array]]:
-    return _rounded_input(x, target, largest), rounded_weights(weights, target, place, plan)
+    return _rounded_input(x, target, place, plan, largest), rounded_weights(weights, target, place, plan)
 
 
-def _rounded_input(x: Array, target: Target, largest: Array | None) -> Array:
+def _rounded_input(x: Array, target: Target, place: Place, plan: Plan, largest: Array | None) -> Array:
+    """With the calibrated scale; with fp8_channel, with each token's own."""
     if target.format == "plain" or not target.inputs:
         return x
-    if largest is None:
+    if target.format == "fp8_channel":
+        largest = _over_ranks(jnp.max(magnitude(x), -1, keepdims=True), (place.inputs,), plan)
+    elif largest is not None:
+        largest = largest.reshape([1] * x.ndim)
+    else:
         raise ValueError(f"inputs in {target.format} without calibrated magnitudes; expected Plan.maxima")
     blocks = (*[1] * (x.ndim - 1), target.input.block or 1)
-    found = encode(x.astype(jnp.float32), target.input, blocks, largest.reshape([1] * x.ndim))
+    found = encode(x.astype(jnp.float32), target.input, blocks, largest)
     return (found.value * found.scale).astype(x.dtype)
 
 

@@ -150,7 +150,9 @@ def _searched(sizes: tuple[Array, Array, Array], form: Format, inside: tuple[int
         new = jnp.sum((value * scale - ratio) ** 2, inside, keepdims=True)
         new_found = _Found(scale, value, saturated)
         better = new < error
-        return jnp.where(better, new, error), _Found(*(jnp.where(better, *two) for two in zip(new_found, found, strict=True)))
+        return jnp.where(better, new, error), _Found(
+            *(jnp.where(better, *two) for two in zip(new_found, found, strict=True))
+        )
 
     start = _Found(*(vary_like(x, sizes) for x in by(jnp.uint8(1))))
     worst = vary_like(jnp.full(block.shape, jnp.inf), sizes)
