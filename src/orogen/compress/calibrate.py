@@ -5,6 +5,7 @@ Letters: l layers of the pattern, f candidates.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -92,12 +93,13 @@ class Passes:
     ) -> float:  # fmt: skip
         """Nats per token. applied: by layer and kind, how inputs are rounded, with scales from `maxima`; weights are
         taken as they are. params: of the same model, in place of the opened ones."""
-        plan = self.opened.plan
+        opened = self.opened
         if any(target.inputs for layer in applied for target in layer.values()):
             layers = [{k: Measured(applied=t) for k, t in layer.items() if t.inputs} for layer in applied]
             plan = dataclasses.replace(self._plan(layers), maxima=maxima)
-        opened = self.opened
-        measured = measure(opened.built, OBJECTIVE, opened.config, plan, self.dtype)
+            measured = measure(opened.built, OBJECTIVE, opened.config, plan, self.dtype)
+        else:
+            measured = self._measure
         params = placement.working(opened.params if params is None else params, opened.plan)
         nats = count = 0.0
         for batch in batches:
@@ -105,6 +107,11 @@ class Passes:
             nats, count = nats + float(found.sum), count + float(found.count)
             self.progress()
         return nats / max(count, 1)
+
+    @functools.cached_property
+    def _measure(self) -> Callable[..., Any]:
+        opened = self.opened
+        return measure(opened.built, OBJECTIVE, opened.config, opened.plan, self.dtype)
 
     def _plan(self, layers: Sequence[Layer], candidates: int = 0) -> Plan:
         """The plan whose layers measure this, those of the multi-token-prediction block nothing."""

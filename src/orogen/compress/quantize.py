@@ -1,6 +1,7 @@
 """Post-training quantisation: calibrate, choose formats, write the folder, and measure the loss before and after."""
 
 import contextlib
+import functools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,9 +35,10 @@ class Calibrated(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """A written folder: the choice, the error of each unit's weights, stored bits per weight, and the loss after, with
-    inputs rounded as the formats say and with weights alone rounded."""
+    """A written folder: its config, the choice, the error of each unit's weights, stored bits per weight, and the loss
+    after, with inputs rounded as the formats say and with weights alone rounded."""
 
+    config: QuantizeConfig
     allocation: Allocation
     units: list[Unit]
     errors: dict[Key, Error]
@@ -121,13 +123,13 @@ class Quantiser:
                     scores[layer, unit] = {name: float(score) for name, score in pairs} | {PLAIN: 0.0}
         return scores
 
-    def units(self, calibrated: Calibrated) -> list[Unit]:
+    def units(self, calibrated: Calibrated, config: QuantizeConfig) -> list[Unit]:
         """All units of the layers, with the formats that each may have."""
         model, found = self.folder.config, []
         share = 1.0
-        if self.config.cost == "active" and model.n_routed_experts:
+        if config.cost == "active" and model.n_routed_experts:
             share = (model.num_experts_per_tok or 1) / model.n_routed_experts
-        for (layer, name), formats in by_unit(self.choices).items():
+        for (layer, name), formats in by_unit(config.choices(model)).items():
             if (size := self.sizes.get((layer, name), 0)) == 0:
                 continue
             known = calibrated.scores.get((layer, name), {})
@@ -135,18 +137,19 @@ class Quantiser:
             found.append(Unit(layer, name, size, size * (share if name == ROUTED else 1.0), scores))
         return found
 
-    def write(self, calibrated: Calibrated, target: Path, *, effective_bits: float | None = None) -> Outcome:
-        """Chooses formats, writes the Orogen folder `target`, opens it and measures its loss. effective_bits: in place
-        of the config's."""
-        units = self.units(calibrated)
-        if self.config.format == AUTO:
-            allocation = allocate(units, effective_bits or self.config.effective_bits)
+    def write(self, calibrated: Calibrated, target: Path, config: QuantizeConfig | None = None) -> Outcome:
+        """Chooses formats, writes the Orogen folder `target`, opens it and measures its loss. config: one that needs no
+        more of calibration than the one that calibrated; None: that one."""
+        config = config or self.config
+        units, choices = self.units(calibrated, config), config.choices(self.folder.config)
+        if config.format == AUTO:
+            allocation = allocate(units, config.effective_bits)
             chosen = {(u.layer, u.name): f for u, f in zip(units, allocation.formats, strict=True)}
-            formats = kinds_with(chosen, self.choices)
+            formats = kinds_with(chosen, choices)
         else:  # kinds of one unit may then differ
-            formats = [{kind: names[0] for kind, names in layer.items()} for layer in self.choices]
+            formats = [{kind: names[0] for kind, names in layer.items()} for layer in choices]
             allocation = summary(units, [formats[unit.layer][UNITS[unit.name][0]] for unit in units])
-        targets = [{kind: self.config.target(name) for kind, name in layer.items()} for layer in formats]
+        targets = [{kind: config.target(name) for kind, name in layer.items()} for layer in formats]
         entries = entries_of(self.folder, targets)
         if not entries:
             raise ConfigError("nothing would be quantised; expected fewer effective bits, or fewer kinds in keep")
@@ -154,16 +157,17 @@ class Quantiser:
         errors = write_quantised(self.folder, entries, target, maxima=calibrated.maxima)
         self.progress(f"loss after, on {self.text.tokens[1]} tokens")
         with open_folder(target) as folder:
-            passes = Passes(read_model(folder, self.plan, self.dtype, tokenizer=False), dtype=self.dtype)
-        alone = passes.loss(self.text.heldout)
+            params = read_model(folder, self.plan, self.dtype, tokenizer=False).params
+        measured = functools.partial(self.passes.loss, self.text.heldout, params=params)
+        alone = measured()
         quantised = [{k: t for k, t in layer.items() if t.format != PLAIN} for layer in targets]
         rounds = any(t.inputs for layer in quantised for t in layer.values())
-        loss = passes.loss(self.text.heldout, applied=quantised, maxima=calibrated.maxima) if rounds else alone
-        return Outcome(allocation, units, errors, bits_of(errors, self.sizes), loss, alone)
+        loss = measured(applied=quantised, maxima=calibrated.maxima) if rounds else alone
+        return Outcome(config, allocation, units, errors, bits_of(errors, self.sizes), loss, alone)
 
     def described(self, calibrated: Calibrated, outcome: Outcome) -> dict[str, Any]:
         """The record of a quantisation, as JSON has it."""
-        config = self.config
+        config = outcome.config
         errors = outcome.errors.values()
         before, after = (sum(getattr(e, name) for e in errors) for name in ("bytes_before", "bytes_after"))
         tokens = dict(zip(("calibration", "heldout"), self.text.tokens, strict=True))
