@@ -7,16 +7,19 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tests.compress.test_upcycle import save
 from tests.convert.quantised import read
+from tests.convert.synthetic import CASES, shapes, write
 from tests.helpers import bound
 from tests.precision import reference
 
+from orogen.checkpoint.folders import HuggingFaceFolder
 from orogen.checkpoint.open import open_folder
 from orogen.cli import main
 from orogen.compress.calibration_text import rows_of, text_of_files
 from orogen.compress.quantize import Quantiser, unquantised_folder
+from orogen.compress.quantised_folder import encoded, entries_of, write_quantised
 from orogen.config.data import BYTE_VOCAB_SIZE, DataConfig
 from orogen.config.model import ModelConfig
-from orogen.config.quantize import QuantizeConfig
+from orogen.config.quantize import QuantizeConfig, Target
 from orogen.data.packing import Stream
 from orogen.data.vocabulary import make_tokenizer
 
@@ -184,3 +187,35 @@ def test_refusals(refused, tmp_path, quantised):
     assert "is quantised; expected a checkpoint that is not" in refused(*again, *files, *bound(*SETTINGS))
     nothing = bound("QuantizeConfig.keep = ('mamba:plain', 'routed:plain', 'shared:plain')")
     assert "expected something to quantise among" in refused(*common, *files, *nothing)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "nemotron_h_biased"])
+@pytest.mark.parametrize("name", ["fp8", "nvfp4"])
+def test_every_family_is_written_and_read_back(case, name, tmp_path):
+    """What products read is rounded, by as much as the format is coarse; all else stays to the bit."""
+    write(tmp_path / "hf", *shapes(case))
+    config = QuantizeConfig(format=name, keep=(), inputs="none")
+    with HuggingFaceFolder(tmp_path / "hf") as folder:
+        choices = config.choices(folder.config)
+        targets = [{kind: config.target(name) for kind in layer} for layer in choices]
+        entries = entries_of(folder, targets)
+        assert {entry.weight.kind for entry in entries.values()} == {kind for layer in choices for kind in layer}
+        touched = {piece.path for name in entries for piece in folder.tensors.table[name].pieces}
+        errors = write_quantised(folder, entries, tmp_path / "out", maxima=None)
+    before, after = weights(tmp_path / "hf"), weights(tmp_path / "out")
+    for path, old in before.items():
+        old, new = old.astype(np.float64), after[path].astype(np.float64)
+        if path not in touched:
+            np.testing.assert_array_equal(new, old)
+            continue
+        relative = np.sqrt(((new - old) ** 2).sum() / (old**2).sum())
+        assert (0.015 < relative < 0.04) if name == "fp8" else (0.06 < relative < 0.13), (path, relative)
+    assert all(error.bytes_after < error.bytes_before for error in errors.values())
+
+
+def test_of_scales_with_equal_errors_the_smallest_is_taken():
+    """Ones are exact as 4 times 1/4, 2 times 1/2, 1 times 1 and 1/2 times 2."""
+    stored = encoded(np.ones((2, 3, 16), np.float32), Target(format="nvfp4", scales="mse"), np.float32([2688, 2688]))
+    np.testing.assert_array_equal(stored.global_scale, [1, 1])
+    np.testing.assert_array_equal(stored.scale.astype(np.float32), np.full((2, 3, 1), 0.25))
+    assert (stored.values == 0x66).all()

@@ -13,7 +13,7 @@ from orogen.config.evaluate import EvaluateConfig
 from orogen.config.model import ModelConfig
 from orogen.config.phases import PhaseConfig
 from orogen.config.plan import PlanConfig
-from orogen.config.precision import PrecisionConfig
+from orogen.config.precision import GROUPS, KINDS, PrecisionConfig
 from orogen.config.quantize import QuantizeConfig
 from orogen.config.run import OptimizerConfig, RunConfig, TrainConfig
 from orogen.config.sweep import SweepConfig
@@ -68,9 +68,19 @@ REFUSED = [
     (QuantizeConfig, "cost", "latency", "one of weights, active"),
     (QuantizeConfig, "sequence_length", 1, "at least 2, a token and its target"),
     (QuantizeConfig, "keep", ("head:fp8",), "no head: it stays as it is"),
-    (QuantizeConfig, "keep", ("experts:fp8",), "entries KIND:FORMAT whose kind is one of dense"),
+    (
+        QuantizeConfig,
+        "keep",
+        ("experts:fp8",),
+        f"entries KIND:FORMAT whose kind is one of {', '.join((*GROUPS, *KINDS))}",
+    ),
     (QuantizeConfig, "keep", ("mamba:int8",), "formats that are some of plain, fp8, fp8_channel, nvfp4"),
-    (QuantizeConfig, "keep", ("routed_up:fp8",), "routed in place of routed_up"),
+    (
+        QuantizeConfig,
+        "keep",
+        ("routed_up:fp8",),
+        "routed in place of routed_up: auto chooses for all of a layer's experts",
+    ),
     (QuantizeConfig, "candidates", ("fp8", "fp8"), "different ones of plain, fp8, fp8_channel, nvfp4"),
     (OptimizerConfig, "weight_decay", float("inf"), "0 or more"),
     (ModelConfig, "num_key_value_heads", 5, "a divisor of num_attention_heads = 24"),

@@ -118,7 +118,6 @@ QUANTIZE = Command(
         "orogen quantize --checkpoint HF_FOLDER --format fp8 --text calibration.jsonl --out quantised",
         "orogen quantize --checkpoint runs/quickstart --gin_file gin_configs/quantize/nemotron3_super_auto.gin "
         "--gin_file gin_configs/data/stdlib.gin --out quantised --json",
-        "orogen convert to-hf quantised HF_QUANTISED",
     ),
     add_arguments=_add_quantize_arguments,
     run=quantize,

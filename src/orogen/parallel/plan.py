@@ -134,10 +134,6 @@ class Plan:
         recipe = dataclasses.replace(self.recipe, measured=measured)
         return dataclasses.replace(self, recipe=recipe, rounding=rounding)
 
-    def without_arrays(self) -> "Plan":
-        """The plan for code that reads nothing of the step."""
-        return dataclasses.replace(self, rounding=None)
-
     def in_step(self, key: Array, tokens_bt: Array) -> "Plan":
         """The plan of a step, if it rounds. key: see `Rounding`; tokens_bt: this device's part of the global batch.
         Raises ValueError if the plan rounds but is that of a single layer."""

@@ -28,5 +28,8 @@ they fuse a product with the conversions before it and multiply in 16 bits, whic
 `linear_qkv`, `linear_fc1`) share a scale. R1 is then 1.125 x as fast. FP8 products of experts were tried: rounding
 costs more than they save (experiments/gpu_throughput).
 
+**Quantised models** are stored as `stored.py` packs them. `calibration.py` measures what decides their scales and
+formats.
+
 `OptimizerConfig.moment_dtype = 'bfloat16'` halves the optimizer's state.
 """

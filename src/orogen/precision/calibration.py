@@ -9,6 +9,7 @@ clipped to ±10^10. Source: AutoQuantize of NVIDIA/Model-Optimizer, `_get_auto_q
 Letters: f candidates.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -95,7 +96,7 @@ def scored(outcome: Callable[[Plan], Array], targets: Sequence[Target], kinds: S
 
 
 def _where(plan: Plan, partial: str | None) -> Where:
-    return Where(plan.without_arrays(), partial)
+    return Where(dataclasses.replace(plan, rounding=None), partial)
 
 
 def _errors(rounded: Sequence[Array], ys: Sequence[Array], partial: str | None, plan: Plan) -> tuple[Array, ...]:
