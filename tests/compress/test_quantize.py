@@ -15,8 +15,8 @@ from orogen.checkpoint.folders import HuggingFaceFolder
 from orogen.checkpoint.open import open_folder
 from orogen.cli import main
 from orogen.compress.calibration_text import rows_of, text_of_files
+from orogen.compress.quantised_folder import encoded, entries_of, write_entries
 from orogen.compress.quantize import Quantiser, unquantised_folder
-from orogen.compress.quantised_folder import encoded, entries_of, write_quantised
 from orogen.config.data import BYTE_VOCAB_SIZE, DataConfig
 from orogen.config.model import ModelConfig
 from orogen.config.quantize import QuantizeConfig, Target
@@ -189,7 +189,7 @@ def test_refusals(refused, tmp_path, quantised):
     assert "expected something to quantise among" in refused(*common, *files, *nothing)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "nemotron_h_biased"])
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("nemotron_h_biased", "gpt2")])
 @pytest.mark.parametrize("name", ["fp8", "nvfp4"])
 def test_every_family_is_written_and_read_back(case, name, tmp_path):
     """What products read is rounded, by as much as the format is coarse; all else stays to the bit."""
@@ -201,7 +201,7 @@ def test_every_family_is_written_and_read_back(case, name, tmp_path):
         entries = entries_of(folder, targets)
         assert {entry.weight.kind for entry in entries.values()} == {kind for layer in choices for kind in layer}
         touched = {piece.path for name in entries for piece in folder.tensors.table[name].pieces}
-        errors = write_quantised(folder, entries, tmp_path / "out", maxima=None)
+        errors = write_entries(folder, entries, tmp_path / "out", maxima=None)
     before, after = weights(tmp_path / "hf"), weights(tmp_path / "out")
     for path, old in before.items():
         old, new = old.astype(np.float64), after[path].astype(np.float64)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
-from tests.convert.synthetic import shapes
+from tests.convert.synthetic import shapes, short_nemotron_h
 
 E4M3, BF16 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.bfloat16)
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -42,7 +42,13 @@ class Case(NamedTuple):
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weights}))
 
 
-DTYPES = {"F8_E4M3": E4M3, "BF16": BF16, "U8": np.dtype(np.uint8), "F32": np.dtype(np.float32)}
+DTYPES = {
+    "F8_E4M3": E4M3,
+    "BF16": BF16,
+    "U8": np.dtype(np.uint8),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+}
 
 
 def read(folder):
@@ -59,9 +65,22 @@ def read(folder):
     return found
 
 
+def nearest(ratio, values):
+    """Places of the nearest of increasing `values`, decided in float64; of two equally near ones the even place."""
+    place = np.abs(ratio[..., None] - values).argmin(-1)
+    tie = (place < len(values) - 1) & (ratio == (values[place] + values[np.minimum(place + 1, len(values) - 1)]) / 2)
+    return place + (tie & (place % 2 == 1))
+
+
+def e4m3(ratio):
+    values = np.arange(127, dtype=np.uint8).view(E4M3).astype(np.float64)
+    codes = nearest(np.abs(ratio), values).astype(np.uint8)
+    return (codes + np.where(np.signbit(ratio), 128, 0).astype(np.uint8)).view(E4M3)
+
+
 def fp8(w, scale):
     """Codes for a scale that broadcasts to w, and the numbers that they stand for."""
-    codes = np.clip(w.astype(np.float64) / scale, -448, 448).astype(np.float32).astype(E4M3)
+    codes = e4m3(w.astype(np.float64) / scale)
     return codes, np.float32(codes.astype(np.float64) * np.float64(scale))
 
 
@@ -99,11 +118,11 @@ def nvfp4(w, inverse=False):
     )
     for i, j in np.ndindex(out, blocks):
         at = slice(16 * j, min(16 * j + 16, into))
-        scales[i, j] = np.float32(np.abs(w[i, at]).max() / 6 / factor).astype(E4M3)
+        scales[i, j] = e4m3(np.abs(w[i, at]).max() / (6 * factor))
         by = np.float64(scales[i, j]) * factor
-        nearest = np.abs(np.abs(w[i, at, None]) / by - E2M1).argmin(1)
-        codes[i, at] = nearest + 8 * (w[i, at] < 0)
-        numbers[i, at] = np.where(w[i, at] < 0, -1, 1) * E2M1[nearest] * by
+        places = nearest(np.abs(w[i, at]) / by, E2M1)
+        codes[i, at] = places + 8 * (w[i, at] < 0)
+        numbers[i, at] = np.where(w[i, at] < 0, -1, 1) * E2M1[places] * by
     packed = codes[:, 0::2] + 16 * codes[:, 1::2]
     return packed, np.float32(numbers), scales, whole
 
@@ -113,7 +132,7 @@ class _Writer:
 
     def __init__(self, tensors, kind):
         self.tensors, self.decoded = {}, {}
-        draw = np.random.default_rng(5)
+        draw, scales = np.random.default_rng(5), np.random.default_rng(6)
         for name, shape in tensors.items():
             w = (draw.normal(size=shape) / 4).astype(np.float32)
             module = name.removesuffix(".weight")
@@ -123,7 +142,7 @@ class _Writer:
                 self.tensors[name] = w.astype(dtype)
                 self.decoded[name] = self.tensors[name].astype(np.float32)
             else:
-                parts, self.decoded[name] = made(w.astype(BF16).astype(np.float32), draw)
+                parts, self.decoded[name] = made(w.astype(BF16).astype(np.float32), scales)
                 self.tensors |= {f"{module}.{part}": array for part, array in parts.items()}
 
     def case(self, config, other=None):
@@ -183,6 +202,12 @@ def is_linear(module):
     return module.rpartition(".")[2] in LINEAR
 
 
+def plain(family="nemotron_h", mtp=False):
+    """The same weights in bfloat16."""
+    config, tensors = shapes(family, mtp=mtp)
+    return _Writer(tensors, lambda module: None).case(config)
+
+
 def nano(kind="FP8"):
     """One format for all linear maps but those of attention, of the Mamba layer in front of it, and the head."""
     config, tensors = shapes("nemotron_h")
@@ -239,6 +264,19 @@ def super_mixed():
     }
     stated = {"quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": "FP8", "quantized_layers": layers}
     return made.case(config, {"producer": PRODUCER, "quantization": stated})
+
+
+def short(make, kind):
+    """Experts, then Mamba: all linear maps but the head in one format of ModelOpt."""
+    config, tensors = short_nemotron_h(96)
+    config["layers_block_type"] = config["layers_block_type"][:2]
+    tensors = {
+        name: shape
+        for name, shape in tensors.items()
+        if not name.startswith(("backbone.layers.2", "backbone.layers.3"))
+    }
+    made = _Writer(tensors, lambda module: make if is_linear(module) else None)
+    return made.case(config, {"quantization": {"quant_algo": kind, "exclude_modules": ["lm_head"]}})
 
 
 def compressed(form, strategy, make, family="qwen3_moe"):

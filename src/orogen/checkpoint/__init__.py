@@ -17,6 +17,15 @@ In Python, `open_model(folder, plan, dtype)` opens the model of any such folder 
 `convert from-hf` writes the same numbers under our names; the round trip is exact to the bit. Missing, surplus and
 misshapen tensors are refused, all in one list, before anything is written.
 
+**Quantised checkpoints** of ModelOpt (FP8 by tensor or channel, blocks, NVFP4, mixed), compressed-tensors
+(float-quantized, naive-quantized, nvfp4-pack-quantized) and DeepSeek's FP8 blocks open as any other: their weights are
+decoded a tensor at a time, in float32, and become the requested dtype (`convert/quantization.py`, `parts.py`,
+`precision/stored.py`). So generate, serve, score, evaluate and training see decoded weights in the compute dtype, and
+round no inputs; scales of inputs and of the key/value cache are kept and not used. `convert from-hf` copies their
+tensors, numbers and scales, into an Orogen folder, from which `to-hf` writes the same tensors and descriptions to the
+bit; `to-hf --dtype bfloat16` writes decoded ones. Where description and tensors contradict each other, the folder is
+refused. `quantised.py` writes such a folder from any other.
+
 **One protocol for all folders** (`Folder`): a config, a tokenizer, and `read`, which places the parameters as a plan
 shards them. Orogen and Hugging Face folders are read one parameter at a time. A run's checkpoint is restored in its
 saved layout; if the plan's layout (whole, or in pipeline stages) differs, it is restored spread over all devices and

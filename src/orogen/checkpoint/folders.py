@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from orogen.checkpoint import checksums
+from orogen.checkpoint.held import Held
 from orogen.checkpoint.leaves import (
     check_finite,
     dotted,
@@ -235,6 +236,10 @@ class HuggingFaceFolder:
     def read(self, built: Built, plan: Plan, dtype: str) -> tuple[nnx.State, nnx.State]:
         """See `Folder.read`."""
         return read_leaves(self, built, plan, dtype)
+
+    def read_held(self, built: Built, plan: Plan, dtype: str) -> tuple[nnx.State, nnx.State]:
+        """As `read`, but weights of products that are stored in FP8 stay so (`precision.scaled`)."""
+        return read_leaves(self, built, plan, dtype, hold=Held(self.tensors).array)
 
     def keep(self, run_dir: Path) -> None:
         """See `Folder.keep`. The run's parameters are not quantised."""

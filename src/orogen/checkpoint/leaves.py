@@ -1,6 +1,6 @@
 """A model's parameters one by one: their names in files, their shapes, and their placement on a plan."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -66,13 +66,21 @@ def check_shapes(
         raise ConfigError(f"{folder} does not hold the model of its config: {'; '.join(faults)}")
 
 
-def read_leaves(source: Leaves, built: Built, plan: Plan, dtype: str) -> tuple[nnx.State, nnx.State]:
+# A parameter in another form than an array, given its path and sharding; None: it is an array.
+Hold = Callable[[names.Path, Any, Plan], Any]
+
+
+def read_leaves(
+    source: Leaves, built: Built, plan: Plan, dtype: str, *, hold: Hold = lambda path, sharding, plan: None
+) -> tuple[nnx.State, nnx.State]:
     """`Folder.read` of a folder with a whole model; one parameter is in the host's memory at a time."""
     whole, have = build(source.config), source.parameters()
     want = {dotted(path): leaf.get_value().shape for path, leaf in leaves_of(whole.params, whole.buffers).items()}
     check_shapes(source.folder, {dotted(path): spec.shape for path, spec in have.items()}, want)
 
     def put(path: names.Path, leaf: Any, sharding: Any) -> nnx.Variable:
+        if (held := hold(path, sharding, plan)) is not None:
+            return leaf.replace(held)
         array, wanted = source.parameter(path, have[path]), leaf.get_value()
         check_fits(f"{source.folder}: {dotted(path)}", array, wanted.dtype)
         if array.shape != wanted.shape:  # padding rows of the vocabulary

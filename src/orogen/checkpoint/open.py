@@ -15,8 +15,10 @@ from orogen.checkpoint.folders import (
     RunFolder,
     read_kept,
 )
+from orogen.checkpoint.held import Held
 from orogen.config.checks import ConfigError, require
 from orogen.config.dtype import WEIGHTS
+from orogen.config.engine import DECODED
 from orogen.config.model import ModelConfig
 from orogen.config.plan import FOR_GPU, PlanConfig
 from orogen.config.run import RunConfig
@@ -71,12 +73,18 @@ def open_model(
 
 
 def read_model(
-    folder: Folder, plan: PlanConfig | None = None, dtype: str = "float32", *, tokenizer: bool = True
+    folder: Folder,
+    plan: PlanConfig | None = None,
+    dtype: str = "float32",
+    *,
+    tokenizer: bool = True,
+    weights: str = DECODED,
 ) -> Opened:
     """The model of an open folder on `plan`. Raises ConfigError.
 
     plan: None: one device, with kernels that run on any backend and no dropped tokens. dtype: of the parameters, except
-    those that are used in float32. tokenizer: whether to read the folder's tokenizer.
+    those that are used in float32. tokenizer: whether to read the folder's tokenizer. weights: `fp8` holds the weights
+    that a quantised folder stores in FP8 as they are, half the bytes of bfloat16, for an engine; `decoded` does not.
     """
     if dtype not in WEIGHTS:
         raise ConfigError(f"dtype is {dtype!r}; expected {', '.join(WEIGHTS)}")
@@ -90,7 +98,13 @@ def read_model(
         chosen, built = single_device_plan(_on_one_device(folder.plan), folder.config), build(folder.config)
     else:
         chosen, built = assemble(folder.config, plan)
-    params, buffers = folder.read(built, chosen, dtype)
+    if weights == DECODED:
+        params, buffers = folder.read(built, chosen, dtype)
+    elif isinstance(folder, HuggingFaceFolder) and built.layout == build(folder.config).layout:
+        params, buffers = folder.read_held(built, chosen, dtype)
+    else:
+        expected = "'decoded': the checkpoint is not quantised, or the plan has stages"
+        raise ConfigError(f"EngineConfig.weights is {weights!r}; expected {expected}")
     return Opened(folder.config, chosen, built, params, buffers, loaded)
 
 
@@ -100,3 +114,11 @@ def _on_one_device(plan: PlanConfig | None) -> PlanConfig:
         return PlanConfig(dispatch="allgather")
     kernels = {field: getattr(PlanConfig, field) for field in FOR_GPU if getattr(plan, field) == FOR_GPU[field]}
     return dataclasses.replace(plan.dropping_none(), **kernels, linear="plain", offload=(), offload_optimizer=False)
+
+
+def held_share(folder: Folder, dtype: str) -> float:
+    """The bytes that `read_model` holds with `weights='fp8'`, over those of all parameters in `dtype`. Raises
+    ConfigError for a folder without weights in FP8."""
+    if not isinstance(folder, HuggingFaceFolder):
+        raise ConfigError("EngineConfig.weights is 'fp8'; expected 'decoded': the checkpoint is not quantised")
+    return Held(folder.tensors).share(dtype)

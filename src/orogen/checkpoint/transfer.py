@@ -1,11 +1,10 @@
 """Converts Orogen checkpoint folders and runs to Hugging Face folders, and back, one tensor at a time."""
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +28,7 @@ from orogen.checkpoint.open import open_folder, read_model
 from orogen.checkpoint.tensors import HuggingFaceTensors, promoted, unquantised
 from orogen.config.checks import ConfigError
 from orogen.config.files import write_atomically
+from orogen.config.json_file import read_json
 from orogen.config.load import model_text
 from orogen.config.model import ModelConfig
 from orogen.config.streams import say
@@ -87,6 +87,54 @@ def _copy_stored(tensors: HuggingFaceTensors, target: Path) -> dict[str, Any]:
     return {"tensors": AS_STORED}
 
 
+class Layout(NamedTuple):
+    """A Hugging Face checkpoint that parameters can be written into: its config.json, the table of its tensors, their
+    shapes and dtypes, and a function that reads parameters."""
+
+    family: str
+    values: dict[str, Any]
+    table: names.Table
+    specs: dict[str, Spec]
+    read: Read
+
+    def tensor(self, name: str, dtype: np.dtype | None = None) -> np.ndarray:
+        """A tensor, assembled. Raises ConfigError for a number too large for its dtype."""
+        tensor, array = self.table[name], np.empty(self.specs[name].shape, dtype or self.specs[name].dtype)
+        for piece in self.table[tensor.copy_of].pieces if tensor.copy_of else tensor.pieces:
+            part = self.read(piece.path, piece.index)
+            check_fits(name, part, array.dtype)
+            piece.put(array, part)
+        return array
+
+
+def layout_of(
+    config: ModelConfig,
+    specs: Mapping[names.Path, Spec],
+    read: Read,
+    source: Path,
+    *,
+    dtype: str | None = None,
+    context: int | None = None,
+) -> Layout:
+    """The Hugging Face checkpoint of a model; arguments as in `to_hf`."""
+    kept = _kept(source)
+    values: dict[str, Any] = unquantised(kept.get("config", {}))
+    family = values.get("model_type") or family_of(config)
+    written = write_config(family, config, values or None, context=context)
+    table = names.table(family, config, mtp_blocks=mtp_blocks(written))
+    wanted = names.leaf_shapes(table)
+    check_shapes(source, {dotted(p): s.shape for p, s in specs.items()}, {dotted(p): s for p, s in wanted.items()})
+    copies = kept.get("copies", [n for n, t in table.items() if t.optional and t.written])
+    if not names.FAMILIES[family].ties:  # its class would initialise a missing head at random
+        copies = [*copies, names.HEAD]
+    table = {n: t for n, t in table.items() if not t.optional or n in copies}
+    dtypes = _target_dtypes(table, {path: spec.dtype for path, spec in specs.items()}, dtype, kept.get("dtypes", {}))
+    written = _with_dtype(written, values, dtypes.values())
+    if not values:
+        written = {**written, **_special_ids(source / "tokenizer")}
+    return Layout(family, written, table, {name: Spec(t.shape, dtypes[name]) for name, t in table.items()}, read)
+
+
 def to_hf(
     config: ModelConfig,
     specs: Mapping[names.Path, Spec],
@@ -106,36 +154,24 @@ def to_hf(
     name what transformers computes differently. Raises ConfigError, also for a number too large for its tensor's dtype,
     and then leaves no `target`.
     """
-    kept = read_kept(source)
-    values: dict[str, Any] = unquantised(kept.get("config", {}))
-    family = values.get("model_type") or family_of(config)
-    written = write_config(family, config, values or None, context=context)
-    table = names.table(family, config, mtp_blocks=mtp_blocks(written))
-    wanted = names.leaf_shapes(table)
-    check_shapes(source, {dotted(p): s.shape for p, s in specs.items()}, {dotted(p): s for p, s in wanted.items()})
-    copies = kept.get("copies", [n for n, t in table.items() if t.optional and t.written])
-    if not names.FAMILIES[family].ties:  # its class would initialise a missing head at random
-        copies = [*copies, names.HEAD]
-    table = {n: t for n, t in table.items() if not t.optional or n in copies}
-    dtypes = _target_dtypes(table, {path: spec.dtype for path, spec in specs.items()}, dtype, kept.get("dtypes", {}))
-    fits(*max(((n, math.prod(t.shape) * dtypes[n].itemsize) for n, t in table.items()), key=lambda item: item[1]))
-    written = _with_dtype(written, values, dtypes.values())
-    if not values:
-        written = {**written, **_special_ids(source / "tokenizer")}
+    layout = layout_of(config, specs, read, source, dtype=dtype, context=context)
+    fits(*max(((name, spec.nbytes) for name, spec in layout.specs.items()), key=lambda item: item[1]))
     with new_folder(target) as scratch:
-        with TensorWriter(scratch, {name: Spec(t.shape, dtypes[name]) for name, t in table.items()}) as writer:
-            for name, tensor in table.items():  # without threads: a tensor is in memory twice here
-                array = np.empty(tensor.shape, dtypes[name])
-                for piece in table[tensor.copy_of].pieces if tensor.copy_of else tensor.pieces:
-                    part = read(piece.path, piece.index)
-                    check_fits(name, part, array.dtype)
-                    piece.put(array, part)
-                writer.write(name, array)
+        with TensorWriter(scratch, layout.specs) as writer:
+            for name in layout.table:  # without threads: a tensor is in memory twice here
+                writer.write(name, layout.tensor(name))
         copy_files(TOKENIZER_FILES, source / "tokenizer", scratch)
         copy_files([GENERATION], source, scratch)
-        write_atomically(scratch / "config.json", (json.dumps(written, indent=2) + "\n").encode())
-    for remark in names.remarks(family, config, mtp_blocks=mtp_blocks(written)):
+        write_atomically(scratch / "config.json", (json.dumps(layout.values, indent=2) + "\n").encode())
+    for remark in names.remarks(layout.family, config, mtp_blocks=mtp_blocks(layout.values)):
         say(f"{target}: {remark}")
+
+
+def _kept(source: Path) -> dict[str, Any]:
+    """What is kept of a Hugging Face folder, or the config of `source` if it is one."""
+    if (source / CONFIG).is_file() or not (source / "config.json").is_file():
+        return read_kept(source)
+    return {"config": read_json(source / "config.json")}
 
 
 def export(source: Path, target: Path, *, dtype: str | None = None, fits: Fits = lambda tensor, held: None) -> None:

@@ -1,11 +1,10 @@
-"""Writes an Orogen checkpoint folder whose weights are quantised, a tensor at a time, from a Hugging Face folder.
+"""A quantised checkpoint from one that is not: the encoding of each tensor, and the scales of inputs.
 
-The tensors keep the names, the packing and the description that NVIDIA/Model-Optimizer gives them
-(`convert/quantization.py`), so that `orogen convert to-hf` has nothing to compute.
+Where tensors are and how files describe them is `checkpoint/quantised.py`'s: as NVIDIA/Model-Optimizer stores them, or,
+for FP8 without rounded inputs, which it does not have, as compressed-tensors does.
 """
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,45 +12,28 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from orogen.checkpoint import checksums
-from orogen.checkpoint.folders import (
-    AS_STORED,
-    CONFIG,
-    GENERATION,
-    KEPT,
-    TOKENIZER_FILES,
-    HuggingFaceFolder,
-    copy_files,
-)
+from orogen.checkpoint.folders import HuggingFaceFolder
+from orogen.checkpoint.quantised import linear_modules, parts_by_name, write_quantised
 from orogen.compress.units import Weight, weights_of
 from orogen.config.checks import ConfigError
-from orogen.config.files import write_atomically
-from orogen.config.load import model_text
 from orogen.config.precision import GROUPS, KINDS
 from orogen.config.quantize import BITS, PLAIN, ROUTED, Target
 from orogen.config.rounded import Operand
-from orogen.convert.parts import Parts, module_of, parts_of
-from orogen.convert.quantization import FIELD, FILE, MIXED, MODELOPT
-from orogen.convert.tensor_files import Spec, TensorWriter, new_folder
+from orogen.convert.describe import Description, describe
+from orogen.convert.parts import Parts, module_of
 from orogen.precision import rounding
 from orogen.precision.stored import E4M3, Stored, decode, encode, float32_scale, largest_magnitudes, nvfp4_bound
 
-# The name of a format in a file's description, with rounded inputs and without.
-ALGORITHMS = {
-    ("fp8", True): "FP8", ("fp8", False): "FP8",
-    ("fp8_channel", True): "FP8_PER_CHANNEL_PER_TOKEN", ("fp8_channel", False): "FP8_PER_CHANNEL_PER_TOKEN",
-    ("nvfp4", True): "NVFP4", ("nvfp4", False): "W4A16_NVFP4",
-}  # fmt: skip
+# The formats as they are stored.
+STORED = {"fp8": "fp8_tensor", "fp8_channel": "fp8_channel", "nvfp4": "nvfp4"}
 FP8_LARGEST = 448.0
-SCALAR = Spec((), np.dtype(np.float32))
 
 
 class Entry(NamedTuple):
-    """One quantised tensor. group: the tensors that share a float32 scale."""
+    """One tensor that becomes quantised. group: the tensors that share a float32 scale."""
 
     weight: Weight
     target: Target
-    parts: Parts
     group: tuple[Any, ...]
 
 
@@ -77,80 +59,58 @@ def entries_of(folder: HuggingFaceFolder, targets: Sequence[Mapping[str, Target]
     found = {}
     for name, weight in weights_of(tensors.table, folder.config).items():
         target = targets[weight.layer].get(weight.kind)
-        if target is None or target.format == PLAIN:
-            continue
-        parts = parts_of(name, tensors.table[name], MODELOPT[ALGORITHMS[target.format, target.inputs]])
-        alone = weight.kind in GROUPS[ROUTED]
-        group = (name,) if alone else (weight.layer, weight.kind, min(weight.calls))
-        found[name] = Entry(weight, target, parts, group)
+        if target is not None and target.format != PLAIN:
+            alone = weight.kind in GROUPS[ROUTED]
+            group = (name,) if alone else (weight.layer, weight.kind, min(weight.calls))
+            found[name] = Entry(weight, target, group)
     return found
 
 
-def write_quantised(
+def write_entries(
     folder: HuggingFaceFolder, entries: Mapping[str, Entry], target: Path, *, maxima: np.ndarray | None
 ) -> dict[tuple[int, str], Error]:
     """Writes the Orogen folder `target`; returns the error of each unit's weights, by layer and name.
 
     maxima: (layers, kinds, calls) of calibration, for static scales of inputs. Raises ConfigError for a weight that is
-    not finite, and then leaves no `target`.
+    not finite, or that no layout of files describes, and then leaves no `target`.
     """
-    tensors, found = folder.tensors, {}
-    values = {**folder.values, FIELD: {"quant_method": "modelopt", **description(folder, entries)}}
-    groups = _shared_magnitudes(folder, entries)
-    specs = {name: tensors.reader.specs[stored] for name, stored in tensors.stored.items() if name not in entries}
-    for entry in entries.values():
-        specs |= entry.parts.specs
-        specs |= dict.fromkeys(_input_names(entry), SCALAR)
-    with new_folder(target) as scratch:
-        with TensorWriter(scratch, specs) as writer:
-            for name, stored_name in tensors.stored.items():
-                if name not in entries:
-                    writer.write(name, tensors.reader.read(stored_name))
-            for name, entry in entries.items():
-                array = _oriented(tensors.tensor(name), entry)
-                stored = encoded(array, entry.target, groups[entry.group])
-                for part, numbers in entry.parts.arrays(stored).items():
-                    writer.write(part, numbers)
-                for part in _input_names(entry):
-                    writer.write(part, _input_scale(entry, maxima))
-                key = entry.weight.layer, entry.weight.unit
-                size = tensors.dtype(name).itemsize * array.size
-                found[key] = found.get(key, Error()).plus(_error(array, stored, size))
-        source = folder.folder / "tokenizer" if folder.stored else folder.folder
-        copy_files(TOKENIZER_FILES, source, scratch / "tokenizer")
-        copy_files([GENERATION], folder.folder, scratch)
-        quantization = {"producer": {"name": "orogen"}, "quantization": description(folder, entries)}
-        write_atomically(scratch / FILE, (json.dumps(quantization, indent=2) + "\n").encode())
-        kept = {"config": values, "tensors": AS_STORED}
-        write_atomically(scratch / KEPT, (json.dumps(kept, indent=2) + "\n").encode())
-        write_atomically(scratch / CONFIG, model_text(folder.config).encode())
-        checksums.write(scratch)
+    table, found = folder.tensors.table, {}
+    description = description_of(folder, entries)
+    parts = parts_by_name(table, description)
+    if lacking := sorted(entries.keys() - parts.keys()):
+        expected = "a model whose products read linear maps (out, in), or experts"
+        raise ConfigError(f"{lacking[0]} is no weight that files describe as quantised; expected {expected}")
+    groups = _shared_magnitudes(folder, entries, parts)
+    by_module = {module_of(name): name for name in entries}
+
+    def encoding(name: str, array: np.ndarray, parts: Parts) -> Stored:
+        entry = entries[name if name in entries else by_module[name]]
+        stored = encoded(array, entry.target, groups[entry.group])
+        key = entry.weight.layer, entry.weight.unit
+        size = folder.tensors.dtype(name).itemsize * array.size
+        found[key] = found.get(key, Error()).plus(_error(array, stored, size))
+        return stored
+
+    scales = {}
+    for name, entry in entries.items():
+        if entry.target.inputs and entry.target.format != "fp8_channel":
+            names = parts[name].scheme.names
+            scales[parts[name].scale.removesuffix(names.scale) + names.inputs[0]] = _input_scale(entry, maxima)
+    write_quantised(folder, target, description, encoding, scales=scales)
     return found
 
 
-def description(folder: HuggingFaceFolder, entries: Mapping[str, Entry]) -> dict[str, Any]:
-    """What ModelOpt's files say of the formats: one for all linear maps but excluded ones, or one for each."""
-    algorithms = {module_of(n): ALGORITHMS[e.target.format, e.target.inputs] for n, e in entries.items()}
-    cache = {"kv_cache_quant_algo": None}
-    if len(set(algorithms.values())) > 1:
-        layers = {name: _algorithm(algorithm) for name, algorithm in sorted(algorithms.items())}
-        return {"quant_algo": MIXED, **cache, "quantized_layers": layers}
-    (algorithm,) = set(algorithms.values())
-    table = folder.tensors.table
-    linear = {module_of(name) for name, tensor in table.items() if len(tensor.shape) > 1}
-    return {**_algorithm(algorithm), **cache, "exclude_modules": sorted(linear - algorithms.keys())}
-
-
-def _algorithm(name: str) -> dict[str, Any]:
-    return {"quant_algo": name} | ({"group_size": MODELOPT[name].block[1]} if "NVFP4" in name else {})
-
-
-def _input_names(entry: Entry) -> list[str]:
-    """The tensor of the input's static scale, if there is one."""
-    if not entry.target.inputs or entry.target.format == "fp8_channel":
-        return []
-    names = entry.parts.scheme.names
-    return [entry.parts.scale.removesuffix(names.scale) + names.inputs[0]]
+def description_of(folder: HuggingFaceFolder, entries: Mapping[str, Entry]) -> Description:
+    """What the files say of the formats."""
+    kinds = {module_of(name): STORED[entry.target.format] for name, entry in entries.items()}
+    inputs, layout = {}, "modelopt"
+    for entry in entries.values():
+        name = entry.target.format
+        static = "dynamic" if name == "fp8_channel" else "static"
+        inputs[STORED[name]] = static if entry.target.inputs else "none"
+        if name != "nvfp4" and not entry.target.inputs:
+            layout = "compressed-tensors"
+    return describe(layout, kinds, linear_modules(folder.tensors.table), inputs=inputs, cache=False)
 
 
 def _input_scale(entry: Entry, maxima: np.ndarray | None) -> np.ndarray:
@@ -160,16 +120,14 @@ def _input_scale(entry: Entry, maxima: np.ndarray | None) -> np.ndarray:
     return float32_scale(largest, nvfp4_bound() if entry.target.format == "nvfp4" else FP8_LARGEST)
 
 
-def _oriented(array: np.ndarray, entry: Entry) -> np.ndarray:
-    """The tensor as (…, out, in), in float32."""
-    return (array.swapaxes(-1, -2) if entry.parts.turned else array).astype(np.float32)
-
-
-def _shared_magnitudes(folder: HuggingFaceFolder, entries: Mapping[str, Entry]) -> dict[tuple[Any, ...], np.ndarray]:
+def _shared_magnitudes(
+    folder: HuggingFaceFolder, entries: Mapping[str, Entry], parts: Mapping[str, Parts]
+) -> dict[tuple[Any, ...], np.ndarray]:
     """The largest magnitude of each group's matrices."""
     found: dict[tuple[Any, ...], np.ndarray] = {}
     for name, entry in entries.items():
-        largest = largest_magnitudes(_oriented(folder.tensors.tensor(name), entry), "fp8_tensor")
+        array = folder.tensors.tensor(name)
+        largest = largest_magnitudes(array.swapaxes(-1, -2) if parts[name].turned else array, "fp8_tensor")
         if not np.isfinite(largest).all():
             raise ConfigError(f"{folder.folder}: {name} has a number that is not finite; expected finite weights")
         found[entry.group] = np.maximum(found.get(entry.group, largest), largest)

@@ -15,7 +15,7 @@ from orogen.checkpoint.transfer import export
 from orogen.compress.allocate import Allocation, Unit, allocate, summary
 from orogen.compress.calibrate import Passes
 from orogen.compress.calibration_text import CalibrationText
-from orogen.compress.quantised_folder import Error, bits_of, entries_of, write_quantised
+from orogen.compress.quantised_folder import Error, bits_of, entries_of, write_entries
 from orogen.compress.units import by_unit, kinds_with, sizes_of, weights_of
 from orogen.config.checks import ConfigError
 from orogen.config.plan import PlanConfig
@@ -154,7 +154,7 @@ class Quantiser:
         if not entries:
             raise ConfigError("nothing would be quantised; expected fewer effective bits, or fewer kinds in keep")
         self.progress(f"{len(entries)} tensors")
-        errors = write_quantised(self.folder, entries, target, maxima=calibrated.maxima)
+        errors = write_entries(self.folder, entries, target, maxima=calibrated.maxima)
         self.progress(f"loss after, on {self.text.tokens[1]} tokens")
         with open_folder(target) as folder:
             params = read_model(folder, self.plan, self.dtype, tokenizer=False).params

@@ -6,6 +6,7 @@ from typing import Annotated
 from orogen.config.checks import check_types, require, require_choice, require_positive
 
 DRAFTERS = ("none", "mtp", "lookup")
+DECODED, IN_FP8 = "decoded", "fp8"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,9 @@ class EngineConfig:
     ] = None
     state_dtype: Annotated[str, "dtype of Mamba's states: float32, or float16 with stochastic rounding"] = "float32"
     compute_dtype: Annotated[str, "dtype of activations, weights and keys and values: float32 or bfloat16"] = "float32"
+    weights: Annotated[
+        str, "how weights stored in FP8 are held: decoded to the compute dtype, or fp8, decoded where they are read"
+    ] = DECODED
     kernels: Annotated[str, "implementation of what only decoding uses: reference, or triton on an NVIDIA GPU"] = (
         "reference"
     )
@@ -60,6 +64,7 @@ class EngineConfig:
         require_choice(self, "drafter", DRAFTERS)
         require_choice(self, "state_dtype", ("float32", "float16"))
         require_choice(self, "kernels", ("reference", "triton"))
+        require_choice(self, "weights", (DECODED, IN_FP8))
         require_choice(self, "compute_dtype", ("float32", "bfloat16"))
         short = self.drafter == "none" or self.drafts < self.chunk
         require(short, self, "drafts", f"fewer than chunk={self.chunk}")

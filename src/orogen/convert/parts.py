@@ -8,7 +8,7 @@ have no `.weight`, prefix the same suffixes: `M.gate_up_proj`, `M.gate_up_proj_w
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -72,7 +72,7 @@ class Parts(NamedTuple):
     def read(self, read: Callable[[str], np.ndarray]) -> Stored:
         """The weight as it is stored, (…, out, in), from a function that reads tensors."""
         kind, shapes = self.scheme.kind, self._shapes
-        found = {"values": read(self.values), "scale": read(self.scale)}
+        found: dict[str, Any] = {"values": read(self.values), "scale": read(self.scale)}
         if self.global_scale is not None:
             found["global_scale"] = read(self.global_scale)
         for name, array in found.items():
@@ -119,7 +119,7 @@ def match(quantization: Quantization, table: Table, have: Mapping[str, Spec], ex
     scales: set[str] = set()
     for name, tensor in table.items():
         original = table[tensor.copy_of] if tensor.copy_of else tensor
-        if len(tensor.shape) < 2 or any(str(piece.path[-1]).endswith("bias") for piece in original.pieces):
+        if len(tensor.shape) < 2 or _is_bias(original):
             continue
         linear = is_linear(original)
         scheme = quantization.scheme(module_of(name), linear=linear)
@@ -160,8 +160,13 @@ def module_of(name: str) -> str:
 def is_linear(tensor: Tensor) -> bool:
     """Whether the tensor is the weight of linear maps, which the class LINEAR targets: routers' gates have classes of
     their own, and so have embeddings."""
-    paths = [piece.path for piece in tensor.pieces]
-    return any(p.transposed or "experts" in p.path for p in tensor.pieces) and not any("router" in p for p in paths)
+    inside = {part for piece in tensor.pieces for part in piece.path}
+    known = "experts" in inside or any(piece.transposed for piece in tensor.pieces)
+    return known and "router" not in inside and not _is_bias(tensor)
+
+
+def _is_bias(tensor: Tensor) -> bool:
+    return any(str(piece.path[-1]).endswith("bias") for piece in tensor.pieces)
 
 
 def _packed_name(name: str, have: Mapping[str, Spec]) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from orogen.command import CHECKPOINT, Command, answer, free_memory, positive
 from orogen.config.checks import ConfigError, require
+from orogen.config.engine import DECODED
 from orogen.config.evaluate import METHODS, SUITES, EvaluateConfig
 from orogen.config.streams import say
 
@@ -90,6 +91,7 @@ def evaluate(options: argparse.Namespace) -> int:
     evaluator, began = Evaluator(config), time.monotonic()
     with open_folder(options.checkpoint) as folder:
         if evaluator.writes:
+            require(engine.weights == DECODED, engine, "weights", f"{DECODED!r} here: texts are scored in memory whole")
             require_inference_fits(folder.config, plan, engine, free_memory(), settings={})
         if plan is None or plan.devices == 1:
             length = max(config.lengths) if evaluator.suites else 1

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from orogen.command import CHECKPOINT, EXIT_FAILURE, Command, answer, fail, free_memory, positive
 from orogen.config.checks import ConfigError
-from orogen.config.engine import EngineConfig
+from orogen.config.engine import IN_FP8, EngineConfig
 from orogen.config.plan import PlanConfig
 from orogen.infer.options import add_request_options, fields_of, port, seconds
 from orogen.infer.request import ERROR, held_back
@@ -217,15 +217,16 @@ def _open(
 ) -> tuple[Any, EngineConfig]:
     """The checkpoint on the plan of the bindings, and the engine's config; see `load_engine`. settings: by name, what
     `length` follows from. Raises ConfigError, also if it cannot fit into the memory."""
-    from orogen.checkpoint.open import open_folder, read_model
+    from orogen.checkpoint.open import held_share, open_folder, read_model
     from orogen.config.load import load_engine
     from orogen.simulate.fit import require_inference_fits
 
     plan, config = load_engine(bindings, rows=rows, length=length)
     with open_folder(checkpoint) as folder:
         causes = settings if settings and config.max_length == length else {}
-        require_inference_fits(folder.config, plan, config, free_memory(), settings=causes)
-        return read_model(folder, plan, config.compute_dtype), config
+        share = held_share(folder, config.compute_dtype) if config.weights == IN_FP8 else 1.0
+        require_inference_fits(folder.config, plan, config, free_memory(), settings=causes, share=share)
+        return read_model(folder, plan, config.compute_dtype, weights=config.weights), config
 
 
 def score(options: argparse.Namespace) -> int:

@@ -2,7 +2,8 @@
 
 The current layer's recipe (`Plan.recipe`) names the formats, by the kind of the weight (`config/precision.py`); a
 product without a kind follows `PlanConfig.linear` alone. call: tells apart the products of one kind in one layer.
-Products that no recipe changes have functions of their own.
+Products that no recipe changes have functions of their own. Weights that are held in 8 bits (`precision/scaled.py`) are
+decoded here.
 
 Letters: b batch, t time, n tokens (b · t), d width in, f width out, e experts, r rows sorted by expert, v vocabulary.
 """
@@ -31,6 +32,7 @@ from orogen.precision.calibration import Place, measured_products
 from orogen.precision.emulated import How, Places, rounded_products
 from orogen.precision.expert_rows import GroupedHow, RowPlaces, Rows, expert_rows, rounded_grouped
 from orogen.precision.fp8 import fp8_matmul
+from orogen.precision.scaled import weight_for
 
 # For each choice of formats, the product of rows with their expert's matrix.
 GROUPED = {IN_PLAIN: grouped_matmul}
@@ -46,9 +48,9 @@ def linears(
 ) -> tuple[Array, ...]:
     """x w for each of several weights that a model could equally store as one: a format with one scale per tensor gives
     them a common one."""
-    formats, weights_df = plan.recipe.linear, [plan.weight(w) for w in weights]
+    formats, weights_df = plan.recipe.linear, [weight_for(x_btd, plan.weight(w)) for w in weights]
     if (measured := plan.recipe.measures(kind)) is not None:
-        return _measured(x_btd, weights, plan, measured, _place(weights[0], plan, kind, call))
+        return _measured(x_btd, weights_df, plan, measured, _place(weights[0], plan, kind, call))
     if kind is not None and (products := plan.recipe.products(kind)) is not None:
         how, probe = _how(products, plan, kind, call)
         return rounded_products(x_btd, weights_df, how, _places(x_btd, weights, plan), probe)
@@ -63,9 +65,10 @@ def linears(
 def linear_plain(x_btd: Array, weight: nnx.Param, plan: Plan, kind: str | None = None, *, call: int = 0) -> Array:
     """x w in the compute dtype, whatever the recipe: for results that are too narrow to gain from another format, or
     that are exponentiated into decays. kind: of a weight that quantised models store with those of this kind."""
+    weight_df = weight_for(x_btd, plan.weight(weight))
     if (measured := plan.recipe.measures(kind)) is not None:
-        return _measured(x_btd, (weight,), plan, measured, _place(weight, plan, kind, call))[0]
-    return multiply(x_btd, plan.weight(weight))
+        return _measured(x_btd, (weight_df,), plan, measured, _place(weight, plan, kind, call))[0]
+    return multiply(x_btd, weight_df)
 
 
 def linear_float32(x_btd: Array, weight: nnx.Param, plan: Plan) -> Array:
@@ -85,9 +88,9 @@ def grouped(
 ) -> Array:
     """x w_e for the rows of each expert e, in the formats of the recipe. group_sizes: see `grouped_matmul`; rows: from
     `rows_of_experts`, if the recipe rounds them."""
-    weight_edf, implementation = plan.weight(weight), plan.config.grouped_matmul
+    weight_edf, implementation = weight_for(x_rd, plan.weight(weight)), plan.config.grouped_matmul
     if (measured := plan.recipe.measures(kind)) is not None:
-        return _measured_rows(x_rd, weight, group_sizes, plan, measured, _place(weight, plan, kind, call))
+        return _measured_rows(x_rd, weight_edf, group_sizes, plan, measured, _place(weight, plan, kind, call))
     products = None if kind is None else plan.recipe.products(kind)
     if kind is None or products is None:
         return GROUPED[plan.recipe.grouped](x_rd, weight_edf, group_sizes, implementation=implementation)
@@ -104,18 +107,18 @@ def grouped(
 
 
 def _measured(
-    x_btd: Array, weights: Sequence[nnx.Param], plan: Plan, measured: Measured, place: Place
+    x_btd: Array, weights_df: Sequence[Array], plan: Plan, measured: Measured, place: Place
 ) -> tuple[Array, ...]:
     """`linears`, measured."""
 
     def product(x_btd: Array, weights_df: Sequence[Array]) -> tuple[Array, ...]:
         return tuple(multiply(x_btd, w_df) for w_df in weights_df)
 
-    return measured_products(x_btd, [plan.weight(w) for w in weights], product, measured, place, plan)
+    return measured_products(x_btd, weights_df, product, measured, place, plan)
 
 
 def _measured_rows(
-    x_rd: Array, weight: nnx.Param, group_sizes: Array | RowGroups | int, plan: Plan, measured: Measured, place: Place
+    x_rd: Array, weight_edf: Array, group_sizes: Array | RowGroups | int, plan: Plan, measured: Measured, place: Place
 ) -> Array:
     """`grouped`, measured. Candidates are scored where the experts' outputs are combined (`moe/layer.py`)."""
     if isinstance(group_sizes, RowGroups):
@@ -127,7 +130,7 @@ def _measured_rows(
         return (product(x_rd, weights_edf[0], group_sizes, implementation=plan.config.grouped_matmul),)
 
     alone = dataclasses.replace(measured, candidates=())
-    return measured_products(x_rd, (plan.weight(weight),), rows, alone, place, plan, counted=held)[0]
+    return measured_products(x_rd, (weight_edf,), rows, alone, place, plan, counted=held)[0]
 
 
 def _place(weight: nnx.Param, plan: Plan, kind: str | None, call: int) -> Place:

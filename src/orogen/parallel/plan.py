@@ -99,7 +99,9 @@ class Plan:
 
     def specs(self, tree: Any) -> Any:
         """`tree` of variables with `axes`, the value of each replaced by its PartitionSpec inside the step."""
-        return map_variables(lambda v: spec_of(self.rules, full_axes(v)), tree)
+        # A value may be several arrays with these axes (`precision.scaled`).
+        each = lambda v: jax.tree.map(lambda _: spec_of(self.rules, full_axes(v)), v.get_value())  # noqa: E731
+        return map_variables(each, tree)
 
     def with_recipes(self, recipes: tuple[Recipe, ...] | None) -> "Plan":
         """The plan for layers with these recipes; None: all have the plan's `recipe`."""

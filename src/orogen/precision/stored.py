@@ -114,26 +114,21 @@ def largest_magnitudes(x: np.ndarray, kind: str, block: tuple[int, int] | None =
     return _split(a, rows, columns).max(axis=(-3, -1), initial=0)
 
 
-def float32_scale(largest: Any, by: float = FORMATS["e4m3"].largest) -> np.ndarray:
-    """The float32 nearest to largest / by, at least 2^-117; NaN where `largest` is not finite.
+def float32_scale(largest: Any, by: float = FORMATS["e4m3"].largest, *, inverse: bool = False) -> np.ndarray:
+    """The float32 nearest to largest / by, at least 2^-117, or to its inverse; NaN where `largest` is not finite.
 
     With `by` = 448 that is the scale of a weight, of a product's input (`input_scale`) and of the key/value cache
     (`k_scale`, `v_scale`) in FP8; with 6 · 448 (`nvfp4_bound`) the global scale of nvfp4, for inputs too.
     """
     largest = np.asarray(largest, np.float64)
-    scale = np.maximum(largest / by, 2.0**SMALLEST_POWER).astype(np.float32)
+    scale = np.maximum(largest / by, 2.0**SMALLEST_POWER)
+    scale = (1 / scale if inverse else scale).astype(np.float32)
     return np.where(np.isfinite(largest), scale, np.float32(np.nan))
 
 
 def nvfp4_bound(largest_scale: float = LARGEST_SCALE) -> float:
     """The largest magnitude over the global scale; largest_scale: of a block's, 256 for four-over-six."""
     return FORMATS["e2m1"].largest * largest_scale
-
-
-def inverse_scale(scale: Any) -> np.ndarray:
-    """The float32 nearest to 1 / scale: compressed-tensors' global scale from ModelOpt's, and back. It is rounded, so a
-    scale that a file states is kept as it is there."""
-    return (1 / np.asarray(scale, np.float64)).astype(np.float32)
 
 
 def encode(
@@ -163,8 +158,7 @@ def encode(
         by = scale.astype(np.float64)
     else:
         if global_scale is None:
-            global_scale = float32_scale(largest_magnitudes(x, "fp8_tensor"), nvfp4_bound())
-            global_scale = inverse_scale(global_scale) if inverse else global_scale
+            global_scale = float32_scale(largest_magnitudes(x, "fp8_tensor"), nvfp4_bound(), inverse=inverse)
         global_scale = np.asarray(global_scale, np.float32)
         if scale is None:
             scale, lost = _block_scales(np.asarray(largest, np.float64), global_scale, inverse)
@@ -195,7 +189,7 @@ def decode(stored: Stored, dtype: Any = FLOAT32) -> np.ndarray:
         values = unpack(stored.values, stored.shape[-1])
     else:
         values = stored.values.astype(np.float32)
-    scale = _spread(stored.scale.astype(np.float32), stored.format, stored.shape, stored.block)
+    scale = spread_scale(stored)
     with np.errstate(over="ignore", invalid="ignore"):  # NaN and infinite scales are decoded as such
         found = values * scale
         if stored.global_scale is not None:
@@ -259,6 +253,11 @@ def _spoiled(scale: np.ndarray, bad: np.ndarray, block: tuple[int, int]) -> np.n
     """nvfp4's scales, NaN for blocks with a number that is not finite: its elements have no NaN."""
     hit = _split(bad, *block).any(axis=(-3, -1))
     return np.where(hit, np.uint8(E4M3_NAN), scale.view(np.uint8)).view(E4M3)
+
+
+def spread_scale(stored: Stored) -> np.ndarray:
+    """The scales of FP8 by number, float32, broadcastable to the matrices' shape."""
+    return _spread(stored.scale.astype(np.float32), stored.format, stored.shape, stored.block)
 
 
 def _spread(scale: np.ndarray, kind: str, shape: tuple[int, ...], block: tuple[int, int]) -> np.ndarray:

@@ -91,12 +91,19 @@ def require_verification_fits(config: RunConfig, train: TrainConfig, *, host: in
 
 
 def require_inference_fits(
-    model: ModelConfig, plan: PlanConfig | None, engine: EngineConfig, memory: Memory, *, settings: dict[str, int]
+    model: ModelConfig,
+    plan: PlanConfig | None,
+    engine: EngineConfig,
+    memory: Memory,
+    *,
+    settings: dict[str, int],
+    share: float = 1.0,
 ) -> None:
     """Raises ConfigError if an engine's weights, caches and logits exceed the memory of a device. plan: None for one
-    device. settings: by name, the values from which unbound fields of the engine's config were derived."""
+    device. settings: by name, the values from which unbound fields of the engine's config were derived. share: of the
+    parameters' bytes in the compute dtype that they take; less than 1 if some are held in 8 bits."""
     plan = plan or ONE_DEVICE
-    _require("inference", [], _serving(model, plan, engine, settings), plan.devices, memory)
+    _require("inference", [], _serving(model, plan, engine, settings, share), plan.devices, memory)
 
 
 def require_scoring_fits(model: ModelConfig, memory: Memory, *, blocked: bool, rows: int, tokens: int) -> None:
@@ -226,7 +233,9 @@ def _scores(model: ModelConfig, rows: int, tokens: int, settings: dict[str, int]
     return Need("scores of attention", rows * model.num_attention_heads * tokens**2 * itemsize, settings)
 
 
-def _serving(model: ModelConfig, plan: PlanConfig, engine: EngineConfig, settings: dict[str, int]) -> list[Need]:
+def _serving(
+    model: ModelConfig, plan: PlanConfig, engine: EngineConfig, settings: dict[str, int], share: float = 1.0
+) -> list[Need]:
     """What an engine holds on one device: weights, the caches of its slots, snapshots of those, and a step's logits."""
     sizes = sizes_of(model, plan, engine)
     laid, built = assemble(model, plan, abstract=True)
@@ -241,7 +250,7 @@ def _serving(model: ModelConfig, plan: PlanConfig, engine: EngineConfig, setting
     counting = sizes.slots + sum({rows for length in buckets.lengths for rows in buckets.rows(length)})
     wide = slots | {"ModelConfig.vocab_size": model.vocab_size}
     return [
-        _parameters("parameters", model, _stored(model, plan) * BYTES[engine.compute_dtype]),
+        _parameters("parameters", model, int(_stored(model, plan) * BYTES[engine.compute_dtype] * share)),
         Need("caches of slots", caches, slots | (settings or pages)),
         Need("snapshots of the prefix cache", snapshots, {"EngineConfig.snapshots": engine.snapshots}),
         Need("logits", logits, wide),
