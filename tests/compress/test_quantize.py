@@ -17,6 +17,7 @@ from orogen.cli import main
 from orogen.compress.calibration_text import rows_of, text_of_files
 from orogen.compress.quantised_folder import encoded, entries_of, write_entries
 from orogen.compress.quantize import Quantiser, unquantised_folder
+from orogen.config.checks import ConfigError
 from orogen.config.data import BYTE_VOCAB_SIZE, DataConfig
 from orogen.config.model import ModelConfig
 from orogen.config.quantize import QuantizeConfig, Target
@@ -219,3 +220,26 @@ def test_of_scales_with_equal_errors_the_smallest_is_taken():
     np.testing.assert_array_equal(stored.global_scale, [1, 1])
     np.testing.assert_array_equal(stored.scale.astype(np.float32), np.full((2, 3, 1), 0.25))
     assert (stored.values == 0x66).all()
+
+
+def test_weights_that_no_layout_describes_are_refused(tmp_path):
+    write(tmp_path / "hf", *shapes("gpt2"))
+    config = QuantizeConfig(format="fp8", keep=())
+    with HuggingFaceFolder(tmp_path / "hf") as folder:
+        targets = [dict.fromkeys(layer, config.target("fp8")) for layer in config.choices(folder.config)]
+        with pytest.raises(ConfigError, match="is no weight that files describe as quantised; expected a model whose"):
+            write_entries(folder, entries_of(folder, targets), tmp_path / "out", maxima=None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_weight_that_is_not_finite_is_named(tmp_path):
+    write(tmp_path / "hf", *shapes("nemotron"))
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 2] = np.nan
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    config = QuantizeConfig(format="nvfp4", inputs="none")
+    with HuggingFaceFolder(tmp_path / "hf") as folder:
+        targets = [dict.fromkeys(layer, config.target("nvfp4")) for layer in config.choices(folder.config)]
+        with pytest.raises(ConfigError, match="layers.1.mlp.up_proj.weight has a number that is not finite"):
+            write_entries(folder, entries_of(folder, targets), tmp_path / "out", maxima=None)
+    assert not (tmp_path / "out").exists()

@@ -81,10 +81,9 @@ def write_entries(
         expected = "a model whose products read linear maps (out, in), or experts"
         raise ConfigError(f"{lacking[0]} is no weight that files describe as quantised; expected {expected}")
     groups = _shared_magnitudes(folder, entries, parts)
-    by_module = {module_of(name): name for name in entries}
 
     def encoding(name: str, array: np.ndarray, parts: Parts) -> Stored:
-        entry = entries[name if name in entries else by_module[name]]
+        entry = entries[name]
         stored = encoded(array, entry.target, groups[entry.group])
         key = entry.weight.layer, entry.weight.unit
         size = folder.tensors.dtype(name).itemsize * array.size
