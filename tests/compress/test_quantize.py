@@ -11,7 +11,7 @@ from tests.convert.synthetic import CASES, shapes, write
 from tests.helpers import bound
 from tests.precision import reference
 
-from orogen.checkpoint.folders import HuggingFaceFolder
+from orogen.checkpoint.folders import HuggingFaceFolder, RunFolder
 from orogen.checkpoint.open import open_folder
 from orogen.cli import main
 from orogen.compress.calibration_text import rows_of, text_of_files
@@ -58,6 +58,7 @@ def quantised(tmp_path_factory):
 
 def weights(folder):
     with open_folder(folder) as opened:
+        assert not isinstance(opened, RunFolder)
         return {path: opened.piece(path, ()) for path in opened.parameters()}
 
 
@@ -216,7 +217,9 @@ def test_every_family_is_written_and_read_back(case, name, tmp_path):
 
 def test_of_scales_with_equal_errors_the_smallest_is_taken():
     """Ones are exact as 4 times 1/4, 2 times 1/2, 1 times 1 and 1/2 times 2."""
-    stored = encoded(np.ones((2, 3, 16), np.float32), Target(format="nvfp4", scales="mse"), np.float32([2688, 2688]))
+    stored = encoded(
+        np.ones((2, 3, 16), np.float32), Target(format="nvfp4", scales="mse"), np.full(2, 2688, np.float32)
+    )
     np.testing.assert_array_equal(stored.global_scale, [1, 1])
     np.testing.assert_array_equal(stored.scale.astype(np.float32), np.full((2, 3, 1), 0.25))
     assert (stored.values == 0x66).all()

@@ -78,7 +78,7 @@ def _place(
                 continue
             number, home = found
             name = path[length:]
-            tables = {EXPERTS: _ROUTED, SHARED: _SHARED}
+            tables: dict[Leaf, dict[str, tuple[str, int]]] = {EXPERTS: _ROUTED, SHARED: _SHARED}
             table = tables.get(name[:2], PRODUCTS[home.letter] if len(name) == 2 else {})
             if name[0] == "mixer" and str(name[-1]) in table:
                 return number, *table[str(name[-1])]

@@ -78,7 +78,7 @@ class Recipe:
 
     def measures(self, kind: str | None) -> Measured | None:
         """What products with weights of this kind measure; None if nothing."""
-        return dict(self.measured).get(kind)
+        return None if kind is None else dict(self.measured).get(kind)
 
 
 # By the names of `PlanConfig.linear`.

@@ -50,7 +50,7 @@ def linears(
     them a common one."""
     formats, weights_df = plan.recipe.linear, [weight_for(x_btd, plan.weight(w)) for w in weights]
     if (measured := plan.recipe.measures(kind)) is not None:
-        return _measured(x_btd, weights_df, plan, measured, _place(weights[0], plan, kind, call))
+        return _measured(x_btd, weights_df, _place(weights[0], measured, plan, (kind, call)))
     if kind is not None and (products := plan.recipe.products(kind)) is not None:
         how, probe = _how(products, plan, kind, call)
         return rounded_products(x_btd, weights_df, how, _places(x_btd, weights, plan), probe)
@@ -67,7 +67,7 @@ def linear_plain(x_btd: Array, weight: nnx.Param, plan: Plan, kind: str | None =
     that are exponentiated into decays. kind: of a weight that quantised models store with those of this kind."""
     weight_df = weight_for(x_btd, plan.weight(weight))
     if (measured := plan.recipe.measures(kind)) is not None:
-        return _measured(x_btd, (weight_df,), plan, measured, _place(weight, plan, kind, call))[0]
+        return _measured(x_btd, (weight_df,), _place(weight, measured, plan, (kind, call)))[0]
     return multiply(x_btd, weight_df)
 
 
@@ -90,7 +90,7 @@ def grouped(
     `rows_of_experts`, if the recipe rounds them."""
     weight_edf, implementation = weight_for(x_rd, plan.weight(weight)), plan.config.grouped_matmul
     if (measured := plan.recipe.measures(kind)) is not None:
-        return _measured_rows(x_rd, weight_edf, group_sizes, plan, measured, _place(weight, plan, kind, call))
+        return _measured_rows(x_rd, weight_edf, group_sizes, _place(weight, measured, plan, (kind, call)))
     products = None if kind is None else plan.recipe.products(kind)
     if kind is None or products is None:
         return GROUPED[plan.recipe.grouped](x_rd, weight_edf, group_sizes, implementation=implementation)
@@ -106,37 +106,35 @@ def grouped(
     return rounded_grouped(x_rd, weight_edf, group_sizes, **settings)
 
 
-def _measured(
-    x_btd: Array, weights_df: Sequence[Array], plan: Plan, measured: Measured, place: Place
-) -> tuple[Array, ...]:
+def _measured(x_btd: Array, weights_df: Sequence[Array], place: Place) -> tuple[Array, ...]:
     """`linears`, measured."""
 
     def product(x_btd: Array, weights_df: Sequence[Array]) -> tuple[Array, ...]:
         return tuple(multiply(x_btd, w_df) for w_df in weights_df)
 
-    return measured_products(x_btd, weights_df, product, measured, place, plan)
+    return measured_products(x_btd, weights_df, product, place)
 
 
-def _measured_rows(
-    x_rd: Array, weight_edf: Array, group_sizes: Array | RowGroups | int, plan: Plan, measured: Measured, place: Place
-) -> Array:
+def _measured_rows(x_rd: Array, weight_edf: Array, group_sizes: Array | RowGroups | int, place: Place) -> Array:
     """`grouped`, measured. Candidates are scored where the experts' outputs are combined (`moe/layer.py`)."""
     if isinstance(group_sizes, RowGroups):
         raise ValueError("rows that name their experts cannot be measured; expected rows sorted by expert")
+    plan = place.plan
     product = GROUPED[plan.recipe.grouped]
     held = True if isinstance(group_sizes, int) else (jnp.arange(len(x_rd)) < jnp.sum(group_sizes))[:, None]
 
     def rows(x_rd: Array, weights_edf: Sequence[Array]) -> tuple[Array, ...]:
         return (product(x_rd, weights_edf[0], group_sizes, implementation=plan.config.grouped_matmul),)
 
-    alone = dataclasses.replace(measured, candidates=())
-    return measured_products(x_rd, (weight_edf,), rows, alone, place, plan, counted=held)[0]
+    alone = place._replace(measured=dataclasses.replace(place.measured, candidates=()))
+    return measured_products(x_rd, (weight_edf,), rows, alone, counted=held)[0]
 
 
-def _place(weight: nnx.Param, plan: Plan, kind: str | None, call: int) -> Place:
+def _place(weight: nnx.Param, measured: Measured, plan: Plan, product: tuple[str | None, int]) -> Place:
+    kind, call = product
     assert kind is not None, "only weights of a kind are measured"
-    split = [axis if axis not in (None, *SHARDED) and plan.rules[axis] else None for axis in _axes(weight)]
-    return Place(KINDS.index(kind), call, *split)
+    inputs, outputs = (axis if axis not in (None, *SHARDED) and plan.rules[axis] else None for axis in _axes(weight))
+    return Place(measured, plan, KINDS.index(kind), call, inputs, outputs)
 
 
 def _axes(weight: nnx.Param) -> Sequence[str | None]:

@@ -26,7 +26,7 @@ from orogen.moe.experts import Experts
 from orogen.moe.router import Router, RouterLosses, Routing, expert_counts, router_losses
 from orogen.parallel.context import zigzag
 from orogen.parallel.plan import Plan
-from orogen.precision.calibration import scored
+from orogen.precision.calibration import with_scores
 
 ROUTED = GROUPS["routed"]
 
@@ -135,7 +135,7 @@ class MoE(nnx.Module):
                 return add_bias(linear(y_btw, self.latent_up, plan, "latent_up"), self.latent_up_bias)
 
             measured = plan.recipe.measures(ROUTED[0])
-            y_btd = outcome(plan) if measured is None else scored(outcome, measured.candidates, ROUTED, plan)
+            y_btd = outcome(plan) if measured is None else with_scores(outcome, measured.candidates, ROUTED, plan)
         return y_btd, stats
 
     def _numbers(self, x_btd: Array, routing: Routing, keep_btk: Array, plan: Plan, capacity: int) -> Array:

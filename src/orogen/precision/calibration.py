@@ -31,9 +31,12 @@ Product = Callable[[Array, Sequence[Array]], Sequence[Array]]
 
 
 class Place(NamedTuple):
-    """Of a product: the number of its kind, and of the product among those of its kind in the layer; the axis over
-    which its weights' inputs are split, None: each rank has all; and that of the outputs."""
+    """Of a product: what it measures, on which plan; the number of its kind, and of the product among those of its kind
+    in the layer; the axis over which its weights' inputs are split, None: each rank has all; and that of the
+    outputs."""
 
+    measured: Measured
+    plan: Plan
     kind: int
     call: int
     inputs: str | None
@@ -54,17 +57,17 @@ def probe_shape(layers: int, candidates: int) -> tuple[int, ...]:
 
 
 def measured_products(
-    x: Array, weights: Sequence[Array], product: Product, measured: Measured, place: Place, plan: Plan,
-    *, counted: Array | bool = True,
-) -> tuple[Array, ...]:  # fmt: skip
-    """The outputs of x (…, d) for each weight (…, d, f), computed and measured as `measured` says. counted: which rows
-    of x there are."""
+    x: Array, weights: Sequence[Array], product: Product, place: Place, *, counted: Array | bool = True
+) -> tuple[Array, ...]:
+    """The outputs of x (…, d) for each weight (…, d, f), computed and measured as `place` says. counted: which rows of
+    x there are."""
+    measured, plan = place.measured, place.plan
     rounding = plan.rounding
     if rounding is None:
         raise ValueError("a recipe measures products outside a pass over a batch; expected Plan.in_step")
-    largest = _input_largest(plan, place)
     if measured.applied is not None:
-        x, weights = _applied(x, weights, measured, place, plan, largest)
+        x = _rounded_input(x, measured.applied, place)
+        weights = rounded_weights(weights, measured.applied, place) if measured.weights else weights
     ys = tuple(product(x, weights))
     if rounding.probe_l is None:
         return ys
@@ -74,13 +77,13 @@ def measured_products(
     found = plan.agreed(finite_or_infinite(jnp.max(seen, initial=0)))
     errors = []
     for target in measured.candidates:
-        both = _rounded_pair(x, weights, target, place, plan, largest)
+        both = _rounded_input(x, target, place), rounded_weights(weights, target, place)
         rounded = jax.lax.stop_gradient(tuple(product(*both)))
         errors.append(_errors(rounded, ys, place.inputs, plan))
     return _probed(_where(plan, place.inputs), ys, probe, found, errors)
 
 
-def scored(outcome: Callable[[Plan], Array], targets: Sequence[Target], kinds: Sequence[str], plan: Plan) -> Array:
+def with_scores(outcome: Callable[[Plan], Array], targets: Sequence[Target], kinds: Sequence[str], plan: Plan) -> Array:
     """outcome(plan), which is also scored with the products of these kinds rounded as each target says; the scores are
     those of the first kind. For outputs of several products that are quantised together."""
     y = outcome(plan)
@@ -92,7 +95,8 @@ def scored(outcome: Callable[[Plan], Array], targets: Sequence[Target], kinds: S
         applied = tuple((kind, Measured(applied=target, weights=True)) for kind in kinds)
         other = jax.lax.stop_gradient(outcome(plan.measuring(applied)))
         errors.append(_errors((other,), (y,), None, plan))
-    return _probed(_where(plan, None), (y,), probe, jnp.zeros(()), errors)[0]
+    (scored,) = _probed(_where(plan, None), (y,), probe, jnp.zeros(()), errors)
+    return scored
 
 
 def _where(plan: Plan, partial: str | None) -> Where:
@@ -105,7 +109,7 @@ def _errors(rounded: Sequence[Array], ys: Sequence[Array], partial: str | None, 
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _probed(where: Where, ys: tuple[Array, ...], probe: Array, largest: Array, errors: Any) -> tuple[Array, ...]:
+def _probed(where: Where, ys: tuple[Array, ...], probe: Array, largest: Array, errors: Any) -> Any:
     return ys
 
 
@@ -130,38 +134,22 @@ def _backward(where, kept, grads):
 _probed.defvjp(_forward, _backward)
 
 
-def _input_largest(plan: Plan, place: Place) -> Array | None:
+def _input_largest(place: Place) -> Array | None:
     """The calibrated magnitude of this product's input, a scalar."""
-    rounding = plan.rounding
+    rounding = place.plan.rounding
     if rounding is None or rounding.maxima is None:
         return None
     return jnp.asarray(rounding.maxima)[rounding.layer_l[0], place.kind, place.call]
 
 
-def _applied(
-    x: Array, weights: Sequence[Array], measured: Measured, place: Place, plan: Plan, largest: Array | None
-) -> tuple[Array, Sequence[Array]]:
-    target = measured.applied
-    assert target is not None, "the caller looked"
-    if not measured.weights:
-        return _rounded_input(x, target, place, plan, largest), weights
-    return _rounded_pair(x, weights, target, place, plan, largest)
-
-
-def _rounded_pair(
-    x: Array, weights: Sequence[Array], target: Target, place: Place, plan: Plan, largest: Array | None
-) -> tuple[Array, Sequence[Array]]:
-    return _rounded_input(x, target, place, plan, largest), rounded_weights(weights, target, place, plan)
-
-
-def _rounded_input(x: Array, target: Target, place: Place, plan: Plan, largest: Array | None) -> Array:
+def _rounded_input(x: Array, target: Target, place: Place) -> Array:
     """With the calibrated scale; with fp8_channel, with each token's own."""
     if target.format == "plain" or not target.inputs:
         return x
     if target.format == "fp8_channel":
-        largest = _over_ranks(jnp.max(magnitude(x), -1, keepdims=True), (place.inputs,), plan)
-    elif largest is not None:
-        largest = largest.reshape([1] * x.ndim)
+        largest = _over_ranks(jnp.max(magnitude(x), -1, keepdims=True), (place.inputs,), place.plan)
+    elif (known := _input_largest(place)) is not None:
+        largest = known.reshape([1] * x.ndim)
     else:
         raise ValueError(f"inputs in {target.format} without calibrated magnitudes; expected Plan.maxima")
     blocks = (*[1] * (x.ndim - 1), target.input.block or 1)
@@ -169,17 +157,17 @@ def _rounded_input(x: Array, target: Target, place: Place, plan: Plan, largest: 
     return (found.value * found.scale).astype(x.dtype)
 
 
-def rounded_weights(weights: Sequence[Array], target: Target, place: Place, plan: Plan) -> tuple[Array, ...]:
+def rounded_weights(weights: Sequence[Array], target: Target, place: Place) -> tuple[Array, ...]:
     """The weights (…, d, f) as the target stores them, decoded. They share the scale of their tensor; with fp8_channel,
     of each output."""
     if target.format == "plain":
         return tuple(weights)
     sizes = [magnitude(w) for w in weights]
     if target.format == "fp8_channel":
-        largest = [_over_ranks(jnp.max(a, -2, keepdims=True), (place.inputs,), plan) for a in sizes]
+        largest = [_over_ranks(jnp.max(a, -2, keepdims=True), (place.inputs,), place.plan) for a in sizes]
     else:
         axes = (place.inputs, place.outputs)
-        each = [_over_ranks(jnp.max(a, (-2, -1), keepdims=True), axes, plan) for a in sizes]
+        each = [_over_ranks(jnp.max(a, (-2, -1), keepdims=True), axes, place.plan) for a in sizes]
         largest = [functools.reduce(jnp.maximum, each)] * len(weights)
     found = []
     for w, most in zip(weights, largest, strict=True):
