@@ -47,7 +47,12 @@ class Error(NamedTuple):
 
     def plus(self, other: "Error") -> "Error":
         """Both together."""
-        return Error(*(a + b for a, b in zip(self, other, strict=True)))
+        return Error(
+            self.errors + other.errors,
+            self.squares + other.squares,
+            self.bytes_before + other.bytes_before,
+            self.bytes_after + other.bytes_after,
+        )
 
 
 def entries_of(folder: HuggingFaceFolder, targets: Sequence[Mapping[str, Target]]) -> dict[str, Entry]:

@@ -95,8 +95,8 @@ def with_scores(outcome: Callable[[Plan], Array], targets: Sequence[Target], kin
         applied = tuple((kind, Measured(applied=target, weights=True)) for kind in kinds)
         other = jax.lax.stop_gradient(outcome(plan.measuring(applied)))
         errors.append(_errors((other,), (y,), None, plan))
-    (scored,) = _probed(_where(plan, None), (y,), probe, jnp.zeros(()), errors)
-    return scored
+    found: Any = _probed(_where(plan, None), (y,), probe, jnp.zeros(()), errors)
+    return found[0]
 
 
 def _where(plan: Plan, partial: str | None) -> Where:
