@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from orogen.config.load import load, load_curation, load_part, load_search
+from orogen.config.load import load, load_curation, load_part, load_quantization, load_search
 from orogen.config.upcycle import UpcycleConfig
 from orogen.model.lm import build
 from orogen.parallel.describe import describe_plan
@@ -81,6 +81,15 @@ def test_plan_file_holds_a_plan_alone(file):
 @pytest.mark.parametrize("file", sorted((CONFIGS / "upcycle").glob("*.gin")), ids=stem)
 def test_upcycle_file_says_how_a_model_is_upcycled(file):
     assert load_part(UpcycleConfig, [file]).experts > 1
+
+
+@pytest.mark.parametrize("file", sorted((CONFIGS / "quantize").glob("*.gin")), ids=stem)
+def test_quantize_file_suits_the_published_models(file):
+    _, _, config = load_quantization([file], [])
+    for name in ("nemotron3_nano_30b_a3b", "nemotron3_super_120b_a12b"):
+        model = load([CONFIGS / "models" / f"{name}.gin"])[0].model
+        assert any(names != ("plain",) for layer in config.choices(model) for names in layer.values())
+    assert f"# orogen quantize --checkpoint HF_FOLDER --gin_file gin_configs/quantize/{file.name} " in file.read_text()
 
 
 @pytest.mark.parametrize("file", sorted((CONFIGS / "posttrain").glob("*.gin")), ids=stem)
@@ -156,7 +165,18 @@ def test_no_record_outlives_its_recipe():
 
 
 def test_every_gin_file_is_of_a_known_kind():
-    kinds = ("models", "plans", "precision", "data", "recipes", "upcycle", "curation", "posttrain", "search")
+    kinds = (
+        "models",
+        "plans",
+        "precision",
+        "data",
+        "recipes",
+        "upcycle",
+        "quantize",
+        "curation",
+        "posttrain",
+        "search",
+    )
     known = [file for kind in kinds for file in (CONFIGS / kind).glob("*.gin")]
     assert sorted(known) == sorted(CONFIGS.rglob("*.gin"))
 

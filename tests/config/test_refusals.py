@@ -14,8 +14,9 @@ from orogen.config.evaluate import EvaluateConfig
 from orogen.config.model import ModelConfig
 from orogen.config.phases import PhaseConfig
 from orogen.config.plan import PlanConfig
-from orogen.config.precision import PrecisionConfig
+from orogen.config.precision import GROUPS, KINDS, PrecisionConfig
 from orogen.config.preference import PreferenceConfig
+from orogen.config.quantize import QuantizeConfig
 from orogen.config.run import OptimizerConfig, RunConfig, TrainConfig
 from orogen.config.search import SearchConfig
 from orogen.config.sweep import SweepConfig
@@ -39,6 +40,7 @@ GOOD = {
     PrecisionConfig: {},
     DistillConfig: {"divergence": 1.0},
     SearchConfig: {},
+    QuantizeConfig: {"format": "auto"},
 }  # fmt: skip
 
 # (class, field, bad value, words of what was expected)
@@ -53,17 +55,39 @@ POSITIVE = {
     OptimizerConfig: "learning_rate epsilon clip_norm",
     EvaluateConfig: "every samples limit stride batch_tokens",
     PrecisionConfig: "switch_step block expert_tokens",
+    QuantizeConfig: "calibration_tokens heldout_tokens batch_size effective_bits score_tokens",
 }
 NOT_NEGATIVE = {
     ModelConfig: "router_aux_loss_coef router_z_loss_coef mtp_loss_scale",
     TrainConfig: "router_bias_update_rate checkpoint_minutes spike_deviations roll_back_after hang_minutes",
     OptimizerConfig: "warmup_steps decay_steps weight_decay",
     PrecisionConfig: "first_layers last_layers hadamard health_every",
+    QuantizeConfig: "first_layers last_layers",
 }
 REFUSED = [
     *((c, field, bad, "a number above 0") for c, f in POSITIVE.items() for field in f.split() for bad in (0, -3)),
     *((c, field, -1, "0 or more") for c, fields in NOT_NEGATIVE.items() for field in fields.split()),
     (TrainConfig, "router_bias_update_rate", float("inf"), "0 or more"),
+    (QuantizeConfig, "format", "int4", "one of fp8, fp8_channel, nvfp4, auto"),
+    (QuantizeConfig, "scales", "awq", "one of max, mse, four_over_six"),
+    (QuantizeConfig, "inputs", "dynamic", "one of static, none"),
+    (QuantizeConfig, "cost", "latency", "one of weights, active"),
+    (QuantizeConfig, "sequence_length", 1, "at least 2, a token and its target"),
+    (QuantizeConfig, "keep", ("head:fp8",), "no head: it stays as it is"),
+    (
+        QuantizeConfig,
+        "keep",
+        ("experts:fp8",),
+        f"entries KIND:FORMAT whose kind is one of {', '.join((*GROUPS, *KINDS))}",
+    ),
+    (QuantizeConfig, "keep", ("mamba:int8",), "formats that are some of plain, fp8, fp8_channel, nvfp4"),
+    (
+        QuantizeConfig,
+        "keep",
+        ("routed_up:fp8",),
+        "routed in place of routed_up: auto chooses for all of a layer's experts",
+    ),
+    (QuantizeConfig, "candidates", ("fp8", "fp8"), "different ones of plain, fp8, fp8_channel, nvfp4"),
     (OptimizerConfig, "weight_decay", float("inf"), "0 or more"),
     (ModelConfig, "num_key_value_heads", 5, "a divisor of num_attention_heads = 24"),
     (ModelConfig, "n_groups", 7, "a divisor of mamba_num_heads = 24"),

@@ -1,15 +1,22 @@
-"""`orogen upcycle` and `orogen search`. Importing this does not import jax."""
+"""`orogen upcycle`, `quantize` and `search`. Importing this does not import jax."""
 
 import argparse
+import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orogen.command import CHECKPOINT, Command, add_config_arguments, answer, free_memory
 from orogen.config.checks import ConfigError
+from orogen.config.dtype import WEIGHTS
+from orogen.config.quantize import AUTO, FORMATS
+from orogen.config.streams import say
 
 if TYPE_CHECKING:
     from orogen.compress.search import Ranking
+
+# Beside a quantised model: what was chosen and measured.
+RECORD, PICTURE = "quantization.json", "quantization.png"
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +61,71 @@ UPCYCLE = Command(
     ),
     add_arguments=_add_arguments,
     run=upcycle,
+)
+
+
+def _add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, metavar="DIR", help=f"the model: {CHECKPOINT}")
+    add("--format", choices=(*FORMATS, AUTO), help="of the weights, in place of the gin file's")
+    add("--out", type=Path, required=True, metavar="DIR", help="a new folder, for the quantised model")
+    add("--gin_file", action="append", default=[], metavar="F",
+        help="QuantizeConfig, and DataConfig for the text; repeatable")  # fmt: skip
+    add("--gin_bindings", action="append", default=[], metavar="X.y=1",
+        help="of QuantizeConfig, DataConfig and PlanConfig; repeatable")  # fmt: skip
+    add("--text", action="append", metavar="FILE",
+        help="calibrate on this file, or a folder's documents, and measure on what follows; repeatable")  # fmt: skip
+    add("--dtype", choices=WEIGHTS, default="float32", help="of the calibration's computation")
+
+
+def quantize(options: argparse.Namespace) -> int:
+    """`orogen quantize`."""
+    from orogen.config.load import load_quantization
+
+    chosen = [] if options.format is None else [f"QuantizeConfig.format = {options.format!r}"]
+    plan, data, config = load_quantization(options.gin_file, [*chosen, *options.gin_bindings])
+    if (data is None) == (options.text is None):
+        raise ConfigError("calibration text: expected either --text, or a DataConfig in the gin file")
+    if options.out.exists() and not (options.out.is_dir() and not any(options.out.iterdir())):
+        raise ConfigError(f"--out {str(options.out)!r} exists; expected a new folder")
+    from orogen.compress.calibration_text import CalibrationText, text_of_corpus, text_of_files
+    from orogen.compress.quantize import Quantiser, lines_of, unquantised_folder
+    from orogen.config.files import write_atomically
+    from orogen.data.tokenizer import Tokenizer
+    from orogen.report.pictures import LIGHT, png
+    from orogen.report.quantised import draw_formats
+    from orogen.simulate.fit import require_evaluation_fits
+
+    def text(tokenizer: Tokenizer) -> CalibrationText:
+        return (
+            text_of_files(options.text, tokenizer, config) if data is None else text_of_corpus(data, tokenizer, config)
+        )
+
+    with unquantised_folder(options.checkpoint, options.out) as folder:
+        if plan is None or plan.devices == 1:
+            tokens = config.batch_size * config.sequence_length
+            scored = {"blocked": False, "batch_tokens": tokens, "length": config.sequence_length}
+            require_evaluation_fits(folder.config, free_memory(), **scored)
+        quantiser = Quantiser(folder, config, text, plan=plan, dtype=options.dtype, progress=say)
+        calibrated = quantiser.calibrate()
+        outcome = quantiser.write(calibrated, options.out)
+        record = quantiser.described(calibrated, outcome)
+    write_atomically(options.out / RECORD, (json.dumps(record, indent=2) + "\n").encode())
+    write_atomically(options.out / PICTURE, png(draw_formats(record["layers"], LIGHT)))
+    answer(options, {"target": str(options.out), **record}, [f"written: {options.out}", *lines_of(record)])
+    return 0
+
+
+QUANTIZE = Command(
+    name="quantize",
+    help="quantise a model to FP8 or NVFP4 after training",
+    examples=(
+        "orogen quantize --checkpoint HF_FOLDER --format fp8 --text calibration.jsonl --out quantised",
+        "orogen quantize --checkpoint runs/quickstart --gin_file gin_configs/quantize/nemotron3_super_auto.gin "
+        "--gin_file gin_configs/data/stdlib.gin --out quantised --json",
+    ),
+    add_arguments=_add_quantize_arguments,
+    run=quantize,
 )
 
 

@@ -16,11 +16,13 @@ from gin.config_parser import BindingStatement, ConfigParser, ImportStatement, I
 from orogen.config.checks import ConfigError
 from orogen.config.cluster import ClusterConfig
 from orogen.config.curate import CurateConfig
+from orogen.config.data import DataConfig
 from orogen.config.engine import EngineConfig
 from orogen.config.evaluate import EvaluateConfig
 from orogen.config.fields import KINDS
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
+from orogen.config.quantize import QuantizeConfig
 from orogen.config.reads import require_read, without_unread
 from orogen.config.run import PARTS, RunConfig
 from orogen.config.search import SearchConfig
@@ -134,6 +136,18 @@ def load_evaluation(bindings: Sequence[str]) -> tuple[PlanConfig | None, EngineC
     bound = any(key.split(".")[-2:-1] == [PlanConfig.__name__] for key in _keys(gin.config_str()))
     require_read(RunConfig(plan=PlanConfig(), evaluate=parts["evaluate"]))
     return parts["plan"] if bound else None, parts["engine"], parts["evaluate"]
+
+
+def load_quantization(
+    files: Sequence[str | Path], bindings: Sequence[str]
+) -> tuple[PlanConfig | None, DataConfig | None, QuantizeConfig]:
+    """The plan of a calibration and its corpus, None for what nothing binds, and how the model is quantised. Raises
+    ConfigError as `load` does, or if they bind no QuantizeConfig."""
+    parts, _ = _parts(files, bindings, {"plan": PlanConfig, "data": DataConfig, "quantize": QuantizeConfig})
+    if parts["quantize"] is None:
+        raise ConfigError("nothing binds QuantizeConfig.format; expected --format, or a gin file with it")
+    bound = any(key.split(".")[-2:-1] == [PlanConfig.__name__] for key in _keys(gin.config_str()))
+    return parts["plan"] if bound else None, parts["data"], parts["quantize"]
 
 
 def load_curation(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[CurateConfig, str]:

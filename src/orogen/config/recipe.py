@@ -5,6 +5,7 @@ import dataclasses
 from orogen.config.checks import require, require_choice
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
+from orogen.config.quantize import Measured
 from orogen.config.rounded import Products
 
 # Formats of a product's operands: the compute dtype, or 8 bits with one scale per tensor.
@@ -53,12 +54,14 @@ class Recipe:
     and the `head`, which is outside the layers. The last two are implemented in the compute dtype only.
 
     rounded: by kind of weight (`config/precision.py`), products whose operands are rounded first, on any device.
+    measured: by kind of weight, products of a model that is being quantised.
     """
 
     linear: Formats = IN_PLAIN
     grouped: Formats = IN_PLAIN
     head: Formats = IN_PLAIN
     rounded: tuple[tuple[str, Products], ...] = ()
+    measured: tuple[tuple[str, Measured], ...] = ()
 
     def __post_init__(self) -> None:
         for kind in ("grouped", "head"):
@@ -72,6 +75,10 @@ class Recipe:
     def products(self, kind: str) -> Products | None:
         """How the products with weights of this kind round their operands; None if none does."""
         return dict(self.rounded).get(kind)
+
+    def measures(self, kind: str | None) -> Measured | None:
+        """What products with weights of this kind measure; None if nothing."""
+        return None if kind is None else dict(self.measured).get(kind)
 
 
 # By the names of `PlanConfig.linear`.

@@ -33,6 +33,7 @@ class Operand:
     element: e4m3, e5m2 or e2m1. scale: `tensor` (one float32), `power` (a power of two per block) or `two_level` (E4M3
     per block and one float32). block: how many numbers along the contracted axis share a scale; square: as many along
     the other axis too. hadamard: size of the transform along the contracted axis, before the rounding; 0: none.
+    search: two_level's block scales are those of least squared error instead of those of the largest magnitudes.
     """
 
     element: str
@@ -42,6 +43,7 @@ class Operand:
     stochastic: bool = False
     hadamard: int = 0
     four_over_six: bool = False
+    search: bool = False
 
     @property
     def together(self) -> int:

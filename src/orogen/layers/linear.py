@@ -19,6 +19,7 @@ from flax import nnx
 from jax import Array, lax
 
 from orogen.config.precision import GROUPS, KINDS
+from orogen.config.quantize import Measured
 from orogen.config.recipe import FP8, IN_PLAIN, PLAIN
 from orogen.config.rounded import Products
 from orogen.kernels.grouped_matmul import grouped_matmul
@@ -27,6 +28,7 @@ from orogen.parallel.axes import SHARDED
 from orogen.parallel.plan import Plan
 from orogen.parallel.rounding_state import Rounding
 from orogen.parallel.varying import vary_like
+from orogen.precision.calibration import Place, measured_products
 from orogen.precision.emulated import How, Places, rounded_products
 from orogen.precision.expert_rows import GroupedHow, RowPlaces, Rows, expert_rows, rounded_grouped
 from orogen.precision.fp8 import fp8_matmul
@@ -47,6 +49,8 @@ def linears(
     """x w for each of several weights that a model could equally store as one: a format with one scale per tensor gives
     them a common one."""
     formats, weights_df = plan.recipe.linear, [weight_for(x_btd, plan.weight(w)) for w in weights]
+    if (measured := plan.recipe.measures(kind)) is not None:
+        return _measured(x_btd, weights_df, _place(weights[0], measured, plan, (kind, call)))
     if kind is not None and (products := plan.recipe.products(kind)) is not None:
         how, probe = _how(products, plan, kind, call)
         return rounded_products(x_btd, weights_df, how, _places(x_btd, weights, plan), probe)
@@ -58,10 +62,13 @@ def linears(
     return tuple(y_nf.reshape(*x_btd.shape[:-1], -1) for y_nf in parts_nf)
 
 
-def linear_plain(x_btd: Array, weight: nnx.Param, plan: Plan) -> Array:
+def linear_plain(x_btd: Array, weight: nnx.Param, plan: Plan, kind: str | None = None, *, call: int = 0) -> Array:
     """x w in the compute dtype, whatever the recipe: for results that are too narrow to gain from another format, or
-    that are exponentiated into decays."""
-    return multiply(x_btd, weight_for(x_btd, plan.weight(weight)))
+    that are exponentiated into decays. kind: of a weight that quantised models store with those of this kind."""
+    weight_df = weight_for(x_btd, plan.weight(weight))
+    if (measured := plan.recipe.measures(kind)) is not None:
+        return _measured(x_btd, (weight_df,), _place(weight, measured, plan, (kind, call)))[0]
+    return multiply(x_btd, weight_df)
 
 
 def linear_float32(x_btd: Array, weight: nnx.Param, plan: Plan) -> Array:
@@ -82,6 +89,8 @@ def grouped(
     """x w_e for the rows of each expert e, in the formats of the recipe. group_sizes: see `grouped_matmul`; rows: from
     `rows_of_experts`, if the recipe rounds them."""
     weight_edf, implementation = weight_for(x_rd, plan.weight(weight)), plan.config.grouped_matmul
+    if (measured := plan.recipe.measures(kind)) is not None:
+        return _measured_rows(x_rd, weight_edf, group_sizes, _place(weight, measured, plan, (kind, call)))
     products = None if kind is None else plan.recipe.products(kind)
     if kind is None or products is None:
         return GROUPED[plan.recipe.grouped](x_rd, weight_edf, group_sizes, implementation=implementation)
@@ -95,6 +104,41 @@ def grouped(
     grouped_how = GroupedHow(how, rows[1], implementation)
     settings: Any = {"rows": rows[0], "how": grouped_how, "places": places, "probe": probe}
     return rounded_grouped(x_rd, weight_edf, group_sizes, **settings)
+
+
+def _measured(x_btd: Array, weights_df: Sequence[Array], place: Place) -> tuple[Array, ...]:
+    """`linears`, measured."""
+
+    def product(x_btd: Array, weights_df: Sequence[Array]) -> tuple[Array, ...]:
+        return tuple(multiply(x_btd, w_df) for w_df in weights_df)
+
+    return measured_products(x_btd, weights_df, product, place)
+
+
+def _measured_rows(x_rd: Array, weight_edf: Array, group_sizes: Array | RowGroups | int, place: Place) -> Array:
+    """`grouped`, measured. Candidates are scored where the experts' outputs are combined (`moe/layer.py`)."""
+    if isinstance(group_sizes, RowGroups):
+        raise ValueError("rows that name their experts cannot be measured; expected rows sorted by expert")
+    plan = place.plan
+    product = GROUPED[plan.recipe.grouped]
+    held = True if isinstance(group_sizes, int) else (jnp.arange(len(x_rd)) < jnp.sum(group_sizes))[:, None]
+
+    def rows(x_rd: Array, weights_edf: Sequence[Array]) -> tuple[Array, ...]:
+        return (product(x_rd, weights_edf[0], group_sizes, implementation=plan.config.grouped_matmul),)
+
+    alone = place._replace(measured=dataclasses.replace(place.measured, candidates=()))
+    return measured_products(x_rd, (weight_edf,), rows, alone, counted=held)[0]
+
+
+def _place(weight: nnx.Param, measured: Measured, plan: Plan, product: tuple[str | None, int]) -> Place:
+    kind, call = product
+    assert kind is not None, "only weights of a kind are measured"
+    inputs, outputs = (axis if axis not in (None, *SHARDED) and plan.rules[axis] else None for axis in _axes(weight))
+    return Place(measured, plan, KINDS.index(kind), call, inputs, outputs)
+
+
+def _axes(weight: nnx.Param) -> Sequence[str | None]:
+    return weight.get_metadata()["axes"][-2:]
 
 
 def rounds_experts(plan: Plan) -> bool:

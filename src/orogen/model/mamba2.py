@@ -97,7 +97,7 @@ class Mamba2(nnx.Module):
             # dt has one column per head, too few for FP8 to gain anything, and decays are exponentials of it.
             projected = (
                 *linears(h_btd, (self.z, self.x, self.B, self.C), plan, "mamba_in"),
-                linear_plain(h_btd, self.dt, plan),
+                linear_plain(h_btd, self.dt, plan, "mamba_in", call=1),
             )
             biases = (self.z_bias, self.x_bias, self.B_bias, self.C_bias, self.dt_proj_bias)
             z_bti, x_bti, B_btc, C_btc, dt_bth = (

@@ -16,6 +16,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from orogen.config.model import ModelConfig
+from orogen.config.precision import GROUPS
 from orogen.layers.documents import Documents
 from orogen.layers.linear import add_bias, linear, linear_plain, rounds_experts, token_numbers
 from orogen.layers.mlp import MLP
@@ -25,6 +26,9 @@ from orogen.moe.experts import Experts
 from orogen.moe.router import Router, RouterLosses, Routing, expert_counts, router_losses
 from orogen.parallel.context import zigzag
 from orogen.parallel.plan import Plan
+from orogen.precision.calibration import with_scores
+
+ROUTED = GROUPS["routed"]
 
 
 class Replay(NamedTuple):
@@ -119,14 +123,19 @@ class MoE(nnx.Module):
             number_r = None
             if rounds_experts(plan):
                 number_r = self._numbers(x_btd, routing, keep_btk, plan, capacity)
-            returned = self.experts(rows, group_sizes, plan, number_r)
-            with jax.named_scope("combine"):
-                y_nw = dispatcher.combine(returned, flat(routing.weights), ticket, plan)
-            y_nw = checkpoint_name(y_nw, "combined")
             stats = stats._replace(overflow=stats.overflow + ticket.overflow)
-            y_btd = y_nw.reshape(u_btw.shape)
-            if self.latent_up is not None:
-                y_btd = add_bias(linear(y_btd, self.latent_up, plan, "latent_up"), self.latent_up_bias)
+
+            def outcome(plan: Plan) -> Array:
+                returned = self.experts(rows, group_sizes, plan, number_r)
+                with jax.named_scope("combine"):
+                    y_nw = dispatcher.combine(returned, flat(routing.weights), ticket, plan)
+                y_btw = checkpoint_name(y_nw, "combined").reshape(u_btw.shape)
+                if self.latent_up is None:
+                    return y_btw
+                return add_bias(linear(y_btw, self.latent_up, plan, "latent_up"), self.latent_up_bias)
+
+            measured = plan.recipe.measures(ROUTED[0])
+            y_btd = outcome(plan) if measured is None else with_scores(outcome, measured.candidates, ROUTED, plan)
         return y_btd, stats
 
     def _numbers(self, x_btd: Array, routing: Routing, keep_btk: Array, plan: Plan, capacity: int) -> Array:

@@ -28,6 +28,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from orogen.config.checks import require
 from orogen.config.model import ModelConfig
 from orogen.config.plan import FOR_GPU, PlanConfig
+from orogen.config.quantize import Measured
 from orogen.config.recipe import FP8, PLAIN, RECIPES, Recipe, layer_recipes
 from orogen.parallel.axes import SHARDED, MeshAxes, full_axes, make_rules, map_variables, spec_of, stream_rules
 from orogen.parallel.gathered import gather_weight
@@ -58,6 +59,7 @@ class Plan:
     recipe: the formats of products in the current layer. recipes: those of the layers to come, first the model's, then
     the multi-token-prediction block's; None: all have `recipe`.
     rounding: what roundings of this step read; None where no recipe has any. expert_tokens: see PrecisionConfig.
+    maxima: see `Rounding`.
     """
 
     mesh: Mesh | AbstractMesh
@@ -72,11 +74,12 @@ class Plan:
     recipes: tuple[Recipe, ...] | None = None
     rounding: Rounding | None = None
     expert_tokens: int | None = None
+    maxima: np.ndarray | None = None
 
     @property
     def rounds(self) -> bool:
-        """Whether a recipe of some layer rounds operands."""
-        return any(recipe.rounded for recipe in (self.recipe, *(self.recipes or ())))
+        """Whether a recipe of some layer rounds operands, or measures what rounding would do."""
+        return any(recipe.rounded or recipe.measured for recipe in (self.recipe, *(self.recipes or ())))
 
     @property
     def compiler_options(self) -> dict[str, Any]:
@@ -127,6 +130,12 @@ class Plan:
         layer_l, probe_l = each
         return dataclasses.replace(self, rounding=self.rounding._replace(layer_l=layer_l, probe_l=probe_l))
 
+    def measuring(self, measured: tuple[tuple[str, Measured], ...]) -> "Plan":
+        """The plan of the same layer whose products measure nothing but do this, by kind."""
+        rounding = self.rounding and self.rounding._replace(probe_l=None)
+        recipe = dataclasses.replace(self.recipe, measured=measured)
+        return dataclasses.replace(self, recipe=recipe, rounding=rounding)
+
     def in_step(self, key: Array, tokens_bt: Array) -> "Plan":
         """The plan of a step, if it rounds. key: see `Rounding`; tokens_bt: this device's part of the global batch.
         Raises ValueError if the plan rounds but is that of a single layer."""
@@ -136,7 +145,7 @@ class Plan:
             raise ValueError("the plan of one layer, whose recipe rounds operands; expected that of all layers")
         rows, length = (n * self.size(axis) for n, axis in zip(tokens_bt.shape, ("batch", "context"), strict=True))
         layer_l = jnp.asarray(np.arange(len(self.recipes), dtype=np.int32))
-        rounding = Rounding(key, rows * length, self.expert_tokens or length, layer_l)
+        rounding = Rounding(key, rows * length, self.expert_tokens or length, layer_l, maxima=self.maxima)
         return dataclasses.replace(self, rounding=rounding)
 
     def on_tokens(self, extras: Mapping[str, Array], probe_l: Array | None = None) -> "Plan":

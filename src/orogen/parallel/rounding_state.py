@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import numpy as np
 from jax import Array
 
 # The extra of a batch that holds the number of each token in the global batch; and the name, among parameters, of the
@@ -15,8 +16,9 @@ class Rounding(NamedTuple):
     key: uint32, of the run's seed and the step. tokens: of the global batch; chunk: see
     `PrecisionConfig.expert_tokens`. layer_l: the numbers of the layers to come. number_bt: int32, the number of each
     token of this data and context rank in the global batch, row by row; None until a part of the batch is known.
-    probe_l: zeros (l, …) for each of the layers to come, whose gradient is what `precision.counts` counts; None:
-    nothing is counted.
+    probe_l: zeros (l, …) for each of the layers to come, whose gradient is what `precision.counts` counts or
+    `precision.calibration` measures; None: nothing is. maxima: of all layers, the largest magnitudes (layers, kinds,
+    calls) of products' inputs, on which their static scales depend.
     """
 
     key: Array
@@ -25,6 +27,7 @@ class Rounding(NamedTuple):
     layer_l: Array
     number_bt: Array | None = None
     probe_l: Array | None = None
+    maxima: np.ndarray | None = None
 
     def of_layers(self, start: int, stop: int | None) -> "Rounding":
         """The layers from `start` to `stop` of those to come."""

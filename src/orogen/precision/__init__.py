@@ -31,6 +31,7 @@ costs more than they save (experiments/gpu_throughput).
 **Weights as files store them** (`stored.py`): FP8 by tensor, channel or block and packed NVFP4, encoded and decoded in
 numpy to the bit as the formats define it, with counters of what an encoding loses; equal to the emulated numbers.
 `scaled.py` holds FP8 weights in memory for an engine (`EngineConfig.weights = 'fp8'`); products decode one at a time.
+`calibration.py` measures what decides their scales and formats.
 
 `OptimizerConfig.moment_dtype = 'bfloat16'` halves the optimizer's state.
 """

@@ -18,6 +18,7 @@ import numpy as np
 from jax import Array, lax
 
 from orogen.config.rounded import Operand
+from orogen.parallel.varying import vary_like
 
 FRACTION, BIAS = 0x007FFFFF, 127  # of a float32
 SMALLEST_POWER = -117  # exponent of the smallest scale
@@ -25,6 +26,7 @@ SMALLEST_POWER = -117  # exponent of the smallest scale
 LARGEST_SCALE, LARGEST_SCALE_OF_TWO = 448, 256
 # One bit per sign of the transform, the lowest bit first; 1 for -1. Drawn once, since numpy may change its generators.
 SIGNS = 0xF00D6BAC63F1EA9B9F653652A9C9A257
+E4M3_CODES = 0x7F  # of numbers from 0 on; the next one is NaN
 BEYOND = 1 + 1e-5  # relative: a quotient by less above the largest number is rounding of the scale, not saturation
 
 
@@ -118,6 +120,8 @@ def _two_level(
     def error(found: _Found) -> Array:
         return jnp.sum((found.value * found.scale - a * _inverse(tensor)) ** 2, inside, keepdims=True)
 
+    if operand.search:
+        return _searched(sizes, form, inside)
     if not operand.four_over_six:
         return by(form.largest, words)
     # By the errors to the nearest, even if elements are drawn: choosing between two draws by their errors is biased.
@@ -127,6 +131,33 @@ def _two_level(
         return _Found(*(jnp.where(better, *pair) for pair in zip(four, six, strict=True)))
     scale = jnp.where(better, four.scale, six.scale)
     return _Found(scale, *_rounded(a, scale, tensor, form, words))
+
+
+def _searched(sizes: tuple[Array, Array, Array], form: Format, inside: tuple[int, ...]) -> _Found:
+    """With the scale of least squared error for each block among all positive numbers of E4M3, the smallest of equal
+    ones. (A sweep of candidates as ModelOpt's for static block scales.) Elements are rounded to the nearest."""
+    a, block, tensor = sizes
+    ratio = a * _inverse(tensor)
+
+    def by(code: Array) -> tuple[Array, Array, Array]:
+        scale = jnp.broadcast_to(lax.bitcast_convert_type(code, jnp.float8_e4m3fn).astype(jnp.float32), block.shape)
+        value, saturated = _rounded(a, scale, tensor, form, None)
+        return scale, value, saturated
+
+    def step(code: Array, best: tuple[Array, _Found]) -> tuple[Array, _Found]:
+        error, found = best
+        scale, value, saturated = by(code.astype(jnp.uint8))
+        new = jnp.sum((value * scale - ratio) ** 2, inside, keepdims=True)
+        new_found = _Found(scale, value, saturated)
+        better = new < error
+        return jnp.where(better, new, error), _Found(
+            *(jnp.where(better, *two) for two in zip(new_found, found, strict=True))
+        )
+
+    start = _Found(*(vary_like(x, sizes) for x in by(jnp.uint8(1))))
+    worst = vary_like(jnp.full(block.shape, jnp.inf), sizes)
+    found = lax.fori_loop(1, E4M3_CODES, step, (worst, start))[1]
+    return _Found(jnp.where(block == 0, 0.0, found.scale), found.value, found.saturated)
 
 
 def _rounded(a: Array, block_scale: Array, scale: Array, form: Format, words: Array | None) -> tuple[Array, Array]:

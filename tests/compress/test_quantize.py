@@ -1,0 +1,248 @@
+"""Quantised folders against numpy float64: weights, scales of inputs, choices; and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tests.compress.test_upcycle import save
+from tests.convert.quantised import read
+from tests.convert.synthetic import CASES, shapes, write
+from tests.helpers import bound
+from tests.precision import reference
+
+from orogen.checkpoint.folders import HuggingFaceFolder, RunFolder
+from orogen.checkpoint.open import open_folder
+from orogen.cli import main
+from orogen.compress.calibration_text import rows_of, text_of_files
+from orogen.compress.quantised_folder import encoded, entries_of, write_entries
+from orogen.compress.quantize import Quantiser, unquantised_folder
+from orogen.config.checks import ConfigError
+from orogen.config.data import BYTE_VOCAB_SIZE, DataConfig
+from orogen.config.model import ModelConfig
+from orogen.config.quantize import QuantizeConfig, Target
+from orogen.data.packing import Stream
+from orogen.data.vocabulary import make_tokenizer
+
+D = 20  # a block of 16 and a shorter one
+MODEL = ModelConfig(
+    pattern="ME", vocab_size=BYTE_VOCAB_SIZE, hidden_size=D, mamba_num_heads=4, mamba_head_dim=3, n_groups=2,
+    ssm_state_size=5, chunk_size=8, n_routed_experts=3, num_experts_per_tok=2, moe_intermediate_size=6,
+    moe_shared_expert_intermediate_size=10, routed_scaling_factor=2.0,
+)  # fmt: skip
+TEXT = "".join(f"{n} times {n} is {n * n}.\n" for n in range(60))
+TOKENIZER = make_tokenizer(DataConfig(corpus="stdlib", tokenizer="byte"), [])
+SETTINGS = (
+    "QuantizeConfig.batch_size = 2", "QuantizeConfig.sequence_length = 24", "QuantizeConfig.calibration_tokens = 96",
+    "QuantizeConfig.heldout_tokens = 48",
+)  # fmt: skip
+
+
+def model_folder(folder, config=MODEL):
+    save(folder, config)
+    TOKENIZER.save(folder / "tokenizer")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory):
+    """A folder, the folder quantised, and the record of it."""
+    root = tmp_path_factory.mktemp("quantised")
+    source, text = model_folder(root / "model"), root / "text.txt"
+    text.write_text(TEXT)
+    bindings = bound(*SETTINGS, "QuantizeConfig.scales = 'mse'", "QuantizeConfig.keep = ('mamba:fp8', 'shared:plain')")
+    arguments = ["--checkpoint", str(source), "--format", "nvfp4", "--text", str(text), "--out", str(root / "out")]
+    assert main(["quantize", *arguments, *bindings]) == 0
+    return source, root / "out", json.loads((root / "out" / "quantization.json").read_text())
+
+
+def weights(folder):
+    with open_folder(folder) as opened:
+        assert not isinstance(opened, RunFolder)
+        return {path: opened.piece(path, ()) for path in opened.parameters()}
+
+
+MAMBA, EXPERTS = ("backbone", "children", 0, "mixer"), ("backbone", "children", 1, "mixer", "experts")
+
+
+def test_weights_are_those_of_the_definitions(quantised):
+    before, after = (weights(folder) for folder in quantised[:2])
+    together = np.concatenate([before[*MAMBA, name] for name in ("z", "x", "B", "C", "dt")], 1)
+    largest = np.abs(together).max()  # one matrix in the file, with one scale
+    rounded = {(*MAMBA, name): largest for name in ("z", "x", "B", "C", "dt")}
+    rounded[*MAMBA, "out"] = np.abs(before[*MAMBA, "out"]).max()
+    for name, most in rounded.items():
+        expected = np.multiply(*reference.tensor_scaled(before[name], "e4m3", most)).astype(np.float32)
+        np.testing.assert_array_equal(after[name], expected, err_msg=str(name))
+    for name in ("up", "down"):
+        for old, new in zip(before[*EXPERTS, name], after[*EXPERTS, name], strict=True):
+            values, scale = reference.searched(old, (16, 1))
+            np.testing.assert_array_equal(new, (values * scale).astype(np.float32))
+    changed = {*rounded, (*EXPERTS, "up"), (*EXPERTS, "down")}
+    for name in before.keys() - changed:  # router, convolutions, norms, shared expert, embedding and head
+        np.testing.assert_array_equal(after[name], before[name], err_msg=str(name))
+
+
+def test_static_scales_are_the_largest_inputs_of_the_calibration_text(quantised):
+    source, out, _ = quantised
+    config = QuantizeConfig(format="nvfp4", batch_size=2, sequence_length=24, calibration_tokens=96, heldout_tokens=48)
+    (source.parent / "again.txt").write_text(TEXT)
+    text = text_of_files([str(source.parent / "again.txt")], TOKENIZER, config)
+    tokens = np.concatenate([batch.tokens_bt for batch in text.calibration])
+    assert text.tokens == (96, 48)
+    held = weights(source)
+    h = held["embedding", "weight"][tokens].astype(np.float64)
+    h /= np.sqrt((h**2).mean(-1, keepdims=True) + MODEL.layer_norm_epsilon)
+    largest = np.abs(h * held["backbone", "children", 0, "norm", "weight"]).max()
+    files = read(out)
+    assert files["backbone.layers.0.mixer.in_proj.input_scale"] == pytest.approx(largest / 448, rel=1e-5)
+    scales = [files[f"backbone.layers.1.mixer.experts.{n}.up_proj.input_scale"] for n in range(3)]
+    assert len(set(map(float, scales))) == 1 and scales[0] > 0  # one for all experts of a layer
+    assert "backbone.layers.1.mixer.shared_experts.up_proj.input_scale" not in files
+
+
+def test_the_record_says_what_was_chosen_and_measured(quantised):
+    record = quantised[2]
+    assert {row["unit"]: row["format"] for row in record["layers"]} == {
+        "mamba_in": "fp8", "mamba_out": "fp8", "routed": "nvfp4", "shared_up": "plain", "shared_down": "plain",
+    }  # fmt: skip
+    inner, states, heads = 12, 10, 4
+    mamba, routed, shared = D * (2 * inner + 2 * states + heads) + inner * D, 3 * 2 * D * 6, 2 * D * 10
+    bits = (8 * mamba + 4 * routed + 16 * shared) / (mamba + routed + shared)
+    assert record["effective_bits"] == pytest.approx(bits)
+    assert record["stored_bits"] > bits
+    assert 0 < record["loss_before"] != record["loss_after"] != record["loss_after_weights_alone"]
+    assert abs(record["relative_loss"]) < 0.05
+    assert record["tokens"] == {"calibration": 96, "heldout": 48}
+    assert (quantised[1] / "quantization.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_other_programs_read_the_layout_and_the_numbers(quantised, tmp_path):
+    """As ModelOpt writes it; numbers decoded by hand from the files."""
+    assert main(["convert", "to-hf", str(quantised[1]), str(tmp_path / "hf")]) == 0
+    stated = json.loads((tmp_path / "hf" / "hf_quant_config.json").read_text())["quantization"]
+    assert stated["quant_algo"] == "MIXED_PRECISION"
+    layers = stated["quantized_layers"]
+    assert layers["backbone.layers.0.mixer.in_proj"] == {"quant_algo": "FP8"}
+    assert layers["backbone.layers.1.mixer.experts.2.down_proj"] == {"quant_algo": "NVFP4", "group_size": 16}
+    assert len(layers) == 2 + 3 * 2
+    files = read(tmp_path / "hf")
+    name = "backbone.layers.1.mixer.experts.2.up_proj"
+    codes = files[f"{name}.weight"]
+    pairs = np.stack([codes & 15, codes >> 4], -1).reshape(6, D)
+    grid = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    scale = np.repeat(files[f"{name}.weight_scale"].astype(np.float32), 16, 1)[:, :D]
+    decoded = np.where(pairs & 8, -1, 1) * grid[pairs & 7] * scale * files[f"{name}.weight_scale_2"]
+    expected = weights(quantised[1])[*EXPERTS, "up"][2]
+    np.testing.assert_allclose(decoded.T, expected, rtol=1e-6)
+
+
+def test_a_planted_sensitive_layer_is_kept_high(tmp_path):
+    """Its output is a hundred times as large as the others', and so are the errors of its output."""
+    config = ModelConfig(pattern="---", vocab_size=BYTE_VOCAB_SIZE, hidden_size=16, intermediate_size=16)
+    source = model_folder(tmp_path / "model", config)
+    tensors = load_file(source / "model.safetensors")
+    tensors["backbone.children.0.children.0.mixer.down"][1] *= 100
+    save_file(tensors, source / "model.safetensors")
+    (tmp_path / "text.txt").write_text(TEXT)
+    settings = QuantizeConfig(
+        format="auto", candidates=("nvfp4", "plain"), effective_bits=8.0, inputs="none", batch_size=2,
+        sequence_length=24, calibration_tokens=48, heldout_tokens=48, score_tokens=48,
+    )  # fmt: skip
+    with unquantised_folder(source, tmp_path / "out") as folder:
+        text = lambda tokenizer: text_of_files([str(tmp_path / "text.txt")], tokenizer, settings)  # noqa: E731
+        quantiser = Quantiser(folder, settings, text)
+        calibrated = quantiser.calibrate()
+        outcome = quantiser.write(calibrated, tmp_path / "out")
+    chosen = {
+        (unit.layer, unit.name): name for unit, name in zip(outcome.units, outcome.allocation.formats, strict=True)
+    }
+    assert [key for key, name in chosen.items() if name == "plain"] == [(1, "dense_up"), (1, "dense_down")]
+    assert outcome.allocation.effective_bits == 8.0 and 0 < outcome.allocation.score < np.inf
+
+
+def test_rows_are_full_and_documents_stay_apart():
+    config = QuantizeConfig(format="fp8", batch_size=2, sequence_length=5)
+    streams = [
+        Stream(np.arange(start, start + n, dtype=np.int32), np.ones(n)) for start, n in ((10, 3), (20, 9), (40, 10))
+    ]
+    first, second = rows_of(streams, config)
+    assert first.tokens_bt.tolist() == [[10, 11, 12, 20, 21], [22, 23, 24, 25, 26]]
+    assert first.segments_bt.tolist() == [[1, 1, 1, 2, 2], [1] * 5]
+    assert first.positions_bt.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 4]]
+    assert first.weights_bt.tolist() == [[0, 1, 1, 0, 1], [0, 1, 1, 1, 1]]
+    assert second.tokens_bt.tolist() == [[27, 28, 40, 41, 42], [43, 44, 45, 46, 47]]
+    assert second.segments_bt[0].tolist() == [1, 1, 2, 2, 2]
+
+
+def test_refusals(refused, tmp_path, quantised):
+    source, text = str(quantised[0]), tmp_path / "text.txt"
+    text.write_text("short")
+    common = ["quantize", "--checkpoint", source, "--out", str(tmp_path / "new")]
+    files = ["--format", "fp8", "--text", str(text)]
+    assert "expected either --text, or a DataConfig" in refused(*common, "--format", "fp8")
+    assert "nothing binds QuantizeConfig.format" in refused(*common, "--text", str(text))
+    assert "fills 0 tokens of batches of 2 x 24; expected 96: more text" in refused(*common, *files, *bound(*SETTINGS))
+    taken = ["quantize", "--checkpoint", source, "--out", source]
+    assert "exists; expected a new folder" in refused(*taken, *files)
+    again = ["quantize", "--checkpoint", str(quantised[1]), "--out", str(tmp_path / "new")]
+    assert "is quantised; expected a checkpoint that is not" in refused(*again, *files, *bound(*SETTINGS))
+    nothing = bound("QuantizeConfig.keep = ('mamba:plain', 'routed:plain', 'shared:plain')")
+    assert "expected something to quantise among" in refused(*common, *files, *nothing)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("nemotron_h_biased", "gpt2")])
+@pytest.mark.parametrize("name", ["fp8", "nvfp4"])
+def test_every_family_is_written_and_read_back(case, name, tmp_path):
+    """What products read is rounded, by as much as the format is coarse; all else stays to the bit."""
+    write(tmp_path / "hf", *shapes(case))
+    config = QuantizeConfig(format=name, keep=(), inputs="none")
+    with HuggingFaceFolder(tmp_path / "hf") as folder:
+        choices = config.choices(folder.config)
+        targets = [{kind: config.target(name) for kind in layer} for layer in choices]
+        entries = entries_of(folder, targets)
+        assert {entry.weight.kind for entry in entries.values()} == {kind for layer in choices for kind in layer}
+        touched = {piece.path for name in entries for piece in folder.tensors.table[name].pieces}
+        errors = write_entries(folder, entries, tmp_path / "out", maxima=None)
+    before, after = weights(tmp_path / "hf"), weights(tmp_path / "out")
+    for path, old in before.items():
+        old, new = old.astype(np.float64), after[path].astype(np.float64)
+        if path not in touched:
+            np.testing.assert_array_equal(new, old)
+            continue
+        relative = np.sqrt(((new - old) ** 2).sum() / (old**2).sum())
+        assert (0.015 < relative < 0.04) if name == "fp8" else (0.06 < relative < 0.13), (path, relative)
+    assert all(error.bytes_after < error.bytes_before for error in errors.values())
+
+
+def test_of_scales_with_equal_errors_the_smallest_is_taken():
+    """Ones are exact as 4 times 1/4, 2 times 1/2, 1 times 1 and 1/2 times 2."""
+    stored = encoded(
+        np.ones((2, 3, 16), np.float32), Target(format="nvfp4", scales="mse"), np.full(2, 2688, np.float32)
+    )
+    np.testing.assert_array_equal(stored.global_scale, [1, 1])
+    np.testing.assert_array_equal(stored.scale.astype(np.float32), np.full((2, 3, 1), 0.25))
+    assert (stored.values == 0x66).all()
+
+
+def test_weights_that_no_layout_describes_are_refused(tmp_path):
+    write(tmp_path / "hf", *shapes("gpt2"))
+    config = QuantizeConfig(format="fp8", keep=())
+    with HuggingFaceFolder(tmp_path / "hf") as folder:
+        targets = [dict.fromkeys(layer, config.target("fp8")) for layer in config.choices(folder.config)]
+        with pytest.raises(ConfigError, match="is no weight that files describe as quantised; expected a model whose"):
+            write_entries(folder, entries_of(folder, targets), tmp_path / "out", maxima=None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_weight_that_is_not_finite_is_named(tmp_path):
+    write(tmp_path / "hf", *shapes("nemotron"))
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 2] = np.nan
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    config = QuantizeConfig(format="nvfp4", inputs="none")
+    with HuggingFaceFolder(tmp_path / "hf") as folder:
+        targets = [dict.fromkeys(layer, config.target("nvfp4")) for layer in config.choices(folder.config)]
+        with pytest.raises(ConfigError, match="layers.1.mlp.up_proj.weight has a number that is not finite"):
+            write_entries(folder, entries_of(folder, targets), tmp_path / "out", maxima=None)
+    assert not (tmp_path / "out").exists()
