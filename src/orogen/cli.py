@@ -13,7 +13,7 @@ from typing import Any
 
 from orogen.bench.command import BENCH
 from orogen.command import EXIT_BAD_INPUT, EXIT_FAILURE, add_common_arguments, fail
-from orogen.compress.command import UPCYCLE
+from orogen.compress.command import PRUNE, UPCYCLE
 from orogen.config.checks import ConfigError
 from orogen.convert.command import AVERAGE, CONVERT, PARAMS
 from orogen.data.command import CURATE, TOKENIZE
@@ -32,8 +32,8 @@ from orogen.train.command import TRAIN, VERIFY
 from orogen.train.stop import INTERRUPTED
 
 COMMANDS = (
-    TRAIN, SFT, SWEEP, LAUNCH, GENERATE, SERVE, SCORE, EVALUATE, CURATE, TOKENIZE, CONVERT, AVERAGE, UPCYCLE, PARAMS,
-    PLAN, SIMULATE, VERIFY, BENCH,
+    TRAIN, SFT, SWEEP, LAUNCH, GENERATE, SERVE, SCORE, EVALUATE, CURATE, TOKENIZE, CONVERT, AVERAGE, UPCYCLE, PRUNE,
+    PARAMS, PLAN, SIMULATE, VERIFY, BENCH,
 )  # fmt: skip
 # None: an error that our own code raises, which names a missing file.
 PATH_ERRORS = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
