@@ -69,9 +69,9 @@ def prune(options: argparse.Namespace) -> int:
     from orogen.compress.rewrite import Source, rewrite
     from orogen.compress.slices import Pruned
     from orogen.config.load import load_prune
+    from orogen.model.count import count
     from orogen.report.pictures import LIGHT, png
     from orogen.report.pruning import draw_pruning
-    from orogen.simulate.fit import count
 
     settings, run = load_prune(options.gin_file, options.gin_bindings)
     require_new(options.out)
@@ -79,7 +79,7 @@ def prune(options: argparse.Namespace) -> int:
         check_target(folder.config, settings, run.plan)
         found = _found(options, settings, run, folder.config)
         choice = decide(folder.config, settings, found, run.plan)
-        sizes = count(folder.config), count(choice.config)
+        sizes = count(folder.config)["total"], count(choice.config)["total"]
         shown = pruning.axes(folder.config, found, choice), pruning.layers_shown(folder.config, choice)
         facts = pruning.record(options.checkpoint, settings, found, choice, sizes)
         beside = {pruning.FILE: pruning.encoded(facts), pruning.PICTURE: png(draw_pruning(*shown, LIGHT))}

@@ -60,7 +60,10 @@ def scores(config: ModelConfig, measured: Measured, expert_scores: str) -> Score
     """
     hidden_d = np.sqrt(measured.final_d) + sum(np.sqrt(layer["hidden"]) for layer in measured.layers)
     layers = [
-        {name: _units(name, layer, expert_scores) for name in _shapes(config, home.letter)}
+        {
+            name: _units(name, layer, expert_scores).reshape(shape)
+            for name, shape in _shapes(config, home.letter).items()
+        }
         for home, layer in zip(homes(config), measured.layers, strict=True)
     ]
     return Scores(hidden_d, layers, measured.changes[: len(config.layers.main)])

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from orogen.checkpoint.open import Opened
-from orogen.compress.calibrate import Calibration
+from orogen.compress.calibrate import Calibration, Measured
 from orogen.compress.choose import Kept, choose, pruned_config
 from orogen.compress.depth import Depth, Distance, check_depth, choose_layers
 from orogen.compress.importance import Scores, random_scores, scores
@@ -18,6 +18,7 @@ from orogen.config.data import DataConfig
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.prune import PruneConfig
+from orogen.config.streams import say
 from orogen.data.loader import open_corpus
 from orogen.data.packing import Batch
 
@@ -75,6 +76,7 @@ def measured(
     if prune.width_scores != RANDOM or prune.depth_scores == COSINE:
         sums = calibration.measure(batches, progress)
         of_units = scores(opened.config, sums, prune.expert_scores)
+        _warn_of_idle(sums, prune)
         if prune.width_scores == RANDOM:
             of_units = found.scores._replace(changes=of_units.changes)
         found = found._replace(scores=of_units)
@@ -133,6 +135,15 @@ def calibration_batches(opened: Opened, prune: PruneConfig, data: DataConfig) ->
             return
     expected = f"at most {rows}: the training split of DataConfig has no more rows of {prune.sequence_length} tokens"
     require(False, prune, "rows", expected)
+
+
+def _warn_of_idle(sums: Measured, prune: PruneConfig) -> None:
+    """One line on stderr if experts got no token, so that nothing is known of their hidden units."""
+    counts = [layer["expert_count"] for layer in sums.layers if "expert_count" in layer]
+    idle = int(sum(np.count_nonzero(count_e == 0) for count_e in counts))
+    if idle and (prune.moe_intermediate_size is not None or prune.n_routed_experts is not None):
+        say(f"orogen: warning: {idle} experts got no token of {prune.rows} rows, so their units have no scores; "
+            "expected more rows")  # fmt: skip
 
 
 def _first_rows(batches: Sequence[Batch], rows: int) -> list[Batch]:
