@@ -23,6 +23,7 @@ from orogen.layers.probe import Probe, own_tokens, stream_squares
 from orogen.model.block import Items, letters, repeats
 from orogen.model.lm import LanguageModel
 from orogen.parallel import distributed, placement
+from orogen.parallel.axes import STREAM
 from orogen.parallel.plan import Plan
 from orogen.precision.policy import working_copy
 from orogen.train.step import BATCH_AXES, batch_to_devices
@@ -77,12 +78,13 @@ class Calibration:
         """How far the model without the layers `removed` is from the whole one, by DEPTH_SCORES: the sum over tokens of
         the squared difference of final hidden states, or of logits, divided by that of the whole model's square; or the
         mean KL divergence, in nats per token."""
-        gains = np.ones(self.layers, np.float32)
-        gains[list(removed)] = 0
-        run = self._distance(kind)
-        sums = [self._fetched(run(*self._weights, batch, gains, final)) for batch, final in finals]
-        distance, size = np.sum(sums, axis=0)
-        return float(distance / size) if size > 0 else 0.0
+        gain_l = np.ones(self.layers, np.float32)
+        gain_l[list(removed)] = 0
+        total = np.zeros(2)
+        for batch, final in finals:
+            without = self._final(*self._weights, batch, gain_l)
+            total += self._fetched(self._compared(kind)(*self._weights, batch, final, without))
+        return float(total[0] / total[1]) if total[1] > 0 else 0.0
 
     def _laid(self, batch: Batch) -> Batch:
         return batch_to_devices(batch._replace(extras={}), self._opened.plan)
@@ -105,7 +107,7 @@ class Calibration:
         plan, config = self._opened.plan, self._opened.config
 
         def statistics(params: Any, buffers: Any, batch: Batch) -> tuple[Any, ...]:
-            model, docs = self._model(params, buffers), Documents(batch.segments_bt, batch.positions_bt)
+            model, docs = self._model(params, buffers), _documents(batch)
             given = _probes(repeats(config.layers.main))
             deeper = [_probes(repeats(config.layers.mtp))] * config.mtp_depths
             h_btd, kept = model.hidden(batch.tokens_bt, docs, plan, given)
@@ -117,39 +119,40 @@ class Calibration:
 
     @functools.cached_property
     def _final(self) -> Callable[..., Array]:
-        plan = self._opened.plan
+        """(parameters, buffers, batch, gains of the layers) -> final hidden states (b, t, d)."""
+        plan, items = self._opened.plan, repeats(self._opened.config.layers.main)
 
         def final(params: Any, buffers: Any, batch: Batch, gain_l: Array) -> Array:
-            return self._hidden(self._model(params, buffers), batch, gain_l)
+            given, docs = _gains(items, gain_l, np.arange(self.layers)), _documents(batch)
+            h_btd, _ = self._model(params, buffers).hidden(batch.tokens_bt, docs, plan, given)
+            return plan.agreed(h_btd, *STREAM)  # ranks that hold the same tokens hold one value
 
-        return self._jitted(final, (plan.spec(),), plan.spec("stream_rows", "stream_time"))
+        return self._jitted(final, (plan.spec(),), plan.spec(*STREAM))
 
     @functools.cached_property
-    def _distance(self) -> Callable[[str], Callable[..., Array]]:
-        return functools.cache(self._distance_by)
-
-    def _distance_by(self, kind: str) -> Callable[..., Array]:
+    def _compared(self) -> Callable[[str], Callable[..., Array]]:
+        """By kind, (parameters, buffers, batch, two final hidden states) -> (2,): their distance and what it is divided
+        by."""
         plan = self._opened.plan
 
-        def distance(params: Any, buffers: Any, batch: Batch, gain_l: Array, final_btd: Array) -> Array:
-            model = self._model(params, buffers)
-            h_btd, docs = self._hidden(model, batch, gain_l), Documents(batch.segments_bt, batch.positions_bt)
-            if kind != "hidden_mse":
-                return _of_logits(kind, (final_btd, h_btd), docs, model, plan)
-            final, h = (plan.deal(x).astype(jnp.float32) for x in (final_btd, h_btd))
-            valid_bt = own_tokens(docs, plan)
-            sums = [jnp.sum(jnp.where(valid_bt[..., None], jnp.square(a), 0)) for a in (h - final, final)]
-            return _over_devices(jnp.stack(sums), plan)
+        def program(kind: str) -> Callable[..., Array]:
+            def compared(params: Any, buffers: Any, batch: Batch, whole_btd: Array, without_btd: Array) -> Array:
+                docs = _documents(batch)
+                if kind != "hidden_mse":
+                    model = self._model(params, buffers)
+                    return _of_logits(kind, (whole_btd, without_btd), docs, model, plan)
+                whole, without = (plan.deal(x).astype(jnp.float32) for x in (whole_btd, without_btd))
+                valid_bt1 = own_tokens(docs, plan)[..., None]
+                sums = [jnp.sum(jnp.where(valid_bt1, jnp.square(a), 0)) for a in (without - whole, whole)]
+                return _over_devices(jnp.stack(sums), plan)
 
-        inputs = plan.spec(), plan.spec("stream_rows", "stream_time")
-        return self._jitted(distance, inputs, plan.spec())
+            return self._jitted(compared, (plan.spec(*STREAM), plan.spec(*STREAM)), plan.spec())
 
-    def _hidden(self, model: LanguageModel, batch: Batch, gain_l: Array) -> Array:
-        items, docs = repeats(self._opened.config.layers.main), Documents(batch.segments_bt, batch.positions_bt)
-        given = _gains(items, gain_l, np.arange(self.layers))
-        h_btd, _ = model.hidden(batch.tokens_bt, docs, self._opened.plan, given)
-        # Ranks that hold the same tokens hold them as one value.
-        return self._opened.plan.agreed(h_btd, "stream_rows", "stream_time")
+        return functools.cache(program)
+
+
+def _documents(batch: Batch) -> Documents:
+    return Documents(batch.segments_bt, batch.positions_bt)
 
 
 def _of_logits(kind: str, states: tuple[Array, Array], docs: Documents, model: LanguageModel, plan: Plan) -> Array:
