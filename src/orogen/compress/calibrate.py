@@ -215,7 +215,7 @@ def _by_layer(config: ModelConfig, kept: Any, depths: Sequence[Any]) -> LayerSum
     found = []
     deeper = jax.tree.map(lambda *parts: sum(parts), *depths) if depths else None
     for home in homes(config):
-        tree = kept if home.path[0] == "backbone" else deeper
+        tree: Any = kept if home.path[0] == "backbone" else deeper
         for part in home.path:
             tree = tree[part] if isinstance(part, int) else tree
         found.append({name: np.array(array[home.index]) for name, array in tree.items()})

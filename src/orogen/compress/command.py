@@ -65,7 +65,7 @@ def prune(options: argparse.Namespace) -> int:
     """`orogen prune`."""
     from orogen.checkpoint.open import open_folder
     from orogen.compress import pruning
-    from orogen.compress.prune import check_target, decide, require_new
+    from orogen.compress.prune import check_target, decide, no_distance, require_new
     from orogen.compress.rewrite import Source, rewrite
     from orogen.compress.slices import Pruned
     from orogen.config.load import load_prune
@@ -79,6 +79,7 @@ def prune(options: argparse.Namespace) -> int:
         check_target(folder.config, settings, run.plan)
         found = _found(options, settings, run, folder.config)
         choice = decide(folder.config, settings, found, run.plan)
+        found = found._replace(distance=no_distance)  # lets go of the model
         sizes = count(folder.config)["total"], count(choice.config)["total"]
         shown = pruning.axes(folder.config, found, choice), pruning.layers_shown(folder.config, choice)
         facts = pruning.record(options.checkpoint, settings, found, choice, sizes)

@@ -60,7 +60,7 @@ def measures(prune: PruneConfig) -> bool:
 def random_found(model: ModelConfig, prune: PruneConfig) -> Found:
     """Scores drawn at random."""
     of_layers = np.random.default_rng((prune.seed, 1)).random(len(model.layers.main)).tolist()
-    return Found(random_scores(model, prune.seed), of_layers, _no_distance)
+    return Found(random_scores(model, prune.seed), of_layers, no_distance)
 
 
 def measured(
@@ -126,9 +126,10 @@ def calibration_batches(opened: Opened, prune: PruneConfig, data: DataConfig) ->
     most = corpus.tokenizer.vocab_size
     if most > opened.config.vocab_size:
         raise ConfigError(f"DataConfig gives {most} tokens; expected at most the model's {opened.config.vocab_size}")
-    shape = {"batch_size": prune.batch_size, "sequence_length": prune.sequence_length}
-    batches, rows = corpus.heldout_batches("train", **shape).thinned(prune.rows), 0
-    for batch in batches:
+    rows, every = 0, corpus.heldout_batches(
+        "train", batch_size=prune.batch_size, sequence_length=prune.sequence_length
+    )  # fmt: skip
+    for batch in every.thinned(prune.rows):
         yield _first(batch, prune.rows - rows)
         rows += int((batch.segments_bt != 0).any(1).sum())
         if rows >= prune.rows:
@@ -158,7 +159,8 @@ def _first(batch: Batch, rows: int) -> Batch:
     return batch._replace(segments_bt=np.where(inside_b1, batch.segments_bt, 0))
 
 
-def _no_distance(removed: Sequence[int]) -> float:
+def no_distance(removed: Sequence[int]) -> float:
+    """The distance where there is no model to measure it. Raises ConfigError."""
     raise ConfigError("layers cannot be scored again without a model; expected PruneConfig.iterative = False")
 
 

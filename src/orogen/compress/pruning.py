@@ -12,7 +12,7 @@ import numpy as np
 from orogen.compress.choose import OF
 from orogen.compress.depth import check_layer_scores
 from orogen.compress.importance import Scores, check_scores
-from orogen.compress.prune import Choice, Found, changed_sizes
+from orogen.compress.prune import Choice, Found, changed_sizes, no_distance
 from orogen.config.checks import ConfigError
 from orogen.config.json_file import ListOf, MapOf, Number, Record, Whole, read_json
 from orogen.config.model import ModelConfig
@@ -90,10 +90,7 @@ def read_scores(file: Path, model: ModelConfig, prune: PruneConfig) -> Found:
         why = "new ones for each layer" if prune.iterative else repr(wanted)
         raise ConfigError(f"{file} has scores of layers by {has}; PruneConfig.depth_scores asks for {why}")
 
-    def distance(removed: Any) -> float:
-        raise AssertionError("scores of all layers are known")
-
-    return Found(scores, of_layers.get(wanted), distance, facts["rows"], facts["tokens"])
+    return Found(scores, of_layers.get(wanted), no_distance, facts["rows"], facts["tokens"])
 
 
 def axes(model: ModelConfig, found: Found, choice: Choice) -> Axes:
@@ -109,7 +106,7 @@ def axes(model: ModelConfig, found: Found, choice: Choice) -> Axes:
                 stays = number in kept.layers or number >= len(model.layers.main)
                 if name in units and stays:
                     scores = found.scores.layers[number][score]
-                    scores = scores if summed is None else np.linalg.norm(scores, axis=summed)
+                    scores = scores if summed is None else np.sqrt(np.square(scores).sum(summed))
                     curves.append(_curve(scores, units[name]))
             result[field] = Axis(before, after, curves)
         elif field in OF:

@@ -151,8 +151,9 @@ class Stack(nnx.Module):
 
     State enters and leaves layers as two trees of one form: a tuple with one entry per child, which is whatever the
     layer's mixer takes and keeps (None if nothing), or, for a repetition, a nested tuple stacked along the leading
-    axis. `given` goes in: routing to replay, caches of earlier tokens. A call returns the residual stream and what the
-    layers `kept`: routing statistics, and each given cache with this call's tokens added.
+    axis. `given` goes in: routing to replay, caches of earlier tokens, probes (`layers/probe.py`). A call returns the
+    residual stream and what the layers `kept`: routing statistics, each given cache with this call's tokens added, or
+    what a probe asks for.
     The plan has a recipe for each layer, and possibly for layers after these.
     """
 
