@@ -14,7 +14,7 @@ import shutil
 import sysconfig
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from orogen import cli
 
@@ -26,7 +26,20 @@ WIDTH = {"hidden_size": 80, "intermediate_size": 256, "mamba_num_heads": 10}
 DEPTH = {"layers": {"M": 3, "-": 4}}
 PRUNED = {"width": WIDTH, "depth": DEPTH, "random": WIDTH | {"width_scores": "random"}}
 ARMS = (*PRUNED, "scratch")
-TRAIN_BYTES, HELDOUT_BYTES, HELDOUT_EVERY = 3_000_000, 60_000, 25
+TRAIN_BYTES, HELDOUT_EVERY = 3_000_000, 25
+
+
+class Size(NamedTuple):
+    """Steps of the teacher and of a recovery, bytes of held-out text, and rows that units and layers are scored on."""
+
+    teacher: int
+    recovery: int
+    heldout: int
+    rows: int
+    depth_rows: int
+
+
+WHOLE, QUICK = Size(3000, 600, 60_000, 128, 32), Size(60, 12, 12_000, 32, 8)
 
 
 def orogen(*words: object) -> dict[str, Any]:
@@ -45,7 +58,7 @@ def bound(**values: Any) -> list[str]:
     return [word for name, value in pairs for word in ("--gin_bindings", f"{name} = {value!r}")]
 
 
-def copy_corpus(folder: Path) -> tuple[Path, Path]:
+def copy_corpus(folder: Path, heldout: int) -> tuple[Path, Path]:
     """The standard library's files, in two folders: to train on, and held out."""
     found = {"train": 0, "heldout": 0}
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")) + sorted(
@@ -54,7 +67,7 @@ def copy_corpus(folder: Path) -> tuple[Path, Path]:
     for number, file in enumerate(files):
         name = "train" if number % HELDOUT_EVERY else "heldout"
         size = file.stat().st_size
-        if found[name] + size > (TRAIN_BYTES if number % HELDOUT_EVERY else HELDOUT_BYTES):
+        if found[name] + size > (TRAIN_BYTES if number % HELDOUT_EVERY else heldout):
             continue
         found[name] += size
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -65,9 +78,9 @@ def copy_corpus(folder: Path) -> tuple[Path, Path]:
 class Trial:
     """One seed's runs in a folder."""
 
-    def __init__(self, folder: Path, seed: int, steps: tuple[int, int]):
-        self.folder, self.seed, self.steps = folder / f"seed{seed}", seed, steps
-        self.train, self.heldout = copy_corpus(self.folder)
+    def __init__(self, folder: Path, seed: int, size: Size):
+        self.folder, self.seed, self.size = folder / f"seed{seed}", seed, size
+        self.train, self.heldout = copy_corpus(self.folder, size.heldout)
 
     def bits(self, checkpoint: Path) -> float:
         """Bits per byte of the held-out files."""
@@ -86,12 +99,13 @@ class Trial:
 
     def results(self) -> dict[str, Any]:
         """Bits per byte of every arm: after pruning, and after recovery on equal tokens."""
-        first, later = self.steps
+        first, later = self.size.teacher, self.size.recovery
         teacher = self.run("train", "teacher", first, RATE, "--gin_file", HERE / "model.gin")
-        found: dict[str, Any] = {"seed": self.seed, "steps": self.steps, "teacher": self.bits(teacher)}
+        found: dict[str, Any] = {"seed": self.seed, "steps": [first, later], "teacher": self.bits(teacher)}
         for arm, sizes in PRUNED.items():
             student = self.folder / f"{arm}_pruned"
             binds = bound(**{f"PruneConfig__{field}": value for field, value in sizes.items()},
+                          PruneConfig__rows=self.size.rows, PruneConfig__depth_rows=self.size.depth_rows,
                           PruneConfig__seed=self.seed, DataConfig__corpus=str(self.train))  # fmt: skip
             asked = "prune", "--checkpoint", teacher, "--gin_file", HERE / "prune.gin", "--out", student
             told = orogen(*asked, *binds)
@@ -128,10 +142,10 @@ def main() -> None:
     options = parser.parse_args()
     recorded = HERE / "results.jsonl"
     if not options.draw:
-        seeds, steps = ((0,), (100, 25)) if options.quick else (SEEDS, (3000, 600))
+        seeds, size = ((0,), QUICK) if options.quick else (SEEDS, WHOLE)
         for seed in seeds:
             began = time.monotonic()
-            found = Trial(options.out, seed, steps).results()
+            found = Trial(options.out, seed, size).results()
             line = json.dumps(found | {"seconds": round(time.monotonic() - began)})
             print(line, flush=True)
             if not options.quick:

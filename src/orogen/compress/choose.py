@@ -15,6 +15,7 @@ from orogen.config.checks import ConfigError, require
 from orogen.config.model import LAYERS, ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.prune import PruneConfig
+from orogen.parallel.legal import fold_plan
 
 # The letters of the layers that have a size.
 OF = {
@@ -58,7 +59,9 @@ def pruned_config(model: ModelConfig, prune: PruneConfig, layers: tuple[int, ...
     if len(layers) < len(model.layers.main):
         _, *mtp = model.pattern.split("/")
         text = "/".join(["".join(model.layers.main[number] for number in layers), *mtp])
-    return dataclasses.replace(model, pattern=text, **sizes)
+    pruned = dataclasses.replace(model, pattern=text, **sizes)
+    fold_plan(plan, pruned)
+    return pruned
 
 
 def _check_present(model: ModelConfig, prune: PruneConfig, field: str) -> None:
@@ -80,6 +83,8 @@ def _check_size(model: ModelConfig, prune: PruneConfig, field: str, value: int, 
         factors |= {"n_groups": model.n_groups, "mamba_norm_groups": model.mamba_norm_groups or 1}
     if field == "n_routed_experts":
         factors["n_group"] = model.n_group
+    if field == "hidden_size" and plan.fsdp != "none":
+        factors["PlanConfig.fsdp_size"] = plan.fsdp_size or plan.data * plan.context
     if field in RANKS:
         factors[f"PlanConfig.{RANKS[field]}"] = getattr(plan, RANKS[field]) or 1
     step, least = math.lcm(*factors.values()), 1
@@ -89,12 +94,12 @@ def _check_size(model: ModelConfig, prune: PruneConfig, field: str, value: int, 
         return
     nearest = min(max(round(value / step), math.ceil(least / step), 1), most // step) * step
     why = " and ".join(f"{name} = {factor}" for name, factor in factors.items() if factor > 1)
-    expected = f"{nearest}, the nearest that is at most {most}"
+    expected = f"{nearest}, the nearest that is at most {most}" if nearest else f"none: no size up to {most} fits"
     expected += f", as ModelConfig.{field} is" if most == getattr(model, field) else ""
     expected += f", at least {least} for num_experts_per_tok = {model.num_experts_per_tok}" if least > 1 else ""
     expected += f" and a multiple of {why}" if why else ""
     name = field if getattr(prune, field) is not None else "num_key_value_heads"
-    if name != field or nearest < 1:
+    if name != field:
         raise ConfigError(f"PruneConfig.{name} asks for {value} {field}; expected {expected}")
     require(False, prune, field, expected)
 
