@@ -39,7 +39,7 @@ class Size(NamedTuple):
     depth_rows: int
 
 
-WHOLE, QUICK = Size(3000, 600, 60_000, 128, 32), Size(60, 12, 12_000, 32, 8)
+WHOLE, QUICK = Size(3000, 600, 60_000, 128, 32), Size(40, 8, 12_000, 32, 8)
 
 
 def orogen(*words: object) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class Trial:
         """A training run of the task."""
         binds = bound(
             TrainConfig__steps=steps, TrainConfig__seed=self.seed, DataConfig__corpus=str(self.train),
-            OptimizerConfig__learning_rate=rate,
+            OptimizerConfig__learning_rate=rate, OptimizerConfig__warmup_steps=max(1, steps // 20),
         )  # fmt: skip
         orogen(task, "--gin_file", HERE / "train.gin", "--run", self.folder / name, *binds, *words)
         return self.folder / name

@@ -12,11 +12,13 @@ from safetensors.numpy import load_file, save_file
 from tests.helpers import bound
 
 from orogen.checkpoint.leaves import dotted, leaves_of
-from orogen.checkpoint.open import open_model
+from orogen.checkpoint.open import open_folder, open_model
 from orogen.cli import main
 from orogen.compress.choose import best, pruned_config
 from orogen.compress.depth import check_depth, choose_layers
-from orogen.compress.slices import MIXERS, REST
+from orogen.compress.prune import decide, random_found
+from orogen.compress.rewrite import Source, rewrite
+from orogen.compress.slices import MIXERS, REST, Pruned
 from orogen.config.checks import ConfigError
 from orogen.config.load import load, load_part, model_text
 from orogen.config.model import ModelConfig
@@ -177,8 +179,12 @@ def test_all_sizes_at_once(tmp_path, capsys):
 
 @pytest.mark.parametrize("field", PLANTED)
 def test_each_size_alone_leaves_the_others(tmp_path, field):
-    before = save(tmp_path / "before", MODEL)
-    assert prune(before, tmp_path / "after", f"{field} = {SIZES[field]}", "width_scores = 'random'") == 0
+    before, settings = save(tmp_path / "before", MODEL), PruneConfig(**{field: SIZES[field]}, width_scores="random")
+    choice = decide(MODEL, settings, random_found(MODEL, settings), PlanConfig())
+    with open_folder(before) as folder:
+        source, parameters = Source(folder), count(choice.config)["total"]
+        maker = Pruned(source, choice.kept)
+        rewrite(source, maker, choice.config, before, tmp_path / "after", parameters=parameters)
     config = load([tmp_path / "after" / "config.gin"])[0].model
     more = {"num_attention_heads": 8} if field == "num_key_value_heads" else {}
     assert config == dataclasses.replace(MODEL, **{field: SIZES[field]}, **more)
@@ -331,6 +337,15 @@ def test_what_cannot_be_pruned_is_refused_in_one_line(tmp_path, capsys, bindings
     assert prune(before, tmp_path / "after", *bindings) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1 and not (tmp_path / "after").exists()
+
+
+def test_another_number_of_parameters_leaves_no_folder(tmp_path):
+    before, settings = save(tmp_path / "before", DEPTH), PruneConfig(intermediate_size=8, width_scores="random")
+    choice = decide(DEPTH, settings, random_found(DEPTH, settings), PlanConfig())
+    with open_folder(before) as folder, pytest.raises(ConfigError, match="parameters were made; expected 7"):
+        source = Source(folder)
+        rewrite(source, Pruned(source, choice.kept), choice.config, before, tmp_path / "after", parameters=7)
+    assert not (tmp_path / "after").exists()
 
 
 def test_axes_that_the_model_lacks_are_refused():

@@ -83,7 +83,7 @@ def _draw_layers(panel: "Panel", layers: Layers, theme: Theme) -> None:
     colours = [theme.accent if number in layers.removed else theme.strong for number in range(len(scores))]
     panel.bar(np.arange(len(scores)), scores, color=colours)
     panel.set_xticks(np.arange(len(scores)), labels=list(layers.pattern))
-    panel.set_xlabel(f"layers; the {len(layers.removed)} bright ones are removed")
+    panel.set_xlabel(f"layers; {len(layers.removed)} are removed, in orange")
     panel.set_ylabel("score of the layer")
     if scores.min() > 0:
         panel.set_yscale("log")
