@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from orogen.config.load import load, load_curation, load_part, load_quantization, load_search
+from orogen.config.load import load, load_curation, load_part, load_prune, load_quantization, load_search
 from orogen.config.upcycle import UpcycleConfig
 from orogen.model.lm import build
 from orogen.parallel.describe import describe_plan
@@ -81,6 +81,13 @@ def test_plan_file_holds_a_plan_alone(file):
 @pytest.mark.parametrize("file", sorted((CONFIGS / "upcycle").glob("*.gin")), ids=stem)
 def test_upcycle_file_says_how_a_model_is_upcycled(file):
     assert load_part(UpcycleConfig, [file]).experts > 1
+
+
+@pytest.mark.parametrize("file", sorted((CONFIGS / "prune").glob("*.gin")), ids=stem)
+def test_prune_file_says_what_is_pruned_and_begins_with_its_command(file):
+    settings, run = load_prune([file])
+    assert settings.widths and run.model is run.data is None
+    assert f"# orogen prune --checkpoint HF_FOLDER --gin_file gin_configs/prune/{file.name} " in file.read_text()
 
 
 @pytest.mark.parametrize("file", sorted((CONFIGS / "quantize").glob("*.gin")), ids=stem)
@@ -165,18 +172,7 @@ def test_no_record_outlives_its_recipe():
 
 
 def test_every_gin_file_is_of_a_known_kind():
-    kinds = (
-        "models",
-        "plans",
-        "precision",
-        "data",
-        "recipes",
-        "upcycle",
-        "quantize",
-        "curation",
-        "posttrain",
-        "search",
-    )
+    kinds = "models plans precision data recipes curation posttrain upcycle prune quantize search".split()
     known = [file for kind in kinds for file in (CONFIGS / kind).glob("*.gin")]
     assert sorted(known) == sorted(CONFIGS.rglob("*.gin"))
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from orogen.bench.command import BENCH
 from orogen.command import EXIT_BAD_INPUT, EXIT_FAILURE, add_common_arguments, fail
-from orogen.compress.command import QUANTIZE, SEARCH, UPCYCLE
+from orogen.compress.command import PRUNE, QUANTIZE, SEARCH, UPCYCLE
 from orogen.config.checks import ConfigError
 from orogen.convert.command import AVERAGE, CONVERT, PARAMS
 from orogen.data.command import CURATE, TOKENIZE
@@ -33,7 +33,7 @@ from orogen.train.stop import INTERRUPTED
 
 COMMANDS = (
     TRAIN, SFT, DPO, DISTILL, REWARD, BEST_OF, SWEEP, LAUNCH, GENERATE, SERVE, SCORE, EVALUATE, CURATE, TOKENIZE,
-    CONVERT, AVERAGE, UPCYCLE, QUANTIZE, SEARCH, PARAMS, PLAN, SIMULATE, VERIFY, BENCH,
+    CONVERT, AVERAGE, UPCYCLE, PRUNE, QUANTIZE, SEARCH, PARAMS, PLAN, SIMULATE, VERIFY, BENCH,
 )  # fmt: skip
 # None: an error that our own code raises, which names a missing file.
 PATH_ERRORS = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)

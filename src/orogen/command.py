@@ -5,6 +5,7 @@ A package's own commands are in its `command.py`, which imports jax only when a 
 
 import argparse
 import json
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from orogen.parallel.runtime import XLA_FLAGS
 
 CHECKPOINT = "a run folder, an Orogen checkpoint folder or a Hugging Face folder"
 EXIT_FAILURE, EXIT_BAD_INPUT = 1, 2
+EVERY_SECONDS = 10.0  # between lines that say how far a task is
 
 
 class Command(NamedTuple):
@@ -97,3 +99,19 @@ def free_memory() -> Any:
     from orogen.simulate.fit import Memory
 
     return Memory(host_bytes(), device_bytes())
+
+
+def told_progress() -> Callable[[], None]:
+    """A function to call after each batch, which says on stderr from time to time how many there were."""
+    began = said = time.monotonic()
+    batches = 0
+
+    def progress() -> None:
+        nonlocal said, batches
+        batches += 1
+        now = time.monotonic()
+        if now - said >= EVERY_SECONDS:
+            said = now
+            say(f"{batches} batches in {now - began:.0f} s")
+
+    return progress

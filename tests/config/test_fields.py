@@ -11,11 +11,13 @@ from orogen.cli import main
 from orogen.config.checks import ConfigError
 from orogen.config.curate import CURATION, ClassifyConfig, CurateConfig, DecontaminateConfig
 from orogen.config.fields import KINDS
+from orogen.config.prune import PruneConfig
 
 GOOD = {kind: {} for kind in CURATION} | {
     CurateConfig: {"sources": (("a", "b"),)},
     ClassifyConfig: {"good": ("a",), "bad": ("b",)},
     DecontaminateConfig: {"evaluation": ("a",)},
+    PruneConfig: {"remove_layers": (1,)},
     **OF_RUNS,
 }
 FIELDS = [(kind, field.name) for kind in KINDS for field in dataclasses.fields(kind)]

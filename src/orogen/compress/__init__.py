@@ -4,6 +4,27 @@ A command here reads any checkpoint folder and writes an Orogen checkpoint folde
 one parameter of one layer at a time, so that models larger than memory pass; a command says how a layer of the new
 model is made from one of the old.
 
+**Pruning** has four steps, each a file:
+
+- `calibrate.py` runs the model over text, on any plan without stages, and adds up what layers report. A layer that is
+  given a `Probe` (`layers/probe.py`) keeps statistics of its activations, or has its output multiplied by zero, so that
+  one program measures the model without any of its layers.
+- `importance.py` and `depth.py` turn the sums into scores of units and of layers (Minitron, arXiv:2407.14679; for Mamba
+  arXiv:2504.11409; MiniPuzzle, arXiv:2504.03624).
+- `choose.py` takes the best under the constraints: heads inside the group of their key head, Mamba's inside the group
+  that shares B and C, experts inside their routing group; and refuses sizes that groups or ranks do not divide.
+- `slices.py` cuts each parameter. Norms are rescaled so that channels of zeros leave no trace.
+
+The new folder has `pruning.json`, with every score and the units that were kept; `--scores` prunes the same model to
+other sizes by it, without reading text or running the model, so on a host that cannot hold it.
+
+Text comes from `DataConfig`, sizes from `PruneConfig`, such as PruneConfig.mamba_num_heads = 48 in narrow.gin:
+
+    orogen prune --checkpoint runs/base --gin_file gin_configs/data/stdlib.gin --gin_file narrow.gin --out pruned
+
+Multi-token prediction: the block's layers are pruned in width like the others, and are never removed. A pattern loses
+its pipeline segments (`|`) if layers are removed.
+
 **Post-training quantisation** (`orogen quantize`) stores the weights of the layers' products in FP8 or NVFP4. What is
 kept higher is data (`QuantizeConfig.keep`; gin_configs/quantize has the published recipes).
 

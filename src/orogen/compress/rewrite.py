@@ -1,7 +1,7 @@
 """Writes a new checkpoint folder from an old one, layer by layer."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -29,8 +29,8 @@ from orogen.convert.tensor_files import Spec, TensorWriter, new_folder
 from orogen.model.block import places, repeats
 from orogen.model.lm import build
 
-# Parameters of one layer, by their paths below it.
-Arrays = dict[Leaf, np.ndarray]
+# Parameters of one layer, by their paths below it. One that is made on demand is in memory alone.
+Arrays = Mapping[Leaf, np.ndarray]
 
 
 class Home(NamedTuple):
@@ -104,19 +104,21 @@ class Maker(Protocol):
 
 def rewrite(
     source: Source, maker: Maker, config: ModelConfig, folder: Path, target: Path,
-    *, fits: Callable[[str, int], None] = lambda tensor, held: None,
+    *, fits: Callable[[str, int], None] = lambda tensor, held: None, parameters: int | None = None,
+    beside: Mapping[str, bytes] | None = None,
 ) -> None:  # fmt: skip
     """Writes the model of `config` that `maker` makes into the new Orogen checkpoint folder `target`.
 
     A parameter has the dtype of those of the same name in the old model, or that of most of its parameters; what is
     used in float32 is float32 if it is new. folder: the old folder, for its tokenizer. fits: takes a parameter's name
-    and bytes, and raises ConfigError if memory cannot hold it. Raises ConfigError if the maker's parameters are not
-    those of the config; then there is no `target`.
+    and bytes, and raises ConfigError if memory cannot hold it. parameters: how many are expected in all, None for any
+    number. beside: further files, by name. Raises ConfigError if the maker's parameters are not those of the config;
+    then there is no `target`.
     """
     wanted = _specs(source, config)
     largest = max(wanted, key=lambda path: wanted[path].nbytes)
     fits(dotted(largest), wanted[largest].nbytes)
-    layers = homes(config)
+    layers, written = homes(config), 0
     with new_folder(target) as scratch:
         with TensorWriter(scratch, {dotted(path): spec for path, spec in wanted.items()}) as writer:
             inside = set()
@@ -131,13 +133,19 @@ def rewrite(
                     spec = wanted[path]
                     _check_shape(path, array, spec.shape[len(home.index) :])
                     writer.write(dotted(path), array.astype(spec.dtype), home.index)
+                    written += array.size
             for path in wanted.keys() - inside:
                 array, spec = maker.rest(path), wanted[path]
                 _check_shape(path, array, spec.shape)
                 writer.write(dotted(path), array.astype(spec.dtype))
+                written += array.size
+        if parameters is not None and written != parameters:
+            raise ConfigError(f"{written:,} parameters were made; expected {parameters:,}, as the config has")
         copy_files(TOKENIZER_FILES, _tokenizer(folder), scratch / "tokenizer")
         copy_files([GENERATION], folder, scratch)
         write_atomically(scratch / CONFIG, model_text(config).encode())
+        for name, content in (beside or {}).items():
+            write_atomically(scratch / name, content)
         checksums.write(scratch)
 
 

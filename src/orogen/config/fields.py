@@ -9,6 +9,7 @@ from orogen.config.cluster import ClusterConfig
 from orogen.config.curate import CURATION
 from orogen.config.data import SourceConfig
 from orogen.config.phases import PhaseConfig
+from orogen.config.prune import PruneConfig
 from orogen.config.quantize import QuantizeConfig
 from orogen.config.run import PARTS
 from orogen.config.search import SearchConfig
@@ -16,7 +17,7 @@ from orogen.config.sweep import SweepConfig
 from orogen.config.upcycle import UpcycleConfig
 
 # The parts of a run, what their fields hold, and what other tasks read.
-OWN = SourceConfig, PhaseConfig, ClusterConfig, SweepConfig, UpcycleConfig, QuantizeConfig, SearchConfig
+OWN = SourceConfig, PhaseConfig, ClusterConfig, SweepConfig, UpcycleConfig, PruneConfig, QuantizeConfig, SearchConfig
 KINDS = (*PARTS.values(), *OWN, *CURATION)
 
 

@@ -22,6 +22,7 @@ from orogen.config.evaluate import EvaluateConfig
 from orogen.config.fields import KINDS
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
+from orogen.config.prune import PruneConfig
 from orogen.config.quantize import QuantizeConfig
 from orogen.config.reads import require_read, without_unread
 from orogen.config.run import PARTS, RunConfig
@@ -136,6 +137,16 @@ def load_evaluation(bindings: Sequence[str]) -> tuple[PlanConfig | None, EngineC
     bound = any(key.split(".")[-2:-1] == [PlanConfig.__name__] for key in _keys(gin.config_str()))
     require_read(RunConfig(plan=PlanConfig(), evaluate=parts["evaluate"]))
     return parts["plan"] if bound else None, parts["engine"], parts["evaluate"]
+
+
+def load_prune(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[PruneConfig, RunConfig]:
+    """The PruneConfig that the files bind, and the run's parts beside it: the text and the plan of its passes. Raises
+    ConfigError as `load` does, or if they bind no PruneConfig."""
+    parts, _ = _parts(files, bindings, {**PARTS, "prune": PruneConfig})
+    prune = parts.pop("prune")
+    if prune is None:
+        raise ConfigError("the gin files have no bindings of PruneConfig; expected some, with its fields")
+    return prune, require_read(RunConfig(**parts))
 
 
 def load_quantization(

@@ -2,15 +2,13 @@
 
 import argparse
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from orogen.command import CHECKPOINT, Command, answer, free_memory, positive
+from orogen.command import CHECKPOINT, Command, answer, free_memory, positive, told_progress
 from orogen.config.checks import ConfigError, require
 from orogen.config.engine import DECODED
 from orogen.config.evaluate import METHODS, SUITES, EvaluateConfig
-from orogen.config.streams import say
 
 TASKS = (
     f"tasks, separated by commas: generated ones ({', '.join(SUITES)}), and those of lm-eval, which needs "
@@ -23,7 +21,6 @@ TEXT = (
 TASK_PATH = (
     "a folder of lm-eval tasks, in place of those that lm-eval comes with; repeatable. Python that they name is run"
 )
-EVERY_SECONDS = 10.0  # between lines that say how far it is
 BINDINGS = "of PlanConfig, EngineConfig and EvaluateConfig, such as PlanConfig.tensor=2; repeatable"
 
 
@@ -99,28 +96,12 @@ def evaluate(options: argparse.Namespace) -> int:
             scored = {"blocked": blocked, "batch_tokens": config.batch_tokens, "length": length}
             require_evaluation_fits(folder.config, free_memory(), **scored)
         opened = read_model(folder, plan and plan.evaluating(), engine.compute_dtype)
-    results = evaluator.run(Subject(opened, config, engine, _told()))
+    results = evaluator.run(Subject(opened, config, engine, told_progress()))
     facts: dict[str, Any] = {"checkpoint": str(options.checkpoint), "seconds": round(time.monotonic() - began, 3)}
     written = write_results(options.out, results, facts) if options.out is not None else []
     lines = [*table(results), *(f"wrote {file}" for file in written)]
     answer(options, {**facts, "results": plain(results)}, lines)
     return 0
-
-
-def _told() -> Callable[[], None]:
-    """Says on stderr from time to time how far the evaluation is, by the batches that were scored or continued."""
-    began = said = time.monotonic()
-    batches = 0
-
-    def progress() -> None:
-        nonlocal said, batches
-        batches += 1
-        now = time.monotonic()
-        if now - said >= EVERY_SECONDS:
-            said = now
-            say(f"{batches} batches in {now - began:.0f} s")
-
-    return progress
 
 
 def _export(options: argparse.Namespace, config: EvaluateConfig) -> int:

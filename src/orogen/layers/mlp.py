@@ -14,6 +14,7 @@ from orogen.kernels.recompute import from_inputs
 from orogen.layers.documents import Documents
 from orogen.layers.linear import add_bias, linear, linears
 from orogen.layers.parameter import normal, parameter
+from orogen.layers.probe import measuring, row_squares
 from orogen.parallel.plan import Plan
 
 # The slope of the sigmoid in gpt-oss's clamped SwiGLU.
@@ -70,9 +71,12 @@ class MLP(nnx.Module):
         self.gate_bias = parameter(jnp.zeros(hidden), ("mlp",)) if bias and config.mlp_gated else None
         self.down_bias = parameter(jnp.zeros(size), ("norm",)) if bias else None
 
-    def __call__(self, x_btd: Array, docs: Documents, plan: Plan, given: None = None) -> tuple[Array, None]:
-        """`transform` with the signature of a mixer; it keeps nothing."""
-        return self.transform(x_btd, plan), None
+    def __call__(self, x_btd: Array, docs: Documents, plan: Plan, given: Any = None) -> tuple[Array, Any]:
+        """y (b, t, d), with the signature of a mixer; it keeps nothing, or the statistics that a probe asks for."""
+        if not measuring(given):
+            return self.transform(x_btd, plan), None
+        hidden_btf = self.hidden(x_btd, plan)
+        return self.project(hidden_btf, plan), {"mlp": row_squares(hidden_btf, docs, plan, "mlp")}
 
     def start(self, room: Any, dtype: Any) -> None:
         """None: tokens do not see each other here, so there is nothing to cache."""
@@ -82,6 +86,10 @@ class MLP(nnx.Module):
 
     def transform(self, x_btd: Array, plan: Plan) -> Array:
         """y (b, t, d)."""
+        return self.project(self.hidden(x_btd, plan), plan)
+
+    def hidden(self, x_btd: Array, plan: Plan) -> Array:
+        """The hidden units (b, t, f) of this rank, for the whole context rank."""
         weights = [w for w in (self.up, self.gate) if w is not None]
         biases = (self.up_bias, self.gate_bias)[: len(weights)]
         with jax.named_scope("up"):
@@ -93,7 +101,10 @@ class MLP(nnx.Module):
         with jax.named_scope("activation"):
             gate_btf = gates_btf[0] if gates_btf else None
             hidden_btf = activate(up_btf, gate_btf, name=self.activation, limit=self.limit)
-            hidden_btf = checkpoint_name(hidden_btf, f"{self.prefix}activation")
+            return checkpoint_name(hidden_btf, f"{self.prefix}activation")
+
+    def project(self, hidden_btf: Array, plan: Plan) -> Array:
+        """y (b, t, d) from the hidden units."""
         with jax.named_scope("down"):
             # The ranks' partial products are summed first, so that the bias is added once.
             return add_bias(plan.leave(linear(hidden_btf, self.down, plan, f"{self.kind}_down")), self.down_bias)

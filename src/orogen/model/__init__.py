@@ -32,6 +32,8 @@ Then give its letter a row in each table that has one per letter: its name in `L
 in `MIXERS` (`model/block.py`), `LAYER_FLOPS`, `LAYER_COLLECTIVES`, `LAYER_WEIGHTS` and `LAYER_KEPT` (`cost/flops.py`,
 `collectives.py`, `weights.py`, `kept.py`) and `LAYER_OPERATIONS` (`simulate/operations.py`); the fields that only it
 reads in `MODEL_LETTERS` (`config/readers.py`); the names of its intermediates in `NAMES` (`config/remat.py`); its
-tensors' names in `convert/mixers.py` if checkpoints have it. A letter without a row is an error wherever it is looked
-up. Run `orogen verify` on a pattern that has it; `tests/model/test_add_a_layer.py` adds one in this way.
+tensors' names in `convert/mixers.py` if checkpoints have it; the units along its parameters' axes in `MIXERS`
+(`compress/slices.py`) and its statistics in `compress/importance.py` if it is to be pruned. A letter without a row is
+an error wherever it is looked up. Run `orogen verify` on a pattern that has it; `tests/model/test_add_a_layer.py` adds
+one in this way.
 """

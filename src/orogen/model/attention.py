@@ -16,6 +16,7 @@ from orogen.layers.documents import Documents
 from orogen.layers.linear import add_bias, linear, linears
 from orogen.layers.norm import make_norm
 from orogen.layers.parameter import normal, parameter
+from orogen.layers.probe import Probe, probe_of, row_squares
 from orogen.layers.rotary import make_rotary, mscale
 from orogen.model.cache import require_one_context_rank
 from orogen.model.context_attention import attend
@@ -56,6 +57,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x_btd: Array, docs: Documents, plan: Plan, given: Any = None) -> tuple[Array, Any]:
         """y (b, t, d); given a cache of earlier tokens' keys and values, attends to them too and returns it updated."""
+        probe, given = probe_of(given)
         require_one_context_rank(plan, given)
         with jax.named_scope("in_proj"):
             h_btd = plan.enter(x_btd)
@@ -75,7 +77,7 @@ class Attention(nnx.Module):
             reading = None if kept is None else kept.reading(docs)
             k_bsgk, v_bsgk = (k_btgk, v_btgk) if reading is None else reading.values
             y_bthk = attend(q_bthk, k_bsgk, v_bsgk, docs.segments_bt, plan, reading=reading, **settings)
-        return _join(y_bthk, self.out, self.out_bias, plan), kept
+        return _join(y_bthk, self.out, self.out_bias, plan), _measured(y_bthk, docs, plan, probe) or kept
 
     def start(self, room: Any, dtype: Any) -> Any:
         """An empty cache of keys and values."""
@@ -127,6 +129,7 @@ class LatentAttention(nnx.Module):
     def __call__(self, x_btd: Array, docs: Documents, plan: Plan, given: Any = None) -> tuple[Array, Any]:
         """y (b, t, d); given a cache of earlier tokens' latent vectors and rotary keys, attends to those tokens too and
         returns it updated."""
+        probe, given = probe_of(given)
         require_one_context_rank(plan, given)
         h_btd = plan.enter(x_btd)
         q_bthk = self._queries(h_btd, docs, plan)
@@ -151,7 +154,7 @@ class LatentAttention(nnx.Module):
             reading=reading,
             scale=self.scale,
         )
-        return _join(y_bthk, self.out, self.out_bias, plan), kept
+        return _join(y_bthk, self.out, self.out_bias, plan), _measured(y_bthk, docs, plan, probe) or kept
 
     def start(self, room: Any, dtype: Any) -> Any:
         """An empty cache of what keys and values are computed from."""
@@ -181,6 +184,13 @@ def _bias(size: int, axis: str, present: bool) -> nnx.Param | None:
 def _split(x_btf: Array, size: int) -> Array:
     """`x_btf` as heads of `size`."""
     return x_btf.reshape(*x_btf.shape[:2], -1, size)
+
+
+def _measured(y_bthk: Array, docs: Documents, plan: Plan, probe: Probe | None) -> dict[str, Array] | None:
+    """What the heads' outputs tell of their importance, if the probe asks for it."""
+    if probe is None or not probe.measures:
+        return None
+    return {"heads": row_squares(y_bthk, docs, plan, "heads")}
 
 
 @jax.named_scope("out_proj")

@@ -19,6 +19,7 @@ from orogen.config.recipe import FP8
 from orogen.layers.documents import Documents
 from orogen.layers.mlp import MLP
 from orogen.layers.norm import make_norm
+from orogen.layers.probe import change, probe_of, stream_squares
 from orogen.model.attention import Attention, LatentAttention
 from orogen.model.mamba1 import Mamba1
 from orogen.model.mamba2 import Mamba2
@@ -122,12 +123,19 @@ class Layer(nnx.Module):
         self.mixer: Any = MIXERS[letter](config, rngs)
 
     def __call__(self, x_btd: Array, docs: Documents, plan: Plan, given: Any = None) -> tuple[Array, Any]:
-        """The residual stream after this layer, and what its mixer keeps."""
+        """The residual stream after this layer, and what its mixer keeps; given a probe, statistics instead."""
         with jax.named_scope(type(self.mixer).__name__):
             with jax.named_scope("norm"):
                 h_btd = checkpoint_name(self.norm(checkpoint_name(x_btd, "input"), plan), "norm")
             y_btd, kept = self.mixer(h_btd, docs, plan, given)
-        return x_btd + y_btd, kept
+        probe, _ = probe_of(given)
+        if probe is None:
+            return x_btd + y_btd, kept
+        after_btd = x_btd + (y_btd if probe.gain is None else y_btd * probe.gain.astype(y_btd.dtype))
+        if not probe.measures:
+            return after_btd, None
+        of_stream = {"hidden": stream_squares(h_btd, docs, plan), "change": change(x_btd, after_btd, docs, plan)}
+        return after_btd, {**of_stream, **kept}
 
     def start(self, room: Any, dtype: Any) -> Any:
         """What the mixer is given with the first piece of a sequence. See `Stack.start`."""
@@ -143,8 +151,9 @@ class Stack(nnx.Module):
 
     State enters and leaves layers as two trees of one form: a tuple with one entry per child, which is whatever the
     layer's mixer takes and keeps (None if nothing), or, for a repetition, a nested tuple stacked along the leading
-    axis. `given` goes in: routing to replay, caches of earlier tokens. A call returns the residual stream and what the
-    layers `kept`: routing statistics, and each given cache with this call's tokens added.
+    axis. `given` goes in: routing to replay, caches of earlier tokens, probes (`layers/probe.py`). A call returns the
+    residual stream and what the layers `kept`: routing statistics, each given cache with this call's tokens added, or
+    what a probe asks for.
     The plan has a recipe for each layer, and possibly for layers after these.
     """
 

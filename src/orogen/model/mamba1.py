@@ -17,6 +17,7 @@ from orogen.kernels.selective_scan import selective_scan
 from orogen.layers.documents import Documents
 from orogen.layers.linear import add_bias, linear, linear_plain, linears
 from orogen.layers.parameter import normal, parameter, uniform
+from orogen.layers.probe import measuring, probe_of
 from orogen.model.cache import require_one_context_rank
 from orogen.model.context_ssm import convolve, scan_over_parts
 from orogen.model.mamba2 import CausalConv, initial_dt_bias, projection_bias
@@ -53,6 +54,7 @@ class Mamba1(nnx.Module):
 
     def __call__(self, x_btd: Array, docs: Documents, plan: Plan, given: Any = None) -> tuple[Array, Any]:
         """y (b, t, d); given a cache of earlier tokens' window and state, continues from it and returns it updated."""
+        probe, given = probe_of(given)
         require_one_context_rank(plan, given)
         with jax.named_scope("in_proj"):
             h_btd = plan.enter(x_btd)
@@ -69,7 +71,8 @@ class Mamba1(nnx.Module):
         with jax.named_scope("out_proj"):
             # The ranks' partial products are summed first, so that the bias is added once.
             y_btd = add_bias(plan.leave(linear(y_bti, self.out, plan, "mamba_out")), self.out_bias)
-        return y_btd, None if given is None else given.with_piece(inputs, state, docs)
+        kept = {} if measuring(probe) else None
+        return y_btd, kept if given is None else given.with_piece(inputs, state, docs)
 
     def start(self, room: Any, dtype: Any) -> Any:
         """The cache before the first token, of the same size however many tokens come."""

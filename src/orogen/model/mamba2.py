@@ -20,6 +20,7 @@ from orogen.layers.documents import Documents
 from orogen.layers.linear import add_bias, linear, linear_plain, linears
 from orogen.layers.norm import GroupRMSNorm
 from orogen.layers.parameter import normal, parameter, uniform
+from orogen.layers.probe import measuring, probe_of, row_squares
 from orogen.model.cache import require_one_context_rank
 from orogen.model.context_ssm import convolve, heads_for_sequence, ssd_over_parts
 from orogen.parallel.context import to_tokens, whole
@@ -91,6 +92,7 @@ class Mamba2(nnx.Module):
 
     def __call__(self, x_btd: Array, docs: Documents, plan: Plan, given: Any = None) -> tuple[Array, Any]:
         """y (b, t, d); given a cache of earlier tokens' windows and state, continues from it and returns it updated."""
+        probe, given = probe_of(given)
         require_one_context_rank(plan, given)
         with jax.named_scope("in_proj"):
             h_btd = plan.enter(x_btd)
@@ -103,6 +105,7 @@ class Mamba2(nnx.Module):
             z_bti, x_bti, B_btc, C_btc, dt_bth = (
                 checkpoint_name(add_bias(y, bias), "in_proj") for y, bias in zip(projected, biases, strict=True)
             )
+        kept = {"mamba": row_squares(x_bti, docs, plan, "mamba_heads")} if measuring(probe) else None
         with jax.named_scope("conv"):
             convs, inputs = (self.conv_x, self.conv_B, self.conv_C), (x_bti, B_btc, C_btc)
             x_bti, B_btc, C_btc = convolve(convs, inputs, docs, plan, given)
@@ -113,7 +116,7 @@ class Mamba2(nnx.Module):
         with jax.named_scope("out_proj"):
             # The ranks' partial products are summed first, so that the bias is added once.
             y_btd = add_bias(plan.leave(linear(y_bti, self.out, plan, "mamba_out")), self.out_bias)
-        return y_btd, None if given is None else given.with_piece(inputs, state, docs)
+        return y_btd, kept if given is None else given.with_piece(inputs, state, docs)
 
     def start(self, room: Any, dtype: Any) -> Any:
         """The cache before the first token, of the same size however many tokens come."""

@@ -37,6 +37,12 @@ class Experts(nnx.Module):
     ) -> Array:
         """(r, w). group_sizes: rows per expert of this rank; an int if all have the same number; or each result's
         expert. number_r: of each row's token in the global batch, if the recipe rounds rows; -1 for a row of none."""
+        return self.with_hidden(rows_rw, group_sizes, plan, number_r)[0]
+
+    def with_hidden(
+        self, rows_rw: Array, group_sizes: Array | RowGroups | int, plan: Plan, number_r: Array | None = None
+    ) -> tuple[Array, Array]:
+        """The result (r, w) and the hidden units (r, f) of this rank that it is computed from."""
         placed = None
         if number_r is not None:
             placed = rows_of_experts(number_r, group_sizes, plan, experts=len(self.up[...]))
@@ -61,4 +67,4 @@ class Experts(nnx.Module):
         hidden_rf = checkpoint_name(hidden_rf, "expert_activation")
         # Every rank that shares an expert's hidden units adds a partial sum, and only one of them adds the bias.
         counts = plan.index("expert_tensor") == 0
-        return project(hidden_rf, self.down, self.down_bias, counts=counts, kind="routed_down")
+        return project(hidden_rf, self.down, self.down_bias, counts=counts, kind="routed_down"), hidden_rf

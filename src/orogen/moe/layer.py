@@ -21,8 +21,10 @@ from orogen.layers.documents import Documents
 from orogen.layers.linear import add_bias, linear, linear_plain, rounds_experts, token_numbers
 from orogen.layers.mlp import MLP
 from orogen.layers.parameter import normal, parameter
+from orogen.layers.probe import dealt_squares, measuring, own_tokens, probe_of, row_squares
 from orogen.moe.dispatch import DISPATCHES, drop_margin, expert_capacity, within_capacity
 from orogen.moe.experts import Experts
+from orogen.moe.measured import expert_statistics
 from orogen.moe.router import Router, RouterLosses, Routing, expert_counts, router_losses
 from orogen.parallel.context import zigzag
 from orogen.parallel.plan import Plan
@@ -81,17 +83,18 @@ class MoE(nnx.Module):
         gated = config.moe_shared_expert_gate
         self.shared_gate = normal(rngs, (size, 1), ("embed", None), std=std) if gated else None
 
-    def __call__(
-        self, x_btd: Array, docs: Documents, plan: Plan, given: Replay | None = None
-    ) -> tuple[Array, MoEStats]:
-        """y (b, t, d) and statistics. docs: those of the whole context rank; given: routing to use instead of the
-        layer's own."""
-        y_btd, stats = self._routed(plan.deal(x_btd), plan.deal(plan.own(docs.segments_bt)) != 0, plan, given)
+    def __call__(self, x_btd: Array, docs: Documents, plan: Plan, given: Any = None) -> tuple[Array, Any]:
+        """y (b, t, d) and statistics: a MoEStats, or what a probe asks for. docs: those of the whole context rank;
+        given: a Replay of routing to use instead of the layer's own, or a probe."""
+        y_btd, kept = self._routed(plan.deal(x_btd), docs, plan, given)
         y_btd = plan.collect(y_btd)
         if self.shared is not None:
             with jax.named_scope("shared_expert"):
-                y_btd = y_btd + self._shared(x_btd, self.shared, plan)
-        return y_btd, stats
+                shared_btd, hidden_btf = self._shared(x_btd, self.shared, plan)
+            y_btd = y_btd + shared_btd
+            if measuring(given):
+                kept["shared"] = row_squares(hidden_btf, docs, plan, "mlp")
+        return y_btd, kept
 
     def start(self, room: Any, dtype: Any) -> None:
         """None: tokens do not see each other here, so there is nothing to cache."""
@@ -99,11 +102,12 @@ class MoE(nnx.Module):
     def cache_axes(self, room: Any) -> None:
         """None, as in `start`."""
 
-    def _routed(self, x_btd: Array, valid_bt: Array, plan: Plan, given: Replay | None) -> tuple[Array, MoEStats]:
+    def _routed(self, x_btd: Array, docs: Documents, plan: Plan, given: Any) -> tuple[Array, Any]:
         """The routed experts' part of y, for tokens that this rank alone routes."""
+        probe, replay = probe_of(given)
         with jax.named_scope("router"):
-            logits_bte, routing = self.router(x_btd, plan, None if given is None else given.experts)
-            stats, capacity = self._account(logits_bte, routing, valid_bt, plan, given)
+            logits_bte, routing = self.router(x_btd, plan, None if replay is None else replay.experts)
+            stats, capacity = self._account(logits_bte, routing, own_tokens(docs, plan), plan, replay)
             keep_btk = stats.choice.replay.kept
         with jax.named_scope("experts"):
             flat = lambda a: a.reshape(-1, a.shape[-1])  # noqa: E731
@@ -125,18 +129,28 @@ class MoE(nnx.Module):
                 number_r = self._numbers(x_btd, routing, keep_btk, plan, capacity)
             stats = stats._replace(overflow=stats.overflow + ticket.overflow)
 
-            def outcome(plan: Plan) -> Array:
-                returned = self.experts(rows, group_sizes, plan, number_r)
+            def outcome(plan: Plan) -> tuple[Array, tuple[Array, Array, Array]]:
+                """The part of y; the experts' outputs, their hidden units, and what is combined of the outputs."""
+                returned, hidden_rf = self.experts.with_hidden(rows, group_sizes, plan, number_r)
                 with jax.named_scope("combine"):
                     y_nw = dispatcher.combine(returned, flat(routing.weights), ticket, plan)
-                y_btw = checkpoint_name(y_nw, "combined").reshape(u_btw.shape)
-                if self.latent_up is None:
-                    return y_btw
-                return add_bias(linear(y_btw, self.latent_up, plan, "latent_up"), self.latent_up_bias)
+                y_btw = y_btd = checkpoint_name(y_nw, "combined").reshape(u_btw.shape)
+                if self.latent_up is not None:
+                    y_btd = add_bias(linear(y_btw, self.latent_up, plan, "latent_up"), self.latent_up_bias)
+                return y_btd, (returned, hidden_rf, y_btw)
 
             measured = plan.recipe.measures(ROUTED[0])
-            y_btd = outcome(plan) if measured is None else with_scores(outcome, measured.candidates, ROUTED, plan)
-        return y_btd, stats
+            if measured is not None:
+                return with_scores(lambda plan: outcome(plan)[0], measured.candidates, ROUTED, plan), stats
+            y_btd, (returned, hidden_rf, y_btw) = outcome(plan)
+        if not measuring(probe):
+            return y_btd, stats
+        results: Any = (returned, hidden_rf), group_sizes, plan
+        kept = expert_statistics(routing, keep_btk, *results, n_experts=self.n_experts, capacity=capacity)
+        if self.latent_up is not None:
+            latent = {"latent_in": u_btw, "latent_out": y_btw}
+            kept |= {name: dealt_squares(a_btw, docs, plan) for name, a_btw in latent.items()}
+        return y_btd, kept
 
     def _numbers(self, x_btd: Array, routing: Routing, keep_btk: Array, plan: Plan, capacity: int) -> Array:
         """The number in the global batch of each row's token, as `dispatch` sends the rows; -1 for a row of none."""
@@ -149,13 +163,15 @@ class MoE(nnx.Module):
         found, _, _ = dispatcher.dispatch(*sent, plan, n_experts=self.n_experts, capacity=capacity)
         return found[:, 0].astype(jnp.int32) - 1
 
-    def _shared(self, x_btd: Array, expert: MLP, plan: Plan) -> Array:
-        y_btd = expert.transform(x_btd, plan)
+    def _shared(self, x_btd: Array, expert: MLP, plan: Plan) -> tuple[Array, Array]:
+        """The shared expert's part of y, and its hidden units."""
+        hidden_btf = expert.hidden(x_btd, plan)
+        y_btd = expert.project(hidden_btf, plan)
         if self.shared_gate is None:
-            return y_btd
+            return y_btd, hidden_btf
         gate_bt1 = linear_plain(x_btd, self.shared_gate, plan)
         y_btd, gate_bt1 = (checkpoint_name(a, "shared_out") for a in (y_btd, gate_bt1))
-        return y_btd * jax.nn.sigmoid(gate_bt1)
+        return y_btd * jax.nn.sigmoid(gate_bt1), hidden_btf
 
     def _account(
         self, logits_bte: Array, routing: Routing, valid_bt: Array, plan: Plan, replay: Replay | None

@@ -304,6 +304,13 @@ class Plan:
         copies = tuple(sorted(varying_axes(x) - split))
         return lax.pmax(x, copies) if copies else x
 
+    def over_others(self, x: Array, *axes: str) -> Array:
+        """The sum of the partial `x`, which is split over these axes, over every other axis that it varies over, except
+        the pipeline's."""
+        split = {name for axis in (*axes, "stage") for name in self.rules[axis]}
+        others = tuple(sorted(varying_axes(x) - split))
+        return lax.psum(x, others) if others else x
+
     def index(self, axis: str) -> Array | int:
         """This device's rank along `axis`."""
         return lax.axis_index(self.rules[axis]) if self.rules[axis] else 0

@@ -1,0 +1,159 @@
+"""A trained hybrid pruned to about three quarters of its parameters by width, by depth and at random, then distilled,
+beside a model of the pruned sizes that is trained from scratch on as many tokens.
+
+PYTHONPATH=src python experiments/minitron/run.py --out runs/minitron            # three seeds
+PYTHONPATH=src python experiments/minitron/run.py --out runs/minitron --quick    # one, short: do the commands work?
+PYTHONPATH=src python experiments/minitron/run.py --draw                         # figure.png from results.jsonl
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import shutil
+import sysconfig
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from orogen import cli
+
+HERE = Path(__file__).parent
+SEEDS = (0, 1, 2)
+RATE, RECOVERY_RATE = 5e-3, 2e-3
+# New sizes of the arms: 444,328 parameters of 602,496 by width, 483,624 by depth, which favours depth.
+WIDTH = {"hidden_size": 80, "intermediate_size": 256, "mamba_num_heads": 10}
+DEPTH = {"layers": {"M": 3, "-": 4}}
+PRUNED = {"width": WIDTH, "depth": DEPTH, "random": WIDTH | {"width_scores": "random"}}
+ARMS = (*PRUNED, "scratch")
+TRAIN_BYTES, HELDOUT_EVERY = 3_000_000, 25
+
+
+class Size(NamedTuple):
+    """Steps of the teacher and of a recovery, bytes of held-out text, and rows that units and layers are scored on."""
+
+    teacher: int
+    recovery: int
+    heldout: int
+    rows: int
+    depth_rows: int
+
+
+WHOLE, QUICK = Size(3000, 600, 60_000, 128, 32), Size(40, 8, 12_000, 32, 8)
+
+
+def orogen(*words: object) -> dict[str, Any]:
+    """What a task answers with --json. Raises SystemExit if it fails."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        status = cli.main([*map(str, words), "--json"])
+    if status:
+        raise SystemExit(status)
+    return json.loads(out.getvalue())
+
+
+def bound(**values: Any) -> list[str]:
+    """Bindings as arguments: Class__field = value."""
+    pairs = ((name.replace("__", "."), value) for name, value in values.items())
+    return [word for name, value in pairs for word in ("--gin_bindings", f"{name} = {value!r}")]
+
+
+def copy_corpus(folder: Path, heldout: int) -> tuple[Path, Path]:
+    """The standard library's files, in two folders: to train on, and held out."""
+    found = {"train": 0, "heldout": 0}
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")) + sorted(
+        Path(sysconfig.get_path("stdlib")).glob("[a-h]*/*.py")
+    )
+    for number, file in enumerate(files):
+        name = "train" if number % HELDOUT_EVERY else "heldout"
+        size = file.stat().st_size
+        if found[name] + size > (TRAIN_BYTES if number % HELDOUT_EVERY else heldout):
+            continue
+        found[name] += size
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, folder / name / f"{number}.txt")
+    return folder / "train", folder / "heldout"
+
+
+class Trial:
+    """One seed's runs in a folder."""
+
+    def __init__(self, folder: Path, seed: int, size: Size):
+        self.folder, self.seed, self.size = folder / f"seed{seed}", seed, size
+        self.train, self.heldout = copy_corpus(self.folder, size.heldout)
+
+    def bits(self, checkpoint: Path) -> float:
+        """Bits per byte of the held-out files."""
+        asked = "evaluate", "--checkpoint", checkpoint, "--text", self.heldout, "--max_length", 256
+        (metrics,) = orogen(*asked)["results"].values()
+        return metrics["bits_per_byte"]
+
+    def run(self, task: str, name: str, steps: int, rate: float, *words: object) -> Path:
+        """A training run of the task."""
+        binds = bound(
+            TrainConfig__steps=steps, TrainConfig__seed=self.seed, DataConfig__corpus=str(self.train),
+            OptimizerConfig__learning_rate=rate, OptimizerConfig__warmup_steps=max(1, steps // 20),
+        )  # fmt: skip
+        orogen(task, "--gin_file", HERE / "train.gin", "--run", self.folder / name, *binds, *words)
+        return self.folder / name
+
+    def results(self) -> dict[str, Any]:
+        """Bits per byte of every arm: after pruning, and after recovery on equal tokens."""
+        first, later = self.size.teacher, self.size.recovery
+        teacher = self.run("train", "teacher", first, RATE, "--gin_file", HERE / "model.gin")
+        found: dict[str, Any] = {"seed": self.seed, "steps": [first, later], "teacher": self.bits(teacher)}
+        for arm, sizes in PRUNED.items():
+            student = self.folder / f"{arm}_pruned"
+            binds = bound(**{f"PruneConfig__{field}": value for field, value in sizes.items()},
+                          PruneConfig__rows=self.size.rows, PruneConfig__depth_rows=self.size.depth_rows,
+                          PruneConfig__seed=self.seed, DataConfig__corpus=str(self.train))  # fmt: skip
+            asked = "prune", "--checkpoint", teacher, "--gin_file", HERE / "prune.gin", "--out", student
+            told = orogen(*asked, *binds)
+            words = "--checkpoint", teacher, "--student", student, *bound(DistillConfig__divergence=1.0)
+            recovered = self.run("distill", arm, later, RECOVERY_RATE, *words)
+            found[arm] = {"parameters": told["parameters"][1], "pruned": self.bits(student)}
+            found[arm]["recovered"] = self.bits(recovered)
+            if arm == "width":  # the same start and tokens without a teacher
+                trained = self.run("train", "width_trained", later, RECOVERY_RATE, "--checkpoint", student)
+                found[arm]["trained"] = self.bits(trained)
+        sizes = bound(**{f"ModelConfig__{field}": value for field, value in WIDTH.items()})
+        scratch = self.run("train", "scratch", later, RATE, "--gin_file", HERE / "model.gin", *sizes)
+        return found | {"scratch": {"recovered": self.bits(scratch)}}
+
+
+def draw(records: list[dict[str, Any]], file: Path) -> None:
+    """One dot per seed and arm, after recovery; the line is the teacher."""
+    from orogen.report.pictures import LIGHT, plain_figure, png
+
+    figure, axes = plain_figure(LIGHT, height=3.2)
+    for record in records:
+        values = [record[arm]["recovered"] for arm in ARMS] + [record["width"]["trained"]]
+        axes.plot(values, [*ARMS, "width, trained"], "o", color=LIGHT.strong)
+        axes.axvline(record["teacher"], color=LIGHT.accent, linewidth=1)
+    axes.set_xlabel("held-out bits per byte; line: the model before it was pruned")
+    file.write_bytes(png(figure))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/minitron"), help="a new folder")
+    parser.add_argument("--quick", action="store_true", help="one seed and few steps; nothing is recorded")
+    parser.add_argument("--draw", action="store_true", help="only draws results.jsonl")
+    options = parser.parse_args()
+    recorded = HERE / "results.jsonl"
+    if not options.draw:
+        seeds, size = ((0,), QUICK) if options.quick else (SEEDS, WHOLE)
+        for seed in seeds:
+            began = time.monotonic()
+            found = Trial(options.out, seed, size).results()
+            line = json.dumps(found | {"seconds": round(time.monotonic() - began)})
+            print(line, flush=True)
+            if not options.quick:
+                with recorded.open("a") as file:
+                    file.write(line + "\n")
+    if not options.quick:
+        draw([json.loads(line) for line in recorded.read_text().splitlines()], HERE / "figure.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Prunes a checkpoint: scores of its units and layers, the choice of what stays, and the new folder."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from orogen.checkpoint.open import Opened
+from orogen.compress.calibrate import Calibration, Measured
+from orogen.compress.choose import Kept, choose, pruned_config
+from orogen.compress.depth import Depth, Distance, check_depth, choose_layers
+from orogen.compress.importance import Scores, random_scores, scores
+from orogen.config.checks import ConfigError, require
+from orogen.config.data import DataConfig
+from orogen.config.model import ModelConfig
+from orogen.config.plan import PlanConfig
+from orogen.config.prune import PruneConfig
+from orogen.config.streams import say
+from orogen.data.loader import open_corpus
+from orogen.data.packing import Batch
+
+COSINE, RANDOM = "cosine", "random"
+
+
+class Found(NamedTuple):
+    """The scores that a choice is made by. of_layers: by layer, None without them; distance: scores layers while others
+    are removed. rows, tokens: of the text that was read."""
+
+    scores: Scores
+    of_layers: list[float] | None
+    distance: Distance
+    rows: int = 0
+    tokens: int = 0
+
+
+class Choice(NamedTuple):
+    """What stays, and the config of that model."""
+
+    kept: Kept
+    depth: Depth
+    config: ModelConfig
+
+
+def check_target(model: ModelConfig, prune: PruneConfig, plan: PlanConfig) -> None:
+    """Raises ConfigError for sizes or layers that the pruned model cannot have. Reads no parameter."""
+    check_depth(model, prune)
+    pruned_config(model, prune, tuple(range(len(model.layers.main))), plan)
+
+
+def measures(prune: PruneConfig) -> bool:
+    """Whether the choice needs passes of the model over text."""
+    return bool(prune.widths and prune.width_scores != RANDOM) or (
+        prune.chooses_layers and prune.depth_scores != RANDOM
+    )
+
+
+def random_found(model: ModelConfig, prune: PruneConfig) -> Found:
+    """Scores drawn at random."""
+    of_layers = np.random.default_rng((prune.seed, 1)).random(len(model.layers.main)).tolist()
+    return Found(random_scores(model, prune.seed), of_layers, no_distance)
+
+
+def measured(
+    opened: Opened, prune: PruneConfig, data: DataConfig, progress: Callable[[], None] = lambda: None
+) -> Found:
+    """The scores of an open model, measured on the text of `data`. Raises ConfigError for text that is too short, and
+    for shapes that the plan cannot split."""
+    check_shape(prune, opened.config, opened.plan.config)
+    found, calibration = random_found(opened.config, prune), Calibration(opened, prune.compute_dtype)
+    batches = list(calibration_batches(opened, prune, data))
+    tokens = int(sum(np.count_nonzero(batch.segments_bt) for batch in batches))
+    found = found._replace(rows=prune.rows, tokens=tokens)
+    if prune.width_scores != RANDOM or prune.depth_scores == COSINE:
+        sums = calibration.measure(batches, progress)
+        of_units = scores(opened.config, sums, prune.expert_scores)
+        _warn_of_idle(sums, prune)
+        if prune.width_scores == RANDOM:
+            of_units = found.scores._replace(changes=of_units.changes)
+        found = found._replace(scores=of_units)
+    if not prune.chooses_layers or prune.depth_scores == RANDOM:
+        return found
+    if prune.depth_scores == COSINE:
+        assert found.scores.changes is not None, "measured above"
+        return found._replace(of_layers=found.scores.changes.tolist())
+    finals = calibration.finals(_first_rows(batches, prune.depth_rows))
+
+    def distance(removed: Sequence[int]) -> float:
+        progress()
+        return calibration.distance(prune.depth_scores, finals, removed)
+
+    return found._replace(of_layers=None, distance=distance)
+
+
+def decide(model: ModelConfig, prune: PruneConfig, found: Found, plan: PlanConfig) -> Choice:
+    """What stays by these scores. Raises ConfigError as `check_target` does."""
+    depth = choose_layers(model, prune, found.of_layers, found.distance)
+    config = pruned_config(model, prune, depth.layers, plan)
+    return Choice(choose(model, prune, found.scores, depth.layers), depth, config)
+
+
+def check_shape(prune: PruneConfig, model: ModelConfig, plan: PlanConfig) -> None:
+    """Raises ConfigError if the plan cannot split the passes' batches; the message has the nearest that it can."""
+    routed = "E" in model.layers.main + model.layers.mtp
+    parts = {
+        "batch_size": (plan.data, prune.batch_size),
+        "sequence_length": (plan.context * plan.sequence_pieces(routed=routed), prune.sequence_length),
+    }
+    for field, (unit, value) in parts.items():
+        nearest = max(1, round(value / unit)) * unit
+        require(value % unit == 0, prune, field, f"a multiple of {unit} under this plan, such as {nearest}")
+    most = model.learned_positions
+    expected = f"at most {most}, the positions of the model"
+    require(most is None or prune.sequence_length <= most, prune, "sequence_length", expected)
+    least = 2 * plan.context * model.reach
+    expected = f"at least {least}: two parts per context rank, each longer than a layer's reach"
+    require(plan.context == 1 or prune.sequence_length >= least, prune, "sequence_length", expected)
+
+
+def calibration_batches(opened: Opened, prune: PruneConfig, data: DataConfig) -> Iterator[Batch]:
+    """Batches with `rows` packed rows in all, from documents that are evenly spread over the training split; empty rows
+    fill the last. Raises ConfigError if the split has fewer."""
+    corpus = open_corpus(data, tokenizer=opened.tokenizer)
+    most = corpus.tokenizer.vocab_size
+    if most > opened.config.vocab_size:
+        raise ConfigError(f"DataConfig gives {most} tokens; expected at most the model's {opened.config.vocab_size}")
+    rows, every = 0, corpus.heldout_batches(
+        "train", batch_size=prune.batch_size, sequence_length=prune.sequence_length
+    )  # fmt: skip
+    for batch in every.thinned(prune.rows):
+        yield _first(batch, prune.rows - rows)
+        rows += int((batch.segments_bt != 0).any(1).sum())
+        if rows >= prune.rows:
+            return
+    expected = f"at most {rows}: the training split of DataConfig has no more rows of {prune.sequence_length} tokens"
+    require(False, prune, "rows", expected)
+
+
+def _warn_of_idle(sums: Measured, prune: PruneConfig) -> None:
+    """One line on stderr if experts got no token, so that nothing is known of their hidden units."""
+    counts = [layer["expert_count"] for layer in sums.layers if "expert_count" in layer]
+    idle = int(sum(np.count_nonzero(count_e == 0) for count_e in counts))
+    if idle and (prune.moe_intermediate_size is not None or prune.n_routed_experts is not None):
+        say(f"orogen: warning: {idle} experts got no token of {prune.rows} rows, so their units have no scores; "
+            "expected more rows")  # fmt: skip
+
+
+def _first_rows(batches: Sequence[Batch], rows: int) -> list[Batch]:
+    """The batches with the first `rows` rows in all."""
+    starts = itertools.count(0, len(batches[0].tokens_bt))
+    return [_first(batch, rows - start) for start, batch in zip(starts, batches, strict=False) if start < rows]
+
+
+def _first(batch: Batch, rows: int) -> Batch:
+    """The batch, whose rows from `rows` on are empty."""
+    inside_b1 = (np.arange(len(batch.tokens_bt)) < rows)[:, None]
+    return batch._replace(segments_bt=np.where(inside_b1, batch.segments_bt, 0))
+
+
+def no_distance(removed: Sequence[int]) -> float:
+    """The distance where there is no model to measure it. Raises ConfigError."""
+    raise ConfigError("layers cannot be scored again without a model; expected PruneConfig.iterative = False")
+
+
+def changed_sizes(before: ModelConfig, after: ModelConfig) -> dict[str, tuple[Any, Any]]:
+    """By field, the old and the new value of what differs."""
+    pairs = {f.name: (getattr(before, f.name), getattr(after, f.name)) for f in dataclasses.fields(before)}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def require_new(folder: Path) -> None:
+    """Raises ConfigError if there is such a folder already, before anything is computed."""
+    if folder.exists():
+        raise ConfigError(f"--out {str(folder)!r} exists; expected a new name")
