@@ -187,6 +187,8 @@ def test_refusals(refused, tmp_path, quantised):
     assert "exists; expected a new folder" in refused(*taken, *files)
     again = ["quantize", "--checkpoint", str(quantised[1]), "--out", str(tmp_path / "new")]
     assert "is quantised; expected a checkpoint that is not" in refused(*again, *files, *bound(*SETTINGS))
+    little = ["--format", "auto", "--text", str(text), *bound("QuantizeConfig.effective_bits = 3.5")]
+    assert "effective_bits is 3.5; expected at least 4, which the smallest" in refused(*common, *little)
     nothing = bound("QuantizeConfig.keep = ('mamba:plain', 'routed:plain', 'shared:plain')")
     assert "expected something to quantise among" in refused(*common, *files, *nothing)
 

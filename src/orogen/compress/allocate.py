@@ -42,13 +42,8 @@ def allocate(units: Sequence[Unit], effective_bits: float, field: str = "Quantiz
     A score counts as 0 for the compute dtype, and where it is not finite as more than all others together. Raises
     ConfigError if the budget is below what the smallest formats need.
     """
+    require_budget(units, effective_bits, field)
     counted = sum(unit.counted for unit in units)
-    least = sum(min(BITS[name] for name in unit.scores) * unit.counted for unit in units) / counted
-    if effective_bits < least - 1e-9:
-        raise ConfigError(
-            f"{field} is {effective_bits:g}; expected at least {least:.4g}, which the smallest formats that the layers "
-            "may have take"
-        )
     scores = _finite(units)
     best = [list(unit.scores) for unit in units]
     while True:
@@ -60,6 +55,17 @@ def allocate(units: Sequence[Unit], effective_bits: float, field: str = "Quantiz
         best = [[n for n in names if each[n] <= total] for each, names in zip(scores, allowed, strict=True)]
         if best == allowed or total == 0:
             return summary(units, formats)
+
+
+def require_budget(units: Sequence[Unit], effective_bits: float, field: str = "QuantizeConfig.effective_bits") -> None:
+    """Raises ConfigError if the budget is below what the smallest formats need."""
+    counted = sum(unit.counted for unit in units)
+    least = sum(min(BITS[name] for name in unit.scores) * unit.counted for unit in units) / counted
+    if effective_bits < least - 1e-9:
+        raise ConfigError(
+            f"{field} is {effective_bits:g}; expected at least {least:.4g}, which the smallest formats that the layers "
+            "may have take"
+        )
 
 
 def _solved(

@@ -12,7 +12,7 @@ import numpy as np
 from orogen.checkpoint.folders import HuggingFaceFolder
 from orogen.checkpoint.open import open_folder, read_model
 from orogen.checkpoint.transfer import export
-from orogen.compress.allocate import Allocation, Unit, allocate, summary
+from orogen.compress.allocate import Allocation, Unit, allocate, require_budget, summary
 from orogen.compress.calibration_text import CalibrationText
 from orogen.compress.quantised_folder import Error, bits_of, entries_of, write_entries
 from orogen.compress.sensitivity import Passes
@@ -79,6 +79,8 @@ class Quantiser:
         entries_of(folder, [{}] * len(self.choices))
         self.weights = weights_of(folder.tensors.table, folder.config)
         self.sizes = sizes_of(folder.tensors.table, self.weights)
+        if config.format == AUTO:  # before the model is read and calibrated
+            require_budget(self.units(Calibrated(0.0, None, {}), config), config.effective_bits)
         opened = read_model(folder, self.plan, dtype)
         if opened.tokenizer is None:
             raise ConfigError("the checkpoint has no tokenizer.json; expected one, to read calibration text with")
