@@ -9,12 +9,14 @@ from orogen.config.cluster import ClusterConfig
 from orogen.config.curate import CURATION
 from orogen.config.data import SourceConfig
 from orogen.config.phases import PhaseConfig
+from orogen.config.rl import EnvironmentConfig
 from orogen.config.run import PARTS
 from orogen.config.sweep import SweepConfig
 from orogen.config.upcycle import UpcycleConfig
 
 # The parts of a run, what their fields hold, and what other tasks read.
-KINDS = (*PARTS.values(), SourceConfig, PhaseConfig, ClusterConfig, SweepConfig, UpcycleConfig, *CURATION)
+OWN = SourceConfig, PhaseConfig, EnvironmentConfig, ClusterConfig, SweepConfig, UpcycleConfig
+KINDS = (*PARTS.values(), *OWN, *CURATION)
 
 
 def describe_fields() -> dict[str, list[dict[str, Any]]]:

@@ -22,6 +22,7 @@ from orogen.config.phases import PhaseConfig, Stretch, stretches
 from orogen.config.plan import PlanConfig
 from orogen.config.precision import PrecisionConfig
 from orogen.config.remat import check_layers
+from orogen.config.rl import RLConfig
 from orogen.config.rounded import check_precision
 
 # The most tokens of a prompt with its continuation: each costs a pass over the whole sequence; more would take weeks.
@@ -180,6 +181,7 @@ class RunConfig:
     optimizer: OptimizerConfig = ABSENT
     chat: ChatConfig = ABSENT
     evaluate: EvaluateConfig = ABSENT
+    rl: RLConfig = ABSENT
     precision: PrecisionConfig = PrecisionConfig()
 
     def need(self, *parts: str) -> "RunConfig":
@@ -289,5 +291,6 @@ PARTS: dict[str, Any] = {
     "optimizer": OptimizerConfig,
     "chat": ChatConfig,
     "evaluate": EvaluateConfig,
+    "rl": RLConfig,
     "precision": PrecisionConfig,
 }

@@ -9,7 +9,7 @@ from orogen.config.checks import ConfigError
 from orogen.config.engine import EngineConfig
 from orogen.config.run import RunConfig
 from orogen.data.loader import Corpus
-from orogen.evaluate.likelihood import at_work
+from orogen.train.heldout import at_work
 from orogen.evaluate.run import Evaluator
 from orogen.evaluate.subject import Subject
 from orogen.infer.generate import SHORTEST

@@ -11,7 +11,7 @@ from orogen.config.engine import EngineConfig
 from orogen.config.evaluate import EvaluateConfig
 from orogen.data.tokenizer import Tokenizer
 from orogen.evaluate.carried import PIECE, Carrier
-from orogen.evaluate.likelihood import Row, Score, Scorer, at_work
+from orogen.evaluate.likelihood import Row, Score, Scorer
 from orogen.infer.engine import Engine
 from orogen.infer.generate import check_length, rounded
 from orogen.infer.request import ERROR, MOST_STOPS, Request, Sampling
