@@ -25,15 +25,15 @@ from orogen.parallel import distributed
 from orogen.parallel.cluster import VARIABLE, read_cluster
 from orogen.parallel.roll_call import AbsentError
 from orogen.parallel.runtime import configure
-from orogen.posttrain.command import SFT
+from orogen.posttrain.command import RL, SFT
 from orogen.simulate.command import PLAN, SIMULATE
 from orogen.sweep.command import SWEEP
 from orogen.train.command import TRAIN, VERIFY
 from orogen.train.stop import INTERRUPTED
 
 COMMANDS = (
-    TRAIN, SFT, SWEEP, LAUNCH, GENERATE, SERVE, SCORE, EVALUATE, CURATE, TOKENIZE, CONVERT, AVERAGE, UPCYCLE, PARAMS,
-    PLAN, SIMULATE, VERIFY, BENCH,
+    TRAIN, SFT, RL, SWEEP, LAUNCH, GENERATE, SERVE, SCORE, EVALUATE, CURATE, TOKENIZE, CONVERT, AVERAGE, UPCYCLE,
+    PARAMS, PLAN, SIMULATE, VERIFY, BENCH,
 )  # fmt: skip
 # None: an error that our own code raises, which names a missing file.
 PATH_ERRORS = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)

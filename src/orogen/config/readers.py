@@ -77,7 +77,8 @@ ALWAYS = {
     "sample_prompts sample_tokens loggers",
     "chat": "template too_long without_reasoning truncated",
     # With Muon, AdamW's beta1, beta2 and epsilon are those of the parameters that Muon leaves to it.
-    "optimizer": "name learning_rate schedule warmup_steps beta1 beta2 epsilon weight_decay clip_norm moment_dtype",
+    "optimizer": "name learning_rate schedule warmup_steps beta1 beta2 epsilon weight_decay clip_norm moment_dtype "
+    "frozen",
     "evaluate": "tasks every texts max_length batch_tokens",
     "precision": "recipe keep switch_step",
     "rl": "environments prompts samples max_tokens template temperature algorithm clip_low clip_high dual_clip mean "

@@ -103,7 +103,7 @@ class RLConfig:
     curriculum: gaussian profiles the pass rate of every task, drops those that always succeed, and draws by a Gaussian
     over the pass rate whose mean goes from curriculum_start to curriculum_end over the run (section 3.2).
     updates: optimizer steps per batch of rollouts; with more than one, later ones are off-policy.
-    exact: rollouts and the trainer's log-probabilities are computed by programs that round alike: their difference is 0.
+    exact: rollouts and the trainer's log-probabilities are computed by programs that round alike: they differ by 0.
     template: plain joins the texts of messages by line ends, for models without one.
     """
 

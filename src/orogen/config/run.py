@@ -155,9 +155,14 @@ class OptimizerConfig:
     weight_decay: Annotated[float, "decoupled weight decay, multiplied by the learning rate"] = 0.1
     clip_norm: Annotated[float, "bound of the gradient's global norm"] = 1.0
     moment_dtype: Annotated[str, "dtype of moments between steps: float32 or bfloat16"] = "float32"
+    frozen: Annotated[
+        tuple[str, ...], "modules that are not trained, such as router or mtp; their buffers are still updated"
+    ] = ()
 
     def __post_init__(self) -> None:
         check_types(self)
+        object.__setattr__(self, "frozen", tuple(self.frozen))  # gin may give a list
+        require(all(self.frozen) and len(set(self.frozen)) == len(self.frozen), self, "frozen", "names, each once")
         require_choice(self, "name", ("adamw", "muon"))
         require_choice(self, "schedule", ("cosine", "wsd", "constant"))
         require_choice(self, "moment_dtype", COMPUTE)

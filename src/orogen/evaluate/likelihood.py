@@ -21,7 +21,7 @@ from orogen.config.checks import ConfigError
 from orogen.data.packing import Batch
 from orogen.model.heads import judge
 from orogen.model.lm import LanguageModel
-from orogen.parallel import distributed, placement
+from orogen.parallel import distributed
 from orogen.parallel.plan import Plan
 from orogen.train.heldout import at_work, measure
 from orogen.train.next_token import target_weights, targets

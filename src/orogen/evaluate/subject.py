@@ -15,6 +15,7 @@ from orogen.evaluate.likelihood import Row, Score, Scorer
 from orogen.infer.engine import Engine
 from orogen.infer.generate import check_length, rounded
 from orogen.infer.request import ERROR, MOST_STOPS, Request, Sampling
+from orogen.train.heldout import at_work
 
 WINDOW = 2048  # as lm-eval takes for models that do not say how long their texts may be
 TOGETHER = 4  # prompts per slot that an engine gets at a time, after which progress is reported

@@ -35,7 +35,7 @@ class ExactScores:
         found: list[np.ndarray] = []
         for first in range(0, len(texts), self._rows):
             some, begin = texts[first : first + self._rows], starts[first : first + self._rows]
-            found += [row for row in self._together(some, begin)]
+            found += self._together(some, begin)
         return found
 
     def _together(self, texts: Sequence[Sequence[int]], starts: Sequence[int]) -> list[np.ndarray]:

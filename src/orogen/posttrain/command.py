@@ -1,9 +1,9 @@
-"""`orogen sft`. Importing this does not import jax."""
+"""`orogen sft` and `orogen rl`. Importing this does not import jax."""
 
 import argparse
 from typing import TYPE_CHECKING
 
-from orogen.command import Command
+from orogen.command import Command, load_config
 from orogen.train.command import add_train_arguments, run_task
 
 if TYPE_CHECKING:
@@ -32,5 +32,30 @@ SFT = Command(
     ),
     add_arguments=add_train_arguments,
     run=sft,
+    joins=True,
+)
+
+
+def rl(options: argparse.Namespace) -> int:
+    """`orogen rl`."""
+    config, _ = load_config(options, "rl")
+
+    def task() -> "Task":
+        from orogen.posttrain.rl import make_rl
+
+        return make_rl(config.rl, options.checkpoint, options.run)
+
+    return run_task(options, task, "rl")
+
+
+RL = Command(
+    name="rl",
+    help="train a model by reinforcement learning on environments",
+    examples=(
+        "orogen rl --gin_file gin_configs/posttrain/rl_toy.gin --run runs/rl_toy",
+        "orogen rl --checkpoint runs/sft --gin_file my_environments_and_training.gin --run runs/rl",
+    ),
+    add_arguments=add_train_arguments,
+    run=rl,
     joins=True,
 )

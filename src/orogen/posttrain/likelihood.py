@@ -17,7 +17,7 @@ from orogen.model.heads import log_likelihoods
 from orogen.model.lm import Built, LanguageModel
 from orogen.parallel.context import later
 from orogen.parallel.plan import Plan
-from orogen.train.heldout import measure
+from orogen.train.heldout import at_work, heldout_plan, measure
 from orogen.train.step import batch_to_devices
 from orogen.train.task import ByName, Objective
 
@@ -28,29 +28,29 @@ class Likelihoods:
     """What the training forward says of each next token. The programs are those of the held-out loss, so pipelines,
     context and ZeRO are included; experts drop nothing."""
 
-    def __init__(self, config: RunConfig, built: Built, plan: Plan) -> None:
-        self._config, self._built, self._plan = config, built, plan
+    def __init__(self, config: RunConfig, built: Built) -> None:
+        self._config, self._built, self.plan = config, built, heldout_plan(config)
         self._programs: dict[tuple[int, int], Callable[..., Any]] = {}
 
     def of(self, params: Any, buffers: Any, batch: Batch) -> np.ndarray:
         """(b, t) float32: the log-probability of token t + 1, given its document so far; 0 at the end of a row.
-        params: as `heldout.at_work` lays them out."""
+        params: as they are stored between steps."""
         shape = batch.tokens_bt.shape
         row_bt, place_bt = np.indices(shape, np.int32)
         asked = batch._replace(extras={ROW: row_bt, PLACE: place_bt})
-        found = self._program(shape)(params, buffers, batch_to_devices(asked, self._plan))
+        found = self._program(shape)(at_work(params, self.plan), buffers, batch_to_devices(asked, self.plan))
         return np.asarray(jax.device_get(found[LIKELIHOOD].sum), np.float32)
 
     def _program(self, shape: tuple[int, int]) -> Callable[..., Any]:
         if shape not in self._programs:
             self._programs[shape] = measure(
-                self._built, _by_place(shape), self._config.model, self._plan, self._config.train.compute_dtype
+                self._built, _by_place(shape), self._config.model, self.plan, self._config.train.compute_dtype
             )
         return self._programs[shape]
 
 
 def _by_place(shape: tuple[int, int]) -> Objective:
-    """The log-probabilities of a global batch of this shape, each at its own place: every device has zeros elsewhere."""
+    """The log-probabilities of a global batch of this shape, each at its own place, where other devices have zeros."""
 
     def counts(batch: Batch, depths: int, plan: Plan) -> ByName:
         there_bt = (batch.segments_bt != 0).astype(jnp.float32)

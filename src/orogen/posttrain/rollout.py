@@ -36,9 +36,9 @@ from orogen.posttrain.samples import Sample, Track
 from orogen.precision.policy import working_copy
 from orogen.train.heldout import at_work
 
-PAGE, CHUNK = 16, 64  # tokens of a page and of a piece of a prompt
-# In exact mode a token costs a pass over a whole piece: shorter ones cost less.
-EXACT_CHUNK = 16
+PAGE, PIECE = 16, 64  # tokens of a page, and of a piece of a prompt where texts are long
+SHORT = 256  # tokens of a text below which a piece is one page
+READ = 2048  # prompt tokens that are read at a time
 
 
 class Draw(NamedTuple):
@@ -254,11 +254,10 @@ def _engine_plan(plan: PlanConfig) -> PlanConfig:
 
 def _engine_config(config: RunConfig, plan: PlanConfig) -> EngineConfig:
     rl, unit = config.rl, plan.data * plan.tensor
-    # Groups share their prompts, which the prefix cache keeps.
-    page, chunk = (EXACT_CHUNK, EXACT_CHUNK) if rl.exact else (PAGE, CHUNK)
+    # The prefix cache keeps the prompts of a group, in whole pieces. In exact mode a token costs a pass over a piece.
     length = config.train.sequence_length
     return EngineConfig(
-        slots=-(-rl.slots // unit) * unit, max_length=length, page=page, chunk=chunk,
-        prefill_tokens=max(chunk, -(-length // chunk) * chunk), queue=2**20, written_out=False, exact=rl.exact,
-        compute_dtype=config.train.compute_dtype,
+        slots=-(-rl.slots // unit) * unit, max_length=length, page=PAGE,
+        chunk=PAGE if rl.exact or length <= SHORT else PIECE, prefill_tokens=READ, queue=2**20, written_out=False,
+        exact=rl.exact, compute_dtype=config.train.compute_dtype,
     )  # fmt: skip

@@ -31,7 +31,7 @@ def make_sft(origin: Path | None) -> Task:
             if data.tokenizer == "bpe":
                 raise ConfigError("DataConfig.tokenizer is 'bpe'; expected one that exists: the model's own")
             tokenizer = make_tokenizer(data, ())
-        template = _template(chat.template, origin, tokenizer)
+        template = template_of(chat.template, origin, tokenizer)
         if data.vocab_size is not None:
             check_vocab_size(tokenizer, data.vocab_size, name="DataConfig.vocab_size")
         return open_chats(data, chat, template, tokenizer, length=config.train.sequence_length)
@@ -42,7 +42,9 @@ def make_sft(origin: Path | None) -> Task:
     )  # fmt: skip
 
 
-def _template(name: str, origin: Path | None, tokenizer: Tokenizer) -> str | dict[str, str]:
+def template_of(name: str, origin: Path | None, tokenizer: Tokenizer) -> str | dict[str, str]:
+    """The template of a name as `ChatConfig.template` takes it. origin: the folder that may have the model's own.
+    Raises ConfigError."""
     if name != OWN:
         found = find_template(Path(), tokenizer, name)
     else:
@@ -55,10 +57,14 @@ def _template(name: str, origin: Path | None, tokenizer: Tokenizer) -> str | dic
 
 
 def _keep(corpus: Corpus, run_dir: Path) -> None:
-    """Puts the template where `orogen generate --chat` and `orogen serve` find it."""
     assert isinstance(corpus, ChatCorpus)
-    if isinstance(corpus.template, str):
-        write_atomically(run_dir / "chat_template.jinja", corpus.template.encode())
+    keep_template(corpus.template, run_dir)
+
+
+def keep_template(template: str | dict[str, str], run_dir: Path) -> None:
+    """Puts the template where `orogen generate --chat` and `orogen serve` find it."""
+    if isinstance(template, str):
+        write_atomically(run_dir / "chat_template.jinja", template.encode())
         return
-    named = [{"name": name, "template": text} for name, text in corpus.template.items()]
+    named = [{"name": name, "template": text} for name, text in template.items()]
     write_atomically(run_dir / "chat_template.json", json.dumps({"chat_template": named}, indent=2).encode())

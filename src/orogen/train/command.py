@@ -101,6 +101,8 @@ def run_task(options: argparse.Namespace, make_task: Callable[[], "Task"], *part
         config.need("model", "data", "train", "optimizer", *parts)
         if config.chat is not None and "chat" not in parts:
             raise ConfigError("ChatConfig has bindings; expected none: this task reads no conversations")
+        if config.rl is not None and "rl" not in parts:
+            raise ConfigError("RLConfig has bindings; expected none: this task has no environments")
         from orogen.checkpoint.steps import NotSavedError
         from orogen.simulate.fit import require_training_fits
         from orogen.train.back import FaultyHardwareError

@@ -1,9 +1,9 @@
 """Environments of reinforcement learning: tasks whose answers a program verifies.
 
-**One interface** (`interface.py`): an environment has numbered tasks (`example`), and `step` says what comes of what the
-model said: replies, such as the outputs of tools, after which it goes on, or named rewards, whose sum is the reward.
-Everything is a pure function of its arguments, with states as plain JSON: a rollout that is repeated has the same
-rewards.
+**One interface** (`interface.py`): an environment has numbered tasks (`example`), and `step` says what comes of
+what the model said: replies, such as the outputs of tools, after which it goes on, or named rewards, whose sum is the
+reward. Everything is a pure function of its arguments, with states as plain JSON: a rollout that is repeated has the
+same rewards.
 
 **Verifiers are strangers.** `pool.py` runs them in processes of their own (`worker.py`), with a deadline and limits on
 memory and output; one that crashes, hangs or floods, or whose reward is no finite number, is counted, and its sample is

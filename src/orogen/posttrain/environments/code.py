@@ -6,6 +6,7 @@ file, tasks ask for small functions.
 """
 
 import random
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from orogen.posttrain.environments.sandbox import Sandbox
 
 MOST_TESTS = 50  # of one task, as in Nemotron 3 Nano's RLVR
 FENCE = "```"
+# The check comes on stdin, so that a program which ends early has not said the word at the check's end.
+_CHECKED = "exec(compile(__import__('sys').stdin.read(), 'check', 'exec'))\n"
 _TASK = Record({"prompt": str}, {"key": str, "tests": ListOf(Record({"input": str, "output": str})), "check": str})
 
 
@@ -50,13 +53,18 @@ class Code:
         """1 if every test passes, else 0."""
         program, task = program_of(said.content or said.text), example.secret
         if "check" in task:
-            ran = self._sandbox.run(f"{program}\n\n{task['check']}\n")
-            return over(tests=float(ran.end == "finished"))
+            return over(tests=float(self._passes(program, task["check"])))
         for test in task["tests"][:MOST_TESTS]:
             ran = self._sandbox.run(program, test["input"].encode())
             if ran.end != "finished" or _words(ran.output) != _words(test["output"].encode()):
                 return over(tests=0.0)
         return over(tests=1.0)
+
+    def _passes(self, program: str, check: str) -> bool:
+        """Whether the check runs to its end after the program, in one module."""
+        word = secrets.token_hex(16)
+        ran = self._sandbox.run(f"{program}\n{_CHECKED}", f"{check}\nprint({word!r})\n".encode())
+        return ran.end == "finished" and ran.output.rstrip().endswith(word.encode())
 
 
 def _words(output: bytes) -> list[list[bytes]]:

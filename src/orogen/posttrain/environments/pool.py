@@ -17,6 +17,7 @@ from orogen.config.rl import EnvironmentConfig
 from orogen.posttrain.environments.interface import Said, Turn
 from orogen.posttrain.environments.worker import LENGTH, config_message, written
 
+WORKER = "orogen.posttrain.environments.worker"
 MOST_ANSWER = 2**22  # bytes of one answer
 START_SECONDS = 60.0  # for Python and what an environment imports
 # What can become of a verification, beside a turn.
@@ -41,10 +42,11 @@ class Asked(NamedTuple):
 class Pool:
     """Verifies the turns of one environment in `workers` processes, each started when first needed."""
 
-    def __init__(self, config: EnvironmentConfig, *, workers: int) -> None:
+    def __init__(self, config: EnvironmentConfig, *, workers: int, module: str = WORKER) -> None:
+        """module: what a process runs, with the protocol of `worker`."""
         self.config, self.faults = config, collections.Counter[str]()
         self._workers: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-        self._all = [_Worker(config) for _ in range(workers)]
+        self._all = [_Worker(config, module) for _ in range(workers)]
         for worker in self._all:
             self._workers.put(worker)
         self._threads = ThreadPoolExecutor(workers, "verify")
@@ -72,18 +74,16 @@ class Pool:
 class _Worker:
     """One process, one turn at a time."""
 
-    def __init__(self, config: EnvironmentConfig) -> None:
-        self._config = config
+    def __init__(self, config: EnvironmentConfig, module: str) -> None:
+        self._config, self._module = config, module
         self._process: subprocess.Popen[bytes] | None = None
 
     def ask(self, asked: Asked) -> Turn | Fault:
         request = {"number": asked.number, "state": asked.state, "said": asked.said._asdict()}
-        fresh = self._process is None or self._process.poll() is not None
         # A task of many tests has a deadline of its own for each: the sandbox ends those.
         seconds = self._config.seconds * (60 if self._config.kind == "code" else 1)
-        deadline = time.monotonic() + seconds + (START_SECONDS if fresh else 0)
         try:
-            answer = self._exchange(written(request), deadline)
+            answer = self._exchange(written(request), seconds)
         except TimeoutError:
             self.end()
             return Fault(TIMEOUT, f"no answer within {self._config.seconds} s")
@@ -97,11 +97,16 @@ class _Worker:
             return Fault(NAN if answer.get("nan") else RAISED, answer["error"])
         return Turn(answer["state"], answer["replies"], answer["rewards"])
 
-    def _exchange(self, data: bytes, deadline: float) -> dict[str, Any]:
+    def _exchange(self, data: bytes, seconds: float) -> dict[str, Any]:
         process = self._started()
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None
         process.stdin.write(data)
         process.stdin.flush()
+        return self._answer(process, seconds)
+
+    def _answer(self, process: "subprocess.Popen[bytes]", seconds: float) -> dict[str, Any]:
+        assert process.stdout is not None
+        deadline = time.monotonic() + seconds
         (length,) = LENGTH.unpack(_read(process.stdout.fileno(), LENGTH.size, deadline))
         if length > MOST_ANSWER:
             raise _FloodError(f"an answer of {length} bytes; expected at most {MOST_ANSWER}")
@@ -111,11 +116,13 @@ class _Worker:
         if self._process is None or self._process.poll() is not None:
             self.end()
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "orogen.posttrain.environments.worker"], stdin=subprocess.PIPE,
+                [sys.executable, "-m", self._module], stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
             assert self._process.stdin is not None
             self._process.stdin.write(written(config_message(self._config)))
+            self._process.stdin.flush()
+            self._answer(self._process, START_SECONDS)  # it is ready
         return self._process
 
     def end(self) -> None:

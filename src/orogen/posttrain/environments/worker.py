@@ -1,8 +1,8 @@
 """A process that verifies: `python -m orogen.posttrain.environments.worker` with the environment's config on stdin.
 
-It imports no jax. Messages are 8 bytes of length, then JSON. The first one is the config; each further one has `number`
-of the task, `state` and `said`, and its answer `state`, `replies` and `rewards`, or `error` with what was raised. What
-the environment prints goes to stderr, which is not read.
+It imports no jax. Messages are 8 bytes of length, then JSON. The first one is the config, which is answered when the
+environment is ready; each further one has `number` of the task, `state` and `said`, and its answer `state`, `replies`
+and `rewards`, or `error` with what was raised. What the environment prints goes nowhere.
 """
 
 import dataclasses
@@ -12,6 +12,8 @@ import os
 import resource
 import struct
 import sys
+import threading
+import time
 from typing import Any, BinaryIO
 
 from orogen.config.rl import EnvironmentConfig
@@ -41,9 +43,19 @@ def main() -> None:
     memory = config.memory_mb * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     environment = make_environment(config)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    answers.write(written({"ready": True}))
+    answers.flush()
     while (request := read(sys.stdin.buffer)) is not None:
         answers.write(written(_answered(environment, request)))
         answers.flush()
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process when its parent has ended, whatever the verifier does."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _answered(environment: Any, request: dict[str, Any]) -> dict[str, Any]:

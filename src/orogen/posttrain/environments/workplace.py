@@ -192,10 +192,14 @@ class Workplace:
         after, texts, calls = copy.deepcopy(db), [], []
         while len(calls) < config.level:
             text, name, arguments = rng.choice(REQUESTS)(rng, after)
+            before = copy.deepcopy(after)
             try:
                 call(after, name, arguments)
             except RefusedError:
                 continue  # as a meeting in an hour that is taken: another request instead
+            if after in (before, db):
+                after = before  # nothing to do, or back where it began
+                continue
             texts.append(text)
             calls.append((name, arguments))
         secret = {"start": db, "end": after, "calls": calls}
@@ -207,7 +211,7 @@ class Workplace:
 
     def step(self, example: Example, state: Any, said: Said) -> Turn:
         """Carries out the calls of a turn; a turn without any, or the last one, ends the episode."""
-        db, turns = state["database"], state["turns"] + 1
+        db, turns = copy.deepcopy(state["database"]), state["turns"] + 1
         replies = []
         for name, arguments in said.calls:
             try:
