@@ -8,6 +8,8 @@ from orogen.posttrain.environments.interface import Turn, asked, over
 
 
 class Bad:
+    """See above."""
+
     def __init__(self, config):
         pass
 

@@ -224,7 +224,8 @@ def test_workplace_says_what_is_wrong_with_a_call_and_changes_nothing():
     bad = [
         ("fly", {}), ("set_ticket", {"ticket": "t0"}), ("set_ticket", {"ticket": "t9", "state": "done"}),
         ("create_meeting", {"title": "a", "person": "p0", "day": "monday", "hour": "9"}),
-        ("cancel_meeting", {"meeting": "m0", "why": "rain"}), ("move_meeting", {"meeting": "m1", "day": "may", "hour": 9}),
+        ("cancel_meeting", {"meeting": "m0", "why": "rain"}),
+        ("move_meeting", {"meeting": "m1", "day": "may", "hour": 9}),
     ]  # fmt: skip
     turn = environment.step(example, state, Said("", calls=bad))
     assert all("error" in json.loads(reply["content"]) for reply in turn.replies)
