@@ -14,6 +14,7 @@ from orogen.config.model import ModelConfig
 from orogen.config.phases import PhaseConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.precision import PrecisionConfig
+from orogen.config.rl import EnvironmentConfig, RLConfig
 from orogen.config.run import OptimizerConfig, RunConfig, TrainConfig
 from orogen.config.sweep import SweepConfig
 from orogen.config.upcycle import UpcycleConfig
@@ -33,6 +34,9 @@ GOOD = {
                   "seeds": (0, 1)},
     UpcycleConfig: {"expansion": 4, "top_k": 2},
     PrecisionConfig: {},
+    EnvironmentConfig: {"name": "desk", "kind": "workplace"},
+    RLConfig: {"environments": (EnvironmentConfig(name="desk", kind="workplace"),), "prompts": 2, "samples": 2,
+               "max_tokens": 4, "template": "plain"},
 }  # fmt: skip
 
 # (class, field, bad value, words of what was expected)

@@ -117,9 +117,9 @@ class RLConfig:
     clip_low: Annotated[float | None, "how far below 1 the ratio counts; None: the algorithm's"] = None
     clip_high: Annotated[float | None, "how far above 1 the ratio counts; None: the algorithm's"] = None
     dual_clip: Annotated[float | None, "bound, above 1, of the ratio times a negative advantage; None: none"] = None
-    mean: Annotated[str | None, "of the loss: over tokens, or over sequences of their means; None: the algorithm's"] = (
-        None
-    )
+    mean: Annotated[
+        str | None, "what the loss is a mean over: each token, or each sequence with its mean; None: the algorithm's"
+    ] = None
     importance: Annotated[str, "correction for rollouts that differ: none, tis, icepop or sequence"] = "icepop"
     importance_low: Annotated[float, "least weight of a token, or of a sequence's geometric mean"] = 0.5
     importance_high: Annotated[float, "largest one"] = 2.0
