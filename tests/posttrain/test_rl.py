@@ -111,6 +111,12 @@ def test_exact_rollouts_and_their_trainer_differ_by_nothing(recipe, tmp_path):
     assert all(0 < line["gap"] < 1e-4 for line in lines)
 
 
+def test_bfloat16_differs_little(recipe, tmp_path):
+    bindings = ("TrainConfig.compute_dtype = 'bfloat16'", "RLConfig.updates = 1", "TrainConfig.steps = 1")
+    _, (line,) = run(recipe, tmp_path / "bfloat16", *bindings)
+    assert 0 < line["mismatch_max"] <= 0.02
+
+
 def test_other_environments_do_not_go_on(recipe, tmp_path, capsys):
     once = ["rl", "--gin_file", str(recipe), "--run", str(tmp_path / "run"), *bound("TrainConfig.steps = 1")]
     assert main(once) == 0
