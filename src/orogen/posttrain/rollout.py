@@ -106,7 +106,7 @@ class Rollouts:
         params = self._here(params, buffers)
         if self._engine is None:
             model, tokenizer = self._config.model, self._tokenizer
-            opened = Opened(model, self._plan, self._built, *params, tokenizer)
+            opened = Opened(model, self._plan, self._built, params[0], params[1], tokenizer)
             self._engine = Engine(opened, self.settings)
         else:
             self._engine.give(*params)

@@ -84,8 +84,8 @@ class Mismatch(NamedTuple):
 
     def plus(self, other: "Mismatch") -> "Mismatch":
         """Of both."""
-        sums = (a + b for a, b in zip(self[1:], other[1:], strict=True))
-        return Mismatch(max(self.largest, other.largest), *sums)
+        sums = Mismatch(*(a + b for a, b in zip(self, other, strict=True)))  # pyright: ignore[reportArgumentType]
+        return sums._replace(largest=max(self.largest, other.largest))
 
 
 # Log-probabilities (b, t) of a packed batch; each position's are those of the next token.

@@ -76,8 +76,8 @@ def list_meetings(db: Database, person: str = "", day: str = "") -> Any:
 
 def create_meeting(db: Database, title: str, person: str, day: str, hour: int) -> Any:
     """A new meeting with a person's id, whose hour must be free."""
-    _row(db, "people", person), _choice(day, DAYS, "day"), _choice(hour, HOURS, "hour")
-    _require_free(db, person, day, hour)
+    _row(db, "people", person)
+    _require_free(db, person, _choice(day, DAYS, "day"), _choice(hour, HOURS, "hour"))
     return _new(db, "meetings", "m", {"title": title, "person": person, "day": day, "hour": hour})
 
 
@@ -86,8 +86,7 @@ def move_meeting(db: Database, meeting: str, day: str, hour: int) -> Any:
     row = _row(db, "meetings", meeting)
     if not row:
         raise RefusedError(f"{meeting!r} is cancelled")
-    _choice(day, DAYS, "day"), _choice(hour, HOURS, "hour")
-    _require_free(db, row["person"], day, hour, beside=meeting)
+    _require_free(db, row["person"], _choice(day, DAYS, "day"), _choice(hour, HOURS, "hour"), beside=meeting)
     row |= {"day": day, "hour": hour}
     return {"id": meeting, **row}
 
