@@ -46,8 +46,9 @@ def test_a_position_goes_on_where_it_was():
 
 
 def test_the_gaussian_by_hand():
-    """Of pass rates 0, 0.5, 1 around 0.25 with width 0.25: e^(-1/2), e^(-1/2) and none."""
-    np.testing.assert_allclose(gaussian(np.array([0, 0.5, 1.0]), mean=0.25, width=0.25), [0.5, 0.5, 0], rtol=1e-12)
+    """Of pass rates 0.25, 0.5, 1 around 0.25 with width 0.25: 1, e^(-1/2) and none."""
+    found = gaussian(np.array([0.25, 0.5, 1.0]), mean=0.25, width=0.25)
+    np.testing.assert_allclose(found, np.array([1, np.exp(-0.5), 0]) / (1 + np.exp(-0.5)), rtol=1e-12)
     np.testing.assert_allclose(gaussian(np.array([1.0, 1.0]), mean=0.2, width=0.1), [0.5, 0.5])
     tiny = gaussian(np.array([0.0, 0.9]), mean=1.0, width=1e-3)  # far from all: the nearest
     np.testing.assert_allclose(tiny, [0, 1])

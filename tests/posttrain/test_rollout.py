@@ -84,6 +84,8 @@ def test_an_episode_of_tools_is_learned_turn_by_turn(rollouts):
     assert chosen == sum(expected, []) and one.tokens == len(chosen)
     reported = [p for t in one.tracks for p, mine in zip(t.rollout, t.chosen, strict=True) if mine]
     assert reported == [-0.5 - place / 64 for ids in expected for place in range(len(ids))]
+    read = tokenizer().decode(engine.requests[2].prompt)  # the second turn: the first one's tool has answered
+    assert all(f'"id": "{ticket}"' in read for ticket in example.secret["start"]["tickets"])
     for request in engine.requests:
         assert any(t.ids[: len(request.prompt)] == list(request.prompt) for t in one.tracks)
     assert not any(t.chosen[0] for t in one.tracks)
