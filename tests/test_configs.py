@@ -139,6 +139,15 @@ def test_curation_file_loads_and_begins_with_its_command(file, tmp_path):
     assert f"# orogen curate --gin_file gin_configs/curation/{file.name} --out " in file.read_text()
 
 
+@pytest.mark.parametrize("file", sorted((CONFIGS / "posttrain").glob("*.gin")), ids=stem)
+def test_posttraining_file_loads_and_begins_with_its_command(file, tmp_path):
+    config, text = load([file])
+    config.need("data", "train", "optimizer")
+    (tmp_path / "again.gin").write_text(text)
+    assert load([tmp_path / "again.gin"])[0] == config
+    assert f"--gin_file gin_configs/posttrain/{file.name} " in file.read_text().splitlines()[0]
+
+
 @recipes
 def test_recipe_is_whole(recipe):
     config, _ = load([recipe])

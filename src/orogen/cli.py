@@ -25,14 +25,14 @@ from orogen.parallel import distributed
 from orogen.parallel.cluster import VARIABLE, read_cluster
 from orogen.parallel.roll_call import AbsentError
 from orogen.parallel.runtime import configure
-from orogen.posttrain.command import BEST_OF, DISTILL, DPO, REWARD, SFT
+from orogen.posttrain.command import BEST_OF, DISTILL, DPO, REWARD, RL, SFT
 from orogen.simulate.command import PLAN, SIMULATE
 from orogen.sweep.command import SWEEP
 from orogen.train.command import TRAIN, VERIFY
 from orogen.train.stop import INTERRUPTED
 
 COMMANDS = (
-    TRAIN, SFT, DPO, DISTILL, REWARD, BEST_OF, SWEEP, LAUNCH, GENERATE, SERVE, SCORE, EVALUATE, CURATE, TOKENIZE,
+    TRAIN, SFT, DPO, RL, DISTILL, REWARD, BEST_OF, SWEEP, LAUNCH, GENERATE, SERVE, SCORE, EVALUATE, CURATE, TOKENIZE,
     CONVERT, AVERAGE, UPCYCLE, PRUNE, QUANTIZE, SEARCH, PARAMS, PLAN, SIMULATE, VERIFY, BENCH,
 )  # fmt: skip
 # None: an error that our own code raises, which names a missing file.

@@ -17,6 +17,7 @@ from orogen.config.model import LAYERS, ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.readers import ALWAYS, READERS
 from orogen.config.reads import plain_model, require_read, unread, without_unread
+from orogen.config.rl import EnvironmentConfig
 from orogen.config.run import PARTS, OptimizerConfig, RunConfig, TrainConfig
 from orogen.layers.documents import documents
 from orogen.model.lm import LanguageModel, build
@@ -44,7 +45,9 @@ PARTS_OF: dict[str, dict[str, Any]] = {
     "evaluate": {"tasks": ("mqar", "needle", "hellaswag"), "texts": ("a.txt",)},
     "precision": {},
     "distill": {"divergence": 1.0},
-}
+    "rl": {"environments": (EnvironmentConfig(name="a", kind="workplace"),), "prompts": 2, "samples": 2,
+           "max_tokens": 4, "template": "plain"},
+}  # fmt: skip
 OF_TASKS = {"preference": {"template": "x"}}  # parts that only some tasks have
 
 
@@ -195,6 +198,15 @@ BORDERS: list[tuple[str, Any, dict, dict, str]] = [
     *((f"precision__{f}", v, {"precision__recipe": "nvfp4"}, MXFP8, "no recipe of PrecisionConfig is 'nvfp4'")
       for f, v in (("weight_blocks", "rows"), ("hadamard", 4), ("hadamard_roles", ("forward",)), ("stochastic", ()),
                    ("four_over_six", "all"))),
+    *((f"rl__{f}", v, {}, {"rl__importance": "none"}, "RLConfig.importance is 'none'")
+      for f, v in (("importance_low", 0.1), ("importance_high", 9.0))),
+    ("rl__kl_estimator", "k2", {"rl__kl": 0.1}, {}, "RLConfig.kl is 0"),
+    ("rl__overlong_buffer", 2, {"rl__overlong": "penalty"}, {}, "RLConfig.overlong is not 'penalty'"),
+    ("rl__overlong_penalty", 0.5, {"rl__overlong": "penalty", "rl__overlong_buffer": 2}, {},
+     "RLConfig.overlong is not 'penalty'"),
+    *((f"rl__{f}", v, {"rl__curriculum": "gaussian"}, {}, "RLConfig.curriculum is 'none'") for f, v in (
+        ("profile_samples", 8), ("profile_every", 5), ("curriculum_start", 0.5), ("curriculum_end", 0.5),
+        ("curriculum_width", 0.5))),
     ("precision__hadamard_roles", ("forward",), {"precision__recipe": "nvfp4"},
      {"precision__recipe": "nvfp4", "precision__hadamard": 0}, "PrecisionConfig.hadamard is 0"),
     *(("distill__rest", "bucket", reading, {}, "DistillConfig.top_k and .logits are None: no token is left out")
@@ -203,7 +215,13 @@ BORDERS: list[tuple[str, Any, dict, dict, str]] = [
      "DistillConfig.logits is set: the teacher does not run"),
 ]  # fmt: skip
 # Where nothing reads these, their config itself refuses them.
-REFUSED_BEFORE = ("plan__fsdp_size", "plan__buffer_factor", "model__topk_group", "model__mtp_depths")
+REFUSED_BEFORE = (
+    "plan__fsdp_size",
+    "plan__buffer_factor",
+    "model__topk_group",
+    "model__mtp_depths",
+    "rl__overlong_buffer",
+)
 
 
 @pytest.mark.parametrize(("name", "value", "reading", "idle", "why"), BORDERS)

@@ -17,6 +17,7 @@ from orogen.config.plan import PlanConfig
 from orogen.config.precision import GROUPS, KINDS, PrecisionConfig
 from orogen.config.preference import PreferenceConfig
 from orogen.config.quantize import QuantizeConfig
+from orogen.config.rl import EnvironmentConfig, RLConfig
 from orogen.config.run import OptimizerConfig, RunConfig, TrainConfig
 from orogen.config.search import SearchConfig
 from orogen.config.sweep import SweepConfig
@@ -41,6 +42,9 @@ GOOD = {
     DistillConfig: {"divergence": 1.0},
     SearchConfig: {},
     QuantizeConfig: {"format": "auto"},
+    EnvironmentConfig: {"name": "desk", "kind": "workplace"},
+    RLConfig: {"environments": (EnvironmentConfig(name="desk", kind="workplace"),), "prompts": 2, "samples": 2,
+               "max_tokens": 4, "template": "plain"},
 }  # fmt: skip
 
 # (class, field, bad value, words of what was expected)

@@ -98,11 +98,11 @@ def test_a_split_whose_conversations_are_all_too_long_is_refused(tmp_path):
 
 
 def test_the_checkpoint_s_own_template_comes_before_ours(tmp_path):
-    from orogen.posttrain.sft import _template
+    from orogen.posttrain.sft import template_of
 
     (tmp_path / "chat_template.jinja").write_text("of the checkpoint")
-    assert _template("checkpoint", tmp_path, tokenizer()) == "of the checkpoint"
-    assert _template("nemotron_3_nano", tmp_path, tokenizer()) == NANO
+    assert template_of("checkpoint", tmp_path, tokenizer()) == "of the checkpoint"
+    assert template_of("nemotron_3_nano", tmp_path, tokenizer()) == NANO
 
 
 def test_shares_of_reasoning_are_drawn_the_same_way_in_every_run(tmp_path):

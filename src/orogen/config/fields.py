@@ -11,13 +11,17 @@ from orogen.config.data import SourceConfig
 from orogen.config.phases import PhaseConfig
 from orogen.config.prune import PruneConfig
 from orogen.config.quantize import QuantizeConfig
+from orogen.config.rl import EnvironmentConfig
 from orogen.config.run import PARTS
 from orogen.config.search import SearchConfig
 from orogen.config.sweep import SweepConfig
 from orogen.config.upcycle import UpcycleConfig
 
 # The parts of a run, what their fields hold, and what other tasks read.
-OWN = SourceConfig, PhaseConfig, ClusterConfig, SweepConfig, UpcycleConfig, PruneConfig, QuantizeConfig, SearchConfig
+OWN = (
+    SourceConfig, PhaseConfig, EnvironmentConfig, ClusterConfig, SweepConfig, UpcycleConfig, PruneConfig,
+    QuantizeConfig, SearchConfig,
+)  # fmt: skip
 KINDS = (*PARTS.values(), *OWN, *CURATION)
 
 

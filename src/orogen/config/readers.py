@@ -8,6 +8,7 @@ from orogen.config.plan import PlanConfig
 from orogen.config.precision import PrecisionConfig
 from orogen.config.preference import BRADLEY_TERRY, DPO, PreferenceConfig
 from orogen.config.recipe import FP8, layer_recipes
+from orogen.config.rl import RLConfig
 from orogen.config.run import RunConfig
 
 
@@ -19,6 +20,10 @@ class Reader(NamedTuple):
     needs: tuple[str, ...]
     holds: Callable[[RunConfig], bool]
     otherwise: str
+
+
+def _of_rl(fields: str, holds: Callable[[RLConfig], bool], otherwise: str) -> Reader:
+    return Reader(fields, ("rl",), lambda run: holds(run.rl), otherwise)
 
 
 def letters(model: ModelConfig) -> set[str]:
@@ -79,9 +84,13 @@ ALWAYS = {
     "distill": "divergence cross_entropy temperature top_k logits",
     "preference": "template too_long loss",
     # With Muon, AdamW's beta1, beta2 and epsilon are those of the parameters that Muon leaves to it.
-    "optimizer": "name learning_rate schedule warmup_steps beta1 beta2 epsilon weight_decay clip_norm moment_dtype",
+    "optimizer": "name learning_rate schedule warmup_steps beta1 beta2 epsilon weight_decay clip_norm moment_dtype "
+    "frozen",
     "evaluate": "tasks every texts max_length batch_tokens",
     "precision": "recipe keep switch_step",
+    "rl": "environments prompts samples max_tokens template temperature algorithm clip_low clip_high dual_clip mean "
+    "importance sequence_error baseline normalise advantage_clip overlong resample kl length_control concise_bonus "
+    "curriculum updates exact slots workers table_rows",
 }
 # The other fields, by part. A field may have several readers, which must all hold. Those of the model depend on the
 # model alone, since one model file serves many plans.
@@ -285,6 +294,20 @@ READERS: dict[str, tuple[Reader, ...]] = {
             ("evaluate",),
             lambda run: bool(run.evaluate.texts) and run.evaluate.method == "windows",
             "EvaluateConfig has no texts to read by method 'windows'",
+        ),
+    ),
+    "rl": (
+        _of_rl("importance_low importance_high", lambda rl: rl.importance != "none", "RLConfig.importance is 'none'"),
+        _of_rl("kl_estimator", lambda rl: rl.kl > 0, "RLConfig.kl is 0"),
+        _of_rl(
+            "overlong_buffer overlong_penalty",
+            lambda rl: rl.chosen("overlong") == "penalty",
+            "RLConfig.overlong is not 'penalty'",
+        ),
+        _of_rl(
+            "profile_samples profile_every curriculum_start curriculum_end curriculum_width",
+            lambda rl: rl.curriculum != "none",
+            "RLConfig.curriculum is 'none'",
         ),
     ),
     "precision": (

@@ -24,6 +24,7 @@ from orogen.config.plan import PlanConfig
 from orogen.config.precision import PrecisionConfig
 from orogen.config.preference import PreferenceConfig
 from orogen.config.remat import check_layers
+from orogen.config.rl import RLConfig
 from orogen.config.rounded import check_precision
 
 # The most tokens of a prompt with its continuation: each costs a pass over the whole sequence; more would take weeks.
@@ -156,9 +157,14 @@ class OptimizerConfig:
     weight_decay: Annotated[float, "decoupled weight decay, multiplied by the learning rate"] = 0.1
     clip_norm: Annotated[float, "bound of the gradient's global norm"] = 1.0
     moment_dtype: Annotated[str, "dtype of moments between steps: float32 or bfloat16"] = "float32"
+    frozen: Annotated[
+        tuple[str, ...], "modules that are not trained, such as router or mtp; their buffers are still updated"
+    ] = ()
 
     def __post_init__(self) -> None:
         check_types(self)
+        object.__setattr__(self, "frozen", tuple(self.frozen))  # gin may give a list
+        require(all(self.frozen) and len(set(self.frozen)) == len(self.frozen), self, "frozen", "names, each once")
         require_choice(self, "name", ("adamw", "muon"))
         require_choice(self, "schedule", ("cosine", "wsd", "constant"))
         require_choice(self, "moment_dtype", COMPUTE)
@@ -184,6 +190,7 @@ class RunConfig:
     distill: DistillConfig = ABSENT
     preference: PreferenceConfig = ABSENT
     evaluate: EvaluateConfig = ABSENT
+    rl: RLConfig = ABSENT
     precision: PrecisionConfig = PrecisionConfig()
 
     def need(self, *parts: str) -> "RunConfig":
@@ -298,5 +305,6 @@ PARTS: dict[str, Any] = {
     "distill": DistillConfig,
     "preference": PreferenceConfig,
     "evaluate": EvaluateConfig,
+    "rl": RLConfig,
     "precision": PrecisionConfig,
 }

@@ -113,23 +113,47 @@ def pack(pieces: Sequence[Stream], *, sequence_length: int, pad_id: int) -> Batc
 
     A piece's first token gets weight 0: nothing in the row predicts it.
     """
-    lengths_n = [len(piece.tokens_t) for piece in pieces]
-    if lengths_n and not 1 <= min(lengths_n) <= max(lengths_n) <= sequence_length:
+    return pack_rows(
+        pieces, places([len(piece.tokens_t) for piece in pieces], sequence_length), sequence_length, pad_id
+    )
+
+
+class Place(NamedTuple):
+    """Where a piece lies: its row, its first token there, and its number in the row, from 1."""
+
+    row: int
+    start: int
+    segment: int
+
+
+def places(lengths_n: Sequence[int], sequence_length: int) -> list[Place]:
+    """The place of each piece in as few rows as best-fit finds, in their given order within a row. Raises ConfigError
+    if one is too long."""
+    if len(lengths_n) and not 1 <= min(lengths_n) <= max(lengths_n) <= sequence_length:
         raise ConfigError(
             f"pieces of {min(lengths_n)} to {max(lengths_n)} tokens: expected 1 to sequence_length = {sequence_length}"
         )
     row_n = best_fit(lengths_n, capacity=sequence_length)
-    batch = empty_batch(int(row_n.max(initial=-1)) + 1, sequence_length=sequence_length, pad_id=pad_id)
+    used_b, segment_b = np.zeros((2, int(row_n.max(initial=-1)) + 1), np.int64)
+    found = []
+    for row, length in zip(row_n.tolist(), lengths_n, strict=True):
+        segment_b[row] += 1
+        found.append(Place(row, int(used_b[row]), int(segment_b[row])))
+        used_b[row] += length
+    return found
+
+
+def pack_rows(pieces: Sequence[Stream], at: Sequence[Place], sequence_length: int, pad_id: int) -> Batch:
+    """The pieces at their places; a piece's first token gets weight 0."""
+    rows = max((place.row for place in at), default=-1) + 1
+    batch = empty_batch(rows, sequence_length=sequence_length, pad_id=pad_id)
     extras = pieces[0].extras if pieces else {}
     batch = batch._replace(extras={n: np.full(batch.tokens_bt.shape, -1, x.dtype) for n, x in extras.items()})
-    used_b = np.zeros(len(batch.tokens_bt), np.int64)
-    segment_b = np.zeros(len(batch.tokens_bt), np.int64)
-    for row, piece, length in zip(row_n, pieces, lengths_n, strict=True):
-        span = (row, slice(used_b[row], used_b[row] + length))
-        segment_b[row] += 1
-        used_b[row] += length
+    for piece, place in zip(pieces, at, strict=True):
+        length = len(piece.tokens_t)
+        span = (place.row, slice(place.start, place.start + length))
         batch.tokens_bt[span] = piece.tokens_t
-        batch.segments_bt[span] = segment_b[row]
+        batch.segments_bt[span] = place.segment
         batch.positions_bt[span] = np.arange(length)
         batch.weights_bt[span] = piece.weights_t
         for name, x_bt in batch.extras.items():

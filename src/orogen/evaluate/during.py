@@ -9,7 +9,6 @@ from orogen.config.checks import ConfigError
 from orogen.config.engine import EngineConfig
 from orogen.config.run import RunConfig
 from orogen.data.loader import Corpus
-from orogen.evaluate.likelihood import at_work
 from orogen.evaluate.run import Evaluator
 from orogen.evaluate.subject import Subject
 from orogen.infer.generate import SHORTEST
@@ -17,7 +16,7 @@ from orogen.infer.sizes import sizes_of
 from orogen.model.lm import Built
 from orogen.parallel import distributed
 from orogen.report.tasks import PREFIX
-from orogen.train.heldout import heldout_plan
+from orogen.train.heldout import at_work, heldout_plan
 from orogen.train.task import Evaluation, Task
 
 SLOTS = 8  # requests that are continued together, at least

@@ -21,9 +21,9 @@ from orogen.config.checks import ConfigError
 from orogen.data.packing import Batch
 from orogen.model.heads import judge
 from orogen.model.lm import LanguageModel
-from orogen.parallel import distributed, placement
+from orogen.parallel import distributed
 from orogen.parallel.plan import Plan
-from orogen.train.heldout import measure
+from orogen.train.heldout import at_work, measure
 from orogen.train.next_token import target_weights, targets
 from orogen.train.step import batch_to_devices
 from orogen.train.task import ByName, Objective
@@ -150,15 +150,6 @@ class Scorer:
             measured = measure(opened.built, by_row(size), opened.config, opened.plan, self._dtype)
             self._programs[size, length] = distributed.compiled_together(measured)
         return self._programs[size, length]
-
-
-def at_work(params: Any, plan: Plan) -> Any:
-    """Parameters, as they are stored between steps, laid out as a pass reads them: the same arrays where nothing is
-    sharded further between steps, since a copy may not fit."""
-    return params if plan.storage == plan.rules else _gathered(params, plan)
-
-
-_gathered = jax.jit(placement.working, static_argnums=1)
 
 
 def by_row(rows: int) -> Objective:

@@ -11,10 +11,11 @@ from orogen.config.engine import EngineConfig
 from orogen.config.evaluate import EvaluateConfig
 from orogen.data.tokenizer import Tokenizer
 from orogen.evaluate.carried import PIECE, Carrier
-from orogen.evaluate.likelihood import Row, Score, Scorer, at_work
+from orogen.evaluate.likelihood import Row, Score, Scorer
 from orogen.infer.engine import Engine
 from orogen.infer.generate import check_length, rounded
 from orogen.infer.request import ERROR, MOST_STOPS, Request, Sampling
+from orogen.train.heldout import at_work
 
 WINDOW = 2048  # as lm-eval takes for models that do not say how long their texts may be
 TOGETHER = 4  # prompts per slot that an engine gets at a time, after which progress is reported

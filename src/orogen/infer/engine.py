@@ -178,6 +178,18 @@ class Engine:
         run_all(jobs)
         return len(jobs)
 
+    def give(self, params: Any, buffers: Any) -> None:
+        """Answers from now on by other weights of the same model, laid out and sharded like those before, which the
+        engine lets go of. Nothing that was cached stays, and slots and pages are given out as by a new engine: answers
+        are the same to the bit as its. Raises ValueError while anything is under way, EngineFailed."""
+        self._require_sound()
+        if self.busy:
+            raise ValueError("an engine that answers takes no other weights; expected it to be idle")
+        self._lane.settled()
+        self.opened = prepared(self.opened._replace(params=params, buffers=buffers), self.config, release=False)
+        self.programs.take(self.opened)
+        self.scheduler = Scheduler(self.sizes.capacity(self.config))
+
     def close(self) -> None:
         """Ends the process that compiles grammars, if there is one."""
         if self._constraints is not None:

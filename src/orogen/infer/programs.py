@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from orogen.checkpoint.open import Opened
 from orogen.config.checks import ConfigError
 from orogen.infer.budget import Markers, markers_of
 from orogen.infer.exact import COMPILER_OPTIONS
@@ -111,6 +112,11 @@ class Programs(Stores):
     def _weights(self) -> list[Array]:
         """Parameters and buffers as a flat list: each call takes that apart in far less time than nested states."""
         return jax.tree.leaves((self.opened.params, self.opened.buffers))
+
+    def take(self, opened: Opened) -> None:
+        """Computes from now on with the weights of `opened`, which are laid out like those before; those go free."""
+        object.__setattr__(self, "opened", opened)  # frozen for everybody else
+        self.__dict__.pop("_weights", None)
 
     @functools.cached_property
     def decoder(self) -> Callable[[Features], Any]:

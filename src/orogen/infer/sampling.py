@@ -187,6 +187,13 @@ def _counted(counts_bv: Array | None, token_b: Array) -> Array | None:
     return None if counts_bv is None else jnp.asarray(counts_bv).at[jnp.arange(len(token_b)), token_b].add(1)
 
 
+def logprobs_of(logits_bv: Array, token_b: Array, is_token_v: Array) -> Array:
+    """The log-probability (b,) float32 of each row's token, computed as `choose` reports it."""
+    logprob_b, _, _ = _reported(logits_bv.astype(jnp.float32), token_b, is_token_v, 0)
+    assert logprob_b is not None
+    return logprob_b
+
+
 def _reported(
     logits_bv: Array, token_b: Array, is_token_v: Array, count: int | None
 ) -> tuple[Array | None, Array | None, Array | None]:

@@ -1,4 +1,4 @@
-"""`orogen sft`, `dpo`, `distill`, `reward` and `best_of`. Importing this does not import jax."""
+"""`orogen sft`, `dpo`, `rl`, `distill`, `reward` and `best_of`. Importing this does not import jax."""
 
 import argparse
 import contextlib
@@ -164,6 +164,17 @@ SFT = Command(
 )
 
 
+def rl(options: argparse.Namespace) -> int:
+    """`orogen rl`."""
+
+    def task(config: RunConfig) -> "Task":
+        from orogen.posttrain.rl import make_rl
+
+        return make_rl(config.rl, options.checkpoint, options.run)
+
+    return run_task(options, task, "rl")
+
+
 def _add_distill_arguments(parser: argparse.ArgumentParser) -> None:
     add_train_arguments(parser, checkpoint=f"the teacher: {CHECKPOINT}", needs_run=False)
     student = f"start the student from the weights of {CHECKPOINT}; by default it is new, of the gin files' model"
@@ -276,4 +287,15 @@ BEST_OF = Command(
     ),
     add_arguments=_add_best_of_arguments,
     run=best_of,
+)
+RL = Command(
+    name="rl",
+    help="train a model by reinforcement learning on environments",
+    examples=(
+        "orogen rl --gin_file gin_configs/posttrain/rl_toy.gin --run runs/rl_toy",
+        "orogen rl --checkpoint runs/sft --gin_file my_environments_and_training.gin --run runs/rl",
+    ),
+    add_arguments=add_train_arguments,
+    run=rl,
+    joins=True,
 )

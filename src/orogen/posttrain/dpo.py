@@ -69,7 +69,11 @@ def make_dpo(config: RunConfig, origin: Path | None, run_dir: Path) -> Task:
             return None
         return PairScores(config, built, corpus, objective, reference(config, corpus))
 
-    return Task(objective=objective, open=open_, source=source, evaluation=evaluation, keep=keep_template)
+    def keep(corpus: Corpus, run_dir: Path) -> None:
+        assert isinstance(corpus, PairCorpus)
+        keep_template(corpus.template, run_dir)
+
+    return Task(objective=objective, open=open_, source=source, evaluation=evaluation, keep=keep)
 
 
 def _check(config: RunConfig) -> None:

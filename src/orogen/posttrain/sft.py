@@ -11,8 +11,7 @@ from orogen.data.loader import Corpus
 from orogen.data.tokenizer import Tokenizer, check_vocab_size
 from orogen.data.vocabulary import make_tokenizer
 from orogen.infer.chat import find_template
-from orogen.posttrain.chats import ChatCorpus, open_chats
-from orogen.posttrain.pairs import PairCorpus
+from orogen.posttrain.chats import open_chats
 from orogen.train.pretraining import PRETRAINING
 from orogen.train.task import Task
 
@@ -32,7 +31,7 @@ def make_sft(origin: Path | None) -> Task:
 
     return Task(
         objective=PRETRAINING.objective, open=open_, source=PRETRAINING.source, evaluation=PRETRAINING.evaluation,
-        measures=PRETRAINING.measures, keep=keep_template,
+        measures=PRETRAINING.measures, keep=_keep,
     )  # fmt: skip
 
 
@@ -49,13 +48,15 @@ def with_template(
         if data.tokenizer == "bpe":
             raise ConfigError("DataConfig.tokenizer is 'bpe'; expected one that exists: the model's own")
         tokenizer = make_tokenizer(data, ())
-    template = _template(name, origin, tokenizer)
+    template = template_of(name, origin, tokenizer)
     if data.vocab_size is not None:
         check_vocab_size(tokenizer, data.vocab_size, name="DataConfig.vocab_size")
     return tokenizer, template
 
 
-def _template(name: str, origin: Path | None, tokenizer: Tokenizer) -> str | dict[str, str]:
+def template_of(name: str, origin: Path | None, tokenizer: Tokenizer) -> str | dict[str, str]:
+    """The template of a name as `ChatConfig.template` takes it. origin: the folder that may have the model's own.
+    Raises ConfigError."""
     if name != OWN:
         found = find_template(Path(), tokenizer, name)
     else:
@@ -65,11 +66,15 @@ def _template(name: str, origin: Path | None, tokenizer: Tokenizer) -> str | dic
     return found
 
 
-def keep_template(corpus: Corpus, run_dir: Path) -> None:
+def _keep(corpus: Corpus, run_dir: Path) -> None:
+    assert isinstance(corpus, ChatCorpus)
+    keep_template(corpus.template, run_dir)
+
+
+def keep_template(template: str | dict[str, str], run_dir: Path) -> None:
     """Puts the template where `orogen generate --chat` and `orogen serve` find it."""
-    assert isinstance(corpus, ChatCorpus | PairCorpus)
-    if isinstance(corpus.template, str):
-        write_atomically(run_dir / "chat_template.jinja", corpus.template.encode())
+    if isinstance(template, str):
+        write_atomically(run_dir / "chat_template.jinja", template.encode())
         return
-    named = [{"name": name, "template": text} for name, text in corpus.template.items()]
+    named = [{"name": name, "template": text} for name, text in template.items()]
     write_atomically(run_dir / "chat_template.json", json.dumps({"chat_template": named}, indent=2).encode())

@@ -31,7 +31,12 @@ if TYPE_CHECKING:
     Adapt = Callable[[RunConfig, Folder], Folder]
 
 # Parts that only some tasks read.
-ONLY_SOME = {"chat": "reads no conversations", "distill": "has no teacher", "preference": "reads no pairs of answers"}
+ONLY_SOME = {
+    "chat": "reads no conversations",
+    "preference": "reads no pairs of answers",
+    "distill": "has no teacher",
+    "rl": "has no environments",
+}
 QUICKSTART = "--gin_file gin_configs/recipes/quickstart.gin"
 
 

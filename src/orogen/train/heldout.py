@@ -161,3 +161,12 @@ def measure(
         return on_devices(params, buffers, with_numbers(batch, plan), step_key(0, 0), frozen)
 
     return jax.jit(measured, compiler_options=plan.compiler_options)
+
+
+def at_work(params: Any, plan: Plan) -> Any:
+    """Parameters, as they are stored between steps, laid out as a pass reads them: the same arrays where nothing is
+    sharded further between steps, since a copy may not fit."""
+    return params if plan.storage == plan.rules else _gathered(params, plan)
+
+
+_gathered = jax.jit(placement.working, static_argnums=1)

@@ -29,7 +29,7 @@ from orogen.precision.words import step_key
 from orogen.train import carry
 from orogen.train.formats import with_numbers
 from orogen.train.loss import Sums, batch_counts
-from orogen.train.optimizer import learning_rate
+from orogen.train.optimizer import learning_rate, without_frozen
 from orogen.train.pipelined import Pipeline
 from orogen.train.state import TrainState, abstract_state, state_shardings
 from orogen.train.task import Computation, Metric, Objective
@@ -250,7 +250,7 @@ def step_function(
         params = placement.working(working_copy(state.params, config.train.compute_dtype), plan)
         at = {"step": state.step, "frozen": frozen}
         loss, grads, counts, sums = gradient(params, state.buffers, batch, replay, state.carried, **at)
-        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        grads = without_frozen(jax.tree.map(lambda g: g.astype(jnp.float32), grads), config.optimizer.frozen)
         squares = placement.square_sums(grads, plan)
         finite_leaves = jnp.isfinite(squares)
         # Assignments that overflow a buffer are missing from loss and gradient: the step counts as not finite.

@@ -1,0 +1,52 @@
+"""The mean reward on held-out tasks, for which the most likely tokens are written."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from orogen.posttrain.rollout import Draw, Rollouts
+
+REWARD, FAILURE, WHOLE = "heldout_reward", "heldout_failure", "whole_"
+
+
+class HeldoutTasks:
+    """Scores a state by its rewards on held-out tasks: about `rows` of them, or all.
+
+    The first score is 1 - reward, since of scores the lowest is the best. A failed verification has a reward of 0.
+    """
+
+    def __init__(self, rollouts: Rollouts, tasks: Mapping[str, Sequence[int]], *, rows: int) -> None:
+        self._rollouts = rollouts
+        self._all = {name: list(numbers) for name, numbers in tasks.items() if len(numbers)}
+        share = -(-rows // max(1, len(self._all)))
+        self._some = {name: _spread(numbers, share) for name, numbers in self._all.items()}
+        names = [f"{REWARD}/{name}" for name in self._all]
+        self.sampled = (FAILURE, REWARD, *names)
+        self.whole = tuple(WHOLE + name for name in self.sampled)
+        self.progress: Callable[[], None] = lambda: None
+
+    def sample(self, state: Any) -> dict[str, float]:
+        """The scores on about `rows` tasks."""
+        return self._scores(state, self._some, self.sampled)
+
+    def full(self, state: Any) -> dict[str, float]:
+        """The scores on all held-out tasks."""
+        return self._scores(state, self._all, self.whole)
+
+    def _scores(self, state: Any, tasks: Mapping[str, Sequence[int]], names: Sequence[str]) -> dict[str, float]:
+        engine = self._rollouts.take(state.params, state.buffers)
+        means = []
+        for name, numbers in tasks.items():
+            draws = [Draw(name, int(number), place, ("heldout",)) for place, number in enumerate(numbers)]
+            samples = self._rollouts.write(draws, engine, temperature=0.0)
+            means.append(float(np.mean(np.nan_to_num([sample.reward for sample in samples], nan=0.0))))
+            self.progress()
+        reward = float(np.mean(means))
+        return dict(zip(names, [1 - reward, reward, *means], strict=True))
+
+
+def _spread(numbers: Sequence[int], count: int) -> list[int]:
+    """About `count` of them, evenly spread."""
+    count = min(count, len(numbers))
+    return [numbers[place * len(numbers) // count] for place in range(count)]

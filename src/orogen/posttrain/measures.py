@@ -1,0 +1,52 @@
+"""What a rollout says for the record of its step."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from orogen.config.rl import RLConfig
+from orogen.posttrain.advantages import all_equal
+from orogen.posttrain.samples import Mismatch, Sample
+
+
+def measured(
+    samples: Sequence[Sample], groups: Sequence[Sequence[Sample]], mismatch: Mismatch, rl: RLConfig
+) -> dict[str, float]:  # fmt: skip
+    """Means over samples, and `NAME/ENVIRONMENT` over those of each environment. A reward is a mean over the samples
+    that have one; without any, it is left out.
+
+    zero_gradient_groups: share of the groups whose rewards are equal. mismatch: of the trainer's log-probabilities from
+    the rollout's, over tokens; masked_tokens: share whose weight is 0; left_out_sequences: share of sequences with too
+    large an error.
+    """
+    found = _of(samples, "")
+    for one in rl.environments:
+        found |= _of([sample for sample in samples if sample.environment == one.name], f"/{one.name}")
+    equal = [all_equal(np.array([sample.reward for sample in group])) for group in groups]
+    return found | {
+        "zero_gradient_groups": float(np.mean(equal)),
+        "mismatch_mean": mismatch.total / max(mismatch.tokens, 1),
+        "mismatch_max": mismatch.largest,
+        "masked_tokens": mismatch.masked / max(mismatch.tokens, 1),
+        "left_out_sequences": mismatch.left_out / max(mismatch.sequences, 1),
+    }
+
+
+def _of(samples: Sequence[Sample], suffix: str) -> dict[str, float]:
+    if not samples:
+        return {}
+    rewards = [sample.reward for sample in samples if not math.isnan(sample.reward)]
+    found = {f"reward{suffix}": float(np.mean(rewards))} if rewards else {}
+    for name in sorted({name for sample in samples for name in sample.rewards}) if suffix else ():
+        known = [sample.rewards[name] for sample in samples if name in sample.rewards]
+        found[f"reward{suffix}/{name}"] = float(np.mean(known))
+    chosen = [sum(track.chosen) and sum(track.rollout) for sample in samples for track in sample.tracks]
+    tokens = sum(sample.tokens for sample in samples)
+    return found | {
+        f"answer_tokens{suffix}": tokens / len(samples),
+        f"overlong{suffix}": float(np.mean([sample.overlong for sample in samples])),
+        f"failed_verifications{suffix}": float(sum(sample.fault is not None for sample in samples)),
+        # Of what was drawn, an unbiased estimate at temperature 1.
+        f"rollout_entropy{suffix}": -float(sum(chosen)) / max(tokens, 1),
+    }

@@ -1,0 +1,176 @@
+"""The task of `orogen rl`: answers that the training weights write, judged by environments."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from orogen.checkpoint.open import open_folder
+from orogen.config.checks import ConfigError, require
+from orogen.config.rl import PLAIN, RLConfig
+from orogen.config.run import RunConfig
+from orogen.cost.assemble import assemble
+from orogen.data import corpora
+from orogen.data.loader import ONLY, Corpus, Source
+from orogen.data.readers import Document
+from orogen.data.splits import TokenizedSplit
+from orogen.data.tokenizer import Tokenizer, check_vocab_size
+from orogen.data.vocabulary import make_tokenizer
+from orogen.infer.chat import Chat
+from orogen.model.lm import Built
+from orogen.parallel import distributed
+from orogen.posttrain.dialogue import Plain, Templated
+from orogen.posttrain.environments.interface import Environment
+from orogen.posttrain.environments.make import make_environment
+from orogen.posttrain.heldout_tasks import HeldoutTasks
+from orogen.posttrain.likelihood import Likelihoods
+from orogen.posttrain.objective import policy_objective, terms_of
+from orogen.posttrain.rollout import Rollouts
+from orogen.posttrain.sft import keep_template, template_of
+from orogen.posttrain.source import Reference, RolloutSource
+from orogen.train.task import Task
+
+ENVIRONMENTS = "environments"  # DataConfig.corpus: tasks come from RLConfig.environments
+
+
+class Tasks(Corpus):
+    """The tasks of all environments, as a corpus of their prompts.
+
+    by_split: by split and environment, numbers of tasks. template: None for plain text.
+    """
+
+    def __init__(
+        self, run: RunConfig, environments: Mapping[str, Environment], by_split: Mapping[str, Mapping[str, list[int]]],
+        template: str | dict[str, str] | None, **fields: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(**fields)
+        self._run, self.environments, self.by_split, self.template = run, environments, by_split, template
+
+    @cached_property
+    def rollouts(self) -> Rollouts:
+        """The engine and the verifiers, which training and evaluation share."""
+        form = Plain(self.tokenizer) if self.template is None else Templated(Chat(self.tokenizer, self.template))
+        return Rollouts(self._run, self.tokenizer, self.environments, form)
+
+    def describe(self) -> dict[str, Any]:
+        """As a corpus of text, with the number of tasks of each environment."""
+        return {**super().describe(), "tasks": {name: len(one) for name, one in self.environments.items()}}
+
+
+def make_rl(rl: RLConfig, origin: Path | None, run_dir: Path) -> Task:
+    """The task. origin: the folder with the first checkpoint, from which KL is measured, and perhaps a template."""
+
+    def open_(config: RunConfig, tokenizer: Tokenizer | None) -> Corpus:
+        _check(config)
+        data = config.data
+        if tokenizer is None:
+            if data.tokenizer == "bpe":
+                raise ConfigError("DataConfig.tokenizer is 'bpe'; expected one that exists: the model's own")
+            tokenizer = make_tokenizer(data, ())
+        if data.vocab_size is not None:
+            check_vocab_size(tokenizer, data.vocab_size, name="DataConfig.vocab_size")
+        kept = run_dir if any(run_dir.glob("chat_template.*")) else origin
+        template = None if rl.template == PLAIN else template_of(rl.template, kept, tokenizer)
+        return _open_tasks(config, tokenizer, template)
+
+    def source(config: RunConfig, corpus: Corpus) -> RolloutSource:
+        assert isinstance(corpus, Tasks)
+        built = assemble(config.model, config.plan, length=config.train.sequence_length).built
+        scorer = Likelihoods(config, built)
+        return RolloutSource(
+            config, corpus.rollouts, dict(corpus.by_split["train"]), scorer, identity=_identity(config, corpus),
+            pad_id=corpus.tokenizer.pad_id, run_dir=run_dir, reference=_reference(rl, origin, built, scorer),
+        )  # fmt: skip
+
+    def evaluation(config: RunConfig, built: Built, corpus: Corpus) -> HeldoutTasks | None:
+        assert isinstance(corpus, Tasks)
+        tasks = corpus.by_split["heldout"]
+        if not any(tasks.values()):
+            return None
+        return HeldoutTasks(corpus.rollouts, tasks, rows=config.train.evaluate_rows)
+
+    def keep(corpus: Corpus, run_dir: Path) -> None:
+        assert isinstance(corpus, Tasks)
+        if corpus.template is not None:
+            keep_template(corpus.template, run_dir)
+
+    return Task(
+        objective=policy_objective(terms_of(rl)), open=open_, source=source, evaluation=evaluation,
+        measures=lambda position: dict(position["measures"]), keep=keep,
+    )  # fmt: skip
+
+
+def _check(config: RunConfig) -> None:
+    """Raises ConfigError for what reinforcement learning has no use for."""
+    data, train, rl = config.data, config.need("rl").train, config.rl
+    require(data.corpus == ENVIRONMENTS, data, "corpus", f"{ENVIRONMENTS!r}: tasks come from RLConfig.environments")
+    require(not train.carry_states, train, "carry_states", "False: rollouts do not continue each other")
+    require(not train.phases, train, "phases", "none: every batch is a rollout")
+    require(train.batch_ramp is None, train, "batch_ramp", "None: every batch is a rollout")
+    require(train.ngram_order == 0, train, "ngram_order", "0: there is no text to fit on")
+    length = train.sequence_length
+    require(rl.max_tokens < length, rl, "max_tokens", f"less than TrainConfig.sequence_length = {length}")
+    require(not rl.exact or config.plan.devices == 1, rl, "exact", f"False on {config.plan.devices} devices")
+    if distributed.count() > 1:
+        raise ConfigError(f"{distributed.count()} processes; expected one: its engine writes the rollouts")
+
+
+def _open_tasks(config: RunConfig, tokenizer: Tokenizer, template: str | dict[str, str] | None) -> Tasks:
+    environments = {one.name: make_environment(one) for one in config.rl.environments}
+    documents, place_of = [], {}
+    for name, environment in environments.items():
+        for number in range(len(environment)):
+            document = _document(name, environment, number)
+            documents.append(document)
+            place_of[document.key] = name, number
+    split = corpora.split_documents(documents, config=config.data)
+    by_split = {
+        part: {name: [place_of[d.key][1] for d in found if place_of[d.key][0] == name] for name in environments}
+        for part, found in split.items()
+    }
+    for name in environments:
+        if not by_split["train"][name]:
+            raise ConfigError(f"environment {name!r} has no task to train on; expected more examples")
+    splits = {part: TokenizedSplit(found, tokenizer) for part, found in split.items()}
+    # Tasks and templates decide what is written: a resumed run must have the same.
+    known = json.dumps([corpora.content_hash(documents), template], sort_keys=True)
+    source = Source(corpora.content_hash([Document("tasks", known)]), splits, None)
+    return Tasks(
+        config, environments, by_split, template, config=config.data, sources={ONLY: source}, tokenizer=tokenizer
+    )  # fmt: skip
+
+
+def _document(name: str, environment: Environment, number: int) -> Document:
+    example = environment.example(number)
+    messages: Sequence[dict[str, Any]] = example.messages
+    text = json.dumps([list(messages), list(example.tools), example.secret], ensure_ascii=False)
+    return Document(f"{name}/{number}", text)
+
+
+def _identity(config: RunConfig, corpus: Tasks) -> dict[str, Any]:
+    """What a position belongs to."""
+    rl = json.loads(json.dumps(dataclasses.asdict(config.rl)))
+    for free in ("slots", "workers", "table_rows"):  # these change no sample
+        del rl[free]
+    return {
+        "tasks": corpus.content_hash, "tokenizer": corpus.tokenizer.fingerprint, "seed": config.train.seed, "rl": rl
+    }  # fmt: skip
+
+
+def _reference(rl: RLConfig, origin: Path | None, built: Built, scorer: Likelihoods) -> Reference | None:
+    """The weights that KL refers to, read when they are first needed."""
+    if not rl.kl:
+        return None
+    if origin is None:
+        raise ConfigError(f"RLConfig.kl is {rl.kl}; expected --checkpoint DIR too, the model from which it is measured")
+    held: list[tuple[Any, Any]] = []
+
+    def reference() -> tuple[Any, Any]:
+        if not held:
+            with open_folder(origin) as folder:
+                held.append(folder.read(built, scorer.plan, "float32"))
+        return held[0]
+
+    return reference

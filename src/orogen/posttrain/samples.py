@@ -1,0 +1,152 @@
+"""Samples of a rollout, and the packed batches that a step learns them from.
+
+Letters: b batch, t time.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from orogen.config.rl import RLConfig
+from orogen.data.packing import Batch, Place, Stream, empty_batch, pack_rows, places
+from orogen.posttrain.advantages import corrected
+from orogen.posttrain.objective import ADVANTAGE, IMPORTANCE, OLD, REFERENCE, ROLLOUT, WEIGHT
+
+
+@dataclasses.dataclass
+class Track:
+    """A token sequence of an episode. chosen: which tokens the policy chose; rollout: their log-probabilities as the
+    engine reported them, 0 for the others."""
+
+    ids: list[int]
+    chosen: list[bool]
+    rollout: list[float]
+
+    @classmethod
+    def of_prompt(cls, ids: Sequence[int]) -> "Track":
+        """A sequence of which nothing is chosen yet."""
+        return cls(list(ids), [False] * len(ids), [0.0] * len(ids))
+
+    def add(self, ids: Sequence[int], rollout: Sequence[float] | None = None) -> None:
+        """Appends tokens; with log-probabilities they were chosen."""
+        self.ids += ids
+        self.chosen += [rollout is not None] * len(ids)
+        self.rollout += [0.0] * len(ids) if rollout is None else rollout
+
+
+@dataclasses.dataclass
+class Sample:
+    """One answer to a task. group: of answers to one task. reward: the sum of `rewards`, NaN if the verifier failed,
+    for the reason `fault`. overlong: an answer reached its most tokens, or the episode its row. sizes: characters of
+    all thoughts and of all contents."""
+
+    environment: str
+    number: int
+    group: int
+    key: str
+    prompt: str
+    tracks: list[Track] = dataclasses.field(default_factory=list)
+    said: list[str] = dataclasses.field(default_factory=list)
+    rewards: dict[str, float] = dataclasses.field(default_factory=dict)
+    reward: float = math.nan
+    fault: str | None = None
+    overlong: bool = False
+    sizes: tuple[int, int] = (0, 0)
+    advantage: float = 0.0
+    largest_gap: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """How many the policy chose."""
+        return sum(sum(track.chosen) for track in self.tracks)
+
+    def row(self) -> dict[str, Any]:
+        """What the table of samples shows of it."""
+        shown = ("environment", "number", "key", "prompt", "said", "rewards", "fault", "overlong", "advantage")
+        reward = None if math.isnan(self.reward) else self.reward
+        gap = {"tokens": self.tokens, "largest_gap": self.largest_gap}
+        return {name: getattr(self, name) for name in shown} | {"reward": reward} | gap
+
+
+class Mismatch(NamedTuple):
+    """How far the trainer's log-probabilities are from the rollout's: largest, summed, over so many tokens; tokens
+    whose weight became 0, and sequences left out, of so many."""
+
+    largest: float = 0.0
+    total: float = 0.0
+    tokens: int = 0
+    masked: int = 0
+    left_out: int = 0
+    sequences: int = 0
+
+    def plus(self, other: "Mismatch") -> "Mismatch":
+        """Of both."""
+        sums = Mismatch(*(a + b for a, b in zip(self, other, strict=True)))  # pyright: ignore[reportArgumentType]
+        return sums._replace(largest=max(self.largest, other.largest))
+
+
+# Log-probabilities (b, t) of a packed batch; each position's are those of the next token.
+Score = Callable[[Batch, Sequence[Track], Sequence[Place]], np.ndarray]
+
+
+def batch_of(
+    samples: Sequence[Sample], rl: RLConfig, score: Score, *, reference: Score | None, shape: tuple[int, int],
+    pad_id: int,
+) -> tuple[Batch, Mismatch]:  # fmt: skip
+    """The samples as packed rows with what the objective needs, and their mismatch.
+
+    shape: rows and tokens of a batch; samples that need more rows get a multiple of them. reference: only with a
+    divergence. Samples without a reward, and overlong ones if so configured, have weight 0.
+    """
+    rows, length = shape
+    held = [(sample, track) for sample in samples for track in sample.tracks]
+    tracks = [track for _, track in held]
+    at = places([len(track.ids) for track in tracks], length)
+    streams = [Stream(np.array(t.ids, np.int32), np.array(t.chosen, np.float32)) for t in tracks]
+    batch = _whole(pack_rows(streams, at, length, pad_id), rows, pad_id)
+    trainer_bt = score(batch, tracks, at)
+    extras = {name: np.zeros(batch.tokens_bt.shape, np.float32) for name in (WEIGHT, ADVANTAGE, IMPORTANCE, ROLLOUT)}
+    if rl.updates > 1:
+        extras[OLD] = trainer_bt
+    if reference is not None:
+        extras[REFERENCE] = reference(batch, tracks, at)
+    found = Mismatch()
+    for (sample, track), place in zip(held, at, strict=True):
+        found = found.plus(_lay(sample, track, rl, _Row(place, trainer_bt, extras)))
+    return batch._replace(extras=extras), found
+
+
+class _Row(NamedTuple):
+    """Where a sequence lies, and the arrays (b, t) of its batch."""
+
+    place: Place
+    trainer_bt: np.ndarray
+    extras: dict[str, np.ndarray]
+
+
+def _lay(sample: Sample, track: Track, rl: RLConfig, at: _Row) -> Mismatch:
+    """Writes what the objective needs of one sequence: at position i what is about token i + 1."""
+    chosen_t = np.flatnonzero(track.chosen)
+    where = at.place.row, at.place.start + chosen_t - 1
+    rollout_t = np.array(track.rollout, np.float32)[chosen_t]
+    fixed = corrected(at.trainer_bt[where], rollout_t, rl)
+    sample.largest_gap = max(sample.largest_gap, fixed.largest)
+    filtered = sample.overlong and rl.chosen("overlong") == "filter"
+    counts = fixed.kept and not filtered and not math.isnan(sample.reward) and len(chosen_t) > 0
+    by_token = 1.0 if rl.chosen("mean") == "token" else 1 / max(len(chosen_t), 1)
+    at.extras[WEIGHT][where] = by_token * counts
+    at.extras[ADVANTAGE][where] = sample.advantage
+    at.extras[IMPORTANCE][where] = fixed.weight_t
+    at.extras[ROLLOUT][where] = rollout_t
+    masked = int((fixed.weight_t == 0).sum())
+    return Mismatch(fixed.largest, fixed.total, len(chosen_t), masked, int(not fixed.kept), 1)
+
+
+def _whole(batch: Batch, rows: int, pad_id: int) -> Batch:
+    """The batch with empty rows up to the next multiple of `rows`."""
+    missing = -len(batch.tokens_bt) % rows or (rows if not len(batch.tokens_bt) else 0)
+    empty = empty_batch(missing, sequence_length=batch.tokens_bt.shape[1], pad_id=pad_id)
+    return batch.map(lambda *parts: np.concatenate(parts), empty)

@@ -1,0 +1,39 @@
+"""Verifiers that crash, hang or flood are contained and counted."""
+
+import time
+
+import pytest
+
+from orogen.config.rl import EnvironmentConfig
+from orogen.posttrain.environments.interface import Said, Turn
+from orogen.posttrain.environments.pool import Asked, Fault, Pool
+
+GOOD = Turn(None, [], {"a": 0.5})
+
+
+@pytest.fixture(scope="module")
+def pool():
+    config = EnvironmentConfig(name="bad", kind="synthetic", family="copy", seconds=0.5, memory_mb=700)
+    made = Pool(config, workers=2, module="tests.posttrain.environments.bad_worker")
+    assert made.verify([Asked(0, None, Said("good"))] * 2) == [GOOD] * 2  # both have started
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "reason"),
+    [
+        ("crash", "crash", "the verifier ended: its output ended"),
+        ("hang", "timeout", "no answer within 0.5 s"),
+        ("flood", "flood", "expected at most 4194304"),
+        ("raise", "raised", "RuntimeError: no verdict"),
+        ("memory", "raised", "MemoryError"),
+        ("nan", "nan", "a reward is no finite number: {'a': nan}"),
+    ],
+)
+def test_a_bad_verifier_is_counted_and_the_next_answers(pool, said, kind, reason):
+    before, began = pool.faults[kind], time.monotonic()
+    found = pool.verify([Asked(0, None, Said(text)) for text in (said, "good", "print", "good")])
+    assert isinstance(found[0], Fault) and found[0].kind == kind and reason in found[0].reason
+    assert found[1:] == [GOOD] * 3 and pool.faults[kind] == before + 1
+    assert time.monotonic() - began < 30

@@ -1,0 +1,250 @@
+"""What each kind of environment rewards, on tasks and answers by hand."""
+
+import json
+import time
+
+import pytest
+
+from orogen.config.checks import ConfigError
+from orogen.config.rl import EnvironmentConfig
+from orogen.posttrain.environments import sandbox, workplace
+from orogen.posttrain.environments.code import program_of
+from orogen.posttrain.environments.interface import Said
+from orogen.posttrain.environments.make import make_environment
+from orogen.posttrain.environments.synthetic import FAMILIES
+
+
+def made(kind, **fields):
+    return make_environment(EnvironmentConfig(name="a", kind=kind, **fields))
+
+
+def reward(environment, answer, number=0):
+    example = environment.example(number)
+    turn = environment.step(example, environment.start(example), Said(answer, answer))
+    return sum(turn.rewards.values())
+
+
+def lines(folder, *tasks):
+    file = folder / "tasks.jsonl"
+    file.write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    return str(file)
+
+
+def solved(family, question):
+    """The answer, worked out from the text of the question alone."""
+    word = question.replace("=", "").replace(":", "").split()
+    match family:
+        case "addition":
+            return str(sum(map(int, word[0].split("+"))))
+        case "arithmetic":
+            return str(eval(" ".join(word)))
+        case "largest":
+            return max(word[1:])
+        case "parity":
+            return str(word[1].count("1") % 2)
+        case "copy":
+            return word[1]
+        case "reversal":
+            return "".join(reversed(word[1]))
+        case "sorting":
+            return " ".join(map(str, sorted(map(int, word[1:]))))
+    return str(sum(letter == word[1] for letter in word[3]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_synthetic_answer_is_what_its_question_asks_for(family):
+    environment = made("synthetic", family=family, level=3, examples=40, partial_credit=0.25)
+    questions = [environment.example(number).messages[0]["content"] for number in range(40)]
+    assert len(set(questions)) > 5 and len(environment) == 40
+    for number, question in enumerate(questions):
+        answer = solved(family, question)
+        assert reward(environment, f" {answer}\n", number) == 1
+        assert reward(environment, f"3 or 4? Answer: {answer}", number) == 1
+        assert reward(environment, f"{answer}?", number) == 0
+    wrong = {"parity": "1" if solved(family, questions[0]) == "0" else "0"}.get(family, "77" * 9)
+    wrong = "q" if family in ("copy", "reversal") else wrong
+    assert reward(environment, wrong) == 0.25
+
+
+def test_an_unknown_family_is_refused():
+    with pytest.raises(ConfigError, match="EnvironmentConfig.family is 'chess'; expected one of addition"):
+        made("synthetic", family="chess")
+
+
+STDIN = {"prompt": "double", "tests": [{"input": "2\n", "output": "4"}, {"input": "5", "output": "10\n"}]}
+CHECK = {"prompt": "half", "check": "assert half(4) == 2\nassert half(3) == 1.5"}
+
+
+@pytest.mark.parametrize(
+    ("number", "program", "expected"),
+    [
+        (0, "x = int(input())\nprint(2 * x)", 1),
+        (0, "So:\n```python\nprint(2 * int(input()), '')\n```\nDone.", 1),
+        (0, "x = int(input())\nprint(x * x)", 0),  # right for the first test alone
+        (0, "print(4)\n1 / 0", 0),
+        (1, "def half(x):\n    return x / 2", 1),
+        (1, "def half(x):\n    return x // 2", 0),
+        (1, "import os\nos._exit(0)", 0),  # before the check
+        (1, "import socket\nhalf = lambda x: x / 2\nwhile True: pass", 0),
+        (1, "", 0),
+    ],
+)
+def test_a_program_must_pass_all_its_tests(tmp_path, number, program, expected):
+    environment = made("code", corpus=lines(tmp_path, STDIN, CHECK), unsandboxed=True, seconds=1.0)
+    assert reward(environment, program, number) == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "end"),
+    [
+        ("print('a')", "finished"),
+        ("raise SystemExit(3)", "failed"),
+        ("while True: print('x' * 4096)", "flood"),
+        ("import time\ntime.sleep(60)", "timeout"),
+        ("x = bytearray(2**29)", "failed"),
+        ("open('big', 'wb').write(bytes(2**22))", "failed"),
+    ],
+)
+def test_a_program_keeps_to_its_limits(source, end):
+    began = time.monotonic()
+    box = sandbox.Sandbox(seconds=0.5, memory=2**28, unsandboxed=True)
+    found = box.run(source)
+    assert found.end == end and len(found.output) <= sandbox.MOST_OUTPUT
+    assert time.monotonic() - began < 20
+
+
+def test_children_of_a_program_end_with_it(tmp_path):
+    mark = tmp_path / "alive"
+    child = f"import time\ntime.sleep(1.5)\nopen({str(mark)!r}, 'w')"
+    box = sandbox.Sandbox(seconds=0.4, memory=2**28, unsandboxed=True)
+    box.run(f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {child!r}]).wait()")
+    time.sleep(2)
+    assert not mark.exists()
+
+
+def test_code_needs_bubblewrap_unless_that_is_allowed(monkeypatch):
+    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
+    with pytest.raises(ConfigError, match="bubblewrap, and `bwrap` is not on the PATH; expected it, or .*unsandboxed"):
+        made("code")
+
+
+def test_bubblewrap_has_neither_network_nor_files(monkeypatch, tmp_path):
+    """A stand-in for bwrap shows its arguments and runs what comes after `--`."""
+    tool = tmp_path / "bwrap"
+    tool.write_text('#!/bin/sh\necho "$@"\n')
+    tool.chmod(0o755)
+    monkeypatch.setattr(sandbox.shutil, "which", lambda name: str(tool))
+    words = sandbox.Sandbox(seconds=5, memory=2**30).run("").output.decode().split()
+    options, program = words[: words.index("--")], words[words.index("--") + 1 :]
+    assert {"--unshare-all", "--die-with-parent", "--new-session", "--clearenv", "--tmpfs"} <= set(options)
+    assert "--bind" not in options and "--share-net" not in options and program[-1] == "/tmp/task/main.py"
+    assert str(tmp_path) not in options
+
+
+def test_the_last_block_of_code_counts():
+    assert program_of("a\n```py\nb\n```\nc\n```\nd\n```") == "d\n"
+    assert program_of("no code") == "no code"
+
+
+def test_json_must_be_of_its_schema(tmp_path):
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    environment = made("json_schema", corpus=lines(tmp_path, {"prompt": "p", "schema": schema}))
+    good = ['{"a": 1, "b": 2}', ' {"a": 1}\n', '```json\n{"a": 3}\n```']
+    bad = ['{"a": 1.5}', "{}", '{"a": 1} {"a": 2}', "the answer", "", "[" * 10**5]
+    assert [reward(environment, text) for text in good + bad] == [1] * 3 + [0] * 6
+    generated = made("json_schema", level=2)
+    assert "schema" in generated.example(1).messages[0]["content"] and reward(generated, "{}", 1) == 0
+    with pytest.raises(ConfigError, match="the schema of task 1 is none"):
+        made("json_schema", corpus=lines(tmp_path, {"prompt": "p", "schema": {"type": "int"}}))
+
+
+FOLLOWED = [
+    ({"name": "words", "most": 3}, "one two three", "one two three four"),
+    ({"name": "sentences", "least": 2}, "A b. C d!", "A b, 3.5 c."),
+    ({"name": "paragraphs", "least": 2, "most": 2}, "a\n\nb", "a\nb"),
+    ({"name": "bullets", "least": 2}, "* a\n- b", "*a\n- b"),
+    ({"name": "keyword", "word": "sea", "least": 2}, "Sea, sea.", "seas sea"),
+    ({"name": "without", "word": "sea"}, "seas", "the Sea"),
+    ({"name": "letter", "letter": "q", "most": 1}, "Quit", "q Q"),
+    ({"name": "lowercase"}, "a b", "a B"),
+    ({"name": "uppercase"}, "A 1", "A b"),
+    ({"name": "no_commas"}, "a; b", "a, b"),
+    ({"name": "starts", "phrase": "So"}, " So it is", "Thus"),
+    ({"name": "ends", "phrase": "end."}, "the end.\n", "end. P.S."),
+    ({"name": "title"}, "<<On rain>>\nx", "<<>>"),
+    ({"name": "placeholders", "least": 2}, "[a] and [b c]", "[a] and []"),
+    ({"name": "highlights"}, "an *important* word", "a **bold** word"),
+    ({"name": "quoted"}, '"a"', '"'),
+    ({"name": "json"}, '{"a": 1}', "{a: 1}"),
+]
+
+
+@pytest.mark.parametrize(
+    ("check", "good", "bad"), FOLLOWED, ids=lambda one: one.get("name") if isinstance(one, dict) else ""
+)
+def test_an_instruction_is_followed_or_not(tmp_path, check, good, bad):
+    environment = made("instructions", corpus=lines(tmp_path, {"prompt": "p", "checks": [check]}))
+    assert (reward(environment, good), reward(environment, bad), reward(environment, " ")) == (1, 0, 0)
+
+
+def test_a_check_that_there_is_not_is_refused(tmp_path):
+    for check in ({"name": "rhymes"}, {"name": "words", "least": 1, "colour": 2}):
+        with pytest.raises(ConfigError, match="checks of task 1"):
+            made("instructions", corpus=lines(tmp_path, {"prompt": "p", "checks": [check]}))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("{", "tasks.jsonl:1"), ('{"prompt": "a"}', "tasks.jsonl:1: expected one of tests, check"), ("", "has no task")],
+)
+def test_malformed_tasks_are_refused(tmp_path, line, message):
+    (tmp_path / "tasks.jsonl").write_text(line + "\n")
+    with pytest.raises(ConfigError, match=message):
+        made("code", corpus=str(tmp_path / "tasks.jsonl"), unsandboxed=True)
+
+
+def test_workplace_rewards_the_state_that_the_task_asks_for():
+    environment = made("workplace", level=2, examples=30, turns=3)
+    for number in range(30):
+        example = environment.example(number)
+        calls = tuple(map(tuple, example.secret["calls"]))
+        state = json.loads(json.dumps(environment.start(example)))
+        one = environment.step(example, state, Said("", calls=calls[:1]))
+        assert one.rewards is None and [reply["role"] for reply in one.replies] == ["tool"]
+        two = environment.step(example, one.state, Said("", calls=calls[1:]))
+        assert environment.step(example, two.state, Said("done")).rewards == {"state": 1.0}
+        assert environment.step(example, environment.start(example), Said("done")).rewards == {"state": 0.0}
+        assert environment.step(example, one.state, Said("done")).rewards == {"state": 0.0}
+
+
+def test_workplace_says_what_is_wrong_with_a_call_and_changes_nothing():
+    environment = made("workplace", turns=2)
+    example = environment.example(3)
+    state = environment.start(example)
+    bad = [
+        ("fly", {}), ("set_ticket", {"ticket": "t0"}), ("set_ticket", {"ticket": "t9", "state": "done"}),
+        ("create_meeting", {"title": "a", "person": "p0", "day": "monday", "hour": "9"}),
+        ("cancel_meeting", {"meeting": "m0", "why": "rain"}),
+        ("move_meeting", {"meeting": "m1", "day": "may", "hour": 9}),
+    ]  # fmt: skip
+    turn = environment.step(example, state, Said("", calls=bad))
+    assert all("error" in json.loads(reply["content"]) for reply in turn.replies)
+    assert turn.state["database"] == environment.start(example)["database"]
+    assert environment.step(example, turn.state, Said("", calls=bad)).rewards == {"state": 0.0}  # the last turn
+
+
+def test_a_meeting_needs_a_free_hour():
+    db = {"people": {"p0": {}}, "meetings": {"m0": {"title": "a", "person": "p0", "day": "friday", "hour": 9}}}
+    new = {"title": "b", "person": "p0", "day": "friday", "hour": 9}
+    with pytest.raises(workplace.RefusedError, match="p0 has the meeting m0 then"):
+        workplace.call(db, "create_meeting", new)
+    workplace.call(db, "move_meeting", {"meeting": "m0", "day": "friday", "hour": 10})
+    assert workplace.call(db, "create_meeting", new)["id"] == "m1"
+    workplace.call(db, "cancel_meeting", {"meeting": "m0"})
+    assert [row["id"] for row in workplace.call(db, "list_meetings", {})] == ["m1"]
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "reasoning_gym", None)
+    with pytest.raises(ConfigError, match=r"expected `pip install 'orogen\[rl\]'`"):
+        made("reasoning_gym", family="chain_sum")
