@@ -18,6 +18,7 @@ from orogen.config.data import DataConfig
 from orogen.config.dtype import COMPUTE
 from orogen.config.evaluate import EvaluateConfig
 from orogen.config.model import ModelConfig
+from orogen.config.pattern import LAYERS, MODEL_PARTS
 from orogen.config.phases import PhaseConfig, Stretch, stretches
 from orogen.config.plan import PlanConfig
 from orogen.config.precision import PrecisionConfig
@@ -154,12 +155,20 @@ class OptimizerConfig:
     weight_decay: Annotated[float, "decoupled weight decay, multiplied by the learning rate"] = 0.1
     clip_norm: Annotated[float, "bound of the gradient's global norm"] = 1.0
     moment_dtype: Annotated[str, "dtype of moments between steps: float32 or bfloat16"] = "float32"
+    trained: Annotated[
+        tuple[str, ...],
+        "what is trained: letters of the pattern, embedding, head, norm, mtp, resampler; empty: all",
+    ] = ()
 
     def __post_init__(self) -> None:
         check_types(self)
         require_choice(self, "name", ("adamw", "muon"))
         require_choice(self, "schedule", ("cosine", "wsd", "constant"))
         require_choice(self, "moment_dtype", COMPUTE)
+        object.__setattr__(self, "trained", tuple(self.trained))  # gin may give a list
+        expected = f"letters of {''.join(LAYERS)}, or some of {', '.join(MODEL_PARTS)}"
+        known = all(name in LAYERS or name in MODEL_PARTS for name in self.trained)
+        require(known and len(set(self.trained)) == len(self.trained), self, "trained", expected)
         require_positive(self, "learning_rate", "epsilon", "clip_norm")
         require_not_negative(self, "warmup_steps", "decay_steps", "weight_decay")
         require(0 <= self.min_ratio <= 1, self, "min_ratio", "a number from 0 to 1")

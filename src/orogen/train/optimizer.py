@@ -50,14 +50,27 @@ def learning_rate(config: OptimizerConfig, steps: int, rates: Sequence[tuple[int
 
 
 def make_optimizer(
-    config: OptimizerConfig, steps: int, params: nnx.State, rates: Sequence[tuple[int, float]] = ()
-) -> optax.GradientTransformationExtraArgs:
+    config: OptimizerConfig, steps: int, params: nnx.State, rates: Sequence[tuple[int, float]] = (),
+    trained: nnx.State | None = None,
+) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     """Clipping by the global norm, which `update` takes as `grad_norm`, then AdamW, or Muon for matrices and AdamW for
     the rest.
 
     params: abstract or real, with axis names: a norm that is stacked has two dimensions, but its axes still say that it
-    is a vector.
+    is a vector. trained: whether each is updated, from `trained_mask`; those that are not have no moments and do not
+    decay; None: all are.
     """
+    chosen = _update_rule(config, steps, params, rates)
+    if trained is None:
+        return chosen
+    labels = jax.tree.map(lambda kept: "trained" if kept else "frozen", trained)
+    return optax.partition({"trained": chosen, "frozen": optax.set_to_zero()}, labels)
+
+
+def _update_rule(
+    config: OptimizerConfig, steps: int, params: nnx.State, rates: Sequence[tuple[int, float]]
+) -> optax.GradientTransformationExtraArgs:
+    """`make_optimizer` for parameters that are all trained."""
     rate = learning_rate(config, steps, rates)
     decayed = _by_axes(params, lambda axes: _dimensions(axes) > 1)
     adamw = lambda mask: keep_in(  # noqa: E731
