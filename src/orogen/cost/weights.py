@@ -27,7 +27,7 @@ class Weight(NamedTuple):
 
 class Weights(NamedTuple):
     """The parameters of one layer, its norm included, by letter; of the model's other parts (`embedding`, `norm`,
-    `head` if it is not tied, and the `resampler` of images) by name; and of the multi-token-prediction block without its
+    `head` if it is not tied, the `resampler` of images) by name; and of the multi-token-prediction block without its
     layers."""
 
     layers: dict[str, tuple[Weight, ...]]
@@ -90,10 +90,11 @@ def _projections(model: ModelConfig) -> list[Weight]:
 
 
 def _resampler(model: ModelConfig) -> list[Weight]:
-    size, around = model.hidden_size, (None, "embed")
+    size = model.hidden_size
     mlp = _mlp(model, RESAMPLER_WIDENING * size, bias=False)
     layer = [*_projections(model), *mlp, *(3 * _norm(model))]
-    first = [Weight((model.image_feature_size, size), around), Weight((model.resampler_latents, size), around)]
+    first = [Weight((model.image_feature_size, size), (None, "embed"))]
+    first.append(Weight((model.resampler_latents, size), ("positions", "norm")))
     return [*first, *(layer * model.resampler_layers), *_norm(model)]
 
 

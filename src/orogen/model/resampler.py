@@ -34,7 +34,7 @@ class Resampler(nnx.Module):
         size, std = config.hidden_size, config.init_std
         self.vectors = config.image_features
         self.project = normal(rngs, (config.image_feature_size, size), (None, "embed"), std=std)
-        self.latents = normal(rngs, (config.resampler_latents, size), (None, "embed"), std=1.0)
+        self.latents = normal(rngs, (config.resampler_latents, size), ("positions", "norm"), std=1.0)
         self.layers = nnx.List([ResamplerLayer(config, rngs) for _ in range(config.resampler_layers)])
         self.norm = make_norm(config)
 
@@ -43,7 +43,7 @@ class Resampler(nnx.Module):
         """(n, l, d), whole on every rank of `tensor`, whose gradients add up."""
         plan = dataclasses.replace(plan.with_stream("whole"), recipe=RECIPES[PLAIN], recipes=None, rounding=None)
         features_npd = linear_plain(features_npv.astype(self.project.get_value().dtype), self.project, plan)
-        latents_ld = plan.weight(self.latents)
+        latents_ld: Array = self.latents[...]
         x_nld = jnp.broadcast_to(latents_ld, (len(features_npv), *latents_ld.shape))
         for layer in self.layers:
             x_nld = layer(x_nld, features_npd, plan)
