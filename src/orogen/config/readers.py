@@ -81,6 +81,7 @@ ALWAYS = {
     "trained",
     "evaluate": "tasks every texts max_length batch_tokens",
     "precision": "recipe keep switch_step",
+    "vision": "encoder features images_per_row image_token database retrieved shots",
 }
 # The other fields, by part. A field may have several readers, which must all hold. Those of the model depend on the
 # model alone, since one model file serves many plans.
@@ -166,6 +167,7 @@ READERS: dict[str, tuple[Reader, ...]] = {
             "DataConfig.corpus is 'stdlib', plain text without fields",
         ),
         Reader("text_field", ("chat",), lambda run: False, "ChatConfig: conversations have fields of their own"),
+        Reader("text_field", ("vision",), lambda run: False, "VisionConfig: captions have a field of their own"),
         Reader(
             "seed",
             ("data",),
@@ -206,6 +208,14 @@ READERS: dict[str, tuple[Reader, ...]] = {
         ),
     ),
     "chat": (),
+    "vision": (
+        Reader(
+            "guard",
+            ("vision",),
+            lambda run: run.vision.retrieved > 0 or run.vision.shots > 0,
+            "VisionConfig.retrieved and .shots are 0: nothing is retrieved",
+        ),
+    ),
     "optimizer": (
         Reader(
             "decay_steps",

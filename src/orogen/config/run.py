@@ -24,6 +24,7 @@ from orogen.config.plan import PlanConfig
 from orogen.config.precision import PrecisionConfig
 from orogen.config.remat import check_layers
 from orogen.config.rounded import check_precision
+from orogen.config.vision import VisionConfig
 
 # The most tokens of a prompt with its continuation: each costs a pass over the whole sequence; more would take weeks.
 MAX_LENGTH = 2**20
@@ -190,6 +191,7 @@ class RunConfig:
     chat: ChatConfig = ABSENT
     evaluate: EvaluateConfig = ABSENT
     precision: PrecisionConfig = PrecisionConfig()
+    vision: VisionConfig = ABSENT
 
     def need(self, *parts: str) -> "RunConfig":
         """This config, if it has all of `parts`. Raises ConfigError naming the class that has no bindings."""
@@ -299,4 +301,5 @@ PARTS: dict[str, Any] = {
     "chat": ChatConfig,
     "evaluate": EvaluateConfig,
     "precision": PrecisionConfig,
+    "vision": VisionConfig,
 }

@@ -4,6 +4,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from orogen.command import Command
+from orogen.config.run import RunConfig
 from orogen.train.command import add_train_arguments, run_task
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 def sft(options: argparse.Namespace) -> int:
     """`orogen sft`."""
 
-    def task() -> "Task":
+    def task(config: RunConfig) -> "Task":
         from orogen.posttrain.sft import make_sft
 
         # A run that is resumed has kept the template; before that its folder says nothing about one.

@@ -84,7 +84,11 @@ def _load_with_checkpoint(
 def train(options: argparse.Namespace) -> int:
     """`orogen train`."""
 
-    def task() -> "Task":
+    def task(config: RunConfig) -> "Task":
+        if config.vision is not None:
+            from orogen.vision.captioning import make_captioning
+
+            return make_captioning()
         from orogen.train.pretraining import PRETRAINING
 
         return PRETRAINING
@@ -92,7 +96,7 @@ def train(options: argparse.Namespace) -> int:
     return run_task(options, task)
 
 
-def run_task(options: argparse.Namespace, make_task: Callable[[], "Task"], *parts: str) -> int:
+def run_task(options: argparse.Namespace, make_task: Callable[[RunConfig], "Task"], *parts: str) -> int:
     """Trains on a task in a run folder. parts: those that its config needs beside a model, data, a length and an
     optimizer."""
     # Until the report is written, the folder stays locked and signals are handled.
@@ -115,7 +119,7 @@ def run_task(options: argparse.Namespace, make_task: Callable[[], "Task"], *part
             warn(config.model)
         held.enter_context(lasting_streams())
         log = say if distributed.first() else lambda line: None
-        task = make_task()
+        task = make_task(config)
         if config.evaluate is not None:
             from orogen.evaluate.during import with_tasks
 

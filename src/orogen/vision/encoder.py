@@ -48,7 +48,8 @@ class Encoder:
             size = BATCH if len(pixels) > BATCH else len(part)
             padded = np.pad(part, ((0, size - len(part)), (0, 0), (0, 0), (0, 0)))
             made = jax.device_get(self._program(padded))
-            found.append(jax.tree.map(lambda a, n=len(part): a[:n], made))
+            kept = len(part)
+            found.append(jax.tree.map(lambda a, kept=kept: a[:kept], made))
         if not found:
             return Encoded(np.zeros((0, *self.shape), np.float32), np.zeros((0, self.dimension), np.float32))
         return jax.tree.map(lambda *parts: np.concatenate(parts), *found)

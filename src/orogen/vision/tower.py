@@ -89,7 +89,7 @@ def read_tower_config(facts: Mapping[str, Any], *, where: str) -> TowerConfig:
 
 
 class Encoded(NamedTuple):
-    """An image's features (b, p, d), the last layer's; and its embedding (b, e), CLIP's projected or SigLIP's pooled."""
+    """An image's features (b, p, d), of the last layer; its embedding (b, e), CLIP's projected or SigLIP's pooled."""
 
     features_bpd: Any
     embedding_be: Any
