@@ -27,8 +27,8 @@ def make_captioning() -> Task:
         data, vision = config.data, config.need("vision").vision
         if config.varies or config.train.carry_states:
             raise ConfigError(
-                "VisionConfig has bindings; expected none beside DataConfig.sources, TrainConfig.phases, batch_ramp and "
-                "carry_states: a corpus of images is one source of one shape"
+                "VisionConfig has bindings; expected none beside DataConfig.sources, TrainConfig.phases, batch_ramp "
+                "and carry_states: a corpus of images is one source of one shape"
             )
         if data.tokenizer == "bpe" and tokenizer is None:
             raise ConfigError("DataConfig.tokenizer is 'bpe'; expected one that exists: the language model's own")
