@@ -17,6 +17,7 @@ from orogen.config.precision import PrecisionConfig
 from orogen.config.run import OptimizerConfig, RunConfig, TrainConfig
 from orogen.config.sweep import SweepConfig
 from orogen.config.upcycle import UpcycleConfig
+from orogen.config.vision import VisionConfig
 
 GOOD = {
     ModelConfig: HYBRID,
@@ -33,6 +34,7 @@ GOOD = {
                   "seeds": (0, 1)},
     UpcycleConfig: {"expansion": 4, "top_k": 2},
     PrecisionConfig: {},
+    VisionConfig: {"encoder": "clip", "features": "kept", "images_per_row": 3},
 }  # fmt: skip
 
 # (class, field, bad value, words of what was expected)

@@ -3,17 +3,18 @@
 Images are squares of one colour; the encoder is the tiny random CLIP of the fixtures.
 """
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 from orogen.cli import main
-from orogen.config.load import load
-from orogen.vision.captioning import make_captioning
-from orogen.vision.corpus import FIRST
 
 ENCODER = Path(__file__).parent.parent / "fixtures" / "vision" / "clip"
 COLOURS = {"red": (230, 20, 20), "green": (20, 200, 30), "blue": (20, 40, 240), "grey": (128, 128, 128)}
@@ -97,3 +98,104 @@ def test_it_learns_what_it_sees(folder, run, capsys, tmp_path):
     assert [one["caption"] for one in facts["captions"]] == ["a blue square", "a green square", "a red square"]
     described = json.loads((run / "env.json").read_text())["data"]
     assert (described["documents"], described["images"], described["broken"]) == (24, 24, 1)
+
+
+def captioned(capsys, run, *options):
+    assert main(["caption", "--checkpoint", str(run), "--json", *map(str, options)]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture
+def database(folder, tmp_path, capsys):
+    """The pairs as a database."""
+    assert main(["database", "build", str(tmp_path / "db"), "--input", str(folder / "pairs.jsonl"), "--encoder",
+                 str(ENCODER), "--json"]) == 0  # fmt: skip
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["entries"] == 24 and list(facts["left_out"]) == ["pairs.jsonl:25"]
+    return tmp_path / "db"
+
+
+def test_what_is_retrieved_changes_with_the_database_alone(run, database, tmp_path, capsys):
+    picture("grey", 7).save(tmp_path / "grey.png")
+    ask = ("--database", database, "--retrieved", 1, "--image", tmp_path / "grey.png")
+    (before,) = captioned(capsys, run, *ask)["captions"]
+    assert before["retrieved"][0]["caption"] != "a grey square"
+    (tmp_path / "new.jsonl").write_text(json.dumps({"image": "grey.png", "caption": "a grey square"}))
+    assert main(["database", "add", str(database), "--input", str(tmp_path / "new.jsonl"), "--encoder",
+                 str(ENCODER)]) == 0  # fmt: skip
+    capsys.readouterr()
+    (after,) = captioned(capsys, run, *ask)["captions"]
+    assert after["retrieved"][0]["caption"] == "a grey square" and after["retrieved"][0]["score"] > 0.999
+    (guarded,) = captioned(capsys, run, *ask, "--guard", "0.9999")["captions"]
+    assert guarded["retrieved"] == before["retrieved"]
+    assert main(["database", "remove", str(database), "--ids", "24", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["entries"] == 24
+
+
+def test_a_corpus_is_scored_and_shown_on_a_page(folder, run, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    facts = captioned(capsys, run, "--input", folder / "pairs.jsonl", "--page", page)
+    assert len(facts["captions"]) == 24 and list(facts["broken"]) == ["pairs.jsonl:25"]
+    assert facts["scores"]["bleu_4"] > 0.9 and facts["scores"]["cider"] > 5
+    text = page.read_text()
+    assert text.count("data:image/png;base64,") == 24 and "a blue square" in text and "left out: pairs.jsonl:25" in text
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (["--image", "{folder}/broken.png"], "cannot be decoded"),
+        (["--image", "{folder}/0.png", "--retrieved", "1"], "expected --database, or --retrieved 0"),
+        (["--image", "{folder}/0.png", "--encoder", "{other}"], "with which the model was trained"),
+        ([], "both or neither of --image and --input"),
+    ],
+)
+def test_what_cannot_be_captioned_is_refused(folder, run, capsys, options, expected):
+    words = [word.format(folder=folder, other=ENCODER.parent / "siglip") for word in options]
+    assert main(["caption", "--checkpoint", str(run), *words]) == 2
+    error = capsys.readouterr().err
+    assert expected in error and error.count("\n") == 1
+
+
+def test_a_run_that_does_not_fit_its_encoder_is_refused(folder, tmp_path, capsys):
+    for binding, expected in (
+        ("ModelConfig.image_features = 11", "image_features is 11; expected 10"),
+        ("TrainConfig.carry_states = True", "expected none beside"),
+    ):
+        text = recipe(folder, tmp_path / "r.gin", steps=1).read_text()
+        name = binding.split(" = ")[0]
+        lines = [line for line in text.splitlines() if not line.startswith(name)]
+        if "carry" in binding:
+            lines = [line.replace("'x*g-'", "'xm'") for line in lines] + ["ModelConfig.mamba_intermediate_size = 8",
+                     "ModelConfig.time_step_rank = 2", "ModelConfig.ssm_state_size = 2"]  # fmt: skip
+        (tmp_path / "r.gin").write_text("\n".join([*lines, binding]))
+        assert main(["train", "--gin_file", str(tmp_path / "r.gin"), "--run", str(tmp_path / "run")]) == 2
+        error = capsys.readouterr().err
+        assert expected in error or "unread" in error or "expected" in error, error
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_grafted_model_computes_what_it_did(tmp_path, capsys):
+    source = Path(__file__).parent.parent / "fixtures" / "models" / "nemotron_h_dense"
+    old = open_model(source, tokenizer=False)
+    pattern = old.config.pattern.replace("-", "xg-", 1)
+    new = dataclasses.replace(
+        old.config, pattern=pattern, image_feature_size=5, image_features=3, resampler_latents=2, resampler_layers=1
+    )
+    (tmp_path / "new.gin").write_text(model_text(new))
+    shutil.copytree(source, tmp_path / "old")
+    assert main(["graft", "--checkpoint", str(tmp_path / "old"), "--gin_file", str(tmp_path / "new.gin"), "--out",
+                 str(tmp_path / "grafted"), "--json"]) == 0  # fmt: skip
+    made = open_model(tmp_path / "grafted", tokenizer=False)
+    assert made.config == new
+    tokens_bt = jnp.asarray(np.random.default_rng(0).integers(0, old.config.vocab_size, (2, 9)))
+    logits = [
+        nnx.merge(one.built.graph, one.params, one.buffers).logits(tokens_bt, documents(tokens_bt * 0 + 1), one.plan)
+        for one in (old, made)
+    ]
+    np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-6)
+    (tmp_path / "bad.gin").write_text(model_text(dataclasses.replace(new, pattern=pattern + "-")))
+    capsys.readouterr()
+    assert main(["graft", "--checkpoint", str(tmp_path / "old"), "--gin_file", str(tmp_path / "bad.gin"), "--out",
+                 str(tmp_path / "no")]) == 2  # fmt: skip
+    assert "with x, and g if wanted, inserted" in capsys.readouterr().err

@@ -159,7 +159,7 @@ def open_images(
     """The documents as streams for rows of `length` tokens, split by their keys. Raises ConfigError."""
     documents = {document.key: document for document in encoded.documents}
     split_of = {key: corpora.split_of(key, config=data) for key in documents}
-    streams = _streams(list(documents.values()), split_of, vision, encoded, encoder, tokenizer)
+    streams = _streams(encoded, split_of, vision=vision, encoder=encoder, tokenizer=tokenizer)
     fitted = {key: padded(one, vision, length=length, pad_id=tokenizer.pad_id) for key, one in streams.items()}
     kept = {name: [] for name in corpora.SPLITS}
     for key, stream in fitted.items():
@@ -182,11 +182,10 @@ def open_images(
 
 
 def _streams(
-    documents: Sequence[Document], split_of: dict[str, str], vision: VisionConfig, encoded: Encoded,
-    encoder: Encoder, tokenizer: Tokenizer,
-) -> dict[str, Stream]:  # fmt: skip
+    encoded: Encoded, split_of: dict[str, str], *, vision: VisionConfig, encoder: Encoder, tokenizer: Tokenizer
+) -> dict[str, Stream]:
     """The stream of each document, by its key."""
-    pairs = {document.key: pair for document in documents if (pair := _pair(document)) is not None}
+    pairs = {document.key: pair for document in encoded.documents if (pair := _pair(document)) is not None}
     ordered = list(pairs.values())
     embedding_be = encoded.embedding_ne[[pair.image for pair in ordered]] if ordered else np.zeros((0, 1))
     captions = [pair.caption for pair in ordered]
@@ -203,7 +202,7 @@ def _streams(
     made = zip(pairs, ordered, similar, shots, strict=True)
     found = {key: example(pair, texts, before, tokenizer) for key, pair, texts, before in made}
     return {
-        document.key: found.get(document.key) or interleaved(document.parts, tokenizer) for document in documents
+        document.key: found.get(document.key) or interleaved(document.parts, tokenizer) for document in encoded.documents
     }  # fmt: skip
 
 
