@@ -14,7 +14,10 @@ import pytest
 from flax import nnx
 from PIL import Image
 
+from orogen.checkpoint.open import open_model
 from orogen.cli import main
+from orogen.config.load import model_text
+from orogen.layers.documents import documents
 
 ENCODER = Path(__file__).parent.parent / "fixtures" / "vision" / "clip"
 COLOURS = {"red": (230, 20, 20), "green": (20, 200, 30), "blue": (20, 40, 240), "grey": (128, 128, 128)}

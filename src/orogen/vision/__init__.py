@@ -25,8 +25,8 @@ at once. In training the copy guard leaves out near-copies of the image and capt
 otherwise the model learns to copy. A database records its encoder and refuses another. A change writes the whole
 database anew; an index is rebuilt with it.
 
-**Few-shot examples** (`VisionConfig.shots`): the most similar pairs of the train split stand before an example, the most
-similar last.
+**Few-shot examples** (`VisionConfig.shots`): the most similar pairs of the train split stand before an example, the
+most similar last.
 
 **Batches** (`corpus.py`, `data/images.py`): in a token stream an image is one token; packing therefore knows nothing of
 images. Packed batches get extras (`config/vision.py`) whose vectors lie along the time axis, several at each position,

@@ -201,9 +201,8 @@ def _streams(
         shots = [[ordered[number] for number in found] for found in near]
     made = zip(pairs, ordered, similar, shots, strict=True)
     found = {key: example(pair, texts, before, tokenizer) for key, pair, texts, before in made}
-    return {
-        document.key: found.get(document.key) or interleaved(document.parts, tokenizer) for document in encoded.documents
-    }  # fmt: skip
+    every = {document.key: document.parts for document in encoded.documents}
+    return {key: found.get(key) or interleaved(parts, tokenizer) for key, parts in every.items()}
 
 
 def _pair(document: Document) -> Pair | None:
