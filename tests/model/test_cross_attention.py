@@ -19,6 +19,7 @@ from orogen.config.vision import FEATURES, IMAGE
 from orogen.data.images import Placed, images_seen, with_images
 from orogen.data.packing import Batch
 from orogen.layers.documents import Documents, documents
+from orogen.model.block import Layer
 from orogen.model.cross_attention import GatedCrossAttention, Images
 from orogen.model.lm import LanguageModel
 from orogen.parallel.plan import make_plan
@@ -76,22 +77,40 @@ def test_a_token_sees_the_latest_image_of_its_own_document():
     assert images_seen(segments_t, []).tolist() == [0] * 14
 
 
-def test_closed_gates_leave_the_language_model_as_it_is_to_the_bit():
-    _, params, _ = parameters()
+@pytest.mark.parametrize("letter", "xg")
+def test_a_closed_gate_leaves_the_stream_as_it_is_to_the_bit(letter):
+    graph, abstract = nnx.split(jax.eval_shape(lambda: Layer(letter, MODEL, nnx.Rngs(0))))
+    state = randomised(abstract, np.random.default_rng(5))
+    state["mixer"]["tanh_gate"].set_value(jnp.zeros(1))
+    x_btd = np.random.default_rng(6).normal(size=(2, 5, 48)).astype(np.float32)
+    vectors_bnd = np.random.default_rng(7).normal(size=(2, 3, 48)).astype(np.float32)
+    images = Images(jnp.asarray(vectors_bnd), jnp.ones((2, 3), jnp.int32), jnp.ones((2, 5), jnp.int32))
+    given = images if letter == "x" else None
+    docs = documents(jnp.ones((2, 5), jnp.int32))
+    found, _ = nnx.merge(graph, state)(jnp.asarray(x_btd), docs, PLAN, given)
+    assert np.array_equal(found, x_btd)
+    state["mixer"]["tanh_gate"].set_value(jnp.ones(1))
+    assert not np.allclose(nnx.merge(graph, state)(jnp.asarray(x_btd), docs, PLAN, given)[0], x_btd)
+
+
+def test_with_closed_gates_the_model_is_the_language_model():
+    """Up to how two programs are fused: each layer is the identity to the bit."""
+    _, params, buffers = parameters()
     batch = a_batch([[1] * 6 + [2] * 5], [[Placed(1, image(1)), Placed(7, image(2))]])
-    seeing = program()(params, batch)
-    assert np.array_equal(seeing, program()(params, batch._replace(extras={})))
-    graph, bare, buffers = nnx.split(jax.eval_shape(lambda: LanguageModel(PLAIN, nnx.Rngs(0))), nnx.Param, ...)
-    layers = params["backbone"]["children"]
-    inner = layers[1]["children"]  # M (xg-) twice
-    values = {"M": layers[0], "-": inner[2]}
+    graph = nnx.split(jax.eval_shape(lambda: LanguageModel(PLAIN, nnx.Rngs(0))), nnx.Param, ...)[0]
+    first, repeated = (params["backbone"]["children"][number] for number in (0, 1))  # M, and xg- twice
+    inner = {"children": {0: repeated["children"][2]}}
     bare = nnx.State({
         **{name: params[name] for name in ("embedding", "head", "norm")},
-        "backbone": {"children": {0: values["M"], 1: {"children": {0: values["-"]}}}},
+        "backbone": {"children": {0: first, 1: inner}},
     })  # fmt: skip
-    hidden = jax.jit(lambda params: nnx.merge(graph, params, buffers).hidden(
-        batch.tokens_bt, Documents(batch.segments_bt, batch.positions_bt), PLAN)[0])  # fmt: skip
-    assert np.array_equal(seeing, hidden(bare))
+
+    @jax.jit
+    def hidden(params):
+        docs = Documents(batch.segments_bt, batch.positions_bt)
+        return nnx.merge(graph, params, buffers).hidden(batch.tokens_bt, docs, PLAN)[0]
+
+    np.testing.assert_allclose(program()(params, batch), hidden(bare), rtol=1e-5, atol=1e-6)
 
 
 def test_only_tokens_after_an_image_depend_on_it():

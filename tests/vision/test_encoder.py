@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from orogen.config.checks import ConfigError
 from orogen.vision import transforms
@@ -117,6 +118,19 @@ def test_a_fingerprint_is_of_weights_and_transform(tmp_path):
     mine = open_encoder(FIXTURES / "clip").fingerprint
     assert mine != open_encoder(FIXTURES / "siglip").fingerprint
     assert mine != open_encoder(broken_copy(tmp_path, preprocessor_config__image_mean=[0.5, 0.5, 0.5])).fingerprint
+
+
+def test_folders_of_a_vision_model_alone_and_older_ones_are_read(tmp_path, both):
+    """transformers 5 saves a vision model without a prefix; older versions saved the numbers of positions."""
+    encoder, folder, reference = both
+    tensors = load_file(folder / "model.safetensors")
+    alone = {n.removeprefix("vision_model."): t for n, t in tensors.items() if not n.startswith("logit")}
+    for name, held in (("alone", alone), ("older", tensors | {"vision_model.embeddings.position_ids": np.arange(9)})):
+        shutil.copytree(folder, tmp_path / name)
+        save_file(held, tmp_path / name / "model.safetensors")
+        pixels = reference["pixels"][0].transpose(1, 2, 0)
+        close(open_encoder(tmp_path / name).encode_pixels([pixels]).embedding_be, reference["embedding"])
+        assert open_encoder(tmp_path / name).fingerprint == encoder.fingerprint or name == "alone"
 
 
 def saved(image, form="PNG", **settings):

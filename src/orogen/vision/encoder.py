@@ -75,7 +75,7 @@ def open_encoder(folder: Path) -> Encoder:
     digest = hashlib.sha256()
     for name in (CONFIG, PREPROCESSOR):
         digest.update((folder / name).read_bytes())
-    with TensorReader(folder, ignored=lambda name: not name.startswith(("vision_model.", "visual_"))) as tensors:
+    with TensorReader(folder, ignored=_not_seen) as tensors:
         tower = _tower(config, tensors, folder, digest)
     graph, state = nnx.split(tower)
     dimension = config.hidden_size if tower.project is None else tower.project[...].shape[0]
@@ -85,11 +85,19 @@ def open_encoder(folder: Path) -> Encoder:
     )  # fmt: skip
 
 
+def _not_seen(name: str) -> bool:
+    """Whether a tensor is not the vision model's: the text model's, or the integers that older folders hold."""
+    return name.startswith(("text_", "logit_")) or name.endswith("position_ids")
+
+
 def _tower(config: TowerConfig, tensors: TensorReader, folder: Path, digest: Any) -> Tower:
     """The tower with the folder's tensors, whose bytes enter the digest."""
 
+    # A whole model's tensors have a prefix; those of a vision model that transformers 5 has saved alone do not.
+    prefix = "vision_model." if any(name.startswith("vision_model.") for name in tensors.specs) else ""
+
     def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        full = name if name.startswith("visual_") else f"vision_model.{name}"
+        full = name if name.startswith("visual_") else f"{prefix}{name}"
         if full not in tensors.specs:
             raise ConfigError(f"{folder} has no tensor {full}; expected one of shape {list(shape)}")
         if (have := tensors.specs[full].shape) != shape:

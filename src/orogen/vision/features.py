@@ -76,10 +76,19 @@ def _content_hash(documents: Iterable[Interleaved]) -> str:
 
 
 def _encode(documents: Iterable[Interleaved], encoder: Encoder, target: Path) -> None:
-    """Writes the folder `target`, whole or not at all. Of the images, a batch is in memory at a time."""
+    """Writes the folder `target`, whole or not at all."""
     scratch = target.with_name(f"{target.name}.{os.getpid()}")
-    shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
+    try:
+        _write(documents, encoder, scratch)
+        if not target.exists():  # another run may have been faster
+            scratch.rename(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _write(documents: Iterable[Interleaved], encoder: Encoder, scratch: Path) -> None:
+    """Writes features, embeddings and documents into a folder. Of the images, a batch is in memory at a time."""
     found: list[dict[str, Any]] = []
     broken: dict[str, str] = {}
     waiting: list[np.ndarray] = []
@@ -111,10 +120,6 @@ def _encode(documents: Iterable[Interleaved], encoder: Encoder, target: Path) ->
                 flush()
         flush()
     write_atomically(scratch / DOCUMENTS, json.dumps({"documents": found, "broken": broken}).encode())
-    if target.exists():  # another run has been faster
-        shutil.rmtree(scratch)
-    else:
-        scratch.rename(target)
 
 
 class _Rows:
