@@ -29,7 +29,7 @@ def config_of(names, **plan):
 
 def leaves(tree):
     found = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in found}
+    return {jax.tree_util.keystr(path, simple=True, separator="."): np.array(leaf) for path, leaf in found}
 
 
 @several_devices

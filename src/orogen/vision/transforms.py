@@ -6,6 +6,7 @@ Letters: y x rows and columns of pixels, c colours.
 
 import dataclasses
 import io
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -25,6 +26,9 @@ FORM = Record(
     {"do_resize": bool, "do_center_crop": bool, "do_rescale": bool, "do_normalize": bool, "rescale_factor": Number(),
      "crop_size": (SIDE, SQUARE), "resample": Whole(0, 5)},
 )  # fmt: skip
+
+
+_OBJECT = re.compile(r" <[^>]* object at 0x[0-9a-f]+>")  # which Pillow names in place of a file
 
 
 class ImageError(ValueError):
@@ -114,7 +118,8 @@ def decode(data: bytes) -> Any:
     except ImageError:
         raise
     except Exception as error:  # decoders raise almost anything on broken data
-        raise ImageError(f"it cannot be decoded ({type(error).__name__}: {' '.join(str(error).split())})") from error
+        why = _OBJECT.sub("", " ".join(str(error).split()))
+        raise ImageError(f"it cannot be decoded ({type(error).__name__}: {why})") from error
 
 
 def _rgb(image: Any, Image: Any) -> Any:
