@@ -163,7 +163,10 @@ DATABASE = Command(
 GRAFT = Command(
     name="graft",
     help="insert layers that see images into a language model; it computes what it did until they are trained",
-    examples=("orogen graft --checkpoint runs/text --gin_file gin_configs/models/tiny_captioner.gin --out grafted",),
+    examples=(
+        "orogen graft --checkpoint runs/text --gin_file my_captioner.gin --out grafted",
+        "orogen graft --checkpoint HF_FOLDER --gin_file my_captioner.gin --out grafted --seed 1 --json",
+    ),
     add_arguments=_add_graft_arguments,
     run=graft,
 )

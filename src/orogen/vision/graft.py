@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from orogen.checkpoint.leaves import leaves_of
-from orogen.compress.rewrite import Arrays, Source, homes
+from orogen.compress.rewrite import Arrays, Home, Source, homes
 from orogen.config.checks import ConfigError
 from orogen.config.model import ModelConfig
 from orogen.convert.config import difference
@@ -17,6 +17,7 @@ from orogen.model.lm import initial_state
 from orogen.model.stages import RESAMPLER
 
 INSERTED = "xg"
+OUTWARD = ("out", "down")  # projections back into the residual stream
 
 
 def check_graft(old: ModelConfig, new: ModelConfig) -> None:
@@ -50,20 +51,29 @@ class Grafted:
     """Makes the new model's parameters: the old one's, and fresh ones for what is new; see `rewrite`."""
 
     def __init__(self, source: Source, config: ModelConfig, seed: int):
-        self._source, self._homes = source, homes(config)
-        params, buffers = jax.jit(initial_state, static_argnums=0)(config, seed)
+        self._source, letters = source, [home.letter for home in homes(config)]
+        inserted = "".join(letter for letter in letters if letter in INSERTED)
+        # Of the new layers alone: the old model may not fit into memory.
+        alone = dataclasses.replace(config, pattern=inserted, vocab_size=1, learned_positions=None, mtp_depths=0)
+        params, buffers = jax.jit(initial_state, static_argnums=0)(alone, seed)
+        self._shrink = np.float32(config.output_init_std / alone.output_init_std)
         self._fresh = {path: np.asarray(leaf.get_value()) for path, leaf in leaves_of(params, buffers).items()}
-        old = iter(range(len(source.homes)))
-        self._old = [None if home.letter in INSERTED else next(old) for home in self._homes]
+        old, new = iter(range(len(source.homes))), iter(homes(alone))
+        self._places: list[int | Home] = [next(new) if letter in INSERTED else next(old) for letter in letters]
 
     def layer(self, number: int) -> Arrays:
         """The layer's parameters: the old model's, or fresh ones."""
-        known, home = self._old[number], self._homes[number]
-        if known is not None:
-            return self._source.layer(known).arrays()
-        size = len(home.path)
-        return {path[size:]: array[home.index] for path, array in self._fresh.items() if path[:size] == home.path}
+        place = self._places[number]
+        if isinstance(place, int):
+            return self._source.layer(place).arrays()
+        size = len(place.path)
+        made = {path[size:]: array[place.index] for path, array in self._fresh.items() if path[:size] == place.path}
+        return {name: self._scaled(name, array) for name, array in made.items()}
 
     def rest(self, path: Leaf) -> np.ndarray:
         """A parameter outside the layers."""
-        return self._fresh[path] if path[0] == RESAMPLER else self._source.read(path)
+        return self._scaled(path, self._fresh[path]) if path[0] == RESAMPLER else self._source.read(path)
+
+    def _scaled(self, path: Leaf, array: np.ndarray) -> np.ndarray:
+        """A fresh parameter with the deviation that it has in the whole model, which has more layers."""
+        return array * self._shrink if path[-1] in OUTWARD else array
