@@ -79,10 +79,12 @@ def open_encoder(folder: Path) -> Encoder:
         tower = _tower(config, tensors, folder, digest)
     graph, state = nnx.split(tower)
     dimension = config.hidden_size if tower.project is None else tower.project[...].shape[0]
-    return Encoder(
-        folder.name, digest.hexdigest(), transform, (config.vectors, config.hidden_size), dimension,
-        lambda pixels_byxc: nnx.merge(graph, state)(pixels_byxc),
-    )  # fmt: skip
+
+    def run(pixels_byxc: Any) -> Encoded:
+        return nnx.merge(graph, state)(pixels_byxc)
+
+    shape = config.vectors, config.hidden_size
+    return Encoder(folder.name, digest.hexdigest(), transform, shape, dimension, run)
 
 
 def _not_seen(name: str) -> bool:
