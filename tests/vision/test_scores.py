@@ -22,6 +22,12 @@ def test_scores_are_those_of_pycocoevalcap():
     assert [bleu(CAPTIONS, REFERENCES, n) for n in (1, 2, 3, 4)] == pytest.approx(expected, abs=1e-8)
 
 
+def test_repeated_words_count_only_as_often_as_the_reference_has_them():
+    captions = ["cat cat cat on the mat", "two dogs", "soup soup soup"]
+    references = [*REFERENCES[:2], ["a bowl of hot soup", "soup in a bowl"]]
+    assert cider(captions, references) == pytest.approx(1.2822871840906997, abs=1e-9)  # pycocoevalcap's
+
+
 def test_case_and_punctuation_do_not_count():
     noisy = [f"{caption.title()}!" for caption in CAPTIONS]
     assert caption_scores(noisy, REFERENCES) == caption_scores(CAPTIONS, REFERENCES)
