@@ -4,6 +4,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from orogen.command import Command
+from orogen.config.checks import ConfigError
 from orogen.config.run import RunConfig
 from orogen.train.command import add_train_arguments, run_task
 
@@ -16,6 +17,9 @@ def sft(options: argparse.Namespace) -> int:
 
     def task(config: RunConfig) -> "Task":
         from orogen.posttrain.sft import make_sft
+
+        if config.vision is not None:
+            raise ConfigError("VisionConfig has bindings; expected none: this task sees no images")
 
         # A run that is resumed has kept the template; before that its folder says nothing about one.
         kept = any(options.run.glob("chat_template.*"))
