@@ -94,7 +94,8 @@ REFUSED = {
     "unknown letter": (
         "ModelConfig.pattern = '*Q-'",
         "ModelConfig.pattern is '*Q-': unknown letter 'Q'; expected M (Mamba-2), m (Mamba-1), * (attention), "
-        "w (sliding-window attention), + (multi-head latent attention), - (dense MLP), E (mixture of experts), | or /",
+        "w (sliding-window attention), + (multi-head latent attention), - (dense MLP), E (mixture of experts), "
+        "x (gated cross-attention), g (tanh-gated MLP), | or /",
     ),
     "misspelt field": (
         "ModelConfig.num_heads = 3",

@@ -19,7 +19,7 @@ RECIPES = ROOT / "gin_configs" / "recipes"
 # A package imports those before it; `commands` are the packages' command.py, which declare parts of the command line.
 ORDER = (
     "__init__ config parallel kernels precision layers moe model cost data convert checkpoint report train infer "
-    "posttrain evaluate simulate compress bench command launch sweep commands cli"
+    "posttrain evaluate simulate compress vision bench command launch sweep commands cli"
 ).split()
 # Packages that may import less than the order allows.
 ONLY = {"data": ["config"], "report": ["config"]}

@@ -30,10 +30,11 @@ from orogen.simulate.command import PLAN, SIMULATE
 from orogen.sweep.command import SWEEP
 from orogen.train.command import TRAIN, VERIFY
 from orogen.train.stop import INTERRUPTED
+from orogen.vision.command import CAPTION, DATABASE, GRAFT
 
 COMMANDS = (
-    TRAIN, SFT, DPO, RL, DISTILL, REWARD, BEST_OF, SWEEP, LAUNCH, GENERATE, SERVE, SCORE, EVALUATE, CURATE, TOKENIZE,
-    CONVERT, AVERAGE, UPCYCLE, PRUNE, QUANTIZE, SEARCH, PARAMS, PLAN, SIMULATE, VERIFY, BENCH,
+    TRAIN, SFT, DPO, RL, DISTILL, REWARD, BEST_OF, SWEEP, LAUNCH, GENERATE, SERVE, SCORE, EVALUATE, CAPTION, DATABASE,
+    CURATE, TOKENIZE, CONVERT, AVERAGE, UPCYCLE, PRUNE, QUANTIZE, SEARCH, GRAFT, PARAMS, PLAN, SIMULATE, VERIFY, BENCH,
 )  # fmt: skip
 # None: an error that our own code raises, which names a missing file.
 PATH_ERRORS = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)

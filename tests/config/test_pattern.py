@@ -31,7 +31,7 @@ def test_unknown_letter_is_named_with_the_known_ones(letter):
     assert str(caught.value) == (
         f"ModelConfig.pattern is {f'M{letter}E'!r}: unknown letter {letter!r}; expected "
         "M (Mamba-2), m (Mamba-1), * (attention), w (sliding-window attention), + (multi-head latent attention), "
-        "- (dense MLP), E (mixture of experts), | or /"
+        "- (dense MLP), E (mixture of experts), x (gated cross-attention), g (tanh-gated MLP), | or /"
     )
 
 

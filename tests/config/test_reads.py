@@ -36,6 +36,10 @@ SIZES: dict[str, Any] = {
     "rope_theta": 1e4,
     "mamba_intermediate_size": 10,
     "time_step_rank": 3,
+    "image_feature_size": 5,
+    "image_features": 3,
+    "resampler_latents": 2,
+    "resampler_layers": 1,
 }
 PARTS_OF: dict[str, dict[str, Any]] = {
     "plan": {},
@@ -48,7 +52,8 @@ PARTS_OF: dict[str, dict[str, Any]] = {
     "rl": {"environments": (EnvironmentConfig(name="a", kind="workplace"),), "prompts": 2, "samples": 2,
            "max_tokens": 4, "template": "plain"},
 }  # fmt: skip
-OF_TASKS = {"preference": {"template": "x"}}  # parts that only some tasks have
+VISION = {"encoder": "clip", "features": "kept", "images_per_row": 3}
+OF_TASKS = {"preference": {"template": "x"}, "vision": VISION}  # parts that only some tasks have
 
 
 def a_run(pattern: str = "M", **bound: Any) -> RunConfig:
@@ -66,6 +71,8 @@ def a_run(pattern: str = "M", **bound: Any) -> RunConfig:
 NO = "the model has no layers of "
 ATTENTION = NO + "attention (*) or sliding-window attention (w) or multi-head latent attention (+)"
 HEADS = NO + "attention (*) or sliding-window attention (w)"
+SEEING, CROSS = " or gated cross-attention (x)", NO + "gated cross-attention (x)"
+TANH = NO + "dense MLP (-) or mixture of experts (E) or tanh-gated MLP (g)"
 MAMBAS, EXPERTS = NO + "Mamba-2 (M) or Mamba-1 (m)", NO + "mixture of experts (E)"
 NO_ROPE, NO_YARN = {"pattern": "*", "model__rope_theta": None}, {"pattern": "*"}
 YARN = {"pattern": "*", "model__yarn_factor": 4.0, "model__yarn_original_positions": 64}
@@ -74,8 +81,11 @@ NO_HELDOUT = {"data__heldout_fraction": 0.0}
 MXFP8 = {"precision__recipe": "mxfp8"}
 BORDERS: list[tuple[str, Any, dict, dict, str]] = [
     *((f"model__{f}", v, {"pattern": p}, {"pattern": "ME-"}, ATTENTION)
-      for f, v, p in (("num_attention_heads", 2, "*"), ("attention_bias", "all", "+"), ("rope_theta", 10.0, "w"))),
-    *((f"model__{f}", v, {"pattern": "*"}, {"pattern": "+M"}, HEADS)
+      for f, v, p in (("attention_bias", "all", "+"), ("rope_theta", 10.0, "w"))),
+    *(("model__num_attention_heads", 2, {"pattern": p}, {"pattern": "ME-"}, ATTENTION + SEEING) for p in "*x"),
+    *((f"model__{f}", 4, {"pattern": "x"}, {"pattern": "g*"}, CROSS) for f in (
+        "image_feature_size", "image_features", "resampler_latents", "resampler_layers")),
+    *((f"model__{f}", v, {"pattern": "*"}, {"pattern": "+M"}, HEADS + SEEING)
       for f, v in (("num_key_value_heads", 3), ("head_dim", 2))),
     *((f"model__{f}", True, {"pattern": "w"}, {"pattern": "M"}, HEADS) for f in ("qk_norm", "attention_sinks")),
     ("model__sliding_window", 3, {"pattern": "M/w"}, {"pattern": "*"}, NO + "sliding-window attention (w)"),
@@ -90,11 +100,16 @@ BORDERS: list[tuple[str, Any, dict, dict, str]] = [
      "ModelConfig.yarn_mscale is None, and the model has no layers of multi-head latent attention (+)"),
     *((f"model__{f}", 8, {"pattern": "+"}, {"pattern": "*"}, NO + "multi-head latent attention (+)") for f in (
         "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")),
-    ("model__intermediate_size", 8, {"pattern": "-"}, {"pattern": "E"}, NO + "dense MLP (-)"),
+    *(("model__intermediate_size", 8, {"pattern": p}, {"pattern": "E"}, NO + "dense MLP (-) or tanh-gated MLP (g)")
+      for p in "-g"),
     *((f"model__{f}", v, {"pattern": "E", "model__mlp_gated": True, **more}, {"pattern": "M*"},
-       NO + "dense MLP (-) or mixture of experts (E)")
-      for f, v, more in (("mlp_hidden_act", "silu", {}), ("mlp_gated", True, {}), ("mlp_bias", True, {}),
+       TANH + SEEING)
+      for f, v, more in (("mlp_hidden_act", "silu", {}), ("mlp_gated", True, {}),
                          ("swiglu_limit", 7.0, {"model__mlp_hidden_act": "silu"}))),
+    ("model__mlp_bias", True, {"pattern": "E"}, {"pattern": "xM*"}, TANH),
+    *(("vision__guard", 0.5, {f"vision__{f}": 1 for f in read} | more, {"vision__images_per_row": 2},
+       "VisionConfig.retrieved and .shots are 0: nothing is retrieved")
+      for read, more in ((("shots",), {}), (("retrieved",), {"vision__database": "captions"}))),
     *((f"model__{f}", v, {"pattern": "M"}, {"pattern": "m*"}, NO + "Mamba-2 (M)") for f, v in (
         ("mamba_num_heads", 4), ("mamba_head_dim", 2), ("n_groups", 4), ("chunk_size", 4), ("mamba_norm_groups", 4),
         ("time_step_min", 1e-3), ("time_step_max", 1e-1))),

@@ -22,6 +22,7 @@ from orogen.config.run import OptimizerConfig, RunConfig, TrainConfig
 from orogen.config.search import SearchConfig
 from orogen.config.sweep import SweepConfig
 from orogen.config.upcycle import UpcycleConfig
+from orogen.config.vision import VisionConfig
 
 GOOD = {
     ModelConfig: HYBRID,
@@ -45,6 +46,7 @@ GOOD = {
     EnvironmentConfig: {"name": "desk", "kind": "workplace"},
     RLConfig: {"environments": (EnvironmentConfig(name="desk", kind="workplace"),), "prompts": 2, "samples": 2,
                "max_tokens": 4, "template": "plain"},
+    VisionConfig: {"encoder": "clip", "features": "kept", "images_per_row": 3},
 }  # fmt: skip
 
 # (class, field, bad value, words of what was expected)

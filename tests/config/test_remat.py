@@ -57,7 +57,7 @@ def test_megatrons_modules_are_names():
         ("input", "not 'input'"),
         ((), None),
         ("", "not ''"),
-        ("X:conv", "expected letters of Mm*w+-E before the colon, not 'X'"),
+        ("X:conv", "expected letters of Mm*w+-Exg before the colon, not 'X'"),
         ("M*:conv", "expected one of norm, query, key, value, core, attention for layers *, not 'conv'"),
         (("M:full", "conv"), "expected one choice for layers M, not conv and full"),
         (("full", "E:none"), "expected one choice for layers E, not full and none"),

@@ -1,12 +1,10 @@
 """What a model is: its layer pattern and its sizes, under the names of Hugging Face's `nemotron_h` config."""
 
 import dataclasses
-import functools
 from typing import Annotated
 
 from orogen.config.checks import (
     ABSENT,
-    ConfigError,
     check_types,
     field_types,
     require,
@@ -14,63 +12,15 @@ from orogen.config.checks import (
     require_not_negative,
     require_positive,
 )
+from orogen.config.pattern import LAYERS, MAX_LAYERS, Pattern, parse_pattern
 
-LAYERS = {
-    "M": "Mamba-2",
-    "m": "Mamba-1",
-    "*": "attention",
-    "w": "sliding-window attention",
-    "+": "multi-head latent attention",
-    "-": "dense MLP",
-    "E": "mixture of experts",
-}
 NORMS = ("rms", "rms_cast_first", "layer", "layer_1p")
 ACTIVATIONS = ("relu2", "relu", "silu", "gelu", "gelu_tanh")
 ATTENTION_BIASES = ("none", "qkv", "all")
-MAX_LAYERS = 1024  # the deepest trained models have 1,000; the time to fold a pattern grows with its square
 MAX_ROTATED = 2**16  # one frequency per pair is computed on the host wherever a model is built
 MOE_BIASES = ("routed", "shared")
 ROUTER_SCORES = ("sigmoid", "softmax", "softmax_topk")
 ROUTER_BALANCES = ("row", "global")
-
-
-@dataclasses.dataclass(frozen=True)
-class Pattern:
-    """A parsed layer pattern.
-
-    main: one letter per residual layer; segments: the same letters, split at `|` into pipeline segments;
-    mtp: the letters of the multi-token-prediction block ("" without one); mtp_parts: how many times it is written.
-    """
-
-    main: str
-    segments: tuple[str, ...]
-    mtp: str
-    mtp_parts: int
-
-
-@functools.lru_cache(maxsize=1024)
-def parse_pattern(text: str) -> Pattern:
-    """Reads `main("|"main)*("/"mtp)*`, Megatron's hybrid layer pattern. A segment may be empty.
-
-    `MEM*E/*E/*E` is five layers and one block `*E` applied at two depths. Raises ConfigError on an unknown letter,
-    an empty main pattern, an empty or differing part after `/`, or a `|` after `/`.
-    """
-    main, *parts = text.split("/")
-    for what, count in (("layers", len(main) - main.count("|")), ("parts", 1 + main.count("|") + len(parts))):
-        if count > MAX_LAYERS:
-            raise ConfigError(f"ModelConfig.pattern has {count:,} {what}; expected at most {MAX_LAYERS:,}")
-    unknown = sorted(set(text) - set(LAYERS) - set("|/"))
-    letters = ", ".join(f"{letter} ({name})" for letter, name in LAYERS.items())
-    if unknown:
-        raise ConfigError(f"ModelConfig.pattern is {text!r}: unknown letter {unknown[0]!r}; expected {letters}, | or /")
-    layers = main.replace("|", "")
-    if not layers:
-        raise ConfigError(f"ModelConfig.pattern is {text!r}; expected at least one layer before any /")
-    if len(set(parts)) > 1 or any(not part or "|" in part for part in parts):
-        raise ConfigError(
-            f"ModelConfig.pattern is {text!r}; expected the parts after / to be equal, not empty, without |"
-        )
-    return Pattern(layers, tuple(main.split("|")), parts[0] if parts else "", len(parts))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,6 +131,11 @@ class ModelConfig:
         str, "what the balance loss is taken over: row (each sequence), or global (all sequences and microbatches)"
     ] = "row"
     router_z_loss_coef: Annotated[float, "weight of the loss on the router's squared log-sum-exp"] = 0.0
+    # gated cross-attention (x) and its resampler
+    image_feature_size: Annotated[int, "width of the vision encoder's feature vectors"] = ABSENT
+    image_features: Annotated[int, "feature vectors of an image"] = ABSENT
+    resampler_latents: Annotated[int, "vectors that the perceiver resampler makes of an image"] = ABSENT
+    resampler_layers: Annotated[int, "layers of the perceiver resampler"] = ABSENT
     # multi-token prediction
     mtp_depths: Annotated[int, "how many times the one block after `/` is applied"] = 0
     mtp_loss_scale: Annotated[float, "weight of the mean MTP loss"] = 0.3
@@ -199,10 +154,12 @@ class ModelConfig:
         letters = set(pattern.main + pattern.mtp)
         if letters & set("*w+"):
             self._check_attention(letters)
-        if letters & set("-E"):
+        if letters & set("-Exg"):
             self._check_activation()
-        if "-" in letters:
-            self._need("-", "intermediate_size")
+        for letter in letters & set("-g"):
+            self._need(letter, "intermediate_size")
+        if "x" in letters:
+            self._check_cross_attention(pattern)
         if "M" in letters:
             self._check_mamba2()
         if "m" in letters:
@@ -301,6 +258,12 @@ class ModelConfig:
             require(self.partial_rotary_factor == 1, self, "partial_rotary_factor", expected)
             for field in ("qk_norm", "attention_sinks"):
                 require(not getattr(self, field), self, field, "False: the pattern has + layers, which have none")
+
+    def _check_cross_attention(self, pattern: Pattern) -> None:
+        require("x" not in pattern.mtp, self, "pattern", "no x after /: an MTP block sees no images")
+        self._need("x", "num_attention_heads", "num_key_value_heads", "head_dim")
+        self._divides("num_key_value_heads", "num_attention_heads")
+        self._need("x", "image_feature_size", "image_features", "resampler_latents", "resampler_layers")
 
     def _check_rotary(self, size: str) -> None:
         if self.rope_theta is None:

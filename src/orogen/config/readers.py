@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from orogen.config.model import LAYERS, ModelConfig
+from orogen.config.model import ModelConfig
+from orogen.config.pattern import LAYERS
 from orogen.config.plan import PlanConfig
 from orogen.config.precision import PrecisionConfig
 from orogen.config.preference import BRADLEY_TERRY, DPO, PreferenceConfig
@@ -56,13 +57,17 @@ def _of_preference(fields: str, holds: Callable[[PreferenceConfig], bool], other
 
 # The letters whose layers read a field of the model.
 MODEL_LETTERS = {
-    "*w+": "num_attention_heads attention_bias rope_theta partial_rotary_factor rope_interleave yarn_factor "
-    "yarn_original_positions yarn_beta_fast yarn_beta_slow yarn_mscale yarn_mscale_all_dim yarn_truncate",
-    "*w": "num_key_value_heads head_dim qk_norm attention_sinks",
+    "*w+x": "num_attention_heads",
+    "*w+": "attention_bias rope_theta partial_rotary_factor rope_interleave yarn_factor yarn_original_positions "
+    "yarn_beta_fast yarn_beta_slow yarn_mscale yarn_mscale_all_dim yarn_truncate",
+    "*wx": "num_key_value_heads head_dim",
+    "*w": "qk_norm attention_sinks",
     "w": "sliding_window",
     "+": "q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim",
-    "-": "intermediate_size",
-    "-E": "mlp_hidden_act mlp_gated mlp_bias swiglu_limit",
+    "-g": "intermediate_size",
+    "-Eg": "mlp_bias",
+    "-Egx": "mlp_hidden_act mlp_gated swiglu_limit",
+    "x": "image_feature_size image_features resampler_latents resampler_layers",
     "M": "mamba_num_heads mamba_head_dim n_groups chunk_size mamba_norm_groups time_step_min time_step_max",
     "m": "mamba_intermediate_size time_step_rank",
     "Mm": "ssm_state_size conv_kernel use_conv_bias mamba_proj_bias",
@@ -85,12 +90,13 @@ ALWAYS = {
     "preference": "template too_long loss",
     # With Muon, AdamW's beta1, beta2 and epsilon are those of the parameters that Muon leaves to it.
     "optimizer": "name learning_rate schedule warmup_steps beta1 beta2 epsilon weight_decay clip_norm moment_dtype "
-    "frozen",
+    "trained frozen",
     "evaluate": "tasks every texts max_length batch_tokens",
     "precision": "recipe keep switch_step",
     "rl": "environments prompts samples max_tokens template temperature algorithm clip_low clip_high dual_clip mean "
     "importance sequence_error baseline normalise advantage_clip overlong resample kl length_control concise_bonus "
     "curriculum updates exact slots workers table_rows",
+    "vision": "encoder features images_per_row image_token database retrieved shots",
 }
 # The other fields, by part. A field may have several readers, which must all hold. Those of the model depend on the
 # model alone, since one model file serves many plans.
@@ -177,6 +183,7 @@ READERS: dict[str, tuple[Reader, ...]] = {
         ),
         Reader("text_field", ("chat",), lambda run: False, "ChatConfig: conversations have fields of their own"),
         Reader("text_field", ("preference",), lambda run: False, "PreferenceConfig: pairs have fields of their own"),
+        Reader("text_field", ("vision",), lambda run: False, "VisionConfig: captions have a field of their own"),
         Reader(
             "seed",
             ("data",),
@@ -247,6 +254,14 @@ READERS: dict[str, tuple[Reader, ...]] = {
             "center_weight",
             lambda preference: preference.loss == BRADLEY_TERRY,
             "PreferenceConfig.loss is not 'bradley_terry'",
+        ),
+    ),
+    "vision": (
+        Reader(
+            "guard",
+            ("vision",),
+            lambda run: run.vision.retrieved > 0 or run.vision.shots > 0,
+            "VisionConfig.retrieved and .shots are 0: nothing is retrieved",
         ),
     ),
     "optimizer": (

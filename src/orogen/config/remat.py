@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from orogen.config.checks import ConfigError
-from orogen.config.model import LAYERS
+from orogen.config.pattern import LAYERS
 
-ATTENTION, EVERY = "*w+", "".join(LAYERS)
+ATTENTION, SEEING, EVERY = "*w+", "*w+x", "".join(LAYERS)
 
 
 class Intermediate(NamedTuple):
@@ -26,12 +26,12 @@ class Intermediate(NamedTuple):
 NAMES = {
     "input": Intermediate(EVERY, "the residual stream as it enters the layer; always kept, so only for offload"),
     "norm": Intermediate(EVERY, "the layer's normalised input, for this rank's piece of the sequence"),
-    "query": Intermediate(ATTENTION, "queries as projected, before their norm and rotation"),
+    "query": Intermediate(SEEING, "queries as projected, before their norm and rotation"),
     "key": Intermediate(ATTENTION, "keys as projected"),
     "value": Intermediate(ATTENTION, "values as projected"),
     "latent": Intermediate("+E", "the outputs of projections into a latent: MLA's, and a latent MoE's"),
-    "core": Intermediate(ATTENTION, "the softmax's output in the compute dtype, with the implementation `full`"),
-    "attention": Intermediate(ATTENTION, "the attention core's output, and log-sum-exps of a fused or ring core"),
+    "core": Intermediate(SEEING, "the softmax's output in the compute dtype, with the implementation `full`"),
+    "attention": Intermediate(SEEING, "the attention core's output, and log-sum-exps of a fused or ring core"),
     "in_proj": Intermediate("Mm", "the projections of the input: gate, x, and of Mamba-2 B, C and dt"),
     "conv": Intermediate("Mm", "the convolutions' outputs, activated"),
     "ssd": Intermediate("M", "what other tokens contribute to the SSD's outputs; with `triton` the whole outputs"),
@@ -41,8 +41,8 @@ NAMES = {
     "scan": Intermediate("m", "the selective scan's output"),
     "scan_states": Intermediate("m", "the states that enter its chunks"),
     "gated": Intermediate("m", "the scan's output times the gate"),
-    "up": Intermediate("-", "the hidden units before the activation, those of a gate too"),
-    "activation": Intermediate("-", "the hidden units"),
+    "up": Intermediate("-g", "the hidden units before the activation, those of a gate too"),
+    "activation": Intermediate("-g", "the hidden units"),
     "router": Intermediate("E", "the router's logits, float32"),
     "routing": Intermediate("E", "where assignments go: experts, positions in the exchange, group sizes"),
     "rows": Intermediate("E", "tokens permuted and sent to this rank's experts"),
@@ -63,7 +63,7 @@ WHOLE = ("none", "full", "elementwise")
 FUSED = ("attention", "router", "expert_activation", "fp8_scale")
 BY_NAME = ("selective", "paper")
 SELECTIVE = {
-    **dict.fromkeys(ATTENTION, {"core"}),
+    **dict.fromkeys(SEEING, {"core"}),
     "M": {"conv", "ssd", "ssd_states", "gated_norm"},
     "m": {"conv", "scan", "scan_states", "gated"},
     "E": {"expert_activation", "shared_activation"},

@@ -23,6 +23,8 @@ LETTER_KINDS = {
     "+": ("attention_in", "attention_out"),
     "-": ("dense_up", "dense_down"),
     "E": ("routed_up", "routed_down"),
+    "x": (),
+    "g": ("dense_up", "dense_down"),
 }
 
 

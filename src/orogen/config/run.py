@@ -19,6 +19,7 @@ from orogen.config.distill import DistillConfig
 from orogen.config.dtype import COMPUTE
 from orogen.config.evaluate import EvaluateConfig
 from orogen.config.model import ModelConfig
+from orogen.config.pattern import LAYERS, MODEL_PARTS
 from orogen.config.phases import PhaseConfig, Stretch, stretches
 from orogen.config.plan import PlanConfig
 from orogen.config.precision import PrecisionConfig
@@ -26,6 +27,7 @@ from orogen.config.preference import PreferenceConfig
 from orogen.config.remat import check_layers
 from orogen.config.rl import RLConfig
 from orogen.config.rounded import check_precision
+from orogen.config.vision import VisionConfig
 
 # The most tokens of a prompt with its continuation: each costs a pass over the whole sequence; more would take weeks.
 MAX_LENGTH = 2**20
@@ -157,17 +159,25 @@ class OptimizerConfig:
     weight_decay: Annotated[float, "decoupled weight decay, multiplied by the learning rate"] = 0.1
     clip_norm: Annotated[float, "bound of the gradient's global norm"] = 1.0
     moment_dtype: Annotated[str, "dtype of moments between steps: float32 or bfloat16"] = "float32"
+    trained: Annotated[
+        tuple[str, ...],
+        "what is trained: letters of the pattern, embedding, head, norm, mtp, resampler, score; empty: all",
+    ] = ()
     frozen: Annotated[
         tuple[str, ...], "modules that are not trained, such as router or mtp; their buffers are still updated"
     ] = ()
 
     def __post_init__(self) -> None:
         check_types(self)
-        object.__setattr__(self, "frozen", tuple(self.frozen))  # gin may give a list
+        for field in ("trained", "frozen"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))  # gin may give a list
         require(all(self.frozen) and len(set(self.frozen)) == len(self.frozen), self, "frozen", "names, each once")
         require_choice(self, "name", ("adamw", "muon"))
         require_choice(self, "schedule", ("cosine", "wsd", "constant"))
         require_choice(self, "moment_dtype", COMPUTE)
+        expected = f"letters of {''.join(LAYERS)}, or some of {', '.join(MODEL_PARTS)}"
+        known = all(name in LAYERS or name in MODEL_PARTS for name in self.trained)
+        require(known and len(set(self.trained)) == len(self.trained), self, "trained", expected)
         require_positive(self, "learning_rate", "epsilon", "clip_norm")
         require_not_negative(self, "warmup_steps", "decay_steps", "weight_decay")
         require(0 <= self.min_ratio <= 1, self, "min_ratio", "a number from 0 to 1")
@@ -192,6 +202,7 @@ class RunConfig:
     evaluate: EvaluateConfig = ABSENT
     rl: RLConfig = ABSENT
     precision: PrecisionConfig = PrecisionConfig()
+    vision: VisionConfig = ABSENT
 
     def need(self, *parts: str) -> "RunConfig":
         """This config, if it has all of `parts`. Raises ConfigError naming the class that has no bindings."""
@@ -307,4 +318,5 @@ PARTS: dict[str, Any] = {
     "evaluate": EvaluateConfig,
     "rl": RLConfig,
     "precision": PrecisionConfig,
+    "vision": VisionConfig,
 }

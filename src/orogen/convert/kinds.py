@@ -3,7 +3,7 @@
 from typing import Any
 
 from orogen.config.json_file import ListOf, Number, Record, Whole
-from orogen.config.model import MAX_LAYERS
+from orogen.config.pattern import MAX_LAYERS
 
 SIZE, COUNT = Whole(1), Whole(0)
 MAX_EXPERTS = 2**16  # the table of names lists the tensors of each expert

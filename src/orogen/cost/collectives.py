@@ -251,4 +251,5 @@ LAYER_COLLECTIVES: dict[str, Callable[[Ledger], None]] = {
     **dict.fromkeys("*w+", _attention),
     "-": block,
     "E": _experts,
+    **dict.fromkeys("xg", block),
 }

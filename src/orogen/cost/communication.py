@@ -47,10 +47,10 @@ def _ends(ledger: Ledger) -> list[Collective]:
     """The collectives of embedding, final norm, head and loss, at every depth of prediction."""
     ends(ledger)
     parts = weights(ledger.model, ledger.plan.vocab_rows(ledger.model.vocab_size)).parts
-    each = [weight for part in parts.values() for weight in part]
+    each = [weight for name, part in parts.items() if name != "resampler" for weight in part]
     if ledger.model.tie_word_embeddings:  # the matrix is embedding and head
         each += [weight for weight in parts["embedding"] if "vocab" in weight.axes]
-    for weight in each * (1 + ledger.model.mtp_depths):
+    for weight in (*each * (1 + ledger.model.mtp_depths), *parts.get("resampler", ())):
         ledger.gathered(weight)
     # If embedding and head are paired, a stage holds the one or the other.
     ledger.summed([w for name, part in parts.items() if not (name == "head" and ledger.paired) for w in part])

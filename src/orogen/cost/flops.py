@@ -64,6 +64,12 @@ def _attention_flops(config: ModelConfig, length: int, window: int | None = None
     return 2 * config.hidden_size * (2 * queries + 2 * keys) + 4 * queries * seen
 
 
+def _cross_attention_flops(config: ModelConfig, _: int) -> float:
+    """Of a token that sees an image; the image's own keys and values, and its resampling, are not a token's work."""
+    queries = config.num_attention_heads * config.head_dim
+    return 4 * config.hidden_size * queries + 4 * queries * config.resampler_latents
+
+
 def _expert_flops(config: ModelConfig, _: int) -> float:
     size, width, latent = config.hidden_size, config.expert_width, config.moe_latent_size or 0
     routed = 2 * _matrices(config) * width * config.moe_intermediate_size * config.num_experts_per_tok
@@ -121,4 +127,6 @@ LAYER_FLOPS: dict[str, Callable[[ModelConfig, int], float]] = {
     "+": _latent_attention_flops,
     "-": _dense_flops,
     "E": _expert_flops,
+    "x": _cross_attention_flops,
+    "g": _dense_flops,
 }

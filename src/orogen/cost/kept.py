@@ -22,7 +22,8 @@ PRODUCTS = {
     "+": ("latent", "query", "key", "value", "attention"),
     "M": ("in_proj",),
     "m": ("in_proj", "x_proj"),
-    "-": ("up",),
+    **dict.fromkeys("-g", ("up",)),
+    "x": ("query", "attention"),
     "E": ("router", "latent", "expert_activation", "shared_up", "chosen"),
 }
 
@@ -122,6 +123,14 @@ def _core(here: Local, out: int) -> dict[str, float]:
     elif here.plan.attention == "cudnn" or here.plan.context > 1:
         held["attention"] += here.tokens * heads * FLOAT32  # the log-sum-exps
     return held
+
+
+def _cross_attention(here: Local) -> dict[str, float]:
+    """With one image per sequence; more add to `core`."""
+    heads, size = here.split(here.model.num_attention_heads), here.itemsize
+    queries = here.tokens * heads * here.model.head_dim * size
+    core = heads * here.tokens * here.model.resampler_latents * size
+    return {"query": queries, "core": core, "attention": queries}
 
 
 def _latent_attention(here: Local) -> dict[str, float]:
@@ -234,6 +243,8 @@ LAYER_KEPT: dict[str, Callable[[Local], dict[str, float]]] = {
     "+": _latent_attention,
     "-": _mlp,
     "E": _experts,
+    "x": _cross_attention,
+    "g": _mlp,
 }
 # By letter: what autodiff keeps without remat, where that is not the named arrays.
 AUTODIFF: dict[str, Callable[[Local, dict[str, float]], dict[str, float]]] = {

@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 
 from orogen.config.model import ModelConfig
 
+# Hidden units of the resampler's MLP over its width (model/resampler.py).
+RESAMPLER_WIDENING = 4
+
 
 class Weight(NamedTuple):
     """A parameter: shape, the logical axis of each dimension, and whether it is float32 in any compute dtype."""
@@ -24,7 +27,8 @@ class Weight(NamedTuple):
 
 class Weights(NamedTuple):
     """The parameters of one layer, its norm included, by letter; of the model's other parts (`embedding`, `norm`,
-    `head` if it is not tied, `score` of a reward model) by name; and of the multi-token-prediction block without its
+    `head` if it is not tied, `score` of a reward model, the `resampler` of images) by name; and of the
+    multi-token-prediction block without its
     layers."""
 
     layers: dict[str, tuple[Weight, ...]]
@@ -42,6 +46,8 @@ def weights(model: ModelConfig, vocab_rows: int | None = None) -> Weights:
     parts = {"embedding": (Weight((rows, size), ("vocab", "embed")), *learned), "norm": _norm(model)}
     if not model.tie_word_embeddings:
         parts["head"] = (Weight((size, rows), ("embed", "vocab")),)
+    if "x" in model.layers.main:
+        parts["resampler"] = tuple(_resampler(model))
     if model.score_head:
         parts["score"] = (_vector(size, "norm"),)
     block = (Weight((2 * size, size), (None, "embed")), *(3 * _norm(model))) if model.layers.mtp else ()
@@ -68,8 +74,7 @@ def _norm(model: ModelConfig, size: int | None = None) -> tuple[Weight, ...]:
 def _attention(model: ModelConfig) -> list[Weight]:
     size, heads = model.hidden_size, model.num_attention_heads
     queries, keys = heads * model.head_dim, model.num_key_value_heads * model.head_dim
-    found = [Weight((size, queries), ("embed", "heads")), Weight((queries, size), ("heads", "embed"))]
-    found += [Weight((size, keys), ("embed", "kv_heads"))] * 2
+    found = _projections(model)
     if model.attention_bias != "none":
         found += [_vector(queries, "heads"), *[_vector(keys, "kv_heads")] * 2]
     if model.attention_bias == "all":
@@ -77,6 +82,23 @@ def _attention(model: ModelConfig) -> list[Weight]:
     if model.qk_norm:
         found += 2 * _norm(model, model.head_dim)
     return [*found, _vector(heads, "heads")] if model.attention_sinks else found
+
+
+def _projections(model: ModelConfig) -> list[Weight]:
+    """Queries, output, keys and values of attention."""
+    size, heads = model.hidden_size, model.num_attention_heads
+    queries, keys = heads * model.head_dim, model.num_key_value_heads * model.head_dim
+    found = [Weight((size, queries), ("embed", "heads")), Weight((queries, size), ("heads", "embed"))]
+    return found + [Weight((size, keys), ("embed", "kv_heads"))] * 2
+
+
+def _resampler(model: ModelConfig) -> list[Weight]:
+    size = model.hidden_size
+    mlp = _mlp(model, RESAMPLER_WIDENING * size, bias=False)
+    layer = [*_projections(model), *mlp, *(3 * _norm(model))]
+    first = [Weight((model.image_feature_size, size), (None, "embed"))]
+    first.append(Weight((model.resampler_latents, size), ("positions", "norm")))
+    return [*first, *(layer * model.resampler_layers), *_norm(model)]
 
 
 def _latent_attention(model: ModelConfig) -> list[Weight]:
@@ -165,4 +187,6 @@ LAYER_WEIGHTS: dict[str, Callable[[ModelConfig], list[Weight]]] = {
     "+": _latent_attention,
     "-": lambda model: _mlp(model, model.intermediate_size, bias=model.mlp_bias),
     "E": _experts,
+    "x": lambda model: [*_projections(model), _vector(1, "norm")],
+    "g": lambda model: [*_mlp(model, model.intermediate_size, bias=model.mlp_bias), _vector(1, "norm")],
 }

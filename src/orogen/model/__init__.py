@@ -23,6 +23,10 @@ they are laid out by stage.
 `time_step_max`). transformers 5.23 clips at its `time_step_min` when it reads a whole sequence, but not when it
 decodes; tests undo the former.
 
+**Images.** `x` attends to the images of a row, `g` is a tanh-gated MLP after it (`cross_attention.py`); both begin as
+the identity. One perceiver resampler (`resampler.py`), a part of the model like the embedding, makes what all layers
+`x` are `given`; every stage with such a layer has it and computes it for itself.
+
 **Add a layer.** A layer is one letter of the pattern. Write the mixer here: parameters in `__init__` through
 `orogen.layers.parameter`, each with its logical axis names; the mathematics in `__call__(h_btd, docs, plan, given) ->
 (y_btd, kept)`, in one device's shapes, communicating only through `plan.enter`, `plan.leave`, `plan.sum`, …; and

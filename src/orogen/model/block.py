@@ -21,6 +21,7 @@ from orogen.layers.mlp import MLP
 from orogen.layers.norm import make_norm
 from orogen.layers.probe import change, probe_of, stream_squares
 from orogen.model.attention import Attention, LatentAttention
+from orogen.model.cross_attention import GatedCrossAttention, GatedMLP
 from orogen.model.mamba1 import Mamba1
 from orogen.model.mamba2 import Mamba2
 from orogen.model.remat import checkpointed
@@ -36,6 +37,8 @@ MIXERS: dict[str, Callable[[ModelConfig, nnx.Rngs], nnx.Module]] = {
     "+": LatentAttention,
     "-": lambda config, rngs: MLP(config, config.intermediate_size, bias=config.mlp_bias, rngs=rngs),
     "E": MoE,
+    "x": GatedCrossAttention,
+    "g": GatedMLP,
 }
 
 

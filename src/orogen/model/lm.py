@@ -3,6 +3,7 @@
 Letters: b batch, t time, d model, v vocabulary.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,8 +17,10 @@ from orogen.layers.linear import head_matrix
 from orogen.layers.norm import make_norm
 from orogen.model.block import Stack, repeats
 from orogen.model.by_letter import plain, state_of
+from orogen.model.cross_attention import seen_by
 from orogen.model.layout import Layout, Whole
 from orogen.model.mtp import MTPBlock, shifted
+from orogen.model.resampler import Resampler
 from orogen.model.vocabulary import resized
 from orogen.parallel.context import later
 from orogen.parallel.placement import Released
@@ -35,8 +38,14 @@ class LanguageModel(nnx.Module):
         self.norm = make_norm(config)
         self.head = None if config.tie_word_embeddings else Head(config, rngs)
         self.mtp = MTPBlock(config, rngs, fold(config.layers.mtp)) if config.layers.mtp else None
+        self.resampler = Resampler(config, rngs) if "x" in config.layers.main else None
         self.score = ScoreHead(config, rngs) if config.score_head else None  # last: others draw the same numbers
         self.mtp_depths, self.vocab_size = config.mtp_depths, config.vocab_size
+
+    def seen(self, extras: Mapping[str, Array], plan: Plan) -> Any:
+        """What the backbone's cross-attention layers are given of a batch with these extras; None without images."""
+        images = None if self.resampler is None else self.resampler.images(extras, plan)
+        return seen_by(self.backbone.items, images)
 
     def hidden(self, tokens_bt: Array, docs: Documents, plan: Plan, given: Any = None) -> tuple[Array, Any]:
         """The final-normed hidden state (b, t, d), laid out as the residual stream, and what the layers keep."""

@@ -29,8 +29,8 @@ from orogen.parallel.plan import Plan
 from orogen.parallel.rounding_state import PROBES
 
 BACKBONE, MTP, LAYERS = "backbone", "mtp", "layers"
-EMBEDDING, HEAD, VOCABULARY, WEIGHT = "embedding", "head", "vocabulary", "weight"
-MOE = "E"
+EMBEDDING, HEAD, VOCABULARY, WEIGHT, RESAMPLER = "embedding", "head", "vocabulary", "weight", "resampler"
+MOE, CROSS = "E", "x"
 
 
 class Segment(NamedTuple):
@@ -47,6 +47,8 @@ class Segment(NamedTuple):
         """Whether it computes with the model's part `name`; tied: the embedding is also the head."""
         if name == EMBEDDING:
             return self.first or (self.last and (tied or bool(self.mtp)))
+        if name == RESAMPLER:
+            return CROSS in self.pattern
         return self.last or name in (BACKBONE, PROBES)
 
     @property

@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orogen.config.checks import ConfigError
-from orogen.config.model import ModelConfig, Pattern
+from orogen.config.model import ModelConfig
+from orogen.config.pattern import Pattern
 from orogen.config.plan import PlanConfig
 
 EAGER = "eager_1f1b"

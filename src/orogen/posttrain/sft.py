@@ -11,7 +11,7 @@ from orogen.data.loader import Corpus
 from orogen.data.tokenizer import Tokenizer, check_vocab_size
 from orogen.data.vocabulary import make_tokenizer
 from orogen.infer.chat import find_template
-from orogen.posttrain.chats import open_chats
+from orogen.posttrain.chats import ChatCorpus, open_chats
 from orogen.train.pretraining import PRETRAINING
 from orogen.train.task import Task
 

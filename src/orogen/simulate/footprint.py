@@ -109,12 +109,15 @@ def _ends(stage: int, model: ModelConfig, plan: PlanConfig, alike: bool) -> list
     """The parts besides layers that a stage holds."""
     tied, first, last = model.tie_word_embeddings, stage == 0, stage == plan.stage - 1
     norm = ["norm", *(["score"] if model.score_head else [])]
+    seeing = ["resampler"] if "x" in model.layers.main else []
     if plan.stage == 1:
-        return ["embedding", *norm, *([] if tied else ["head"])]
+        return ["embedding", *norm, *([] if tied else ["head"]), *seeing]
     if alike:
         both = tied or bool(model.layers.mtp)
-        return ["embedding", *norm, *(["head"] if both and not tied else [])]
-    found = ["embedding"] if first or (last and (tied or model.layers.mtp)) else []
+        return ["embedding", *norm, *(["head"] if both and not tied else []), *seeing]
+    if "x" not in model.layers.segments[stage]:
+        seeing = []
+    found = [*seeing, "embedding"] if first or (last and (tied or model.layers.mtp)) else seeing
     return [*found, *([*norm, *([] if tied else ["head"])] if last else [])]
 
 

@@ -22,9 +22,9 @@ from orogen.precision.policy import working_copy
 from orogen.train import carry
 from orogen.train.formats import in_formats
 from orogen.train.next_token import NEXT_TOKENS
-from orogen.train.optimizer import make_optimizer
 from orogen.train.state import TrainState, abstract_state, state_shardings
 from orogen.train.step import BATCH_AXES, make_step
+from orogen.train.trained import optimizer_of
 
 # Our names for the parts of a program's memory, and XLA's.
 COMPILED = {
@@ -73,7 +73,7 @@ class Placed(NamedTuple):
 def placed_state(config: RunConfig) -> Placed:
     """What a run trains, abstract; it needs as many devices as the plan has."""
     plan, built = assemble(config.model, config.plan, length=config.train.sequence_length)
-    optimizer = make_optimizer(config.optimizer, config.train.steps, built.params)
+    optimizer = optimizer_of(config, built)
     state = abstract_state(built, optimizer, carry.abstract(config.train, built))
     return Placed(plan, built, optimizer, jax.tree.map(_placed, state, state_shardings(state, plan)))
 

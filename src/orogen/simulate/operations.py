@@ -103,6 +103,20 @@ def _attention(here: Local, window: int | None = None) -> list[Operation]:
     return [*found, memory("head_norm", turned, 1.5 * turned, kernels=2)] if model.qk_norm else found
 
 
+def _cross_attention(here: Local) -> list[Operation]:
+    """Of tokens that all see an image; what images cost by themselves is left out."""
+    model, n, size = here.model, here.tokens, here.itemsize
+    heads, seen = here.split(model.num_attention_heads), model.resampler_latents
+    queries, scores = heads * model.head_dim, n * heads * seen * size
+    moved, flops = 2 * n * queries * size, 4 * n * queries * seen
+    forward, backward = (moved + passes * scores for passes in SCORE_PASSES)
+    return [
+        product("query", n, model.hidden_size, queries, size, makes="query"),
+        Operation("attention", "scores", flops, forward, (2 * flops, backward), makes="core", kernels=4),
+        product("out", n, queries, model.hidden_size, size, last=True),
+    ]
+
+
 def _core(here: Local, heads: int, key: int, value: int, window: int | None = None) -> list[Operation]:
     """softmax(q kᵀ) v: fused, with causal blocks alone, or through all scores in memory."""
     n, length, size = here.tokens, here.length, here.itemsize
@@ -233,4 +247,6 @@ LAYER_OPERATIONS: dict[str, Callable[[Local], list[Operation]]] = {
     "+": _latent_attention,
     "-": _mlp,
     "E": _experts,
+    "x": _cross_attention,
+    "g": _mlp,
 }

@@ -36,6 +36,7 @@ ONLY_SOME = {
     "preference": "reads no pairs of answers",
     "distill": "has no teacher",
     "rl": "has no environments",
+    "vision": "sees no images",
 }
 QUICKSTART = "--gin_file gin_configs/recipes/quickstart.gin"
 
@@ -102,11 +103,15 @@ def train(options: argparse.Namespace) -> int:
     """`orogen train`."""
 
     def task(config: RunConfig) -> "Task":
+        if config.vision is not None:
+            from orogen.vision.captioning import make_captioning
+
+            return make_captioning()
         from orogen.train.pretraining import PRETRAINING
 
         return PRETRAINING
 
-    return run_task(options, task)
+    return run_task(options, task, optional=("vision",))
 
 
 def run_task(

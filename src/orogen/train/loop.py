@@ -33,7 +33,6 @@ from orogen.train.goodput import COMPILING, EVALUATING, Clock
 from orogen.train.health import SPIKE, Health, NonFiniteError
 from orogen.train.lock import RunLock
 from orogen.train.lost_numbers import described
-from orogen.train.optimizer import make_optimizer
 from orogen.train.profiled import StepProfile
 from orogen.train.programs import StepPrograms
 from orogen.train.record import joined, leaf_name, step_record
@@ -43,6 +42,7 @@ from orogen.train.step import StepMetrics, batch_to_devices
 from orogen.train.stop import Stop, StopTogether
 from orogen.train.stragglers import Pace
 from orogen.train.task import Task
+from orogen.train.trained import optimizer_of
 from orogen.train.watch import Watch
 
 
@@ -82,7 +82,7 @@ class Loop:
         self.clock, self.watch, self.pace = clock, watch, Pace(log)
         train = config.train
         self.back = Back(train, checkpoints.run_dir, checkpoints, log)
-        self.optimizer = make_optimizer(config.optimizer, train.steps, built.params, train.rates)
+        self.optimizer = optimizer_of(config, built)
         self.frozen = task.frozen and task.frozen(config, plan)
         known = self.frozen and self.frozen.variables
         self.programs = StepPrograms(built, task.objective, config, plan, self.optimizer, frozen=known)
@@ -136,9 +136,7 @@ class Loop:
         if before == after:
             return self._restore(target, there)
         saved = build(self.config.model, before, self.built.vocab_rows)
-        train = self.config.train
-        optimizer = make_optimizer(self.config.optimizer, train.steps, saved.params, train.rates)
-        target = abstract_state(saved, optimizer, self.carried)
+        target = abstract_state(saved, optimizer_of(self.config, saved), self.carried)
         # Restored onto the devices in the layout that was saved, then laid out there for this plan's stages.
         state, position = self._restore(target, placement.spread(target, self.plan))
         return jax.jit(lambda state: relaid(state, before, after), out_shardings=there)(state), position

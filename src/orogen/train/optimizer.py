@@ -11,7 +11,6 @@ from flax import nnx
 from jax import Array
 from optax import contrib
 
-from orogen.config.checks import ConfigError
 from orogen.config.run import OptimizerConfig
 from orogen.precision.policy import DTYPES
 
@@ -51,30 +50,36 @@ def learning_rate(config: OptimizerConfig, steps: int, rates: Sequence[tuple[int
 
 
 def make_optimizer(
-    config: OptimizerConfig, steps: int, params: nnx.State, rates: Sequence[tuple[int, float]] = ()
-) -> optax.GradientTransformationExtraArgs:
+    config: OptimizerConfig, steps: int, params: nnx.State, rates: Sequence[tuple[int, float]] = (),
+    trained: nnx.State | None = None,
+) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     """Clipping by the global norm, which `update` takes as `grad_norm`, then AdamW, or Muon for matrices and AdamW for
     the rest.
 
     params: abstract or real, with axis names: a norm that is stacked has two dimensions, but its axes still say that it
-    is a vector.
+    is a vector. trained: whether each is updated, from `trained_mask`; those that are not have no moments and do not
+    decay; None: all are.
     """
+    chosen = _update_rule(config, steps, params, rates)
+    if trained is None:
+        return chosen
+    labels = jax.tree.map(lambda kept: "trained" if kept else "frozen", trained)
+    return optax.partition({"trained": chosen, "frozen": optax.set_to_zero()}, labels)
+
+
+def _update_rule(
+    config: OptimizerConfig, steps: int, params: nnx.State, rates: Sequence[tuple[int, float]]
+) -> optax.GradientTransformationExtraArgs:
+    """`make_optimizer` for parameters that are all trained."""
     rate = learning_rate(config, steps, rates)
-    frozen = is_frozen(params, config.frozen)
-    if config.frozen and not any(jax.tree.leaves(frozen)):
-        expected = "names of the model's modules, such as router"
-        raise ConfigError(f"OptimizerConfig.frozen is {config.frozen!r}; expected {expected}")
-    trained = lambda tree: jax.tree.map(lambda held, chosen: chosen and not held, frozen, tree)  # noqa: E731
-    decayed = trained(_by_axes(params, lambda axes: _dimensions(axes) > 1))
+    decayed = _by_axes(params, lambda axes: _dimensions(axes) > 1)
     adamw = lambda mask: keep_in(  # noqa: E731
         config.moment_dtype,
         optax.adamw(rate, config.beta1, config.beta2, config.epsilon, weight_decay=config.weight_decay, mask=mask),
     )
     if config.name == "adamw":
         return optax.chain(_clip(config.clip_norm), adamw(decayed))
-    # Without gradient and decay, AdamW changes nothing; Muon decays all that it has.
-    matrices = trained(_by_axes(params, is_matrix))
-    labels = jax.tree.map(lambda matrix: "muon" if matrix else "adamw", matrices)
+    labels = _by_axes(params, lambda axes: "muon" if is_matrix(axes) else "adamw")
     muon = contrib.muon(
         rate,
         weight_decay=config.weight_decay,
@@ -84,22 +89,6 @@ def make_optimizer(
     keep = lambda tree: jax.tree.map(lambda label, d: d and label == "adamw", labels, decayed)  # noqa: E731
     parts: Any = {"muon": keep_in(config.moment_dtype, muon), "adamw": adamw(keep)}
     return optax.chain(_clip(config.clip_norm), optax.partition(parts, labels))
-
-
-def is_frozen(params: nnx.State, names: Sequence[str]) -> nnx.State:
-    """`params` with whether each array belongs to a module, or is a parameter, of one of these names."""
-
-    def held(path: Any, variable: nnx.Variable) -> nnx.Variable:
-        return variable.replace(any(str(getattr(key, "key", key)) in names for key in path))
-
-    return jax.tree_util.tree_map_with_path(held, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
-
-
-def without_frozen(grads: nnx.State, names: Sequence[str]) -> nnx.State:
-    """Gradients, with zeros for what is frozen."""
-    if not names:
-        return grads
-    return jax.tree.map(lambda held, g: jnp.zeros_like(g) if held else g, is_frozen(grads, names), grads)
 
 
 def keep_in(dtype: str, optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

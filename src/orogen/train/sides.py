@@ -16,12 +16,16 @@ from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.run import RunConfig, TrainConfig
 from orogen.cost.assemble import assemble
+from orogen.data.images import Placed, with_images
 from orogen.data.packing import NEXT, NEXT_WEIGHT, NOTHING, Batch
 from orogen.model.lm import Built, build, initial_state
 from orogen.parallel.plan import Plan, single_device_plan
 from orogen.train.formats import in_formats
 from orogen.train.step import in_rank_order, replay_of
 
+CLOSED, GATE = "tanh_gate", np.float32(0.5)
+# Images of a row of a check's batch, at most.
+ROOM = 3
 # (config, n) -> n batches of the config's shape, for a check.
 Batches = Callable[[RunConfig, int], list[Batch]]
 
@@ -50,8 +54,15 @@ def sides(config: RunConfig) -> Sides:
     alone = rounded(reference_plan(config.plan, config.model)), build(config.model)
     exact = dataclasses.replace(config, train=dataclasses.replace(config.train, compute_dtype="float32"))
     # Not under jit: compiling the initialisation of every parameter takes longer than a small model's gradients.
-    start = jax.device_get(initial_state(config.model, config.train.seed))
+    params, buffers = jax.device_get(initial_state(config.model, config.train.seed))
+    start = with_open_gates(params), buffers
     return Sides(Side(exact, *alone), Side(config, *folded), start)
+
+
+def with_open_gates(params: nnx.State) -> nnx.State:
+    """The parameters with gates that begin at zero set to GATE: a closed one lets no gradient through."""
+    open_ = lambda path, x: x + GATE if any(getattr(key, "key", None) == CLOSED for key in path) else x  # noqa: E731
+    return jax.tree_util.tree_map_with_path(open_, params)
 
 
 def reference_plan(config: PlanConfig, model: ModelConfig) -> Plan:
@@ -94,15 +105,29 @@ def packed_batch(config: RunConfig, train: TrainConfig) -> Batch:
     first_bt = np.diff(segments_bt, axis=1, prepend=-1) != 0
     weights_bt = ((segments_bt != 0) & ~first_bt).astype(np.float32)
     tokens_bt = rng.integers(0, config.model.vocab_size, shape, dtype=np.int32)
+    batch = Batch(tokens_bt, segments_bt, positions_bt, weights_bt)
+    if "x" in config.model.layers.main:
+        batch = _with_random_images(batch, config.model, rng)
     if not train.carry_states:
-        return Batch(tokens_bt, segments_bt, positions_bt, weights_bt)
+        return batch
     # Each sequence continues one of the previous batch: its first document is already `sequence_length` tokens long,
     # and its last position has a target too, here an arbitrary token.
     positions_bt += np.where(segments_bt == 1, train.sequence_length, 0).astype(np.int32)
     ends_bt = np.diff(segments_bt, axis=1, append=segments_bt[:, -1:]) != 0
     next_bt = np.where(ends_bt, NOTHING, np.roll(tokens_bt, -1, axis=1)).astype(np.int32)
     extras = {NEXT: next_bt, NEXT_WEIGHT: (~ends_bt).astype(np.float32)}
-    return Batch(tokens_bt, segments_bt, positions_bt, weights_bt, extras)
+    return batch._replace(positions_bt=positions_bt, extras={**batch.extras, **extras})
+
+
+def _with_random_images(batch: Batch, model: ModelConfig, rng: np.random.Generator) -> Batch:
+    """Up to ROOM images in each row, anywhere but on padding: some documents have none, some several."""
+    shape, rows = (model.image_features, model.image_feature_size), []
+    for segments_t in batch.segments_bt:
+        places = np.flatnonzero(segments_t)
+        count = rng.integers(1, min(ROOM, len(places)) + 1)
+        positions = np.sort(rng.choice(places, count, replace=False)).tolist()
+        rows.append([Placed(p, rng.normal(size=shape).astype(np.float32)) for p in positions])
+    return with_images(batch, rows, room=ROOM, shape=shape)
 
 
 def packed_batches(config: RunConfig, count: int) -> list[Batch]:

@@ -29,10 +29,11 @@ from orogen.precision.words import step_key
 from orogen.train import carry
 from orogen.train.formats import with_numbers
 from orogen.train.loss import Sums, batch_counts
-from orogen.train.optimizer import learning_rate, without_frozen
+from orogen.train.optimizer import learning_rate
 from orogen.train.pipelined import Pipeline
 from orogen.train.state import TrainState, abstract_state, state_shardings
 from orogen.train.task import Computation, Metric, Objective
+from orogen.train.trained import only_trained, trained_mask
 from orogen.train.whole import WholePass
 
 BATCH_AXES = ("batch", "context")
@@ -243,6 +244,7 @@ def step_function(
     )  # fmt: skip
     bias_rate = config.train.router_bias_update_rate
     rate = learning_rate(config.optimizer, config.train.steps, config.train.rates)
+    trained = trained_mask(built, config.optimizer)
 
     def step(
         state: TrainState, batch: Batch, replay: Any = None, frozen: Any = None
@@ -250,7 +252,8 @@ def step_function(
         params = placement.working(working_copy(state.params, config.train.compute_dtype), plan)
         at = {"step": state.step, "frozen": frozen}
         loss, grads, counts, sums = gradient(params, state.buffers, batch, replay, state.carried, **at)
-        grads = without_frozen(jax.tree.map(lambda g: g.astype(jnp.float32), grads), config.optimizer.frozen)
+        # XLA then leaves out the work for those that are not trained.
+        grads = only_trained(jax.tree.map(lambda g: g.astype(jnp.float32), grads), trained)
         squares = placement.square_sums(grads, plan)
         finite_leaves = jnp.isfinite(squares)
         # Assignments that overflow a buffer are missing from loss and gradient: the step counts as not finite.

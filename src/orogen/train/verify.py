@@ -23,6 +23,7 @@ from orogen.train.state import TrainState
 from orogen.train.step import apply_gradients, batch_to_devices, gradients
 from orogen.train.task import Metric, Objective
 from orogen.train.terms import by_row, loss_size, without_rows
+from orogen.train.trained import trained_mask
 from orogen.train.verdict import (
     GRADIENT,
     LOSS,
@@ -166,7 +167,8 @@ def _updated(side: Side, name: str, placed: Any, grads: nnx.State, load: Any) ->
     """Parameters and router biases of the whole model after one update by the optimizer `name`, on the host. placed: as
     `_placed` returns it; grads: of the whole model; load: as the side's step returns it."""
     built, train = side.built, side.config.train
-    rule = make_optimizer(dataclasses.replace(side.config.optimizer, name=name), train.steps, built.params)
+    config = dataclasses.replace(side.config.optimizer, name=name)
+    rule = make_optimizer(config, train.steps, built.params, trained=trained_mask(built, config))
 
     def update(params, buffers, grads, load):
         zero = jnp.zeros((), jnp.int32)

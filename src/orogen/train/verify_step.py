@@ -22,6 +22,7 @@ from orogen.train.state import TrainState, abstract_state, fresh_state, state_sh
 from orogen.train.step import StepMetrics, batch_to_devices, step_function
 from orogen.train.task import Metric, Objective
 from orogen.train.terms import by_row, loss_size, mean_sizes, without_rows
+from orogen.train.trained import trained_mask
 from orogen.train.verdict import Verdict, conditions, flips, largest, largest_difference, leaf_errors, metric_error
 
 # Steps of a check, and the one that is made not finite: earlier steps leave a state to lose, and one more follows.
@@ -121,7 +122,8 @@ def _one_not_finite(batch: Batch) -> Batch:
 def _steps(side: Side, objective: Objective, start: Any, batches: list[Batch], replays: list[Any] | None) -> _Steps:
     """Takes one step after another from `start`, a whole model's; each side's program is compiled once."""
     built, plan, config = side.built, side.plan, side.config
-    optimizer = make_optimizer(config.optimizer, config.train.steps, built.params)
+    trained = trained_mask(built, config.optimizer)
+    optimizer = make_optimizer(config.optimizer, config.train.steps, built.params, trained=trained)
     function = step_function(built, objective, config, plan, optimizer, record=True, replaying=replays is not None)
     carried = carry.abstract(config.train, built)
     shardings = state_shardings(abstract_state(built, optimizer, carried), plan)

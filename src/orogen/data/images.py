@@ -1,0 +1,53 @@
+"""Images in packed rows: where each stands, which one each token sees, and how their features lie in a batch.
+
+Pure numpy. Letters: b batch, t time, i images of a row, m slots of a token, p feature vectors of an image, v their
+width.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from orogen.config.vision import FEATURES, IMAGE
+from orogen.data.packing import Batch
+
+
+class Placed(NamedTuple):
+    """An image in a row: the position of the token that stands for it, and its features (p, v)."""
+
+    position: int
+    features_pv: np.ndarray
+
+
+def images_seen(segments_t: np.ndarray, positions: Sequence[int]) -> np.ndarray:
+    """(t,) int32: the image, 1, 2, …, that each token of a row sees: the latest at or before it in its own document, 0
+    for none. positions: of the images, ascending. Source: Flamingo, arXiv:2204.14198, section 3.1.3."""
+    first_t = np.diff(segments_t, prepend=segments_t[:1] - 1) != 0
+    image_t = np.zeros(len(segments_t), np.int32)
+    image_t[list(positions)] = np.arange(1, len(positions) + 1)
+    start_t = np.maximum.accumulate(np.where(first_t, np.arange(len(segments_t)), 0))
+    latest_t = np.maximum.accumulate(np.where(image_t > 0, np.arange(len(segments_t)), -1))
+    seen_t = np.where(latest_t >= start_t, image_t[latest_t], 0)
+    return np.where(segments_t == 0, 0, seen_t).astype(np.int32)
+
+
+def with_images(batch: Batch, rows: Sequence[Sequence[Placed]], *, room: int, shape: tuple[int, int]) -> Batch:
+    """The batch with the extras FEATURES and IMAGE of these images, given row by row in the order of their positions.
+
+    room: the most images of a row, equal for all batches of a run, so that they have one shape; shape: (p, v). Raises
+    ValueError if a row has more.
+    """
+    (vectors, width), (count, length) = shape, batch.tokens_bt.shape
+    slots = math.ceil(room * vectors / length)
+    features_bnv = np.zeros((count, length * slots, width), np.float32)
+    image_bt = np.zeros((count, length), np.int32)
+    for number, placed in enumerate(rows):
+        if len(placed) > room:
+            raise ValueError(f"row {number} has {len(placed)} images; expected at most {room}")
+        image_bt[number] = images_seen(batch.segments_bt[number], [image.position for image in placed])
+        for index, image in enumerate(placed):
+            features_bnv[number, index * vectors : (index + 1) * vectors] = image.features_pv
+    features_btmv = features_bnv.reshape(count, length, slots, width)
+    return batch._replace(extras={**batch.extras, FEATURES: features_btmv, IMAGE: image_bt})

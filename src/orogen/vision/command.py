@@ -1,0 +1,172 @@
+"""`orogen caption`, `orogen database` and `orogen graft`. Importing this does not import jax."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orogen.command import CHECKPOINT, Command, add_config_arguments, answer, free_memory, positive
+from orogen.config.checks import ConfigError
+
+if TYPE_CHECKING:
+    from orogen.vision.encoder import Encoder
+
+PAIRS = "images with captions: .jsonl, .parquet or WebDataset .tar, a file or a folder (orogen.data.interleaved)"
+ENCODER = "the Hugging Face folder of a CLIP or SigLIP model"
+
+
+def _add_caption_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="the run folder of a captioner")
+    parser.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help="repeatable")
+    parser.add_argument("--input", type=Path, metavar="CORPUS", help=f"{PAIRS}, whose captions are scored against")
+    parser.add_argument("--database", type=Path, metavar="DIR", help="what `orogen database` has built")
+    parser.add_argument("--encoder", type=Path, metavar="DIR", help=f"{ENCODER}; by default the one of the run")
+    parser.add_argument("--retrieved", type=_count, metavar="K", help="captions to retrieve; by default as in the run")
+    parser.add_argument("--guard", type=float, metavar="COSINE", help="leave out entries of at least this similarity")
+    parser.add_argument("--tokens", type=positive, default=64, metavar="N", help="most tokens of a caption")
+    parser.add_argument("--page", type=Path, metavar="F.html", help="write images, captions and what was retrieved")
+
+
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number")
+    return int(text)
+
+
+def _add_database_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=("build", "add", "remove", "show"), help="what to do with the database")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="the database's folder")
+    parser.add_argument("--input", type=Path, metavar="CORPUS", help=f"for build and add: {PAIRS}")
+    parser.add_argument("--encoder", type=Path, metavar="DIR", help=f"for build and add: {ENCODER}")
+    parser.add_argument("--index", choices=("flat", "ivf", "hnsw"), default="flat",
+                        help="for build: flat searches exactly; ivf and hnsw are faster, by faiss")  # fmt: skip
+    parser.add_argument("--ids", type=_ids, metavar="1,2", help="for remove: the entries' ids")
+
+
+def _ids(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected whole numbers separated by commas")
+    return [int(part) for part in parts]
+
+
+def _add_graft_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser)
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help=f"the model: {CHECKPOINT}")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder, for the new model")
+    parser.add_argument("--seed", type=_count, default=0, metavar="N", help="seeds the new parameters")
+
+
+def caption(options: argparse.Namespace) -> int:
+    """`orogen caption`."""
+    from orogen.vision.run import Settings, caption_images, read_seen
+
+    if bool(options.image) == (options.input is not None):
+        raise ConfigError("caption has both or neither of --image and --input; expected one of them")
+    seen = read_seen(options.checkpoint)
+    k = seen.retrieved if options.retrieved is None else options.retrieved
+    if k and options.database is None:
+        raise ConfigError(f"the model was trained with {k} retrieved captions; expected --database, or --retrieved 0")
+    settings = Settings(
+        options.checkpoint, options.encoder or Path(seen.encoder), options.database, k, options.guard, options.tokens
+    )
+    found = caption_images(settings, seen, options.image, options.input)
+    if options.page is not None:
+        from orogen.vision.page import write_page
+
+        write_page(found, options.page)
+    facts = found.facts()
+    answer(options, facts, found.lines())
+    return 0
+
+
+def database(options: argparse.Namespace) -> int:
+    """`orogen database`."""
+    from orogen.vision import database as databases
+
+    if options.action in ("build", "add"):
+        if options.input is None or options.encoder is None:
+            raise ConfigError(f"database {options.action} lacks --input or --encoder; expected both")
+        encoder, told, facts = _changed(options)
+        lines = [f"{facts.entries:,} entries of encoder {encoder.name} in {options.folder}"]
+        lines += [f"left out: {key}: {why}" for key, why in told.items()]
+        answer(options, {**vars(facts), "left_out": told}, lines)
+        return 0
+    if options.action == "remove":
+        if not options.ids:
+            raise ConfigError("database remove lacks --ids; expected some, as `orogen database show` lists them")
+        facts = databases.remove(options.folder, options.ids)
+        answer(options, vars(facts), [f"{facts.entries:,} entries in {options.folder}"])
+        return 0
+    found = databases.Database(options.folder)
+    entries = [{"id": int(i), **entry._asdict()} for i, entry in zip(found.id_n, found.entries(), strict=True)]
+    lines = [f"{one['id']:>8}  {one['caption']}  ({one['source']})" for one in entries]
+    answer(options, {**vars(found.facts), "items": entries}, lines)
+    return 0
+
+
+def _changed(options: argparse.Namespace) -> "tuple[Encoder, dict[str, str], Any]":
+    from orogen.vision import database as databases
+    from orogen.vision.encoder import open_encoder
+    from orogen.vision.run import read_entries
+
+    encoder = open_encoder(options.encoder)
+    if options.action == "add":
+        databases.Database(options.folder, encoder)  # refused before hours of encoding
+    entries, embedding_ne, told = read_entries(options.input, encoder)
+    if options.action == "build":
+        return encoder, told, databases.create(options.folder, encoder, embedding_ne, entries, index=options.index)
+    return encoder, told, databases.add(options.folder, encoder, embedding_ne, entries)
+
+
+def graft(options: argparse.Namespace) -> int:
+    """`orogen graft`."""
+    from orogen.checkpoint.open import open_folder
+    from orogen.compress.rewrite import Source, rewrite
+    from orogen.config.load import load_part
+    from orogen.config.model import ModelConfig
+    from orogen.model.count import count
+    from orogen.simulate.fit import require_conversion_fits
+    from orogen.vision.graft import Grafted, check_graft
+
+    config, memory = load_part(ModelConfig, options.gin_file, options.gin_bindings), free_memory()
+    with open_folder(options.checkpoint) as folder:
+        check_graft(folder.config, config)
+        source = Source(folder)
+        fits = lambda tensor, held: require_conversion_fits(memory, tensor=tensor, held=held)  # noqa: E731
+        rewrite(source, Grafted(source, config, options.seed), config, options.checkpoint, options.out, fits=fits)
+    facts = count(config)
+    answer(options, {"target": str(options.out), **facts}, [f"written: {options.out}, {facts['total']:,} parameters"])
+    return 0
+
+
+CAPTION = Command(
+    name="caption",
+    help="caption images with a trained model and a database of captions",
+    examples=(
+        "orogen caption --checkpoint runs/captioner --database captions --image photo.jpg",
+        "orogen caption --checkpoint runs/captioner --database captions --input test.tar --page captions.html --json",
+    ),
+    add_arguments=_add_caption_arguments,
+    run=caption,
+)
+DATABASE = Command(
+    name="database",
+    help="build, extend, reduce or show a database of captions by image",
+    examples=(
+        "orogen database build captions --input pairs.tar --encoder CLIP_FOLDER --index hnsw",
+        "orogen database add captions --input more.parquet --encoder CLIP_FOLDER",
+        "orogen database remove captions --ids 3,17",
+    ),
+    add_arguments=_add_database_arguments,
+    run=database,
+)
+GRAFT = Command(
+    name="graft",
+    help="insert layers that see images into a language model; it computes what it did until they are trained",
+    examples=(
+        "orogen graft --checkpoint runs/text --gin_file my_captioner.gin --out grafted",
+        "orogen graft --checkpoint HF_FOLDER --gin_file my_captioner.gin --out grafted --seed 1 --json",
+    ),
+    add_arguments=_add_graft_arguments,
+    run=graft,
+)

@@ -1,0 +1,218 @@
+"""A corpus of images and text, whose batches carry the features of their images.
+
+Letters: b batch, t time, p vectors of an image, v their width, k neighbours.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, SupportsIndex
+
+import numpy as np
+
+from orogen.config.data import DataConfig
+from orogen.config.vision import VisionConfig
+from orogen.data import corpora
+from orogen.data.batches import HeldoutPass, Loader
+from orogen.data.images import Placed, with_images
+from orogen.data.loader import ONLY, Corpus, Source
+from orogen.data.packing import Batch, Stream
+from orogen.data.tokenizer import Tokenizer
+from orogen.vision.database import Database
+from orogen.vision.encoder import Encoder
+from orogen.vision.examples import FIRST, Pair, example, image_token, interleaved, padded
+from orogen.vision.features import Document, Encoded
+from orogen.vision.retrieval import retrieve
+from orogen.vision.similar import similar_pairs
+
+TRAIN = "train"
+
+
+class Told(NamedTuple):
+    """What became of the documents of a corpus. broken: with an image that cannot be decoded; too_long: that do not
+    fit into a row, or have more images than one."""
+
+    documents: int
+    images: int
+    broken: int
+    too_long: int
+
+
+class StreamSplit(Sequence[Stream]):
+    """The token streams of a split."""
+
+    def __init__(self, streams: Sequence[Stream], tokenizer: Tokenizer):
+        self._streams, self._tokenizer = streams, tokenizer
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def __getitem__(self, index: SupportsIndex) -> Stream:  # type: ignore[override]  # grain indexes by number only
+        return self._streams[int(index)]
+
+    @property
+    def byte_count(self) -> int:
+        """UTF-8 bytes of the text that is learned."""
+        return sum(len(text) for text in self.texts())
+
+    @property
+    def token_count(self) -> int:
+        """Tokens of all streams."""
+        return sum(len(stream.tokens_t) for stream in self._streams)
+
+    def texts(self) -> Iterator[bytes]:
+        """The text that is learned of each stream, in UTF-8."""
+        for stream in self._streams:
+            yield self._tokenizer.decode_bytes(stream.tokens_t[stream.weights_t > 0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Sight:
+    """Puts images into batches: features_npv of all of them, the token that stands for one, and the most of a row."""
+
+    features_npv: np.ndarray
+    token: int
+    room: int
+
+    def see(self, batch: Batch) -> Batch:
+        """The batch with its images as extras, and `token` in their places."""
+        stands_bt = batch.tokens_bt >= FIRST
+        rows = [
+            [Placed(int(t), self.features_npv[tokens_t[t] - FIRST]) for t in np.flatnonzero(stands_t)]
+            for tokens_t, stands_t in zip(batch.tokens_bt, stands_bt, strict=True)
+        ]
+        batch = batch._replace(tokens_bt=np.where(stands_bt, self.token, batch.tokens_bt).astype(np.int32))
+        vectors, width = self.features_npv.shape[1:]
+        return with_images(batch, rows, room=self.room, shape=(vectors, width))
+
+
+class SeeingLoader:
+    """A loader whose batches carry images; positions are the loader's."""
+
+    def __init__(self, loader: Loader, sight: Sight):
+        self._loader, self._sight = loader, sight
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        return self._sight.see(next(self._loader))
+
+    def take(self, state: Any) -> Batch:
+        """The next batch."""
+        return next(self)
+
+    def state(self) -> dict[str, Any]:
+        """The position after the last batch taken."""
+        return self._loader.state()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continues after the batch at which `state` was taken. Raises ConfigError."""
+        self._loader.restore(state)
+
+
+@dataclasses.dataclass(frozen=True)
+class SeeingPass:
+    """A held-out pass whose batches carry images."""
+
+    inner: HeldoutPass
+    sight: Sight
+
+    @property
+    def byte_count(self) -> int:
+        """UTF-8 bytes of the text that the whole pass scores."""
+        return self.inner.byte_count
+
+    def thinned(self, rows: int) -> "SeeingPass":
+        """See `HeldoutPass.thinned`."""
+        return dataclasses.replace(self, inner=self.inner.thinned(rows))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self.sight.see, self.inner)
+
+
+class ImageCorpus(Corpus):
+    """A corpus of documents with images. told: what became of them; seen: the facts that a caption needs."""
+
+    def __init__(self, told: Told, sight: Sight, seen: dict[str, Any], **fields: Any):
+        super().__init__(**fields)
+        self.told, self.sight, self.seen = told, sight, seen
+
+    def describe(self) -> dict[str, Any]:
+        """As a corpus of text, with what became of the documents."""
+        return {**super().describe(), **self.told._asdict()}
+
+    def train_loader(self, **settings: Any) -> Any:
+        """See `Corpus.train_loader`."""
+        return SeeingLoader(super().train_loader(**settings), self.sight)
+
+    def heldout_batches(self, split: str, **settings: Any) -> Any:
+        """See `Corpus.heldout_batches`."""
+        return SeeingPass(super().heldout_batches(split, **settings), self.sight)
+
+
+def open_images(
+    data: DataConfig, vision: VisionConfig, encoded: Encoded, encoder: Encoder, tokenizer: Tokenizer, *, length: int
+) -> ImageCorpus:  # fmt: skip
+    """The documents as streams for rows of `length` tokens, split by their keys. Raises ConfigError."""
+    documents = {document.key: document for document in encoded.documents}
+    split_of = {key: corpora.split_of(key, config=data) for key in documents}
+    streams = _streams(encoded, split_of, vision=vision, encoder=encoder, tokenizer=tokenizer)
+    fitted = {key: padded(one, vision, length=length, pad_id=tokenizer.pad_id) for key, one in streams.items()}
+    kept = {name: [] for name in corpora.SPLITS}
+    for key, stream in fitted.items():
+        if stream is not None:
+            kept[split_of[key]].append(stream)
+    corpora.check_splits({name: len(part) for name, part in kept.items()}, len(documents), config=data)
+    splits = {name: StreamSplit(part, tokenizer) for name, part in kept.items()}
+    known = json.dumps(
+        [encoded.content_hash, encoder.fingerprint, dataclasses.asdict(vision), _version(vision), length]
+    )
+    source = Source(hashlib.sha256(known.encode()).hexdigest(), splits, None)
+    token = image_token(tokenizer, vision.image_token)
+    told = Told(len(documents), len(encoded.features_npv), len(encoded.broken), sum(s is None for s in fitted.values()))
+    seen = {
+        "encoder": str(Path(vision.encoder).resolve()), "fingerprint": encoder.fingerprint, "image_token": token,
+        "retrieved": vision.retrieved, "shots": vision.shots,
+    }  # fmt: skip
+    sight = Sight(encoded.features_npv, token, vision.images_per_row)
+    return ImageCorpus(told, sight, seen, config=data, sources={ONLY: source}, tokenizer=tokenizer)
+
+
+def _streams(
+    encoded: Encoded, split_of: dict[str, str], *, vision: VisionConfig, encoder: Encoder, tokenizer: Tokenizer
+) -> dict[str, Stream]:
+    """The stream of each document, by its key."""
+    pairs = {document.key: pair for document in encoded.documents if (pair := _pair(document)) is not None}
+    ordered = list(pairs.values())
+    embedding_be = encoded.embedding_ne[[pair.image for pair in ordered]] if ordered else np.zeros((0, 1))
+    captions = [pair.caption for pair in ordered]
+    similar = [[] for _ in ordered]
+    if vision.database is not None:
+        database = Database(Path(vision.database), encoder)
+        hits = retrieve(database, embedding_be, vision.retrieved, guard=vision.guard, captions=captions)
+        similar = [[hit.caption for hit in found] for found in hits]
+    shots = [[] for _ in ordered]
+    if vision.shots:
+        known = [number for number, key in enumerate(pairs) if split_of[key] == TRAIN]
+        near = similar_pairs(embedding_be, captions, known, vision.shots, guard=vision.guard)
+        shots = [[ordered[number] for number in found] for found in near]
+    made = zip(pairs, ordered, similar, shots, strict=True)
+    found = {key: example(pair, texts, before, tokenizer) for key, pair, texts, before in made}
+    every = {document.key: document.parts for document in encoded.documents}
+    return {key: found.get(key) or interleaved(parts, tokenizer) for key, parts in every.items()}
+
+
+def _pair(document: Document) -> Pair | None:
+    """The document as a pair, if it is an image and a text after it."""
+    parts = document.parts
+    if len(parts) == 2 and isinstance(parts[0], int) and isinstance(parts[1], str):
+        return Pair(parts[0], parts[1])
+    return None
+
+
+def _version(vision: VisionConfig) -> int | None:
+    """The version of the database, on which the streams depend."""
+    return None if vision.database is None else Database(Path(vision.database)).facts.version

@@ -1,0 +1,270 @@
+"""A database of captions by the embeddings of their images: built, extended, reduced and searched without training.
+
+A folder holds `database.json`, which names the version that is current, and that version's folder: `embeddings.npy`
+(n, e) float32 of length 1, `ids.npy`, `records.jsonl` with `offsets.npy`, and `index.faiss` unless the search is
+exact. A change writes a new version beside the old one and then names it, so that a reader or a crash finds one of the
+two whole. All files are read by memory map.
+
+Letters: n entries, b queries, e embedding, k neighbours.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from orogen.config.checks import ConfigError
+from orogen.config.files import write_atomically
+from orogen.config.json_file import Record, Whole, read_json
+from orogen.vision.encoder import Encoder
+
+FACTS, EMBEDDINGS, IDS, RECORDS, OFFSETS, INDEX = (
+    "database.json", "embeddings.npy", "ids.npy", "records.jsonl", "offsets.npy", "index.faiss",
+)  # fmt: skip
+FLAT, IVF, HNSW = KINDS = ("flat", "ivf", "hnsw")
+FORMAT = 1
+FORM = Record({"format": Whole(1, 1), "version": Whole(0), "encoder": str, "encoder_name": str, "index": str,
+               "dimension": Whole(1, 2**16), "entries": Whole(0), "next_id": Whole(0)})  # fmt: skip
+BLOCK = 65536  # embeddings that an exact search multiplies at a time
+NEIGHBOURS, EF_BUILD, EF_SEARCH = 32, 200, 128  # of HNSW (arXiv:1603.09320)
+PROBED = 16  # IVF lists that a query visits at least; of the most that √n lists allow, 1 in 8
+
+
+class Entry(NamedTuple):
+    """What the database knows of an image. source: where it came from."""
+
+    caption: str
+    source: str
+
+
+class Hit(NamedTuple):
+    """A neighbour. score: the cosine of the two images' embeddings."""
+
+    id: int
+    score: float
+    caption: str
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What `database.json` says. encoder: the fingerprint of the encoder whose embeddings it holds."""
+
+    version: int
+    encoder: str
+    encoder_name: str
+    index: str
+    dimension: int
+    entries: int
+    next_id: int
+
+
+class Database:
+    """An open database. Raises ConfigError if the folder holds none, or one that is damaged or of another encoder.
+
+    encoder: the one whose embeddings will be searched for; None: not known, as for a change without images.
+    """
+
+    def __init__(self, folder: Path, encoder: Encoder | None = None):
+        if not (folder / FACTS).is_file():
+            raise ConfigError(f"database {str(folder)!r} has no {FACTS}; expected the folder of a database")
+        facts = read_json(folder / FACTS, FORM)
+        self.facts = Facts(**{field.name: facts[field.name] for field in dataclasses.fields(Facts)})
+        self.folder = folder
+        if encoder is not None and (encoder.fingerprint, encoder.dimension) != (
+            self.facts.encoder, self.facts.dimension,
+        ):  # fmt: skip
+            raise ConfigError(
+                f"database {str(folder)!r} is of encoder {self.facts.encoder_name!r} ({self.facts.encoder[:12]}, "
+                f"dimension {self.facts.dimension}); expected {encoder.name!r} ({encoder.fingerprint[:12]}, dimension "
+                f"{encoder.dimension})"
+            )
+        here = folder / _version(self.facts.version)
+        shape = (self.facts.entries, self.facts.dimension)
+        self.embeddings_ne = _load(here / EMBEDDINGS, shape, np.float32)
+        self.id_n = _load(here / IDS, shape[:1], np.int64)
+        self._offset_n = _load(here / OFFSETS, (shape[0] + 1,), np.int64)
+        self._records = here / RECORDS
+        if not self._records.is_file() or self._records.stat().st_size != self._offset_n[-1]:
+            raise ConfigError(f"{self._records} is missing or cut short; expected {self._offset_n[-1]:,} bytes")
+        self._index = None if self.facts.index == FLAT else _read_index(here / INDEX, self.facts)
+
+    def __len__(self) -> int:
+        return self.facts.entries
+
+    def entry(self, place: int) -> Entry:
+        """The entry at a place, from 0."""
+        start, stop = self._offset_n[place : place + 2]
+        with self._records.open("rb") as file:
+            file.seek(start)
+            found = json.loads(file.read(stop - start))
+        return Entry(found["caption"], found["source"])
+
+    def entries(self) -> Iterator[Entry]:
+        """All entries, in their order."""
+        with self._records.open("rb") as file:
+            for line in file:
+                found = json.loads(line)
+                yield Entry(found["caption"], found["source"])
+
+    def search(self, query_be: np.ndarray, k: int) -> list[list[Hit]]:
+        """The k entries nearest to each query by cosine, best first; fewer if the database has fewer, and of an index
+        that is not exact perhaps not the nearest. Equal scores are in the order of the entries."""
+        query_be = unit(np.asarray(query_be, np.float32))
+        k = min(k, len(self))
+        if not k:
+            return [[] for _ in query_be]
+        place_bk = self._exact(query_be, k) if self._index is None else self._index.search(query_be, k)[1]
+        return [self._hits(*pair) for pair in zip(query_be, place_bk, strict=True)]
+
+    def _hits(self, query_e: np.ndarray, place_k: np.ndarray) -> list[Hit]:
+        place_k = np.sort(place_k[place_k >= 0])  # an index reports -1 where it found fewer
+        hits = [self._hit(query_e, place) for place in place_k]
+        return sorted(hits, key=lambda hit: -hit.score)
+
+    def _hit(self, query_e: np.ndarray, place: int) -> Hit:
+        score = float(self.embeddings_ne[place] @ query_e)
+        return Hit(int(self.id_n[place]), score, *self.entry(int(place)))
+
+    def _exact(self, query_be: np.ndarray, k: int) -> np.ndarray:
+        """Places (b, k)."""
+        best: tuple[np.ndarray, np.ndarray] | None = None
+        for start in range(0, len(self), BLOCK):
+            score_bn = query_be @ self.embeddings_ne[start : start + BLOCK].T
+            place_bn = np.broadcast_to(np.arange(start, start + score_bn.shape[1]), score_bn.shape)
+            if best is not None:
+                score_bn, place_bn = (
+                    np.concatenate(pair, axis=1) for pair in zip(best, (score_bn, place_bn), strict=True)
+                )
+            if score_bn.shape[1] > 4 * k:  # sorting all of a block takes longer than the product
+                kept_bk = np.sort(np.argpartition(-score_bn, k - 1, axis=1)[:, :k], axis=1)
+            else:
+                kept_bk = np.broadcast_to(np.arange(score_bn.shape[1]), score_bn.shape)
+            score_bk, place_bk = (np.take_along_axis(a, kept_bk, 1) for a in (score_bn, place_bn))
+            order_bk = np.argsort(-score_bk, axis=1, kind="stable")[:, :k]
+            best = np.take_along_axis(score_bk, order_bk, 1), np.take_along_axis(place_bk, order_bk, 1)
+        assert best is not None
+        return best[1]
+
+
+def create(folder: Path, encoder: Encoder, embedding_ne: np.ndarray, entries: Sequence[Entry], *, index: str) -> Facts:
+    """Writes a new database. index: flat, exact; ivf or hnsw, faster and not exact, by faiss. Raises ConfigError."""
+    if index not in KINDS:
+        raise ConfigError(f"index is {index!r}; expected one of {', '.join(KINDS)}")
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{str(folder)!r} is not empty; expected a new folder for a database")
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = Facts(0, encoder.fingerprint, encoder.name, index, encoder.dimension, 0, len(entries))
+    return _write(folder, facts, np.arange(len(entries)), unit(embedding_ne), entries)
+
+
+def add(folder: Path, encoder: Encoder, embedding_ne: np.ndarray, entries: Sequence[Entry]) -> Facts:
+    """Adds entries behind those there are. Raises ConfigError if the database is of another encoder."""
+    old = Database(folder, encoder)
+    new_n = old.facts.next_id + np.arange(len(entries))
+    facts = dataclasses.replace(old.facts, next_id=old.facts.next_id + len(entries))
+    together_ne = np.concatenate([old.embeddings_ne, unit(embedding_ne)])
+    return _write(folder, facts, np.concatenate([old.id_n, new_n]), together_ne, [*old.entries(), *entries])
+
+
+def remove(folder: Path, ids: Iterable[int]) -> Facts:
+    """Removes the entries with these ids; others keep theirs. Raises ConfigError if one is not there."""
+    old, gone = Database(folder), set(ids)
+    if unknown := sorted(gone - set(old.id_n.tolist())):
+        raise ConfigError(f"database {str(folder)!r} has no entry {unknown[0]}; expected ids of its entries")
+    kept_n = np.array([one not in gone for one in old.id_n.tolist()], bool)
+    entries = [entry for entry, kept in zip(old.entries(), kept_n, strict=True) if kept]
+    return _write(folder, old.facts, old.id_n[kept_n], old.embeddings_ne[kept_n], entries)
+
+
+def unit(embedding_ne: np.ndarray) -> np.ndarray:
+    """Embeddings of length 1, float32; zeros stay zeros. Raises ConfigError for numbers that are not finite."""
+    if not np.isfinite(embedding_ne).all():
+        raise ConfigError("an embedding is not finite; expected finite numbers")
+    length_n1 = np.linalg.norm(embedding_ne, axis=1, keepdims=True)
+    return (embedding_ne / np.where(length_n1 == 0, 1, length_n1)).astype(np.float32)
+
+
+def _write(
+    folder: Path, facts: Facts, id_n: np.ndarray, embedding_ne: np.ndarray, entries: Sequence[Entry]
+) -> Facts:  # fmt: skip
+    """Writes the next version and makes it the current one."""
+    if embedding_ne.shape != (len(entries), facts.dimension):
+        raise ValueError(f"embeddings {embedding_ne.shape}; expected {(len(entries), facts.dimension)}")
+    facts = dataclasses.replace(facts, version=facts.version + 1, entries=len(entries))
+    here = folder / _version(facts.version)
+    shutil.rmtree(here, ignore_errors=True)  # of a change that was cut short
+    here.mkdir()
+    np.save(here / EMBEDDINGS, embedding_ne)
+    np.save(here / IDS, id_n.astype(np.int64))
+    lines = [json.dumps(entry._asdict()).encode() + b"\n" for entry in entries]
+    (here / RECORDS).write_bytes(b"".join(lines))
+    np.save(
+        here / OFFSETS, np.concatenate([[0], np.cumsum([len(line) for line in lines], dtype=np.int64)]).astype(np.int64)
+    )
+    if facts.index != FLAT:
+        _write_index(here / INDEX, facts.index, embedding_ne)
+    write_atomically(folder / FACTS, json.dumps({"format": FORMAT, **dataclasses.asdict(facts)}, indent=2).encode())
+    shutil.rmtree(folder / _version(facts.version - 1), ignore_errors=True)
+    return facts
+
+
+def _version(number: int) -> str:
+    return f"version_{number:06d}"
+
+
+def _load(file: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    try:
+        found = np.load(file, mmap_mode="r" if shape[0] else None, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ConfigError(f"{file} cannot be read ({error}); expected an array {list(shape)}") from error
+    if found.shape != shape or found.dtype != dtype:
+        raise ConfigError(f"{file} is {found.dtype} {list(found.shape)}; expected {np.dtype(dtype)} {list(shape)}")
+    return found
+
+
+def _faiss() -> Any:
+    try:
+        import faiss
+    except ImportError as error:
+        raise ConfigError("faiss is not installed; expected it: pip install 'orogen[vision]', or index flat") from error
+    return faiss
+
+
+def _write_index(file: Path, kind: str, embedding_ne: np.ndarray) -> None:
+    faiss, (count, dimension) = _faiss(), embedding_ne.shape
+    if kind == HNSW:
+        index = faiss.IndexHNSWFlat(dimension, NEIGHBOURS, faiss.METRIC_INNER_PRODUCT)
+        index.hnsw.efConstruction = EF_BUILD
+    else:
+        lists = max(1, min(int(4 * count**0.5), count // 39))  # faiss warns below 39 training points per list
+        quantizer = faiss.IndexFlatIP(dimension)
+        index = faiss.IndexIVFFlat(quantizer, dimension, lists, faiss.METRIC_INNER_PRODUCT)
+        index.cp.min_points_per_centroid = 1  # small databases are legal, and warned about otherwise
+        if count:
+            index.train(embedding_ne)
+    if count:
+        index.add(embedding_ne)
+    faiss.write_index(index, str(file))
+
+
+def _read_index(file: Path, facts: Facts) -> Any:
+    """The faiss index, its vectors read by memory map."""
+    faiss = _faiss()
+    try:
+        index = faiss.read_index(str(file), faiss.IO_FLAG_MMAP)
+    except RuntimeError as error:
+        raise ConfigError(f"{file} cannot be read ({' '.join(str(error).split())[:200]}); expected an index") from error
+    if (index.ntotal, index.d) != (facts.entries, facts.dimension):
+        raise ConfigError(
+            f"{file} has {index.ntotal} vectors of {index.d}; expected {facts.entries} of {facts.dimension}"
+        )
+    if facts.index == HNSW:
+        index.hnsw.efSearch = EF_SEARCH
+    else:
+        index.nprobe = max(PROBED, index.nlist // 8)
+    return index

@@ -1,0 +1,192 @@
+"""What `orogen caption` and `orogen database` do."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from orogen.checkpoint.open import open_model
+from orogen.config.checks import ConfigError
+from orogen.config.json_file import Record, Whole, read_json
+from orogen.data.interleaved import read_interleaved
+from orogen.vision.captioning import SEEN
+from orogen.vision.database import Database, Entry, Hit
+from orogen.vision.describe import Captioner, Prompt
+from orogen.vision.encoder import BATCH, Encoder, open_encoder
+from orogen.vision.examples import prompt
+from orogen.vision.retrieval import retrieve
+from orogen.vision.scores import caption_scores
+from orogen.vision.tower import Encoded
+from orogen.vision.transforms import ImageError, decode
+
+FORM = Record({"encoder": str, "fingerprint": str, "image_token": Whole(), "retrieved": Whole(), "shots": Whole()})
+CAPTIONED = 64  # images whose features are in memory at a time
+
+
+class Seen(NamedTuple):
+    """What a captioner's run folder says of its images; see `captioning`."""
+
+    encoder: str
+    fingerprint: str
+    image_token: int
+    retrieved: int
+    shots: int
+
+
+class Settings(NamedTuple):
+    """How images are captioned. retrieved: captions per image; guard: see `retrieve`."""
+
+    checkpoint: Path
+    encoder: Path
+    database: Path | None
+    retrieved: int
+    guard: float | None
+    tokens: int
+
+
+class Captioned(NamedTuple):
+    """An image with its caption. image: its file's bytes; known: a reference caption, None without one."""
+
+    name: str
+    image: bytes
+    caption: str
+    hits: list[Hit]
+    known: str | None
+
+
+class Outcome(NamedTuple):
+    """Captioned images, images left out with the reason, and scores against known captions, if there are any."""
+
+    items: list[Captioned]
+    broken: dict[str, str]
+    scores: dict[str, float]
+
+    def facts(self) -> dict[str, Any]:
+        """As one JSON object."""
+        items = [
+            {
+                "image": one.name,
+                "caption": one.caption,
+                "retrieved": [hit._asdict() for hit in one.hits],
+                **({} if one.known is None else {"reference": one.known}),
+            }
+            for one in self.items
+        ]
+        return {"captions": items, "broken": self.broken, **({"scores": self.scores} if self.scores else {})}
+
+    def lines(self) -> list[str]:
+        """For a person."""
+        lines = []
+        for one in self.items:
+            lines.append(f"{one.name}: {one.caption}")
+            lines += [f"    {hit.score:.3f}  {hit.caption}  ({hit.source})" for hit in one.hits]
+        lines += [f"left out: {name}: {why}" for name, why in self.broken.items()]
+        return [*lines, *(f"{name:>10}  {value:.4f}" for name, value in self.scores.items())]
+
+
+def read_seen(folder: Path) -> Seen:
+    """The captioner's facts. Raises ConfigError for a folder of another model."""
+    if not (folder / SEEN).is_file():
+        raise ConfigError(f"checkpoint {str(folder)!r} has no {SEEN}; expected the run folder of a captioner")
+    facts = read_json(folder / SEEN, FORM)
+    return Seen(**{name: facts[name] for name in Seen._fields})
+
+
+def caption_images(settings: Settings, seen: Seen, images: Sequence[Path], corpus: Path | None) -> Outcome:
+    """Captions the images of files, or the pairs of a corpus, whose captions are then scored against.
+
+    An image of a corpus that cannot be decoded is left out and counted; a file named by itself is refused. Raises
+    ConfigError.
+    """
+    encoder = open_encoder(settings.encoder)
+    if encoder.fingerprint != seen.fingerprint:
+        raise ConfigError(
+            f"encoder {str(settings.encoder)!r} is {encoder.fingerprint[:12]}; expected {seen.fingerprint[:12]}, with "
+            "which the model was trained"
+        )
+    database = None if settings.database is None else Database(settings.database, encoder)
+    model = Captioner(open_model(settings.checkpoint), seen.image_token, tokens=settings.tokens)
+    named = ((str(file), file.read_bytes(), None) for file in images) if corpus is None else _pairs(corpus)
+    items: list[Captioned] = []
+    broken: dict[str, str] = {}
+    for part in _parts(named, encoder, broken):
+        items += _captioned(part, model, database, settings)
+    if broken and corpus is None:
+        name, why = next(iter(broken.items()))
+        raise ConfigError(f"image {name!r}: {why}; expected an image")
+    known = [(one.caption, [one.known]) for one in items if one.known is not None]
+    scores = caption_scores(*map(list, zip(*known, strict=True))) if known else {}
+    return Outcome(items, broken, scores)
+
+
+class _Part(NamedTuple):
+    names: list[str]
+    images: list[bytes]
+    known: list[str | None]
+    encoded: Encoded
+
+
+def _captioned(part: _Part, model: Captioner, database: Database | None, settings: Settings) -> list[Captioned]:
+    hits: list[list[Hit]] = [[] for _ in part.names]
+    if database is not None and settings.retrieved:
+        hits = retrieve(database, part.encoded.embedding_be, settings.retrieved, guard=settings.guard)
+    prompts = [
+        Prompt(prompt(0, [hit.caption for hit in found], (), model.tokenizer), {0: features_pv})
+        for found, features_pv in zip(hits, part.encoded.features_bpd, strict=True)
+    ]
+    captions = model.captions(prompts)
+    return [Captioned(*one) for one in zip(part.names, part.images, captions, hits, part.known, strict=True)]
+
+
+def _pairs(corpus: Path) -> Iterator[tuple[str, bytes, str | None]]:
+    for document in read_interleaved(corpus):
+        if document.caption is not None and isinstance(document.parts[0], bytes):
+            yield document.key, document.parts[0], document.caption
+
+
+def _parts(named: Any, encoder: Encoder, broken: dict[str, str]) -> Iterator[_Part]:
+    """The images that can be decoded, encoded, CAPTIONED at a time; others are noted in `broken`."""
+    taken: list[tuple[str, bytes, str | None, np.ndarray]] = []
+
+    def part() -> _Part:
+        names, images, known, pixels = map(list, zip(*taken, strict=True))
+        taken.clear()
+        return _Part(names, images, known, encoder.encode_pixels(pixels))
+
+    for name, data, caption in named:
+        try:
+            taken.append((name, data, caption, encoder.transform(decode(data))))
+        except ImageError as error:
+            broken[name] = str(error)
+        if len(taken) == CAPTIONED:
+            yield part()
+    if taken:
+        yield part()
+
+
+def read_entries(corpus: Path, encoder: Encoder) -> tuple[list[Entry], np.ndarray, dict[str, str]]:
+    """The pairs of a corpus as entries with their embeddings (n, e), and what was left out with the reason, by key.
+    Raises ConfigError if nothing is left."""
+    entries: list[Entry] = []
+    parts, waiting = [], []
+    left_out: dict[str, str] = {}
+    for document in read_interleaved(corpus):
+        if document.caption is None:
+            left_out[document.key] = "it is not one image and one caption"
+            continue
+        try:
+            image = document.parts[0]
+            assert isinstance(image, bytes)
+            waiting.append(encoder.transform(decode(image)))
+        except ImageError as error:
+            left_out[document.key] = str(error)
+            continue
+        entries.append(Entry(document.caption, document.key))
+        if len(waiting) == BATCH:
+            parts.append(encoder.encode_pixels(waiting).embedding_be)
+            waiting = []
+    parts.append(encoder.encode_pixels(waiting).embedding_be)
+    if not entries:
+        raise ConfigError(f"corpus {str(corpus)!r} has no image with a caption that can be used; expected one")
+    return entries, np.concatenate(parts), left_out

@@ -1,0 +1,88 @@
+"""Documents of text and images, from every source; malformed ones are named by their place."""
+
+import io
+import json
+import tarfile
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from orogen.config.checks import ConfigError
+from orogen.data.interleaved import read_interleaved
+
+A, B = b"first image", b"second"
+
+
+def tar(folder, members):
+    with tarfile.open(folder / "shard.tar", "w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return folder / "shard.tar"
+
+
+def parts(corpus):
+    return [one.parts for one in read_interleaved(corpus)]
+
+
+def test_lines_of_pairs_and_of_lists(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(A)
+    (tmp_path / "b.png").write_bytes(B)
+    lines = [
+        {"image": "b.png", "caption": "two"},
+        {"images": [None, "in/a.png", None], "texts": ["see", None, "one"]},
+    ]
+    (tmp_path / "c.jsonl").write_text("\n\n".join(map(json.dumps, lines)))
+    found = list(read_interleaved(tmp_path))
+    assert [one.parts for one in found] == [(B, "two"), ("see", A, "one")]
+    assert [one.key for one in found] == ["c.jsonl:1", "c.jsonl:3"]
+    assert [one.caption for one in found] == ["two", None]
+
+
+def test_rows_of_parquet(tmp_path):
+    file = tmp_path / "p.parquet"
+    parquet.write_table(pyarrow.table({"image": [{"bytes": A, "path": None}], "caption": ["one"]}), file)
+    assert parts(file) == [(A, "one")]
+    columns = {"images": [[A, None, B], [None]], "texts": [[None, "x", None], ["alone"]]}
+    parquet.write_table(pyarrow.table(columns), file)
+    assert parts(file) == [(A, "x", B), ("alone",)]
+
+
+def test_webdataset_groups_files_up_to_the_first_dot(tmp_path):
+    lists = json.dumps({"images": ["0.JPG".lower(), None], "texts": [None, "after"]}).encode()
+    members = {
+        "d/7.png": A, "d/7.txt": b"seven", "8.json": b'{"caption": "eight"}', "8.jpg": B,
+        "9.json": lists, "9.0.jpg": A,
+    }  # fmt: skip
+    assert parts(tar(tmp_path, members)) == [(A, "seven"), (B, "eight"), (A, "after")]
+
+
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        ('{"image": "../x.png", "caption": "y"}', "outside the folder"),
+        ('{"image": "no.png", "caption": "y"}', "does not exist"),
+        ('{"caption": "y"}', "expected image and caption"),
+        ('{"images": [null], "texts": [null]}', "place 0 has both or neither"),
+        ('{"images": [null], "texts": ["a", "b"]}', "lists of equal length"),
+        ("[1", "expected JSON"),
+    ],
+)
+def test_a_malformed_line_is_named(tmp_path, line, expected):
+    (tmp_path / "c.jsonl").write_text(line)
+    with pytest.raises(ConfigError, match=expected):
+        parts(tmp_path)
+
+
+def test_archives_and_tables_that_are_none_are_refused(tmp_path):
+    for name, expected in (("a.tar", "expected a tar archive"), ("b.parquet", "expected a Parquet file")):
+        (tmp_path / name).write_bytes(b"not this")
+        with pytest.raises(ConfigError, match=expected):
+            parts(tmp_path / name)
+    with pytest.raises(ConfigError, match="expected one image"):
+        parts(tar(tmp_path, {"1.png": A, "1.jpg": B, "1.txt": b"x"}))
+    with pytest.raises(ConfigError, match="does not exist"):
+        parts(tmp_path / "nowhere")

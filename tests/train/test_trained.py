@@ -1,0 +1,71 @@
+"""What a run does not train keeps its bits, has no moments, and adds nothing to the gradient's norm."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from tests.helpers import hybrid, run_config, several_devices
+
+from orogen.config.checks import ConfigError
+from orogen.cost.assemble import assemble
+from orogen.model.lm import build
+from orogen.train.next_token import NEXT_TOKENS
+from orogen.train.sides import packed_batch
+from orogen.train.state import create_state
+from orogen.train.step import batch_to_devices, make_step
+from orogen.train.trained import optimizer_of, part_of, trained_mask
+
+MODEL = hybrid(
+    pattern="x-|*-", mtp_depths=0, num_attention_heads=4, image_feature_size=5, image_features=3, resampler_latents=2,
+    resampler_layers=1,
+)  # fmt: skip
+
+
+def config_of(names, **plan):
+    config = run_config(MODEL, plan=plan, batch_size=4, sequence_length=16)
+    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, trained=names))
+
+
+def leaves(tree):
+    found = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): np.array(leaf) for path, leaf in found}
+
+
+@several_devices
+def test_only_chosen_parts_move():
+    config = config_of(("*", "resampler", "norm"), stage=2, microbatches=2, data=2)
+    layout, built = assemble(MODEL, config.plan, length=16)
+    optimizer = optimizer_of(config, built)
+    state = create_state(MODEL, built, optimizer, layout, 0)
+    before = leaves(jax.device_get(state.params))
+    step = make_step(built, NEXT_TOKENS, config, layout, optimizer)
+    state, metrics = step(state, batch_to_devices(packed_batch(config, config.train), layout))
+    after = leaves(jax.device_get(state.params))
+    moved = {name for name in before if not np.array_equal(before[name], after[name])}
+    # A closed gate lets nothing through to the resampler, but its weights decay.
+    mask = leaves(trained_mask(built, config.optimizer.trained))
+    vectors = {name for name in mask if mask[name] and "resampler" in name and before[name].ndim == 1}
+    assert moved == {name for name in mask if mask[name]} - vectors
+    assert float(metrics.grad_norm) > 0
+    moments = sum(leaf.size for name, leaf in leaves(state.optimizer).items() if ".mu." in f".{name}.")
+    assert moments == sum(before[name].size for name in mask if mask[name])
+
+
+def test_a_parameter_belongs_to_its_letter_wherever_it_is():
+    assert part_of(("backbone", "children", 1, "children", 0, "mixer", "up"), "M-*-*") == "-"
+    assert part_of(("backbone", "children", 1, "children", 1, "norm", "weight"), "M-*-*") == "*"
+    assert part_of(("backbone", "children", 0, "mixer", "layers", 3, "w"), "M-*-*") == "M"
+    assert part_of(("layers", "x", "mixer", "query"), "M-*-*") == "x"
+    assert part_of(("head", "weight"), "M") == "head"
+
+
+def test_names_that_nothing_has_are_refused():
+    with pytest.raises(ConfigError, match="has 'M'; expected letters of the pattern or parts of the model"):
+        trained_mask(build(MODEL), ("x", "M"))
+    with pytest.raises(ConfigError, match="expected letters of"):
+        config_of(("Q",))
+    _, built = assemble(MODEL, config_of((), stage=2).plan, length=16)
+    with pytest.raises(ConfigError, match="both embedding and head or neither"):
+        trained_mask(built, ("head",))
+    assert trained_mask(built, ()) is None

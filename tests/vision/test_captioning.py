@@ -1,0 +1,204 @@
+"""A captioner from images to captions: trained under a plan, resumed, and answering by its database alone.
+
+Images are squares of one colour; the encoder is the tiny random CLIP of the fixtures.
+"""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from orogen.checkpoint.open import open_folder
+from orogen.cli import main
+from orogen.compress.rewrite import Source
+from orogen.config.load import model_text
+
+ENCODER = Path(__file__).parent.parent / "fixtures" / "vision" / "clip"
+COLOURS = {"red": (230, 20, 20), "green": (20, 200, 30), "blue": (20, 40, 240), "grey": (128, 128, 128)}
+RECIPE = """
+ModelConfig.pattern = 'x*g-'
+ModelConfig.vocab_size = 259
+ModelConfig.hidden_size = 32
+ModelConfig.num_attention_heads = 4
+ModelConfig.num_key_value_heads = 2
+ModelConfig.head_dim = 8
+ModelConfig.rope_theta = 10000.0
+ModelConfig.intermediate_size = 48
+ModelConfig.image_feature_size = 24
+ModelConfig.image_features = 10
+ModelConfig.resampler_latents = 3
+ModelConfig.resampler_layers = 1
+DataConfig.corpus = {corpus!r}
+DataConfig.tokenizer = 'byte'
+DataConfig.heldout_fraction = 0.2
+DataConfig.tuning_fraction = 0.0
+TrainConfig.steps = {steps}
+TrainConfig.batch_size = 4
+TrainConfig.sequence_length = 56
+TrainConfig.seed = 0
+TrainConfig.evaluate_every = 40
+TrainConfig.evaluate_rows = 4
+TrainConfig.ngram_order = 0
+TrainConfig.sample_tokens = 1
+OptimizerConfig.learning_rate = 1e-2
+OptimizerConfig.schedule = 'constant'
+VisionConfig.encoder = {encoder!r}
+VisionConfig.features = {features!r}
+VisionConfig.images_per_row = 4
+"""
+
+
+def picture(name, seed):
+    rng = np.random.default_rng(seed)
+    pixels = np.clip(np.array(COLOURS[name]) + rng.integers(-20, 20, (16, 20, 3)), 0, 255)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Twenty-four pictures with captions, and a broken one."""
+    folder = tmp_path_factory.mktemp("images")
+    lines = []
+    for number in range(24):
+        name = list(COLOURS)[number % 3]
+        picture(name, number).save(folder / f"{number}.png")
+        lines.append(json.dumps({"image": f"{number}.png", "caption": f"a {name} square"}))
+    (folder / "broken.png").write_bytes((folder / "0.png").read_bytes()[:60])
+    lines.append(json.dumps({"image": "broken.png", "caption": "a broken square"}))
+    (folder / "pairs.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def recipe(folder, target, *bindings, steps):
+    text = RECIPE.format(
+        corpus=str(folder / "pairs.jsonl"), encoder=str(ENCODER), features=str(folder / "features"), steps=steps
+    )
+    target.write_text("\n".join([text, *bindings]))
+    return target
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    """A trained captioner."""
+    file = recipe(folder, folder / "recipe.gin", "PlanConfig.data = 2", "PlanConfig.tensor = 2", steps=60)
+    assert main(["train", "--gin_file", str(file), "--run", str(folder / "run"), "--json"]) == 0
+    return folder / "run"
+
+
+def test_it_learns_what_it_sees(folder, run, capsys, tmp_path):
+    images = []
+    for name in ("blue", "green", "red"):
+        picture(name, 99).save(tmp_path / f"{name}.png")
+        images += ["--image", str(tmp_path / f"{name}.png")]
+    assert main(["caption", "--checkpoint", str(run), *images, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert [one["caption"] for one in facts["captions"]] == ["a blue square", "a green square", "a red square"]
+    described = json.loads((run / "env.json").read_text())["data"]
+    assert (described["documents"], described["images"], described["broken"]) == (24, 24, 1)
+
+
+def captioned(capsys, run, *options):
+    assert main(["caption", "--checkpoint", str(run), "--json", *map(str, options)]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture
+def database(folder, tmp_path, capsys):
+    """The pairs as a database."""
+    assert main(["database", "build", str(tmp_path / "db"), "--input", str(folder / "pairs.jsonl"), "--encoder",
+                 str(ENCODER), "--json"]) == 0  # fmt: skip
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["entries"] == 24 and list(facts["left_out"]) == ["pairs.jsonl:25"]
+    return tmp_path / "db"
+
+
+def test_what_is_retrieved_changes_with_the_database_alone(run, database, tmp_path, capsys):
+    picture("grey", 7).save(tmp_path / "grey.png")
+    ask = ("--database", database, "--retrieved", 1, "--image", tmp_path / "grey.png")
+    (before,) = captioned(capsys, run, *ask)["captions"]
+    assert before["retrieved"][0]["caption"] != "a grey square"
+    (tmp_path / "new.jsonl").write_text(json.dumps({"image": "grey.png", "caption": "a grey square"}))
+    assert main(["database", "add", str(database), "--input", str(tmp_path / "new.jsonl"), "--encoder",
+                 str(ENCODER)]) == 0  # fmt: skip
+    capsys.readouterr()
+    (after,) = captioned(capsys, run, *ask)["captions"]
+    assert after["retrieved"][0]["caption"] == "a grey square" and after["retrieved"][0]["score"] > 0.999
+    (guarded,) = captioned(capsys, run, *ask, "--guard", "0.9999")["captions"]
+    assert guarded["retrieved"] == before["retrieved"]
+    assert main(["database", "remove", str(database), "--ids", "24", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["entries"] == 24
+
+
+def test_a_corpus_is_scored_and_shown_on_a_page(folder, run, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    facts = captioned(capsys, run, "--input", folder / "pairs.jsonl", "--page", page)
+    assert len(facts["captions"]) == 24 and list(facts["broken"]) == ["pairs.jsonl:25"]
+    assert facts["scores"]["bleu_1"] > 0.9 and facts["scores"]["cider"] > 5
+    text = page.read_text()
+    assert text.count("data:image/png;base64,") == 24 and "a blue square" in text and "left out: pairs.jsonl:25" in text
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (["--image", "{folder}/broken.png"], "cannot be decoded"),
+        (["--image", "{folder}/0.png", "--retrieved", "1"], "expected --database, or --retrieved 0"),
+        (["--image", "{folder}/0.png", "--encoder", "{other}"], "with which the model was trained"),
+        ([], "both or neither of --image and --input"),
+    ],
+)
+def test_what_cannot_be_captioned_is_refused(folder, run, capsys, options, expected):
+    words = [word.format(folder=folder, other=ENCODER.parent / "siglip") for word in options]
+    assert main(["caption", "--checkpoint", str(run), *words]) == 2
+    error = capsys.readouterr().err
+    assert expected in error and error.count("\n") == 1
+
+
+def test_a_model_that_does_not_fit_its_encoder_is_refused(folder, tmp_path, capsys):
+    file = recipe(folder, tmp_path / "r.gin", steps=1)
+    words = ["train", "--gin_file", str(file), "--run", str(tmp_path / "run")]
+    for binding, expected in (
+        ("ModelConfig.image_features=11", "ModelConfig.image_features is 11; expected 10"),
+        ("VisionConfig.image_token='<image>'", "expected one special token"),
+    ):
+        assert main([*words, "--gin_bindings", binding]) == 2
+        assert expected in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_grafted_model_computes_what_it_did(tmp_path, capsys):
+    source = Path(__file__).parent.parent / "fixtures" / "models" / "nemotron_h_dense"
+    with open_folder(source) as folder:
+        old = folder.config
+    pattern = old.pattern.replace("-", "xg-", 1)
+    new = dataclasses.replace(
+        old, pattern=pattern, image_feature_size=5, image_features=3, resampler_latents=2, resampler_layers=1
+    )
+    (tmp_path / "new.gin").write_text(model_text(new))
+    shutil.copytree(source, tmp_path / "old")
+    assert main(["graft", "--checkpoint", str(tmp_path / "old"), "--gin_file", str(tmp_path / "new.gin"), "--out",
+                 str(tmp_path / "grafted"), "--json"]) == 0  # fmt: skip
+    with open_folder(tmp_path / "old") as before, open_folder(tmp_path / "grafted") as after:
+        assert after.config == new
+        old_source, new_source = Source(before), Source(after)
+        fresh = new.pattern.index("x")
+        numbers = [n for n in range(len(new_source.homes)) if n not in (fresh, fresh + 1)]
+        for number, there in enumerate(numbers):  # what it computed, since closed gates leave the stream as it is
+            mine, its = old_source.layer(number).arrays(), new_source.layer(there).arrays()
+            assert mine.keys() == its.keys() and all(np.array_equal(mine[name], its[name]) for name in mine)
+        for number in (fresh, fresh + 1):
+            arrays = new_source.layer(number).arrays()
+            assert not arrays["mixer", "tanh_gate"].any()
+            (out,) = (array for name, array in arrays.items() if name[-1] in ("out", "down"))
+            np.testing.assert_allclose(out.std(), new.output_init_std, rtol=0.1)
+        others = [path for path in old_source.specs if path[0] not in ("backbone", "mtp")]
+        assert all(np.array_equal(old_source.read(path), new_source.read(path)) for path in others)
+    (tmp_path / "bad.gin").write_text(model_text(dataclasses.replace(new, pattern=pattern + "-")))
+    capsys.readouterr()
+    assert main(["graft", "--checkpoint", str(tmp_path / "old"), "--gin_file", str(tmp_path / "bad.gin"), "--out",
+                 str(tmp_path / "no")]) == 2  # fmt: skip
+    assert "with x, and g if wanted, inserted" in capsys.readouterr().err

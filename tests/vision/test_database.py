@@ -1,0 +1,126 @@
+"""Databases: what is nearest by hand, changes, what is refused, and near-copies that training must not see.
+
+Letters: n entries, e embedding.
+"""
+
+import importlib.util
+import json
+import types
+
+import numpy as np
+import pytest
+
+from orogen.config.checks import ConfigError
+from orogen.vision import database
+from orogen.vision.database import Database, Entry, add, create, remove
+from orogen.vision.retrieval import retrieve
+
+NAMED = ("north", "east", "south", "north-east")
+PLACE_NE = np.array([[0, 2.0, 0], [3, 0, 0], [0, -1, 0], [1, 1, 0]], np.float32)
+needs_faiss = pytest.mark.skipif(
+    importlib.util.find_spec("faiss") is None, reason="needs faiss: pip install 'orogen[vision]'"
+)
+KINDS = ["flat", pytest.param("ivf", marks=needs_faiss), pytest.param("hnsw", marks=needs_faiss)]
+
+
+def encoder(fingerprint="abc", dimension=3):
+    return types.SimpleNamespace(name="tiny", fingerprint=fingerprint, dimension=dimension)
+
+
+@pytest.fixture(params=KINDS)
+def folder(request, tmp_path):
+    entries = [Entry(name, f"{name}.png") for name in NAMED]
+    create(tmp_path / "db", encoder(), PLACE_NE, entries, index=request.param)
+    return tmp_path / "db"
+
+
+def found(folder, query, k=4, **settings):
+    return [hit.caption for hit in retrieve(Database(folder, encoder()), np.array([query], float), k, **settings)[0]]
+
+
+def test_the_nearest_by_angle_come_first(folder):
+    (hits,) = Database(folder, encoder()).search(np.array([[0.1, 5, 0]]), 3)
+    assert [hit.caption for hit in hits] == ["north", "north-east", "east"]
+    np.testing.assert_allclose(hits[1].score, (0.1 + 5) / np.sqrt(2) / np.hypot(0.1, 5), rtol=1e-6)
+    assert [hit.id for hit in hits] == [0, 3, 1] and hits[0].source == "north.png"
+
+
+def test_entries_are_added_and_removed_and_keep_their_ids(folder):
+    assert add(folder, encoder(), np.array([[0, 0, 7.0]]), [Entry("up", "")]).entries == 5
+    assert found(folder, [0, 0, 1], 1) == ["up"]
+    assert remove(folder, [0, 2]).entries == 3
+    assert found(folder, [0, 1, 0]) == ["north-east", *sorted(["east", "up"])]
+    assert Database(folder).id_n.tolist() == [1, 3, 4]
+    assert add(folder, encoder(), np.array([[0, 1.0, 0]]), [Entry("again", "")]).next_id == 6
+    assert [path.name for path in folder.glob("version_*")] == ["version_000004"]
+
+
+def test_an_empty_database_finds_nothing(folder):
+    remove(folder, range(4))
+    assert found(folder, [1, 0, 0]) == []
+    add(folder, encoder(), np.array([[1.0, 0, 0]]), [Entry("one", "")])
+    assert found(folder, [1, 0, 0]) == ["one"]
+
+
+def test_near_copies_and_equal_captions_are_left_out_and_replaced(folder):
+    assert found(folder, [0, 1, 0], 2, guard=0.99) == ["north-east", "east"]
+    assert found(folder, [0, 1, 0], 1, captions=["  NORTH. "]) == ["north-east"]
+    assert found(folder, [0, 1, 0], 2, guard=0.5, captions=["East"]) == ["south"]
+    assert found(folder, [0, 1, 0], 1) == ["north"]
+
+
+@needs_faiss
+def test_indices_find_what_an_exact_search_finds(tmp_path):
+    rng = np.random.default_rng(0)
+    many_ne, query_be = rng.normal(size=(3000, 16)), rng.normal(size=(50, 16))
+    nearest = {}
+    for kind in database.KINDS:
+        create(tmp_path / kind, encoder(dimension=16), many_ne, [Entry(str(n), "") for n in range(3000)], index=kind)
+        nearest[kind] = [hits[0].id for hits in Database(tmp_path / kind).search(query_be, 5)]
+    truth = np.argmax(query_be @ (many_ne / np.linalg.norm(many_ne, axis=1, keepdims=True)).T, axis=1)
+    assert nearest["flat"] == truth.tolist()
+    assert all(np.mean(np.array(nearest[kind]) == truth) > 0.8 for kind in ("ivf", "hnsw"))
+
+
+def test_an_exact_search_goes_through_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(database, "BLOCK", 7)
+    rng = np.random.default_rng(1)
+    many_ne, query_be = rng.normal(size=(40, 5)), rng.normal(size=(3, 5))
+    create(tmp_path / "db", encoder(dimension=5), many_ne, [Entry(str(n), "") for n in range(40)], index="flat")
+    unit_ne = many_ne / np.linalg.norm(many_ne, axis=1, keepdims=True)
+    expected = np.argsort(-(query_be @ unit_ne.T), axis=1)[:, :6]
+    assert [[hit.id for hit in hits] for hits in Database(tmp_path / "db").search(query_be, 6)] == expected.tolist()
+
+
+def test_another_encoder_or_dimension_is_refused(tmp_path):
+    create(tmp_path / "db", encoder(), PLACE_NE, [Entry(name, "") for name in NAMED], index="flat")
+    for other in (encoder("xyz"), encoder("abc", 4)):
+        with pytest.raises(ConfigError, match="is of encoder 'tiny'"):
+            Database(tmp_path / "db", other)
+    with pytest.raises(ConfigError, match="has no entry 9"):
+        remove(tmp_path / "db", [9])
+    with pytest.raises(ConfigError, match="not empty"):
+        create(tmp_path / "db", encoder(), PLACE_NE, [], index="flat")
+    with pytest.raises(ConfigError, match="expected one of flat, ivf, hnsw"):
+        create(tmp_path / "new", encoder(), PLACE_NE, [], index="tree")
+    with pytest.raises(ConfigError, match="not finite"):
+        add(tmp_path / "db", encoder(), np.array([[np.nan, 0, 0]]), [Entry("", "")])
+    with pytest.raises(ConfigError, match="has no database.json"):
+        Database(tmp_path)
+
+
+def test_a_damaged_database_is_refused(tmp_path):
+    create(tmp_path / "db", encoder(), PLACE_NE, [Entry(name, "") for name in NAMED], index="flat")
+    here = tmp_path / "db" / "version_000001"
+    whole = (here / "records.jsonl").read_bytes()
+    (here / "records.jsonl").write_bytes(whole[:-5])
+    with pytest.raises(ConfigError, match="cut short"):
+        Database(tmp_path / "db")
+    (here / "records.jsonl").write_bytes(whole)
+    np.save(here / "embeddings.npy", PLACE_NE[:3])
+    with pytest.raises(ConfigError, match=r"float32 \[3, 3\]; expected float32 \[4, 3\]"):
+        Database(tmp_path / "db")
+    facts = json.loads((tmp_path / "db" / "database.json").read_text())
+    (tmp_path / "db" / "database.json").write_text(json.dumps({**facts, "dimension": "3"}))
+    with pytest.raises(ConfigError, match="dimension is '3'"):
+        Database(tmp_path / "db")

@@ -1,0 +1,87 @@
+"""Pairs and longer documents as tokens: what is learned, what comes before it, and how images fit into rows."""
+
+import numpy as np
+import pytest
+
+from orogen.config.checks import ConfigError
+from orogen.config.vision import VisionConfig
+from orogen.data.packing import in_pieces, pack
+from orogen.data.vocabulary import byte_tokenizer
+from orogen.vision.corpus import Sight
+from orogen.vision.examples import FIRST, Pair, example, image_token, interleaved, padded
+from orogen.vision.similar import similar_pairs
+
+TOKENIZER = byte_tokenizer()
+BOS, EOS, PAD = TOKENIZER.bos_id, TOKENIZER.eos_id, TOKENIZER.pad_id
+
+
+def ids(text):
+    return TOKENIZER.encode_inside(text).tolist()
+
+
+def config(**fields):
+    return VisionConfig(**{"encoder": "e", "features": "f", "images_per_row": 3, **fields})
+
+
+def test_only_a_pairs_own_caption_is_learned():
+    stream = example(Pair(7, "cat"), ["dog", "cow"], [Pair(2, "sun"), Pair(9, "sea")], TOKENIZER)
+    before = [BOS, FIRST + 2, *ids("sun\n"), FIRST + 9, *ids("sea\n"), FIRST + 7, *ids("dog\n"), *ids("cow\n")]
+    assert stream.tokens_t.tolist() == [*before, *ids("cat"), EOS]
+    assert stream.weights_t.tolist() == [0] * len(before) + [1] * 4
+
+
+def test_all_text_of_a_longer_document_is_learned():
+    stream = interleaved(["see", 4, "x"], TOKENIZER)
+    assert stream.tokens_t.tolist() == [BOS, *ids("see"), FIRST + 4, *ids("x"), EOS]
+    assert stream.weights_t.tolist() == [0, 1, 1, 1, 0, 1, 1]
+
+
+def test_rows_never_hold_more_images_than_they_have_room_for():
+    rng, streams = np.random.default_rng(0), []
+    for _ in range(60):
+        parts = [int(rng.integers(5)) if rng.random() < 0.5 else "a" * int(rng.integers(1, 9)) for _ in range(4)]
+        one = padded(interleaved(parts, TOKENIZER), config(), length=31, pad_id=PAD)
+        if one is not None:
+            assert not one.weights_t[one.tokens_t == PAD].any()
+            streams += in_pieces(one, sequence_length=31)
+    batch = pack(streams, sequence_length=31, pad_id=PAD)
+    assert 0 < (batch.tokens_bt >= FIRST).sum(1).max() <= 3
+    sight = Sight(np.arange(5 * 2 * 3, dtype=np.float32).reshape(5, 2, 3), token=1, room=3)
+    seen = sight.see(batch)
+    assert seen.tokens_bt.max() < FIRST and seen.extras["image_features"].shape == (len(batch.tokens_bt), 31, 1, 3)
+    row = int(np.argmax((batch.tokens_bt >= FIRST).any(1)))
+    number = batch.tokens_bt[row][batch.tokens_bt[row] >= FIRST][0] - FIRST
+    np.testing.assert_array_equal(seen.extras["image_features"][row].reshape(-1, 3)[:2], sight.features_npv[number])
+
+
+def test_what_does_not_fit_is_left_out():
+    assert padded(interleaved([0, 1, 2, 3], TOKENIZER), config(), length=31, pad_id=PAD) is None
+    assert padded(interleaved(["a" * 30], TOKENIZER), config(), length=31, pad_id=PAD) is None
+
+
+def test_shots_are_the_most_similar_pairs_that_give_nothing_away():
+    embedding_ne = np.array([[1, 0], [0.9, 0.1], [0.5, 0.5], [0, 1], [0.8, 0.3]], float)
+    captions = ["a", "b", "c", "d", " A. "]
+    assert similar_pairs(embedding_ne, captions, range(5), 2, guard=None)[0] == [2, 1]
+    assert similar_pairs(embedding_ne, captions, range(5), 2, guard=0.99)[0] == [3, 2]
+    assert similar_pairs(embedding_ne, captions, [3], 2, guard=None)[0] == [3]
+
+
+def test_the_token_of_an_image():
+    assert image_token(TOKENIZER, "pad") == PAD
+    with pytest.raises(ConfigError, match="expected one special token"):
+        image_token(TOKENIZER, "<image>")
+
+
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        ({"retrieved": 2}, "retrieved is 2; expected a number above 0 beside a database, else 0"),
+        ({"shots": 3}, "shots is 3; expected below images_per_row = 3"),
+        ({"guard": 1.5}, "guard is 1.5; expected a cosine"),
+        ({"encoder": ""}, "encoder is ''"),
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(fields, expected):
+    with pytest.raises(ConfigError, match=expected):
+        config(**fields)
