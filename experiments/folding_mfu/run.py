@@ -24,10 +24,10 @@ GRAIN = 8
 
 
 def fine(model: ModelConfig) -> ModelConfig:
-    """Eight times as many experts of an eighth, and as many per token: equal parameters and operations."""
+    """Mixtral 8x22B-G8T8: eight times as many experts of an eighth, 8 per token, which are half of the operations."""
     return dataclasses.replace(
-        model, n_routed_experts=GRAIN * model.n_routed_experts, num_experts_per_tok=GRAIN,
-        moe_intermediate_size=model.moe_intermediate_size * model.num_experts_per_tok // (2 * GRAIN),
+        model, n_routed_experts=GRAIN * model.n_routed_experts, num_experts_per_tok=8,
+        moe_intermediate_size=model.moe_intermediate_size // GRAIN,
     )  # fmt: skip
 
 
@@ -66,9 +66,8 @@ def show(lines: list[dict[str, Any]]) -> None:
     """The table, and the picture of its ratios."""
     by = {(x["cell"], x["grain"], x["mapping"]): x for x in lines}
     cells = list(dict.fromkeys(x["cell"] for x in lines))
-    print(
-        "| cell | published | coarse | fine | exchange, share of the step: coarse unfolded, folded; fine unfolded, folded |"
-    )
+    shares = "share of the step that exchanges: coarse unfolded, folded; fine unfolded, folded"
+    print(f"| cell | published | coarse | fine | {shares} |")
     print("|---" * 5 + "|")
     ratios: dict[str, list[float]] = {"published": [], "coarse": [], "fine": []}
     for cell in cells:
@@ -77,9 +76,9 @@ def show(lines: list[dict[str, Any]]) -> None:
         ratios["published"].append(before / after)
         for grain, (unfolded, folded) in pairs.items():
             ratios[grain].append(unfolded["step_seconds"] / folded["step_seconds"])
-        shares = [f"{x['exchange_seconds'] / x['step_seconds']:.0%}" for pair in pairs.values() for x in pair]
+        parts = [f"{x['exchange_seconds'] / x['step_seconds']:.0%}" for pair in pairs.values() for x in pair]
         numbers = " | ".join(f"{ratio[-1]:.3f}" for ratio in ratios.values())
-        print(f"| {cell} | {numbers} | {', '.join(shares)} |")
+        print(f"| {cell} | {numbers} | {', '.join(parts)} |")
     for (cell, grain, mapping), x in by.items():
         if mapping == "two_nodes":
             folded = by[cell, grain, "folded"]
