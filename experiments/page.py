@@ -87,34 +87,52 @@ def cost(study: Study) -> str:
     return f"{len(study.lines)} runs, {sum(line['seconds'] for line in study.lines) / 60:.0f} min of steps"
 
 
+def study_cells(folder: Path, study: Study | None) -> list[str]:
+    """Effect, verdict and cost; the page of a folder whose runs are no sweep says them itself."""
+    if study is None:
+        return [paragraph(folder, "Effect"), paragraph(folder, "Verdict"), paragraph(folder, "Cost")]
+    if not study.lines:
+        return ["–", NOT_RUN, "–"]
+    numbers = "<br>".join(effects(study, number) for number in study.sweep.numbers)
+    return [numbers, paragraph(folder, "Verdict"), cost(study)]
+
+
 def results_page(found: list[Study]) -> str:
+    """experiments/README.md. Folders with a study.gin or a verdict are studies."""
+    sweeps = {study.folder: study for study in found}
+    folders = sorted(file.parent for file in HERE.glob("*/README.md"))
+    are_studies = [folder for folder in folders if folder in sweeps or paragraph(folder, "Verdict")]
     lines = ["| question | effect, paired by seed [95 %] | verdict | cost |", "|---" * 4 + "|"]
-    for study in found:
-        cells = ["–", NOT_RUN, "–"]
-        if study.lines:
-            numbers = "<br>".join(effects(study, number) for number in study.sweep.numbers)
-            cells = [numbers, paragraph(study.folder, "Verdict"), cost(study)]
-        lines.append("| " + " | ".join([f"[{title(study.folder)}]({study.folder.name}/README.md)", *cells]) + " |")
+    for folder in are_studies:
+        cells = [f"[{title(folder)}]({folder.name}/README.md)", *study_cells(folder, sweeps.get(folder))]
+        lines.append("| " + " | ".join(cells) + " |")
     page = written((HERE / "README.md").read_text(), "studies", "\n".join(lines) + "\n")
     lines = ["| folder | asks | cost |", "|---" * 3 + "|"]
-    others = {file.parent for file in HERE.glob("*/README.md")} - {study.folder for study in found}
-    for folder in sorted(others):
-        spent = paragraph(folder, "Cost") or paragraph(folder, "Cost on the GPU") or "–"
-        lines.append(f"| [{folder.name}]({folder.name}/README.md) | {title(folder)} | {spent} |")
+    for folder in folders:
+        if folder not in are_studies:
+            spent = paragraph(folder, "Cost") or paragraph(folder, "Cost on the GPU") or "–"
+            lines.append(f"| [{folder.name}]({folder.name}/README.md) | {title(folder)} | {spent} |")
     return written(page, "folders", "\n".join(lines) + "\n")
+
+
+def pages(found: list[Study]) -> dict[Path, str]:
+    """What each page should be, by its path."""
+    return {
+        **{study.folder / "README.md": study_page(study) for study in found},
+        HERE / "README.md": results_page(found),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only compare")
     check, found = parser.parse_args().check, studies()
-    pages = {study.folder / "README.md": study_page(study) for study in found}
-    pages[HERE / "README.md"] = results_page(found)
-    stale = [path for path, text in pages.items() if path.read_text() != text]
+    texts = pages(found)
+    stale = [path for path, text in texts.items() if path.read_text() != text]
     if check:
         sys.exit("".join(f"{path} is not what the results say\n" for path in stale) or 0)
     for path in stale:
-        path.write_text(pages[path])
+        path.write_text(texts[path])
     for study in found:
         if study.lines and not (study.folder / "fit.py").exists():
             table.draw(study.folder / "figure.png", study.sweep, study.rows())
