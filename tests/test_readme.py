@@ -43,11 +43,38 @@ def test_the_readme_names_every_task():
     assert COMMANDS and [task for task in tasks.choices if f"`orogen {task} " not in README] == []
 
 
-def test_the_tables_of_cache_parity_are_those_of_its_results():
-    folder = ROOT / "experiments/cache_parity"
-    spec = importlib.util.spec_from_file_location("cache_parity", folder / "run.py")
+def experiment(file):
+    """The module of a script in experiments/."""
+    spec = importlib.util.spec_from_file_location(file.replace("/", "_"), ROOT / "experiments" / f"{file}.py")
     assert spec is not None and spec.loader is not None
-    run = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(run)
-    rows, page = run.read(), (folder / "README.md").read_text()
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_of_cache_parity_are_those_of_its_results():
+    run = experiment("cache_parity/run")
+    rows, page = run.read(), (ROOT / "experiments/cache_parity/README.md").read_text()
     assert rows and all(run.table(rows, exact=exact) in page for exact in (False, True))
+
+
+@pytest.fixture(scope="module")
+def studies():
+    page = experiment("page")
+    return page, page.studies()
+
+
+def test_pages_of_results_are_what_the_folders_say(studies):
+    """`python experiments/page.py` writes them."""
+    page, found = studies
+    assert len(found) >= 7
+    assert [str(path) for path, text in page.pages(found).items() if path.read_text() != text] == []
+
+
+def test_a_study_has_a_verdict_if_it_has_been_run(studies):
+    page, found = studies
+    for study in found:
+        assert bool(study.lines) == bool(page.paragraph(study.folder, "Verdict")), study.folder.name
+        arms = {arm.values for arm in study.sweep.arms()}
+        done = {(tuple(line["arm"]), line["seed"]) for line in study.lines if not line["search"]}
+        assert done in (set(), {(arm, seed) for arm in arms for seed in study.sweep.seeds}), study.folder.name

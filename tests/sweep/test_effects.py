@@ -14,6 +14,12 @@ def test_three_pairs_by_hand():
     assert (effect.low, effect.high) == pytest.approx((2 - 4.30265 * error, 2 + 4.30265 * error), rel=1e-5)
     assert effect.detectable == pytest.approx((4.30265 + 1.06066) * error, rel=1e-5)
     assert effect.verdict(lower_is_better=True) == "cannot be told"
+    # (t 0.975 + t 0.8) / sqrt(n), by tables: 4 pairs (3.1824 + 0.9785) / 2 = 2.08, 5 (2.7764 + 0.9410) / 2.2361 = 1.66
+    assert effect.needed == 5
+
+
+def test_a_difference_near_zero_takes_too_many_pairs():
+    assert math.isinf(paired({0: 1.0, 1: -1.0, 2: 1e-6}, {0: 0.0, 1: 0.0, 2: 0.0}).needed)
 
 
 def test_pairs_are_seeds_that_both_have():
@@ -30,7 +36,7 @@ def test_an_interval_beside_zero_is_told(lower, verdict):
 
 def test_one_pair_tells_nothing():
     effect = paired({3: 2.0}, {3: 1.0})
-    assert effect.difference == 1 and math.isinf(effect.detectable)
+    assert effect.difference == 1 and math.isinf(effect.detectable) and math.isinf(effect.needed)
     assert effect.verdict(lower_is_better=True) == "cannot be told"
 
 

@@ -88,6 +88,16 @@ def test_a_search_takes_its_share_of_the_steps(study):
     assert runs[0].config.optimizer.warmup_steps == 2 and runs[0].config.train.seed == 10**6
 
 
+def test_an_arm_begins_with_the_checkpoint_of_its_value_and_seed(study):
+    changes = {"SweepConfig.checkpoints": {"24": "runs/wide-{seed}"}, "SweepConfig.learning_rates": (0.5, 0.125)}
+    arms, without = study(changes), study()
+    runs = {run.name: run for run in arms.runs({})}
+    assert runs["24+4-seed1"].checkpoint == "runs/wide-1" and runs["12+4-seed1"].checkpoint is None
+    assert {run.checkpoint for run in arms.searches()} == {None, "runs/wide-0"}  # there is none for the search's seed
+    before = {run.name: run.hash for run in without.runs({})}
+    assert {name for name, run in runs.items() if run.hash != before[name]} == {n for n in runs if n.startswith("24")}
+
+
 def test_the_text_of_a_run_loads_to_its_config(study, tmp_path):
     run = study().runs({"24+8": 0.5})[-1]
     file = tmp_path / "run.gin"
@@ -128,6 +138,10 @@ ONE = {"SweepConfig.control": ("b",)}
         ({"SweepConfig.control": ("12",)}, "one value for each of the axes width, rows"),
         ({"SweepConfig.matrix": {}}, "SweepConfig.matrix is {}; expected"),
         ({"SweepConfig.matrix": {"a": {"../b": []}}}, "SweepConfig.matrix is"),
+        ({"SweepConfig.further": ("whole_heldout_loss",)}, "SweepConfig.further is .*other names than the metric's"),
+        ({"SweepConfig.checkpoints": {"13": "a"}}, "SweepConfig.checkpoints is .*values among .'12', '2', '24'"),
+        ({"SweepConfig.checkpoints": {"12": ""}}, "SweepConfig.checkpoints is"),
+        ({"SweepConfig.checkpoints": {"12": "a", "4": "b"}}, r"at most one for the values of arm 12\+4"),
         ({"SweepConfig.seeds": (1, 1)}, "SweepConfig.seeds is .*different numbers"),
         ({"SweepConfig.seeds": (10**6,)}, "SweepConfig.search_seed is 1000000"),
         ({"SweepConfig.learning_rates": (0.1,)}, "SweepConfig.learning_rates is .*at least two"),

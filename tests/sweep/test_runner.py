@@ -31,7 +31,9 @@ if "bad" in folder.name:
 if "slow" in folder.name:
     time.sleep(60)
 folder.mkdir(exist_ok=True)
-record = {"step": 10, "loss": 2.0, "score": len(folder.name), "step_ms": 500.0}
+record = {"step": 10, "loss": 2.0, "score": len(folder.name), "step_ms": 500.0, "expert_load": [[1, 3], [4, 0]]}
+if "--checkpoint" in words:
+    record["origin"] = len(words[words.index("--checkpoint") + 1])
 (folder / "metrics.jsonl").write_text(json.dumps(record) + "\\\\n")
 facts = {"parameters": {"total": 7}, "commit": None, "packages": {}, "devices": {}}
 (folder / "env.json").write_text(json.dumps(facts))
@@ -50,7 +52,7 @@ def runner(tmp_path):
 
     def make(at_once=2, **options):
         return Runner(
-            tmp_path, Results(tmp_path), metric="score", at_once=at_once, environments=[{}], log=lambda line: None,
+            tmp_path, Results(tmp_path), numbers=("score",), at_once=at_once, environments=[{}], log=lambda line: None,
             program=(sys.executable, "-S", str(program)), **options,
         )  # fmt: skip
 
@@ -86,6 +88,31 @@ def test_half_a_line_of_a_killed_sweep_is_no_result(runner, tmp_path):
     assert sum(results.of(run) is not None for run in runs("a", "bb")) == 1
 
 
+def test_further_numbers_are_kept_and_read_again_where_they_lack(runner, tmp_path):
+    runner().run(runs("a", "bb"))
+    numbers = ("loss", "load_violation", "score")
+    again = Runner(
+        tmp_path, Results(tmp_path, numbers), numbers=numbers, at_once=1, environments=[{}], log=lambda line: None,
+        program=("false",),
+    )  # fmt: skip
+    again.run(runs("a", "bb"))
+    assert not again.failures  # nothing was started
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [line["run"] for line in lines] == ["a", "bb"]
+    # 3 of an even 2, and 4 of an even 2: 0.5 and 1 too many
+    assert lines[1]["value"] == 2.0 and lines[1]["further"] == {"load_violation": 0.75, "score": 2}
+    assert Results(tmp_path, ("score",)).of(runs("a", "bb")[1])["value"] == 2
+
+
+def test_a_run_begins_with_its_checkpoint(runner, tmp_path):
+    (run,) = runs("a")
+    made = runner()
+    made._numbers = ("origin",)
+    made.run([run._replace(checkpoint="runs/dense")])
+    (line,) = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
+    assert line["value"] == len("runs/dense") and line["checkpoint"] == "runs/dense"
+
+
 def test_a_failure_is_named_and_the_others_go_on(runner):
     made = runner(at_once=1)
     made.run(runs("bad", "a"))
@@ -104,8 +131,8 @@ def test_a_result_of_another_config_is_refused(runner):
 
 def test_a_metric_that_no_record_has_is_named(runner):
     made = runner()
-    made._metric = "wrong"
-    with pytest.raises(ConfigError, match=r"no number 'wrong'; expected one of \['loss', 'score'"):
+    made._numbers = ("wrong",)
+    with pytest.raises(ConfigError, match=r"no number 'wrong'; expected one of \['load_violation', 'loss', 'score'"):
         made.run(runs("a"))
 
 
@@ -124,7 +151,7 @@ def test_ctrl_c_ends_the_runs(tmp_path):
     script.write_text(
         "import sys; from pathlib import Path; from tests.sweep.test_runner import *\n"
         "folder = Path(sys.argv[1])\n"
-        "r = Runner(folder, Results(folder), metric='score', at_once=2, environments=[{}], log=print,\n"
+        "r = Runner(folder, Results(folder), numbers=('score',), at_once=2, environments=[{}], log=print,\n"
         "           program=(sys.executable, '-S', sys.argv[2]))\n"
         "r.run(runs('slow1', 'slow2'))\n"
     )
@@ -152,6 +179,7 @@ STUDY = """
 SweepConfig.matrix = {'rows': {'4': [], '2': ['TrainConfig.batch_size = 2']}}
 SweepConfig.control = ('4',)
 SweepConfig.seeds = (0,)
+SweepConfig.further = ('grad_norm',)
 TrainConfig.sample_tokens = 1
 """
 
@@ -167,8 +195,12 @@ def test_a_sweep_trains_and_compares(tmp_path, capsys):
     assert {(line["arm"][0], line["steps"], line["tokens"]) for line in lines} == {("4", 2, 192), ("2", 4, 192)}
     one = {line["arm"][0]: line["value"] for line in lines}
     assert answer["arms"][1]["difference"] == pytest.approx(one["2"] - one["4"])
+    assert answer["arms"][1]["low"] is None  # one pair; JSON has no infinity
+    norms = {line["arm"][0]: line["further"]["grad_norm"] for line in lines}
+    assert answer["arms"][1]["further"]["grad_norm"]["difference"] == pytest.approx(norms["2"] - norms["4"])
     table = (tmp_path / "sweep" / "table.md").read_text()
     assert f"{one['2'] - one['4']:+.4f} [one pair]" in table and "cannot be told" in table
+    assert f"| 4 | {norms['4']:.4f} (1) | – | – | – | – |" in table
     assert (tmp_path / "sweep" / "figure.png").stat().st_size > 5000
 
 

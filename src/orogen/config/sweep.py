@@ -28,10 +28,15 @@ class Arm(NamedTuple):
 class SweepConfig:
     """Runs of one recipe that differ in bindings and seeds.
 
-    matrix: {axis: {value: [binding, ...]}}; an arm takes one value of each axis. budget: what all arms have equal, by
-    the number of their steps: tokens; flops, by `cost.flops`, of the forward and backward passes; or steps, which then
-    are as each arm binds them. Warm-up and decay keep their shares of the steps. learning_rates: each arm first trains
-    once with each of them for search_share of its steps, and then runs with the one whose metric is best.
+    matrix: {axis: {value: [binding, ...]}}; an arm takes one value of each axis. The files must be complete without
+    these bindings: they may be the control, which then binds nothing. budget: what all arms have equal, by the number
+    of their steps: tokens; flops, by `cost.flops`, of the forward and backward passes; or steps, which then are as each
+    arm binds them. Warm-up and decay keep their shares of the steps. learning_rates: each arm first trains once with
+    each of them for search_share of its steps, and then runs with the one whose metric is best.
+
+    metric, further: numbers of metrics.jsonl, of which a run's last one counts, or load_violation: the mean of
+    max / mean - 1 of the experts' loads, over MoE layers and the last tenth of the steps. checkpoints: an arm with such
+    a value begins with the weights of the folder; {seed} in its name stands for the run's seed.
     """
 
     matrix: Annotated[dict, "by axis, by value, the bindings of that value"]
@@ -44,12 +49,14 @@ class SweepConfig:
     learning_rates: Annotated[tuple[float, ...], "peaks to choose from for each arm; none: as bound"] = ()
     search_share: Annotated[float, "share of an arm's steps that each run of the search takes"] = 0.25
     search_seed: Annotated[int, "TrainConfig.seed of the search, which no run has"] = 10**6
-    metric: Annotated[str, "the number in metrics.jsonl that arms are compared by: the last one"] = "whole_heldout_loss"
+    metric: Annotated[str, "the number in metrics.jsonl that arms are compared by"] = "whole_heldout_loss"
     lower_is_better: Annotated[bool, "whether a smaller metric is better"] = True
+    further: Annotated[tuple[str, ...], "more numbers that are kept, and compared in tables of their own"] = ()
+    checkpoints: Annotated[dict | None, "{value: folder} for values of some axis; None: all arms start afresh"] = None
 
     def __post_init__(self) -> None:
         check_types(self)
-        for field in ("control", "seeds", "learning_rates"):
+        for field in ("control", "seeds", "learning_rates", "further"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
         self._check_matrix()
         require_choice(self, "budget", ("tokens", "flops", "steps"))
@@ -63,6 +70,14 @@ class SweepConfig:
                 "different numbers above 0")  # fmt: skip
         require(len(rates) != 1, self, "learning_rates", "none, or at least two to choose from")
         require(self.metric != "", self, "metric", "the name of a number in metrics.jsonl")
+        names = (self.metric, *self.further)
+        require(
+            "" not in names and len(set(names)) == len(names),
+            self,
+            "further",
+            "other names than the metric's, each once",
+        )
+        self._check_checkpoints()
 
     def _check_matrix(self) -> None:
         expected = "{axis: {value: [binding, ...]}} with names of letters, digits and _ . , = -"
@@ -79,6 +94,27 @@ class SweepConfig:
         for axis in axes:
             count *= len(axis)
         require(count <= MAX_ARMS, self, "matrix", f"at most {MAX_ARMS} arms")
+
+    def _check_checkpoints(self) -> None:
+        values = set(itertools.chain(*self.matrix.values()))
+        good = all(value in values and isinstance(folder, str) and folder for value, folder in self._folders())
+        require(good, self, "checkpoints", f"{{value: folder}} with values among {sorted(values)}")
+        for arm in self.arms():
+            expected = f"at most one for the values of arm {arm.name}"
+            require(sum(value in arm.values for value, _ in self._folders()) <= 1, self, "checkpoints", expected)
+
+    def _folders(self) -> list[tuple[str, str]]:
+        return list((self.checkpoints or {}).items())
+
+    def checkpoint(self, arm: Arm, seed: int) -> str | None:
+        """The folder whose weights a run begins with; None: it starts afresh."""
+        found = [folder for value, folder in self._folders() if value in arm.values]
+        return found[0].replace("{seed}", str(seed)) if found else None
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The metric and the further numbers."""
+        return (self.metric, *self.further)
 
     def arms(self) -> Iterator[Arm]:
         """All arms; the last axis varies fastest."""

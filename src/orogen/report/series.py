@@ -62,6 +62,14 @@ def load_over_even(records: Records, layer: int, edges_c: Floats) -> Floats:
     return np.divide(load_ce, even_c, out=np.full_like(load_ce, np.nan), where=even_c > 0).T
 
 
+def load_violation(records: Records) -> float | None:
+    """Mean over the MoE layers, and the last tenth of the records that have loads, of max / mean - 1 of the experts'
+    loads; None without loads. Source: MaxVio of arXiv:2408.15664, per batch."""
+    loads_n = [r["expert_load"] for r in records if r.get("expert_load")]
+    last_nle = np.array(loads_n[-max(1, len(loads_n) // 10) :], np.float64)
+    return float((last_nle.max(-1) / last_nle.mean(-1)).mean() - 1) if loads_n else None
+
+
 def short_number(value: float, _: object = None) -> str:
     """1234567 as 1.23M; the second argument is a tick's position, which matplotlib passes."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import os
 import signal
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from orogen.sweep.plan import Arms, Run
     from orogen.sweep.results import Results
     from orogen.sweep.runner import Runner
+    from orogen.sweep.table import Row
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,9 +49,9 @@ def sweep(options: argparse.Namespace) -> int:
         return _show(options, arms)
     with RunLock(options.run, log=say), _ending_on_sigterm():
         write_atomically(options.run / "sweep.gin", text.encode())
-        results = Results(options.run)
+        results = Results(options.run, config.numbers)
         runner = Runner(
-            options.run, results, metric=config.metric, at_once=options.at_once, launcher=options.launch,
+            options.run, results, numbers=config.numbers, at_once=options.at_once, launcher=options.launch,
             environments=environments(options.at_once, [] if options.fake_devices else visible_gpus(os.environ)),
             extra=_passed_on(options), log=say,
         )  # fmt: skip
@@ -133,15 +135,26 @@ def _report(
     if runner.failures or runner.submitted:
         return _unfinished(options, runner)
     notes = [f"the best learning rate of {arm} is an end of SweepConfig.learning_rates" for arm in edges]
-    facts = [
-        {"arm": row.name, "mean": float(row.metric_n.mean()), "seeds": len(row.metric_n),
-         **({} if row.effect is None else row.effect._asdict()),
-         "verdict": None if row.effect is None else row.effect.verdict(lower_is_better=config.lower_is_better)}
-        for row in rows
-    ]  # fmt: skip
+    facts = [_facts(row, config) for row in rows]
+    for number in config.further:
+        for fact, row in zip(facts, table.rows(config, done, number), strict=True):
+            fact.setdefault("further", {})[number] = _effect_facts(row)
     answer(options, {"finished": True, "metric": config.metric, "arms": facts, "notes": notes},
            [text.rstrip(), *notes, f"picture: {options.run / 'figure.png'}"])  # fmt: skip
     return 0
+
+
+def _facts(row: "Row", config: "SweepConfig") -> dict[str, Any]:
+    """What `--json` says of an arm."""
+    verdict = None if row.effect is None else row.effect.verdict(lower_is_better=config.lower_is_better)
+    return {"arm": row.name, "seeds": len(row.metric_n), **_effect_facts(row), "verdict": verdict}
+
+
+def _effect_facts(row: "Row") -> dict[str, Any]:
+    """JSON has no infinity: what is not finite is null."""
+    effect = {} if row.effect is None else row.effect._asdict()
+    finite = {name: value if math.isfinite(value) else None for name, value in effect.items()}
+    return {"mean": float(row.metric_n.mean()), **finite}
 
 
 SWEEP = Command(

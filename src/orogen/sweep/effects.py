@@ -9,6 +9,7 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 POWER = 0.8
+MOST_PAIRS = 10**4
 
 
 class Effect(NamedTuple):
@@ -16,7 +17,8 @@ class Effect(NamedTuple):
 
     difference: mean of arm minus control. low, high: its confidence interval at CONFIDENCE (Student's t, pairs - 1
     degrees of freedom); infinite with one pair. detectable: the smallest true difference that a test at that level
-    finds with POWER, if pairs spread as these do; infinite with one pair.
+    finds with POWER, if pairs spread as these do; infinite with one pair. needed: how many pairs such a test takes to
+    find the measured difference; infinite with one pair, or if more than MOST_PAIRS.
     """
 
     pairs: int
@@ -24,12 +26,20 @@ class Effect(NamedTuple):
     low: float
     high: float
     detectable: float
+    needed: float
+
+    @property
+    def told(self) -> int:
+        """-1 if the arm is below the control, 1 if it is above, 0 if the interval leaves both open."""
+        if not math.isfinite(self.low) or self.low <= 0 <= self.high:
+            return 0
+        return -1 if self.difference < 0 else 1
 
     def verdict(self, *, lower_is_better: bool) -> str:
         """better, worse, or cannot be told."""
-        if not math.isfinite(self.low) or self.low <= 0 <= self.high:
+        if self.told == 0:
             return "cannot be told"
-        return "better" if (self.difference < 0) == lower_is_better else "worse"
+        return "better" if (self.told < 0) == lower_is_better else "worse"
 
 
 def paired(arm: Mapping[int, float], control: Mapping[int, float]) -> Effect | None:
@@ -40,11 +50,30 @@ def paired(arm: Mapping[int, float], control: Mapping[int, float]) -> Effect | N
     differences = np.array([arm[key] - control[key] for key in keys], np.float64)
     mean, pairs = float(differences.mean()), len(keys)
     if pairs == 1:
-        return Effect(1, mean, -math.inf, math.inf, math.inf)
-    error = float(differences.std(ddof=1)) / math.sqrt(pairs)
-    wide = float(stats.t.ppf((1 + CONFIDENCE) / 2, pairs - 1))
-    found = float(stats.t.ppf(POWER, pairs - 1))
-    return Effect(pairs, mean, mean - wide * error, mean + wide * error, (wide + found) * error)
+        return Effect(1, mean, -math.inf, math.inf, math.inf, math.inf)
+    deviation = float(differences.std(ddof=1))
+    wide, detectable = _quantiles(pairs)
+    error = deviation / math.sqrt(pairs)
+    needed = _pairs_needed(mean, deviation)
+    return Effect(pairs, mean, mean - wide * error, mean + wide * error, detectable * error, needed)
+
+
+def _quantiles(pairs: int) -> tuple[float, float]:
+    """In standard errors: half the confidence interval, and the smallest difference that is found with POWER."""
+    wide, found = (float(stats.t.ppf(share, pairs - 1)) for share in ((1 + CONFIDENCE) / 2, POWER))
+    return wide, wide + found
+
+
+def _pairs_needed(difference: float, deviation: float) -> float:
+    """The fewest pairs with which the difference is detectable."""
+    if deviation == 0:
+        return 2 if difference else math.inf
+    low, high = 1, MOST_PAIRS + 1  # the detectable difference falls with the pairs: bisection
+    while high - low > 1:
+        middle = (low + high) // 2
+        enough = _quantiles(middle)[1] * deviation / math.sqrt(middle) <= abs(difference)
+        low, high = (low, middle) if enough else (middle, high)
+    return high if high <= MOST_PAIRS else math.inf
 
 
 def main_effects(

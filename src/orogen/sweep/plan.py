@@ -19,12 +19,14 @@ TOLERANCE = 0.005
 
 
 class Run(NamedTuple):
-    """One run of an arm. search: whether it only helps to choose the arm's learning rate."""
+    """One run of an arm. search: whether it only helps to choose the arm's learning rate. checkpoint: the folder whose
+    weights it begins with; None: it starts afresh."""
 
     arm: Arm
     name: str
     config: RunConfig
     search: bool = False
+    checkpoint: str | None = None
 
     @property
     def text(self) -> str:
@@ -33,8 +35,8 @@ class Run(NamedTuple):
 
     @property
     def hash(self) -> str:
-        """SHA-256 of that file."""
-        return hashlib.sha256(self.text.encode()).hexdigest()
+        """SHA-256 of that file, and of the checkpoint's path if there is one."""
+        return hashlib.sha256(self.text.encode() + (self.checkpoint or "").encode()).hexdigest()
 
     @property
     def tokens(self) -> int:
@@ -57,7 +59,7 @@ class Arms(NamedTuple):
         """The runs that choose learning rates: one per arm and rate."""
         sweep = self.sweep
         return [
-            Run(arm, f"{arm.name}-lr{rate:g}", self._searching(config, rate), search=True)
+            self._run(arm, f"{arm.name}-lr{rate:g}", self._searching(config, rate), search=True)
             for arm, config in self.configs.items()
             for rate in sweep.learning_rates
         ]
@@ -70,8 +72,13 @@ class Arms(NamedTuple):
             for arm, config in self.configs.items():
                 if arm.name in rates:
                     config = _with_rate(config, rates[arm.name])
-                found.append(Run(arm, f"{arm.name}-seed{seed}", _with_seed(config, seed)))
+                found.append(self._run(arm, f"{arm.name}-seed{seed}", _with_seed(config, seed)))
         return found
+
+    def _run(self, arm: Arm, name: str, config: RunConfig, *, search: bool = False) -> Run:
+        """A search begins with the checkpoint of the first seed: there is none for its own."""
+        seed = self.sweep.seeds[0] if search else config.train.seed
+        return Run(arm, name, config, search, self.sweep.checkpoint(arm, seed))
 
     def _searching(self, config: RunConfig, rate: float) -> RunConfig:
         steps = max(1, round(config.train.steps * self.sweep.search_share))

@@ -2,22 +2,29 @@
 
 import json
 import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from orogen.config.checks import ConfigError
 from orogen.config.files import write_atomically
 from orogen.report.metrics import read_metrics
+from orogen.report.series import Records, load_violation
 from orogen.sweep.plan import Run
 
 NAME = "results.jsonl"
+# Numbers that all records of a run give together.
+TOGETHER: dict[str, Callable[[Records], float | None]] = {"load_violation": load_violation}
 
 
 class Results:
-    """The lines of a sweep's results, by the run's name. Raises ConfigError if the file holds anything else."""
+    """The lines of a sweep's results, by the run's name. Raises ConfigError if the file holds anything else.
 
-    def __init__(self, folder: Path):
-        self._path = folder / NAME
+    numbers: those that a result must have; one without them is read again from the run's folder.
+    """
+
+    def __init__(self, folder: Path, numbers: Sequence[str] = ()):
+        self._path, self._numbers = folder / NAME, numbers
         self._lines: dict[str, dict[str, Any]] = {}
         if not self._path.exists():
             return
@@ -33,43 +40,75 @@ class Results:
             write_atomically(self._path, kept)
 
     def of(self, run: Run) -> dict[str, Any] | None:
-        """The result of the run; None if it is not done. Raises ConfigError if its config has changed since."""
+        """The result of the run, the first of `numbers` as its value; None if it is not done, or lacks one of them.
+        Raises ConfigError if its config has changed since."""
         result = self._lines.get(run.name)
         if result is not None and result.get("config") != run.hash:
             raise ConfigError(
                 f"{self._path} has a result of {run.name} with another config; expected an equal one, or another folder"
             )
-        return result
+        if result is None or not self._numbers:
+            return result
+        known = numbers_of(result)
+        if not all(name in known for name in self._numbers):
+            return None
+        return {**result, "metric": self._numbers[0], "value": known[self._numbers[0]]}
 
     def add(self, run: Run, facts: dict[str, Any]) -> None:
-        """Appends the result of a run, on the disk when this returns."""
+        """Adds the result of a run, in place of one that lacks a number; on the disk when this returns."""
         result = {
             "run": run.name, "arm": list(run.arm.values), "search": run.search, "seed": run.config.train.seed,
             "learning_rate": run.config.optimizer.learning_rate, "config": run.hash, "steps": run.config.train.steps,
-            "tokens": run.tokens, "flops": run.flops, **facts,
+            "tokens": run.tokens, "flops": run.flops,
+            **({"checkpoint": run.checkpoint} if run.checkpoint else {}), **facts,
         }  # fmt: skip
+        replaced = run.name in self._lines
+        self._lines[run.name] = result
+        if replaced:
+            return write_atomically(self._path, b"".join(map(_line, self._lines.values())))
         with self._path.open("ab") as file:
-            file.write(json.dumps(result).encode() + b"\n")
+            file.write(_line(result))
             file.flush()
             os.fsync(file.fileno())
-        self._lines[run.name] = result
 
 
-def read_run(folder: Path, run: Run, metric: str) -> dict[str, Any] | None:
-    """What a run folder says of a finished run: its metric, the seconds of its steps, versions. None while the run has
-    not ended. Raises ConfigError if it ended without the metric."""
+def _line(result: Mapping[str, Any]) -> bytes:
+    return json.dumps(result).encode() + b"\n"
+
+
+def numbers_of(result: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a result by name: its metric and the further ones."""
+    return {result["metric"]: result["value"], **result.get("further", {})}
+
+
+def read_run(folder: Path, run: Run, numbers: Sequence[str]) -> dict[str, Any] | None:
+    """What a run folder says of a finished run: its numbers, the first as its value; seconds of its steps; versions.
+    None while the run has not ended. Raises ConfigError if it ended without one of the numbers."""
     if not (folder / "report.html").is_file():  # the last thing that a run writes
         return None
     records = read_metrics(folder)
     if not records or records[-1]["step"] < run.config.train.steps:
         return None
-    numbers = {key for record in records for key, x in record.items() if type(x) in (int, float)}
-    values = [record[metric] for record in records if type(record.get(metric)) in (int, float)]
-    if not values:
-        raise ConfigError(f"{folder} has no number {metric!r}; expected one of {sorted(numbers)}")
+    metric, *further = numbers
     facts = json.loads((folder / "env.json").read_text())
     return {
-        "metric": metric, "value": values[-1], "seconds": round(sum(r.get("step_ms", 0.0) for r in records) / 1e3, 3),
+        "metric": metric, "value": _number(folder, records, metric),
+        **({"further": {name: _number(folder, records, name) for name in further}} if further else {}),
+        "seconds": round(sum(r.get("step_ms", 0.0) for r in records) / 1e3, 3),
         "parameters": facts["parameters"]["total"], "commit": facts["commit"], "packages": facts["packages"],
         "devices": facts["devices"],
     }  # fmt: skip
+
+
+def _number(folder: Path, records: Sequence[Mapping[str, Any]], name: str) -> float:
+    """The last number of that name in the records, or one that they give together."""
+    if name in TOGETHER:
+        found = TOGETHER[name](records)
+        values = [] if found is None else [found]
+    else:
+        values = [record[name] for record in records if type(record.get(name)) in (int, float)]
+    if not values:
+        have = {key for record in records for key, x in record.items() if type(x) in (int, float)}
+        have |= {key for key, make in TOGETHER.items() if make(records) is not None}
+        raise ConfigError(f"{folder} has no number {name!r}; expected one of {sorted(have)}")
+    return values[-1]

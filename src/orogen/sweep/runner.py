@@ -33,16 +33,18 @@ class Failure(NamedTuple):
 class Runner:
     """Starts `orogen train` for runs that have no result yet, at most `at_once` at a time.
 
-    folder: of the sweep; run NAME trains in runs/NAME from configs/NAME.gin and writes to logs/NAME.log. extra: options
-    that every run gets. launcher: arguments of `orogen launch` that each run goes through; those of a queue come back
-    at once, and then `submitted/NAME` keeps the run from being submitted twice. program: what takes these arguments.
+    folder: of the sweep; run NAME trains in runs/NAME from configs/NAME.gin and writes to logs/NAME.log. numbers: those
+    of a result, the metric first. extra: options that every run gets. launcher: arguments of `orogen launch` that each
+    run goes through; those of a queue come back at once, and then `submitted/NAME` keeps the run from being submitted
+    twice. program: what takes these arguments.
     """
 
     def __init__(
-        self, folder: Path, results: Results, *, metric: str, at_once: int, environments: Sequence[Mapping[str, str]],
-        extra: Sequence[str] = (), launcher: str = "", log: Callable[[str], None], program: Sequence[str] = OROGEN,
+        self, folder: Path, results: Results, *, numbers: Sequence[str], at_once: int,
+        environments: Sequence[Mapping[str, str]], extra: Sequence[str] = (), launcher: str = "",
+        log: Callable[[str], None], program: Sequence[str] = OROGEN,
     ):  # fmt: skip
-        self._folder, self._results, self._metric, self._log = folder, results, metric, log
+        self._folder, self._results, self._numbers, self._log = folder, results, numbers, log
         self._free = [dict(environments[k % len(environments)]) for k in range(at_once)]
         self._extra, self._launcher, self._program = extra, shlex.split(launcher), program
         self._live: dict[subprocess.Popen[bytes], tuple[Run, dict[str, str]]] = {}
@@ -63,7 +65,7 @@ class Runner:
                 for run in self._ended():
                     ended += 1
                     done = self._results.of(run)
-                    what = "failed" if done is None else f"{self._metric} {done['value']:.4f}"
+                    what = "failed" if done is None else f"{self._numbers[0]} {done['value']:.4f}"
                     self._log(f"{ended}/{len(runs)} {run.name}: {what}, after {time.monotonic() - begun:.0f} s")
                 time.sleep(LOOK_SECONDS)
         finally:
@@ -77,7 +79,7 @@ class Runner:
         in a queue."""
         if self._results.of(run) is not None:
             return True
-        if (facts := read_run(self._folder / "runs" / run.name, run, self._metric)) is not None:
+        if (facts := read_run(self._folder / "runs" / run.name, run, self._numbers)) is not None:
             self._results.add(run, facts)
             return True
         if self._launcher and self._mark(run).exists():
@@ -93,6 +95,7 @@ class Runner:
         config = self._folder / "configs" / f"{run.name}.gin"
         write_atomically(config, run.text.encode())
         train = ["train", "--gin_file", str(config), "--run", str(target), "--resume", *self._extra]
+        train += ["--checkpoint", run.checkpoint] if run.checkpoint else []
         task = ["launch", *self._launcher, "--", *train] if self._launcher else train
         environment = self._free.pop()
         with (self._folder / "logs" / f"{run.name}.log").open("ab") as log:
@@ -106,7 +109,7 @@ class Runner:
         for process in [p for p in self._live if p.poll() is not None]:
             run, environment = self._live.pop(process)
             self._free.append(environment)
-            facts = read_run(self._folder / "runs" / run.name, run, self._metric)
+            facts = read_run(self._folder / "runs" / run.name, run, self._numbers)
             if facts is not None:
                 self._results.add(run, facts)
             elif process.returncode == 0 and self._launcher:

@@ -11,7 +11,8 @@ from orogen.config.files import write_atomically
 from orogen.config.sweep import SweepConfig
 from orogen.report.pictures import LIGHT, png
 from orogen.report.series import short_number
-from orogen.sweep.effects import CONFIDENCE, Effect, main_effects, paired
+from orogen.sweep.effects import CONFIDENCE, MOST_PAIRS, Effect, main_effects, paired
+from orogen.sweep.results import numbers_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,8 +39,16 @@ class Row(NamedTuple):
         return np.array([result["value"] for result in self.results.values()], np.float64)
 
 
-def rows(sweep: SweepConfig, results: Mapping[tuple[str, ...], Mapping[int, Mapping[str, Any]]]) -> list[Row]:
-    """A row per arm that has a result, the control first. results: by the arm's values, by seed."""
+def rows(
+    sweep: SweepConfig, results: Mapping[tuple[str, ...], Mapping[int, Mapping[str, Any]]], number: str | None = None
+) -> list[Row]:
+    """A row per arm that has a result, the control first. results: by the arm's values, by seed. number: the one that
+    is compared; None: the metric."""
+    if number is not None:
+        results = {
+            arm: {seed: {**result, "value": numbers_of(result)[number]} for seed, result in by_seed.items()}
+            for arm, by_seed in results.items()
+        }
     values = values_of(results)
     control = values.get(sweep.control, {})
     arms = sorted(results, key=lambda arm: arm != sweep.control)
@@ -55,24 +64,40 @@ def values_of(results: Mapping[tuple[str, ...], Mapping[int, Mapping[str, Any]]]
 
 
 def markdown(sweep: SweepConfig, table: Sequence[Row]) -> str:
-    """The table, and below it the main effects if the matrix has several axes."""
-    metric = sweep.metric
+    """The table; below it the main effects if the matrix has several axes, and a table of each further number."""
+    control = "+".join(sweep.control)
     lines = [
-        f"| arm | parameters | steps | tokens | FLOPs | learning rate | {metric}, mean ± sd (seeds) "
-        f"| difference from {'+'.join(sweep.control)} [{CONFIDENCE:.0%}] | detectable | verdict | seconds |",
-        "|---" * 11 + "|",
+        f"| arm | parameters | steps | tokens | FLOPs | learning rate | {sweep.metric}, mean ± sd (seeds) "
+        f"| difference from {control} [{CONFIDENCE:.0%}] | detectable | seeds to tell | verdict | seconds |",
+        "|---" * 12 + "|",
     ]
     for row in table:
         one = next(iter(row.results.values()))
-        spread = f" ± {row.metric_n.std(ddof=1):.4f}" if len(row.metric_n) > 1 else ""
         cells = [
             row.name, short_number(one["parameters"]), f"{one['steps']:,}", short_number(one["tokens"]),
-            f"{one['flops']:.3g}", f"{one['learning_rate']:g}",
-            f"{row.metric_n.mean():.4f}{spread} ({len(row.metric_n)})", *_cells(row.effect, sweep),
+            f"{one['flops']:.3g}", f"{one['learning_rate']:g}", _mean(row), *_cells(row.effect, _better(sweep)),
             f"{sum(r['seconds'] for r in row.results.values()):.0f}",
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, *_main_lines(sweep, table)]) + "\n"
+    lines += _main_lines(sweep, table)
+    done = {row.values: row.results for row in table}
+    for number in sweep.further:
+        lines += _further_lines(number, control, rows(sweep, done, number))
+    return "\n".join(lines) + "\n"
+
+
+def _further_lines(number: str, control: str, table: Sequence[Row]) -> list[str]:
+    """The table of a further number, of which nobody says whether less is better."""
+    head = f"| arm | {number}, mean ± sd (seeds) | difference from {control} [{CONFIDENCE:.0%}] "
+    lines = ["", f"{head}| detectable | seeds to tell | verdict |", "|---" * 6 + "|"]
+    for row in table:
+        lines.append("| " + " | ".join([row.name, _mean(row), *_cells(row.effect, ("lower", "higher"))]) + " |")
+    return lines
+
+
+def _mean(row: Row) -> str:
+    spread = f" ± {row.metric_n.std(ddof=1):.4f}" if len(row.metric_n) > 1 else ""
+    return f"{row.metric_n.mean():.4f}{spread} ({len(row.metric_n)})"
 
 
 def _main_lines(sweep: SweepConfig, table: Sequence[Row]) -> list[str]:
@@ -82,30 +107,48 @@ def _main_lines(sweep: SweepConfig, table: Sequence[Row]) -> list[str]:
     axes = list(sweep.matrix)
     lines = [
         "",
-        f"| main effect, all else equal | difference [{CONFIDENCE:.0%}] | detectable | verdict |",
-        "|---" * 4 + "|",
+        f"| main effect, all else equal | difference [{CONFIDENCE:.0%}] | detectable | seeds to tell | verdict |",
+        "|---" * 5 + "|",
     ]
     for (axis, value), effect in main_effects(values, sweep.control).items():
         name = f"{axes[axis]}: {value} against {sweep.control[axis]}"
-        lines.append("| " + " | ".join([name, *_cells(effect, sweep)]) + " |")
+        lines.append("| " + " | ".join([name, *_cells(effect, _better(sweep))]) + " |")
     return lines
 
 
-def _cells(effect: Effect | None, sweep: SweepConfig) -> list[str]:
+def _better(sweep: SweepConfig) -> tuple[str, str]:
+    """What a negative and a positive difference mean."""
+    return ("better", "worse") if sweep.lower_is_better else ("worse", "better")
+
+
+def _cells(effect: Effect | None, words: tuple[str, str]) -> list[str]:
     if effect is None:
-        return ["–", "–", "–"]
+        return ["–", "–", "–", "–"]
     if not math.isfinite(effect.low):
-        return [f"{effect.difference:+.4f} [one pair]", "–", "cannot be told"]
+        return [f"{effect.difference:+.4f} [one pair]", "–", "–", "cannot be told"]
     interval = f"{effect.difference:+.4f} [{effect.low:+.4f}, {effect.high:+.4f}]"
-    return [interval, f"{effect.detectable:.4f}", effect.verdict(lower_is_better=sweep.lower_is_better)]
+    needed = f"{effect.needed:.0f}" if math.isfinite(effect.needed) else f"over {MOST_PAIRS:,}"
+    told = effect.told
+    return [interval, f"{effect.detectable:.4f}", needed, "cannot be told" if told == 0 else words[told > 0]]
 
 
 def draw(path: Path, sweep: SweepConfig, table: Sequence[Row]) -> None:
-    """Writes a PNG: left each seed's metric by arm, right the differences from the control with their intervals."""
+    """Writes a PNG, with two panels per number: left each seed's by arm, right the differences from the control with
+    their intervals."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 1.4 + 0.42 * len(table)), dpi=130, layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
+    done, count = {row.values: row.results for row in table}, len(sweep.numbers)
+    figure = Figure(figsize=(10, (1.4 + 0.42 * len(table)) * count), dpi=130, layout="constrained")
+    better = "lower" if sweep.lower_is_better else "higher"
+    panels = figure.subplots(count, 2, sharey=True, squeeze=False)
+    for number, (left, right) in zip(sweep.numbers, panels, strict=True):
+        label = f"{number} ({better} is better)" if number == sweep.metric else number
+        _draw_number(left, right, rows(sweep, done, number), label)
+        right.set(xlabel=f"difference from {'+'.join(sweep.control)}, paired by seed, {CONFIDENCE:.0%} interval")
+    write_atomically(path, png(figure))
+
+
+def _draw_number(left: "Axes", right: "Axes", table: Sequence[Row], label: str) -> None:
     places = np.arange(len(table))[::-1]
     for place, row in zip(places, table, strict=True):
         left.plot(row.metric_n, [place] * len(row.metric_n), "o", color=LIGHT.faint, markersize=6)
@@ -114,14 +157,11 @@ def draw(path: Path, sweep: SweepConfig, table: Sequence[Row]) -> None:
             _draw_effect(right, row.effect, place)
     right.axvline(0, color=LIGHT.ink, linewidth=0.8)
     left.set_yticks(places, [row.name for row in table])
-    better = "lower" if sweep.lower_is_better else "higher"
-    left.set(xlabel=f"{sweep.metric} ({better} is better); | is the mean")
-    right.set(xlabel=f"difference from {'+'.join(sweep.control)}, paired by seed, {CONFIDENCE:.0%} interval")
+    left.set(xlabel=f"{label}; | is the mean")
     for axes in (left, right):
         axes.grid(axis="x", color=LIGHT.grid)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    write_atomically(path, png(figure))
 
 
 def _draw_effect(axes: "Axes", effect: Effect, place: float) -> None:
