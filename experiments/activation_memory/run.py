@@ -12,8 +12,9 @@ from typing import Any
 
 from figure import draw
 
-from orogen.config.load import load, model_text
+from orogen.config.load import load
 from orogen.config.model import ModelConfig
+from orogen.config.text import model_text
 from orogen.cost.ledger import Workload
 from orogen.parallel.runtime import configure
 

@@ -22,8 +22,9 @@ from mapping import (
     total,
 )
 
-from orogen.config.load import load, model_text
+from orogen.config.load import load
 from orogen.config.model import ModelConfig
+from orogen.config.text import model_text
 from orogen.parallel.runtime import configure
 
 FOLDER = Path(__file__).parent

@@ -18,9 +18,9 @@ from orogen.checkpoint.leaves import dotted
 from orogen.checkpoint.open import open_model
 from orogen.checkpoint.transfer import export, from_hf
 from orogen.config.checks import ConfigError
-from orogen.config.load import model_text
 from orogen.config.model import ModelConfig
 from orogen.config.reads import plain_model
+from orogen.config.text import model_text
 from orogen.convert.config import read_config, write_config
 from orogen.convert.names import leaf_shapes, table
 from orogen.layers.documents import documents

@@ -20,8 +20,9 @@ from orogen.checkpoint.open import open_folder, open_model
 from orogen.checkpoint.steps import Checkpoints
 from orogen.checkpoint.transfer import from_hf
 from orogen.config.checks import ConfigError
-from orogen.config.load import load, model_text
+from orogen.config.load import load
 from orogen.config.plan import PlanConfig
+from orogen.config.text import model_text
 from orogen.cost.assemble import assemble
 from orogen.model.lm import build
 from orogen.model.vocabulary import vocab_dim

@@ -20,10 +20,11 @@ from orogen.compress.prune import decide, random_found
 from orogen.compress.rewrite import Source, rewrite
 from orogen.compress.slices import MIXERS, REST, Pruned
 from orogen.config.checks import ConfigError
-from orogen.config.load import load, load_part, model_text
+from orogen.config.load import load, load_part
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.prune import PruneConfig
+from orogen.config.text import model_text
 from orogen.infer.score import score
 from orogen.model.count import count
 from orogen.model.lm import build

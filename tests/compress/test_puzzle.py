@@ -11,8 +11,8 @@ from orogen.cli import main
 from orogen.compress.candidates import total_costs
 from orogen.compress.puzzle import read_scores, removal_order, solve
 from orogen.config.checks import ConfigError
-from orogen.config.load import model_text
 from orogen.config.search import SearchConfig
+from orogen.config.text import model_text
 
 PARENT = hybrid(pattern="M-*M-*-", mtp_depths=0)
 HEADS, HIDDEN = (18, 12), (60, 36)  # of Mamba and of the MLPs

@@ -16,8 +16,9 @@ from orogen.checkpoint.transfer import from_hf
 from orogen.cli import main
 from orogen.compress.upcycle import upcycled_config
 from orogen.config.checks import ConfigError
-from orogen.config.load import load, load_part, model_text
+from orogen.config.load import load, load_part
 from orogen.config.model import ModelConfig
+from orogen.config.text import model_text
 from orogen.config.upcycle import UpcycleConfig
 from orogen.infer.score import score
 from orogen.model.lm import build

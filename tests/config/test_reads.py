@@ -12,13 +12,14 @@ from flax import nnx
 from tests.helpers import HYBRID
 
 from orogen.config.checks import ConfigError
-from orogen.config.load import load, load_saved, model_text
+from orogen.config.load import load, load_saved
 from orogen.config.model import LAYERS, ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.readers import ALWAYS, READERS
 from orogen.config.reads import plain_model, require_read, unread, without_unread
 from orogen.config.rl import EnvironmentConfig
 from orogen.config.run import PARTS, OptimizerConfig, RunConfig, TrainConfig
+from orogen.config.text import model_text
 from orogen.layers.documents import documents
 from orogen.model.lm import LanguageModel, build
 from orogen.parallel.plan import single_device_plan

@@ -8,8 +8,9 @@ import pytest
 from tests.convert.synthetic import CASES, shapes, stored
 
 from orogen.config.checks import ConfigError
-from orogen.config.load import load, model_text
+from orogen.config.load import load
 from orogen.config.model import ModelConfig
+from orogen.config.text import model_text
 from orogen.convert.config import difference, family_of, read_config, write_config
 from orogen.convert.names import table
 

@@ -13,10 +13,11 @@ from tests.helpers import RUN, hybrid, run_config, several_devices
 from orogen.checkpoint.open import open_model
 from orogen.cli import main
 from orogen.config.distill import DistillConfig
-from orogen.config.load import load, run_text
+from orogen.config.load import load
 from orogen.config.plan import PlanConfig
 from orogen.config.precision import PrecisionConfig
 from orogen.config.run import RunConfig
+from orogen.config.text import run_text
 from orogen.cost.assemble import assemble
 from orogen.layers.documents import Documents, numbered
 from orogen.model.count import count

@@ -4,7 +4,8 @@ import pytest
 from tests.helpers import write_recipe
 
 from orogen.config.checks import ConfigError
-from orogen.config.load import load, load_sweep, run_text
+from orogen.config.load import load, load_sweep
+from orogen.config.text import run_text
 from orogen.cost.flops import training_flops_per_token
 from orogen.model.count import count
 from orogen.sweep.plan import make_arms

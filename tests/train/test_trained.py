@@ -22,9 +22,10 @@ MODEL = hybrid(
 )  # fmt: skip
 
 
-def config_of(names, **plan):
-    config = run_config(MODEL, plan=plan, batch_size=4, sequence_length=16)
-    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, trained=names))
+def config_of(names, frozen=(), model=MODEL, name="adamw", **plan):
+    config = run_config(model, plan=plan, batch_size=4, sequence_length=16)
+    optimizer = dataclasses.replace(config.optimizer, trained=names, frozen=frozen, name=name)
+    return dataclasses.replace(config, optimizer=optimizer)
 
 
 def leaves(tree):
@@ -44,12 +45,28 @@ def test_only_chosen_parts_move():
     after = leaves(jax.device_get(state.params))
     moved = {name for name in before if not np.array_equal(before[name], after[name])}
     # A closed gate lets nothing through to the resampler, but its weights decay.
-    mask = leaves(trained_mask(built, config.optimizer.trained))
+    mask = leaves(trained_mask(built, config.optimizer))
     vectors = {name for name in mask if mask[name] and "resampler" in name and before[name].ndim == 1}
     assert moved == {name for name in mask if mask[name]} - vectors
     assert float(metrics.grad_norm) > 0
     moments = sum(leaf.size for name, leaf in leaves(state.optimizer).items() if ".mu." in f".{name}.")
     assert moments == sum(before[name].size for name in mask if mask[name])
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_frozen_routers_keep_their_bits_and_their_biases_move(name):
+    config = config_of((), ("router",), hybrid(pattern="*E", mtp_depths=0), name)
+    plan, built = assemble(config.model, config.plan, length=16)
+    optimizer = optimizer_of(config, built)
+    state = create_state(config.model, built, optimizer, plan, 0)
+    before, biases = (leaves(jax.device_get(tree)) for tree in (state.params, state.buffers))
+    step = make_step(built, NEXT_TOKENS, config, plan, optimizer)
+    state, _ = step(state, batch_to_devices(packed_batch(config, config.train), plan))
+    after, moved = leaves(jax.device_get(state.params)), leaves(jax.device_get(state.buffers))
+    frozen = {name for name in before if ".router." in name}
+    assert frozen and all(np.array_equal(before[name], after[name]) for name in frozen)
+    assert not any(np.array_equal(before[name], after[name]) for name in before.keys() - frozen)
+    assert not any(np.array_equal(biases[name], moved[name]) for name in biases)
 
 
 def test_a_parameter_belongs_to_its_letter_wherever_it_is():
@@ -62,10 +79,12 @@ def test_a_parameter_belongs_to_its_letter_wherever_it_is():
 
 def test_names_that_nothing_has_are_refused():
     with pytest.raises(ConfigError, match="has 'M'; expected letters of the pattern or parts of the model"):
-        trained_mask(build(MODEL), ("x", "M"))
+        trained_mask(build(MODEL), config_of(("x", "M")).optimizer)
+    with pytest.raises(ConfigError, match="frozen has 'gate'; expected the model's modules and parameters: .*mixer"):
+        trained_mask(build(MODEL), config_of((), ("gate",)).optimizer)
     with pytest.raises(ConfigError, match="expected letters of"):
         config_of(("Q",))
     _, built = assemble(MODEL, config_of((), stage=2).plan, length=16)
     with pytest.raises(ConfigError, match="both embedding and head or neither"):
-        trained_mask(built, ("head",))
-    assert trained_mask(built, ()) is None
+        trained_mask(built, config_of(("head",)).optimizer)
+    assert trained_mask(built, config_of(()).optimizer) is None

@@ -15,7 +15,7 @@ from PIL import Image
 from orogen.checkpoint.open import open_folder
 from orogen.cli import main
 from orogen.compress.rewrite import Source
-from orogen.config.load import model_text
+from orogen.config.text import model_text
 
 ENCODER = Path(__file__).parent.parent / "fixtures" / "vision" / "clip"
 COLOURS = {"red": (230, 20, 20), "green": (20, 200, 30), "blue": (20, 40, 240), "grey": (128, 128, 128)}

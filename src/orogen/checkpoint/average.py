@@ -19,7 +19,7 @@ from orogen.checkpoint.open import open_folder, read_model
 from orogen.checkpoint.transfer import model_tensors
 from orogen.config.checks import ConfigError
 from orogen.config.files import write_atomically
-from orogen.config.load import model_text
+from orogen.config.text import model_text
 from orogen.convert.config import difference
 from orogen.convert.tensor_files import Spec, TensorWriter, new_folder
 

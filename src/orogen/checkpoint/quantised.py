@@ -27,7 +27,7 @@ from orogen.checkpoint.folders import (
 from orogen.checkpoint.transfer import Fits, Layout, folder_tensors, layout_of
 from orogen.config.checks import ConfigError
 from orogen.config.files import write_atomically
-from orogen.config.load import model_text
+from orogen.config.text import model_text
 from orogen.convert.describe import Description
 from orogen.convert.names import Table
 from orogen.convert.parts import Parts, is_linear, module_of, parts_of

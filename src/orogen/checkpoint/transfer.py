@@ -29,9 +29,9 @@ from orogen.checkpoint.tensors import HuggingFaceTensors, promoted, unquantised
 from orogen.config.checks import ConfigError
 from orogen.config.files import write_atomically
 from orogen.config.json_file import read_json
-from orogen.config.load import model_text
 from orogen.config.model import ModelConfig
 from orogen.config.streams import say
+from orogen.config.text import model_text
 from orogen.convert import names
 from orogen.convert.config import family_of, mtp_blocks, write_config
 from orogen.convert.quantization import FILE as QUANTIZATION

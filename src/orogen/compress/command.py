@@ -229,7 +229,8 @@ def search(options: argparse.Namespace) -> int:
     from orogen.compress.search import search_models
     from orogen.compress.speed import Speed
     from orogen.config.files import write_atomically
-    from orogen.config.load import load_search, model_text
+    from orogen.config.load import load_search
+    from orogen.config.text import model_text
 
     began = time.monotonic()
     model, settings, cluster, engine = load_search(options.gin_file, options.gin_bindings)

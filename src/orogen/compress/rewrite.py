@@ -22,8 +22,8 @@ from orogen.checkpoint.tensors import promoted
 from orogen.checkpoint.transfer import folder_tensors
 from orogen.config.checks import ConfigError
 from orogen.config.files import write_atomically
-from orogen.config.load import model_text
 from orogen.config.model import ModelConfig
+from orogen.config.text import model_text
 from orogen.convert.names import Path as Leaf
 from orogen.convert.tensor_files import Spec, TensorWriter, new_folder
 from orogen.model.block import places, repeats

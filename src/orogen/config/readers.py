@@ -1,30 +1,15 @@
 """The table of when each field of a config is read; `reads` checks runs by it."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
+from orogen.config import readers_of_tasks as tasks
 from orogen.config.model import ModelConfig
 from orogen.config.pattern import LAYERS
 from orogen.config.plan import PlanConfig
 from orogen.config.precision import PrecisionConfig
-from orogen.config.preference import BRADLEY_TERRY, DPO, PreferenceConfig
+from orogen.config.readers_of_tasks import Reader
 from orogen.config.recipe import FP8, layer_recipes
-from orogen.config.rl import RLConfig
 from orogen.config.run import RunConfig
-
-
-class Reader(NamedTuple):
-    """Fields that are read only if `holds`. needs: the parts of the run that `holds` looks at; if one is missing, the
-    fields are not checked. otherwise: why a run does not read them if `holds` is False."""
-
-    fields: str
-    needs: tuple[str, ...]
-    holds: Callable[[RunConfig], bool]
-    otherwise: str
-
-
-def _of_rl(fields: str, holds: Callable[[RLConfig], bool], otherwise: str) -> Reader:
-    return Reader(fields, ("rl",), lambda run: holds(run.rl), otherwise)
 
 
 def letters(model: ModelConfig) -> set[str]:
@@ -51,10 +36,6 @@ def _of_precision(fields: str, holds: Callable[[PrecisionConfig], bool], otherwi
     return Reader(fields, ("precision",), lambda run: holds(run.precision), otherwise)
 
 
-def _of_preference(fields: str, holds: Callable[[PreferenceConfig], bool], otherwise: str) -> Reader:
-    return Reader(fields, ("preference",), lambda run: holds(run.preference), otherwise)
-
-
 # The letters whose layers read a field of the model.
 MODEL_LETTERS = {
     "*w+x": "num_attention_heads",
@@ -79,28 +60,22 @@ LETTERS = {field: read_by for read_by, fields in MODEL_LETTERS.items() for field
 
 # By part, the fields that are always read; what their values allow is checked by the configs themselves.
 ALWAYS = {
+    **tasks.ALWAYS,
     "model": "pattern vocab_size hidden_size norm layer_norm_epsilon tie_word_embeddings learned_positions score_head",
     "plan": "data context tensor stage fsdp microbatches unroll remat offload offload_optimizer cross_entropy",
     "data": "corpus sources tokenizer vocab_size heldout_fraction tuning_fraction shuffle",
     "train": "steps batch_size sequence_length batch_ramp phases seed compute_dtype checkpoint_every "
     "checkpoint_minutes keep_checkpoints max_skipped_steps spike_deviations roll_back_after hang_minutes "
     "sample_prompts sample_tokens loggers",
-    "chat": "template too_long without_reasoning truncated",
-    "distill": "divergence cross_entropy temperature top_k logits",
-    "preference": "template too_long loss",
     # With Muon, AdamW's beta1, beta2 and epsilon are those of the parameters that Muon leaves to it.
     "optimizer": "name learning_rate schedule warmup_steps beta1 beta2 epsilon weight_decay clip_norm moment_dtype "
     "trained frozen",
-    "evaluate": "tasks every texts max_length batch_tokens",
     "precision": "recipe keep switch_step",
-    "rl": "environments prompts samples max_tokens template temperature algorithm clip_low clip_high dual_clip mean "
-    "importance sequence_error baseline normalise advantage_clip overlong resample kl length_control concise_bonus "
-    "curriculum updates exact slots workers table_rows",
-    "vision": "encoder features images_per_row image_token database retrieved shots",
 }
 # The other fields, by part. A field may have several readers, which must all hold. Those of the model depend on the
 # model alone, since one model file serves many plans.
 READERS: dict[str, tuple[Reader, ...]] = {
+    **tasks.READERS,
     "model": (
         *(_by_letters(read_by, fields) for read_by, fields in MODEL_LETTERS.items()),
         _of_model(
@@ -223,47 +198,6 @@ READERS: dict[str, tuple[Reader, ...]] = {
             "DataConfig.heldout_fraction is 0: there is nothing to evaluate on",
         ),
     ),
-    "chat": (),
-    "distill": (
-        Reader(
-            "rest",
-            ("distill",),
-            lambda run: run.distill.top_k is not None or run.distill.logits is not None,
-            "DistillConfig.top_k and .logits are None: no token is left out",
-        ),
-        Reader(
-            "teacher_plan",
-            ("distill",),
-            lambda run: run.distill.logits is None,
-            "DistillConfig.logits is set: the teacher does not run",
-        ),
-    ),
-    "preference": (
-        _of_preference(
-            "beta average_log_probs preference_weight sft_weight sft_average_log_probs",
-            lambda preference: preference.loss != BRADLEY_TERRY,
-            "PreferenceConfig.loss is 'bradley_terry'",
-        ),
-        _of_preference(
-            "label_smoothing", lambda preference: preference.loss == DPO, "PreferenceConfig.loss is not 'dpo'"
-        ),
-        _of_preference(
-            "sft_average_log_probs", lambda preference: preference.sft_weight > 0, "PreferenceConfig.sft_weight is 0"
-        ),
-        _of_preference(
-            "center_weight",
-            lambda preference: preference.loss == BRADLEY_TERRY,
-            "PreferenceConfig.loss is not 'bradley_terry'",
-        ),
-    ),
-    "vision": (
-        Reader(
-            "guard",
-            ("vision",),
-            lambda run: run.vision.retrieved > 0 or run.vision.shots > 0,
-            "VisionConfig.retrieved and .shots are 0: nothing is retrieved",
-        ),
-    ),
     "optimizer": (
         Reader(
             "decay_steps",
@@ -276,53 +210,6 @@ READERS: dict[str, tuple[Reader, ...]] = {
             ("optimizer",),
             lambda run: run.optimizer.schedule != "constant",
             "OptimizerConfig.schedule is 'constant'",
-        ),
-    ),
-    "evaluate": (
-        Reader(
-            "lengths samples seed",
-            ("evaluate",),
-            lambda run: bool(run.evaluate.generated),
-            "EvaluateConfig.tasks has no generated suite",
-        ),
-        Reader(
-            "haystack",
-            ("evaluate",),
-            lambda run: "needle" in run.evaluate.tasks,
-            "EvaluateConfig.tasks has no 'needle'",
-        ),
-        Reader(
-            "limit shots",
-            ("evaluate",),
-            lambda run: run.evaluate.generated != run.evaluate.tasks or bool(run.evaluate.task_path),
-            "EvaluateConfig.tasks has no task of lm-eval",
-        ),
-        Reader("task_path", ("evaluate",), lambda run: bool(run.evaluate.tasks), "EvaluateConfig.tasks is empty"),
-        Reader(
-            "text_field method score_ends",
-            ("evaluate",),
-            lambda run: bool(run.evaluate.texts),
-            "EvaluateConfig.texts is empty",
-        ),
-        Reader(
-            "stride",
-            ("evaluate",),
-            lambda run: bool(run.evaluate.texts) and run.evaluate.method == "windows",
-            "EvaluateConfig has no texts to read by method 'windows'",
-        ),
-    ),
-    "rl": (
-        _of_rl("importance_low importance_high", lambda rl: rl.importance != "none", "RLConfig.importance is 'none'"),
-        _of_rl("kl_estimator", lambda rl: rl.kl > 0, "RLConfig.kl is 0"),
-        _of_rl(
-            "overlong_buffer overlong_penalty",
-            lambda rl: rl.chosen("overlong") == "penalty",
-            "RLConfig.overlong is not 'penalty'",
-        ),
-        _of_rl(
-            "profile_samples profile_every curriculum_start curriculum_end curriculum_width",
-            lambda rl: rl.curriculum != "none",
-            "RLConfig.curriculum is 'none'",
         ),
     ),
     "precision": (

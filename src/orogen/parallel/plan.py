@@ -28,7 +28,6 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from orogen.config.checks import require
 from orogen.config.model import ModelConfig
 from orogen.config.plan import FOR_GPU, PlanConfig
-from orogen.config.quantize import Measured
 from orogen.config.recipe import FP8, PLAIN, RECIPES, Recipe, layer_recipes
 from orogen.parallel.axes import SHARDED, MeshAxes, full_axes, make_rules, map_variables, spec_of, stream_rules
 from orogen.parallel.gathered import gather_weight
@@ -129,12 +128,6 @@ class Plan:
             return self
         layer_l, probe_l = each
         return dataclasses.replace(self, rounding=self.rounding._replace(layer_l=layer_l, probe_l=probe_l))
-
-    def measuring(self, measured: tuple[tuple[str, Measured], ...]) -> "Plan":
-        """The plan of the same layer whose products measure nothing but do this, by kind."""
-        rounding = self.rounding and self.rounding._replace(probe_l=None)
-        recipe = dataclasses.replace(self.recipe, measured=measured)
-        return dataclasses.replace(self, recipe=recipe, rounding=rounding)
 
     def in_step(self, key: Array, tokens_bt: Array) -> "Plan":
         """The plan of a step, if it rounds. key: see `Rounding`; tokens_bt: this device's part of the global batch.

@@ -212,7 +212,8 @@ def distill(options: argparse.Namespace) -> int:
 
 
 def _write_logits(options: argparse.Namespace, folder: "Folder | None") -> int:
-    from orogen.config.load import load, model_bindings
+    from orogen.config.load import load
+    from orogen.config.text import model_bindings
     from orogen.cost.assemble import assemble
     from orogen.parallel import distributed
     from orogen.posttrain.distill import Distillation

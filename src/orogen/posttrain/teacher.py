@@ -21,10 +21,10 @@ from orogen.checkpoint.folders import Folder
 from orogen.checkpoint.open import Opened, read_model
 from orogen.config.checks import ConfigError, require
 from orogen.config.distill import DistillConfig
-from orogen.config.load import model_text
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.run import RunConfig
+from orogen.config.text import model_text
 from orogen.data.packing import Batch
 from orogen.kernels.divergence import Hidden, Likely
 from orogen.layers.documents import Documents

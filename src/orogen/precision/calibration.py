@@ -93,10 +93,16 @@ def with_scores(outcome: Callable[[Plan], Array], targets: Sequence[Target], kin
     probe, errors = rounding.probe_l[0, KINDS.index(kinds[0]), 0], []
     for target in targets:
         applied = tuple((kind, Measured(applied=target, weights=True)) for kind in kinds)
-        other = jax.lax.stop_gradient(outcome(plan.measuring(applied)))
+        other = jax.lax.stop_gradient(outcome(_measuring(plan, applied)))
         errors.append(_errors((other,), (y,), None, plan))
     found: Any = _probed(_where(plan, None), (y,), probe, jnp.zeros(()), errors)
     return found[0]
+
+
+def _measuring(plan: Plan, measured: tuple[tuple[str, Measured], ...]) -> Plan:
+    """The plan of the same layer, whose products measure nothing but do this, by kind."""
+    rounding = plan.rounding and plan.rounding._replace(probe_l=None)
+    return dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, measured=measured), rounding=rounding)
 
 
 def _where(plan: Plan, partial: str | None) -> Where:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from orogen.config.checks import ConfigError
-from orogen.config.load import load_arm, run_text
+from orogen.config.load import load_arm
 from orogen.config.model import ModelConfig
 from orogen.config.run import RunConfig
 from orogen.config.sweep import Arm, SweepConfig
+from orogen.config.text import run_text
 from orogen.cost.flops import training_flops_per_token
 
 # The most by which an arm's budget may differ from the control's: steps are whole numbers.

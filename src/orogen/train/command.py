@@ -85,7 +85,8 @@ def _load_with_checkpoint(
     if options.checkpoint is None:
         return config, text, None
     from orogen.checkpoint.open import open_folder
-    from orogen.config.load import load, model_bindings
+    from orogen.config.load import load
+    from orogen.config.text import model_bindings
     from orogen.convert.config import difference
 
     origin: Folder = held.enter_context(open_folder(options.checkpoint))
