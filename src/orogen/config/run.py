@@ -229,18 +229,8 @@ class RunConfig:
                 check_precision(self.precision, self.model, self.plan, length=length, rows=rows)
             expected = "full or blocked: the model has windows, sinks or latent attention"
             require(not windows or self.plan.attention != "cudnn", self.plan, "attention", expected)
-        if self.distill is not None and self.train is not None:
-            expected = "False: a teacher sees each sequence alone"
-            require(not self.train.carry_states, self.train, "carry_states", expected)
         if self.train is not None and self.train.carry_states:
-            for axis in ("context", "stage"):
-                expected = "1: TrainConfig.carry_states is True"
-                require(getattr(self.plan, axis) == 1, self.plan, axis, expected)
-            if self.model is not None:
-                expected = "False: ModelConfig.learned_positions has none beyond a sequence"
-                require(self.model.learned_positions is None, self.train, "carry_states", expected)
-            expected = "False: with phases, batch_ramp or DataConfig.sources, rows do not continue"
-            require(not self.varies, self.train, "carry_states", expected)
+            self._check_carried()
         if self.train is not None and self.data is not None and self.data.heldout_fraction == 0:
             expected = "0: DataConfig.heldout_fraction is 0, so there is nothing to compare on"
             require(self.train.ngram_order == 0, self.train, "ngram_order", expected)
@@ -260,6 +250,19 @@ class RunConfig:
             expected = "above 0 with EvaluateConfig: a run evaluates together with its held-out loss"
             require(self.data is None or self.data.heldout_fraction > 0, self.data, "heldout_fraction", expected)
         return self
+
+    def _check_carried(self) -> None:
+        """Raises ConfigError if states cannot be carried from one batch to the next."""
+        expected = "False: a teacher sees each sequence alone"
+        require(self.distill is None, self.train, "carry_states", expected)
+        for axis in ("context", "stage"):
+            expected = "1: TrainConfig.carry_states is True"
+            require(getattr(self.plan, axis) == 1, self.plan, axis, expected)
+        if self.model is not None:
+            expected = "False: ModelConfig.learned_positions has none beyond a sequence"
+            require(self.model.learned_positions is None, self.train, "carry_states", expected)
+        expected = "False: with phases, batch_ramp or DataConfig.sources, rows do not continue"
+        require(not self.varies, self.train, "carry_states", expected)
 
     @property
     def varies(self) -> bool:

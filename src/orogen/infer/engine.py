@@ -8,7 +8,7 @@ all, and every request draws with a key of its own.
 import collections
 import dataclasses
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
@@ -157,8 +157,9 @@ class Engine:
         """Of the next call of decoding. unread: whether slots have more of their prompts to read."""
         return min(self.config.steps, SHORT) if unread or self.scheduler.queued else self.config.steps
 
-    def run(self, requests: Iterable[Request]) -> list[list[Output]]:
-        """Answers the requests, together, and returns the outputs of each. Nothing else may be under way."""
+    def run(self, requests: Iterable[Request], progress: Callable[[], None] = lambda: None) -> list[list[Output]]:
+        """Answers the requests, together, and returns the outputs of each. Nothing else may be under way. progress:
+        called after each round."""
         found: dict[int, list[Output]] = {}
         for request in requests:
             while self.scheduler.queued >= self.config.queue:
@@ -166,6 +167,7 @@ class Engine:
             found[self.submit(request)] = []
         while self.busy:
             self._collect(found)
+            progress()
         return list(found.values())
 
     def _collect(self, found: dict[int, list[Output]]) -> None:

@@ -78,6 +78,7 @@ class TaughtBatches:
 
     def __init__(self, loader: Loader, teacher: str, add: Callable[[Batch], Batch] = lambda batch: batch):
         self._loader, self._teacher, self._add = loader, teacher, add
+        self.progress: Callable[[], None] = lambda: None
 
     def take(self, state: Any) -> Batch:
         """The next batch."""

@@ -39,9 +39,8 @@ class HeldoutTasks:
         means = []
         for name, numbers in tasks.items():
             draws = [Draw(name, int(number), place, ("heldout",)) for place, number in enumerate(numbers)]
-            samples = self._rollouts.write(draws, engine, temperature=0.0)
+            samples = self._rollouts.write(draws, engine, temperature=0.0, progress=self.progress)
             means.append(float(np.mean(np.nan_to_num([sample.reward for sample in samples], nan=0.0))))
-            self.progress()
         reward = float(np.mean(means))
         return dict(zip(names, [1 - reward, reward, *means], strict=True))
 

@@ -52,7 +52,8 @@ def pair_batch(
     for row, numbers in enumerate(rows):
         start, segment = 0, 0
         for number in numbers:
-            for side, (tokens_t, weights_t) in enumerate(pairs[number]):
+            for side, piece in enumerate(pairs[number]):
+                tokens_t, weights_t = piece.tokens_t, piece.weights_t
                 span, segment = (row, slice(start, start + len(tokens_t))), segment + 1
                 batch.tokens_bt[span], batch.segments_bt[span] = tokens_t, segment
                 batch.positions_bt[span], batch.weights_bt[span] = np.arange(len(tokens_t)), weights_t

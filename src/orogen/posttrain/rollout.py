@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -125,16 +125,19 @@ class Rollouts:
         laid = jax.jit(partial(_relaid, self._trained, self._built))(tree)
         return jax.device_put(laid, placement.shardings(laid, self._plan))
 
-    def write(self, draws: Sequence[Draw], engine: Engine, *, temperature: float) -> list[Sample]:
-        """The sample of each draw. Raises ConfigError for a task whose prompt leaves no room, FloatingPointError if
+    def write(
+        self, draws: Sequence[Draw], engine: Engine, *, temperature: float, progress: Callable[[], None] = lambda: None
+    ) -> list[Sample]:
+        """The sample of each draw. progress: called on the way. Raises ConfigError for a task whose prompt leaves no room, FloatingPointError if
         logits are no numbers."""
         episodes = [self._begin(draw) for draw in draws]
         live = [episode for episode in episodes if self._open(episode)]
         while live:
             began = time.perf_counter()
-            texts = self._speak(live, engine, temperature)
+            texts = self._speak(live, engine, temperature, progress)
             spoke = time.perf_counter()
             turns = self._verify(live, texts)
+            progress()
             self.spent.writing += spoke - began
             self.spent.verifying += time.perf_counter() - spoke
             live = [one for one, turn in zip(live, turns, strict=True) if self._goes_on(one, turn)]
@@ -167,7 +170,9 @@ class Rollouts:
             tracks.append(Track.of_prompt(opened.ids))
         return True
 
-    def _speak(self, live: Sequence[_Episode], engine: Engine, temperature: float) -> list[str]:
+    def _speak(
+        self, live: Sequence[_Episode], engine: Engine, temperature: float, progress: Callable[[], None]
+    ) -> list[str]:
         """What each episode says next, which is added to its tracks."""
         room = self._config.train.sequence_length
         requests = []
@@ -179,7 +184,7 @@ class Rollouts:
             requests.append(
                 Request(prompt=ids, max_tokens=most, sampling=sampling, logprobs=0, shown=self._form.shown)
             )  # fmt: skip
-        found = engine.run(requests)
+        found = engine.run(requests, progress)
         return [self._said(episode, outputs) for episode, outputs in zip(live, found, strict=True)]
 
     def _said(self, episode: _Episode, outputs: Sequence[Output]) -> str:

@@ -51,6 +51,7 @@ class RolloutSource:
         self._rollout, self._left, self._packed = 0, [], ""
         self._measures: dict[str, float] = {}
         self._exact: ExactScores | None = None
+        self.progress: Callable[[], None] = lambda: None
 
     def take(self, state: Any) -> Batch:
         """The next batch."""
@@ -141,7 +142,10 @@ class RolloutSource:
             for group, (name, number) in enumerate(drawn)
             for sample in range(self._rl.samples)
         ]
-        return self._rollouts.write(draws, engine, temperature=self._rl.temperature)
+        return self._sampled(draws, engine)
+
+    def _sampled(self, draws: Sequence[Draw], engine: Engine) -> list[Sample]:
+        return self._rollouts.write(draws, engine, temperature=self._rl.temperature, progress=self.progress)
 
     def _profile(self, engine: Engine) -> dict[str, list[float]]:
         """The mean reward, from 0 to 1, of each task; a sample whose verifier failed counts as 0."""
@@ -152,7 +156,7 @@ class RolloutSource:
                 for place, number in enumerate(numbers)
                 for sample in range(self._rl.profile_samples)
             ]
-            groups = _by_group(self._rollouts.write(draws, engine, temperature=self._rl.temperature))
+            groups = _by_group(self._sampled(draws, engine))
             means = (np.nan_to_num(_rewards(group), nan=0.0).mean() for group in groups)
             found[name] = [float(np.clip(mean, 0, 1)) for mean in means]
         return found
