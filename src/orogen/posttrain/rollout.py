@@ -128,8 +128,8 @@ class Rollouts:
     def write(
         self, draws: Sequence[Draw], engine: Engine, *, temperature: float, progress: Callable[[], None] = lambda: None
     ) -> list[Sample]:
-        """The sample of each draw. progress: called on the way. Raises ConfigError for a task whose prompt leaves no room, FloatingPointError if
-        logits are no numbers."""
+        """The sample of each draw. progress: called on the way. Raises ConfigError for a task whose prompt leaves no
+        room, FloatingPointError if logits are no numbers."""
         episodes = [self._begin(draw) for draw in draws]
         live = [episode for episode in episodes if self._open(episode)]
         while live:
