@@ -142,7 +142,7 @@ def test_other_environments_do_not_go_on(recipe, tmp_path, capsys):
         (["TrainConfig.sequence_length = 8", "RLConfig.max_tokens = 2"], "has a prompt of"),
         (["digits/EnvironmentConfig.family = 'chess'"], "EnvironmentConfig.family is 'chess'; expected one of"),
         (["EngineConfig.slots = 3"], "bindings that nothing read: EngineConfig.slots"),
-        (["OptimizerConfig.frozen = ('router',)"], "OptimizerConfig.frozen is ('router',); expected names"),
+        (["OptimizerConfig.frozen = ('router',)"], "OptimizerConfig.frozen has 'router'; expected the model's modules"),
     ],
 )
 def test_bad_settings_are_one_line_and_status_2(recipe, tmp_path, capsys, bindings, message):

@@ -30,7 +30,7 @@ class Scripted:
     def __init__(self, *texts, finish=STOP):
         self.texts, self.finish, self.requests = list(texts), finish, []
 
-    def run(self, requests):
+    def run(self, requests, progress):
         text = self.texts.pop(0)
         self.requests += requests
         ids = tokenizer().encode(text).tolist() + [sorted(tokenizer().end_ids)[-1]]
