@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from orogen.sweep.effects import paired
 
@@ -60,6 +61,7 @@ def draw(lines: list[dict[str, Any]], facts: dict[str, Any]) -> None:
         label = f"{name}: exponent {fit['exponent']:.3f} [{fit['low']:.3f}, {fit['high']:.3f}]"
         axes.plot(flops_n, law_n, color=points[0].get_color(), label=label)
     axes.set(xscale="log", yscale="log", xlabel="operations of training", ylabel="held-out loss, nats per byte")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_minor_formatter("{x:.1f}")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
