@@ -16,7 +16,7 @@ from orogen.checkpoint.open import open_folder
 from orogen.cli import main
 from orogen.compress.calibration_text import rows_of, text_of_files
 from orogen.compress.quantised_folder import encoded, entries_of, write_entries
-from orogen.compress.quantize import Quantiser, unquantised_folder
+from orogen.compress.quantize import Calibrated, Quantiser, unquantised_folder
 from orogen.config.checks import ConfigError
 from orogen.config.data import BYTE_VOCAB_SIZE, DataConfig
 from orogen.config.model import ModelConfig
@@ -159,6 +159,45 @@ def test_a_planted_sensitive_layer_is_kept_high(tmp_path):
     }
     assert [key for key, name in chosen.items() if name == "plain"] == [(1, "dense_up"), (1, "dense_down")]
     assert outcome.allocation.effective_bits == 8.0 and 0 < outcome.allocation.score < np.inf
+
+
+@pytest.mark.parametrize("scales", ["max", "mse", "four_over_six"])
+def test_weights_alone_in_nvfp4_and_fp8_are_written_as_compressed_tensors(scales, tmp_path):
+    """Its global scale is the reciprocal; what is decoded is as near as in ModelOpt's layout."""
+    write(tmp_path / "hf", *shapes("nemotron_h"))
+    settings = {"format": "nvfp4", "scales": scales, "inputs": "none"}
+    for name, keep in (("mixed", ("mamba:fp8",)), ("alone", ("mamba:plain",))):
+        config = QuantizeConfig(**settings, keep=keep)
+        with HuggingFaceFolder(tmp_path / "hf") as folder:
+            chosen = [{k: config.target(n) for k, (n,) in one.items()} for one in config.choices(folder.config)]
+            write_entries(folder, entries_of(folder, chosen), tmp_path / name, maxima=None)
+    mixed, alone = read(tmp_path / "mixed"), read(tmp_path / "alone")
+    stem = "backbone.layers.1.mixer.experts.2.up_proj"
+    product = mixed[f"{stem}.weight_global_scale"] * alone[f"{stem}.weight_scale_2"]
+    np.testing.assert_allclose(product, 1, rtol=1e-6)
+    for end, other in (("weight_packed", "weight"), ("weight_scale", "weight_scale")):
+        same = mixed[f"{stem}.{end}"].view(np.uint8) == alone[f"{stem}.{other}"].view(np.uint8)
+        assert same.mean() > 0.9  # the reciprocal is rounded: midpoints may go the other way
+    up = weights(tmp_path / "hf")[*EXPERTS, "up"].astype(np.float64)
+    errors = [np.square(weights(tmp_path / n)[*EXPERTS, "up"] - up).sum() for n in ("mixed", "alone")]
+    assert errors[0] == pytest.approx(errors[1], rel=0.02)
+
+
+def test_auto_may_choose_nvfp4_and_fp8_for_weights_alone(tmp_path):
+    config = ModelConfig(pattern="-", vocab_size=BYTE_VOCAB_SIZE, hidden_size=16, intermediate_size=16)
+    source = model_folder(tmp_path / "model", config)
+    (tmp_path / "text.txt").write_text(TEXT)
+    settings = QuantizeConfig(
+        format="auto", candidates=("nvfp4", "fp8"), effective_bits=6.0, inputs="none", batch_size=2,
+        sequence_length=24, calibration_tokens=48, heldout_tokens=48, score_tokens=48,
+    )  # fmt: skip
+    scores = {(0, "dense_up"): {"nvfp4": 3.0, "fp8": 1.0}, (0, "dense_down"): {"nvfp4": 2.0, "fp8": 1.5}}
+    with unquantised_folder(source, tmp_path / "out") as folder:
+        quantiser = Quantiser(folder, settings, lambda t: text_of_files([str(tmp_path / "text.txt")], t, settings))
+        outcome = quantiser.write(Calibrated(6.0, None, scores), tmp_path / "out")
+    assert list(outcome.allocation.formats) == ["fp8", "nvfp4"] and np.isfinite(outcome.loss)
+    names = {name.removeprefix("layers.0.").removeprefix("backbone.") for name in read(tmp_path / "out")}
+    assert {name.rpartition(".")[2] for name in names} >= {"weight_packed", "weight_global_scale", "weight_scale"}
 
 
 def test_rows_are_full_and_documents_stay_apart():
