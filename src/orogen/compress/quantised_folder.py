@@ -79,12 +79,7 @@ def write_entries(
     maxima: (layers, kinds, calls) of calibration, for static scales of inputs. Raises ConfigError for a weight that is
     not finite, or that no layout of files describes, and then leaves no `target`.
     """
-    table, found = folder.tensors.table, {}
-    description = description_of(folder, entries)
-    parts = parts_by_name(table, description)
-    if lacking := sorted(entries.keys() - parts.keys()):
-        expected = "a model whose products read linear maps (out, in), or experts"
-        raise ConfigError(f"{lacking[0]} is no weight that files describe as quantised; expected {expected}")
+    found, (description, parts) = {}, layout_of(folder, entries)
     groups = _shared_magnitudes(folder, entries, parts)
 
     def encoding(name: str, array: np.ndarray, parts: Parts) -> Stored:
@@ -104,9 +99,25 @@ def write_entries(
     return found
 
 
-def description_of(folder: HuggingFaceFolder, entries: Mapping[str, Entry]) -> Description:
-    """What the files say of the formats."""
-    kinds = {module_of(name): STORED[entry.target.format] for name, entry in entries.items()}
+def layout_of(folder: HuggingFaceFolder, entries: Mapping[str, Entry]) -> tuple[Description, dict[str, Parts]]:
+    """What the files say of the formats, and how each of the tensors is stored. Raises ConfigError if no layout of
+    files can say it."""
+    description = _description_of(folder, entries)
+    parts = parts_by_name(folder.tensors.table, description)
+    if lacking := sorted(entries.keys() - parts.keys()):
+        expected = "a model whose products read linear maps (out, in), or experts"
+        raise ConfigError(f"{lacking[0]} is no weight that files describe as quantised; expected {expected}")
+    if surplus := sorted(parts.keys() - entries.keys()):
+        raise ConfigError(f"{module_of(surplus[0])} has {surplus[0]} in {PLAIN} beside others; expected one format")
+    return description, parts
+
+
+def _description_of(folder: HuggingFaceFolder, entries: Mapping[str, Entry]) -> Description:
+    kinds: dict[str, str] = {}
+    for name, entry in entries.items():
+        module, kind = module_of(name), STORED[entry.target.format]
+        if kinds.setdefault(module, kind) != kind:
+            raise ConfigError(f"{module} has weights in {kinds[module]} and {kind}; expected one format")
     inputs, layout = {}, "modelopt"
     for entry in entries.values():
         name = entry.target.format
