@@ -174,6 +174,14 @@ WRONG = [
         f"{UP}.weight_scale is [40, 3]; expected [40, 2] for [40, 32] in nvfp4",
     ),
     (
+        lambda: with_tensors(nano("NVFP4"), {f"{UP}.weight_scale": np.ones(1, E4M3)}),
+        f"{UP}.weight_scale is [1]; expected [40, 2] for [40, 32] in nvfp4",
+    ),
+    (
+        lambda: with_tensors(nano("FP8_PER_CHANNEL_PER_TOKEN"), {f"{UP}.weight_scale": np.ones((), np.float32)}),
+        f"{UP}.weight_scale is []; expected [40] for [40, 32] in fp8_channel",
+    ),
+    (
         lambda: with_tensors(nano(), {f"{UP}.weight": np.ones((40, 31), E4M3)}),
         f"{UP}.weight is [40, 31]; expected [40, 32] for [40, 32] in fp8_tensor",
     ),
@@ -220,7 +228,7 @@ def test_what_modelopt_says_must_fit_the_tensors(make, message, tmp_path):
 def test_two_descriptions_must_agree(tmp_path):
     case = super_mixed()
     layers = dict(case.other["quantization"]["quantized_layers"])
-    layers["backbone.layers.3.mixer.o_proj"] = {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}
+    layers["backbone.layers.3.mixer.o_proj"] = {"quant_algo": "FP8_PB_WO"}
     one = {"backbone.layers.3.mixer.o_proj.weight_scale": np.ones((), np.float32)}  # a scale that fits both
     case = stated(with_tensors(case, one), quantized_layers=layers)
     expected = (
@@ -275,6 +283,44 @@ def test_formats_that_are_not_implemented_are_refused_by_name(config, message):
     with pytest.raises(ConfigError) as error:
         read_quantization({"quantization_config": config})
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+MANY = "re:" + ".*" * 30 + "!"  # each star multiplies the time by the length of a name
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("re:(", "the pattern 're:(' is not valid"),
+        ("re:(a+)+b", "the pattern is 're:(a+)+b'; expected at most 1000 characters, no repeated groups"),
+        (MANY, "at most two of * + {"),
+        ("re:" + ".?" * 30 + "!", "alternatives"),
+        ("re:" + "(.|.)" * 30 + "!", "alternatives"),
+        ("re:(?x)(a+) +b", "no flags"),
+    ],
+)
+def test_every_pattern_is_checked_whatever_the_method(pattern, message):
+    mixed = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    for config in (
+        mixed | {"quantized_layers": {pattern: {"quant_algo": "FP8"}}},
+        mixed | {"quantized_layers": {}, "ignore": [pattern]},
+        {"quant_method": "modelopt", "quant_algo": "FP8", "exclude_modules": [pattern]},
+        fp8 | {"modules_to_not_convert": [pattern]},
+        COMPRESSED | {"config_groups": {"g": GROUP | {"targets": [pattern]}}},
+    ):
+        with pytest.raises(ConfigError) as error:
+            read_quantization({"quantization_config": config})
+        assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [r"re:.*\.(q|k|v|o)_proj$", r"re:^model\.layers\.(?:0|1|47)\..*[.*+]?gate_up$", "re:.*lm_head", r"re:a\*\+*"],
+)
+def test_patterns_that_name_modules_are_taken(pattern):
+    (found,) = read_quantization({"quantization_config": COMPRESSED | {"ignore": [pattern]}})
+    assert found.ignored == (pattern,)
 
 
 def test_targets_and_ignored_modules_are_matched_as_compressed_tensors_does(tmp_path):

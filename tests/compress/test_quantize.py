@@ -1,7 +1,10 @@
 """Quantised folders against numpy float64: weights, scales of inputs, choices; and what is refused."""
 
+import dataclasses
 import json
+import types
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -11,18 +14,26 @@ from tests.convert.synthetic import CASES, shapes, write
 from tests.helpers import bound
 from tests.precision import reference
 
+from orogen.checkpoint import checksums
 from orogen.checkpoint.folders import HuggingFaceFolder, RunFolder
-from orogen.checkpoint.open import open_folder
+from orogen.checkpoint.open import open_folder, open_model, read_model
 from orogen.cli import main
 from orogen.compress.calibration_text import rows_of, text_of_files
 from orogen.compress.quantised_folder import encoded, entries_of, write_entries
-from orogen.compress.quantize import Quantiser, unquantised_folder
+from orogen.compress.quantize import Calibrated, Quantiser, unquantised_folder
+from orogen.compress.sensitivity import Passes
 from orogen.config.checks import ConfigError
 from orogen.config.data import BYTE_VOCAB_SIZE, DataConfig
 from orogen.config.model import ModelConfig
+from orogen.config.plan import PlanConfig
+from orogen.config.precision import KINDS
 from orogen.config.quantize import QuantizeConfig, Target
 from orogen.data.packing import Stream
 from orogen.data.vocabulary import make_tokenizer
+from orogen.model.lm import build
+from orogen.parallel.plan import make_plan
+from orogen.precision.calibration import probe_shape
+from orogen.precision.stored import decode
 
 D = 20  # a block of 16 and a shorter one
 MODEL = ModelConfig(
@@ -115,6 +126,24 @@ def test_the_record_says_what_was_chosen_and_measured(quantised):
     assert abs(record["relative_loss"]) < 0.05
     assert record["tokens"] == {"calibration": 96, "heldout": 48}
     assert (quantised[1] / "quantization.png").read_bytes()[:4] == b"\x89PNG"
+    listed = (quantised[1] / checksums.NAME).read_text()
+    assert " quantization.json\n" in listed and " quantization.png\n" in listed
+    checksums.check(quantised[1])
+
+
+def test_a_folder_is_published_when_it_is_whole(quantised, tmp_path, monkeypatch, capsys):
+    """A loss that cannot be measured, or a picture that cannot be drawn, leaves no folder."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    arguments = ["--checkpoint", str(quantised[0]), "--format", "fp8", "--text", str(tmp_path / "text.txt")]
+    arguments += [*bound(*SETTINGS, "QuantizeConfig.inputs = 'none'"), "--out", str(tmp_path / "out")]
+
+    def fails(*_):
+        raise ConfigError("no picture")
+
+    monkeypatch.setattr("orogen.report.quantised.draw_formats", fails)
+    assert main(["quantize", *arguments]) == 2
+    assert capsys.readouterr().err.endswith("orogen: no picture\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
 def test_other_programs_read_the_layout_and_the_numbers(quantised, tmp_path):
@@ -158,7 +187,61 @@ def test_a_planted_sensitive_layer_is_kept_high(tmp_path):
         (unit.layer, unit.name): name for unit, name in zip(outcome.units, outcome.allocation.formats, strict=True)
     }
     assert [key for key, name in chosen.items() if name == "plain"] == [(1, "dense_up"), (1, "dense_down")]
+    assert quantiser.described(calibrated, outcome)["tokens"] == {"heldout": 48, "sensitivities": 48}
     assert outcome.allocation.effective_bits == 8.0 and 0 < outcome.allocation.score < np.inf
+
+
+def test_weights_alone_in_nvfp4_and_fp8_are_written_as_compressed_tensors(tmp_path):
+    """Its global scale is the reciprocal; what is decoded is as near as in ModelOpt's layout."""
+    write(tmp_path / "hf", *shapes("nemotron_h"))
+    for name, keep in (("mixed", ("mamba:fp8",)), ("alone", ("mamba:plain",))):
+        config = QuantizeConfig(format="nvfp4", inputs="none", keep=keep)
+        with HuggingFaceFolder(tmp_path / "hf") as folder:
+            chosen = [{k: config.target(n) for k, (n,) in one.items()} for one in config.choices(folder.config)]
+            write_entries(folder, entries_of(folder, chosen), tmp_path / name, maxima=None)
+    mixed, alone = read(tmp_path / "mixed"), read(tmp_path / "alone")
+    stem = "backbone.layers.1.mixer.experts.2.up_proj"
+    product = mixed[f"{stem}.weight_global_scale"] * alone[f"{stem}.weight_scale_2"]
+    np.testing.assert_allclose(product, 1, rtol=1e-6)
+    up = weights(tmp_path / "hf")[*EXPERTS, "up"].astype(np.float64)
+    errors = [np.square(weights(tmp_path / n)[*EXPERTS, "up"] - up).sum() for n in ("mixed", "alone")]
+    assert errors[0] == pytest.approx(errors[1], rel=0.02) and errors[0] < 0.01 * (up**2).sum()
+
+
+@pytest.mark.parametrize("scales", ["max", "mse", "four_over_six"])
+def test_a_reciprocal_global_scale_is_as_near(scales):
+    draw = np.random.default_rng(2).normal(size=(2, 7, 40)).astype(np.float32)
+    target, largest = Target(format="nvfp4", scales=scales), np.abs(draw).max((1, 2))
+    stored = [encoded(draw, target, largest, inverse=inverse) for inverse in (False, True)]
+    np.testing.assert_allclose(stored[0].global_scale * stored[1].global_scale, 1, rtol=1e-6)
+    np.testing.assert_array_equal(stored[0].scale.view(np.uint8), stored[1].scale.view(np.uint8))
+    np.testing.assert_allclose(decode(stored[0]), decode(stored[1]), rtol=1e-6)
+    assert np.square(decode(stored[1]) - draw).sum() < 0.012 * np.square(draw).sum()
+
+
+def test_auto_may_choose_nvfp4_and_fp8_for_weights_alone(tmp_path, monkeypatch):
+    config = ModelConfig(pattern="-", vocab_size=BYTE_VOCAB_SIZE, hidden_size=16, intermediate_size=16)
+    source = model_folder(tmp_path / "model", config)
+    (tmp_path / "text.txt").write_text(TEXT)
+    settings = QuantizeConfig(
+        format="auto", candidates=("nvfp4", "fp8"), effective_bits=6.0, inputs="none", batch_size=2,
+        sequence_length=24, calibration_tokens=48, heldout_tokens=48, score_tokens=48,
+    )  # fmt: skip
+    scores = {(0, "dense_up"): {"nvfp4": 3.0, "fp8": 1.0}, (0, "dense_down"): {"nvfp4": 2.0, "fp8": 1.5}}
+    with unquantised_folder(source, tmp_path / "out") as folder:
+        quantiser = Quantiser(folder, settings, lambda t: text_of_files([str(tmp_path / "text.txt")], t, settings))
+        held = []
+
+        def reading(*arguments, **named):
+            held.append(len(jax.tree.leaves(quantiser.passes.opened.params)))
+            return read_model(*arguments, **named)
+
+        monkeypatch.setattr("orogen.compress.quantize.read_model", reading)
+        outcome = quantiser.write(Calibrated(6.0, None, scores), tmp_path / "out")
+    assert held == [0]  # one model at a time is in memory
+    assert list(outcome.allocation.formats) == ["fp8", "nvfp4"] and np.isfinite(outcome.loss)
+    names = {name.removeprefix("layers.0.").removeprefix("backbone.") for name in read(tmp_path / "out")}
+    assert {name.rpartition(".")[2] for name in names} >= {"weight_packed", "weight_global_scale", "weight_scale"}
 
 
 def test_rows_are_full_and_documents_stay_apart():
@@ -191,6 +274,55 @@ def test_refusals(refused, tmp_path, quantised):
     assert "effective_bits is 3.5; expected at least 4, which the smallest" in refused(*common, *little)
     nothing = bound("QuantizeConfig.keep = ('mamba:plain', 'routed:plain', 'shared:plain')")
     assert "expected something to quantise among" in refused(*common, *files, *nothing)
+    parts = bound("QuantizeConfig.keep = ('routed_up:plain',)")
+    assert "expected routed in place of routed_up" in refused(*common, *files, *parts)
+    auto = ["--format", "auto", "--text", str(text), *bound("QuantizeConfig.score_tokens = 200000")]
+    assert "score_tokens is 200000; expected at most calibration_tokens = 131072" in refused(*common, *auto)
+    split = ["--format", "nvfp4", "--text", str(text), *bound(*SETTINGS, "PlanConfig.tensor = 2")]
+    line = "layer 0: 2 ranks share the 12 inputs of mamba_out; expected a multiple of 16 for each"
+    assert line in refused(*common, *split)
+
+
+def test_numbers_that_are_not_finite_are_refused(tmp_path, monkeypatch, capsys):
+    config = ModelConfig(pattern="-", vocab_size=BYTE_VOCAB_SIZE, hidden_size=16, intermediate_size=16)
+    source = model_folder(tmp_path / "model", config)
+    opened = open_model(source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["backbone.children.0.norm.weight"][:] = 3e38
+    save_file(tensors, source / "model.safetensors")
+    (tmp_path / "text.txt").write_text(TEXT)
+    arguments = ["--checkpoint", source, "--text", tmp_path / "text.txt", "--out", tmp_path / "out", *bound(*SETTINGS)]
+    none = bound("QuantizeConfig.inputs = 'none'")
+    line = "the loss of the calibration text is nan; expected a finite number"
+    assert main([str(word) for word in ["quantize", "--format", "fp8", *arguments, *none]]) == 2
+    assert capsys.readouterr().err.splitlines()[1:] == [f"orogen: {line}"]
+    probe = np.zeros((1, *probe_shape(1, 1)))
+    probe[0, 0, KINDS.index("dense_down")] = np.nan
+    monkeypatch.setattr(Passes, "_probes", lambda *_: iter(probe))
+    passes = Passes(opened)
+    with pytest.raises(ConfigError, match="layer 0: the input of dense_down is not finite; expected"):
+        passes.maxima([], [{}])
+    targets = [{"dense_up": (Target(format="fp8"),)}]
+    with pytest.raises(ConfigError, match="layer 0: the sensitivity of dense_down is not finite; expected"):
+        passes.scores([], targets, np.zeros((1, 1, 1)))
+
+
+def test_ranks_may_share_inputs_in_whole_blocks():
+    model = dataclasses.replace(MODEL, mamba_head_dim=8)  # 32 inputs of mamba_out, 10 of shared_down
+    plan, built = make_plan(PlanConfig(tensor=2), model), build(model)
+    passes = Passes(types.SimpleNamespace(config=model, plan=plan, built=built))
+    nvfp4, fp8 = Target(format="nvfp4"), Target(format="fp8")
+    passes.require_whole_blocks([{"mamba_in": [nvfp4], "mamba_out": [nvfp4]}, {"shared_up": [nvfp4]}])
+    passes.require_whole_blocks([{}, {"shared_down": [fp8]}])
+    with pytest.raises(ConfigError, match="layer 1: 2 ranks share the 10 inputs of shared_down"):
+        passes.require_whole_blocks([{}, {"shared_down": [fp8, nvfp4]}])
+
+
+def test_empty_rows_of_experts_with_biases_are_not_measured():
+    model = dataclasses.replace(MODEL, mlp_bias=True, moe_bias="routed")
+    opened = types.SimpleNamespace(config=model, plan=make_plan(PlanConfig(dispatch="alltoall"), model))
+    with pytest.raises(ConfigError, match="dispatch is 'alltoall'; expected another: biases of experts"):
+        Passes(opened)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in ("nemotron_h_biased", "gpt2")])
@@ -233,6 +365,27 @@ def test_weights_that_no_layout_describes_are_refused(tmp_path):
     with HuggingFaceFolder(tmp_path / "hf") as folder:
         targets = [dict.fromkeys(layer, config.target("fp8")) for layer in config.choices(folder.config)]
         with pytest.raises(ConfigError, match="is no weight that files describe as quantised; expected a model whose"):
+            write_entries(folder, entries_of(folder, targets), tmp_path / "out", maxima=None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_layouts_are_checked_before_the_model_is_read(tmp_path):
+    config = QuantizeConfig(format="fp8", keep=())
+    write(tmp_path / "hf", *shapes("gpt2"))
+    with HuggingFaceFolder(tmp_path / "hf") as folder:
+        with pytest.raises(ConfigError, match="is no weight that files describe as quantised"):
+            Quantiser(folder, config, lambda tokenizer: pytest.fail("the model was read"))
+
+
+@pytest.mark.parametrize("other", ["fp8", "plain"])
+def test_stacked_experts_have_one_format(other, tmp_path):
+    """gpt-oss's files name all experts of a layer as one module."""
+    write(tmp_path / "hf", *shapes("gpt_oss"))
+    config = QuantizeConfig(format="nvfp4", keep=(), inputs="none")
+    with HuggingFaceFolder(tmp_path / "hf") as folder:
+        targets = [dict.fromkeys(layer, config.target("nvfp4")) for layer in config.choices(folder.config)]
+        targets[1]["routed_down"] = config.target(other)
+        with pytest.raises(ConfigError, match="layers.0.mlp.experts has .*; expected one format"):
             write_entries(folder, entries_of(folder, targets), tmp_path / "out", maxima=None)
     assert not (tmp_path / "out").exists()
 

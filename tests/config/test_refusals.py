@@ -91,7 +91,7 @@ REFUSED = [
         QuantizeConfig,
         "keep",
         ("routed_up:fp8",),
-        "routed in place of routed_up: auto chooses for all of a layer's experts",
+        "routed in place of routed_up: all matrices of a layer's experts have one format",
     ),
     (QuantizeConfig, "candidates", ("fp8", "fp8"), "different ones of plain, fp8, fp8_channel, nvfp4"),
     (OptimizerConfig, "weight_decay", float("inf"), "0 or more"),

@@ -18,8 +18,9 @@ THREADS = 8
 
 
 def write(folder: Path) -> None:
-    """Writes the checksums of all files now in `folder`, atomically."""
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    """Writes the checksums of all files now in `folder`, atomically, in place of those that it may have."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path != folder / NAME)
+    names = sorted(path.relative_to(folder).as_posix() for path in files)
     lines = "".join(f"{digest}  {name}\n" for name, digest in _digests(folder, names).items())
     write_atomically(folder / NAME, f"{HEAD}{hashlib.sha256(lines.encode()).hexdigest()}\n{lines}".encode())
 

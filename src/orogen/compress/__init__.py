@@ -26,18 +26,21 @@ Multi-token prediction: the block's layers are pruned in width like the others, 
 its pipeline segments (`|`) if layers are removed.
 
 **Post-training quantisation** (`orogen quantize`) stores the weights of the layers' products in FP8 or NVFP4. What is
-kept higher is data (`QuantizeConfig.keep`; gin_configs/quantize has the published recipes).
+kept higher is data (`QuantizeConfig.keep`; gin_configs/quantize has the published recipes for weights and inputs).
 
     orogen quantize --checkpoint HF_FOLDER --format nvfp4 --text calibration.jsonl --out quantised
     orogen evaluate --checkpoint quantised --text README.md
     orogen convert to-hf quantised HF_QUANTISED
 
-`sensitivity.py` runs calibration text through the model, on any plan without pipeline: each product tells the largest
-magnitude of its input, over all tokens and devices, which becomes its static scale; and, for AutoQuantize, the error of
-its output under each format, weighted by the gradient (`precision/calibration.py`). `allocate.py` chooses formats under
-a budget of bits. `quantised_folder.py` writes the tensors as NVIDIA/Model-Optimizer stores them. The folder is then
-opened, and its loss on other text is measured with the inputs of products rounded as well. `quantization.json` and
-`quantization.png` in it say what was chosen, layer by layer.
+`sensitivity.py` runs calibration text through the model, on any plan without pipeline (with NVFP4, each rank's share of
+a weight's inputs must be a multiple of 16): each product tells the largest magnitude of its input, over all tokens and
+devices, which becomes its static scale; and, for AutoQuantize, the error of its output under each format, weighted by
+the gradient (`precision/calibration.py`). `allocate.py` chooses formats under a budget of bits. `quantised_folder.py`
+writes the tensors as NVIDIA/Model-Optimizer stores them. They are then read again, and their loss on other text is
+measured with the inputs of products rounded as well. The folder appears once all of this is done; `quantization.json`
+and `quantization.png` in it say what was chosen, layer by layer.
+
+The key/value cache is not quantised: its scales (`k_scale`, `v_scale`) in a folder are read and kept, not computed.
 
 Every other command computes with the decoded weights in its compute dtype, and rounds no inputs.
 

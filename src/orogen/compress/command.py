@@ -176,9 +176,11 @@ def quantize(options: argparse.Namespace) -> int:
         raise ConfigError("calibration text: expected either --text, or a DataConfig in the gin file")
     if options.out.exists() and not (options.out.is_dir() and not any(options.out.iterdir())):
         raise ConfigError(f"--out {str(options.out)!r} exists; expected a new folder")
+    from orogen.checkpoint import checksums
     from orogen.compress.calibration_text import CalibrationText, text_of_corpus, text_of_files
     from orogen.compress.quantize import Quantiser, lines_of, unquantised_folder
     from orogen.config.files import write_atomically
+    from orogen.convert.tensor_files import new_folder
     from orogen.data.tokenizer import Tokenizer
     from orogen.report.pictures import LIGHT, png
     from orogen.report.quantised import draw_formats
@@ -196,10 +198,12 @@ def quantize(options: argparse.Namespace) -> int:
             require_evaluation_fits(folder.config, free_memory(), **scored)
         quantiser = Quantiser(folder, config, text, plan=plan, dtype=options.dtype, progress=say)
         calibrated = quantiser.calibrate()
-        outcome = quantiser.write(calibrated, options.out)
-        record = quantiser.described(calibrated, outcome)
-    write_atomically(options.out / RECORD, (json.dumps(record, indent=2) + "\n").encode())
-    write_atomically(options.out / PICTURE, png(draw_formats(record["layers"], LIGHT)))
+        with new_folder(options.out) as scratch:  # published when all of it is there
+            outcome = quantiser.write(calibrated, scratch)
+            record = quantiser.described(calibrated, outcome)
+            write_atomically(scratch / RECORD, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
+            write_atomically(scratch / PICTURE, png(draw_formats(record["layers"], LIGHT)))
+            checksums.write(scratch)
     answer(options, {"target": str(options.out), **record}, [f"written: {options.out}", *lines_of(record)])
     return 0
 

@@ -79,17 +79,12 @@ def write_entries(
     maxima: (layers, kinds, calls) of calibration, for static scales of inputs. Raises ConfigError for a weight that is
     not finite, or that no layout of files describes, and then leaves no `target`.
     """
-    table, found = folder.tensors.table, {}
-    description = description_of(folder, entries)
-    parts = parts_by_name(table, description)
-    if lacking := sorted(entries.keys() - parts.keys()):
-        expected = "a model whose products read linear maps (out, in), or experts"
-        raise ConfigError(f"{lacking[0]} is no weight that files describe as quantised; expected {expected}")
+    found, (description, parts) = {}, layout_of(folder, entries)
     groups = _shared_magnitudes(folder, entries, parts)
 
     def encoding(name: str, array: np.ndarray, parts: Parts) -> Stored:
         entry = entries[name]
-        stored = encoded(array, entry.target, groups[entry.group])
+        stored = encoded(array, entry.target, groups[entry.group], inverse=parts.scheme.inverse)
         key = entry.weight.layer, entry.weight.unit
         size = folder.tensors.dtype(name).itemsize * array.size
         found[key] = found.get(key, Error()).plus(_error(array, stored, size))
@@ -104,9 +99,25 @@ def write_entries(
     return found
 
 
-def description_of(folder: HuggingFaceFolder, entries: Mapping[str, Entry]) -> Description:
-    """What the files say of the formats."""
-    kinds = {module_of(name): STORED[entry.target.format] for name, entry in entries.items()}
+def layout_of(folder: HuggingFaceFolder, entries: Mapping[str, Entry]) -> tuple[Description, dict[str, Parts]]:
+    """What the files say of the formats, and how each of the tensors is stored. Raises ConfigError if no layout of
+    files can say it."""
+    description = _description_of(folder, entries)
+    parts = parts_by_name(folder.tensors.table, description)
+    if lacking := sorted(entries.keys() - parts.keys()):
+        expected = "a model whose products read linear maps (out, in), or experts"
+        raise ConfigError(f"{lacking[0]} is no weight that files describe as quantised; expected {expected}")
+    if surplus := sorted(parts.keys() - entries.keys()):
+        raise ConfigError(f"{module_of(surplus[0])} has {surplus[0]} in {PLAIN} beside others; expected one format")
+    return description, parts
+
+
+def _description_of(folder: HuggingFaceFolder, entries: Mapping[str, Entry]) -> Description:
+    kinds: dict[str, str] = {}
+    for name, entry in entries.items():
+        module, kind = module_of(name), STORED[entry.target.format]
+        if kinds.setdefault(module, kind) != kind:
+            raise ConfigError(f"{module} has weights in {kinds[module]} and {kind}; expected one format")
     inputs, layout = {}, "modelopt"
     for entry in entries.values():
         name = entry.target.format
@@ -138,20 +149,22 @@ def _shared_magnitudes(
     return found
 
 
-def encoded(array: np.ndarray, target: Target, largest: np.ndarray) -> Stored:
-    """Matrices (…, out, in) as the target stores them. largest: (…) of all matrices that share the scale."""
+def encoded(array: np.ndarray, target: Target, largest: np.ndarray, *, inverse: bool = False) -> Stored:
+    """Matrices (…, out, in) as the target stores them. largest: (…) of all matrices that share the scale. inverse: of
+    `Stored`, whether nvfp4's numbers are divided by the global scale."""
     if target.format == "fp8":
         return encode(array, "fp8_tensor", largest=largest)[0]
     if target.format == "fp8_channel":
         return encode(array, "fp8_channel")[0]
     bound = rounding.LARGEST_SCALE_OF_TWO if target.scales == "four_over_six" else rounding.LARGEST_SCALE
-    whole = float32_scale(largest, nvfp4_bound(bound))
+    whole = float32_scale(largest, nvfp4_bound(bound), inverse=inverse)
     if target.scales == "max":
-        return encode(array, "nvfp4", global_scale=whole)[0]
-    unit = _block_scales(target.weight, array, largest[..., None, None])
-    scale = np.asarray(unit, np.float64) / whole.astype(np.float64)[..., None, None]
+        return encode(array, "nvfp4", global_scale=whole, inverse=inverse)[0]
+    unit = np.asarray(_block_scales(target.weight, array, largest[..., None, None]), np.float64)
+    by = whole.astype(np.float64)[..., None, None]
+    scale = (unit * by if inverse else unit / by).astype(np.float32).astype(E4M3)
     # The quotient is within 2^-22 of one of E4M3's numbers, which is the nearest.
-    return encode(array, "nvfp4", scale=scale.astype(np.float32).astype(E4M3), global_scale=whole)[0]
+    return encode(array, "nvfp4", scale=scale, global_scale=whole, inverse=inverse)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -14,7 +14,7 @@ from orogen.checkpoint.open import open_folder, read_model
 from orogen.checkpoint.transfer import export
 from orogen.compress.allocate import Allocation, Unit, allocate, require_budget, summary
 from orogen.compress.calibration_text import CalibrationText
-from orogen.compress.quantised_folder import Error, bits_of, entries_of, write_entries
+from orogen.compress.quantised_folder import Error, bits_of, entries_of, layout_of, write_entries
 from orogen.compress.sensitivity import Passes
 from orogen.compress.units import by_unit, kinds_with, sizes_of, weights_of
 from orogen.config.checks import ConfigError
@@ -76,7 +76,7 @@ class Quantiser:
         self.folder, self.config, self.dtype, self.progress = folder, config, dtype, progress
         self.plan = None if plan is None else plan.evaluating()
         self.choices = config.choices(folder.config)  # before the model is read
-        entries_of(folder, [{}] * len(self.choices))
+        self._require_layout()
         self.weights = weights_of(folder.tensors.table, folder.config)
         self.sizes = sizes_of(folder.tensors.table, self.weights)
         if config.format == AUTO:  # before the model is read and calibrated
@@ -85,7 +85,31 @@ class Quantiser:
         if opened.tokenizer is None:
             raise ConfigError("the checkpoint has no tokenizer.json; expected one, to read calibration text with")
         self.passes = Passes(opened, dtype=dtype)
+        rounds = config.inputs == "static"
+        self.passes.require_whole_blocks(
+            [
+                {kind: [config.target(n) for n in names if n != PLAIN and (rounds or len(names) > 1)]
+                 for kind, names in layer.items()}
+                for layer in self.choices
+            ]
+        )  # fmt: skip
         self.text = text(opened.tokenizer)
+
+    def _require_layout(self) -> None:
+        """Raises ConfigError if the folder is quantised, or files cannot describe its weights as quantised."""
+        first = ({k: next((n for n in names if n != PLAIN), PLAIN) for k, names in one.items()} for one in self.choices)
+        targets = [{kind: self.config.target(name) for kind, name in layer.items()} for layer in first]
+        layout_of(self.folder, entries_of(self.folder, targets))
+
+    @property
+    def _scored(self) -> int:
+        """The number of batches on which sensitivities are measured."""
+        return -(-self.config.score_tokens // self._batch)
+
+    @property
+    def _batch(self) -> int:
+        """Tokens of a batch."""
+        return self.config.batch_size * self.config.sequence_length
 
     def calibrate(self) -> Calibrated:
         """The loss before, the maxima of inputs and, with `auto`, the sensitivities."""
@@ -99,10 +123,8 @@ class Quantiser:
             maxima = self.passes.maxima(self.text.calibration, kinds)
         scores: dict[Key, dict[str, float]] = {}
         if config.format == AUTO:
-            size = config.batch_size * config.sequence_length
-            batches = self.text.calibration[: max(1, -(-config.score_tokens // size))]
-            self.progress(f"sensitivities, on {len(batches) * size} tokens")
-            scores = self._scores(batches, maxima)
+            self.progress(f"sensitivities, on {self._scored * self._batch} tokens")
+            scores = self._scores(self.text.calibration[: self._scored], maxima)
         return Calibrated(loss, maxima, scores)
 
     def _scores(self, batches: Sequence[Any], maxima: np.ndarray | None) -> dict[Key, dict[str, float]]:
@@ -140,15 +162,16 @@ class Quantiser:
         return found
 
     def write(self, calibrated: Calibrated, target: Path, config: QuantizeConfig | None = None) -> Outcome:
-        """Chooses formats, writes the Orogen folder `target`, opens it and measures its loss. config: one that needs no
-        more of calibration than the one that calibrated; None: that one."""
+        """Chooses formats, writes the Orogen folder `target`, opens it and measures its loss. The parameters of the
+        model before are released, so that only one is in memory: there is no calibration after this. config: one that
+        needs no more of calibration than the one that calibrated; None: that one."""
         config = config or self.config
         units, choices = self.units(calibrated, config), config.choices(self.folder.config)
         if config.format == AUTO:
             allocation = allocate(units, config.effective_bits)
             chosen = {(u.layer, u.name): f for u, f in zip(units, allocation.formats, strict=True)}
             formats = kinds_with(chosen, choices)
-        else:  # kinds of one unit may then differ
+        else:
             formats = [{kind: names[0] for kind, names in layer.items()} for layer in choices]
             allocation = summary(units, [formats[unit.layer][UNITS[unit.name][0]] for unit in units])
         targets = [{kind: config.target(name) for kind, name in layer.items()} for layer in formats]
@@ -158,6 +181,7 @@ class Quantiser:
         self.progress(f"{len(entries)} tensors")
         errors = write_entries(self.folder, entries, target, maxima=calibrated.maxima)
         self.progress(f"loss after, on {self.text.tokens[1]} tokens")
+        self.passes.release()
         with open_folder(target) as folder:
             params = read_model(folder, self.plan, self.dtype, tokenizer=False).params
         measured = functools.partial(self.passes.loss, self.text.heldout, params=params)
@@ -173,11 +197,13 @@ class Quantiser:
         errors = outcome.errors.values()
         before, after = (sum(getattr(e, name) for e in errors) for name in ("bytes_before", "bytes_after"))
         tokens = dict(zip(("calibration", "heldout"), self.text.tokens, strict=True))
+        tokens = tokens if calibrated.maxima is not None else {"heldout": tokens["heldout"]}
+        tokens |= {"sensitivities": self._scored * self._batch} if config.format == AUTO else {}
         return {
             "format": config.format,
             "scales": config.scales,
             "inputs": config.inputs,
-            "tokens": tokens if calibrated.maxima is not None else {"heldout": tokens["heldout"]},
+            "tokens": tokens,
             "loss_before": calibrated.loss,
             "loss_after": outcome.loss,
             "loss_after_weights_alone": outcome.loss_weights,

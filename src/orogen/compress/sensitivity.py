@@ -1,12 +1,12 @@
 """Passes over calibration text: the largest magnitudes of products' inputs, the sensitivity of products to formats, and
-the loss, on any plan without a pipeline.
+the loss, on any plan without a pipeline whose ranks split no block of numbers that share a scale.
 
 Letters: l layers of the pattern, f candidates.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,14 +15,18 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from orogen.checkpoint.leaves import leaves_of
 from orogen.checkpoint.open import Opened
+from orogen.compress.rewrite import homes
+from orogen.compress.units import product_of
 from orogen.config.checks import ConfigError, require
 from orogen.config.model import ModelConfig
 from orogen.config.precision import KINDS
-from orogen.config.quantize import BITS, Measured, Target
+from orogen.config.quantize import Measured, Target
 from orogen.config.recipe import Recipe
 from orogen.data.packing import Batch
 from orogen.parallel import placement
+from orogen.parallel.axes import SHARDED
 from orogen.parallel.plan import Plan
 from orogen.precision.calibration import probe_shape
 from orogen.precision.policy import working_copy
@@ -42,7 +46,8 @@ Layer = dict[str, Measured]
 class Passes:
     """Passes of a model over batches. progress: called after each batch.
 
-    Raises ConfigError for a plan with stages or microbatches, or one that drops tokens.
+    Raises ConfigError for a plan with stages or microbatches, or one that drops tokens, or whose empty rows would be
+    measured.
     """
 
     def __init__(self, opened: Opened, *, dtype: str = "float32", progress: Callable[[], None] = lambda: None):
@@ -50,6 +55,8 @@ class Passes:
         require(plan.stage == 1, plan, "stage", "1: layers are calibrated on all devices together")
         require(plan.microbatches == 1, plan, "microbatches", "1: maxima are of whole batches")
         require(plan.capacity_factor is None, plan, "capacity_factor", "None: no token is dropped here")
+        empty = plan.dispatch == "alltoall" and opened.config.routed_expert_bias
+        require(not empty, plan, "dispatch", "another: biases of experts would make its empty rows count in maxima")
         self.opened, self.dtype, self.progress = opened, dtype, progress
 
     @property
@@ -58,16 +65,20 @@ class Passes:
         layers = self.opened.config.layers
         return len(layers.main + layers.mtp)
 
+    def release(self) -> None:
+        """Frees the model's parameters; what follows needs `params`."""
+        self.opened = self.opened._replace(params=nnx.State({}))
+
     def maxima(self, batches: Iterable[Batch], kinds: Sequence[Iterable[str]]) -> np.ndarray:
         """(l, kinds, calls) float32: the largest magnitude of the input of each product of these kinds, by layer.
-        Raises FloatingPointError if one is not finite."""
+        Raises ConfigError if one is not finite."""
         plan = self._plan([{kind: Measured() for kind in layer} for layer in kinds])
         found = np.zeros(probe_shape(self.layers, 0)[:-1], np.float32)
         for probe in self._probes(plan, batches, 0):
             found = np.maximum(found, probe[..., 0])
         if not np.isfinite(found).all():
             layer, kind, _ = np.argwhere(~np.isfinite(found))[0]
-            raise FloatingPointError(f"layer {layer}: the input of {KINDS[kind]} is not finite")
+            raise ConfigError(f"layer {layer}: the input of {KINDS[kind]} is not finite; expected finite numbers")
         return found
 
     def scores(
@@ -77,11 +88,15 @@ class Passes:
         routed experts are under the first of their kinds."""
         most = max((len(found) for layer in targets for found in layer.values()), default=0)
         self._require_whole_gradients()
+        self.require_whole_blocks(targets)
         layers = [{kind: Measured(candidates=found) for kind, found in layer.items()} for layer in targets]
         plan = dataclasses.replace(self._plan(layers, most), maxima=maxima)
         total = np.zeros((*probe_shape(self.layers, 0)[:2], most))
         for probe in self._probes(plan, batches, most):
             total += probe[..., 1:].astype(np.float64).sum(2)
+        if not np.isfinite(total).all():
+            layer, kind, _ = np.argwhere(~np.isfinite(total))[0]
+            raise ConfigError(f"layer {layer}: the sensitivity of {KINDS[kind]} is not finite; expected finite numbers")
         return [
             {kind: total[number, KINDS.index(kind), : len(found)] for kind, found in layer.items()}
             for number, layer in enumerate(targets)
@@ -92,9 +107,11 @@ class Passes:
         maxima: np.ndarray | None = None, params: Any = None,
     ) -> float:  # fmt: skip
         """Nats per token. applied: by layer and kind, how inputs are rounded, with scales from `maxima`; weights are
-        taken as they are. params: of the same model, in place of the opened ones."""
+        taken as they are. params: of the same model, in place of the opened ones. Raises ConfigError if it is not
+        finite."""
         opened = self.opened
         if any(target.inputs for layer in applied for target in layer.values()):
+            self.require_whole_blocks([{k: (t,) for k, t in layer.items() if t.inputs} for layer in applied])
             layers = [{k: Measured(applied=t) for k, t in layer.items() if t.inputs} for layer in applied]
             plan = dataclasses.replace(self._plan(layers), maxima=maxima)
             measured = measure(opened.built, OBJECTIVE, opened.config, plan, self.dtype)
@@ -106,6 +123,8 @@ class Passes:
             found = jax.device_get(measured(params, opened.buffers, batch_to_devices(batch, opened.plan)))[LOSS]
             nats, count = nats + float(found.sum), count + float(found.count)
             self.progress()
+        if not np.isfinite(nats):
+            raise ConfigError(f"the loss of the calibration text is {nats}; expected a finite number")
         return nats / max(count, 1)
 
     @functools.cached_property
@@ -130,6 +149,24 @@ class Passes:
         for batch in batches:
             yield np.asarray(jax.device_get(run(params, opened.buffers, batch_to_devices(batch, opened.plan))))
             self.progress()
+
+    def require_whole_blocks(self, targets: Sequence[Mapping[str, Iterable[Target]]]) -> None:
+        """Raises ConfigError if ranks that share the inputs of a weight split a block of inputs that a target gives one
+        scale: scores would depend on the plan."""
+        plan, leaves = self.opened.plan, leaves_of(self.opened.built.params)
+        for number, (home, layer) in enumerate(zip(homes(self.opened.config), targets, strict=False)):
+            for path, leaf in leaves.items():
+                name = path[len(home.path) :]
+                if path[: len(home.path)] != home.path or (product := product_of(home.letter, name)) is None:
+                    continue
+                axis, share = leaf.get_metadata()["axes"][-2], leaf.get_value().shape[-2]
+                ranks = 1 if axis is None or axis in SHARDED else plan.size(axis)
+                for block in {target.weight.block or 1 for target in layer.get(product[0], ())}:
+                    if ranks > 1 and share // ranks % block:
+                        raise ConfigError(
+                            f"layer {number}: {ranks} ranks share the {share} inputs of {product[0]}; expected a "
+                            f"multiple of {block} for each, the numbers that have one scale"
+                        )
 
     def _require_whole_gradients(self) -> None:
         """Raises ConfigError if several ranks compute one output, each with a part of its gradient."""
@@ -171,8 +208,3 @@ def probing(
         return on_devices(params, buffers, with_numbers(batch, plan), step_key(0, 0), probe)
 
     return jax.jit(run)
-
-
-def stored_bits(target: str) -> float:
-    """Bits per weight of a format, its block scales included."""
-    return BITS[target] + (0.5 if target == "nvfp4" else 0.0)

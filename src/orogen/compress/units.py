@@ -77,12 +77,16 @@ def _place(
             if (found := inside.get((path[:length], index[:depth]))) is None:
                 continue
             number, home = found
-            name = path[length:]
-            tables: dict[Leaf, dict[str, tuple[str, int]]] = {EXPERTS: _ROUTED, SHARED: _SHARED}
-            table = tables.get(name[:2], PRODUCTS[home.letter] if len(name) == 2 else {})
-            if name[0] == "mixer" and str(name[-1]) in table:
-                return number, *table[str(name[-1])]
+            if (product := product_of(home.letter, path[length:])) is not None:
+                return number, *product
     return None
+
+
+def product_of(letter: str, name: Leaf) -> tuple[str, int] | None:
+    """The kind and number of the product that reads a layer's parameter, by its path below the layer; None: no such."""
+    tables: dict[Leaf, dict[str, tuple[str, int]]] = {EXPERTS: _ROUTED, SHARED: _SHARED}
+    table = tables.get(name[:2], PRODUCTS[letter] if len(name) == 2 else {})
+    return table.get(str(name[-1])) if name[0] == "mixer" else None
 
 
 def sizes_of(table: Table, weights: Mapping[str, Weight]) -> dict[tuple[int, str], int]:

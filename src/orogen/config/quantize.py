@@ -67,8 +67,9 @@ class QuantizeConfig:
     projections or queries, keys and values, share their float32 scale. An expert has scales of its own.
     scales: nvfp4's block scales from the block's largest magnitude (max), by least squared error among all scales that
     E4M3 has (mse), or of the two that make it 4 or 6 (four_over_six, arXiv:2512.02010).
-    keep: entries 'KIND:FORMAT'; a later entry wins. KIND as in PrecisionConfig.keep. With auto, FORMAT may be several,
-    'KIND:nvfp4|fp8|plain', of which one is chosen; routed experts have one choice per layer.
+    keep: entries 'KIND:FORMAT'; a later entry wins. KIND as in PrecisionConfig.keep; the matrices of
+    a layer's experts have one format, 'routed:FORMAT'. With auto, FORMAT may be several, 'KIND:nvfp4|fp8|plain', of
+    which one is chosen.
     auto: minimises the sum of Σ (g ⊙ Δy)² over layers, where g is the loss's gradient and Δy the error of the output,
     under effective_bits (AutoQuantize of ModelOpt). Bits are averaged over all weights of the layers' products; with
     cost = active, a routed expert's weight counts by the share of experts that process a token.
@@ -99,7 +100,9 @@ class QuantizeConfig:
     )
     effective_bits: Annotated[float, "mean bits per weight that auto may spend, without scales"] = 4.75
     cost: Annotated[str, "what auto counts: weights, or active (those that process a token)"] = "weights"
-    score_tokens: Annotated[int, "tokens on which auto measures sensitivities"] = 32768
+    score_tokens: Annotated[int, "of calibration_tokens, the first so many, on which auto measures sensitivities"] = (
+        32768
+    )
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -109,6 +112,9 @@ class QuantizeConfig:
         require_choice(self, "cost", ("weights", "active"))
         require_not_negative(self, "first_layers", "last_layers")
         require_positive(self, "calibration_tokens", "heldout_tokens", "batch_size", "effective_bits", "score_tokens")
+        few = self.format != AUTO or self.score_tokens <= self.calibration_tokens
+        first = f"at most calibration_tokens = {self.calibration_tokens}, whose first ones they are"
+        require(few, self, "score_tokens", first)
         require(self.sequence_length >= 2, self, "sequence_length", "at least 2, a token and its target")
         for field in ("keep", "candidates"):
             object.__setattr__(self, field, tuple(getattr(self, field)))  # gin may give a list
@@ -123,8 +129,10 @@ class QuantizeConfig:
             require(all(n in BITS for n in formats), self, "keep", f"formats that are some of {', '.join(BITS)}")
             several = len(formats) == 1 or self.format == AUTO
             require(several, self, "keep", f"one format per kind: several need format {AUTO!r}")
-            whole = self.format != AUTO or kind not in GROUPS[ROUTED]
-            require(whole, self, "keep", f"{ROUTED} in place of {kind}: auto chooses for all of a layer's experts")
+            whole = kind not in GROUPS[ROUTED]
+            require(
+                whole, self, "keep", f"{ROUTED} in place of {kind}: all matrices of a layer's experts have one format"
+            )
 
     def target(self, name: str) -> Target:
         """The target of a format."""

@@ -11,7 +11,8 @@ from orogen.convert.quantization import FIELD, LINEAR, MIXED, MODELOPT
 from orogen.precision.stored import FP8_BLOCK, block_of
 
 LAYOUTS = ("modelopt", "compressed-tensors")
-# How products treat their inputs: `static` scales are in the files, `dynamic` ones are measured, `none` are rounded.
+# How products treat their inputs: rounded with scales that are in the files (`static`) or measured (`dynamic`), or not
+# rounded (`none`).
 INPUTS = ("static", "dynamic", "none")
 PRODUCER = {"name": "orogen"}
 _CACHE = {"num_bits": 8, "type": "float", "dynamic": False}

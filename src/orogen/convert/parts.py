@@ -64,7 +64,8 @@ class Parts(NamedTuple):
             if found.dtype not in (SCALES if scale_of_fp8 else {spec.dtype}):
                 expected = f"{NAMES[spec.dtype]} for a weight in {self.scheme.kind}"
                 raise ConfigError(f"{where}: {name} is {NAMES[found.dtype]}; expected {expected}")
-            free = name != self.values and math.prod(found.shape) == 1  # one scale for all experts
+            whole = name == self.global_scale or (name == self.scale and self.scheme.kind == "fp8_tensor")
+            free = whole and math.prod(found.shape) == 1  # one scale for all experts
             if not free and _without_ones(found.shape) != _without_ones(spec.shape):
                 expected = f"{list(spec.shape)} for {list(self.shape)} in {self.scheme.kind}"
                 raise ConfigError(f"{where}: {name} is {list(found.shape)}; expected {expected}")

@@ -24,6 +24,10 @@ FILE = "hf_quant_config.json"
 FIELD = "quantization_config"
 LINEAR = "Linear"  # the class of PyTorch's linear map, as a target
 PATTERN = "re:"
+# What a pattern may have, and what of it stands for itself: escaped characters, and sets of characters.
+MOST_CHARACTERS, MOST_UNBOUNDED, MOST_BRANCHES = 1000, 2, 100
+_LITERAL = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
+_GROUP_KIND = re.compile(r"\(\?(?::|<?[=!])")
 
 
 class Names(NamedTuple):
@@ -146,6 +150,9 @@ def read_quantization(values: Mapping[str, Any], other: Mapping[str, Any] | None
     if other is not None:
         check_form(other, Record({"quantization": dict}), where=FILE)
         found.append(_modelopt(other["quantization"], f"{FILE}: quantization"))
+    for one in found:
+        for pattern in (*one.ignored, *(target for target, _ in one.targets)):
+            _check_pattern(pattern, one.where)
     return found
 
 
@@ -198,8 +205,6 @@ def _compressed(stated: Mapping[str, Any], where: str) -> Quantization:
         scheme = None if weights is None else _of_weights(weights, form, f"{place}.weights")
         targets += [(target, scheme) for target in group["targets"]]
     ignored = tuple(stated.get("ignore") or ())
-    for pattern in (*ignored, *(target for target, _ in targets)):
-        _check_pattern(pattern, where)
     return Quantization(where, ignored, tuple(targets))
 
 
@@ -242,8 +247,8 @@ def _check_cache(scheme: Any, where: str) -> None:
 
 
 def _check_pattern(pattern: str, where: str) -> None:
-    """Raises ConfigError unless a `re:` pattern compiles. Patterns are untrusted: a repeated group could make a match
-    take exponential time, and none is needed to name modules."""
+    """Raises ConfigError unless a `re:` pattern compiles and matches fast. Patterns are untrusted: a match that fails
+    has tried every length of each quantifier and every alternative, in all combinations."""
     if not pattern.startswith(PATTERN):
         return
     text = pattern.removeprefix(PATTERN)
@@ -251,8 +256,28 @@ def _check_pattern(pattern: str, where: str) -> None:
         re.compile(text)
     except (re.error, RecursionError, OverflowError) as error:
         raise ConfigError(f"{where}: the pattern {shown(pattern)} is not valid ({error}); expected one") from None
-    if re.search(r"\)[*+{]", text) or len(text) > 1000:
-        _refuse(f"{where}: the pattern", pattern, "at most 1000 characters without repeated groups")
+    signs = _LITERAL.sub("x", text)
+    unbounded = len(re.findall(r"[*+{][?+]?", _GROUP_KIND.sub("(", signs)))
+    slow = re.search(r"\)[*+{]", signs) or re.search(r"\(\?[^:=!<]", signs) or unbounded > MOST_UNBOUNDED
+    if slow or len(text) > MOST_CHARACTERS or _branches(_GROUP_KIND.sub("(", signs)) > MOST_BRANCHES:
+        expected = (
+            f"at most {MOST_CHARACTERS} characters, no repeated groups, no flags or names, at most two of * + {{ and "
+            f"{MOST_BRANCHES} combinations of alternatives"
+        )
+        _refuse(f"{where}: the pattern", pattern, expected)
+
+
+def _branches(signs: str) -> int:
+    """A bound on the combinations of alternatives and optional parts of a pattern without literals."""
+    found, bars = 2 ** len(re.findall(r"(?<![*+?}])\?", signs)), [0]
+    for sign in signs:
+        if sign == "(":
+            bars.append(0)
+        elif sign == ")":
+            found *= bars.pop() + 1
+        elif sign == "|":
+            bars[-1] += 1
+    return found * (bars[0] + 1)
 
 
 def _names(pattern: str, module: str) -> bool:
