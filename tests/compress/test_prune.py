@@ -406,9 +406,13 @@ def test_a_choice_of_experts_needs_their_scores(tmp_path):
     model, settings = of("E-"), PruneConfig(n_routed_experts=6)
     found = random_found(model, settings)._replace(taken=Taken("activations", "count", 0))
     choice = decide(model, settings, found, PlanConfig())
-    facts = pruning.record(tmp_path, settings, found, choice, (1, 1))
-    (tmp_path / "pruning.json").write_bytes(pruning.encoded(facts))
-    (tmp_path / "pruning.npz").write_bytes(pruning.arrays(found, choice))
+    for weights in ("", "0123"):
+        facts = pruning.record(tmp_path, settings, pruning.of_weights(found, weights, None), choice, (1, 1))
+        (tmp_path / "pruning.json").write_bytes(pruning.encoded(facts))
+        (tmp_path / "pruning.npz").write_bytes(pruning.arrays(found, choice))
+        if not weights:
+            with pytest.raises(ConfigError, match="does not say which weights its scores are of"):
+                pruning.read_scores(tmp_path, model, settings)
     with pytest.raises(ConfigError, match="has scores of experts by 'count'; PruneConfig.expert_scores asks for 'out"):
         pruning.read_scores(tmp_path, model, settings)
     held = pruning.read_scores(tmp_path, model, PruneConfig(n_routed_experts=6, expert_scores="count"))
@@ -422,6 +426,7 @@ def test_scores_of_a_large_model_can_be_read(tmp_path):
     settings = PruneConfig(moe_intermediate_size=3999, width_scores="random")
     found = random_found(model, settings)
     choice = decide(model, settings, found, PlanConfig())
+    found = pruning.of_weights(found, "0123", None)
     facts = pruning.encoded(pruning.record(tmp_path, settings, found, choice, (1, 1)))
     assert len(facts) < 20_000
     (tmp_path / "pruning.json").write_bytes(facts)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from orogen.config.prune import PruneConfig
     from orogen.config.run import RunConfig
 
-SCORES = "the folder or pruning.json of an earlier pruning of this model, whose scores to use: no text is read"
+SCORES = "the folder of an earlier pruning of this model (or its pruning.json), whose scores to use: no text is read"
 # Beside a quantised model: what was chosen and measured.
 RECORD, PICTURE = "quantization.json", "quantization.png"
 

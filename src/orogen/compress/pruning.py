@@ -102,6 +102,8 @@ def read_scores(file: Path, model: ModelConfig, prune: PruneConfig) -> Found:
     facts = read_json(file, FORM)
     found, of_layers = facts["scores"], facts["scores"]["of_layers"]
     taken = Taken(**{name: found[name] for name in Taken._fields})
+    if not taken.weights:
+        raise ConfigError(f"{file} does not say which weights its scores are of; expected a fingerprint")
     if taken.widths is None:
         scores = random_scores(model, prune.seed)
     else:
