@@ -121,6 +121,13 @@ class Trial:
         return found | {"scratch": {"recovered": self.bits(scratch)}}
 
 
+def replace_seed(line: str, file: Path) -> None:
+    """Adds a seed's results to the file, in place of its earlier ones."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    others = [one for one in lines if json.loads(one)["seed"] != json.loads(line)["seed"]]
+    file.write_text("".join(one + "\n" for one in [*others, line]))
+
+
 def draw(records: list[dict[str, Any]], file: Path) -> None:
     """One dot per seed and arm, after recovery; the line is the teacher."""
     from orogen.report.pictures import LIGHT, plain_figure, png
@@ -149,8 +156,7 @@ def main() -> None:
             line = json.dumps(found | {"seconds": round(time.monotonic() - began)})
             print(line, flush=True)
             if not options.quick:
-                with recorded.open("a") as file:
-                    file.write(line + "\n")
+                replace_seed(line, recorded)
     if not options.quick:
         draw([json.loads(line) for line in recorded.read_text().splitlines()], HERE / "figure.png")
 

@@ -269,3 +269,13 @@ def test_the_distance_is_the_same_on_a_plan():
     alone, folded = distances(), Calibration(opened(data=2, context=2, tensor=2, expert=4))
     expected = alone.distance("logit_kl", alone.finals(BATCHES), [1, 3])
     assert folded.distance("logit_kl", folded.finals(BATCHES), [1, 3]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_distance_over_no_tokens_is_refused():
+    """Nothing was compared; and final hidden states wait on the host."""
+    calibration = distances()
+    empty = [one._replace(segments_bt=np.zeros_like(one.segments_bt)) for one in BATCHES[:1]]
+    finals = calibration.finals(empty)
+    assert isinstance(finals[0][1], np.ndarray)
+    with pytest.raises(ConfigError, match="logit_kl without layers 1, 3 is 0 / 0; expected finite sums, the second"):
+        calibration.distance("logit_kl", finals, [3, 1])

@@ -9,7 +9,7 @@ from tests.helpers import hybrid
 
 from orogen.cli import main
 from orogen.compress.candidates import total_costs
-from orogen.compress.puzzle import read_scores, removal_order, solve
+from orogen.compress.puzzle import Replacement, read_scores, removal_order, solve
 from orogen.config.checks import ConfigError
 from orogen.config.search import SearchConfig
 from orogen.config.text import model_text
@@ -148,3 +148,41 @@ def test_the_command_takes_scores(tmp_path, capsys):
     assert main(["search", "--gin_file", str(tmp_path / "search.gin"), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["best"][0]["score"] <= facts["best"][1]["score"] and facts["best"][0]["parameters"] <= 50000
+
+
+def test_costs_count_the_layers_after_the_slash():
+    """The block's MLPs have the width of the others: what is reported is what the model has, and a budget keeps it."""
+    parent = hybrid(pattern="-M-/-*-", mtp_depths=1)
+    found = [Replacement(layer, "intermediate_size", 36, 0.5) for layer in (0, 2)]
+    found += [Replacement(layer, "removed", 0, 9.0) for layer in (0, 2)]
+    best = solve(parent, SearchConfig(best=20), found).best
+    for one in best:
+        main = one.model.layers.main
+        counts = np.array([[main.count(letter) for letter in dict.fromkeys(main)]])
+        exact = {name: float(value[0]) for name, value in total_costs(one.model, SearchConfig(), counts).items()}
+        assert one.costs == exact
+        assert one.model.intermediate_size == (36 if "intermediate_size" in one.widths else 72)
+    sizes = sorted(one.costs["parameters"] for one in best)
+    for most in sizes:
+        kept = solve(parent, SearchConfig(best=20, most_parameters=most), found).best
+        assert sorted(one.costs["parameters"] for one in kept) == [size for size in sizes if size <= most]
+
+
+def test_layers_that_no_entry_names_stay(tmp_path):
+    found = scores(tmp_path / "scores.jsonl")
+    search = SearchConfig(layers=("-:1-2",), most_parameters=60_000.0)
+    for one in solve(PARENT, search, found).best:
+        assert one.layers["M"] == 2 and one.layers["*"] == 2 and one.layers["-"] in (1, 2)
+
+
+def test_depths_that_cannot_be_met_are_refused_without_a_budget(tmp_path):
+    found = scores(tmp_path / "scores.jsonl")
+    with pytest.raises(ConfigError, match="has so many layers; expected other SearchConfig.layers or depth"):
+        solve(PARENT, SearchConfig(layers=("*:0-0",)), found)
+
+
+def test_a_layer_stays():
+    parent = hybrid(pattern="M-", mtp_depths=0)
+    found = [Replacement(layer, "removed", 0, -1.0) for layer in (0, 1)]
+    assert [one.model.pattern for one in solve(parent, SearchConfig(), found).best[:2]] != ["", ""]
+    assert all(sum(one.layers.values()) >= 1 for one in solve(parent, SearchConfig(), found).best)

@@ -216,3 +216,56 @@ def test_the_command_answers_and_writes_a_model(tmp_path, capsys):
     line = capsys.readouterr().err
     assert "SearchConfig.most_gib of at least" in line and line.count("\n") == 1
     assert main(["search", "--gin_file", f"{CONFIGS}/upcycle/e8g1t2.gin"]) == 2
+
+
+def test_a_parent_with_an_mtp_block_is_searched_by_speed():
+    """The last layer of a kind is left out to estimate, the block stays."""
+    parent = hybrid(pattern="M-*M-/*-", mtp_depths=1)
+    search = dataclasses.replace(SMALL, least_tokens_per_second=1.0, fits=True)
+    found = search_models(parent, search, speed_of(search))
+    assert found.feasible == 24 and all(one.model.pattern.endswith("/*-") for one in found.best)
+    assert found.predicted == len(found.best) == 10
+
+
+def test_candidates_have_a_layer():
+    parent = hybrid(pattern="MM", mtp_depths=0)
+    search = SearchConfig(layers=("M:0-2",), fits=True)
+    assert [one.model.pattern for one in search_models(parent, search, speed_of(search)).best] == ["MM", "M"]
+    with pytest.raises(ConfigError, match="expected some with at least one layer in all"):
+        layer_counts(parent, SearchConfig(layers=("M:0-0",)))
+
+
+def test_the_refusal_of_what_only_estimates_allow_has_predicted_values(monkeypatch):
+    """Estimates of half the bytes: the value that the refusal names is the least of those predicted."""
+    search = dataclasses.replace(SMALL, fits=True, best=100)
+    honest = speed_of(search)
+    sizes = [one.speed["device_memory_bytes"] for one in search_models(PARENT, search, honest).best]
+    tight = speed_of(search, memory_gib=0.9 * min(sizes) / GIB)
+    exact = tight.estimates
+    monkeypatch.setattr(tight, "estimates", lambda *given: (exact(*given)[0], 0.5 * exact(*given)[1]))
+    with pytest.raises(ConfigError, match=r"none of the \d+ candidates that were predicted, of \d+ within") as refusal:
+        search_models(PARENT, search, tight)
+    named = float(str(refusal.value).split("at least ")[1].split(" GiB")[0])
+    assert 1 <= named / (min(sizes) / GIB) < 1.002
+    monkeypatch.setattr("orogen.compress.search.MOST_PREDICTED", 2)
+    with pytest.raises(ConfigError, match=r"none of the 2 candidates that were predicted"):
+        search_models(PARENT, search, tight)
+
+
+@pytest.mark.parametrize(
+    "binding",
+    ["ClusterConfig.hardware = 'h100'", "EngineConfig.slots = 3", "SearchConfig.new_tokens = 7",
+     "SearchConfig.order = ('layers',)\nSearchConfig.scores = 'scores.jsonl'"],
+)  # fmt: skip
+def test_settings_that_no_search_reads_are_refused(tmp_path, binding):
+    (tmp_path / "search.gin").write_text(binding + "\n")
+    name = binding.split(" ")[0]
+    with pytest.raises(ConfigError, match=f"{name} is bound; expected their defaults, since nothing"):
+        load_search([tmp_path / "search.gin"])
+    if "order" not in binding:
+        load_search([tmp_path / "search.gin"], ["SearchConfig.fits = True"])
+
+
+def test_scores_and_an_order_of_removal_exclude_each_other():
+    with pytest.raises(ConfigError, match="removal is 'a'; expected None"):
+        SearchConfig(removal="a", scores="b")

@@ -15,8 +15,11 @@ model is made from one of the old.
   that shares B and C, experts inside their routing group; and refuses sizes that groups or ranks do not divide.
 - `slices.py` cuts each parameter. Norms are rescaled so that channels of zeros leave no trace.
 
-The new folder has `pruning.json`, with every score and the units that were kept; `--scores` prunes the same model to
-other sizes by it, without reading text or running the model, so on a host that cannot hold it.
+The new folder has `pruning.json`, with what was kept and how it was scored, and `pruning.npz`, with the scores of units
+(`stored_scores.py`). `--scores` prunes the same model to other sizes by them, without reading text or running the
+model, so on a host that cannot hold it. It refuses scores of other weights, and scores taken in another way than
+PruneConfig asks for. If layers were scored one by one, `removal.jsonl` has the scores for `orogen search`. Layers of
+gated cross-attention (x, g) and the heads of reward models have no rules, and are refused.
 
 Text comes from `DataConfig`, sizes from `PruneConfig`, such as PruneConfig.mamba_num_heads = 48 in narrow.gin:
 
@@ -46,8 +49,9 @@ Every other command computes with the decoded weights in its compute dtype, and 
 
 **Search** (`orogen search`, no jax): which smaller model to make. `candidates` enumerates widths and numbers of layers
 and counts parameters, active parameters and the bytes of a context; `speed` has the simulator's tokens per second and
-memory; `search` ranks what keeps the budgets (`config/search.py`). With scores of replacing one layer at a time,
-`puzzle` chooses by integer programming. `gin_configs/search/` has the budgets that Nemotron Nano 2 and Nemotron-H 47B
-were carved under; `experiments/carving_nano2` shows where the published models stand among the candidates. The best
-one is written as a gin file (`--out`).
+memory; `search` ranks what keeps the budgets (`config/search.py`). With scores of removing layers (`removal`) the least
+important go first; with scores of replacing one layer at a time (`scores`), `puzzle` chooses by integer programming.
+`gin_configs/search/` has the budgets that Nemotron Nano 2 and Nemotron-H 47B were carved under;
+`experiments/carving_nano2` shows where the published models stand among the candidates. The best one is written as a
+gin file (`--out`).
 """

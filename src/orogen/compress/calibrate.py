@@ -15,7 +15,7 @@ from jax import Array, lax
 
 from orogen.checkpoint.open import Opened
 from orogen.compress.rewrite import homes
-from orogen.config.checks import require
+from orogen.config.checks import ConfigError, require
 from orogen.config.model import ModelConfig
 from orogen.data.packing import Batch
 from orogen.layers.documents import Documents
@@ -68,23 +68,29 @@ class Calibration:
             progress()
         return total
 
-    def finals(self, batches: Iterable[Batch]) -> list[tuple[Batch, Array]]:
-        """Each batch on its devices, with the final hidden states (b, t, d) of the whole model."""
+    def finals(self, batches: Iterable[Batch]) -> list[tuple[Batch, Any]]:
+        """Each batch on its devices, with the final hidden states (b, t, d) of the whole model. They are on the
+        host, since a device may not hold those of all batches, unless other processes have parts of them."""
         whole = np.ones(self.layers, np.float32)
         laid = (self._laid(batch) for batch in batches)
-        return [(batch, self._final(*self._weights, batch, whole)) for batch in laid]
+        return [(batch, _on_host(self._final(*self._weights, batch, whole))) for batch in laid]
 
-    def distance(self, kind: str, finals: Sequence[tuple[Batch, Array]], removed: Iterable[int]) -> float:
+    def distance(self, kind: str, finals: Sequence[tuple[Batch, Any]], removed: Sequence[int]) -> float:
         """How far the model without the layers `removed` is from the whole one, by DEPTH_SCORES: the sum over tokens of
         the squared difference of final hidden states, or of logits, divided by that of the whole model's square; or the
-        mean KL divergence, in nats per token."""
+        mean KL divergence, in nats per token. Raises ConfigError unless both sums are finite and the second above 0."""
         gain_l = np.ones(self.layers, np.float32)
         gain_l[list(removed)] = 0
         total = np.zeros(2)
         for batch, final in finals:
             without = self._final(*self._weights, batch, gain_l)
-            total += self._fetched(self._compared(kind)(*self._weights, batch, final, without))
-        return float(total[0] / total[1]) if total[1] > 0 else 0.0
+            whole = jax.device_put(final, without.sharding)
+            total += self._fetched(self._compared(kind)(*self._weights, batch, whole, without))
+        if not (np.isfinite(total).all() and total[1] > 0):
+            gone = ", ".join(map(str, sorted(removed))) or "none"
+            found = f"{kind} without layers {gone} is {total[0]:g} / {total[1]:g}"
+            raise ConfigError(f"{found}; expected finite sums, the second above 0")
+        return float(total[0] / total[1])
 
     def _laid(self, batch: Batch) -> Batch:
         return batch_to_devices(batch._replace(extras={}), self._opened.plan)
@@ -149,6 +155,10 @@ class Calibration:
             return self._jitted(compared, (plan.spec(*STREAM), plan.spec(*STREAM)), plan.spec())
 
         return functools.cache(program)
+
+
+def _on_host(array: Array) -> Any:
+    return jax.device_get(array) if array.is_fully_addressable else array
 
 
 def _documents(batch: Batch) -> Documents:

@@ -66,13 +66,16 @@ def candidates(parent: ModelConfig, search: SearchConfig) -> Iterator[Candidates
 
 
 def layer_counts(parent: ModelConfig, search: SearchConfig) -> np.ndarray:
-    """(n, k): every combination of layer counts, k in the order in which the kinds come first in the parent's pattern.
-    Raises ConfigError if there is none."""
+    """(n, k): every combination of layer counts, with a layer in all, k in the order in which the kinds come first
+    in the parent's pattern. Raises ConfigError if there is none."""
     ranges = list(search.counts(parent).values())
     number = math.prod(map(len, ranges))
     if number > MOST_CANDIDATES:
         raise ConfigError(f"SearchConfig.layers has {number:,} combinations; expected at most {MOST_CANDIDATES:,}")
     counts_nk = np.array(list(itertools.product(*ranges)), np.int64).reshape(number, len(ranges))
+    counts_nk = counts_nk[counts_nk.sum(1) > 0]
+    if not len(counts_nk):
+        raise ConfigError(f"SearchConfig.layers is {search.layers}; expected some with at least one layer in all")
     if search.depth is not None:
         least, most = search.depth
         depth_n = counts_nk.sum(1)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from orogen.config.prune import PruneConfig
     from orogen.config.run import RunConfig
 
-SCORES = "the folder or pruning.json of an earlier pruning of this model, whose scores to use: no text is read"
+SCORES = "the folder of an earlier pruning of this model (or its pruning.json), whose scores to use: no text is read"
 # Beside a quantised model: what was chosen and measured.
 RECORD, PICTURE = "quantization.json", "quantization.png"
 
@@ -76,6 +76,7 @@ def prune(options: argparse.Namespace) -> int:
     from orogen.compress.prune import check_target, decide, no_distance, require_new
     from orogen.compress.rewrite import Source, rewrite
     from orogen.compress.slices import Pruned
+    from orogen.compress.stored_scores import ARRAYS, fingerprint
     from orogen.config.load import load_prune
     from orogen.model.count import count
     from orogen.report.pictures import LIGHT, png
@@ -88,13 +89,17 @@ def prune(options: argparse.Namespace) -> int:
         found = _found(options, settings, run, folder.config)
         choice = decide(folder.config, settings, found, run.plan)
         found = found._replace(distance=no_distance)  # lets go of the model
+        fits = _conversion_fits(folder)
+        source = Source(folder)
+        found = pruning.of_weights(found, fingerprint(source), options.scores)
         sizes = count(folder.config)["total"], count(choice.config)["total"]
         shown = pruning.axes(folder.config, found, choice), pruning.layers_shown(folder.config, choice)
         facts = pruning.record(options.checkpoint, settings, found, choice, sizes)
-        beside = {pruning.FILE: pruning.encoded(facts), pruning.PICTURE: png(draw_pruning(*shown, LIGHT))}
-        fits = _conversion_fits(folder)
-        source = Source(folder)
+        beside = {pruning.FILE: pruning.encoded(facts), pruning.PICTURE: png(draw_pruning(*shown, LIGHT)),
+                  ARRAYS: pruning.arrays(found, choice)}  # fmt: skip
         made = {"fits": fits, "parameters": sizes[1], "beside": beside}
+        if choice.depth.scores is not None and settings.depth_scores != "random":
+            beside[pruning.REMOVAL] = pruning.removal_lines(choice)
         rewrite(source, Pruned(source, choice.kept), choice.config, options.checkpoint, options.out, **made)
     lines = [*pruning.table(*shown, sizes), f"written: {options.out}"]
     told = {"target": str(options.out), "parameters": list(sizes), "pattern": choice.config.pattern}
@@ -229,7 +234,7 @@ def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
 
 def search(options: argparse.Namespace) -> int:
     """`orogen search`."""
-    from orogen.compress.puzzle import read_scores, solve
+    from orogen.compress.puzzle import read_scores, removal_order, solve
     from orogen.compress.search import search_models
     from orogen.compress.speed import Speed
     from orogen.config.files import write_atomically
@@ -241,13 +246,15 @@ def search(options: argparse.Namespace) -> int:
     if model is None:
         raise ConfigError("the gin files have no bindings of ModelConfig; expected the model to make smaller")
     if settings.scores is None:
-        found = search_models(model, settings, Speed(settings, cluster, engine))
+        scored = [] if settings.removal is None else read_scores(Path(settings.removal), model)
+        found = search_models(model, settings, Speed(settings, cluster, engine), removal=removal_order(scored))
     else:
         found = solve(model, settings, read_scores(Path(settings.scores), model))
     if options.out is not None:
         write_atomically(options.out, model_text(found.best[0].model).encode())
     facts = {
-        "candidates": found.candidates, "feasible": found.feasible, "seconds": time.monotonic() - began,
+        "candidates": found.candidates, "feasible": found.feasible, "predicted": found.predicted,
+        "seconds": time.monotonic() - began,
         "hardware": cluster.hardware if settings.simulates else None, "best": [one.facts() for one in found.best],
     }  # fmt: skip
     answer(options, facts, _search_lines(found))
@@ -255,7 +262,8 @@ def search(options: argparse.Namespace) -> int:
 
 
 def _search_lines(found: "Ranking") -> list[str]:
-    lines = [f"{found.candidates:,} candidates, {found.feasible:,} within the budgets"]
+    predicted = f", {found.predicted:,} of them predicted" if found.predicted else ""
+    lines = [f"{found.candidates:,} candidates, {found.feasible:,} within the budgets{predicted}"]
     for place, one in enumerate(found.best, 1):
         layers = " ".join(f"{count}{letter}" for letter, count in one.layers.items())
         parts = [f"{sum(one.layers.values())} layers ({layers})"]

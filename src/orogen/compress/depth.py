@@ -69,7 +69,7 @@ def choose_layers(model: ModelConfig, prune: PruneConfig, scores: Sequence[float
     return Depth(tuple(n for n in range(len(main)) if n not in gone), tuple(gone), list(scores))
 
 
-def check_layer_scores(model: ModelConfig, scores: Sequence[float] | None, where: str) -> None:
+def check_layer_scores(model: ModelConfig, scores: Sequence[float] | np.ndarray | None, where: str) -> None:
     """Raises ConfigError unless there is a finite score for each layer, or there are none."""
     size = len(model.layers.main)
     if scores is not None and (len(scores) != size or not np.isfinite(scores).all()):

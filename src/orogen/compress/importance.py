@@ -54,7 +54,8 @@ def scores(config: ModelConfig, measured: Measured, expert_scores: str) -> Score
     Channels of the residual stream: Σ I over the outputs of all norms. Hidden units: I of the input of the second
     matrix; in experts over the batch's tokens of the expert. Heads: L2 of I over the head's output. Mamba: I of the x
     part of the input projection, whose L2 over heads ranks the channels of a head, and whose L2 over the channels that
-    stay ranks heads. Experts: the mean of `expert_scores` over tokens (EXPERT_SCORES); a count is the number of tokens.
+    stay ranks heads. Experts, by EXPERT_SCORES: the mean norm of the output over their tokens, their number of tokens,
+    or the sum of their weights.
     Latent: I of what the experts read, and of the sum of what they write. Sources: arXiv:2407.14679, section 2.2;
     arXiv:2504.11409.
     """

@@ -11,11 +11,12 @@ import numpy as np
 from orogen.checkpoint.open import Opened
 from orogen.compress.calibrate import Calibration, Measured
 from orogen.compress.choose import Kept, choose, pruned_config
-from orogen.compress.depth import Depth, Distance, check_depth, choose_layers
-from orogen.compress.importance import Scores, random_scores, scores
+from orogen.compress.depth import Depth, Distance, check_depth, check_layer_scores, choose_layers
+from orogen.compress.importance import Scores, check_scores, random_scores, scores
+from orogen.compress.slices import MIXERS
 from orogen.config.checks import ConfigError, require
 from orogen.config.data import DataConfig
-from orogen.config.model import ModelConfig
+from orogen.config.model import LAYERS, ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.prune import PruneConfig
 from orogen.config.streams import say
@@ -23,6 +24,17 @@ from orogen.data.loader import open_corpus
 from orogen.data.packing import Batch
 
 COSINE, RANDOM = "cosine", "random"
+CALIBRATION = "the pass over the text"
+
+
+class Taken(NamedTuple):
+    """How the scores of units were taken. widths: by WIDTH_SCORES, None if they are placeholders that no size is chosen
+    by; experts: by EXPERT_SCORES; seed: of random ones; weights: the model's fingerprint, "" before it is known."""
+
+    widths: str | None
+    experts: str
+    seed: int
+    weights: str = ""
 
 
 class Found(NamedTuple):
@@ -32,6 +44,7 @@ class Found(NamedTuple):
     scores: Scores
     of_layers: list[float] | None
     distance: Distance
+    taken: Taken
     rows: int = 0
     tokens: int = 0
 
@@ -46,6 +59,11 @@ class Choice(NamedTuple):
 
 def check_target(model: ModelConfig, prune: PruneConfig, plan: PlanConfig) -> None:
     """Raises ConfigError for sizes or layers that the pruned model cannot have. Reads no parameter."""
+    foreign = sorted(set(model.layers.main + model.layers.mtp) - set(MIXERS))
+    if foreign:
+        known = ", ".join(f"{letter} ({LAYERS[letter]})" for letter in MIXERS)
+        raise ConfigError(f"ModelConfig.pattern has layers {' '.join(foreign)}; expected only {known}, to be pruned")
+    require(not model.score_head, model, "score_head", "False: a model with one cannot be pruned")
     check_depth(model, prune)
     pruned_config(model, prune, tuple(range(len(model.layers.main))), plan)
 
@@ -58,9 +76,10 @@ def measures(prune: PruneConfig) -> bool:
 
 
 def random_found(model: ModelConfig, prune: PruneConfig) -> Found:
-    """Scores drawn at random."""
+    """Scores drawn at random; those of units count only if PruneConfig.width_scores asks for such."""
     of_layers = np.random.default_rng((prune.seed, 1)).random(len(model.layers.main)).tolist()
-    return Found(random_scores(model, prune.seed), of_layers, no_distance)
+    taken = Taken(RANDOM if prune.width_scores == RANDOM else None, prune.expert_scores, prune.seed)
+    return Found(random_scores(model, prune.seed), of_layers, no_distance, taken)
 
 
 def measured(
@@ -72,10 +91,13 @@ def measured(
     found, calibration = random_found(opened.config, prune), Calibration(opened, prune.compute_dtype)
     batches = list(calibration_batches(opened, prune, data))
     tokens = int(sum(np.count_nonzero(batch.segments_bt) for batch in batches))
-    found = found._replace(rows=prune.rows, tokens=tokens)
+    taken = found.taken._replace(widths=prune.width_scores)
+    found = found._replace(rows=prune.rows, tokens=tokens, taken=taken)
     if prune.width_scores != RANDOM or prune.depth_scores == COSINE:
         sums = calibration.measure(batches, progress)
         of_units = scores(opened.config, sums, prune.expert_scores)
+        check_scores(opened.config, of_units, CALIBRATION)
+        check_layer_scores(opened.config, of_units.changes, CALIBRATION)
         _warn_of_idle(sums, prune)
         if prune.width_scores == RANDOM:
             of_units = found.scores._replace(changes=of_units.changes)

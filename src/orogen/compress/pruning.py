@@ -1,9 +1,9 @@
-"""What is known of a pruning: `pruning.json`, from which the same model can be pruned again without text, a table, and
-a picture."""
+"""What is known of a pruning: `pruning.json` and the arrays of `pruning.npz`, from which the same model can be pruned
+again without text, a table, and a picture."""
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +11,23 @@ import numpy as np
 
 from orogen.compress.choose import OF
 from orogen.compress.depth import check_layer_scores
-from orogen.compress.importance import Scores, check_scores
-from orogen.compress.prune import Choice, Found, changed_sizes, no_distance
+from orogen.compress.importance import Scores, Units, check_scores, random_scores
+from orogen.compress.prune import RANDOM, Choice, Found, Taken, changed_sizes, no_distance
+from orogen.compress.rewrite import homes
+from orogen.compress.stored_scores import ARRAYS, encoded_arrays, read_arrays
 from orogen.config.checks import ConfigError
 from orogen.config.json_file import ListOf, MapOf, Number, Record, Whole, read_json
 from orogen.config.model import ModelConfig
 from orogen.config.prune import PruneConfig
 from orogen.report.pruning import Axes, Axis, Layers
 
-FILE, PICTURE = "pruning.json", "pruning.png"
+FILE, PICTURE, REMOVAL = "pruning.json", "pruning.png", "removal.jsonl"
 DIGITS = 7  # of a score in the file
 NUMBERS = ListOf(Number())
+SCORES, HIDDEN = "scores.", "hidden"  # of arrays: how their names begin, and the residual stream's
 FORM = Record({
     "scores": Record({
-        "hidden": NUMBERS, "layers": ListOf(MapOf((NUMBERS, ListOf(NUMBERS)))),
-        "of_layers": MapOf(NUMBERS),
+        "widths": (str, None), "experts": str, "seed": Whole(), "weights": str, "of_layers": MapOf(NUMBERS),
     }),
     "rows": Whole(), "tokens": Whole(),
 })  # fmt: skip
@@ -43,7 +45,8 @@ def record(
     checkpoint: Path, prune: PruneConfig, found: Found, choice: Choice, sizes: tuple[int, int]
 ) -> dict[str, Any]:
     """What `pruning.json` holds. sizes: the numbers of parameters before and after. The units that stay are indices in
-    the old model, in the order in which the new one has them; layers are numbered along the old pattern."""
+    the old model, in the order in which the new one has them; layers are numbered along the old pattern. Matrices of
+    them, one row per expert, are in `arrays` alone."""
     of_layers = {} if choice.depth.scores is None else {prune.depth_scores: _rounded(choice.depth.scores)}
     if found.scores.changes is not None:
         of_layers["cosine"] = _rounded(found.scores.changes)
@@ -58,14 +61,26 @@ def record(
             "layers": list(choice.kept.layers),
             "removed": list(choice.depth.removed),
             "hidden": None if hidden is None else hidden.tolist(),
-            "units": [{name: index.tolist() for name, index in units.items()} for units in choice.kept.units],
+            "units": [
+                {name: index.tolist() for name, index in units.items() if index.ndim == 1}
+                for units in choice.kept.units
+            ],
         },
-        "scores": {
-            "hidden": _rounded(found.scores.hidden),
-            "layers": [{name: _rounded(array) for name, array in units.items()} for units in found.scores.layers],
-            "of_layers": of_layers,
-        },
+        "scores": {**found.taken._asdict(), "of_layers": of_layers},
     }
+
+
+def arrays(found: Found, choice: Choice) -> bytes:
+    """What `pruning.npz` holds: `scores.hidden`, and `scores.LAYER.NAME` by the names of Scores, unless they are
+    placeholders; and `kept.LAYER.NAME`, the units that each expert keeps."""
+    held: dict[str, np.ndarray] = {}
+    if found.taken.widths is not None:
+        held[f"{SCORES}{HIDDEN}"] = found.scores.hidden
+        for number, units in enumerate(found.scores.layers):
+            held |= {f"{SCORES}{number}.{name}": array for name, array in units.items()}
+    for number, units in enumerate(choice.kept.units):
+        held |= {f"kept.{number}.{name}": index for name, index in units.items() if index.ndim > 1}
+    return encoded_arrays(held)
 
 
 def encoded(facts: Mapping[str, Any]) -> bytes:
@@ -74,14 +89,29 @@ def encoded(facts: Mapping[str, Any]) -> bytes:
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
 
+def removal_lines(choice: Choice) -> bytes:
+    """The scores of leaving out one layer alone, as `SearchConfig.scores` and `removal` read them."""
+    scores = enumerate(_rounded(choice.depth.scores or []))
+    return "".join(json.dumps({"layer": n, "removed": True, "score": one}) + "\n" for n, one in scores).encode()
+
+
 def read_scores(file: Path, model: ModelConfig, prune: PruneConfig) -> Found:
     """The scores of an earlier pruning of the same model. Raises ConfigError if they are of another one, or if they
     lack the scores of layers that are asked for."""
-    facts = read_json(file / FILE if file.is_dir() else file, FORM)
+    file = file / FILE if file.is_dir() else file
+    facts = read_json(file, FORM)
     found, of_layers = facts["scores"], facts["scores"]["of_layers"]
-    layers = [{name: _array(value, file) for name, value in units.items()} for units in found["layers"]]
-    scores = Scores(_array(found["hidden"], file), layers, None)
-    check_scores(model, scores, str(file))
+    taken = Taken(**{name: found[name] for name in Taken._fields})
+    if not taken.weights:
+        raise ConfigError(f"{file} does not say which weights its scores are of; expected a fingerprint")
+    if taken.widths is None:
+        scores = random_scores(model, prune.seed)
+    else:
+        held = read_arrays(file.with_name(ARRAYS), SCORES)
+        layers = [_of_layer(held, number) for number in range(len(homes(model)))]
+        scores = Scores(held.get(HIDDEN, np.zeros(0)), layers, None)
+        check_scores(model, scores, str(file))
+    _check_taken(file, prune, taken)
     for kind, values in of_layers.items():
         check_layer_scores(model, values, f"{file}, {kind}")
     wanted = prune.depth_scores if prune.chooses_layers else None
@@ -90,7 +120,35 @@ def read_scores(file: Path, model: ModelConfig, prune: PruneConfig) -> Found:
         why = "new ones for each layer" if prune.iterative else repr(wanted)
         raise ConfigError(f"{file} has scores of layers by {has}; PruneConfig.depth_scores asks for {why}")
 
-    return Found(scores, of_layers.get(wanted), no_distance, facts["rows"], facts["tokens"])
+    return Found(scores, of_layers.get(wanted), no_distance, taken, facts["rows"], facts["tokens"])
+
+
+def _of_layer(held: Mapping[str, np.ndarray], number: int) -> Units:
+    start = f"{number}."
+    return {name.removeprefix(start): array for name, array in held.items() if name.startswith(start)}
+
+
+def _check_taken(file: Path, prune: PruneConfig, taken: Taken) -> None:
+    """Raises ConfigError unless the file's scores are those that the settings ask for."""
+    if prune.widths and taken.widths != prune.width_scores:
+        has = f"has no scores of units by {prune.width_scores!r}"
+        raise ConfigError(f"{file} {has}; expected PruneConfig.width_scores = {taken.widths!r}, or to measure them")
+    ranked = prune.n_routed_experts is not None and taken.widths != RANDOM
+    if ranked and taken.experts != prune.expert_scores:
+        asked = f"PruneConfig.expert_scores asks for {prune.expert_scores!r}"
+        raise ConfigError(f"{file} has scores of experts by {taken.experts!r}; {asked}")
+    drawn = (prune.widths and taken.widths == RANDOM) or (prune.chooses_layers and prune.depth_scores == RANDOM)
+    if drawn and taken.seed != prune.seed:
+        raise ConfigError(f"{file} has scores drawn with seed {taken.seed}; PruneConfig.seed asks for {prune.seed}")
+
+
+def of_weights(found: Found, weights: str, where: Path | None) -> Found:
+    """The scores, with the fingerprint of the weights that are pruned. Raises ConfigError if they were taken of others;
+    where: the file or folder that they are from."""
+    if found.taken.weights not in ("", weights):
+        expected = "expected those of this checkpoint, whose weights differ"
+        raise ConfigError(f"{where} has scores of other weights of a model of these sizes; {expected}")
+    return found._replace(taken=found.taken._replace(weights=weights))
 
 
 def axes(model: ModelConfig, found: Found, choice: Choice) -> Axes:
@@ -151,16 +209,6 @@ def _curve(scores: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return np.sort(scores)[::-1], scores[kept]
 
 
-def _array(value: Any, file: Path) -> np.ndarray:
-    rows = value if value and isinstance(value[0], list) else [value]
-    if len({len(row) for row in rows if isinstance(row, list)}) != 1:
-        raise ConfigError(f"{file} has scores in rows of different lengths; expected equal ones")
-    return np.asarray(value, np.float64)
-
-
-def _rounded(values: Any) -> Any:
-    """Nested lists of the numbers with DIGITS digits."""
-    array = np.asarray(values, np.float64)
-    if array.ndim > 1:
-        return [_rounded(row) for row in array]
-    return [float(f"{number:.{DIGITS}g}") for number in array.tolist()]
+def _rounded(values: Sequence[float] | np.ndarray) -> list[float]:
+    """The numbers with DIGITS digits."""
+    return [float(f"{number:.{DIGITS}g}") for number in np.asarray(values, np.float64).tolist()]

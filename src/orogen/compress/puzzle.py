@@ -8,6 +8,7 @@ per value joins their choices. Letters: l layers of the parent, r replacements.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from orogen.compress.candidates import Costs, costs
+from orogen.compress.candidates import Costs, costs, total_costs
 from orogen.compress.search import Found, Ranking, unmet
 from orogen.compress.speed import with_pattern
 from orogen.config.checks import ConfigError
@@ -121,7 +122,8 @@ def _check(parent: ModelConfig, search: SearchConfig, scores: Sequence[Replaceme
 
 
 class _Program:
-    """The integer program. Variables: first one per option of each layer, then one per width and value."""
+    """The integer program. Variables: first one per option of each layer, then one per width and value. table: the
+    costs of each variable."""
 
     def __init__(self, parent: ModelConfig, search: SearchConfig, scores: Sequence[Replacement]):
         self.parent, self.search = parent, search
@@ -133,7 +135,7 @@ class _Program:
         self.widths = [(field, value) for field in fields for value in sorted(values[field], reverse=True)]
         self.size = len(self.options) + len(self.widths)
         self.other, _ = costs(parent, search)
-        self.table = np.array([self._costs(one) for one in self.options])
+        self.table = np.array([*map(self._costs, self.options), *itertools.starmap(self._elsewhere, self.widths)])
         self.rows: list[np.ndarray] = []
         self.low: list[float] = []
         self.high: list[float] = []
@@ -145,31 +147,41 @@ class _Program:
         letter, changes = self.parent.layers.main[one.layer], _changes(one)
         return costs(dataclasses.replace(self.parent, **changes), self.search)[1][letter]
 
+    def _elsewhere(self, field: str, value: int) -> Costs:
+        """What a width changes outside the backbone's layers: in those of the multi-token-prediction block."""
+        found, _ = costs(dataclasses.replace(self.parent, **{field: value}), self.search)
+        return Costs(*(new - old for new, old in zip(found, self.other, strict=True)))
+
     def _constrain(self) -> None:
         of_options, of_layer = len(self.options), np.array([one.layer for one in self.options])
         for layer in range(len(self.parent.layers.main)):
             self._add(np.flatnonzero(of_layer == layer).tolist(), 1.0, 1.0)
         for field in dict.fromkeys(field for field, _ in self.widths):
             self._add([of_options + i for i, width in enumerate(self.widths) if width[0] == field], 1.0, 1.0)
-        for number, one in enumerate(self.options):
-            for place, (field, value) in enumerate(self.widths):
-                reads = self.parent.layers.main[one.layer] in WIDTHS[field] and one.field != REMOVED
-                if reads and (getattr(self.parent, field) if one.field == KEPT else one.value) == value:
-                    self._add([number], -np.inf, 0.0, minus=[of_options + place])
+        for place, (field, value) in enumerate(self.widths, of_options):
+            readers = [i for i, one in enumerate(self.options) if self._has(one, field, value)]
+            for number in readers:
+                self._add([number], -np.inf, 0.0, minus=[place])
+            if value != getattr(self.parent, field):  # without layers that have it the block's keep their own
+                self._add([place], -np.inf, 0.0, minus=readers)
         main, counts = self.parent.layers.main, self.search.counts(self.parent)
-        bounded = {entry[0] for entry in self.search.layers}
         stays = [i for i, one in enumerate(self.options) if one.field != REMOVED]
-        for letter in bounded:
+        self._add(stays, 1.0, np.inf)
+        for letter in counts if self.search.layers else ():
             of_letter = [i for i in stays if main[self.options[i].layer] == letter]
             self._add(of_letter, counts[letter].start, counts[letter].stop - 1)
         if self.search.depth is not None:
             self._add(stays, *self.search.depth)
         for name, most in self.search.budgets.items():
             column = Costs._fields.index(name)
-            row = np.zeros(self.size)
             # In units of the budget, so that the solver's tolerance is one of the budget.
-            row[:of_options] = self.table[:, column] / most
-            self._append(row, -np.inf, 1 - self.other[column] / most)
+            self._append(self.table[:, column] / most, -np.inf, 1 - self.other[column] / most)
+
+    def _has(self, one: Replacement, field: str, value: int) -> bool:
+        """Whether a layer has this value of a width after the replacement."""
+        if one.field == REMOVED or self.parent.layers.main[one.layer] not in WIDTHS[field]:
+            return False
+        return (getattr(self.parent, field) if one.field == KEPT else one.value) == value
 
     def _add(self, plus: Sequence[int], low: float, high: float, *, minus: Sequence[int] = ()) -> None:
         row = np.zeros(self.size)
@@ -182,7 +194,7 @@ class _Program:
         self.high.append(high)
 
     def best(self) -> list[int] | None:
-        """The numbers of the options that are chosen; None if nothing keeps the constraints."""
+        """The numbers of the variables that are chosen; None if nothing keeps the constraints."""
         objective = np.zeros(self.size)
         objective[: len(self.options)] = [one.score for one in self.options]
         return self._solve(objective, range(len(self.rows)))
@@ -191,18 +203,20 @@ class _Program:
         pick = list(rows)
         low, high = (np.array(side)[pick] for side in (self.low, self.high))
         constraint: Any = LinearConstraint(np.array(self.rows)[pick], low, high)  # type: ignore[arg-type]  # per row
-        found = milp(objective, constraints=constraint, integrality=np.ones(self.size), bounds=Bounds(0, 1))
+        whole = {"integrality": np.ones(self.size), "bounds": Bounds(0, 1), "options": {"mip_rel_gap": 0.0}}
+        found = milp(objective, constraints=constraint, **whole)
         if found.x is None:
             return None
-        return [i for i in range(len(self.options)) if found.x[i] > 0.5]
+        return np.flatnonzero(found.x > 0.5).tolist()
 
     def forbid(self, chosen: Sequence[int]) -> None:
         """Leaves these choices out from now on."""
-        self._add(chosen, -np.inf, len(chosen) - 1)
+        options = [i for i in chosen if i < len(self.options)]
+        self._add(options, -np.inf, len(options) - 1)
 
     def found(self, chosen: Sequence[int]) -> Found:
         """The model with these choices, and their scores' sum."""
-        parts = [self.options[i] for i in chosen]
+        parts = [self.options[i] for i in chosen if i < len(self.options)]
         kept = sorted(one.layer for one in parts if one.field != REMOVED)
         widths: dict[str, int] = {}
         for one in parts:
@@ -211,21 +225,23 @@ class _Program:
         pattern = "".join(main[layer] for layer in kept)
         model = plain_model(with_pattern(dataclasses.replace(self.parent, **widths), pattern + slash + mtp))
         counts = {letter: pattern.count(letter) for letter in dict.fromkeys(main)}
-        total = self.table[list(chosen)].sum(0) + np.array(self.other)
-        score = float(sum(one.score for one in parts))
-        return Found(model, widths, counts, dict(zip(Costs._fields, map(float, total), strict=True)), score)
+        score, present = float(sum(one.score for one in parts)), [counts[letter] for letter in dict.fromkeys(pattern)]
+        totals = total_costs(model, self.search, np.array([present]))
+        return Found(model, widths, counts, {name: float(value[0]) for name, value in totals.items()}, score)
 
     def refusal(self) -> str:
         """The least of each cost that the choices can have, as the nearest feasible budget."""
         budgets = self.search.budgets
         rows = range(len(self.rows) - len(budgets))  # those of budgets come last
         reached = {}
+        if self._solve(np.zeros(self.size), rows) is None:
+            expected = "expected other SearchConfig.layers or depth"
+            return f"no choice of the scored replacements has so many layers; {expected}"
         for name in budgets:
             column = Costs._fields.index(name)
-            objective = np.concatenate([self.table[:, column], np.zeros(len(self.widths))])
+            objective = self.table[:, column]
             chosen = self._solve(objective / max(objective.max(), 1), rows)
-            if chosen is None:
-                return "no choice of the scored replacements has so many layers; expected other SearchConfig.layers"
+            assert chosen is not None, "there was a choice above"
             total = self.table[chosen].sum(0) + np.array(self.other)
             reached = {n: np.append(reached.get(n, []), total[Costs._fields.index(n)]) for n in budgets}
         return unmet(reached, budgets, len(self.options))

@@ -4,7 +4,8 @@ Sources: Minitron as Model-Optimizer has it (all that keep the budget, sorted by
 arXiv:2504.03624, section 4 (counts of layers by kind times a width, under the bytes of a long context).
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from orogen.config.model import ModelConfig
 from orogen.config.reads import plain_model
 from orogen.config.search import SearchConfig
 
+MOST_PREDICTED = 1000  # candidates of one search; each takes milliseconds
 # The field of each cost with a budget.
 BUDGET_FIELDS = {
     "parameters": "most_parameters",
@@ -51,11 +53,13 @@ class Found(NamedTuple):
 
 
 class Ranking(NamedTuple):
-    """The candidates that were looked at, those that keep the budgets, and the best of them."""
+    """The candidates that were looked at, those that keep the budgets (by estimate, if they are simulated), the best of
+    them, and how many were simulated one by one."""
 
     candidates: int
     feasible: int
     best: list[Found]
+    predicted: int = 0
 
 
 class _Table(NamedTuple):
@@ -80,9 +84,9 @@ def limits(search: SearchConfig, speed: Speed, parent: ModelConfig) -> dict[str,
 def search_models(parent: ModelConfig, search: SearchConfig, speed: Speed, *, removal: Sequence[int] = ()) -> Ranking:
     """Ranks the candidates that keep the budgets. removal: see `pattern_of`.
 
-    Speed and the engine's memory are estimated to rank candidates, and predicted for those that are listed: one whose
-    prediction breaks a budget is passed over. Raises ConfigError, with the nearest value that can be kept, if none
-    keeps the budgets.
+    Speed and the engine's memory are estimated to rank candidates, and predicted for the first MOST_PREDICTED: one
+    whose prediction breaks a budget is passed over. Raises ConfigError, with the nearest value that can be kept, if
+    none keeps the budgets.
     """
     allowed, table = limits(search, speed, parent), _table(parent, search, speed)
     inside_n = np.ones(len(table.group_n), bool)
@@ -93,19 +97,35 @@ def search_models(parent: ModelConfig, search: SearchConfig, speed: Speed, *, re
     kept = np.flatnonzero(inside_n)
     keys = [table.costs[cost][kept] * (1 if least else -1) for cost, least in map(SORTED.__getitem__, search.order)]
     order = kept[np.lexsort(keys[::-1])]
+    every = (_found(parent, table, int(number), removal) for number in order)
+    if not search.simulates:
+        return Ranking(len(inside_n), len(kept), list(itertools.islice(every, search.best)))
+    best, broken = _predicted(every, search, speed, allowed)
+    if not best:
+        costs = {name: np.array([found.costs[name] for found in broken]) for name in allowed}
+        tried = f"none of the {len(broken):,} candidates that were predicted, of {len(kept):,} within the budgets by"
+        raise ConfigError(f"{tried} estimate, keeps them; expected {_closest(costs, allowed)}")
+    return Ranking(len(inside_n), len(kept), best, len(best) + len(broken))
+
+
+def _predicted(
+    every: Iterable[Found], search: SearchConfig, speed: Speed, allowed: dict[str, float]
+) -> tuple[list[Found], list[Found]]:
+    """The best of the first candidates, as simulated, and those passed over, with their predicted costs."""
     best: list[Found] = []
-    for number in order:
-        found = _found(parent, table, int(number), removal)
-        if search.simulates:
-            found = with_speed(found, speed)
-            if not keeps(found, allowed):
-                continue
-        best.append(found)
+    broken: list[Found] = []
+    for candidate in itertools.islice(every, MOST_PREDICTED):
+        found = with_speed(candidate, speed)
+        assert found.speed is not None
+        if keeps(found, allowed):
+            best.append(found)
+        else:
+            simulated = {"device_bytes": found.speed["device_memory_bytes"],
+                         "seconds": 1 / found.speed["tokens_per_second"]}  # fmt: skip
+            broken.append(found._replace(costs=found.costs | simulated))
         if len(best) == search.best:
             break
-    if not best:
-        raise ConfigError(f"no candidate keeps the budgets as predicted; expected {_closest(table.costs, allowed)}")
-    return Ranking(len(inside_n), int(inside_n.sum()), best)
+    return best, broken
 
 
 def rank_of(ranking_costs: dict[str, np.ndarray], order: Sequence[str], costs: dict[str, float]) -> int:

@@ -30,13 +30,14 @@ class Speed:
         parent's depth, and one with a layer less of each kind. To rank many models; `predict` is exact.
         """
         main = model.layers.main
+        _, slash, mtp = model.pattern.partition("/")
         kinds = list(dict.fromkeys(main))
         whole, held = self._parts(model), np.array([main.count(letter) for letter in kinds])
         rows = []
         for letter in kinds:
             place = main.rindex(letter)
             fewer = main[:place] + main[place + 1 :]
-            rows.append(whole - self._parts(with_pattern(model, fewer)) if fewer else whole)
+            rows.append(whole - self._parts(with_pattern(model, fewer + slash + mtp)) if fewer else whole)
         found = whole + (counts_nk - held) @ np.array(rows)
         return whole[2] / found[:, 0], found[:, 1]
 
@@ -46,7 +47,7 @@ class Speed:
 
 
 def with_pattern(model: ModelConfig, pattern: str) -> ModelConfig:
-    """The model with another pattern, and without widths that none of its layers reads."""
+    """The model with another pattern, which has the part after / if the model has one."""
     return dataclasses.replace(model, pattern=pattern)
 
 

@@ -121,10 +121,17 @@ def load_search(
     files: Sequence[str | Path], bindings: Sequence[str] = ()
 ) -> tuple[ModelConfig | None, SearchConfig, ClusterConfig, EngineConfig]:
     """The model that the files name, None if they name none, the search for smaller ones, and the engine and the
-    hardware that it simulates. Raises ConfigError as `load` does."""
+    hardware that it simulates. Raises ConfigError as `load` does, or for settings that this search does not read."""
     kinds = {"model": ModelConfig, "search": SearchConfig, "cluster": ClusterConfig, "engine": EngineConfig}
     parts, _ = _parts(files, bindings, kinds)
-    return parts["model"], parts["search"], parts["cluster"], parts["engine"]
+    search, bound = parts["search"], {tuple(key.split("/")[-1].split(".")[-2:]) for key in _keys(gin.config_str())}
+    idle = {(kind.__name__, "") for kind in (ClusterConfig, EngineConfig)}
+    idle = set() if search.simulates else {key for key in bound if (key[0], "") in idle}
+    idle |= {(SearchConfig.__name__, name) for name in search.unread()} & bound
+    if idle:
+        expected = "expected their defaults, since nothing in this search reads them"
+        raise ConfigError(f"{', '.join('.'.join(key) for key in sorted(idle))} is bound; {expected}")
+    return parts["model"], search, parts["cluster"], parts["engine"]
 
 
 def load_evaluation(bindings: Sequence[str]) -> tuple[PlanConfig | None, EngineConfig, EvaluateConfig]:

@@ -96,6 +96,8 @@ class PruneConfig:
             different and all(n >= 0 for n in self.remove_layers), self, "remove_layers", "different numbers from 0"
         )
         repeats = self.chooses_layers and self.depth_scores not in ("cosine", "random")
+        within = self.depth_rows <= self.rows or not repeats
+        require(within, self, "depth_rows", f"at most rows = {self.rows}: they are the first of these")
         expected = "False: only scores of passes without a layer, which choose layers, change with what is removed"
         require(repeats or not self.iterative, self, "iterative", expected)
         require(bool(given or self.widths), self, "hidden_size", "a size here, or another field that removes something")

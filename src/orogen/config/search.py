@@ -19,6 +19,7 @@ WIDTHS = {
     "moe_shared_expert_intermediate_size": "E",
     "moe_latent_size": "E",
 }
+UNPRUNED = "xg"  # letters of layers that cannot be pruned
 ORDERS = ("layers", "parameters", "active", "bytes", "tokens_per_second")
 _COUNTS = re.compile(r"(.):(\d+)-(\d+)")
 
@@ -37,9 +38,13 @@ class SearchConfig:
     scores: lines {"layer": 3, "removed": true, "score": 0.1} and {"layer": 3, "intermediate_size": 15360, "score":
     0.1}: how far the model goes astray if that alone is replaced. With them, the search chooses for each layer by
     integer programming so that the scores' sum is least (arXiv:2411.19146, eq. 1); widths are the same in all layers.
+    A pruning that scored layers writes `removal.jsonl`, for `scores` or `removal`.
     """
 
-    layers: Annotated[tuple[str, ...], "how many layers of a kind remain: LETTER:LEAST-MOST; others stay"] = ()
+    layers: Annotated[
+        tuple[str, ...],
+        "how many layers of a kind remain: LETTER:LEAST-MOST; others stay (with `scores` and no entry: any)",
+    ] = ()
     depth: Annotated[tuple[int, int], "least and most layers in all; None: any"] = ABSENT
     hidden_size: Annotated[tuple[int, ...], "values of ModelConfig.hidden_size"] = ()
     intermediate_size: Annotated[tuple[int, ...], "values of ModelConfig.intermediate_size"] = ()
@@ -73,6 +78,9 @@ class SearchConfig:
     order: Annotated[tuple[str, ...], f"by what candidates are sorted: some of {', '.join(ORDERS)}"] = ("parameters",)
     best: Annotated[int, "how many candidates are listed"] = 10
     scores: Annotated[str, "file of scores by layer and replacement; None: candidates are ranked by `order`"] = ABSENT
+    removal: Annotated[
+        str, "file of such scores that say which layers of a kind go first; None: evenly spread layers stay"
+    ] = ABSENT
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -94,6 +102,8 @@ class SearchConfig:
         require(valid, self, "layers", f"entries LETTER:LEAST-MOST, such as 'M:20-27', of {' '.join(LAYERS)}")
         letters = [entry[0] for entry in self.layers]
         require(len(set(letters)) == len(letters), self, "layers", "each letter once")
+        alone = self.removal is None or self.scores is None
+        require(alone, self, "removal", "None: the scores of SearchConfig.scores say which layers are removed")
         rising = self.depth is None or 0 < self.depth[0] <= self.depth[1]
         require(rising, self, "depth", "two numbers above 0, the second at least the first")
 
@@ -108,9 +118,17 @@ class SearchConfig:
         """Whether candidates are simulated."""
         return self.fits or self.least_tokens_per_second is not None or "tokens_per_second" in self.order
 
+    def unread(self) -> list[str]:
+        """The fields that this search does not read."""
+        simulated = [] if self.simulates else ["prompt_tokens", "new_tokens"]
+        return simulated if self.scores is None else [*simulated, "order"]
+
     def counts(self, model: ModelConfig) -> dict[str, range]:
         """By letter of the model, how many of its layers may remain. Raises ConfigError for layers that it lacks."""
         main = model.layers.main
+        if foreign := sorted(set(main + model.layers.mtp) & set(UNPRUNED)):
+            names = ", ".join(f"{letter} ({LAYERS[letter]})" for letter in foreign)
+            raise ConfigError(f"ModelConfig.pattern has layers {names}; expected none: such layers cannot be pruned")
         found = {letter: range(main.count(letter), main.count(letter) + 1) for letter in dict.fromkeys(main)}
         for entry in self.layers:
             letter, least, most = _COUNTS.fullmatch(entry).groups()  # type: ignore[union-attr]
