@@ -69,6 +69,8 @@ def test_webdataset_groups_files_up_to_the_first_dot(tmp_path):
         ('{"images": [null], "texts": [null]}', "place 0 has both or neither"),
         ('{"images": [null], "texts": ["a", "b"]}', "lists of equal length"),
         ("[1", "expected JSON"),
+        ('{"image": "a\\u0000.png", "caption": "y"}', "is no path"),
+        ('{"images": [null], "texts": ["a \\ud800 b"]}', "lone surrogate"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path, line, expected):
@@ -84,5 +86,9 @@ def test_archives_and_tables_that_are_none_are_refused(tmp_path):
             parts(tmp_path / name)
     with pytest.raises(ConfigError, match="expected one image"):
         parts(tar(tmp_path, {"1.png": A, "1.jpg": B, "1.txt": b"x"}))
+    with pytest.raises(ConfigError, match="it has 'list'; expected image and caption"):
+        parts(tar(tmp_path, {"1.png": A, "1.json": b"[1]"}))
+    with pytest.raises(ConfigError, match="lone surrogate"):
+        parts(tar(tmp_path, {b"\xff.png".decode("utf-8", "surrogateescape"): A, "\udcff.txt": b"x"}))
     with pytest.raises(ConfigError, match="does not exist"):
         parts(tmp_path / "nowhere")

@@ -23,6 +23,7 @@ from pyarrow import parquet
 from orogen.cli import main
 from orogen.config.checks import ConfigError
 from orogen.config.data import DataConfig
+from orogen.config.files import locked
 from orogen.data import indexed, make_store
 from orogen.data.loader import open_corpus
 from orogen.data.packing import document_stream
@@ -331,7 +332,7 @@ def test_only_a_new_folder_or_a_store_is_written_to(config, tmp_path):
 
 
 def test_one_process_writes_at_a_time(config, tmp_path):
-    with make_store._locked(tmp_path), pytest.raises(ConfigError, match="is being written by another process"):
+    with locked(tmp_path, make_store.LOCK), pytest.raises(ConfigError, match="is being written by another process"):
         made(config, tmp_path)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tests.helpers import hybrid
+from tests.helpers import hybrid, run_config
 from tests.model.small import randomised
 
 from orogen.config.checks import ConfigError
@@ -24,12 +24,14 @@ from orogen.model.cross_attention import GatedCrossAttention, Images
 from orogen.model.lm import LanguageModel
 from orogen.parallel.plan import make_plan
 from orogen.train.sides import GATE, with_open_gates
+from orogen.train.verify import verify
 
 SIZES = {
     "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 4, "image_feature_size": 5, "image_features": 7,
     "resampler_latents": 3, "resampler_layers": 2, "mtp_depths": 0,
 }  # fmt: skip
 MODEL = hybrid(pattern="Mxg-xg-", **SIZES)
+PLANNED = hybrid(pattern="xg", **SIZES | {"resampler_layers": 1})
 PLAIN = hybrid(pattern="M--", **{**SIZES, "mtp_depths": 0})
 SHAPE = (MODEL.image_features, MODEL.image_feature_size)
 PLAN = make_plan(PlanConfig(), MODEL)
@@ -134,6 +136,13 @@ def test_a_packed_row_equals_its_documents_apart():
         tokens_bt = packed.tokens_bt[:, part]
         alone = a_batch([[1] * tokens_bt.shape[1]], [placed])._replace(tokens_bt=tokens_bt)
         np.testing.assert_allclose(together[:, part], program()(params, alone), rtol=2e-5, atol=2e-6)
+
+
+def test_a_plan_computes_what_one_device_does():
+    """Loss and every gradient, the gates open, over ranks that hold different rows and different heads."""
+    config = run_config(PLANNED, plan={"data": 2, "tensor": 2}, batch_size=4, sequence_length=14)
+    found = verify(config, optimizers=["adamw"])
+    assert found.passed and not found.zero_leaves, found
 
 
 def test_the_layer_by_hand():

@@ -5,7 +5,10 @@ Images are squares of one colour; the encoder is the tiny random CLIP of the fix
 
 import dataclasses
 import json
+import os
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,9 @@ from orogen.checkpoint.open import open_folder
 from orogen.cli import main
 from orogen.compress.rewrite import Source
 from orogen.config.text import model_text
+from orogen.vision import features
+from orogen.vision import run as vision_run
+from orogen.vision.tower import Encoded
 
 ENCODER = Path(__file__).parent.parent / "fixtures" / "vision" / "clip"
 COLOURS = {"red": (230, 20, 20), "green": (20, 200, 30), "blue": (20, 40, 240), "grey": (128, 128, 128)}
@@ -156,6 +162,49 @@ def test_what_cannot_be_captioned_is_refused(folder, run, capsys, options, expec
     assert main(["caption", "--checkpoint", str(run), *words]) == 2
     error = capsys.readouterr().err
     assert expected in error and error.count("\n") == 1
+
+
+def test_documents_that_are_no_pairs_are_counted(tmp_path):
+    (tmp_path / "0.png").write_bytes(b"image")
+    lines = [{"image": "0.png", "caption": "a red square"}, {"images": [None], "texts": ["alone"]}]
+    (tmp_path / "mixed.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    broken = {}
+    assert list(vision_run._pairs(tmp_path, broken)) == [("mixed.jsonl:1", b"image", "a red square")]
+    assert broken == {"mixed.jsonl:2": "it is not one image and one caption"}
+
+
+@pytest.mark.parametrize("guard", ["nan", "1.5", "x"])
+def test_a_guard_is_a_cosine(guard, capsys):
+    with pytest.raises(SystemExit):
+        main(["caption", "--checkpoint", "nowhere", "--image", "0.png", "--guard", guard])
+    assert f"{guard!r}; expected a cosine, from -1 to 1" in capsys.readouterr().err
+
+
+def test_a_model_trained_with_examples_is_refused(folder, run, tmp_path, capsys):
+    facts = json.loads((run / "vision.json").read_text())
+    (tmp_path / "vision.json").write_text(json.dumps({**facts, "shots": 2}))
+    assert main(["caption", "--checkpoint", str(tmp_path), "--image", str(folder / "0.png")]) == 2
+    assert "trained with VisionConfig.shots = 2; expected 0" in capsys.readouterr().err
+
+
+def test_a_database_is_refused_before_images_are_encoded(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("orogen.vision.run.read_entries", lambda *_: pytest.fail("encoded"))
+    words = ["database", "build", str(folder), "--input", str(folder / "pairs.jsonl"), "--encoder", str(ENCODER)]
+    assert main(words) == 2
+    assert "is not empty" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    words[2] = str(tmp_path / "new")
+    assert main([*words, "--index", "hnsw"]) == 2
+    assert "faiss is not installed" in capsys.readouterr().err
+
+
+def test_a_killed_process_does_not_stand_in_the_way(tmp_path):
+    """A container that starts again has the same process ids."""
+    shape = types.SimpleNamespace(shape=(2, 3), dimension=4)
+    shape.encode_pixels = lambda _: Encoded(np.zeros((0, 2, 3)), np.zeros((0, 4)))
+    (tmp_path / f"kept.{os.getpid()}").mkdir()
+    features._encode([], shape, tmp_path / "kept")
+    assert (tmp_path / "kept" / "features.npy").is_file()
 
 
 def test_a_model_that_does_not_fit_its_encoder_is_refused(folder, tmp_path, capsys):

@@ -3,8 +3,10 @@
 Letters: n entries, e embedding.
 """
 
+import fcntl
 import importlib.util
 import json
+import shutil
 import types
 
 import numpy as np
@@ -124,3 +126,81 @@ def test_a_damaged_database_is_refused(tmp_path):
     (tmp_path / "db" / "database.json").write_text(json.dumps({**facts, "dimension": "3"}))
     with pytest.raises(ConfigError, match="dimension is '3'"):
         Database(tmp_path / "db")
+
+
+def many(tmp_path, count=300):
+    rng = np.random.default_rng(2)
+    embedding_ne = rng.normal(size=(count, 5))
+    create(tmp_path / "db", encoder(dimension=5), embedding_ne, [Entry(str(n), "") for n in range(count)], index="flat")
+    return Database(tmp_path / "db"), embedding_ne
+
+
+def test_queries_are_searched_for_in_blocks_and_again_only_if_they_lack_some(tmp_path, monkeypatch):
+    opened, embedding_ne = many(tmp_path)
+    truth = retrieve(opened, embedding_ne, 3, guard=0.85, captions=[str(n) for n in range(300)])
+    multiplied, asked, exact, search = [], [], opened._exact, opened.search
+    monkeypatch.setattr(opened, "_exact", lambda query_be, k: multiplied.append(len(query_be)) or exact(query_be, k))
+    monkeypatch.setattr(opened, "search", lambda query_be, k: asked.append(len(query_be)) or search(query_be, k))
+    assert retrieve(opened, embedding_ne, 3, guard=0.85, captions=[str(n) for n in range(300)]) == truth
+    unit_ne = embedding_ne / np.linalg.norm(embedding_ne, axis=1, keepdims=True)
+    cosine_nn = unit_ne @ unit_ne.T
+    order_nn = np.argsort(np.where(cosine_nn >= 0.85, -2, cosine_nn), axis=1)[:, ::-1][:, :3]
+    assert [[hit.id for hit in hits] for hits in truth] == order_nn.tolist()
+    assert max(multiplied) <= 256 and asked[0] == 256 and len(asked) > 2
+    assert sum(asked) < 600  # not everything twice
+
+
+def test_a_reader_keeps_the_version_that_it_has_opened(folder):
+    opened = Database(folder, encoder())
+    remove(folder, [0, 1])
+    assert [hit.caption for hit in opened.search(np.array([[0, 1.0, 0]]), 2)[0]] == ["north", "north-east"]
+    assert [entry.caption for entry in opened.entries()] == list(NAMED)
+
+
+def test_a_version_removed_while_it_is_opened_is_looked_for_again(folder, monkeypatch):
+    load = database._load
+
+    def removed_first(file, *arguments):
+        monkeypatch.setattr(database, "_load", load)
+        remove(folder, [0])
+        return load(file, *arguments)
+
+    monkeypatch.setattr(database, "_load", removed_first)
+    assert len(Database(folder, encoder())) == 3
+
+
+def test_one_process_changes_a_database_at_a_time(tmp_path):
+    create(tmp_path / "db", encoder(), PLACE_NE, [Entry(name, "") for name in NAMED], index="flat")
+    with (tmp_path / "db" / "database.lock").open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for change in (
+            lambda: add(tmp_path / "db", encoder(), PLACE_NE[:1], [Entry("more", "")]),
+            lambda: remove(tmp_path / "db", [0]),
+        ):
+            with pytest.raises(ConfigError, match="being written by another process"):
+                change()
+    assert remove(tmp_path / "db", [0]).entries == 3
+
+
+def test_a_version_that_cannot_be_written_is_removed_again(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(database, "_write_index", full)
+        patch.setattr(database, "_faiss", lambda: None)
+        with pytest.raises(OSError, match="disk full"):
+            create(tmp_path / "db", encoder(), PLACE_NE, [Entry(name, "") for name in NAMED], index="hnsw")
+    assert not list((tmp_path / "db").glob("version_*"))
+    assert create(tmp_path / "db", encoder(), PLACE_NE, [Entry(n, "") for n in NAMED], index="flat").entries == 4
+
+
+def test_the_hash_is_of_the_content(tmp_path):
+    hashes = {}
+    for name, captions in (("a", NAMED), ("same", NAMED), ("other", ("up", *NAMED[1:]))):
+        entries = [Entry(caption, "") for caption in captions]
+        hashes[name] = create(tmp_path / name, encoder(), PLACE_NE, entries, index="flat").content
+    assert hashes["a"] == hashes["same"] != hashes["other"]
+    shutil.rmtree(tmp_path / "other")
+    moved = create(tmp_path / "other", encoder(), PLACE_NE[::-1], [Entry(name, "") for name in NAMED], index="flat")
+    assert moved.content != hashes["a"]

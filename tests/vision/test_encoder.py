@@ -172,6 +172,12 @@ def test_what_is_no_image_is_refused_in_one_line(monkeypatch):
         decode(whole)
 
 
+def test_a_postscript_file_is_not_run():
+    """Pillow would have Ghostscript do so, whatever the file is called."""
+    with pytest.raises(ImageError, match="UnidentifiedImageError"):
+        decode(saved(Image.new("RGB", (3, 5)), "EPS"))
+
+
 def test_sides_that_differ_too_much_are_refused():
     facts = json.loads((FIXTURES / "clip" / "preprocessor_config.json").read_text())
     transform = read_transform({**facts, "size": {"shortest_edge": 16000}}, where="here")

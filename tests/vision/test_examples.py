@@ -1,14 +1,22 @@
 """Pairs and longer documents as tokens: what is learned, what comes before it, and how images fit into rows."""
 
+import shutil
+import types
+
 import numpy as np
 import pytest
 
 from orogen.config.checks import ConfigError
+from orogen.config.data import DataConfig
 from orogen.config.vision import VisionConfig
+from orogen.data.loader import ONLY
 from orogen.data.packing import in_pieces, pack
 from orogen.data.vocabulary import byte_tokenizer
+from orogen.vision import corpus
 from orogen.vision.corpus import Sight
+from orogen.vision.database import Database, Entry, create
 from orogen.vision.examples import FIRST, Pair, example, image_token, interleaved, padded
+from orogen.vision.features import Document, Encoded
 from orogen.vision.similar import similar_pairs
 
 TOKENIZER = byte_tokenizer()
@@ -65,6 +73,50 @@ def test_shots_are_the_most_similar_pairs_that_give_nothing_away():
     assert similar_pairs(embedding_ne, captions, range(5), 2, guard=None)[0] == [2, 1]
     assert similar_pairs(embedding_ne, captions, range(5), 2, guard=0.99)[0] == [3, 2]
     assert similar_pairs(embedding_ne, captions, [3], 2, guard=None)[0] == [3]
+
+
+@pytest.mark.parametrize(
+    "guard, retrieved, shots",
+    [
+        # Pairs 0 and 1 are near-copies, 0 and 2 have one caption; all are in the database; 3 is held out, as 2's copy.
+        (0.98, {0: "far", 1: "cat", 2: "one", 3: "cat"}, {0: [], 1: [2], 2: [1], 3: [2]}),
+        (None, {0: "cat", 1: "one", 2: "cat", 3: "cat"}, {0: [1], 1: [0], 2: [1], 3: [2]}),
+    ],
+)
+def test_the_copy_guard_is_for_examples_that_are_learned(tmp_path, guard, retrieved, shots):
+    captions = ["cat", "one", " Cat.", "cat"]
+    embedding_ne = np.array([[1, 0], [0.99, 0.05], [0.6, 0.6], [0.6, 0.61]], np.float32)
+    encoder = types.SimpleNamespace(name="tiny", fingerprint="abc", dimension=2)
+    known = ["cat", "one", "cat", "far"]
+    create(tmp_path / "db", encoder, np.array([[1, 0], [0.99, 0.05], [0.6, 0.6], [0, 1]]),
+           [Entry(one, "") for one in known], index="flat")  # fmt: skip
+    documents = [Document(str(n), (n, caption)) for n, caption in enumerate(captions)]
+    found = corpus._streams(
+        Encoded(documents, np.zeros((4, 1, 1)), embedding_ne, {}, ""),
+        {"0": "train", "1": "train", "2": "train", "3": "valid"}, tokenizer=TOKENIZER,
+        vision=config(database="db", retrieved=1, shots=1, guard=guard), database=Database(tmp_path / "db"),
+    )  # fmt: skip
+    for number, text in enumerate(captions):
+        before = [Pair(other, captions[other]) for other in shots[number]]
+        expected = example(Pair(number, text), [retrieved[number]], before, TOKENIZER)
+        assert found[str(number)].tokens_t.tolist() == expected.tokens_t.tolist(), number
+
+
+def test_a_corpus_is_another_one_with_another_database(tmp_path):
+    """Though both are in their first version, in one folder."""
+    encoder = types.SimpleNamespace(name="tiny", fingerprint="abc", dimension=2)
+    embedding_ne = np.random.default_rng(0).normal(size=(30, 2)).astype(np.float32)
+    documents = [Document(str(n), (n, "a cat")) for n in range(30)]
+    encoded = Encoded(documents, np.zeros((30, 1, 1), np.float32), embedding_ne, {}, "content")
+    data = DataConfig(corpus="c", tokenizer="byte", heldout_fraction=0.3, tuning_fraction=0.0)
+    hashes = []
+    for text in ("dog", "cow", "dog"):
+        shutil.rmtree(tmp_path / "db", ignore_errors=True)
+        create(tmp_path / "db", encoder, np.array([[1, 0]]), [Entry(text, "")], index="flat")
+        vision = config(database=str(tmp_path / "db"), retrieved=1)
+        opened = corpus.open_images(data, vision, encoded, encoder, TOKENIZER, length=40)
+        hashes.append(opened.sources[ONLY].content_hash)
+    assert hashes[0] == hashes[2] != hashes[1]
 
 
 def test_the_token_of_an_image():

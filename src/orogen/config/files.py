@@ -1,7 +1,12 @@
-"""Files that are written atomically."""
+"""Files that are written atomically, and folders that one process writes at a time."""
 
+import contextlib
+import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+from orogen.config.checks import ConfigError
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -12,3 +17,17 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, name: str) -> Iterator[None]:
+    """Holds the lock `name` of a folder. It ends with the process that holds it; its file stays.
+
+    Raises ConfigError if another process writes there.
+    """
+    with (folder / name).open("wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{str(folder)!r} is being written by another process; expected a free folder") from None
+        yield

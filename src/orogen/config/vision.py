@@ -18,9 +18,11 @@ class VisionConfig:
 
     encoder: frozen; its features of all images are computed once and kept. images_per_row: a document is padded so that
     no row can hold more, since all rows have room for as many. retrieved: captions of the most similar images of
-    `database`, which come before the caption and are not learned (Re-ViLM, arXiv:2302.04858). guard: the copy guard of
-    training: a retrieved image of at least this cosine is left out, as is a caption equal to the example's own. shots:
-    the most similar pairs of the train split, put before the example, not learned either.
+    `database`, which come before the caption and are not learned (Re-ViLM, arXiv:2302.04858). guard, of copies: for an
+    example of the train split, retrieved images and shots of at least this cosine are left out, as are captions
+    equal to its own; None leaves nothing out. Held-out examples have no guard, as new images have none: keep them out
+    of the database. shots: the most similar pairs of the train split, put before the example, not learned either;
+    `orogen caption` has no pairs to put there, and refuses such a model.
     """
 
     encoder: Annotated[str, "the Hugging Face folder of a CLIP or SigLIP model"]

@@ -36,8 +36,10 @@ def images_seen(segments_t: np.ndarray, positions: Sequence[int]) -> np.ndarray:
 def with_images(batch: Batch, rows: Sequence[Sequence[Placed]], *, room: int, shape: tuple[int, int]) -> Batch:
     """The batch with the extras FEATURES and IMAGE of these images, given row by row in the order of their positions.
 
-    room: the most images of a row, equal for all batches of a run, so that they have one shape; shape: (p, v). Raises
-    ValueError if a row has more.
+    room: the most images of a row, equal for all batches of a run, so that they have one shape; shape: (p, v). The
+    vectors of room images are rounded up to whole slots of all t tokens, and the resampler runs on all images that the
+    slots have room for, ⌊t · m / p⌋ per row, those of zeros too: this costs many times the work of `room` images if a
+    row is much longer than room · p. Raises ValueError if a row has more images than `room`.
     """
     (vectors, width), (count, length) = shape, batch.tokens_bt.shape
     slots = math.ceil(room * vectors / length)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from orogen.config.checks import ConfigError, shown
+from orogen.config.checks import ConfigError, is_unicode, shown
 from orogen.config.json_file import ListOf, Record, fits, parse_json
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
@@ -59,7 +59,10 @@ def _jsonl(file: Path, name: str) -> Iterator[Interleaved]:
     def load(path: Any, where: str) -> bytes:
         if not isinstance(path, str):
             raise ConfigError(f"{where}: an image is {shown(path)}; expected the path of a file")
-        target = (folder / path).resolve()
+        try:
+            target = (folder / path).resolve()
+        except ValueError as error:  # a NUL, or a lone surrogate
+            raise ConfigError(f"{where}: image {path!r} is no path ({error}); expected the path of a file") from error
         if not target.is_relative_to(folder):
             raise ConfigError(f"{where}: image {path!r} is outside the folder of the file; expected a path inside it")
         if not target.is_file():
@@ -137,14 +140,15 @@ def _from_members(key: str, members: Mapping[str, bytes], where: str) -> Interle
     if texts:
         facts = {"image": images[0], "caption": _text(members[texts[0]], where)}
     else:
-        facts = {"image": images[0], **parse_json(members["json"], where=where)}
+        facts = parse_json(members["json"], where=where)
+        facts = {"image": images[0], **facts} if isinstance(facts, dict) else facts
     return _document(key, facts, load, where)
 
 
 def _document(key: str, facts: Any, load: Any, where: str) -> Interleaved:
     """load: (value, where) -> the bytes of an image's file."""
     if fits(facts, _PAIR) and facts["image"] is not None:
-        return Interleaved(key, (load(facts["image"], where), facts["caption"]))
+        return _valid(Interleaved(key, (load(facts["image"], where), facts["caption"])), where)
     if not fits(facts, _LISTS) or len(facts["images"]) != len(facts["texts"]):
         known = sorted(facts) if isinstance(facts, dict) else type(facts).__name__
         raise ConfigError(
@@ -155,7 +159,15 @@ def _document(key: str, facts: Any, load: Any, where: str) -> Interleaved:
         if (image is None) == (text is None):
             raise ConfigError(f"{where}: place {place} has both or neither of image and text; expected one of them")
         parts.append(load(image, where) if text is None else text)
-    return Interleaved(key, tuple(parts))
+    return _valid(Interleaved(key, tuple(parts)), where)
+
+
+def _valid(document: Interleaved, where: str) -> Interleaved:
+    """Raises ConfigError for a name or a text that UTF-8 cannot hold."""
+    for text in (document.key, *document.parts):
+        if isinstance(text, str) and not is_unicode(text):
+            raise ConfigError(f"{where}: {shown(text)} has a lone surrogate; expected valid Unicode")
+    return document
 
 
 def _text(data: bytes, where: str) -> str:

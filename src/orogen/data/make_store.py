@@ -8,7 +8,6 @@ another than when the store was begun.
 """
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import itertools
@@ -28,7 +27,7 @@ import numpy as np
 
 from orogen.config.checks import ConfigError
 from orogen.config.data import DataConfig
-from orogen.config.files import write_atomically
+from orogen.config.files import locked, write_atomically
 from orogen.data import corpora
 from orogen.data.indexed import MAX_TOKENS, IndexedWriter, dtype_for
 from orogen.data.readers import Broken, Document, Part, read_records
@@ -69,7 +68,7 @@ def make_store(
     if not folder.exists():
         corpora.corpus_files(config)  # a refused corpus leaves no folder
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked(folder, LOCK):
         if not (folder / MANIFEST).exists():
             plan = _plan(config, folder, unit_bytes)
             _tokenize_units(Job(folder, plan, Tokenizer.load(folder / TOKENIZER)), workers, progress)
@@ -90,17 +89,6 @@ def _check_folder(folder: Path) -> None:
     left = [p.name for p in folder.iterdir() if p.name not in (LOCK, TOKENIZER) and not p.name.endswith(".tmp")]
     if left:
         raise ConfigError(f"{str(folder)!r} holds {sorted(left)[0]!r}; expected a new folder or a store begun there")
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Raises ConfigError if another process writes there. The lock ends with the process that holds it."""
-    with (folder / LOCK).open("wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{str(folder)!r} is being written by another process; expected a free folder") from None
-        yield
 
 
 def _plan(config: DataConfig, folder: Path, unit_bytes: int | None) -> dict[str, Any]:

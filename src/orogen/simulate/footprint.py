@@ -55,7 +55,7 @@ def stage_memory(
     memory = []
     for stage in dict.fromkeys((0, plan.stage - 1)) if ends else range(plan.stage):
         rows = _rows(patterns, stage, model, plan, alike)
-        shared = [found.parts[name] for name in _ends(stage, model, plan, alike)]
+        shared = [found.parts[name] for name in _ends(patterns, stage, model, plan, alike)]
         if model.layers.mtp and (alike or stage == plan.stage - 1):
             shared.append(found.mtp)
         held_here = [(n, held.of(found.layers[letter])) for letter, n in rows.items()]
@@ -105,7 +105,7 @@ def _rows(patterns: Sequence[str], stage: int, model: ModelConfig, plan: PlanCon
     return {letter: mine.count(letter) for letter in letters if letter in mine}
 
 
-def _ends(stage: int, model: ModelConfig, plan: PlanConfig, alike: bool) -> list[str]:
+def _ends(patterns: Sequence[str], stage: int, model: ModelConfig, plan: PlanConfig, alike: bool) -> list[str]:
     """The parts besides layers that a stage holds."""
     tied, first, last = model.tie_word_embeddings, stage == 0, stage == plan.stage - 1
     norm = ["norm", *(["score"] if model.score_head else [])]
@@ -115,7 +115,7 @@ def _ends(stage: int, model: ModelConfig, plan: PlanConfig, alike: bool) -> list
     if alike:
         both = tied or bool(model.layers.mtp)
         return ["embedding", *norm, *(["head"] if both and not tied else []), *seeing]
-    if "x" not in model.layers.segments[stage]:
+    if "x" not in "".join(patterns[stage :: plan.stage]):
         seeing = []
     found = [*seeing, "embedding"] if first or (last and (tied or model.layers.mtp)) else seeing
     return [*found, *([*norm, *([] if tied else ["head"])] if last else [])]

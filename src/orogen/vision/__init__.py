@@ -21,18 +21,21 @@ where captioning.gin has a run's usual parts and
 
 **Retrieval** (`database.py`, `retrieval.py`): entries are found by the cosine of the images' embeddings, exactly or by
 faiss. The captions found come before the caption to be written, as text. Adding or removing an entry changes answers
-at once. In training the copy guard leaves out near-copies of the image and captions equal to the example's own:
-otherwise the model learns to copy. A database records its encoder and refuses another. A change writes the whole
-database anew; an index is rebuilt with it.
+at once. For examples of the train split the copy guard leaves out near-copies of the image and captions equal to the
+example's own: otherwise the model learns to copy. A database records its encoder and refuses another. A change writes
+the whole database anew; an index is rebuilt with it. One process changes a database at a time.
 
 **Few-shot examples** (`VisionConfig.shots`): the most similar pairs of the train split stand before an example, the
-most similar last.
+most similar last. `orogen caption` refuses such a model: a database has embeddings, but not the features of images that
+examples need.
 
 **Batches** (`corpus.py`, `data/images.py`): in a token stream an image is one token; packing therefore knows nothing of
 images. Packed batches get extras (`config/vision.py`) whose vectors lie along the time axis, several at each position,
 so that every plan splits them as it splits tokens. A document is padded so far that no row can have more than
-`images_per_row` images. `orogen verify` puts random images into its batches if the pattern has `x`, and opens the
-gates, which let no gradient through while they are closed.
+`images_per_row` images. The resampler runs on a row's whole room, ⌊t · m / p⌋ images for t tokens with m vectors each
+and p vectors per image, at least `images_per_row`; costs and predictions leave its work out. `orogen verify` puts
+random images into its batches if the pattern has `x`, and opens the gates, which let no gradient through while they are
+closed.
 
 **Broken images** are left out and counted (`env.json`, `features/*/documents.json`); of an animation the first frame is
 used; CMYK, palettes, 16 bits and transparency become RGB (`transforms.py`).

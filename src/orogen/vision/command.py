@@ -1,6 +1,7 @@
 """`orogen caption`, `orogen database` and `orogen graft`. Importing this does not import jax."""
 
 import argparse
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ def _add_caption_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--database", type=Path, metavar="DIR", help="what `orogen database` has built")
     parser.add_argument("--encoder", type=Path, metavar="DIR", help=f"{ENCODER}; by default the one of the run")
     parser.add_argument("--retrieved", type=_count, metavar="K", help="captions to retrieve; by default as in the run")
-    parser.add_argument("--guard", type=float, metavar="COSINE", help="leave out entries of at least this similarity")
+    parser.add_argument("--guard", type=_cosine, metavar="COSINE", help="leave out entries of at least this similarity")
     parser.add_argument("--tokens", type=positive, default=64, metavar="N", help="most tokens of a caption")
     parser.add_argument("--page", type=Path, metavar="F.html", help="write images, captions and what was retrieved")
 
@@ -30,6 +31,16 @@ def _count(text: str) -> int:
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number")
     return int(text)
+
+
+def _cosine(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not -1 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a cosine, from -1 to 1")
+    return value
 
 
 def _add_database_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,6 +123,8 @@ def _changed(options: argparse.Namespace) -> "tuple[Encoder, dict[str, str], Any
     encoder = open_encoder(options.encoder)
     if options.action == "add":
         databases.Database(options.folder, encoder)  # refused before hours of encoding
+    else:
+        databases.check_new(options.folder, options.index)
     entries, embedding_ne, told = read_entries(options.input, encoder)
     if options.action == "build":
         return encoder, told, databases.create(options.folder, encoder, embedding_ne, entries, index=options.index)

@@ -159,7 +159,8 @@ def open_images(
     """The documents as streams for rows of `length` tokens, split by their keys. Raises ConfigError."""
     documents = {document.key: document for document in encoded.documents}
     split_of = {key: corpora.split_of(key, config=data) for key in documents}
-    streams = _streams(encoded, split_of, vision=vision, encoder=encoder, tokenizer=tokenizer)
+    database = None if vision.database is None else Database(Path(vision.database), encoder)
+    streams = _streams(encoded, split_of, vision=vision, database=database, tokenizer=tokenizer)
     fitted = {key: padded(one, vision, length=length, pad_id=tokenizer.pad_id) for key, one in streams.items()}
     kept = {name: [] for name in corpora.SPLITS}
     for key, stream in fitted.items():
@@ -167,9 +168,8 @@ def open_images(
             kept[split_of[key]].append(stream)
     corpora.check_splits({name: len(part) for name, part in kept.items()}, len(documents), config=data)
     splits = {name: StreamSplit(part, tokenizer) for name, part in kept.items()}
-    known = json.dumps(
-        [encoded.content_hash, encoder.fingerprint, dataclasses.asdict(vision), _version(vision), length]
-    )
+    content = None if database is None else database.facts.content
+    known = json.dumps([encoded.content_hash, encoder.fingerprint, dataclasses.asdict(vision), content, length])
     source = Source(hashlib.sha256(known.encode()).hexdigest(), splits, None)
     token = image_token(tokenizer, vision.image_token)
     told = Told(len(documents), len(encoded.features_npv), len(encoded.broken), sum(s is None for s in fitted.values()))
@@ -182,27 +182,42 @@ def open_images(
 
 
 def _streams(
-    encoded: Encoded, split_of: dict[str, str], *, vision: VisionConfig, encoder: Encoder, tokenizer: Tokenizer
-) -> dict[str, Stream]:
+    encoded: Encoded, split_of: dict[str, str], *, vision: VisionConfig, database: Database | None,
+    tokenizer: Tokenizer,
+) -> dict[str, Stream]:  # fmt: skip
     """The stream of each document, by its key."""
     pairs = {document.key: pair for document in encoded.documents if (pair := _pair(document)) is not None}
     ordered = list(pairs.values())
     embedding_be = encoded.embedding_ne[[pair.image for pair in ordered]] if ordered else np.zeros((0, 1))
     captions = [pair.caption for pair in ordered]
+    known = [number for number, key in enumerate(pairs) if split_of[key] == TRAIN]
+    # Held-out examples get what a caption gets that is not known yet.
+    guarded = [] if vision.guard is None else known
     similar = [[] for _ in ordered]
-    if vision.database is not None:
-        database = Database(Path(vision.database), encoder)
-        hits = retrieve(database, embedding_be, vision.retrieved, guard=vision.guard, captions=captions)
-        similar = [[hit.caption for hit in found] for found in hits]
+    if database is not None:
+        similar = _similar_captions(database, embedding_be, captions, guarded, vision)
     shots = [[] for _ in ordered]
     if vision.shots:
-        known = [number for number, key in enumerate(pairs) if split_of[key] == TRAIN]
-        near = similar_pairs(embedding_be, captions, known, vision.shots, guard=vision.guard)
+        near = similar_pairs(embedding_be, captions, known, vision.shots, guard=vision.guard, guarded=guarded)
         shots = [[ordered[number] for number in found] for found in near]
     made = zip(pairs, ordered, similar, shots, strict=True)
     found = {key: example(pair, texts, before, tokenizer) for key, pair, texts, before in made}
     every = {document.key: document.parts for document in encoded.documents}
     return {key: found.get(key) or interleaved(parts, tokenizer) for key, parts in every.items()}
+
+
+def _similar_captions(
+    database: Database, embedding_be: np.ndarray, captions: Sequence[str], guarded: Sequence[int], vision: VisionConfig
+) -> list[list[str]]:
+    """The captions retrieved for each pair; the copy guard is for those whose numbers are in `guarded`."""
+    found: list[list[str]] = [[] for _ in captions]
+    others = sorted(set(range(len(captions))) - set(guarded))
+    own = [captions[number] for number in guarded]
+    for numbers, settings in ((guarded, {"guard": vision.guard, "captions": own}), (others, {})):
+        query_be = np.asarray(embedding_be)[np.array(numbers, np.int64)]
+        for number, hits in zip(numbers, retrieve(database, query_be, vision.retrieved, **settings), strict=True):
+            found[number] = [hit.caption for hit in hits]
+    return found
 
 
 def _pair(document: Document) -> Pair | None:
@@ -211,8 +226,3 @@ def _pair(document: Document) -> Pair | None:
     if len(parts) == 2 and isinstance(parts[0], int) and isinstance(parts[1], str):
         return Pair(parts[0], parts[1])
     return None
-
-
-def _version(vision: VisionConfig) -> int | None:
-    """The version of the database, on which the streams depend."""
-    return None if vision.database is None else Database(Path(vision.database)).facts.version

@@ -3,13 +3,18 @@
 A folder holds `database.json`, which names the version that is current, and that version's folder: `embeddings.npy`
 (n, e) float32 of length 1, `ids.npy`, `records.jsonl` with `offsets.npy`, and `index.faiss` unless the search is
 exact. A change writes a new version beside the old one and then names it, so that a reader or a crash finds one of the
-two whole. All files are read by memory map.
+two whole; one process changes a database at a time. All files are read by memory map and stay open, so that a reader
+keeps the version that it has found.
 
 Letters: n entries, b queries, e embedding, k neighbours.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import json
+import mmap
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from orogen.config.checks import ConfigError
-from orogen.config.files import write_atomically
+from orogen.config.files import locked, write_atomically
 from orogen.config.json_file import Record, Whole, read_json
 from orogen.vision.encoder import Encoder
 
@@ -28,8 +33,10 @@ FACTS, EMBEDDINGS, IDS, RECORDS, OFFSETS, INDEX = (
 FLAT, IVF, HNSW = KINDS = ("flat", "ivf", "hnsw")
 FORMAT = 1
 FORM = Record({"format": Whole(1, 1), "version": Whole(0), "encoder": str, "encoder_name": str, "index": str,
-               "dimension": Whole(1, 2**16), "entries": Whole(0), "next_id": Whole(0)})  # fmt: skip
+               "dimension": Whole(1, 2**16), "entries": Whole(0), "next_id": Whole(0), "content": str})  # fmt: skip
+LOCK = "database.lock"
 BLOCK = 65536  # embeddings that an exact search multiplies at a time
+QUERIES = 256  # that are searched for at a time: their scores of a block take 64 MiB
 NEIGHBOURS, EF_BUILD, EF_SEARCH = 32, 200, 128  # of HNSW (arXiv:1603.09320)
 PROBED = 16  # IVF lists that a query visits at least; of the most that √n lists allow, 1 in 8
 
@@ -52,7 +59,8 @@ class Hit(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What `database.json` says. encoder: the fingerprint of the encoder whose embeddings it holds."""
+    """What `database.json` says. encoder: the fingerprint of the encoder whose embeddings it holds; content: a hash of
+    all on which answers depend: embeddings, captions, sources and the kind of index."""
 
     version: int
     encoder: str
@@ -61,6 +69,7 @@ class Facts:
     dimension: int
     entries: int
     next_id: int
+    content: str
 
 
 class Database:
@@ -70,27 +79,34 @@ class Database:
     """
 
     def __init__(self, folder: Path, encoder: Encoder | None = None):
-        if not (folder / FACTS).is_file():
-            raise ConfigError(f"database {str(folder)!r} has no {FACTS}; expected the folder of a database")
-        facts = read_json(folder / FACTS, FORM)
-        self.facts = Facts(**{field.name: facts[field.name] for field in dataclasses.fields(Facts)})
         self.folder = folder
+        while True:
+            self.facts = _read_facts(folder)
+            self._check_encoder(encoder)
+            try:
+                self._open(folder / _version(self.facts.version))
+                return
+            except ConfigError:
+                # Whoever changed the database meanwhile has removed the version that was current.
+                if _read_facts(folder).version == self.facts.version:
+                    raise
+
+    def _check_encoder(self, encoder: Encoder | None) -> None:
         if encoder is not None and (encoder.fingerprint, encoder.dimension) != (
             self.facts.encoder, self.facts.dimension,
         ):  # fmt: skip
             raise ConfigError(
-                f"database {str(folder)!r} is of encoder {self.facts.encoder_name!r} ({self.facts.encoder[:12]}, "
+                f"database {str(self.folder)!r} is of encoder {self.facts.encoder_name!r} ({self.facts.encoder[:12]}, "
                 f"dimension {self.facts.dimension}); expected {encoder.name!r} ({encoder.fingerprint[:12]}, dimension "
                 f"{encoder.dimension})"
             )
-        here = folder / _version(self.facts.version)
+
+    def _open(self, here: Path) -> None:
         shape = (self.facts.entries, self.facts.dimension)
         self.embeddings_ne = _load(here / EMBEDDINGS, shape, np.float32)
         self.id_n = _load(here / IDS, shape[:1], np.int64)
         self._offset_n = _load(here / OFFSETS, (shape[0] + 1,), np.int64)
-        self._records = here / RECORDS
-        if not self._records.is_file() or self._records.stat().st_size != self._offset_n[-1]:
-            raise ConfigError(f"{self._records} is missing or cut short; expected {self._offset_n[-1]:,} bytes")
+        self._records = _map(here / RECORDS, int(self._offset_n[-1]))
         self._index = None if self.facts.index == FLAT else _read_index(here / INDEX, self.facts)
 
     def __len__(self) -> int:
@@ -99,27 +115,27 @@ class Database:
     def entry(self, place: int) -> Entry:
         """The entry at a place, from 0."""
         start, stop = self._offset_n[place : place + 2]
-        with self._records.open("rb") as file:
-            file.seek(start)
-            found = json.loads(file.read(stop - start))
+        found = json.loads(self._records[start:stop])
         return Entry(found["caption"], found["source"])
 
     def entries(self) -> Iterator[Entry]:
         """All entries, in their order."""
-        with self._records.open("rb") as file:
-            for line in file:
-                found = json.loads(line)
-                yield Entry(found["caption"], found["source"])
+        return map(self.entry, range(len(self)))
 
     def search(self, query_be: np.ndarray, k: int) -> list[list[Hit]]:
         """The k entries nearest to each query by cosine, best first; fewer if the database has fewer, and of an index
-        that is not exact perhaps not the nearest. Equal scores are in the order of the entries."""
+        that is not exact perhaps not the nearest, and fewer. Hits with equal scores are in the order of the entries;
+        which of several with the k-th score are among the hits is not promised."""
         query_be = unit(np.asarray(query_be, np.float32))
         k = min(k, len(self))
         if not k:
             return [[] for _ in query_be]
-        place_bk = self._exact(query_be, k) if self._index is None else self._index.search(query_be, k)[1]
-        return [self._hits(*pair) for pair in zip(query_be, place_bk, strict=True)]
+        found: list[list[Hit]] = []
+        for start in range(0, len(query_be), QUERIES):
+            part_be = query_be[start : start + QUERIES]
+            place_bk = self._exact(part_be, k) if self._index is None else self._index.search(part_be, k)[1]
+            found += [self._hits(*pair) for pair in zip(part_be, place_bk, strict=True)]
+        return found
 
     def _hits(self, query_e: np.ndarray, place_k: np.ndarray) -> list[Hit]:
         place_k = np.sort(place_k[place_k >= 0])  # an index reports -1 where it found fewer
@@ -153,32 +169,53 @@ class Database:
 
 def create(folder: Path, encoder: Encoder, embedding_ne: np.ndarray, entries: Sequence[Entry], *, index: str) -> Facts:
     """Writes a new database. index: flat, exact; ivf or hnsw, faster and not exact, by faiss. Raises ConfigError."""
+    check_new(folder, index)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, LOCK):
+        check_new(folder, index)
+        facts = Facts(0, encoder.fingerprint, encoder.name, index, encoder.dimension, 0, len(entries), "")
+        return _write(folder, facts, np.arange(len(entries)), unit(embedding_ne), entries)
+
+
+def check_new(folder: Path, index: str) -> None:
+    """Raises ConfigError unless a database with this index can be created in `folder`."""
     if index not in KINDS:
         raise ConfigError(f"index is {index!r}; expected one of {', '.join(KINDS)}")
-    if folder.exists() and any(folder.iterdir()):
+    if index != FLAT:
+        _faiss()
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{str(folder)!r} is a file; expected a new folder for a database")
+    if folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
         raise ConfigError(f"{str(folder)!r} is not empty; expected a new folder for a database")
-    folder.mkdir(parents=True, exist_ok=True)
-    facts = Facts(0, encoder.fingerprint, encoder.name, index, encoder.dimension, 0, len(entries))
-    return _write(folder, facts, np.arange(len(entries)), unit(embedding_ne), entries)
 
 
 def add(folder: Path, encoder: Encoder, embedding_ne: np.ndarray, entries: Sequence[Entry]) -> Facts:
     """Adds entries behind those there are. Raises ConfigError if the database is of another encoder."""
-    old = Database(folder, encoder)
-    new_n = old.facts.next_id + np.arange(len(entries))
-    facts = dataclasses.replace(old.facts, next_id=old.facts.next_id + len(entries))
-    together_ne = np.concatenate([old.embeddings_ne, unit(embedding_ne)])
-    return _write(folder, facts, np.concatenate([old.id_n, new_n]), together_ne, [*old.entries(), *entries])
+    with _changing(folder):
+        old = Database(folder, encoder)
+        new_n = old.facts.next_id + np.arange(len(entries))
+        facts = dataclasses.replace(old.facts, next_id=old.facts.next_id + len(entries))
+        together_ne = np.concatenate([old.embeddings_ne, unit(embedding_ne)])
+        return _write(folder, facts, np.concatenate([old.id_n, new_n]), together_ne, [*old.entries(), *entries])
 
 
 def remove(folder: Path, ids: Iterable[int]) -> Facts:
     """Removes the entries with these ids; others keep theirs. Raises ConfigError if one is not there."""
-    old, gone = Database(folder), set(ids)
-    if unknown := sorted(gone - set(old.id_n.tolist())):
-        raise ConfigError(f"database {str(folder)!r} has no entry {unknown[0]}; expected ids of its entries")
-    kept_n = np.array([one not in gone for one in old.id_n.tolist()], bool)
-    entries = [entry for entry, kept in zip(old.entries(), kept_n, strict=True) if kept]
-    return _write(folder, old.facts, old.id_n[kept_n], old.embeddings_ne[kept_n], entries)
+    with _changing(folder):
+        old, gone = Database(folder), set(ids)
+        if unknown := sorted(gone - set(old.id_n.tolist())):
+            raise ConfigError(f"database {str(folder)!r} has no entry {unknown[0]}; expected ids of its entries")
+        kept_n = np.array([one not in gone for one in old.id_n.tolist()], bool)
+        entries = [entry for entry, kept in zip(old.entries(), kept_n, strict=True) if kept]
+        return _write(folder, old.facts, old.id_n[kept_n], old.embeddings_ne[kept_n], entries)
+
+
+@contextlib.contextmanager
+def _changing(folder: Path) -> Iterator[None]:
+    """Raises ConfigError if there is no database, or another process changes it."""
+    _read_facts(folder)
+    with locked(folder, LOCK):
+        yield
 
 
 def unit(embedding_ne: np.ndarray) -> np.ndarray:
@@ -195,22 +232,43 @@ def _write(
     """Writes the next version and makes it the current one."""
     if embedding_ne.shape != (len(entries), facts.dimension):
         raise ValueError(f"embeddings {embedding_ne.shape}; expected {(len(entries), facts.dimension)}")
-    facts = dataclasses.replace(facts, version=facts.version + 1, entries=len(entries))
-    here = folder / _version(facts.version)
+    here = folder / _version(facts.version + 1)
     shutil.rmtree(here, ignore_errors=True)  # of a change that was cut short
     here.mkdir()
-    np.save(here / EMBEDDINGS, embedding_ne)
-    np.save(here / IDS, id_n.astype(np.int64))
-    lines = [json.dumps(entry._asdict()).encode() + b"\n" for entry in entries]
-    (here / RECORDS).write_bytes(b"".join(lines))
-    np.save(
-        here / OFFSETS, np.concatenate([[0], np.cumsum([len(line) for line in lines], dtype=np.int64)]).astype(np.int64)
-    )
-    if facts.index != FLAT:
-        _write_index(here / INDEX, facts.index, embedding_ne)
+    try:
+        content = _write_files(here, facts.index, id_n, embedding_ne, entries)
+    except BaseException:
+        shutil.rmtree(here, ignore_errors=True)
+        raise
+    facts = dataclasses.replace(facts, version=facts.version + 1, entries=len(entries), content=content)
     write_atomically(folder / FACTS, json.dumps({"format": FORMAT, **dataclasses.asdict(facts)}, indent=2).encode())
     shutil.rmtree(folder / _version(facts.version - 1), ignore_errors=True)
     return facts
+
+
+def _write_files(
+    here: Path, index: str, id_n: np.ndarray, embedding_ne: np.ndarray, entries: Sequence[Entry]
+) -> str:  # fmt: skip
+    """Writes the files of a version. Returns the hash of its content."""
+    lines = [json.dumps(entry._asdict()).encode() + b"\n" for entry in entries]
+    records, lengths = b"".join(lines), [len(line) for line in lines]
+    np.save(here / EMBEDDINGS, embedding_ne)
+    np.save(here / IDS, id_n.astype(np.int64))
+    (here / RECORDS).write_bytes(records)
+    np.save(here / OFFSETS, np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64))
+    if index != FLAT:
+        _write_index(here / INDEX, index, embedding_ne)
+    digest = hashlib.sha256(index.encode())
+    for part in (embedding_ne.tobytes(), records):
+        digest.update(hashlib.sha256(part).digest())
+    return digest.hexdigest()
+
+
+def _read_facts(folder: Path) -> Facts:
+    if not (folder / FACTS).is_file():
+        raise ConfigError(f"database {str(folder)!r} has no {FACTS}; expected the folder of a database")
+    facts = read_json(folder / FACTS, FORM)
+    return Facts(**{field.name: facts[field.name] for field in dataclasses.fields(Facts)})
 
 
 def _version(number: int) -> str:
@@ -225,6 +283,18 @@ def _load(file: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     if found.shape != shape or found.dtype != dtype:
         raise ConfigError(f"{file} is {found.dtype} {list(found.shape)}; expected {np.dtype(dtype)} {list(shape)}")
     return found
+
+
+def _map(file: Path, size: int) -> mmap.mmap | bytes:
+    """The bytes of a file of this size, by memory map."""
+    why = f"{file} is missing or cut short; expected {size:,} bytes"
+    try:
+        with file.open("rb") as opened:
+            if os.fstat(opened.fileno()).st_size != size:
+                raise ConfigError(why)
+            return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+    except FileNotFoundError as error:
+        raise ConfigError(why) from error
 
 
 def _faiss() -> Any:

@@ -49,7 +49,17 @@ class Captioner:
         self.tokenizer: Tokenizer = opened.tokenizer
 
     def captions(self, prompts: Sequence[Prompt]) -> list[str]:
-        """The greedy continuation of each prompt up to the end of the text, or `tokens` tokens."""
+        """The greedy continuation of each prompt up to the end of the text, or `tokens` tokens.
+
+        Raises ConfigError if one may become longer than the model's learned positions.
+        """
+        most = self.opened.config.learned_positions
+        longest = max((len(prompt.ids) for prompt in prompts), default=0) + self.tokens
+        if most is not None and longest > most:
+            raise ConfigError(
+                f"a prompt and its caption may have {longest} tokens; expected at most ModelConfig.learned_positions = "
+                f"{most}"
+            )
         found: list[str] = []
         for start in range(0, len(prompts), self.batch):
             part = prompts[start : start + self.batch]

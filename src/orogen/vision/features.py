@@ -5,8 +5,8 @@ Letters: n images, p vectors of an image, v their width, e embedding.
 
 import hashlib
 import json
-import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,7 +77,8 @@ def _content_hash(documents: Iterable[Interleaved]) -> str:
 
 def _encode(documents: Iterable[Interleaved], encoder: Encoder, target: Path) -> None:
     """Writes the folder `target`, whole or not at all."""
-    scratch = target.with_name(f"{target.name}.{os.getpid()}")
+    # Process ids recur in a container that starts again, and a killed process leaves its folder.
+    scratch = target.with_name(f"{target.name}.{uuid.uuid4().hex}")
     scratch.mkdir(parents=True)
     try:
         _write(documents, encoder, scratch)

@@ -21,6 +21,7 @@ from orogen.vision.tower import Encoded
 from orogen.vision.transforms import ImageError, decode
 
 FORM = Record({"encoder": str, "fingerprint": str, "image_token": Whole(), "retrieved": Whole(), "shots": Whole()})
+NO_PAIR = "it is not one image and one caption"
 CAPTIONED = 64  # images whose features are in memory at a time
 
 
@@ -96,9 +97,13 @@ def read_seen(folder: Path) -> Seen:
 def caption_images(settings: Settings, seen: Seen, images: Sequence[Path], corpus: Path | None) -> Outcome:
     """Captions the images of files, or the pairs of a corpus, whose captions are then scored against.
 
-    An image of a corpus that cannot be decoded is left out and counted; a file named by itself is refused. Raises
-    ConfigError.
+    A document of a corpus that is no pair, or whose image cannot be decoded, is left out and counted; a file named by
+    itself is refused. Raises ConfigError.
     """
+    if seen.shots:
+        raise ConfigError(
+            f"the model was trained with VisionConfig.shots = {seen.shots}; expected 0: captions have none"
+        )
     encoder = open_encoder(settings.encoder)
     if encoder.fingerprint != seen.fingerprint:
         raise ConfigError(
@@ -107,9 +112,9 @@ def caption_images(settings: Settings, seen: Seen, images: Sequence[Path], corpu
         )
     database = None if settings.database is None else Database(settings.database, encoder)
     model = Captioner(open_model(settings.checkpoint), seen.image_token, tokens=settings.tokens)
-    named = ((str(file), file.read_bytes(), None) for file in images) if corpus is None else _pairs(corpus)
-    items: list[Captioned] = []
     broken: dict[str, str] = {}
+    named = ((str(file), file.read_bytes(), None) for file in images) if corpus is None else _pairs(corpus, broken)
+    items: list[Captioned] = []
     for part in _parts(named, encoder, broken):
         items += _captioned(part, model, database, settings)
     if broken and corpus is None:
@@ -139,10 +144,13 @@ def _captioned(part: _Part, model: Captioner, database: Database | None, setting
     return [Captioned(*one) for one in zip(part.names, part.images, captions, hits, part.known, strict=True)]
 
 
-def _pairs(corpus: Path) -> Iterator[tuple[str, bytes, str | None]]:
+def _pairs(corpus: Path, broken: dict[str, str]) -> Iterator[tuple[str, bytes, str | None]]:
+    """The pairs of a corpus; other documents are noted in `broken`."""
     for document in read_interleaved(corpus):
         if document.caption is not None and isinstance(document.parts[0], bytes):
             yield document.key, document.parts[0], document.caption
+        else:
+            broken[document.key] = NO_PAIR
 
 
 def _parts(named: Any, encoder: Encoder, broken: dict[str, str]) -> Iterator[_Part]:
@@ -173,7 +181,7 @@ def read_entries(corpus: Path, encoder: Encoder) -> tuple[list[Entry], np.ndarra
     left_out: dict[str, str] = {}
     for document in read_interleaved(corpus):
         if document.caption is None:
-            left_out[document.key] = "it is not one image and one caption"
+            left_out[document.key] = NO_PAIR
             continue
         try:
             image = document.parts[0]

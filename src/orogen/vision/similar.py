@@ -1,6 +1,6 @@
 """The most similar pairs of a corpus, for few-shot examples. Letters: n pairs, e embedding, m known pairs."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -11,13 +11,16 @@ BLOCK = 1024  # pairs that are compared at a time
 
 
 def similar_pairs(
-    embedding_ne: np.ndarray, captions: Sequence[str], known: Sequence[int], count: int, *, guard: float | None
-) -> list[list[int]]:
+    embedding_ne: np.ndarray, captions: Sequence[str], known: Sequence[int], count: int, *, guard: float | None,
+    guarded: Collection[int] | None = None,
+) -> list[list[int]]:  # fmt: skip
     """For each pair, the numbers of the `count` most similar of the `known` ones, the least similar first, so that the
     most similar stands next to the example (Re-ViLM, arXiv:2302.04858).
 
-    Left out: the pair itself, images of at least the cosine `guard`, and equal captions. Fewer if no more are left.
+    Left out: the pair itself, images of at least the cosine `guard`, and equal captions. guarded: the numbers of the
+    pairs for which images and captions are left out; None: all. Fewer if no more are left.
     """
+    guards = set(range(len(captions)) if guarded is None else guarded)
     unit_ne, known_m = unit(np.asarray(embedding_ne)), np.asarray(known, np.int64)
     texts = [plain(caption) for caption in captions]
     found: list[list[int]] = []
@@ -27,10 +30,8 @@ def similar_pairs(
             chosen: list[int] = []
             for place in np.argsort(-score_m, kind="stable"):
                 other = int(known_m[place])
-                copy = (
-                    other == number or texts[other] == texts[number] or (guard is not None and score_m[place] >= guard)
-                )
-                if not copy:
+                copy = texts[other] == texts[number] or (guard is not None and score_m[place] >= guard)
+                if other != number and not (copy and number in guards):
                     chosen.append(other)
                 if len(chosen) == count:
                     break

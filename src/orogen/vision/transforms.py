@@ -18,6 +18,8 @@ from orogen.config.json_file import ListOf, Number, Record, Whole, check_form
 
 MAX_PIXELS = 50_000_000  # of an image before it is resized: 200 MB decoded
 MAX_BYTES = 100_000_000  # of an image's file
+# Those whose endings a corpus may have. Pillow would have Ghostscript run a PostScript file, whatever its ending.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 SIDE = Whole(1, 2**14)
 SQUARE = Record({"height": SIDE, "width": SIDE})
 FORM = Record(
@@ -101,7 +103,7 @@ def decode(data: bytes) -> Any:
     """The image of a file's bytes, as a Pillow image in RGB, upright as its EXIF orientation says.
 
     Of an animation it is the first frame; CMYK, palettes, grey and 16 bits become RGB; transparency is put on white.
-    Raises ImageError if the bytes are no image, are cut short, or have no pixel or more than MAX_PIXELS.
+    Raises ImageError if the bytes are no image of FORMATS, are cut short, or have no pixel or more than MAX_PIXELS.
     """
     Image, ImageOps = pillow()
     if len(data) > MAX_BYTES:
@@ -109,7 +111,7 @@ def decode(data: bytes) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sizes, which are checked here
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
             width, height = image.size
             if not 0 < width * height <= MAX_PIXELS:
                 raise ImageError(f"the image is {width} x {height}; expected 1 to {MAX_PIXELS:,} pixels")
