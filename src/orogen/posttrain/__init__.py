@@ -11,7 +11,8 @@ Its step leaves hidden states, and the student's step computes both models' logi
 ranks that share the vocabulary (`kernels/divergence`). Hidden states of the whole global batch are held, in the compute
 dtype: tokens per data and context rank x the teacher's width.
 `--write_logits` stores the teacher's top_k log-probabilities beside the data (`stored_logits.py`), 6 bytes each; later
-runs with these data and sequence length read them by memory map, in any order of documents, and need no teacher.
+runs with these data and sequence length read them by memory map, in any order of documents, and need no teacher; one
+given by --checkpoint all the same is read once, for its tokenizer and to refuse another than wrote them.
 Under a PrecisionConfig, which the teacher does not follow, this is quantisation-aware distillation, or with
 cross_entropy alone quantisation-aware training: `gin_configs/posttrain/`. Evaluations also measure the divergence.
 

@@ -139,6 +139,11 @@ class StoredLogits:
         """The fingerprint of the teacher that wrote it."""
         return self._manifest["teacher"]
 
+    @property
+    def top_k(self) -> int:
+        """How many tokens the run reads of those that are stored."""
+        return self._top_k
+
     def numbered(self, corpus: Corpus) -> Corpus:
         """The corpus, whose batches know their rows here."""
         return numbered(corpus, self._starts)
