@@ -143,8 +143,8 @@ class Distance:
 
 class Distillation:
     """The parts of the task that share a teacher. folder: that of the teacher, which stays open; None if its logits are
-    stored, unless it shall be compared with theirs; student: that from which the student starts, None for a new one; run_dir: of the run, which keeps a chat
-    template once it has begun."""
+    stored, unless it is to be compared with theirs; student: that from which the student starts, None for a new one;
+    run_dir: of the run, which keeps a chat template once it has begun."""
 
     def __init__(self, folder: Folder | None, distill: DistillConfig, *, run_dir: Path, student: Path | None):
         self._folder, self._distill = folder, distill
