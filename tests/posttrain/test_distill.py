@@ -299,6 +299,9 @@ def test_stored_logits_train_as_the_living_teacher(taught, refused, capsys):
     other = ("--gin_bindings", "DataConfig.seed = 7")
     assert "expected" in refused(*run[:-1], "--student", taught / "whole", "--run", taught / "new", *other)
     assert "expected one of them" in refused(*command)
+    preferred = ("--gin_bindings", "PreferenceConfig.loss = 'dpo'", "--gin_bindings", "PreferenceConfig.template = 'x'")
+    line = refused(*command, *top, *preferred, "--write_logits", taught / "more")
+    assert "PreferenceConfig has bindings; expected none: this task reads no pairs of answers" in line
     # As whole as the logits that the teacher of --checkpoint wrote, but another's.
     both = ["--gin_bindings", stored, *top, "--gin_file", taught / "stored.gin"]
     line = refused("distill", "--checkpoint", taught / "living", *both, "--run", taught / "new")
