@@ -29,7 +29,7 @@ and weight decay would shrink it.
 head of the vocabulary, on the score at each conversation's last token; from a language model's checkpoint it begins
 with a new head. `orogen reward` scores conversations, `orogen best_of` keeps the best of several answers. `genrm.py`
 has what a generative reward model is shown and writes, its reward in training, and the rewards of answers that it
-compared.
+compared: functions for environments of one's own, which no command runs.
 
 **Reinforcement learning** (`orogen rl`, `rl.py`): group-relative policy optimisation on `environments/`. A run's source
 of batches (`source.py`) draws tasks (`curriculum.py`), lets the weights that are about to train answer each of them
